@@ -1,0 +1,197 @@
+"""Sending tokens to their experts and bringing the results back: y_t = Σ_k g_tk FFN_{e_tk}(x_t).
+
+Assignments (token, choice) are sorted by expert, so that each expert's rows stand together; every expert runs one
+SwiGLU over its rows; the results go back by the inverse permutation and are summed over a token's choices. No
+token is dropped. Backends:
+
+    blocks      loops over experts and, inside, over blocks of rows, in plain XLA; the CPU's (dispatch_blocks.py)
+    ragged_dot  `jax.lax.ragged_dot`; the GPU's and TPU's
+    dense       every expert on every token, masked by the gates; the oracle, and the field's starting point
+    capacity    GShard's and Switch's, which drops what overflows; for comparison
+
+The matrices of all layers stand in one stack [L, E, D, F], and a layer is a number, so that a loop over layers
+copies no expert. See `Experts`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.ops.dispatch_blocks import blocks_swiglu
+from dsv3_jax.ops.dispatch_plan import Plan, plan
+
+
+class Experts(NamedTuple):
+    """Every routed expert's matrices, all layers in one stack. L layers, E experts, D width, F hidden width."""
+
+    w_gate: Array  # [L, E, D, F]
+    w_up: Array  # [L, E, D, F]
+    w_down: Array  # [L, E, F, D]
+
+
+def routed_swiglu(
+    x: Float[Array, "n D"],
+    expert_ids: Int[Array, "n K"],
+    gates: Float[Array, "n K"],
+    w_gate: Float[Array, "E D F"],
+    w_up: Float[Array, "E D F"],
+    w_down: Float[Array, "E F D"],
+    *,
+    backend: str,
+) -> Float[Array, "n D"]:
+    """Σ_k gates_k · (silu(x w_gate) ⊙ (x w_up)) w_down over the chosen experts; differentiable in all but the ids.
+
+    Args:
+        x: tokens. expert_ids, gates: the router's choice; gates are cast to x's dtype.
+        w_gate, w_up, w_down: one layer's experts.
+        backend: "blocks", "ragged_dot" or "dense".
+    Raises: ValueError for another backend.
+    """
+    stack = Experts(w_gate[None], w_up[None], w_down[None])
+    layer = jnp.zeros((), jnp.int32)
+    return routed_swiglu_in_stack(x, expert_ids, gates, stack, stack, layer, backend=backend)[0]
+
+
+def routed_swiglu_in_stack(
+    x: Float[Array, "n D"],
+    expert_ids: Int[Array, "n K"],
+    gates: Float[Array, "n K"],
+    experts: Experts,
+    thread: Experts,
+    layer: Int[Array, ""],
+    *,
+    backend: str,
+) -> tuple[Float[Array, "n D"], Experts]:
+    """`routed_swiglu` with one layer's experts out of a stack.
+
+    The gradient of a stack that a loop over layers closes over would be a whole stack from every layer, added up.
+    So the stack also rides through the loop as `thread`, in and out of every layer: its cotangent rides backward
+    through the same places, and each layer writes its own part into it.
+
+    Args:
+        experts: what is read; takes no gradient here.
+        thread: the same arrays; never read, takes the gradient.
+        layer: which layer of the stack.
+    Returns: (y [n, D], thread, to be handed to the next layer).
+    """
+    gates = gates.astype(x.dtype)
+    if backend == "blocks":
+        p = plan(expert_ids, experts.w_gate.shape[1])
+        y, thread = blocks_swiglu(x, gates, jax.lax.stop_gradient(tuple(experts)), tuple(thread), p, layer)
+        return y, Experts(*thread)
+    if backend not in ("ragged_dot", "dense"):
+        raise ValueError(f"dispatch backend={backend!r} is not one of 'blocks', 'ragged_dot', 'dense'")
+    one, thread = take_layer(experts, thread, layer)
+    one = Experts(*(w.astype(x.dtype) for w in one))
+    if backend == "dense":
+        return _dense(x, expert_ids, gates, one), thread
+    return _ragged_dot(x, gates, one, plan(expert_ids, one.w_gate.shape[0])), thread
+
+
+def take_layer(experts: Experts, thread: Experts, layer: Int[Array, ""]) -> tuple[Experts, Experts]:
+    """One layer's matrices [E, …] out of the stack, with the gradient written into the thread's cotangent."""
+    return _take_layer(jax.lax.stop_gradient(experts), thread, layer)
+
+
+@jax.custom_vjp
+def _take_layer(experts, thread, layer):
+    one = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, layer, 0, keepdims=False), experts)
+    return one, thread
+
+
+def _take_layer_fwd(experts, thread, layer):
+    return _take_layer(experts, thread, layer), layer
+
+
+def _take_layer_bwd(layer, cotangents):
+    d_one, d_thread = cotangents
+
+    def add(total, part):
+        part = part + jax.lax.dynamic_index_in_dim(total, layer, 0, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(total, part, layer, 0)
+
+    return None, jax.tree.map(add, d_thread, d_one), None
+
+
+_take_layer.defvjp(_take_layer_fwd, _take_layer_bwd)
+
+
+def _dense(x, expert_ids, gates, w: Experts):
+    hot = jax.nn.one_hot(expert_ids, w.w_gate.shape[0], dtype=x.dtype)
+    weight = jnp.einsum("nke,nk->ne", hot, gates)
+    h = jax.nn.silu(jnp.einsum("nd,edf->nef", x, w.w_gate)) * jnp.einsum("nd,edf->nef", x, w.w_up)
+    return jnp.einsum("nef,efd,ne->nd", h, w.w_down, weight)
+
+
+def _ragged_dot(x, gates, w: Experts, p: Plan):
+    tokens = p.order // gates.shape[1]
+    rows = x[tokens]
+    h = jax.nn.silu(jax.lax.ragged_dot(rows, w.w_gate, p.counts)) * jax.lax.ragged_dot(rows, w.w_up, p.counts)
+    h = h * gates.reshape(-1)[p.order][:, None]
+    out = jax.lax.ragged_dot(h, w.w_down, p.counts)
+    return jax.ops.segment_sum(out, tokens, num_segments=x.shape[0])
+
+
+def capacity_swiglu(
+    x: Float[Array, "n D"],
+    expert_ids: Int[Array, "n K"],
+    gates: Float[Array, "n K"],
+    w_gate: Float[Array, "E D F"],
+    w_up: Float[Array, "E D F"],
+    w_down: Float[Array, "E F D"],
+    *,
+    factor: float,
+) -> tuple[Float[Array, "n D"], Float[Array, ""]]:
+    """The dropping variant: each expert takes at most ceil(factor·n·K/E) assignments, earlier tokens first.
+
+    What overflows contributes nothing, so its token passes by the residual alone.
+    Returns: (y [n, D], share of assignments dropped, float32).
+    Source: GShard (arXiv 2006.16668), Switch Transformer (arXiv 2101.03961).
+    """
+    n, num_choices = expert_ids.shape
+    num_experts = w_gate.shape[0]
+    capacity = min(-int(-factor * n * num_choices // num_experts), n)
+    p = plan(expert_ids, num_experts)
+    slot = p.place - p.starts[expert_ids]  # a choice's turn at its expert
+    kept = slot < capacity
+    rows = p.starts[:, None] + jnp.arange(capacity, dtype=jnp.int32)[None]
+    tokens = p.order[jnp.minimum(rows, p.order.size - 1)] // num_choices  # [E, capacity]
+    x_rows = x[tokens]
+    h = jax.nn.silu(jnp.einsum("ecd,edf->ecf", x_rows, w_gate)) * jnp.einsum("ecd,edf->ecf", x_rows, w_up)
+    out = jnp.einsum("ecf,efd->ecd", h, w_down)
+    picked = out[expert_ids, jnp.minimum(slot, capacity - 1)]  # [n, K, D]
+    y = (picked * jnp.where(kept, gates.astype(x.dtype), 0)[..., None]).sum(axis=1)
+    return y, (~kept).mean(dtype=jnp.float32)
+
+
+def few_tokens_swiglu(
+    x: Float[Array, "n D"],
+    expert_ids: Int[Array, "n K"],
+    gates: Float[Array, "n K"],
+    experts: Experts,
+    layer: Int[Array, ""],
+) -> Float[Array, "n D"]:
+    """`routed_swiglu` for decoding: a loop over the distinct chosen experts, each read once from the stack.
+
+    All rows are multiplied with each such expert and masked by their gates: with few rows the time goes into
+    reading matrices, so the spare products are free. Takes no gradient.
+    """
+    num_experts = experts.w_gate.shape[1]
+    rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+    weight = jnp.zeros((x.shape[0], num_experts), x.dtype).at[rows, expert_ids].add(gates.astype(x.dtype))
+    chosen = jnp.zeros((num_experts,), jnp.bool_).at[expert_ids.reshape(-1)].set(True)
+    order = jnp.argsort(~chosen, stable=True).astype(jnp.int32)  # chosen experts first
+    zero = jnp.zeros((), jnp.int32)
+
+    def add_expert(i, y):
+        e = order[i]
+        w_gate, w_up, w_down = (
+            jax.lax.dynamic_slice(w, (layer, e, zero, zero), (1, 1, *w.shape[2:])).reshape(w.shape[2:]).astype(x.dtype)
+            for w in experts
+        )
+        h = jax.nn.silu(x @ w_gate) * (x @ w_up)
+        return y + (h * jax.lax.dynamic_slice_in_dim(weight, e, 1, axis=1)) @ w_down
+
+    return jax.lax.fori_loop(0, chosen.sum(dtype=jnp.int32), add_expert, jnp.zeros_like(x))

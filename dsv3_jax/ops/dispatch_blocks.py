@@ -1,0 +1,157 @@
+"""The CPU's grouped SwiGLU: a loop over experts, and inside it over blocks of rows, with its own gradient.
+
+XLA's CPU backend multiplies every row with every expert in `ragged_dot`, and a batched product wants experts of
+equal load. A loop does exactly the work there is: it copies one expert's three matrices out of the stack, then
+multiplies blocks of that expert's rows, which stay in cache through the three products.
+
+The loops write whole blocks, also where an expert's last block reaches into the next expert's rows: experts come
+in order, so those rows are written again, rightly. Arrays of sorted rows end in padding for the last expert's.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from dsv3_jax.ops.dispatch_plan import Plan
+
+# Each expert's rows are cut into as many blocks of the first size as fit, and the rest into the last size: large
+# blocks run nearest the GEMM peak, small ones waste fewer rows at an expert's end.
+FORWARD_BLOCKS = (128, 32)
+BACKWARD_BLOCKS = (128, 64)
+_PADDING = max(FORWARD_BLOCKS + BACKWARD_BLOCKS)
+
+
+@jax.custom_vjp
+def blocks_swiglu(x, gates, experts, thread, p: Plan, layer):
+    """Σ_k gates_k FFN_k(x) with experts `[layer, e]` of a stack.
+
+    Args:
+        x: [n, D]. gates: [n, K] of x's dtype.
+        experts: (w_gate, w_up [L, E, D, F], w_down [L, E, F, D]), read only.
+        thread: the same, never read: its cotangent takes the experts' gradient (see dispatch.py).
+        p: the sorted assignments. layer: int32 [].
+    Returns: (y [n, D], thread).
+    """
+    return _forward(x, gates, experts, p, layer, keep=False)[0], thread
+
+
+def _fwd(x, gates, experts, thread, p, layer):
+    y, kept = _forward(x, gates, experts, p, layer, keep=True)
+    return (y, thread), (x, gates, experts, p, layer, kept)
+
+
+def _forward(x, gates, experts, p: Plan, layer, keep: bool):
+    num_experts, _, width = experts[0].shape[1:]
+    tokens, row_gates = _sorted_rows(p, gates)
+    rows = _take(x, tokens)
+    out = jnp.zeros((tokens.shape[0], x.shape[1]), x.dtype)
+    kept = tuple(jnp.zeros((tokens.shape[0], width), x.dtype) for _ in range(2)) if keep else ()
+
+    def expert(e, carry):
+        w_gate, w_up, w_down = (_expert(w, layer, e, x.dtype) for w in experts)
+
+        def block(carry, row, left, size):
+            out, kept = carry
+            x_b = _slice(rows, row, size)
+            a, b = x_b @ w_gate, x_b @ w_up
+            h = jax.nn.silu(a) * b * _slice(row_gates, row, size)[:, None]
+            if keep:
+                kept = (_put(kept[0], a, row), _put(kept[1], b, row))
+            return _put(out, h @ w_down, row), kept
+
+        return _for_blocks(p.starts[e], p.counts[e], FORWARD_BLOCKS, block, carry)
+
+    out, kept = jax.lax.fori_loop(0, num_experts, expert, (out, kept))
+    return _gather_sum(out, p.place), kept
+
+
+def _bwd(saved, cotangents):
+    x, gates, experts, p, layer, (kept_a, kept_b) = saved
+    dy, d_thread = cotangents
+    tokens, row_gates = _sorted_rows(p, gates)
+    dy_rows = _take(dy, tokens)
+    # XLA's CPU products are fastest with a left side whose summed axis is the last: [D, rows] for the matrices' part.
+    rows_t, dy_rows_t = _take(x, tokens).T, dy_rows.T
+
+    def expert(e, carry):
+        dx_rows, d_gates, d_stack = carry
+        w_gate, w_up, w_down = (_expert(w, layer, e, x.dtype) for w in experts)
+
+        def block(carry, row, left, size):
+            dx_rows, d_gates, (dw_gate, dw_up, dw_down) = carry
+            dy_b = _slice(dy_rows, row, size)
+            x_t, dy_t = (jax.lax.dynamic_slice_in_dim(r, row, size, 1) for r in (rows_t, dy_rows_t))
+            a, b = _slice(kept_a, row, size), _slice(kept_b, row, size)
+            # Rows of the next expert weigh nothing in this one's matrices.
+            mine = jnp.arange(size, dtype=jnp.int32) < left
+            g = jnp.where(mine, _slice(row_gates, row, size), 0)[:, None]
+            sig = jax.nn.sigmoid(a)
+            silu = a * sig
+            d_h = dy_b @ w_down.T
+            d_gates = _put(d_gates, (d_h * silu * b).sum(-1), row)
+            d_h = d_h * g
+            d_a, d_b = d_h * b * (sig + silu * (1 - sig)), d_h * silu
+            dw = (_add(dw_gate, x_t, d_a), _add(dw_up, x_t, d_b), _add(dw_down, dy_t, silu * b * g))
+            return _put(dx_rows, d_a @ w_gate.T + d_b @ w_up.T, row), d_gates, dw
+
+        dw_gate, dw_up, dw_down = (_expert(d, layer, e, d.dtype) for d in d_stack)
+        dw = (dw_gate, dw_up, dw_down.T)
+        dx_rows, d_gates, dw = _for_blocks(p.starts[e], p.counts[e], BACKWARD_BLOCKS, block, (dx_rows, d_gates, dw))
+        dw = (*dw[:2], dw[2].T)
+        at = _place(layer, e)
+        d_stack = tuple(jax.lax.dynamic_update_slice(d, w[None, None], at) for d, w in zip(d_stack, dw, strict=True))
+        return dx_rows, d_gates, d_stack
+
+    start = (jnp.zeros_like(dy_rows), jnp.zeros_like(row_gates), d_thread)
+    dx_rows, d_gates, d_thread = jax.lax.fori_loop(0, experts[0].shape[1], expert, start)
+    return _gather_sum(dx_rows, p.place), _take(d_gates, p.place), None, d_thread, None, None
+
+
+blocks_swiglu.defvjp(_fwd, _bwd)
+
+
+def _sorted_rows(p: Plan, gates: Array) -> tuple[Array, Array]:
+    """Token and gate of each sorted row, padded at the end."""
+    tokens = jnp.pad(p.order // gates.shape[1], (0, _PADDING))
+    return tokens, jnp.pad(_take(gates.reshape(-1), p.order), (0, _PADDING))
+
+
+def _for_blocks(start, count, sizes, body, carry):
+    """body(carry, first row, rows left, size) over the blocks of one expert."""
+    for size in sizes:
+        times = count // size if size != sizes[-1] else (count + size - 1) // size
+        carry = jax.lax.fori_loop(
+            0, times, lambda i, c, s=start, n=count, b=size: body(c, s + i * b, n - i * b, b), carry
+        )
+        start, count = start + times * size, count - times * size
+    return carry
+
+
+def _take(x: Array, rows: Array) -> Array:
+    return x.at[rows].get(mode="promise_in_bounds")
+
+
+def _gather_sum(rows: Array, place: Array) -> Array:
+    """Σ_k rows[place[:, k]]: added up as they are fetched, so that [n, K, D] never exists."""
+    return sum(_take(rows, place[:, k]) for k in range(1, place.shape[1])) + _take(rows, place[:, 0])
+
+
+def _slice(x: Array, start: Array, size: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, size, 0)
+
+
+def _put(x: Array, rows: Array, start: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, rows, start, 0)
+
+
+def _add(total: Array, a: Array, b: Array) -> Array:
+    return total + jnp.dot(a, b, preferred_element_type=total.dtype)
+
+
+def _place(layer: Array, e: Array) -> tuple[Array, ...]:
+    return tuple(jnp.asarray(i, jnp.int32) for i in (layer, e, 0, 0))  # all of one type, with 64-bit types on too
+
+
+def _expert(w: Array, layer: Array, e: Array, dtype) -> Array:
+    one = jax.lax.dynamic_slice(w, _place(layer, e), (1, 1, *w.shape[2:]))
+    return one.reshape(w.shape[2:]).astype(dtype)

@@ -1,0 +1,104 @@
+"""Cross-entropy over a large vocabulary, a chunk of tokens at a time, so that [tokens, W] never exists at once."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+
+def chunked_cross_entropy(
+    h: Float[Array, "n D"],
+    w: Float[Array, "D W"],
+    targets: Int[Array, " n"],
+    mask: Bool[Array, " n"],
+    *,
+    chunk: int = 1024,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Summed negative log-likelihood of `targets` under softmax(h W), and how many of them are the argmax.
+
+    Args: h hidden states; w the head; targets token ids; mask which positions count; chunk tokens at a time.
+    Returns: (nats summed, count of correct), float32 (float64 stays).
+
+    The gradient is formed in the forward pass, while a chunk's logits are at hand, so they are computed once.
+    The second result takes no gradient.
+    """
+    total, correct = _summed(h, w, targets, mask.astype(_wide(h.dtype)), chunk)
+    return total, jax.lax.stop_gradient(correct)
+
+
+def token_scores(
+    h: Float[Array, "n D"], w: Float[Array, "D W"], targets: Int[Array, " n"], *, chunk: int = 1024
+) -> tuple[Float[Array, " n"], Int[Array, " n"]]:
+    """Each target's negative log-likelihood in nats, and the argmax token in its place. For evaluation."""
+
+    def body(_, xs):
+        h_c, t_c = xs
+        logits = _logits(h_c, w)
+        nll = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, t_c[:, None], axis=-1)[:, 0]
+        return None, (nll, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+
+    n = h.shape[0]
+    _, (nll, best) = jax.lax.scan(body, None, (_split(h, chunk), _split(targets, chunk)))
+    return nll.T.reshape(-1)[:n], best.T.reshape(-1)[:n]
+
+
+def _wide(dtype):
+    return np.promote_types(dtype, np.float32)
+
+
+def _logits(h, w):
+    return jnp.dot(h, w, preferred_element_type=_wide(h.dtype))
+
+
+def _split(x: Array, chunk: int) -> Array:
+    """[n, …] → [chunks, rows, …]; chunk j takes rows j, j + chunks, …, so that an axis sharded over n stays so."""
+    chunks = -(-x.shape[0] // chunk)
+    pad = -x.shape[0] % chunks
+    x = jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1))
+    return x.reshape(-1, chunks, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _forward(h, w, targets, weight, chunk, with_grad):
+    def body(carry, xs):
+        total, correct, dw = carry
+        h_c, t_c, m_c = xs
+        logits = _logits(h_c, w)
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        picked = jnp.take_along_axis(logits, t_c[:, None], axis=-1)[:, 0]
+        total = total + ((lse - picked) * m_c).sum()
+        correct = correct + jnp.where(picked >= logits.max(-1), m_c, 0).sum()
+        if not with_grad:
+            return (total, correct, dw), None
+        hot = jax.nn.one_hot(t_c, w.shape[1], dtype=logits.dtype)
+        dlogits = ((jnp.exp(logits - lse[:, None]) - hot) * m_c[:, None]).astype(w.dtype)
+        dw = dw + jnp.dot(h_c.T, dlogits, preferred_element_type=dw.dtype)
+        return (total, correct, dw), jnp.dot(dlogits, w.T).astype(h.dtype)
+
+    wide = _wide(h.dtype)
+    zero = jnp.zeros((), wide)
+    start = (zero, zero, jnp.zeros(w.shape, wide) if with_grad else zero)
+    xs = (_split(h, chunk), _split(targets, chunk), _split(weight, chunk))
+    (total, correct, dw), dh = jax.lax.scan(body, start, xs)
+    return (total, correct), (dh, dw)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _summed(h, w, targets, weight, chunk):
+    return _forward(h, w, targets, weight, chunk, with_grad=False)[0]
+
+
+def _summed_fwd(h, w, targets, weight, chunk):
+    out, (dh, dw) = _forward(h, w, targets, weight, chunk, with_grad=True)
+    dh = dh.swapaxes(0, 1).reshape(-1, h.shape[1])[: h.shape[0]]
+    return out, (dh, dw.astype(w.dtype))
+
+
+def _summed_bwd(chunk, saved, cotangents):
+    dh, dw = saved
+    scale = cotangents[0]
+    return dh * scale.astype(dh.dtype), dw * scale.astype(dw.dtype), None, None
+
+
+_summed.defvjp(_summed_fwd, _summed_bwd)

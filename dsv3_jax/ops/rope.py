@@ -1,0 +1,82 @@
+"""Rotary position embedding, with YaRN's extension of its reach.
+
+A pair of features is a point in a plane, and a token at position p turns pair i by p·f_i; a dot product of two
+turned vectors then depends on their distance alone. YaRN slows the slow pairs by `factor`, keeps the fast ones,
+and blends between, so that a model trained to L0 positions reads `factor` times as many.
+Source: arXiv 2104.09864 (RoPE), arXiv 2309.00071 (YaRN), the released DeepSeek-V3 inference code.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import Yarn
+
+
+def frequencies(rope_dim: int, theta: float, yarn: Yarn) -> np.ndarray:
+    """Turning speed of each pair of features.
+
+    Args: rope_dim: R, even; theta: the base; yarn: factor 1 leaves plain RoPE.
+    Returns: float32 [R/2], radians a position.
+    """
+    pairs = np.arange(0, rope_dim, 2, dtype=np.float64)
+    freqs = theta ** (-pairs / rope_dim)
+    if yarn.factor == 1.0:
+        return freqs.astype(np.float32)
+    low, high = yarn_range(rope_dim, theta, yarn)
+    ramp = np.clip((np.arange(rope_dim // 2) - low) / max(high - low, 1e-3), 0, 1)
+    return (freqs / yarn.factor * ramp + freqs * (1 - ramp)).astype(np.float32)
+
+
+def yarn_range(rope_dim: int, theta: float, yarn: Yarn) -> tuple[int, int]:
+    """The pairs between which YaRN blends: below `low` untouched, above `high` slowed by the whole factor."""
+
+    def pair_that_turns(times: float) -> float:
+        return rope_dim * math.log(yarn.original_max_positions / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = math.floor(pair_that_turns(yarn.beta_fast))
+    high = math.ceil(pair_that_turns(yarn.beta_slow))
+    return max(low, 0), min(high, rope_dim - 1)
+
+
+def mscale(factor: float, weight: float) -> float:
+    """YaRN's attention temperature: 0.1·weight·ln(factor) + 1."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+
+
+def softmax_scale(qk_dim: int, yarn: Yarn) -> float:
+    """What attention scores are multiplied by: (N+R)^-1/2 · m², m = 1 without YaRN."""
+    m = mscale(yarn.factor, yarn.mscale_all_dim) if yarn.mscale_all_dim else 1.0
+    return qk_dim**-0.5 * m * m
+
+
+def cos_sin(
+    positions: Int[Array, "*n"], freqs: Float[np.ndarray, " half"], yarn: Yarn
+) -> tuple[Float[Array, "*n half"], Float[Array, "*n half"]]:
+    """Cosine and sine of each position's angles, float32.
+
+    YaRN multiplies both by mscale/mscale_all_dim's ratio, which is 1 in the released configs.
+    """
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(freqs).reshape((1,) * positions.ndim + (-1,))
+    ratio = mscale(yarn.factor, yarn.mscale) / mscale(yarn.factor, yarn.mscale_all_dim)
+    return jnp.cos(angles) * ratio, jnp.sin(angles) * ratio
+
+
+def rotate(x: Float[Array, "*n R"], cos: Float[Array, "..."], sin: Float[Array, "..."], *, interleaved: bool) -> Array:
+    """Turn each pair of x's last axis by its angle.
+
+    Args:
+        x: [..., R].
+        cos, sin: float32, of x's rank with R/2 last and axes of size 1 to broadcast over (heads).
+        interleaved: pairs are (2i, 2i+1), as in the released weights; otherwise (i, i + R/2).
+    Returns: [..., R] in x's dtype and layout. Scores agree between layouts when queries and keys share one.
+    """
+    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
+    if interleaved:
+        pairs = x.reshape(*x.shape[:-1], -1, 2)
+        a, b = pairs[..., 0], pairs[..., 1]
+        return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)

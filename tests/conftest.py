@@ -1,0 +1,33 @@
+"""Strict settings for every test: shapes and types checked, no silent promotion, CPU.
+
+Warnings are errors too; that stands in pyproject.toml, where pytest reads it.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_num_cpu_devices", 8)  # a mesh in one process; must be set before the first array is made
+
+# Checks the jaxtyping signatures of every call; only modules that are imported from here on are hooked.
+install_import_hook("dsv3_jax", "beartype.beartype")
+
+
+@pytest.fixture
+def x64():
+    """float64 arrays within the test: identities then hold to rounding, and a tolerance can be tight."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def rng():
+    """A generator that is seeded anew for each test, so that none depends on the tests before it."""
+    return np.random.default_rng(0)

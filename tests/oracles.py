@@ -1,0 +1,285 @@
+"""The slow, obvious versions: what dsv3_jax.ops computes, in the equations' own order.
+
+NumPy in float64 with plain loops. The few that a test differentiates are written in jax.numpy and end in `_jnp`; run
+them under the `x64` fixture. Nothing here is shared with the library, so an error would have to be made twice.
+Letters: B batch, T query length, S key length, H heads, N nope dim, R rope dim, V value dim, C latent, E experts,
+K experts a token, G groups, W vocabulary, n tokens.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# RoPE and YaRN
+
+
+def yarn_range(rope_dim, theta, original_max_positions, beta_fast, beta_slow):
+    """(low, high): the pair before which YaRN leaves frequencies alone, and that from which it divides them by s."""
+
+    def corr(rotations):
+        return rope_dim * math.log(original_max_positions / (2 * math.pi * rotations)) / (2 * math.log(theta))
+
+    clamp = lambda pair: min(max(pair, 0), rope_dim - 1)  # noqa: E731
+    return clamp(math.floor(corr(beta_fast))), clamp(math.ceil(corr(beta_slow)))
+
+
+def yarn_frequencies(rope_dim, theta, factor, original_max_positions=4096, beta_fast=32.0, beta_slow=1.0):
+    """f64[R/2]: radians a position, pair by pair."""
+    low, high = yarn_range(rope_dim, theta, original_max_positions, beta_fast, beta_slow)
+    freqs = []
+    for pair in range(rope_dim // 2):
+        f = theta ** (-2 * pair / rope_dim)
+        ramp = min(max((pair - low) / (high - low), 0.0), 1.0)
+        freqs.append(f / factor * ramp + f * (1 - ramp))
+    return np.array(freqs)
+
+
+def yarn_mscale(factor, coefficient):
+    return 0.1 * coefficient * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def rope_score(q, k, q_position, k_position, freqs, *, interleaved):
+    """q . k after both were rotated: the real part of q conj(k) e^{i f (m - n)}, so no layout of the result matters."""
+    half = len(freqs)
+    total = 0.0
+    for i, f in enumerate(freqs):
+        a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + half)
+        turn = complex(math.cos(f * (q_position - k_position)), math.sin(f * (q_position - k_position)))
+        total += (complex(q[a], q[b]) * complex(k[a], k[b]).conjugate() * turn).real
+    return total
+
+
+# attention and MLA
+
+
+def causal_mask(batch, length, segment_ids=None):
+    """bool[B,T,T]: key s is seen by query t if s <= t and both belong to one document."""
+    mask = np.zeros((batch, length, length), bool)
+    for b in range(batch):
+        for t in range(length):
+            for s in range(t + 1):
+                mask[b, t, s] = segment_ids is None or segment_ids[b, t] == segment_ids[b, s]
+    return mask
+
+
+def attention_jnp(q, k, v, mask, *, scale):
+    """softmax(scale q k^T) v with q[B,T,H,K], k[B,S,H,K], v[B,S,H,V], mask bool[B,T,S]; all scores at once."""
+    scores = scale * jnp.einsum("bthk,bshk->bhts", q, k)
+    scores = jnp.where(mask[:, None], scores, -jnp.inf)
+    return jnp.einsum("bhts,bshv->bthv", jax.nn.softmax(scores, axis=-1), v)
+
+
+def mla(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, mask, *, scale):
+    """f64[B,T,H,V]: keys and values are expanded from the latent, one head and one query at a time."""
+    batch, length, heads, _ = q_nope.shape
+    out = np.zeros((batch, length, heads, w_uv.shape[-1]))
+    for b in range(batch):
+        for h in range(heads):
+            k_nope = c_kv[b] @ w_uk[:, h]  # [S,N]
+            value = c_kv[b] @ w_uv[:, h]  # [S,V]
+            for t in range(length):
+                seen = [s for s in range(mask.shape[-1]) if mask[b, t, s]]
+                scores = np.array(
+                    [scale * (q_nope[b, t, h] @ k_nope[s] + q_rope[b, t, h] @ k_rope[b, s]) for s in seen]
+                )
+                weights = np.exp(scores - scores.max())
+                weights /= weights.sum()
+                for weight, s in zip(weights, seen, strict=True):
+                    out[b, t, h] += weight * value[s]
+    return out
+
+
+# routing
+
+
+def best(values, count, among=None):
+    """The indices of the `count` largest values, largest first; of equals, the lower index first."""
+    among = range(len(values)) if among is None else among
+    return sorted(among, key=lambda i: (-values[i], i))[:count]
+
+
+def allowed_experts(choice, groups, groups_kept, group_score):
+    """The experts that stand in the best groups of one token; choice f64[E] is what selects."""
+    members = [[int(e) for e in m] for m in np.split(np.arange(len(choice)), groups)]
+    value = {
+        "top2_sum": lambda m: sum(sorted(choice[m])[-2:]),
+        "max": lambda m: max(choice[m]),
+    }[group_score]
+    kept = best([value(m) for m in members], groups_kept)
+    return [e for g in kept for e in members[g]]
+
+
+def sigmoid_route(logits, bias, *, k, groups=1, groups_kept=1, group_score="top2_sum", normalize=True, scale=1.0):
+    """(expert_ids [n,K], gates [n,K], scores [n,E]) of the V3 router."""
+    logits, bias = np.asarray(logits, np.float64), np.asarray(bias, np.float64)
+    ids, gates, scores = [], [], []
+    for row in logits:
+        s = 1 / (1 + np.exp(-row))
+        choice = s + bias
+        chosen = best(choice, k, allowed_experts(choice, groups, groups_kept, group_score))
+        g = s[chosen]
+        if normalize:
+            g = g / (g.sum() + 1e-20)
+        ids.append(chosen)
+        gates.append(g * scale)
+        scores.append(s)
+    return np.array(ids), np.array(gates), np.array(scores)
+
+
+def softmax_probs(row):
+    weights = np.exp(row - row.max())
+    return weights / weights.sum()
+
+
+def softmax_route(logits, *, k, groups=1, groups_kept=1, group_score="max", normalize=False, scale=1.0):
+    """The V2 router: softmax over all experts, then a choice among the best groups."""
+    ids, gates, scores = [], [], []
+    for row in np.asarray(logits, np.float64):
+        s = softmax_probs(row)
+        chosen = best(s, k, allowed_experts(s, groups, groups_kept, group_score))
+        g = s[chosen]
+        if normalize:
+            g = g / (g.sum() + 1e-20)
+        ids.append(chosen)
+        gates.append(g * scale)
+        scores.append(s)
+    return np.array(ids), np.array(gates), np.array(scores)
+
+
+def topk_route(logits, *, k):
+    """(expert_ids, gates): the softmax is over the k chosen alone."""
+    logits = np.asarray(logits, np.float64)
+    ids = np.array([best(row, k) for row in logits])
+    return ids, np.array([softmax_probs(row[chosen]) for row, chosen in zip(logits, ids, strict=True)])
+
+
+# dispatch
+
+
+def swiglu_jnp(x, w_gate, w_up, w_down):
+    return (jax.nn.silu(x @ w_gate) * (x @ w_up)) @ w_down
+
+
+def routed_swiglu_jnp(x, expert_ids, gates, w_gate, w_up, w_down):
+    """y[n,D]: every expert computes every token, and a token takes gate times the experts that it chose."""
+    y = jnp.zeros_like(x)
+    for e in range(w_gate.shape[0]):
+        gate = jnp.where(expert_ids == e, gates, 0.0).sum(axis=1)
+        y = y + gate[:, None] * swiglu_jnp(x, w_gate[e], w_up[e], w_down[e])
+    return y
+
+
+def within_capacity(expert_ids, num_experts, factor):
+    """bool[n,K]: the assignments that find room, when earlier tokens come first."""
+    expert_ids = np.asarray(expert_ids)
+    capacity = math.ceil(factor * expert_ids.size / num_experts)
+    taken = [0] * num_experts
+    kept = np.zeros(expert_ids.shape, bool)
+    for token, chosen in enumerate(expert_ids):
+        for slot, e in enumerate(chosen):
+            if taken[e] < capacity:
+                taken[e] += 1
+                kept[token, slot] = True
+    return kept
+
+
+# balance
+
+
+def load(expert_ids, num_experts):
+    counts = [0] * num_experts
+    for e in np.asarray(expert_ids).ravel():
+        counts[e] += 1
+    return np.array(counts, np.float64)
+
+
+def bias_update(bias, counts, rate):
+    """b_e + rate * sign(mean(load) - load_e)"""
+    mean = sum(counts) / len(counts)
+    sign = [(count < mean) * 1 - (count > mean) * 1 for count in counts]
+    return np.array([float(b) + rate * s for b, s in zip(bias, sign, strict=True)])
+
+
+def sequence_loss(scores, k, mask=None):
+    """f64[B]: sum_e f_e P_e of each sequence; f from the top k of the bare scores, P from their shares."""
+    losses = []
+    for b, sequence in enumerate(np.asarray(scores, np.float64)):
+        tokens = [s for t, s in enumerate(sequence) if mask is None or mask[b, t]]
+        num_experts = sequence.shape[-1]
+        total = 0.0
+        for e in range(num_experts):
+            f = num_experts / (k * len(tokens)) * sum(e in best(s, k) for s in tokens)
+            p = sum(s[e] / s.sum() for s in tokens) / len(tokens)
+            total += f * p
+        losses.append(total)
+    return np.array(losses)
+
+
+def switch_loss(scores, expert_ids, mask=None):
+    """E * sum_e f_e P_e over the batch; f is the share of assignments, so that it sums to 1."""
+    scores = np.asarray(scores, np.float64)
+    tokens = [t for t in range(len(scores)) if mask is None or mask[t]]
+    num_experts = scores.shape[-1]
+    assigned = [e for t in tokens for e in expert_ids[t]]
+    total = 0.0
+    for e in range(num_experts):
+        f = sum(a == e for a in assigned) / len(assigned)
+        p = sum(scores[t, e] / scores[t].sum() for t in tokens) / len(tokens)
+        total += f * p
+    return num_experts * total
+
+
+def max_vio(counts):
+    mean = sum(counts) / len(counts)
+    return (max(counts) - mean) / mean
+
+
+def entropy(counts):
+    """Of the shares, as a part of the most that E experts allow."""
+    shares = [count / sum(counts) for count in counts]
+    return -sum(p * math.log(p) for p in shares if p > 0) / math.log(len(counts))
+
+
+def gini(counts):
+    """Half the mean absolute difference of two experts' loads, over the mean load."""
+    n, mean = len(counts), sum(counts) / len(counts)
+    return sum(abs(a - b) for a in counts for b in counts) / (2 * n * n * mean)
+
+
+# losses
+
+
+def cross_entropy_jnp(h, w, targets, mask):
+    """Sum of nats of the masked-in rows, with all [n,W] logits at once."""
+    logp = jax.nn.log_softmax(h @ w, axis=-1)
+    nats = -jnp.take_along_axis(logp, targets[:, None], axis=-1)[:, 0]
+    return jnp.where(mask, nats, 0.0).sum()
+
+
+# sampling
+
+
+def support(logits, *, temperature=1.0, top_k=None, top_p=None):
+    """The tokens of one row that may be drawn: the top_k largest, of them the smallest set that reaches top_p."""
+    logits = np.asarray(logits, np.float64) / temperature
+    kept = best(logits, len(logits) if top_k is None else top_k)
+    if top_p is None:
+        return set(kept)
+    probs = softmax_probs(logits[kept])
+    nucleus, reached = set(), 0.0
+    for token, p in zip(kept, probs, strict=True):  # largest first
+        nucleus.add(token)
+        reached += p
+        if reached >= top_p:
+            break
+    return nucleus
+
+
+def sampling_probs(logits, *, temperature=1.0, top_k=None, top_p=None):
+    """f64[W]: what one row is drawn from."""
+    kept = sorted(support(logits, temperature=temperature, top_k=top_k, top_p=top_p))
+    probs = np.zeros(len(logits))
+    probs[kept] = softmax_probs(np.asarray(logits, np.float64)[kept] / temperature)
+    return probs

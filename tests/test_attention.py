@@ -1,0 +1,172 @@
+"""Memory-linear attention against the score matrix in full, and MLA's two forms against each other."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from dsv3_jax.ops import mla
+from dsv3_jax.ops.attention import causal_attention
+
+SEGMENTS = {  # rows of packed documents; 0 is padding
+    5: [[1, 1, 2, 2, 2], [1, 1, 1, 0, 0]],
+    23: [[1] * 9 + [2] * 3 + [3] * 11, [1] * 4 + [2] * 13 + [0] * 6],
+    32: [[1] * 16 + [2] * 16, [1] * 7 + [2] * 18 + [3] * 7],
+}
+
+
+def draw(rng, *shapes):
+    return [jnp.asarray(rng.standard_normal(shape)) for shape in shapes]
+
+
+full_scores = partial(oracles.attention_jnp, scale=0.4)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def value_and_gradients(attention, num_wrt, weight, *arrays):
+    """attention(*arrays), and the gradients of sum(weight * it) in the first `num_wrt` of them."""
+
+    def loss(*arrays):
+        out = attention(*arrays)
+        return (out * weight).sum(), out
+
+    (_, out), grads = jax.value_and_grad(loss, argnums=range(num_wrt), has_aux=True)(*arrays)
+    return out, grads
+
+
+def assert_gradients_equal(got, want):
+    for name, g, e in zip(("q", "k", "v", "q_rope", "k_rope"), got, want, strict=False):
+        np.testing.assert_allclose(g, e, atol=1e-9, err_msg=f"gradient of {name}")
+
+
+@pytest.mark.parametrize("length, block, packed", [(5, 8, False), (23, 8, False), (23, 8, True), (32, 8, True)])
+def test_attention_and_its_gradients_equal_the_full_score_matrix(x64, rng, length, block, packed):
+    """Key dim 6, value dim 3; lengths under a block, not a multiple of it, and a multiple."""
+    q, k, v, weight = draw(rng, (2, length, 2, 6), (2, length, 2, 6), (2, length, 2, 3), (2, length, 2, 3))
+    segment_ids = np.array(SEGMENTS[length], np.int32) if packed else None
+    mask = jnp.asarray(oracles.causal_mask(2, length, segment_ids))
+    real = np.ones((2, length), bool) if segment_ids is None else segment_ids > 0
+    weight = jnp.where(real[..., None, None], weight, 0.0)  # what padding attends to is nobody's business
+    arrays = (q, k, v) if segment_ids is None else (q, k, v, jnp.asarray(segment_ids))
+
+    def ours(q, k, v, segment_ids=None):
+        return causal_attention(q, k, v, scale=0.4, segment_ids=segment_ids, block=block)
+
+    out, grads = value_and_gradients(ours, 3, weight, *arrays)
+    expected, expected_grads = value_and_gradients(full_scores, 3, weight, q, k, v, mask)
+    assert out.dtype == jnp.float64
+    assert np.isfinite(out).all()
+    np.testing.assert_allclose(out[real], expected[real], atol=1e-9)
+    assert_gradients_equal(grads, expected_grads)
+
+
+def test_summed_scores_equal_concatenated(x64, rng):
+    """q_rope and the one shared k_rope beside q and k: the same numbers and gradients as keys that repeat k_rope."""
+    *arrays, weight = draw(rng, (2, 23, 2, 6), (2, 23, 2, 6), (2, 23, 2, 3), (2, 23, 2, 4), (2, 23, 4), (2, 23, 2, 3))
+    keywords = dict(scale=0.3, segment_ids=jnp.array(SEGMENTS[23], jnp.int32), block=8)
+
+    def summed(q, k, v, q_rope, k_rope):
+        return causal_attention(q, k, v, q_rope=q_rope, k_rope=k_rope, **keywords)
+
+    def concatenated(q, k, v, q_rope, k_rope):
+        repeated = jnp.broadcast_to(k_rope[:, :, None], q_rope.shape)
+        both = jnp.concatenate([q, q_rope], -1), jnp.concatenate([k, repeated], -1)
+        return causal_attention(*both, v, **keywords)
+
+    out, grads = value_and_gradients(summed, 5, weight, *arrays)
+    expected, expected_grads = value_and_gradients(concatenated, 5, weight, *arrays)
+    np.testing.assert_allclose(out, expected, atol=1e-9)
+    assert_gradients_equal(grads, expected_grads)
+
+
+@pytest.mark.parametrize("length, block", [(23, 8), (23, 64)])
+def test_later_tokens_and_other_documents_change_nothing(rng, length, block):
+    q, k, v = (x.astype(jnp.float32) for x in draw(rng, (1, length, 2, 6), (1, length, 2, 6), (1, length, 2, 3)))
+    segment_ids = jnp.array(SEGMENTS[length][:1], jnp.int32)
+    run = jax.jit(lambda k, v: causal_attention(q, k, v, scale=0.4, segment_ids=segment_ids, block=block))
+    before = run(k, v)
+    np.testing.assert_array_equal(run(k.at[:, 15:].add(9.0), v.at[:, 15:].add(9.0))[:, :15], before[:, :15])
+    np.testing.assert_array_equal(run(k.at[:, :9].add(9.0), v.at[:, :9].add(9.0))[:, 9:], before[:, 9:])
+
+
+def test_large_scores_stay_finite(rng):
+    """Scores of 1e4 overflow a bare exponential; the softmax must subtract the maximum in every block."""
+    q, k, v = (x.astype(jnp.float32) for x in draw(rng, (1, 23, 2, 6), (1, 23, 2, 6), (1, 23, 2, 3)))
+    loss = lambda q, k, v: causal_attention(100.0 * q, 100.0 * k, v, scale=1.0, block=8).sum()  # noqa: E731
+    value, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q, k, v)
+    assert np.isfinite(value)
+    assert all(np.isfinite(g).all() for g in grads)
+
+
+def test_gradient_memory_grows_with_length_not_its_square():
+    """Compiled, not run: four times the length takes about four times the scratch memory, where T^2 would take 16."""
+
+    def scratch(length):
+        def loss(q, k, v, q_rope, k_rope):
+            keywords = dict(q_rope=q_rope, k_rope=k_rope, segment_ids=segments, block=128)
+            return causal_attention(q, k, v, scale=1.0, **keywords).sum()
+
+        segments = jnp.ones((1, length), jnp.int32)
+        shapes = [(1, length, 1, 16), (1, length, 1, 16), (1, length, 1, 8), (1, length, 1, 4), (1, length, 4)]
+        args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        compiled = jax.jit(jax.grad(loss, argnums=range(5))).lower(*args).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    one, two, four = scratch(1024), scratch(2048), scratch(4096)
+    assert two < 2.5 * one
+    assert four < 2.5 * two
+    assert four < 4096 * 4096 * 4 / 4  # a quarter of one score matrix
+
+
+# multi-head latent attention
+
+B, T, H, N, R, C, V = 2, 11, 3, 6, 4, 10, 5
+SCALE = 0.37
+
+
+def latents(rng):
+    shapes = ((B, T, H, N), (B, T, H, R), (B, T, C), (B, T, R), (C, H, N), (C, H, V))
+    return draw(rng, *shapes)
+
+
+SEGMENT_IDS = np.array([[1] * 4 + [2] * 7, [1] * 5 + [2] * 6], np.int32)
+
+
+@pytest.mark.parametrize("summed", [False, True])
+def test_expanded_equals_absorbed_equals_oracle(x64, rng, summed):
+    arrays = latents(rng)
+    q_nope, q_rope, c_kv, k_rope, w_uk, w_uv = arrays
+    mask = oracles.causal_mask(B, T, SEGMENT_IDS)
+    expected = oracles.mla(*map(np.asarray, arrays), mask, scale=SCALE)
+
+    expanded = mla.expanded(*arrays, scale=SCALE, segment_ids=jnp.asarray(SEGMENT_IDS), summed=summed)
+    np.testing.assert_allclose(expanded, expected, atol=1e-9)
+
+    cache = jnp.concatenate([c_kv, k_rope], axis=-1)
+    absorbed = mla.absorbed(q_nope, q_rope, cache, jnp.asarray(mask), w_uk, w_uv, scale=SCALE, summed=summed)
+    np.testing.assert_allclose(absorbed, expanded, atol=1e-9)
+
+
+@pytest.mark.parametrize("summed", [False, True])
+def test_absorbed_step_over_a_longer_ragged_cache(x64, rng, summed):
+    """The last two tokens of rows of length 11 and 7 in a cache of 16 whose free rows hold rubbish."""
+    q_nope, q_rope, c_kv, k_rope, w_uk, w_uv = latents(rng)
+    whole = oracles.mla(
+        *map(np.asarray, (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv)), oracles.causal_mask(B, T), scale=SCALE
+    )
+    cache = np.full((B, 16, C + R), 1e3)
+    lengths = (11, 7)
+    for b, length in enumerate(lengths):
+        cache[b, :length, :C] = c_kv[b, :length]
+        cache[b, :length, C:] = k_rope[b, :length]
+    queries = np.array([[length - 2, length - 1] for length in lengths])
+    valid = np.arange(16)[None, None, :] <= queries[..., None]
+    rows = np.arange(B)[:, None]
+    step = mla.absorbed(
+        q_nope[rows, queries], q_rope[rows, queries], jnp.asarray(cache), jnp.asarray(valid), w_uk, w_uv,
+        scale=SCALE, summed=summed,
+    )  # fmt: skip
+    np.testing.assert_allclose(step, whole[rows, queries], atol=1e-9)

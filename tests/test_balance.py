@@ -1,0 +1,124 @@
+"""Loads, the loss-free bias, the two balance losses and the measures of imbalance, against loops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from dsv3_jax.ops import balance
+
+sequence_loss = jax.jit(balance.sequence_loss, static_argnums=1)
+UNEVEN = [3.0, 0.0, 7.0, 2.0]
+
+
+def test_load_counts_every_assignment(rng):
+    ids = rng.integers(0, 6, (3, 5, 2)).astype(np.int32)
+    got = balance.load(jnp.asarray(ids), 7)
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, oracles.load(ids, 7))
+    assert got[6] == 0
+    mask = np.array([[True] * 5, [False] * 5, [True, False, True, False, True]])
+    np.testing.assert_array_equal(balance.load(jnp.asarray(ids), 7, jnp.asarray(mask)), oracles.load(ids[mask], 7))
+
+
+def test_bias_moves_towards_the_mean():
+    """Up for an idle expert, down for a busy one, and not at all at the mean."""
+    counts = np.array([3.0, 0.0, 7.0, 2.0, 3.0])  # mean 3
+    bias = np.array([0.5, -0.5, 0.0, 0.25, -1.0], np.float32)
+    got = balance.bias_update(jnp.asarray(bias), jnp.asarray(counts, jnp.float32), 0.125)
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, oracles.bias_update(bias, counts, 0.125))
+    np.testing.assert_array_equal(got, [0.5, -0.375, -0.125, 0.375, -1.0])
+    np.testing.assert_array_equal(balance.bias_update(jnp.asarray(bias), jnp.asarray(counts, jnp.float32), 0.0), bias)
+
+
+def test_bias_update_of_stacked_layers(rng):
+    bias = rng.normal(0, 1, (3, 6)).astype(np.float32)
+    counts = rng.integers(0, 9, (3, 6)).astype(np.float32)
+    got = balance.bias_update(jnp.asarray(bias), jnp.asarray(counts), 1e-3)
+    expected = [oracles.bias_update(b, c, 1e-3) for b, c in zip(bias, counts, strict=True)]
+    np.testing.assert_allclose(got, expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_sequence_loss(rng, masked):
+    scores = rng.uniform(0.05, 1.0, (3, 9, 6)).astype(np.float32)  # sigmoids: they do not sum to 1
+    mask = rng.uniform(0, 1, (3, 9)) < 0.6 if masked else None
+    got = sequence_loss(jnp.asarray(scores), 2, None if mask is None else jnp.asarray(mask))
+    np.testing.assert_allclose(got, oracles.sequence_loss(scores, 2, mask), rtol=1e-5)
+
+
+def test_sequence_loss_of_even_routing_is_one():
+    """Each expert once in the top 1, each with the same share on average: sum_e 1 * 1/E = 1."""
+    scores = jnp.asarray(0.1 + 0.8 * np.eye(6)[None], jnp.float32)
+    np.testing.assert_allclose(sequence_loss(scores, 1), [1.0], rtol=1e-6)
+
+
+def test_sequence_loss_gradient_flows_through_the_shares_alone(rng):
+    """f is a count: d loss = sum_e f_e dP_e."""
+    scores = jnp.asarray(rng.uniform(0.05, 1.0, (2, 7, 5)), jnp.float32)
+    f = np.zeros((2, 5))
+    for b in range(2):
+        for t in range(7):
+            f[b, oracles.best(np.asarray(scores)[b, t], 2)] += 5 / (2 * 7)
+
+    def by_hand(scores):
+        shares = scores / scores.sum(axis=-1, keepdims=True)
+        return (jnp.asarray(f, jnp.float32) * shares.mean(axis=1)).sum()
+
+    got = jax.jit(jax.grad(lambda s: balance.sequence_loss(s, 2).sum()))(scores)
+    np.testing.assert_allclose(got, jax.jit(jax.grad(by_hand))(scores), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_switch_loss(rng, masked):
+    scores = rng.uniform(0.05, 1.0, (17, 6)).astype(np.float32)
+    ids = np.array([oracles.best(row, 2) for row in scores], np.int32)
+    mask = rng.uniform(0, 1, 17) < 0.6 if masked else None
+    got = jax.jit(balance.switch_loss)(
+        jnp.asarray(scores), jnp.asarray(ids), None if mask is None else jnp.asarray(mask)
+    )
+    assert got.shape == ()
+    assert got == pytest.approx(oracles.switch_loss(scores, ids, mask), rel=1e-5)
+
+
+def test_switch_loss_extremes():
+    """1 when load and probability are even; E when one expert has both."""
+    ids = jnp.arange(8, dtype=jnp.int32).reshape(4, 2)
+    assert balance.switch_loss(jnp.full((4, 8), 0.3), ids) == pytest.approx(1.0, rel=1e-6)
+    scores = jnp.asarray(np.tile(np.eye(8)[5], (4, 1)), jnp.float32)
+    assert balance.switch_loss(scores, jnp.full((4, 1), 5, jnp.int32)) == pytest.approx(8.0, rel=1e-6)
+
+
+def test_losses_with_nothing_unmasked_are_finite(rng):
+    scores = jnp.asarray(rng.uniform(0.05, 1.0, (2, 5, 4)), jnp.float32)
+    mask = jnp.array([[True] * 5, [False] * 5])
+    value, grad = jax.jit(jax.value_and_grad(lambda s: balance.sequence_loss(s, 2, mask).sum()))(scores)
+    assert np.isfinite(value)
+    assert np.isfinite(grad).all()
+    assert (grad[1] == 0).all()
+    ids = jnp.zeros((5, 2), jnp.int32)
+    value, grad = jax.jit(jax.value_and_grad(lambda s: balance.switch_loss(s, ids, mask[1])))(scores[1])
+    assert np.isfinite(value)
+    assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("name", ["max_vio", "entropy", "gini"])
+@pytest.mark.parametrize("counts", [UNEVEN, [1.0, 2.0, 3.0, 4.0], [5.0, 5.0, 5.0, 5.0], [0.0, 9.0, 0.0, 0.0]])
+def test_measures_of_imbalance(name, counts):
+    got = jax.jit(getattr(balance, name))(jnp.array(counts, jnp.float32))
+    assert got == pytest.approx(getattr(oracles, name)(counts), abs=1e-6)
+
+
+@pytest.mark.parametrize("name, even, one_hot", [("max_vio", 0, 7), ("entropy", 1, 0), ("gini", 0, 7 / 8)])
+def test_extremes_of_imbalance(name, even, one_hot):
+    measure = jax.jit(getattr(balance, name))
+    counts = jnp.array([[6.0] * 8, [48.0] + [0.0] * 7], jnp.float32)
+    np.testing.assert_allclose(measure(counts), [even, one_hot], atol=1e-6)  # along the last axis
+
+
+def test_min_max_is_relative_to_the_mean():
+    low, high = balance.min_max(jnp.array([UNEVEN, [2.0, 2.0, 2.0, 2.0]], jnp.float32))
+    np.testing.assert_allclose(low, [0.0, 1.0], atol=1e-6)
+    np.testing.assert_allclose(high, [7 / 3, 1.0], rtol=1e-6)

@@ -1,0 +1,96 @@
+"""Chunked cross-entropy against the log-softmax of all logits at once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from dsv3_jax.ops.losses import chunked_cross_entropy, token_scores
+
+
+@pytest.mark.parametrize("n, chunk", [(24, 8), (23, 8), (5, 8)])
+def test_value_and_gradients_equal_log_softmax(x64, rng, n, chunk):
+    """Chunks that divide n, that do not, and one that is longer than n."""
+    h, w = rng.standard_normal((n, 6)), rng.standard_normal((6, 11))
+    best = np.argmax(h @ w, axis=1)
+    targets = np.argsort(h @ w, axis=1)[:, -2].astype(np.int32)  # near misses ...
+    targets[::2] = best[::2]  # ... and right answers
+    mask = rng.uniform(0, 1, n) < 0.7
+    num_correct = (mask & (best == targets)).sum()
+    h, w, targets, mask = (jnp.asarray(a) for a in (h, w, targets, mask))
+
+    def ours(h, w):
+        nats, correct = chunked_cross_entropy(h, w, targets, mask, chunk=chunk)
+        return 3.0 * nats, correct
+
+    def theirs(h, w):
+        return 3.0 * oracles.cross_entropy_jnp(h, w, targets, mask)
+
+    (value, correct), grads = jax.jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))(h, w)
+    expected, expected_grads = jax.jit(jax.value_and_grad(theirs, argnums=(0, 1)))(h, w)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    for got, want in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-12)
+    assert int(correct) == num_correct > 0
+
+
+def test_masked_rows_do_not_matter(rng):
+    """Not even when they hold huge values."""
+    h = rng.standard_normal((10, 4)).astype(np.float32)
+    w = jnp.asarray(rng.standard_normal((4, 7)), jnp.float32)
+    mask = np.arange(10) < 6
+    targets = rng.integers(0, 7, 10).astype(np.int32)
+    bad_h, bad_targets = h.copy(), targets.copy()
+    bad_h[6:] = 1e20
+    bad_targets[6:] = (targets[6:] + 1) % 7
+
+    @jax.jit
+    def run(h, targets):
+        return jax.value_and_grad(lambda h: chunked_cross_entropy(h, w, targets, jnp.asarray(mask), chunk=4)[0])(h)
+
+    (value, grad), (bad_value, bad_grad) = run(h, targets), run(bad_h, bad_targets)
+    assert value == bad_value
+    np.testing.assert_array_equal(grad, bad_grad)
+    assert (grad[6:] == 0).all()
+
+
+def test_nothing_unmasked_is_zero(rng):
+    h, w = jnp.asarray(rng.standard_normal((5, 4)), jnp.float32), jnp.asarray(rng.standard_normal((4, 7)), jnp.float32)
+    nats, correct = chunked_cross_entropy(h, w, jnp.zeros(5, jnp.int32), jnp.zeros(5, bool), chunk=4)
+    assert nats == 0
+    assert correct == 0
+
+
+def test_large_logits_stay_finite():
+    h, w = jnp.full((3, 2), 1e3), jnp.array([[1.0, -1.0, 0.5], [1.0, -1.0, 0.5]])
+    targets, mask = jnp.array([0, 1, 2], jnp.int32), jnp.ones(3, bool)
+    nats, correct = chunked_cross_entropy(h, w, targets, mask, chunk=2)
+    assert nats == pytest.approx(0 + 4000 + 1000, rel=1e-6)
+    assert correct == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_logits_never_exist_at_once(dtype):
+    """Compiled, not run: scratch memory of value and gradients stays far below [n,W] float32."""
+    n, d, w = 8192, 16, 4096
+
+    def loss(h, w, targets, mask):
+        return chunked_cross_entropy(h, w, targets, mask, chunk=256)[0]
+
+    args = [
+        jax.ShapeDtypeStruct(shape, kind)
+        for shape, kind in (((n, d), dtype), ((d, w), dtype), ((n,), jnp.int32), ((n,), jnp.bool_))
+    ]
+    compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*args).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < n * w * 4 / 4
+
+
+@pytest.mark.parametrize("n, chunk", [(23, 8), (5, 8)])
+def test_token_scores_keep_the_order_of_tokens(x64, rng, n, chunk):
+    h, w = rng.standard_normal((n, 6)), rng.standard_normal((6, 11))
+    targets = rng.integers(0, 11, n).astype(np.int32)
+    nats, best = token_scores(jnp.asarray(h), jnp.asarray(w), jnp.asarray(targets), chunk=chunk)
+    expected = [-np.log(oracles.softmax_probs(row)[t]) for row, t in zip(h @ w, targets, strict=True)]
+    np.testing.assert_allclose(nats, expected, rtol=1e-12)
+    np.testing.assert_array_equal(best, np.argmax(h @ w, axis=1))

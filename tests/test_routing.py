@@ -1,0 +1,207 @@
+"""Routers against loops: the chosen sets are exact, the gates come from unbiased scores."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from dsv3_jax.ops import routing
+
+STATIC = ("k", "groups", "groups_kept", "group_score", "normalize", "scale")
+sigmoid = jax.jit(routing.sigmoid, static_argnames=STATIC)
+softmax = jax.jit(routing.softmax, static_argnames=STATIC)
+
+ALL_NEGATIVE, MIXED, NONE = (-0.9, -0.1), (-0.4, 0.4), (0.0, 0.0)
+SETTINGS = [  # experts, k, groups, groups_kept, group_score
+    (16, 4, 1, 1, "top2_sum"),
+    (16, 4, 4, 2, "top2_sum"),
+    (32, 6, 8, 4, "top2_sum"),
+    (16, 4, 4, 1, "top2_sum"),  # the only group must hold all k
+    (12, 3, 4, 2, "max"),
+]
+
+
+def by_expert(expert_ids, gates, num_experts):
+    """f64[n,E] gate of each expert, nan where it was not chosen: compares sets and gates whatever the order."""
+    table = np.full((len(expert_ids), num_experts), np.nan)
+    np.put_along_axis(table, np.asarray(expert_ids), np.asarray(gates, np.float64), axis=1)
+    return table
+
+
+def assert_same_choice(got, ids, gates, num_experts):
+    assert got.expert_ids.dtype == jnp.int32
+    assert got.expert_ids.shape == ids.shape
+    np.testing.assert_array_equal(np.sort(got.expert_ids, axis=1), np.sort(ids, axis=1))
+    table = by_expert(got.expert_ids, got.gates, num_experts), by_expert(ids, gates, num_experts)
+    np.testing.assert_allclose(*table, rtol=2e-6)  # some float32 roundings: exp, sum, quotient, scale
+
+
+@pytest.mark.parametrize("biases", [ALL_NEGATIVE, MIXED, NONE])
+@pytest.mark.parametrize("experts, k, groups, kept, group_score", SETTINGS)
+def test_sigmoid_router(rng, experts, k, groups, kept, group_score, biases):
+    logits = rng.normal(0, 1.5, (120, experts)).astype(np.float32)
+    bias = rng.uniform(*biases, experts).astype(np.float32)
+    for normalize, scale in ((True, 2.5), (False, 1.0)):
+        keywords = dict(k=k, groups=groups, groups_kept=kept, group_score=group_score, normalize=normalize, scale=scale)
+        ids, gates, scores = oracles.sigmoid_route(logits, bias, **keywords)
+        got = sigmoid(jnp.asarray(logits), jnp.asarray(bias), **keywords)
+        assert_same_choice(got, ids, gates, experts)
+        np.testing.assert_allclose(got.scores, scores, rtol=1e-6)
+
+
+def test_a_token_stays_within_its_groups(rng):
+    """Node limit: at most groups_kept groups, even when every biased score is negative."""
+    logits = jnp.asarray(rng.normal(0, 1, (200, 32)), jnp.float32)
+    for bias in (jnp.full(32, -5.0), jnp.zeros(32)):
+        ids = sigmoid(logits, bias, k=6, groups=8, groups_kept=3).expert_ids
+        assert max(len(set(row)) for row in (np.asarray(ids) // 4).tolist()) <= 3
+        assert all(len(set(row)) == 6 for row in np.asarray(ids).tolist())
+    ids = softmax(logits, k=6, groups=8, groups_kept=3).expert_ids
+    assert max(len(set(row)) for row in (np.asarray(ids) // 4).tolist()) <= 3
+
+
+def test_bias_selects_but_does_not_gate():
+    logits = jnp.array([[2.0, 1.0, 0.0, -1.0]])
+    bias = jnp.array([-1.0, 0.0, 0.0, 1.0])
+    got = routing.sigmoid(logits, bias, k=2, normalize=False)
+    s = 1 / (1 + np.exp(-np.array([2.0, 1.0, 0.0, -1.0])))
+    np.testing.assert_allclose(by_expert(got.expert_ids, got.gates, 4), [[np.nan, s[1], np.nan, s[3]]], rtol=1e-6)
+
+
+def test_bias_takes_no_gradient_and_logits_do(rng):
+    logits = jnp.asarray(rng.normal(0, 1, (20, 8)), jnp.float32)
+    weight = jnp.asarray(rng.normal(0, 1, (20, 3)), jnp.float32)
+
+    def loss(logits, bias):
+        got = routing.sigmoid(logits, bias, k=3, groups=4, groups_kept=2)
+        return (got.gates * weight).sum() + got.scores.sum()
+
+    to_logits, to_bias = jax.jit(jax.grad(loss, argnums=(0, 1)))(logits, jnp.linspace(-0.3, 0.2, 8, dtype=jnp.float32))
+    assert (to_bias == 0).all()
+    assert (jnp.abs(to_logits) > 0).all()
+
+
+def test_gate_gradients_equal_those_of_the_formula(x64, rng):
+    """With the chosen set held, d gates / d logits is that of scale * s / sum(s)."""
+    logits, bias = rng.normal(0, 1, (10, 8)), rng.uniform(-0.5, 0.0, 8)
+    weight = jnp.asarray(rng.normal(0, 1, (10, 8)))
+    ids, _, _ = oracles.sigmoid_route(logits, bias, k=3, scale=2.5)
+    chosen = np.zeros((10, 8), bool)
+    np.put_along_axis(chosen, ids, True, axis=1)
+
+    def ours(logits):
+        got = routing.sigmoid(logits, jnp.asarray(bias), k=3, scale=2.5)
+        return (got.gates * jnp.take_along_axis(weight, got.expert_ids, axis=1)).sum()
+
+    def theirs(logits):
+        s = jnp.where(chosen, 1 / (1 + jnp.exp(-logits)), 0.0)
+        return (2.5 * s / s.sum(axis=1, keepdims=True) * weight).sum()
+
+    logits = jnp.asarray(logits)
+    np.testing.assert_allclose(jax.jit(jax.grad(ours))(logits), jax.jit(jax.grad(theirs))(logits), atol=1e-12)
+
+
+@pytest.mark.parametrize("logit", [-200.0, -88.0, -46.0, -40.0])
+def test_underflowing_sigmoids_stay_finite(logit):
+    """sigmoid(-200) is 0 in float32, and 1e-20 squared is too: neither gates nor gradients may divide by it."""
+    logits = jnp.full((2, 8), logit).at[:, 1].add(1.0)
+    weight = jnp.array([1.0, -1.0, 0.5])
+
+    @jax.jit
+    @partial(jax.grad, has_aux=True)
+    def run(logits):
+        got = routing.sigmoid(logits, jnp.zeros(8), k=3, scale=2.5).gates
+        return (got * weight[None]).sum(), got
+
+    grad, got = run(logits)
+    assert np.isfinite(got).all()
+    assert np.isfinite(grad).all()
+    assert np.abs(grad).max() <= 2.5  # a gate moves by no more than its scale with a logit
+    _, gates, _ = oracles.sigmoid_route(logits, np.zeros(8), k=3, scale=2.5)
+    np.testing.assert_allclose(got, gates, rtol=1e-5, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "experts, k, groups, kept, group_score, normalize, scale",
+    [
+        (16, 4, 1, 1, "max", False, 1.0),  # V2-Lite: greedy
+        (32, 6, 8, 3, "max", False, 16.0),  # V2: group-limited greedy
+        (16, 4, 4, 2, "max", True, 1.0),
+        (16, 4, 4, 2, "top2_sum", False, 1.0),
+    ],
+)
+def test_softmax_router(rng, experts, k, groups, kept, group_score, normalize, scale):
+    logits = rng.normal(0, 1.5, (120, experts)).astype(np.float32)
+    keywords = dict(k=k, groups=groups, groups_kept=kept, group_score=group_score, normalize=normalize, scale=scale)
+    ids, gates, scores = oracles.softmax_route(logits, **keywords)
+    got = softmax(jnp.asarray(logits), **keywords)
+    assert_same_choice(got, ids, gates, experts)
+    np.testing.assert_allclose(got.scores, scores, rtol=2e-6)
+
+
+def test_topk_router(rng):
+    logits = rng.normal(0, 1.5, (120, 16)).astype(np.float32)
+    ids, gates = oracles.topk_route(logits, k=3)
+    got = routing.topk(jnp.asarray(logits), k=3)
+    assert_same_choice(got, ids, gates, 16)
+    np.testing.assert_allclose(got.scores, [oracles.softmax_probs(row) for row in logits.astype(float)], rtol=2e-6)
+
+
+def test_dense_router(rng):
+    logits = rng.normal(0, 1.5, (50, 8)).astype(np.float32)
+    got = routing.dense(jnp.asarray(logits))
+    probs = np.array([oracles.softmax_probs(row) for row in logits.astype(float)])
+    assert_same_choice(got, np.tile(np.arange(8), (50, 1)), probs, 8)
+    np.testing.assert_allclose(got.scores, probs, rtol=2e-6)
+
+
+def model_config(**changes):
+    from dsv3_jax.config import ModelConfig
+
+    base = dict(
+        vocab_size=8, dim=8, num_layers=1, num_dense_layers=0, dense_dim=8, num_heads=1, q_latent_dim=None,
+        kv_latent_dim=4, nope_head_dim=4, rope_head_dim=2, v_head_dim=4, num_experts=8, experts_per_token=3,
+        num_shared_experts=0, expert_dim=4, num_groups=4, groups_per_token=2, routed_scale=2.5,
+    )  # fmt: skip
+    return ModelConfig(**(base | changes))
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        (
+            dict(router="sigmoid"),
+            lambda x, b: routing.sigmoid(x, b, k=3, groups=4, groups_kept=2, normalize=True, scale=2.5),
+        ),
+        (
+            dict(router="sigmoid", group_score="max", normalize_gates=False),
+            lambda x, b: routing.sigmoid(
+                x, b, k=3, groups=4, groups_kept=2, group_score="max", normalize=False, scale=2.5
+            ),
+        ),
+        (
+            dict(router="softmax", group_score="max", normalize_gates=False),
+            lambda x, b: routing.softmax(x, k=3, groups=4, groups_kept=2, group_score="max", scale=2.5),
+        ),
+        (
+            dict(router="softmax", group_score="top2_sum", normalize_gates=True),
+            lambda x, b: routing.softmax(
+                x, k=3, groups=4, groups_kept=2, group_score="top2_sum", normalize=True, scale=2.5
+            ),
+        ),
+        (dict(router="topk", num_groups=1, groups_per_token=1, routed_scale=1.0), lambda x, b: routing.topk(x, k=3)),
+        (
+            dict(router="dense", num_groups=1, groups_per_token=1, experts_per_token=8, routed_scale=1.0),
+            lambda x, b: routing.dense(x),
+        ),
+    ],
+)
+def test_route_picks_by_config(rng, changes, expected):
+    logits = jnp.asarray(rng.normal(0, 1, (40, 8)), jnp.float32)
+    bias = jnp.asarray(rng.uniform(-0.5, 0.5, 8), jnp.float32)
+    got, want = routing.route(logits, bias, model_config(**changes)), expected(logits, bias)
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_array_equal(ours, theirs)

@@ -1,0 +1,91 @@
+"""Sampling: exact supports, and frequencies within a bound that follows from the number of draws."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from dsv3_jax.ops import sampling
+
+FILTERS = [
+    dict(temperature=1.0),
+    dict(temperature=0.5),
+    dict(temperature=1.7, top_k=3),
+    dict(temperature=1.0, top_p=0.6),
+    dict(temperature=0.7, top_k=5, top_p=0.8),
+    dict(temperature=1.0, top_k=1),
+    dict(temperature=1.0, top_k=1000),  # more than there are
+    dict(temperature=1.0, top_p=1.0),
+    dict(temperature=1.0, top_p=1e-6),  # less than any token has: still one
+]
+
+
+def test_temperature_zero_is_greedy(rng):
+    logits = jnp.asarray(rng.normal(0, 1, (64, 11)), jnp.float32)
+    drawn = sampling.sample(logits, jax.random.key(0), temperature=0.0)
+    assert drawn.dtype == jnp.int32
+    np.testing.assert_array_equal(drawn, np.argmax(logits, axis=1))
+    drawn = sampling.sample(logits, jax.random.key(1), temperature=0.0, top_k=3, top_p=0.5)
+    np.testing.assert_array_equal(drawn, np.argmax(logits, axis=1))
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+def test_support_and_probabilities_are_exact(rng, filters):
+    logits = rng.normal(0, 2, (40, 11)).astype(np.float32)
+    got = jax.jit(partial(sampling.processed_logits, **filters))(jnp.asarray(logits))
+    for row, processed in zip(logits, np.asarray(got), strict=True):
+        assert set(np.flatnonzero(processed > -np.inf)) == oracles.support(row, **filters)
+        np.testing.assert_allclose(
+            oracles.softmax_probs(processed.astype(np.float64)), oracles.sampling_probs(row, **filters), atol=1e-6
+        )
+
+
+def test_nucleus_by_hand():
+    """Shares 0.5, 0.3, 0.15, 0.05: p picks the fewest, largest first, that reach it."""
+    logits = jnp.log(jnp.array([[0.15, 0.5, 0.05, 0.3]]))
+    reached = {0.01: {1}, 0.49: {1}, 0.51: {1, 3}, 0.79: {1, 3}, 0.81: {0, 1, 3}, 0.99: {0, 1, 2, 3}}
+    for top_p, expected in reached.items():
+        got = sampling.processed_logits(logits, temperature=1.0, top_p=top_p)
+        assert set(np.flatnonzero(np.asarray(got[0]) > -np.inf)) == expected
+
+
+@pytest.mark.parametrize("filters", [FILTERS[0], FILTERS[1], FILTERS[4]])
+def test_frequencies_follow_the_probabilities(filters):
+    """Rows of one batch are the draws. Hoeffding over W tokens: a right sampler fails with probability under 1e-9."""
+    row, draws = np.array([1.0, 0.2, -0.5, 2.0, 0.0, -2.0, 1.5], np.float32), 20_000
+    bound = math.sqrt(math.log(2 * len(row) / 1e-9) / (2 * draws))
+    drawn = jax.jit(partial(sampling.sample, **filters))(jnp.tile(row, (draws, 1)), jax.random.key(3))
+    frequencies = np.bincount(np.asarray(drawn), minlength=len(row)) / draws
+    expected = oracles.sampling_probs(row, **filters)
+    assert np.abs(frequencies - expected).max() < bound
+    assert (frequencies[expected == 0] == 0).all()
+
+
+def test_rows_are_drawn_independently():
+    """Neighbouring rows: the joint frequency is the product, within Hoeffding's bound at 1e-9."""
+    row, pairs = np.array([0.5, 0.0, -0.5], np.float32), 20_000
+    drawn = np.asarray(sampling.sample(jnp.tile(row, (2 * pairs, 1)), jax.random.key(4), temperature=1.0))
+    joint = np.bincount(3 * drawn[0::2] + drawn[1::2], minlength=9).reshape(3, 3) / pairs
+    p = oracles.sampling_probs(row)
+    bound = math.sqrt(math.log(2 * 9 / 1e-9) / (2 * pairs))
+    assert np.abs(joint - np.outer(p, p)).max() < bound
+
+
+def test_a_row_is_filtered_by_its_own_logits(rng):
+    logits = jnp.asarray(rng.normal(0, 2, (5, 11)), jnp.float32)
+    process = jax.jit(partial(sampling.processed_logits, temperature=0.8, top_k=6, top_p=0.7))
+    together = process(logits)
+    for i in range(5):
+        alone = process(logits[i : i + 1])
+        np.testing.assert_array_equal(together[i], alone[0])
+
+
+def test_the_key_decides(rng):
+    logits = jnp.zeros((200, 11), jnp.float32)
+    first, again, other = (sampling.sample(logits, jax.random.key(s), temperature=1.0) for s in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
