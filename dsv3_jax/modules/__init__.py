@@ -1,0 +1,1 @@
+"""Flax NNX modules: which parameters exist, and which op uses them."""

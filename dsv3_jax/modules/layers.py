@@ -1,0 +1,75 @@
+"""The small parts: norm, SwiGLU, and layers stacked along a leading axis."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def param(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
+    """A float32 parameter drawn from a normal distribution of that standard deviation."""
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+class NormScale(nnx.Param):
+    """A norm's scale: a parameter that takes no weight decay."""
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · scale, in float32, over the last axis."""
+
+    def __init__(self, dim: int, eps: float):
+        self.scale = NormScale(jnp.ones((dim,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+        wide = x.astype(np.promote_types(x.dtype, np.float32))
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (normed * self.scale[...].astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """(silu(x w_gate) ⊙ (x w_up)) w_down."""
+
+    def __init__(self, dim: int, hidden: int, std: float, *, rngs: nnx.Rngs):
+        self.w_gate = param(rngs, (dim, hidden), std)
+        self.w_up = param(rngs, (dim, hidden), std)
+        self.w_down = param(rngs, (hidden, dim), std)
+
+    def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+        w_gate, w_up, w_down = (w[...].astype(x.dtype) for w in (self.w_gate, self.w_up, self.w_down))
+        return (jax.nn.silu(x @ w_gate) * (x @ w_up)) @ w_down
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module | None:
+    """`count` like modules as one whose parameters carry a leading layer axis; None for none."""
+    if count == 0:
+        return None
+    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
+
+
+def scan_stack(stacked: nnx.Module, body: Callable, carry, *, remat: str = "none"):
+    """`carry, y = body(module, carry, index)` for each module of a stack in turn; depth costs no compile time.
+
+    Args:
+        stacked: what `stack` made.
+        remat: "none" keeps everything for the backward pass, "dots" the results of matrix products, "full" the
+            carry alone.
+    Returns: (carry, ys stacked along a leading layer axis).
+    """
+    # Plain lax.scan over split state: nnx.scan has had silent faults with memory and sharding.
+    graphdef, state = nnx.split(stacked)
+    count = jax.tree.leaves(state)[0].shape[0]
+
+    def step(carry, xs):
+        layer, index = xs
+        return body(nnx.merge(graphdef, layer), carry, index)
+
+    if remat == "full":
+        step = jax.checkpoint(step)
+    elif remat == "dots":
+        step = jax.checkpoint(step, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    return jax.lax.scan(step, carry, (state, jnp.arange(count, dtype=jnp.int32)))

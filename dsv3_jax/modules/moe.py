@@ -1,0 +1,124 @@
+"""The DeepSeekMoE layer: router, routed experts, shared experts, and what is counted of them.
+
+The routed experts' matrices of all layers stand in one `Experts` module beside the layers, not inside them: a
+loop over layers then reads expert `[layer, e]` where it lies and never copies a layer's whole set.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.modules.layers import SwiGLU, param
+from dsv3_jax.ops import balance, dispatch, routing
+
+
+class RouterBias(nnx.Variable):
+    """The loss-free correction bias, float32 [E]: no gradient and no optimizer ever touch it."""
+
+
+class LayerRouting(NamedTuple):
+    """What one layer's router did with a batch."""
+
+    expert_ids: Array  # int32 [B, T, K]
+    gates: Array  # float32 [B, T, K]
+    load: Array  # float32 [E]: assignments of tokens that count
+    balance_loss: Array  # float32 []: weighted, averaged over sequences
+    dropped: Array  # float32 []: share of assignments dropped; 0 but for dispatch="capacity"
+
+
+class Experts(nnx.Module):
+    """The routed experts' matrices of `layers` layers: [L, E, D, F] twice and [L, E, F, D]."""
+
+    def __init__(self, cfg: ModelConfig, layers: int, *, rngs: nnx.Rngs):
+        lead = (layers, cfg.num_experts)
+        self.w_gate = param(rngs, (*lead, cfg.dim, cfg.expert_dim), cfg.init_std)
+        self.w_up = param(rngs, (*lead, cfg.dim, cfg.expert_dim), cfg.init_std)
+        self.w_down = param(rngs, (*lead, cfg.expert_dim, cfg.dim), cfg.init_std)
+
+    def arrays(self) -> dispatch.Experts:
+        return dispatch.Experts(self.w_gate[...], self.w_up[...], self.w_down[...])
+
+
+class MoE(nnx.Module):
+    """y = Σ_chosen g_e FFN_e(x) + FFN_shared(x); the block adds the residual.
+
+    Source: DeepSeekMoE (arXiv 2401.06066); DeepSeek-V3 report, section 2.1.2.
+    """
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.w_router = param(rngs, (cfg.dim, cfg.num_experts), cfg.init_std)
+        self.bias = RouterBias(jnp.zeros((cfg.num_experts,), jnp.float32))
+        shared = cfg.num_shared_experts * cfg.expert_dim
+        self.shared = SwiGLU(cfg.dim, shared, cfg.init_std, rngs=rngs) if shared else None
+        self.cfg = cfg
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        mask: Bool[Array, "B T"],
+        experts: dispatch.Experts,
+        thread: dispatch.Experts,
+        layer: Int[Array, ""],
+    ) -> tuple[Array, LayerRouting, dispatch.Experts]:
+        """Args: x; mask of tokens that count for load; the stack of experts, its thread, and which layer of it.
+
+        Returns: (y [B, T, D], what the router did, the thread).
+        """
+        cfg = self.cfg
+        flat = x.reshape(-1, x.shape[-1])
+        picked = self.route(flat)
+        dropped = jnp.zeros((), jnp.float32)
+        if cfg.dispatch == "capacity":
+            one, thread = dispatch.take_layer(experts, thread, layer)
+            one = jax.tree.map(lambda w: w.astype(x.dtype), one)
+            y, dropped = dispatch.capacity_swiglu(flat, *picked[:2], *one, factor=cfg.capacity_factor)
+        else:
+            y, thread = dispatch.routed_swiglu_in_stack(
+                flat, *picked[:2], experts, thread, layer, backend=pick_backend(cfg.dispatch)
+            )
+        y = y.reshape(x.shape)
+        if self.shared is not None:
+            y = y + self.shared(x)
+        shape = (*x.shape[:2], -1)
+        stats = LayerRouting(
+            picked.expert_ids.reshape(shape),
+            picked.gates.reshape(shape),
+            balance.load(picked.expert_ids, cfg.num_experts, mask.reshape(-1)),
+            self._balance_loss(picked, mask),
+            dropped,
+        )
+        return y, stats, thread
+
+    def decode(self, x: Float[Array, "B T D"], experts: dispatch.Experts, layer: Int[Array, ""]) -> Array:
+        """The layer for a few tokens: reads each distinct chosen expert once. Returns y [B, T, D]."""
+        flat = x.reshape(-1, x.shape[-1])
+        picked = self.route(flat)
+        y = dispatch.few_tokens_swiglu(flat, picked.expert_ids, picked.gates, experts, layer).reshape(x.shape)
+        return y if self.shared is None else y + self.shared(x)
+
+    def route(self, x: Float[Array, "n D"]) -> routing.Routing:
+        """Logits and all that follows in float32, as the reference does."""
+        logits = x.astype(jnp.float32) @ self.w_router[...]
+        return routing.route(logits, self.bias[...], self.cfg)
+
+    def _balance_loss(self, picked: routing.Routing, mask: Bool[Array, "B T"]) -> Array:
+        cfg, total = self.cfg, jnp.zeros((), jnp.float32)
+        if cfg.balance.sequence_alpha:
+            scores = picked.scores.reshape(*mask.shape, -1)
+            per_sequence = balance.sequence_loss(scores, cfg.experts_per_token, mask)
+            total = total + cfg.balance.sequence_alpha * per_sequence.mean()
+        if cfg.balance.switch_alpha:
+            even = balance.switch_loss(picked.scores, picked.expert_ids, mask.reshape(-1))
+            total = total + cfg.balance.switch_alpha * even
+        return total
+
+
+def pick_backend(dispatch_name: str) -> str:
+    """The dispatch backend that "auto" means here: `blocks` on CPU, `ragged_dot` elsewhere."""
+    if dispatch_name != "auto":
+        return dispatch_name
+    return "blocks" if jax.default_backend() == "cpu" else "ragged_dot"

@@ -1,0 +1,246 @@
+"""The whole model: embedding, dense layers, sparse layers, norm, head, and the MTP chain on the side."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.cache import LatentCache, write
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.modules.attention import MLA, Positions, positions_of
+from dsv3_jax.modules.layers import RMSNorm, SwiGLU, param, scan_stack, stack
+from dsv3_jax.modules.moe import Experts, LayerRouting, MoE
+from dsv3_jax.ops import dispatch
+
+
+class Trace(NamedTuple):
+    """What a forward pass leaves behind, before any head: the training loss and prefill are made from it."""
+
+    h: Array  # [B, T, D]: after the final norm
+    mtp_h: tuple[Array, ...]  # depth k (from 0): [B, T-1-k, D], normed; entry i predicts token i+k+2
+    routing: LayerRouting | None  # of the trunk's sparse layers, stacked along a leading axis
+    mtp_routing: tuple[LayerRouting, ...]
+    cache_rows: Array  # [L, B, T, C+R]
+
+
+class Output(NamedTuple):
+    """A model's answer. See Trace; `logits` and `mtp_logits` are float32."""
+
+    logits: Array  # [B, T, W]
+    mtp_logits: tuple[Array, ...]
+    routing: LayerRouting | None
+    mtp_routing: tuple[LayerRouting, ...]
+
+
+class DenseBlock(nnx.Module):
+    """x + attention, then + one wide SwiGLU."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.attn = MLA(cfg, rngs=rngs)
+        self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.ffn = SwiGLU(cfg.dim, cfg.dense_dim, cfg.init_std, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], at: Positions) -> tuple[Array, Array]:
+        a, rows = self.attn(self.attn_norm(x), at)
+        x = x + a
+        return x + self.ffn(self.ffn_norm(x)), rows
+
+    def decode(self, x: Array, at: Positions, cache: LatentCache, layer: Array) -> tuple[Array, Array]:
+        a, rows = _cached_attention(self, x, at, cache, layer)
+        x = x + a
+        return x + self.ffn(self.ffn_norm(x)), rows
+
+
+class SparseBlock(nnx.Module):
+    """x + attention, then + a mixture of experts."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.attn = MLA(cfg, rngs=rngs)
+        self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.moe = MoE(cfg, rngs=rngs)
+
+    def __call__(self, x, at: Positions, mask, experts: dispatch.Experts, thread: dispatch.Experts, layer):
+        """Returns (x [B, T, D], cache rows, routing, thread)."""
+        a, rows = self.attn(self.attn_norm(x), at)
+        x = x + a
+        y, routing, thread = self.moe(self.ffn_norm(x), mask, experts, thread, layer)
+        return x + y, rows, routing, thread
+
+    def decode(self, x, at: Positions, cache: LatentCache, layer, experts: dispatch.Experts, sparse_layer):
+        a, rows = _cached_attention(self, x, at, cache, layer)
+        x = x + a
+        return x + self.moe.decode(self.ffn_norm(x), experts, sparse_layer), rows
+
+
+def _cached_attention(block, x: Array, at: Positions, cache: LatentCache, layer: Array) -> tuple[Array, Array]:
+    """Write the new tokens' rows into the cache, then attend to all that each may see. Returns (out, cache rows)."""
+    normed = block.attn_norm(x)
+    rows = write(cache.rows, block.attn.cache_rows(normed, at), layer, cache.lengths)
+    own = jax.lax.dynamic_index_in_dim(rows, layer, 0, keepdims=False)
+    place = cache.lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    valid = jnp.arange(cache.capacity, dtype=jnp.int32)[None, None] <= place[:, :, None]
+    return block.attn.decode(normed, at, own, valid), rows
+
+
+class MTPModule(nnx.Module):
+    """One depth of DeepSeek's causal chain: h^k_i = Block(W_eh [norm(Emb(t_{i+k})); norm(h^{k-1}_i)]), normed.
+
+    The embedding comes first, then the hidden state, as in the released weights; the report writes them the other
+    way round. What goes on to the next depth is the normed h^k. Source: DeepSeek-V3 report, section 2.2.
+    """
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.embed_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.hidden_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.w_eh = param(rngs, (2 * cfg.dim, cfg.dim), cfg.init_std)
+        self.block = SparseBlock(cfg, rngs=rngs)
+        self.experts = Experts(cfg, 1, rngs=rngs)
+        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
+
+    def combine(self, embedded: Float[Array, "B T D"], h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        both = jnp.concatenate([self.embed_norm(embedded), self.hidden_norm(h)], axis=-1)
+        return both @ self.w_eh[...].astype(both.dtype)
+
+    def __call__(self, embedded: Array, h: Array, at: Positions, mask: Array) -> tuple[Array, LayerRouting]:
+        experts = self.experts.arrays()
+        x = self.combine(embedded, h)
+        x, _, routing, thread = self.block(x, at, mask, experts, experts, jnp.zeros((), jnp.int32))
+        del thread
+        return self.norm(x), routing
+
+
+class Transformer(nnx.Module):
+    """A DeepSeek-V3 family model.
+
+    Raises: ConfigError from the configuration, before anything is allocated.
+    """
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.embed = param(rngs, (cfg.vocab_size, cfg.dim), cfg.init_std)
+        self.dense = stack(lambda r: DenseBlock(cfg, rngs=r), cfg.num_dense_layers, rngs)
+        self.sparse = stack(lambda r: SparseBlock(cfg, rngs=r), cfg.num_sparse_layers, rngs)
+        self.experts = Experts(cfg, cfg.num_sparse_layers, rngs=rngs) if cfg.num_sparse_layers else None
+        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.head = None if cfg.tie_embeddings else param(rngs, (cfg.dim, cfg.vocab_size), cfg.init_std)
+        self.mtp = nnx.List([MTPModule(cfg, rngs=rngs) for _ in range(cfg.mtp_depth)])
+        self.cfg = cfg
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> Output:
+        """Logits of every next token.
+
+        Args:
+            tokens: ids below vocab_size.
+            segment_ids: documents of a packed row, 1, 2, …; 0 is padding. None is one document a row.
+            positions: None counts from 0.
+        Raises: ValueError when T is over max_positions.
+        """
+        trace = self.trace(tokens, segment_ids, positions)
+        return Output(
+            self.logits(trace.h), tuple(self.logits(h) for h in trace.mtp_h), trace.routing, trace.mtp_routing
+        )
+
+    def trace(self, tokens, segment_ids=None, positions=None) -> Trace:
+        """The forward pass up to the heads. Arguments as `__call__`."""
+        cfg = self.cfg
+        batch, length = tokens.shape
+        if length > cfg.max_positions:
+            raise ValueError(f"length {length} is over the model's max_positions={cfg.max_positions}")
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+        at = positions_of(cfg, positions, segment_ids)
+        mask = jnp.ones(tokens.shape, jnp.bool_) if segment_ids is None else segment_ids != 0
+
+        x = self.embedding(tokens)
+        rows, routing = [], None
+        if self.dense is not None:
+            x, dense_rows = scan_stack(self.dense, lambda m, x, _: m(x, at), x, remat=cfg.remat)
+            rows.append(dense_rows)
+        if self.sparse is not None and self.experts is not None:
+            experts = self.experts.arrays()
+
+            def body(block, carry, layer):
+                x, thread = carry
+                x, layer_rows, layer_routing, thread = block(x, at, mask, experts, thread, layer)
+                return (x, thread), (layer_rows, layer_routing)
+
+            (x, _), (sparse_rows, routing) = scan_stack(self.sparse, body, (x, experts), remat=cfg.remat)
+            rows.append(sparse_rows)
+        h = self.norm(x)
+        mtp_h, mtp_routing = self._mtp_chain(h if cfg.mtp_input == "normed" else x, tokens, at, mask)
+        return Trace(h, mtp_h, routing, mtp_routing, jnp.concatenate(rows))
+
+    def _mtp_chain(self, h, tokens, at: Positions, mask):
+        out, routings = [], []
+        for k, module in enumerate(self.mtp, start=1):
+            short = tokens.shape[1] - k
+            segment_ids = None if at.segment_ids is None else at.segment_ids[:, :short]
+            cut = Positions(at.cos[:, :short], at.sin[:, :short], segment_ids)
+
+            def depth(module, h, embedded, cut=cut, short=short):
+                return module(embedded, h[:, :short], cut, mask[:, :short])
+
+            run = nnx.remat(depth) if self.cfg.remat != "none" else depth
+            h, routing = run(module, h, self.embedding(tokens[:, k:]))
+            out.append(h)
+            routings.append(routing)
+        return tuple(out), tuple(routings)
+
+    def decode(self, tokens: Int[Array, "B T"], cache: LatentCache) -> tuple[Array, LatentCache]:
+        """A step of a few tokens a row, in absorbed form.
+
+        Args: tokens, which follow what the cache holds; the cache must have room for them.
+        Returns: (normed hidden states [B, T, D], the cache with the tokens in it).
+        """
+        place = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        at = positions_of(self.cfg, place, None)
+        x, rows = self.embedding(tokens), cache.rows
+        if self.dense is not None:
+
+            def dense_layer(block, carry, layer):
+                return block.decode(carry[0], at, cache._replace(rows=carry[1]), layer), None
+
+            (x, rows), _ = scan_stack(self.dense, dense_layer, (x, rows))
+        if self.sparse is not None and self.experts is not None:
+            experts, first = self.experts.arrays(), self.cfg.num_dense_layers
+
+            def sparse_layer(block, carry, layer):
+                return block.decode(carry[0], at, cache._replace(rows=carry[1]), first + layer, experts, layer), None
+
+            (x, rows), _ = scan_stack(self.sparse, sparse_layer, (x, rows))
+        return self.norm(x), LatentCache(rows, cache.lengths + tokens.shape[1])
+
+    def embedding(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Rows of the embedding table, in the compute dtype."""
+        return jnp.take(self.embed[...], tokens, axis=0, mode="clip").astype(self.compute_dtype)
+
+    def head_matrix(self) -> Float[Array, "D W"]:
+        """What turns a hidden state into logits, shared by all depths, in the compute dtype."""
+        w = self.embed[...].T if self.head is None else self.head[...]
+        return w.astype(self.compute_dtype)
+
+    def logits(self, h: Float[Array, "*n D"]) -> Float[Array, "*n W"]:
+        """float32 logits of normed hidden states."""
+        return jnp.dot(h, self.head_matrix(), preferred_element_type=jnp.float32)
+
+    @property
+    def compute_dtype(self):
+        return jnp.dtype(self.cfg.compute_dtype)
+
+
+def abstract(cfg: ModelConfig) -> Transformer:
+    """The model as shapes alone: nothing is allocated."""
+    return nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
+
+
+def create(cfg: ModelConfig, seed: int) -> Transformer:
+    """A model with random parameters, made in one compiled program."""
+    return nnx.jit(lambda key: Transformer(cfg, rngs=nnx.Rngs(key)))(jax.random.key(seed))

@@ -1,0 +1,171 @@
+"""Named models and training recipes. Each says what it is for; a new one is a diff of another."""
+
+from dataclasses import replace
+
+from dsv3_jax.config import Balance, ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig, Yarn
+
+# The demo: byte vocabulary, seconds to compile, minutes to train on two CPU cores.
+TINY = ModelConfig(
+    vocab_size=260,
+    dim=128,
+    num_layers=4,
+    num_dense_layers=1,
+    dense_dim=352,
+    num_heads=4,
+    q_latent_dim=64,
+    kv_latent_dim=32,
+    nope_head_dim=32,
+    rope_head_dim=16,
+    v_head_dim=32,
+    num_experts=16,
+    experts_per_token=4,
+    num_shared_experts=1,
+    expert_dim=64,
+    num_groups=4,
+    groups_per_token=2,
+    routed_scale=1.0,
+    max_positions=2048,
+    mtp_depth=1,
+    init_std=0.02,
+)
+
+# The benchmark shape: 196M parameters, 32M active.
+MINI = ModelConfig(
+    vocab_size=8192,
+    dim=512,
+    num_layers=8,
+    num_dense_layers=1,
+    dense_dim=1408,
+    num_heads=8,
+    q_latent_dim=256,
+    kv_latent_dim=128,
+    nope_head_dim=64,
+    rope_head_dim=32,
+    v_head_dim=64,
+    num_experts=64,
+    experts_per_token=6,
+    num_shared_experts=1,
+    expert_dim=256,
+    num_groups=8,
+    groups_per_token=4,
+    routed_scale=2.5,
+    max_positions=16384,
+    init_std=0.02,
+)
+
+# DeepSeek-V3 as released: 671B parameters, 37B active, and one MTP module.
+V3 = ModelConfig(
+    vocab_size=129280,
+    dim=7168,
+    num_layers=61,
+    num_dense_layers=3,
+    dense_dim=18432,
+    num_heads=128,
+    q_latent_dim=1536,
+    kv_latent_dim=512,
+    nope_head_dim=128,
+    rope_head_dim=64,
+    v_head_dim=128,
+    num_experts=256,
+    experts_per_token=8,
+    num_shared_experts=1,
+    expert_dim=2048,
+    num_groups=8,
+    groups_per_token=4,
+    routed_scale=2.5,
+    yarn=Yarn(factor=40.0, original_max_positions=4096),
+    max_positions=163840,
+    mtp_depth=1,
+    compute_dtype="bfloat16",
+    remat="full",
+)
+
+# DeepSeek-V2 as released: 236B parameters, 21B active; a softmax router with auxiliary losses.
+V2 = replace(
+    V3,
+    vocab_size=102400,
+    dim=5120,
+    num_layers=60,
+    num_dense_layers=1,
+    dense_dim=12288,
+    expert_dim=1536,
+    num_experts=160,
+    experts_per_token=6,
+    num_shared_experts=2,
+    groups_per_token=3,
+    router="softmax",
+    group_score="max",
+    normalize_gates=False,
+    routed_scale=16.0,
+    balance=Balance(bias_rate=0.0, sequence_alpha=0.003),
+    mtp_depth=0,
+)
+
+# DeepSeek-V2-Lite as released: 15.7B parameters, 2.4B active; no query compression, no groups.
+V2_LITE = replace(
+    V2,
+    dim=2048,
+    num_layers=27,
+    dense_dim=10944,
+    num_heads=16,
+    q_latent_dim=None,
+    expert_dim=1408,
+    num_experts=64,
+    num_groups=1,
+    groups_per_token=1,
+    routed_scale=1.0,
+    yarn=Yarn(factor=40.0, original_max_positions=4096, mscale=0.707, mscale_all_dim=0.707),
+)
+
+MODELS = {"tiny": TINY, "mini": MINI, "v2_lite": V2_LITE, "v2": V2, "v3": V3}
+
+# Recipes. The released models' are the reports'; the small ones were tuned here (see experiments/README.md).
+_TINY_RUN = RunConfig(
+    model=TINY,
+    data=DataConfig(seq_len=256, batch_size=16),
+    optim=OptimConfig(learning_rate=4e-3, final_learning_rate=2e-4, warmup_steps=30),
+    steps=600,
+    eval_every=200,
+    save_every=200,
+)
+_V3_RUN = RunConfig(
+    model=V3,
+    data=DataConfig(seq_len=4096, batch_size=15360, separate_documents=False, fim_rate=0.1),
+    steps=235_000,
+    eval_every=1000,
+    save_every=500,
+    log_every=1,
+)
+RECIPES = {
+    "tiny": _TINY_RUN,
+    "mini": replace(
+        _TINY_RUN,
+        model=MINI,
+        data=DataConfig(seq_len=512, batch_size=8),
+        optim=OptimConfig(learning_rate=6e-4, final_learning_rate=6e-5, warmup_steps=200),
+        steps=5000,
+    ),
+    "v2_lite": replace(_V3_RUN, model=V2_LITE, optim=OptimConfig(learning_rate=4.2e-4, final_learning_rate=4.2e-5)),
+    "v2": replace(_V3_RUN, model=V2, optim=OptimConfig(learning_rate=2.4e-4, final_learning_rate=2.4e-5)),
+    "v3": _V3_RUN,
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """The model of that name.
+
+    Raises: ConfigError for a name that is none.
+    """
+    if name not in MODELS:
+        raise ConfigError(f"preset {name!r} is not one of {', '.join(MODELS)}")
+    return MODELS[name]
+
+
+def recipe(name: str) -> RunConfig:
+    """The training run of that name: the preset's model with the data and schedule that suit it.
+
+    Raises: ConfigError for a name that is none.
+    """
+    if name not in RECIPES:
+        raise ConfigError(f"preset {name!r} is not one of {', '.join(RECIPES)}")
+    return RECIPES[name]

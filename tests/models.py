@@ -1,0 +1,79 @@
+"""Models that tests share: small enough to compile in seconds, and random enough that every part of them matters."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsv3_jax.config import Balance, ModelConfig
+from dsv3_jax.modules.layers import NormScale
+from dsv3_jax.modules.moe import RouterBias
+from dsv3_jax.modules.transformer import Transformer, abstract
+
+# No two sizes are alike, so that no axis can pass for another.
+SMALL = ModelConfig(
+    vocab_size=37,
+    dim=16,
+    num_layers=3,
+    num_dense_layers=1,
+    dense_dim=20,
+    num_heads=3,
+    q_latent_dim=12,
+    kv_latent_dim=10,
+    nope_head_dim=6,
+    rope_head_dim=4,
+    v_head_dim=5,
+    num_experts=8,
+    experts_per_token=3,
+    num_shared_experts=1,
+    expert_dim=7,
+    num_groups=4,
+    groups_per_token=2,
+    routed_scale=2.5,
+    balance=Balance(sequence_alpha=0.02, switch_alpha=0.03),
+    norm_eps=0.05,  # far from the latent norms' 1e-6
+    max_positions=128,
+    init_std=0.3,  # scores, gates and attention are far from even
+)
+
+
+def small(**changes) -> ModelConfig:
+    return replace(SMALL, **changes)
+
+
+def random_model(cfg: ModelConfig, seed: int = 0) -> Transformer:
+    """A model filled by NumPy, without compiling: norm scales are not 1, and router biases are not 0 but signed."""
+    rng = np.random.default_rng(seed)
+    graphdef, state = nnx.split(abstract(cfg))
+    filled = {}
+    for path, variable in nnx.to_flat_state(state):
+        noise = rng.standard_normal(variable.shape)
+        if isinstance(variable, NormScale):
+            noise = 1 + 0.3 * noise
+        elif isinstance(variable, RouterBias):
+            noise = 0.15 * noise
+        else:
+            noise = cfg.init_std * noise
+        filled[path] = variable.replace(jnp.asarray(noise, jnp.float32))
+    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def tokens_of(cfg: ModelConfig, batch: int, length: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).integers(cfg.vocab_size, size=(batch, length)), jnp.int32)
+
+
+# Compiles in half the time; the tests of decoding and training run what the compiler makes of it at full effort.
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def _forward(graphdef, state, tokens, segment_ids, positions):
+    return nnx.merge(graphdef, state)(tokens, segment_ids, positions)
+
+
+def forward(model: Transformer, tokens, segment_ids=None, positions=None):
+    """`model(…)` as NumPy arrays, compiled once for all models and inputs of one shape."""
+    return jax.tree.map(np.asarray, _forward(*nnx.split(model), tokens, segment_ids, positions))

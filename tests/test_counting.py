@@ -1,0 +1,88 @@
+"""Sizes as the reports give them, and as plain arithmetic gives them; nothing is allocated for it."""
+
+import jax
+import pytest
+from models import small
+
+from dsv3_jax import counting
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.presets import preset
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "total", "active"),
+    [
+        ("v3", 1e9, "671", "37"),
+        ("v2", 1e9, "236", "21"),
+        ("v2_lite", 1e8, "157", "24"),
+        ("mini", 1e6, "196", "32"),
+    ],
+)
+def test_sizes_of_the_reports(name, unit, total, active):
+    arrays = len(jax.live_arrays())
+    found = counting.size(preset(name))
+    assert (f"{found.total / unit:.0f}", f"{found.active / unit:.0f}") == (total, active)
+    assert len(jax.live_arrays()) == arrays  # 671 billion would not have fitted anyway
+
+
+def slow_size(cfg: ModelConfig) -> tuple[int, int, int, int]:
+    """(total, active, MTP, active of MTP), from the equations."""
+    d, h, r = cfg.dim, cfg.num_heads, cfg.rope_head_dim
+    qk = cfg.nope_head_dim + r
+    q, c = cfg.q_latent_dim, cfg.kv_latent_dim
+    query = d * h * qk if q is None else d * q + q + q * h * qk
+    attention = query + d * (c + r) + c + c * h * (cfg.nope_head_dim + cfg.v_head_dim) + h * cfg.v_head_dim * d
+    ffn = 3 * d * cfg.expert_dim
+    outside = attention + 2 * d
+    always = outside + d * cfg.num_experts + cfg.num_shared_experts * ffn
+    dense = cfg.num_dense_layers * (outside + 3 * d * cfg.dense_dim)
+    table = cfg.vocab_size * d
+    trunk = dense + cfg.num_sparse_layers * always + d + table  # with the head; the embedding is the other table
+    joint = 2 * d * d + 3 * d + always
+    m, k, e = cfg.mtp_depth, cfg.experts_per_token, cfg.num_experts
+    return (
+        trunk + cfg.num_sparse_layers * e * ffn + (0 if cfg.tie_embeddings else table),
+        trunk + cfg.num_sparse_layers * k * ffn,
+        m * (joint + e * ffn),
+        m * (joint + k * ffn + table),  # the shared head is multiplied with once more a depth
+    )
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        preset("tiny"),
+        preset("v3"),
+        preset("v2_lite"),
+        small(mtp_depth=2),
+        small(tie_embeddings=True, num_dense_layers=0, num_shared_experts=3),
+        small(num_dense_layers=3, q_latent_dim=None),
+    ],
+    ids=["tiny", "v3", "v2_lite", "two depths", "tied", "all dense"],
+)
+def test_sizes_are_the_arithmetic(cfg):
+    found = counting.size(cfg)
+    assert (found.total, found.active, found.mtp, found.mtp_active) == slow_size(cfg)
+    assert sum(found.parts.values()) == found.total
+
+
+def test_cache_elements():
+    v3 = counting.size(preset("v3")).cache_elements
+    assert v3["latent"] == 35_136 == 61 * 576
+    assert v3["mha"] == 61 * 40_960  # NUMERICS: expanded keys and values a layer
+    assert counting.size(preset("v2_lite")).cache_elements["latent"] == 27 * 576
+
+
+def test_flops():
+    mini = preset("mini")
+    assert f"{counting.train_flops_per_token(mini) / 1e6:.1f}" == "193.7"
+    tiny = preset("tiny")
+    with_mtp, without = (counting.train_flops_per_token(tiny, with_mtp=w) for w in (True, False))
+    assert with_mtp - without == 6 * counting.size(tiny).mtp_active > 0
+    # scores and values: 2 FLOPs a product, 8 layers of 8 heads, 64 + 32 and 64 wide, over 100 tokens
+    assert counting.size(mini, context=100).attention_flops == 2 * 8 * 8 * (96 + 64) * 100
+
+
+def test_short_numbers():
+    shorts = [counting.short(x) for x in (0, 999, 1234567, 671e9, 2.5e12, 35_136)]
+    assert shorts == ["0", "999", "1.235M", "671B", "2.5T", "35.14K"]

@@ -1,0 +1,228 @@
+"""The whole model against the equations written out, and what may depend on what."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from model_oracle import Oracle, parameters
+from models import forward, random_model, small, tokens_of
+
+from dsv3_jax.config import ConfigError, Yarn
+from dsv3_jax.modules.layers import NormScale
+from dsv3_jax.modules.moe import RouterBias
+from dsv3_jax.modules.transformer import Transformer, abstract, create
+from dsv3_jax.presets import preset
+
+BATCH, LENGTH = 2, 14
+# Row 0: documents of 6 and 5 tokens, then padding. Row 1: one of 14.
+SEGMENTS = np.array([[1] * 6 + [2] * 5 + [0] * 3, [1] * 14], np.int32)
+POSITIONS = np.array([[*range(6), *range(5), *range(3)], [*range(14)]], np.int32)
+
+V3 = small(mtp_depth=2)
+V2 = small(
+    router="softmax", group_score="max", normalize_gates=False, routed_scale=4.0, num_shared_experts=2,
+    q_latent_dim=None, rope_interleaved=False, tie_embeddings=True, mtp_depth=1, mtp_input="raw", dispatch="ragged_dot",
+    yarn=Yarn(factor=8.0, original_max_positions=16, beta_fast=4.0, mscale=1.3, mscale_all_dim=0.7),
+)  # fmt: skip
+NO_GROUPS = dict(num_dense_layers=0, num_layers=1, num_groups=1, groups_per_token=1, dispatch="dense")
+CASES = {
+    "v3": V3,
+    "v2": V2,
+    "topk": small(router="topk", **NO_GROUPS),
+    "dense": small(router="dense", experts_per_token=8, **NO_GROUPS),
+}
+
+
+def run(model, tokens, segment_ids=SEGMENTS, positions=POSITIONS):
+    return forward(model, jnp.asarray(tokens), jnp.asarray(segment_ids), jnp.asarray(positions))
+
+
+@pytest.fixture(scope="module")
+def v3():
+    return random_model(V3)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.asarray(tokens_of(V3, BATCH, LENGTH))
+
+
+def pairs(a, b):
+    """The logits of both, the model's own first, then those of each MTP depth."""
+    return zip((a.logits, *a.mtp_logits), (b.logits, *b.mtp_logits), strict=True)
+
+
+# values
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_model_equals_the_equations(name, tokens):
+    cfg = CASES[name]
+    model = random_model(cfg)
+    out = run(model, tokens)
+    oracle = Oracle(np, cfg, SEGMENTS, POSITIONS)
+    logits, mtp_logits = oracle.outputs(parameters(model), tokens)
+    assert len(out.mtp_logits) == cfg.mtp_depth
+    for k, (got, want) in enumerate(zip((out.logits, *out.mtp_logits), (logits, *mtp_logits), strict=True)):
+        assert got.dtype == jnp.float32
+        assert got.shape == (BATCH, LENGTH - k, cfg.vocab_size)
+        # float32 against float64: some hundred roundings of 6e-8 of values as large as a logit.
+        np.testing.assert_allclose(got, want, rtol=0, atol=3e-5 * want.std())
+    layers = cfg.num_sparse_layers
+    assert out.routing.expert_ids.shape == out.routing.gates.shape == (layers, BATCH, LENGTH, cfg.experts_per_token)
+    assert out.routing.load.shape == (layers, cfg.num_experts)
+    trunk = [jax.tree.map(lambda a, i=i: a[i], out.routing) for i in range(layers)]
+    for got, (ids, gates, _) in zip((*trunk, *out.mtp_routing), oracle.routing, strict=True):
+        np.testing.assert_array_equal(got.expert_ids, ids)
+        np.testing.assert_allclose(got.gates, gates, rtol=1e-4)
+        counted = SEGMENTS[:, : ids.shape[1]] != 0
+        np.testing.assert_array_equal(got.load, np.bincount(ids[counted].ravel(), minlength=cfg.num_experts))
+        assert got.load.sum() == counted.sum() * cfg.experts_per_token
+        assert got.dropped == 0
+
+
+def test_mtp_input_matters(tokens):
+    """Else the oracle could not tell the two apart."""
+    params = parameters(random_model(V3))
+    normed, raw = (
+        Oracle(np, small(mtp_depth=2, mtp_input=which), SEGMENTS, POSITIONS).outputs(params, tokens)
+        for which in ("normed", "raw")
+    )
+    np.testing.assert_array_equal(normed[0], raw[0])
+    assert np.abs(normed[1][0] - raw[1][0]).max() > 0.1
+    assert np.abs(normed[1][1] - raw[1][1]).max() > 0.01
+
+
+def test_segments_and_positions_default_to_one_document_from_0(tokens):
+    model = random_model(small(mtp_depth=1, routed_scale=1.0, **NO_GROUPS))
+    ones, places = np.ones_like(SEGMENTS), np.broadcast_to(np.arange(LENGTH, dtype=np.int32), SEGMENTS.shape)
+    bare, full = forward(model, jnp.asarray(tokens)), run(model, tokens, ones, places)
+    # Two programs: constants are folded in one of them.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), bare, full)
+
+
+def test_bfloat16_computes_near_float32(tokens):
+    gentle = dict(NO_GROUPS, mtp_depth=1, routed_scale=1.0)
+    wide = run(random_model(small(**gentle)), tokens)
+    narrow = run(random_model(small(**{**gentle, "compute_dtype": "bfloat16", "dispatch": "blocks"})), tokens)
+    assert narrow.logits.dtype == narrow.mtp_logits[0].dtype == narrow.routing.gates.dtype == np.float32
+    # 8 bits of mantissa: 0.4 % an operation; a token whose routing flips moves farther, so the middle is compared.
+    assert 0 < np.median(np.abs(wide.logits - narrow.logits)) < 0.05 * wide.logits.std()
+    assert np.mean(wide.routing.expert_ids == narrow.routing.expert_ids) > 0.8
+
+
+# what depends on what
+
+
+@pytest.mark.parametrize("changed", [3, 8, 13])
+def test_later_tokens_change_no_earlier_logits(v3, tokens, changed):
+    ones, places = np.ones_like(SEGMENTS), np.broadcast_to(np.arange(LENGTH, dtype=np.int32), SEGMENTS.shape)
+    other = tokens.copy()
+    other[:, changed] = (other[:, changed] + 1) % V3.vocab_size
+    a, b = run(v3, tokens, ones, places), run(v3, other, ones, places)
+    # Depth k reads k tokens more than the model itself, which is depth 0 here.
+    for k, (left, right) in enumerate(pairs(a, b)):
+        np.testing.assert_array_equal(left[:, : changed - k], right[:, : changed - k])
+        assert (left[:, changed - k] != right[:, changed - k]).any(axis=-1).all()
+
+
+def test_a_segment_sees_itself_alone(v3, tokens):
+    """Other documents and padding change nothing, of MTP in the entries whose next tokens are of the segment."""
+    base = run(v3, tokens)
+    for theirs in (slice(0, 6), slice(6, 11), slice(11, 14)):
+        other = tokens.copy()
+        other[0, theirs] = (other[0, theirs] + 1) % V3.vocab_size
+        out = run(v3, other)
+        for k, (left, right) in enumerate(
+            zip((base.logits, *base.mtp_logits), (out.logits, *out.mtp_logits), strict=True)
+        ):
+            for start, end in ((0, 6), (6, 11)):
+                same = np.array_equal(left[0][start : end - k], right[0][start : end - k])
+                assert same == ((theirs.start, theirs.stop) != (start, end)), (k, theirs, start)
+            np.testing.assert_array_equal(left[1], right[1])
+
+
+def test_padding_is_not_counted(v3, tokens):
+    other = tokens.copy()
+    other[0, 11:] = (other[0, 11:] + 5) % V3.vocab_size
+    a, b = run(v3, tokens), run(v3, other)
+    assert not np.array_equal(a.routing.expert_ids, b.routing.expert_ids)
+    np.testing.assert_array_equal(a.routing.load, b.routing.load)
+    np.testing.assert_array_equal(a.routing.balance_loss, b.routing.balance_loss)
+
+
+def test_packed_documents_equal_each_alone(v3, tokens):
+    packed = run(v3, tokens)
+    places = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), SEGMENTS.shape)
+    for start, end in ((0, 6), (6, 11)):
+        alone = np.zeros_like(tokens)
+        alone[0, : end - start] = tokens[0, start:end]
+        segments = (np.arange(LENGTH)[None] < np.array([[end - start], [0]])).astype(np.int32)
+        out = run(v3, alone, segments, places)
+        for k, (left, right) in enumerate(
+            zip((packed.logits, *packed.mtp_logits), (out.logits, *out.mtp_logits), strict=True)
+        ):
+            # Not exact: attention's blocks then hold other columns, and sums run in another order.
+            np.testing.assert_allclose(
+                left[0][start : end - k], right[0][: end - start - k], rtol=0, atol=1e-5 * np.std(left)
+            )
+
+
+def test_length_over_max_positions_is_refused():
+    model = abstract(small(max_positions=13))
+    with pytest.raises(ValueError, match="^length 14 is over the model's max_positions=13$"):
+        model(jnp.zeros((1, 14), jnp.int32))
+
+
+# parameters
+
+
+def count(cfg, *, mtp):
+    state = nnx.state(abstract(cfg), nnx.Param)
+    if not mtp:
+        state.pop("mtp", None)
+    return sum(a.size for a in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("name, billions", [("v3", 671.0), ("v2", 235.7), ("v2_lite", 15.7), ("mini", 0.1961)])
+def test_presets_have_the_published_number_of_parameters(name, billions):
+    assert count(preset(name), mtp=False) / 1e9 == pytest.approx(billions, abs=0.05 if billions > 1 else 5e-5)
+
+
+def test_v3s_mtp_module_adds_its_block():
+    cfg = preset("v3")
+    added = count(cfg, mtp=True) - count(cfg, mtp=False)
+    assert added / 1e9 == pytest.approx(11.6, abs=0.05)  # the published 14B hold copies of embedding and head
+
+
+def test_created_parameters_are_drawn_as_the_configuration_says():
+    cfg = small(num_layers=2, num_dense_layers=0, num_shared_experts=0, dim=32, init_std=0.02)
+    flat = nnx.to_flat_state(nnx.state(create(cfg, 1)))
+    starts = set()
+    for path, variable in flat:
+        value = np.asarray(variable[...])
+        assert value.dtype == np.float32
+        if isinstance(variable, NormScale):
+            assert (value == 1).all()
+        elif isinstance(variable, RouterBias):
+            assert (value == 0).all()
+        else:
+            # A sample of n has its standard deviation within 1/sqrt(2n) of the true one, seen here at five of those.
+            assert value.std() == pytest.approx(0.02, rel=5 / np.sqrt(2 * value.size)), path
+            starts.add(value.ravel()[0])
+            if path[0] in ("sparse", "experts"):
+                assert value.shape[0] == 2 and (value[0] != value[1]).any(), f"layers of {path} are alike"
+    assert len(starts) == sum(type(variable) is nnx.Param for _, variable in flat)  # no two from one key
+
+
+def test_the_seed_decides_the_parameters():
+    cfg = small(num_layers=1, num_dense_layers=0, num_shared_experts=0, tie_embeddings=True)
+    one, two, three = (nnx.state(create(cfg, seed))["embed"][...] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, two)
+    assert (one != three).any()
+
+
+def test_bad_configuration_is_refused_before_anything_is_made():
+    with pytest.raises(ConfigError, match="num_heads=0"):
+        Transformer(small(num_heads=0), rngs=nnx.Rngs(0))

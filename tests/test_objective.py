@@ -1,0 +1,173 @@
+"""The training loss and its gradient against the equations, on every dispatch backend, remat policy and MTP depth."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from model_oracle import Oracle, parameters
+from models import QUICK, random_model, small, tokens_of
+
+from dsv3_jax import objective
+from dsv3_jax.config import Balance
+from dsv3_jax.modules.moe import RouterBias
+
+BATCH, LENGTH, MTP_WEIGHT = 2, 10, 0.3
+SEGMENTS = np.array([[1] * 5 + [2] * 3 + [0] * 2, [1] * 10], np.int32)
+POSITIONS = np.array([[*range(5), *range(3), *range(2)], [*range(10)]], np.int32)
+
+
+def batch_of(tokens, segment_ids=SEGMENTS, positions=POSITIONS):
+    arrays = dict(tokens=tokens, segment_ids=segment_ids, positions=positions)
+    return {name: jnp.asarray(a, jnp.int32) for name, a in arrays.items()}
+
+
+@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def losses_and_gradients(graphdef, state, batch):
+    def total(state):
+        out = objective.losses(nnx.merge(graphdef, state), batch, MTP_WEIGHT)
+        return out.total, out
+
+    return jax.grad(total, has_aux=True)(state)  # with respect to all variables, the router biases too
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """(total, main, mtp, balance) and the float64 gradient of a configuration, by the equations."""
+    made = {}
+
+    def of(cfg):
+        key = (cfg.mtp_depth, cfg.tie_embeddings)
+        if key not in made:
+            model, tokens = random_model(cfg), np.asarray(tokens_of(cfg, BATCH, LENGTH))
+            values = Oracle(np, cfg, SEGMENTS, POSITIONS).losses(parameters(model), tokens, MTP_WEIGHT)
+            with jax.enable_x64(True):
+                total = jax.jit(
+                    jax.grad(lambda p: Oracle(jnp, cfg, SEGMENTS, POSITIONS).losses(p, tokens, MTP_WEIGHT)[0]),
+                    compiler_options=QUICK,
+                )
+                gradients = jax.tree.map(np.asarray, total(jax.tree.map(jnp.asarray, parameters(model))))
+            made[key] = values, gradients
+        return made[key]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "mtp_depth, dispatch, remat, tied",
+    [
+        (1, "blocks", "none", False),
+        (1, "blocks", "full", False),
+        (1, "ragged_dot", "dots", False),
+        (2, "blocks", "none", True),
+        (0, "dense", "none", False),
+    ],
+)
+def test_losses_and_gradients_equal_the_equations(expected, mtp_depth, dispatch, remat, tied):
+    cfg = small(mtp_depth=mtp_depth, dispatch=dispatch, remat=remat, tie_embeddings=tied)
+    model = random_model(cfg)
+    gradients, out = losses_and_gradients(*nnx.split(model), batch_of(tokens_of(cfg, BATCH, LENGTH)))
+    (total, main, mtp, balance), wanted = expected(cfg)
+    for got, want in ((out.total, total), (out.main, main), (out.balance, balance)):
+        np.testing.assert_allclose(got, want, rtol=2e-6)
+    np.testing.assert_allclose(out.mtp, mtp, rtol=2e-6)
+    assert out.mtp.shape == (mtp_depth,)
+    assert out.load.shape == (cfg.num_sparse_layers + mtp_depth, cfg.num_experts)
+    flat = nnx.to_flat_state(gradients)
+    assert {path[-1] for path, v in flat if isinstance(v, RouterBias)} == {"bias"}
+    for path, variable in flat:
+        want = wanted
+        for name in path:
+            want = want[name]
+        got = np.asarray(variable[...])
+        assert got.shape == want.shape
+        if isinstance(variable, RouterBias):
+            assert not got.any(), f"a gradient reached {path}"
+        else:
+            assert np.abs(want).max() > 0, f"nothing is known of {path}"
+            # float32 against float64; sums over tokens, experts and layers of terms as large as the largest entry.
+            np.testing.assert_allclose(got, want, rtol=0, atol=3e-5 * np.abs(want).max(), err_msg=str(path))
+
+
+# targets
+
+
+def test_targets_stay_within_their_document():
+    tokens = np.arange(20).reshape(2, 10)
+    for ahead in (1, 2, 3):
+        wanted, mask = objective.targets(jnp.asarray(tokens, jnp.int32), jnp.asarray(SEGMENTS), ahead)
+        np.testing.assert_array_equal(wanted, tokens[:, ahead:])
+        want = [[0 < SEGMENTS[b, i] == SEGMENTS[b, i + ahead] for i in range(10 - ahead)] for b in range(2)]
+        np.testing.assert_array_equal(mask, want)
+    # Documents of 5, 3 and 10 tokens have so many targets 1, 2, 3 places on.
+    np.testing.assert_array_equal(objective.target_counts(jnp.asarray(SEGMENTS), 3), [4 + 2 + 9, 3 + 1 + 8, 2 + 0 + 7])
+
+
+def test_no_target_at_all_is_not_divided_by():
+    assert objective.target_counts(jnp.zeros((2, 5), jnp.int32), 2).tolist() == [1, 1]
+
+
+# parts of a batch
+
+
+LIGHT = small(
+    num_layers=1, num_dense_layers=0, mtp_depth=2, dispatch="dense", balance=Balance(sequence_alpha=0.1)
+)  # the sequence-wise loss alone: a batch-wise one is not a sum over parts
+
+
+@partial(jax.jit, static_argnums=(0, 4), compiler_options=QUICK)
+def light_losses(graphdef, state, batch, counts, share):
+    return objective.losses(nnx.merge(graphdef, state), batch, MTP_WEIGHT, counts=counts, share=share)
+
+
+def test_parts_with_the_whole_batchs_counts_add_up_to_it():
+    model = random_model(LIGHT)
+    segments = np.array([[1] * 5 + [2] * 3 + [0] * 2, [1] * 10, [1] * 2 + [0] * 8, [1] * 4 + [2] * 6], np.int32)
+    whole = batch_of(tokens_of(LIGHT, 4, LENGTH), segments, np.broadcast_to(np.arange(10), (4, 10)))
+    counts = objective.target_counts(whole["segment_ids"], 3)
+    want = light_losses(*nnx.split(model), whole, None, 1.0)
+    parts = [
+        light_losses(*nnx.split(model), {k: v[start : start + 2] for k, v in whole.items()}, counts, 0.5)
+        for start in (0, 2)
+    ]
+    for name, *two, one in zip(want._fields, *parts, want, strict=True):
+        np.testing.assert_allclose(two[0] + two[1], one, rtol=1e-6, err_msg=name)
+        assert one.size == 0 or name == "dropped" or np.abs(two[0]).max() > 0
+    assert want.total == pytest.approx(want.main + MTP_WEIGHT * want.mtp.mean() + want.balance, rel=1e-6)
+
+
+# scores
+
+
+def test_scores_equal_log_probabilities_and_a_walk_along_the_drafts():
+    cfg = LIGHT
+    model = random_model(cfg)
+    tokens = np.asarray(tokens_of(cfg, BATCH, LENGTH)).copy()
+    oracle = Oracle(np, cfg, SEGMENTS, POSITIONS)
+    logits, mtp_logits = oracle.outputs(parameters(model), tokens)
+
+    got = jax.jit(lambda b: objective.scores(model, b), compiler_options=QUICK)(batch_of(tokens))
+    nats, mask = oracle.nats(logits, tokens, 1)
+    np.testing.assert_allclose(got.nll, nats, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(got.mask, mask)
+    drafted, agree = walk(logits, mtp_logits)
+    np.testing.assert_array_equal(got.drafted, drafted)
+    np.testing.assert_array_equal(got.agree, agree)
+
+
+def walk(logits, mtp_logits):
+    """Position by position: draft at depth 0, 1, … as long as the model would have said the same."""
+    drafted, agree = np.zeros(len(mtp_logits)), np.zeros(len(mtp_logits))
+    for b in range(BATCH):
+        for i in range(LENGTH):
+            for k in range(len(mtp_logits)):
+                target = i + k + 2
+                if target >= LENGTH or not 0 < SEGMENTS[b, i] == SEGMENTS[b, target]:
+                    break
+                drafted[k] += 1
+                if mtp_logits[k][b, i].argmax() != logits[b, target - 1].argmax():
+                    break
+                agree[k] += 1
+    return drafted, agree
