@@ -1,0 +1,144 @@
+"""Reading: every document with its domain, equal texts on one side, and a fault named by file and place."""
+
+import json
+import sys
+import sysconfig
+from collections import Counter
+
+import pytest
+
+from dsv3_jax.config import DataConfig
+from dsv3_jax.corpus import load_corpus
+
+
+def read(*paths, **settings):
+    corpus = load_corpus(DataConfig(paths=tuple(map(str, paths)), **{"val_fraction": 0.5, **settings}))
+    return corpus, sorted(corpus.train + corpus.val)
+
+
+def test_folder_of_files(tmp_path):
+    files = {"README.md": "readme", "src/a.py": "a = 1\r\n", "src/deep/b.c": "int b;", "notes": "no suffix",
+             ".git/config": "hidden", "src/.hidden": "hidden", "image.png": "\x89PNG\0", "src/empty.py": "",
+             "more.jsonl": '{"text": "j1", "domain": "web"}\n\n{"text": "j2"}\n'}  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(text.encode())
+    _, documents = read(tmp_path)
+    assert documents == sorted([
+        ("readme", "md"), ("a = 1\r\n", "src"), ("int b;", "src"), ("no suffix", "text"),
+        ("j1", "web"), ("j2", "jsonl"),
+    ])  # fmt: skip
+    _, documents = read(tmp_path / "src/a.py", tmp_path / "README.md")
+    assert documents == [("a = 1\r\n", "py"), ("readme", "md")]
+    _, documents = read(tmp_path, max_documents=2)
+    assert len(documents) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "a.txt' holds no text"),
+        ("a.txt", b"abc\xff", "a.txt is not UTF-8: byte 3 is 0xff"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, line 2, is not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n["text"]\n', 'a.jsonl, line 2, is not an object with a "text"'),
+        ("a.jsonl", b'{"txt": "a"}\n', 'a.jsonl, line 1, is not an object with a "text"'),
+        ("a.jsonl", b'{"text": 7}\n', 'a.jsonl, line 1: "text" is 7, not a string'),
+        ("a.jsonl", b'{"text": "a", "domain": 7}\n', 'a.jsonl, line 1: "domain" is 7, not a string'),
+        ("a.jsonl", b'{"text": "a\\ud800"}\n', 'a.jsonl, line 1: "text" is not UTF-8 at character 1'),
+        ("a.jsonl", b'{"text": "a"}\n"\xff"\n', "a.jsonl is not UTF-8: byte 15 is 0xff"),
+        ("a.txt", b"one text", "1 document.* val_fraction=0.5 leave none for training"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / name)
+
+
+def test_bad_paths_are_named(tmp_path):
+    with pytest.raises(ValueError, match="nowhere' does not exist"):
+        read(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=f"{tmp_path.name}' holds no text"):
+        read(tmp_path)
+    (tmp_path / "latin1.txt").write_bytes("café, written long ago".encode("latin-1"))
+    with pytest.raises(ValueError, match="latin1.txt is not UTF-8: byte 3 is 0xe9"):
+        read(tmp_path)
+
+
+def test_unreadable_file(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a")
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    with pytest.raises(ValueError, match=r"a\.txt cannot be read: Permission denied"):
+        read(tmp_path / "a.txt")
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"a\.parquet needs pyarrow.*dsv3-jax\[parquet\]"):
+        read(tmp_path / "a.parquet")
+
+
+def test_parquet(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["p1", "p2"], "domain": ["web", None], "n": [1, 2]}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet")[1] == [("p1", "web"), ("p2", "parquet")]
+    pq.write_table(pa.table({"body": ["p1"]}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"b\.parquet has no column \"text\" among \['body'\]"):
+        read(tmp_path / "b.parquet")
+    pq.write_table(pa.table({"text": ["p1", None]}), tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match=r'c\.parquet, row 2: "text" is None'):
+        read(tmp_path / "c.parquet")
+    (tmp_path / "d.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"d\.parquet is not a Parquet file"):
+        read(tmp_path / "d.parquet")
+
+
+def test_split_is_by_text(tmp_path):
+    """Equal texts share a side; the share is about val_fraction; other documents do not move a text."""
+    lines = [json.dumps({"text": f"text {i % 400}", "domain": str(i // 400)}) for i in range(800)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    corpus, _ = read(tmp_path / "a.jsonl", val_fraction=0.2)
+    train, val = ({d.text for d in side} for side in (corpus.train, corpus.val))
+    assert not train & val and len(corpus.train) + len(corpus.val) == 800
+    assert abs(len(val) / 400 - 0.2) < 5 * (0.2 * 0.8 / 400) ** 0.5  # five standard deviations
+    (tmp_path / "b.jsonl").write_text("\n".join(lines[:100]))
+    fewer, _ = read(tmp_path / "b.jsonl", val_fraction=0.2)
+    assert {d.text for d in fewer.val} <= val and fewer.fingerprint != corpus.fingerprint
+    least, _ = read(tmp_path / "b.jsonl", val_fraction=1e-9)
+    assert len(least.val) == 1 and least.val[0].text in val
+
+
+def test_long_texts_are_cut_at_line_ends(tmp_path):
+    text = "".join(f"line {i} of a long text\n" for i in range(40_000))
+    (tmp_path / "a.txt").write_text(text + "x" * 300_000)
+    corpus, documents = read(tmp_path / "a.txt", val_fraction=0.05)
+    assert all(len(d.text) <= 2**18 for d in documents)
+    assert sum(len(d.text) for d in documents) == len(text) + 300_000
+    assert sum(d.text.endswith("text\n") for d in documents) >= 3
+    assert corpus.train and corpus.val
+
+
+def test_default_corpus_has_its_domains():
+    corpus = load_corpus(DataConfig(max_documents=200))
+    again = load_corpus(DataConfig(max_documents=200))
+    assert corpus == again and len(corpus.train) + len(corpus.val) == 200
+    assert corpus.domains == ("code", "tests", "C", "English")
+    sizes = corpus.sizes()
+    assert sum(map(sum, sizes.values())) == sum(len(d.text.encode()) for d in corpus.train + corpus.val)
+    assert all(train > 0 for train, _ in sizes.values())
+
+
+def test_default_corpus_of_a_slim_distribution(tmp_path, monkeypatch):
+    """Without headers and tests of Python's own, other packages' stand in."""
+    (tmp_path / "only.py").write_text("x = 1\n")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path if name == "stdlib" else tmp_path / "none"))
+    corpus = load_corpus(DataConfig(max_documents=40))
+    count = Counter(d.domain for d in corpus.train + corpus.val)
+    assert count["code"] == 1 and min(count[d] for d in ("tests", "C", "English")) > 10

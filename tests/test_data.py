@@ -1,0 +1,186 @@
+"""Documents in, packed batches out: nothing is lost or told twice, and a run resumes where it stood."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from dsv3_jax import corpus as corpora
+from dsv3_jax import data
+from dsv3_jax.config import DataConfig
+from dsv3_jax.tokenizer import ByteTokenizer, FileTokenizer
+
+EOS, PREFIX, SUFFIX, MIDDLE = 256, 257, 258, 259
+CFG = DataConfig(seq_len=16, batch_size=4, seed=3)
+
+
+def make_corpus(train=30, val=12):
+    """Documents of two domains and lengths 1 … 40; each names itself."""
+    lengths = np.random.default_rng(1).integers(1, 41, size=train + val)
+    documents = [
+        corpora.Document(f"{i:02d}{'é' if i % 2 else 'xyz' * 20}"[: max(2, n)], "ab"[i % 2])
+        for i, n in enumerate(lengths)
+    ]
+    return corpora.Corpus(tuple(documents[:train]), tuple(documents[train:]), ("a", "b"), "print")
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def assert_same(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+def documents_of(batches):
+    """The stream of documents, each with its eos, and what is left at the end."""
+    stream = np.concatenate([b["tokens"].ravel() for b in batches])
+    domains = np.concatenate([b["domains"].ravel() for b in batches])
+    ends = np.flatnonzero(stream == EOS) + 1
+    return np.split(stream, ends)[:-1], [set(d) for d in np.split(domains, ends)[:-1]]
+
+
+def test_an_epoch_is_every_document_once_in_an_order_of_its_own():
+    corpus, tokenizer = make_corpus(), ByteTokenizer()
+    want = Counter((d.text, d.domain) for d in corpus.train)
+    found, domains = documents_of(take(data.train_batches(corpus, tokenizer, CFG), 60))
+    got = [(tokenizer.decode(f), "ab"[d.pop()]) for f, d in zip(found, domains, strict=True) if len(d) == 1]
+    assert len(got) == len(found) > 60  # no token has another document's domain
+    epochs = [got[:30], got[30:60]]
+    assert Counter(epochs[0]) == Counter(epochs[1]) == want
+    texts = list(want)
+    assert texts != epochs[0] != epochs[1]
+    other, _ = documents_of(take(data.train_batches(corpus, tokenizer, DataConfig(seq_len=16, batch_size=4)), 30))
+    assert [tokenizer.decode(d) for d in other[:30]] != [text for text, _ in epochs[0]]
+
+
+def test_segments_and_positions_from_the_tokens():
+    """A slow rule, token by token: a new segment at a row's start and after each eos."""
+    for batch in take(data.train_batches(make_corpus(), ByteTokenizer(), CFG), 20):
+        assert all(a.shape == (4, 16) and a.dtype == np.int32 for a in batch.values())
+        for row in range(4):
+            segment, position = 1, 0
+            for column in range(16):
+                assert (batch["segment_ids"][row, column], batch["positions"][row, column]) == (segment, position)
+                ends = batch["tokens"][row, column] == EOS
+                segment, position = segment + ends, 0 if ends else position + 1
+
+
+def test_joined_documents_differ_in_ids_and_positions_alone():
+    apart = take(data.train_batches(make_corpus(), ByteTokenizer(), CFG), 5)
+    joined_cfg = DataConfig(seq_len=16, batch_size=4, seed=3, separate_documents=False)
+    for a, b in zip(apart, take(data.train_batches(make_corpus(), ByteTokenizer(), joined_cfg), 5), strict=True):
+        np.testing.assert_array_equal(a["tokens"], b["tokens"])
+        np.testing.assert_array_equal(b["segment_ids"], np.ones((4, 16)))
+        np.testing.assert_array_equal(b["positions"], np.tile(np.arange(16), (4, 1)))
+
+
+@pytest.mark.parametrize("fim_rate", [0.0, 0.5])
+def test_resuming_is_bitwise(fim_rate):
+    """From any place, through JSON, over an epoch's end; asking for the state changes nothing."""
+    corpus, cfg = make_corpus(), DataConfig(seq_len=16, batch_size=4, fim_rate=fim_rate)
+    whole = take(data.train_batches(corpus, ByteTokenizer(), cfg), 19)
+    one = data.train_batches(corpus, ByteTokenizer(), cfg)
+    for step in range(16):
+        saved = json.dumps(one.get_state())
+        assert len(saved) < 200
+        two = data.train_batches(corpus, ByteTokenizer(), cfg)
+        take(two, step % 3)  # a used iterator goes back as well as a fresh one goes on
+        two.set_state(json.loads(saved))
+        assert_same(take(two, 3), whole[step : step + 3])
+        assert_same([next(one)], [whole[step]])
+
+
+def test_a_foreign_state_is_refused():
+    state = data.train_batches(make_corpus(), ByteTokenizer(), CFG).get_state()
+    with pytest.raises(ValueError, match="seed=3, this run has 0"):
+        data.train_batches(make_corpus(), ByteTokenizer(), DataConfig()).set_state(state)
+    with pytest.raises(ValueError, match="corpus='other', this run has 'print'"):
+        data.train_batches(make_corpus(), ByteTokenizer(), CFG).set_state(state | {"corpus": "other"})
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_shards_make_the_batch_of_one(count):
+    corpus = make_corpus()
+    whole = data.train_batches(corpus, ByteTokenizer(), CFG)
+    shards = [data.train_batches(corpus, ByteTokenizer(), CFG, s, count) for s in range(count)]
+    for _ in range(10):
+        parts = [next(s) for s in shards]
+        assert all(p["tokens"].shape == (4 // count, 16) for p in parts)
+        assert_same([{k: np.concatenate([p[k] for p in parts]) for k in parts[0]}], [next(whole)])
+    assert all(s.get_state() == whole.get_state() for s in shards)
+
+
+def test_shards_that_cannot_be():
+    for index, count in ((0, 3), (2, 2), (-1, 2)):
+        with pytest.raises(ValueError, match=f"shard_index={index} of shard_count={count} cannot share batch_size=4"):
+            data.train_batches(make_corpus(), ByteTokenizer(), CFG, index, count)
+
+
+def unfold(ids):
+    """Text of a document, with a fill-in-the-middle undone."""
+    ids = ids.tolist()
+    if ids[0] != PREFIX:
+        return bytes(ids[:-1]).decode()
+    suffix, middle = ids.index(SUFFIX), ids.index(MIDDLE)
+    return bytes(ids[1:suffix] + ids[middle + 1 : -1] + ids[suffix + 1 : middle]).decode()
+
+
+def test_fill_in_the_middle_keeps_the_text():
+    """Prefix, suffix, middle, cut between characters; the rate is by document, the choice new each epoch."""
+    corpus = make_corpus()
+    for rate in (0.3, 1.0):
+        cfg = DataConfig(seq_len=64, batch_size=8, fim_rate=rate)
+        found, _ = documents_of(take(data.train_batches(corpus, ByteTokenizer(), cfg), 20))
+        got = [unfold(ids) for ids in found]
+        assert Counter(got[:30]) == Counter(d.text for d in corpus.train)
+        share = np.mean([ids[0] == PREFIX for ids in found])
+        # five standard deviations of a mean of as many coin flips
+        assert abs(share - rate) <= 5 * (rate * (1 - rate) / len(found)) ** 0.5
+        assert len({ids.tobytes() for ids in found}) > 60
+
+
+def test_fim_needs_its_specials(tmp_path):
+    import tokenizers
+
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
+    inner.add_special_tokens(["</s>"])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = FileTokenizer(str(tmp_path))
+    with pytest.raises(ValueError, match="2 ids has no fill-in-the-middle"):
+        data.train_batches(make_corpus(), tokenizer, DataConfig(fim_rate=0.1))
+    data.train_batches(make_corpus(), tokenizer, DataConfig())
+    with pytest.raises(ValueError, match="has 2 ids, more than the model's vocab_size=1"):
+        data.check_vocab(tokenizer, 1)
+    data.check_vocab(tokenizer, 2)
+
+
+def test_validation_is_fixed_even_and_without_repetition():
+    corpus, cfg = make_corpus(), DataConfig(seq_len=8, batch_size=2, fim_rate=1.0)
+    everything = data.val_batches(corpus, ByteTokenizer(), cfg, 1000)
+    assert_same(
+        everything, data.val_batches(corpus, ByteTokenizer(), DataConfig(seq_len=8, batch_size=2, seed=9), 1000)
+    )
+    assert_same(everything[:2], data.val_batches(corpus, ByteTokenizer(), cfg, 2))
+    for batch in everything[:2]:
+        np.testing.assert_array_equal(batch["domains"], [[0] * 8, [1] * 8])
+    odd = data.val_batches(corpus, ByteTokenizer(), DataConfig(seq_len=8, batch_size=7), 1000)
+    assert len(odd) > 1 and all(a.shape == (7, 8) for batch in odd for a in batch.values())
+    # every token of every document once; the rest is padding at the ends of rows
+    tokens, segments = (np.concatenate([b[k] for b in everything]) for k in ("tokens", "segment_ids"))
+    want = Counter(t for d in corpus.val for t in [*d.text.encode(), EOS])
+    assert Counter(tokens[segments > 0].tolist()) == want
+    assert (np.diff((segments > 0).astype(int), axis=1) <= 0).all() and not tokens[segments == 0].any()
+
+
+def test_validation_begins_with_one_window_of_each_document():
+    """Long documents: as many rows as documents have a row of each."""
+    texts = [f"{chr(97 + i)}" * 100 for i in range(6)]
+    corpus = corpora.Corpus(tuple(), tuple(corpora.Document(t, "a") for t in texts), ("a",), "")
+    batch, *_ = data.val_batches(corpus, ByteTokenizer(), DataConfig(seq_len=4, batch_size=6), 1)
+    assert {chr(c) for c in batch["tokens"][:, 0]} == set("abcdef")

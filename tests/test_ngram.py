@@ -1,0 +1,72 @@
+"""The order-2 byte model: a probability model, equal to its equations, and better than chance on text."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from dsv3_jax.ngram import Order2, order2_bits_per_byte
+
+TRAIN = [b"the cat sat on the mat. " * 3, b"", b"a", "naïve café\n".encode() * 4]
+
+
+def witten_bell(documents, context, byte):
+    """The docstring's equation, for one byte."""
+    windows = [b"\0\0" + d for d in documents]
+    if context is None:
+        return 1 / 256
+    n = len(context)
+    # at lower orders the zeros before a document count as context, but not as a byte that was predicted
+    after = Counter(w[i] for w in windows for i in range(2, len(w)) if w[i - n : i] == context)
+    lower = witten_bell(documents, context[1:] if context else None, byte)
+    if not after:
+        return lower
+    return (after[byte] + len(after) * lower) / (sum(after.values()) + len(after))
+
+
+def test_equals_the_equations():
+    model = Order2(TRAIN)
+    for context, byte in [
+        (b"th", b"e"),
+        (b"\0\0", b"a"),
+        (b"\0\0", b"z"),
+        (b"zz", b"e"),
+        (b"zt", b"h"),
+        (b"\xc3\xa9", b"\n"),
+    ]:
+        gram = np.array([context[0] << 16 | context[1] << 8 | byte[0]])
+        want = witten_bell(TRAIN, context, byte[0])
+        np.testing.assert_allclose(model.probabilities(gram), want, rtol=1e-12)  # rounding of a few float64 operations
+
+
+def test_probabilities_sum_to_one():
+    """For seen contexts, for contexts of which only the last byte was seen, and for strangers."""
+    model = Order2(TRAIN)
+    for context in (b"th", b"\0\0", b"zt", b"\xff\xfe"):
+        p = model.probabilities((context[0] << 16 | context[1] << 8) + np.arange(256))
+        assert (p > 0).all()
+        np.testing.assert_allclose(p.sum(), 1.0, rtol=1e-12)  # rounding of 256 float64 summands
+
+
+def test_bits_are_those_of_the_documents_alone():
+    """Documents do not see each other, and the zeros before each cost nothing."""
+    model = Order2(TRAIN)
+    together = model.bits(TRAIN)
+    apart = [model.bits([d]) for d in TRAIN]
+    assert together[1] == sum(count for _, count in apart) == sum(map(len, TRAIN))
+    np.testing.assert_allclose(together[0], sum(bits for bits, _ in apart), rtol=1e-12)  # order of a sum
+
+
+def test_known_values():
+    """Noise costs 8 bits and up to one more, for what was seen once takes half the weight; a phrase costs nothing."""
+    noise = np.random.default_rng(0).integers(256, size=(2, 50_000), dtype=np.uint8)
+    assert 8.0 < order2_bits_per_byte([noise[0].tobytes()], [noise[1].tobytes()]) < 9.0
+    phrase = [b"abcdefgh" * 1000]
+    assert order2_bits_per_byte(phrase, phrase) < 0.02
+
+
+def test_nothing_to_count_is_an_error():
+    with pytest.raises(ValueError, match="no training bytes"):
+        order2_bits_per_byte([], [b"a"])
+    with pytest.raises(ValueError, match="no bytes to score"):
+        order2_bits_per_byte([b"a"], [b""])
