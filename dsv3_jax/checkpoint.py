@@ -1,0 +1,153 @@
+"""Checkpoints with Orbax: whole or not there at all, written beside training, the last few kept.
+
+Each holds the training state (parameters, router bias, optimizer, step), the data position and the run's
+configuration. Orbax writes into a temporary folder and renames it, so a run killed at any moment leaves the
+checkpoint before; what a dead run left half-written is cleaned away on the next start.
+"""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from dsv3_jax.config import ModelConfig, RunConfig, from_dict, to_dict
+from dsv3_jax.modules.transformer import Transformer
+from dsv3_jax.train_step import TrainState, init_state, model_of
+
+
+class Checkpoints:
+    """The checkpoints of one run folder. Use as a context: leaving it waits for what is still being written."""
+
+    def __init__(self, folder: str | Path, run: RunConfig):
+        logging.getLogger("absl").setLevel(logging.WARNING)
+        self.folder, self.run = Path(folder).absolute() / "checkpoints", run
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=run.keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the last whole checkpoint; None before the first."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, data: dict[str, Any], *, wait: bool = False) -> None:
+        """Save a state and the data position, in the background unless `wait`.
+
+        Raises: OSError when the disk has no room for it (the checkpoints before stay).
+        """
+        step = int(state.step)
+        if step == self.latest:
+            return
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.folder).free
+        if free < size + (64 << 20):
+            raise OSError(
+                f"no room for a checkpoint of {size / 1e6:.0f} MB in {self.folder}: {free / 1e6:.0f} MB are free"
+            )
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave(data),
+            config=ocp.args.JsonSave(to_dict(self.run)),
+        )
+        self._manager.save(step, args=args)
+        if wait:
+            self._manager.wait_until_finished()
+
+    def restore(self) -> tuple[TrainState, dict[str, Any]] | None:
+        """The last whole checkpoint's state and data position; None when there is none."""
+        if self.latest is None:
+            return None
+        target = jax.eval_shape(lambda: init_state(self.run))
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), target)
+        found = self._manager.restore(
+            self.latest,
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()),
+        )
+        return found.state, found.data
+
+
+RUN_FILE = "run.json"
+
+
+def read_run(folder: str | Path) -> RunConfig:
+    """The configuration of a run folder.
+
+    Raises: ValueError when the folder holds no run, or its configuration cannot be read.
+    """
+    path = Path(folder) / RUN_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no run: there is no {RUN_FILE} in it")
+    try:
+        return from_dict(RunConfig, json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def claim(folder: str | Path, run: RunConfig) -> None:
+    """Make a run folder, or find it to be this very run's.
+
+    The configuration must be the one the folder was made with, key by key.
+
+    Raises: ValueError when the folder is another run's, or holds other things.
+    """
+    folder = Path(folder)
+    if (folder / RUN_FILE).exists():
+        before, now = to_dict(read_run(folder)), to_dict(run)
+        key = _first_difference(before, now)
+        if key:
+            a, b = (_look_up(d, key) for d in (before, now))
+            raise ValueError(f"{folder} holds another run: its {key} is {a!r}, not {b!r}; choose another --out")
+        return
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, not a folder to write a run into")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds other files and no {RUN_FILE}; choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / (RUN_FILE + ".part")
+    part.write_text(json.dumps(to_dict(run), indent=1))
+    part.rename(folder / RUN_FILE)
+
+
+def _first_difference(a: dict, b: dict, prefix: str = "") -> str | None:
+    for key in sorted(a.keys() | b.keys()):
+        x, y = a.get(key), b.get(key)
+        if isinstance(x, dict) and isinstance(y, dict):
+            inner = _first_difference(x, y, f"{prefix}{key}.")
+            if inner:
+                return inner
+        elif json.dumps(x) != json.dumps(y):
+            return prefix + key
+    return None
+
+
+def _look_up(d: dict, key: str):
+    for part in key.split("."):
+        d = d.get(part, {})
+    return d
+
+
+def load_model(folder: str | Path) -> tuple[Transformer, ModelConfig, RunConfig, int]:
+    """The model of a run's last checkpoint: (model, its configuration, the run, the step).
+
+    Raises: ValueError when the folder holds no run, or no checkpoint yet.
+    """
+    run = read_run(folder)
+    with Checkpoints(folder, run) as checkpoints:
+        found = checkpoints.restore()
+    if found is None:
+        raise ValueError(f"{folder} holds no checkpoint yet")
+    state, _ = found
+    return model_of(run.model, state), run.model, run, int(state.step)

@@ -1,0 +1,280 @@
+"""`dsv3 …`: the command line. Bad input ends with one sentence on stderr and exit code 2."""
+
+import contextlib
+import errno
+import io
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from dsv3_jax.config import DataConfig, RunConfig, replace
+
+USAGE = """usage: dsv3 COMMAND …
+
+  demo                 train the tiny model on text that this Python carries, look at it, and hear it speak
+  train PRESET         train a model; the same command again goes on where it stopped
+  eval RUN             held-out measures of a run's last checkpoint
+  generate RUN         continue a prompt with a run's last checkpoint
+  info PRESET          parameters, FLOPs and cache bytes of a model, without allocating it
+  tokenizer OUT        train a byte-level BPE tokenizer
+
+`dsv3 COMMAND --help` lists a command's options. Presets: {presets}.
+"""
+
+
+@dataclass
+class Demo:
+    """The main job, end to end, in about five minutes on two CPU cores: train, stop, resume, evaluate, generate."""
+
+    out: Path = Path("runs/demo")
+    """the run's folder"""
+    short: bool = False
+    """a few steps of a smaller run, for seconds rather than minutes"""
+
+
+@dataclass
+class Train:
+    """Train a preset. Every key of the run can be given; the rest is the preset's recipe."""
+
+    out: Path
+    """the run's folder: run.json, checkpoints, metrics, pictures"""
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+
+
+@dataclass
+class Eval:
+    """Held-out measures of a run's last checkpoint: loss, bits a byte, by domain, MaxVio, MTP acceptance."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """a folder that `dsv3 train` made"""
+    paths: tuple[str, ...] = ()
+    """other text to measure on; none: the run's own validation text"""
+    batches: int = 8
+    """batches measured"""
+
+
+@dataclass
+class Generate:
+    """Continue a prompt, token by token as they come."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """a folder that `dsv3 train` made"""
+    prompt: str = "def "
+    """the text to continue"""
+    max_new_tokens: int = 256
+    temperature: float = 0.8
+    """0 takes the likeliest token each time"""
+    top_k: int | None = None
+    top_p: float | None = 0.95
+    seed: int = 0
+
+
+@dataclass
+class TokenizerArgs:
+    """Train a byte-level BPE tokenizer and write it as a tokenizer.json."""
+
+    out: Annotated[Path, tyro.conf.Positional]
+    """the file to write"""
+    vocab_size: int = 8192
+    paths: tuple[str, ...] = ()
+    """files or folders of text; none: the text that this Python carries"""
+    force: bool = False
+    """write over a file that is there"""
+
+
+@dataclass
+class Info:
+    """Parameters, FLOPs and cache bytes of a preset. Every key of the model can be given."""
+
+    model: Annotated[Any, tyro.conf.arg(name="")] = field(default=None)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `dsv3`. Returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except (ValueError, OSError) as error:
+        return _fail(_sentence(error))
+    except MemoryError as error:
+        return _fail(f"not enough memory: {_sentence(error)}")
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error):  # from inside XLA or Orbax
+            return _fail(_sentence(error))
+        raise
+
+
+def _dispatch(words: list[str]) -> int:
+    from dsv3_jax.presets import MODELS
+
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "demo": _demo, "train": _train, "eval": _eval, "generate": _generate, "info": _info, "tokenizer": _tokenizer,
+    }  # fmt: skip
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE.format(presets=", ".join(MODELS)), end="")
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("dsv3-jax"))
+        return 0
+    if words[0] not in commands:
+        raise ValueError(f"command {words[0]!r} is not one of {', '.join(commands)}")
+    return commands[words[0]](words[1:])
+
+
+def _parse(kind, words: list[str], command: str, default=None):
+    """tyro's parsing, its errors as one sentence."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=words, prog=f"dsv3 {command}", default=default)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        text = re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue())
+        text = " ".join(re.sub(r"[╭╮╰╯│─]", " ", text).split())
+        text = re.sub(r"^(Parsing error|Unrecognized options|Invalid \w+) ", "", text)
+        raise ValueError(text.split(" For full helptext")[0]) from None
+
+
+def _named_preset(words: list[str], command: str, look_up: Callable[[str], Any]):
+    if not words or words[0].startswith("-"):
+        if words and words[0] in ("-h", "--help"):
+            return look_up("tiny"), words
+        raise ValueError(f"dsv3 {command} needs the name of a preset first, as in: dsv3 {command} tiny")
+    return look_up(words[0]), words[1:]
+
+
+def _prepare() -> None:
+    from dsv3_jax.runtime import keep_memory
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    keep_memory()
+
+
+def _train(words: list[str]) -> int:
+    from dsv3_jax.presets import recipe
+
+    run, rest = _named_preset(words, "train", recipe)
+    args = _parse(Train, rest, "train PRESET", default=Train(out=tyro.MISSING, run=run))
+    _prepare()
+    from dsv3_jax.train import fit
+
+    fit(args.run, args.out)
+    return 0
+
+
+def _demo(words: list[str]) -> int:
+    args = _parse(Demo, words, "demo")
+    _prepare()
+    from dsv3_jax.demo import demo
+
+    return demo(args.out, short=args.short)
+
+
+def _eval(words: list[str]) -> int:
+    args = _parse(Eval, words, "eval")
+    if args.batches < 1:
+        raise ValueError(f"batches={args.batches} is below 1")
+    _prepare()
+    from rich.console import Console
+
+    from dsv3_jax import data, tokenizer
+    from dsv3_jax.checkpoint import load_model
+    from dsv3_jax.evaluate import evaluate
+
+    model, _, run, step = load_model(args.run)
+    cfg = replace(run.data, paths=args.paths) if args.paths else run.data
+    corpus, text = data.load_corpus(cfg), tokenizer.load(cfg.tokenizer)
+    found = evaluate(model, data.val_batches(corpus, text, cfg, args.batches), text, corpus.domains)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"step {step}")
+    for name, value in found.items():
+        if name != "load":
+            console.print(f"{name:24s} {_plain(value)}")
+    return 0
+
+
+def _plain(value) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v:.4f}" for k, v in value.items())
+    if isinstance(value, list):
+        return " ".join(f"{v:.4f}" for v in value)
+    return f"{value:.4f}"
+
+
+def _generate(words: list[str]) -> int:
+    args = _parse(Generate, words, "generate")
+    _prepare()
+    from dsv3_jax import tokenizer
+    from dsv3_jax.checkpoint import load_model
+    from dsv3_jax.generate import Sampling, stream
+
+    model, _, run, _ = load_model(args.run)
+    text = tokenizer.load(run.data.tokenizer)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    tokens = stream(
+        model,
+        text.encode(args.prompt),
+        args.max_new_tokens,
+        sampling=sampling,
+        stop_tokens=(text.eos_id,),
+        seed=args.seed,
+    )
+    pieces = text.stream()
+    print(args.prompt, end="", flush=True)
+    for token in tokens:
+        print(pieces.push([token]), end="", flush=True)
+    print(pieces.finish())
+    return 0
+
+
+def _info(words: list[str]) -> int:
+    from dsv3_jax.config import ModelConfig
+    from dsv3_jax.counting import describe
+    from dsv3_jax.presets import preset
+
+    cfg, rest = _named_preset(words, "info", preset)
+    cfg = _parse(ModelConfig, rest, "info PRESET", default=cfg)
+    name = words[0] if not rest else f"{words[0]}, changed"
+    for what, amount in describe(cfg, name):
+        print(f"{what:22s} {amount}")
+    return 0
+
+
+def _tokenizer(words: list[str]) -> int:
+    args = _parse(TokenizerArgs, words, "tokenizer")
+    if args.out.exists() and not args.force:
+        raise ValueError(f"{args.out} is there already; --force writes over it")
+    from dsv3_jax import data, tokenizer
+
+    corpus = data.load_corpus(DataConfig(paths=args.paths))
+    made = tokenizer.train_bpe((d.text for d in corpus.train), args.vocab_size, str(args.out))
+    sample = "".join(d.text for d in corpus.val)[:200_000]
+    ratio = len(sample.encode()) / max(len(made.encode(sample)), 1)
+    print(f"{args.out}: {made.vocab_size} tokens, {ratio:.2f} bytes a token on held-out text")
+    return 0
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full: {error.filename or error.strerror}; what was saved before is whole"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _fail(sentence: str) -> int:
+    print(f"dsv3: {sentence}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

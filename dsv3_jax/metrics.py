@@ -1,0 +1,52 @@
+"""A run's numbers: a line of JSON each, and the same to TensorBoard."""
+
+import json
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+
+class Metrics:
+    """The metrics of a run folder; rows after step `after` are dropped first, for they will be made again."""
+
+    def __init__(self, folder: Path, after: int):
+        self._path = folder / "metrics.jsonl"
+        kept = [row for row in self.rows() if row["step"] <= after]
+        part = self._path.with_suffix(".part")
+        part.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        part.rename(self._path)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
+
+    def write(self, row: dict) -> None:
+        """Add a row; it must have a "step"."""
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in _flat(row):
+            self._board.add_scalar(name, value, row["step"])
+        self._board.flush()
+
+    def rows(self) -> list[dict]:
+        """All rows so far; a last line cut short by a crash is left out."""
+        if not self._path.exists():
+            return []
+        rows = []
+        for line in self._path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+
+def _flat(row: dict, prefix: str = "") -> list[tuple[str, float]]:
+    flat = []
+    for key, value in row.items():
+        if key == "step":
+            continue
+        if isinstance(value, dict):
+            flat += _flat(value, f"{prefix}{key}/")
+        elif isinstance(value, list):
+            flat += [(f"{prefix}{key}/{i}", v) for i, v in enumerate(value)]
+        else:
+            flat.append((prefix + key, value))
+    return flat

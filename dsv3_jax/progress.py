@@ -1,0 +1,69 @@
+"""What a person sees of a training run: a live line on a terminal, plain lines elsewhere."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+
+class Progress:
+    """A progress line with loss, tokens a second and MFU. Use as a context."""
+
+    def __init__(self, steps: int, *, quiet: bool = False):
+        self._console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self._bar = Bar(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[line]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=quiet or not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("train", total=steps, line="")
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def say(self, sentence: str) -> None:
+        """A line that stays."""
+        self._console.print(sentence, markup=False)
+
+    def update(self, step: int, row: dict) -> None:
+        """Show a step's metrics."""
+        line = f"loss {row['loss']:.3f}"
+        if "mtp_loss" in row:
+            line += "  mtp " + " ".join(f"{x:.3f}" for x in row["mtp_loss"])
+        if "max_vio" in row:
+            line += f"  MaxVio {row['max_vio']:.2f}"
+        if "tokens_per_s" in row:
+            line += f"  {row['tokens_per_s']:,.0f} tokens/s  MFU {row['mfu']:.0%}"
+        self._bar.update(self._task, completed=step, line=line)
+        if not self._console.is_terminal:
+            self.say(f"step {step}  {line}")
+
+    def evaluated(self, step: int, row: dict) -> None:
+        """Show an evaluation."""
+        self.say(f"step {step}  validation: " + _evaluation(row))
+
+    def finished(self, evaluation: dict, order2: float, out: Path) -> None:
+        """The last lines of a run."""
+        bits = evaluation["val_bits_per_byte"]
+        self.say(f"validation bits a byte: {bits:.3f}, against {order2:.3f} of an order-2 byte model of the same text")
+        for name, value in evaluation.get("bits_per_byte_by_domain", {}).items():
+            self.say(f"  {name:10s} {value:.3f}")
+        self.say(f"pictures: {out / 'routing.png'}, {out / 'training.png'}; numbers: {out / 'metrics.jsonl'}")
+
+
+def _evaluation(row: dict) -> str:
+    text = f"loss {row['val_loss']:.3f}, {row['val_bits_per_byte']:.3f} bits a byte"
+    if "max_vio_global" in row:
+        text += f", MaxVio_global {row['max_vio_global']:.2f}"
+    if row.get("mtp_acceptance"):
+        text += ", MTP acceptance " + " ".join(f"{x:.0%}" for x in row["mtp_acceptance"])
+    return text

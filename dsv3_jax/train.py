@@ -1,0 +1,219 @@
+"""The training loop: batches in, a run folder out. The same call again goes on where the run stopped.
+
+A run folder holds run.json (the configuration), checkpoints/, metrics.jsonl (a line every `log_every` steps and one
+each evaluation), tensorboard/, and two pictures, routing.png and training.png. What happens on a start:
+
+    1. the folder is claimed, or found to be this very run's; another run's is refused
+    2. the last whole checkpoint is restored: parameters, optimizer, router bias, step and place in the data
+    3. metrics after that step are dropped, for they are about to be made again
+    4. without a checkpoint, training begins at step 0 from the run's seed
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax import data, tokenizer
+from dsv3_jax.checkpoint import Checkpoints, claim
+from dsv3_jax.config import RunConfig
+from dsv3_jax.counting import train_flops_per_token
+from dsv3_jax.evaluate import evaluate
+from dsv3_jax.metrics import Metrics
+from dsv3_jax.ngram import Order2
+from dsv3_jax.ops import balance
+from dsv3_jax.plots import routing_heatmap, training_curves
+from dsv3_jax.progress import Progress
+from dsv3_jax.runtime import gemm_flops
+from dsv3_jax.train_step import first_bad_tensor, init_state, make_step, model_of
+
+_compiled_step = lru_cache(maxsize=4)(make_step)  # a run resumed in one process compiles once
+
+
+class NonFiniteLoss(ValueError):
+    """Training met a loss or gradient that is not finite; the message names the step and the first bad tensor."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How a call of `fit` ended."""
+
+    step: int
+    finished: bool  # False: stopped before the last step, by a signal or `stop_after`
+    resumed_from: int | None
+    evaluation: dict | None  # of the last step, see `evaluate`
+    order2_bits_per_byte: float | None  # of an order-2 byte model on the same validation text
+
+
+def fit(run: RunConfig, out: str | Path, *, stop_after: int | None = None, quiet: bool = False) -> Fitted:
+    """Train a run in folder `out`, from wherever it stands.
+
+    Args:
+        run: what to train.
+        out: the run's folder, made if absent.
+        stop_after: save and return once this step is reached, as SIGTERM would have it.
+        quiet: print nothing.
+    Raises:
+        ValueError: another run's folder, unreadable data, a tokenizer larger than the vocabulary, or a loss that is
+            not finite (NonFiniteLoss); the last good checkpoint stays.
+        OSError: no room for a checkpoint; the ones before stay.
+    """
+    words = tokenizer.load(run.data.tokenizer)
+    data.check_vocab(words, run.model.vocab_size)
+    corpus = data.load_corpus(run.data)
+    batches = data.train_batches(corpus, words, run.data)
+    held_out = data.val_batches(corpus, words, run.data, run.eval_batches)
+    out = Path(out)
+    claim(out, run)
+    with Progress(run.steps, quiet=quiet) as progress, Checkpoints(out, run) as checkpoints, _asked_to_stop() as asked:
+        progress.say(_describe(corpus))
+        found = checkpoints.restore()
+        resumed_from = None
+        if found is None:
+            state = init_state(run)
+        else:
+            state, place = found
+            batches.set_state(place)
+            resumed_from = int(state.step)
+            progress.say(f"resumed from the checkpoint of step {resumed_from} in {checkpoints.folder}")
+        metrics = Metrics(out, after=resumed_from or 0)
+        step_fn = _compiled_step(run)
+        peak = gemm_flops(run.model.compute_dtype)
+        speed = _Speed(run, peak)
+        step, evaluation = int(state.step), None
+        if step < run.steps:
+            progress.say("compiling the training step" + (" …" if step == 0 else " (again) …"))
+        while step < run.steps:
+            batch = next(batches)
+            arrays = {k: jnp.asarray(batch[k]) for k in ("tokens", "segment_ids", "positions")}
+            state, found_metrics = step_fn(state, arrays)
+            if not bool(found_metrics["finite"]):
+                bad = first_bad_tensor(run, state, arrays)
+                raise NonFiniteLoss(
+                    f"step {step} met a loss or gradient that is not finite; first bad tensor: {bad}; the last good "
+                    f"checkpoint is step {checkpoints.latest} in {checkpoints.folder}"
+                )
+            step += 1
+            stopping = asked.is_set() or step == stop_after
+            last = step == run.steps
+            if step % run.log_every == 0 or last or stopping or step == 1:
+                row = _row(step, jax.device_get(found_metrics)) | speed.since_last(step)
+                metrics.write(row)
+                progress.update(step, row)
+            if step % run.eval_every == 0 or last:
+                with speed.paused():
+                    evaluation = evaluate(model_of(run.model, state), held_out, words, corpus.domains)
+                    row = {"step": step} | {k: v for k, v in evaluation.items() if k != "load"}
+                    metrics.write(row)
+                    progress.evaluated(step, row)
+            if step % run.save_every == 0 or last or stopping:
+                with speed.paused():
+                    checkpoints.save(state, batches.get_state(), wait=last or stopping)
+            if stopping and not last:
+                progress.say(f"stopped and saved at step {step}; the same command goes on from there")
+                return Fitted(step, False, resumed_from, evaluation, None)
+        if evaluation is None:  # the run was finished before this call
+            evaluation = evaluate(model_of(run.model, state), held_out, words, corpus.domains)
+        order2 = _order2(corpus, words, held_out)
+        _draw(out, evaluation, metrics)
+        progress.finished(evaluation, order2, out)
+    return Fitted(step, True, resumed_from, evaluation, order2)
+
+
+def _describe(corpus: data.Corpus) -> str:
+    sizes = corpus.sizes()
+    parts = ", ".join(f"{name} {(train + val) / 1e6:.1f} MB" for name, (train, val) in sizes.items())
+    held = sum(val for _, val in sizes.values())
+    return f"text: {parts}; {held / 1e6:.2f} MB of it held out"
+
+
+def _row(step: int, found: dict) -> dict:
+    """A step's metrics as plain numbers."""
+    row: dict = {"step": step, "loss": float(found["loss"])}
+    if found["mtp_loss"].size:
+        row["mtp_loss"] = [float(x) for x in found["mtp_loss"]]
+    for key in ("balance_loss", "accuracy", "grad_norm", "lr", "dropped"):
+        row[key] = float(found[key])
+    load = jnp.asarray(found["load"])
+    if load.shape[0]:
+        low, high = balance.min_max(load)
+        row |= {
+            "max_vio": float(balance.max_vio(load).mean()),
+            "load_entropy": float(balance.entropy(load).mean()),
+            "load_gini": float(balance.gini(load).mean()),
+            "load_min": float(low.min()),
+            "load_max": float(high.max()),
+        }
+    return row
+
+
+class _Speed:
+    """Tokens a second and MFU between two reports, evaluation and saving apart."""
+
+    def __init__(self, run: RunConfig, peak: float):
+        self._tokens = run.data.batch_size * run.data.seq_len
+        self._flops, self._peak = train_flops_per_token(run.model), peak
+        self._since, self._pause = time.perf_counter(), 0.0
+        self._step: int | None = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._pause += time.perf_counter() - start
+
+    def since_last(self, step: int) -> dict:
+        now = time.perf_counter()
+        taken, before = now - self._since - self._pause, self._step
+        self._since, self._pause, self._step = now, 0.0, step
+        if before is None:  # the first report holds the compilation
+            return {}
+        rate = (step - before) * self._tokens / max(taken, 1e-9)
+        return {"tokens_per_s": rate, "mfu": rate * self._flops / self._peak}
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[threading.Event]:
+    """An event that SIGTERM or SIGINT sets; a second SIGINT interrupts at once. Only the main thread can listen."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def note(number, frame):
+        if asked.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _order2(corpus: data.Corpus, words: tokenizer.Tokenizer, held_out: list[data.Batch]) -> float:
+    """Bits a byte of an order-2 byte model, fitted on the training text, on the very validation rows."""
+    rows = [
+        words.bytes_of(row[real].tolist())
+        for batch in held_out
+        for row, real in zip(batch["tokens"], batch["segment_ids"] > 0, strict=True)
+    ]
+    bits, size = Order2(d.text.encode() for d in corpus.train).bits(rows)
+    return bits / max(size, 1)
+
+
+def _draw(out: Path, evaluation: dict, metrics: Metrics) -> None:
+    load = np.asarray(evaluation["load"])
+    if load.size:
+        routing_heatmap(load, out / "routing.png", title="Load of each expert on held-out text, over the layer's mean")
+    training_curves(metrics.rows(), out / "training.png")

@@ -1,0 +1,141 @@
+"""The pure training step: (state, batch) → (state, metrics). No files, no loop, no clock."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dsv3_jax import optim
+from dsv3_jax.config import ModelConfig, RunConfig
+from dsv3_jax.modules.moe import RouterBias
+from dsv3_jax.modules.transformer import Transformer
+from dsv3_jax.objective import Losses, losses, target_counts
+from dsv3_jax.ops import balance
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["params", "bias", "opt", "step"], meta_fields=[])
+@dataclass(frozen=True)
+class TrainState:
+    """All that training changes."""
+
+    params: nnx.State
+    bias: nnx.State  # the router's correction biases
+    opt: optim.AdamState
+    step: Array  # int32 []: optimizer steps taken
+
+
+Batch = dict[str, Array]
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+
+
+def graph_of(cfg: ModelConfig) -> nnx.GraphDef:
+    """The model's structure without its arrays."""
+    return nnx.split(nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0))), nnx.Param, RouterBias)[0]
+
+
+def init_state(run: RunConfig) -> TrainState:
+    """A fresh state from the run's seed, made in one compiled program."""
+
+    @jax.jit
+    def make(key):
+        params, bias = nnx.split(Transformer(run.model, rngs=nnx.Rngs(key)), nnx.Param, RouterBias)[1:]
+        return TrainState(params, bias, optim.init(params), jnp.zeros((), jnp.int32))
+
+    return make(jax.random.key(run.seed))
+
+
+def model_of(cfg: ModelConfig, state: TrainState) -> Transformer:
+    """The model that a state holds."""
+    return nnx.merge(graph_of(cfg), state.params, state.bias)
+
+
+def make_step(run: RunConfig) -> Step:
+    """The compiled step of a run; the state it is given is donated.
+
+    The gradient of a batch cut in microbatches is that of the whole batch: sums are divided by the whole batch's
+    target counts, and balance losses by the number of parts (so the batch-wise Switch loss is a mean over
+    microbatches). The bias moves once, after the optimizer, by the load of the whole batch. Where the loss or a
+    gradient is not finite the state stays as it was, and `finite` in the metrics is False.
+    """
+    graph, parts = graph_of(run.model), run.optim.microbatches
+
+    def part_losses(params, bias, batch, weight, counts):
+        out = losses(nnx.merge(graph, params, bias), batch, weight, counts=counts, share=1 / parts)
+        return out.total, out
+
+    def gradients(state: TrainState, batch: Batch, weight) -> tuple[nnx.State, Losses]:
+        counts = target_counts(batch["segment_ids"], 1 + run.model.mtp_depth)
+        grad = jax.grad(part_losses, has_aux=True)
+        if parts == 1:
+            return grad(state.params, state.bias, batch, weight, counts)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, grad(state.params, state.bias, part, weight, counts)), None
+
+        cut = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+        shapes = jax.eval_shape(grad, state.params, state.bias, jax.tree.map(lambda x: x[0], cut), weight, counts)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.scan(add, zeros, cut)[0]
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch: Batch):
+        weight = optim.mtp_weight(run.optim, run.steps, state.step)
+        grads, out = gradients(state, batch, weight)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(out.total) & jnp.isfinite(norm)
+        params, opt = optim.adamw(run.optim, run.steps, state.step, state.params, state.opt, grads, norm, finite)
+        rate = jnp.where(finite, optim.bias_rate(run.optim, _bias_rate(run.model), run.steps, state.step), 0.0)
+        bias = updated_bias(state.bias, out.load, rate)
+        new = TrainState(params, bias, opt, state.step + finite.astype(jnp.int32))
+        metrics = {
+            "loss": out.main,
+            "mtp_loss": out.mtp,
+            "balance_loss": out.balance,
+            "accuracy": out.accuracy,
+            "grad_norm": norm,
+            "lr": optim.learning_rate(run.optim, run.steps, state.step),
+            "load": out.load,
+            "dropped": out.dropped,
+            "finite": finite,
+        }
+        return new, metrics
+
+    return step
+
+
+def _bias_rate(cfg: ModelConfig) -> float:
+    return cfg.balance.bias_rate if cfg.router == "sigmoid" else 0.0  # no other router has a bias to choose by
+
+
+def updated_bias(bias: nnx.State, load: Float[Array, "L E"], rate: Array) -> nnx.State:
+    """Every router's bias after a loss-free update; `load`: the trunk's sparse layers, then the MTP blocks."""
+    trunk = load.shape[0]
+    flat = dict(nnx.to_flat_state(bias))
+    trunk -= sum(path[0] == "mtp" for path in flat)
+    for path, variable in flat.items():
+        part = load[trunk + int(str(path[1]))] if path[0] == "mtp" else load[:trunk]
+        flat[path] = variable.replace(balance.bias_update(variable[...], part, rate))
+    return nnx.from_flat_state(flat)
+
+
+def first_bad_tensor(run: RunConfig, state: TrainState, batch: Batch) -> str:
+    """Name the first tensor that is not finite: a parameter, else a gradient of this batch, else the loss itself."""
+    graph = graph_of(run.model)
+
+    def total(params):
+        weight = optim.mtp_weight(run.optim, run.steps, state.step)
+        return losses(nnx.merge(graph, params, state.bias), batch, weight).total
+
+    def first(kind: str, tree) -> str | None:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if not bool(jnp.isfinite(leaf).all()):
+                return f"{kind} {'.'.join(str(k.key) for k in path if hasattr(k, 'key'))}"
+        return None
+
+    bad = first("parameter", state.params)
+    return bad or first("gradient of", jax.jit(jax.grad(total))(state.params)) or "the loss"

@@ -1,0 +1,264 @@
+"""The peer of the training benchmark: transformers' DeepseekV3ForCausalLM, float32, on the CPU.
+
+As a library: `Peer(cfg, experts="grouped_mm")` starts this file as a worker process and asks it for steps, so that
+torch and JAX share neither a process nor its threads, and the benchmark can let the two take turns.
+As a worker: `python peer_transformers.py --config model.json --experts grouped_mm` builds the model, prints one line
+of JSON when it is ready, then obeys one command a line: `step N` (runs N steps, prints one line of JSON), `quit`.
+
+A step is what a user of transformers writes: forward with labels, backward, gradients clipped to a norm of 1, AdamW,
+gradients set to None. Attention is torch's fused one ("sdpa"), AdamW is `fused=True`.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+EXPERTS = ("grouped_mm", "eager")  # transformers' own names; 5.24 takes grouped_mm when none is asked for
+
+
+def draw_tokens(seed: int, batch_size: int, seq_len: int, vocab_size: int) -> np.ndarray:
+    """Uniform random tokens int64 [B, T]; both sides of the benchmark draw theirs here."""
+    return np.random.default_rng(seed).integers(vocab_size, size=(batch_size, seq_len))
+
+
+def hf_config(model: dict) -> dict:
+    """A ModelConfig, as `config.to_dict` gives it, in transformers' names.
+
+    Raises: ValueError for a model that DeepseekV3ForCausalLM cannot train: another router, MTP, no shared expert.
+    """
+    needs = {
+        "router": "sigmoid", "group_score": "top2_sum", "mtp_depth": 0, "compute_dtype": "float32",
+    }  # fmt: skip
+    for key, value in needs.items():
+        if model[key] != value:
+            raise ValueError(f"{key}={model[key]!r}: transformers' DeepseekV3 trains only with {key}={value!r} here")
+    if model["num_shared_experts"] < 1:
+        raise ValueError(f"num_shared_experts={model['num_shared_experts']}: transformers' DeepseekV3 needs at least 1")
+    yarn = model["yarn"]
+    rope = {"rope_type": "default", "rope_theta": model["rope_theta"]}
+    if yarn["factor"] > 1:
+        rope |= {
+            "rope_type": "yarn",
+            "factor": yarn["factor"],
+            "original_max_position_embeddings": yarn["original_max_positions"],
+            "beta_fast": yarn["beta_fast"],
+            "beta_slow": yarn["beta_slow"],
+            "mscale": yarn["mscale"],
+            "mscale_all_dim": yarn["mscale_all_dim"],
+        }
+    return {
+        "vocab_size": model["vocab_size"],
+        "hidden_size": model["dim"],
+        "num_hidden_layers": model["num_layers"],
+        "first_k_dense_replace": model["num_dense_layers"],
+        "intermediate_size": model["dense_dim"],
+        "num_attention_heads": model["num_heads"],
+        "num_key_value_heads": model["num_heads"],
+        "q_lora_rank": model["q_latent_dim"],
+        "kv_lora_rank": model["kv_latent_dim"],
+        "qk_nope_head_dim": model["nope_head_dim"],
+        "qk_rope_head_dim": model["rope_head_dim"],
+        "v_head_dim": model["v_head_dim"],
+        "n_routed_experts": model["num_experts"],
+        "num_experts_per_tok": model["experts_per_token"],
+        "n_shared_experts": model["num_shared_experts"],
+        "moe_intermediate_size": model["expert_dim"],
+        "n_group": model["num_groups"],
+        "topk_group": model["groups_per_token"],
+        "norm_topk_prob": model["normalize_gates"],
+        "routed_scaling_factor": model["routed_scale"],
+        "rope_parameters": rope,
+        "rope_interleave": model["rope_interleaved"],
+        "max_position_embeddings": model["max_positions"],
+        "rms_norm_eps": model["norm_eps"],
+        "tie_word_embeddings": model["tie_embeddings"],
+        "initializer_range": model["init_std"],
+        "num_mtp_layers": 0,
+        "use_cache": False,
+        "bos_token_id": None,  # the released ids may lie outside a small vocabulary
+        "eos_token_id": None,
+    }
+
+
+def build(model: dict, *, experts: str = "grouped_mm", seed: int = 0):
+    """DeepseekV3ForCausalLM in float32 with random weights.
+
+    Args:
+        model: a ModelConfig as a dict.
+        experts: "grouped_mm" (one grouped product over all experts) or "eager" (a Python loop over them).
+        seed: of torch's generator.
+    Raises: ValueError if `experts` or `model` is not one of transformers', ImportError where that is not installed.
+    """
+    if experts not in EXPERTS:
+        raise ValueError(f"experts={experts!r} is not one of {', '.join(EXPERTS)}")
+    config = hf_config(model)
+    torch, transformers = _import_peer()
+    torch.manual_seed(seed)
+    config = transformers.DeepseekV3Config(**config, attn_implementation="sdpa", experts_implementation=experts)
+    return transformers.DeepseekV3ForCausalLM(config).float().train()
+
+
+def make_step(net):
+    """The training step of `net`: tokens int64 [B, T] → loss in nats, a float.
+
+    AdamW with the recipe's settings (DeepSeek-V3 report, section 4.2), weight decay on matrices alone.
+    """
+    torch, _ = _import_peer()
+    matrices = [p for p in net.parameters() if p.ndim > 1]
+    norms = [p for p in net.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=2.2e-4, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+    def step(tokens: np.ndarray) -> float:
+        ids = torch.from_numpy(tokens)
+        loss = net(input_ids=ids, labels=ids).loss  # transformers shifts the labels itself
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def _import_peer():
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ImportError(f"the peer needs {error.name}: pip install 'dsv3-jax[parity]'") from error
+    return torch, transformers
+
+
+class Peer:
+    """A worker process that holds the peer; a context manager.
+
+        with Peer(cfg, experts="grouped_mm") as peer:
+            peer.step(1)["seconds"]     # the first step allocates: not to be counted
+
+    Args:
+        cfg: ModelConfig.
+        experts, seed: see `build`.
+        batch_size, seq_len: the shape of the one batch that every step trains on, `draw_tokens(seed, …)`.
+        threads: of torch; both sides should have the same cores.
+        python: interpreter with torch and transformers (the extra `parity`); this one if None.
+    Raises: RuntimeError with the worker's own sentence if it cannot start or ends early.
+    """
+
+    def __init__(self, cfg, *, experts="grouped_mm", batch_size=4, seq_len=512, threads=2, seed=0, python=None):
+        from dsv3_jax.config import to_dict  # here, for the worker runs where dsv3_jax is not installed
+
+        options = {"experts": experts, "batch": batch_size, "length": seq_len, "threads": threads, "seed": seed}
+        command = [python or sys.executable, __file__, "--config", json.dumps(to_dict(cfg))]
+        command += [f"--{key}={value}" for key, value in options.items()]
+        self._worker = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        )
+        assert self._worker.stdin and self._worker.stdout  # both are pipes
+        self._commands, self._replies = self._worker.stdin, self._worker.stdout
+        self.info = self._reply()  # parameters, versions, attention, experts
+
+    def step(self, count: int = 1) -> dict:
+        """Run `count` steps: {"seconds": [one each], "loss": [nats, one each], "peak_rss_bytes": int}."""
+        with contextlib.suppress(BrokenPipeError):  # the worker is gone: _reply tells how it ended
+            print(f"step {count}", file=self._commands, flush=True)
+        return self._reply()
+
+    def _reply(self) -> dict:
+        line = self._replies.readline()
+        reply = json.loads(line) if line else {"error": "it said nothing"}
+        if "error" in reply:
+            self.close()
+            raise RuntimeError(f"the transformers worker ended with code {self._worker.returncode}: {reply['error']}")
+        return reply
+
+    def close(self) -> None:
+        """End the worker; its memory is free again when this returns. Harmless if it has ended already."""
+        with contextlib.suppress(BrokenPipeError):
+            self._commands.close()  # the worker's loop ends with its input
+        try:
+            self._worker.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self._worker.kill()
+            self._worker.wait()
+        self._replies.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+
+def _serve(args, say) -> None:
+    """Build the model, then obey standard input."""
+    path = Path(args.config)
+    model = json.loads(args.config if args.config.lstrip().startswith("{") else path.read_text())
+    torch, transformers = _import_peer()
+    torch.set_num_threads(args.threads)
+    net = build(model, experts=args.experts, seed=args.seed)
+    step = make_step(net)
+    tokens = draw_tokens(args.seed, args.batch, args.length, model["vocab_size"])
+    say(
+        parameters=sum(p.numel() for p in net.parameters()),
+        attention=net.config._attn_implementation,
+        experts=net.config._experts_implementation,
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+    )
+    for line in sys.stdin:
+        match line.split():
+            case ["step", count] if count.isdecimal():
+                seconds, losses = [], []
+                for _ in range(int(count)):
+                    start = time.perf_counter()
+                    losses.append(step(tokens))
+                    seconds.append(time.perf_counter() - start)
+                say(seconds=seconds, loss=losses, peak_rss_bytes=_peak_rss())
+            case ["quit"]:
+                return
+            case _:
+                raise ValueError(f"{line.strip()!r} is not a command: 'step N' or 'quit'")
+
+
+def _peak_rss() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts kibibytes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="A worker that trains transformers' DeepseekV3ForCausalLM.")
+    parser.add_argument("--config", required=True, help="a ModelConfig as JSON, or the path of one")
+    parser.add_argument("--experts", default="grouped_mm", help=" or ".join(EXPERTS))
+    parser.add_argument("--batch", type=int, default=4, help="sequences a step")
+    parser.add_argument("--length", type=int, default=512, help="tokens a sequence")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not mix with the replies
+
+    def say(**reply):
+        print(json.dumps(reply), file=replies, flush=True)
+
+    try:
+        _serve(args, say)
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        say(error=str(error) or type(error).__name__)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""The training benchmark: our step against transformers' in turns, and how ours grows with experts, length, depth.
+
+python experiments/bench/train_step.py                      # everything; writes results.json beside this file
+python experiments/bench/train_step.py peer                 # one part: peer, experts, length, depth
+python experiments/bench/train_step.py peer --peer-python PATH   # another interpreter has torch and transformers
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+from pathlib import Path
+
+from peer_transformers import Peer
+from worker import Ours
+
+from dsv3_jax.config import ModelConfig, replace
+from dsv3_jax.counting import size, train_flops_per_token
+from dsv3_jax.presets import preset
+
+MINI = preset("mini")
+BATCH, LENGTH = 4, 512
+# What our side asks of glibc for itself (see dsv3_jax/runtime.py), given to the peer from outside: its best case.
+KEEP_MEMORY = {
+    "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}  # fmt: skip
+
+
+def against_peer(rounds: int, python: str | None) -> dict:
+    """Tokens a second of both sides, taking turns; every side is warm before its first counted step."""
+    tokens, rows = BATCH * LENGTH, {}
+    # A balance loss and a bias update are not in the peer's step; ours has the bias update, at a cost of nothing.
+    ours = Ours(replace(MINI, init_std=0.006, balance=replace(MINI.balance, sequence_alpha=0.0)))
+    sides: dict = {"dsv3-jax": ours}
+    for experts in ("grouped_mm", "eager"):
+        sides[f"transformers, {experts}"] = Peer(replace(MINI, init_std=0.006), experts=experts, python=python)
+    os.environ.update(KEEP_MEMORY)
+    sides["transformers, grouped_mm, memory kept"] = Peer(
+        replace(MINI, init_std=0.006), experts="grouped_mm", python=python
+    )
+    for name in KEEP_MEMORY:
+        del os.environ[name]
+    seconds: dict = {name: [] for name in sides}
+    losses: dict = {name: [] for name in sides}
+    peaks, memory = [], {}
+    for side in sides.values():
+        side.step(2)
+    for i in range(rounds):
+        peaks.append(ours.gemm())
+        for name, side in sides.items():
+            if name.endswith("eager") and i >= 2:  # slow: two rounds say enough
+                continue
+            reply = side.step(1 if name.endswith("eager") else 3)
+            seconds[name] += reply["seconds"]
+            losses[name] += reply["loss"]
+            memory[name] = reply["peak_rss_bytes"]
+        print(f"round {i + 1} of {rounds}", file=sys.stderr, flush=True)
+    versions = {"jax": ours.info["jax"], "python": platform.python_version()}
+    versions |= {k: sides["transformers, grouped_mm"].info[k] for k in ("torch", "transformers")}
+    for side in sides.values():
+        side.__exit__(None, None, None)
+    peak = statistics.median(peaks)
+    flops = train_flops_per_token(MINI)
+    for name, taken in seconds.items():
+        rate = tokens / statistics.median(taken)
+        rows[name] = {
+            "tokens_per_s": rate,
+            "least": tokens / max(taken),
+            "most": tokens / min(taken),
+            "share_of_gemm": rate * flops / peak,
+            "peak_memory_gb": memory[name] / 1e9,
+            "loss": [losses[name][0], losses[name][-1]],
+        }
+    best = max(row["tokens_per_s"] for name, row in rows.items() if name.startswith("transformers"))
+    for row in rows.values():
+        row["against_best_peer"] = row["tokens_per_s"] / best
+    return {"gemm_gflops": peak / 1e9, "compile_seconds": ours.info["compile_seconds"], "versions": versions} | {
+        "sides": rows
+    }
+
+
+def _grow(variants: dict[str, tuple[ModelConfig, int, int]], rounds: int, in_turns: bool) -> dict:
+    """Seconds a step and memory of each variant (config, batch, length), in turns where they fit in memory together."""
+    rows: dict = {}
+    workers: dict = {}
+
+    def measure(name, worker, count):
+        reply = worker.step(count)
+        row = rows.setdefault(name, {"seconds": []})
+        row["seconds"] += reply["seconds"]
+        row["peak_memory_gb"] = reply["peak_rss_bytes"] / 1e9
+
+    for name, (cfg, batch, length) in variants.items():
+        worker = workers[name] = Ours(cfg, batch_size=batch, seq_len=length)
+        worker.step(1)
+        if not in_turns:
+            measure(name, worker, rounds)
+            worker.__exit__(None, None, None)
+        print(name, worker.info, file=sys.stderr, flush=True)
+    if in_turns:
+        for _ in range(rounds):
+            for name, worker in workers.items():
+                measure(name, worker, 1)
+        for worker in workers.values():
+            worker.__exit__(None, None, None)
+    for name, (cfg, batch, length) in variants.items():
+        info, row = workers[name].info, rows[name]
+        row["seconds"] = statistics.median(row["seconds"])
+        row |= {
+            "tokens_per_s": batch * length / row["seconds"],
+            "parameters": info["parameters"],
+            "active": size(cfg).active,
+            "compile_seconds": info["compile_seconds"],
+            "temporary_gb": info["temporary_bytes"] / 1e9,
+        }
+    return rows
+
+
+def growing_experts(rounds: int) -> dict:
+    """16, 64, 256 experts of the same width, 6 a token: the same active parameters but for the router's.
+
+    At 4 × 512 tokens, and at 16 × 512, where the work that grows with all parameters (AdamW) is spread over more.
+    """
+    variants = {}
+    for batch in (4, 16):
+        for experts in (16, 64, 256):
+            variants[f"{experts} experts, {batch} x 512"] = (replace(MINI, num_experts=experts), batch, 512)
+    return _grow(variants, rounds, in_turns=False)
+
+
+def growing_length(rounds: int) -> dict:
+    """One sequence of 512 … 8,192 tokens: memory must grow as the length."""
+    return _grow(
+        {f"1 x {length}": (MINI, 1, length) for length in (512, 1024, 2048, 4096, 8192)}, rounds, in_turns=False
+    )
+
+
+def growing_depth(rounds: int) -> dict:
+    """4, 8, 16 layers, one dense: compile time must not grow with depth. Fewer experts, so that all fit in memory."""
+    return _grow(
+        {f"{layers} layers": (replace(MINI, num_layers=layers, num_experts=16), 4, 512) for layers in (4, 8, 16, 32)},
+        rounds,
+        in_turns=False,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=["peer", "experts", "length", "depth", []], help="all if none")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--peer-python", help="interpreter with torch and transformers; this one if not given")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"))
+    args = parser.parse_args()
+    results = json.loads(args.out.read_text()) if args.out.exists() else {}
+    results["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
+    for part in args.parts or ["peer", "experts", "length", "depth"]:
+        if part == "peer":
+            results[part] = against_peer(args.rounds, args.peer_python)
+        else:
+            grow = {"experts": growing_experts, "length": growing_length, "depth": growing_depth}[part]
+            results[part] = grow(args.rounds)
+        print(json.dumps(results[part], indent=1))
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""Training runs that tests share: a model of a few thousand parameters on a page of text, seconds to compile."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from dsv3_jax import train
+from dsv3_jax.config import Balance, DataConfig, ModelConfig, OptimConfig, RunConfig, to_dict
+from dsv3_jax.presets import recipe
+
+# Two sparse layers and an MTP block, so that every kind of router bias is there; little else, to compile fast.
+MODEL = ModelConfig(
+    vocab_size=260,
+    dim=8,
+    num_layers=2,
+    num_dense_layers=0,
+    dense_dim=10,
+    num_heads=2,
+    q_latent_dim=None,
+    kv_latent_dim=5,
+    nope_head_dim=4,
+    rope_head_dim=2,
+    v_head_dim=3,
+    num_experts=8,
+    experts_per_token=2,
+    num_shared_experts=1,
+    expert_dim=6,
+    num_groups=2,
+    groups_per_token=1,
+    balance=Balance(bias_rate=1e-2, sequence_alpha=1e-2),
+    dispatch="dense",
+    max_positions=64,
+    mtp_depth=1,
+    init_std=0.2,
+)
+STEPS = 12
+
+
+@contextmanager
+def cheap_compiles(folder: Path) -> Iterator[None]:
+    """Compile without optimising, and each program once: a fresh `jax.jit` of the same program finds it in `folder`."""
+    changes = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in changes}
+    for values in (changes, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is changes:
+            yield
+
+
+@cache
+def programs(factory) -> Path:
+    """The session's folder of compiled programs."""
+    return factory.mktemp("programs")
+
+
+def write_text(folder: Path) -> str:
+    """A folder of short documents of two domains, some shorter than a row."""
+    rng = np.random.default_rng(5)
+    words = ["def", "return", "x", "y = 2", "é", "for", "in", "range(9):", "\n"]
+    for i in range(40):
+        path = folder / ("code" if i % 2 else "prose") / f"{i:02d}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{i} " + " ".join(rng.choice(words, size=rng.integers(3, 40))), encoding="utf-8")
+    return str(folder)
+
+
+def make_run(text: str, **changes) -> RunConfig:
+    """A run on `text`. What does not change the model, the optimizer or `steps` reuses the compiled step."""
+    run = RunConfig(
+        model=MODEL,
+        data=DataConfig(paths=(text,), seq_len=16, batch_size=4, val_fraction=0.3),
+        optim=OptimConfig(learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=2),
+        steps=STEPS,
+        eval_every=6,
+        eval_batches=2,
+        save_every=1,
+        log_every=1,
+    )
+    return replace(run, **changes)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run trained to its end."""
+
+    run: RunConfig
+    folder: Path
+    fitted: train.Fitted
+    said: str  # what it printed
+
+
+@cache
+def finished(factory) -> Finished:
+    """The session's one whole run: all others are held against it."""
+    folder = factory.mktemp("whole")
+    run = make_run(write_text(folder / "text"))
+    return Finished(run, folder / "run", *said_by(train.fit, run, folder / "run"))
+
+
+def said_by(function, *args) -> tuple[object, str]:
+    """What `function` returns and what it prints."""
+    import contextlib
+    import io
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        result = function(*args)
+    return result, out.getvalue()
+
+
+def flags(run: RunConfig) -> list[str]:
+    """The command line's words for what `run` changes of the recipe `tiny`."""
+    return list(_flags(to_dict(run), to_dict(recipe("tiny")), ""))
+
+
+def _flags(values: dict, usual: dict, prefix: str) -> Iterator[str]:
+    for key, value in values.items():
+        name = (prefix + key).replace("_", "-")
+        if isinstance(value, dict):
+            yield from _flags(value, usual[key], f"{prefix}{key}.")
+        elif value == usual[key]:
+            continue
+        elif isinstance(value, bool):
+            yield "--" + (name if value else ".".join([*name.split(".")[:-1], "no-" + name.split(".")[-1]]))
+        else:
+            yield from ("--" + name, *(map(str, value) if isinstance(value, list | tuple) else [str(value)]))
+
+
+def start(argv: list[str], programs: Path) -> subprocess.Popen:
+    """`dsv3 …` in a process of its own, with this session's compiled programs."""
+    root = Path(__file__).parents[1]
+    environment = os.environ | {
+        "PYTHONPATH": str(root),
+        "PYTHONUNBUFFERED": "1",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(jax.device_count()),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(programs),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "dsv3_jax.cli", *argv],
+        env=environment,
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def rows_of(folder: Path) -> list[dict]:
+    """Rows of metrics.jsonl, but for what depends on the clock."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu")} for row in rows]
+
+
+def assert_bitwise(left, right) -> None:
+    """Two trees have the same structure, and every leaf the same bytes (NaN equals NaN)."""
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(left), jax.tree.leaves(right), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()), jax.tree_util.keystr(path)

@@ -1,0 +1,116 @@
+"""Held-out measures against a loop over positions that knows nothing of masks and batches."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from models import forward, random_model
+from runs import MODEL, cheap_compiles, programs
+
+from dsv3_jax.evaluate import evaluate
+from dsv3_jax.tokenizer import Tokenizer
+
+# Few words, so that drafts are often right; of 0 to 3 bytes, so that a byte is not a token.
+WORDS = Tokenizer([b"a", b"bc", b"", b"xyz", "é".encode()], 2, None)
+CFG = replace(MODEL, vocab_size=5, mtp_depth=2, init_std=0.5)
+B, T = 3, 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cheap(tmp_path_factory):
+    with cheap_compiles(programs(tmp_path_factory)):
+        yield
+
+
+def make_batch(seed: int) -> dict[str, np.ndarray]:
+    """Rows of one to three documents, of two domains; the last row is padded, in the second batch wholly."""
+    rng = np.random.default_rng(seed)
+    segment_ids = np.sort(rng.integers(1, 4, (B, T)), axis=1)
+    segment_ids[-1, rng.integers(3, T - 2) if seed == 1 else 0 :] = 0
+    starts = np.diff(segment_ids, axis=1, prepend=-1) != 0
+    columns = np.arange(T)[None]
+    positions = columns - np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
+    batch = {
+        "tokens": rng.integers(0, 5, (B, T)),
+        "segment_ids": segment_ids,
+        "positions": positions,
+        "domains": segment_ids % 2,
+    }
+    return {name: array.astype(np.int32) for name, array in batch.items()}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(CFG)
+
+
+BATCHES = [make_batch(1), make_batch(2)]
+
+
+def slow_measures(model) -> dict[str, object]:
+    """Position by position; the model's own logits and routing are all that is taken from it."""
+    nats, tokens, size = 0.0, 0, 0
+    domains = {name: [0.0, 0] for name in ("even", "odd")}
+    load = np.zeros((CFG.num_sparse_layers + 2, CFG.num_experts))
+    drafted, agreed = np.zeros(2), np.zeros(2)
+    for batch in BATCHES:
+        out = forward(model, batch["tokens"], batch["segment_ids"], batch["positions"])
+        logits = np.asarray(out.logits, np.float64)
+        own, drafts = logits.argmax(-1), [np.asarray(d).argmax(-1) for d in out.mtp_logits]
+        ids = [*np.asarray(out.routing.expert_ids), *(np.asarray(r.expert_ids) for r in out.mtp_routing)]
+        for b in range(B):
+            segment = batch["segment_ids"][b]
+            for t in range(T):
+                for layer, chosen in enumerate(ids):
+                    if segment[t] and t < chosen.shape[1]:
+                        load[layer, chosen[b, t]] += 1
+                if t + 1 == T or segment[t] == 0 or segment[t + 1] != segment[t]:
+                    continue
+                target = batch["tokens"][b, t + 1]
+                cost = np.log(np.exp(logits[b, t]).sum()) - logits[b, t, target]
+                nats, tokens, size = nats + cost, tokens + 1, size + len(WORDS.bytes_of([target]))
+                mine = domains[("even", "odd")[batch["domains"][b, t + 1]]]
+                mine[0] += cost
+                mine[1] += len(WORDS.bytes_of([target]))
+                for depth in (0, 1):
+                    if t + 2 + depth >= T or segment[t + 2 + depth] != segment[t]:
+                        break
+                    drafted[depth] += 1
+                    if drafts[depth][b, t] != own[b, t + 1 + depth]:
+                        break
+                    agreed[depth] += 1
+    assert agreed.all() and (agreed < drafted).all()  # or the acceptance would say nothing
+    return {
+        "val_loss": nats / tokens,
+        "val_bits_per_byte": nats / np.log(2) / size,
+        "bits_per_byte_by_domain": {name: n / np.log(2) / s for name, (n, s) in domains.items()},
+        "mtp_acceptance": list(agreed / drafted),
+        "load": load,
+        "max_vio_global": np.mean([row.max() / row.mean() - 1 for row in load]),
+    }
+
+
+def test_measures_are_the_slow_loops(model):
+    found, want = evaluate(model, BATCHES, WORDS, ("even", "odd")), slow_measures(model)
+    assert found.keys() == want.keys()
+    np.testing.assert_array_equal(found["load"], want["load"])
+    assert found["mtp_acceptance"] == pytest.approx(want["mtp_acceptance"], rel=1e-6)
+    for name in ("val_loss", "val_bits_per_byte", "bits_per_byte_by_domain", "max_vio_global"):
+        assert found[name] == pytest.approx(want[name], rel=1e-5), name  # the model's float32 rounding
+    # of the summed load: the mean of the batches' own would be larger
+    apart = [evaluate(model, [batch], WORDS)["max_vio_global"] for batch in BATCHES]
+    assert found["max_vio_global"] < np.mean(apart)
+
+
+def test_padding_counts_nothing(model):
+    found = evaluate(model, BATCHES, WORDS, ("even", "odd"))
+    other = [batch | {"tokens": np.where(batch["segment_ids"] == 0, np.int32(3), batch["tokens"])} for batch in BATCHES]
+    assert any((a["tokens"] != b["tokens"]).any() for a, b in zip(BATCHES, other, strict=True))
+    empty = make_batch(3) | {"segment_ids": np.zeros((B, T), np.int32)}
+    again = evaluate(model, [*other, empty], WORDS, ("even", "odd"))
+    np.testing.assert_array_equal(found.pop("load"), again.pop("load"))
+    assert found == again
+
+
+def test_no_domains_no_measure_by_domain(model):
+    assert "bits_per_byte_by_domain" not in evaluate(model, BATCHES, WORDS)

@@ -1,0 +1,125 @@
+"""Imports go down the house's floors, never up; and importing the package does nothing else."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dsv3_jax
+
+ROOT = Path(dsv3_jax.__file__).parent
+# From the ground up. A file may import its own floor and those below; a new file must be given its place here.
+FLOORS = [
+    {"config"},
+    {"presets"},
+    {"ops"},
+    {"cache"},
+    {"modules"},
+    {"objective"},
+    {
+        "checkpoint", "corpus", "counting", "data", "evaluate", "expert_parallel", "generate", "hf", "metrics", "ngram",
+        "optim", "plots", "progress", "runtime", "sharding", "speculative", "stats", "tokenizer", "train", "train_step",
+    },
+    {"demo"},
+    {"cli"},
+    {"__init__", "__main__"},
+]  # fmt: skip
+FLOOR = {name: height for height, floor in enumerate(FLOORS) for name in floor}
+FILES = sorted(path for path in ROOT.rglob("*.py"))
+
+
+def name_of(path):
+    """`ops.rope` of …/ops/rope.py, `ops` of its __init__.py; the package's own is `__init__`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1]) if len(parts) > 1 and parts[-1] == "__init__" else ".".join(parts)
+
+
+MODULES = {name_of(path): path for path in FILES}
+
+
+def imports_of(path):
+    """Full names of all that a file imports, wherever in the file; `from a import b` is a.b where that is a module."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)} imports relatively"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner.removeprefix("dsv3_jax.") in MODULES else node.module
+
+
+def own_imports(path):
+    """Those of the package, by the names of MODULES."""
+    for name in imports_of(path):
+        if name.split(".")[0] == "dsv3_jax":
+            yield "__init__" if name == "dsv3_jax" else name.removeprefix("dsv3_jax.")
+
+
+def floor_of(name):
+    return FLOOR[name.split(".")[0]]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_down(name):
+    assert name.split(".")[0] in FLOOR, f"{name} has no place in FLOORS"
+    for other in own_imports(MODULES[name]):
+        assert other in MODULES, f"{name} imports {other}, which is no module"
+        assert floor_of(other) <= floor_of(name), f"{name} imports {other} from a floor above"
+
+
+def test_no_import_runs_in_a_circle():
+    below = {name: set(own_imports(path)) for name, path in MODULES.items()}
+    while below:
+        free = [name for name, others in below.items() if not others & below.keys()]
+        assert free, f"a circle among {sorted(below)}"
+        for name in free:
+            del below[name]
+
+
+def test_the_parser_sees_what_there_is():
+    """Else the tests above would hold of an empty list."""
+    assert "ops.dispatch" in set(own_imports(MODULES["modules.moe"]))
+    assert "config" in set(own_imports(MODULES["presets"]))
+
+
+def roots(name):
+    return {imported.split(".")[0] for imported in imports_of(MODULES[name])}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_needs_another_framework(name):
+    assert not roots(name) & {"torch", "transformers", "tensorflow", "tests", "pytest"}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("ops")])
+def test_ops_know_arrays_alone(name):
+    assert not roots(name) & {"flax", "optax", "orbax", "grain", "os", "pathlib", "io"}
+
+
+@pytest.mark.parametrize("name", ["config", "presets"])
+def test_configurations_need_no_jax(name):
+    assert not roots(name) & {"jax", "flax", "numpy"}
+
+
+LOOK = """
+import importlib, sys
+import jax
+before = dict(jax.config.values)
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+changed = {key: value for key, value in jax.config.values.items() if before.get(key, value) != value}
+assert not changed, changed
+foreign = {"torch", "transformers"} & set(sys.modules)
+assert not foreign, foreign
+jax.config.update("jax_num_cpu_devices", 3)  # refused once devices were touched
+assert jax.device_count() == 3
+"""
+
+
+def test_importing_changes_no_setting_and_touches_no_device():
+    names = [f"dsv3_jax.{name}" for name in MODULES if name not in ("__init__", "__main__")]
+    done = subprocess.run([sys.executable, "-W", "error", "-c", LOOK, *names], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,105 @@
+"""The schedules corner by corner, and AdamW against its equations."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from models import random_model, small
+
+from dsv3_jax import optim
+from dsv3_jax.config import OptimConfig
+from dsv3_jax.modules.layers import NormScale
+from dsv3_jax.modules.moe import RouterBias
+
+CFG = OptimConfig(
+    learning_rate=3e-2, final_learning_rate=3e-3, warmup_steps=10, decay_start=0.5, decay_end=0.9, bias_freeze=0.8
+)
+STEPS = 100
+
+
+def slow_rate(cfg: OptimConfig, step: int) -> float:
+    high, low = cfg.learning_rate, cfg.final_learning_rate
+    if step < 10:
+        return high * (step + 1) / 10
+    if step < 50:
+        return high
+    if step < 90:
+        return low + (high - low) * (1 + math.cos(math.pi * (step - 50) / 40)) / 2
+    return low
+
+
+def at(schedule, steps) -> np.ndarray:
+    return np.asarray(jax.vmap(schedule)(jnp.asarray(list(steps), jnp.int32)))
+
+
+def test_learning_rate_warm_up_constant_cosine_constant():
+    found = at(lambda s: optim.learning_rate(CFG, STEPS, s), range(STEPS + 20))
+    want = [slow_rate(CFG, step) for step in range(STEPS + 20)]
+    np.testing.assert_allclose(found, want, rtol=2e-6)  # float32: 1 + cos is rounded at 1, the result is above a tenth
+    assert found.dtype == np.float32
+    corners = found[[0, 9, 10, 49, 50, 90, 99]] / np.float32(3e-2)
+    np.testing.assert_allclose(corners, [0.1, 1, 1, 1, 1, 0.1, 0.1], rtol=1e-6)
+    assert found[9] < found[10] * (1 + 1e-6) and found[51] < found[50] and found[90] < found[89]
+
+
+def test_no_warm_up_begins_at_the_full_rate():
+    cfg = OptimConfig(learning_rate=1.0, warmup_steps=0)
+    assert at(lambda s: optim.learning_rate(cfg, STEPS, s), [0, 1]).tolist() == [1.0, 1.0]
+
+
+def test_mtp_weight_falls_when_the_cosine_begins():
+    found = at(lambda s: optim.mtp_weight(CFG, STEPS, s), range(STEPS))
+    assert found.tolist() == [np.float32(0.3)] * 50 + [np.float32(0.1)] * 50
+
+
+@pytest.mark.parametrize(("freeze", "moving"), [(0.8, 80), (0.0, 0), (1.0, 100)])
+def test_bias_rate_is_zero_at_the_end(freeze, moving):
+    cfg = OptimConfig(bias_freeze=freeze)
+    found = at(lambda s: optim.bias_rate(cfg, 1e-3, STEPS, s), range(STEPS))
+    assert found.tolist() == [np.float32(1e-3)] * moving + [0.0] * (100 - moving)
+
+
+def test_adamw_is_the_equations(x64, rng):
+    """Five steps over the warm-up's end, with clipping, against the paper's algorithm in NumPy."""
+    cfg = OptimConfig(learning_rate=0.1, warmup_steps=3, clip_norm=1.0, eps=1e-3)
+    tx = optim.optimizer(cfg, STEPS)
+    w, grads = rng.standard_normal((4, 3)), rng.standard_normal((5, 4, 3))
+    m, v = np.zeros_like(w), np.zeros_like(w)
+    params = {"w": jnp.asarray(w)}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step, g in enumerate(grads, start=1):
+        updates, state = update({"w": jnp.asarray(g)}, state, params)
+        params = optax.apply_updates(params, updates)
+        g = g * min(1.0, cfg.clip_norm / np.sqrt((g * g).sum()))
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+        rate = 0.1 * min(1.0, step / 3)
+        w = w - rate * (m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.95**step)) + cfg.eps) + cfg.weight_decay * w)
+    np.testing.assert_allclose(params["w"], w, rtol=1e-6)  # the rate itself is float32
+
+
+def test_decay_is_on_matrices_and_not_on_norms():
+    """With no gradient at all, what moves is decay: every matrix by rate · decay, no norm scale, and no bias is there."""
+    cfg = OptimConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.25)
+    params = nnx.split(random_model(small(mtp_depth=1)), nnx.Param, RouterBias)[1]
+    tx = optim.optimizer(cfg, STEPS)
+
+    @jax.jit
+    def step(params):
+        return tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)[0]
+
+    moved = dict(nnx.to_flat_state(step(params)))
+    norms = 0
+    for path, variable in nnx.to_flat_state(params):
+        assert not isinstance(variable, RouterBias)
+        got, name = np.asarray(moved[path][...]), ".".join(map(str, path))
+        if isinstance(variable, NormScale):
+            norms += 1
+            assert not got.any(), name
+        else:
+            assert "norm" not in name and variable[...].ndim >= 2
+            np.testing.assert_allclose(got, -0.125 * np.asarray(variable[...]), rtol=1e-6, err_msg=name)
+    assert norms == 4 * 2 + 1 + 7  # dense and sparse stacks (two of the latents each), the last one, the MTP module's

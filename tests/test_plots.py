@@ -1,0 +1,106 @@
+"""Pictures: the numbers drawn are the numbers given, and a file is a PNG that is whole or absent."""
+
+import numpy as np
+import pytest
+
+from dsv3_jax import plots
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def png_size(path) -> tuple[int, int]:
+    """Width and height in pixels; the file must be a whole PNG."""
+    data = path.read_bytes()
+    assert data.startswith(PNG) and data.endswith(b"IEND\xaeB\x60\x82")
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+def texts(ax) -> list[str]:
+    return [t.get_text() for t in ax.texts]
+
+
+def test_heatmap_draws_load_over_mean(tmp_path, rng):
+    load = rng.integers(1, 100, (3, 8))
+    code, c = rng.integers(1, 100, (2, 3, 8))
+    figure = plots.routing_heatmap(
+        load, tmp_path / "a" / "load.png", title="step 7", domain_loads={"code": code, "C": c}
+    )
+    drawn = [np.asarray(ax.images[0].get_array()) for ax in figure.axes if ax.images]
+    assert len(drawn) == 3
+    for got, counts in zip(drawn, (load, code, c), strict=True):
+        np.testing.assert_allclose(got * counts.sum(-1, keepdims=True), counts * 8.0, rtol=1e-12)  # float64 rounding
+    norms = {(ax.images[0].norm.vmin, ax.images[0].norm.vcenter, ax.images[0].norm.vmax) for ax in figure.axes[:3]}
+    assert len(norms) == 1 and norms.pop()[:2] == (0.0, 1.0)  # one scale for all, white is even
+    assert figure.axes[0].get_title() == "step 7"
+    peaks = load.max(-1) / load.mean(-1) - 1
+    assert texts(figure.axes[0]) == ["MaxVio", *(f"{p:.2f}" for p in peaks)]
+    width, height = png_size(tmp_path / "a" / "load.png")
+    assert width == 11 * plots.DPI and 300 < height < 2000
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["load.png"]  # no temporary file is left
+
+
+def test_heatmap_of_a_layer_without_load(tmp_path):
+    figure = plots.routing_heatmap([[1, 3], [0, 0]], tmp_path / "load.png", domain_loads={"C": [[0, 0], [0, 0]]})
+    assert texts(figure.axes[0]) == ["MaxVio", "0.50", "no load"]
+    assert figure.axes[1].get_title() == "C (no load)"
+
+
+@pytest.mark.parametrize(
+    ("load", "said"),
+    [([1.0, 2.0], r"\(2,\)"), ([[1.0], [1.0]], r"\(2, 1\)"), ([[1.0, -2.0]], "-2.0"), ([[1.0, np.nan]], "nan")],
+)
+def test_heatmap_refuses_what_is_no_load(tmp_path, load, said):
+    with pytest.raises(ValueError, match=said):
+        plots.routing_heatmap(load, tmp_path / "load.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_heatmap_refuses_a_domain_of_another_shape(tmp_path):
+    with pytest.raises(ValueError, match=r"'C' has shape \(1, 4\)"):
+        plots.routing_heatmap(np.ones((1, 2)), tmp_path / "load.png", domain_loads={"C": np.ones((1, 4))})
+
+
+def test_curves_draw_each_metric_at_its_steps(tmp_path):
+    metrics = [
+        {"step": 10, "loss": 5.0, "lr": 1e-4, "max_vio": 2.0, "tokens_per_s": 10.0},
+        {"step": 20, "loss": 4.0, "lr": 2e-4, "max_vio": 1.0, "tokens_per_s": 11.0},
+        {"step": 20, "val_loss": 4.5, "val_bits_per_byte": 3.0, "max_vio_global": 0.5, "mtp_acceptance": None},
+        {"step": 10, "loss": 5.5},  # a resumed run comes by again
+    ]
+    figure = plots.training_curves(metrics, tmp_path / "run.png")
+    curves = {
+        (ax.get_title().split(":")[0], line.get_label()): line.get_xydata().tolist()
+        for ax in figure.axes
+        for line in ax.lines
+    }
+    assert curves == {
+        ("Loss", "train"): [[10, 5.5], [20, 4.0]],
+        ("Loss", "validation"): [[20, 4.5]],
+        ("Validation", "validation"): [[20, 3.0]],
+        ("MaxVio", "batch"): [[10, 2.0], [20, 1.0]],
+        ("MaxVio", "validation set"): [[20, 0.5]],
+        ("Learning rate", "train"): [[10, 1e-4], [20, 2e-4]],
+        ("Speed", "train"): [[10, 10.0], [20, 11.0]],
+    }
+    assert all(ax.get_xlabel() == "step" and ax.get_ylabel() for ax in figure.axes)
+    width, height = png_size(tmp_path / "run.png")
+    assert 600 < width < 4000 and 300 < height < 3000
+
+
+def test_curves_refuse_rows_without_a_metric(tmp_path):
+    with pytest.raises(ValueError, match="none of the 1 rows"):
+        plots.training_curves([{"step": 3}], tmp_path / "run.png")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "run.png"
+    path.write_text("old")
+
+    def fail(self, file, **options):
+        file.write_bytes(PNG)
+        raise OSError("disk full")
+
+    monkeypatch.setattr(plots.Figure, "savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        plots.training_curves([{"step": 1, "loss": 1.0}], path)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
