@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 
 from dsv3_jax.config import ModelConfig, RunConfig, from_dict, to_dict
 from dsv3_jax.modules.transformer import Transformer
-from dsv3_jax.train_step import TrainState, init_state, model_of
+from dsv3_jax.train_step import TrainState, abstract_state, model_of
 
 
 class Checkpoints:
@@ -69,7 +69,7 @@ class Checkpoints:
         """The last whole checkpoint's state and data position; None when there is none."""
         if self.latest is None:
             return None
-        target = jax.eval_shape(lambda: init_state(self.run))
+        target = abstract_state(self.run)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), target)
         found = self._manager.restore(
@@ -79,7 +79,7 @@ class Checkpoints:
         return found.state, found.data
 
 
-RUN_FILE = "run.json"
+RUN_FILE, TOKENIZER_FILE = "run.json", "tokenizer.json"
 
 
 def read_run(folder: str | Path) -> RunConfig:
@@ -99,7 +99,7 @@ def read_run(folder: str | Path) -> RunConfig:
 def claim(folder: str | Path, run: RunConfig) -> None:
     """Make a run folder, or find it to be this very run's.
 
-    The configuration must be the one the folder was made with, key by key.
+    A tokenizer.json may be there already. The configuration must be the one the folder was made with, key by key.
 
     Raises: ValueError when the folder is another run's, or holds other things.
     """
@@ -113,7 +113,7 @@ def claim(folder: str | Path, run: RunConfig) -> None:
         return
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, not a folder to write a run into")
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(path.name != TOKENIZER_FILE for path in folder.iterdir()):
         raise ValueError(f"{folder} holds other files and no {RUN_FILE}; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / (RUN_FILE + ".part")

@@ -217,14 +217,16 @@ def _generate(words: list[str]) -> int:
     _prepare()
     from dsv3_jax import tokenizer
     from dsv3_jax.checkpoint import load_model
-    from dsv3_jax.generate import Sampling, stream
+    from dsv3_jax.generate import Sampling, check_request, stream
 
     model, _, run, _ = load_model(args.run)
     text = tokenizer.load(run.data.tokenizer)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    prompt = text.encode(args.prompt)
+    check_request(run.model, [prompt], args.max_new_tokens, sampling)  # before the prompt is printed
     tokens = stream(
         model,
-        text.encode(args.prompt),
+        prompt,
         args.max_new_tokens,
         sampling=sampling,
         stop_tokens=(text.eos_id,),

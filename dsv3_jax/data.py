@@ -1,10 +1,10 @@
-"""Packed token batches: documents are shuffled, tokenised, laid end to end and cut into rows of T.
+"""Packed token batches: documents are cut into pieces, shuffled, tokenised, laid end to end and cut into rows of T.
 
 Training never ends and resumes exactly from two numbers; validation is a fixed list. Reading is in `corpus`.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict
 
 import grain
@@ -19,6 +19,7 @@ from dsv3_jax.tokenizer import Tokenizer
 __all__ = ["Batch", "Corpus", "Document", "TrainBatches", "check_vocab", "load_corpus", "train_batches", "val_batches"]
 
 Tokens = Int32[np.ndarray, "_"]
+PIECE_ROWS = 4  # characters of a piece, in rows of T tokens
 
 
 class Batch(TypedDict):
@@ -55,7 +56,10 @@ def train_batches(
 
 
 class TrainBatches(Iterator[Batch]):
-    """Iterator of `train_batches`. Its place is (document of the endless shuffled order, token within it).
+    """Iterator of `train_batches`. Its place is (piece of the endless shuffled order, token within it).
+
+    A document longer than some rows is cut into pieces that are shuffled apart, so that a batch is never a single
+    document's; only its last piece ends in eos. Fill-in-the-middle takes a piece for a document.
 
     Every process lays out the global batch and keeps its rows: tokenising is cheap beside training, and all processes
     then share one state, which also holds for another number of processes. Grain gives the order: a new shuffle each
@@ -71,18 +75,23 @@ class TrainBatches(Iterator[Batch]):
         fim_ids = tokenizer.fim_ids if cfg.fim_rate else None
         domain_ids = {domain: i for i, domain in enumerate(corpus.domains)}
 
-        def tokenise(document: Document, rng: np.random.Generator) -> tuple[Tokens, int]:
-            text, domain = document
+        def tokenise(piece: tuple[int, int, int], rng: np.random.Generator) -> tuple[Tokens, int]:
+            document, start, stop = piece
+            text, domain = corpus.train[document]
+            part = text[start:stop]
             if fim_ids and rng.random() < cfg.fim_rate:
-                return _fill_in_the_middle(text, tokenizer, fim_ids, rng), domain_ids[domain]
-            return _encode(text, tokenizer), domain_ids[domain]
+                return _fill_in_the_middle(part, tokenizer, fim_ids, rng), domain_ids[domain]
+            if stop < len(text):
+                return tokenizer.encode_array(part), domain_ids[domain]
+            return _encode(part, tokenizer), domain_ids[domain]
 
-        order = grain.MapDataset.source(corpus.train).seed(cfg.seed % 2**32).shuffle().repeat()
-        self._documents = order.random_map(tokenise)
+        pieces = _pieces(corpus.train, PIECE_ROWS * cfg.seq_len)
+        order = grain.MapDataset.source(pieces).seed(cfg.seed % 2**32).shuffle().repeat()
+        self._pieces = order.random_map(tokenise)
         self._cfg = cfg
         rows = cfg.batch_size // shard_count
         self._rows = slice(shard_index * rows, (shard_index + 1) * rows)
-        self._source: dict[str, Any] = {"corpus": corpus.fingerprint, "seed": cfg.seed}
+        self._source: dict[str, Any] = {"corpus": corpus.fingerprint, "seed": cfg.seed, "seq_len": cfg.seq_len}
         self._move(0, 0)
 
     def __next__(self) -> Batch:
@@ -95,7 +104,7 @@ class TrainBatches(Iterator[Batch]):
             missing -= len(piece)
             self._offset += len(piece)
             if self._offset == len(tokens):
-                self._move(self._document + 1, 0)
+                self._move(self._piece + 1, 0)
         batch = _lay_out(pieces, self._cfg.batch_size, self._cfg)
         mine = self._rows
         return Batch(
@@ -107,7 +116,7 @@ class TrainBatches(Iterator[Batch]):
 
     def get_state(self) -> dict[str, Any]:
         """Where the next batch begins, as plain JSON."""
-        return {**self._source, "document": self._document, "offset": self._offset}
+        return {**self._source, "piece": self._piece, "offset": self._offset}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from `get_state`'s place, in a constant time.
@@ -117,13 +126,26 @@ class TrainBatches(Iterator[Batch]):
         for name, mine in self._source.items():
             if state[name] != mine:
                 raise ValueError(f"data state was saved with {name}={state[name]!r}, this run has {mine!r}")
-        self._move(state["document"], state["offset"])
+        self._move(state["piece"], state["offset"])
 
-    def _move(self, document: int, offset: int) -> None:
-        self._document, self._offset = document, offset
-        current = self._documents[document]
+    def _move(self, piece: int, offset: int) -> None:
+        self._piece, self._offset = piece, offset
+        current = self._pieces[piece]
         assert current is not None  # Grain's mark of a filtered element; nothing is filtered
         self._current = current
+
+
+def _pieces(documents: Sequence[Document], size: int) -> list[tuple[int, int, int]]:
+    """(document, start, stop) of pieces of about `size` characters, cut at line ends where there are some."""
+    pieces = []
+    for i, (text, _) in enumerate(documents):
+        start = 0
+        while len(text) - start > 1.5 * size:
+            stop = text.rfind("\n", start + size // 2, start + size) + 1 or start + size
+            pieces.append((i, start, stop))
+            start = stop
+        pieces.append((i, start, len(text)))
+    return pieces
 
 
 def val_batches(corpus: Corpus, tokenizer: Tokenizer, cfg: DataConfig, num_batches: int) -> list[Batch]:

@@ -41,12 +41,22 @@ def graph_of(cfg: ModelConfig) -> nnx.GraphDef:
 def init_state(run: RunConfig) -> TrainState:
     """A fresh state from the run's seed, made in one compiled program."""
 
-    @jax.jit
-    def make(key):
-        params, bias = nnx.split(Transformer(run.model, rngs=nnx.Rngs(key)), nnx.Param, RouterBias)[1:]
+    # On CPU a light compilation: the many random draws take longer to optimise than to run.
+    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    return jax.jit(_initialiser(run), compiler_options=options)(jax.random.key(run.seed))
+
+
+def abstract_state(run: RunConfig) -> TrainState:
+    """The shapes of a run's state: nothing is allocated."""
+    return jax.eval_shape(_initialiser(run), jax.random.key(run.seed))
+
+
+def _initialiser(run: RunConfig) -> Callable[[Array], TrainState]:
+    def make(key: Array) -> TrainState:
+        _, params, bias = nnx.split(Transformer(run.model, rngs=nnx.Rngs(key)), nnx.Param, RouterBias)
         return TrainState(params, bias, optim.init(params), jnp.zeros((), jnp.int32))
 
-    return make(jax.random.key(run.seed))
+    return make
 
 
 def model_of(cfg: ModelConfig, state: TrainState) -> Transformer:

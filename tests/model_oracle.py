@@ -103,14 +103,17 @@ class Oracle:
 
     def sparse(self, p, experts, x, short):
         """One sparse block; notes what its router did."""
-        cfg = self.cfg
+        xp, cfg = self.xp, self.cfg
         x = x + self.attention(p["attn"], self.norm(x, p["attn_norm"], cfg.norm_eps), short)
         y = self.norm(x, p["ffn_norm"], cfg.norm_eps)
         ids, gates, scores = self.route(p["moe"], y)
         out = self.swiglu(y, *(p["moe"]["shared"][w] for w in ("w_gate", "w_up", "w_down")))
-        for e in range(cfg.num_experts):
-            gate = self.xp.where(ids == e, gates, 0.0).sum(-1)[..., None]
-            out = out + gate * self.swiglu(y, *(experts[w][e] for w in ("w_gate", "w_up", "w_down")))
+        # Every expert computes every token, and a token takes gate times those that it chose.
+        chosen = ids[..., None] == np.arange(cfg.num_experts)[None, None, None]
+        weight = xp.where(chosen, gates[..., None], 0.0).sum(-2)
+        gate = xp.einsum("btd,edf->btef", y, experts["w_gate"])
+        hidden = gate / (1 + xp.exp(-gate)) * xp.einsum("btd,edf->btef", y, experts["w_up"])
+        out = out + xp.einsum("btef,efd,bte->btd", hidden, experts["w_down"], weight)
         self.routing.append((ids, gates, self.balance_loss(ids, scores, self.segment_ids[:, :short] != 0)))
         return x + out
 
@@ -153,10 +156,10 @@ class Oracle:
         shares = scores / scores.sum(-1)[..., None] * weight
         tokens = np.maximum(weight.sum(1), 1)  # [B,1]
         bare = xp.argsort(-scores, axis=-1)[..., : cfg.experts_per_token]
-        chosen = ((bare[..., None] == experts).any(-2) * weight).sum(1)
+        chosen = xp.where((bare[..., None] == experts).any(-2), weight, 0.0).sum(1)
         f = chosen * cfg.num_experts / (cfg.experts_per_token * tokens)
         sequence = (f * shares.sum(1) / tokens).sum(-1).mean()
-        routed = ((ids[..., None] == experts).any(-2) * weight).sum((0, 1))
+        routed = xp.where((ids[..., None] == experts).any(-2), weight, 0.0).sum((0, 1))
         switch = cfg.num_experts * (routed / routed.sum() * shares.sum((0, 1)) / weight.sum()).sum()
         return cfg.balance.sequence_alpha * sequence + cfg.balance.switch_alpha * switch
 
@@ -173,7 +176,7 @@ class Oracle:
         means = []
         for ahead, scores in enumerate([logits, *mtp_logits], start=1):
             nats, mask = self.nats(scores, tokens, ahead)
-            means.append(self.xp.where(mask, nats, 0.0).sum() / mask.sum())
+            means.append(self.xp.where(mask, nats, 0.0).sum() / float(mask.sum()))
         balance = sum(b for _, _, b in self.routing)
         total = means[0] + balance
         if means[1:]:

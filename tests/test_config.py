@@ -13,7 +13,7 @@ from dsv3_jax.presets import MODELS, RECIPES
 
 
 def unhooked():
-    """dsv3_jax.config as users have it: the tests' import hook would refuse wrong types before it can, in other words."""
+    """dsv3_jax.config as users have it: the tests' import hook would refuse wrong types first, in other words."""
     spec = importlib.util.spec_from_file_location("unhooked_config", sys.modules["dsv3_jax.config"].__file__)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look up their annotations

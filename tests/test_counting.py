@@ -1,5 +1,7 @@
 """Sizes as the reports give them, and as plain arithmetic gives them; nothing is allocated for it."""
 
+import gc
+
 import jax
 import pytest
 from models import small
@@ -10,18 +12,21 @@ from dsv3_jax.presets import preset
 
 
 @pytest.mark.parametrize(
-    ("name", "unit", "total", "active"),
+    ("name", "total", "active", "digit"),
     [
-        ("v3", 1e9, "671", "37"),
-        ("v2", 1e9, "236", "21"),
-        ("v2_lite", 1e8, "157", "24"),
-        ("mini", 1e6, "196", "32"),
+        ("v3", 671e9, 37e9, 1e9),
+        ("v2", 236e9, 21e9, 1e9),
+        ("v2_lite", 15.7e9, 2.4e9, 1e8),
+        ("mini", 196e6, 32e6, 1e6),
     ],
 )
-def test_sizes_of_the_reports(name, unit, total, active):
+def test_sizes_of_the_reports(name, total, active, digit):
+    gc.collect()
     arrays = len(jax.live_arrays())
     found = counting.size(preset(name))
-    assert (f"{found.total / unit:.0f}", f"{found.active / unit:.0f}") == (total, active)
+    # 0.6 of the last digit given, for the reports round most numbers but cut V2-Lite's 2.45
+    assert abs(found.total - total) < 0.6 * digit
+    assert abs(found.active - active) < 0.6 * digit
     assert len(jax.live_arrays()) == arrays  # 671 billion would not have fitted anyway
 
 

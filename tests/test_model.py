@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from model_oracle import Oracle, parameters
-from models import forward, random_model, small, tokens_of
+from models import QUICK, forward, random_model, small, tokens_of
 
 from dsv3_jax.config import ConfigError, Yarn
 from dsv3_jax.modules.layers import NormScale
 from dsv3_jax.modules.moe import RouterBias
-from dsv3_jax.modules.transformer import Transformer, abstract, create
+from dsv3_jax.modules.transformer import Transformer, abstract
 from dsv3_jax.presets import preset
 
 BATCH, LENGTH = 2, 14
@@ -196,9 +196,13 @@ def test_v3s_mtp_module_adds_its_block():
     assert added / 1e9 == pytest.approx(11.6, abs=0.05)  # the published 14B hold copies of embedding and head
 
 
-def test_created_parameters_are_drawn_as_the_configuration_says():
+def test_new_parameters_are_drawn_as_the_configuration_and_the_seed_say():
     cfg = small(num_layers=2, num_dense_layers=0, num_shared_experts=0, dim=32, init_std=0.02)
-    flat = nnx.to_flat_state(nnx.state(create(cfg, 1)))
+    make = jax.jit(lambda key: nnx.state(Transformer(cfg, rngs=nnx.Rngs(key))), compiler_options=QUICK)
+    state, same, other = (make(jax.random.key(seed)) for seed in (1, 1, 2))
+    jax.tree.map(np.testing.assert_array_equal, state, same)
+    assert (state["embed"][...] != other["embed"][...]).all()
+    flat = nnx.to_flat_state(state)
     starts = set()
     for path, variable in flat:
         value = np.asarray(variable[...])
@@ -214,13 +218,6 @@ def test_created_parameters_are_drawn_as_the_configuration_says():
             if path[0] in ("sparse", "experts"):
                 assert value.shape[0] == 2 and (value[0] != value[1]).any(), f"layers of {path} are alike"
     assert len(starts) == sum(type(variable) is nnx.Param for _, variable in flat)  # no two from one key
-
-
-def test_the_seed_decides_the_parameters():
-    cfg = small(num_layers=1, num_dense_layers=0, num_shared_experts=0, tie_embeddings=True)
-    one, two, three = (nnx.state(create(cfg, seed))["embed"][...] for seed in (0, 0, 1))
-    np.testing.assert_array_equal(one, two)
-    assert (one != three).any()
 
 
 def test_bad_configuration_is_refused_before_anything_is_made():

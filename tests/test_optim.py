@@ -1,14 +1,15 @@
 """The schedules corner by corner, and AdamW against its equations."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from models import random_model, small
+from runs import assert_bitwise
 
 from dsv3_jax import optim
 from dsv3_jax.config import OptimConfig
@@ -63,43 +64,60 @@ def test_bias_rate_is_zero_at_the_end(freeze, moving):
     assert found.tolist() == [np.float32(1e-3)] * moving + [0.0] * (100 - moving)
 
 
-def test_adamw_is_the_equations(x64, rng):
-    """Five steps over the warm-up's end, with clipping, against the paper's algorithm in NumPy."""
-    cfg = OptimConfig(learning_rate=0.1, warmup_steps=3, clip_norm=1.0, eps=1e-3)
-    tx = optim.optimizer(cfg, STEPS)
+def test_adamw_is_the_equations(rng):
+    """Five steps over the warm-up's end, one of them not taken, against the paper's algorithm in float64."""
+    cfg = OptimConfig(learning_rate=0.1, warmup_steps=3, clip_norm=3.0, eps=1e-3)
     w, grads = rng.standard_normal((4, 3)), rng.standard_normal((5, 4, 3))
+    norms = np.sqrt((grads * grads).sum((1, 2)))
+    assert (norms > cfg.clip_norm).any() and (norms < cfg.clip_norm).any()
     m, v = np.zeros_like(w), np.zeros_like(w)
-    params = {"w": jnp.asarray(w)}
-    state, update = tx.init(params), jax.jit(tx.update)
-    for step, g in enumerate(grads, start=1):
-        updates, state = update({"w": jnp.asarray(g)}, state, params)
-        params = optax.apply_updates(params, updates)
-        g = g * min(1.0, cfg.clip_norm / np.sqrt((g * g).sum()))
+
+    def state(array):
+        return nnx.State({"w": nnx.Param(jnp.asarray(array, jnp.float32))})
+
+    step_fn = jax.jit(partial(optim.adamw, cfg, STEPS))
+    params, adam = state(w), optim.init(state(w))
+    for step, (g, norm) in enumerate(zip(grads, norms, strict=True)):
+        args = jnp.asarray(step, jnp.int32), params, adam, state(g), jnp.asarray(norm, jnp.float32)
+        assert_bitwise(step_fn(*args, jnp.asarray(False)), (params, adam))
+        params, adam = step_fn(*args, jnp.asarray(True))
+        g = g * min(1.0, cfg.clip_norm / norm)
         m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
-        rate = 0.1 * min(1.0, step / 3)
-        w = w - rate * (m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.95**step)) + cfg.eps) + cfg.weight_decay * w)
-    np.testing.assert_allclose(params["w"], w, rtol=1e-6)  # the rate itself is float32
+        rate = 0.1 * min(1.0, (step + 1) / 3)
+        t = step + 1
+        w = w - rate * (m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.95**t)) + cfg.eps) + cfg.weight_decay * w)
+        np.testing.assert_allclose(params["w"][...], w, atol=2e-6)  # float32, numbers of about 1
+
+
+def test_a_step_that_is_not_taken_keeps_everything_even_from_nan():
+    cfg, steps = OptimConfig(), jnp.asarray(0, jnp.int32)
+    params = nnx.State({"w": nnx.Param(jnp.ones((2, 2), jnp.float32))})
+    bad = jax.tree.map(lambda x: x * jnp.nan, params)
+    adam = optim.init(params)
+    found = optim.adamw(cfg, STEPS, steps, params, adam, bad, jnp.asarray(jnp.nan, jnp.float32), jnp.asarray(False))
+    assert_bitwise(found, (params, adam))
 
 
 def test_decay_is_on_matrices_and_not_on_norms():
-    """With no gradient at all, what moves is decay: every matrix by rate · decay, no norm scale, and no bias is there."""
+    """With no gradient at all, what moves is decay: every matrix by rate · decay, no norm scale; no bias is there."""
     cfg = OptimConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.25)
     params = nnx.split(random_model(small(mtp_depth=1)), nnx.Param, RouterBias)[1]
-    tx = optim.optimizer(cfg, STEPS)
 
     @jax.jit
     def step(params):
-        return tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)[0]
+        zero, grads = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params)
+        args = jnp.zeros((), jnp.int32), params, optim.init(params), grads, zero, jnp.asarray(True)
+        return optim.adamw(cfg, STEPS, *args)[0]
 
-    moved = dict(nnx.to_flat_state(step(params)))
+    new = dict(nnx.to_flat_state(step(params)))
     norms = 0
     for path, variable in nnx.to_flat_state(params):
         assert not isinstance(variable, RouterBias)
-        got, name = np.asarray(moved[path][...]), ".".join(map(str, path))
+        before, after, name = np.asarray(variable[...]), np.asarray(new[path][...]), ".".join(map(str, path))
         if isinstance(variable, NormScale):
             norms += 1
-            assert not got.any(), name
+            np.testing.assert_array_equal(after, before, name)
         else:
-            assert "norm" not in name and variable[...].ndim >= 2
-            np.testing.assert_allclose(got, -0.125 * np.asarray(variable[...]), rtol=1e-6, err_msg=name)
-    assert norms == 4 * 2 + 1 + 7  # dense and sparse stacks (two of the latents each), the last one, the MTP module's
+            assert "norm" not in name and before.ndim >= 2
+            np.testing.assert_allclose(after, before * (1 - 0.125), rtol=1e-6, err_msg=name)
+    assert norms == 4 + 4 + 1 + (4 + 3)  # a block has two and its attention two; an MTP module three and a block

@@ -184,12 +184,8 @@ class Transformer(nnx.Module):
             short = tokens.shape[1] - k
             segment_ids = None if at.segment_ids is None else at.segment_ids[:, :short]
             cut = Positions(at.cos[:, :short], at.sin[:, :short], segment_ids)
-
-            def depth(module, h, embedded, cut=cut, short=short):
-                return module(embedded, h[:, :short], cut, mask[:, :short])
-
-            run = nnx.remat(depth) if self.cfg.remat != "none" else depth
-            h, routing = run(module, h, self.embedding(tokens[:, k:]))
+            run = MTPModule.__call__ if self.cfg.remat == "none" else nnx.remat(MTPModule.__call__)
+            h, routing = run(module, self.embedding(tokens[:, k:]), h[:, :short], cut, mask[:, :short])
             out.append(h)
             routings.append(routing)
         return tuple(out), tuple(routings)
@@ -243,4 +239,7 @@ def abstract(cfg: ModelConfig) -> Transformer:
 
 def create(cfg: ModelConfig, seed: int) -> Transformer:
     """A model with random parameters, made in one compiled program."""
-    return nnx.jit(lambda key: Transformer(cfg, rngs=nnx.Rngs(key)))(jax.random.key(seed))
+    # On CPU a light compilation: the many random draws take longer to optimise than to run.
+    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    make = jax.jit(lambda key: nnx.state(Transformer(cfg, rngs=nnx.Rngs(key))), compiler_options=options)
+    return nnx.merge(nnx.graphdef(abstract(cfg)), make(jax.random.key(seed)))

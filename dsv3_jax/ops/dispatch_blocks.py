@@ -14,11 +14,17 @@ from jaxtyping import Array
 
 from dsv3_jax.ops.dispatch_plan import Plan
 
-# Each expert's rows are cut into as many blocks of the first size as fit, and the rest into the last size: large
-# blocks run nearest the GEMM peak, small ones waste fewer rows at an expert's end.
-FORWARD_BLOCKS = (128, 32)
-BACKWARD_BLOCKS = (128, 64)
-_PADDING = max(FORWARD_BLOCKS + BACKWARD_BLOCKS)
+
+def block_sizes(rows: int, num_experts: int, dim: int, width: int) -> tuple[int, ...]:
+    """Rows multiplied at a time: an expert's rows are cut into blocks of the first size, the rest into the last.
+
+    Large blocks run nearest the GEMM peak, small ones waste fewer rows at an expert's end. A block is to be worth
+    some 2^24 multiplications, or a loop's own cost shows, and no longer than half an expert's mean rows.
+    """
+    mean = max(rows // num_experts, 1)
+    first = min(2**24 // (dim * width), mean // 2)
+    first = min(max(1 << max(first, 1).bit_length() - 1, 32), 1024)
+    return (first, max(first // 4, 32)) if first > 32 else (32,)
 
 
 @jax.custom_vjp
@@ -42,7 +48,8 @@ def _fwd(x, gates, experts, thread, p, layer):
 
 def _forward(x, gates, experts, p: Plan, layer, keep: bool):
     num_experts, _, width = experts[0].shape[1:]
-    tokens, row_gates = _sorted_rows(p, gates)
+    sizes = block_sizes(gates.size, num_experts, x.shape[1], width)
+    tokens, row_gates = _sorted_rows(p, gates, sizes[0])
     rows = _take(x, tokens)
     out = jnp.zeros((tokens.shape[0], x.shape[1]), x.dtype)
     kept = tuple(jnp.zeros((tokens.shape[0], width), x.dtype) for _ in range(2)) if keep else ()
@@ -59,7 +66,7 @@ def _forward(x, gates, experts, p: Plan, layer, keep: bool):
                 kept = (_put(kept[0], a, row), _put(kept[1], b, row))
             return _put(out, h @ w_down, row), kept
 
-        return _for_blocks(p.starts[e], p.counts[e], FORWARD_BLOCKS, block, carry)
+        return _for_blocks(p.starts[e], p.counts[e], sizes, block, carry)
 
     out, kept = jax.lax.fori_loop(0, num_experts, expert, (out, kept))
     return _gather_sum(out, p.place), kept
@@ -68,7 +75,10 @@ def _forward(x, gates, experts, p: Plan, layer, keep: bool):
 def _bwd(saved, cotangents):
     x, gates, experts, p, layer, (kept_a, kept_b) = saved
     dy, d_thread = cotangents
-    tokens, row_gates = _sorted_rows(p, gates)
+    layer = jnp.asarray(layer)  # under jax.checkpoint a constant comes back as a bare literal
+    num_experts, dim, width = experts[0].shape[1:]
+    sizes = block_sizes(gates.size, num_experts, dim, width)
+    tokens, row_gates = _sorted_rows(p, gates, sizes[0])
     dy_rows = _take(dy, tokens)
     # XLA's CPU products are fastest with a left side whose summed axis is the last: [D, rows] for the matrices' part.
     rows_t, dy_rows_t = _take(x, tokens).T, dy_rows.T
@@ -96,24 +106,24 @@ def _bwd(saved, cotangents):
 
         dw_gate, dw_up, dw_down = (_expert(d, layer, e, d.dtype) for d in d_stack)
         dw = (dw_gate, dw_up, dw_down.T)
-        dx_rows, d_gates, dw = _for_blocks(p.starts[e], p.counts[e], BACKWARD_BLOCKS, block, (dx_rows, d_gates, dw))
+        dx_rows, d_gates, dw = _for_blocks(p.starts[e], p.counts[e], sizes, block, (dx_rows, d_gates, dw))
         dw = (*dw[:2], dw[2].T)
         at = _place(layer, e)
         d_stack = tuple(jax.lax.dynamic_update_slice(d, w[None, None], at) for d, w in zip(d_stack, dw, strict=True))
         return dx_rows, d_gates, d_stack
 
     start = (jnp.zeros_like(dy_rows), jnp.zeros_like(row_gates), d_thread)
-    dx_rows, d_gates, d_thread = jax.lax.fori_loop(0, experts[0].shape[1], expert, start)
+    dx_rows, d_gates, d_thread = jax.lax.fori_loop(0, num_experts, expert, start)
     return _gather_sum(dx_rows, p.place), _take(d_gates, p.place), None, d_thread, None, None
 
 
 blocks_swiglu.defvjp(_fwd, _bwd)
 
 
-def _sorted_rows(p: Plan, gates: Array) -> tuple[Array, Array]:
-    """Token and gate of each sorted row, padded at the end."""
-    tokens = jnp.pad(p.order // gates.shape[1], (0, _PADDING))
-    return tokens, jnp.pad(_take(gates.reshape(-1), p.order), (0, _PADDING))
+def _sorted_rows(p: Plan, gates: Array, pad: int) -> tuple[Array, Array]:
+    """Token and gate of each sorted row, with `pad` more at the end."""
+    tokens = jnp.pad(p.order // gates.shape[1], (0, pad))
+    return tokens, jnp.pad(_take(gates.reshape(-1), p.order), (0, pad))
 
 
 def _for_blocks(start, count, sizes, body, carry):

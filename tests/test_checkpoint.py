@@ -1,0 +1,186 @@
+"""Checkpoints are whole or absent, and a run folder belongs to one run."""
+
+import json
+import shutil
+import subprocess
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from models import random_model
+from runs import MODEL, assert_bitwise, cheap_compiles, make_run
+
+from dsv3_jax import optim
+from dsv3_jax.checkpoint import RUN_FILE, Checkpoints, claim, load_model, read_run
+from dsv3_jax.config import ConfigError
+from dsv3_jax.modules.moe import RouterBias
+from dsv3_jax.train_step import TrainState
+
+RUN = make_run("some text", keep=2)
+PLACE = {"corpus": "abc", "seed": 0, "document": 3, "offset": 7}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cheap(tmp_path_factory):
+    with cheap_compiles(tmp_path_factory.getbasetemp()):
+        yield
+
+
+def make_state(step: int) -> TrainState:
+    """Every leaf random: parameters, biases, both means of the optimizer."""
+    parts = [nnx.split(random_model(MODEL, seed), nnx.Param, RouterBias)[1:] for seed in (step, step + 1, step + 2)]
+    return TrainState(*parts[0], optim.AdamState(parts[1][0], parts[2][0]), jnp.asarray(step, jnp.int32))
+
+
+def save(folder, *steps, run=RUN):
+    with Checkpoints(folder, run) as checkpoints:
+        for step in steps:
+            checkpoints.save(make_state(step), PLACE | {"offset": step})
+
+
+def steps_in(folder) -> set[str]:
+    return {path.name for path in (folder / "checkpoints").iterdir()}
+
+
+def test_what_is_restored_is_what_was_saved(tmp_path):
+    save(tmp_path, 3, 5, 8)
+    assert steps_in(tmp_path) == {"5", "8"}  # keep=2
+    with Checkpoints(tmp_path, RUN) as checkpoints:
+        assert checkpoints.latest == 8
+        state, place = checkpoints.restore()
+    assert_bitwise(state, make_state(8))
+    assert place == PLACE | {"offset": 8}
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(state))
+
+
+def test_nothing_saved_nothing_restored(tmp_path):
+    with Checkpoints(tmp_path, RUN) as checkpoints:
+        assert checkpoints.latest is None and checkpoints.restore() is None
+
+
+def test_what_a_dead_run_left_half_written_is_not_a_checkpoint(tmp_path):
+    save(tmp_path, 3)
+    half = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp-123"
+    shutil.copytree(tmp_path / "checkpoints" / "3", half)
+    with Checkpoints(tmp_path, RUN) as checkpoints:
+        assert checkpoints.latest == 3
+        checkpoints.save(make_state(9), PLACE)
+    assert steps_in(tmp_path) == {"3", "9"}
+
+
+def test_no_room_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    save(tmp_path, 3)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    with pytest.raises(OSError, match=r"no room for a checkpoint of 0 MB in .*checkpoints: 1 MB are free"):
+        save(tmp_path, 5)
+    assert steps_in(tmp_path) == {"3"}
+    with Checkpoints(tmp_path, RUN) as checkpoints:
+        assert_bitwise(checkpoints.restore()[0], make_state(3))
+
+
+def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    """A real disk of half a megabyte that claims to have room: the write itself fails."""
+    disk, run = tmp_path / "disk", replace(RUN, keep=20)
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 10**9))
+        with pytest.raises(Exception, match="No space left|RESOURCE_EXHAUSTED"):
+            save(disk, *range(1, 20), run=run)
+        monkeypatch.undo()
+        with Checkpoints(disk, run) as checkpoints:
+            last = checkpoints.latest
+            assert last >= 1
+            assert_bitwise(checkpoints.restore()[0], make_state(last))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_folder_is_claimed_once(tmp_path):
+    """A new or an empty folder becomes the run's; the same run finds it again."""
+    (tmp_path / "empty").mkdir()
+    for name in ("new/below", "empty"):
+        folder = tmp_path / name
+        claim(folder, RUN)
+        assert [path.name for path in folder.iterdir()] == [RUN_FILE]
+        assert read_run(folder) == RUN
+        written = (folder / RUN_FILE).read_bytes()
+        claim(folder, RUN)
+        assert (folder / RUN_FILE).read_bytes() == written
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": 7}, r"its seed is 0, not 7"),
+        ({"optim": replace(RUN.optim, beta2=0.5)}, r"its optim\.beta2 is 0\.95, not 0\.5"),
+        ({"data": replace(RUN.data, paths=("a", "b"))}, r"its data\.paths is \('some text',\), not \('a', 'b'\)"),
+        ({"model": replace(MODEL, q_latent_dim=3)}, r"its model\.q_latent_dim is None, not 3"),
+    ],
+)
+def test_another_runs_folder_is_refused_by_the_key(tmp_path, change, said):
+    claim(tmp_path / "run", RUN)
+    written = (tmp_path / "run" / RUN_FILE).read_bytes()
+    with pytest.raises(ValueError, match=rf"run holds another run: {said}; choose another --out"):
+        claim(tmp_path / "run", replace(RUN, **change))
+    assert (tmp_path / "run" / RUN_FILE).read_bytes() == written
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=f"{tmp_path.name} holds other files and no run.json"):
+        claim(tmp_path, RUN)
+    with pytest.raises(ValueError, match="notes.txt is a file, not a folder"):
+        claim(tmp_path / "notes.txt", RUN)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_claim_cut_short_is_made_again(tmp_path):
+    """Killed between writing run.json.part and renaming it."""
+    (tmp_path / (RUN_FILE + ".part")).write_text('{"mod')
+    claim(tmp_path, RUN)
+    assert read_run(tmp_path) == RUN
+
+
+def test_what_is_not_a_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path.name} holds no run: there is no run.json"):
+        load_model(tmp_path)
+    claim(tmp_path / "run", RUN)
+    with pytest.raises(ValueError, match="run holds no checkpoint yet"):
+        load_model(tmp_path / "run")
+    file = tmp_path / "run" / RUN_FILE
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | {"colour": 3}))
+    with pytest.raises(ConfigError, match="'colour' is not a key of RunConfig"):
+        load_model(tmp_path / "run")
+    file.write_text(json.dumps(values)[:100])
+    with pytest.raises(ValueError, match="run.json is not JSON"):
+        load_model(tmp_path / "run")
+
+
+def test_a_checkpoint_is_read_back_as_a_model(tmp_path):
+    claim(tmp_path / "run", RUN)
+    save(tmp_path / "run", 4)
+    model, cfg, run, step = load_model(tmp_path / "run")
+    assert (cfg, run, step) == (MODEL, RUN, 4)
+    assert_bitwise(nnx.split(model)[1], nnx.split(random_model(MODEL, 4))[1])
+
+
+@pytest.mark.parametrize("change", [{"expert_dim": 5}, {"num_layers": 3}, {"mtp_depth": 2}, {"tie_embeddings": True}])
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, change):
+    """run.json was edited by hand: one sentence, not a page of Orbax."""
+    claim(tmp_path / "run", RUN)
+    save(tmp_path / "run", 4)
+    file = tmp_path / "run" / RUN_FILE
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | {"model": values["model"] | change}))
+    with pytest.raises(ValueError, match="checkpoint") as caught:
+        load_model(tmp_path / "run")
+    said = str(caught.value)
+    assert "\n" not in said and len(said) < 400 and "run" in said

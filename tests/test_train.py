@@ -1,0 +1,241 @@
+"""The training loop: however a run is stopped, the same command ends with the same numbers."""
+
+import json
+import shutil
+import signal
+import struct
+import time
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import STEPS, assert_bitwise, cheap_compiles, finished, flags, rows_of, said_by, start, unhooked_cli
+from tensorboardX.proto.event_pb2 import Event
+
+from dsv3_jax import data, train
+from dsv3_jax.checkpoint import Checkpoints
+from dsv3_jax.ngram import order2_bits_per_byte
+from dsv3_jax.tokenizer import ByteTokenizer
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def root(tmp_path_factory):
+    root = tmp_path_factory.getbasetemp()
+    with cheap_compiles(root):
+        yield root
+
+
+@pytest.fixture(scope="module")
+def whole(root):
+    return finished(root)
+
+
+@pytest.fixture(autouse=True)
+def _no_seconds_spent_on_the_rest(whole, monkeypatch):
+    """The machine's peak speed, the pictures and the baseline are of the whole run, which was trained without this."""
+    monkeypatch.setattr(train, "gemm_flops", lambda dtype: 1e9)
+    monkeypatch.setattr(train, "_draw", lambda *_: None)
+    monkeypatch.setattr(train, "_order2", lambda *_: 0.0)
+
+
+def main(argv: list[str]) -> int:
+    cli = unhooked_cli()
+    cli._prepare = lambda: None  # the allocator's settings are for a process of one's own
+    return cli.main(argv)
+
+
+@cache
+def corpus_of(run):
+    return data.load_corpus(run.data)
+
+
+def last_checkpoint(run, folder: Path):
+    with Checkpoints(folder, run) as checkpoints:
+        return checkpoints.restore()
+
+
+def assert_same_run(run, folder: Path, whole) -> None:
+    """Parameters, optimizer, biases, place in the data, and every number written on the way."""
+    (state, place), (want, want_place) = last_checkpoint(run, folder), last_checkpoint(whole.run, whole.folder)
+    assert int(state.step) == STEPS
+    assert_bitwise(state, want)
+    assert place == want_place != data.train_batches(corpus_of(run), ByteTokenizer(), run.data).get_state()
+    assert rows_of(folder) == rows_of(whole.folder)
+
+
+def test_a_run_folder_holds_what_it_should(whole):
+    rows = rows_of(whole.folder)
+    steps = [row["step"] for row in rows if "loss" in row]
+    assert steps == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows if "val_loss" in row] == [6, 12]
+    assert all(np.isfinite(row["loss"]) and len(row["mtp_loss"]) == 1 for row in rows if "loss" in row)
+    assert rows[0]["loss"] > rows[-1]["val_loss"]  # it learns
+    assert {path.name for path in (whole.folder / "checkpoints").iterdir()} == {"8", "12"}  # keep=2
+    for name in ("routing.png", "training.png"):
+        assert (whole.folder / name).read_bytes().startswith(PNG)
+    assert whole.fitted.finished and whole.fitted.step == STEPS and whole.fitted.resumed_from is None
+    assert not list(whole.folder.glob("*.part"))
+
+
+def test_tensorboard_holds_the_same_scalars(whole):
+    (file,) = (whole.folder / "tensorboard").glob("events.out.tfevents.*")
+    blob, at, found = file.read_bytes(), 0, {}
+    while at < len(blob):  # a record: its length, a checksum, the event, a checksum
+        (length,) = struct.unpack_from("<Q", blob, at)
+        event = Event.FromString(blob[at + 12 : at + 12 + length])
+        found |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
+        at += 16 + length
+    for row in rows_of(whole.folder):
+        for name in {"loss", "grad_norm", "max_vio", "val_bits_per_byte"} & row.keys():
+            assert found[row["step"], name] == np.float32(row[name])
+        if "mtp_loss" in row:
+            assert found[row["step"], "mtp_loss/0"] == np.float32(row["mtp_loss"][0])
+
+
+def test_the_order_2_baseline_is_told(whole):
+    corpus, words = corpus_of(whole.run), ByteTokenizer()
+    rows = [
+        words.bytes_of(row[segments > 0].tolist())
+        for batch in data.val_batches(corpus, words, whole.run.data, whole.run.eval_batches)
+        for row, segments in zip(batch["tokens"], batch["segment_ids"], strict=True)
+    ]
+    want = order2_bits_per_byte((d.text.encode() for d in corpus.train), rows)
+    assert whole.fitted.order2_bits_per_byte == pytest.approx(want, rel=1e-12)
+    bits = whole.fitted.evaluation["val_bits_per_byte"]
+    assert f"validation bits a byte: {bits:.3f}, against {want:.3f} of an order-2 byte model" in whole.said
+
+
+def test_two_runs_are_one(whole, tmp_path):
+    train.fit(whole.run, tmp_path / "run", quiet=True)
+    assert_same_run(whole.run, tmp_path / "run", whole)
+
+
+def test_stopped_and_resumed_is_never_stopped(whole, tmp_path):
+    """Twice; what a lost stretch wrote into the metrics, and a line cut short, are dropped."""
+    folder = tmp_path / "run"
+    first, said = said_by(lambda: train.fit(whole.run, folder, stop_after=5))
+    assert (first.step, first.finished, first.resumed_from) == (5, False, None)
+    assert "stopped and saved at step 5" in said
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 6, "loss": 0.0}) + "\n" + '{"step": 7, "lo')
+    second = train.fit(whole.run, folder, stop_after=7, quiet=True)
+    assert (second.step, second.finished, second.resumed_from) == (7, False, 5)
+    third, said = said_by(train.fit, whole.run, folder)
+    assert (third.step, third.finished, third.resumed_from) == (STEPS, True, 7)
+    assert "resumed from the checkpoint of step 7" in said
+    assert_same_run(whole.run, folder, whole)
+    assert third.evaluation["val_loss"] == whole.fitted.evaluation["val_loss"]
+    again = train.fit(whole.run, folder, quiet=True)  # a finished run is only looked at
+    assert (again.step, again.finished, again.resumed_from) == (STEPS, True, STEPS)
+    assert_same_run(whole.run, folder, whole)
+
+
+def often(run):
+    """The same run with a checkpoint after every step, which slows it down enough to be met half-way."""
+    return replace(run, save_every=1)
+
+
+def wait_for(condition, process, seconds=60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_sigterm_saves_and_the_next_call_goes_on(whole, root, tmp_path):
+    folder, run = tmp_path / "run", often(whole.run)
+    process = start(["train", "tiny", "--out", str(folder), *flags(run)], root)
+    wait_for(lambda: (folder / "checkpoints" / "1").exists(), process)
+    process.send_signal(signal.SIGTERM)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    state, _ = last_checkpoint(run, folder)
+    step = int(state.step)
+    assert 1 <= step < STEPS and f"stopped and saved at step {step}" in said
+    assert train.fit(run, folder, quiet=True).resumed_from == step
+    assert_same_run(run, folder, whole)
+
+
+def test_killed_at_any_moment_it_ends_the_same(whole, root, tmp_path):
+    """SIGKILL somewhere between two checkpoints, twice, then once more to the end."""
+    rng = np.random.default_rng()  # another moment each time; whatever it is, the result must hold
+    folder, run, saved = tmp_path / "run", often(whole.run), 0
+    for _ in range(2):
+        process = start(["train", "tiny", "--out", str(folder), *flags(run)], root)
+        wait_for(lambda saved=saved: any(p.name == str(saved + 1) for p in folder.glob("checkpoints/*")), process)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        said, _ = process.communicate(timeout=60)
+        with Checkpoints(folder, run) as checkpoints:
+            before, saved = saved, checkpoints.latest
+        assert saved > before
+        assert before == 0 or f"resumed from the checkpoint of step {before}" in said
+    assert train.fit(run, folder, quiet=True).resumed_from == saved
+    assert_same_run(run, folder, whole)
+
+
+def poisoned_at(step: int):
+    """A compiled step that meets a parameter which is not finite after `step` steps."""
+
+    def make(run):
+        good = train.make_step(run)
+
+        def poisoned(state, batch):
+            if int(state.step) == step:
+                state.params["head"] = state.params["head"].replace(state.params["head"][...].at[0, 0].set(np.inf))
+            return good(state, batch)
+
+        return poisoned
+
+    return make
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(whole, tmp_path, monkeypatch, capfd):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_compiled_step", poisoned_at(4))
+        assert main(["train", "tiny", "--out", str(folder), *flags(whole.run)]) == 2
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "step 4 met" in said[0] and "parameter head" in said[0] and "last good checkpoint is step 4" in said[0]
+    assert train.fit(whole.run, folder, quiet=True).resumed_from == 4  # without the poison
+    assert_same_run(whole.run, folder, whole)
+
+
+def test_a_full_disk_stops_the_run(whole, tmp_path, monkeypatch, capfd):
+    folder = tmp_path / "run"
+    train.fit(whole.run, folder, stop_after=3, quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+        assert main(["train", "tiny", "--out", str(folder), *flags(whole.run)]) == 2
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1 and "no room for a checkpoint" in said[0]
+    assert train.fit(whole.run, folder, quiet=True).resumed_from == 3
+    assert_same_run(whole.run, folder, whole)
+
+
+def test_a_disk_that_fills_up_while_writing_stops_the_run(whole, tmp_path, monkeypatch, capfd):
+    folder = tmp_path / "run"
+    train.fit(whole.run, folder, stop_after=3, quiet=True)
+    with monkeypatch.context() as patch:
+
+        def fail(*args, **kwargs):
+            raise OSError(28, "No space left on device", str(folder))
+
+        patch.setattr(train.Metrics, "write", fail)
+        assert main(["train", "tiny", "--out", str(folder), *flags(whole.run)]) == 2
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1 and "the disk is full" in said[0] and str(folder) in said[0]
+    assert train.fit(whole.run, folder, quiet=True).resumed_from == 3
+
+
+def test_another_runs_folder_is_left_alone(whole):
+    before = {path: path.stat().st_mtime_ns for path in whole.folder.rglob("*")}
+    with pytest.raises(ValueError, match=r"holds another run: its optim\.beta1 is 0\.9, not 0\.8"):
+        train.fit(replace(whole.run, optim=replace(whole.run.optim, beta1=0.8)), whole.folder)
+    assert {path: path.stat().st_mtime_ns for path in whole.folder.rglob("*")} == before

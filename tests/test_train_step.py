@@ -1,0 +1,182 @@
+"""One training step: parts make the whole, the bias follows the load, and what is not finite changes nothing."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from models import random_model
+from runs import MODEL, STEPS, assert_bitwise, cheap_compiles, make_run
+
+from dsv3_jax import optim
+from dsv3_jax.config import OptimConfig
+from dsv3_jax.modules.moe import RouterBias
+from dsv3_jax.train_step import TrainState, first_bad_tensor, init_state, make_step
+
+B, T = 4, 16
+# eps: AdamW then does not turn the rounding of gradients near 0 into whole steps of either sign
+RUN = make_run("nowhere", optim=OptimConfig(learning_rate=1e-2, warmup_steps=2, eps=0.1, bias_freeze=0.5))
+# One layer and no MTP; a softmax router, which has no use for a bias
+PLAIN = replace(RUN, model=replace(MODEL, num_layers=1, mtp_depth=0, router="softmax", group_score="max"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cheap(tmp_path_factory):
+    with cheap_compiles(tmp_path_factory.getbasetemp()):
+        yield
+
+
+@pytest.fixture(scope="module")
+def step():
+    return make_step(RUN)
+
+
+@pytest.fixture(scope="module")
+def plain_step():
+    return make_step(PLAIN)
+
+
+def make_state(run=RUN, step: int = 0) -> TrainState:
+    """Parameters and signed biases by NumPy, anew in each call, for a step takes its state away."""
+    params, bias = nnx.split(random_model(run.model), nnx.Param, RouterBias)[1:]
+    return TrainState(params, bias, optim.init(params), jnp.asarray(step, jnp.int32))
+
+
+def make_batch(seed: int = 0) -> dict[str, jax.Array]:
+    """Rows of one to four documents; rows 1 and 3 end in 3 and 12 places of padding: no two parts weigh alike."""
+    rng = np.random.default_rng(seed)
+    segment_ids = np.sort(rng.integers(1, 5, (B, T)), axis=1)
+    segment_ids[1, -3:] = segment_ids[3, -12:] = 0
+    starts = np.diff(segment_ids, axis=1, prepend=-1) != 0
+    columns = np.arange(T)[None]
+    positions = columns - np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
+    batch = {"tokens": rng.integers(0, 260, (B, T)), "segment_ids": segment_ids, "positions": positions}
+    return {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
+
+
+def copied(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
+@pytest.mark.parametrize(("parts", "run"), [(2, RUN), (4, PLAIN)], ids=["2", "4"])
+def test_microbatches_are_the_whole_batch(step, plain_step, parts, run):
+    """Loss, gradient, load and the parameters after the step, though the parts have different numbers of targets."""
+    cut = make_step(replace(run, optim=replace(run.optim, microbatches=parts)))
+    uncut = step if run is RUN else plain_step
+    (whole, want), (pieces, got) = (f(make_state(run), make_batch()) for f in (uncut, cut))
+    assert got.keys() == want.keys() and float(want["grad_norm"]) > 0.1
+    np.testing.assert_array_equal(got["load"], want["load"])
+    for name in ("loss", "mtp_loss", "balance_loss", "accuracy", "grad_norm", "lr", "dropped"):
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-5, err_msg=name)  # float32 sums in another order
+    assert_bitwise(pieces.bias, whole.bias)
+    # 1e-5 of each tensor's largest entry: gradients are sums of up to 60 tokens' terms in float32
+    for before, after, (path, w), p in zip(
+        jax.tree.leaves(whole.opt.mu),
+        jax.tree.leaves(pieces.opt.mu),
+        jax.tree_util.tree_leaves_with_path(whole.params),
+        jax.tree.leaves(pieces.params),
+        strict=True,
+    ):
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(after, before, atol=1e-5 * float(jnp.abs(before).max()), err_msg=name)
+        np.testing.assert_allclose(p, w, atol=1e-6, err_msg=name)
+
+
+def test_the_bias_follows_the_load_of_the_batch(step):
+    """b += γ·sign(mean load − load), exactly, in each sparse layer and in the MTP block."""
+    before = dict(nnx.to_flat_state(copied(make_state().bias)))
+    new, metrics = step(make_state(), make_batch())
+    after, load = dict(nnx.to_flat_state(new.bias)), np.asarray(metrics["load"])
+    real = np.asarray(make_batch()["segment_ids"]) != 0
+    assert load.sum(-1).tolist() == [2 * real.sum()] * 2 + [2 * real[:, :-1].sum()]  # two experts a token
+    for path, rows in ((("sparse", "moe", "bias"), load[:2]), (("mtp", 0, "block", "moe", "bias"), load[2])):
+        moved = np.float32(1e-2) * np.sign(rows.mean(-1, keepdims=True) - rows)
+        assert {-1, 1} <= set(np.sign(moved).ravel())
+        np.testing.assert_array_equal(after.pop(path)[...], before.pop(path)[...] + moved)
+    assert not before and not after
+
+
+def test_the_bias_stands_still_at_the_end(step):
+    """`bias_freeze` is half of the run."""
+    for at, moves in ((STEPS // 2 - 1, True), (STEPS // 2, False)):
+        state = make_state(step=at)
+        before = copied(state.bias)
+        new, metrics = step(state, make_batch())
+        assert np.ptp(metrics["load"]) > 0
+        same = all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before, new.bias)), strict=True))
+        assert same != moves
+
+
+def test_other_routers_have_no_bias_to_move(plain_step):
+    state = make_state(PLAIN)
+    before = copied(state.bias)
+    new, metrics = plain_step(state, make_batch())
+    assert np.ptp(metrics["load"]) > 0
+    assert_bitwise(new.bias, before)
+
+
+def test_the_bias_is_not_the_optimizers():
+    state = make_state()
+    for means in state.opt:
+        assert jax.tree.structure(means) == jax.tree.structure(state.params)
+    kinds = {type(variable) for _, variable in nnx.to_flat_state(state.params)}
+    assert RouterBias not in kinds
+    assert {type(variable) for _, variable in nnx.to_flat_state(state.bias)} == {RouterBias}
+
+
+def test_one_seed_one_run(step):
+    """Two runs of three steps: every metric and the state after them, bit by bit; another seed is another model."""
+    runs = []
+    for _ in range(2):
+        state, rows = init_state(RUN), []
+        for i in range(3):
+            state, metrics = step(state, make_batch(i))
+            rows.append(copied(metrics))
+        runs.append((copied(state), rows))
+    assert_bitwise(*runs)
+    assert int(runs[0][0].step) == 3
+    other = init_state(replace(RUN, seed=1))
+    assert not np.array_equal(other.params["embed"][...], init_state(RUN).params["embed"][...])
+
+
+def test_the_state_is_given_away(step):
+    state = make_state()
+    step(state, make_batch())
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def poison(state: TrainState, value: float) -> TrainState:
+    """One number of one matrix in the middle of the model becomes `value`."""
+    params = nnx.to_flat_state(state.params)
+    flat = dict(params)
+    path = ("sparse", "moe", "w_router")
+    flat[path] = flat[path].replace(flat[path][...].at[0, 1, 2].set(value))
+    return replace(state, params=nnx.from_flat_state(flat))
+
+
+def test_a_bad_parameter_stops_the_step_and_is_named(step):
+    state = poison(make_state(step=3), np.nan)
+    before = copied(state)
+    after, metrics = step(state, make_batch())
+    assert not bool(metrics["finite"])
+    assert_bitwise(after, before)
+    assert first_bad_tensor(RUN, after, make_batch()) == "parameter sparse.moe.w_router"
+
+
+def test_a_bad_gradient_stops_the_step_and_is_named(plain_step):
+    """All parameters are finite, but the logits overflow."""
+    state = make_state(PLAIN)
+    state = replace(state, params=jax.tree.map(lambda x: x, state.params))
+    state.params["head"] = state.params["head"].replace(jnp.full((8, 260), 3e38, jnp.float32))
+    before = copied(state)
+    after, metrics = plain_step(state, make_batch())
+    assert not bool(metrics["finite"])
+    assert_bitwise(after, before)
+    assert first_bad_tensor(PLAIN, after, make_batch()).startswith("gradient of ")
+
+
+def test_a_good_step_says_so(step):
+    state, metrics = step(make_state(), make_batch())
+    assert bool(metrics["finite"]) and int(state.step) == 1
