@@ -40,6 +40,7 @@ def routing_heatmap(
     *,
     title: str = "Routed load",
     domain_loads: Mapping | None = None,
+    mtp_blocks: int = 0,
 ) -> Figure:
     """Layers × experts, coloured by load / mean load of the layer: white is even, red above, blue below.
 
@@ -52,6 +53,7 @@ def routing_heatmap(
         path: of the PNG; its folder is made.
         title: of the picture.
         domain_loads: domain name → counts [L, E]; each gets a small panel with the same colours.
+        mtp_blocks: how many of the last rows are MTP blocks', and named so.
     Returns: the figure; the values drawn are `figure.axes[i].images[0].get_array()`, the main panel first.
     Raises: ValueError if a load is not [L, E] with E ≥ 2, is negative or not finite, or differs in shape.
     """
@@ -76,6 +78,7 @@ def routing_heatmap(
     image = _draw_load(main, whole, norm)
     main.set_title(title, fontsize=11)
     _label_axes(main, left=True)
+    main.yaxis.set_major_formatter(lambda y, _: _row_name(y, num_layers - mtp_blocks))
     beside = main.get_yaxis_transform()  # x in axes, y in layers
     main.text(1.008, 1.0, "MaxVio", transform=main.transAxes, fontsize=7, va="bottom", weight="bold")
     for layer, peak in enumerate(whole.max(-1)):
@@ -169,6 +172,10 @@ def _draw_load(ax, ratio: np.ndarray, norm: TwoSlopeNorm):
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(12 if ratio.shape[0] > 16 else 16, integer=True))
     return image
+
+
+def _row_name(row: float, trunk: int) -> str:
+    return f"{row:.0f}" if row < trunk else f"MTP {row - trunk + 1:.0f}"
 
 
 def _label_axes(ax, *, left: bool) -> None:

@@ -123,7 +123,7 @@ def fit(run: RunConfig, out: str | Path, *, stop_after: int | None = None, quiet
         if evaluation is None:  # the run was finished before this call
             evaluation = evaluate(model_of(run.model, state), held_out, words, corpus.domains)
         order2 = _order2(corpus, words, held_out)
-        _draw(out, evaluation, metrics)
+        _draw(out, evaluation, metrics, run.model.mtp_depth)
         progress.finished(evaluation, order2, out)
     return Fitted(step, True, resumed_from, evaluation, order2)
 
@@ -212,8 +212,9 @@ def _order2(corpus: data.Corpus, words: tokenizer.Tokenizer, held_out: list[data
     return bits / max(size, 1)
 
 
-def _draw(out: Path, evaluation: dict, metrics: Metrics) -> None:
+def _draw(out: Path, evaluation: dict, metrics: Metrics, mtp_depth: int) -> None:
     load = np.asarray(evaluation["load"])
     if load.size:
-        routing_heatmap(load, out / "routing.png", title="Load of each expert on held-out text, over the layer's mean")
+        title = "Load of each expert on held-out text, over the layer's mean"
+        routing_heatmap(load, out / "routing.png", title=title, mtp_blocks=mtp_depth)
     training_curves(metrics.rows(), out / "training.png")

@@ -53,7 +53,8 @@ def abstract_state(run: RunConfig) -> TrainState:
 
 def _initialiser(run: RunConfig) -> Callable[[Array], TrainState]:
     def make(key: Array) -> TrainState:
-        _, params, bias = nnx.split(Transformer(run.model, rngs=nnx.Rngs(key)), nnx.Param, RouterBias)
+        model = Transformer(run.model, rngs=nnx.Rngs(key))
+        params, bias = nnx.state(model, nnx.Param), nnx.state(model, RouterBias)
         return TrainState(params, bias, optim.init(params), jnp.zeros((), jnp.int32))
 
     return make
