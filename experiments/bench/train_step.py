@@ -34,34 +34,37 @@ def against_peer(rounds: int, python: str | None) -> dict:
     tokens, rows = BATCH * LENGTH, {}
     # A balance loss and a bias update are not in the peer's step; ours has the bias update, at a cost of nothing.
     ours = Ours(replace(MINI, init_std=0.006, balance=replace(MINI.balance, sequence_alpha=0.0)))
-    sides: dict = {"dsv3-jax": ours}
-    for experts in ("grouped_mm", "eager"):
-        sides[f"transformers, {experts}"] = Peer(replace(MINI, init_std=0.006), experts=experts, python=python)
+    model = replace(MINI, init_std=0.006)
+    sides: dict = {"dsv3-jax": ours, "transformers, grouped_mm": Peer(model, experts="grouped_mm", python=python)}
     os.environ.update(KEEP_MEMORY)
-    sides["transformers, grouped_mm, memory kept"] = Peer(
-        replace(MINI, init_std=0.006), experts="grouped_mm", python=python
-    )
+    sides["transformers, grouped_mm, memory kept"] = Peer(model, experts="grouped_mm", python=python)
     for name in KEEP_MEMORY:
         del os.environ[name]
     seconds: dict = {name: [] for name in sides}
     losses: dict = {name: [] for name in sides}
     peaks, memory = [], {}
+
+    def measure(name, side, count):
+        reply = side.step(count)
+        seconds.setdefault(name, []).extend(reply["seconds"])
+        losses.setdefault(name, []).extend(reply["loss"])
+        memory[name] = reply["peak_rss_bytes"]
+
     for side in sides.values():
         side.step(2)
     for i in range(rounds):
         peaks.append(ours.gemm())
         for name, side in sides.items():
-            if name.endswith("eager") and i >= 2:  # slow: two rounds say enough
-                continue
-            reply = side.step(1 if name.endswith("eager") else 3)
-            seconds[name] += reply["seconds"]
-            losses[name] += reply["loss"]
-            memory[name] = reply["peak_rss_bytes"]
-        print(f"round {i + 1} of {rounds}", file=sys.stderr, flush=True)
+            measure(name, side, 3)
+        print(f"round {i + 1} of {rounds}: {seconds}", file=sys.stderr, flush=True)
     versions = {"jax": ours.info["jax"], "python": platform.python_version()}
     versions |= {k: sides["transformers, grouped_mm"].info[k] for k in ("torch", "transformers")}
     for side in sides.values():
         side.__exit__(None, None, None)
+    # The loop over experts is several times slower and would only take memory from the others: alone, at the end.
+    with Peer(model, experts="eager", python=python) as eager:
+        eager.step(1)
+        measure("transformers, eager", eager, 2)
     peak = statistics.median(peaks)
     flops = train_flops_per_token(MINI)
     for name, taken in seconds.items():
