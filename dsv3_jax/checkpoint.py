@@ -66,16 +66,22 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def restore(self) -> tuple[TrainState, dict[str, Any]] | None:
-        """The last whole checkpoint's state and data position; None when there is none."""
+        """The last whole checkpoint's state and data position; None when there is none.
+
+        Raises: ValueError when the checkpoint does not fit the run's configuration.
+        """
         if self.latest is None:
             return None
         target = abstract_state(self.run)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), target)
-        found = self._manager.restore(
-            self.latest,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()),
-        )
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
+        try:
+            found = self._manager.restore(self.latest, args=args)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"the checkpoint of step {self.latest} in {self.folder} is another model's than its configuration says"
+            ) from error
         return found.state, found.data
 
 
@@ -113,7 +119,7 @@ def claim(folder: str | Path, run: RunConfig) -> None:
         return
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, not a folder to write a run into")
-    if folder.exists() and any(path.name != TOKENIZER_FILE for path in folder.iterdir()):
+    if folder.exists() and any(path.name not in (TOKENIZER_FILE, RUN_FILE + ".part") for path in folder.iterdir()):
         raise ValueError(f"{folder} holds other files and no {RUN_FILE}; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / (RUN_FILE + ".part")

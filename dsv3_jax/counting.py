@@ -79,7 +79,7 @@ def train_flops_per_token(cfg: ModelConfig, *, with_mtp: bool = True) -> int:
     return 6 * (counted.active + (counted.mtp_active if with_mtp else 0))
 
 
-def short(count: float) -> str:
+def short(count: int | float) -> str:
     """1234567 → '1.23M'."""
     for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if count >= scale:

@@ -23,12 +23,13 @@ def learning_rate(cfg: OptimConfig, steps: int, step: Array) -> Array:
 
 def mtp_weight(cfg: OptimConfig, steps: int, step: Array) -> Array:
     """λ: the weight of the MTP losses, lowered once the cosine begins; float32."""
-    return jnp.where(step < cfg.decay_start * steps, cfg.mtp_weight, cfg.mtp_final_weight).astype(jnp.float32)
+    early = jnp.asarray(step, jnp.float32) < cfg.decay_start * steps
+    return jnp.where(early, cfg.mtp_weight, cfg.mtp_final_weight).astype(jnp.float32)
 
 
 def bias_rate(cfg: OptimConfig, rate: float, steps: int, step: Array) -> Array:
     """γ: the step of the loss-free bias, 0 for the last stretch; float32."""
-    return jnp.where(step < cfg.bias_freeze * steps, rate, 0.0).astype(jnp.float32)
+    return jnp.where(jnp.asarray(step, jnp.float32) < cfg.bias_freeze * steps, rate, 0.0).astype(jnp.float32)
 
 
 class AdamState(NamedTuple):

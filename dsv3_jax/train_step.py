@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,11 @@ from dsv3_jax.ops import balance
 class TrainState:
     """All that training changes."""
 
-    params: nnx.State
-    bias: nnx.State  # the router's correction biases
-    opt: optim.AdamState
-    step: Array  # int32 []: optimizer steps taken
+    # Not annotated more closely: JAX and Orbax rebuild it with shapes, shardings and placeholders in its places.
+    params: Any  # nnx.State
+    bias: Any  # nnx.State: the router's correction biases
+    opt: Any  # optim.AdamState
+    step: Any  # int32 []: optimizer steps taken
 
 
 Batch = dict[str, Array]

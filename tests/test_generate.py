@@ -9,9 +9,8 @@ import pytest
 from flax import nnx
 from models import forward, random_model, small
 
-from dsv3_jax import generate as generation
 from dsv3_jax.cache import elements_per_token, latent_cache
-from dsv3_jax.generate import Sampling, check_request, generate, stream
+from dsv3_jax.generate import Loop, Sampling, _decode, _prefill, check_request, generate, stream
 
 CFG = small()  # one dense layer and two sparse ones
 NEW = 10
@@ -85,12 +84,12 @@ def test_a_stop_token_ends_its_row_and_no_other(model, greedy):
 def test_one_compilation_a_shape(model, greedy):
     """Other prompts of nearby lengths, seeds, stop tokens and chunks compile nothing."""
     generate(model, [PROMPTS[1]], NEW, stop_tokens=[UNSAID])
-    before = generation._prefill._cache_size(), generation._decode._cache_size()
+    before = _prefill._cache_size(), _decode._cache_size()
     generate(model, [[7] * 22], NEW, stop_tokens=[1], seed=4)
     generate(random_model(CFG, seed=3), [[9]], NEW, stop_tokens=[2])
     list(stream(model, [1, 2, 3], NEW, stop_tokens=[UNSAID], chunk=4))
     generate(model, [[1], [2], [7] * 50], NEW, stop_tokens=[3])
-    assert (generation._prefill._cache_size(), generation._decode._cache_size()) == before
+    assert (_prefill._cache_size(), _decode._cache_size()) == before
 
 
 # dtypes
@@ -117,7 +116,7 @@ def test_the_cache_holds_latent_rows_of_its_dtype():
         assert cache.lengths.tolist() == [0, 0]
     counts = elements_per_token(CFG)
     assert counts == {"latent": 3 * (10 + 4), "mha": 3 * 3 * (6 + 4 + 5)}
-    v3 = elements_per_token(generation.ModelConfig(**{**vars(CFG), **V3_HEADS}))
+    v3 = elements_per_token(replace(CFG, **V3_HEADS))
     assert (v3["latent"], v3["mha"]) == (576, 40960)  # a layer's, as published
 
 
@@ -165,12 +164,12 @@ def test_decoding_copies_neither_experts_nor_cache():
     )  # fmt: skip
     model, batch = random_model(cfg), 2
     cache = latent_cache(cfg, batch, 4096, jnp.float32)
-    loop = generation.Loop(
+    loop = Loop(
         cache, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool), jax.random.key(0),
         jnp.zeros((batch, 16), jnp.int32), jnp.zeros((), jnp.int32),
     )  # fmt: skip
     stops, until = jnp.zeros(1, jnp.int32), jnp.asarray(16, jnp.int32)
-    lowered = generation._decode.lower(*nnx.split(model), loop, stops, until, sampling=Sampling())
+    lowered = _decode.lower(*nnx.split(model), loop, stops, until, sampling=Sampling())
     memory = lowered.compile().memory_analysis()
     one_layers_experts = sum(w[0].nbytes for w in model.experts.arrays())
     assert memory.temp_size_in_bytes < one_layers_experts
