@@ -25,6 +25,10 @@ class Metrics:
             self._board.add_scalar(name, value, row["step"])
         self._board.flush()
 
+    def close(self) -> None:
+        """Write out what TensorBoard's writer still holds."""
+        self._board.close()
+
     def rows(self) -> list[dict]:
         """All rows so far; a last line cut short by a crash is left out."""
         if not self._path.exists():

@@ -118,12 +118,14 @@ def fit(run: RunConfig, out: str | Path, *, stop_after: int | None = None, quiet
                 with speed.paused():
                     checkpoints.save(state, batches.get_state(), wait=last or stopping)
             if stopping and not last:
+                metrics.close()
                 progress.say(f"stopped and saved at step {step}; the same command goes on from there")
                 return Fitted(step, False, resumed_from, evaluation, None)
         if evaluation is None:  # the run was finished before this call
             evaluation = evaluate(model_of(run.model, state), held_out, words, corpus.domains)
         order2 = _order2(corpus, words, held_out)
         _draw(out, evaluation, metrics, run.model.mtp_depth)
+        metrics.close()
         progress.finished(evaluation, order2, out)
     return Fitted(step, True, resumed_from, evaluation, order2)
 
