@@ -23,7 +23,7 @@ class Checkpoints:
     """The checkpoints of one run folder. Use as a context: leaving it waits for what is still being written."""
 
     def __init__(self, folder: str | Path, run: RunConfig):
-        logging.getLogger("absl").setLevel(logging.WARNING)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # what goes wrong is raised, too
         self.folder, self.run = Path(folder).absolute() / "checkpoints", run
         options = ocp.CheckpointManagerOptions(
             max_to_keep=run.keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
@@ -72,6 +72,7 @@ class Checkpoints:
         """
         if self.latest is None:
             return None
+        self._check_config()
         target = abstract_state(self.run)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), target)
@@ -83,6 +84,17 @@ class Checkpoints:
                 f"the checkpoint of step {self.latest} in {self.folder} is another model's than its configuration says"
             ) from error
         return found.state, found.data
+
+    def _check_config(self) -> None:
+        # First, for a restore of other shapes fails half-way and leaves Orbax's tasks behind.
+        found = self._manager.restore(self.latest, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+        saved, now = to_dict(from_dict(RunConfig, found)), to_dict(self.run)
+        key = _first_difference(saved, now)
+        if key:
+            a, b = (_look_up(d, key) for d in (saved, now))
+            raise ValueError(
+                f"the checkpoint of step {self.latest} in {self.folder} was saved with {key} {a!r}, not {b!r}"
+            )
 
 
 RUN_FILE, TOKENIZER_FILE = "run.json", "tokenizer.json"
