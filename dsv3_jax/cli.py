@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,13 +86,6 @@ class TokenizerArgs:
     """files or folders of text; none: the text that this Python carries"""
     force: bool = False
     """write over a file that is there"""
-
-
-@dataclass
-class Info:
-    """Parameters, FLOPs and cache bytes of a preset. Every key of the model can be given."""
-
-    model: Annotated[Any, tyro.conf.arg(name="")] = field(default=None)
 
 
 def main(argv: list[str] | None = None) -> int:

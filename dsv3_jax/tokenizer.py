@@ -4,6 +4,7 @@ A tokenizer is a table from id to bytes, one id that ends a document, and perhap
 Specials stand for no bytes: they decode to nothing and count nothing in bits a byte.
 """
 
+import abc
 import codecs
 import json
 import os
@@ -29,7 +30,7 @@ _FIM = (
 )
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
     """What every tokenizer can do.
 
     Attributes:
@@ -53,9 +54,9 @@ class Tokenizer:
             raise ValueError(f"this tokenizer of {self.vocab_size} ids has no fill-in-the-middle specials")
         return self._fim_ids
 
+    @abc.abstractmethod
     def encode_array(self, text: str) -> Int32[np.ndarray, " n"]:
         """Ids of `text`, without specials; what looks like a special in the text is text."""
-        raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
         """`encode_array` as a list."""

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from dsv3_jax import optim
 from dsv3_jax.config import ModelConfig, RunConfig
 from dsv3_jax.modules.moe import RouterBias
-from dsv3_jax.modules.transformer import Transformer
+from dsv3_jax.modules.transformer import Transformer, abstract
 from dsv3_jax.objective import Losses, losses, target_counts
 from dsv3_jax.ops import balance
 
@@ -37,7 +37,7 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 def graph_of(cfg: ModelConfig) -> nnx.GraphDef:
     """The model's structure without its arrays."""
-    return nnx.split(nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0))), nnx.Param, RouterBias)[0]
+    return nnx.split(abstract(cfg), nnx.Param, RouterBias)[0]
 
 
 def init_state(run: RunConfig) -> TrainState:

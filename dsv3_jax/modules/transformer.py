@@ -108,8 +108,7 @@ class MTPModule(nnx.Module):
     def __call__(self, embedded: Array, h: Array, at: Positions, mask: Array) -> tuple[Array, LayerRouting]:
         experts = self.experts.arrays()
         x = self.combine(embedded, h)
-        x, _, routing, thread = self.block(x, at, mask, experts, experts, jnp.zeros((), jnp.int32))
-        del thread
+        x, _, routing, _ = self.block(x, at, mask, experts, experts, jnp.zeros((), jnp.int32))
         return self.norm(x), routing
 
 
@@ -235,11 +234,3 @@ class Transformer(nnx.Module):
 def abstract(cfg: ModelConfig) -> Transformer:
     """The model as shapes alone: nothing is allocated."""
     return nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
-
-
-def create(cfg: ModelConfig, seed: int) -> Transformer:
-    """A model with random parameters, made in one compiled program."""
-    # On CPU a light compilation: the many random draws take longer to optimise than to run.
-    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-    make = jax.jit(lambda key: nnx.state(Transformer(cfg, rngs=nnx.Rngs(key))), compiler_options=options)
-    return nnx.merge(nnx.graphdef(abstract(cfg)), make(jax.random.key(seed)))
