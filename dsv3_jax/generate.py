@@ -134,7 +134,7 @@ def check_request(
         if not 0 <= token < cfg.vocab_size:
             raise ValueError(f"stop token {token} is outside the vocabulary of {cfg.vocab_size}")
     if not sampling.temperature >= 0:
-        raise ValueError(f"temperature={sampling.temperature} is negative")
+        raise ValueError(f"temperature={sampling.temperature} is not 0 or above")
     if sampling.top_k is not None and sampling.top_k < 1:
         raise ValueError(f"top_k={sampling.top_k} is below 1")
     if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
@@ -145,6 +145,8 @@ def _chunks(model, prompts, max_new_tokens, sampling, stop_tokens, cache_dtype, 
     """The loop's state after each `chunk` tokens; `None` runs to the end."""
     cfg = model.cfg
     check_request(cfg, prompts, max_new_tokens, sampling, stop_tokens)
+    if cache_dtype is not None and cache_dtype not in (jnp.float32, jnp.bfloat16, "float32", "bfloat16"):
+        raise ValueError(f"cache_dtype={cache_dtype!r} is not float32 or bfloat16")
     lengths = np.array([len(p) for p in prompts], np.int32)
     # Shapes in steps of 32, so that prompts of nearby lengths share one compilation.
     width = min(_round_up(int(lengths.max()), 32), cfg.max_positions)
@@ -153,7 +155,7 @@ def _chunks(model, prompts, max_new_tokens, sampling, stop_tokens, cache_dtype, 
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     graphdef, state = nnx.split(model)
-    dtype = jnp.dtype(cache_dtype or cfg.compute_dtype)
+    dtype = jnp.dtype(cfg.compute_dtype if cache_dtype is None else cache_dtype)
     stops = jnp.asarray(tuple(stop_tokens), jnp.int32)
     loop = _prefill(
         graphdef, state, jnp.asarray(tokens), jnp.asarray(lengths), jax.random.key(seed), stops,

@@ -31,3 +31,14 @@ def x64():
 def rng():
     """A generator that is seeded anew for each test, so that none depends on the tests before it."""
     return np.random.default_rng(0)
+
+
+# Two processes share the files, one file at a time: the longest must not be left for the end.
+LONGEST = ("test_train", "test_objective", "test_train_step", "test_cli", "test_generate", "test_dispatch")
+
+
+def pytest_collection_modifyitems(items):
+    def turn(item):
+        return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
+
+    items.sort(key=turn)  # stable: all else as it was

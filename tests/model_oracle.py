@@ -114,7 +114,10 @@ class Oracle:
         gate = xp.einsum("btd,edf->btef", y, experts["w_gate"])
         hidden = gate / (1 + xp.exp(-gate)) * xp.einsum("btd,edf->btef", y, experts["w_up"])
         out = out + xp.einsum("btef,efd,bte->btd", hidden, experts["w_down"], weight)
-        self.routing.append((ids, gates, self.balance_loss(ids, scores, self.segment_ids[:, :short] != 0)))
+        # An MTP block's position counts while the token that it reads stands in its document.
+        here, read = self.segment_ids[:, :short], self.segment_ids[:, self.segment_ids.shape[1] - short :]
+        counts = (here != 0) & (here == read)
+        self.routing.append((ids, gates, self.balance_loss(ids, scores, counts)))
         return x + out
 
     # the model

@@ -195,8 +195,8 @@ def test_decoding_copies_neither_experts_nor_cache():
         ),
         (dict(stop_tokens=[1, 37]), "stop token 37 is outside the vocabulary of 37"),
         (dict(stop_tokens=[-2]), "stop token -2 is outside the vocabulary of 37"),
-        (dict(sampling=Sampling(temperature=-0.5)), "temperature=-0.5 is negative"),
-        (dict(sampling=Sampling(temperature=float("nan"))), "temperature=nan is negative"),
+        (dict(sampling=Sampling(temperature=-0.5)), "temperature=-0.5 is not 0 or above"),
+        (dict(sampling=Sampling(temperature=float("nan"))), "temperature=nan is not 0 or above"),
         (dict(sampling=Sampling(1.0, top_k=0)), "top_k=0 is below 1"),
         (dict(sampling=Sampling(1.0, top_p=0.0)), "top_p=0.0 is outside (0, 1]"),
         (dict(sampling=Sampling(1.0, top_p=1.5)), "top_p=1.5 is outside (0, 1]"),
@@ -221,3 +221,9 @@ def test_generate_and_stream_check_first(light):
 
 def test_a_request_may_fill_the_model_to_its_last_position():
     check_request(CFG, [[1] * 28], 100, Sampling(1.0, top_k=1, top_p=1.0))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "nonsense", np.float64])
+def test_a_cache_of_another_dtype_is_refused(model, dtype):
+    with pytest.raises(ValueError, match=r"cache_dtype=.* is not float32 or bfloat16"):
+        generate(model, [[1]], 1, cache_dtype=dtype)

@@ -76,7 +76,8 @@ def test_model_equals_the_equations(name, tokens):
     for got, (ids, gates, _) in zip((*trunk, *out.mtp_routing), oracle.routing, strict=True):
         np.testing.assert_array_equal(got.expert_ids, ids)
         np.testing.assert_allclose(got.gates, gates, rtol=1e-4)
-        counted = SEGMENTS[:, : ids.shape[1]] != 0
+        here, read = SEGMENTS[:, : ids.shape[1]], SEGMENTS[:, LENGTH - ids.shape[1] :]
+        counted = (here != 0) & (here == read)
         np.testing.assert_array_equal(got.load, np.bincount(ids[counted].ravel(), minlength=cfg.num_experts))
         assert got.load.sum() == counted.sum() * cfg.experts_per_token
         assert got.dropped == 0
@@ -223,3 +224,8 @@ def test_new_parameters_are_drawn_as_the_configuration_and_the_seed_say():
 def test_bad_configuration_is_refused_before_anything_is_made():
     with pytest.raises(ConfigError, match="num_heads=0"):
         Transformer(small(num_heads=0), rngs=nnx.Rngs(0))
+
+
+def test_a_row_too_short_for_the_mtp_chain_is_refused(v3):
+    with pytest.raises(ValueError, match=f"length {V3.mtp_depth} leaves nothing for mtp_depth={V3.mtp_depth}"):
+        v3(jnp.ones((1, V3.mtp_depth), jnp.int32))

@@ -140,7 +140,7 @@ class Transformer(nnx.Module):
             tokens: ids below vocab_size.
             segment_ids: documents of a packed row, 1, 2, …; 0 is padding. None is one document a row.
             positions: None counts from 0.
-        Raises: ValueError when T is over max_positions.
+        Raises: ValueError when T is over max_positions, or not over mtp_depth.
         """
         trace = self.trace(tokens, segment_ids, positions)
         return Output(
@@ -153,6 +153,8 @@ class Transformer(nnx.Module):
         batch, length = tokens.shape
         if length > cfg.max_positions:
             raise ValueError(f"length {length} is over the model's max_positions={cfg.max_positions}")
+        if length <= cfg.mtp_depth:
+            raise ValueError(f"length {length} leaves nothing for mtp_depth={cfg.mtp_depth} to read")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
         at = positions_of(cfg, positions, segment_ids)
@@ -181,10 +183,14 @@ class Transformer(nnx.Module):
         out, routings = [], []
         for k, module in enumerate(self.mtp, start=1):
             short = tokens.shape[1] - k
-            segment_ids = None if at.segment_ids is None else at.segment_ids[:, :short]
+            segment_ids, counts = None, mask[:, :short]
+            if at.segment_ids is not None:
+                segment_ids = at.segment_ids[:, :short]
+                # A position whose next tokens are padding or another document's says nothing, and is not counted.
+                counts = counts & (segment_ids == at.segment_ids[:, k:])
             cut = Positions(at.cos[:, :short], at.sin[:, :short], segment_ids)
             run = MTPModule.__call__ if self.cfg.remat == "none" else nnx.remat(MTPModule.__call__)
-            h, routing = run(module, self.embedding(tokens[:, k:]), h[:, :short], cut, mask[:, :short])
+            h, routing = run(module, self.embedding(tokens[:, k:]), h[:, :short], cut, counts)
             out.append(h)
             routings.append(routing)
         return tuple(out), tuple(routings)
