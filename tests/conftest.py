@@ -27,6 +27,14 @@ def x64():
         yield
 
 
+@pytest.fixture(scope="module")
+def light_compiles():
+    """Compile without XLA's optimisations: for modules where compiling takes longer than all else."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def rng():
     """A generator that is seeded anew for each test, so that none depends on the tests before it."""

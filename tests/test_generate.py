@@ -12,6 +12,8 @@ from models import forward, random_model, small
 from dsv3_jax.cache import elements_per_token, latent_cache
 from dsv3_jax.generate import Loop, Sampling, _decode, _prefill, check_request, generate, stream
 
+pytestmark = pytest.mark.usefixtures("light_compiles")
+
 CFG = small()  # one dense layer and two sparse ones
 NEW = 10
 PROMPTS = [[5], [8, 1, 30, 2, 2], [3 * i % 37 for i in range(40)]]  # lengths 1, 5 and 40: over one step of 32
@@ -157,7 +159,14 @@ def test_draws_stay_in_the_nucleus(light):
 # memory
 
 
-def test_decoding_copies_neither_experts_nor_cache():
+@pytest.fixture
+def whole_compiles():
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def test_decoding_copies_neither_experts_nor_cache(whole_compiles):
     cfg = small(
         num_layers=4, num_dense_layers=1, dim=32, num_experts=64, expert_dim=64, num_groups=1, groups_per_token=1,
         max_positions=4096,

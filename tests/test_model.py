@@ -19,6 +19,8 @@ BATCH, LENGTH = 2, 14
 SEGMENTS = np.array([[1] * 6 + [2] * 5 + [0] * 3, [1] * 14], np.int32)
 POSITIONS = np.array([[*range(6), *range(5), *range(3)], [*range(14)]], np.int32)
 
+pytestmark = pytest.mark.usefixtures("light_compiles")
+
 V3 = small(mtp_depth=2)
 V2 = small(
     router="softmax", group_score="max", normalize_gates=False, routed_scale=4.0, num_shared_experts=2,
