@@ -93,6 +93,9 @@ def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(words)
+    except BrokenPipeError:  # whoever read us, as `head` does, has had enough
+        sys.stdout = open(os.devnull, "w")
+        return 141
     except (ValueError, OSError) as error:
         return _fail(_sentence(error))
     except MemoryError as error:
