@@ -13,7 +13,9 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
+from dsv3_jax import sharding
 from dsv3_jax.config import ModelConfig, RunConfig, from_dict, to_dict
 from dsv3_jax.modules.transformer import Transformer
 from dsv3_jax.train_step import TrainState, abstract_state, model_of
@@ -65,8 +67,10 @@ class Checkpoints:
         if wait:
             self._manager.wait_until_finished()
 
-    def restore(self) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore(self, mesh: Mesh | None = None) -> tuple[TrainState, dict[str, Any]] | None:
         """The last whole checkpoint's state and data position; None when there is none.
+
+        The state comes to lie where the mesh wants it, whatever mesh it was saved on; without one on a single device.
 
         Raises: ValueError when the checkpoint does not fit the run's configuration.
         """
@@ -74,8 +78,12 @@ class Checkpoints:
             return None
         self._check_config()
         target = abstract_state(self.run)
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), target)
+        if mesh is None:
+            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            where = jax.tree.map(lambda _: device, target)
+        else:
+            where = sharding.state_sharding(target, mesh)
+        target = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), target, where)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
         try:
             found = self._manager.restore(self.latest, args=args)

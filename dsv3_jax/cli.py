@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import math
 import os
 import re
 import sys
@@ -45,6 +46,9 @@ class Train:
     out: Path
     """the run's folder: run.json, checkpoints, metrics, pictures"""
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    mesh: str | None = None
+    """devices to spread the run over, as data=N,expert=N: rows of the batch over both, experts along the second; on
+    a CPU each stands for a core; none: a single device"""
 
 
 @dataclass
@@ -165,8 +169,20 @@ def _train(words: list[str]) -> int:
     _prepare()
     from dsv3_jax.train import fit
 
-    fit(args.run, args.out)
+    fit(args.run, args.out, mesh=_mesh(args.mesh))
     return 0
+
+
+def _mesh(text: str | None):
+    if text is None:
+        return None
+    import jax
+
+    from dsv3_jax import sharding
+
+    sizes = sharding.parse_mesh(text)
+    jax.config.update("jax_num_cpu_devices", math.prod(sizes.values()))  # before the first array is made
+    return sharding.make_mesh(**sizes)
 
 
 def _demo(words: list[str]) -> int:

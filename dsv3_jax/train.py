@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,8 +21,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from dsv3_jax import data, tokenizer
+from dsv3_jax import data, sharding, tokenizer
 from dsv3_jax.checkpoint import Checkpoints, claim
 from dsv3_jax.config import RunConfig
 from dsv3_jax.counting import train_flops_per_token
@@ -53,19 +54,31 @@ class Fitted:
     order2_bits_per_byte: float | None  # of an order-2 byte model on the same validation text
 
 
-def fit(run: RunConfig, out: str | Path, *, stop_after: int | None = None, quiet: bool = False) -> Fitted:
+def fit(
+    run: RunConfig,
+    out: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    stop_after: int | None = None,
+    quiet: bool = False,
+) -> Fitted:
     """Train a run in folder `out`, from wherever it stands.
 
     Args:
         run: what to train.
         out: the run's folder, made if absent.
+        mesh: devices to spread the run over, from `sharding.make_mesh`; None is a single one. The same run may go on
+            with another mesh.
         stop_after: save and return once this step is reached, as SIGTERM would have it.
         quiet: print nothing.
     Raises:
         ValueError: another run's folder, unreadable data, a tokenizer larger than the vocabulary, or a loss that is
-            not finite (NonFiniteLoss); the last good checkpoint stays.
+            not finite (NonFiniteLoss); the last good checkpoint stays. ConfigError: batch or experts that cannot be
+            cut over the mesh.
         OSError: no room for a checkpoint; the ones before stay.
     """
+    if mesh is not None:
+        sharding.check(mesh, run)
     words = tokenizer.load(run.data.tokenizer)
     data.check_vocab(words, run.model.vocab_size)
     corpus = data.load_corpus(run.data)
@@ -73,12 +86,18 @@ def fit(run: RunConfig, out: str | Path, *, stop_after: int | None = None, quiet
     held_out = data.val_batches(corpus, words, run.data, run.eval_batches)
     out = Path(out)
     claim(out, run)
-    with Progress(run.steps, quiet=quiet) as progress, Checkpoints(out, run) as checkpoints, _asked_to_stop() as asked:
+    peak = _peak(run, mesh)
+    with (
+        Progress(run.steps, quiet=quiet) as progress,
+        Checkpoints(out, run) as checkpoints,
+        _asked_to_stop() as asked,
+        nullcontext() if mesh is None else jax.set_mesh(mesh),
+    ):
         progress.say(_describe(corpus))
-        found = checkpoints.restore()
+        found = checkpoints.restore(mesh)
         resumed_from = None
         if found is None:
-            state = init_state(run)
+            state = init_state(run, mesh)
         else:
             state, place = found
             batches.set_state(place)
@@ -86,14 +105,13 @@ def fit(run: RunConfig, out: str | Path, *, stop_after: int | None = None, quiet
             progress.say(f"resumed from the checkpoint of step {resumed_from} in {checkpoints.folder}")
         metrics = Metrics(out, after=resumed_from or 0)
         step_fn = _compiled_step(run)
-        peak = gemm_flops(run.model.compute_dtype)
         speed = _Speed(run, peak)
         step, evaluation = int(state.step), None
         if step < run.steps:
             progress.say("compiling the training step" + (" …" if step == 0 else " (again) …"))
         while step < run.steps:
             batch = next(batches)
-            arrays = {k: jnp.asarray(batch[k]) for k in ("tokens", "segment_ids", "positions")}
+            arrays = _on_devices(batch, mesh)
             state, found_metrics = step_fn(state, arrays)
             if not bool(found_metrics["finite"]):
                 bad = first_bad_tensor(run, state, arrays)
@@ -128,6 +146,17 @@ def fit(run: RunConfig, out: str | Path, *, stop_after: int | None = None, quiet
         metrics.close()
         progress.finished(evaluation, order2, out)
     return Fitted(step, True, resumed_from, evaluation, order2)
+
+
+def _on_devices(batch: data.Batch, mesh: Mesh | None) -> dict[str, jax.Array]:
+    where = None if mesh is None else sharding.batch_sharding(mesh)
+    return {k: jax.device_put(batch[k], where) for k in ("tokens", "segment_ids", "positions")}
+
+
+def _peak(run: RunConfig, mesh: Mesh | None) -> float:
+    """FLOP/s of a GEMM on what the run has: CPU devices share the machine's cores, others add up."""
+    devices = 1 if mesh is None or jax.default_backend() == "cpu" else mesh.size
+    return devices * gemm_flops(run.model.compute_dtype)
 
 
 def _describe(corpus: data.Corpus) -> str:

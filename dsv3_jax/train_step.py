@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from dsv3_jax import optim
+from dsv3_jax import optim, sharding
 from dsv3_jax.config import ModelConfig, RunConfig
 from dsv3_jax.modules.moe import RouterBias
 from dsv3_jax.modules.transformer import Transformer, abstract
@@ -40,12 +41,13 @@ def graph_of(cfg: ModelConfig) -> nnx.GraphDef:
     return nnx.split(abstract(cfg), nnx.Param, RouterBias)[0]
 
 
-def init_state(run: RunConfig) -> TrainState:
-    """A fresh state from the run's seed, made in one compiled program."""
+def init_state(run: RunConfig, mesh: Mesh | None = None) -> TrainState:
+    """A fresh state from the run's seed, made in one compiled program, each array where the mesh wants it."""
 
     # On CPU a light compilation: the many random draws take longer to optimise than to run.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-    return jax.jit(_initialiser(run), compiler_options=options)(jax.random.key(run.seed))
+    where = None if mesh is None else sharding.state_sharding(abstract_state(run), mesh)
+    return jax.jit(_initialiser(run), compiler_options=options, out_shardings=where)(jax.random.key(run.seed))
 
 
 def abstract_state(run: RunConfig) -> TrainState:
@@ -104,7 +106,7 @@ def make_step(run: RunConfig) -> Step:
         params, opt = optim.adamw(run.optim, run.steps, state.step, state.params, state.opt, grads, norm, finite)
         rate = jnp.where(finite, optim.bias_rate(run.optim, _bias_rate(run.model), run.steps, state.step), 0.0)
         bias = updated_bias(state.bias, out.load, rate)
-        new = TrainState(params, bias, opt, state.step + finite.astype(jnp.int32))
+        new = sharding.keep_in_place(TrainState(params, bias, opt, state.step + finite.astype(jnp.int32)))
         metrics = {
             "loss": out.main,
             "mtp_loss": out.mtp,

@@ -15,11 +15,11 @@ FLOORS = [
     {"config"},
     {"presets"},
     {"ops"},
-    {"cache"},
+    {"cache", "expert_parallel"},
     {"modules"},
     {"objective"},
     {
-        "checkpoint", "corpus", "counting", "data", "evaluate", "expert_parallel", "generate", "hf", "metrics", "ngram",
+        "checkpoint", "corpus", "counting", "data", "evaluate", "generate", "hf", "metrics", "ngram",
         "optim", "plots", "progress", "runtime", "sharding", "speculative", "stats", "tokenizer", "train", "train_step",
     },
     {"demo"},

@@ -14,6 +14,7 @@ from dsv3_jax import objective
 from dsv3_jax.config import Balance
 from dsv3_jax.modules.moe import RouterBias
 
+pytestmark = pytest.mark.usefixtures("light_compiles")
 BATCH, LENGTH, MTP_WEIGHT = 2, 10, 0.3
 SEGMENTS = np.array([[1] * 5 + [2] * 3 + [0] * 2, [1] * 10], np.int32)
 POSITIONS = np.array([[*range(5), *range(3), *range(2)], [*range(10)]], np.int32)

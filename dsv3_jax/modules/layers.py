@@ -9,9 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 
-def param(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
+def param(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, kind: type[nnx.Param] = nnx.Param) -> nnx.Param:
     """A float32 parameter drawn from a normal distribution of that standard deviation."""
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+    return kind(std * jax.random.normal(rngs.params(), shape, jnp.float32))
 
 
 class NormScale(nnx.Param):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from dsv3_jax import expert_parallel
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.layers import SwiGLU, param
 from dsv3_jax.ops import balance, dispatch, routing
@@ -18,6 +19,10 @@ from dsv3_jax.ops import balance, dispatch, routing
 
 class RouterBias(nnx.Variable):
     """The loss-free correction bias, float32 [E]: no gradient and no optimizer ever touch it."""
+
+
+class ExpertParam(nnx.Param):
+    """The matrices of routed experts [L, E, …], which a mesh cuts along E."""
 
 
 class LayerRouting(NamedTuple):
@@ -35,9 +40,9 @@ class Experts(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, layers: int, *, rngs: nnx.Rngs):
         lead = (layers, cfg.num_experts)
-        self.w_gate = param(rngs, (*lead, cfg.dim, cfg.expert_dim), cfg.init_std)
-        self.w_up = param(rngs, (*lead, cfg.dim, cfg.expert_dim), cfg.init_std)
-        self.w_down = param(rngs, (*lead, cfg.expert_dim, cfg.dim), cfg.init_std)
+        self.w_gate = param(rngs, (*lead, cfg.dim, cfg.expert_dim), cfg.init_std, ExpertParam)
+        self.w_up = param(rngs, (*lead, cfg.dim, cfg.expert_dim), cfg.init_std, ExpertParam)
+        self.w_down = param(rngs, (*lead, cfg.expert_dim, cfg.dim), cfg.init_std, ExpertParam)
 
     def arrays(self) -> dispatch.Experts:
         return dispatch.Experts(self.w_gate[...], self.w_up[...], self.w_down[...])
@@ -77,9 +82,8 @@ class MoE(nnx.Module):
             one = jax.tree.map(lambda w: w.astype(x.dtype), one)
             y, dropped = dispatch.capacity_swiglu(flat, *picked[:2], *one, factor=cfg.capacity_factor)
         else:
-            y, thread = dispatch.routed_swiglu_in_stack(
-                flat, *picked[:2], experts, thread, layer, backend=pick_backend(cfg.dispatch)
-            )
+            run = expert_parallel.routed_swiglu if expert_parallel.on_mesh() else dispatch.routed_swiglu_in_stack
+            y, thread = run(flat, *picked[:2], experts, thread, layer, backend=pick_backend(cfg.dispatch))
         y = y.reshape(x.shape)
         if self.shared is not None:
             y = y + self.shared(x)

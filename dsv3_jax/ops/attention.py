@@ -23,7 +23,7 @@ def causal_attention(
     q_rope: Float[Array, "B T H R"] | None = None,
     k_rope: Float[Array, "B T R"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-    block: int = 256,
+    block: int = 128,
 ) -> Float[Array, "B T H V"]:
     """softmax(scale · q kᵀ, over earlier tokens of the same segment) v, softmax in float32 (float64 stays).
 

@@ -50,16 +50,15 @@ def _forward(x, gates, experts, p: Plan, layer, keep: bool):
     num_experts, _, width = experts[0].shape[1:]
     sizes = block_sizes(gates.size, num_experts, x.shape[1], width)
     tokens, row_gates = _sorted_rows(p, gates, sizes[0])
-    rows = _take(x, tokens)
-    out = jnp.zeros((tokens.shape[0], x.shape[1]), x.dtype)
-    kept = tuple(jnp.zeros((tokens.shape[0], width), x.dtype) for _ in range(2)) if keep else ()
+    out = _zeros((tokens.shape[0], x.shape[1]), x)
+    kept = tuple(_zeros((tokens.shape[0], width), x) for _ in range(2)) if keep else ()
 
     def expert(e, carry):
         w_gate, w_up, w_down = (_expert(w, layer, e, x.dtype) for w in experts)
 
         def block(carry, row, left, size):
             out, kept = carry
-            x_b = _slice(rows, row, size)
+            x_b = _take(x, _slice(tokens, row, size))
             a, b = x_b @ w_gate, x_b @ w_up
             h = jax.nn.silu(a) * b * _slice(row_gates, row, size)[:, None]
             if keep:
@@ -79,9 +78,6 @@ def _bwd(saved, cotangents):
     num_experts, dim, width = experts[0].shape[1:]
     sizes = block_sizes(gates.size, num_experts, dim, width)
     tokens, row_gates = _sorted_rows(p, gates, sizes[0])
-    dy_rows = _take(dy, tokens)
-    # XLA's CPU products are fastest with a left side whose summed axis is the last: [D, rows] for the matrices' part.
-    rows_t, dy_rows_t = _take(x, tokens).T, dy_rows.T
 
     def expert(e, carry):
         dx_rows, d_gates, d_stack = carry
@@ -89,8 +85,7 @@ def _bwd(saved, cotangents):
 
         def block(carry, row, left, size):
             dx_rows, d_gates, (dw_gate, dw_up, dw_down) = carry
-            dy_b = _slice(dy_rows, row, size)
-            x_t, dy_t = (jax.lax.dynamic_slice_in_dim(r, row, size, 1) for r in (rows_t, dy_rows_t))
+            x_b, dy_b = (_take(r, _slice(tokens, row, size)) for r in (x, dy))
             a, b = _slice(kept_a, row, size), _slice(kept_b, row, size)
             # Rows of the next expert weigh nothing in this one's matrices.
             mine = jnp.arange(size, dtype=jnp.int32) < left
@@ -101,23 +96,47 @@ def _bwd(saved, cotangents):
             d_gates = _put(d_gates, (d_h * silu * b).sum(-1), row)
             d_h = d_h * g
             d_a, d_b = d_h * b * (sig + silu * (1 - sig)), d_h * silu
-            dw = (_add(dw_gate, x_t, d_a), _add(dw_up, x_t, d_b), _add(dw_down, dy_t, silu * b * g))
+            x_t, h_t = _transposed(x_b), _transposed(silu * b * g)
+            dw = (_add(dw_gate, x_t, d_a), _add(dw_up, x_t, d_b), _add(dw_down, h_t, dy_b))
             return _put(dx_rows, d_a @ w_gate.T + d_b @ w_up.T, row), d_gates, dw
 
-        dw_gate, dw_up, dw_down = (_expert(d, layer, e, d.dtype) for d in d_stack)
-        dw = (dw_gate, dw_up, dw_down.T)
+        dw = tuple(_expert(d, place, e, d.dtype) for d in d_stack)
         dx_rows, d_gates, dw = _for_blocks(p.starts[e], p.counts[e], sizes, block, (dx_rows, d_gates, dw))
-        dw = (*dw[:2], dw[2].T)
-        at = _place(layer, e)
+        at = _place(place, e)
         d_stack = tuple(jax.lax.dynamic_update_slice(d, w[None, None], at) for d, w in zip(d_stack, dw, strict=True))
         return dx_rows, d_gates, d_stack
 
-    start = (jnp.zeros_like(dy_rows), jnp.zeros_like(row_gates), d_thread)
+    # On a mesh that cuts the batch further than the experts, each device has a part of this layer's gradient.
+    summed_over = _varying(x) - _varying(d_thread[0])
+    whole, place = d_thread, layer
+    if summed_over:
+        d_thread, place = tuple(_zeros((1, *d.shape[1:]), d, x) for d in whole), jnp.zeros_like(layer)
+    start = (_zeros((tokens.size, dim), x), _zeros(row_gates.shape, x), d_thread)
     dx_rows, d_gates, d_thread = jax.lax.fori_loop(0, num_experts, expert, start)
+    if summed_over:
+        d_thread = tuple(_add_layer(d, part, layer, summed_over) for d, part in zip(whole, d_thread, strict=True))
     return _gather_sum(dx_rows, p.place), _take(d_gates, p.place), None, d_thread, None, None
 
 
 blocks_swiglu.defvjp(_fwd, _bwd)
+
+
+def _add_layer(stack, part, layer, axes):
+    at = _place(layer, jnp.zeros_like(layer))
+    part = jax.lax.psum(part, tuple(axes)) + jax.lax.dynamic_slice(stack, at, part.shape)
+    return jax.lax.dynamic_update_slice(stack, part, at)
+
+
+def _varying(x: Array) -> frozenset:
+    """The mesh axes along which x differs, inside shard_map."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def _zeros(shape: tuple[int, ...], *like: Array) -> Array:
+    """Zeros that loops inside shard_map may fill with what differs along the same axes."""
+    zeros = jnp.zeros(shape, like[0].dtype)
+    axes = tuple(frozenset().union(*map(_varying, like)))
+    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
 def _sorted_rows(p: Plan, gates: Array, pad: int) -> tuple[Array, Array]:
@@ -144,6 +163,11 @@ def _take(x: Array, rows: Array) -> Array:
 def _gather_sum(rows: Array, place: Array) -> Array:
     """Σ_k rows[place[:, k]]: added up as they are fetched, so that [n, K, D] never exists."""
     return sum(_take(rows, place[:, k]) for k in range(1, place.shape[1])) + _take(rows, place[:, 0])
+
+
+def _transposed(x: Array) -> Array:
+    """x.T, written out: XLA's CPU products are slower when a left side's summed axis is its first."""
+    return jax.lax.optimization_barrier(x.T)
 
 
 def _slice(x: Array, start: Array, size: int) -> Array:

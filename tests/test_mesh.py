@@ -1,0 +1,140 @@
+"""A mesh changes nothing but speed: one step's loss, gradient, load and bias are a single device's on every mesh."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from models import random_model
+from runs import MODEL, assert_bitwise, cheap_compiles, make_run, write_text
+
+from dsv3_jax import optim, sharding, train
+from dsv3_jax.config import ConfigError, OptimConfig
+from dsv3_jax.modules.moe import ExpertParam, RouterBias
+from dsv3_jax.train_step import TrainState, make_step
+
+PLAIN = replace(MODEL, num_layers=1, mtp_depth=0)  # compiles in a third of the time
+B, T = 8, 12
+# eps: AdamW then does not turn the rounding of gradients near 0 into whole steps of either sign
+RUN = make_run("nowhere", optim=OptimConfig(learning_rate=1e-2, warmup_steps=0, eps=0.1))
+RUN = replace(RUN, data=replace(RUN.data, batch_size=B, seq_len=T))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cheap(tmp_path_factory):
+    with cheap_compiles(tmp_path_factory.getbasetemp()):
+        yield
+
+
+def make_state(run) -> TrainState:
+    params, bias = nnx.split(random_model(run.model), nnx.Param, RouterBias)[1:]
+    return TrainState(params, bias, optim.init(params), jnp.zeros((), jnp.int32))
+
+
+def make_batch() -> dict[str, jax.Array]:
+    """The last row is padding but for two tokens, so that no two devices have equal work."""
+    rng = np.random.default_rng(0)
+    segment_ids = np.sort(rng.integers(1, 4, (B, T)), axis=1)
+    segment_ids[-1, 2:] = 0
+    starts = np.diff(segment_ids, axis=1, prepend=-1) != 0
+    columns = np.arange(T)[None]
+    positions = columns - np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
+    batch = {"tokens": rng.integers(0, 260, (B, T)), "segment_ids": segment_ids, "positions": positions}
+    return {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
+
+
+def run_step(run, mesh=None):
+    state, batch = make_state(run), make_batch()
+    if mesh is None:
+        return jax.device_get(make_step(run)(state, batch))
+    where = sharding.state_sharding(state, mesh)
+    with jax.set_mesh(mesh):
+        new, metrics = make_step(run)(
+            jax.device_put(state, where), jax.device_put(batch, sharding.batch_sharding(mesh))
+        )
+    for leaf, at in zip(jax.tree.leaves(new), jax.tree.leaves(where), strict=True):
+        assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
+    return jax.device_get((new, metrics))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    made = {}
+
+    def of(run):
+        key = run.model, run.optim.microbatches
+        if key not in made:
+            made[key] = run_step(run)
+        return made[key]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "data, expert, model, dispatch, parts",
+    [
+        (2, 2, MODEL, "blocks", 1),
+        (1, 8, PLAIN, "ragged_dot", 1),
+        (8, 1, PLAIN, "blocks", 1),
+        (1, 2, PLAIN, "dense", 2),
+    ],
+    ids=["2x2", "1x8", "8x1", "1x2-microbatches"],
+)
+def test_a_step_is_a_single_devices(alone, data, expert, model, dispatch, parts):
+    run = replace(RUN, model=replace(model, dispatch=dispatch), optim=replace(RUN.optim, microbatches=parts))
+    (want_state, want), (state, got) = alone(run), run_step(run, sharding.make_mesh(data, expert))
+    np.testing.assert_array_equal(got["load"], want["load"])
+    assert_bitwise(state.bias, want_state.bias)
+    for name in ("loss", "mtp_loss", "balance_loss", "accuracy", "grad_norm"):
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-5, err_msg=name)  # sums in another order
+    # 1e-5 of each tensor's largest entry; the first mean is 0.1 times the clipped gradient
+    for a, b in zip(jax.tree.leaves(state.opt.mu), jax.tree.leaves(want_state.opt.mu), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+def test_experts_are_cut_and_nothing_else_is():
+    mesh, state = sharding.make_mesh(2, 4), make_state(RUN)
+    state = jax.device_put(state, sharding.state_sharding(state, mesh))
+    for variable in jax.tree.leaves(state.params, is_leaf=lambda v: isinstance(v, nnx.Variable)):
+        shard = variable[...].addressable_shards[0].data.shape
+        whole = variable[...].shape
+        if isinstance(variable, ExpertParam):
+            assert shard == (whole[0], whole[1] // 4, *whole[2:])
+        else:
+            assert shard == whole
+
+
+def test_a_run_goes_on_on_another_mesh(tmp_path):
+    """Two steps on a mesh and two on a single device are four on a single device."""
+    run = make_run(write_text(tmp_path / "text"), steps=4, model=PLAIN)
+    stopped = train.fit(run, tmp_path / "moved", mesh=sharding.make_mesh(1, 2), stop_after=2, quiet=True)
+    moved, still = (train.fit(run, tmp_path / name, quiet=True) for name in ("moved", "still"))
+    assert not stopped.finished and moved.resumed_from == 2 and still.resumed_from is None
+    assert moved.evaluation["val_loss"] == pytest.approx(still.evaluation["val_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("text", ["", "data", "data=0", "data=-1", "model=2", "data=2 expert=2", "data=2,,expert=1"])
+def test_a_mesh_that_cannot_be_read_is_refused(text):
+    with pytest.raises(ConfigError, match="is not of the form data=N,expert=N"):
+        sharding.parse_mesh(text)
+
+
+def test_meshes_are_read():
+    assert sharding.parse_mesh("expert=4, data=2") == {"data": 2, "expert": 4}
+    assert sharding.parse_mesh("expert=2") == {"data": 1, "expert": 2}
+
+
+def test_what_cannot_be_cut_is_refused():
+    with pytest.raises(ConfigError, match=r"data=3,expert=4 is larger than the 8 devices here"):
+        sharding.make_mesh(3, 4)
+    mesh = sharding.make_mesh(1, 8)
+    with pytest.raises(ConfigError, match=r"batch_size/microbatches=4 rows are not divisible by mesh data=1,expert=8"):
+        sharding.check(mesh, replace(RUN, optim=replace(RUN.optim, microbatches=2)))
+    with pytest.raises(ConfigError, match="num_experts=12 is not divisible by mesh"):
+        sharding.check(mesh, replace(RUN, model=replace(MODEL, num_experts=12)))
+    with pytest.raises(ConfigError, match="dispatch='capacity' does not cut experts"):
+        sharding.check(mesh, replace(RUN, model=replace(MODEL, dispatch="capacity")))
+    with pytest.raises(ConfigError, match="num_experts=12"):  # before anything is read or written
+        train.fit(replace(RUN, model=replace(MODEL, num_experts=12)), "nowhere", mesh=mesh, quiet=True)
