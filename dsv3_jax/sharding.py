@@ -38,7 +38,9 @@ def make_mesh(data: int = 1, expert: int = 1) -> Mesh:
     Raises: ConfigError when there are fewer devices.
     """
     if data * expert > jax.device_count():
-        raise ConfigError(f"mesh data={data},expert={expert} is larger than the {jax.device_count()} devices here")
+        raise ConfigError(
+            f"mesh data={data},expert={expert} needs {data * expert} devices, and there are {jax.device_count()} here"
+        )
     return jax.make_mesh((data, expert), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

@@ -57,6 +57,7 @@ BAD = {
     "odd rope": ("info tiny --rope-head-dim 7", "rope_head_dim=7 is odd"),
     "too long": ("train tiny --out {new} --data.seq-len 4096", "seq_len=4096 is more than"),
     "microbatches": ("train tiny --out {new} --optim.microbatches 3", "microbatches=3 does not divide"),
+    "mesh": ("train tiny --out {new} --mesh rows=2", "mesh 'rows=2' is not of the form data=N,expert=N"),
     "no data": ("train tiny --out {new} --data.paths {absent}", "{absent}"),
     "empty file": ("train tiny --out {new} --data.paths {empty}", "{empty}"),
     "empty folder": ("train tiny --out {new} --data.paths {hollow}", "{hollow}"),
@@ -185,7 +186,7 @@ def test_bad_input_writes_nothing(answers, place):
     ("command", "options"),
     [
         ("demo", ["--out", "--short"]),
-        ("train", ["--out", "--steps", "--model.router", "--optim.learning-rate", "--data.paths"]),
+        ("train", ["--out", "--steps", "--model.router", "--optim.learning-rate", "--data.paths", "--mesh"]),
         ("eval", ["--batches", "--paths"]),
         ("generate", ["--prompt", "--temperature", "--top-p"]),
         ("info", ["--mtp-depth", "--num-experts"]),

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ from flax import nnx
 from models import random_model
 from runs import MODEL, STEPS, assert_bitwise, cheap_compiles, make_run
 
-from dsv3_jax import optim
+from dsv3_jax import optim, train_step
 from dsv3_jax.config import OptimConfig
 from dsv3_jax.modules.moe import RouterBias
 from dsv3_jax.train_step import TrainState, first_bad_tensor, init_state, make_step
@@ -58,6 +59,15 @@ def make_batch(seed: int = 0) -> dict[str, jax.Array]:
 
 def copied(tree):
     return jax.tree.map(jnp.copy, tree)
+
+
+def test_batches_of_one_shape_are_traced_once(monkeypatch):
+    """Documents, loads and schedules change from step to step, and none of them the program."""
+    monkeypatch.setattr(train_step, "losses", chex.assert_max_traces(train_step.losses, n=1))
+    step, state = make_step(PLAIN), make_state(PLAIN)
+    for seed in range(3):
+        state, _ = step(state, make_batch(seed))
+    assert int(state.step) == 3
 
 
 @pytest.mark.parametrize(("parts", "run"), [(2, RUN), (4, PLAIN)], ids=["2", "4"])

@@ -7,6 +7,7 @@ python experiments/bench/train_step.py peer --peer-python PATH   # another inter
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -22,6 +23,7 @@ from dsv3_jax.presets import preset
 
 MINI = preset("mini")
 BATCH, LENGTH = 4, 512
+CORES = math.gcd(BATCH, os.cpu_count() or 1)
 # What our side asks of glibc for itself (see dsv3_jax/runtime.py), given to the peer from outside: its best case.
 KEEP_MEMORY = {
     "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
@@ -33,9 +35,12 @@ def against_peer(rounds: int, python: str | None) -> dict:
     """Tokens a second of both sides, taking turns; every side is warm before its first counted step."""
     tokens, rows = BATCH * LENGTH, {}
     # A balance loss and a bias update are not in the peer's step; ours has the bias update, at a cost of nothing.
-    ours = Ours(replace(MINI, init_std=0.006, balance=replace(MINI.balance, sequence_alpha=0.0)))
-    model = replace(MINI, init_std=0.006)
-    sides: dict = {"dsv3-jax": ours, "transformers, grouped_mm": Peer(model, experts="grouped_mm", python=python)}
+    model = replace(MINI, init_std=0.006, balance=replace(MINI.balance, sequence_alpha=0.0))
+    ours = Ours(model, mesh=f"data=1,expert={CORES}")
+    sides: dict = {
+        f"dsv3-jax, --mesh expert={CORES}": ours,
+        "transformers, grouped_mm": Peer(model, experts="grouped_mm", python=python),
+    }
     os.environ.update(KEEP_MEMORY)
     sides["transformers, grouped_mm, memory kept"] = Peer(model, experts="grouped_mm", python=python)
     for name in KEEP_MEMORY:
@@ -61,7 +66,10 @@ def against_peer(rounds: int, python: str | None) -> dict:
     versions |= {k: sides["transformers, grouped_mm"].info[k] for k in ("torch", "transformers")}
     for side in sides.values():
         side.__exit__(None, None, None)
-    # The loop over experts is several times slower and would only take memory from the others: alone, at the end.
+    # All do not fit in memory together; these two alone, at the end.
+    with Ours(model) as single:
+        single.step(2)
+        measure("dsv3-jax", single, 3 * rounds)
     with Peer(model, experts="eager", python=python) as eager:
         eager.step(1)
         measure("transformers, eager", eager, 2)

@@ -5,7 +5,9 @@
 """
 
 import argparse
+import contextlib
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -17,11 +19,11 @@ from peer_transformers import draw_tokens
 class Ours:
     """A worker that holds our side; the same interface as `Peer`, and `gemm`."""
 
-    def __init__(self, cfg, *, batch_size=4, seq_len=512, seed=0):
+    def __init__(self, cfg, *, batch_size=4, seq_len=512, seed=0, mesh=""):
         from dsv3_jax.config import to_dict
 
         command = [sys.executable, __file__, "--config", json.dumps(to_dict(cfg))]
-        command += [f"--batch={batch_size}", f"--length={seq_len}", f"--seed={seed}"]
+        command += [f"--batch={batch_size}", f"--length={seq_len}", f"--seed={seed}", f"--mesh={mesh}"]
         self._worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.info = self._reply()
 
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mesh", default="", help="data=N,expert=N; a single device if not given")
     args = parser.parse_args()
 
     from dsv3_jax.runtime import gemm_flops, keep_memory
@@ -68,7 +71,10 @@ def main() -> None:
     import jax
     import jax.numpy as jnp
 
+    if args.mesh:
+        jax.config.update("jax_num_cpu_devices", os.cpu_count())
     from dsv3_jax.config import DataConfig, ModelConfig, OptimConfig, RunConfig, from_dict
+    from dsv3_jax.sharding import batch_sharding, check, make_mesh, parse_mesh
     from dsv3_jax.train_step import init_state, make_step
 
     cfg = from_dict(ModelConfig, json.loads(args.config))
@@ -82,9 +88,15 @@ def main() -> None:
     tokens = jnp.asarray(draw_tokens(args.seed, args.batch, args.length, cfg.vocab_size), jnp.int32)
     places = jnp.broadcast_to(jnp.arange(args.length, dtype=jnp.int32), tokens.shape)
     batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": places}
-    state = jax.block_until_ready(init_state(run))
+    mesh = None
+    if args.mesh:
+        mesh = make_mesh(**parse_mesh(args.mesh))
+        check(mesh, run)
+        batch = jax.device_put(batch, batch_sharding(mesh))
+    state = jax.block_until_ready(init_state(run, mesh))
     start = time.perf_counter()
-    step = make_step(run).lower(state, batch).compile()
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        step = make_step(run).lower(state, batch).compile()
     memory = step.memory_analysis()
     say(
         compile_seconds=time.perf_counter() - start,
