@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -22,6 +22,7 @@ USAGE = """usage: dsv3 COMMAND …
   train PRESET         train a model; the same command again goes on where it stopped
   eval RUN             held-out measures of a run's last checkpoint
   generate RUN         continue a prompt with a run's last checkpoint
+  convert FOLDER OUT   released weights (Hugging Face format) into a run, a run into them, or FP8 into another dtype
   info PRESET          parameters, FLOPs and cache bytes of a model, without allocating it
   tokenizer OUT        train a byte-level BPE tokenizer
 
@@ -80,6 +81,26 @@ class Generate:
 
 
 @dataclass
+class Convert:
+    """Convert a folder: Hugging Face format into a run for `dsv3 generate`, a run into that format, or its dtype."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """a released folder (config.json and safetensors), or one that `dsv3 train` made"""
+    out: Annotated[Path, tyro.conf.Positional]
+    """the folder to make; on failure nothing is left of it"""
+    to: Literal["run", "hf"] | None = None
+    """what to make; none: what FOLDER is not, or hf where --dtype is given"""
+    dtype: Literal["float32", "bfloat16", "fp8"] | None = None
+    """of weights in Hugging Face format; none: the source's, FP8 becoming what its other weights are"""
+    shard_mb: int = 5000
+    """a safetensors file holds at most so many megabytes"""
+    mtp: bool = True
+    """--no-mtp leaves out the multi-token prediction layers of a released folder"""
+    allow_nonfinite: bool = False
+    """take NaN and Inf weights as they are"""
+
+
+@dataclass
 class TokenizerArgs:
     """Train a byte-level BPE tokenizer and write it as a tokenizer.json."""
 
@@ -116,7 +137,8 @@ def _dispatch(words: list[str]) -> int:
     from dsv3_jax.presets import MODELS
 
     commands: dict[str, Callable[[list[str]], int]] = {
-        "demo": _demo, "train": _train, "eval": _eval, "generate": _generate, "info": _info, "tokenizer": _tokenizer,
+        "demo": _demo, "train": _train, "eval": _eval, "generate": _generate, "convert": _convert,
+        "info": _info, "tokenizer": _tokenizer,
     }  # fmt: skip
     if not words or words[0] in ("-h", "--help"):
         print(USAGE.format(presets=", ".join(MODELS)), end="")
@@ -250,6 +272,24 @@ def _generate(words: list[str]) -> int:
     for token in tokens:
         print(pieces.push([token]), end="", flush=True)
     print(pieces.finish())
+    return 0
+
+
+def _convert(words: list[str]) -> int:
+    args = _parse(Convert, words, "convert")
+    _prepare()
+    from dsv3_jax import hf
+
+    said = hf.convert(
+        args.folder,
+        args.out,
+        to=args.to,
+        dtype=args.dtype,
+        shard_bytes=args.shard_mb * 1_000_000,
+        mtp=args.mtp,
+        allow_nonfinite=args.allow_nonfinite,
+    )
+    print(said)
     return 0
 
 

@@ -1,9 +1,18 @@
-"""What a person sees of a training run: a live line on a terminal, plain lines elsewhere."""
+"""What a person sees of a run or a conversion: a live line on a terminal, plain lines elsewhere."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Progress as Bar
 
 
@@ -67,3 +76,21 @@ def _evaluation(row: dict) -> str:
     if row.get("mtp_acceptance"):
         text += ", MTP acceptance " + " ".join(f"{x:.0%}" for x in row["mtp_acceptance"])
     return text
+
+
+@contextmanager
+def transfer(what: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes on stderr, where that is a terminal; the context's value takes how many more are done."""
+    console = Console(stderr=True)
+    bar = Bar(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=quiet or not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)

@@ -81,6 +81,7 @@ def test_no_room_leaves_the_checkpoint_before(tmp_path, monkeypatch):
         assert_bitwise(checkpoints.restore()[0], make_state(3))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves the other writes pending
 def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     """A real disk of half a megabyte that claims to have room: the write itself fails."""
     disk, run = tmp_path / "disk", replace(RUN, keep=20)

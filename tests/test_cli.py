@@ -38,7 +38,7 @@ for argv in json.load(sys.stdin):
 json.dump(answers, sys.stdout)
 """
 
-COMMANDS = ("demo", "train", "eval", "generate", "info", "tokenizer")
+COMMANDS = ("demo", "train", "eval", "generate", "convert", "info", "tokenizer")
 
 # name: (command, what the sentence must hold). {…} are the paths of `Place`.
 BAD = {
@@ -82,6 +82,10 @@ BAD = {
     "no prompt": ("generate {run} --prompt=", "prompt 0 is empty"),
     "temperature": ("generate {run} --max-new-tokens 4 --temperature -1", "temperature=-1.0"),
     "top p": ("generate {run} --max-new-tokens 4 --top-p 0", "top_p=0.0 is outside"),
+    "convert nothing": ("convert {absent} {new}", "{absent} is neither a run"),
+    "convert a run to a run": ("convert {run} {new} --to run", "{run} is a run already"),
+    "convert to what is there": ("convert {run} {text}", "{text} is there already"),
+    "convert to no dtype": ("convert {run} {new} --dtype int8", "int8"),
     "tokenizer is there": ("tokenizer {one} --paths {text}", "{one} is there already"),
     "small vocabulary": ("tokenizer {new} --paths {text} --vocab-size 100", "vocab_size=100"),
     "tokenizer of no data": ("tokenizer {new} --paths {absent}", "{absent}"),
@@ -189,6 +193,7 @@ def test_bad_input_writes_nothing(answers, place):
         ("train", ["--out", "--steps", "--model.router", "--optim.learning-rate", "--data.paths", "--mesh"]),
         ("eval", ["--batches", "--paths"]),
         ("generate", ["--prompt", "--temperature", "--top-p"]),
+        ("convert", ["--to", "--dtype", "--shard-mb", "--no-mtp", "--allow-nonfinite"]),
         ("info", ["--mtp-depth", "--num-experts"]),
         ("tokenizer", ["--vocab-size", "--force"]),
     ],

@@ -1,0 +1,204 @@
+"""What transformers makes of a released folder: logits, loss, gradients, expert ids, greedy tokens, MTP logits.
+
+`python tests/parity/parity_reference.py` compares the whole grid, prints the table of experiments/parity/README.md and
+writes the golden files that `make test` holds our side against.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+import transformers
+from released import (
+    GOLDEN,
+    GRID,
+    MTP_WEIGHT,
+    NEW,
+    Cell,
+    dequantized,
+    differences,
+    file_name,
+    ours,
+    probed,
+    stored,
+    write_folder,
+)
+from released import tokens as tokens_of
+from safetensors.numpy import save_file
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers.modeling_layers import MtpModel
+
+from dsv3_jax import hf
+
+transformers.logging.set_verbosity_error()
+torch.set_num_threads(1)
+
+
+def plain_folder(folder: Path, cell: Cell) -> Path:
+    """The cell's folder for transformers: an FP8 file dequantized by hand, for on CPU it reads none."""
+    if cell.file != "fp8":
+        return write_folder(folder, cell)
+    write_folder(folder, cell)
+    arrays = stored(cell)
+    plain = {
+        k: dequantized(v, arrays[k + "_scale_inv"]) if k + "_scale_inv" in arrays else v.astype(np.float32)
+        for k, v in arrays.items()
+        if not k.endswith("_scale_inv")
+    }
+    save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def load_theirs(folder: Path, num_layers: int, mtp_depth: int, tied: bool):
+    """The model and its MTP part (or None); every tensor of the folder must have been taken."""
+    settings = {"dtype": torch.float32, "attn_implementation": "eager", "experts_implementation": "eager"}
+    auto = transformers.AutoModelForCausalLM
+    main, report = auto.from_pretrained(folder, output_loading_info=True, **settings)
+    missing = set(report["missing_keys"]) - ({"lm_head.weight"} if tied else set())
+    assert not missing and not report["mismatched_keys"], report
+    later = tuple(f"model.layers.{num_layers + k}." for k in range(mtp_depth))
+    assert all(key.startswith(later) for key in report["unexpected_keys"]) if later else not report["unexpected_keys"]
+    return main, _mtp(main, folder, num_layers, mtp_depth) if mtp_depth else None
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return {k: v.float() for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def _mtp(main: nn.Module, folder: Path, num_layers: int, depth: int) -> MtpModel:
+    made, state, arrays = MtpModel(main, depth), {}, _tensors(folder)
+    for k in range(depth):
+        mine = {n.removeprefix(f"model.layers.{num_layers + k}."): v for n, v in arrays.items()}
+        mine = {n: v for n, v in mine.items() if not n.startswith(("model.", "lm_head."))}
+        del mine["embed_tokens.weight"], mine["shared_head.head.weight"]
+        for name, value in mine.items():
+            outer = name.startswith(("enorm", "hnorm", "eh_proj"))
+            inner = "post_norm.weight" if name == "shared_head.norm.weight" else f"mtp_block.{name}"
+            state[f"layers.{k}.{name if outer else inner}"] = value
+        block = f"layers.{k}.mtp_block.mlp.experts"
+        count = sum(name.startswith(block) for name in state) // 3
+        part = {
+            w: [state.pop(f"{block}.{e}.{w}.weight") for e in range(count)]
+            for w in ("gate_proj", "up_proj", "down_proj")
+        }
+        state[f"{block}.gate_up_proj"] = torch.cat(
+            [torch.stack(part["gate_proj"]), torch.stack(part["up_proj"])], dim=1
+        )
+        state[f"{block}.down_proj"] = torch.stack(part["down_proj"])
+    found = made.layers.load_state_dict({n.removeprefix("layers."): v for n, v in state.items()}, strict=True)
+    assert not found.missing_keys and not found.unexpected_keys
+    return made
+
+
+def _gates(module: nn.Module) -> tuple[list[torch.Tensor], list]:
+    """What the routers below choose, in their order, from the next call on."""
+    chosen: list[torch.Tensor] = []
+    gates = [m for n, m in module.named_modules() if n.endswith("mlp.gate")]
+    return chosen, [g.register_forward_hook(lambda _m, _i, out: chosen.append(out[2])) for g in gates]
+
+
+def theirs(folder: Path, cell: Cell) -> dict[str, np.ndarray]:
+    """What transformers says of the grid's tokens; `folder` is one that it reads."""
+    cfg = cell.cfg
+    main, mtp = load_theirs(folder, cfg.num_layers, cfg.mtp_depth, cfg.tie_embeddings)
+    tokens = torch.tensor(tokens_of(cfg), dtype=torch.long)
+    batch, length = tokens.shape
+    chosen, hooks = _gates(main)
+    h = main.model(tokens, use_cache=False).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    logits = main.lm_head(h)
+    loss = cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    found = {"logits": logits, "expert_ids": torch.stack(chosen).view(-1, batch, length, cfg.experts_per_token)}
+    for k in range(cfg.mtp_depth):
+        short = length - k - 1
+        embedded, place = main.model.embed_tokens(tokens[:, k + 1 :]), torch.arange(short)[None]
+        mask = torch.full((short, short), -torch.inf).triu(1)[None, None]
+        chosen, hooks = _gates(mtp.layers[k])
+        at = main.model.rotary_emb(embedded, place)
+        h = mtp.layers[k](embedded, h[:, :short], at, mask, place, None)
+        for hook in hooks:
+            hook.remove()
+        logits = main.lm_head(h)
+        nats = cross_entropy(logits[:, : short - 1].flatten(0, 1), tokens[:, k + 2 :].flatten())
+        loss = loss + MTP_WEIGHT / cfg.mtp_depth * nats
+        found |= {f"mtp_logits.{k}": logits, f"mtp_expert_ids.{k}": chosen[0].view(batch, short, -1)}
+    loss.backward()
+    found = {k: (v.sort(-1).values if "ids" in k else v).detach().numpy() for k, v in found.items()}
+    found = {k: v.astype(np.uint8) if "ids" in k else v for k, v in found.items()}
+    found["loss"] = loss.detach().numpy()
+    found |= {f"grad.{k}": v for k, v in _gradients(main, mtp, cfg.num_layers).items()}
+    made = main.generate(
+        tokens[:, :8], attention_mask=torch.ones_like(tokens[:, :8]), max_new_tokens=NEW, do_sample=False
+    )
+    found["greedy"] = made[:, 8:].numpy().astype(np.int32)
+    return found
+
+
+def _gradients(main: nn.Module, mtp: nn.Module | None, num_layers: int) -> dict[str, np.ndarray]:
+    """By released name, experts apart."""
+    named = dict(main.named_parameters())
+    if mtp is not None:
+        for name, value in mtp.layers.named_parameters():
+            k, rest = name.split(".", 1)
+            rest = rest.removeprefix("mtp_block.").replace("post_norm", "shared_head.norm")
+            named[f"model.layers.{num_layers + int(k)}.{rest}"] = value
+    found = {}
+    for name, value in named.items():
+        grad = value.grad.numpy()
+        lead, _, last = name.rpartition(".")
+        if last == "gate_up_proj":
+            for e, both in enumerate(grad):
+                gate, up = np.split(both, 2)
+                found |= {f"{lead}.{e}.gate_proj.weight": gate, f"{lead}.{e}.up_proj.weight": up}
+        elif last == "down_proj":
+            found |= {f"{lead}.{e}.down_proj.weight": own for e, own in enumerate(grad)}
+        else:
+            found[name] = grad
+    return found
+
+
+def row(name: str, worst: dict[str, float]) -> str:
+    """A line of the table."""
+    ids = int(worst["expert_ids"] + worst.get("mtp_expert_ids", 0))
+    mtp = f"{worst['mtp_logits']:.1e}" if "mtp_logits" in worst else "–"
+    parts = (
+        name,
+        f"{worst['logits']:.1e}",
+        mtp,
+        f"{worst['loss']:.1e}",
+        f"{worst['grad']:.1e}",
+        ids,
+        int(worst["greedy"]),
+    )
+    return "| " + " | ".join(map(str, parts)) + " |"
+
+
+def main() -> None:
+    GOLDEN.mkdir(exist_ok=True)
+    print("| cell | logits | MTP logits | loss | gradients | ids that differ | greedy tokens that differ |")
+    print("|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as root:
+        for name, cell in GRID.items():
+            mine, plain = Path(root) / file_name(name), Path(root) / (file_name(name) + "_plain")
+            other = theirs(plain_folder(plain, cell), cell)
+            print(row(name, differences(ours(hf.load(write_folder(mine, cell))), other)), flush=True)
+            np.savez_compressed(GOLDEN / (file_name(name) + ".npz"), **probed(other))
+
+
+if __name__ == "__main__":
+    main()

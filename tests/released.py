@@ -1,0 +1,249 @@
+"""Tiny released folders made on the spot, and what our model makes of them: parity with transformers stands on these.
+
+Every number of a folder comes from raw bits of a seeded generator, which NumPy keeps the same in all versions, so
+that the golden files of what transformers made of a folder hold for the folder made here.
+"""
+
+import math
+import zlib
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from models import QUICK, SMALL
+from safetensors.numpy import save_file
+
+from dsv3_jax import hf
+from dsv3_jax.config import Balance, ModelConfig, Yarn
+from dsv3_jax.generate import generate
+from dsv3_jax.hf.config_json import config_to_dict
+from dsv3_jax.hf.files import CONFIG, SINGLE, write_json
+from dsv3_jax.hf.table import entries
+from dsv3_jax.modules.transformer import abstract
+from dsv3_jax.objective import losses
+
+BATCH, LENGTH, NEW = 2, 24, 6
+MTP_WEIGHT = 0.3
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A place of the grid: a model and the dtype of its files."""
+
+    cfg: ModelConfig
+    file: str = "float32"
+
+
+def _cell(file: str = "float32", **changes) -> Cell:
+    return Cell(replace(SMALL, **{"mtp_depth": 0, "balance": Balance(0.0, 0.0, 0.0), "init_std": 0.02} | changes), file)
+
+
+_YARN = Yarn(factor=8.0, original_max_positions=8, mscale=1.0, mscale_all_dim=0.7)
+_V2 = {"router": "softmax", "group_score": "max", "normalize_gates": False, "num_heads": 4}  # divides its width
+_WIDE = {"dim": 144, "dense_dim": 130, "expert_dim": 136, "kv_latent_dim": 131, "q_latent_dim": 17}  # partial blocks
+GRID = {
+    "groups": _cell(mtp_depth=1),
+    "no groups": _cell(num_groups=1, groups_per_token=1, num_dense_layers=0, num_shared_experts=2),
+    "YaRN beyond the original length": _cell(yarn=_YARN, max_positions=64, mtp_depth=1),
+    "no query compression": _cell(q_latent_dim=None, num_dense_layers=2),
+    "gates not normalised": _cell(normalize_gates=False, mtp_depth=2),
+    "half RoPE": _cell(rope_interleaved=False, num_dense_layers=0),
+    "odd sizes": _cell(dim=23, vocab_size=41, v_head_dim=7, nope_head_dim=3, num_experts=9, num_groups=3),
+    "tied embeddings": _cell(tie_embeddings=True, mtp_depth=1),
+    "bfloat16 file": _cell("bfloat16", mtp_depth=1),
+    "float16 file": _cell("float16"),
+    "FP8 file": _cell("fp8", mtp_depth=1, num_layers=2, **_WIDE),
+    "V2, groups": _cell(routed_scale=2.0, num_shared_experts=2, **_V2),
+    "V2-Lite, greedy": _cell(
+        num_groups=1, groups_per_token=1, q_latent_dim=None, routed_scale=1.0, num_shared_experts=2, max_positions=64,
+        yarn=Yarn(factor=8.0, original_max_positions=8, mscale=0.707, mscale_all_dim=0.707), **_V2,
+    ),
+}  # fmt: skip
+
+
+def noise(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """float64 of mean 0 and deviation 1, uniform; the same for a name always."""
+    raw = np.random.PCG64(zlib.crc32(name.encode())).random_raw(math.prod(shape))
+    return (((raw >> np.uint64(11)) / 2.0**53 - 0.5) * 12**0.5).reshape(shape)
+
+
+def tensors(cfg: ModelConfig) -> dict[str, np.ndarray]:
+    """float32 tensors by released name: scales far from 1, signed biases, scores and gates far from even."""
+    made = {}
+    original = {e.name: e.copy_of or e.name for e in entries(cfg)}
+    for name, (shape, _) in hf.tensor_table(cfg).items():
+        value = noise(original[name], shape)
+        if name.endswith("norm.weight"):
+            value = 1 + 0.3 * value
+        elif name.endswith("correction_bias"):
+            value = 0.2 * value
+        else:
+            value = 1.2 * value / shape[-1] ** 0.5
+        made[name] = value.astype(np.float32)
+    return made
+
+
+def quantized(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """FP8 with the plain scale, block by block: slow, and not the library's."""
+    numbers = np.zeros(weight.shape, ml_dtypes.float8_e4m3fn)
+    scales = np.zeros([-(-n // 128) for n in weight.shape], np.float32)
+    for i, j in np.ndindex(*scales.shape):
+        block = np.s_[i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128]
+        scales[i, j] = np.abs(weight[block]).max() / 448
+        numbers[block] = (weight[block] / scales[i, j]).astype(numbers.dtype)
+    return numbers, scales
+
+
+def dequantized(numbers: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    whole = np.repeat(np.repeat(scales, 128, axis=0), 128, axis=1)
+    return numbers.astype(np.float32) * whole[: numbers.shape[0], : numbers.shape[1]]
+
+
+@cache
+def stored(cell: Cell) -> dict[str, np.ndarray]:
+    """What stands in the cell's file."""
+    if cell.file != "fp8":
+        dtype = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[cell.file]
+        return {k: v if "bias" in k else v.astype(dtype) for k, v in tensors(cell.cfg).items()}
+    made = {}
+    linear = {e.name for e in entries(cell.cfg) if e.quantized}
+    for name, value in tensors(cell.cfg).items():
+        if name in linear:
+            made[name], made[name + "_scale_inv"] = quantized(value)
+        else:
+            made[name] = value if "bias" in name else value.astype(ml_dtypes.bfloat16)
+    return made
+
+
+def write_folder(folder: Path, cell: Cell) -> Path:
+    """The cell's folder: config.json and one safetensors file."""
+    folder.mkdir(parents=True)
+    fp8 = cell.file == "fp8"
+    write_json(folder / CONFIG, config_to_dict(cell.cfg, fp8=fp8, dtype="bfloat16" if fp8 else cell.file))
+    if fp8:
+        hand_written(folder / SINGLE, stored(cell))
+    else:
+        save_file(stored(cell), folder / SINGLE, metadata={"format": "pt"})
+    return folder
+
+
+def hand_written(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """The format by hand, for dtypes that the safetensors package does not know from NumPy."""
+    from dsv3_jax.hf.files import write_shards
+
+    table = {k: (v.shape, v.dtype.name) for k, v in arrays.items()}
+    write_shards(path.parent, table, 1 << 40, arrays.__getitem__)
+    (path.parent / "model-00001-of-00001.safetensors").rename(path)
+    (path.parent / "model.safetensors.index.json").unlink()
+
+
+def tokens(cfg: ModelConfig) -> np.ndarray:
+    """int32 [BATCH, LENGTH]."""
+    raw = np.random.PCG64(7).random_raw(BATCH * LENGTH)
+    return (raw % np.uint64(cfg.vocab_size)).astype(np.int32).reshape(BATCH, LENGTH)
+
+
+@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def _outputs(graphdef, state, batch):
+    model = nnx.merge(graphdef, state)
+    out = model(batch["tokens"])
+    return out.logits, out.mtp_logits, out.routing.expert_ids, [r.expert_ids for r in out.mtp_routing]
+
+
+@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def _gradients(graphdef, params, rest, batch):
+    return jax.value_and_grad(lambda p: losses(nnx.merge(graphdef, p, rest), batch, MTP_WEIGHT).total)(params)
+
+
+def batch_of(cfg: ModelConfig) -> dict[str, jax.Array]:
+    shape = (BATCH, LENGTH)
+    return {
+        "tokens": jnp.asarray(tokens(cfg)),
+        "segment_ids": jnp.ones(shape, jnp.int32),
+        "positions": jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), shape),
+    }
+
+
+def without_balance(model):
+    """The model without balance losses, which config.json does not know."""
+    cfg = replace(model.cfg, balance=Balance(0.0, 0.0, 0.0))
+    return nnx.merge(nnx.split(abstract(cfg))[0], nnx.state(model))
+
+
+def ours(model, *, gradients: bool = True, greedy: bool = True) -> dict[str, np.ndarray]:
+    """What our model says of the grid's tokens, under the names of `parity_reference.theirs`."""
+    model, batch = without_balance(model), batch_of(model.cfg)
+    graphdef, state = nnx.split(model)
+    logits, mtp, ids, mtp_ids = jax.tree.map(np.asarray, _outputs(graphdef, state, batch))
+    found = {"logits": logits, "expert_ids": np.sort(ids, axis=-1)}
+    for k in range(model.cfg.mtp_depth):
+        found |= {f"mtp_logits.{k}": mtp[k], f"mtp_expert_ids.{k}": np.sort(mtp_ids[k], axis=-1)}
+    if greedy:
+        found["greedy"] = np.array(generate(model, tokens(model.cfg)[:, :8].tolist(), NEW).tokens, np.int32)
+    if gradients:
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        loss, grads = _gradients(graphdef, params, rest, batch)
+        found["loss"] = np.asarray(loss)
+        found |= {f"grad.{k}": v for k, v in released(model.cfg, grads).items()}
+    return found
+
+
+def released(cfg: ModelConfig, params: nnx.State) -> dict[str, np.ndarray]:
+    """Arrays of our parameters' shapes under released names, in their layout; copies and the bias left out."""
+    flat = {path: np.asarray(v.get_value()) for path, v in nnx.to_flat_state(params)}
+    return {
+        e.name: e.layout.join([flat[p.path][p.at] for p in e.places])
+        for e in entries(cfg)
+        if not e.copy_of and not e.wide
+    }
+
+
+def probed(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same, small: of each gradient its norm, and its product with a fixed vector of deviation 1."""
+    grads = {k: v for k, v in found.items() if k.startswith("grad.")}
+    small = {k: v for k, v in found.items() if k not in grads}
+    if grads:
+        wide = [(k, v.astype(np.float64)) for k, v in sorted(grads.items())]
+        pairs = [(np.linalg.norm(v), (v * noise(k, v.shape)).sum()) for k, v in wide]
+        small["grads"] = np.array(pairs, np.float64)
+    return small
+
+
+def differences(mine: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, float]:
+    """How far two results are apart, of what both have.
+
+    Logits: largest difference over the logits' deviation. Gradients: largest over the parameter's root mean square
+    (a probe's over its norm). Ids and greedy tokens: how many differ.
+    """
+    worst: dict[str, float] = {}
+    for name in mine.keys() & other.keys():
+        a, b, kind = mine[name], other[name], name.split(".")[0]
+        if kind in ("expert_ids", "mtp_expert_ids", "greedy"):
+            assert a.shape == b.shape, name
+            value = float((a != b).sum())
+        elif kind == "grads":
+            value = float((np.abs(a - b).max(axis=1) / np.where(b[:, 0] > 0, b[:, 0], 1)).max())
+        else:
+            a, b = a.astype(np.float64), b.astype(np.float64)
+            assert a.shape == b.shape, name
+            size = {"loss": 1.0, "grad": np.sqrt((b * b).mean())}.get(kind, b.std())
+            value = float(np.abs(a - b).max() / size) if size else float(np.abs(a).max())
+        assert math.isfinite(value), name  # else max() would drop a NaN
+        worst[kind] = max(worst.get(kind, 0.0), value)
+    return worst
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+    """What transformers made of a cell."""
+    with np.load(GOLDEN / (file_name(name) + ".npz"), allow_pickle=False) as file:
+        return dict(file)
+
+
+def file_name(name: str) -> str:
+    return name.lower().replace(",", "").replace(" ", "_")

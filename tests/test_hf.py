@@ -1,0 +1,169 @@
+"""Released folders: what transformers made of them is what we make of them, and both ways are each other's inverse.
+
+The golden files hold transformers' side (tests/parity/parity_reference.py writes them); nothing here needs torch.
+"""
+
+import json
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from models import random_model, small
+from released import (
+    BATCH,
+    GRID,
+    LENGTH,
+    differences,
+    golden,
+    ours,
+    probed,
+    stored,
+    write_folder,
+)  # fmt: skip
+from runs import assert_bitwise
+from safetensors import safe_open
+
+from dsv3_jax import hf
+from dsv3_jax.hf.files import read_header
+from dsv3_jax.sharding import make_mesh
+
+pytestmark = pytest.mark.usefixtures("light_compiles")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("released")
+    return {name: write_folder(root / str(i), cell) for i, (name, cell) in enumerate(GRID.items())}
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def state_of(model):
+    return nnx.to_pure_dict(nnx.state(model))
+
+
+# parity
+
+DEEP = {"half RoPE": "gradients", "V2-Lite, greedy": "greedy"}  # the rest is for `make parity`: it compiles long
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_transformers_numbers(folders, name):
+    gradients, greedy = (DEEP.get(name) == what for what in ("gradients", "greedy"))
+    mine, other = probed(ours(hf.load(folders[name]), gradients=gradients, greedy=greedy)), golden(name)
+    assert other.keys() - mine.keys() == ({"grads", "loss"} if not gradients else set()) | (
+        {"greedy"} if not greedy else set()
+    )
+    assert other["logits"].shape == (BATCH, LENGTH, GRID[name].cfg.vocab_size)
+    worst = differences(mine, other)
+    assert worst.pop("expert_ids") == worst.pop("mtp_expert_ids", 0) == worst.pop("greedy", 0) == 0
+    assert worst.pop("loss", 0) < 5e-6
+    assert all(value < 1e-4 for value in worst.values()), worst  # float32 sums in another order
+
+
+def test_the_grid_sees_its_biases(folders):
+    """A bias that is lost, or taken for a gate, would show: some choose, and they are of both signs."""
+    model = hf.load(folders["groups"])
+    wanted = golden("groups")
+    assert model.sparse.moe.bias[...].min() < -0.1 and model.sparse.moe.bias[...].max() > 0.1
+    model.sparse.moe.bias[...] = jnp.zeros_like(model.sparse.moe.bias[...])
+    worst = differences(ours(model, gradients=False, greedy=False), wanted)
+    assert worst["expert_ids"] > 20 and worst["logits"] > 0.1
+
+
+# both ways
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_a_folder_comes_back_bitwise(folders, name, tmp_path):
+    """Folder → model → folder, in the file's own dtype; FP8 with scales that nobody rounded."""
+    fp8, file = GRID[name].file == "fp8", GRID[name].file
+    hf.save(hf.load(folders[name]), tmp_path / "out", fp8, dtype="bfloat16" if file == "bfloat16" else None)
+    want = {k: v.astype(np.float32) if file == "float16" else v for k, v in stored(GRID[name]).items()}
+    found = read_header(tmp_path / "out" / "model-00001-of-00001.safetensors")
+    raw = (tmp_path / "out" / "model-00001-of-00001.safetensors").read_bytes()
+    assert found.keys() == want.keys()
+    for key, at in found.items():
+        assert at.start % at.dtype.itemsize == 0  # torch maps no tensor that is not aligned
+        assert (at.dtype, at.shape) == (want[key].dtype, want[key].shape), key
+        assert raw[at.start : at.start + at.nbytes] == want[key].tobytes(), key
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"mtp_depth": 2, "num_dense_layers": 0}, {"tie_embeddings": True, "mtp_depth": 1}, {"num_dense_layers": 3}],
+)
+def test_a_model_comes_back_bitwise(tmp_path, changes):
+    model = random_model(small(**changes))
+    hf.save(model, tmp_path / "out", shard_bytes=20_000)
+    back = hf.load(tmp_path / "out")
+    assert_bitwise(state_of(model), state_of(back))
+    assert back.cfg == replace(model.cfg, balance=back.cfg.balance)
+
+
+def test_a_mesh_changes_no_number(folders, tmp_path):
+    mesh = make_mesh(2, 4)
+    model = hf.load(folders["groups"], mesh=mesh)
+    assert_bitwise(state_of(model), state_of(hf.load(folders["groups"])))
+    whole = model.experts.w_gate[...]
+    assert whole.addressable_shards[0].data.shape[1] == GRID["groups"].cfg.num_experts // 4
+    hf.save(model, tmp_path / "out")
+    hf.save(hf.load(folders["groups"]), tmp_path / "one")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "one")
+
+
+def test_a_host_reads_its_shards_alone(folders, monkeypatch):
+    """Experts that stand on no device of ours are not read."""
+    asked = []
+    folder = hf.reading.Folder(folders["groups"])
+    monkeypatch.setattr(folder, "read", lambda e, dtype: asked.append(e.name) or np.zeros(e.shape, dtype))
+    cfg = GRID["groups"].cfg
+    places = [(e, i) for e in folder.entries.values() for i, p in enumerate(e.places) if p.path == ("experts", "w_up")]
+    index = (slice(None), slice(2, 4), slice(None), slice(None))
+    shape = (cfg.num_sparse_layers, cfg.num_experts, cfg.dim, cfg.expert_dim)
+    part = hf.reading._read_shard(folder, places, shape, index, np.dtype(np.float32))
+    assert part.shape == (cfg.num_sparse_layers, 2, cfg.dim, cfg.expert_dim)
+    assert sorted(asked) == [f"model.layers.{n}.mlp.experts.{e}.up_proj.weight" for n in (1, 2) for e in (2, 3)]
+
+
+def test_bfloat16_parameters(folders):
+    model, wide = (hf.load(folders["bfloat16 file"], dtype=d) for d in (jnp.bfloat16, jnp.float32))
+    assert model.cfg.compute_dtype == "bfloat16" and model.embed[...].dtype == jnp.bfloat16
+    assert model.sparse.moe.w_router[...].dtype == model.sparse.moe.bias[...].dtype == jnp.float32
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b)),
+        state_of(model), state_of(wide),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="dtype=float16 is not float32 or bfloat16"):
+        hf.load(folders["bfloat16 file"], dtype=jnp.float16)
+
+
+def test_without_mtp(folders):
+    whole, short = hf.load(folders["groups"]), hf.load(folders["groups"], mtp=False)
+    assert short.cfg.mtp_depth == 0 and len(short.mtp) == 0
+    a, b = state_of(whole), state_of(short)
+    assert_bitwise({k: v for k, v in a.items() if k != "mtp"}, {k: v for k, v in b.items() if k != "mtp"})
+
+
+def test_what_is_saved_others_read(folders, tmp_path):
+    """The safetensors package, and an index that names every tensor's file; shards are of the chosen size."""
+    model = hf.load(folders["groups"])
+    hf.save(model, tmp_path / "out", shard_bytes=9000)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    table = hf.tensor_table(model.cfg, dtype="float32")
+    assert index["weight_map"].keys() == table.keys()
+    assert index["metadata"]["total_size"] == sum(4 * math.prod(shape) for shape, _ in table.values())
+    for file in set(index["weight_map"].values()):
+        with safe_open(tmp_path / "out" / file, "np") as opened:
+            names = list(opened.keys())
+            assert sorted(names) == sorted(k for k, v in index["weight_map"].items() if v == file)
+            for name in names:
+                np.testing.assert_array_equal(opened.get_tensor(name), stored(GRID["groups"])[name])
+        assert len(names) == 1 or sum(4 * math.prod(table[n][0]) for n in names) <= 9000
+    assert not [p for p in tmp_path.iterdir() if p.name != "out"]

@@ -1,0 +1,210 @@
+"""The name table, configurations and FP8 blocks of released folders, against what was released."""
+
+import json
+from dataclasses import replace
+
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from models import random_model, small
+from released import GRID, dequantized, quantized
+
+import dsv3_jax as ds
+from dsv3_jax import hf
+from dsv3_jax.config import ConfigError, Yarn
+from dsv3_jax.hf.config_json import config_to_dict
+from dsv3_jax.hf.fp8 import dequantize, quantize
+from dsv3_jax.hf.table import entries
+from dsv3_jax.modules.moe import RouterBias
+from dsv3_jax.modules.transformer import abstract
+
+# What config.json of DeepSeek-V3 says, but for names of classes and generation settings; written by hand.
+RELEASED_V3 = json.loads("""{
+ "model_type": "deepseek_v3", "attention_bias": false, "attention_dropout": 0.0, "aux_loss_alpha": 0.001,
+ "ep_size": 1, "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168, "initializer_range": 0.02,
+ "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163840, "moe_intermediate_size": 2048,
+ "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": true,
+ "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128,
+ "num_nextn_predict_layers": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+ "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+                         "weight_block_size": [128, 128]},
+ "rms_norm_eps": 1e-06, "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0,
+                         "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096, "type": "yarn"},
+ "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "seq_aux": true,
+ "tie_word_embeddings": false, "topk_group": 4, "topk_method": "noaux_tc", "torch_dtype": "bfloat16",
+ "v_head_dim": 128, "vocab_size": 129280}""")
+RELEASED_V2_LITE = RELEASED_V3 | {
+    "model_type": "deepseek_v2", "first_k_dense_replace": 1, "hidden_size": 2048, "intermediate_size": 10944,
+    "moe_intermediate_size": 1408, "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2,
+    "norm_topk_prob": False, "num_attention_heads": 16, "num_experts_per_tok": 6, "num_hidden_layers": 27,
+    "num_key_value_heads": 16, "num_nextn_predict_layers": None, "q_lora_rank": None, "quantization_config": None,
+    "routed_scaling_factor": 1.0, "scoring_func": "softmax", "topk_group": 1, "topk_method": "greedy",
+    "rope_scaling": RELEASED_V3["rope_scaling"] | {"mscale": 0.707, "mscale_all_dim": 0.707}, "vocab_size": 102400,
+}  # fmt: skip
+RELEASED_V2 = RELEASED_V2_LITE | {
+    "hidden_size": 5120, "intermediate_size": 12288, "moe_intermediate_size": 1536, "n_group": 8,
+    "n_routed_experts": 160, "num_attention_heads": 128, "num_hidden_layers": 60, "num_key_value_heads": 128,
+    "q_lora_rank": 1536, "rope_scaling": RELEASED_V3["rope_scaling"], "routed_scaling_factor": 16.0, "topk_group": 3,
+    "topk_method": "group_limited_greedy",
+}  # fmt: skip
+CONFIGS = {"v3": RELEASED_V3, "v2": RELEASED_V2, "v2_lite": RELEASED_V2_LITE}
+
+
+# the table
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_released_configurations_are_the_presets(name):
+    cfg, preset = hf.config_from_dict(CONFIGS[name]), ds.preset(name)
+    silent = {key: getattr(preset, key) for key in ("balance", "compute_dtype", "remat", "init_std")}
+    assert replace(cfg, **silent) == preset
+    made = config_to_dict(preset, fp8=name == "v3")
+    other = {k for k, v in made.items() if k in CONFIGS[name] and v != CONFIGS[name][k]}
+    # The presets train with the reports' deviation; V2 has no MTP, written as null or 0.
+    assert other <= {"initializer_range", "num_nextn_predict_layers"}
+
+
+def test_the_released_list_of_tensors():
+    """91,991 in DeepSeek-V3's index: its layers, their scales, and the MTP layer."""
+    table = hf.tensor_table(ds.preset("v3"), fp8=True)
+    assert len(table) == 91_991
+    layers = "model.layers."
+    assert table["model.embed_tokens.weight"] == table["lm_head.weight"] == ((129280, 7168), "bfloat16")
+    assert table[layers + "0.mlp.down_proj.weight"] == ((7168, 18432), "float8_e4m3fn")
+    assert table[layers + "0.mlp.down_proj.weight_scale_inv"] == ((56, 144), "float32")
+    assert table[layers + "3.mlp.gate.weight"] == ((256, 7168), "bfloat16")
+    assert table[layers + "3.mlp.gate.e_score_correction_bias"] == ((256,), "float32")
+    assert table[layers + "60.self_attn.kv_a_proj_with_mqa.weight"] == ((576, 7168), "float8_e4m3fn")
+    assert table[layers + "60.self_attn.kv_b_proj.weight_scale_inv"] == ((256, 4), "float32")
+    assert table[layers + "61.eh_proj.weight"] == ((7168, 14336), "bfloat16")
+    assert layers + "61.eh_proj.weight_scale_inv" not in table
+    mtp = [k.removeprefix(layers + "61.") for k in table if k.startswith(layers + "61.") and "mlp" not in k]
+    assert {
+        "embed_tokens.weight",
+        "enorm.weight",
+        "hnorm.weight",
+        "shared_head.norm.weight",
+        "shared_head.head.weight",
+    } <= {*mtp}
+    assert not any(k.startswith(layers + "62.") for k in table)
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_the_table_fills_every_parameter_once(name):
+    cfg = GRID[name].cfg
+    seen = {}
+    for path, v in nnx.to_flat_state(nnx.state(abstract(cfg))):
+        seen[path] = np.full(v.shape, -1 if isinstance(v, RouterBias) and cfg.router == "softmax" else 0)
+    for entry in entries(cfg):
+        if not entry.copy_of:
+            parts = entry.layout.split(np.ones(entry.shape, np.int64))
+            for place, part in zip(entry.places, parts, strict=True):
+                seen[place.path][place.at] += part
+    assert all((count == (-1 if (count < 0).all() else 1)).all() for count in seen.values())
+
+
+# configurations
+
+
+def test_both_spellings_of_rope_scaling():
+    old = hf.config_from_dict(RELEASED_V3)
+    scaling = {k: v for k, v in RELEASED_V3["rope_scaling"].items() if k != "type"}
+    new = {k: v for k, v in RELEASED_V3.items() if k not in ("rope_scaling", "rope_theta")}
+    new |= {"rope_parameters": scaling | {"rope_type": "yarn", "rope_theta": 10000.0}}
+    assert hf.config_from_dict(new) == old
+    assert hf.config_from_dict(RELEASED_V3 | {"rope_scaling": scaling | {"rope_type": "yarn"}}) == old
+    plain = hf.config_from_dict(new | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
+    assert plain.rope_theta == 5e5 and plain.yarn == Yarn()
+    bare = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}  # the reference's own defaults
+    assert hf.config_from_dict(RELEASED_V3 | {"rope_scaling": bare}).yarn == Yarn(40.0, 4096, mscale_all_dim=0.0)
+
+
+BAD_CONFIG = {
+    "model_type": ("llama", "model_type='llama' is not one of 'deepseek_v3', 'deepseek_v2'"),
+    "scoring_func": ("softplus", "scoring_func='softplus' is not known"),
+    "topk_method": ("best", "topk_method='best' is not known"),
+    "quantization_config": ({"quant_method": "awq"}, "quantization quant_method='awq'"),
+    "hidden_act": ("gelu", "hidden_act='gelu' is not supported"),
+    "attention_bias": (True, "attention_bias=True is not supported"),
+    "num_key_value_heads": (8, "num_key_value_heads=8 is not num_attention_heads=128"),
+    "hidden_size": ("7168", "hidden_size='7168' is not of type int"),
+    "kv_lora_rank": (None, "'kv_lora_rank' is not in config.json"),
+    "n_group": (7, "num_groups=7 does not divide num_experts=256"),
+    "rope_scaling": ({"type": "linear", "factor": 2}, "rope scaling 'linear' is not supported"),
+    "rope_parameters": ({"mscale_all_dim": 0}, "mscale_all_dim"),
+}
+
+
+@pytest.mark.parametrize("key", [*BAD_CONFIG])
+def test_unknown_configurations_are_refused(key):
+    value, sentence = BAD_CONFIG[key]
+    broken = RELEASED_V3 | {key: value}
+    if key == "rope_parameters":
+        broken["rope_scaling"] = RELEASED_V3["rope_scaling"] | {"mscale": 0.5}
+    with pytest.raises(ConfigError) as error:
+        hf.config_from_dict(broken)
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"router": "topk"}, "router='topk'"),
+        ({"router": "softmax"}, "norm_topk_prob=True"),
+        ({"group_score": "max"}, "group_score='max' has no place"),
+        ({"mtp_input": "raw", "mtp_depth": 1}, "mtp_input='raw' has no place"),
+    ],
+)
+def test_what_the_format_cannot_say_is_refused(tmp_path, changes, sentence):
+    cfg = small(**changes)
+    with pytest.raises(ConfigError) as error:
+        config_to_dict(cfg)
+    assert sentence in str(error.value)
+    with pytest.raises(ConfigError):
+        hf.save(random_model(cfg), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+# FP8
+
+
+@pytest.mark.parametrize("shape", [(256, 384), (130, 257), (5, 7), (576, 896)])
+def test_fp8_is_within_a_step_and_stays(rng, shape):
+    weight = (rng.standard_normal(shape) * np.exp(rng.standard_normal(shape))).astype(np.float32)
+    numbers, scales = quantize(weight)
+    value = dequantize(numbers, scales)
+    np.testing.assert_array_equal(value, dequantized(numbers, scales))
+    # A step of e4m3: an eighth of the power of two below, at least 2^-9.
+    exact = np.abs(weight) / np.repeat(np.repeat(scales, 128, 0), 128, 1)[: shape[0], : shape[1]]
+    step = np.exp2(np.maximum(np.floor(np.log2(np.maximum(exact, 2**-9))), -6) - 3)
+    off = np.abs(numbers.astype(np.float32)) - exact
+    assert (np.abs(off) <= step / 2 * (1 + 1e-5)).all()
+    again = quantize(value)
+    assert (again[0].tobytes(), again[1].tobytes()) == (numbers.tobytes(), scales.tobytes())
+
+
+def test_fp8_of_others_stays(rng):
+    """Plain scales of 24 bits, as in the released files."""
+    for seed in range(5):
+        weight = np.random.default_rng(seed).standard_normal((300, 200)).astype(np.float32) * 0.02
+        numbers, scales = quantized(weight)
+        found = quantize(dequantized(numbers, scales))
+        assert (found[0].tobytes(), found[1].tobytes()) == (numbers.tobytes(), scales.tobytes())
+
+
+def test_fp8_stays_where_a_block_tells_little(rng):
+    """A block of one number: a scale of 24 bits could not be told from its neighbour, so ours have 20."""
+    constant = np.repeat(rng.uniform(0.5, 2, 500).astype(np.float32), 128)[None]
+    value = dequantize(*quantize(constant))
+    assert [a.tobytes() for a in quantize(value)] == [a.tobytes() for a in quantize(constant)]
+    assert (quantize(constant)[1].view(np.uint32) % 16 == 0).mean() > 0.05  # else the case is not met
+
+
+def test_fp8_of_extremes():
+    for value in (0.0, -0.0, 1e-38, 3e38, 1.4e-45):
+        numbers, scales = quantize(np.full((3, 2), value, np.float32))
+        back = dequantize(numbers, scales)
+        assert np.isfinite(back).all() and (scales > 0).all() and scales.shape == (1, 1)
+        assert abs(float(back[0, 0]) - value) <= max(2.0**-100, abs(value) / 16)
+        assert numbers.dtype == ml_dtypes.float8_e4m3fn
