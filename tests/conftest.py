@@ -41,8 +41,20 @@ def rng():
     return np.random.default_rng(0)
 
 
+# Not tests: imports torch, and has no doctests to look for.
+collect_ignore = ["parity/parity_reference.py"]
+
 # Two processes share the files, one file at a time: the longest must not be left for the end.
-LONGEST = ("test_train", "test_objective", "test_train_step", "test_cli", "test_generate", "test_dispatch")
+LONGEST = (
+    "test_train",
+    "test_objective",
+    "test_train_step",
+    "test_mesh",
+    "test_cli",
+    "test_hf",
+    "test_generate",
+    "test_dispatch",
+)
 
 
 def pytest_collection_modifyitems(items):
