@@ -78,11 +78,7 @@ class Checkpoints:
             return None
         self._check_config()
         target = abstract_state(self.run)
-        if mesh is None:
-            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            where = jax.tree.map(lambda _: device, target)
-        else:
-            where = sharding.state_sharding(target, mesh)
+        where = sharding.state_sharding(target, mesh)
         target = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), target, where)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
         try:

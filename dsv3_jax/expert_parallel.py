@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.ops import dispatch
 
-TOKENS = ("data", "expert")  # the batch is cut over both axes
+AXES = ("data", "expert")  # of the mesh; the batch is cut over both
 
 
 def routed_swiglu(
@@ -32,7 +32,7 @@ def routed_swiglu(
     """
 
     mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in TOKENS if mesh.shape[axis] > 1)
+    axes = tuple(axis for axis in AXES if mesh.shape[axis] > 1)
     held = experts.w_gate.shape[1] // mesh.shape["expert"]
 
     def local(x, ids, gates, experts, thread, layer):

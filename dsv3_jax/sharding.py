@@ -5,17 +5,16 @@ on every device. `jax.set_mesh` puts a mesh in force; without one everything is 
 """
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 
 import jax
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import ConfigError, RunConfig
-from dsv3_jax.expert_parallel import TOKENS
+from dsv3_jax.expert_parallel import AXES
 from dsv3_jax.modules.moe import ExpertParam
-
-AXES = TOKENS  # ("data", "expert")
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -57,12 +56,22 @@ def check(mesh: Mesh, run: RunConfig) -> None:
         raise ConfigError(f"dispatch='capacity' does not cut experts over a mesh, and the mesh is {name}")
 
 
-def state_sharding(state, mesh: Mesh | AbstractMesh):
-    """Where each array of a training state, or of its shapes, lies: the same structure of NamedShardings."""
+def in_force(mesh: Mesh | None) -> AbstractContextManager:
+    """A context in which `jax.jit` compiles for the mesh; for a single device where there is none."""
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def state_sharding(state, mesh: Mesh | AbstractMesh | None):
+    """Where each array of a state, or of its shapes, lies: the same structure of shardings.
+
+    On a mesh experts are cut along "expert" and the rest is on every device; without one all is on the first.
+    """
 
     def place(v):
-        spec = P(None, "expert") if isinstance(v, ExpertParam) else P()
-        return jax.tree.map(lambda _: NamedSharding(mesh, spec), v)
+        if mesh is None:
+            return jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), v)
+        where = NamedSharding(mesh, P(None, "expert") if isinstance(v, ExpertParam) else P())
+        return jax.tree.map(lambda _: where, v)
 
     return jax.tree.map(place, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
 

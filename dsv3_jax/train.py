@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -91,7 +91,7 @@ def fit(
         Progress(run.steps, quiet=quiet) as progress,
         Checkpoints(out, run) as checkpoints,
         _asked_to_stop() as asked,
-        nullcontext() if mesh is None else jax.set_mesh(mesh),
+        sharding.in_force(mesh),
     ):
         progress.say(_describe(corpus))
         found = checkpoints.restore(mesh)

@@ -13,12 +13,17 @@ from functools import cache
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
+from models import random_model
 
-from dsv3_jax import train
+from dsv3_jax import optim, train
 from dsv3_jax.config import Balance, DataConfig, ModelConfig, OptimConfig, RunConfig, to_dict
+from dsv3_jax.modules.moe import RouterBias
 from dsv3_jax.presets import recipe
+from dsv3_jax.train_step import TrainState
 
 # Two sparse layers and an MTP block, so that every kind of router bias is there; little else, to compile fast.
 MODEL = ModelConfig(
@@ -95,6 +100,22 @@ def make_run(text: str, **changes) -> RunConfig:
         log_every=1,
     )
     return replace(run, **changes)
+
+
+def fresh_state(run: RunConfig, step: int = 0) -> TrainState:
+    """Parameters and signed biases by NumPy, anew in each call, for a step takes its state away."""
+    params, bias = nnx.split(random_model(run.model), nnx.Param, RouterBias)[1:]
+    return TrainState(params, bias, optim.init(params), jnp.asarray(step, jnp.int32))
+
+
+def packed_batch(rng: np.random.Generator, segment_ids: np.ndarray) -> dict[str, jax.Array]:
+    """Random tokens in documents of those segments, each counting its positions from 0."""
+    starts = np.diff(segment_ids, axis=1, prepend=-1) != 0
+    columns = np.arange(segment_ids.shape[1])[None]
+    positions = columns - np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
+    tokens = rng.integers(0, MODEL.vocab_size, segment_ids.shape)
+    batch = {"tokens": tokens, "segment_ids": segment_ids, "positions": positions}
+    return {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
 
 
 @dataclass(frozen=True)

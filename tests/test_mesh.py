@@ -3,17 +3,15 @@
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import random_model
-from runs import MODEL, assert_bitwise, cheap_compiles, make_run, write_text
+from runs import MODEL, assert_bitwise, cheap_compiles, fresh_state, make_run, packed_batch, write_text
 
-from dsv3_jax import optim, sharding, train
+from dsv3_jax import sharding, train
 from dsv3_jax.config import ConfigError, OptimConfig
-from dsv3_jax.modules.moe import ExpertParam, RouterBias
-from dsv3_jax.train_step import TrainState, make_step
+from dsv3_jax.modules.moe import ExpertParam
+from dsv3_jax.train_step import make_step
 
 PLAIN = replace(MODEL, num_layers=1, mtp_depth=0)  # compiles in a third of the time
 B, T = 8, 12
@@ -28,25 +26,16 @@ def _cheap(tmp_path_factory):
         yield
 
 
-def make_state(run) -> TrainState:
-    params, bias = nnx.split(random_model(run.model), nnx.Param, RouterBias)[1:]
-    return TrainState(params, bias, optim.init(params), jnp.zeros((), jnp.int32))
-
-
 def make_batch() -> dict[str, jax.Array]:
     """The last row is padding but for two tokens, so that no two devices have equal work."""
     rng = np.random.default_rng(0)
     segment_ids = np.sort(rng.integers(1, 4, (B, T)), axis=1)
     segment_ids[-1, 2:] = 0
-    starts = np.diff(segment_ids, axis=1, prepend=-1) != 0
-    columns = np.arange(T)[None]
-    positions = columns - np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
-    batch = {"tokens": rng.integers(0, 260, (B, T)), "segment_ids": segment_ids, "positions": positions}
-    return {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
+    return packed_batch(rng, segment_ids)
 
 
 def run_step(run, mesh=None):
-    state, batch = make_state(run), make_batch()
+    state, batch = fresh_state(run), make_batch()
     if mesh is None:
         return jax.device_get(make_step(run)(state, batch))
     where = sharding.state_sharding(state, mesh)
@@ -96,7 +85,7 @@ def test_a_step_is_a_single_devices(alone, data, expert, model, dispatch, parts)
 
 
 def test_experts_are_cut_and_nothing_else_is():
-    mesh, state = sharding.make_mesh(2, 4), make_state(RUN)
+    mesh, state = sharding.make_mesh(2, 4), fresh_state(RUN)
     state = jax.device_put(state, sharding.state_sharding(state, mesh))
     for variable in jax.tree.leaves(state.params, is_leaf=lambda v: isinstance(v, nnx.Variable)):
         shard = variable[...].addressable_shards[0].data.shape

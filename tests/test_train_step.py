@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import random_model
-from runs import MODEL, STEPS, assert_bitwise, cheap_compiles, make_run
+from runs import MODEL, STEPS, assert_bitwise, cheap_compiles, fresh_state, make_run, packed_batch
 
-from dsv3_jax import optim, train_step
+from dsv3_jax import train_step
 from dsv3_jax.config import OptimConfig
 from dsv3_jax.modules.moe import RouterBias
 from dsv3_jax.train_step import TrainState, first_bad_tensor, init_state, make_step
@@ -39,22 +38,12 @@ def plain_step():
     return make_step(PLAIN)
 
 
-def make_state(run=RUN, step: int = 0) -> TrainState:
-    """Parameters and signed biases by NumPy, anew in each call, for a step takes its state away."""
-    params, bias = nnx.split(random_model(run.model), nnx.Param, RouterBias)[1:]
-    return TrainState(params, bias, optim.init(params), jnp.asarray(step, jnp.int32))
-
-
 def make_batch(seed: int = 0) -> dict[str, jax.Array]:
     """Rows of one to four documents; rows 1 and 3 end in 3 and 12 places of padding: no two parts weigh alike."""
     rng = np.random.default_rng(seed)
     segment_ids = np.sort(rng.integers(1, 5, (B, T)), axis=1)
     segment_ids[1, -3:] = segment_ids[3, -12:] = 0
-    starts = np.diff(segment_ids, axis=1, prepend=-1) != 0
-    columns = np.arange(T)[None]
-    positions = columns - np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
-    batch = {"tokens": rng.integers(0, 260, (B, T)), "segment_ids": segment_ids, "positions": positions}
-    return {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
+    return packed_batch(rng, segment_ids)
 
 
 def copied(tree):
@@ -64,7 +53,7 @@ def copied(tree):
 def test_batches_of_one_shape_are_traced_once(monkeypatch):
     """Documents, loads and schedules change from step to step, and none of them the program."""
     monkeypatch.setattr(train_step, "losses", chex.assert_max_traces(train_step.losses, n=1))
-    step, state = make_step(PLAIN), make_state(PLAIN)
+    step, state = make_step(PLAIN), fresh_state(PLAIN)
     for seed in range(3):
         state, _ = step(state, make_batch(seed))
     assert int(state.step) == 3
@@ -75,7 +64,7 @@ def test_microbatches_are_the_whole_batch(step, plain_step, parts, run):
     """Loss, gradient, load and the parameters after the step, though the parts have different numbers of targets."""
     cut = make_step(replace(run, optim=replace(run.optim, microbatches=parts)))
     uncut = step if run is RUN else plain_step
-    (whole, want), (pieces, got) = (f(make_state(run), make_batch()) for f in (uncut, cut))
+    (whole, want), (pieces, got) = (f(fresh_state(run), make_batch()) for f in (uncut, cut))
     assert got.keys() == want.keys() and float(want["grad_norm"]) > 0.1
     np.testing.assert_array_equal(got["load"], want["load"])
     for name in ("loss", "mtp_loss", "balance_loss", "accuracy", "grad_norm", "lr", "dropped"):
@@ -96,8 +85,8 @@ def test_microbatches_are_the_whole_batch(step, plain_step, parts, run):
 
 def test_the_bias_follows_the_load_of_the_batch(step):
     """b += γ·sign(mean load − load), exactly, in each sparse layer and in the MTP block."""
-    before = dict(nnx.to_flat_state(copied(make_state().bias)))
-    new, metrics = step(make_state(), make_batch())
+    before = dict(nnx.to_flat_state(copied(fresh_state(RUN).bias)))
+    new, metrics = step(fresh_state(RUN), make_batch())
     after, load = dict(nnx.to_flat_state(new.bias)), np.asarray(metrics["load"])
     segments = np.asarray(make_batch()["segment_ids"])
     read = (segments[:, :-1] != 0) & (segments[:, :-1] == segments[:, 1:])  # by the MTP block, in the same document
@@ -112,7 +101,7 @@ def test_the_bias_follows_the_load_of_the_batch(step):
 def test_the_bias_stands_still_at_the_end(step):
     """`bias_freeze` is half of the run."""
     for at, moves in ((STEPS // 2 - 1, True), (STEPS // 2, False)):
-        state = make_state(step=at)
+        state = fresh_state(RUN, step=at)
         before = copied(state.bias)
         new, metrics = step(state, make_batch())
         assert np.ptp(metrics["load"]) > 0
@@ -121,7 +110,7 @@ def test_the_bias_stands_still_at_the_end(step):
 
 
 def test_other_routers_have_no_bias_to_move(plain_step):
-    state = make_state(PLAIN)
+    state = fresh_state(PLAIN)
     before = copied(state.bias)
     new, metrics = plain_step(state, make_batch())
     assert np.ptp(metrics["load"]) > 0
@@ -129,7 +118,7 @@ def test_other_routers_have_no_bias_to_move(plain_step):
 
 
 def test_the_bias_is_not_the_optimizers():
-    state = make_state()
+    state = fresh_state(RUN)
     for means in state.opt:
         assert jax.tree.structure(means) == jax.tree.structure(state.params)
     kinds = {type(variable) for _, variable in nnx.to_flat_state(state.params)}
@@ -153,7 +142,7 @@ def test_one_seed_one_run(step):
 
 
 def test_the_state_is_given_away(step):
-    state = make_state()
+    state = fresh_state(RUN)
     step(state, make_batch())
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
@@ -168,7 +157,7 @@ def poison(state: TrainState, value: float) -> TrainState:
 
 
 def test_a_bad_parameter_stops_the_step_and_is_named(step):
-    state = poison(make_state(step=3), np.nan)
+    state = poison(fresh_state(RUN, step=3), np.nan)
     before = copied(state)
     after, metrics = step(state, make_batch())
     assert not bool(metrics["finite"])
@@ -178,7 +167,7 @@ def test_a_bad_parameter_stops_the_step_and_is_named(step):
 
 def test_a_bad_gradient_stops_the_step_and_is_named(plain_step):
     """All parameters are finite, but the logits overflow."""
-    state = make_state(PLAIN)
+    state = fresh_state(PLAIN)
     state = replace(state, params=jax.tree.map(lambda x: x, state.params))
     state.params["head"] = state.params["head"].replace(jnp.full((8, 260), 3e38, jnp.float32))
     before = copied(state)
@@ -189,5 +178,5 @@ def test_a_bad_gradient_stops_the_step_and_is_named(plain_step):
 
 
 def test_a_good_step_says_so(step):
-    state, metrics = step(make_state(), make_batch())
+    state, metrics = step(fresh_state(RUN), make_batch())
     assert bool(metrics["finite"]) and int(state.step) == 1

@@ -16,7 +16,7 @@ from dsv3_jax.hf import files
 from dsv3_jax.hf.config_json import config_to_dict
 from dsv3_jax.hf.reading import Folder, load
 from dsv3_jax.hf.table import tensor_table
-from dsv3_jax.hf.writing import DTYPES, SHARD_BYTES, FromFolder, write, written_as
+from dsv3_jax.hf.writing import DTYPES, SHARD_BYTES, Tensors, from_folder, write, written_as
 from dsv3_jax.modules.moe import RouterBias
 from dsv3_jax.optim import AdamState
 from dsv3_jax.train_step import TrainState
@@ -91,7 +91,7 @@ def _to_dtype(
     config = config_to_dict(folder.cfg, fp8=fp8, dtype=name)
     config |= {key: folder.config.get(key) for key in ("bos_token_id", "eos_token_id")}
     beside = [files.inside(source, file) for file in BESIDE if (source / file).exists()]
-    tensors = FromFolder(folder, table)
+    tensors = Tensors(from_folder(folder), table, allow_nonfinite)
     write(out, config, table, tensors, shard_bytes, quiet=quiet, beside=beside)
     return f"{out}: {len(table)} tensors in {dtype or name}, in Hugging Face format"
 

@@ -19,6 +19,7 @@ from dsv3_jax.hf.table import SCALE, Entry, entries
 from dsv3_jax.modules.moe import RouterBias
 from dsv3_jax.modules.transformer import Transformer, abstract
 from dsv3_jax.progress import transfer
+from dsv3_jax.sharding import state_sharding
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 READABLE = (np.dtype(np.float32), np.dtype(np.float16), BF16)
@@ -169,7 +170,7 @@ def load(
     cfg = replace(folder.cfg, compute_dtype=dtype.name)
     graphdef, state = nnx.split(abstract(cfg))
     flat = dict(nnx.to_flat_state(state))
-    sharding = _shardings(state, mesh)
+    placed = dict(nnx.to_flat_state(state_sharding(state, mesh)))
     sources: dict[tuple, list[tuple[Entry, int]]] = defaultdict(list)
     for entry in folder.entries.values():
         if entry.copy_of is None:
@@ -187,20 +188,10 @@ def load(
                     made[str(index)] = _read_shard(folder, sources[where], shape, index, kept)
                 return made[str(index)]
 
-            array = jax.make_array_from_callback(shape, sharding[where], shard)
+            array = jax.make_array_from_callback(shape, placed[where].get_value(), shard)
             filled[where] = variable.replace(jax.block_until_ready(array))
             advance(variable.size * dtype.itemsize)
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
-
-
-def _shardings(state: nnx.State, mesh: Mesh | None) -> dict[tuple, jax.sharding.Sharding]:
-    if mesh is None:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        return defaultdict(lambda: device)
-    from dsv3_jax.sharding import state_sharding
-
-    placed = nnx.to_flat_state(state_sharding(state, mesh))
-    return {path: v.get_value() if isinstance(v, nnx.Variable) else v for path, v in placed}
 
 
 def _read_shard(

@@ -1,7 +1,7 @@
 """A model out into a released folder, which `transformers` loads: a tensor at a time, whole or not there at all."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from dsv3_jax.hf import files
 from dsv3_jax.hf.config_json import config_to_dict
 from dsv3_jax.hf.fp8 import quantize
 from dsv3_jax.hf.reading import BF16, Folder, is_finite
-from dsv3_jax.hf.table import SCALE, Entry, entries, tensor_table
+from dsv3_jax.hf.table import SCALE, entries, tensor_table
 from dsv3_jax.modules.transformer import Transformer
 from dsv3_jax.progress import transfer
 
@@ -20,16 +20,15 @@ SHARD_BYTES = 5_000_000_000
 DTYPES = ("float32", "bfloat16")
 
 
-class Source:
-    """Released tensors by name, from whatever has them in our layout or the released one."""
+Read = Callable[[str], np.ndarray]  # a released tensor by its name, in the released layout and any float dtype
 
-    def __init__(self, table: files.Table, allow_nonfinite: bool):
-        self._table, self._allow = table, allow_nonfinite
+
+class Tensors:
+    """Released tensors by name in a table's dtypes, from whatever `read` has them in."""
+
+    def __init__(self, read: Read, table: files.Table, allow_nonfinite: bool):
+        self._read, self._table, self._allow = read, table, allow_nonfinite
         self._scale: tuple[str, np.ndarray] = ("", np.empty(0))
-
-    def value(self, name: str) -> np.ndarray:
-        """The tensor in the released layout and any float dtype."""
-        raise NotImplementedError
 
     def __call__(self, name: str) -> np.ndarray:
         """The tensor, or the scales of the FP8 tensor that was asked for last, in the table's dtype.
@@ -39,7 +38,7 @@ class Source:
         if name == self._scale[0]:
             return self._scale[1]
         dtype = self._table[name][1]
-        value = self.value(name)
+        value = self._read(name)
         fp8 = dtype not in DTYPES
         if (fp8 or not self._allow) and not is_finite(value):
             raise ValueError(f"{name} holds NaN or Inf" + (", which FP8 cannot" if self._allow else ""))
@@ -53,45 +52,42 @@ class Source:
         return numbers
 
 
-class _Model(Source):
-    """From a model's parameters."""
+def from_model(model: Transformer) -> Read:
+    """A model's parameters. Raises: ValueError for one that is spread over hosts."""
+    known = {e.name: e for e in entries(model.cfg)}
+    arrays = {path: v.get_value() for path, v in nnx.to_flat_state(nnx.state(model))}
+    for path, array in arrays.items():
+        if not array.is_fully_addressable:
+            raise ValueError(f"parameter {'.'.join(map(str, path))} is spread over hosts: gather it to save")
+    on_cpu: dict[tuple, np.ndarray] = {}
 
-    def __init__(self, model: Transformer, table: files.Table, allow_nonfinite: bool):
-        super().__init__(table, allow_nonfinite)
-        self._entries = {e.name: e for e in entries(model.cfg)}
-        self._arrays = {path: v.get_value() for path, v in nnx.to_flat_state(nnx.state(model))}
-        for path, array in self._arrays.items():
-            if not array.is_fully_addressable:
-                raise ValueError(f"parameter {'.'.join(map(str, path))} is spread over hosts: gather it to save")
-        self._on_cpu: dict[tuple, np.ndarray] = {}
-
-    def value(self, name: str) -> np.ndarray:
-        entry = self._entries[name]
-        return entry.layout.join([self._part(place.path, place.at) for place in entry.places])
-
-    def _part(self, path: tuple, index: tuple[int, ...]) -> np.ndarray:
-        array = self._arrays[path]
+    def part(path: tuple, index: tuple[int, ...]) -> np.ndarray:
+        array = arrays[path]
         devices = array.devices()
         if len(devices) > 1 or next(iter(devices)).platform != "cpu":
             return np.asarray(array[index])
-        if path not in self._on_cpu:
-            self._on_cpu[path] = np.asarray(array)  # no copy
-        return self._on_cpu[path][index]
+        if path not in on_cpu:
+            on_cpu[path] = np.asarray(array)  # no copy
+        return on_cpu[path][index]
+
+    def read(name: str) -> np.ndarray:
+        entry = known[name]
+        return entry.layout.join([part(place.path, place.at) for place in entry.places])
+
+    return read
 
 
-class FromFolder(Source):
-    """From another released folder."""
+def from_folder(folder: Folder) -> Read:
+    """Another released folder's tensors; a copy that was not written is read where its original stands."""
 
-    def __init__(self, folder: Folder, table: files.Table):
-        super().__init__(table, folder.allow_nonfinite)
-        self._folder = folder
+    def read(name: str) -> np.ndarray:
+        entry = folder.entries[name]
+        if name not in folder.stored and entry.copy_of:
+            entry = folder.entries[entry.copy_of]
+        stored = folder.stored[entry.name].dtype
+        return folder.read(entry, stored if stored in (BF16, np.float32) else np.dtype(np.float32))
 
-    def value(self, name: str) -> np.ndarray:
-        entry: Entry = self._folder.entries[name]
-        if name not in self._folder.stored and entry.copy_of:
-            entry = self._folder.entries[entry.copy_of]
-        stored = self._folder.stored[entry.name].dtype
-        return self._folder.read(entry, stored if stored in (BF16, np.float32) else np.dtype(np.float32))
+    return read
 
 
 def save(
@@ -126,18 +122,18 @@ def save(
 
 def written_as(
     model: Transformer, fp8: bool, dtype: Any, allow_nonfinite: bool
-) -> tuple[dict[str, Any], files.Table, Source]:
+) -> tuple[dict[str, Any], files.Table, Tensors]:
     """config.json, table and tensors that `write` makes a model's folder of. Arguments and errors as `save`."""
     name = np.dtype(dtype or ("bfloat16" if fp8 else model.embed[...].dtype)).name
     table = tensor_table(model.cfg, fp8, dtype=name)
-    return config_to_dict(model.cfg, fp8=fp8, dtype=name), table, _Model(model, table, allow_nonfinite)
+    return config_to_dict(model.cfg, fp8=fp8, dtype=name), table, Tensors(from_model(model), table, allow_nonfinite)
 
 
 def write(
     path: str | Path,
     config: dict[str, Any],
     table: files.Table,
-    source: Source,
+    tensors: Tensors,
     shard_bytes: int,
     *,
     quiet: bool,
@@ -152,7 +148,7 @@ def write(
     with files.new_folder(path, total) as folder, transfer("saving", total, quiet=quiet) as advance:
 
         def read(name: str) -> np.ndarray:
-            tensor = source(name)
+            tensor = tensors(name)
             advance(tensor.nbytes)
             return tensor
 

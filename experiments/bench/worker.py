@@ -5,7 +5,6 @@
 """
 
 import argparse
-import contextlib
 import json
 import os
 import resource
@@ -74,7 +73,7 @@ def main() -> None:
     if args.mesh:
         jax.config.update("jax_num_cpu_devices", os.cpu_count())
     from dsv3_jax.config import DataConfig, ModelConfig, OptimConfig, RunConfig, from_dict
-    from dsv3_jax.sharding import batch_sharding, check, make_mesh, parse_mesh
+    from dsv3_jax.sharding import batch_sharding, check, in_force, make_mesh, parse_mesh
     from dsv3_jax.train_step import init_state, make_step
 
     cfg = from_dict(ModelConfig, json.loads(args.config))
@@ -95,7 +94,7 @@ def main() -> None:
         batch = jax.device_put(batch, batch_sharding(mesh))
     state = jax.block_until_ready(init_state(run, mesh))
     start = time.perf_counter()
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+    with in_force(mesh):
         step = make_step(run).lower(state, batch).compile()
     memory = step.memory_analysis()
     say(
