@@ -48,8 +48,7 @@ class Train:
     """the run's folder: run.json, checkpoints, metrics, pictures"""
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
     mesh: str | None = None
-    """devices to spread the run over, as data=N,expert=N: rows of the batch over both, experts along the second; on
-    a CPU each stands for a core; none: a single device"""
+    """devices to spread the run over, as data=N,expert=N; on a CPU each stands for a core; none: a single one"""
 
 
 @dataclass
@@ -84,9 +83,9 @@ class Generate:
 class Convert:
     """Convert a folder: Hugging Face format into a run for `dsv3 generate`, a run into that format, or its dtype."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """a released folder (config.json and safetensors), or one that `dsv3 train` made"""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """the folder to make; on failure nothing is left of it"""
     to: Literal["run", "hf"] | None = None
     """what to make; none: what FOLDER is not, or hf where --dtype is given"""
