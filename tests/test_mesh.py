@@ -9,6 +9,7 @@ from flax import nnx
 from runs import MODEL, assert_bitwise, cheap_compiles, fresh_state, make_run, packed_batch, write_text
 
 from dsv3_jax import sharding, train
+from dsv3_jax.checkpoint import Checkpoints
 from dsv3_jax.config import ConfigError, OptimConfig
 from dsv3_jax.modules.moe import ExpertParam
 from dsv3_jax.train_step import make_step
@@ -97,12 +98,22 @@ def test_experts_are_cut_and_nothing_else_is():
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):
-    """Two steps on a mesh and two on a single device are four on a single device."""
+    """A checkpoint of a mesh, on any other: the same bits where that mesh wants them, and a single device's run."""
     run = make_run(write_text(tmp_path / "text"), steps=4, model=PLAIN)
-    stopped = train.fit(run, tmp_path / "moved", mesh=sharding.make_mesh(1, 2), stop_after=2, quiet=True)
-    moved, still = (train.fit(run, tmp_path / name, quiet=True) for name in ("moved", "still"))
-    assert not stopped.finished and moved.resumed_from == 2 and still.resumed_from is None
-    assert moved.evaluation["val_loss"] == pytest.approx(still.evaluation["val_loss"], rel=1e-5)
+    for name, mesh in (("cut", sharding.make_mesh(1, 2)), ("whole", None)):
+        assert not train.fit(run, tmp_path / name, mesh=mesh, stop_after=2, quiet=True).finished
+    restored = {}
+    for name, mesh in (("cut", None), ("cut", sharding.make_mesh(2, 4)), ("whole", None)):
+        with Checkpoints(tmp_path / name, run) as checkpoints:
+            state, place = checkpoints.restore(mesh)
+        for leaf, at in zip(jax.tree.leaves(state), jax.tree.leaves(sharding.state_sharding(state, mesh)), strict=True):
+            assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
+        restored[name, mesh is None] = jax.device_get(state), place
+    cut, whole = restored["cut", True], restored["whole", True]
+    assert_bitwise(restored["cut", False][0], cut[0])
+    assert cut[1] == whole[1] and int(cut[0].step) == 2
+    for a, b in zip(jax.tree.leaves(cut[0].params), jax.tree.leaves(whole[0].params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
 @pytest.mark.parametrize("text", ["", "data", "data=0", "data=-1", "model=2", "data=2 expert=2", "data=2,,expert=1"])
