@@ -2,17 +2,17 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.cache import LatentCache, write
+from dsv3_jax.cache import LatentCache
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.modules.attention import MLA, Positions, positions_of
-from dsv3_jax.modules.layers import RMSNorm, SwiGLU, param, scan_stack, stack
-from dsv3_jax.modules.moe import Experts, LayerRouting, MoE
-from dsv3_jax.ops import dispatch
+from dsv3_jax.modules.attention import Positions, positions_of
+from dsv3_jax.modules.blocks import DenseBlock, SparseBlock
+from dsv3_jax.modules.layers import RMSNorm, param, scan_stack, stack
+from dsv3_jax.modules.moe import Experts, LayerRouting
+from dsv3_jax.modules.mtp import MTPModule
 
 
 class Trace(NamedTuple):
@@ -32,84 +32,6 @@ class Output(NamedTuple):
     mtp_logits: tuple[Array, ...]
     routing: LayerRouting | None
     mtp_routing: tuple[LayerRouting, ...]
-
-
-class DenseBlock(nnx.Module):
-    """x + attention, then + one wide SwiGLU."""
-
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.attn = MLA(cfg, rngs=rngs)
-        self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.ffn = SwiGLU(cfg.dim, cfg.dense_dim, cfg.init_std, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B T D"], at: Positions) -> tuple[Array, Array]:
-        a, rows = self.attn(self.attn_norm(x), at)
-        x = x + a
-        return x + self.ffn(self.ffn_norm(x)), rows
-
-    def decode(self, x: Array, at: Positions, cache: LatentCache, layer: Array) -> tuple[Array, Array]:
-        a, rows = _cached_attention(self, x, at, cache, layer)
-        x = x + a
-        return x + self.ffn(self.ffn_norm(x)), rows
-
-
-class SparseBlock(nnx.Module):
-    """x + attention, then + a mixture of experts."""
-
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.attn = MLA(cfg, rngs=rngs)
-        self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.moe = MoE(cfg, rngs=rngs)
-
-    def __call__(self, x, at: Positions, mask, experts: dispatch.Experts, thread: dispatch.Experts, layer):
-        """Returns (x [B, T, D], cache rows, routing, thread)."""
-        a, rows = self.attn(self.attn_norm(x), at)
-        x = x + a
-        y, routing, thread = self.moe(self.ffn_norm(x), mask, experts, thread, layer)
-        return x + y, rows, routing, thread
-
-    def decode(self, x, at: Positions, cache: LatentCache, layer, experts: dispatch.Experts, sparse_layer):
-        a, rows = _cached_attention(self, x, at, cache, layer)
-        x = x + a
-        return x + self.moe.decode(self.ffn_norm(x), experts, sparse_layer), rows
-
-
-def _cached_attention(block, x: Array, at: Positions, cache: LatentCache, layer: Array) -> tuple[Array, Array]:
-    """Write the new tokens' rows into the cache, then attend to all that each may see. Returns (out, cache rows)."""
-    normed = block.attn_norm(x)
-    rows = write(cache.rows, block.attn.cache_rows(normed, at), layer, cache.lengths)
-    own = jax.lax.dynamic_index_in_dim(rows, layer, 0, keepdims=False)
-    place = cache.lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-    valid = jnp.arange(cache.capacity, dtype=jnp.int32)[None, None] <= place[:, :, None]
-    return block.attn.decode(normed, at, own, valid), rows
-
-
-class MTPModule(nnx.Module):
-    """One depth of DeepSeek's causal chain: h^k_i = Block(W_eh [norm(Emb(t_{i+k})); norm(h^{k-1}_i)]), normed.
-
-    The embedding comes first, then the hidden state, as in the released weights; the report writes them the other
-    way round. What goes on to the next depth is the normed h^k. Source: DeepSeek-V3 report, section 2.2.
-    """
-
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        self.embed_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.hidden_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.w_eh = param(rngs, (2 * cfg.dim, cfg.dim), cfg.init_std)
-        self.block = SparseBlock(cfg, rngs=rngs)
-        self.experts = Experts(cfg, 1, rngs=rngs)
-        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
-
-    def combine(self, embedded: Float[Array, "B T D"], h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        both = jnp.concatenate([self.embed_norm(embedded), self.hidden_norm(h)], axis=-1)
-        return both @ self.w_eh[...].astype(both.dtype)
-
-    def __call__(self, embedded: Array, h: Array, at: Positions, mask: Array) -> tuple[Array, LayerRouting]:
-        experts = self.experts.arrays()
-        x = self.combine(embedded, h)
-        x, _, routing, _ = self.block(x, at, mask, experts, experts, jnp.zeros((), jnp.int32))
-        return self.norm(x), routing
 
 
 class Transformer(nnx.Module):
