@@ -101,7 +101,7 @@ class ModelConfig:
     num_layers: int  # L, dense and sparse together
     num_dense_layers: int  # the first layers, with one wide FFN
     dense_dim: int  # hidden width of that FFN
-    # multi-head latent attention
+    # attention
     num_heads: int  # H
     q_latent_dim: int | None  # Q; None: no query compression
     kv_latent_dim: int  # C
@@ -113,6 +113,8 @@ class ModelConfig:
     experts_per_token: int  # K
     num_shared_experts: int
     expert_dim: int  # F
+    attention: Literal["mla", "mha", "gqa", "mqa"] = "mla"  # all but MLA: no latents, keys of N + R numbers a head
+    num_kv_heads: int | None = None  # of attention="gqa" alone
     num_groups: int = 1  # G
     groups_per_token: int = 1  # groups that a token may reach
     router: Literal["sigmoid", "softmax", "topk", "dense"] = "sigmoid"
@@ -181,6 +183,7 @@ class ModelConfig:
             f"router='dense' takes every expert: experts_per_token={self.experts_per_token} must be "
             f"num_experts={self.num_experts}",
         )
+        self._check_heads()
         _require(self.rope_head_dim % 2 == 0, f"rope_head_dim={self.rope_head_dim} is odd")
         _require(self.capacity_factor > 0, f"capacity_factor={self.capacity_factor} is not positive")
         _require(self.rope_theta > 0, f"rope_theta={self.rope_theta} is not positive")
@@ -191,6 +194,22 @@ class ModelConfig:
             self.yarn.factor == 1.0 or self.max_positions <= reach * self.yarn.factor,
             f"max_positions={self.max_positions} is beyond YaRN's reach of {reach} x {self.yarn.factor:g}",
         )
+
+    def _check_heads(self) -> None:
+        count, gqa = self.num_kv_heads, self.attention == "gqa"
+        _require(
+            gqa == (count is not None),
+            f"num_kv_heads={count} with attention={self.attention!r}: it is for 'gqa', which needs it",
+        )
+        _require(count is None or count > 0, f"num_kv_heads={count} is not positive")
+        _require(
+            self.num_heads % self.kv_heads == 0, f"num_kv_heads={count} does not divide num_heads={self.num_heads}"
+        )
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads that have keys and values of their own; MLA's are formed for every head."""
+        return self.num_kv_heads or (1 if self.attention == "mqa" else self.num_heads)
 
     @property
     def num_sparse_layers(self) -> int:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dsv3_jax.cache import elements_per_token
+from dsv3_jax.cache import bytes_per_token, elements_per_token, pick_kind
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.transformer import abstract
 
@@ -92,7 +92,8 @@ def describe(cfg: ModelConfig, name: str) -> list[tuple[str, str]]:
     counted = size(cfg)
     context = min(4096, cfg.max_positions)
     bits = np.dtype("uint16").itemsize if cfg.compute_dtype == "bfloat16" else 4
-    latent, mha = counted.cache_elements["latent"] * bits, counted.cache_elements["mha"] * bits
+    kind = pick_kind(cfg, None)
+    row, mha = counted.cache_elements[kind], counted.cache_elements["mha"]
     forward = 2 * counted.active
     lines = [
         ("model", name),
@@ -108,6 +109,7 @@ def describe(cfg: ModelConfig, name: str) -> list[tuple[str, str]]:
             f"{short(forward)}FLOP a token, and {short(counted.attention_flops)}FLOP for {context} tokens back",
         ),
         ("training", f"{short(3 * forward)}FLOP a token"),
-        ("cache", f"{short(latent)}B a token ({cfg.compute_dtype}, {counted.cache_elements['latent']} numbers)"),
-        ("cache, as MHA", f"{short(mha)}B a token, {mha / latent:.1f} times as much"),
+        ("cache", f"{short(row * bits)}B a token ({cfg.compute_dtype}, {row} numbers)"),
+        ("cache, int8", f"{short(bytes_per_token(cfg, kind, 'int8'))}B a token, scales included"),
+        ("cache, as MHA", f"{short(mha * bits)}B a token, {mha / row:.1f} times as much"),
     ]

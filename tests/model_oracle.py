@@ -65,13 +65,13 @@ class Oracle:
         down = x @ p["w_dkv"]
         c_kv = self.norm(down[..., : cfg.kv_latent_dim], p["kv_norm"], 1e-6)
         k_rope = self.rotate(down[:, :, None, cfg.kv_latent_dim :], positions)[:, :, 0]
-        k_nope = xp.einsum("bsc,chn->bshn", c_kv, p["w_uk"])
+        k_nope = xp.einsum("bsc,hnc->bshn", c_kv, p["w_uk"])
         scores = xp.einsum("bthn,bshn->bhts", q_nope, k_nope) + xp.einsum("bthr,bsr->bhts", q_rope, k_rope)
         m = yarn_mscale(cfg.yarn.factor, cfg.yarn.mscale_all_dim)
         scores = scores * (cfg.nope_head_dim + cfg.rope_head_dim) ** -0.5 * m**2
         mask = causal_mask(x.shape[0], short, self.segment_ids[:, :short])
         weights = self.softmax(xp.where(mask[:, None], scores, -np.inf))
-        out = xp.einsum("bhts,bshv->bthv", weights, xp.einsum("bsc,chv->bshv", c_kv, p["w_uv"]))
+        out = xp.einsum("bhts,bshv->bthv", weights, xp.einsum("bsc,hvc->bshv", c_kv, p["w_uv"]))
         return xp.einsum("bthv,hvd->btd", out, p["w_o"])
 
     def softmax(self, x):

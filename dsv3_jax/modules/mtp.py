@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dsv3_jax.cache import Cache, Kind
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.attention import Positions
 from dsv3_jax.modules.blocks import SparseBlock
@@ -33,5 +34,20 @@ class MTPModule(nnx.Module):
     def __call__(self, embedded: Array, h: Array, at: Positions, mask: Array) -> tuple[Array, LayerRouting]:
         experts = self.experts.arrays()
         x = self.combine(embedded, h)
-        x, _, routing, _ = self.block(x, at, mask, experts, experts, jnp.zeros((), jnp.int32))
+        zero = jnp.zeros((), jnp.int32)
+        x, _, routing, _ = self.block(x, at, mask, experts, experts, zero, "latent")
         return self.norm(x), routing
+
+    def prefill(self, embedded: Array, h: Array, at: Positions, kind: Kind) -> tuple[Array, Array]:
+        """A prompt's positions. Returns (normed h^k [B, T, D], what a cache of that kind remembers [B, G, T, X])."""
+        experts, everything = self.experts.arrays(), jnp.ones(h.shape[:2], jnp.bool_)
+        x, rows, _, _ = self.block(
+            self.combine(embedded, h), at, everything, experts, experts, jnp.zeros((), jnp.int32), kind
+        )
+        return self.norm(x), rows
+
+    def decode(self, embedded: Array, h: Array, at: Positions, cache: Cache) -> tuple[Array, Cache]:
+        """T new positions, which follow what the module's own cache of one layer holds."""
+        zero = jnp.zeros((), jnp.int32)
+        x, cache = self.block.decode(self.combine(embedded, h), at, cache, zero, self.experts.arrays(), zero)
+        return self.norm(x), cache
