@@ -47,7 +47,8 @@ class ModelDrafter:
 
     def start(self, trace: Trace, tokens: Array, lengths: Array, capacity: int, kind: Kind, dtype) -> Cache:
         kind = pick_kind(self.model.cfg, None)
-        rows = self.model.trace(tokens, kind=kind).cache_rows
+        # The prompts fit, but the target may have padded them beyond what a shorter draft model can read.
+        rows = self.model.trace(tokens[:, : self.model.cfg.max_positions], kind=kind).cache_rows
         return fill(empty_cache(self.model.cfg, rows.shape[0], tokens.shape[0], capacity, kind, dtype), rows, lengths)
 
     def draft(self, state: Cache, fresh: Fresh, count: int, key: Array, sampling: Sampling) -> tuple[Drafts, Cache]:
