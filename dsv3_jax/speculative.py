@@ -57,15 +57,17 @@ class ModelDrafter:
         place = fresh.standing[:, None] - 1 + jnp.arange(2, dtype=jnp.int32)[None]
         tokens = jnp.take_along_axis(both, place, axis=1)
         newest = fresh.start + fresh.standing
-        cache = replace(state, lengths=newest - 1)
-        drawn: list[tuple[Array, Array | None]] = []
-        for k in jax.random.split(key, count):
+
+        def step(carry: tuple[Cache, Array], key: Array) -> tuple[tuple[Cache, Array], tuple[Array, Array | None]]:
+            cache, tokens = carry
             x, cache = self.model.decode(tokens, cache)
-            token, q = _draw(self.model.logits(self.model.norm(x[:, -1])), k, sampling)
-            drawn.append((token, q))
-            cache = replace(cache, lengths=cache.lengths + tokens.shape[1])
-            tokens = token[:, None]
-        return _together(drawn), cache
+            token, q = _draw(self.model.logits(self.model.norm(x[:, -1])), key, sampling)
+            return (replace(cache, lengths=cache.lengths + tokens.shape[1]), token[:, None]), (token, q)
+
+        keys = jax.random.split(key, count)
+        carry, first = step((replace(state, lengths=newest - 1), tokens), keys[0])
+        carry, rest = _repeat(step, carry, keys[1:])
+        return _together([first], rest), carry[0]
 
 
 class _Reading(NamedTuple):
@@ -104,23 +106,37 @@ class ChainDrafter:
     def draft(
         self, state: tuple[_Reading, ...], fresh: Fresh, count: int, key: Array, sampling: Sampling
     ) -> tuple[Drafts, tuple[_Reading, ...]]:
-        state = self._read(state, fresh, min(count, len(self.heads)))
+        trained, newest = min(count, len(self.heads)), fresh.start + fresh.standing
+        state = self._read(state, fresh, trained)
         keys = jax.random.split(key, count)
-        drawn: list[tuple[Array, Array | None]] = []
-        path = state[0].last[:, None]  # outputs at positions m − k … m − 1 of the head that drafts
-        head, cache = self.heads[0], state[0].cache
-        for k in range(1, count + 1):
-            if k > 1:
-                tokens = jnp.stack([token for token, _ in drawn], axis=1)
-                if k <= len(self.heads):
-                    head, cache = self.heads[k - 1], state[k - 1].cache
-                else:  # beyond the depth: its own output in place of a predecessor's, one position on
-                    path, tokens = path[:, -1:], tokens[:, -1:]
-                path, cache = self._go_on(head, tokens, path, cache)
-                if k <= len(self.heads):
-                    path = jnp.concatenate([state[k - 1].last[:, None], path], axis=1)
+        path = state[0].last[:, None]  # outputs at positions m − k … m − 1 of head k, which drafts
+        drawn, caches = [_draw(self.model.logits(path[:, -1]), keys[0], sampling)], [state[0].cache]
+        for k in range(2, trained + 1):
+            # As in `_read`: what would lie before 0 is left out, and the rest moves to the front and back again.
+            skipped = jnp.maximum(k - 1 - newest, 0)
+            tokens = jnp.stack([token for token, _ in drawn], axis=1)
+            out, cache = self._go_on(
+                self.heads[k - 1], _from(tokens, skipped), _from(path, skipped), state[k - 1].cache
+            )
+            caches.append(replace(cache, lengths=cache.lengths - skipped))
+            path = jnp.concatenate([state[k - 1].last[:, None], _from(out, -skipped)], axis=1)
             drawn.append(_draw(self.model.logits(path[:, -1]), keys[k - 1], sampling))
-        return _together(drawn), state
+
+        def beyond(carry: tuple[Cache, Array, Array], key: Array):
+            # The last head's own output in place of a predecessor's, one position on.
+            cache, h, token = carry
+            h, cache = self._go_on(self.heads[-1], token[:, None], h, cache)
+            token, q = _draw(self.model.logits(h[:, 0]), key, sampling)
+            return (cache, h, token), (token, q)
+
+        carry, rest = _repeat(beyond, (caches[-1], path[:, -1:], drawn[-1][0]), keys[trained:])
+        caches[-1] = carry[0]
+        # The caches as drafting leaves them, for the ones before would have to be copies; the lengths as they were.
+        kept = [
+            reading._replace(cache=replace(cache, lengths=reading.cache.lengths))
+            for reading, cache in zip(state, caches, strict=False)
+        ]
+        return _together(drawn, rest), (*kept, *state[trained:])
 
     def _read(self, state: tuple[_Reading, ...], fresh: Fresh, heads: int) -> tuple[_Reading, ...]:
         """Each head's state after the tokens that came to stand: positions start − k + 1 … start − k + count."""
@@ -163,10 +179,19 @@ def _draw(logits: Float[Array, "B W"], key: Array, sampling: Sampling) -> tuple[
     return jax.random.categorical(key, jnp.log(q), axis=-1).astype(jnp.int32), q
 
 
-def _together(drawn: list[tuple[Array, Array | None]]) -> Drafts:
-    tokens = jnp.stack([token for token, _ in drawn], axis=1)
-    qs = [q for _, q in drawn if q is not None]
-    return Drafts(tokens, jnp.stack(qs, axis=1) if qs else None)
+def _repeat(step, carry, keys: Array):
+    """`jax.lax.scan` of a step that gives (token, q), so that a long draft compiles as fast as a short one."""
+    return jax.lax.scan(step, carry, keys) if keys.shape[0] else (carry, None)
+
+
+def _together(drawn: list[tuple[Array, Array | None]], rest: tuple[Array, Array | None] | None = None) -> Drafts:
+    """Drafts drawn one by one, and the rest stacked along a leading axis."""
+    tokens = [jnp.stack([token for token, _ in drawn], axis=1)]
+    qs = [q[:, None] for _, q in drawn if q is not None]
+    if rest is not None:
+        tokens.append(rest[0].swapaxes(0, 1))
+        qs += [] if rest[1] is None else [rest[1].swapaxes(0, 1)]
+    return Drafts(jnp.concatenate(tokens, axis=1), jnp.concatenate(qs, axis=1) if qs else None)
 
 
 def _pick(h: Float[Array, "B F D"], index: Int[Array, " B"]) -> Float[Array, "B D"]:
@@ -174,7 +199,8 @@ def _pick(h: Float[Array, "B F D"], index: Int[Array, " B"]) -> Float[Array, "B 
     return jnp.take_along_axis(h, jnp.maximum(index, 0)[:, None, None], axis=1)[:, 0]
 
 
-def _from(tokens: Int[Array, "B F"], first: Int[Array, " B"]) -> Int[Array, "B F"]:
-    """Each row from its own place on; what runs over the end means nothing."""
-    place = first[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    return jnp.take_along_axis(tokens, jnp.minimum(place, tokens.shape[1] - 1), axis=1)
+def _from(x: Array, first: Int[Array, " B"]) -> Array:
+    """Each row of [B, F, …] from its own place on; what would lie outside means nothing."""
+    place = first[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    place = jnp.clip(place, 0, x.shape[1] - 1).reshape(*place.shape, *[1] * (x.ndim - 2))
+    return jnp.take_along_axis(x, place, axis=1)
