@@ -142,7 +142,7 @@ def fit(
         if evaluation is None:  # the run was finished before this call
             evaluation = evaluate(model_of(run.model, state), held_out, words, corpus.domains)
         order2 = _order2(corpus, words, held_out)
-        _draw(out, evaluation, metrics, run.model.mtp_depth)
+        _draw(out, evaluation, metrics, run.model.num_sparse_heads)
         metrics.close()
         progress.finished(evaluation, order2, out)
     return Fitted(step, True, resumed_from, evaluation, order2)
@@ -171,8 +171,9 @@ def _row(step: int, found: dict) -> dict:
     row: dict = {"step": step, "loss": float(found["loss"])}
     if found["mtp_loss"].size:
         row["mtp_loss"] = [float(x) for x in found["mtp_loss"]]
-    for key in ("balance_loss", "accuracy", "grad_norm", "lr", "dropped"):
-        row[key] = float(found[key])
+    for key in ("feature_loss", "balance_loss", "accuracy", "grad_norm", "lr", "dropped"):
+        if key in found:
+            row[key] = float(found[key])
     load = jnp.asarray(found["load"])
     if load.shape[0]:
         low, high = balance.min_max(load)
@@ -191,7 +192,7 @@ class _Speed:
 
     def __init__(self, run: RunConfig, peak: float):
         self._tokens = run.data.batch_size * run.data.seq_len
-        self._flops, self._peak = train_flops_per_token(run.model), peak
+        self._flops, self._peak = train_flops_per_token(run.model, trunk_held=run.trunk is not None), peak
         self._since, self._pause = time.perf_counter(), 0.0
         self._step: int | None = None
 
@@ -243,9 +244,9 @@ def _order2(corpus: data.Corpus, words: tokenizer.Tokenizer, held_out: list[data
     return bits / max(size, 1)
 
 
-def _draw(out: Path, evaluation: dict, metrics: Metrics, mtp_depth: int) -> None:
+def _draw(out: Path, evaluation: dict, metrics: Metrics, mtp_blocks: int) -> None:
     load = np.asarray(evaluation["load"])
     if load.size:
         title = "Load of each expert on held-out text, over the layer's mean"
-        routing_heatmap(load, out / "routing.png", title=title, mtp_blocks=mtp_depth)
+        routing_heatmap(load, out / "routing.png", title=title, mtp_blocks=mtp_blocks)
     training_curves(metrics.rows(), out / "training.png")
