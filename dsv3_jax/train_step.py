@@ -87,7 +87,8 @@ def trained_and_held(run: RunConfig, variables: nnx.State) -> tuple[nnx.State, n
 
 def _cut(variables: nnx.State) -> tuple[nnx.State, nnx.State]:
     """Those of the multi-token heads, and all others."""
-    return nnx.split_state(variables, lambda path, _: path[0] == "mtp", ...)
+    heads, trunk = nnx.split_state(variables, lambda path, _: path[0] == "mtp", ...)
+    return heads, trunk
 
 
 def model_of(cfg: ModelConfig, state: TrainState) -> Transformer:

@@ -124,13 +124,15 @@ def run_heads(
     out, routings = [], []
     for k, head in enumerate(heads, start=1):
         short = tokens.shape[1] - k  # later positions have no token k places on
-        segment_ids = None if at.segment_ids is None else at.segment_ids[:, :short]
-        cut, counts = Positions(at.cos[:, :short], at.sin[:, :short], segment_ids), mask[:, :short]
-        run = nnx.remat(type(head).__call__) if remat else type(head).__call__
-        if isinstance(head, MTPModule | EagleHead):
-            if segment_ids is not None:
+        segment_ids, counts = None, mask[:, :short]
+        if at.segment_ids is not None:
+            segment_ids = at.segment_ids[:, :short]
+            if isinstance(head, MTPModule | EagleHead):
                 # A position whose next tokens are padding or another document's says nothing, and is not counted.
                 counts = counts & (segment_ids == at.segment_ids[:, k:])
+        cut = Positions(at.cos[:, :short], at.sin[:, :short], segment_ids)
+        run = nnx.remat(type(head).__call__) if remat else type(head).__call__
+        if isinstance(head, MTPModule | EagleHead):
             h, routing = run(head, embedding(tokens[:, k:]), h[:, :short], cut, counts)
             out.append(h)
         else:
