@@ -5,7 +5,7 @@ trunk's embedding and unembedding. Two read the tokens that they are to go on fr
 (`MTPModule`) or from itself (`EagleHead`); two are parallel, and read the trunk's output alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -97,13 +97,13 @@ Head = MTPModule | MetaHead | MedusaHead | EagleHead
 KINDS: dict[str, type[Head]] = {"deepseek": MTPModule, "meta": MetaHead, "medusa": MedusaHead, "eagle": EagleHead}
 
 
-def make_heads(cfg: ModelConfig, rngs: nnx.Rngs) -> nnx.List:
+def make_heads(cfg: ModelConfig, rngs: nnx.Rngs) -> list[Head]:
     """The heads of a configuration, `mtp_depth` of its kind."""
-    return nnx.List([KINDS[cfg.mtp_kind](cfg, rngs=rngs) for _ in range(cfg.mtp_depth)])
+    return [KINDS[cfg.mtp_kind](cfg, rngs=rngs) for _ in range(cfg.mtp_depth)]
 
 
 def run_heads(
-    heads: nnx.List,
+    heads: Iterable[Head],
     embedding: Callable[[Array], Array],
     h: Float[Array, "B T D"],
     tokens: Int[Array, "B T"],

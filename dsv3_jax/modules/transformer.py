@@ -47,7 +47,7 @@ class Transformer(nnx.Module):
         self.experts = Experts(cfg, cfg.num_sparse_layers, rngs=rngs) if cfg.num_sparse_layers else None
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.head = None if cfg.tie_embeddings else param(rngs, (cfg.dim, cfg.vocab_size), cfg.init_std)
-        self.mtp = make_heads(cfg, rngs)
+        self.mtp = nnx.List(make_heads(cfg, rngs))
         self.cfg = cfg
 
     def __call__(
