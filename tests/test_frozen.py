@@ -13,11 +13,15 @@ from runs import write_text as text_in
 from dsv3_jax import frozen, sharding, tokenizer, train
 from dsv3_jax.checkpoint import Checkpoints, claim, load_model
 from dsv3_jax.config import DataConfig
-from dsv3_jax.modules.moe import RouterBias
 from dsv3_jax.train_step import first_bad_tensor, make_step
 
-KINDS = {"deepseek": 2, "meta": 2, "medusa": 3, "eagle": 1}  # and how many heads
-TRUNK = replace(MODEL, num_layers=1)
+TRUNK = replace(MODEL, num_layers=1, num_dense_layers=1)  # compiles fastest
+CASES = {  # a kind: (how many heads, dense layers of the trunk's one)
+    "deepseek": (1, 0),
+    "meta": (1, 1),
+    "medusa": (2, 1),  # as in the runs below
+    "eagle": (1, 1),
+}
 WORDS = tokenizer.ByteTokenizer()
 
 
@@ -49,10 +53,10 @@ def save(folder, run, step: int = 7) -> None:
         checkpoints.save(fresh_state(run, step), {}, wait=True)
 
 
-def run_on(trunk: str, kind: str = "meta", **changes):
-    """A run of two steps more than it takes to be stopped and resumed, of heads of that kind."""
+def run_on(trunk: str, **model):
+    """A run of four steps of Medusa's heads, which compile fastest, and what `model` changes."""
     run = frozen.on_trunk(make_run("", eval_every=4, steps=4, save_every=2), trunk)
-    return replace(run, model=replace(run.model, mtp_kind=kind, mtp_depth=KINDS[kind]), **changes)
+    return replace(run, model=replace(run.model, **{"mtp_kind": "medusa", "mtp_depth": 2, **model}))
 
 
 def cut(state) -> tuple[dict, dict]:
@@ -70,9 +74,10 @@ def last_state(folder, run):
 # the step
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CASES)
 def test_heads_learn_and_the_trunk_stands_still(trunk, kind):
-    run = run_on(trunk, kind)
+    depth, dense = CASES[kind]
+    run = run_on(trunk, mtp_kind=kind, mtp_depth=depth, num_dense_layers=dense)
     step, state, rows = make_step(run), fresh_state(run), []
     segment_ids = np.sort(np.random.default_rng(1).integers(1, 3, (4, 16)), axis=1)
     batch = packed_batch(np.random.default_rng(0), segment_ids)
@@ -88,11 +93,16 @@ def test_heads_learn_and_the_trunk_stands_still(trunk, kind):
         assert rows[-1]["feature_loss"] < rows[0]["feature_loss"]
     after, now = cut(state)
     assert_bitwise(now, still)
-    biases = {path for path, v in nnx.to_flat_state(state.bias) if isinstance(v, RouterBias) and path[0] == "mtp"}
-    assert len(biases) == run.model.num_sparse_heads
+    routed = 0
     for path, before in heads.items():
         assert (after[path] != before).any(), f"{path} did not move"
-    assert rows[0]["load"].shape[0] == 1 + run.model.num_sparse_heads
+        if path[-1] == "bias":  # follows the load of its own head
+            routed += 1
+            for row in rows:
+                load = row["load"][1 - dense + path[1]]
+                before = before + np.float32(1e-2) * np.sign(load.mean() - load)
+            np.testing.assert_array_equal(after[path], before)
+    assert rows[0]["load"].shape[0] - (1 - dense) == routed == (depth if kind in ("deepseek", "meta") else 0)
     assert first_bad_tensor(run, state, batch) == "the loss"  # all is finite
 
 
@@ -115,7 +125,7 @@ def whole(trunk, root):
 
 def test_the_trunk_is_its_last_checkpoint_and_stays_so(whole, trunk):
     run, folder, _ = whole
-    wanted = cut(last_state(trunk, make_run("", **{}, model=TRUNK, data=run.data))[0])[1]
+    wanted = cut(last_state(trunk, make_run(run.data.paths[0], model=TRUNK))[0])[1]
     assert_bitwise(cut(last_state(folder, run)[0])[1], wanted)
     heads, still = cut(frozen.start(run, WORDS)[0])
     assert_bitwise(still, wanted)
@@ -140,18 +150,17 @@ def test_stopped_and_resumed_without_the_trunk_is_never_stopped(whole, tmp_path,
         (tmp_path / "away").rename(mine)
 
 
-def test_on_a_mesh_it_is_a_single_devices(whole, tmp_path):
+def test_on_a_mesh_it_is_a_single_devices(whole, trunk, tmp_path):
     run, folder, _ = whole
-    mesh = sharding.make_mesh(1, 2)
-    state, step = frozen.start(run, WORDS, mesh)
+    mesh, experts = sharding.make_mesh(1, 2), run_on(trunk, mtp_kind="meta", mtp_depth=1)
+    state, step = frozen.start(experts, WORDS, mesh)
     assert step == 7
     for leaf, at in zip(jax.tree.leaves(state), jax.tree.leaves(sharding.state_sharding(state, mesh)), strict=True):
         assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
-    assert_bitwise(jax.device_get(state), jax.device_get(frozen.start(run, WORDS)[0]))
+    assert_bitwise(jax.device_get(state), jax.device_get(frozen.start(experts, WORDS)[0]))
     train.fit(run, tmp_path / "run", mesh=mesh, stop_after=2, quiet=True)
     for got, want in zip(rows_of(tmp_path / "run"), rows_of(folder)[:2], strict=True):
         np.testing.assert_allclose(got["mtp_loss"], want["mtp_loss"], rtol=1e-5)  # sums in another order
-        assert got["max_vio"] == want["max_vio"]
 
 
 # the command line
