@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import itertools
 import math
 import os
 import re
@@ -180,7 +181,7 @@ def _named_preset(words: list[str], command: str, look_up: Callable[[str], Any])
 
 def _given(words: list[str], option: str) -> str | None:
     """An option's value, before the parser, whose defaults hang on it; what is wrong with it is the parser's to say."""
-    for word, after in zip(words, [*words[1:], ""], strict=True):
+    for word, after in itertools.pairwise([*words, ""]):
         if word == option or word.startswith(option + "="):
             return word.removeprefix(option).removeprefix("=") or after
     return None
