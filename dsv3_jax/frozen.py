@@ -30,7 +30,7 @@ def on_trunk(run: RunConfig, trunk: str | Path, out: str | Path | None = None) -
     model, data = source.model, source.data
     if model.mtp_depth == 0:
         model = replace(model, mtp_depth=1)
-    if out is not None and Path(data.tokenizer) == Path(trunk) / TOKENIZER_FILE:
+    if out is not None and Path(data.tokenizer).resolve() == (Path(trunk) / TOKENIZER_FILE).resolve():
         data = replace(data, tokenizer=str(Path(out) / TOKENIZER_FILE))
     return replace(run, model=model, data=data, trunk=str(trunk))
 

@@ -191,6 +191,14 @@ def test_model_data_and_tokenizer_are_the_trunks(root, trunk, tmp_path, monkeypa
     assert "mine holds no run" in capfd.readouterr().err and not (tmp_path / "new").exists()
 
 
+def test_the_trunks_biases_come_along(trunk, tmp_path):
+    run = make_run(frozen.read_run(trunk).data.paths[0], model=replace(TRUNK, num_dense_layers=0))
+    save(tmp_path / "sparse", run)
+    still = cut(frozen.start(run_on(str(tmp_path / "sparse")), WORDS)[0])[1]
+    assert_bitwise(still, cut(fresh_state(run))[1])
+    assert still["sparse", "moe", "bias"].all()
+
+
 def test_nothing_is_written_into_the_trunk(trunk, whole):
     """A half-written checkpoint there may be that of a run which goes on: it is not cleaned away."""
     half = frozen.Path(trunk) / "checkpoints" / "9.orbax-checkpoint-tmp-1"
