@@ -149,7 +149,7 @@ def make_step(run: RunConfig) -> Step:
             "dropped": out.dropped,
             "finite": finite,
         }
-        if run.model.mtp_kind == "eagle":
+        if run.model.mtp_kind == "eagle" and run.model.mtp_depth:
             metrics["feature_loss"] = out.feature
         return new, metrics
 

@@ -6,7 +6,6 @@ trunk's embedding and unembedding. Two read the tokens that they are to go on fr
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -155,6 +154,11 @@ def run_heads(
         remat: compute each head anew in the backward pass.
     Returns: (hidden states, head k's (from 0) [B, T-1-k, D]; routing of those heads that have experts).
     """
+
+    def plain(head, *args) -> tuple[Array, LayerRouting | None]:
+        return head(*args)
+
+    run = nnx.remat(plain) if remat else plain
     out, routings = [], []
     for k, head in enumerate(heads, start=1):
         short = tokens.shape[1] - k  # later positions have no token k places on
@@ -165,7 +169,6 @@ def run_heads(
                 # A position whose next tokens are padding or another document's says nothing, and is not counted.
                 counts = counts & (segment_ids == at.segment_ids[:, k:])
         cut = Positions(at.cos[:, :short], at.sin[:, :short], segment_ids)
-        run: Any = nnx.remat(type(head).__call__) if remat else type(head).__call__
         if isinstance(head, MTPModule | EagleHead):
             h, routing = run(head, embedding(tokens[:, k:]), h[:, :short], cut, counts)
             out.append(h)
