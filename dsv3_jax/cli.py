@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import itertools
 import math
 import os
 import re
@@ -42,7 +43,10 @@ class Demo:
 
 @dataclass
 class Train:
-    """Train a preset. Every key of the run can be given; the rest is the preset's recipe."""
+    """Train a preset. Every key of the run can be given; the rest is the preset's recipe.
+
+    With --trunk, model and data are the trunk's: what remains to say is --model.mtp-kind and --model.mtp-depth.
+    """
 
     out: Path
     """the run's folder: run.json, checkpoints, metrics, pictures"""
@@ -175,6 +179,14 @@ def _named_preset(words: list[str], command: str, look_up: Callable[[str], Any])
     return look_up(words[0]), words[1:]
 
 
+def _given(words: list[str], option: str) -> str | None:
+    """An option's value, before the parser, whose defaults hang on it; what is wrong with it is the parser's to say."""
+    for word, after in itertools.pairwise([*words, ""]):
+        if word == option or word.startswith(option + "="):
+            return word.removeprefix(option).removeprefix("=") or after
+    return None
+
+
 def _prepare() -> None:
     from dsv3_jax.runtime import keep_memory
 
@@ -186,6 +198,10 @@ def _train(words: list[str]) -> int:
     from dsv3_jax.presets import recipe
 
     run, rest = _named_preset(words, "train", recipe)
+    if trunk := _given(rest, "--trunk"):
+        from dsv3_jax.frozen import on_trunk
+
+        run = on_trunk(run, trunk, _given(rest, "--out"))
     args = _parse(Train, rest, "train PRESET", default=Train(out=tyro.MISSING, run=run))
     _prepare()
     from dsv3_jax.train import fit

@@ -11,15 +11,17 @@ from dsv3_jax.cache import bytes_per_token, elements_per_token, pick_kind
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.transformer import abstract
 
+HEADS = {"deepseek": "MTP modules", "meta": "Meta heads", "medusa": "Medusa heads", "eagle": "EAGLE head"}
+
 
 @dataclass(frozen=True)
 class Size:
-    """Counts of one model. The MTP modules are apart, as in the reports' 671B."""
+    """Counts of one model. The multi-token heads are apart, as in the reports' 671B."""
 
-    total: int  # parameters without MTP modules
+    total: int  # parameters without multi-token heads
     active: int  # of these, what one token is multiplied with (the embedding is looked up, not multiplied)
-    mtp: int  # parameters of the MTP modules
-    mtp_active: int
+    mtp: int  # parameters of the multi-token heads
+    mtp_active: int  # with the shared unembedding, once a head
     parts: dict[str, int]  # total, by kind
     attention_flops: int  # score and value products of one token over a full context, forward
     cache_elements: dict[str, int]
@@ -73,9 +75,14 @@ def _kind(path: tuple[str, ...]) -> str:
     return "router and norms"
 
 
-def train_flops_per_token(cfg: ModelConfig, *, with_mtp: bool = True) -> int:
-    """FLOPs a trained token: 6 for each active parameter (2 forward, 4 backward). Attention scores are not counted."""
+def train_flops_per_token(cfg: ModelConfig, *, with_mtp: bool = True, trunk_held: bool = False) -> int:
+    """FLOPs a trained token: 6 for each active parameter (2 forward, 4 backward). Attention scores are not counted.
+
+    With `trunk_held` the heads alone train: 2 for the trunk's, and 4 for the unembedding that the heads share.
+    """
     counted = size(cfg)
+    if trunk_held:
+        return 2 * counted.active + 6 * counted.mtp_active - 2 * cfg.mtp_depth * cfg.vocab_size * cfg.dim
     return 6 * (counted.active + (counted.mtp_active if with_mtp else 0))
 
 
@@ -102,7 +109,7 @@ def describe(cfg: ModelConfig, name: str) -> list[tuple[str, str]]:
         *((f"  {kind}", short(count)) for kind, count in counted.parts.items()),
     ]
     if cfg.mtp_depth:
-        lines.append(("MTP modules", f"{short(counted.mtp)} more parameters, {short(counted.mtp_active)} active"))
+        lines.append((HEADS[cfg.mtp_kind], f"{short(counted.mtp)} more parameters, {short(counted.mtp_active)} active"))
     return lines + [
         (
             "forward",

@@ -9,7 +9,7 @@ hidden states are known up to position m − 1.
 """
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.cache import Cache, Kind, empty_cache, fill, pick_kind
 from dsv3_jax.modules.attention import Positions, places, positions_of
+from dsv3_jax.modules.mtp import MetaHead
 from dsv3_jax.modules.transformer import Trace, Transformer
 from dsv3_jax.ops.sampling import Sampling
 from dsv3_jax.ops.speculation import probabilities
@@ -86,7 +87,8 @@ class ChainDrafter:
     """
 
     def __init__(self, model: Transformer):
-        self.model, self.heads = model, list(model.mtp)
+        self.model = model
+        self.heads: list[Any] = list(model.mtp)
 
     def start(
         self, trace: Trace, tokens: Array, lengths: Array, capacity: int, kind: Kind, dtype
@@ -163,12 +165,48 @@ class ChainDrafter:
         return h, replace(cache, lengths=cache.lengths + tokens.shape[1])
 
 
-Drafter = ModelDrafter | ChainDrafter
+class ParallelDrafter:
+    """Heads that read the trunk's output alone, one draft each: Meta's, whose blocks remember, and Medusa's."""
+
+    def __init__(self, model: Transformer):
+        self.model = model
+        self.heads: list[Any] = list(model.mtp)
+
+    def start(self, trace: Trace, tokens: Array, lengths: Array, capacity: int, kind: Kind, dtype) -> tuple[Cache, ...]:
+        cfg, h, made = self.model.cfg, self.model.read_by_heads(trace.x), []
+        kind = pick_kind(cfg, None) if kind == "none" else kind
+        at = positions_of(cfg, jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape), None)
+        for head in self.heads:
+            if isinstance(head, MetaHead):
+                # All but the prompt's last position, which is fresh in the first step.
+                cache = empty_cache(cfg, 1, tokens.shape[0], capacity, kind, dtype)
+                made.append(fill(cache, head.prefill(h, at, kind)[1][None], lengths - 1))
+        return tuple(made)
+
+    def draft(
+        self, state: tuple[Cache, ...], fresh: Fresh, count: int, key: Array, sampling: Sampling
+    ) -> tuple[Drafts, tuple[Cache, ...]]:
+        made, keys = list(state), jax.random.split(key, count)
+        drawn: list[tuple[Array, Array | None]] = []
+        for k, head in enumerate(self.heads[:count]):
+            if isinstance(head, MetaHead):
+                cache = replace(state[k], lengths=fresh.start)
+                at = positions_of(self.model.cfg, places(cache, fresh.h.shape[1]), None)
+                h, made[k] = head.decode(fresh.h, at, cache)
+            else:
+                h = head.residual(fresh.h)
+            drawn.append(_draw(self.model.logits(_pick(h, fresh.standing - 1)), keys[k], sampling))
+        return _together(drawn), tuple(made)
+
+
+Drafter = ModelDrafter | ChainDrafter | ParallelDrafter
 
 
 def make_drafter(model: Transformer, draft: Transformer | None) -> Drafter:
     """The independent model where there is one, else the model's own heads."""
-    return ModelDrafter(draft) if draft is not None else ChainDrafter(model)
+    if draft is not None:
+        return ModelDrafter(draft)
+    return ChainDrafter(model) if model.cfg.mtp_kind in ("deepseek", "eagle") else ParallelDrafter(model)
 
 
 def _draw(logits: Float[Array, "B W"], key: Array, sampling: Sampling) -> tuple[Array, Array | None]:

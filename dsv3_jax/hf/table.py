@@ -219,7 +219,7 @@ def tensor_table(cfg: ModelConfig, fp8: bool = False, *, dtype: str = "bfloat16"
         fp8: linear weights as float8_e4m3fn, each with its float32 `weight_scale_inv` of one scale for 128 × 128
             numbers, as DeepSeek-V3 was released.
         dtype: of what is not FP8; the router's correction bias is float32 always.
-    Raises: ConfigError for a router that the released format does not have.
+    Raises: ConfigError for a router or a kind of multi-token head that the released format does not have.
 
     Example:
         >>> from dsv3_jax.presets import preset
@@ -228,7 +228,7 @@ def tensor_table(cfg: ModelConfig, fp8: bool = False, *, dtype: str = "bfloat16"
         >>> tensor_table(preset("v3"), fp8=True)["model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv"]
         ((5, 56), 'float32')
     """
-    check_router(cfg)
+    check_released(cfg)
     table: dict[str, tuple[Shape, str]] = {}
     for entry in entries(cfg):
         if cfg.tie_embeddings and entry.copy_of and not entry.mtp:
@@ -239,7 +239,9 @@ def tensor_table(cfg: ModelConfig, fp8: bool = False, *, dtype: str = "bfloat16"
     return table
 
 
-def check_router(cfg: ModelConfig) -> None:
-    """Raises: ConfigError for a router that the released format does not have."""
+def check_released(cfg: ModelConfig) -> None:
+    """Raises: ConfigError for a router or a kind of multi-token head that the released format does not have."""
     if cfg.router not in ("sigmoid", "softmax"):
         raise ConfigError(f"router={cfg.router!r} has no released format: it must be 'sigmoid' or 'softmax'")
+    if cfg.mtp_depth and cfg.mtp_kind != "deepseek":
+        raise ConfigError(f"mtp_kind={cfg.mtp_kind!r} has no released format: it must be 'deepseek'")

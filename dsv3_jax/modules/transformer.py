@@ -1,4 +1,4 @@
-"""The whole model: embedding, dense layers, sparse layers, norm, head, and the MTP chain on the side."""
+"""The whole model: embedding, dense layers, sparse layers, norm, head, and the multi-token heads on the side."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -9,11 +9,11 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.cache import Cache, Kind
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.modules.attention import Positions, places, positions_of
+from dsv3_jax.modules.attention import places, positions_of
 from dsv3_jax.modules.blocks import DenseBlock, SparseBlock
 from dsv3_jax.modules.layers import RMSNorm, param, scan_stack, stack
 from dsv3_jax.modules.moe import Experts, LayerRouting
-from dsv3_jax.modules.mtp import MTPModule
+from dsv3_jax.modules.mtp import make_heads, run_heads
 
 
 class Trace(NamedTuple):
@@ -21,9 +21,9 @@ class Trace(NamedTuple):
 
     x: Array  # [B, T, D]: the last layer's output
     h: Array  # [B, T, D]: the same after the final norm
-    mtp_h: tuple[Array, ...]  # depth k (from 0): [B, T-1-k, D], normed; entry i predicts token i+k+2
+    mtp_h: tuple[Array, ...]  # head k (from 0): [B, T-1-k, D], for the shared unembedding; entry i predicts token i+k+2
     routing: LayerRouting | None  # of the trunk's sparse layers, stacked along a leading axis
-    mtp_routing: tuple[LayerRouting, ...]
+    mtp_routing: tuple[LayerRouting, ...]  # of the heads that have experts
     cache_rows: Array  # [L, B, G, T, X]: what a cache remembers, see `cache.py`
 
 
@@ -49,7 +49,7 @@ class Transformer(nnx.Module):
         self.experts = Experts(cfg, cfg.num_sparse_layers, rngs=rngs) if cfg.num_sparse_layers else None
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.head = None if cfg.tie_embeddings else param(rngs, (cfg.dim, cfg.vocab_size), cfg.init_std)
-        self.mtp = nnx.List([MTPModule(cfg, rngs=rngs) for _ in range(cfg.mtp_depth)])
+        self.mtp = nnx.List(make_heads(cfg, rngs))
         self.cfg = cfg
 
     def __call__(
@@ -100,24 +100,9 @@ class Transformer(nnx.Module):
             (x, _), (sparse_rows, routing) = scan_stack(self.sparse, body, (x, experts), remat=cfg.remat)
             rows.append(sparse_rows)
         h = self.norm(x)
-        mtp_h, mtp_routing = self._mtp_chain(h if cfg.mtp_input == "normed" else x, tokens, at, mask)
+        read = h if cfg.mtp_input == "normed" else x
+        mtp_h, mtp_routing = run_heads(self.mtp, self.embedding, read, tokens, at, mask, remat=cfg.remat != "none")
         return Trace(x, h, mtp_h, routing, mtp_routing, jnp.concatenate(rows))
-
-    def _mtp_chain(self, h, tokens, at: Positions, mask):
-        out, routings = [], []
-        for k, module in enumerate(self.mtp, start=1):
-            short = tokens.shape[1] - k
-            segment_ids, counts = None, mask[:, :short]
-            if at.segment_ids is not None:
-                segment_ids = at.segment_ids[:, :short]
-                # A position whose next tokens are padding or another document's says nothing, and is not counted.
-                counts = counts & (segment_ids == at.segment_ids[:, k:])
-            cut = Positions(at.cos[:, :short], at.sin[:, :short], segment_ids)
-            run = MTPModule.__call__ if self.cfg.remat == "none" else nnx.remat(MTPModule.__call__)
-            h, routing = run(module, self.embedding(tokens[:, k:]), h[:, :short], cut, counts)
-            out.append(h)
-            routings.append(routing)
-        return tuple(out), tuple(routings)
 
     def decode(self, tokens: Int[Array, "B T"], cache: Cache) -> tuple[Array, Cache]:
         """A step of a few tokens a row, in absorbed form where the cache is latent.
