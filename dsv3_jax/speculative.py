@@ -82,8 +82,8 @@ class ChainDrafter:
     """Heads that read the token before: DeepSeek's modules, one a draft, and then the last of them again and again.
 
     Head k at position i reads its predecessor's output at i and token i + k, and drafts token i + k + 1. All tokens up
-    to m stand, so head k has read up to position m − k; to draft token m + k it goes on to position m − 1, over drafts.
-    An EAGLE head is a chain of one.
+    to m stand, so what head k reads up to position m − k is kept. To draft token m + k it goes on to position m − 1 in
+    the same pass, over the drafts before. An EAGLE head is a chain of one.
     """
 
     def __init__(self, model: Transformer):
@@ -108,21 +108,26 @@ class ChainDrafter:
     def draft(
         self, state: tuple[_Reading, ...], fresh: Fresh, count: int, key: Array, sampling: Sampling
     ) -> tuple[Drafts, tuple[_Reading, ...]]:
-        trained, newest = min(count, len(self.heads)), fresh.start + fresh.standing
-        state = self._read(state, fresh, trained)
-        keys = jax.random.split(key, count)
-        path = state[0].last[:, None]  # outputs at positions m − k … m − 1 of head k, which drafts
-        drawn, caches = [_draw(self.model.logits(path[:, -1]), keys[0], sampling)], [state[0].cache]
-        for k in range(2, trained + 1):
-            # As in `_read`: what would lie before 0 is left out, and the rest moves to the front and back again.
-            skipped = jnp.maximum(k - 1 - newest, 0)
-            tokens = jnp.stack([token for token, _ in drawn], axis=1)
-            out, cache = self._go_on(
-                self.heads[k - 1], _from(tokens, skipped), _from(path, skipped), state[k - 1].cache
+        start, standing, trained = fresh.start, fresh.standing, min(count, len(self.heads))
+        newest, rows = start + standing, jnp.arange(start.size, dtype=jnp.int32)
+        keys, made = jax.random.split(key, count), list(state)
+        drawn: list[tuple[Array, Array | None]] = []
+        # Entry j is position start − k + 1 + j of head k. Drafts are put behind the tokens that stand, as they come.
+        h, tokens = fresh.h, jnp.pad(fresh.tokens, ((0, 0), (0, trained)))
+        for k, reading in enumerate(state[:trained], start=1):
+            # Positions before 0, where the text is shorter than the chain, are left out.
+            skipped = jnp.maximum(k - 1 - start, 0)
+            cache = replace(reading.cache, lengths=start - k + 1 + skipped)
+            read = _from(tokens[:, : h.shape[1]], skipped)
+            out, cache = self._go_on(self.heads[k - 1], read, _from(h, skipped), cache)
+            out = _from(out, -skipped)
+            end = _pick(out, standing + k - 2)  # at position m − 1
+            drawn.append(_draw(self.model.logits(end), keys[k - 1], sampling))
+            made[k - 1] = _Reading(replace(cache, lengths=jnp.maximum(newest - k + 1, 0)), _pick(out, standing - 1))
+            h, tokens = (
+                jnp.concatenate([reading.last[:, None], out], axis=1),
+                tokens.at[rows, standing + k - 1].set(drawn[-1][0]),
             )
-            caches.append(replace(cache, lengths=cache.lengths - skipped))
-            path = jnp.concatenate([state[k - 1].last[:, None], _from(out, -skipped)], axis=1)
-            drawn.append(_draw(self.model.logits(path[:, -1]), keys[k - 1], sampling))
 
         def beyond(carry: tuple[Cache, Array, Array], key: Array):
             # The last head's own output in place of a predecessor's, one position on.
@@ -131,33 +136,12 @@ class ChainDrafter:
             token, q = _draw(self.model.logits(h[:, 0]), key, sampling)
             return (cache, h, token), (token, q)
 
-        carry, rest = _repeat(beyond, (caches[-1], path[:, -1:], drawn[-1][0]), keys[trained:])
-        caches[-1] = carry[0]
-        # The caches as drafting leaves them, for the ones before would have to be copies; the lengths as they were.
-        kept = [
-            reading._replace(cache=replace(cache, lengths=reading.cache.lengths))
-            for reading, cache in zip(state, caches, strict=False)
-        ]
-        return _together(drawn, rest), (*kept, *state[trained:])
-
-    def _read(self, state: tuple[_Reading, ...], fresh: Fresh, heads: int) -> tuple[_Reading, ...]:
-        """Each head's state after the tokens that came to stand: positions start − k + 1 … start − k + count."""
-        made, h, before = list(state), fresh.h, None
-        for k in range(1, heads + 1):
-            # A prompt shorter than the chain has no such positions at first: what would lie before 0 is left out.
-            skipped = jnp.maximum(k - 1 - fresh.start, 0)
-            if before is not None:
-                shifted = jnp.concatenate([before[:, None], h[:, :-1]], axis=1)
-                h = jnp.where((skipped > 0)[:, None, None], h, shifted)
-            tokens = _from(fresh.tokens, skipped)
-            reading = state[k - 1]
-            begin = jnp.maximum(fresh.start - k + 1, 0)
-            h, cache = self._go_on(self.heads[k - 1], tokens, h, replace(reading.cache, lengths=begin))
-            read = fresh.standing - skipped
-            last = jnp.where((read > 0)[:, None], _pick(h, read - 1), reading.last)
-            before = reading.last
-            made[k - 1] = _Reading(replace(cache, lengths=begin + jnp.maximum(read, 0)), last)
-        return tuple(made)
+        carry = replace(made[trained - 1].cache, lengths=newest), end[:, None], drawn[-1][0]
+        carry, rest = _repeat(beyond, carry, keys[trained:])
+        # What it wrote beyond stays where it is: to give back the cache as it was would be a copy.
+        last = made[trained - 1]
+        made[trained - 1] = _Reading(replace(carry[0], lengths=last.cache.lengths), last.last)
+        return _together(drawn, rest), tuple(made)
 
     def _go_on(self, head, tokens: Array, h: Array, cache: Cache) -> tuple[Array, Cache]:
         at: Positions = positions_of(self.model.cfg, places(cache, tokens.shape[1]), None)

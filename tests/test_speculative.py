@@ -13,8 +13,7 @@ import pytest
 from flax import nnx
 from models import QUICK, forward, random_model, small, tokens_of
 
-from dsv3_jax.cache import empty_cache
-from dsv3_jax.generate import Loop, _decode, _prefill, _Static, check_draft, generate, generate_in_parts, stream
+from dsv3_jax.generate import _decode, _prefill, _Static, check_draft, generate, generate_in_parts, stream
 from dsv3_jax.modules.attention import positions_of
 from dsv3_jax.modules.transformer import Trace, abstract
 from dsv3_jax.ops.sampling import GREEDY
