@@ -84,8 +84,8 @@ def laws(case, sampling):
         ("other", Sampling(0.7, top_k=4)),
         ("other", Sampling(1.3, top_p=0.8)),
         ("one token", Sampling(1.0)),
-        ("apart", Sampling(1.0, top_k=3)),
-        ("same", Sampling(0.9, top_k=5, top_p=0.9)),
+        ("apart", Sampling(0.7, top_k=4)),
+        ("same", Sampling(1.3, top_p=0.8)),
     ],
 )
 def test_sampled_tokens_follow_the_target(case, sampling):

@@ -306,7 +306,7 @@ def test_drafts_are_those_of_the_whole_text(rng, heads):
 
 # Sampled: the law of what comes out is the model's.
 
-TINY = replace(LIGHT, vocab_size=5)
+TINY = small(num_layers=1, num_dense_layers=1, vocab_size=5)
 DRAWS = 4096
 
 
@@ -379,7 +379,7 @@ def test_speculation_copies_no_cache(whole_compiles, scheme):
 
 def test_a_draft_model_may_be_of_another_kind_and_shorter():
     """Its positions end before those that the prompts are padded to."""
-    model = random_model(LIGHT)
+    model = random_model(small(num_layers=1, num_dense_layers=1))
     draft = random_model(small(num_layers=1, num_dense_layers=1, attention="mqa", max_positions=41), seed=1)
     prompt = tokens_of(LIGHT, 1, 35, seed=2)[0].tolist()
     want = generate(model, [prompt], 4).tokens
