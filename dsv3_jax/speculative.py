@@ -74,7 +74,7 @@ class ModelDrafter:
 class _Reading(NamedTuple):
     """A chained head's state: its cache, and its output at the last position that stands."""
 
-    cache: Cache  # one layer
+    cache: Cache  # one layer; `Fresh` says where it goes on, not its lengths
     last: Array  # [B, D]
 
 
@@ -123,7 +123,7 @@ class ChainDrafter:
             out = _from(out, -skipped)
             end = _pick(out, standing + k - 2)  # at position m − 1
             drawn.append(_draw(self.model.logits(end), keys[k - 1], sampling))
-            made[k - 1] = _Reading(replace(cache, lengths=jnp.maximum(newest - k + 1, 0)), _pick(out, standing - 1))
+            made[k - 1] = _Reading(cache, _pick(out, standing - 1))
             h, tokens = (
                 jnp.concatenate([reading.last[:, None], out], axis=1),
                 tokens.at[rows, standing + k - 1].set(drawn[-1][0]),
@@ -138,9 +138,7 @@ class ChainDrafter:
 
         carry = replace(made[trained - 1].cache, lengths=newest), end[:, None], drawn[-1][0]
         carry, rest = _repeat(beyond, carry, keys[trained:])
-        # What it wrote beyond stays where it is: to give back the cache as it was would be a copy.
-        last = made[trained - 1]
-        made[trained - 1] = _Reading(replace(carry[0], lengths=last.cache.lengths), last.last)
+        made[trained - 1] = made[trained - 1]._replace(cache=carry[0])
         return _together(drawn, rest), tuple(made)
 
     def _go_on(self, head, tokens: Array, h: Array, cache: Cache) -> tuple[Array, Cache]:
