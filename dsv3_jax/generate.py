@@ -156,22 +156,23 @@ def generate_in_parts(
             static=static, capacity=capacity, max_new_tokens=max_new_tokens, kind=kind, dtype=dtype,
         )
     )  # fmt: skip
-    prefilled = time.perf_counter()
+    prefill_seconds, decode_seconds = time.perf_counter() - start, 0.0
     per_token, size = bytes_per_token(cfg, kind, dtype), loop.cache.nbytes
 
     def seen(loop: Loop) -> Generated:
         acceptance = [float(x) for x in np.asarray(loop.stood) / max(int(loop.drafted), 1)]
-        taken = time.perf_counter() - prefilled
         rows = [
             [int(t) for t in row[:n]] for row, n in zip(np.asarray(loop.out), np.asarray(loop.written), strict=True)
         ]
-        return Generated(rows, acceptance, int(loop.steps), prefilled - start, taken, size, per_token)
+        return Generated(rows, acceptance, int(loop.steps), prefill_seconds, decode_seconds, size, per_token)
 
     yield seen(loop)
     while not bool(loop.done.all()):
         until = max_new_tokens if part is None else min(int(loop.written.min()) + part, max_new_tokens)
+        start = time.perf_counter()
         loop = _decode(graphdef, state, drafts[1], loop, stops, jnp.asarray(until, jnp.int32), static=static)
         jax.block_until_ready(loop)
+        decode_seconds += time.perf_counter() - start
         yield seen(loop)
 
 
