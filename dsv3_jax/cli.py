@@ -65,6 +65,8 @@ class Eval:
     """other text to measure on; none: the run's own validation text"""
     batches: int = 8
     """batches measured"""
+    cache_dtype: tuple[Literal["bfloat16", "int8", "float8_e4m3"], ...] = ()
+    """measure the same text read through caches of these dtypes, too, against the exact one"""
 
 
 @dataclass
@@ -248,17 +250,26 @@ def _eval(words: list[str]) -> int:
 
     from dsv3_jax import data, tokenizer
     from dsv3_jax.checkpoint import load_model
-    from dsv3_jax.evaluate import evaluate
+    from dsv3_jax.evaluate import cache_quality, evaluate
 
     model, _, run, step = load_model(args.run)
     cfg = replace(run.data, paths=args.paths) if args.paths else run.data
     corpus, text = data.load_corpus(cfg), tokenizer.load(cfg.tokenizer)
-    found = evaluate(model, data.val_batches(corpus, text, cfg, args.batches), text, corpus.domains)
+    batches = data.val_batches(corpus, text, cfg, args.batches)
+    found = evaluate(model, batches, text, corpus.domains)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"step {step}")
     for name, value in found.items():
         if name != "load":
             console.print(f"{name:24s} {_plain(value)}")
+    if args.cache_dtype:
+        by_dtype = cache_quality(model, batches, ("float32", *args.cache_dtype))
+        exact = by_dtype["float32"].val_loss
+        for name, quality in by_dtype.items():
+            console.print(
+                f"{f'through {name} cache':24s} {quality.val_loss:.4f} ({quality.val_loss / exact - 1:+.3%}), "
+                f"greedy tokens the same {quality.agreement:.2%}, {quality.bytes_per_token} bytes a token"
+            )
     return 0
 
 
