@@ -22,6 +22,7 @@ USAGE = """usage: dsv3 COMMAND …
   train PRESET         train a model; the same command again goes on where it stopped
   eval RUN             held-out measures of a run's last checkpoint
   generate RUN         continue a prompt with a run's last checkpoint
+  bench decode RUN     how fast a run's last checkpoint decodes, by cache, batch, context and draft
   convert FOLDER OUT   released weights (Hugging Face format) into a run, a run into them, or FP8 into another dtype
   info PRESET          parameters, FLOPs and cache bytes of a model, without allocating it
   tokenizer OUT        train a byte-level BPE tokenizer
@@ -136,8 +137,8 @@ def _dispatch(words: list[str]) -> int:
     from dsv3_jax.presets import MODELS
 
     commands: dict[str, Callable[[list[str]], int]] = {
-        "demo": _demo, "train": _train, "eval": _eval, "generate": _generate, "convert": _convert,
-        "info": _info, "tokenizer": _tokenizer,
+        "demo": _demo, "train": _train, "eval": _eval, "generate": _generate, "bench": _bench,
+        "convert": _convert, "info": _info, "tokenizer": _tokenizer,
     }  # fmt: skip
     if not words or words[0] in ("-h", "--help"):
         print(USAGE.format(presets=", ".join(MODELS)), end="")
@@ -272,6 +273,20 @@ def _generate(words: list[str]) -> int:
         print(pieces.push([token]), end="", flush=True)
     print(pieces.finish())
     return 0
+
+
+def _bench(words: list[str]) -> int:
+    if words and words[0] in ("-h", "--help"):
+        print("usage: dsv3 bench decode RUN …\n\n`dsv3 bench decode --help` lists its options.")
+        return 0
+    if not words or words[0] != "decode":
+        said = f"benchmark {words[0]!r} is not there" if words else "dsv3 bench needs the name of a benchmark"
+        raise ValueError(f"{said}: there is decode, as in: dsv3 bench decode RUN")
+    from dsv3_jax import bench
+
+    args = _parse(bench.Decode, words[1:], "bench decode")
+    _prepare()
+    return bench.decode(args)
 
 
 def _convert(words: list[str]) -> int:
