@@ -111,7 +111,7 @@ def decode(options: Decode) -> int:
             cache=cell.cache,
             cache_dtype=None if cell.cache == "none" else cell.cache_dtype,
             draft=drafts[cell.draft],
-            draft_length=max(cell.draft_length, 1),
+            draft_length=cell.draft_length,
         )
 
     cells = list(dict.fromkeys(
@@ -132,7 +132,8 @@ def decode(options: Decode) -> int:
     console.print(_table(timed))
     console.print(
         f"step {step} of {options.run}, {options.new_tokens} new tokens, greedy, medians of {options.rounds}; "
-        f"bound: weights and cache that a step must read, at the measured {bandwidth / 1e9:.1f} GB/s of copying"
+        f"bound: weights and cache that a step must read, at the measured {bandwidth / 1e9:.1f} GB/s of copying",
+        soft_wrap=True,
     )
     if options.json:
         rows = [asdict(cell) | asdict(result) for cell, result in timed.items()]
