@@ -18,11 +18,10 @@ from rich.table import Table
 from dsv3_jax import tokenizer
 from dsv3_jax.cache import pick_dtype, pick_kind
 from dsv3_jax.checkpoint import load_model
-from dsv3_jax.config import RunConfig
+from dsv3_jax.config import ModelConfig, RunConfig
 from dsv3_jax.corpus import load_corpus
 from dsv3_jax.counting import decode_bytes, short
 from dsv3_jax.generate import Generated, generate
-from dsv3_jax.modules.transformer import Transformer
 from dsv3_jax.runtime import copy_bandwidth
 
 CacheKind = Literal["latent", "expanded", "none"]
@@ -127,7 +126,8 @@ def decode(options: Decode) -> int:
         for cell in cells:
             made[cell].append(one(cell))
     bandwidth = copy_bandwidth()
-    timed = {cell: timing(model, cell, results, bandwidth) for cell, results in made.items()}
+    weight_bytes = model.embed[...].dtype.itemsize
+    timed = {cell: timing(cfg, cell, results, bandwidth, weight_bytes) for cell, results in made.items()}
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     console.print(_table(timed))
     console.print(
@@ -142,8 +142,13 @@ def decode(options: Decode) -> int:
     return 0
 
 
-def timing(model: Transformer, cell: Cell, results: Sequence[Generated], bandwidth: float) -> Timing:
-    """What a cell's rounds say. Args: bandwidth: bytes a second, for `share_of_bound`."""
+def timing(
+    cfg: ModelConfig, cell: Cell, results: Sequence[Generated], bandwidth: float, weight_bytes: int = 4
+) -> Timing:
+    """What a cell's rounds say.
+
+    Args: bandwidth in bytes a second and weight_bytes, a parameter's, are for the bound.
+    """
 
     def median(of) -> float:
         return statistics.median(of(result) for result in results)
@@ -151,9 +156,8 @@ def timing(model: Transformer, cell: Cell, results: Sequence[Generated], bandwid
     first, rows = results[0], results[0].tokens
     share = None
     if cell.draft == "none" and cell.cache != "none":
-        held = cell.context + len(rows[0]) / 2  # half of the new tokens, on average
-        weight = model.embed[...].dtype.itemsize
-        must = decode_bytes(model.cfg, cell.batch, held, first.cache_bytes_per_token, weight_bytes=weight)
+        held = cell.context + len(rows[0]) // 2  # half of the new tokens, on average
+        must = decode_bytes(cfg, cell.batch, held, first.cache_bytes_per_token, weight_bytes=weight_bytes)
         share = must / bandwidth / median(lambda r: r.decode_seconds / r.steps)
     return Timing(
         prefill_tokens_per_s=cell.batch * cell.context / median(lambda r: r.prefill_seconds),

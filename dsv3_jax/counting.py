@@ -89,7 +89,7 @@ def distinct_experts(cfg: ModelConfig, tokens: int) -> float:
 
 
 def decode_bytes(
-    cfg: ModelConfig, batch: int, context: float, cache_bytes_per_token: int, *, weight_bytes: int = 4
+    cfg: ModelConfig, batch: int, context: int, cache_bytes_per_token: int, *, weight_bytes: int = 4
 ) -> float:
     """Bytes that one plain decoding step must read, an expectation for `distinct_experts`.
 

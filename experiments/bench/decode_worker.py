@@ -34,10 +34,6 @@ class OursDecode(Worker):
         """Seconds of a prefill and of a step after it, bytes of the cache, peak memory of the process so far."""
         return self.ask(json.dumps({"batch": batch, "context": context, "new_tokens": new_tokens} | settings))
 
-    def copy_bandwidth(self) -> float:
-        """Bytes a second that copying moves, now."""
-        return self.ask("bandwidth")["bytes_per_s"]
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,7 +49,7 @@ def main() -> int:
 
 def _decoder(args) -> tuple[dict, Callable[[str], dict]]:
     limit_memory()
-    from dsv3_jax.runtime import copy_bandwidth, keep_memory
+    from dsv3_jax.runtime import keep_memory
 
     keep_memory()
     import jax
@@ -77,8 +73,6 @@ def _decoder(args) -> tuple[dict, Callable[[str], dict]]:
     ran: set[str] = set()
 
     def obey(line: str) -> dict:
-        if line == "bandwidth":
-            return {"bytes_per_s": copy_bandwidth()}
         cell = json.loads(line)
         settings = {key: cell[key] for key in ("cache", "cache_dtype", "draft_length") if cell.get(key) is not None}
         draft = cell.get("draft")
