@@ -161,7 +161,7 @@ def speculation(run: str, draft_run: str | None, batch: int, rounds: int) -> dic
     }
     rows: dict = {name: [] for name in settings}
     with OursDecode(run=run, draft_run=draft_run) as ours:
-        for name, setting in settings.items():
+        for setting in settings.values():
             ours.decode(batch, DRAFTED_CONTEXT, DRAFTED_TOKENS, **setting)
         for turn in range(rounds):
             for name, setting in settings.items():

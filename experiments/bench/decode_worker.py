@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable
 
+import numpy as np
 from peer_transformers import draw_tokens
 from process import Worker, limit_memory, peak_rss, serve
 
@@ -35,6 +36,28 @@ class OursDecode(Worker):
         return self.ask(json.dumps({"batch": batch, "context": context, "new_tokens": new_tokens} | settings))
 
 
+def random_model(cfg, seed: int):
+    """A model of random weights, made one by one: the initialiser would leave its own temporary memory in the peak."""
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from dsv3_jax.modules.layers import NormScale
+    from dsv3_jax.modules.moe import RouterBias
+    from dsv3_jax.modules.transformer import abstract
+
+    rng = np.random.default_rng(seed)
+    graphdef, state = nnx.split(abstract(cfg))
+    filled = {}
+    for path, variable in nnx.to_flat_state(state):
+        if isinstance(variable, NormScale | RouterBias):
+            value = np.full(variable.shape, isinstance(variable, NormScale), np.float32)
+        else:
+            value = rng.standard_normal(variable.shape, np.float32)
+            value *= cfg.init_std
+        filled[path] = variable.replace(jnp.asarray(value))
+    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="a ModelConfig as JSON: random weights")
@@ -59,16 +82,12 @@ def _decoder(args) -> tuple[dict, Callable[[str], dict]]:
     from dsv3_jax.checkpoint import load_model
     from dsv3_jax.config import ModelConfig, from_dict
     from dsv3_jax.generate import generate
-    from dsv3_jax.modules.transformer import Transformer
 
     run = None
     if args.run:
         model, _, run, _ = load_model(args.run)
     else:
-        cfg = from_dict(ModelConfig, json.loads(args.config))
-        graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(args.seed))))
-        state = jax.jit(lambda: nnx.split(Transformer(cfg, rngs=nnx.Rngs(args.seed)))[1])()
-        model = nnx.merge(graphdef, state)
+        model = random_model(from_dict(ModelConfig, json.loads(args.config)), args.seed)
     drafts = {"run": load_model(args.draft_run)[0] if args.draft_run else None}
     ran: set[str] = set()
 
