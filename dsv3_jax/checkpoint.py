@@ -22,14 +22,20 @@ from dsv3_jax.train_step import TrainState, abstract_state, model_of
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. Use as a context: leaving it waits for what is still being written."""
+    """The checkpoints of one run folder. Use as a context: leaving it waits for what is still being written.
 
-    def __init__(self, folder: str | Path, run: RunConfig):
+    With `read_only` nothing is written, and nothing cleaned away: the run may be going on elsewhere.
+    """
+
+    def __init__(self, folder: str | Path, run: RunConfig, *, read_only: bool = False):
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # what goes wrong is raised, too
         self.folder, self.run = Path(folder).absolute() / "checkpoints", run
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=run.keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
-        )
+        if read_only:
+            options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+        else:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=run.keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -92,10 +98,9 @@ class Checkpoints:
     def _check_config(self) -> None:
         # First, for a restore of other shapes fails half-way and leaves Orbax's tasks behind.
         found = self._manager.restore(self.latest, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
-        saved, now = to_dict(from_dict(RunConfig, found)), to_dict(self.run)
-        key = _first_difference(saved, now)
-        if key:
-            a, b = (_look_up(d, key) for d in (saved, now))
+        different = first_difference(to_dict(from_dict(RunConfig, found)), to_dict(self.run))
+        if different:
+            key, a, b = different
             raise ValueError(
                 f"the checkpoint of step {self.latest} in {self.folder} was saved with {key} {a!r}, not {b!r}"
             )
@@ -127,10 +132,9 @@ def claim(folder: str | Path, run: RunConfig) -> None:
     """
     folder = Path(folder)
     if (folder / RUN_FILE).exists():
-        before, now = to_dict(read_run(folder)), to_dict(run)
-        key = _first_difference(before, now)
-        if key:
-            a, b = (_look_up(d, key) for d in (before, now))
+        different = first_difference(to_dict(read_run(folder)), to_dict(run))
+        if different:
+            key, a, b = different
             raise ValueError(f"{folder} holds another run: its {key} is {a!r}, not {b!r}; choose another --out")
         return
     if folder.exists() and not folder.is_dir():
@@ -143,22 +147,17 @@ def claim(folder: str | Path, run: RunConfig) -> None:
     part.rename(folder / RUN_FILE)
 
 
-def _first_difference(a: dict, b: dict, prefix: str = "") -> str | None:
+def first_difference(a: dict, b: dict, prefix: str = "") -> tuple[str, Any, Any] | None:
+    """The first key, in alphabetical order, that two configurations have other values of, and these values."""
     for key in sorted(a.keys() | b.keys()):
         x, y = a.get(key), b.get(key)
         if isinstance(x, dict) and isinstance(y, dict):
-            inner = _first_difference(x, y, f"{prefix}{key}.")
+            inner = first_difference(x, y, f"{prefix}{key}.")
             if inner:
                 return inner
         elif json.dumps(x) != json.dumps(y):
-            return prefix + key
+            return prefix + key, x, y
     return None
-
-
-def _look_up(d: dict, key: str):
-    for part in key.split("."):
-        d = d.get(part, {})
-    return d
 
 
 def load_model(folder: str | Path) -> tuple[Transformer, ModelConfig, RunConfig, int]:
@@ -167,7 +166,7 @@ def load_model(folder: str | Path) -> tuple[Transformer, ModelConfig, RunConfig,
     Raises: ValueError when the folder holds no run, or no checkpoint yet.
     """
     run = read_run(folder)
-    with Checkpoints(folder, run) as checkpoints:
+    with Checkpoints(folder, run, read_only=True) as checkpoints:
         found = checkpoints.restore()
     if found is None:
         raise ValueError(f"{folder} holds no checkpoint yet")

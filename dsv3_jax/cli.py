@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import itertools
 import math
 import os
 import re
@@ -43,7 +44,10 @@ class Demo:
 
 @dataclass
 class Train:
-    """Train a preset. Every key of the run can be given; the rest is the preset's recipe."""
+    """Train a preset. Every key of the run can be given; the rest is the preset's recipe.
+
+    With --trunk, model and data are the trunk's: what remains to say is --model.mtp-kind and --model.mtp-depth.
+    """
 
     out: Path
     """the run's folder: run.json, checkpoints, metrics, pictures"""
@@ -77,6 +81,14 @@ class Generate:
     """0 takes the likeliest token each time"""
     top_k: int | None = None
     top_p: float | None = 0.95
+    cache: Literal["latent", "expanded", "none"] | None = None
+    """what is remembered of each token; none given: the model's own, a latent row where it has one"""
+    cache_dtype: Literal["float32", "bfloat16", "int8", "float8_e4m3"] | None = None
+    """of cached rows; none given: the model's compute dtype"""
+    draft: str | None = None
+    """who drafts: "mtp" (the model's own multi-token heads), or the folder of a smaller run with the same tokenizer"""
+    draft_length: int = 1
+    """tokens drafted a step; the text is distributed as without"""
     seed: int = 0
 
 
@@ -176,6 +188,14 @@ def _named_preset(words: list[str], command: str, look_up: Callable[[str], Any])
     return look_up(words[0]), words[1:]
 
 
+def _given(words: list[str], option: str) -> str | None:
+    """An option's value, before the parser, whose defaults hang on it; what is wrong with it is the parser's to say."""
+    for word, after in itertools.pairwise([*words, ""]):
+        if word == option or word.startswith(option + "="):
+            return word.removeprefix(option).removeprefix("=") or after
+    return None
+
+
 def _prepare() -> None:
     from dsv3_jax.runtime import keep_memory
 
@@ -187,6 +207,10 @@ def _train(words: list[str]) -> int:
     from dsv3_jax.presets import recipe
 
     run, rest = _named_preset(words, "train", recipe)
+    if trunk := _given(rest, "--trunk"):
+        from dsv3_jax.frozen import on_trunk
+
+        run = on_trunk(run, trunk, _given(rest, "--out"))
     args = _parse(Train, rest, "train PRESET", default=Train(out=tyro.MISSING, run=run))
     _prepare()
     from dsv3_jax.train import fit
@@ -252,26 +276,38 @@ def _generate(words: list[str]) -> int:
     _prepare()
     from dsv3_jax import tokenizer
     from dsv3_jax.checkpoint import load_model
-    from dsv3_jax.generate import Sampling, check_request, stream
+    from dsv3_jax.generate import Sampling, generate_in_parts
+    from dsv3_jax.progress import Speech
 
     model, _, run, _ = load_model(args.run)
     text = tokenizer.load(run.data.tokenizer)
-    sampling = Sampling(args.temperature, args.top_k, args.top_p)
-    prompt = text.encode(args.prompt)
-    check_request(run.model, [prompt], args.max_new_tokens, sampling)  # before the prompt is printed
-    tokens = stream(
+    draft: Any = args.draft
+    if draft not in (None, "mtp"):
+        draft, _, other, _ = load_model(draft)
+        if not text.same_ids(tokenizer.load(other.data.tokenizer)):
+            raise ValueError(
+                f"the draft run {args.draft} has another tokenizer than {args.run}: its ids mean other text"
+            )
+    parts = generate_in_parts(
         model,
-        prompt,
+        [text.encode(args.prompt)],
         args.max_new_tokens,
-        sampling=sampling,
+        sampling=Sampling(args.temperature, args.top_k, args.top_p),
         stop_tokens=(text.eos_id,),
+        cache=args.cache,
+        cache_dtype=args.cache_dtype,
+        draft=draft,
+        draft_length=args.draft_length,
         seed=args.seed,
     )
-    pieces = text.stream()
-    print(args.prompt, end="", flush=True)
-    for token in tokens:
-        print(pieces.push([token]), end="", flush=True)
-    print(pieces.finish())
+    first = next(parts)  # bad requests end here, before the prompt is printed
+    pieces, seen = text.stream(), 0
+    with Speech(args.prompt) as speech:
+        for made in itertools.chain([first], parts):
+            speech.say(pieces.push(made.tokens[0][seen:]))
+            speech.measured(made.acceptance, made.mean_accepted, made.tokens_per_s, made.steps)
+            seen = len(made.tokens[0])
+        speech.say(pieces.finish())
     return 0
 
 

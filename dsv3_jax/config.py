@@ -101,7 +101,7 @@ class ModelConfig:
     num_layers: int  # L, dense and sparse together
     num_dense_layers: int  # the first layers, with one wide FFN
     dense_dim: int  # hidden width of that FFN
-    # multi-head latent attention
+    # attention
     num_heads: int  # H
     q_latent_dim: int | None  # Q; None: no query compression
     kv_latent_dim: int  # C
@@ -113,6 +113,8 @@ class ModelConfig:
     experts_per_token: int  # K
     num_shared_experts: int
     expert_dim: int  # F
+    attention: Literal["mla", "mha", "gqa", "mqa"] = "mla"  # all but MLA: no latents, keys of N + R numbers a head
+    num_kv_heads: int | None = None  # of attention="gqa" alone
     num_groups: int = 1  # G
     groups_per_token: int = 1  # groups that a token may reach
     router: Literal["sigmoid", "softmax", "topk", "dense"] = "sigmoid"
@@ -128,7 +130,8 @@ class ModelConfig:
     yarn: Yarn = field(default_factory=Yarn)
     max_positions: int = 4096
     # multi-token prediction
-    mtp_depth: int = 0  # M
+    mtp_depth: int = 0  # M: how many heads
+    mtp_kind: Literal["deepseek", "meta", "medusa", "eagle"] = "deepseek"  # a causal chain, parallel heads, …
     mtp_input: Literal["normed", "raw"] = "normed"  # h^0: the trunk's output after or before its final norm
     # the rest
     norm_eps: float = 1e-6
@@ -181,6 +184,15 @@ class ModelConfig:
             f"router='dense' takes every expert: experts_per_token={self.experts_per_token} must be "
             f"num_experts={self.num_experts}",
         )
+        self._check_kv_heads()
+        _require(
+            self.mtp_kind != "eagle" or self.mtp_depth <= 1,
+            f"mtp_kind='eagle' is a single head that reads its own output: mtp_depth={self.mtp_depth} must be 1",
+        )
+        _require(
+            self.mtp_input == "normed" or self.mtp_kind in ("deepseek", "meta") or self.mtp_depth == 0,
+            f"mtp_kind={self.mtp_kind!r} has no norm of its own: mtp_input={self.mtp_input!r} must be 'normed'",
+        )
         _require(self.rope_head_dim % 2 == 0, f"rope_head_dim={self.rope_head_dim} is odd")
         _require(self.capacity_factor > 0, f"capacity_factor={self.capacity_factor} is not positive")
         _require(self.rope_theta > 0, f"rope_theta={self.rope_theta} is not positive")
@@ -192,10 +204,31 @@ class ModelConfig:
             f"max_positions={self.max_positions} is beyond YaRN's reach of {reach} x {self.yarn.factor:g}",
         )
 
+    def _check_kv_heads(self) -> None:
+        count, gqa = self.num_kv_heads, self.attention == "gqa"
+        _require(
+            gqa == (count is not None),
+            f"num_kv_heads={count} with attention={self.attention!r}: it is for 'gqa', which needs it",
+        )
+        _require(count is None or count > 0, f"num_kv_heads={count} is not positive")
+        _require(
+            self.num_heads % self.kv_heads == 0, f"num_kv_heads={count} does not divide num_heads={self.num_heads}"
+        )
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads that have keys and values of their own; MLA's are formed for every head."""
+        return self.num_kv_heads or (1 if self.attention == "mqa" else self.num_heads)
+
     @property
     def num_sparse_layers(self) -> int:
         """Layers of the trunk that route."""
         return self.num_layers - self.num_dense_layers
+
+    @property
+    def num_sparse_heads(self) -> int:
+        """Multi-token heads that route: each has a block of experts."""
+        return self.mtp_depth if self.mtp_kind in ("deepseek", "meta") else 0
 
 
 @dataclass(frozen=True)
@@ -271,6 +304,7 @@ class RunConfig:
     keep: int = 3  # checkpoints kept
     log_every: int = 10
     seed: int = 0
+    trunk: str | None = None  # a run whose last trunk is taken and held still: the multi-token heads alone train
 
     def __post_init__(self):
         _check_types(self)
@@ -287,6 +321,10 @@ class RunConfig:
         _require(
             self.data.seq_len > self.model.mtp_depth + 1,
             f"seq_len={self.data.seq_len} leaves no target for mtp_depth={self.model.mtp_depth}",
+        )
+        _require(
+            self.trunk is None or self.model.mtp_depth > 0,
+            f"mtp_depth={self.model.mtp_depth} leaves nothing to train on the frozen trunk {self.trunk!r}",
         )
 
 

@@ -7,19 +7,21 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dsv3_jax.cache import elements_per_token
+from dsv3_jax.cache import bytes_per_token, elements_per_token, pick_kind
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.transformer import abstract
+
+HEADS = {"deepseek": "MTP modules", "meta": "Meta heads", "medusa": "Medusa heads", "eagle": "EAGLE head"}
 
 
 @dataclass(frozen=True)
 class Size:
-    """Counts of one model. The MTP modules are apart, as in the reports' 671B."""
+    """Counts of one model. The multi-token heads are apart, as in the reports' 671B."""
 
-    total: int  # parameters without MTP modules
+    total: int  # parameters without multi-token heads
     active: int  # of these, what one token is multiplied with (the embedding is looked up, not multiplied)
-    mtp: int  # parameters of the MTP modules
-    mtp_active: int
+    mtp: int  # parameters of the multi-token heads
+    mtp_active: int  # with the shared unembedding, once a head
     parts: dict[str, int]  # total, by kind
     attention_flops: int  # score and value products of one token over a full context, forward
     cache_elements: dict[str, int]
@@ -73,9 +75,14 @@ def _kind(path: tuple[str, ...]) -> str:
     return "router and norms"
 
 
-def train_flops_per_token(cfg: ModelConfig, *, with_mtp: bool = True) -> int:
-    """FLOPs a trained token: 6 for each active parameter (2 forward, 4 backward). Attention scores are not counted."""
+def train_flops_per_token(cfg: ModelConfig, *, with_mtp: bool = True, trunk_held: bool = False) -> int:
+    """FLOPs a trained token: 6 for each active parameter (2 forward, 4 backward). Attention scores are not counted.
+
+    With `trunk_held` the heads alone train: 2 for the trunk's, and 4 for the unembedding that the heads share.
+    """
     counted = size(cfg)
+    if trunk_held:
+        return 2 * counted.active + 6 * counted.mtp_active - 2 * cfg.mtp_depth * cfg.vocab_size * cfg.dim
     return 6 * (counted.active + (counted.mtp_active if with_mtp else 0))
 
 
@@ -123,7 +130,8 @@ def describe(cfg: ModelConfig, name: str) -> list[tuple[str, str]]:
     counted = size(cfg)
     context = min(4096, cfg.max_positions)
     bits = np.dtype("uint16").itemsize if cfg.compute_dtype == "bfloat16" else 4
-    latent, mha = counted.cache_elements["latent"] * bits, counted.cache_elements["mha"] * bits
+    kind = pick_kind(cfg, None)
+    row, mha = counted.cache_elements[kind], counted.cache_elements["mha"]
     forward = 2 * counted.active
     lines = [
         ("model", name),
@@ -132,13 +140,14 @@ def describe(cfg: ModelConfig, name: str) -> list[tuple[str, str]]:
         *((f"  {kind}", short(count)) for kind, count in counted.parts.items()),
     ]
     if cfg.mtp_depth:
-        lines.append(("MTP modules", f"{short(counted.mtp)} more parameters, {short(counted.mtp_active)} active"))
+        lines.append((HEADS[cfg.mtp_kind], f"{short(counted.mtp)} more parameters, {short(counted.mtp_active)} active"))
     return lines + [
         (
             "forward",
             f"{short(forward)}FLOP a token, and {short(counted.attention_flops)}FLOP for {context} tokens back",
         ),
         ("training", f"{short(3 * forward)}FLOP a token"),
-        ("cache", f"{short(latent)}B a token ({cfg.compute_dtype}, {counted.cache_elements['latent']} numbers)"),
-        ("cache, as MHA", f"{short(mha)}B a token, {mha / latent:.1f} times as much"),
+        ("cache", f"{short(row * bits)}B a token ({cfg.compute_dtype}, {row} numbers)"),
+        ("cache, int8", f"{short(bytes_per_token(cfg, kind, 'int8'))}B a token, scales included"),
+        ("cache, as MHA", f"{short(mha * bits)}B a token, {mha / row:.1f} times as much"),
     ]

@@ -26,7 +26,7 @@ def evaluate(
     """Measure a model on held-out batches.
 
     Returns: val_loss (nats a token), val_bits_per_byte, max_vio_global (mean over layers), mtp_acceptance (list, a
-    share a depth), load ([L, E] float array: the trunk's sparse layers, then the MTP blocks), and
+    share a depth), load ([L, E] float array: the trunk's sparse layers, then the heads with experts), and
     bits_per_byte_by_domain where `domains` names them. Bits a byte divide by the bytes of the target tokens; special
     tokens have none, but their cost counts.
     """

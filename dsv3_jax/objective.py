@@ -1,23 +1,31 @@
 """What training minimises: L = L_main + (λ/M)·Σ_k L_k + balance losses, each L a mean over positions with a target.
 
+L_k is the cross-entropy of head k on the text's own tokens, whatever its kind. EAGLE's head has 0.1 times that, and
+a regression onto the trunk's next hidden state (arXiv 2401.15077, section 3.2; the paper takes the trunk's
+distribution for the target in place of the tokens, and adds noise to what the head reads).
 Source: DeepSeek-V3 report, equations 17-25.
 """
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dsv3_jax.modules.moe import LayerRouting
 from dsv3_jax.modules.transformer import Trace, Transformer
-from dsv3_jax.ops.losses import chunked_cross_entropy, token_scores
+from dsv3_jax.ops.losses import chunked_cross_entropy, smooth_l1, token_scores
+
+EAGLE_TOKEN_WEIGHT = 0.1  # of the cross-entropy, where the regression weighs 1
 
 
 class Losses(NamedTuple):
-    """One batch's losses; float32 scalars, and load [Lmoe + M, E]: the trunk's sparse layers, then the MTP blocks."""
+    """One batch's losses; float32 scalars, and load [L, E]: the trunk's sparse layers, then the heads with experts."""
 
     total: Array
     main: Array  # nats a token
     mtp: Array  # [M] nats a token
+    feature: Array  # EAGLE's regression, mean over positions and entries; 0 for other kinds
     balance: Array
     accuracy: Array  # share of next tokens that are the argmax
     load: Array
@@ -43,6 +51,7 @@ def losses(
     *,
     counts: Float[Array, " depths"] | None = None,
     share: float = 1.0,
+    heads_only: bool = False,
 ) -> Losses:
     """All losses of a batch.
 
@@ -51,6 +60,8 @@ def losses(
         mtp_weight: λ.
         counts: what to divide the sums by, from `target_counts`; of the whole batch where this is a part of one.
         share: of the whole batch that this part is: the weight of its balance losses.
+        heads_only: the total is the multi-token heads' alone, (1/M)·Σ_k L_k and their balance losses: of λ nothing is
+            left, for there is no other loss to weigh them against.
     """
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
     trace = model.trace(tokens, segment_ids, batch["positions"])
@@ -67,27 +78,39 @@ def losses(
         nats.append(total / counts[ahead - 1])
         correct.append(right / counts[ahead - 1])
     main, mtp = nats[0], jnp.stack(nats[1:]) if nats[1:] else jnp.zeros((0,), jnp.float32)
-    load, balance, dropped = _routing_sums(trace)
-    balance = balance * share
-    total = main + balance
-    if len(nats) > 1:
-        total = total + mtp_weight * mtp.mean()
-    return Losses(total, main, mtp, balance, correct[0], load, dropped * share)
+    feature, heads = jnp.zeros((), jnp.float32), mtp.mean() if nats[1:] else jnp.zeros((), jnp.float32)
+    if model.cfg.mtp_kind == "eagle" and nats[1:]:
+        feature = _regression(trace, segment_ids) / counts[1]
+        heads = feature + EAGLE_TOKEN_WEIGHT * heads
+    balance = _balance(trace, heads_only) * share
+    load, dropped = _load(trace)
+    total = heads + balance if heads_only else main + balance + mtp_weight * heads
+    return Losses(total, main, mtp, feature, balance, correct[0], load, dropped * share)
 
 
-def _routing_sums(trace: Trace) -> tuple[Array, Array, Array]:
-    loads, balance, dropped = [], jnp.zeros((), jnp.float32), []
-    if trace.routing is not None:
-        loads.append(trace.routing.load)
-        balance = balance + trace.routing.balance_loss.sum()
-        dropped.append(trace.routing.dropped)
-    for r in trace.mtp_routing:
-        loads.append(r.load[None])
-        balance = balance + r.balance_loss
-        dropped.append(r.dropped[None])
-    if not loads:
-        return jnp.zeros((0, 1), jnp.float32), balance, jnp.zeros((), jnp.float32)
-    return jnp.concatenate(loads), balance, jnp.concatenate(dropped).mean()
+def _regression(trace: Trace, segment_ids: Array) -> Array:
+    """Of what EAGLE's head makes of position i onto h_{i+1}, summed over the positions whose token i+2 counts."""
+    mask = targets(segment_ids, segment_ids, 2)[1]
+    made, wanted = trace.mtp_h[0][:, : mask.shape[1]], jax.lax.stop_gradient(trace.h[:, 1:-1])
+    return (smooth_l1(made, wanted) * mask.astype(jnp.float32)).sum()
+
+
+def _routings(trace: Trace, heads_only: bool = False) -> list[LayerRouting]:
+    """Of the trunk's sparse layers, then of the heads that have experts; each with a leading layer axis."""
+    heads = [jax.tree.map(lambda x: x[None], r) for r in trace.mtp_routing]
+    return heads if heads_only or trace.routing is None else [trace.routing, *heads]
+
+
+def _balance(trace: Trace, heads_only: bool = False) -> Array:
+    return sum((r.balance_loss.sum() for r in _routings(trace, heads_only)), jnp.zeros((), jnp.float32))
+
+
+def _load(trace: Trace) -> tuple[Array, Array]:
+    """(load [L, E], share of assignments dropped, mean over layers)."""
+    routings = _routings(trace)
+    if not routings:
+        return jnp.zeros((0, 1), jnp.float32), jnp.zeros((), jnp.float32)
+    return jnp.concatenate([r.load for r in routings]), jnp.concatenate([r.dropped for r in routings]).mean()
 
 
 class Scores(NamedTuple):
@@ -95,16 +118,16 @@ class Scores(NamedTuple):
 
     nll: Float[Array, "B S"]  # S = T-1: nats of each next token
     mask: Bool[Array, "B S"]
-    agree: Float[Array, " M"]  # positions where MTP depth k drafts what the model itself then says
+    agree: Float[Array, " M"]  # positions where head k drafts what the model itself then says
     drafted: Float[Array, " M"]  # positions counted
     load: Float[Array, "L E"]
 
 
 def scores(model: Transformer, batch: dict[str, Array]) -> Scores:
-    """Negative log-likelihoods, and how often each MTP depth's draft would be accepted under greedy decoding.
+    """Negative log-likelihoods, and how often each head's draft would be accepted under greedy decoding.
 
-    Depth k at position i drafts token i+k+2; the model, shown the true tokens up to i+k+1, says its own. A draft
-    at depth k counts where all shallower ones were right as well, as in a chain.
+    Head k (from 0) at position i drafts token i+k+2; the model, shown the true tokens up to i+k+1, says its own. A
+    draft of head k counts where all before it were right as well, for parallel heads as for a chain.
     """
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
     trace = model.trace(tokens, segment_ids, batch["positions"])
@@ -122,7 +145,7 @@ def scores(model: Transformer, batch: dict[str, Array]) -> Scores:
         agree.append(alive.sum(dtype=jnp.float32))
     none = jnp.zeros((0,), jnp.float32)
     return Scores(
-        nll, mask, jnp.stack(agree) if agree else none, jnp.stack(drafted) if drafted else none, _routing_sums(trace)[0]
+        nll, mask, jnp.stack(agree) if agree else none, jnp.stack(drafted) if drafted else none, _load(trace)[0]
     )
 
 

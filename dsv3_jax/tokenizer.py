@@ -70,6 +70,11 @@ class Tokenizer(abc.ABC):
         """The bytes that `ids` stand for: whole characters only where the ids hold them whole."""
         return b"".join(self._token_bytes[i] for i in map(index, ids) if 0 <= i < self.vocab_size)
 
+    def same_ids(self, other: "Tokenizer") -> bool:
+        """Whether every id stands for the same bytes in both."""
+        mine, theirs = ((t._token_bytes, t.eos_id, t._fim_ids) for t in (self, other))
+        return mine == theirs
+
     def stream(self) -> "Stream":
         """A decoder for ids that arrive a few at a time."""
         return Stream(self)

@@ -6,7 +6,8 @@ each evaluation), tensorboard/, and two pictures, routing.png and training.png. 
     1. the folder is claimed, or found to be this very run's; another run's is refused
     2. the last whole checkpoint is restored: parameters, optimizer, router bias, step and place in the data
     3. metrics after that step are dropped, for they are about to be made again
-    4. without a checkpoint, training begins at step 0 from the run's seed
+    4. without a checkpoint, training begins at step 0 from the run's seed, on another run's trunk where `trunk` names
+       one: its multi-token heads then train alone
 """
 
 import signal
@@ -23,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dsv3_jax import data, sharding, tokenizer
-from dsv3_jax.checkpoint import Checkpoints, claim
+from dsv3_jax import data, frozen, sharding, tokenizer
+from dsv3_jax.checkpoint import RUN_FILE, Checkpoints, claim
 from dsv3_jax.config import RunConfig
 from dsv3_jax.counting import train_flops_per_token
 from dsv3_jax.evaluate import evaluate
@@ -72,20 +73,25 @@ def fit(
         stop_after: save and return once this step is reached, as SIGTERM would have it.
         quiet: print nothing.
     Raises:
-        ValueError: another run's folder, unreadable data, a tokenizer larger than the vocabulary, or a loss that is
-            not finite (NonFiniteLoss); the last good checkpoint stays. ConfigError: batch or experts that cannot be
-            cut over the mesh.
+        ValueError: another run's folder, unreadable data, a tokenizer larger than the vocabulary, a trunk of another
+            model, or a loss that is not finite (NonFiniteLoss); the last good checkpoint stays. ConfigError: batch or
+            experts that cannot be cut over the mesh.
         OSError: no room for a checkpoint; the ones before stay.
     """
     if mesh is not None:
         sharding.check(mesh, run)
-    words = tokenizer.load(run.data.tokenizer)
+    out = Path(out)
+    spec = frozen.tokenizer_of(run, out)
+    words = tokenizer.load(spec)
+    if run.trunk is not None and not (out / RUN_FILE).exists():
+        frozen.check(run, words)  # before anything is written
     data.check_vocab(words, run.model.vocab_size)
     corpus = data.load_corpus(run.data)
     batches = data.train_batches(corpus, words, run.data)
     held_out = data.val_batches(corpus, words, run.data, run.eval_batches)
-    out = Path(out)
     claim(out, run)
+    if spec != run.data.tokenizer:
+        frozen.copy_tokenizer(spec, run)
     peak = _peak(run, mesh)
     with (
         Progress(run.steps, quiet=quiet) as progress,
@@ -96,8 +102,11 @@ def fit(
         progress.say(_describe(corpus))
         found = checkpoints.restore(mesh)
         resumed_from = None
-        if found is None:
+        if found is None and run.trunk is None:
             state = init_state(run, mesh)
+        elif found is None:
+            state, at = frozen.start(run, words, mesh)
+            progress.say(f"the trunk is that of step {at} in {run.trunk}; the multi-token heads alone train")
         else:
             state, place = found
             batches.set_state(place)
@@ -142,7 +151,7 @@ def fit(
         if evaluation is None:  # the run was finished before this call
             evaluation = evaluate(model_of(run.model, state), held_out, words, corpus.domains)
         order2 = _order2(corpus, words, held_out)
-        _draw(out, evaluation, metrics, run.model.mtp_depth)
+        _draw(out, evaluation, metrics, run.model.num_sparse_heads)
         metrics.close()
         progress.finished(evaluation, order2, out)
     return Fitted(step, True, resumed_from, evaluation, order2)
@@ -171,8 +180,9 @@ def _row(step: int, found: dict) -> dict:
     row: dict = {"step": step, "loss": float(found["loss"])}
     if found["mtp_loss"].size:
         row["mtp_loss"] = [float(x) for x in found["mtp_loss"]]
-    for key in ("balance_loss", "accuracy", "grad_norm", "lr", "dropped"):
-        row[key] = float(found[key])
+    for key in ("feature_loss", "balance_loss", "accuracy", "grad_norm", "lr", "dropped"):
+        if key in found:
+            row[key] = float(found[key])
     load = jnp.asarray(found["load"])
     if load.shape[0]:
         low, high = balance.min_max(load)
@@ -191,7 +201,7 @@ class _Speed:
 
     def __init__(self, run: RunConfig, peak: float):
         self._tokens = run.data.batch_size * run.data.seq_len
-        self._flops, self._peak = train_flops_per_token(run.model), peak
+        self._flops, self._peak = train_flops_per_token(run.model, trunk_held=run.trunk is not None), peak
         self._since, self._pause = time.perf_counter(), 0.0
         self._step: int | None = None
 
@@ -243,9 +253,9 @@ def _order2(corpus: data.Corpus, words: tokenizer.Tokenizer, held_out: list[data
     return bits / max(size, 1)
 
 
-def _draw(out: Path, evaluation: dict, metrics: Metrics, mtp_depth: int) -> None:
+def _draw(out: Path, evaluation: dict, metrics: Metrics, mtp_blocks: int) -> None:
     load = np.asarray(evaluation["load"])
     if load.size:
         title = "Load of each expert on held-out text, over the layer's mean"
-        routing_heatmap(load, out / "routing.png", title=title, mtp_blocks=mtp_depth)
+        routing_heatmap(load, out / "routing.png", title=title, mtp_blocks=mtp_blocks)
     training_curves(metrics.rows(), out / "training.png")

@@ -65,13 +65,13 @@ class Oracle:
         down = x @ p["w_dkv"]
         c_kv = self.norm(down[..., : cfg.kv_latent_dim], p["kv_norm"], 1e-6)
         k_rope = self.rotate(down[:, :, None, cfg.kv_latent_dim :], positions)[:, :, 0]
-        k_nope = xp.einsum("bsc,chn->bshn", c_kv, p["w_uk"])
+        k_nope = xp.einsum("bsc,hnc->bshn", c_kv, p["w_uk"])
         scores = xp.einsum("bthn,bshn->bhts", q_nope, k_nope) + xp.einsum("bthr,bsr->bhts", q_rope, k_rope)
         m = yarn_mscale(cfg.yarn.factor, cfg.yarn.mscale_all_dim)
         scores = scores * (cfg.nope_head_dim + cfg.rope_head_dim) ** -0.5 * m**2
         mask = causal_mask(x.shape[0], short, self.segment_ids[:, :short])
         weights = self.softmax(xp.where(mask[:, None], scores, -np.inf))
-        out = xp.einsum("bhts,bshv->bthv", weights, xp.einsum("bsc,chv->bshv", c_kv, p["w_uv"]))
+        out = xp.einsum("bhts,bshv->bthv", weights, xp.einsum("bsc,hvc->bshv", c_kv, p["w_uv"]))
         return xp.einsum("bthv,hvd->btd", out, p["w_o"])
 
     def softmax(self, x):
@@ -101,8 +101,14 @@ class Oracle:
             gates = gates / (gates.sum(-1)[..., None] + 1e-20)
         return ids, gates * cfg.routed_scale, scores
 
-    def sparse(self, p, experts, x, short):
-        """One sparse block; notes what its router did."""
+    def dense(self, p, x, short):
+        """One dense block."""
+        x = x + self.attention(p["attn"], self.norm(x, p["attn_norm"], self.cfg.norm_eps), short)
+        y = self.norm(x, p["ffn_norm"], self.cfg.norm_eps)
+        return x + self.swiglu(y, *(p["ffn"][w] for w in ("w_gate", "w_up", "w_down")))
+
+    def sparse(self, p, experts, x, short, reads=0):
+        """One sparse block; notes what its router did. `reads`: how many places on stands the token that it reads."""
         xp, cfg = self.xp, self.cfg
         x = x + self.attention(p["attn"], self.norm(x, p["attn_norm"], cfg.norm_eps), short)
         y = self.norm(x, p["ffn_norm"], cfg.norm_eps)
@@ -114,8 +120,8 @@ class Oracle:
         gate = xp.einsum("btd,edf->btef", y, experts["w_gate"])
         hidden = gate / (1 + xp.exp(-gate)) * xp.einsum("btd,edf->btef", y, experts["w_up"])
         out = out + xp.einsum("btef,efd,bte->btd", hidden, experts["w_down"], weight)
-        # An MTP block's position counts while the token that it reads stands in its document.
-        here, read = self.segment_ids[:, :short], self.segment_ids[:, self.segment_ids.shape[1] - short :]
+        # A position counts while the token that it reads stands in its document.
+        here, read = self.segment_ids[:, :short], self.segment_ids[:, reads : reads + short]
         counts = (here != 0) & (here == read)
         self.routing.append((ids, gates, self.balance_loss(ids, scores, counts)))
         return x + out
@@ -124,31 +130,45 @@ class Oracle:
 
     def outputs(self, p, tokens):
         """(logits [B,T,W], list of MTP logits); `self.routing` then holds (ids, gates, balance loss), MTP's last."""
-        xp, cfg, self.routing = self.xp, self.cfg, []
+        cfg, self.routing = self.cfg, []
         length = tokens.shape[1]
         head = p["embed"].T if cfg.tie_embeddings else p["head"]
         x = p["embed"][tokens]
         for layer in range(cfg.num_dense_layers):
-            block = layer_of(p["dense"], layer)
-            x = x + self.attention(block["attn"], self.norm(x, block["attn_norm"], cfg.norm_eps), length)
-            y = self.norm(x, block["ffn_norm"], cfg.norm_eps)
-            x = x + self.swiglu(y, *(block["ffn"][w] for w in ("w_gate", "w_up", "w_down")))
+            x = self.dense(layer_of(p["dense"], layer), x, length)
         for layer in range(cfg.num_sparse_layers):
             x = self.sparse(layer_of(p["sparse"], layer), layer_of(p["experts"], layer), x, length)
         h = self.norm(x, p["norm"], cfg.norm_eps)
         logits = h @ head
-        if cfg.mtp_input == "raw":
-            h = x
-        mtp_logits = []
+        self.features = h
+        made = self.heads(p, h if cfg.mtp_input == "normed" else x, tokens)
+        self.drafted = made
+        return logits, [h @ head for h in made]
+
+    def heads(self, p, h, tokens):
+        """What each multi-token head makes of the trunk's output, for the shared unembedding."""
+        xp, cfg = self.xp, self.cfg
+        made = []
         for k in range(1, cfg.mtp_depth + 1):
-            module, short = p["mtp"][k - 1], length - k
-            embedded = self.norm(p["embed"][tokens[:, k:]], module["embed_norm"], cfg.norm_eps)
-            hidden = self.norm(h[:, :short], module["hidden_norm"], cfg.norm_eps)
-            x = xp.concatenate([embedded, hidden], axis=-1) @ module["w_eh"]
-            x = self.sparse(module["block"], layer_of(module["experts"], 0), x, short)
-            h = self.norm(x, module["norm"], cfg.norm_eps)
-            mtp_logits.append(h @ head)
-        return logits, mtp_logits
+            module, short = p["mtp"][k - 1], tokens.shape[1] - k
+            later = p["embed"][tokens[:, k:]]
+            if cfg.mtp_kind == "deepseek":
+                embedded = self.norm(later, module["embed_norm"], cfg.norm_eps)
+                hidden = self.norm(h[:, :short], module["hidden_norm"], cfg.norm_eps)
+                x = xp.concatenate([embedded, hidden], axis=-1) @ module["w_eh"]
+                x = self.sparse(module["block"], layer_of(module["experts"], 0), x, short, reads=k)
+                h = self.norm(x, module["norm"], cfg.norm_eps)  # the next depth goes on from it
+                made.append(h)
+            elif cfg.mtp_kind == "meta":
+                x = self.sparse(module["block"], layer_of(module["experts"], 0), h[:, :short], short)
+                made.append(self.norm(x, module["norm"], cfg.norm_eps))
+            elif cfg.mtp_kind == "medusa":
+                x = h[:, :short] @ module["w"]
+                made.append(h[:, :short] + x / (1 + xp.exp(-x)))
+            else:
+                x = xp.concatenate([later, h[:, :short]], axis=-1) @ module["w_eh"]
+                made.append(self.dense(module["block"], x, short))
+        return made
 
     # the loss
 
@@ -173,6 +193,17 @@ class Oracle:
         picked = self.xp.take_along_axis(probs, wanted[..., None], axis=-1)[..., 0]
         return -self.xp.log(picked), (here == there) & (here != 0)
 
+    def regression(self):
+        """SmoothL1 between EAGLE's f_{i+1} and the trunk's h_{i+1}, where t_{i+2} stands in the document of t_i."""
+        wanted = self.features if self.xp is np else jax.lax.stop_gradient(self.features)
+        total, count = 0.0, 0
+        for b, i in np.ndindex(wanted.shape[0], wanted.shape[1] - 2):
+            if 0 < self.segment_ids[b, i] == self.segment_ids[b, i + 2]:
+                d = abs(self.drafted[0][b, i] - wanted[b, i + 1])
+                total = total + self.xp.where(d < 1, d * d / 2, d - 0.5).mean()
+                count += 1
+        return total / count
+
     def losses(self, p, tokens, mtp_weight):
         """(total, main, list of MTP losses, balance)."""
         logits, mtp_logits = self.outputs(p, tokens)
@@ -183,5 +214,8 @@ class Oracle:
         balance = sum(b for _, _, b in self.routing)
         total = means[0] + balance
         if means[1:]:
-            total = total + mtp_weight / len(means[1:]) * sum(means[1:])
+            heads = sum(means[1:]) / len(means[1:])
+            if self.cfg.mtp_kind == "eagle":
+                heads = 0.1 * heads + self.regression()
+            total = total + mtp_weight * heads
         return total, means[0], means[1:], balance

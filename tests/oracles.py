@@ -74,11 +74,11 @@ def attention_jnp(q, k, v, mask, *, scale):
 def mla(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, mask, *, scale):
     """f64[B,T,H,V]: keys and values are expanded from the latent, one head and one query at a time."""
     batch, length, heads, _ = q_nope.shape
-    out = np.zeros((batch, length, heads, w_uv.shape[-1]))
+    out = np.zeros((batch, length, heads, w_uv.shape[1]))
     for b in range(batch):
         for h in range(heads):
-            k_nope = c_kv[b] @ w_uk[:, h]  # [S,N]
-            value = c_kv[b] @ w_uv[:, h]  # [S,V]
+            k_nope = c_kv[b] @ w_uk[h].T  # [S,N]
+            value = c_kv[b] @ w_uv[h].T  # [S,V]
             for t in range(length):
                 seen = [s for s in range(mask.shape[-1]) if mask[b, t, s]]
                 scores = np.array(

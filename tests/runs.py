@@ -23,7 +23,7 @@ from dsv3_jax import optim, train
 from dsv3_jax.config import Balance, DataConfig, ModelConfig, OptimConfig, RunConfig, to_dict
 from dsv3_jax.modules.moe import RouterBias
 from dsv3_jax.presets import recipe
-from dsv3_jax.train_step import TrainState
+from dsv3_jax.train_step import TrainState, trained_and_held
 
 # Two sparse layers and an MTP block, so that every kind of router bias is there; little else, to compile fast.
 MODEL = ModelConfig(
@@ -105,7 +105,7 @@ def make_run(text: str, **changes) -> RunConfig:
 def fresh_state(run: RunConfig, step: int = 0) -> TrainState:
     """Parameters and signed biases by NumPy, anew in each call, for a step takes its state away."""
     params, bias = nnx.split(random_model(run.model), nnx.Param, RouterBias)[1:]
-    return TrainState(params, bias, optim.init(params), jnp.asarray(step, jnp.int32))
+    return TrainState(params, bias, optim.init(trained_and_held(run, params)[0]), jnp.asarray(step, jnp.int32))
 
 
 def packed_batch(rng: np.random.Generator, segment_ids: np.ndarray) -> dict[str, jax.Array]:

@@ -10,6 +10,7 @@ import pytest
 
 from dsv3_jax.ops import mla
 from dsv3_jax.ops.attention import causal_attention
+from dsv3_jax.ops.cached_attention import Stored
 
 SEGMENTS = {  # rows of packed documents; 0 is padding
     5: [[1, 1, 2, 2, 2], [1, 1, 1, 0, 0]],
@@ -128,45 +129,53 @@ SCALE = 0.37
 
 
 def latents(rng):
-    shapes = ((B, T, H, N), (B, T, H, R), (B, T, C), (B, T, R), (C, H, N), (C, H, V))
+    shapes = ((B, T, H, N), (B, T, H, R), (B, T, C), (B, T, R), (H, N, C), (H, V, C))
     return draw(rng, *shapes)
 
 
 SEGMENT_IDS = np.array([[1] * 4 + [2] * 7, [1] * 5 + [2] * 6], np.int32)
 
 
+ZERO = jnp.zeros((), jnp.int32)
+
+
 @pytest.mark.parametrize("summed", [False, True])
-def test_expanded_equals_absorbed_equals_oracle(x64, rng, summed):
+def test_expanded_equals_oracle(x64, rng, summed):
     arrays = latents(rng)
-    q_nope, q_rope, c_kv, k_rope, w_uk, w_uv = arrays
     mask = oracles.causal_mask(B, T, SEGMENT_IDS)
     expected = oracles.mla(*map(np.asarray, arrays), mask, scale=SCALE)
-
     expanded = mla.expanded(*arrays, scale=SCALE, segment_ids=jnp.asarray(SEGMENT_IDS), summed=summed)
     np.testing.assert_allclose(expanded, expected, atol=1e-9)
 
-    cache = jnp.concatenate([c_kv, k_rope], axis=-1)
-    absorbed = mla.absorbed(q_nope, q_rope, cache, jnp.asarray(mask), w_uk, w_uv, scale=SCALE, summed=summed)
-    np.testing.assert_allclose(absorbed, expanded, atol=1e-9)
-
 
 @pytest.mark.parametrize("summed", [False, True])
-def test_absorbed_step_over_a_longer_ragged_cache(x64, rng, summed):
-    """The last two tokens of rows of length 11 and 7 in a cache of 16 whose free rows hold rubbish."""
+@pytest.mark.parametrize("block", [3, 4, 16])  # 11 rows: blocks that fit, that overlap, and a single one
+def test_expanded_equals_absorbed(x64, rng, summed, block):
+    q_nope, q_rope, c_kv, k_rope, w_uk, w_uv = arrays = latents(rng)
+    stored = Stored(jnp.concatenate([c_kv, k_rope], axis=-1)[None, :, None], None)
+    last = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    absorbed = mla.absorbed(
+        q_nope, q_rope, stored, ZERO, last, w_uk, w_uv, scale=SCALE, summed=summed, block=block
+    )  # fmt: skip
+    np.testing.assert_allclose(absorbed, mla.expanded(*arrays, scale=SCALE, summed=not summed), atol=1e-9)
+
+
+@pytest.mark.parametrize("block", [3, 5, 16])
+def test_absorbed_step_over_a_longer_ragged_cache(x64, rng, block):
+    """The last two tokens of rows of length 11 and 7 in layer 1 of a cache of 16 whose free rows hold rubbish."""
     q_nope, q_rope, c_kv, k_rope, w_uk, w_uv = latents(rng)
     whole = oracles.mla(
         *map(np.asarray, (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv)), oracles.causal_mask(B, T), scale=SCALE
     )
-    cache = np.full((B, 16, C + R), 1e3)
+    cache = np.full((2, B, 1, 16, C + R), 1e3)
     lengths = (11, 7)
     for b, length in enumerate(lengths):
-        cache[b, :length, :C] = c_kv[b, :length]
-        cache[b, :length, C:] = k_rope[b, :length]
-    queries = np.array([[length - 2, length - 1] for length in lengths])
-    valid = np.arange(16)[None, None, :] <= queries[..., None]
+        cache[1, b, 0, :length, :C] = c_kv[b, :length]
+        cache[1, b, 0, :length, C:] = k_rope[b, :length]
+    queries = np.array([[length - 2, length - 1] for length in lengths], np.int32)
     rows = np.arange(B)[:, None]
     step = mla.absorbed(
-        q_nope[rows, queries], q_rope[rows, queries], jnp.asarray(cache), jnp.asarray(valid), w_uk, w_uv,
-        scale=SCALE, summed=summed,
+        q_nope[rows, queries], q_rope[rows, queries], Stored(jnp.asarray(cache), None), ZERO + 1, jnp.asarray(queries),
+        w_uk, w_uv, scale=SCALE, block=block,
     )  # fmt: skip
     np.testing.assert_allclose(step, whole[rows, queries], atol=1e-9)

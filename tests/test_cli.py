@@ -58,6 +58,23 @@ BAD = {
     "too long": ("train tiny --out {new} --data.seq-len 4096", "seq_len=4096 is more than"),
     "microbatches": ("train tiny --out {new} --optim.microbatches 3", "microbatches=3 does not divide"),
     "mesh": ("train tiny --out {new} --mesh rows=2", "mesh 'rows=2' is not of the form data=N,expert=N"),
+    "no trunk": ("train tiny --out {new} --trunk {absent}", "{absent} holds no run"),
+    "trunk without checkpoint": ("train tiny --out {new} --trunk {claimed}", "{claimed} holds no checkpoint"),
+    "another trunk": ("train tiny --out {new} --trunk={run} --model.num-heads 4", "{run} has model.num_heads 2, not 4"),
+    "trunk of another vocabulary": (
+        "train tiny --out {new} --trunk {run} --model.vocab-size 300",
+        "{run} has model.vocab_size 260, not 300",
+    ),
+    "trunk of other tokens": (
+        "train tiny --out {new} --trunk {run} --data.tokenizer {words}",
+        "{run} has the tokenizer 'bytes', whose ids are not those of '{words}'",
+    ),
+    "trunk without heads": (
+        "train tiny --out {new} --trunk {run} --model.mtp-depth 0",
+        "mtp_depth=0 leaves nothing to train on the frozen trunk '{run}'",
+    ),
+    "option without value": ("train tiny --out {new} --trunk", "--trunk"),
+    "two EAGLE heads": ("info tiny --mtp-kind eagle --mtp-depth 2", "mtp_depth=2 must be 1"),
     "no data": ("train tiny --out {new} --data.paths {absent}", "{absent}"),
     "empty file": ("train tiny --out {new} --data.paths {empty}", "{empty}"),
     "empty folder": ("train tiny --out {new} --data.paths {hollow}", "{hollow}"),
@@ -102,6 +119,7 @@ GOOD = {
     "nothing": "",
     "info": "info v3",
     "changed info": "info v3 --mtp-depth 0",
+    "info of heads": "info v3 --mtp-kind medusa --mtp-depth 3",
     "eval": "eval {run} --batches 2",
     "greedy": "generate {run} --prompt abc --max-new-tokens 20 --temperature 0",
     "tokenizer": "tokenizer {made} --paths {text} --vocab-size 280",
@@ -196,7 +214,7 @@ def test_bad_input_writes_nothing(answers, place):
     ("command", "options"),
     [
         ("demo", ["--out", "--short"]),
-        ("train", ["--out", "--steps", "--model.router", "--optim.learning-rate", "--data.paths", "--mesh"]),
+        ("train", ["--out", "--steps", "--model.router", "--optim.learning-rate", "--data.paths", "--mesh", "--trunk"]),
         ("eval", ["--batches", "--paths"]),
         ("generate", ["--prompt", "--temperature", "--top-p"]),
         ("bench", ["dsv3 bench decode RUN"]),
@@ -232,6 +250,8 @@ def test_info_is_the_reports_model(answers):
     assert lines["MTP modules"].startswith("11.61B more")
     assert "35136 numbers" in lines["cache"] and lines["cache"].startswith("70.27KB a token (bfloat16")
     assert "71.1 times as much" in lines["cache, as MHA"]
+    code, out, err = answers["info of heads"]
+    assert (code, err) == (0, "") and re.search(r"Medusa heads +154\.1M more parameters, 2\.934B active", out)
     code, out, err = answers["changed info"]
     assert (code, err) == (0, "") and "v3, changed" in out and "MTP" not in out
 

@@ -43,13 +43,18 @@ def slow_size(cfg: ModelConfig) -> tuple[int, int, int, int]:
     dense = cfg.num_dense_layers * (outside + 3 * d * cfg.dense_dim)
     table = cfg.vocab_size * d
     trunk = dense + cfg.num_sparse_layers * always + d + table  # with the head; the embedding is the other table
-    joint = 2 * d * d + 3 * d + always
     m, k, e = cfg.mtp_depth, cfg.experts_per_token, cfg.num_experts
+    own, routed = {
+        "deepseek": (2 * d * d + 3 * d + always, ffn),
+        "meta": (d + always, ffn),
+        "medusa": (d * d, 0),
+        "eagle": (2 * d * d + outside + 3 * d * cfg.dense_dim, 0),
+    }[cfg.mtp_kind]
     return (
         trunk + cfg.num_sparse_layers * e * ffn + (0 if cfg.tie_embeddings else table),
         trunk + cfg.num_sparse_layers * k * ffn,
-        m * (joint + e * ffn),
-        m * (joint + k * ffn + table),  # the shared head is multiplied with once more a depth
+        m * (own + e * routed),
+        m * (own + k * routed + table),  # the shared unembedding is multiplied with once more a head
     )
 
 
@@ -62,8 +67,9 @@ def slow_size(cfg: ModelConfig) -> tuple[int, int, int, int]:
         small(mtp_depth=2),
         small(tie_embeddings=True, num_dense_layers=0, num_shared_experts=3),
         small(num_dense_layers=3, q_latent_dim=None),
+        *(small(mtp_kind=kind, mtp_depth=1 if kind == "eagle" else 3) for kind in ("meta", "medusa", "eagle")),
     ],
-    ids=["tiny", "v3", "v2_lite", "two depths", "tied", "all dense"],
+    ids=["tiny", "v3", "v2_lite", "two depths", "tied", "all dense", "meta", "medusa", "eagle"],
 )
 def test_sizes_are_the_arithmetic(cfg):
     found = counting.size(cfg)
@@ -84,6 +90,9 @@ def test_flops():
     tiny = preset("tiny")
     with_mtp, without = (counting.train_flops_per_token(tiny, with_mtp=w) for w in (True, False))
     assert with_mtp - without == 6 * counting.size(tiny).mtp_active > 0
+    # on a trunk held still: forward through it, and no gradient of the unembedding
+    own, shared, active = counting.size(tiny).mtp_active, tiny.vocab_size * tiny.dim, counting.size(tiny).active
+    assert counting.train_flops_per_token(tiny, trunk_held=True) == 2 * active + 6 * (own - shared) + 4 * shared
     # scores and values: 2 FLOPs a product, 8 layers of 8 heads, 64 + 32 and 64 wide, over 100 tokens
     assert counting.size(mini, context=100).attention_flops == 2 * 8 * 8 * (96 + 64) * 100
 

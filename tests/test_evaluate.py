@@ -53,6 +53,11 @@ def model():
     return random_model(CFG)
 
 
+@pytest.fixture(scope="module")
+def parallel():
+    return random_model(replace(CFG, mtp_kind="medusa", init_std=1.0, num_layers=1))
+
+
 BATCHES = [make_batch(1), make_batch(2)]
 
 
@@ -60,7 +65,7 @@ def slow_measures(model) -> dict[str, object]:
     """Position by position; the model's own logits and routing are all that is taken from it."""
     nats, tokens, size = 0.0, 0, 0
     domains = {name: [0.0, 0] for name in ("even", "odd")}
-    load = np.zeros((CFG.num_sparse_layers + 2, CFG.num_experts))
+    load = np.zeros((model.cfg.num_sparse_layers + model.cfg.num_sparse_heads, CFG.num_experts))
     drafted, agreed = np.zeros(2), np.zeros(2)
     for batch in BATCHES:
         out = forward(model, batch["tokens"], batch["segment_ids"], batch["positions"])
@@ -100,7 +105,9 @@ def slow_measures(model) -> dict[str, object]:
     }
 
 
-def test_measures_are_the_slow_loops(model):
+@pytest.mark.parametrize("kind", ["model", "parallel"])
+def test_measures_are_the_slow_loops(kind, request):
+    model = request.getfixturevalue(kind)
     found, want = evaluate(model, BATCHES, WORDS, ("even", "odd")), slow_measures(model)
     assert found.keys() == want.keys()
     np.testing.assert_array_equal(found["load"], want["load"])

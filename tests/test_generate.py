@@ -9,8 +9,10 @@ import pytest
 from flax import nnx
 from models import forward, random_model, small
 
-from dsv3_jax.cache import elements_per_token, latent_cache
-from dsv3_jax.generate import Loop, Sampling, _decode, _prefill, check_request, generate, stream
+from dsv3_jax.cache import bytes_per_token, elements_per_token, empty_cache
+from dsv3_jax.generate import Loop, _decode, _prefill, _Static, check_request, generate, stream
+from dsv3_jax.ops.sampling import GREEDY, Sampling
+from dsv3_jax.speculative import Fresh
 
 pytestmark = pytest.mark.usefixtures("light_compiles")
 
@@ -61,11 +63,11 @@ def test_each_prompt_alone_says_the_same(model, greedy):
 
 def test_stream_gives_the_tokens_of_generate(model, greedy):
     for chunk in (1, 3, 100):
-        got = stream(model, PROMPTS[1], NEW, stop_tokens=[UNSAID], chunk=chunk)
+        got = stream(model, PROMPTS[1], NEW, stop_tokens=[UNSAID], part=chunk)
         assert next(got) == greedy[1][0]
         assert list(got) == greedy[1][1:]
     stop = greedy[1][4]
-    assert list(stream(model, PROMPTS[1], NEW, stop_tokens=[stop], chunk=3)) == until(greedy[1], stop)
+    assert list(stream(model, PROMPTS[1], NEW, stop_tokens=[stop], part=3)) == until(greedy[1], stop)
 
 
 def until(row, stop):
@@ -89,7 +91,7 @@ def test_one_compilation_a_shape(model, greedy):
     before = _prefill._cache_size(), _decode._cache_size()
     generate(model, [[7] * 22], NEW, stop_tokens=[1], seed=4)
     generate(random_model(CFG, seed=3), [[9]], NEW, stop_tokens=[2])
-    list(stream(model, [1, 2, 3], NEW, stop_tokens=[UNSAID], chunk=4))
+    list(stream(model, [1, 2, 3], NEW, stop_tokens=[UNSAID], part=4))
     generate(model, [[1], [2], [7] * 50], NEW, stop_tokens=[3])
     assert (_prefill._cache_size(), _decode._cache_size()) == before
 
@@ -110,16 +112,20 @@ def test_bfloat16_chooses_tokens_about_as_likely(light, changes, cache_dtype):
     assert np.mean(np.concatenate(lost) == 0) > 0.6
 
 
-def test_the_cache_holds_latent_rows_of_its_dtype():
-    for dtype in (jnp.float32, jnp.bfloat16):
-        cache = latent_cache(CFG, 2, 32, dtype)
-        assert cache.rows.dtype == dtype
-        assert cache.rows.shape == (3, 2, 32, 10 + 4) and cache.capacity == 32
+def test_the_cache_holds_rows_of_its_dtype():
+    for dtype, scales in ((jnp.float32, None), (jnp.bfloat16, None), (jnp.int8, (3, 2, 1, 32, 2))):
+        cache = empty_cache(CFG, 3, 2, 32, "latent", dtype)
+        assert cache.stored.rows.dtype == dtype
+        assert cache.stored.rows.shape == (3, 2, 1, 32, 10 + 4) and cache.capacity == 32
+        assert (cache.stored.scales is None) if scales is None else (cache.stored.scales.shape == scales)
         assert cache.lengths.tolist() == [0, 0]
-    counts = elements_per_token(CFG)
-    assert counts == {"latent": 3 * (10 + 4), "mha": 3 * 3 * (6 + 4 + 5)}
+        assert cache.nbytes == 2 * 32 * bytes_per_token(CFG, "latent", dtype)
+    assert empty_cache(CFG, 3, 2, 32, "expanded", jnp.float32).stored.rows.shape == (3, 2, 3, 32, 10 + 5)
+    assert elements_per_token(CFG) == {"latent": 3 * (10 + 4), "expanded": 3 * 3 * 15, "mha": 3 * 3 * (6 + 4 + 5)}
     v3 = elements_per_token(replace(CFG, **V3_HEADS))
     assert (v3["latent"], v3["mha"]) == (576, 40960)  # a layer's, as published
+    gqa = replace(CFG, num_heads=6, attention="gqa", num_kv_heads=2)
+    assert elements_per_token(gqa) == {"expanded": 3 * 2 * 15, "mha": 3 * 6 * 15}
 
 
 V3_HEADS = dict(
@@ -142,7 +148,7 @@ DRAWN = dict(temperature=1.5, top_k=30, top_p=0.95)
 def test_the_seed_decides_what_is_drawn(light):
     one, two, three = (generate(light, [[5]], NEW, seed=seed, **DRAWN).tokens for seed in (0, 0, 1))
     assert one == two != three
-    assert list(stream(light, [5], NEW, sampling=Sampling(**DRAWN), seed=0, chunk=3)) == one[0]
+    assert list(stream(light, [5], NEW, sampling=Sampling(**DRAWN), seed=0, part=3)) == one[0]
 
 
 def test_draws_stay_in_the_nucleus(light):
@@ -172,19 +178,20 @@ def test_decoding_copies_neither_experts_nor_cache(whole_compiles):
         max_positions=4096,
     )  # fmt: skip
     model, batch = random_model(cfg), 2
-    cache = latent_cache(cfg, batch, 4096, jnp.float32)
+    cache = empty_cache(cfg, 4, batch, 4096, "latent", jnp.float32)
+    none, zero = jnp.zeros(batch, jnp.int32), jnp.zeros((), jnp.int32)
+    fresh = Fresh(jnp.zeros((batch, 1, cfg.dim)), none[:, None], none + 1, none, none)
     loop = Loop(
-        cache, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool), jax.random.key(0),
-        jnp.zeros((batch, 16), jnp.int32), jnp.zeros((), jnp.int32),
-    )  # fmt: skip
+        cache, None, fresh, none > 0, jax.random.key(0), jnp.zeros((batch, 16), jnp.int32), none, zero, none[:0], zero
+    )
     stops, until = jnp.zeros(1, jnp.int32), jnp.asarray(16, jnp.int32)
-    lowered = _decode.lower(*nnx.split(model), loop, stops, until, sampling=Sampling())
+    lowered = _decode.lower(*nnx.split(model), None, loop, stops, until, static=_Static(GREEDY, 0, None))
     memory = lowered.compile().memory_analysis()
     one_layers_experts = sum(w[0].nbytes for w in model.experts.arrays())
     assert memory.temp_size_in_bytes < one_layers_experts
     # A layer's rows may be read out once (and its scores formed); the whole cache is updated where it lies.
-    assert memory.temp_size_in_bytes < cache.rows.nbytes
-    assert memory.alias_size_in_bytes >= cache.rows.nbytes
+    assert memory.temp_size_in_bytes < cache.nbytes
+    assert memory.alias_size_in_bytes >= cache.nbytes
 
 
 # requests
@@ -232,7 +239,7 @@ def test_a_request_may_fill_the_model_to_its_last_position():
     check_request(CFG, [[1] * 28], 100, Sampling(1.0, top_k=1, top_p=1.0))
 
 
-@pytest.mark.parametrize("dtype", ["int8", "nonsense", np.float64])
+@pytest.mark.parametrize("dtype", ["int4", "nonsense", np.float64])
 def test_a_cache_of_another_dtype_is_refused(model, dtype):
-    with pytest.raises(ValueError, match=r"cache_dtype=.* is not float32 or bfloat16"):
+    with pytest.raises(ValueError, match=r"cache_dtype=.* is not one of float32, bfloat16, int8, float8_e4m3$"):
         generate(model, [[1]], 1, cache_dtype=dtype)

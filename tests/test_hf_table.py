@@ -154,6 +154,7 @@ def test_unknown_configurations_are_refused(key):
         ({"router": "softmax"}, "norm_topk_prob=True"),
         ({"group_score": "max"}, "group_score='max' has no place"),
         ({"mtp_input": "raw", "mtp_depth": 1}, "mtp_input='raw' has no place"),
+        ({"mtp_kind": "medusa", "mtp_depth": 1}, "mtp_kind='medusa' has no released format: it must be 'deepseek'"),
     ],
 )
 def test_what_the_format_cannot_say_is_refused(tmp_path, changes, sentence):
@@ -164,6 +165,10 @@ def test_what_the_format_cannot_say_is_refused(tmp_path, changes, sentence):
     with pytest.raises(ConfigError):
         hf.save(random_model(cfg), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_no_heads_are_of_no_kind():
+    assert config_to_dict(small(mtp_kind="medusa")) == config_to_dict(small())
 
 
 # FP8

@@ -139,7 +139,7 @@ def test_parts_with_the_whole_batchs_counts_add_up_to_it():
     ]
     for name, *two, one in zip(want._fields, *parts, want, strict=True):
         np.testing.assert_allclose(two[0] + two[1], one, rtol=1e-6, err_msg=name)
-        assert one.size == 0 or name == "dropped" or np.abs(two[0]).max() > 0
+        assert one.size == 0 or name in ("dropped", "feature") or np.abs(two[0]).max() > 0
     assert want.total == pytest.approx(float(want.main + MTP_WEIGHT * want.mtp.mean() + want.balance), rel=1e-6)
 
 
@@ -148,8 +148,8 @@ def test_parts_with_the_whole_batchs_counts_add_up_to_it():
 
 def test_scores_equal_log_probabilities_and_a_walk_along_the_drafts():
     cfg = LIGHT
-    model = random_model(cfg)
-    tokens = np.asarray(tokens_of(cfg, BATCH, LENGTH, seed=3))
+    model = random_model(cfg, seed=2)  # seeds with which both depths draft some tokens right and some wrong
+    tokens = np.asarray(tokens_of(cfg, BATCH, LENGTH, seed=8))
     oracle = Oracle(np, cfg, SEGMENTS, POSITIONS)
     logits, mtp_logits = oracle.outputs(parameters(model), tokens)
 

@@ -98,6 +98,20 @@ def test_the_bias_follows_the_load_of_the_batch(step):
     assert not before and not after
 
 
+def test_each_head_follows_its_own_load():
+    """Rows of the load: the trunk's two sparse layers, then the heads; a trunk that is held still is not among them."""
+    bias = fresh_state(replace(RUN, model=replace(MODEL, mtp_kind="meta", mtp_depth=3))).bias
+    load = jnp.asarray(np.random.default_rng(0).integers(9, size=(5, 8)), jnp.float32)
+    heads = nnx.State({"mtp": bias["mtp"]})
+    for moving in (bias, heads):
+        after = dict(nnx.to_flat_state(train_step.updated_bias(moving, load, jnp.float32(0.5))))
+        for path, before in nnx.to_flat_state(moving):
+            rows = load[2 + path[1]] if path[0] == "mtp" else load[:2]
+            moved = 0.5 * np.sign(rows.mean(-1, keepdims=True) - rows)
+            np.testing.assert_array_equal(after.pop(path)[...], before[...] + moved)
+        assert not after
+
+
 def test_the_bias_stands_still_at_the_end(step):
     """`bias_freeze` is half of the run."""
     for at, moves in ((STEPS // 2 - 1, True), (STEPS // 2, False)):

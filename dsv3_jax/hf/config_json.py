@@ -4,7 +4,7 @@ import typing
 from typing import Any
 
 from dsv3_jax.config import ConfigError, ModelConfig, Yarn, replace
-from dsv3_jax.hf.table import BLOCK, check_router
+from dsv3_jax.hf.table import BLOCK, check_released
 
 # Ours → theirs, where the value is the same.
 _SAME = {
@@ -180,7 +180,7 @@ def config_to_dict(cfg: ModelConfig, *, fp8: bool = False, dtype: str = "bfloat1
 
     Raises: ConfigError naming a value that the released format does not have.
     """
-    check_router(cfg)
+    check_released(cfg)
     family = "deepseek_v3" if cfg.router == "sigmoid" else "deepseek_v2"
     grouped = cfg.groups_per_token < cfg.num_groups
     method = "noaux_tc" if cfg.router == "sigmoid" else "group_limited_greedy" if grouped else "greedy"
@@ -240,4 +240,6 @@ def _spoken(cfg: ModelConfig, like: ModelConfig) -> ModelConfig:
         changes |= {key: getattr(like, key) for key in ("num_groups", "groups_per_token", "group_score")}
     if cfg.yarn.factor == 1:
         changes["yarn"] = like.yarn
+    if cfg.mtp_depth == 0:
+        changes["mtp_kind"] = like.mtp_kind
     return replace(cfg, **changes)

@@ -1,7 +1,7 @@
 """The one table between released tensor names and our parameters: loading, saving and checking all read it.
 
-Released linear weights are [out, in]; ours are [in, out], with heads as an axis of their own, and like layers (and
-their experts) stacked along leading axes. Letters as in `config.py`.
+Released linear weights are [out, in]; ours are [in, out], but for w_uk and w_uv, which lie as released. Heads are an
+axis of their own, and like layers (and their experts) are stacked along leading axes. Letters as in `config.py`.
 Source: the released index files of DeepSeek-V2, V2-Lite and V3, and the reference inference code.
 """
 
@@ -53,16 +53,30 @@ class Transposed(Plain):
 
 @dataclass(frozen=True)
 class ToHeads(Plain):
-    """[H·(a + b + …), in] ↔ [in, H, a], [in, H, b], …: each head's rows hold all parts, one after the other."""
+    """[H·a, in] ↔ [in, H, a]."""
+
+    part: int
+
+    def split(self, released: np.ndarray) -> list[np.ndarray]:
+        return [released.reshape(-1, self.part, released.shape[1]).transpose(2, 0, 1)]
+
+    def join(self, ours: list[np.ndarray]) -> np.ndarray:
+        rows = ours[0].transpose(1, 2, 0)
+        return rows.reshape(-1, rows.shape[-1])
+
+
+@dataclass(frozen=True)
+class InHeads(Plain):
+    """[H·(a + b + …), in] ↔ [H, a, in], [H, b, in], …: the same rows as they lie."""
 
     parts: Shape
 
     def split(self, released: np.ndarray) -> list[np.ndarray]:
-        rows = released.reshape(-1, sum(self.parts), released.shape[1]).transpose(2, 0, 1)
-        return np.split(rows, np.cumsum(self.parts)[:-1], axis=-1)
+        rows = released.reshape(-1, sum(self.parts), released.shape[1])
+        return np.split(rows, np.cumsum(self.parts)[:-1], axis=1)
 
     def join(self, ours: list[np.ndarray]) -> np.ndarray:
-        rows = np.concatenate(ours, axis=-1).transpose(1, 2, 0)
+        rows = np.concatenate(ours, axis=1)
         return rows.reshape(-1, rows.shape[-1])
 
 
@@ -164,16 +178,16 @@ def _attention(cfg: ModelConfig, name: str, path: Path, index: Shape) -> Iterato
         return Entry(f"{name}.{part}.weight", shape, places, layout, quantized=True)
 
     if cfg.q_latent_dim is None:
-        yield linear("q_proj", (heads * qk, cfg.dim), ToHeads((qk,)), "w_q")
+        yield linear("q_proj", (heads * qk, cfg.dim), ToHeads(qk), "w_q")
     else:
         yield linear("q_a_proj", (cfg.q_latent_dim, cfg.dim), TRANSPOSED, "w_dq")
         yield _norm(f"{name}.q_a_layernorm", cfg.q_latent_dim, (*path, "q_norm"), index)
-        yield linear("q_b_proj", (heads * qk, cfg.q_latent_dim), ToHeads((qk,)), "w_uq")
+        yield linear("q_b_proj", (heads * qk, cfg.q_latent_dim), ToHeads(qk), "w_uq")
     row = cfg.kv_latent_dim + cfg.rope_head_dim
     yield linear("kv_a_proj_with_mqa", (row, cfg.dim), TRANSPOSED, "w_dkv")
     yield _norm(f"{name}.kv_a_layernorm", cfg.kv_latent_dim, (*path, "kv_norm"), index)
     parts = (cfg.nope_head_dim, cfg.v_head_dim)
-    yield linear("kv_b_proj", (heads * sum(parts), cfg.kv_latent_dim), ToHeads(parts), "w_uk", "w_uv")
+    yield linear("kv_b_proj", (heads * sum(parts), cfg.kv_latent_dim), InHeads(parts), "w_uk", "w_uv")
     yield linear("o_proj", (cfg.dim, heads * cfg.v_head_dim), FromHeads(cfg.v_head_dim), "w_o")
 
 
@@ -205,7 +219,7 @@ def tensor_table(cfg: ModelConfig, fp8: bool = False, *, dtype: str = "bfloat16"
         fp8: linear weights as float8_e4m3fn, each with its float32 `weight_scale_inv` of one scale for 128 × 128
             numbers, as DeepSeek-V3 was released.
         dtype: of what is not FP8; the router's correction bias is float32 always.
-    Raises: ConfigError for a router that the released format does not have.
+    Raises: ConfigError for a router or a kind of multi-token head that the released format does not have.
 
     Example:
         >>> from dsv3_jax.presets import preset
@@ -214,7 +228,7 @@ def tensor_table(cfg: ModelConfig, fp8: bool = False, *, dtype: str = "bfloat16"
         >>> tensor_table(preset("v3"), fp8=True)["model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv"]
         ((5, 56), 'float32')
     """
-    check_router(cfg)
+    check_released(cfg)
     table: dict[str, tuple[Shape, str]] = {}
     for entry in entries(cfg):
         if cfg.tie_embeddings and entry.copy_of and not entry.mtp:
@@ -225,7 +239,9 @@ def tensor_table(cfg: ModelConfig, fp8: bool = False, *, dtype: str = "bfloat16"
     return table
 
 
-def check_router(cfg: ModelConfig) -> None:
-    """Raises: ConfigError for a router that the released format does not have."""
+def check_released(cfg: ModelConfig) -> None:
+    """Raises: ConfigError for a router or a kind of multi-token head that the released format does not have."""
     if cfg.router not in ("sigmoid", "softmax"):
         raise ConfigError(f"router={cfg.router!r} has no released format: it must be 'sigmoid' or 'softmax'")
+    if cfg.mtp_depth and cfg.mtp_kind != "deepseek":
+        raise ConfigError(f"mtp_kind={cfg.mtp_kind!r} has no released format: it must be 'deepseek'")

@@ -1,14 +1,17 @@
-"""Multi-head latent attention as a module: its parameters, and the two ops that use them."""
+"""Attention as modules: multi-head latent attention, and the plain attention that it is held against."""
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
+from dsv3_jax.cache import Cache, Kind, write
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.layers import RMSNorm, param
 from dsv3_jax.ops import mla, rope
+from dsv3_jax.ops.attention import causal_attention
+from dsv3_jax.ops.cached_attention import cached_attention
 
 LATENT_NORM_EPS = 1e-6  # whatever norm_eps says, as the reference implementations do
 
@@ -46,36 +49,46 @@ class MLA(nnx.Module):
             self.w_uq = param(rngs, (cfg.q_latent_dim, heads, qk_dim), std)
         self.w_dkv = param(rngs, (dim, cfg.kv_latent_dim + cfg.rope_head_dim), std)
         self.kv_norm = RMSNorm(cfg.kv_latent_dim, LATENT_NORM_EPS)
-        self.w_uk = param(rngs, (cfg.kv_latent_dim, heads, cfg.nope_head_dim), std)
-        self.w_uv = param(rngs, (cfg.kv_latent_dim, heads, cfg.v_head_dim), std)
+        self.w_uk = param(rngs, (heads, cfg.nope_head_dim, cfg.kv_latent_dim), std)
+        self.w_uv = param(rngs, (heads, cfg.v_head_dim, cfg.kv_latent_dim), std)
         self.w_o = param(rngs, (heads, cfg.v_head_dim, dim), std)
         self.cfg = cfg
         self.scale = rope.softmax_scale(qk_dim, cfg.yarn)
 
-    def __call__(self, x: Float[Array, "B T D"], at: Positions) -> tuple[Array, Array]:
-        """Training and prefill. Returns (output [B, T, D], cache rows [c_kv, k_rope] [B, T, C+R])."""
+    def __call__(self, x: Float[Array, "B T D"], at: Positions, kind: Kind) -> tuple[Array, Array]:
+        """Training and prefill. Returns (output [B, T, D], what a cache of that kind remembers [B, G, T, X])."""
         q_nope, q_rope = self._queries(x, at)
-        rows = self.cache_rows(x, at)
-        c_kv, k_rope = jnp.split(rows, [self.cfg.kv_latent_dim], axis=-1)
-        w_uk, w_uv = self.w_uk[...].astype(x.dtype), self.w_uv[...].astype(x.dtype)
+        row = self._row(x, at)
+        c_kv, k_rope = jnp.split(row, [self.cfg.kv_latent_dim], axis=-1)
+        w_uk, w_uv = self._up(x)
         out = mla.expanded(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, scale=self.scale, segment_ids=at.segment_ids)
-        return self._output(out), rows
+        rows = row[:, None] if kind == "latent" else side_by_side(*mla.expand(c_kv, k_rope, w_uk, w_uv))
+        return output(self, out), rows
 
-    def decode(
-        self, x: Float[Array, "B T D"], at: Positions, cache: Float[Array, "B S CR"], valid: Bool[Array, "B T S"]
-    ) -> Array:
-        """Attention of a few new tokens to a cache that holds their own rows already: output [B, T, D]."""
+    def decode(self, x: Float[Array, "B T D"], at: Positions, cache: Cache, layer: Array) -> tuple[Array, Cache]:
+        """T new tokens attend to what the cache holds and to themselves: (output [B, T, D], the cache with them)."""
         q_nope, q_rope = self._queries(x, at)
-        w_uk, w_uv = self.w_uk[...].astype(x.dtype), self.w_uv[...].astype(x.dtype)
-        out = mla.absorbed(q_nope, q_rope, cache.astype(x.dtype), valid, w_uk, w_uv, scale=self.scale)
-        return self._output(out)
+        row = self._row(x, at)
+        w_uk, w_uv = self._up(x)
+        if cache.kind == "latent":
+            cache = write(cache, row[:, None], layer)
+            last = places(cache, x.shape[1])
+            out = mla.absorbed(q_nope, q_rope, cache.stored, layer, last, w_uk, w_uv, scale=self.scale)
+            return output(self, out), cache
+        c_kv, k_rope = jnp.split(row, [self.cfg.kv_latent_dim], axis=-1)
+        q = jnp.concatenate([q_nope, q_rope], axis=-1)
+        out, cache = attend_to_heads(q, *mla.expand(c_kv, k_rope, w_uk, w_uv), cache, layer, self.scale)
+        return output(self, out), cache
 
-    def cache_rows(self, x: Float[Array, "B T D"], at: Positions) -> Float[Array, "B T CR"]:
+    def _row(self, x: Float[Array, "B T D"], at: Positions) -> Float[Array, "B T CR"]:
         """What is remembered of each token: [normed c_kv, rotated k_rope]."""
         down = x @ self.w_dkv[...].astype(x.dtype)
         c_kv, k_rope = jnp.split(down, [self.cfg.kv_latent_dim], axis=-1)
         k_rope = rope.rotate(k_rope, at.cos, at.sin, interleaved=self.cfg.rope_interleaved)
         return jnp.concatenate([self.kv_norm(c_kv), k_rope], axis=-1)
+
+    def _up(self, x: Array) -> tuple[Array, Array]:
+        return self.w_uk[...].astype(x.dtype), self.w_uv[...].astype(x.dtype)
 
     def _queries(self, x: Array, at: Positions) -> tuple[Array, Array]:
         if self.cfg.q_latent_dim is None:
@@ -87,5 +100,84 @@ class MLA(nnx.Module):
         cos, sin = at.cos[:, :, None], at.sin[:, :, None]
         return q_nope, rope.rotate(q_rope, cos, sin, interleaved=self.cfg.rope_interleaved)
 
-    def _output(self, out: Array) -> Array:
-        return jnp.einsum("bthv,hvd->btd", out, self.w_o[...].astype(out.dtype))
+
+class GQA(nnx.Module):
+    """Attention with keys and values for each of `kv_heads` heads: MHA has one a query head, MQA a single one.
+
+    The baseline that MLA is held against. Heads are as wide as MLA's: N + R numbers of a query or key, of which R are
+    rotated, and V of a value.
+    Source: arXiv 1706.03762 (MHA), 1911.02150 (MQA), 2305.13245 (GQA).
+    """
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        dim, heads, groups, std = cfg.dim, cfg.num_heads, cfg.kv_heads, cfg.init_std
+        qk_dim = cfg.nope_head_dim + cfg.rope_head_dim
+        self.w_q = param(rngs, (dim, heads, qk_dim), std)
+        self.w_k = param(rngs, (dim, groups, qk_dim), std)
+        self.w_v = param(rngs, (dim, groups, cfg.v_head_dim), std)
+        self.w_o = param(rngs, (heads, cfg.v_head_dim, dim), std)
+        self.cfg = cfg
+        self.scale = rope.softmax_scale(qk_dim, cfg.yarn)
+
+    def __call__(self, x: Float[Array, "B T D"], at: Positions, kind: Kind) -> tuple[Array, Array]:
+        """As MLA's; there is one kind of row."""
+        q, k, v = self._project(x, at)
+        repeats = self.cfg.num_heads // self.cfg.kv_heads
+        k_heads, v_heads = (jnp.repeat(y, repeats, axis=2) for y in (k, v))
+        out = causal_attention(q, k_heads, v_heads, scale=self.scale, segment_ids=at.segment_ids)
+        return output(self, out), side_by_side(k, v)
+
+    def decode(self, x: Float[Array, "B T D"], at: Positions, cache: Cache, layer: Array) -> tuple[Array, Cache]:
+        """As MLA's."""
+        out, cache = attend_to_heads(*self._project(x, at), cache, layer, self.scale)
+        return output(self, out), cache
+
+    def _project(self, x: Array, at: Positions) -> tuple[Array, Array, Array]:
+        q, k, v = (jnp.einsum("btd,dhk->bthk", x, w[...].astype(x.dtype)) for w in (self.w_q, self.w_k, self.w_v))
+        return rotate_last(q, at, self.cfg), rotate_last(k, at, self.cfg), v
+
+
+def make_attention(cfg: ModelConfig, *, rngs: nnx.Rngs) -> MLA | GQA:
+    """The attention that a configuration asks for."""
+    return MLA(cfg, rngs=rngs) if cfg.attention == "mla" else GQA(cfg, rngs=rngs)
+
+
+def output(module: MLA | GQA, out: Float[Array, "B T H V"]) -> Float[Array, "B T D"]:
+    """Heads put together by w_o."""
+    return jnp.einsum("bthv,hvd->btd", out, module.w_o[...].astype(out.dtype))
+
+
+def rotate_last(x: Float[Array, "B T H K"], at: Positions, cfg: ModelConfig) -> Float[Array, "B T H K"]:
+    """The last R numbers of each head rotated."""
+    nope, rotated = jnp.split(x, [cfg.nope_head_dim], axis=-1)
+    rotated = rope.rotate(rotated, at.cos[:, :, None], at.sin[:, :, None], interleaved=cfg.rope_interleaved)
+    return jnp.concatenate([nope, rotated], axis=-1)
+
+
+def side_by_side(k: Float[Array, "B T G K"], v: Float[Array, "B T G V"]) -> Float[Array, "B G T KV"]:
+    """What an expanded cache remembers."""
+    return jnp.concatenate([k, v], axis=-1).swapaxes(1, 2)
+
+
+def places(cache: Cache, count: int) -> Array:
+    """Where `count` new tokens stand in the cache, int32 [B, count]: each sees all up to itself."""
+    return cache.lengths[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
+
+
+def attend_to_heads(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G V"],
+    cache: Cache,
+    layer: Array,
+    scale: float,
+) -> tuple[Float[Array, "B T H V"], Cache]:
+    """Remember T new tokens' keys and values, then let each query head attend to its key-value head's."""
+    batch, length, heads, _ = q.shape
+    groups = k.shape[2]
+    cache = write(cache, side_by_side(k, v), layer)
+    last = jnp.repeat(places(cache, length), heads // groups, axis=1)
+    q = q.reshape(batch, length, groups, heads // groups, -1).swapaxes(1, 2).reshape(batch, groups, last.shape[1], -1)
+    out = cached_attention(q, cache.stored, layer, last, parts=cache.parts, shared=False, scale=scale)
+    out = out.reshape(batch, groups, length, heads // groups, -1).swapaxes(1, 2)
+    return out.reshape(batch, length, heads, -1), cache

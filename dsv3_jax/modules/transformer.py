@@ -1,28 +1,30 @@
-"""The whole model: embedding, dense layers, sparse layers, norm, head, and the MTP chain on the side."""
+"""The whole model: embedding, dense layers, sparse layers, norm, head, and the multi-token heads on the side."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.cache import LatentCache
+from dsv3_jax.cache import Cache, Kind
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.modules.attention import Positions, positions_of
+from dsv3_jax.modules.attention import places, positions_of
 from dsv3_jax.modules.blocks import DenseBlock, SparseBlock
 from dsv3_jax.modules.layers import RMSNorm, param, scan_stack, stack
 from dsv3_jax.modules.moe import Experts, LayerRouting
-from dsv3_jax.modules.mtp import MTPModule
+from dsv3_jax.modules.mtp import make_heads, run_heads
 
 
 class Trace(NamedTuple):
     """What a forward pass leaves behind, before any head: the training loss and prefill are made from it."""
 
-    h: Array  # [B, T, D]: after the final norm
-    mtp_h: tuple[Array, ...]  # depth k (from 0): [B, T-1-k, D], normed; entry i predicts token i+k+2
+    x: Array  # [B, T, D]: the last layer's output
+    h: Array  # [B, T, D]: the same after the final norm
+    mtp_h: tuple[Array, ...]  # head k (from 0): [B, T-1-k, D], for the shared unembedding; entry i predicts token i+k+2
     routing: LayerRouting | None  # of the trunk's sparse layers, stacked along a leading axis
-    mtp_routing: tuple[LayerRouting, ...]
-    cache_rows: Array  # [L, B, T, C+R]
+    mtp_routing: tuple[LayerRouting, ...]  # of the heads that have experts
+    cache_rows: Array  # [L, B, G, T, X]: what a cache remembers, see `cache.py`
 
 
 class Output(NamedTuple):
@@ -47,7 +49,7 @@ class Transformer(nnx.Module):
         self.experts = Experts(cfg, cfg.num_sparse_layers, rngs=rngs) if cfg.num_sparse_layers else None
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.head = None if cfg.tie_embeddings else param(rngs, (cfg.dim, cfg.vocab_size), cfg.init_std)
-        self.mtp = nnx.List([MTPModule(cfg, rngs=rngs) for _ in range(cfg.mtp_depth)])
+        self.mtp = nnx.List(make_heads(cfg, rngs))
         self.cfg = cfg
 
     def __call__(
@@ -69,8 +71,8 @@ class Transformer(nnx.Module):
             self.logits(trace.h), tuple(self.logits(h) for h in trace.mtp_h), trace.routing, trace.mtp_routing
         )
 
-    def trace(self, tokens, segment_ids=None, positions=None) -> Trace:
-        """The forward pass up to the heads. Arguments as `__call__`."""
+    def trace(self, tokens, segment_ids=None, positions=None, kind: Kind = "latent") -> Trace:
+        """The forward pass up to the heads. Arguments as `__call__`; `kind` is the cache that rows are for."""
         cfg = self.cfg
         batch, length = tokens.shape
         if length > cfg.max_positions:
@@ -85,61 +87,58 @@ class Transformer(nnx.Module):
         x = self.embedding(tokens)
         rows, routing = [], None
         if self.dense is not None:
-            x, dense_rows = scan_stack(self.dense, lambda m, x, _: m(x, at), x, remat=cfg.remat)
+            x, dense_rows = scan_stack(self.dense, lambda m, x, _: m(x, at, kind), x, remat=cfg.remat)
             rows.append(dense_rows)
         if self.sparse is not None and self.experts is not None:
             experts = self.experts.arrays()
 
             def body(block, carry, layer):
                 x, thread = carry
-                x, layer_rows, layer_routing, thread = block(x, at, mask, experts, thread, layer)
+                x, layer_rows, layer_routing, thread = block(x, at, mask, experts, thread, layer, kind)
                 return (x, thread), (layer_rows, layer_routing)
 
             (x, _), (sparse_rows, routing) = scan_stack(self.sparse, body, (x, experts), remat=cfg.remat)
             rows.append(sparse_rows)
         h = self.norm(x)
-        mtp_h, mtp_routing = self._mtp_chain(h if cfg.mtp_input == "normed" else x, tokens, at, mask)
-        return Trace(h, mtp_h, routing, mtp_routing, jnp.concatenate(rows))
+        read = h if cfg.mtp_input == "normed" else x
+        mtp_h, mtp_routing = run_heads(self.mtp, self.embedding, read, tokens, at, mask, remat=cfg.remat != "none")
+        return Trace(x, h, mtp_h, routing, mtp_routing, jnp.concatenate(rows))
 
-    def _mtp_chain(self, h, tokens, at: Positions, mask):
-        out, routings = [], []
-        for k, module in enumerate(self.mtp, start=1):
-            short = tokens.shape[1] - k
-            segment_ids, counts = None, mask[:, :short]
-            if at.segment_ids is not None:
-                segment_ids = at.segment_ids[:, :short]
-                # A position whose next tokens are padding or another document's says nothing, and is not counted.
-                counts = counts & (segment_ids == at.segment_ids[:, k:])
-            cut = Positions(at.cos[:, :short], at.sin[:, :short], segment_ids)
-            run = MTPModule.__call__ if self.cfg.remat == "none" else nnx.remat(MTPModule.__call__)
-            h, routing = run(module, self.embedding(tokens[:, k:]), h[:, :short], cut, counts)
-            out.append(h)
-            routings.append(routing)
-        return tuple(out), tuple(routings)
+    def decode(self, tokens: Int[Array, "B T"], cache: Cache) -> tuple[Array, Cache]:
+        """A step of a few tokens a row, in absorbed form where the cache is latent.
 
-    def decode(self, tokens: Int[Array, "B T"], cache: LatentCache) -> tuple[Array, LatentCache]:
-        """A step of a few tokens a row, in absorbed form.
-
-        Args: tokens, which follow what the cache holds; the cache must have room for them.
-        Returns: (normed hidden states [B, T, D], the cache with the tokens in it).
+        Args: tokens, which follow what the cache holds; the cache must have room for them. Its lengths stay: the caller
+            knows how many of the tokens will count.
+        Returns: (hidden states [B, T, D] before the final norm, the cache with the tokens' rows in it).
         """
-        place = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        at = positions_of(self.cfg, place, None)
-        x, rows = self.embedding(tokens), cache.rows
+        if cache.kind == "none":
+            return self._decode_anew(tokens, cache)
+        at = positions_of(self.cfg, places(cache, tokens.shape[1]), None)
+        carry = self.embedding(tokens), cache
         if self.dense is not None:
-
-            def dense_layer(block, carry, layer):
-                return block.decode(carry[0], at, cache._replace(rows=carry[1]), layer), None
-
-            (x, rows), _ = scan_stack(self.dense, dense_layer, (x, rows))
+            carry, _ = scan_stack(
+                self.dense, lambda block, c, layer: (block.decode(c[0], at, c[1], layer), None), carry
+            )
         if self.sparse is not None and self.experts is not None:
             experts, first = self.experts.arrays(), self.cfg.num_dense_layers
 
-            def sparse_layer(block, carry, layer):
-                return block.decode(carry[0], at, cache._replace(rows=carry[1]), first + layer, experts, layer), None
+            def sparse_layer(block, c, layer):
+                return block.decode(c[0], at, c[1], first + layer, experts, layer), None
 
-            (x, rows), _ = scan_stack(self.sparse, sparse_layer, (x, rows))
-        return self.norm(x), LatentCache(rows, cache.lengths + tokens.shape[1])
+            carry, _ = scan_stack(self.sparse, sparse_layer, carry)
+        return carry
+
+    def _decode_anew(self, tokens: Array, cache: Cache) -> tuple[Array, Cache]:
+        """The step without a cache: the whole forward pass over all tokens so far."""
+        place = places(cache, tokens.shape[1])
+        rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
+        seen = cache.tokens.at[rows, place].set(tokens)
+        x = jnp.take_along_axis(self.trace(seen).x, place[..., None], axis=1)
+        return x, replace(cache, tokens=seen)
+
+    def read_by_heads(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What the multi-token heads read of the trunk's output: `mtp_input` says whether it is normed."""
+        return self.norm(x) if self.cfg.mtp_input == "normed" else x
 
     def embedding(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Rows of the embedding table, in the compute dtype."""

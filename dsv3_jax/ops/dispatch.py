@@ -172,26 +172,38 @@ def few_tokens_swiglu(
     gates: Float[Array, "n K"],
     experts: Experts,
     layer: Int[Array, ""],
+    rows: int | None = None,
 ) -> Float[Array, "n D"]:
-    """`routed_swiglu` for decoding: a loop over the distinct chosen experts, each read once from the stack.
+    """`routed_swiglu` for decoding, where the time goes into reading matrices: a loop over the chosen experts alone.
 
-    All rows are multiplied with each such expert and masked by their gates: with few rows the time goes into
-    reading matrices, so the spare products are free. Takes no gradient.
+    A visit reads one expert from the stack and multiplies it with `rows` of its tokens, the next ones too where it has
+    fewer: products of a few rows cost little more than of one. An expert with more tokens is visited again. None takes
+    1 row for a single token, else 4. Takes no gradient.
     """
+    n, num_choices = expert_ids.shape
     num_experts = experts.w_gate.shape[1]
-    rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
-    weight = jnp.zeros((x.shape[0], num_experts), x.dtype).at[rows, expert_ids].add(gates.astype(x.dtype))
-    chosen = jnp.zeros((num_experts,), jnp.bool_).at[expert_ids.reshape(-1)].set(True)
-    order = jnp.argsort(~chosen, stable=True).astype(jnp.int32)  # chosen experts first
+    rows = rows or (1 if n == 1 else 4)
+    p = plan(expert_ids, num_experts)
+    visits = -(-p.counts // rows)
+    ends = jnp.cumsum(visits, dtype=jnp.int32)
+    visit = jnp.arange(n * num_choices, dtype=jnp.int32)
+    expert = jnp.minimum(jnp.searchsorted(ends, visit, side="right").astype(jnp.int32), num_experts - 1)
+    first = p.starts[expert] + (visit - (ends - visits)[expert]) * rows
+    tokens = jnp.pad(p.order // num_choices, (0, rows))
     zero = jnp.zeros((), jnp.int32)
 
-    def add_expert(i, y):
-        e = order[i]
+    def add_visit(i, out):
         w_gate, w_up, w_down = (
-            jax.lax.dynamic_slice(w, (layer, e, zero, zero), (1, 1, *w.shape[2:])).reshape(w.shape[2:]).astype(x.dtype)
+            jax.lax.dynamic_slice(w, (layer, expert[i], zero, zero), (1, 1, *w.shape[2:]))
+            .reshape(w.shape[2:])
+            .astype(x.dtype)
             for w in experts
         )
-        h = jax.nn.silu(x @ w_gate) * (x @ w_up)
-        return y + (h * jax.lax.dynamic_slice_in_dim(weight, e, 1, axis=1)) @ w_down
+        mine = x[jax.lax.dynamic_slice(tokens, (first[i],), (rows,))]
+        h = jax.nn.silu(mine @ w_gate) * (mine @ w_up)
+        # What a visit writes of the next expert's rows, the next visit writes over.
+        return jax.lax.dynamic_update_slice(out, h @ w_down, (first[i], zero))
 
-    return jax.lax.fori_loop(0, chosen.sum(dtype=jnp.int32), add_expert, jnp.zeros_like(x))
+    out = jnp.zeros((n * num_choices + rows, x.shape[1]), x.dtype)
+    out = jax.lax.fori_loop(0, ends[-1], add_visit, out)
+    return (out[p.place] * gates.astype(x.dtype)[..., None]).sum(axis=1)

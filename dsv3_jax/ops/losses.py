@@ -1,4 +1,7 @@
-"""Cross-entropy over a large vocabulary, a chunk of tokens at a time, so that [tokens, W] never exists at once."""
+"""Cross-entropy over a large vocabulary, a chunk of tokens at a time, so that [tokens, W] never exists at once.
+
+And the regression of EAGLE's head.
+"""
 
 from functools import partial
 
@@ -42,6 +45,13 @@ def token_scores(
     n = h.shape[0]
     _, (nll, best) = jax.lax.scan(body, None, (_split(h, chunk), _split(targets, chunk)))
     return nll.T.reshape(-1)[:n], best.T.reshape(-1)[:n]
+
+
+def smooth_l1(x: Float[Array, "*n D"], target: Float[Array, "*n D"]) -> Float[Array, "*n"]:
+    """Mean over D of d²/2 where |d| < 1 and of |d| - 1/2 elsewhere, d = x - target; float32 (float64 stays)."""
+    wide = _wide(x.dtype)
+    d = jnp.abs(x.astype(wide) - target.astype(wide))
+    return jnp.where(d < 1, 0.5 * d * d, d - 0.5).mean(-1)
 
 
 def _wide(dtype):

@@ -3,14 +3,24 @@
 Training and prefill expand the latent into per-head keys and values. Decoding absorbs the up-projections into
 the query and the output instead, so that every head reads one cached row [c_kv, k_rope] a token.
 Source: DeepSeek-V2 report, section 2.1; the released reference's "naive" and "absorb" paths.
+
+The up-projections stand as [H, N, C] and [H, V, C], the released order: both forms then multiply with them as they lie.
 """
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax.ops.attention import causal_attention
+from dsv3_jax.ops.cached_attention import Stored, cached_attention
+
+
+def expand(
+    c_kv: Float[Array, "B T C"], k_rope: Float[Array, "B T R"], w_uk: Float[Array, "H N C"], w_uv: Float[Array, "H V C"]
+) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H V"]]:
+    """Per-head keys [k_nope, k_rope], K = N + R, and values; k_rope is repeated for each head."""
+    k_nope = jnp.einsum("btc,hnc->bthn", c_kv, w_uk)
+    k_heads = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
+    return jnp.concatenate([k_nope, k_heads], axis=-1), jnp.einsum("btc,hvc->bthv", c_kv, w_uv)
 
 
 def expanded(
@@ -18,8 +28,8 @@ def expanded(
     q_rope: Float[Array, "B T H R"],
     c_kv: Float[Array, "B T C"],
     k_rope: Float[Array, "B T R"],
-    w_uk: Float[Array, "C H N"],
-    w_uv: Float[Array, "C H V"],
+    w_uk: Float[Array, "H N C"],
+    w_uv: Float[Array, "H V C"],
     *,
     scale: float,
     segment_ids: Int[Array, "B T"] | None = None,
@@ -34,30 +44,26 @@ def expanded(
         summed: add two products; otherwise the halves are concatenated and k_rope repeated for each head, which
             is one larger product a head.
     """
-    k_nope = jnp.einsum("btc,chn->bthn", c_kv, w_uk)
-    v = jnp.einsum("btc,chv->bthv", c_kv, w_uv)
     if summed:
+        k_nope = jnp.einsum("btc,hnc->bthn", c_kv, w_uk)
+        v = jnp.einsum("btc,hvc->bthv", c_kv, w_uv)
         return causal_attention(q_nope, k_nope, v, scale=scale, q_rope=q_rope, k_rope=k_rope, segment_ids=segment_ids)
-    k_heads = jnp.broadcast_to(k_rope[:, :, None], q_rope.shape)
-    return causal_attention(
-        jnp.concatenate([q_nope, q_rope], axis=-1),
-        jnp.concatenate([k_nope, k_heads], axis=-1),
-        v,
-        scale=scale,
-        segment_ids=segment_ids,
-    )
+    k, v = expand(c_kv, k_rope, w_uk, w_uv)
+    return causal_attention(jnp.concatenate([q_nope, q_rope], axis=-1), k, v, scale=scale, segment_ids=segment_ids)
 
 
 def absorbed(
     q_nope: Float[Array, "B T H N"],
     q_rope: Float[Array, "B T H R"],
-    cache: Float[Array, "B S CR"],
-    valid: Bool[Array, "B T S"],
-    w_uk: Float[Array, "C H N"],
-    w_uv: Float[Array, "C H V"],
+    stored: Stored,
+    layer: Int[Array, ""],
+    last: Int[Array, "B T"],
+    w_uk: Float[Array, "H N C"],
+    w_uv: Float[Array, "H V C"],
     *,
     scale: float,
     summed: bool = False,
+    block: int | None = None,
 ) -> Float[Array, "B T H V"]:
     """MLA in latent space; per-head keys and values are never formed.
 
@@ -65,22 +71,22 @@ def absorbed(
 
     Args:
         q_nope, q_rope: queries of the T tokens being decoded.
-        cache: rows [c_kv, k_rope] of S = capacity tokens, the T new ones written in already.
-        valid: which cached rows each query may see; at least one each.
+        stored, layer: the cache, G = 1 and rows [c_kv, k_rope], the T new ones written in already; which layer of it.
+        last: the last cached row that each query may see.
         summed: add two products, otherwise one product of the concatenated halves.
+        block: rows visited at a time, see `cached_attention`.
     """
-    latent_dim = w_uk.shape[0]
-    c_kv = cache[..., :latent_dim]
-    q_latent = jnp.einsum("bthn,chn->bthc", q_nope, w_uk)
-    wide = np.promote_types(q_nope.dtype, np.float32)
-    if summed:
-        scores = jnp.einsum("bthc,bsc->bths", q_latent, c_kv, preferred_element_type=wide) + jnp.einsum(
-            "bthr,bsr->bths", q_rope, cache[..., latent_dim:], preferred_element_type=wide
-        )
-    else:
-        q = jnp.concatenate([q_latent, q_rope], axis=-1)
-        scores = jnp.einsum("bthd,bsd->bths", q, cache, preferred_element_type=wide)
-    scores = jnp.where(valid[:, :, None], scores * scale, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q_nope.dtype)
-    out = jnp.einsum("bths,bsc->bthc", weights, c_kv)
-    return jnp.einsum("bthc,chv->bthv", out, w_uv)
+    batch, length, heads, _ = q_nope.shape
+    q = jnp.concatenate([jnp.einsum("bthn,hnc->bthc", q_nope, w_uk), q_rope], axis=-1)
+    out = cached_attention(
+        q.reshape(batch, 1, length * heads, -1),
+        stored,
+        layer,
+        jnp.repeat(last, heads, axis=1),
+        parts=(w_uk.shape[-1], q_rope.shape[-1]),
+        shared=True,
+        scale=scale,
+        summed=summed,
+        block=block,
+    )
+    return jnp.einsum("bthc,hvc->bthv", out.reshape(batch, length, heads, -1), w_uv)

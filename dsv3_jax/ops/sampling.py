@@ -1,13 +1,26 @@
 """From logits to a token: greedy, temperature, top-k, top-p."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+class Sampling(NamedTuple):
+    """How the next token is chosen; temperature 0 is greedy."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+GREEDY = Sampling()
+
+
 def processed_logits(
-    logits: Float[Array, "B W"], *, temperature: float, top_k: int | None = None, top_p: float | None = None
-) -> Float[Array, "B W"]:
+    logits: Float[Array, "*n W"], *, temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> Float[Array, "*n W"]:
     """Logits after temperature, top-k and top-p, in that order; what is cut is −inf.
 
     Args:
@@ -17,7 +30,7 @@ def processed_logits(
     """
     logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
-        last = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        last = jax.lax.top_k(logits, top_k)[0][..., -1:]
         logits = jnp.where(logits < last, -jnp.inf, logits)
     if top_p is not None and top_p < 1.0:
         ordered = jnp.sort(logits, axis=-1, descending=True)
@@ -29,13 +42,13 @@ def processed_logits(
 
 
 def sample(
-    logits: Float[Array, "B W"],
+    logits: Float[Array, "*n W"],
     key: Array,
     *,
     temperature: float,
     top_k: int | None = None,
     top_p: float | None = None,
-) -> Int[Array, " B"]:
+) -> Int[Array, "*n"]:
     """One token a row, int32. Temperature 0 is greedy."""
     if temperature == 0.0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

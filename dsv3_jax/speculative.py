@@ -1,0 +1,217 @@
+"""Who drafts: a small model of its own, or the model's own multi-token heads.
+
+A drafter has two methods. `start` gives its state after a prompt; `draft` first reads the tokens that came to stand in
+the last step (`Fresh`), then drafts. What it remembers is in caches like the model's: what it wrote there for drafts
+lies beyond its lengths and is written over, so nothing is copied or undone.
+
+Letters: B sequences, J drafts a step, F = J + 1, D width, W vocabulary, M heads. t_m is the newest token; the trunk's
+hidden states are known up to position m − 1.
+"""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.cache import Cache, Kind, empty_cache, fill, pick_kind
+from dsv3_jax.modules.attention import Positions, places, positions_of
+from dsv3_jax.modules.mtp import MetaHead
+from dsv3_jax.modules.transformer import Trace, Transformer
+from dsv3_jax.ops.sampling import Sampling
+from dsv3_jax.ops.speculation import probabilities
+
+
+class Fresh(NamedTuple):
+    """What the last step of the model brought."""
+
+    h: Array  # [B, F, D]: what heads read of the trunk, from position `start` on
+    tokens: Array  # int32 [B, F]: those after, so that tokens[:, j] follows h[:, j]
+    standing: Array  # int32 [B]: how many of them stand, at least 1
+    start: Array  # int32 [B]
+    previous: Array  # int32 [B]: the token at `start`
+
+
+class Drafts(NamedTuple):
+    """J drafts a sequence, and what they were drawn from (None at temperature 0)."""
+
+    tokens: Int[Array, "B J"]
+    q: Float[Array, "B J W"] | None
+
+
+class ModelDrafter:
+    """An independent model with the target's vocabulary."""
+
+    def __init__(self, model: Transformer):
+        self.model = model
+
+    def start(self, trace: Trace, tokens: Array, lengths: Array, capacity: int, kind: Kind, dtype) -> Cache:
+        kind = pick_kind(self.model.cfg, None)
+        rows = self.model.trace(tokens, kind=kind).cache_rows
+        return fill(empty_cache(self.model.cfg, rows.shape[0], tokens.shape[0], capacity, kind, dtype), rows, lengths)
+
+    def draft(self, state: Cache, fresh: Fresh, count: int, key: Array, sampling: Sampling) -> tuple[Drafts, Cache]:
+        # Of the last two tokens one may be in the cache already: where every draft stood, the last of them is not.
+        both = jnp.concatenate([fresh.previous[:, None], fresh.tokens], axis=1)
+        place = fresh.standing[:, None] - 1 + jnp.arange(2, dtype=jnp.int32)[None]
+        tokens = jnp.take_along_axis(both, place, axis=1)
+        newest = fresh.start + fresh.standing
+        cache = replace(state, lengths=newest - 1)
+        drawn: list[tuple[Array, Array | None]] = []
+        for k in jax.random.split(key, count):
+            x, cache = self.model.decode(tokens, cache)
+            token, q = _draw(self.model.logits(self.model.norm(x[:, -1])), k, sampling)
+            drawn.append((token, q))
+            cache = replace(cache, lengths=cache.lengths + tokens.shape[1])
+            tokens = token[:, None]
+        return _together(drawn), cache
+
+
+class _Reading(NamedTuple):
+    """A chained head's state: its cache, and its output at the last position that stands."""
+
+    cache: Cache  # one layer
+    last: Array  # [B, D]
+
+
+class ChainDrafter:
+    """Heads that read the token before: DeepSeek's modules, one a draft, and then the last of them again and again.
+
+    Head k at position i reads its predecessor's output at i and token i + k, and drafts token i + k + 1. All tokens up
+    to m stand, so head k has read up to position m − k; to draft token m + k it goes on to position m − 1, over drafts.
+    An EAGLE head is a chain of one.
+    """
+
+    def __init__(self, model: Transformer):
+        self.model = model
+        self.heads: list[Any] = list(model.mtp)
+
+    def start(
+        self, trace: Trace, tokens: Array, lengths: Array, capacity: int, kind: Kind, dtype
+    ) -> tuple[_Reading, ...]:
+        cfg, h, made = self.model.cfg, self.model.read_by_heads(trace.x), []
+        kind = pick_kind(cfg, None) if kind == "none" else kind
+        for k, head in enumerate(self.heads, start=1):
+            short = tokens.shape[1] - k
+            place = jnp.broadcast_to(jnp.arange(short, dtype=jnp.int32), (tokens.shape[0], short))
+            at = positions_of(cfg, place, None)
+            h, rows = head.prefill(self.model.embedding(tokens[:, k:]), h[:, :short], at, kind)
+            read = jnp.maximum(lengths - k, 0)
+            cache = fill(empty_cache(cfg, 1, tokens.shape[0], capacity, kind, dtype), rows[None], read)
+            made.append(_Reading(cache, _pick(h, read - 1)))
+        return tuple(made)
+
+    def draft(
+        self, state: tuple[_Reading, ...], fresh: Fresh, count: int, key: Array, sampling: Sampling
+    ) -> tuple[Drafts, tuple[_Reading, ...]]:
+        state = self._read(state, fresh, min(count, len(self.heads)))
+        keys = jax.random.split(key, count)
+        drawn: list[tuple[Array, Array | None]] = []
+        path = state[0].last[:, None]  # outputs at positions m − k … m − 1 of the head that drafts
+        head, cache = self.heads[0], state[0].cache
+        for k in range(1, count + 1):
+            if k > 1:
+                tokens = jnp.stack([token for token, _ in drawn], axis=1)
+                if k <= len(self.heads):
+                    head, cache = self.heads[k - 1], state[k - 1].cache
+                else:  # beyond the depth: its own output in place of a predecessor's, one position on
+                    path, tokens = path[:, -1:], tokens[:, -1:]
+                path, cache = self._go_on(head, tokens, path, cache)
+                if k <= len(self.heads):
+                    path = jnp.concatenate([state[k - 1].last[:, None], path], axis=1)
+            drawn.append(_draw(self.model.logits(path[:, -1]), keys[k - 1], sampling))
+        return _together(drawn), state
+
+    def _read(self, state: tuple[_Reading, ...], fresh: Fresh, heads: int) -> tuple[_Reading, ...]:
+        """Each head's state after the tokens that came to stand: positions start − k + 1 … start − k + count."""
+        made, h, before = list(state), fresh.h, None
+        for k in range(1, heads + 1):
+            # A prompt shorter than the chain has no such positions at first: what would lie before 0 is left out.
+            skipped = jnp.maximum(k - 1 - fresh.start, 0)
+            if before is not None:
+                shifted = jnp.concatenate([before[:, None], h[:, :-1]], axis=1)
+                h = jnp.where((skipped > 0)[:, None, None], h, shifted)
+            tokens = _from(fresh.tokens, skipped)
+            reading = state[k - 1]
+            begin = jnp.maximum(fresh.start - k + 1, 0)
+            h, cache = self._go_on(self.heads[k - 1], tokens, h, replace(reading.cache, lengths=begin))
+            read = fresh.standing - skipped
+            last = jnp.where((read > 0)[:, None], _pick(h, read - 1), reading.last)
+            before = reading.last
+            made[k - 1] = _Reading(replace(cache, lengths=begin + jnp.maximum(read, 0)), last)
+        return tuple(made)
+
+    def _go_on(self, head, tokens: Array, h: Array, cache: Cache) -> tuple[Array, Cache]:
+        at: Positions = positions_of(self.model.cfg, places(cache, tokens.shape[1]), None)
+        h, cache = head.decode(self.model.embedding(tokens), h, at, cache)
+        return h, replace(cache, lengths=cache.lengths + tokens.shape[1])
+
+
+class ParallelDrafter:
+    """Heads that read the trunk's output alone, one draft each: Meta's, whose blocks remember, and Medusa's."""
+
+    def __init__(self, model: Transformer):
+        self.model = model
+        self.heads: list[Any] = list(model.mtp)
+
+    def start(self, trace: Trace, tokens: Array, lengths: Array, capacity: int, kind: Kind, dtype) -> tuple[Cache, ...]:
+        cfg, h, made = self.model.cfg, self.model.read_by_heads(trace.x), []
+        kind = pick_kind(cfg, None) if kind == "none" else kind
+        at = positions_of(cfg, jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape), None)
+        for head in self.heads:
+            if isinstance(head, MetaHead):
+                # All but the prompt's last position, which is fresh in the first step.
+                cache = empty_cache(cfg, 1, tokens.shape[0], capacity, kind, dtype)
+                made.append(fill(cache, head.prefill(h, at, kind)[1][None], lengths - 1))
+        return tuple(made)
+
+    def draft(
+        self, state: tuple[Cache, ...], fresh: Fresh, count: int, key: Array, sampling: Sampling
+    ) -> tuple[Drafts, tuple[Cache, ...]]:
+        made, keys = list(state), jax.random.split(key, count)
+        drawn: list[tuple[Array, Array | None]] = []
+        for k, head in enumerate(self.heads[:count]):
+            if isinstance(head, MetaHead):
+                cache = replace(state[k], lengths=fresh.start)
+                at = positions_of(self.model.cfg, places(cache, fresh.h.shape[1]), None)
+                h, made[k] = head.decode(fresh.h, at, cache)
+            else:
+                h = head.residual(fresh.h)
+            drawn.append(_draw(self.model.logits(_pick(h, fresh.standing - 1)), keys[k], sampling))
+        return _together(drawn), tuple(made)
+
+
+Drafter = ModelDrafter | ChainDrafter | ParallelDrafter
+
+
+def make_drafter(model: Transformer, draft: Transformer | None) -> Drafter:
+    """The independent model where there is one, else the model's own heads."""
+    if draft is not None:
+        return ModelDrafter(draft)
+    return ChainDrafter(model) if model.cfg.mtp_kind in ("deepseek", "eagle") else ParallelDrafter(model)
+
+
+def _draw(logits: Float[Array, "B W"], key: Array, sampling: Sampling) -> tuple[Array, Array | None]:
+    """(token int32 [B], the distribution it was drawn from)."""
+    if sampling.temperature == 0.0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), None
+    q = probabilities(logits, sampling)
+    return jax.random.categorical(key, jnp.log(q), axis=-1).astype(jnp.int32), q
+
+
+def _together(drawn: list[tuple[Array, Array | None]]) -> Drafts:
+    tokens = jnp.stack([token for token, _ in drawn], axis=1)
+    qs = [q for _, q in drawn if q is not None]
+    return Drafts(tokens, jnp.stack(qs, axis=1) if qs else None)
+
+
+def _pick(h: Float[Array, "B F D"], index: Int[Array, " B"]) -> Float[Array, "B D"]:
+    """One position a sequence; the first where the index is below 0."""
+    return jnp.take_along_axis(h, jnp.maximum(index, 0)[:, None, None], axis=1)[:, 0]
+
+
+def _from(tokens: Int[Array, "B F"], first: Int[Array, " B"]) -> Int[Array, "B F"]:
+    """Each row from its own place on; what runs over the end means nothing."""
+    place = first[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    return jnp.take_along_axis(tokens, jnp.minimum(place, tokens.shape[1] - 1), axis=1)
