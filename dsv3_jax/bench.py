@@ -17,7 +17,7 @@ from rich.table import Table
 
 from dsv3_jax import tokenizer
 from dsv3_jax.cache import pick_dtype, pick_kind
-from dsv3_jax.checkpoint import load_model
+from dsv3_jax.checkpoint import load_draft, load_model
 from dsv3_jax.config import ModelConfig, RunConfig
 from dsv3_jax.corpus import load_corpus
 from dsv3_jax.counting import decode_bytes, short
@@ -48,7 +48,7 @@ class Decode:
     cache_dtype: tuple[CacheDtype, ...] = ()
     """of cached rows; none given: the model's compute dtype"""
     draft: tuple[str, ...] = ("none",)
-    """who drafts: "none", "mtp" (the model's own heads), or the folder of another run with the same vocabulary"""
+    """who drafts: "none", "mtp" (the model's own heads), or the folder of another run with the same tokenizer"""
     draft_length: tuple[int, ...] = (1,)
     """tokens drafted a step"""
     rounds: int = 3
@@ -97,7 +97,7 @@ def decode(options: Decode) -> int:
             raise ValueError(f"{name}={min(values)} is below 1")
     model, cfg, run, step = load_model(options.run)
     drafts: dict[str, Any] = {"none": None, "mtp": "mtp"}
-    drafts |= {name: load_model(name)[0] for name in options.draft if name not in drafts}
+    drafts |= {name: load_draft(name, run) for name in options.draft if name not in drafts}
     kinds = options.cache or (pick_kind(cfg, None),)
     dtypes = options.cache_dtype or (str(pick_dtype(cfg, None)),)
     prompts = cache(lambda batch, context: held_out_prompts(run, batch, context))

@@ -275,7 +275,7 @@ def _generate(words: list[str]) -> int:
     args = _parse(Generate, words, "generate")
     _prepare()
     from dsv3_jax import tokenizer
-    from dsv3_jax.checkpoint import load_model
+    from dsv3_jax.checkpoint import load_draft, load_model
     from dsv3_jax.generate import Sampling, generate_in_parts
     from dsv3_jax.progress import Speech
 
@@ -283,11 +283,7 @@ def _generate(words: list[str]) -> int:
     text = tokenizer.load(run.data.tokenizer)
     draft: Any = args.draft
     if draft not in (None, "mtp"):
-        draft, _, other, _ = load_model(draft)
-        if not text.same_ids(tokenizer.load(other.data.tokenizer)):
-            raise ValueError(
-                f"the draft run {args.draft} has another tokenizer than {args.run}: its ids mean other text"
-            )
+        draft = load_draft(draft, run)
     parts = generate_in_parts(
         model,
         [text.encode(args.prompt)],

@@ -10,7 +10,7 @@ from flax import nnx
 from models import small
 from runs import cheap_compiles, finished, said_by
 
-from dsv3_jax import bench
+from dsv3_jax import bench, checkpoint
 from dsv3_jax.bench import Cell, Decode
 from dsv3_jax.counting import decode_bytes, distinct_experts
 from dsv3_jax.generate import Generated
@@ -139,3 +139,13 @@ def test_bad_options_are_one_sentence(options, changes, sentence):
     with pytest.raises(ValueError, match=sentence) as raised:
         bench.decode(replace(options, **changes))
     assert "\n" not in str(raised.value)
+
+
+def test_a_draft_run_must_have_the_same_tokenizer(whole, monkeypatch, tmp_path):
+    words, model = tmp_path / "tokenizer.json", abstract(whole.run.model)
+    bench.tokenizer.train_bpe(["the same words, the same words " * 9], 280, str(words))
+    other = replace(whole.run, data=replace(whole.run.data, tokenizer=str(words)))
+    monkeypatch.setattr(checkpoint, "load_model", lambda folder: (model, other.model, other, 12))
+    assert checkpoint.load_draft("other", other) is model
+    with pytest.raises(ValueError, match="the draft run other has another tokenizer"):
+        checkpoint.load_draft("other", whole.run)

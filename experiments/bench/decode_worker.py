@@ -79,7 +79,7 @@ def _decoder(args) -> tuple[dict, Callable[[str], dict]]:
     from flax import nnx
 
     from dsv3_jax.bench import held_out_prompts
-    from dsv3_jax.checkpoint import load_model
+    from dsv3_jax.checkpoint import load_draft, load_model
     from dsv3_jax.config import ModelConfig, from_dict
     from dsv3_jax.generate import generate
 
@@ -88,7 +88,7 @@ def _decoder(args) -> tuple[dict, Callable[[str], dict]]:
         model, _, run, _ = load_model(args.run)
     else:
         model = random_model(from_dict(ModelConfig, json.loads(args.config)), args.seed)
-    drafts = {"run": load_model(args.draft_run)[0] if args.draft_run else None}
+    drafts = {"run": load_draft(args.draft_run, run) if args.draft_run and run else None}
     ran: set[str] = set()
 
     def obey(line: str) -> dict:

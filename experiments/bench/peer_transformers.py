@@ -33,7 +33,7 @@ def hf_config(model: dict) -> dict:
     Raises: ValueError for a model that DeepseekV3ForCausalLM cannot train: another router, MTP, no shared expert.
     """
     needs = {
-        "router": "sigmoid", "group_score": "top2_sum", "mtp_depth": 0, "compute_dtype": "float32",
+        "attention": "mla", "router": "sigmoid", "group_score": "top2_sum", "mtp_depth": 0, "compute_dtype": "float32",
     }  # fmt: skip
     for key, value in needs.items():
         if model[key] != value:
