@@ -23,6 +23,7 @@ USAGE = """usage: dsv3 COMMAND …
   train PRESET         train a model; the same command again goes on where it stopped
   eval RUN             held-out measures of a run's last checkpoint
   generate RUN         continue a prompt with a run's last checkpoint
+  bench decode RUN     how fast a run's last checkpoint decodes, by cache, batch, context and draft
   convert FOLDER OUT   released weights (Hugging Face format) into a run, a run into them, or FP8 into another dtype
   info PRESET          parameters, FLOPs and cache bytes of a model, without allocating it
   tokenizer OUT        train a byte-level BPE tokenizer
@@ -150,8 +151,8 @@ def _dispatch(words: list[str]) -> int:
     from dsv3_jax.presets import MODELS
 
     commands: dict[str, Callable[[list[str]], int]] = {
-        "demo": _demo, "train": _train, "eval": _eval, "generate": _generate, "convert": _convert,
-        "info": _info, "tokenizer": _tokenizer,
+        "demo": _demo, "train": _train, "eval": _eval, "generate": _generate, "bench": _bench,
+        "convert": _convert, "info": _info, "tokenizer": _tokenizer,
     }  # fmt: skip
     if not words or words[0] in ("-h", "--help"):
         print(USAGE.format(presets=", ".join(MODELS)), end="")
@@ -285,7 +286,7 @@ def _generate(words: list[str]) -> int:
     args = _parse(Generate, words, "generate")
     _prepare()
     from dsv3_jax import tokenizer
-    from dsv3_jax.checkpoint import load_model
+    from dsv3_jax.checkpoint import load_draft, load_model
     from dsv3_jax.generate import Sampling, generate_in_parts
     from dsv3_jax.progress import Speech
 
@@ -293,11 +294,7 @@ def _generate(words: list[str]) -> int:
     text = tokenizer.load(run.data.tokenizer)
     draft: Any = args.draft
     if draft not in (None, "mtp"):
-        draft, _, other, _ = load_model(draft)
-        if not text.same_ids(tokenizer.load(other.data.tokenizer)):
-            raise ValueError(
-                f"the draft run {args.draft} has another tokenizer than {args.run}: its ids mean other text"
-            )
+        draft = load_draft(draft, run)
     parts = generate_in_parts(
         model,
         [text.encode(args.prompt)],
@@ -319,6 +316,20 @@ def _generate(words: list[str]) -> int:
             seen = len(made.tokens[0])
         speech.say(pieces.finish())
     return 0
+
+
+def _bench(words: list[str]) -> int:
+    if words and words[0] in ("-h", "--help"):
+        print("usage: dsv3 bench decode RUN …\n\n`dsv3 bench decode --help` lists its options.")
+        return 0
+    if not words or words[0] != "decode":
+        said = f"benchmark {words[0]!r} is not there" if words else "dsv3 bench needs the name of a benchmark"
+        raise ValueError(f"{said}: there is decode, as in: dsv3 bench decode RUN")
+    from dsv3_jax import bench
+
+    args = _parse(bench.Decode, words[1:], "bench decode")
+    _prepare()
+    return bench.decode(args)
 
 
 def _convert(words: list[str]) -> int:

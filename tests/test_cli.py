@@ -38,7 +38,7 @@ for argv in json.load(sys.stdin):
 json.dump(answers, sys.stdout)
 """
 
-COMMANDS = ("demo", "train", "eval", "generate", "convert", "info", "tokenizer")
+COMMANDS = ("demo", "train", "eval", "generate", "bench", "convert", "info", "tokenizer")
 
 # name: (command, what the sentence must hold). {…} are the paths of `Place`.
 BAD = {
@@ -99,6 +99,11 @@ BAD = {
     "no prompt": ("generate {run} --prompt=", "prompt 0 is empty"),
     "temperature": ("generate {run} --max-new-tokens 4 --temperature -1", "temperature=-1.0"),
     "top p": ("generate {run} --max-new-tokens 4 --top-p 0", "top_p=0.0 is outside"),
+    "no benchmark": ("bench", "needs the name of a benchmark: there is decode"),
+    "benchmark": ("bench fly {run}", "benchmark 'fly' is not there: there is decode"),
+    "bench of nothing": ("bench decode {absent}", "{absent} holds no run"),
+    "bench of no cache": ("bench decode {run} --cache best", "best"),
+    "bench of no new tokens": ("bench decode {run} --new-tokens 1", "new_tokens=1"),
     "convert nothing": ("convert {absent} {new}", "{absent} is neither a run"),
     "convert a run to a run": ("convert {run} {new} --to run", "{run} is a run already"),
     "convert to what is there": ("convert {run} {text}", "{text} is there already"),
@@ -109,6 +114,7 @@ BAD = {
 }
 GOOD = {
     **{f"help of {command}": f"{command} --help" for command in COMMANDS},
+    "help of bench decode": "bench decode --help",
     "help": "--help",
     "nothing": "",
     "info": "info v3",
@@ -211,6 +217,8 @@ def test_bad_input_writes_nothing(answers, place):
         ("train", ["--out", "--steps", "--model.router", "--optim.learning-rate", "--data.paths", "--mesh", "--trunk"]),
         ("eval", ["--batches", "--paths"]),
         ("generate", ["--prompt", "--temperature", "--top-p"]),
+        ("bench", ["dsv3 bench decode RUN"]),
+        ("bench decode", ["--batch", "--cache-dtype", "--draft-length", "--json"]),
         ("convert", ["--to", "--dtype", "--shard-mb", "--no-mtp", "--allow-nonfinite"]),
         ("info", ["--mtp-depth", "--num-experts"]),
         ("tokenizer", ["--vocab-size", "--force"]),
