@@ -168,7 +168,9 @@ def generate_in_parts(
 
     yield seen(loop)
     while not bool(loop.done.all()):
-        until = max_new_tokens if part is None else min(int(loop.written.min()) + part, max_new_tokens)
+        # From the shortest row that goes on: one that has ended grows no more.
+        behind = int(jnp.where(loop.done, max_new_tokens, loop.written).min())
+        until = max_new_tokens if part is None else min(behind + part, max_new_tokens)
         start = time.perf_counter()
         loop = _decode(graphdef, state, drafts[1], loop, stops, jnp.asarray(until, jnp.int32), static=static)
         jax.block_until_ready(loop)

@@ -48,7 +48,8 @@ class ModelDrafter:
 
     def start(self, trace: Trace, tokens: Array, lengths: Array, capacity: int, kind: Kind, dtype) -> Cache:
         kind = pick_kind(self.model.cfg, None)
-        rows = self.model.trace(tokens, kind=kind).cache_rows
+        # The prompts fit, but the target may have padded them beyond what a shorter draft model can read.
+        rows = self.model.trace(tokens[:, : self.model.cfg.max_positions], kind=kind).cache_rows
         return fill(empty_cache(self.model.cfg, rows.shape[0], tokens.shape[0], capacity, kind, dtype), rows, lengths)
 
     def draft(self, state: Cache, fresh: Fresh, count: int, key: Array, sampling: Sampling) -> tuple[Drafts, Cache]:
@@ -57,15 +58,17 @@ class ModelDrafter:
         place = fresh.standing[:, None] - 1 + jnp.arange(2, dtype=jnp.int32)[None]
         tokens = jnp.take_along_axis(both, place, axis=1)
         newest = fresh.start + fresh.standing
-        cache = replace(state, lengths=newest - 1)
-        drawn: list[tuple[Array, Array | None]] = []
-        for k in jax.random.split(key, count):
+
+        def step(carry: tuple[Cache, Array], key: Array) -> tuple[tuple[Cache, Array], tuple[Array, Array | None]]:
+            cache, tokens = carry
             x, cache = self.model.decode(tokens, cache)
-            token, q = _draw(self.model.logits(self.model.norm(x[:, -1])), k, sampling)
-            drawn.append((token, q))
-            cache = replace(cache, lengths=cache.lengths + tokens.shape[1])
-            tokens = token[:, None]
-        return _together(drawn), cache
+            token, q = _draw(self.model.logits(self.model.norm(x[:, -1])), key, sampling)
+            return (replace(cache, lengths=cache.lengths + tokens.shape[1]), token[:, None]), (token, q)
+
+        keys = jax.random.split(key, count)
+        carry, first = step((replace(state, lengths=newest - 1), tokens), keys[0])
+        carry, rest = _repeat(step, carry, keys[1:])
+        return _together([first], rest), carry[0]
 
 
 class _Reading(NamedTuple):
@@ -79,8 +82,8 @@ class ChainDrafter:
     """Heads that read the token before: DeepSeek's modules, one a draft, and then the last of them again and again.
 
     Head k at position i reads its predecessor's output at i and token i + k, and drafts token i + k + 1. All tokens up
-    to m stand, so head k has read up to position m − k; to draft token m + k it goes on to position m − 1, over drafts.
-    An EAGLE head is a chain of one.
+    to m stand, so what head k reads up to position m − k is kept. To draft token m + k it goes on to position m − 1 in
+    the same pass, over the drafts before. An EAGLE head is a chain of one.
     """
 
     def __init__(self, model: Transformer):
@@ -105,42 +108,40 @@ class ChainDrafter:
     def draft(
         self, state: tuple[_Reading, ...], fresh: Fresh, count: int, key: Array, sampling: Sampling
     ) -> tuple[Drafts, tuple[_Reading, ...]]:
-        state = self._read(state, fresh, min(count, len(self.heads)))
-        keys = jax.random.split(key, count)
+        start, standing, trained = fresh.start, fresh.standing, min(count, len(self.heads))
+        newest, rows = start + standing, jnp.arange(start.size, dtype=jnp.int32)
+        keys, made = jax.random.split(key, count), list(state)
         drawn: list[tuple[Array, Array | None]] = []
-        path = state[0].last[:, None]  # outputs at positions m − k … m − 1 of the head that drafts
-        head, cache = self.heads[0], state[0].cache
-        for k in range(1, count + 1):
-            if k > 1:
-                tokens = jnp.stack([token for token, _ in drawn], axis=1)
-                if k <= len(self.heads):
-                    head, cache = self.heads[k - 1], state[k - 1].cache
-                else:  # beyond the depth: its own output in place of a predecessor's, one position on
-                    path, tokens = path[:, -1:], tokens[:, -1:]
-                path, cache = self._go_on(head, tokens, path, cache)
-                if k <= len(self.heads):
-                    path = jnp.concatenate([state[k - 1].last[:, None], path], axis=1)
-            drawn.append(_draw(self.model.logits(path[:, -1]), keys[k - 1], sampling))
-        return _together(drawn), state
+        # Entry j is position start − k + 1 + j of head k. Drafts are put behind the tokens that stand, as they come.
+        h, tokens = fresh.h, jnp.pad(fresh.tokens, ((0, 0), (0, trained)))
+        for k, reading in enumerate(state[:trained], start=1):
+            # Positions before 0, where the text is shorter than the chain, are left out.
+            skipped = jnp.maximum(k - 1 - start, 0)
+            cache = replace(reading.cache, lengths=start - k + 1 + skipped)
+            read = _from(tokens[:, : h.shape[1]], skipped)
+            out, cache = self._go_on(self.heads[k - 1], read, _from(h, skipped), cache)
+            out = _from(out, -skipped)
+            end = _pick(out, standing + k - 2)  # at position m − 1
+            drawn.append(_draw(self.model.logits(end), keys[k - 1], sampling))
+            made[k - 1] = _Reading(replace(cache, lengths=jnp.maximum(newest - k + 1, 0)), _pick(out, standing - 1))
+            h, tokens = (
+                jnp.concatenate([reading.last[:, None], out], axis=1),
+                tokens.at[rows, standing + k - 1].set(drawn[-1][0]),
+            )
 
-    def _read(self, state: tuple[_Reading, ...], fresh: Fresh, heads: int) -> tuple[_Reading, ...]:
-        """Each head's state after the tokens that came to stand: positions start − k + 1 … start − k + count."""
-        made, h, before = list(state), fresh.h, None
-        for k in range(1, heads + 1):
-            # A prompt shorter than the chain has no such positions at first: what would lie before 0 is left out.
-            skipped = jnp.maximum(k - 1 - fresh.start, 0)
-            if before is not None:
-                shifted = jnp.concatenate([before[:, None], h[:, :-1]], axis=1)
-                h = jnp.where((skipped > 0)[:, None, None], h, shifted)
-            tokens = _from(fresh.tokens, skipped)
-            reading = state[k - 1]
-            begin = jnp.maximum(fresh.start - k + 1, 0)
-            h, cache = self._go_on(self.heads[k - 1], tokens, h, replace(reading.cache, lengths=begin))
-            read = fresh.standing - skipped
-            last = jnp.where((read > 0)[:, None], _pick(h, read - 1), reading.last)
-            before = reading.last
-            made[k - 1] = _Reading(replace(cache, lengths=begin + jnp.maximum(read, 0)), last)
-        return tuple(made)
+        def beyond(carry: tuple[Cache, Array, Array], key: Array):
+            # The last head's own output in place of a predecessor's, one position on.
+            cache, h, token = carry
+            h, cache = self._go_on(self.heads[-1], token[:, None], h, cache)
+            token, q = _draw(self.model.logits(h[:, 0]), key, sampling)
+            return (cache, h, token), (token, q)
+
+        carry = replace(made[trained - 1].cache, lengths=newest), end[:, None], drawn[-1][0]
+        carry, rest = _repeat(beyond, carry, keys[trained:])
+        # What it wrote beyond stays where it is: to give back the cache as it was would be a copy.
+        last = made[trained - 1]
+        made[trained - 1] = _Reading(replace(carry[0], lengths=last.cache.lengths), last.last)
+        return _together(drawn, rest), tuple(made)
 
     def _go_on(self, head, tokens: Array, h: Array, cache: Cache) -> tuple[Array, Cache]:
         at: Positions = positions_of(self.model.cfg, places(cache, tokens.shape[1]), None)
@@ -200,10 +201,19 @@ def _draw(logits: Float[Array, "B W"], key: Array, sampling: Sampling) -> tuple[
     return jax.random.categorical(key, jnp.log(q), axis=-1).astype(jnp.int32), q
 
 
-def _together(drawn: list[tuple[Array, Array | None]]) -> Drafts:
-    tokens = jnp.stack([token for token, _ in drawn], axis=1)
-    qs = [q for _, q in drawn if q is not None]
-    return Drafts(tokens, jnp.stack(qs, axis=1) if qs else None)
+def _repeat(step, carry, keys: Array):
+    """`jax.lax.scan` of a step that gives (token, q), so that a long draft compiles as fast as a short one."""
+    return jax.lax.scan(step, carry, keys) if keys.shape[0] else (carry, None)
+
+
+def _together(drawn: list[tuple[Array, Array | None]], rest: tuple[Array, Array | None] | None = None) -> Drafts:
+    """Drafts drawn one by one, and the rest stacked along a leading axis."""
+    tokens = [jnp.stack([token for token, _ in drawn], axis=1)]
+    qs = [q[:, None] for _, q in drawn if q is not None]
+    if rest is not None:
+        tokens.append(rest[0].swapaxes(0, 1))
+        qs += [] if rest[1] is None else [rest[1].swapaxes(0, 1)]
+    return Drafts(jnp.concatenate(tokens, axis=1), jnp.concatenate(qs, axis=1) if qs else None)
 
 
 def _pick(h: Float[Array, "B F D"], index: Int[Array, " B"]) -> Float[Array, "B D"]:
@@ -211,7 +221,8 @@ def _pick(h: Float[Array, "B F D"], index: Int[Array, " B"]) -> Float[Array, "B 
     return jnp.take_along_axis(h, jnp.maximum(index, 0)[:, None, None], axis=1)[:, 0]
 
 
-def _from(tokens: Int[Array, "B F"], first: Int[Array, " B"]) -> Int[Array, "B F"]:
-    """Each row from its own place on; what runs over the end means nothing."""
-    place = first[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    return jnp.take_along_axis(tokens, jnp.minimum(place, tokens.shape[1] - 1), axis=1)
+def _from(x: Array, first: Int[Array, " B"]) -> Array:
+    """Each row of [B, F, …] from its own place on; what would lie outside means nothing."""
+    place = first[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    place = jnp.clip(place, 0, x.shape[1] - 1).reshape(*place.shape, *[1] * (x.ndim - 2))
+    return jnp.take_along_axis(x, place, axis=1)

@@ -24,7 +24,8 @@ def quantize_rows(x: Float[Array, "*n X"], parts: tuple[int, ...], dtype) -> tup
     scales = []
     for part in _split(wide, parts):
         top = jnp.abs(part).max(axis=-1, keepdims=True)
-        scales.append(jnp.where(top > 0, top / largest(dtype), 1).astype(jnp.float32))
+        scale = (top / largest(dtype)).astype(jnp.float32)
+        scales.append(jnp.where(scale > 0, scale, 1))  # 0 too where the division underflows
     made = jnp.concatenate(scales, axis=-1)
     scaled = jnp.clip(wide / _spread(made, parts).astype(wide.dtype), -largest(dtype), largest(dtype))
     if jnp.dtype(dtype) == np.int8:

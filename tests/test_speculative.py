@@ -1,0 +1,425 @@
+"""Speculative decoding against plain decoding, and drafts against the teacher-forced forward."""
+
+import math
+import os
+from dataclasses import replace
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from flax import nnx
+from models import QUICK, forward, random_model, small, tokens_of
+
+from dsv3_jax.generate import _decode, _prefill, _Static, check_draft, generate, generate_in_parts, stream
+from dsv3_jax.modules.attention import positions_of
+from dsv3_jax.modules.transformer import Trace, abstract
+from dsv3_jax.ops.sampling import GREEDY
+from dsv3_jax.speculative import Fresh, make_drafter
+
+pytestmark = pytest.mark.usefixtures("light_compiles")
+
+# One sparse layer, so that each draft length compiles in seconds.
+LIGHT = small(num_layers=1, num_dense_layers=0, dispatch="dense")
+HEADS = {
+    "deepseek of 1": dict(mtp_depth=1),
+    "deepseek of 3": dict(mtp_depth=3),
+    "eagle": dict(mtp_kind="eagle", mtp_depth=1),
+    "meta": dict(mtp_kind="meta", mtp_depth=3),
+    "medusa": dict(mtp_kind="medusa", mtp_depth=4),
+}
+NEW = 14  # 13 after the first: no run of 2 to 9 tokens fits, so that a draft which is always right is cut at the end
+LENGTHS = (1, 2, 3, 5, 9, 1, 21, 4)
+PROMPTS = [tokens_of(LIGHT, 1, n, seed=i)[0].tolist() for i, n in enumerate(LENGTHS)]
+UNSAID = 7  # a stop token that no model below says, so that requests with and without a stop share a compilation
+
+
+def changed(model, change):
+    """A copy whose parameters are `change(path, array)`."""
+    graphdef, state = nnx.split(model)
+    flat = [(path, v.replace(jnp.asarray(change(path, np.array(v[...]))))) for path, v in nnx.to_flat_state(state)]
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def leaning(cfg, share):
+    """A random model whose layers do `share` of what they would, so that the newest token says most of the next one.
+
+    With share 0 it says all of it, and the heads' drafts are always right: chained heads read that token, and for
+    parallel ones the model says it again. With more they get worse; at 1 it is the random model, and chance.
+    """
+    model = random_model(cfg)
+    chained = cfg.mtp_kind in ("deepseek", "eagle")
+    embed = np.array(model.embed[...])
+
+    def change(path, x):
+        if path[-1] in ("w_o", "w_down", "w"):
+            return x * np.float32(share)
+        if path[-1] == "w_eh":
+            return x * np.float32(share) + np.eye(*x.shape, dtype=np.float32)
+        if path == ("head",) and not chained:
+            return embed.T / np.linalg.norm(embed, axis=-1)[None]
+        return np.ones_like(x) if path[-2:-1] in (("norm",), ("embed_norm",)) else x
+
+    return model if share == 1 else changed(model, change)
+
+
+def opposed(model):
+    """The same model, but its heads draft what they would find least likely."""
+    last = {"eagle": "w_eh", "medusa": "w"}.get(model.cfg.mtp_kind, "norm")
+
+    def change(path, x):
+        if path[0] != "mtp" or last not in path[2:4]:
+            return x
+        # Medusa's W = -9: h + silu(-9 h) turns what was below 0 into the largest.
+        return -9 * np.eye(*x.shape, dtype=np.float32) if last == "w" else -x
+
+    return changed(model, change)
+
+
+def trunk_of(model):
+    """The model without its heads."""
+    state = nnx.from_flat_state([(p, v) for p, v in nnx.to_flat_state(nnx.state(model)) if p[0] != "mtp"])
+    cfg = replace(model.cfg, mtp_depth=0, mtp_kind="deepseek")
+    return nnx.merge(nnx.graphdef(abstract(cfg)), state)
+
+
+def noisy(model, std):
+    rng = np.random.default_rng(5)
+    return changed(model, lambda path, x: x + np.float32(std) * rng.standard_normal(x.shape).astype(np.float32))
+
+
+@lru_cache
+def drafting(scheme):
+    """{how good: (the model, what drafts for it)}: the same graphs, which share a compilation."""
+    if scheme == "model":
+        target = random_model(LIGHT)
+        against = changed(target, lambda path, x: -x if path == ("head",) else x)
+        return {
+            "right": (target, target),
+            "partly": (target, noisy(target, 0.02)),
+            "random": (target, random_model(LIGHT, seed=1)),
+            "wrong": (target, against),
+        }
+    cfg = replace(LIGHT, **HEADS[scheme])
+    chained = cfg.mtp_kind in ("deepseek", "eagle")
+    made = {
+        "right": leaning(cfg, 0),
+        "partly": leaning(cfg, 0.1 if chained else 0.3),
+        "random": leaning(cfg, 1),
+        "wrong": opposed(leaning(cfg, 0)),
+    }
+    return {quality: (model, "mtp") for quality, model in made.items()}
+
+
+@lru_cache
+def plain(scheme, quality, cache_dtype):
+    """What the model says without a draft."""
+    model = trunk_of(drafting(scheme)[quality][0])
+    return generate(model, PROMPTS, NEW, stop_tokens=[UNSAID], cache_dtype=cache_dtype).tokens
+
+
+def until(row, stop):
+    return row[: row.index(stop) + 1] if stop in row else row
+
+
+# Greedy: whatever is drafted, the tokens are those of plain decoding.
+
+CELLS = [  # scheme, draft length, prompts, cache, dtype: each scheme and length, and both of what comes in two
+    ("deepseek of 1", 1, 8, "none", None),
+    ("deepseek of 1", 7, 1, "latent", "int8"),
+    ("deepseek of 3", 2, 8, "expanded", None),
+    ("deepseek of 3", 8, 8, "latent", None),
+    ("eagle", 5, 8, "latent", "int8"),
+    ("meta", 3, 8, "latent", None),
+    ("medusa", 4, 1, "latent", None),
+    ("model", 6, 8, "latent", "int8"),
+]
+WHOLE_GRID = [  # SPECULATIVE_GRID=1 pytest tests/test_speculative.py, some ten minutes
+    (scheme, length, batch, "latent", dtype)
+    for scheme in (*HEADS, "model")
+    for length in range(1, HEADS[scheme]["mtp_depth"] + 1 if scheme in ("meta", "medusa") else 9)
+    for batch in (8, 1)
+    for dtype in (None, "int8")
+]
+
+
+@pytest.mark.parametrize(
+    "scheme, length, batch, cache, dtype", WHOLE_GRID if "SPECULATIVE_GRID" in os.environ else CELLS
+)
+def test_greedy_speculation_says_what_plain_decoding_says(scheme, length, batch, cache, dtype):
+    settings = dict(stop_tokens=[UNSAID], cache=cache, cache_dtype=dtype, draft_length=length)
+    rows = slice(0, 8) if batch == 8 else slice(6, 7)
+    for quality, (model, draft) in drafting(scheme).items():
+        got = generate(model, PROMPTS[rows], NEW, draft=draft, **settings)
+        assert got.tokens == plain(scheme, quality, dtype)[rows], quality
+        assert len(got.acceptance) == length
+        assert got.acceptance == sorted(got.acceptance, reverse=True)  # a draft stands only if those before it do
+        if quality == "right":
+            assert got.acceptance == [1.0] * length
+            assert got.steps == math.ceil((NEW - 1) / (length + 1))
+            assert got.mean_accepted == length + 1
+        elif quality == "wrong":
+            assert got.acceptance == [0.0] * length or scheme == "medusa"
+            assert got.steps == NEW - 1 or scheme == "medusa"
+        elif batch == 8:
+            assert len({t for row in got.tokens for t in row}) > 5  # a model that says one thing could not fail
+            assert quality == "random" or 0 < got.acceptance[0] < 1
+
+
+# What stands inside a run, and how it ends. One compiled shape: every run up to 9 tokens.
+
+SHAPE = ("deepseek of 3", 8, None)
+
+
+def speculate(model, prompts=PROMPTS, stop=UNSAID, **more):
+    return generate(model, prompts, NEW, stop_tokens=[stop], draft="mtp", draft_length=SHAPE[1], **more)
+
+
+@pytest.mark.parametrize("quality", ["right", "partly"])
+def test_a_stop_token_within_a_run_ends_its_row_and_no_other(quality):
+    model, _ = drafting(SHAPE[0])[quality]
+    rows = plain(SHAPE[0], quality, None)
+    assert not any(UNSAID in row for row in rows)
+    stops = {rows[0][4], rows[3][3], rows[6][8], rows[2][0]}
+    for stop in stops:
+        assert speculate(model, stop=stop).tokens == [until(row, stop) for row in rows]
+    cut = [len(until(row, stop)) for stop in stops for row in rows]
+    assert len(set(cut)) > 4 and NEW in cut  # at many places within a run, and not at all
+
+
+def test_parts_are_cuts_of_the_whole():
+    """Rows of a batch that end early do not hold up the others, nor do those that run ahead."""
+    model, draft = drafting(SHAPE[0])["partly"]
+    stop = plain(SHAPE[0], "partly", None)[0][1]
+    want = [until(row, stop) for row in plain(SHAPE[0], "partly", None)]
+    assert len(want[0]) < 3 and max(map(len, want)) == NEW
+    parts = list(generate_in_parts(model, PROMPTS, NEW, stop_tokens=[stop], draft=draft, draft_length=8, part=2))
+    assert len(parts) > 3
+    assert parts[-1].tokens == want
+    for part, later in zip(parts, parts[1:], strict=False):
+        for a, b in zip(part.tokens, later.tokens, strict=True):
+            assert b[: len(a)] == a
+
+
+def test_one_compilation_a_shape():
+    """Other prompts of nearby lengths, seeds, stop tokens, chunks and parameters compile nothing."""
+    model, _ = drafting(SHAPE[0])["right"]
+    speculate(model)
+    before = _prefill._cache_size(), _decode._cache_size()
+    speculate(random_model(model.cfg, seed=9), prompts=[[t] * 20 for t in range(8)], stop=3, seed=4)
+    list(generate_in_parts(model, PROMPTS, NEW, stop_tokens=[1], draft="mtp", draft_length=8, part=5))
+    assert (_prefill._cache_size(), _decode._cache_size()) == before
+
+
+# Drafts are the heads' own, whatever stood before: this holds the caches that they keep.
+
+
+@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def whole_trace(graphdef, state, tokens):
+    """(what the heads read, each head's hidden states), of rows in full."""
+    model = nnx.merge(graphdef, state)
+    trace = model.trace(tokens)
+    return model.read_by_heads(trace.x), trace.mtp_h
+
+
+@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def last_head(graphdef, state, tokens, h):
+    """The deepest chained head on inputs of its own, entry i of `tokens` being what position i reads."""
+    model = nnx.merge(graphdef, state)
+    place = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    at, everything = positions_of(model.cfg, place, None), jnp.ones(tokens.shape, bool)
+    return model.mtp[-1](model.embedding(tokens), h, at, everything)[0]
+
+
+def teacher_drafts(model, rows, newest, count):
+    """Drafts [B, count] of rows that hold the text up to `newest` and then the very drafts, from whole passes."""
+    graphdef, state = nnx.split(model)
+    read, mtp_h = whole_trace(graphdef, state, jnp.asarray(rows))
+    head, batch, depth = np.asarray(model.head_matrix()), np.arange(len(rows)), model.cfg.mtp_depth
+    drafts = [np.asarray(h)[batch, newest - 1] @ head for h in mtp_h[:count]]
+    if count > depth:  # the last head goes on: its output at each position in place of what it reads at the next one
+        h = np.array(read if depth == 1 else mtp_h[-2])[:, : rows.shape[1] - depth]
+        out = np.asarray(mtp_h[-1])
+        for place in range(count - depth):
+            h[batch, newest + place] = out[batch, newest + place - 1]
+            out = np.asarray(last_head(graphdef, state, jnp.asarray(rows[:, depth:]), jnp.asarray(h)))
+            drafts.append(out[batch, newest + place] @ head)
+    return np.argmax(np.stack(drafts, axis=1), axis=-1)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_drafts_are_those_of_the_whole_text(rng, heads):
+    """Rows of text of which a random number of tokens come to stand at a time; what does not is rubbish."""
+    raw = "normed" if heads in ("eagle", "medusa") else "raw"
+    cfg = replace(LIGHT, mtp_input=raw, **HEADS[heads])
+    model, count = random_model(cfg), 3 if heads in ("meta", "medusa") else 5
+    kind = "expanded" if heads in ("meta", "eagle") else "latent"
+    graphdef, state = nnx.split(model)
+    lengths, batch = np.array([1, 1, 2, 3, 7, 4], np.int32), np.arange(6)
+    text = rng.integers(cfg.vocab_size, size=(6, 48)).astype(np.int32)
+    h = np.asarray(whole_trace(graphdef, state, jnp.asarray(text))[0])
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def start(state, tokens, lengths, x):
+        trace = Trace(x, x, (), None, (), x)  # of which drafters read x alone
+        drafter = make_drafter(nnx.merge(graphdef, state), None)
+        return drafter.start(trace, tokens, lengths, 48, kind, jnp.dtype("float32"))
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def draft(state, remembered, fresh):
+        drafter = make_drafter(nnx.merge(graphdef, state), None)
+        return drafter.draft(remembered, fresh, count, jax.random.key(0), GREEDY)
+
+    def rubbish_beyond(stands, x):
+        free = rng.integers(cfg.vocab_size, size=x.shape) if x.dtype == np.int32 else 3 * rng.standard_normal(x.shape)
+        return jnp.asarray(np.where(stands.reshape(*stands.shape, *[1] * (x.ndim - 2)), x, free).astype(x.dtype))
+
+    prompt = np.arange(32)[None] < lengths[:, None]
+    remembered = start(
+        state, rubbish_beyond(prompt, text[:, :32]), jnp.asarray(lengths), rubbish_beyond(prompt, h[:, :32])
+    )
+    at, standing = lengths - 1, np.ones(6, np.int32)  # as prefill leaves it
+    for _ in range(6):
+        stands = np.arange(count + 1)[None] < standing[:, None]
+        place = at[:, None] + np.arange(count + 1)
+        fresh_h, fresh_tokens = (
+            rubbish_beyond(stands, x) for x in (h[batch[:, None], place], text[batch[:, None], place + 1])
+        )
+        fresh = Fresh(fresh_h, fresh_tokens, *map(jnp.asarray, (standing, at, text[batch, at])))
+        drafts, remembered = draft(state, remembered, fresh)
+        at = at + standing
+        rows = text.copy()
+        for row, newest, drafted in zip(rows, at, np.asarray(drafts.tokens), strict=True):
+            row[newest + 1 : newest + 1 + count] = drafted
+        np.testing.assert_array_equal(drafts.tokens, teacher_drafts(model, rows, at, count))
+        standing = rng.integers(1, count + 2, size=6).astype(np.int32)
+
+
+# Sampled: the law of what comes out is the model's.
+
+TINY = replace(LIGHT, vocab_size=5)
+DRAWS = 8192
+
+
+@pytest.mark.parametrize("scheme", ["deepseek of 1", "model"])
+def test_sampled_speculation_follows_the_model(scheme):
+    """Many rows of one prompt, three new tokens each: the first by prefill, the others by drafts that stand or fall.
+
+    The distance of shares from probabilities, half the sum of differences, has a mean under half the sum of
+    sqrt(p (1 - p) / n), and one draw moves it by 1 / n at most: by McDiarmid it is over that mean by
+    sqrt(log(1e9) / 2n) with probability under 1e-9.
+    """
+    model = random_model(replace(TINY, **HEADS.get(scheme, {})))
+    draft = random_model(TINY, seed=1) if scheme == "model" else "mtp"
+    how = dict(temperature=0.9, top_k=4, top_p=0.95)
+    got = generate(model, [[1, 4]] * DRAWS, 3, draft=draft, draft_length=2, seed=2, **how)
+    shares = np.zeros((5, 5, 5))
+    np.add.at(shares, tuple(np.array(got.tokens).T), 1 / DRAWS)
+    law = three_tokens(model, [1, 4], how)
+    assert law.max() < 0.5 and np.count_nonzero(law) > 30
+    assert 0.1 < got.acceptance[0] < 0.95  # drafts stand and fall
+    bound = np.sqrt(law * (1 - law) / DRAWS).sum() / 2 + math.sqrt(math.log(1e9) / (2 * DRAWS))
+    assert np.abs(shares - law).sum() / 2 < bound < 0.1
+    assert (shares[law == 0] == 0).all()
+
+
+def three_tokens(model, prompt, how):
+    """The probabilities [W, W, W] of three tokens after a prompt, each of which the model is asked for."""
+    texts = [[*prompt, a, b] for a in range(5) for b in range(5)]
+    logits = forward(trunk_of(model), jnp.asarray(texts, jnp.int32)).logits
+    laws = [[oracles.sampling_probs(row, **how) for row in text[-3:]] for text in logits]
+    return np.array(
+        [[laws[5 * a + b][0][a] * laws[5 * a + b][1][b] * laws[5 * a + b][2] for b in range(5)] for a in range(5)]
+    )
+
+
+def test_the_seed_decides_what_is_drafted_and_drawn():
+    model = random_model(replace(TINY, mtp_depth=1))
+    how = dict(temperature=0.9, top_k=4, top_p=0.95, draft="mtp", draft_length=2)
+    one, two, three = (generate(model, [[1, 4]] * DRAWS, 3, seed=seed, **how).tokens for seed in (3, 3, 4))
+    assert one == two != three
+
+
+# Memory
+
+
+@pytest.fixture
+def whole_compiles():
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.mark.parametrize("scheme", ["deepseek", "model"])
+def test_speculation_copies_no_cache(whole_compiles, scheme):
+    cfg = small(num_layers=1, num_dense_layers=1, **(dict(mtp_depth=2) if scheme == "deepseek" else {}))
+    graphdef, state = nnx.split(abstract(cfg))
+    static = _Static(GREEDY, 4, "mtp" if scheme == "deepseek" else graphdef)
+    draft_state = None if scheme == "deepseek" else state
+    batch, capacity = 2, 1 << 15
+    none, stops = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    loop = jax.eval_shape(
+        lambda *args: _prefill(
+            graphdef, *args, static=static, capacity=capacity, max_new_tokens=16, kind="latent", dtype=jnp.float32
+        ),
+        state, draft_state, jax.ShapeDtypeStruct((batch, 32), jnp.int32), none, jax.random.key(0), stops,
+    )  # fmt: skip
+    lowered = _decode.lower(graphdef, state, draft_state, loop, stops, jnp.asarray(16, jnp.int32), static=static)
+    memory = lowered.compile().memory_analysis()
+    a_layer = batch * capacity * (cfg.kv_latent_dim + cfg.rope_head_dim) * 4
+    caches = 3 if scheme == "deepseek" else 2  # a layer each: the model's, and its two heads' or the draft model's
+    assert memory.alias_size_in_bytes >= caches * a_layer
+    assert memory.temp_size_in_bytes < a_layer
+
+
+# Requests
+
+
+def test_a_draft_model_may_be_of_another_kind_and_shorter():
+    """Its positions end before those that the prompts are padded to."""
+    model = random_model(LIGHT)
+    draft = random_model(small(num_layers=1, num_dense_layers=1, attention="mqa", max_positions=41), seed=1)
+    prompt = tokens_of(LIGHT, 1, 35, seed=2)[0].tolist()
+    want = generate(model, [prompt], 4).tokens
+    assert generate(model, [prompt], 4, draft=draft, draft_length=2).tokens == want
+
+
+def test_drafts_that_cannot_be():
+    model, heads = abstract(LIGHT), abstract(replace(LIGHT, mtp_depth=1))
+    medusa = abstract(replace(LIGHT, **HEADS["medusa"]))
+    check = lambda model, *args: check_draft(model.cfg, [[1] * 5, [1] * 20], 100, *args)  # noqa: E731
+    assert check(model, None, 0) == 0
+    assert check(model, model, 8) == check(heads, "mtp", 8) == 8  # up to the last position
+    other, short = abstract(replace(LIGHT, vocab_size=38)), abstract(replace(LIGHT, max_positions=124))
+    wrong = [
+        (model, model, 0, "draft_length=0 is below 1"),
+        (heads, "mtp", -1, "draft_length=-1 is below 1"),
+        (model, other, 1, "the draft model's vocabulary of 38 is not the model's of 37"),
+        (model, "mtp", 1, "draft='mtp' needs multi-token heads, and the model's mtp_depth is 0"),
+        (model, "medusa", 1, "draft='medusa' is not None, 'mtp' or a Transformer"),
+        (medusa, "mtp", 5, "draft_length=5 is more than mtp_depth=4: each medusa head drafts one token"),
+        (
+            heads, "mtp", 9,
+            "draft_length=9 does not fit in the cache: 120 tokens of prompt and continuation leave 8 of "
+            "max_positions=128",
+        ),
+        (
+            model, short, 5,
+            "draft_length=5 does not fit in the cache: 120 tokens of prompt and continuation leave 4 of "
+            "max_positions=124",
+        ),
+    ]  # fmt: skip
+    for target, draft, length, sentence in wrong:
+        with pytest.raises(ValueError) as caught:
+            check(target, draft, length)
+        assert str(caught.value) == sentence
+    with pytest.raises(ValueError, match="^draft_length=0 is below 1$"):
+        generate(model, [[1]], 3, draft=model, draft_length=0)
+
+
+def test_stream_drafts():
+    model, draft = drafting(SHAPE[0])["partly"]
+    want = plain(SHAPE[0], "partly", None)[6]
+    assert list(stream(model, PROMPTS[6], NEW, stop_tokens=[UNSAID], draft=draft, draft_length=2, part=3)) == want
