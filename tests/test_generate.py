@@ -185,7 +185,7 @@ def test_decoding_copies_neither_experts_nor_cache(whole_compiles):
         cache, None, fresh, none > 0, jax.random.key(0), jnp.zeros((batch, 16), jnp.int32), none, zero, none[:0], zero
     )
     stops, until = jnp.zeros(1, jnp.int32), jnp.asarray(16, jnp.int32)
-    lowered = _decode.lower(*nnx.split(model), None, loop, stops, until, static=_Static(GREEDY, 0, None))
+    lowered = _decode.lower(*nnx.split(model), None, (None, None), loop, stops, until, static=_Static(GREEDY, 0, None))
     memory = lowered.compile().memory_analysis()
     one_layers_experts = sum(w[0].nbytes for w in model.experts.arrays())
     assert memory.temp_size_in_bytes < one_layers_experts
