@@ -48,6 +48,7 @@ collect_ignore = ["parity/parity_reference.py"]
 LONGEST = (
     "test_train",
     "test_objective",
+    "test_speculative",
     "test_train_step",
     "test_mesh",
     "test_cli",

@@ -203,6 +203,13 @@ def test_parts_are_cuts_of_the_whole():
             assert b[: len(a)] == a
 
 
+def test_stream_drafts():
+    model, draft = drafting("deepseek of 1")["partly"]
+    want = plain("deepseek of 1", "partly", "int8")[6]
+    settings = dict(stop_tokens=[UNSAID], cache_dtype="int8", draft=draft, draft_length=7)  # compiled above
+    assert list(stream(model, PROMPTS[6], NEW, part=3, **settings)) == want
+
+
 def test_one_compilation_a_shape():
     """Other prompts of nearby lengths, seeds, stop tokens, chunks and parameters compile nothing."""
     model, _ = drafting(SHAPE[0])["right"]
@@ -218,10 +225,10 @@ def test_one_compilation_a_shape():
 
 @partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def whole_trace(graphdef, state, tokens):
-    """(what the heads read, each head's hidden states), of rows in full."""
+    """(the trunk's output, what heads read of it, each head's hidden states), of rows in full."""
     model = nnx.merge(graphdef, state)
     trace = model.trace(tokens)
-    return model.read_by_heads(trace.x), trace.mtp_h
+    return trace.x, model.read_by_heads(trace.x), trace.mtp_h
 
 
 @partial(jax.jit, static_argnums=0, compiler_options=QUICK)
@@ -236,7 +243,7 @@ def last_head(graphdef, state, tokens, h):
 def teacher_drafts(model, rows, newest, count):
     """Drafts [B, count] of rows that hold the text up to `newest` and then the very drafts, from whole passes."""
     graphdef, state = nnx.split(model)
-    read, mtp_h = whole_trace(graphdef, state, jnp.asarray(rows))
+    _, read, mtp_h = whole_trace(graphdef, state, jnp.asarray(rows))
     head, batch, depth = np.asarray(model.head_matrix()), np.arange(len(rows)), model.cfg.mtp_depth
     drafts = [np.asarray(h)[batch, newest - 1] @ head for h in mtp_h[:count]]
     if count > depth:  # the last head goes on: its output at each position in place of what it reads at the next one
@@ -252,14 +259,14 @@ def teacher_drafts(model, rows, newest, count):
 @pytest.mark.parametrize("heads", HEADS)
 def test_drafts_are_those_of_the_whole_text(rng, heads):
     """Rows of text of which a random number of tokens come to stand at a time; what does not is rubbish."""
-    raw = "normed" if heads in ("eagle", "medusa") else "raw"
-    cfg = replace(LIGHT, mtp_input=raw, **HEADS[heads])
+    reads = "normed" if heads in ("eagle", "medusa") else "raw"
+    cfg = replace(LIGHT, mtp_input=reads, **HEADS[heads])
     model, count = random_model(cfg), 3 if heads in ("meta", "medusa") else 5
     kind = "expanded" if heads in ("meta", "eagle") else "latent"
     graphdef, state = nnx.split(model)
     lengths, batch = np.array([1, 1, 2, 3, 7, 4], np.int32), np.arange(6)
     text = rng.integers(cfg.vocab_size, size=(6, 48)).astype(np.int32)
-    h = np.asarray(whole_trace(graphdef, state, jnp.asarray(text))[0])
+    x, h = map(np.asarray, whole_trace(graphdef, state, jnp.asarray(text))[:2])
 
     @partial(jax.jit, compiler_options=QUICK)
     def start(state, tokens, lengths, x):
@@ -272,20 +279,20 @@ def test_drafts_are_those_of_the_whole_text(rng, heads):
         drafter = make_drafter(nnx.merge(graphdef, state), None)
         return drafter.draft(remembered, fresh, count, jax.random.key(0), GREEDY)
 
-    def rubbish_beyond(stands, x):
-        free = rng.integers(cfg.vocab_size, size=x.shape) if x.dtype == np.int32 else 3 * rng.standard_normal(x.shape)
-        return jnp.asarray(np.where(stands.reshape(*stands.shape, *[1] * (x.ndim - 2)), x, free).astype(x.dtype))
+    def rubbish_beyond(stands, y):
+        free = rng.integers(cfg.vocab_size, size=y.shape) if y.dtype == np.int32 else 3 * rng.standard_normal(y.shape)
+        return jnp.asarray(np.where(stands.reshape(*stands.shape, *[1] * (y.ndim - 2)), y, free).astype(y.dtype))
 
     prompt = np.arange(32)[None] < lengths[:, None]
     remembered = start(
-        state, rubbish_beyond(prompt, text[:, :32]), jnp.asarray(lengths), rubbish_beyond(prompt, h[:, :32])
+        state, rubbish_beyond(prompt, text[:, :32]), jnp.asarray(lengths), rubbish_beyond(prompt, x[:, :32])
     )
     at, standing = lengths - 1, np.ones(6, np.int32)  # as prefill leaves it
     for _ in range(6):
         stands = np.arange(count + 1)[None] < standing[:, None]
         place = at[:, None] + np.arange(count + 1)
         fresh_h, fresh_tokens = (
-            rubbish_beyond(stands, x) for x in (h[batch[:, None], place], text[batch[:, None], place + 1])
+            rubbish_beyond(stands, y) for y in (h[batch[:, None], place], text[batch[:, None], place + 1])
         )
         fresh = Fresh(fresh_h, fresh_tokens, *map(jnp.asarray, (standing, at, text[batch, at])))
         drafts, remembered = draft(state, remembered, fresh)
@@ -299,8 +306,8 @@ def test_drafts_are_those_of_the_whole_text(rng, heads):
 
 # Sampled: the law of what comes out is the model's.
 
-TINY = replace(LIGHT, vocab_size=5)
-DRAWS = 8192
+TINY = small(num_layers=1, num_dense_layers=1, vocab_size=5)
+DRAWS = 4096
 
 
 @pytest.mark.parametrize("scheme", ["deepseek of 1", "model"])
@@ -318,10 +325,10 @@ def test_sampled_speculation_follows_the_model(scheme):
     shares = np.zeros((5, 5, 5))
     np.add.at(shares, tuple(np.array(got.tokens).T), 1 / DRAWS)
     law = three_tokens(model, [1, 4], how)
-    assert law.max() < 0.5 and np.count_nonzero(law) > 30
+    assert law.max() < 0.6 and np.count_nonzero(law) > 20
     assert 0.1 < got.acceptance[0] < 0.95  # drafts stand and fall
     bound = np.sqrt(law * (1 - law) / DRAWS).sum() / 2 + math.sqrt(math.log(1e9) / (2 * DRAWS))
-    assert np.abs(shares - law).sum() / 2 < bound < 0.1
+    assert np.abs(shares - law).sum() / 2 < bound < 0.12
     assert (shares[law == 0] == 0).all()
 
 
@@ -333,13 +340,6 @@ def three_tokens(model, prompt, how):
     return np.array(
         [[laws[5 * a + b][0][a] * laws[5 * a + b][1][b] * laws[5 * a + b][2] for b in range(5)] for a in range(5)]
     )
-
-
-def test_the_seed_decides_what_is_drafted_and_drawn():
-    model = random_model(replace(TINY, mtp_depth=1))
-    how = dict(temperature=0.9, top_k=4, top_p=0.95, draft="mtp", draft_length=2)
-    one, two, three = (generate(model, [[1, 4]] * DRAWS, 3, seed=seed, **how).tokens for seed in (3, 3, 4))
-    assert one == two != three
 
 
 # Memory
@@ -379,7 +379,7 @@ def test_speculation_copies_no_cache(whole_compiles, scheme):
 
 def test_a_draft_model_may_be_of_another_kind_and_shorter():
     """Its positions end before those that the prompts are padded to."""
-    model = random_model(LIGHT)
+    model = random_model(small(num_layers=1, num_dense_layers=1))
     draft = random_model(small(num_layers=1, num_dense_layers=1, attention="mqa", max_positions=41), seed=1)
     prompt = tokens_of(LIGHT, 1, 35, seed=2)[0].tolist()
     want = generate(model, [prompt], 4).tokens
@@ -417,9 +417,3 @@ def test_drafts_that_cannot_be():
         assert str(caught.value) == sentence
     with pytest.raises(ValueError, match="^draft_length=0 is below 1$"):
         generate(model, [[1]], 3, draft=model, draft_length=0)
-
-
-def test_stream_drafts():
-    model, draft = drafting(SHAPE[0])["partly"]
-    want = plain(SHAPE[0], "partly", None)[6]
-    assert list(stream(model, PROMPTS[6], NEW, stop_tokens=[UNSAID], draft=draft, draft_length=2, part=3)) == want

@@ -1,0 +1,301 @@
+"""What decoding remembers: 8-bit rows, attention to what is stored, and each cache against the whole forward."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import oracles
+import pytest
+from flax import nnx
+from models import QUICK, forward, random_model, small
+
+from dsv3_jax.cache import bytes_per_token, empty_cache, fill, pick_dtype, pick_kind, write
+from dsv3_jax.generate import generate
+from dsv3_jax.modules.attention import GQA, positions_of
+from dsv3_jax.ops.cached_attention import Stored, cached_attention
+from dsv3_jax.ops.quantize import dequantize_rows, quantize_rows
+
+pytestmark = pytest.mark.usefixtures("light_compiles")
+
+EIGHT_BITS = (jnp.int8, jnp.float8_e4m3fn)
+LARGEST = {jnp.int8: 127.0, jnp.float8_e4m3fn: 448.0}
+PARTS = (10, 4)
+quantize = jax.jit(quantize_rows, static_argnums=(1, 2))
+
+
+def half_step(x, scale, dtype):
+    """Half the distance of neighbours among an 8-bit dtype's numbers around x / scale, times scale.
+
+    int8's are 1 apart; those of e4m3 are an eighth of the power of two below, and 2^-9 next to 0.
+    """
+    if dtype == jnp.int8:
+        return scale / 2
+    return scale * np.maximum(2.0 ** (np.floor(np.log2(np.maximum(np.abs(x / scale), 1e-9))) - 3), 2.0**-9) / 2
+
+
+# 8-bit rows
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+def test_rounding_is_within_half_a_step_of_each_parts_own_scale(rng, dtype):
+    x = rng.standard_normal((6, 3, 14)).astype(np.float32)
+    x[..., :10] *= 10.0 ** np.arange(-3, 3)[:, None, None]  # the latent part huge or tiny beside the rope part
+    rows, scales = quantize(jnp.asarray(x), PARTS, dtype)
+    assert rows.dtype == dtype and rows.shape == x.shape
+    assert scales.dtype == jnp.float32 and scales.shape == (6, 3, 2)
+    parts = x[..., :10], x[..., 10:]
+    own = np.stack([np.abs(part).max(-1) for part in parts], axis=-1) / LARGEST[dtype]
+    np.testing.assert_allclose(scales, own, rtol=1e-6)
+    back = np.asarray(dequantize_rows(rows, scales, PARTS, jnp.float32))
+    step = half_step(x.astype(np.float64), np.repeat(own, PARTS, axis=-1), dtype)
+    assert (np.abs(back - x) <= step * (1 + 1e-5)).all()
+    # All of the range is used, on both sides, and never left.
+    wide = np.abs(np.asarray(rows.astype(jnp.float32)))
+    assert np.isfinite(wide).all()
+    for part in (wide[..., :10], wide[..., 10:]):
+        np.testing.assert_array_equal(part.max(-1), LARGEST[dtype])
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+def test_numbers_at_the_ends(dtype):
+    """Zeros, a part of one number, signs, and numbers so small that a scale would vanish: all finite."""
+    tiny = np.finfo(np.float32).tiny
+    x = np.array([[0, 0, 0, 5.0], [-3.0, 3.0, 0, 0], [3e38, -3e38, 1.0, -1e-3], [tiny, 0, -tiny, 0]], np.float32)
+    rows, scales = quantize(jnp.asarray(x), (3, 1), dtype)
+    back = np.asarray(dequantize_rows(rows, scales, (3, 1), jnp.float32))
+    assert np.isfinite(back).all() and np.isfinite(scales).all() and (np.asarray(scales) > 0).all()
+    np.testing.assert_array_equal(back[0], x[0])
+    np.testing.assert_allclose(back[1], x[1], rtol=1e-6)
+    np.testing.assert_allclose(back[2], [3e38, -3e38, 0, -1e-3], rtol=1e-6)
+    assert np.abs(back[3]).max() <= tiny
+    top = LARGEST[dtype]
+    assert np.asarray(rows.astype(jnp.float32))[1, :2].tolist() == [-top, top]  # alike on both sides of 0
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+def test_rows_of_other_dtypes(x64, rng, dtype):
+    for kind in (ml_dtypes.bfloat16, np.float64):
+        x = jnp.asarray(rng.standard_normal((5, 14)).astype(kind))
+        rows, scales = quantize(x, PARTS, dtype)
+        assert rows.dtype == dtype and scales.dtype == jnp.float32
+        back = dequantize_rows(rows, scales, PARTS, x.dtype)
+        assert back.dtype == x.dtype
+        wide = np.asarray(x, np.float64)
+        step = half_step(wide, np.repeat(np.asarray(scales, np.float64), PARTS, axis=-1), dtype)
+        # bfloat16 rounds scale and product once more, by 2^-9 each
+        slack = 2.0**-8 * np.abs(wide) if kind == ml_dtypes.bfloat16 else 1e-6 * np.abs(wide)
+        assert (np.abs(np.asarray(back, np.float64) - wide) <= step + slack).all()
+    rows, _ = quantize(jnp.array([[1e-60, 0.0]]), (2,), dtype)  # a scale that float32 does not have
+    assert np.asarray(rows.astype(jnp.float32)).tolist() == [[0, 0]]
+
+
+# Attention to what is stored
+
+SHAPES = {  # heads G, queries, parts, shared
+    "latent": (1, 6, (10, 4), True),
+    "expanded": (2, 4, (6, 5), False),
+    "one head": (1, 3, (6, 5), False),
+}
+CAPACITY, LAST = 11, np.array([[3, 4], [9, 10], [0, 1]], np.int32)
+
+
+def plain_attention(q, rows, last, parts, shared, scale):
+    """One query at a time over rows [B, G, S, X]."""
+    out = np.zeros((*q.shape[:3], parts[0] if shared else parts[1]))
+    for b, g, t in np.ndindex(*q.shape[:3]):
+        seen = rows[b, g, : last[b, t] + 1]
+        keys, values = (seen, seen[:, : parts[0]]) if shared else (seen[:, : parts[0]], seen[:, parts[0] :])
+        out[b, g, t] = oracles.softmax_probs(scale * (keys @ q[b, g, t])) @ values
+    return out
+
+
+@pytest.mark.parametrize(
+    "kind, dtype", [*((kind, None) for kind in SHAPES), *((k, d) for k in ("latent", "expanded") for d in EIGHT_BITS)]
+)
+def test_attention_to_the_cache_equals_one_query_at_a_time(x64, rng, kind, dtype):
+    groups, queries, parts, shared = SHAPES[kind]
+    rows = rng.standard_normal((2, 3, groups, CAPACITY, sum(parts)))
+    rows[..., : parts[0]] *= 3
+    q = rng.standard_normal((3, groups, queries, sum(parts) if shared else parts[0]))
+    last = (
+        np.repeat(LAST, queries // 2, axis=1) if queries > 3 else np.array([[3, 4, 4], [9, 10, 2], [0, 1, 1]], np.int32)
+    )
+    stored = (
+        Stored(jnp.asarray(rows), None) if dtype is None else Stored(*quantize_rows(jnp.asarray(rows), parts, dtype))
+    )
+    if dtype is not None:
+        rows = np.asarray(dequantize_rows(*stored, parts, jnp.float64))
+    want = plain_attention(q, rows[1], last, parts, shared, 0.3)
+
+    @partial(jax.jit, static_argnames=("block", "summed"))
+    def run(stored, block, summed=False):
+        return cached_attention(
+            jnp.asarray(q), stored, jnp.ones((), jnp.int32), jnp.asarray(last), parts=parts, shared=shared, scale=0.3,
+            summed=summed, block=block,
+        )  # fmt: skip
+
+    for block in (None, 3):  # the whole at once; blocks that overlap at the end
+        np.testing.assert_allclose(run(stored, block), want, atol=1e-9)
+    if shared:
+        np.testing.assert_allclose(run(stored, 4, summed=True), want, atol=1e-9)
+    # What lies beyond, in other layers and free places, changes nothing at all.
+    other = jax.tree.map(lambda x: np.array(x), stored)
+    for array in other:
+        if array is not None:
+            array[0] = array[0, ::-1] + array.dtype.type(1)
+            for b, end in enumerate(last.max(1)):
+                array[1, b, :, end + 1 :] = array.dtype.type(99)
+    np.testing.assert_array_equal(run(jax.tree.map(jnp.asarray, other), 3), run(stored, 3))
+
+
+# Where rows go
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
+def test_rows_go_where_they_belong_and_nothing_else_changes(rng, dtype):
+    cfg = small()
+    cache = empty_cache(cfg, 3, 4, 16, "latent", dtype)
+    prompt = rng.standard_normal((3, 4, 1, 6, 14)).astype(np.float32)
+    filled = jax.jit(fill)(cache, jnp.asarray(prompt), jnp.array([6, 2, 1, 5], jnp.int32))
+    assert filled.lengths.tolist() == [6, 2, 1, 5]
+    new = rng.standard_normal((4, 1, 3, 14)).astype(np.float32)
+    written = jax.jit(write)(filled, jnp.asarray(new), jnp.ones((), jnp.int32))
+    assert written.lengths.tolist() == [6, 2, 1, 5]  # the caller knows how many count
+    want = np.zeros((3, 4, 1, 16, 14), np.float32)
+    want[:, :, :, :6] = prompt
+    for b, length in enumerate([6, 2, 1, 5]):
+        want[1, b, :, length : length + 3] = new[b]
+    if dtype == jnp.float32:
+        np.testing.assert_array_equal(written.stored.rows, want)
+    else:
+        rows, scales = quantize_rows(jnp.asarray(want), (10, 4), dtype)
+        np.testing.assert_array_equal(written.stored.rows, rows)
+        np.testing.assert_array_equal(written.stored.scales, scales)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8_e4m3"])
+def test_bytes_a_token_are_those_of_the_arrays(dtype):
+    gqa = small(num_heads=6, attention="gqa", num_kv_heads=2)
+    for cfg, kind in ((small(), "latent"), (small(), "expanded"), (gqa, "expanded"), (small(), "none")):
+        cache = empty_cache(cfg, cfg.num_layers, 2, 32, kind, pick_dtype(cfg, dtype))
+        assert cache.capacity == 32
+        assert cache.nbytes == 2 * 32 * bytes_per_token(cfg, kind, pick_dtype(cfg, dtype))
+        held = sum(x.nbytes for x in jax.tree.leaves((cache.stored, cache.tokens)))
+        assert held == cache.nbytes
+    per_token = bytes_per_token(small(), "latent", pick_dtype(small(), dtype))
+    assert per_token == 3 * {"float32": 56, "bfloat16": 28, "int8": 14 + 8, "float8_e4m3": 14 + 8}[dtype]
+
+
+def test_which_cache():
+    mla, mqa = small(), small(attention="mqa")
+    assert (pick_kind(mla, None), pick_kind(mqa, None)) == ("latent", "expanded")
+    assert [pick_kind(mla, kind) for kind in ("latent", "expanded", "none")] == ["latent", "expanded", "none"]
+    assert pick_kind(mqa, "none") == "none"
+    with pytest.raises(ValueError, match="^cache='latent' needs attention='mla', and the model has 'mqa'$"):
+        pick_kind(mqa, "latent")
+    with pytest.raises(ValueError, match="^cache='paged' is not one of latent, expanded, none$"):
+        generate(random_model(LIGHT), [[1]], 1, cache="paged")
+    assert pick_dtype(small(compute_dtype="bfloat16"), None) == jnp.bfloat16
+    for spelt in ("float8_e4m3", jnp.float8_e4m3fn, jnp.dtype(jnp.float8_e4m3fn)):
+        assert pick_dtype(mla, spelt) == jnp.float8_e4m3fn
+    assert pick_dtype(mla, "int8") == pick_dtype(mla, jnp.int8) == pick_dtype(mla, np.dtype("int8")) == np.int8
+
+
+# Whole models
+
+LIGHT = small(num_layers=1, num_dense_layers=0, dispatch="dense")
+ATTENTION = {
+    "mha": dict(num_heads=4, attention="mha"),
+    "gqa": dict(num_heads=4, attention="gqa", num_kv_heads=2),
+    "mqa": dict(num_heads=4, attention="mqa"),
+}
+NEW = 10
+PROMPTS = [[5], [8, 1, 30, 2, 2], [3 * i % 37 for i in range(20)]]
+
+
+def teacher_logits(model, new):
+    """Logits [NEW, W] of each row at the places that chose its new tokens: the whole row in one forward pass."""
+    rows = np.zeros((3, 32), np.int32)
+    for row, prompt, more in zip(rows, PROMPTS, new, strict=True):
+        row[: len(prompt) + len(more)] = [*prompt, *more]
+    logits = forward(model, jnp.asarray(rows)).logits
+    return [logits[b, len(p) - 1 : len(p) - 1 + NEW] for b, p in enumerate(PROMPTS)]
+
+
+def assert_greedy(model, new):
+    for logits, row in zip(teacher_logits(model, new), new, strict=True):
+        assert logits.argmax(-1).tolist() == row
+    assert len({t for row in new for t in row}) > 5  # a model that says one thing could not fail
+
+
+def test_every_cache_of_mla_says_what_the_whole_forward_says():
+    model = random_model(small(num_layers=2, num_dense_layers=2))
+    said = {kind: generate(model, PROMPTS, NEW, cache=kind) for kind in ("latent", "expanded", "none")}
+    assert_greedy(model, said["none"].tokens)
+    for kind, got in said.items():
+        assert got.tokens == said["none"].tokens, kind
+        assert got.cache_bytes_per_token == bytes_per_token(model.cfg, kind, jnp.float32)
+        assert got.cache_bytes == 3 * 32 * got.cache_bytes_per_token
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_baselines_decode_what_their_whole_forward_says(attention):
+    model = random_model(replace(LIGHT, **ATTENTION[attention]))
+    assert_greedy(model, generate(model, PROMPTS, NEW).tokens)
+
+
+@pytest.mark.parametrize("kind, dtype", [("latent", "int8"), ("latent", "float8_e4m3"), ("expanded", "int8")])
+def test_8_bits_choose_tokens_about_as_likely(kind, dtype):
+    model = random_model(LIGHT)
+    got = generate(model, PROMPTS, NEW, cache=kind, cache_dtype=dtype)
+    lost = [
+        (logits.max(-1) - logits[np.arange(NEW), row]) / logits.std(-1)
+        for logits, row in zip(teacher_logits(model, got.tokens), got.tokens, strict=True)
+    ]
+    # How much less likely than the exact cache's best: a step is 1/254 of the largest, and 1/16 of each number.
+    assert np.median(lost) < 0.02
+    assert np.mean(np.concatenate(lost) == 0) > (0.8 if dtype == "int8" else 0.6)
+    assert got.cache_bytes_per_token == bytes_per_token(LIGHT, kind, pick_dtype(LIGHT, dtype))
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_baseline_attention_equals_the_equations(x64, rng, attention):
+    """One head and one query at a time; a group of query heads shares a key and a value."""
+    cfg = small(**ATTENTION[attention], rope_interleaved=attention != "gqa")
+    shapes = dict(w_q=(16, 4, 10), w_k=(16, cfg.kv_heads, 10), w_v=(16, cfg.kv_heads, 5), w_o=(4, 5, 16))
+    w = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    x, positions = rng.standard_normal((2, 7, 16)), np.array([[*range(7)], [*range(4), *range(3)]], np.int32)
+    segments = np.array([[1] * 7, [1] * 4 + [2] * 3], np.int32)
+
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: GQA(cfg, rngs=nnx.Rngs(0))))
+    assert {path[0]: v.shape for path, v in nnx.to_flat_state(state)} == shapes
+    flat = [(path, v.replace(jnp.asarray(w[path[0]]))) for path, v in nnx.to_flat_state(state)]
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def run(state, x):
+        at = positions_of(cfg, jnp.asarray(positions), jnp.asarray(segments))
+        return nnx.merge(graphdef, state)(x, at, "expanded")
+
+    out, rows = run(nnx.from_flat_state(flat), jnp.asarray(x))
+    freqs = np.array([1.0, cfg.rope_theta ** (-2 / 4)])
+    want = np.zeros((2, 7, 16))
+    for b, t, h in np.ndindex(2, 7, 4):
+        g = h // (4 // cfg.kv_heads)
+        q = x[b, t] @ w["w_q"][:, h]
+        seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
+        keys = [x[b, s] @ w["w_k"][:, g] for s in seen]
+        scores = [
+            q[:6] @ k[:6]
+            + oracles.rope_score(
+                q[6:], k[6:], positions[b, t], positions[b, s], freqs, interleaved=cfg.rope_interleaved
+            )
+            for s, k in zip(seen, keys, strict=True)
+        ]
+        weights = oracles.softmax_probs(np.array(scores) * 10**-0.5)
+        value = sum(a * (x[b, s] @ w["w_v"][:, g]) for a, s in zip(weights, seen, strict=True))
+        want[b, t] += value @ w["w_o"][h]
+    np.testing.assert_allclose(out, want, atol=1e-5)  # angles are float32
+    assert rows.shape == (2, cfg.kv_heads, 7, 15)

@@ -1,0 +1,132 @@
+"""Acceptance of drafts: greedy by hand; sampled, the law of what comes out is the target's, whatever drafts."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from dsv3_jax.ops.sampling import GREEDY, Sampling
+from dsv3_jax.ops.speculation import accept, probabilities
+
+W = 6
+DRAWS = 40_000
+# Of each statement below that a share over DRAWS independent draws is within a bound: it fails by chance with
+# probability under 1e-9.
+FALSE_ALARM = 1e-9
+
+
+def within(shares, law, draws=DRAWS):
+    """Whether the distance, half the sum of differences, is one that chance allows.
+
+    Its mean is under half the sum of sqrt(p (1 - p) / n), by Jensen, and a draw moves it by 1 / n at most, so that
+    McDiarmid bounds how far it is over its mean.
+    """
+    bound = np.sqrt(law * (1 - law) / draws).sum() / 2 + math.sqrt(math.log(1 / FALSE_ALARM) / (2 * draws))
+    assert bound < 0.12  # wrong laws are further away
+    return np.abs(shares - law).sum() / 2 < bound
+
+
+def test_greedy_by_hand():
+    best = np.array([[3, 1, 4, 2], [3, 1, 4, 2], [3, 1, 4, 2], [3, 1, 4, 2]])
+    logits = jax.nn.one_hot(best, W)
+    drafts = jnp.array([[3, 1, 4], [3, 1, 0], [0, 1, 4], [3, 0, 4]], jnp.int32)
+    count, tokens = accept(drafts, None, logits, jax.random.key(0), GREEDY)
+    assert count.tolist() == [3, 2, 0, 1]
+    assert [t[: n + 1] for t, n in zip(tokens.tolist(), count.tolist(), strict=True)] == [
+        [3, 1, 4, 2], [3, 1, 4], [3], [3, 1],
+    ]  # fmt: skip
+
+
+def test_without_drafts_the_target_alone_speaks():
+    logits = jnp.asarray([[[0.0, 5.0, 1.0]], [[2.0, 0.0, 1.0]]])
+    none = jnp.zeros((2, 0), jnp.int32)
+    count, tokens = accept(none, None, logits, jax.random.key(0), GREEDY)
+    assert count.tolist() == [0, 0] and tokens.tolist() == [[1], [0]]
+    logits = jnp.broadcast_to(jnp.log(jnp.array([0.5, 0.2, 0.3])), (DRAWS, 1, 3))
+    count, tokens = accept(jnp.zeros((DRAWS, 0), jnp.int32), None, logits, jax.random.key(1), Sampling(1.0))
+    assert not count.any()
+    assert within(np.bincount(tokens[:, 0], minlength=3) / DRAWS, np.array([0.5, 0.2, 0.3]))
+
+
+@partial(jax.jit, static_argnames="sampling")
+def drawn(p_logits, q, key, sampling):
+    """DRAWS rounds of two drafts, as a decoding step has them: (drafts, how many stand, tokens)."""
+    draw, decide = jax.random.split(key)
+    drafts = jax.random.categorical(draw, jnp.log(q), axis=-1, shape=(DRAWS, 2)).astype(jnp.int32)
+    rows = [jnp.broadcast_to(x, (DRAWS, *x.shape)) for x in (q, p_logits)]
+    return drafts, *accept(drafts, *rows, decide, sampling)
+
+
+def laws(case, sampling):
+    """(logits [3, W] of the target, p [3, W], q [2, W])."""
+    rng = np.random.default_rng(7)
+    logits = rng.normal(0, 1.5, (3, W)).astype(np.float32)
+    p = np.array([oracles.sampling_probs(row, **sampling._asdict()) for row in logits])
+    if case == "other":
+        q = np.array([oracles.sampling_probs(row, **sampling._asdict()) for row in rng.normal(0, 1.5, (2, W))])
+    elif case == "apart":  # only what the target never says
+        q = (p[:2] == 0) / (p[:2] == 0).sum(-1, keepdims=True)
+    elif case == "one token":
+        q = np.eye(W)[[2, 5]]
+    else:
+        q = p[:2]
+    return logits, p, q
+
+
+@pytest.mark.parametrize(
+    "case, sampling",
+    [
+        ("other", Sampling(1.0)),
+        ("other", Sampling(0.7, top_k=4)),
+        ("other", Sampling(1.3, top_p=0.8)),
+        ("one token", Sampling(1.0)),
+        ("apart", Sampling(0.7, top_k=4)),
+        ("same", Sampling(1.3, top_p=0.8)),
+    ],
+)
+def test_sampled_tokens_follow_the_target(case, sampling):
+    logits, p, q = laws(case, sampling)
+    drafts, count, tokens = (
+        np.asarray(x) for x in drawn(jnp.asarray(logits), jnp.asarray(q, jnp.float32), jax.random.key(5), sampling)
+    )
+    np.testing.assert_allclose(probabilities(jnp.asarray(logits), sampling), p, atol=1e-6)
+
+    # Accepted with probability min(1, p / q): sum of min(p, q), and the second only after the first.
+    first, second = np.minimum(p[:2], q).sum(-1)
+    wanted = np.array([1 - first, first * (1 - second), first * second])
+    shares = np.bincount(count, minlength=3) / DRAWS
+    assert within(shares, wanted)
+    assert case != "same" or (count == 2).all()
+    assert case != "apart" or (count == 0).all()
+
+    # What stands is the draft itself.
+    stands = np.arange(2)[None] < count[:, None]
+    np.testing.assert_array_equal(tokens[:, :2][stands], drafts[stands])
+
+    # The first token follows p, and so does each later one where the drafts before it stood.
+    for position in range(3):
+        said = tokens[count >= position, position]
+        if len(said) > DRAWS / 20:
+            shares = np.bincount(said, minlength=W) / len(said)
+            assert within(shares, p[position], len(said))
+            assert (shares[p[position] == 0] == 0).all()
+
+    # Two positions together: where the first draft fell, the next step's own token follows p just so.
+    after = np.random.default_rng(3).choice(W, size=DRAWS, p=p[1] / p[1].sum())
+    next_token = np.where(count >= 1, tokens[:, 1], after)
+    joint = np.bincount(W * tokens[:, 0] + next_token, minlength=W * W) / DRAWS
+    assert within(joint, np.outer(p[0], p[1]).ravel())
+
+
+def test_rows_and_keys_differ():
+    """Rows alike in all draw for themselves, and the key decides what."""
+    logits, _, q = laws("other", Sampling(1.0))
+    args = jnp.asarray(logits), jnp.asarray(q, jnp.float32)
+    one, two, three = (drawn(*args, jax.random.key(seed), Sampling(1.0)) for seed in (0, 0, 1))
+    assert len(np.unique(one[1])) == 3
+    for a, b, c in zip(one, two, three, strict=True):
+        assert (a == b).all() and (a != c).any()
