@@ -75,11 +75,12 @@ class Progress:
 class Speech:
     """Text as it comes, and a live line of how decoding goes. Use as a context.
 
-    On a terminal the line stands below the text; elsewhere the text goes to stdout and the last line to stderr.
+    On a terminal the line stands below the text; elsewhere the text goes to stdout, and what came of drafts to stderr.
     """
 
     def __init__(self, prompt: str):
         self._console, self._text, self._line = Console(highlight=False, soft_wrap=True), prompt, ""
+        self._drafted = False
         self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="visible")
         if not self._console.is_terminal:
             print(prompt, end="", flush=True)
@@ -94,7 +95,7 @@ class Speech:
             self._live.stop()
             return
         print(flush=True)
-        if self._line:
+        if self._drafted:
             print(self._line, file=sys.stderr)
 
     def say(self, text: str) -> None:
@@ -106,6 +107,7 @@ class Speech:
         """How decoding goes: drafts that stood by position, and speed."""
         if not steps:
             return
+        self._drafted = bool(acceptance)
         self._line = f"{tokens_per_s:,.0f} tokens/s"
         if acceptance:
             shares = " ".join(f"{a:.0%}" for a in acceptance)

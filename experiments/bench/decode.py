@@ -1,9 +1,10 @@
 """The decoding benchmark: our caches against transformers' in turns, and what drafts gain.
 
 python experiments/bench/decode.py                          # everything; writes decode_results.json beside this file
-python experiments/bench/decode.py caches                   # one part: caches, speculation
+python experiments/bench/decode.py caches                   # one part: caches, speculation, quality
 python experiments/bench/decode.py caches --cells 1024x1 4096x8 --again    # only these, in place of what was measured
-python experiments/bench/decode.py speculation --run runs/demo --draft-run runs/small
+python experiments/bench/decode.py speculation --run runs/demo runs/eagle runs/medusa --draft-run runs/small
+python experiments/bench/decode.py quality --run runs/demo  # what each cache dtype costs in validation loss
 python experiments/bench/decode.py --table                  # what decode_results.json holds, in Markdown
 
 A cell that the results hold already is left as it is, so a benchmark that was stopped goes on where it was.
@@ -17,6 +18,7 @@ import platform
 import statistics
 import sys
 from contextlib import ExitStack
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
@@ -24,8 +26,12 @@ from decode_worker import OursDecode
 from peer_decode import PeerDecode
 from process import KEEP_MEMORY, OutOfMemory
 
+from dsv3_jax import data, tokenizer
+from dsv3_jax.cache import DTYPES
+from dsv3_jax.checkpoint import load_model, read_run
 from dsv3_jax.config import replace
 from dsv3_jax.counting import decode_bytes
+from dsv3_jax.evaluate import cache_quality
 from dsv3_jax.presets import preset
 from dsv3_jax.runtime import copy_bandwidth
 
@@ -42,7 +48,7 @@ SIDES = {
 }
 TOGETHER = 8192  # tokens of a cell up to which all its sides fit in memory at once
 WARM = 32768  # up to which a side that runs alone is run once before it counts; ours is at every size, for it compiles
-DRAFT_LENGTHS = (1, 2, 3, 4)
+DRAFT_LENGTHS = (1, 2, 3, 4, 6, 8)
 DRAFTED_CONTEXT, DRAFTED_TOKENS = 512, 257
 
 
@@ -152,64 +158,104 @@ def caches_table(cells: dict) -> str:
     return "\n".join(lines)
 
 
-def speculation(run: str, draft_run: str | None, batch: int, rounds: int) -> dict:
-    """One batch size: plain decoding and every drafter and length, on held-out text, in turns in one process."""
-    drafters = [None, "mtp"] + (["run"] if draft_run else [])
-    settings = {"plain": {}} | {
-        f"{draft}, {length}": {"draft": draft, "draft_length": length}
-        for draft, length in product(drafters[1:], DRAFT_LENGTHS)
-    }
-    rows: dict = {name: [] for name in settings}
-    with OursDecode(run=run, draft_run=draft_run) as ours:
-        for setting in settings.values():
-            ours.decode(batch, DRAFTED_CONTEXT, DRAFTED_TOKENS, **setting)
-        for turn in range(rounds):
-            for name, setting in settings.items():
-                rows[name].append(ours.decode(batch, DRAFTED_CONTEXT, DRAFTED_TOKENS, **setting))
-            print(f"batch {batch}, round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
-    found = {
-        name: {
-            "tokens_per_s": statistics.median(reply["tokens_per_s"] for reply in taken),
-            "acceptance": taken[0]["acceptance"],
-            "tokens_per_step": taken[0]["tokens_per_step"],
+def speculation(runs: list[str], draft_run: str | None, batch: int, rounds: int) -> dict:
+    """One batch size: each run plain and with its own heads, the first with a draft model too, on held-out text.
+
+    All runs live side by side and take turns. A run's drafts are held against its own plain decoding.
+    """
+    sides: list[tuple[str, str, dict]] = []  # (run, name, generate's settings)
+    for run in runs:
+        cfg = read_run(run).model
+        kind = f"{cfg.mtp_kind} heads, {cfg.mtp_depth}" if cfg.mtp_depth else "no heads"
+        sides.append((run, f"{kind}: plain", {}))
+        chained = cfg.mtp_kind in ("deepseek", "eagle")
+        for length in DRAFT_LENGTHS if cfg.mtp_depth else ():
+            if chained or length <= cfg.mtp_depth:
+                sides.append((run, f"{kind}: draft {length}", {"draft": "mtp", "draft_length": length}))
+    if draft_run:
+        name = f"a model of {read_run(draft_run).model.num_layers} layers"
+        sides += [(runs[0], f"{name}: draft {n}", {"draft": "run", "draft_length": n}) for n in DRAFT_LENGTHS]
+    taken: list[list[dict]] = [[] for _ in sides]
+    with ExitStack() as running:
+        workers = {
+            run: running.enter_context(OursDecode(run=run, draft_run=draft_run if run == runs[0] else None))
+            for run in runs
         }
-        for name, taken in rows.items()
-    }
-    for row in found.values():
-        row["against_plain"] = row["tokens_per_s"] / found["plain"]["tokens_per_s"]
+        for turn in range(rounds):
+            for (run, _, settings), replies in zip(sides, taken, strict=True):
+                replies.append(workers[run].decode(batch, DRAFTED_CONTEXT, DRAFTED_TOKENS, **settings))
+            print(f"batch {batch}, round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
+    found: dict = {}
+    plain: dict[str, float] = {}
+    for (run, name, settings), replies in zip(sides, taken, strict=True):
+        rate = statistics.median(reply["tokens_per_s"] for reply in replies)
+        if not settings:
+            plain[run] = rate
+        found[name] = {
+            "tokens_per_s": rate,
+            "against_plain": rate / plain[run],
+            "acceptance": replies[0]["acceptance"],
+            "tokens_per_step": replies[0]["tokens_per_step"],
+            "step_ms": 1e3 * statistics.median(reply["step_seconds"] for reply in replies),
+        }
     return found
 
 
 def speculation_table(cells: dict) -> str:
     lines = [
-        "| batch | draft, length | tokens/s | × plain | acceptance by position | tokens a step |",
-        "|---|---|---|---|---|---|",
+        "| batch | drafts | tokens/s | × plain | ms a step | tokens a step | acceptance by position |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, cell in cells.items():
         for draft, row in cell.items():
             shares = ", ".join(f"{a:.0%}" for a in row["acceptance"])
             lines.append(
-                f"| {name} | {draft} | {row['tokens_per_s']:,.0f} | {row['against_plain']:.2f} | {shares} "
-                f"| {row['tokens_per_step']:.2f} |"
+                f"| {name} | {draft} | {row['tokens_per_s']:,.0f} | {row['against_plain']:.2f} | {row['step_ms']:.2f} "
+                f"| {row['tokens_per_step']:.2f} | {shares} |"
             )
+    return "\n".join(lines)
+
+
+def quality(run: str, batches: int = 8) -> dict:
+    """Held-out text read through caches of every kind and dtype."""
+    model, cfg, made, _ = load_model(run)
+    text = tokenizer.load(made.data.tokenizer)
+    held_out = data.val_batches(data.load_corpus(made.data), text, made.data, batches)
+    kinds = ("latent", "expanded") if cfg.attention == "mla" else ("expanded",)
+    return {kind: {k: asdict(v) for k, v in cache_quality(model, held_out, DTYPES, kind).items()} for kind in kinds}
+
+
+def quality_table(cells: dict) -> str:
+    lines = [
+        "| cache | dtype | bytes a token | validation loss | against float32 | greedy tokens the same |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kinds in cells.values():
+        for kind, rows in kinds.items():
+            for dtype, row in rows.items():
+                more = row["val_loss"] / rows["float32"]["val_loss"] - 1
+                lines.append(
+                    f"| {kind} | {dtype} | {row['bytes_per_token']:,} | {row['val_loss']:.4f} | {more:+.4%} "
+                    f"| {row['agreement']:.2%} |"
+                )
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["caches", "speculation", []], help="all if none")
+    parser.add_argument("parts", nargs="*", choices=["caches", "speculation", "quality", []], help="all if none")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cells", nargs="*", help="of caches, as 1024x8; all if not given")
-    parser.add_argument("--run", help="of speculation: a folder that `dsv3 train` or `dsv3 demo` made")
-    parser.add_argument("--draft-run", help="of speculation: another run, whose model drafts too")
+    parser.add_argument("--run", nargs="+", help="folders that `dsv3 train` made; quality takes the first")
+    parser.add_argument("--draft-run", help="of speculation: another run, whose model drafts for the first, too")
     parser.add_argument("--again", action="store_true", help="measure what the results hold already, too")
     parser.add_argument("--table", action="store_true", help="print the results and measure nothing")
     parser.add_argument("--peer-python", help="interpreter with torch and transformers; this one if not given")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("decode_results.json"))
     args = parser.parse_args()
-    parts = args.parts or ["caches", "speculation"]
-    if "speculation" in parts and not args.table and not args.run:
-        parser.error("speculation needs --run, a folder that `dsv3 train` or `dsv3 demo` made")
+    parts = args.parts or ["caches", "speculation", "quality"]
+    if parts != ["caches"] and not args.table and not args.run:
+        parser.error("speculation and quality need --run, a folder that `dsv3 train` or `dsv3 demo` made")
     known = [f"{context}x{batch}" for context, batch in product(CONTEXTS, BATCHES)]
     for cell in args.cells or ():
         if cell not in known:
@@ -231,7 +277,10 @@ def main() -> int:
         for batch in BATCHES:
             if "speculation" in parts:
                 keep("speculation", f"{batch}", speculation, args.run, args.draft_run, batch, args.rounds)
-    for part, table in {"caches": caches_table, "speculation": speculation_table}.items():
+        if "quality" in parts:
+            keep("quality", "latent and expanded", quality, args.run[0])
+    tables = {"caches": caches_table, "speculation": speculation_table, "quality": quality_table}
+    for part, table in tables.items():
         if part in results:
             print(f"\n{table(results[part])}")
     return 0
