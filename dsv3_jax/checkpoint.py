@@ -15,7 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from dsv3_jax import sharding
+from dsv3_jax import sharding, tokenizer
 from dsv3_jax.config import ModelConfig, RunConfig, from_dict, to_dict
 from dsv3_jax.modules.transformer import Transformer
 from dsv3_jax.train_step import TrainState, abstract_state, model_of
@@ -172,3 +172,14 @@ def load_model(folder: str | Path) -> tuple[Transformer, ModelConfig, RunConfig,
         raise ValueError(f"{folder} holds no checkpoint yet")
     state, _ = found
     return model_of(run.model, state), run.model, run, int(state.step)
+
+
+def load_draft(folder: str | Path, run: RunConfig) -> Transformer:
+    """The model of another run's last checkpoint, to draft for a model of `run`.
+
+    Raises: ValueError as `load_model`, and when the other's tokenizer gives ids another meaning.
+    """
+    model, _, other, _ = load_model(folder)
+    if not tokenizer.load(run.data.tokenizer).same_ids(tokenizer.load(other.data.tokenizer)):
+        raise ValueError(f"the draft run {folder} has another tokenizer: its ids mean other text")
+    return model

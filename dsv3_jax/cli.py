@@ -23,6 +23,7 @@ USAGE = """usage: dsv3 COMMAND …
   train PRESET         train a model; the same command again goes on where it stopped
   eval RUN             held-out measures of a run's last checkpoint
   generate RUN         continue a prompt with a run's last checkpoint
+  bench decode RUN     how fast a run's last checkpoint decodes, by cache, batch, context and draft
   convert FOLDER OUT   released weights (Hugging Face format) into a run, a run into them, or FP8 into another dtype
   info PRESET          parameters, FLOPs and cache bytes of a model, without allocating it
   tokenizer OUT        train a byte-level BPE tokenizer
@@ -65,6 +66,8 @@ class Eval:
     """other text to measure on; none: the run's own validation text"""
     batches: int = 8
     """batches measured"""
+    cache_dtype: tuple[Literal["bfloat16", "int8", "float8_e4m3"], ...] = ()
+    """measure the same text read through caches of these dtypes, too, against the exact one"""
 
 
 @dataclass
@@ -80,6 +83,14 @@ class Generate:
     """0 takes the likeliest token each time"""
     top_k: int | None = None
     top_p: float | None = 0.95
+    cache: Literal["latent", "expanded", "none"] | None = None
+    """what is remembered of each token; none given: the model's own, a latent row where it has one"""
+    cache_dtype: Literal["float32", "bfloat16", "int8", "float8_e4m3"] | None = None
+    """of cached rows; none given: the model's compute dtype"""
+    draft: str | None = None
+    """who drafts: "mtp" (the model's own multi-token heads), or the folder of a smaller run with the same tokenizer"""
+    draft_length: int = 1
+    """tokens drafted a step; the text is distributed as without"""
     seed: int = 0
 
 
@@ -140,8 +151,8 @@ def _dispatch(words: list[str]) -> int:
     from dsv3_jax.presets import MODELS
 
     commands: dict[str, Callable[[list[str]], int]] = {
-        "demo": _demo, "train": _train, "eval": _eval, "generate": _generate, "convert": _convert,
-        "info": _info, "tokenizer": _tokenizer,
+        "demo": _demo, "train": _train, "eval": _eval, "generate": _generate, "bench": _bench,
+        "convert": _convert, "info": _info, "tokenizer": _tokenizer,
     }  # fmt: skip
     if not words or words[0] in ("-h", "--help"):
         print(USAGE.format(presets=", ".join(MODELS)), end="")
@@ -240,17 +251,26 @@ def _eval(words: list[str]) -> int:
 
     from dsv3_jax import data, tokenizer
     from dsv3_jax.checkpoint import load_model
-    from dsv3_jax.evaluate import evaluate
+    from dsv3_jax.evaluate import cache_quality, evaluate
 
     model, _, run, step = load_model(args.run)
     cfg = replace(run.data, paths=args.paths) if args.paths else run.data
     corpus, text = data.load_corpus(cfg), tokenizer.load(cfg.tokenizer)
-    found = evaluate(model, data.val_batches(corpus, text, cfg, args.batches), text, corpus.domains)
+    batches = data.val_batches(corpus, text, cfg, args.batches)
+    found = evaluate(model, batches, text, corpus.domains)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"step {step}")
     for name, value in found.items():
         if name != "load":
             console.print(f"{name:24s} {_plain(value)}")
+    if args.cache_dtype:
+        by_dtype = cache_quality(model, batches, ("float32", *args.cache_dtype))
+        exact = by_dtype["float32"].val_loss
+        for name, quality in by_dtype.items():
+            console.print(
+                f"{f'through {name} cache':24s} {quality.val_loss:.4f} ({quality.val_loss / exact - 1:+.3%}), "
+                f"greedy tokens the same {quality.agreement:.2%}, {quality.bytes_per_token} bytes a token"
+            )
     return 0
 
 
@@ -266,28 +286,50 @@ def _generate(words: list[str]) -> int:
     args = _parse(Generate, words, "generate")
     _prepare()
     from dsv3_jax import tokenizer
-    from dsv3_jax.checkpoint import load_model
-    from dsv3_jax.generate import Sampling, check_request, stream
+    from dsv3_jax.checkpoint import load_draft, load_model
+    from dsv3_jax.generate import Sampling, generate_in_parts
+    from dsv3_jax.progress import Speech
 
     model, _, run, _ = load_model(args.run)
     text = tokenizer.load(run.data.tokenizer)
-    sampling = Sampling(args.temperature, args.top_k, args.top_p)
-    prompt = text.encode(args.prompt)
-    check_request(run.model, [prompt], args.max_new_tokens, sampling)  # before the prompt is printed
-    tokens = stream(
+    draft: Any = args.draft
+    if draft not in (None, "mtp"):
+        draft = load_draft(draft, run)
+    parts = generate_in_parts(
         model,
-        prompt,
+        [text.encode(args.prompt)],
         args.max_new_tokens,
-        sampling=sampling,
+        sampling=Sampling(args.temperature, args.top_k, args.top_p),
         stop_tokens=(text.eos_id,),
+        cache=args.cache,
+        cache_dtype=args.cache_dtype,
+        draft=draft,
+        draft_length=args.draft_length,
         seed=args.seed,
     )
-    pieces = text.stream()
-    print(args.prompt, end="", flush=True)
-    for token in tokens:
-        print(pieces.push([token]), end="", flush=True)
-    print(pieces.finish())
+    first = next(parts)  # bad requests end here, before the prompt is printed
+    pieces, seen = text.stream(), 0
+    with Speech(args.prompt) as speech:
+        for made in itertools.chain([first], parts):
+            speech.say(pieces.push(made.tokens[0][seen:]))
+            speech.measured(made.acceptance, made.mean_accepted, made.tokens_per_s, made.steps)
+            seen = len(made.tokens[0])
+        speech.say(pieces.finish())
     return 0
+
+
+def _bench(words: list[str]) -> int:
+    if words and words[0] in ("-h", "--help"):
+        print("usage: dsv3 bench decode RUN …\n\n`dsv3 bench decode --help` lists its options.")
+        return 0
+    if not words or words[0] != "decode":
+        said = f"benchmark {words[0]!r} is not there" if words else "dsv3 bench needs the name of a benchmark"
+        raise ValueError(f"{said}: there is decode, as in: dsv3 bench decode RUN")
+    from dsv3_jax import bench
+
+    args = _parse(bench.Decode, words[1:], "bench decode")
+    _prepare()
+    return bench.decode(args)
 
 
 def _convert(words: list[str]) -> int:

@@ -86,6 +86,37 @@ def train_flops_per_token(cfg: ModelConfig, *, with_mtp: bool = True, trunk_held
     return 6 * (counted.active + (counted.mtp_active if with_mtp else 0))
 
 
+def distinct_experts(cfg: ModelConfig, tokens: int) -> float:
+    """Experts of a layer that so many tokens are expected to reach together: E (1 − (1 − K/E)^tokens).
+
+    Exact where every expert is as likely as any other and tokens choose independently of one another; which experts a
+    token may combine, as groups do, does not matter.
+    """
+    return cfg.num_experts * (1 - (1 - cfg.experts_per_token / cfg.num_experts) ** tokens)
+
+
+def decode_bytes(
+    cfg: ModelConfig, batch: int, context: int, cache_bytes_per_token: int, *, weight_bytes: int = 4
+) -> float:
+    """Bytes that one plain decoding step must read, an expectation for `distinct_experts`.
+
+    All weights of layers and head once, of the routed experts those that the batch reaches, and what the cache holds.
+    Left out, as some kilobytes: embedding rows, activations, and the rows that the step writes.
+
+    Args:
+        batch: sequences, which advance a token each.
+        context: tokens that each has in the cache.
+        cache_bytes_per_token: over all layers, as `Generated` has it.
+        weight_bytes: bytes a parameter.
+    """
+    counted = size(cfg)
+    routed = counted.parts.get("routed experts", 0)
+    # Of `active` the routed part is K of E experts.
+    always = counted.active - routed * cfg.experts_per_token / cfg.num_experts
+    reached = routed * distinct_experts(cfg, batch) / cfg.num_experts
+    return (always + reached) * weight_bytes + batch * context * cache_bytes_per_token
+
+
 def short(count: int | float) -> str:
     """1234567 → '1.23M'."""
     for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):

@@ -1,6 +1,10 @@
-"""Held-out measures: loss, bits a byte (in all and by domain), MaxVio over the whole set, MTP acceptance."""
+"""Held-out measures: loss, bits a byte (in all and by domain), MaxVio over the whole set, MTP acceptance.
+
+And what a cache costs in quality: the same text read through caches of other dtypes.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -8,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dsv3_jax.cache import bytes_per_token, empty_cache, pick_dtype, pick_kind
 from dsv3_jax.data import Batch
 from dsv3_jax.modules.transformer import Transformer
 from dsv3_jax.objective import scores
@@ -55,3 +60,67 @@ def evaluate(
     if domains:
         result["bits_per_byte_by_domain"] = {name: float(n * to_bits / s) for name, (n, s) in by_domain.items() if s}
     return result
+
+
+@dataclass(frozen=True)
+class CacheQuality:
+    """What decoding through a cache of some dtype does to a model."""
+
+    val_loss: float  # nats a token
+    agreement: float  # share of tokens whose likeliest successor is the exact cache's
+    bytes_per_token: int
+
+
+STEP = 16  # tokens read at a time: each attends to cached rows alone, its own too, as in decoding
+
+
+def cache_quality(
+    model: Transformer, batches: Sequence[Batch], dtypes: Sequence[str], cache: str | None = None
+) -> dict[str, CacheQuality]:
+    """Read held-out rows through caches, each row as one text.
+
+    Args:
+        dtypes: of cached rows; what all are held against is the first, so it should be the exact one, "float32".
+        cache: "latent" or "expanded"; None is the model's own.
+    Raises: ValueError for a kind or dtype that there is not.
+    """
+    cfg, kind = model.cfg, pick_kind(model.cfg, cache)
+    if kind == "none":
+        raise ValueError("cache='none' holds no rows that a dtype could change")
+    graphdef, state = nnx.split(model)
+    found: dict[str, CacheQuality] = {}
+    exact: list[np.ndarray] = []
+    for name in dtypes:
+        nats, same, count = 0.0, 0.0, 0.0
+        for i, batch in enumerate(batches):
+            read = _through_cache(graphdef, state, jnp.asarray(batch["tokens"]), kind=kind, dtype=pick_dtype(cfg, name))
+            nll, best = (np.asarray(x) for x in read)
+            if len(exact) == i:
+                exact.append(best)
+            ids = batch["segment_ids"]
+            mask = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] > 0)
+            nats, count = nats + nll.astype(np.float64)[mask].sum(), count + mask.sum()
+            same += (best == exact[i])[mask].sum()
+        found[name] = CacheQuality(
+            float(nats / max(count, 1)), float(same / max(count, 1)), bytes_per_token(cfg, kind, pick_dtype(cfg, name))
+        )
+    return found
+
+
+@partial(jax.jit, static_argnames=("graphdef", "kind", "dtype"))
+def _through_cache(graphdef, state, tokens, *, kind, dtype):
+    """(negative log-likelihood of each next token, the likeliest one), both [B, T - 1]."""
+    model = nnx.merge(graphdef, state)
+    batch, length = tokens.shape
+    steps = -(-length // STEP)
+    padded = jnp.pad(tokens, ((0, 0), (0, steps * STEP - length)))
+    start = empty_cache(model.cfg, model.cfg.num_layers, batch, steps * STEP, kind, dtype)
+
+    def read(cache, part):
+        x, cache = model.decode(part, cache)
+        return replace(cache, lengths=cache.lengths + STEP), model.logits(model.norm(x))
+
+    _, logits = jax.lax.scan(read, start, padded.reshape(batch, steps, STEP).swapaxes(0, 1))
+    logits = logits.swapaxes(0, 1).reshape(batch, steps * STEP, -1)[:, : length - 1]
+    own = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - own, jnp.argmax(logits, axis=-1)

@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from dsv3_jax.cache import Cache, bytes_per_token, empty_cache, fill, pick_dtype, pick_kind
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.modules.transformer import Transformer
+from dsv3_jax.modules.transformer import Ready, Transformer
 from dsv3_jax.ops.sampling import GREEDY, Sampling
 from dsv3_jax.ops.speculation import accept
 from dsv3_jax.speculative import Drafter, Drafts, Fresh, make_drafter
@@ -156,24 +156,26 @@ def generate_in_parts(
             static=static, capacity=capacity, max_new_tokens=max_new_tokens, kind=kind, dtype=dtype,
         )
     )  # fmt: skip
-    prefilled = time.perf_counter()
+    prefill_seconds, decode_seconds = time.perf_counter() - start, 0.0
+    ready = _ready(graphdef, state), None if drafts[1] is None else _ready(*drafts)
     per_token, size = bytes_per_token(cfg, kind, dtype), loop.cache.nbytes
 
     def seen(loop: Loop) -> Generated:
         acceptance = [float(x) for x in np.asarray(loop.stood) / max(int(loop.drafted), 1)]
-        taken = time.perf_counter() - prefilled
         rows = [
             [int(t) for t in row[:n]] for row, n in zip(np.asarray(loop.out), np.asarray(loop.written), strict=True)
         ]
-        return Generated(rows, acceptance, int(loop.steps), prefilled - start, taken, size, per_token)
+        return Generated(rows, acceptance, int(loop.steps), prefill_seconds, decode_seconds, size, per_token)
 
     yield seen(loop)
     while not bool(loop.done.all()):
         # From the shortest row that goes on: one that has ended grows no more.
         behind = int(jnp.where(loop.done, max_new_tokens, loop.written).min())
         until = max_new_tokens if part is None else min(behind + part, max_new_tokens)
-        loop = _decode(graphdef, state, drafts[1], loop, stops, jnp.asarray(until, jnp.int32), static=static)
+        start = time.perf_counter()
+        loop = _decode(graphdef, state, drafts[1], ready, loop, stops, jnp.asarray(until, jnp.int32), static=static)
         jax.block_until_ready(loop)
+        decode_seconds += time.perf_counter() - start
         yield seen(loop)
 
 
@@ -254,10 +256,17 @@ def _round_up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
-def _drafter(model: Transformer, static: _Static, draft_state: Any) -> Drafter | None:
+def _drafter(model: Transformer, static: _Static, draft_state: Any, ready: Any = (None, None)) -> Drafter | None:
     if static.draft is None:
         return None
-    return make_drafter(model, None if static.draft == "mtp" else nnx.merge(static.draft, draft_state))
+    if static.draft == "mtp":
+        return make_drafter(model, None, ready[0])
+    return make_drafter(model, nnx.merge(static.draft, draft_state), ready[1])
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _ready(graphdef, state) -> Ready | None:
+    return nnx.merge(graphdef, state).ready()
 
 
 @partial(jax.jit, static_argnames=("graphdef", "static", "capacity", "max_new_tokens", "kind", "dtype"))
@@ -287,9 +296,9 @@ def _prefill(
 
 
 @partial(jax.jit, static_argnames=("graphdef", "static"), donate_argnames=("loop",))
-def _decode(graphdef, state, draft_state, loop: Loop, stops, until, *, static) -> Loop:
+def _decode(graphdef, state, draft_state, ready, loop: Loop, stops, until, *, static) -> Loop:
     model = nnx.merge(graphdef, state)
-    drafter = _drafter(model, static, draft_state)
+    drafter = _drafter(model, static, draft_state, ready)
 
     def step(loop: Loop) -> Loop:
         newest = jnp.take_along_axis(loop.fresh.tokens, loop.fresh.standing[:, None] - 1, axis=1)
@@ -299,7 +308,7 @@ def _decode(graphdef, state, draft_state, loop: Loop, stops, until, *, static) -
             drafts, started = drafter.draft(loop.drafter, loop.fresh, static.draft_length, draw, static.sampling)
             loop = loop._replace(drafter=started, key=key, drafted=loop.drafted + (~loop.done).sum(dtype=jnp.int32))
         start = loop.cache.lengths
-        x, cache = model.decode(jnp.concatenate([newest, drafts.tokens], axis=1), loop.cache)
+        x, cache = model.decode(jnp.concatenate([newest, drafts.tokens], axis=1), loop.cache, ready[0])
         loop = loop._replace(cache=cache, steps=loop.steps + 1)
         return _advance(model, loop, drafts, x, start, newest[:, 0], stops, static)
 

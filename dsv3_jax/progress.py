@@ -1,10 +1,12 @@
 """What a person sees of a run or a conversion: a live line on a terminal, plain lines elsewhere."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -14,6 +16,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.progress import Progress as Bar
+from rich.text import Text
 
 
 class Progress:
@@ -67,6 +70,55 @@ class Progress:
         for name, value in evaluation.get("bits_per_byte_by_domain", {}).items():
             self.say(f"  {name:10s} {value:.3f}")
         self.say(f"pictures: {out / 'routing.png'}, {out / 'training.png'}; numbers: {out / 'metrics.jsonl'}")
+
+
+class Speech:
+    """Text as it comes, and a live line of how decoding goes. Use as a context.
+
+    On a terminal the line stands below the text; elsewhere the text goes to stdout, and what came of drafts to stderr.
+    """
+
+    def __init__(self, prompt: str):
+        self._console, self._text, self._line = Console(highlight=False, soft_wrap=True), prompt, ""
+        self._drafted = False
+        self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="visible")
+        if not self._console.is_terminal:
+            print(prompt, end="", flush=True)
+
+    def __enter__(self) -> "Speech":
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+            return
+        print(flush=True)
+        if self._drafted:
+            print(self._line, file=sys.stderr)
+
+    def say(self, text: str) -> None:
+        """More of the text."""
+        self._text += text
+        self._show(text)
+
+    def measured(self, acceptance: list[float], tokens_a_step: float, tokens_per_s: float, steps: int) -> None:
+        """How decoding goes: drafts that stood by position, and speed."""
+        if not steps:
+            return
+        self._drafted = bool(acceptance)
+        self._line = f"{tokens_per_s:,.0f} tokens/s"
+        if acceptance:
+            shares = " ".join(f"{a:.0%}" for a in acceptance)
+            self._line = f"drafts that stood: {shares}; {tokens_a_step:.2f} tokens a step, {self._line}"
+        self._show("")
+
+    def _show(self, text: str) -> None:
+        if self._console.is_terminal:
+            self._live.update(Group(Text(self._text), Text(self._line, style="dim")), refresh=True)
+        else:
+            print(text, end="", flush=True)
 
 
 def _evaluation(row: dict) -> str:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.cache import Cache, Kind, empty_cache, fill, pick_kind
 from dsv3_jax.modules.attention import Positions, places, positions_of
 from dsv3_jax.modules.mtp import MetaHead
-from dsv3_jax.modules.transformer import Trace, Transformer
+from dsv3_jax.modules.transformer import Ready, Trace, Transformer
 from dsv3_jax.ops.sampling import Sampling
 from dsv3_jax.ops.speculation import probabilities
 
@@ -43,8 +43,8 @@ class Drafts(NamedTuple):
 class ModelDrafter:
     """An independent model with the target's vocabulary."""
 
-    def __init__(self, model: Transformer):
-        self.model = model
+    def __init__(self, model: Transformer, ready: Ready | None):
+        self.model, self.ready = model, ready
 
     def start(self, trace: Trace, tokens: Array, lengths: Array, capacity: int, kind: Kind, dtype) -> Cache:
         kind = pick_kind(self.model.cfg, None)
@@ -61,7 +61,7 @@ class ModelDrafter:
 
         def step(carry: tuple[Cache, Array], key: Array) -> tuple[tuple[Cache, Array], tuple[Array, Array | None]]:
             cache, tokens = carry
-            x, cache = self.model.decode(tokens, cache)
+            x, cache = self.model.decode(tokens, cache, self.ready)
             token, q = _draw(self.model.logits(self.model.norm(x[:, -1])), key, sampling)
             return (replace(cache, lengths=cache.lengths + tokens.shape[1]), token[:, None]), (token, q)
 
@@ -86,9 +86,10 @@ class ChainDrafter:
     the same pass, over the drafts before. An EAGLE head is a chain of one.
     """
 
-    def __init__(self, model: Transformer):
+    def __init__(self, model: Transformer, ready: Ready | None):
         self.model = model
         self.heads: list[Any] = list(model.mtp)
+        self.experts = [None] * len(self.heads) if ready is None else ready.heads
 
     def start(
         self, trace: Trace, tokens: Array, lengths: Array, capacity: int, kind: Kind, dtype
@@ -119,7 +120,7 @@ class ChainDrafter:
             skipped = jnp.maximum(k - 1 - start, 0)
             cache = replace(reading.cache, lengths=start - k + 1 + skipped)
             read = _from(tokens[:, : h.shape[1]], skipped)
-            out, cache = self._go_on(self.heads[k - 1], read, _from(h, skipped), cache)
+            out, cache = self._go_on(k - 1, read, _from(h, skipped), cache)
             out = _from(out, -skipped)
             end = _pick(out, standing + k - 2)  # at position m − 1
             drawn.append(_draw(self.model.logits(end), keys[k - 1], sampling))
@@ -132,7 +133,7 @@ class ChainDrafter:
         def beyond(carry: tuple[Cache, Array, Array], key: Array):
             # The last head's own output in place of a predecessor's, one position on.
             cache, h, token = carry
-            h, cache = self._go_on(self.heads[-1], token[:, None], h, cache)
+            h, cache = self._go_on(-1, token[:, None], h, cache)
             token, q = _draw(self.model.logits(h[:, 0]), key, sampling)
             return (cache, h, token), (token, q)
 
@@ -141,18 +142,19 @@ class ChainDrafter:
         made[trained - 1] = made[trained - 1]._replace(cache=carry[0])
         return _together(drawn, rest), tuple(made)
 
-    def _go_on(self, head, tokens: Array, h: Array, cache: Cache) -> tuple[Array, Cache]:
+    def _go_on(self, head: int, tokens: Array, h: Array, cache: Cache) -> tuple[Array, Cache]:
         at: Positions = positions_of(self.model.cfg, places(cache, tokens.shape[1]), None)
-        h, cache = head.decode(self.model.embedding(tokens), h, at, cache)
+        h, cache = self.heads[head].decode(self.model.embedding(tokens), h, at, cache, self.experts[head])
         return h, replace(cache, lengths=cache.lengths + tokens.shape[1])
 
 
 class ParallelDrafter:
     """Heads that read the trunk's output alone, one draft each: Meta's, whose blocks remember, and Medusa's."""
 
-    def __init__(self, model: Transformer):
+    def __init__(self, model: Transformer, ready: Ready | None):
         self.model = model
         self.heads: list[Any] = list(model.mtp)
+        self.experts = [None] * len(self.heads) if ready is None else ready.heads
 
     def start(self, trace: Trace, tokens: Array, lengths: Array, capacity: int, kind: Kind, dtype) -> tuple[Cache, ...]:
         cfg, h, made = self.model.cfg, self.model.read_by_heads(trace.x), []
@@ -174,7 +176,7 @@ class ParallelDrafter:
             if isinstance(head, MetaHead):
                 cache = replace(state[k], lengths=fresh.start)
                 at = positions_of(self.model.cfg, places(cache, fresh.h.shape[1]), None)
-                h, made[k] = head.decode(fresh.h, at, cache)
+                h, made[k] = head.decode(fresh.h, at, cache, self.experts[k])
             else:
                 h = head.residual(fresh.h)
             drawn.append(_draw(self.model.logits(_pick(h, fresh.standing - 1)), keys[k], sampling))
@@ -184,11 +186,12 @@ class ParallelDrafter:
 Drafter = ModelDrafter | ChainDrafter | ParallelDrafter
 
 
-def make_drafter(model: Transformer, draft: Transformer | None) -> Drafter:
-    """The independent model where there is one, else the model's own heads."""
+def make_drafter(model: Transformer, draft: Transformer | None, ready: Ready | None) -> Drafter:
+    """The independent model where there is one, else the model's own heads; `ready`: that model's weights."""
     if draft is not None:
-        return ModelDrafter(draft)
-    return ChainDrafter(model) if model.cfg.mtp_kind in ("deepseek", "eagle") else ParallelDrafter(model)
+        return ModelDrafter(draft, ready)
+    kind = ChainDrafter if model.cfg.mtp_kind in ("deepseek", "eagle") else ParallelDrafter
+    return kind(model, ready)
 
 
 def _draw(logits: Float[Array, "B W"], key: Array, sampling: Sampling) -> tuple[Array, Array | None]:

@@ -38,7 +38,7 @@ for argv in json.load(sys.stdin):
 json.dump(answers, sys.stdout)
 """
 
-COMMANDS = ("demo", "train", "eval", "generate", "convert", "info", "tokenizer")
+COMMANDS = ("demo", "train", "eval", "generate", "bench", "convert", "info", "tokenizer")
 
 # name: (command, what the sentence must hold). {…} are the paths of `Place`.
 BAD = {
@@ -99,6 +99,16 @@ BAD = {
     "no prompt": ("generate {run} --prompt=", "prompt 0 is empty"),
     "temperature": ("generate {run} --max-new-tokens 4 --temperature -1", "temperature=-1.0"),
     "top p": ("generate {run} --max-new-tokens 4 --top-p 0", "top_p=0.0 is outside"),
+    "no cache": ("generate {run} --max-new-tokens 4 --cache best", "best"),
+    "no cache dtype": ("generate {run} --max-new-tokens 4 --cache-dtype int3", "int3"),
+    "no draft length": ("generate {run} --max-new-tokens 4 --draft mtp --draft-length 0", "draft_length=0 is below 1"),
+    "long draft": ("generate {run} --max-new-tokens 4 --draft mtp --draft-length 99", "draft_length=99 does not fit"),
+    "draft of nothing": ("generate {run} --max-new-tokens 4 --draft {absent}", "{absent} holds no run"),
+    "no benchmark": ("bench", "needs the name of a benchmark: there is decode"),
+    "benchmark": ("bench fly {run}", "benchmark 'fly' is not there: there is decode"),
+    "bench of nothing": ("bench decode {absent}", "{absent} holds no run"),
+    "bench of no cache": ("bench decode {run} --cache best", "best"),
+    "bench of no new tokens": ("bench decode {run} --new-tokens 1", "new_tokens=1"),
     "convert nothing": ("convert {absent} {new}", "{absent} is neither a run"),
     "convert a run to a run": ("convert {run} {new} --to run", "{run} is a run already"),
     "convert to what is there": ("convert {run} {text}", "{text} is there already"),
@@ -109,13 +119,16 @@ BAD = {
 }
 GOOD = {
     **{f"help of {command}": f"{command} --help" for command in COMMANDS},
+    "help of bench decode": "bench decode --help",
     "help": "--help",
     "nothing": "",
     "info": "info v3",
     "changed info": "info v3 --mtp-depth 0",
     "info of heads": "info v3 --mtp-kind medusa --mtp-depth 3",
     "eval": "eval {run} --batches 2",
+    "eval of caches": "eval {run} --batches 1 --cache-dtype int8",
     "greedy": "generate {run} --prompt abc --max-new-tokens 20 --temperature 0",
+    "drafted": "generate {run} --prompt abc --max-new-tokens 20 --temperature 0 --draft mtp --draft-length 2",
     "tokenizer": "tokenizer {made} --paths {text} --vocab-size 280",
     "tokenizer again": "tokenizer {made} --paths {text} --vocab-size 270 --force",
 }
@@ -211,6 +224,8 @@ def test_bad_input_writes_nothing(answers, place):
         ("train", ["--out", "--steps", "--model.router", "--optim.learning-rate", "--data.paths", "--mesh", "--trunk"]),
         ("eval", ["--batches", "--paths"]),
         ("generate", ["--prompt", "--temperature", "--top-p"]),
+        ("bench", ["dsv3 bench decode RUN"]),
+        ("bench decode", ["--batch", "--cache-dtype", "--draft-length", "--json"]),
         ("convert", ["--to", "--dtype", "--shard-mb", "--no-mtp", "--allow-nonfinite"]),
         ("info", ["--mtp-depth", "--num-experts"]),
         ("tokenizer", ["--vocab-size", "--force"]),
@@ -267,6 +282,20 @@ def test_generate_is_greedy_decoding(answers, whole):
     model, words = load_model(whole.folder)[0], ByteTokenizer()
     (tokens,) = generate(model, [words.encode("abc")], 20, stop_tokens=(words.eos_id,)).tokens
     assert out == "abc" + words.decode(tokens) + "\n" and len(tokens) > 3
+
+
+def test_a_drafted_text_is_the_same_and_tells_how_many_stood(answers):
+    code, out, err = answers["drafted"]
+    assert code == 0 and out == answers["greedy"][1]
+    assert re.fullmatch(r"drafts that stood: \d+% \d+%; \d\.\d\d tokens a step, [\d,]+ tokens/s\n", err)
+
+
+def test_eval_through_caches(answers):
+    code, out, err = answers["eval of caches"]
+    assert (code, err) == (0, "")
+    exact, rounded = (line for line in out.splitlines() if line.startswith("through"))
+    assert re.match(r"through float32 cache +\d\.\d{4} \(\+0\.000%\), greedy tokens the same 100\.00%", exact)
+    assert re.match(r"through int8 cache +\d\.\d{4} \([+-]\d\.\d{3}%\), greedy tokens the same \d+\.\d\d%", rounded)
 
 
 def test_tokenizer_is_made(answers, place):

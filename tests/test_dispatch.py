@@ -118,8 +118,15 @@ def test_layers_of_a_stack_in_a_scan(x64, rng, backend):
 def test_few_tokens_equal_dense(x64, rng, n, choose):
     x, ids, gates, *weights = case(rng, choose, n=n)
     stack = dispatch.Experts(*(jnp.stack([jnp.full_like(w, jnp.nan), w]) for w in weights))  # only layer 1 is read
-    y = jax.jit(dispatch.few_tokens_swiglu)(x, ids, gates, stack, jnp.array(1, jnp.int32))
-    np.testing.assert_allclose(y, oracles.routed_swiglu_jnp(x, ids, gates, *weights), atol=1e-10)
+    expected = oracles.routed_swiglu_jnp(x, ids, gates, *weights)
+    for rows in (None, 1, 3):
+        y = jax.jit(dispatch.few_tokens_swiglu, static_argnames="rows")(
+            x, ids, gates, stack, jnp.array(1, jnp.int32), rows=rows
+        )
+        np.testing.assert_allclose(y, expected, atol=1e-10)
+    wide = dispatch.side_by_side(stack, 1)
+    y = jax.jit(dispatch.wide_swiglu, static_argnums=4)(x, ids, gates, wide, stack.w_gate.shape[1])
+    np.testing.assert_allclose(y, expected, atol=1e-10)
 
 
 # capacity

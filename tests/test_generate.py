@@ -11,6 +11,7 @@ from models import forward, random_model, small
 
 from dsv3_jax.cache import bytes_per_token, elements_per_token, empty_cache
 from dsv3_jax.generate import Loop, _decode, _prefill, _Static, check_request, generate, stream
+from dsv3_jax.modules import transformer
 from dsv3_jax.ops.sampling import GREEDY, Sampling
 from dsv3_jax.speculative import Fresh
 
@@ -59,6 +60,15 @@ def test_cached_greedy_decoding_equals_the_teacher_forced_forward(model, greedy)
 def test_each_prompt_alone_says_the_same(model, greedy):
     for prompt, row in zip(PROMPTS[:2], greedy, strict=False):
         assert generate(model, [prompt], NEW, stop_tokens=[UNSAID]).tokens == [row]
+
+
+def test_large_experts_are_visited_one_by_one(model, greedy, monkeypatch):
+    """Small ones, as in all tests beside this, stand side by side as one wide product."""
+    monkeypatch.setattr(transformer, "SMALL_EXPERTS", 0)
+    graphdef, state = nnx.split(random_model(replace(CFG, init_std=0.29)))  # of its own, to be compiled anew
+    assert transformer.Transformer.ready(nnx.merge(graphdef, state)) is None
+    stacked = nnx.merge(graphdef, nnx.state(model))
+    assert generate(stacked, PROMPTS, NEW, stop_tokens=[UNSAID]).tokens == greedy
 
 
 def test_stream_gives_the_tokens_of_generate(model, greedy):
@@ -185,7 +195,7 @@ def test_decoding_copies_neither_experts_nor_cache(whole_compiles):
         cache, None, fresh, none > 0, jax.random.key(0), jnp.zeros((batch, 16), jnp.int32), none, zero, none[:0], zero
     )
     stops, until = jnp.zeros(1, jnp.int32), jnp.asarray(16, jnp.int32)
-    lowered = _decode.lower(*nnx.split(model), None, loop, stops, until, static=_Static(GREEDY, 0, None))
+    lowered = _decode.lower(*nnx.split(model), None, (None, None), loop, stops, until, static=_Static(GREEDY, 0, None))
     memory = lowered.compile().memory_analysis()
     one_layers_experts = sum(w[0].nbytes for w in model.experts.arrays())
     assert memory.temp_size_in_bytes < one_layers_experts

@@ -22,7 +22,7 @@ FLOORS = [
         "checkpoint", "corpus", "counting", "data", "evaluate", "frozen", "generate", "hf", "metrics", "ngram",
         "optim", "plots", "progress", "runtime", "sharding", "speculative", "stats", "tokenizer", "train", "train_step",
     },
-    {"demo"},
+    {"bench", "demo"},
     {"cli"},
     {"__init__", "__main__"},
 ]  # fmt: skip

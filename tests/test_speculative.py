@@ -368,7 +368,8 @@ def test_speculation_copies_no_cache(whole_compiles, scheme):
         ),
         state, draft_state, jax.ShapeDtypeStruct((batch, 32), jnp.int32), none, jax.random.key(0), stops,
     )  # fmt: skip
-    lowered = _decode.lower(graphdef, state, draft_state, loop, stops, jnp.asarray(16, jnp.int32), static=static)
+    until = jnp.asarray(16, jnp.int32)
+    lowered = _decode.lower(graphdef, state, draft_state, (None, None), loop, stops, until, static=static)
     memory = lowered.compile().memory_analysis()
     a_layer = batch * capacity * (cfg.kv_latent_dim + cfg.rope_head_dim) * 4
     caches = 3 if scheme == "deepseek" else 2  # a layer each: the model's, and its two heads' or the draft model's

@@ -49,8 +49,8 @@ class SparseBlock(nnx.Module):
         y, routing, thread = self.moe(self.ffn_norm(x), mask, experts, thread, layer)
         return x + y, rows, routing, thread
 
-    def decode(self, x, at: Positions, cache: Cache, layer, experts: dispatch.Experts, sparse_layer):
-        """T new tokens. Returns (x, the cache with them)."""
+    def decode(self, x, at: Positions, cache: Cache, layer, experts, sparse_layer):
+        """T new tokens; `experts` as MoE.decode takes them. Returns (x, the cache with them)."""
         a, cache = self.attn.decode(self.attn_norm(x), at, cache, layer)
         x = x + a
         return x + self.moe.decode(self.ffn_norm(x), experts, sparse_layer), cache

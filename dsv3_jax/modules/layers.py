@@ -51,6 +51,15 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
     return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
 
 
+def unstack(stacked: nnx.Module | None) -> list[nnx.State]:
+    """The arrays of each of the modules that `stack` made one."""
+    if stacked is None:
+        return []
+    state = nnx.state(stacked)
+    count = jax.tree.leaves(state)[0].shape[0]
+    return [jax.tree.map(lambda x, i=i: x[i], state) for i in range(count)]
+
+
 def scan_stack(stacked: nnx.Module, body: Callable, carry, *, remat: str = "none"):
     """`carry, y = body(module, carry, index)` for each module of a stack in turn; depth costs no compile time.
 

@@ -97,11 +97,16 @@ class MoE(nnx.Module):
         )
         return y, stats, thread
 
-    def decode(self, x: Float[Array, "B T D"], experts: dispatch.Experts, layer: Int[Array, ""]) -> Array:
-        """The layer for a few tokens: reads each distinct chosen expert once. Returns y [B, T, D]."""
+    def decode(
+        self, x: Float[Array, "B T D"], experts: dispatch.Experts | dispatch.WideExperts, layer: Int[Array, ""]
+    ) -> Array:
+        """The layer for a few tokens, its experts in the stack or already side by side. Returns y [B, T, D]."""
         flat = x.reshape(-1, x.shape[-1])
-        picked = self.route(flat)
-        y = dispatch.few_tokens_swiglu(flat, picked.expert_ids, picked.gates, experts, layer).reshape(x.shape)
+        ids, gates, _ = self.route(flat)
+        if isinstance(experts, dispatch.WideExperts):
+            y = dispatch.wide_swiglu(flat, ids, gates, experts, self.cfg.num_experts).reshape(x.shape)
+        else:
+            y = dispatch.few_tokens_swiglu(flat, ids, gates, experts, layer).reshape(x.shape)
         return y if self.shared is None else y + self.shared(x)
 
     def route(self, x: Float[Array, "n D"]) -> routing.Routing:

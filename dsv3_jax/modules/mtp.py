@@ -18,6 +18,7 @@ from dsv3_jax.modules.attention import Positions
 from dsv3_jax.modules.blocks import DenseBlock, SparseBlock
 from dsv3_jax.modules.layers import RMSNorm, param
 from dsv3_jax.modules.moe import Experts, LayerRouting
+from dsv3_jax.ops.dispatch import WideExperts
 
 
 class MTPModule(nnx.Module):
@@ -48,9 +49,11 @@ class MTPModule(nnx.Module):
         x, _, rows = _sparse(self, self.combine(embedded, h), at, jnp.ones(h.shape[:2], jnp.bool_), kind)
         return self.norm(x), rows
 
-    def decode(self, embedded: Array, h: Array, at: Positions, cache: Cache) -> tuple[Array, Cache]:
-        """T new positions, which follow what the head's own cache of one layer holds."""
-        x, cache = _sparse_step(self, self.combine(embedded, h), at, cache)
+    def decode(
+        self, embedded: Array, h: Array, at: Positions, cache: Cache, experts: WideExperts | None = None
+    ) -> tuple[Array, Cache]:
+        """T new positions, which follow what the head's own cache of one layer holds; `experts`: its own, if ready."""
+        x, cache = _sparse_step(self, self.combine(embedded, h), at, cache, experts)
         return self.norm(x), cache
 
 
@@ -75,9 +78,9 @@ class MetaHead(nnx.Module):
         x, _, rows = _sparse(self, h, at, jnp.ones(h.shape[:2], jnp.bool_), kind)
         return self.norm(x), rows
 
-    def decode(self, h: Array, at: Positions, cache: Cache) -> tuple[Array, Cache]:
+    def decode(self, h: Array, at: Positions, cache: Cache, experts: WideExperts | None = None) -> tuple[Array, Cache]:
         """As MTPModule's, of the trunk's output alone."""
-        x, cache = _sparse_step(self, h, at, cache)
+        x, cache = _sparse_step(self, h, at, cache, experts)
         return self.norm(x), cache
 
 
@@ -121,8 +124,10 @@ class EagleHead(nnx.Module):
         """As MTPModule's."""
         return self.block(self.combine(embedded, h), at, kind)
 
-    def decode(self, embedded: Array, h: Array, at: Positions, cache: Cache) -> tuple[Array, Cache]:
-        """As MTPModule's."""
+    def decode(
+        self, embedded: Array, h: Array, at: Positions, cache: Cache, experts: None = None
+    ) -> tuple[Array, Cache]:
+        """As MTPModule's; it has no experts."""
         return self.block.decode(self.combine(embedded, h), at, cache, jnp.zeros((), jnp.int32))
 
 
@@ -189,6 +194,8 @@ def _sparse(
     return x, routing, rows
 
 
-def _sparse_step(head: MTPModule | MetaHead, x: Array, at: Positions, cache: Cache) -> tuple[Array, Cache]:
+def _sparse_step(
+    head: MTPModule | MetaHead, x: Array, at: Positions, cache: Cache, experts: WideExperts | None
+) -> tuple[Array, Cache]:
     zero = jnp.zeros((), jnp.int32)
-    return head.block.decode(x, at, cache, zero, head.experts.arrays(), zero)
+    return head.block.decode(x, at, cache, zero, head.experts.arrays() if experts is None else experts, zero)

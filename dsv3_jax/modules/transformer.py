@@ -11,9 +11,10 @@ from dsv3_jax.cache import Cache, Kind
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.attention import places, positions_of
 from dsv3_jax.modules.blocks import DenseBlock, SparseBlock
-from dsv3_jax.modules.layers import RMSNorm, param, scan_stack, stack
+from dsv3_jax.modules.layers import RMSNorm, param, scan_stack, stack, unstack
 from dsv3_jax.modules.moe import Experts, LayerRouting
 from dsv3_jax.modules.mtp import make_heads, run_heads
+from dsv3_jax.ops.dispatch import WideExperts, side_by_side
 
 
 class Trace(NamedTuple):
@@ -25,6 +26,18 @@ class Trace(NamedTuple):
     routing: LayerRouting | None  # of the trunk's sparse layers, stacked along a leading axis
     mtp_routing: tuple[LayerRouting, ...]  # of the heads that have experts
     cache_rows: Array  # [L, B, G, T, X]: what a cache remembers, see `cache.py`
+
+
+SMALL_EXPERTS = 1 << 19  # numbers in one matrix of all a layer's experts: 2 MB, a core's cache
+
+
+class Ready(NamedTuple):
+    """Weights of a model of small experts as decoding wants them: each layer's by itself, its experts side by side."""
+
+    dense: list[nnx.State]
+    sparse: list[nnx.State]
+    experts: list[WideExperts]  # of the sparse layers
+    heads: list[WideExperts | None]  # of the multi-token heads
 
 
 class Output(NamedTuple):
@@ -104,27 +117,50 @@ class Transformer(nnx.Module):
         mtp_h, mtp_routing = run_heads(self.mtp, self.embedding, read, tokens, at, mask, remat=cfg.remat != "none")
         return Trace(x, h, mtp_h, routing, mtp_routing, jnp.concatenate(rows))
 
-    def decode(self, tokens: Int[Array, "B T"], cache: Cache) -> tuple[Array, Cache]:
+    def ready(self) -> Ready | None:
+        """Weights laid out for decoding, once a request; None where that brings nothing."""
+        cfg = self.cfg
+        if self.experts is None or cfg.num_layers > 16 or cfg.num_experts * cfg.dim * cfg.expert_dim > SMALL_EXPERTS:
+            return None
+        stack = self.experts.arrays()
+        heads = [side_by_side(h.experts.arrays(), 0) if hasattr(h, "experts") else None for h in self.mtp]
+        experts = [side_by_side(stack, layer) for layer in range(cfg.num_sparse_layers)]
+        return Ready(unstack(self.dense), unstack(self.sparse), experts, heads)
+
+    def decode(
+        self, tokens: Int[Array, "B T"], cache: Cache, ready: Ready | None = None
+    ) -> tuple[Float[Array, "B T D"], Cache]:
         """A step of a few tokens a row, in absorbed form where the cache is latent.
 
-        Args: tokens, which follow what the cache holds; the cache must have room for them. Its lengths stay: the caller
-            knows how many of the tokens will count.
+        Args:
+            tokens: what follows what the cache holds.
+            cache: must have room for them. Its lengths stay: the caller knows how many of the tokens will count.
+            ready: from `ready`, made outside the loop over tokens.
         Returns: (hidden states [B, T, D] before the final norm, the cache with the tokens' rows in it).
         """
         if cache.kind == "none":
             return self._decode_anew(tokens, cache)
         at = positions_of(self.cfg, places(cache, tokens.shape[1]), None)
-        carry = self.embedding(tokens), cache
+        first, carry = self.cfg.num_dense_layers, (self.embedding(tokens), cache)
+
+        def dense_layer(block, carry, layer):
+            return block.decode(carry[0], at, carry[1], layer), None
+
+        def sparse_layer(block, carry, layer, experts=None):
+            experts = self.experts.arrays() if experts is None else experts
+            return block.decode(carry[0], at, carry[1], first + layer, experts, layer), None
+
+        if ready is not None:
+            for i, own in enumerate(ready.dense):
+                block = nnx.merge(nnx.graphdef(self.dense), own)
+                carry, _ = dense_layer(block, carry, jnp.asarray(i, jnp.int32))
+            for i, (own, experts) in enumerate(zip(ready.sparse, ready.experts, strict=True)):
+                block = nnx.merge(nnx.graphdef(self.sparse), own)
+                carry, _ = sparse_layer(block, carry, jnp.asarray(i, jnp.int32), experts)
+            return carry
         if self.dense is not None:
-            carry, _ = scan_stack(
-                self.dense, lambda block, c, layer: (block.decode(c[0], at, c[1], layer), None), carry
-            )
-        if self.sparse is not None and self.experts is not None:
-            experts, first = self.experts.arrays(), self.cfg.num_dense_layers
-
-            def sparse_layer(block, c, layer):
-                return block.decode(c[0], at, c[1], first + layer, experts, layer), None
-
+            carry, _ = scan_stack(self.dense, dense_layer, carry)
+        if self.sparse is not None:
             carry, _ = scan_stack(self.sparse, sparse_layer, carry)
         return carry
 

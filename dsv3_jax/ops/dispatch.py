@@ -177,33 +177,71 @@ def few_tokens_swiglu(
     """`routed_swiglu` for decoding, where the time goes into reading matrices: a loop over the chosen experts alone.
 
     A visit reads one expert from the stack and multiplies it with `rows` of its tokens, the next ones too where it has
-    fewer: products of a few rows cost little more than of one. An expert with more tokens is visited again. None takes
-    1 row for a single token, else 4. Takes no gradient.
+    fewer: products of a few rows cost little more than of one. An expert with more tokens is visited again. None is 4
+    rows, or 8 where experts have as many. Takes no gradient.
     """
     n, num_choices = expert_ids.shape
     num_experts = experts.w_gate.shape[1]
-    rows = rows or (1 if n == 1 else 4)
-    p = plan(expert_ids, num_experts)
-    visits = -(-p.counts // rows)
-    ends = jnp.cumsum(visits, dtype=jnp.int32)
-    visit = jnp.arange(n * num_choices, dtype=jnp.int32)
-    expert = jnp.minimum(jnp.searchsorted(ends, visit, side="right").astype(jnp.int32), num_experts - 1)
-    first = p.starts[expert] + (visit - (ends - visits)[expert]) * rows
-    tokens = jnp.pad(p.order // num_choices, (0, rows))
     zero = jnp.zeros((), jnp.int32)
 
-    def add_visit(i, out):
+    def visit(expert: Array, mine: Array) -> Array:
         w_gate, w_up, w_down = (
-            jax.lax.dynamic_slice(w, (layer, expert[i], zero, zero), (1, 1, *w.shape[2:]))
+            jax.lax.dynamic_slice(w, (layer, expert, zero, zero), (1, 1, *w.shape[2:]))
             .reshape(w.shape[2:])
             .astype(x.dtype)
             for w in experts
         )
+        return (jax.nn.silu(mine @ w_gate) * (mine @ w_up)) @ w_down
+
+    gates = gates.astype(x.dtype)
+    if n == 1:  # nothing to sort
+        return jax.lax.fori_loop(
+            0, num_choices, lambda k, y: y + gates[0, k] * visit(expert_ids[0, k], x), jnp.zeros_like(x)
+        )
+    rows = rows or (4 if n * num_choices < 8 * num_experts else 8)
+    p = plan(expert_ids, num_experts)
+    visits = -(-p.counts // rows)
+    ends = jnp.cumsum(visits, dtype=jnp.int32)
+    turn = jnp.arange(n * num_choices, dtype=jnp.int32)
+    # The expert of each turn: how many have had all of theirs. A comparison of all, for a search would be a loop.
+    expert = jnp.minimum((ends[None] <= turn[:, None]).sum(axis=1, dtype=jnp.int32), num_experts - 1)
+    first = p.starts[expert] + (turn - (ends - visits)[expert]) * rows
+    tokens = jnp.pad(p.order // num_choices, (0, rows))
+
+    def add_visit(i, out):
         mine = x[jax.lax.dynamic_slice(tokens, (first[i],), (rows,))]
-        h = jax.nn.silu(mine @ w_gate) * (mine @ w_up)
         # What a visit writes of the next expert's rows, the next visit writes over.
-        return jax.lax.dynamic_update_slice(out, h @ w_down, (first[i], zero))
+        return jax.lax.dynamic_update_slice(out, visit(expert[i], mine), (first[i], zero))
 
     out = jnp.zeros((n * num_choices + rows, x.shape[1]), x.dtype)
     out = jax.lax.fori_loop(0, ends[-1], add_visit, out)
-    return (out[p.place] * gates.astype(x.dtype)[..., None]).sum(axis=1)
+    return (out[p.place] * gates[..., None]).sum(axis=1)
+
+
+class WideExperts(NamedTuple):
+    """One layer's experts side by side: a single SwiGLU of E·F hidden units, of which an expert owns F."""
+
+    w_gate: Array  # [D, E·F]
+    w_up: Array  # [D, E·F]
+    w_down: Array  # [E·F, D]
+
+
+def side_by_side(experts: Experts, layer: int) -> WideExperts:
+    """One layer of a stack, laid out as a wide SwiGLU."""
+    w_gate, w_up = (w[layer].swapaxes(0, 1).reshape(w.shape[2], -1) for w in (experts.w_gate, experts.w_up))
+    return WideExperts(w_gate, w_up, experts.w_down[layer].reshape(-1, experts.w_down.shape[-1]))
+
+
+def wide_swiglu(
+    x: Float[Array, "n D"], expert_ids: Int[Array, "n K"], gates: Float[Array, "n K"], experts: WideExperts, num: int
+) -> Float[Array, "n D"]:
+    """`few_tokens_swiglu` where experts are so small that visiting them costs more than multiplying with all of them.
+
+    The hidden units of experts that a token did not choose have gate 0. `num`: E. Takes no gradient.
+    """
+    n = x.shape[0]
+    w_gate, w_up, w_down = (w.astype(x.dtype) for w in experts)
+    rows = jnp.arange(n, dtype=jnp.int32)[:, None]
+    weight = jnp.zeros((n, num), x.dtype).at[rows, expert_ids].add(gates.astype(x.dtype))
+    h = jax.nn.silu(x @ w_gate) * (x @ w_up)
+    return (h.reshape(n, num, -1) * weight[..., None]).reshape(n, -1) @ w_down

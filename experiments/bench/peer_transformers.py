@@ -1,4 +1,4 @@
-"""The peer of the training benchmark: transformers' DeepseekV3ForCausalLM, float32, on the CPU.
+"""The peer of the benchmarks: transformers' DeepseekV3ForCausalLM, float32, on the CPU.
 
 As a library: `Peer(cfg, experts="grouped_mm")` starts this file as a worker process and asks it for steps, so that
 torch and JAX share neither a process nor its threads, and the benchmark can let the two take turns.
@@ -10,16 +10,14 @@ gradients set to None. Attention is torch's fused one ("sdpa"), AdamW is `fused=
 """
 
 import argparse
-import contextlib
 import json
-import os
-import resource
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from process import Worker, peak_rss, serve
 
 EXPERTS = ("grouped_mm", "eager")  # transformers' own names; 5.24 takes grouped_mm when none is asked for
 
@@ -35,7 +33,7 @@ def hf_config(model: dict) -> dict:
     Raises: ValueError for a model that DeepseekV3ForCausalLM cannot train: another router, MTP, no shared expert.
     """
     needs = {
-        "router": "sigmoid", "group_score": "top2_sum", "mtp_depth": 0, "compute_dtype": "float32",
+        "attention": "mla", "router": "sigmoid", "group_score": "top2_sum", "mtp_depth": 0, "compute_dtype": "float32",
     }  # fmt: skip
     for key, value in needs.items():
         if model[key] != value:
@@ -138,7 +136,7 @@ def _import_peer():
     return torch, transformers
 
 
-class Peer:
+class Peer(Worker):
     """A worker process that holds the peer; a context manager.
 
         with Peer(cfg, experts="grouped_mm") as peer:
@@ -150,75 +148,50 @@ class Peer:
         batch_size, seq_len: the shape of the one batch that every step trains on, `draw_tokens(seed, …)`.
         threads: of torch; both sides should have the same cores.
         python: interpreter with torch and transformers (the extra `parity`); this one if None.
-    Raises: RuntimeError with the worker's own sentence if it cannot start or ends early.
+        env: added to its environment, as KEEP_MEMORY.
+    Raises: see `Worker`.
     """
 
-    def __init__(self, cfg, *, experts="grouped_mm", batch_size=4, seq_len=512, threads=2, seed=0, python=None):
+    def __init__(
+        self, cfg, *, experts="grouped_mm", batch_size=4, seq_len=512, threads=2, seed=0, python=None, env=None
+    ):
         from dsv3_jax.config import to_dict  # here, for the worker runs where dsv3_jax is not installed
 
         options = {"experts": experts, "batch": batch_size, "length": seq_len, "threads": threads, "seed": seed}
         command = [python or sys.executable, __file__, "--config", json.dumps(to_dict(cfg))]
         command += [f"--{key}={value}" for key, value in options.items()]
-        self._worker = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        )
-        assert self._worker.stdin and self._worker.stdout  # both are pipes
-        self._commands, self._replies = self._worker.stdin, self._worker.stdout
-        self.info = self._reply()  # parameters, versions, attention, experts
+        # info: parameters, versions, attention, experts
+        super().__init__("transformers", command, {"OMP_NUM_THREADS": str(threads)} | (env or {}))
 
     def step(self, count: int = 1) -> dict:
         """Run `count` steps: {"seconds": [one each], "loss": [nats, one each], "peak_rss_bytes": int}."""
-        with contextlib.suppress(BrokenPipeError):  # the worker is gone: _reply tells how it ended
-            print(f"step {count}", file=self._commands, flush=True)
-        return self._reply()
-
-    def _reply(self) -> dict:
-        line = self._replies.readline()
-        reply = json.loads(line) if line else {"error": "it said nothing"}
-        if "error" in reply:
-            self.close()
-            raise RuntimeError(f"the transformers worker ended with code {self._worker.returncode}: {reply['error']}")
-        return reply
-
-    def close(self) -> None:
-        """End the worker; its memory is free again when this returns. Harmless if it has ended already."""
-        with contextlib.suppress(BrokenPipeError):
-            self._commands.close()  # the worker's loop ends with its input
-        try:
-            self._worker.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            self._worker.kill()
-            self._worker.wait()
-        self._replies.close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.close()
+        return self.ask(f"step {count}")
 
 
-def _serve(args, say) -> None:
-    """Build the model, then obey standard input."""
-    path = Path(args.config)
-    model = json.loads(args.config if args.config.lstrip().startswith("{") else path.read_text())
+def prepare(config: str, experts: str, threads: int, seed: int):
+    """The model that a worker's options ask for, and what to say of it: (model, {parameters, versions, …}).
+
+    Args: config: a ModelConfig as JSON, or the path of one.
+    """
+    model = json.loads(config if config.lstrip().startswith("{") else Path(config).read_text())
     torch, transformers = _import_peer()
-    torch.set_num_threads(args.threads)
-    net = build(model, experts=args.experts, seed=args.seed)
+    torch.set_num_threads(threads)
+    net = build(model, experts=experts, seed=seed)
+    return net, {
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "attention": net.config._attn_implementation,
+        "experts": net.config._experts_implementation,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _trainer(args) -> tuple[dict, Callable[[str], dict]]:
+    net, info = prepare(args.config, args.experts, args.threads, args.seed)
     step = make_step(net)
-    tokens = draw_tokens(args.seed, args.batch, args.length, model["vocab_size"])
-    say(
-        parameters=sum(p.numel() for p in net.parameters()),
-        attention=net.config._attn_implementation,
-        experts=net.config._experts_implementation,
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-    )
-    for line in sys.stdin:
+    tokens = draw_tokens(args.seed, args.batch, args.length, net.config.vocab_size)
+
+    def obey(line: str) -> dict:
         match line.split():
             case ["step", count] if count.isdecimal():
                 seconds, losses = [], []
@@ -226,16 +199,10 @@ def _serve(args, say) -> None:
                     start = time.perf_counter()
                     losses.append(step(tokens))
                     seconds.append(time.perf_counter() - start)
-                say(seconds=seconds, loss=losses, peak_rss_bytes=_peak_rss())
-            case ["quit"]:
-                return
-            case _:
-                raise ValueError(f"{line.strip()!r} is not a command: 'step N' or 'quit'")
+                return {"seconds": seconds, "loss": losses, "peak_rss_bytes": peak_rss()}
+        raise ValueError(f"{line!r} is not a command: 'step N' or 'quit'")
 
-
-def _peak_rss() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts kibibytes
+    return info, obey
 
 
 def main() -> int:
@@ -247,17 +214,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not mix with the replies
-
-    def say(**reply):
-        print(json.dumps(reply), file=replies, flush=True)
-
-    try:
-        _serve(args, say)
-    except (ValueError, OSError, ImportError, MemoryError) as error:
-        say(error=str(error) or type(error).__name__)
-        return 1
-    return 0
+    return serve(lambda: _trainer(args))
 
 
 if __name__ == "__main__":

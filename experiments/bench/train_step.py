@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from peer_transformers import Peer
+from process import KEEP_MEMORY
 from worker import Ours
 
 from dsv3_jax.config import ModelConfig, replace
@@ -24,11 +25,6 @@ from dsv3_jax.presets import preset
 MINI = preset("mini")
 BATCH, LENGTH = 4, 512
 CORES = math.gcd(BATCH, os.cpu_count() or 1)
-# What our side asks of glibc for itself (see dsv3_jax/runtime.py), given to the peer from outside: its best case.
-KEEP_MEMORY = {
-    "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
-    "MALLOC_TOP_PAD_": str(64 << 20),
-}  # fmt: skip
 
 
 def against_peer(rounds: int, python: str | None) -> dict:
@@ -40,11 +36,8 @@ def against_peer(rounds: int, python: str | None) -> dict:
     sides: dict = {
         f"dsv3-jax, --mesh expert={CORES}": ours,
         "transformers, grouped_mm": Peer(model, experts="grouped_mm", python=python),
+        "transformers, grouped_mm, memory kept": Peer(model, experts="grouped_mm", python=python, env=KEEP_MEMORY),
     }
-    os.environ.update(KEEP_MEMORY)
-    sides["transformers, grouped_mm, memory kept"] = Peer(model, experts="grouped_mm", python=python)
-    for name in KEEP_MEMORY:
-        del os.environ[name]
     seconds: dict = {name: [] for name in sides}
     losses: dict = {name: [] for name in sides}
     peaks, memory = [], {}
@@ -65,7 +58,7 @@ def against_peer(rounds: int, python: str | None) -> dict:
     versions = {"jax": ours.info["jax"], "python": platform.python_version()}
     versions |= {k: sides["transformers, grouped_mm"].info[k] for k in ("torch", "transformers")}
     for side in sides.values():
-        side.__exit__(None, None, None)
+        side.close()
     # All do not fit in memory together; these two alone, at the end.
     with Ours(model) as single:
         single.step(2)
@@ -109,14 +102,14 @@ def _grow(variants: dict[str, tuple[ModelConfig, int, int]], rounds: int, in_tur
         worker.step(1)
         if not in_turns:
             measure(name, worker, rounds)
-            worker.__exit__(None, None, None)
+            worker.close()
         print(name, worker.info, file=sys.stderr, flush=True)
     if in_turns:
         for _ in range(rounds):
             for name, worker in workers.items():
                 measure(name, worker, 1)
         for worker in workers.values():
-            worker.__exit__(None, None, None)
+            worker.close()
     for name, (cfg, batch, length) in variants.items():
         info, row = workers[name].info, rows[name]
         row["seconds"] = statistics.median(row["seconds"])

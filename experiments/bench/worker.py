@@ -7,15 +7,15 @@
 import argparse
 import json
 import os
-import resource
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 from peer_transformers import draw_tokens
+from process import Worker, peak_rss, serve
 
 
-class Ours:
+class Ours(Worker):
     """A worker that holds our side; the same interface as `Peer`, and `gemm`."""
 
     def __init__(self, cfg, *, batch_size=4, seq_len=512, seed=0, mesh=""):
@@ -23,39 +23,18 @@ class Ours:
 
         command = [sys.executable, __file__, "--config", json.dumps(to_dict(cfg))]
         command += [f"--batch={batch_size}", f"--length={seq_len}", f"--seed={seed}", f"--mesh={mesh}"]
-        self._worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.info = self._reply()
+        super().__init__("dsv3-jax", command)
 
     def step(self, count: int = 1) -> dict:
         """Run `count` steps: {"seconds": [one each], "loss": [one each], "peak_rss_bytes": int}."""
-        return self._ask(f"step {count}")
+        return self.ask(f"step {count}")
 
     def gemm(self) -> float:
         """FLOP/s of a large float32 product, now."""
-        return self._ask("gemm")["flops"]
-
-    def _ask(self, command: str) -> dict:
-        assert self._worker.stdin
-        print(command, file=self._worker.stdin, flush=True)
-        return self._reply()
-
-    def _reply(self) -> dict:
-        assert self._worker.stdout
-        line = self._worker.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the dsv3-jax worker ended with code {self._worker.wait()}")
-        return json.loads(line)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        assert self._worker.stdin
-        self._worker.stdin.close()
-        self._worker.wait()
+        return self.ask("gemm")["flops"]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True)
     parser.add_argument("--batch", type=int, default=4)
@@ -63,7 +42,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mesh", default="", help="data=N,expert=N; a single device if not given")
     args = parser.parse_args()
+    return serve(lambda: _trainer(args))
 
+
+def _trainer(args) -> tuple[dict, Callable[[str], dict]]:
     from dsv3_jax.runtime import gemm_flops, keep_memory
 
     keep_memory()
@@ -97,21 +79,20 @@ def main() -> None:
     with in_force(mesh):
         step = make_step(run).lower(state, batch).compile()
     memory = step.memory_analysis()
-    say(
-        compile_seconds=time.perf_counter() - start,
-        temporary_bytes=memory.temp_size_in_bytes,
-        state_bytes=sum(x.nbytes for x in jax.tree.leaves(state)),
-        parameters=sum(x.size for x in jax.tree.leaves(state.params)),
-        jax=jax.__version__,
-        device=str(jax.devices()[0].device_kind),
-    )
-    for line in sys.stdin:
+    info = {
+        "compile_seconds": time.perf_counter() - start,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "state_bytes": sum(x.nbytes for x in jax.tree.leaves(state)),
+        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        "jax": jax.__version__,
+        "device": str(jax.devices()[0].device_kind),
+    }
+
+    def obey(line: str) -> dict:
+        nonlocal state
         command, *count = line.split()
-        if command == "quit":
-            return
         if command == "gemm":
-            say(flops=gemm_flops(seconds=1.0))
-            continue
+            return {"flops": gemm_flops(seconds=1.0)}
         seconds, losses = [], []
         for _ in range(int(count[0])):
             start = time.perf_counter()
@@ -119,12 +100,10 @@ def main() -> None:
             losses.append(float(metrics["loss"]))
             jax.block_until_ready(state)
             seconds.append(time.perf_counter() - start)
-        say(seconds=seconds, loss=losses, peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return {"seconds": seconds, "loss": losses, "peak_rss_bytes": peak_rss()}
 
-
-def say(**reply) -> None:
-    print(json.dumps(reply), flush=True)
+    return info, obey
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

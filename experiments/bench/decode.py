@@ -1,0 +1,290 @@
+"""The decoding benchmark: our caches against transformers' in turns, and what drafts gain.
+
+python experiments/bench/decode.py                          # everything; writes decode_results.json beside this file
+python experiments/bench/decode.py caches                   # one part: caches, speculation, quality
+python experiments/bench/decode.py caches --cells 1024x1 4096x8 --again    # only these, in place of what was measured
+python experiments/bench/decode.py speculation --run runs/demo runs/eagle runs/medusa --draft-run runs/small
+python experiments/bench/decode.py quality --run runs/demo  # what each cache dtype costs in validation loss
+python experiments/bench/decode.py --table                  # what decode_results.json holds, in Markdown
+
+A cell that the results hold already is left as it is, so a benchmark that was stopped goes on where it was.
+`--peer-python PATH`: another interpreter has torch and transformers.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+
+from decode_worker import OursDecode
+from peer_decode import PeerDecode
+from process import KEEP_MEMORY, OutOfMemory
+
+from dsv3_jax import data, tokenizer
+from dsv3_jax.cache import DTYPES
+from dsv3_jax.checkpoint import load_model, read_run
+from dsv3_jax.config import replace
+from dsv3_jax.counting import decode_bytes
+from dsv3_jax.evaluate import cache_quality
+from dsv3_jax.presets import preset
+from dsv3_jax.runtime import copy_bandwidth
+
+CONTEXTS, BATCHES = (1024, 4096, 16384), (1, 8)
+NEW_TOKENS = 33  # the first comes with the prefill
+MINI = replace(preset("mini"), max_positions=max(CONTEXTS) + NEW_TOKENS)
+# Side: `generate`'s settings; None is the peer.
+SIDES = {
+    "transformers": None,
+    "transformers, memory kept": None,
+    "expanded": {"cache": "expanded", "cache_dtype": "float32"},
+    "latent": {"cache": "latent", "cache_dtype": "float32"},
+    "latent int8": {"cache": "latent", "cache_dtype": "int8"},
+}
+TOGETHER = 8192  # tokens of a cell up to which all its sides fit in memory at once
+WARM = 32768  # up to which a side that runs alone is run once before it counts; ours is at every size, for it compiles
+DRAFT_LENGTHS = (1, 2, 3, 4, 6, 8)
+DRAFTED_CONTEXT, DRAFTED_TOKENS = 512, 257
+
+
+def _start(side: str, python: str | None):
+    if SIDES[side] is not None:
+        return OursDecode(MINI)
+    return PeerDecode(MINI, python=python, env=KEEP_MEMORY if side.endswith("kept") else None)
+
+
+def _measure(worker, side: str, context: int, batch: int) -> dict:
+    settings = SIDES[side]
+    if settings is not None:
+        return worker.decode(batch, context, NEW_TOKENS, **settings)
+    # Its attention forms all scores, so long prompts go through in parts (`prefill_chunk_size` of its own `generate`),
+    # which is also faster there. Its steps at the largest cells take seconds.
+    chunk = 0 if context <= 1024 else 1024 if context * batch <= 65536 else 256
+    return worker.decode(batch, context, NEW_TOKENS if context * batch <= 32768 else 9, prefill_chunk=chunk)
+
+
+def caches(context: int, batch: int, rounds: int, python: str | None) -> dict:
+    """One cell: every side's prefill and decoding, in turns; each side is warm before it counts.
+
+    Sides that do not fit in memory together take their turns in processes that start and stop; these cells are long
+    enough for one round. A side that runs out of memory says so in its place.
+    """
+    rows: dict = {side: [] for side in SIDES}
+    failed: dict[str, str] = {}
+    versions: dict[str, str] = {"python": platform.python_version()}
+    with ExitStack() as running:
+        workers = {}
+        bandwidths = [copy_bandwidth()]
+        together = context * batch <= TOGETHER
+        if together:
+            for side in SIDES:
+                workers[side] = running.enter_context(_start(side, python))
+                _measure(workers[side], side, context, batch)
+        for turn in range(rounds if together else 1):
+            for side in SIDES:
+                if side in failed:
+                    continue
+                try:
+                    if together:
+                        rows[side].append(_measure(workers[side], side, context, batch))
+                    else:
+                        with _start(side, python) as worker:
+                            if context * batch <= WARM:
+                                _measure(worker, side, context, batch)
+                            rows[side].append(_measure(worker, side, context, batch))
+                            versions |= _versions(worker)
+                except OutOfMemory as error:
+                    failed[side] = str(error)
+                said = rows[side][-1] if rows[side] else failed[side]
+                print(f"{context} x {batch}, round {turn + 1}, {side}: {said}", file=sys.stderr, flush=True)
+            bandwidths.append(copy_bandwidth())
+        for worker in workers.values():
+            versions |= _versions(worker)
+    found: dict = {"copy_bandwidth": statistics.median(bandwidths), "sides": {}, "versions": versions}
+    for side, taken in rows.items():
+        found["sides"][side] = {"failed": failed[side]} if side in failed else _row(taken, context, batch, bandwidths)
+    return found
+
+
+def _versions(worker) -> dict[str, str]:
+    return {name: worker.info[name] for name in ("jax", "torch", "transformers") if name in worker.info}
+
+
+def _row(taken: list[dict], context: int, batch: int, bandwidths: list[float]) -> dict:
+    prefill = statistics.median(reply["prefill_seconds"] for reply in taken)
+    steps = [reply["step_seconds"] for reply in taken]
+    step = statistics.median(steps)
+    per_token = taken[0]["cache_bytes_per_token"]
+    must = decode_bytes(MINI, batch, context + NEW_TOKENS // 2, per_token)
+    return {
+        "prefill_tokens_per_s": context * batch / prefill,
+        "ms_per_step": 1e3 * step,
+        "least_ms": 1e3 * min(steps),
+        "most_ms": 1e3 * max(steps),
+        "cache_bytes_per_token": per_token,
+        "cache_bytes": taken[0]["cache_bytes"],
+        "peak_memory_gb": max(reply["peak_rss_bytes"] for reply in taken) / 1e9,
+        "share_of_bound": must / statistics.median(bandwidths) / step,
+    }
+
+
+def caches_table(cells: dict) -> str:
+    """Markdown. Ratios are against the faster of the peer's sides."""
+    lines = [
+        "| context × batch | side | prefill tokens/s | × peer | ms a step | × peer | cache, bytes a token | peak, GB "
+        "| of the bound |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, cell in cells.items():
+        peers = [row for side, row in cell["sides"].items() if SIDES[side] is None and "failed" not in row]
+        prefill = max((row["prefill_tokens_per_s"] for row in peers), default=None)
+        step = min((row["ms_per_step"] for row in peers), default=None)
+        for side, row in cell["sides"].items():
+            if "failed" in row:
+                lines.append(f"| {name} | {side} | out of memory | | | | | | |")
+                continue
+            lines.append(
+                f"| {name} | {side} | {row['prefill_tokens_per_s']:,.0f} "
+                f"| {row['prefill_tokens_per_s'] / prefill if prefill else float('nan'):.2f} "
+                f"| {row['ms_per_step']:.1f} ({row['least_ms']:.1f}–{row['most_ms']:.1f}) "
+                f"| {step / row['ms_per_step'] if step else float('nan'):.1f} "
+                f"| {row['cache_bytes_per_token']:,.0f} | {row['peak_memory_gb']:.1f} | {row['share_of_bound']:.0%} |"
+            )
+    return "\n".join(lines)
+
+
+def speculation(runs: list[str], draft_run: str | None, batch: int, rounds: int) -> dict:
+    """One batch size: each run plain and with its own heads, the first with a draft model too, on held-out text.
+
+    All runs live side by side and take turns. A run's drafts are held against its own plain decoding.
+    """
+    sides: list[tuple[str, str, dict]] = []  # (run, name, generate's settings)
+    for run in runs:
+        cfg = read_run(run).model
+        kind = f"{cfg.mtp_kind} heads, {cfg.mtp_depth}" if cfg.mtp_depth else "no heads"
+        sides.append((run, f"{kind}: plain", {}))
+        chained = cfg.mtp_kind in ("deepseek", "eagle")
+        for length in DRAFT_LENGTHS if cfg.mtp_depth else ():
+            if chained or length <= cfg.mtp_depth:
+                sides.append((run, f"{kind}: draft {length}", {"draft": "mtp", "draft_length": length}))
+    if draft_run:
+        name = f"a model of {read_run(draft_run).model.num_layers} layers"
+        sides += [(runs[0], f"{name}: draft {n}", {"draft": "run", "draft_length": n}) for n in DRAFT_LENGTHS]
+    taken: list[list[dict]] = [[] for _ in sides]
+    with ExitStack() as running:
+        workers = {
+            run: running.enter_context(OursDecode(run=run, draft_run=draft_run if run == runs[0] else None))
+            for run in runs
+        }
+        for turn in range(rounds):
+            for (run, _, settings), replies in zip(sides, taken, strict=True):
+                replies.append(workers[run].decode(batch, DRAFTED_CONTEXT, DRAFTED_TOKENS, **settings))
+            print(f"batch {batch}, round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
+    found: dict = {}
+    plain: dict[str, float] = {}
+    for (run, name, settings), replies in zip(sides, taken, strict=True):
+        rate = statistics.median(reply["tokens_per_s"] for reply in replies)
+        if not settings:
+            plain[run] = rate
+        found[name] = {
+            "tokens_per_s": rate,
+            "against_plain": rate / plain[run],
+            "acceptance": replies[0]["acceptance"],
+            "tokens_per_step": replies[0]["tokens_per_step"],
+            "step_ms": 1e3 * statistics.median(reply["step_seconds"] for reply in replies),
+        }
+    return found
+
+
+def speculation_table(cells: dict) -> str:
+    lines = [
+        "| batch | drafts | tokens/s | × plain | ms a step | tokens a step | acceptance by position |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, cell in cells.items():
+        for draft, row in cell.items():
+            shares = ", ".join(f"{a:.0%}" for a in row["acceptance"])
+            lines.append(
+                f"| {name} | {draft} | {row['tokens_per_s']:,.0f} | {row['against_plain']:.2f} | {row['step_ms']:.2f} "
+                f"| {row['tokens_per_step']:.2f} | {shares} |"
+            )
+    return "\n".join(lines)
+
+
+def quality(run: str, batches: int = 8) -> dict:
+    """Held-out text read through caches of every kind and dtype."""
+    model, cfg, made, _ = load_model(run)
+    text = tokenizer.load(made.data.tokenizer)
+    held_out = data.val_batches(data.load_corpus(made.data), text, made.data, batches)
+    kinds = ("latent", "expanded") if cfg.attention == "mla" else ("expanded",)
+    return {kind: {k: asdict(v) for k, v in cache_quality(model, held_out, DTYPES, kind).items()} for kind in kinds}
+
+
+def quality_table(cells: dict) -> str:
+    lines = [
+        "| cache | dtype | bytes a token | validation loss | against float32 | greedy tokens the same |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kinds in cells.values():
+        for kind, rows in kinds.items():
+            for dtype, row in rows.items():
+                more = row["val_loss"] / rows["float32"]["val_loss"] - 1
+                lines.append(
+                    f"| {kind} | {dtype} | {row['bytes_per_token']:,} | {row['val_loss']:.4f} | {more:+.4%} "
+                    f"| {row['agreement']:.2%} |"
+                )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=["caches", "speculation", "quality", []], help="all if none")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cells", nargs="*", help="of caches, as 1024x8; all if not given")
+    parser.add_argument("--run", nargs="+", help="folders that `dsv3 train` made; quality takes the first")
+    parser.add_argument("--draft-run", help="of speculation: another run, whose model drafts for the first, too")
+    parser.add_argument("--again", action="store_true", help="measure what the results hold already, too")
+    parser.add_argument("--table", action="store_true", help="print the results and measure nothing")
+    parser.add_argument("--peer-python", help="interpreter with torch and transformers; this one if not given")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("decode_results.json"))
+    args = parser.parse_args()
+    parts = args.parts or ["caches", "speculation", "quality"]
+    if parts != ["caches"] and not args.table and not args.run:
+        parser.error("speculation and quality need --run, a folder that `dsv3 train` or `dsv3 demo` made")
+    known = [f"{context}x{batch}" for context, batch in product(CONTEXTS, BATCHES)]
+    for cell in args.cells or ():
+        if cell not in known:
+            parser.error(f"cell {cell!r} is not one of {', '.join(known)}")
+    results = json.loads(args.out.read_text()) if args.out.exists() else {}
+
+    def keep(part: str, cell: str, measure, *settings) -> None:
+        held = results.setdefault(part, {})
+        if cell in held and not args.again:
+            return
+        held[cell] = measure(*settings)
+        results["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+
+    if not args.table:
+        for context, batch in product(CONTEXTS, BATCHES):
+            if "caches" in parts and (cell := f"{context}x{batch}") in (args.cells or known):
+                keep("caches", cell, caches, context, batch, args.rounds, args.peer_python)
+        for batch in BATCHES:
+            if "speculation" in parts:
+                keep("speculation", f"{batch}", speculation, args.run, args.draft_run, batch, args.rounds)
+        if "quality" in parts:
+            keep("quality", "latent and expanded", quality, args.run[0])
+    tables = {"caches": caches_table, "speculation": speculation_table, "quality": quality_table}
+    for part, table in tables.items():
+        if part in results:
+            print(f"\n{table(results[part])}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

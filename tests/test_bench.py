@@ -1,0 +1,151 @@
+"""The decoding benchmark: the bytes of its bound by brute count, and the command on a finished run."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from flax import nnx
+from models import small
+from runs import cheap_compiles, finished, said_by
+
+from dsv3_jax import bench, checkpoint
+from dsv3_jax.bench import Cell, Decode
+from dsv3_jax.counting import decode_bytes, distinct_experts
+from dsv3_jax.generate import Generated
+from dsv3_jax.modules.moe import ExpertParam
+from dsv3_jax.modules.transformer import abstract
+from dsv3_jax.runtime import copy_bandwidth
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_distinct_experts_are_the_mean_over_all_choices(tokens):
+    cfg = small(num_experts=4, experts_per_token=2, num_groups=1, groups_per_token=1)
+    choices = list(itertools.combinations(range(4), 2))
+    unions = [len(set().union(*chosen)) for chosen in itertools.product(choices, repeat=tokens)]
+    assert distinct_experts(cfg, tokens) == pytest.approx(sum(unions) / len(unions), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [small(mtp_depth=1), small(tie_embeddings=True), small(num_dense_layers=0), small(num_dense_layers=3)],
+    ids=["untied", "tied", "all sparse", "all dense"],
+)
+def test_bytes_of_a_step_are_those_of_the_parameters(cfg):
+    """Walk over the parameters: experts count by the share that is reached, an untied embedding and MTP not at all."""
+    model = abstract(cfg)
+    share = {1: cfg.experts_per_token / cfg.num_experts}
+    share[2] = 1 - (1 - share[1]) ** 2
+    for batch in (1, 2):
+        total = 0.0
+        for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+            if path[0] == "mtp" or (path[0] == "embed" and not cfg.tie_embeddings):
+                continue
+            total += math.prod(param.shape) * (share[batch] if isinstance(param, ExpertParam) else 1)
+        # active is a whole number of parameters, so half of one may be lost
+        assert decode_bytes(cfg, batch, 10, 7) == pytest.approx(4 * total + batch * 10 * 7, abs=4 * 0.5)
+        assert decode_bytes(cfg, batch, 10, 7, weight_bytes=2) == pytest.approx(2 * total + batch * 70, abs=2 * 0.5)
+
+
+def test_timings_are_medians_of_what_generate_says():
+    cfg = small()
+    made = [
+        Generated([[1] * 5] * 2, [], 4, prefill, decoding, 0, 28)
+        for prefill, decoding in ((9.0, 8.0), (3.0, 4.0), (2.0, 1.0))
+    ]
+    found = bench.timing(cfg, Cell(2, 30, "latent", "float32", "none", 0), made, bandwidth=1000.0)
+    assert found.prefill_tokens_per_s == 2 * 30 / 3
+    assert found.ms_per_token == 1000 * 4 / 4
+    assert found.tokens_per_s == 2 * 4 / 4
+    assert found.share_of_bound == decode_bytes(cfg, 2, 30 + 2, 28) / 1000 / (4 / 4)
+    for cell in (Cell(2, 30, "none", "", "none", 0), Cell(2, 30, "latent", "float32", "mtp", 1)):
+        assert bench.timing(cfg, cell, made, bandwidth=1000.0).share_of_bound is None
+
+
+def test_bandwidth_is_measured():
+    assert 1e8 < copy_bandwidth(seconds=0.01, size=1 << 20) < 1e13
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    root = tmp_path_factory.getbasetemp()
+    with cheap_compiles(root):
+        yield finished(root)
+
+
+@pytest.fixture
+def options(whole):
+    return Decode(whole.folder, batch=(2,), context=(16,), new_tokens=6, rounds=1)
+
+
+def test_prompts_are_held_out_text(whole):
+    prompts = bench.held_out_prompts(whole.run, 3, 16)
+    assert [len(p) for p in prompts] == [16] * 3 and len(set(map(tuple, prompts))) == 3
+    starts = {tuple(p[:5]) for p in prompts}
+    held_out = bench.load_corpus(whole.run.data).val
+    assert starts <= {tuple(bench.tokenizer.load("bytes").encode(d.text)[:5]) for d in held_out}
+
+
+def test_every_combination_runs_once_to_compile_and_once_a_round(options, monkeypatch, tmp_path):
+    asked = []
+
+    def answer(model, prompts, new_tokens, **settings):
+        asked.append((len(prompts), *settings.values()))
+        return Generated([[1] * new_tokens] * len(prompts), [], new_tokens - 1, 1.0, 1.0, 0, 28)
+
+    monkeypatch.setattr(bench, "generate", answer)
+    options = replace(
+        options, batch=(1, 2), cache=("latent", "none"), cache_dtype=("float32", "int8"), draft=("none", "mtp"),
+        draft_length=(1, 2), rounds=2, json=tmp_path / "o.json",
+    )  # fmt: skip
+    assert bench.decode(options) == 0
+    drafts = [(None, 0), ("mtp", 1), ("mtp", 2)]  # no lengths without a draft
+    caches = [("latent", "float32"), ("latent", "int8"), ("none", None)]  # no dtypes without a cache
+    once = [(batch, *kind, *draft) for batch in (1, 2) for kind in caches for draft in drafts]
+    assert asked == once * 3
+    assert len(json.loads(options.json.read_text())["cells"]) == len(once)
+
+
+def test_a_run_is_timed(options, tmp_path):
+    options = replace(options, draft=("none", "mtp"), json=tmp_path / "o.json")
+    code, said = said_by(bench.decode, options)
+    report = json.loads(options.json.read_text())
+    plain, drafted = report["cells"]
+    assert code == 0 and report["step"] == 12 and report["copy_bandwidth"] > 0
+    assert "latent float32" in said and "mtp 1" in said
+    for cell in (plain, drafted):
+        assert cell["cache_bytes_per_token"] == 2 * 7 * 4
+        assert cell["tokens_per_s"] == pytest.approx(2 * 1e3 / cell["ms_per_token"])
+        assert cell["tokens_per_step"] == pytest.approx(1 + sum(cell["acceptance"]))
+    assert plain["share_of_bound"] > 0 and plain["acceptance"] == []
+    assert drafted["share_of_bound"] is None and len(drafted["acceptance"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"new_tokens": 1}, "new_tokens=1"),
+        ({"batch": (1, 0)}, "batch=0 is below 1"),
+        ({"rounds": 0}, "rounds=0 is below 1"),
+        ({"context": ()}, "context is empty"),
+        ({"context": (60,)}, "60 tokens and 6 new ones do not fit"),
+        ({"context": (99_999,)}, "context=99999 is more than the"),
+        ({"draft": ("nowhere",)}, "nowhere holds no run"),
+        ({"draft": ("mtp",), "draft_length": (0,)}, "draft_length=0 is below 1"),
+    ],
+)
+def test_bad_options_are_one_sentence(options, changes, sentence):
+    with pytest.raises(ValueError, match=sentence) as raised:
+        bench.decode(replace(options, **changes))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_draft_run_must_have_the_same_tokenizer(whole, monkeypatch, tmp_path):
+    words, model = tmp_path / "tokenizer.json", abstract(whole.run.model)
+    bench.tokenizer.train_bpe(["the same words, the same words " * 9], 280, str(words))
+    other = replace(whole.run, data=replace(whole.run.data, tokenizer=str(words)))
+    monkeypatch.setattr(checkpoint, "load_model", lambda folder: (model, other.model, other, 12))
+    assert checkpoint.load_draft("other", other) is model
+    with pytest.raises(ValueError, match="the draft run other has another tokenizer"):
+        checkpoint.load_draft("other", whole.run)
