@@ -273,12 +273,13 @@ def test_drafts_are_those_of_the_whole_text(rng, heads):
     @partial(jax.jit, compiler_options=QUICK)
     def start(state, tokens, lengths, x):
         trace = Trace(x, x, (), None, (), x)  # of which drafters read x alone
-        drafter = make_drafter(nnx.merge(graphdef, state), None)
+        drafter = make_drafter(nnx.merge(graphdef, state), None, None)
         return drafter.start(trace, tokens, lengths, 48, kind, jnp.dtype("float32"))
 
     @partial(jax.jit, compiler_options=QUICK)
     def draft(state, remembered, fresh):
-        drafter = make_drafter(nnx.merge(graphdef, state), None)
+        model = nnx.merge(graphdef, state)
+        drafter = make_drafter(model, None, model.ready())
         return drafter.draft(remembered, fresh, count, jax.random.key(0), GREEDY)
 
     def rubbish_beyond(stands, y):
