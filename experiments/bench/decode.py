@@ -174,7 +174,8 @@ def speculation(runs: list[str], draft_run: str | None, batch: int, rounds: int)
             if chained or length <= cfg.mtp_depth:
                 sides.append((run, f"{kind}: draft {length}", {"draft": "mtp", "draft_length": length}))
     if draft_run:
-        name = f"a model of {read_run(draft_run).model.num_layers} layers"
+        layers = read_run(draft_run).model.num_layers
+        name = f"a model of {layers} layer{'s' if layers > 1 else ''}"
         sides += [(runs[0], f"{name}: draft {n}", {"draft": "run", "draft_length": n}) for n in DRAFT_LENGTHS]
     taken: list[list[dict]] = [[] for _ in sides]
     with ExitStack() as running:
