@@ -50,12 +50,12 @@ def make_batch(seed: int) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def model():
-    return random_model(CFG)
+    return random_model(CFG, seed=3)  # a seed with which some drafts of each depth are right
 
 
 @pytest.fixture(scope="module")
 def parallel():
-    return random_model(replace(CFG, mtp_kind="medusa", init_std=1.0, num_layers=1))
+    return random_model(replace(CFG, mtp_kind="medusa", init_std=1.0, num_layers=1), seed=1)
 
 
 BATCHES = [make_batch(1), make_batch(2)]
