@@ -6,7 +6,7 @@ not at all (a temporary one beside it, then renamed), so that a viewer may follo
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ PANELS = (
     ("Learning rate", "learning rate", (("lr", "train", ""),)),
     ("Gradient norm, before clipping", "L2 norm", (("grad_norm", "train", ""),)),
     ("Speed", "tokens a second", (("tokens_per_s", "train", ""),)),
-    ("MTP drafts accepted", "share", (("mtp_acceptance", "validation", "o"),)),
+    ("MTP drafts accepted", "share", (("mtp_acceptance", "head", "o"),)),
 )
 FROM_ZERO = {"max_vio", "lr", "grad_norm", "tokens_per_s", "mtp_acceptance"}  # a panel with one of these starts at 0
 
@@ -120,8 +120,11 @@ def training_curves(metrics: Sequence[Mapping], path: str | os.PathLike) -> Figu
     """
     panels = []
     for title, unit, curves in PANELS:
-        drawn = [(label, marker, key, *_series(metrics, key)) for key, label, marker in curves]
-        drawn = [curve for curve in drawn if len(curve[3])]
+        drawn = [
+            (name, marker, key, steps, values)
+            for key, label, marker in curves
+            for name, steps, values in _series(metrics, key, label)
+        ]
         if drawn:
             panels.append((title, unit, drawn))
     if not panels:
@@ -185,16 +188,13 @@ def _label_axes(ax, *, left: bool) -> None:
         ax.set_ylabel("sparse layer", fontsize=8)
 
 
-def _series(metrics: Sequence[Mapping], key: str) -> tuple[list[int], list[float]]:
-    """Steps, ascending, and values of one metric, over the rows that have it."""
-    found = {row["step"]: _number(row[key]) for row in metrics if "step" in row and row.get(key) not in (None, [])}
+def _series(metrics: Sequence[Mapping], key: str, label: str) -> Iterator[tuple[str, list[int], list[float]]]:
+    """Name, steps (ascending) and values of a metric's curves, over the rows that have it: one a multi-token head."""
+    found = {row["step"]: row[key] for row in metrics if "step" in row and row.get(key) not in (None, [])}
     steps = sorted(found)
-    return steps, [found[step] for step in steps]
-
-
-def _number(value: float | list[float]) -> float:
-    """A metric's value; of one that has a value for each MTP depth, the first depth's."""
-    return float(value[0] if isinstance(value, list) else value)
+    values = [found[step] if isinstance(found[step], list) else [found[step]] for step in steps]
+    for k, column in enumerate(zip(*values, strict=True), start=1):
+        yield label if len(values[0]) == 1 else f"{label} {k}", steps, [float(value) for value in column]
 
 
 def _write_png(figure: Figure, path: str | os.PathLike) -> None:

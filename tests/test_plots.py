@@ -87,6 +87,16 @@ def test_curves_draw_each_metric_at_its_steps(tmp_path):
     assert 600 < width < 4000 and 300 < height < 3000
 
 
+def test_each_head_has_a_curve_of_its_own(tmp_path):
+    metrics = [{"step": 1, "mtp_loss": [5.0, 6.0]}, {"step": 2, "mtp_loss": [4.0, 5.5], "mtp_acceptance": [0.5]}]
+    loss, acceptance = plots.training_curves(metrics, tmp_path / "run.png").axes
+    assert {line.get_label(): line.get_xydata().tolist() for line in loss.lines} == {
+        "train, MTP 1": [[1, 5.0], [2, 4.0]],
+        "train, MTP 2": [[1, 6.0], [2, 5.5]],
+    }
+    assert [line.get_label() for line in acceptance.lines] == ["head"]
+
+
 def test_curves_refuse_rows_without_a_metric(tmp_path):
     with pytest.raises(ValueError, match="none of the 1 rows"):
         plots.training_curves([{"step": 3}], tmp_path / "run.png")
