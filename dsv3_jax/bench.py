@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich import box
@@ -18,14 +18,11 @@ from rich.table import Table
 from dsv3_jax import tokenizer
 from dsv3_jax.cache import pick_dtype, pick_kind
 from dsv3_jax.checkpoint import load_draft, load_model
-from dsv3_jax.config import ModelConfig, RunConfig
+from dsv3_jax.config import CacheDtype, CacheKind, ModelConfig, RunConfig
 from dsv3_jax.corpus import load_corpus
 from dsv3_jax.counting import decode_bytes, short
 from dsv3_jax.generate import Generated, generate
 from dsv3_jax.runtime import copy_bandwidth
-
-CacheKind = Literal["latent", "expanded", "none"]
-CacheDtype = Literal["float32", "bfloat16", "int8", "float8_e4m3"]
 
 
 @dataclass
@@ -39,12 +36,12 @@ class Decode:
     """a folder that `dsv3 train` made"""
     batch: tuple[int, ...] = (1,)
     """sequences side by side"""
-    context: tuple[int, ...] = (512,)
-    """tokens of a prompt"""
+    context: tuple[int, ...] = (128,)
+    """tokens of a prompt; beyond the length that a run was trained on, drafts stand less"""
     new_tokens: int = 64
     """tokens decoded after it, at least 2"""
     cache: tuple[CacheKind, ...] = ()
-    """none given: the model's own; "none" computes every step anew from the first token"""
+    """not given: the model's own; the word none computes every step anew from the first token"""
     cache_dtype: tuple[CacheDtype, ...] = ()
     """of cached rows; none given: the model's compute dtype"""
     draft: tuple[str, ...] = ("none",)

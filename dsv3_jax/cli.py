@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dsv3_jax.config import DataConfig, RunConfig, replace
+from dsv3_jax.config import CacheDtype, CacheKind, DataConfig, RunConfig, replace
 
 USAGE = """usage: dsv3 COMMAND …
 
@@ -66,7 +66,7 @@ class Eval:
     """other text to measure on; none: the run's own validation text"""
     batches: int = 8
     """batches measured"""
-    cache_dtype: tuple[Literal["bfloat16", "int8", "float8_e4m3"], ...] = ()
+    cache_dtype: tuple[CacheDtype, ...] = ()
     """measure the same text read through caches of these dtypes, too, against the exact one"""
 
 
@@ -83,9 +83,9 @@ class Generate:
     """0 takes the likeliest token each time"""
     top_k: int | None = None
     top_p: float | None = 0.95
-    cache: Literal["latent", "expanded", "none"] | None = None
-    """what is remembered of each token; none given: the model's own, a latent row where it has one"""
-    cache_dtype: Literal["float32", "bfloat16", "int8", "float8_e4m3"] | None = None
+    cache: CacheKind | None = None
+    """what is remembered of each token; not given: the model's own, latent rows if it can; the word none: nothing"""
+    cache_dtype: CacheDtype | None = None
     """of cached rows; none given: the model's compute dtype"""
     draft: str | None = None
     """who drafts: "mtp" (the model's own multi-token heads), or the folder of a smaller run with the same tokenizer"""
