@@ -7,19 +7,19 @@ none      the tokens alone: every step computes all of them anew. The zero line,
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import CacheDtype, CacheKind, ModelConfig
 from dsv3_jax.ops.cached_attention import Stored
-from dsv3_jax.ops.quantize import QUANTIZED, quantize_rows
+from dsv3_jax.ops.quantize import quantize_rows
 
-Kind = Literal["latent", "expanded", "none"]
-KINDS: tuple[Kind, ...] = ("latent", "expanded", "none")
-DTYPES = ("float32", "bfloat16", *QUANTIZED)
+Kind = CacheKind
+KINDS: tuple[Kind, ...] = get_args(CacheKind)
+DTYPES: tuple[str, ...] = get_args(CacheDtype)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["stored", "tokens", "lengths"], meta_fields=["kind", "parts"])

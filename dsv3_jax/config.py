@@ -13,6 +13,10 @@ from typing import Literal
 
 replace = dataclasses.replace
 
+# What decoding remembers of each token, and in which dtype; see `cache.py`.
+CacheKind = Literal["latent", "expanded", "none"]
+CacheDtype = Literal["float32", "bfloat16", "int8", "float8_e4m3"]
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be: its message is one sentence with the offending value."""
@@ -219,6 +223,11 @@ class ModelConfig:
     def kv_heads(self) -> int:
         """Heads that have keys and values of their own; MLA's are formed for every head."""
         return self.num_kv_heads or (1 if self.attention == "mqa" else self.num_heads)
+
+    @property
+    def chained_heads(self) -> bool:
+        """Whether multi-token heads read the tokens that they go on from: they then draft beyond their depth, too."""
+        return self.mtp_kind in ("deepseek", "eagle")
 
     @property
     def num_sparse_layers(self) -> int:

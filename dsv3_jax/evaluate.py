@@ -15,8 +15,9 @@ from flax import nnx
 from dsv3_jax.cache import bytes_per_token, empty_cache, pick_dtype, pick_kind
 from dsv3_jax.data import Batch
 from dsv3_jax.modules.transformer import Transformer
-from dsv3_jax.objective import scores
+from dsv3_jax.objective import scores, targets
 from dsv3_jax.ops import balance
+from dsv3_jax.ops.losses import token_scores
 from dsv3_jax.tokenizer import Tokenizer
 
 
@@ -93,12 +94,12 @@ def cache_quality(
     for name in dtypes:
         nats, same, count = 0.0, 0.0, 0.0
         for i, batch in enumerate(batches):
-            read = _through_cache(graphdef, state, jnp.asarray(batch["tokens"]), kind=kind, dtype=pick_dtype(cfg, name))
+            tokens, segment_ids = (jnp.asarray(batch[key]) for key in ("tokens", "segment_ids"))
+            read = _through_cache(graphdef, state, tokens, kind=kind, dtype=pick_dtype(cfg, name))
             nll, best = (np.asarray(x) for x in read)
             if len(exact) == i:
                 exact.append(best)
-            ids = batch["segment_ids"]
-            mask = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] > 0)
+            mask = np.asarray(targets(tokens, segment_ids, 1)[1])
             nats, count = nats + nll.astype(np.float64)[mask].sum(), count + mask.sum()
             same += (best == exact[i])[mask].sum()
         found[name] = CacheQuality(
@@ -118,9 +119,9 @@ def _through_cache(graphdef, state, tokens, *, kind, dtype):
 
     def read(cache, part):
         x, cache = model.decode(part, cache)
-        return replace(cache, lengths=cache.lengths + STEP), model.logits(model.norm(x))
+        return replace(cache, lengths=cache.lengths + STEP), model.norm(x)
 
-    _, logits = jax.lax.scan(read, start, padded.reshape(batch, steps, STEP).swapaxes(0, 1))
-    logits = logits.swapaxes(0, 1).reshape(batch, steps * STEP, -1)[:, : length - 1]
-    own = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - own, jnp.argmax(logits, axis=-1)
+    _, h = jax.lax.scan(read, start, padded.reshape(batch, steps, STEP).swapaxes(0, 1))
+    h = h.swapaxes(0, 1).reshape(batch, steps * STEP, -1)[:, : length - 1]
+    scored = token_scores(h.reshape(-1, h.shape[-1]), model.head_matrix(), tokens[:, 1:].reshape(-1))
+    return tuple(x.reshape(batch, length - 1) for x in scored)

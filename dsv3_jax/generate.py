@@ -239,7 +239,7 @@ def check_draft(
         raise ValueError(f"draft={draft!r} is not None, 'mtp' or a Transformer")
     elif not cfg.mtp_depth:
         raise ValueError("draft='mtp' needs multi-token heads, and the model's mtp_depth is 0")
-    elif cfg.mtp_kind in ("meta", "medusa") and length > cfg.mtp_depth:
+    elif not cfg.chained_heads and length > cfg.mtp_depth:
         raise ValueError(
             f"draft_length={length} is more than mtp_depth={cfg.mtp_depth}: each {cfg.mtp_kind} head drafts one token"
         )

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.cache import Cache, Kind, empty_cache, fill, pick_kind
-from dsv3_jax.modules.attention import Positions, places, positions_of
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.modules.attention import from_zero, places, positions_of
 from dsv3_jax.modules.mtp import MetaHead
 from dsv3_jax.modules.transformer import Ready, Trace, Transformer
-from dsv3_jax.ops.sampling import Sampling
+from dsv3_jax.ops.sampling import Sampling, sample
 from dsv3_jax.ops.speculation import probabilities
 
 
@@ -95,11 +96,10 @@ class ChainDrafter:
         self, trace: Trace, tokens: Array, lengths: Array, capacity: int, kind: Kind, dtype
     ) -> tuple[_Reading, ...]:
         cfg, h, made = self.model.cfg, self.model.read_by_heads(trace.x), []
-        kind = pick_kind(cfg, None) if kind == "none" else kind
+        kind = _kind_of_heads(cfg, kind)
         for k, head in enumerate(self.heads, start=1):
             short = tokens.shape[1] - k
-            place = jnp.broadcast_to(jnp.arange(short, dtype=jnp.int32), (tokens.shape[0], short))
-            at = positions_of(cfg, place, None)
+            at = positions_of(cfg, from_zero(tokens.shape[0], short), None)
             h, rows = head.prefill(self.model.embedding(tokens[:, k:]), h[:, :short], at, kind)
             read = jnp.maximum(lengths - k, 0)
             cache = fill(empty_cache(cfg, 1, tokens.shape[0], capacity, kind, dtype), rows[None], read)
@@ -143,7 +143,7 @@ class ChainDrafter:
         return _together(drawn, rest), tuple(made)
 
     def _go_on(self, head: int, tokens: Array, h: Array, cache: Cache) -> tuple[Array, Cache]:
-        at: Positions = positions_of(self.model.cfg, places(cache, tokens.shape[1]), None)
+        at = positions_of(self.model.cfg, places(cache, tokens.shape[1]), None)
         h, cache = self.heads[head].decode(self.model.embedding(tokens), h, at, cache, self.experts[head])
         return h, replace(cache, lengths=cache.lengths + tokens.shape[1])
 
@@ -158,8 +158,8 @@ class ParallelDrafter:
 
     def start(self, trace: Trace, tokens: Array, lengths: Array, capacity: int, kind: Kind, dtype) -> tuple[Cache, ...]:
         cfg, h, made = self.model.cfg, self.model.read_by_heads(trace.x), []
-        kind = pick_kind(cfg, None) if kind == "none" else kind
-        at = positions_of(cfg, jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape), None)
+        kind = _kind_of_heads(cfg, kind)
+        at = positions_of(cfg, from_zero(*tokens.shape), None)
         for head in self.heads:
             if isinstance(head, MetaHead):
                 # All but the prompt's last position, which is fresh in the first step.
@@ -190,16 +190,14 @@ def make_drafter(model: Transformer, draft: Transformer | None, ready: Ready | N
     """The independent model where there is one, else the model's own heads; `ready`: that model's weights."""
     if draft is not None:
         return ModelDrafter(draft, ready)
-    kind = ChainDrafter if model.cfg.mtp_kind in ("deepseek", "eagle") else ParallelDrafter
+    kind = ChainDrafter if model.cfg.chained_heads else ParallelDrafter
     return kind(model, ready)
 
 
 def _draw(logits: Float[Array, "B W"], key: Array, sampling: Sampling) -> tuple[Array, Array | None]:
     """(token int32 [B], the distribution it was drawn from)."""
-    if sampling.temperature == 0.0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), None
-    q = probabilities(logits, sampling)
-    return jax.random.categorical(key, jnp.log(q), axis=-1).astype(jnp.int32), q
+    token = sample(logits, key, **sampling._asdict())
+    return token, None if sampling.temperature == 0.0 else probabilities(logits, sampling)
 
 
 def _repeat(step, carry, keys: Array):
@@ -215,6 +213,11 @@ def _together(drawn: list[tuple[Array, Array | None]], rest: tuple[Array, Array 
         tokens.append(rest[0].swapaxes(0, 1))
         qs += [] if rest[1] is None else [rest[1].swapaxes(0, 1)]
     return Drafts(jnp.concatenate(tokens, axis=1), jnp.concatenate(qs, axis=1) if qs else None)
+
+
+def _kind_of_heads(cfg: ModelConfig, kind: Kind) -> Kind:
+    """The cache of heads whose trunk has a cache of that kind: they remember even where it does not."""
+    return pick_kind(cfg, None) if kind == "none" else kind
 
 
 def _pick(h: Float[Array, "B F D"], index: Int[Array, " B"]) -> Float[Array, "B D"]:

@@ -36,6 +36,14 @@ def light_compiles():
 
 
 @pytest.fixture
+def whole_compiles():
+    """Within a module of light ones, XLA at full effort: what is compiled is looked at."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
 def rng():
     """A generator that is seeded anew for each test, so that none depends on the tests before it."""
     return np.random.default_rng(0)
@@ -49,6 +57,7 @@ LONGEST = (
     "test_train",
     "test_objective",
     "test_speculative",
+    "test_drafters",
     "test_train_step",
     "test_mesh",
     "test_cli",

@@ -40,8 +40,21 @@ SMALL = ModelConfig(
 )
 
 
+# The multi-token heads that drafting is tested with, as changes of a configuration.
+HEADS = {
+    "deepseek of 1": dict(mtp_depth=1),
+    "deepseek of 3": dict(mtp_depth=3),
+    "eagle": dict(mtp_kind="eagle", mtp_depth=1),
+    "meta": dict(mtp_kind="meta", mtp_depth=3),
+    "medusa": dict(mtp_kind="medusa", mtp_depth=4),
+}
+
+
 def small(**changes) -> ModelConfig:
     return replace(SMALL, **changes)
+
+
+LIGHT = small(num_layers=1, num_dense_layers=0, dispatch="dense")  # one sparse layer: compiles in seconds
 
 
 def random_model(cfg: ModelConfig, seed: int = 0) -> Transformer:

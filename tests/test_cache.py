@@ -10,7 +10,7 @@ import numpy as np
 import oracles
 import pytest
 from flax import nnx
-from models import QUICK, forward, random_model, small
+from models import LIGHT, QUICK, forward, random_model, small
 
 from dsv3_jax.cache import bytes_per_token, empty_cache, fill, pick_dtype, pick_kind, write
 from dsv3_jax.generate import generate
@@ -206,7 +206,6 @@ def test_which_cache():
 
 # Whole models
 
-LIGHT = small(num_layers=1, num_dense_layers=0, dispatch="dense")
 ATTENTION = {
     "mha": dict(num_heads=4, attention="mha"),
     "gqa": dict(num_heads=4, attention="gqa", num_kv_heads=2),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import forward, random_model, small
+from models import LIGHT, forward, random_model, small
 
 from dsv3_jax.cache import bytes_per_token, elements_per_token, empty_cache
 from dsv3_jax.generate import Loop, _decode, _prefill, _Static, check_request, generate, stream
@@ -21,8 +21,6 @@ CFG = small()  # one dense layer and two sparse ones
 NEW = 10
 PROMPTS = [[5], [8, 1, 30, 2, 2], [3 * i % 37 for i in range(40)]]  # lengths 1, 5 and 40: over one step of 32
 UNSAID = 36  # a stop token that nothing below produces, so that requests with and without a stop share a compilation
-# One sparse layer: for what does not depend on the layers.
-LIGHT = small(num_layers=1, num_dense_layers=0, dispatch="dense")
 
 
 @pytest.fixture(scope="module")
@@ -173,13 +171,6 @@ def test_draws_stay_in_the_nucleus(light):
 
 
 # memory
-
-
-@pytest.fixture
-def whole_compiles():
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def test_decoding_copies_neither_experts_nor_cache(whole_compiles):

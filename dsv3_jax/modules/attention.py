@@ -30,6 +30,11 @@ def positions_of(cfg: ModelConfig, positions: Array, segment_ids: Array | None) 
     return Positions(*rope.cos_sin(positions, freqs, cfg.yarn), segment_ids)
 
 
+def from_zero(batch: int, length: int) -> Array:
+    """Positions 0, 1, … of each row, int32 [B, T]."""
+    return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+
+
 class MLA(nnx.Module):
     """Multi-head latent attention.
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.cache import Cache, Kind
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.modules.attention import places, positions_of
+from dsv3_jax.modules.attention import from_zero, places, positions_of
 from dsv3_jax.modules.blocks import DenseBlock, SparseBlock
 from dsv3_jax.modules.layers import RMSNorm, param, scan_stack, stack, unstack
 from dsv3_jax.modules.moe import Experts, LayerRouting
@@ -93,7 +93,7 @@ class Transformer(nnx.Module):
         if length <= cfg.mtp_depth:
             raise ValueError(f"length {length} leaves nothing for mtp_depth={cfg.mtp_depth} to read")
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+            positions = from_zero(batch, length)
         at = positions_of(cfg, positions, segment_ids)
         mask = jnp.ones(tokens.shape, jnp.bool_) if segment_ids is None else segment_ids != 0
 

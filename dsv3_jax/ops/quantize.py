@@ -4,8 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-QUANTIZED = ("int8", "float8_e4m3")  # as users spell them
-
 
 def largest(dtype) -> float:
     """The largest number of an 8-bit dtype: 127 of int8, 448 of float8_e4m3fn."""

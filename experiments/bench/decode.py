@@ -169,9 +169,8 @@ def speculation(runs: list[str], draft_run: str | None, batch: int, rounds: int)
         cfg = read_run(run).model
         kind = f"{cfg.mtp_kind} heads, {cfg.mtp_depth}" if cfg.mtp_depth else "no heads"
         sides.append((run, f"{kind}: plain", {}))
-        chained = cfg.mtp_kind in ("deepseek", "eagle")
         for length in DRAFT_LENGTHS if cfg.mtp_depth else ():
-            if chained or length <= cfg.mtp_depth:
+            if cfg.chained_heads or length <= cfg.mtp_depth:
                 sides.append((run, f"{kind}: draft {length}", {"draft": "mtp", "draft_length": length}))
     if draft_run:
         layers = read_run(draft_run).model.num_layers
