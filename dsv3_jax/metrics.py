@@ -1,26 +1,43 @@
-"""A run's numbers: a line of JSON each, and the same to TensorBoard."""
+"""A run's numbers: a line of JSON each, and the same to TensorBoard; and each expert's load, in a file of its own."""
 
 import json
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
+METRICS_FILE, LOAD_FILE = "metrics.jsonl", "load.jsonl"
 
-class Metrics:
-    """The metrics of a run folder; rows after step `after` are dropped first, for they will be made again."""
 
-    def __init__(self, folder: Path, after: int):
-        self._path = folder / "metrics.jsonl"
-        kept = [row for row in self.rows() if row["step"] <= after]
-        part = self._path.with_suffix(".part")
+class Rows:
+    """A file of JSON lines, each with a "step"; rows after step `after` are dropped first: they will be made again."""
+
+    def __init__(self, path: Path, after: int):
+        self._path = path
+        kept = [row for row in read_rows(path) if row["step"] <= after]
+        part = path.with_suffix(".part")
         part.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        part.rename(self._path)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
+        part.rename(path)
 
     def write(self, row: dict) -> None:
         """Add a row; it must have a "step"."""
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+    def rows(self) -> list[dict]:
+        """All rows so far."""
+        return read_rows(self._path)
+
+
+class Metrics(Rows):
+    """The metrics of a run folder, also for TensorBoard."""
+
+    def __init__(self, folder: Path, after: int):
+        super().__init__(folder / METRICS_FILE, after)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
+
+    def write(self, row: dict) -> None:
+        """Add a row; it must have a "step"."""
+        super().write(row)
         for name, value in _flat(row):
             self._board.add_scalar(name, value, row["step"])
         self._board.flush()
@@ -29,17 +46,18 @@ class Metrics:
         """Write out what TensorBoard's writer still holds."""
         self._board.close()
 
-    def rows(self) -> list[dict]:
-        """All rows so far; a last line cut short by a crash is left out."""
-        if not self._path.exists():
-            return []
-        rows = []
-        for line in self._path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return rows
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a file, none where it is absent; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
 
 
 def _flat(row: dict, prefix: str = "") -> list[tuple[str, float]]:

@@ -1,11 +1,12 @@
 """The training loop: batches in, a run folder out. The same call again goes on where the run stopped.
 
 A run folder holds run.json (the configuration), checkpoints/, metrics.jsonl (a line every `log_every` steps and one
-each evaluation), tensorboard/, and two pictures, routing.png and training.png. What happens on a start:
+each evaluation), load.jsonl (each expert's load, at steps of the former), tensorboard/, and two pictures, routing.png
+and training.png. What happens on a start:
 
     1. the folder is claimed, or found to be this very run's; another run's is refused
     2. the last whole checkpoint is restored: parameters, optimizer, router bias, step and place in the data
-    3. metrics after that step are dropped, for they are about to be made again
+    3. metrics and load after that step are dropped, for they are about to be made again
     4. without a checkpoint, training begins at step 0 from the run's seed, on another run's trunk where `trunk` names
        one: its multi-token heads then train alone
 """
@@ -29,7 +30,7 @@ from dsv3_jax.checkpoint import RUN_FILE, Checkpoints, claim
 from dsv3_jax.config import RunConfig
 from dsv3_jax.counting import train_flops_per_token
 from dsv3_jax.evaluate import evaluate
-from dsv3_jax.metrics import Metrics
+from dsv3_jax.metrics import LOAD_FILE, Metrics, Rows
 from dsv3_jax.ngram import Order2
 from dsv3_jax.ops import balance
 from dsv3_jax.plots import routing_heatmap, training_curves
@@ -112,7 +113,7 @@ def fit(
             batches.set_state(place)
             resumed_from = int(state.step)
             progress.say(f"resumed from the checkpoint of step {resumed_from} in {checkpoints.folder}")
-        metrics = Metrics(out, after=resumed_from or 0)
+        metrics, loads = Metrics(out, after=resumed_from or 0), Rows(out / LOAD_FILE, after=resumed_from or 0)
         step_fn = _compiled_step(run)
         speed = _Speed(run, peak)
         step, evaluation = int(state.step), None
@@ -135,6 +136,8 @@ def fit(
                 row = _row(step, jax.device_get(found_metrics)) | speed.since_last(step)
                 metrics.write(row)
                 progress.update(step, row)
+                if found_metrics["load"].size and step % _load_every(run) == 0:
+                    loads.write({"step": step, "load": np.asarray(found_metrics["load"]).astype(int).tolist()})
             if step % run.eval_every == 0 or last:
                 with speed.paused():
                     evaluation = evaluate(model_of(run.model, state), held_out, words, corpus.domains)
@@ -173,6 +176,14 @@ def _describe(corpus: data.Corpus) -> str:
     parts = ", ".join(f"{name} {(train + val) / 1e6:.1f} MB" for name, (train, val) in sizes.items())
     held = sum(val for _, val in sizes.values())
     return f"text: {parts}; {held / 1e6:.2f} MB of it held out"
+
+
+LOAD_ROWS = 1000  # about so many steps of a run leave their load: a large model's is tens of kilobytes
+
+
+def _load_every(run: RunConfig) -> int:
+    """Steps between two rows of load.jsonl: a multiple of `log_every`."""
+    return run.log_every * max(1, run.steps // (LOAD_ROWS * run.log_every))
 
 
 def _row(step: int, found: dict) -> dict:
