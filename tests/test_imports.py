@@ -19,8 +19,8 @@ FLOORS = [
     {"modules"},
     {"objective"},
     {
-        "checkpoint", "corpus", "counting", "data", "evaluate", "frozen", "generate", "hf", "metrics", "ngram",
-        "optim", "plots", "progress", "runtime", "speculative", "stats", "tokenizer", "train", "train_step",
+        "checkpoint", "colours", "corpus", "counting", "data", "evaluate", "frozen", "generate", "hf", "metrics",
+        "ngram", "optim", "plots", "progress", "runtime", "speculative", "stats", "tokenizer", "train", "train_step",
     },
     {"bench", "demo"},
     {"cli"},
