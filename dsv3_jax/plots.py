@@ -90,6 +90,7 @@ def routing_heatmap(
         mean = f"mean MaxVio {np.nanmean(peaks) - 1:.2f}" if np.isfinite(peaks).any() else "no load"
         ax.set_title(f"{name} ({mean})", fontsize=9)
         _label_axes(ax, left=i % columns == 0)
+        ax.yaxis.set_major_formatter(lambda y, _: _row_name(y, num_layers - mtp_blocks))
     bar = figure.colorbar(
         image,
         ax=figure.axes,

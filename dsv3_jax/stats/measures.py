@@ -94,7 +94,7 @@ class Favourite(NamedTuple):
 
 
 def favourites(stats: RoutingStats, layer: int, *, top: int = 12, min_count: int = 20) -> list[list[Favourite]]:
-    """The tokens that each expert of a layer likes best, by lift; of equal lifts the more frequent first.
+    """The tokens that each expert of a layer likes best, by lift over 1; of equal lifts the more frequent first.
 
     lift = p(expert | token) / p(expert) = (n_et / n_t) / (n_e / n), with n counting tokens; 1 is chance, and it is at
     most n / n_e: an expert of mean load that gets every one of a token's occurrences has E/K.
@@ -107,7 +107,7 @@ def favourites(stats: RoutingStats, layer: int, *, top: int = 12, min_count: int
     occurred = np.bincount(token, times) / stats.experts_per_token  # n_t
     lift = (times / occurred[token]) / (load[expert] / stats.tokens[layer])
     order = np.lexsort((token, -times, -lift, expert))
-    order = order[occurred[token[order]] >= min_count]
+    order = order[((occurred[token] >= min_count) & (lift > 1))[order]]
     borders = np.searchsorted(expert[order], np.arange(len(load) + 1))
     return [
         [Favourite(int(token[i]), int(times[i]), float(lift[i])) for i in order[start : min(start + top, stop)]]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv3_jax.plots import load_norm, load_over_mean
+from dsv3_jax.plots import DPI, load_norm, load_over_mean
 from dsv3_jax.stats.page_parts import SCRIPT, STYLE, colour_bar, load_map
 from dsv3_jax.stats.plots import preference
 
@@ -96,8 +96,10 @@ def _header(title: str, found: dict[str, Any]) -> str:
 
 
 def _section(name: str, heading: str, said: str, picture: Path) -> str:
-    source = base64.b64encode(picture.read_bytes()).decode("ascii")
-    image = f'<img alt="{escape(heading)}" src="data:image/png;base64,{source}">'
+    png = picture.read_bytes()
+    width = int.from_bytes(png[16:20]) * 96 // DPI  # a browser's inch is 96 pixels
+    source = base64.b64encode(png).decode("ascii")
+    image = f'<img alt="{escape(heading)}" width="{width}" src="data:image/png;base64,{source}">'
     return f'<section id="{name}"><h2>{heading}</h2>\n<p>{said}</p>\n<figure>{image}</figure></section>'
 
 
@@ -139,7 +141,7 @@ def _layers(found: dict[str, Any]) -> str:
             "shuffled: mean": _fixed(told["shuffled_mean"], 4),
             "shuffled: 95 %": _fixed(told["shuffled_95"], 4),
             "share of H(domain)": [f"{x:.1%}" for x in told["share"]],
-            "p": _fixed(told["p_value"], 3),
+            "p of chance": _fixed(told["p_value"], 3),
         }
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     rows = "\n".join(

@@ -94,7 +94,7 @@ def coactivation(lift: Float[np.ndarray, "L E E"], layers: Sequence[str], path: 
     Returns: the figure; the values drawn are log2, [E, E].
     """
     shown = _shown(layers)
-    figure, panels = _panels(len(shown), 3.1, columns=3)
+    figure, panels = _panels(len(shown), 2.7, columns=4)
     _heatmaps(figure, panels, [lift[layer] for layer in shown], "chosen together / chance")
     for ax, layer in zip(panels, shown, strict=True):
         ax.set_aspect("equal")
@@ -134,19 +134,26 @@ def entropies(
 
 def information(found: Specialisation, layers: Sequence[str], path: str | os.PathLike) -> Figure:
     """I(expert; domain) of each layer beside that of shuffled domains."""
-    figure = Figure(figsize=(max(5.0, 2.2 + 0.45 * len(layers)), 3.4), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(min(11.0, 4.4 + 0.55 * len(layers)), 3.2), dpi=DPI, layout="constrained")
     ax = figure.add_subplot()
     x = np.arange(len(layers))
-    ax.bar(x, found.bits, width=0.6, color="#4477aa", label="measured")
-    ax.bar(x, found.shuffled_mean, width=0.6, color="0.75", label="domains shuffled, mean")
-    ax.plot(x, found.shuffled_95, "_", color="black", markersize=14, markeredgewidth=1.8, label="and 95 % quantile")
+    ax.bar(x - 0.2, found.bits, width=0.4, color="#4477aa", label="measured")
+    ax.bar(x + 0.2, found.shuffled_mean, width=0.4, color="0.75", label="domains shuffled, mean")
+    ax.plot(
+        x + 0.2, found.shuffled_95, "_", color="black", markersize=11, markeredgewidth=1.6, label="their 95 % quantile"
+    )
     for i, (bits, share) in enumerate(zip(found.bits, found.share, strict=True)):
-        ax.annotate(f"{share:.1%}", (i, bits), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=7)
+        ax.annotate(
+            f"{share:.1%}", (i - 0.2, bits), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=7
+        )
     _layer_ticks(ax, layers)
     ax.margins(y=0.12)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    _name(ax, "What an expert says of the domain (and its share of H(domain))", "layer", "I(expert; domain), bits")
+    shown, names = ax.get_legend_handles_labels()
+    order = [names.index(name) for name in ("measured", "domains shuffled, mean", "their 95 % quantile")]
+    ax.legend([shown[i] for i in order], [names[i] for i in order], frameon=False, fontsize=8, loc="upper left",
+              bbox_to_anchor=(1.0, 1.0))  # fmt: skip
+    _name(ax, "I(expert; domain), and its share of H(domain)", "layer", "bits")
     write_png(figure, path)
     return figure
 
@@ -166,12 +173,15 @@ def _panels(count: int, height: float, *, columns: int = 2, extra: float = 0.0) 
 
 
 def _heatmaps(figure: Figure, panels: Sequence[Axes], ratios: Sequence[np.ndarray], label: str) -> None:
-    """Ratios on one logarithmic scale, which ends at the 99.5th percentile, and at twice if that is less."""
+    """Ratios on one logarithmic scale: to the 98th percentile, not below twice nor above eight times chance.
+
+    What lies beyond has the last colour: two experts that never meet are infinitely far from chance.
+    """
     with np.errstate(divide="ignore"):
         logs = [np.log2(ratio) for ratio in ratios]
     sizes = np.abs(np.concatenate([one.ravel() for one in logs]))
     finite = sizes[np.isfinite(sizes)]
-    end = max(1.0, float(np.percentile(finite, 99.5))) if finite.size else 1.0
+    end = float(np.clip(np.percentile(finite, 98), 1.0, 3.0)) if finite.size else 1.0
     for ax, one in zip(panels, logs, strict=True):
         image = ax.imshow(one, cmap=DIVERGING, norm=Normalize(-end, end), aspect="auto", interpolation="nearest")
         ax.set_facecolor("0.8")
@@ -185,10 +195,9 @@ def _heatmaps(figure: Figure, panels: Sequence[Axes], ratios: Sequence[np.ndarra
 
 
 def _powers(end: float) -> Iterator[float]:
-    """Powers of two within ±end, about nine of them at most."""
+    """Exponents of the powers of two within ±end."""
     top = math.floor(end)
-    each = max(1, math.ceil(top / 4))
-    yield from (float(y) for y in range(-top // each * each, top + 1, each) if abs(y) <= end)
+    yield from map(float, range(-top, top + 1))
 
 
 def _edges(steps: np.ndarray) -> np.ndarray:

@@ -169,7 +169,10 @@ def _max_vio(log: LoadLog) -> Any:
 
 def _favourites(stats: RoutingStats, layer: int, words: Tokenizer) -> list[list[dict]]:
     return [
-        [one._asdict() | {"text": readable(words, [one.token]), "lift": round(one.lift, 4)} for one in expert]
+        [
+            one._asdict() | {"text": readable(words, [one.token]).replace(" ", "␣"), "lift": round(one.lift, 4)}
+            for one in expert
+        ]
         for expert in favourites(stats, layer, min_count=MIN_COUNT)
     ]
 
