@@ -198,8 +198,8 @@ class _Documents:
         place = (row[None] * num_layers + layer)[found.counts]  # [n]: (document, layer) of what counts
         cells = place[:, None] * num_experts + found.expert_ids[found.counts]  # [n, K]
 
-        def summed(values: Array) -> np.ndarray:
-            sums = np.bincount(place, np.asarray(values)[found.counts], len(names) * num_layers)
+        def summed(values):
+            sums = np.bincount(place, values[found.counts], len(names) * num_layers)
             return sums.reshape(len(names), num_layers)
 
         load = np.bincount(cells.ravel(), minlength=len(names) * num_layers * num_experts)

@@ -18,6 +18,7 @@ from dsv3_jax.colours import DIVERGING
 from dsv3_jax.plots import DPI, label_load_bar, load_norm, load_over_mean, write_png
 from dsv3_jax.stats.measures import Specialisation
 
+NEVER = 2.0**-20  # drawn for 0, whose logarithm an image would leave out
 MOST = 32  # layers drawn of a model that has more: every second, third, …
 
 
@@ -175,10 +176,9 @@ def _panels(count: int, height: float, *, columns: int = 2, extra: float = 0.0) 
 def _heatmaps(figure: Figure, panels: Sequence[Axes], ratios: Sequence[np.ndarray], label: str) -> None:
     """Ratios on one logarithmic scale: to the 98th percentile, not below twice nor above eight times chance.
 
-    What lies beyond has the last colour: two experts that never meet are infinitely far from chance.
+    What lies beyond has the last colour, as two experts that never meet.
     """
-    with np.errstate(divide="ignore"):
-        logs = [np.log2(ratio) for ratio in ratios]
+    logs = [np.log2(np.maximum(ratio, NEVER)) for ratio in ratios]
     sizes = np.abs(np.concatenate([one.ravel() for one in logs]))
     finite = sizes[np.isfinite(sizes)]
     end = float(np.clip(np.percentile(finite, 98), 1.0, 3.0)) if finite.size else 1.0
