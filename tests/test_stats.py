@@ -20,7 +20,7 @@ from dsv3_jax.modules.transformer import Transformer, abstract
 from dsv3_jax.stats import collect, favourites, lift, measures, plots, read_load, readable, report, specialisation
 from dsv3_jax.stats.collect import RoutingStats, layer_names
 from dsv3_jax.stats.page import page
-from dsv3_jax.stats.report import PICTURES, as_json
+from dsv3_jax.stats.reporting import PICTURES, as_json
 from dsv3_jax.stats.tokens import AFTER, BEFORE, NEAR, TOP, Contexts, TokenCounts, context
 from dsv3_jax.tokenizer import ByteTokenizer
 
@@ -134,7 +134,7 @@ def test_entropy_of_scores_is_the_scores_own():
     blocks = nnx.merge(nnx.graphdef(model.sparse), jax.tree.map(lambda x: x[0], nnx.state(model.sparse)))
     experts = model.experts.arrays()
     mask = jnp.ones((1, 5), jnp.bool_)
-    _, found, _ = blocks.moe(jnp.asarray(h), mask, experts, experts, jnp.zeros((), jnp.int32))
+    _, found, _ = jax.jit(blocks.moe)(jnp.asarray(h), mask, experts, experts, jnp.zeros((), jnp.int32))
     logits = h[0].astype(np.float64) @ np.asarray(blocks.moe.w_router[...], np.float64)
     scores = 1 / (1 + np.exp(-logits))
     p = scores / scores.sum(-1, keepdims=True)
@@ -330,11 +330,12 @@ def test_pictures_draw_the_numbers(tmp_path, rng):
     assert ax.get_xlabel() == "layer" and ax.get_ylabel()
 
 
-def test_pictures_of_one_step_and_of_many_layers(tmp_path, rng):
+def test_pictures_of_one_step_and_of_many_layers(tmp_path, rng, monkeypatch):
     plots.load_over_time(np.array([7]), rng.integers(1, 9, (1, 2, 4)), ("layer 0", "layer 1"), tmp_path / "one.png")
-    names = tuple(f"layer {i}" for i in range(70))
-    figure = plots.domain_lift(rng.integers(1, 9, (2, 70, 4)), ("a", "b" * 30), names, tmp_path / "many.png")
-    assert len(drawn(figure)) == 24  # every third
+    monkeypatch.setattr(plots, "MOST", 4)
+    names = tuple(f"layer {i}" for i in range(10))
+    figure = plots.domain_lift(rng.integers(1, 9, (2, 10, 4)), ("a", "b" * 30), names, tmp_path / "many.png")
+    assert [ax.get_title() for ax in figure.axes if ax.images] == ["layer 0", "layer 3", "layer 6", "layer 9"]
 
 
 # The command, its page and its folder
@@ -448,6 +449,7 @@ def test_a_page_of_one_domain_and_of_hostile_text(tmp_path):
 def test_a_folder_is_replaced_whole_or_not_at_all(told, tmp_path, monkeypatch):
     whole, _, _ = told
     out = tmp_path / "stats"
+    monkeypatch.setattr("dsv3_jax.stats.reporting._draw", lambda *args: None)  # the pictures have their own test
     first = report(whole.folder, out, batches=1, draws=2)
     assert first[0] == out
     before = {p.name: p.read_bytes() for p in out.iterdir()}
@@ -461,7 +463,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(told, tmp_path, monkeypatch):
             report(whole.folder, out, batches=1, draws=2)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert list(tmp_path.iterdir()) == [out]
-    (out / "load.png").unlink()
+    (out / "load.png").write_text("of the statistics before")
     report(whole.folder, out, batches=1, draws=2, paths=(whole.run.data.paths[0],))
     assert {p.name for p in out.iterdir()} == before.keys() and list(tmp_path.iterdir()) == [out]
     (out / "mine.txt").write_text("notes")

@@ -9,5 +9,5 @@ from dsv3_jax.stats.measures import (
     permuted_information,
     specialisation,
 )
-from dsv3_jax.stats.report import read_load, report
+from dsv3_jax.stats.reporting import read_load, report
 from dsv3_jax.stats.tokens import context, readable

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from dsv3_jax.ops import balance
 from dsv3_jax.progress import counted
-from dsv3_jax.stats.report import PAGE, report
+from dsv3_jax.stats.reporting import PAGE, report
 
 
 @dataclass

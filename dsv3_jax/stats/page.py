@@ -17,9 +17,9 @@ PARTNERS = 6  # others that an expert is chosen with, in its section
 
 
 def page(found: dict[str, Any], pictures: str | Path) -> str:
-    """The page of what stands in stats.json (see `report.KEYS`).
+    """The page of what stands in stats.json (see `reporting.KEYS`).
 
-    Args: pictures: the folder of report.PICTURES; the page holds those that are there.
+    Args: pictures: the folder of reporting.PICTURES; the page holds those that are there.
     """
     folder = Path(pictures)
     title = f"Where tokens go: {found['run']}, step {found['step']}"
