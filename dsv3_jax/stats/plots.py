@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from dsv3_jax.colours import DIVERGING
-from dsv3_jax.plots import DPI, label_load_bar, load_norm, load_over_mean, write_png
+from dsv3_jax.plots import DPI, colour_bar, label_load_bar, load_norm, load_over_mean, write_png
 from dsv3_jax.stats.measures import Specialisation
 
+FEW = 8  # layers that are named in a legend and have their numbers written out
 NEVER = 2.0**-20  # drawn for 0, whose logarithm an image would leave out
 MOST = 32  # layers drawn of a model that has more: every second, third, …
 
@@ -33,7 +34,7 @@ def load_over_time(
     ratio = np.stack([load_over_mean(one, "training") for one in load])
     norm, beyond = load_norm(ratio)
     shown = _shown(layers)
-    figure, (*panels, below) = _panels(len(shown), 2.2, extra=2.4)
+    figure, (*panels, below) = _panels(len(shown), 2.0, extra=2.4)
     edges = _edges(steps)
     for ax, layer in zip(panels, shown, strict=True):
         image = ax.pcolormesh(edges, np.arange(load.shape[-1] + 1) - 0.5, ratio[:, layer].T, cmap=DIVERGING, norm=norm)
@@ -41,11 +42,10 @@ def load_over_time(
         ax.set_facecolor("0.8")
         _name(ax, layers[layer], "step", "expert")
         ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    bar = figure.colorbar(image, ax=panels, pad=0.01, aspect=30, extend="max" if beyond else "neither")
-    label_load_bar(bar, norm)
+    label_load_bar(colour_bar(figure, image, panels, "max" if beyond else "neither"), norm)
     peaks = ratio.max(-1) - 1
     for layer in range(len(layers)):
-        label = layers[layer] if len(layers) <= 8 else None
+        label = layers[layer] if len(layers) <= FEW else None
         colour = f"C{layer}" if label else "0.6"
         below.plot(steps, peaks[:, layer], label=label, linewidth=1.1, color=colour, marker=_dot(steps), markersize=3)
     below.plot(steps, np.nanmean(peaks, -1), label="mean", linewidth=2, color="black", marker=_dot(steps), markersize=3)
@@ -122,7 +122,7 @@ def entropies(
         ax = figure.add_subplot(1, len(whole), i + 1)
         for n, domain in enumerate(domains):
             ax.plot(by_domain[title][n], "o", label=_short(domain), markersize=4, alpha=0.9)
-        ax.plot(whole[title], "_", label="all", color="black", markersize=16, markeredgewidth=2)
+        ax.plot(whole[title], "_", label="all", color="black", markersize=min(16, 150 / len(layers)), markeredgewidth=2)
         _layer_ticks(ax, layers)
         ax.margins(y=0.15)
         ax.grid(alpha=0.25, linewidth=0.6, axis="y")
@@ -141,9 +141,16 @@ def information(found: Specialisation, layers: Sequence[str], path: str | os.Pat
     ax.bar(x - 0.2, found.bits, width=0.4, color="#4477aa", label="measured")
     ax.bar(x + 0.2, found.shuffled_mean, width=0.4, color="0.75", label="domains shuffled, mean")
     ax.plot(
-        x + 0.2, found.shuffled_95, "_", color="black", markersize=11, markeredgewidth=1.6, label="their 95 % quantile"
+        x + 0.2,
+        found.shuffled_95,
+        "_",
+        color="black",
+        markersize=min(11, 120 / len(layers)),
+        markeredgewidth=1.6,
+        label="their 95 % quantile",
     )
-    for i, (bits, share) in enumerate(zip(found.bits, found.share, strict=True)):
+    said = found.share if len(layers) <= FEW else ()
+    for i, (bits, share) in enumerate(zip(found.bits, said, strict=False)):
         ax.annotate(
             f"{share:.1%}", (i - 0.2, bits), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=7
         )
@@ -165,7 +172,7 @@ def _shown(layers: Sequence[str]) -> range:
 
 def _panels(count: int, height: float, *, columns: int = 2, extra: float = 0.0) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels, and where `extra` inches are asked for a wide one below them, the last."""
-    columns = min(columns, count)
+    columns = min(4 if count > FEW else columns, count)
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(11.0, 0.5 + rows * height + extra), dpi=DPI, layout="constrained")
     grid = figure.add_gridspec(rows + bool(extra), columns, height_ratios=[height] * rows + [extra] * bool(extra))
@@ -187,7 +194,7 @@ def _heatmaps(figure: Figure, panels: Sequence[Axes], ratios: Sequence[np.ndarra
         ax.set_facecolor("0.8")
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     beyond = "both" if (sizes[~np.isnan(sizes)] > end).any() else "neither"
-    bar = figure.colorbar(image, ax=list(panels), pad=0.01, aspect=30, extend=beyond)
+    bar = colour_bar(figure, image, panels, beyond)
     bar.set_ticks(list(_powers(end)))
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{2.0**y:.3g}"))
     bar.ax.tick_params(labelsize=8)
@@ -214,7 +221,8 @@ def _dot(steps: np.ndarray) -> str:
 
 def _layer_ticks(ax: Axes, layers: Sequence[str]) -> None:
     each = math.ceil(len(layers) / 16)
-    ax.set_xticks(range(0, len(layers), each), [name.removeprefix("layer ") for name in layers[::each]])
+    ticks = [*range(0, len(layers) - each, each), len(layers) - 1]
+    ax.set_xticks(ticks, [layers[i].removeprefix("layer ") for i in ticks])
     ax.set_xlim(-0.6, len(layers) - 0.4)
 
 
