@@ -28,6 +28,7 @@ from typing import TextIO
 
 from dsv3_jax.config import ConfigError
 
+REFUSED = (2, 130)  # exit codes of what all processes find by themselves: bad input, or Ctrl-C twice
 LOST = 75  # exit code where another process is lost (EX_TEMPFAIL): the same command goes on from the last checkpoint
 BEAT = 0.25  # seconds between two signs of life
 SILENCE = 30.0  # seconds without one after which a process counts as lost
@@ -178,17 +179,19 @@ class _Watch:
             except queue.Empty:
                 what = "nothing"
             if what == "lost":
-                return _is_lost(rest[0]), LOST
+                return is_lost(rest[0]), LOST
             if what == "ended" and rest[1] and blame is None:
-                blame = f"process {rest[0]} of the run ended with an error; its own output names it"
-                limit = time.monotonic() + GRACE
+                blame = f"process {rest[0]} of the run ended with an error, which its own output names"
+                limit = time.monotonic() + (GRACE if rest[1] in REFUSED else 0)
             if what == "joined":
                 self._me, limit = rest[0].process_id, float("inf")
                 threading.Thread(target=self._meet, args=rest, daemon=True).start()
             if what == "worker":
                 own = rest[0]
-                if own in (0, 2, 130) or self._me is None and own > 0:  # of itself, or refused by all
+                if own in (0, *REFUSED) or self._me is None and own > 0:
                     return None, own
+                if own < 0 and own != -signal.SIGABRT:  # that is how JAX ends a process whose peer is lost
+                    return f"training was ended by {signal.Signals(-own).name}", 128 - own
                 limit = min(limit, time.monotonic() + (GRACE if own == LOST else HELD_BACK))
             if own is not None and blame is not None:
                 return blame, LOST
@@ -289,7 +292,8 @@ class _Watch:
                 signal.signal(number, handler)
 
 
-def _is_lost(process: int) -> str:
+def is_lost(process: int) -> str:
+    """What is said where a process is lost."""
     return f"process {process} of the run is lost; the same command goes on from the last checkpoint"
 
 
