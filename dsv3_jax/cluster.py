@@ -181,7 +181,7 @@ def put(
     where = sharding.batch_sharding(mesh)
 
     def place(array: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:  # a slice of each axis
             start, stop, _ = index[0].indices(size)
             at = start if rows is None else int(np.searchsorted(rows, start))
             return array[at : at + stop - start]

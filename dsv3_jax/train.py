@@ -172,8 +172,7 @@ def _agree(run: RunConfig, mesh: Mesh | None, stop_after: int | None, corpus: da
 
 def _peak(run: RunConfig, mesh: Mesh | None) -> float:
     """FLOP/s of a GEMM on what the run has: a machine's CPU devices share its cores, others add up."""
-    shared = mesh is None or jax.default_backend() == "cpu"
-    devices = jax.process_count() if shared else mesh.size
+    devices = jax.process_count() if mesh is None or jax.default_backend() == "cpu" else mesh.size
     return devices * gemm_flops(run.model.compute_dtype)
 
 

@@ -129,9 +129,7 @@ def end_with_watch(line: int) -> None:
 class _Watch:
     """A worker and the connections to other watches; all that happens comes through one queue."""
 
-    def __init__(
-        self, cluster: Cluster, deadline: float, door: socket.socket, worker: Callable[[int, int], list[str]]
-    ):
+    def __init__(self, cluster: Cluster, deadline: float, door: socket.socket, worker: Callable[[int, int], list[str]]):
         self._cluster, self._deadline, self._door = cluster, deadline, door
         self._events: queue.Queue[tuple] = queue.Queue()
         self._peers: dict[int, socket.socket] = {}  # process 0 has all others, they have process 0

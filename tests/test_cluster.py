@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 from runs import MODEL, assert_bitwise, cheap_compiles, flags, make_run, rows_of, start, write_text
 
-from dsv3_jax import cluster, data, sharding, train, watch
+from dsv3_jax import cluster, train, watch
 from dsv3_jax.checkpoint import Checkpoints
 from dsv3_jax.config import ConfigError, OptimConfig
-from dsv3_jax.tokenizer import ByteTokenizer
 
 MESH = "data=2,expert=2"  # two devices a process: each holds half of the batch and half of the experts
 
@@ -155,15 +154,48 @@ def test_another_runs_folder_is_refused_by_all(run, root, tmp_path):
 
 
 @pytest.mark.parametrize("process_id, sentence", [
-    (0, "process 0 of 2 did not meet the others at {} within 5 seconds: not all of them came"),
-    (1, "process 0 cannot be reached at {} within 5 seconds: [Errno 111] Connection refused"),
+    (0, "process 0 of 2 did not meet the others at {} within 2 seconds: not all of them came"),
+    (1, "process 0 cannot be reached at {} within 2 seconds: [Errno 111] Connection refused"),
 ])  # fmt: skip
 def test_a_process_alone_waits_no_longer_than_it_should(run, root, tmp_path, process_id, sentence):
     where = f"127.0.0.1:{free_port()}"
-    words = ["--cluster", where, "--processes", "2", "--process-id", str(process_id), "--cluster-timeout", "5"]
+    words = ["--cluster", where, "--processes", "2", "--process-id", str(process_id), "--cluster-timeout", "2"]
     began = time.monotonic()
     with start(["train", "tiny", "--out", str(tmp_path / "run"), *words, *flags(run)], root) as process:
         code, said, errors = ends(process)
     assert (code, said, errors) == (2, "", ["dsv3: " + sentence.format(where)])
-    assert time.monotonic() - began < 5 + 10  # the interpreter's start, on a busy machine
+    assert time.monotonic() - began < 2 + 10  # the interpreter's start, on a busy machine
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("settings, sentence", [
+    (("host0",), "cluster='host0' is neither auto nor of the form HOST:PORT"),
+    (("host0:x", 2, 0), "cluster='host0:x' is neither auto nor of the form HOST:PORT"),
+    (("host0:70000", 2, 0), "cluster='host0:70000' has a port outside 1 … 65535"),
+    (("host0:1234",), "cluster='host0:1234' needs processes and process_id, too"),
+    (("host0:1234", 2), "processes=2 is given without process_id"),
+    (("auto", None, 1), "process_id=1 is given without processes"),
+    (("auto", 0, 0), "processes=0 is below 1"),
+    (("auto", 2, 2), "process_id=2 is outside 0 … 1"),
+    (("auto", 2, -1), "process_id=-1 is outside 0 … 1"),
+    (("auto", 2, 1, 0), "cluster_timeout=0 is below 1 second"),
+])  # fmt: skip
+def test_settings_that_cannot_be_are_refused(settings, sentence):
+    with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}$"):
+        watch.Cluster(*settings)
+
+
+def test_addresses_are_read():
+    assert [(c.host, c.port) for c in map(lambda a: watch.Cluster(a, 2, 0), ("h-0.net:12", "[::1]:34"))] == [
+        ("h-0.net", 12),
+        ("::1", 34),
+    ]
+    assert watch.Cluster("auto").host is None
+
+
+def test_one_process_alone_agrees_with_itself():
+    assert cluster.is_first() and cluster.gather(b"mine") == [b"mine"]
+    assert [cluster.any_of(flag) for flag in (True, False)] == [True, False]
+    cluster.agree({"run": 1})
+    with pytest.raises(OSError, match="no room"):
+        cluster.by_first(lambda: (_ for _ in ()).throw(OSError("no room")))

@@ -19,8 +19,8 @@ FLOORS = [
     {"modules"},
     {"objective"},
     {
-        "checkpoint", "cluster", "corpus", "counting", "data", "evaluate", "frozen", "generate", "hf", "metrics", "ngram",
-        "optim", "plots", "progress", "runtime", "sharding", "speculative", "stats", "tokenizer", "train", "train_step",
+        "checkpoint", "cluster", "corpus", "counting", "data", "evaluate", "frozen", "generate", "hf", "metrics",
+        "ngram", "optim", "plots", "progress", "runtime", "sharding", "speculative", "stats", "tokenizer", "train", "train_step",
     },
     {"bench", "demo"},
     {"cli"},
