@@ -17,7 +17,8 @@ from dsv3_jax import cluster, train, watch
 from dsv3_jax.checkpoint import Checkpoints
 from dsv3_jax.config import ConfigError, OptimConfig
 
-MESH = "data=2,expert=2"  # two devices a process: each holds half of the batch and half of the experts
+MESH = "data=2,expert=2"  # two devices a process, which hold its rows of the batch
+FSDP = ("--model.layout.fsdp",)  # each process then holds its half of the weights, too
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,12 +84,15 @@ def resumed_from(said: str) -> int:
 
 
 def test_two_processes_are_one_whoever_is_lost(run, root, tmp_path):
-    """One process, then two of which one is killed, the other one, two that are asked to stop, and one again."""
+    """One process, then two of which one is killed, the other one, two that are asked to stop, and one again.
+
+    Each time the checkpoint of another mesh is gone on from, and the last two processes hold the same rows.
+    """
     folder = tmp_path / "run"
     train.fit(run, folder, stop_after=2, quiet=True)
     saved = 2
     for victim in (0, 1):
-        with pair(root, folder, run) as both:
+        with pair(root, folder, run, more=(FSDP, FSDP)) as both:
             wait_for_step(folder, saved + 2, both[1 - victim])
             both[victim].kill()
             killed = time.monotonic()
@@ -98,7 +102,7 @@ def test_two_processes_are_one_whoever_is_lost(run, root, tmp_path):
             assert resumed_from(said if victim else ends(both[0])[1]) == saved
         with Checkpoints(folder, run, read_only=True) as checkpoints:
             saved = checkpoints.latest
-    with pair(root, folder, run) as both:
+    with pair(root, folder, run, mesh=("tensor=2", "tensor=2")) as both:
         wait_for_step(folder, saved + 2, both[0])
         both[1].send_signal(signal.SIGTERM)
         (code, said, errors), (other_code, *other) = ends(both[0]), ends(both[1])

@@ -15,14 +15,12 @@ from dsv3_jax import expert_parallel
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.layers import SwiGLU, param
 from dsv3_jax.ops import balance, dispatch, routing
+from dsv3_jax.ops.varying import as_varying
+from dsv3_jax.sharding import by_rows, on_mesh
 
 
 class RouterBias(nnx.Variable):
     """The loss-free correction bias, float32 [E]: no gradient and no optimizer ever touch it."""
-
-
-class ExpertParam(nnx.Param):
-    """The matrices of routed experts [L, E, …], which a mesh cuts along E."""
 
 
 class LayerRouting(NamedTuple):
@@ -33,6 +31,7 @@ class LayerRouting(NamedTuple):
     load: Array  # float32 [E]: assignments of tokens that count
     balance_loss: Array  # float32 []: weighted, averaged over sequences
     dropped: Array  # float32 []: share of assignments dropped; 0 but for dispatch="capacity"
+    crossed: Array  # float32 []: copies of a token that go to another device's experts; 0 without a mesh
 
 
 class Experts(nnx.Module):
@@ -40,9 +39,10 @@ class Experts(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, layers: int, *, rngs: nnx.Rngs):
         lead = (layers, cfg.num_experts)
-        self.w_gate = param(rngs, (*lead, cfg.dim, cfg.expert_dim), cfg.init_std, ExpertParam)
-        self.w_up = param(rngs, (*lead, cfg.dim, cfg.expert_dim), cfg.init_std, ExpertParam)
-        self.w_down = param(rngs, (*lead, cfg.expert_dim, cfg.dim), cfg.init_std, ExpertParam)
+        gate, up, down = expert_parallel.NAMES
+        self.w_gate = param(rngs, (*lead, cfg.dim, cfg.expert_dim), gate, cfg.init_std)
+        self.w_up = param(rngs, (*lead, cfg.dim, cfg.expert_dim), up, cfg.init_std)
+        self.w_down = param(rngs, (*lead, cfg.expert_dim, cfg.dim), down, cfg.init_std)
 
     def arrays(self) -> dispatch.Experts:
         return dispatch.Experts(self.w_gate[...], self.w_up[...], self.w_down[...])
@@ -55,7 +55,7 @@ class MoE(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        self.w_router = param(rngs, (cfg.dim, cfg.num_experts), cfg.init_std)
+        self.w_router = param(rngs, (cfg.dim, cfg.num_experts), ("dim", None), cfg.init_std)
         self.bias = RouterBias(jnp.zeros((cfg.num_experts,), jnp.float32))
         shared = cfg.num_shared_experts * cfg.expert_dim
         self.shared = SwiGLU(cfg.dim, shared, cfg.init_std, rngs=rngs) if shared else None
@@ -74,56 +74,69 @@ class MoE(nnx.Module):
         Returns: (y [B, T, D], what the router did, the thread).
         """
         cfg = self.cfg
-        flat = x.reshape(-1, x.shape[-1])
-        picked = self.route(flat)
-        dropped = jnp.zeros((), jnp.float32)
+        picked = self.route(x)
+        flat, ids, gates, scores = (a.reshape(-1, a.shape[-1]) for a in (x, *picked))
+        load, sequence_loss = self._measure(picked, mask)
+        dropped = crossed = jnp.zeros((), jnp.float32)
         if cfg.dispatch == "capacity":
             one, thread = dispatch.take_layer(experts, thread, layer)
             one = jax.tree.map(lambda w: w.astype(x.dtype), one)
-            y, dropped = dispatch.capacity_swiglu(flat, *picked[:2], *one, factor=cfg.capacity_factor)
+            y, dropped = dispatch.capacity_swiglu(flat, ids, gates, *one, factor=cfg.capacity_factor)
         else:
-            run = expert_parallel.routed_swiglu if expert_parallel.on_mesh() else dispatch.routed_swiglu_in_stack
-            y, thread = run(flat, *picked[:2], experts, thread, layer, backend=pick_backend(cfg.dispatch))
+            backend = pick_backend(cfg.dispatch)
+            if on_mesh():
+                y, thread, crossed = expert_parallel.routed_swiglu(
+                    flat, ids, gates, experts, thread, layer, backend=backend, layout=cfg.layout
+                )
+            else:
+                y, thread = dispatch.routed_swiglu_in_stack(flat, ids, gates, experts, thread, layer, backend=backend)
         y = y.reshape(x.shape)
         if self.shared is not None:
             y = y + self.shared(x)
-        shape = (*x.shape[:2], -1)
-        stats = LayerRouting(
-            picked.expert_ids.reshape(shape),
-            picked.gates.reshape(shape),
-            balance.load(picked.expert_ids, cfg.num_experts, mask.reshape(-1)),
-            self._balance_loss(picked, mask),
-            dropped,
-        )
+        balance_loss = cfg.balance.sequence_alpha * sequence_loss
+        if cfg.balance.switch_alpha:
+            balance_loss += cfg.balance.switch_alpha * balance.switch_loss(scores, ids, mask.reshape(-1))
+        stats = LayerRouting(picked.expert_ids, picked.gates, load, balance_loss, dropped, crossed)
         return y, stats, thread
 
     def decode(
         self, x: Float[Array, "B T D"], experts: dispatch.Experts | dispatch.WideExperts, layer: Int[Array, ""]
     ) -> Array:
         """The layer for a few tokens, its experts in the stack or already side by side. Returns y [B, T, D]."""
-        flat = x.reshape(-1, x.shape[-1])
-        ids, gates, _ = self.route(flat)
+        flat, ids, gates, _ = (a.reshape(-1, a.shape[-1]) for a in (x, *self.route(x)))
         if isinstance(experts, dispatch.WideExperts):
-            y = dispatch.wide_swiglu(flat, ids, gates, experts, self.cfg.num_experts).reshape(x.shape)
+            y = dispatch.wide_swiglu(flat, ids, gates, experts, self.cfg.num_experts)
+        elif on_mesh():
+            y = expert_parallel.few_tokens_swiglu(flat, ids, gates, experts, layer, layout=self.cfg.layout)
         else:
-            y = dispatch.few_tokens_swiglu(flat, ids, gates, experts, layer).reshape(x.shape)
+            y = dispatch.few_tokens_swiglu(flat, ids, gates, experts, layer)
+        y = y.reshape(x.shape)
         return y if self.shared is None else y + self.shared(x)
 
-    def route(self, x: Float[Array, "n D"]) -> routing.Routing:
-        """Logits and all that follows in float32, as the reference does."""
-        logits = x.astype(jnp.float32) @ self.w_router[...]
-        return routing.route(logits, self.bias[...], self.cfg)
+    def route(self, x: Float[Array, "B T D"]) -> routing.Routing:
+        """Each token's experts, [B, T, …]; logits and all that follows in float32, as the reference does."""
 
-    def _balance_loss(self, picked: routing.Routing, mask: Bool[Array, "B T"]) -> Array:
-        cfg, total = self.cfg, jnp.zeros((), jnp.float32)
-        if cfg.balance.sequence_alpha:
-            scores = picked.scores.reshape(*mask.shape, -1)
-            per_sequence = balance.sequence_loss(scores, cfg.experts_per_token, mask)
-            total = total + cfg.balance.sequence_alpha * per_sequence.mean()
-        if cfg.balance.switch_alpha:
-            even = balance.switch_loss(picked.scores, picked.expert_ids, mask.reshape(-1))
-            total = total + cfg.balance.switch_alpha * even
-        return total
+        def local(w_router, bias, x):
+            logits = x.reshape(-1, x.shape[-1]).astype(jnp.float32) @ w_router
+            picked = routing.route(logits, bias, self.cfg)
+            return (), jax.tree.map(lambda a: a.reshape(*x.shape[:2], -1), picked)
+
+        # Row by row, for the compiler would gather the scores of all tokens to find each one's largest.
+        return by_rows(local, (self.w_router[...], self.bias[...]), x)[1]
+
+    def _measure(self, picked: routing.Routing, mask: Bool[Array, "B T"]) -> tuple[Array, Array]:
+        """(load [E], the sequence-wise loss without its weight, mean over sequences; 0 where it has none)."""
+        cfg = self.cfg
+
+        def local(picked, mask):
+            load = balance.load(picked.expert_ids, cfg.num_experts, mask)
+            total = jnp.zeros((), jnp.float32)
+            if cfg.balance.sequence_alpha:
+                total = balance.sequence_loss(picked.scores, cfg.experts_per_token, mask).sum()
+            return (load, as_varying(total, load)), ()
+
+        (load, total), _ = by_rows(local, (), picked, mask)
+        return load, total / mask.shape[0]
 
 
 def pick_backend(dispatch_name: str) -> str:
