@@ -1,7 +1,7 @@
 """The watch over one process of a cluster: when another is lost, this one ends with a sentence, soon.
 
 JAX alone would leave the others hanging in a collective, or end them by abort() with pages of a stack trace. So a
-process of a cluster is two: a worker, which trains, and its watch, which knows nothing of JAX and cannot be held up by
+process of a cluster is two: a worker, which trains, and its watch, which calls nothing of JAX and cannot be held up by
 it. The watches hold a TCP connection each to that of process 0. What they tell each other, a line each:
 
     (an empty line)   I am here; after SILENCE seconds without one a process counts as lost
@@ -140,6 +140,7 @@ class _Watch:
         with theirs:
             self._worker = subprocess.Popen(
                 worker(theirs.fileno(), door.getsockname()[1]),
+                env=os.environ | _quiet(),
                 stderr=subprocess.PIPE,
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,  # Ctrl-C comes to the watch alone, which hands it on
@@ -288,6 +289,11 @@ class _Watch:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _quiet() -> dict[str, str]:
+    """XLA then tells errors alone; whoever wants its warnings has set the level to 0. 1 is what importing JAX sets."""
+    return {"TF_CPP_MIN_LOG_LEVEL": "2"} if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1" else {}
 
 
 def is_lost(process: int) -> str:
