@@ -11,14 +11,14 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from runs import MODEL, assert_bitwise, cheap_compiles, flags, make_run, rows_of, start, write_text
+from runs import MODEL, assert_bitwise, cheap_compiles, flags, fresh_state, make_run, rows_of, start, write_text
 
-from dsv3_jax import cluster, train, watch
+from dsv3_jax import cluster, sharding, train, watch
 from dsv3_jax.checkpoint import Checkpoints
-from dsv3_jax.config import ConfigError, OptimConfig
+from dsv3_jax.config import ConfigError, Layout, OptimConfig
 
-MESH = "data=2,expert=2"  # two devices a process, which hold its rows of the batch
-FSDP = ("--model.layout.fsdp",)  # each process then holds its half of the weights, too
+MESH = "data=2"  # a device a process, which holds half of the batch
+FSDP = ("--model.layout.fsdp",)  # and half of the weights
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -195,6 +195,32 @@ def test_addresses_are_read():
         ("::1", 34),
     ]
     assert watch.Cluster("auto").host is None
+
+
+def test_a_checkpoint_is_of_no_mesh(run, tmp_path):
+    """Saved where "data" and "expert" cut it, restored whole, on one device, and cut eight ways: the same bits."""
+    cut = replace(run, model=replace(run.model, layout=Layout(fsdp=True)))
+    state, place = fresh_state(run, step=3), {"piece": 5, "offset": 7}
+    mesh = sharding.make_mesh(2, 4, 1)
+    with Checkpoints(tmp_path, cut) as checkpoints:
+        where = sharding.state_sharding(state, mesh, fsdp=True)
+        checkpoints.save(jax.device_put(state, where), place, wait=True)
+    for sizes in (None, (1, 1, 1), (8, 1, 1), (1, 4, 2)):
+        with Checkpoints(tmp_path, cut) as checkpoints:
+            found, found_place = checkpoints.restore(sizes and sharding.make_mesh(*sizes))
+        assert_bitwise(found, state)
+        assert found_place == place
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2), (1, 1, 8)])
+def test_devices_get_the_rows_of_the_batch_that_are_theirs(sizes):
+    mesh, tokens = sharding.make_mesh(*sizes), np.arange(16 * 3).reshape(16, 3)
+    rows = cluster.rows_held(mesh, 16)
+    assert rows.tolist() == list(range(16))  # one process holds all
+    placed = cluster.put({"tokens": tokens[rows]}, mesh, 16, rows)["tokens"]
+    np.testing.assert_array_equal(placed, tokens)
+    assert placed.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 2)
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(16 // (sizes[0] * sizes[1]), 3)}
 
 
 def test_one_process_alone_agrees_with_itself():
