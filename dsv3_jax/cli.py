@@ -278,7 +278,7 @@ def _train_in_cluster(line: int, port: int, words: list[str]) -> int:
         fit(args.run, args.out, mesh=cluster.make_mesh(sizes))
     except Exception as error:
         if cluster.is_of_connection(error):
-            return _fail(_sentence(error), watch.LOST)
+            return _fail(f"the processes lost each other: {_sentence(error)}", watch.LOST)
         raise
     return 0
 
