@@ -9,17 +9,24 @@ METRICS_FILE, LOAD_FILE = "metrics.jsonl", "load.jsonl"
 
 
 class Rows:
-    """A file of JSON lines, each with a "step"; rows after step `after` are dropped first: they will be made again."""
+    """A file of JSON lines, each with a "step"; rows after step `after` are dropped first: they will be made again.
 
-    def __init__(self, path: Path, after: int):
-        self._path = path
-        kept = [row for row in read_rows(path) if row["step"] <= after]
+    With `read_only` nothing is written: of several processes one writes.
+    """
+
+    def __init__(self, path: Path, after: int, *, read_only: bool = False):
+        self._path, self._read_only = path, read_only
+        if read_only:
+            return
+        kept = [row for row in self.rows() if row["step"] <= after]
         part = path.with_suffix(".part")
         part.write_text("".join(json.dumps(row) + "\n" for row in kept))
         part.rename(path)
 
     def write(self, row: dict) -> None:
         """Add a row; it must have a "step"."""
+        if self._read_only:
+            return
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -31,20 +38,23 @@ class Rows:
 class Metrics(Rows):
     """The metrics of a run folder, also for TensorBoard."""
 
-    def __init__(self, folder: Path, after: int):
-        super().__init__(folder / METRICS_FILE, after)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
+    def __init__(self, folder: Path, after: int, *, read_only: bool = False):
+        super().__init__(folder / METRICS_FILE, after, read_only=read_only)
+        self._board = None if read_only else SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
 
     def write(self, row: dict) -> None:
         """Add a row; it must have a "step"."""
         super().write(row)
+        if self._board is None:
+            return
         for name, value in _flat(row):
             self._board.add_scalar(name, value, row["step"])
         self._board.flush()
 
     def close(self) -> None:
         """Write out what TensorBoard's writer still holds."""
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
 
 def read_rows(path: Path) -> list[dict]:
