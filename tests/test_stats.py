@@ -386,7 +386,7 @@ def test_the_numbers_of_a_run(told):
     documented = {key for keys in found["keys"] for key in keys.split(", ")}
     assert documented == found.keys() - {"keys"}
     assert (found["step"], found["layers"]) == (12, ["layer 0", "layer 1", "MTP 1"])
-    assert found["specialisation"]["draws"] == 20
+    assert (found["specialisation"]["draws"], found["specialisation"]["seed"]) == (20, 0)
     load = np.array(found["load"])
     np.testing.assert_array_equal(np.sum([found["load_by_domain"][d] for d in found["domains"]], axis=0), load)
     np.testing.assert_array_equal([np.diag(pairs) for pairs in found["coactivation"]], load)
@@ -438,7 +438,6 @@ def test_a_page_of_one_domain_and_of_hostile_text(tmp_path):
         contexts=Contexts(one, one, np.ones(1, np.float32), window),
     )
     numbers = as_json(stats, specialisation(stats, draws=2), WORDS, None)
-    numbers["specialisation"]["draws"] = 2
     made_page = page({"run": text, "step": 0, "data": text} | numbers, tmp_path)
     reader = Reader(made_page)
     assert "over-time" not in reader.ids and "data-map" not in made_page.split("<script")[0]
@@ -464,7 +463,8 @@ def test_a_folder_is_replaced_whole_or_not_at_all(told, tmp_path, monkeypatch):
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert list(tmp_path.iterdir()) == [out]
     (out / "load.png").write_text("of the statistics before")
-    report(whole.folder, out, batches=1, draws=2, paths=(whole.run.data.paths[0],))
+    report(whole.folder, out, step=8, batches=1, draws=2, paths=(whole.run.data.paths[0],))
+    assert json.loads((out / "stats.json").read_text())["step"] == 8
     assert {p.name for p in out.iterdir()} == before.keys() and list(tmp_path.iterdir()) == [out]
     (out / "mine.txt").write_text("notes")
     with pytest.raises(ValueError, match="holds other files than statistics, such as mine.txt"):
@@ -478,6 +478,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(told, tmp_path, monkeypatch):
     [
         (["nowhere"], "nowhere holds no run"),
         (["RUN", "--batches", "0"], "batches=0 is below 1"),
+        (["RUN", "--step", "3"], "no checkpoint of step 3"),
         (["RUN", "--draws", "0"], "draws=0 is below 1"),
         (["RUN", "--paths", "nothing"], "path 'nothing' does not exist"),
     ],

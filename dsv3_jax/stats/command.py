@@ -15,7 +15,7 @@ from dsv3_jax.stats.reporting import PAGE, report
 
 @dataclass
 class Stats:
-    """Routing statistics of a run's last checkpoint on held-out text: stats.json, pictures, and index.html."""
+    """Routing statistics of a run's checkpoint on held-out text: stats.json, pictures, and index.html."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """a folder that `dsv3 train` made"""
@@ -23,6 +23,8 @@ class Stats:
     """the folder to write, or to write anew; none: stats in the run's folder"""
     paths: tuple[str, ...] = ()
     """other text to read; none: the run's own validation text"""
+    step: int | None = None
+    """of the checkpoint; none: the last"""
     batches: int = 16
     """batches read, at most"""
     draws: int = 200
@@ -38,7 +40,14 @@ def stats(args: Stats) -> int:
         return counted(batches, total, "batches")
 
     out, counts, found = report(
-        args.run, args.out, paths=args.paths, batches=args.batches, draws=args.draws, seed=args.seed, follow=follow
+        args.run,
+        args.out,
+        paths=args.paths,
+        step=args.step,
+        batches=args.batches,
+        draws=args.draws,
+        seed=args.seed,
+        follow=follow,
     )
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{counts.tokens.max():,} tokens of {len(counts.document_domains)} documents")

@@ -66,6 +66,8 @@ class Specialisation(NamedTuple):
     shuffled_mean: Float64[np.ndarray, " L"]  # bits
     shuffled_95: Float64[np.ndarray, " L"]  # bits; their 95 % quantile
     p_value: Float64[np.ndarray, " L"]  # share of shuffles, this one counted in, with as many bits
+    draws: int  # shuffles
+    seed: int  # of theirs
 
 
 def specialisation(stats: RoutingStats, *, draws: int = 200, seed: int = 0) -> Specialisation:
@@ -82,7 +84,15 @@ def specialisation(stats: RoutingStats, *, draws: int = 200, seed: int = 0) -> S
     )
     share = np.divide(bits, most, out=np.zeros_like(bits), where=most > 0)
     as_many = (chance >= bits[None] - 1e-12).sum(0)  # the same documents in another order: rounding
-    return Specialisation(bits, share, chance.mean(0), np.quantile(chance, 0.95, axis=0), (1 + as_many) / (1.0 + draws))
+    return Specialisation(
+        bits,
+        share,
+        shuffled_mean=chance.mean(0),
+        shuffled_95=np.quantile(chance, 0.95, axis=0),
+        p_value=(1 + as_many) / (1.0 + draws),
+        draws=draws,
+        seed=seed,
+    )
 
 
 class Favourite(NamedTuple):

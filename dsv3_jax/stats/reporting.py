@@ -77,17 +77,19 @@ def report(
     out: str | Path | None = None,
     *,
     paths: tuple[str, ...] = (),
+    step: int | None = None,
     batches: int = 16,
     draws: int = 200,
     seed: int = 0,
     follow: Callable[[Iterable[data.Batch], int], Iterable[data.Batch]] = lambda items, count: items,
 ) -> tuple[Path, RoutingStats, Specialisation]:
-    """Read held-out text with a run's last checkpoint, and write what its routers did.
+    """Read held-out text with a run's checkpoint, and write what its routers did.
 
     Args:
         run: a folder that training or conversion made.
         out: the folder to write; None is "stats" in the run's. One that this wrote before is replaced.
         paths: other text to read; none is the run's own validation text.
+        step: of the checkpoint; None is the last.
         batches: of the run's batch size, at most.
         draws: shuffles of domains for the baseline, from `seed`.
         follow: wraps the batches, to show how far it is; it is told how many there are.
@@ -99,7 +101,7 @@ def report(
         raise ValueError(f"batches={batches} is below 1")
     run, out = Path(run), Path(run) / "stats" if out is None else Path(out)
     _check(out)
-    model, _, config, step = load_model(run)
+    model, _, config, step = load_model(run, step=step)
     source = replace(config.data, paths=paths) if paths else config.data
     words, corpus = tokenizer.load(source.tokenizer), data.load_corpus(source)
     held_out = data.val_batches(corpus, words, source, batches)
@@ -107,10 +109,8 @@ def report(
     found, log = specialisation(stats, draws=draws, seed=seed), read_load(run)
     told = ", ".join(map(str, source.paths)) or "text that Python carries"
     about: dict[str, Any] = {"run": run.absolute().name, "step": step, "data": f"held-out part of {told}"}
-    shuffles = {"draws": draws, "seed": seed}
     with _whole_folder(out) as part:
         numbers = about | as_json(stats, found, words, log)
-        numbers["specialisation"] |= shuffles
         _draw(stats, found, log, part, f"{about['run']}, step {step}")
         (part / NUMBERS).write_text(json.dumps({"keys": KEYS} | numbers, allow_nan=False), encoding="utf-8")
         (part / PAGE).write_text(page(numbers, part), encoding="utf-8")
@@ -144,7 +144,7 @@ def as_json(stats: RoutingStats, found: Specialisation, words: Tokenizer, log: L
         "coactivation_lift": _plain(lift(stats.together)),
         "specialisation": {
             "domain_entropy": _plain(domain_entropy(by_domain)),
-            **{name: _plain(values) for name, values in found._asdict().items()},
+            **{name: x if isinstance(x, int) else _plain(x) for name, x in found._asdict().items()},
         },
         "favourites": [_favourites(stats, layer, words) for layer in range(len(stats.layers))],
         "contexts": [
