@@ -20,6 +20,7 @@ from dsv3_jax.stats.measures import Specialisation
 
 FEW = 8  # layers that are named in a legend and have their numbers written out
 NEVER = 2.0**-20  # drawn for 0, whose logarithm an image would leave out
+COLOURS = 10  # of Matplotlib's cycle: more domains than that are not told apart
 MOST = 32  # layers drawn of a model that has more: every second, third, …
 
 
@@ -121,7 +122,8 @@ def entropies(
     for i, title in enumerate(whole):
         ax = figure.add_subplot(1, len(whole), i + 1)
         for n, domain in enumerate(domains):
-            ax.plot(by_domain[title][n], "o", label=_short(domain), markersize=4, alpha=0.9)
+            label, colour = (_short(domain), f"C{n}") if len(domains) <= COLOURS else (None, "0.6")
+            ax.plot(by_domain[title][n], "o", label=label, color=colour, markersize=4, alpha=0.9)
         ax.plot(whole[title], "_", label="all", color="black", markersize=min(16, 150 / len(layers)), markeredgewidth=2)
         _layer_ticks(ax, layers)
         ax.margins(y=0.15)
