@@ -118,7 +118,8 @@ def _load(found: dict[str, Any]) -> str:
         buttons.append(f'<button data-map="{i}" aria-pressed="{pressed}">{escape(name)}</button>')
     chooser = f"<p>Domain: {' '.join(buttons)}</p>" if len(ratios) > 1 else ""
     return (
-        '<section id="load"><h2>Load by layer and expert</h2>\n<p>Assignments of an expert over the mean of its layer. '
+        '<section id="load"><h2>Load by layer and expert</h2>\n<p>Assignments of an expert over the mean of its layer; '
+        "layers are counted from the first that has experts, MTP are multi-token heads. "
         f"A click on a cell goes to that expert.</p>\n{chooser}\n<figure>{''.join(maps)}{colour_bar(norm)}</figure>"
         "</section>"
     )
