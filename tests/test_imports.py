@@ -22,7 +22,7 @@ FLOORS = [
         "checkpoint", "corpus", "counting", "data", "evaluate", "frozen", "generate", "hf", "metrics", "ngram",
         "optim", "plots", "progress", "runtime", "speculative", "stats", "tokenizer", "train", "train_step",
     },
-    {"bench", "demo"},
+    {"bench", "demo", "lab"},
     {"cli"},
     {"__init__", "__main__"},
 ]  # fmt: skip
