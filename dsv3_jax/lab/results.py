@@ -149,7 +149,7 @@ def _rounded(value):
     return [_rounded(v) for v in value] if isinstance(value, list) else value
 
 
-def thinned(rows: Sequence[Mapping], names: Sequence[str], points: int = 50) -> dict[str, list[list[float]]]:
+def thinned(rows: Sequence[Mapping], names: Sequence[str], points: int = 50) -> dict[str, list]:
     """Curves of metrics rows, name → [steps, values], each of at most `points` points: means of as many stretches."""
     curves = {}
     for name in names:

@@ -58,7 +58,7 @@ STUDY = Study(
     variants=variants,
     measure=measure,
     columns=(
-        Column("dropped in training, %", dropped, 2, scale=100),
+        Column("dropped in training, %", dropped, 2, scale=100.0),
         Column("validation loss", "val_loss", 4, paired=True),
         Column("the same, nothing dropped", "val_loss_no_drop", 4),
         Column("MaxVio", "max_vio_global", 2),
