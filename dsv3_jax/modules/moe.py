@@ -84,7 +84,7 @@ class MoE(nnx.Module):
             ids, gates, backend = picked.expert_ids, picked.gates, pick_backend(cfg.dispatch)
             if on_mesh():
                 y, thread, crossed = expert_parallel.routed_swiglu(
-                    flat, ids, gates, experts, thread, layer, backend=backend, layout=cfg.layout
+                    flat, ids, gates, experts, thread, layer, backend=backend, cfg=cfg
                 )
             else:
                 y, thread = dispatch.routed_swiglu_in_stack(flat, ids, gates, experts, thread, layer, backend=backend)
