@@ -65,7 +65,7 @@ def wire_bytes(crossed: float, cfg: ModelConfig, itemsize: int) -> float:
     """Bytes a token that one layer's forward pass puts on the wire, there and back.
 
     Args:
-        crossed: copies of a token that go to other devices, as counted: its row there, with ids and gates, and one back.
+        crossed: copies of a token that go to other devices: a row there, with ids and gates, and a row back.
         itemsize: bytes of a number of the computing dtype.
     """
     return crossed * (2 * cfg.dim * itemsize + cfg.experts_per_token * (4 + 4))
@@ -281,10 +281,13 @@ def ragged(
     home = Leg(lands[:, me], counts[:, me], starts[:, me], counts[me])
     size, room = n * reach, n * peers
     at = _places(jnp.where(lists.first, starts[me][lists.peer] + lists.turn, size), size)
-    there, back = (lambda rows: _travel(room, size, rows, out, home)), (lambda rows: _travel(size, room, rows, home, out))
+    there, back = (
+        (lambda rows: _travel(room, size, rows, out, home)),
+        (lambda rows: _travel(size, room, rows, home, out)),
+    )
     call = Call(expert_ids, lists, experts, layer)
     y, thread = _at_their_experts(x, gates, thread, call, at, there, back, backend)
-    crossed = (lists.counts.sum() - lists.counts[me]).astype(jnp.float32) / n
+    crossed = (lists.counts.sum(dtype=jnp.int32) - lists.counts[me]).astype(jnp.float32) / n
     return y, thread, jax.lax.pmean(crossed, tuple(varying(crossed)))
 
 
