@@ -33,10 +33,12 @@ def mean_reach(cfg: ModelConfig, peers: int) -> float:
     A token chooses g of G groups, and K of the experts in these. A device holds E/P experts, or E/G of each of several
     groups. Where devices and groups do not divide one another, the groups are left out of account.
     """
-    num_groups, groups, k = *_groups(cfg, peers), cfg.experts_per_token
+    num_groups, groups = _groups(cfg, peers)
+    k = cfg.experts_per_token
     pool = groups * cfg.num_experts // num_groups
     on_device = max(1, num_groups // peers)
     each = cfg.num_experts // max(peers, num_groups)
+    # Ways to choose that pass a device by, j of its groups being among the chosen ones.
     missed = sum(
         math.comb(on_device, j) * math.comb(num_groups - on_device, groups - j) * math.comb(pool - j * each, k)
         for j in range(min(on_device, groups) + 1)
@@ -230,7 +232,7 @@ def _later_rounds_bwd(backend, places, args, cotangents):
 
     def add(number, carry):
         dx, d_gates, d_thread = carry
-        _, transposed = jax.vjp(lambda *at: _round(number, *at, call, backend, places), x, gates, thread)
+        _, transposed = jax.vjp(lambda *args: _round(number, *args, call, backend, places), x, gates, thread)
         more_x, more_gates, d_thread = transposed((dy, d_thread))  # the thread's takes the experts' gradient along
         return dx + more_x, d_gates + more_gates, d_thread
 

@@ -92,20 +92,20 @@ def routed_swiglu(
         return y, thread, crossed
 
     def meet(x, ids, gates, experts, thread, layer):
-        """Tokens and experts, all that this call needs of either being whole."""
+        """This device's tokens and all their experts, whose matrices are whole in width."""
         n, apart = x.shape[0], cut.peers > 1 and "expert" in cut.rows
         exchange = exchange_of(cfg, n, cut.peers) if apart else "gather"
-        args, static = (x, ids, gates, experts, thread, layer), dict(backend=backend, peers=cut.peers)
-        if exchange == "all_to_all":
-            y, thread, crossed = all_to_all(*args, **static, places=places_a_round(cfg, n, cut.peers))
-        elif exchange == "ragged":
-            y, thread, crossed = ragged(*args, **static, reach=most_reach(cfg, cut.peers))
-        else:
+        if exchange == "gather":
 
             def run(x, ids, gates):
                 return dispatch.routed_swiglu_in_stack(x, ids, gates, experts, thread, layer, backend=backend)
 
             return _gathered(run, x, ids, gates, experts.w_gate.shape[1], cut)
+        args, static = (x, ids, gates, experts, thread, layer), dict(backend=backend, peers=cut.peers)
+        if exchange == "all_to_all":
+            y, thread, crossed = all_to_all(*args, **static, places=places_a_round(cfg, n, cut.peers))
+        else:
+            y, thread, crossed = ragged(*args, **static, reach=most_reach(cfg, cut.peers))
         return (jax.lax.psum(y, "tensor") if cut.hidden else y), thread, crossed
 
     tokens = P(cut.rows)
