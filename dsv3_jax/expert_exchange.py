@@ -33,8 +33,9 @@ def mean_reach(cfg: ModelConfig, peers: int) -> float:
     A token chooses g of G groups, and K of the experts in these. A device holds E/P experts, or E/G of each of several
     groups. Where devices and groups do not divide one another, the groups are left out of account.
     """
-    num_groups, groups = _groups(cfg, peers)
-    k = cfg.experts_per_token
+    num_groups, groups, k = cfg.num_groups, cfg.groups_per_token, cfg.experts_per_token
+    if cfg.router not in ("sigmoid", "softmax") or max(peers, num_groups) % min(peers, num_groups):
+        num_groups = groups = 1
     pool = groups * cfg.num_experts // num_groups
     on_device = max(1, num_groups // peers)
     each = cfg.num_experts // max(peers, num_groups)
@@ -44,18 +45,6 @@ def mean_reach(cfg: ModelConfig, peers: int) -> float:
         for j in range(min(on_device, groups) + 1)
     )
     return peers * (1 - missed / (math.comb(num_groups, groups) * math.comb(pool, k)))
-
-
-def most_reach(cfg: ModelConfig, peers: int) -> int:
-    """Devices among `peers` that hold a token's experts, at most."""
-    num_groups, groups = _groups(cfg, peers)
-    return min(cfg.experts_per_token, groups * max(1, peers // num_groups), peers)
-
-
-def _groups(cfg: ModelConfig, peers: int) -> tuple[int, int]:
-    """Groups, and how many a token may reach; a single one where they do not fit the devices."""
-    fit = max(peers, cfg.num_groups) % min(peers, cfg.num_groups) == 0
-    return (cfg.num_groups, cfg.groups_per_token) if fit else (1, 1)
 
 
 def places_a_round(cfg: ModelConfig, tokens: int, peers: int) -> int:
@@ -265,13 +254,10 @@ def ragged(
     *,
     backend: str,
     peers: int,
-    reach: int,
 ) -> tuple[Float[Array, "n D"], dispatch.Experts, Float[Array, ""]]:
     """`all_to_all` with no empty places on the wire. JAX has it for GPU and TPU.
 
     A device keeps room for every token of all its peers, as with `gather`.
-
-    Args: as there. reach: devices that a token goes to, at most.
     Returns: as there; what crossed is just what had to.
     """
     n, me = x.shape[0], jax.lax.axis_index("expert")
@@ -281,7 +267,7 @@ def ragged(
     lands = jnp.cumsum(counts, axis=0, dtype=jnp.int32) - counts  # in the receiver's
     out = Leg(starts[me], counts[me], lands[me], counts[:, me])
     home = Leg(lands[:, me], counts[:, me], starts[:, me], counts[me])
-    size, room = n * reach, n * peers
+    size, room = n * min(expert_ids.shape[1], peers), n * peers  # whatever the router does
     at = _places(jnp.where(lists.first, starts[me][lists.peer] + lists.turn, size), size)
     there, back = (
         (lambda rows: _travel(room, size, rows, out, home)),

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import Layout, ModelConfig
-from dsv3_jax.expert_exchange import all_to_all, most_reach, of_mine, places_a_round, ragged
+from dsv3_jax.expert_exchange import all_to_all, of_mine, places_a_round, ragged
 from dsv3_jax.ops import dispatch
 from dsv3_jax.ops.varying import as_varying
 from dsv3_jax.sharding import row_axes, spec
@@ -105,7 +105,7 @@ def routed_swiglu(
         if exchange == "all_to_all":
             y, thread, crossed = all_to_all(*args, **static, places=places_a_round(cfg, n, cut.peers))
         else:
-            y, thread, crossed = ragged(*args, **static, reach=most_reach(cfg, cut.peers))
+            y, thread, crossed = ragged(*args, **static)
         return (jax.lax.psum(y, "tensor") if cut.hidden else y), thread, crossed
 
     tokens = P(cut.rows)
