@@ -72,7 +72,8 @@ def spell(mesh: Mesh | AbstractMesh) -> str:
 
 
 def check(mesh: Mesh, run: RunConfig) -> None:
-    """Raises: ConfigError when a run's batch, experts or heads cannot be cut evenly over the mesh."""
+    """Raises: ConfigError when a run's batch, experts or heads cannot be cut evenly over the mesh, or its devices
+    cannot do what the layout says."""
     sizes, model = dict(mesh.shape), run.model
     rows = run.data.batch_size // run.optim.microbatches
     if rows % math.prod(sizes[axis] for axis in ROWS):
@@ -81,6 +82,11 @@ def check(mesh: Mesh, run: RunConfig) -> None:
         raise ConfigError(f"num_experts={model.num_experts} is not divisible by mesh {spell(mesh)}")
     if model.num_heads % sizes["tensor"]:
         raise ConfigError(f"num_heads={model.num_heads} is not divisible by mesh {spell(mesh)}")
+    platform = mesh.devices.flat[0].platform
+    if model.layout.exchange == "ragged" and sizes["expert"] > 1 and platform == "cpu":
+        raise ConfigError(
+            f"layout exchange='ragged' is not to be had on {platform} devices: JAX does not have it there"
+        )
 
 
 def in_force(mesh: Mesh | None) -> AbstractContextManager:
