@@ -87,7 +87,7 @@ def routed_swiglu(
         if not cut.width:
             return meet(x, ids, gates, experts, thread, layer)
         one, thread = dispatch.take_layer(experts, thread, layer)
-        stack = dispatch.Experts(*(w[None] for w in _whole(one)))
+        stack = dispatch.Experts(*(w[None] for w in _whole(one, x.dtype)))
         y, _, crossed = meet(x, ids, gates, stack, stack, jnp.zeros_like(layer))
         return y, thread, crossed
 
@@ -135,7 +135,7 @@ def few_tokens_swiglu(
             held, at = experts, layer
             if cut.width:
                 one, _ = dispatch.take_layer(experts, experts, layer)
-                held, at = dispatch.Experts(*(w[None] for w in _whole(one))), jnp.zeros_like(layer)
+                held, at = dispatch.Experts(*(w[None] for w in _whole(one, x.dtype))), jnp.zeros_like(layer)
             return dispatch.few_tokens_swiglu(x, ids, gates, held, at), None
 
         return _gathered(run, x, ids, gates, experts.w_gate.shape[1], cut)[0]
@@ -163,11 +163,11 @@ def _gathered(run, x, ids, gates, held: int, cut: Cut):
     return y, more, jnp.asarray(crossed, jnp.float32)
 
 
-def _whole(one: dispatch.Experts) -> dispatch.Experts:
-    """One layer's matrices [E, …] gathered along "data", which cuts their width D."""
+def _whole(one: dispatch.Experts, dtype) -> dispatch.Experts:
+    """One layer's matrices [E, …] cast, and gathered along "data", which cuts their width D."""
     return dispatch.Experts(
         *(
-            jax.lax.all_gather(w, "data", axis=names.index("dim"), tiled=True)
+            jax.lax.all_gather(w.astype(dtype), "data", axis=names.index("dim"), tiled=True)
             for names, w in zip(NAMES, one, strict=True)
         )
     )

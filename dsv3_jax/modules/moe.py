@@ -55,7 +55,7 @@ class MoE(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        self.w_router = param(rngs, (cfg.dim, cfg.num_experts), ("dim", None), cfg.init_std)
+        self.w_router = param(rngs, (cfg.dim, cfg.num_experts), ("dim", None), cfg.init_std, exact=True)
         self.bias = RouterBias(jnp.zeros((cfg.num_experts,), jnp.float32))
         shared = cfg.num_shared_experts * cfg.expert_dim
         self.shared = SwiGLU(cfg.dim, shared, cfg.init_std, rngs=rngs) if shared else None
