@@ -160,10 +160,15 @@ def run_heads(
     Returns: (hidden states, head k's (from 0) [B, T-1-k, D]; routing of those heads that have experts).
     """
 
-    def plain(head, *args) -> tuple[Array, LayerRouting | None]:
-        return head(*args)
+    def run(head, *args) -> tuple[Array, LayerRouting | None]:
+        # Split and merged, as in scan_stack: nnx.remat would write to variables that an outer trace holds.
+        graphdef, state = nnx.split(head)
 
-    run = nnx.remat(plain) if remat else plain
+        def plain(state, *args):
+            return nnx.merge(graphdef, state)(*args)
+
+        return (jax.checkpoint(plain) if remat else plain)(state, *args)
+
     out, routings = [], []
     for k, head in enumerate(heads, start=1):
         short = tokens.shape[1] - k  # later positions have no token k places on
