@@ -19,7 +19,7 @@ FLOORS = [
     {"modules"},
     {"objective"},
     {
-        "checkpoint", "corpus", "counting", "data", "evaluate", "frozen", "generate", "hf", "metrics", "ngram",
+        "checkpoint", "corpus", "counting", "data", "evaluate", "frozen", "generate", "hf", "hlo", "metrics", "ngram",
         "optim", "plots", "progress", "runtime", "sharding", "speculative", "stats", "tokenizer", "train", "train_step",
     },
     {"bench", "demo"},
