@@ -31,10 +31,15 @@ class Collective:
 
     kind: str  # one of KINDS
     nbytes: int  # of its result
-    group: int  # n: devices that take part with one another
+    devices: tuple[int, ...]  # n places in the mesh that take part with one another: the first such group
     axes: tuple[str, ...]  # of the mesh, along which they lie; none where no mesh was given
     runs: int  # times that the program runs it
     source: str  # where in the model it comes from, as JAX names it
+
+    @property
+    def group(self) -> int:
+        """n: how many devices take part with one another."""
+        return len(self.devices)
 
     @property
     def wire(self) -> float:
@@ -229,7 +234,7 @@ class _Module:
         if kind == "all-reduce" and self._is_sliced(computation, own, len(group)):
             kind, nbytes = "reduce-scatter", nbytes // len(group)
         source = re.search(r'op_name="([^"]*)"', own.rest)
-        return Collective(kind, nbytes, len(group), self._axes_of(group), 1, source[1] if source else "")
+        return Collective(kind, nbytes, tuple(group), self._axes_of(group), 1, source[1] if source else "")
 
     def _is_sliced(self, computation: str, own: _Instruction, n: int) -> bool:
         """Whether all that becomes of an all-reduce's result is a slice to one of n parts."""
@@ -286,16 +291,22 @@ def first_group(attributes: str, num_devices: int) -> list[int]:
     if re.search(r"replica_groups=\{\}", attributes) or "replica_groups" not in attributes:
         return list(range(num_devices))
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        dims = [int(i) for i in found[2].split(",")]
-        order = [int(i) for i in found[3].split(",")] if found[3] else range(len(dims))
-        return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(-1)[: int(found[1])].tolist()
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        return _counted(found[2], found[3])[: int(found[1])].tolist()
+    mesh = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+    if found := re.search(mesh, attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        taken = re.findall(r"'(\w+)'", found[2])
-        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        ids = _counted(found[2] or str(math.prod(sizes.values())), found[3]).reshape(tuple(sizes.values()))
+        taken = re.findall(r"'(\w+)'", found[4])
         return ids[tuple(slice(None) if name in taken else 0 for name in sizes)].reshape(-1).tolist()
     spelled = attributes[attributes.index("replica_groups") :][:80]
     raise ValueError(f"groups of devices are written in a way that is not known: {spelled}")
+
+
+def _counted(dims: str, order: str | None) -> np.ndarray:
+    """`[2,4]T(1,0)`: numbers from 0 in that shape, its axes put in that order, as a list."""
+    shape = [int(i) for i in dims.split(",")]
+    axes = [int(i) for i in order.split(",")] if order else list(range(len(shape)))
+    return np.arange(math.prod(shape)).reshape(shape).transpose(axes).reshape(-1)
 
 
 def _array(dtype: str, dims: str) -> tuple[int, float]:

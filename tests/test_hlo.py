@@ -172,6 +172,7 @@ def test_what_is_begun_and_done_counts_once_in_an_accelerators_spelling():
         ("[4,2]<=[2,4]T(1,0)", [0, 4]),
         ("[2,4]<=[2,2,2]T(1,0,2)", [0, 1, 4, 5]),
         ("mesh['a'=2,'b'=2,'c'=2] {'a','c'}", [0, 1, 4, 5]),
+        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", [0, 4]),
     ],
 )
 def test_groups_of_devices(spelled, group):
