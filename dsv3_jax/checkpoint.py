@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from dsv3_jax import sharding, tokenizer
-from dsv3_jax.config import ModelConfig, RunConfig, from_dict, to_dict
+from dsv3_jax.config import Layout, ModelConfig, RunConfig, from_dict, replace, to_dict
 from dsv3_jax.modules.transformer import Transformer
 from dsv3_jax.train_step import TrainState, abstract_state, model_of
 
@@ -84,7 +84,7 @@ class Checkpoints:
             return None
         self._check_config()
         target = abstract_state(self.run)
-        where = sharding.state_sharding(target, mesh)
+        where = sharding.state_sharding(target, mesh, fsdp=self.run.model.layout.fsdp)
         target = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), target, where)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
         try:
@@ -98,7 +98,7 @@ class Checkpoints:
     def _check_config(self) -> None:
         # First, for a restore of other shapes fails half-way and leaves Orbax's tasks behind.
         found = self._manager.restore(self.latest, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
-        different = first_difference(to_dict(from_dict(RunConfig, found)), to_dict(self.run))
+        different = difference(from_dict(RunConfig, found), self.run)
         if different:
             key, a, b = different
             raise ValueError(
@@ -132,7 +132,7 @@ def claim(folder: str | Path, run: RunConfig) -> None:
     """
     folder = Path(folder)
     if (folder / RUN_FILE).exists():
-        different = first_difference(to_dict(read_run(folder)), to_dict(run))
+        different = difference(read_run(folder), run)
         if different:
             key, a, b = different
             raise ValueError(f"{folder} holds another run: its {key} is {a!r}, not {b!r}; choose another --out")
@@ -145,6 +145,12 @@ def claim(folder: str | Path, run: RunConfig) -> None:
     part = folder / (RUN_FILE + ".part")
     part.write_text(json.dumps(to_dict(run), indent=1))
     part.rename(folder / RUN_FILE)
+
+
+def difference(a: RunConfig, b: RunConfig) -> tuple[str, Any, Any] | None:
+    """As `first_difference`, of what makes a run this one: on which mesh and how it lies there changes no result."""
+    plain, other = (to_dict(replace(run, model=replace(run.model, layout=Layout()))) for run in (a, b))
+    return first_difference(plain, other)
 
 
 def first_difference(a: dict, b: dict, prefix: str = "") -> tuple[str, Any, Any] | None:

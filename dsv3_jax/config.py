@@ -97,6 +97,19 @@ class Balance:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How a model lies on a device mesh. It changes nothing that is computed: a run may go on under another layout."""
+
+    fsdp: bool = False  # the mesh axis "data" cuts weights and optimizer state, too; a layer's are gathered in its turn
+    exchange: Literal["auto", "gather", "all_to_all", "ragged"] = "auto"  # tokens to experts; see expert_parallel.py
+    slack: float = 1.25  # of "all_to_all": places for tokens in a round, over what even load needs
+
+    def __post_init__(self):
+        _check_types(self)
+        _require(self.slack >= 1, f"layout slack={self.slack} is below 1")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape and rules of one DeepSeek-V3 family model."""
 
@@ -143,6 +156,7 @@ class ModelConfig:
     init_std: float = 0.006
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"  # recomputed backward: nothing, all but products, whole layers
+    layout: Layout = field(default_factory=Layout)
 
     def __post_init__(self):
         _check_types(self)

@@ -88,7 +88,8 @@ def train_cost(run: RunConfig, mesh: Mesh, *, target: str | None = None) -> Cost
     """
     sharding.check(mesh, run)
     run = replace(run, model=_for(run.model, target))
-    state = _placed(shapes := abstract_state(run), sharding.state_sharding(shapes, mesh))
+    fsdp = run.model.layout.fsdp
+    state = _placed(shapes := abstract_state(run), sharding.state_sharding(shapes, mesh, fsdp=fsdp))
     tokens = jax.ShapeDtypeStruct(
         (run.data.batch_size, run.data.seq_len), jnp.int32, sharding=sharding.batch_sharding(mesh)
     )
@@ -111,8 +112,7 @@ def train_cost(run: RunConfig, mesh: Mesh, *, target: str | None = None) -> Cost
 
 def batch_parts(mesh: Mesh) -> int:
     """Into how many parts a mesh cuts a batch."""
-    axes = sharding.batch_sharding(mesh).spec[0]
-    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+    return math.prod(mesh.shape[axis] for axis in sharding.ROWS)
 
 
 def check_decode(cfg: ModelConfig, mesh: Mesh, batch: int, context: int) -> None:
@@ -120,7 +120,7 @@ def check_decode(cfg: ModelConfig, mesh: Mesh, batch: int, context: int) -> None
 
     Raises: ConfigError where batch or experts cannot be cut over the mesh, or the context is beyond max_positions.
     """
-    name = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    name = sharding.spell(mesh)
     parts = batch_parts(mesh)
     if batch < 1 or batch % parts:
         raise ConfigError(f"decode_batch={batch} is not divisible by the {parts} parts of mesh {name}")
@@ -154,7 +154,7 @@ def decode_cost(
     graph, *variables = nnx.split(abstract(cfg), nnx.Param, RouterBias)
     params, bias = variables
     params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), params)
-    params, bias = (_placed(v, sharding.state_sharding(v, mesh)) for v in (params, bias))
+    params, bias = (_placed(v, sharding.state_sharding(v, mesh, fsdp=cfg.layout.fsdp)) for v in (params, bias))
     kind = pick_kind(cfg, None)
     shapes = jax.eval_shape(
         lambda: empty_cache(cfg, cfg.num_layers, batch, context, kind, jnp.dtype(cfg.compute_dtype))

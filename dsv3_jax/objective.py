@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dsv3_jax.modules.moe import LayerRouting
 from dsv3_jax.modules.transformer import Trace, Transformer
 from dsv3_jax.ops.losses import chunked_cross_entropy, smooth_l1, token_scores
+from dsv3_jax.sharding import by_rows
 
 EAGLE_TOKEN_WEIGHT = 0.1  # of the cross-entropy, where the regression weighs 1
 
@@ -30,6 +31,7 @@ class Losses(NamedTuple):
     accuracy: Array  # share of next tokens that are the argmax
     load: Array
     dropped: Array  # share of assignments dropped, mean over layers
+    crossed: Array  # copies of a token that go to another device's experts, mean over layers
 
 
 def targets(tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], ahead: int) -> tuple[Array, Array]:
@@ -72,9 +74,7 @@ def losses(
     for ahead, h in enumerate((trace.h[:, :-1], *trace.mtp_h), start=1):
         length = tokens.shape[1] - ahead
         wanted, mask = targets(tokens, segment_ids, ahead)
-        total, right = chunked_cross_entropy(
-            h[:, :length].reshape(-1, h.shape[-1]), head, wanted.reshape(-1), mask.reshape(-1)
-        )
+        (total, right), _ = by_rows(_cross_entropy, (head,), h[:, :length], wanted, mask)
         nats.append(total / counts[ahead - 1])
         correct.append(right / counts[ahead - 1])
     main, mtp = nats[0], jnp.stack(nats[1:]) if nats[1:] else jnp.zeros((0,), jnp.float32)
@@ -83,9 +83,14 @@ def losses(
         feature = _regression(trace, segment_ids) / counts[1]
         heads = feature + EAGLE_TOKEN_WEIGHT * heads
     balance = _balance(trace, heads_only) * share
-    load, dropped = _load(trace)
+    load, dropped, crossed = _load(trace)
     total = heads + balance if heads_only else main + balance + mtp_weight * heads
-    return Losses(total, main, mtp, feature, balance, correct[0], load, dropped * share)
+    return Losses(total, main, mtp, feature, balance, correct[0], load, dropped * share, crossed * share)
+
+
+def _cross_entropy(head, h, wanted, mask) -> tuple[tuple[Array, Array], tuple[()]]:
+    """For `by_rows`: (sums of nats and of right guesses, nothing a row)."""
+    return chunked_cross_entropy(h.reshape(-1, h.shape[-1]), head, wanted.reshape(-1), mask.reshape(-1)), ()
 
 
 def _regression(trace: Trace, segment_ids: Array) -> Array:
@@ -105,12 +110,15 @@ def _balance(trace: Trace, heads_only: bool = False) -> Array:
     return sum((r.balance_loss.sum() for r in _routings(trace, heads_only)), jnp.zeros((), jnp.float32))
 
 
-def _load(trace: Trace) -> tuple[Array, Array]:
-    """(load [L, E], share of assignments dropped, mean over layers)."""
+def _load(trace: Trace) -> tuple[Array, Array, Array]:
+    """(load [L, E]; means over layers: share of assignments dropped, copies of a token that went elsewhere)."""
     routings = _routings(trace)
     if not routings:
-        return jnp.zeros((0, 1), jnp.float32), jnp.zeros((), jnp.float32)
-    return jnp.concatenate([r.load for r in routings]), jnp.concatenate([r.dropped for r in routings]).mean()
+        return jnp.zeros((0, 1), jnp.float32), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
+    load, dropped, crossed = (
+        jnp.concatenate(parts) for parts in zip(*((r.load, r.dropped, r.crossed) for r in routings), strict=True)
+    )
+    return load, dropped.mean(), crossed.mean()
 
 
 class Scores(NamedTuple):
@@ -151,5 +159,10 @@ def scores(model: Transformer, batch: dict[str, Array]) -> Scores:
 
 def _score(h, head, tokens, segment_ids, ahead):
     wanted, mask = targets(tokens, segment_ids, ahead)
-    nll, best = token_scores(h.reshape(-1, h.shape[-1]), head, wanted.reshape(-1))
-    return nll.reshape(wanted.shape), best.reshape(wanted.shape), mask
+
+    def score(head, h, wanted):
+        scored = token_scores(h.reshape(-1, h.shape[-1]), head, wanted.reshape(-1))
+        return (), tuple(x.reshape(wanted.shape) for x in scored)
+
+    _, (nll, best) = by_rows(score, (head,), h, wanted)
+    return nll, best, mask

@@ -25,7 +25,7 @@ class Plan:
 
     model: Annotated[ModelConfig, tyro.conf.arg(name="")]
     mesh: str = "data=1"
-    """devices of the training step, as data=N,expert=N"""
+    """devices of the training step, as data=N,expert=N,tensor=N"""
     batch: int | None = None
     """sequences an optimizer step; none: one for each part of the batch and microbatch"""
     seq_len: int | None = None

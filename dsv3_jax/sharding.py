@@ -1,24 +1,45 @@
 """The device mesh, and where on it each array lies.
 
-A mesh has two axes: "data" and "expert". The batch is cut over both; the routed experts along "expert"; all else is
-on every device. `jax.set_mesh` puts a mesh in force; without one everything is on a single device.
+A mesh has three axes. "data" and "expert" both cut the batch, by rows; "expert" cuts the routed experts as well, and
+"tensor" cuts heads, hidden widths and the vocabulary. An axis may have size 1. RULES is the one table that says which
+axis of an array each of them cuts: parameters carry the names of their axes (`modules.layers.param`), and activations
+are named where they are held in place (`constrain`). What cannot be cut evenly lies whole on every device.
+
+`jax.set_mesh` puts a mesh in force; without one everything is on a single device.
 """
 
+import math
 import re
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
 from dsv3_jax.config import ConfigError, RunConfig
-from dsv3_jax.expert_parallel import AXES
-from dsv3_jax.modules.moe import ExpertParam
+
+AXES = ("data", "expert", "tensor")
+ROWS = ("data", "expert")  # what cuts the batch
+
+# The mesh axes that cut an array's axis of that name, outermost first; an axis without a name lies whole.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ROWS,
+    "expert": ("expert",),
+    "heads": ("tensor",),
+    "hidden": ("tensor",),
+    "vocab": ("tensor",),
+}
+# What `Layout.fsdp` adds, of weights and of all that lies as they do; they are made whole again where they are used.
+FSDP_RULES = RULES | {"dim": ("data",), "latent": ("data",)}
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """`data=2,expert=4` as {"data": 2, "expert": 4}; an axis that is not named has size 1.
+    """`data=2,expert=4` as {"data": 2, "expert": 4, "tensor": 1}; an axis that is not named has size 1.
 
     Raises: ConfigError for other axes, or sizes that are not positive whole numbers.
     """
@@ -31,29 +52,35 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(data: int = 1, expert: int = 1) -> Mesh:
-    """A mesh of data × expert of the process's devices.
+def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh of data × expert × tensor devices, those of all processes.
 
     Raises: ConfigError when there are fewer devices.
     """
-    if data * expert > jax.device_count():
+    count = data * expert * tensor
+    if count > jax.device_count():
         raise ConfigError(
-            f"mesh data={data},expert={expert} needs {data * expert} devices, and there are {jax.device_count()} here"
+            f"mesh data={data},expert={expert},tensor={tensor} needs {count} devices, and there are "
+            f"{jax.device_count()} here"
         )
-    return jax.make_mesh((data, expert), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh((data, expert, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def spell(mesh: Mesh | AbstractMesh) -> str:
+    """`data=2,expert=4,tensor=1`, as `parse_mesh` reads it."""
+    return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
 
 
 def check(mesh: Mesh, run: RunConfig) -> None:
-    """Raises: ConfigError when a run's batch or experts cannot be cut evenly over the mesh."""
+    """Raises: ConfigError when a run's batch, experts or heads cannot be cut evenly over the mesh."""
     sizes, model = dict(mesh.shape), run.model
-    name = ",".join(f"{axis}={size}" for axis, size in sizes.items())
     rows = run.data.batch_size // run.optim.microbatches
-    if rows % mesh.size:
-        raise ConfigError(f"batch_size/microbatches={rows} rows are not divisible by mesh {name}")
+    if rows % math.prod(sizes[axis] for axis in ROWS):
+        raise ConfigError(f"batch_size/microbatches={rows} rows are not divisible by mesh {spell(mesh)}")
     if model.num_experts % sizes["expert"]:
-        raise ConfigError(f"num_experts={model.num_experts} is not divisible by mesh {name}")
-    if model.dispatch == "capacity" and sizes["expert"] > 1:
-        raise ConfigError(f"dispatch='capacity' does not cut experts over a mesh, and the mesh is {name}")
+        raise ConfigError(f"num_experts={model.num_experts} is not divisible by mesh {spell(mesh)}")
+    if model.num_heads % sizes["tensor"]:
+        raise ConfigError(f"num_heads={model.num_heads} is not divisible by mesh {spell(mesh)}")
 
 
 def in_force(mesh: Mesh | None) -> AbstractContextManager:
@@ -61,29 +88,126 @@ def in_force(mesh: Mesh | None) -> AbstractContextManager:
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def state_sharding(state, mesh: Mesh | AbstractMesh | None):
+def on_mesh() -> bool:
+    """Whether a mesh of more than one device is in force."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
+
+
+def spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, *, fsdp: bool = False) -> P:
+    """How an array is cut. The names are its last axes'; what stands before them, as a stack's layers, is whole."""
+    whole: list[tuple[str, ...] | None] = [None] * (len(shape) - len(names))
+    sizes = shape[len(whole) :]
+    return P(*whole, *(_cutting(name, size, mesh, fsdp) or None for name, size in zip(names, sizes, strict=True)))
+
+
+def row_axes(rows: int) -> tuple[str, ...]:
+    """The axes of the mesh in force that cut so many rows of a batch."""
+    return _cutting("batch", rows, jax.sharding.get_abstract_mesh())
+
+
+def _cutting(name: str | None, size: int, mesh: Mesh | AbstractMesh, fsdp: bool = False) -> tuple[str, ...]:
+    """The mesh axes for a name, as many as cut `size` evenly; those of size 1 are left out."""
+    axes: tuple[str, ...] = ()
+    for axis in (FSDP_RULES if fsdp else RULES).get(name or "", ()):
+        if mesh.shape[axis] > 1 and size % math.prod(mesh.shape[a] for a in (*axes, axis)) == 0:
+            axes += (axis,)
+    return axes
+
+
+def state_sharding(state, mesh: Mesh | AbstractMesh | None, *, fsdp: bool = False):
     """Where each array of a state, or of its shapes, lies: the same structure of shardings.
 
-    On a mesh experts are cut along "expert" and the rest is on every device; without one all is on the first.
+    Without a mesh all is on the first device.
     """
 
     def place(v):
-        if mesh is None:
-            return jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), v)
-        where = NamedSharding(mesh, P(None, "expert") if isinstance(v, ExpertParam) else P())
-        return jax.tree.map(lambda _: where, v)
+        def of(x):
+            if mesh is None:
+                return SingleDeviceSharding(jax.devices()[0])
+            return NamedSharding(mesh, spec(names_of(v), x.shape, mesh, fsdp=fsdp))
 
-    return jax.tree.map(place, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+        return jax.tree.map(of, v)
+
+    return jax.tree.map(place, state, is_leaf=_is_variable)
+
+
+def names_of(v: Any) -> tuple[str | None, ...]:
+    """Names of a variable's last axes; of none where it has no names, or is a plain array."""
+    return v.get_metadata().get("axes", ()) if _is_variable(v) else ()
+
+
+def _is_variable(v: Any) -> bool:
+    return isinstance(v, nnx.Variable)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Where a batch lies: its rows cut over all devices."""
-    return NamedSharding(mesh, P(AXES))
+    """Where a batch lies: its rows cut over "data" and "expert"."""
+    return NamedSharding(mesh, P(ROWS))
 
 
-def keep_in_place(state):
-    """The state that a step returns, held to where its arrays lay before. For use under `jax.jit`."""
+def constrain(x: Array, *names: str | None) -> Array:
+    """An activation, held to where its axes' names say; untouched without a mesh. For use under `jax.jit`."""
+    if not on_mesh():
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(names, x.shape, jax.sharding.get_abstract_mesh()))
+
+
+def keep_in_place(state, *, fsdp: bool = False):
+    """A state, or gradients of its structure, held to where `state_sharding` says. For use under `jax.jit`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return state
-    return jax.lax.with_sharding_constraint(state, state_sharding(state, mesh))
+    return jax.lax.with_sharding_constraint(state, state_sharding(state, mesh, fsdp=fsdp))
+
+
+def whole(v, *, fsdp: bool):
+    """Weights (variables in any structure) made whole along "data" for use, where fsdp cut them. Under `jax.jit`.
+
+    Their gradients are added up and cut again at once: no device ever holds all of them.
+    """
+    if not fsdp or not on_mesh():
+        return v
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def gather(v):
+        names = names_of(v)
+        return jax.tree.map(
+            lambda x: _gathered(x, spec(names, x.shape, mesh), spec(names, x.shape, mesh, fsdp=True)), v
+        )
+
+    return jax.tree.map(gather, v, is_leaf=_is_variable)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(x: Array, used: P, kept: P) -> Array:
+    return jax.lax.with_sharding_constraint(x, used)
+
+
+def _gathered_fwd(x, used, kept):
+    return _gathered(x, used, kept), None
+
+
+def _gathered_bwd(used, kept, _, d):
+    return (jax.lax.with_sharding_constraint(d, kept),)
+
+
+_gathered.defvjp(_gathered_fwd, _gathered_bwd)
+
+
+def by_rows(f: Callable, whole: Sequence, *cut: Array) -> Any:
+    """`f(*whole, *cut)` with each device on its own rows of the arrays in `cut`; plainly called without a mesh.
+
+    Only the axes of ROWS are taken apart; along "tensor" the compiler goes on cutting as it does elsewhere.
+    f returns (sums, rows): arrays that are added up over devices, and arrays that are cut as those in `cut`.
+    """
+    axes = row_axes(cut[0].shape[0]) if on_mesh() else ()
+    if not axes:
+        return f(*whole, *cut)
+
+    def local(*args):
+        sums, rows = f(*args)
+        return jax.tree.map(lambda x: jax.lax.psum(x, axes), sums), rows
+
+    specs = (*(P() for _ in whole), *(P(axes) for _ in cut))
+    return jax.shard_map(local, in_specs=specs, out_specs=(P(), P(axes)), axis_names=set(axes))(*whole, *cut)

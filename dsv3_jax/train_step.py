@@ -58,7 +58,8 @@ def init_state(run: RunConfig, mesh: Mesh | None = None, trunk: TrainState | Non
     # On CPU a light compilation: the many random draws take longer to optimise than to run.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     key = jax.random.key(run.seed)
-    where = None if mesh is None else sharding.state_sharding(jax.eval_shape(make, key), mesh)
+    fsdp = run.model.layout.fsdp
+    where = None if mesh is None else sharding.state_sharding(jax.eval_shape(make, key), mesh, fsdp=fsdp)
     state = jax.jit(make, compiler_options=options, out_shardings=where)(key)
     if trunk is None:
         return state
@@ -105,6 +106,7 @@ def make_step(run: RunConfig) -> Step:
     gradient is not finite the state stays as it was, and `finite` in the metrics is False.
     """
     graph, parts, heads_only = graph_of(run.model), run.optim.microbatches, run.trunk is not None
+    in_place = partial(sharding.keep_in_place, fsdp=run.model.layout.fsdp)
 
     def part_losses(trained, held, bias, batch, weight, counts):
         model = nnx.merge(graph, trained, held, bias)
@@ -115,10 +117,12 @@ def make_step(run: RunConfig) -> Step:
         counts = target_counts(batch["segment_ids"], 1 + run.model.mtp_depth)
         grad = jax.grad(part_losses, has_aux=True)
         if parts == 1:
-            return grad(trained, held, bias, batch, weight, counts)
+            grads, out = grad(trained, held, bias, batch, weight, counts)
+            return in_place(grads), out
 
         def add(total, part):
-            return jax.tree.map(jnp.add, total, grad(trained, held, bias, part, weight, counts)), None
+            grads, out = jax.tree.map(jnp.add, total, grad(trained, held, bias, part, weight, counts))
+            return (in_place(grads), out), None
 
         cut = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
         shapes = jax.eval_shape(grad, trained, held, bias, jax.tree.map(lambda x: x[0], cut), weight, counts)
@@ -137,7 +141,7 @@ def make_step(run: RunConfig) -> Step:
         moving, still = trained_and_held(run, state.bias)
         bias = nnx.merge_state(updated_bias(moving, out.load, rate), still)
         params = nnx.merge_state(params, held)
-        new = sharding.keep_in_place(TrainState(params, bias, opt, state.step + finite.astype(jnp.int32)))
+        new = in_place(TrainState(params, bias, opt, state.step + finite.astype(jnp.int32)))
         metrics = {
             "loss": out.main,
             "mtp_loss": out.mtp,
@@ -147,6 +151,7 @@ def make_step(run: RunConfig) -> Step:
             "lr": optim.learning_rate(run.optim, run.steps, state.step),
             "load": out.load,
             "dropped": out.dropped,
+            "crossed": out.crossed,
             "finite": finite,
         }
         if run.model.mtp_kind == "eagle" and run.model.mtp_depth:

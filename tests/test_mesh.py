@@ -5,13 +5,11 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from runs import MODEL, assert_bitwise, cheap_compiles, fresh_state, make_run, packed_batch, write_text
 
 from dsv3_jax import sharding, train
 from dsv3_jax.checkpoint import Checkpoints
-from dsv3_jax.config import ConfigError, OptimConfig
-from dsv3_jax.modules.moe import ExpertParam
+from dsv3_jax.config import ConfigError, Layout, OptimConfig
 from dsv3_jax.train_step import make_step
 
 PLAIN = replace(MODEL, num_layers=1, mtp_depth=0)  # compiles in a third of the time
@@ -39,7 +37,7 @@ def run_step(run, mesh=None):
     state, batch = fresh_state(run), make_batch()
     if mesh is None:
         return jax.device_get(make_step(run)(state, batch))
-    where = sharding.state_sharding(state, mesh)
+    where = sharding.state_sharding(state, mesh, fsdp=run.model.layout.fsdp)
     with jax.set_mesh(mesh):
         new, metrics = make_step(run)(
             jax.device_put(state, where), jax.device_put(batch, sharding.batch_sharding(mesh))
@@ -55,7 +53,9 @@ def alone():
 
     def of(run):
         """Of the oracle, every expert on every token, which compiles fastest, and of the whole batch at once."""
-        plain = replace(run, model=replace(run.model, dispatch="dense"), optim=replace(run.optim, microbatches=1))
+        oracle = "capacity" if run.model.dispatch == "capacity" else "dense"
+        model = replace(run.model, dispatch=oracle, layout=Layout())
+        plain = replace(run, model=model, optim=replace(run.optim, microbatches=1))
         if plain not in made:
             made[plain] = run_step(plain)
         return made[plain]
@@ -63,19 +63,24 @@ def alone():
     return of
 
 
-@pytest.mark.parametrize(
-    "data, expert, model, dispatch, parts",
-    [
-        (2, 2, MODEL, "blocks", 1),
-        (1, 8, PLAIN, "ragged_dot", 1),
-        (8, 1, PLAIN, "blocks", 1),
-        (1, 2, PLAIN, "dense", 2),
-    ],
-    ids=["2x2", "1x8", "8x1", "1x2-microbatches"],
-)
-def test_a_step_is_a_single_devices(alone, data, expert, model, dispatch, parts):
-    run = replace(RUN, model=replace(model, dispatch=dispatch), optim=replace(RUN.optim, microbatches=parts))
-    (want_state, want), (state, got) = alone(run), run_step(run, sharding.make_mesh(data, expert))
+CASES = {  # (data, expert, tensor), model, dispatch, microbatches, layout
+    "8,1,1 fsdp": ((8, 1, 1), PLAIN, "blocks", 1, Layout(fsdp=True)),
+    "1,8,1": ((1, 8, 1), PLAIN, "ragged_dot", 1, Layout()),
+    "2,2,1 microbatches": ((2, 2, 1), PLAIN, "blocks", 2, Layout()),
+    "2,4,1": ((2, 4, 1), PLAIN, "blocks", 1, Layout()),
+    "2,2,2": ((2, 2, 2), MODEL, "blocks", 1, Layout()),
+    "2,2,2 fsdp": ((2, 2, 2), MODEL, "ragged_dot", 1, Layout(fsdp=True)),
+    "1,2,2 dense": ((1, 2, 2), PLAIN, "dense", 1, Layout()),
+    "2,2,1 capacity": ((2, 2, 1), PLAIN, "capacity", 1, Layout()),
+}
+
+
+@pytest.mark.parametrize("sizes, model, dispatch, parts, layout", CASES.values(), ids=CASES)
+def test_a_step_is_a_single_devices(alone, sizes, model, dispatch, parts, layout):
+    run = replace(
+        RUN, model=replace(model, dispatch=dispatch, layout=layout), optim=replace(RUN.optim, microbatches=parts)
+    )
+    (want_state, want), (state, got) = alone(run), run_step(run, sharding.make_mesh(*sizes))
     np.testing.assert_array_equal(got["load"], want["load"])
     assert_bitwise(state.bias, want_state.bias)
     for name in ("loss", "mtp_loss", "balance_loss", "accuracy", "grad_norm"):
@@ -83,18 +88,6 @@ def test_a_step_is_a_single_devices(alone, data, expert, model, dispatch, parts)
     # 1e-5 of each tensor's largest entry; the first mean is 0.1 times the clipped gradient
     for a, b in zip(jax.tree.leaves(state.opt.mu), jax.tree.leaves(want_state.opt.mu), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
-
-
-def test_experts_are_cut_and_nothing_else_is():
-    mesh, state = sharding.make_mesh(2, 4), fresh_state(RUN)
-    state = jax.device_put(state, sharding.state_sharding(state, mesh))
-    for variable in jax.tree.leaves(state.params, is_leaf=lambda v: isinstance(v, nnx.Variable)):
-        shard = variable[...].addressable_shards[0].data.shape
-        whole = variable[...].shape
-        if isinstance(variable, ExpertParam):
-            assert shard == (whole[0], whole[1] // 4, *whole[2:])
-        else:
-            assert shard == whole
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):
@@ -118,24 +111,24 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "data", "data=0", "data=-1", "model=2", "data=2 expert=2", "data=2,,expert=1"])
 def test_a_mesh_that_cannot_be_read_is_refused(text):
-    with pytest.raises(ConfigError, match="is not of the form data=N,expert=N"):
+    with pytest.raises(ConfigError, match="is not of the form data=N,expert=N,tensor=N"):
         sharding.parse_mesh(text)
 
 
 def test_meshes_are_read():
-    assert sharding.parse_mesh("expert=4, data=2") == {"data": 2, "expert": 4}
-    assert sharding.parse_mesh("expert=2") == {"data": 1, "expert": 2}
+    assert sharding.parse_mesh("expert=4, data=2") == {"data": 2, "expert": 4, "tensor": 1}
+    assert sharding.parse_mesh("expert=2") == {"data": 1, "expert": 2, "tensor": 1}
 
 
 def test_what_cannot_be_cut_is_refused():
-    with pytest.raises(ConfigError, match="data=3,expert=4 needs 12 devices, and there are 8 here"):
+    with pytest.raises(ConfigError, match="data=3,expert=4,tensor=1 needs 12 devices, and there are 8 here"):
         sharding.make_mesh(3, 4)
     mesh = sharding.make_mesh(1, 8)
     with pytest.raises(ConfigError, match=r"batch_size/microbatches=4 rows are not divisible by mesh data=1,expert=8"):
         sharding.check(mesh, replace(RUN, optim=replace(RUN.optim, microbatches=2)))
     with pytest.raises(ConfigError, match="num_experts=12 is not divisible by mesh"):
         sharding.check(mesh, replace(RUN, model=replace(MODEL, num_experts=12)))
-    with pytest.raises(ConfigError, match="dispatch='capacity' does not cut experts"):
-        sharding.check(mesh, replace(RUN, model=replace(MODEL, dispatch="capacity")))
+    with pytest.raises(ConfigError, match="num_heads=2 is not divisible by mesh data=1,expert=1,tensor=4"):
+        sharding.check(sharding.make_mesh(1, 1, 4), RUN)
     with pytest.raises(ConfigError, match="num_experts=12"):  # before anything is read or written
         train.fit(replace(RUN, model=replace(MODEL, num_experts=12)), "nowhere", mesh=mesh, quiet=True)

@@ -12,8 +12,10 @@ from dsv3_jax.modules.layers import RMSNorm, param
 from dsv3_jax.ops import mla, rope
 from dsv3_jax.ops.attention import causal_attention
 from dsv3_jax.ops.cached_attention import cached_attention
+from dsv3_jax.sharding import constrain
 
 LATENT_NORM_EPS = 1e-6  # whatever norm_eps says, as the reference implementations do
+HEADS_APART = ("batch", None, "heads", None)  # how a mesh cuts what each head has
 
 
 class Positions(NamedTuple):
@@ -47,16 +49,16 @@ class MLA(nnx.Module):
         dim, heads, std = cfg.dim, cfg.num_heads, cfg.init_std
         qk_dim = cfg.nope_head_dim + cfg.rope_head_dim
         if cfg.q_latent_dim is None:
-            self.w_q = param(rngs, (dim, heads, qk_dim), std)
+            self.w_q = param(rngs, (dim, heads, qk_dim), ("dim", "heads", None), std)
         else:
-            self.w_dq = param(rngs, (dim, cfg.q_latent_dim), std)
+            self.w_dq = param(rngs, (dim, cfg.q_latent_dim), ("dim", None), std)
             self.q_norm = RMSNorm(cfg.q_latent_dim, LATENT_NORM_EPS)
-            self.w_uq = param(rngs, (cfg.q_latent_dim, heads, qk_dim), std)
-        self.w_dkv = param(rngs, (dim, cfg.kv_latent_dim + cfg.rope_head_dim), std)
+            self.w_uq = param(rngs, (cfg.q_latent_dim, heads, qk_dim), ("latent", "heads", None), std)
+        self.w_dkv = param(rngs, (dim, cfg.kv_latent_dim + cfg.rope_head_dim), ("dim", None), std)
         self.kv_norm = RMSNorm(cfg.kv_latent_dim, LATENT_NORM_EPS)
-        self.w_uk = param(rngs, (heads, cfg.nope_head_dim, cfg.kv_latent_dim), std)
-        self.w_uv = param(rngs, (heads, cfg.v_head_dim, cfg.kv_latent_dim), std)
-        self.w_o = param(rngs, (heads, cfg.v_head_dim, dim), std)
+        self.w_uk = param(rngs, (heads, cfg.nope_head_dim, cfg.kv_latent_dim), ("heads", None, "latent"), std)
+        self.w_uv = param(rngs, (heads, cfg.v_head_dim, cfg.kv_latent_dim), ("heads", None, "latent"), std)
+        self.w_o = param(rngs, (heads, cfg.v_head_dim, dim), ("heads", None, "dim"), std)
         self.cfg = cfg
         self.scale = rope.softmax_scale(qk_dim, cfg.yarn)
 
@@ -101,7 +103,7 @@ class MLA(nnx.Module):
         else:
             c_q = self.q_norm(x @ self.w_dq[...].astype(x.dtype))
             q = jnp.einsum("btq,qhk->bthk", c_q, self.w_uq[...].astype(x.dtype))
-        q_nope, q_rope = jnp.split(q, [self.cfg.nope_head_dim], axis=-1)
+        q_nope, q_rope = jnp.split(constrain(q, *HEADS_APART), [self.cfg.nope_head_dim], axis=-1)
         cos, sin = at.cos[:, :, None], at.sin[:, :, None]
         return q_nope, rope.rotate(q_rope, cos, sin, interleaved=self.cfg.rope_interleaved)
 
@@ -117,10 +119,10 @@ class GQA(nnx.Module):
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         dim, heads, groups, std = cfg.dim, cfg.num_heads, cfg.kv_heads, cfg.init_std
         qk_dim = cfg.nope_head_dim + cfg.rope_head_dim
-        self.w_q = param(rngs, (dim, heads, qk_dim), std)
-        self.w_k = param(rngs, (dim, groups, qk_dim), std)
-        self.w_v = param(rngs, (dim, groups, cfg.v_head_dim), std)
-        self.w_o = param(rngs, (heads, cfg.v_head_dim, dim), std)
+        self.w_q = param(rngs, (dim, heads, qk_dim), ("dim", "heads", None), std)
+        self.w_k = param(rngs, (dim, groups, qk_dim), ("dim", "heads", None), std)
+        self.w_v = param(rngs, (dim, groups, cfg.v_head_dim), ("dim", "heads", None), std)
+        self.w_o = param(rngs, (heads, cfg.v_head_dim, dim), ("heads", None, "dim"), std)
         self.cfg = cfg
         self.scale = rope.softmax_scale(qk_dim, cfg.yarn)
 
@@ -139,6 +141,7 @@ class GQA(nnx.Module):
 
     def _project(self, x: Array, at: Positions) -> tuple[Array, Array, Array]:
         q, k, v = (jnp.einsum("btd,dhk->bthk", x, w[...].astype(x.dtype)) for w in (self.w_q, self.w_k, self.w_v))
+        q, k, v = (constrain(y, *HEADS_APART) for y in (q, k, v))
         return rotate_last(q, at, self.cfg), rotate_last(k, at, self.cfg), v
 
 
@@ -149,7 +152,7 @@ def make_attention(cfg: ModelConfig, *, rngs: nnx.Rngs) -> MLA | GQA:
 
 def output(module: MLA | GQA, out: Float[Array, "B T H V"]) -> Float[Array, "B T D"]:
     """Heads put together by w_o."""
-    return jnp.einsum("bthv,hvd->btd", out, module.w_o[...].astype(out.dtype))
+    return jnp.einsum("bthv,hvd->btd", constrain(out, *HEADS_APART), module.w_o[...].astype(out.dtype))
 
 
 def rotate_last(x: Float[Array, "B T H K"], at: Positions, cfg: ModelConfig) -> Float[Array, "B T H K"]:

@@ -9,6 +9,7 @@ from dsv3_jax.modules.attention import Positions, make_attention
 from dsv3_jax.modules.layers import RMSNorm, SwiGLU
 from dsv3_jax.modules.moe import MoE
 from dsv3_jax.ops import dispatch
+from dsv3_jax.sharding import constrain
 
 
 class DenseBlock(nnx.Module):
@@ -23,8 +24,8 @@ class DenseBlock(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], at: Positions, kind: Kind) -> tuple[Array, Array]:
         """Returns (x [B, T, D], what a cache of that kind remembers [B, G, T, X])."""
         a, rows = self.attn(self.attn_norm(x), at, kind)
-        x = x + a
-        return x + self.ffn(self.ffn_norm(x)), rows
+        x = constrain(x + a, "batch", None, None)
+        return constrain(x + self.ffn(self.ffn_norm(x)), "batch", None, None), rows
 
     def decode(self, x: Float[Array, "B T D"], at: Positions, cache: Cache, layer: Array) -> tuple[Array, Cache]:
         """T new tokens. Returns (x, the cache with them)."""
@@ -45,9 +46,9 @@ class SparseBlock(nnx.Module):
     def __call__(self, x, at: Positions, mask, experts: dispatch.Experts, thread: dispatch.Experts, layer, kind: Kind):
         """Returns (x [B, T, D], what a cache of that kind remembers [B, G, T, X], routing, thread)."""
         a, rows = self.attn(self.attn_norm(x), at, kind)
-        x = x + a
+        x = constrain(x + a, "batch", None, None)
         y, routing, thread = self.moe(self.ffn_norm(x), mask, experts, thread, layer)
-        return x + y, rows, routing, thread
+        return constrain(x + y, "batch", None, None), rows, routing, thread
 
     def decode(self, x, at: Positions, cache: Cache, layer, experts, sparse_layer):
         """T new tokens; `experts` as MoE.decode takes them. Returns (x, the cache with them)."""

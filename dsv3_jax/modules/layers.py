@@ -8,10 +8,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dsv3_jax import sharding
 
-def param(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, kind: type[nnx.Param] = nnx.Param) -> nnx.Param:
-    """A float32 parameter drawn from a normal distribution of that standard deviation."""
-    return kind(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float) -> nnx.Param:
+    """A float32 parameter drawn from a normal distribution of that standard deviation.
+
+    `axes` names the last of its axes, by which `sharding.RULES` says how a mesh cuts it.
+    """
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
 
 
 class NormScale(nnx.Param):
@@ -35,9 +40,9 @@ class SwiGLU(nnx.Module):
     """(silu(x w_gate) ⊙ (x w_up)) w_down."""
 
     def __init__(self, dim: int, hidden: int, std: float, *, rngs: nnx.Rngs):
-        self.w_gate = param(rngs, (dim, hidden), std)
-        self.w_up = param(rngs, (dim, hidden), std)
-        self.w_down = param(rngs, (hidden, dim), std)
+        self.w_gate = param(rngs, (dim, hidden), ("dim", "hidden"), std)
+        self.w_up = param(rngs, (dim, hidden), ("dim", "hidden"), std)
+        self.w_down = param(rngs, (hidden, dim), ("hidden", "dim"), std)
 
     def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
         w_gate, w_up, w_down = (w[...].astype(x.dtype) for w in (self.w_gate, self.w_up, self.w_down))
@@ -60,13 +65,14 @@ def unstack(stacked: nnx.Module | None) -> list[nnx.State]:
     return [jax.tree.map(lambda x, i=i: x[i], state) for i in range(count)]
 
 
-def scan_stack(stacked: nnx.Module, body: Callable, carry, *, remat: str = "none"):
+def scan_stack(stacked: nnx.Module, body: Callable, carry, *, remat: str = "none", fsdp: bool = False):
     """`carry, y = body(module, carry, index)` for each module of a stack in turn; depth costs no compile time.
 
     Args:
         stacked: what `stack` made.
         remat: "none" keeps everything for the backward pass, "dots" the results of matrix products, "full" the
             carry alone.
+        fsdp: a mesh cuts the weights along "data": a layer's are made whole in its turn, and forgotten after it.
     Returns: (carry, ys stacked along a leading layer axis).
     """
     # Plain lax.scan over split state: nnx.scan has had silent faults with memory and sharding.
@@ -75,7 +81,7 @@ def scan_stack(stacked: nnx.Module, body: Callable, carry, *, remat: str = "none
 
     def step(carry, xs):
         layer, index = xs
-        return body(nnx.merge(graphdef, layer), carry, index)
+        return body(nnx.merge(graphdef, sharding.whole(layer, fsdp=fsdp)), carry, index)
 
     if remat == "full":
         step = jax.checkpoint(step)

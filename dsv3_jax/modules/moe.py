@@ -15,14 +15,11 @@ from dsv3_jax import expert_parallel
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.layers import SwiGLU, param
 from dsv3_jax.ops import balance, dispatch, routing
+from dsv3_jax.sharding import on_mesh
 
 
 class RouterBias(nnx.Variable):
     """The loss-free correction bias, float32 [E]: no gradient and no optimizer ever touch it."""
-
-
-class ExpertParam(nnx.Param):
-    """The matrices of routed experts [L, E, …], which a mesh cuts along E."""
 
 
 class LayerRouting(NamedTuple):
@@ -33,6 +30,7 @@ class LayerRouting(NamedTuple):
     load: Array  # float32 [E]: assignments of tokens that count
     balance_loss: Array  # float32 []: weighted, averaged over sequences
     dropped: Array  # float32 []: share of assignments dropped; 0 but for dispatch="capacity"
+    crossed: Array  # float32 []: copies of a token that go to another device's experts; 0 without a mesh
 
 
 class Experts(nnx.Module):
@@ -40,9 +38,10 @@ class Experts(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, layers: int, *, rngs: nnx.Rngs):
         lead = (layers, cfg.num_experts)
-        self.w_gate = param(rngs, (*lead, cfg.dim, cfg.expert_dim), cfg.init_std, ExpertParam)
-        self.w_up = param(rngs, (*lead, cfg.dim, cfg.expert_dim), cfg.init_std, ExpertParam)
-        self.w_down = param(rngs, (*lead, cfg.expert_dim, cfg.dim), cfg.init_std, ExpertParam)
+        gate, up, down = expert_parallel.NAMES
+        self.w_gate = param(rngs, (*lead, cfg.dim, cfg.expert_dim), gate, cfg.init_std)
+        self.w_up = param(rngs, (*lead, cfg.dim, cfg.expert_dim), up, cfg.init_std)
+        self.w_down = param(rngs, (*lead, cfg.expert_dim, cfg.dim), down, cfg.init_std)
 
     def arrays(self) -> dispatch.Experts:
         return dispatch.Experts(self.w_gate[...], self.w_up[...], self.w_down[...])
@@ -55,7 +54,7 @@ class MoE(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        self.w_router = param(rngs, (cfg.dim, cfg.num_experts), cfg.init_std)
+        self.w_router = param(rngs, (cfg.dim, cfg.num_experts), ("dim", None), cfg.init_std)
         self.bias = RouterBias(jnp.zeros((cfg.num_experts,), jnp.float32))
         shared = cfg.num_shared_experts * cfg.expert_dim
         self.shared = SwiGLU(cfg.dim, shared, cfg.init_std, rngs=rngs) if shared else None
@@ -76,14 +75,19 @@ class MoE(nnx.Module):
         cfg = self.cfg
         flat = x.reshape(-1, x.shape[-1])
         picked = self.route(flat)
-        dropped = jnp.zeros((), jnp.float32)
+        dropped = crossed = jnp.zeros((), jnp.float32)
         if cfg.dispatch == "capacity":
             one, thread = dispatch.take_layer(experts, thread, layer)
             one = jax.tree.map(lambda w: w.astype(x.dtype), one)
             y, dropped = dispatch.capacity_swiglu(flat, *picked[:2], *one, factor=cfg.capacity_factor)
         else:
-            run = expert_parallel.routed_swiglu if expert_parallel.on_mesh() else dispatch.routed_swiglu_in_stack
-            y, thread = run(flat, *picked[:2], experts, thread, layer, backend=pick_backend(cfg.dispatch))
+            ids, gates, backend = picked.expert_ids, picked.gates, pick_backend(cfg.dispatch)
+            if on_mesh():
+                y, thread, crossed = expert_parallel.routed_swiglu(
+                    flat, ids, gates, experts, thread, layer, backend=backend, layout=cfg.layout
+                )
+            else:
+                y, thread = dispatch.routed_swiglu_in_stack(flat, ids, gates, experts, thread, layer, backend=backend)
         y = y.reshape(x.shape)
         if self.shared is not None:
             y = y + self.shared(x)
@@ -94,6 +98,7 @@ class MoE(nnx.Module):
             balance.load(picked.expert_ids, cfg.num_experts, mask.reshape(-1)),
             self._balance_loss(picked, mask),
             dropped,
+            crossed,
         )
         return y, stats, thread
 
@@ -104,9 +109,12 @@ class MoE(nnx.Module):
         flat = x.reshape(-1, x.shape[-1])
         ids, gates, _ = self.route(flat)
         if isinstance(experts, dispatch.WideExperts):
-            y = dispatch.wide_swiglu(flat, ids, gates, experts, self.cfg.num_experts).reshape(x.shape)
+            y = dispatch.wide_swiglu(flat, ids, gates, experts, self.cfg.num_experts)
+        elif on_mesh():
+            y = expert_parallel.few_tokens_swiglu(flat, ids, gates, experts, layer, layout=self.cfg.layout)
         else:
-            y = dispatch.few_tokens_swiglu(flat, ids, gates, experts, layer).reshape(x.shape)
+            y = dispatch.few_tokens_swiglu(flat, ids, gates, experts, layer)
+        y = y.reshape(x.shape)
         return y if self.shared is None else y + self.shared(x)
 
     def route(self, x: Float[Array, "n D"]) -> routing.Routing:

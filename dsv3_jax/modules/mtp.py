@@ -19,6 +19,7 @@ from dsv3_jax.modules.blocks import DenseBlock, SparseBlock
 from dsv3_jax.modules.layers import RMSNorm, param
 from dsv3_jax.modules.moe import Experts, LayerRouting
 from dsv3_jax.ops.dispatch import WideExperts
+from dsv3_jax.sharding import whole
 
 
 class MTPModule(nnx.Module):
@@ -31,7 +32,7 @@ class MTPModule(nnx.Module):
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.embed_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.hidden_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.w_eh = param(rngs, (2 * cfg.dim, cfg.dim), cfg.init_std)
+        self.w_eh = param(rngs, (2 * cfg.dim, cfg.dim), ("dim", None), cfg.init_std)
         self.block = SparseBlock(cfg, rngs=rngs)
         self.experts = Experts(cfg, 1, rngs=rngs)
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
@@ -92,7 +93,7 @@ class MedusaHead(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        self.w = nnx.Param(jnp.zeros((cfg.dim, cfg.dim), jnp.float32))
+        self.w = nnx.Param(jnp.zeros((cfg.dim, cfg.dim), jnp.float32), axes=("dim", None))
 
     def __call__(self, h: Float[Array, "B T D"], at: Positions, mask: Array) -> tuple[Array, None]:
         return self.residual(h), None
@@ -110,7 +111,7 @@ class EagleHead(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        self.w_eh = param(rngs, (2 * cfg.dim, cfg.dim), cfg.init_std)
+        self.w_eh = param(rngs, (2 * cfg.dim, cfg.dim), ("dim", None), cfg.init_std)
         self.block = DenseBlock(cfg, rngs=rngs)
 
     def combine(self, embedded: Float[Array, "B T D"], h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -148,7 +149,8 @@ def run_heads(
     at: Positions,
     mask: Bool[Array, "B T"],
     *,
-    remat: bool = False,
+    remat: str = "none",
+    fsdp: bool = False,
 ) -> tuple[tuple[Array, ...], tuple[LayerRouting, ...]]:
     """All heads over whole rows, for training.
 
@@ -156,7 +158,8 @@ def run_heads(
         embedding: of tokens, the trunk's.
         h: the trunk's output, as `mtp_input` has it.
         mask: tokens that count for load.
-        remat: compute each head anew in the backward pass.
+        remat: all but "none" computes each head anew in the backward pass.
+        fsdp: as in `scan_stack`.
     Returns: (hidden states, head k's (from 0) [B, T-1-k, D]; routing of those heads that have experts).
     """
 
@@ -165,9 +168,10 @@ def run_heads(
         graphdef, state = nnx.split(head)
 
         def plain(state, *args):
-            return nnx.merge(graphdef, state)(*args)
+            experts, rest = nnx.split_state(state, lambda path, _: path[0] == "experts", ...)
+            return nnx.merge(graphdef, experts, whole(rest, fsdp=fsdp))(*args)
 
-        return (jax.checkpoint(plain) if remat else plain)(state, *args)
+        return (plain if remat == "none" else jax.checkpoint(plain))(state, *args)
 
     out, routings = [], []
     for k, head in enumerate(heads, start=1):

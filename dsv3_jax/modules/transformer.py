@@ -15,6 +15,7 @@ from dsv3_jax.modules.layers import RMSNorm, param, scan_stack, stack, unstack
 from dsv3_jax.modules.moe import Experts, LayerRouting
 from dsv3_jax.modules.mtp import make_heads, run_heads
 from dsv3_jax.ops.dispatch import WideExperts, side_by_side
+from dsv3_jax.sharding import constrain, on_mesh, whole
 
 
 class Trace(NamedTuple):
@@ -56,12 +57,13 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        self.embed = param(rngs, (cfg.vocab_size, cfg.dim), cfg.init_std)
+        self.embed = param(rngs, (cfg.vocab_size, cfg.dim), ("vocab", "dim"), cfg.init_std)
         self.dense = stack(lambda r: DenseBlock(cfg, rngs=r), cfg.num_dense_layers, rngs)
         self.sparse = stack(lambda r: SparseBlock(cfg, rngs=r), cfg.num_sparse_layers, rngs)
         self.experts = Experts(cfg, cfg.num_sparse_layers, rngs=rngs) if cfg.num_sparse_layers else None
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.head = None if cfg.tie_embeddings else param(rngs, (cfg.dim, cfg.vocab_size), cfg.init_std)
+        head = None if cfg.tie_embeddings else param(rngs, (cfg.dim, cfg.vocab_size), ("dim", "vocab"), cfg.init_std)
+        self.head = head
         self.mtp = nnx.List(make_heads(cfg, rngs))
         self.cfg = cfg
 
@@ -100,7 +102,9 @@ class Transformer(nnx.Module):
         x = self.embedding(tokens)
         rows, routing = [], None
         if self.dense is not None:
-            x, dense_rows = scan_stack(self.dense, lambda m, x, _: m(x, at, kind), x, remat=cfg.remat)
+            x, dense_rows = scan_stack(
+                self.dense, lambda m, x, _: m(x, at, kind), x, remat=cfg.remat, fsdp=cfg.layout.fsdp
+            )
             rows.append(dense_rows)
         if self.sparse is not None and self.experts is not None:
             experts = self.experts.arrays()
@@ -110,17 +114,26 @@ class Transformer(nnx.Module):
                 x, layer_rows, layer_routing, thread = block(x, at, mask, experts, thread, layer, kind)
                 return (x, thread), (layer_rows, layer_routing)
 
-            (x, _), (sparse_rows, routing) = scan_stack(self.sparse, body, (x, experts), remat=cfg.remat)
+            (x, _), (sparse_rows, routing) = scan_stack(
+                self.sparse, body, (x, experts), remat=cfg.remat, fsdp=cfg.layout.fsdp
+            )
             rows.append(sparse_rows)
         h = self.norm(x)
         read = h if cfg.mtp_input == "normed" else x
-        mtp_h, mtp_routing = run_heads(self.mtp, self.embedding, read, tokens, at, mask, remat=cfg.remat != "none")
+        mtp_h, mtp_routing = run_heads(
+            self.mtp, self.embedding, read, tokens, at, mask, remat=cfg.remat, fsdp=cfg.layout.fsdp
+        )
         return Trace(x, h, mtp_h, routing, mtp_routing, jnp.concatenate(rows))
 
     def ready(self) -> Ready | None:
         """Weights laid out for decoding, once a request; None where that brings nothing."""
         cfg = self.cfg
-        if self.experts is None or cfg.num_layers > 16 or cfg.num_experts * cfg.dim * cfg.expert_dim > SMALL_EXPERTS:
+        if (
+            self.experts is None
+            or on_mesh()
+            or cfg.num_layers > 16
+            or cfg.num_experts * cfg.dim * cfg.expert_dim > SMALL_EXPERTS
+        ):
             return None
         stack = self.experts.arrays()
         heads = [side_by_side(h.experts.arrays(), 0) if hasattr(h, "experts") else None for h in self.mtp]
@@ -159,9 +172,9 @@ class Transformer(nnx.Module):
                 carry, _ = sparse_layer(block, carry, jnp.asarray(i, jnp.int32), experts)
             return carry
         if self.dense is not None:
-            carry, _ = scan_stack(self.dense, dense_layer, carry)
+            carry, _ = scan_stack(self.dense, dense_layer, carry, fsdp=self.cfg.layout.fsdp)
         if self.sparse is not None:
-            carry, _ = scan_stack(self.sparse, sparse_layer, carry)
+            carry, _ = scan_stack(self.sparse, sparse_layer, carry, fsdp=self.cfg.layout.fsdp)
         return carry
 
     def _decode_anew(self, tokens: Array, cache: Cache) -> tuple[Array, Cache]:
@@ -178,12 +191,14 @@ class Transformer(nnx.Module):
 
     def embedding(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Rows of the embedding table, in the compute dtype."""
-        return jnp.take(self.embed[...], tokens, axis=0, mode="clip").astype(self.compute_dtype)
+        table = whole(self.embed, fsdp=self.cfg.layout.fsdp)[...]
+        x = jnp.take(table, tokens, axis=0, mode="clip").astype(self.compute_dtype)
+        return constrain(x, "batch", None, None)
 
     def head_matrix(self) -> Float[Array, "D W"]:
         """What turns a hidden state into logits, shared by all depths, in the compute dtype."""
-        w = self.embed[...].T if self.head is None else self.head[...]
-        return w.astype(self.compute_dtype)
+        table = whole(self.embed if self.head is None else self.head, fsdp=self.cfg.layout.fsdp)[...]
+        return (table.T if self.head is None else table).astype(self.compute_dtype)
 
     def logits(self, h: Float[Array, "*n D"]) -> Float[Array, "*n W"]:
         """float32 logits of normed hidden states."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from dsv3_jax.ops.dispatch_plan import Plan
+from dsv3_jax.ops.varying import varying, zeros
 
 
 def block_sizes(rows: int, num_experts: int, dim: int, width: int) -> tuple[int, ...]:
@@ -50,8 +51,8 @@ def _forward(x, gates, experts, p: Plan, layer, keep: bool):
     num_experts, _, width = experts[0].shape[1:]
     sizes = block_sizes(gates.size, num_experts, x.shape[1], width)
     tokens, row_gates = _sorted_rows(p, gates, sizes[0])
-    out = _zeros((tokens.shape[0], x.shape[1]), x)
-    kept = tuple(_zeros((tokens.shape[0], width), x) for _ in range(2)) if keep else ()
+    out = zeros((tokens.shape[0], x.shape[1]), x)
+    kept = tuple(zeros((tokens.shape[0], width), x) for _ in range(2)) if keep else ()
 
     def expert(e, carry):
         w_gate, w_up, w_down = (_expert(w, layer, e, x.dtype) for w in experts)
@@ -107,11 +108,11 @@ def _bwd(saved, cotangents):
         return dx_rows, d_gates, d_stack
 
     # On a mesh that cuts the batch further than the experts, each device has a part of this layer's gradient.
-    summed_over = _varying(x) - _varying(d_thread[0])
+    summed_over = varying(x) - varying(d_thread[0])
     whole, place = d_thread, layer
     if summed_over:
-        d_thread, place = tuple(_zeros((1, *d.shape[1:]), d, x) for d in whole), jnp.zeros_like(layer)
-    start = (_zeros((tokens.size, dim), x), _zeros(row_gates.shape, x), d_thread)
+        d_thread, place = tuple(zeros((1, *d.shape[1:]), d, x) for d in whole), jnp.zeros_like(layer)
+    start = (zeros((tokens.size, dim), x), zeros(row_gates.shape, x), d_thread)
     dx_rows, d_gates, d_thread = jax.lax.fori_loop(0, num_experts, expert, start)
     if summed_over:
         d_thread = tuple(_add_layer(d, part, layer, summed_over) for d, part in zip(whole, d_thread, strict=True))
@@ -125,18 +126,6 @@ def _add_layer(stack, part, layer, axes):
     at = _place(layer, jnp.zeros_like(layer))
     part = jax.lax.psum(part, tuple(axes)) + jax.lax.dynamic_slice(stack, at, part.shape)
     return jax.lax.dynamic_update_slice(stack, part, at)
-
-
-def _varying(x: Array) -> frozenset:
-    """The mesh axes along which x differs, inside shard_map."""
-    return jax.typeof(x).manual_axis_type.varying
-
-
-def _zeros(shape: tuple[int, ...], *like: Array) -> Array:
-    """Zeros that loops inside shard_map may fill with what differs along the same axes."""
-    zeros = jnp.zeros(shape, like[0].dtype)
-    axes = tuple(frozenset().union(*map(_varying, like)))
-    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
 def _sorted_rows(p: Plan, gates: Array, pad: int) -> tuple[Array, Array]:

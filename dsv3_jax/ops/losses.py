@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from dsv3_jax.ops.varying import as_varying, varying
+
 
 def chunked_cross_entropy(
     h: Float[Array, "n D"],
@@ -89,6 +91,7 @@ def _forward(h, w, targets, weight, chunk, with_grad):
     wide = _wide(h.dtype)
     zero = jnp.zeros((), wide)
     start = (zero, zero, jnp.zeros(w.shape, wide) if with_grad else zero)
+    start = tuple(as_varying(x, h, w) for x in start)
     xs = (_split(h, chunk), _split(targets, chunk), _split(weight, chunk))
     (total, correct, dw), dh = jax.lax.scan(body, start, xs)
     return (total, correct), (dh, dw)
@@ -102,13 +105,16 @@ def _summed(h, w, targets, weight, chunk):
 def _summed_fwd(h, w, targets, weight, chunk):
     out, (dh, dw) = _forward(h, w, targets, weight, chunk, with_grad=True)
     dh = dh.swapaxes(0, 1).reshape(-1, h.shape[1])[: h.shape[0]]
-    return out, (dh, dw.astype(w.dtype))
+    return out, (dh, dw.astype(w.dtype), w[:0])
 
 
 def _summed_bwd(chunk, saved, cotangents):
-    dh, dw = saved
+    dh, dw, like_w = saved
     scale = cotangents[0]
-    return dh * scale.astype(dh.dtype), dw * scale.astype(dw.dtype), None, None
+    dw = dw * scale.astype(dw.dtype)
+    if apart := varying(dw) - varying(like_w):  # each device has the part that its own rows make
+        dw = jax.lax.psum(dw, tuple(apart))
+    return dh * scale.astype(dh.dtype), dw, None, None
 
 
 _summed.defvjp(_summed_fwd, _summed_bwd)
