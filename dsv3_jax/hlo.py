@@ -98,6 +98,7 @@ def compile_in_sight(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, 
             "xla_dump_to": folder,
             "xla_dump_hlo_as_text": True,
             "xla_dump_hlo_pass_re": "spmd-partitioning",
+            "xla_disable_hlo_passes": "all-reduce-promotion",
             "xla_backend_optimization_level": "0",  # of machine code, which is not what is looked at
         }
         compiled = lowered.compile(options)
