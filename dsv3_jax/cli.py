@@ -352,12 +352,12 @@ def _convert(words: list[str]) -> int:
 
 
 def _plan(words: list[str]) -> int:
+    _prepare()
     from dsv3_jax.plan import Plan, plan
     from dsv3_jax.presets import recipe
 
     run, rest = _named_preset(words, "plan", recipe)
     args = _parse(Plan, rest, "plan PRESET", default=Plan(run.model))
-    _prepare()
     return plan(args, run, words[0] if args.model == run.model else f"{words[0]}, changed")
 
 

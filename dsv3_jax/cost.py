@@ -250,5 +250,5 @@ def _train_flops(cfg: ModelConfig, length: int) -> float:
 def _decode_attention_flops(cfg: ModelConfig, context: int) -> float:
     """Of one token: absorbed attention reads the latent row of every token before it, as key and as value."""
     if pick_kind(cfg, None) != "latent":
-        return size(cfg, context).attention_flops
-    return 2 * cfg.num_layers * cfg.num_heads * (2 * cfg.kv_latent_dim + cfg.rope_head_dim) * context
+        return float(size(cfg, context).attention_flops)
+    return 2.0 * cfg.num_layers * cfg.num_heads * (2 * cfg.kv_latent_dim + cfg.rope_head_dim) * context

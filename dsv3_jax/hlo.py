@@ -224,6 +224,8 @@ class _Module:
         if root.opcode != "compare" or "direction=LT" not in root.rest:
             return None
         limit = condition.get(root.operands[1])
+        while limit is not None and limit.opcode in _PASSED_ON:
+            limit = condition.get(limit.operands[0])
         return int(limit.operands[0]) if limit is not None and limit.opcode == "constant" else None
 
     def _collective(self, computation: str, own: _Instruction, kind: str) -> Collective:

@@ -136,7 +136,7 @@ def _largest(cost: Cost) -> list[tuple[tuple[str, str], float]]:
     return sorted(total.items(), key=lambda item: -item[1])
 
 
-def in_bytes(count: float) -> str:
+def in_bytes(count: int | float) -> str:
     """1234567 → '1.235 MB'."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if count >= scale:
@@ -144,7 +144,7 @@ def in_bytes(count: float) -> str:
     return f"{count:.4g} B"
 
 
-def in_seconds(seconds: float) -> str:
+def in_seconds(seconds: int | float) -> str:
     """0.0123 → '12.3 ms'."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= scale:

@@ -125,7 +125,8 @@ HloModule begun, num_partitions=8
   %n = s32[]{:T(128)} constant(7)
   %p = (s32[]{:T(128)}, f32[4]{0:T(128)}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%p), index=0
-  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+  %m = s32[]{:T(128)} copy(%n)
+  ROOT %lt = pred[]{:T(512)} compare(%i, %m), direction=LT
 }
 
 %body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
