@@ -5,7 +5,8 @@ each figure is:
 
     held          exact: the shards of parameters, optimizer state and cache, as the mesh cuts them
     FLOPs         by formula: 2 a parameter and token forward, 4 backward, and the scores of attention
-    sent          every collective of the program, with its loops' lengths, by ring formulas (`hlo.py`)
+    sent          every collective of the program, with its loops' lengths, by ring formulas (`hlo.py`); loops whose
+                  length hangs on the data, as further rounds of an all-to-all under uneven load, stand apart
     temporaries   the compiler's own sum of all else that is alive at the worst moment
 
 On fake CPU devices two things differ from an accelerator. The CPU's compiler makes float32 of bfloat16: collectives are
@@ -67,7 +68,7 @@ class Cost:
         return {
             "FLOPs": self.flops / device.flops,
             "memory": self.reads / device.memory_bandwidth,
-            "wire": sum((c.wire / _bandwidth(device, c.devices) for c in self.sent.collectives), 0.0),
+            "wire": sum((c.wire / _bandwidth(device, c.devices) for c in self.sent.known().collectives), 0.0),
         }
 
 
@@ -203,8 +204,6 @@ def _compiled(program: str, mesh: Mesh, target: str | None, function, args: tupl
         refused = " ".join(str(error).split("See https")[0].split())
     if target is None:
         notes.append("compiled for CPU: temporaries hold bfloat16 as float32, and experts run in blocks")
-    if sent.unbounded:
-        notes.append(f"loops with collectives that do not say how often they turn, counted once: {sent.unbounded}")
     seconds = time.perf_counter() - start
     return Cost(
         program, dict(mesh.shape), temporaries=temporaries, sent=sent, seconds=seconds, refused=refused, notes=notes,

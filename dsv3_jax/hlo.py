@@ -34,6 +34,7 @@ class Collective:
     devices: tuple[int, ...]  # n places in the mesh that take part with one another: the first such group
     axes: tuple[str, ...]  # of the mesh, along which they lie; none where no mesh was given
     runs: int  # times that the program runs it
+    known: bool  # False in a loop that does not say how often it turns: `runs` is then for one turn
     source: str  # where in the model it comes from, as JAX names it
 
     @property
@@ -54,6 +55,10 @@ class Traffic(NamedTuple):
 
     collectives: list[Collective]
     unbounded: int  # loops with collectives inside that do not say how often they turn: counted as one turn
+
+    def known(self) -> "Traffic":
+        """Without what is in loops that do not say how often they turn."""
+        return Traffic([c for c in self.collectives if c.known], 0)
 
     @property
     def wire(self) -> float:
@@ -201,8 +206,9 @@ class _Module:
             return Traffic([self._collective(computation, own, kind)], 0)
         if own.opcode == "while":
             body, turns = self.of(own.called("body")[0]), self._turns(own)
-            times = [replace(c, runs=c.runs * (turns or 1)) for c in body.collectives]
-            return Traffic(times, body.unbounded + (turns is None and bool(times)))
+            known, turns = turns is not None, 1 if turns is None else turns
+            times = [replace(c, runs=c.runs * turns, known=c.known and known) for c in body.collectives]
+            return Traffic(times, body.unbounded + (not known and bool(times)))
         if own.opcode == "conditional":
             names = own.called("branch_computations") or own.called("true_computation") + own.called(
                 "false_computation"
@@ -237,7 +243,7 @@ class _Module:
         if kind == "all-reduce" and self._is_sliced(computation, own, len(group)):
             kind, nbytes = "reduce-scatter", nbytes // len(group)
         source = re.search(r'op_name="([^"]*)"', own.rest)
-        return Collective(kind, nbytes, tuple(group), self._axes_of(group), 1, source[1] if source else "")
+        return Collective(kind, nbytes, tuple(group), self._axes_of(group), 1, True, source[1] if source else "")
 
     def _is_sliced(self, computation: str, own: _Instruction, n: int) -> bool:
         """Whether all that becomes of an all-reduce's result is a slice to one of n parts."""

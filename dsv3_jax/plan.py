@@ -14,6 +14,7 @@ from dsv3_jax.config import ModelConfig, RunConfig, replace
 from dsv3_jax.cost import Cost, batch_parts, check_decode, decode_cost, train_cost
 from dsv3_jax.counting import short
 from dsv3_jax.devices import DEVICES, Device
+from dsv3_jax.hlo import Traffic
 
 
 @dataclass
@@ -116,10 +117,15 @@ def describe(cost: Cost, rows: int, length: int, memory: float | None, device: D
     lines.append(("  in all", in_bytes(cost.total) + verdict))
     lines.append(("  computed", f"{short(cost.flops)}FLOP, {short(cost.flops / (cost.tokens / count))}FLOP a token"))
     if not cost.refused:
-        lines.append(("  sent", in_bytes(cost.sent.wire)))
+        known = cost.sent.known()
+        lines.append(("  sent", in_bytes(known.wire)))
         lines += [
-            (f"    {kind}", f"{in_bytes(amount)} along {axes}") for (kind, axes), amount in _largest(cost) if amount
+            (f"    {kind}", f"{in_bytes(amount)} along {axes}") for (kind, axes), amount in _largest(known) if amount
         ]
+        if cost.sent.unbounded:
+            turn = in_bytes(cost.sent.wire - known.wire)
+            loops = f"{turn} in each turn of loops of unknown length, of which there are {cost.sent.unbounded}"
+            lines.append(("    and", loops))
     if device is not None and not cost.refused:
         least = cost.least_seconds(device)
         spelled = ", ".join(f"{in_seconds(s)} for {what}" for what, s in least.items() if s)
@@ -127,10 +133,10 @@ def describe(cost: Cost, rows: int, length: int, memory: float | None, device: D
     return lines + [("  note", note) for note in cost.notes] + [("  compiled in", f"{cost.seconds:.1f} s")]
 
 
-def _largest(cost: Cost) -> list[tuple[tuple[str, str], float]]:
+def _largest(sent: Traffic) -> list[tuple[tuple[str, str], float]]:
     """Bytes sent by kind and axes, the largest first."""
     total: dict[tuple[str, str], float] = {}
-    for c in cost.sent.collectives:
+    for c in sent.collectives:
         key = c.kind, "+".join(c.axes)
         total[key] = total.get(key, 0.0) + c.wire
     return sorted(total.items(), key=lambda item: -item[1])

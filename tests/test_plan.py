@@ -95,10 +95,11 @@ def made_up(**changes) -> Cost:
     members = tuple(range(8))
     sent = Traffic(
         [
-            Collective("all-gather", 8 * 10**9, members, ("expert",), 2, ""),
-            Collective("all-reduce", 10**9, (0, 8), ("data",), 1, ""),
+            Collective("all-gather", 8 * 10**9, members, ("expert",), 2, True, ""),
+            Collective("all-reduce", 10**9, (0, 8), ("data",), 1, True, ""),
+            Collective("all-gather", 10**9, members, ("expert",), 1, False, ""),
         ],
-        0,
+        1,
     )
     cost = Cost(
         "training step", {"data": 2, "expert": 8}, 16, {"parameters": 10**9}, {"gradients": 10**9}, 2e12, 0.0,
@@ -121,6 +122,7 @@ def test_what_fits():
     assert lines["  in all"] == "4 GB: does not fit in 3 GB"
     assert lines["  other temporaries"] == "2 GB"
     assert lines["    all-gather"] == "14 GB along expert"
+    assert lines["    and"] == "875 MB in each turn of loops of unknown length, of which there are 1"
     assert lines["  a step takes at least"] == "90 ms: 2.02 ms for FLOPs, 90 ms for wire"
 
 
