@@ -2,7 +2,7 @@
 
 Writes weak_results.json and weak.png beside itself.
 
-    python experiments/scale/weak.py [--plot]
+    python experiments/scale/weak.py [AXIS …] [--plot]
 """
 
 import json
@@ -41,14 +41,14 @@ def case(axis: str, devices: int, layout: dict, changes: dict) -> dict:
     model = replace(run.model, layout=Layout(**layout), **shape)
     found = cost.train_cost(replace(run, model=model, data=replace(run.data, batch_size=devices)), mesh)
     known = found.sent.known()
-    exchanged = [c for c in known.collectives if axis == "expert" and "shard_map" in c.source]
+    kinds = known.by_kind()
     return {
         "sent": known.wire,
-        "by_kind": known.by_kind(),
+        "by_kind": kinds,
         "by_axes": {"+".join(axes): amount for axes, amount in known.by_axes().items()},
-        "tokens_exchanged": sum(c.wire for c in exchanged if c.kind in ("all-gather", "reduce-scatter", "all-to-all")),
+        # Along "expert" all else is the gradients of what every device has a copy of: those are all-reduced.
+        "sent_but_for_all_reduce": known.wire - kinds.get("all-reduce", 0.0),
         "held": sum(found.held.values()),
-        "temporaries": found.temporaries,
     }
 
 
@@ -63,13 +63,14 @@ def plot(results: dict) -> None:
         for label, (grows, _, _) in LINES.items():
             if grows == axis:
                 sizes = [n for n in DEVICES if "sent" in results.get(label, {}).get(str(n), {})]
-                sent = [results[label][str(n)]["sent"] / 1e9 for n in sizes]
+                what = "sent_but_for_all_reduce" if axis == "expert" else "sent"
+                sent = [results[label][str(n)][what] / 1e9 for n in sizes]
                 name = label.partition(": ")[2] or "heads, hidden units and vocabulary cut"
                 panel.plot(sizes, sent, marker="o", label=name)
         panel.set_xscale("log", base=2)
         panel.set_xticks(DEVICES, [str(n) for n in DEVICES])
         panel.set_ylim(bottom=0)
-        panel.set_title(f"along “{axis}”")
+        panel.set_title(f"along {axis}" + (": tokens to their experts and back" if axis == "expert" else ""))
         panel.set_xlabel("devices")
         panel.grid(alpha=0.3)
         panel.legend(frameon=False)
@@ -80,7 +81,10 @@ def plot(results: dict) -> None:
 
 def main() -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for label, (axis, layout, changes) in {} if "--plot" in sys.argv else LINES.items():
+    chosen = [axis for axis in ("data", "expert", "tensor") if axis in sys.argv]
+    for label, (axis, layout, changes) in LINES.items():
+        if "--plot" in sys.argv or (chosen and axis not in chosen):
+            continue
         for devices in DEVICES:
             found = process.run(__file__, axis=axis, devices=devices, layout=layout, changes=changes)
             results.setdefault(label, {})[str(devices)] = found
