@@ -103,7 +103,7 @@ def compile_in_sight(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, 
             "xla_dump_to": folder,
             "xla_dump_hlo_as_text": True,
             "xla_dump_hlo_pass_re": "spmd-partitioning",
-            "xla_disable_hlo_passes": "all-reduce-promotion",
+            "xla_disable_hlo_passes": "all-reduce-promotion",  # aborts on bfloat16 sums of part-manual programs
             "xla_backend_optimization_level": "0",  # of machine code, which is not what is looked at
         }
         compiled = lowered.compile(options)
@@ -210,10 +210,9 @@ class _Module:
             times = [replace(c, runs=c.runs * turns, known=c.known and known) for c in body.collectives]
             return Traffic(times, body.unbounded + (not known and bool(times)))
         if own.opcode == "conditional":
-            names = own.called("branch_computations") or own.called("true_computation") + own.called(
-                "false_computation"
-            )
-            return max((self.of(name) for name in names), key=lambda t: t.wire)
+            spellings = ("branch_computations", "true_computation", "false_computation")
+            branches = (self.of(name) for spelling in spellings for name in own.called(spelling))
+            return max(branches, key=lambda branch: branch.wire)
         if own.opcode in ("call", "fusion", "async-start"):
             return self.of((own.called("calls") or own.called("to_apply"))[0])
         return Traffic([], 0)

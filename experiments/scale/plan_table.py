@@ -16,12 +16,9 @@ TRAIN = [
     ("h800", dict(data=128, expert=16), dict(fsdp=True, exchange="gather")),
     ("h800", dict(data=128, expert=16), dict(fsdp=True, exchange="all_to_all")),
     ("h800", dict(data=32, expert=64), dict(fsdp=True, exchange="all_to_all")),
-    ("h800", dict(data=32, expert=64), dict(fsdp=False, exchange="all_to_all")),
     ("h800", dict(data=8, expert=64, tensor=4), dict(fsdp=True, exchange="all_to_all")),
-    ("v5p", dict(data=32, expert=16), dict(fsdp=True, exchange="gather")),
     ("v5p", dict(data=32, expert=16), dict(fsdp=True, exchange="all_to_all")),
     ("v5p", dict(data=8, expert=64), dict(fsdp=True, exchange="all_to_all")),
-    ("v5p", dict(data=8, expert=16, tensor=4), dict(fsdp=True, exchange="all_to_all")),
 ]
 # (device, mesh, sequences, context), bfloat16 weights and latent cache
 DECODE = [
