@@ -3,6 +3,8 @@
 Writes weak_results.json and weak.png beside itself.
 
     python experiments/scale/weak.py [AXIS …] [--plot]
+
+What weak_results.json has already is not run again.
 """
 
 import json
@@ -14,6 +16,7 @@ import process
 HERE = Path(__file__).parent
 RESULTS = HERE / "weak_results.json"
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
+COARSE_TO_FINE = (1, 64, 8, 2, 16, 4, 32)
 NO_GROUPS = dict(num_groups=1, groups_per_token=1)
 
 # label: (the axis that grows, layout, changes of the model)
@@ -82,10 +85,11 @@ def plot(results: dict) -> None:
 def main() -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     chosen = [axis for axis in ("data", "expert", "tensor") if axis in sys.argv]
-    for label, (axis, layout, changes) in LINES.items():
-        if "--plot" in sys.argv or (chosen and axis not in chosen):
-            continue
-        for devices in DEVICES:
+    lines = {} if "--plot" in sys.argv else LINES
+    for devices in sorted(DEVICES, key=COARSE_TO_FINE.index):
+        for label, (axis, layout, changes) in lines.items():
+            if (chosen and axis not in chosen) or str(devices) in results.get(label, {}):
+                continue
             found = process.run(__file__, axis=axis, devices=devices, layout=layout, changes=changes)
             results.setdefault(label, {})[str(devices)] = found
             process.save(RESULTS, results)
