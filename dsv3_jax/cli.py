@@ -26,6 +26,7 @@ USAGE = """usage: dsv3 COMMAND …
   generate RUN         continue a prompt with a run's last checkpoint
   bench decode RUN     how fast a run's last checkpoint decodes, by cache, batch, context and draft
   convert FOLDER OUT   released weights (Hugging Face format) into a run, a run into them, or FP8 into another dtype
+  plan PRESET          what a mesh of devices would hold, compute and send, without one
   info PRESET          parameters, FLOPs and cache bytes of a model, without allocating it
   tokenizer OUT        train a byte-level BPE tokenizer
 
@@ -168,7 +169,7 @@ def _dispatch(words: list[str]) -> int:
 
     commands: dict[str, Callable[[list[str]], int]] = {
         "demo": _demo, "train": _train, "eval": _eval, "generate": _generate, "bench": _bench,
-        "convert": _convert, "info": _info, "tokenizer": _tokenizer,
+        "convert": _convert, "plan": _plan, "info": _info, "tokenizer": _tokenizer,
     }  # fmt: skip
     if not words or words[0] in ("-h", "--help"):
         print(USAGE.format(presets=", ".join(MODELS)), end="")
@@ -410,6 +411,16 @@ def _convert(words: list[str]) -> int:
     )
     print(said)
     return 0
+
+
+def _plan(words: list[str]) -> int:
+    _prepare()
+    from dsv3_jax.plan import Plan, plan
+    from dsv3_jax.presets import recipe
+
+    run, rest = _named_preset(words, "plan", recipe)
+    args = _parse(Plan, rest, "plan PRESET", default=Plan(run.model))
+    return plan(args, run, words[0] if args.model == run.model else f"{words[0]}, changed")
 
 
 def _info(words: list[str]) -> int:

@@ -38,7 +38,7 @@ for argv in json.load(sys.stdin):
 json.dump(answers, sys.stdout)
 """
 
-COMMANDS = ("demo", "train", "eval", "generate", "bench", "convert", "info", "tokenizer")
+COMMANDS = ("demo", "train", "eval", "generate", "bench", "convert", "plan", "info", "tokenizer")
 
 # name: (command, what the sentence must hold). {…} are the paths of `Place`.
 BAD = {
@@ -58,6 +58,10 @@ BAD = {
     "too long": ("train tiny --out {new} --data.seq-len 4096", "seq_len=4096 is more than"),
     "microbatches": ("train tiny --out {new} --optim.microbatches 3", "microbatches=3 does not divide"),
     "mesh": ("train tiny --out {new} --mesh rows=2", "mesh 'rows=2' is not of the form data=N,expert=N"),
+    "preset of plan": ("plan v9", "'v9' is not one of tiny"),
+    "mesh of plan": ("plan tiny --mesh rows=2", "mesh 'rows=2' is not of the form data=N,expert=N"),
+    "memory": ("plan tiny --memory 80", "memory '80' is not of the form 80GB or 95.7GiB"),
+    "device": ("plan tiny --device abacus", "abacus"),
     "no trunk": ("train tiny --out {new} --trunk {absent}", "{absent} holds no run"),
     "trunk without checkpoint": ("train tiny --out {new} --trunk {claimed}", "{claimed} holds no checkpoint"),
     "another trunk": ("train tiny --out {new} --trunk={run} --model.num-heads 4", "{run} has model.num_heads 2, not 4"),
@@ -227,6 +231,7 @@ def test_bad_input_writes_nothing(answers, place):
         ("bench", ["dsv3 bench decode RUN"]),
         ("bench decode", ["--batch", "--cache-dtype", "--draft-length", "--json"]),
         ("convert", ["--to", "--dtype", "--shard-mb", "--no-mtp", "--allow-nonfinite"]),
+        ("plan", ["--mesh", "--decode-batch", "--device", "--memory", "--target", "--num-experts", "--layout.fsdp"]),
         ("info", ["--mtp-depth", "--num-experts"]),
         ("tokenizer", ["--vocab-size", "--force"]),
     ],

@@ -19,10 +19,11 @@ FLOORS = [
     {"modules"},
     {"objective"},
     {
-        "checkpoint", "cluster", "corpus", "counting", "data", "evaluate", "frozen", "generate", "hf", "metrics",
-        "ngram", "optim", "plots", "progress", "runtime", "speculative", "stats", "tokenizer", "train", "train_step",
+        "checkpoint", "cluster", "corpus", "cost", "counting", "data", "devices", "evaluate", "frozen", "generate",
+        "hf", "hlo", "metrics", "ngram", "optim", "plots", "progress", "runtime", "speculative", "stats", "tokenizer",
+        "train", "train_step",
     },
-    {"bench", "demo"},
+    {"bench", "demo", "plan"},
     {"cli"},
     {"__init__", "__main__"},
 ]  # fmt: skip

@@ -102,9 +102,7 @@ class Transformer(nnx.Module):
         x = self.embedding(tokens)
         rows, routing = [], None
         if self.dense is not None:
-            x, dense_rows = scan_stack(
-                self.dense, lambda m, x, _: m(x, at, kind), x, remat=cfg.remat, **self._how
-            )
+            x, dense_rows = scan_stack(self.dense, lambda m, x, _: m(x, at, kind), x, remat=cfg.remat, **self._how)
             rows.append(dense_rows)
         if self.sparse is not None and self.experts is not None:
             experts = self.experts.arrays()
@@ -114,15 +112,11 @@ class Transformer(nnx.Module):
                 x, layer_rows, layer_routing, thread = block(x, at, mask, experts, thread, layer, kind)
                 return (x, thread), (layer_rows, layer_routing)
 
-            (x, _), (sparse_rows, routing) = scan_stack(
-                self.sparse, body, (x, experts), remat=cfg.remat, **self._how
-            )
+            (x, _), (sparse_rows, routing) = scan_stack(self.sparse, body, (x, experts), remat=cfg.remat, **self._how)
             rows.append(sparse_rows)
         h = self.norm(x)
         read = h if cfg.mtp_input == "normed" else x
-        mtp_h, mtp_routing = run_heads(
-            self.mtp, self.embedding, read, tokens, at, mask, remat=cfg.remat, **self._how
-        )
+        mtp_h, mtp_routing = run_heads(self.mtp, self.embedding, read, tokens, at, mask, remat=cfg.remat, **self._how)
         return Trace(x, h, mtp_h, routing, mtp_routing, jnp.concatenate(rows))
 
     def ready(self) -> Ready | None:
