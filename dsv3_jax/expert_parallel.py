@@ -71,11 +71,13 @@ def routed_swiglu(
 
     def local(x, ids, gates, experts, thread, layer):
         def run(x, ids, gates):
-            x, gates = (as_varying(a, experts.w_gate) for a in (x, gates))
             if not cut.width:
+                x, gates = (as_varying(a, experts.w_gate) for a in (x, gates))
                 return dispatch.routed_swiglu_in_stack(x, ids, gates, experts, thread, layer, backend=backend)
             one, after = dispatch.take_layer(experts, thread, layer)
-            return dispatch.routed_swiglu(x, ids, gates, *_whole(one), backend=backend), after
+            one = _whole(one, cut)
+            x, gates = (as_varying(a, one.w_gate) for a in (x, gates))
+            return dispatch.routed_swiglu(x, ids, gates, *one, backend=backend), after
 
         return _gathered(run, x, ids, gates, experts.w_gate.shape[1], cut)
 
@@ -102,12 +104,12 @@ def few_tokens_swiglu(
 
     def local(x, ids, gates, experts, layer):
         def run(x, ids, gates):
-            x, gates = (as_varying(a, experts.w_gate) for a in (x, gates))
             held, at = experts, layer
             if cut.width:
                 one, _ = dispatch.take_layer(experts, experts, layer)
-                held, at = dispatch.Experts(*(w[None] for w in _whole(one))), jnp.zeros_like(layer)
-            return dispatch.few_tokens_swiglu(x, ids, gates, held, at), None
+                held, at = dispatch.Experts(*(w[None] for w in _whole(one, cut))), jnp.zeros_like(layer)
+            x, gates = (as_varying(a, held.w_gate) for a in (x, gates))
+            return dispatch.few_tokens_swiglu(x, ids, gates, held, at, all_here=cut.peers == 1), None
 
         return _gathered(run, x, ids, gates, experts.w_gate.shape[1], cut)[0]
 
@@ -141,11 +143,13 @@ def _of_mine(ids: Array, gates: Array, held: int) -> tuple[Array, Array]:
     return jnp.where(here, ids, held), jnp.where(here, gates, 0)
 
 
-def _whole(one: dispatch.Experts) -> dispatch.Experts:
+def _whole(one: dispatch.Experts, cut: Cut) -> dispatch.Experts:
     """One layer's matrices [E, …] gathered along "data", which cuts their width D."""
+    # Where "data" does not cut the tokens, all of its devices do the same with them, and JAX must know.
+    to = "varying" if "data" in cut.rows else "invarying"
     return dispatch.Experts(
         *(
-            jax.lax.all_gather(w, "data", axis=names.index("dim"), tiled=True)
+            jax.lax.all_gather(w, "data", axis=names.index("dim"), tiled=True, to=to)
             for names, w in zip(NAMES, one, strict=True)
         )
     )
