@@ -22,7 +22,7 @@ from dsv3_jax.modules.transformer import Ready, Transformer
 from dsv3_jax.ops.sampling import GREEDY, Sampling
 from dsv3_jax.ops.speculation import accept
 from dsv3_jax.sharding import constrain
-from dsv3_jax.speculative import Drafter, Drafts, Fresh, make_drafter
+from dsv3_jax.speculative import Drafter, Drafts, Fresh, kept_by_rows, make_drafter
 
 
 @dataclass
@@ -342,8 +342,8 @@ def _advance(
     Args: x [B, F, D], the trunk's output at token `previous`, which stands at `start`, and at each draft.
     """
     key, draw = jax.random.split(loop.key)
-    logits = constrain(model.logits(model.norm(x)), "batch", None, None)
-    stood, tokens = map(constrain, accept(drafts.tokens, drafts.q, logits, draw, static.sampling))
+    logits, left = kept_by_rows(model.logits(model.norm(x)), static.sampling)
+    stood, tokens = map(constrain, accept(drafts.tokens, drafts.q, logits, draw, left))
     place = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
     count = jnp.minimum(stood + 1, loop.out.shape[1] - loop.written)
     ends = (tokens[..., None] == stops[None, None]).any(-1) & (place < count[:, None])

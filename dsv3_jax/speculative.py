@@ -20,8 +20,9 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.attention import from_zero, places, positions_of
 from dsv3_jax.modules.mtp import MetaHead
 from dsv3_jax.modules.transformer import Ready, Trace, Transformer
-from dsv3_jax.ops.sampling import Sampling, sample
+from dsv3_jax.ops.sampling import Sampling, processed_logits, sample
 from dsv3_jax.ops.speculation import probabilities
+from dsv3_jax.sharding import by_rows, constrain
 
 
 class Fresh(NamedTuple):
@@ -196,8 +197,23 @@ def make_drafter(model: Transformer, draft: Transformer | None, ready: Ready | N
 
 def _draw(logits: Float[Array, "B W"], key: Array, sampling: Sampling) -> tuple[Array, Array | None]:
     """(token int32 [B], the distribution it was drawn from)."""
-    token = sample(logits, key, **sampling._asdict())
-    return token, None if sampling.temperature == 0.0 else probabilities(logits, sampling)
+    logits, left = kept_by_rows(logits, sampling)
+    token = constrain(sample(logits, key, **left._asdict()))
+    return token, None if sampling.temperature == 0.0 else probabilities(logits, left)
+
+
+def kept_by_rows(logits: Float[Array, "B *F W"], sampling: Sampling) -> tuple[Float[Array, "B *F W"], Sampling]:
+    """(What `sampling` keeps of logits, which lie with their rows, each with the whole vocabulary; what is left to do).
+
+    On a mesh each device looks at its own rows: the compiler would gather all of them for a `top_k`.
+    """
+    middle = (None,) * (logits.ndim - 2)
+    # Cut as the unembedding at first: otherwise the compiler gathers its matrix, not the logits.
+    logits = constrain(constrain(logits, "batch", *middle, "vocab"), "batch", *middle, None)
+    if sampling.temperature == 0.0:
+        return logits, sampling
+    _, kept = by_rows(lambda x: ((), processed_logits(x, **sampling._asdict())), (), logits)
+    return kept, Sampling(temperature=1.0)
 
 
 def _repeat(step, carry, keys: Array):
