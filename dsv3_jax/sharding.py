@@ -212,13 +212,13 @@ def _gathered_bwd(used, kept, _, d):
 _gathered.defvjp(_gathered_fwd, _gathered_bwd)
 
 
-def by_rows(f: Callable, whole: Sequence, *cut: Array) -> Any:
+def by_rows(f: Callable, whole: Sequence, *cut) -> Any:
     """`f(*whole, *cut)` with each device on its own rows of the arrays in `cut`; plainly called without a mesh.
 
     Only the axes of ROWS are taken apart; along "tensor" the compiler goes on cutting as it does elsewhere.
     f returns (sums, rows): arrays that are added up over devices, and arrays that are cut as those in `cut`.
     """
-    axes = row_axes(cut[0].shape[0]) if on_mesh() else ()
+    axes = row_axes(jax.tree.leaves(cut)[0].shape[0]) if on_mesh() else ()
     if not axes:
         return f(*whole, *cut)
 

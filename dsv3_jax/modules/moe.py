@@ -15,7 +15,8 @@ from dsv3_jax import expert_parallel
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.layers import SwiGLU, param
 from dsv3_jax.ops import balance, dispatch, routing
-from dsv3_jax.sharding import on_mesh
+from dsv3_jax.ops.varying import as_varying
+from dsv3_jax.sharding import by_rows, on_mesh
 
 
 class RouterBias(nnx.Variable):
@@ -73,15 +74,16 @@ class MoE(nnx.Module):
         Returns: (y [B, T, D], what the router did, the thread).
         """
         cfg = self.cfg
-        flat = x.reshape(-1, x.shape[-1])
-        picked = self.route(flat)
+        picked = self.route(x)
+        flat, ids, gates, scores = (a.reshape(-1, a.shape[-1]) for a in (x, *picked))
+        load, sequence_loss = self._measure(picked, mask)
         dropped = crossed = jnp.zeros((), jnp.float32)
         if cfg.dispatch == "capacity":
             one, thread = dispatch.take_layer(experts, thread, layer)
             one = jax.tree.map(lambda w: w.astype(x.dtype), one)
-            y, dropped = dispatch.capacity_swiglu(flat, *picked[:2], *one, factor=cfg.capacity_factor)
+            y, dropped = dispatch.capacity_swiglu(flat, ids, gates, *one, factor=cfg.capacity_factor)
         else:
-            ids, gates, backend = picked.expert_ids, picked.gates, pick_backend(cfg.dispatch)
+            backend = pick_backend(cfg.dispatch)
             if on_mesh():
                 y, thread, crossed = expert_parallel.routed_swiglu(
                     flat, ids, gates, experts, thread, layer, backend=backend, layout=cfg.layout
@@ -91,23 +93,17 @@ class MoE(nnx.Module):
         y = y.reshape(x.shape)
         if self.shared is not None:
             y = y + self.shared(x)
-        shape = (*x.shape[:2], -1)
-        stats = LayerRouting(
-            picked.expert_ids.reshape(shape),
-            picked.gates.reshape(shape),
-            balance.load(picked.expert_ids, cfg.num_experts, mask.reshape(-1)),
-            self._balance_loss(picked, mask),
-            dropped,
-            crossed,
-        )
+        balance_loss = cfg.balance.sequence_alpha * sequence_loss
+        if cfg.balance.switch_alpha:
+            balance_loss += cfg.balance.switch_alpha * balance.switch_loss(scores, ids, mask.reshape(-1))
+        stats = LayerRouting(picked.expert_ids, picked.gates, load, balance_loss, dropped, crossed)
         return y, stats, thread
 
     def decode(
         self, x: Float[Array, "B T D"], experts: dispatch.Experts | dispatch.WideExperts, layer: Int[Array, ""]
     ) -> Array:
         """The layer for a few tokens, its experts in the stack or already side by side. Returns y [B, T, D]."""
-        flat = x.reshape(-1, x.shape[-1])
-        ids, gates, _ = self.route(flat)
+        flat, ids, gates, _ = (a.reshape(-1, a.shape[-1]) for a in (x, *self.route(x)))
         if isinstance(experts, dispatch.WideExperts):
             y = dispatch.wide_swiglu(flat, ids, gates, experts, self.cfg.num_experts)
         elif on_mesh():
@@ -117,21 +113,30 @@ class MoE(nnx.Module):
         y = y.reshape(x.shape)
         return y if self.shared is None else y + self.shared(x)
 
-    def route(self, x: Float[Array, "n D"]) -> routing.Routing:
-        """Logits and all that follows in float32, as the reference does."""
-        logits = x.astype(jnp.float32) @ self.w_router[...]
-        return routing.route(logits, self.bias[...], self.cfg)
+    def route(self, x: Float[Array, "B T D"]) -> routing.Routing:
+        """Each token's experts, [B, T, …]; logits and all that follows in float32, as the reference does."""
 
-    def _balance_loss(self, picked: routing.Routing, mask: Bool[Array, "B T"]) -> Array:
-        cfg, total = self.cfg, jnp.zeros((), jnp.float32)
-        if cfg.balance.sequence_alpha:
-            scores = picked.scores.reshape(*mask.shape, -1)
-            per_sequence = balance.sequence_loss(scores, cfg.experts_per_token, mask)
-            total = total + cfg.balance.sequence_alpha * per_sequence.mean()
-        if cfg.balance.switch_alpha:
-            even = balance.switch_loss(picked.scores, picked.expert_ids, mask.reshape(-1))
-            total = total + cfg.balance.switch_alpha * even
-        return total
+        def local(w_router, bias, x):
+            logits = x.reshape(-1, x.shape[-1]).astype(jnp.float32) @ w_router
+            picked = routing.route(logits, bias, self.cfg)
+            return (), jax.tree.map(lambda a: a.reshape(*x.shape[:2], -1), picked)
+
+        # Row by row, for the compiler would gather the scores of all tokens to find each one's largest.
+        return by_rows(local, (self.w_router[...], self.bias[...]), x)[1]
+
+    def _measure(self, picked: routing.Routing, mask: Bool[Array, "B T"]) -> tuple[Array, Array]:
+        """(load [E], the sequence-wise loss without its weight, mean over sequences; 0 where it has none)."""
+        cfg = self.cfg
+
+        def local(picked, mask):
+            load = balance.load(picked.expert_ids, cfg.num_experts, mask)
+            total = jnp.zeros((), jnp.float32)
+            if cfg.balance.sequence_alpha:
+                total = balance.sequence_loss(picked.scores, cfg.experts_per_token, mask).sum()
+            return (load, as_varying(total, load)), ()
+
+        (load, total), _ = by_rows(local, (), picked, mask)
+        return load, total / mask.shape[0]
 
 
 def pick_backend(dispatch_name: str) -> str:

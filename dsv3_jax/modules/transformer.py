@@ -15,7 +15,7 @@ from dsv3_jax.modules.layers import RMSNorm, param, scan_stack, stack, unstack
 from dsv3_jax.modules.moe import Experts, LayerRouting
 from dsv3_jax.modules.mtp import make_heads, run_heads
 from dsv3_jax.ops.dispatch import WideExperts, side_by_side
-from dsv3_jax.sharding import constrain, on_mesh, whole
+from dsv3_jax.sharding import by_rows, on_mesh, whole
 
 
 class Trace(NamedTuple):
@@ -192,8 +192,11 @@ class Transformer(nnx.Module):
     def embedding(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Rows of the embedding table, in the compute dtype."""
         table = whole(self.embed, fsdp=self.cfg.layout.fsdp)[...]
-        x = jnp.take(table, tokens, axis=0, mode="clip").astype(self.compute_dtype)
-        return constrain(x, "batch", None, None)
+
+        def local(table, tokens):
+            return (), jnp.take(table, tokens, axis=0, mode="clip").astype(self.compute_dtype)
+
+        return by_rows(local, (table,), tokens)[1]
 
     def head_matrix(self) -> Float[Array, "D W"]:
         """What turns a hidden state into logits, shared by all depths, in the compute dtype."""

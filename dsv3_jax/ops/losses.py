@@ -113,7 +113,7 @@ def _summed_bwd(chunk, saved, cotangents):
     scale = cotangents[0]
     dw = dw * scale.astype(dw.dtype)
     if apart := varying(dw) - varying(like_w):  # each device has the part that its own rows make
-        dw = jax.lax.psum(dw, tuple(apart))
+        dw = jax.lax.psum(dw.astype(_wide(dw.dtype)), tuple(apart)).astype(dw.dtype)
     return dh * scale.astype(dh.dtype), dw, None, None
 
 
