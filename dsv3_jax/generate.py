@@ -101,7 +101,8 @@ def generate(
         cache: "latent", "expanded" or "none", see `cache.py`; None is the smallest that the model can use.
         cache_dtype: "float32", "bfloat16", "int8" or "float8_e4m3"; None is the model's compute dtype.
         draft: who drafts: None, "mtp" (the model's own multi-token heads, of whatever kind) or a smaller Transformer of
-            the same vocabulary, on the same mesh. What comes out is distributed as without, and the same at temperature 0.
+            the same vocabulary and on the same mesh. What comes out is distributed as without, and the same at
+            temperature 0.
         draft_length: tokens drafted a step. DeepSeek's and EAGLE heads go on beyond their depth.
         seed: of the random draws.
     Raises: ValueError for an empty prompt or batch, a token outside the vocabulary, a prompt and continuation

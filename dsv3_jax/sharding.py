@@ -93,10 +93,11 @@ def mesh_of(state: Any) -> Mesh | None:
     Raises: ValueError for a mesh that `make_mesh` does not make.
     """
     for x in jax.tree.leaves(state):
-        if isinstance(x.sharding, NamedSharding) and x.sharding.mesh.size > 1:
-            if x.sharding.mesh.axis_names != AXES:
-                raise ValueError(f"the arrays lie on a mesh of axes {x.sharding.mesh.axis_names}, not {AXES}")
-            return x.sharding.mesh
+        mesh = getattr(x.sharding, "mesh", None)
+        if isinstance(mesh, Mesh) and mesh.size > 1:
+            if mesh.axis_names != AXES:
+                raise ValueError(f"the arrays lie on a mesh of axes {mesh.axis_names}, not {AXES}")
+            return mesh
     return None
 
 

@@ -19,7 +19,7 @@ from dsv3_jax.generate import generate
 pytestmark = pytest.mark.usefixtures("light_compiles")
 
 # What "tensor" cuts is even; one expert's matrix is larger than all that a step may send.
-CFG = small(num_layers=2, num_heads=4, vocab_size=38, expert_dim=32, mtp_depth=1, dispatch="dense")
+CFG = small(num_layers=2, num_dense_layers=0, num_heads=4, vocab_size=38, expert_dim=32, mtp_depth=1, dispatch="dense")
 NEW = 8
 LENGTHS = (1, 5, 40, 3, 9, 2, 21, 4)
 PROMPTS = [tokens_of(CFG, 1, n, seed=i)[0].tolist() for i, n in enumerate(LENGTHS)]
@@ -72,7 +72,7 @@ def test_a_mesh_says_what_one_device_says(alone, sizes, rows, settings, layout):
 
 
 def test_a_draft_model_on_the_mesh(alone):
-    mesh, cfg = sharding.make_mesh(1, 2, 2), replace(CFG, num_layers=1, num_dense_layers=0, mtp_depth=0)
+    mesh, cfg = sharding.make_mesh(1, 2, 2), replace(CFG, num_layers=1, mtp_depth=0)
     got = generate(model_of(mesh=mesh), PROMPTS[:2], NEW, draft=model_of(cfg, mesh, seed=1), draft_length=2)
     assert got.tokens == alone(2, {})
 
@@ -96,14 +96,14 @@ def sent(text):
 def test_neither_cache_nor_experts_move(monkeypatch):
     """In the compiled step nothing is sent that is as large as what one device holds of either."""
     compiled, module = [], importlib.import_module("dsv3_jax.generate")
+    decode = module._decode
 
     def look(*args, **kwargs):
-        compiled.append((args[4].cache, module.decode.lower(*args, **kwargs).compile().as_text()))
+        compiled.append((args[4].cache, decode.lower(*args, **kwargs).compile().as_text()))
         raise InterruptedError
 
-    monkeypatch.setattr(module, "decode", module._decode, raising=False)
     monkeypatch.setattr(module, "_decode", look)
-    with pytest.raises(InterruptedError):  # prefill is compiled already, for a case above
+    with pytest.raises(InterruptedError):  # all is compiled already, for a case above
         generate(model_of(mesh=sharding.make_mesh(2, 2, 2)), PROMPTS, NEW, **SAMPLED | DRAFTED)
     ((cache, text),) = compiled
     largest, rows = max(sent(text)), len(PROMPTS)
