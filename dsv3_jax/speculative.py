@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.cache import Cache, Kind, empty_cache, fill, pick_kind
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.attention import from_zero, places, positions_of
-from dsv3_jax.modules.mtp import MetaHead
+from dsv3_jax.modules.mtp import MetaHead, gathered
 from dsv3_jax.modules.transformer import Ready, Trace, Transformer
 from dsv3_jax.ops.sampling import Sampling, processed_logits, sample
 from dsv3_jax.ops.speculation import probabilities
@@ -90,7 +90,7 @@ class ChainDrafter:
 
     def __init__(self, model: Transformer, ready: Ready | None):
         self.model = model
-        self.heads: list[Any] = list(model.mtp)
+        self.heads: list[Any] = [gathered(head, fsdp=model.cfg.layout.fsdp) for head in model.mtp]
         self.experts = [None] * len(self.heads) if ready is None else ready.heads
 
     def start(
@@ -154,7 +154,7 @@ class ParallelDrafter:
 
     def __init__(self, model: Transformer, ready: Ready | None):
         self.model = model
-        self.heads: list[Any] = list(model.mtp)
+        self.heads: list[Any] = [gathered(head, fsdp=model.cfg.layout.fsdp) for head in model.mtp]
         self.experts = [None] * len(self.heads) if ready is None else ready.heads
 
     def start(self, trace: Trace, tokens: Array, lengths: Array, capacity: int, kind: Kind, dtype) -> tuple[Cache, ...]:

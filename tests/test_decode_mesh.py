@@ -55,9 +55,9 @@ def alone():
 
 INT8 = dict(cache="expanded", cache_dtype="int8")
 CASES = {  # (data, expert, tensor), sequences, settings, layout
-    "8,1,1 fsdp": ((8, 1, 1), 8, {}, Layout(fsdp=True)),
+    "8,1,1": ((8, 1, 1), 8, {}, Layout()),
     "1,8,1 one sequence": ((1, 8, 1), 1, {}, Layout()),
-    "2,4,1 uneven, drafted": ((2, 4, 1), 3, DRAFTED, Layout()),
+    "2,4,1 fsdp, uneven, drafted": ((2, 4, 1), 3, DRAFTED, Layout(fsdp=True)),
     "2,2,2 sampled from int8 heads": ((2, 2, 2), 8, SAMPLED | INT8, Layout()),
     "2,2,2 sampled, drafted": ((2, 2, 2), 8, SAMPLED | DRAFTED, Layout()),
 }

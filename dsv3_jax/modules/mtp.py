@@ -141,6 +141,15 @@ def make_heads(cfg: ModelConfig, rngs: nnx.Rngs) -> list[Head]:
     return [KINDS[cfg.mtp_kind](cfg, rngs=rngs) for _ in range(cfg.mtp_depth)]
 
 
+def gathered(head: Head, *, fsdp: bool) -> Head:
+    """A head whose weights, but for its experts', are made whole where fsdp cuts them."""
+    if not fsdp:
+        return head
+    graphdef, state = nnx.split(head)
+    experts, rest = nnx.split_state(state, lambda path, _: path[0] == "experts", ...)
+    return nnx.merge(graphdef, experts, whole(rest, fsdp=fsdp))
+
+
 def run_heads(
     heads: Iterable[Head],
     embedding: Callable[[Array], Array],
@@ -164,9 +173,7 @@ def run_heads(
     """
 
     def plain(head, *args) -> tuple[Array, LayerRouting | None]:
-        graphdef, state = nnx.split(head)
-        experts, rest = nnx.split_state(state, lambda path, _: path[0] == "experts", ...)
-        return nnx.merge(graphdef, experts, whole(rest, fsdp=fsdp))(*args)
+        return gathered(head, fsdp=fsdp)(*args)
 
     run = plain if remat == "none" else nnx.remat(plain)
     out, routings = [], []
