@@ -72,7 +72,7 @@ def spell(mesh: Mesh | AbstractMesh) -> str:
 
 
 def check(mesh: Mesh, run: RunConfig) -> None:
-    """Raises: ConfigError when a run's batch, experts or heads cannot be cut evenly over the mesh."""
+    """Raises: ConfigError when a run's batch cannot be cut evenly over the mesh, or its model does not fit."""
     rows = run.data.batch_size // run.optim.microbatches
     if rows % math.prod(mesh.shape[axis] for axis in ROWS):
         raise ConfigError(f"batch_size/microbatches={rows} rows are not divisible by mesh {spell(mesh)}")
@@ -80,11 +80,17 @@ def check(mesh: Mesh, run: RunConfig) -> None:
 
 
 def check_model(mesh: Mesh, cfg: ModelConfig) -> None:
-    """Raises: ConfigError when a model's experts or heads cannot be cut evenly over the mesh."""
+    """Raises: ConfigError when a model's experts or heads cannot be cut evenly over the mesh, or its devices cannot do
+    what the layout says."""
     if cfg.num_experts % mesh.shape["expert"]:
         raise ConfigError(f"num_experts={cfg.num_experts} is not divisible by mesh {spell(mesh)}")
     if cfg.num_heads % mesh.shape["tensor"]:
         raise ConfigError(f"num_heads={cfg.num_heads} is not divisible by mesh {spell(mesh)}")
+    platform = mesh.devices.flat[0].platform
+    if cfg.layout.exchange == "ragged" and mesh.shape["expert"] > 1 and platform == "cpu":
+        raise ConfigError(
+            f"layout exchange='ragged' is not to be had on {platform} devices: JAX does not have it there"
+        )
 
 
 def mesh_of(state: Any) -> Mesh | None:

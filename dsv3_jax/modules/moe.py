@@ -86,7 +86,7 @@ class MoE(nnx.Module):
             backend = pick_backend(cfg.dispatch)
             if on_mesh():
                 y, thread, crossed = expert_parallel.routed_swiglu(
-                    flat, ids, gates, experts, thread, layer, backend=backend, layout=cfg.layout
+                    flat, ids, gates, experts, thread, layer, backend=backend, cfg=cfg
                 )
             else:
                 y, thread = dispatch.routed_swiglu_in_stack(flat, ids, gates, experts, thread, layer, backend=backend)
