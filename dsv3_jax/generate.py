@@ -90,7 +90,7 @@ def generate(
 
     Where the model lies on a mesh (`load_model(folder, mesh)`, `hf.load(path, mesh=…)`), it decodes there: rows are cut
     over "data" and "expert" as far as their number divides, and each row's cache stays where its row is. The tokens are
-    a single device's.
+    a single device's, but for the order of additions: in bfloat16 two tokens about as likely may change places.
 
     Args:
         model: the model.
