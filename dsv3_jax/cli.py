@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from dsv3_jax import watch
 from dsv3_jax.config import CacheDtype, CacheKind, DataConfig, RunConfig, replace
 
 USAGE = """usage: dsv3 COMMAND …
@@ -54,7 +55,17 @@ class Train:
     """the run's folder: run.json, checkpoints, metrics, pictures"""
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
     mesh: str | None = None
-    """devices to spread the run over, as data=N,expert=N; on a CPU each stands for a core; none: a single one"""
+    """devices to spread the run over, as data=N,expert=N; on a CPU each stands for a core; none: a single one, and with
+    --cluster all of them along data"""
+    cluster: str | None = None
+    """train in several processes, one a host: process 0's HOST:PORT, with --processes and --process-id; or auto, where
+    SLURM, Kubernetes, Open MPI or a TPU pod tells; every process runs the same command, and OUT is a shared folder"""
+    processes: int | None = None
+    """how many processes the cluster has"""
+    process_id: int | None = None
+    """which of them this is, from 0"""
+    cluster_timeout: int = 60
+    """seconds to wait for the others at the start"""
 
 
 @dataclass
@@ -131,8 +142,13 @@ class TokenizerArgs:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `dsv3`. Returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    return _guarded(lambda: _dispatch(words))
+
+
+def _guarded(command: Callable[[], int]) -> int:
+    """A command's exit code, its errors told in one sentence."""
     try:
-        return _dispatch(words)
+        return command()
     except BrokenPipeError:  # whoever read us, as `head` does, has had enough
         sys.stdout = open(os.devnull, "w")
         return 141
@@ -207,6 +223,18 @@ def _prepare() -> None:
 
 
 def _train(words: list[str]) -> int:
+    args = _train_args(words)
+    cluster = _cluster(args)
+    if cluster is not None:
+        return watch.run(cluster, lambda line, port: [sys.executable, "-c", WORKER, str(line), str(port), *words])
+    _prepare()
+    from dsv3_jax.train import fit
+
+    fit(args.run, args.out, mesh=_mesh(args.mesh))
+    return 0
+
+
+def _train_args(words: list[str]) -> Train:
     from dsv3_jax.presets import recipe
 
     run, rest = _named_preset(words, "train", recipe)
@@ -214,11 +242,45 @@ def _train(words: list[str]) -> int:
         from dsv3_jax.frozen import on_trunk
 
         run = on_trunk(run, trunk, _given(rest, "--out"))
-    args = _parse(Train, rest, "train PRESET", default=Train(out=tyro.MISSING, run=run))
+    return _parse(Train, rest, "train PRESET", default=Train(out=tyro.MISSING, run=run))
+
+
+def _cluster(args: Train) -> watch.Cluster | None:
+    if args.cluster is not None:
+        return watch.Cluster(args.cluster, args.processes, args.process_id, args.cluster_timeout)
+    if args.processes is not None or args.process_id is not None:
+        raise ValueError("--processes and --process-id need --cluster, which says where process 0 is")
+    return None
+
+
+WORKER = "import sys; from dsv3_jax import cli; sys.exit(cli.work(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))"
+
+
+def work(line: int, port: int, words: list[str]) -> int:
+    """`dsv3 train … --cluster …` as the worker of a watch, see `watch`. Returns the exit code."""
+    watch.end_with_watch(line)
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)  # ours alone: Gloo tells its connections on descriptor 1
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    return _guarded(lambda: _train_in_cluster(line, port, words))
+
+
+def _train_in_cluster(line: int, port: int, words: list[str]) -> int:
+    args = _train_args(words)
+    found = _cluster(args)
+    assert found is not None
     _prepare()
+    from dsv3_jax import cluster, sharding
     from dsv3_jax.train import fit
 
-    fit(args.run, args.out, mesh=_mesh(args.mesh))
+    sizes = sharding.parse_mesh(args.mesh) if args.mesh else None
+    watch.report(line, cluster.join(found, math.prod(sizes.values()) if sizes else None, port))
+    try:
+        fit(args.run, args.out, mesh=cluster.make_mesh(sizes))
+    except Exception as error:
+        if cluster.is_of_connection(error):
+            return _fail(f"the processes lost each other: {_sentence(error)}", watch.LOST)
+        raise
     return 0
 
 
@@ -394,9 +456,9 @@ def _sentence(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _fail(sentence: str) -> int:
+def _fail(sentence: str, code: int = 2) -> int:
     print(f"dsv3: {sentence}", file=sys.stderr)
-    return 2
+    return code
 
 
 if __name__ == "__main__":

@@ -45,14 +45,14 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def train_batches(
-    corpus: Corpus, tokenizer: Tokenizer, cfg: DataConfig, shard_index: int = 0, shard_count: int = 1
+    corpus: Corpus, tokenizer: Tokenizer, cfg: DataConfig, rows: Sequence[int] | np.ndarray | None = None
 ) -> "TrainBatches":
-    """Endless training batches; process s of n gets rows s·B/n … (s+1)·B/n of the batch that one would get.
+    """Endless training batches [R, T]: of each global batch those `rows` that this process holds; None is all B.
 
-    Raises: ValueError when B does not divide among the processes, or fill-in-the-middle is asked of a tokenizer
-        without its specials.
+    Raises: ValueError when a row is not of the batch, or fill-in-the-middle is asked of a tokenizer without its
+        specials.
     """
-    return TrainBatches(corpus, tokenizer, cfg, shard_index, shard_count)
+    return TrainBatches(corpus, tokenizer, cfg, np.arange(cfg.batch_size) if rows is None else np.asarray(rows))
 
 
 class TrainBatches(Iterator[Batch]):
@@ -67,11 +67,9 @@ class TrainBatches(Iterator[Batch]):
     Grain's own ConcatThenSplit is not used: its state does not survive JSON (it tells slices by tuples).
     """
 
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, cfg: DataConfig, shard_index: int, shard_count: int):
-        if not 0 <= shard_index < shard_count or cfg.batch_size % shard_count:
-            raise ValueError(
-                f"shard_index={shard_index} of shard_count={shard_count} cannot share batch_size={cfg.batch_size}"
-            )
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, cfg: DataConfig, rows: np.ndarray):
+        if not all(0 <= row < cfg.batch_size for row in rows):
+            raise ValueError(f"rows {rows.tolist()} are not all within batch_size={cfg.batch_size}")
         fim_ids = tokenizer.fim_ids if cfg.fim_rate else None
         domain_ids = {domain: i for i, domain in enumerate(corpus.domains)}
 
@@ -88,9 +86,7 @@ class TrainBatches(Iterator[Batch]):
         pieces = _pieces(corpus.train, PIECE_ROWS * cfg.seq_len)
         order = grain.MapDataset.source(pieces).seed(cfg.seed % 2**32).shuffle().repeat()
         self._pieces = order.random_map(tokenise)
-        self._cfg = cfg
-        rows = cfg.batch_size // shard_count
-        self._rows = slice(shard_index * rows, (shard_index + 1) * rows)
+        self._cfg, self._rows = cfg, rows
         self._source: dict[str, Any] = {"corpus": corpus.fingerprint, "seed": cfg.seed, "seq_len": cfg.seq_len}
         self._move(0, 0)
 

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
+from dsv3_jax import cluster
 from dsv3_jax.cache import bytes_per_token, empty_cache, pick_dtype, pick_kind
 from dsv3_jax.data import Batch
 from dsv3_jax.modules.transformer import Transformer
@@ -27,9 +29,13 @@ def _scores(graphdef, state, batch):
 
 
 def evaluate(
-    model: Transformer, batches: Sequence[Batch], tokenizer: Tokenizer, domains: Sequence[str] = ()
+    model: Transformer,
+    batches: Sequence[Batch],
+    tokenizer: Tokenizer,
+    domains: Sequence[str] = (),
+    mesh: Mesh | None = None,
 ) -> dict[str, object]:
-    """Measure a model on held-out batches.
+    """Measure a model on held-out batches; on a mesh their rows are cut over its devices, whosoever they are.
 
     Returns: val_loss (nats a token), val_bits_per_byte, max_vio_global (mean over layers), mtp_acceptance (list, a
     share a depth), load ([L, E] float array: the trunk's sparse layers, then the heads with experts), and
@@ -41,7 +47,9 @@ def evaluate(
     agree, drafted, load = 0.0, 0.0, 0.0
     by_domain = {name: np.zeros(2) for name in domains}
     for batch in batches:
-        out = jax.device_get(_scores(graphdef, state, {k: batch[k] for k in ("tokens", "segment_ids", "positions")}))
+        arrays = {k: batch[k] for k in ("tokens", "segment_ids", "positions")}
+        placed = cluster.put(arrays, mesh, len(batch["tokens"]))
+        out = cluster.fetch(_scores(graphdef, state, placed), mesh)
         nll = np.where(out.mask, out.nll, 0).astype(np.float64)
         bytes_ = np.where(out.mask, tokenizer.byte_lengths[batch["tokens"][:, 1:]], 0)
         nats, tokens, size = nats + nll.sum(), tokens + out.mask.sum(), size + bytes_.sum()

@@ -7,10 +7,16 @@ from tensorboardX import SummaryWriter
 
 
 class Metrics:
-    """The metrics of a run folder; rows after step `after` are dropped first, for they will be made again."""
+    """The metrics of a run folder; rows after step `after` are dropped first, for they will be made again.
 
-    def __init__(self, folder: Path, after: int):
+    With `read_only` nothing is written: of several processes one writes.
+    """
+
+    def __init__(self, folder: Path, after: int, *, read_only: bool = False):
         self._path = folder / "metrics.jsonl"
+        self._board = None
+        if read_only:
+            return
         kept = [row for row in self.rows() if row["step"] <= after]
         part = self._path.with_suffix(".part")
         part.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -19,6 +25,8 @@ class Metrics:
 
     def write(self, row: dict) -> None:
         """Add a row; it must have a "step"."""
+        if self._board is None:
+            return
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         for name, value in _flat(row):
@@ -27,7 +35,8 @@ class Metrics:
 
     def close(self) -> None:
         """Write out what TensorBoard's writer still holds."""
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
     def rows(self) -> list[dict]:
         """All rows so far; a last line cut short by a crash is left out."""

@@ -3,6 +3,7 @@
 A run folder holds run.json (the configuration), checkpoints/, metrics.jsonl (a line every `log_every` steps and one
 each evaluation), tensorboard/, and two pictures, routing.png and training.png. What happens on a start:
 
+    0. several processes (see `cluster`) agree that they mean one run; from here the first alone prints and writes
     1. the folder is claimed, or found to be this very run's; another run's is refused
     2. the last whole checkpoint is restored: parameters, optimizer, router bias, step and place in the data
     3. metrics after that step are dropped, for they are about to be made again
@@ -10,6 +11,7 @@ each evaluation), tensorboard/, and two pictures, routing.png and training.png. 
        one: its multi-token heads then train alone
 """
 
+import importlib.metadata
 import signal
 import threading
 import time
@@ -24,9 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dsv3_jax import data, frozen, sharding, tokenizer
+from dsv3_jax import cluster, data, frozen, sharding, tokenizer
 from dsv3_jax.checkpoint import RUN_FILE, Checkpoints, claim
-from dsv3_jax.config import RunConfig
+from dsv3_jax.config import RunConfig, to_dict
 from dsv3_jax.counting import train_flops_per_token
 from dsv3_jax.evaluate import evaluate
 from dsv3_jax.metrics import Metrics
@@ -69,13 +71,13 @@ def fit(
         run: what to train.
         out: the run's folder, made if absent.
         mesh: devices to spread the run over, from `sharding.make_mesh`; None is a single one. The same run may go on
-            with another mesh.
+            with another mesh. It may be of several processes, which then all make this call, with one shared `out`.
         stop_after: save and return once this step is reached, as SIGTERM would have it.
         quiet: print nothing.
     Raises:
         ValueError: another run's folder, unreadable data, a tokenizer larger than the vocabulary, a trunk of another
             model, or a loss that is not finite (NonFiniteLoss); the last good checkpoint stays. ConfigError: batch or
-            experts that cannot be cut over the mesh.
+            experts that cannot be cut over the mesh, or processes that disagree on what to train.
         OSError: no room for a checkpoint; the ones before stay.
     """
     if mesh is not None:
@@ -87,14 +89,16 @@ def fit(
         frozen.check(run, words)  # before anything is written
     data.check_vocab(words, run.model.vocab_size)
     corpus = data.load_corpus(run.data)
-    batches = data.train_batches(corpus, words, run.data)
+    rows = None if mesh is None else cluster.rows_held(mesh, run.data.batch_size)
+    batches = data.train_batches(corpus, words, run.data, rows)
     held_out = data.val_batches(corpus, words, run.data, run.eval_batches)
-    claim(out, run)
+    _agree(run, mesh, stop_after, corpus)
+    cluster.by_first(lambda: claim(out, run))
     if spec != run.data.tokenizer:
-        frozen.copy_tokenizer(spec, run)
+        cluster.by_first(lambda: frozen.copy_tokenizer(spec, run))
     peak = _peak(run, mesh)
     with (
-        Progress(run.steps, quiet=quiet) as progress,
+        Progress(run.steps, quiet=quiet or not cluster.is_first()) as progress,
         Checkpoints(out, run) as checkpoints,
         _asked_to_stop() as asked,
         sharding.in_force(mesh),
@@ -112,7 +116,7 @@ def fit(
             batches.set_state(place)
             resumed_from = int(state.step)
             progress.say(f"resumed from the checkpoint of step {resumed_from} in {checkpoints.folder}")
-        metrics = Metrics(out, after=resumed_from or 0)
+        metrics = Metrics(out, after=resumed_from or 0, read_only=not cluster.is_first())
         step_fn = _compiled_step(run)
         speed = _Speed(run, peak)
         step, evaluation = int(state.step), None
@@ -120,7 +124,8 @@ def fit(
             progress.say("compiling the training step" + (" …" if step == 0 else " (again) …"))
         while step < run.steps:
             batch = next(batches)
-            arrays = _on_devices(batch, mesh)
+            arrays = {k: batch[k] for k in ("tokens", "segment_ids", "positions")}
+            arrays = cluster.put(arrays, mesh, run.data.batch_size, rows)
             state, found_metrics = step_fn(state, arrays)
             if not bool(found_metrics["finite"]):
                 bad = first_bad_tensor(run, state, arrays)
@@ -129,15 +134,15 @@ def fit(
                     f"checkpoint is step {checkpoints.latest} in {checkpoints.folder}"
                 )
             step += 1
-            stopping = asked.is_set() or step == stop_after
+            stopping = cluster.any_of(asked.is_set()) or step == stop_after
             last = step == run.steps
             if step % run.log_every == 0 or last or stopping or step == 1:
-                row = _row(step, jax.device_get(found_metrics)) | speed.since_last(step)
+                row = _row(step, cluster.fetch(found_metrics, mesh)) | speed.since_last(step)
                 metrics.write(row)
                 progress.update(step, row)
             if step % run.eval_every == 0 or last:
                 with speed.paused():
-                    evaluation = evaluate(model_of(run.model, state), held_out, words, corpus.domains)
+                    evaluation = evaluate(model_of(run.model, state), held_out, words, corpus.domains, mesh)
                     row = {"step": step} | {k: v for k, v in evaluation.items() if k != "load"}
                     metrics.write(row)
                     progress.evaluated(step, row)
@@ -149,22 +154,25 @@ def fit(
                 progress.say(f"stopped and saved at step {step}; the same command goes on from there")
                 return Fitted(step, False, resumed_from, evaluation, None)
         if evaluation is None:  # the run was finished before this call
-            evaluation = evaluate(model_of(run.model, state), held_out, words, corpus.domains)
+            evaluation = evaluate(model_of(run.model, state), held_out, words, corpus.domains, mesh)
         order2 = _order2(corpus, words, held_out)
-        _draw(out, evaluation, metrics, run.model.num_sparse_heads)
+        if cluster.is_first():
+            _draw(out, evaluation, metrics, run.model.num_sparse_heads)
         metrics.close()
         progress.finished(evaluation, order2, out)
     return Fitted(step, True, resumed_from, evaluation, order2)
 
 
-def _on_devices(batch: data.Batch, mesh: Mesh | None) -> dict[str, jax.Array]:
-    where = None if mesh is None else sharding.batch_sharding(mesh)
-    return {k: jax.device_put(batch[k], where) for k in ("tokens", "segment_ids", "positions")}
+def _agree(run: RunConfig, mesh: Mesh | None, stop_after: int | None, corpus: data.Corpus) -> None:
+    """Raises: ConfigError when another process means another run, or reads other text."""
+    facts = {"run": to_dict(run), "mesh": mesh and dict(mesh.shape), "stop_after": stop_after}
+    versions = {name: importlib.metadata.version(name) for name in ("dsv3-jax", "jax")}
+    cluster.agree(facts | {"versions": versions, "text": corpus.fingerprint})
 
 
 def _peak(run: RunConfig, mesh: Mesh | None) -> float:
-    """FLOP/s of a GEMM on what the run has: CPU devices share the machine's cores, others add up."""
-    devices = 1 if mesh is None or jax.default_backend() == "cpu" else mesh.size
+    """FLOP/s of a GEMM on what the run has: a machine's CPU devices share its cores, others add up."""
+    devices = jax.process_count() if mesh is None or jax.default_backend() == "cpu" else mesh.size
     return devices * gemm_flops(run.model.compute_dtype)
 
 

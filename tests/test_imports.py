@@ -13,15 +13,15 @@ ROOT = Path(dsv3_jax.__file__).parent
 # From the ground up. A file may import its own floor and those below; a new file must be given its place here.
 FLOORS = [
     {"config"},
-    {"presets"},
+    {"presets", "watch"},
     {"ops"},
     {"cache", "expert_parallel", "sharding"},
     {"modules"},
     {"objective"},
     {
-        "checkpoint", "corpus", "cost", "counting", "data", "devices", "evaluate", "frozen", "generate", "hf", "hlo",
-        "metrics", "ngram", "optim", "plots", "progress", "runtime", "speculative", "stats", "tokenizer", "train",
-        "train_step",
+        "checkpoint", "cluster", "corpus", "cost", "counting", "data", "devices", "evaluate", "frozen", "generate",
+        "hf", "hlo", "metrics", "ngram", "optim", "plots", "progress", "runtime", "speculative", "stats", "tokenizer",
+        "train", "train_step",
     },
     {"bench", "demo", "plan"},
     {"cli"},
