@@ -15,7 +15,7 @@ FLOORS = [
     {"config"},
     {"presets", "watch"},
     {"ops"},
-    {"cache", "expert_parallel", "sharding"},
+    {"cache", "expert_exchange", "expert_parallel", "sharding"},
     {"modules"},
     {"objective"},
     {

@@ -6,6 +6,7 @@ trunk's embedding and unembedding. Two read the tokens that they are to go on fr
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +152,7 @@ def run_heads(
     *,
     remat: str = "none",
     fsdp: bool = False,
+    dtype: Any = None,
 ) -> tuple[tuple[Array, ...], tuple[LayerRouting, ...]]:
     """All heads over whole rows, for training.
 
@@ -159,7 +161,7 @@ def run_heads(
         h: the trunk's output, as `mtp_input` has it.
         mask: tokens that count for load.
         remat: all but "none" computes each head anew in the backward pass.
-        fsdp: as in `scan_stack`.
+        fsdp, dtype: as in `scan_stack`.
     Returns: (hidden states, head k's (from 0) [B, T-1-k, D]; routing of those heads that have experts).
     """
 
@@ -169,7 +171,7 @@ def run_heads(
 
         def plain(state, *args):
             experts, rest = nnx.split_state(state, lambda path, _: path[0] == "experts", ...)
-            return nnx.merge(graphdef, experts, whole(rest, fsdp=fsdp))(*args)
+            return nnx.merge(graphdef, experts, whole(rest, fsdp=fsdp, dtype=dtype))(*args)
 
         return (plain if remat == "none" else jax.checkpoint(plain))(state, *args)
 
