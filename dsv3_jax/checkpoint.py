@@ -166,26 +166,30 @@ def first_difference(a: dict, b: dict, prefix: str = "") -> tuple[str, Any, Any]
     return None
 
 
-def load_model(folder: str | Path) -> tuple[Transformer, ModelConfig, RunConfig, int]:
+def load_model(folder: str | Path, mesh: Mesh | None = None) -> tuple[Transformer, ModelConfig, RunConfig, int]:
     """The model of a run's last checkpoint: (model, its configuration, the run, the step).
 
-    Raises: ValueError when the folder holds no run, or no checkpoint yet.
+    Args: mesh: where it comes to lie, whatever it was trained on; None is a single device.
+    Raises: ValueError when the folder holds no run, or no checkpoint yet, or (ConfigError) its model does not fit the
+        mesh.
     """
     run = read_run(folder)
+    if mesh is not None:
+        sharding.check_model(mesh, run.model)
     with Checkpoints(folder, run, read_only=True) as checkpoints:
-        found = checkpoints.restore()
+        found = checkpoints.restore(mesh)
     if found is None:
         raise ValueError(f"{folder} holds no checkpoint yet")
     state, _ = found
     return model_of(run.model, state), run.model, run, int(state.step)
 
 
-def load_draft(folder: str | Path, run: RunConfig) -> Transformer:
-    """The model of another run's last checkpoint, to draft for a model of `run`.
+def load_draft(folder: str | Path, run: RunConfig, mesh: Mesh | None = None) -> Transformer:
+    """The model of another run's last checkpoint, to draft for a model of `run`, on the mesh that this one lies on.
 
     Raises: ValueError as `load_model`, and when the other's tokenizer gives ids another meaning.
     """
-    model, _, other, _ = load_model(folder)
+    model, _, other, _ = load_model(folder, mesh)
     if not tokenizer.load(run.data.tokenizer).same_ids(tokenizer.load(other.data.tokenizer)):
         raise ValueError(f"the draft run {folder} has another tokenizer: its ids mean other text")
     return model

@@ -104,6 +104,8 @@ class Generate:
     draft_length: int = 1
     """tokens drafted a step; the text is distributed as without"""
     seed: int = 0
+    mesh: str | None = None
+    """devices to spread the model over, as data=N,expert=N,tensor=N; the text is a single device's; none: that one"""
 
 
 @dataclass
@@ -353,11 +355,12 @@ def _generate(words: list[str]) -> int:
     from dsv3_jax.generate import Sampling, generate_in_parts
     from dsv3_jax.progress import Speech
 
-    model, _, run, _ = load_model(args.run)
+    mesh = _mesh(args.mesh)
+    model, _, run, _ = load_model(args.run, mesh)
     text = tokenizer.load(run.data.tokenizer)
     draft: Any = args.draft
     if draft not in (None, "mtp"):
-        draft = load_draft(draft, run)
+        draft = load_draft(draft, run, mesh)
     parts = generate_in_parts(
         model,
         [text.encode(args.prompt)],

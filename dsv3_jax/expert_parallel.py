@@ -83,11 +83,12 @@ def routed_swiglu(
     cut = _cut(x.shape[0], experts, cfg.layout)
 
     def local(x, ids, gates, experts, thread, layer):
-        x, gates = (as_varying(a, experts.w_gate) for a in (x, gates))
         if not cut.width:
+            x, gates = (as_varying(a, experts.w_gate) for a in (x, gates))
             return meet(x, ids, gates, experts, thread, layer)
         one, thread = dispatch.take_layer(experts, thread, layer)
-        stack = dispatch.Experts(*(w[None] for w in _whole(one, x.dtype)))
+        stack = dispatch.Experts(*(w[None] for w in _whole(one, cut, x.dtype)))
+        x, gates = (as_varying(a, stack.w_gate) for a in (x, gates))
         y, _, crossed = meet(x, ids, gates, stack, stack, jnp.zeros_like(layer))
         return y, thread, crossed
 
@@ -131,12 +132,12 @@ def few_tokens_swiglu(
 
     def local(x, ids, gates, experts, layer):
         def run(x, ids, gates):
-            x, gates = (as_varying(a, experts.w_gate) for a in (x, gates))
             held, at = experts, layer
             if cut.width:
                 one, _ = dispatch.take_layer(experts, experts, layer)
-                held, at = dispatch.Experts(*(w[None] for w in _whole(one, x.dtype))), jnp.zeros_like(layer)
-            return dispatch.few_tokens_swiglu(x, ids, gates, held, at), None
+                held, at = dispatch.Experts(*(w[None] for w in _whole(one, cut, x.dtype))), jnp.zeros_like(layer)
+            x, gates = (as_varying(a, held.w_gate) for a in (x, gates))
+            return dispatch.few_tokens_swiglu(x, ids, gates, held, at, all_here=cut.peers == 1), None
 
         return _gathered(run, x, ids, gates, experts.w_gate.shape[1], cut)[0]
 
@@ -163,11 +164,13 @@ def _gathered(run, x, ids, gates, held: int, cut: Cut):
     return y, more, jnp.asarray(crossed, jnp.float32)
 
 
-def _whole(one: dispatch.Experts, dtype) -> dispatch.Experts:
+def _whole(one: dispatch.Experts, cut: Cut, dtype) -> dispatch.Experts:
     """One layer's matrices [E, …] cast, and gathered along "data", which cuts their width D."""
+    # Where "data" does not cut the tokens, all of its devices do the same with them, and JAX must know.
+    to = "varying" if "data" in cut.rows else "invarying"
     return dispatch.Experts(
         *(
-            jax.lax.all_gather(w.astype(dtype), "data", axis=names.index("dim"), tiled=True)
+            jax.lax.all_gather(w.astype(dtype), "data", axis=names.index("dim"), tiled=True, to=to)
             for names, w in zip(NAMES, one, strict=True)
         )
     )

@@ -23,7 +23,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, SingleDevi
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from dsv3_jax.config import ConfigError, RunConfig
+from dsv3_jax.config import ConfigError, ModelConfig, RunConfig
 
 AXES = ("data", "expert", "tensor")
 ROWS = ("data", "expert")  # what cuts the batch
@@ -79,21 +79,39 @@ def spell(mesh: Mesh | AbstractMesh) -> str:
 
 
 def check(mesh: Mesh, run: RunConfig) -> None:
-    """Raises: ConfigError when a run's batch, experts or heads cannot be cut evenly over the mesh, or its devices
-    cannot do what the layout says."""
-    sizes, model = dict(mesh.shape), run.model
+    """Raises: ConfigError when a run's batch cannot be cut evenly over the mesh, or its model does not fit."""
     rows = run.data.batch_size // run.optim.microbatches
-    if rows % math.prod(sizes[axis] for axis in ROWS):
+    if rows % math.prod(mesh.shape[axis] for axis in ROWS):
         raise ConfigError(f"batch_size/microbatches={rows} rows are not divisible by mesh {spell(mesh)}")
-    if model.num_experts % sizes["expert"]:
-        raise ConfigError(f"num_experts={model.num_experts} is not divisible by mesh {spell(mesh)}")
-    if model.num_heads % sizes["tensor"]:
-        raise ConfigError(f"num_heads={model.num_heads} is not divisible by mesh {spell(mesh)}")
+    check_model(mesh, run.model)
+
+
+def check_model(mesh: Mesh, cfg: ModelConfig) -> None:
+    """Raises: ConfigError when a model's experts or heads cannot be cut evenly over the mesh, or its devices cannot do
+    what the layout says."""
+    if cfg.num_experts % mesh.shape["expert"]:
+        raise ConfigError(f"num_experts={cfg.num_experts} is not divisible by mesh {spell(mesh)}")
+    if cfg.num_heads % mesh.shape["tensor"]:
+        raise ConfigError(f"num_heads={cfg.num_heads} is not divisible by mesh {spell(mesh)}")
     platform = mesh.devices.flat[0].platform
-    if model.layout.exchange == "ragged" and sizes["expert"] > 1 and platform == "cpu":
+    if cfg.layout.exchange == "ragged" and mesh.shape["expert"] > 1 and platform == "cpu":
         raise ConfigError(
             f"layout exchange='ragged' is not to be had on {platform} devices: JAX does not have it there"
         )
+
+
+def mesh_of(state: Any) -> Mesh | None:
+    """The mesh that arrays in any structure lie on; None where that is a single device.
+
+    Raises: ValueError for a mesh that `make_mesh` does not make.
+    """
+    for x in jax.tree.leaves(state):
+        mesh = getattr(x.sharding, "mesh", None)
+        if isinstance(mesh, Mesh) and mesh.size > 1:
+            if mesh.axis_names != AXES:
+                raise ValueError(f"the arrays lie on a mesh of axes {mesh.axis_names}, not {AXES}")
+            return mesh
+    return None
 
 
 def in_force(mesh: Mesh | None) -> AbstractContextManager:
@@ -229,3 +247,19 @@ def by_rows(f: Callable, whole: Sequence, *cut) -> Any:
 
     specs = (*(P() for _ in whole), *(P(axes) for _ in cut))
     return jax.shard_map(local, in_specs=specs, out_specs=(P(), P(axes)), axis_names=set(axes))(*whole, *cut)
+
+
+def each_its_own(f: Callable, names: Sequence[Sequence[str | None]], like: Sequence[int], *args: Any) -> Any:
+    """`f(*args)` with each device on its own part of every argument; plainly called without a mesh.
+
+    Args:
+        names: of each argument's last axes, by which it is cut; of all its arrays alike.
+        like: f returns a tuple of so many, which lie as the arguments of these numbers.
+    """
+    if not on_mesh():
+        return f(*args)
+    mesh = jax.sharding.get_abstract_mesh()
+    specs = tuple(
+        jax.tree.map(lambda x, of=of: spec(of, x.shape, mesh), arg) for of, arg in zip(names, args, strict=True)
+    )
+    return jax.shard_map(f, in_specs=specs, out_specs=tuple(specs[i] for i in like))(*args)

@@ -133,6 +133,7 @@ GOOD = {
     "eval of caches": "eval {run} --batches 1 --cache-dtype int8",
     "greedy": "generate {run} --prompt abc --max-new-tokens 20 --temperature 0",
     "drafted": "generate {run} --prompt abc --max-new-tokens 20 --temperature 0 --draft mtp --draft-length 2",
+    "on a mesh": "generate {run} --prompt abc --max-new-tokens 20 --temperature 0 --mesh data=2,expert=2,tensor=2",
     "tokenizer": "tokenizer {made} --paths {text} --vocab-size 280",
     "tokenizer again": "tokenizer {made} --paths {text} --vocab-size 270 --force",
 }
@@ -227,7 +228,7 @@ def test_bad_input_writes_nothing(answers, place):
         ("demo", ["--out", "--short"]),
         ("train", ["--out", "--steps", "--model.router", "--optim.learning-rate", "--data.paths", "--mesh", "--trunk"]),
         ("eval", ["--batches", "--paths"]),
-        ("generate", ["--prompt", "--temperature", "--top-p"]),
+        ("generate", ["--prompt", "--temperature", "--top-p", "--mesh"]),
         ("bench", ["dsv3 bench decode RUN"]),
         ("bench decode", ["--batch", "--cache-dtype", "--draft-length", "--json"]),
         ("convert", ["--to", "--dtype", "--shard-mb", "--no-mtp", "--allow-nonfinite"]),
@@ -293,6 +294,10 @@ def test_a_drafted_text_is_the_same_and_tells_how_many_stood(answers):
     code, out, err = answers["drafted"]
     assert code == 0 and out == answers["greedy"][1]
     assert re.fullmatch(r"drafts that stood: \d+% \d+%; \d\.\d\d tokens a step, [\d,]+ tokens/s\n", err)
+
+
+def test_a_text_from_a_mesh_is_the_same(answers):
+    assert answers["on a mesh"] == answers["greedy"]
 
 
 def test_eval_through_caches(answers):

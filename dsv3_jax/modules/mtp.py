@@ -142,6 +142,15 @@ def make_heads(cfg: ModelConfig, rngs: nnx.Rngs) -> list[Head]:
     return [KINDS[cfg.mtp_kind](cfg, rngs=rngs) for _ in range(cfg.mtp_depth)]
 
 
+def gathered(head: Head, *, fsdp: bool, dtype: Any) -> Head:
+    """A head whose weights, but for its experts', are made whole where fsdp cuts them; see `sharding.whole`."""
+    if not fsdp:
+        return head
+    graphdef, state = nnx.split(head)
+    experts, rest = nnx.split_state(state, lambda path, _: path[0] == "experts", ...)
+    return nnx.merge(graphdef, experts, whole(rest, fsdp=fsdp, dtype=dtype))
+
+
 def run_heads(
     heads: Iterable[Head],
     embedding: Callable[[Array], Array],
@@ -170,8 +179,7 @@ def run_heads(
         graphdef, state = nnx.split(head)
 
         def plain(state, *args):
-            experts, rest = nnx.split_state(state, lambda path, _: path[0] == "experts", ...)
-            return nnx.merge(graphdef, experts, whole(rest, fsdp=fsdp, dtype=dtype))(*args)
+            return gathered(nnx.merge(graphdef, state), fsdp=fsdp, dtype=dtype)(*args)
 
         return (plain if remat == "none" else jax.checkpoint(plain))(state, *args)
 
