@@ -16,10 +16,14 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import CacheDtype, CacheKind, ModelConfig
 from dsv3_jax.ops.cached_attention import Stored
 from dsv3_jax.ops.quantize import quantize_rows
+from dsv3_jax.sharding import constrain
 
 Kind = CacheKind
 KINDS: tuple[Kind, ...] = get_args(CacheKind)
 DTYPES: tuple[str, ...] = get_args(CacheDtype)
+# How a mesh cuts rows and scales [L, B, G, S, X]: by sequences, and by key-value heads where a row is not for all of
+# them. There they stay: a token's row is written and read on the devices that hold its sequence.
+AXES = ("batch", "heads", None, None)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["stored", "tokens", "lengths"], meta_fields=["kind", "parts"])
@@ -88,7 +92,19 @@ def empty_cache(cfg: ModelConfig, layers: int, batch: int, capacity: int, kind: 
     shape = (layers, batch, groups, capacity, sum(parts))
     scales = jnp.ones((*shape[:-1], 2), jnp.float32) if jnp.dtype(dtype).itemsize == 1 else None
     tokens = jnp.zeros((batch, capacity if kind == "none" else 0), jnp.int32)
-    return Cache(Stored(jnp.zeros(shape, dtype), scales), tokens, jnp.zeros((batch,), jnp.int32), kind, parts)
+    lengths = jnp.zeros((batch,), jnp.int32)
+    return in_place(Cache(Stored(jnp.zeros(shape, dtype), scales), tokens, lengths, kind, parts))
+
+
+def in_place(cache: Cache) -> Cache:
+    """A cache held to where its axes' names say. For use under `jax.jit`."""
+    stored = jax.tree.map(lambda x: constrain(x, *AXES), cache.stored)
+    return replace(
+        cache,
+        stored=stored,
+        tokens=constrain(cache.tokens, "batch", None),
+        lengths=constrain(cache.lengths, "batch"),
+    )
 
 
 def fill(cache: Cache, rows: Float[Array, "L B G T X"], lengths: Int[Array, " B"]) -> Cache:
@@ -96,7 +112,7 @@ def fill(cache: Cache, rows: Float[Array, "L B G T X"], lengths: Int[Array, " B"
     stored = jax.tree.map(
         lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, 0, 0, 0, 0)), cache.stored, _as_stored(cache, rows)
     )
-    return replace(cache, stored=stored, lengths=lengths)
+    return in_place(replace(cache, stored=stored, lengths=lengths))
 
 
 def write(cache: Cache, rows: Float[Array, "B G T X"], layer: Int[Array, ""]) -> Cache:

@@ -169,26 +169,32 @@ def first_difference(a: dict, b: dict, prefix: str = "") -> tuple[str, Any, Any]
     return None
 
 
-def load_model(folder: str | Path, *, step: int | None = None) -> tuple[Transformer, ModelConfig, RunConfig, int]:
+def load_model(
+    folder: str | Path, mesh: Mesh | None = None, *, step: int | None = None
+) -> tuple[Transformer, ModelConfig, RunConfig, int]:
     """The model of a run's checkpoint, the last or that of `step`: (model, its configuration, the run, the step).
 
-    Raises: ValueError when the folder holds no run, no checkpoint yet, or none of `step`.
+    Args: mesh: where it comes to lie, whatever it was trained on; None is a single device.
+    Raises: ValueError when the folder holds no run, no checkpoint yet, or none of `step`, or (ConfigError) its model does
+        not fit the mesh.
     """
     run = read_run(folder)
+    if mesh is not None:
+        sharding.check_model(mesh, run.model)
     with Checkpoints(folder, run, read_only=True) as checkpoints:
-        found = checkpoints.restore(step=step)
+        found = checkpoints.restore(mesh, step)
     if found is None:
         raise ValueError(f"{folder} holds no checkpoint yet")
     state, _ = found
     return model_of(run.model, state), run.model, run, int(state.step)
 
 
-def load_draft(folder: str | Path, run: RunConfig) -> Transformer:
-    """The model of another run's last checkpoint, to draft for a model of `run`.
+def load_draft(folder: str | Path, run: RunConfig, mesh: Mesh | None = None) -> Transformer:
+    """The model of another run's last checkpoint, to draft for a model of `run`, on the mesh that this one lies on.
 
     Raises: ValueError as `load_model`, and when the other's tokenizer gives ids another meaning.
     """
-    model, _, other, _ = load_model(folder)
+    model, _, other, _ = load_model(folder, mesh)
     if not tokenizer.load(run.data.tokenizer).same_ids(tokenizer.load(other.data.tokenizer)):
         raise ValueError(f"the draft run {folder} has another tokenizer: its ids mean other text")
     return model

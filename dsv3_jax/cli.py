@@ -27,6 +27,7 @@ USAGE = """usage: dsv3 COMMAND …
   generate RUN         continue a prompt with a run's last checkpoint
   bench decode RUN     how fast a run's last checkpoint decodes, by cache, batch, context and draft
   convert FOLDER OUT   released weights (Hugging Face format) into a run, a run into them, or FP8 into another dtype
+  plan PRESET          what a mesh of devices would hold, compute and send, without one
   info PRESET          parameters, FLOPs and cache bytes of a model, without allocating it
   tokenizer OUT        train a byte-level BPE tokenizer
 
@@ -104,6 +105,8 @@ class Generate:
     draft_length: int = 1
     """tokens drafted a step; the text is distributed as without"""
     seed: int = 0
+    mesh: str | None = None
+    """devices to spread the model over, as data=N,expert=N,tensor=N; the text is a single device's; none: that one"""
 
 
 @dataclass
@@ -169,7 +172,7 @@ def _dispatch(words: list[str]) -> int:
 
     commands: dict[str, Callable[[list[str]], int]] = {
         "demo": _demo, "train": _train, "eval": _eval, "stats": _stats, "generate": _generate, "bench": _bench,
-        "convert": _convert, "info": _info, "tokenizer": _tokenizer,
+        "convert": _convert, "plan": _plan, "info": _info, "tokenizer": _tokenizer,
     }  # fmt: skip
     if not words or words[0] in ("-h", "--help"):
         print(USAGE.format(presets=", ".join(MODELS)), end="")
@@ -361,11 +364,12 @@ def _generate(words: list[str]) -> int:
     from dsv3_jax.generate import Sampling, generate_in_parts
     from dsv3_jax.progress import Speech
 
-    model, _, run, _ = load_model(args.run)
+    mesh = _mesh(args.mesh)
+    model, _, run, _ = load_model(args.run, mesh)
     text = tokenizer.load(run.data.tokenizer)
     draft: Any = args.draft
     if draft not in (None, "mtp"):
-        draft = load_draft(draft, run)
+        draft = load_draft(draft, run, mesh)
     parts = generate_in_parts(
         model,
         [text.encode(args.prompt)],
@@ -419,6 +423,16 @@ def _convert(words: list[str]) -> int:
     )
     print(said)
     return 0
+
+
+def _plan(words: list[str]) -> int:
+    _prepare()
+    from dsv3_jax.plan import Plan, plan
+    from dsv3_jax.presets import recipe
+
+    run, rest = _named_preset(words, "plan", recipe)
+    args = _parse(Plan, rest, "plan PRESET", default=Plan(run.model))
+    return plan(args, run, words[0] if args.model == run.model else f"{words[0]}, changed")
 
 
 def _info(words: list[str]) -> int:

@@ -101,7 +101,8 @@ class Layout:
     """How a model lies on a device mesh. It changes nothing that is computed: a run may go on under another layout."""
 
     fsdp: bool = False  # the mesh axis "data" cuts weights and optimizer state, too; a layer's are gathered in its turn
-    exchange: Literal["auto", "gather", "all_to_all", "ragged"] = "auto"  # tokens to experts; see expert_parallel.py
+    # How tokens come to other devices' experts, see expert_parallel.py; "auto": the smaller of the first two.
+    exchange: Literal["auto", "gather", "all_to_all", "ragged"] = "auto"
     slack: float = 1.25  # of "all_to_all": places for tokens in a round, over what even load needs
 
     def __post_init__(self):

@@ -15,12 +15,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from dsv3_jax.cache import Cache, bytes_per_token, empty_cache, fill, pick_dtype, pick_kind
+from dsv3_jax import sharding
+from dsv3_jax.cache import Cache, bytes_per_token, empty_cache, fill, in_place, pick_dtype, pick_kind
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.transformer import Ready, Transformer
 from dsv3_jax.ops.sampling import GREEDY, Sampling
 from dsv3_jax.ops.speculation import accept
-from dsv3_jax.speculative import Drafter, Drafts, Fresh, make_drafter
+from dsv3_jax.sharding import constrain
+from dsv3_jax.speculative import Drafter, Drafts, Fresh, kept_by_rows, make_drafter
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Generated:
 
 
 class Loop(NamedTuple):
-    """What the decoding loop carries."""
+    """What the decoding loop carries. On a mesh, what is as wide as the model lies with its row; all else is whole."""
 
     cache: Cache
     drafter: Any  # the drafter's state
@@ -86,6 +88,10 @@ def generate(
 ) -> Generated:
     """Continue prompts of any lengths.
 
+    Where the model lies on a mesh (`load_model(folder, mesh)`, `hf.load(path, mesh=…)`), it decodes there: rows are cut
+    over "data" and "expert" as far as their number divides, and each row's cache stays where its row is. The tokens are
+    a single device's, but for the order of additions: in bfloat16 two tokens about as likely may change places.
+
     Args:
         model: the model.
         prompts: lists of token ids; they decode side by side, each at its own length.
@@ -95,11 +101,13 @@ def generate(
         cache: "latent", "expanded" or "none", see `cache.py`; None is the smallest that the model can use.
         cache_dtype: "float32", "bfloat16", "int8" or "float8_e4m3"; None is the model's compute dtype.
         draft: who drafts: None, "mtp" (the model's own multi-token heads, of whatever kind) or a smaller Transformer of
-            the same vocabulary. What comes out is distributed as without, and the same at temperature 0.
+            the same vocabulary and on the same mesh. What comes out is distributed as without, and the same at
+            temperature 0.
         draft_length: tokens drafted a step. DeepSeek's and EAGLE heads go on beyond their depth.
         seed: of the random draws.
     Raises: ValueError for an empty prompt or batch, a token outside the vocabulary, a prompt and continuation
-        beyond max_positions, settings outside their range, a draft of another vocabulary, or heads that are not there.
+        beyond max_positions, settings outside their range, a draft of another vocabulary or on another mesh, or heads
+        that are not there.
     """
     sampling = Sampling(temperature, top_k, top_p)
     *_, last = generate_in_parts(
@@ -149,15 +157,19 @@ def generate_in_parts(
     drafts: tuple[Any, Any] = nnx.split(draft) if isinstance(draft, Transformer) else (draft, None)
     static = _Static(sampling, length, drafts[0])
     stops = jnp.asarray(tuple(stop_tokens), jnp.int32)
+    mesh = sharding.mesh_of(state)
+    if drafts[1] is not None and sharding.mesh_of(drafts[1]) != mesh:
+        raise ValueError("the draft model does not lie on the mesh that the model lies on")
     start = time.perf_counter()
-    loop = jax.block_until_ready(
-        _prefill(
+    with sharding.in_force(mesh):  # and never where this generator waits: what is in force is the caller's, too
+        loop = _prefill(
             graphdef, state, drafts[1], jnp.asarray(tokens), jnp.asarray(lengths), jax.random.key(seed), stops,
             static=static, capacity=capacity, max_new_tokens=max_new_tokens, kind=kind, dtype=dtype,
-        )
-    )  # fmt: skip
+        )  # fmt: skip
+        jax.block_until_ready(loop)
     prefill_seconds, decode_seconds = time.perf_counter() - start, 0.0
-    ready = _ready(graphdef, state), None if drafts[1] is None else _ready(*drafts)
+    with sharding.in_force(mesh):
+        ready = _ready(graphdef, state), None if drafts[1] is None else _ready(*drafts)
     per_token, size = bytes_per_token(cfg, kind, dtype), loop.cache.nbytes
 
     def seen(loop: Loop) -> Generated:
@@ -173,8 +185,9 @@ def generate_in_parts(
         behind = int(jnp.where(loop.done, max_new_tokens, loop.written).min())
         until = max_new_tokens if part is None else min(behind + part, max_new_tokens)
         start = time.perf_counter()
-        loop = _decode(graphdef, state, drafts[1], ready, loop, stops, jnp.asarray(until, jnp.int32), static=static)
-        jax.block_until_ready(loop)
+        with sharding.in_force(mesh):
+            loop = _decode(graphdef, state, drafts[1], ready, loop, stops, jnp.asarray(until, jnp.int32), static=static)
+            jax.block_until_ready(loop)
         decode_seconds += time.perf_counter() - start
         yield seen(loop)
 
@@ -273,7 +286,7 @@ def _ready(graphdef, state) -> Ready | None:
 def _prefill(
     graphdef, state, draft_state, tokens, lengths, key, stops, *, static, capacity, max_new_tokens, kind, dtype
 ) -> Loop:
-    model = nnx.merge(graphdef, state)
+    model, tokens = nnx.merge(graphdef, state), constrain(tokens, "batch", None)
     trace = model.trace(tokens, kind=kind)
     batch, drafts = tokens.shape[0], static.draft_length
     cache = empty_cache(model.cfg, model.cfg.num_layers, batch, capacity, kind, dtype)
@@ -330,7 +343,8 @@ def _advance(
     Args: x [B, F, D], the trunk's output at token `previous`, which stands at `start`, and at each draft.
     """
     key, draw = jax.random.split(loop.key)
-    stood, tokens = accept(drafts.tokens, drafts.q, model.logits(model.norm(x)), draw, static.sampling)
+    logits, left = kept_by_rows(model.logits(model.norm(x)), static.sampling)
+    stood, tokens = map(constrain, accept(drafts.tokens, drafts.q, logits, draw, left))
     place = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
     count = jnp.minimum(stood + 1, loop.out.shape[1] - loop.written)
     ends = (tokens[..., None] == stops[None, None]).any(-1) & (place < count[:, None])
@@ -348,11 +362,17 @@ def _advance(
     h = jnp.pad(model.read_by_heads(x), ((0, 0), (0, pad), (0, 0)))
     stands = (place[:, : drafts.tokens.shape[1]] < stood[:, None]) & ~loop.done[:, None]
     return loop._replace(
-        cache=replace(loop.cache, lengths=lengths),
-        fresh=Fresh(h, jnp.pad(tokens, ((0, 0), (0, pad))), jnp.maximum(count, 1), start, previous),
+        cache=in_place(replace(loop.cache, lengths=lengths)),
+        fresh=Fresh(
+            constrain(h, "batch", None, None),
+            jnp.pad(tokens, ((0, 0), (0, pad))),
+            jnp.maximum(count, 1),
+            start,
+            previous,
+        ),
         key=key,
-        out=loop.out.at[rows, column].set(tokens, mode="drop"),
-        written=written,
-        done=loop.done | ended | (written == loop.out.shape[1]),
+        out=constrain(loop.out.at[rows, column].set(tokens, mode="drop")),
+        written=constrain(written),
+        done=constrain(loop.done | ended | (written == loop.out.shape[1])),
         stood=loop.stood + jnp.pad(stands.sum(axis=0, dtype=jnp.int32), (0, pad)),
     )

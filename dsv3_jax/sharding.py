@@ -16,12 +16,14 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from dsv3_jax.config import ConfigError, RunConfig
+from dsv3_jax.config import ConfigError, ModelConfig, RunConfig
 
 AXES = ("data", "expert", "tensor")
 ROWS = ("data", "expert")  # what cuts the batch
@@ -63,7 +65,12 @@ def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
             f"mesh data={data},expert={expert},tensor={tensor} needs {count} devices, and there are "
             f"{jax.device_count()} here"
         )
-    return jax.make_mesh((data, expert, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    sizes, kinds = (data, expert, tensor), (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=kinds)
+    except NotImplementedError:  # no axes of these sizes in a TPU's torus: one of its axes is cut in parts
+        devices = mesh_utils.create_device_mesh(sizes, jax.devices()[:count], allow_split_physical_axes=True)
+        return Mesh(devices, AXES, axis_types=kinds)
 
 
 def spell(mesh: Mesh | AbstractMesh) -> str:
@@ -72,15 +79,39 @@ def spell(mesh: Mesh | AbstractMesh) -> str:
 
 
 def check(mesh: Mesh, run: RunConfig) -> None:
-    """Raises: ConfigError when a run's batch, experts or heads cannot be cut evenly over the mesh."""
-    sizes, model = dict(mesh.shape), run.model
+    """Raises: ConfigError when a run's batch cannot be cut evenly over the mesh, or its model does not fit."""
     rows = run.data.batch_size // run.optim.microbatches
-    if rows % math.prod(sizes[axis] for axis in ROWS):
+    if rows % math.prod(mesh.shape[axis] for axis in ROWS):
         raise ConfigError(f"batch_size/microbatches={rows} rows are not divisible by mesh {spell(mesh)}")
-    if model.num_experts % sizes["expert"]:
-        raise ConfigError(f"num_experts={model.num_experts} is not divisible by mesh {spell(mesh)}")
-    if model.num_heads % sizes["tensor"]:
-        raise ConfigError(f"num_heads={model.num_heads} is not divisible by mesh {spell(mesh)}")
+    check_model(mesh, run.model)
+
+
+def check_model(mesh: Mesh, cfg: ModelConfig) -> None:
+    """Raises: ConfigError when a model's experts or heads cannot be cut evenly over the mesh, or its devices cannot do
+    what the layout says."""
+    if cfg.num_experts % mesh.shape["expert"]:
+        raise ConfigError(f"num_experts={cfg.num_experts} is not divisible by mesh {spell(mesh)}")
+    if cfg.num_heads % mesh.shape["tensor"]:
+        raise ConfigError(f"num_heads={cfg.num_heads} is not divisible by mesh {spell(mesh)}")
+    platform = mesh.devices.flat[0].platform
+    if cfg.layout.exchange == "ragged" and mesh.shape["expert"] > 1 and platform == "cpu":
+        raise ConfigError(
+            f"layout exchange='ragged' is not to be had on {platform} devices: JAX does not have it there"
+        )
+
+
+def mesh_of(state: Any) -> Mesh | None:
+    """The mesh that arrays in any structure lie on; None where that is a single device.
+
+    Raises: ValueError for a mesh that `make_mesh` does not make.
+    """
+    for x in jax.tree.leaves(state):
+        mesh = getattr(x.sharding, "mesh", None)
+        if isinstance(mesh, Mesh) and mesh.size > 1:
+            if mesh.axis_names != AXES:
+                raise ValueError(f"the arrays lie on a mesh of axes {mesh.axis_names}, not {AXES}")
+            return mesh
+    return None
 
 
 def in_force(mesh: Mesh | None) -> AbstractContextManager:
@@ -161,35 +192,40 @@ def keep_in_place(state, *, fsdp: bool = False):
     return jax.lax.with_sharding_constraint(state, state_sharding(state, mesh, fsdp=fsdp))
 
 
-def whole(v, *, fsdp: bool):
+def whole(v, *, fsdp: bool, dtype: Any):
     """Weights (variables in any structure) made whole along "data" for use, where fsdp cut them. Under `jax.jit`.
 
-    Their gradients are added up and cut again at once: no device ever holds all of them.
+    They are cast to `dtype` on the way, but for those that `modules.layers.param` marks as exact. Their gradients are
+    added up and cut again at once: no device ever holds all of them.
     """
     if not fsdp or not on_mesh():
         return v
     mesh = jax.sharding.get_abstract_mesh()
 
     def gather(v):
-        names = names_of(v)
-        return jax.tree.map(
-            lambda x: _gathered(x, spec(names, x.shape, mesh), spec(names, x.shape, mesh, fsdp=True)), v
-        )
+        names, exact = names_of(v), v.get_metadata().get("exact", False)
+
+        def of(x):
+            used, kept = spec(names, x.shape, mesh), spec(names, x.shape, mesh, fsdp=True)
+            return x if used == kept else _gathered(x, used, kept, x.dtype if exact else jnp.dtype(dtype))
+
+        return jax.tree.map(of, v)
 
     return jax.tree.map(gather, v, is_leaf=_is_variable)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(x: Array, used: P, kept: P) -> Array:
-    return jax.lax.with_sharding_constraint(x, used)
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gathered(x: Array, used: P, kept: P, dtype: Any) -> Array:
+    cast = jax.lax.with_sharding_constraint(x.astype(dtype), kept)  # so that what travels is cast already
+    return jax.lax.with_sharding_constraint(cast, used)
 
 
-def _gathered_fwd(x, used, kept):
-    return _gathered(x, used, kept), None
+def _gathered_fwd(x, used, kept, dtype):
+    return _gathered(x, used, kept, dtype), x[:0]
 
 
-def _gathered_bwd(used, kept, _, d):
-    return (jax.lax.with_sharding_constraint(d, kept),)
+def _gathered_bwd(used, kept, dtype, like_x, d):
+    return (jax.lax.with_sharding_constraint(d, kept).astype(like_x.dtype),)
 
 
 _gathered.defvjp(_gathered_fwd, _gathered_bwd)
@@ -211,3 +247,19 @@ def by_rows(f: Callable, whole: Sequence, *cut) -> Any:
 
     specs = (*(P() for _ in whole), *(P(axes) for _ in cut))
     return jax.shard_map(local, in_specs=specs, out_specs=(P(), P(axes)), axis_names=set(axes))(*whole, *cut)
+
+
+def each_its_own(f: Callable, names: Sequence[Sequence[str | None]], like: Sequence[int], *args: Any) -> Any:
+    """`f(*args)` with each device on its own part of every argument; plainly called without a mesh.
+
+    Args:
+        names: of each argument's last axes, by which it is cut; of all its arrays alike.
+        like: f returns a tuple of so many, which lie as the arguments of these numbers.
+    """
+    if not on_mesh():
+        return f(*args)
+    mesh = jax.sharding.get_abstract_mesh()
+    specs = tuple(
+        jax.tree.map(lambda x, of=of: spec(of, x.shape, mesh), arg) for of, arg in zip(names, args, strict=True)
+    )
+    return jax.shard_map(f, in_specs=specs, out_specs=tuple(specs[i] for i in like))(*args)

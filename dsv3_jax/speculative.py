@@ -18,10 +18,11 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.cache import Cache, Kind, empty_cache, fill, pick_kind
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.attention import from_zero, places, positions_of
-from dsv3_jax.modules.mtp import MetaHead
+from dsv3_jax.modules.mtp import MetaHead, gathered
 from dsv3_jax.modules.transformer import Ready, Trace, Transformer
-from dsv3_jax.ops.sampling import Sampling, sample
+from dsv3_jax.ops.sampling import Sampling, processed_logits, sample
 from dsv3_jax.ops.speculation import probabilities
+from dsv3_jax.sharding import by_rows, constrain
 
 
 class Fresh(NamedTuple):
@@ -89,7 +90,9 @@ class ChainDrafter:
 
     def __init__(self, model: Transformer, ready: Ready | None):
         self.model = model
-        self.heads: list[Any] = list(model.mtp)
+        self.heads: list[Any] = [
+            gathered(head, fsdp=model.cfg.layout.fsdp, dtype=model.compute_dtype) for head in model.mtp
+        ]
         self.experts = [None] * len(self.heads) if ready is None else ready.heads
 
     def start(
@@ -153,7 +156,9 @@ class ParallelDrafter:
 
     def __init__(self, model: Transformer, ready: Ready | None):
         self.model = model
-        self.heads: list[Any] = list(model.mtp)
+        self.heads: list[Any] = [
+            gathered(head, fsdp=model.cfg.layout.fsdp, dtype=model.compute_dtype) for head in model.mtp
+        ]
         self.experts = [None] * len(self.heads) if ready is None else ready.heads
 
     def start(self, trace: Trace, tokens: Array, lengths: Array, capacity: int, kind: Kind, dtype) -> tuple[Cache, ...]:
@@ -196,8 +201,23 @@ def make_drafter(model: Transformer, draft: Transformer | None, ready: Ready | N
 
 def _draw(logits: Float[Array, "B W"], key: Array, sampling: Sampling) -> tuple[Array, Array | None]:
     """(token int32 [B], the distribution it was drawn from)."""
-    token = sample(logits, key, **sampling._asdict())
-    return token, None if sampling.temperature == 0.0 else probabilities(logits, sampling)
+    logits, left = kept_by_rows(logits, sampling)
+    token = constrain(sample(logits, key, **left._asdict()))
+    return token, None if sampling.temperature == 0.0 else probabilities(logits, left)
+
+
+def kept_by_rows(logits: Float[Array, "B *F W"], sampling: Sampling) -> tuple[Float[Array, "B *F W"], Sampling]:
+    """(What `sampling` keeps of logits, which lie with their rows, each with the whole vocabulary; what is left to do).
+
+    On a mesh each device looks at its own rows: the compiler would gather all of them for a `top_k`.
+    """
+    middle = (None,) * (logits.ndim - 2)
+    # Cut as the unembedding at first: otherwise the compiler gathers its matrix, not the logits.
+    logits = constrain(constrain(logits, "batch", *middle, "vocab"), "batch", *middle, None)
+    if sampling.temperature == 0.0:
+        return logits, sampling
+    _, kept = by_rows(lambda x: ((), processed_logits(x, **sampling._asdict())), (), logits)
+    return kept, Sampling(temperature=1.0)
 
 
 def _repeat(step, carry, keys: Array):

@@ -205,6 +205,8 @@ def _row(step: int, found: dict) -> dict:
     for key in ("feature_loss", "balance_loss", "accuracy", "grad_norm", "lr", "dropped"):
         if key in found:
             row[key] = float(found[key])
+    if found["crossed"]:
+        row["crossed"] = float(found["crossed"])
     load = jnp.asarray(found["load"])
     if load.shape[0]:
         low, high = balance.min_max(load)

@@ -63,6 +63,7 @@ LONGEST = (
     "test_cli",
     "test_hf",
     "test_generate",
+    "test_exchange",
     "test_dispatch",
 )
 

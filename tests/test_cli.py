@@ -38,7 +38,7 @@ for argv in json.load(sys.stdin):
 json.dump(answers, sys.stdout)
 """
 
-COMMANDS = ("demo", "train", "eval", "generate", "bench", "convert", "info", "tokenizer")
+COMMANDS = ("demo", "train", "eval", "generate", "bench", "convert", "plan", "info", "tokenizer")
 
 # name: (command, what the sentence must hold). {…} are the paths of `Place`.
 BAD = {
@@ -58,6 +58,10 @@ BAD = {
     "too long": ("train tiny --out {new} --data.seq-len 4096", "seq_len=4096 is more than"),
     "microbatches": ("train tiny --out {new} --optim.microbatches 3", "microbatches=3 does not divide"),
     "mesh": ("train tiny --out {new} --mesh rows=2", "mesh 'rows=2' is not of the form data=N,expert=N"),
+    "preset of plan": ("plan v9", "'v9' is not one of tiny"),
+    "mesh of plan": ("plan tiny --mesh rows=2", "mesh 'rows=2' is not of the form data=N,expert=N"),
+    "memory": ("plan tiny --memory 80", "memory '80' is not of the form 80GB or 95.7GiB"),
+    "device": ("plan tiny --device abacus", "abacus"),
     "no trunk": ("train tiny --out {new} --trunk {absent}", "{absent} holds no run"),
     "trunk without checkpoint": ("train tiny --out {new} --trunk {claimed}", "{claimed} holds no checkpoint"),
     "another trunk": ("train tiny --out {new} --trunk={run} --model.num-heads 4", "{run} has model.num_heads 2, not 4"),
@@ -129,6 +133,7 @@ GOOD = {
     "eval of caches": "eval {run} --batches 1 --cache-dtype int8",
     "greedy": "generate {run} --prompt abc --max-new-tokens 20 --temperature 0",
     "drafted": "generate {run} --prompt abc --max-new-tokens 20 --temperature 0 --draft mtp --draft-length 2",
+    "on a mesh": "generate {run} --prompt abc --max-new-tokens 20 --temperature 0 --mesh data=2,expert=2,tensor=2",
     "tokenizer": "tokenizer {made} --paths {text} --vocab-size 280",
     "tokenizer again": "tokenizer {made} --paths {text} --vocab-size 270 --force",
 }
@@ -223,10 +228,11 @@ def test_bad_input_writes_nothing(answers, place):
         ("demo", ["--out", "--short"]),
         ("train", ["--out", "--steps", "--model.router", "--optim.learning-rate", "--data.paths", "--mesh", "--trunk"]),
         ("eval", ["--batches", "--paths"]),
-        ("generate", ["--prompt", "--temperature", "--top-p"]),
+        ("generate", ["--prompt", "--temperature", "--top-p", "--mesh"]),
         ("bench", ["dsv3 bench decode RUN"]),
         ("bench decode", ["--batch", "--cache-dtype", "--draft-length", "--json"]),
         ("convert", ["--to", "--dtype", "--shard-mb", "--no-mtp", "--allow-nonfinite"]),
+        ("plan", ["--mesh", "--decode-batch", "--device", "--memory", "--target", "--num-experts", "--layout.fsdp"]),
         ("info", ["--mtp-depth", "--num-experts"]),
         ("tokenizer", ["--vocab-size", "--force"]),
     ],
@@ -288,6 +294,10 @@ def test_a_drafted_text_is_the_same_and_tells_how_many_stood(answers):
     code, out, err = answers["drafted"]
     assert code == 0 and out == answers["greedy"][1]
     assert re.fullmatch(r"drafts that stood: \d+% \d+%; \d\.\d\d tokens a step, [\d,]+ tokens/s\n", err)
+
+
+def test_a_text_from_a_mesh_is_the_same(answers):
+    assert answers["on a mesh"] == answers["greedy"]
 
 
 def test_eval_through_caches(answers):

@@ -54,7 +54,7 @@ def alone():
     def of(run):
         """Of the oracle, every expert on every token, which compiles fastest, and of the whole batch at once."""
         oracle = "capacity" if run.model.dispatch == "capacity" else "dense"
-        model = replace(run.model, dispatch=oracle, layout=Layout())
+        model = replace(run.model, dispatch=oracle, layout=Layout(), remat="none")
         plain = replace(run, model=model, optim=replace(run.optim, microbatches=1))
         if plain not in made:
             made[plain] = run_step(plain)
@@ -63,13 +63,17 @@ def alone():
     return of
 
 
+ROUNDS = Layout(exchange="all_to_all", slack=1.0)  # so few places that a batch takes several rounds
 CASES = {  # (data, expert, tensor), model, dispatch, microbatches, layout
     "8,1,1 fsdp": ((8, 1, 1), PLAIN, "blocks", 1, Layout(fsdp=True)),
-    "1,8,1": ((1, 8, 1), PLAIN, "ragged_dot", 1, Layout()),
-    "2,2,1 microbatches": ((2, 2, 1), PLAIN, "blocks", 2, Layout()),
-    "2,4,1": ((2, 4, 1), PLAIN, "blocks", 1, Layout()),
-    "2,2,2": ((2, 2, 2), MODEL, "blocks", 1, Layout()),
-    "2,2,2 fsdp": ((2, 2, 2), MODEL, "ragged_dot", 1, Layout(fsdp=True)),
+    "1,8,1": ((1, 8, 1), PLAIN, "ragged_dot", 1, Layout(exchange="gather")),
+    "1,8,1 all_to_all": ((1, 8, 1), replace(PLAIN, remat="full"), "ragged_dot", 1, ROUNDS),
+    "2,2,1 microbatches": ((2, 2, 1), PLAIN, "blocks", 2, Layout(exchange="gather")),
+    "2,4,1": ((2, 4, 1), PLAIN, "blocks", 1, Layout(exchange="gather")),
+    "1,4,1 all_to_all microbatches": ((1, 4, 1), PLAIN, "blocks", 2, ROUNDS),
+    "2,2,2": ((2, 2, 2), MODEL, "blocks", 1, Layout(exchange="gather")),
+    "2,2,2 all_to_all fsdp": ((2, 2, 2), MODEL, "blocks", 1, replace(ROUNDS, fsdp=True)),
+    "2,2,2 fsdp": ((2, 2, 2), MODEL, "ragged_dot", 1, Layout(fsdp=True, exchange="gather")),
     "1,2,2 dense": ((1, 2, 2), PLAIN, "dense", 1, Layout()),
     "2,2,1 capacity": ((2, 2, 1), PLAIN, "capacity", 1, Layout()),
 }

@@ -1,18 +1,19 @@
 """Attention as modules: multi-head latent attention, and the plain attention that it is held against."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dsv3_jax.cache import Cache, Kind, write
+from dsv3_jax.cache import AXES, Cache, Kind, write
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.layers import RMSNorm, param
 from dsv3_jax.ops import mla, rope
 from dsv3_jax.ops.attention import causal_attention
 from dsv3_jax.ops.cached_attention import cached_attention
-from dsv3_jax.sharding import constrain
+from dsv3_jax.sharding import constrain, each_its_own
 
 LATENT_NORM_EPS = 1e-6  # whatever norm_eps says, as the reference implementations do
 HEADS_APART = ("batch", None, "heads", None)  # how a mesh cuts what each head has
@@ -78,10 +79,17 @@ class MLA(nnx.Module):
         row = self._row(x, at)
         w_uk, w_uv = self._up(x)
         if cache.kind == "latent":
-            cache = write(cache, row[:, None], layer)
-            last = places(cache, x.shape[1])
-            out = mla.absorbed(q_nope, q_rope, cache.stored, layer, last, w_uk, w_uv, scale=self.scale)
-            return output(self, out), cache
+
+            def attend(q_nope, q_rope, w_uk, w_uv, row, stored, lengths, layer):
+                held = write(replace(cache, stored=stored, lengths=lengths), row[:, None], layer)
+                last = places(held, row.shape[1])
+                out = mla.absorbed(q_nope, q_rope, held.stored, layer, last, w_uk, w_uv, scale=self.scale)
+                return out, held.stored
+
+            up, given = ("heads", None, None), (q_nope, q_rope, w_uk, w_uv, row, cache.stored, cache.lengths, layer)
+            names = (HEADS_APART, HEADS_APART, up, up, ("batch", None, None), AXES, ("batch",), ())
+            out, stored = each_its_own(attend, names, (0, 5), *given)
+            return output(self, out), replace(cache, stored=stored)
         c_kv, k_rope = jnp.split(row, [self.cfg.kv_latent_dim], axis=-1)
         q = jnp.concatenate([q_nope, q_rope], axis=-1)
         out, cache = attend_to_heads(q, *mla.expand(c_kv, k_rope, w_uk, w_uv), cache, layer, self.scale)
@@ -183,9 +191,17 @@ def attend_to_heads(
     """Remember T new tokens' keys and values, then let each query head attend to its key-value head's."""
     batch, length, heads, _ = q.shape
     groups = k.shape[2]
-    cache = write(cache, side_by_side(k, v), layer)
-    last = jnp.repeat(places(cache, length), heads // groups, axis=1)
-    q = q.reshape(batch, length, groups, heads // groups, -1).swapaxes(1, 2).reshape(batch, groups, last.shape[1], -1)
-    out = cached_attention(q, cache.stored, layer, last, parts=cache.parts, shared=False, scale=scale)
-    out = out.reshape(batch, groups, length, heads // groups, -1).swapaxes(1, 2)
-    return out.reshape(batch, length, heads, -1), cache
+
+    def attend(q, rows, stored, lengths, layer):
+        held = write(replace(cache, stored=stored, lengths=lengths), rows, layer)
+        own, each = q.shape[2:4]  # key-value heads here, and query heads of each
+        last = jnp.repeat(places(held, length), each, axis=1)
+        q = q.swapaxes(1, 2).reshape(q.shape[0], own, length * each, -1)
+        out = cached_attention(q, held.stored, layer, last, parts=cache.parts, shared=False, scale=scale)
+        return out.reshape(q.shape[0], own, length, each, -1).swapaxes(1, 2), held.stored
+
+    # Query heads stand by their key-value head, so that a mesh cuts both alike, or neither.
+    q = q.reshape(batch, length, groups, heads // groups, -1)
+    names = ((*HEADS_APART, None), AXES, AXES, ("batch",), ())
+    out, stored = each_its_own(attend, names, (0, 2), q, side_by_side(k, v), cache.stored, cache.lengths, layer)
+    return out.reshape(batch, length, heads, -1), replace(cache, stored=stored)

@@ -1,6 +1,7 @@
 """The small parts: norm, SwiGLU, and layers stacked along a leading axis."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,15 @@ from jaxtyping import Array, Float
 from dsv3_jax import sharding
 
 
-def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float) -> nnx.Param:
+def param(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float, *, exact: bool = False
+) -> nnx.Param:
     """A float32 parameter drawn from a normal distribution of that standard deviation.
 
-    `axes` names the last of its axes, by which `sharding.RULES` says how a mesh cuts it.
+    `axes` names the last of its axes, by which `sharding.RULES` says how a mesh cuts it. What is `exact` is used in
+    float32 whatever the compute dtype.
     """
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes, exact=exact)
 
 
 class NormScale(nnx.Param):
@@ -65,14 +69,17 @@ def unstack(stacked: nnx.Module | None) -> list[nnx.State]:
     return [jax.tree.map(lambda x, i=i: x[i], state) for i in range(count)]
 
 
-def scan_stack(stacked: nnx.Module, body: Callable, carry, *, remat: str = "none", fsdp: bool = False):
+def scan_stack(
+    stacked: nnx.Module, body: Callable, carry, *, remat: str = "none", fsdp: bool = False, dtype: Any = None
+):
     """`carry, y = body(module, carry, index)` for each module of a stack in turn; depth costs no compile time.
 
     Args:
         stacked: what `stack` made.
         remat: "none" keeps everything for the backward pass, "dots" the results of matrix products, "full" the
             carry alone.
-        fsdp: a mesh cuts the weights along "data": a layer's are made whole in its turn, and forgotten after it.
+        fsdp: a mesh cuts the weights along "data": a layer's are made whole in its turn, in `dtype`, and forgotten
+            after it.
     Returns: (carry, ys stacked along a leading layer axis).
     """
     # Plain lax.scan over split state: nnx.scan has had silent faults with memory and sharding.
@@ -81,7 +88,7 @@ def scan_stack(stacked: nnx.Module, body: Callable, carry, *, remat: str = "none
 
     def step(carry, xs):
         layer, index = xs
-        return body(nnx.merge(graphdef, sharding.whole(layer, fsdp=fsdp)), carry, index)
+        return body(nnx.merge(graphdef, sharding.whole(layer, fsdp=fsdp, dtype=dtype)), carry, index)
 
     if remat == "full":
         step = jax.checkpoint(step)

@@ -56,7 +56,7 @@ class MoE(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        self.w_router = param(rngs, (cfg.dim, cfg.num_experts), ("dim", None), cfg.init_std)
+        self.w_router = param(rngs, (cfg.dim, cfg.num_experts), ("dim", None), cfg.init_std, exact=True)
         self.bias = RouterBias(jnp.zeros((cfg.num_experts,), jnp.float32))
         shared = cfg.num_shared_experts * cfg.expert_dim
         self.shared = SwiGLU(cfg.dim, shared, cfg.init_std, rngs=rngs) if shared else None
@@ -87,7 +87,7 @@ class MoE(nnx.Module):
             backend = pick_backend(cfg.dispatch)
             if on_mesh():
                 y, thread, crossed = expert_parallel.routed_swiglu(
-                    flat, ids, gates, experts, thread, layer, backend=backend, layout=cfg.layout
+                    flat, ids, gates, experts, thread, layer, backend=backend, cfg=cfg
                 )
             else:
                 y, thread = dispatch.routed_swiglu_in_stack(flat, ids, gates, experts, thread, layer, backend=backend)

@@ -6,6 +6,7 @@ trunk's embedding and unembedding. Two read the tokens that they are to go on fr
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +142,15 @@ def make_heads(cfg: ModelConfig, rngs: nnx.Rngs) -> list[Head]:
     return [KINDS[cfg.mtp_kind](cfg, rngs=rngs) for _ in range(cfg.mtp_depth)]
 
 
+def gathered(head: Head, *, fsdp: bool, dtype: Any) -> Head:
+    """A head whose weights, but for its experts', are made whole where fsdp cuts them; see `sharding.whole`."""
+    if not fsdp:
+        return head
+    graphdef, state = nnx.split(head)
+    experts, rest = nnx.split_state(state, lambda path, _: path[0] == "experts", ...)
+    return nnx.merge(graphdef, experts, whole(rest, fsdp=fsdp, dtype=dtype))
+
+
 def run_heads(
     heads: Iterable[Head],
     embedding: Callable[[Array], Array],
@@ -151,6 +161,7 @@ def run_heads(
     *,
     remat: str = "none",
     fsdp: bool = False,
+    dtype: Any = None,
 ) -> tuple[tuple[Array, ...], tuple[LayerRouting, ...]]:
     """All heads over whole rows, for training.
 
@@ -159,16 +170,19 @@ def run_heads(
         h: the trunk's output, as `mtp_input` has it.
         mask: tokens that count for load.
         remat: all but "none" computes each head anew in the backward pass.
-        fsdp: as in `scan_stack`.
+        fsdp, dtype: as in `scan_stack`.
     Returns: (hidden states, head k's (from 0) [B, T-1-k, D]; routing of those heads that have experts).
     """
 
-    def plain(head, *args) -> tuple[Array, LayerRouting | None]:
+    def run(head, *args) -> tuple[Array, LayerRouting | None]:
+        # Split and merged, as in scan_stack: nnx.remat would write to variables that an outer trace holds.
         graphdef, state = nnx.split(head)
-        experts, rest = nnx.split_state(state, lambda path, _: path[0] == "experts", ...)
-        return nnx.merge(graphdef, experts, whole(rest, fsdp=fsdp))(*args)
 
-    run = plain if remat == "none" else nnx.remat(plain)
+        def plain(state, *args):
+            return gathered(nnx.merge(graphdef, state), fsdp=fsdp, dtype=dtype)(*args)
+
+        return (plain if remat == "none" else jax.checkpoint(plain))(state, *args)
+
     out, routings = [], []
     for k, head in enumerate(heads, start=1):
         short = tokens.shape[1] - k  # later positions have no token k places on

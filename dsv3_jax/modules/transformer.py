@@ -1,7 +1,7 @@
 """The whole model: embedding, dense layers, sparse layers, norm, head, and the multi-token heads on the side."""
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -57,7 +57,7 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        self.embed = param(rngs, (cfg.vocab_size, cfg.dim), ("vocab", "dim"), cfg.init_std)
+        self.embed = param(rngs, (cfg.vocab_size, cfg.dim), ("vocab", "dim"), cfg.init_std, exact=True)
         self.dense = stack(lambda r: DenseBlock(cfg, rngs=r), cfg.num_dense_layers, rngs)
         self.sparse = stack(lambda r: SparseBlock(cfg, rngs=r), cfg.num_sparse_layers, rngs)
         self.experts = Experts(cfg, cfg.num_sparse_layers, rngs=rngs) if cfg.num_sparse_layers else None
@@ -102,9 +102,7 @@ class Transformer(nnx.Module):
         x = self.embedding(tokens)
         rows, routing = [], None
         if self.dense is not None:
-            x, dense_rows = scan_stack(
-                self.dense, lambda m, x, _: m(x, at, kind), x, remat=cfg.remat, fsdp=cfg.layout.fsdp
-            )
+            x, dense_rows = scan_stack(self.dense, lambda m, x, _: m(x, at, kind), x, remat=cfg.remat, **self._how)
             rows.append(dense_rows)
         if self.sparse is not None and self.experts is not None:
             experts = self.experts.arrays()
@@ -114,15 +112,11 @@ class Transformer(nnx.Module):
                 x, layer_rows, layer_routing, thread = block(x, at, mask, experts, thread, layer, kind)
                 return (x, thread), (layer_rows, layer_routing)
 
-            (x, _), (sparse_rows, routing) = scan_stack(
-                self.sparse, body, (x, experts), remat=cfg.remat, fsdp=cfg.layout.fsdp
-            )
+            (x, _), (sparse_rows, routing) = scan_stack(self.sparse, body, (x, experts), remat=cfg.remat, **self._how)
             rows.append(sparse_rows)
         h = self.norm(x)
         read = h if cfg.mtp_input == "normed" else x
-        mtp_h, mtp_routing = run_heads(
-            self.mtp, self.embedding, read, tokens, at, mask, remat=cfg.remat, fsdp=cfg.layout.fsdp
-        )
+        mtp_h, mtp_routing = run_heads(self.mtp, self.embedding, read, tokens, at, mask, remat=cfg.remat, **self._how)
         return Trace(x, h, mtp_h, routing, mtp_routing, jnp.concatenate(rows))
 
     def ready(self) -> Ready | None:
@@ -172,9 +166,9 @@ class Transformer(nnx.Module):
                 carry, _ = sparse_layer(block, carry, jnp.asarray(i, jnp.int32), experts)
             return carry
         if self.dense is not None:
-            carry, _ = scan_stack(self.dense, dense_layer, carry, fsdp=self.cfg.layout.fsdp)
+            carry, _ = scan_stack(self.dense, dense_layer, carry, **self._how)
         if self.sparse is not None:
-            carry, _ = scan_stack(self.sparse, sparse_layer, carry, fsdp=self.cfg.layout.fsdp)
+            carry, _ = scan_stack(self.sparse, sparse_layer, carry, **self._how)
         return carry
 
     def _decode_anew(self, tokens: Array, cache: Cache) -> tuple[Array, Cache]:
@@ -191,7 +185,7 @@ class Transformer(nnx.Module):
 
     def embedding(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Rows of the embedding table, in the compute dtype."""
-        table = whole(self.embed, fsdp=self.cfg.layout.fsdp)[...]
+        table = whole(self.embed, **self._how)[...]
 
         def local(table, tokens):
             return (), jnp.take(table, tokens, axis=0, mode="clip").astype(self.compute_dtype)
@@ -200,12 +194,17 @@ class Transformer(nnx.Module):
 
     def head_matrix(self) -> Float[Array, "D W"]:
         """What turns a hidden state into logits, shared by all depths, in the compute dtype."""
-        table = whole(self.embed if self.head is None else self.head, fsdp=self.cfg.layout.fsdp)[...]
+        table = whole(self.embed if self.head is None else self.head, **self._how)[...]
         return (table.T if self.head is None else table).astype(self.compute_dtype)
 
     def logits(self, h: Float[Array, "*n D"]) -> Float[Array, "*n W"]:
         """float32 logits of normed hidden states."""
         return jnp.dot(h, self.head_matrix(), preferred_element_type=jnp.float32)
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        """How a mesh's weights are made whole, see `sharding.whole`."""
+        return {"fsdp": self.cfg.layout.fsdp, "dtype": self.compute_dtype}
 
     @property
     def compute_dtype(self):

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.ops.quantize import dequantize_rows
+from dsv3_jax.ops.varying import as_varying
 
 BLOCK_ELEMENTS = 1 << 16  # numbers visited at a time on a CPU: a quarter of a megabyte, measured best
 
@@ -96,9 +97,13 @@ def cached_attention(
         return out * keep[..., None] + part, new_top, total * keep + p.sum(-1)
 
     shape = q.shape[:3]
-    out = jnp.zeros((*shape, width if shared else parts[1]), wide)
     # Row 0 is seen by all, so that maxima are finite from the first block on.
-    start = out, jnp.full(shape, -jnp.inf, wide), jnp.zeros(shape, wide)
+    start = (
+        jnp.zeros((*shape, width if shared else parts[1]), wide),
+        jnp.full(shape, -jnp.inf, wide),
+        jnp.zeros(shape, wide),
+    )
+    start = tuple(as_varying(x, q, stored.rows) for x in start)
     out, _, total = jax.lax.fori_loop(0, last.max() // block + 1, visit, start)
     # The rope part rode along in the product: cutting it off here costs less than a copy of each block without it.
     return (out / total[..., None]).astype(q.dtype)[..., : parts[0] if shared else None]

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.ops.dispatch_blocks import blocks_swiglu
 from dsv3_jax.ops.dispatch_plan import Plan, plan
+from dsv3_jax.ops.varying import zeros
 
 
 class Experts(NamedTuple):
@@ -173,12 +174,15 @@ def few_tokens_swiglu(
     experts: Experts,
     layer: Int[Array, ""],
     rows: int | None = None,
+    *,
+    all_here: bool = True,
 ) -> Float[Array, "n D"]:
     """`routed_swiglu` for decoding, where the time goes into reading matrices: a loop over the chosen experts alone.
 
     A visit reads one expert from the stack and multiplies it with `rows` of its tokens, the next ones too where it has
     fewer: products of a few rows cost little more than of one. An expert with more tokens is visited again. None is 4
-    rows, or 8 where experts have as many. Takes no gradient.
+    rows, or 8 where experts have as many. Where not `all_here`, id E is an expert on another device, which is passed
+    over: its gate must be 0. Takes no gradient.
     """
     n, num_choices = expert_ids.shape
     num_experts = experts.w_gate.shape[1]
@@ -194,9 +198,9 @@ def few_tokens_swiglu(
         return (jax.nn.silu(mine @ w_gate) * (mine @ w_up)) @ w_down
 
     gates = gates.astype(x.dtype)
-    if n == 1:  # nothing to sort
+    if n == 1 and all_here:  # nothing to sort
         return jax.lax.fori_loop(
-            0, num_choices, lambda k, y: y + gates[0, k] * visit(expert_ids[0, k], x), jnp.zeros_like(x)
+            0, num_choices, lambda k, y: y + gates[0, k] * visit(expert_ids[0, k], x), zeros(x.shape, x, experts.w_gate)
         )
     rows = rows or (4 if n * num_choices < 8 * num_experts else 8)
     p = plan(expert_ids, num_experts)
@@ -213,7 +217,7 @@ def few_tokens_swiglu(
         # What a visit writes of the next expert's rows, the next visit writes over.
         return jax.lax.dynamic_update_slice(out, visit(expert[i], mine), (first[i], zero))
 
-    out = jnp.zeros((n * num_choices + rows, x.shape[1]), x.dtype)
+    out = zeros((n * num_choices + rows, x.shape[1]), x, experts.w_gate)
     out = jax.lax.fori_loop(0, ends[-1], add_visit, out)
     return (out[p.place] * gates[..., None]).sum(axis=1)
 

@@ -1,0 +1,11 @@
+"""The lab: a question, a few variants of one recipe, some seeds, and the table and picture that answer it.
+
+A study is a folder of `experiments/` with a `run.py`, which lists its variants as diffs of a base recipe. Running it
+trains what is missing, measures it, and writes results.json, the picture and the table of README.md.
+"""
+
+from dsv3_jax.lab.results import Column, Results
+from dsv3_jax.lab.study import After, Study
+from dsv3_jax.lab.work import Trained
+
+__all__ = ["After", "Column", "Results", "Study", "Trained"]

@@ -1,0 +1,84 @@
+"""Group-limited routing: how many groups a token may reach, against the loss."""
+
+import sys
+from functools import partial
+
+import jax
+import numpy as np
+from flax import nnx
+
+from dsv3_jax.config import replace
+from dsv3_jax.lab import Column, Study, drawing
+
+GROUPS = 8
+
+
+def variants(base):
+    cfg = base.model
+    cfg = replace(
+        cfg, num_experts=64, experts_per_token=6, expert_dim=cfg.experts_per_token * cfg.expert_dim // 6,
+        num_groups=GROUPS, groups_per_token=GROUPS,
+    )  # fmt: skip
+    return {
+        f"{kept} of {GROUPS} groups": replace(base, model=replace(cfg, groups_per_token=kept)) for kept in (8, 4, 2, 1)
+    }
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def expert_ids(graphdef, state, batch):
+    model = nnx.merge(graphdef, state)
+    return model.trace(batch["tokens"], batch["segment_ids"], batch["positions"]).routing.expert_ids
+
+
+def groups_reached(ids, experts_in_group):
+    """How many groups the experts of a token lie in: ids [..., K] → counts [...]."""
+    groups = np.sort(np.asarray(ids) // experts_in_group, axis=-1)
+    return 1 + (np.diff(groups, axis=-1) != 0).sum(-1)
+
+
+def measure(trained):
+    cfg = trained.run.model
+    graphdef, state = nnx.split(trained.model)
+    counts = []
+    for batch in trained.held_out():
+        ids = expert_ids(graphdef, state, {k: batch[k] for k in ("tokens", "segment_ids", "positions")})
+        reached = groups_reached(ids, cfg.num_experts // cfg.num_groups)
+        counts.append(reached[:, batch["segment_ids"] != 0])
+    reached = float(np.concatenate(counts, axis=1).mean())
+    # Tokens lie anywhere, so that one of the groups that a token reaches is its own device's one time in G.
+    return {"reached": reached, "copies": reached * (1 - 1 / cfg.num_groups)}
+
+
+def draw(results, path):
+    label = "groups that a token reaches, mean over held-out text and layers"
+    drawing.against(results, path, "reached", label, "What less traffic costs")
+
+
+def ours(results):
+    first = results.variants[0]
+    found = {
+        name: (results.values(name, "copies"), results.paired(name, first, "val_loss")) for name in results.variants
+    }
+    return "; ".join(
+        f"{name}: {copies.mean():.2f} copies, {loss.mean():+.3f}" for name, (copies, loss) in found.items()
+    )
+
+
+STUDY = Study(
+    script=__file__,
+    question="What does it cost in loss that a token may reach only a few groups of experts?",
+    published="DeepSeek-V2: 3 of 8 devices is nearly as good as no limit; V3 takes 4 of 8 groups",
+    variants=variants,
+    measure=measure,
+    columns=(
+        Column("groups reached", "reached", 2),
+        Column("copies sent, a group a device", "copies", 2),
+        Column("validation loss", "val_loss", 4, paired=True),
+        Column("MaxVio", "max_vio_global", 2),
+    ),
+    draw=draw,
+    ours=ours,
+)
+
+if __name__ == "__main__":
+    sys.exit(STUDY.main())

@@ -1,0 +1,131 @@
+"""DeepSeek-V3 on meshes of real clusters' sizes, on paper. Writes plan_results.json and plan_table.md beside itself.
+
+python experiments/scale/plan_table.py [train|decode|tpu]
+"""
+
+import sys
+from pathlib import Path
+
+import process
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "plan_results.json"
+
+# (device, mesh, layout, microbatches): sequences of 4,096 tokens, one for each device of data × expert and microbatch.
+TRAIN = [
+    ("h800", dict(data=128, expert=16), dict(fsdp=True, exchange="gather")),
+    ("h800", dict(data=128, expert=16), dict(fsdp=True, exchange="all_to_all")),
+    ("h800", dict(data=32, expert=64), dict(fsdp=True, exchange="all_to_all")),
+    ("h800", dict(data=8, expert=64, tensor=4), dict(fsdp=True, exchange="all_to_all")),
+    ("v5p", dict(data=32, expert=16), dict(fsdp=True, exchange="all_to_all")),
+    ("v5p", dict(data=8, expert=64), dict(fsdp=True, exchange="all_to_all")),
+]
+# (device, mesh, sequences, context), bfloat16 weights and latent cache
+DECODE = [
+    ("h800", dict(expert=64), 2048, 4096),
+    ("h800", dict(expert=256), 8192, 4096),
+    ("h800", dict(data=2, expert=64, tensor=2), 8192, 4096),
+    ("v5p", dict(expert=32), 1024, 4096),
+    ("v5p", dict(expert=64), 4096, 4096),
+]
+# What libtpu makes of V3 cut to a few layers, with as many devices as layers need memory for
+TPU = [("v5p", "tpu:v5p:4x4x4", dict(data=4, expert=16), dict(fsdp=True, exchange="all_to_all"), 8)]
+
+
+def case(kind: str, device: str, mesh: dict, layout: dict, rows: int = 0, context: int = 4096, **more) -> dict:
+    import math
+
+    from dsv3_jax import cost, devices, sharding
+    from dsv3_jax.config import Layout, replace
+    from dsv3_jax.presets import recipe
+
+    target = more.get("target")
+    if target is None:
+        devices.fake_cpus(math.prod(mesh.values()))
+    sizes = dict.fromkeys(sharding.AXES, 1) | mesh
+    on = devices.tpu_mesh(target, sizes) if target else sharding.make_mesh(**sizes)
+    run = recipe("v3")
+    model = replace(run.model, layout=Layout(**layout), num_layers=more.get("layers", run.model.num_layers))
+    if kind == "train":
+        data = replace(run.data, batch_size=cost.batch_parts(on))
+        found = cost.train_cost(replace(run, model=model, data=data), on, target=target)
+    else:
+        found = cost.decode_cost(model, on, rows, context, target=target)
+    least = found.least_seconds(devices.DEVICES[device])
+    known = found.sent.known()
+    return {
+        "held": found.held,
+        "made": found.made,
+        "temporaries": found.temporaries,
+        "total": found.total,
+        "fits": found.fits(devices.DEVICES[device].memory),
+        "memory": devices.DEVICES[device].memory,
+        "flops": found.flops,
+        "tokens_a_device": found.tokens / on.size,
+        "sent": known.wire,
+        "sent_by_kind": known.by_kind(),
+        "sent_by_axes": {"+".join(axes): amount for axes, amount in known.by_axes().items()},
+        "sent_a_further_turn": found.sent.wire - known.wire,
+        "least_seconds": least,
+        "compile_seconds": found.seconds,
+        "refused": found.refused,
+    }
+
+
+def spell(mesh: dict, layout: dict) -> str:
+    return "×".join(f"{axis} {size}" for axis, size in mesh.items()) + (", fsdp" if layout.get("fsdp") else "")
+
+
+def gb(count: float) -> str:
+    return f"{count / 1e9:,.1f}"
+
+
+def rows_of(results: dict) -> str:
+    """Markdown tables of all cases."""
+    parts = []
+    for kind, title in (("train", "Training step"), ("decode", "Decoding step"), ("tpu", "Compiled for TPU")):
+        rows = []
+        for key, r in results.get(kind, {}).items():
+            device, where, rest = key.split(" | ")
+            if "failed" in r:
+                rows.append([device, where, rest, r["failed"], *[""] * 6])
+                continue
+            held, known = sum(r["held"].values()), sum(r["made"].values())
+            temporaries = "" if r["temporaries"] is None else gb(max(0, r["temporaries"] - known))
+            fits = "yes" if r["fits"] else "no"
+            seconds = r["least_seconds"]
+            rows.append(
+                [device, where, rest, gb(held), gb(known), temporaries, f"{gb(r['total'])}: {fits}"]
+                + [gb(r["sent"]), f"{seconds['FLOPs'] + 0:.3g}", f"{seconds['wire']:.3g}"]
+            )
+        if rows:
+            head = ["device", "mesh", "", "held, GB", "gradients", "temporaries", "in all: fits", "sent, GB"]
+            parts.append(f"### {title}\n\n" + process.table(head + ["FLOPs, s", "wire, s"], rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def main(chosen: list[str]) -> None:
+    import json
+
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    jobs = [("train", d, m, lay, dict(kind="train")) for d, m, lay in TRAIN]
+    jobs += [("decode", d, m, {}, dict(kind="decode", rows=r, context=c)) for d, m, r, c in DECODE]
+    jobs += [("tpu", d, m, lay, dict(kind="train", target=t, layers=n)) for d, t, m, lay, n in TPU]
+    for group, device, mesh, layout, more in jobs:
+        if chosen and group not in chosen:
+            continue
+        rest = {"train": layout.get("exchange", ""), "tpu": f"{more.get('layers')} layers"}.get(
+            group, f"{more.get('rows')} sequences of {more.get('context')}"
+        )
+        key = f"{device} | {spell(mesh, layout)} | {rest}"
+        results.setdefault(group, {})[key] = found = process.run(
+            __file__, device=device, mesh=mesh, layout=layout, **more
+        )
+        process.save(RESULTS, results)
+        print(key, found.get("failed") or f"{gb(found['total'])} GB, {gb(found['sent'])} GB sent", flush=True)
+    (HERE / "plan_table.md").write_text(rows_of(results))
+
+
+if __name__ == "__main__":
+    if not process.work(case):
+        main(sys.argv[1:])

@@ -1,0 +1,126 @@
+"""Decoding on a mesh says what a single device says, and neither the cache nor the experts' weights ever move."""
+
+import importlib
+import re
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from models import random_model, small, tokens_of
+from runs import make_run
+
+from dsv3_jax import cli, sharding
+from dsv3_jax.checkpoint import claim, load_model
+from dsv3_jax.config import ConfigError, Layout
+from dsv3_jax.generate import generate
+
+pytestmark = pytest.mark.usefixtures("light_compiles")
+
+# What "tensor" cuts is even; one expert's matrix is larger than all that a step may send.
+CFG = small(num_layers=2, num_dense_layers=0, num_heads=4, vocab_size=38, expert_dim=32, mtp_depth=1, dispatch="dense")
+NEW = 8
+LENGTHS = (1, 5, 40, 3, 9, 2, 21, 4)
+PROMPTS = [tokens_of(CFG, 1, n, seed=i)[0].tolist() for i, n in enumerate(LENGTHS)]
+SAMPLED = dict(temperature=0.8, top_k=9, top_p=0.95, seed=3)
+DRAFTED = dict(draft="mtp", draft_length=2)
+
+
+def model_of(cfg=CFG, mesh=None, seed=0):
+    """A random model, on a mesh where there is one."""
+    graphdef, state = nnx.split(random_model(cfg, seed))
+    if mesh is not None:
+        state = jax.device_put(state, sharding.state_sharding(state, mesh, fsdp=cfg.layout.fsdp))
+    return nnx.merge(graphdef, state)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    made = {}
+
+    def of(rows, settings):
+        """What one device says. Greedy rows are what they are without drafts, and in any company."""
+        if "temperature" not in settings:
+            rows_said, settings = len(PROMPTS), {}
+        else:
+            rows_said = rows
+        key = rows_said, *sorted(settings.items())
+        if key not in made:
+            made[key] = generate(model_of(), PROMPTS[:rows_said], NEW, **settings).tokens
+        return made[key][:rows]
+
+    return of
+
+
+INT8 = dict(cache="expanded", cache_dtype="int8")
+CASES = {  # (data, expert, tensor), sequences, settings, layout
+    "8,1,1": ((8, 1, 1), 8, {}, Layout()),
+    "1,8,1 one sequence": ((1, 8, 1), 1, {}, Layout()),
+    "2,4,1 fsdp, uneven, drafted": ((2, 4, 1), 3, DRAFTED, Layout(fsdp=True)),
+    "2,2,2 sampled from int8 heads": ((2, 2, 2), 8, SAMPLED | INT8, Layout()),
+    "2,2,2 sampled, drafted": ((2, 2, 2), 8, SAMPLED | DRAFTED, Layout()),
+}
+
+
+@pytest.mark.parametrize("sizes, rows, settings, layout", CASES.values(), ids=CASES)
+def test_a_mesh_says_what_one_device_says(alone, sizes, rows, settings, layout):
+    model = model_of(replace(CFG, layout=layout), sharding.make_mesh(*sizes))
+    got = generate(model, PROMPTS[:rows], NEW, **settings)
+    assert got.tokens == alone(rows, settings)
+    assert len({token for row in got.tokens for token in row}) > 2  # a model that says one thing could not fail
+
+
+def test_a_draft_model_on_the_mesh(alone):
+    mesh, cfg = sharding.make_mesh(1, 2, 2), replace(CFG, num_layers=1, mtp_depth=0)
+    got = generate(model_of(mesh=mesh), PROMPTS[:2], NEW, draft=model_of(cfg, mesh, seed=1), draft_length=2)
+    assert got.tokens == alone(2, {})
+
+
+def test_a_draft_model_elsewhere_is_refused():
+    for here, there in ((sharding.make_mesh(2), None), (None, sharding.make_mesh(2))):
+        with pytest.raises(ValueError, match="the draft model does not lie on the mesh that the model lies on"):
+            generate(model_of(mesh=here), PROMPTS[:1], NEW, draft=model_of(mesh=there))
+
+
+SENDS = re.compile(r"= (.*) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+
+
+def sent(text):
+    """Numbers in the results of each collective of a compiled program."""
+    for shapes in SENDS.findall(text):
+        for sizes in re.findall(r"\[([\d,]*)\]", shapes):
+            yield int(np.prod([int(n) for n in sizes.split(",") if n]))
+
+
+def test_neither_cache_nor_experts_move(monkeypatch):
+    """In the compiled step nothing is sent that is as large as what one device holds of either."""
+    compiled, module = [], importlib.import_module("dsv3_jax.generate")
+    decode = module._decode
+
+    def look(*args, **kwargs):
+        compiled.append((args[4].cache, decode.lower(*args, **kwargs).compile().as_text()))
+        raise InterruptedError
+
+    monkeypatch.setattr(module, "_decode", look)
+    with pytest.raises(InterruptedError):  # all is compiled already, for a case above
+        generate(model_of(mesh=sharding.make_mesh(2, 2, 2)), PROMPTS, NEW, **SAMPLED | DRAFTED)
+    ((cache, text),) = compiled
+    largest, rows = max(sent(text)), len(PROMPTS)
+    assert rows // 4 * 3 * CFG.dim <= largest < CFG.dim * CFG.expert_dim  # a token's width, but no expert's matrix
+    shard = cache.stored.rows.addressable_shards[0].data
+    assert shard.shape[1] == rows // 4 and largest < shard.size
+
+
+def test_what_does_not_fit_the_mesh_is_one_sentence(tmp_path, capsys):
+    claim(tmp_path / "run", make_run("nowhere"))
+    for mesh, sentence in (
+        ("expert=3", "num_experts=8 is not divisible by mesh data=1,expert=3,tensor=1"),
+        ("tensor=4", "num_heads=2 is not divisible by mesh data=1,expert=1,tensor=4"),
+        ("expert=9", "mesh data=1,expert=9,tensor=1 needs 9 devices, and there are 8 here"),
+    ):
+        assert cli.main(["generate", str(tmp_path / "run"), "--mesh", mesh]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err) == ("", f"dsv3: {sentence}\n")
+    with pytest.raises(ConfigError, match="num_heads=2"):
+        load_model(tmp_path / "run", sharding.make_mesh(1, 1, 4))
