@@ -64,7 +64,7 @@ class Cost:
         return not self.refused and self.total <= memory
 
     def least_seconds(self, device: Device) -> dict[str, float]:
-        """Below which no step of such devices can be, by what they would wait for."""
+        """What a step of such devices would take if one thing were all that it waits for, at their makers' figures."""
         return {
             "FLOPs": self.flops / device.flops,
             "memory": self.reads / device.memory_bandwidth,
@@ -119,16 +119,15 @@ def batch_parts(mesh: Mesh) -> int:
 def check_decode(cfg: ModelConfig, mesh: Mesh, batch: int, context: int) -> None:
     """Refuse a decoding step that a mesh cannot run.
 
-    Raises: ConfigError where batch or experts cannot be cut over the mesh, or the context is beyond max_positions.
+    Raises: ConfigError where batch, experts or heads cannot be cut over the mesh, or the context is beyond
+        max_positions.
     """
-    name = sharding.spell(mesh)
     parts = batch_parts(mesh)
     if batch < 1 or batch % parts:
-        raise ConfigError(f"decode_batch={batch} is not divisible by the {parts} parts of mesh {name}")
+        raise ConfigError(f"decode_batch={batch} is not divisible by the {parts} parts of mesh {sharding.spell(mesh)}")
     if not 0 < context <= cfg.max_positions:
         raise ConfigError(f"context={context} is not within 1 and the model's max_positions={cfg.max_positions}")
-    if cfg.num_experts % mesh.shape["expert"]:
-        raise ConfigError(f"num_experts={cfg.num_experts} is not divisible by mesh {name}")
+    sharding.check_model(mesh, cfg)
 
 
 def decode_cost(
