@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax.config import replace
+from dsv3_jax.expert_exchange import mean_reach
 from dsv3_jax.lab import Column, Study, drawing
 
 GROUPS = 8
@@ -46,7 +47,8 @@ def measure(trained):
         counts.append(reached[:, batch["segment_ids"] != 0])
     reached = float(np.concatenate(counts, axis=1).mean())
     # Tokens lie anywhere, so that one of the groups that a token reaches is its own device's one time in G.
-    return {"reached": reached, "copies": reached * (1 - 1 / cfg.num_groups)}
+    even = mean_reach(cfg, cfg.num_groups)
+    return {"reached": reached, "reached_if_even": even, "copies": reached * (1 - 1 / cfg.num_groups)}
 
 
 def draw(results, path):
@@ -72,7 +74,8 @@ STUDY = Study(
     measure=measure,
     columns=(
         Column("groups reached", "reached", 2),
-        Column("copies sent, a group a device", "copies", 2),
+        Column("were all choices as likely", "reached_if_even", 2),
+    Column("copies sent, a group a device", "copies", 2),
         Column("validation loss", "val_loss", 4, paired=True),
         Column("MaxVio", "max_vio_global", 2),
     ),
