@@ -29,9 +29,10 @@ from jax.sharding import Mesh
 
 from dsv3_jax import cluster, data, frozen, sharding, tokenizer
 from dsv3_jax.checkpoint import RUN_FILE, Checkpoints, claim
-from dsv3_jax.config import RunConfig, to_dict
+from dsv3_jax.config import ModelConfig, RunConfig, to_dict
 from dsv3_jax.counting import train_flops_per_token
 from dsv3_jax.evaluate import evaluate
+from dsv3_jax.expert_exchange import wire_bytes
 from dsv3_jax.metrics import LOAD_FILE, Metrics, Rows
 from dsv3_jax.ngram import Order2
 from dsv3_jax.ops import balance
@@ -141,7 +142,7 @@ def fit(
             last = step == run.steps
             if step % run.log_every == 0 or last or stopping or step == 1:
                 fetched = cluster.fetch(found_metrics, mesh)
-                row = _row(step, fetched) | speed.since_last(step)
+                row = _row(step, fetched, run.model) | speed.since_last(step)
                 metrics.write(row)
                 if fetched["load"].size and step % _load_every(run) == 0:
                     loads.write({"step": step, "load": np.asarray(fetched["load"]).astype(int).tolist()})
@@ -197,7 +198,7 @@ def _load_every(run: RunConfig) -> int:
     return run.log_every * max(1, run.steps // (LOAD_ROWS * run.log_every))
 
 
-def _row(step: int, found: dict) -> dict:
+def _row(step: int, found: dict, cfg: ModelConfig) -> dict:
     """A step's metrics as plain numbers."""
     row: dict = {"step": step, "loss": float(found["loss"])}
     if found["mtp_loss"].size:
@@ -207,6 +208,7 @@ def _row(step: int, found: dict) -> dict:
             row[key] = float(found[key])
     if found["crossed"]:
         row["crossed"] = float(found["crossed"])
+        row["wire_bytes"] = wire_bytes(row["crossed"], cfg, jnp.dtype(cfg.compute_dtype).itemsize)
     load = jnp.asarray(found["load"])
     if load.shape[0]:
         low, high = balance.min_max(load)

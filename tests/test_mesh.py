@@ -10,7 +10,7 @@ from runs import MODEL, assert_bitwise, cheap_compiles, fresh_state, make_run, p
 from dsv3_jax import sharding, train
 from dsv3_jax.checkpoint import Checkpoints
 from dsv3_jax.config import ConfigError, Layout, OptimConfig
-from dsv3_jax.train_step import make_step
+from dsv3_jax.train_step import make_step, model_of
 
 PLAIN = replace(MODEL, num_layers=1, mtp_depth=0)  # compiles in a third of the time
 B, T = 8, 12
@@ -92,6 +92,23 @@ def test_a_step_is_a_single_devices(alone, sizes, model, dispatch, parts, layout
     # 1e-5 of each tensor's largest entry; the first mean is 0.1 times the clipped gradient
     for a, b in zip(jax.tree.leaves(state.opt.mu), jax.tree.leaves(want_state.opt.mu), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+def test_experts_are_chosen_as_on_a_single_device():
+    run = replace(RUN, model=PLAIN)
+    tokens, state = make_batch()["tokens"], fresh_state(run)
+
+    @jax.jit
+    def chosen(state, tokens):
+        return model_of(run.model, state)(tokens).routing.expert_ids
+
+    want = np.asarray(chosen(state, tokens))
+    for sizes in ((8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)):
+        mesh = sharding.make_mesh(*sizes)
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(state, sharding.state_sharding(state, mesh))
+            got = chosen(placed, jax.device_put(tokens, sharding.batch_sharding(mesh)))
+        np.testing.assert_array_equal(got, want, err_msg=str(sizes))
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):
