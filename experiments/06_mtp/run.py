@@ -45,6 +45,7 @@ def draw(results, path):
             right.bar([at], [found.mean()], 0.18, color=f"C{i % 10}", alpha=0.6, label=label)
             right.plot(np.full(len(found), at), found, ".", color="0.2", markersize=5)
     drawing.panel(right, "Drafts that stand on held-out text", "", "%, where those before it stood")
+    right.set_ylim(0, 100)
     right.set_xticks([0, 1], ["first draft", "second draft"])
     right.legend(frameon=False, fontsize=8)
     write_figure(figure, path)

@@ -194,6 +194,7 @@ def draw(results, path):
         (here, "batch 1", f"batch {BATCH}"),
     ):
         ax.axhline(1, color="0.5", linewidth=0.8)
+        ax.set_ylim(bottom=0)
         ax.plot([], [], "-", color="0.4", label=full)
         ax.plot([], [], ":", color="0.4", label=dotted)
         ax.legend(frameon=False, fontsize=8)

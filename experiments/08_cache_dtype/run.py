@@ -77,6 +77,9 @@ def draw(results, path):
         left.plot([], [], marks[dtype], color="0.4", fillstyle="none", label=dtype)
     drawing.panel(left, "Loss against the cache's size", "cache, bytes a token", "validation loss, nats a token")
     left.set_xscale("log")
+    sizes = sorted({size for *_, size, _ in found})
+    left.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=8)
+    left.minorticks_off()
     title = f"What fewer bits change, against {EXACT}"
     drawing.panel(right, title, "", "10⁻³ nats a token; a dot is a seed")
     right.axhline(0, color="0.5", linewidth=0.8)
