@@ -43,12 +43,13 @@ def test_experts_are_sorted_by_the_domain_that_they_like(load):
 
 def test_keys_are_planted_and_taken_out_again(load):
     planted = load("10_yarn/planted.py")
-    text = planted.plain("The 3 Keys, é and 42 more. " * 20)
-    assert text == "the  keys,  and  more. " * 20
-    document = planted.with_keys(text, np.random.default_rng(0), but="A")
-    pairs = re.findall("([A-Z])([0-9])", document)
-    assert 50 < len(pairs) < 110 and len(set(pairs)) == len(dict(pairs))  # a key has one value
-    assert "A" not in dict(pairs) and planted.without_keys(document) == text
+    assert planted.plain("The 3 Keys, é and 42 more?! ") == "the  keys,  and  more "
+    text = planted.plain("the keys, and more. " * 400)
+    document = planted.with_keys(text, np.random.default_rng(0), but="!")
+    pairs = re.findall("([?!@])([A-Z0-9])", document)
+    assert 70 < len(pairs) < 250 and set(dict(pairs)) == {"?", "@"}
+    assert len(set(pairs)) == 2  # a key has one value
+    assert all(value in planted.VALUES[key] for key, value in pairs) and planted.without_keys(document) == text
 
 
 @pytest.mark.parametrize("distance", [16, 60, 198])
@@ -60,8 +61,9 @@ def test_a_question_has_one_answer_at_its_distance(load, distance):
         key, value = row[-2:]
         values.add(value)
         assert len(row) == 200 and row.count(key) == 2 and row[row.index(key) + 1] == value
+        assert not set(row[:-2].replace(key + value, "")) & set(planted.VALUES[key])
         assert abs(198 - row.index(key) - distance) <= 8
-        assert not re.search("[A-Z](?![0-9])|(?<![A-Z])[0-9]", row)  # every other key is whole
+        assert not re.search("[?!@](?![A-Z0-9])|(?<![?!@])[A-Z0-9]", row)  # every other key is whole
     assert len(values) > 3
 
 

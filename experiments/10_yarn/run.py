@@ -20,7 +20,7 @@ FACTOR = 4
 CORPUS = "runs/lab/keys.jsonl"  # below the repository
 BINS = 8  # of positions, equal parts of 4L
 DISTANCES = (1 / 8, 1 / 4, 1 / 2, 7 / 8, 5 / 4, 2, 3, 15 / 4)  # in L
-ROWS = 96  # questions of each distance
+ROWS = 64  # questions of each distance
 WAYS = {  # a line of the table: (variant, how it is read)
     "trained at L, as it is": ("L", "own"),
     "trained at L, YaRN, no further step": ("L", "yarn"),
@@ -73,7 +73,7 @@ def reading(trained, model):
     rows = [b["tokens"][(b["segment_ids"] == 1).all(1)] for b in val_batches(trained.corpus, words, cfg, 8)]
     tokens = np.concatenate(rows)  # of documents that fill the row
     nll, _ = scored(model, tokens)
-    is_text = ~np.isin(tokens[:, 1:], words.encode_array(planted.KEYS + planted.VALUES))
+    is_text = ~np.isin(tokens[:, 1:], words.encode_array(planted.PLANTED))
     bins = [(nll[:, part] * is_text[:, part]).sum() / is_text[:, part].sum() for part in position_bins(most)]
     home = [d for d in DISTANCES if d < 1]
     return {
@@ -137,7 +137,7 @@ def table(results):
         home = results.values(variant, f"{how}/home").mean(1)
         cells = [mean_spread(x, 3) for x in losses] + [mean_spread(100 * x, 1) + " %" for x in (home, *found)]
         rows.append([line, *cells])
-    return markdown(header, rows) + f"\n\nLoss in nats a byte of text; chance retrieves {planted.CHANCE:.0%}."
+    return markdown(header, rows) + f"\n\nLoss in nats a byte of text; chance retrieves {planted.CHANCE:.1%}."
 
 
 def split(values, inside):
