@@ -10,6 +10,6 @@ from dsv3_jax.presets import preset, recipe
 
 def __getattr__(name: str):
     """`dsv3_jax.train` and its like, imported when they are first used: they bring files, pictures and checkpoints."""
-    if name in ("train", "evaluate", "checkpoint", "counting", "tokenizer", "corpus", "data", "plots", "hf"):
+    if name in ("train", "evaluate", "checkpoint", "counting", "tokenizer", "corpus", "data", "plots", "hf", "stats"):
         return importlib.import_module(f"dsv3_jax.{name}")
     raise AttributeError(f"module 'dsv3_jax' has no attribute {name!r}")

@@ -73,37 +73,40 @@ class Checkpoints:
         if wait:
             self._manager.wait_until_finished()
 
-    def restore(self, mesh: Mesh | None = None) -> tuple[TrainState, dict[str, Any]] | None:
-        """The last whole checkpoint's state and data position; None when there is none.
+    def restore(self, mesh: Mesh | None = None, step: int | None = None) -> tuple[TrainState, dict[str, Any]] | None:
+        """A whole checkpoint's state and data position, the last one's or that of `step`; None when there is none.
 
         The state comes to lie where the mesh wants it, whatever mesh it was saved on; without one on a single device.
 
-        Raises: ValueError when the checkpoint does not fit the run's configuration.
+        Raises: ValueError when the checkpoint does not fit the run's configuration, or there is none of `step`.
         """
         if self.latest is None:
             return None
-        self._check_config()
+        steps = self._manager.all_steps()
+        if step is not None and step not in steps:
+            kept = ", ".join(map(str, sorted(steps)))
+            raise ValueError(f"there is no checkpoint of step {step} in {self.folder}: there are those of {kept}")
+        step = self.latest if step is None else step
+        self._check_config(step)
         target = abstract_state(self.run)
         where = sharding.state_sharding(target, mesh, fsdp=self.run.model.layout.fsdp)
         target = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), target, where)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
         try:
-            found = self._manager.restore(self.latest, args=args)
+            found = self._manager.restore(step, args=args)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"the checkpoint of step {self.latest} in {self.folder} is another model's than its configuration says"
+                f"the checkpoint of step {step} in {self.folder} is another model's than its configuration says"
             ) from error
         return found.state, found.data
 
-    def _check_config(self) -> None:
+    def _check_config(self, step: int) -> None:
         # First, for a restore of other shapes fails half-way and leaves Orbax's tasks behind.
-        found = self._manager.restore(self.latest, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+        found = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
         different = difference(from_dict(RunConfig, found), self.run)
         if different:
             key, a, b = different
-            raise ValueError(
-                f"the checkpoint of step {self.latest} in {self.folder} was saved with {key} {a!r}, not {b!r}"
-            )
+            raise ValueError(f"the checkpoint of step {step} in {self.folder} was saved with {key} {a!r}, not {b!r}")
 
 
 RUN_FILE, TOKENIZER_FILE = "run.json", "tokenizer.json"
@@ -166,18 +169,20 @@ def first_difference(a: dict, b: dict, prefix: str = "") -> tuple[str, Any, Any]
     return None
 
 
-def load_model(folder: str | Path, mesh: Mesh | None = None) -> tuple[Transformer, ModelConfig, RunConfig, int]:
-    """The model of a run's last checkpoint: (model, its configuration, the run, the step).
+def load_model(
+    folder: str | Path, mesh: Mesh | None = None, *, step: int | None = None
+) -> tuple[Transformer, ModelConfig, RunConfig, int]:
+    """The model of a run's checkpoint, the last or that of `step`: (model, its configuration, the run, the step).
 
     Args: mesh: where it comes to lie, whatever it was trained on; None is a single device.
-    Raises: ValueError when the folder holds no run, or no checkpoint yet, or (ConfigError) its model does not fit the
-        mesh.
+    Raises: ValueError when the folder holds no run, no checkpoint yet, or none of `step`, or (ConfigError) its model
+        does not fit the mesh.
     """
     run = read_run(folder)
     if mesh is not None:
         sharding.check_model(mesh, run.model)
     with Checkpoints(folder, run, read_only=True) as checkpoints:
-        found = checkpoints.restore(mesh)
+        found = checkpoints.restore(mesh, step)
     if found is None:
         raise ValueError(f"{folder} holds no checkpoint yet")
     state, _ = found

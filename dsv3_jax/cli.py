@@ -23,6 +23,7 @@ USAGE = """usage: dsv3 COMMAND …
   demo                 train the tiny model on text that this Python carries, look at it, and hear it speak
   train PRESET         train a model; the same command again goes on where it stopped
   eval RUN             held-out measures of a run's last checkpoint
+  stats RUN            where its tokens go: routing statistics of held-out text, as numbers, pictures and a page
   generate RUN         continue a prompt with a run's last checkpoint
   bench decode RUN     how fast a run's last checkpoint decodes, by cache, batch, context and draft
   convert FOLDER OUT   released weights (Hugging Face format) into a run, a run into them, or FP8 into another dtype
@@ -171,7 +172,7 @@ def _dispatch(words: list[str]) -> int:
     from dsv3_jax.presets import MODELS
 
     commands: dict[str, Callable[[list[str]], int]] = {
-        "demo": _demo, "train": _train, "eval": _eval, "generate": _generate, "bench": _bench,
+        "demo": _demo, "train": _train, "eval": _eval, "stats": _stats, "generate": _generate, "bench": _bench,
         "convert": _convert, "plan": _plan, "info": _info, "tokenizer": _tokenizer,
     }  # fmt: skip
     if not words or words[0] in ("-h", "--help"):
@@ -342,6 +343,14 @@ def _eval(words: list[str]) -> int:
                 f"greedy tokens the same {quality.agreement:.2%}, {quality.bytes_per_token} bytes a token"
             )
     return 0
+
+
+def _stats(words: list[str]) -> int:
+    from dsv3_jax.stats import command
+
+    args = _parse(command.Stats, words, "stats")
+    _prepare()
+    return command.stats(args)
 
 
 def _plain(value) -> str:

@@ -5,7 +5,7 @@ Training never ends and resumes exactly from two numbers; validation is a fixed 
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import grain
 import jax
@@ -30,12 +30,22 @@ class Batch(TypedDict):
     positions: start at 0 with each document of a row. Without `separate_documents` they run 0 … T-1 and segment_ids
         are all 1.
     domains: index into `Corpus.domains`.
+    documents: index into `Corpus.train`, of validation into `Corpus.val`.
     """
 
     tokens: Int32[np.ndarray, "B T"]
     segment_ids: Int32[np.ndarray, "B T"]
     positions: Int32[np.ndarray, "B T"]
     domains: Int32[np.ndarray, "B T"]
+    documents: Int32[np.ndarray, "B T"]
+
+
+class Piece(NamedTuple):
+    """Tokens of one document, to be laid beside others."""
+
+    tokens: Tokens
+    domain: int
+    document: int
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -73,15 +83,17 @@ class TrainBatches(Iterator[Batch]):
         fim_ids = tokenizer.fim_ids if cfg.fim_rate else None
         domain_ids = {domain: i for i, domain in enumerate(corpus.domains)}
 
-        def tokenise(piece: tuple[int, int, int], rng: np.random.Generator) -> tuple[Tokens, int]:
+        def tokenise(piece: tuple[int, int, int], rng: np.random.Generator) -> Piece:
             document, start, stop = piece
             text, domain = corpus.train[document]
             part = text[start:stop]
             if fim_ids and rng.random() < cfg.fim_rate:
-                return _fill_in_the_middle(part, tokenizer, fim_ids, rng), domain_ids[domain]
-            if stop < len(text):
-                return tokenizer.encode_array(part), domain_ids[domain]
-            return _encode(part, tokenizer), domain_ids[domain]
+                tokens = _fill_in_the_middle(part, tokenizer, fim_ids, rng)
+            elif stop < len(text):
+                tokens = tokenizer.encode_array(part)
+            else:
+                tokens = _encode(part, tokenizer)
+            return Piece(tokens, domain_ids[domain], document)
 
         pieces = _pieces(corpus.train, PIECE_ROWS * cfg.seq_len)
         order = grain.MapDataset.source(pieces).seed(cfg.seed % 2**32).shuffle().repeat()
@@ -94,12 +106,11 @@ class TrainBatches(Iterator[Batch]):
         missing = self._cfg.batch_size * self._cfg.seq_len
         pieces = []
         while missing:
-            tokens, domain = self._current
-            piece = tokens[self._offset : self._offset + missing]
-            pieces.append((piece, domain))
-            missing -= len(piece)
-            self._offset += len(piece)
-            if self._offset == len(tokens):
+            tokens = self._current.tokens[self._offset : self._offset + missing]
+            pieces.append(self._current._replace(tokens=tokens))
+            missing -= len(tokens)
+            self._offset += len(tokens)
+            if self._offset == len(self._current.tokens):
                 self._move(self._piece + 1, 0)
         batch = _lay_out(pieces, self._cfg.batch_size, self._cfg)
         mine = self._rows
@@ -108,6 +119,7 @@ class TrainBatches(Iterator[Batch]):
             segment_ids=batch["segment_ids"][mine],
             positions=batch["positions"][mine],
             domains=batch["domains"][mine],
+            documents=batch["documents"][mine],
         )
 
     def get_state(self) -> dict[str, Any]:
@@ -162,12 +174,12 @@ def val_batches(corpus: Corpus, tokenizer: Tokenizer, cfg: DataConfig, num_batch
 
 def _val_rows(corpus: Corpus, domain: int, tokenizer: Tokenizer, cfg: DataConfig) -> Iterator[Batch]:
     """Rows [1, T] of one domain; the last may end in padding."""
-    texts = [d.text for d in corpus.val if d.domain == corpus.domains[domain]]
+    texts = {i: d.text for i, d in enumerate(corpus.val) if d.domain == corpus.domains[domain]}
     pieces, room = [], cfg.seq_len
-    for window in _windows(texts, tokenizer, cfg.seq_len):
+    for document, window in _windows(texts, tokenizer, cfg.seq_len):
         while len(window):
-            pieces.append((window[:room], domain))
-            window, room = window[room:], room - len(pieces[-1][0])
+            pieces.append(Piece(window[:room], domain, document))
+            window, room = window[room:], room - len(pieces[-1].tokens)
             if not room:
                 yield _lay_out(pieces, 1, cfg)
                 pieces, room = [], cfg.seq_len
@@ -175,22 +187,25 @@ def _val_rows(corpus: Corpus, domain: int, tokenizer: Tokenizer, cfg: DataConfig
         yield _lay_out(pieces, 1, cfg)
 
 
-def _windows(texts: list[str], tokenizer: Tokenizer, length: int) -> Iterator[Tokens]:
-    """Every token of every text once, in windows of `length`: one of each text, then the next of each, in turn."""
+def _windows(texts: dict[int, str], tokenizer: Tokenizer, length: int) -> Iterator[tuple[int, Tokens]]:
+    """Every token of every text once, in windows of `length`: one of each text, then the next of each, in turn.
+
+    Each comes with its text's key.
+    """
     rng = np.random.default_rng(0)
-    open_texts = []  # (windows, index of the next one, how many are left)
+    keys, open_texts = list(texts), []  # (key, windows, index of the first one)
     for i in rng.permutation(len(texts)):
-        tokens = _encode(texts[i], tokenizer)
+        tokens = _encode(texts[keys[i]], tokenizer)
         windows = [tokens[start : start + length] for start in range(0, len(tokens), length)]
         first = int(rng.integers(len(windows)))
-        yield windows[first]
-        open_texts.append((windows, first))
+        yield keys[i], windows[first]
+        open_texts.append((keys[i], windows, first))
     for turn in itertools.count(1):
-        open_texts = [(windows, first) for windows, first in open_texts if len(windows) > turn]
+        open_texts = [text for text in open_texts if len(text[1]) > turn]
         if not open_texts:
             return
-        for windows, first in open_texts:
-            yield windows[(first + turn) % len(windows)]
+        for key, windows, first in open_texts:
+            yield key, windows[(first + turn) % len(windows)]
 
 
 def _encode(text: str, tokenizer: Tokenizer) -> Tokens:
@@ -208,17 +223,18 @@ def _fill_in_the_middle(
     return np.concatenate([*ids, np.array([tokenizer.eos_id], np.int32)])
 
 
-def _lay_out(pieces: list[tuple[Tokens, int]], rows: int, cfg: DataConfig) -> Batch:
-    """Lay pieces of (tokens, domain) end to end over `rows` rows of T; what they leave open is padding.
+def _lay_out(pieces: list[Piece], rows: int, cfg: DataConfig) -> Batch:
+    """Lay pieces end to end over `rows` rows of T; what they leave open is padding.
 
     Each piece is a segment, and so is what of it goes on in the next row.
     """
     shape = (rows, cfg.seq_len)
-    tokens, domains, starts = np.zeros((3, rows * cfg.seq_len), np.int32)
+    tokens, domains, documents, starts = np.zeros((4, rows * cfg.seq_len), np.int32)
     end = 0
-    for piece, domain in pieces:
-        begin, end = end, end + len(piece)
-        tokens[begin:end], domains[begin:end], starts[begin] = piece, domain, 1
+    for piece in pieces:
+        begin, end = end, end + len(piece.tokens)
+        tokens[begin:end], domains[begin:end], documents[begin:end] = piece
+        starts[begin] = 1
     columns = np.broadcast_to(np.arange(cfg.seq_len, dtype=np.int32), shape)
     real = np.arange(rows * cfg.seq_len).reshape(shape) < end
     starts = starts.reshape(shape)
@@ -232,4 +248,5 @@ def _lay_out(pieces: list[tuple[Tokens, int]], rows: int, cfg: DataConfig) -> Ba
         segment_ids=np.where(real, segment_ids, np.int32(0)),
         positions=np.where(real, positions, np.int32(0)),
         domains=domains.reshape(shape),
+        documents=documents.reshape(shape),
     )

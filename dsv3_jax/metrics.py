@@ -1,34 +1,52 @@
-"""A run's numbers: a line of JSON each, and the same to TensorBoard."""
+"""A run's numbers: a line of JSON each, and the same to TensorBoard; and each expert's load, in a file of its own."""
 
 import json
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
+METRICS_FILE, LOAD_FILE = "metrics.jsonl", "load.jsonl"
 
-class Metrics:
-    """The metrics of a run folder; rows after step `after` are dropped first, for they will be made again.
+
+class Rows:
+    """A file of JSON lines, each with a "step"; rows after step `after` are dropped first: they will be made again.
 
     With `read_only` nothing is written: of several processes one writes.
     """
 
-    def __init__(self, folder: Path, after: int, *, read_only: bool = False):
-        self._path = folder / "metrics.jsonl"
-        self._board = None
+    def __init__(self, path: Path, after: int, *, read_only: bool = False):
+        self._path, self._read_only = path, read_only
         if read_only:
             return
         kept = [row for row in self.rows() if row["step"] <= after]
-        part = self._path.with_suffix(".part")
+        part = path.with_suffix(".part")
         part.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        part.rename(self._path)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
+        part.rename(path)
 
     def write(self, row: dict) -> None:
         """Add a row; it must have a "step"."""
-        if self._board is None:
+        if self._read_only:
             return
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+    def rows(self) -> list[dict]:
+        """All rows so far."""
+        return read_rows(self._path)
+
+
+class Metrics(Rows):
+    """The metrics of a run folder, also for TensorBoard."""
+
+    def __init__(self, folder: Path, after: int, *, read_only: bool = False):
+        super().__init__(folder / METRICS_FILE, after, read_only=read_only)
+        self._board = None if read_only else SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
+
+    def write(self, row: dict) -> None:
+        """Add a row; it must have a "step"."""
+        super().write(row)
+        if self._board is None:
+            return
         for name, value in _flat(row):
             self._board.add_scalar(name, value, row["step"])
         self._board.flush()
@@ -38,17 +56,18 @@ class Metrics:
         if self._board is not None:
             self._board.close()
 
-    def rows(self) -> list[dict]:
-        """All rows so far; a last line cut short by a crash is left out."""
-        if not self._path.exists():
-            return []
-        rows = []
-        for line in self._path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return rows
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a file, none where it is absent; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
 
 
 def _flat(row: dict, prefix: str = "") -> list[tuple[str, float]]:

@@ -10,9 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from dsv3_jax.colours import DIVERGING
 
 DPI = 150
 
@@ -57,15 +60,12 @@ def routing_heatmap(
     Returns: the figure; the values drawn are `figure.axes[i].images[0].get_array()`, the main panel first.
     Raises: ValueError if a load is not [L, E] with E ≥ 2, is negative or not finite, or differs in shape.
     """
-    whole = _load_over_mean(load, title)
-    domains = {name: _load_over_mean(part, name) for name, part in (domain_loads or {}).items()}
+    whole = load_over_mean(load, title)
+    domains = {name: load_over_mean(part, name) for name, part in (domain_loads or {}).items()}
     for name, part in domains.items():
         if part.shape != whole.shape:
             raise ValueError(f"load of {name!r} has shape {part.shape}, the whole has {whole.shape}")
-    values = np.stack([whole, *domains.values()])
-    values = values[np.isfinite(values)]
-    top = max(2.0, float(np.percentile(values, 99))) if values.size else 2.0
-    norm = TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=top)
+    norm, beyond = load_norm(np.stack([whole, *domains.values()]))
 
     num_layers = whole.shape[0]
     columns = min(max(len(domains), 1), 4)
@@ -91,20 +91,9 @@ def routing_heatmap(
         mean = f"mean MaxVio {np.nanmean(peaks) - 1:.2f}" if np.isfinite(peaks).any() else "no load"
         ax.set_title(f"{name} ({mean})", fontsize=9)
         _label_axes(ax, left=i % columns == 0)
-    bar = figure.colorbar(
-        image,
-        ax=figure.axes,
-        pad=0.01,
-        fraction=0.05,
-        aspect=figure.get_figheight() / 0.18,  # 0.18 inches wide whatever its height
-        extend="max" if values.size and values.max() > top else "neither",
-        extendfrac=0.12 / figure.get_figheight(),
-    )
-    bar.set_label("load / mean load", fontsize=8)
-    bar.ax.tick_params(labelsize=8)
-    ticks = [t for t in MaxNLocator(4).tick_values(1.0, top) if 1.0 < t <= top]
-    bar.set_ticks([0.0, 0.5, 1.0, *ticks])
-    _write_png(figure, path)
+        ax.yaxis.set_major_formatter(lambda y, _: _row_name(y, num_layers - mtp_blocks))
+    label_load_bar(colour_bar(figure, image, figure.axes, "max" if beyond else "neither"), norm)
+    write_png(figure, path)
     return figure
 
 
@@ -153,11 +142,11 @@ def training_curves(metrics: Sequence[Mapping], path: str | os.PathLike) -> Figu
         ax.spines[["top", "right"]].set_visible(False)
         if len(drawn) > 1:
             ax.legend(frameon=False, fontsize=8)
-    _write_png(figure, path)
+    write_png(figure, path)
     return figure
 
 
-def _load_over_mean(load, name: str) -> np.ndarray:
+def load_over_mean(load, name: str) -> np.ndarray:
     """load [L, E] → float64 [L, E], each layer divided by its mean; NaN where a layer has no load."""
     load = np.asarray(load, np.float64)
     if load.ndim != 2 or load.shape[0] < 1 or load.shape[1] < 2:
@@ -168,9 +157,33 @@ def _load_over_mean(load, name: str) -> np.ndarray:
     return np.divide(load, mean, out=np.full_like(load, np.nan), where=mean > 0)
 
 
+def load_norm(ratio: np.ndarray) -> tuple[TwoSlopeNorm, bool]:
+    """Colours of load / mean load, and whether some lie beyond the last: see `routing_heatmap`."""
+    values = ratio[np.isfinite(ratio)]
+    top = max(2.0, float(np.percentile(values, 99))) if values.size else 2.0
+    return TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=top), bool(values.size and values.max() > top)
+
+
+def colour_bar(figure: Figure, image, axes: Sequence[Axes], extend: str):
+    """A colour bar beside these axes: 0.18 inches wide whatever its height, its tips 0.12 long."""
+    height = figure.get_figheight()
+    return figure.colorbar(
+        image, ax=axes, pad=0.01, fraction=0.05, aspect=height / 0.18, extend=extend, extendfrac=0.12 / height
+    )
+
+
+def label_load_bar(bar, norm: TwoSlopeNorm) -> None:
+    """Ticks of a colour bar of load / mean load."""
+    bar.set_label("load / mean load", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    top = float(norm.vmax or 1.0)  # its type leaves room for none
+    ticks = [t for t in MaxNLocator(4).tick_values(1.0, top) if 1.0 < t <= top]
+    bar.set_ticks([0.0, 0.5, 1.0, *ticks])
+
+
 def _draw_load(ax, ratio: np.ndarray, norm: TwoSlopeNorm):
     """`ratio` [L, E] as an image, layer 0 on top."""
-    image = ax.imshow(ratio, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
+    image = ax.imshow(ratio, cmap=DIVERGING, norm=norm, aspect="auto", interpolation="nearest")
     ax.set_facecolor("0.8")  # shows through where a layer has no load
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(12 if ratio.shape[0] > 16 else 16, integer=True))
@@ -197,7 +210,7 @@ def _series(metrics: Sequence[Mapping], key: str, label: str) -> Iterator[tuple[
         yield label if len(values[0]) == 1 else f"{label} {k}", steps, [float(value) for value in column]
 
 
-def _write_png(figure: Figure, path: str | os.PathLike) -> None:
+def write_png(figure: Figure, path: str | os.PathLike) -> None:
     """Write beside `path`, then rename: a reader sees the old file or the new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

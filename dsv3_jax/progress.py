@@ -1,9 +1,10 @@
 """What a person sees of a run or a conversion: a live line on a terminal, plain lines elsewhere."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -17,6 +18,8 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 from rich.text import Text
+
+T = TypeVar("T")
 
 
 class Progress:
@@ -128,6 +131,14 @@ def _evaluation(row: dict) -> str:
     if row.get("mtp_acceptance"):
         text += ", MTP acceptance " + " ".join(f"{x:.0%}" for x in row["mtp_acceptance"])
     return text
+
+
+def counted(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """The items, with a bar of how many are done on stderr, where that is a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=20), TimeRemainingColumn())
+    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
+        yield from bar.track(items, total, description=what)
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """The training loop: batches in, a run folder out. The same call again goes on where the run stopped.
 
 A run folder holds run.json (the configuration), checkpoints/, metrics.jsonl (a line every `log_every` steps and one
-each evaluation), tensorboard/, and two pictures, routing.png and training.png. What happens on a start:
+each evaluation), load.jsonl (each expert's load, at steps of the former), tensorboard/, and two pictures, routing.png
+and training.png. What happens on a start:
 
     0. several processes (see `cluster`) agree that they mean one run; from here the first alone prints and writes
     1. the folder is claimed, or found to be this very run's; another run's is refused
     2. the last whole checkpoint is restored: parameters, optimizer, router bias, step and place in the data
-    3. metrics after that step are dropped, for they are about to be made again
+    3. metrics and load after that step are dropped, for they are about to be made again
     4. without a checkpoint, training begins at step 0 from the run's seed, with another run's weights where `start`
        names one, on another's trunk where `trunk` does: its multi-token heads then train alone
 """
@@ -31,7 +32,7 @@ from dsv3_jax.checkpoint import RUN_FILE, Checkpoints, claim
 from dsv3_jax.config import RunConfig, to_dict
 from dsv3_jax.counting import train_flops_per_token
 from dsv3_jax.evaluate import evaluate
-from dsv3_jax.metrics import Metrics
+from dsv3_jax.metrics import LOAD_FILE, Metrics, Rows
 from dsv3_jax.ngram import Order2
 from dsv3_jax.ops import balance
 from dsv3_jax.plots import routing_heatmap, training_curves
@@ -113,7 +114,9 @@ def fit(
             batches.set_state(place)
             resumed_from = int(state.step)
             progress.say(f"resumed from the checkpoint of step {resumed_from} in {checkpoints.folder}")
-        metrics = Metrics(out, after=resumed_from or 0, read_only=not cluster.is_first())
+        after, read_only = resumed_from or 0, not cluster.is_first()
+        metrics = Metrics(out, after, read_only=read_only)
+        loads = Rows(out / LOAD_FILE, after, read_only=read_only)
         step_fn = _compiled_step(run)
         speed = _Speed(run, peak)
         step, evaluation = int(state.step), None
@@ -134,8 +137,11 @@ def fit(
             stopping = cluster.any_of(asked.is_set()) or step == stop_after
             last = step == run.steps
             if step % run.log_every == 0 or last or stopping or step == 1:
-                row = _row(step, cluster.fetch(found_metrics, mesh)) | speed.since_last(step)
+                fetched = cluster.fetch(found_metrics, mesh)
+                row = _row(step, fetched) | speed.since_last(step)
                 metrics.write(row)
+                if fetched["load"].size and step % _load_every(run) == 0:
+                    loads.write({"step": step, "load": np.asarray(fetched["load"]).astype(int).tolist()})
                 progress.update(step, row)
             if step % run.eval_every == 0 or last:
                 with speed.paused():
@@ -199,6 +205,14 @@ def _describe(corpus: data.Corpus) -> str:
     parts = ", ".join(f"{name} {(train + val) / 1e6:.1f} MB" for name, (train, val) in sizes.items())
     held = sum(val for _, val in sizes.values())
     return f"text: {parts}; {held / 1e6:.2f} MB of it held out"
+
+
+LOAD_ROWS = 1000  # about so many steps of a run leave their load: a large model's is tens of kilobytes
+
+
+def _load_every(run: RunConfig) -> int:
+    """Steps between two rows of load.jsonl: a multiple of `log_every`."""
+    return run.log_every * max(1, run.steps // (LOAD_ROWS * run.log_every))
 
 
 def _row(step: int, found: dict) -> dict:

@@ -52,6 +52,9 @@ def test_an_epoch_is_every_document_once_in_an_order_of_its_own():
     found, domains = documents_of(take(data.train_batches(corpus, tokenizer, CFG), 60))
     got = [(tokenizer.decode(f), "ab"[d.pop()]) for f, d in zip(found, domains, strict=True) if len(d) == 1]
     assert len(got) == len(found) > 60  # no token has another document's domain
+    named = np.concatenate([b["documents"].ravel() for b in take(data.train_batches(corpus, tokenizer, CFG), 60)])
+    for document, i in zip(found, named[np.cumsum([len(f) for f in found]) - 1], strict=True):
+        assert tokenizer.decode(document) == corpus.train[i].text
     epochs = [got[:30], got[30:60]]
     assert Counter(epochs[0]) == Counter(epochs[1]) == want
     texts = list(want)
@@ -177,6 +180,10 @@ def test_validation_is_fixed_even_and_without_repetition():
     tokens, segments = (np.concatenate([b[k] for b in everything]) for k in ("tokens", "segment_ids"))
     want = Counter(t for d in corpus.val for t in [*d.text.encode(), EOS])
     assert Counter(tokens[segments > 0].tolist()) == want
+    # and each names its document
+    named = np.concatenate([b["documents"] for b in everything])
+    for i, document in enumerate(corpus.val):
+        assert sorted(tokens[(segments > 0) & (named == i)].tolist()) == sorted([*document.text.encode(), EOS])
     assert (np.diff((segments > 0).astype(int), axis=1) <= 0).all() and not tokens[segments == 0].any()
 
 

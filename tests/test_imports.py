@@ -19,9 +19,9 @@ FLOORS = [
     {"modules"},
     {"objective"},
     {
-        "checkpoint", "cluster", "corpus", "cost", "counting", "data", "devices", "evaluate", "frozen", "generate",
-        "hf", "hlo", "metrics", "ngram", "optim", "plots", "progress", "runtime", "source", "speculative", "stats",
-        "tokenizer", "train", "train_step",
+        "checkpoint", "cluster", "colours", "corpus", "cost", "counting", "data", "devices", "evaluate", "frozen",
+        "generate", "hf", "hlo", "metrics", "ngram", "optim", "plots", "progress", "runtime", "source", "speculative",
+        "stats", "tokenizer", "train", "train_step",
     },
     {"bench", "demo", "lab", "plan"},
     {"cli"},

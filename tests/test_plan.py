@@ -61,8 +61,8 @@ def test_a_training_step_holds_what_the_mesh_holds(trained):
 def test_what_a_training_step_sends(trained):
     """Every weight is gathered along data for use, and its gradient is added up along it."""
     sent = trained.sent.by_axes()
-    weights = trained.made["gradients"]  # float32: what the peer along data has is as much
-    assert sent[("data",)] > weights
+    weights = trained.made["gradients"]  # float32, and as much is with the peer along data: half of it travels, cast
+    assert weights / 2 < sent[("data",)] < 2 * weights
     assert {"all-gather", "reduce-scatter"} <= set(trained.sent.by_kind()) and trained.sent.unbounded == 0
     assert any("expert" in axes for axes in sent) and any("tensor" in axes for axes in sent)
     assert trained.flops > 0 and trained.seconds > 0

@@ -65,6 +65,7 @@ def assert_same_run(run, folder: Path, whole) -> None:
     assert_bitwise(state, want)
     assert place == want_place != data.train_batches(corpus_of(run), ByteTokenizer(), run.data).get_state()
     assert rows_of(folder) == rows_of(whole.folder)
+    assert (folder / "load.jsonl").read_text() == (whole.folder / "load.jsonl").read_text()
 
 
 def test_a_run_folder_holds_what_it_should(whole):

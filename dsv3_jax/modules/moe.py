@@ -28,6 +28,7 @@ class LayerRouting(NamedTuple):
 
     expert_ids: Array  # int32 [B, T, K]
     gates: Array  # float32 [B, T, K]
+    score_entropy: Array  # float32 [B, T]: of the scores of all experts; 1 is even, see balance.entropy
     load: Array  # float32 [E]: assignments of tokens that count
     balance_loss: Array  # float32 []: weighted, averaged over sequences
     dropped: Array  # float32 []: share of assignments dropped; 0 but for dispatch="capacity"
@@ -76,7 +77,7 @@ class MoE(nnx.Module):
         cfg = self.cfg
         picked = self.route(x)
         flat, ids, gates, scores = (a.reshape(-1, a.shape[-1]) for a in (x, *picked))
-        load, sequence_loss = self._measure(picked, mask)
+        load, sequence_loss, score_entropy = self._measure(picked, mask)
         dropped = crossed = jnp.zeros((), jnp.float32)
         if cfg.dispatch == "capacity":
             one, thread = dispatch.take_layer(experts, thread, layer)
@@ -96,7 +97,7 @@ class MoE(nnx.Module):
         balance_loss = cfg.balance.sequence_alpha * sequence_loss
         if cfg.balance.switch_alpha:
             balance_loss += cfg.balance.switch_alpha * balance.switch_loss(scores, ids, mask.reshape(-1))
-        stats = LayerRouting(picked.expert_ids, picked.gates, load, balance_loss, dropped, crossed)
+        stats = LayerRouting(picked.expert_ids, picked.gates, score_entropy, load, balance_loss, dropped, crossed)
         return y, stats, thread
 
     def decode(
@@ -124,8 +125,9 @@ class MoE(nnx.Module):
         # Row by row, for the compiler would gather the scores of all tokens to find each one's largest.
         return by_rows(local, (self.w_router[...], self.bias[...]), x)[1]
 
-    def _measure(self, picked: routing.Routing, mask: Bool[Array, "B T"]) -> tuple[Array, Array]:
-        """(load [E], the sequence-wise loss without its weight, mean over sequences; 0 where it has none)."""
+    def _measure(self, picked: routing.Routing, mask: Bool[Array, "B T"]) -> tuple[Array, Array, Array]:
+        """(load [E]; the sequence-wise loss without its weight, mean over sequences; 0 where it has none; each token's
+        entropy of scores [B, T])."""
         cfg = self.cfg
 
         def local(picked, mask):
@@ -133,10 +135,11 @@ class MoE(nnx.Module):
             total = jnp.zeros((), jnp.float32)
             if cfg.balance.sequence_alpha:
                 total = balance.sequence_loss(picked.scores, cfg.experts_per_token, mask).sum()
-            return (load, as_varying(total, load)), ()
+            # Looked at, never learnt from: without the stop its zero gradient would be worked out as well.
+            return (load, as_varying(total, load)), balance.entropy(jax.lax.stop_gradient(picked.scores))
 
-        (load, total), _ = by_rows(local, (), picked, mask)
-        return load, total / mask.shape[0]
+        (load, total), score_entropy = by_rows(local, (), picked, mask)
+        return load, total / mask.shape[0], score_entropy
 
 
 def pick_backend(dispatch_name: str) -> str:
