@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
+from dsv3_jax import stats
 from dsv3_jax.config import Balance, replace
 from dsv3_jax.data import load_corpus, val_batches
 from dsv3_jax.lab import Column, Study, drawing
@@ -27,8 +28,6 @@ def variants(base):
 
 def measure(trained):
     """I(expert; domain) layer by layer, what a shuffle of the documents' domains gives, and each domain's load."""
-    from dsv3_jax import stats
-
     # The validation side has a handful of English documents: half of all are read here, of most of which training
     # has seen nothing.
     cfg = replace(trained.run.data, val_fraction=0.5, seed=0)
@@ -77,8 +76,10 @@ def draw(results, path):
                 ax.set_xlabel("expert, by the domain that it likes best", fontsize=8)
     bar = figure.colorbar(image, ax=maps, location="bottom", shrink=0.5, aspect=50, extend="max")
     bar.set_label("load of an expert within the domain / even load", fontsize=8)
-    side = figure.add_subplot(grid[:, len(shown)])
+    side, below = figure.add_subplot(grid[:-1, len(shown)]), figure.add_subplot(grid[-1, len(shown)])
     draw_information(side, results, count)
+    below.legend(*side.get_legend_handles_labels(), frameon=False, fontsize=8, loc="center")
+    below.set_axis_off()
     write_figure(figure, path)
 
 
@@ -92,7 +93,6 @@ def draw_information(ax, results, count):
     drawing.panel(ax, "I(expert; domain)\n×: 95 % of shuffled documents", "sparse layer", "bits")
     ax.set_xticks(range(count))
     ax.set_ylim(bottom=0)
-    ax.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
 
 def over_mean(load_by_domain):

@@ -161,7 +161,7 @@ def draw(results, path):
     for ax in (left, right):
         ax.axvline(length, color="0.5", linewidth=0.8)
         ax.annotate(" L", (length, 0.99), xycoords=("data", "axes fraction"), va="top", fontsize=9, color="0.4")
-    left.legend(frameon=False, fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=3, loc="outside lower center")
     write_figure(figure, path)
 
 
