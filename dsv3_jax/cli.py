@@ -49,7 +49,8 @@ class Demo:
 class Train:
     """Train a preset. Every key of the run can be given; the rest is the preset's recipe.
 
-    With --trunk, model and data are the trunk's: what remains to say is --model.mtp-kind and --model.mtp-depth.
+    With --start, model and data are those of the run whose weights training begins with; a converted run is one, too.
+    With --trunk they are the trunk's: what remains to say is --model.mtp-kind and --model.mtp-depth.
     """
 
     out: Path
@@ -245,6 +246,10 @@ def _train_args(words: list[str]) -> Train:
         from dsv3_jax.frozen import on_trunk
 
         run = on_trunk(run, trunk, _given(rest, "--out"))
+    elif start := _given(rest, "--start"):
+        from dsv3_jax.source import on_weights
+
+        run = on_weights(run, start, _given(rest, "--out"))
     return _parse(Train, rest, "train PRESET", default=Train(out=tyro.MISSING, run=run))
 
 

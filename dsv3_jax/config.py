@@ -329,6 +329,7 @@ class RunConfig:
     log_every: int = 10
     seed: int = 0
     trunk: str | None = None  # a run whose last trunk is taken and held still: the multi-token heads alone train
+    start: str | None = None  # a run whose last weights training begins with
 
     def __post_init__(self):
         _check_types(self)
@@ -349,6 +350,10 @@ class RunConfig:
         _require(
             self.trunk is None or self.model.mtp_depth > 0,
             f"mtp_depth={self.model.mtp_depth} leaves nothing to train on the frozen trunk {self.trunk!r}",
+        )
+        _require(
+            self.trunk is None or self.start is None,
+            f"a run begins with start={self.start!r} or on trunk={self.trunk!r}, not with both",
         )
 
 

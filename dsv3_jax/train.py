@@ -8,8 +8,8 @@ and training.png. What happens on a start:
     1. the folder is claimed, or found to be this very run's; another run's is refused
     2. the last whole checkpoint is restored: parameters, optimizer, router bias, step and place in the data
     3. metrics and load after that step are dropped, for they are about to be made again
-    4. without a checkpoint, training begins at step 0 from the run's seed, on another run's trunk where `trunk` names
-       one: its multi-token heads then train alone
+    4. without a checkpoint, training begins at step 0 from the run's seed, with another run's weights where `start`
+       names one, on another's trunk where `trunk` does: its multi-token heads then train alone
 """
 
 import importlib.metadata
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dsv3_jax import cluster, data, frozen, sharding, tokenizer
+from dsv3_jax import cluster, data, frozen, sharding, source, tokenizer
 from dsv3_jax.checkpoint import RUN_FILE, Checkpoints, claim
 from dsv3_jax.config import ModelConfig, RunConfig, to_dict
 from dsv3_jax.counting import train_flops_per_token
@@ -39,7 +39,7 @@ from dsv3_jax.ops import balance
 from dsv3_jax.plots import routing_heatmap, training_curves
 from dsv3_jax.progress import Progress
 from dsv3_jax.runtime import gemm_flops
-from dsv3_jax.train_step import first_bad_tensor, init_state, make_step, model_of
+from dsv3_jax.train_step import TrainState, first_bad_tensor, init_state, make_step, model_of
 
 _compiled_step = lru_cache(maxsize=4)(make_step)  # a run resumed in one process compiles once
 
@@ -77,18 +77,18 @@ def fit(
         stop_after: save and return once this step is reached, as SIGTERM would have it.
         quiet: print nothing.
     Raises:
-        ValueError: another run's folder, unreadable data, a tokenizer larger than the vocabulary, a trunk of another
-            model, or a loss that is not finite (NonFiniteLoss); the last good checkpoint stays. ConfigError: batch or
-            experts that cannot be cut over the mesh, or processes that disagree on what to train.
+        ValueError: another run's folder, unreadable data, a tokenizer larger than the vocabulary, a start or trunk of
+            another model, or a loss that is not finite (NonFiniteLoss); the last good checkpoint stays. ConfigError:
+            batch or experts that cannot be cut over the mesh, or processes that disagree on what to train.
         OSError: no room for a checkpoint; the ones before stay.
     """
     if mesh is not None:
         sharding.check(mesh, run)
     out = Path(out)
-    spec = frozen.tokenizer_of(run, out)
+    spec = source.tokenizer_of(run, out)
     words = tokenizer.load(spec)
-    if run.trunk is not None and not (out / RUN_FILE).exists():
-        frozen.check(run, words)  # before anything is written
+    if not (out / RUN_FILE).exists():  # before anything is written
+        _check_beginning(run, words)
     data.check_vocab(words, run.model.vocab_size)
     corpus = data.load_corpus(run.data)
     rows = None if mesh is None else cluster.rows_held(mesh, run.data.batch_size)
@@ -97,7 +97,7 @@ def fit(
     _agree(run, mesh, stop_after, corpus)
     cluster.by_first(lambda: claim(out, run))
     if spec != run.data.tokenizer:
-        cluster.by_first(lambda: frozen.copy_tokenizer(spec, run))
+        cluster.by_first(lambda: source.copy_tokenizer(spec, run))
     peak = _peak(run, mesh)
     with (
         Progress(run.steps, quiet=quiet or not cluster.is_first()) as progress,
@@ -108,11 +108,8 @@ def fit(
         progress.say(_describe(corpus))
         found = checkpoints.restore(mesh)
         resumed_from = None
-        if found is None and run.trunk is None:
-            state = init_state(run, mesh)
-        elif found is None:
-            state, at = frozen.start(run, words, mesh)
-            progress.say(f"the trunk is that of step {at} in {run.trunk}; the multi-token heads alone train")
+        if found is None:
+            state = _begin(run, words, mesh, progress)
         else:
             state, place = found
             batches.set_state(place)
@@ -168,6 +165,27 @@ def fit(
         metrics.close()
         progress.finished(evaluation, order2, out)
     return Fitted(step, True, resumed_from, evaluation, order2)
+
+
+def _check_beginning(run: RunConfig, words: tokenizer.Tokenizer) -> None:
+    """Raises: ValueError for another run to begin with that does not fit."""
+    if run.trunk is not None:
+        frozen.check(run, words)
+    elif run.start is not None:
+        source.check(run, words)
+
+
+def _begin(run: RunConfig, words: tokenizer.Tokenizer, mesh: Mesh | None, progress: Progress) -> TrainState:
+    """The state of step 0."""
+    if run.trunk is not None:
+        state, at = frozen.start(run, words, mesh)
+        progress.say(f"the trunk is that of step {at} in {run.trunk}; the multi-token heads alone train")
+    elif run.start is not None:
+        state, at = source.begin(run, words, mesh)
+        progress.say(f"the weights are those of step {at} in {run.start}")
+    else:
+        state = init_state(run, mesh)
+    return state
 
 
 def _agree(run: RunConfig, mesh: Mesh | None, stop_after: int | None, corpus: data.Corpus) -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from runs import MODEL, assert_bitwise, cheap_compiles, fresh_state, make_run, p
 from runs import write_text as text_in
 
 from dsv3_jax import frozen, sharding, tokenizer, train
-from dsv3_jax.checkpoint import Checkpoints, claim, load_model
+from dsv3_jax.checkpoint import Checkpoints, claim, load_model, read_run
 from dsv3_jax.config import DataConfig
 from dsv3_jax.train_step import first_bad_tensor, make_step
 
@@ -171,7 +172,7 @@ def test_model_data_and_tokenizer_are_the_trunks(root, trunk, tmp_path, monkeypa
     cli = unhooked_cli()
     cli._prepare = lambda: None
     mine, out = tmp_path / "mine", tmp_path / "out"
-    text = frozen.read_run(trunk).data.paths[0]
+    text = read_run(trunk).data.paths[0]
     mine.mkdir()
     tokenizer.train_bpe(["a b c d e f g h i j k l m n o p " * 9], 260, str(mine / "tokenizer.json"))
     data = DataConfig((text,), str(mine / "tokenizer.json"), seq_len=16, batch_size=4, val_fraction=0.3)
@@ -180,7 +181,7 @@ def test_model_data_and_tokenizer_are_the_trunks(root, trunk, tmp_path, monkeypa
     argv = ["train", "tiny", f"--out={out}", "--trunk", str(mine), *words]
     assert cli.main(argv) == 0
     assert "the trunk is that of step 7" in capfd.readouterr().out
-    run = frozen.read_run(out)
+    run = read_run(out)
     assert run.model == replace(TRUNK, mtp_depth=1, mtp_kind="medusa")
     assert run.data == replace(data, tokenizer=str(out / "tokenizer.json")) and run.trunk == str(mine)
     shutil.rmtree(mine)
@@ -192,7 +193,7 @@ def test_model_data_and_tokenizer_are_the_trunks(root, trunk, tmp_path, monkeypa
 
 
 def test_the_trunks_biases_come_along(trunk, tmp_path):
-    run = make_run(frozen.read_run(trunk).data.paths[0], model=replace(TRUNK, num_dense_layers=0))
+    run = make_run(read_run(trunk).data.paths[0], model=replace(TRUNK, num_dense_layers=0))
     save(tmp_path / "sparse", run)
     still = cut(frozen.start(run_on(str(tmp_path / "sparse")), WORDS)[0])[1]
     assert_bitwise(still, cut(fresh_state(run))[1])
@@ -201,7 +202,7 @@ def test_the_trunks_biases_come_along(trunk, tmp_path):
 
 def test_nothing_is_written_into_the_trunk(trunk, whole):
     """A half-written checkpoint there may be that of a run which goes on: it is not cleaned away."""
-    half = frozen.Path(trunk) / "checkpoints" / "9.orbax-checkpoint-tmp-1"
+    half = Path(trunk) / "checkpoints" / "9.orbax-checkpoint-tmp-1"
     half.mkdir()
     frozen.start(run_on(trunk), WORDS)
     assert half.exists()

@@ -20,8 +20,8 @@ FLOORS = [
     {"objective"},
     {
         "checkpoint", "cluster", "colours", "corpus", "cost", "counting", "data", "devices", "evaluate", "frozen",
-        "generate", "hf", "hlo", "metrics", "ngram", "optim", "plots", "progress", "runtime", "speculative", "stats",
-        "tokenizer", "train", "train_step",
+        "generate", "hf", "hlo", "metrics", "ngram", "optim", "plots", "progress", "runtime", "source", "speculative",
+        "stats", "tokenizer", "train", "train_step",
     },
     {"bench", "demo", "lab", "plan"},
     {"cli"},

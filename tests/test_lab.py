@@ -269,8 +269,9 @@ SCRIPTS = sorted((HERE / "experiments").glob("[0-9][0-9]_*/run.py"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.parent.name)
-def test_every_study_is_whole(script):
+def test_every_study_is_whole(script, monkeypatch):
     """Its variants can be, cut short and as mini; its page has a question, a place and a verdict."""
+    monkeypatch.syspath_prepend(script.parent)
     spec = importlib.util.spec_from_file_location("a_study", script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,6 +1,6 @@
 """Pictures of a study: what most of them need."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +40,11 @@ def dots_by_variant(ax: Axes, results: Results, key: str, title: str, unit: str)
     ax.invert_yaxis()
 
 
-def curves(ax: Axes, results: Results, name: str, title: str, unit: str) -> None:
-    """A curve of every variant over the steps: the mean over seeds, and a shade from the least to the most."""
+def curves(ax: Axes, results: Results, name: str, title: str, unit: str, only: Collection[str] | None = None) -> None:
+    """A curve of every variant over the steps, or of those named: mean over seeds, a shade from least to most."""
     for i, variant in enumerate(results.variants):
+        if only is not None and variant not in only:
+            continue
         steps, values = results.curve(variant, name)
         ax.plot(steps, values.mean(0), label=variant, color=f"C{i % 10}", linewidth=1.4)
         ax.fill_between(steps, values.min(0), values.max(0), color=f"C{i % 10}", alpha=0.15, linewidth=0)

@@ -1,0 +1,144 @@
+"""Whether experts come to stand for domains: load by domain, layer by layer, loss-free against an auxiliary loss."""
+
+import sys
+
+import numpy as np
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+
+from dsv3_jax import stats
+from dsv3_jax.config import Balance, replace
+from dsv3_jax.data import load_corpus, val_batches
+from dsv3_jax.lab import Column, Study, drawing
+from dsv3_jax.lab.results import write_figure
+
+NONE = Balance(bias_rate=0.0, sequence_alpha=0.0)
+WAYS = {  # as in 03_balance, whose runs these are
+    "Switch loss, α 1e-2": replace(NONE, switch_alpha=1e-2),
+    "sequence-wise, α 3e-3": replace(NONE, sequence_alpha=3e-3),
+    "loss-free, γ 3e-3": replace(NONE, bias_rate=3e-3),
+    "loss-free + sequence-wise": replace(NONE, bias_rate=3e-3, sequence_alpha=1e-4),
+    "none": NONE,
+}
+
+
+def variants(base):
+    return {name: replace(base, model=replace(base.model, balance=way)) for name, way in WAYS.items()}
+
+
+def measure(trained):
+    """I(expert; domain) layer by layer, what a shuffle of the documents' domains gives, and each domain's load."""
+    # The validation side has a handful of English documents: half of all are read here, of most of which training
+    # has seen nothing.
+    cfg = replace(trained.run.data, val_fraction=0.5, seed=0)
+    corpus = load_corpus(cfg)
+    batches = val_batches(corpus, trained.tokenizer, cfg, trained.run.eval_batches)
+    found = stats.collect(trained.model, batches, trained.tokenizer, corpus.domains)
+    special = stats.specialisation(found)
+    excess = special.bits - special.shuffled_mean
+    return {
+        "domains": list(found.domains),
+        "load_by_domain": found.load_by_domain.tolist(),  # [N, L, E]
+        "documents": np.bincount(found.document_domains, minlength=len(found.domains)).tolist(),
+        "bits": special.bits.tolist(),
+        "shuffled": special.shuffled_mean.tolist(),
+        "shuffled_95": special.shuffled_95.tolist(),
+        "excess": excess.tolist(),
+        "excess_mean": float(excess.mean()),
+        "share": float(special.share.mean()),
+    }
+
+
+def layers_of(results):
+    return len(results.records(results.variants[0])[0]["numbers"]["bits"])
+
+
+def draw(results, path):
+    """A row for each variant: heat maps of the first seed's layers, and the information of all seeds."""
+    names, count = results.variants, layers_of(results)
+    shown = sorted({0, count // 2, count - 1})
+    figure = Figure(figsize=(4.2 * len(shown) + 3.6, 1.5 * len(names) + 1.2), layout="constrained")
+    grid = figure.add_gridspec(len(names), len(shown) + 1, width_ratios=[*[4.0] * len(shown), 3.4])
+    norm = TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=3.0)
+    maps = []
+    for row, name in enumerate(names):
+        numbers = results.records(name)[0]["numbers"]
+        ratio = over_mean(np.array(numbers["load_by_domain"], np.float64))
+        for column, layer in enumerate(shown):
+            ax = figure.add_subplot(grid[row, column])
+            maps.append(ax)
+            part = ratio[:, layer]
+            image = ax.imshow(part[:, by_favourite(part)], cmap="RdBu_r", norm=norm, aspect="auto")
+            ax.set_yticks(range(len(part)), numbers["domains"] if column == 0 else [], fontsize=8)
+            ax.set_xticks([])
+            ax.set_title(f"{name}: layer {layer}, {numbers['bits'][layer]:.3f} bits", fontsize=9)
+            if row == len(names) - 1:
+                ax.set_xlabel("expert, by the domain that it likes best", fontsize=8)
+    bar = figure.colorbar(image, ax=maps, location="bottom", shrink=0.5, aspect=50, extend="max")
+    bar.set_label("load of an expert within the domain / even load", fontsize=8)
+    side, below = figure.add_subplot(grid[:-1, len(shown)]), figure.add_subplot(grid[-1, len(shown)])
+    draw_information(side, results, count)
+    below.legend(*side.get_legend_handles_labels(), frameon=False, fontsize=8, loc="center")
+    below.set_axis_off()
+    write_figure(figure, path)
+
+
+def draw_information(ax, results, count):
+    for i, name in enumerate(results.variants):
+        bits, chance = results.values(name, "bits"), results.values(name, "shuffled_95")
+        places = np.arange(count) + 0.12 * (i - (len(results.variants) - 1) / 2)
+        ax.plot(places, bits.mean(0), "_", color=f"C{i}", markersize=11, markeredgewidth=2.5, label=name)
+        ax.plot(np.broadcast_to(places, bits.shape), bits, ".", color=f"C{i}", alpha=0.6)
+        ax.plot(places, chance.mean(0), "x", color=f"C{i}", markersize=5)
+    drawing.panel(ax, "I(expert; domain)\n×: 95 % of shuffled documents", "sparse layer", "bits")
+    ax.set_xticks(range(count))
+    ax.set_ylim(bottom=0)
+
+
+def over_mean(load_by_domain):
+    """Counts [N, L, E] over a domain's even load: 1 is even, whatever the size of the domain."""
+    return load_by_domain / np.maximum(load_by_domain.mean(-1, keepdims=True), 1e-20)
+
+
+def by_favourite(ratio):
+    """The order of experts, [N, E] → [E]: by the domain that has most of each, the keenest first."""
+    return np.lexsort((-ratio.max(0), ratio.argmax(0)))
+
+
+def layer(index, key):
+    return lambda results, variant: results.values(variant, key)[:, index]
+
+
+def ours(results):
+    first = results.variants[0]
+    return "; ".join(
+        f"{name}: {results.values(name, 'excess_mean').mean():.3f} bits over chance"
+        + ("" if name == first else f" ({results.paired(name, first, 'excess_mean').mean():+.3f})")
+        for name in results.variants
+    )
+
+
+STUDY = Study(
+    script=__file__,
+    question="Do experts specialise by domain, and more so without an auxiliary loss?",
+    published="the loss-free model's experts specialise more than the auxiliary-loss model's (V3 report, figure 9)",
+    variants=variants,
+    measure=measure,
+    columns=(
+        Column("bits over chance, mean of layers", "excess_mean", 4, paired=True),
+        Column("first layer: bits", layer(0, "bits"), 4),
+        Column("shuffled", layer(0, "shuffled"), 4),
+        Column("95 %", layer(0, "shuffled_95"), 4),
+        Column("last layer: bits", layer(-1, "bits"), 4),
+        Column("shuffled", layer(-1, "shuffled"), 4),
+        Column("95 %", layer(-1, "shuffled_95"), 4),
+        Column("share of H(domain), %", "share", 1, scale=100.0),
+        Column("MaxVio", "max_vio_global", 2),
+        Column("validation loss", "val_loss", 4),
+    ),
+    draw=draw,
+    ours=ours,
+)
+
+if __name__ == "__main__":
+    sys.exit(STUDY.main())
