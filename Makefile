@@ -23,11 +23,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo demo-short test lint parity clean
+.PHONY: help demo demo-short notebooks test lint parity clean
 
 help:
 	@echo "make demo        train a small model, then show where its tokens go (minutes on two cores)"
 	@echo "make demo-short  the same, cut to seconds: does everything run?"
+	@echo "make notebooks   execute the notebooks anew, their outputs kept (some minutes)"
 	@echo "make test        all tests; PYTEST_ARGS is handed on, PYTHON=python3.13 chooses the Python"
 	@echo "make lint        style, format and types"
 	@echo "make parity      comparisons with torch and transformers, which it installs"
@@ -38,6 +39,9 @@ demo: $(VENV)/.installed
 
 demo-short: $(VENV)/.installed
 	$(BIN)/dsv3 demo --short --out runs/demo-short
+
+notebooks: $(VENV)/.installed-notebooks
+	$(BIN)/python notebooks/execute.py
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
@@ -73,6 +77,10 @@ $(VENV)/.installed: $(INPUTS) | $(BIN)/python
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.installed-notebooks: $(VENV)/.installed
+	$(PIP) --editable '.[notebooks]'
 	@touch $@
 
 $(VENV)/.installed-parity: $(VENV)/.installed-test
