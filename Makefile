@@ -23,11 +23,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo demo-short notebooks test lint parity clean
+.PHONY: help demo demo-short lab notebooks test lint parity clean
 
 help:
 	@echo "make demo        train a small model, then show where its tokens go (minutes on two cores)"
 	@echo "make demo-short  the same, cut to seconds: does everything run?"
+	@echo "make lab         the papers' questions, answered small: what has no results yet (LAB_ARGS=--fresh: all anew)"
 	@echo "make notebooks   execute the notebooks anew, their outputs kept (some minutes)"
 	@echo "make test        all tests; PYTEST_ARGS is handed on, PYTHON=python3.13 chooses the Python"
 	@echo "make lint        style, format and types"
@@ -39,6 +40,9 @@ demo: $(VENV)/.installed
 
 demo-short: $(VENV)/.installed
 	$(BIN)/dsv3 demo --short --out runs/demo-short
+
+lab: $(VENV)/.installed
+	$(BIN)/python -m dsv3_jax.lab $(LAB_ARGS)
 
 notebooks: $(VENV)/.installed-notebooks
 	$(BIN)/python notebooks/execute.py

@@ -175,8 +175,8 @@ def load_model(
     """The model of a run's checkpoint, the last or that of `step`: (model, its configuration, the run, the step).
 
     Args: mesh: where it comes to lie, whatever it was trained on; None is a single device.
-    Raises: ValueError when the folder holds no run, no checkpoint yet, or none of `step`, or (ConfigError) its model does
-        not fit the mesh.
+    Raises: ValueError when the folder holds no run, no checkpoint yet, or none of `step`, or (ConfigError) its model
+        does not fit the mesh.
     """
     run = read_run(folder)
     if mesh is not None:

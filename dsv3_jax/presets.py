@@ -162,6 +162,7 @@ RECIPES = {
         _TINY_RUN,
         model=LAB,
         data=DataConfig(seq_len=128, batch_size=16),
+        optim=OptimConfig(learning_rate=6e-3, final_learning_rate=3e-4, warmup_steps=20),
         steps=500,
         eval_every=250,
         eval_batches=32,

@@ -249,7 +249,7 @@ def test_help_lists_commands(answers):
         code, out, err = answers[name]
         assert (code, err) == (0, "")
         assert all(f"\n  {command} " in out for command in COMMANDS)
-        assert "tiny, mini, v2_lite, v2, v3" in out
+        assert "tiny, lab, mini, v2_lite, v2, v3" in out
 
 
 def test_info_is_the_reports_model(answers):

@@ -247,7 +247,7 @@ def test_presets_by_name():
 
 @pytest.mark.parametrize("find", [ds.preset, ds.recipe])
 def test_unknown_names_are_refused(find):
-    refused(find, "preset 'huge' is not one of tiny, mini, v2_lite, v2, v3", name="huge")
+    refused(find, "preset 'huge' is not one of tiny, lab, mini, v2_lite, v2, v3", name="huge")
 
 
 def test_config_error_is_a_value_error():

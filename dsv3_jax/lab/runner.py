@@ -135,7 +135,8 @@ def _show(worker: _Working, root: Path, bar: Progress) -> None:
     for line in reversed(lines):
         if line.startswith("{") and '"loss"' in line:
             row = json.loads(line)
-            bar.update(worker.task, completed=row["step"], line=f"loss {row['loss']:.3f}")
+            after = ", measuring" if row["step"] == worker.job.run["steps"] else ""
+            bar.update(worker.task, completed=row["step"], line=f"loss {row['loss']:.3f}{after}")
             return
 
 

@@ -9,7 +9,7 @@ from dsv3_jax.config import replace
 from dsv3_jax.evaluate import evaluate
 from dsv3_jax.lab import Column, Study, drawing
 from dsv3_jax.lab.results import write_figure
-from dsv3_jax.modules.transformer import Transformer
+from dsv3_jax.modules.transformer import abstract
 
 
 def variants(base):
@@ -22,9 +22,10 @@ def variants(base):
 
 def measure(trained):
     """The loss of the same weights where nothing is dropped any more."""
-    cfg = replace(trained.run.model, dispatch="auto")
-    model = Transformer(cfg, rngs=nnx.Rngs(0))
-    nnx.update(model, nnx.state(trained.model))
+    if trained.run.model.dispatch != "capacity":
+        return {"val_loss_no_drop": trained.numbers["val_loss"]}
+    shapes = abstract(replace(trained.run.model, dispatch="auto"))
+    model = nnx.merge(nnx.graphdef(shapes), nnx.state(trained.model))
     found = evaluate(model, trained.held_out(), trained.tokenizer)
     return {"val_loss_no_drop": found["val_loss"]}
 
