@@ -23,12 +23,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo demo-short lab test lint parity clean
+.PHONY: help demo demo-short lab notebooks test lint parity clean
 
 help:
 	@echo "make demo        train a small model, then show where its tokens go (minutes on two cores)"
 	@echo "make demo-short  the same, cut to seconds: does everything run?"
 	@echo "make lab         the papers' questions, answered small: what has no results yet (LAB_ARGS=--fresh: all anew)"
+	@echo "make notebooks   execute the notebooks anew, their outputs kept (some minutes)"
 	@echo "make test        all tests; PYTEST_ARGS is handed on, PYTHON=python3.13 chooses the Python"
 	@echo "make lint        style, format and types"
 	@echo "make parity      comparisons with torch and transformers, which it installs"
@@ -42,6 +43,9 @@ demo-short: $(VENV)/.installed
 
 lab: $(VENV)/.installed
 	$(BIN)/python -m dsv3_jax.lab $(LAB_ARGS)
+
+notebooks: $(VENV)/.installed-notebooks
+	$(BIN)/python notebooks/execute.py
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
@@ -77,6 +81,10 @@ $(VENV)/.installed: $(INPUTS) | $(BIN)/python
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.installed-notebooks: $(VENV)/.installed
+	$(PIP) --editable '.[notebooks]'
 	@touch $@
 
 $(VENV)/.installed-parity: $(VENV)/.installed-test

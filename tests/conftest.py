@@ -54,6 +54,7 @@ collect_ignore = ["parity/parity_reference.py"]
 
 # Two processes share the files, one file at a time: the longest must not be left for the end.
 LONGEST = (
+    "test_notebooks",
     "test_train",
     "test_objective",
     "test_speculative",
