@@ -33,7 +33,6 @@ def test_it_runs_and_gives_what_is_kept(path, tmp_path):
     env = {name: value for name, value in os.environ.items() if name != "DSV3_RUN"} | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # most of the time is compiling
     }
     command = [sys.executable, str(ROOT / "notebooks" / "execute.py"), "--to", str(tmp_path), str(path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
