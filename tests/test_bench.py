@@ -144,7 +144,7 @@ def test_a_draft_run_must_have_the_same_tokenizer(whole, monkeypatch, tmp_path):
     words, model = tmp_path / "tokenizer.json", abstract(whole.run.model)
     bench.tokenizer.train_bpe(["the same words, the same words " * 9], 280, str(words))
     other = replace(whole.run, data=replace(whole.run.data, tokenizer=str(words)))
-    monkeypatch.setattr(checkpoint, "load_model", lambda folder: (model, other.model, other, 12))
+    monkeypatch.setattr(checkpoint, "load_model", lambda folder, mesh=None: (model, other.model, other, 12))
     assert checkpoint.load_draft("other", other) is model
     with pytest.raises(ValueError, match="the draft run other has another tokenizer"):
         checkpoint.load_draft("other", whole.run)

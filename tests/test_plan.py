@@ -1,5 +1,6 @@
 """A plan's figures against what a mesh really holds; nothing is allocated; what cannot be is refused at once."""
 
+import gc
 from dataclasses import replace
 
 import jax
@@ -37,9 +38,10 @@ def held_by_the_first(tree) -> int:
 def trained() -> Cost:
     """Of a mesh of three axes with weights cut along all of them."""
     run = replace(RUN, model=replace(PLAIN, layout=Layout(fsdp=True)))
+    gc.collect()  # what other tests left
     before = len(jax.live_arrays())
     cost = train_cost(run, sharding.make_mesh(2, 2, 2))
-    assert len(jax.live_arrays()) == before  # a plan allocates nothing
+    assert len(jax.live_arrays()) <= before  # a plan allocates nothing
     return cost
 
 
@@ -75,9 +77,10 @@ def test_copies_of_a_model_add_up_their_gradients():
 
 
 def test_a_decoding_step_holds_what_the_mesh_holds():
+    gc.collect()  # what other tests left
     before = len(jax.live_arrays())
     cost = decode_cost(replace(PLAIN, mtp_depth=1), sharding.make_mesh(2, 2), 8, 20, weight_dtype="float32")
-    assert len(jax.live_arrays()) == before
+    assert len(jax.live_arrays()) <= before
     state = fresh_state(RUN)
     state = jax.device_put(state, sharding.state_sharding(state, sharding.make_mesh(2, 2)))
     cache = empty_cache(PLAIN, 1, 2, 20, "latent", "bfloat16")  # of a device's two of eight sequences
