@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dsv3_jax import tokenizer
+from dsv3_jax import native, tokenizer
 from dsv3_jax.cache import pick_dtype, pick_kind
 from dsv3_jax.checkpoint import load_draft, load_model
 from dsv3_jax.config import CacheDtype, CacheKind, ModelConfig, RunConfig
@@ -132,6 +132,8 @@ def decode(options: Decode) -> int:
         f"bound: weights and cache that a step must read, at the measured {bandwidth / 1e9:.1f} GB/s of copying",
         soft_wrap=True,
     )
+    why = native.why_not()
+    console.print(f"experts: by XLA, for {why}" if why else "experts: by the native kernel (float32)", soft_wrap=True)
     if options.json:
         rows = [asdict(cell) | asdict(result) for cell, result in timed.items()]
         report = {"step": step, "new_tokens": options.new_tokens, "copy_bandwidth": bandwidth, "cells": rows}

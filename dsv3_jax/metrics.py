@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
-
 METRICS_FILE, LOAD_FILE = "metrics.jsonl", "load.jsonl"
 
 
@@ -40,7 +38,11 @@ class Metrics(Rows):
 
     def __init__(self, folder: Path, after: int, *, read_only: bool = False):
         super().__init__(folder / METRICS_FILE, after, read_only=read_only)
-        self._board = None if read_only else SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
+        self._board = None
+        if not read_only:
+            from tensorboardX import SummaryWriter  # here: it imports torch, where there is one
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
 
     def write(self, row: dict) -> None:
         """Add a row; it must have a "step"."""

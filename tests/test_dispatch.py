@@ -8,6 +8,7 @@ import numpy as np
 import oracles
 import pytest
 
+from dsv3_jax import native
 from dsv3_jax.ops import dispatch
 
 BACKENDS = {name: partial(dispatch.routed_swiglu, backend=name) for name in ("blocks", "ragged_dot", "dense")}
@@ -127,6 +128,36 @@ def test_few_tokens_equal_dense(x64, rng, n, choose):
     wide = dispatch.side_by_side(stack, 1)
     y = jax.jit(dispatch.wide_swiglu, static_argnums=4)(x, ids, gates, wide, stack.w_gate.shape[1])
     np.testing.assert_allclose(y, expected, atol=1e-10)
+
+
+@pytest.fixture
+def native_kernel():
+    if why := native.why_not():
+        pytest.skip(why)
+    return jax.jit(native.few_tokens_swiglu)
+
+
+@pytest.mark.parametrize("choose", ["any", "two take all"])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 40])
+@pytest.mark.parametrize("sizes", [{}, dict(d=128, f=80), dict(d=7, f=130)], ids=str)
+def test_native_few_tokens_equal_dense(native_kernel, rng, n, choose, sizes):
+    """In float32, whose unit roundoff is 6e-8: sums of at most 130 products."""
+    x, ids, gates, *weights = (np.asarray(a) for a in case(rng, choose, n=n, **sizes))
+    expected = oracles.routed_swiglu_jnp(x, ids, gates, *weights)
+    stack = [np.stack([np.full_like(w, np.nan), w]) for w in weights]  # only layer 1 is read
+    y = native_kernel(x, ids, gates, *stack, np.int32(1))
+    np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
+    for i in range(0, n, 3):  # to the last bit the same without the others
+        one = slice(i, i + 1)
+        np.testing.assert_array_equal(native_kernel(x[one], ids[one], gates[one], *stack, np.int32(1))[0], y[i])
+
+
+def test_native_kernel_refuses_what_is_not_there(native_kernel, rng):
+    x, ids, gates, *weights = (np.asarray(a) for a in case(rng, "any", n=2))
+    stack = [w[None] for w in weights]
+    for wrong, layer in ((ids + 1000, 0), (ids - 1000, 0), (ids, 1), (ids, -1)):
+        with pytest.raises(Exception, match="outside the stack"):
+            jax.block_until_ready(native_kernel(x, wrong, gates, *stack, np.int32(layer)))
 
 
 # capacity

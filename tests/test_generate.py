@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from models import LIGHT, forward, random_model, small
 
+from dsv3_jax import native
 from dsv3_jax.cache import bytes_per_token, elements_per_token, empty_cache
 from dsv3_jax.generate import Loop, _decode, _prefill, _Static, check_request, generate, stream
 from dsv3_jax.modules import transformer
@@ -60,13 +61,25 @@ def test_each_prompt_alone_says_the_same(model, greedy):
         assert generate(model, [prompt], NEW, stop_tokens=[UNSAID]).tokens == [row]
 
 
-def test_large_experts_are_visited_one_by_one(model, greedy, monkeypatch):
-    """Small ones, as in all tests beside this, stand side by side as one wide product."""
-    monkeypatch.setattr(transformer, "SMALL_EXPERTS", 0)
-    graphdef, state = nnx.split(random_model(replace(CFG, init_std=0.29)))  # of its own, to be compiled anew
-    assert transformer.Transformer.ready(nnx.merge(graphdef, state)) is None
-    stacked = nnx.merge(graphdef, nnx.state(model))
-    assert generate(stacked, PROMPTS, NEW, stop_tokens=[UNSAID]).tokens == greedy
+@pytest.mark.parametrize("how", ["native", "side by side", "visited one by one"])
+def test_experts_are_read_in_any_way(model, greedy, monkeypatch, how):
+    """By the native kernel, as one wide product, or in a loop over those that were chosen."""
+    if how == "native":
+        if why := native.why_not():
+            pytest.skip(why)
+    else:
+        monkeypatch.setattr(native, "why_not", lambda: "the test says so")
+    if how == "visited one by one":
+        monkeypatch.setattr(transformer, "SMALL_EXPERTS", 0)
+    graphdef = nnx.graphdef(
+        random_model(replace(CFG, init_std=0.1 + len(how) / 100))
+    )  # of its own, to be compiled anew
+    other = nnx.merge(graphdef, nnx.state(model))
+    ready = other.ready()
+    assert (ready is None) == (how == "visited one by one")
+    if ready is not None:
+        assert all((experts is None) == (how == "native") for experts in ready.experts)
+    assert generate(other, PROMPTS, NEW, stop_tokens=[UNSAID]).tokens == greedy
 
 
 def test_stream_gives_the_tokens_of_generate(model, greedy):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax import native
 from dsv3_jax.cache import Cache, Kind
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.attention import from_zero, places, positions_of
@@ -37,7 +38,7 @@ class Ready(NamedTuple):
 
     dense: list[nnx.State]
     sparse: list[nnx.State]
-    experts: list[WideExperts]  # of the sparse layers
+    experts: list[WideExperts | None]  # of the sparse layers; None: read from the stack by the native kernel
     heads: list[WideExperts | None]  # of the multi-token heads
 
 
@@ -129,9 +130,12 @@ class Transformer(nnx.Module):
             or cfg.num_experts * cfg.dim * cfg.expert_dim > SMALL_EXPERTS
         ):
             return None
-        stack = self.experts.arrays()
-        heads = [side_by_side(h.experts.arrays(), 0) if hasattr(h, "experts") else None for h in self.mtp]
-        experts = [side_by_side(stack, layer) for layer in range(cfg.num_sparse_layers)]
+        experts: list[WideExperts | None] = [None] * cfg.num_sparse_layers
+        heads: list[WideExperts | None] = [None] * len(self.mtp)
+        if not native.serves(1, cfg.experts_per_token, cfg.num_experts, self.compute_dtype):
+            stack = self.experts.arrays()
+            heads = [side_by_side(h.experts.arrays(), 0) if hasattr(h, "experts") else None for h in self.mtp]
+            experts = [side_by_side(stack, layer) for layer in range(cfg.num_sparse_layers)]
         return Ready(unstack(self.dense), unstack(self.sparse), experts, heads)
 
     def decode(

@@ -1,0 +1,99 @@
+"""The CPU's own kernel for decoding, in C++ (few_rows.cc), where a compiler is at hand.
+
+XLA's products on the CPU read a buffer of their own: an expert out of the stack is copied before it is multiplied, by
+one thread, and with more than one row it is copied once more, into the product's own order. The kernel reads a chosen
+expert once, as it lies, on all threads. It is compiled for this machine when it is first asked for, in some seconds,
+into the user's cache folder; JAX calls it by its foreign function interface. Without a compiler, on accelerators, on a
+mesh and with DSV3_NATIVE=0 XLA does the same.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxlib.version
+from jaxtyping import Array, Float, Int
+
+SOURCE = Path(__file__).with_name("few_rows.cc")
+TARGET = "dsv3_few_tokens_swiglu"
+# Where the compiler chose what to fuse, a token's result would hang on how many stand beside it: the source says it.
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared")
+COMPILERS = ("c++", "g++", "clang++")
+
+
+@cache
+def why_not() -> str:
+    """Why the kernel is not in use in this process, in a sentence; empty where it is. The first call compiles it."""
+    if os.environ.get("DSV3_NATIVE") == "0":
+        return "DSV3_NATIVE is 0"
+    if jax.default_backend() != "cpu":
+        return f"the backend is {jax.default_backend()}, not cpu"
+    compiler = os.environ.get("CXX") or next((c for c in COMPILERS if shutil.which(c)), None)
+    if compiler is None:
+        return f"there is no C++ compiler: {', '.join(COMPILERS)}"
+    try:
+        library = ctypes.CDLL(str(_compiled(compiler)))
+    except subprocess.CalledProcessError as error:
+        said = next((line for line in error.stderr.splitlines() if "error" in line), f"exit code {error.returncode}")
+        return f"{compiler} does not compile {SOURCE.name}: {said.strip()}"
+    except OSError as error:
+        return f"{SOURCE.name} cannot be compiled or loaded: {error}"
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.Dsv3FewTokensSwiglu), platform="cpu")
+    return ""
+
+
+def serves(tokens: int, choices: int, num_experts: int, *dtypes) -> bool:
+    """Whether the kernel is there for such arrays: float32, and so few rows an expert that reading it is the cost."""
+    return tokens * choices <= 32 * num_experts and all(d == jnp.float32 for d in dtypes) and not why_not()
+
+
+def few_tokens_swiglu(
+    x: Float[Array, "n D"],
+    expert_ids: Int[Array, "n K"],
+    gates: Float[Array, "n K"],
+    w_gate: Float[Array, "L E D F"],
+    w_up: Float[Array, "L E D F"],
+    w_down: Float[Array, "L E F D"],
+    layer: Int[Array, ""],
+) -> Float[Array, "n D"]:
+    """Σ_k gates_k · (silu(x w_gate) ⊙ (x w_up)) w_down over the chosen experts of one layer, all in float32.
+
+    A row's result does not hang on the other rows: it is the same to the last bit with one token or many, on one thread
+    or many. Takes no gradient. To be called where `serves` says so.
+    """
+    call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    return call(x, expert_ids, gates, w_gate, w_up, w_down, layer)
+
+
+def _compiled(compiler: str) -> Path:
+    """The shared library for this source, JAX and processor. Raises: OSError or CalledProcessError."""
+    include = jax.ffi.include_dir()
+    said = (SOURCE.read_text(), jaxlib.version.__version__, compiler, _processor(), *FLAGS)
+    mark = hashlib.sha256("\0".join(said).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv3_jax"
+    path = folder / f"few_rows-{mark}.so"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        made = Path(temporary) / path.name
+        command = [compiler, *FLAGS, "-isystem", include, str(SOURCE), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        made.replace(path)  # whole or not at all, whoever else compiles it at the same time
+    return path
+
+
+def _processor() -> str:
+    """What -march=native hangs on: a home folder may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return " ".join(os.uname())
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
