@@ -14,9 +14,9 @@ import pytest
 from runs import HERE, cheap_compiles, finished, make_run
 
 from dsv3_jax.config import ConfigError, Layout, replace, to_dict
-from dsv3_jax.lab import After, Column, Results, Study, overview, work
+from dsv3_jax.lab import ABOVE, After, Column, Results, Study, overview, work
 from dsv3_jax.lab import study as study_file
-from dsv3_jax.lab.results import fingerprint, mean_spread, put_between, table, thinned
+from dsv3_jax.lab.results import fingerprint, mean_spread, put_between, table, thinned, told_apart
 from dsv3_jax.presets import recipe
 
 # Does a job as a study's script would, without training: a variant "bad" fails, and each job leaves a line.
@@ -94,8 +94,8 @@ def test_only_what_is_missing_runs_and_a_failure_is_named(repo, capsys):
     jobs = [f"{name} {seed} [] False" for seed in (0, 1) for name in ("first", "second", "bad")]
     assert called(repo) == jobs
     page = (folder / "README.md").read_text()
-    assert "| second | 1,000 (100) | 8 | 1.7500 ± 0.7071 | +0.2500 ± 0.0000 |" in page
-    assert "old" not in page and page.startswith("# A question?") and page.endswith("It does.\n")
+    assert "| second | 1,000 (100) | 8 | 1.7500 ± 0.7071 | **+0.2500 ± 0.0000** |" in page
+    assert "\nold\n" not in page and page.startswith("# A question?") and page.endswith("It does.\n")
     assert (folder / "fake.png").read_bytes()[:4] == b"\x89PNG"
     assert (
         "| [01 fake](01_fake/README.md) | A question? | yes |  | Agrees |" in (folder.parent / "README.md").read_text()
@@ -206,9 +206,32 @@ def test_differences_are_paired_by_seed(tmp_path):
     for seeds in again.runs.values():
         for record in seeds.values():
             record["parameters"] = {"total": 1, "active": 1, "cache_bytes": 1}
-    rows = table(again, [Column("loss", "val_loss", 1, paired=True), Column("speed", "speed")]).splitlines()
-    assert rows[2] == "| a | 1 (1) | 1 | 5.7 ± 5.0 |  | – |"
-    assert rows[3] == "| b | 1 (1) | 1 | 5.6 ± 6.9 | −0.4 ± 0.1 | – |"
+    columns = [Column("loss", "val_loss", 1, paired=True, against=("b", ABOVE)), Column("speed", "speed")]
+    rows = table(again, columns).splitlines()
+    assert rows[0].endswith("| loss | against a, paired | against b, paired | against the row above, paired | speed |")
+    assert rows[2] == "| a | 1 (1) | 1 | 5.7 ± 5.0 |  | +0.4 ± 0.1 |  | – |"
+    assert rows[3] == "| b | 1 (1) | 1 | 5.6 ± 6.9 | −0.4 ± 0.1 |  | −0.4 ± 0.1 | – |"
+
+
+def test_what_is_told_apart_is_bold(tmp_path):
+    """Student's t of 3 seeds at 95 % is 4.303: the mean against 4.303 standard deviations over √3."""
+    for spread, bold in ((0.4, True), (0.41, False)):
+        differences = 1 + spread * np.array([-1.0, 0.0, 1.0])  # their sample standard deviation is `spread`
+        assert told_apart(differences) == bold == (spread * 4.303 / 3**0.5 < 1)
+    assert not told_apart(np.array([5.0])) and told_apart(np.array([-1.0, -1.1]))
+
+
+@pytest.mark.parametrize("again", ["--fresh", "--remeasure"])
+def test_making_some_anew_keeps_the_others(repo, again):
+    study, path = make_study(repo), repo / "experiments/01_fake/results.json"
+    (repo / "mended").touch()
+    assert study.main(["--seeds", "0", "1", "3"]) == 0
+    called(repo)
+    before = Results(path).runs
+    assert study.main([again, "--only", "second", "--seeds", "0"]) == 0
+    assert called(repo) == ["second 0 [] False"]
+    after = Results(path)
+    assert after.variants == list(before) and after.seeds() == [0, 1, 3] and after.runs == before
 
 
 def test_results_are_written_whole(tmp_path, monkeypatch):

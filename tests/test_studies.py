@@ -45,7 +45,7 @@ def test_keys_are_planted_and_taken_out_again(load):
     planted = load("10_yarn/planted.py")
     assert planted.plain("The 3 Keys, é and 42 more?! ") == "the  keys,  and  more "
     text = planted.plain("the keys, and more. " * 400)
-    document = planted.with_keys(text, np.random.default_rng(0), but="!")
+    document = planted.with_keys(text, np.random.default_rng(0), 512, but="!")
     pairs = re.findall("([?!@])([A-Z0-9])", document)
     assert 70 < len(pairs) < 250 and set(dict(pairs)) == {"?", "@"}
     assert len(set(pairs)) == 2  # a key has one value
@@ -57,7 +57,7 @@ def test_a_question_has_one_answer_at_its_distance(load, distance):
     planted = load("10_yarn/planted.py")
     rng, values = np.random.default_rng(distance), set()
     for _ in range(20):
-        row = planted.question("some words and more of them " * 10, 200, distance, rng)
+        row = planted.question("some words and more of them " * 10, 200, distance, rng, 512)
         key, value = row[-2:]
         values.add(value)
         assert len(row) == 200 and row.count(key) == 2 and row[row.index(key) + 1] == value
@@ -71,10 +71,10 @@ def test_the_corpus_is_written_once(load, tmp_path, monkeypatch):
     planted = load("10_yarn/planted.py")
     monkeypatch.setattr(planted, "load_corpus", lambda cfg: corpus_of(20))
     for folder in ("a", "b"):
-        planted.write_corpus(tmp_path / folder / "keys.jsonl")
+        planted.write_corpus(tmp_path / folder / "keys.jsonl", 100)
     first, second = ((tmp_path / folder / "keys.jsonl").read_bytes() for folder in ("a", "b"))
     assert first == second and first.count(b"\n") == 20
-    planted.write_corpus(tmp_path / "a" / "keys.jsonl", seed=1)
+    planted.write_corpus(tmp_path / "a" / "keys.jsonl", 100, seed=1)
     assert (tmp_path / "a" / "keys.jsonl").read_bytes() == first and len(list((tmp_path / "a").iterdir())) == 1
 
 

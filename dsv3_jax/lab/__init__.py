@@ -4,8 +4,8 @@ A study is a folder of `experiments/` with a `run.py`, which lists its variants 
 trains what is missing, measures it, and writes results.json, the picture and the table of README.md.
 """
 
-from dsv3_jax.lab.results import Column, Results
-from dsv3_jax.lab.study import After, Study
+from dsv3_jax.lab.results import ABOVE, Column, Results
+from dsv3_jax.lab.study import RUNS, After, Study
 from dsv3_jax.lab.work import Trained
 
-__all__ = ["After", "Column", "Results", "Study", "Trained"]
+__all__ = ["ABOVE", "RUNS", "After", "Column", "Results", "Study", "Trained"]

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from dsv3_jax.lab.results import BEGIN, markdown, put_between
+from dsv3_jax.lab.results import BEGIN, Results, markdown, put_between
 
 
 def write(experiments: Path) -> None:
@@ -25,10 +25,10 @@ def table(experiments: Path) -> str:
             rows.append([link, title(folder), "", "not run yet", "", "", ""])
             continue
         found = json.loads(path.read_text())
-        last = max((r for seeds in found["runs"].values() for r in seeds.values()), key=lambda r: r["date"])
+        results = Results(path)
         rows.append(
             [link, found["question"], found["published"], found.get("ours", ""), verdict(folder)]
-            + [last["date"], last["commit"]]
+            + [results.told("date"), results.told("commit")]
         )
     return markdown(["study", "question", "published", "ours", "verdict", "date", "commit"], rows)
 

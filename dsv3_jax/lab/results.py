@@ -9,15 +9,17 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy import stats
 
 from dsv3_jax.config import Layout, RunConfig, replace
 
+ABOVE = "the row above"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 MINUS = "−"
 
@@ -90,6 +92,16 @@ class Results:
                 kept.setdefault(variant, {})[str(seed)] = self.runs[variant][str(seed)]
         order = dict.fromkeys(variant for variant, _ in marks)
         self.runs = {variant: kept[variant] for variant in order if variant in kept}
+
+    def forget(self, keys: Collection[tuple[str, int]]) -> None:
+        """Leave out the runs of these (variant, seed); the file is written with the next one that is taken in."""
+        for variant, seed in keys:
+            self.runs.get(variant, {}).pop(str(seed), None)
+        self.runs = {variant: seeds for variant, seeds in self.runs.items() if seeds}
+
+    def told(self, key: str) -> str:
+        """What the records say of their `date`, `commit` or `machine`: all that differ, ascending."""
+        return ", ".join(sorted({record[key] for name in self.variants for record in self.records(name)}))
 
     def seeds(self) -> list[int]:
         """Seeds of which there is a run, ascending."""
@@ -189,13 +201,14 @@ class Column:
     digits: int = 3
     scale: float = 1.0
     paired: bool = False  # beside it the difference to the first variant, seed by seed; for a `key` that is a name
+    against: tuple[str, ...] = ()  # the same to these variants, too; ABOVE is the row above
 
 
 def table(results: Results, columns: Sequence[Column]) -> str:
     """Markdown: a row for each variant."""
     header = ["variant", "parameters (active)", "cache bytes a token"]
     for column in columns:
-        header += [column.title] + ([f"against {results.variants[0]}, paired"] if column.paired else [])
+        header += [column.title] + [f"against {name or results.variants[0]}, paired" for name in _others(column)]
     rows = []
     for variant in results.variants:
         size = results.records(variant)[0]["parameters"]
@@ -215,10 +228,35 @@ def _cells(results: Results, variant: str, column: Column) -> Iterator[str]:
     except (KeyError, IndexError):  # not every variant has every number
         yield "–"
         return
-    if column.paired:
-        first = results.variants[0]
-        difference = results.paired(variant, first, column.key) * column.scale
-        yield "" if variant == first else mean_spread(difference, column.digits, sign=True)
+    above = dict(zip(results.variants[1:], results.variants, strict=False))
+    for name in _others(column):
+        other = above.get(variant, variant) if name == ABOVE else name or results.variants[0]
+        if other == variant or other not in results.runs:
+            yield ""
+            continue
+        difference = results.paired(variant, other, column.key) * column.scale
+        words = mean_spread(difference, column.digits, sign=True)
+        yield f"**{words}**" if told_apart(difference) else words
+
+
+def _others(column: Column) -> tuple[str, ...]:
+    """The variants that a column's differences are to; an empty word is the first variant."""
+    return (("",) if column.paired else ()) + column.against
+
+
+def told_apart(differences: np.ndarray, level: float = 0.95) -> bool:
+    """Whether 0 lies outside the differences' confidence interval: Student's t over the seeds.
+
+    Of three seeds the interval of 95 % is 2.5 standard deviations to each side of the mean.
+
+    >>> told_apart(np.array([1.0, 1.1, 0.9])), told_apart(np.array([1.0, 2.0, -0.5])), told_apart(np.array([1.0]))
+    (True, False, False)
+    """
+    count = len(differences)
+    if count < 2:
+        return False
+    half = stats.t.ppf((1 + level) / 2, count - 1) * np.std(differences, ddof=1) / np.sqrt(count)
+    return bool(abs(np.mean(differences)) > half)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -59,6 +59,7 @@ class Study:
     published: str  # the papers' figure or direction, in a line
     variants: Callable[[RunConfig], Variants]  # diffs of a base; the first is what others are held against
     columns: Sequence[Column] = (Column("validation loss", "val_loss", 4, paired=True),)
+    prepare: Callable[[RunConfig, Path], None] | None = None  # makes files that runs read: (base, the repository)
     measure: Callable[[Trained], dict] | None = None  # more numbers of a run, in its process: name → number, list, dict
     measure_alone: Callable[[Trained], dict] | None = None  # the same where time counts: one run at a time, all cores
     table: Callable[[Results], str] | None = None  # Markdown in the place of the table of `columns`
@@ -120,8 +121,6 @@ class Study:
             seeds = options.seeds or ((0,) if options.short else (0, 1, 2))
             out = self._out(options, Path(temporary))
             results = Results(out / "results.json", self._about(options))
-            if options.fresh or options.remeasure:
-                results.runs = {}
             asked = self.asked(base, sorted({*seeds, *results.seeds()}), runs)
             marks = {key: a.mark for key, a in asked.items()}
             results.keep(marks)
@@ -129,6 +128,8 @@ class Study:
             if unknown := set(options.only) - set(names):
                 raise ValueError(f"--only {min(unknown)!r} is not one of {', '.join(names)}")
             wanted = {(name, seed) for name in options.only or names for seed in seeds}
+            if options.fresh or options.remeasure:
+                results.forget(wanted)
             missing = {key for key in wanted if not results.has(*key, marks[key])}
             if options.list:
                 for key, a in asked.items():
@@ -140,6 +141,8 @@ class Study:
             failures = []
             if missing and not options.redraw:
                 _make_tokenizer(base, self.root)
+                if self.prepare is not None:
+                    self.prepare(base, self.root)
                 failures = self._run(asked, missing, results, options.workers)
                 results.keep(marks)
             if results.runs:
@@ -210,9 +213,9 @@ class Study:
         text = self.table(results) if self.table else table(results, self.columns)
         picture = out / f"{self.folder.name.partition('_')[2]}.png"
         self.draw(results, picture)
-        last = max((r for name in results.variants for r in results.records(name)), key=lambda r: r["date"])
-        how = f"Seeds {', '.join(map(str, results.seeds()))}; mean ± sample standard deviation over them. "
-        how += f"{last['date']}, commit {last['commit']}, {last['machine']}."
+        how = f"Seeds {', '.join(map(str, results.seeds()))}; mean ± sample standard deviation over them"
+        how += "; differences in bold are told apart from 0 at 95 % (Student's t). " if "**" in text else ". "
+        how += f"{results.told('date')}, commit {results.told('commit')}, {results.told('machine')}."
         print(f"\n{text}\n\n{how}\n{picture}")
         if out == self.folder:
             put_between(self.folder / "README.md", f"{text}\n\n{how}")

@@ -41,8 +41,13 @@ def draw(results, path):
 def ours(results):
     if not {"MHA", "MLA"} <= set(results.variants):
         return ""
-    difference = results.paired("MLA", "MHA", "val_loss").mean()
-    return f"MLA {difference:+.3f} nats against MHA, at {cache_bytes(results, 'MLA') / cache_bytes(results, 'MHA'):.0%}"
+    words = [
+        f"{name} {results.paired(name, 'MHA', 'val_loss').mean():+.3f} nats at "
+        f"{cache_bytes(results, name) / cache_bytes(results, 'MHA'):.0%} of the bytes"
+        for name in results.variants
+        if name != "MHA"
+    ]
+    return "against MHA: " + "; ".join(words)
 
 
 STUDY = Study(

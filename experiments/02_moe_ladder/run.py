@@ -4,7 +4,7 @@ import sys
 
 from dsv3_jax.config import replace
 from dsv3_jax.counting import size
-from dsv3_jax.lab import Column, Study
+from dsv3_jax.lab import ABOVE, Column, Study
 
 
 def variants(base):
@@ -44,7 +44,7 @@ STUDY = Study(
     published="dense 2.060, Switch 1.881, GShard 1.867, DeepSeekMoE 1.808 (2B, Pile); shared, then × 2, then × 4 help",
     variants=variants,
     columns=(
-        Column("validation loss", "val_loss", 4, paired=True),
+        Column("validation loss", "val_loss", 4, paired=True, against=(ABOVE,)),
         Column("bits a byte", "val_bits_per_byte", 4),
         Column("MaxVio", "max_vio_global", 2),
     ),

@@ -1,11 +1,14 @@
 """No token dropped, against experts of a fixed capacity: what is dropped, and what it costs."""
 
 import sys
+from functools import partial
 
+import jax
+import numpy as np
 from flax import nnx
 from matplotlib.figure import Figure
 
-from dsv3_jax.config import replace
+from dsv3_jax.config import Balance, replace
 from dsv3_jax.evaluate import evaluate
 from dsv3_jax.lab import Column, Study, drawing
 from dsv3_jax.lab.results import write_figure
@@ -17,17 +20,26 @@ def variants(base):
         f"capacity {factor:g}": replace(base, model=replace(base.model, dispatch="capacity", capacity_factor=factor))
         for factor in (1.0, 1.25, 2.0)
     }
-    return {"no drop": base} | capacities
+    unbalanced = replace(capacities["capacity 1.25"].model, balance=Balance(bias_rate=0.0, sequence_alpha=0.0))
+    return {"no drop": base} | capacities | {"capacity 1.25, no balance": replace(base, model=unbalanced)}
 
 
 def measure(trained):
-    """The loss of the same weights where nothing is dropped any more."""
+    """The loss of the same weights where nothing is dropped any more, and the share dropped of held-out text."""
     if trained.run.model.dispatch != "capacity":
-        return {"val_loss_no_drop": trained.numbers["val_loss"]}
+        return {"val_loss_no_drop": trained.numbers["val_loss"], "dropped_held_out": 0.0}
     shapes = abstract(replace(trained.run.model, dispatch="auto"))
     model = nnx.merge(nnx.graphdef(shapes), nnx.state(trained.model))
     found = evaluate(model, trained.held_out(), trained.tokenizer)
-    return {"val_loss_no_drop": found["val_loss"]}
+    graphdef, state = nnx.split(trained.model)
+    shares = [dropped_of(graphdef, state, batch["tokens"], batch["segment_ids"]) for batch in trained.held_out()]
+    return {"val_loss_no_drop": found["val_loss"], "dropped_held_out": float(np.mean(shares))}
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def dropped_of(graphdef, state, tokens, segment_ids):
+    """Share of a batch's assignments that are dropped, mean over layers."""
+    return nnx.merge(graphdef, state).trace(tokens, segment_ids).routing.dropped.mean()
 
 
 def dropped(results, variant):
@@ -60,6 +72,7 @@ STUDY = Study(
     measure=measure,
     columns=(
         Column("dropped in training, %", dropped, 2, scale=100.0),
+        Column("of held-out text, %", "dropped_held_out", 2, scale=100.0),
         Column("validation loss", "val_loss", 4, paired=True),
         Column("the same, nothing dropped", "val_loss_no_drop", 4),
         Column("MaxVio", "max_vio_global", 2),

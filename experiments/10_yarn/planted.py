@@ -19,8 +19,9 @@ SIGNS = string.ascii_uppercase + string.digits
 VALUES = {key: SIGNS[12 * i : 12 * (i + 1)] for i, key in enumerate("?!@")}
 PLANTED = "".join(VALUES) + SIGNS
 CHANCE = 1 / 12
-DOCUMENTS, LENGTH = 2000, 2048  # characters of text of a document, before keys
-GAPS = (4, 512)  # characters of text from a key to its next occurrence, evenly on a logarithmic scale
+DOCUMENTS = 2000
+NEAREST = 4  # characters of text from a key to its next occurrence, at least; at most the reach, 4L
+ROWS_LONG = 4  # a document's text, in reaches, before keys
 
 
 def plain(text: str) -> str:
@@ -33,18 +34,21 @@ def without_keys(text: str) -> str:
     return re.sub(f"[{''.join(VALUES)}][{SIGNS}]", "", text)
 
 
-def with_keys(text: str, rng: np.random.Generator, but: str = "") -> str:
-    """`text` with the keys and their values strewn in; not the keys in `but`."""
+def with_keys(text: str, rng: np.random.Generator, reach: int, but: str = "") -> str:
+    """`text` with the keys and their values strewn in; not the keys in `but`.
+
+    From a key to its next occurrence it is NEAREST to `reach` characters, evenly on a logarithmic scale.
+    """
     pairs = [""] * len(text)  # what stands before each character
     for key, values in VALUES.items():
-        pair, place = key + rng.choice(list(values)), rng.uniform(0, GAPS[0])
+        pair, place = key + rng.choice(list(values)), rng.uniform(0, NEAREST)
         while key not in but and place < len(text):
             pairs[int(place)] += pair
-            place += np.exp(rng.uniform(*np.log(GAPS)))
+            place += np.exp(rng.uniform(*np.log((NEAREST, reach))))
     return "".join(pair + char for pair, char in zip(pairs, text, strict=True))
 
 
-def question(text: str, length: int, distance: int, rng: np.random.Generator) -> str:
+def question(text: str, length: int, distance: int, rng: np.random.Generator, reach: int) -> str:
     """A row of `length` characters whose last is the value of the key before it, planted once, `distance` before.
 
     The other keys stand all around it. The place gives way by a few characters where it would cut one of them.
@@ -53,7 +57,7 @@ def question(text: str, length: int, distance: int, rng: np.random.Generator) ->
     """
     key = rng.choice(list(VALUES))
     pair = key + rng.choice(list(VALUES[key]))
-    row = with_keys(text[:length], rng, but=key)[: length - 2]
+    row = with_keys(text[:length], rng, reach, but=key)[: length - 2]
     if row[-1] in VALUES:  # its value was cut off
         row = row[:-1] + " "
     free = [i for i in range(len(row) - 1) if not set(row[i : i + 2]) & set(PLANTED)]
@@ -61,14 +65,21 @@ def question(text: str, length: int, distance: int, rng: np.random.Generator) ->
     return row[:place] + pair + row[place + 2 :] + pair
 
 
-def write_corpus(path: Path, seed: int = 0) -> None:
-    """A .jsonl of documents, the same for every call; nothing is done where it is there."""
+def write_corpus(path: Path, reach: int, seed: int = 0) -> None:
+    """A .jsonl of documents, the same for every call; nothing is done where it is there.
+
+    Raises: ValueError where the corpus has no document that long.
+    """
     if path.exists():
         return
     rng = np.random.default_rng(seed)
-    texts = [plain(d.text)[:LENGTH] for d in load_corpus(DataConfig()).train if d.domain != "C"]
+    texts = [plain(d.text)[: ROWS_LONG * reach] for d in load_corpus(DataConfig()).train if d.domain != "C"]
+    if max(map(len, texts)) < reach:
+        raise ValueError(f"the corpus has no document of {reach} characters, which is four times the base's seq_len")
     chosen = rng.permutation(len(texts))[:DOCUMENTS]
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text("".join(json.dumps({"text": with_keys(texts[i], rng), "domain": "keys"}) + "\n" for i in chosen))
+    part.write_text(
+        "".join(json.dumps({"text": with_keys(texts[i], rng, reach), "domain": "keys"}) + "\n" for i in chosen)
+    )
     part.replace(path)

@@ -11,13 +11,12 @@ from matplotlib.figure import Figure
 
 from dsv3_jax.config import Yarn, replace
 from dsv3_jax.data import val_batches
-from dsv3_jax.lab import After, Study, drawing
+from dsv3_jax.lab import RUNS, After, Study, drawing
 from dsv3_jax.lab.results import markdown, mean_spread, write_figure
 from dsv3_jax.modules.transformer import Transformer
 from dsv3_jax.ops.losses import token_scores
 
 FACTOR = 4
-CORPUS = "runs/lab/keys.jsonl"  # below the repository
 BINS = 8  # of positions, equal parts of 4L
 DISTANCES = (1 / 8, 1 / 4, 1 / 2, 7 / 8, 5 / 4, 2, 3, 15 / 4)  # in L
 ROWS = 64  # questions of each distance
@@ -35,7 +34,7 @@ def variants(base):
     model = replace(
         base.model, vocab_size=260, rope_head_dim=16, mtp_depth=0, max_positions=FACTOR * length, yarn=Yarn()
     )
-    data = replace(base.data, paths=(CORPUS,), tokenizer="bytes")
+    data = replace(base.data, paths=(corpus_of(base),), tokenizer="bytes")
     short = replace(base, model=model, data=data, steps=2 * base.steps)
     longer = replace(data, seq_len=FACTOR * length, batch_size=max(data.batch_size // FACTOR, 1))
     lr = base.optim.learning_rate / 3
@@ -49,6 +48,15 @@ def variants(base):
         "L, then 4L with YaRN": After(("L",), lambda folder: replace(further, model=extended, start=folder)),
         "4L": replace(short, data=longer, steps=short.steps + further.steps),
     }
+
+
+def corpus_of(base):
+    """The text that is trained on, below the repository; keys recur within what is asked for, 4L."""
+    return f"{RUNS}/keys-{FACTOR * base.data.seq_len}.jsonl"
+
+
+def prepare(base, root):
+    planted.write_corpus(root / corpus_of(base), FACTOR * base.data.seq_len)
 
 
 def yarn_of(length):
@@ -93,9 +101,11 @@ def retrieved(trained, model, row, distances):
     """The share of right values in rows of `row` tokens, a number a distance; the same questions for all models."""
     texts = [planted.without_keys(d.text) for d in trained.corpus.val]
     texts = [text for text in texts if len(text) >= row]
+    if not texts:
+        raise ValueError(f"no held-out document has {row} characters")
     rng, length = np.random.default_rng(1), trained.run.model.max_positions // FACTOR
     asked = [
-        planted.question(texts[i % len(texts)], row, round(distance * length), rng)
+        planted.question(texts[i % len(texts)], row, round(distance * length), rng, FACTOR * length)
         for distance in distances
         for i in range(ROWS)
     ]
@@ -185,6 +195,7 @@ STUDY = Study(
     question="Does YaRN carry a model to four times the length that it was trained at?",
     published="4K → 128K by two short phases, every needle found (V3 report, figure 8); passkeys 99 % (YaRN)",
     variants=variants,
+    prepare=prepare,
     measure=measure,
     table=table,
     draw=draw,
@@ -192,5 +203,4 @@ STUDY = Study(
 )
 
 if __name__ == "__main__":
-    planted.write_corpus(STUDY.root / CORPUS)
     sys.exit(STUDY.main())
