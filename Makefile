@@ -28,7 +28,7 @@ INPUTS := pyproject.toml constraints.txt
 help:
 	@echo "make demo        train a small model, then show where its tokens go (minutes on two cores)"
 	@echo "make demo-short  the same, cut to seconds: does everything run?"
-	@echo "make lab         the papers' questions, answered small: what has no results yet (LAB_ARGS=--fresh: all anew)"
+	@echo "make lab         the papers' questions, answered small: what has no results yet (LAB_ARGS=--fresh: all, 2 hours)"
 	@echo "make notebooks   execute the notebooks anew, their outputs kept (some minutes)"
 	@echo "make test        all tests; PYTEST_ARGS is handed on, PYTHON=python3.13 chooses the Python"
 	@echo "make lint        style, format and types"
