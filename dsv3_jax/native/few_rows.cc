@@ -59,7 +59,7 @@ void Tile(const float* const* x, const float* w, int64_t depth, int64_t width, f
 // y[r] = x[r] w for R rows; w is [depth, width].
 template <int R>
 void Rows(const float* const* x, const float* w, int64_t depth, int64_t width, float* const* y) {
-  constexpr int kWide = R <= 2 ? 8 : 4;
+  constexpr int kWide = R == 1 ? 16 : R == 2 ? 8 : 4;  // sums fill half of the registers
   int64_t n = 0;
   for (; n + kWide * kLanes <= width; n += kWide * kLanes) Tile<R, kWide>(x, w, depth, width, y, n);
   for (; n + kLanes <= width; n += kLanes) Tile<R, 1>(x, w, depth, width, y, n);
