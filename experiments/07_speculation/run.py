@@ -94,6 +94,7 @@ def measure_alone(trained):
     for batch, some in ((1, prompts[:: PROMPTS // 4]), (BATCH, prompts[:: PROMPTS // BATCH])):
         rates = {length: [] for length in (0, *lengths(trained.run.model))}
         steps = {length: [] for length in rates}
+        texts = {}
         for turn in range(ROUNDS + 1):
             for length in rates:
                 made = go_on(trained, model, draft, some if turn else some[:batch], batch, length)
@@ -101,10 +102,14 @@ def measure_alone(trained):
                     seconds = sum(m.decode_seconds for m in made)
                     rates[length].append(sum(len(row) - 1 for m in made for row in m.tokens) / seconds)
                     steps[length].append(seconds / sum(m.steps for m in made))
+                    texts[length] = [row for m in made for row in m.tokens]
         found[batch] = {
             "tokens_per_s": {length: statistics.median(r) for length, r in rates.items()},
             "times_plain": {length: _ratio(rates[length], rates[0]) for length in rates},
             "plain_steps": {length: _ratio(steps[length], steps[0]) for length in rates},
+            "same_text": float(
+                np.mean([a == b for rows in texts.values() for a, b in zip(rows, texts[0], strict=True)])
+            ),
         }
     return {"speed": found}
 
@@ -165,7 +170,9 @@ def table(results):
         for variant in drafters(results)[:1]
         for batch in (1, BATCH)
     ]
-    return f"{markdown(stands, what)}\n\n{markdown(costs, how)}\n\nPlain, tokens a second: {', '.join(plain)}."
+    same = [results.values(variant, f"speed/{b}/same_text").min() for variant in drafters(results) for b in (1, BATCH)]
+    words = f"Plain, tokens a second: {', '.join(plain)}. Texts that are the same with drafts: {min(same):.0%}."
+    return f"{markdown(stands, what)}\n\n{markdown(costs, how)}\n\n{words}"
 
 
 def draw(results, path):

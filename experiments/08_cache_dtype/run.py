@@ -50,7 +50,15 @@ def table(results):
             + [mean_spread(change, 5, sign=True), mean_spread(change / exact * 100, 3, sign=True)]
             + [mean_spread(agreement, 2)]
         )
-    header = ["model", "cache", "dtype", "bytes a token", "validation loss", f"against {EXACT}, paired", "the same, %"]
+    header = [
+        "model",
+        "cache",
+        "dtype",
+        "bytes a token",
+        "validation loss",
+        f"against {EXACT}, paired",
+        "change, % of the loss",
+    ]
     return markdown([*header, "likeliest token the same, %"], rows)
 
 
