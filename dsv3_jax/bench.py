@@ -133,7 +133,7 @@ def decode(options: Decode) -> int:
         soft_wrap=True,
     )
     why = native.why_not()
-    console.print(f"experts: by XLA, for {why}" if why else "experts: by the native kernel (float32)", soft_wrap=True)
+    console.print(f"by XLA alone, for {why}" if why else "float32 by the native kernels", soft_wrap=True)
     if options.json:
         rows = [asdict(cell) | asdict(result) for cell, result in timed.items()]
         report = {"step": step, "new_tokens": options.new_tokens, "copy_bandwidth": bandwidth, "cells": rows}

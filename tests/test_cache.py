@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from models import LIGHT, QUICK, forward, random_model, small
 
+from dsv3_jax import native
 from dsv3_jax.cache import bytes_per_token, empty_cache, fill, pick_dtype, pick_kind, write
 from dsv3_jax.generate import generate
 from dsv3_jax.modules.attention import GQA, positions_of
@@ -149,6 +150,42 @@ def test_attention_to_the_cache_equals_one_query_at_a_time(x64, rng, kind, dtype
             for b, end in enumerate(last.max(1)):
                 array[1, b, :, end + 1 :] = array.dtype.type(99)
     np.testing.assert_array_equal(run(jax.tree.map(jnp.asarray, other), 3), run(stored, 3))
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("capacity", [11, 700])  # one part of 256 rows, or three
+def test_native_attention_equals_one_query_at_a_time(rng, kind, capacity):
+    """In float32, whose unit roundoff is 6e-8; the softmax's weights add up to 1, and values are about 1."""
+    if why := native.why_not():
+        pytest.skip(why)
+    groups, queries, parts, shared = SHAPES[kind]
+    rows = rng.standard_normal((2, 3, groups, capacity, sum(parts))).astype(np.float32)
+    q = rng.standard_normal((3, groups, queries, sum(parts) if shared else parts[0])).astype(np.float32)
+    last = rng.integers(0, capacity, (3, queries)).astype(np.int32)
+    last[0, :2], last[1] = (0, capacity - 1), capacity // 5  # all of it, and nothing in the later parts
+    rows[0], rows[1, 1, :, capacity // 5 + 1 :] = np.nan, np.nan  # another layer, and free places
+
+    @jax.jit
+    def run(q, last):
+        stored = Stored(jnp.asarray(rows), None)
+        layer = jnp.ones((), jnp.int32)
+        return cached_attention(q, stored, layer, last, parts=parts, shared=shared, scale=0.3)
+
+    got = run(q, last)
+    np.testing.assert_allclose(got, plain_attention(q, rows[1], last, parts, shared, 0.3), atol=2e-6)
+    for i in range(queries):  # to the last bit the same without the other queries
+        one = slice(i, i + 1)
+        np.testing.assert_array_equal(run(q[:, :, one], last[:, one]), got[:, :, one])
+
+
+def test_native_attention_refuses_what_is_not_there():
+    if why := native.why_not():
+        pytest.skip(why)
+    rows, q = jnp.ones((2, 1, 1, 8, 4)), jnp.ones((1, 1, 1, 4))
+    run = jax.jit(partial(native.cached_attention, values=(0, 4)))
+    for layer, last in ((2, 0), (-1, 0), (0, 8), (0, -1)):
+        with pytest.raises(Exception, match="outside the cache"):
+            jax.block_until_ready(run(q, rows, jnp.array(layer, jnp.int32), jnp.array([[last]], jnp.int32)))
 
 
 # Where rows go

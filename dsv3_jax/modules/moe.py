@@ -109,7 +109,7 @@ class MoE(nnx.Module):
             y = dispatch.wide_swiglu(flat, ids, gates, experts, self.cfg.num_experts)
         elif on_mesh():
             y = expert_parallel.few_tokens_swiglu(flat, ids, gates, experts, layer, layout=self.cfg.layout)
-        elif native.serves(*ids.shape, self.cfg.num_experts, flat.dtype, experts.w_gate.dtype):
+        elif native.few_enough(ids.size, self.cfg.num_experts) and native.serves(flat.dtype, experts.w_gate.dtype):
             y = native.few_tokens_swiglu(flat, ids, gates, *experts, layer)
         else:
             y = dispatch.few_tokens_swiglu(flat, ids, gates, experts, layer)

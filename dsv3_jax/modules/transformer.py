@@ -132,7 +132,7 @@ class Transformer(nnx.Module):
             return None
         experts: list[WideExperts | None] = [None] * cfg.num_sparse_layers
         heads: list[WideExperts | None] = [None] * len(self.mtp)
-        if not native.serves(1, cfg.experts_per_token, cfg.num_experts, self.compute_dtype):
+        if not native.serves(self.compute_dtype):
             stack = self.experts.arrays()
             heads = [side_by_side(h.experts.arrays(), 0) if hasattr(h, "experts") else None for h in self.mtp]
             experts = [side_by_side(stack, layer) for layer in range(cfg.num_sparse_layers)]

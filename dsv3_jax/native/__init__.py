@@ -1,10 +1,10 @@
-"""The CPU's own kernel for decoding, in C++ (few_rows.cc), where a compiler is at hand.
+"""The CPU's own kernels for decoding, in C++ (few_rows.cc), where a compiler is at hand.
 
-XLA's products on the CPU read a buffer of their own: an expert out of the stack is copied before it is multiplied, by
-one thread, and with more than one row it is copied once more, into the product's own order. The kernel reads a chosen
-expert once, as it lies, on all threads. It is compiled for this machine when it is first asked for, in some seconds,
-into the user's cache folder; JAX calls it by its foreign function interface. Without a compiler, on accelerators, on a
-mesh and with DSV3_NATIVE=0 XLA does the same.
+XLA's products on the CPU read a buffer of their own: an expert out of the stack, or a part of the cache, is copied
+before it is multiplied, by one thread, and with more than one row it is copied once more, into the product's own order.
+The kernels read a chosen expert and the cache once, as they lie, on all threads. They are compiled for this machine when
+they are first asked for, in some seconds, into the user's cache folder; JAX calls them by its foreign function
+interface. Without a compiler, on accelerators, on a mesh and with DSV3_NATIVE=0 XLA does the same.
 """
 
 import ctypes
@@ -19,10 +19,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import jaxlib.version
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 SOURCE = Path(__file__).with_name("few_rows.cc")
-TARGET = "dsv3_few_tokens_swiglu"
+TARGETS = {"dsv3_few_tokens_swiglu": "Dsv3FewTokensSwiglu", "dsv3_cached_attention": "Dsv3CachedAttention"}
 # Where the compiler chose what to fuse, a token's result would hang on how many stand beside it: the source says it.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared")
 COMPILERS = ("c++", "g++", "clang++")
@@ -30,7 +31,7 @@ COMPILERS = ("c++", "g++", "clang++")
 
 @cache
 def why_not() -> str:
-    """Why the kernel is not in use in this process, in a sentence; empty where it is. The first call compiles it."""
+    """Why the kernels are not in use in this process, in words; empty where they are. The first call compiles them."""
     if os.environ.get("DSV3_NATIVE") == "0":
         return "DSV3_NATIVE is 0"
     if jax.default_backend() != "cpu":
@@ -45,13 +46,20 @@ def why_not() -> str:
         return f"{compiler} does not compile {SOURCE.name}: {said.strip()}"
     except OSError as error:
         return f"{SOURCE.name} cannot be compiled or loaded: {error}"
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.Dsv3FewTokensSwiglu), platform="cpu")
+    for name, symbol in TARGETS.items():
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
     return ""
 
 
-def serves(tokens: int, choices: int, num_experts: int, *dtypes) -> bool:
-    """Whether the kernel is there for such arrays: float32, and so few rows an expert that reading it is the cost."""
-    return tokens * choices <= 32 * num_experts and all(d == jnp.float32 for d in dtypes) and not why_not()
+def serves(*dtypes) -> bool:
+    """Whether the kernels are there for arrays of these dtypes, here: float32, and no mesh in force."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return all(d == jnp.float32 for d in dtypes) and (mesh.empty or mesh.size == 1) and not why_not()
+
+
+def few_enough(assignments: int, num_experts: int) -> bool:
+    """Whether an expert has so few rows that reading it is what it costs."""
+    return assignments <= 32 * num_experts
 
 
 def few_tokens_swiglu(
@@ -68,8 +76,25 @@ def few_tokens_swiglu(
     A row's result does not hang on the other rows: it is the same to the last bit with one token or many, on one thread
     or many. Takes no gradient. To be called where `serves` says so.
     """
-    call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    call = jax.ffi.ffi_call("dsv3_few_tokens_swiglu", jax.ShapeDtypeStruct(x.shape, x.dtype))
     return call(x, expert_ids, gates, w_gate, w_up, w_down, layer)
+
+
+def cached_attention(
+    q: Float[Array, "B G Q K"],
+    rows: Float[Array, "L B G S X"],
+    layer: Int[Array, ""],
+    last: Int[Array, "B Q"],
+    *,
+    values: tuple[int, int],
+) -> Float[Array, "B G Q V"]:
+    """softmax(q · keys) values over rows 0 … last of a cache, all in float32; see `ops.cached_attention`.
+
+    A query's result does not hang on the others. Takes no gradient.
+    Args: q, scaled already. A row's key is its first K numbers; values: where in it the value begins, and its width.
+    """
+    shape = jax.ShapeDtypeStruct((*q.shape[:3], values[1]), q.dtype)
+    return jax.ffi.ffi_call("dsv3_cached_attention", shape)(q, rows, layer, last, value_at=np.int64(values[0]))
 
 
 def _compiled(compiler: str) -> Path:

@@ -1,13 +1,15 @@
-// The routed experts of a few tokens, out of their stack [L, E, D, F] as it lies: each chosen expert's matrices are read
-// once, by whichever thread is free, whatever the number of rows that it is multiplied with.
+// What a few tokens need when they are decoded, each array read once and as it lies, by whichever thread is free:
+//   - the routed experts, out of their stack [L, E, D, F];
+//   - attention to the rows of a cache [L, B, G, S, X].
 //
-// Each row's sums are added up in an order of its own, that of the summed axis, so that a token's result does not hang
-// on the tokens beside it, nor on the number of threads.
+// Sums are added up in an order of their own, that of the summed axis, so that a token's result does not hang on the
+// tokens beside it, nor on the number of threads.
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -22,30 +24,33 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// A register of floats, and a + x · b in it, rounded once where the processor can.
+// A register of floats, and a + x · b in it, rounded once where the processor can; x is a number or a register.
 #if defined(__AVX512F__)
 constexpr int64_t kLanes = 16;
 typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
+inline Vec Add(Vec a, Vec x, Vec b) { return (Vec)_mm512_fmadd_ps((__m512)x, (__m512)b, (__m512)a); }
 inline Vec Add(Vec a, float x, Vec b) { return (Vec)_mm512_fmadd_ps(_mm512_set1_ps(x), (__m512)b, (__m512)a); }
 #elif defined(__FMA__)
 constexpr int64_t kLanes = 8;
 typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
+inline Vec Add(Vec a, Vec x, Vec b) { return (Vec)_mm256_fmadd_ps((__m256)x, (__m256)b, (__m256)a); }
 inline Vec Add(Vec a, float x, Vec b) { return (Vec)_mm256_fmadd_ps(_mm256_set1_ps(x), (__m256)b, (__m256)a); }
 #else
 constexpr int64_t kLanes = 4;
 typedef float Vec __attribute__((vector_size(16), aligned(4), may_alias));
+inline Vec Add(Vec a, Vec x, Vec b) { return a + x * b; }
 inline Vec Add(Vec a, float x, Vec b) { return a + x * b; }
 #endif
 
 constexpr int64_t kAhead = 4096;            // numbers of a matrix that are asked for before they are needed: 16 KB
 constexpr int64_t kShareFrom = 256 * 1024;  // bytes of matrices from which a second thread pays
 
-// y[r, n : n + V·16] = Σ_k x[r, k] w[k, n : …] for R rows of x, the sums in registers.
+// y[r, n : n + V·lanes] = Σ_k x[r, k] w[k, n : …] for R rows of x, the sums in registers; rows of w are `step` apart.
 template <int R, int V>
-void Tile(const float* const* x, const float* w, int64_t depth, int64_t width, float* const* y, int64_t n) {
+void Tile(const float* const* x, const float* w, int64_t depth, int64_t step, float* const* y, int64_t n) {
   Vec sum[R][V] = {};
   for (int64_t k = 0; k < depth; ++k) {
-    const float* row = w + k * width + n;
+    const float* row = w + k * step + n;
     for (int v = 0; v < V; ++v) {
       __builtin_prefetch(row + v * kLanes + kAhead, 0, 2);  // the processor's own prefetcher stops at each page's end
       const Vec part = *reinterpret_cast<const Vec*>(row + v * kLanes);
@@ -56,40 +61,64 @@ void Tile(const float* const* x, const float* w, int64_t depth, int64_t width, f
     for (int v = 0; v < V; ++v) *reinterpret_cast<Vec*>(y[r] + n + v * kLanes) = sum[r][v];
 }
 
-// y[r] = x[r] w for R rows; w is [depth, width].
+// y[r] = x[r] w for R rows; w is [depth, width], its rows `step` apart.
 template <int R>
-void Rows(const float* const* x, const float* w, int64_t depth, int64_t width, float* const* y) {
+void Rows(const float* const* x, const float* w, int64_t depth, int64_t width, int64_t step, float* const* y) {
   constexpr int kWide = R == 1 ? 16 : R == 2 ? 8 : 4;  // sums fill half of the registers
   int64_t n = 0;
-  for (; n + kWide * kLanes <= width; n += kWide * kLanes) Tile<R, kWide>(x, w, depth, width, y, n);
-  for (; n + kLanes <= width; n += kLanes) Tile<R, 1>(x, w, depth, width, y, n);
+  for (; n + kWide * kLanes <= width; n += kWide * kLanes) Tile<R, kWide>(x, w, depth, step, y, n);
+  for (; n + kLanes <= width; n += kLanes) Tile<R, 1>(x, w, depth, step, y, n);
   for (; n < width; ++n)
     for (int r = 0; r < R; ++r) {
       y[r][n] = 0;
-      for (int64_t k = 0; k < depth; ++k) y[r][n] += x[r][k] * w[k * width + n];
+      for (int64_t k = 0; k < depth; ++k) y[r][n] += x[r][k] * w[k * step + n];
     }
 }
 
-void Product(const std::vector<const float*>& x, const float* w, int64_t depth, int64_t width,
+void Product(const std::vector<const float*>& x, const float* w, int64_t depth, int64_t width, int64_t step,
              const std::vector<float*>& y) {
   int64_t r = 0, count = static_cast<int64_t>(x.size());
-  for (; r + 4 <= count; r += 4) Rows<4>(&x[r], w, depth, width, &y[r]);
+  for (; r + 4 <= count; r += 4) Rows<4>(&x[r], w, depth, width, step, &y[r]);
   switch (count - r) {
-    case 3: Rows<3>(&x[r], w, depth, width, &y[r]); break;
-    case 2: Rows<2>(&x[r], w, depth, width, &y[r]); break;
-    case 1: Rows<1>(&x[r], w, depth, width, &y[r]); break;
+    case 3: Rows<3>(&x[r], w, depth, width, step, &y[r]); break;
+    case 2: Rows<2>(&x[r], w, depth, width, step, &y[r]); break;
+    case 1: Rows<1>(&x[r], w, depth, width, step, &y[r]); break;
   }
 }
 
+// Units of work, each taken by the thread that comes next.
 struct Work {
+  std::atomic<int64_t> next{0}, done{0};
+  virtual ~Work() = default;
+  virtual int64_t units() const = 0;
+  virtual void Unit(int64_t i) = 0;
+
+  void Run() {
+    for (int64_t i; (i = next.fetch_add(1)) < units(); done.fetch_add(1, std::memory_order_release)) Unit(i);
+  }
+};
+
+// Does all of it, with the pool's threads where so many bytes are worth them.
+void Share(const std::shared_ptr<Work>& work, ffi::ThreadPool& pool, int64_t bytes) {
+  const int64_t units = work->units();
+  if (bytes >= kShareFrom)
+    for (int64_t i = std::min<int64_t>(pool.num_threads(), units); i > 1; --i) pool.Schedule([work] { work->Run(); });
+  work->Run();
+  // All units are taken; those that are not done are in the hands of threads that run. One that comes late finds
+  // nothing to do, after we have gone: it holds the work for itself.
+  while (work->done.load(std::memory_order_acquire) < units) std::this_thread::yield();
+}
+
+struct Experts : Work {
   const float *x, *w_gate, *w_up, *w_down;  // the matrices of this layer: [E, D, F], [E, D, F], [E, F, D]
   int64_t choices, dim, hidden;
-  std::vector<int32_t> experts;                    // those that were chosen
-  std::vector<std::vector<int32_t>> assignments;   // of each of them: token · K + choice
-  std::vector<float> out;                          // [n · K, D]
-  std::atomic<int64_t> next{0}, done{0};
+  std::vector<int32_t> experts;                   // those that were chosen
+  std::vector<std::vector<int32_t>> assignments;  // of each of them: token · K + choice
+  std::vector<float> out;                         // [n · K, D]
 
-  void Expert(int64_t i) {
+  int64_t units() const override { return static_cast<int64_t>(experts.size()); }
+
+  void Unit(int64_t i) override {
     const std::vector<int32_t>& mine = assignments[i];
     const int64_t e = experts[i], count = static_cast<int64_t>(mine.size());
     std::vector<float> a(count * hidden), b(count * hidden);
@@ -100,15 +129,10 @@ struct Work {
       a_rows[r] = &a[r * hidden], b_rows[r] = &b[r * hidden];
       h[r] = a_rows[r], out_rows[r] = &out[mine[r] * dim];
     }
-    Product(rows, w_gate + e * dim * hidden, dim, hidden, a_rows);
-    Product(rows, w_up + e * dim * hidden, dim, hidden, b_rows);
+    Product(rows, w_gate + e * dim * hidden, dim, hidden, hidden, a_rows);
+    Product(rows, w_up + e * dim * hidden, dim, hidden, hidden, b_rows);
     for (int64_t j = 0; j < count * hidden; ++j) a[j] = a[j] / (1.0f + std::exp(-a[j])) * b[j];
-    Product(h, w_down + e * hidden * dim, hidden, dim, out_rows);
-  }
-
-  void Run() {
-    const int64_t count = static_cast<int64_t>(experts.size());
-    for (int64_t i; (i = next.fetch_add(1)) < count; done.fetch_add(1, std::memory_order_release)) Expert(i);
+    Product(h, w_down + e * hidden * dim, hidden, dim, dim, out_rows);
   }
 };
 
@@ -121,7 +145,7 @@ ffi::Error FewTokensSwiglu(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::B
   const int64_t at = layer.typed_data()[0];
   if (at < 0 || at >= layers) return ffi::Error::InvalidArgument("layer outside the stack of experts");
 
-  auto work = std::make_shared<Work>();  // a thread that comes late finds nothing to do, after we have gone
+  auto work = std::make_shared<Experts>();
   const int64_t size = num * dim * hidden;
   work->x = x.typed_data();
   work->w_gate = w_gate.typed_data() + at * size;
@@ -141,14 +165,7 @@ ffi::Error FewTokensSwiglu(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::B
     work->assignments[slot[ids[i]]].push_back(static_cast<int32_t>(i));
   }
 
-  const int64_t units = static_cast<int64_t>(work->experts.size());
-  if (units * dim * hidden * 3 * static_cast<int64_t>(sizeof(float)) >= kShareFrom) {
-    const int64_t helpers = std::min<int64_t>(pool.num_threads() - 1, units - 1);
-    for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work->Run(); });
-  }
-  work->Run();
-  // All experts are taken; those that are not done are in the hands of threads that run.
-  while (work->done.load(std::memory_order_acquire) < units) std::this_thread::yield();
+  Share(work, pool, work->units() * dim * hidden * 3 * static_cast<int64_t>(sizeof(float)));
 
   const float* weight = gates.typed_data();
   float* to = y->typed_data();
@@ -158,6 +175,146 @@ ffi::Error FewTokensSwiglu(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::B
     float* row = to + i / choices * dim;
     for (int64_t d = 0; d < dim; ++d) row[d] += g * from[d];
   }
+  return ffi::Error::Success();
+}
+
+// A sum over the lanes, by halves.
+float Sum(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#endif
+  float lane[kLanes];
+  std::memcpy(lane, &v, sizeof(v));
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+// y[r, j] = x[r] · k[j] for R rows of x and the `count` rows of k, `step` apart.
+template <int R>
+void Dots(const float* const* x, const float* k, int64_t count, int64_t width, int64_t step, float* const* y) {
+  for (int64_t j = 0; j < count; ++j) {
+    const float* row = k + j * step;
+    Vec sum[R] = {};
+    int64_t n = 0;
+    for (; n + kLanes <= width; n += kLanes) {
+      __builtin_prefetch(row + n + kAhead, 0, 2);
+      const Vec part = *reinterpret_cast<const Vec*>(row + n);
+      for (int r = 0; r < R; ++r) sum[r] = Add(sum[r], *reinterpret_cast<const Vec*>(x[r] + n), part);
+    }
+    for (int r = 0; r < R; ++r) {
+      float rest = 0;
+      for (int64_t m = n; m < width; ++m) rest += x[r][m] * row[m];
+      y[r][j] = Sum(sum[r]) + rest;
+    }
+  }
+}
+
+// Rows of a cache that are attended to at a time: they stay in a core's cache from the scores to the weighted sum.
+constexpr int64_t kPart = 256;
+
+// softmax(q · keys) values over the first rows of a cache, in parts whose sums are put together at the end.
+struct Attention : Work {
+  const float *q, *rows;  // [B · G, Q, K]; this layer's [B · G, S, X]
+  const int32_t* last;    // [B, Q]
+  int64_t pairs, groups, queries, capacity, row, key_width, value_at, value_width, parts;
+  std::vector<float> top, total, out;  // of each pair, part and query: the largest score, Σ exp, Σ exp · value
+
+  int64_t units() const override { return pairs * parts; }
+
+  void Unit(int64_t i) override {
+    const int64_t pair = i / parts, first = i % parts * kPart;
+    const int32_t* seen = last + pair / groups * queries;
+    const int64_t end = std::min<int64_t>(first + kPart, *std::max_element(seen, seen + queries) + 1);
+    const int64_t count = end - first;
+    std::fill_n(&top[i * queries], queries, -INFINITY);
+    if (count <= 0) return;
+    const float* from = rows + (pair * capacity + first) * row;
+    std::vector<float> scores(queries * count);
+    std::vector<const float*> x(queries), weights(queries);
+    std::vector<float*> y(queries), to(queries);
+    for (int64_t r = 0; r < queries; ++r) {
+      x[r] = q + (pair * queries + r) * key_width;
+      weights[r] = y[r] = &scores[r * count];
+      to[r] = &out[(i * queries + r) * value_width];
+    }
+    int64_t r = 0;
+    for (; r + 8 <= queries; r += 8) Dots<8>(&x[r], from, count, key_width, row, &y[r]);
+    for (; r + 4 <= queries; r += 4) Dots<4>(&x[r], from, count, key_width, row, &y[r]);
+    for (; r < queries; ++r) Dots<1>(&x[r], from, count, key_width, row, &y[r]);
+    for (r = 0; r < queries; ++r) {
+      const int64_t mine = std::min<int64_t>(count, seen[r] + 1 - first);  // the rest is not to be seen
+      float most = -INFINITY, sum = 0;
+      for (int64_t j = 0; j < mine; ++j) most = std::max(most, y[r][j]);
+      Exponentials(y[r], std::max<int64_t>(mine, 0), most);
+      for (int64_t j = 0; j < mine; ++j) sum += y[r][j];
+      std::fill(y[r] + std::max<int64_t>(mine, 0), y[r] + count, 0.0f);
+      top[i * queries + r] = most, total[i * queries + r] = sum;
+    }
+    Product(weights, from + value_at, count, value_width, row, to);
+  }
+
+  // exp(x − most) in place, x ≤ most: e^x = 2^n e^r with |r| ≤ ln 2 / 2, a polynomial (Cephes' expf) in r.
+  static void Exponentials(float* x, int64_t count, float most) {
+    for (int64_t j = 0; j < count; ++j) {
+      const float v = std::max(x[j] - most, -87.0f);
+      const float n = std::nearbyint(v * 1.44269504f);
+      const float r = (v - n * 0.693359375f) + n * 2.12194440e-4f;
+      float p = 1.9875691500e-4f;
+      p = p * r + 1.3981999507e-3f;
+      p = p * r + 8.3334519073e-3f;
+      p = p * r + 4.1665795894e-2f;
+      p = p * r + 1.6666665459e-1f;
+      p = p * r + 5.0000001201e-1f;
+      p = p * r * r + r + 1.0f;
+      const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+      float power;
+      std::memcpy(&power, &bits, sizeof(power));
+      x[j] = p * power;
+    }
+  }
+
+  void PutTogether(float* to) const {
+    for (int64_t pair = 0; pair < pairs; ++pair)
+      for (int64_t r = 0; r < queries; ++r, to += value_width) {
+        float most = -INFINITY, sum = 0;
+        for (int64_t p = 0; p < parts; ++p) most = std::max(most, top[(pair * parts + p) * queries + r]);
+        std::fill_n(to, value_width, 0.0f);
+        for (int64_t p = 0; p < parts; ++p) {
+          const int64_t at = (pair * parts + p) * queries + r;
+          if (top[at] == -INFINITY) continue;
+          const float scale = std::exp(top[at] - most);
+          sum += scale * total[at];
+          for (int64_t v = 0; v < value_width; ++v) to[v] += scale * out[at * value_width + v];
+        }
+        for (int64_t v = 0; v < value_width; ++v) to[v] /= sum;
+      }
+  }
+};
+
+ffi::Error CachedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> rows,
+                           ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> last, ffi::ResultBuffer<ffi::F32> out,
+                           int64_t value_at) {
+  const auto of_q = q.dimensions(), of_rows = rows.dimensions();  // [B, G, Q, K], [L, B, G, S, X]
+  const int64_t at = layer.typed_data()[0], layers = of_rows[0];
+  if (at < 0 || at >= layers) return ffi::Error::InvalidArgument("layer outside the cache");
+  auto work = std::make_shared<Attention>();
+  work->groups = of_q[1], work->pairs = of_q[0] * of_q[1], work->queries = of_q[2], work->key_width = of_q[3];
+  work->capacity = of_rows[3], work->row = of_rows[4];
+  work->value_at = value_at, work->value_width = out->dimensions()[3];
+  work->q = q.typed_data(), work->last = last.typed_data();
+  work->rows = rows.typed_data() + at * work->pairs * work->capacity * work->row;
+  int64_t most = 0;
+  for (int64_t i = 0; i < of_q[0] * of_q[2]; ++i) {
+    const int64_t seen = work->last[i];
+    if (seen < 0 || seen >= work->capacity) return ffi::Error::InvalidArgument("a row outside the cache");
+    most = std::max(most, seen);
+  }
+  work->parts = most / kPart + 1;
+  const int64_t held = work->units() * work->queries;
+  work->top.resize(held), work->total.resize(held), work->out.resize(held * work->value_width);
+  Share(work, pool, work->pairs * (most + 1) * work->row * static_cast<int64_t>(sizeof(float)));
+  work->PutTogether(out->typed_data());
   return ffi::Error::Success();
 }
 
@@ -174,3 +331,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3FewTokensSwiglu, FewTokensSwiglu,
                                   .Arg<ffi::Buffer<ffi::F32>>()   // w_down [L, E, F, D]
                                   .Arg<ffi::Buffer<ffi::S32>>()   // layer []
                                   .Ret<ffi::Buffer<ffi::F32>>()); // y [n, D]
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3CachedAttention, CachedAttention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // q [B, G, Q, K], scaled
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // rows [L, B, G, S, X]
+                                  .Arg<ffi::Buffer<ffi::S32>>()  // layer []
+                                  .Arg<ffi::Buffer<ffi::S32>>()  // last [B, Q]
+                                  .Ret<ffi::Buffer<ffi::F32>>()  // [B, G, Q, V]
+                                  .Attr<int64_t>("value_at"));   // where in a row its value begins

@@ -5,7 +5,8 @@ A layer's cache is a row of numbers for each token and key-value head, in two pa
 multi-query attention over one latent head. Where it is expanded, the first part is the key and the second the value.
 
 Rows are visited block by block with a running softmax (as in `attention.py`), as many blocks as the longest sequence
-has: the cost follows what is in the cache, not its capacity, and 8-bit rows become numbers one block at a time.
+has: the cost follows what is in the cache, not its capacity, and 8-bit rows become numbers one block at a time. On CPUs
+with a compiler float32 rows are read by the native kernel, which does the same.
 """
 
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax import native
 from dsv3_jax.ops.quantize import dequantize_rows
 from dsv3_jax.ops.varying import as_varying
 
@@ -54,6 +56,10 @@ def cached_attention(
     Returns: V is parts[0] where `shared`, else parts[1]; in q's dtype.
     """
     batch, groups, capacity, width = stored.rows.shape[1:]
+    if block is None and not summed and native.serves(q.dtype, stored.rows.dtype):
+        values = (0, parts[0]) if shared else parts
+        scaled = q * jnp.asarray(scale, q.dtype)
+        return native.cached_attention(scaled, stored.rows, layer, last, values=values)
     if block is None:
         block = _block(batch * groups * width, capacity)
     block = min(block, capacity)
