@@ -19,8 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax import sharding
-from dsv3_jax.checkpoint import first_difference
-from dsv3_jax.config import ConfigError
+from dsv3_jax.config import ConfigError, first_difference
 from dsv3_jax.watch import Cluster, Meeting
 
 

@@ -49,14 +49,17 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+DSV3 = ("-m", "dsv3_jax.cli")
+
+
 @contextlib.contextmanager
-def pair(root, out, run, *, mesh=(MESH, MESH), more=((), ())):
+def pair(root, out, run, *, mesh=(MESH, MESH), more=((), ()), programs=(DSV3, DSV3)):
     """`dsv3 train` twice, as the two processes of a cluster."""
     where = f"127.0.0.1:{free_port()}"
     both = []
     for i in range(2):
         words = ["--out", str(out), "--mesh", mesh[i], "--cluster", where, "--processes", "2", "--process-id", str(i)]
-        both.append(start(["train", "tiny", *words, *flags(run), *more[i]], root))
+        both.append(start(["train", "tiny", *words, *flags(run), *more[i]], root, programs[i]))
     try:
         yield both
     finally:
@@ -128,6 +131,44 @@ def test_two_processes_are_one_whoever_is_lost(run, root, tmp_path):
 def last_checkpoint(run, folder):
     with Checkpoints(folder, run) as checkpoints:
         return checkpoints.restore()
+
+
+# `dsv3`, whose worker does something else when it is to save step 2.
+FAILING = """
+import sys
+from dsv3_jax import cli
+cli.WORKER = '''
+import os, signal, sys
+from dsv3_jax.checkpoint import Checkpoints
+save = Checkpoints.save
+def fail(self, state, *rest, **more):
+    if int(state.step) == 2:
+        {}
+    save(self, state, *rest, **more)
+Checkpoints.save = fail
+''' + cli.WORKER
+sys.exit(cli.main(sys.argv[1:]))
+"""
+OWN_WORDS = "dsv3: process {} of the run ended with an error, which its own output names"
+
+
+@pytest.mark.parametrize("victim, what, code, last_words, others_code", [
+    (0, "raise RuntimeError('broken')", 1, "RuntimeError: broken", 1),
+    (1, "raise OSError('the disk burns')", 2, "dsv3: the disk burns", 2),
+    (1, "os.kill(os.getpid(), signal.SIGKILL)", 137, "dsv3: training was ended by SIGKILL", watch.LOST),
+])  # fmt: skip
+def test_a_worker_that_fails_ends_all(run, root, tmp_path, victim, what, code, last_words, others_code):
+    """The others wait for it in a collective. What would fail again must not look as if it were worth a new start."""
+    programs = [DSV3, DSV3]
+    programs[victim] = ("-c", FAILING.format(what))
+    with pair(root, tmp_path / "run", run, programs=programs) as both:
+        wait_for_step(tmp_path / "run", 1, both[victim])
+        began = time.monotonic()
+        found, other = ends(both[victim]), ends(both[1 - victim])
+        assert time.monotonic() - began < 45  # far less than JAX waits for its peers at an exit
+    assert (found[0], found[2][-1]) == (code, last_words)
+    assert code == 1 or len(found[2]) == 1  # an error that nobody foresaw shows where it was met
+    assert (other[0], other[2]) == (others_code, [OWN_WORDS.format(victim)])
 
 
 def test_processes_that_mean_different_runs_end_at_once(run, root, tmp_path):
