@@ -11,7 +11,7 @@ import signal
 import socket
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -21,6 +21,8 @@ from jax.sharding import PartitionSpec as P
 from dsv3_jax import sharding
 from dsv3_jax.config import ConfigError, first_difference
 from dsv3_jax.watch import Cluster, Meeting
+
+T = TypeVar("T")
 
 
 def join(cluster: Cluster, devices: int | None, port: int) -> Meeting:
@@ -123,6 +125,27 @@ def by_first(work: Callable[[], None]) -> None:
         raise refused
     if said:
         raise ValueError(said)
+
+
+def by_each(work: Callable[[], T]) -> T:
+    """Have each process do a work that may be refused in some of them; all share the verdict.
+
+    Returns: what this process's `work` gave.
+    Raises: in all of them, where `work` raises ValueError or OSError in one: there this error, elsewhere ConfigError
+        with its sentence and the process's number.
+    """
+    done, refused = None, None
+    try:
+        done = work()
+    except (ValueError, OSError) as error:
+        refused = error
+    told = [said.decode() for said in gather(str(refused or "").encode())]
+    if refused is not None:
+        raise refused
+    for i, said in enumerate(told):
+        if said:
+            raise ConfigError(f"process {i} of {len(told)}: {said}")
+    return cast(T, done)
 
 
 def agree(facts: Mapping[str, Any]) -> None:

@@ -172,10 +172,11 @@ def test_a_worker_that_fails_ends_all(run, root, tmp_path, victim, what, code, l
 
 
 def test_processes_that_mean_different_runs_end_at_once(run, root, tmp_path):
-    with pair(root, tmp_path / "run", run, more=((), ("--optim.beta1", "0.8"))) as both:
+    """Though one of them means what its mesh cannot cut: it must not end alone."""
+    with pair(root, tmp_path / "run", run, more=((), ("--data.batch-size", "3"))) as both:
         for process in both:
             code, said, errors = ends(process)
-            sentence = "dsv3: process 1 of 2 disagree with process 0: run.optim.beta1 is 0.8, not 0.9"
+            sentence = "dsv3: process 1 of 2 disagree with process 0: run.data.batch_size is 3, not 4"
             assert (code, said, errors) == (2, "", [sentence])
     assert not (tmp_path / "run").exists()
 
@@ -268,5 +269,15 @@ def test_one_process_alone_agrees_with_itself():
     assert cluster.is_first() and cluster.gather(b"mine") == [b"mine"]
     assert [cluster.any_of(flag) for flag in (True, False)] == [True, False]
     cluster.agree({"run": 1})
-    with pytest.raises(OSError, match="no room"):
-        cluster.by_first(lambda: (_ for _ in ()).throw(OSError("no room")))
+    for shared in (cluster.by_first, cluster.by_each):
+        with pytest.raises(OSError, match="no room"):
+            shared(lambda: (_ for _ in ()).throw(OSError("no room")))
+    assert cluster.by_each(lambda: "done") == "done"
+
+
+def test_what_is_refused_in_another_process_is_refused_here(monkeypatch):
+    monkeypatch.setattr(cluster, "gather", lambda mine: [mine, b"", b"there is no text"])
+    with pytest.raises(ConfigError, match="^process 2 of 3: there is no text$"):
+        cluster.by_each(lambda: "done")
+    with pytest.raises(ValueError, match="^nor here$"):  # each tells its own first
+        cluster.by_each(lambda: (_ for _ in ()).throw(ValueError("nor here")))
