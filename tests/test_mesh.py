@@ -1,5 +1,7 @@
 """A mesh changes nothing but speed: one step's loss, gradient, load and bias are a single device's on every mesh."""
 
+import math
+import re
 from dataclasses import replace
 
 import jax
@@ -136,7 +138,18 @@ def test_a_mesh_that_cannot_be_read_is_refused(text):
         sharding.parse_mesh(text)
 
 
+@pytest.mark.parametrize("text, sentence", [
+    ("data=100000000000", "mesh 'data=100000000000' is of more than 65,536 devices"),
+    ("data=256,expert=257", "mesh 'data=256,expert=257' is of more than 65,536 devices"),
+    ("data=2,expert=2,data=4", "mesh 'data=2,expert=2,data=4' names data twice"),
+])  # fmt: skip
+def test_a_mesh_that_cannot_be_meant_is_refused(text, sentence):
+    with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}$"):
+        sharding.parse_mesh(text)
+
+
 def test_meshes_are_read():
+    assert math.prod(sharding.parse_mesh("data=256,expert=256").values()) == 65536
     assert sharding.parse_mesh("expert=4, data=2") == {"data": 2, "expert": 4, "tensor": 1}
     assert sharding.parse_mesh("expert=2") == {"data": 1, "expert": 2, "tensor": 1}
 

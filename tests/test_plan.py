@@ -159,6 +159,7 @@ def test_a_training_step_is_described(trained):
     "changes, sentence",
     [
         (dict(mesh="rows=2"), "mesh 'rows=2' is not of the form"),
+        (dict(mesh="data=3000000000"), "mesh 'data=3000000000' is of more than 65,536 devices"),
         (dict(mesh="data=64"), "needs 64 devices, and there are 8 here"),
         (dict(mesh="data=2", batch=3), "=3 rows are not divisible by mesh data=2"),
         (dict(mesh="expert=3", batch=3), "num_experts=8 is not divisible by mesh"),
