@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax import sharding
-from dsv3_jax.config import ConfigError, first_difference
+from dsv3_jax.config import ConfigError, Layout, first_difference
 from dsv3_jax.watch import Cluster, Meeting
 
 T = TypeVar("T")
@@ -180,6 +180,14 @@ def make_mesh(sizes: Mapping[str, int] | None) -> Mesh:
         name = ",".join(f"{axis}={size}" for axis, size in sizes.items())
         raise ConfigError(f"mesh {name} is of {mesh.size} devices, and the cluster has {count}")
     return mesh
+
+
+def check_layout(layout: Layout) -> None:
+    """Raises: ConfigError for a layout under which processes may come to wait for each other."""
+    own = jax.local_device_count()
+    if layout.fsdp and jax.process_count() > 1 and own > 1 and jax.default_backend() == "cpu":
+        # XLA's CPU client may run two collectives in different orders in two processes.
+        raise ConfigError(f"layout.fsdp with {own} CPU devices in each process can deadlock: let each have one")
 
 
 def rows_held(mesh: Mesh, size: int) -> np.ndarray:

@@ -85,6 +85,7 @@ def fit(
     _agree(run, mesh, stop_after)  # first: what is checked from here on then comes out alike in all processes
     if mesh is not None:
         sharding.check(mesh, run)
+        cluster.check_layout(run.model.layout)
     out = Path(out)
     spec = source.tokenizer_of(run, out)
     words = cluster.by_each(lambda: tokenizer.load(spec))

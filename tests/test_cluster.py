@@ -248,10 +248,24 @@ def test_a_checkpoint_is_of_no_mesh(run, tmp_path):
         where = sharding.state_sharding(state, mesh, fsdp=True)
         checkpoints.save(jax.device_put(state, where), place, wait=True)
     for sizes in (None, (1, 1, 1), (8, 1, 1), (1, 4, 2)):
+        mesh = sizes and sharding.make_mesh(*sizes)
         with Checkpoints(tmp_path, cut) as checkpoints:
-            found, found_place = checkpoints.restore(sizes and sharding.make_mesh(*sizes))
+            found, found_place = checkpoints.restore(mesh)
+        where = sharding.state_sharding(state, mesh, fsdp=True)
+        for leaf, at in zip(jax.tree.leaves(found), jax.tree.leaves(where), strict=True):
+            assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
         assert_bitwise(found, state)
         assert found_place == place
+
+
+def test_processes_of_several_cpu_devices_do_not_cut_weights_along_data(monkeypatch):
+    cluster.check_layout(Layout(fsdp=True))  # a process alone waits for nobody
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    cluster.check_layout(Layout())
+    with pytest.raises(ConfigError, match="^layout.fsdp with 8 CPU devices in each process can deadlock"):
+        cluster.check_layout(Layout(fsdp=True))
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    cluster.check_layout(Layout(fsdp=True))
 
 
 @pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2), (1, 1, 8)])
