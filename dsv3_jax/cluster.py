@@ -120,7 +120,7 @@ def by_first(work: Callable[[], None]) -> None:
             work()
         except (ValueError, OSError) as error:
             refused = error
-    said = gather(str(refused or "").encode())[0].decode()
+    said = gather(_sentence(refused))[0].decode()
     if refused is not None:
         raise refused
     if said:
@@ -139,13 +139,17 @@ def by_each(work: Callable[[], T]) -> T:
         done = work()
     except (ValueError, OSError) as error:
         refused = error
-    told = [said.decode() for said in gather(str(refused or "").encode())]
+    told = [said.decode() for said in gather(_sentence(refused))]
     if refused is not None:
         raise refused
     for i, said in enumerate(told):
         if said:
             raise ConfigError(f"process {i} of {len(told)}: {said}")
     return cast(T, done)
+
+
+def _sentence(refused: Exception | None) -> bytes:
+    return b"" if refused is None else (str(refused) or type(refused).__name__).encode()
 
 
 def agree(facts: Mapping[str, Any]) -> None:
