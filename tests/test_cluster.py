@@ -19,6 +19,8 @@ from dsv3_jax.config import ConfigError, Layout, OptimConfig
 
 MESH = "data=2"  # a device a process, which holds half of the batch
 FSDP = ("--model.layout.fsdp",)  # and half of the weights
+EXPERTS = "expert=2"  # or half of the experts, and the tokens travel:
+ROUNDS = ("--model.layout.exchange", "all_to_all", "--model.layout.slack", "1")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,8 +96,8 @@ def test_two_processes_are_one_whoever_is_lost(run, root, tmp_path):
     folder = tmp_path / "run"
     train.fit(run, folder, stop_after=2, quiet=True)
     saved = 2
-    for victim in (0, 1):
-        with pair(root, folder, run, more=(FSDP, FSDP)) as both:
+    for victim, mesh, layout in ((0, MESH, FSDP), (1, EXPERTS, ROUNDS)):
+        with pair(root, folder, run, mesh=(mesh, mesh), more=(layout, layout)) as both:
             wait_for_step(folder, saved + 2, both[1 - victim])
             both[victim].kill()
             killed = time.monotonic()
@@ -122,9 +124,10 @@ def test_two_processes_are_one_whoever_is_lost(run, root, tmp_path):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
     rows, want_rows = rows_of(folder), rows_of(tmp_path / "alone")
     assert [row["step"] for row in rows] == [row["step"] for row in want_rows]
+    assert any("crossed" in row for row in rows)
     for row, want_row in zip(rows, want_rows, strict=True):
-        assert row.keys() == want_row.keys()
-        for name in row.keys() - {"bits_per_byte_by_domain", "mtp_acceptance"}:
+        assert row.keys() - {"crossed", "wire_bytes"} == want_row.keys()
+        for name in want_row.keys() - {"bits_per_byte_by_domain", "mtp_acceptance"}:
             np.testing.assert_allclose(row[name], want_row[name], rtol=1e-5, err_msg=name)
 
 
