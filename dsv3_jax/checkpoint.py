@@ -15,8 +15,8 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from dsv3_jax import sharding, tokenizer
-from dsv3_jax.config import Layout, ModelConfig, RunConfig, from_dict, replace, to_dict
+from dsv3_jax import cluster, sharding, tokenizer
+from dsv3_jax.config import Layout, ModelConfig, RunConfig, first_difference, from_dict, replace, to_dict
 from dsv3_jax.modules.transformer import Transformer
 from dsv3_jax.train_step import TrainState, abstract_state, model_of
 
@@ -53,17 +53,14 @@ class Checkpoints:
     def save(self, state: TrainState, data: dict[str, Any], *, wait: bool = False) -> None:
         """Save a state and the data position, in the background unless `wait`.
 
-        Raises: OSError when the disk has no room for it (the checkpoints before stay).
+        Raises: OSError when the disk has no room for it (the checkpoints before stay); of several processes the first
+            decides, and the others raise its sentence as ValueError.
         """
         step = int(state.step)
         if step == self.latest:
             return
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        free = shutil.disk_usage(self.folder).free
-        if free < size + (64 << 20):
-            raise OSError(
-                f"no room for a checkpoint of {size / 1e6:.0f} MB in {self.folder}: {free / 1e6:.0f} MB are free"
-            )
+        cluster.by_first(lambda: self._see_room(size))  # who refused alone would leave the others waiting in the save
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             data=ocp.args.JsonSave(data),
@@ -72,6 +69,13 @@ class Checkpoints:
         self._manager.save(step, args=args)
         if wait:
             self._manager.wait_until_finished()
+
+    def _see_room(self, size: int) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if free < size + (64 << 20):
+            raise OSError(
+                f"no room for a checkpoint of {size / 1e6:.0f} MB in {self.folder}: {free / 1e6:.0f} MB are free"
+            )
 
     def restore(self, mesh: Mesh | None = None, step: int | None = None) -> tuple[TrainState, dict[str, Any]] | None:
         """A whole checkpoint's state and data position, the last one's or that of `step`; None when there is none.
@@ -154,19 +158,6 @@ def difference(a: RunConfig, b: RunConfig) -> tuple[str, Any, Any] | None:
     """As `first_difference`, of what makes a run this one: on which mesh and how it lies there changes no result."""
     plain, other = (to_dict(replace(run, model=replace(run.model, layout=Layout()))) for run in (a, b))
     return first_difference(plain, other)
-
-
-def first_difference(a: dict, b: dict, prefix: str = "") -> tuple[str, Any, Any] | None:
-    """The first key, in alphabetical order, that two configurations have other values of, and these values."""
-    for key in sorted(a.keys() | b.keys()):
-        x, y = a.get(key), b.get(key)
-        if isinstance(x, dict) and isinstance(y, dict):
-            inner = first_difference(x, y, f"{prefix}{key}.")
-            if inner:
-                return inner
-        elif json.dumps(x) != json.dumps(y):
-            return prefix + key, x, y
-    return None
 
 
 def load_model(

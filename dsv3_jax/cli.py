@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -265,12 +266,23 @@ WORKER = "import sys; from dsv3_jax import cli; sys.exit(cli.work(int(sys.argv[1
 
 
 def work(line: int, port: int, words: list[str]) -> int:
-    """`dsv3 train … --cluster …` as the worker of a watch, see `watch`. Returns the exit code."""
+    """`dsv3 train … --cluster …` as the worker of a watch, see `watch`. Returns 0: it ends with any other code here."""
     watch.end_with_watch(line)
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)  # ours alone: Gloo tells its connections on descriptor 1
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 1)
-    return _guarded(lambda: _train_in_cluster(line, port, words))
+    try:
+        code = _guarded(lambda: _train_in_cluster(line, port, words))
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code:
+        # At once: at the interpreter's exit JAX waits for its peers to come to theirs, for minutes, while they wait in
+        # a collective for this one, and no watch sees that anything is wrong.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _train_in_cluster(line: int, port: int, words: list[str]) -> int:

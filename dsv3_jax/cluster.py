@@ -11,7 +11,7 @@ import signal
 import socket
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -19,9 +19,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax import sharding
-from dsv3_jax.checkpoint import first_difference
-from dsv3_jax.config import ConfigError
+from dsv3_jax.config import ConfigError, Layout, first_difference
 from dsv3_jax.watch import Cluster, Meeting
+
+T = TypeVar("T")
 
 
 def join(cluster: Cluster, devices: int | None, port: int) -> Meeting:
@@ -119,11 +120,36 @@ def by_first(work: Callable[[], None]) -> None:
             work()
         except (ValueError, OSError) as error:
             refused = error
-    said = gather(str(refused or "").encode())[0].decode()
+    said = gather(_sentence(refused))[0].decode()
     if refused is not None:
         raise refused
     if said:
         raise ValueError(said)
+
+
+def by_each(work: Callable[[], T]) -> T:
+    """Have each process do a work that may be refused in some of them; all share the verdict.
+
+    Returns: what this process's `work` gave.
+    Raises: in all of them, where `work` raises ValueError or OSError in one: there this error, elsewhere ConfigError
+        with its sentence and the process's number.
+    """
+    done, refused = None, None
+    try:
+        done = work()
+    except (ValueError, OSError) as error:
+        refused = error
+    told = [said.decode() for said in gather(_sentence(refused))]
+    if refused is not None:
+        raise refused
+    for i, said in enumerate(told):
+        if said:
+            raise ConfigError(f"process {i} of {len(told)}: {said}")
+    return cast(T, done)
+
+
+def _sentence(refused: Exception | None) -> bytes:
+    return b"" if refused is None else (str(refused) or type(refused).__name__).encode()
 
 
 def agree(facts: Mapping[str, Any]) -> None:
@@ -158,6 +184,14 @@ def make_mesh(sizes: Mapping[str, int] | None) -> Mesh:
         name = ",".join(f"{axis}={size}" for axis, size in sizes.items())
         raise ConfigError(f"mesh {name} is of {mesh.size} devices, and the cluster has {count}")
     return mesh
+
+
+def check_layout(layout: Layout) -> None:
+    """Raises: ConfigError for a layout under which processes may come to wait for each other."""
+    own = jax.local_device_count()
+    if layout.fsdp and jax.process_count() > 1 and own > 1 and jax.default_backend() == "cpu":
+        # XLA's CPU client may run two collectives in different orders in two processes.
+        raise ConfigError(f"layout.fsdp with {own} CPU devices in each process can deadlock: let each have one")
 
 
 def rows_held(mesh: Mesh, size: int) -> np.ndarray:

@@ -7,9 +7,10 @@ W vocabulary.
 """
 
 import dataclasses
+import json
 import typing
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 replace = dataclasses.replace
 
@@ -380,3 +381,16 @@ def from_dict(kind, values: dict):
         return kind(**made)
     except TypeError as error:  # a key without a default is absent
         raise ConfigError(f"{kind.__name__}: {str(error).split('__init__() ')[-1]}") from error
+
+
+def first_difference(a: dict, b: dict, prefix: str = "") -> tuple[str, Any, Any] | None:
+    """The first key, in alphabetical order, that two configurations have other values of, and these values."""
+    for key in sorted(a.keys() | b.keys()):
+        x, y = a.get(key), b.get(key)
+        if isinstance(x, dict) and isinstance(y, dict):
+            inner = first_difference(x, y, f"{prefix}{key}.")
+            if inner:
+                return inner
+        elif json.dumps(x) != json.dumps(y):
+            return prefix + key, x, y
+    return None

@@ -26,6 +26,7 @@ from jaxtyping import Array
 from dsv3_jax.config import ConfigError, ModelConfig, RunConfig
 
 AXES = ("data", "expert", "tensor")
+MOST_DEVICES = 65536  # of a mesh: more is a slip of the keyboard, and JAX would try to make them
 ROWS = ("data", "expert")  # what cuts the batch
 
 # The mesh axes that cut an array's axis of that name, outermost first; an axis without a name lies whole.
@@ -43,15 +44,20 @@ FSDP_RULES = RULES | {"dim": ("data",), "latent": ("data",)}
 def parse_mesh(text: str) -> dict[str, int]:
     """`data=2,expert=4` as {"data": 2, "expert": 4, "tensor": 1}; an axis that is not named has size 1.
 
-    Raises: ConfigError for other axes, or sizes that are not positive whole numbers.
+    Raises: ConfigError for other axes, one that is named twice, sizes that are not positive whole numbers, or more
+        than MOST_DEVICES devices in all.
     """
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = {}
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\w+)\s*=\s*([1-9]\d*)\s*", part)
         if not found or found[1] not in AXES:
             raise ConfigError(f"mesh {text!r} is not of the form {','.join(f'{a}=N' for a in AXES)}")
+        if found[1] in sizes:
+            raise ConfigError(f"mesh {text!r} names {found[1]} twice")
         sizes[found[1]] = int(found[2])
-    return sizes
+    if math.prod(sizes.values()) > MOST_DEVICES:
+        raise ConfigError(f"mesh {text!r} is of more than {MOST_DEVICES:,} devices")
+    return dict.fromkeys(AXES, 1) | sizes
 
 
 def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
@@ -196,7 +202,9 @@ def whole(v, *, fsdp: bool, dtype: Any):
     """Weights (variables in any structure) made whole along "data" for use, where fsdp cut them. Under `jax.jit`.
 
     They are cast to `dtype` on the way, but for those that `modules.layers.param` marks as exact. Their gradients are
-    added up and cut again at once: no device ever holds all of them.
+    added up along "data" and cut again in that dtype, before they are cast back: a bfloat16 run sums them in bfloat16.
+    No device ever holds all of the layers' gradients; those of the embedding and the head it does, for `by_rows` takes
+    these tables whole and adds their gradients up whole.
     """
     if not fsdp or not on_mesh():
         return v

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dsv3_jax import optim, sharding, tokenizer
-from dsv3_jax.checkpoint import RUN_FILE, TOKENIZER_FILE, Checkpoints, first_difference, read_run
-from dsv3_jax.config import ConfigError, RunConfig, replace, to_dict
+from dsv3_jax.checkpoint import RUN_FILE, TOKENIZER_FILE, Checkpoints, read_run
+from dsv3_jax.config import ConfigError, RunConfig, first_difference, replace, to_dict
 from dsv3_jax.train_step import TrainState, abstract_state
 
 FREE = (  # keys of a model that may be other than the source's

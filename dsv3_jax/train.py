@@ -82,19 +82,20 @@ def fit(
             batch or experts that cannot be cut over the mesh, or processes that disagree on what to train.
         OSError: no room for a checkpoint; the ones before stay.
     """
+    _agree(run, mesh, stop_after)  # first: what is checked from here on then comes out alike in all processes
     if mesh is not None:
         sharding.check(mesh, run)
+        cluster.check_layout(run.model.layout)
     out = Path(out)
     spec = source.tokenizer_of(run, out)
-    words = tokenizer.load(spec)
+    words = cluster.by_each(lambda: tokenizer.load(spec))
     if not (out / RUN_FILE).exists():  # before anything is written
         _check_beginning(run, words)
-    data.check_vocab(words, run.model.vocab_size)
-    corpus = data.load_corpus(run.data)
+    corpus = cluster.by_each(lambda: _read(run, words))
+    cluster.agree({"text": corpus.fingerprint})
     rows = None if mesh is None else cluster.rows_held(mesh, run.data.batch_size)
     batches = data.train_batches(corpus, words, run.data, rows)
     held_out = data.val_batches(corpus, words, run.data, run.eval_batches)
-    _agree(run, mesh, stop_after, corpus)
     cluster.by_first(lambda: claim(out, run))
     if spec != run.data.tokenizer:
         cluster.by_first(lambda: source.copy_tokenizer(spec, run))
@@ -167,6 +168,12 @@ def fit(
     return Fitted(step, True, resumed_from, evaluation, order2)
 
 
+def _read(run: RunConfig, words: tokenizer.Tokenizer) -> data.Corpus:
+    """Raises: ValueError for a tokenizer larger than the vocabulary, or text that cannot be read."""
+    data.check_vocab(words, run.model.vocab_size)
+    return data.load_corpus(run.data)
+
+
 def _check_beginning(run: RunConfig, words: tokenizer.Tokenizer) -> None:
     """Raises: ValueError for another run to begin with that does not fit."""
     if run.trunk is not None:
@@ -188,11 +195,11 @@ def _begin(run: RunConfig, words: tokenizer.Tokenizer, mesh: Mesh | None, progre
     return state
 
 
-def _agree(run: RunConfig, mesh: Mesh | None, stop_after: int | None, corpus: data.Corpus) -> None:
-    """Raises: ConfigError when another process means another run, or reads other text."""
+def _agree(run: RunConfig, mesh: Mesh | None, stop_after: int | None) -> None:
+    """Raises: ConfigError when another process means another run, or is of another version."""
     facts = {"run": to_dict(run), "mesh": mesh and dict(mesh.shape), "stop_after": stop_after}
     versions = {name: importlib.metadata.version(name) for name in ("dsv3-jax", "jax")}
-    cluster.agree(facts | {"versions": versions, "text": corpus.fingerprint})
+    cluster.agree(facts | {"versions": versions})
 
 
 def _peak(run: RunConfig, mesh: Mesh | None) -> float:

@@ -29,6 +29,7 @@ from typing import TextIO
 from dsv3_jax.config import ConfigError
 
 REFUSED = (2, 130)  # exit codes of what all processes find by themselves: bad input, or Ctrl-C twice
+FAILED = (1, 2)  # exit codes of a process whose error is its own: the same command would meet it again
 LOST = 75  # exit code where another process is lost (EX_TEMPFAIL): the same command goes on from the last checkpoint
 BEAT = 0.25  # seconds between two signs of life
 SILENCE = 30.0  # seconds without one after which a process counts as lost
@@ -97,7 +98,8 @@ def run(cluster: Cluster, worker: Callable[[int, int], list[str]]) -> int:
     Args:
         cluster: of which the worker is to be a process.
         worker: its command, from the descriptor of its line to the watch, and the port that the watch listens at.
-    Returns: the worker's exit code; LOST where another process was lost or failed; 2 where the processes did not meet.
+    Returns: the worker's exit code; LOST where another process was lost or killed; the other's own code where that
+        failed, for going on would fail again; 2 where the processes did not meet.
     """
     deadline = time.monotonic() + cluster.timeout
     if cluster.host is not None and cluster.process_id:
@@ -167,12 +169,13 @@ class _Watch:
 
     def _until_the_end(self) -> tuple[str | None, int]:
         """(what to say of others, None where the worker's own words stand; the exit code)."""
-        blame: str | None = None  # another's error, which the worker may meet by itself within GRACE
+        blame: tuple[str, int] | None = None  # another's error, which the worker may meet by itself within GRACE
         own: int | None = None  # the worker's exit code, where its reason may lie with another
         limit = self._deadline
         while True:
             self._tell("")
-            self._pass_on_stderr()
+            if own is None:  # else what it said last may be but the echo of another's end
+                self._pass_on_stderr()
             try:
                 what, *rest = self._events.get(timeout=BEAT)
             except queue.Empty:
@@ -180,7 +183,8 @@ class _Watch:
             if what == "lost":
                 return is_lost(rest[0]), LOST
             if what == "ended" and rest[1] and blame is None:
-                blame = f"process {rest[0]} of the run ended with an error, which its own output names"
+                said = f"process {rest[0]} of the run ended with an error, which its own output names"
+                blame = said, rest[1] if rest[1] in FAILED else LOST
                 limit = time.monotonic() + (GRACE if rest[1] in REFUSED else 0)
             if what == "joined":
                 self._me, limit = rest[0].process_id, float("inf")
@@ -191,16 +195,18 @@ class _Watch:
                     return None, own
                 if own < 0 and own != -signal.SIGABRT:  # that is how JAX ends a process whose peer is lost
                     return f"training was ended by {signal.Signals(-own).name}", 128 - own
-                limit = min(limit, time.monotonic() + (GRACE if own == LOST else HELD_BACK))
+                # Who fails by itself must tell the others before they give up waiting for whose fault it was.
+                limit = min(limit, time.monotonic() + (GRACE if own in (LOST, -signal.SIGABRT) else HELD_BACK))
             if own is not None and blame is not None:
-                return blame, LOST
+                return blame
             if time.monotonic() < limit:
                 continue
             if self._me is None:
                 return self._not_met(), 2
             if own is not None:
                 return None, own if own > 0 else 128 - own
-            return blame, LOST
+            assert blame is not None  # nothing else sets the limit
+            return blame
 
     def _not_met(self) -> str:
         c = self._cluster

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -176,9 +176,9 @@ def environment(root: Path) -> dict[str, str]:
     }
 
 
-def start(argv: list[str], root: Path) -> subprocess.Popen:
-    """`dsv3 …` in a process of its own."""
-    command = [sys.executable, "-m", "dsv3_jax.cli", *argv]
+def start(argv: list[str], root: Path, program: Sequence[str] = ("-m", "dsv3_jax.cli")) -> subprocess.Popen:
+    """`dsv3 …` in a process of its own, or another Python program with these words."""
+    command = [sys.executable, *program, *argv]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment(root), cwd=HERE, **pipes)
 

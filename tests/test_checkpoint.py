@@ -13,7 +13,7 @@ from flax import nnx
 from models import random_model
 from runs import MODEL, assert_bitwise, cheap_compiles, make_run
 
-from dsv3_jax import optim
+from dsv3_jax import cluster, optim
 from dsv3_jax.checkpoint import RUN_FILE, Checkpoints, claim, load_model, read_run
 from dsv3_jax.config import ConfigError
 from dsv3_jax.modules.moe import RouterBias
@@ -79,6 +79,13 @@ def test_no_room_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     assert steps_in(tmp_path) == {"3"}
     with Checkpoints(tmp_path, RUN) as checkpoints:
         assert_bitwise(checkpoints.restore()[0], make_state(3))
+
+
+def test_of_several_processes_the_first_sees_whether_there_is_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))
+    monkeypatch.setattr(cluster, "is_first", lambda: False)
+    save(tmp_path, 3)
+    assert steps_in(tmp_path) == {"3"}
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves the other writes pending

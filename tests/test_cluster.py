@@ -19,6 +19,8 @@ from dsv3_jax.config import ConfigError, Layout, OptimConfig
 
 MESH = "data=2"  # a device a process, which holds half of the batch
 FSDP = ("--model.layout.fsdp",)  # and half of the weights
+EXPERTS = "expert=2"  # or half of the experts, and the tokens travel:
+ROUNDS = ("--model.layout.exchange", "all_to_all", "--model.layout.slack", "1")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,14 +51,17 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+DSV3 = ("-m", "dsv3_jax.cli")
+
+
 @contextlib.contextmanager
-def pair(root, out, run, *, mesh=(MESH, MESH), more=((), ())):
+def pair(root, out, run, *, mesh=(MESH, MESH), more=((), ()), programs=(DSV3, DSV3)):
     """`dsv3 train` twice, as the two processes of a cluster."""
     where = f"127.0.0.1:{free_port()}"
     both = []
     for i in range(2):
         words = ["--out", str(out), "--mesh", mesh[i], "--cluster", where, "--processes", "2", "--process-id", str(i)]
-        both.append(start(["train", "tiny", *words, *flags(run), *more[i]], root))
+        both.append(start(["train", "tiny", *words, *flags(run), *more[i]], root, programs[i]))
     try:
         yield both
     finally:
@@ -91,8 +96,8 @@ def test_two_processes_are_one_whoever_is_lost(run, root, tmp_path):
     folder = tmp_path / "run"
     train.fit(run, folder, stop_after=2, quiet=True)
     saved = 2
-    for victim in (0, 1):
-        with pair(root, folder, run, more=(FSDP, FSDP)) as both:
+    for victim, mesh, layout in ((0, MESH, FSDP), (1, EXPERTS, ROUNDS)):
+        with pair(root, folder, run, mesh=(mesh, mesh), more=(layout, layout)) as both:
             wait_for_step(folder, saved + 2, both[1 - victim])
             both[victim].kill()
             killed = time.monotonic()
@@ -119,9 +124,10 @@ def test_two_processes_are_one_whoever_is_lost(run, root, tmp_path):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
     rows, want_rows = rows_of(folder), rows_of(tmp_path / "alone")
     assert [row["step"] for row in rows] == [row["step"] for row in want_rows]
+    assert any("crossed" in row for row in rows)
     for row, want_row in zip(rows, want_rows, strict=True):
-        assert row.keys() == want_row.keys()
-        for name in row.keys() - {"bits_per_byte_by_domain", "mtp_acceptance"}:
+        assert row.keys() - {"crossed", "wire_bytes"} == want_row.keys()
+        for name in want_row.keys() - {"bits_per_byte_by_domain", "mtp_acceptance"}:
             np.testing.assert_allclose(row[name], want_row[name], rtol=1e-5, err_msg=name)
 
 
@@ -130,11 +136,50 @@ def last_checkpoint(run, folder):
         return checkpoints.restore()
 
 
+# `dsv3`, whose worker does something else when it is to save step 2.
+FAILING = """
+import sys
+from dsv3_jax import cli
+cli.WORKER = '''
+import os, signal, sys
+from dsv3_jax.checkpoint import Checkpoints
+save = Checkpoints.save
+def fail(self, state, *rest, **more):
+    if int(state.step) == 2:
+        {}
+    save(self, state, *rest, **more)
+Checkpoints.save = fail
+''' + cli.WORKER
+sys.exit(cli.main(sys.argv[1:]))
+"""
+OWN_WORDS = "dsv3: process {} of the run ended with an error, which its own output names"
+
+
+@pytest.mark.parametrize("victim, what, code, last_words, others_code", [
+    (0, "raise RuntimeError('broken')", 1, "RuntimeError: broken", 1),
+    (1, "raise OSError('the disk burns')", 2, "dsv3: the disk burns", 2),
+    (1, "os.kill(os.getpid(), signal.SIGKILL)", 137, "dsv3: training was ended by SIGKILL", watch.LOST),
+])  # fmt: skip
+def test_a_worker_that_fails_ends_all(run, root, tmp_path, victim, what, code, last_words, others_code):
+    """The others wait for it in a collective. What would fail again must not look as if it were worth a new start."""
+    programs = [DSV3, DSV3]
+    programs[victim] = ("-c", FAILING.format(what))
+    with pair(root, tmp_path / "run", run, programs=programs) as both:
+        wait_for_step(tmp_path / "run", 1, both[victim])
+        began = time.monotonic()
+        found, other = ends(both[victim]), ends(both[1 - victim])
+        assert time.monotonic() - began < 45  # far less than JAX waits for its peers at an exit
+    assert (found[0], found[2][-1]) == (code, last_words)
+    assert code == 1 or len(found[2]) == 1  # an error that nobody foresaw shows where it was met
+    assert (other[0], other[2]) == (others_code, [OWN_WORDS.format(victim)])
+
+
 def test_processes_that_mean_different_runs_end_at_once(run, root, tmp_path):
-    with pair(root, tmp_path / "run", run, more=((), ("--optim.beta1", "0.8"))) as both:
+    """Though one of them means what its mesh cannot cut: it must not end alone."""
+    with pair(root, tmp_path / "run", run, more=((), ("--data.batch-size", "3"))) as both:
         for process in both:
             code, said, errors = ends(process)
-            sentence = "dsv3: process 1 of 2 disagree with process 0: run.optim.beta1 is 0.8, not 0.9"
+            sentence = "dsv3: process 1 of 2 disagree with process 0: run.data.batch_size is 3, not 4"
             assert (code, said, errors) == (2, "", [sentence])
     assert not (tmp_path / "run").exists()
 
@@ -206,10 +251,24 @@ def test_a_checkpoint_is_of_no_mesh(run, tmp_path):
         where = sharding.state_sharding(state, mesh, fsdp=True)
         checkpoints.save(jax.device_put(state, where), place, wait=True)
     for sizes in (None, (1, 1, 1), (8, 1, 1), (1, 4, 2)):
+        mesh = sizes and sharding.make_mesh(*sizes)
         with Checkpoints(tmp_path, cut) as checkpoints:
-            found, found_place = checkpoints.restore(sizes and sharding.make_mesh(*sizes))
+            found, found_place = checkpoints.restore(mesh)
+        where = sharding.state_sharding(state, mesh, fsdp=True)
+        for leaf, at in zip(jax.tree.leaves(found), jax.tree.leaves(where), strict=True):
+            assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
         assert_bitwise(found, state)
         assert found_place == place
+
+
+def test_processes_of_several_cpu_devices_do_not_cut_weights_along_data(monkeypatch):
+    cluster.check_layout(Layout(fsdp=True))  # a process alone waits for nobody
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    cluster.check_layout(Layout())
+    with pytest.raises(ConfigError, match="^layout.fsdp with 8 CPU devices in each process can deadlock"):
+        cluster.check_layout(Layout(fsdp=True))
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    cluster.check_layout(Layout(fsdp=True))
 
 
 @pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2), (1, 1, 8)])
@@ -227,5 +286,15 @@ def test_one_process_alone_agrees_with_itself():
     assert cluster.is_first() and cluster.gather(b"mine") == [b"mine"]
     assert [cluster.any_of(flag) for flag in (True, False)] == [True, False]
     cluster.agree({"run": 1})
-    with pytest.raises(OSError, match="no room"):
-        cluster.by_first(lambda: (_ for _ in ()).throw(OSError("no room")))
+    for shared in (cluster.by_first, cluster.by_each):
+        with pytest.raises(OSError, match="no room"):
+            shared(lambda: (_ for _ in ()).throw(OSError("no room")))
+    assert cluster.by_each(lambda: "done") == "done"
+
+
+def test_what_is_refused_in_another_process_is_refused_here(monkeypatch):
+    monkeypatch.setattr(cluster, "gather", lambda mine: [mine, b"", b"there is no text"])
+    with pytest.raises(ConfigError, match="^process 2 of 3: there is no text$"):
+        cluster.by_each(lambda: "done")
+    with pytest.raises(ValueError, match="^nor here$"):  # each tells its own first
+        cluster.by_each(lambda: (_ for _ in ()).throw(ValueError("nor here")))

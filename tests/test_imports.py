@@ -100,6 +100,14 @@ def test_ops_know_arrays_alone(name):
     assert not roots(name) & {"flax", "optax", "orbax", "grain", "os", "pathlib", "io"}
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_turns_off_what_jax_checks_of_collectives(name):
+    """With these `shard_map` no longer knows what differs along an axis, and a gradient may be wrong in silence."""
+    assert not {"check_vma", "check_rep"} & {
+        node.arg for node in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(node, ast.keyword)
+    }
+
+
 @pytest.mark.parametrize("name", ["config", "presets"])
 def test_configurations_need_no_jax(name):
     assert not roots(name) & {"jax", "flax", "numpy"}

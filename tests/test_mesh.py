@@ -1,10 +1,15 @@
 """A mesh changes nothing but speed: one step's loss, gradient, load and bias are a single device's on every mesh."""
 
+import math
+import re
 from dataclasses import replace
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from runs import MODEL, assert_bitwise, cheap_compiles, fresh_state, make_run, packed_batch, write_text
 
 from dsv3_jax import sharding, train
@@ -13,7 +18,7 @@ from dsv3_jax.config import ConfigError, Layout, OptimConfig
 from dsv3_jax.train_step import make_step, model_of
 
 PLAIN = replace(MODEL, num_layers=1, mtp_depth=0)  # compiles in a third of the time
-B, T = 8, 12
+B, T = 16, 12
 # eps: AdamW then does not turn the rounding of gradients near 0 into whole steps of either sign
 RUN = make_run("nowhere", optim=OptimConfig(learning_rate=1e-2, warmup_steps=0, eps=0.1))
 RUN = replace(RUN, data=replace(RUN.data, batch_size=B, seq_len=T))
@@ -65,12 +70,11 @@ def alone():
 
 ROUNDS = Layout(exchange="all_to_all", slack=1.0)  # so few places that a batch takes several rounds
 CASES = {  # (data, expert, tensor), model, dispatch, microbatches, layout
-    "8,1,1 fsdp": ((8, 1, 1), PLAIN, "blocks", 1, Layout(fsdp=True)),
-    "1,8,1": ((1, 8, 1), PLAIN, "ragged_dot", 1, Layout(exchange="gather")),
+    "8,1,1 fsdp microbatches": ((8, 1, 1), PLAIN, "blocks", 2, Layout(fsdp=True)),
+    "1,8,1 microbatches": ((1, 8, 1), PLAIN, "ragged_dot", 2, Layout(exchange="gather")),
     "1,8,1 all_to_all": ((1, 8, 1), replace(PLAIN, remat="full"), "ragged_dot", 1, ROUNDS),
     "2,2,1 microbatches": ((2, 2, 1), PLAIN, "blocks", 2, Layout(exchange="gather")),
-    "2,4,1": ((2, 4, 1), PLAIN, "blocks", 1, Layout(exchange="gather")),
-    "1,4,1 all_to_all microbatches": ((1, 4, 1), PLAIN, "blocks", 2, ROUNDS),
+    "2,4,1 all_to_all microbatches fsdp": ((2, 4, 1), PLAIN, "blocks", 2, replace(ROUNDS, fsdp=True)),
     "2,2,2": ((2, 2, 2), MODEL, "blocks", 1, Layout(exchange="gather")),
     "2,2,2 all_to_all fsdp": ((2, 2, 2), MODEL, "blocks", 1, replace(ROUNDS, fsdp=True)),
     "2,2,2 fsdp": ((2, 2, 2), MODEL, "ragged_dot", 1, Layout(fsdp=True, exchange="gather")),
@@ -95,19 +99,25 @@ def test_a_step_is_a_single_devices(alone, sizes, model, dispatch, parts, layout
 
 
 def test_experts_are_chosen_as_on_a_single_device():
-    run = replace(RUN, model=PLAIN)
-    tokens, state = make_batch()["tokens"], fresh_state(run)
+    """Also in a second layer, which sees what the first one's experts made of the tokens, wherever they are."""
+    two = replace(MODEL, mtp_depth=0)
+    tokens, state = make_batch()["tokens"], fresh_state(replace(RUN, model=two))
 
-    @jax.jit
-    def chosen(state, tokens):
-        return model_of(run.model, state)(tokens).routing.expert_ids
+    @partial(jax.jit, static_argnums=0)
+    def chosen(model, state, tokens):
+        return model_of(model, state)(tokens).routing.expert_ids
 
-    want = np.asarray(chosen(state, tokens))
-    for sizes in ((8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)):
+    want = np.asarray(chosen(two, state, tokens))
+    experts, rest = nnx.split_state(state.params, lambda path, _: "experts" in path, ...)
+    idle = replace(state, params=nnx.merge_state(jax.tree.map(jnp.zeros_like, experts), rest))
+    changed = np.asarray(chosen(two, idle, tokens)) != want
+    assert not changed[0].any() and changed[1].any()
+    for sizes, layout in (((8, 1, 1), Layout()), ((2, 2, 2), Layout(exchange="gather")), ((2, 4, 1), ROUNDS)):
         mesh = sharding.make_mesh(*sizes)
         with jax.set_mesh(mesh):
             placed = jax.device_put(state, sharding.state_sharding(state, mesh))
-            got = chosen(placed, jax.device_put(tokens, sharding.batch_sharding(mesh)))
+            rows = jax.device_put(tokens, sharding.batch_sharding(mesh))
+            got = chosen(replace(two, dispatch="blocks", layout=layout), placed, rows)
         np.testing.assert_array_equal(got, want, err_msg=str(sizes))
 
 
@@ -136,7 +146,18 @@ def test_a_mesh_that_cannot_be_read_is_refused(text):
         sharding.parse_mesh(text)
 
 
+@pytest.mark.parametrize("text, sentence", [
+    ("data=100000000000", "mesh 'data=100000000000' is of more than 65,536 devices"),
+    ("data=256,expert=257", "mesh 'data=256,expert=257' is of more than 65,536 devices"),
+    ("data=2,expert=2,data=4", "mesh 'data=2,expert=2,data=4' names data twice"),
+])  # fmt: skip
+def test_a_mesh_that_cannot_be_meant_is_refused(text, sentence):
+    with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}$"):
+        sharding.parse_mesh(text)
+
+
 def test_meshes_are_read():
+    assert math.prod(sharding.parse_mesh("data=256,expert=256").values()) == 65536
     assert sharding.parse_mesh("expert=4, data=2") == {"data": 2, "expert": 4, "tensor": 1}
     assert sharding.parse_mesh("expert=2") == {"data": 1, "expert": 2, "tensor": 1}
 
@@ -146,7 +167,7 @@ def test_what_cannot_be_cut_is_refused():
         sharding.make_mesh(3, 4)
     mesh = sharding.make_mesh(1, 8)
     with pytest.raises(ConfigError, match=r"batch_size/microbatches=4 rows are not divisible by mesh data=1,expert=8"):
-        sharding.check(mesh, replace(RUN, optim=replace(RUN.optim, microbatches=2)))
+        sharding.check(mesh, replace(RUN, optim=replace(RUN.optim, microbatches=4)))
     with pytest.raises(ConfigError, match="num_experts=12 is not divisible by mesh"):
         sharding.check(mesh, replace(RUN, model=replace(MODEL, num_experts=12)))
     with pytest.raises(ConfigError, match="num_heads=2 is not divisible by mesh data=1,expert=1,tensor=4"):

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 from runs import MODEL, cheap_compiles, fresh_state, make_run
 
+from dsv3_jax import cost as costs
 from dsv3_jax import devices, sharding
 from dsv3_jax.cache import empty_cache
 from dsv3_jax.config import ConfigError, Layout
@@ -15,6 +16,7 @@ from dsv3_jax.cost import Cost, decode_cost, train_cost
 from dsv3_jax.devices import DEVICES, parse_bytes
 from dsv3_jax.hlo import Collective, Traffic
 from dsv3_jax.plan import Plan, describe, in_bytes, in_seconds, plan
+from dsv3_jax.presets import recipe
 
 PLAIN = replace(MODEL, num_layers=1, mtp_depth=0, compute_dtype="bfloat16")
 RUN = make_run("nowhere", model=PLAIN)
@@ -95,6 +97,26 @@ def test_a_decoding_step_holds_what_the_mesh_holds():
     assert 0 < cost.reads < cost.total
 
 
+def test_v3s_own_steps_are_programs_of_the_same_size_at_any_depth(monkeypatch):
+    """Lowered alone, for seconds; what grows with depth would be compiled for each layer anew."""
+    texts = []
+
+    def lowered_alone(lowered):
+        texts.append(lowered.as_text())
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: not compiled")
+
+    monkeypatch.setattr(costs, "compile_in_sight", lowered_alone)
+    run, mesh = recipe("v3"), sharding.make_mesh(2, 4)
+    for layers in (8, 61):
+        model = replace(run.model, num_layers=layers, layout=Layout(fsdp=True, exchange="all_to_all"))
+        train_cost(replace(run, model=model, data=replace(run.data, batch_size=8)), mesh)
+        decode_cost(model, mesh, 8, 4096, weight_dtype="float32")  # tests allow no silent promotion
+    for few, many in zip(texts[:2], texts[2:], strict=True):
+        assert "<5x256x7168x2048x" in few and "<58x256x7168x2048x" in many  # all but three layers have experts
+        assert abs(len(many) / len(few) - 1) < 0.01  # longer numbers
+    assert "all_to_all" in texts[2] and "all_to_all" not in texts[3]  # decoding's few tokens are gathered
+
+
 def made_up(**changes) -> Cost:
     members = tuple(range(8))
     sent = Traffic(
@@ -159,6 +181,7 @@ def test_a_training_step_is_described(trained):
     "changes, sentence",
     [
         (dict(mesh="rows=2"), "mesh 'rows=2' is not of the form"),
+        (dict(mesh="data=3000000000"), "mesh 'data=3000000000' is of more than 65,536 devices"),
         (dict(mesh="data=64"), "needs 64 devices, and there are 8 here"),
         (dict(mesh="data=2", batch=3), "=3 rows are not divisible by mesh data=2"),
         (dict(mesh="expert=3", batch=3), "num_experts=8 is not divisible by mesh"),

@@ -9,6 +9,7 @@ set -euo pipefail
 preset=$1 out=$2
 shift 2
 
+# %q: each host's shell reads the line anew, and must find the same words.
+printf -v line '%q ' dsv3 train "$preset" --out "$out" --cluster auto --cluster-timeout 300 "$@"
 # --worker=all: every host runs the same command; JAX learns from the slice who is who.
-gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all \
-  --command="dsv3 train $preset --out $out --cluster auto --cluster-timeout 300 $*"
+gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --command="$line"
