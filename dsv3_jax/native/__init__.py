@@ -1,8 +1,8 @@
 """The CPU's own kernels for decoding, in C++ (few_rows.cc), where a compiler is at hand.
 
 XLA's products on the CPU read a buffer of their own: an expert out of the stack, or a part of the cache, is copied
-before it is multiplied, by one thread, and with more than one row it is copied once more, into the product's own order.
-The kernels read a chosen expert and the cache once, as they lie, on all threads. They are compiled for this machine when
+before it is multiplied, by one thread, and with more rows it is copied once more, into the product's own order. The
+kernels read a chosen expert and the cache once, as they lie, on all threads. They are compiled for this machine when
 they are first asked for, in some seconds, into the user's cache folder; JAX calls them by its foreign function
 interface. Without a compiler, on accelerators, on a mesh and with DSV3_NATIVE=0 XLA does the same.
 """
