@@ -125,7 +125,7 @@ STUDY = Study(
     variants=variants,
     measure=measure,
     columns=(
-        Column("bits over chance, mean of layers", "excess_mean", 4, paired=True),
+        Column("bits over chance, mean of layers", "excess_mean", 4, paired=True, against=("sequence-wise, α 3e-3",)),
         Column("first layer: bits", layer(0, "bits"), 4),
         Column("shuffled", layer(0, "shuffled"), 4),
         Column("95 %", layer(0, "shuffled_95"), 4),
