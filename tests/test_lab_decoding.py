@@ -66,13 +66,14 @@ def test_speculation(tmp_path):
             "tokens_a_step": {str(k): 1 + sum(0.5**j for j in range(1, k + 1)) for k in tried},
             "share": 0.25,
             "mtp_acceptance": [0.3] * run.model.mtp_depth,
-            "speed": {"1": speed, "8": speed},
+            "speed": {"1": speed | {"same_text": 1.0}, "8": speed | {"same_text": 0.5 if seed else 1.0}},
         }
 
     results = filled(module, tmp_path, numbers)
     assert module.drafters(results) == list(module.variants(recipe("lab")))[1:]
     text = module.STUDY.table(results)
     assert "| independent | 2 | 1.75 ± 0.00 | 1.17 ± 0.00 | 0.50 ± 0.00 | " in text  # 1.75 / (1 + 2 · 0.25)
+    assert text.endswith("the same with drafts: 50%.")
     assert "| trunk | 3.5000 ± 0.7071 |  |  |  |" in text and "| MTP | 8 | 2.00 ± 0.00 |" in text
     assert "| EAGLE, trunk held | 8 |" not in text and "100 ± 0 at batch 8" in text
     assert drawn(module, results, tmp_path) and "MTP: 50%, × 1.20 modelled, × 0.50 here" in module.STUDY.ours(results)
