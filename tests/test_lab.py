@@ -37,7 +37,7 @@ found = {"numbers": numbers, "curves": {}, "steps": 1, "seconds": 1.0}
 found["parameters"] = {"total": 1000, "active": 100, "cache_bytes": 8}
 Path(job["record"]).write_text(json.dumps(found))
 """
-PAGE = "# A question?\n\n<!-- results -->\nold\n<!-- /results -->\n\n## Verdict\n\n**Agrees.** It does.\n"
+PAGE = "# A question?\n\n<!-- results -->\nold\n<!-- /results -->\n\n## Verdict\n\n**Agrees, in\nshort.** It does.\n"
 
 
 def diffs(base):
@@ -98,7 +98,7 @@ def test_only_what_is_missing_runs_and_a_failure_is_named(repo, capsys):
     assert "\nold\n" not in page and page.startswith("# A question?") and page.endswith("It does.\n")
     assert (folder / "fake.png").read_bytes()[:4] == b"\x89PNG"
     assert (
-        "| [01 fake](01_fake/README.md) | A question? | yes |  | Agrees |" in (folder.parent / "README.md").read_text()
+        "| [01 fake](01_fake/README.md) | A question? | yes |  | Agrees, in short |" in (folder.parent / "README.md").read_text()
     )
 
     (repo / "mended").touch()

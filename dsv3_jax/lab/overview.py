@@ -43,5 +43,5 @@ def verdict(folder: Path) -> str:
     """The bold words that a study's last section, "## Verdict", begins with."""
     page = folder / "README.md"
     text = page.read_text().partition("## Verdict")[2] if page.exists() else ""
-    found = re.match(r"\s*\*\*(.+?)\*\*", text)
-    return found[1].rstrip(".") if found else "to come"
+    found = re.match(r"\s*\*\*(.+?)\*\*", text, re.DOTALL)  # they may go over a line's end
+    return " ".join(found[1].split()).rstrip(".") if found else "to come"
