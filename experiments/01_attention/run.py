@@ -27,7 +27,13 @@ def variants(base):
         "MLA": matched(mla, mha),
         "MLA, unmatched": mla,
     }
-    return {name: replace(base, model=model) for name, model in models.items()}
+    runs = {name: replace(base, model=model) for name, model in models.items()}
+    # Each kind has the better of two learning rates (README.md): the base's was found for MLA.
+    half = replace(base.optim, learning_rate=base.optim.learning_rate / 2)
+    return runs | {name: replace(runs[name], optim=half) for name in HALF}
+
+
+HALF = ("MHA", "GQA", "MQA")
 
 
 def cache_bytes(results, variant):
