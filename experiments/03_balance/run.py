@@ -16,7 +16,6 @@ BASELINE = "Switch loss, α 1e-3"  # the loss-free paper's
 NONE = Balance(bias_rate=0.0, sequence_alpha=0.0)
 WAYS = {
     "none": NONE,
-    "Switch loss, α 1e-2": replace(NONE, switch_alpha=1e-2),  # as Switch Transformer has it
     BASELINE: replace(NONE, switch_alpha=1e-3),
     "sequence-wise, α 3e-3": replace(NONE, sequence_alpha=3e-3),  # DeepSeek-V2's
     "loss-free, γ 3e-3": replace(NONE, bias_rate=3e-3),

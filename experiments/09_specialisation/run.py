@@ -13,7 +13,7 @@ from dsv3_jax.lab import Column, Study, drawing
 from dsv3_jax.lab.results import write_figure
 
 NONE = Balance(bias_rate=0.0, sequence_alpha=0.0)
-WAYS = {  # as in 03_balance, whose runs these are
+WAYS = {  # as in 03_balance, whose runs these are, but for the first
     "Switch loss, α 1e-2": replace(NONE, switch_alpha=1e-2),
     "sequence-wise, α 3e-3": replace(NONE, sequence_alpha=3e-3),
     "loss-free, γ 3e-3": replace(NONE, bias_rate=3e-3),
