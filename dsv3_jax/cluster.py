@@ -11,7 +11,7 @@ import signal
 import socket
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -114,17 +114,9 @@ def by_first(work: Callable[[], None]) -> None:
 
     Raises: ValueError, in all of them, where `work` raises ValueError or OSError in the first.
     """
-    refused = None
-    if is_first():
-        try:
-            work()
-        except (ValueError, OSError) as error:
-            refused = error
-    said = gather(_sentence(refused))[0].decode()
-    if refused is not None:
-        raise refused
-    if said:
-        raise ValueError(said)
+    _, said = _told(lambda: work() if is_first() else None)
+    if said[0]:
+        raise ValueError(said[0])
 
 
 def by_each(work: Callable[[], T]) -> T:
@@ -134,22 +126,21 @@ def by_each(work: Callable[[], T]) -> T:
     Raises: in all of them, where `work` raises ValueError or OSError in one: there this error, elsewhere ConfigError
         with its sentence and the process's number.
     """
-    done, refused = None, None
+    done, said = _told(work)
+    for i, sentence in enumerate(said):
+        if sentence:
+            raise ConfigError(f"process {i} of {len(said)}: {sentence}")
+    return done
+
+
+def _told(work: Callable[[], T]) -> tuple[T, list[str]]:
+    """(What `work` gave, why it was refused in each process; "" where it was not); here a refusal is raised itself."""
     try:
         done = work()
     except (ValueError, OSError) as error:
-        refused = error
-    told = [said.decode() for said in gather(_sentence(refused))]
-    if refused is not None:
-        raise refused
-    for i, said in enumerate(told):
-        if said:
-            raise ConfigError(f"process {i} of {len(told)}: {said}")
-    return cast(T, done)
-
-
-def _sentence(refused: Exception | None) -> bytes:
-    return b"" if refused is None else (str(refused) or type(refused).__name__).encode()
+        gather((str(error) or type(error).__name__).encode())
+        raise
+    return done, [said.decode() for said in gather(b"")]
 
 
 def agree(facts: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ ROOT = Path(dsv3_jax.__file__).parent
 # From the ground up. A file may import its own floor and those below; a new file must be given its place here.
 FLOORS = [
     {"config", "native"},
-    {"presets", "watch"},
+    {"options", "presets", "watch"},
     {"ops"},
     {"cache", "expert_exchange", "expert_parallel", "sharding"},
     {"modules"},

@@ -100,7 +100,7 @@ class Reader(HTMLParser):
         self.addresses += [v for k, v in attributes if k in ("src", "href", "action", "data")]
 
     def handle_startendtag(self, tag, attributes):
-        pass
+        """It closes itself: nothing is open after it."""
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag, (tag, self.getpos())

@@ -1,6 +1,5 @@
 """experiments/README.md's table of all studies, made from their results.json and the verdicts of their README.md."""
 
-import json
 import re
 from pathlib import Path
 
@@ -24,10 +23,10 @@ def table(experiments: Path) -> str:
         if not path.exists():
             rows.append([link, title(folder), "", "not run yet", "", "", ""])
             continue
-        found = json.loads(path.read_text())
         results = Results(path)
+        about = results.about
         rows.append(
-            [link, found["question"], found["published"], found.get("ours", ""), verdict(folder)]
+            [link, about["question"], about["published"], about.get("ours", ""), verdict(folder)]
             + [results.told("date"), results.told("commit")]
         )
     return markdown(["study", "question", "published", "ours", "verdict", "date", "commit"], rows)

@@ -71,9 +71,10 @@ class Results:
     """
 
     def __init__(self, path: Path, about: Mapping | None = None):
-        self.path, self.about = path, dict(about or {})
+        self.path = path
         kept = json.loads(path.read_text()) if path.exists() else {}
-        self.runs: dict[str, dict[str, dict]] = kept.get("runs", {})
+        self.runs: dict[str, dict[str, dict]] = kept.pop("runs", {})
+        self.about = kept | dict(about or {})
 
     def has(self, variant: str, seed: int, mark: str) -> bool:
         """Whether the run is there, with that fingerprint."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dsv3_jax import expert_parallel, native
+from dsv3_jax import expert_parallel
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.layers import SwiGLU, param
 from dsv3_jax.ops import balance, dispatch, routing
@@ -109,8 +109,6 @@ class MoE(nnx.Module):
             y = dispatch.wide_swiglu(flat, ids, gates, experts, self.cfg.num_experts)
         elif on_mesh():
             y = expert_parallel.few_tokens_swiglu(flat, ids, gates, experts, layer, layout=self.cfg.layout)
-        elif native.few_enough(ids.size, self.cfg.num_experts) and native.serves(flat.dtype, experts.w_gate.dtype):
-            y = native.few_tokens_swiglu(flat, ids, gates, *experts, layer)
         else:
             y = dispatch.few_tokens_swiglu(flat, ids, gates, experts, layer)
         y = y.reshape(x.shape)

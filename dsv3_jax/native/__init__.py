@@ -57,11 +57,6 @@ def serves(*dtypes) -> bool:
     return all(d == jnp.float32 for d in dtypes) and (mesh.empty or mesh.size == 1) and not why_not()
 
 
-def few_enough(assignments: int, num_experts: int) -> bool:
-    """Whether an expert has so few rows that reading it is what it costs."""
-    return assignments <= 32 * num_experts
-
-
 def few_tokens_swiglu(
     x: Float[Array, "n D"],
     expert_ids: Int[Array, "n K"],

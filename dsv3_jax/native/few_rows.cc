@@ -182,12 +182,13 @@ ffi::Error FewTokensSwiglu(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::B
 float Sum(Vec v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
-#endif
+#else
   float lane[kLanes];
   std::memcpy(lane, &v, sizeof(v));
   for (int64_t half = kLanes / 2; half > 0; half /= 2)
     for (int64_t i = 0; i < half; ++i) lane[i] += lane[i + half];
   return lane[0];
+#endif
 }
 
 // y[r, j] = x[r] · k[j] for R rows of x and the `count` rows of k, `step` apart.

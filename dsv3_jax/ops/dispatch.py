@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax import native
 from dsv3_jax.ops.dispatch_blocks import blocks_swiglu
 from dsv3_jax.ops.dispatch_plan import Plan, plan
 from dsv3_jax.ops.varying import zeros
@@ -180,12 +181,15 @@ def few_tokens_swiglu(
     """`routed_swiglu` for decoding, where the time goes into reading matrices: a loop over the chosen experts alone.
 
     A visit reads one expert from the stack and multiplies it with `rows` of its tokens, the next ones too where it has
-    fewer: products of a few rows cost little more than of one. An expert with more tokens is visited again. None is 4
-    rows, or 8 where experts have as many. Where not `all_here`, id E is an expert on another device, which is passed
-    over: its gate must be 0. Takes no gradient.
+    fewer: products of a few rows cost little more than of one. An expert with more tokens is visited again. None is the
+    native kernel where it serves, else 4 rows, or 8 where experts have as many. Where not `all_here`, id E is an expert
+    on another device, which is passed over: its gate must be 0. Takes no gradient.
     """
     n, num_choices = expert_ids.shape
     num_experts = experts.w_gate.shape[1]
+    few = n * num_choices <= 32 * num_experts  # else products cost more than reading what they are with
+    if rows is None and all_here and few and native.serves(x.dtype, experts.w_gate.dtype):
+        return native.few_tokens_swiglu(x, expert_ids, gates, *experts, layer)
     zero = jnp.zeros((), jnp.int32)
 
     def visit(expert: Array, mine: Array) -> Array:
