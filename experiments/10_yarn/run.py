@@ -166,7 +166,7 @@ def draw(results, path):
     drawing.panel(left, "Loss of the text by position", "position", "nats a byte")
     drawing.panel(right, f"Keys retrieved in rows of {FACTOR * length}", "distance to the key", "%")
     right.axhline(100 * planted.CHANCE, color="0.5", linewidth=0.8, linestyle=":")
-    right.text(FACTOR * length, 100 * planted.CHANCE, "chance", fontsize=8, color="0.4", ha="right", va="bottom")
+    right.text(FACTOR * length, 100 * planted.CHANCE, "chance", fontsize=8, color="0.4", ha="right", va="top")
     right.set_ylim(0, 103)
     for ax in (left, right):
         ax.axvline(length, color="0.5", linewidth=0.8)
