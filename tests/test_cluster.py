@@ -165,10 +165,10 @@ def test_a_worker_that_fails_ends_all(run, root, tmp_path, victim, what, code, l
     programs = [DSV3, DSV3]
     programs[victim] = ("-c", FAILING.format(what))
     with pair(root, tmp_path / "run", run, programs=programs) as both:
-        wait_for_step(tmp_path / "run", 1, both[victim])
-        began = time.monotonic()
-        found, other = ends(both[victim]), ends(both[1 - victim])
-        assert time.monotonic() - began < 45  # far less than JAX waits for its peers at an exit
+        found = ends(both[victim])  # within 100 s of its start: JAX waits for its peers at an exit for longer
+        ended = time.monotonic()
+        other = ends(both[1 - victim])
+        assert time.monotonic() - ended < 45
     assert (found[0], found[2][-1]) == (code, last_words)
     assert code == 1 or len(found[2]) == 1  # an error that nobody foresaw shows where it was met
     assert (other[0], other[2]) == (others_code, [OWN_WORDS.format(victim)])

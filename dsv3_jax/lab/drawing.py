@@ -49,7 +49,9 @@ def curves(ax: Axes, results: Results, name: str, title: str, unit: str, only: C
         ax.plot(steps, values.mean(0), label=variant, color=f"C{i % 10}", linewidth=1.4)
         ax.fill_between(steps, values.min(0), values.max(0), color=f"C{i % 10}", alpha=0.15, linewidth=0)
     panel(ax, title, "step", unit)
-    ax.legend(framealpha=0.8, edgecolor="none", fontsize=8)  # it may lie over a curve
+    bottom, top = ax.get_ylim()
+    ax.set_ylim(top=top + 0.3 * (top - bottom))  # room for the legend above the curves
+    ax.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
 
 
 def against(results: Results, path: Path, x: str | Callable[[Results, str], float], label: str, title: str) -> None:
