@@ -157,7 +157,6 @@ OWN_WORDS = "dsv3: process {} of the run ended with an error, which its own outp
 
 @pytest.mark.parametrize("victim, what, code, last_words, others_code", [
     (0, "raise RuntimeError('broken')", 1, "RuntimeError: broken", 1),
-    (1, "raise OSError('the disk burns')", 2, "dsv3: the disk burns", 2),
     (1, "os.kill(os.getpid(), signal.SIGKILL)", 137, "dsv3: training was ended by SIGKILL", watch.LOST),
 ])  # fmt: skip
 def test_a_worker_that_fails_ends_all(run, root, tmp_path, victim, what, code, last_words, others_code):
