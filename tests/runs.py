@@ -186,9 +186,14 @@ def start(argv: list[str], root: Path, program: Sequence[str] = ("-m", "dsv3_jax
 @cache
 def unhooked_cli():
     """dsv3_jax.cli as users have it: the tests' import hook would refuse tyro's mark for what is missing."""
-    spec = importlib.util.spec_from_file_location("unhooked_cli", HERE / "dsv3_jax" / "cli.py")
+    _unhooked("dsv3_jax.options", "options.py")  # where the command line finds what it can be told
+    return _unhooked("unhooked_cli", "cli.py")
+
+
+def _unhooked(name: str, file: str):
+    spec = importlib.util.spec_from_file_location(name, HERE / "dsv3_jax" / file)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
+    sys.modules[name] = module  # dataclasses look there
     spec.loader.exec_module(module)
     return module
 

@@ -172,7 +172,7 @@ def test_killed_at_any_moment_it_ends_the_same(whole, root, tmp_path):
         time.sleep(rng.uniform(0, 0.3))
         process.kill()
         said, _ = process.communicate(timeout=60)
-        with Checkpoints(folder, run) as checkpoints:
+        with Checkpoints(folder, run, read_only=True) as checkpoints:  # the next start cleans up, alone
             before, saved = saved, checkpoints.latest
         assert saved > before
         assert before == 0 or f"resumed from the checkpoint of step {before}" in said
