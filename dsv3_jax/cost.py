@@ -167,7 +167,7 @@ def decode_cost(
     def step(params, bias, cache, tokens):
         model = nnx.merge(graph, params, bias)
         x, cache = model.decode(tokens, cache)
-        logits = model.logits(model.norm(x))
+        logits = model.next_logits(model.norm(x))
         cache = replace(cache, lengths=cache.lengths + 1)
         return jax.lax.with_sharding_constraint(jnp.argmax(logits, axis=-1), rows), _held_to(cache, where)
 

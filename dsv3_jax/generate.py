@@ -343,7 +343,7 @@ def _advance(
     Args: x [B, F, D], the trunk's output at token `previous`, which stands at `start`, and at each draft.
     """
     key, draw = jax.random.split(loop.key)
-    logits, left = kept_by_rows(model.logits(model.norm(x)), static.sampling)
+    logits, left = kept_by_rows(model.next_logits(model.norm(x)), static.sampling)
     stood, tokens = map(constrain, accept(drafts.tokens, drafts.q, logits, draw, left))
     place = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
     count = jnp.minimum(stood + 1, loop.out.shape[1] - loop.written)

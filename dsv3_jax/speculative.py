@@ -20,6 +20,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.attention import from_zero, places, positions_of
 from dsv3_jax.modules.mtp import MetaHead, gathered
 from dsv3_jax.modules.transformer import Ready, Trace, Transformer
+from dsv3_jax.ops.products import few_rows_product
 from dsv3_jax.ops.sampling import Sampling, processed_logits, sample
 from dsv3_jax.ops.speculation import probabilities
 from dsv3_jax.sharding import by_rows, constrain
@@ -64,7 +65,7 @@ class ModelDrafter:
         def step(carry: tuple[Cache, Array], key: Array) -> tuple[tuple[Cache, Array], tuple[Array, Array | None]]:
             cache, tokens = carry
             x, cache = self.model.decode(tokens, cache, self.ready)
-            token, q = _draw(self.model.logits(self.model.norm(x[:, -1])), key, sampling)
+            token, q = _draw(self.model.next_logits(self.model.norm(x[:, -1])), key, sampling)
             return (replace(cache, lengths=cache.lengths + tokens.shape[1]), token[:, None]), (token, q)
 
         keys = jax.random.split(key, count)
@@ -126,7 +127,7 @@ class ChainDrafter:
             out, cache = self._go_on(k - 1, read, _from(h, skipped), cache)
             out = _from(out, -skipped)
             end = _pick(out, standing + k - 2)  # at position m − 1
-            drawn.append(_draw(self.model.logits(end), keys[k - 1], sampling))
+            drawn.append(_draw(self.model.next_logits(end), keys[k - 1], sampling))
             made[k - 1] = _Reading(cache, _pick(out, standing - 1))
             h, tokens = (
                 jnp.concatenate([reading.last[:, None], out], axis=1),
@@ -137,7 +138,7 @@ class ChainDrafter:
             # The last head's own output in place of a predecessor's, one position on.
             cache, h, token = carry
             h, cache = self._go_on(-1, token[:, None], h, cache)
-            token, q = _draw(self.model.logits(h[:, 0]), key, sampling)
+            token, q = _draw(self.model.next_logits(h[:, 0]), key, sampling)
             return (cache, h, token), (token, q)
 
         carry = replace(made[trained - 1].cache, lengths=newest), end[:, None], drawn[-1][0]
@@ -183,8 +184,8 @@ class ParallelDrafter:
                 at = positions_of(self.model.cfg, places(cache, fresh.h.shape[1]), None)
                 h, made[k] = head.decode(fresh.h, at, cache, self.experts[k])
             else:
-                h = head.residual(fresh.h)
-            drawn.append(_draw(self.model.logits(_pick(h, fresh.standing - 1)), keys[k], sampling))
+                h = head.residual(fresh.h, few_rows_product)
+            drawn.append(_draw(self.model.next_logits(_pick(h, fresh.standing - 1)), keys[k], sampling))
         return _together(drawn), tuple(made)
 
 

@@ -1,5 +1,5 @@
-"""When the native kernels are in use, and what is said where they are not; what they compute is in test_dispatch.py and
-test_cache.py."""
+"""When the native kernels are in use, and what is said where they are not; what they compute is in test_products.py,
+test_dispatch.py and test_cache.py."""
 
 import shutil
 

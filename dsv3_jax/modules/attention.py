@@ -1,5 +1,6 @@
 """Attention as modules: multi-head latent attention, and the plain attention that it is held against."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from dsv3_jax.modules.layers import RMSNorm, param
 from dsv3_jax.ops import mla, rope
 from dsv3_jax.ops.attention import causal_attention
 from dsv3_jax.ops.cached_attention import cached_attention
+from dsv3_jax.ops.products import few_rows_product, product
 from dsv3_jax.sharding import constrain, each_its_own
 
 LATENT_NORM_EPS = 1e-6  # whatever norm_eps says, as the reference implementations do
@@ -75,8 +77,8 @@ class MLA(nnx.Module):
 
     def decode(self, x: Float[Array, "B T D"], at: Positions, cache: Cache, layer: Array) -> tuple[Array, Cache]:
         """T new tokens attend to what the cache holds and to themselves: (output [B, T, D], the cache with them)."""
-        q_nope, q_rope = self._queries(x, at)
-        row = self._row(x, at)
+        q_nope, q_rope = self._queries(x, at, few_rows_product)
+        row = self._row(x, at, few_rows_product)
         w_uk, w_uv = self._up(x)
         if cache.kind == "latent":
 
@@ -89,15 +91,15 @@ class MLA(nnx.Module):
             up, given = ("heads", None, None), (q_nope, q_rope, w_uk, w_uv, row, cache.stored, cache.lengths, layer)
             names = (HEADS_APART, HEADS_APART, up, up, ("batch", None, None), AXES, ("batch",), ())
             out, stored = each_its_own(attend, names, (0, 5), *given)
-            return output(self, out), replace(cache, stored=stored)
+            return output(self, out, few_rows_product), replace(cache, stored=stored)
         c_kv, k_rope = jnp.split(row, [self.cfg.kv_latent_dim], axis=-1)
         q = jnp.concatenate([q_nope, q_rope], axis=-1)
         out, cache = attend_to_heads(q, *mla.expand(c_kv, k_rope, w_uk, w_uv), cache, layer, self.scale)
-        return output(self, out), cache
+        return output(self, out, few_rows_product), cache
 
-    def _row(self, x: Float[Array, "B T D"], at: Positions) -> Float[Array, "B T CR"]:
+    def _row(self, x: Float[Array, "B T D"], at: Positions, product: Callable = product) -> Float[Array, "B T CR"]:
         """What is remembered of each token: [normed c_kv, rotated k_rope]."""
-        down = x @ self.w_dkv[...].astype(x.dtype)
+        down = product(x, self.w_dkv[...])
         c_kv, k_rope = jnp.split(down, [self.cfg.kv_latent_dim], axis=-1)
         k_rope = rope.rotate(k_rope, at.cos, at.sin, interleaved=self.cfg.rope_interleaved)
         return jnp.concatenate([self.kv_norm(c_kv), k_rope], axis=-1)
@@ -105,12 +107,11 @@ class MLA(nnx.Module):
     def _up(self, x: Array) -> tuple[Array, Array]:
         return self.w_uk[...].astype(x.dtype), self.w_uv[...].astype(x.dtype)
 
-    def _queries(self, x: Array, at: Positions) -> tuple[Array, Array]:
+    def _queries(self, x: Array, at: Positions, product: Callable = product) -> tuple[Array, Array]:
         if self.cfg.q_latent_dim is None:
-            q = jnp.einsum("btd,dhk->bthk", x, self.w_q[...].astype(x.dtype))
+            q = product(x, self.w_q[...])
         else:
-            c_q = self.q_norm(x @ self.w_dq[...].astype(x.dtype))
-            q = jnp.einsum("btq,qhk->bthk", c_q, self.w_uq[...].astype(x.dtype))
+            q = product(self.q_norm(product(x, self.w_dq[...])), self.w_uq[...])
         q_nope, q_rope = jnp.split(constrain(q, *HEADS_APART), [self.cfg.nope_head_dim], axis=-1)
         cos, sin = at.cos[:, :, None], at.sin[:, :, None]
         return q_nope, rope.rotate(q_rope, cos, sin, interleaved=self.cfg.rope_interleaved)
@@ -144,11 +145,11 @@ class GQA(nnx.Module):
 
     def decode(self, x: Float[Array, "B T D"], at: Positions, cache: Cache, layer: Array) -> tuple[Array, Cache]:
         """As MLA's."""
-        out, cache = attend_to_heads(*self._project(x, at), cache, layer, self.scale)
-        return output(self, out), cache
+        out, cache = attend_to_heads(*self._project(x, at, few_rows_product), cache, layer, self.scale)
+        return output(self, out, few_rows_product), cache
 
-    def _project(self, x: Array, at: Positions) -> tuple[Array, Array, Array]:
-        q, k, v = (jnp.einsum("btd,dhk->bthk", x, w[...].astype(x.dtype)) for w in (self.w_q, self.w_k, self.w_v))
+    def _project(self, x: Array, at: Positions, product: Callable = product) -> tuple[Array, Array, Array]:
+        q, k, v = (product(x, w[...]) for w in (self.w_q, self.w_k, self.w_v))
         q, k, v = (constrain(y, *HEADS_APART) for y in (q, k, v))
         return rotate_last(q, at, self.cfg), rotate_last(k, at, self.cfg), v
 
@@ -158,9 +159,9 @@ def make_attention(cfg: ModelConfig, *, rngs: nnx.Rngs) -> MLA | GQA:
     return MLA(cfg, rngs=rngs) if cfg.attention == "mla" else GQA(cfg, rngs=rngs)
 
 
-def output(module: MLA | GQA, out: Float[Array, "B T H V"]) -> Float[Array, "B T D"]:
+def output(module: MLA | GQA, out: Float[Array, "B T H V"], product: Callable = product) -> Float[Array, "B T D"]:
     """Heads put together by w_o."""
-    return jnp.einsum("bthv,hvd->btd", constrain(out, *HEADS_APART), module.w_o[...].astype(out.dtype))
+    return product(constrain(out, *HEADS_APART), module.w_o[...], 2)
 
 
 def rotate_last(x: Float[Array, "B T H K"], at: Positions, cfg: ModelConfig) -> Float[Array, "B T H K"]:

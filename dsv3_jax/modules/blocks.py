@@ -31,7 +31,7 @@ class DenseBlock(nnx.Module):
         """T new tokens. Returns (x, the cache with them)."""
         a, cache = self.attn.decode(self.attn_norm(x), at, cache, layer)
         x = x + a
-        return x + self.ffn(self.ffn_norm(x)), cache
+        return x + self.ffn.decode(self.ffn_norm(x)), cache
 
 
 class SparseBlock(nnx.Module):

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dsv3_jax import sharding
+from dsv3_jax.ops import products
 
 
 def param(
@@ -49,8 +50,11 @@ class SwiGLU(nnx.Module):
         self.w_down = param(rngs, (hidden, dim), ("hidden", "dim"), std)
 
     def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
-        w_gate, w_up, w_down = (w[...].astype(x.dtype) for w in (self.w_gate, self.w_up, self.w_down))
-        return (jax.nn.silu(x @ w_gate) * (x @ w_up)) @ w_down
+        return products.swiglu(x, self.w_gate[...], self.w_up[...], self.w_down[...])
+
+    def decode(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+        """The same for a few rows. Takes no gradient."""
+        return products.few_rows_swiglu(x, self.w_gate[...], self.w_up[...], self.w_down[...])
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module | None:

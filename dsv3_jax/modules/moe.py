@@ -4,6 +4,7 @@ The routed experts' matrices of all layers stand in one `Experts` module beside 
 loop over layers then reads expert `[layer, e]` where it lies and never copies a layer's whole set.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from dsv3_jax import expert_parallel
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.layers import SwiGLU, param
 from dsv3_jax.ops import balance, dispatch, routing
+from dsv3_jax.ops.products import few_rows_product, product
 from dsv3_jax.ops.varying import as_varying
 from dsv3_jax.sharding import by_rows, on_mesh
 
@@ -104,7 +106,7 @@ class MoE(nnx.Module):
         self, x: Float[Array, "B T D"], experts: dispatch.Experts | dispatch.WideExperts, layer: Int[Array, ""]
     ) -> Array:
         """The layer for a few tokens, its experts in the stack or already side by side. Returns y [B, T, D]."""
-        flat, ids, gates, _ = (a.reshape(-1, a.shape[-1]) for a in (x, *self.route(x)))
+        flat, ids, gates, _ = (a.reshape(-1, a.shape[-1]) for a in (x, *self.route(x, few_rows_product)))
         if isinstance(experts, dispatch.WideExperts):
             y = dispatch.wide_swiglu(flat, ids, gates, experts, self.cfg.num_experts)
         elif on_mesh():
@@ -112,13 +114,13 @@ class MoE(nnx.Module):
         else:
             y = dispatch.few_tokens_swiglu(flat, ids, gates, experts, layer)
         y = y.reshape(x.shape)
-        return y if self.shared is None else y + self.shared(x)
+        return y if self.shared is None else y + self.shared.decode(x)
 
-    def route(self, x: Float[Array, "B T D"]) -> routing.Routing:
+    def route(self, x: Float[Array, "B T D"], product: Callable = product) -> routing.Routing:
         """Each token's experts, [B, T, …]; logits and all that follows in float32, as the reference does."""
 
         def local(w_router, bias, x):
-            logits = x.reshape(-1, x.shape[-1]).astype(jnp.float32) @ w_router
+            logits = product(x.reshape(-1, x.shape[-1]).astype(jnp.float32), w_router)
             picked = routing.route(logits, bias, self.cfg)
             return (), jax.tree.map(lambda a: a.reshape(*x.shape[:2], -1), picked)
 

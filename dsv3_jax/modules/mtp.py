@@ -20,6 +20,7 @@ from dsv3_jax.modules.blocks import DenseBlock, SparseBlock
 from dsv3_jax.modules.layers import RMSNorm, param
 from dsv3_jax.modules.moe import Experts, LayerRouting
 from dsv3_jax.ops.dispatch import WideExperts
+from dsv3_jax.ops.products import few_rows_product, product
 from dsv3_jax.sharding import whole
 
 
@@ -38,9 +39,9 @@ class MTPModule(nnx.Module):
         self.experts = Experts(cfg, 1, rngs=rngs)
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
 
-    def combine(self, embedded: Float[Array, "B T D"], h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def combine(self, embedded: Array, h: Array, product: Callable = product) -> Float[Array, "B T D"]:
         both = jnp.concatenate([self.embed_norm(embedded), self.hidden_norm(h)], axis=-1)
-        return both @ self.w_eh[...].astype(both.dtype)
+        return product(both, self.w_eh[...])
 
     def __call__(self, embedded: Array, h: Array, at: Positions, mask: Array) -> tuple[Array, LayerRouting]:
         x, routing, _ = _sparse(self, self.combine(embedded, h), at, mask)
@@ -55,7 +56,7 @@ class MTPModule(nnx.Module):
         self, embedded: Array, h: Array, at: Positions, cache: Cache, experts: WideExperts | None = None
     ) -> tuple[Array, Cache]:
         """T new positions, which follow what the head's own cache of one layer holds; `experts`: its own, if ready."""
-        x, cache = _sparse_step(self, self.combine(embedded, h), at, cache, experts)
+        x, cache = _sparse_step(self, self.combine(embedded, h, few_rows_product), at, cache, experts)
         return self.norm(x), cache
 
 
@@ -99,9 +100,9 @@ class MedusaHead(nnx.Module):
     def __call__(self, h: Float[Array, "B T D"], at: Positions, mask: Array) -> tuple[Array, None]:
         return self.residual(h), None
 
-    def residual(self, h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def residual(self, h: Float[Array, "B T D"], product: Callable = product) -> Float[Array, "B T D"]:
         """The head itself, which has nothing to remember."""
-        return h + jax.nn.silu(h @ self.w[...].astype(h.dtype))
+        return h + jax.nn.silu(product(h, self.w[...]))
 
 
 class EagleHead(nnx.Module):
@@ -115,9 +116,9 @@ class EagleHead(nnx.Module):
         self.w_eh = param(rngs, (2 * cfg.dim, cfg.dim), ("dim", None), cfg.init_std)
         self.block = DenseBlock(cfg, rngs=rngs)
 
-    def combine(self, embedded: Float[Array, "B T D"], h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def combine(self, embedded: Array, h: Array, product: Callable = product) -> Float[Array, "B T D"]:
         both = jnp.concatenate([embedded, h], axis=-1)
-        return both @ self.w_eh[...].astype(both.dtype)
+        return product(both, self.w_eh[...])
 
     def __call__(self, embedded: Array, h: Array, at: Positions, mask: Array) -> tuple[Array, None]:
         return self.block(self.combine(embedded, h), at, "latent")[0], None
@@ -130,7 +131,7 @@ class EagleHead(nnx.Module):
         self, embedded: Array, h: Array, at: Positions, cache: Cache, experts: None = None
     ) -> tuple[Array, Cache]:
         """As MTPModule's; it has no experts."""
-        return self.block.decode(self.combine(embedded, h), at, cache, jnp.zeros((), jnp.int32))
+        return self.block.decode(self.combine(embedded, h, few_rows_product), at, cache, jnp.zeros((), jnp.int32))
 
 
 Head = MTPModule | MetaHead | MedusaHead | EagleHead

@@ -16,6 +16,7 @@ from dsv3_jax.modules.layers import RMSNorm, param, scan_stack, stack, unstack
 from dsv3_jax.modules.moe import Experts, LayerRouting
 from dsv3_jax.modules.mtp import make_heads, run_heads
 from dsv3_jax.ops.dispatch import WideExperts, side_by_side
+from dsv3_jax.ops.products import few_rows_product
 from dsv3_jax.sharding import by_rows, on_mesh, whole
 
 
@@ -31,10 +32,14 @@ class Trace(NamedTuple):
 
 
 SMALL_EXPERTS = 1 << 19  # numbers in one matrix of all a layer's experts: 2 MB, a core's cache
+UNROLLED = 16  # layers of a model that decoding goes through one by one: more take too long to compile
 
 
 class Ready(NamedTuple):
-    """Weights of a model of small experts as decoding wants them: each layer's by itself, its experts side by side."""
+    """Weights as decoding wants them: each layer's by itself, which a loop over a stack would copy every step.
+
+    Small experts lie side by side, where no native kernel reads them.
+    """
 
     dense: list[nnx.State]
     sparse: list[nnx.State]
@@ -123,16 +128,13 @@ class Transformer(nnx.Module):
     def ready(self) -> Ready | None:
         """Weights laid out for decoding, once a request; None where that brings nothing."""
         cfg = self.cfg
-        if (
-            self.experts is None
-            or on_mesh()
-            or cfg.num_layers > 16
-            or cfg.num_experts * cfg.dim * cfg.expert_dim > SMALL_EXPERTS
-        ):
+        served = native.serves(self.compute_dtype)
+        small = self.experts is not None and cfg.num_experts * cfg.dim * cfg.expert_dim <= SMALL_EXPERTS
+        if on_mesh() or cfg.num_layers > UNROLLED or not (served or small):
             return None
         experts: list[WideExperts | None] = [None] * cfg.num_sparse_layers
         heads: list[WideExperts | None] = [None] * len(self.mtp)
-        if not native.serves(self.compute_dtype):
+        if self.experts is not None and not served:
             stack = self.experts.arrays()
             heads = [side_by_side(h.experts.arrays(), 0) if hasattr(h, "experts") else None for h in self.mtp]
             experts = [side_by_side(stack, layer) for layer in range(cfg.num_sparse_layers)]
@@ -204,6 +206,12 @@ class Transformer(nnx.Module):
     def logits(self, h: Float[Array, "*n D"]) -> Float[Array, "*n W"]:
         """float32 logits of normed hidden states."""
         return jnp.dot(h, self.head_matrix(), preferred_element_type=jnp.float32)
+
+    def next_logits(self, h: Float[Array, "*n D"]) -> Float[Array, "*n W"]:
+        """`logits` for decoding, of a few rows. Takes no gradient."""
+        if self.head is None or h.dtype != jnp.float32:  # a table that lies the other way round would be turned first
+            return self.logits(h)
+        return few_rows_product(h, self.head_matrix())
 
     @property
     def _how(self) -> dict[str, Any]:

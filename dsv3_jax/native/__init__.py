@@ -2,7 +2,7 @@
 
 XLA's products on the CPU read a buffer of their own: an expert out of the stack, or a part of the cache, is copied
 before it is multiplied, by one thread, and with more rows it is copied once more, into the product's own order. The
-kernels read a chosen expert and the cache once, as they lie, on all threads. They are compiled for this machine when
+kernels read weights and the cache once, as they lie, on all threads. They are compiled for this machine when
 they are first asked for, in some seconds, into the user's cache folder; JAX calls them by its foreign function
 interface. Without a compiler, on accelerators, on a mesh and with DSV3_NATIVE=0 XLA does the same.
 """
@@ -23,7 +23,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 SOURCE = Path(__file__).with_name("few_rows.cc")
-TARGETS = {"dsv3_few_tokens_swiglu": "Dsv3FewTokensSwiglu", "dsv3_cached_attention": "Dsv3CachedAttention"}
+TARGETS = {
+    "dsv3_few_rows_product": "Dsv3FewRowsProduct",
+    "dsv3_few_rows_swiglu": "Dsv3FewRowsSwiglu",
+    "dsv3_few_tokens_swiglu": "Dsv3FewTokensSwiglu",
+    "dsv3_cached_attention": "Dsv3CachedAttention",
+}
 # Where the compiler chose what to fuse, a token's result would hang on how many stand beside it: the source says it.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared")
 COMPILERS = ("c++", "g++", "clang++")
@@ -55,6 +60,20 @@ def serves(*dtypes) -> bool:
     """Whether the kernels are there for arrays of these dtypes, here: float32, and no mesh in force."""
     mesh = jax.sharding.get_abstract_mesh()
     return all(d == jnp.float32 for d in dtypes) and (mesh.empty or mesh.size == 1) and not why_not()
+
+
+def few_rows_product(x: Float[Array, "n D"], w: Float[Array, "D N"]) -> Float[Array, "n N"]:
+    """x w in float32; a row's result does not hang on the other rows. Takes no gradient. Where `serves` says so."""
+    shape = jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), x.dtype)
+    return jax.ffi.ffi_call("dsv3_few_rows_product", shape)(x, w)
+
+
+def few_rows_swiglu(
+    x: Float[Array, "n D"], w_gate: Float[Array, "D F"], w_up: Float[Array, "D F"], w_down: Float[Array, "F D"]
+) -> Float[Array, "n D"]:
+    """(silu(x w_gate) ⊙ (x w_up)) w_down, likewise."""
+    call = jax.ffi.ffi_call("dsv3_few_rows_swiglu", jax.ShapeDtypeStruct(x.shape, x.dtype))
+    return call(x, w_gate, w_up, w_down)
 
 
 def few_tokens_swiglu(

@@ -1,4 +1,5 @@
 // What a few tokens need when they are decoded, each array read once and as it lies, by whichever thread is free:
+//   - products with the other weights, as they are and as a SwiGLU;
 //   - the routed experts, out of their stack [L, E, D, F];
 //   - attention to the rows of a cache [L, B, G, S, X].
 //
@@ -7,10 +8,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -42,18 +46,24 @@ inline Vec Add(Vec a, Vec x, Vec b) { return a + x * b; }
 inline Vec Add(Vec a, float x, Vec b) { return a + x * b; }
 #endif
 
-constexpr int64_t kAhead = 4096;            // numbers of a matrix that are asked for before they are needed: 16 KB
+constexpr int64_t kAhead = 4096;            // numbers of a cache that are asked for before they are needed: 16 KB
+constexpr int64_t kPanel = 8192;            // numbers of a matrix that are multiplied with at a time: 32 KB
+constexpr int64_t kStrip = 256;             // columns of a matrix that are one thread's at a time
 constexpr int64_t kShareFrom = 256 * 1024;  // bytes of matrices from which a second thread pays
 
-// y[r, n : n + V·lanes] = Σ_k x[r, k] w[k, n : …] for R rows of x, the sums in registers; rows of w are `step` apart.
+// y[r, n : n + V·lanes] += Σ_k x[r, k] w[k, n : …] for R rows of x, the sums in registers; rows of w are `step` apart.
+// In the first of several sums y is taken for 0.
 template <int R, int V>
-void Tile(const float* const* x, const float* w, int64_t depth, int64_t step, float* const* y, int64_t n) {
-  Vec sum[R][V] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    const float* row = w + k * step + n;
+void Tile(const float* const* x, int64_t k, const float* w, int64_t depth, int64_t step, float* const* y, int64_t n,
+          int64_t ahead, bool first) {
+  Vec sum[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) sum[r][v] = first ? Vec{} : *reinterpret_cast<const Vec*>(y[r] + n + v * kLanes);
+  w += n;
+  for (const int64_t end = k + depth; k < end; ++k, w += step) {
     for (int v = 0; v < V; ++v) {
-      __builtin_prefetch(row + v * kLanes + kAhead, 0, 2);  // the processor's own prefetcher stops at each page's end
-      const Vec part = *reinterpret_cast<const Vec*>(row + v * kLanes);
+      __builtin_prefetch(w + v * kLanes + ahead, 0, 2);  // the processor's own prefetcher stops at each page's end
+      const Vec part = *reinterpret_cast<const Vec*>(w + v * kLanes);
       for (int r = 0; r < R; ++r) sum[r][v] = Add(sum[r][v], x[r][k], part);
     }
   }
@@ -61,29 +71,61 @@ void Tile(const float* const* x, const float* w, int64_t depth, int64_t step, fl
     for (int v = 0; v < V; ++v) *reinterpret_cast<Vec*>(y[r] + n + v * kLanes) = sum[r][v];
 }
 
-// y[r] = x[r] w for R rows; w is [depth, width], its rows `step` apart.
-template <int R>
-void Rows(const float* const* x, const float* w, int64_t depth, int64_t width, int64_t step, float* const* y) {
-  constexpr int kWide = R == 1 ? 16 : R == 2 ? 8 : 4;  // sums fill half of the registers
-  int64_t n = 0;
-  for (; n + kWide * kLanes <= width; n += kWide * kLanes) Tile<R, kWide>(x, w, depth, step, y, n);
-  for (; n + kLanes <= width; n += kLanes) Tile<R, 1>(x, w, depth, step, y, n);
-  for (; n < width; ++n)
-    for (int r = 0; r < R; ++r) {
-      y[r][n] = 0;
-      for (int64_t k = 0; k < depth; ++k) y[r][n] += x[r][k] * w[k * step + n];
-    }
-}
+using Kernel = void (*)(const float* const*, int64_t, const float*, int64_t, int64_t, float* const*, int64_t, int64_t,
+                        bool);
+// Rows that go through together, up to kMost, and in how many registers of columns: sums fill half of the registers.
+constexpr int kMost = 8;
+constexpr int kWide[kMost + 1] = {0, 16, 8, 4, 4, 2, 2, 2, 2};
+constexpr Kernel kTiles[kMost + 1] = {nullptr,    Tile<1, 16>, Tile<2, 8>, Tile<3, 4>, Tile<4, 4>,
+                                      Tile<5, 2>, Tile<6, 2>,  Tile<7, 2>, Tile<8, 2>};
+constexpr Kernel kNarrow[kMost + 1] = {nullptr,    Tile<1, 1>, Tile<2, 1>, Tile<3, 1>, Tile<4, 1>,
+                                       Tile<5, 1>, Tile<6, 1>, Tile<7, 1>, Tile<8, 1>};
 
+// y[r] = x[r] w for all rows of x; w is [depth, width], its rows `step` apart. It is read panel by panel, each of some
+// rows of w that stay in the core's nearest cache until all rows of x have been multiplied with them.
 void Product(const std::vector<const float*>& x, const float* w, int64_t depth, int64_t width, int64_t step,
              const std::vector<float*>& y) {
-  int64_t r = 0, count = static_cast<int64_t>(x.size());
-  for (; r + 4 <= count; r += 4) Rows<4>(&x[r], w, depth, width, step, &y[r]);
-  switch (count - r) {
-    case 3: Rows<3>(&x[r], w, depth, width, step, &y[r]); break;
-    case 2: Rows<2>(&x[r], w, depth, width, step, &y[r]); break;
-    case 1: Rows<1>(&x[r], w, depth, width, step, &y[r]); break;
+  const int64_t count = static_cast<int64_t>(x.size()), vectors = width / kLanes * kLanes;
+  const int64_t panel = std::max<int64_t>(kPanel / width, 8);
+  for (int64_t k = 0; k < depth; k += panel, w += panel * step) {
+    const int64_t rows_of_w = std::min(panel, depth - k);
+    for (int64_t r = 0; r < count; r += kMost) {
+      const int64_t rows = std::min<int64_t>(count - r, kMost), wide = kWide[rows] * kLanes;
+      const int64_t ahead = r == 0 ? panel * step : 0;  // the next panel
+      int64_t n = 0;
+      for (; n + wide <= vectors; n += wide) kTiles[rows](&x[r], k, w, rows_of_w, step, &y[r], n, ahead, k == 0);
+      for (; n < vectors; n += kLanes) kNarrow[rows](&x[r], k, w, rows_of_w, step, &y[r], n, ahead, k == 0);
+      for (int64_t q = r; q < r + rows; ++q)
+        for (n = vectors; n < width; ++n) {
+          float sum = k == 0 ? 0 : y[q][n];
+          for (int64_t i = 0; i < rows_of_w; ++i) sum += x[q][k + i] * w[i * step + n];
+          y[q][n] = sum;
+        }
+    }
   }
+}
+
+// e^x = 2^n e^r with |r| ≤ ln 2 / 2, a polynomial (Cephes' expf) in r; x is held within ±87.
+inline float Exp(float x) {
+  x = std::min(std::max(x, -87.0f), 87.0f);
+  const float n = std::nearbyint(x * 1.44269504f);
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return p * power;
+}
+
+// a = silu(a) · b
+inline void Gate(float* a, const float* b, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) a[j] = a[j] / (1.0f + Exp(-a[j])) * b[j];
 }
 
 // Units of work, each taken by the thread that comes next.
@@ -98,15 +140,122 @@ struct Work {
   }
 };
 
-// Does all of it, with the pool's threads where so many bytes are worth them.
+inline void Pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+// Threads that help with whatever work was shared last. Between two calls lie microseconds, and to wake a thread takes
+// tens of them: a helper looks for work for a while before it sleeps, politely where others want its core.
+class Helpers {
+ public:
+  static Helpers& Of(int64_t threads) {
+    static Helpers* all = new Helpers(threads);  // never destroyed: its threads may run until the process ends
+    return *all;
+  }
+
+  void Offer(std::shared_ptr<Work> work) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      work_ = std::move(work);
+      offered_.fetch_add(1, std::memory_order_release);
+    }
+    if (asleep_.load() > 0) wake_.notify_all();
+  }
+
+ private:
+  explicit Helpers(int64_t threads) {
+    for (int64_t i = 1; i < threads; ++i) std::thread([this] { Help(); }).detach();
+  }
+
+  void Help() {
+    for (uint64_t seen = 0;;) {
+      const auto since = std::chrono::steady_clock::now();
+      while (offered_.load(std::memory_order_acquire) == seen) {
+        for (int i = 0; i < 64; ++i) Pause();
+        const auto idle = std::chrono::steady_clock::now() - since;
+        if (idle > kPatience) break;
+        if (idle > kPatience / 8) std::this_thread::yield();
+      }
+      std::shared_ptr<Work> work;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        asleep_.fetch_add(1);
+        wake_.wait(lock, [&] { return offered_.load() != seen; });
+        asleep_.fetch_sub(1);
+        seen = offered_.load();
+        work = work_;
+      }
+      work->Run();
+    }
+  }
+
+  static constexpr std::chrono::microseconds kPatience{400};
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::shared_ptr<Work> work_;
+  std::atomic<uint64_t> offered_{0};
+  std::atomic<int> asleep_{0};
+};
+
+// Does all of it, with helpers where so many bytes are worth them.
 void Share(const std::shared_ptr<Work>& work, ffi::ThreadPool& pool, int64_t bytes) {
   const int64_t units = work->units();
-  if (bytes >= kShareFrom)
-    for (int64_t i = std::min<int64_t>(pool.num_threads(), units); i > 1; --i) pool.Schedule([work] { work->Run(); });
+  if (bytes >= kShareFrom && units > 1 && pool.num_threads() > 1) Helpers::Of(pool.num_threads()).Offer(work);
   work->Run();
   // All units are taken; those that are not done are in the hands of threads that run. One that comes late finds
   // nothing to do, after we have gone: it holds the work for itself.
-  while (work->done.load(std::memory_order_acquire) < units) std::this_thread::yield();
+  for (int tries = 0; work->done.load(std::memory_order_acquire) < units; ++tries)
+    tries < 1000 ? Pause() : std::this_thread::yield();
+}
+
+// y = x w, or with a second matrix h = silu(x w) ⊙ (x w_up), by strips of columns.
+struct Columns : Work {
+  const float *x, *w, *w_up;  // [n, depth]; [depth, width]; null, or likewise
+  float* y;                   // [n, width]
+  int64_t count, depth, width;
+
+  int64_t units() const override { return (width + kStrip - 1) / kStrip; }
+
+  void Unit(int64_t i) override {
+    const int64_t first = i * kStrip, mine = std::min(kStrip, width - first);
+    std::vector<const float*> rows(count);
+    std::vector<float*> to(count), up(count);
+    for (int64_t r = 0; r < count; ++r) rows[r] = x + r * depth, to[r] = y + r * width + first;
+    Product(rows, w + first, depth, mine, width, to);
+    if (w_up == nullptr) return;
+    std::vector<float> b(count * mine);
+    for (int64_t r = 0; r < count; ++r) up[r] = &b[r * mine];
+    Product(rows, w_up + first, depth, mine, width, up);
+    for (int64_t r = 0; r < count; ++r) Gate(to[r], up[r], mine);
+  }
+};
+
+void ShareColumns(ffi::ThreadPool& pool, const float* x, const float* w, const float* w_up, float* y, int64_t count,
+                  int64_t depth, int64_t width) {
+  auto work = std::make_shared<Columns>();
+  work->x = x, work->w = w, work->w_up = w_up, work->y = y;
+  work->count = count, work->depth = depth, work->width = width;
+  Share(work, pool, depth * width * (w_up == nullptr ? 1 : 2) * static_cast<int64_t>(sizeof(float)));
+}
+
+ffi::Error FewRowsProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> w,
+                          ffi::ResultBuffer<ffi::F32> y) {
+  const auto of_w = w.dimensions();  // [D, N]
+  ShareColumns(pool, x.typed_data(), w.typed_data(), nullptr, y->typed_data(), x.dimensions()[0], of_w[0], of_w[1]);
+  return ffi::Error::Success();
+}
+
+ffi::Error FewRowsSwiglu(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> w_gate,
+                         ffi::Buffer<ffi::F32> w_up, ffi::Buffer<ffi::F32> w_down, ffi::ResultBuffer<ffi::F32> y) {
+  const int64_t count = x.dimensions()[0], dim = w_gate.dimensions()[0], hidden = w_gate.dimensions()[1];
+  std::vector<float> h(count * hidden);
+  ShareColumns(pool, x.typed_data(), w_gate.typed_data(), w_up.typed_data(), h.data(), count, dim, hidden);
+  ShareColumns(pool, h.data(), w_down.typed_data(), nullptr, y->typed_data(), count, hidden, dim);
+  return ffi::Error::Success();
 }
 
 struct Experts : Work {
@@ -131,7 +280,7 @@ struct Experts : Work {
     }
     Product(rows, w_gate + e * dim * hidden, dim, hidden, hidden, a_rows);
     Product(rows, w_up + e * dim * hidden, dim, hidden, hidden, b_rows);
-    for (int64_t j = 0; j < count * hidden; ++j) a[j] = a[j] / (1.0f + std::exp(-a[j])) * b[j];
+    Gate(a.data(), b.data(), count * hidden);
     Product(h, w_down + e * hidden * dim, hidden, dim, dim, out_rows);
   }
 };
@@ -247,32 +396,12 @@ struct Attention : Work {
       const int64_t mine = std::min<int64_t>(count, seen[r] + 1 - first);  // the rest is not to be seen
       float most = -INFINITY, sum = 0;
       for (int64_t j = 0; j < mine; ++j) most = std::max(most, y[r][j]);
-      Exponentials(y[r], std::max<int64_t>(mine, 0), most);
+      for (int64_t j = 0; j < mine; ++j) y[r][j] = Exp(y[r][j] - most);
       for (int64_t j = 0; j < mine; ++j) sum += y[r][j];
       std::fill(y[r] + std::max<int64_t>(mine, 0), y[r] + count, 0.0f);
       top[i * queries + r] = most, total[i * queries + r] = sum;
     }
     Product(weights, from + value_at, count, value_width, row, to);
-  }
-
-  // exp(x − most) in place, x ≤ most: e^x = 2^n e^r with |r| ≤ ln 2 / 2, a polynomial (Cephes' expf) in r.
-  static void Exponentials(float* x, int64_t count, float most) {
-    for (int64_t j = 0; j < count; ++j) {
-      const float v = std::max(x[j] - most, -87.0f);
-      const float n = std::nearbyint(v * 1.44269504f);
-      const float r = (v - n * 0.693359375f) + n * 2.12194440e-4f;
-      float p = 1.9875691500e-4f;
-      p = p * r + 1.3981999507e-3f;
-      p = p * r + 8.3334519073e-3f;
-      p = p * r + 4.1665795894e-2f;
-      p = p * r + 1.6666665459e-1f;
-      p = p * r + 5.0000001201e-1f;
-      p = p * r * r + r + 1.0f;
-      const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-      float power;
-      std::memcpy(&power, &bits, sizeof(power));
-      x[j] = p * power;
-    }
   }
 
   void PutTogether(float* to) const {
@@ -320,6 +449,22 @@ ffi::Error CachedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::B
 }
 
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3FewRowsProduct, FewRowsProduct,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()   // x [n, D]
+                                  .Arg<ffi::Buffer<ffi::F32>>()   // w [D, N]
+                                  .Ret<ffi::Buffer<ffi::F32>>()); // y [n, N]
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3FewRowsSwiglu, FewRowsSwiglu,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()   // x [n, D]
+                                  .Arg<ffi::Buffer<ffi::F32>>()   // w_gate [D, F]
+                                  .Arg<ffi::Buffer<ffi::F32>>()   // w_up [D, F]
+                                  .Arg<ffi::Buffer<ffi::F32>>()   // w_down [F, D]
+                                  .Ret<ffi::Buffer<ffi::F32>>()); // y [n, D]
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3FewTokensSwiglu, FewTokensSwiglu,
                               ffi::Ffi::Bind()
