@@ -63,6 +63,20 @@ def test_few_rows_swiglu(hidden):
         close(products.few_rows_swiglu(jnp.asarray(x), *weights), theirs)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("shape", [(3, 5, 19), (4, 64, 128), (8, 16, 48)])
+def test_each_head_has_its_own_matrix(shape, turned):
+    heads, depth, width = shape
+    for rows in ROWS:
+        x, w = draw((rows, heads, depth), (heads, width, depth) if turned else shape)
+        theirs = np.einsum("nhk,hmk->nhm" if turned else "nhk,hkm->nhm", x, w, dtype=np.float64)
+        ours = products.few_rows_by_heads(jnp.asarray(x[:, None]), jnp.asarray(w), turned=turned)
+        close(ours[:, 0], theirs)
+        if not native.why_not():  # a row does not hang on its neighbours
+            alone = products.few_rows_by_heads(jnp.asarray(x[-1:]), jnp.asarray(w), turned=turned)
+            np.testing.assert_array_equal(np.asarray(alone[0]), np.asarray(ours[-1, 0]))
+
+
 def test_gates_far_from_zero_stay_finite(kernels):
     """silu of ±10⁴, where e^−x is no float32."""
     x, one = jnp.asarray([[1e4], [-1e4]], jnp.float32), jnp.ones((1, 1), jnp.float32)
@@ -90,7 +104,7 @@ def test_callers_at_the_same_time_share_the_helpers(kernels):
 
 
 def test_who_multiplies(monkeypatch):
-    """The kernels for few rows of float32 with a large weight, XLA for all else."""
+    """The kernels for few rows of float32, or one with a large weight, XLA for all else."""
     monkeypatch.setattr(native, "why_not", lambda: "")
 
     def by_kernel(rows: int, w: jax.Array) -> bool:
@@ -103,4 +117,4 @@ def test_who_multiplies(monkeypatch):
     assert not by_kernel(products.FEW_ROWS + 1, w)
     assert not by_kernel(1, w.astype(jnp.bfloat16))
     monkeypatch.setattr(products, "LARGE", w.nbytes + 1)
-    assert not by_kernel(1, w)
+    assert not by_kernel(1, w) and by_kernel(2, w)

@@ -26,6 +26,7 @@ SOURCE = Path(__file__).with_name("few_rows.cc")
 TARGETS = {
     "dsv3_few_rows_product": "Dsv3FewRowsProduct",
     "dsv3_few_rows_swiglu": "Dsv3FewRowsSwiglu",
+    "dsv3_few_rows_by_heads": "Dsv3FewRowsByHeads",
     "dsv3_few_tokens_swiglu": "Dsv3FewTokensSwiglu",
     "dsv3_cached_attention": "Dsv3CachedAttention",
 }
@@ -74,6 +75,12 @@ def few_rows_swiglu(
     """(silu(x w_gate) ⊙ (x w_up)) w_down, likewise."""
     call = jax.ffi.ffi_call("dsv3_few_rows_swiglu", jax.ShapeDtypeStruct(x.shape, x.dtype))
     return call(x, w_gate, w_up, w_down)
+
+
+def few_rows_by_heads(x: Float[Array, "n H K"], w: Float[Array, "H _ _"], *, turned: bool) -> Float[Array, "n H N"]:
+    """x[:, h] w[h] for each head h, w [H, K, N]; or x[:, h] w[h]ᵀ where it is `turned`, [H, N, K]; likewise."""
+    shape = jax.ShapeDtypeStruct((*x.shape[:2], w.shape[1 if turned else 2]), x.dtype)
+    return jax.ffi.ffi_call("dsv3_few_rows_by_heads", shape)(x, w, turned=turned)
 
 
 def few_tokens_swiglu(

@@ -105,6 +105,49 @@ void Product(const std::vector<const float*>& x, const float* w, int64_t depth, 
   }
 }
 
+// A sum over the lanes, by halves.
+float Sum(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float lane[kLanes];
+  std::memcpy(lane, &v, sizeof(v));
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+#endif
+}
+
+// y[r, j] = x[r] · k[j] for R rows of x and the `count` rows of k, `step` apart.
+template <int R>
+void Dots(const float* const* x, const float* k, int64_t count, int64_t width, int64_t step, float* const* y) {
+  for (int64_t j = 0; j < count; ++j) {
+    const float* row = k + j * step;
+    Vec sum[R] = {};
+    int64_t n = 0;
+    for (; n + kLanes <= width; n += kLanes) {
+      __builtin_prefetch(row + n + kAhead, 0, 2);
+      const Vec part = *reinterpret_cast<const Vec*>(row + n);
+      for (int r = 0; r < R; ++r) sum[r] = Add(sum[r], *reinterpret_cast<const Vec*>(x[r] + n), part);
+    }
+    for (int r = 0; r < R; ++r) {
+      float rest = 0;
+      for (int64_t m = n; m < width; ++m) rest += x[r][m] * row[m];
+      y[r][j] = Sum(sum[r]) + rest;
+    }
+  }
+}
+
+// The same for any number of rows.
+void AllDots(const std::vector<const float*>& x, const float* k, int64_t count, int64_t width, int64_t step,
+             const std::vector<float*>& y) {
+  const int64_t rows = static_cast<int64_t>(x.size());
+  int64_t r = 0;
+  for (; r + 8 <= rows; r += 8) Dots<8>(&x[r], k, count, width, step, &y[r]);
+  for (; r + 4 <= rows; r += 4) Dots<4>(&x[r], k, count, width, step, &y[r]);
+  for (; r < rows; ++r) Dots<1>(&x[r], k, count, width, step, &y[r]);
+}
+
 // e^x = 2^n e^r with |r| ≤ ln 2 / 2, a polynomial (Cephes' expf) in r; x is held within ±87.
 inline float Exp(float x) {
   x = std::min(std::max(x, -87.0f), 87.0f);
@@ -258,6 +301,35 @@ ffi::Error FewRowsSwiglu(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buf
   return ffi::Error::Success();
 }
 
+// y[:, h] = x[:, h] w[h] for each head, or x[:, h] w[h]ᵀ.
+struct Heads : Work {
+  const float *x, *w;  // [n, H, depth]; [H, depth, width], or [H, width, depth]
+  float* y;            // [n, H, width]
+  int64_t count, heads, depth, width;
+  bool turned;
+
+  int64_t units() const override { return heads; }
+
+  void Unit(int64_t h) override {
+    std::vector<const float*> rows(count);
+    std::vector<float*> to(count);
+    for (int64_t r = 0; r < count; ++r) rows[r] = x + (r * heads + h) * depth, to[r] = y + (r * heads + h) * width;
+    const float* mine = w + h * depth * width;
+    turned ? AllDots(rows, mine, width, depth, depth, to) : Product(rows, mine, depth, width, width, to);
+  }
+};
+
+ffi::Error FewRowsByHeads(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> w,
+                          ffi::ResultBuffer<ffi::F32> y, bool turned) {
+  const auto of_x = x.dimensions();
+  auto work = std::make_shared<Heads>();
+  work->x = x.typed_data(), work->w = w.typed_data(), work->y = y->typed_data();
+  work->count = of_x[0], work->heads = of_x[1], work->depth = of_x[2], work->width = y->dimensions()[2];
+  work->turned = turned;
+  Share(work, pool, work->heads * work->depth * work->width * static_cast<int64_t>(sizeof(float)));
+  return ffi::Error::Success();
+}
+
 struct Experts : Work {
   const float *x, *w_gate, *w_up, *w_down;  // the matrices of this layer: [E, D, F], [E, D, F], [E, F, D]
   int64_t choices, dim, hidden;
@@ -327,39 +399,6 @@ ffi::Error FewTokensSwiglu(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::B
   return ffi::Error::Success();
 }
 
-// A sum over the lanes, by halves.
-float Sum(Vec v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)v);
-#else
-  float lane[kLanes];
-  std::memcpy(lane, &v, sizeof(v));
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
-#endif
-}
-
-// y[r, j] = x[r] · k[j] for R rows of x and the `count` rows of k, `step` apart.
-template <int R>
-void Dots(const float* const* x, const float* k, int64_t count, int64_t width, int64_t step, float* const* y) {
-  for (int64_t j = 0; j < count; ++j) {
-    const float* row = k + j * step;
-    Vec sum[R] = {};
-    int64_t n = 0;
-    for (; n + kLanes <= width; n += kLanes) {
-      __builtin_prefetch(row + n + kAhead, 0, 2);
-      const Vec part = *reinterpret_cast<const Vec*>(row + n);
-      for (int r = 0; r < R; ++r) sum[r] = Add(sum[r], *reinterpret_cast<const Vec*>(x[r] + n), part);
-    }
-    for (int r = 0; r < R; ++r) {
-      float rest = 0;
-      for (int64_t m = n; m < width; ++m) rest += x[r][m] * row[m];
-      y[r][j] = Sum(sum[r]) + rest;
-    }
-  }
-}
-
 // Rows of a cache that are attended to at a time: they stay in a core's cache from the scores to the weighted sum.
 constexpr int64_t kPart = 256;
 
@@ -388,11 +427,8 @@ struct Attention : Work {
       weights[r] = y[r] = &scores[r * count];
       to[r] = &out[(i * queries + r) * value_width];
     }
-    int64_t r = 0;
-    for (; r + 8 <= queries; r += 8) Dots<8>(&x[r], from, count, key_width, row, &y[r]);
-    for (; r + 4 <= queries; r += 4) Dots<4>(&x[r], from, count, key_width, row, &y[r]);
-    for (; r < queries; ++r) Dots<1>(&x[r], from, count, key_width, row, &y[r]);
-    for (r = 0; r < queries; ++r) {
+    AllDots(x, from, count, key_width, row, y);
+    for (int64_t r = 0; r < queries; ++r) {
       const int64_t mine = std::min<int64_t>(count, seen[r] + 1 - first);  // the rest is not to be seen
       float most = -INFINITY, sum = 0;
       for (int64_t j = 0; j < mine; ++j) most = std::max(most, y[r][j]);
@@ -465,6 +501,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3FewRowsSwiglu, FewRowsSwiglu,
                                   .Arg<ffi::Buffer<ffi::F32>>()   // w_up [D, F]
                                   .Arg<ffi::Buffer<ffi::F32>>()   // w_down [F, D]
                                   .Ret<ffi::Buffer<ffi::F32>>()); // y [n, D]
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3FewRowsByHeads, FewRowsByHeads,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // x [n, H, K]
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // w [H, K, N], or turned [H, N, K]
+                                  .Ret<ffi::Buffer<ffi::F32>>()  // y [n, H, N]
+                                  .Attr<bool>("turned"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3FewTokensSwiglu, FewTokensSwiglu,
                               ffi::Ffi::Bind()

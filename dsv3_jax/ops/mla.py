@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.ops.attention import causal_attention
 from dsv3_jax.ops.cached_attention import Stored, cached_attention
+from dsv3_jax.ops.products import few_rows_by_heads
 
 
 def expand(
@@ -77,7 +78,7 @@ def absorbed(
         block: rows visited at a time, see `cached_attention`.
     """
     batch, length, heads, _ = q_nope.shape
-    q = jnp.concatenate([jnp.einsum("bthn,hnc->bthc", q_nope, w_uk), q_rope], axis=-1)
+    q = jnp.concatenate([few_rows_by_heads(q_nope, w_uk), q_rope], axis=-1)
     out = cached_attention(
         q.reshape(batch, 1, length * heads, -1),
         stored,
@@ -89,4 +90,4 @@ def absorbed(
         summed=summed,
         block=block,
     )
-    return jnp.einsum("bthc,hvc->bthv", out.reshape(batch, length, heads, -1), w_uv)
+    return few_rows_by_heads(out.reshape(batch, length, heads, -1), w_uv, turned=True)

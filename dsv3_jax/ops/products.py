@@ -1,8 +1,8 @@
 """Products with a weight: as training has them, and of the few rows that decoding has.
 
-A step of decoding spends its time in reading weights. On CPUs with a compiler a few float32 rows are multiplied with a
-large weight by the native kernel, which reads it once, as it lies, on all threads: XLA's products of more than one row
-copy it into an order of their own first.
+A step of decoding spends its time in reading weights. On CPUs with a compiler a few float32 rows are multiplied by the
+native kernel, which reads a weight once, as it lies, on all threads: XLA's products of more than one row copy it into
+an order of their own first. A single row with a small weight is XLA's, too.
 """
 
 import math
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from dsv3_jax import native
 
 FEW_ROWS = 64  # beyond them the products cost more than reading what they are with
-LARGE = 1 << 18  # bytes of a weight below which XLA's products are as fast
+LARGE = 1 << 18  # bytes of a weight below which XLA's products of a single row are faster
 
 
 def product(x: Float[Array, "..."], w: Float[Array, "..."], axes: int = 1) -> Float[Array, "..."]:
@@ -47,5 +47,20 @@ def few_rows_swiglu(
     return native.few_rows_swiglu(x.reshape(-1, x.shape[-1]), w_gate, w_up, w_down).reshape(x.shape)
 
 
+def few_rows_by_heads(
+    x: Float[Array, "*n H K"], w: Float[Array, "H _ _"], *, turned: bool = False
+) -> Float[Array, "*n H N"]:
+    """Each head's rows with its own matrix: x[…, h] w[h], w [H, K, N]; `turned`: x[…, h] w[h]ᵀ, w [H, N, K].
+
+    By the kernel that suits few rows where they are few. Takes no gradient.
+    """
+    rows = math.prod(x.shape[:-2])
+    if _serves(rows, x, w):
+        y = native.few_rows_by_heads(x.reshape(-1, *x.shape[-2:]), w, turned=turned)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+    return jnp.einsum("...hk,hnk->...hn" if turned else "...hk,hkn->...hn", x, w.astype(x.dtype))
+
+
 def _serves(rows: int, x: Array, w: Array) -> bool:
-    return rows <= FEW_ROWS and w.nbytes >= LARGE and native.serves(x.dtype, w.dtype)
+    few = rows <= FEW_ROWS and (rows > 1 or w.nbytes >= LARGE)
+    return few and native.serves(x.dtype, w.dtype)
