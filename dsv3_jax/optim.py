@@ -7,8 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from dsv3_jax import native
 from dsv3_jax.config import OptimConfig
 from dsv3_jax.modules.layers import NormScale
+
+LARGE = 1 << 16  # numbers of an array from which the native kernel, on all threads, is faster than XLA
 
 
 def learning_rate(cfg: OptimConfig, steps: int, step: Array) -> Array:
@@ -71,7 +74,13 @@ def adamw(
     to_mean, to_square = 1 / (1 - cfg.beta1**count), 1 / (1 - cfg.beta2**count)
     rate = learning_rate(cfg, steps, step)
 
+    numbers = jnp.stack([clip, to_mean, to_square, rate, keep.astype(jnp.float32)])
+
     def leaf(p, mu, nu, g, decays):
+        if p.size >= LARGE and native.serves(p.dtype, mu.dtype, nu.dtype, g.dtype):
+            decay = cfg.weight_decay if decays else 0.0
+            how = {"beta1": cfg.beta1, "beta2": cfg.beta2, "eps": cfg.eps, "decay": decay}
+            return native.adamw(p, mu, nu, g, numbers, **how)
         g = g * clip
         mu = jnp.where(keep, cfg.beta1 * mu + (1 - cfg.beta1) * g, mu)
         nu = jnp.where(keep, cfg.beta2 * nu + (1 - cfg.beta2) * g * g, nu)

@@ -8,6 +8,7 @@ import numpy as np
 import oracles
 import pytest
 
+from dsv3_jax import native
 from dsv3_jax.ops import mla
 from dsv3_jax.ops.attention import causal_attention
 from dsv3_jax.ops.cached_attention import Stored
@@ -120,6 +121,68 @@ def test_gradient_memory_grows_with_length_not_its_square():
     assert two < 2.5 * one
     assert four < 2.5 * two
     assert four < 4096 * 4096 * 4 / 4  # a quarter of one score matrix
+
+
+# the native kernel
+
+
+@pytest.fixture
+def kernel():
+    if why := native.why_not():
+        pytest.skip(why)
+
+
+def documents(rng, batch, length):
+    """A few documents a row, some of a token, and padding behind them."""
+    ids = np.cumsum(rng.random((batch, length)) < 4 / length, axis=1, dtype=np.int32) + 1
+    ids[:, length - length // 8 :] = 0
+    return ids
+
+
+# Lengths below, at and around the kernel's blocks of 64 queries and 256 keys; widths around its registers and panels.
+@pytest.mark.parametrize("length, key, value", [(1, 6, 3), (64, 16, 64), (150, 96, 64), (257, 21, 70), (700, 8, 5)])
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+def test_the_kernel_and_its_gradients_equal_the_full_score_matrix(kernel, rng, length, key, value, packed):
+    """In float32, whose unit roundoff is 6e-8, against float64."""
+    shapes = [(2, length, 3, width) for width in (key, key, value, value)]
+    q, k, v, weight = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    ids = documents(rng, 2, length) if packed else np.ones((2, length), np.int32)
+    weight = np.where((ids > 0)[..., None, None], weight, 0)  # what padding attends to is nobody's business
+
+    def ours(q, k, v):
+        return causal_attention(q, k, v, scale=0.4, segment_ids=jnp.asarray(ids))
+
+    assert "dsv3_causal_attention" in str(jax.make_jaxpr(ours)(q, k, v))
+    out, grads = value_and_gradients(ours, 3, weight, q, k, v)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(x, jnp.float64) for x in (weight, q, k, v)]
+        mask = jnp.asarray(oracles.causal_mask(2, length, ids))
+        expected, expected_grads = value_and_gradients(full_scores, 3, *wide, mask)
+    real = ids > 0
+    np.testing.assert_allclose(np.asarray(out)[real], np.asarray(expected)[real], atol=1e-5)
+    for name, g, e in zip("qkv", grads, expected_grads, strict=True):
+        np.testing.assert_allclose(g, e, atol=1e-5 * (1 + np.abs(e).max()), err_msg=f"gradient of {name}")
+
+
+def test_to_the_kernel_later_tokens_and_other_documents_are_nothing(kernel, rng):
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 300, 2, n)), jnp.float32) for n in (24, 24, 16))
+    ids = np.repeat([[1, 2, 3]], [100, 120, 80], axis=1).astype(np.int32)
+    run = jax.jit(lambda k, v: causal_attention(q, k, v, scale=0.4, segment_ids=jnp.asarray(ids)))
+    before = np.asarray(run(k, v))
+    for first, last, unchanged in ((260, 300, slice(0, 260)), (0, 100, slice(100, 300)), (100, 220, slice(220, 300))):
+        other_k, other_v = (x.at[:, first:last].add(9.0) for x in (k, v))
+        np.testing.assert_array_equal(run(other_k, other_v)[:, unchanged], before[:, unchanged])
+
+
+def test_the_kernel_bears_large_scores_and_finds_the_same_each_time(kernel, rng):
+    q, k, v = (100 * rng.standard_normal((1, 530, 2, width)).astype(np.float32) for width in (24, 24, 16))
+    loss = lambda q, k, v: causal_attention(q, k, v, scale=1.0).sum()  # noqa: E731
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+    first = jax.tree.leaves(run(q, k, v))
+    assert all(np.isfinite(x).all() for x in first)
+    for _ in range(10):
+        for a, b in zip(first, jax.tree.leaves(run(q, k, v)), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 # multi-head latent attention

@@ -1,5 +1,5 @@
 """When the native kernels are in use, and what is said where they are not; what they compute is in test_products.py,
-test_dispatch.py and test_cache.py."""
+test_dispatch.py, test_experts.py and test_cache.py."""
 
 import shutil
 
@@ -26,9 +26,9 @@ def test_they_can_be_left_out(afresh, monkeypatch, tmp_path):
 
 def test_no_compiler_or_one_that_fails_is_said(afresh, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "false")
-    assert afresh() == "false does not compile few_rows.cc: exit code 1"
+    assert afresh() == "false does not compile the kernels: exit code 1"
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert afresh().startswith("few_rows.cc cannot be compiled or loaded: ")
+    assert afresh().startswith("the kernels cannot be compiled or loaded: ")
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert afresh() == "there is no C++ compiler: c++, g++, clang++"

@@ -1,10 +1,15 @@
-"""The CPU's own kernels for decoding, in C++ (few_rows.cc), where a compiler is at hand.
+"""The CPU's own kernels, in C++, where a compiler is at hand.
 
-XLA's products on the CPU read a buffer of their own: an expert out of the stack, or a part of the cache, is copied
-before it is multiplied, by one thread, and with more rows it is copied once more, into the product's own order. The
-kernels read weights and the cache once, as they lie, on all threads. They are compiled for this machine when
-they are first asked for, in some seconds, into the user's cache folder; JAX calls them by its foreign function
-interface. Without a compiler, on accelerators, on a mesh and with DSV3_NATIVE=0 XLA does the same.
+For decoding (few_rows.cc): XLA's products on the CPU read a buffer of their own: an expert out of the stack, or a part
+of the cache, is copied before it is multiplied, by one thread, and with more rows it is copied once more, into the
+product's own order. The kernels read weights and the cache once, as they lie, on all threads.
+
+For training and prefill (experts.cc, attention.cc): XLA cuts each product for all threads, however small it is, and
+pads an expert's last block. The kernels give a thread an expert, or a head, of its own, and multiply what rows it has.
+
+They are compiled for this machine when they are first asked for, in some seconds, into the user's cache folder; JAX
+calls them by its foreign function interface. Without a compiler, on accelerators, on a mesh and with DSV3_NATIVE=0 XLA
+does the same.
 """
 
 import ctypes
@@ -22,16 +27,23 @@ import jaxlib.version
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-SOURCE = Path(__file__).with_name("few_rows.cc")
+HERE = Path(__file__).parent
+SOURCES = tuple(HERE / f"{name}.cc" for name in ("few_rows", "experts", "attention", "adamw"))
+HEADERS = (HERE / "common.h", HERE / "gemm.h")
 TARGETS = {
     "dsv3_few_rows_product": "Dsv3FewRowsProduct",
     "dsv3_few_rows_swiglu": "Dsv3FewRowsSwiglu",
     "dsv3_few_rows_by_heads": "Dsv3FewRowsByHeads",
     "dsv3_few_tokens_swiglu": "Dsv3FewTokensSwiglu",
     "dsv3_cached_attention": "Dsv3CachedAttention",
+    "dsv3_experts_swiglu": "Dsv3ExpertsSwiglu",
+    "dsv3_experts_swiglu_gradients": "Dsv3ExpertsSwigluGradients",
+    "dsv3_causal_attention": "Dsv3CausalAttention",
+    "dsv3_causal_attention_gradients": "Dsv3CausalAttentionGradients",
+    "dsv3_adamw": "Dsv3Adamw",
 }
 # Where the compiler chose what to fuse, a token's result would hang on how many stand beside it: the source says it.
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
 COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -49,9 +61,9 @@ def why_not() -> str:
         library = ctypes.CDLL(str(_compiled(compiler)))
     except subprocess.CalledProcessError as error:
         said = next((line for line in error.stderr.splitlines() if "error" in line), f"exit code {error.returncode}")
-        return f"{compiler} does not compile {SOURCE.name}: {said.strip()}"
+        return f"{compiler} does not compile the kernels: {said.strip()}"
     except OSError as error:
-        return f"{SOURCE.name} cannot be compiled or loaded: {error}"
+        return f"the kernels cannot be compiled or loaded: {error}"
     for name, symbol in TARGETS.items():
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
     return ""
@@ -118,19 +130,123 @@ def cached_attention(
     return jax.ffi.ffi_call("dsv3_cached_attention", shape)(q, rows, layer, last, value_at=np.int64(values[0]))
 
 
+def experts_swiglu(
+    x: Float[Array, "n D"],
+    gates: Float[Array, "n K"],
+    order: Int[Array, " rows"],
+    place: Int[Array, "n K"],
+    counts: Int[Array, " E"],
+    experts: tuple[Array, Array, Array],
+    layer: Int[Array, ""],
+    *,
+    keep: bool,
+) -> tuple[Float[Array, "n D"], Float[Array, "kept F"], Float[Array, "kept F"]]:
+    """Σ_k gates_k · (silu(x w_gate) ⊙ (x w_up)) w_down over the chosen experts of one layer, all in float32.
+
+    Args:
+        order, place, counts: the assignments in order of expert, see `ops.dispatch_plan.Plan`.
+        experts: w_gate, w_up [L, E, D, F] and w_down [L, E, F, D].
+        keep: x w_gate and x w_up of the sorted rows are wanted, for the gradient; if not they are empty.
+    Takes no gradient of its own; see `experts_swiglu_gradients`. To be called where `serves` says so.
+    """
+    rows, (dim, width) = gates.size, experts[0].shape[2:]
+    kept = jax.ShapeDtypeStruct((rows if keep else 0, width), x.dtype)
+    shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype), kept, kept, jax.ShapeDtypeStruct((rows, dim), x.dtype))
+    call = jax.ffi.ffi_call("dsv3_experts_swiglu", shapes)
+    y, a, b, _ = call(x, gates, order, place, counts, *experts, layer)
+    return y, a, b
+
+
+def experts_swiglu_gradients(
+    x: Float[Array, "n D"],
+    gates: Float[Array, "n K"],
+    order: Int[Array, " rows"],
+    place: Int[Array, "n K"],
+    counts: Int[Array, " E"],
+    experts: tuple[Array, Array, Array],
+    layer: Int[Array, ""],
+    kept: tuple[Array, Array],
+    dy: Float[Array, "n D"],
+    so_far: tuple[Array, Array, Array],
+) -> tuple[Float[Array, "n D"], Float[Array, "n K"], tuple[Array, Array, Array]]:
+    """The gradients of `experts_swiglu` for a result's gradient `dy`: in x, in the gates, and in the three stacks.
+
+    Args: kept, what the forward pass kept; so_far, the stacks' gradient, to which the layer's is added in place.
+    """
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, gates, *so_far)]
+    shapes.append(jax.ShapeDtypeStruct((gates.size, x.shape[1]), x.dtype))
+    call = jax.ffi.ffi_call("dsv3_experts_swiglu_gradients", shapes, input_output_aliases={12: 2, 13: 3, 14: 4})
+    given = (x, gates, order, place, counts, *experts, layer, dy, *kept, *so_far)
+    dx, d_gates, d_gate, d_up, d_down, _ = call(*given)
+    return dx, d_gates, (d_gate, d_up, d_down)
+
+
+def causal_attention(
+    q: Float[Array, "B T H K"], k: Float[Array, "B T H K"], v: Float[Array, "B T H V"], segment_ids: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H T"]]:
+    """softmax(q kᵀ, over earlier tokens of the same segment) v, and each query's log Σ exp, all in float32.
+
+    Args: q, scaled already. Takes no gradient of its own; see `causal_attention_gradients`.
+    """
+    batch, length, heads, _ = q.shape
+    shapes = (jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct((batch, heads, length), q.dtype))
+    out, lse = jax.ffi.ffi_call("dsv3_causal_attention", shapes)(q, k, v, segment_ids)
+    return out, lse
+
+
+def causal_attention_gradients(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    segment_ids: Int[Array, "B T"],
+    out: Float[Array, "B T H V"],
+    lse: Float[Array, "B H T"],
+    d_out: Float[Array, "B T H V"],
+) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"], Float[Array, "B T H V"]]:
+    """The gradients in q, k and v for `d_out`, that of `out`."""
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, k, v)]
+    call = jax.ffi.ffi_call("dsv3_causal_attention_gradients", shapes)
+    dq, dk, dv = call(q, k, v, segment_ids, out, lse, d_out)
+    return dq, dk, dv
+
+
+def adamw(
+    p: Float[Array, "*n"],
+    mu: Float[Array, "*n"],
+    nu: Float[Array, "*n"],
+    g: Float[Array, "*n"],
+    numbers: Float[Array, "5"],
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+) -> tuple[Float[Array, "*n"], Float[Array, "*n"], Float[Array, "*n"]]:
+    """AdamW's step on one float32 array: (p, mu, nu), in their places where they are donated.
+
+    Args: numbers, what g is multiplied by, 1 / (1 − β₁ᵗ), 1 / (1 − β₂ᵗ), the learning rate, and 0 to change nothing.
+    """
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (p, mu, nu)]
+    call = jax.ffi.ffi_call("dsv3_adamw", shapes, input_output_aliases={0: 0, 1: 1, 2: 2})
+    given = {"beta1": beta1, "beta2": beta2, "eps": eps, "decay": decay}
+    p, mu, nu = call(p, mu, nu, g, numbers, **{name: np.float32(x) for name, x in given.items()})
+    return p, mu, nu
+
+
 def _compiled(compiler: str) -> Path:
     """The shared library for this source, JAX and processor. Raises: OSError or CalledProcessError."""
     include = jax.ffi.include_dir()
-    said = (SOURCE.read_text(), jaxlib.version.__version__, compiler, _processor(), *FLAGS)
+    sources = (path.read_text() for path in (*SOURCES, *HEADERS))
+    said = (*sources, jaxlib.version.__version__, compiler, _processor(), *FLAGS)
     mark = hashlib.sha256("\0".join(said).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv3_jax"
-    path = folder / f"few_rows-{mark}.so"
+    path = folder / f"kernels-{mark}.so"
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         made = Path(temporary) / path.name
-        command = [compiler, *FLAGS, "-isystem", include, str(SOURCE), "-o", str(made)]
+        command = [compiler, *FLAGS, "-isystem", include, *map(str, SOURCES), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         made.replace(path)  # whole or not at all, whoever else compiles it at the same time
     return path

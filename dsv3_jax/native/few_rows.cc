@@ -7,49 +7,19 @@
 // tokens beside it, nor on the number of threads.
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
-#include <cstring>
 #include <memory>
-#include <mutex>
-#include <thread>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "common.h"
 
-#include "xla/ffi/api/ffi.h"
-
+namespace dsv3 {
 namespace {
-
-namespace ffi = xla::ffi;
-
-// A register of floats, and a + x · b in it, rounded once where the processor can; x is a number or a register.
-#if defined(__AVX512F__)
-constexpr int64_t kLanes = 16;
-typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
-inline Vec Add(Vec a, Vec x, Vec b) { return (Vec)_mm512_fmadd_ps((__m512)x, (__m512)b, (__m512)a); }
-inline Vec Add(Vec a, float x, Vec b) { return (Vec)_mm512_fmadd_ps(_mm512_set1_ps(x), (__m512)b, (__m512)a); }
-#elif defined(__FMA__)
-constexpr int64_t kLanes = 8;
-typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
-inline Vec Add(Vec a, Vec x, Vec b) { return (Vec)_mm256_fmadd_ps((__m256)x, (__m256)b, (__m256)a); }
-inline Vec Add(Vec a, float x, Vec b) { return (Vec)_mm256_fmadd_ps(_mm256_set1_ps(x), (__m256)b, (__m256)a); }
-#else
-constexpr int64_t kLanes = 4;
-typedef float Vec __attribute__((vector_size(16), aligned(4), may_alias));
-inline Vec Add(Vec a, Vec x, Vec b) { return a + x * b; }
-inline Vec Add(Vec a, float x, Vec b) { return a + x * b; }
-#endif
 
 constexpr int64_t kAhead = 4096;            // numbers of a cache that are asked for before they are needed: 16 KB
 constexpr int64_t kPanel = 8192;            // numbers of a matrix that are multiplied with at a time: 32 KB
 constexpr int64_t kStrip = 256;             // columns of a matrix that are one thread's at a time
-constexpr int64_t kShareFrom = 256 * 1024;  // bytes of matrices from which a second thread pays
 
 // y[r, n : n + V·lanes] += Σ_k x[r, k] w[k, n : …] for R rows of x, the sums in registers; rows of w are `step` apart.
 // In the first of several sums y is taken for 0.
@@ -105,19 +75,6 @@ void Product(const std::vector<const float*>& x, const float* w, int64_t depth, 
   }
 }
 
-// A sum over the lanes, by halves.
-float Sum(Vec v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)v);
-#else
-  float lane[kLanes];
-  std::memcpy(lane, &v, sizeof(v));
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
-#endif
-}
-
 // y[r, j] = x[r] · k[j] for R rows of x and the `count` rows of k, `step` apart.
 template <int R>
 void Dots(const float* const* x, const float* k, int64_t count, int64_t width, int64_t step, float* const* y) {
@@ -146,113 +103,6 @@ void AllDots(const std::vector<const float*>& x, const float* k, int64_t count, 
   for (; r + 8 <= rows; r += 8) Dots<8>(&x[r], k, count, width, step, &y[r]);
   for (; r + 4 <= rows; r += 4) Dots<4>(&x[r], k, count, width, step, &y[r]);
   for (; r < rows; ++r) Dots<1>(&x[r], k, count, width, step, &y[r]);
-}
-
-// e^x = 2^n e^r with |r| ≤ ln 2 / 2, a polynomial (Cephes' expf) in r; x is held within ±87.
-inline float Exp(float x) {
-  x = std::min(std::max(x, -87.0f), 87.0f);
-  const float n = std::nearbyint(x * 1.44269504f);
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof(power));
-  return p * power;
-}
-
-// a = silu(a) · b
-inline void Gate(float* a, const float* b, int64_t count) {
-  for (int64_t j = 0; j < count; ++j) a[j] = a[j] / (1.0f + Exp(-a[j])) * b[j];
-}
-
-// Units of work, each taken by the thread that comes next.
-struct Work {
-  std::atomic<int64_t> next{0}, done{0};
-  virtual ~Work() = default;
-  virtual int64_t units() const = 0;
-  virtual void Unit(int64_t i) = 0;
-
-  void Run() {
-    for (int64_t i; (i = next.fetch_add(1)) < units(); done.fetch_add(1, std::memory_order_release)) Unit(i);
-  }
-};
-
-inline void Pause() {
-#if defined(__x86_64__)
-  _mm_pause();
-#else
-  std::this_thread::yield();
-#endif
-}
-
-// Threads that help with whatever work was shared last. Between two calls lie microseconds, and to wake a thread takes
-// tens of them: a helper looks for work for a while before it sleeps, politely where others want its core.
-class Helpers {
- public:
-  static Helpers& Of(int64_t threads) {
-    static Helpers* all = new Helpers(threads);  // never destroyed: its threads may run until the process ends
-    return *all;
-  }
-
-  void Offer(std::shared_ptr<Work> work) {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      work_ = std::move(work);
-      offered_.fetch_add(1, std::memory_order_release);
-    }
-    if (asleep_.load() > 0) wake_.notify_all();
-  }
-
- private:
-  explicit Helpers(int64_t threads) {
-    for (int64_t i = 1; i < threads; ++i) std::thread([this] { Help(); }).detach();
-  }
-
-  void Help() {
-    for (uint64_t seen = 0;;) {
-      const auto since = std::chrono::steady_clock::now();
-      while (offered_.load(std::memory_order_acquire) == seen) {
-        for (int i = 0; i < 64; ++i) Pause();
-        const auto idle = std::chrono::steady_clock::now() - since;
-        if (idle > kPatience) break;
-        if (idle > kPatience / 8) std::this_thread::yield();
-      }
-      std::shared_ptr<Work> work;
-      {
-        std::unique_lock<std::mutex> lock(mutex_);
-        asleep_.fetch_add(1);
-        wake_.wait(lock, [&] { return offered_.load() != seen; });
-        asleep_.fetch_sub(1);
-        seen = offered_.load();
-        work = work_;
-      }
-      work->Run();
-    }
-  }
-
-  static constexpr std::chrono::microseconds kPatience{400};
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  std::shared_ptr<Work> work_;
-  std::atomic<uint64_t> offered_{0};
-  std::atomic<int> asleep_{0};
-};
-
-// Does all of it, with helpers where so many bytes are worth them.
-void Share(const std::shared_ptr<Work>& work, ffi::ThreadPool& pool, int64_t bytes) {
-  const int64_t units = work->units();
-  if (bytes >= kShareFrom && units > 1 && pool.num_threads() > 1) Helpers::Of(pool.num_threads()).Offer(work);
-  work->Run();
-  // All units are taken; those that are not done are in the hands of threads that run. One that comes late finds
-  // nothing to do, after we have gone: it holds the work for itself.
-  for (int tries = 0; work->done.load(std::memory_order_acquire) < units; ++tries)
-    tries < 1000 ? Pause() : std::this_thread::yield();
 }
 
 // y = x w, or with a second matrix h = silu(x w) ⊙ (x w_up), by strips of columns.
@@ -531,3 +381,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3CachedAttention, CachedAttention,
                                   .Arg<ffi::Buffer<ffi::S32>>()  // last [B, Q]
                                   .Ret<ffi::Buffer<ffi::F32>>()  // [B, G, Q, V]
                                   .Attr<int64_t>("value_at"));   // where in a row its value begins
+
+}  // namespace dsv3

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax import native
+
 
 def causal_attention(
     q: Float[Array, "B T H K"],
@@ -33,10 +35,14 @@ def causal_attention(
         q_rope, k_rope: a second pair of features whose product is added to the score; its keys are shared by
             all heads and never repeated for each.
         segment_ids: tokens see their own segment only; None is one segment.
-        block: rows and columns visited at a time; None: 128, and more in long texts of few heads and sequences.
+        block: rows and columns visited at a time; None: the native kernel where it serves, else 128, and more in long
+            texts of few heads and sequences.
     Returns: [B, T, H, V] in v's dtype.
     """
     batch, length, heads, _ = q.shape
+    if q_rope is None and block is None and native.serves(q.dtype, k.dtype, v.dtype):
+        ids = jnp.ones((batch, length), jnp.int32) if segment_ids is None else segment_ids
+        return _attend_natively(q * jnp.asarray(scale, q.dtype), k, v, ids)
     if q_rope is None or k_rope is None:
         q_rope = jnp.zeros((batch, length, heads, 0), q.dtype)
         k_rope = jnp.zeros((batch, length, 0), k.dtype)
@@ -54,6 +60,23 @@ def causal_attention(
     q, q_rope = q * jnp.asarray(scale, q.dtype), q_rope * jnp.asarray(scale, q_rope.dtype)
     out = _attend(heads_first(q), heads_first(q_rope), heads_first(k), k_rope, heads_first(v), segment_ids, block)
     return out.swapaxes(1, 2)[:, :length]
+
+
+@jax.custom_vjp
+def _attend_natively(q, k, v, segment_ids):
+    return native.causal_attention(q, k, v, segment_ids)[0]
+
+
+def _attend_natively_fwd(q, k, v, segment_ids):
+    out, lse = native.causal_attention(q, k, v, segment_ids)
+    return out, (q, k, v, segment_ids, out, lse)
+
+
+def _attend_natively_bwd(saved, d_out):
+    return *native.causal_attention_gradients(*saved, d_out), None
+
+
+_attend_natively.defvjp(_attend_natively_fwd, _attend_natively_bwd)
 
 
 def _block(products: int, length: int) -> int:

@@ -2,7 +2,8 @@
 
 XLA's CPU backend multiplies every row with every expert in `ragged_dot`, and a batched product wants experts of
 equal load. A loop does exactly the work there is: it copies one expert's three matrices out of the stack, then
-multiplies blocks of that expert's rows, which stay in cache through the three products.
+multiplies blocks of that expert's rows, which stay in cache through the three products. In float32, where a compiler
+is at hand, the native kernel does the same without the copies and the padding of blocks.
 
 The loops write whole blocks, also where an expert's last block reaches into the next expert's rows: experts come
 in order, so those rows are written again, rightly. Arrays of sorted rows end in padding for the last expert's.
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from dsv3_jax import native
 from dsv3_jax.ops.dispatch_plan import Plan
 from dsv3_jax.ops.varying import varying, zeros
 
@@ -48,6 +50,9 @@ def _fwd(x, gates, experts, thread, p, layer):
 
 
 def _forward(x, gates, experts, p: Plan, layer, keep: bool):
+    if native.serves(x.dtype, gates.dtype, experts[0].dtype):
+        y, *kept = native.experts_swiglu(x, gates, p.order, p.place, p.counts, experts, layer, keep=keep)
+        return y, tuple(kept)
     num_experts, _, width = experts[0].shape[1:]
     sizes = block_sizes(gates.size, num_experts, x.shape[1], width)
     tokens, row_gates = _sorted_rows(p, gates, sizes[0])
@@ -76,6 +81,11 @@ def _bwd(saved, cotangents):
     x, gates, experts, p, layer, (kept_a, kept_b) = saved
     dy, d_thread = cotangents
     layer = jnp.asarray(layer)  # under jax.checkpoint a constant comes back as a bare literal
+    if native.serves(x.dtype, gates.dtype, experts[0].dtype):
+        dx, d_gates, d_thread = native.experts_swiglu_gradients(
+            x, gates, p.order, p.place, p.counts, experts, layer, (kept_a, kept_b), dy, d_thread
+        )
+        return dx, d_gates, None, d_thread, None, None
     num_experts, dim, width = experts[0].shape[1:]
     sizes = block_sizes(gates.size, num_experts, dim, width)
     tokens, row_gates = _sorted_rows(p, gates, sizes[0])
