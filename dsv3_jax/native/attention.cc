@@ -1,8 +1,8 @@
 // Causal attention over a whole text, as training and prefill have it, and its gradient.
 //
-// Queries and keys stand as they come, [B, T, H, K]; a block of scores lives for the moment it is needed. A thread takes
-// a head of a sequence, packs each block of keys once, and goes through the queries that see it. A query's softmax is
-// put together from its blocks by a running maximum, in the order of the keys (arXiv 2205.14135).
+// Queries and keys stand as they come, [B, T, H, K]; a block of scores lives for the moment it is needed. A thread
+// takes a head of a sequence, packs each block of keys once, and goes through the queries that see it. A query's softmax
+// is put together from its blocks by a running maximum, in the order of the keys (arXiv 2205.14135).
 
 #include <algorithm>
 #include <cmath>

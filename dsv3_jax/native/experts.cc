@@ -2,8 +2,8 @@
 //
 // Assignments come sorted by expert. A thread takes an expert, gathers its tokens' rows and multiplies them with its
 // matrices where they lie in the stack [L, E, D, F]; no row is multiplied that an expert does not have. What an expert
-// or a token gets is added up by one thread, in the order of the rows: results do not hang on the number of threads, and
-// a token's not on the others.
+// or a token gets is added up by one thread, in the order of the rows: results do not hang on the number of threads,
+// and a token's not on the others.
 
 #include <algorithm>
 #include <cstdint>

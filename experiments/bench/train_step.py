@@ -32,9 +32,9 @@ def against_peer(rounds: int, python: str | None) -> dict:
     tokens, rows = BATCH * LENGTH, {}
     # A balance loss and a bias update are not in the peer's step; ours has the bias update, at a cost of nothing.
     model = replace(MINI, init_std=0.006, balance=replace(MINI.balance, sequence_alpha=0.0))
-    ours = Ours(model, mesh=f"data=1,expert={CORES}")
+    ours = Ours(model)
     sides: dict = {
-        f"dsv3-jax, --mesh expert={CORES}": ours,
+        "dsv3-jax": ours,
         "transformers, grouped_mm": Peer(model, experts="grouped_mm", python=python),
         "transformers, grouped_mm, memory kept": Peer(model, experts="grouped_mm", python=python, env=KEEP_MEMORY),
     }
@@ -59,10 +59,13 @@ def against_peer(rounds: int, python: str | None) -> dict:
     versions |= {k: sides["transformers, grouped_mm"].info[k] for k in ("torch", "transformers")}
     for side in sides.values():
         side.close()
-    # All do not fit in memory together; these two alone, at the end.
-    with Ours(model) as single:
-        single.step(2)
-        measure("dsv3-jax", single, 3 * rounds)
+    # All do not fit in memory together; these alone, at the end.
+    with Ours(model, mesh=f"data=1,expert={CORES}") as cut:
+        cut.step(2)
+        measure(f"dsv3-jax, --mesh expert={CORES}", cut, 3 * rounds)
+    with Ours(model, env={"DSV3_NATIVE": "0"}) as plain:
+        plain.step(2)
+        measure("dsv3-jax, XLA alone", plain, 3 * rounds)
     with Peer(model, experts="eager", python=python) as eager:
         eager.step(1)
         measure("transformers, eager", eager, 2)

@@ -18,12 +18,12 @@ from process import Worker, peak_rss, serve
 class Ours(Worker):
     """A worker that holds our side; the same interface as `Peer`, and `gemm`."""
 
-    def __init__(self, cfg, *, batch_size=4, seq_len=512, seed=0, mesh=""):
+    def __init__(self, cfg, *, batch_size=4, seq_len=512, seed=0, mesh="", env: dict[str, str] | None = None):
         from dsv3_jax.config import to_dict
 
         command = [sys.executable, __file__, "--config", json.dumps(to_dict(cfg))]
         command += [f"--batch={batch_size}", f"--length={seq_len}", f"--seed={seed}", f"--mesh={mesh}"]
-        super().__init__("dsv3-jax", command)
+        super().__init__("dsv3-jax", command, env)
 
     def step(self, count: int = 1) -> dict:
         """Run `count` steps: {"seconds": [one each], "loss": [one each], "peak_rss_bytes": int}."""
@@ -100,6 +100,7 @@ def _trainer(args) -> tuple[dict, Callable[[str], dict]]:
             losses.append(float(metrics["loss"]))
             jax.block_until_ready(state)
             seconds.append(time.perf_counter() - start)
+            time.sleep(0.05)  # a step's memory is freed a moment after its results are there, for the next to take
         return {"seconds": seconds, "loss": losses, "peak_rss_bytes": peak_rss()}
 
     return info, obey
