@@ -38,8 +38,6 @@ struct Update : Work {
   }
 };
 
-using Floats = ffi::Buffer<ffi::F32>;
-
 ffi::Error Adamw(ffi::ThreadPool pool, Floats p, Floats mu, Floats nu, Floats g, Floats numbers,
                  ffi::ResultBuffer<ffi::F32> new_p, ffi::ResultBuffer<ffi::F32> new_mu,
                  ffi::ResultBuffer<ffi::F32> new_nu, float beta1, float beta2, float eps, float decay) {

@@ -81,15 +81,6 @@ inline float Largest(const float* x, int64_t count) {
   return top;
 }
 
-inline float Total(const float* x, int64_t count) {
-  Vec sum{};
-  int64_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) sum += *reinterpret_cast<const Vec*>(x + j);
-  float total = Sum(sum);
-  for (; j < count; ++j) total += x[j];
-  return total;
-}
-
 inline float Dot(const float* x, const float* y, int64_t count) {
   Vec sum{};
   int64_t j = 0;
@@ -122,7 +113,7 @@ struct Forward : Work {
     const Head at = of.head(q, k, v, segments, i);
     float* o = out + of.ValueAt(i / of.heads, i % of.heads);
     float* sums = lse + i * of.length;
-    const int64_t scores_step = kKeys + 16;
+    const int64_t scores_step = Step(kKeys);
     Scratch scratch(PackedSize(of.key, kKeys) + PackedSize(kKeys, of.value) + kQueries * scores_step + to - from, 4);
     float *keys = scratch.Take(PackedSize(of.key, kKeys)), *values = scratch.Take(PackedSize(kKeys, of.value));
     float *scores = scratch.Take(kQueries * scores_step), *tops = scratch.Take(to - from);
@@ -173,7 +164,7 @@ struct Backward : Work {
 
   void Unit(int64_t i) override {
     const Head at = of.head(q, k, v, segments, i);
-    const int64_t length = of.length, step = at.key_step, value_step = at.value_step, scores_step = kKeys + 16;
+    const int64_t length = of.length, step = at.key_step, value_step = at.value_step, scores_step = Step(kKeys);
     const int64_t key_at = of.KeyAt(i / of.heads, i % of.heads), value_at = of.ValueAt(i / of.heads, i % of.heads);
     const float *d_o = d_out + value_at, *o = out + value_at, *sums = lse + i * length;
     const int64_t blocks = (length + kQueries - 1) / kQueries;
@@ -230,9 +221,6 @@ struct Backward : Work {
   }
 };
 
-using Floats = ffi::Buffer<ffi::F32>;
-using Ints = ffi::Buffer<ffi::S32>;
-
 Shapes ShapesOf(Floats q, Floats v) {
   const auto of_q = q.dimensions(), of_v = v.dimensions();
   return {of_q[0], of_q[1], of_q[2], of_q[3], of_v[3]};
@@ -267,25 +255,25 @@ ffi::Error CausalAttentionGradients(ffi::ThreadPool pool, Floats q, Floats k, Fl
   return ffi::Error::Success();
 }
 
+// What both are given.
+auto BindText() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<Floats>()  // q [B, T, H, K], scaled
+      .Arg<Floats>()  // k [B, T, H, K]
+      .Arg<Floats>()  // v [B, T, H, V]
+      .Arg<Ints>();   // segments [B, T]
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3CausalAttention, CausalAttention,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()                    // q [B, T, H, K], scaled
-                                  .Arg<Floats>()                    // k [B, T, H, K]
-                                  .Arg<Floats>()                    // v [B, T, H, V]
-                                  .Arg<Ints>()                      // segments [B, T]
+                              BindText()
                                   .Ret<Floats>()                    // out [B, T, H, V]
                                   .Ret<Floats>());                  // log Σ exp of each query's scores [B, H, T]
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3CausalAttentionGradients, CausalAttentionGradients,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()                    // q [B, T, H, K], scaled
-                                  .Arg<Floats>()                    // k [B, T, H, K]
-                                  .Arg<Floats>()                    // v [B, T, H, V]
-                                  .Arg<Ints>()                      // segments [B, T]
+                              BindText()
                                   .Arg<Floats>()                    // out [B, T, H, V]
                                   .Arg<Floats>()                    // log Σ exp [B, H, T]
                                   .Arg<Floats>()                    // d_out [B, T, H, V]

@@ -23,6 +23,8 @@
 namespace dsv3 {
 
 namespace ffi = xla::ffi;
+using Floats = ffi::Buffer<ffi::F32>;
+using Ints = ffi::Buffer<ffi::S32>;
 
 // A register of floats, and a + x · b in it, rounded once where the processor can; x is a number or a register.
 #if defined(__AVX512F__)
@@ -53,6 +55,16 @@ inline float Sum(Vec v) {
     for (int64_t i = 0; i < half; ++i) lane[i] += lane[i + half];
   return lane[0];
 #endif
+}
+
+// Σ x over an array.
+inline float Total(const float* x, int64_t count) {
+  Vec sum{};
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) sum += *reinterpret_cast<const Vec*>(x + j);
+  float total = Sum(sum);
+  for (; j < count; ++j) total += x[j];
+  return total;
 }
 
 // e^x = 2^n e^r with |r| ≤ ln 2 / 2, a polynomial (Cephes' expf) in r; x is held within ±87.

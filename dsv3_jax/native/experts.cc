@@ -38,9 +38,6 @@ void Gather(const Routed& of, const float* x, int64_t row, int64_t count, float*
   for (int64_t r = 0; r < count; ++r) std::memcpy(to + r * step, x + of.token(row + r) * of.dim, bytes);
 }
 
-// A step between rows at which neighbours do not fall into the same lines of a cache.
-int64_t Step(int64_t width) { return (width + 15) / 16 * 16 + 16; }
-
 struct Chunk {
   int64_t expert, row, count;
 };
@@ -136,12 +133,7 @@ struct Backward : Work {
       d_h[f] *= silu * b[f];
       h[f] = silu * b[f] * g;
     }
-    Vec sum{};
-    int64_t f = 0;
-    for (; f + kLanes <= of.hidden; f += kLanes) sum += *reinterpret_cast<const Vec*>(d_h + f);
-    float total = Sum(sum);
-    for (; f < of.hidden; ++f) total += d_h[f];
-    return total;
+    return Total(d_h, of.hidden);
   }
 };
 
@@ -172,9 +164,6 @@ void ShareAddUp(ffi::ThreadPool& pool, const Routed& of, const float* rows, floa
   work->tokens = of.tokens, work->choices = of.choices, work->dim = of.dim;
   Share(work, pool, of.tokens * of.choices * of.dim * static_cast<int64_t>(sizeof(float)));
 }
-
-using Floats = ffi::Buffer<ffi::F32>;
-using Ints = ffi::Buffer<ffi::S32>;
 
 // Fills `of` and checks that every row is there once, and every assignment has one.
 ffi::Error Lay(Floats x, Floats gates, Ints order, Ints place, Ints counts, Floats w_gate, Floats w_up, Floats w_down,
@@ -246,37 +235,32 @@ ffi::Error ExpertsSwigluGradients(ffi::ThreadPool pool, Floats x, Floats gates, 
   return ffi::Error::Success();
 }
 
+// What both are given.
+auto BindRouted() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<Floats>()  // x [n, D]
+      .Arg<Floats>()  // gates [n, K]
+      .Arg<Ints>()    // order [n · K]
+      .Arg<Ints>()    // place [n, K]
+      .Arg<Ints>()    // counts [E]
+      .Arg<Floats>()  // w_gate [L, E, D, F]
+      .Arg<Floats>()  // w_up [L, E, D, F]
+      .Arg<Floats>()  // w_down [L, E, F, D]
+      .Arg<Ints>();   // layer []
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3ExpertsSwiglu, ExpertsSwiglu,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()                    // x [n, D]
-                                  .Arg<Floats>()                    // gates [n, K]
-                                  .Arg<Ints>()                      // order [n · K]
-                                  .Arg<Ints>()                      // place [n, K]
-                                  .Arg<Ints>()                      // counts [E]
-                                  .Arg<Floats>()                    // w_gate [L, E, D, F]
-                                  .Arg<Floats>()                    // w_up [L, E, D, F]
-                                  .Arg<Floats>()                    // w_down [L, E, F, D]
-                                  .Arg<Ints>()                      // layer []
+                              BindRouted()
                                   .Ret<Floats>()                    // y [n, D]
                                   .Ret<Floats>()                    // x w_gate of the sorted rows [n · K, F], or [0, F]
                                   .Ret<Floats>()                    // x w_up, likewise
                                   .Ret<Floats>());                  // room for the sorted rows [n · K, D]
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3ExpertsSwigluGradients, ExpertsSwigluGradients,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()                    // x [n, D]
-                                  .Arg<Floats>()                    // gates [n, K]
-                                  .Arg<Ints>()                      // order [n · K]
-                                  .Arg<Ints>()                      // place [n, K]
-                                  .Arg<Ints>()                      // counts [E]
-                                  .Arg<Floats>()                    // w_gate [L, E, D, F]
-                                  .Arg<Floats>()                    // w_up [L, E, D, F]
-                                  .Arg<Floats>()                    // w_down [L, E, F, D]
-                                  .Arg<Ints>()                      // layer []
+                              BindRouted()
                                   .Arg<Floats>()                    // dy [n, D]
                                   .Arg<Floats>()                    // x w_gate of the sorted rows [n · K, F]
                                   .Arg<Floats>()                    // x w_up, likewise

@@ -46,6 +46,9 @@ class Scratch {
   float* next_;
 };
 
+// A step between rows at which neighbours do not fall into the same lines of a cache.
+inline int64_t Step(int64_t width) { return (width + kLine - 1) / kLine * kLine + kLine; }
+
 // Numbers that b [depth, width] takes in panels.
 inline int64_t PackedSize(int64_t depth, int64_t width) {
   return depth * ((width + kPanelWidth - 1) / kPanelWidth * kPanelWidth);
