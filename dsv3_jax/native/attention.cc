@@ -67,20 +67,6 @@ struct Block {
   }
 };
 
-inline float Largest(const float* x, int64_t count) {
-  Vec most;
-  for (int l = 0; l < kLanes; ++l) most[l] = kNothing;
-  int64_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) {
-    const Vec part = *reinterpret_cast<const Vec*>(x + j);
-    most = part > most ? part : most;
-  }
-  float top = kNothing;
-  for (int l = 0; l < kLanes; ++l) top = std::max(top, most[l]);
-  for (; j < count; ++j) top = std::max(top, x[j]);
-  return top;
-}
-
 inline float Dot(const float* x, const float* y, int64_t count) {
   Vec sum{};
   int64_t j = 0;
@@ -135,8 +121,11 @@ struct Forward : Work {
           const int64_t before = block.Before(t + r, count);
           if (const int32_t* seen = block.Seen(t + r, before, room))
             for (int64_t j = 0; j < before; ++j) s[j] = seen[j] ? s[j] : kNothing;
-          const float now = std::max(top, Largest(s, before)), keep = Exp(top - now);
-          for (int64_t j = 0; j < before; ++j) s[j] = s[j] > kNothing ? Exp(s[j] - now) : 0.0f;
+          const float now = std::max(top, Largest(s, before, kNothing)), keep = Exp(top - now);
+          ByLanes(before, [&](int64_t j, auto zero) {
+            const auto x = Load(s + j, zero);
+            Store(s + j, x > kNothing ? Exp(x - now) : zero);
+          });
           std::fill(s + before, s + count, 0.0f);
           top = now, sum = sum * keep + Total(s, before);
           if (keep != 1.0f)
@@ -204,7 +193,7 @@ struct Backward : Work {
           float *p_r = p + r * scores_step, *ds_r = ds + r * scores_step;
           const float sum = sums[t + r], own = delta[t + r];
           const int64_t before = block.Before(t + r, count);
-          for (int64_t j = 0; j < before; ++j) p_r[j] = Exp(p_r[j] - sum);
+          ByLanes(before, [&](int64_t j, auto zero) { Store(p_r + j, Exp(Load(p_r + j, zero) - sum)); });
           if (const int32_t* seen = block.Seen(t + r, before, room))
             for (int64_t j = 0; j < before; ++j) p_r[j] = seen[j] ? p_r[j] : 0.0f;
           for (int64_t j = 0; j < before; ++j) ds_r[j] = p_r[j] * (ds_r[j] - own);

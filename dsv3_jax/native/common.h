@@ -44,6 +44,22 @@ inline Vec Add(Vec a, Vec x, Vec b) { return a + x * b; }
 inline Vec Add(Vec a, float x, Vec b) { return a + x * b; }
 #endif
 
+// What stands at x: a number, or as many as a register holds. (A reference to Vec in a template would not keep that it
+// may lie anywhere.)
+inline float Load(const float* x, float) { return *x; }
+inline Vec Load(const float* x, Vec = Vec{}) { return *reinterpret_cast<const Vec*>(x); }
+inline void Store(float* x, float value) { *x = value; }
+inline void Store(float* x, Vec value) { *reinterpret_cast<Vec*>(x) = value; }
+
+// Calls one(j, 0) for the numbers from 0 to `count`: with a register of zeros for as many as it holds, then with single
+// ones. A compiler would not always find it by itself.
+template <class One>
+void ByLanes(int64_t count, One one) {
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) one(j, Vec{});
+  for (; j < count; ++j) one(j, 0.0f);
+}
+
 // A sum over the lanes, by halves.
 inline float Sum(Vec v) {
 #if defined(__AVX512F__)
@@ -67,27 +83,54 @@ inline float Total(const float* x, int64_t count) {
   return total;
 }
 
-// e^x = 2^n e^r with |r| ≤ ln 2 / 2, a polynomial (Cephes' expf) in r; x is held within ±87.
-inline float Exp(float x) {
-  x = std::min(std::max(x, -87.0f), 87.0f);
-  const float n = std::nearbyint(x * 1.44269504f);
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
+inline float Largest(const float* x, int64_t count, float least) {
+  Vec most = Vec{} + least;
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) {
+    const Vec part = Load(x + j);
+    most = part > most ? part : most;
+  }
+  for (int l = 0; l < kLanes; ++l) least = std::max(least, most[l]);
+  for (; j < count; ++j) least = std::max(least, x[j]);
+  return least;
+}
+
+// 2^n for whole n.
+inline float Power(float n) {
+  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return power;
+}
+inline Vec Power(Vec n) {
+  typedef int32_t Bits __attribute__((vector_size(sizeof(Vec))));
+  return (Vec)((__builtin_convertvector(n, Bits) + 127) << 23);
+}
+
+// e^x = 2^n e^r with |r| ≤ ln 2 / 2, a polynomial (Cephes' expf) in r; x, a number or a register, is held within ±87.
+template <class T>
+T Exp(T x) {
+  const T most = T{} + 87.0f, round = T{} + 12582912.0f;  // 1.5 · 2²³: beside it no number has a fraction
+  x = x < most ? x : most;
+  x = x > -most ? x : -most;
+  const T n = (x * 1.44269504f + round) - round;
+  const T r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  T p = T{} + 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof(power));
-  return p * power;
+  return p * Power(n);
 }
 
-// a = silu(a) · b
-inline void Gate(float* a, const float* b, int64_t count) {
-  for (int64_t j = 0; j < count; ++j) a[j] = a[j] / (1.0f + Exp(-a[j])) * b[j];
+// to = silu(a) · b · scale; they may be one array.
+inline void Gate(const float* a, const float* b, float scale, float* to, int64_t count) {
+  ByLanes(count, [&](int64_t j, auto zero) {
+    const auto x = Load(a + j, zero);
+    Store(to + j, x / (1.0f + Exp(-x)) * Load(b + j, zero) * scale);
+  });
 }
 
 constexpr int64_t kShareFrom = 256 * 1024;  // bytes to be read from which a second thread pays

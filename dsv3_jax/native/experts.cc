@@ -32,10 +32,10 @@ struct Routed {
   int64_t token(int64_t row) const { return order[row] / choices; }
 };
 
-// Rows of x for `count` sorted rows, each `step` from the last.
-void Gather(const Routed& of, const float* x, int64_t row, int64_t count, float* to, int64_t step) {
+// Rows of x for `count` sorted rows.
+void Gather(const Routed& of, const float* x, int64_t row, int64_t count, float* to) {
   const int64_t bytes = of.dim * static_cast<int64_t>(sizeof(float));
-  for (int64_t r = 0; r < count; ++r) std::memcpy(to + r * step, x + of.token(row + r) * of.dim, bytes);
+  for (int64_t r = 0; r < count; ++r) std::memcpy(to + r * of.dim, x + of.token(row + r) * of.dim, bytes);
 }
 
 struct Chunk {
@@ -52,25 +52,18 @@ struct Forward : Work {
 
   void Unit(int64_t i) override {
     const auto [e, row, count] = chunks[i];
-    const int64_t dim = of.dim, hidden = of.hidden, x_step = Step(dim), h_step = Step(hidden);
-    const int64_t packed_size = std::max(PackedSize(dim, hidden), PackedSize(hidden, dim));
-    Scratch scratch(packed_size + count * (x_step + h_step + 2 * hidden), 5);
-    float *packed = scratch.Take(packed_size), *x = scratch.Take(count * x_step), *h = scratch.Take(count * h_step);
+    const int64_t dim = of.dim, hidden = of.hidden;
+    Scratch scratch(count * (dim + 3 * hidden), 4);
+    float *x = scratch.Take(count * dim), *h = scratch.Take(count * hidden);
     float* a = kept_a ? kept_a + row * hidden : scratch.Take(count * hidden);
     float* b = kept_b ? kept_b + row * hidden : scratch.Take(count * hidden);
-    Gather(of, of.x, row, count, x, x_step);
-    Pack(of.w_gate + e * of.matrix(), hidden, false, dim, hidden, packed);
-    Multiply<false>(x, x_step, packed, count, dim, hidden, a, hidden, false);
-    Pack(of.w_up + e * of.matrix(), hidden, false, dim, hidden, packed);
-    Multiply<false>(x, x_step, packed, count, dim, hidden, b, hidden, false);
-    for (int64_t r = 0; r < count; ++r) {
-      const float g = of.gates[of.order[row + r]];
-      const float *a_r = a + r * hidden, *b_r = b + r * hidden;
-      float* h_r = h + r * h_step;
-      for (int64_t f = 0; f < hidden; ++f) h_r[f] = a_r[f] / (1.0f + Exp(-a_r[f])) * b_r[f] * g;
-    }
-    Pack(of.w_down + e * of.matrix(), dim, false, hidden, dim, packed);
-    Multiply<false>(h, h_step, packed, count, hidden, dim, out + row * dim, dim, false);
+    Gather(of, of.x, row, count, x);
+    const int64_t at = e * of.matrix();
+    Multiply({x, dim}, {of.w_gate + at, hidden}, count, dim, hidden, a, hidden, false);
+    Multiply({x, dim}, {of.w_up + at, hidden}, count, dim, hidden, b, hidden, false);
+    for (int64_t r = 0; r < count; ++r)
+      Gate(a + r * hidden, b + r * hidden, of.gates[of.order[row + r]], h + r * hidden, hidden);
+    Multiply({h, hidden}, {of.w_down + at, dim}, count, hidden, dim, out + row * dim, dim, false);
   }
 };
 
@@ -91,48 +84,39 @@ struct Backward : Work {
   }
 
   void Rows(int64_t e, int64_t row, int64_t count) {
-    const int64_t dim = of.dim, hidden = of.hidden, x_step = Step(dim), h_step = Step(hidden), at = e * of.matrix();
-    const int64_t packed_size = std::max({PackedSize(dim, hidden), PackedSize(hidden, dim), PackedSize(count, dim),
-                                          PackedSize(count, hidden)});
-    Scratch scratch(packed_size + count * 2 * x_step + count * 4 * h_step, 7);
-    float *packed = scratch.Take(packed_size);
-    float *x = scratch.Take(count * x_step), *dy_rows = scratch.Take(count * x_step);
-    float *h = scratch.Take(count * h_step), *d_h = scratch.Take(count * h_step);
-    float *d_a = scratch.Take(count * h_step), *d_b = scratch.Take(count * h_step);
-    Gather(of, of.x, row, count, x, x_step);
-    Gather(of, dy, row, count, dy_rows, x_step);
+    const int64_t dim = of.dim, hidden = of.hidden, at = e * of.matrix();
+    Scratch scratch(count * (2 * dim + 4 * hidden), 6);
+    float *x = scratch.Take(count * dim), *dy_rows = scratch.Take(count * dim);
+    float *h = scratch.Take(count * hidden), *d_h = scratch.Take(count * hidden);
+    float *d_a = scratch.Take(count * hidden), *d_b = scratch.Take(count * hidden);
+    Gather(of, of.x, row, count, x);
+    Gather(of, dy, row, count, dy_rows);
 
-    Pack(of.w_down + at, dim, true, dim, hidden, packed);
-    Multiply<false>(dy_rows, x_step, packed, count, dim, hidden, d_h, h_step, false);
+    Multiply({dy_rows, dim}, {of.w_down + at, dim, true}, count, dim, hidden, d_h, hidden, false);
     for (int64_t r = 0; r < count; ++r) {
       const int32_t assignment = of.order[row + r];
       d_gates[assignment] = Hidden(of.gates[assignment], kept_a + (row + r) * hidden, kept_b + (row + r) * hidden,
-                                   d_h + r * h_step, h + r * h_step, d_a + r * h_step, d_b + r * h_step);
+                                   d_h + r * hidden, h + r * hidden, d_a + r * hidden, d_b + r * hidden);
     }
-    Pack(dy_rows, x_step, false, count, dim, packed);
-    Multiply<true>(h, h_step, packed, hidden, count, dim, d_w_down + at, dim, true);
-    Pack(d_a, h_step, false, count, hidden, packed);
-    Multiply<true>(x, x_step, packed, dim, count, hidden, d_w_gate + at, hidden, true);
-    Pack(d_b, h_step, false, count, hidden, packed);
-    Multiply<true>(x, x_step, packed, dim, count, hidden, d_w_up + at, hidden, true);
+    Multiply({h, hidden, true}, {dy_rows, dim}, hidden, count, dim, d_w_down + at, dim, true);
+    Multiply({x, dim, true}, {d_a, hidden}, dim, count, hidden, d_w_gate + at, hidden, true);
+    Multiply({x, dim, true}, {d_b, hidden}, dim, count, hidden, d_w_up + at, hidden, true);
 
-    Pack(of.w_gate + at, hidden, true, hidden, dim, packed);
-    Multiply<false>(d_a, h_step, packed, count, hidden, dim, dx_rows + row * dim, dim, false);
-    Pack(of.w_up + at, hidden, true, hidden, dim, packed);
-    Multiply<false>(d_b, h_step, packed, count, hidden, dim, dx_rows + row * dim, dim, true);
+    float* dx = dx_rows + row * dim;
+    Multiply({d_a, hidden}, {of.w_gate + at, hidden, true}, count, hidden, dim, dx, dim, false);
+    Multiply({d_b, hidden}, {of.w_up + at, hidden, true}, count, hidden, dim, dx, dim, true);
   }
 
   // One row's hidden units: h = g silu(a) b and the gradients of a and b, from that of h / g. Returns that of g.
-  // No two of the arrays overlap; so many of them a compiler would not compare itself before it uses its registers.
-  float Hidden(float g, const float* __restrict a, const float* __restrict b, float* __restrict d_h,
-               float* __restrict h, float* __restrict d_a, float* __restrict d_b) const {
-    for (int64_t f = 0; f < of.hidden; ++f) {
-      const float sigmoid = 1.0f / (1.0f + Exp(-a[f])), silu = a[f] * sigmoid, d = d_h[f] * g;
-      d_a[f] = d * b[f] * (sigmoid + silu * (1.0f - sigmoid));
-      d_b[f] = d * silu;
-      d_h[f] *= silu * b[f];
-      h[f] = silu * b[f] * g;
-    }
+  float Hidden(float g, const float* a, const float* b, float* d_h, float* h, float* d_a, float* d_b) const {
+    ByLanes(of.hidden, [&](int64_t f, auto zero) {
+      const auto x = Load(a + f, zero), up = Load(b + f, zero), d_out = Load(d_h + f, zero);
+      const auto sigmoid = 1.0f / (1.0f + Exp(-x)), silu = x * sigmoid, d = d_out * g;
+      Store(d_a + f, d * up * (sigmoid + silu * (1.0f - sigmoid)));
+      Store(d_b + f, d * silu);
+      Store(d_h + f, d_out * (silu * up));
+      Store(h + f, silu * up * g);
+    });
     return Total(d_h, of.hidden);
   }
 };

@@ -123,7 +123,7 @@ struct Columns : Work {
     std::vector<float> b(count * mine);
     for (int64_t r = 0; r < count; ++r) up[r] = &b[r * mine];
     Product(rows, w_up + first, depth, mine, width, up);
-    for (int64_t r = 0; r < count; ++r) Gate(to[r], up[r], mine);
+    for (int64_t r = 0; r < count; ++r) Gate(to[r], up[r], 1.0f, to[r], mine);
   }
 };
 
@@ -202,7 +202,7 @@ struct Experts : Work {
     }
     Product(rows, w_gate + e * dim * hidden, dim, hidden, hidden, a_rows);
     Product(rows, w_up + e * dim * hidden, dim, hidden, hidden, b_rows);
-    Gate(a.data(), b.data(), count * hidden);
+    Gate(a.data(), b.data(), 1.0f, a.data(), count * hidden);
     Product(h, w_down + e * hidden * dim, hidden, dim, dim, out_rows);
   }
 };
@@ -280,12 +280,11 @@ struct Attention : Work {
     AllDots(x, from, count, key_width, row, y);
     for (int64_t r = 0; r < queries; ++r) {
       const int64_t mine = std::min<int64_t>(count, seen[r] + 1 - first);  // the rest is not to be seen
-      float most = -INFINITY, sum = 0;
-      for (int64_t j = 0; j < mine; ++j) most = std::max(most, y[r][j]);
-      for (int64_t j = 0; j < mine; ++j) y[r][j] = Exp(y[r][j] - most);
-      for (int64_t j = 0; j < mine; ++j) sum += y[r][j];
-      std::fill(y[r] + std::max<int64_t>(mine, 0), y[r] + count, 0.0f);
-      top[i * queries + r] = most, total[i * queries + r] = sum;
+      float* s = y[r];
+      const float most = Largest(s, mine, -INFINITY);
+      ByLanes(mine, [&](int64_t j, auto zero) { Store(s + j, Exp(Load(s + j, zero) - most)); });
+      std::fill(s + std::max<int64_t>(mine, 0), s + count, 0.0f);
+      top[i * queries + r] = most, total[i * queries + r] = Total(s, mine);
     }
     Product(weights, from + value_at, count, value_width, row, to);
   }

@@ -1,0 +1,30 @@
+"""The allocator's settings, in a process of their own: what is freed comes back in the same place."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import ctypes
+from dsv3_jax.runtime import keep_memory
+
+assert keep_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.memset.argtypes, libc.free.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], [ctypes.c_void_p]
+large, places, small = 300 << 20, set(), []
+for step in range(5):
+    places.add(program := libc.malloc(large))
+    libc.memset(program, 1, large)
+    libc.free(program)
+    small += [libc.malloc(size) for size in (40, 5_000, 100_000, 900_000)]
+print(len(places), all(small))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is set is glibc's")
+def test_small_arrays_stay_out_of_the_place_of_a_programs_memory():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "True"]
