@@ -152,9 +152,10 @@ def test_attention_to_the_cache_equals_one_query_at_a_time(x64, rng, kind, dtype
     np.testing.assert_array_equal(run(jax.tree.map(jnp.asarray, other), 3), run(stored, 3))
 
 
+@pytest.mark.parametrize("dtype", native.CACHE_DTYPES)
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("capacity", [11, 700])  # one part of 256 rows, or three
-def test_native_attention_equals_one_query_at_a_time(rng, kind, capacity):
+def test_native_attention_equals_one_query_at_a_time(rng, kind, capacity, dtype):
     """In float32, whose unit roundoff is 6e-8; the softmax's weights add up to 1, and values are about 1."""
     if why := native.why_not():
         pytest.skip(why)
@@ -163,11 +164,20 @@ def test_native_attention_equals_one_query_at_a_time(rng, kind, capacity):
     q = rng.standard_normal((3, groups, queries, sum(parts) if shared else parts[0])).astype(np.float32)
     last = rng.integers(0, capacity, (3, queries)).astype(np.int32)
     last[0, :2], last[1] = (0, capacity - 1), capacity // 5  # all of it, and nothing in the later parts
-    rows[0], rows[1, 1, :, capacity // 5 + 1 :] = np.nan, np.nan  # another layer, and free places
+    stored = Stored(jnp.asarray(rows).astype(dtype), None)
+    if jnp.dtype(dtype).itemsize == 1:
+        stored = Stored(*quantize_rows(jnp.asarray(rows), parts, dtype))
+        rows = np.array(dequantize_rows(*stored, parts, jnp.float32))
+    else:
+        rows = np.array(stored.rows.astype(jnp.float32))
+    nothing = jnp.zeros((), dtype) if dtype == "int8" else jnp.array(jnp.nan, dtype)  # another layer, and free places
+    stored = stored._replace(
+        rows=stored.rows.at[0].set(nothing).at[1, 1, :, capacity // 5 + 1 :].set(nothing),
+        scales=stored.scales if stored.scales is None else stored.scales.at[0].set(jnp.nan),
+    )
 
     @jax.jit
     def run(q, last):
-        stored = Stored(jnp.asarray(rows), None)
         layer = jnp.ones((), jnp.int32)
         return cached_attention(q, stored, layer, last, parts=parts, shared=shared, scale=0.3)
 
@@ -178,14 +188,32 @@ def test_native_attention_equals_one_query_at_a_time(rng, kind, capacity):
         np.testing.assert_array_equal(run(q[:, :, one], last[:, one]), got[:, :, one])
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_native_attention_reads_every_8_bit_number(dtype):
+    if why := native.why_not():
+        pytest.skip(why)
+    every = np.arange(256, dtype=np.uint8).view(jnp.dtype(dtype)).reshape(1, 1, 1, 1, 256)  # the only row
+    scales = np.array([3.0, 0.5], np.float32).reshape(1, 1, 1, 1, 2)
+    got = native.cached_attention(
+        jnp.zeros((1, 1, 1, 1)), jnp.asarray(every), jnp.asarray(scales), jnp.zeros((), jnp.int32),
+        jnp.zeros((1, 1), jnp.int32), values=(0, 256), first_part=101,
+    )  # fmt: skip
+    want = every.astype(np.float32).reshape(256) * np.repeat(scales.reshape(2), (101, 155))
+    np.testing.assert_array_equal(np.asarray(got).reshape(256), want)
+
+
 def test_native_attention_refuses_what_is_not_there():
     if why := native.why_not():
         pytest.skip(why)
     rows, q = jnp.ones((2, 1, 1, 8, 4)), jnp.ones((1, 1, 1, 4))
-    run = jax.jit(partial(native.cached_attention, values=(0, 4)))
+    run = jax.jit(partial(native.cached_attention, values=(0, 4), first_part=2))
     for layer, last in ((2, 0), (-1, 0), (0, 8), (0, -1)):
         with pytest.raises(Exception, match="outside the cache"):
-            jax.block_until_ready(run(q, rows, jnp.array(layer, jnp.int32), jnp.array([[last]], jnp.int32)))
+            jax.block_until_ready(run(q, rows, None, jnp.array(layer, jnp.int32), jnp.array([[last]], jnp.int32)))
+    zero = jnp.zeros((), jnp.int32)
+    for other, what in ((jnp.int8, "without scales"), (jnp.float16, "not served")):
+        with pytest.raises(Exception, match=what):
+            jax.block_until_ready(run(q, rows.astype(other), None, zero, zero.reshape(1, 1)))
 
 
 # Where rows go

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 HERE = Path(__file__).parent
 SOURCES = tuple(HERE / f"{name}.cc" for name in ("few_rows", "experts", "attention", "adamw"))
@@ -42,6 +42,7 @@ TARGETS = {
     "dsv3_causal_attention_gradients": "Dsv3CausalAttentionGradients",
     "dsv3_adamw": "Dsv3Adamw",
 }
+CACHE_DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")  # whose rows `cached_attention` reads
 # Where the compiler chose what to fuse, a token's result would hang on how many stand beside it: the source says it.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
 COMPILERS = ("c++", "g++", "clang++")
@@ -115,19 +116,26 @@ def few_tokens_swiglu(
 
 def cached_attention(
     q: Float[Array, "B G Q K"],
-    rows: Float[Array, "L B G S X"],
+    rows: Shaped[Array, "L B G S X"],
+    scales: Float[Array, "L B G S 2"] | None,
     layer: Int[Array, ""],
     last: Int[Array, "B Q"],
     *,
     values: tuple[int, int],
+    first_part: int,
 ) -> Float[Array, "B G Q V"]:
-    """softmax(q · keys) values over rows 0 … last of a cache, all in float32; see `ops.cached_attention`.
+    """softmax(q · keys) values over rows 0 … last of a cache, in float32; see `ops.cached_attention`.
 
     A query's result does not hang on the others. Takes no gradient.
-    Args: q, scaled already. A row's key is its first K numbers; values: where in it the value begins, and its width.
+    Args:
+        q: scaled already. A row's key is its first K numbers.
+        rows: of a dtype in CACHE_DTYPES. scales: of 8-bit rows, for the first `first_part` numbers and for the others.
+        values: where in a row the value begins, and its width.
     """
     shape = jax.ShapeDtypeStruct((*q.shape[:3], values[1]), q.dtype)
-    return jax.ffi.ffi_call("dsv3_cached_attention", shape)(q, rows, layer, last, value_at=np.int64(values[0]))
+    call = jax.ffi.ffi_call("dsv3_cached_attention", shape)
+    scales = jnp.zeros((0,), jnp.float32) if scales is None else scales
+    return call(q, rows, scales, layer, last, value_at=np.int64(values[0]), first_part=np.int64(first_part))
 
 
 def experts_swiglu(

@@ -44,6 +44,23 @@ inline Vec Add(Vec a, Vec x, Vec b) { return a + x * b; }
 inline Vec Add(Vec a, float x, Vec b) { return a + x * b; }
 #endif
 
+// As many whole numbers as a register of floats has lanes, from narrow ones without a sign.
+typedef int32_t Whole __attribute__((vector_size(sizeof(Vec)), may_alias));
+#if defined(__AVX512F__)
+inline Whole LoadWhole(const uint8_t* x) { return (Whole)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)x)); }
+inline Whole LoadWhole(const uint16_t* x) { return (Whole)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)); }
+#elif defined(__AVX2__)
+inline Whole LoadWhole(const uint8_t* x) { return (Whole)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)x)); }
+inline Whole LoadWhole(const uint16_t* x) { return (Whole)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)x)); }
+#else
+template <class T>
+Whole LoadWhole(const T* x) {
+  Whole wide{};
+  for (int l = 0; l < kLanes; ++l) wide[l] = x[l];
+  return wide;
+}
+#endif
+
 // What stands at x: a number, or as many as a register holds. (A reference to Vec in a template would not keep that it
 // may lie anywhere.)
 inline float Load(const float* x, float) { return *x; }
@@ -103,8 +120,7 @@ inline float Power(float n) {
   return power;
 }
 inline Vec Power(Vec n) {
-  typedef int32_t Bits __attribute__((vector_size(sizeof(Vec))));
-  return (Vec)((__builtin_convertvector(n, Bits) + 127) << 23);
+  return (Vec)((__builtin_convertvector(n, Whole) + 127) << 23);
 }
 
 // e^x = 2^n e^r with |r| ≤ ln 2 / 2, a polynomial (Cephes' expf) in r; x, a number or a register, is held within ±87.

@@ -252,11 +252,67 @@ ffi::Error FewTokensSwiglu(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::B
 // Rows of a cache that are attended to at a time: they stay in a core's cache from the scores to the weighted sum.
 constexpr int64_t kPart = 256;
 
+// What a cache may hold in place of float32, register by register: the number that is meant, before it is scaled.
+struct Int8 {
+  using Stored = uint8_t;
+  static Vec Wide(Whole bits) { return __builtin_convertvector(bits << 24 >> 24, Vec); }
+};
+struct Bfloat16 {
+  using Stored = uint16_t;
+  static Vec Wide(Whole bits) { return (Vec)(bits << 16); }
+};
+struct Float8E4m3 {
+  using Stored = uint8_t;
+  static Vec Wide(Whole bits) {
+    const Whole size = bits & 0x7f, sign = (bits & 0x80) << 24;
+    const Whole normal = (size << 20) + (120 << 23);  // the exponent's bias is 7 here, and 127 in a float
+    const Whole small = (Whole)(__builtin_convertvector(size, Vec) * (1.0f / 512));
+    const Whole number = size < 8 ? small : normal;
+    return (Vec)((size == 0x7f ? Whole{} + 0x7fc00000 : number) | sign);  // its only NaN
+  }
+};
+
+// `count` stored numbers as floats, times a scale.
+template <class Format>
+void Widen(const void* stored, int64_t count, float scale, float* to) {
+  const auto* from = static_cast<const typename Format::Stored*>(stored);
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) Store(to + j, Format::Wide(LoadWhole(from + j)) * scale);
+  if (j == count) return;
+  typename Format::Stored last[kLanes] = {};
+  std::copy_n(from + j, count - j, last);
+  const Vec rest = Format::Wide(LoadWhole(last)) * scale;
+  std::memcpy(to + j, &rest, (count - j) * sizeof(float));
+}
+
+// Rows of a cache [B · G, S, X] as floats. A row has two parts, and a scale for each where it is in 8 bits.
+struct Rows {
+  const uint8_t* at;
+  const float* scales;  // [B · G, S, 2], or null
+  int64_t width, first_part, bytes;
+  void (*widen)(const void*, int64_t, float, float*);  // null: they are floats
+
+  // Rows from `first` on; where they are not floats, in `room`.
+  const float* Read(int64_t first, int64_t count, std::vector<float>& room) const {
+    const uint8_t* from = at + first * width * bytes;
+    if (!widen) return reinterpret_cast<const float*>(from);
+    if (static_cast<int64_t>(room.size()) < count * width) room.resize(count * width);
+    float* to = room.data();
+    for (int64_t j = 0; j < count; ++j, to += width, from += width * bytes) {
+      const float* scale = scales ? scales + (first + j) * 2 : nullptr;
+      widen(from, first_part, scale ? scale[0] : 1.0f, to);
+      widen(from + first_part * bytes, width - first_part, scale ? scale[1] : 1.0f, to + first_part);
+    }
+    return room.data();
+  }
+};
+
 // softmax(q · keys) values over the first rows of a cache, in parts whose sums are put together at the end.
 struct Attention : Work {
-  const float *q, *rows;  // [B · G, Q, K]; this layer's [B · G, S, X]
-  const int32_t* last;    // [B, Q]
-  int64_t pairs, groups, queries, capacity, row, key_width, value_at, value_width, parts;
+  const float* q;       // [B · G, Q, K]
+  Rows rows;            // this layer's
+  const int32_t* last;  // [B, Q]
+  int64_t pairs, groups, queries, capacity, key_width, value_at, value_width, parts;
   std::vector<float> top, total, out;  // of each pair, part and query: the largest score, Σ exp, Σ exp · value
 
   int64_t units() const override { return pairs * parts; }
@@ -268,7 +324,8 @@ struct Attention : Work {
     const int64_t count = end - first;
     std::fill_n(&top[i * queries], queries, -INFINITY);
     if (count <= 0) return;
-    const float* from = rows + (pair * capacity + first) * row;
+    static thread_local std::vector<float> room;
+    const float* from = rows.Read(pair * capacity + first, count, room);
     std::vector<float> scores(queries * count);
     std::vector<const float*> x(queries), weights(queries);
     std::vector<float*> y(queries), to(queries);
@@ -277,7 +334,7 @@ struct Attention : Work {
       weights[r] = y[r] = &scores[r * count];
       to[r] = &out[(i * queries + r) * value_width];
     }
-    AllDots(x, from, count, key_width, row, y);
+    AllDots(x, from, count, key_width, rows.width, y);
     for (int64_t r = 0; r < queries; ++r) {
       const int64_t mine = std::min<int64_t>(count, seen[r] + 1 - first);  // the rest is not to be seen
       float* s = y[r];
@@ -286,7 +343,7 @@ struct Attention : Work {
       std::fill(s + std::max<int64_t>(mine, 0), s + count, 0.0f);
       top[i * queries + r] = most, total[i * queries + r] = Total(s, mine);
     }
-    Product(weights, from + value_at, count, value_width, row, to);
+    Product(weights, from + value_at, count, value_width, rows.width, to);
   }
 
   void PutTogether(float* to) const {
@@ -307,18 +364,30 @@ struct Attention : Work {
   }
 };
 
-ffi::Error CachedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> rows,
-                           ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> last, ffi::ResultBuffer<ffi::F32> out,
-                           int64_t value_at) {
+ffi::Error CachedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer rows,
+                           ffi::Buffer<ffi::F32> scales, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> last,
+                           ffi::ResultBuffer<ffi::F32> out, int64_t value_at, int64_t first_part) {
   const auto of_q = q.dimensions(), of_rows = rows.dimensions();  // [B, G, Q, K], [L, B, G, S, X]
   const int64_t at = layer.typed_data()[0], layers = of_rows[0];
   if (at < 0 || at >= layers) return ffi::Error::InvalidArgument("layer outside the cache");
   auto work = std::make_shared<Attention>();
   work->groups = of_q[1], work->pairs = of_q[0] * of_q[1], work->queries = of_q[2], work->key_width = of_q[3];
-  work->capacity = of_rows[3], work->row = of_rows[4];
+  work->capacity = of_rows[3];
   work->value_at = value_at, work->value_width = out->dimensions()[3];
   work->q = q.typed_data(), work->last = last.typed_data();
-  work->rows = rows.typed_data() + at * work->pairs * work->capacity * work->row;
+  Rows& held_rows = work->rows;
+  held_rows.width = of_rows[4], held_rows.first_part = first_part;
+  switch (rows.element_type()) {
+    case ffi::F32: held_rows.bytes = 4, held_rows.widen = nullptr; break;
+    case ffi::BF16: held_rows.bytes = 2, held_rows.widen = Widen<Bfloat16>; break;
+    case ffi::S8: held_rows.bytes = 1, held_rows.widen = Widen<Int8>; break;
+    case ffi::F8E4M3FN: held_rows.bytes = 1, held_rows.widen = Widen<Float8E4m3>; break;
+    default: return ffi::Error::InvalidArgument("a cache of numbers that are not served");
+  }
+  const int64_t before = at * work->pairs * work->capacity;  // rows of the layers before
+  held_rows.at = static_cast<const uint8_t*>(rows.untyped_data()) + before * held_rows.width * held_rows.bytes;
+  held_rows.scales = scales.element_count() > 0 ? scales.typed_data() + before * 2 : nullptr;
+  if (held_rows.bytes == 1 && !held_rows.scales) return ffi::Error::InvalidArgument("8-bit rows without scales");
   int64_t most = 0;
   for (int64_t i = 0; i < of_q[0] * of_q[2]; ++i) {
     const int64_t seen = work->last[i];
@@ -328,7 +397,7 @@ ffi::Error CachedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::B
   work->parts = most / kPart + 1;
   const int64_t held = work->units() * work->queries;
   work->top.resize(held), work->total.resize(held), work->out.resize(held * work->value_width);
-  Share(work, pool, work->pairs * (most + 1) * work->row * static_cast<int64_t>(sizeof(float)));
+  Share(work, pool, work->pairs * (most + 1) * held_rows.width * static_cast<int64_t>(sizeof(float)));
   work->PutTogether(out->typed_data());
   return ffi::Error::Success();
 }
@@ -375,10 +444,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3CachedAttention, CachedAttention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()  // q [B, G, Q, K], scaled
-                                  .Arg<ffi::Buffer<ffi::F32>>()  // rows [L, B, G, S, X]
+                                  .Arg<ffi::AnyBuffer>()         // rows [L, B, G, S, X]
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // scales [L, B, G, S, 2], or [0]
                                   .Arg<ffi::Buffer<ffi::S32>>()  // layer []
                                   .Arg<ffi::Buffer<ffi::S32>>()  // last [B, Q]
                                   .Ret<ffi::Buffer<ffi::F32>>()  // [B, G, Q, V]
-                                  .Attr<int64_t>("value_at"));   // where in a row its value begins
+                                  .Attr<int64_t>("value_at")      // where in a row its value begins
+                                  .Attr<int64_t>("first_part"));  // how many of its numbers have the first scale
 
 }  // namespace dsv3

@@ -6,7 +6,7 @@ multi-query attention over one latent head. Where it is expanded, the first part
 
 Rows are visited block by block with a running softmax (as in `attention.py`), as many blocks as the longest sequence
 has: the cost follows what is in the cache, not its capacity, and 8-bit rows become numbers one block at a time. On CPUs
-with a compiler float32 rows are read by the native kernel, which does the same.
+with a compiler the native kernel does the same for float32 queries.
 """
 
 from typing import NamedTuple
@@ -56,10 +56,9 @@ def cached_attention(
     Returns: V is parts[0] where `shared`, else parts[1]; in q's dtype.
     """
     batch, groups, capacity, width = stored.rows.shape[1:]
-    if block is None and not summed and native.serves(q.dtype, stored.rows.dtype):
-        values = (0, parts[0]) if shared else parts
-        scaled = q * jnp.asarray(scale, q.dtype)
-        return native.cached_attention(scaled, stored.rows, layer, last, values=values)
+    if block is None and not summed and native.serves(q.dtype) and stored.rows.dtype.name in native.CACHE_DTYPES:
+        scaled, values = q * jnp.asarray(scale, q.dtype), (0, parts[0]) if shared else parts
+        return native.cached_attention(scaled, *stored, layer, last, values=values, first_part=parts[0])
     if block is None:
         block = _block(batch * groups * width, capacity)
     block = min(block, capacity)
