@@ -23,14 +23,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo demo-short lab notebooks test lint parity clean
+.PHONY: help demo demo-short lab notebooks test test-long lint parity clean
 
 help:
 	@echo "make demo        train a small model, then show where its tokens go (minutes on two cores)"
 	@echo "make demo-short  the same, cut to seconds: does everything run?"
 	@echo "make lab         the papers' questions, answered small: what has no results yet (LAB_ARGS=--fresh: all, 2 hours)"
 	@echo "make notebooks   execute the notebooks anew, their outputs kept (some minutes)"
-	@echo "make test        all tests; PYTEST_ARGS is handed on, PYTHON=python3.13 chooses the Python"
+	@echo "make test        the tests, some minutes; PYTEST_ARGS is handed on, PYTHON=python3.13 chooses the Python"
+	@echo "make test-long   those that take long: meshes, several processes, every draft, notebooks; likewise"
 	@echo "make lint        style, format and types"
 	@echo "make parity      comparisons with torch and transformers, which it installs"
 	@echo "make clean       remove environments and caches (not runs/)"
@@ -47,8 +48,13 @@ lab: $(VENV)/.installed
 notebooks: $(VENV)/.installed-notebooks
 	$(BIN)/python notebooks/execute.py
 
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(PYTEST) -m "not long and not parity" $(PYTEST_ARGS)
+
+test-long: $(VENV)/.installed-test
+	$(PYTEST) -m "long and not parity" $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -17,6 +17,8 @@ from dsv3_jax.generate import Generated
 from dsv3_jax.modules.transformer import abstract
 from dsv3_jax.runtime import copy_bandwidth
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.parametrize("tokens", [1, 2, 3])
 def test_distinct_experts_are_the_mean_over_all_choices(tokens):

@@ -17,6 +17,8 @@ from dsv3_jax import cluster, sharding, train, watch
 from dsv3_jax.checkpoint import Checkpoints
 from dsv3_jax.config import ConfigError, Layout, OptimConfig
 
+pytestmark = pytest.mark.long
+
 MESH = "data=2"  # a device a process, which holds half of the batch
 FSDP = ("--model.layout.fsdp",)  # and half of the weights
 EXPERTS = "expert=2"  # or half of the experts, and the tokens travel:

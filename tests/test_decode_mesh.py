@@ -16,7 +16,7 @@ from dsv3_jax.checkpoint import claim, load_model
 from dsv3_jax.config import ConfigError, Layout
 from dsv3_jax.generate import generate
 
-pytestmark = pytest.mark.usefixtures("light_compiles")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("light_compiles")]
 
 # What "tensor" cuts is even; one expert's matrix is larger than all that a step may send.
 CFG = small(num_layers=2, num_dense_layers=0, num_heads=4, vocab_size=38, expert_dim=32, mtp_depth=1, dispatch="dense")

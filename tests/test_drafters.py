@@ -15,7 +15,7 @@ from dsv3_jax.modules.transformer import Trace
 from dsv3_jax.ops.sampling import GREEDY
 from dsv3_jax.speculative import Fresh, make_drafter
 
-pytestmark = pytest.mark.usefixtures("light_compiles")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("light_compiles")]
 
 
 @partial(jax.jit, static_argnums=0, compiler_options=QUICK)

@@ -15,7 +15,7 @@ from dsv3_jax import expert_exchange, expert_parallel, sharding
 from dsv3_jax.config import ConfigError, Layout
 from dsv3_jax.ops import dispatch
 
-pytestmark = pytest.mark.usefixtures("x64", "light_compiles")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("x64", "light_compiles")]
 
 E, K, D, F, LAYERS = 16, 2, 4, 6, 2
 CFG = small(num_experts=E, experts_per_token=K, num_groups=8, groups_per_token=2, dim=D, expert_dim=F)

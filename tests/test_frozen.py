@@ -16,6 +16,8 @@ from dsv3_jax.checkpoint import Checkpoints, claim, load_model, read_run
 from dsv3_jax.config import DataConfig
 from dsv3_jax.train_step import first_bad_tensor, make_step
 
+pytestmark = pytest.mark.long
+
 TRUNK = replace(MODEL, num_layers=1, num_dense_layers=1)  # compiles fastest
 CASES = {  # a kind: (how many heads, dense layers of the trunk's one)
     "deepseek": (1, 0),

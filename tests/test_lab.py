@@ -23,6 +23,8 @@ from dsv3_jax.presets import recipe
 STUB = """
 import json, sys, time
 from pathlib import Path
+
+pytestmark = pytest.mark.long
 job = json.loads(sys.argv[2])
 with open("called", "a") as file:
     print(job["variant"], job["seed"], sorted(job["others"]), job["alone"], file=file)

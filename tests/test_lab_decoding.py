@@ -12,6 +12,8 @@ from dsv3_jax.lab import Results
 from dsv3_jax.lab.results import table
 from dsv3_jax.presets import recipe
 
+pytestmark = pytest.mark.long
+
 
 def load(name):
     spec = importlib.util.spec_from_file_location("a_study", HERE / "experiments" / name / "run.py")

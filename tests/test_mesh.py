@@ -17,6 +17,8 @@ from dsv3_jax.checkpoint import Checkpoints
 from dsv3_jax.config import ConfigError, Layout, OptimConfig
 from dsv3_jax.train_step import make_step, model_of
 
+pytestmark = pytest.mark.long
+
 PLAIN = replace(MODEL, num_layers=1, mtp_depth=0)  # compiles in a third of the time
 B, T = 16, 12
 # eps: AdamW then does not turn the rounding of gradients near 0 into whole steps of either sign

@@ -35,6 +35,7 @@ def test_no_compiler_or_one_that_fails_is_said(afresh, monkeypatch, tmp_path):
     assert not list(tmp_path.glob("*/*"))  # nothing half-written
 
 
+@pytest.mark.long
 def test_what_is_there_is_not_compiled_again(afresh, tmp_path):
     compiler = next((c for c in native.COMPILERS if shutil.which(c)), None)
     if compiler is None:

@@ -18,6 +18,8 @@ from dsv3_jax.hlo import Collective, Traffic
 from dsv3_jax.plan import Plan, describe, in_bytes, in_seconds, plan
 from dsv3_jax.presets import recipe
 
+pytestmark = pytest.mark.long
+
 PLAIN = replace(MODEL, num_layers=1, mtp_depth=0, compute_dtype="bfloat16")
 RUN = make_run("nowhere", model=PLAIN)
 RUN = replace(RUN, data=replace(RUN.data, batch_size=8, seq_len=12))

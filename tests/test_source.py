@@ -14,6 +14,8 @@ from dsv3_jax import sharding, source, tokenizer, train
 from dsv3_jax.checkpoint import Checkpoints, claim, load_model, read_run
 from dsv3_jax.config import Balance, ConfigError, DataConfig, Layout, Yarn
 
+pytestmark = pytest.mark.long
+
 WORDS = tokenizer.ByteTokenizer()
 LONGER = {"yarn": Yarn(factor=4.0, original_max_positions=16), "balance": Balance(bias_rate=3e-3)}
 

@@ -18,7 +18,7 @@ from dsv3_jax.generate import _decode, _prefill, _Static, check_draft, generate,
 from dsv3_jax.modules.transformer import abstract
 from dsv3_jax.ops.sampling import GREEDY
 
-pytestmark = pytest.mark.usefixtures("light_compiles")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("light_compiles")]
 
 NEW = 14  # 13 after the first: no run of 2 to 9 tokens fits, so that a draft which is always right is cut at the end
 LENGTHS = (1, 2, 3, 5, 9, 1, 21, 4)

@@ -18,6 +18,8 @@ from dsv3_jax.stats.reporting import PICTURES, as_json
 from dsv3_jax.stats.tokens import AFTER, BEFORE, Contexts
 from dsv3_jax.tokenizer import ByteTokenizer
 
+pytestmark = pytest.mark.long
+
 WORDS, E = ByteTokenizer(), MODEL.num_experts
 
 

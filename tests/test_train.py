@@ -148,6 +148,7 @@ def wait_for(condition, process, seconds=60) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.long
 def test_sigterm_saves_and_the_next_call_goes_on(whole, root, tmp_path):
     folder, run = tmp_path / "run", often(whole.run)
     process = start(["train", "tiny", "--out", str(folder), *flags(run)], root)
@@ -162,6 +163,7 @@ def test_sigterm_saves_and_the_next_call_goes_on(whole, root, tmp_path):
     assert_same_run(run, folder, whole)
 
 
+@pytest.mark.long
 def test_killed_at_any_moment_it_ends_the_same(whole, root, tmp_path):
     """SIGKILL somewhere between two checkpoints, twice, then once more to the end."""
     rng = np.random.default_rng()  # another moment each time; whatever it is, the result must hold
