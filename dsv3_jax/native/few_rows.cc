@@ -7,9 +7,11 @@
 // tokens beside it, nor on the number of threads.
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "common.h"
@@ -17,6 +19,7 @@
 namespace dsv3 {
 namespace {
 
+constexpr int64_t kLine = 64 / sizeof(float);  // numbers of a cache line
 constexpr int64_t kAhead = 4096;            // numbers of a cache that are asked for before they are needed: 16 KB
 constexpr int64_t kPanel = 8192;            // numbers of a matrix that are multiplied with at a time: 32 KB
 constexpr int64_t kStrip = 256;             // columns of a matrix that are one thread's at a time
@@ -32,7 +35,8 @@ void Tile(const float* const* x, int64_t k, const float* w, int64_t depth, int64
   w += n;
   for (const int64_t end = k + depth; k < end; ++k, w += step) {
     for (int v = 0; v < V; ++v) {
-      __builtin_prefetch(w + v * kLanes + ahead, 0, 2);  // the processor's own prefetcher stops at each page's end
+      if (v * kLanes % kLine == 0)  // the processor's own prefetcher stops at each page's end
+        __builtin_prefetch(w + v * kLanes + ahead, 0, 2);
       const Vec part = *reinterpret_cast<const Vec*>(w + v * kLanes);
       for (int r = 0; r < R; ++r) sum[r][v] = Add(sum[r][v], x[r][k], part);
     }
@@ -45,11 +49,18 @@ using Kernel = void (*)(const float* const*, int64_t, const float*, int64_t, int
                         bool);
 // Rows that go through together, up to kMost, and in how many registers of columns: sums fill half of the registers.
 constexpr int kMost = 8;
-constexpr int kWide[kMost + 1] = {0, 16, 8, 4, 4, 2, 2, 2, 2};
-constexpr Kernel kTiles[kMost + 1] = {nullptr,    Tile<1, 16>, Tile<2, 8>, Tile<3, 4>, Tile<4, 4>,
-                                      Tile<5, 2>, Tile<6, 2>,  Tile<7, 2>, Tile<8, 2>};
-constexpr Kernel kNarrow[kMost + 1] = {nullptr,    Tile<1, 1>, Tile<2, 1>, Tile<3, 1>, Tile<4, 1>,
-                                       Tile<5, 1>, Tile<6, 1>, Tile<7, 1>, Tile<8, 1>};
+#if defined(__AVX512F__)
+constexpr int kHalf = 16;
+#else
+constexpr int kHalf = 8;
+#endif
+constexpr int Wide(int rows) { return rows == 1 ? kHalf : rows == 2 ? kHalf / 2 : rows <= 4 ? kHalf / 4 : kHalf / 8; }
+template <int... R>
+constexpr std::array<Kernel, kMost + 1> Kernels(bool wide, std::integer_sequence<int, R...>) {
+  return {nullptr, (wide ? Tile<R + 1, Wide(R + 1)> : Tile<R + 1, 1>)...};
+}
+constexpr auto kTiles = Kernels(true, std::make_integer_sequence<int, kMost>());
+constexpr auto kNarrow = Kernels(false, std::make_integer_sequence<int, kMost>());
 
 // y[r] = x[r] w for all rows of x; w is [depth, width], its rows `step` apart. It is read panel by panel, each of some
 // rows of w that stay in the core's nearest cache until all rows of x have been multiplied with them.
@@ -60,7 +71,7 @@ void Product(const std::vector<const float*>& x, const float* w, int64_t depth, 
   for (int64_t k = 0; k < depth; k += panel, w += panel * step) {
     const int64_t rows_of_w = std::min(panel, depth - k);
     for (int64_t r = 0; r < count; r += kMost) {
-      const int64_t rows = std::min<int64_t>(count - r, kMost), wide = kWide[rows] * kLanes;
+      const int64_t rows = std::min<int64_t>(count - r, kMost), wide = Wide(static_cast<int>(rows)) * kLanes;
       const int64_t ahead = r == 0 ? panel * step : 0;  // the next panel
       int64_t n = 0;
       for (; n + wide <= vectors; n += wide) kTiles[rows](&x[r], k, w, rows_of_w, step, &y[r], n, ahead, k == 0);
@@ -83,7 +94,7 @@ void Dots(const float* const* x, const float* k, int64_t count, int64_t width, i
     Vec sum[R] = {};
     int64_t n = 0;
     for (; n + kLanes <= width; n += kLanes) {
-      __builtin_prefetch(row + n + kAhead, 0, 2);
+      if (n % kLine == 0) __builtin_prefetch(row + n + kAhead, 0, 2);
       const Vec part = *reinterpret_cast<const Vec*>(row + n);
       for (int r = 0; r < R; ++r) sum[r] = Add(sum[r], *reinterpret_cast<const Vec*>(x[r] + n), part);
     }
