@@ -19,12 +19,12 @@ from dsv3_jax.lab import study as study_file
 from dsv3_jax.lab.results import fingerprint, mean_spread, put_between, table, thinned, told_apart
 from dsv3_jax.presets import recipe
 
+pytestmark = pytest.mark.long
+
 # Does a job as a study's script would, without training: a variant "bad" fails, and each job leaves a line.
 STUB = """
 import json, sys, time
 from pathlib import Path
-
-pytestmark = pytest.mark.long
 job = json.loads(sys.argv[2])
 with open("called", "a") as file:
     print(job["variant"], job["seed"], sorted(job["others"]), job["alone"], file=file)
