@@ -71,7 +71,7 @@ inline float Dot(const float* x, const float* y, int64_t count) {
   Vec sum{};
   int64_t j = 0;
   for (; j + kLanes <= count; j += kLanes)
-    sum = Add(sum, *reinterpret_cast<const Vec*>(x + j), *reinterpret_cast<const Vec*>(y + j));
+    sum = Add(sum, Load(x + j), Load(y + j));
   float total = Sum(sum);
   for (; j < count; ++j) total += x[j] * y[j];
   return total;

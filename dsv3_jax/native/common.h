@@ -44,6 +44,8 @@ inline Vec Add(Vec a, Vec x, Vec b) { return a + x * b; }
 inline Vec Add(Vec a, float x, Vec b) { return a + x * b; }
 #endif
 
+constexpr int64_t kLine = 64 / sizeof(float);  // numbers of a cache line
+
 // As many whole numbers as a register of floats has lanes, from narrow ones without a sign.
 typedef int32_t Whole __attribute__((vector_size(sizeof(Vec)), may_alias));
 #if defined(__AVX512F__)
@@ -94,12 +96,13 @@ inline float Sum(Vec v) {
 inline float Total(const float* x, int64_t count) {
   Vec sum{};
   int64_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) sum += *reinterpret_cast<const Vec*>(x + j);
+  for (; j + kLanes <= count; j += kLanes) sum += Load(x + j);
   float total = Sum(sum);
   for (; j < count; ++j) total += x[j];
   return total;
 }
 
+// The largest of an array and `least`.
 inline float Largest(const float* x, int64_t count, float least) {
   Vec most = Vec{} + least;
   int64_t j = 0;
@@ -119,9 +122,7 @@ inline float Power(float n) {
   std::memcpy(&power, &bits, sizeof(power));
   return power;
 }
-inline Vec Power(Vec n) {
-  return (Vec)((__builtin_convertvector(n, Whole) + 127) << 23);
-}
+inline Vec Power(Vec n) { return (Vec)((__builtin_convertvector(n, Whole) + 127) << 23); }
 
 // e^x = 2^n e^r with |r| ≤ ln 2 / 2, a polynomial (Cephes' expf) in r; x, a number or a register, is held within ±87.
 template <class T>

@@ -19,7 +19,6 @@
 namespace dsv3 {
 namespace {
 
-constexpr int64_t kLine = 64 / sizeof(float);  // numbers of a cache line
 constexpr int64_t kAhead = 4096;            // numbers of a cache that are asked for before they are needed: 16 KB
 constexpr int64_t kPanel = 8192;            // numbers of a matrix that are multiplied with at a time: 32 KB
 constexpr int64_t kStrip = 256;             // columns of a matrix that are one thread's at a time
@@ -31,18 +30,18 @@ void Tile(const float* const* x, int64_t k, const float* w, int64_t depth, int64
           int64_t ahead, bool first) {
   Vec sum[R][V];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = first ? Vec{} : *reinterpret_cast<const Vec*>(y[r] + n + v * kLanes);
+    for (int v = 0; v < V; ++v) sum[r][v] = first ? Vec{} : Load(y[r] + n + v * kLanes);
   w += n;
   for (const int64_t end = k + depth; k < end; ++k, w += step) {
     for (int v = 0; v < V; ++v) {
       if (v * kLanes % kLine == 0)  // the processor's own prefetcher stops at each page's end
         __builtin_prefetch(w + v * kLanes + ahead, 0, 2);
-      const Vec part = *reinterpret_cast<const Vec*>(w + v * kLanes);
+      const Vec part = Load(w + v * kLanes);
       for (int r = 0; r < R; ++r) sum[r][v] = Add(sum[r][v], x[r][k], part);
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) *reinterpret_cast<Vec*>(y[r] + n + v * kLanes) = sum[r][v];
+    for (int v = 0; v < V; ++v) Store(y[r] + n + v * kLanes, sum[r][v]);
 }
 
 using Kernel = void (*)(const float* const*, int64_t, const float*, int64_t, int64_t, float* const*, int64_t, int64_t,
@@ -95,8 +94,8 @@ void Dots(const float* const* x, const float* k, int64_t count, int64_t width, i
     int64_t n = 0;
     for (; n + kLanes <= width; n += kLanes) {
       if (n % kLine == 0) __builtin_prefetch(row + n + kAhead, 0, 2);
-      const Vec part = *reinterpret_cast<const Vec*>(row + n);
-      for (int r = 0; r < R; ++r) sum[r] = Add(sum[r], *reinterpret_cast<const Vec*>(x[r] + n), part);
+      const Vec part = Load(row + n);
+      for (int r = 0; r < R; ++r) sum[r] = Add(sum[r], Load(x[r] + n), part);
     }
     for (int r = 0; r < R; ++r) {
       float rest = 0;
@@ -146,15 +145,15 @@ void ShareColumns(ffi::ThreadPool& pool, const float* x, const float* w, const f
   Share(work, pool, depth * width * (w_up == nullptr ? 1 : 2) * static_cast<int64_t>(sizeof(float)));
 }
 
-ffi::Error FewRowsProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> w,
+ffi::Error FewRowsProduct(ffi::ThreadPool pool, Floats x, Floats w,
                           ffi::ResultBuffer<ffi::F32> y) {
   const auto of_w = w.dimensions();  // [D, N]
   ShareColumns(pool, x.typed_data(), w.typed_data(), nullptr, y->typed_data(), x.dimensions()[0], of_w[0], of_w[1]);
   return ffi::Error::Success();
 }
 
-ffi::Error FewRowsSwiglu(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> w_gate,
-                         ffi::Buffer<ffi::F32> w_up, ffi::Buffer<ffi::F32> w_down, ffi::ResultBuffer<ffi::F32> y) {
+ffi::Error FewRowsSwiglu(ffi::ThreadPool pool, Floats x, Floats w_gate,
+                         Floats w_up, Floats w_down, ffi::ResultBuffer<ffi::F32> y) {
   const int64_t count = x.dimensions()[0], dim = w_gate.dimensions()[0], hidden = w_gate.dimensions()[1];
   std::vector<float> h(count * hidden);
   ShareColumns(pool, x.typed_data(), w_gate.typed_data(), w_up.typed_data(), h.data(), count, dim, hidden);
@@ -180,7 +179,7 @@ struct Heads : Work {
   }
 };
 
-ffi::Error FewRowsByHeads(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> w,
+ffi::Error FewRowsByHeads(ffi::ThreadPool pool, Floats x, Floats w,
                           ffi::ResultBuffer<ffi::F32> y, bool turned) {
   const auto of_x = x.dimensions();
   auto work = std::make_shared<Heads>();
@@ -218,9 +217,9 @@ struct Experts : Work {
   }
 };
 
-ffi::Error FewTokensSwiglu(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> expert_ids,
-                           ffi::Buffer<ffi::F32> gates, ffi::Buffer<ffi::F32> w_gate, ffi::Buffer<ffi::F32> w_up,
-                           ffi::Buffer<ffi::F32> w_down, ffi::Buffer<ffi::S32> layer, ffi::ResultBuffer<ffi::F32> y) {
+ffi::Error FewTokensSwiglu(ffi::ThreadPool pool, Floats x, Ints expert_ids,
+                           Floats gates, Floats w_gate, Floats w_up,
+                           Floats w_down, Ints layer, ffi::ResultBuffer<ffi::F32> y) {
   const auto stack = w_gate.dimensions();  // [L, E, D, F]
   const int64_t layers = stack[0], num = stack[1], dim = stack[2], hidden = stack[3];
   const int64_t tokens = expert_ids.dimensions()[0], choices = expert_ids.dimensions()[1];
@@ -297,7 +296,7 @@ void Widen(const void* stored, int64_t count, float scale, float* to) {
 }
 
 // Rows of a cache [B · G, S, X] as floats. A row has two parts, and a scale for each where it is in 8 bits.
-struct Rows {
+struct Held {
   const uint8_t* at;
   const float* scales;  // [B · G, S, 2], or null
   int64_t width, first_part, bytes;
@@ -321,7 +320,7 @@ struct Rows {
 // softmax(q · keys) values over the first rows of a cache, in parts whose sums are put together at the end.
 struct Attention : Work {
   const float* q;       // [B · G, Q, K]
-  Rows rows;            // this layer's
+  Held rows;            // this layer's
   const int32_t* last;  // [B, Q]
   int64_t pairs, groups, queries, capacity, key_width, value_at, value_width, parts;
   std::vector<float> top, total, out;  // of each pair, part and query: the largest score, Σ exp, Σ exp · value
@@ -375,8 +374,8 @@ struct Attention : Work {
   }
 };
 
-ffi::Error CachedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer rows,
-                           ffi::Buffer<ffi::F32> scales, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> last,
+ffi::Error CachedAttention(ffi::ThreadPool pool, Floats q, ffi::AnyBuffer rows,
+                           Floats scales, Ints layer, Ints last,
                            ffi::ResultBuffer<ffi::F32> out, int64_t value_at, int64_t first_part) {
   const auto of_q = q.dimensions(), of_rows = rows.dimensions();  // [B, G, Q, K], [L, B, G, S, X]
   const int64_t at = layer.typed_data()[0], layers = of_rows[0];
@@ -386,19 +385,19 @@ ffi::Error CachedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::A
   work->capacity = of_rows[3];
   work->value_at = value_at, work->value_width = out->dimensions()[3];
   work->q = q.typed_data(), work->last = last.typed_data();
-  Rows& held_rows = work->rows;
-  held_rows.width = of_rows[4], held_rows.first_part = first_part;
+  Held& held = work->rows;
+  held.width = of_rows[4], held.first_part = first_part;
   switch (rows.element_type()) {
-    case ffi::F32: held_rows.bytes = 4, held_rows.widen = nullptr; break;
-    case ffi::BF16: held_rows.bytes = 2, held_rows.widen = Widen<Bfloat16>; break;
-    case ffi::S8: held_rows.bytes = 1, held_rows.widen = Widen<Int8>; break;
-    case ffi::F8E4M3FN: held_rows.bytes = 1, held_rows.widen = Widen<Float8E4m3>; break;
+    case ffi::F32: held.bytes = 4, held.widen = nullptr; break;
+    case ffi::BF16: held.bytes = 2, held.widen = Widen<Bfloat16>; break;
+    case ffi::S8: held.bytes = 1, held.widen = Widen<Int8>; break;
+    case ffi::F8E4M3FN: held.bytes = 1, held.widen = Widen<Float8E4m3>; break;
     default: return ffi::Error::InvalidArgument("a cache of numbers that are not served");
   }
   const int64_t before = at * work->pairs * work->capacity;  // rows of the layers before
-  held_rows.at = static_cast<const uint8_t*>(rows.untyped_data()) + before * held_rows.width * held_rows.bytes;
-  held_rows.scales = scales.element_count() > 0 ? scales.typed_data() + before * 2 : nullptr;
-  if (held_rows.bytes == 1 && !held_rows.scales) return ffi::Error::InvalidArgument("8-bit rows without scales");
+  held.at = static_cast<const uint8_t*>(rows.untyped_data()) + before * held.width * held.bytes;
+  held.scales = scales.element_count() > 0 ? scales.typed_data() + before * 2 : nullptr;
+  if (held.bytes == 1 && !held.scales) return ffi::Error::InvalidArgument("8-bit rows without scales");
   int64_t most = 0;
   for (int64_t i = 0; i < of_q[0] * of_q[2]; ++i) {
     const int64_t seen = work->last[i];
@@ -406,9 +405,9 @@ ffi::Error CachedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::A
     most = std::max(most, seen);
   }
   work->parts = most / kPart + 1;
-  const int64_t held = work->units() * work->queries;
-  work->top.resize(held), work->total.resize(held), work->out.resize(held * work->value_width);
-  Share(work, pool, work->pairs * (most + 1) * held_rows.width * static_cast<int64_t>(sizeof(float)));
+  const int64_t results = work->units() * work->queries;
+  work->top.resize(results), work->total.resize(results), work->out.resize(results * work->value_width);
+  Share(work, pool, work->pairs * (most + 1) * held.width * static_cast<int64_t>(sizeof(float)));
   work->PutTogether(out->typed_data());
   return ffi::Error::Success();
 }
@@ -418,48 +417,48 @@ ffi::Error CachedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::A
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3FewRowsProduct, FewRowsProduct,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()   // x [n, D]
-                                  .Arg<ffi::Buffer<ffi::F32>>()   // w [D, N]
-                                  .Ret<ffi::Buffer<ffi::F32>>()); // y [n, N]
+                                  .Arg<Floats>()                  // x [n, D]
+                                  .Arg<Floats>()                  // w [D, N]
+                                  .Ret<Floats>());                // y [n, N]
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3FewRowsSwiglu, FewRowsSwiglu,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()   // x [n, D]
-                                  .Arg<ffi::Buffer<ffi::F32>>()   // w_gate [D, F]
-                                  .Arg<ffi::Buffer<ffi::F32>>()   // w_up [D, F]
-                                  .Arg<ffi::Buffer<ffi::F32>>()   // w_down [F, D]
-                                  .Ret<ffi::Buffer<ffi::F32>>()); // y [n, D]
+                                  .Arg<Floats>()                  // x [n, D]
+                                  .Arg<Floats>()                  // w_gate [D, F]
+                                  .Arg<Floats>()                  // w_up [D, F]
+                                  .Arg<Floats>()                  // w_down [F, D]
+                                  .Ret<Floats>());                // y [n, D]
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3FewRowsByHeads, FewRowsByHeads,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()  // x [n, H, K]
-                                  .Arg<ffi::Buffer<ffi::F32>>()  // w [H, K, N], or turned [H, N, K]
-                                  .Ret<ffi::Buffer<ffi::F32>>()  // y [n, H, N]
+                                  .Arg<Floats>()                  // x [n, H, K]
+                                  .Arg<Floats>()                  // w [H, K, N], or turned [H, N, K]
+                                  .Ret<Floats>()                  // y [n, H, N]
                                   .Attr<bool>("turned"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3FewTokensSwiglu, FewTokensSwiglu,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()   // x [n, D]
-                                  .Arg<ffi::Buffer<ffi::S32>>()   // expert_ids [n, K]
-                                  .Arg<ffi::Buffer<ffi::F32>>()   // gates [n, K]
-                                  .Arg<ffi::Buffer<ffi::F32>>()   // w_gate [L, E, D, F]
-                                  .Arg<ffi::Buffer<ffi::F32>>()   // w_up [L, E, D, F]
-                                  .Arg<ffi::Buffer<ffi::F32>>()   // w_down [L, E, F, D]
-                                  .Arg<ffi::Buffer<ffi::S32>>()   // layer []
-                                  .Ret<ffi::Buffer<ffi::F32>>()); // y [n, D]
+                                  .Arg<Floats>()                  // x [n, D]
+                                  .Arg<Ints>()                    // expert_ids [n, K]
+                                  .Arg<Floats>()                  // gates [n, K]
+                                  .Arg<Floats>()                  // w_gate [L, E, D, F]
+                                  .Arg<Floats>()                  // w_up [L, E, D, F]
+                                  .Arg<Floats>()                  // w_down [L, E, F, D]
+                                  .Arg<Ints>()                    // layer []
+                                  .Ret<Floats>());                // y [n, D]
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3CachedAttention, CachedAttention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()  // q [B, G, Q, K], scaled
-                                  .Arg<ffi::AnyBuffer>()         // rows [L, B, G, S, X]
-                                  .Arg<ffi::Buffer<ffi::F32>>()  // scales [L, B, G, S, 2], or [0]
-                                  .Arg<ffi::Buffer<ffi::S32>>()  // layer []
-                                  .Arg<ffi::Buffer<ffi::S32>>()  // last [B, Q]
-                                  .Ret<ffi::Buffer<ffi::F32>>()  // [B, G, Q, V]
+                                  .Arg<Floats>()                  // q [B, G, Q, K], scaled
+                                  .Arg<ffi::AnyBuffer>()          // rows [L, B, G, S, X]
+                                  .Arg<Floats>()                  // scales [L, B, G, S, 2], or [0]
+                                  .Arg<Ints>()                    // layer []
+                                  .Arg<Ints>()                    // last [B, Q]
+                                  .Ret<Floats>()                  // [B, G, Q, V]
                                   .Attr<int64_t>("value_at")      // where in a row its value begins
                                   .Attr<int64_t>("first_part"));  // how many of its numbers have the first scale
 

@@ -23,7 +23,6 @@ constexpr int64_t kDepth = 256;
 #endif
 constexpr int kTileRows = 6;
 constexpr int64_t kPanelWidth = kVectors * kLanes;
-constexpr int64_t kLine = 64 / sizeof(float);  // numbers of a cache line
 constexpr int64_t kRows = 256;                 // of a that stay near, kDepth of each, while panels go by
 
 // Memory of one thread, kept from call to call; what is taken begins at a cache line.
@@ -77,7 +76,7 @@ inline void PackPanel(const float* b, int64_t step, bool turned, int64_t depth, 
     for (int64_t k = 0; k < depth; ++k, to += kPanelWidth) {
       const float* row = b + k * step;
       if (mine == kPanelWidth) {
-        for (int v = 0; v < kVectors; ++v) *reinterpret_cast<Vec*>(to + v * kLanes) = Load(row + v * kLanes);
+        for (int v = 0; v < kVectors; ++v) Store(to + v * kLanes, Load(row + v * kLanes));
       } else {
         std::memcpy(to, row, mine * sizeof(float));
         std::fill(to + mine, to + kPanelWidth, 0.0f);
@@ -110,7 +109,7 @@ void Tile(const float* a, int64_t a_step, const float* panel, int64_t depth, flo
     for (int v = 0; v < V; ++v) __builtin_prefetch(c + r * c_step + v * kLanes, 1);  // it may lie in memory
   for (int64_t k = 0; k < depth; ++k, panel += kPanelWidth) {
     Vec part[V];
-    for (int v = 0; v < V; ++v) part[v] = *reinterpret_cast<const Vec*>(panel + v * kLanes);
+    for (int v = 0; v < V; ++v) part[v] = Load(panel + v * kLanes);
     for (int r = 0; r < R; ++r) {
       const float x = kTurned ? a[k * a_step + r] : a[r * a_step + k];
       for (int v = 0; v < V; ++v) sum[r][v] = Add(sum[r][v], x, part[v]);
@@ -118,8 +117,8 @@ void Tile(const float* a, int64_t a_step, const float* panel, int64_t depth, flo
   }
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) {
-      Vec& to = *reinterpret_cast<Vec*>(c + r * c_step + v * kLanes);
-      to = add ? to + sum[r][v] : sum[r][v];
+      float* to = c + r * c_step + v * kLanes;
+      Store(to, add ? Load(to) + sum[r][v] : sum[r][v]);
     }
 }
 
