@@ -1,6 +1,7 @@
 """What the process asks of the machine it runs on: the allocator on CPU, and how fast it multiplies and copies."""
 
 import ctypes
+import functools
 import os
 import platform
 import time
@@ -17,6 +18,7 @@ _MADV_HUGEPAGE = 14  # Linux' mman.h
 _HOLES, _HOLE, _LARGE_PAGE = 128, 1 << 20, 2 << 20  # how many; bytes
 
 
+@functools.cache  # a heap that is laid out a second time has its large pages filled
 def keep_memory() -> bool:
     """Have glibc keep freed memory instead of handing it back. True where that was done.
 

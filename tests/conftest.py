@@ -3,9 +3,15 @@
 Warnings are errors too; that stands in pyproject.toml, where pytest reads it.
 """
 
+import contextlib
 import os
+from importlib import metadata
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is most of the tests' time. `make test` asks JAX for little optimising; then also XLA's older code for fused
+# loops, where there is a choice, which compiles in a third of the time. What takes long is compiled as users have it.
+if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") and metadata.version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import numpy as np
@@ -30,17 +36,23 @@ def x64():
 @pytest.fixture(scope="module")
 def light_compiles():
     """Compile without XLA's optimisations: for modules where compiling takes longer than all else."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with _optimisations_left_out(True):
+        yield
 
 
 @pytest.fixture
 def whole_compiles():
-    """Within a module of light ones, XLA at full effort: what is compiled is looked at."""
-    jax.config.update("jax_disable_most_optimizations", False)
+    """XLA at full effort: what is compiled is looked at."""
+    with _optimisations_left_out(False):
+        yield
+
+
+@contextlib.contextmanager
+def _optimisations_left_out(value: bool):
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", value)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
@@ -56,16 +68,19 @@ collect_ignore = ["parity/parity_reference.py"]
 LONGEST = (
     "test_notebooks",
     "test_train",
-    "test_objective",
+    "test_cli",
     "test_speculative",
     "test_drafters",
-    "test_train_step",
     "test_mesh",
-    "test_cli",
-    "test_hf",
-    "test_generate",
+    "test_objective",
+    "test_train_step",
+    "test_cache",
     "test_exchange",
+    "test_hf",
+    "test_products",
     "test_dispatch",
+    "test_generate",
+    "test_checkpoint",
 )
 
 

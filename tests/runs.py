@@ -61,8 +61,8 @@ def cheap_compiles(root: Path) -> Iterator[None]:
 
     `root` here and below is the session's folder, `tmp_path_factory.getbasetemp()`.
     """
-    settings = {  # here, and JAX's own
-        "jax_disable_most_optimizations": (True, False),
+    settings = {  # here, and before
+        "jax_disable_most_optimizations": (True, jax.config.values["jax_disable_most_optimizations"]),
         "jax_compilation_cache_dir": (str(root / PROGRAMS), None),
         "jax_persistent_cache_min_compile_time_secs": (0.0, 1.0),
         "jax_persistent_cache_min_entry_size_bytes": (-1, 0),
