@@ -84,6 +84,37 @@ def test_layers_of_a_stack_in_a_scan(kernels, rng, monkeypatch, again):
     assert all((w[0] == 0).all() and (w[2] != 0).any() for w in ours[1][2])
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
+def test_a_gradient_that_begins_with_anything(kernels, rng, monkeypatch, again):
+    """Where each layer comes once, all of what the stack's gradient began with is written over: idle experts too."""
+    x, ids, gates, *_ = float32(case(rng, "some idle", n=300, d=24, f=40))
+    shapes = ((3, 6, 24, 40), (3, 6, 24, 40), (3, 6, 40, 24))
+    stack = dispatch.Experts(*(jnp.asarray(0.1 * rng.standard_normal(shape), jnp.float32) for shape in shapes))
+
+    def loss(x, gates, stack, once):
+        def layer(carry, index):
+            y, thread = carry
+            how = {"backend": "blocks", "once": once}
+            out, thread = dispatch.routed_swiglu_in_stack(y, ids, gates, stack, thread, index, **how)
+            return (y + out, thread), None
+
+        layer = jax.checkpoint(layer) if again else layer
+        (y, thread), _ = jax.lax.scan(layer, (x, stack), jnp.array([0, 2, 1], jnp.int32))
+        return jnp.sin(dispatch.end_thread(y, thread, backend="blocks") if once else y).sum()
+
+    gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), static_argnums=3)
+    monkeypatch.setattr(native, "room", lambda *like: [jnp.full_like(a, jnp.nan) for a in like])
+    ours, theirs = (gradients(x, gates, stack, once) for once in (True, False))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert len(np.unique(ids)) < 6 and all((w != 0).any() for w in ours[1][2])
+
+
+def test_room_has_the_shapes_asked_for(kernels):
+    arrays = native.room(jnp.zeros((2, 3)), jnp.zeros((5,)))
+    assert [(a.shape, a.dtype) for a in arrays] == [((2, 3), jnp.float32), ((5,), jnp.float32)]
+
+
 def test_a_token_does_not_hang_on_its_neighbours(kernels, rng):
     x, ids, gates, *weights = float32(case(rng, "any", n=200, d=48, f=80))
     run = jax.jit(lambda *a: blocks(*a))

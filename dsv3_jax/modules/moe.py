@@ -74,6 +74,7 @@ class MoE(nnx.Module):
     ) -> tuple[Array, LayerRouting, dispatch.Experts]:
         """Args: x; mask of tokens that count for load; the stack of experts, its thread, and which layer of it.
 
+        To be called once for each layer of the stack, and then `end_thread`.
         Returns: (y [B, T, D], what the router did, the thread).
         """
         cfg = self.cfg
@@ -92,7 +93,9 @@ class MoE(nnx.Module):
                     flat, ids, gates, experts, thread, layer, backend=backend, cfg=cfg
                 )
             else:
-                y, thread = dispatch.routed_swiglu_in_stack(flat, ids, gates, experts, thread, layer, backend=backend)
+                y, thread = dispatch.routed_swiglu_in_stack(
+                    flat, ids, gates, experts, thread, layer, backend=backend, once=True
+                )
         y = y.reshape(x.shape)
         if self.shared is not None:
             y = y + self.shared(x)
@@ -142,6 +145,11 @@ class MoE(nnx.Module):
 
         (load, total), score_entropy = by_rows(local, (), picked, mask)
         return load, total / mask.shape[0], score_entropy
+
+
+def end_thread(cfg: ModelConfig, x: Array, thread: dispatch.Experts) -> Array:
+    """x, the output of a stack's last layer, as it is; see `dispatch.end_thread`."""
+    return x if on_mesh() else dispatch.end_thread(x, thread, backend=pick_backend(cfg.dispatch))
 
 
 def pick_backend(dispatch_name: str) -> str:

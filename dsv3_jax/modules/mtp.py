@@ -18,7 +18,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.attention import Positions
 from dsv3_jax.modules.blocks import DenseBlock, SparseBlock
 from dsv3_jax.modules.layers import RMSNorm, param
-from dsv3_jax.modules.moe import Experts, LayerRouting
+from dsv3_jax.modules.moe import Experts, LayerRouting, end_thread
 from dsv3_jax.ops.dispatch import WideExperts
 from dsv3_jax.ops.products import few_rows_product, product
 from dsv3_jax.sharding import whole
@@ -210,8 +210,8 @@ def _sparse(
 ) -> tuple[Array, LayerRouting, Array]:
     """A head's sparse block, whose experts stand in a stack of one layer: (x, routing, what a cache remembers)."""
     arrays = head.experts.arrays()
-    x, rows, routing, _ = head.block(x, at, mask, arrays, arrays, jnp.zeros((), jnp.int32), kind)
-    return x, routing, rows
+    x, rows, routing, thread = head.block(x, at, mask, arrays, arrays, jnp.zeros((), jnp.int32), kind)
+    return end_thread(head.block.moe.cfg, x, thread), routing, rows
 
 
 def _sparse_step(

@@ -13,7 +13,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.attention import from_zero, places, positions_of
 from dsv3_jax.modules.blocks import DenseBlock, SparseBlock
 from dsv3_jax.modules.layers import RMSNorm, param, scan_stack, stack, unstack
-from dsv3_jax.modules.moe import Experts, LayerRouting
+from dsv3_jax.modules.moe import Experts, LayerRouting, end_thread
 from dsv3_jax.modules.mtp import make_heads, run_heads
 from dsv3_jax.ops.dispatch import WideExperts, side_by_side
 from dsv3_jax.ops.products import few_rows_product
@@ -118,7 +118,8 @@ class Transformer(nnx.Module):
                 x, layer_rows, layer_routing, thread = block(x, at, mask, experts, thread, layer, kind)
                 return (x, thread), (layer_rows, layer_routing)
 
-            (x, _), (sparse_rows, routing) = scan_stack(self.sparse, body, (x, experts), remat=cfg.remat, **self._how)
+            carry, (sparse_rows, routing) = scan_stack(self.sparse, body, (x, experts), remat=cfg.remat, **self._how)
+            x = end_thread(cfg, *carry)
             rows.append(sparse_rows)
         h = self.norm(x)
         read = h if cfg.mtp_input == "normed" else x

@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -38,6 +39,7 @@ TARGETS = {
     "dsv3_cached_attention": "Dsv3CachedAttention",
     "dsv3_experts_swiglu": "Dsv3ExpertsSwiglu",
     "dsv3_experts_swiglu_gradients": "Dsv3ExpertsSwigluGradients",
+    "dsv3_room": "Dsv3Room",
     "dsv3_causal_attention": "Dsv3CausalAttention",
     "dsv3_causal_attention_gradients": "Dsv3CausalAttentionGradients",
     "dsv3_adamw": "Dsv3Adamw",
@@ -176,17 +178,27 @@ def experts_swiglu_gradients(
     kept: tuple[Array, Array],
     dy: Float[Array, "n D"],
     so_far: tuple[Array, Array, Array],
+    *,
+    once: bool,
 ) -> tuple[Float[Array, "n D"], Float[Array, "n K"], tuple[Array, Array, Array]]:
     """The gradients of `experts_swiglu` for a result's gradient `dy`: in x, in the gates, and in the three stacks.
 
-    Args: kept, what the forward pass kept; so_far, the stacks' gradient, to which the layer's is added in place.
+    Args:
+        kept: what the forward pass kept.
+        so_far: the stacks' gradient, to which the layer's is added in place.
+        once: the layer's part of it is written over instead, whatever it holds.
     """
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, gates, *so_far)]
     shapes.append(jax.ShapeDtypeStruct((gates.size, x.shape[1]), x.dtype))
     call = jax.ffi.ffi_call("dsv3_experts_swiglu_gradients", shapes, input_output_aliases={12: 2, 13: 3, 14: 4})
     given = (x, gates, order, place, counts, *experts, layer, dy, *kept, *so_far)
-    dx, d_gates, d_gate, d_up, d_down, _ = call(*given)
+    dx, d_gates, d_gate, d_up, d_down, _ = call(*given, once=once)
     return dx, d_gates, (d_gate, d_up, d_down)
+
+
+def room(*like: Array) -> Sequence[Array]:
+    """Arrays of those shapes and dtypes that hold anything: for what will be written over, in place of zeros."""
+    return jax.ffi.ffi_call("dsv3_room", [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in like])()
 
 
 def causal_attention(

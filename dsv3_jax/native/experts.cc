@@ -67,23 +67,26 @@ struct Forward : Work {
   }
 };
 
-// The gradient of an expert's matrices, of its gates, and of x for its rows.
+// The gradient of every expert's matrices, of the gates, and of x.
 struct Backward : Work {
   Routed of;
   const float *dy, *kept_a, *kept_b;  // [n, D]; [n · K, F]
   float *dx_rows, *d_gates;           // [n · K, D]; [n, K]
-  float *d_w_gate, *d_w_up, *d_w_down;  // this layer's, added to
-  std::vector<int64_t> experts;         // those with rows, the largest first
+  float *d_w_gate, *d_w_up, *d_w_down;  // this layer's
+  bool once;                            // they are written over, not added to
+  std::vector<int64_t> experts;         // the largest first
 
   int64_t units() const override { return static_cast<int64_t>(experts.size()); }
 
   void Unit(int64_t i) override {
-    const int64_t e = experts[i];
-    for (int64_t row = of.starts[e]; row < of.starts[e + 1]; row += kChunk)
-      Rows(e, row, std::min(kChunk, of.starts[e + 1] - row));
+    const int64_t e = experts[i], first = of.starts[e], end = of.starts[e + 1];
+    if (once && first == end)
+      for (float* d_w : {d_w_gate, d_w_up, d_w_down}) std::fill_n(d_w + e * of.matrix(), of.matrix(), 0.0f);
+    for (int64_t row = first; row < end; row += kChunk) Rows(e, row, std::min(kChunk, end - row), !once || row > first);
   }
 
-  void Rows(int64_t e, int64_t row, int64_t count) {
+  // So many rows of an expert, whose matrices' gradient is added to or begun.
+  void Rows(int64_t e, int64_t row, int64_t count, bool add) {
     const int64_t dim = of.dim, hidden = of.hidden, at = e * of.matrix();
     Scratch scratch(count * (2 * dim + 4 * hidden), 6);
     float *x = scratch.Take(count * dim), *dy_rows = scratch.Take(count * dim);
@@ -98,9 +101,9 @@ struct Backward : Work {
       d_gates[assignment] = Hidden(of.gates[assignment], kept_a + (row + r) * hidden, kept_b + (row + r) * hidden,
                                    d_h + r * hidden, h + r * hidden, d_a + r * hidden, d_b + r * hidden);
     }
-    Multiply({h, hidden, true}, {dy_rows, dim}, hidden, count, dim, d_w_down + at, dim, true);
-    Multiply({x, dim, true}, {d_a, hidden}, dim, count, hidden, d_w_gate + at, hidden, true);
-    Multiply({x, dim, true}, {d_b, hidden}, dim, count, hidden, d_w_up + at, hidden, true);
+    Multiply({h, hidden, true}, {dy_rows, dim}, hidden, count, dim, d_w_down + at, dim, add);
+    Multiply({x, dim, true}, {d_a, hidden}, dim, count, hidden, d_w_gate + at, hidden, add);
+    Multiply({x, dim, true}, {d_b, hidden}, dim, count, hidden, d_w_up + at, hidden, add);
 
     float* dx = dx_rows + row * dim;
     Multiply({d_a, hidden}, {of.w_gate + at, hidden, true}, count, hidden, dim, dx, dim, false);
@@ -199,7 +202,7 @@ ffi::Error ExpertsSwigluGradients(ffi::ThreadPool pool, Floats x, Floats gates, 
                                   Floats, Floats, Floats, ffi::ResultBuffer<ffi::F32> dx,
                                   ffi::ResultBuffer<ffi::F32> d_gates, ffi::ResultBuffer<ffi::F32> d_w_gate,
                                   ffi::ResultBuffer<ffi::F32> d_w_up, ffi::ResultBuffer<ffi::F32> d_w_down,
-                                  ffi::ResultBuffer<ffi::F32> rows) {
+                                  ffi::ResultBuffer<ffi::F32> rows, bool once) {
   auto work = std::make_shared<Backward>();
   Routed& of = work->of;
   const auto error = Lay(x, gates, order, place, counts, w_gate, w_up, w_down, layer.typed_data()[0], of);
@@ -209,8 +212,9 @@ ffi::Error ExpertsSwigluGradients(ffi::ThreadPool pool, Floats x, Floats gates, 
   const int64_t at = layer.typed_data()[0] * of.num * of.matrix();
   work->d_w_gate = d_w_gate->typed_data() + at, work->d_w_up = d_w_up->typed_data() + at;
   work->d_w_down = d_w_down->typed_data() + at;
-  for (int64_t e = 0; e < of.num; ++e)
-    if (of.starts[e + 1] > of.starts[e]) work->experts.push_back(e);
+  work->once = once;
+  work->experts.resize(of.num);
+  std::iota(work->experts.begin(), work->experts.end(), 0);
   std::stable_sort(work->experts.begin(), work->experts.end(), [&](int64_t i, int64_t j) {
     return of.starts[i + 1] - of.starts[i] > of.starts[j + 1] - of.starts[j];
   });
@@ -218,6 +222,9 @@ ffi::Error ExpertsSwigluGradients(ffi::ThreadPool pool, Floats x, Floats gates, 
   ShareAddUp(pool, of, rows->typed_data(), dx->typed_data());
   return ffi::Error::Success();
 }
+
+// Arrays that nobody has written to yet.
+ffi::Error Room(ffi::RemainingRets) { return ffi::Error::Success(); }
 
 // What both are given.
 auto BindRouted() {
@@ -253,9 +260,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3ExpertsSwigluGradients, ExpertsSwigluGradients
                                   .Arg<Floats>()                    //
                                   .Ret<Floats>()                    // dx [n, D]
                                   .Ret<Floats>()                    // d_gates [n, K]
-                                  .Ret<Floats>()                    // the stacks' gradient, in its place
+                                  .Ret<Floats>()                    // the same with this layer's, in its place
                                   .Ret<Floats>()                    //
                                   .Ret<Floats>()                    //
-                                  .Ret<Floats>());                  // room for the sorted rows [n · K, D]
+                                  .Ret<Floats>()                    // room for the sorted rows [n · K, D]
+                                  .Attr<bool>("once"));             // this layer's part of it holds nothing yet
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3Room, Room, ffi::Ffi::Bind().RemainingRets());
 
 }  // namespace dsv3

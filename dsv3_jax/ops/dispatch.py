@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax import native
-from dsv3_jax.ops.dispatch_blocks import blocks_swiglu
+from dsv3_jax.ops.dispatch_blocks import begin_gradient, blocks_swiglu
 from dsv3_jax.ops.dispatch_plan import Plan, plan
 from dsv3_jax.ops.varying import zeros
 
@@ -65,6 +65,7 @@ def routed_swiglu_in_stack(
     layer: Int[Array, ""],
     *,
     backend: str,
+    once: bool = False,
 ) -> tuple[Float[Array, "n D"], Experts]:
     """`routed_swiglu` with one layer's experts out of a stack.
 
@@ -76,12 +77,13 @@ def routed_swiglu_in_stack(
         experts: what is read; takes no gradient here.
         thread: the same arrays; never read, takes the gradient.
         layer: which layer of the stack.
+        once: the loop passes through every layer of the stack once, and `end_thread` follows it.
     Returns: (y [n, D], thread, to be handed to the next layer).
     """
     gates = gates.astype(x.dtype)
     if backend == "blocks":
         p = plan(expert_ids, experts.w_gate.shape[1])
-        y, thread = blocks_swiglu(x, gates, jax.lax.stop_gradient(tuple(experts)), tuple(thread), p, layer)
+        y, thread = blocks_swiglu(x, gates, jax.lax.stop_gradient(tuple(experts)), tuple(thread), p, layer, once)
         return y, Experts(*thread)
     if backend not in ("ragged_dot", "dense"):
         raise ValueError(f"dispatch backend={backend!r} is not one of 'blocks', 'ragged_dot', 'dense'")
@@ -90,6 +92,11 @@ def routed_swiglu_in_stack(
     if backend == "dense":
         return _dense(x, expert_ids, gates, one), thread
     return _ragged_dot(x, gates, one, plan(expert_ids, one.w_gate.shape[0])), thread
+
+
+def end_thread(x: Float[Array, "*n D"], thread: Experts, *, backend: str) -> Float[Array, "*n D"]:
+    """x as it is, where a loop over all layers of a stack, each `once`, has ended: the stack's gradient begins here."""
+    return begin_gradient(x, tuple(thread)) if backend == "blocks" else x
 
 
 def take_layer(experts: Experts, thread: Experts, layer: Int[Array, ""]) -> tuple[Experts, Experts]:

@@ -9,6 +9,8 @@ The loops write whole blocks, also where an expert's last block reaches into the
 in order, so those rows are written again, rightly. Arrays of sorted rows end in padding for the last expert's.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -30,21 +32,21 @@ def block_sizes(rows: int, num_experts: int, dim: int, width: int) -> tuple[int,
     return (first, max(first // 4, 32)) if first > 32 else (32,)
 
 
-@jax.custom_vjp
-def blocks_swiglu(x, gates, experts, thread, p: Plan, layer):
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def blocks_swiglu(x, gates, experts, thread, p: Plan, layer, once):
     """Σ_k gates_k FFN_k(x) with experts `[layer, e]` of a stack.
 
     Args:
         x: [n, D]. gates: [n, K] of x's dtype.
         experts: (w_gate, w_up [L, E, D, F], w_down [L, E, F, D]), read only.
         thread: the same, never read: its cotangent takes the experts' gradient (see dispatch.py).
-        p: the sorted assignments. layer: int32 [].
+        p: the sorted assignments. layer: int32 []. once: see `begin_gradient`.
     Returns: (y [n, D], thread).
     """
     return _forward(x, gates, experts, p, layer, keep=False)[0], thread
 
 
-def _fwd(x, gates, experts, thread, p, layer):
+def _fwd(x, gates, experts, thread, p, layer, once):
     y, kept = _forward(x, gates, experts, p, layer, keep=True)
     return (y, thread), (x, gates, experts, p, layer, kept)
 
@@ -77,13 +79,13 @@ def _forward(x, gates, experts, p: Plan, layer, keep: bool):
     return _gather_sum(out, p.place), kept
 
 
-def _bwd(saved, cotangents):
+def _bwd(once, saved, cotangents):
     x, gates, experts, p, layer, (kept_a, kept_b) = saved
     dy, d_thread = cotangents
     layer = jnp.asarray(layer)  # under jax.checkpoint a constant comes back as a bare literal
     if native.serves(x.dtype, gates.dtype, experts[0].dtype):
         dx, d_gates, d_thread = native.experts_swiglu_gradients(
-            x, gates, p.order, p.place, p.counts, experts, layer, (kept_a, kept_b), dy, d_thread
+            x, gates, p.order, p.place, p.counts, experts, layer, (kept_a, kept_b), dy, d_thread, once=once
         )
         return dx, d_gates, None, d_thread, None, None
     num_experts, dim, width = experts[0].shape[1:]
@@ -130,6 +132,23 @@ def _bwd(saved, cotangents):
 
 
 blocks_swiglu.defvjp(_fwd, _bwd)
+
+
+def begin_gradient(x, thread):
+    """x, which goes on from where the thread ends. There the thread's cotangent begins, and each layer fills its part.
+
+    Without this it begins as zeros. Where every layer of the stack is passed through, and `once`, the native kernel
+    writes over what is there: gigabytes of zeros need not be written and read.
+    """
+    return _begin_gradient(x, thread) if native.serves(x.dtype, thread[0].dtype) else x
+
+
+@jax.custom_vjp
+def _begin_gradient(x, thread):
+    return x
+
+
+_begin_gradient.defvjp(lambda x, thread: (x, thread), lambda thread, dx: (dx, tuple(native.room(*thread))))
 
 
 def _add_layer(stack, part, layer, axes):
