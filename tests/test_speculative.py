@@ -126,7 +126,7 @@ CELLS = [  # scheme, draft length, prompts, cache, dtype: each scheme and length
     ("medusa", 4, 1, "latent", None),
     ("model", 6, 8, "latent", "int8"),
 ]
-WHOLE_GRID = [  # SPECULATIVE_GRID=1 pytest tests/test_speculative.py, some ten minutes
+WHOLE_GRID = [  # SPECULATIVE_GRID=1 JAX_DISABLE_MOST_OPTIMIZATIONS=1 pytest -n 2 tests/test_speculative.py: minutes
     (scheme, length, batch, "latent", dtype)
     for scheme in (*HEADS, "model")
     for length in range(1, HEADS[scheme]["mtp_depth"] + 1 if scheme in ("meta", "medusa") else 9)
