@@ -320,6 +320,7 @@ def test_tokenizer_is_made(answers, place):
     assert len(json.loads(Path(place.made).read_text())["model"]["vocab"]) == 270
 
 
+@pytest.mark.long
 def test_the_flags_of_a_run_are_the_run(whole, root, tmp_path):
     """Every changed key, given by hand, is the same run: it has the finished run's folder for its own."""
     folder = tmp_path / "run"

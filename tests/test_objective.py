@@ -60,7 +60,7 @@ def expected():
     "changes, dispatch, remat",
     [
         (dict(num_layers=2, num_dense_layers=0, mtp_depth=2, tie_embeddings=True), "blocks", "none"),
-        (dict(mtp_depth=1), "blocks", "full"),
+        pytest.param(dict(mtp_depth=1), "blocks", "full", marks=pytest.mark.long),
         (dict(mtp_depth=1), "ragged_dot", "dots"),
         (dict(num_layers=2, num_dense_layers=0), "dense", "none"),
     ],
