@@ -43,6 +43,12 @@ def close(ours, theirs):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
 
 
+def three_layers(rng):
+    """A stack of 6 experts a layer, D = 24, F = 40."""
+    shapes = ((3, 6, 24, 40), (3, 6, 24, 40), (3, 6, 40, 24))
+    return dispatch.Experts(*(jnp.asarray(0.1 * rng.standard_normal(shape), jnp.float32) for shape in shapes))
+
+
 @pytest.mark.parametrize("choose", ["two take all", "uneven"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_they_and_their_gradients_equal_dense(kernels, rng, choose, sizes):
@@ -60,8 +66,7 @@ def test_layers_of_a_stack_in_a_scan(kernels, rng, monkeypatch, again):
     """Each layer's gradient is added in its place in the stack's; two microbatches add up there."""
     x, ids, gates, *_ = float32(case(rng, "any", n=300, d=24, f=40))
     other = case(rng, "some idle", n=300)[1]
-    shapes = ((3, 6, 24, 40), (3, 6, 24, 40), (3, 6, 40, 24))
-    stack = dispatch.Experts(*(jnp.asarray(0.1 * rng.standard_normal(shape), jnp.float32) for shape in shapes))
+    stack = three_layers(rng)
 
     def loss(x, gates, stack):
         def layer(carry, index):
@@ -88,8 +93,7 @@ def test_layers_of_a_stack_in_a_scan(kernels, rng, monkeypatch, again):
 def test_a_gradient_that_begins_with_anything(kernels, rng, monkeypatch, again):
     """Where each layer comes once, all of what the stack's gradient began with is written over: idle experts too."""
     x, ids, gates, *_ = float32(case(rng, "some idle", n=300, d=24, f=40))
-    shapes = ((3, 6, 24, 40), (3, 6, 24, 40), (3, 6, 40, 24))
-    stack = dispatch.Experts(*(jnp.asarray(0.1 * rng.standard_normal(shape), jnp.float32) for shape in shapes))
+    stack = three_layers(rng)
 
     def loss(x, gates, stack, once):
         def layer(carry, index):

@@ -149,7 +149,7 @@ class MoE(nnx.Module):
 
 def end_thread(cfg: ModelConfig, x: Array, thread: dispatch.Experts) -> Array:
     """x, the output of a stack's last layer, as it is; see `dispatch.end_thread`."""
-    return x if on_mesh() else dispatch.end_thread(x, thread, backend=pick_backend(cfg.dispatch))
+    return dispatch.end_thread(x, thread, backend=pick_backend(cfg.dispatch))
 
 
 def pick_backend(dispatch_name: str) -> str:

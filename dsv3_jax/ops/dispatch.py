@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax import native
-from dsv3_jax.ops.dispatch_blocks import begin_gradient, blocks_swiglu
+from dsv3_jax.ops.dispatch_blocks import blocks_swiglu
 from dsv3_jax.ops.dispatch_plan import Plan, plan
 from dsv3_jax.ops.varying import zeros
 
@@ -95,8 +95,21 @@ def routed_swiglu_in_stack(
 
 
 def end_thread(x: Float[Array, "*n D"], thread: Experts, *, backend: str) -> Float[Array, "*n D"]:
-    """x as it is, where a loop over all layers of a stack, each `once`, has ended: the stack's gradient begins here."""
-    return begin_gradient(x, tuple(thread)) if backend == "blocks" else x
+    """x as it is, where a loop over all layers of a stack, each `once`, has ended: the stack's gradient begins here.
+
+    Without this it begins as zeros. The native kernel writes over whatever a layer's part holds: gigabytes of zeros
+    need not be written and read.
+    """
+    served = backend == "blocks" and native.serves(x.dtype, thread.w_gate.dtype)
+    return _begin_gradient(x, thread) if served else x
+
+
+@jax.custom_vjp
+def _begin_gradient(x, thread):
+    return x
+
+
+_begin_gradient.defvjp(lambda x, thread: (x, thread), lambda thread, dx: (dx, Experts(*native.room(*thread))))
 
 
 def take_layer(experts: Experts, thread: Experts, layer: Int[Array, ""]) -> tuple[Experts, Experts]:

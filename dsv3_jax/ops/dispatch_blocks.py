@@ -40,7 +40,7 @@ def blocks_swiglu(x, gates, experts, thread, p: Plan, layer, once):
         x: [n, D]. gates: [n, K] of x's dtype.
         experts: (w_gate, w_up [L, E, D, F], w_down [L, E, F, D]), read only.
         thread: the same, never read: its cotangent takes the experts' gradient (see dispatch.py).
-        p: the sorted assignments. layer: int32 []. once: see `begin_gradient`.
+        p: the sorted assignments. layer: int32 []. once: see dispatch.py.
     Returns: (y [n, D], thread).
     """
     return _forward(x, gates, experts, p, layer, keep=False)[0], thread
@@ -132,23 +132,6 @@ def _bwd(once, saved, cotangents):
 
 
 blocks_swiglu.defvjp(_fwd, _bwd)
-
-
-def begin_gradient(x, thread):
-    """x, which goes on from where the thread ends. There the thread's cotangent begins, and each layer fills its part.
-
-    Without this it begins as zeros. Where every layer of the stack is passed through, and `once`, the native kernel
-    writes over what is there: gigabytes of zeros need not be written and read.
-    """
-    return _begin_gradient(x, thread) if native.serves(x.dtype, thread[0].dtype) else x
-
-
-@jax.custom_vjp
-def _begin_gradient(x, thread):
-    return x
-
-
-_begin_gradient.defvjp(lambda x, thread: (x, thread), lambda thread, dx: (dx, tuple(native.room(*thread))))
 
 
 def _add_layer(stack, part, layer, axes):
