@@ -43,7 +43,7 @@ demo-short: $(VENV)/.installed
 	$(BIN)/dsv3 demo --short --out runs/demo-short
 
 lab: $(VENV)/.installed
-	$(BIN)/python -m dsv3_jax.lab $(LAB_ARGS)
+	$(BIN)/python -m experiments.lab $(LAB_ARGS)
 
 notebooks: $(VENV)/.installed-notebooks
 	$(BIN)/python notebooks/execute.py

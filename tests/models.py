@@ -9,9 +9,9 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax.config import Balance, ModelConfig
-from dsv3_jax.modules.layers import NormScale
-from dsv3_jax.modules.moe import RouterBias
-from dsv3_jax.modules.transformer import Transformer, abstract
+from dsv3_jax.model.layers import NormScale
+from dsv3_jax.model.moe import RouterBias
+from dsv3_jax.model.transformer import Transformer, abstract
 
 # No two sizes are alike, so that no axis can pass for another.
 SMALL = ModelConfig(

@@ -20,12 +20,12 @@ from safetensors.numpy import save_file
 
 from dsv3_jax import hf
 from dsv3_jax.config import Balance, ModelConfig, Yarn
-from dsv3_jax.generate import generate
+from dsv3_jax.decoding.generate import generate
 from dsv3_jax.hf.config_json import config_to_dict
 from dsv3_jax.hf.files import CONFIG, SINGLE, write_json
 from dsv3_jax.hf.table import entries
-from dsv3_jax.modules.transformer import abstract
-from dsv3_jax.objective import losses
+from dsv3_jax.model.transformer import abstract
+from dsv3_jax.training.loss import losses
 
 BATCH, LENGTH, NEW = 2, 24, 6
 MTP_WEIGHT = 0.3

@@ -8,7 +8,7 @@ import numpy as np
 import oracles
 import pytest
 
-from dsv3_jax import native
+from dsv3_jax.kernels.cpu import calls
 from dsv3_jax.ops import mla
 from dsv3_jax.ops.attention import causal_attention
 from dsv3_jax.ops.cached_attention import Stored
@@ -128,7 +128,7 @@ def test_gradient_memory_grows_with_length_not_its_square():
 
 @pytest.fixture
 def kernel():
-    if why := native.why_not():
+    if why := calls.why_not():
         pytest.skip(why)
 
 

@@ -10,12 +10,13 @@ from flax import nnx
 from models import small
 from runs import cheap_compiles, finished, said_by
 
-from dsv3_jax import bench, checkpoint
-from dsv3_jax.bench import Cell, Decode
-from dsv3_jax.counting import decode_bytes, distinct_experts
-from dsv3_jax.generate import Generated
-from dsv3_jax.modules.transformer import abstract
-from dsv3_jax.runtime import copy_bandwidth
+from dsv3_jax.cli import bench
+from dsv3_jax.cli.bench import Cell, Decode
+from dsv3_jax.decoding.generate import Generated
+from dsv3_jax.model.counting import decode_bytes, distinct_experts
+from dsv3_jax.model.transformer import abstract
+from dsv3_jax.report.speed import copy_bandwidth
+from dsv3_jax.training import checkpoint
 
 pytestmark = pytest.mark.long
 

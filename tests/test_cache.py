@@ -12,10 +12,10 @@ import pytest
 from flax import nnx
 from models import LIGHT, QUICK, forward, random_model, small
 
-from dsv3_jax import native
-from dsv3_jax.cache import bytes_per_token, empty_cache, fill, pick_dtype, pick_kind, write
-from dsv3_jax.generate import generate
-from dsv3_jax.modules.attention import GQA, positions_of
+from dsv3_jax.decoding.generate import generate
+from dsv3_jax.kernels.cpu import calls
+from dsv3_jax.model.attention import GQA, positions_of
+from dsv3_jax.model.cache import bytes_per_token, empty_cache, fill, pick_dtype, pick_kind, write
 from dsv3_jax.ops.cached_attention import Stored, cached_attention
 from dsv3_jax.ops.quantize import dequantize_rows, quantize_rows
 
@@ -152,12 +152,12 @@ def test_attention_to_the_cache_equals_one_query_at_a_time(x64, rng, kind, dtype
     np.testing.assert_array_equal(run(jax.tree.map(jnp.asarray, other), 3), run(stored, 3))
 
 
-@pytest.mark.parametrize("dtype", native.CACHE_DTYPES)
+@pytest.mark.parametrize("dtype", calls.CACHE_DTYPES)
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("capacity", [11, 700])  # one part of 256 rows, or three
 def test_native_attention_equals_one_query_at_a_time(rng, kind, capacity, dtype):
     """In float32, whose unit roundoff is 6e-8; the softmax's weights add up to 1, and values are about 1."""
-    if why := native.why_not():
+    if why := calls.why_not():
         pytest.skip(why)
     groups, queries, parts, shared = SHAPES[kind]
     rows = rng.standard_normal((2, 3, groups, capacity, sum(parts))).astype(np.float32)
@@ -190,11 +190,11 @@ def test_native_attention_equals_one_query_at_a_time(rng, kind, capacity, dtype)
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 def test_native_attention_reads_every_8_bit_number(dtype):
-    if why := native.why_not():
+    if why := calls.why_not():
         pytest.skip(why)
     every = np.arange(256, dtype=np.uint8).view(jnp.dtype(dtype)).reshape(1, 1, 1, 1, 256)  # the only row
     scales = np.array([3.0, 0.5], np.float32).reshape(1, 1, 1, 1, 2)
-    got = native.cached_attention(
+    got = calls.cached_attention(
         jnp.zeros((1, 1, 1, 1)), jnp.asarray(every), jnp.asarray(scales), jnp.zeros((), jnp.int32),
         jnp.zeros((1, 1), jnp.int32), values=(0, 256), first_part=101,
     )  # fmt: skip
@@ -203,10 +203,10 @@ def test_native_attention_reads_every_8_bit_number(dtype):
 
 
 def test_native_attention_refuses_what_is_not_there():
-    if why := native.why_not():
+    if why := calls.why_not():
         pytest.skip(why)
     rows, q = jnp.ones((2, 1, 1, 8, 4)), jnp.ones((1, 1, 1, 4))
-    run = jax.jit(partial(native.cached_attention, values=(0, 4), first_part=2))
+    run = jax.jit(partial(calls.cached_attention, values=(0, 4), first_part=2))
     for layer, last in ((2, 0), (-1, 0), (0, 8), (0, -1)):
         with pytest.raises(Exception, match="outside the cache"):
             jax.block_until_ready(run(q, rows, None, jnp.array(layer, jnp.int32), jnp.array([[last]], jnp.int32)))

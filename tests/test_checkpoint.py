@@ -13,11 +13,12 @@ from flax import nnx
 from models import random_model
 from runs import MODEL, assert_bitwise, cheap_compiles, make_run
 
-from dsv3_jax import cluster, optim
-from dsv3_jax.checkpoint import RUN_FILE, Checkpoints, claim, load_model, read_run
+from dsv3_jax.cluster import processes
 from dsv3_jax.config import ConfigError
-from dsv3_jax.modules.moe import RouterBias
-from dsv3_jax.train_step import TrainState
+from dsv3_jax.model.moe import RouterBias
+from dsv3_jax.training import optim
+from dsv3_jax.training.checkpoint import RUN_FILE, Checkpoints, claim, load_model, read_run
+from dsv3_jax.training.step import TrainState
 
 RUN = make_run("some text", keep=2)
 PLACE = {"corpus": "abc", "seed": 0, "document": 3, "offset": 7}
@@ -83,7 +84,7 @@ def test_no_room_leaves_the_checkpoint_before(tmp_path, monkeypatch):
 
 def test_of_several_processes_the_first_sees_whether_there_is_room(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))
-    monkeypatch.setattr(cluster, "is_first", lambda: False)
+    monkeypatch.setattr(processes, "is_first", lambda: False)
     save(tmp_path, 3)
     assert steps_in(tmp_path) == {"3"}
 

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 from runs import cheap_compiles, environment, finished, flags, rows_of, start
 
-from dsv3_jax.checkpoint import claim, load_model
-from dsv3_jax.generate import generate
-from dsv3_jax.tokenizer import ByteTokenizer
+from dsv3_jax.data.tokenizer import ByteTokenizer
+from dsv3_jax.decoding.generate import generate
+from dsv3_jax.training.checkpoint import claim, load_model
 
 # Reads a list of commands, answers with a list of [exit code, stdout, stderr].
 SERVER = """
 import contextlib, io, json, sys, traceback
-from dsv3_jax import cli
+from dsv3_jax.cli import main as cli
 answers = []
 for argv in json.load(sys.stdin):
     out, err = io.StringIO(), io.StringIO()
@@ -183,7 +183,7 @@ def place(root, whole) -> Place:
     Path(place.latin).write_bytes(b"caf\xe9 and more")
     Path(place.one).write_text("one document")
     claim(place.claimed, whole.run)
-    from dsv3_jax.tokenizer import train_bpe
+    from dsv3_jax.data.tokenizer import train_bpe
 
     train_bpe(["a b c d e f g h i j k l m n o p " * 9, "the same words, the same words " * 9], 280, place.words)
     return place

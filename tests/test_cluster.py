@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from runs import MODEL, assert_bitwise, cheap_compiles, flags, fresh_state, make_run, rows_of, start, write_text
 
-from dsv3_jax import cluster, sharding, train, watch
-from dsv3_jax.checkpoint import Checkpoints
+from dsv3_jax.cluster import processes, supervisor
 from dsv3_jax.config import ConfigError, Layout, OptimConfig
+from dsv3_jax.mesh import sharding
+from dsv3_jax.training import loop
+from dsv3_jax.training.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.long
 
@@ -43,9 +45,9 @@ def run(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _no_seconds_spent_on_the_rest(monkeypatch):
-    monkeypatch.setattr(train, "gemm_flops", lambda dtype: 1e9)
-    monkeypatch.setattr(train, "_draw", lambda *_: None)
-    monkeypatch.setattr(train, "_order2", lambda *_: 0.0)
+    monkeypatch.setattr(loop, "gemm_flops", lambda dtype: 1e9)
+    monkeypatch.setattr(loop, "_draw", lambda *_: None)
+    monkeypatch.setattr(loop, "_order2", lambda *_: 0.0)
 
 
 def free_port() -> int:
@@ -96,7 +98,7 @@ def test_two_processes_are_one_whoever_is_lost(run, root, tmp_path):
     Each time the checkpoint of another mesh is gone on from, and the last two processes hold the same rows.
     """
     folder = tmp_path / "run"
-    train.fit(run, folder, stop_after=2, quiet=True)
+    loop.fit(run, folder, stop_after=2, quiet=True)
     saved = 2
     for victim, mesh, layout in ((0, MESH, FSDP), (1, EXPERTS, ROUNDS)):
         with pair(root, folder, run, mesh=(mesh, mesh), more=(layout, layout)) as both:
@@ -105,7 +107,7 @@ def test_two_processes_are_one_whoever_is_lost(run, root, tmp_path):
             killed = time.monotonic()
             code, said, errors = ends(both[1 - victim])
             assert time.monotonic() - killed < 60
-            assert (code, errors) == (watch.LOST, [f"dsv3: {watch.is_lost(victim)}"])
+            assert (code, errors) == (supervisor.LOST, [f"dsv3: {supervisor.is_lost(victim)}"])
             assert resumed_from(said if victim else ends(both[0])[1]) == saved
         with Checkpoints(folder, run, read_only=True) as checkpoints:
             saved = checkpoints.latest
@@ -117,8 +119,8 @@ def test_two_processes_are_one_whoever_is_lost(run, root, tmp_path):
         assert resumed_from(said) == saved
         stopped = int(re.search(r"stopped and saved at step (\d+)", said)[1])
         assert saved + 2 <= stopped < run.steps
-    assert train.fit(run, folder, quiet=True).resumed_from == stopped
-    train.fit(run, tmp_path / "alone", quiet=True)
+    assert loop.fit(run, folder, quiet=True).resumed_from == stopped
+    loop.fit(run, tmp_path / "alone", quiet=True)
     (state, place), (want, want_place) = last_checkpoint(run, folder), last_checkpoint(run, tmp_path / "alone")
     assert place == want_place
     assert_bitwise(state.bias, want.bias)  # every count of every step was the same
@@ -141,10 +143,10 @@ def last_checkpoint(run, folder):
 # `dsv3`, whose worker does something else when it is to save step 2.
 FAILING = """
 import sys
-from dsv3_jax import cli
+from dsv3_jax.cli import main as cli
 cli.WORKER = '''
 import os, signal, sys
-from dsv3_jax.checkpoint import Checkpoints
+from dsv3_jax.training.checkpoint import Checkpoints
 save = Checkpoints.save
 def fail(self, state, *rest, **more):
     if int(state.step) == 2:
@@ -159,7 +161,7 @@ OWN_WORDS = "dsv3: process {} of the run ended with an error, which its own outp
 
 @pytest.mark.parametrize("victim, what, code, last_words, others_code", [
     (0, "raise RuntimeError('broken')", 1, "RuntimeError: broken", 1),
-    (1, "os.kill(os.getpid(), signal.SIGKILL)", 137, "dsv3: training was ended by SIGKILL", watch.LOST),
+    (1, "os.kill(os.getpid(), signal.SIGKILL)", 137, "dsv3: training was ended by SIGKILL", supervisor.LOST),
 ])  # fmt: skip
 def test_a_worker_that_fails_ends_all(run, root, tmp_path, victim, what, code, last_words, others_code):
     """The others wait for it in a collective. What would fail again must not look as if it were worth a new start."""
@@ -232,15 +234,15 @@ def test_a_process_alone_waits_no_longer_than_it_should(run, root, tmp_path, pro
 ])  # fmt: skip
 def test_settings_that_cannot_be_are_refused(settings, sentence):
     with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}$"):
-        watch.Cluster(*settings)
+        supervisor.Cluster(*settings)
 
 
 def test_addresses_are_read():
-    assert [(c.host, c.port) for c in map(lambda a: watch.Cluster(a, 2, 0), ("h-0.net:12", "[::1]:34"))] == [
+    assert [(c.host, c.port) for c in map(lambda a: supervisor.Cluster(a, 2, 0), ("h-0.net:12", "[::1]:34"))] == [
         ("h-0.net", 12),
         ("::1", 34),
     ]
-    assert watch.Cluster("auto").host is None
+    assert supervisor.Cluster("auto").host is None
 
 
 def test_a_checkpoint_is_of_no_mesh(run, tmp_path):
@@ -263,39 +265,39 @@ def test_a_checkpoint_is_of_no_mesh(run, tmp_path):
 
 
 def test_processes_of_several_cpu_devices_do_not_cut_weights_along_data(monkeypatch):
-    cluster.check_layout(Layout(fsdp=True))  # a process alone waits for nobody
+    processes.check_layout(Layout(fsdp=True))  # a process alone waits for nobody
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    cluster.check_layout(Layout())
+    processes.check_layout(Layout())
     with pytest.raises(ConfigError, match="^layout.fsdp with 8 CPU devices in each process can deadlock"):
-        cluster.check_layout(Layout(fsdp=True))
+        processes.check_layout(Layout(fsdp=True))
     monkeypatch.setattr(jax, "local_device_count", lambda: 1)
-    cluster.check_layout(Layout(fsdp=True))
+    processes.check_layout(Layout(fsdp=True))
 
 
 @pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2), (1, 1, 8)])
 def test_devices_get_the_rows_of_the_batch_that_are_theirs(sizes):
     mesh, tokens = sharding.make_mesh(*sizes), np.arange(16 * 3).reshape(16, 3)
-    rows = cluster.rows_held(mesh, 16)
+    rows = processes.rows_held(mesh, 16)
     assert rows.tolist() == list(range(16))  # one process holds all
-    placed = cluster.put({"tokens": tokens[rows]}, mesh, 16, rows)["tokens"]
+    placed = processes.put({"tokens": tokens[rows]}, mesh, 16, rows)["tokens"]
     np.testing.assert_array_equal(placed, tokens)
     assert placed.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 2)
     assert {shard.data.shape for shard in placed.addressable_shards} == {(16 // (sizes[0] * sizes[1]), 3)}
 
 
 def test_one_process_alone_agrees_with_itself():
-    assert cluster.is_first() and cluster.gather(b"mine") == [b"mine"]
-    assert [cluster.any_of(flag) for flag in (True, False)] == [True, False]
-    cluster.agree({"run": 1})
-    for shared in (cluster.by_first, cluster.by_each):
+    assert processes.is_first() and processes.gather(b"mine") == [b"mine"]
+    assert [processes.any_of(flag) for flag in (True, False)] == [True, False]
+    processes.agree({"run": 1})
+    for shared in (processes.by_first, processes.by_each):
         with pytest.raises(OSError, match="no room"):
             shared(lambda: (_ for _ in ()).throw(OSError("no room")))
-    assert cluster.by_each(lambda: "done") == "done"
+    assert processes.by_each(lambda: "done") == "done"
 
 
 def test_what_is_refused_in_another_process_is_refused_here(monkeypatch):
-    monkeypatch.setattr(cluster, "gather", lambda mine: [mine, b"", b"there is no text"])
+    monkeypatch.setattr(processes, "gather", lambda mine: [mine, b"", b"there is no text"])
     with pytest.raises(ConfigError, match="^process 2 of 3: there is no text$"):
-        cluster.by_each(lambda: "done")
+        processes.by_each(lambda: "done")
     with pytest.raises(ValueError, match="^nor here$"):  # each tells its own first
-        cluster.by_each(lambda: (_ for _ in ()).throw(ValueError("nor here")))
+        processes.by_each(lambda: (_ for _ in ()).throw(ValueError("nor here")))

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.corpus import load_corpus
+from dsv3_jax.data.corpus import load_corpus
 
 
 def read(*paths, **settings):

@@ -6,8 +6,8 @@ import jax
 import pytest
 from models import small
 
-from dsv3_jax import counting
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model import counting
 from dsv3_jax.presets import preset
 
 

@@ -7,10 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dsv3_jax import corpus as corpora
-from dsv3_jax import data
 from dsv3_jax.config import DataConfig
-from dsv3_jax.tokenizer import ByteTokenizer, FileTokenizer
+from dsv3_jax.data import batches as data
+from dsv3_jax.data import corpus as corpora
+from dsv3_jax.data.tokenizer import ByteTokenizer, FileTokenizer
 
 EOS, PREFIX, SUFFIX, MIDDLE = 256, 257, 258, 259
 CFG = DataConfig(seq_len=16, batch_size=4, seed=3)

@@ -11,10 +11,11 @@ from flax import nnx
 from models import random_model, small, tokens_of
 from runs import make_run
 
-from dsv3_jax import cli, sharding
-from dsv3_jax.checkpoint import claim, load_model
+from dsv3_jax.cli import main as cli
 from dsv3_jax.config import ConfigError, Layout
-from dsv3_jax.generate import generate
+from dsv3_jax.decoding.generate import generate
+from dsv3_jax.mesh import sharding
+from dsv3_jax.training.checkpoint import claim, load_model
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("light_compiles")]
 
@@ -95,7 +96,7 @@ def sent(text):
 
 def test_neither_cache_nor_experts_move(monkeypatch):
     """In the compiled step nothing is sent that is as large as what one device holds of either."""
-    compiled, module = [], importlib.import_module("dsv3_jax.generate")
+    compiled, module = [], importlib.import_module("dsv3_jax.decoding.generate")
     decode = module._decode
 
     def look(*args, **kwargs):

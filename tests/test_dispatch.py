@@ -8,7 +8,7 @@ import numpy as np
 import oracles
 import pytest
 
-from dsv3_jax import native
+from dsv3_jax.kernels.cpu import calls
 from dsv3_jax.ops import dispatch
 
 BACKENDS = {name: partial(dispatch.routed_swiglu, backend=name) for name in ("blocks", "ragged_dot", "dense")}
@@ -132,9 +132,9 @@ def test_few_tokens_equal_dense(x64, rng, n, choose):
 
 @pytest.fixture
 def native_kernel():
-    if why := native.why_not():
+    if why := calls.why_not():
         pytest.skip(why)
-    return jax.jit(native.few_tokens_swiglu)
+    return jax.jit(calls.few_tokens_swiglu)
 
 
 @pytest.mark.parametrize("choose", ["any", "two take all"])

@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 from models import HEADS, LIGHT, QUICK, random_model
 
-from dsv3_jax.modules.attention import from_zero, positions_of
-from dsv3_jax.modules.transformer import Trace
+from dsv3_jax.decoding.drafters import Fresh, make_drafter
+from dsv3_jax.model.attention import from_zero, positions_of
+from dsv3_jax.model.transformer import Trace
 from dsv3_jax.ops.sampling import GREEDY
-from dsv3_jax.speculative import Fresh, make_drafter
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("light_compiles")]
 

@@ -7,8 +7,8 @@ import pytest
 from models import forward, random_model
 from runs import MODEL, cheap_compiles
 
-from dsv3_jax.evaluate import evaluate
-from dsv3_jax.tokenizer import Tokenizer
+from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.training.evaluate import evaluate
 
 # Few words, so that drafts are often right; of 0 to 3 bytes, so that a byte is not a token.
 

@@ -11,8 +11,8 @@ import pytest
 from models import small
 from runs import MODEL, make_run
 
-from dsv3_jax import expert_exchange, expert_parallel, sharding
 from dsv3_jax.config import ConfigError, Layout
+from dsv3_jax.mesh import expert_parallel, sharding, token_exchange
 from dsv3_jax.ops import dispatch
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("x64", "light_compiles")]
@@ -119,7 +119,7 @@ def test_every_load_is_a_single_devices(rng, sizes, tokens, backend, layout, wor
     run = spread(cfg, sharding.make_mesh(*sizes), backend)
     x, gates, weight, experts = arrays(rng, tokens)
     n = tokens // (data * peers)
-    places = expert_exchange.places_a_round(cfg, n, peers)
+    places = token_exchange.places_a_round(cfg, n, peers)
     rounds = {}
     for load in LOADS:
         args = (x, gates, experts, choices(load, rng, tokens), weight)
@@ -177,7 +177,7 @@ def test_ragged_lowers_for_the_accelerators(rng):
 def test_a_token_goes_to_a_device_once(rng):
     """Every device of a token's experts has it at one place, and no other device has."""
     ids, held, peers = choices("random", rng, 40), 4, 4
-    lists = jax.tree.map(np.asarray, expert_exchange.roll(ids, held, peers))
+    lists = jax.tree.map(np.asarray, token_exchange.roll(ids, held, peers))
     turns = [0] * peers
     for token, chosen in enumerate(np.asarray(ids)):
         for k, expert in enumerate(chosen):
@@ -202,14 +202,14 @@ def test_reach_is_that_of_all_choices(experts, groups, per_token, k, peers):
     for chosen in itertools.combinations(range(groups), per_token):
         pool = [g * size + e for g in chosen for e in range(size)]
         reach += [len({e // (experts // peers) for e in ids}) for ids in itertools.combinations(pool, k)]
-    assert expert_exchange.mean_reach(cfg, peers) == pytest.approx(np.mean(reach), rel=1e-12)
+    assert token_exchange.mean_reach(cfg, peers) == pytest.approx(np.mean(reach), rel=1e-12)
 
 
 @pytest.mark.parametrize("changes", [dict(num_groups=3), dict(num_groups=4, groups_per_token=1, router="topk")])
 def test_groups_are_left_out_of_account(changes):
     """Where they straddle devices, and where the router knows none."""
     grouped, free = small(num_experts=12, **changes), small(num_experts=12, num_groups=1, groups_per_token=1)
-    assert expert_exchange.mean_reach(grouped, 4) == expert_exchange.mean_reach(free, 4)
+    assert token_exchange.mean_reach(grouped, 4) == token_exchange.mean_reach(free, 4)
 
 
 def test_auto_is_the_smaller_one():
@@ -230,4 +230,4 @@ def test_ragged_is_refused_on_cpu():
 
 def test_bytes_on_the_wire():
     """A token of 4 numbers of 2 bytes goes out with 2 ids and 2 gates of 4 bytes each, and comes back alone."""
-    assert expert_exchange.wire_bytes(3.0, CFG, 2) == 3 * (8 + 16 + 8)
+    assert token_exchange.wire_bytes(3.0, CFG, 2) == 3 * (8 + 16 + 8)

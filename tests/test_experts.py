@@ -7,9 +7,9 @@ import oracles
 import pytest
 from test_dispatch import case, value_and_gradients
 
-from dsv3_jax import native
+from dsv3_jax.kernels.cpu import calls
 from dsv3_jax.ops import dispatch
-from dsv3_jax.ops.dispatch_plan import plan
+from dsv3_jax.ops.sort_by_expert import plan
 
 # Widths below, at and around a register's 16 numbers and a panel's 64; more rows an expert than a chunk's 256.
 SIZES = (
@@ -24,7 +24,7 @@ SIZES = (
 
 @pytest.fixture
 def kernels():
-    if why := native.why_not():
+    if why := calls.why_not():
         pytest.skip(why)
 
 
@@ -83,7 +83,7 @@ def test_layers_of_a_stack_in_a_scan(kernels, rng, monkeypatch, again):
         return jax.jit(jax.value_and_grad(lambda *a: loss(*a), argnums=(0, 1, 2)))(x, gates, stack)
 
     ours = gradients()
-    monkeypatch.setattr(native, "why_not", lambda: "the test says so")
+    monkeypatch.setattr(calls, "why_not", lambda: "the test says so")
     theirs = gradients()
     close(ours, theirs)
     assert all((w[0] == 0).all() and (w[2] != 0).any() for w in ours[1][2])
@@ -107,7 +107,7 @@ def test_a_gradient_that_begins_with_anything(kernels, rng, monkeypatch, again):
         return jnp.sin(dispatch.end_thread(y, thread, backend="blocks") if once else y).sum()
 
     gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), static_argnums=3)
-    monkeypatch.setattr(native, "room", lambda *like: [jnp.full_like(a, jnp.nan) for a in like])
+    monkeypatch.setattr(calls, "room", lambda *like: [jnp.full_like(a, jnp.nan) for a in like])
     ours, theirs = (gradients(x, gates, stack, once) for once in (True, False))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -115,7 +115,7 @@ def test_a_gradient_that_begins_with_anything(kernels, rng, monkeypatch, again):
 
 
 def test_room_has_the_shapes_asked_for(kernels):
-    arrays = native.room(jnp.zeros((2, 3)), jnp.zeros((5,)))
+    arrays = calls.room(jnp.zeros((2, 3)), jnp.zeros((5,)))
     assert [(a.shape, a.dtype) for a in arrays] == [((2, 3), jnp.float32), ((5,), jnp.float32)]
 
 
@@ -126,7 +126,7 @@ def test_a_token_does_not_hang_on_its_neighbours(kernels, rng):
     for first, count in ((0, 1), (7, 5), (30, 170)):
         part = slice(first, first + count)
         np.testing.assert_array_equal(run(x[part], ids[part], gates[part], *weights), together[part])
-    decoded = native.few_tokens_swiglu(x, ids, gates, *(w[None] for w in weights), jnp.int32(0))
+    decoded = calls.few_tokens_swiglu(x, ids, gates, *(w[None] for w in weights), jnp.int32(0))
     np.testing.assert_allclose(decoded, together, rtol=1e-5, atol=1e-5 * np.abs(together).max())
 
 
@@ -143,7 +143,7 @@ def test_the_gradient_is_the_same_each_time(kernels, rng):
 def test_what_is_not_there_is_refused(kernels, rng):
     x, ids, gates, *weights = float32(case(rng, "any"))
     stack, p = tuple(w[None] for w in weights), plan(ids, 6)
-    run = jax.jit(lambda p, layer: native.experts_swiglu(x, gates, *p[:3], stack, layer, keep=False)[0])
+    run = jax.jit(lambda p, layer: calls.experts_swiglu(x, gates, *p[:3], stack, layer, keep=False)[0])
     jax.block_until_ready(run(p, jnp.int32(0)))
     for wrong, layer, said in (
         (p, 1, "layer outside"),
@@ -157,7 +157,7 @@ def test_what_is_not_there_is_refused(kernels, rng):
 
 
 def test_they_compute_float32_alone(monkeypatch, rng):
-    monkeypatch.setattr(native, "why_not", lambda: "")
+    monkeypatch.setattr(calls, "why_not", lambda: "")
 
     def by_kernel(*arrays):
         return "dsv3_experts_swiglu" in str(jax.make_jaxpr(lambda *a: blocks(*a))(*arrays))
@@ -165,5 +165,5 @@ def test_they_compute_float32_alone(monkeypatch, rng):
     arrays = float32(case(rng, "any"))
     assert by_kernel(*arrays)
     assert not by_kernel(arrays[0].astype(jnp.bfloat16), *arrays[1:])
-    monkeypatch.setattr(native, "why_not", lambda: "the test says so")
+    monkeypatch.setattr(calls, "why_not", lambda: "the test says so")
     assert not by_kernel(*arrays)

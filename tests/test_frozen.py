@@ -11,10 +11,12 @@ from flax import nnx
 from runs import MODEL, assert_bitwise, cheap_compiles, fresh_state, make_run, packed_batch, rows_of, unhooked_cli
 from runs import write_text as text_in
 
-from dsv3_jax import frozen, sharding, tokenizer, train
-from dsv3_jax.checkpoint import Checkpoints, claim, load_model, read_run
 from dsv3_jax.config import DataConfig
-from dsv3_jax.train_step import first_bad_tensor, make_step
+from dsv3_jax.data import tokenizer
+from dsv3_jax.mesh import sharding
+from dsv3_jax.training import frozen, loop
+from dsv3_jax.training.checkpoint import Checkpoints, claim, load_model, read_run
+from dsv3_jax.training.step import first_bad_tensor, make_step
 
 pytestmark = pytest.mark.long
 
@@ -37,9 +39,9 @@ def root(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _no_seconds_spent_on_the_rest(monkeypatch):
-    monkeypatch.setattr(train, "gemm_flops", lambda dtype: 1e9)
-    monkeypatch.setattr(train, "_draw", lambda *_: None)
-    monkeypatch.setattr(train, "_order2", lambda *_: 0.0)
+    monkeypatch.setattr(loop, "gemm_flops", lambda dtype: 1e9)
+    monkeypatch.setattr(loop, "_draw", lambda *_: None)
+    monkeypatch.setattr(loop, "_order2", lambda *_: 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +121,10 @@ def whole(trunk, root):
     shutil.copytree(trunk, mine)
     run, folder = run_on(str(mine)), root / "frozen" / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "gemm_flops", lambda dtype: 1e9)
-        patch.setattr(train, "_draw", lambda *_: None)
-        patch.setattr(train, "_order2", lambda *_: 0.0)
-        assert train.fit(run, folder, quiet=True).finished
+        patch.setattr(loop, "gemm_flops", lambda dtype: 1e9)
+        patch.setattr(loop, "_draw", lambda *_: None)
+        patch.setattr(loop, "_order2", lambda *_: 0.0)
+        assert loop.fit(run, folder, quiet=True).finished
     return run, folder, mine
 
 
@@ -137,11 +139,11 @@ def test_the_trunk_is_its_last_checkpoint_and_stays_so(whole, trunk):
 
 def test_stopped_and_resumed_without_the_trunk_is_never_stopped(whole, tmp_path, monkeypatch):
     run, folder, mine = whole
-    first = train.fit(run, tmp_path / "run", stop_after=2, quiet=True)
+    first = loop.fit(run, tmp_path / "run", stop_after=2, quiet=True)
     assert (first.step, first.resumed_from) == (2, None)
     mine.rename(tmp_path / "away")
     try:
-        second = train.fit(run, tmp_path / "run", quiet=True)
+        second = loop.fit(run, tmp_path / "run", quiet=True)
         assert (second.step, second.resumed_from) == (4, 2)
         state, place = last_state(tmp_path / "run", run)
         want, want_place = last_state(folder, run)
@@ -161,7 +163,7 @@ def test_on_a_mesh_it_is_a_single_devices(whole, trunk, tmp_path):
     for leaf, at in zip(jax.tree.leaves(state), jax.tree.leaves(sharding.state_sharding(state, mesh)), strict=True):
         assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
     assert_bitwise(jax.device_get(state), jax.device_get(frozen.start(experts, WORDS)[0]))
-    train.fit(run, tmp_path / "run", mesh=mesh, stop_after=2, quiet=True)
+    loop.fit(run, tmp_path / "run", mesh=mesh, stop_after=2, quiet=True)
     for got, want in zip(rows_of(tmp_path / "run"), rows_of(folder)[:2], strict=True):
         np.testing.assert_allclose(got["mtp_loss"], want["mtp_loss"], rtol=1e-5)  # sums in another order
 

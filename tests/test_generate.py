@@ -9,13 +9,13 @@ import pytest
 from flax import nnx
 from models import LIGHT, forward, random_model, small
 
-from dsv3_jax import native
-from dsv3_jax.cache import bytes_per_token, elements_per_token, empty_cache
-from dsv3_jax.generate import Loop, _decode, _prefill, _Static, check_request, generate, stream
-from dsv3_jax.modules import transformer
+from dsv3_jax.decoding.drafters import Fresh
+from dsv3_jax.decoding.generate import Loop, _decode, _prefill, _Static, check_request, generate, stream
+from dsv3_jax.kernels.cpu import calls
+from dsv3_jax.model import transformer
+from dsv3_jax.model.cache import bytes_per_token, elements_per_token, empty_cache
 from dsv3_jax.ops import products
 from dsv3_jax.ops.sampling import GREEDY, Sampling
-from dsv3_jax.speculative import Fresh
 
 pytestmark = pytest.mark.usefixtures("light_compiles")
 
@@ -66,11 +66,11 @@ def test_each_prompt_alone_says_the_same(model, greedy):
 def test_experts_are_read_in_any_way(model, greedy, monkeypatch, how):
     """By the native kernel, as one wide product, or in a loop over those that were chosen; other weights likewise."""
     if how == "native":
-        if why := native.why_not():
+        if why := calls.why_not():
             pytest.skip(why)
         monkeypatch.setattr(products, "LARGE", 0)
     else:
-        monkeypatch.setattr(native, "why_not", lambda: "the test says so")
+        monkeypatch.setattr(calls, "why_not", lambda: "the test says so")
     if how == "visited one by one":
         monkeypatch.setattr(transformer, "SMALL_EXPERTS", 0)
     graphdef = nnx.graphdef(

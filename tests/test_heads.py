@@ -10,12 +10,12 @@ from flax import nnx
 from model_oracle import Oracle, parameters
 from models import QUICK, forward, random_model, small, tokens_of
 
-from dsv3_jax import objective
 from dsv3_jax.config import ConfigError
-from dsv3_jax.modules.attention import positions_of
-from dsv3_jax.modules.mtp import make_heads, run_heads
-from dsv3_jax.modules.transformer import Trace, abstract
-from dsv3_jax.ops.losses import smooth_l1
+from dsv3_jax.model.attention import positions_of
+from dsv3_jax.model.mtp import make_heads, run_heads
+from dsv3_jax.model.transformer import Trace, abstract
+from dsv3_jax.ops.cross_entropy import smooth_l1
+from dsv3_jax.training import loss
 
 BATCH, LENGTH = 2, 14
 # Row 0: documents of 6 and 5 tokens, then padding. Row 1: one of 14.
@@ -81,7 +81,7 @@ def test_heads_equal_the_equations(model, kind):
 
 @partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def losses_of(graphdef, state):
-    return [objective.losses(nnx.merge(graphdef, state), ARRAYS, 0.3, heads_only=only) for only in (False, True)]
+    return [loss.losses(nnx.merge(graphdef, state), ARRAYS, 0.3, heads_only=only) for only in (False, True)]
 
 
 def test_losses_equal_the_equations(model, kind):
@@ -146,7 +146,7 @@ def test_a_new_medusa_head_says_what_the_trunks_own_head_says():
         np.testing.assert_array_equal(drafts, out.logits[:, : LENGTH - k])
     graph, heads, rest = nnx.split(model, lambda path, _: path[0] == "mtp", ...)
     grads = jax.jit(
-        jax.grad(lambda h: objective.losses(nnx.merge(graph, h, rest), ARRAYS, 0.3).total), compiler_options=QUICK
+        jax.grad(lambda h: loss.losses(nnx.merge(graph, h, rest), ARRAYS, 0.3).total), compiler_options=QUICK
     )(heads)
     assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(grads))
 
@@ -158,13 +158,13 @@ def test_the_regression_moves_the_head_and_not_its_target(rng):
 
     def feature(h, target):
         made, _ = run_heads(model.mtp, model.embedding, h, ARRAYS["tokens"], at, ARRAYS["segment_ids"] != 0)
-        return objective._regression(Trace(target, target, made, None, (), h), ARRAYS["segment_ids"])
+        return loss._regression(Trace(target, target, made, None, (), h), ARRAYS["segment_ids"])
 
     h = jnp.asarray(rng.standard_normal((BATCH, LENGTH, 16)), jnp.float32)
     both = jax.jit(jax.grad(lambda h: feature(h, h)), compiler_options=QUICK)(h)
     reading = jax.jit(jax.grad(lambda h: feature(h, jax.lax.stop_gradient(h))), compiler_options=QUICK)(h)
     np.testing.assert_array_equal(both, reading)
-    counts = objective.targets(ARRAYS["tokens"], ARRAYS["segment_ids"], 2)[1]
+    counts = loss.targets(ARRAYS["tokens"], ARRAYS["segment_ids"], 2)[1]
     assert (np.abs(both[:, :-2]).max(-1) > 1e-3)[np.asarray(counts)].all()
 
 

@@ -29,7 +29,7 @@ from safetensors import safe_open
 
 from dsv3_jax import hf
 from dsv3_jax.hf.files import read_header
-from dsv3_jax.sharding import make_mesh
+from dsv3_jax.mesh.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("light_compiles")
 

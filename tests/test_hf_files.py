@@ -16,9 +16,9 @@ from released import hand_written
 from runs import assert_bitwise, environment
 
 from dsv3_jax import hf
-from dsv3_jax.checkpoint import load_model
 from dsv3_jax.config import replace
 from dsv3_jax.hf import files
+from dsv3_jax.training.checkpoint import load_model
 
 CFG = small(num_layers=2, num_experts=4, num_groups=2, groups_per_token=2, vocab_size=300, mtp_depth=1)
 SHARD = "model-00002-of-00003.safetensors"

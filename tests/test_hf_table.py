@@ -16,8 +16,8 @@ from dsv3_jax.config import ConfigError, Yarn
 from dsv3_jax.hf.config_json import config_to_dict
 from dsv3_jax.hf.fp8 import dequantize, quantize
 from dsv3_jax.hf.table import entries
-from dsv3_jax.modules.moe import RouterBias
-from dsv3_jax.modules.transformer import abstract
+from dsv3_jax.model.moe import RouterBias
+from dsv3_jax.model.transformer import abstract
 
 # What config.json of DeepSeek-V3 says, but for names of classes and generation settings; written by hand.
 RELEASED_V3 = json.loads("""{

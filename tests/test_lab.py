@@ -14,10 +14,10 @@ import pytest
 from runs import HERE, cheap_compiles, finished, make_run
 
 from dsv3_jax.config import ConfigError, Layout, replace, to_dict
-from dsv3_jax.lab import ABOVE, After, Column, Results, Study, overview, work
-from dsv3_jax.lab import study as study_file
-from dsv3_jax.lab.results import fingerprint, mean_spread, put_between, table, thinned, told_apart
 from dsv3_jax.presets import recipe
+from experiments.lab import ABOVE, After, Column, Results, Study, overview, work
+from experiments.lab import study as study_file
+from experiments.lab.results import fingerprint, mean_spread, put_between, table, thinned, told_apart
 
 pytestmark = pytest.mark.long
 

@@ -7,10 +7,10 @@ import pytest
 from runs import HERE
 
 from dsv3_jax.config import replace
-from dsv3_jax.counting import size
-from dsv3_jax.lab import Results
-from dsv3_jax.lab.results import table
+from dsv3_jax.model.counting import size
 from dsv3_jax.presets import recipe
+from experiments.lab import Results
+from experiments.lab.results import table
 
 pytestmark = pytest.mark.long
 

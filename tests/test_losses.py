@@ -6,7 +6,7 @@ import numpy as np
 import oracles
 import pytest
 
-from dsv3_jax.ops.losses import chunked_cross_entropy, token_scores
+from dsv3_jax.ops.cross_entropy import chunked_cross_entropy, token_scores
 
 
 @pytest.mark.parametrize("n, chunk", [(24, 8), (23, 8), (5, 8)])

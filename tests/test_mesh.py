@@ -12,10 +12,11 @@ import pytest
 from flax import nnx
 from runs import MODEL, assert_bitwise, cheap_compiles, fresh_state, make_run, packed_batch, write_text
 
-from dsv3_jax import sharding, train
-from dsv3_jax.checkpoint import Checkpoints
 from dsv3_jax.config import ConfigError, Layout, OptimConfig
-from dsv3_jax.train_step import make_step, model_of
+from dsv3_jax.mesh import sharding
+from dsv3_jax.training import loop
+from dsv3_jax.training.checkpoint import Checkpoints
+from dsv3_jax.training.step import make_step, model_of
 
 pytestmark = pytest.mark.long
 
@@ -127,7 +128,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
     """A checkpoint of a mesh, on any other: the same bits where that mesh wants them, and a single device's run."""
     run = make_run(write_text(tmp_path / "text"), steps=4, model=PLAIN)
     for name, mesh in (("cut", sharding.make_mesh(1, 2)), ("whole", None)):
-        assert not train.fit(run, tmp_path / name, mesh=mesh, stop_after=2, quiet=True).finished
+        assert not loop.fit(run, tmp_path / name, mesh=mesh, stop_after=2, quiet=True).finished
     restored = {}
     for name, mesh in (("cut", None), ("cut", sharding.make_mesh(2, 4)), ("whole", None)):
         with Checkpoints(tmp_path / name, run) as checkpoints:
@@ -175,4 +176,4 @@ def test_what_cannot_be_cut_is_refused():
     with pytest.raises(ConfigError, match="num_heads=2 is not divisible by mesh data=1,expert=1,tensor=4"):
         sharding.check(sharding.make_mesh(1, 1, 4), RUN)
     with pytest.raises(ConfigError, match="num_experts=12"):  # before anything is read or written
-        train.fit(replace(RUN, model=replace(MODEL, num_experts=12)), "nowhere", mesh=mesh, quiet=True)
+        loop.fit(replace(RUN, model=replace(MODEL, num_experts=12)), "nowhere", mesh=mesh, quiet=True)

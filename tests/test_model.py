@@ -9,9 +9,9 @@ from model_oracle import Oracle, parameters
 from models import QUICK, forward, random_model, small, tokens_of
 
 from dsv3_jax.config import ConfigError, Yarn
-from dsv3_jax.modules.layers import NormScale
-from dsv3_jax.modules.moe import RouterBias
-from dsv3_jax.modules.transformer import Transformer, abstract
+from dsv3_jax.model.layers import NormScale
+from dsv3_jax.model.moe import RouterBias
+from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.presets import preset
 
 BATCH, LENGTH = 2, 14

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax import native, sharding
+from dsv3_jax.kernels.cpu import calls
+from dsv3_jax.mesh import sharding
 
 
 @pytest.fixture
@@ -15,7 +16,7 @@ def afresh(monkeypatch, tmp_path):
     """Asks anew, with an empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    return native.why_not.__wrapped__
+    return calls.why_not.__wrapped__
 
 
 def test_they_can_be_left_out(afresh, monkeypatch, tmp_path):
@@ -37,20 +38,20 @@ def test_no_compiler_or_one_that_fails_is_said(afresh, monkeypatch, tmp_path):
 
 @pytest.mark.long
 def test_what_is_there_is_not_compiled_again(afresh, tmp_path):
-    compiler = next((c for c in native.COMPILERS if shutil.which(c)), None)
+    compiler = next((c for c in calls.COMPILERS if shutil.which(c)), None)
     if compiler is None:
         pytest.skip("there is no C++ compiler")
-    made = native._compiled(compiler)
+    made = calls._compiled(compiler)
     assert list((tmp_path / "dsv3_jax").iterdir()) == [made]
     written = made.stat().st_mtime_ns
-    assert native._compiled(compiler) == made and made.stat().st_mtime_ns == written
+    assert calls._compiled(compiler) == made and made.stat().st_mtime_ns == written
 
 
 def test_they_serve_float32_on_one_device(monkeypatch):
-    monkeypatch.setattr(native, "why_not", lambda: "")
-    assert native.serves(jnp.float32, np.dtype("float32"))
-    assert not native.serves(jnp.float32, jnp.bfloat16)
+    monkeypatch.setattr(calls, "why_not", lambda: "")
+    assert calls.serves(jnp.float32, np.dtype("float32"))
+    assert not calls.serves(jnp.float32, jnp.bfloat16)
     with sharding.in_force(sharding.make_mesh(data=2)):
-        assert not native.serves(jnp.float32)
-    monkeypatch.setattr(native, "why_not", lambda: "the test says so")
-    assert not native.serves(jnp.float32)
+        assert not calls.serves(jnp.float32)
+    monkeypatch.setattr(calls, "why_not", lambda: "the test says so")
+    assert not calls.serves(jnp.float32)

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dsv3_jax.ngram import Order2, order2_bits_per_byte
+from dsv3_jax.data.ngram import Order2, order2_bits_per_byte
 
 TRAIN = [b"the cat sat on the mat. " * 3, b"", b"a", "naïve café\n".encode() * 4]
 

@@ -10,9 +10,10 @@ from flax import nnx
 from model_oracle import Oracle, parameters
 from models import QUICK, random_model, small, tokens_of
 
-from dsv3_jax import native, objective
 from dsv3_jax.config import Balance
-from dsv3_jax.modules.moe import RouterBias
+from dsv3_jax.kernels.cpu import calls
+from dsv3_jax.model.moe import RouterBias
+from dsv3_jax.training import loss
 
 pytestmark = pytest.mark.usefixtures("light_compiles")
 BATCH, LENGTH, MTP_WEIGHT = 2, 10, 0.3
@@ -28,7 +29,7 @@ def batch_of(tokens, segment_ids=SEGMENTS, positions=POSITIONS):
 @partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def losses_and_gradients(graphdef, state, batch):
     def total(state):
-        out = objective.losses(nnx.merge(graphdef, state), batch, MTP_WEIGHT)
+        out = loss.losses(nnx.merge(graphdef, state), batch, MTP_WEIGHT)
         return out.total, out
 
     return jax.grad(total, has_aux=True)(state)  # with respect to all variables, the router biases too
@@ -66,7 +67,7 @@ def expected():
     ],
 )
 def test_losses_and_gradients_equal_the_equations(expected, monkeypatch, changes, dispatch, remat):
-    monkeypatch.setattr(native, "room", lambda *like: [jnp.full_like(a, jnp.nan) for a in like])  # all written over
+    monkeypatch.setattr(calls, "room", lambda *like: [jnp.full_like(a, jnp.nan) for a in like])  # all written over
     cfg = small(dispatch=dispatch, remat=remat, **changes)
     model = random_model(cfg)
     gradients, out = losses_and_gradients(*nnx.split(model), batch_of(tokens_of(cfg, BATCH, LENGTH)))
@@ -98,16 +99,16 @@ def test_losses_and_gradients_equal_the_equations(expected, monkeypatch, changes
 def test_targets_stay_within_their_document():
     tokens = np.arange(20).reshape(2, 10)
     for ahead in (1, 2, 3):
-        wanted, mask = objective.targets(jnp.asarray(tokens, jnp.int32), jnp.asarray(SEGMENTS), ahead)
+        wanted, mask = loss.targets(jnp.asarray(tokens, jnp.int32), jnp.asarray(SEGMENTS), ahead)
         np.testing.assert_array_equal(wanted, tokens[:, ahead:])
         want = [[0 < SEGMENTS[b, i] == SEGMENTS[b, i + ahead] for i in range(10 - ahead)] for b in range(2)]
         np.testing.assert_array_equal(mask, want)
     # Documents of 5, 3 and 10 tokens have so many targets 1, 2, 3 places on.
-    np.testing.assert_array_equal(objective.target_counts(jnp.asarray(SEGMENTS), 3), [4 + 2 + 9, 3 + 1 + 8, 2 + 0 + 7])
+    np.testing.assert_array_equal(loss.target_counts(jnp.asarray(SEGMENTS), 3), [4 + 2 + 9, 3 + 1 + 8, 2 + 0 + 7])
 
 
 def test_no_target_at_all_is_not_divided_by():
-    assert objective.target_counts(jnp.zeros((2, 5), jnp.int32), 2).tolist() == [1, 1]
+    assert loss.target_counts(jnp.zeros((2, 5), jnp.int32), 2).tolist() == [1, 1]
 
 
 # parts of a batch
@@ -125,14 +126,14 @@ LIGHT = small(
 
 @partial(jax.jit, static_argnums=(0, 4), compiler_options=QUICK)
 def light_losses(graphdef, state, batch, counts, share):
-    return objective.losses(nnx.merge(graphdef, state), batch, MTP_WEIGHT, counts=counts, share=share)
+    return loss.losses(nnx.merge(graphdef, state), batch, MTP_WEIGHT, counts=counts, share=share)
 
 
 def test_parts_with_the_whole_batchs_counts_add_up_to_it():
     model = random_model(LIGHT)
     segments = np.array([[1] * 5 + [2] * 3 + [0] * 2, [1] * 10, [1] * 2 + [0] * 8, [1] * 4 + [2] * 6], np.int32)
     whole = batch_of(tokens_of(LIGHT, 4, LENGTH, seed=3), segments, np.broadcast_to(np.arange(10), (4, 10)))
-    counts = objective.target_counts(whole["segment_ids"], 3)
+    counts = loss.target_counts(whole["segment_ids"], 3)
     want = light_losses(*nnx.split(model), whole, None, 1.0)
     parts = [
         light_losses(*nnx.split(model), {k: v[start : start + 2] for k, v in whole.items()}, counts, 0.5)
@@ -154,7 +155,7 @@ def test_scores_equal_log_probabilities_and_a_walk_along_the_drafts():
     oracle = Oracle(np, cfg, SEGMENTS, POSITIONS)
     logits, mtp_logits = oracle.outputs(parameters(model), tokens)
 
-    got = jax.jit(lambda b: objective.scores(model, b), compiler_options=QUICK)(batch_of(tokens))
+    got = jax.jit(lambda b: loss.scores(model, b), compiler_options=QUICK)(batch_of(tokens))
     nats, mask = oracle.nats(logits, tokens, 1)
     np.testing.assert_allclose(got.nll, nats, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(got.mask, mask)

@@ -11,10 +11,11 @@ from flax import nnx
 from models import random_model, small
 from runs import assert_bitwise
 
-from dsv3_jax import native, optim
 from dsv3_jax.config import OptimConfig
-from dsv3_jax.modules.layers import NormScale
-from dsv3_jax.modules.moe import RouterBias
+from dsv3_jax.kernels.cpu import calls
+from dsv3_jax.model.layers import NormScale
+from dsv3_jax.model.moe import RouterBias
+from dsv3_jax.training import optim
 
 CFG = OptimConfig(
     learning_rate=3e-2, final_learning_rate=3e-3, warmup_steps=10, decay_start=0.5, decay_end=0.9, bias_freeze=0.8
@@ -67,7 +68,7 @@ def test_bias_rate_is_zero_at_the_end(freeze, moving):
 @pytest.fixture(params=["native", "XLA"])
 def either(request, monkeypatch):
     """Both ways to take the step, however large an array is."""
-    if request.param == "native" and (why := native.why_not()):
+    if request.param == "native" and (why := calls.why_not()):
         pytest.skip(why)
     monkeypatch.setattr(optim, "LARGE", 0 if request.param == "native" else 1 << 62)
 

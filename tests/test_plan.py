@@ -8,14 +8,15 @@ import pytest
 from flax import nnx
 from runs import MODEL, cheap_compiles, fresh_state, make_run
 
-from dsv3_jax import cost as costs
-from dsv3_jax import devices, sharding
-from dsv3_jax.cache import empty_cache
 from dsv3_jax.config import ConfigError, Layout
-from dsv3_jax.cost import Cost, decode_cost, train_cost
-from dsv3_jax.devices import DEVICES, parse_bytes
-from dsv3_jax.hlo import Collective, Traffic
-from dsv3_jax.plan import Plan, describe, in_bytes, in_seconds, plan
+from dsv3_jax.mesh import sharding
+from dsv3_jax.model.cache import empty_cache
+from dsv3_jax.planning import cost as costs
+from dsv3_jax.planning import devices
+from dsv3_jax.planning.cost import Cost, decode_cost, train_cost
+from dsv3_jax.planning.devices import DEVICES, parse_bytes
+from dsv3_jax.planning.hlo import Collective, Traffic
+from dsv3_jax.planning.plan import Plan, describe, in_bytes, in_seconds, plan
 from dsv3_jax.presets import recipe
 
 pytestmark = pytest.mark.long

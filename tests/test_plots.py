@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dsv3_jax import plots
+from dsv3_jax.report import run_plots
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -22,7 +22,7 @@ def texts(ax) -> list[str]:
 def test_heatmap_draws_load_over_mean(tmp_path, rng):
     load = rng.integers(1, 100, (3, 8))
     code, c = rng.integers(1, 100, (2, 3, 8))
-    figure = plots.routing_heatmap(
+    figure = run_plots.routing_heatmap(
         load, tmp_path / "a" / "load.png", title="step 7", domain_loads={"code": code, "C": c}
     )
     drawn = [np.asarray(ax.images[0].get_array()) for ax in figure.axes if ax.images]
@@ -35,12 +35,12 @@ def test_heatmap_draws_load_over_mean(tmp_path, rng):
     peaks = load.max(-1) / load.mean(-1) - 1
     assert texts(figure.axes[0]) == ["MaxVio", *(f"{p:.2f}" for p in peaks)]
     width, height = png_size(tmp_path / "a" / "load.png")
-    assert width == 11 * plots.DPI and 300 < height < 2000
+    assert width == 11 * run_plots.DPI and 300 < height < 2000
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["load.png"]  # no temporary file is left
 
 
 def test_heatmap_of_a_layer_without_load(tmp_path):
-    figure = plots.routing_heatmap([[1, 3], [0, 0]], tmp_path / "load.png", domain_loads={"C": [[0, 0], [0, 0]]})
+    figure = run_plots.routing_heatmap([[1, 3], [0, 0]], tmp_path / "load.png", domain_loads={"C": [[0, 0], [0, 0]]})
     assert texts(figure.axes[0]) == ["MaxVio", "0.50", "no load"]
     assert figure.axes[1].get_title() == "C (no load)"
 
@@ -51,13 +51,13 @@ def test_heatmap_of_a_layer_without_load(tmp_path):
 )
 def test_heatmap_refuses_what_is_no_load(tmp_path, load, said):
     with pytest.raises(ValueError, match=said):
-        plots.routing_heatmap(load, tmp_path / "load.png")
+        run_plots.routing_heatmap(load, tmp_path / "load.png")
     assert not list(tmp_path.iterdir())
 
 
 def test_heatmap_refuses_a_domain_of_another_shape(tmp_path):
     with pytest.raises(ValueError, match=r"'C' has shape \(1, 4\)"):
-        plots.routing_heatmap(np.ones((1, 2)), tmp_path / "load.png", domain_loads={"C": np.ones((1, 4))})
+        run_plots.routing_heatmap(np.ones((1, 2)), tmp_path / "load.png", domain_loads={"C": np.ones((1, 4))})
 
 
 def test_curves_draw_each_metric_at_its_steps(tmp_path):
@@ -67,7 +67,7 @@ def test_curves_draw_each_metric_at_its_steps(tmp_path):
         {"step": 20, "val_loss": 4.5, "val_bits_per_byte": 3.0, "max_vio_global": 0.5, "mtp_acceptance": None},
         {"step": 10, "loss": 5.5},  # a resumed run comes by again
     ]
-    figure = plots.training_curves(metrics, tmp_path / "run.png")
+    figure = run_plots.training_curves(metrics, tmp_path / "run.png")
     curves = {
         (ax.get_title().split(":")[0], line.get_label()): line.get_xydata().tolist()
         for ax in figure.axes
@@ -89,7 +89,7 @@ def test_curves_draw_each_metric_at_its_steps(tmp_path):
 
 def test_each_head_has_a_curve_of_its_own(tmp_path):
     metrics = [{"step": 1, "mtp_loss": [5.0, 6.0]}, {"step": 2, "mtp_loss": [4.0, 5.5], "mtp_acceptance": [0.5]}]
-    loss, acceptance = plots.training_curves(metrics, tmp_path / "run.png").axes
+    loss, acceptance = run_plots.training_curves(metrics, tmp_path / "run.png").axes
     assert {line.get_label(): line.get_xydata().tolist() for line in loss.lines} == {
         "train, MTP 1": [[1, 5.0], [2, 4.0]],
         "train, MTP 2": [[1, 6.0], [2, 5.5]],
@@ -99,7 +99,7 @@ def test_each_head_has_a_curve_of_its_own(tmp_path):
 
 def test_curves_refuse_rows_without_a_metric(tmp_path):
     with pytest.raises(ValueError, match="none of the 1 rows"):
-        plots.training_curves([{"step": 3}], tmp_path / "run.png")
+        run_plots.training_curves([{"step": 3}], tmp_path / "run.png")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -110,7 +110,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         file.write_bytes(PNG)
         raise OSError("disk full")
 
-    monkeypatch.setattr(plots.Figure, "savefig", fail)
+    monkeypatch.setattr(run_plots.Figure, "savefig", fail)
     with pytest.raises(OSError, match="disk full"):
-        plots.training_curves([{"step": 1, "loss": 1.0}], path)
+        run_plots.training_curves([{"step": 1, "loss": 1.0}], path)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

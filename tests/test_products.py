@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax import native
+from dsv3_jax.kernels.cpu import calls
 from dsv3_jax.ops import products
 
 ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 17, 64)
@@ -23,7 +23,7 @@ def large(monkeypatch):
 
 @pytest.fixture
 def kernels():
-    if why := native.why_not():
+    if why := calls.why_not():
         pytest.skip(why)
 
 
@@ -72,7 +72,7 @@ def test_each_head_has_its_own_matrix(shape, turned):
         theirs = np.einsum("nhk,hmk->nhm" if turned else "nhk,hkm->nhm", x, w, dtype=np.float64)
         ours = products.few_rows_by_heads(jnp.asarray(x[:, None]), jnp.asarray(w), turned=turned)
         close(ours[:, 0], theirs)
-        if not native.why_not():  # a row does not hang on its neighbours
+        if not calls.why_not():  # a row does not hang on its neighbours
             alone = products.few_rows_by_heads(jnp.asarray(x[-1:]), jnp.asarray(w), turned=turned)
             np.testing.assert_array_equal(np.asarray(alone[0]), np.asarray(ours[-1, 0]))
 
@@ -80,23 +80,23 @@ def test_each_head_has_its_own_matrix(shape, turned):
 def test_gates_far_from_zero_stay_finite(kernels):
     """silu of ±10⁴, where e^−x is no float32."""
     x, one = jnp.asarray([[1e4], [-1e4]], jnp.float32), jnp.ones((1, 1), jnp.float32)
-    np.testing.assert_allclose(np.asarray(native.few_rows_swiglu(x, one, one, one)), [[1e8], [0.0]], atol=1e-20)
+    np.testing.assert_allclose(np.asarray(calls.few_rows_swiglu(x, one, one, one)), [[1e8], [0.0]], atol=1e-20)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_row_does_not_hang_on_its_neighbours(kernels, shape):
     x, w = map(jnp.asarray, draw((17, shape[0]), shape))
-    together = np.asarray(native.few_rows_product(x, w))
+    together = np.asarray(calls.few_rows_product(x, w))
     for rows in ROWS:
         for first in range(0, 17, rows):
-            alone = native.few_rows_product(x[first : first + rows], w)
+            alone = calls.few_rows_product(x[first : first + rows], w)
             np.testing.assert_array_equal(np.asarray(alone), together[first : first + rows])
 
 
 def test_callers_at_the_same_time_share_the_helpers(kernels):
     """Each gets its own product, whoever the helpers work for."""
     x, w = map(jnp.asarray, draw((6, 300), (300, 2048)))
-    run = jax.jit(native.few_rows_product)
+    run = jax.jit(calls.few_rows_product)
     alone = [np.asarray(run(x[i : i + 1], w)) for i in range(6)]
     with ThreadPoolExecutor(6) as pool:
         for i, found in enumerate(pool.map(lambda i: np.asarray(run(x[i % 6 : i % 6 + 1], w)), range(600))):
@@ -105,7 +105,7 @@ def test_callers_at_the_same_time_share_the_helpers(kernels):
 
 def test_who_multiplies(monkeypatch):
     """The kernels for few rows of float32, or one with a large weight, XLA for all else."""
-    monkeypatch.setattr(native, "why_not", lambda: "")
+    monkeypatch.setattr(calls, "why_not", lambda: "")
 
     def by_kernel(rows: int, w: jax.Array) -> bool:
         # A function of its own each time, to be traced anew.

@@ -8,7 +8,7 @@ import pytest
 
 PROGRAM = """
 import ctypes
-from dsv3_jax.runtime import keep_memory
+from dsv3_jax.kernels.cpu.memory import keep_memory
 
 assert keep_memory()
 libc = ctypes.CDLL(None)

@@ -10,9 +10,11 @@ from flax import nnx
 from runs import MODEL, assert_bitwise, cheap_compiles, fresh_state, make_run, rows_of, unhooked_cli
 from runs import write_text as text_in
 
-from dsv3_jax import sharding, source, tokenizer, train
-from dsv3_jax.checkpoint import Checkpoints, claim, load_model, read_run
 from dsv3_jax.config import Balance, ConfigError, DataConfig, Layout, Yarn
+from dsv3_jax.data import tokenizer
+from dsv3_jax.mesh import sharding
+from dsv3_jax.training import loop, warm_start
+from dsv3_jax.training.checkpoint import Checkpoints, claim, load_model, read_run
 
 pytestmark = pytest.mark.long
 
@@ -29,9 +31,9 @@ def root(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _no_seconds_spent_on_the_rest(monkeypatch):
-    monkeypatch.setattr(train, "gemm_flops", lambda dtype: 1e9)
-    monkeypatch.setattr(train, "_draw", lambda *_: None)
-    monkeypatch.setattr(train, "_order2", lambda *_: 0.0)
+    monkeypatch.setattr(loop, "gemm_flops", lambda dtype: 1e9)
+    monkeypatch.setattr(loop, "_draw", lambda *_: None)
+    monkeypatch.setattr(loop, "_order2", lambda *_: 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +54,14 @@ def save(folder, run) -> None:
 
 
 def run_from(other, **model):
-    run = source.on_weights(make_run("", eval_every=4, steps=4, save_every=2), other)
+    run = warm_start.on_weights(make_run("", eval_every=4, steps=4, save_every=2), other)
     return replace(run, model=replace(run.model, **LONGER | model))
 
 
 def test_weights_and_biases_are_the_others_and_all_else_is_new(other):
     run = run_from(other)
     assert run.data == read_run(other).data and run.model == replace(MODEL, **LONGER)
-    state, at = source.begin(run, WORDS)
+    state, at = warm_start.begin(run, WORDS)
     wanted = fresh_state(read_run(other))
     assert_bitwise((state.params, state.bias), (wanted.params, wanted.bias))
     assert all(np.asarray(b[...]).any() for _, b in nnx.to_flat_state(state.bias))
@@ -72,10 +74,10 @@ def test_it_goes_on_without_the_other(other, root, tmp_path):
     mine = tmp_path / "mine"
     shutil.copytree(other, mine)
     run = run_from(str(mine))
-    assert train.fit(run, tmp_path / "whole", quiet=True).finished
-    assert train.fit(run, tmp_path / "parts", stop_after=2, quiet=True).step == 2
+    assert loop.fit(run, tmp_path / "whole", quiet=True).finished
+    assert loop.fit(run, tmp_path / "parts", stop_after=2, quiet=True).step == 2
     shutil.rmtree(mine)
-    assert train.fit(run, tmp_path / "parts", quiet=True).resumed_from == 2
+    assert loop.fit(run, tmp_path / "parts", quiet=True).resumed_from == 2
     states = []
     for name in ("whole", "parts"):
         with Checkpoints(tmp_path / name, run, read_only=True) as checkpoints:
@@ -88,17 +90,17 @@ def test_it_goes_on_without_the_other(other, root, tmp_path):
 def test_on_a_mesh_it_lies_where_the_mesh_wants_it(other):
     run = run_from(other, layout=Layout(fsdp=True))
     mesh = sharding.make_mesh(2, 2)
-    state, _ = source.begin(run, WORDS, mesh)
+    state, _ = warm_start.begin(run, WORDS, mesh)
     where = sharding.state_sharding(state, mesh, fsdp=True)
     for leaf, at in zip(jax.tree.leaves(state), jax.tree.leaves(where), strict=True):
         assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
-    assert_bitwise(jax.device_get(state), jax.device_get(source.begin(run_from(other), WORDS)[0]))
+    assert_bitwise(jax.device_get(state), jax.device_get(warm_start.begin(run_from(other), WORDS)[0]))
 
 
 def test_what_does_not_fit_is_refused(other, tmp_path):
     for change, sentence in ({"num_heads": 1}, "has model.num_heads 2, not 1"), ({"mtp_depth": 0}, "model.mtp_depth 1"):
         with pytest.raises(ConfigError, match=sentence):
-            train.fit(run_from(other, **change), tmp_path / "new", quiet=True)
+            loop.fit(run_from(other, **change), tmp_path / "new", quiet=True)
     with pytest.raises(ConfigError, match="not with both"):
         replace(run_from(other), trunk=other)
     assert not (tmp_path / "new").exists()

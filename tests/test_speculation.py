@@ -10,7 +10,7 @@ import oracles
 import pytest
 
 from dsv3_jax.ops.sampling import GREEDY, Sampling
-from dsv3_jax.ops.speculation import accept, probabilities
+from dsv3_jax.ops.verify_drafts import accept, probabilities
 
 W = 6
 DRAWS = 40_000

@@ -14,8 +14,8 @@ import pytest
 from flax import nnx
 from models import HEADS, LIGHT, forward, random_model, small, tokens_of
 
-from dsv3_jax.generate import _decode, _prefill, _Static, check_draft, generate, generate_in_parts, stream
-from dsv3_jax.modules.transformer import abstract
+from dsv3_jax.decoding.generate import _decode, _prefill, _Static, check_draft, generate, generate_in_parts, stream
+from dsv3_jax.model.transformer import abstract
 from dsv3_jax.ops.sampling import GREEDY
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("light_compiles")]

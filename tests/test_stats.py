@@ -11,11 +11,11 @@ from flax import nnx
 from models import forward, random_model
 from runs import MODEL, cheap_compiles
 
-from dsv3_jax.modules.transformer import Transformer, abstract
+from dsv3_jax.data.tokenizer import ByteTokenizer
+from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.stats import collect, favourites, lift, measures, readable, specialisation
 from dsv3_jax.stats.collect import RoutingStats, layer_names
 from dsv3_jax.stats.tokens import AFTER, BEFORE, NEAR, TOP, TokenCounts, context
-from dsv3_jax.tokenizer import ByteTokenizer
 
 WORDS = ByteTokenizer()
 B, T, E, K = 3, 20, MODEL.num_experts, MODEL.experts_per_token

@@ -11,12 +11,12 @@ import pytest
 from counts import made
 from runs import MODEL, cheap_compiles, finished, rows_of, unhooked_cli
 
-from dsv3_jax.metrics import Rows, read_rows
+from dsv3_jax.data.tokenizer import ByteTokenizer
+from dsv3_jax.report.metrics import Rows, read_rows
 from dsv3_jax.stats import plots, read_load, report, specialisation
 from dsv3_jax.stats.page import page
 from dsv3_jax.stats.reporting import PICTURES, as_json
 from dsv3_jax.stats.tokens import AFTER, BEFORE, Contexts
-from dsv3_jax.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.long
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from runs import HERE
 
-from dsv3_jax.lab import study
 from dsv3_jax.presets import recipe
+from experiments.lab import study
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_the_corpus_is_written_once(load, tmp_path, monkeypatch):
 
 
 def corpus_of(count):
-    from dsv3_jax.corpus import Corpus, Document
+    from dsv3_jax.data.corpus import Corpus, Document
 
     documents = tuple(Document(f"text number {i} " * 30, "code") for i in range(count))
     return Corpus(documents, (), ("code",), "")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from dsv3_jax import tokenizer as tok
+from dsv3_jax.data import tokenizer as tok
 
 TEXT = "def f(x):\n    return 'naïve €5 🚀' + \"日本語\"  # e\u0301\r\n\t\0 end"
 

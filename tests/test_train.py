@@ -14,10 +14,11 @@ import pytest
 from runs import STEPS, assert_bitwise, cheap_compiles, finished, flags, rows_of, said_by, start, unhooked_cli
 from tensorboardX.proto.event_pb2 import Event
 
-from dsv3_jax import data, train
-from dsv3_jax.checkpoint import Checkpoints
-from dsv3_jax.ngram import order2_bits_per_byte
-from dsv3_jax.tokenizer import ByteTokenizer
+from dsv3_jax.data import batches
+from dsv3_jax.data.ngram import order2_bits_per_byte
+from dsv3_jax.data.tokenizer import ByteTokenizer
+from dsv3_jax.training import loop
+from dsv3_jax.training.checkpoint import Checkpoints
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -37,9 +38,9 @@ def whole(root):
 @pytest.fixture(autouse=True)
 def _no_seconds_spent_on_the_rest(whole, monkeypatch):
     """The machine's peak speed, the pictures and the baseline are of the whole run, which was trained without this."""
-    monkeypatch.setattr(train, "gemm_flops", lambda dtype: 1e9)
-    monkeypatch.setattr(train, "_draw", lambda *_: None)
-    monkeypatch.setattr(train, "_order2", lambda *_: 0.0)
+    monkeypatch.setattr(loop, "gemm_flops", lambda dtype: 1e9)
+    monkeypatch.setattr(loop, "_draw", lambda *_: None)
+    monkeypatch.setattr(loop, "_order2", lambda *_: 0.0)
 
 
 def main(argv: list[str]) -> int:
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
 
 @cache
 def corpus_of(run):
-    return data.load_corpus(run.data)
+    return batches.load_corpus(run.data)
 
 
 def last_checkpoint(run, folder: Path):
@@ -63,7 +64,7 @@ def assert_same_run(run, folder: Path, whole) -> None:
     (state, place), (want, want_place) = last_checkpoint(run, folder), last_checkpoint(whole.run, whole.folder)
     assert int(state.step) == STEPS
     assert_bitwise(state, want)
-    assert place == want_place != data.train_batches(corpus_of(run), ByteTokenizer(), run.data).get_state()
+    assert place == want_place != batches.train_batches(corpus_of(run), ByteTokenizer(), run.data).get_state()
     assert rows_of(folder) == rows_of(whole.folder)
     assert (folder / "load.jsonl").read_text() == (whole.folder / "load.jsonl").read_text()
 
@@ -101,7 +102,7 @@ def test_the_order_2_baseline_is_told(whole):
     corpus, words = corpus_of(whole.run), ByteTokenizer()
     rows = [
         words.bytes_of(row[segments > 0].tolist())
-        for batch in data.val_batches(corpus, words, whole.run.data, whole.run.eval_batches)
+        for batch in batches.val_batches(corpus, words, whole.run.data, whole.run.eval_batches)
         for row, segments in zip(batch["tokens"], batch["segment_ids"], strict=True)
     ]
     want = order2_bits_per_byte((d.text.encode() for d in corpus.train), rows)
@@ -111,26 +112,26 @@ def test_the_order_2_baseline_is_told(whole):
 
 
 def test_two_runs_are_one(whole, tmp_path):
-    train.fit(whole.run, tmp_path / "run", quiet=True)
+    loop.fit(whole.run, tmp_path / "run", quiet=True)
     assert_same_run(whole.run, tmp_path / "run", whole)
 
 
 def test_stopped_and_resumed_is_never_stopped(whole, tmp_path):
     """Twice; what a lost stretch wrote into the metrics, and a line cut short, are dropped."""
     folder = tmp_path / "run"
-    first, said = said_by(lambda: train.fit(whole.run, folder, stop_after=5))
+    first, said = said_by(lambda: loop.fit(whole.run, folder, stop_after=5))
     assert (first.step, first.finished, first.resumed_from) == (5, False, None)
     assert "stopped and saved at step 5" in said
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 6, "loss": 0.0}) + "\n" + '{"step": 7, "lo')
-    second = train.fit(whole.run, folder, stop_after=7, quiet=True)
+    second = loop.fit(whole.run, folder, stop_after=7, quiet=True)
     assert (second.step, second.finished, second.resumed_from) == (7, False, 5)
-    third, said = said_by(train.fit, whole.run, folder)
+    third, said = said_by(loop.fit, whole.run, folder)
     assert (third.step, third.finished, third.resumed_from) == (STEPS, True, 7)
     assert "resumed from the checkpoint of step 7" in said
     assert_same_run(whole.run, folder, whole)
     assert third.evaluation["val_loss"] == whole.fitted.evaluation["val_loss"]
-    again = train.fit(whole.run, folder, quiet=True)  # a finished run is only looked at
+    again = loop.fit(whole.run, folder, quiet=True)  # a finished run is only looked at
     assert (again.step, again.finished, again.resumed_from) == (STEPS, True, STEPS)
     assert_same_run(whole.run, folder, whole)
 
@@ -159,7 +160,7 @@ def test_sigterm_saves_and_the_next_call_goes_on(whole, root, tmp_path):
     state, _ = last_checkpoint(run, folder)
     step = int(state.step)
     assert 1 <= step < STEPS and f"stopped and saved at step {step}" in said
-    assert train.fit(run, folder, quiet=True).resumed_from == step
+    assert loop.fit(run, folder, quiet=True).resumed_from == step
     assert_same_run(run, folder, whole)
 
 
@@ -178,7 +179,7 @@ def test_killed_at_any_moment_it_ends_the_same(whole, root, tmp_path):
             before, saved = saved, checkpoints.latest
         assert saved > before
         assert before == 0 or f"resumed from the checkpoint of step {before}" in said
-    assert train.fit(run, folder, quiet=True).resumed_from == saved
+    assert loop.fit(run, folder, quiet=True).resumed_from == saved
     assert_same_run(run, folder, whole)
 
 
@@ -186,7 +187,7 @@ def poisoned_at(step: int):
     """A compiled step that meets a parameter which is not finite after `step` steps."""
 
     def make(run):
-        good = train.make_step(run)
+        good = loop.make_step(run)
 
         def poisoned(state, batch):
             if int(state.step) == step:
@@ -201,44 +202,44 @@ def poisoned_at(step: int):
 def test_a_loss_that_is_not_finite_stops_the_run(whole, tmp_path, monkeypatch, capfd):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_compiled_step", poisoned_at(4))
+        patch.setattr(loop, "_compiled_step", poisoned_at(4))
         assert main(["train", "tiny", "--out", str(folder), *flags(whole.run)]) == 2
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 1
     assert "step 4 met" in said[0] and "parameter head" in said[0] and "last good checkpoint is step 4" in said[0]
-    assert train.fit(whole.run, folder, quiet=True).resumed_from == 4  # without the poison
+    assert loop.fit(whole.run, folder, quiet=True).resumed_from == 4  # without the poison
     assert_same_run(whole.run, folder, whole)
 
 
 def test_a_full_disk_stops_the_run(whole, tmp_path, monkeypatch, capfd):
     folder = tmp_path / "run"
-    train.fit(whole.run, folder, stop_after=3, quiet=True)
+    loop.fit(whole.run, folder, stop_after=3, quiet=True)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
         assert main(["train", "tiny", "--out", str(folder), *flags(whole.run)]) == 2
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 1 and "no room for a checkpoint" in said[0]
-    assert train.fit(whole.run, folder, quiet=True).resumed_from == 3
+    assert loop.fit(whole.run, folder, quiet=True).resumed_from == 3
     assert_same_run(whole.run, folder, whole)
 
 
 def test_a_disk_that_fills_up_while_writing_stops_the_run(whole, tmp_path, monkeypatch, capfd):
     folder = tmp_path / "run"
-    train.fit(whole.run, folder, stop_after=3, quiet=True)
+    loop.fit(whole.run, folder, stop_after=3, quiet=True)
     with monkeypatch.context() as patch:
 
         def fail(*args, **kwargs):
             raise OSError(28, "No space left on device", str(folder))
 
-        patch.setattr(train.Metrics, "write", fail)
+        patch.setattr(loop.Metrics, "write", fail)
         assert main(["train", "tiny", "--out", str(folder), *flags(whole.run)]) == 2
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 1 and "the disk is full" in said[0] and str(folder) in said[0]
-    assert train.fit(whole.run, folder, quiet=True).resumed_from == 3
+    assert loop.fit(whole.run, folder, quiet=True).resumed_from == 3
 
 
 def test_another_runs_folder_is_left_alone(whole):
     before = {path: path.stat().st_mtime_ns for path in whole.folder.rglob("*")}
     with pytest.raises(ValueError, match=r"holds another run: its optim\.beta1 is 0\.9, not 0\.8"):
-        train.fit(replace(whole.run, optim=replace(whole.run.optim, beta1=0.8)), whole.folder)
+        loop.fit(replace(whole.run, optim=replace(whole.run.optim, beta1=0.8)), whole.folder)
     assert {path: path.stat().st_mtime_ns for path in whole.folder.rglob("*")} == before

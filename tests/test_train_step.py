@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 from runs import MODEL, STEPS, assert_bitwise, cheap_compiles, fresh_state, make_run, packed_batch
 
-from dsv3_jax import train_step
 from dsv3_jax.config import OptimConfig
-from dsv3_jax.modules.moe import RouterBias
-from dsv3_jax.train_step import TrainState, first_bad_tensor, init_state, make_step
+from dsv3_jax.model.moe import RouterBias
+from dsv3_jax.training import step as train_step
+from dsv3_jax.training.step import TrainState, first_bad_tensor, init_state, make_step
 
 B, T = 4, 16
 # eps: AdamW then does not turn the rounding of gradients near 0 into whole steps of either sign

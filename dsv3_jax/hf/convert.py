@@ -9,17 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv3_jax import tokenizer
-from dsv3_jax.checkpoint import RUN_FILE, TOKENIZER_FILE, Checkpoints, claim, load_model
 from dsv3_jax.config import DataConfig, RunConfig
+from dsv3_jax.data import tokenizer
 from dsv3_jax.hf import files
 from dsv3_jax.hf.config_json import config_to_dict
 from dsv3_jax.hf.reading import Folder, load
 from dsv3_jax.hf.table import tensor_table
 from dsv3_jax.hf.writing import DTYPES, SHARD_BYTES, Tensors, from_folder, write, written_as
-from dsv3_jax.modules.moe import RouterBias
-from dsv3_jax.optim import AdamState
-from dsv3_jax.train_step import TrainState
+from dsv3_jax.model.moe import RouterBias
+from dsv3_jax.training.checkpoint import RUN_FILE, TOKENIZER_FILE, Checkpoints, claim, load_model
+from dsv3_jax.training.optim import AdamState
+from dsv3_jax.training.step import TrainState
 
 # Small files that go along from one released folder to another, where they are.
 BESIDE = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")

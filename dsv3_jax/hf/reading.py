@@ -16,10 +16,10 @@ from dsv3_jax.hf.config_json import config_from_dict
 from dsv3_jax.hf.files import CONFIG, Maps, Stored, open_folder
 from dsv3_jax.hf.fp8 import E4M3, dequantize
 from dsv3_jax.hf.table import SCALE, Entry, entries
-from dsv3_jax.modules.moe import RouterBias
-from dsv3_jax.modules.transformer import Transformer, abstract
-from dsv3_jax.progress import transfer
-from dsv3_jax.sharding import state_sharding
+from dsv3_jax.mesh.sharding import state_sharding
+from dsv3_jax.model.moe import RouterBias
+from dsv3_jax.model.transformer import Transformer, abstract
+from dsv3_jax.report.progress import transfer
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 READABLE = (np.dtype(np.float32), np.dtype(np.float16), BF16)

@@ -13,8 +13,8 @@ from dsv3_jax.hf.config_json import config_to_dict
 from dsv3_jax.hf.fp8 import quantize
 from dsv3_jax.hf.reading import BF16, Folder, is_finite
 from dsv3_jax.hf.table import SCALE, entries, tensor_table
-from dsv3_jax.modules.transformer import Transformer
-from dsv3_jax.progress import transfer
+from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.report.progress import transfer
 
 SHARD_BYTES = 5_000_000_000
 DTYPES = ("float32", "bfloat16")

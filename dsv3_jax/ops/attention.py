@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax import native
+from dsv3_jax.kernels.cpu import calls
 
 
 def causal_attention(
@@ -40,7 +40,7 @@ def causal_attention(
     Returns: [B, T, H, V] in v's dtype.
     """
     batch, length, heads, _ = q.shape
-    if q_rope is None and block is None and native.serves(q.dtype, k.dtype, v.dtype):
+    if q_rope is None and block is None and calls.serves(q.dtype, k.dtype, v.dtype):
         ids = jnp.ones((batch, length), jnp.int32) if segment_ids is None else segment_ids
         return _attend_natively(q * jnp.asarray(scale, q.dtype), k, v, ids)
     if q_rope is None or k_rope is None:
@@ -64,16 +64,16 @@ def causal_attention(
 
 @jax.custom_vjp
 def _attend_natively(q, k, v, segment_ids):
-    return native.causal_attention(q, k, v, segment_ids)[0]
+    return calls.causal_attention(q, k, v, segment_ids)[0]
 
 
 def _attend_natively_fwd(q, k, v, segment_ids):
-    out, lse = native.causal_attention(q, k, v, segment_ids)
+    out, lse = calls.causal_attention(q, k, v, segment_ids)
     return out, (q, k, v, segment_ids, out, lse)
 
 
 def _attend_natively_bwd(saved, d_out):
-    return *native.causal_attention_gradients(*saved, d_out), None
+    return *calls.causal_attention_gradients(*saved, d_out), None
 
 
 _attend_natively.defvjp(_attend_natively_fwd, _attend_natively_bwd)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax import native
+from dsv3_jax.kernels.cpu import calls
 from dsv3_jax.ops.quantize import dequantize_rows
 from dsv3_jax.ops.varying import as_varying
 
@@ -56,9 +56,9 @@ def cached_attention(
     Returns: V is parts[0] where `shared`, else parts[1]; in q's dtype.
     """
     batch, groups, capacity, width = stored.rows.shape[1:]
-    if block is None and not summed and native.serves(q.dtype) and stored.rows.dtype.name in native.CACHE_DTYPES:
+    if block is None and not summed and calls.serves(q.dtype) and stored.rows.dtype.name in calls.CACHE_DTYPES:
         scaled, values = q * jnp.asarray(scale, q.dtype), (0, parts[0]) if shared else parts
-        return native.cached_attention(scaled, *stored, layer, last, values=values, first_part=parts[0])
+        return calls.cached_attention(scaled, *stored, layer, last, values=values, first_part=parts[0])
     if block is None:
         block = _block(batch * groups * width, capacity)
     block = min(block, capacity)

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax import native
-from dsv3_jax.ops.dispatch_blocks import blocks_swiglu
-from dsv3_jax.ops.dispatch_plan import Plan, plan
+from dsv3_jax.kernels.cpu import calls
+from dsv3_jax.kernels.cpu.blocks import blocks_swiglu
+from dsv3_jax.ops.sort_by_expert import Plan, plan
 from dsv3_jax.ops.varying import zeros
 
 
@@ -100,7 +100,7 @@ def end_thread(x: Float[Array, "*n D"], thread: Experts, *, backend: str) -> Flo
     Without this it begins as zeros. The native kernel writes over whatever a layer's part holds: gigabytes of zeros
     need not be written and read.
     """
-    served = backend == "blocks" and native.serves(x.dtype, thread.w_gate.dtype)
+    served = backend == "blocks" and calls.serves(x.dtype, thread.w_gate.dtype)
     return _begin_gradient(x, thread) if served else x
 
 
@@ -109,7 +109,7 @@ def _begin_gradient(x, thread):
     return x
 
 
-_begin_gradient.defvjp(lambda x, thread: (x, thread), lambda thread, dx: (dx, Experts(*native.room(*thread))))
+_begin_gradient.defvjp(lambda x, thread: (x, thread), lambda thread, dx: (dx, Experts(*calls.room(*thread))))
 
 
 def take_layer(experts: Experts, thread: Experts, layer: Int[Array, ""]) -> tuple[Experts, Experts]:
@@ -208,8 +208,8 @@ def few_tokens_swiglu(
     n, num_choices = expert_ids.shape
     num_experts = experts.w_gate.shape[1]
     few = n * num_choices <= 32 * num_experts  # else products cost more than reading what they are with
-    if rows is None and all_here and few and native.serves(x.dtype, experts.w_gate.dtype):
-        return native.few_tokens_swiglu(x, expert_ids, gates, *experts, layer)
+    if rows is None and all_here and few and calls.serves(x.dtype, experts.w_gate.dtype):
+        return calls.few_tokens_swiglu(x, expert_ids, gates, *experts, layer)
     zero = jnp.zeros((), jnp.int32)
 
     def visit(expert: Array, mine: Array) -> Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dsv3_jax import native
+from dsv3_jax.kernels.cpu import calls
 
 FEW_ROWS = 64  # beyond them the products cost more than reading what they are with
 LARGE = 1 << 18  # bytes of a weight below which XLA's products of a single row are faster
@@ -27,7 +27,7 @@ def few_rows_product(x: Float[Array, "..."], w: Float[Array, "..."], axes: int =
     depth, lead = math.prod(w.shape[:axes]), x.shape[: x.ndim - axes]
     if not _serves(math.prod(lead), x, w):
         return product(x, w, axes)
-    y = native.few_rows_product(x.reshape(-1, depth), w.reshape(depth, -1))
+    y = calls.few_rows_product(x.reshape(-1, depth), w.reshape(depth, -1))
     return y.reshape(*lead, *w.shape[axes:])
 
 
@@ -44,7 +44,7 @@ def few_rows_swiglu(
     """`swiglu`, likewise. Takes no gradient."""
     if not _serves(x.size // x.shape[-1], x, w_gate):
         return swiglu(x, w_gate, w_up, w_down)
-    return native.few_rows_swiglu(x.reshape(-1, x.shape[-1]), w_gate, w_up, w_down).reshape(x.shape)
+    return calls.few_rows_swiglu(x.reshape(-1, x.shape[-1]), w_gate, w_up, w_down).reshape(x.shape)
 
 
 def few_rows_by_heads(
@@ -56,11 +56,11 @@ def few_rows_by_heads(
     """
     rows = math.prod(x.shape[:-2])
     if _serves(rows, x, w):
-        y = native.few_rows_by_heads(x.reshape(-1, *x.shape[-2:]), w, turned=turned)
+        y = calls.few_rows_by_heads(x.reshape(-1, *x.shape[-2:]), w, turned=turned)
         return y.reshape(*x.shape[:-1], y.shape[-1])
     return jnp.einsum("...hk,hnk->...hn" if turned else "...hk,hkn->...hn", x, w.astype(x.dtype))
 
 
 def _serves(rows: int, x: Array, w: Array) -> bool:
     few = rows <= FEW_ROWS and (rows > 1 or w.nbytes >= LARGE)
-    return few and native.serves(x.dtype, w.dtype)
+    return few and calls.serves(x.dtype, w.dtype)

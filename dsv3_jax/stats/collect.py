@@ -17,13 +17,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Float64, Int32, Int64
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.data import Batch
-from dsv3_jax.modules.moe import LayerRouting
-from dsv3_jax.modules.transformer import Transformer
-from dsv3_jax.objective import targets
+from dsv3_jax.data.batches import Batch
+from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.model.moe import LayerRouting
+from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops import balance
 from dsv3_jax.stats.tokens import Contexts, TokenCounts, TokenTally
-from dsv3_jax.tokenizer import Tokenizer
+from dsv3_jax.training.loss import targets
 
 
 @dataclass(frozen=True)

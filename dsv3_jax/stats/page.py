@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv3_jax.plots import DPI, load_norm, load_over_mean
+from dsv3_jax.report.run_plots import DPI, load_norm, load_over_mean
 from dsv3_jax.stats.page_parts import SCRIPT, STYLE, colour_bar, load_map
 from dsv3_jax.stats.plots import preference
 

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.colors import Normalize, to_hex
 
-from dsv3_jax.colours import DIVERGING
+from dsv3_jax.report.colours import DIVERGING
 
 STYLE = """
 :root { color-scheme: light dark; --back: #ffffff; --text: #1c1e21; --dim: #5f6670; --line: #d9dce1; --soft: #f4f5f7;

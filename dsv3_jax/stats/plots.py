@@ -14,8 +14,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from dsv3_jax.colours import DIVERGING
-from dsv3_jax.plots import DPI, colour_bar, label_load_bar, load_norm, load_over_mean, write_png
+from dsv3_jax.report.colours import DIVERGING
+from dsv3_jax.report.run_plots import DPI, colour_bar, label_load_bar, load_norm, load_over_mean, write_png
 from dsv3_jax.stats.measures import Specialisation
 
 FEW = 8  # layers that are named in a legend and have their numbers written out

@@ -14,18 +14,19 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax import data, tokenizer
-from dsv3_jax.checkpoint import load_model
 from dsv3_jax.config import replace
-from dsv3_jax.metrics import LOAD_FILE, read_rows
+from dsv3_jax.data import batches as data
+from dsv3_jax.data import tokenizer
+from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.ops import balance
-from dsv3_jax.plots import routing_heatmap
+from dsv3_jax.report.metrics import LOAD_FILE, read_rows
+from dsv3_jax.report.run_plots import routing_heatmap
 from dsv3_jax.stats import plots
 from dsv3_jax.stats.collect import RoutingStats, collect
 from dsv3_jax.stats.measures import Specialisation, domain_entropy, favourites, lift, specialisation
 from dsv3_jax.stats.page import page
 from dsv3_jax.stats.tokens import context, readable
-from dsv3_jax.tokenizer import Tokenizer
+from dsv3_jax.training.checkpoint import load_model
 
 NUMBERS, PAGE = "stats.json", "index.html"
 PICTURES = ("load.png", "load_over_time.png", "domains.png", "information.png", "coactivation.png", "entropy.png")

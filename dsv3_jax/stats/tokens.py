@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 
-from dsv3_jax.tokenizer import Tokenizer
+from dsv3_jax.data.tokenizer import Tokenizer
 
 BEFORE, AFTER = 32, 12  # tokens of a context
 NEAR = 8  # contexts that agree in so many last tokens count as one: boilerplate would fill the list
@@ -106,7 +106,7 @@ def readable(tokenizer: Tokenizer, ids: list[int]) -> str:
     """Text of ids for the eye: line ends and tabs as signs, what is not text as \\x.., the end of a document as <eos>.
 
     Example:
-        >>> from dsv3_jax.tokenizer import ByteTokenizer
+        >>> from dsv3_jax.data.tokenizer import ByteTokenizer
         >>> readable(ByteTokenizer(), [0x61, 0x0A, 0xC3, 0xA9, 0xC3, 0x00, 256])
         'a↵é\\\\xc3\\\\x00<eos>'
     """

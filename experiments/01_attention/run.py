@@ -1,10 +1,14 @@
 """MLA against MHA, GQA and MQA: validation loss and cache bytes a token, at equal parameters."""
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
+
 
 from dsv3_jax.config import ModelConfig, replace
-from dsv3_jax.counting import size
-from dsv3_jax.lab import Column, Study, drawing
+from dsv3_jax.model.counting import size
+from experiments.lab import Column, Study, drawing
 
 
 def matched(cfg: ModelConfig, like: ModelConfig) -> ModelConfig:

@@ -1,10 +1,14 @@
 """DeepSeekMoE's ladder: dense, one large expert, two, a shared one, finer ones; total and active parameters equal."""
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
+
 
 from dsv3_jax.config import replace
-from dsv3_jax.counting import size
-from dsv3_jax.lab import ABOVE, Column, Study
+from dsv3_jax.model.counting import size
+from experiments.lab import ABOVE, Column, Study
 
 
 def variants(base):

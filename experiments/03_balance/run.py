@@ -1,6 +1,10 @@
 """Ways to keep expert load even, and none: MaxVio over time and validation loss; bias rates of the loss-free way."""
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
+
 
 import jax
 import numpy as np
@@ -8,9 +12,9 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 from dsv3_jax.config import Balance, replace
-from dsv3_jax.lab import Column, Study, drawing
-from dsv3_jax.lab.results import write_figure
-from dsv3_jax.modules.moe import RouterBias
+from dsv3_jax.model.moe import RouterBias
+from experiments.lab import Column, Study, drawing
+from experiments.lab.results import write_figure
 
 BASELINE = "Switch loss, α 1e-3"  # the loss-free paper's
 NONE = Balance(bias_rate=0.0, sequence_alpha=0.0)

@@ -1,6 +1,10 @@
 """No token dropped, against experts of a fixed capacity: what is dropped, and what it costs."""
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
+
 from functools import partial
 
 import jax
@@ -9,10 +13,10 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 from dsv3_jax.config import Balance, replace
-from dsv3_jax.evaluate import evaluate
-from dsv3_jax.lab import Column, Study, drawing
-from dsv3_jax.lab.results import write_figure
-from dsv3_jax.modules.transformer import abstract
+from dsv3_jax.model.transformer import abstract
+from dsv3_jax.training.evaluate import evaluate
+from experiments.lab import Column, Study, drawing
+from experiments.lab.results import write_figure
 
 
 def variants(base):

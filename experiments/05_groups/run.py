@@ -1,6 +1,10 @@
 """Group-limited routing: how many groups a token may reach, against the loss."""
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
+
 from functools import partial
 
 import jax
@@ -8,8 +12,8 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax.config import replace
-from dsv3_jax.expert_exchange import mean_reach
-from dsv3_jax.lab import Column, Study, drawing
+from dsv3_jax.mesh.token_exchange import mean_reach
+from experiments.lab import Column, Study, drawing
 
 GROUPS = 8
 

@@ -1,14 +1,18 @@
 """Multi-token prediction: what heads that look further ahead do to the next token's loss, and what they draft."""
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
+
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
-from dsv3_jax.counting import train_flops_per_token
-from dsv3_jax.lab import Column, Study, drawing
-from dsv3_jax.lab.results import write_figure
+from dsv3_jax.model.counting import train_flops_per_token
+from experiments.lab import Column, Study, drawing
+from experiments.lab.results import write_figure
 
 
 def variants(base):

@@ -1,18 +1,22 @@
 """Speculation: who drafts best for the same model, what a step then brings, and what it costs on this machine."""
 
-import statistics
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
+
+import statistics
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from dsv3_jax.bench import held_out_prompts
-from dsv3_jax.checkpoint import load_model
+from dsv3_jax.cli.bench import held_out_prompts
 from dsv3_jax.config import replace
-from dsv3_jax.counting import size
-from dsv3_jax.generate import generate
-from dsv3_jax.lab import After, Study, drawing
-from dsv3_jax.lab.results import markdown, mean_spread, number, write_figure
+from dsv3_jax.decoding.generate import generate
+from dsv3_jax.model.counting import size
+from dsv3_jax.training.checkpoint import load_model
+from experiments.lab import After, Study, drawing
+from experiments.lab.results import markdown, mean_spread, number, write_figure
 
 PROMPTS = 32
 BATCH = 8

@@ -1,15 +1,19 @@
 """What a cache of fewer bits costs: bytes a token against loss, for MLA's latent and for keys and values of heads."""
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
+
 from dataclasses import asdict
 
 from matplotlib.figure import Figure
 
-from dsv3_jax.cache import DTYPES
 from dsv3_jax.config import replace
-from dsv3_jax.evaluate import cache_quality
-from dsv3_jax.lab import Study, drawing
-from dsv3_jax.lab.results import markdown, mean_spread, write_figure
+from dsv3_jax.model.cache import DTYPES
+from dsv3_jax.training.evaluate import cache_quality
+from experiments.lab import Study, drawing
+from experiments.lab.results import markdown, mean_spread, write_figure
 
 EXACT = DTYPES[0]  # float32
 CACHES = {"MLA": ("latent", "expanded"), "MHA": ("expanded",)}

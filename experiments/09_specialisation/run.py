@@ -1,6 +1,10 @@
 """Whether experts come to stand for domains: load by domain, layer by layer, loss-free against an auxiliary loss."""
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
+
 
 import numpy as np
 from matplotlib.colors import TwoSlopeNorm
@@ -8,9 +12,9 @@ from matplotlib.figure import Figure
 
 from dsv3_jax import stats
 from dsv3_jax.config import Balance, replace
-from dsv3_jax.data import load_corpus, val_batches
-from dsv3_jax.lab import Column, Study, drawing
-from dsv3_jax.lab.results import write_figure
+from dsv3_jax.data.batches import load_corpus, val_batches
+from experiments.lab import Column, Study, drawing
+from experiments.lab.results import write_figure
 
 NONE = Balance(bias_rate=0.0, sequence_alpha=0.0)
 WAYS = {  # as in 03_balance, whose runs these are, but for the first

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.data import load_corpus
+from dsv3_jax.data.batches import load_corpus
 
 SIGNS = string.ascii_uppercase + string.digits
 VALUES = {key: SIGNS[12 * i : 12 * (i + 1)] for i, key in enumerate("?!@")}

@@ -1,6 +1,10 @@
 """A reach four times as long by YaRN: loss by position, and keys retrieved by distance; L is the base's row."""
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
+
 from functools import partial
 
 import jax
@@ -10,11 +14,11 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 from dsv3_jax.config import Yarn, replace
-from dsv3_jax.data import val_batches
-from dsv3_jax.lab import RUNS, After, Study, drawing
-from dsv3_jax.lab.results import markdown, mean_spread, write_figure
-from dsv3_jax.modules.transformer import Transformer
-from dsv3_jax.ops.losses import token_scores
+from dsv3_jax.data.batches import val_batches
+from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.ops.cross_entropy import token_scores
+from experiments.lab import RUNS, After, Study, drawing
+from experiments.lab.results import markdown, mean_spread, write_figure
 
 FACTOR = 4
 BINS = 8  # of positions, equal parts of 4L

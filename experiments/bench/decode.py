@@ -26,14 +26,15 @@ from decode_worker import OursDecode
 from peer_decode import PeerDecode
 from process import KEEP_MEMORY, OutOfMemory
 
-from dsv3_jax import data, tokenizer
-from dsv3_jax.cache import DTYPES
-from dsv3_jax.checkpoint import load_model, read_run
 from dsv3_jax.config import replace
-from dsv3_jax.counting import decode_bytes
-from dsv3_jax.evaluate import cache_quality
+from dsv3_jax.data import batches as data
+from dsv3_jax.data import tokenizer
+from dsv3_jax.model.cache import DTYPES
+from dsv3_jax.model.counting import decode_bytes
 from dsv3_jax.presets import preset
-from dsv3_jax.runtime import copy_bandwidth
+from dsv3_jax.report.speed import copy_bandwidth
+from dsv3_jax.training.checkpoint import load_model, read_run
+from dsv3_jax.training.evaluate import cache_quality
 
 CONTEXTS, BATCHES = (1024, 4096, 16384), (1, 8)
 NEW_TOKENS = 33  # the first comes with the prefill

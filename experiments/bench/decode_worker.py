@@ -41,9 +41,9 @@ def random_model(cfg, seed: int):
     import jax.numpy as jnp
     from flax import nnx
 
-    from dsv3_jax.modules.layers import NormScale
-    from dsv3_jax.modules.moe import RouterBias
-    from dsv3_jax.modules.transformer import abstract
+    from dsv3_jax.model.layers import NormScale
+    from dsv3_jax.model.moe import RouterBias
+    from dsv3_jax.model.transformer import abstract
 
     rng = np.random.default_rng(seed)
     graphdef, state = nnx.split(abstract(cfg))
@@ -72,16 +72,16 @@ def main() -> int:
 
 def _decoder(args) -> tuple[dict, Callable[[str], dict]]:
     limit_memory()
-    from dsv3_jax.runtime import keep_memory
+    from dsv3_jax.kernels.cpu.memory import keep_memory
 
     keep_memory()
     import jax
     from flax import nnx
 
-    from dsv3_jax.bench import held_out_prompts
-    from dsv3_jax.checkpoint import load_draft, load_model
+    from dsv3_jax.cli.bench import held_out_prompts
     from dsv3_jax.config import ModelConfig, from_dict
-    from dsv3_jax.generate import generate
+    from dsv3_jax.decoding.generate import generate
+    from dsv3_jax.training.checkpoint import load_draft, load_model
 
     run = None
     if args.run:

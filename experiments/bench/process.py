@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-# What our side asks of glibc for itself (see dsv3_jax/runtime.py), given to the peer from outside: its best case.
+# Our side's memory settings (dsv3_jax/kernels/cpu/memory.py), given to the peer from outside: its best case.
 KEEP_MEMORY = {
     "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
     "MALLOC_TOP_PAD_": str(64 << 20),

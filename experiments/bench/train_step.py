@@ -19,7 +19,7 @@ from process import KEEP_MEMORY
 from worker import Ours
 
 from dsv3_jax.config import ModelConfig, replace
-from dsv3_jax.counting import size, train_flops_per_token
+from dsv3_jax.model.counting import size, train_flops_per_token
 from dsv3_jax.presets import preset
 
 MINI = preset("mini")

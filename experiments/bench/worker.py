@@ -46,7 +46,8 @@ def main() -> int:
 
 
 def _trainer(args) -> tuple[dict, Callable[[str], dict]]:
-    from dsv3_jax.runtime import gemm_flops, keep_memory
+    from dsv3_jax.kernels.cpu.memory import keep_memory
+    from dsv3_jax.report.speed import gemm_flops
 
     keep_memory()
     import jax
@@ -55,8 +56,8 @@ def _trainer(args) -> tuple[dict, Callable[[str], dict]]:
     if args.mesh:
         jax.config.update("jax_num_cpu_devices", os.cpu_count())
     from dsv3_jax.config import DataConfig, ModelConfig, OptimConfig, RunConfig, from_dict
-    from dsv3_jax.sharding import batch_sharding, check, in_force, make_mesh, parse_mesh
-    from dsv3_jax.train_step import init_state, make_step
+    from dsv3_jax.mesh.sharding import batch_sharding, check, in_force, make_mesh, parse_mesh
+    from dsv3_jax.training.step import init_state, make_step
 
     cfg = from_dict(ModelConfig, json.loads(args.config))
     run = RunConfig(

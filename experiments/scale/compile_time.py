@@ -16,8 +16,9 @@ def case(layers: int) -> dict:
     import math
     import time
 
-    from dsv3_jax import cost, devices, sharding
     from dsv3_jax.config import Layout, replace
+    from dsv3_jax.mesh import sharding
+    from dsv3_jax.planning import cost, devices
     from dsv3_jax.presets import recipe
 
     devices.fake_cpus(math.prod(MESH.values()))

@@ -35,8 +35,9 @@ TPU = [("v5p", "tpu:v5p:4x4x4", dict(data=4, expert=16), dict(fsdp=True, exchang
 def case(kind: str, device: str, mesh: dict, layout: dict, rows: int = 0, context: int = 4096, **more) -> dict:
     import math
 
-    from dsv3_jax import cost, devices, sharding
     from dsv3_jax.config import Layout, replace
+    from dsv3_jax.mesh import sharding
+    from dsv3_jax.planning import cost, devices
     from dsv3_jax.presets import recipe
 
     target = more.get("target")

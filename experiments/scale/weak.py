@@ -32,9 +32,10 @@ LINES = {
 
 def case(axis: str, devices: int, layout: dict, changes: dict) -> dict:
     """V3's widths, experts and vocabulary in a dense and two sparse layers; a sequence of 4,096 tokens a device."""
-    from dsv3_jax import cost, sharding
     from dsv3_jax.config import Layout, replace
-    from dsv3_jax.devices import fake_cpus
+    from dsv3_jax.mesh import sharding
+    from dsv3_jax.planning import cost
+    from dsv3_jax.planning.devices import fake_cpus
     from dsv3_jax.presets import recipe
 
     fake_cpus(devices)

@@ -1,0 +1,1 @@
+"""Documents in, packed token batches out."""

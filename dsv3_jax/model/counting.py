@@ -1,0 +1,153 @@
+"""How large a model is, and what it costs: parameters, FLOPs a token, cache bytes a token. Allocates nothing."""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from flax import nnx
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.cache import bytes_per_token, elements_per_token, pick_kind
+from dsv3_jax.model.transformer import abstract
+
+HEADS = {"deepseek": "MTP modules", "meta": "Meta heads", "medusa": "Medusa heads", "eagle": "EAGLE head"}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Counts of one model. The multi-token heads are apart, as in the reports' 671B."""
+
+    total: int  # parameters without multi-token heads
+    active: int  # of these, what one token is multiplied with (the embedding is looked up, not multiplied)
+    mtp: int  # parameters of the multi-token heads
+    mtp_active: int  # with the shared unembedding, once a head
+    parts: dict[str, int]  # total, by kind
+    attention_flops: int  # score and value products of one token over a full context, forward
+    cache_elements: dict[str, int]
+
+
+def size(cfg: ModelConfig, context: int | None = None) -> Size:
+    """Count a model's parameters; `context` is the length that attention FLOPs are counted at (default 4,096)."""
+    context = context or min(4096, cfg.max_positions)
+    params = nnx.state(abstract(cfg), nnx.Param)
+    shapes = {
+        tuple(str(k.key) for k in path if hasattr(k, "key")): math.prod(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    parts: dict[str, int] = {}
+    routed = {"trunk": 0, "mtp": 0}
+    counted = {"trunk": 0, "mtp": 0}
+    for path, count in shapes.items():
+        where = "mtp" if path[0] == "mtp" else "trunk"
+        counted[where] += count
+        if "experts" in path:
+            routed[where] += count
+        if where == "trunk":
+            kind = _kind(path)
+            parts[kind] = parts.get(kind, 0) + count
+    idle = 1 - cfg.experts_per_token / cfg.num_experts
+    looked_up = cfg.vocab_size * cfg.dim if not cfg.tie_embeddings else 0
+    head = cfg.vocab_size * cfg.dim * cfg.mtp_depth
+    qk, v = cfg.nope_head_dim + cfg.rope_head_dim, cfg.v_head_dim
+    return Size(
+        total=counted["trunk"],
+        active=round(counted["trunk"] - routed["trunk"] * idle - looked_up),
+        mtp=counted["mtp"],
+        mtp_active=round(counted["mtp"] - routed["mtp"] * idle + head),
+        parts=parts,
+        attention_flops=2 * cfg.num_layers * cfg.num_heads * (qk + v) * context,
+        cache_elements=elements_per_token(cfg),
+    )
+
+
+def _kind(path: tuple[str, ...]) -> str:
+    if path[0] in ("embed", "head"):
+        return "embedding and head"
+    if "experts" in path:
+        return "routed experts"
+    if "shared" in path:
+        return "shared experts"
+    if "attn" in path:
+        return "attention"
+    if "ffn" in path:
+        return "dense feed-forward"
+    return "router and norms"
+
+
+def train_flops_per_token(cfg: ModelConfig, *, with_mtp: bool = True, trunk_held: bool = False) -> int:
+    """FLOPs a trained token: 6 for each active parameter (2 forward, 4 backward). Attention scores are not counted.
+
+    With `trunk_held` the heads alone train: 2 for the trunk's, and 4 for the unembedding that the heads share.
+    """
+    counted = size(cfg)
+    if trunk_held:
+        return 2 * counted.active + 6 * counted.mtp_active - 2 * cfg.mtp_depth * cfg.vocab_size * cfg.dim
+    return 6 * (counted.active + (counted.mtp_active if with_mtp else 0))
+
+
+def distinct_experts(cfg: ModelConfig, tokens: int) -> float:
+    """Experts of a layer that so many tokens are expected to reach together: E (1 − (1 − K/E)^tokens).
+
+    Exact where every expert is as likely as any other and tokens choose independently of one another; which experts a
+    token may combine, as groups do, does not matter.
+    """
+    return cfg.num_experts * (1 - (1 - cfg.experts_per_token / cfg.num_experts) ** tokens)
+
+
+def decode_bytes(
+    cfg: ModelConfig, batch: int, context: int, cache_bytes_per_token: int, *, weight_bytes: int = 4
+) -> float:
+    """Bytes that one plain decoding step must read, an expectation for `distinct_experts`.
+
+    All weights of layers and head once, of the routed experts those that the batch reaches, and what the cache holds.
+    Left out, as some kilobytes: embedding rows, activations, and the rows that the step writes.
+
+    Args:
+        batch: sequences, which advance a token each.
+        context: tokens that each has in the cache.
+        cache_bytes_per_token: over all layers, as `Generated` has it.
+        weight_bytes: bytes a parameter.
+    """
+    counted = size(cfg)
+    routed = counted.parts.get("routed experts", 0)
+    # Of `active` the routed part is K of E experts.
+    always = counted.active - routed * cfg.experts_per_token / cfg.num_experts
+    reached = routed * distinct_experts(cfg, batch) / cfg.num_experts
+    return (always + reached) * weight_bytes + batch * context * cache_bytes_per_token
+
+
+def short(count: int | float) -> str:
+    """1234567 → '1.23M'."""
+    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.4g}{unit}"
+    return f"{count:.4g}"
+
+
+def describe(cfg: ModelConfig, name: str) -> list[tuple[str, str]]:
+    """The lines of `dsv3 info`: (what, how much)."""
+    counted = size(cfg)
+    context = min(4096, cfg.max_positions)
+    bits = np.dtype("uint16").itemsize if cfg.compute_dtype == "bfloat16" else 4
+    kind = pick_kind(cfg, None)
+    row, mha = counted.cache_elements[kind], counted.cache_elements["mha"]
+    forward = 2 * counted.active
+    lines = [
+        ("model", name),
+        ("total parameters", short(counted.total)),
+        ("active parameters", f"{short(counted.active)} a token ({counted.active / counted.total:.1%})"),
+        *((f"  {kind}", short(count)) for kind, count in counted.parts.items()),
+    ]
+    if cfg.mtp_depth:
+        lines.append((HEADS[cfg.mtp_kind], f"{short(counted.mtp)} more parameters, {short(counted.mtp_active)} active"))
+    return lines + [
+        (
+            "forward",
+            f"{short(forward)}FLOP a token, and {short(counted.attention_flops)}FLOP for {context} tokens back",
+        ),
+        ("training", f"{short(3 * forward)}FLOP a token"),
+        ("cache", f"{short(row * bits)}B a token ({cfg.compute_dtype}, {row} numbers)"),
+        ("cache, int8", f"{short(bytes_per_token(cfg, kind, 'int8'))}B a token, scales included"),
+        ("cache, as MHA", f"{short(mha * bits)}B a token, {mha / row:.1f} times as much"),
+    ]

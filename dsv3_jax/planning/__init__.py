@@ -1,0 +1,1 @@
+"""What a mesh of devices would hold, compute and send."""

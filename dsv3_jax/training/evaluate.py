@@ -1,0 +1,135 @@
+"""Held-out measures: loss, bits a byte (in all and by domain), MaxVio over the whole set, MTP acceptance.
+
+And what a cache costs in quality: the same text read through caches of other dtypes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from dsv3_jax.cluster import processes
+from dsv3_jax.data.batches import Batch
+from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.model.cache import bytes_per_token, empty_cache, pick_dtype, pick_kind
+from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.ops import balance
+from dsv3_jax.ops.cross_entropy import token_scores
+from dsv3_jax.training.loss import scores, targets
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _scores(graphdef, state, batch):
+    return scores(nnx.merge(graphdef, state), batch)
+
+
+def evaluate(
+    model: Transformer,
+    batches: Sequence[Batch],
+    tokenizer: Tokenizer,
+    domains: Sequence[str] = (),
+    mesh: Mesh | None = None,
+) -> dict[str, object]:
+    """Measure a model on held-out batches; on a mesh their rows are cut over its devices, whosoever they are.
+
+    Returns: val_loss (nats a token), val_bits_per_byte, max_vio_global (mean over layers), mtp_acceptance (list, a
+    share a depth), load ([L, E] float array: the trunk's sparse layers, then the heads with experts), and
+    bits_per_byte_by_domain where `domains` names them. Bits a byte divide by the bytes of the target tokens; special
+    tokens have none, but their cost counts.
+    """
+    graphdef, state = nnx.split(model)
+    nats, tokens, size = 0.0, 0.0, 0.0
+    agree, drafted, load = 0.0, 0.0, 0.0
+    by_domain = {name: np.zeros(2) for name in domains}
+    for batch in batches:
+        arrays = {k: batch[k] for k in ("tokens", "segment_ids", "positions")}
+        placed = processes.put(arrays, mesh, len(batch["tokens"]))
+        out = processes.fetch(_scores(graphdef, state, placed), mesh)
+        nll = np.where(out.mask, out.nll, 0).astype(np.float64)
+        bytes_ = np.where(out.mask, tokenizer.byte_lengths[batch["tokens"][:, 1:]], 0)
+        nats, tokens, size = nats + nll.sum(), tokens + out.mask.sum(), size + bytes_.sum()
+        agree, drafted, load = agree + out.agree, drafted + out.drafted, load + out.load
+        for i, name in enumerate(domains):
+            here = batch["domains"][:, 1:] == i
+            by_domain[name] += nll[here].sum(), bytes_[here].sum()
+    to_bits = 1 / np.log(2)
+    result: dict[str, object] = {
+        "val_loss": float(nats / max(tokens, 1)),
+        "val_bits_per_byte": float(nats * to_bits / max(size, 1)),
+        "mtp_acceptance": [float(a) for a in np.atleast_1d(agree / np.maximum(drafted, 1))],
+        "load": load,
+    }
+    if np.size(load):
+        result["max_vio_global"] = float(balance.max_vio(jnp.asarray(load)).mean())
+    if domains:
+        result["bits_per_byte_by_domain"] = {name: float(n * to_bits / s) for name, (n, s) in by_domain.items() if s}
+    return result
+
+
+@dataclass(frozen=True)
+class CacheQuality:
+    """What decoding through a cache of some dtype does to a model."""
+
+    val_loss: float  # nats a token
+    agreement: float  # share of tokens whose likeliest successor is the exact cache's
+    bytes_per_token: int
+
+
+STEP = 16  # tokens read at a time: each attends to cached rows alone, its own too, as in decoding
+
+
+def cache_quality(
+    model: Transformer, batches: Sequence[Batch], dtypes: Sequence[str], cache: str | None = None
+) -> dict[str, CacheQuality]:
+    """Read held-out rows through caches, each row as one text.
+
+    Args:
+        dtypes: of cached rows; what all are held against is the first, so it should be the exact one, "float32".
+        cache: "latent" or "expanded"; None is the model's own.
+    Raises: ValueError for a kind or dtype that there is not.
+    """
+    cfg, kind = model.cfg, pick_kind(model.cfg, cache)
+    if kind == "none":
+        raise ValueError("cache='none' holds no rows that a dtype could change")
+    graphdef, state = nnx.split(model)
+    found: dict[str, CacheQuality] = {}
+    exact: list[np.ndarray] = []
+    for name in dtypes:
+        nats, same, count = 0.0, 0.0, 0.0
+        for i, batch in enumerate(batches):
+            tokens, segment_ids = (jnp.asarray(batch[key]) for key in ("tokens", "segment_ids"))
+            read = _through_cache(graphdef, state, tokens, kind=kind, dtype=pick_dtype(cfg, name))
+            nll, best = (np.asarray(x) for x in read)
+            if len(exact) == i:
+                exact.append(best)
+            mask = np.asarray(targets(tokens, segment_ids, 1)[1])
+            nats, count = nats + nll.astype(np.float64)[mask].sum(), count + mask.sum()
+            same += (best == exact[i])[mask].sum()
+        found[name] = CacheQuality(
+            float(nats / max(count, 1)), float(same / max(count, 1)), bytes_per_token(cfg, kind, pick_dtype(cfg, name))
+        )
+    return found
+
+
+@partial(jax.jit, static_argnames=("graphdef", "kind", "dtype"))
+def _through_cache(graphdef, state, tokens, *, kind, dtype):
+    """(negative log-likelihood of each next token, the likeliest one), both [B, T - 1]."""
+    model = nnx.merge(graphdef, state)
+    batch, length = tokens.shape
+    steps = -(-length // STEP)
+    padded = jnp.pad(tokens, ((0, 0), (0, steps * STEP - length)))
+    start = empty_cache(model.cfg, model.cfg.num_layers, batch, steps * STEP, kind, dtype)
+
+    def read(cache, part):
+        x, cache = model.decode(part, cache)
+        return replace(cache, lengths=cache.lengths + STEP), model.norm(x)
+
+    _, h = jax.lax.scan(read, start, padded.reshape(batch, steps, STEP).swapaxes(0, 1))
+    h = h.swapaxes(0, 1).reshape(batch, steps * STEP, -1)[:, : length - 1]
+    scored = token_scores(h.reshape(-1, h.shape[-1]), model.head_matrix(), tokens[:, 1:].reshape(-1))
+    return tuple(x.reshape(batch, length - 1) for x in scored)

@@ -1,0 +1,105 @@
+"""AdamW and the schedules of the DeepSeek-V3 report, section 4.2: each a function of step and the run's length."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from dsv3_jax.config import OptimConfig
+from dsv3_jax.kernels.cpu import calls
+from dsv3_jax.model.layers import NormScale
+
+LARGE = 1 << 16  # numbers of an array from which the native kernel, on all threads, is faster than XLA
+
+
+def learning_rate(cfg: OptimConfig, steps: int, step: Array) -> Array:
+    """Warm-up, constant, cosine, constant; float32."""
+    step = jnp.asarray(step, jnp.float32)
+    warm = jnp.minimum(1.0, (step + 1) / max(cfg.warmup_steps, 1))
+    start, end = cfg.decay_start * steps, cfg.decay_end * steps
+    along = jnp.clip((step - start) / max(end - start, 1.0), 0.0, 1.0)
+    low, high = cfg.final_learning_rate, cfg.learning_rate
+    return warm * (low + (high - low) * 0.5 * (1 + jnp.cos(jnp.pi * along)))
+
+
+def mtp_weight(cfg: OptimConfig, steps: int, step: Array) -> Array:
+    """λ: the weight of the MTP losses, lowered once the cosine begins; float32."""
+    early = jnp.asarray(step, jnp.float32) < cfg.decay_start * steps
+    return jnp.where(early, cfg.mtp_weight, cfg.mtp_final_weight).astype(jnp.float32)
+
+
+def bias_rate(cfg: OptimConfig, rate: float, steps: int, step: Array) -> Array:
+    """γ: the step of the loss-free bias, 0 for the last stretch; float32."""
+    return jnp.where(jnp.asarray(step, jnp.float32) < cfg.bias_freeze * steps, rate, 0.0).astype(jnp.float32)
+
+
+class AdamState(NamedTuple):
+    """Running means of the gradient and of its square, in the parameters' structure."""
+
+    mu: nnx.State
+    nu: nnx.State
+
+
+def init(params: nnx.State) -> AdamState:
+    """Means of 0."""
+    return AdamState(jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params))
+
+
+def adamw(
+    cfg: OptimConfig,
+    steps: int,
+    step: Array,
+    params: nnx.State,
+    adam: AdamState,
+    grads: nnx.State,
+    norm: Array,
+    keep: Array,
+) -> tuple[nnx.State, AdamState]:
+    """One step of AdamW on gradients clipped to a global norm; decay on all but the norms' scales.
+
+    The same numbers as optax.chain(clip_by_global_norm, adamw), in an order that XLA runs in place: optax's writes the
+    clipped gradients out and copies both means, which is three times the memory traffic and a gradient's size of
+    temporary memory.
+
+    Args:
+        step: int32 [], steps taken before this one.
+        norm: the gradients' global norm.
+        keep: bool []: take the step; where False everything stays as it was.
+    Source: arXiv 1711.05101.
+    """
+    count = (step + 1).astype(jnp.float32)
+    clip = jnp.where(norm < cfg.clip_norm, 1.0, cfg.clip_norm / norm)
+    to_mean, to_square = 1 / (1 - cfg.beta1**count), 1 / (1 - cfg.beta2**count)
+    rate = learning_rate(cfg, steps, step)
+
+    numbers = jnp.stack([clip, to_mean, to_square, rate, keep.astype(jnp.float32)])
+
+    def leaf(p, mu, nu, g, decays):
+        if p.size >= LARGE and calls.serves(p.dtype, mu.dtype, nu.dtype, g.dtype):
+            decay = cfg.weight_decay if decays else 0.0
+            how = {"beta1": cfg.beta1, "beta2": cfg.beta2, "eps": cfg.eps, "decay": decay}
+            return calls.adamw(p, mu, nu, g, numbers, **how)
+        g = g * clip
+        mu = jnp.where(keep, cfg.beta1 * mu + (1 - cfg.beta1) * g, mu)
+        nu = jnp.where(keep, cfg.beta2 * nu + (1 - cfg.beta2) * g * g, nu)
+        move = mu * to_mean / (jnp.sqrt(nu * to_square) + cfg.eps)
+        if decays:
+            move = move + cfg.weight_decay * p
+        return jnp.where(keep, p - rate * move, p), mu, nu
+
+    leaves, tree = jax.tree.flatten(params)
+    rest = (jax.tree.leaves(t) for t in (adam.mu, adam.nu, grads, _decays(params)))
+    new = [leaf(*x) for x in zip(leaves, *rest, strict=True)]
+    p, mu, nu = (jax.tree.unflatten(tree, part) for part in zip(*new, strict=True))
+    return p, AdamState(mu, nu)
+
+
+def _decays(params: nnx.State):
+    """Which leaves take weight decay, in the parameters' structure."""
+
+    def mark(v):
+        return jax.tree.map(lambda _: not isinstance(v, NormScale), v)
+
+    return jax.tree.map(mark, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
