@@ -1,27 +1,62 @@
 """dsv3-jax: the readable, exact and fast DeepSeek-V3 in JAX and Flax."""
 
 import importlib
+from importlib.metadata import PackageNotFoundError, version
 
-from dsv3_jax.config import Balance, ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig, Yarn, replace
-from dsv3_jax.decoding.generate import generate
+from dsv3_jax.config import (
+    Balance,
+    ConfigError,
+    DataConfig,
+    Execution,
+    Layout,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    Yarn,
+    replace,
+)
+from dsv3_jax.decoding.generate import DecodeConfig, generate
+from dsv3_jax.model.attention import GQA, MLA
+from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.presets import preset, recipe
 
-# Imported when they are first used: they bring files, pictures and checkpoints.
+try:
+    __version__ = version("dsv3-jax")
+except PackageNotFoundError:  # read from a checkout that is not installed
+    __version__ = "0+unknown"
+
+# Imported when they are first used: they bring files, pictures and checkpoints. Name: module, and what of it.
 _LATER = {
-    "train": "training.loop",
-    "evaluate": "training.evaluate",
-    "checkpoint": "training.checkpoint",
-    "counting": "model.counting",
-    "tokenizer": "data.tokenizer",
-    "corpus": "data.corpus",
-    "plots": "report.run_plots",
-    "hf": "hf",
-    "stats": "stats",
+    "train": ("training.loop", None),
+    "evaluate": ("training.evaluate", None),
+    "hf": ("hf", None),
+    "stats": ("stats", None),
+    "counting": ("model.counting", None),
+    "tokenizer": ("data.tokenizer", None),
+    "corpus": ("data.corpus", None),
+    "data": ("data", None),
+    "sharding": ("mesh.sharding", None),
+    "plots": ("report.run_plots", None),
+    "load_model": ("loading", "load_model"),
+    "load_run": ("training.checkpoint", "load_run"),
+    "read_run": ("training.run_folder", "read_run"),
 }
+
+__all__ = [
+    "GQA", "MLA", "Balance", "ConfigError", "DataConfig", "DecodeConfig", "Execution", "Layout", "MoE", "ModelConfig",
+    "OptimConfig", "RunConfig", "Transformer", "Yarn", "__version__", "generate", "preset", "recipe", "replace",
+    *_LATER,
+]  # fmt: skip
 
 
 def __getattr__(name: str):
-    if name in _LATER:
-        return importlib.import_module(f"dsv3_jax.{_LATER[name]}")
-    raise AttributeError(f"module 'dsv3_jax' has no attribute {name!r}")
+    if name not in _LATER:
+        raise AttributeError(f"module 'dsv3_jax' has no attribute {name!r}; it has {', '.join(sorted(__all__))}")
+    module, attribute = _LATER[name]
+    found = importlib.import_module(f"dsv3_jax.{module}")
+    return found if attribute is None else getattr(found, attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

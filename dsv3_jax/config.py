@@ -1,26 +1,29 @@
-"""What a model and a run are: frozen dataclasses, validated when they are made.
+"""Configuration of models and runs: frozen dataclasses, validated when they are made.
 
 A recipe is a diff of another: `replace(preset("tiny"), balance=Balance(switch_alpha=1e-3))`.
-Letters in the comments are the papers': B batch, T length, D width, H heads, N nope dim, R rope dim, V value
-dim, C key-value latent, Q query latent, E routed experts, K experts a token, G groups, F expert width, L layers,
-W vocabulary.
+The comment of a field is also its help text on the command line. Letters in brackets are the papers': B batch, T
+length, D width, H heads, N nope dim, R rope dim, V value dim, C key-value latent, Q query latent, E routed experts, K
+experts a token, G groups, F expert width, L layers, W vocabulary.
 """
 
 import dataclasses
 import json
+import re
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from difflib import get_close_matches
+from typing import Any, Literal, NamedTuple
 
 replace = dataclasses.replace
 
-# What decoding remembers of each token, and in which dtype; see `cache.py`.
+# What decoding caches of each token, and in which dtype; see `model/cache.py`.
 CacheKind = Literal["latent", "expanded", "none"]
 CacheDtype = Literal["float32", "bfloat16", "int8", "float8_e4m3"]
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be: its message is one sentence with the offending value."""
+    """An invalid configuration: its message is one sentence with the offending value."""
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -28,9 +31,12 @@ def _require(condition: bool, sentence: str) -> None:
         raise ConfigError(sentence)
 
 
-def _check_types(config) -> None:
-    """Refuse values of another type at once, where the message can still name the key."""
-    hints = typing.get_type_hints(type(config))
+def _check_types(config, **tables: dict[Any, Any]) -> None:
+    """Refuse values of another type at once, where the message can still name the key.
+
+    Args: tables: for a key whose values are the keys of a table, that table.
+    """
+    hints = typing.get_type_hints(type(config)) | {name: Literal[tuple(table)] for name, table in tables.items()}
     for item in dataclasses.fields(config):
         value, hint = getattr(config, item.name), hints[item.name]
         if hint is float and type(value) is int:
@@ -59,16 +65,27 @@ def _spell(hint) -> str:
     return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown word: the nearest known one, or nothing if none is near.
+
+    Example:
+        >>> did_you_mean("trian", ["train", "eval"])
+        "; did you mean 'train'?"
+    """
+    near = get_close_matches(str(word), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
 @dataclass(frozen=True)
 class Yarn:
-    """RoPE context extension (YaRN, arXiv 2309.00071) as the released configs spell it; factor 1 is no YaRN."""
+    """Context extension of RoPE (YaRN, arXiv 2309.00071), named as in the released configs."""
 
-    factor: float = 1.0  # s: how many times longer than the original
-    original_max_positions: int = 4096  # L0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 1.0
+    factor: float = 1.0  # context length over the original one; 1 turns YaRN off
+    original_max_positions: int = 4096  # context length before the extension
+    beta_fast: float = 32.0  # feature pairs with at least so many turns in the original context keep their frequency
+    beta_slow: float = 1.0  # feature pairs with at most so many turns have their frequency divided by the factor
+    mscale: float = 1.0  # weight of the temperature of rotary features, over that of mscale_all_dim
+    mscale_all_dim: float = 1.0  # weight of the temperature of all features, which scales the scores; 0 turns it off
 
     def __post_init__(self):
         _check_types(self)
@@ -81,15 +98,15 @@ class Yarn:
 
 @dataclass(frozen=True)
 class Balance:
-    """How expert load is kept even; the three means may be combined, all at 0 is none.
+    """How the load of the experts is balanced: three methods that can be combined; 0 turns one off.
 
     Sources: loss-free bias arXiv 2408.15664; sequence-wise loss DeepSeek-V3 report, section 2.1.2; Switch loss
     arXiv 2101.03961.
     """
 
-    bias_rate: float = 1e-3  # gamma: step of the loss-free correction bias
-    sequence_alpha: float = 1e-4  # alpha: weight of the sequence-wise loss
-    switch_alpha: float = 0.0  # weight of the batch-wise Switch loss
+    bias_rate: float = 1e-3  # step of the loss-free router bias after each batch (gamma)
+    sequence_alpha: float = 1e-4  # weight of the sequence-wise balance loss (alpha)
+    switch_alpha: float = 0.0  # weight of the batch-wise Switch balance loss
 
     def __post_init__(self):
         _check_types(self)
@@ -99,69 +116,113 @@ class Balance:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model lies on a device mesh. It changes nothing that is computed: a run may go on under another layout."""
+    """How a model is sharded over a mesh of devices."""
 
-    fsdp: bool = False  # the mesh axis "data" cuts weights and optimizer state, too; a layer's are gathered in its turn
-    # How tokens come to other devices' experts, see expert_parallel.py; "auto": the smaller of the first two.
-    exchange: Literal["auto", "gather", "all_to_all", "ragged"] = "auto"
-    slack: float = 1.25  # of "all_to_all": places for tokens in a round, over what even load needs
+    fsdp: bool = False  # shard weights and optimizer state along data too; each layer is gathered when it is computed
+    # how tokens reach the experts of other devices: gather sends all tokens, all_to_all sends a token once to each
+    # device that needs it, ragged does so without padding where the hardware can; auto is the cheaper of the first two
+    expert_comm: Literal["auto", "gather", "all_to_all", "ragged"] = "auto"
+    capacity_slack: float = 1.25  # for all_to_all: slots for tokens in a round, over the slots that even load needs
 
     def __post_init__(self):
         _check_types(self)
-        _require(self.slack >= 1, f"layout slack={self.slack} is below 1")
+        _require(self.capacity_slack >= 1, f"layout capacity_slack={self.capacity_slack} is below 1")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a model is computed. It changes results by rounding only: a run may resume under another execution."""
+
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of activations; parameters are always float32
+    # what the backward pass recomputes to save memory: nothing, everything but matrix products, or whole layers
+    remat: Literal["none", "dots", "full"] = "none"
+    # which kernels compute: auto takes the fastest, xla those that XLA compiles; `dsv3 info PRESET --kernels` lists
+    # other names. OP=NAME forces the kernel of one op; commas join several
+    kernels: str = "auto"
+    layout: Layout = field(default_factory=Layout)  # how the model is sharded over a mesh of devices
+
+    def __post_init__(self):
+        _check_types(self)
+        _require(
+            re.fullmatch(r"\w+(=\w+)?(,\w+=\w+)*", self.kernels) is not None,
+            f"kernels={self.kernels!r} is not of the form NAME, OP=NAME or NAME,OP=NAME",
+        )
+
+
+class HeadKind(NamedTuple):
+    """Facts about a kind of multi-token head, for configuration, loss and decoding; the module is in model/mtp.py."""
+
+    title: str  # in tables
+    # It reads the tokens that it continues, so it can draft beyond its depth. Otherwise it reads the trunk's output.
+    reads_tokens: bool
+    has_experts: bool  # it has a sparse block, so a router
+    reads_raw: bool  # it has a norm of its own, so it may read the trunk's output before the final norm
+    max_depth: int | None = None  # None means any
+
+
+MtpKind = Literal["deepseek", "meta", "medusa", "eagle"]  # for help texts: HEAD_KINDS says which kinds there are
+HEAD_KINDS: dict[MtpKind, HeadKind] = {
+    "deepseek": HeadKind("MTP modules", reads_tokens=True, has_experts=True, reads_raw=True),
+    "meta": HeadKind("Meta heads", reads_tokens=False, has_experts=True, reads_raw=True),
+    "medusa": HeadKind("Medusa heads", reads_tokens=False, has_experts=False, reads_raw=False),
+    "eagle": HeadKind("EAGLE head", reads_tokens=True, has_experts=False, reads_raw=False, max_depth=1),
+}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and rules of one DeepSeek-V3 family model."""
+    """Shape and rules of a model of the DeepSeek-V3 family."""
 
-    vocab_size: int  # W
-    dim: int  # D
-    num_layers: int  # L, dense and sparse together
-    num_dense_layers: int  # the first layers, with one wide FFN
-    dense_dim: int  # hidden width of that FFN
+    vocab_size: int  # number of token ids (W)
+    dim: int  # width of the hidden state (D)
+    num_layers: int  # number of layers, dense and sparse together (L)
+    num_dense_layers: int  # number of dense layers, which come first: their FFN has no experts
+    dense_dim: int  # hidden width of the FFN in dense layers
     # attention
-    num_heads: int  # H
-    q_latent_dim: int | None  # Q; None: no query compression
-    kv_latent_dim: int  # C
-    nope_head_dim: int  # N
-    rope_head_dim: int  # R
-    v_head_dim: int  # V
+    num_heads: int  # number of attention heads (H)
+    q_latent_dim: int | None  # width of the compressed queries (Q); None means that queries are not compressed
+    kv_latent_dim: int  # width of the compressed keys and values, which MLA caches (C)
+    nope_head_dim: int  # width of a head's queries and keys without positions (N)
+    rope_head_dim: int  # width of a head's queries and keys with rotary positions (R)
+    v_head_dim: int  # width of a head's values (V)
     # DeepSeekMoE
-    num_experts: int  # E
-    experts_per_token: int  # K
-    num_shared_experts: int
-    expert_dim: int  # F
-    attention: Literal["mla", "mha", "gqa", "mqa"] = "mla"  # all but MLA: no latents, keys of N + R numbers a head
-    num_kv_heads: int | None = None  # of attention="gqa" alone
-    num_groups: int = 1  # G
-    groups_per_token: int = 1  # groups that a token may reach
+    num_experts: int  # number of routed experts in a sparse layer (E)
+    experts_per_token: int  # number of routed experts that a token is sent to (K)
+    num_shared_experts: int  # number of shared experts, which every token uses
+    expert_dim: int  # hidden width of an expert (F)
+    # kind of attention: MLA compresses keys and values into a latent; the others do not, and their keys have
+    # nope_head_dim + rope_head_dim numbers a head
+    attention: Literal["mla", "mha", "gqa", "mqa"] = "mla"
+    num_kv_heads: int | None = None  # number of heads with keys and values; for attention gqa only
+    num_groups: int = 1  # number of groups that the experts are divided into (G)
+    groups_per_token: int = 1  # number of groups that a token's experts may come from
+    # how scores become a choice: sigmoid with a balancing bias (V3), softmax with balance losses (V2), topk takes the
+    # softmax over the chosen experts, dense uses every expert
     router: Literal["sigmoid", "softmax", "topk", "dense"] = "sigmoid"
-    group_score: Literal["top2_sum", "max"] = "top2_sum"
-    normalize_gates: bool = True
-    routed_scale: float = 1.0
-    balance: Balance = field(default_factory=Balance)
-    dispatch: Literal["auto", "blocks", "ragged_dot", "dense", "capacity"] = "auto"
-    capacity_factor: float = 1.25  # of dispatch="capacity" alone, which drops tokens
+    group_score: Literal["top2_sum", "max"] = "top2_sum"  # score of a group: sum of its two best experts, or the best
+    normalize_gates: bool = True  # divide a token's gates by their sum
+    routed_scale: float = 1.0  # factor on the output of the routed experts
+    balance: Balance = field(default_factory=Balance)  # how the load of the experts is balanced; 0 turns a method off
+    # capacity of an expert, over its even share of the tokens; tokens beyond it are dropped. None drops no token
+    capacity_factor: float | None = None
     # positions
-    rope_theta: float = 1e4
-    rope_interleaved: bool = True  # pairs (2i, 2i+1) as in the released weights; False: halves (i, i+R/2)
-    yarn: Yarn = field(default_factory=Yarn)
-    max_positions: int = 4096
+    rope_theta: float = 1e4  # base of the rotary frequencies
+    # rotate pairs of neighbours (2i, 2i+1), as in the released weights; otherwise pairs of halves (i, i+R/2)
+    rope_interleaved: bool = True
+    yarn: Yarn = field(default_factory=Yarn)  # context extension of RoPE (YaRN, arXiv 2309.00071)
+    max_positions: int = 4096  # longest sequence in tokens
     # multi-token prediction
-    mtp_depth: int = 0  # M: how many heads
-    mtp_kind: Literal["deepseek", "meta", "medusa", "eagle"] = "deepseek"  # a causal chain, parallel heads, …
-    mtp_input: Literal["normed", "raw"] = "normed"  # h^0: the trunk's output after or before its final norm
+    mtp_depth: int = 0  # number of multi-token heads (M)
+    # kind of multi-token heads: DeepSeek's causal chain, Meta's or Medusa's parallel heads, or one EAGLE head
+    mtp_kind: MtpKind = "deepseek"
+    mtp_input: Literal["normed", "raw"] = "normed"  # heads read the trunk's output after or before the final norm (h^0)
     # the rest
-    norm_eps: float = 1e-6
-    tie_embeddings: bool = False
-    init_std: float = 0.006
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "dots", "full"] = "none"  # recomputed backward: nothing, all but products, whole layers
-    layout: Layout = field(default_factory=Layout)
+    norm_eps: float = 1e-6  # epsilon of RMSNorm
+    tie_embeddings: bool = False  # use the embedding table as the unembedding too
+    init_std: float = 0.006  # standard deviation of the initial weights
 
     def __post_init__(self):
-        _check_types(self)
+        _check_types(self, mtp_kind=HEAD_KINDS)
         for name in (
             "vocab_size", "dim", "num_layers", "dense_dim", "num_heads", "kv_latent_dim", "nope_head_dim",
             "rope_head_dim", "v_head_dim", "num_experts", "experts_per_token", "expert_dim", "num_groups",
@@ -205,16 +266,12 @@ class ModelConfig:
             f"num_experts={self.num_experts}",
         )
         self._check_kv_heads()
-        _require(
-            self.mtp_kind != "eagle" or self.mtp_depth <= 1,
-            f"mtp_kind='eagle' is a single head that reads its own output: mtp_depth={self.mtp_depth} must be 1",
-        )
-        _require(
-            self.mtp_input == "normed" or self.mtp_kind in ("deepseek", "meta") or self.mtp_depth == 0,
-            f"mtp_kind={self.mtp_kind!r} has no norm of its own: mtp_input={self.mtp_input!r} must be 'normed'",
-        )
+        self._check_heads()
         _require(self.rope_head_dim % 2 == 0, f"rope_head_dim={self.rope_head_dim} is odd")
-        _require(self.capacity_factor > 0, f"capacity_factor={self.capacity_factor} is not positive")
+        _require(
+            self.capacity_factor is None or self.capacity_factor > 0,
+            f"capacity_factor={self.capacity_factor} is not positive",
+        )
         _require(self.rope_theta > 0, f"rope_theta={self.rope_theta} is not positive")
         _require(self.norm_eps > 0, f"norm_eps={self.norm_eps} is not positive")
         _require(self.init_std > 0, f"init_std={self.init_std} is not positive")
@@ -237,38 +294,49 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Heads that have keys and values of their own; MLA's are formed for every head."""
+        """Number of heads with keys and values of their own; MLA forms them for every head."""
         return self.num_kv_heads or (1 if self.attention == "mqa" else self.num_heads)
 
+    def _check_heads(self) -> None:
+        most = self.head_kind.max_depth
+        _require(
+            most is None or self.mtp_depth <= most,
+            f"mtp_depth={self.mtp_depth} is more than the {most} of mtp_kind={self.mtp_kind!r}",
+        )
+        _require(
+            self.mtp_input == "normed" or self.head_kind.reads_raw or self.mtp_depth == 0,
+            f"mtp_input={self.mtp_input!r} needs a head with a norm of its own: mtp_kind={self.mtp_kind!r} has none",
+        )
+
     @property
-    def chained_heads(self) -> bool:
-        """Whether multi-token heads read the tokens that they go on from: they then draft beyond their depth, too."""
-        return self.mtp_kind in ("deepseek", "eagle")
+    def head_kind(self) -> HeadKind:
+        """Facts about the kind of the multi-token heads."""
+        return HEAD_KINDS[self.mtp_kind]
 
     @property
     def num_sparse_layers(self) -> int:
-        """Layers of the trunk that route."""
+        """Number of the trunk's layers that have experts."""
         return self.num_layers - self.num_dense_layers
 
     @property
     def num_sparse_heads(self) -> int:
-        """Multi-token heads that route: each has a block of experts."""
-        return self.mtp_depth if self.mtp_kind in ("deepseek", "meta") else 0
+        """Number of the multi-token heads that have experts."""
+        return self.mtp_depth if self.head_kind.has_experts else 0
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where text comes from and how it becomes [B, T] batches."""
+    """Where text comes from, and how it becomes [B, T] batches."""
 
-    paths: tuple[str, ...] = ()  # files or folders; none: the text that this Python installation carries
-    tokenizer: str = "bytes"  # "bytes", or the path of a tokenizer.json
-    seq_len: int = 256  # T
-    batch_size: int = 16  # B: sequences an optimizer step
-    separate_documents: bool = True  # segment ids and positions start anew with each document of a row
-    fim_rate: float = 0.0  # share of documents turned into fill-in-the-middle (PSM)
-    val_fraction: float = 0.05  # share of documents, chosen by hash, kept for validation
-    max_documents: int | None = None  # stop reading there: for quick runs
-    seed: int = 0
+    paths: tuple[str, ...] = ()  # files or folders of text; empty means the text that this Python carries
+    tokenizer: str = "bytes"  # bytes, or the path of a tokenizer.json
+    seq_len: int = 256  # number of tokens in a sequence (T)
+    batch_size: int = 16  # number of sequences in an optimizer step (B)
+    separate_documents: bool = True  # documents in a row do not attend to each other; each has positions from 0
+    fim_rate: float = 0.0  # share of documents that are rearranged for fill-in-the-middle (PSM)
+    val_fraction: float = 0.05  # share of documents that are held out for validation, chosen by their hash
+    max_documents: int | None = None  # number of documents to read, for quick runs; None means all
+    seed: int = 0  # seed of the order of documents
 
     def __post_init__(self):
         _check_types(self)
@@ -285,20 +353,20 @@ class DataConfig:
 class OptimConfig:
     """AdamW and the report's schedule: warm-up, constant, cosine, constant (DeepSeek-V3 report, section 4.2)."""
 
-    learning_rate: float = 2.2e-4  # of the constant stretch
-    final_learning_rate: float = 2.2e-5
-    warmup_steps: int = 2000
-    decay_start: float = 0.67  # share of all steps after which the cosine begins
-    decay_end: float = 0.97  # ... and ends
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1  # on matrices; norms are left alone
-    clip_norm: float = 1.0
-    mtp_weight: float = 0.3  # lambda
-    mtp_final_weight: float = 0.1  # lambda once the cosine begins
-    bias_freeze: float = 0.97  # share of all steps after which gamma is 0
-    microbatches: int = 1  # gradient accumulation: the batch is cut in so many
+    learning_rate: float = 2.2e-4  # largest learning rate, between the warm-up and the decay
+    final_learning_rate: float = 2.2e-5  # learning rate after the decay
+    warmup_steps: int = 2000  # number of steps in which the learning rate rises from 0
+    decay_start: float = 0.67  # share of all steps after which the cosine decay begins
+    decay_end: float = 0.97  # share of all steps after which the cosine decay ends
+    beta1: float = 0.9  # decay of AdamW's mean of gradients
+    beta2: float = 0.95  # decay of AdamW's mean of squared gradients
+    eps: float = 1e-8  # epsilon of AdamW's division
+    weight_decay: float = 0.1  # weight decay of matrices; the scales of norms have none
+    clip_norm: float = 1.0  # largest norm of the whole gradient; a larger gradient is scaled down
+    mtp_weight: float = 0.3  # weight of the multi-token loss (lambda)
+    mtp_final_weight: float = 0.1  # weight of the multi-token loss once the decay begins
+    bias_freeze: float = 0.97  # share of all steps after which the router bias no longer moves
+    microbatches: int = 1  # number of parts of a batch whose gradients are accumulated
 
     def __post_init__(self):
         _check_types(self)
@@ -317,20 +385,21 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One training run: a model, its data, its optimizer, and how often to look, save and stop."""
+    """One training run: a model, how it is computed, its data, its optimizer, and when to evaluate, save and stop."""
 
     model: ModelConfig
+    execution: Execution = field(default_factory=Execution)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    steps: int = 1000
-    eval_every: int = 250
-    eval_batches: int = 8
-    save_every: int = 250
-    keep: int = 3  # checkpoints kept
-    log_every: int = 10
-    seed: int = 0
-    trunk: str | None = None  # a run whose last trunk is taken and held still: the multi-token heads alone train
-    start: str | None = None  # a run whose last weights training begins with
+    steps: int = 1000  # number of optimizer steps
+    eval_every: int = 250  # number of steps between two evaluations
+    eval_batches: int = 8  # number of validation batches in an evaluation
+    save_every: int = 250  # number of steps between two checkpoints
+    keep: int = 3  # number of checkpoints to keep; older ones are deleted
+    log_every: int = 10  # number of steps between two rows of metrics
+    seed: int = 0  # seed of the initial weights
+    trunk: str | None = None  # folder of a run whose trunk is taken over and frozen; only the multi-token heads train
+    start: str | None = None  # folder of a run whose last weights training begins with
 
     def __post_init__(self):
         _check_types(self)
@@ -359,12 +428,12 @@ class RunConfig:
 
 
 def to_dict(config) -> dict:
-    """A configuration as plain JSON values."""
+    """Turn a configuration into plain JSON values."""
     return dataclasses.asdict(config)
 
 
 def from_dict(kind, values: dict):
-    """The inverse of `to_dict`.
+    """Make a configuration from plain JSON values: the inverse of `to_dict`.
 
     Raises: ConfigError naming a key that `kind` does not have, or a value that it refuses.
     """
@@ -379,12 +448,42 @@ def from_dict(kind, values: dict):
         made[key] = tuple(value) if isinstance(value, list) else value
     try:
         return kind(**made)
-    except TypeError as error:  # a key without a default is absent
+    except TypeError as error:  # a key without a default is missing
         raise ConfigError(f"{kind.__name__}: {str(error).split('__init__() ')[-1]}") from error
 
 
+# Keys that moved: a run.json older than `Execution` has them in its model.
+_MOVED = {"compute_dtype": "compute_dtype", "remat": "remat"}
+_MOVED_LAYOUT = {"exchange": "expert_comm", "slack": "capacity_slack"}
+
+
+def run_from_dict(values: dict) -> RunConfig:
+    """Make a run from plain JSON values, those of older run folders too.
+
+    Older folders keep the settings of `execution` inside the model. There, `dispatch` names a kernel, or drops tokens.
+
+    Raises: ConfigError as `from_dict`.
+    """
+    model = values.get("model")
+    if "execution" in values or not isinstance(model, dict):
+        return from_dict(RunConfig, values)
+    model = dict(model)
+    execution: dict[str, Any] = {new: model.pop(old) for old, new in _MOVED.items() if old in model}
+    layout = model.pop("layout", {})
+    renamed = isinstance(layout, dict) and {_MOVED_LAYOUT.get(key, key): value for key, value in layout.items()}
+    execution["layout"] = renamed or layout
+    dispatch = model.pop("dispatch", "auto")
+    if dispatch == "capacity":
+        model.setdefault("capacity_factor", 1.25)
+    else:
+        model.pop("capacity_factor", None)
+        if dispatch != "auto":
+            execution["kernels"] = f"auto,grouped_swiglu={dispatch}"
+    return from_dict(RunConfig, values | {"model": model, "execution": execution})
+
+
 def first_difference(a: dict, b: dict, prefix: str = "") -> tuple[str, Any, Any] | None:
-    """The first key, in alphabetical order, that two configurations have other values of, and these values."""
+    """Find the first key, in alphabetical order, whose values differ: (key, value in a, value in b)."""
     for key in sorted(a.keys() | b.keys()):
         x, y = a.get(key), b.get(key)
         if isinstance(x, dict) and isinstance(y, dict):

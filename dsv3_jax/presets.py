@@ -2,7 +2,17 @@
 
 from dataclasses import replace
 
-from dsv3_jax.config import Balance, ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig, Yarn
+from dsv3_jax.config import (
+    Balance,
+    ConfigError,
+    DataConfig,
+    Execution,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    Yarn,
+    did_you_mean,
+)
 
 # The demo: byte vocabulary, seconds to compile, minutes to train on two CPU cores.
 TINY = ModelConfig(
@@ -96,8 +106,6 @@ V3 = ModelConfig(
     yarn=Yarn(factor=40.0, original_max_positions=4096),
     max_positions=163840,
     mtp_depth=1,
-    compute_dtype="bfloat16",
-    remat="full",
 )
 
 # DeepSeek-V2 as released: 236B parameters, 21B active; a softmax router with auxiliary losses.
@@ -150,6 +158,7 @@ _TINY_RUN = RunConfig(
 )
 _V3_RUN = RunConfig(
     model=V3,
+    execution=Execution(compute_dtype="bfloat16", remat="full"),
     data=DataConfig(seq_len=4096, batch_size=15360, separate_documents=False, fim_rate=0.1),
     steps=235_000,
     eval_every=1000,
@@ -183,20 +192,26 @@ RECIPES = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The model of that name.
+    """Return the model of that name.
 
-    Raises: ConfigError for a name that is none.
+    Raises: ConfigError for an unknown name.
+
+    >>> preset("v3").num_experts
+    256
     """
     if name not in MODELS:
-        raise ConfigError(f"preset {name!r} is not one of {', '.join(MODELS)}")
+        raise ConfigError(f"preset {name!r} is not one of {', '.join(MODELS)}{did_you_mean(name, MODELS)}")
     return MODELS[name]
 
 
 def recipe(name: str) -> RunConfig:
-    """The training run of that name: the preset's model with the data and schedule that suit it.
+    """Return the training run of that name: the preset's model with its data, schedule and execution.
 
-    Raises: ConfigError for a name that is none.
+    Raises: ConfigError for an unknown name.
+
+    >>> recipe("v3").execution.compute_dtype
+    'bfloat16'
     """
     if name not in RECIPES:
-        raise ConfigError(f"preset {name!r} is not one of {', '.join(RECIPES)}")
+        raise ConfigError(f"preset {name!r} is not one of {', '.join(RECIPES)}{did_you_mean(name, RECIPES)}")
     return RECIPES[name]

@@ -1,9 +1,9 @@
-"""Executes the notebooks and keeps their outputs: what `make notebooks` runs.
+"""Execute the notebooks and store their outputs, as `make notebooks` does.
 
     python notebooks/execute.py [--to FOLDER] [NOTEBOOK …]
 
-Outputs are the same each time on one machine: nothing of the clock, of paths or of the kernel is kept. Kernels run on
-the CPU and in an empty folder, so that no run that lies about changes what is kept (03 reads one that DSV3_RUN names).
+On one machine the outputs are the same each time: times, paths and kernel metadata are not stored. Kernels run on the
+CPU and in an empty folder, so existing runs do not change the outputs, except a run in DSV3_RUN, which 03 reads.
 """
 
 import argparse
@@ -16,30 +16,30 @@ from nbclient import NotebookClient
 from traitlets.config import Config
 
 HERE = Path(__file__).parent
-# In place of what each Jupyter writes of itself and its Python.
+# Replaces the metadata that Jupyter writes about itself and its Python.
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-LONGEST = 600  # seconds for a cell
+CELL_TIMEOUT = 600  # seconds
 
 
 def execute(notebook: Path, to: Path) -> None:
-    """Run a notebook from its first cell on, and write it with its outputs into folder `to`.
+    """Run all cells of a notebook, and write it with its outputs to folder `to`.
 
-    Raises: CellExecutionError from the first cell that fails; nothing is written then.
+    Raises: CellExecutionError if a cell fails; then nothing is written.
     """
     book = nbformat.read(notebook, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
             book,
-            timeout=LONGEST,
-            startup_timeout=LONGEST,
+            timeout=CELL_TIMEOUT,
+            startup_timeout=CELL_TIMEOUT,
             kernel_name="python3",
             resources={"metadata": {"path": folder}},
             record_timing=False,
             coalesce_streams=True,
-            # Sockets in that folder: a kernel on TCP warns that others could listen.
+            # The sockets are in that folder, because a kernel on TCP warns that others could listen.
             config=Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"}),
         )
         client.execute()
@@ -50,9 +50,9 @@ def execute(notebook: Path, to: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Execute notebooks, outputs kept.")
-    parser.add_argument("notebooks", nargs="*", type=Path, help="none: all of this folder")
-    parser.add_argument("--to", type=Path, help="the folder to write into; none: in place")
+    parser = argparse.ArgumentParser(description="Execute notebooks and store their outputs.")
+    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all in this folder")
+    parser.add_argument("--to", type=Path, help="the folder to write to; default: in place")
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     for notebook in args.notebooks or sorted(HERE.glob("*.ipynb")):

@@ -1,6 +1,6 @@
-"""Strict settings for every test: shapes and types checked, no silent promotion, CPU.
+"""Strict settings for every test: shapes and types are checked, implicit promotion raises, and the device is the CPU.
 
-Warnings are errors too; that stands in pyproject.toml, where pytest reads it.
+pyproject.toml also makes warnings errors.
 """
 
 import contextlib
@@ -8,8 +8,8 @@ import os
 from importlib import metadata
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of the tests' time. `make test` asks JAX for little optimising; then also XLA's older code for fused
-# loops, where there is a choice, which compiles in a third of the time. What takes long is compiled as users have it.
+# Compiling takes most of the tests' time, so `make test` sets JAX_DISABLE_MOST_OPTIMIZATIONS. jaxlib 0.10 also has an
+# older generator of fused loops, which compiles in a third of the time.
 if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") and metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
@@ -20,29 +20,29 @@ from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_num_cpu_devices", 8)  # a mesh in one process; must be set before the first array is made
+jax.config.update("jax_num_cpu_devices", 8)  # for meshes; must be set before the first array is created
 
-# Checks the jaxtyping signatures of every call; only modules that are imported from here on are hooked.
+# Check the jaxtyping signature of every call. Only modules that are imported after this line are checked.
 install_import_hook("dsv3_jax", "beartype.beartype")
 
 
 @pytest.fixture
 def x64():
-    """float64 arrays within the test: identities then hold to rounding, and a tolerance can be tight."""
+    """Enable float64 in the test. Identities then hold to rounding, so tolerances can be tight."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture(scope="module")
 def light_compiles():
-    """Compile without XLA's optimisations: for modules where compiling takes longer than all else."""
+    """Compile without XLA's optimisations, for modules in which compiling takes most of the time."""
     with _optimisations_left_out(True):
         yield
 
 
 @pytest.fixture
 def whole_compiles():
-    """XLA at full effort: what is compiled is looked at."""
+    """Compile with all of XLA's optimisations, for tests that inspect the compiled program."""
     with _optimisations_left_out(False):
         yield
 
@@ -57,14 +57,14 @@ def _optimisations_left_out(value: bool):
 
 @pytest.fixture
 def rng():
-    """A generator that is seeded anew for each test, so that none depends on the tests before it."""
+    """A generator with the same seed for each test, so no test depends on the tests before it."""
     return np.random.default_rng(0)
 
 
-# Not tests: imports torch, and has no doctests to look for.
+# Not a test module: it imports torch and has no doctests.
 collect_ignore = ["parity/parity_reference.py"]
 
-# Two processes share the files, one file at a time: the longest must not be left for the end.
+# Two processes share the test files, so the longest files run first.
 LONGEST = (
     "test_notebooks",
     "test_train",
@@ -72,7 +72,7 @@ LONGEST = (
     "test_speculative",
     "test_drafters",
     "test_mesh",
-    "test_objective",
+    "test_loss",
     "test_train_step",
     "test_cache",
     "test_exchange",
@@ -85,7 +85,7 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items):
-    def turn(item):
+    def position(item):
         return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
 
-    items.sort(key=turn)  # stable: all else as it was
+    items.sort(key=position)  # a stable sort: the other files keep their order

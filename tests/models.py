@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv3_jax.config import Balance, ModelConfig
-from dsv3_jax.model.layers import NormScale
+from dsv3_jax.config import Balance, Execution, ModelConfig
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer, abstract
 
@@ -54,17 +53,18 @@ def small(**changes) -> ModelConfig:
     return replace(SMALL, **changes)
 
 
-LIGHT = small(num_layers=1, num_dense_layers=0, dispatch="dense")  # one sparse layer: compiles in seconds
+LIGHT = small(num_layers=1, num_dense_layers=0)  # one sparse layer: compiles in seconds
+DENSE = Execution(kernels="grouped_swiglu=dense")  # compiles fastest: every expert reads every token
 
 
-def random_model(cfg: ModelConfig, seed: int = 0) -> Transformer:
+def random_model(cfg: ModelConfig, seed: int = 0, execution: Execution | None = None) -> Transformer:
     """A model filled by NumPy, without compiling: norm scales are not 1, and router biases are not 0 but signed."""
     rng = np.random.default_rng(seed)
-    graphdef, state = nnx.split(abstract(cfg))
+    graphdef, state = nnx.split(abstract(cfg, execution))
     filled = {}
     for path, variable in nnx.to_flat_state(state):
         noise = rng.standard_normal(variable.shape)
-        if isinstance(variable, NormScale):
+        if not variable.get_metadata().get("decay", True):  # a norm's scale
             noise = 1 + 0.3 * noise
         elif isinstance(variable, RouterBias):
             noise = 0.15 * noise
@@ -72,6 +72,11 @@ def random_model(cfg: ModelConfig, seed: int = 0) -> Transformer:
             noise = cfg.init_std * noise
         filled[path] = variable.replace(jnp.asarray(noise, jnp.float32))
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def parameters(model: Transformer) -> dict:
+    """All variables of a model in float64, as the nested dicts that `dsv3_jax.reference` reads."""
+    return jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(nnx.state(model)))
 
 
 def tokens_of(cfg: ModelConfig, batch: int, length: int, seed: int = 0) -> jax.Array:

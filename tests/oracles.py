@@ -1,9 +1,11 @@
-"""The slow, obvious versions: what dsv3_jax.ops computes, in the equations' own order.
+"""Oracles: slow and obvious versions of dsv3_jax.ops, in the order of the equations.
 
-NumPy in float64 with plain loops. The few that a test differentiates are written in jax.numpy and end in `_jnp`; run
-them under the `x64` fixture. Nothing here is shared with the library, so an error would have to be made twice.
+They are plain loops in NumPy and float64. Functions that a test differentiates are written in jax.numpy, and their
+names end in `_jnp`; run these under the `x64` fixture. No code is shared with the library, so an error would have to be
+made twice.
+
 Letters: B batch, T query length, S key length, H heads, N nope dim, R rope dim, V value dim, C latent, E experts,
-K experts a token, G groups, W vocabulary, n tokens.
+K experts for each token, G groups, W vocabulary, n tokens.
 """
 
 import math
@@ -16,7 +18,7 @@ import numpy as np
 
 
 def yarn_range(rope_dim, theta, original_max_positions, beta_fast, beta_slow):
-    """(low, high): the pair before which YaRN leaves frequencies alone, and that from which it divides them by s."""
+    """Return (low, high): pairs up to low keep their frequency; from high on it is divided by the factor."""
 
     def corr(rotations):
         return rope_dim * math.log(original_max_positions / (2 * math.pi * rotations)) / (2 * math.log(theta))
@@ -26,7 +28,7 @@ def yarn_range(rope_dim, theta, original_max_positions, beta_fast, beta_slow):
 
 
 def yarn_frequencies(rope_dim, theta, factor, original_max_positions=4096, beta_fast=32.0, beta_slow=1.0):
-    """f64[R/2]: radians a position, pair by pair."""
+    """Return f64[R/2]: radians per position of each pair."""
     low, high = yarn_range(rope_dim, theta, original_max_positions, beta_fast, beta_slow)
     freqs = []
     for pair in range(rope_dim // 2):
@@ -37,17 +39,18 @@ def yarn_frequencies(rope_dim, theta, factor, original_max_positions=4096, beta_
 
 
 def yarn_mscale(factor, coefficient):
+    """Return YaRN's attention temperature."""
     return 0.1 * coefficient * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def rope_score(q, k, q_position, k_position, freqs, *, interleaved):
-    """q . k after both were rotated: the real part of q conj(k) e^{i f (m - n)}, so no layout of the result matters."""
+    """Return q . k after both are rotated: the real part of q conj(k) e^{i f (m - n)}, summed over pairs."""
     half = len(freqs)
     total = 0.0
     for i, f in enumerate(freqs):
         a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + half)
-        turn = complex(math.cos(f * (q_position - k_position)), math.sin(f * (q_position - k_position)))
-        total += (complex(q[a], q[b]) * complex(k[a], k[b]).conjugate() * turn).real
+        rotation = complex(math.cos(f * (q_position - k_position)), math.sin(f * (q_position - k_position)))
+        total += (complex(q[a], q[b]) * complex(k[a], k[b]).conjugate() * rotation).real
     return total
 
 
@@ -55,7 +58,7 @@ def rope_score(q, k, q_position, k_position, freqs, *, interleaved):
 
 
 def causal_mask(batch, length, segment_ids=None):
-    """bool[B,T,T]: key s is seen by query t if s <= t and both belong to one document."""
+    """Return bool[B, T, T]: query t sees key s if s <= t and both are in the same document."""
     mask = np.zeros((batch, length, length), bool)
     for b in range(batch):
         for t in range(length):
@@ -65,14 +68,14 @@ def causal_mask(batch, length, segment_ids=None):
 
 
 def attention_jnp(q, k, v, mask, *, scale):
-    """softmax(scale q k^T) v with q[B,T,H,K], k[B,S,H,K], v[B,S,H,V], mask bool[B,T,S]; all scores at once."""
+    """Return softmax(scale q k^T) v for q [B,T,H,K], k [B,S,H,K], v [B,S,H,V], mask bool[B,T,S]; all scores at once."""
     scores = scale * jnp.einsum("bthk,bshk->bhts", q, k)
     scores = jnp.where(mask[:, None], scores, -jnp.inf)
     return jnp.einsum("bhts,bshv->bthv", jax.nn.softmax(scores, axis=-1), v)
 
 
 def mla(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, mask, *, scale):
-    """f64[B,T,H,V]: keys and values are expanded from the latent, one head and one query at a time."""
+    """Return f64[B, T, H, V]. Keys and values are expanded from the latent, for one head and one query at a time."""
     batch, length, heads, _ = q_nope.shape
     out = np.zeros((batch, length, heads, w_uv.shape[1]))
     for b in range(batch):
@@ -95,13 +98,13 @@ def mla(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, mask, *, scale):
 
 
 def best(values, count, among=None):
-    """The indices of the `count` largest values, largest first; of equals, the lower index first."""
+    """Return the indices of the `count` largest values, largest first; if values are equal, the lower index first."""
     among = range(len(values)) if among is None else among
     return sorted(among, key=lambda i: (-values[i], i))[:count]
 
 
 def allowed_experts(choice, groups, groups_kept, group_score):
-    """The experts that stand in the best groups of one token; choice f64[E] is what selects."""
+    """Return the experts in one token's best groups; choice f64[E] is the biased score."""
     members = [[int(e) for e in m] for m in np.split(np.arange(len(choice)), groups)]
     value = {
         "top2_sum": lambda m: sum(sorted(choice[m])[-2:]),
@@ -112,7 +115,7 @@ def allowed_experts(choice, groups, groups_kept, group_score):
 
 
 def sigmoid_route(logits, bias, *, k, groups=1, groups_kept=1, group_score="top2_sum", normalize=True, scale=1.0):
-    """(expert_ids [n,K], gates [n,K], scores [n,E]) of the V3 router."""
+    """Return (expert_ids [n,K], gates [n,K], scores [n,E]) of the V3 router."""
     logits, bias = np.asarray(logits, np.float64), np.asarray(bias, np.float64)
     ids, gates, scores = [], [], []
     for row in logits:
@@ -129,12 +132,13 @@ def sigmoid_route(logits, bias, *, k, groups=1, groups_kept=1, group_score="top2
 
 
 def softmax_probs(row):
+    """Return the softmax of one row."""
     weights = np.exp(row - row.max())
     return weights / weights.sum()
 
 
 def softmax_route(logits, *, k, groups=1, groups_kept=1, group_score="max", normalize=False, scale=1.0):
-    """The V2 router: softmax over all experts, then a choice among the best groups."""
+    """Return (expert_ids, gates, scores) of the V2 router: a softmax over all experts, then the best groups."""
     ids, gates, scores = [], [], []
     for row in np.asarray(logits, np.float64):
         s = softmax_probs(row)
@@ -149,7 +153,7 @@ def softmax_route(logits, *, k, groups=1, groups_kept=1, group_score="max", norm
 
 
 def topk_route(logits, *, k):
-    """(expert_ids, gates): the softmax is over the k chosen alone."""
+    """Return (expert_ids, gates); the softmax is over the k chosen experts alone."""
     logits = np.asarray(logits, np.float64)
     ids = np.array([best(row, k) for row in logits])
     return ids, np.array([softmax_probs(row[chosen]) for row, chosen in zip(logits, ids, strict=True)])
@@ -159,11 +163,12 @@ def topk_route(logits, *, k):
 
 
 def swiglu_jnp(x, w_gate, w_up, w_down):
+    """Return (silu(x w_gate) * (x w_up)) w_down."""
     return (jax.nn.silu(x @ w_gate) * (x @ w_up)) @ w_down
 
 
 def routed_swiglu_jnp(x, expert_ids, gates, w_gate, w_up, w_down):
-    """y[n,D]: every expert computes every token, and a token takes gate times the experts that it chose."""
+    """Return y [n, D]. Every expert computes every token; a token sums its chosen experts, weighted by its gates."""
     y = jnp.zeros_like(x)
     for e in range(w_gate.shape[0]):
         gate = jnp.where(expert_ids == e, gates, 0.0).sum(axis=1)
@@ -172,7 +177,7 @@ def routed_swiglu_jnp(x, expert_ids, gates, w_gate, w_up, w_down):
 
 
 def within_capacity(expert_ids, num_experts, factor):
-    """bool[n,K]: the assignments that find room, when earlier tokens come first."""
+    """Return bool[n, K]: the assignments within the experts' capacity, if earlier tokens come first."""
     expert_ids = np.asarray(expert_ids)
     capacity = math.ceil(factor * expert_ids.size / num_experts)
     taken = [0] * num_experts
@@ -189,6 +194,7 @@ def within_capacity(expert_ids, num_experts, factor):
 
 
 def load(expert_ids, num_experts):
+    """Return f64[E]: how many assignments each expert has."""
     counts = [0] * num_experts
     for e in np.asarray(expert_ids).ravel():
         counts[e] += 1
@@ -196,14 +202,14 @@ def load(expert_ids, num_experts):
 
 
 def bias_update(bias, counts, rate):
-    """b_e + rate * sign(mean(load) - load_e)"""
+    """Return b_e + rate * sign(mean(load) - load_e)."""
     mean = sum(counts) / len(counts)
     sign = [(count < mean) * 1 - (count > mean) * 1 for count in counts]
     return np.array([float(b) + rate * s for b, s in zip(bias, sign, strict=True)])
 
 
 def sequence_loss(scores, k, mask=None):
-    """f64[B]: sum_e f_e P_e of each sequence; f from the top k of the bare scores, P from their shares."""
+    """Return f64[B]: sum_e f_e P_e of each sequence; f from the top k of the unbiased scores, P from their shares."""
     losses = []
     for b, sequence in enumerate(np.asarray(scores, np.float64)):
         tokens = [s for t, s in enumerate(sequence) if mask is None or mask[b, t]]
@@ -218,7 +224,7 @@ def sequence_loss(scores, k, mask=None):
 
 
 def switch_loss(scores, expert_ids, mask=None):
-    """E * sum_e f_e P_e over the batch; f is the share of assignments, so that it sums to 1."""
+    """Return E * sum_e f_e P_e over the batch; f is the share of assignments, which sums to 1."""
     scores = np.asarray(scores, np.float64)
     tokens = [t for t in range(len(scores)) if mask is None or mask[t]]
     num_experts = scores.shape[-1]
@@ -232,18 +238,19 @@ def switch_loss(scores, expert_ids, mask=None):
 
 
 def max_vio(counts):
+    """Return (max - mean) / mean."""
     mean = sum(counts) / len(counts)
     return (max(counts) - mean) / mean
 
 
 def entropy(counts):
-    """Of the shares, as a part of the most that E experts allow."""
+    """Return the entropy of the shares, divided by its maximum ln E."""
     shares = [count / sum(counts) for count in counts]
     return -sum(p * math.log(p) for p in shares if p > 0) / math.log(len(counts))
 
 
 def gini(counts):
-    """Half the mean absolute difference of two experts' loads, over the mean load."""
+    """Return half the mean absolute difference of two experts' loads, divided by the mean load."""
     n, mean = len(counts), sum(counts) / len(counts)
     return sum(abs(a - b) for a in counts for b in counts) / (2 * n * n * mean)
 
@@ -252,7 +259,7 @@ def gini(counts):
 
 
 def cross_entropy_jnp(h, w, targets, mask):
-    """Sum of nats of the masked-in rows, with all [n,W] logits at once."""
+    """Return the sum of nats over rows where mask is True, with all [n, W] logits at once."""
     logp = jax.nn.log_softmax(h @ w, axis=-1)
     nats = -jnp.take_along_axis(logp, targets[:, None], axis=-1)[:, 0]
     return jnp.where(mask, nats, 0.0).sum()
@@ -262,7 +269,7 @@ def cross_entropy_jnp(h, w, targets, mask):
 
 
 def support(logits, *, temperature=1.0, top_k=None, top_p=None):
-    """The tokens of one row that may be drawn: the top_k largest, of them the smallest set that reaches top_p."""
+    """Return the tokens of one row that may be drawn: the fewest of the top_k largest that reach top_p."""
     logits = np.asarray(logits, np.float64) / temperature
     kept = best(logits, len(logits) if top_k is None else top_k)
     if top_p is None:
@@ -278,7 +285,7 @@ def support(logits, *, temperature=1.0, top_k=None, top_p=None):
 
 
 def sampling_probs(logits, *, temperature=1.0, top_k=None, top_p=None):
-    """f64[W]: what one row is drawn from."""
+    """Return f64[W]: the distribution that one row is drawn from."""
     kept = sorted(support(logits, temperature=temperature, top_k=top_k, top_p=top_p))
     probs = np.zeros(len(logits))
     probs[kept] = softmax_probs(np.asarray(logits, np.float64)[kept] / temperature)

@@ -1,7 +1,7 @@
-"""Tiny released folders made on the spot, and what our model makes of them: parity with transformers stands on these.
+"""Tiny released folders and our model's results on them, for the comparison with transformers.
 
-Every number of a folder comes from raw bits of a seeded generator, which NumPy keeps the same in all versions, so
-that the golden files of what transformers made of a folder hold for the folder made here.
+Every number of a folder comes from raw bits of a seeded generator, which NumPy keeps the same in all versions. The
+golden files of transformers' results are therefore valid for folders that any machine writes.
 """
 
 import math
@@ -25,7 +25,7 @@ from dsv3_jax.hf.config_json import config_to_dict
 from dsv3_jax.hf.files import CONFIG, SINGLE, write_json
 from dsv3_jax.hf.table import entries
 from dsv3_jax.model.transformer import abstract
-from dsv3_jax.training.loss import losses
+from dsv3_jax.training.loss import compute_loss
 
 BATCH, LENGTH, NEW = 2, 24, 6
 MTP_WEIGHT = 0.3
@@ -34,7 +34,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @dataclass(frozen=True)
 class Cell:
-    """A place of the grid: a model and the dtype of its files."""
+    """A model of the grid and the dtype of its file."""
 
     cfg: ModelConfig
     file: str = "float32"
@@ -68,14 +68,14 @@ GRID = {
 
 
 def noise(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """float64 of mean 0 and deviation 1, uniform; the same for a name always."""
+    """Draw uniform float64 numbers of mean 0 and standard deviation 1; a name always gives the same numbers."""
     raw = np.random.PCG64(zlib.crc32(name.encode())).random_raw(math.prod(shape))
     return (((raw >> np.uint64(11)) / 2.0**53 - 0.5) * 12**0.5).reshape(shape)
 
 
 def tensors(cfg: ModelConfig) -> dict[str, np.ndarray]:
-    """float32 tensors by released name: scales far from 1, signed biases, scores and gates far from even."""
-    made = {}
+    """Make float32 tensors by released name: scales far from 1, signed biases, scores and gates far from even."""
+    arrays = {}
     original = {e.name: e.copy_of or e.name for e in entries(cfg)}
     for name, (shape, _) in hf.tensor_table(cfg).items():
         value = noise(original[name], shape)
@@ -85,12 +85,12 @@ def tensors(cfg: ModelConfig) -> dict[str, np.ndarray]:
             value = 0.2 * value
         else:
             value = 1.2 * value / shape[-1] ** 0.5
-        made[name] = value.astype(np.float32)
-    return made
+        arrays[name] = value.astype(np.float32)
+    return arrays
 
 
 def quantized(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """FP8 with the plain scale, block by block: slow, and not the library's."""
+    """Quantize to FP8 with scales of 24 bits, block by block: slow and independent of the library."""
     numbers = np.zeros(weight.shape, ml_dtypes.float8_e4m3fn)
     scales = np.zeros([-(-n // 128) for n in weight.shape], np.float32)
     for i, j in np.ndindex(*scales.shape):
@@ -101,28 +101,29 @@ def quantized(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def dequantized(numbers: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    whole = np.repeat(np.repeat(scales, 128, axis=0), 128, axis=1)
-    return numbers.astype(np.float32) * whole[: numbers.shape[0], : numbers.shape[1]]
+    """Dequantize FP8 numbers, independent of the library."""
+    expanded = np.repeat(np.repeat(scales, 128, axis=0), 128, axis=1)
+    return numbers.astype(np.float32) * expanded[: numbers.shape[0], : numbers.shape[1]]
 
 
 @cache
 def stored(cell: Cell) -> dict[str, np.ndarray]:
-    """What stands in the cell's file."""
+    """Make the tensors of a cell's file in its dtype."""
     if cell.file != "fp8":
         dtype = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[cell.file]
         return {k: v if "bias" in k else v.astype(dtype) for k, v in tensors(cell.cfg).items()}
-    made = {}
+    arrays = {}
     linear = {e.name for e in entries(cell.cfg) if e.quantized}
     for name, value in tensors(cell.cfg).items():
         if name in linear:
-            made[name], made[name + "_scale_inv"] = quantized(value)
+            arrays[name], arrays[name + "_scale_inv"] = quantized(value)
         else:
-            made[name] = value if "bias" in name else value.astype(ml_dtypes.bfloat16)
-    return made
+            arrays[name] = value if "bias" in name else value.astype(ml_dtypes.bfloat16)
+    return arrays
 
 
 def write_folder(folder: Path, cell: Cell) -> Path:
-    """The cell's folder: config.json and one safetensors file."""
+    """Write a cell's folder: config.json and one safetensors file."""
     folder.mkdir(parents=True)
     fp8 = cell.file == "fp8"
     write_json(folder / CONFIG, config_to_dict(cell.cfg, fp8=fp8, dtype="bfloat16" if fp8 else cell.file))
@@ -134,7 +135,7 @@ def write_folder(folder: Path, cell: Cell) -> Path:
 
 
 def hand_written(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """The format by hand, for dtypes that the safetensors package does not know from NumPy."""
+    """Write one file by our writer, for dtypes that the safetensors package does not accept from NumPy."""
     from dsv3_jax.hf.files import write_shards
 
     table = {k: (v.shape, v.dtype.name) for k, v in arrays.items()}
@@ -144,7 +145,7 @@ def hand_written(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def tokens(cfg: ModelConfig) -> np.ndarray:
-    """int32 [BATCH, LENGTH]."""
+    """Draw the grid's tokens: int32 [BATCH, LENGTH]."""
     raw = np.random.PCG64(7).random_raw(BATCH * LENGTH)
     return (raw % np.uint64(cfg.vocab_size)).astype(np.int32).reshape(BATCH, LENGTH)
 
@@ -158,7 +159,7 @@ def _outputs(graphdef, state, batch):
 
 @partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def _gradients(graphdef, params, rest, batch):
-    return jax.value_and_grad(lambda p: losses(nnx.merge(graphdef, p, rest), batch, MTP_WEIGHT).total)(params)
+    return jax.value_and_grad(lambda p: compute_loss(nnx.merge(graphdef, p, rest), batch, MTP_WEIGHT).total)(params)
 
 
 def batch_of(cfg: ModelConfig) -> dict[str, jax.Array]:
@@ -171,43 +172,43 @@ def batch_of(cfg: ModelConfig) -> dict[str, jax.Array]:
 
 
 def without_balance(model):
-    """The model without balance losses, which config.json does not know."""
+    """Remove a model's balance losses, which config.json cannot express."""
     cfg = replace(model.cfg, balance=Balance(0.0, 0.0, 0.0))
-    return nnx.merge(nnx.split(abstract(cfg))[0], nnx.state(model))
+    return nnx.merge(nnx.split(abstract(cfg, model.execution, model.kernels))[0], nnx.state(model))
 
 
 def ours(model, *, gradients: bool = True, greedy: bool = True) -> dict[str, np.ndarray]:
-    """What our model says of the grid's tokens, under the names of `parity_reference.theirs`."""
+    """Compute our model's results on the grid's tokens, under the names of `parity_reference.theirs`."""
     model, batch = without_balance(model), batch_of(model.cfg)
     graphdef, state = nnx.split(model)
     logits, mtp, ids, mtp_ids = jax.tree.map(np.asarray, _outputs(graphdef, state, batch))
-    found = {"logits": logits, "expert_ids": np.sort(ids, axis=-1)}
+    results = {"logits": logits, "expert_ids": np.sort(ids, axis=-1)}
     for k in range(model.cfg.mtp_depth):
-        found |= {f"mtp_logits.{k}": mtp[k], f"mtp_expert_ids.{k}": np.sort(mtp_ids[k], axis=-1)}
+        results |= {f"mtp_logits.{k}": mtp[k], f"mtp_expert_ids.{k}": np.sort(mtp_ids[k], axis=-1)}
     if greedy:
-        found["greedy"] = np.array(generate(model, tokens(model.cfg)[:, :8].tolist(), NEW).tokens, np.int32)
+        results["greedy"] = np.array(generate(model, tokens(model.cfg)[:, :8].tolist(), NEW).tokens, np.int32)
     if gradients:
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
         loss, grads = _gradients(graphdef, params, rest, batch)
-        found["loss"] = np.asarray(loss)
-        found |= {f"grad.{k}": v for k, v in released(model.cfg, grads).items()}
-    return found
+        results["loss"] = np.asarray(loss)
+        results |= {f"grad.{k}": v for k, v in released(model.cfg, grads).items()}
+    return results
 
 
 def released(cfg: ModelConfig, params: nnx.State) -> dict[str, np.ndarray]:
-    """Arrays of our parameters' shapes under released names, in their layout; copies and the bias left out."""
+    """Convert arrays of our parameters' shapes to released names and layouts, without copies and the bias."""
     flat = {path: np.asarray(v.get_value()) for path, v in nnx.to_flat_state(params)}
     return {
-        e.name: e.layout.join([flat[p.path][p.at] for p in e.places])
+        e.name: e.layout.join([flat[s.path][s.indices] for s in e.slices])
         for e in entries(cfg)
-        if not e.copy_of and not e.wide
+        if not e.copy_of and not e.always_float32
     }
 
 
-def probed(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same, small: of each gradient its norm, and its product with a fixed vector of deviation 1."""
-    grads = {k: v for k, v in found.items() if k.startswith("grad.")}
-    small = {k: v for k, v in found.items() if k not in grads}
+def probed(results: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Replace each gradient by two numbers: its norm, and its product with a fixed vector of standard deviation 1."""
+    grads = {k: v for k, v in results.items() if k.startswith("grad.")}
+    small = {k: v for k, v in results.items() if k not in grads}
     if grads:
         wide = [(k, v.astype(np.float64)) for k, v in sorted(grads.items())]
         pairs = [(np.linalg.norm(v), (v * noise(k, v.shape)).sum()) for k, v in wide]
@@ -215,15 +216,15 @@ def probed(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return small
 
 
-def differences(mine: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, float]:
-    """How far two results are apart, of what both have.
+def differences(results: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> dict[str, float]:
+    """Measure the largest difference by kind of result, over the names that both have.
 
-    Logits: largest difference over the logits' deviation. Gradients: largest over the parameter's root mean square
-    (a probe's over its norm). Ids and greedy tokens: how many differ.
+    Logits are relative to the logits' standard deviation. Gradients are relative to the parameter's root mean square,
+    and probes to their norm. Ids and greedy tokens are counted.
     """
     worst: dict[str, float] = {}
-    for name in mine.keys() & other.keys():
-        a, b, kind = mine[name], other[name], name.split(".")[0]
+    for name in results.keys() & reference.keys():
+        a, b, kind = results[name], reference[name], name.split(".")[0]
         if kind in ("expert_ids", "mtp_expert_ids", "greedy"):
             assert a.shape == b.shape, name
             value = float((a != b).sum())
@@ -234,13 +235,13 @@ def differences(mine: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> di
             assert a.shape == b.shape, name
             size = {"loss": 1.0, "grad": np.sqrt((b * b).mean())}.get(kind, b.std())
             value = float(np.abs(a - b).max() / size) if size else float(np.abs(a).max())
-        assert math.isfinite(value), name  # else max() would drop a NaN
+        assert math.isfinite(value), name  # max() would drop a NaN
         worst[kind] = max(worst.get(kind, 0.0), value)
     return worst
 
 
 def golden(name: str) -> dict[str, np.ndarray]:
-    """What transformers made of a cell."""
+    """Read transformers' results for a cell."""
     with np.load(GOLDEN / (file_name(name) + ".npz"), allow_pickle=False) as file:
         return dict(file)
 

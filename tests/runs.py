@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
-from models import random_model
+from models import DENSE, random_model
 
 from dsv3_jax.config import Balance, DataConfig, ModelConfig, OptimConfig, RunConfig, to_dict
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.presets import recipe
 from dsv3_jax.training import loop, optim
-from dsv3_jax.training.step import TrainState, trained_and_held
+from dsv3_jax.training.step import TrainState, split_trainable
 
 # Two sparse layers and an MTP block, so that every kind of router bias is there; little else, to compile fast.
 MODEL = ModelConfig(
@@ -45,7 +45,6 @@ MODEL = ModelConfig(
     num_groups=2,
     groups_per_token=1,
     balance=Balance(bias_rate=1e-2, sequence_alpha=1e-2),
-    dispatch="dense",
     max_positions=64,
     mtp_depth=1,
     init_std=0.2,
@@ -87,9 +86,10 @@ def write_text(folder: Path) -> str:
 
 
 def make_run(text: str, **changes) -> RunConfig:
-    """A run on `text`. What does not change the model, the optimizer or `steps` reuses the compiled step."""
+    """A run on `text`. Changes outside model, execution, optimizer and `steps` reuse the compiled step."""
     run = RunConfig(
         model=MODEL,
+        execution=DENSE,
         data=DataConfig(paths=(text,), seq_len=16, batch_size=4, val_fraction=0.3),
         optim=OptimConfig(learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=2),
         steps=STEPS,
@@ -103,9 +103,9 @@ def make_run(text: str, **changes) -> RunConfig:
 
 
 def fresh_state(run: RunConfig, step: int = 0) -> TrainState:
-    """Parameters and signed biases by NumPy, anew in each call, for a step takes its state away."""
-    params, bias = nnx.split(random_model(run.model), nnx.Param, RouterBias)[1:]
-    return TrainState(params, bias, optim.init(trained_and_held(run, params)[0]), jnp.asarray(step, jnp.int32))
+    """A new state in each call, since a step donates its state: parameters and signed biases by NumPy."""
+    params, bias = nnx.split(random_model(run.model, execution=run.execution), nnx.Param, RouterBias)[1:]
+    return TrainState(params, bias, optim.init(split_trainable(run, params)[0]), jnp.asarray(step, jnp.int32))
 
 
 def packed_batch(rng: np.random.Generator, segment_ids: np.ndarray) -> dict[str, jax.Array]:
@@ -124,20 +124,20 @@ class Finished:
 
     run: RunConfig
     folder: Path
-    fitted: loop.Fitted
+    fitted: loop.FitResult
     said: str  # what it printed
 
 
 @cache
 def finished(root: Path) -> Finished:
-    """The session's one whole run: all others are held against it."""
+    """The one complete run, trained once: other runs are compared with it."""
     folder = root / "finished"
     run = make_run(write_text(folder / "text"))
     return Finished(run, folder / "run", *said_by(loop.fit, run, folder / "run"))
 
 
 def said_by(function, *args) -> tuple[object, str]:
-    """What `function` returns and what it prints."""
+    """(The result of `function`, the text that it prints.)"""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         result = function(*args)
@@ -185,23 +185,30 @@ def start(argv: list[str], root: Path, program: Sequence[str] = ("-m", "dsv3_jax
 
 @cache
 def unhooked_cli():
-    """dsv3_jax.cli as users have it: the tests' import hook would refuse tyro's mark for what is missing."""
-    _unhooked("dsv3_jax.cli.common", "cli/common.py")  # where the command line finds what it can be told
-    return _unhooked("unhooked_cli", "cli/main.py")
+    """dsv3_jax.cli.main as users have it: the tests' import hook would refuse tyro's mark of a missing option."""
+    common = unhooked("dsv3_jax.cli.common", "dsv3_jax.cli.common")  # in place of the hooked ones
+    common.prepare_process = lambda: None  # the allocator's settings are for a process of its own
+    unhooked("dsv3_jax.cli.train", "dsv3_jax.cli.train")
+    return unhooked("dsv3_jax.cli.main")
 
 
-def _unhooked(name: str, file: str):
-    spec = importlib.util.spec_from_file_location(name, HERE / "dsv3_jax" / file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+def unhooked(module: str, name: str | None = None):
+    """A module of the package without the tests' import hook, which would refuse wrong types before the module does.
+
+    Args: name: to be imported by. None means a name of its own.
+    """
+    name = name or f"unhooked_{module.replace('.', '_')}"
+    spec = importlib.util.spec_from_file_location(name, HERE.joinpath(*module.split(".")).with_suffix(".py"))
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[name] = made  # dataclasses look up their annotations there
+    spec.loader.exec_module(made)
+    return made
 
 
 def rows_of(folder: Path) -> list[dict]:
-    """Rows of metrics.jsonl, but for what depends on the clock."""
+    """Rows of metrics.jsonl without what depends on the clock, or on how often the run was started."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu", "kernels")} for row in rows]
 
 
 def assert_bitwise(left, right) -> None:

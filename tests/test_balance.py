@@ -1,4 +1,4 @@
-"""Loads, the loss-free bias, the two balance losses and the measures of imbalance, against loops."""
+"""Loads, the loss-free bias, both balance losses and the measures of imbalance equal the oracles' loops."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def test_load_counts_every_assignment(rng):
 
 
 def test_bias_moves_towards_the_mean():
-    """Up for an idle expert, down for a busy one, and not at all at the mean."""
+    """It rises for an idle expert, falls for a busy one, and does not change at the mean."""
     counts = np.array([3.0, 0.0, 7.0, 2.0, 3.0])  # mean 3
     bias = np.array([0.5, -0.5, 0.0, 0.25, -1.0], np.float32)
     got = balance.bias_update(jnp.asarray(bias), jnp.asarray(counts, jnp.float32), 0.125)
@@ -43,20 +43,20 @@ def test_bias_update_of_stacked_layers(rng):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_sequence_loss(rng, masked):
-    scores = rng.uniform(0.05, 1.0, (3, 9, 6)).astype(np.float32)  # sigmoids: they do not sum to 1
+    scores = rng.uniform(0.05, 1.0, (3, 9, 6)).astype(np.float32)  # like sigmoids, they do not sum to 1
     mask = rng.uniform(0, 1, (3, 9)) < 0.6 if masked else None
     got = sequence_loss(jnp.asarray(scores), 2, None if mask is None else jnp.asarray(mask))
     np.testing.assert_allclose(got, oracles.sequence_loss(scores, 2, mask), rtol=1e-5)
 
 
 def test_sequence_loss_of_even_routing_is_one():
-    """Each expert once in the top 1, each with the same share on average: sum_e 1 * 1/E = 1."""
+    """Each expert is once in the top 1 and has the same mean share: sum_e 1 * 1/E = 1."""
     scores = jnp.asarray(0.1 + 0.8 * np.eye(6)[None], jnp.float32)
     np.testing.assert_allclose(sequence_loss(scores, 1), [1.0], rtol=1e-6)
 
 
-def test_sequence_loss_gradient_flows_through_the_shares_alone(rng):
-    """f is a count: d loss = sum_e f_e dP_e."""
+def test_sequence_loss_gradient_comes_from_the_shares_alone(rng):
+    """f is a count, so d loss = sum_e f_e dP_e."""
     scores = jnp.asarray(rng.uniform(0.05, 1.0, (2, 7, 5)), jnp.float32)
     f = np.zeros((2, 5))
     for b in range(2):
@@ -84,14 +84,14 @@ def test_switch_loss(rng, masked):
 
 
 def test_switch_loss_extremes():
-    """1 when load and probability are even; E when one expert has both."""
+    """The loss is 1 if load and scores are even, and E if one expert has all of both."""
     ids = jnp.arange(8, dtype=jnp.int32).reshape(4, 2)
     assert balance.switch_loss(jnp.full((4, 8), 0.3), ids) == pytest.approx(1.0, rel=1e-6)
     scores = jnp.asarray(np.tile(np.eye(8)[5], (4, 1)), jnp.float32)
     assert balance.switch_loss(scores, jnp.full((4, 1), 5, jnp.int32)) == pytest.approx(8.0, rel=1e-6)
 
 
-def test_losses_with_nothing_unmasked_are_finite(rng):
+def test_losses_and_gradients_are_finite_if_every_token_is_masked(rng):
     scores = jnp.asarray(rng.uniform(0.05, 1.0, (2, 5, 4)), jnp.float32)
     mask = jnp.array([[True] * 5, [False] * 5])
     value, grad = jax.jit(jax.value_and_grad(lambda s: balance.sequence_loss(s, 2, mask).sum()))(scores)

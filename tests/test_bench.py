@@ -1,4 +1,4 @@
-"""The decoding benchmark: the bytes of its bound by brute count, and the command on a finished run."""
+"""The decoding benchmark: the bytes of its bound, counted by hand, and the command on a finished run."""
 
 import itertools
 import json
@@ -12,6 +12,8 @@ from runs import cheap_compiles, finished, said_by
 
 from dsv3_jax.cli import bench
 from dsv3_jax.cli.bench import Cell, Decode
+from dsv3_jax.data import tokenizer
+from dsv3_jax.data.corpus import load_corpus
 from dsv3_jax.decoding.generate import Generated
 from dsv3_jax.model.counting import decode_bytes, distinct_experts
 from dsv3_jax.model.transformer import abstract
@@ -35,7 +37,7 @@ def test_distinct_experts_are_the_mean_over_all_choices(tokens):
     ids=["untied", "tied", "all sparse", "all dense"],
 )
 def test_bytes_of_a_step_are_those_of_the_parameters(cfg):
-    """Walk over the parameters: experts count by the share that is reached, an untied embedding and MTP not at all."""
+    """Walk over the parameters: experts count by the share that is read, an untied embedding and MTP not at all."""
     model = abstract(cfg)
     share = {1: cfg.experts_per_token / cfg.num_experts}
     share[2] = 1 - (1 - share[1]) ** 2
@@ -45,12 +47,12 @@ def test_bytes_of_a_step_are_those_of_the_parameters(cfg):
             if path[0] == "mtp" or (path[0] == "embed" and not cfg.tie_embeddings):
                 continue
             total += math.prod(param.shape) * (share[batch] if path[0] == "experts" else 1)
-        # active is a whole number of parameters, so half of one may be lost
+        # `active` is rounded to whole parameters: half of one may be lost
         assert decode_bytes(cfg, batch, 10, 7) == pytest.approx(4 * total + batch * 10 * 7, abs=4 * 0.5)
         assert decode_bytes(cfg, batch, 10, 7, weight_bytes=2) == pytest.approx(2 * total + batch * 70, abs=2 * 0.5)
 
 
-def test_timings_are_medians_of_what_generate_says():
+def test_timings_are_medians_of_the_results_of_generate():
     cfg = small()
     made = [
         Generated([[1] * 5] * 2, [], 4, prefill, decoding, 0, 28)
@@ -85,15 +87,15 @@ def test_prompts_are_held_out_text(whole):
     prompts = bench.held_out_prompts(whole.run, 3, 16)
     assert [len(p) for p in prompts] == [16] * 3 and len(set(map(tuple, prompts))) == 3
     starts = {tuple(p[:5]) for p in prompts}
-    held_out = bench.load_corpus(whole.run.data).val
-    assert starts <= {tuple(bench.tokenizer.load("bytes").encode(d.text)[:5]) for d in held_out}
+    held_out = load_corpus(whole.run.data).val
+    assert starts <= {tuple(tokenizer.load("bytes").encode(d.text)[:5]) for d in held_out}
 
 
 def test_every_combination_runs_once_to_compile_and_once_a_round(options, monkeypatch, tmp_path):
-    asked = []
+    calls = []
 
     def answer(model, prompts, new_tokens, **settings):
-        asked.append((len(prompts), *settings.values()))
+        calls.append((len(prompts), *settings.values()))
         return Generated([[1] * new_tokens] * len(prompts), [], new_tokens - 1, 1.0, 1.0, 0, 28)
 
     monkeypatch.setattr(bench, "generate", answer)
@@ -105,17 +107,17 @@ def test_every_combination_runs_once_to_compile_and_once_a_round(options, monkey
     drafts = [(None, 0), ("mtp", 1), ("mtp", 2)]  # no lengths without a draft
     caches = [("latent", "float32"), ("latent", "int8"), ("none", None)]  # no dtypes without a cache
     once = [(batch, *kind, *draft) for batch in (1, 2) for kind in caches for draft in drafts]
-    assert asked == once * 3
+    assert calls == once * 3
     assert len(json.loads(options.json.read_text())["cells"]) == len(once)
 
 
 def test_a_run_is_timed(options, tmp_path):
     options = replace(options, draft=("none", "mtp"), json=tmp_path / "o.json")
-    code, said = said_by(bench.decode, options)
+    code, printed = said_by(bench.decode, options)
     report = json.loads(options.json.read_text())
     plain, drafted = report["cells"]
     assert code == 0 and report["step"] == 12 and report["copy_bandwidth"] > 0
-    assert "latent float32" in said and "mtp 1" in said
+    assert "latent float32" in printed and "mtp 1" in printed and "kernels for cpu: " in printed
     for cell in (plain, drafted):
         assert cell["cache_bytes_per_token"] == 2 * 7 * 4
         assert cell["tokens_per_s"] == pytest.approx(2 * 1e3 / cell["ms_per_token"])
@@ -131,23 +133,23 @@ def test_a_run_is_timed(options, tmp_path):
         ({"batch": (1, 0)}, "batch=0 is below 1"),
         ({"rounds": 0}, "rounds=0 is below 1"),
         ({"context": ()}, "context is empty"),
-        ({"context": (60,)}, "60 tokens and 6 new ones do not fit"),
+        ({"context": (60,)}, "prompt 0 of 60 tokens and max_new_tokens=6 are more than"),
         ({"context": (99_999,)}, "context=99999 is more than the"),
-        ({"draft": ("nowhere",)}, "nowhere holds no run"),
+        ({"draft": ("nowhere",)}, "folder='nowhere' holds no run"),
         ({"draft": ("mtp",), "draft_length": (0,)}, "draft_length=0 is below 1"),
     ],
 )
-def test_bad_options_are_one_sentence(options, changes, sentence):
+def test_bad_options_are_refused(options, changes, sentence):
     with pytest.raises(ValueError, match=sentence) as raised:
         bench.decode(replace(options, **changes))
     assert "\n" not in str(raised.value)
 
 
 def test_a_draft_run_must_have_the_same_tokenizer(whole, monkeypatch, tmp_path):
-    words, model = tmp_path / "tokenizer.json", abstract(whole.run.model)
-    bench.tokenizer.train_bpe(["the same words, the same words " * 9], 280, str(words))
-    other = replace(whole.run, data=replace(whole.run.data, tokenizer=str(words)))
-    monkeypatch.setattr(checkpoint, "load_model", lambda folder, mesh=None: (model, other.model, other, 12))
+    path, model = tmp_path / "tokenizer.json", abstract(whole.run.model)
+    tokenizer.train_bpe(["the same words, the same words " * 9], 280, str(path))
+    other = replace(whole.run, data=replace(whole.run.data, tokenizer=str(path)))
+    monkeypatch.setattr(checkpoint, "load_run", lambda *_, **__: checkpoint.Loaded(model, other, 12))
     assert checkpoint.load_draft("other", other) is model
-    with pytest.raises(ValueError, match="the draft run other has another tokenizer"):
+    with pytest.raises(ValueError, match="^draft='other' has another tokenizer"):
         checkpoint.load_draft("other", whole.run)

@@ -1,4 +1,4 @@
-"""What decoding remembers: 8-bit rows, attention to what is stored, and each cache against the whole forward."""
+"""The caches of decoding: 8-bit rows, attention to stored rows, and each cache against the teacher-forced forward."""
 
 from dataclasses import replace
 from functools import partial
@@ -10,12 +10,14 @@ import numpy as np
 import oracles
 import pytest
 from flax import nnx
-from models import LIGHT, QUICK, forward, random_model, small
+from models import DENSE, LIGHT, QUICK, forward, random_model, small
 
 from dsv3_jax.decoding.generate import generate
-from dsv3_jax.kernels.cpu import calls
-from dsv3_jax.model.attention import GQA, positions_of
-from dsv3_jax.model.cache import bytes_per_token, empty_cache, fill, pick_dtype, pick_kind, write
+from dsv3_jax.kernels.cpu import attention as cpu_attention
+from dsv3_jax.kernels.cpu import calls, library
+from dsv3_jax.model.attention import GQA
+from dsv3_jax.model.cache import bytes_per_token, empty_cache, pick_dtype, pick_kind
+from dsv3_jax.model.context import make_context
 from dsv3_jax.ops.cached_attention import Stored, cached_attention
 from dsv3_jax.ops.quantize import dequantize_rows, quantize_rows
 
@@ -131,18 +133,16 @@ def test_attention_to_the_cache_equals_one_query_at_a_time(x64, rng, kind, dtype
         rows = np.asarray(dequantize_rows(*stored, parts, jnp.float64))
     want = plain_attention(q, rows[1], last, parts, shared, 0.3)
 
-    @partial(jax.jit, static_argnames=("block", "summed"))
-    def run(stored, block, summed=False):
+    @partial(jax.jit, static_argnames="block")
+    def run(stored, block):
         return cached_attention(
             jnp.asarray(q), stored, jnp.ones((), jnp.int32), jnp.asarray(last), parts=parts, shared=shared, scale=0.3,
-            summed=summed, block=block,
+            block=block,
         )  # fmt: skip
 
-    for block in (None, 3):  # the whole at once; blocks that overlap at the end
+    for block in (None, 3):  # all rows at once; blocks that overlap at the end
         np.testing.assert_allclose(run(stored, block), want, atol=1e-9)
-    if shared:
-        np.testing.assert_allclose(run(stored, 4, summed=True), want, atol=1e-9)
-    # What lies beyond, in other layers and free places, changes nothing at all.
+    # Other layers and free slots change nothing at all.
     other = jax.tree.map(lambda x: np.array(x), stored)
     for array in other:
         if array is not None:
@@ -155,9 +155,9 @@ def test_attention_to_the_cache_equals_one_query_at_a_time(x64, rng, kind, dtype
 @pytest.mark.parametrize("dtype", calls.CACHE_DTYPES)
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("capacity", [11, 700])  # one part of 256 rows, or three
-def test_native_attention_equals_one_query_at_a_time(rng, kind, capacity, dtype):
+def test_cpp_attention_equals_one_query_at_a_time(rng, kind, capacity, dtype):
     """In float32, whose unit roundoff is 6e-8; the softmax's weights add up to 1, and values are about 1."""
-    if why := calls.why_not():
+    if why := library.why_not():
         pytest.skip(why)
     groups, queries, parts, shared = SHAPES[kind]
     rows = rng.standard_normal((2, 3, groups, capacity, sum(parts))).astype(np.float32)
@@ -170,7 +170,7 @@ def test_native_attention_equals_one_query_at_a_time(rng, kind, capacity, dtype)
         rows = np.array(dequantize_rows(*stored, parts, jnp.float32))
     else:
         rows = np.array(stored.rows.astype(jnp.float32))
-    nothing = jnp.zeros((), dtype) if dtype == "int8" else jnp.array(jnp.nan, dtype)  # another layer, and free places
+    nothing = jnp.zeros((), dtype) if dtype == "int8" else jnp.array(jnp.nan, dtype)  # another layer, and free slots
     stored = stored._replace(
         rows=stored.rows.at[0].set(nothing).at[1, 1, :, capacity // 5 + 1 :].set(nothing),
         scales=stored.scales if stored.scales is None else stored.scales.at[0].set(jnp.nan),
@@ -179,18 +179,32 @@ def test_native_attention_equals_one_query_at_a_time(rng, kind, capacity, dtype)
     @jax.jit
     def run(q, last):
         layer = jnp.ones((), jnp.int32)
-        return cached_attention(q, stored, layer, last, parts=parts, shared=shared, scale=0.3)
+        return cpu_attention.cached_attention(q, stored, layer, last, parts=parts, shared=shared, scale=0.3)
 
     got = run(q, last)
     np.testing.assert_allclose(got, plain_attention(q, rows[1], last, parts, shared, 0.3), atol=2e-6)
-    for i in range(queries):  # to the last bit the same without the other queries
+    for i in range(queries):  # bitwise the same without the other queries
         one = slice(i, i + 1)
         np.testing.assert_array_equal(run(q[:, :, one], last[:, one]), got[:, :, one])
 
 
+@pytest.mark.parametrize("kind", SHAPES)
+def test_attention_in_blocks_equals_attention_at_once(rng, monkeypatch, kind):
+    """In float32; four blocks of 64 rows, the last of which overlaps, against one of 200."""
+    monkeypatch.setattr(cpu_attention, "BLOCK_ELEMENTS", 1)
+    groups, queries, parts, shared = SHAPES[kind]
+    stored = Stored(jnp.asarray(rng.standard_normal((2, 3, groups, 200, sum(parts))), jnp.float32), None)
+    q = jnp.asarray(rng.standard_normal((3, groups, queries, sum(parts) if shared else parts[0])), jnp.float32)
+    last = jnp.asarray(rng.integers(0, 200, (3, queries)), jnp.int32).at[0, 0].set(199)
+    args, how = (q, stored, jnp.ones((), jnp.int32), last), dict(parts=parts, shared=shared, scale=0.3)
+    in_blocks = jax.jit(partial(cpu_attention.cached_attention_in_blocks, **how))
+    assert "while" in in_blocks.lower(*args).as_text()  # there are blocks
+    np.testing.assert_allclose(in_blocks(*args), cached_attention(*args, **how), atol=2e-6)
+
+
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
-def test_native_attention_reads_every_8_bit_number(dtype):
-    if why := calls.why_not():
+def test_cpp_attention_reads_every_8_bit_number(dtype):
+    if why := library.why_not():
         pytest.skip(why)
     every = np.arange(256, dtype=np.uint8).view(jnp.dtype(dtype)).reshape(1, 1, 1, 1, 256)  # the only row
     scales = np.array([3.0, 0.5], np.float32).reshape(1, 1, 1, 1, 2)
@@ -202,8 +216,8 @@ def test_native_attention_reads_every_8_bit_number(dtype):
     np.testing.assert_array_equal(np.asarray(got).reshape(256), want)
 
 
-def test_native_attention_refuses_what_is_not_there():
-    if why := calls.why_not():
+def test_cpp_attention_refuses_slots_outside_the_cache():
+    if why := library.why_not():
         pytest.skip(why)
     rows, q = jnp.ones((2, 1, 1, 8, 4)), jnp.ones((1, 1, 1, 4))
     run = jax.jit(partial(calls.cached_attention, values=(0, 4), first_part=2))
@@ -220,18 +234,27 @@ def test_native_attention_refuses_what_is_not_there():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
-def test_rows_go_where_they_belong_and_nothing_else_changes(rng, dtype):
-    cfg = small()
+def test_rows_go_to_their_slots_and_nothing_else_changes(rng, dtype):
+    cfg, lengths = small(), [6, 2, 1, 5]
     cache = empty_cache(cfg, 3, 4, 16, "latent", dtype)
     prompt = rng.standard_normal((3, 4, 1, 6, 14)).astype(np.float32)
-    filled = jax.jit(fill)(cache, jnp.asarray(prompt), jnp.array([6, 2, 1, 5], jnp.int32))
-    assert filled.lengths.tolist() == [6, 2, 1, 5]
     new = rng.standard_normal((4, 1, 3, 14)).astype(np.float32)
-    written = jax.jit(write)(filled, jnp.asarray(new), jnp.ones((), jnp.int32))
-    assert written.lengths.tolist() == [6, 2, 1, 5]  # the caller knows how many count
+
+    @jax.jit
+    def write(cache, prompt, lengths, new):
+        for layer in range(3):
+            cache = cache.write(prompt[layer], jnp.asarray(layer, jnp.int32))
+        filled = cache.at_lengths(lengths)
+        return cache, filled, filled.write(new, jnp.ones((), jnp.int32))
+
+    prefilled, filled, written = write(cache, jnp.asarray(prompt), jnp.asarray(lengths, jnp.int32), jnp.asarray(new))
+    assert cache.is_empty and prefilled.is_empty and not filled.is_empty and not written.is_empty
+    assert prefilled.lengths.tolist() == [0] * 4
+    assert filled.lengths.tolist() == written.lengths.tolist() == lengths  # the caller knows how many will count
+    assert filled.positions(3).tolist() == [[n, n + 1, n + 2] for n in lengths]
     want = np.zeros((3, 4, 1, 16, 14), np.float32)
     want[:, :, :, :6] = prompt
-    for b, length in enumerate([6, 2, 1, 5]):
+    for b, length in enumerate(lengths):
         want[1, b, :, length : length + 3] = new[b]
     if dtype == jnp.float32:
         np.testing.assert_array_equal(written.stored.rows, want)
@@ -245,12 +268,11 @@ def test_rows_go_where_they_belong_and_nothing_else_changes(rng, dtype):
 def test_bytes_a_token_are_those_of_the_arrays(dtype):
     gqa = small(num_heads=6, attention="gqa", num_kv_heads=2)
     for cfg, kind in ((small(), "latent"), (small(), "expanded"), (gqa, "expanded"), (small(), "none")):
-        cache = empty_cache(cfg, cfg.num_layers, 2, 32, kind, pick_dtype(cfg, dtype))
+        cache = empty_cache(cfg, cfg.num_layers, 2, 32, kind, pick_dtype("float32", dtype))
         assert cache.capacity == 32
-        assert cache.nbytes == 2 * 32 * bytes_per_token(cfg, kind, pick_dtype(cfg, dtype))
-        held = sum(x.nbytes for x in jax.tree.leaves((cache.stored, cache.tokens)))
-        assert held == cache.nbytes
-    per_token = bytes_per_token(small(), "latent", pick_dtype(small(), dtype))
+        assert cache.nbytes == 2 * 32 * bytes_per_token(cfg, kind, pick_dtype("float32", dtype))
+        assert cache.nbytes == sum(x.nbytes for x in jax.tree.leaves(cache)) - cache.lengths.nbytes
+    per_token = bytes_per_token(small(), "latent", pick_dtype("float32", dtype))
     assert per_token == 3 * {"float32": 56, "bfloat16": 28, "int8": 14 + 8, "float8_e4m3": 14 + 8}[dtype]
 
 
@@ -259,14 +281,18 @@ def test_which_cache():
     assert (pick_kind(mla, None), pick_kind(mqa, None)) == ("latent", "expanded")
     assert [pick_kind(mla, kind) for kind in ("latent", "expanded", "none")] == ["latent", "expanded", "none"]
     assert pick_kind(mqa, "none") == "none"
-    with pytest.raises(ValueError, match="^cache='latent' needs attention='mla', and the model has 'mqa'$"):
+    with pytest.raises(ValueError, match="^cache='latent' needs attention='mla'.*'mqa'"):
         pick_kind(mqa, "latent")
     with pytest.raises(ValueError, match="^cache='paged' is not one of latent, expanded, none$"):
-        generate(random_model(LIGHT), [[1]], 1, cache="paged")
-    assert pick_dtype(small(compute_dtype="bfloat16"), None) == jnp.bfloat16
-    for spelt in ("float8_e4m3", jnp.float8_e4m3fn, jnp.dtype(jnp.float8_e4m3fn)):
-        assert pick_dtype(mla, spelt) == jnp.float8_e4m3fn
-    assert pick_dtype(mla, "int8") == pick_dtype(mla, jnp.int8) == pick_dtype(mla, np.dtype("int8")) == np.int8
+        pick_kind(mla, "paged")
+    assert [pick_dtype(dtype, None) for dtype in ("float32", jnp.bfloat16)] == [jnp.float32, jnp.bfloat16]
+    for name in ("float8_e4m3", jnp.float8_e4m3fn, jnp.dtype(jnp.float8_e4m3fn)):
+        assert pick_dtype("float32", name) == jnp.float8_e4m3fn
+    for name in ("int8", jnp.int8, np.dtype("int8")):
+        assert pick_dtype("float32", name) == np.int8
+    for name in ("int4", "nonsense", np.float64):
+        with pytest.raises(ValueError, match=r"^cache_dtype=.* is not one of float32, bfloat16, int8, float8_e4m3$"):
+            pick_dtype("float32", name)
 
 
 # Whole models
@@ -281,7 +307,7 @@ PROMPTS = [[5], [8, 1, 30, 2, 2], [3 * i % 37 for i in range(20)]]
 
 
 def teacher_logits(model, new):
-    """Logits [NEW, W] of each row at the places that chose its new tokens: the whole row in one forward pass."""
+    """Logits [NEW, W] of each row at the positions that chose its new tokens, from one forward pass."""
     rows = np.zeros((3, 32), np.int32)
     for row, prompt, more in zip(rows, PROMPTS, new, strict=True):
         row[: len(prompt) + len(more)] = [*prompt, *more]
@@ -292,28 +318,28 @@ def teacher_logits(model, new):
 def assert_greedy(model, new):
     for logits, row in zip(teacher_logits(model, new), new, strict=True):
         assert logits.argmax(-1).tolist() == row
-    assert len({t for row in new for t in row}) > 5  # a model that says one thing could not fail
+    assert len({t for row in new for t in row}) > 5  # a model that repeats one token could not fail
 
 
-def test_every_cache_of_mla_says_what_the_whole_forward_says():
+def test_every_cache_of_mla_gives_the_tokens_of_the_forward():
     model = random_model(small(num_layers=2, num_dense_layers=2))
-    said = {kind: generate(model, PROMPTS, NEW, cache=kind) for kind in ("latent", "expanded", "none")}
-    assert_greedy(model, said["none"].tokens)
-    for kind, got in said.items():
-        assert got.tokens == said["none"].tokens, kind
+    by_kind = {kind: generate(model, PROMPTS, NEW, cache=kind) for kind in ("latent", "expanded", "none")}
+    assert_greedy(model, by_kind["none"].tokens)
+    for kind, got in by_kind.items():
+        assert got.tokens == by_kind["none"].tokens, kind
         assert got.cache_bytes_per_token == bytes_per_token(model.cfg, kind, jnp.float32)
         assert got.cache_bytes == 3 * 32 * got.cache_bytes_per_token
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_baselines_decode_what_their_whole_forward_says(attention):
-    model = random_model(replace(LIGHT, **ATTENTION[attention]))
+def test_baselines_decode_the_tokens_of_their_forward(attention):
+    model = random_model(replace(LIGHT, **ATTENTION[attention]), execution=DENSE)
     assert_greedy(model, generate(model, PROMPTS, NEW).tokens)
 
 
 @pytest.mark.parametrize("kind, dtype", [("latent", "int8"), ("latent", "float8_e4m3"), ("expanded", "int8")])
 def test_8_bits_choose_tokens_about_as_likely(kind, dtype):
-    model = random_model(LIGHT)
+    model = random_model(LIGHT, execution=DENSE)
     got = generate(model, PROMPTS, NEW, cache=kind, cache_dtype=dtype)
     lost = [
         (logits.max(-1) - logits[np.arange(NEW), row]) / logits.std(-1)
@@ -322,7 +348,7 @@ def test_8_bits_choose_tokens_about_as_likely(kind, dtype):
     # How much less likely than the exact cache's best: a step is 1/254 of the largest, and 1/16 of each number.
     assert np.median(lost) < 0.02
     assert np.mean(np.concatenate(lost) == 0) > (0.8 if dtype == "int8" else 0.6)
-    assert got.cache_bytes_per_token == bytes_per_token(LIGHT, kind, pick_dtype(LIGHT, dtype))
+    assert got.cache_bytes_per_token == bytes_per_token(LIGHT, kind, pick_dtype("float32", dtype))
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
@@ -340,10 +366,12 @@ def test_baseline_attention_equals_the_equations(x64, rng, attention):
 
     @partial(jax.jit, compiler_options=QUICK)
     def run(state, x):
-        at = positions_of(cfg, jnp.asarray(positions), jnp.asarray(segments))
-        return nnx.merge(graphdef, state)(x, at, "expanded")
+        module, cache = nnx.merge(graphdef, state), empty_cache(cfg, 1, 2, 7, "expanded", x.dtype)
+        ctx = make_context(cfg, jnp.asarray(positions), jnp.asarray(segments), cache=cache)
+        alone = module(x, segment_ids=jnp.asarray(segments), positions=jnp.asarray(positions))
+        return alone, *module.attend(x, ctx)
 
-    out, rows = run(nnx.from_flat_state(flat), jnp.asarray(x))
+    out, same, cache = run(nnx.from_flat_state(flat), jnp.asarray(x))
     freqs = np.array([1.0, cfg.rope_theta ** (-2 / 4)])
     want = np.zeros((2, 7, 16))
     for b, t, h in np.ndindex(2, 7, 4):
@@ -362,4 +390,7 @@ def test_baseline_attention_equals_the_equations(x64, rng, attention):
         value = sum(a * (x[b, s] @ w["w_v"][:, g]) for a, s in zip(weights, seen, strict=True))
         want[b, t] += value @ w["w_o"][h]
     np.testing.assert_allclose(out, want, atol=1e-5)  # angles are float32
-    assert rows.shape == (2, cfg.kv_heads, 7, 15)
+    np.testing.assert_array_equal(same, out)
+    keys, values = np.split(np.asarray(cache.stored.rows[0]), [10], axis=-1)  # cached: one row a key-value head
+    np.testing.assert_allclose(values, np.einsum("btd,dgv->bgtv", x, w["w_v"]), atol=1e-12)
+    np.testing.assert_allclose(keys[..., :6], np.einsum("btd,dgk->bgtk", x, w["w_k"][..., :6]), atol=1e-12)

@@ -1,6 +1,8 @@
 """Checkpoints are whole or absent, and a run folder belongs to one run."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -10,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import random_model
+from models import DENSE, random_model
 from runs import MODEL, assert_bitwise, cheap_compiles, make_run
 
 from dsv3_jax.cluster import processes
 from dsv3_jax.config import ConfigError
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.training import optim
-from dsv3_jax.training.checkpoint import RUN_FILE, Checkpoints, claim, load_model, read_run
+from dsv3_jax.training.checkpoint import Checkpoints, load_run
+from dsv3_jax.training.run_folder import RUN_FILE, claim, read_run
 from dsv3_jax.training.step import TrainState
 
 RUN = make_run("some text", keep=2)
@@ -32,7 +35,9 @@ def _cheap(tmp_path_factory):
 
 def make_state(step: int) -> TrainState:
     """Every leaf random: parameters, biases, both means of the optimizer."""
-    parts = [nnx.split(random_model(MODEL, seed), nnx.Param, RouterBias)[1:] for seed in (step, step + 1, step + 2)]
+    parts = [
+        nnx.split(random_model(MODEL, seed, DENSE), nnx.Param, RouterBias)[1:] for seed in (step, step + 1, step + 2)
+    ]
     return TrainState(*parts[0], optim.AdamState(parts[1][0], parts[2][0]), jnp.asarray(step, jnp.int32))
 
 
@@ -115,70 +120,73 @@ def test_a_folder_is_claimed_once(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("new/below", "empty"):
         folder = tmp_path / name
-        claim(folder, RUN)
+        settled = claim(folder, RUN)
+        assert settled == replace(RUN, data=replace(RUN.data, paths=(os.path.abspath("some text"),)))
         assert [path.name for path in folder.iterdir()] == [RUN_FILE]
-        assert read_run(folder) == RUN
+        assert read_run(folder) == settled
         written = (folder / RUN_FILE).read_bytes()
-        claim(folder, RUN)
+        assert claim(folder, RUN) == settled
         assert (folder / RUN_FILE).read_bytes() == written
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"seed": 7}, r"its seed is 0, not 7"),
-        ({"optim": replace(RUN.optim, beta2=0.5)}, r"its optim\.beta2 is 0\.95, not 0\.5"),
-        ({"data": replace(RUN.data, paths=("a", "b"))}, r"its data\.paths is \('some text',\), not \('a', 'b'\)"),
-        ({"model": replace(MODEL, q_latent_dim=3)}, r"its model\.q_latent_dim is None, not 3"),
+        ({"seed": 7}, ("seed=7", "0")),
+        ({"optim": replace(RUN.optim, beta2=0.5)}, ("optim.beta2=0.5", "0.95")),
+        ({"data": replace(RUN.data, paths=("/a", "b"))}, ("data.paths=('/a', 'CWD/b')", "('CWD/some text',)")),
+        ({"model": replace(MODEL, q_latent_dim=3)}, ("model.q_latent_dim=3", "None")),
     ],
 )
 def test_another_runs_folder_is_refused_by_the_key(tmp_path, change, said):
     claim(tmp_path / "run", RUN)
     written = (tmp_path / "run" / RUN_FILE).read_bytes()
-    with pytest.raises(ValueError, match=rf"run holds another run: {said}; choose another --out"):
+    given, held = (text.replace("CWD", os.getcwd()) for text in said)
+    sentence = f"{given} is not that of the run in {tmp_path / 'run'}, {held}; choose another --out"
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
         claim(tmp_path / "run", replace(RUN, **change))
     assert (tmp_path / "run" / RUN_FILE).read_bytes() == written
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=f"{tmp_path.name} holds other files and no run.json"):
+    with pytest.raises(ValueError, match=f"out='{tmp_path}' holds other files and no run.json"):
         claim(tmp_path, RUN)
-    with pytest.raises(ValueError, match="notes.txt is a file, not a folder"):
+    with pytest.raises(ValueError, match="notes.txt' is a file, not a folder"):
         claim(tmp_path / "notes.txt", RUN)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_a_claim_cut_short_is_made_again(tmp_path):
-    """Killed between writing run.json.part and renaming it."""
-    (tmp_path / (RUN_FILE + ".part")).write_text('{"mod')
-    claim(tmp_path, RUN)
-    assert read_run(tmp_path) == RUN
+    """Killed between writing its temporary file and renaming it."""
+    (tmp_path / f".{RUN_FILE}.1.part").write_text('{"mod')
+    assert claim(tmp_path, RUN) == read_run(tmp_path)
 
 
 def test_what_is_not_a_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=f"{tmp_path.name} holds no run: there is no run.json"):
-        load_model(tmp_path)
+    with pytest.raises(ValueError, match=f"folder='{tmp_path}' holds no run: there is no run.json"):
+        load_run(tmp_path)
     claim(tmp_path / "run", RUN)
-    with pytest.raises(ValueError, match="run holds no checkpoint yet"):
-        load_model(tmp_path / "run")
+    with pytest.raises(ValueError, match="run' holds no checkpoint yet"):
+        load_run(tmp_path / "run")
     file = tmp_path / "run" / RUN_FILE
     values = json.loads(file.read_text())
     file.write_text(json.dumps(values | {"colour": 3}))
     with pytest.raises(ConfigError, match="'colour' is not a key of RunConfig"):
-        load_model(tmp_path / "run")
-    file.write_text(json.dumps(values)[:100])
-    with pytest.raises(ValueError, match="run.json is not JSON"):
-        load_model(tmp_path / "run")
+        load_run(tmp_path / "run")
+    for text, sentence in ((json.dumps(values)[:100], "run.json' is not JSON"), ("[]", "run.json' holds no run: list")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=sentence):
+            load_run(tmp_path / "run")
 
 
 def test_a_checkpoint_is_read_back_as_a_model(tmp_path):
     claim(tmp_path / "run", RUN)
     save(tmp_path / "run", 4)
-    model, cfg, run, step = load_model(tmp_path / "run")
-    assert (cfg, run, step) == (MODEL, RUN, 4)
-    assert_bitwise(nnx.split(model)[1], nnx.split(random_model(MODEL, 4))[1])
+    model, run, step = load_run(tmp_path / "run")
+    assert (model.cfg, run, step) == (MODEL, read_run(tmp_path / "run"), 4)
+    assert_bitwise(nnx.split(model)[1], nnx.split(random_model(MODEL, 4, DENSE))[1])
 
 
 @pytest.mark.parametrize("change", [{"expert_dim": 5}, {"num_layers": 3}, {"mtp_depth": 2}, {"tie_embeddings": True}])
@@ -190,6 +198,6 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, change):
     values = json.loads(file.read_text())
     file.write_text(json.dumps(values | {"model": values["model"] | change}))
     with pytest.raises(ValueError, match="checkpoint") as caught:
-        load_model(tmp_path / "run")
+        load_run(tmp_path / "run")
     said = str(caught.value)
     assert "\n" not in said and len(said) < 400 and "run" in said

@@ -1,7 +1,7 @@
-"""The command line: what is wrong gets one sentence and exit code 2, and nothing is written over.
+"""The command line: bad input gets one sentence and exit code 2, and nothing is overwritten.
 
-All commands run in one process of their own, without the tests' import hook, which would refuse wrong types in its own
-words before the command line can.
+All commands run in one process of their own without the tests' import hook, which would refuse wrong types with its own
+messages before the command line can.
 """
 
 import json
@@ -13,18 +13,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from runs import cheap_compiles, environment, finished, flags, rows_of, start
+from runs import cheap_compiles, environment, finished, flags, rows_of, start, unhooked_cli
 
+from dsv3_jax.cli import bench, common, convert, demo, eval, generate, info, stats, tokenizer, train
+from dsv3_jax.cli import main as cli
+from dsv3_jax.config import Execution, Layout
 from dsv3_jax.data.tokenizer import ByteTokenizer
-from dsv3_jax.decoding.generate import generate
-from dsv3_jax.training.checkpoint import claim, load_model
+from dsv3_jax.decoding.generate import generate as decode
+from dsv3_jax.kernels import choose
+from dsv3_jax.planning.plan import PlanOptions
+from dsv3_jax.report.progress import Progress
+from dsv3_jax.training.checkpoint import load_run
+from dsv3_jax.training.run_folder import claim
 
-# Reads a list of commands, answers with a list of [exit code, stdout, stderr].
+# Reads a list of commands, answers with a list of [exit code, stdout, stderr]. CUDA before a command pretends that the
+# default device is one.
 SERVER = """
 import contextlib, io, json, sys, traceback
 from dsv3_jax.cli import main as cli
-answers = []
+from dsv3_jax.kernels import choose
+platform_of, answers = choose.platform_of, []
 for argv in json.load(sys.stdin):
+    choose.platform_of = platform_of
+    if argv and argv[0] == "CUDA":
+        choose.platform_of, argv = lambda mesh=None: "cuda", argv[1:]
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -38,106 +50,170 @@ for argv in json.load(sys.stdin):
 json.dump(answers, sys.stdout)
 """
 
-COMMANDS = ("demo", "train", "eval", "generate", "bench", "convert", "plan", "info", "tokenizer")
+# Command: its options.
+OPTIONS = {
+    "demo": demo.Demo,
+    "train": train.Train,
+    "eval": eval.Eval,
+    "stats": stats.Stats,
+    "generate": generate.Generate,
+    "bench decode": bench.Decode,
+    "convert": convert.Convert,
+    "plan": PlanOptions,
+    "info": info.Info,
+    "tokenizer": tokenizer.TokenizerArgs,
+}
 
 # name: (command, what the sentence must hold). {…} are the paths of `Place`.
 BAD = {
-    "command": ("fly", "'fly' is not one of demo, train"),
+    "command": ("fly", "command 'fly' is not one of demo, train"),
+    "near command": ("trian tiny", "did you mean 'train'?"),
     "option": ("--fly", "'--fly'"),
     "preset": ("train v9 --out {new}", "'v9' is not one of tiny"),
     "preset of info": ("info v9", "'v9' is not one of tiny"),
-    "no preset": ("train --out {new}", "needs the name of a preset"),
-    "no folder": ("train tiny", "--out"),
-    "key": ("train tiny --out {new} --model.foo 3", "--model.foo"),
-    "key of info": ("info tiny --foo 3", "--foo"),
-    "type": ("train tiny --out {new} --steps abc", "abc"),
-    "choice": ("train tiny --out {new} --model.router best", "best"),
+    "near preset": ("train tinny --out {new}", "did you mean 'tiny'?"),
+    "no preset": ("train --out {new}", "argument PRESET is missing"),
+    "no folder": ("train tiny", "option '--out' is missing"),
+    "no run": ("eval", "argument RUN is missing"),
+    "one argument too many": ("eval {run} more", "argument 'more' is one too many"),
+    "key": ("train tiny --out {new} --model.foo 3", "option '--model.foo' is not one of dsv3 train"),
+    "key of info": ("info tiny --foo 3", "option '--foo' is not one of dsv3 info"),
+    "near key": ("train tiny --out {new} --model.num-expert=3", "did you mean '--model.num-experts'?"),
+    "nested key": ("train tiny --out {new} --learning-rate 3", "did you mean '--optim.learning-rate'?"),
+    "deeply nested key": ("train tiny --out {new} --fsdp", "did you mean '--execution.layout.fsdp'?"),
+    "key of another group": ("train tiny --out {new} --model.steps 3", "did you mean '--steps'?"),
+    "moved dtype": (
+        "train tiny --out {new} --model.compute-dtype bfloat16",
+        "option '--model.compute-dtype' is --execution.compute-dtype now",
+    ),
+    "moved remat": ("train tiny --out {new} --model.remat full", "'--model.remat' is --execution.remat now"),
+    "moved dispatch": ("train tiny --out {new} --model.dispatch dense", "is --execution.kernels now, as in"),
+    "moved layout": ("train tiny --out {new} --model.layout.fsdp", "is --execution.layout.fsdp now"),
+    "moved exchange": ("plan tiny --layout.exchange gather", "'--layout.exchange' is --layout.expert-comm now"),
+    "moved slack": ("info tiny --layout.slack 2", "is --execution.layout.capacity-slack now"),
+    "kernels": ("train tiny --out {new} --execution.kernels best", "kernels='best' is not one of auto"),
+    "kernels of an op": ("train tiny --out {new} --execution.kernels product=dense", "'dense' is not one of cpu, xla"),
+    "kernels of another device": (
+        "CUDA train tiny --out {new} --execution.kernels cpu",
+        "kernels='cpu' is not available for cuda: ",
+    ),
+    "kernels to generate": ("CUDA generate {run} --kernels blocks", "kernels='blocks' is not available for cuda: "),
+    "kernels to evaluate": ("eval {run} --kernels best", "kernels='best' is not one of auto"),
+    "kernels for stats": ("stats {run} --out {new} --kernels best", "kernels='best' is not one of auto"),
+    "kernels to time": ("bench decode {run} --kernels best", "kernels='best' is not one of auto"),
+    "kernels to list": (
+        "CUDA info tiny --kernels --execution.kernels cpu",
+        "kernels='cpu' is not available for cuda: ",
+    ),
+    "type": ("train tiny --out {new} --steps abc", "option '--steps': 'abc' is not a whole number"),
+    "number": ("train tiny --out {new} --optim.eps abc", "option '--optim.eps': 'abc' is not a number"),
+    "choice": ("train tiny --out {new} --model.router best", "option '--model.router': 'best' is not one of sigmoid"),
+    "near choice": ("train tiny --out {new} --model.router sigmod", "did you mean 'sigmoid'?"),
+    "long value": ("train tiny --out {new} --model.router " + "x" * 200, "'" + "x" * 200 + "'"),
+    "no value": ("train tiny --out {new} --data.paths --steps 3", "option '--data.paths' needs a value"),
     "too many experts": ("train tiny --out {new} --model.experts-per-token 99", "experts_per_token=99"),
     "groups": ("train tiny --out {new} --model.num-groups 3", "num_groups=3 does not divide num_experts=16"),
     "odd rope": ("info tiny --rope-head-dim 7", "rope_head_dim=7 is odd"),
     "too long": ("train tiny --out {new} --data.seq-len 4096", "seq_len=4096 is more than"),
     "microbatches": ("train tiny --out {new} --optim.microbatches 3", "microbatches=3 does not divide"),
-    "mesh": ("train tiny --out {new} --mesh rows=2", "mesh 'rows=2' is not of the form data=N,expert=N"),
+    "mesh": ("train tiny --out {new} --mesh rows=2", "mesh='rows=2' is not of the form data=N,expert=N"),
     "preset of plan": ("plan v9", "'v9' is not one of tiny"),
-    "mesh of plan": ("plan tiny --mesh rows=2", "mesh 'rows=2' is not of the form data=N,expert=N"),
-    "memory": ("plan tiny --memory 80", "memory '80' is not of the form 80GB or 95.7GiB"),
+    "mesh of plan": ("plan tiny --mesh rows=2", "mesh='rows=2' is not of the form data=N,expert=N"),
+    "memory": ("plan tiny --memory 80", "memory='80'"),
     "device": ("plan tiny --device abacus", "abacus"),
-    "no trunk": ("train tiny --out {new} --trunk {absent}", "{absent} holds no run"),
-    "trunk without checkpoint": ("train tiny --out {new} --trunk {claimed}", "{claimed} holds no checkpoint"),
-    "another trunk": ("train tiny --out {new} --trunk={run} --model.num-heads 4", "{run} has model.num_heads 2, not 4"),
+    "no trunk": ("train tiny --out {new} --trunk {absent}", "folder='{absent}' holds no run"),
+    "trunk without checkpoint": ("train tiny --out {new} --trunk {claimed}", "trunk='{claimed}' holds no checkpoint"),
+    "another trunk": (
+        "train tiny --out {new} --trunk={run} --model.num-heads 4",
+        "model.num_heads=4 is not that of trunk='{run}', 2",
+    ),
     "trunk of another vocabulary": (
         "train tiny --out {new} --trunk {run} --model.vocab-size 300",
-        "{run} has model.vocab_size 260, not 300",
+        "model.vocab_size=300 is not that of trunk='{run}', 260",
     ),
     "trunk of other tokens": (
         "train tiny --out {new} --trunk {run} --data.tokenizer {words}",
-        "{run} has the tokenizer 'bytes', whose ids are not those of '{words}'",
+        "data.tokenizer='{words}' gives ids another meaning than that of trunk='{run}'",
     ),
     "trunk without heads": (
         "train tiny --out {new} --trunk {run} --model.mtp-depth 0",
         "mtp_depth=0 leaves nothing to train on the frozen trunk '{run}'",
     ),
-    "option without value": ("train tiny --out {new} --trunk", "--trunk"),
-    "no start": ("train tiny --out {new} --start {absent}", "{absent} holds no run"),
-    "start without checkpoint": ("train tiny --out {new} --start {claimed}", "the run {claimed} holds no checkpoint"),
-    "start of another model": ("train tiny --out {new} --start={run} --model.dim 12", "{run} has model.dim 8, not 12"),
+    "option without value": ("train tiny --out {new} --trunk", "option '--trunk' needs a value"),
+    "no start": ("train tiny --out {new} --start {absent}", "folder='{absent}' holds no run"),
+    "start without checkpoint": ("train tiny --out {new} --start {claimed}", "start='{claimed}' holds no checkpoint"),
+    "start of another model": (
+        "train tiny --out {new} --start={run} --model.dim 12",
+        "model.dim=12 is not that of start='{run}', 8",
+    ),
     "start and trunk": ("train tiny --out {new} --start {run} --trunk {run}", "start='{run}' or on trunk='{run}'"),
-    "two EAGLE heads": ("info tiny --mtp-kind eagle --mtp-depth 2", "mtp_depth=2 must be 1"),
+    "two EAGLE heads": (
+        "info tiny --mtp-kind eagle --mtp-depth 2",
+        "mtp_depth=2 is more than the 1 of mtp_kind='eagle'",
+    ),
     "no data": ("train tiny --out {new} --data.paths {absent}", "{absent}"),
     "empty file": ("train tiny --out {new} --data.paths {empty}", "{empty}"),
     "empty folder": ("train tiny --out {new} --data.paths {hollow}", "{hollow}"),
     "not UTF-8": ("train tiny --out {new} --data.paths {latin}", "{latin} is not UTF-8: byte 3 is 0xe9"),
-    "one document": ("train tiny --out {new} --data.paths {one}", "leave none for training"),
+    "one document": ("train tiny --out {new} --data.paths {one}", "val_fraction="),
     "no tokenizer": ("train tiny --out {new} --data.paths {text} --data.tokenizer {absent}", "{absent}"),
     "no tokenizer either": ("train tiny --out {new} --data.paths {text} --data.tokenizer {one}", "{one}"),
     "large tokenizer": (
         "train tiny --out {new} --data.paths {text} --data.tokenizer {words}",
-        "the tokenizer has 280 ids, more than the model's vocab_size=260",
+        "vocab_size=260 is below the tokenizer's 280 ids",
     ),
-    "another run": ("train tiny --out {run}", "its data.batch_size is 4, not "),
-    "other files": ("train tiny --out {text} --data.paths {text}", "{text} holds other files"),
-    "a file": ("train tiny --out {one} --data.paths {text}", "{one} is a file"),
-    "eval of nothing": ("eval {absent}", "{absent} holds no run"),
-    "eval of no checkpoint": ("eval {claimed}", "{claimed} holds no checkpoint"),
+    "another run": ("train tiny --out {run}", "data.batch_size=8 is not that of the run in {run}, 4"),
+    "other files": ("train tiny --out {text} --data.paths {text}", "out='{text}' holds other files"),
+    "a file": ("train tiny --out {one} --data.paths {text}", "out='{one}' is a file"),
+    "eval of nothing": ("eval {absent}", "folder='{absent}' holds no run"),
+    "eval of no checkpoint": ("eval {claimed}", "folder='{claimed}' holds no checkpoint"),
     "eval of no batches": ("eval {run} --batches 0", "batches=0"),
     "eval of no data": ("eval {run} --paths {absent}", "{absent}"),
-    "generate from nothing": ("generate {text}", "{text} holds no run"),
-    "generate from no checkpoint": ("generate {claimed}", "{claimed} holds no checkpoint"),
-    "long prompt": ("generate {run} --prompt " + "x" * 70, "70 tokens and 256 new ones do not fit"),
+    "generate from nothing": ("generate {text}", "folder='{text}' holds no run"),
+    "generate from no checkpoint": ("generate {claimed}", "folder='{claimed}' holds no checkpoint"),
+    "long prompt": (
+        "generate {run} --prompt " + "x" * 70,
+        "prompt 0 of 70 tokens and max_new_tokens=256 are more than",
+    ),
     "no prompt": ("generate {run} --prompt=", "prompt 0 is empty"),
     "temperature": ("generate {run} --max-new-tokens 4 --temperature -1", "temperature=-1.0"),
-    "top p": ("generate {run} --max-new-tokens 4 --top-p 0", "top_p=0.0 is outside"),
+    "top p": ("generate {run} --max-new-tokens 4 --top-p 0", "top_p=0.0 is not"),
     "no cache": ("generate {run} --max-new-tokens 4 --cache best", "best"),
     "no cache dtype": ("generate {run} --max-new-tokens 4 --cache-dtype int3", "int3"),
     "no draft length": ("generate {run} --max-new-tokens 4 --draft mtp --draft-length 0", "draft_length=0 is below 1"),
     "long draft": ("generate {run} --max-new-tokens 4 --draft mtp --draft-length 99", "draft_length=99 does not fit"),
-    "draft of nothing": ("generate {run} --max-new-tokens 4 --draft {absent}", "{absent} holds no run"),
-    "no benchmark": ("bench", "needs the name of a benchmark: there is decode"),
-    "benchmark": ("bench fly {run}", "benchmark 'fly' is not there: there is decode"),
-    "bench of nothing": ("bench decode {absent}", "{absent} holds no run"),
+    "draft of nothing": ("generate {run} --max-new-tokens 4 --draft {absent}", "folder='{absent}' holds no run"),
+    "no benchmark": ("bench", "the name of a benchmark is missing"),
+    "benchmark": ("bench fly {run}", "benchmark 'fly' is not one of decode"),
+    "bench of nothing": ("bench decode {absent}", "folder='{absent}' holds no run"),
     "bench of no cache": ("bench decode {run} --cache best", "best"),
     "bench of no new tokens": ("bench decode {run} --new-tokens 1", "new_tokens=1"),
     "convert nothing": ("convert {absent} {new}", "{absent} is neither a run"),
     "convert a run to a run": ("convert {run} {new} --to run", "{run} is a run already"),
-    "convert to what is there": ("convert {run} {text}", "{text} is there already"),
+    "convert to what is there": ("convert {run} {text}", "{text} exists and is not an empty folder"),
     "convert to no dtype": ("convert {run} {new} --dtype int8", "int8"),
-    "tokenizer is there": ("tokenizer {one} --paths {text}", "{one} is there already"),
+    "tokenizer is there": ("tokenizer {one} --paths {text}", "out='{one}' exists already"),
     "small vocabulary": ("tokenizer {new} --paths {text} --vocab-size 100", "vocab_size=100"),
     "tokenizer of no data": ("tokenizer {new} --paths {absent}", "{absent}"),
 }
 GOOD = {
-    **{f"help of {command}": f"{command} --help" for command in COMMANDS},
-    "help of bench decode": "bench decode --help",
+    **{f"help of {command}": f"{command} --help" for command in (*OPTIONS, "bench")},
     "help": "--help",
     "nothing": "",
     "info": "info v3",
     "changed info": "info v3 --mtp-depth 0",
     "info of heads": "info v3 --mtp-kind medusa --mtp-depth 3",
+    "info in float32": "info v3 --execution.compute-dtype float32",
+    "kernels here": "info tiny --kernels",
+    "kernels of XLA": "info tiny --kernels --execution.kernels xla",
+    "kernels of CUDA": "CUDA info tiny --kernels",
     "eval": "eval {run} --batches 2",
     "eval of caches": "eval {run} --batches 1 --cache-dtype int8",
     "greedy": "generate {run} --prompt abc --max-new-tokens 20 --temperature 0",
+    "greedy by XLA": "generate {run} --prompt abc --max-new-tokens 20 --temperature 0 --kernels xla",
     "drafted": "generate {run} --prompt abc --max-new-tokens 20 --temperature 0 --draft mtp --draft-length 2",
     "on a mesh": "generate {run} --prompt abc --max-new-tokens 20 --temperature 0 --mesh data=2,expert=2,tensor=2",
+    "bench": "bench decode {run} --context 16 --new-tokens 4 --draft none mtp --rounds 1 --kernels xla",
     "tokenizer": "tokenizer {made} --paths {text} --vocab-size 280",
     "tokenizer again": "tokenizer {made} --paths {text} --vocab-size 270 --force",
 }
@@ -145,11 +221,11 @@ GOOD = {
 
 @dataclass(frozen=True)
 class Place:
-    """Files that the commands meet."""
+    """Files for the commands."""
 
     run: str  # a finished run
     text: str  # a folder of documents
-    new: str  # nothing yet, and never
+    new: str  # never created
     absent: str
     empty: str
     hollow: str
@@ -231,13 +307,15 @@ def test_bad_input_writes_nothing(answers, place):
     [
         ("demo", ["--out", "--short"]),
         ("train", ["--out", "--steps", "--model.router", "--optim.learning-rate", "--data.paths", "--mesh", "--trunk"]),
-        ("eval", ["--batches", "--paths"]),
-        ("generate", ["--prompt", "--temperature", "--top-p", "--mesh"]),
+        ("train", ["--execution.kernels", "--execution.compute-dtype", "--execution.layout.fsdp"]),
+        ("eval", ["RUN", "--batches", "--paths", "--kernels"]),
+        ("stats", ["RUN", "--draws", "--kernels"]),
+        ("generate", ["RUN", "--prompt", "--temperature", "--top-p", "--mesh", "--kernels"]),
         ("bench", ["dsv3 bench decode RUN"]),
-        ("bench decode", ["--batch", "--cache-dtype", "--draft-length", "--json"]),
+        ("bench decode", ["--batch", "--cache-dtype", "--draft-length", "--json", "--kernels"]),
         ("convert", ["--to", "--dtype", "--shard-mb", "--no-mtp", "--allow-nonfinite"]),
         ("plan", ["--mesh", "--decode-batch", "--device", "--memory", "--target", "--num-experts", "--layout.fsdp"]),
-        ("info", ["--mtp-depth", "--num-experts"]),
+        ("info", ["--mtp-depth", "--num-experts", "--kernels", "--execution.compute-dtype"]),
         ("tokenizer", ["--vocab-size", "--force"]),
     ],
 )
@@ -248,11 +326,30 @@ def test_help_lists_options(answers, command, options):
         assert option in out
 
 
-def test_help_lists_commands(answers):
+@pytest.mark.parametrize("command", OPTIONS)
+def test_every_option_has_a_help_text(answers, command):
+    """In words, and at its own place; the parser and the search for unknown options know the same ones."""
+    out = answers[f"help of {command}"][1]
+    lines, places = [line.strip() for line in out.splitlines()], {}
+    for i, line in enumerate(lines):
+        for name in re.findall(r"--[a-z][\w.-]*", line.split("  ")[0]) if line.startswith("--") else ():
+            places.setdefault(name, i)  # later ones are within a help text
+    assert places.keys() == common.options_of(OPTIONS[command]).keys()
+    starts = sorted({*places.values(), len(lines)})
+    for name, i in places.items():
+        text = " ".join(lines[i : starts[starts.index(i) + 1]]).split(name, 1)[1]
+        text = re.split(r"\((?:default|required)", text)[0]
+        words = re.findall(r"(?<![\w{|\[(,.-])[a-z][a-z']+(?![\w}|.-])", text)
+        assert len(words) >= 2, f"{name} has no help text: {text}"
+
+
+def test_every_command_is_a_file_and_in_the_usage(answers):
+    files = {path.stem for path in Path(cli.__file__).parent.glob("[a-z]*.py")} - {"common", "main"}
+    assert files == cli.COMMANDS.keys()
     for name in ("help", "nothing"):
         code, out, err = answers[name]
         assert (code, err) == (0, "")
-        assert all(f"\n  {command} " in out for command in COMMANDS)
+        assert all(f"\n  {command} " in out for command in cli.COMMANDS)
         assert "tiny, lab, mini, v2_lite, v2, v3" in out
 
 
@@ -271,6 +368,36 @@ def test_info_is_the_reports_model(answers):
     assert (code, err) == (0, "") and re.search(r"Medusa heads +154\.1M more parameters, 2\.934B active", out)
     code, out, err = answers["changed info"]
     assert (code, err) == (0, "") and "v3, changed" in out and "MTP" not in out
+    code, out, err = answers["info in float32"]
+    assert (code, err) == (0, "") and re.search(r"cache +140\.5KB a token \(float32", out)
+
+
+def test_kernels_are_listed_with_the_one_that_runs_here(answers):
+    for name, platform, kernels in (
+        ("kernels here", "cpu", "auto"), ("kernels of XLA", "cpu", "xla"), ("kernels of CUDA", "cuda", "auto"),
+    ):  # fmt: skip
+        code, out, err = answers[name]
+        assert (code, err) == (0, "")
+        title, heads, *lines = out.splitlines()
+        assert title.startswith(f"kernels='{kernels}' on {platform}, float32") and "runs here" in heads
+        rows = {line.split()[0]: re.split("  +", line) for line in lines[: len(choose.TABLE)]}
+        assert rows.keys() == choose.TABLE.keys()
+        for op, (_, chosen, names) in rows.items():
+            assert [name.split(" ")[0] for name in re.split(r"(?<=\)), ", names)] == [r.name for r in choose.TABLE[op]]
+            assert chosen == choose.prepare(Execution(kernels=kernels), platform=platform).chosen()[op]
+        state = {
+            "auto": "compiled" if not choose.prepare(platform="cpu").no_cpp else "not available: ",
+            "xla": "not used",
+        }
+        assert ("the device is cuda" if platform == "cuda" else state[kernels]) in lines[-1]
+        assert "blocks (cpu)" in rows["grouped_swiglu"][2] and "dense (all; only if named)" in rows["grouped_swiglu"][2]
+
+
+def test_execution_has_options():
+    unhooked_cli()
+    argv = "tiny --out x --execution.kernels xla --execution.compute-dtype bfloat16 --execution.layout.fsdp".split()
+    options = sys.modules["dsv3_jax.cli.train"].options(argv)
+    assert options.run.execution == Execution("bfloat16", kernels="xla", layout=Layout(fsdp=True))
 
 
 def test_eval_says_what_training_said(answers, whole):
@@ -286,28 +413,52 @@ def test_eval_says_what_training_said(answers, whole):
         assert f"{domain} {bits:.4f}" in lines["bits_per_byte_by_domain"]
 
 
-def test_generate_is_greedy_decoding(answers, whole):
+def test_generate_is_greedy_decoding_and_names_the_kernels(answers, whole):
     code, out, err = answers["greedy"]
-    assert (code, err) == (0, "")
-    model, words = load_model(whole.folder)[0], ByteTokenizer()
-    (tokens,) = generate(model, [words.encode("abc")], 20, stop_tokens=(words.eos_id,)).tokens
-    assert out == "abc" + words.decode(tokens) + "\n" and len(tokens) > 3
+    model, tokenizer = load_run(whole.folder).model, ByteTokenizer()
+    assert (code, err) == (0, model.kernels.describe() + "\n")
+    (tokens,) = decode(model, [tokenizer.encode("abc")], 20, stop_tokens=(tokenizer.eos_id,)).tokens
+    assert out == "abc" + tokenizer.decode(tokens) + "\n" and len(tokens) > 3
 
 
-def test_a_drafted_text_is_the_same_and_tells_how_many_stood(answers):
+def test_a_drafted_text_is_the_same_and_tells_how_many_drafts_were_accepted(answers):
     code, out, err = answers["drafted"]
     assert code == 0 and out == answers["greedy"][1]
-    assert re.fullmatch(r"drafts that stood: \d+% \d+%; \d\.\d\d tokens a step, [\d,]+ tokens/s\n", err)
+    kernels, drafts = err.splitlines()
+    assert kernels.startswith("kernels for cpu: ")
+    assert re.fullmatch(r"drafts accepted: \d+% \d+%; \d\.\d\d tokens a step, [\d,]+ tokens/s", drafts)
 
 
-def test_a_text_from_a_mesh_is_the_same(answers):
-    assert answers["on a mesh"] == answers["greedy"]
+def test_a_text_from_a_mesh_or_other_kernels_is_the_same(answers):
+    for name in ("on a mesh", "greedy by XLA"):
+        code, out, err = answers[name]
+        assert (code, out) == answers["greedy"][:2]
+        assert err.startswith("kernels for cpu: ") and " cpu: " not in err.removeprefix("kernels for cpu:")
+
+
+def test_bench_shows_kernels_and_progress(answers):
+    code, out, err = answers["bench"]
+    assert code == 0 and out.startswith("kernels for cpu: ")
+    cells = [f"batch 1, context 16, cache latent float32, draft {draft}" for draft in ("none", "mtp 1")]
+    *lines, last = err.splitlines()
+    assert lines == [f"compile {i}/2: {cell}" for i, cell in enumerate(cells, 1)] + [f"round 1/1: {c}" for c in cells]
+    assert "bandwidth" in last
+
+
+def test_steps_are_printed_with_the_time_left(capsys):
+    with Progress(400) as progress:
+        for step in (1, 11, 400):
+            progress.update(step, {"loss": 1.0})
+    first, later, last = capsys.readouterr().out.splitlines()
+    assert first == "step 1  loss 1.000" and last == "step 400  loss 1.000"
+    assert re.fullmatch(r"step 11  loss 1\.000  \d+ seconds left", later)
 
 
 def test_eval_through_caches(answers):
     code, out, err = answers["eval of caches"]
     assert (code, err) == (0, "")
-    exact, rounded = (line for line in out.splitlines() if line.startswith("through"))
+    note, exact, rounded = out.splitlines()[-3:]
+    assert "documents attend to one another" in note and "differ from val_loss" in note
     assert re.match(r"through float32 cache +\d\.\d{4} \(\+0\.000%\), greedy tokens the same 100\.00%", exact)
     assert re.match(r"through int8 cache +\d\.\d{4} \([+-]\d\.\d{3}%\), greedy tokens the same \d+\.\d\d%", rounded)
 

@@ -90,13 +90,8 @@ def test_flops():
     tiny = preset("tiny")
     with_mtp, without = (counting.train_flops_per_token(tiny, with_mtp=w) for w in (True, False))
     assert with_mtp - without == 6 * counting.size(tiny).mtp_active > 0
-    # on a trunk held still: forward through it, and no gradient of the unembedding
+    # On a frozen trunk: forward through it, and no gradient of the unembedding.
     own, shared, active = counting.size(tiny).mtp_active, tiny.vocab_size * tiny.dim, counting.size(tiny).active
-    assert counting.train_flops_per_token(tiny, trunk_held=True) == 2 * active + 6 * (own - shared) + 4 * shared
+    assert counting.train_flops_per_token(tiny, frozen_trunk=True) == 2 * active + 6 * (own - shared) + 4 * shared
     # scores and values: 2 FLOPs a product, 8 layers of 8 heads, 64 + 32 and 64 wide, over 100 tokens
     assert counting.size(mini, context=100).attention_flops == 2 * 8 * 8 * (96 + 64) * 100
-
-
-def test_short_numbers():
-    shorts = [counting.short(x) for x in (0, 999, 1234567, 671e9, 2.5e12, 35_136)]
-    assert shorts == ["0", "999", "1.235M", "671B", "2.5T", "35.14K"]

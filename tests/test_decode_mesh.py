@@ -1,4 +1,4 @@
-"""Decoding on a mesh says what a single device says, and neither the cache nor the experts' weights ever move."""
+"""Decoding on a mesh gives the tokens of a single device, and neither the cache nor the experts' weights are sent."""
 
 import importlib
 import re
@@ -8,19 +8,20 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from models import random_model, small, tokens_of
+from models import DENSE, random_model, small, tokens_of
 from runs import make_run
 
 from dsv3_jax.cli import main as cli
 from dsv3_jax.config import ConfigError, Layout
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.mesh import sharding
-from dsv3_jax.training.checkpoint import claim, load_model
+from dsv3_jax.training.checkpoint import load_run
+from dsv3_jax.training.run_folder import claim
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("light_compiles")]
 
-# What "tensor" cuts is even; one expert's matrix is larger than all that a step may send.
-CFG = small(num_layers=2, num_dense_layers=0, num_heads=4, vocab_size=38, expert_dim=32, mtp_depth=1, dispatch="dense")
+# "tensor" divides heads and vocabulary; one expert's matrix is larger than all that a step may send.
+CFG = small(num_layers=2, num_dense_layers=0, num_heads=4, vocab_size=38, expert_dim=32, mtp_depth=1)
 NEW = 8
 LENGTHS = (1, 5, 40, 3, 9, 2, 21, 4)
 PROMPTS = [tokens_of(CFG, 1, n, seed=i)[0].tolist() for i, n in enumerate(LENGTHS)]
@@ -28,11 +29,11 @@ SAMPLED = dict(temperature=0.8, top_k=9, top_p=0.95, seed=3)
 DRAFTED = dict(draft="mtp", draft_length=2)
 
 
-def model_of(cfg=CFG, mesh=None, seed=0):
-    """A random model, on a mesh where there is one."""
-    graphdef, state = nnx.split(random_model(cfg, seed))
+def model_of(cfg=CFG, mesh=None, seed=0, execution=DENSE):
+    """A random model, sharded over a mesh if there is one."""
+    graphdef, state = nnx.split(random_model(cfg, seed, execution))
     if mesh is not None:
-        state = jax.device_put(state, sharding.state_sharding(state, mesh, fsdp=cfg.layout.fsdp))
+        state = jax.device_put(state, sharding.state_sharding(state, mesh, fsdp=execution.layout.fsdp))
     return nnx.merge(graphdef, state)
 
 
@@ -41,14 +42,14 @@ def alone():
     made = {}
 
     def of(rows, settings):
-        """What one device says. Greedy rows are what they are without drafts, and in any company."""
+        """The tokens of one device. Greedy rows do not depend on drafts, nor on other rows."""
         if "temperature" not in settings:
-            rows_said, settings = len(PROMPTS), {}
+            num_rows, settings = len(PROMPTS), {}
         else:
-            rows_said = rows
-        key = rows_said, *sorted(settings.items())
+            num_rows = rows
+        key = num_rows, *sorted(settings.items())
         if key not in made:
-            made[key] = generate(model_of(), PROMPTS[:rows_said], NEW, **settings).tokens
+            made[key] = generate(model_of(), PROMPTS[:num_rows], NEW, **settings).tokens
         return made[key][:rows]
 
     return of
@@ -65,11 +66,11 @@ CASES = {  # (data, expert, tensor), sequences, settings, layout
 
 
 @pytest.mark.parametrize("sizes, rows, settings, layout", CASES.values(), ids=CASES)
-def test_a_mesh_says_what_one_device_says(alone, sizes, rows, settings, layout):
-    model = model_of(replace(CFG, layout=layout), sharding.make_mesh(*sizes))
+def test_a_mesh_gives_the_tokens_of_one_device(alone, sizes, rows, settings, layout):
+    model = model_of(mesh=sharding.make_mesh(*sizes), execution=replace(DENSE, layout=layout))
     got = generate(model, PROMPTS[:rows], NEW, **settings)
     assert got.tokens == alone(rows, settings)
-    assert len({token for row in got.tokens for token in row}) > 2  # a model that says one thing could not fail
+    assert len({token for row in got.tokens for token in row}) > 2  # a model that repeats one token could not fail
 
 
 def test_a_draft_model_on_the_mesh(alone):
@@ -80,7 +81,7 @@ def test_a_draft_model_on_the_mesh(alone):
 
 def test_a_draft_model_elsewhere_is_refused():
     for here, there in ((sharding.make_mesh(2), None), (None, sharding.make_mesh(2))):
-        with pytest.raises(ValueError, match="the draft model does not lie on the mesh that the model lies on"):
+        with pytest.raises(ValueError, match="^draft is not on the mesh of the model"):
             generate(model_of(mesh=here), PROMPTS[:1], NEW, draft=model_of(mesh=there))
 
 
@@ -94,8 +95,8 @@ def sent(text):
             yield int(np.prod([int(n) for n in sizes.split(",") if n]))
 
 
-def test_neither_cache_nor_experts_move(monkeypatch):
-    """In the compiled step nothing is sent that is as large as what one device holds of either."""
+def test_neither_cache_nor_experts_are_sent(monkeypatch):
+    """In the compiled step all that is sent is smaller than one device's part of either."""
     compiled, module = [], importlib.import_module("dsv3_jax.decoding.generate")
     decode = module._decode
 
@@ -104,7 +105,7 @@ def test_neither_cache_nor_experts_move(monkeypatch):
         raise InterruptedError
 
     monkeypatch.setattr(module, "_decode", look)
-    with pytest.raises(InterruptedError):  # all is compiled already, for a case above
+    with pytest.raises(InterruptedError):  # compiled already, for a case above
         generate(model_of(mesh=sharding.make_mesh(2, 2, 2)), PROMPTS, NEW, **SAMPLED | DRAFTED)
     ((cache, text),) = compiled
     largest, rows = max(sent(text)), len(PROMPTS)
@@ -113,7 +114,7 @@ def test_neither_cache_nor_experts_move(monkeypatch):
     assert shard.shape[1] == rows // 4 and largest < shard.size
 
 
-def test_what_does_not_fit_the_mesh_is_one_sentence(tmp_path, capsys):
+def test_a_model_that_does_not_fit_the_mesh_is_refused(tmp_path, capsys):
     claim(tmp_path / "run", make_run("nowhere"))
     for mesh, sentence in (
         ("expert=3", "num_experts=8 is not divisible by mesh data=1,expert=3,tensor=1"),
@@ -124,4 +125,4 @@ def test_what_does_not_fit_the_mesh_is_one_sentence(tmp_path, capsys):
         out, err = capsys.readouterr()
         assert (out, err) == ("", f"dsv3: {sentence}\n")
     with pytest.raises(ConfigError, match="num_heads=2"):
-        load_model(tmp_path / "run", sharding.make_mesh(1, 1, 4))
+        load_run(tmp_path / "run", sharding.make_mesh(1, 1, 4))

@@ -1,4 +1,4 @@
-"""Heads draft what their teacher-forced forward would, whatever stood before: this holds the caches that they keep."""
+"""Heads draft what their teacher-forced forward pass would, whatever came before: a test of the caches they keep."""
 
 from dataclasses import replace
 from functools import partial
@@ -8,92 +8,89 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import HEADS, LIGHT, QUICK, random_model
+from models import DENSE, HEADS, LIGHT, QUICK, random_model
 
-from dsv3_jax.decoding.drafters import Fresh, make_drafter
-from dsv3_jax.model.attention import from_zero, positions_of
-from dsv3_jax.model.transformer import Trace
+from dsv3_jax.decoding.drafters import Prompt, StepResult, make_drafter
+from dsv3_jax.model.context import from_zero, make_context
 from dsv3_jax.ops.sampling import GREEDY
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("light_compiles")]
 
 
 @partial(jax.jit, static_argnums=0, compiler_options=QUICK)
-def whole_trace(graphdef, state, tokens):
-    """(the trunk's output, what heads read of it, each head's hidden states), of rows in full."""
+def full_pass(graphdef, state, tokens):
+    """(the trunk's output, what heads read of it, each head's hidden states) of complete rows."""
     model = nnx.merge(graphdef, state)
-    trace = model.trace(tokens)
-    return trace.x, model.read_by_heads(trace.x), trace.mtp_h
+    out = model.forward_hidden(tokens)
+    return out.x, model.read_by_heads(out.x), out.mtp_h
 
 
 @partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def last_head(graphdef, state, tokens, h):
-    """The deepest chained head on inputs of its own, entry i of `tokens` being what position i reads."""
+    """The deepest chained head on given inputs: position i reads entry i of `tokens`."""
     model = nnx.merge(graphdef, state)
-    at, everything = positions_of(model.cfg, from_zero(*tokens.shape), None), jnp.ones(tokens.shape, bool)
-    return model.mtp[-1](model.embedding(tokens), h, at, everything)[0]
+    return model.mtp[-1](h, make_context(model.cfg, from_zero(*tokens.shape)), model.embedding(tokens))[0]
 
 
 def teacher_drafts(model, rows, newest, count):
-    """Drafts [B, count] of rows that hold the text up to `newest` and then the very drafts, from whole passes."""
+    """Drafts [B, count] by full passes over rows that have the text up to `newest` and then the same drafts."""
     graphdef, state = nnx.split(model)
-    _, read, mtp_h = whole_trace(graphdef, state, jnp.asarray(rows))
+    _, read, mtp_h = full_pass(graphdef, state, jnp.asarray(rows))
     head, batch, depth = np.asarray(model.head_matrix()), np.arange(len(rows)), model.cfg.mtp_depth
     drafts = [np.asarray(h)[batch, newest - 1] @ head for h in mtp_h[:count]]
-    if count > depth:  # the last head goes on: its output at each position in place of what it reads at the next one
+    if count > depth:  # the last head continues: it reads its own output of the position before
         h = np.array(read if depth == 1 else mtp_h[-2])[:, : rows.shape[1] - depth]
         out = np.asarray(mtp_h[-1])
-        for place in range(count - depth):
-            h[batch, newest + place] = out[batch, newest + place - 1]
+        for pos in newest + np.arange(count - depth)[:, None]:
+            h[batch, pos] = out[batch, pos - 1]
             out = np.asarray(last_head(graphdef, state, jnp.asarray(rows[:, depth:]), jnp.asarray(h)))
-            drafts.append(out[batch, newest + place] @ head)
+            drafts.append(out[batch, pos] @ head)
     return np.argmax(np.stack(drafts, axis=1), axis=-1)
 
 
 @pytest.mark.parametrize("heads", HEADS)
-def test_drafts_are_those_of_the_whole_text(rng, heads):
-    """Rows of text of which a random number of tokens come to stand at a time; what does not is rubbish."""
+def test_drafts_are_those_of_the_full_text(rng, heads):
+    """Each step accepts a random number of the text's tokens. Slots beyond them hold arbitrary numbers."""
     reads = "normed" if heads in ("eagle", "medusa") else "raw"
     cfg = replace(LIGHT, mtp_input=reads, **HEADS[heads])
-    model, count = random_model(cfg), 3 if heads in ("meta", "medusa") else 5
+    model, count = random_model(cfg, execution=DENSE), 3 if heads in ("meta", "medusa") else 5
     kind = "expanded" if heads in ("meta", "eagle") else "latent"
     graphdef, state = nnx.split(model)
     lengths, batch = np.array([1, 1, 2, 3, 7, 4], np.int32), np.arange(6)
     text = rng.integers(cfg.vocab_size, size=(6, 48)).astype(np.int32)
-    x, h = map(np.asarray, whole_trace(graphdef, state, jnp.asarray(text))[:2])
+    x, h = map(np.asarray, full_pass(graphdef, state, jnp.asarray(text))[:2])
 
     @partial(jax.jit, compiler_options=QUICK)
     def start(state, tokens, lengths, x):
-        trace = Trace(x, x, (), None, (), x)  # of which drafters read x alone
         drafter = make_drafter(nnx.merge(graphdef, state), None, None)
-        return drafter.start(trace, tokens, lengths, 48, kind, jnp.dtype("float32"))
+        return drafter.start(Prompt(tokens, lengths, x, 48, kind, jnp.dtype("float32")))
 
     @partial(jax.jit, compiler_options=QUICK)
-    def draft(state, remembered, fresh):
+    def draft(state, remembered, last):
         model = nnx.merge(graphdef, state)
-        drafter = make_drafter(model, None, model.ready())
-        return drafter.draft(remembered, fresh, count, jax.random.key(0), GREEDY)
+        drafter = make_drafter(model, None, model.prepare_decode())
+        return drafter.draft(remembered, last, count, jax.random.key(0), GREEDY)
 
-    def rubbish_beyond(stands, y):
-        free = rng.integers(cfg.vocab_size, size=y.shape) if y.dtype == np.int32 else 3 * rng.standard_normal(y.shape)
-        return jnp.asarray(np.where(stands.reshape(*stands.shape, *[1] * (y.ndim - 2)), y, free).astype(y.dtype))
+    def arbitrary_beyond(valid, y):
+        noise = rng.integers(cfg.vocab_size, size=y.shape) if y.dtype == np.int32 else 3 * rng.standard_normal(y.shape)
+        return jnp.asarray(np.where(valid.reshape(*valid.shape, *[1] * (y.ndim - 2)), y, noise).astype(y.dtype))
 
     prompt = np.arange(32)[None] < lengths[:, None]
     remembered = start(
-        state, rubbish_beyond(prompt, text[:, :32]), jnp.asarray(lengths), rubbish_beyond(prompt, x[:, :32])
+        state, arbitrary_beyond(prompt, text[:, :32]), jnp.asarray(lengths), arbitrary_beyond(prompt, x[:, :32])
     )
-    at, standing = lengths - 1, np.ones(6, np.int32)  # as prefill leaves it
+    begin, num_valid = lengths - 1, np.ones(6, np.int32)  # as prefill leaves them
     for _ in range(6):
-        stands = np.arange(count + 1)[None] < standing[:, None]
-        place = at[:, None] + np.arange(count + 1)
-        fresh_h, fresh_tokens = (
-            rubbish_beyond(stands, y) for y in (h[batch[:, None], place], text[batch[:, None], place + 1])
+        valid = np.arange(count + 1)[None] < num_valid[:, None]
+        pos = begin[:, None] + np.arange(count + 1)
+        last_h, last_tokens = (
+            arbitrary_beyond(valid, y) for y in (h[batch[:, None], pos], text[batch[:, None], pos + 1])
         )
-        fresh = Fresh(fresh_h, fresh_tokens, *map(jnp.asarray, (standing, at, text[batch, at])))
-        drafts, remembered = draft(state, remembered, fresh)
-        at = at + standing
+        last = StepResult(last_h, last_tokens, *map(jnp.asarray, (num_valid, begin, text[batch, begin])))
+        drafts, remembered = draft(state, remembered, last)
+        begin = begin + num_valid
         rows = text.copy()
-        for row, newest, drafted in zip(rows, at, np.asarray(drafts.tokens), strict=True):
+        for row, newest, drafted in zip(rows, begin, np.asarray(drafts.tokens), strict=True):
             row[newest + 1 : newest + 1 + count] = drafted
-        np.testing.assert_array_equal(drafts.tokens, teacher_drafts(model, rows, at, count))
-        standing = rng.integers(1, count + 2, size=6).astype(np.int32)
+        np.testing.assert_array_equal(drafts.tokens, teacher_drafts(model, rows, begin, count))
+        num_valid = rng.integers(1, count + 2, size=6).astype(np.int32)

@@ -1,23 +1,24 @@
-"""Held-out measures against a loop over positions that knows nothing of masks and batches."""
+"""Held-out measures against a loop over positions, without masks and batches."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from models import forward, random_model
+from models import DENSE, forward, random_model
 from runs import MODEL, cheap_compiles
 
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.training.evaluate import evaluate
+from dsv3_jax.model.transformer import abstract
+from dsv3_jax.training.evaluate import cache_quality, evaluate
 
-# Few words, so that drafts are often right; of 0 to 3 bytes, so that a byte is not a token.
+# Few tokens, so that drafts are often right; of 0 to 3 bytes, so that bytes and tokens differ in number.
 
 
 class Table(Tokenizer):
-    """A vocabulary alone: nothing is encoded here."""
+    """A vocabulary alone: no test here encodes text."""
 
     def encode_array(self, text):
-        raise AssertionError(f"{text!r} was to be encoded")
+        raise AssertionError(f"encode_array({text!r}) was called")
 
 
 WORDS = Table([b"a", b"bc", b"", b"xyz", "é".encode()], 2, None)
@@ -32,7 +33,7 @@ def _cheap(tmp_path_factory):
 
 
 def make_batch(seed: int) -> dict[str, np.ndarray]:
-    """Rows of one to three documents, of two domains; the last row is padded, in the second batch wholly."""
+    """Rows of one to three documents, of two domains. The last row ends with padding; that of seed 2 is all padding."""
     rng = np.random.default_rng(seed)
     segment_ids = np.sort(rng.integers(1, 4, (B, T)), axis=1)
     segment_ids[-1, rng.integers(3, T - 2) if seed == 1 else 0 :] = 0
@@ -43,26 +44,26 @@ def make_batch(seed: int) -> dict[str, np.ndarray]:
         "tokens": rng.integers(0, 5, (B, T)),
         "segment_ids": segment_ids,
         "positions": positions,
-        "domains": rng.integers(0, 2, (B, T)),  # of each token, whatever its neighbours are
+        "domains": rng.integers(0, 2, (B, T)),  # drawn for each token alone
     }
     return {name: array.astype(np.int32) for name, array in batch.items()}
 
 
 @pytest.fixture(scope="module")
 def model():
-    return random_model(CFG, seed=3)  # a seed with which some drafts of each depth are right
+    return random_model(CFG, seed=3, execution=DENSE)  # a seed with which some drafts of each depth are right
 
 
 @pytest.fixture(scope="module")
 def parallel():
-    return random_model(replace(CFG, mtp_kind="medusa", init_std=1.0, num_layers=1), seed=1)
+    return random_model(replace(CFG, mtp_kind="medusa", init_std=1.0, num_layers=1), seed=1, execution=DENSE)
 
 
 BATCHES = [make_batch(1), make_batch(2)]
 
 
 def slow_measures(model) -> dict[str, object]:
-    """Position by position; the model's own logits and routing are all that is taken from it."""
+    """Position by position, from the model's logits and routing."""
     nats, tokens, size = 0.0, 0, 0
     domains = {name: [0.0, 0] for name in ("even", "odd")}
     load = np.zeros((model.cfg.num_sparse_layers + model.cfg.num_sparse_heads, CFG.num_experts))
@@ -84,9 +85,9 @@ def slow_measures(model) -> dict[str, object]:
                 target = batch["tokens"][b, t + 1]
                 cost = np.log(np.exp(logits[b, t]).sum()) - logits[b, t, target]
                 nats, tokens, size = nats + cost, tokens + 1, size + len(WORDS.bytes_of([target]))
-                mine = domains[("even", "odd")[batch["domains"][b, t + 1]]]
-                mine[0] += cost
-                mine[1] += len(WORDS.bytes_of([target]))
+                domain = domains[("even", "odd")[batch["domains"][b, t + 1]]]
+                domain[0] += cost
+                domain[1] += len(WORDS.bytes_of([target]))
                 for depth in (0, 1):
                     if t + 2 + depth >= T or segment[t + 2 + depth] != segment[t]:
                         break
@@ -94,7 +95,7 @@ def slow_measures(model) -> dict[str, object]:
                     if drafts[depth][b, t] != own[b, t + 1 + depth]:
                         break
                     agreed[depth] += 1
-    assert agreed.all() and (agreed < drafted).all()  # or the acceptance would say nothing
+    assert agreed.all() and (agreed < drafted).all()  # or no acceptance would be tested
     return {
         "val_loss": nats / tokens,
         "val_bits_per_byte": nats / np.log(2) / size,
@@ -134,3 +135,23 @@ def test_padding_counts_nothing(model):
 
 def test_no_domains_no_measure_by_domain(model):
     assert "bits_per_byte_by_domain" not in evaluate(model, BATCHES, WORDS)
+
+
+@pytest.mark.parametrize("cache", ["latent", "expanded"])
+def test_cache_quality_of_an_exact_cache_is_that_of_the_forward(cache):
+    """Rows of one document are read 16 tokens at a time, the last part padded; 8-bit rows lose a little."""
+    model = random_model(replace(CFG, mtp_depth=0), seed=3, execution=DENSE)
+    tokens = np.random.default_rng(4).integers(0, 5, (2, B, 20)).astype(np.int32)
+    one, positions = np.ones((B, 20), np.int32), np.tile(np.arange(20, dtype=np.int32), (B, 1))
+    rows = [{"tokens": t, "segment_ids": one, "positions": positions, "domains": 0 * one} for t in tokens]
+    exact, rounded = cache_quality(model, rows, ("float32", "int8"), cache).values()
+    assert exact.val_loss == pytest.approx(evaluate(model, rows, WORDS)["val_loss"], rel=1e-5)
+    assert exact.agreement == 1.0 and 0.9 < rounded.agreement <= 1.0
+    assert rounded.val_loss != exact.val_loss == pytest.approx(rounded.val_loss, rel=0.02)
+    per_layer = {"latent": (7 * 4, 7 + 8), "expanded": (2 * 9 * 4, 2 * (9 + 8))}[cache]  # C + R; H rows of N + R + V
+    assert (exact.bytes_per_token, rounded.bytes_per_token) == tuple(2 * n for n in per_layer)
+
+
+def test_cache_quality_needs_a_cache():
+    with pytest.raises(ValueError, match="^cache='none'"):
+        cache_quality(abstract(CFG), [], ("float32",), "none")

@@ -1,4 +1,4 @@
-"""Tokens that travel to other devices' experts: the sums and gradients of a single device, whatever the load."""
+"""Tokens sent to other devices' experts: the sums and gradients of a single device, whatever the load."""
 
 import itertools
 from dataclasses import replace
@@ -9,11 +9,12 @@ import numpy as np
 import oracles
 import pytest
 from models import small
-from runs import MODEL, make_run
+from runs import make_run
 
-from dsv3_jax.config import ConfigError, Layout
+from dsv3_jax.config import ConfigError, Execution, Layout
+from dsv3_jax.kernels.choose import Kernels, Target
 from dsv3_jax.mesh import expert_parallel, sharding, token_exchange
-from dsv3_jax.ops import dispatch
+from dsv3_jax.ops.expert_stack import Experts, open_stack
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("x64", "light_compiles")]
 
@@ -26,64 +27,69 @@ def choices(load, rng, tokens):
     """Experts of every token [tokens, K]."""
     if load == "even":
         return jnp.arange(tokens * K, dtype=jnp.int32).reshape(tokens, K) % E
-    liking = {
+    preference = {
         "random": np.zeros(E),
-        "one device": np.where(np.arange(E) < K, 99.0, 0.0),  # experts 0 and 1 stand together on every mesh
+        "one device": np.where(np.arange(E) < K, 99.0, 0.0),  # experts 0 and 1 are on one device of every mesh
         "idle": np.where(np.arange(E) < E // 2, -99.0, 0.0),  # half the devices
     }[load]
-    return jnp.asarray(np.argsort(-rng.gumbel(liking, size=(tokens, E)), axis=1)[:, :K], jnp.int32)
+    return jnp.asarray(np.argsort(-rng.gumbel(preference, size=(tokens, E)), axis=1)[:, :K], jnp.int32)
 
 
 def arrays(rng, tokens):
     shapes = (tokens, D), (tokens, K), (tokens, D), (LAYERS, E, D, F), (LAYERS, E, D, F), (LAYERS, E, F, D)
     x, gates, weight, *stack = (jnp.asarray(rng.standard_normal(shape)) for shape in shapes)
-    return x, gates, weight, dispatch.Experts(*stack)
+    return x, gates, weight, Experts(*stack)
 
 
 LAYER = 1
-OTHER = 0.5  # the thread's cotangent as other layers left it
+OTHER = 0.5  # the carry's cotangent as later layers left it
+WRITTEN = (jnp.array([1.0, 1.0], jnp.float32), jnp.array([1.0, 0.0], jnp.float32))  # of the two layers: LAYER or not
 
 
-def spread(cfg, mesh, backend):
-    """What a training step sees of the layer: y, copies of a token on the wire, and gradients, all on a mesh."""
+def sharded(cfg, layout, mesh, backend):
+    """What a training step sees of the layer: y, copies of a token sent, and gradients, all on a mesh."""
+    kernels = Kernels(Target("cpu", f"grouped_swiglu={backend}"))
 
-    def loss(x, gates, experts, ids, weight):
-        layer = jnp.asarray(LAYER, jnp.int32)
-        y, thread, crossed = expert_parallel.routed_swiglu(
-            x, ids, gates, experts, experts, layer, backend=backend, cfg=cfg
-        )
-        return (weight * y).sum() + OTHER * sum(w.sum() for w in thread), (y, crossed)
+    def loss(x, gates, experts, ids, weight, written):
+        stack = open_stack(experts)
+        stack = stack.at(LAYER, stack.grad)
+        y, stack, sent = expert_parallel.grouped_swiglu(x, ids, gates, stack, kernels, cfg, layout)
+        later = OTHER * sum(w.sum() for w in stack.grad.carry)
+        return (weight * y).sum() + later + (written * stack.grad.written).sum().astype(x.dtype), (y, sent)
 
     place = [
-        jax.NamedSharding(mesh, sharding.spec(names, (LAYERS, E, *(D, F)), mesh, fsdp=cfg.layout.fsdp))
-        for names in expert_parallel.NAMES
+        jax.NamedSharding(mesh, sharding.spec(names, (LAYERS, E, *(D, F)), mesh, fsdp=layout.fsdp))
+        for names in expert_parallel.AXIS_NAMES
     ]
 
     @jax.jit
-    def run(x, gates, experts, ids, weight):
+    def run(x, gates, experts, *args):
         grad = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
-        (_, (y, crossed)), grads = grad(x, gates, experts, ids, weight)
-        return y, crossed, grads
+        (_, (y, sent)), grads = grad(x, gates, experts, *args)
+        return y, sent, grads
 
-    def on_mesh(x, gates, experts, ids, weight):
-        experts = dispatch.Experts(*(jax.device_put(w, at) for w, at in zip(experts, place, strict=True)))
+    def on_mesh(x, gates, experts, *args):
+        experts = Experts(*(jax.device_put(w, at) for w, at in zip(experts, place, strict=True)))
         with jax.set_mesh(mesh):
-            return jax.device_get(run(x, gates, experts, ids, weight))
+            return jax.device_get(run(x, gates, experts, *args))
 
     return on_mesh
 
 
 @jax.jit
-def alone(x, gates, experts, ids, weight):
+def alone(x, gates, experts, ids, weight, written):
+    """(y, gradients): a layer adds to the carry's cotangent that holds numbers, and overwrites one that does not."""
+
     def loss(x, gates, experts):
         y = oracles.routed_swiglu_jnp(x, ids, gates, *(w[LAYER] for w in experts))
-        return (weight * y).sum() + OTHER * sum(w.sum() for w in experts), y
+        kept = written.astype(x.dtype)[:, None, None, None]
+        return (weight * y).sum() + OTHER * sum((kept * w).sum() for w in experts), y
 
     (_, y), grads = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(x, gates, experts)
     return y, grads
 
 
-def travels(ids, data, peers):
+def count_sent(ids, data, peers):
     """(Copies of a token that have to go to another device, mean over tokens; tokens that one device has for one peer,
     at most.) Counted token by token."""
     n, held = len(ids) // (data * peers), E // peers
@@ -102,10 +108,10 @@ def assert_same(got, want):
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, atol=1e-10), grads, expected_grads)
 
 
-MANY = Layout(exchange="all_to_all", slack=1.0)
-CASES = {  # (data, expert, tensor), tokens, backend, layout, rounds where one device takes all
+MANY = Layout(expert_comm="all_to_all", capacity_slack=1.0)
+CASES = {  # (data, expert, tensor), tokens, kernel, layout, rounds if one device takes all
     "1,8,1": ((1, 8, 1), 48, "blocks", MANY, 3),
-    "1,8,1 few tokens": ((1, 8, 1), 8, "ragged_dot", Layout(exchange="all_to_all"), 1),  # one a device
+    "1,8,1 few tokens": ((1, 8, 1), 8, "ragged_dot", Layout(expert_comm="all_to_all"), 1),  # one a device
     "2,4,1": ((2, 4, 1), 48, "ragged_dot", MANY, 2),
     "2,4,1 fsdp": ((2, 4, 1), 48, "blocks", replace(MANY, fsdp=True), 2),
     "2,2,2": ((2, 2, 2), 48, "blocks", MANY, 2),
@@ -115,18 +121,18 @@ CASES = {  # (data, expert, tensor), tokens, backend, layout, rounds where one d
 
 @pytest.mark.parametrize("sizes, tokens, backend, layout, worst", CASES.values(), ids=CASES)
 def test_every_load_is_a_single_devices(rng, sizes, tokens, backend, layout, worst):
-    cfg, (data, peers, _) = replace(CFG, layout=layout), sizes
-    run = spread(cfg, sharding.make_mesh(*sizes), backend)
+    _, peers, _ = sizes
+    run = sharded(CFG, layout, sharding.make_mesh(*sizes), backend)
     x, gates, weight, experts = arrays(rng, tokens)
-    n = tokens // (data * peers)
-    places = token_exchange.places_a_round(cfg, n, peers)
+    n = tokens // (sizes[0] * peers)
+    slots = token_exchange.send_capacity(CFG, layout, n, peers)
     rounds = {}
-    for load in LOADS:
-        args = (x, gates, experts, choices(load, rng, tokens), weight)
+    for load, written in itertools.product(LOADS, WRITTEN):
+        args = (x, gates, experts, choices(load, rng, tokens), weight, written)
         got = run(*args)
         assert_same(got, alone(*args))
-        rounds[load] = -(-travels(args[3], data, peers)[1] // places)
-        assert got[1] == pytest.approx(rounds[load] * places * (peers - 1) / n, rel=1e-6), load
+        rounds[load] = -(-count_sent(args[3], sizes[0], peers)[1] // slots)
+        assert got[1] == pytest.approx(rounds[load] * slots * (peers - 1) / n, rel=1e-6), load
     assert rounds["even"] == 1 and rounds["one device"] == worst
 
 
@@ -134,11 +140,11 @@ def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_si
     """`jax.lax.ragged_all_to_all`, which CPU does not have, by its definition; -99 where a call is not in order."""
     rows = jax.lax.all_gather(operand, axis_name)
     starts, sizes, lands = (jax.lax.all_gather(a, axis_name) for a in (input_offsets, send_sizes, output_offsets))
-    me, place = jax.lax.axis_index(axis_name), jnp.arange(output.shape[0], dtype=jnp.int32)
+    me, slot = jax.lax.axis_index(axis_name), jnp.arange(output.shape[0], dtype=jnp.int32)
     for peer in range(rows.shape[0]):
         start, size, land = starts[peer, me], sizes[peer, me], lands[peer, me]
-        took = rows[peer].at[start + place - land].get(mode="fill", fill_value=-99)
-        here = (place >= land) & (place < land + size)
+        took = rows[peer].at[start + slot - land].get(mode="fill", fill_value=-99)
+        here = (slot >= land) & (slot < land + size)
         output = jnp.where(here.reshape(-1, *(1 for _ in output.shape[1:])), took, output)
         in_order = (recv_sizes[peer] == size) & (land + size <= output.shape[0])
         output = jnp.where(in_order, output, jnp.full_like(output, -99))
@@ -148,45 +154,44 @@ def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_si
 @pytest.mark.parametrize("sizes, backend, fsdp", [((1, 8, 1), "blocks", False), ((2, 2, 2), "ragged_dot", True)])
 def test_every_load_is_a_single_devices_ragged(rng, monkeypatch, sizes, backend, fsdp):
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)
-    cfg, (data, peers, _) = replace(CFG, layout=Layout(exchange="ragged", fsdp=fsdp)), sizes
-    run = spread(cfg, sharding.make_mesh(*sizes), backend)
+    run = sharded(CFG, Layout(expert_comm="ragged", fsdp=fsdp), sharding.make_mesh(*sizes), backend)
     x, gates, weight, experts = arrays(rng, 48)
-    for load in LOADS:
-        args = (x, gates, experts, choices(load, rng, 48), weight)
+    for load, written in itertools.product(LOADS, WRITTEN):
+        args = (x, gates, experts, choices(load, rng, 48), weight, written)
         got = run(*args)
         assert_same(got, alone(*args))
-        assert got[1] == pytest.approx(travels(args[3], data, peers)[0], rel=1e-6), load
+        assert got[1] == pytest.approx(count_sent(args[3], *sizes[:2])[0], rel=1e-6), load
 
 
-def test_ragged_lowers_for_the_accelerators(rng):
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_ragged_lowers_for_the_accelerators(rng, platform):
     """There it is one call of the compiler's for each of rows, gates and ids, and one for the way back."""
     x, gates, _, experts = arrays(rng, 48)
-    cfg, layer = replace(CFG, layout=Layout(exchange="ragged")), jnp.asarray(LAYER, jnp.int32)
+    layout, kernels = Layout(expert_comm="ragged"), Kernels(Target(platform))
 
     def run(x, ids, gates, experts):
-        return expert_parallel.routed_swiglu(x, ids, gates, experts, experts, layer, backend="ragged_dot", cfg=cfg)
+        return expert_parallel.grouped_swiglu(x, ids, gates, open_stack(experts), kernels, CFG, layout)
 
     args = jax.tree.map(lambda a: a.astype(jnp.float32), (x, gates, experts))
     with jax.set_mesh(sharding.make_mesh(1, 8)):
         traced = jax.jit(run).trace(args[0], choices("random", rng, 48), *args[1:])
-        for platform in ("tpu", "cuda"):
-            text = traced.lower(lowering_platforms=(platform,)).as_text()
-            assert text.count("@ragged_all_to_all") == 4, platform
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("@ragged_all_to_all") == 4
 
 
 def test_a_token_goes_to_a_device_once(rng):
-    """Every device of a token's experts has it at one place, and no other device has."""
+    """Each device of a token's experts has it in one slot, and no other device has it."""
     ids, held, peers = choices("random", rng, 40), 4, 4
-    lists = jax.tree.map(np.asarray, token_exchange.roll(ids, held, peers))
-    turns = [0] * peers
+    table = jax.tree.map(np.asarray, token_exchange.peer_table(ids, held, peers))
+    counts = [0] * peers
     for token, chosen in enumerate(np.asarray(ids)):
         for k, expert in enumerate(chosen):
             there = int(expert) // held
             again = there in {int(e) // held for e in chosen[:k]}
-            turns[there] += not again
-            assert lists.peer[token, k] == there and lists.first[token, k] != again
-            assert lists.turn[token, k] == turns[there] - 1  # the earlier choice's, where there is one
-    assert list(lists.counts) == turns
+            counts[there] += not again
+            assert table.peer[token, k] == there and table.first[token, k] != again
+            assert table.rank[token, k] == counts[there] - 1  # the earlier choice's, if there is one
+    assert list(table.counts) == counts
 
 
 SHAPES = [  # experts, groups, groups a token, experts a token, peers
@@ -206,24 +211,24 @@ def test_reach_is_that_of_all_choices(experts, groups, per_token, k, peers):
 
 
 @pytest.mark.parametrize("changes", [dict(num_groups=3), dict(num_groups=4, groups_per_token=1, router="topk")])
-def test_groups_are_left_out_of_account(changes):
-    """Where they straddle devices, and where the router knows none."""
+def test_groups_are_ignored(changes):
+    """If one group is on two devices, and if the router has no groups."""
     grouped, free = small(num_experts=12, **changes), small(num_experts=12, num_groups=1, groups_per_token=1)
     assert token_exchange.mean_reach(grouped, 4) == token_exchange.mean_reach(free, 4)
 
 
 def test_auto_is_the_smaller_one():
-    few = replace(CFG, layout=Layout())
-    assert expert_parallel.exchange_of(few, 100, 8) == "all_to_all"  # 1.67 devices of 8
+    pick, auto = expert_parallel.pick_expert_comm, Layout()
+    assert pick(CFG, auto, 100, 8) == "all_to_all"  # 1.67 devices of 8
     every = small(num_experts=16, experts_per_token=12, num_groups=1, groups_per_token=1)
-    assert expert_parallel.exchange_of(every, 100, 4) == "gather"  # nearly all devices
-    assert expert_parallel.exchange_of(few, 1, 8) == "gather"  # a place is all there is
-    assert expert_parallel.exchange_of(replace(every, layout=Layout(exchange="all_to_all")), 100, 4) == "all_to_all"
+    assert pick(every, auto, 100, 4) == "gather"  # nearly all devices
+    assert pick(CFG, auto, 1, 8) == "gather"  # a single slot is all there is
+    assert pick(every, Layout(expert_comm="all_to_all"), 100, 4) == "all_to_all"
 
 
 def test_ragged_is_refused_on_cpu():
-    run = make_run("nowhere", model=replace(MODEL, layout=Layout(exchange="ragged")))
-    with pytest.raises(ConfigError, match="exchange='ragged' is not to be had on cpu devices"):
+    run = make_run("nowhere", execution=Execution(layout=Layout(expert_comm="ragged")))
+    with pytest.raises(ConfigError, match="expert_comm='ragged' .* cpu"):
         sharding.check(sharding.make_mesh(1, 2), run)
     sharding.check(sharding.make_mesh(2, 1), run)  # nothing to exchange
 

@@ -1,4 +1,4 @@
-"""Cached decoding against the teacher-forced forward, and what a request may not ask."""
+"""Cached decoding against the teacher-forced forward, and which requests are refused."""
 
 from dataclasses import replace
 
@@ -7,14 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import LIGHT, forward, random_model, small
+from models import DENSE, LIGHT, forward, random_model, small
+from runs import unhooked
 
-from dsv3_jax.decoding.drafters import Fresh
-from dsv3_jax.decoding.generate import Loop, _decode, _prefill, _Static, check_request, generate, stream
-from dsv3_jax.kernels.cpu import calls
+from dsv3_jax.config import Execution
+from dsv3_jax.decoding.drafters import StepResult
+from dsv3_jax.decoding.generate import (
+    DecodeConfig,
+    Loop,
+    _decode,
+    _prefill,
+    _Static,
+    generate,
+    generate_in_parts,
+    stream,
+)
+from dsv3_jax.kernels import choose
+from dsv3_jax.kernels.cpu import library
 from dsv3_jax.model import transformer
 from dsv3_jax.model.cache import bytes_per_token, elements_per_token, empty_cache
-from dsv3_jax.ops import products
+from dsv3_jax.model.transformer import abstract
 from dsv3_jax.ops.sampling import GREEDY, Sampling
 
 pytestmark = pytest.mark.usefixtures("light_compiles")
@@ -22,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("light_compiles")
 CFG = small()  # one dense layer and two sparse ones
 NEW = 10
 PROMPTS = [[5], [8, 1, 30, 2, 2], [3 * i % 37 for i in range(40)]]  # lengths 1, 5 and 40: over one step of 32
-UNSAID = 36  # a stop token that nothing below produces, so that requests with and without a stop share a compilation
+UNUSED = 36  # a stop token that no model below generates: with one, all requests share a compilation
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +44,11 @@ def model():
 
 @pytest.fixture(scope="module")
 def light():
-    return random_model(LIGHT)
+    return random_model(LIGHT, execution=DENSE)
 
 
 def teacher_logits(model, prompts, new):
-    """Logits [len(new), W] of each row at the places that chose its new tokens: the whole row in one forward pass."""
+    """Logits [len(new), W] of each row at the positions that chose its new tokens, from one forward pass."""
     rows = np.zeros((3, 64), np.int32)
     for row, prompt, more in zip(rows, prompts, new, strict=False):
         row[: len(prompt) + len(more)] = [*prompt, *more]
@@ -46,51 +58,61 @@ def teacher_logits(model, prompts, new):
 
 @pytest.fixture(scope="module")
 def greedy(model):
-    return generate(model, PROMPTS, NEW, stop_tokens=[UNSAID]).tokens
+    return generate(model, PROMPTS, NEW, stop_tokens=[UNUSED]).tokens
 
 
 def test_cached_greedy_decoding_equals_the_teacher_forced_forward(model, greedy):
-    assert not any(UNSAID in row for row in greedy)
+    assert not any(UNUSED in row for row in greedy)
     assert [len(row) for row in greedy] == [NEW] * 3
-    assert len({*greedy[0], *greedy[1], *greedy[2]}) > 5  # a model that says one thing could not fail
+    assert len({*greedy[0], *greedy[1], *greedy[2]}) > 5  # a model that repeats one token could not fail
     for logits, row in zip(teacher_logits(model, PROMPTS, greedy), greedy, strict=True):
         assert logits.argmax(-1).tolist() == row
 
 
-def test_each_prompt_alone_says_the_same(model, greedy):
+def test_each_prompt_alone_gives_the_same(model, greedy):
     for prompt, row in zip(PROMPTS[:2], greedy, strict=False):
-        assert generate(model, [prompt], NEW, stop_tokens=[UNSAID]).tokens == [row]
+        assert generate(model, [prompt], NEW, stop_tokens=[UNUSED]).tokens == [row]
 
 
-@pytest.mark.parametrize("how", ["native", "side by side", "visited one by one"])
-def test_experts_are_read_in_any_way(model, greedy, monkeypatch, how):
-    """By the native kernel, as one wide product, or in a loop over those that were chosen; other weights likewise."""
-    if how == "native":
-        if why := calls.why_not():
-            pytest.skip(why)
-        monkeypatch.setattr(products, "LARGE", 0)
-    else:
-        monkeypatch.setattr(calls, "why_not", lambda: "the test says so")
-    if how == "visited one by one":
-        monkeypatch.setattr(transformer, "SMALL_EXPERTS", 0)
-    graphdef = nnx.graphdef(
-        random_model(replace(CFG, init_std=0.1 + len(how) / 100))
-    )  # of its own, to be compiled anew
-    other = nnx.merge(graphdef, nnx.state(model))
-    ready = other.ready()
-    assert (ready is None) == (how == "visited one by one")
-    if ready is not None:
-        assert all((experts is None) == (how == "native") for experts in ready.experts)
-    assert generate(other, PROMPTS, NEW, stop_tokens=[UNSAID]).tokens == greedy
+def test_kernels_of_xla_give_the_same_tokens(model, greedy):
+    other = nnx.merge(nnx.graphdef(abstract(CFG, Execution(kernels="xla"))), nnx.state(model))
+    assert "cpu" not in other.kernels.chosen().values()
+    assert library.why_not() or model.kernels.chosen()["cached_attention"] == "cpu"
+    assert generate(other, PROMPTS, NEW, stop_tokens=[UNUSED]).tokens == greedy
 
 
-def test_stream_gives_the_tokens_of_generate(model, greedy):
-    for chunk in (1, 3, 100):
-        got = stream(model, PROMPTS[1], NEW, stop_tokens=[UNSAID], part=chunk)
-        assert next(got) == greedy[1][0]
-        assert list(got) == greedy[1][1:]
+@pytest.mark.parametrize("module, name", [(choose, "LARGE_WEIGHT"), (transformer, "UNROLLED")])
+def test_layers_and_weights_are_read_in_any_way(model, greedy, monkeypatch, module, name):
+    """Every weight by the C++ kernels, for a single row too; and a scan over layers in place of an unrolled loop."""
+    if module is choose and (why := library.why_not()):
+        pytest.skip(why)
+    monkeypatch.setattr(module, name, 0)
+    cfg = replace(CFG, init_std=0.1 if module is choose else 0.2)  # a graph of its own: programs are compiled again
+    other = nnx.merge(nnx.graphdef(abstract(cfg)), nnx.state(model))
+    assert (other.prepare_decode() is None) == (name == "UNROLLED")
+    assert generate(other, PROMPTS, NEW, stop_tokens=[UNUSED]).tokens == greedy
+
+
+@pytest.mark.parametrize("cache", ["latent", "none"])
+def test_decoding_drops_no_token(light, cache):
+    """With half of its even share of slots an expert drops tokens in training, and which depends on the batch."""
+    graphdef = nnx.graphdef(abstract(replace(LIGHT, capacity_factor=0.5), DENSE))
+    dropping, prompts = nnx.merge(graphdef, nnx.state(light)), PROMPTS[:2]
+    got = generate(dropping, prompts, NEW, cache=cache).tokens
+    kept, dropped = ([x.argmax(-1).tolist() for x in teacher_logits(m, prompts, got)] for m in (light, dropping))
+    assert got == kept != dropped  # as a model without capacity
+    for prompt, row in zip(prompts, got, strict=True):
+        assert generate(dropping, [prompt], NEW, cache=cache).tokens == [row]
+
+
+def test_parts_and_stream_give_the_tokens_of_generate(model, greedy):
+    for part in (1, 3, 100):
+        config = DecodeConfig(NEW, stop_tokens=(UNUSED,))
+        sizes = [len(got.tokens[0]) for got in generate_in_parts(model, PROMPTS[1:2], config, part=part)]
+        assert sizes == [*range(1, NEW, part), NEW]
+    assert list(stream(model, PROMPTS[1], config)) == greedy[1]
     stop = greedy[1][4]
-    assert list(stream(model, PROMPTS[1], NEW, stop_tokens=[stop], part=3)) == until(greedy[1], stop)
+    assert list(stream(model, PROMPTS[1], DecodeConfig(NEW, stop_tokens=(stop,)))) == until(greedy[1], stop)
 
 
 def until(row, stop):
@@ -110,11 +132,11 @@ def test_a_stop_token_ends_its_row_and_no_other(model, greedy):
 
 def test_one_compilation_a_shape(model, greedy):
     """Other prompts of nearby lengths, seeds, stop tokens and chunks compile nothing."""
-    generate(model, [PROMPTS[1]], NEW, stop_tokens=[UNSAID])
+    generate(model, [PROMPTS[1]], NEW, stop_tokens=[UNUSED])
     before = _prefill._cache_size(), _decode._cache_size()
     generate(model, [[7] * 22], NEW, stop_tokens=[1], seed=4)
     generate(random_model(CFG, seed=3), [[9]], NEW, stop_tokens=[2])
-    list(stream(model, [1, 2, 3], NEW, stop_tokens=[UNSAID], part=4))
+    list(generate_in_parts(model, [[1, 2, 3]], DecodeConfig(NEW, stop_tokens=(UNUSED,)), part=4))
     generate(model, [[1], [2], [7] * 50], NEW, stop_tokens=[3])
     assert (_prefill._cache_size(), _decode._cache_size()) == before
 
@@ -122,11 +144,12 @@ def test_one_compilation_a_shape(model, greedy):
 # dtypes
 
 
-@pytest.mark.parametrize("changes, cache_dtype", [({}, "bfloat16"), (dict(compute_dtype="bfloat16"), None)])
-def test_bfloat16_chooses_tokens_about_as_likely(light, changes, cache_dtype):
-    got = generate(random_model(replace(LIGHT, **changes)), PROMPTS, NEW, cache_dtype=cache_dtype).tokens
-    # How much less likely than the float32 model's best. 8 bits of mantissa lose a few percent of a logit's spread;
-    # a flipped expert can cost one token more, so the middle is held.
+@pytest.mark.parametrize("compute_dtype, cache_dtype", [("float32", "bfloat16"), ("bfloat16", None)])
+def test_bfloat16_chooses_tokens_about_as_likely(light, compute_dtype, cache_dtype):
+    other = random_model(LIGHT, execution=replace(DENSE, compute_dtype=compute_dtype))
+    got = generate(other, PROMPTS, NEW, cache_dtype=cache_dtype).tokens
+    # How much less likely than the float32 model's best. 8 bits of mantissa lose a few percent of a logit's spread.
+    # Another expert can cost one token more, so the median is compared.
     lost = [
         (logits.max(-1) - logits[np.arange(NEW), row]) / logits.std(-1)
         for logits, row in zip(teacher_logits(light, PROMPTS, got), got, strict=True)
@@ -168,10 +191,10 @@ def test_top_k_1_is_greedy(light):
 DRAWN = dict(temperature=1.5, top_k=30, top_p=0.95)
 
 
-def test_the_seed_decides_what_is_drawn(light):
+def test_the_seed_fixes_the_draws(light):
     one, two, three = (generate(light, [[5]], NEW, seed=seed, **DRAWN).tokens for seed in (0, 0, 1))
     assert one == two != three
-    assert list(stream(light, [5], NEW, sampling=Sampling(**DRAWN), seed=0, part=3)) == one[0]
+    assert list(stream(light, [5], DecodeConfig(NEW, Sampling(**DRAWN), seed=0))) == one[0]
 
 
 def test_draws_stay_in_the_nucleus(light):
@@ -196,66 +219,125 @@ def test_decoding_copies_neither_experts_nor_cache(whole_compiles):
     model, batch = random_model(cfg), 2
     cache = empty_cache(cfg, 4, batch, 4096, "latent", jnp.float32)
     none, zero = jnp.zeros(batch, jnp.int32), jnp.zeros((), jnp.int32)
-    fresh = Fresh(jnp.zeros((batch, 1, cfg.dim)), none[:, None], none + 1, none, none)
+    last = StepResult(jnp.zeros((batch, 1, cfg.dim)), none[:, None], none + 1, none, none)
     loop = Loop(
-        cache, None, fresh, none > 0, jax.random.key(0), jnp.zeros((batch, 16), jnp.int32), none, zero, none[:0], zero
-    )
+        cache.at_lengths(none), None, last, none > 0, jax.random.key(0), jnp.zeros((batch, 16), jnp.int32), none, zero,
+        none[:0], zero,
+    )  # fmt: skip
+    static = _Static(GREEDY, 0, None, 16, 4096, "latent", jnp.dtype("float32"))
     stops, until = jnp.zeros(1, jnp.int32), jnp.asarray(16, jnp.int32)
-    lowered = _decode.lower(*nnx.split(model), None, (None, None), loop, stops, until, static=_Static(GREEDY, 0, None))
+    lowered = _decode.lower(*nnx.split(model), None, (None, None), loop, stops, until, static=static)
     memory = lowered.compile().memory_analysis()
-    one_layers_experts = sum(w[0].nbytes for w in model.experts.arrays())
+    one_layers_experts = sum(w[0].nbytes for w in jax.tree.leaves(nnx.state(model.experts)))
     assert memory.temp_size_in_bytes < one_layers_experts
-    # A layer's rows may be read out once (and its scores formed); the whole cache is updated where it lies.
+    # A layer's rows may be read out once (and its scores formed); the cache is updated in place.
     assert memory.temp_size_in_bytes < cache.nbytes
     assert memory.alias_size_in_bytes >= cache.nbytes
 
 
-# requests
+# requests: what is refused, of wrong types too; without the tests' import hook, which would refuse types before
+
+plain = unhooked("dsv3_jax.decoding.generate")
 
 
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        (dict(prompts=[]), "prompts is empty: give at least one"),
-        (dict(prompts=[[1], []]), "prompt 1 is empty: give at least one token"),
-        (dict(prompts=[[1], [2, 37]]), "prompt 1 holds token 37, outside the vocabulary of 37"),
-        (dict(prompts=[[-1]]), "prompt 0 holds token -1, outside the vocabulary of 37"),
         (dict(max_new_tokens=0), "max_new_tokens=0 is below 1"),
-        (
-            dict(prompts=[[1], [2] * 28], max_new_tokens=101),
-            "prompt 1 of 28 tokens and 101 new ones do not fit in the cache: the model's max_positions is 128",
+        *((dict(max_new_tokens=n), f"max_new_tokens={n!r} is not an int") for n in (5.0, None, True, "5")),
+        (dict(draft_length=2.0), "draft_length=2.0 is not an int"),
+        (dict(draft="mtp", draft_length=0), "draft_length=0 is below 1"),
+        (dict(draft="mtp", draft_length=True), "draft_length=True is not an int"),
+        (dict(draft="medusa"), "draft='medusa' is not None, 'mtp' or a Transformer"),
+        (dict(draft=False), "draft=False is not None, 'mtp' or a Transformer"),
+        (dict(seed=0.5), "seed=0.5 is not an int"),
+        (dict(seed=None), "seed=None is not an int"),
+        *((dict(seed=n), f"seed={n} is outside [0, 2**32)") for n in (-1, 1 << 32)),
+        *(
+            (dict(temperature=t), f"temperature={t!r} is not a float of 0 or above")
+            for t in (-0.5, float("nan"), None, True, "warm")
         ),
-        (dict(stop_tokens=[1, 37]), "stop token 37 is outside the vocabulary of 37"),
-        (dict(stop_tokens=[-2]), "stop token -2 is outside the vocabulary of 37"),
-        (dict(sampling=Sampling(temperature=-0.5)), "temperature=-0.5 is not 0 or above"),
-        (dict(sampling=Sampling(temperature=float("nan"))), "temperature=nan is not 0 or above"),
-        (dict(sampling=Sampling(1.0, top_k=0)), "top_k=0 is below 1"),
-        (dict(sampling=Sampling(1.0, top_p=0.0)), "top_p=0.0 is outside (0, 1]"),
-        (dict(sampling=Sampling(1.0, top_p=1.5)), "top_p=1.5 is outside (0, 1]"),
+        *((dict(top_k=k), f"top_k={k!r} is not an int of 1 or above") for k in (0, -1, 2.0, True)),
+        *((dict(top_p=p), f"top_p={p!r} is not a float within (0, 1]") for p in (0.0, 1.5, True, "all")),
+        *((dict(cache=c), f"cache={c!r} is not one of latent, expanded, none") for c in ("paged", 3, False)),
+        *(
+            (dict(cache_dtype=d), f"cache_dtype={d!r} is not one of float32, bfloat16, int8, float8_e4m3")
+            for d in ("int4", 8, np.float64)
+        ),
+        *((dict(stop_tokens=s), f"stop_tokens={s!r} is not a list of token ids") for s in (None, 3, "ab")),
     ],
 )
-def test_requests_that_cannot_be_met(changes, sentence):
-    usual = dict(prompts=[[1, 36]], max_new_tokens=100, sampling=Sampling(), stop_tokens=[0, 36])
-    check_request(CFG, **usual)
-    with pytest.raises(ValueError) as caught:
-        check_request(CFG, **{**usual, **changes})
-    assert str(caught.value) == sentence
+def test_settings_are_refused_at_creation(light, changes, sentence):
+    """By DecodeConfig, and by `generate`, which makes one."""
+    sampling = {name: changes[name] for name in changes if name in Sampling._fields}
+    rest = {name: value for name, value in changes.items() if name not in sampling}
+    makes = (
+        lambda: plain.DecodeConfig(**dict(max_new_tokens=3, sampling=Sampling(**sampling)) | rest),
+        lambda: plain.generate(light, [[1]], **dict(max_new_tokens=3) | changes),
+    )
+    for make in makes:
+        with pytest.raises(ValueError) as caught:
+            make()
+        assert str(caught.value).startswith(sentence)
 
 
-def test_generate_and_stream_check_first(light):
-    with pytest.raises(ValueError, match="^prompts is empty"):
-        generate(light, [], 3)
-    with pytest.raises(ValueError, match="^top_k=0 is below 1$"):
-        generate(light, [[1]], 3, temperature=1.0, top_k=0)
+def test_sampling_must_be_one():
+    with pytest.raises(ValueError, match=r"^sampling=\(0.5, None, None\) is not a Sampling$"):
+        plain.DecodeConfig(3, sampling=(0.5, None, None))
+
+
+@pytest.mark.parametrize(
+    "prompts, sentence",
+    [
+        ("Hello", "prompts='Hello' is not a list of prompts"),
+        (None, "prompts=None is not a list of prompts"),
+        (5, "prompts=5 is not a list of prompts"),
+        ([], "prompts is empty; give at least one"),
+        (["Hello"], "prompt 0='Hello' is not a list of token ids; encode text with a tokenizer first"),
+        ([1, 2, 3], "prompt 0=1 is not a list of token ids"),
+        ([[1], None], "prompt 1=None is not a list of token ids"),
+        ([[1], []], "prompt 1 is empty; give at least one token"),
+        ([[1, 2.0]], "prompt 0 holds token 2.0, which is not a token id"),
+        ([[True]], "prompt 0 holds token True, which is not a token id"),
+        ([["a"]], "prompt 0 holds token 'a', which is not a token id"),
+        (np.array([[0.5]]), "prompt 0 holds token np.float64(0.5), which is not a token id"),
+        ([[1], [2, 37]], "prompt 1 holds token 37, outside the vocabulary of 37"),
+        ([[-1]], "prompt 0 holds token -1, outside the vocabulary of 37"),
+        ([[1], [2] * 28], "prompt 1 of 28 tokens and max_new_tokens=101 are more than the model's max_positions=128"),
+    ],
+)
+def test_prompts_are_refused(light, prompts, sentence):
+    config = plain.DecodeConfig(101)
+    makes = (
+        lambda: config.check(LIGHT, prompts),
+        lambda: plain.generate(light, prompts, 101),
+        lambda: next(plain.generate_in_parts(light, prompts, config)),
+    )
+    for make in makes:
+        with pytest.raises(ValueError) as caught:
+            make()
+        assert str(caught.value).startswith(sentence) and "\n" not in str(caught.value)
+
+
+def test_models_and_stop_tokens_are_refused(light):
+    with pytest.raises(ValueError, match="^model=None is not a Transformer$"):
+        plain.generate(None, [[1]], 3)
+    for stop in (37, -2):
+        with pytest.raises(ValueError, match=f"^stop_tokens holds token {stop}, outside the vocabulary of 37$"):
+            generate(light, [[1]], 3, stop_tokens=[1, stop])
+    with pytest.raises(ValueError, match="^stop_tokens holds token 1.0, which is not a token id$"):
+        plain.generate(light, [[1]], 3, stop_tokens=[1.0])
     with pytest.raises(ValueError, match="^prompt 0 is empty"):
-        next(stream(light, [], 3))
+        next(stream(light, [], DecodeConfig(3)))
 
 
 def test_a_request_may_fill_the_model_to_its_last_position():
-    check_request(CFG, [[1] * 28], 100, Sampling(1.0, top_k=1, top_p=1.0))
+    DecodeConfig(100, Sampling(1.0, top_k=1, top_p=1.0), stop_tokens=(0, 36)).check(CFG, [[1] * 28])
 
 
-@pytest.mark.parametrize("dtype", ["int4", "nonsense", np.float64])
-def test_a_cache_of_another_dtype_is_refused(model, dtype):
-    with pytest.raises(ValueError, match=r"cache_dtype=.* is not one of float32, bfloat16, int8, float8_e4m3$"):
-        generate(model, [[1]], 1, cache_dtype=dtype)
+def test_arrays_and_other_sequences_are_taken():
+    config = plain.DecodeConfig(NEW, stop_tokens=np.array([UNUSED]))
+    config.check(CFG, [np.array([1, 2]), (3,), range(4)])
+    assert config.stop_tokens == (UNUSED,)
+    with pytest.raises(ValueError, match="^prompt 0 holds token 37"):
+        config.check(CFG, np.array([[37]]))

@@ -1,4 +1,4 @@
-"""Released folders that are wrong: each gets one sentence with the file and the tensor, and nothing is left behind."""
+"""A broken released folder gives one sentence that names file and tensor; a failed conversion leaves no files."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from runs import assert_bitwise, environment
 from dsv3_jax import hf
 from dsv3_jax.config import replace
 from dsv3_jax.hf import files
-from dsv3_jax.training.checkpoint import load_model
+from dsv3_jax.training.checkpoint import load_run
 
 CFG = small(num_layers=2, num_experts=4, num_groups=2, groups_per_token=2, vocab_size=300, mtp_depth=1)
 SHARD = "model-00002-of-00003.safetensors"
@@ -32,17 +32,17 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def whole(model, tmp_path_factory):
+def good(model, tmp_path_factory):
     """A good folder of three shards."""
-    folder = tmp_path_factory.mktemp("whole") / "folder"
+    folder = tmp_path_factory.mktemp("good") / "folder"
     hf.save(model, folder, shard_bytes=45_000)
     assert len(list(folder.glob("*.safetensors"))) == 3
     return folder
 
 
 @pytest.fixture
-def folder(whole, tmp_path):
-    return Path(shutil.copytree(whole, tmp_path / "folder"))
+def folder(good, tmp_path):
+    return Path(shutil.copytree(good, tmp_path / "folder"))
 
 
 def edit_json(path: Path, change) -> None:
@@ -52,20 +52,20 @@ def edit_json(path: Path, change) -> None:
 
 
 def edit_header(path: Path, change) -> None:
-    """Change a header and leave the data as it is."""
+    """Change a header but not the data."""
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
     change(header)
-    made = json.dumps(header).encode()
-    path.write_bytes(len(made).to_bytes(8, "little") + made + raw[8 + length :])
+    new = json.dumps(header).encode()
+    path.write_bytes(len(new).to_bytes(8, "little") + new + raw[8 + length :])
 
 
 def edit_tensors(folder: Path, change) -> None:
-    """Change the tensors, all in one file then."""
+    """Change the tensors and write all of them into one file."""
     _, stored = files.open_folder(folder)
-    maps = files.Maps()
-    arrays = {name: np.array(maps(at)) for name, at in stored.items()}
+    read = files.TensorReader()
+    arrays = {name: np.array(read(tensor)) for name, tensor in stored.items()}
     change(arrays)
     for path in folder.glob("model*"):
         path.unlink()
@@ -95,12 +95,12 @@ def first_name(header) -> str:
     return next(name for name in header if name != "__metadata__")
 
 
-def lie(key, value):
+def misdescribe(key, value):
     return lambda header: header[first_name(header)].__setitem__(key, value)
 
 
 def overlap(header):
-    """A tensor where another of its size stands."""
+    """Give a tensor the bytes of another one of its size."""
     sizes: dict[tuple, str] = {}
     for name, entry in header.items():
         if name != "__metadata__":
@@ -122,70 +122,76 @@ def link_out(folder):
 
 def fp8_without_scale(folder):
     def change(arrays):
-        arrays[O_PROJ] = arrays[O_PROJ].astype(files.DTYPES["F8_E4M3"])
+        arrays[O_PROJ] = arrays[O_PROJ].astype(files.STORED_DTYPES["F8_E4M3"])
 
     edit_tensors(folder, change)
 
 
-# what is done to the folder, and what the sentence must hold
+# name → (damage to the folder, parts of the error)
 BAD = {
     "no folder": (shutil.rmtree, ["is not a folder"]),
     "no config": (lambda f: (f / "config.json").unlink(), ["has no config.json"]),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{,"), ["config.json is not JSON"]),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), ["config.json holds a list"]),
-    "config has a key twice": (lambda f: (f / "config.json").write_text('{"a":1,"a":2}'), ["'a' stands twice"]),
+    "config has a key twice": (lambda f: (f / "config.json").write_text('{"a":1,"a":2}'), ["key 'a'"]),
     "scoring": (lambda f: edit_json(f / "config.json", set_to("scoring_func", "x")), ["config.json: scoring_func='x'"]),
-    "no weights": (lambda f: index(f).unlink(), ["neither model.safetensors nor model.safetensors.index.json"]),
+    "no weights": (lambda f: index(f).unlink(), ["has neither model.safetensors nor model.safetensors.index.json"]),
     "no shard": (lambda f: some_shard(f).unlink(), ["has no " + SHARD]),
     "index is no JSON": (lambda f: index(f).write_text("x"), ["index.json is not JSON"]),
     "index without a map": (lambda f: index(f).write_text("{}"), ["has no weight_map"]),
-    "index points out": (
+    "index names a path": (
         lambda f: edit_json(index(f), lambda v: v["weight_map"].__setitem__(UP, "../x.safetensors")),
-        ["'../x.safetensors', which is not a plain file name"],
+        ["file '../x.safetensors'"],
     ),
-    "index points to the root": (
+    "index names an absolute path": (
         lambda f: edit_json(index(f), lambda v: v["weight_map"].__setitem__(UP, "/etc/passwd")),
-        ["'/etc/passwd', which is not a plain file name"],
+        ["file '/etc/passwd'"],
     ),
-    "index lies": (
+    "index names an absent tensor": (
         lambda f: edit_json(index(f), lambda v: v["weight_map"].__setitem__("model.ghost", SHARD)),
         [SHARD + " does not hold model.ghost"],
     ),
-    "link out": (link_out, [SHARD + " is a link out of its folder"]),
-    "cut": (lambda f: some_shard(f).write_bytes(some_shard(f).read_bytes()[:-5]), [SHARD]),
-    "cut in the header": (lambda f: some_shard(f).write_bytes(some_shard(f).read_bytes()[:40]), [SHARD + " is cut"]),
-    "empty file": (lambda f: some_shard(f).write_bytes(b""), [SHARD + " is cut or no safetensors file"]),
+    "link out of the folder": (link_out, [SHARD + " is a link out of its folder"]),
+    "truncated": (lambda f: some_shard(f).write_bytes(some_shard(f).read_bytes()[:-5]), [SHARD]),
+    "truncated in the header": (
+        lambda f: some_shard(f).write_bytes(some_shard(f).read_bytes()[:40]),
+        [SHARD + " is truncated"],
+    ),
+    "empty file": (lambda f: some_shard(f).write_bytes(b""), [SHARD + " is truncated or no safetensors file"]),
     "longer": (lambda f: some_shard(f).write_bytes(some_shard(f).read_bytes() + b"12"), [SHARD + " has"]),
     "header is no JSON": (lambda f: some_shard(f).write_bytes(b"\2" + b"\0" * 7 + b"{,"), ["header that is not JSON"]),
-    "unknown dtype": (lambda f: edit_header(some_shard(f), lie("dtype", "F13")), [SHARD, "describes ", "F13"]),
-    "negative shape": (lambda f: edit_header(some_shard(f), lie("shape", [-1, -4])), [SHARD, "describes "]),
-    "lying shape": (lambda f: edit_header(some_shard(f), lie("shape", [1 << 40, 2])), [SHARD, "describes "]),
-    "lying offsets": (lambda f: edit_header(some_shard(f), lie("data_offsets", [4, 1 << 50])), [SHARD, "describes "]),
-    "overlap": (lambda f: edit_header(some_shard(f), overlap), [SHARD, " begins at byte ", " is next"]),
+    "unknown dtype": (lambda f: edit_header(some_shard(f), misdescribe("dtype", "F13")), [SHARD, "describes ", "F13"]),
+    "negative shape": (lambda f: edit_header(some_shard(f), misdescribe("shape", [-1, -4])), [SHARD, "describes "]),
+    "wrong shape": (lambda f: edit_header(some_shard(f), misdescribe("shape", [1 << 40, 2])), [SHARD, "describes "]),
+    "wrong offsets": (
+        lambda f: edit_header(some_shard(f), misdescribe("data_offsets", [4, 1 << 50])),
+        [SHARD, "describes "],
+    ),
+    "overlap": (lambda f: edit_header(some_shard(f), overlap), [SHARD, " begins at byte "]),
     "no offsets": (lambda f: edit_header(some_shard(f), lambda h: h[first_name(h)].pop("data_offsets")), [SHARD]),
     "missing": (lambda f: edit_tensors(f, without(UP)), [UP + " is missing", "1 tensors"]),
-    "extra": (lambda f: edit_tensors(f, set_to("model.more", np.zeros(2, np.float32))), ["model.more of model.safe"]),
-    "misshapen": (lambda f: edit_tensors(f, set_to(UP, np.zeros((2, 3), np.float32))), [UP + " of model", "[2, 3]"]),
+    "extra": (lambda f: edit_tensors(f, set_to("model.more", np.zeros(2, np.float32))), ["model.more in model.safe"]),
+    "misshapen": (lambda f: edit_tensors(f, set_to(UP, np.zeros((2, 3), np.float32))), [UP + " in model", "[2, 3]"]),
     "integers": (lambda f: edit_tensors(f, set_to(ROUTER, np.zeros((4, 16), np.int32))), [ROUTER, "int32 [4, 16]"]),
     "FP8 without a scale": (fp8_without_scale, [O_PROJ + "_scale_inv is missing"]),
     "NaN": (lambda f: edit_tensors(f, poison(np.nan)), ["model.safetensors holds 1 NaN or Inf in " + UP]),
     "Inf": (lambda f: edit_tensors(f, poison(-np.inf)), ["model.safetensors holds 1 NaN or Inf in " + UP]),
     "another embedding in the MTP layer": (
         lambda f: edit_tensors(f, set_to("model.layers.2.embed_tokens.weight", np.ones((300, 16), np.float32))),
-        ["model.layers.2.embed_tokens.weight that is not model.embed_tokens.weight"],
+        ["model.layers.2.embed_tokens.weight that differs from model.embed_tokens.weight"],
     ),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_folders_are_one_sentence(folder, name):
-    damage, wanted = BAD[name]
+def test_an_error_is_one_sentence_with_file_and_tensor(folder, name):
+    damage, expected = BAD[name]
     damage(folder)
     with pytest.raises(ValueError) as error:
         hf.load(folder)
     text = str(error.value)
     assert str(folder) in text and "\n" not in text and len(text) < 500
-    assert all(part in text for part in wanted), text
+    assert all(part in text for part in expected), text
     out = folder.parent / "out"
     for to in ("hf", "run"):
         with pytest.raises(ValueError):
@@ -193,7 +199,7 @@ def test_bad_folders_are_one_sentence(folder, name):
         assert [p.name for p in folder.parent.iterdir() if "out" in p.name and "outside" not in p.name] == []
 
 
-def test_all_that_is_wrong_is_listed_together(folder):
+def test_wrong_tensors_are_listed_together(folder):
     def change(arrays):
         for e in range(4):
             for w in ("gate", "up", "down"):
@@ -209,14 +215,14 @@ def test_all_that_is_wrong_is_listed_together(folder):
     assert "28 tensors: " in text and text.endswith(" and 8 more") and text.count(";") == 19
 
 
-def test_missing_mtp_layers_have_a_way_out(folder, model):
+def test_missing_mtp_layers_can_be_left_out(folder, model):
     edit_tensors(folder, lambda arrays: [arrays.pop(k) for k in [*arrays] if k.startswith("model.layers.2.")])
-    with pytest.raises(ValueError, match="no tensor of the MTP layers is there: mtp=False leaves them out"):
+    with pytest.raises(ValueError, match="tensors of the MTP layers are missing: mtp=False"):
         hf.load(folder)
     assert hf.load(folder, mtp=False).cfg.mtp_depth == 0
 
 
-def test_nonfinite_weights_pass_when_asked(folder):
+def test_allow_nonfinite_accepts_nan(folder):
     edit_tensors(folder, poison(np.nan))
     loaded = hf.load(folder, allow_nonfinite=True)
     assert np.isnan(np.asarray(loaded.experts.w_up[...])).sum() == 1
@@ -228,24 +234,24 @@ def test_nonfinite_weights_pass_when_asked(folder):
     hf.save(loaded, folder.parent / "out", allow_nonfinite=True)
 
 
-def test_saving_needs_a_new_place_and_room(model, tmp_path, monkeypatch):
+def test_saving_needs_a_new_folder_and_room(model, tmp_path, monkeypatch):
     (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "mine").write_text("kept")
-    with pytest.raises(ValueError, match="taken is there already"):
+    (tmp_path / "taken" / "notes").write_text("kept")
+    with pytest.raises(ValueError, match="taken exists"):
         hf.save(model, tmp_path / "taken")
-    with pytest.raises(ValueError, match="absent, where out is to be made, is not a folder"):
+    with pytest.raises(ValueError, match="absent is not a folder, so out cannot be created"):
         hf.save(model, tmp_path / "absent" / "out")
     with pytest.raises(ValueError, match="shard_bytes=0 is below 1"):
         hf.save(model, tmp_path / "out", shard_bytes=0)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=70 << 20))
     hf.save(model, tmp_path / "out")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
-    with pytest.raises(ValueError, match="no room for 0 MB in .*: 1 MB are free"):
+    with pytest.raises(ValueError, match=f"{tmp_path} has no room for 0 MB: 1 MB are free"):
         hf.save(model, tmp_path / "more")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "taken"]
 
 
-def test_a_failure_half_way_leaves_nothing(model, tmp_path, monkeypatch):
+def test_a_failure_half_way_leaves_no_files(model, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
         hf.save(model, tmp_path / "out")
@@ -253,20 +259,20 @@ def test_a_failure_half_way_leaves_nothing(model, tmp_path, monkeypatch):
 
 
 def test_nothing_is_unpickled(folder):
-    """A pickle beside the weights is not looked at, and does not stand in for them."""
+    """A pickle in the folder is not read, also when the weights are missing."""
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     hf.load(folder)
     index(folder).unlink()
-    with pytest.raises(ValueError, match="other formats are not read"):
+    with pytest.raises(ValueError, match="other formats are not supported"):
         hf.load(folder)
 
 
 # the command
 
 
-def command(root: Path, *words) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-m", "dsv3_jax.cli", "convert", *map(str, words)]
-    return subprocess.run(line, env=environment(root), capture_output=True, text=True)
+def command(root: Path, *args) -> subprocess.CompletedProcess:
+    argv = [sys.executable, "-m", "dsv3_jax.cli", "convert", *map(str, args)]
+    return subprocess.run(argv, env=environment(root), capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -274,24 +280,24 @@ def root(tmp_path_factory):
     return tmp_path_factory.getbasetemp()
 
 
-def test_convert_there_and_back(root, whole, model, tmp_path):
-    """Released → run → released, bitwise; and `load_model`, which generate and eval stand on, takes the run."""
-    done = command(root, whole, tmp_path / "run")
+def test_convert_there_and_back(root, good, model, tmp_path):
+    """Released → run → released, bitwise; `load_run`, which generate and eval use, loads the run."""
+    done = command(root, good, tmp_path / "run")
     assert (done.returncode, done.stderr) == (0, "") and "a run at step 0" in done.stdout
-    loaded, _, run, step = load_model(tmp_path / "run")
+    loaded, run, step = load_run(tmp_path / "run")
     assert step == 0 and run.model == replace(CFG, balance=run.model.balance, init_std=CFG.init_std)
     assert_bitwise(nnx.to_pure_dict(nnx.state(loaded)), nnx.to_pure_dict(nnx.state(model)))
-    said = hf.convert(tmp_path / "run", tmp_path / "back", shard_bytes=45_000)
-    assert "checkpoint of step 0" in said
-    for file in whole.glob("model*"):
+    sentence = hf.convert(tmp_path / "run", tmp_path / "back", shard_bytes=45_000)
+    assert "checkpoint of step 0" in sentence
+    for file in good.glob("model*"):
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "run"]
 
 
-def test_convert_between_dtypes(whole, tmp_path):
-    """float32 → FP8 → bfloat16 and float32, and FP8 → FP8, the same bytes."""
-    (whole / "tokenizer_config.json").write_text("{}")
-    hf.convert(whole, tmp_path / "fp8", dtype="fp8")
+def test_convert_between_dtypes(good, tmp_path):
+    """float32 → FP8 → bfloat16 and float32; FP8 → FP8 writes the same bytes."""
+    (good / "tokenizer_config.json").write_text("{}")
+    hf.convert(good, tmp_path / "fp8", dtype="fp8")
     for dtype in ("bfloat16", "float32"):
         hf.convert(tmp_path / "fp8", tmp_path / dtype, dtype=dtype)
         assert "quantization_config" not in json.loads((tmp_path / dtype / "config.json").read_text())
@@ -304,22 +310,28 @@ def test_convert_between_dtypes(whole, tmp_path):
     assert all((tmp_path / "fp8" / n).read_bytes() == (tmp_path / "again" / n).read_bytes() for n in names)
 
 
-def test_a_failed_command_is_one_sentence(root, folder, tmp_path):
+def test_a_failed_command_prints_one_sentence(root, folder, tmp_path):
     edit_tensors(folder, poison(np.nan))
-    for words in (["--to", "run"], ["--dtype", "bfloat16"]):
-        done = command(root, folder, tmp_path / "out", *words)
+    for args in (["--to", "run"], ["--dtype", "bfloat16"]):
+        done = command(root, folder, tmp_path / "out", *args)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith("dsv3: ") and done.stderr.count("\n") == 1 and UP in done.stderr
         assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
-def test_convert_refuses_what_it_cannot(whole, tmp_path):
-    for place, changes, sentence in (
-        (tmp_path, {}, "is neither a run"),
-        (whole, {"to": "run", "dtype": "fp8"}, "a run's weights are float32"),
+def test_convert_rejects_what_it_cannot_do(good, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    for source, options, sentence in (
+        (tmp_path, {}, f"{tmp_path} is neither a run"),
+        (good, {"to": "run", "dtype": "fp8"}, "dtype=fp8"),
+        (run, {"to": "run"}, f"to='run' .* {run}"),
+        (run, {"mtp": False}, "mtp=False"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            hf.convert(place, tmp_path / "out", **changes)
-    with pytest.raises(ValueError, match="is there already"):
-        hf.convert(whole, whole)
+            hf.convert(source, tmp_path / "out", **options)
+    with pytest.raises(ValueError, match=f"{good} exists"):
+        hf.convert(good, good)
+    shutil.rmtree(run)
     assert list(tmp_path.iterdir()) == []

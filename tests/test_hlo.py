@@ -1,4 +1,4 @@
-"""What programs send, against what was written by hand: every kind of collective, in loops and in branches."""
+"""The traffic of programs equals counts by hand: every kind of collective, in loops and in branches."""
 
 import jax
 import jax.numpy as jnp
@@ -6,20 +6,20 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.planning.hlo import compile_in_sight, first_group, traffic
+from dsv3_jax.planning.hlo import compile_with_hlo, first_group, traffic
 
 SIZES = {"data": 2, "expert": 4}
-ROWS, WIDTH = 8, 4  # of a device's share, float32
+ROWS, WIDTH = 8, 4  # of a device's shard, float32
 SHARE = ROWS * WIDTH * 4
 ALL = ("data", "expert")
 
 
 def sent(local):
-    """The traffic of `local`, a function of a device's [ROWS, WIDTH], on the mesh of SIZES."""
+    """Count the traffic of `local`, a function of a device's [ROWS, WIDTH], on the mesh of SIZES."""
     mesh = jax.make_mesh(tuple(SIZES.values()), tuple(SIZES), axis_types=(AxisType.Auto,) * 2)
     x = jax.ShapeDtypeStruct((8 * ROWS, WIDTH), jnp.float32, sharding=NamedSharding(mesh, P(ALL)))
-    spread = jax.shard_map(local, mesh=mesh, in_specs=P(ALL), out_specs=P(ALL), check_vma=False)
-    return traffic(jax.jit(spread).lower(x).compile(), SIZES)
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=P(ALL), out_specs=P(ALL), check_vma=False)
+    return traffic(jax.jit(sharded).lower(x).compile(), SIZES)
 
 
 def gather(x):
@@ -33,24 +33,24 @@ def test_each_kind_by_its_formula():
         x = jax.lax.ppermute(jnp.sin(x), "data", [(0, 1), (1, 0)])
         return jax.lax.psum(x, ALL)
 
-    found = sent(local)
-    assert found.by_kind() == {
-        "all-gather": 3 * SHARE,  # three peers' shares pass through each device
+    counted = sent(local)
+    assert counted.by_kind() == {
+        "all-gather": 3 * SHARE,  # each device forwards three other shards
         "reduce-scatter": 3 * SHARE,
         "all-to-all": SHARE / 2,  # half stays
         "collective-permute": SHARE,
         "all-reduce": 2 * SHARE * 7 / 8,
     }
-    assert found.by_axes() == {("expert",): 6 * SHARE, ("data",): 1.5 * SHARE, ALL: 1.75 * SHARE}
-    assert found.wire == sum(found.by_kind().values())
-    assert {c.kind: (c.nbytes, c.group, c.runs) for c in found.collectives} == {
+    assert counted.by_axes() == {("expert",): 6 * SHARE, ("data",): 1.5 * SHARE, ALL: 1.75 * SHARE}
+    assert counted.wire == sum(counted.by_kind().values())
+    assert {c.kind: (c.nbytes, c.group, c.runs) for c in counted.collectives} == {
         "all-gather": (4 * SHARE, 4, 1),
         "reduce-scatter": (SHARE, 4, 1),
         "all-to-all": (SHARE, 2, 1),
         "collective-permute": (SHARE, 2, 1),
         "all-reduce": (SHARE, 8, 1),
     }
-    assert all("shard_map" in c.source for c in found.collectives)
+    assert all("shard_map" in c.source for c in counted.collectives)
 
 
 def test_loops_multiply():
@@ -61,28 +61,28 @@ def test_loops_multiply():
         x = jax.lax.scan(inner, x, None, length=3)[0]
         return jax.lax.psum(x, "expert"), None
 
-    found = sent(lambda x: jax.lax.scan(outer, x, None, length=5)[0])
-    assert sorted((c.axes, c.runs) for c in found.collectives) == [(("data",), 15), (("expert",), 5)]
-    assert found.by_axes() == {("data",): 15 * SHARE, ("expert",): 5 * 1.5 * SHARE}
-    assert found.unbounded == 0
+    counted = sent(lambda x: jax.lax.scan(outer, x, None, length=5)[0])
+    assert sorted((c.axes, c.runs) for c in counted.collectives) == [(("data",), 15), (("expert",), 5)]
+    assert counted.by_axes() == {("data",): 15 * SHARE, ("expert",): 5 * 1.5 * SHARE}
+    assert counted.unknown_loops == 0
 
 
-def test_a_loop_of_unknown_length_counts_once_and_says_so():
+def test_a_loop_of_unknown_length_counts_once():
     def local(x):
         return gather(jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: jax.lax.psum(x, "data"), x))[:ROWS]
 
-    found = sent(local)
-    assert found.unbounded == 1
-    assert found.by_kind() == {"all-reduce": SHARE, "all-gather": 3 * SHARE}
-    assert found.known().by_kind() == {"all-gather": 3 * SHARE} and found.known().unbounded == 0
+    counted = sent(local)
+    assert counted.unknown_loops == 1
+    assert counted.by_kind() == {"all-reduce": SHARE, "all-gather": 3 * SHARE}
+    assert counted.known().by_kind() == {"all-gather": 3 * SHARE} and counted.known().unknown_loops == 0
 
     def silent(x):
         return gather(jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x * 2, x))[:ROWS]
 
-    assert sent(silent).unbounded == 0  # what sends nothing need not be known
+    assert sent(silent).unknown_loops == 0  # a loop without collectives does not count
 
 
-def test_of_branches_the_larger_counts():
+def test_the_larger_branch_counts():
     def local(x):
         return jax.lax.cond(x.sum() > 0, lambda x: jax.lax.psum(x, "data"), lambda x: jax.lax.psum(x, ALL), x)
 
@@ -90,27 +90,27 @@ def test_of_branches_the_larger_counts():
 
 
 def test_an_all_reduce_that_is_only_sliced_is_a_reduce_scatter():
-    """Of bfloat16, too, as the program has it, where the CPU sends float32."""
+    """Also in the program's bfloat16, although the CPU sends float32."""
     mesh = jax.make_mesh(tuple(SIZES.values()), tuple(SIZES), axis_types=(AxisType.Auto,) * 2)
     x = jax.ShapeDtypeStruct((16, 8 * ROWS), jnp.bfloat16, sharding=NamedSharding(mesh, P(None, ALL)))
 
-    def product(x, whole):
+    def product(x, also_replicated):
         y = jax.lax.with_sharding_constraint(x @ x.T, NamedSharding(mesh, P(ALL)))
-        return (y, jax.lax.with_sharding_constraint(x @ x.T, NamedSharding(mesh, P()))) if whole else y
+        return (y, jax.lax.with_sharding_constraint(x @ x.T, NamedSharding(mesh, P()))) if also_replicated else y
 
-    def of(whole):
-        compiled, text = compile_in_sight(jax.jit(product, static_argnums=1).lower(x, whole))
+    def by_kind(also_replicated):
+        compiled, text = compile_with_hlo(jax.jit(product, static_argnums=1).lower(x, also_replicated))
         return traffic(compiled).by_kind(), traffic(text).by_kind()
 
     nbytes = 16 * 16 * 2
-    as_cpu, as_written = of(False)
-    assert as_written == {"reduce-scatter": nbytes * 7 / 8}
-    assert set(as_cpu) == {"all-reduce"} and as_cpu["all-reduce"] == 2 * 2 * nbytes * 7 / 8
-    assert of(True)[1]["all-reduce"] == 2 * nbytes * 7 / 8  # the whole is wanted
+    on_cpu, in_hlo = by_kind(False)
+    assert in_hlo == {"reduce-scatter": nbytes * 7 / 8}
+    assert set(on_cpu) == {"all-reduce"} and on_cpu["all-reduce"] == 2 * 2 * nbytes * 7 / 8
+    assert by_kind(True)[1]["all-reduce"] == 2 * nbytes * 7 / 8  # the unsliced result is used too
 
 
-BEGUN = """
-HloModule begun, num_partitions=8
+ASYNC = """
+HloModule asynchronous, num_partitions=8
 
 %sum (a: f32[], b: f32[]) -> f32[] {
   %a = f32[] parameter(0)
@@ -156,19 +156,19 @@ replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
 """.replace("\\\n", "")
 
 
-def test_what_is_begun_and_done_counts_once_in_an_accelerators_spelling():
-    found = traffic(BEGUN, SIZES)
-    assert [(c.kind, c.nbytes, c.group, c.axes, c.runs) for c in found.collectives] == [
-        ("all-reduce", 16, 2, ("data",), 7),  # the compiler leaves the length of its loops to their conditions
+def test_an_asynchronous_collective_counts_once_in_an_accelerators_hlo():
+    counted = traffic(ASYNC, SIZES)
+    assert [(c.kind, c.nbytes, c.group, c.axes, c.runs) for c in counted.collectives] == [
+        ("all-reduce", 16, 2, ("data",), 7),  # the loop's length is only in its condition
         ("collective-permute", 64, 2, ("data",), 1),
         ("all-to-all", 64, 4, ("expert",), 1),
         ("all-gather", 256 + 32, 4, ("expert",), 1),
     ]
-    assert found.unbounded == 0
+    assert counted.unknown_loops == 0
 
 
 @pytest.mark.parametrize(
-    "spelled, group",
+    "text, group",
     [
         ("{{0,4},{1,5}}", [0, 4]),
         ("[4,2]<=[8]", [0, 1]),
@@ -178,12 +178,12 @@ def test_what_is_begun_and_done_counts_once_in_an_accelerators_spelling():
         ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", [0, 4]),
     ],
 )
-def test_groups_of_devices(spelled, group):
-    assert first_group(f"channel_id=1, replica_groups={spelled}, dimensions={{0}}", 8) == group
+def test_groups_of_devices(text, group):
+    assert first_group(f"channel_id=1, replica_groups={text}, dimensions={{0}}", 8) == group
 
 
-def test_what_cannot_be_read_is_refused():
-    with pytest.raises(ValueError, match="'no program' is not a program"):
+def test_text_that_is_not_hlo_is_rejected():
+    with pytest.raises(ValueError, match="program='no program'"):
         traffic("no program")
     with pytest.raises(ValueError, match="replica_groups=here"):
         first_group("replica_groups=here", 8)

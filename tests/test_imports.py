@@ -1,6 +1,7 @@
 """Imports go down the house's floors, never up; and importing the package does nothing else."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,26 @@ ROOT = Path(dsv3_jax.__file__).parent
 # From the ground up. A folder or file may import its own floor and those below; a new one must be given its place here.
 FLOORS = [
     {"config"},
-    {"presets"},
-    {"ops", "kernels"},
+    {"files", "presets", "reference", "signals"},
+    {"ops"},
+    {"kernels"},
     {"mesh"},
     {"model"},
     {"cluster", "data", "decoding", "hf", "planning", "report", "stats", "training"},
+    {"loading"},
     {"cli"},
     {"__init__", "__main__"},
 ]
+# What a folder or file may import of the package, beside itself; folders that are not named here: see FLOORS.
+MAY_IMPORT = {
+    "config": set(),
+    "reference": {"config"},
+    "ops": {"config"},
+    "kernels": {"config", "ops"},
+    "mesh": {"config", "ops", "kernels"},
+    "model": {"config", "ops", "kernels", "mesh"},
+    "decoding": {"config", "ops", "kernels", "mesh", "model"},
+}
 FLOOR = {name: height for height, floor in enumerate(FLOORS) for name in floor}
 FILES = sorted(path for path in ROOT.rglob("*.py"))
 
@@ -65,6 +78,31 @@ def test_imports_go_down(name):
         assert floor_of(other) <= floor_of(name), f"{name} imports {other} from a floor above"
 
 
+@pytest.mark.parametrize("name", [name for name in MODULES if name.split(".")[0] in MAY_IMPORT])
+def test_the_core_imports_its_neighbours_only(name):
+    room = name.split(".")[0]
+    others = {other.split(".")[0] for other in own_imports(MODULES[name])} - {room}
+    assert others <= MAY_IMPORT[room], f"{name} imports {others - MAY_IMPORT[room]}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_training_and_decoding_do_not_know_each_other_and_nothing_knows_the_command_line(name):
+    others = {other.split(".")[0] for other in own_imports(MODULES[name])}
+    room = name.split(".")[0]
+    assert not (room == "training" and "decoding" in others) and not (room == "decoding" and "training" in others)
+    assert room == "cli" or "cli" not in others
+
+
+ASKS = r"default_backend|os\.environ|ffi_call|jax\.devices\(|\bplatform\b|subprocess|compiler"
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n.split(".")[0] in ("ops", "model", "reference")])
+def test_the_mathematics_asks_for_no_platform_environment_or_compiler(name):
+    code = "\n".join(line.split("#")[0] for line in MODULES[name].read_text().splitlines())
+    code = re.sub(r'"""(?:.|\n)*?"""', "", code)
+    assert not re.search(ASKS, code), re.search(ASKS, code)
+
+
 def test_no_import_runs_in_a_circle():
     below = {name: set(own_imports(path)) for name, path in MODULES.items()}
     while below:
@@ -87,6 +125,11 @@ def roots(name):
 @pytest.mark.parametrize("name", MODULES)
 def test_no_module_needs_another_framework(name):
     assert not roots(name) & {"torch", "transformers", "tensorflow", "tests", "pytest"}
+
+
+def test_the_reference_page_needs_configurations_and_arrays_alone():
+    assert set(own_imports(MODULES["reference"])) == {"config"}
+    assert roots("reference") == {"dsv3_jax", "jaxtyping", "numpy", "typing"}
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("ops")])

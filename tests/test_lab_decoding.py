@@ -1,4 +1,4 @@
-"""What the lab's studies of decoding make of their numbers: by hand, and a table and a picture of all of it."""
+"""The lab's studies of decoding: statistics against hand calculations, tables and pictures."""
 
 import importlib.util
 
@@ -10,7 +10,7 @@ from dsv3_jax.config import replace
 from dsv3_jax.model.counting import size
 from dsv3_jax.presets import recipe
 from experiments.lab import Results
-from experiments.lab.results import table
+from experiments.lab.results import results_table
 
 pytestmark = pytest.mark.long
 
@@ -23,10 +23,10 @@ def load(name):
 
 
 def filled(module, tmp_path, numbers):
-    """Results of two seeds: `numbers` is given (variant, run, seed)."""
+    """Return results of two seeds. `numbers` is a function (variant, run, seed) → dict."""
     results = Results(tmp_path / "results.json")
-    for (variant, seed), asked in module.STUDY.asked(recipe("lab"), (0, 1)).items():
-        results.add(variant, seed, {"numbers": {"val_loss": 3.0 + seed} | numbers(variant, asked.run, seed)})
+    for (variant, seed), planned in module.STUDY.list_runs(recipe("lab"), (0, 1)).items():
+        results.add(variant, seed, {"numbers": {"val_loss": 3.0 + seed} | numbers(variant, planned.run, seed)})
         results.runs[variant][str(seed)]["parameters"] = {"total": 1, "active": 1, "cache_bytes": 1}
     results.write()
     return Results(tmp_path / "results.json")
@@ -38,7 +38,7 @@ def drawn(module, results, tmp_path):
 
 
 def test_mtp(tmp_path):
-    """A second draft counts where the first stands: 1 + 0.5 + 0.5 · 0.4 tokens a step."""
+    """A second draft counts if the first was accepted: 1 + 0.5 + 0.5 · 0.4 tokens per step."""
     module = load("06_mtp")
 
     def numbers(variant, run, seed):
@@ -46,9 +46,9 @@ def test_mtp(tmp_path):
         return {"mtp_acceptance": accepted, "val_bits_per_byte": 2.0, "train_flops": 3e6}
 
     results = filled(module, tmp_path, numbers)
-    np.testing.assert_allclose(module.tokens_a_step(results, "DeepSeek, depth 2"), [1.7, 1.7])
-    np.testing.assert_allclose(module.tokens_a_step(results, "off"), [1, 1])
-    rows = table(results, module.STUDY.columns).splitlines()
+    np.testing.assert_allclose(module.tokens_per_step(results, "DeepSeek, depth 2"), [1.7, 1.7])
+    np.testing.assert_allclose(module.tokens_per_step(results, "off"), [1, 1])
+    rows = results_table(results, module.STUDY.columns).splitlines()
     assert "50.0 ± 0.0 | – | 1.50 ± 0.00 |" in rows[3] and "| – | – | 1.00 ± 0.00 |" in rows[2]
     assert drawn(module, results, tmp_path) and "DeepSeek, depth 1: +0.000" in module.STUDY.ours(results)
 
@@ -75,14 +75,14 @@ def test_speculation(tmp_path):
     assert module.drafters(results) == list(module.variants(recipe("lab")))[1:]
     text = module.STUDY.table(results)
     assert "| independent | 2 | 1.75 ± 0.00 | 1.17 ± 0.00 | 0.50 ± 0.00 | " in text  # 1.75 / (1 + 2 · 0.25)
-    assert text.endswith("the same with drafts: 50%.")
+    assert text.endswith("equal with and without drafts: 50%.")
     assert "| trunk | 3.5000 ± 0.7071 |  |  |  |" in text and "| MTP | 8 | 2.00 ± 0.00 |" in text
-    assert "| EAGLE, trunk held | 8 |" not in text and "100 ± 0 at batch 8" in text
+    assert "| EAGLE, frozen trunk | 8 |" not in text and "100 ± 0 at batch 8" in text
     assert drawn(module, results, tmp_path) and "MTP: 50%, × 1.20 modelled, × 0.50 here" in module.STUDY.ours(results)
 
 
 def test_the_share_of_a_draft():
-    """Of four heads each is a fourth; a model that drafts for itself reads as much as the step."""
+    """Each of four heads is a quarter of them. A model that drafts for itself costs a full step."""
     module, cfg = load("07_speculation"), recipe("lab").model
     assert module.share(cfg, cfg) == 1
     medusa = replace(cfg, mtp_depth=4, mtp_kind="medusa")
@@ -109,4 +109,4 @@ def test_cache_dtype(tmp_path):
     row = "| MLA | latent | bfloat16 | 200 | 3.5020 ± 0.7071 | +0.00200 ± 0.00000 | +0.058 ± 0.012 | 99.00 ± 0.00 |"
     assert rows[3] == row
     assert drawn(module, results, tmp_path)
-    assert module.STUDY.ours(results) == "int8 latent: +0.086% of loss at 104 bytes a token for 400"
+    assert module.STUDY.ours(results) == "int8 latent: +0.086% of loss at 104 bytes per token instead of 400"

@@ -1,15 +1,17 @@
-"""The whole model against the equations written out, and what may depend on what."""
+"""The model and its modules against the reference page, and which outputs may depend on which inputs."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from model_oracle import Oracle, parameters
-from models import QUICK, forward, random_model, small, tokens_of
+from flax import linen, nnx
+from models import DENSE, QUICK, forward, parameters, random_model, small, tokens_of
 
-from dsv3_jax.config import ConfigError, Yarn
-from dsv3_jax.model.layers import NormScale
+import dsv3_jax as ds
+from dsv3_jax import reference
+from dsv3_jax.config import ConfigError, Execution, ModelConfig, Yarn
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.presets import preset
@@ -24,15 +26,20 @@ pytestmark = pytest.mark.usefixtures("light_compiles")
 V3 = small(mtp_depth=2)
 V2 = small(
     router="softmax", group_score="max", normalize_gates=False, routed_scale=4.0, num_shared_experts=2,
-    q_latent_dim=None, rope_interleaved=False, tie_embeddings=True, mtp_depth=1, mtp_input="raw", dispatch="ragged_dot",
+    q_latent_dim=None, rope_interleaved=False, tie_embeddings=True, mtp_depth=1, mtp_input="raw",
     yarn=Yarn(factor=8.0, original_max_positions=16, beta_fast=4.0, mscale=1.3, mscale_all_dim=0.7),
 )  # fmt: skip
-NO_GROUPS = dict(num_dense_layers=0, num_layers=1, num_groups=1, groups_per_token=1, dispatch="dense")
+NO_GROUPS = dict(num_dense_layers=0, num_layers=1, num_groups=1, groups_per_token=1)
+AUTO, XLA = Execution(), Execution(kernels="xla")
 CASES = {
-    "v3": V3,
-    "v2": V2,
-    "topk": small(router="topk", **NO_GROUPS),
-    "dense": small(router="dense", experts_per_token=8, **NO_GROUPS),
+    "v3": (V3, AUTO),
+    "v2": (V2, Execution(kernels="xla,grouped_swiglu=ragged_dot")),
+    "topk": (small(router="topk", **NO_GROUPS), DENSE),
+    "dense": (small(router="dense", experts_per_token=8, **NO_GROUPS), DENSE),
+    "gqa": (small(attention="gqa", num_heads=6, num_kv_heads=2, num_shared_experts=0, **NO_GROUPS), AUTO),
+    "mqa": (small(attention="mqa", num_heads=4, rope_interleaved=False, **NO_GROUPS), XLA),
+    "mha": (small(attention="mha", yarn=V2.yarn, tie_embeddings=True, **NO_GROUPS), DENSE),
+    "capacity for all": (small(capacity_factor=8 / 3 + 0.01, **NO_GROUPS), DENSE),  # E / K: an expert may take all
 }
 
 
@@ -59,14 +66,13 @@ def pairs(a, b):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_model_equals_the_equations(name, tokens):
-    cfg = CASES[name]
-    model = random_model(cfg)
+def test_model_equals_the_reference(name, tokens):
+    cfg, execution = CASES[name]
+    model = random_model(cfg, execution=execution)
     out = run(model, tokens)
-    oracle = Oracle(np, cfg, SEGMENTS, POSITIONS)
-    logits, mtp_logits = oracle.outputs(parameters(model), tokens)
+    expected = reference.transformer(reference.Context(cfg, POSITIONS, SEGMENTS), parameters(model), tokens)
     assert len(out.mtp_logits) == cfg.mtp_depth
-    for k, (got, want) in enumerate(zip((out.logits, *out.mtp_logits), (logits, *mtp_logits), strict=True)):
+    for k, (got, want) in enumerate(pairs(out, expected)):
         assert got.dtype == jnp.float32
         assert got.shape == (BATCH, LENGTH - k, cfg.vocab_size)
         # float32 against float64: some hundred roundings of 6e-8 of values as large as a logit.
@@ -75,30 +81,36 @@ def test_model_equals_the_equations(name, tokens):
     assert out.routing.expert_ids.shape == out.routing.gates.shape == (layers, BATCH, LENGTH, cfg.experts_per_token)
     assert out.routing.load.shape == (layers, cfg.num_experts)
     trunk = [jax.tree.map(lambda a, i=i: a[i], out.routing) for i in range(layers)]
-    for got, (ids, gates, _) in zip((*trunk, *out.mtp_routing), oracle.routing, strict=True):
+    for got, want in zip((*trunk, *out.mtp_routing), expected.routing, strict=True):
+        ids, gates = want.expert_ids, want.gates
+        if cfg.router == "dense":  # the model lists all experts by id, the reference by score
+            gates, ids = np.take_along_axis(gates, ids.argsort(-1), axis=-1), np.sort(ids, axis=-1)
         np.testing.assert_array_equal(got.expert_ids, ids)
         np.testing.assert_allclose(got.gates, gates, rtol=1e-4)
         here, read = SEGMENTS[:, : ids.shape[1]], SEGMENTS[:, LENGTH - ids.shape[1] :]
         counted = (here != 0) & (here == read)
+        np.testing.assert_array_equal(want.counted, counted)
         np.testing.assert_array_equal(got.load, np.bincount(ids[counted].ravel(), minlength=cfg.num_experts))
         assert got.load.sum() == counted.sum() * cfg.experts_per_token
         assert got.dropped == 0
 
 
 def test_mtp_input_matters(tokens):
-    """Else the oracle could not tell the two apart."""
+    """The test above can tell the two inputs apart."""
     params = parameters(random_model(V3))
     normed, raw = (
-        Oracle(np, small(mtp_depth=2, mtp_input=which), SEGMENTS, POSITIONS).outputs(params, tokens)
+        reference.transformer(
+            reference.Context(small(mtp_depth=2, mtp_input=which), POSITIONS, SEGMENTS), params, tokens
+        )
         for which in ("normed", "raw")
     )
-    np.testing.assert_array_equal(normed[0], raw[0])
-    assert np.abs(normed[1][0] - raw[1][0]).max() > 0.1
-    assert np.abs(normed[1][1] - raw[1][1]).max() > 0.01
+    np.testing.assert_array_equal(normed.logits, raw.logits)
+    assert np.abs(normed.mtp_logits[0] - raw.mtp_logits[0]).max() > 0.1
+    assert np.abs(normed.mtp_logits[1] - raw.mtp_logits[1]).max() > 0.01
 
 
 def test_segments_and_positions_default_to_one_document_from_0(tokens):
-    model = random_model(small(mtp_depth=1, routed_scale=1.0, **NO_GROUPS))
+    model = random_model(small(mtp_depth=1, routed_scale=1.0, **NO_GROUPS), execution=DENSE)
     ones, places = np.ones_like(SEGMENTS), np.broadcast_to(np.arange(LENGTH, dtype=np.int32), SEGMENTS.shape)
     bare, full = forward(model, jnp.asarray(tokens)), run(model, tokens, ones, places)
     # Two programs: constants are folded in one of them.
@@ -106,13 +118,136 @@ def test_segments_and_positions_default_to_one_document_from_0(tokens):
 
 
 def test_bfloat16_computes_near_float32(tokens):
-    gentle = dict(NO_GROUPS, mtp_depth=1, routed_scale=1.0)
-    wide = run(random_model(small(**gentle)), tokens)
-    narrow = run(random_model(small(**{**gentle, "compute_dtype": "bfloat16", "dispatch": "blocks"})), tokens)
+    gentle = small(mtp_depth=1, routed_scale=1.0, **NO_GROUPS)
+    wide = run(random_model(gentle, execution=DENSE), tokens)
+    narrow = run(random_model(gentle, execution=Execution(compute_dtype="bfloat16")), tokens)
     assert narrow.logits.dtype == narrow.mtp_logits[0].dtype == narrow.routing.gates.dtype == np.float32
     # 8 bits of mantissa: 0.4 % an operation; a token whose routing flips moves farther, so the middle is compared.
     assert 0 < np.median(np.abs(wide.logits - narrow.logits)) < 0.05 * wide.logits.std()
     assert np.mean(wide.routing.expert_ids == narrow.routing.expert_ids) > 0.8
+
+
+# modules in a model of somebody else
+
+
+class Theirs(nnx.Module):
+    """Somebody else's model: our attention and our experts after their own layer. The experts run twice."""
+
+    def __init__(self, cfg: ModelConfig, execution: Execution, rngs: nnx.Rngs):
+        self.read = nnx.Linear(5, cfg.dim, rngs=rngs)
+        self.attention = (ds.MLA if cfg.attention == "mla" else ds.GQA)(cfg, execution, rngs=rngs)
+        self.moe = ds.MoE(cfg, execution, rngs=rngs)
+
+    def __call__(self, x, segment_ids, positions):
+        h = self.read(x)
+        attended = self.attention(h, segment_ids=segment_ids, positions=positions)
+        y, routing = self.moe(h + attended, segment_ids != 0)
+        return attended, y, self.moe(y)[0], routing
+
+
+class LinenTheirs(linen.Module):
+    """The same in Flax Linen."""
+
+    cfg: ModelConfig
+    execution: Execution
+
+    @linen.compact
+    def __call__(self, x, segment_ids, positions):
+        h = linen.Dense(self.cfg.dim, name="read")(x)
+        attention = ds.MLA if self.cfg.attention == "mla" else ds.GQA
+        attended = nnx.bridge.to_linen(attention, self.cfg, self.execution, name="attention")(
+            h, segment_ids=segment_ids, positions=positions
+        )
+        moe = nnx.bridge.to_linen(ds.MoE, self.cfg, self.execution, name="moe")
+        y, routing = moe(h + attended, segment_ids != 0)
+        return attended, y, moe(y)[0], routing
+
+
+def their_reference(ctx, p, x):
+    """(what attention adds, what the experts make of it, and of that; the first router's decisions)."""
+    h = x @ p["read"]["kernel"] + p["read"]["bias"][None, None]
+    attended = (reference.mla if ctx.cfg.attention == "mla" else reference.gqa)(ctx, p["attention"], h)
+    experts = reference.layer_of(p["moe"]["experts"], 0)
+    y, routing = reference.moe(ctx, p["moe"], experts, h + attended)
+    return attended, y, reference.moe(ctx, p["moe"], experts, y)[0], routing
+
+
+THEIRS = {
+    "mla": (small(), AUTO),
+    "gqa": (small(attention="gqa", num_heads=6, num_kv_heads=2, num_groups=1, groups_per_token=1), XLA),
+}
+
+
+@pytest.fixture(params=THEIRS)
+def theirs(request, rng):
+    """(configuration, execution, the model, its input, a weight for each output)."""
+    cfg, execution = THEIRS[request.param]
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Theirs(cfg, execution, nnx.Rngs(0))))
+    state = jax.tree.map(lambda a: jnp.asarray(0.3 * rng.standard_normal(a.shape), jnp.float32), state)
+    x, weight = (rng.standard_normal((BATCH, LENGTH, width)).astype(np.float32) for width in (5, cfg.dim))
+    return cfg, execution, nnx.merge(graphdef, state), x, weight
+
+
+def test_modules_alone_equal_the_reference(theirs):
+    """Values, and the gradient of every parameter: the experts' too, which two calls share."""
+    cfg, _, model, x, weight = theirs
+
+    @nnx.jit
+    def run(model, *args):
+        def loss(model):
+            out = model(*args)
+            return (out[2] * weight).sum(), out
+
+        return nnx.grad(loss, has_aux=True)(model)
+
+    gradients, (*outputs, routing) = run(model, *map(jnp.asarray, (x, SEGMENTS, POSITIONS)))
+    params = parameters(model)
+    *wanted, want = their_reference(reference.Context(cfg, POSITIONS, SEGMENTS), params, np.float64(x))
+    np.testing.assert_array_equal(routing.expert_ids, want.expert_ids)
+    np.testing.assert_allclose(routing.gates, want.gates, rtol=1e-4)
+    load = np.bincount(want.expert_ids[SEGMENTS != 0].ravel(), minlength=cfg.num_experts)
+    np.testing.assert_array_equal(routing.load, load)
+    for got, value in zip(outputs, wanted, strict=True):
+        # float32 against float64: some hundred roundings of 6e-8 of values as large as an output.
+        np.testing.assert_allclose(got, value, rtol=0, atol=3e-5 * value.std())
+
+    def total(p):
+        ctx = reference.Context(cfg, POSITIONS, SEGMENTS, jnp)
+        return (their_reference(ctx, p, jnp.asarray(x, jnp.float64))[2] * weight.astype(np.float64)).sum()
+
+    with jax.enable_x64(True):
+        expected = jax.jit(jax.grad(total), compiler_options=QUICK)(jax.tree.map(jnp.asarray, params))
+    for path, variable in nnx.to_flat_state(gradients):
+        value = expected
+        for name in path:
+            value = value[name]
+        assert np.abs(value).max() > 0, path
+        np.testing.assert_allclose(variable[...], value, rtol=0, atol=3e-5 * np.abs(value).max(), err_msg=str(path))
+
+
+def test_modules_in_linen(theirs):
+    """The same parameters in the collection of that name; the same outputs and gradients."""
+    cfg, execution, model, x, weight = theirs
+    linen_model, args = LinenTheirs(cfg, execution), tuple(map(jnp.asarray, (x, SEGMENTS, POSITIONS)))
+    variables = linen.meta.unbox(jax.jit(linen_model.init, compiler_options=QUICK)(jax.random.key(0), *args))
+    graphdef, params, bias = nnx.split(model, nnx.Param, RouterBias)
+    pure = {"params": nnx.to_pure_dict(params), "RouterBias": nnx.to_pure_dict(bias)}
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, pure)
+    assert jnp.std(variables["params"]["attention"]["w_o"]) == pytest.approx(cfg.init_std, rel=0.2)  # drawn
+
+    def loss(out):
+        return (out[2] * weight).sum(), out
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def in_linen(params, rest):
+        return jax.grad(lambda p: loss(linen_model.apply({"params": p} | rest, *args)), has_aux=True)(params)
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def in_nnx(params, bias):
+        return jax.grad(lambda p: loss(nnx.merge(graphdef, p, bias)(*args)), has_aux=True)(params)
+
+    got, want = in_linen(pure.pop("params"), pure), in_nnx(params, bias)
+    jax.tree.map(np.testing.assert_array_equal, got, (nnx.to_pure_dict(want[0]), want[1]))
 
 
 # what depends on what
@@ -210,7 +345,7 @@ def test_new_parameters_are_drawn_as_the_configuration_and_the_seed_say():
     for path, variable in flat:
         value = np.asarray(variable[...])
         assert value.dtype == np.float32
-        if isinstance(variable, NormScale):
+        if is_scale(variable):
             assert (value == 1).all()
         elif isinstance(variable, RouterBias):
             assert (value == 0).all()
@@ -221,8 +356,13 @@ def test_new_parameters_are_drawn_as_the_configuration_and_the_seed_say():
             if path[0] in ("sparse", "experts"):
                 assert value.shape[0] == 2 and (value[0] != value[1]).any(), f"layers of {path} are alike"
     assert len(starts) == sum(
-        isinstance(variable, nnx.Param) and not isinstance(variable, NormScale) for _, variable in flat
+        isinstance(variable, nnx.Param) and not is_scale(variable) for _, variable in flat
     )  # no two from one key
+
+
+def is_scale(variable: nnx.Variable) -> bool:
+    """Of a norm: it takes no weight decay."""
+    return not variable.get_metadata().get("decay", True)
 
 
 def test_bad_configuration_is_refused_before_anything_is_made():

@@ -1,4 +1,4 @@
-"""The order-2 byte model: a probability model, equal to its equations, and better than chance on text."""
+"""The order-2 byte model equals its equations, its probabilities sum to 1, and it beats chance on text."""
 
 from collections import Counter
 
@@ -11,12 +11,12 @@ TRAIN = [b"the cat sat on the mat. " * 3, b"", b"a", "naïve café\n".encode() *
 
 
 def witten_bell(documents, context, byte):
-    """The docstring's equation, for one byte."""
+    """Compute the docstring's equation for one byte."""
     windows = [b"\0\0" + d for d in documents]
     if context is None:
         return 1 / 256
     n = len(context)
-    # at lower orders the zeros before a document count as context, but not as a byte that was predicted
+    # In lower orders the zeros before a document are context but never the predicted byte.
     after = Counter(w[i] for w in windows for i in range(2, len(w)) if w[i - n : i] == context)
     lower = witten_bell(documents, context[1:] if context else None, byte)
     if not after:
@@ -35,12 +35,12 @@ def test_equals_the_equations():
         (b"\xc3\xa9", b"\n"),
     ]:
         gram = np.array([context[0] << 16 | context[1] << 8 | byte[0]])
-        want = witten_bell(TRAIN, context, byte[0])
-        np.testing.assert_allclose(model.probabilities(gram), want, rtol=1e-12)  # rounding of a few float64 operations
+        expected = witten_bell(TRAIN, context, byte[0])
+        np.testing.assert_allclose(model.probabilities(gram), expected, rtol=1e-12)  # rounding of a few operations
 
 
 def test_probabilities_sum_to_one():
-    """For seen contexts, for contexts of which only the last byte was seen, and for strangers."""
+    """For seen contexts, contexts of which only the last byte was seen, and unseen contexts."""
     model = Order2(TRAIN)
     for context in (b"th", b"\0\0", b"zt", b"\xff\xfe"):
         p = model.probabilities((context[0] << 16 | context[1] << 8) + np.arange(256))
@@ -48,8 +48,8 @@ def test_probabilities_sum_to_one():
         np.testing.assert_allclose(p.sum(), 1.0, rtol=1e-12)  # rounding of 256 float64 summands
 
 
-def test_bits_are_those_of_the_documents_alone():
-    """Documents do not see each other, and the zeros before each cost nothing."""
+def test_documents_are_scored_independently():
+    """A document is never context for another, and the zeros before each cost nothing."""
     model = Order2(TRAIN)
     together = model.bits(TRAIN)
     apart = [model.bits([d]) for d in TRAIN]
@@ -58,14 +58,14 @@ def test_bits_are_those_of_the_documents_alone():
 
 
 def test_known_values():
-    """Noise costs 8 bits and up to one more, for what was seen once takes half the weight; a phrase costs nothing."""
+    """Noise costs 8 bits and up to one more, because a byte seen once gets half the weight; a phrase costs nothing."""
     noise = np.random.default_rng(0).integers(256, size=(2, 50_000), dtype=np.uint8)
     assert 8.0 < order2_bits_per_byte([noise[0].tobytes()], [noise[1].tobytes()]) < 9.0
     phrase = [b"abcdefgh" * 1000]
     assert order2_bits_per_byte(phrase, phrase) < 0.02
 
 
-def test_nothing_to_count_is_an_error():
+def test_empty_text_is_an_error():
     with pytest.raises(ValueError, match="no training bytes"):
         order2_bits_per_byte([], [b"a"])
     with pytest.raises(ValueError, match="no bytes to score"):

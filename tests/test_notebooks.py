@@ -1,4 +1,4 @@
-"""The notebooks run, and what is kept of them is theirs alone: every output, and nothing of a machine or a clock."""
+"""The notebooks run, and their stored outputs are complete and independent of machine and time."""
 
 import os
 import re
@@ -21,7 +21,7 @@ def code_cells(path):
 
 
 def kinds(path):
-    """What comes out of each cell: printed text, a picture, a value."""
+    """Return the kinds of outputs of each cell: printed text, a picture, a value."""
     return [[sorted(out.get("data", {out.get("name"): ""})) for out in cell.outputs] for cell in code_cells(path)]
 
 
@@ -30,8 +30,8 @@ def test_there_are_five():
 
 
 @each
-def test_it_runs_and_gives_what_is_kept(path, tmp_path):
-    """A cell that fails ends it; the numbers may differ, for another Python carries other text to train on."""
+def test_it_runs_and_gives_the_stored_kinds_of_outputs(path, tmp_path):
+    """The numbers may differ, because another Python version comes with other text to train on."""
     env = {name: value for name, value in os.environ.items() if name != "DSV3_RUN"} | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
@@ -43,29 +43,29 @@ def test_it_runs_and_gives_what_is_kept(path, tmp_path):
 
 
 @each
-def test_outputs_are_kept(path):
+def test_outputs_are_stored(path):
     cells = code_cells(path)
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "not run in order, to its end"
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "cells were not run in order"
     outputs = [out for cell in cells for out in cell.outputs]
     assert any("image/png" in out.get("data", {}) for out in outputs)
     assert not [out for out in outputs if out.output_type == "error" or out.get("name") == "stderr"]
 
 
 @each
-def test_nothing_of_a_machine_is_kept(path):
+def test_outputs_have_no_machine_metadata(path):
     book = nbformat.read(path, as_version=4)
     assert set(book.metadata) == {"kernelspec", "language_info"} and book.metadata.language_info == {"name": "python"}
     assert not any(cell.metadata for cell in book.cells)
-    said = [cell.source for cell in book.cells]
+    texts = [cell.source for cell in book.cells]
     for cell in code_cells(path):
         for out in cell.outputs:
-            said += [out.get("text", ""), *(text for kind, text in out.get("data", {}).items() if kind[:5] != "image")]
-    found = re.search(r"/(home|root|tmp|Users|usr)/|site-packages|0x[0-9a-f]{10}", "\n".join(said))
+            texts += [out.get("text", ""), *(text for kind, text in out.get("data", {}).items() if kind[:5] != "image")]
+    found = re.search(r"/(home|root|tmp|Users|usr)/|site-packages|0x[0-9a-f]{10}", "\n".join(texts))
     assert found is None, found
 
 
 @each
-def test_links_lead_somewhere(path):
+def test_links_exist(path):
     text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown")
     links = re.findall(r"\]\(([^)#]+)\)", text)
     assert links and not [link for link in links if not (path.parent / link).exists()]

@@ -11,9 +11,9 @@ from flax import nnx
 from models import random_model, small
 from runs import assert_bitwise
 
-from dsv3_jax.config import OptimConfig
-from dsv3_jax.kernels.cpu import calls
-from dsv3_jax.model.layers import NormScale
+from dsv3_jax.config import Execution, OptimConfig
+from dsv3_jax.kernels import choose
+from dsv3_jax.kernels.cpu import library
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.training import optim
 
@@ -65,16 +65,19 @@ def test_bias_rate_is_zero_at_the_end(freeze, moving):
     assert found.tolist() == [np.float32(1e-3)] * moving + [0.0] * (100 - moving)
 
 
-@pytest.fixture(params=["native", "XLA"])
-def either(request, monkeypatch):
-    """Both ways to take the step, however large an array is."""
-    if request.param == "native" and (why := calls.why_not()):
+@pytest.fixture(params=["cpu", "xla"])
+def kernels(request, monkeypatch) -> choose.Kernels:
+    """Both implementations of the update, for arrays of any size."""
+    if request.param == "cpu" and (why := library.why_not()):
         pytest.skip(why)
-    monkeypatch.setattr(optim, "LARGE", 0 if request.param == "native" else 1 << 62)
+    monkeypatch.setattr(choose, "LARGE_UPDATE", 0)
+    kernels = choose.prepare(Execution(kernels=f"optimizer={request.param}"))
+    assert kernels.pick("optimizer", *4 * [jnp.zeros(1)]).name == request.param
+    return kernels
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (301, 577)], ids=str)  # the second is more than a thread's part
-def test_adamw_is_the_equations(either, rng, shape):
+def test_adamw_is_the_equations(kernels, rng, shape):
     """Five steps over the warm-up's end, one of them not taken, against the paper's algorithm in float64."""
     cfg = OptimConfig(learning_rate=0.1, warmup_steps=3, clip_norm=3.0, eps=1e-3)
     w, grads = rng.standard_normal(shape), rng.standard_normal((5, *shape))
@@ -84,12 +87,12 @@ def test_adamw_is_the_equations(either, rng, shape):
     def state(array):
         return nnx.State({"w": nnx.Param(jnp.asarray(array, jnp.float32))})
 
-    step_fn = jax.jit(partial(optim.adamw, cfg, STEPS))
+    step_fn = jax.jit(partial(optim.adamw, cfg, STEPS), static_argnames="kernels")
     params, adam = state(w), optim.init(state(w))
     for step, (g, norm) in enumerate(zip(grads, norms, strict=True)):
         args = jnp.asarray(step, jnp.int32), params, adam, state(g), jnp.asarray(norm, jnp.float32)
-        assert_bitwise(step_fn(*args, jnp.asarray(False)), (params, adam))
-        params, adam = step_fn(*args, jnp.asarray(True))
+        assert_bitwise(step_fn(*args, jnp.asarray(False), kernels=kernels), (params, adam))
+        params, adam = step_fn(*args, jnp.asarray(True), kernels=kernels)
         g = g * min(1.0, cfg.clip_norm / norm)
         m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
         rate = 0.1 * min(1.0, (step + 1) / 3)
@@ -98,16 +101,17 @@ def test_adamw_is_the_equations(either, rng, shape):
         np.testing.assert_allclose(params["w"][...], w, atol=2e-6)  # float32, numbers of about 1
 
 
-def test_a_step_that_is_not_taken_keeps_everything_even_from_nan(either):
+def test_a_step_that_is_not_taken_keeps_everything_even_from_nan(kernels):
     cfg, steps = OptimConfig(), jnp.asarray(0, jnp.int32)
     params = nnx.State({"w": nnx.Param(jnp.ones((2, 2), jnp.float32))})
     bad = jax.tree.map(lambda x: x * jnp.nan, params)
     adam = optim.init(params)
-    found = optim.adamw(cfg, STEPS, steps, params, adam, bad, jnp.asarray(jnp.nan, jnp.float32), jnp.asarray(False))
+    nan, keep = jnp.asarray(jnp.nan, jnp.float32), jnp.asarray(False)
+    found = optim.adamw(cfg, STEPS, steps, params, adam, bad, nan, keep, kernels)
     assert_bitwise(found, (params, adam))
 
 
-def test_decay_is_on_matrices_and_not_on_norms(either):
+def test_decay_is_on_matrices_and_not_on_norms(kernels):
     """With no gradient at all, what moves is decay: every matrix by rate · decay, no norm scale; no bias is there."""
     cfg = OptimConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.25)
     params = nnx.split(random_model(small(mtp_depth=1)), nnx.Param, RouterBias)[1]
@@ -116,14 +120,15 @@ def test_decay_is_on_matrices_and_not_on_norms(either):
     def step(params):
         zero, grads = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params)
         args = jnp.zeros((), jnp.int32), params, optim.init(params), grads, zero, jnp.asarray(True)
-        return optim.adamw(cfg, STEPS, *args)[0]
+        return optim.adamw(cfg, STEPS, *args, kernels)[0]
 
     new = dict(nnx.to_flat_state(step(params)))
     norms = 0
     for path, variable in nnx.to_flat_state(params):
         assert not isinstance(variable, RouterBias)
         before, after, name = np.asarray(variable[...]), np.asarray(new[path][...]), ".".join(map(str, path))
-        if isinstance(variable, NormScale):
+        if path[-1] == "scale":  # a norm's
+            assert variable.get_metadata()["decay"] is False
             norms += 1
             np.testing.assert_array_equal(after, before, name)
         else:

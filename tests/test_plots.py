@@ -1,4 +1,4 @@
-"""Pictures: the numbers drawn are the numbers given, and a file is a PNG that is whole or absent."""
+"""Pictures draw the numbers that they are given; a file is a complete PNG or does not exist."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def png_size(path) -> tuple[int, int]:
-    """Width and height in pixels; the file must be a whole PNG."""
+    """Return width and height in pixels; the file must be a complete PNG."""
     data = path.read_bytes()
     assert data.startswith(PNG) and data.endswith(b"IEND\xaeB\x60\x82")
     return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
@@ -36,7 +36,7 @@ def test_heatmap_draws_load_over_mean(tmp_path, rng):
     assert texts(figure.axes[0]) == ["MaxVio", *(f"{p:.2f}" for p in peaks)]
     width, height = png_size(tmp_path / "a" / "load.png")
     assert width == 11 * run_plots.DPI and 300 < height < 2000
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["load.png"]  # no temporary file is left
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["load.png"]  # and no temporary file
 
 
 def test_heatmap_of_a_layer_without_load(tmp_path):
@@ -46,11 +46,11 @@ def test_heatmap_of_a_layer_without_load(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("load", "said"),
+    ("load", "message"),
     [([1.0, 2.0], r"\(2,\)"), ([[1.0], [1.0]], r"\(2, 1\)"), ([[1.0, -2.0]], "-2.0"), ([[1.0, np.nan]], "nan")],
 )
-def test_heatmap_refuses_what_is_no_load(tmp_path, load, said):
-    with pytest.raises(ValueError, match=said):
+def test_heatmap_refuses_an_invalid_load(tmp_path, load, message):
+    with pytest.raises(ValueError, match=message):
         run_plots.routing_heatmap(load, tmp_path / "load.png")
     assert not list(tmp_path.iterdir())
 
@@ -65,7 +65,7 @@ def test_curves_draw_each_metric_at_its_steps(tmp_path):
         {"step": 10, "loss": 5.0, "lr": 1e-4, "max_vio": 2.0, "tokens_per_s": 10.0},
         {"step": 20, "loss": 4.0, "lr": 2e-4, "max_vio": 1.0, "tokens_per_s": 11.0},
         {"step": 20, "val_loss": 4.5, "val_bits_per_byte": 3.0, "max_vio_global": 0.5, "mtp_acceptance": None},
-        {"step": 10, "loss": 5.5},  # a resumed run comes by again
+        {"step": 10, "loss": 5.5},  # a resumed run repeats the step
     ]
     figure = run_plots.training_curves(metrics, tmp_path / "run.png")
     curves = {
@@ -87,7 +87,7 @@ def test_curves_draw_each_metric_at_its_steps(tmp_path):
     assert 600 < width < 4000 and 300 < height < 3000
 
 
-def test_each_head_has_a_curve_of_its_own(tmp_path):
+def test_each_head_has_its_curve(tmp_path):
     metrics = [{"step": 1, "mtp_loss": [5.0, 6.0]}, {"step": 2, "mtp_loss": [4.0, 5.5], "mtp_acceptance": [0.5]}]
     loss, acceptance = run_plots.training_curves(metrics, tmp_path / "run.png").axes
     assert {line.get_label(): line.get_xydata().tolist() for line in loss.lines} == {
@@ -95,6 +95,13 @@ def test_each_head_has_a_curve_of_its_own(tmp_path):
         "train, MTP 2": [[1, 6.0], [2, 5.5]],
     }
     assert [line.get_label() for line in acceptance.lines] == ["head"]
+
+
+def test_tokens_sent_are_drawn_under_their_old_name_too(tmp_path):
+    metrics = [{"step": 1, "crossed": 2.5}, {"step": 2, "tokens_sent": 2.0}]
+    (panel,) = run_plots.training_curves(metrics, tmp_path / "run.png").axes
+    assert [line.get_xydata().tolist() for line in panel.lines] == [[[1, 2.5], [2, 2.0]]]
+    assert panel.get_ylim()[0] == 0
 
 
 def test_curves_refuse_rows_without_a_metric(tmp_path):
@@ -107,7 +114,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path.write_text("old")
 
     def fail(self, file, **options):
-        file.write_bytes(PNG)
+        file.write(PNG)
         raise OSError("disk full")
 
     monkeypatch.setattr(run_plots.Figure, "savefig", fail)

@@ -1,4 +1,4 @@
-"""RoPE and YaRN: released constants, and scores that do not depend on the layout."""
+"""RoPE and YaRN: the released models' constants, and scores that do not depend on the layout of the pairs."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +31,7 @@ def test_frequencies_follow_yarn(rope_dim, theta, yarn):
     np.testing.assert_allclose(freqs, expected, rtol=1e-6)  # a few float32 roundings
 
 
-def test_v3_bends_between_pairs_10_and_23():
+def test_yarn_blends_between_pairs_10_and_23_in_v3():
     assert oracles.yarn_range(64, 1e4, 4096, 32.0, 1.0) == (10, 23)
     ratio = np.asarray(rope.frequencies(64, 1e4, V3)) / np.asarray(rope.frequencies(64, 1e4, Yarn()))
     np.testing.assert_allclose(ratio[:11], 1.0, rtol=1e-6)  # the ramp is 0 up to pair 10 ...
@@ -44,7 +44,7 @@ def test_v3_bends_between_pairs_10_and_23():
 )
 def test_softmax_scale_of_released_models(yarn, m_squared, scale):
     assert oracles.yarn_mscale(yarn.factor, yarn.mscale_all_dim) ** 2 == pytest.approx(m_squared, abs=5e-6)
-    assert rope.softmax_scale(192, yarn) == pytest.approx(scale, abs=5e-7)  # the digits that are published
+    assert rope.softmax_scale(192, yarn) == pytest.approx(scale, abs=5e-7)  # the published digits
     assert rope.softmax_scale(192, yarn) == pytest.approx(192**-0.5 * m_squared, rel=1e-5)
 
 
@@ -61,26 +61,27 @@ def test_softmax_scale_of_released_models(yarn, m_squared, scale):
         (Yarn(factor=40.0, mscale=1.0, mscale_all_dim=0.0), oracles.yarn_mscale(40.0, 1.0)),
     ],
 )
-def test_cos_sin_carry_the_mscale_ratio(yarn, ratio):
+def test_cos_sin_are_multiplied_by_the_mscale_ratio(yarn, ratio):
     freqs = rope.frequencies(8, 1e4, yarn)
     positions = jnp.array([[0, 1, 2], [7, 100, 3000]], jnp.int32)
     cos, sin = rope.cos_sin(positions, freqs, yarn)
     assert cos.shape == sin.shape == (2, 3, 4)
     assert cos.dtype == sin.dtype == jnp.float32
     angles = np.asarray(positions)[..., None].astype(np.float64) * np.asarray(freqs, np.float64)
-    # The angle itself is rounded to float32: up to 3000 * 2^-24 rad.
+    # The angle is rounded to float32, which is an error of up to 3000 * 2^-24 rad.
     np.testing.assert_allclose(cos, ratio * np.cos(angles), atol=3e-4)
     np.testing.assert_allclose(sin, ratio * np.sin(angles), atol=3e-4)
-    # At position 0 nothing hides a wrong ratio.
+    # At position 0 the cosine is the ratio itself.
     np.testing.assert_allclose(cos[0, 0], ratio, rtol=1e-6)
 
 
 def rotated_score(q, k, q_position, k_position, freqs, *, interleaved):
-    turned = []
+    """Return q . k after each was rotated by its position."""
+    rotated = []
     for x, position in ((q, q_position), (k, k_position)):
         cos, sin = rope.cos_sin(jnp.array([position], jnp.int32), freqs, Yarn())
-        turned.append(rope.rotate(jnp.asarray(x)[None], cos, sin, interleaved=interleaved)[0])
-    return float(turned[0] @ turned[1])
+        rotated.append(rope.rotate(jnp.asarray(x)[None], cos, sin, interleaved=interleaved)[0])
+    return float(rotated[0] @ rotated[1])
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
@@ -95,22 +96,22 @@ def test_scores_follow_complex_rotation(rng, interleaved):
         assert score == pytest.approx(expected, abs=1e-4)  # angles up to 40 rad in float32, |q||k| about 8
 
 
-def test_interleaved_equals_halves_under_the_permutation(rng):
+def test_layouts_give_equal_scores_after_a_permutation(rng):
     freqs = rope.frequencies(8, 1e4, Yarn())
     q, k = rng.standard_normal((2, 8)).astype(np.float32)
     to_halves = [0, 2, 4, 6, 1, 3, 5, 7]  # pair (2i, 2i+1) moves to (i, i+R/2)
     pairs = rotated_score(q, k, 11, 3, freqs, interleaved=True)
     halves = rotated_score(q[to_halves], k[to_halves], 11, 3, freqs, interleaved=False)
     assert halves == pytest.approx(pairs, abs=1e-6)
-    assert abs(rotated_score(q, k, 11, 3, freqs, interleaved=False) - pairs) > 1e-2  # the layouts do differ
+    assert abs(rotated_score(q, k, 11, 3, freqs, interleaved=False) - pairs) > 1e-2  # the layouts differ
 
 
 def test_rotation_keeps_dtype_and_broadcasts_over_heads(rng):
     freqs = rope.frequencies(8, 1e4, Yarn())
     cos, sin = rope.cos_sin(jnp.arange(6, dtype=jnp.int32).reshape(2, 3), freqs, Yarn())
     x = jnp.asarray(rng.standard_normal((2, 3, 5, 8)), jnp.bfloat16)
-    turned = rope.rotate(x, cos[..., None, :], sin[..., None, :], interleaved=True)
-    assert turned.shape == x.shape
-    assert turned.dtype == x.dtype
+    rotated = rope.rotate(x, cos[..., None, :], sin[..., None, :], interleaved=True)
+    assert rotated.shape == x.shape
+    assert rotated.dtype == x.dtype
     alone = rope.rotate(x[1, 2, 4], cos[1, 2], sin[1, 2], interleaved=True)
-    np.testing.assert_array_equal(turned[1, 2, 4].astype(jnp.float32), alone.astype(jnp.float32))
+    np.testing.assert_array_equal(rotated[1, 2, 4].astype(jnp.float32), alone.astype(jnp.float32))

@@ -1,4 +1,4 @@
-"""Routers against loops: the chosen sets are exact, the gates come from unbiased scores."""
+"""Routers equal the oracles: chosen sets exactly, gates and scores up to float32 rounding."""
 
 from functools import partial
 
@@ -19,13 +19,13 @@ SETTINGS = [  # experts, k, groups, groups_kept, group_score
     (16, 4, 1, 1, "top2_sum"),
     (16, 4, 4, 2, "top2_sum"),
     (32, 6, 8, 4, "top2_sum"),
-    (16, 4, 4, 1, "top2_sum"),  # the only group must hold all k
+    (16, 4, 4, 1, "top2_sum"),  # one group has all k choices
     (12, 3, 4, 2, "max"),
 ]
 
 
 def by_expert(expert_ids, gates, num_experts):
-    """f64[n,E] gate of each expert, nan where it was not chosen: compares sets and gates whatever the order."""
+    """Return f64[n, E]: each expert's gate, NaN if it was not chosen. The order of the choices does not matter."""
     table = np.full((len(expert_ids), num_experts), np.nan)
     np.put_along_axis(table, np.asarray(expert_ids), np.asarray(gates, np.float64), axis=1)
     return table
@@ -36,7 +36,7 @@ def assert_same_choice(got, ids, gates, num_experts):
     assert got.expert_ids.shape == ids.shape
     np.testing.assert_array_equal(np.sort(got.expert_ids, axis=1), np.sort(ids, axis=1))
     table = by_expert(got.expert_ids, got.gates, num_experts), by_expert(ids, gates, num_experts)
-    np.testing.assert_allclose(*table, rtol=2e-6)  # some float32 roundings: exp, sum, quotient, scale
+    np.testing.assert_allclose(*table, rtol=2e-6)  # a few float32 roundings: exp, sum, quotient, scale
 
 
 @pytest.mark.parametrize("biases", [ALL_NEGATIVE, MIXED, NONE])
@@ -52,8 +52,8 @@ def test_sigmoid_router(rng, experts, k, groups, kept, group_score, biases):
         np.testing.assert_allclose(got.scores, scores, rtol=1e-6)
 
 
-def test_a_token_stays_within_its_groups(rng):
-    """Node limit: at most groups_kept groups, even when every biased score is negative."""
+def test_a_token_uses_at_most_groups_kept_groups(rng):
+    """The limit holds even if every biased score is negative."""
     logits = jnp.asarray(rng.normal(0, 1, (200, 32)), jnp.float32)
     for bias in (jnp.full(32, -5.0), jnp.zeros(32)):
         ids = sigmoid(logits, bias, k=6, groups=8, groups_kept=3).expert_ids
@@ -63,7 +63,7 @@ def test_a_token_stays_within_its_groups(rng):
     assert max(len(set(row)) for row in (np.asarray(ids) // 4).tolist()) <= 3
 
 
-def test_bias_selects_but_does_not_gate():
+def test_bias_changes_the_choice_but_not_the_gates():
     logits = jnp.array([[2.0, 1.0, 0.0, -1.0]])
     bias = jnp.array([-1.0, 0.0, 0.0, 1.0])
     got = routing.sigmoid(logits, bias, k=2, normalize=False)
@@ -71,7 +71,7 @@ def test_bias_selects_but_does_not_gate():
     np.testing.assert_allclose(by_expert(got.expert_ids, got.gates, 4), [[np.nan, s[1], np.nan, s[3]]], rtol=1e-6)
 
 
-def test_bias_takes_no_gradient_and_logits_do(rng):
+def test_logits_take_a_gradient_and_the_bias_does_not(rng):
     logits = jnp.asarray(rng.normal(0, 1, (20, 8)), jnp.float32)
     weight = jnp.asarray(rng.normal(0, 1, (20, 3)), jnp.float32)
 
@@ -85,7 +85,7 @@ def test_bias_takes_no_gradient_and_logits_do(rng):
 
 
 def test_gate_gradients_equal_those_of_the_formula(x64, rng):
-    """With the chosen set held, d gates / d logits is that of scale * s / sum(s)."""
+    """For a fixed chosen set, the gradient is that of scale * s / sum(s)."""
     logits, bias = rng.normal(0, 1, (10, 8)), rng.uniform(-0.5, 0.0, 8)
     weight = jnp.asarray(rng.normal(0, 1, (10, 8)))
     ids, _, _ = oracles.sigmoid_route(logits, bias, k=3, scale=2.5)
@@ -105,8 +105,8 @@ def test_gate_gradients_equal_those_of_the_formula(x64, rng):
 
 
 @pytest.mark.parametrize("logit", [-200.0, -88.0, -46.0, -40.0])
-def test_underflowing_sigmoids_stay_finite(logit):
-    """sigmoid(-200) is 0 in float32, and 1e-20 squared is too: neither gates nor gradients may divide by it."""
+def test_gates_and_gradients_are_finite_if_all_sigmoids_underflow(logit):
+    """sigmoid(-200) and 1e-20 squared are 0 in float32; neither gates nor gradients may divide by them."""
     logits = jnp.full((2, 8), logit).at[:, 1].add(1.0)
     weight = jnp.array([1.0, -1.0, 0.5])
 
@@ -119,7 +119,7 @@ def test_underflowing_sigmoids_stay_finite(logit):
     grad, got = run(logits)
     assert np.isfinite(got).all()
     assert np.isfinite(grad).all()
-    assert np.abs(grad).max() <= 2.5  # a gate moves by no more than its scale with a logit
+    assert np.abs(grad).max() <= 2.5  # the derivative of a gate is at most its scale
     _, gates, _ = oracles.sigmoid_route(logits, np.zeros(8), k=3, scale=2.5)
     np.testing.assert_allclose(got, gates, rtol=1e-5, atol=1e-15)
 
@@ -159,6 +159,7 @@ def test_dense_router(rng):
 
 
 def model_config(**changes):
+    """Return a small ModelConfig with 8 experts in 4 groups, 3 for each token."""
     from dsv3_jax.config import ModelConfig
 
     base = dict(
@@ -199,7 +200,7 @@ def model_config(**changes):
         ),
     ],
 )
-def test_route_picks_by_config(rng, changes, expected):
+def test_route_uses_the_configured_router(rng, changes, expected):
     logits = jnp.asarray(rng.normal(0, 1, (40, 8)), jnp.float32)
     bias = jnp.asarray(rng.uniform(-0.5, 0.5, 8), jnp.float32)
     got, want = routing.route(logits, bias, model_config(**changes)), expected(logits, bias)

@@ -18,9 +18,9 @@ FILTERS = [
     dict(temperature=1.0, top_p=0.6),
     dict(temperature=0.7, top_k=5, top_p=0.8),
     dict(temperature=1.0, top_k=1),
-    dict(temperature=1.0, top_k=1000),  # more than there are
+    dict(temperature=1.0, top_k=1000),  # more than the vocabulary has
     dict(temperature=1.0, top_p=1.0),
-    dict(temperature=1.0, top_p=1e-6),  # less than any token has: still one
+    dict(temperature=1.0, top_p=1e-6),  # less than the probability of any token: still one
 ]
 
 
@@ -45,7 +45,7 @@ def test_support_and_probabilities_are_exact(rng, filters):
 
 
 def test_nucleus_by_hand():
-    """Shares 0.5, 0.3, 0.15, 0.05: p picks the fewest, largest first, that reach it."""
+    """Probabilities 0.5, 0.3, 0.15, 0.05: top_p keeps the fewest tokens that reach it, largest first."""
     logits = jnp.log(jnp.array([[0.15, 0.5, 0.05, 0.3]]))
     reached = {0.01: {1}, 0.49: {1}, 0.51: {1, 3}, 0.79: {1, 3}, 0.81: {0, 1, 3}, 0.99: {0, 1, 2, 3}}
     for top_p, expected in reached.items():
@@ -55,7 +55,7 @@ def test_nucleus_by_hand():
 
 @pytest.mark.parametrize("filters", [FILTERS[0], FILTERS[1], FILTERS[4]])
 def test_frequencies_follow_the_probabilities(filters):
-    """Rows of one batch are the draws. Hoeffding over W tokens: a right sampler fails with probability under 1e-9."""
+    """Rows of one batch are the draws. By Hoeffding over W tokens a correct sampler fails with probability < 1e-9."""
     row, draws = np.array([1.0, 0.2, -0.5, 2.0, 0.0, -2.0, 1.5], np.float32), 20_000
     bound = math.sqrt(math.log(2 * len(row) / 1e-9) / (2 * draws))
     drawn = jax.jit(partial(sampling.sample, **filters))(jnp.tile(row, (draws, 1)), jax.random.key(3))
@@ -84,7 +84,7 @@ def test_a_row_is_filtered_by_its_own_logits(rng):
         np.testing.assert_array_equal(together[i], alone[0])
 
 
-def test_the_key_decides(rng):
+def test_the_key_fixes_the_draws(rng):
     logits = jnp.zeros((200, 11), jnp.float32)
     first, again, other = (sampling.sample(logits, jax.random.key(s), temperature=1.0) for s in (0, 0, 1))
     np.testing.assert_array_equal(first, again)

@@ -1,23 +1,22 @@
-"""Routing statistics against loops over tokens, and their measures against the definitions."""
+"""Routing statistics equal slow loops over tokens, and their measures equal the definitions."""
 
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from counts import made
 from flax import nnx
-from models import forward, random_model
+from models import DENSE, forward, random_model
 from runs import MODEL, cheap_compiles
 
 from dsv3_jax.data.tokenizer import ByteTokenizer
+from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.transformer import Transformer, abstract
-from dsv3_jax.stats import collect, favourites, lift, measures, readable, specialisation
-from dsv3_jax.stats.collect import RoutingStats, layer_names
+from dsv3_jax.stats import RoutingStats, collect, favourites, lift, measures, readable, specialisation
+from dsv3_jax.stats.routing_stats import layer_names
 from dsv3_jax.stats.tokens import AFTER, BEFORE, NEAR, TOP, TokenCounts, context
 
-WORDS = ByteTokenizer()
+TOKENIZER = ByteTokenizer()
 B, T, E, K = 3, 20, MODEL.num_experts, MODEL.experts_per_token
 DOMAINS = ("even", "odd")
 
@@ -29,7 +28,7 @@ def root(tmp_path_factory):
 
 
 def make_batch(seed: int) -> dict[str, np.ndarray]:
-    """Rows of up to four pieces of documents 0 … 6, some of which come again; the last row ends in padding."""
+    """Create rows of up to four pieces of documents 0 … 6, some of them twice; the last row ends in padding."""
     rng = np.random.default_rng(seed)
     segment_ids = np.sort(rng.integers(1, 5, (B, T)), axis=1)
     segment_ids[-1, 9:] = 0
@@ -52,13 +51,13 @@ CHANGES = {"deepseek": dict(mtp_depth=2), "meta": dict(mtp_depth=1, mtp_kind="me
 
 @pytest.fixture(scope="module", params=CHANGES)
 def counted(request) -> tuple[Transformer, RoutingStats]:
-    model = random_model(replace(MODEL, **CHANGES[request.param]), seed=2)
+    model = random_model(replace(MODEL, **CHANGES[request.param]), seed=2, execution=DENSE)
     empty = BATCHES[0] | {"segment_ids": np.zeros((B, T), np.int32)}
-    return model, collect(model, [BATCHES[0], empty, BATCHES[1]], WORDS, DOMAINS)
+    return model, collect(model, [BATCHES[0], empty, BATCHES[1]], TOKENIZER, DOMAINS)
 
 
 def choices(model):
-    """(batch, row, place, layer, ids, gates) of every token that counts, one after the other."""
+    """Yield (batch, row, position, layer, ids, gates) of each token that is counted."""
     for batch in BATCHES:
         out = forward(model, batch["tokens"], batch["segment_ids"], batch["positions"])
         layers = [
@@ -73,10 +72,10 @@ def choices(model):
                         yield batch, b, t, layer, ids[b, t], gates[b, t]
 
 
-def test_counts_are_the_slow_loops(counted):
+def test_counts_equal_slow_loops(counted):
     model, stats = counted
     shape = (7, len(stats.layers), E)
-    load, together = np.zeros(shape, int), np.zeros((*shape[1:], E), int)
+    load, coactivation = np.zeros(shape, int), np.zeros((*shape[1:], E), int)
     entropy, pairs = np.zeros(shape[:2]), {}
     for batch, b, t, layer, ids, gates in choices(model):
         document = batch["documents"][b, t]
@@ -87,31 +86,31 @@ def test_counts_are_the_slow_loops(counted):
             key = (layer, int(e), int(batch["tokens"][b, t]))
             pairs[key] = pairs.get(key, 0) + 1
             for other in ids:
-                together[layer, e, other] += 1
-    there = load.sum((1, 2)) > 0
-    assert 4 < there.sum() < 7 or there.all()
-    np.testing.assert_array_equal(stats.document_load, load[there])
-    np.testing.assert_array_equal(stats.document_domains, np.flatnonzero(there) % 2)
-    np.testing.assert_array_equal(stats.together, together)
-    np.testing.assert_allclose(stats.document_gate_entropy, entropy[there], rtol=1e-5)  # the model's float32
+                coactivation[layer, e, other] += 1
+    seen = load.sum((1, 2)) > 0
+    assert 4 < seen.sum() <= 7
+    np.testing.assert_array_equal(stats.document_load, load[seen])
+    np.testing.assert_array_equal(stats.document_domains, np.flatnonzero(seen) % 2)
+    np.testing.assert_array_equal(stats.coactivation, coactivation)
+    np.testing.assert_allclose(stats.document_gate_entropy, entropy[seen], rtol=1e-5)  # the model's float32
     counts = stats.token_counts
     keys = zip(counts.layer.tolist(), counts.expert.tolist(), counts.token.tolist(), strict=True)
-    assert list(zip(keys, counts.times.tolist(), strict=True)) == sorted(pairs.items())
+    assert list(zip(keys, counts.num_routed.tolist(), strict=True)) == sorted(pairs.items())
     assert stats.layers == layer_names(model.cfg)
 
 
 def test_sums_agree_with_each_other_and_with_the_model(counted):
     model, stats = counted
-    own = sum(
+    model_load = sum(
         np.concatenate([out.routing.load, *(r.load[None] for r in out.mtp_routing)])
         for out in (forward(model, b["tokens"], b["segment_ids"], b["positions"]) for b in BATCHES)
     )
-    np.testing.assert_array_equal(stats.load, own)
+    np.testing.assert_array_equal(stats.load, model_load)
     np.testing.assert_array_equal(stats.load_by_domain.sum(0), stats.load)
     np.testing.assert_array_equal(stats.load.sum(-1), stats.tokens * K)
-    np.testing.assert_array_equal(stats.together, stats.together.swapaxes(1, 2))
-    np.testing.assert_array_equal(np.diagonal(stats.together, axis1=1, axis2=2), stats.load)
-    np.testing.assert_array_equal(stats.together.sum(-1), stats.load * K)  # each of a token's experts meets K
+    np.testing.assert_array_equal(stats.coactivation, stats.coactivation.swapaxes(1, 2))
+    np.testing.assert_array_equal(np.diagonal(stats.coactivation, axis1=1, axis2=2), stats.load)
+    np.testing.assert_array_equal(stats.coactivation.sum(-1), stats.load * K)  # itself and K - 1 others for each token
     weights = stats.load_by_domain.sum(-1) / stats.load.sum(-1)
     for sums, mean in (
         (stats.document_gate_entropy, stats.gate_entropy),
@@ -121,40 +120,37 @@ def test_sums_agree_with_each_other_and_with_the_model(counted):
         assert ((0 < mean) & (mean < 1)).all()
 
 
-def test_entropy_of_scores_is_the_scores_own():
-    model = random_model(replace(MODEL, num_layers=1, mtp_depth=0), seed=1)
+def test_score_entropy_equals_the_definition():
+    moe = MoE(MODEL, DENSE, rngs=nnx.Rngs(1))
     h = np.random.default_rng(0).standard_normal((1, 5, MODEL.dim)).astype(np.float32)
-    blocks = nnx.merge(nnx.graphdef(model.sparse), jax.tree.map(lambda x: x[0], nnx.state(model.sparse)))
-    experts = model.experts.arrays()
-    mask = jnp.ones((1, 5), jnp.bool_)
-    _, found, _ = jax.jit(blocks.moe)(jnp.asarray(h), mask, experts, experts, jnp.zeros((), jnp.int32))
-    logits = h[0].astype(np.float64) @ np.asarray(blocks.moe.w_router[...], np.float64)
+    routing = nnx.jit(lambda moe, h: moe(h)[1])(moe, jnp.asarray(h))
+    logits = h[0].astype(np.float64) @ np.asarray(moe.w_router[...], np.float64)
     scores = 1 / (1 + np.exp(-logits))
     p = scores / scores.sum(-1, keepdims=True)
-    np.testing.assert_allclose(found.score_entropy[0], -(p * np.log(p)).sum(-1) / np.log(E), rtol=1e-5)
+    np.testing.assert_allclose(routing.score_entropy[0], -(p * np.log(p)).sum(-1) / np.log(E), rtol=1e-5)
 
 
-def test_contexts_are_the_places_of_the_largest_gates(counted):
+def test_contexts_are_the_positions_of_the_largest_gates(counted):
     model, stats = counted
-    seen: dict = {}  # (layer, expert) → what the last NEAR tokens were → (gate, window)
+    seen: dict = {}  # (layer, expert) → the last NEAR tokens → (gate, window)
     for batch, b, t, layer, ids, gates in choices(model):
         tokens, segment = batch["tokens"][b], batch["segment_ids"][b]
-        around = range(t - BEFORE, t + AFTER + 1)
-        window = [int(tokens[i]) if 0 <= i < T and segment[i] == segment[t] else -1 for i in around]
+        columns = range(t - BEFORE, t + AFTER + 1)
+        window = [int(tokens[i]) if 0 <= i < T and segment[i] == segment[t] else -1 for i in columns]
         near = tuple(window[BEFORE + 1 - NEAR : BEFORE + 1])
         for e, gate in zip(ids.tolist(), gates.tolist(), strict=True):
-            mine = seen.setdefault((layer, e), {})
-            if near not in mine or gate > mine[near][0]:
-                mine[near] = (gate, window)
-    found: dict = {}
+            of_expert = seen.setdefault((layer, e), {})
+            if near not in of_expert or gate > of_expert[near][0]:
+                of_expert[near] = (gate, window)
+    kept: dict = {}
     for layer, e, gate, window in zip(*(x.tolist() for x in stats.contexts), strict=True):
-        found.setdefault((layer, e), []).append((gate, window))
-    assert list(found) == sorted(seen)
-    assert max(map(len, seen.values())) > TOP  # or nothing was left out
-    for key, mine in seen.items():
-        best = sorted((gate for gate, _ in mine.values()), reverse=True)[:TOP]
-        assert [gate for gate, _ in found[key]] == best
-        assert all((gate, window) in mine.values() for gate, window in found[key])
+        kept.setdefault((layer, e), []).append((gate, window))
+    assert list(kept) == sorted(seen)
+    assert max(map(len, seen.values())) > TOP  # so at least one context was left out
+    for key, of_expert in seen.items():
+        best = sorted((gate for gate, _ in of_expert.values()), reverse=True)[:TOP]
+        assert [gate for gate, _ in kept[key]] == best
+        assert all((gate, window) in of_expert.values() for gate, window in kept[key])
 
 
 def slow_information(load_by_domain) -> float:
@@ -167,27 +163,32 @@ def slow_information(load_by_domain) -> float:
     return total
 
 
-def test_information_is_the_definition(rng):
+def test_information_equals_the_definition(rng):
     loads = rng.integers(0, 9, (3, 2, 5))
-    found = measures.mutual_information(loads)
-    np.testing.assert_allclose(found, [slow_information(loads[:, layer]) for layer in (0, 1)], rtol=1e-12)
+    bits = measures.mutual_information(loads)
+    np.testing.assert_allclose(bits, [slow_information(loads[:, layer]) for layer in (0, 1)], rtol=1e-12)
     np.testing.assert_array_equal(measures.mutual_information(np.zeros((3, 2, 5))), [0, 0])
 
 
-def test_information_of_experts_that_know_the_domain_and_of_those_that_do_not(rng):
+def of_loads(document_load, document_domains, num_domains) -> RoutingStats:
+    return RoutingStats.from_loads(document_load, np.asarray(document_domains), tuple("abcdefgh"[:num_domains]))
+
+
+def test_information_of_experts_by_domain_at_random_and_by_document(rng):
     domains = np.arange(40) % 4
-    knows = np.zeros((40, 1, 8))
-    knows[np.arange(40), 0, 2 * domains + 1] = rng.integers(50, 100, 40)
-    blind = rng.multinomial(200, np.full(8, 1 / 8), (40, 1))
-    own = rng.multinomial(200, rng.dirichlet(np.full(8, 0.3), 40)[:, None])  # each document's, whatever its domain
-    stats = made(np.concatenate([knows, blind, own], axis=1), domains, 4)
-    found = specialisation(stats, draws=100, seed=1)
-    most = measures.domain_entropy(stats.load_by_domain)
-    assert found.bits[0] == pytest.approx(most[0], rel=1e-12) and found.share[0] == pytest.approx(1, rel=1e-12)
-    assert found.p_value[0] == 1 / 101 and found.shuffled_95[0] < 0.5 * most[0]
-    assert (found.bits[1:] <= np.quantile(chance_of(stats), 0.99, axis=0)[1:]).all()
-    # documents of few experts each: shuffling tokens would have called this specialisation
-    assert found.shuffled_mean[2] > 10 * found.shuffled_mean[1]
+    by_domain = np.zeros((40, 1, 8))
+    by_domain[np.arange(40), 0, 2 * domains + 1] = rng.integers(50, 100, 40)
+    at_random = rng.multinomial(200, np.full(8, 1 / 8), (40, 1))
+    by_document = rng.multinomial(200, rng.dirichlet(np.full(8, 0.3), 40)[:, None])  # whatever its domain
+    stats = of_loads(np.concatenate([by_domain, at_random, by_document], axis=1), domains, 4)
+    result = specialisation(stats, draws=100, seed=1)
+    upper_bound = measures.domain_entropy(stats.load_by_domain)
+    assert result.bits[0] == pytest.approx(upper_bound[0], rel=1e-12)
+    assert result.share[0] == pytest.approx(1, rel=1e-12)
+    assert result.p_value[0] == 1 / 101 and result.shuffled_95[0] < 0.5 * upper_bound[0]
+    assert (result.bits[1:] <= np.quantile(chance_of(stats), 0.99, axis=0)[1:]).all()
+    # Documents with few experts each: a shuffle of tokens would count this as specialisation.
+    assert result.shuffled_mean[2] > 10 * result.shuffled_mean[1]
 
 
 def chance_of(stats, draws=100, seed=1):
@@ -197,66 +198,67 @@ def chance_of(stats, draws=100, seed=1):
 
 
 def test_chance_moves_whole_documents_and_is_reproducible(rng):
-    two = made(rng.integers(0, 50, (2, 3, 4)), [0, 1], 2)
-    found = specialisation(two, draws=20)
-    # the two can only change names, which tells as much
-    np.testing.assert_allclose(chance_of(two, 20), np.broadcast_to(found.bits[None], (20, 3)), rtol=1e-12)
-    np.testing.assert_array_equal(found.p_value, 1)
-    many = made(rng.integers(0, 50, (12, 3, 4)), np.arange(12) % 3, 3)
+    two = of_loads(rng.integers(0, 50, (2, 3, 4)), [0, 1], 2)
+    result = specialisation(two, draws=20)
+    # A shuffle of two documents can only swap their domains, which keeps the information.
+    np.testing.assert_allclose(chance_of(two, 20), np.broadcast_to(result.bits[None], (20, 3)), rtol=1e-12)
+    np.testing.assert_array_equal(result.p_value, 1)
+    many = of_loads(rng.integers(0, 50, (12, 3, 4)), np.arange(12) % 3, 3)
     np.testing.assert_array_equal(chance_of(many, 20, 5), chance_of(many, 20, 5))
     assert (chance_of(many, 20, 5) != chance_of(many, 20, 6)).any()
-    drawn, told = chance_of(many, 50, 0), specialisation(many, draws=50)
-    np.testing.assert_allclose(told.shuffled_mean, drawn.mean(0))
-    np.testing.assert_allclose(told.shuffled_95, np.quantile(drawn, 0.95, axis=0))
-    one = specialisation(made(rng.integers(1, 9, (4, 2, 3)), np.zeros(4), 1), draws=3)
-    np.testing.assert_allclose(one.bits, 0, atol=1e-12)
-    np.testing.assert_array_equal(one.share, 0)
+    drawn, result = chance_of(many, 50, 0), specialisation(many, draws=50)
+    np.testing.assert_allclose(result.shuffled_mean, drawn.mean(0))
+    np.testing.assert_allclose(result.shuffled_95, np.quantile(drawn, 0.95, axis=0))
+    one_domain = specialisation(of_loads(rng.integers(1, 9, (4, 2, 3)), [0, 0, 0, 0], 1), draws=3)
+    np.testing.assert_allclose(one_domain.bits, 0, atol=1e-12)
+    np.testing.assert_array_equal(one_domain.share, 0)
     with pytest.raises(ValueError, match="draws=0"):
         specialisation(many, draws=0)
 
 
 def test_lift_of_experts_chosen_together():
     even = np.full((1, 4, 4), 5) + np.diag([10] * 4)[None]
-    found = lift(even)[0]
-    assert np.isnan(np.diag(found)).all()
-    np.testing.assert_allclose(found[~np.eye(4, dtype=bool)], 1, rtol=1e-12)
+    lifts = lift(even)[0]
+    assert np.isnan(np.diag(lifts)).all()
+    np.testing.assert_allclose(lifts[~np.eye(4, dtype=bool)], 1, rtol=1e-12)
     rng = np.random.default_rng(3)
-    together = np.zeros((5, 5), int)
+    coactivation = np.zeros((5, 5), int)
     for _ in range(50):
         ids = rng.choice(5, 2, replace=False, p=[0.4, 0.3, 0.1, 0.1, 0.1])
-        together[np.ix_(ids, ids)] += 1
-    found, load = lift(together[None])[0], np.diag(together)
+        coactivation[np.ix_(ids, ids)] += 1
+    lifts, load = lift(coactivation[None])[0], np.diag(coactivation)
     pairs = [(e, f) for e in range(5) for f in range(5) if e != f]
-    scale = sum(together[p] for p in pairs) / sum(load[e] * load[f] for e, f in pairs)
+    scale = sum(coactivation[p] for p in pairs) / sum(load[e] * load[f] for e, f in pairs)
     for e, f in pairs:
-        assert found[e, f] == pytest.approx(together[e, f] / (scale * load[e] * load[f]), rel=1e-12)
-    assert np.isnan(lift(np.diag([3, 4])[None])).all()  # one expert a token: there are no pairs
+        assert lifts[e, f] == pytest.approx(coactivation[e, f] / (scale * load[e] * load[f]), rel=1e-12)
+    assert np.isnan(lift(np.diag([3, 4])[None])).all()  # no pairs with one expert a token
 
 
-def test_favourites_are_by_lift_among_the_frequent():
-    # tokens 7, 8, 9 occur 10, 4 and 6 times; expert 1 gets half of all
-    times = np.array([2, 2, 6, 8, 2, 0])
-    counts = TokenCounts(np.zeros(6, np.int64), np.repeat([0, 1], 3), np.tile([7, 8, 9], 2), times)
-    stats = made(np.array([[[10, 10]]]), [0], 1, token_counts=TokenCounts(*(x[times > 0] for x in counts)))
-    said = [[tuple(f) for f in expert] for expert in favourites(stats, 0, min_count=5)]
-    assert said == [[(9, 6, 2.0)], [(7, 8, 1.6)]]
+def test_favourites_have_the_largest_lift_of_the_frequent_tokens():
+    # Tokens 7, 8, 9 occur 10, 4 and 6 times; each expert receives half of all.
+    num_routed = np.array([2, 2, 6, 8, 2, 0])
+    counts = TokenCounts(np.zeros(6, np.int64), np.repeat([0, 1], 3), np.tile([7, 8, 9], 2), num_routed)
+    counts = TokenCounts(*(column[num_routed > 0] for column in counts))
+    stats = replace(of_loads(np.array([[[10, 10]]]), [0], 1), token_counts=counts)
+    tuples = [[tuple(f) for f in of_expert] for of_expert in favourites(stats, 0, min_count=5)]
+    assert tuples == [[(9, 6, 2.0)], [(7, 8, 1.6)]]
     assert favourites(stats, 0, min_count=11) == [[], []]
     assert len(favourites(stats, 0, top=0, min_count=1)[0]) == 0
 
 
-def test_text_for_the_eye():
-    assert readable(WORDS, [*"é\u202e\t".encode(), 0xC3, 256, 258]) == "é\\u202e⇥\\xc3<eos><258>"
+def test_readable_text():
+    assert readable(TOKENIZER, [*"é\u202e\t".encode(), 0xC3, 256, 258]) == "é\\u202e⇥\\xc3<eos><258>"
     window = np.full(BEFORE + 1 + AFTER, -1, np.int32)
     window[BEFORE - 1 : BEFORE + 2] = [10, 97, 98]
-    assert context(WORDS, window) == ("↵", "a", "b")
+    assert context(TOKENIZER, window) == ("↵", "a", "b")
 
 
-def test_what_cannot_be_counted():
+def test_refuses_models_without_experts_and_batches_without_tokens():
     dense = abstract(replace(MODEL, num_layers=3, num_dense_layers=3, mtp_depth=0))
     with pytest.raises(ValueError, match="no experts to count: all of its 3 layers are dense"):
-        collect(dense, BATCHES, WORDS, DOMAINS)
-    model = random_model(replace(MODEL, **CHANGES["deepseek"]), seed=2)
+        collect(dense, BATCHES, TOKENIZER, DOMAINS)
+    model = random_model(replace(MODEL, **CHANGES["deepseek"]), seed=2, execution=DENSE)
     empty = BATCHES[0] | {"segment_ids": np.zeros((B, T), np.int32)}
     for batches in ([], [empty]):
         with pytest.raises(ValueError, match="no token to count"):
-            collect(model, batches, WORDS, DOMAINS)
+            collect(model, batches, TOKENIZER, DOMAINS)

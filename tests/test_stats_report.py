@@ -1,26 +1,27 @@
-"""`dsv3 stats`: pictures draw the numbers, the page is whole and alone, a folder is replaced whole or not at all."""
+"""`dsv3 stats`: pictures draw the numbers, the page needs no other file, and a folder is replaced in one step."""
 
 import contextlib
 import io
 import json
 import re
+from collections import defaultdict
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from counts import made
 from runs import MODEL, cheap_compiles, finished, rows_of, unhooked_cli
 
 from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.report.metrics import Rows, read_rows
-from dsv3_jax.stats import plots, read_load, report, specialisation
-from dsv3_jax.stats.page import page
+from dsv3_jax.stats import RoutingStats, plots, read_load, report, specialisation
+from dsv3_jax.stats.page import render_page
 from dsv3_jax.stats.reporting import PICTURES, as_json
 from dsv3_jax.stats.tokens import AFTER, BEFORE, Contexts
 
 pytestmark = pytest.mark.long
 
-WORDS, E = ByteTokenizer(), MODEL.num_experts
+TOKENIZER, E = ByteTokenizer(), MODEL.num_experts
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,7 +34,7 @@ def root(tmp_path_factory):
 
 
 def drawn(figure) -> list[np.ndarray]:
-    """Values of each panel of a heat map, in order."""
+    """Return the values of each panel of a heat map, in order."""
     panels = [ax for ax in figure.axes if ax.images]
     return [np.ma.filled(ax.images[0].get_array(), np.nan) for ax in panels]
 
@@ -52,21 +53,21 @@ def test_pictures_draw_the_numbers(tmp_path, rng):
 
     figure = plots.domain_lift(load[:3], ("a", "b", "c"), names, tmp_path / "domains.png")
     for layer, values in enumerate(drawn(figure)):
-        mine, whole = load[:3, layer], load[:3, layer].sum(0)
-        want = (mine / mine.sum(-1, keepdims=True)) / (whole / whole.sum())
+        by_domain, total = load[:3, layer], load[:3, layer].sum(0)
+        want = (by_domain / by_domain.sum(-1, keepdims=True)) / (total / total.sum())
         np.testing.assert_allclose(2.0**values, want)
     ratios = np.exp(rng.standard_normal((2, 4, 4)))
-    ratios[0, 1, 2] = 0  # two that never meet, and must not be left out
+    ratios[0, 1, 2] = 0  # experts that are never chosen together must be drawn too
     ratios[:, range(4), range(4)] = np.nan
     for values, want in zip(drawn(plots.coactivation(ratios, names, tmp_path / "pairs.png")), ratios, strict=True):
         np.testing.assert_allclose(2.0**values, np.maximum(want, plots.NEVER))
 
-    found = specialisation(made(load, np.arange(6) % 2, 2), draws=5)
-    ax = plots.information(found, names, tmp_path / "information.png").axes[0]
+    special = specialisation(RoutingStats.from_loads(load, np.arange(6) % 2, ("a", "b")), draws=5)
+    ax = plots.information(special, names, tmp_path / "information.png").axes[0]
     heights = [patch.get_height() for patch in ax.patches]
-    np.testing.assert_allclose(heights, [*found.bits, *found.shuffled_mean])
-    whole, parts = {"gates": np.array([0.5, 0.6])}, {"gates": np.array([[0.4, 0.5], [0.6, np.nan]])}
-    ax = plots.entropies(whole, parts, ("a", "b"), names, tmp_path / "entropy.png").axes[0]
+    np.testing.assert_allclose(heights, [*special.bits, *special.shuffled_mean])
+    overall, by_domain = {"gates": np.array([0.5, 0.6])}, {"gates": np.array([[0.4, 0.5], [0.6, np.nan]])}
+    ax = plots.entropies(overall, by_domain, ("a", "b"), names, tmp_path / "entropy.png").axes[0]
     assert {line.get_label(): line.get_ydata().tolist() for line in ax.lines}["all"] == [0.5, 0.6]
     assert ax.get_xlabel() == "layer" and ax.get_ylabel()
 
@@ -83,13 +84,13 @@ def test_pictures_of_one_step_and_of_many_layers(tmp_path, rng, monkeypatch):
 
 
 class Reader(HTMLParser):
-    """Ids, addresses and text of a page; every element that opens must close."""
+    """Ids, links and text of a page; each element that opens must close."""
 
     VOID = {"meta", "img"}
 
     def __init__(self, text: str):
         super().__init__()
-        self.open, self.ids, self.addresses, self.data = [], [], [], {}
+        self.open, self.ids, self.addresses, self.texts = [], [], [], defaultdict(list)
         self.feed(text)
         self.close()
         assert not self.open, self.open
@@ -97,49 +98,53 @@ class Reader(HTMLParser):
     def handle_starttag(self, tag, attributes):
         if tag not in self.VOID:
             self.open.append(tag)
-        found = dict(attributes)
-        self.ids += [found["id"]] if "id" in found else []
+        self.ids += [value for name, value in attributes if name == "id"]
         self.addresses += [v for k, v in attributes if k in ("src", "href", "action", "data")]
 
     def handle_startendtag(self, tag, attributes):
-        """It closes itself: nothing is open after it."""
+        """An element that closes itself does not stay open."""
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag, (tag, self.getpos())
 
     def handle_data(self, text):
-        self.data[self.open[-1] if self.open else ""] = text
+        self.texts[self.open[-1] if self.open else ""].append(text)
+
+
+def cells(page: str) -> list[tuple[str, ...]]:
+    """(layer, expert, text) of each cell of the load maps."""
+    return re.findall(r"<title>(.+), expert (\d+): (.+)</title>", page)
 
 
 @pytest.fixture(scope="module")
-def told(root):
-    """(the run, the folder of its statistics, what was printed)."""
-    whole, out = finished(root), io.StringIO()
+def reported(root):
+    """The finished run, the folder of its statistics, and what `dsv3 stats` printed."""
+    run, out = finished(root), io.StringIO()
     with contextlib.redirect_stdout(out):
-        code = unhooked_cli().main(["stats", str(whole.folder), "--batches", "3", "--draws", "20"])
+        code = unhooked_cli().main(["stats", str(run.folder), "--batches", "3", "--draws", "20"])
     assert code == 0
-    return whole, whole.folder / "stats", out.getvalue()
+    return run, run.folder / "stats", out.getvalue()
 
 
-def test_the_numbers_of_a_run(told):
-    whole, folder, said = told
-    found = json.loads((folder / "stats.json").read_text())
-    documented = {key for keys in found["keys"] for key in keys.split(", ")}
-    assert documented == found.keys() - {"keys"}
-    assert (found["step"], found["layers"]) == (12, ["layer 0", "layer 1", "MTP 1"])
-    assert (found["specialisation"]["draws"], found["specialisation"]["seed"]) == (20, 0)
-    load = np.array(found["load"])
-    np.testing.assert_array_equal(np.sum([found["load_by_domain"][d] for d in found["domains"]], axis=0), load)
-    np.testing.assert_array_equal([np.diag(pairs) for pairs in found["coactivation"]], load)
-    np.testing.assert_allclose(found["max_vio"], load.max(-1) / load.mean(-1) - 1, rtol=1e-5)  # six digits
-    for layer, vio in zip(found["layers"], found["max_vio"], strict=True):
-        assert re.search(rf"{layer} +MaxVio {vio:.2f}", said)
-    assert f"{max(found['tokens']):,} tokens of {sum(found['documents'].values())} documents" in said
-    assert str(folder / "index.html") in said
+def test_the_numbers_of_a_run(reported):
+    _, folder, output = reported
+    numbers = json.loads((folder / "stats.json").read_text())
+    documented = {key for keys in numbers["keys"] for key in keys.split(", ")}
+    assert documented == numbers.keys() - {"keys"}
+    assert (numbers["step"], numbers["layers"]) == (12, ["layer 0", "layer 1", "MTP 1"])
+    assert (numbers["specialisation"]["draws"], numbers["specialisation"]["seed"]) == (20, 0)
+    load = np.array(numbers["load"])
+    np.testing.assert_array_equal(np.sum([numbers["load_by_domain"][d] for d in numbers["domains"]], axis=0), load)
+    np.testing.assert_array_equal([np.diag(pairs) for pairs in numbers["coactivation"]], load)
+    np.testing.assert_allclose(numbers["max_vio"], load.max(-1) / load.mean(-1) - 1, rtol=1e-5)  # six digits
+    for layer, vio in zip(numbers["layers"], numbers["max_vio"], strict=True):
+        assert re.search(rf"{layer} +MaxVio {vio:.2f}", output)
+    assert f"{max(numbers['tokens']):,} tokens of {sum(numbers['documents'].values())} documents" in output
+    assert str(folder / "index.html") in output
 
 
-def test_the_page_is_whole_and_alone(told):
-    _, folder, _ = told
+def test_the_page_is_complete_and_needs_no_other_file(reported):
+    _, folder, _ = reported
     text = (folder / "index.html").read_text()
     reader = Reader(text)
     sections = ["load", "layers", "over-time", "domains", "information", "coactivation", "entropy", "experts"]
@@ -147,50 +152,78 @@ def test_the_page_is_whole_and_alone(told):
     assert len(set(reader.ids)) == len(reader.ids)
     assert all(a.startswith("#") or a.startswith("data:image/png;base64,") for a in reader.addresses)
     assert {a[1:] for a in reader.addresses if a.startswith("#")} == set(sections)
-    held = re.search(r'id="data">(.*?)</script>', text, re.S)[1]
-    assert "//" not in re.sub('base64,[^"]*', "", text.replace(held, ""))  # no address at all
-    data = json.loads(held)
+    script_data = re.search(r'id="data">(.*?)</script>', text, re.S)[1]
+    assert "//" not in re.sub('base64,[^"]*', "", text.replace(script_data, ""))  # no address at all
+    data, numbers = json.loads(script_data), json.loads((folder / "stats.json").read_text())
     assert len(data["experts"]) == 3 and len(data["experts"][0]) == E
+    for layer, of_layer in enumerate(data["experts"]):
+        load = np.array(numbers["load"][layer])
+        np.testing.assert_allclose([expert["load"] for expert in of_layer], load / load.mean(), atol=5e-4)  # 3 digits
+        assert [expert["contexts"] for expert in of_layer] == numbers["contexts"][layer]
+    maps = [numbers["load"], *(numbers["load_by_domain"][name] for name in numbers["domains"])]
+    assert cells(text) == [
+        (layer, str(e), f"{x:.2f} × mean load")
+        for load in np.array(maps)
+        for layer, ratio in zip(numbers["layers"], load / load.mean(-1, keepdims=True), strict=True)
+        for e, x in enumerate(ratio)
+    ]
     assert "prefers-color-scheme: dark" in text
     assert {p.name for p in folder.iterdir()} == {"stats.json", "index.html", *PICTURES}
 
 
-def test_load_over_time_is_what_training_measured(told):
-    whole, folder, _ = told
-    log = read_load(whole.folder)
-    vio = {row["step"]: row["max_vio"] for row in rows_of(whole.folder) if "max_vio" in row}
+def test_load_over_time_agrees_with_the_metrics_of_training(reported):
+    run, folder, _ = reported
+    log = read_load(run.folder)
+    vio = {row["step"]: row["max_vio"] for row in rows_of(run.folder) if "max_vio" in row}
     assert log.steps.tolist() == sorted(vio)
     np.testing.assert_allclose((log.load.max(-1) / log.load.mean(-1) - 1).mean(-1), list(vio.values()), rtol=1e-5)
     over_time = json.loads((folder / "stats.json").read_text())["over_time"]
     np.testing.assert_allclose(np.mean(over_time["max_vio"], axis=-1), list(vio.values()), rtol=1e-5)
 
 
-def test_a_page_of_one_domain_and_of_hostile_text(tmp_path):
-    """Without pictures there are no sections for them; text of documents and domains never becomes markup."""
-    text = "</script><b>&"
+HOSTILE = "</script><b>&'\""
+
+
+def hand_made_page(folder, document_load, domains) -> str:
+    """The page of these loads, with hostile text wherever a run can bring it in."""
     window = np.full((1, BEFORE + 1 + AFTER), -1, np.int32)
-    window[0, BEFORE + 1 - len(text) : BEFORE + 1] = list(text.encode())
-    one = np.zeros(1, np.int64)
-    stats = made(
-        np.array([[[3, 0]], [[0, 0]]]),
-        [0, 0],
-        1,
-        domains=(text,),
-        contexts=Contexts(one, one, np.ones(1, np.float32), window),
+    window[0, BEFORE + 1 - len(HOSTILE) : BEFORE + 1] = list(HOSTILE.encode())
+    zero = np.zeros(1, np.int64)
+    stats = replace(
+        RoutingStats.from_loads(document_load, np.arange(len(document_load)) % len(domains), domains),
+        contexts=Contexts(zero, zero, np.ones(1, np.float32), window),
     )
-    numbers = as_json(stats, specialisation(stats, draws=2), WORDS, None)
-    made_page = page({"run": text, "step": 0, "data": text} | numbers, tmp_path)
-    reader = Reader(made_page)
-    assert "over-time" not in reader.ids and "data-map" not in made_page.split("<script")[0]
-    assert "<b>" not in made_page
-    assert numbers["coactivation_lift"] == [[[None, None], [None, None]]]
+    numbers = as_json(stats, specialisation(stats, draws=2), TOKENIZER, None)
+    assert np.isnan(np.array(numbers["coactivation_lift"], float)).all()  # one expert a token
+    return render_page({"run": HOSTILE, "step": 0, "data": HOSTILE} | numbers, folder)
 
 
-def test_a_folder_is_replaced_whole_or_not_at_all(told, tmp_path, monkeypatch):
-    whole, _, _ = told
+def test_a_page_of_one_domain(tmp_path):
+    """One domain needs no choice of domain, and missing pictures have no sections."""
+    page = hand_made_page(tmp_path, np.array([[[3, 0]], [[0, 0]]]), (HOSTILE,))
+    ids = Reader(page).ids
+    assert "over-time" not in ids and "layers" in ids
+    assert "data-map" not in page.split("<script")[0] and "I(expert; domain)" not in page
+    assert [text for *_, text in cells(page)] == ["2.00 × mean load", "0.00 × mean load"]
+
+
+def test_text_never_becomes_markup(tmp_path):
+    """Domains may have any name, even the name of the map of all text."""
+    page = hand_made_page(tmp_path, np.array([[[3, 1]], [[0, 0]]]), (HOSTILE, "all"))
+    reader = Reader(page)
+    assert "<b>" not in page and page.count("</script>") == 2
+    assert reader.texts["button"] == ["all", HOSTILE, "all"]
+    assert reader.texts["h1"] == [f"Where tokens go: {HOSTILE}, step 0"]
+    assert [text for *_, text in cells(page)] == ["1.50 × mean load", "0.50 × mean load"] * 2 + ["no load"] * 2
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    assert data["domains"] == [HOSTILE, "all"] and data["experts"][0][0]["contexts"][0]["before"] == HOSTILE[:-1]
+
+
+def test_a_folder_is_replaced_in_one_step_or_not_at_all(reported, tmp_path, monkeypatch):
+    run, _, _ = reported
     out = tmp_path / "stats"
     monkeypatch.setattr("dsv3_jax.stats.reporting._draw", lambda *args: None)  # the pictures have their own test
-    first = report(whole.folder, out, batches=1, draws=2)
+    first = report(run.folder, out, batches=1, draws=2)
     assert first[0] == out
     before = {p.name: p.read_bytes() for p in out.iterdir()}
 
@@ -198,38 +231,38 @@ def test_a_folder_is_replaced_whole_or_not_at_all(told, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dsv3_jax.stats.page.load_map", fail)
+        patch.setattr("dsv3_jax.stats.reporting.render_page", fail)
         with pytest.raises(OSError, match="disk full"):
-            report(whole.folder, out, batches=1, draws=2)
+            report(run.folder, out, batches=1, draws=2)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert list(tmp_path.iterdir()) == [out]
-    (out / "load.png").write_text("of the statistics before")
-    report(whole.folder, out, step=8, batches=1, draws=2, paths=(whole.run.data.paths[0],))
+    (out / "load.png").write_text("of the earlier statistics")
+    report(run.folder, out, step=8, batches=1, draws=2, paths=(run.run.data.paths[0],))
     assert json.loads((out / "stats.json").read_text())["step"] == 8
     assert {p.name for p in out.iterdir()} == before.keys() and list(tmp_path.iterdir()) == [out]
-    (out / "mine.txt").write_text("notes")
-    with pytest.raises(ValueError, match="holds other files than statistics, such as mine.txt"):
-        report(whole.folder, out, batches=1)
-    with pytest.raises(ValueError, match="mine.txt is a file, not a folder"):
-        report(whole.folder, out / "mine.txt", batches=1)
+    (out / "notes.txt").write_text("notes")
+    with pytest.raises(ValueError, match=r"out='.*stats' holds other files .*notes\.txt"):
+        report(run.folder, out, batches=1)
+    with pytest.raises(ValueError, match=r"out='.*notes\.txt' is a file"):
+        report(run.folder, out / "notes.txt", batches=1)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("argv", "sentence"),
     [
-        (["nowhere"], "nowhere holds no run"),
+        (["nowhere"], "folder='nowhere' holds no run"),
         (["RUN", "--batches", "0"], "batches=0 is below 1"),
-        (["RUN", "--step", "3"], "no checkpoint of step 3"),
+        (["RUN", "--step", "3"], "step=3 has no checkpoint"),
         (["RUN", "--draws", "0"], "draws=0 is below 1"),
-        (["RUN", "--paths", "nothing"], "path 'nothing' does not exist"),
+        (["RUN", "--paths", "nothing"], "path='nothing' does not exist"),
     ],
 )
-def test_errors_are_a_sentence(told, capsys, tmp_path, words, said):
-    whole, _, _ = told
-    words = [str(whole.folder) if word == "RUN" else word for word in words]
-    assert unhooked_cli().main(["stats", *words, "--out", str(tmp_path / "out")]) == 2
+def test_errors_are_a_sentence(reported, capsys, tmp_path, argv, sentence):
+    run, _, _ = reported
+    argv = [str(run.folder) if argument == "RUN" else argument for argument in argv]
+    assert unhooked_cli().main(["stats", *argv, "--out", str(tmp_path / "out")]) == 2
     errors = capsys.readouterr().err
-    assert errors.startswith("dsv3: ") and said in errors and errors.count("\n") == 1
+    assert errors.startswith("dsv3: ") and sentence in errors and errors.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""What studies count and plant, where it is more than a diff of a recipe."""
+"""The studies' own code: counts of experts, planted keys."""
 
 import importlib.util
 import re
@@ -13,7 +13,7 @@ from experiments.lab import study
 
 @pytest.fixture
 def load(monkeypatch):
-    """A file of a study, as a module."""
+    """Load a file of a study as a module."""
 
     def load(name):
         path = HERE / "experiments" / name
@@ -26,22 +26,22 @@ def load(monkeypatch):
     return load
 
 
-def test_specialisation_is_measured_on_the_runs_of_the_balance_study(load):
+def test_specialisation_shares_the_runs_of_the_balance_study(load):
     base = recipe("lab")
-    theirs = {a.mark for a in load("03_balance/run.py").STUDY.asked(base, (0, 1)).values()}
-    ours = {name: a.mark for (name, _), a in load("09_specialisation/run.py").STUDY.asked(base, (0,)).items()}
-    assert {name for name, mark in ours.items() if mark not in theirs} == {"Switch loss, α 1e-2"}
-    assert study.fingerprint(base) in theirs  # which other studies have, too
+    balance = {r.fingerprint for r in load("03_balance/run.py").STUDY.list_runs(base, (0, 1)).values()}
+    runs = load("09_specialisation/run.py").STUDY.list_runs(base, (0,))
+    assert {name for (name, _), r in runs.items() if r.fingerprint not in balance} == {"Switch loss, α 1e-2"}
+    assert study.fingerprint(base) in balance  # the base recipe, which other studies share too
 
 
-def test_experts_are_sorted_by_the_domain_that_they_like(load):
+def test_experts_are_sorted_by_favourite_domain(load):
     nine = load("09_specialisation/run.py")
     ratio = nine.over_mean(np.array([[[2, 6, 1, 3]], [[40, 10, 20, 10]]]))
     np.testing.assert_allclose(ratio[:, 0], [[2 / 3, 2, 1 / 3, 1], [2, 0.5, 1, 0.5]])
     assert nine.by_favourite(ratio[:, 0]).tolist() == [1, 3, 0, 2]
 
 
-def test_keys_are_planted_and_taken_out_again(load):
+def test_keys_are_planted_and_removed_again(load):
     planted = load("10_yarn/planted.py")
     assert planted.plain("The 3 Keys, é and 42 more?! ") == "the  keys,  and  more "
     text = planted.plain("the keys, and more. " * 400)
@@ -63,7 +63,7 @@ def test_a_question_has_one_answer_at_its_distance(load, distance):
         assert len(row) == 200 and row.count(key) == 2 and row[row.index(key) + 1] == value
         assert not set(row[:-2].replace(key + value, "")) & set(planted.VALUES[key])
         assert abs(198 - row.index(key) - distance) <= 8
-        assert not re.search("[?!@](?![A-Z0-9])|(?<![?!@])[A-Z0-9]", row)  # every other key is whole
+        assert not re.search("[?!@](?![A-Z0-9])|(?<![?!@])[A-Z0-9]", row)  # no other pair is cut
     assert len(values) > 3
 
 

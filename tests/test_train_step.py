@@ -52,7 +52,7 @@ def copied(tree):
 
 def test_batches_of_one_shape_are_traced_once(monkeypatch):
     """Documents, loads and schedules change from step to step, and none of them the program."""
-    monkeypatch.setattr(train_step, "losses", chex.assert_max_traces(train_step.losses, n=1))
+    monkeypatch.setattr(train_step, "compute_loss", chex.assert_max_traces(train_step.compute_loss, n=1))
     step, state = make_step(PLAIN), fresh_state(PLAIN)
     for seed in range(3):
         state, _ = step(state, make_batch(seed))

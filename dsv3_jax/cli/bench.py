@@ -1,9 +1,10 @@
-"""`dsv3 bench decode`: how fast a run's checkpoint decodes, by batch, context, cache and draft."""
+"""`dsv3 bench decode RUN`: how fast a run's checkpoint decodes, by batch, context, cache and draft."""
 
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
@@ -13,46 +14,68 @@ from typing import Annotated, Any
 import tyro
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from dsv3_jax.config import CacheDtype, CacheKind, ModelConfig, RunConfig
-from dsv3_jax.data import tokenizer
-from dsv3_jax.data.corpus import load_corpus
+from dsv3_jax.cli.common import parse, prepare_process
+from dsv3_jax.config import CacheDtype, CacheKind, ModelConfig, did_you_mean
+from dsv3_jax.data.batches import held_out_prompts
 from dsv3_jax.decoding.generate import Generated, generate
-from dsv3_jax.kernels.cpu import calls
+from dsv3_jax.files import write_atomic
 from dsv3_jax.model.cache import pick_dtype, pick_kind
-from dsv3_jax.model.counting import decode_bytes, short
+from dsv3_jax.model.counting import decode_bytes
 from dsv3_jax.report.speed import copy_bandwidth
-from dsv3_jax.training.checkpoint import load_draft, load_model
+from dsv3_jax.report.units import format_count
 
 
 @dataclass
 class Decode:
-    """Decode a run's held-out text, greedily, and time it; options with several values are combined with one another.
+    """Time greedy decoding of a run's held-out text, for all combinations of the options with several values.
 
-    Everything runs once to compile and --rounds times to be timed, in turns; the figures are medians.
+    Each combination (a cell of the table) runs once to compile, then once in each of --rounds rounds. The figures are
+    medians of the rounds. Progress is printed on stderr.
     """
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """a folder that `dsv3 train` made"""
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """a folder that `dsv3 train` or `dsv3 convert` wrote"""
     batch: tuple[int, ...] = (1,)
-    """sequences side by side"""
+    """numbers of sequences decoded together"""
     context: tuple[int, ...] = (128,)
-    """tokens of a prompt; beyond the length that a run was trained on, drafts stand less"""
+    """numbers of tokens of a prompt; beyond the training length fewer drafts are accepted"""
     new_tokens: int = 64
-    """tokens decoded after it, at least 2"""
+    """number of tokens decoded after the prompt, at least 2"""
     cache: tuple[CacheKind, ...] = ()
-    """not given: the model's own; the word none computes every step anew from the first token"""
+    """what is cached: latent rows, expanded keys and values, or none; empty means the model's smallest"""
     cache_dtype: tuple[CacheDtype, ...] = ()
-    """of cached rows; none given: the model's compute dtype"""
+    """dtypes of cached rows; empty means the compute dtype"""
     draft: tuple[str, ...] = ("none",)
-    """who drafts: "none", "mtp" (the model's own heads), or the folder of another run with the same tokenizer"""
+    """who drafts: none, mtp (the model's own heads), or the folder of another run with the same tokenizer"""
     draft_length: tuple[int, ...] = (1,)
-    """tokens drafted a step"""
+    """numbers of tokens drafted a step"""
     rounds: int = 3
-    """timed rounds"""
+    """number of timed rounds"""
+    kernels: str | None = None
+    """kernels to compute with: auto, xla, or a name from `dsv3 info PRESET --kernels`; None means the run's own"""
     json: Path | None = None
-    """a file to write the figures to, too"""
+    """file to write the figures to; None means no file"""
+
+
+BENCHMARKS = ("decode",)
+
+
+def run(argv: list[str]) -> int:
+    """Run the benchmark that the first argument names."""
+    if argv and argv[0] in ("-h", "--help"):
+        print("usage: dsv3 bench decode RUN …\n\n`dsv3 bench decode --help` lists its options.")
+        return 0
+    if not argv or argv[0].startswith("-"):
+        raise ValueError("the name of a benchmark is missing, as in: dsv3 bench decode RUN")
+    if argv[0] not in BENCHMARKS:
+        near = did_you_mean(argv[0], BENCHMARKS)
+        raise ValueError(f"benchmark {argv[0]!r} is not one of {', '.join(BENCHMARKS)}{near}")
+    args = parse(Decode, argv[1:], "bench decode")
+    prepare_process()
+    return decode(args)
 
 
 @dataclass(frozen=True)
@@ -66,6 +89,17 @@ class Cell:
     draft: str
     draft_length: int  # 0 without a draft
 
+    @property
+    def cache_text(self) -> str:
+        return f"{self.cache} {self.cache_dtype}".strip()
+
+    @property
+    def draft_text(self) -> str:
+        return f"{self.draft} {self.draft_length}" if self.draft_length else self.draft
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, context {self.context}, cache {self.cache_text}, draft {self.draft_text}"
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -77,13 +111,13 @@ class Timing:
     cache_bytes_per_token: int
     acceptance: list[float]  # by position
     tokens_per_step: float
-    share_of_bound: float | None  # None where `decode_bytes` does not tell what a step reads: with a draft, or no cache
+    share_of_bound: float | None  # None with a draft or without a cache: `decode_bytes` does not count these
 
 
 def decode(options: Decode) -> int:
-    """Run the benchmark and print its table; returns the exit code.
+    """Run the benchmark and print its table; return the exit code.
 
-    Raises: ValueError, one sentence, for options that cannot be and for folders that hold no checkpoint.
+    Raises: ValueError (one sentence) for options out of range and for folders that hold no checkpoint.
     """
     if options.new_tokens < 2:
         raise ValueError(f"new_tokens={options.new_tokens}: the first comes with the prefill, so decoding needs 2")
@@ -93,12 +127,15 @@ def decode(options: Decode) -> int:
     for name, values in {"batch": options.batch, "context": options.context, "rounds": (options.rounds,)}.items():
         if min(values) < 1:
             raise ValueError(f"{name}={min(values)} is below 1")
-    model, cfg, run, step = load_model(options.run)
+    from dsv3_jax.training.checkpoint import load_draft, load_run
+
+    model, run, step = load_run(options.run, kernels=options.kernels)
+    cfg = run.model
     drafts: dict[str, Any] = {"none": None, "mtp": "mtp"}
-    drafts |= {name: load_draft(name, run) for name in options.draft if name not in drafts}
+    drafts |= {name: load_draft(name, run, kernels=options.kernels) for name in options.draft if name not in drafts}
     kinds = options.cache or (pick_kind(cfg, None),)
-    dtypes = options.cache_dtype or (str(pick_dtype(cfg, None)),)
-    prompts = cache(lambda batch, context: held_out_prompts(run, batch, context))
+    dtypes = options.cache_dtype or (str(pick_dtype(model.compute_dtype, None)),)
+    prompts = cache(lambda batch, context: held_out_prompts(run.data, batch, context))
 
     def one(cell: Cell) -> Generated:
         return generate(
@@ -117,37 +154,53 @@ def decode(options: Decode) -> int:
             options.batch, options.context, kinds, dtypes, options.draft, options.draft_length
         )
     ))  # fmt: skip
-    for cell in cells:
-        one(cell)
-    made: dict[Cell, list[Generated]] = {cell: [] for cell in cells}
-    for _ in range(options.rounds):
-        for cell in cells:
-            made[cell].append(one(cell))
-    bandwidth = copy_bandwidth()
-    weight_bytes = model.embed[...].dtype.itemsize
-    timed = {cell: timing(cfg, cell, results, bandwidth, weight_bytes) for cell, results in made.items()}
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console.print(model.kernels.describe(model.compute_dtype), soft_wrap=True)
+    results: dict[Cell, list[Generated]] = {cell: [] for cell in cells}
+    with _progress() as show:
+        for i, cell in enumerate(cells, start=1):
+            show(f"compile {i}/{len(cells)}: {cell}")
+            one(cell)
+        for i in range(1, options.rounds + 1):
+            for cell in cells:
+                show(f"round {i}/{options.rounds}: {cell}")
+                results[cell].append(one(cell))
+        show("measure the bandwidth of copying")
+        bandwidth = copy_bandwidth()
+    weight_bytes = model.embed[...].dtype.itemsize
+    timed = {cell: timing(cfg, cell, found, bandwidth, weight_bytes) for cell, found in results.items()}
     console.print(_table(timed))
     console.print(
-        f"step {step} of {options.run}, {options.new_tokens} new tokens, greedy, medians of {options.rounds}; "
+        f"step {step} of {options.run}, {options.new_tokens} new tokens, greedy, medians of {options.rounds} rounds; "
         f"bound: weights and cache that a step must read, at the measured {bandwidth / 1e9:.1f} GB/s of copying",
         soft_wrap=True,
     )
-    why = calls.why_not()
-    console.print(f"by XLA alone, for {why}" if why else "float32 by the native kernels", soft_wrap=True)
     if options.json:
         rows = [asdict(cell) | asdict(result) for cell, result in timed.items()]
         report = {"step": step, "new_tokens": options.new_tokens, "copy_bandwidth": bandwidth, "cells": rows}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_atomic(options.json, json.dumps(report, indent=1) + "\n")
     return 0
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Show what runs now on stderr: a live line on a terminal, a line each elsewhere."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        yield lambda text: console.print(text, markup=False)
+        return
+    with console.status("") as status:
+        yield lambda text: status.update(escape(text))
 
 
 def timing(
     cfg: ModelConfig, cell: Cell, results: Sequence[Generated], bandwidth: float, weight_bytes: int = 4
 ) -> Timing:
-    """What a cell's rounds say.
+    """Compute the medians of a cell's rounds.
 
-    Args: bandwidth in bytes a second and weight_bytes, a parameter's, are for the bound.
+    Args:
+        bandwidth: of copying, in bytes a second; for the bound.
+        weight_bytes: of a parameter; likewise.
     """
 
     def median(of) -> float:
@@ -170,25 +223,6 @@ def timing(
     )
 
 
-def held_out_prompts(run: RunConfig, batch: int, context: int) -> list[list[int]]:
-    """Prompts of `context` tokens from a run's held-out text; each begins with another document, as far as there are.
-
-    Raises: ValueError where the text has fewer tokens than one prompt.
-    """
-    documents, text = load_corpus(run.data).val, tokenizer.load(run.data.tokenizer)
-    prompts = []
-    for i in range(batch):
-        first, tokens = i * len(documents) // batch, []
-        for document in [*documents[first:], *documents[:first]]:
-            tokens += [*text.encode(document.text), text.eos_id]
-            if len(tokens) >= context:
-                break
-        if len(tokens) < context:
-            raise ValueError(f"context={context} is more than the {len(tokens)} tokens of the run's held-out text")
-        prompts.append(tokens[:context])
-    return prompts
-
-
 def _table(timed: dict[Cell, Timing]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("batch", "context", "cache", "draft"):
@@ -201,11 +235,11 @@ def _table(timed: dict[Cell, Timing]) -> Table:
         table.add_row(
             str(cell.batch),
             str(cell.context),
-            f"{cell.cache} {cell.cache_dtype}".strip(),
-            f"{cell.draft} {cell.draft_length}" if cell.draft_length else cell.draft,
-            short(found.prefill_tokens_per_s),
+            cell.cache_text,
+            cell.draft_text,
+            format_count(found.prefill_tokens_per_s),
             f"{found.ms_per_token:.2f}",
-            short(found.tokens_per_s),
+            format_count(found.tokens_per_s),
             str(found.cache_bytes_per_token),
             " ".join(f"{a:.0%}" for a in found.acceptance) or "-",
             f"{found.tokens_per_step:.2f}",

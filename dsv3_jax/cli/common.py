@@ -1,120 +1,218 @@
-"""What the commands of `dsv3` can be told: a dataclass each, whose fields are its options and whose words its help.
+"""What the commands share: options, presets by name, settings of the process, and errors as one sentence."""
 
-Those of `stats`, `plan` and `bench decode` stand with what they do.
-"""
-
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
+import contextlib
+import dataclasses
+import errno
+import io
+import itertools
+import math
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from difflib import get_close_matches
+from typing import Any
 
 import tyro
 
-from dsv3_jax.config import CacheDtype, CacheKind, RunConfig
+from dsv3_jax.config import did_you_mean
+
+# Options that moved, without `--model.`: a run's execution is apart from its model.
+MOVED = {
+    "compute-dtype": "compute-dtype",
+    "remat": "remat",
+    "dispatch": "kernels",
+    "layout.fsdp": "layout.fsdp",
+    "layout.no-fsdp": "layout.no-fsdp",
+    "layout.exchange": "layout.expert-comm",
+    "layout.slack": "layout.capacity-slack",
+}
+
+# Options
 
 
-@dataclass
-class Demo:
-    """The main job, end to end, in about five minutes on two CPU cores: train, stop, resume, evaluate, generate."""
+def parse(kind: type, argv: list[str], command: str, default: Any = None) -> Any:
+    """Make an options dataclass from a command's arguments.
 
-    out: Path = Path("runs/demo")
-    """the run's folder"""
-    short: bool = False
-    """a few steps of a smaller run, for seconds rather than minutes"""
-
-
-@dataclass
-class Train:
-    """Train a preset. Every key of the run can be given; the rest is the preset's recipe.
-
-    With --start, model and data are those of the run whose weights training begins with; a converted run is one, too.
-    With --trunk they are the trunk's: what remains to say is --model.mtp-kind and --model.mtp-depth.
+    Raises: ValueError (one sentence) for arguments that are unknown, missing or of the wrong type.
     """
-
-    out: Path
-    """the run's folder: run.json, checkpoints, metrics, pictures"""
-    run: Annotated[RunConfig, tyro.conf.arg(name="")]
-    mesh: str | None = None
-    """devices to spread the run over, as data=N,expert=N; on a CPU each stands for a core; none: a single one, and with
-    --cluster all of them along data"""
-    cluster: str | None = None
-    """train in several processes, one a host: process 0's HOST:PORT, with --processes and --process-id; or auto, where
-    SLURM, Kubernetes, Open MPI or a TPU pod tells; every process runs the same command, and OUT is a shared folder"""
-    processes: int | None = None
-    """how many processes the cluster has"""
-    process_id: int | None = None
-    """which of them this is, from 0"""
-    cluster_timeout: int = 60
-    """seconds to wait for the others at the start"""
+    if not {"-h", "--help"} & set(argv):
+        check_options(argv, options_of(kind), command)
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output):
+            return tyro.cli(kind, args=argv, prog=f"dsv3 {command}", default=default)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(_one_sentence(output.getvalue(), argv)) from None
 
 
-@dataclass
-class Eval:
-    """Held-out measures of a run's last checkpoint: loss, bits a byte, by domain, MaxVio, MTP acceptance."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """a folder that `dsv3 train` made"""
-    paths: tuple[str, ...] = ()
-    """other text to measure on; none: the run's own validation text"""
-    batches: int = 8
-    """batches measured"""
-    cache_dtype: tuple[CacheDtype, ...] = ()
-    """measure the same text read through caches of these dtypes, too, against the exact one"""
+def options_of(kind: type) -> dict[str, bool]:
+    """The options of a dataclass, nested ones too: name → whether it is a switch, which takes no value."""
+    return dict(_options(kind, ""))
 
 
-@dataclass
-class Generate:
-    """Continue a prompt, token by token as they come."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """a folder that `dsv3 train` made"""
-    prompt: str = "def "
-    """the text to continue"""
-    max_new_tokens: int = 256
-    temperature: float = 0.8
-    """0 takes the likeliest token each time"""
-    top_k: int | None = None
-    top_p: float | None = 0.95
-    cache: CacheKind | None = None
-    """what is remembered of each token; not given: the model's own, latent rows if it can; the word none: nothing"""
-    cache_dtype: CacheDtype | None = None
-    """of cached rows; none given: the model's compute dtype"""
-    draft: str | None = None
-    """who drafts: "mtp" (the model's own multi-token heads), or the folder of a smaller run with the same tokenizer"""
-    draft_length: int = 1
-    """tokens drafted a step; the text is distributed as without"""
-    seed: int = 0
-    mesh: str | None = None
-    """devices to spread the model over, as data=N,expert=N,tensor=N; the text is a single device's; none: that one"""
+def _options(kind: Any, prefix: str) -> Iterator[tuple[str, bool]]:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for item in dataclasses.fields(kind):
+        hint, name = hints[item.name], item.name.replace("_", "-")
+        marks = typing.get_args(hint)[1:] if typing.get_origin(hint) is typing.Annotated else ()
+        if tyro.conf.Positional in marks:
+            continue
+        if marks:
+            hint = typing.get_args(hint)[0]
+        if dataclasses.is_dataclass(hint):
+            flat = any(getattr(mark, "name", None) == "" for mark in marks)
+            yield from _options(hint, prefix if flat else f"{prefix}{name}.")
+            continue
+        yield f"--{prefix}{name}", hint is bool
+        if hint is bool:
+            yield f"--{prefix}no-{name}", True
 
 
-@dataclass
-class Convert:
-    """Convert a folder: Hugging Face format into a run for `dsv3 generate`, a run into that format, or its dtype."""
+def check_options(argv: list[str], options: dict[str, bool], command: str) -> None:
+    """Check that all options exist, and have a value if they need one.
 
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """a released folder (config.json and safetensors), or one that `dsv3 train` made"""
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """the folder to make; on failure nothing is left of it"""
-    to: Literal["run", "hf"] | None = None
-    """what to make; none: what FOLDER is not, or hf where --dtype is given"""
-    dtype: Literal["float32", "bfloat16", "fp8"] | None = None
-    """of weights in Hugging Face format; none: the source's, FP8 becoming what its other weights are"""
-    shard_mb: int = 5000
-    """a safetensors file holds at most so many megabytes"""
-    mtp: bool = True
-    """--no-mtp leaves out the multi-token prediction layers of a released folder"""
-    allow_nonfinite: bool = False
-    """take NaN and Inf weights as they are"""
+    Raises: ValueError that names the nearest option, or what an option is called now.
+    """
+    for word, after in itertools.pairwise([*argv, "--"]):
+        if not word.startswith("--") or word == "--":
+            continue
+        name, equals, _ = word.partition("=")
+        name = name.replace("_", "-")
+        if name not in options:
+            raise ValueError(f"option {name!r} {_moved(name, options) or _unknown(name, options, command)}")
+        if not equals and not options[name] and after.startswith("--"):
+            raise ValueError(f"option {name!r} needs a value")
 
 
-@dataclass
-class TokenizerArgs:
-    """Train a byte-level BPE tokenizer and write it as a tokenizer.json."""
+def _moved(name: str, options: Iterable[str]) -> str:
+    """What a renamed option is called now; empty for others."""
+    old = name.removeprefix("--").removeprefix("model.")
+    for now in (f"--{prefix}{MOVED[old]}" for prefix in ("execution.", "") if old in MOVED):
+        if now in options:
+            hint = f", as in {now} grouped_swiglu=dense; a capacity factor alone drops tokens"
+            return f"is {now} now{hint if old == 'dispatch' else ''}"
+    return ""
 
-    out: Annotated[Path, tyro.conf.Positional]
-    """the file to write"""
-    vocab_size: int = 8192
-    paths: tuple[str, ...] = ()
-    """files or folders of text; none: the text that this Python carries"""
-    force: bool = False
-    """write over a file that is there"""
+
+def _unknown(name: str, options: Iterable[str], command: str) -> str:
+    """An option is nearest by its last part, whatever it is nested in; of several those, by its whole name."""
+    parts = {option: option.removeprefix("--").rpartition(".")[2] for option in options}
+    near = get_close_matches(name.removeprefix("--").rpartition(".")[2], set(parts.values()), n=1)
+    nearest = get_close_matches(name, [o for o, part in parts.items() if part in near], n=1, cutoff=0)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else "--help lists the options"
+    return f"is not one of dsv3 {command.removesuffix(' PRESET')}; {hint}"
+
+
+def _one_sentence(text: str, argv: list[str]) -> str:
+    """What tyro prints about bad arguments, without its boxes."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    text = " ".join(re.sub(r"[╭╮╰╯│─]|-{9,}", " ", text).split())  # boxes, or lines where there is no UTF-8
+    for value in (re.sub(r"^--[\w.-]+=", "", word) for word in argv):
+        if len(value) > 40:  # the boxes break long words
+            text = value.join(re.split(" ?".join(map(re.escape, value)), text))
+    text = text.split(" For full helptext")[0].split(" Argument helptext")[0]
+    text = re.sub(r"^(Parsing error|Unrecognized options|Invalid \w+|Value error|Missing argument) ", "", text)
+    text = re.sub(r"^Unrecognized options: ([^ ,]+).*$", r"argument '\1' is one too many; see --help", text)
+    text = re.sub(r"^Missing value for argument '(\S+)'\..*$", r"option '\1' needs a value", text)
+    text = re.sub(r"^Required options Missing from .*?: (?:(--)?(\S+) )(.*?) \(required\).*$", _missing, text)
+    text = re.sub(r"^invalid choice '(.*)' for argument '(\S+)'. Expected one of \((.*)\)\.$", _choice, text)
+    text = re.sub(r"^Error parsing (?:(--\S+)|[\w.-]+): ", lambda m: f"option '{m[1]}': " if m[1] else "", text)
+    text = re.sub(r"invalid literal for int\(\) with base 10: (.+)$", r"\1 is not a whole number", text)
+    return re.sub(r"could not convert string to float: (.+)$", r"\1 is not a number", text)
+
+
+def _missing(match: re.Match) -> str:
+    dashes, name, what = match.groups()
+    return (
+        f"option '--{name}' is missing: {what.partition(' ')[2]}" if dashes else f"argument {name} is missing: {what}"
+    )
+
+
+def _choice(match: re.Match) -> str:
+    given, option, names = match[1], match[2], re.findall(r"'([^']*)'", match[3])
+    return f"option {option!r}: {given!r} is not one of {', '.join(names)}{did_you_mean(given, names)}"
+
+
+def named_preset(argv: list[str], command: str, look_up: Callable[[str], Any]) -> tuple[Any, list[str]]:
+    """Look up the preset that a command's first argument names.
+
+    Returns: (what `look_up` finds, the other arguments). For --help it is the preset "tiny".
+    Raises: ValueError if there is no such argument or preset.
+    """
+    if not argv or argv[0].startswith("-"):
+        if {"-h", "--help"} & set(argv):
+            return look_up("tiny"), argv
+        raise ValueError(f"argument PRESET is missing: name one first, as in: dsv3 {command} tiny")
+    return look_up(argv[0]), argv[1:]
+
+
+def value_of(argv: list[str], option: str) -> str | None:
+    """An option's value before parsing, because the parser's defaults depend on it."""
+    for word, after in itertools.pairwise([*argv, ""]):
+        if word == option or word.startswith(option + "="):
+            return word.removeprefix(option).removeprefix("=") or after
+    return None
+
+
+# The process
+
+
+def prepare_process() -> None:
+    """Set up memory and messages of a process that computes. Call it before JAX makes an array."""
+    from dsv3_jax.kernels.cpu.memory import keep_memory
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    keep_memory()
+
+
+def make_mesh(text: str | None) -> Any:
+    """Make the mesh that --mesh describes; on CPU as many devices as it needs. None means a single device."""
+    if text is None:
+        return None
+    import jax
+
+    from dsv3_jax.mesh import sharding
+
+    sizes = sharding.parse_mesh(text)
+    with contextlib.suppress(RuntimeError):  # an array exists already: the devices are those there are
+        jax.config.update("jax_num_cpu_devices", math.prod(sizes.values()))
+    return sharding.make_mesh(**sizes)
+
+
+# Errors
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Run a command; return its exit code, and print the errors of bad input as one sentence."""
+    try:
+        return command()
+    except BrokenPipeError:  # the reader, such as `head`, has read enough
+        sys.stdout = open(os.devnull, "w")
+        return 141
+    except (ValueError, OSError) as error:
+        return fail(sentence(error))
+    except MemoryError as error:
+        return fail(f"not enough memory: {sentence(error)}")
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error):  # from inside XLA or Orbax
+            return fail(sentence(error))
+        raise
+
+
+def sentence(error: BaseException) -> str:
+    """An error's message on one line."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full: {error.filename or error.strerror}; what was saved before is complete"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def fail(text: str, code: int = 2) -> int:
+    """Print an error on stderr; return the exit code."""
+    print(f"dsv3: {text}", file=sys.stderr)
+    return code

@@ -1,24 +1,39 @@
-"""The main job: train a small DeepSeek-V3 on real text, stop it, resume it, measure it, and hear it speak."""
+"""`dsv3 demo`: train a small DeepSeek-V3 on real text, stop, resume, evaluate, and generate."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
+from dsv3_jax.cli.common import parse, prepare_process
 from dsv3_jax.config import RunConfig, replace
-from dsv3_jax.data import tokenizer
-from dsv3_jax.data.corpus import load_corpus
-from dsv3_jax.decoding.generate import generate
 from dsv3_jax.presets import recipe
-from dsv3_jax.training.checkpoint import TOKENIZER_FILE, load_model
-from dsv3_jax.training.loop import fit
 
 VOCAB_SIZE = 1024
 PROMPTS = ("def ", "class ", "#include ", "The ")
 
 
+@dataclass
+class Demo:
+    """Train a small model on the text that this Python carries, stop half-way, resume, evaluate and generate.
+
+    It takes about five minutes on two CPU cores. The same command resumes a demo that was stopped.
+    """
+
+    out: Path = Path("runs/demo")
+    """folder of the run"""
+    short: bool = False
+    """train a few steps of a smaller run only: about a minute"""
+
+
+def run(argv: list[str]) -> int:
+    """Run the demo."""
+    args = parse(Demo, argv, "demo")
+    prepare_process()
+    return demo(args.out, short=args.short)
+
+
 def demo_run(tokenizer_path: Path, short: bool) -> RunConfig:
-    """The demo's run; `short` is for seconds: a small part of the text and a few steps.
+    """The demo's run; `short` takes a small part of the text and a few steps.
 
     A small vocabulary of its own in place of bytes: three times the text for the same minutes.
     """
@@ -39,7 +54,16 @@ def demo_run(tokenizer_path: Path, short: bool) -> RunConfig:
 
 
 def demo(out: Path, *, short: bool = False) -> int:
-    """Run it in folder `out`; returns the exit code."""
+    """Run the demo in the folder `out`; return the exit code."""
+    from rich.console import Console
+
+    from dsv3_jax.data import tokenizer
+    from dsv3_jax.data.corpus import load_corpus
+    from dsv3_jax.decoding.generate import generate
+    from dsv3_jax.training.checkpoint import load_run
+    from dsv3_jax.training.loop import fit
+    from dsv3_jax.training.run_folder import TOKENIZER_FILE
+
     console = Console(highlight=False, soft_wrap=True)
     start = time.perf_counter()
     tokenizer_path = Path(out) / TOKENIZER_FILE
@@ -47,16 +71,16 @@ def demo(out: Path, *, short: bool = False) -> int:
     if not tokenizer_path.exists():
         console.print(f"training a vocabulary of {VOCAB_SIZE} byte-level tokens")
         tokenizer_path.parent.mkdir(parents=True, exist_ok=True)
-        # The default text, every fourth document: enough for so few merges.
+        # Every fourth document of the default text: enough for so few merges.
         documents = load_corpus(replace(run.data, tokenizer="bytes")).train[:: 1 if short else 4]
         tokenizer.train_bpe((d.text for d in documents), VOCAB_SIZE, str(tokenizer_path))
     half = run.steps // 2 // run.save_every * run.save_every or run.save_every
-    # Stop half-way and go on from the checkpoint, as a run that was interrupted would.
+    # Stop half-way and resume from the checkpoint, as an interrupted run would.
     fit(run, out, stop_after=half)
-    fitted = fit(run, out)
-    model, _, _, _ = load_model(out)
+    result = fit(run, out)
+    model = load_run(out).model
     text = tokenizer.load(run.data.tokenizer)
-    made = generate(
+    generated = generate(
         model,
         [text.encode(p) for p in PROMPTS],
         16 if short else 80,
@@ -64,11 +88,11 @@ def demo(out: Path, *, short: bool = False) -> int:
         top_p=0.95,
         stop_tokens=(text.eos_id,),
     )
-    console.print("\nwhat it writes, from the latent cache, at temperature 0.5:")
-    for prompt, tokens in zip(PROMPTS, made.tokens, strict=True):
+    console.print("\ngenerated from the latent cache, at temperature 0.5:")
+    for prompt, tokens in zip(PROMPTS, generated.tokens, strict=True):
         console.rule(prompt.strip(), style="dim", characters="-")
         console.print(prompt + text.decode(tokens), markup=False)
     console.rule(style="dim", characters="-")
     minutes = (time.perf_counter() - start) / 60
-    console.print(f"done in {minutes:.1f} minutes; step {fitted.step}; the run is in {out}")
+    console.print(f"done in {minutes:.1f} minutes; step {result.step}; the run is in {out}")
     return 0

@@ -1,45 +1,51 @@
-"""`dsv3 stats RUN`: its options, and what it prints."""
+"""`dsv3 stats RUN`: count which experts held-out text is routed to."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import jax.numpy as jnp
 import tyro
 from rich.console import Console
 
-from dsv3_jax.ops import balance
-from dsv3_jax.report.progress import counted
-from dsv3_jax.stats.reporting import PAGE, report
+from dsv3_jax.cli.common import parse, prepare_process
 
 
 @dataclass
 class Stats:
-    """Routing statistics of a run's checkpoint on held-out text: stats.json, pictures, and index.html."""
+    """Count how a run's checkpoint routes held-out text; write stats.json, pictures, and index.html."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """a folder that `dsv3 train` made"""
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """a folder that `dsv3 train` or `dsv3 convert` wrote"""
     out: Path | None = None
-    """the folder to write, or to write anew; none: stats in the run's folder"""
+    """folder to write; None means stats in the run's folder. An earlier report there is replaced"""
     paths: tuple[str, ...] = ()
-    """other text to read; none: the run's own validation text"""
+    """other text to read; empty means the run's own validation text"""
     step: int | None = None
-    """of the checkpoint; none: the last"""
+    """step of the checkpoint; None means the last"""
     batches: int = 16
-    """batches read, at most"""
+    """number of batches to read, at most"""
     draws: int = 200
-    """shuffles of the documents' domains, for what chance says of experts and domains"""
+    """number of shuffles of the documents' domains, which estimate chance for I(expert; domain)"""
     seed: int = 0
-    """of the shuffles"""
+    """seed of the shuffles"""
+    kernels: str | None = None
+    """kernels to compute with: auto, xla, or a name from `dsv3 info PRESET --kernels`; None means the run's own"""
 
 
-def stats(args: Stats) -> int:
-    """Write them, say the least; returns the exit code."""
+def run(argv: list[str]) -> int:
+    """Write the report, and print a line for each layer."""
+    args = parse(Stats, argv, "stats")
+    prepare_process()
+    import jax.numpy as jnp
+
+    from dsv3_jax.ops import balance
+    from dsv3_jax.report.progress import track
+    from dsv3_jax.stats.reporting import PAGE, report
 
     def follow(batches, total):
-        return counted(batches, total, "batches")
+        return track(batches, total, "batches")
 
-    out, counts, found = report(
+    out, counts, special = report(
         args.run,
         args.out,
         paths=args.paths,
@@ -47,13 +53,16 @@ def stats(args: Stats) -> int:
         batches=args.batches,
         draws=args.draws,
         seed=args.seed,
+        kernels=args.kernels,
         follow=follow,
     )
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{counts.tokens.max():,} tokens of {len(counts.document_domains)} documents")
-    uneven = balance.max_vio(jnp.asarray(counts.load, jnp.float32)).tolist()
-    for name, vio, bits, chance in zip(counts.layers, uneven, found.bits, found.shuffled_95, strict=True):
-        said = f"I(expert; domain) {bits:.4f} bits, by chance below {chance:.4f}" if len(counts.domains) > 1 else ""
-        console.print(f"{name:10s} MaxVio {vio:.2f}  {said}".rstrip())
+    max_vio = balance.max_vio(jnp.asarray(counts.load, jnp.float32)).tolist()
+    for layer, vio, bits, chance in zip(counts.layers, max_vio, special.bits, special.shuffled_95, strict=True):
+        line = f"{layer:10s} MaxVio {vio:.2f}"
+        if len(counts.domains) > 1:
+            line += f"  I(expert; domain) {bits:.4f} bits, by chance below {chance:.4f}"
+        console.print(line)
     console.print(f"the page: {out / PAGE}", markup=False)
     return 0

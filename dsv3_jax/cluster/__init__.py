@@ -1,1 +1,1 @@
-"""Several processes that train one run."""
+"""Train one run in several processes."""

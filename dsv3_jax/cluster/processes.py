@@ -1,7 +1,7 @@
-"""Several processes, one run: joining them, what they tell each other, and which rows of a batch each one holds.
+"""Several processes of one run: join them, exchange messages, agree, and find the rows of a batch that each one holds.
 
-Every process runs the same program, and every function here that speaks to the others must be called by all of them,
-in the same order. In a process of its own they cost nothing and say what is true of one.
+Every process runs the same program. All processes must call the functions here that communicate, in the same order.
+With one process they cost nothing and return the answer for one process.
 """
 
 import json
@@ -18,27 +18,29 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.cluster.supervisor import Cluster, Meeting
+from dsv3_jax.cluster.supervisor import Cluster, Rendezvous
 from dsv3_jax.config import ConfigError, Layout, first_difference
 from dsv3_jax.mesh import sharding
 
 T = TypeVar("T")
 
 
-def join(cluster: Cluster, devices: int | None, port: int) -> Meeting:
-    """Join the other processes, before the first array is made, and agree with them where their watches meet.
+def join(cluster: Cluster, devices: int | None, port: int) -> Rendezvous:
+    """Join the other processes before the first array is created, and agree on process 0's supervisor.
 
     Args:
-        devices: of the whole mesh; on CPU each process makes its share of them. None: one a process there.
-        port: at which this process's watch listens.
-    Raises: ConfigError when no cluster is found, or it cannot be served; ValueError when the devices cannot be shared.
+        devices: of the mesh. On CPU each process creates its share of them. None means one for each process on CPU.
+        port: of this process's supervisor.
+    Raises: ConfigError when the processes cannot share the devices, no cluster is found, or joining it fails.
     """
     if devices is not None and cluster.processes is not None:
         if devices % cluster.processes:
-            raise ConfigError(f"a mesh of {devices} devices cannot be shared by {cluster.processes} processes")
+            raise ConfigError(
+                f"devices={devices} of the mesh are not divisible by processes={cluster.processes}; change one of them"
+            )
         jax.config.update("jax_num_cpu_devices", devices // cluster.processes)
     try:
-        # The watch keeps the time of joining, for JAX ends the process itself when its own is over.
+        # JAX would end the process after its own timeout, so the supervisor enforces a shorter one.
         jax.distributed.initialize(
             None if cluster.address == "auto" else cluster.address,
             cluster.processes,
@@ -48,124 +50,130 @@ def join(cluster: Cluster, devices: int | None, port: int) -> Meeting:
     except (ValueError, RuntimeError) as error:
         if "should be defined" in str(error) or "must be defined" in str(error):
             raise ConfigError(
-                "--cluster auto finds no SLURM, Kubernetes, Open MPI or TPU pod here; "
+                "cluster='auto' finds no SLURM, Kubernetes, Open MPI or TPU pod; "
                 "give --cluster HOST:PORT --processes N --process-id I"
             ) from error
-        said = " ".join(str(error).split())
-        raise ConfigError(f"process {cluster.process_id} cannot join the cluster {cluster.address}: {said}") from error
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's own note of it would be read by nobody
-    hosts = [cluster.host] if cluster.host else _own_addresses()
-    mine = Meeting(jax.process_index(), jax.process_count(), hosts, port, secrets.token_hex(16))
-    first = json.loads(gather(mine.to_json().encode())[0])
-    return Meeting(mine.process_id, mine.processes, first["hosts"], first["port"], first["token"])
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"process {cluster.process_id} cannot join cluster={cluster.address!r}: {reason}") from error
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler only sets a flag that nothing here reads
+    hosts = [cluster.host] if cluster.host else _addresses()
+    rendezvous = Rendezvous(jax.process_index(), jax.process_count(), hosts, port, secrets.token_hex(16))
+    first = json.loads(gather(rendezvous.to_json().encode())[0])
+    return Rendezvous(rendezvous.process_id, rendezvous.processes, first["hosts"], first["port"], first["token"])
 
 
-def _own_addresses() -> list[str]:
-    """Names by which other hosts may know this one: the address of its default route, and its name."""
-    found = [socket.gethostname()]
+def _addresses() -> list[str]:
+    """List names under which other hosts may reach this one: the address of its default route, and its name."""
+    names = [socket.gethostname()]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # of a range for documentation; nothing is sent
-            found.insert(0, probe.getsockname()[0])
+            probe.connect(("192.0.2.1", 9))  # an address reserved for documentation; nothing is sent
+            names.insert(0, probe.getsockname()[0])
         except OSError:  # no such route
             pass
-    return found
+    return names
 
 
-def is_of_connection(error: Exception) -> bool:
-    """Whether an error is XLA's, as when a collective meets a process that is gone, and none of this package's own."""
+def is_connection_error(error: Exception) -> bool:
+    """Say whether an error is XLA's, as in a collective with a lost process, and not this package's."""
     return re.match(r"[A-Z_]{5,}: ", str(error)) is not None
 
 
 def is_first() -> bool:
-    """True in the one process that prints and writes."""
+    """Say whether this is process 0, the only one that prints and writes."""
     return jax.process_index() == 0
 
 
-def gather(mine: bytes) -> list[bytes]:
-    """What each process brought, in their order."""
+def gather(message: bytes) -> list[bytes]:
+    """Exchange messages: return those of all processes in their order."""
     if jax.process_count() == 1:
-        return [mine]
-    lengths = _gather(np.array([len(mine)], np.int32))[:, 0]
+        return [message]
+    lengths = _gather_arrays(np.array([len(message)], np.int32))[:, 0]
     padded = np.zeros(int(lengths.max()), np.uint8)
-    padded[: len(mine)] = np.frombuffer(mine, np.uint8)
-    return [row[:length].tobytes() for row, length in zip(_gather(padded), lengths, strict=True)]
+    padded[: len(message)] = np.frombuffer(message, np.uint8)
+    return [row[:length].tobytes() for row, length in zip(_gather_arrays(padded), lengths, strict=True)]
 
 
 def any_of(flag: bool) -> bool:
-    """True in all processes where it is true in one."""
-    return flag if jax.process_count() == 1 else bool(_gather(np.array([flag], np.int32)).any())
+    """Return True in all processes if the flag is True in one."""
+    return flag if jax.process_count() == 1 else bool(_gather_arrays(np.array([flag], np.int32)).any())
 
 
-def _gather(mine: np.ndarray) -> np.ndarray:
-    """Equal shapes of all processes, stacked. Over one device of each: it holds before a mesh is agreed on."""
-    firsts: dict[int, jax.Device] = {}
+def _gather_arrays(array: np.ndarray) -> np.ndarray:
+    """Stack the processes' arrays of one shape.
+
+    Uses one device of each process, so that it works before the processes agree on a mesh.
+    """
+    devices: dict[int, jax.Device] = {}
     for device in jax.devices():
-        firsts.setdefault(device.process_index, device)
-    mesh = Mesh(np.array([firsts[i] for i in range(jax.process_count())]), ("process",))
-    where = NamedSharding(mesh, P("process"))
-    whole = jax.make_array_from_process_local_data(where, mine[None], (len(firsts), *mine.shape))
+        devices.setdefault(device.process_index, device)
+    mesh = Mesh(np.array([devices[i] for i in range(jax.process_count())]), ("process",))
+    by_process = NamedSharding(mesh, P("process"))
+    stacked = jax.make_array_from_process_local_data(by_process, array[None], (len(devices), *array.shape))
     with jax.set_mesh(mesh):
-        return np.asarray(_replicated(mesh)(whole))
+        return np.asarray(_replicate(mesh)(stacked))
 
 
 def by_first(work: Callable[[], None]) -> None:
-    """Have the first process do a work that may be refused; all share the verdict.
+    """Let process 0 do work that may fail; all processes get its outcome.
 
-    Raises: ValueError, in all of them, where `work` raises ValueError or OSError in the first.
+    Raises: ValueError in all processes if `work` raises ValueError or OSError in process 0.
     """
-    _, said = _told(lambda: work() if is_first() else None)
-    if said[0]:
-        raise ValueError(said[0])
+    _, errors = _with_errors(lambda: work() if is_first() else None)
+    if errors[0]:
+        raise ValueError(errors[0])
 
 
 def by_each(work: Callable[[], T]) -> T:
-    """Have each process do a work that may be refused in some of them; all share the verdict.
+    """Let every process do work that may fail in some of them; all processes get the outcome.
 
-    Returns: what this process's `work` gave.
-    Raises: in all of them, where `work` raises ValueError or OSError in one: there this error, elsewhere ConfigError
-        with its sentence and the process's number.
+    Returns: this process's result of `work`.
+    Raises: the error of `work` in a process where it raises ValueError or OSError. ConfigError in all others, with the
+        number of that process and its sentence.
     """
-    done, said = _told(work)
-    for i, sentence in enumerate(said):
+    result, errors = _with_errors(work)
+    for i, sentence in enumerate(errors):
         if sentence:
-            raise ConfigError(f"process {i} of {len(said)}: {sentence}")
-    return done
+            raise ConfigError(f"process {i} of {len(errors)}: {sentence}")
+    return result
 
 
-def _told(work: Callable[[], T]) -> tuple[T, list[str]]:
-    """(What `work` gave, why it was refused in each process; "" where it was not); here a refusal is raised itself."""
+def _with_errors(work: Callable[[], T]) -> tuple[T, list[str]]:
+    """Return (the result of `work`, each process's error or ""). Raises: this process's error."""
     try:
-        done = work()
+        result = work()
     except (ValueError, OSError) as error:
         gather((str(error) or type(error).__name__).encode())
         raise
-    return done, [said.decode() for said in gather(b"")]
+    return result, [message.decode() for message in gather(b"")]
 
 
 def agree(facts: Mapping[str, Any]) -> None:
-    """Find out whether all processes were started alike.
+    """Check that all processes were started with the same settings.
 
     Args:
-        facts: what must be equal, as plain JSON.
-    Raises: ConfigError, in all of them, naming the processes that differ from the first, and the first difference.
+        facts: plain JSON that must be equal.
+    Raises: ConfigError in all processes, naming those that differ from process 0 and the first difference.
     """
-    told = [json.loads(text) for text in gather(json.dumps(facts).encode())]
-    others = [i for i, theirs in enumerate(told) if theirs != told[0]]
+    by_process = [json.loads(text) for text in gather(json.dumps(facts).encode())]
+    others = [i for i, theirs in enumerate(by_process) if theirs != by_process[0]]
     if others:
-        found = first_difference(told[0], told[others[0]])
-        assert found is not None
-        key, a, b = found
-        who = f"process {others[0]}" if len(others) == 1 else f"processes {', '.join(map(str, others))}"
-        more = "" if len(others) == 1 else f" in process {others[0]}"
-        raise ConfigError(f"{who} of {len(told)} disagree with process 0: {key} is {b!r}{more}, not {a!r}")
+        difference = first_difference(by_process[0], by_process[others[0]])
+        assert difference is not None
+        key, first, other = difference
+        names = f"process {others[0]}" if len(others) == 1 else f"processes {', '.join(map(str, others))}"
+        raise ConfigError(
+            f"{key}={other!r} in process {others[0]} differs from {key}={first!r} in process 0; {names} of "
+            f"{len(by_process)} must be started as process 0"
+        )
 
 
 def make_mesh(sizes: Mapping[str, int] | None) -> Mesh:
-    """A mesh of all processes' devices; None lays them all along "data".
+    """Create a mesh of all processes' devices.
 
-    Raises: ConfigError when processes disagree on it, or it is of fewer or more devices than there are: each process
-        must have its part in it.
+    Args: sizes: of the axes. None means all devices along "data".
+    Raises: ConfigError when processes disagree on it, or the mesh does not use every device: each process must have a
+        part of it.
     """
     agree({"mesh": sizes})
     count = jax.device_count()
@@ -173,20 +181,25 @@ def make_mesh(sizes: Mapping[str, int] | None) -> Mesh:
     mesh = sharding.make_mesh(**sizes)
     if mesh.size != count:
         name = ",".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise ConfigError(f"mesh {name} is of {mesh.size} devices, and the cluster has {count}")
+        raise ConfigError(f"mesh={name} has {mesh.size} devices, but the cluster has {count}; use all of them")
     return mesh
 
 
 def check_layout(layout: Layout) -> None:
-    """Raises: ConfigError for a layout under which processes may come to wait for each other."""
-    own = jax.local_device_count()
-    if layout.fsdp and jax.process_count() > 1 and own > 1 and jax.default_backend() == "cpu":
+    """Check that processes cannot deadlock under a layout.
+
+    Raises: ConfigError when they can.
+    """
+    count = jax.local_device_count()
+    if layout.fsdp and jax.process_count() > 1 and count > 1 and jax.devices()[0].platform == "cpu":
         # XLA's CPU client may run two collectives in different orders in two processes.
-        raise ConfigError(f"layout.fsdp with {own} CPU devices in each process can deadlock: let each have one")
+        raise ConfigError(
+            f"layout.fsdp=True with {count} CPU devices in each process can deadlock; use one device in each"
+        )
 
 
 def rows_held(mesh: Mesh, size: int) -> np.ndarray:
-    """Which of a global batch's `size` rows this process's devices hold, in ascending order."""
+    """Return the rows of a global batch of `size` rows that this process's devices hold, in ascending order."""
     parts = sharding.batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
     return np.unique(np.concatenate([np.arange(size)[index] for index in parts]))
 
@@ -194,35 +207,36 @@ def rows_held(mesh: Mesh, size: int) -> np.ndarray:
 def put(
     batch: Mapping[str, np.ndarray], mesh: Mesh | None, size: int, rows: np.ndarray | None = None
 ) -> dict[str, jax.Array]:
-    """Put a batch on devices, of each process the rows that its own devices hold.
+    """Put a batch on devices; each process provides the rows that its devices hold.
 
     Args:
-        batch: arrays [R, …]: this process's rows of the global batch, or all of them.
+        batch: arrays [R, …] of this process's rows of the global batch.
+        mesh: None means the default device.
         size: rows of the global batch.
-        rows: which of them `batch` holds, as `rows_held`; None: all.
+        rows: which of them `batch` has, as `rows_held`. None means all.
     """
     if mesh is None:
         return {name: jax.device_put(array) for name, array in batch.items()}
-    where = sharding.batch_sharding(mesh)
+    batch_sharding = sharding.batch_sharding(mesh)
 
-    def place(array: np.ndarray) -> jax.Array:
-        def part(index: Any) -> np.ndarray:  # a slice of each axis
+    def shard_array(array: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:  # a slice for each axis
             start, stop, _ = index[0].indices(size)
-            at = start if rows is None else int(np.searchsorted(rows, start))
-            return array[at : at + stop - start]
+            local_start = start if rows is None else int(np.searchsorted(rows, start))
+            return array[local_start : local_start + stop - start]
 
-        return jax.make_array_from_callback((size, *array.shape[1:]), where, part)
+        return jax.make_array_from_callback((size, *array.shape[1:]), batch_sharding, part)
 
-    return {name: place(array) for name, array in batch.items()}
+    return {name: shard_array(array) for name, array in batch.items()}
 
 
 def fetch(tree, mesh: Mesh | None):
-    """The tree's arrays whole on every host, as NumPy's, wherever on the mesh they lie."""
+    """Return a tree's arrays as complete NumPy arrays in every process, however they are sharded."""
     if jax.process_count() == 1 or mesh is None:
         return jax.device_get(tree)
-    return jax.device_get(_replicated(mesh)(tree))
+    return jax.device_get(_replicate(mesh)(tree))
 
 
 @lru_cache(maxsize=8)
-def _replicated(mesh: Mesh):
+def _replicate(mesh: Mesh):
     return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P()))

@@ -1,6 +1,6 @@
-"""Packed token batches: documents are cut into pieces, shuffled, tokenised, laid end to end and cut into rows of T.
+"""Packed token batches: documents are cut into pieces, shuffled, tokenised, concatenated and cut into rows of T tokens.
 
-Training never ends and resumes exactly from two numbers; validation is a fixed list. Reading is in `corpus`.
+Training batches never end and resume exactly from two numbers. Validation is a fixed list. `corpus` reads documents.
 """
 
 import itertools
@@ -15,22 +15,26 @@ from jaxtyping import Int32
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.corpus import Corpus, Document, load_corpus
 from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.data.tokenizer import load as load_tokenizer
 
-__all__ = ["Batch", "Corpus", "Document", "TrainBatches", "check_vocab", "load_corpus", "train_batches", "val_batches"]
+__all__ = [
+    "Batch", "Corpus", "Document", "TrainBatches", "check_vocab", "held_out_prompts", "load_corpus", "train_batches",
+    "val_batches",
+]  # fmt: skip
 
 Tokens = Int32[np.ndarray, "_"]
-PIECE_ROWS = 4  # characters of a piece, in rows of T tokens
+PIECE_ROWS = 4  # characters of a piece, in units of T
 
 
 class Batch(TypedDict):
     """Arrays of one shape, int32 [B, T].
 
-    tokens: each document is followed by the tokenizer's eos.
-    segment_ids: documents of a row count 1, 2, …; 0 is padding, which only validation has.
-    positions: start at 0 with each document of a row. Without `separate_documents` they run 0 … T-1 and segment_ids
-        are all 1.
+    tokens: The tokenizer's eos follows each document.
+    segment_ids: A row's documents are 1, 2, …; 0 is padding, which only validation has.
+    positions: They count from 0 in each document of a row. Without `separate_documents` they are 0 … T-1, and all
+        segment_ids are 1.
     domains: index into `Corpus.domains`.
-    documents: index into `Corpus.train`, of validation into `Corpus.val`.
+    documents: index into `Corpus.train`, or `Corpus.val` for validation.
     """
 
     tokens: Int32[np.ndarray, "B T"]
@@ -41,7 +45,7 @@ class Batch(TypedDict):
 
 
 class Piece(NamedTuple):
-    """Tokens of one document, to be laid beside others."""
+    """Tokens of one document, or of a part of it."""
 
     tokens: Tokens
     domain: int
@@ -49,37 +53,50 @@ class Piece(NamedTuple):
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises: ValueError when the tokenizer has ids that a model of `vocab_size` has not."""
+    """Check that a model of `vocab_size` has every id of the tokenizer.
+
+    Raises: ValueError when it does not.
+    """
     if tokenizer.vocab_size > vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, more than the model's vocab_size={vocab_size}")
+        raise ValueError(
+            f"vocab_size={vocab_size} is below the tokenizer's {tokenizer.vocab_size} ids; increase the model's "
+            "vocab_size or choose another tokenizer"
+        )
 
 
 def train_batches(
     corpus: Corpus, tokenizer: Tokenizer, cfg: DataConfig, rows: Sequence[int] | np.ndarray | None = None
 ) -> "TrainBatches":
-    """Endless training batches [R, T]: of each global batch those `rows` that this process holds; None is all B.
+    """Iterate over endless training batches [R, T].
 
-    Raises: ValueError when a row is not of the batch, or fill-in-the-middle is asked of a tokenizer without its
-        specials.
+    Args: rows: the R rows of each global batch that this process holds. None means all B.
+    Raises: ValueError when a row is outside the batch, or `fim_rate` needs specials that the tokenizer lacks.
+
+    Example:
+        >>> from dsv3_jax.data.tokenizer import ByteTokenizer
+        >>> corpus = Corpus((Document("ab", "text"),), (), ("text",), "")
+        >>> batch = next(train_batches(corpus, ByteTokenizer(), DataConfig(seq_len=4, batch_size=1)))
+        >>> batch["tokens"].tolist(), batch["segment_ids"].tolist()
+        ([[97, 98, 256, 97]], [[1, 1, 1, 2]])
     """
     return TrainBatches(corpus, tokenizer, cfg, np.arange(cfg.batch_size) if rows is None else np.asarray(rows))
 
 
 class TrainBatches(Iterator[Batch]):
-    """Iterator of `train_batches`. Its place is (piece of the endless shuffled order, token within it).
+    """Iterator of `train_batches`. Its state is a piece of the endless shuffled order and a token in that piece.
 
-    A document longer than some rows is cut into pieces that are shuffled apart, so that a batch is never a single
-    document's; only its last piece ends in eos. Fill-in-the-middle takes a piece for a document.
+    A document longer than a few rows is cut into pieces that are shuffled separately, so that no batch is one document.
+    Only its last piece ends in eos. Fill-in-the-middle treats a piece as a document.
 
-    Every process lays out the global batch and keeps its rows: tokenising is cheap beside training, and all processes
-    then share one state, which also holds for another number of processes. Grain gives the order: a new shuffle each
-    epoch at random access, and a random generator for each place in it.
-    Grain's own ConcatThenSplit is not used: its state does not survive JSON (it tells slices by tuples).
+    Every process packs the global batch and keeps its rows, because tokenising is cheap compared with training. All
+    processes then share one state, which is also valid for another number of processes. Grain gives the order: a new
+    shuffle each epoch with random access, and a random generator for each piece.
+    Grain's ConcatThenSplit is not used: its state does not survive JSON, because it identifies slices by tuples.
     """
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, cfg: DataConfig, rows: np.ndarray):
         if not all(0 <= row < cfg.batch_size for row in rows):
-            raise ValueError(f"rows {rows.tolist()} are not all within batch_size={cfg.batch_size}")
+            raise ValueError(f"rows={rows.tolist()} are not all in the batch; give rows from 0 to {cfg.batch_size - 1}")
         fim_ids = tokenizer.fim_ids if cfg.fim_rate else None
         domain_ids = {domain: i for i, domain in enumerate(corpus.domains)}
 
@@ -100,7 +117,7 @@ class TrainBatches(Iterator[Batch]):
         self._pieces = order.random_map(tokenise)
         self._cfg, self._rows = cfg, rows
         self._source: dict[str, Any] = {"corpus": corpus.fingerprint, "seed": cfg.seed, "seq_len": cfg.seq_len}
-        self._move(0, 0)
+        self._seek(0, 0)
 
     def __next__(self) -> Batch:
         missing = self._cfg.batch_size * self._cfg.seq_len
@@ -111,40 +128,42 @@ class TrainBatches(Iterator[Batch]):
             missing -= len(tokens)
             self._offset += len(tokens)
             if self._offset == len(self._current.tokens):
-                self._move(self._piece + 1, 0)
-        batch = _lay_out(pieces, self._cfg.batch_size, self._cfg)
-        mine = self._rows
+                self._seek(self._piece + 1, 0)
+        batch, rows = _pack(pieces, self._cfg.batch_size, self._cfg), self._rows
         return Batch(
-            tokens=batch["tokens"][mine],
-            segment_ids=batch["segment_ids"][mine],
-            positions=batch["positions"][mine],
-            domains=batch["domains"][mine],
-            documents=batch["documents"][mine],
+            tokens=batch["tokens"][rows],
+            segment_ids=batch["segment_ids"][rows],
+            positions=batch["positions"][rows],
+            domains=batch["domains"][rows],
+            documents=batch["documents"][rows],
         )
 
     def get_state(self) -> dict[str, Any]:
-        """Where the next batch begins, as plain JSON."""
+        """Return the position of the next batch as plain JSON."""
         return {**self._source, "piece": self._piece, "offset": self._offset}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from `get_state`'s place, in a constant time.
+        """Resume from a state of `get_state`, in constant time.
 
-        Raises: ValueError when the state was taken over another corpus or seed.
+        Raises: ValueError when the state belongs to another corpus, seed or sequence length.
         """
-        for name, mine in self._source.items():
-            if state[name] != mine:
-                raise ValueError(f"data state was saved with {name}={state[name]!r}, this run has {mine!r}")
-        self._move(state["piece"], state["offset"])
+        for name, value in self._source.items():
+            if state[name] != value:
+                raise ValueError(
+                    f"{name}={value!r} differs from {name}={state[name]!r} of the saved data position; resume with the "
+                    "same data"
+                )
+        self._seek(state["piece"], state["offset"])
 
-    def _move(self, piece: int, offset: int) -> None:
+    def _seek(self, piece: int, offset: int) -> None:
         self._piece, self._offset = piece, offset
         current = self._pieces[piece]
-        assert current is not None  # Grain's mark of a filtered element; nothing is filtered
+        assert current is not None  # Grain returns None for filtered elements, and nothing is filtered
         self._current = current
 
 
 def _pieces(documents: Sequence[Document], size: int) -> list[tuple[int, int, int]]:
-    """(document, start, stop) of pieces of about `size` characters, cut at line ends where there are some."""
+    """List (document, start, stop) of pieces of about `size` characters, cut at line ends where possible."""
     pieces = []
     for i, (text, _) in enumerate(documents):
         start = 0
@@ -157,55 +176,87 @@ def _pieces(documents: Sequence[Document], size: int) -> list[tuple[int, int, in
 
 
 def val_batches(corpus: Corpus, tokenizer: Tokenizer, cfg: DataConfig, num_batches: int) -> list[Batch]:
-    """The validation set: rows of each domain in turn, drawn from as many documents as there are.
+    """Return the validation set: rows that alternate between domains, from as many documents as possible.
 
-    A document gives one window of T tokens, from a place drawn with a fixed seed, and a second one only when every
-    document of its domain gave one: a few batches then represent everything. No text is repeated and nothing is
-    filled in the middle. Small corpora give fewer batches; what is left of the last one is padding (segment 0).
+    A document gives one window of T tokens at a random position from a fixed seed. It gives a second one only after
+    every document of its domain gave one, so that a few batches represent all documents. No text is repeated, and
+    nothing is filled in the middle.
+
+    Args: num_batches: the most to return. A small corpus gives fewer, and the last one may end in padding (segment 0).
+
+    Example:
+        >>> from dsv3_jax.data.tokenizer import ByteTokenizer
+        >>> corpus = Corpus((), (Document("ab", "text"),), ("text",), "")
+        >>> [batch] = val_batches(corpus, ByteTokenizer(), DataConfig(seq_len=4, batch_size=1), 8)
+        >>> batch["tokens"].tolist(), batch["segment_ids"].tolist()
+        ([[97, 98, 256, 0]], [[1, 1, 1, 0]])
     """
     streams = [_val_rows(corpus, i, tokenizer, cfg) for i in range(len(corpus.domains))]
-    turns = itertools.zip_longest(*streams)
-    rows = (row for turn in turns for row in turn if row is not None)
+    rounds = itertools.zip_longest(*streams)
+    rows = (row for one_of_each in rounds for row in one_of_each if row is not None)
     rows = list(itertools.islice(rows, num_batches * cfg.batch_size))
-    rows += [_lay_out([], 1, cfg)] * (-len(rows) % cfg.batch_size)
+    rows += [_pack([], 1, cfg)] * (-len(rows) % cfg.batch_size)
     groups = (rows[i : i + cfg.batch_size] for i in range(0, len(rows), cfg.batch_size))
     return [jax.tree.map(lambda *parts: np.concatenate(parts), *group) for group in groups]
 
 
+def held_out_prompts(cfg: DataConfig, batch: int, context: int) -> list[list[int]]:
+    """Cut prompts of `context` tokens from held-out text; each starts with another document if there are enough.
+
+    A document that is too short continues with the next one.
+
+    Raises: ValueError if the held-out text has fewer tokens than one prompt.
+    """
+    documents, tokenizer = load_corpus(cfg).val, load_tokenizer(cfg.tokenizer)
+    prompts = []
+    for i in range(batch):
+        first, tokens = i * len(documents) // batch, []
+        for document in [*documents[first:], *documents[:first]]:
+            tokens += [*tokenizer.encode(document.text), tokenizer.eos_id]
+            if len(tokens) >= context:
+                break
+        if len(tokens) < context:
+            raise ValueError(
+                f"context={context} is more than the {len(tokens)} tokens of the held-out text; use a shorter context"
+            )
+        prompts.append(tokens[:context])
+    return prompts
+
+
 def _val_rows(corpus: Corpus, domain: int, tokenizer: Tokenizer, cfg: DataConfig) -> Iterator[Batch]:
-    """Rows [1, T] of one domain; the last may end in padding."""
+    """Yield rows [1, T] of one domain; the last may end in padding."""
     texts = {i: d.text for i, d in enumerate(corpus.val) if d.domain == corpus.domains[domain]}
-    pieces, room = [], cfg.seq_len
+    pieces, missing = [], cfg.seq_len
     for document, window in _windows(texts, tokenizer, cfg.seq_len):
         while len(window):
-            pieces.append(Piece(window[:room], domain, document))
-            window, room = window[room:], room - len(pieces[-1].tokens)
-            if not room:
-                yield _lay_out(pieces, 1, cfg)
-                pieces, room = [], cfg.seq_len
+            pieces.append(Piece(window[:missing], domain, document))
+            window, missing = window[missing:], missing - len(pieces[-1].tokens)
+            if not missing:
+                yield _pack(pieces, 1, cfg)
+                pieces, missing = [], cfg.seq_len
     if pieces:
-        yield _lay_out(pieces, 1, cfg)
+        yield _pack(pieces, 1, cfg)
 
 
 def _windows(texts: dict[int, str], tokenizer: Tokenizer, length: int) -> Iterator[tuple[int, Tokens]]:
-    """Every token of every text once, in windows of `length`: one of each text, then the next of each, in turn.
+    """Yield (key, window) until every token of every text was in one window.
 
-    Each comes with its text's key.
+    Each round yields one window of `length` tokens of each text that has more.
     """
     rng = np.random.default_rng(0)
-    keys, open_texts = list(texts), []  # (key, windows, index of the first one)
+    keys, remaining = list(texts), []  # (key, windows, index of the first one)
     for i in rng.permutation(len(texts)):
         tokens = _encode(texts[keys[i]], tokenizer)
         windows = [tokens[start : start + length] for start in range(0, len(tokens), length)]
         first = int(rng.integers(len(windows)))
         yield keys[i], windows[first]
-        open_texts.append((keys[i], windows, first))
-    for turn in itertools.count(1):
-        open_texts = [text for text in open_texts if len(text[1]) > turn]
-        if not open_texts:
+        remaining.append((keys[i], windows, first))
+    for num_yielded in itertools.count(1):
+        remaining = [text for text in remaining if len(text[1]) > num_yielded]
+        if not remaining:
             return
-        for key, windows, first in open_texts:
-            yield key, windows[(first + turn) % len(windows)]
+        for key, windows, first in remaining:
+            yield key, windows[(first + num_yielded) % len(windows)]
 
 
 def _encode(text: str, tokenizer: Tokenizer) -> Tokens:
@@ -215,28 +266,31 @@ def _encode(text: str, tokenizer: Tokenizer) -> Tokens:
 def _fill_in_the_middle(
     text: str, tokenizer: Tokenizer, fim_ids: tuple[int, int, int], rng: np.random.Generator
 ) -> Tokens:
-    """<prefix> pre <suffix> suf <middle> mid <eos>, cut at two characters drawn evenly (PSM, arXiv 2207.14255)."""
+    """Return <prefix> pre <suffix> suf <middle> mid <eos>, cut at two uniformly random characters.
+
+    Source: prefix-suffix-middle order of arXiv 2207.14255.
+    """
     start, end = sorted(rng.integers(0, len(text) + 1, size=2).tolist())
     parts = (text[:start], text[end:], text[start:end])
-    ids = [part for special, words in zip(fim_ids, parts, strict=True)
-           for part in (np.array([special], np.int32), tokenizer.encode_array(words))]  # fmt: skip
+    ids = [array for special, part in zip(fim_ids, parts, strict=True)
+           for array in (np.array([special], np.int32), tokenizer.encode_array(part))]  # fmt: skip
     return np.concatenate([*ids, np.array([tokenizer.eos_id], np.int32)])
 
 
-def _lay_out(pieces: list[Piece], rows: int, cfg: DataConfig) -> Batch:
-    """Lay pieces end to end over `rows` rows of T; what they leave open is padding.
+def _pack(pieces: list[Piece], num_rows: int, cfg: DataConfig) -> Batch:
+    """Concatenate pieces into rows of T tokens, and pad the end.
 
-    Each piece is a segment, and so is what of it goes on in the next row.
+    Each piece is a segment. Its remainder in the next row is a segment of that row.
     """
-    shape = (rows, cfg.seq_len)
-    tokens, domains, documents, starts = np.zeros((4, rows * cfg.seq_len), np.int32)
+    shape = (num_rows, cfg.seq_len)
+    tokens, domains, documents, starts = np.zeros((4, num_rows * cfg.seq_len), np.int32)
     end = 0
     for piece in pieces:
         begin, end = end, end + len(piece.tokens)
         tokens[begin:end], domains[begin:end], documents[begin:end] = piece
         starts[begin] = 1
     columns = np.broadcast_to(np.arange(cfg.seq_len, dtype=np.int32), shape)
-    real = np.arange(rows * cfg.seq_len).reshape(shape) < end
+    valid = np.arange(num_rows * cfg.seq_len).reshape(shape) < end
     starts = starts.reshape(shape)
     if not cfg.separate_documents:
         starts[:] = 0
@@ -245,8 +299,8 @@ def _lay_out(pieces: list[Piece], rows: int, cfg: DataConfig) -> Batch:
     positions = columns - np.maximum.accumulate(np.where(starts == 1, columns, np.int32(0)), axis=1)
     return Batch(
         tokens=tokens.reshape(shape),
-        segment_ids=np.where(real, segment_ids, np.int32(0)),
-        positions=np.where(real, positions, np.int32(0)),
+        segment_ids=np.where(valid, segment_ids, np.int32(0)),
+        positions=np.where(valid, positions, np.int32(0)),
         domains=domains.reshape(shape),
         documents=documents.reshape(shape),
     )

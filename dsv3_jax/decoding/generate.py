@@ -1,11 +1,11 @@
 """From prompts to text: expanded prefill, then one compiled loop of { draft → a step over the drafts → accept by row }.
 
-Plain decoding is that loop with no draft. Each sequence advances by its own count in the cache that it has; none waits.
+Plain decoding is that loop without drafts. Each sequence advances by its own count in its own cache rows; none waits.
 """
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,14 +15,135 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from dsv3_jax.config import ModelConfig
-from dsv3_jax.decoding.drafters import Drafter, Drafts, Fresh, kept_by_rows, make_drafter
+from dsv3_jax.config import CacheKind, ModelConfig
+from dsv3_jax.decoding.drafters import Drafter, Drafts, Prompt, StepResult, make_drafter, process_by_rows
 from dsv3_jax.mesh import sharding
 from dsv3_jax.mesh.sharding import constrain
-from dsv3_jax.model.cache import Cache, bytes_per_token, empty_cache, fill, in_place, pick_dtype, pick_kind
-from dsv3_jax.model.transformer import Ready, Transformer
+from dsv3_jax.model.cache import CACHE_KINDS, bytes_per_token, empty_cache, keep_sharded, pick_dtype, pick_kind
+from dsv3_jax.model.transformer import DecodeWeights, Transformer
 from dsv3_jax.ops.sampling import GREEDY, Sampling
 from dsv3_jax.ops.verify_drafts import accept
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How to decode: made once, checked at creation, passed whole.
+
+    Raises: ValueError, one sentence with the offending value.
+    """
+
+    max_new_tokens: int  # a prompt
+    sampling: Sampling = GREEDY
+    cache: str | None = None  # "latent", "expanded" or "none", see model/cache.py; None: the smallest there is
+    cache_dtype: Any = None  # "float32", "bfloat16", "int8" or "float8_e4m3"; None: the compute dtype
+    draft: "str | Transformer | None" = None  # None, "mtp" (the model's own heads), or an independent model
+    draft_length: int = 1  # tokens drafted a step
+    stop_tokens: Sequence[int] = ()  # a row ends with the first of them
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "draft_length", "seed"):
+            if not _is_int(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not an int")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} is below 1")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed={self.seed} is outside [0, 2**32): JAX keeps 32 bits of a seed")
+        if not isinstance(self.sampling, Sampling):
+            raise ValueError(f"sampling={self.sampling!r} is not a Sampling")
+        temperature, top_k, top_p = self.sampling
+        if not _is_float(temperature) or not temperature >= 0:
+            raise ValueError(f"temperature={temperature!r} is not a float of 0 or above")
+        if top_k is not None and (not _is_int(top_k) or top_k < 1):
+            raise ValueError(f"top_k={top_k!r} is not an int of 1 or above")
+        if top_p is not None and (not _is_float(top_p) or not 0 < top_p <= 1):
+            raise ValueError(f"top_p={top_p!r} is not a float within (0, 1]")
+        if self.cache not in (None, *CACHE_KINDS):
+            raise ValueError(f"cache={self.cache!r} is not one of {', '.join(CACHE_KINDS)}")
+        pick_dtype("float32", self.cache_dtype)
+        if self.draft is not None and self.draft_length < 1:
+            raise ValueError(f"draft_length={self.draft_length} is below 1")
+        if self.draft not in (None, "mtp") and not isinstance(self.draft, Transformer):
+            raise ValueError(f"draft={self.draft!r} is not None, 'mtp' or a Transformer")
+        if not _is_list(self.stop_tokens):
+            raise ValueError(f"stop_tokens={self.stop_tokens!r} is not a list of token ids")
+        object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
+
+    @property
+    def num_drafts(self) -> int:
+        """J: tokens drafted a step; 0 if nobody drafts."""
+        return 0 if self.draft is None else self.draft_length
+
+    def check(self, cfg: ModelConfig, prompts: Sequence[Sequence[int]]) -> None:
+        """Check that a model can continue prompts this way.
+
+        Raises: ValueError, one sentence with the offending value.
+        """
+        _check_tokens(cfg, prompts, self.stop_tokens)
+        for i, prompt in enumerate(prompts):
+            if len(prompt) + self.max_new_tokens > cfg.max_positions:
+                raise ValueError(
+                    f"prompt {i} of {len(prompt)} tokens and max_new_tokens={self.max_new_tokens} are more than the "
+                    f"model's max_positions={cfg.max_positions}"
+                )
+        if self.draft is None:
+            return
+        reach = cfg.max_positions
+        if isinstance(self.draft, Transformer):
+            if self.draft.cfg.vocab_size != cfg.vocab_size:
+                raise ValueError(
+                    f"vocab_size={self.draft.cfg.vocab_size} of the draft model is not the model's {cfg.vocab_size}"
+                )
+            reach = min(reach, self.draft.cfg.max_positions)
+        elif not cfg.mtp_depth:
+            raise ValueError("draft='mtp' needs multi-token heads, and the model's mtp_depth is 0")
+        elif not cfg.head_kind.reads_tokens and self.draft_length > cfg.mtp_depth:
+            raise ValueError(
+                f"draft_length={self.draft_length} is more than mtp_depth={cfg.mtp_depth}: each {cfg.mtp_kind} head "
+                "drafts one token"
+            )
+        longest = max(map(len, prompts)) + self.max_new_tokens
+        if longest + self.draft_length > reach:
+            raise ValueError(
+                f"draft_length={self.draft_length} does not fit: prompt and continuation of {longest} tokens leave "
+                f"{reach - longest} of max_positions={reach}"
+            )
+
+
+def _check_tokens(cfg: ModelConfig, prompts: Sequence[Sequence[int]], stop_tokens: Sequence[int]) -> None:
+    if not _is_list(prompts):
+        raise ValueError(f"prompts={prompts!r} is not a list of prompts; write one prompt as [[1, 2, 3]]")
+    if not len(prompts):
+        raise ValueError("prompts is empty; give at least one")
+    for i, prompt in enumerate(prompts):
+        if not _is_list(prompt):
+            raise ValueError(f"prompt {i}={prompt!r} is not a list of token ids; encode text with a tokenizer first")
+        if not len(prompt):
+            raise ValueError(f"prompt {i} is empty; give at least one token")
+        for token in prompt:
+            _check_token(cfg, f"prompt {i} holds token", token)
+    for token in stop_tokens:
+        _check_token(cfg, "stop_tokens holds token", token)
+
+
+def _check_token(cfg: ModelConfig, what: str, token: Any) -> None:
+    if not _is_int(token) and not isinstance(token, np.integer):
+        raise ValueError(f"{what} {token!r}, which is not a token id")
+    if not 0 <= token < cfg.vocab_size:
+        raise ValueError(f"{what} {token}, outside the vocabulary of {cfg.vocab_size}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, float) or _is_int(value)
+
+
+def _is_list(value: Any) -> bool:
+    """A sequence, or an array with at least one axis; text is neither."""
+    return getattr(value, "ndim", 0) > 0 or (isinstance(value, Sequence) and not isinstance(value, str | bytes))
 
 
 @dataclass
@@ -30,16 +151,16 @@ class Generated:
     """What `generate` returns."""
 
     tokens: list[list[int]]  # new tokens only; a stop token is the last of its row
-    acceptance: list[float] = field(default_factory=list)  # share of steps in which the draft at each position stood
+    acceptance: list[float] = field(default_factory=list)  # share of steps that accepted the draft at each position
     steps: int = 0  # forward passes of the model after prefill
-    prefill_seconds: float = 0.0  # with compilation, where these shapes were not run before
+    prefill_seconds: float = 0.0  # with compilation, if these shapes were not run before
     decode_seconds: float = 0.0  # likewise
-    cache_bytes: int = 0  # of the whole cache, free places too
+    cache_bytes: int = 0  # of all slots, free ones too
     cache_bytes_per_token: int = 0
 
     @property
     def mean_accepted(self) -> float:
-        """Tokens that a step brings to a sequence, before its end: 1 and the drafts that stand."""
+        """Tokens that a step adds to a sequence, before its end: 1 and the accepted drafts."""
         return 1.0 + sum(self.acceptance)
 
     @property
@@ -49,26 +170,30 @@ class Generated:
 
 
 class Loop(NamedTuple):
-    """What the decoding loop carries. On a mesh, what is as wide as the model lies with its row; all else is whole."""
+    """What the decoding loop carries. On a mesh, arrays as wide as the model are sharded by rows; others replicated."""
 
-    cache: Cache
+    cache: Any  # Cache or NoCache
     drafter: Any  # the drafter's state
-    fresh: Any  # Fresh: what the last step brought; None before the first
+    last: Any  # StepResult; None before the first step
     done: Array  # bool [B]
     key: Array
-    out: Array  # int32 [B, max_new_tokens], -1 where nothing stands yet
+    out: Array  # int32 [B, max_new_tokens], -1 beyond what is written
     written: Array  # int32 [B]: tokens in each row of `out`
     steps: Array  # int32 []
-    stood: Array  # int32 [J]: drafts that stood, by position
+    num_accepted: Array  # int32 [J]: accepted drafts, by position
     drafted: Array  # int32 []: steps of rows that were not done
 
 
 class _Static(NamedTuple):
-    """What the compiled programs are made for."""
+    """What the compiled programs depend on."""
 
     sampling: Sampling
     draft_length: int  # J; 0 without a draft
     draft: Any  # None, "mtp", or the graph of a draft model
+    max_new_tokens: int
+    capacity: int
+    kind: CacheKind
+    dtype: Any
 
 
 def generate(
@@ -81,247 +206,168 @@ def generate(
     top_p: float | None = None,
     stop_tokens: Sequence[int] = (),
     cache: str | None = None,
-    cache_dtype=None,
-    draft: str | Transformer | None = None,
+    cache_dtype: Any = None,
+    draft: "str | Transformer | None" = None,
     draft_length: int = 1,
     seed: int = 0,
 ) -> Generated:
     """Continue prompts of any lengths.
 
-    Where the model lies on a mesh (`load_model(folder, mesh)`, `hf.load(path, mesh=…)`), it decodes there: rows are cut
-    over "data" and "expert" as far as their number divides, and each row's cache stays where its row is. The tokens are
-    a single device's, but for the order of additions: in bfloat16 two tokens about as likely may change places.
+    A model on a mesh (`load_model(folder, mesh)`, `hf.load(path, mesh=…)`) decodes there: rows are sharded over "data"
+    and "expert" as far as their number divides, and each row's cache stays with its row. The tokens are a single
+    device's up to the order of additions: in bfloat16 two tokens about as likely may change places. No token is ever
+    dropped, whatever the model's capacity_factor.
 
     Args:
         model: the model.
-        prompts: lists of token ids; they decode side by side, each at its own length.
+        prompts: lists of token ids; they decode in one batch, each at its own length.
         max_new_tokens: at most so many new tokens a prompt.
         temperature, top_k, top_p: see `ops.sampling`; temperature 0 takes the likeliest token.
         stop_tokens: a row ends with the first of them.
-        cache: "latent", "expanded" or "none", see `cache.py`; None is the smallest that the model can use.
-        cache_dtype: "float32", "bfloat16", "int8" or "float8_e4m3"; None is the model's compute dtype.
-        draft: who drafts: None, "mtp" (the model's own multi-token heads, of whatever kind) or a smaller Transformer of
-            the same vocabulary and on the same mesh. What comes out is distributed as without, and the same at
+        cache: "latent", "expanded" or "none", see `model/cache.py`. None means the smallest that the model can use.
+        cache_dtype: "float32", "bfloat16", "int8" or "float8_e4m3". None means the model's compute dtype.
+        draft: who drafts: None, "mtp" (the model's own multi-token heads, of any kind) or a smaller Transformer with
+            the same vocabulary, on the same mesh. Text has the same distribution as without, and is the same at
             temperature 0.
-        draft_length: tokens drafted a step. DeepSeek's and EAGLE heads go on beyond their depth.
+        draft_length: tokens drafted a step. DeepSeek's and EAGLE heads draft beyond their depth.
         seed: of the random draws.
     Raises: ValueError for an empty prompt or batch, a token outside the vocabulary, a prompt and continuation
-        beyond max_positions, settings outside their range, a draft of another vocabulary or on another mesh, or heads
-        that are not there.
+        beyond max_positions, settings outside their range, a draft with another vocabulary or on another mesh, or
+        heads that the model does not have.
+
+    >>> from flax import nnx
+    >>> import dsv3_jax as ds
+    >>> model = ds.Transformer(ds.preset("tiny"), rngs=nnx.Rngs(0))
+    >>> result = ds.generate(model, [[1, 2, 3], [4]], 5)
+    >>> [len(tokens) for tokens in result.tokens]
+    [5, 5]
     """
-    sampling = Sampling(temperature, top_k, top_p)
-    *_, last = generate_in_parts(
-        model, prompts, max_new_tokens, sampling=sampling, stop_tokens=stop_tokens, cache=cache,
-        cache_dtype=cache_dtype, draft=draft, draft_length=draft_length, seed=seed, part=None,
+    config = DecodeConfig(
+        max_new_tokens, Sampling(temperature, top_k, top_p), cache, cache_dtype, draft, draft_length,
+        stop_tokens, seed,
     )  # fmt: skip
+    *_, last = generate_in_parts(model, prompts, config, part=None)
     return last
 
 
-def stream(model: Transformer, prompt: Sequence[int], max_new_tokens: int, **settings) -> Iterator[int]:
-    """`generate_in_parts` for one prompt, token by token as they come."""
+def stream(model: Transformer, prompt: Sequence[int], config: DecodeConfig) -> Iterator[int]:
+    """Yield the tokens of `generate_in_parts` for one prompt as they come."""
     seen = 0
-    for made in generate_in_parts(model, [prompt], max_new_tokens, **settings):
-        yield from made.tokens[0][seen:]
-        seen = len(made.tokens[0])
+    for result in generate_in_parts(model, [prompt], config):
+        yield from result.tokens[0][seen:]
+        seen = len(result.tokens[0])
 
 
 def generate_in_parts(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    *,
-    sampling: Sampling = GREEDY,
-    stop_tokens: Sequence[int] = (),
-    cache: str | None = None,
-    cache_dtype=None,
-    draft: str | Transformer | None = None,
-    draft_length: int = 1,
-    seed: int = 0,
-    part: int | None = 8,
+    model: Transformer, prompts: Sequence[Sequence[int]], config: DecodeConfig, *, part: int | None = 8
 ) -> Iterator[Generated]:
-    """`generate` as it grows: after the first token, then after every `part` more (None: all)."""
+    """Yield the result of `generate` as it grows: after the first token, then every `part` tokens (None: at the end).
+
+    Raises: ValueError as `generate`.
+    """
+    if not isinstance(model, Transformer):
+        raise ValueError(f"model={model!r} is not a Transformer")
     cfg = model.cfg
-    check_request(cfg, prompts, max_new_tokens, sampling, stop_tokens)
-    length = check_draft(cfg, prompts, max_new_tokens, draft, draft_length)
-    kind, dtype = pick_kind(cfg, cache), pick_dtype(cfg, cache_dtype)
+    config.check(cfg, prompts)
+    kind, dtype = pick_kind(cfg, config.cache), pick_dtype(model.compute_dtype, config.cache_dtype)
     lengths = np.array([len(p) for p in prompts], np.int32)
     # Shapes in steps of 32, so that prompts of nearby lengths share one compilation.
     width = min(_round_up(int(lengths.max()), 32), cfg.max_positions)
-    capacity = _round_up(int(lengths.max()) + max_new_tokens + length, 32)
+    capacity = _round_up(int(lengths.max()) + config.max_new_tokens + config.num_drafts, 32)
     if kind == "none":
         capacity = min(capacity, cfg.max_positions)  # every step runs the model over all of it
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     graphdef, state = nnx.split(model)
-    drafts: tuple[Any, Any] = nnx.split(draft) if isinstance(draft, Transformer) else (draft, None)
-    static = _Static(sampling, length, drafts[0])
-    stops = jnp.asarray(tuple(stop_tokens), jnp.int32)
+    draft: tuple[Any, Any] = nnx.split(config.draft) if isinstance(config.draft, Transformer) else (config.draft, None)
+    static = _Static(config.sampling, config.num_drafts, draft[0], config.max_new_tokens, capacity, kind, dtype)
+    stops = jnp.asarray(config.stop_tokens, jnp.int32)
     mesh = sharding.mesh_of(state)
-    if drafts[1] is not None and sharding.mesh_of(drafts[1]) != mesh:
-        raise ValueError("the draft model does not lie on the mesh that the model lies on")
+    if draft[1] is not None and sharding.mesh_of(draft[1]) != mesh:
+        raise ValueError("draft is not on the mesh of the model; load both with the same mesh")
     start = time.perf_counter()
-    with sharding.in_force(mesh):  # and never where this generator waits: what is in force is the caller's, too
-        loop = _prefill(
-            graphdef, state, drafts[1], jnp.asarray(tokens), jnp.asarray(lengths), jax.random.key(seed), stops,
-            static=static, capacity=capacity, max_new_tokens=max_new_tokens, kind=kind, dtype=dtype,
-        )  # fmt: skip
+    with sharding.use_mesh(mesh):  # and never while this generator waits: the mesh in use is the caller's, too
+        key = jax.random.key(config.seed)
+        loop = _prefill(graphdef, state, draft[1], jnp.asarray(tokens), jnp.asarray(lengths), key, stops, static=static)
         jax.block_until_ready(loop)
     prefill_seconds, decode_seconds = time.perf_counter() - start, 0.0
-    with sharding.in_force(mesh):
-        ready = _ready(graphdef, state), None if drafts[1] is None else _ready(*drafts)
+    with sharding.use_mesh(mesh):
+        weights = _decode_weights(graphdef, state), None if draft[1] is None else _decode_weights(*draft)
     per_token, size = bytes_per_token(cfg, kind, dtype), loop.cache.nbytes
 
-    def seen(loop: Loop) -> Generated:
-        acceptance = [float(x) for x in np.asarray(loop.stood) / max(int(loop.drafted), 1)]
+    def result(loop: Loop) -> Generated:
+        acceptance = [float(x) for x in np.asarray(loop.num_accepted) / max(int(loop.drafted), 1)]
         rows = [
             [int(t) for t in row[:n]] for row, n in zip(np.asarray(loop.out), np.asarray(loop.written), strict=True)
         ]
         return Generated(rows, acceptance, int(loop.steps), prefill_seconds, decode_seconds, size, per_token)
 
-    yield seen(loop)
+    yield result(loop)
     while not bool(loop.done.all()):
-        # From the shortest row that goes on: one that has ended grows no more.
-        behind = int(jnp.where(loop.done, max_new_tokens, loop.written).min())
-        until = max_new_tokens if part is None else min(behind + part, max_new_tokens)
+        # From the shortest row that continues: one that has ended grows no more.
+        behind = int(jnp.where(loop.done, config.max_new_tokens, loop.written).min())
+        until = config.max_new_tokens if part is None else min(behind + part, config.max_new_tokens)
         start = time.perf_counter()
-        with sharding.in_force(mesh):
-            loop = _decode(graphdef, state, drafts[1], ready, loop, stops, jnp.asarray(until, jnp.int32), static=static)
+        with sharding.use_mesh(mesh):
+            until = jnp.asarray(until, jnp.int32)
+            loop = _decode(graphdef, state, draft[1], weights, loop, stops, until, static=static)
             jax.block_until_ready(loop)
         decode_seconds += time.perf_counter() - start
-        yield seen(loop)
-
-
-def check_request(
-    cfg: ModelConfig,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop_tokens: Sequence[int] = (),
-) -> None:
-    """Refuse what cannot be generated. Raises: ValueError, one sentence with the offending value."""
-    if not prompts:
-        raise ValueError("prompts is empty: give at least one")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} is below 1")
-    for i, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {i} is empty: give at least one token")
-        for token in prompt:
-            if not 0 <= token < cfg.vocab_size:
-                raise ValueError(f"prompt {i} holds token {token}, outside the vocabulary of {cfg.vocab_size}")
-        if len(prompt) + max_new_tokens > cfg.max_positions:
-            raise ValueError(
-                f"prompt {i} of {len(prompt)} tokens and {max_new_tokens} new ones do not fit in the cache: "
-                f"the model's max_positions is {cfg.max_positions}"
-            )
-    for token in stop_tokens:
-        if not 0 <= token < cfg.vocab_size:
-            raise ValueError(f"stop token {token} is outside the vocabulary of {cfg.vocab_size}")
-    if not sampling.temperature >= 0:
-        raise ValueError(f"temperature={sampling.temperature} is not 0 or above")
-    if sampling.top_k is not None and sampling.top_k < 1:
-        raise ValueError(f"top_k={sampling.top_k} is below 1")
-    if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
-        raise ValueError(f"top_p={sampling.top_p} is outside (0, 1]")
-
-
-def check_draft(
-    cfg: ModelConfig,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    draft: str | Transformer | None,
-    length: int,
-) -> int:
-    """The draft length of a request that `check_request` lets pass; 0 where nobody drafts.
-
-    Raises: ValueError, one sentence with the offending value.
-    """
-    if draft is None:
-        return 0
-    if length < 1:
-        raise ValueError(f"draft_length={length} is below 1")
-    reach = cfg.max_positions
-    if isinstance(draft, Transformer):
-        if draft.cfg.vocab_size != cfg.vocab_size:
-            raise ValueError(
-                f"the draft model's vocabulary of {draft.cfg.vocab_size} is not the model's of {cfg.vocab_size}"
-            )
-        reach = min(reach, draft.cfg.max_positions)
-    elif draft != "mtp":
-        raise ValueError(f"draft={draft!r} is not None, 'mtp' or a Transformer")
-    elif not cfg.mtp_depth:
-        raise ValueError("draft='mtp' needs multi-token heads, and the model's mtp_depth is 0")
-    elif not cfg.chained_heads and length > cfg.mtp_depth:
-        raise ValueError(
-            f"draft_length={length} is more than mtp_depth={cfg.mtp_depth}: each {cfg.mtp_kind} head drafts one token"
-        )
-    longest = max(map(len, prompts)) + max_new_tokens
-    if longest + length > reach:
-        raise ValueError(
-            f"draft_length={length} does not fit in the cache: {longest} tokens of prompt and continuation leave "
-            f"{reach - longest} of max_positions={reach}"
-        )
-    return length
+        yield result(loop)
 
 
 def _round_up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
-def _drafter(model: Transformer, static: _Static, draft_state: Any, ready: Any = (None, None)) -> Drafter | None:
+def _drafter(model: Transformer, static: _Static, draft_state: Any, weights: Any = (None, None)) -> Drafter | None:
     if static.draft is None:
         return None
     if static.draft == "mtp":
-        return make_drafter(model, None, ready[0])
-    return make_drafter(model, nnx.merge(static.draft, draft_state), ready[1])
+        return make_drafter(model, None, weights[0])
+    return make_drafter(model, nnx.merge(static.draft, draft_state), weights[1])
 
 
 @partial(jax.jit, static_argnames="graphdef")
-def _ready(graphdef, state) -> Ready | None:
-    return nnx.merge(graphdef, state).ready()
+def _decode_weights(graphdef, state) -> DecodeWeights | None:
+    return nnx.merge(graphdef, state).prepare_decode()
 
 
-@partial(jax.jit, static_argnames=("graphdef", "static", "capacity", "max_new_tokens", "kind", "dtype"))
-def _prefill(
-    graphdef, state, draft_state, tokens, lengths, key, stops, *, static, capacity, max_new_tokens, kind, dtype
-) -> Loop:
+@partial(jax.jit, static_argnames=("graphdef", "static"))
+def _prefill(graphdef, state, draft_state, tokens, lengths, key, stops, *, static: _Static) -> Loop:
     model, tokens = nnx.merge(graphdef, state), constrain(tokens, "batch", None)
-    trace = model.trace(tokens, kind=kind)
-    batch, drafts = tokens.shape[0], static.draft_length
-    cache = empty_cache(model.cfg, model.cfg.num_layers, batch, capacity, kind, dtype)
-    if kind == "none":
-        at = (slice(None), slice(0, tokens.shape[1]))
-        cache = replace(cache, tokens=cache.tokens.at[at].set(tokens), lengths=lengths)
-    else:
-        cache = fill(cache, trace.cache_rows, lengths)
+    batch, cfg = tokens.shape[0], model.cfg
+    cache = empty_cache(cfg, cfg.num_layers, batch, static.capacity, static.kind, static.dtype)
+    x, cache = cache.prefill(model, tokens, lengths)
     drafter = _drafter(model, static, draft_state)
-    started = None if drafter is None else drafter.start(trace, tokens, lengths, capacity, kind, dtype)
+    prompt = Prompt(tokens, lengths, x, static.capacity, static.kind, static.dtype)
+    drafter_state = None if drafter is None else drafter.start(prompt)
     rows = jnp.zeros((batch,), jnp.int32)
     loop = Loop(
-        cache, started, None, rows > 0, key, jnp.full((batch, max_new_tokens), -1, jnp.int32), rows,
-        jnp.zeros((), jnp.int32), jnp.zeros((drafts,), jnp.int32), jnp.zeros((), jnp.int32),
+        cache, drafter_state, None, rows > 0, key, jnp.full((batch, static.max_new_tokens), -1, jnp.int32), rows,
+        jnp.zeros((), jnp.int32), jnp.zeros((static.draft_length,), jnp.int32), jnp.zeros((), jnp.int32),
     )  # fmt: skip
     # As if a step had just run over the prompt's last token.
     start = lengths - 1
-    last, x = (jnp.take_along_axis(y, start.reshape(-1, *[1] * (y.ndim - 1)), axis=1) for y in (tokens, trace.x))
+    last, x = (jnp.take_along_axis(y, start.reshape(-1, *[1] * (y.ndim - 1)), axis=1) for y in (tokens, x))
     return _advance(model, loop, Drafts(last[:, 1:], None), x, start, last[:, 0], stops, static)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "static"), donate_argnames=("loop",))
-def _decode(graphdef, state, draft_state, ready, loop: Loop, stops, until, *, static) -> Loop:
+def _decode(graphdef, state, draft_state, weights, loop: Loop, stops, until, *, static: _Static) -> Loop:
     model = nnx.merge(graphdef, state)
-    drafter = _drafter(model, static, draft_state, ready)
+    drafter = _drafter(model, static, draft_state, weights)
 
     def step(loop: Loop) -> Loop:
-        newest = jnp.take_along_axis(loop.fresh.tokens, loop.fresh.standing[:, None] - 1, axis=1)
+        newest = jnp.take_along_axis(loop.last.tokens, loop.last.num_valid[:, None] - 1, axis=1)
         drafts = Drafts(newest[:, 1:], None)
         if drafter is not None:
             key, draw = jax.random.split(loop.key)
-            drafts, started = drafter.draft(loop.drafter, loop.fresh, static.draft_length, draw, static.sampling)
-            loop = loop._replace(drafter=started, key=key, drafted=loop.drafted + (~loop.done).sum(dtype=jnp.int32))
+            drafts, after = drafter.draft(loop.drafter, loop.last, static.draft_length, draw, static.sampling)
+            loop = loop._replace(drafter=after, key=key, drafted=loop.drafted + (~loop.done).sum(dtype=jnp.int32))
         start = loop.cache.lengths
-        x, cache = model.decode(jnp.concatenate([newest, drafts.tokens], axis=1), loop.cache, ready[0])
+        x, cache = loop.cache.step(model, jnp.concatenate([newest, drafts.tokens], axis=1), weights[0])
         loop = loop._replace(cache=cache, steps=loop.steps + 1)
         return _advance(model, loop, drafts, x, start, newest[:, 0], stops, static)
 
@@ -338,32 +384,32 @@ def _advance(
     stops: Array,
     static: _Static,
 ) -> Loop:
-    """Let drafts stand or fall, note the tokens, and move each row on by its own count.
+    """Accept or reject drafts, write the tokens, and move each row on by its own count.
 
-    Args: x [B, F, D], the trunk's output at token `previous`, which stands at `start`, and at each draft.
+    Args: x [B, F, D], the trunk's output at token `previous`, whose position is `start`, and at each draft.
     """
     key, draw = jax.random.split(loop.key)
-    logits, left = kept_by_rows(model.next_logits(model.norm(x)), static.sampling)
-    stood, tokens = map(constrain, accept(drafts.tokens, drafts.q, logits, draw, left))
-    place = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-    count = jnp.minimum(stood + 1, loop.out.shape[1] - loop.written)
-    ends = (tokens[..., None] == stops[None, None]).any(-1) & (place < count[:, None])
+    logits, left = process_by_rows(model.logits(model.norm(x)), static.sampling)
+    num_accepted, tokens = map(constrain, accept(drafts.tokens, drafts.q, logits, draw, left))
+    index = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    count = jnp.minimum(num_accepted + 1, loop.out.shape[1] - loop.written)
+    ends = (tokens[..., None] == stops[None, None]).any(-1) & (index < count[:, None])
     ended = ends.any(axis=1)
     count = jnp.where(ended, jnp.argmax(ends, axis=1).astype(jnp.int32) + 1, count)
     count = jnp.where(loop.done, 0, count)
     column = jnp.where(
-        place < count[:, None], loop.written[:, None] + place, loop.out.shape[1]
+        index < count[:, None], loop.written[:, None] + index, loop.out.shape[1]
     )  # past the end: dropped
     rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
     written = loop.written + count
-    # A row that is done stays where it is; its numbers are computed and never looked at.
+    # A row that is done does not move; its numbers are computed and ignored.
     lengths = jnp.where(loop.done, loop.cache.lengths, start + count)
     pad = static.draft_length + 1 - x.shape[1]
     h = jnp.pad(model.read_by_heads(x), ((0, 0), (0, pad), (0, 0)))
-    stands = (place[:, : drafts.tokens.shape[1]] < stood[:, None]) & ~loop.done[:, None]
+    accepted = (index[:, : drafts.tokens.shape[1]] < num_accepted[:, None]) & ~loop.done[:, None]
     return loop._replace(
-        cache=in_place(replace(loop.cache, lengths=lengths)),
-        fresh=Fresh(
+        cache=keep_sharded(loop.cache.at_lengths(lengths)),
+        last=StepResult(
             constrain(h, "batch", None, None),
             jnp.pad(tokens, ((0, 0), (0, pad))),
             jnp.maximum(count, 1),
@@ -374,5 +420,5 @@ def _advance(
         out=constrain(loop.out.at[rows, column].set(tokens, mode="drop")),
         written=constrain(written),
         done=constrain(loop.done | ended | (written == loop.out.shape[1])),
-        stood=loop.stood + jnp.pad(stands.sum(axis=0, dtype=jnp.int32), (0, pad)),
+        num_accepted=loop.num_accepted + jnp.pad(accepted.sum(axis=0, dtype=jnp.int32), (0, pad)),
     )

@@ -6,30 +6,41 @@ import numpy as np
 from dsv3_jax.hf.table import BLOCK
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-LARGEST = 448.0
-_TINY = np.float32(2.0**-100)  # a scale is never below, so that no product is subnormal
+LARGEST = 448.0  # of e4m3
+_SMALLEST_SCALE = np.float32(2.0**-100)  # no product with an e4m3 number is then subnormal
 _VALUES = np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32)
 _ULPS = (0, 1, -1, 2, -2)
 
 
 def dequantize(numbers: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """float32 values of an FP8 weight.
+    """Multiply FP8 numbers by the scales of their blocks.
 
-    Args: numbers: float8_e4m3fn [out, in]; scales: float32 [⌈out/128⌉, ⌈in/128⌉], the last blocks may be partial.
+    Args:
+        numbers: float8_e4m3fn [out, in].
+        scales: float32 [⌈out/128⌉, ⌈in/128⌉]; the last blocks may be partial.
+    Returns: float32 [out, in].
+
+    Example:
+        >>> numbers, scales = quantize(np.full((2, 3), 0.5, np.float32))
+        >>> dequantize(numbers, scales)[0].tolist()
+        [0.5, 0.5, 0.5]
     """
     out = _VALUES[numbers.view(np.uint8)]
-    for row in range(scales.shape[0]):  # a strip of blocks at a time: no second array of the weight's size
+    for row in range(scales.shape[0]):  # one row of blocks at a time saves a second array of the weight's size
         strip = out[row * BLOCK : (row + 1) * BLOCK]
         strip *= np.repeat(scales[row], BLOCK)[None, : out.shape[1]]
     return out
 
 
 def quantize(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """FP8 numbers and scales of a finite float32 weight [out, in]; see `dequantize`.
+    """Quantize a weight to FP8 numbers and scales.
 
-    A scale is the block's largest magnitude over 448, rounded up to 20 significant bits: number · scale is then exact
-    in float32, and quantizing what `dequantize` gave returns the same bytes. Where a block is some other FP8 block's
-    exact value (a scale of 24 bits, as in the released files), the scale that makes it exact is found again.
+    A scale is the block's largest magnitude over 448, rounded up to 20 significant bits. Then number · scale is exact
+    in float32, and quantizing a dequantized weight returns the same bytes. Released files have scales of 24 bits.
+    Such a scale is used where it represents every value of a block exactly.
+
+    Args: values: float32 [out, in], finite.
+    Returns: numbers and scales as `dequantize` takes them.
     """
     rows, columns = values.shape
     numbers = np.empty(values.shape, E4M3)
@@ -40,37 +51,37 @@ def quantize(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         strip[: part.shape[0], :columns] = part
         blocks = strip.reshape(BLOCK, -1, BLOCK).swapaxes(0, 1).reshape(-1, BLOCK * BLOCK)
         scales[row] = _scales(blocks)
-        found = _round(blocks, scales[row]).reshape(-1, BLOCK, BLOCK).swapaxes(0, 1).reshape(BLOCK, -1)
-        numbers[row * BLOCK : (row + 1) * BLOCK] = found[: part.shape[0], :columns]
+        rounded = _round(blocks, scales[row]).reshape(-1, BLOCK, BLOCK).swapaxes(0, 1).reshape(BLOCK, -1)
+        numbers[row * BLOCK : (row + 1) * BLOCK] = rounded[: part.shape[0], :columns]
     return numbers, scales
 
 
 def _scales(blocks: np.ndarray) -> np.ndarray:
-    """float32 [n]: the scale of each of n blocks."""
+    """Choose the scale of each of n blocks: float32 [n]."""
     largest = np.abs(blocks).max(axis=1)
-    exact = largest / np.float32(LARGEST)
-    bits = exact.view(np.uint32)
-    # Up to 20 significant bits: the lowest 4 of the 24 become 0.
-    made = ((bits + np.uint32(15)) & ~np.uint32(15)).view(np.float32)
-    made = np.where(largest > 0, np.maximum(made, _TINY), np.float32(1))
-    undecided = np.flatnonzero(exact > _TINY)
+    quotient = largest / np.float32(LARGEST)
+    bits = quotient.view(np.uint32)
+    # Round up to 20 significant bits: the lowest 4 of the 24 become 0.
+    scales = ((bits + np.uint32(15)) & ~np.uint32(15)).view(np.float32)
+    scales = np.where(largest > 0, np.maximum(scales, _SMALLEST_SCALE), np.float32(1))
+    undecided = np.flatnonzero(quotient > _SMALLEST_SCALE)
     for ulps in _ULPS:
         if undecided.size == 0:
             break
-        scale = (bits[undecided].astype(np.int64) + ulps).astype(np.uint32).view(np.float32)
-        first = _is_exact(blocks[undecided, :BLOCK], scale)  # a row tells most blocks that are not
-        likely = undecided[first]
-        whole = _is_exact(blocks[likely], scale[first])
-        made[likely[whole]] = scale[first][whole]
-        undecided = np.setdiff1d(undecided, likely[whole])
-    return made
+        candidates = (bits[undecided].astype(np.int64) + ulps).astype(np.uint32).view(np.float32)
+        likely = _is_exact(blocks[undecided, :BLOCK], candidates)  # a block's first row rules out most blocks
+        undecided_likely = undecided[likely]
+        exact = _is_exact(blocks[undecided_likely], candidates[likely])
+        scales[undecided_likely[exact]] = candidates[likely][exact]
+        undecided = np.setdiff1d(undecided, undecided_likely[exact])
+    return scales
 
 
 def _is_exact(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """bool [n]: whether every value of a block is an e4m3 number times the block's scale."""
+    """Say for each block whether all its values are e4m3 numbers times the block's scale: bool [n]."""
     return (_VALUES[_round(blocks, scales).view(np.uint8)] * scales[:, None] == blocks).all(axis=1)
 
 
 def _round(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    # Clipped, for what is rounded up beyond 448 becomes NaN.
+    # Clipped, because a value that rounds beyond 448 becomes NaN.
     return np.clip(blocks / scales[:, None], -LARGEST, LARGEST).astype(E4M3)

@@ -1,4 +1,4 @@
-"""A released folder into a model: a tensor at a time from memory-mapped files into stacked, sharded parameters."""
+"""Load a released folder: memory-mapped tensors, one at a time, into stacked and sharded parameters."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -11,26 +11,30 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dsv3_jax.config import ConfigError, replace
+from dsv3_jax.config import ConfigError, Execution, replace
 from dsv3_jax.hf.config_json import config_from_dict
-from dsv3_jax.hf.files import CONFIG, Maps, Stored, open_folder
+from dsv3_jax.hf.files import CONFIG, StoredTensor, TensorReader, open_folder
 from dsv3_jax.hf.fp8 import E4M3, dequantize
-from dsv3_jax.hf.table import SCALE, Entry, entries
+from dsv3_jax.hf.table import SCALE_SUFFIX, Entry, entries
+from dsv3_jax.kernels import choose
 from dsv3_jax.mesh.sharding import state_sharding
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.report.progress import transfer
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
-READABLE = (np.dtype(np.float32), np.dtype(np.float16), BF16)
-_SHOWN = 20  # of tensors that do not fit
+READABLE_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BF16)
+_MAX_LISTED = 20  # wrong tensors that an error names
 
 
-class Folder:
-    """A released folder whose tensors are known to fit its configuration; reads them one at a time.
+class ReleasedFolder:
+    """A released folder whose tensors match its configuration; tensors are read one at a time.
 
-    Args: path: the folder; mtp: False leaves the MTP layers out; allow_nonfinite: let NaN and Inf pass.
-    Raises: ValueError (ConfigError) as `load` does, but for weights' values.
+    Args:
+        path: the folder.
+        mtp: False leaves the MTP layers out.
+        allow_nonfinite: accept NaN and Inf.
+    Raises: ValueError (ConfigError) as `load`, except for the values of weights.
     """
 
     def __init__(self, path: str | Path, *, mtp: bool = True, allow_nonfinite: bool = False):
@@ -43,7 +47,7 @@ class Folder:
         self.entries = {e.name: e for e in entries(cfg) if mtp or not e.mtp}
         self.cfg = cfg if mtp else replace(cfg, mtp_depth=0)
         self._left_out = set() if mtp else {e.name for e in entries(cfg) if e.mtp}
-        self._maps = Maps()
+        self._tensor = TensorReader()
         self._check_tensors()
         self._check_copies()
 
@@ -56,31 +60,32 @@ class Folder:
         return any(stored.dtype == E4M3 for stored in self.stored.values())
 
     def read(self, entry: Entry, dtype: np.dtype) -> np.ndarray:
-        """One released tensor, dequantized, in `dtype` (float32 or bfloat16).
+        """Read one released tensor, dequantized, in `dtype` (float32 or bfloat16).
 
         Raises: ValueError naming file and tensor for NaN or Inf.
         """
         stored = self.stored[entry.name]
-        raw = self._maps(stored)
+        raw = self._tensor(stored)
         if stored.dtype == E4M3:
-            scales = np.array(self._maps(self.stored[entry.name + SCALE]))
+            scales = np.array(self._tensor(self.stored[entry.name + SCALE_SUFFIX]))
             value = dequantize(raw, scales)
-            # A finite product may round to Inf in nothing narrower than float32: bfloat16 has its range.
+            # Checking before the cast suffices: bfloat16 has float32's range.
             self._check_finite(entry, value)
             return value.astype(dtype)
         self._check_finite(entry, raw)
-        if stored.dtype == BF16 and dtype == np.float32:  # the same number with 16 zero bits behind it
+        if stored.dtype == BF16 and dtype == np.float32:  # float32 is bfloat16 followed by 16 zero bits
             return np.left_shift(raw.view(np.uint16), 16, dtype=np.uint32).view(np.float32)
         return raw.astype(dtype, copy=False)
 
     def _check_finite(self, entry: Entry, value: np.ndarray) -> None:
         if self.allow_nonfinite or is_finite(value):
             return
-        bad = int(np.sum(~np.isfinite(value.astype(np.float32))))
-        raise ValueError(f"{self.stored[entry.name].file} holds {bad} NaN or Inf in {entry.name}")
+        count = int(np.sum(~np.isfinite(value.astype(np.float32))))
+        raise ValueError(f"{self.stored[entry.name].file} holds {count} NaN or Inf in {entry.name}")
 
     def _check_tensors(self) -> None:
-        wrong, known = [], set(self._left_out) | {name + SCALE for name in self._left_out}
+        """Raises: ValueError that lists all tensors that are missing, unknown, or of a wrong shape or dtype."""
+        wrong, known = [], set(self._left_out) | {name + SCALE_SUFFIX for name in self._left_out}
         for entry in self.entries.values():
             stored = self.stored.get(entry.name)
             known.add(entry.name)
@@ -88,49 +93,50 @@ class Folder:
                 if entry.copy_of is None:
                     wrong.append(f"{entry.name} is missing")
                 continue
-            fits = READABLE if not entry.quantized else (*READABLE, E4M3)
-            if stored.shape != entry.shape or stored.dtype not in fits:
-                wrong.append(f"{_spell(stored, entry.name)}, not {list(entry.shape)}")
+            dtypes = READABLE_DTYPES if not entry.quantized else (*READABLE_DTYPES, E4M3)
+            if stored.shape != entry.shape or stored.dtype not in dtypes:
+                wrong.append(f"{_describe(stored, entry.name)}, not {list(entry.shape)}")
             elif stored.dtype == E4M3:
-                known.add(entry.name + SCALE)
-                scale = self.stored.get(entry.name + SCALE)
+                known.add(entry.name + SCALE_SUFFIX)
+                scale = self.stored.get(entry.name + SCALE_SUFFIX)
                 if scale is None:
-                    wrong.append(f"{entry.name + SCALE} is missing")
+                    wrong.append(f"{entry.name + SCALE_SUFFIX} is missing")
                 elif (scale.shape, scale.dtype) != (entry.scale_shape, np.float32):
-                    wrong.append(f"{_spell(scale, entry.name + SCALE)}, not float32 {list(entry.scale_shape)}")
-        wrong += [f"{name} of {self.stored[name].file.name} is not known" for name in self.stored.keys() - known]
+                    description = _describe(scale, entry.name + SCALE_SUFFIX)
+                    wrong.append(f"{description}, not float32 {list(entry.scale_shape)}")
+        wrong += [f"{name} in {self.stored[name].file.name} is unknown" for name in self.stored.keys() - known]
         if wrong:
-            more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+            more = f" and {len(wrong) - _MAX_LISTED} more" if len(wrong) > _MAX_LISTED else ""
             hint = ""
-            lacking = [e.name for e in self.entries.values() if e.mtp and not e.copy_of]
-            if lacking and not any(name in self.stored for name in lacking):
-                hint = " (no tensor of the MTP layers is there: mtp=False leaves them out)"
-            listed = "; ".join(sorted(wrong)[:_SHOWN])
-            raise ValueError(f"{self.path} does not fit its {CONFIG}, {len(wrong)} tensors: {listed}{more}{hint}")
+            mtp = [e.name for e in self.entries.values() if e.mtp and not e.copy_of]
+            if mtp and not any(name in self.stored for name in mtp):
+                hint = " (all tensors of the MTP layers are missing: mtp=False loads the model without them)"
+            listed = "; ".join(sorted(wrong)[:_MAX_LISTED])
+            raise ValueError(f"{self.path} does not match its {CONFIG}, {len(wrong)} tensors: {listed}{more}{hint}")
 
     def _check_copies(self) -> None:
-        """What this model shares must be the same in each place that it was written to."""
+        """Raises: ValueError when a tensor differs from the one that it repeats: this model has only one of them."""
         for entry in self.entries.values():
             if entry.copy_of is None or entry.name not in self.stored:
                 continue
-            other = self.entries[entry.copy_of]
-            for start in range(0, entry.shape[0], 4096):  # of rows: no copy of the whole
+            original = self.entries[entry.copy_of]
+            for start in range(0, entry.shape[0], 4096):  # by rows: no second array of the tensor's size
                 rows = slice(start, start + 4096)
-                mine, theirs = (self._maps(self.stored[n])[rows] for n in (entry.name, other.name))
-                if not np.array_equal(mine.astype(np.float32), theirs.astype(np.float32), equal_nan=True):
+                left, right = (self._tensor(self.stored[n])[rows] for n in (entry.name, original.name))
+                if not np.array_equal(left.astype(np.float32), right.astype(np.float32), equal_nan=True):
                     raise ValueError(
-                        f"{self.stored[entry.name].file} holds {entry.name} that is not {other.name}, which this "
-                        f"model uses in its place"
+                        f"{self.stored[entry.name].file} holds {entry.name} that differs from {original.name}, "
+                        f"but this model uses one tensor for both"
                     )
 
 
-def _spell(stored: Stored, name: str) -> str:
-    return f"{name} of {stored.file.name} is {stored.dtype.name} {list(stored.shape)}"
+def _describe(stored: StoredTensor, name: str) -> str:
+    return f"{name} in {stored.file.name} is {stored.dtype.name} {list(stored.shape)}"
 
 
 def is_finite(value: np.ndarray) -> bool:
-    """Whether no number is NaN or Inf."""
-    if value.dtype == BF16:  # all ones in the exponent; far quicker than through the dtype's own functions
+    """Say whether no number is NaN or Inf."""
+    if value.dtype == BF16:  # bits of the exponent: much faster than the dtype's own functions
         bits = value.view(np.uint16)
         return not bool(((bits & np.uint16(0x7F80)) == 0x7F80).any())
     return bool(np.isfinite(value).all())
@@ -145,65 +151,86 @@ def load(
     allow_nonfinite: bool = False,
     quiet: bool = False,
 ) -> Transformer:
-    """The model of a released folder: config.json and safetensors of float32, bfloat16, float16 or FP8.
+    """Load a released folder: config.json and safetensors of float32, bfloat16, float16 or FP8.
 
-    Peak memory is the parameters, the largest of them once more, and less than a gigabyte. With a mesh each host
-    reads the tensors of its own shards alone.
+    Peak memory is all parameters, plus the largest one again, plus less than a gigabyte. With a mesh, each host reads
+    only the tensors of its shards.
 
     Args:
-        path: the folder; nothing outside it is read.
-        dtype: of the parameters, and what the model computes in: float32 or bfloat16. The router's weight and bias
-            stay float32.
-        mesh: where parameters lie, as `sharding.state_sharding` says; None is the default device.
+        path: the folder. No file outside it is read.
+        dtype: dtype of parameters and computation, float32 or bfloat16. The router's weight and bias stay float32.
+        mesh: shards parameters as `sharding.state_sharding`. None means the default device.
         mtp: False leaves the MTP layers out.
-        allow_nonfinite: take NaN and Inf as they are.
-        quiet: no progress bar (there is none but on a terminal).
+        allow_nonfinite: accept NaN and Inf.
+        quiet: show no progress bar. Without a terminal there is none.
     Raises:
         ConfigError: config.json describes another kind of model.
-        ValueError: files that are absent, cut, not what their headers say, or outside the folder; tensors that are
-            missing, extra, of another shape or dtype (listed together); NaN or Inf, with file and tensor.
+        ValueError: a file is absent, truncated, outside the folder, or differs from its header. Tensors are missing,
+            unknown, or of another shape or dtype (listed together). A tensor holds NaN or Inf (named with its file).
+
+    Example:
+        >>> import tempfile
+        >>> import dsv3_jax as ds
+        >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
+        >>> model = ds.Transformer(cfg, rngs=nnx.Rngs(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ds.hf.save(model, folder, quiet=True)
+        ...     loaded = ds.hf.load(folder, quiet=True)
+        >>> bool((loaded.embed[...] == model.embed[...]).all())
+        True
     """
     dtype = np.dtype(dtype)
     if dtype not in (np.float32, BF16):
-        raise ValueError(f"dtype={dtype.name} is not float32 or bfloat16")
-    folder = Folder(path, mtp=mtp, allow_nonfinite=allow_nonfinite)
-    cfg = replace(folder.cfg, compute_dtype=dtype.name)
-    graphdef, state = nnx.split(abstract(cfg))
+        raise ValueError(f"dtype={dtype.name} is not supported; use float32 or bfloat16")
+    folder = ReleasedFolder(path, mtp=mtp, allow_nonfinite=allow_nonfinite)
+    execution = Execution(compute_dtype=dtype.name)
+    kernels = choose.prepare(execution, mesh=mesh)
+    graphdef, state = nnx.split(abstract(folder.cfg, execution, kernels))
     flat = dict(nnx.to_flat_state(state))
-    placed = dict(nnx.to_flat_state(state_sharding(state, mesh)))
+    shardings = dict(nnx.to_flat_state(state_sharding(state, mesh)))
     sources: dict[tuple, list[tuple[Entry, int]]] = defaultdict(list)
     for entry in folder.entries.values():
         if entry.copy_of is None:
-            for part, place in enumerate(entry.places):
-                sources[place.path].append((entry, part))
+            for part, param_slice in enumerate(entry.slices):
+                sources[param_slice.path].append((entry, part))
     filled = {}
     with transfer("loading", sum(v.size for v in flat.values()) * dtype.itemsize, quiet=quiet) as advance:
-        for where, variable in flat.items():
-            kept = np.dtype(np.float32) if isinstance(variable, RouterBias) or where[-1] == "w_router" else dtype
+        for path, variable in flat.items():
+            keep_float32 = isinstance(variable, RouterBias) or path[-1] == "w_router"
+            param_dtype = np.dtype(np.float32) if keep_float32 else dtype
             shape = tuple(variable.shape)
-            made: dict[str, np.ndarray] = {}  # a replicated parameter is read once for all devices
+            shards: dict[str, np.ndarray] = {}  # a replicated parameter is read once for all devices
 
-            def shard(index, where=where, shape=shape, kept=kept, made=made):
-                if str(index) not in made:
-                    made[str(index)] = _read_shard(folder, sources[where], shape, index, kept)
-                return made[str(index)]
+            def shard(index, path=path, shape=shape, param_dtype=param_dtype, shards=shards):
+                if str(index) not in shards:
+                    shards[str(index)] = _read_shard(folder, sources[path], shape, index, param_dtype)
+                return shards[str(index)]
 
-            array = jax.make_array_from_callback(shape, placed[where].get_value(), shard)
-            filled[where] = variable.replace(jax.block_until_ready(array))
+            array = jax.make_array_from_callback(shape, shardings[path].get_value(), shard)
+            filled[path] = variable.replace(jax.block_until_ready(array))
             advance(variable.size * dtype.itemsize)
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
 def _read_shard(
-    folder: Folder, sources: list[tuple[Entry, int]], shape: tuple[int, ...], index: tuple[slice, ...], dtype: np.dtype
+    folder: ReleasedFolder,
+    sources: list[tuple[Entry, int]],
+    shape: tuple[int, ...],
+    shard: tuple[slice, ...],
+    dtype: np.dtype,
 ) -> np.ndarray:
-    """The part `index` of a parameter, from the released tensors that stand in it."""
-    ranges = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
-    out = np.zeros([len(r) for r in ranges], dtype)  # zeros: the bias of a router that has none
+    """Read one shard of a parameter.
+
+    Args:
+        sources: the released tensors that fill the parameter, each with the number of its slice there.
+        shape: the parameter's.
+        shard: a slice for each of its axes.
+    """
+    ranges = [range(*s.indices(n)) for s, n in zip(shard, shape, strict=True)]
+    out = np.zeros([len(r) for r in ranges], dtype)  # zeros remain where the released router has no bias
     for entry, part in sources:
-        at = entry.places[part].at
-        if all(i in r for i, r in zip(at, ranges, strict=False)):
+        indices = entry.slices[part].indices
+        if all(i in r for i, r in zip(indices, ranges, strict=False)):
             value = entry.layout.split(folder.read(entry, dtype))[part]
-            inner = index[len(at) :]
-            out[tuple(i - r.start for i, r in zip(at, ranges, strict=False))] = value[inner]
+            out[tuple(i - r.start for i, r in zip(indices, ranges, strict=False))] = value[shard[len(indices) :]]
     return out

@@ -1,7 +1,7 @@
-"""The one table between released tensor names and our parameters: loading, saving and checking all read it.
+"""The table between released tensor names and our parameters. Loading, saving and checking all read it.
 
-Released linear weights are [out, in]; ours are [in, out], but for w_uk and w_uv, which lie as released. Heads are an
-axis of their own, and like layers (and their experts) are stacked along leading axes. Letters as in `config.py`.
+Released linear weights are [out, in] and ours are [in, out]; w_uk and w_uv keep the released order.
+Our heads have their own axis. Layers and their experts are stacked along leading axes. Letters as in `config.py`.
 Source: the released index files of DeepSeek-V2, V2-Lite and V3, and the reference inference code.
 """
 
@@ -14,34 +14,34 @@ import numpy as np
 from dsv3_jax.config import ConfigError, ModelConfig
 
 BLOCK = 128  # an FP8 weight has one scale for each 128 × 128 block
-SCALE = "_scale_inv"  # … under the weight's name with this at its end
+SCALE_SUFFIX = "_scale_inv"  # of the name of an FP8 weight's scales
 
 Shape = tuple[int, ...]
 Path = tuple[str | int, ...]  # of one of our parameters, as NNX names it
 
 
-class Place(NamedTuple):
-    """Where a released tensor, or a part of it, stands in one of our parameters."""
+class ParamSlice(NamedTuple):
+    """The part of one of our parameters that a released tensor fills, alone or with others."""
 
     path: Path
-    at: Shape  # leading indices: (), (layer,) or (layer, expert)
+    indices: Shape  # leading ones: (), (layer,) or (layer, expert)
 
 
 @dataclass(frozen=True)
-class Plain:
-    """The same numbers in the same order."""
+class SameLayout:
+    """The same numbers in the same order; base of the other layouts."""
 
     def split(self, released: np.ndarray) -> list[np.ndarray]:
-        """Ours from the released tensor, one array for each place; views where that can be."""
+        """Convert a released tensor to ours, one array for each slice; views where possible."""
         return [released]
 
     def join(self, ours: list[np.ndarray]) -> np.ndarray:
-        """The inverse of `split`."""
+        """Convert our arrays to the released tensor; the inverse of `split`."""
         return ours[0]
 
 
 @dataclass(frozen=True)
-class Transposed(Plain):
+class Transposed(SameLayout):
     """[out, in] ↔ [in, out]."""
 
     def split(self, released: np.ndarray) -> list[np.ndarray]:
@@ -52,13 +52,13 @@ class Transposed(Plain):
 
 
 @dataclass(frozen=True)
-class ToHeads(Plain):
-    """[H·a, in] ↔ [in, H, a]."""
+class OutputHeads(SameLayout):
+    """[H·a, in] ↔ [in, H, a], for a = `head_dim`."""
 
-    part: int
+    head_dim: int
 
     def split(self, released: np.ndarray) -> list[np.ndarray]:
-        return [released.reshape(-1, self.part, released.shape[1]).transpose(2, 0, 1)]
+        return [released.reshape(-1, self.head_dim, released.shape[1]).transpose(2, 0, 1)]
 
     def join(self, ours: list[np.ndarray]) -> np.ndarray:
         rows = ours[0].transpose(1, 2, 0)
@@ -66,14 +66,14 @@ class ToHeads(Plain):
 
 
 @dataclass(frozen=True)
-class InHeads(Plain):
-    """[H·(a + b + …), in] ↔ [H, a, in], [H, b, in], …: the same rows as they lie."""
+class FusedHeads(SameLayout):
+    """[H·(a + b + …), in] ↔ [H, a, in], [H, b, in], …, for (a, b, …) = `head_dims`; rows keep their order."""
 
-    parts: Shape
+    head_dims: Shape
 
     def split(self, released: np.ndarray) -> list[np.ndarray]:
-        rows = released.reshape(-1, sum(self.parts), released.shape[1])
-        return np.split(rows, np.cumsum(self.parts)[:-1], axis=1)
+        rows = released.reshape(-1, sum(self.head_dims), released.shape[1])
+        return np.split(rows, np.cumsum(self.head_dims)[:-1], axis=1)
 
     def join(self, ours: list[np.ndarray]) -> np.ndarray:
         rows = np.concatenate(ours, axis=1)
@@ -81,19 +81,19 @@ class InHeads(Plain):
 
 
 @dataclass(frozen=True)
-class FromHeads(Plain):
-    """[out, H·V] ↔ [H, V, out]."""
+class InputHeads(SameLayout):
+    """[out, H·a] ↔ [H, a, out], for a = `head_dim`."""
 
-    part: int
+    head_dim: int
 
     def split(self, released: np.ndarray) -> list[np.ndarray]:
-        return [released.T.reshape(-1, self.part, released.shape[0])]
+        return [released.T.reshape(-1, self.head_dim, released.shape[0])]
 
     def join(self, ours: list[np.ndarray]) -> np.ndarray:
         return ours[0].reshape(-1, ours[0].shape[-1]).T
 
 
-PLAIN, TRANSPOSED = Plain(), Transposed()
+SAME_LAYOUT, TRANSPOSED = SameLayout(), Transposed()
 
 
 @dataclass(frozen=True)
@@ -102,32 +102,32 @@ class Entry:
 
     name: str
     shape: Shape
-    places: tuple[Place, ...]  # as many as `layout.split` gives
-    layout: Plain = TRANSPOSED
+    slices: tuple[ParamSlice, ...]  # one for each array of `layout.split`
+    layout: SameLayout = TRANSPOSED
     quantized: bool = False  # FP8 in an FP8 checkpoint
-    wide: bool = False  # float32 in every checkpoint
-    copy_of: str | None = None  # a duplicate of that tensor: may be absent, must be the same
+    always_float32: bool = False  # in every checkpoint
+    copy_of: str | None = None  # name of the tensor that this one repeats; it may be absent but must not differ
     mtp: bool = False  # belongs to an MTP layer
 
     @property
     def scale_shape(self) -> Shape:
-        """Shape of the scales beside an FP8 weight; the last blocks may be partial."""
+        """Shape of an FP8 weight's scales; the last blocks may be partial."""
         return tuple(-(-n // BLOCK) for n in self.shape)
 
 
 def entries(cfg: ModelConfig) -> Iterator[Entry]:
-    """Every released tensor of a model, in the order of its layers. Tied embeddings: the head is a copy."""
-    embed = Entry("model.embed_tokens.weight", (cfg.vocab_size, cfg.dim), (Place(("embed",), ()),), PLAIN)
+    """List every released tensor of a model in layer order. With tied embeddings the head is a copy."""
+    embed = Entry("model.embed_tokens.weight", (cfg.vocab_size, cfg.dim), (ParamSlice(("embed",), ()),), SAME_LAYOUT)
     yield embed
     for layer in range(cfg.num_layers):
         dense = layer < cfg.num_dense_layers
-        at = layer if dense else layer - cfg.num_dense_layers
+        index = layer if dense else layer - cfg.num_dense_layers
         stack = ("dense",) if dense else ("sparse",)
-        yield from _block(cfg, f"model.layers.{layer}", stack, (at,), dense, ("experts",), at)
+        yield from _block(cfg, f"model.layers.{layer}", stack, (index,), dense, ("experts",), index)
     yield _norm("model.norm", cfg.dim, ("norm",), ())
     head = replace(embed, name="lm_head.weight", copy_of=embed.name)
     if not cfg.tie_embeddings:
-        head = replace(head, places=(Place(("head",), ()),), layout=TRANSPOSED, copy_of=None)
+        head = replace(head, slices=(ParamSlice(("head",), ()),), layout=TRANSPOSED, copy_of=None)
     yield head
     for k in range(cfg.mtp_depth):
         for entry in _mtp_layer(cfg, k, embed, head):
@@ -135,14 +135,14 @@ def entries(cfg: ModelConfig) -> Iterator[Entry]:
 
 
 def _mtp_layer(cfg: ModelConfig, k: int, embed: Entry, head: Entry) -> Iterator[Entry]:
-    name, own = f"model.layers.{cfg.num_layers + k}", ("mtp", k)
+    name, path = f"model.layers.{cfg.num_layers + k}", ("mtp", k)
     yield replace(embed, name=f"{name}.embed_tokens.weight", copy_of=embed.name)
-    yield _norm(f"{name}.enorm", cfg.dim, (*own, "embed_norm"), ())
-    yield _norm(f"{name}.hnorm", cfg.dim, (*own, "hidden_norm"), ())
-    # Not quantized in the released FP8 checkpoint, though it is a linear weight.
-    yield Entry(f"{name}.eh_proj.weight", (cfg.dim, 2 * cfg.dim), (Place((*own, "w_eh"), ()),))
-    yield from _block(cfg, name, (*own, "block"), (), False, (*own, "experts"), 0)
-    yield _norm(f"{name}.shared_head.norm", cfg.dim, (*own, "norm"), ())
+    yield _norm(f"{name}.enorm", cfg.dim, (*path, "embed_norm"), ())
+    yield _norm(f"{name}.hnorm", cfg.dim, (*path, "hidden_norm"), ())
+    # A linear weight that the released FP8 checkpoint does not quantize.
+    yield Entry(f"{name}.eh_proj.weight", (cfg.dim, 2 * cfg.dim), (ParamSlice((*path, "w_eh"), ()),))
+    yield from _block(cfg, name, (*path, "block"), (), False, (*path, "experts"), 0)
+    yield _norm(f"{name}.shared_head.norm", cfg.dim, (*path, "norm"), ())
     source = head.copy_of or head.name  # a tied head is the embedding
     yield replace(head, name=f"{name}.shared_head.head.weight", copy_of=source)
 
@@ -150,7 +150,13 @@ def _mtp_layer(cfg: ModelConfig, k: int, embed: Entry, head: Entry) -> Iterator[
 def _block(
     cfg: ModelConfig, name: str, path: Path, index: Shape, dense: bool, experts: Path, sparse_layer: int
 ) -> Iterator[Entry]:
-    """A transformer block: `path` and `index` say where it stands, `experts` and `sparse_layer` where its experts."""
+    """List a transformer block's tensors.
+
+    Args:
+        name: prefix of the released names.
+        path, index: our parameters of the block.
+        experts, sparse_layer: path and layer index of our routed experts.
+    """
     yield _norm(f"{name}.input_layernorm", cfg.dim, (*path, "attn_norm"), index)
     yield from _attention(cfg, f"{name}.self_attn", (*path, "attn"), index)
     yield _norm(f"{name}.post_attention_layernorm", cfg.dim, (*path, "ffn_norm"), index)
@@ -159,10 +165,11 @@ def _block(
         return
     moe: Path = (*path, "moe")
     router = (cfg.num_experts, cfg.dim)
-    yield Entry(f"{name}.mlp.gate.weight", router, (Place((*moe, "w_router"), index),))
+    yield Entry(f"{name}.mlp.gate.weight", router, (ParamSlice((*moe, "w_router"), index),))
     if cfg.router == "sigmoid":
-        bias = (Place((*moe, "bias"), index),)
-        yield Entry(f"{name}.mlp.gate.e_score_correction_bias", (cfg.num_experts,), bias, PLAIN, wide=True)
+        bias = (ParamSlice((*moe, "bias"), index),)
+        bias_name = f"{name}.mlp.gate.e_score_correction_bias"
+        yield Entry(bias_name, (cfg.num_experts,), bias, SAME_LAYOUT, always_float32=True)
     for e in range(cfg.num_experts):
         yield from _swiglu(cfg.dim, cfg.expert_dim, f"{name}.mlp.experts.{e}", experts, (sparse_layer, e))
     if cfg.num_shared_experts:
@@ -173,22 +180,22 @@ def _block(
 def _attention(cfg: ModelConfig, name: str, path: Path, index: Shape) -> Iterator[Entry]:
     heads, qk = cfg.num_heads, cfg.nope_head_dim + cfg.rope_head_dim
 
-    def linear(part: str, shape: Shape, layout: Plain, *ours: str) -> Entry:
-        places = tuple(Place((*path, w), index) for w in ours)
-        return Entry(f"{name}.{part}.weight", shape, places, layout, quantized=True)
+    def linear(part: str, shape: Shape, layout: SameLayout, *ours: str) -> Entry:
+        slices = tuple(ParamSlice((*path, w), index) for w in ours)
+        return Entry(f"{name}.{part}.weight", shape, slices, layout, quantized=True)
 
     if cfg.q_latent_dim is None:
-        yield linear("q_proj", (heads * qk, cfg.dim), ToHeads(qk), "w_q")
+        yield linear("q_proj", (heads * qk, cfg.dim), OutputHeads(qk), "w_q")
     else:
         yield linear("q_a_proj", (cfg.q_latent_dim, cfg.dim), TRANSPOSED, "w_dq")
         yield _norm(f"{name}.q_a_layernorm", cfg.q_latent_dim, (*path, "q_norm"), index)
-        yield linear("q_b_proj", (heads * qk, cfg.q_latent_dim), ToHeads(qk), "w_uq")
+        yield linear("q_b_proj", (heads * qk, cfg.q_latent_dim), OutputHeads(qk), "w_uq")
     row = cfg.kv_latent_dim + cfg.rope_head_dim
     yield linear("kv_a_proj_with_mqa", (row, cfg.dim), TRANSPOSED, "w_dkv")
     yield _norm(f"{name}.kv_a_layernorm", cfg.kv_latent_dim, (*path, "kv_norm"), index)
-    parts = (cfg.nope_head_dim, cfg.v_head_dim)
-    yield linear("kv_b_proj", (heads * sum(parts), cfg.kv_latent_dim), InHeads(parts), "w_uk", "w_uv")
-    yield linear("o_proj", (cfg.dim, heads * cfg.v_head_dim), FromHeads(cfg.v_head_dim), "w_o")
+    head_dims = (cfg.nope_head_dim, cfg.v_head_dim)
+    yield linear("kv_b_proj", (heads * sum(head_dims), cfg.kv_latent_dim), FusedHeads(head_dims), "w_uk", "w_uv")
+    yield linear("o_proj", (cfg.dim, heads * cfg.v_head_dim), InputHeads(cfg.v_head_dim), "w_o")
 
 
 def _swiglu(dim: int, hidden: int, name: str, path: Path, index: Shape) -> Iterator[Entry]:
@@ -197,51 +204,57 @@ def _swiglu(dim: int, hidden: int, name: str, path: Path, index: Shape) -> Itera
         ("up_proj", "w_up", (hidden, dim)),
         ("down_proj", "w_down", (dim, hidden)),
     ):
-        yield Entry(f"{name}.{part}.weight", shape, (Place((*path, ours), index),), quantized=True)
+        yield Entry(f"{name}.{part}.weight", shape, (ParamSlice((*path, ours), index),), quantized=True)
 
 
 def _norm(name: str, dim: int, path: Path, index: Shape) -> Entry:
-    return Entry(f"{name}.weight", (dim,), (Place((*path, "scale"), index),), PLAIN)
+    return Entry(f"{name}.weight", (dim,), (ParamSlice((*path, "scale"), index),), SAME_LAYOUT)
 
 
 def dtype_of(entry: Entry, dtype: str, fp8: bool) -> str:
-    """The dtype that a tensor is written in, where the checkpoint's is `dtype`."""
-    if entry.wide:
+    """Name the dtype of a tensor in a checkpoint of `dtype`."""
+    if entry.always_float32:
         return "float32"
     return "float8_e4m3fn" if fp8 and entry.quantized else dtype
 
 
 def tensor_table(cfg: ModelConfig, fp8: bool = False, *, dtype: str = "bfloat16") -> dict[str, tuple[Shape, str]]:
-    """Every tensor of a released checkpoint: its name → (shape, dtype name).
+    """List every tensor of a released checkpoint: name → (shape, dtype name).
 
     Args:
         cfg: any configuration of the V2 or V3 family.
-        fp8: linear weights as float8_e4m3fn, each with its float32 `weight_scale_inv` of one scale for 128 × 128
-            numbers, as DeepSeek-V3 was released.
-        dtype: of what is not FP8; the router's correction bias is float32 always.
+        fp8: linear weights are float8_e4m3fn, as DeepSeek-V3 was released. Each has a float32 `weight_scale_inv`
+            with one scale for each 128 × 128 block.
+        dtype: name of the other tensors' dtype. The router's correction bias is always float32.
     Raises: ConfigError for a router or a kind of multi-token head that the released format does not have.
 
     Example:
         >>> from dsv3_jax.presets import preset
-        >>> len(tensor_table(preset("v3"), fp8=True))
+        >>> table = tensor_table(preset("v3"), fp8=True)
+        >>> len(table)
         91991
-        >>> tensor_table(preset("v3"), fp8=True)["model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv"]
+        >>> table["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"]
+        ((576, 7168), 'float8_e4m3fn')
+        >>> table["model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv"]
         ((5, 56), 'float32')
     """
     check_released(cfg)
     table: dict[str, tuple[Shape, str]] = {}
     for entry in entries(cfg):
         if cfg.tie_embeddings and entry.copy_of and not entry.mtp:
-            continue  # transformers ties it by itself
+            continue  # transformers ties the head without a tensor
         table[entry.name] = (entry.shape, dtype_of(entry, dtype, fp8))
         if fp8 and entry.quantized:
-            table[entry.name + SCALE] = (entry.scale_shape, "float32")
+            table[entry.name + SCALE_SUFFIX] = (entry.scale_shape, "float32")
     return table
 
 
 def check_released(cfg: ModelConfig) -> None:
-    """Raises: ConfigError for a router or a kind of multi-token head that the released format does not have."""
+    """Check that the released format has the model's router and multi-token heads.
+
+    Raises: ConfigError when it does not.
+    """
     if cfg.router not in ("sigmoid", "softmax"):
-        raise ConfigError(f"router={cfg.router!r} has no released format: it must be 'sigmoid' or 'softmax'")
+        raise ConfigError(f"router={cfg.router!r} has no released format; use 'sigmoid' or 'softmax'")
     if cfg.mtp_depth and cfg.mtp_kind != "deepseek":
-        raise ConfigError(f"mtp_kind={cfg.mtp_kind!r} has no released format: it must be 'deepseek'")
+        raise ConfigError(f"mtp_kind={cfg.mtp_kind!r} has no released format; use 'deepseek' or mtp_depth=0")

@@ -1,4 +1,4 @@
-"""A model out into a released folder, which `transformers` loads: a tensor at a time, whole or not there at all."""
+"""Save a model as a released folder that `transformers` loads, one tensor at a time; a failure leaves no folder."""
 
 import shutil
 from collections.abc import Callable, Iterable
@@ -11,8 +11,8 @@ from flax import nnx
 from dsv3_jax.hf import files
 from dsv3_jax.hf.config_json import config_to_dict
 from dsv3_jax.hf.fp8 import quantize
-from dsv3_jax.hf.reading import BF16, Folder, is_finite
-from dsv3_jax.hf.table import SCALE, entries, tensor_table
+from dsv3_jax.hf.reading import BF16, ReleasedFolder, is_finite
+from dsv3_jax.hf.table import SCALE_SUFFIX, entries, tensor_table
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.report.progress import transfer
 
@@ -20,45 +20,55 @@ SHARD_BYTES = 5_000_000_000
 DTYPES = ("float32", "bfloat16")
 
 
-Read = Callable[[str], np.ndarray]  # a released tensor by its name, in the released layout and any float dtype
+ReadTensor = Callable[[str], np.ndarray]  # a released tensor by name, in the released layout and any float dtype
 
 
-class Tensors:
-    """Released tensors by name in a table's dtypes, from whatever `read` has them in."""
+class CastTensors:
+    """Released tensors by name in a table's dtypes.
 
-    def __init__(self, read: Read, table: files.Table, allow_nonfinite: bool):
-        self._read, self._table, self._allow = read, table, allow_nonfinite
-        self._scale: tuple[str, np.ndarray] = ("", np.empty(0))
+    Args:
+        read: reads a tensor in any float dtype.
+        table: name → (shape, dtype name), as `tensor_table`.
+        allow_nonfinite: accept NaN and Inf, except in FP8.
+    """
+
+    def __init__(self, read: ReadTensor, table: files.Table, allow_nonfinite: bool):
+        self._read, self._table, self._allow_nonfinite = read, table, allow_nonfinite
+        self._last_scale: tuple[str, np.ndarray] = ("", np.empty(0))
 
     def __call__(self, name: str) -> np.ndarray:
-        """The tensor, or the scales of the FP8 tensor that was asked for last, in the table's dtype.
+        """Return a tensor in the table's dtype; the scales of an FP8 tensor only directly after that tensor.
 
-        Raises: ValueError naming a tensor that has NaN or Inf.
+        Raises: ValueError naming a tensor that holds NaN or Inf.
         """
-        if name == self._scale[0]:
-            return self._scale[1]
+        if name == self._last_scale[0]:
+            return self._last_scale[1]
         dtype = self._table[name][1]
         value = self._read(name)
         fp8 = dtype not in DTYPES
-        if (fp8 or not self._allow) and not is_finite(value):
-            raise ValueError(f"{name} holds NaN or Inf" + (", which FP8 cannot" if self._allow else ""))
+        if (fp8 or not self._allow_nonfinite) and not is_finite(value):
+            reason = ", which FP8 cannot represent" if fp8 else "; allow_nonfinite=True accepts it"
+            raise ValueError(f"{name} holds NaN or Inf{reason}")
         if not fp8:
             value = value.astype(np.float32 if dtype == "float32" else BF16, copy=False)
-            if not self._allow and not is_finite(value):
-                raise ValueError(f"{name} does not fit in {dtype}: it would hold Inf")
+            if not self._allow_nonfinite and not is_finite(value):
+                raise ValueError(f"{name} does not fit in dtype={dtype}: it becomes Inf; use float32")
             return value
         numbers, scales = quantize(value.astype(np.float32, copy=False))
-        self._scale = (name + SCALE, scales)
+        self._last_scale = (name + SCALE_SUFFIX, scales)
         return numbers
 
 
-def from_model(model: Transformer) -> Read:
-    """A model's parameters. Raises: ValueError for one that is spread over hosts."""
-    known = {e.name: e for e in entries(model.cfg)}
+def model_tensors(model: Transformer) -> ReadTensor:
+    """Return a function that reads a model's parameters by released name.
+
+    Raises: ValueError for a parameter that is sharded over hosts.
+    """
+    entry_of = {e.name: e for e in entries(model.cfg)}
     arrays = {path: v.get_value() for path, v in nnx.to_flat_state(nnx.state(model))}
     for path, array in arrays.items():
         if not array.is_fully_addressable:
-            raise ValueError(f"parameter {'.'.join(map(str, path))} is spread over hosts: gather it to save")
+            raise ValueError(f"parameter {'.'.join(map(str, path))} is sharded over hosts; gather it before saving")
     on_cpu: dict[tuple, np.ndarray] = {}
 
     def part(path: tuple, index: tuple[int, ...]) -> np.ndarray:
@@ -67,18 +77,18 @@ def from_model(model: Transformer) -> Read:
         if len(devices) > 1 or next(iter(devices)).platform != "cpu":
             return np.asarray(array[index])
         if path not in on_cpu:
-            on_cpu[path] = np.asarray(array)  # no copy
+            on_cpu[path] = np.asarray(array)  # a view of the CPU's memory
         return on_cpu[path][index]
 
     def read(name: str) -> np.ndarray:
-        entry = known[name]
-        return entry.layout.join([part(place.path, place.at) for place in entry.places])
+        entry = entry_of[name]
+        return entry.layout.join([part(*param_slice) for param_slice in entry.slices])
 
     return read
 
 
-def from_folder(folder: Folder) -> Read:
-    """Another released folder's tensors; a copy that was not written is read where its original stands."""
+def folder_tensors(folder: ReleasedFolder) -> ReadTensor:
+    """Return a function that reads a folder's tensors; an absent copy is read from its original."""
 
     def read(name: str) -> np.ndarray:
         entry = folder.entries[name]
@@ -100,50 +110,66 @@ def save(
     allow_nonfinite: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Write a model as a released folder: config.json, shards of safetensors and their index.
+    """Save a model as a released folder: config.json, shards of safetensors and their index.
 
-    Written into a temporary folder beside `path`, which is renamed at the end: a failure leaves nothing.
+    Files go to a temporary folder that is renamed at the end, so a failure leaves no folder.
 
     Args:
-        model: any whose router is "sigmoid" (written as DeepSeek-V3) or "softmax" (as V2). MTP layers are written
-            with their copies of embedding and head, as released.
-        path: a folder that is not there yet, or is empty.
-        fp8: linear weights in FP8 with a scale for each 128 × 128 block; the rest in bfloat16 unless `dtype` is given.
-        shard_bytes: a shard holds at most so many bytes, or one tensor.
-        dtype: float32 or bfloat16; None is the embedding's own. The correction bias is float32 always.
-        allow_nonfinite: write NaN and Inf as they are (never in FP8).
-        quiet: no progress bar.
+        model: its router is "sigmoid" (written as DeepSeek-V3) or "softmax" (as V2). MTP layers are written with
+            their copies of embedding and head, as released.
+        path: a folder that is absent or empty.
+        fp8: write linear weights in FP8 with a scale for each 128 × 128 block, and the rest in bfloat16 or `dtype`.
+        shard_bytes: a shard holds at most so many bytes of tensors, or one tensor.
+        dtype: float32 or bfloat16. Default: the embedding's. The correction bias is always float32.
+        allow_nonfinite: write NaN and Inf as they are; never in FP8.
+        quiet: show no progress bar.
     Raises:
-        ConfigError: a configuration that the released format cannot say.
-        ValueError: `path` is taken, the disk has no room, a weight is NaN or Inf (named), `shard_bytes` below 1.
+        ConfigError: the released format cannot express the configuration.
+        ValueError: `path` is taken, the disk has no room, a weight (named) holds NaN or Inf, or shard_bytes is below 1.
+
+    Example:
+        >>> import tempfile
+        >>> import dsv3_jax as ds
+        >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ds.hf.save(ds.Transformer(cfg, rngs=nnx.Rngs(0)), folder, fp8=True, quiet=True)
+        ...     for file in sorted(Path(folder).iterdir()):
+        ...         print(file.name)
+        config.json
+        model-00001-of-00001.safetensors
+        model.safetensors.index.json
     """
-    write(path, *written_as(model, fp8, dtype, allow_nonfinite), shard_bytes, quiet=quiet)
+    write_released(path, *prepare(model, fp8, dtype, allow_nonfinite), shard_bytes, quiet=quiet)
 
 
-def written_as(
+def prepare(
     model: Transformer, fp8: bool, dtype: Any, allow_nonfinite: bool
-) -> tuple[dict[str, Any], files.Table, Tensors]:
-    """config.json, table and tensors that `write` makes a model's folder of. Arguments and errors as `save`."""
+) -> tuple[dict[str, Any], files.Table, CastTensors]:
+    """Return config.json, table and tensors of a model for `write_released`. Arguments and errors as `save`."""
     name = np.dtype(dtype or ("bfloat16" if fp8 else model.embed[...].dtype)).name
     table = tensor_table(model.cfg, fp8, dtype=name)
-    return config_to_dict(model.cfg, fp8=fp8, dtype=name), table, Tensors(from_model(model), table, allow_nonfinite)
+    tensors = CastTensors(model_tensors(model), table, allow_nonfinite)
+    return config_to_dict(model.cfg, fp8=fp8, dtype=name), table, tensors
 
 
-def write(
+def write_released(
     path: str | Path,
     config: dict[str, Any],
     table: files.Table,
-    tensors: Tensors,
+    tensors: CastTensors,
     shard_bytes: int,
     *,
     quiet: bool,
-    beside: Iterable[Path] = (),
+    extra_files: Iterable[Path] = (),
 ) -> None:
-    """A released folder of a table's tensors, with copies of the files `beside`. Raises: ValueError as `save` does."""
+    """Write a released folder of a table's tensors, with copies of `extra_files`.
+
+    Raises: ValueError as `save`.
+    """
     if shard_bytes < 1:
-        raise ValueError(f"shard_bytes={shard_bytes} is below 1")
+        raise ValueError(f"shard_bytes={shard_bytes} is below 1; give the bytes that a shard may hold")
     if config["torch_dtype"] not in DTYPES:
-        raise ValueError(f"dtype={config['torch_dtype']} is not one of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype={config['torch_dtype']} is not supported; use {' or '.join(DTYPES)}")
     total = files.table_bytes(table)
     with files.new_folder(path, total) as folder, transfer("saving", total, quiet=quiet) as advance:
 
@@ -154,5 +180,5 @@ def write(
 
         files.write_shards(folder, table, shard_bytes, read)
         files.write_json(folder / files.CONFIG, config)
-        for file in beside:
+        for file in extra_files:
             shutil.copyfile(file, folder / file.name)

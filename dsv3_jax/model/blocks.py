@@ -3,55 +3,44 @@
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import Execution, ModelConfig
+from dsv3_jax.kernels.choose import Kernels
 from dsv3_jax.mesh.sharding import constrain
-from dsv3_jax.model.attention import Positions, make_attention
-from dsv3_jax.model.cache import Cache, Kind
+from dsv3_jax.model.attention import make_attention
+from dsv3_jax.model.context import Context
 from dsv3_jax.model.layers import RMSNorm, SwiGLU
-from dsv3_jax.model.moe import MoE
-from dsv3_jax.ops import dispatch
+from dsv3_jax.model.moe import LayerRouting, MoE
 
 
 class DenseBlock(nnx.Module):
     """x + attention, then + one wide SwiGLU."""
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, execution: Execution, *, rngs: nnx.Rngs, kernels: Kernels):
         self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.attn = make_attention(cfg, rngs=rngs)
+        self.attn = make_attention(cfg, rngs=rngs, kernels=kernels)
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.ffn = SwiGLU(cfg.dim, cfg.dense_dim, cfg.init_std, rngs=rngs)
+        self.ffn = SwiGLU(cfg.dim, cfg.dense_dim, cfg.init_std, rngs=rngs, kernels=kernels)
 
-    def __call__(self, x: Float[Array, "B T D"], at: Positions, kind: Kind) -> tuple[Array, Array]:
-        """Returns (x [B, T, D], what a cache of that kind remembers [B, G, T, X])."""
-        a, rows = self.attn(self.attn_norm(x), at, kind)
-        x = constrain(x + a, "batch", None, None)
-        return constrain(x + self.ffn(self.ffn_norm(x)), "batch", None, None), rows
-
-    def decode(self, x: Float[Array, "B T D"], at: Positions, cache: Cache, layer: Array) -> tuple[Array, Cache]:
-        """T new tokens. Returns (x, the cache with them)."""
-        a, cache = self.attn.decode(self.attn_norm(x), at, cache, layer)
-        x = x + a
-        return x + self.ffn.decode(self.ffn_norm(x)), cache
+    def __call__(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Context, None]:
+        """Training, prefill or decoding, by the context. Returns (x, the context for the next layer, no routing)."""
+        y, cache = self.attn.attend(self.attn_norm(x), ctx)
+        x = constrain(x + y, "batch", None, None)
+        x = constrain(x + self.ffn(self.ffn_norm(x)), "batch", None, None)
+        return x, ctx._replace(cache=cache), None
 
 
 class SparseBlock(nnx.Module):
-    """x + attention, then + a mixture of experts."""
+    """x + attention, then + a mixture of experts, whose matrices are in the context's stack."""
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, execution: Execution, *, rngs: nnx.Rngs, kernels: Kernels):
         self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.attn = make_attention(cfg, rngs=rngs)
+        self.attn = make_attention(cfg, rngs=rngs, kernels=kernels)
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.moe = MoE(cfg, rngs=rngs)
+        self.moe = MoE(cfg, execution, rngs=rngs, kernels=kernels, stacked=True)
 
-    def __call__(self, x, at: Positions, mask, experts: dispatch.Experts, thread: dispatch.Experts, layer, kind: Kind):
-        """Returns (x [B, T, D], what a cache of that kind remembers [B, G, T, X], routing, thread)."""
-        a, rows = self.attn(self.attn_norm(x), at, kind)
-        x = constrain(x + a, "batch", None, None)
-        y, routing, thread = self.moe(self.ffn_norm(x), mask, experts, thread, layer)
-        return constrain(x + y, "batch", None, None), rows, routing, thread
-
-    def decode(self, x, at: Positions, cache: Cache, layer, experts, sparse_layer):
-        """T new tokens; `experts` as MoE.decode takes them. Returns (x, the cache with them)."""
-        a, cache = self.attn.decode(self.attn_norm(x), at, cache, layer)
-        x = x + a
-        return x + self.moe.decode(self.ffn_norm(x), experts, sparse_layer), cache
+    def __call__(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Context, LayerRouting]:
+        """As DenseBlock's. Returns (x, the context for the next layer, what the router did)."""
+        y, cache = self.attn.attend(self.attn_norm(x), ctx)
+        x = constrain(x + y, "batch", None, None)
+        y, experts, routing = self.moe.mix(self.ffn_norm(x), ctx)
+        return constrain(x + y, "batch", None, None), ctx._replace(cache=cache, experts=experts), routing

@@ -1,13 +1,15 @@
-"""What decoding remembers of the tokens before, in what dtype, and what that costs a token.
+"""The caches of decoding: rows of earlier tokens, in several kinds and dtypes, and their cost a token.
 
 latent    MLA's row [c_kv, k_rope] a token and layer, shared by all heads
 expanded  a key and a value for each key-value head: the cache of MHA, GQA and MQA, and MLA's naive one
-none      the tokens alone: every step computes all of them anew. The zero line, for comparison
+none      the tokens alone: every step recomputes all of them. The zero line, to compare
+
+A model reads prompts with `cache.prefill` and further tokens with `cache.step`, whatever the kind.
 """
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,116 +20,178 @@ from dsv3_jax.mesh.sharding import constrain
 from dsv3_jax.ops.cached_attention import Stored
 from dsv3_jax.ops.quantize import quantize_rows
 
-Kind = CacheKind
-KINDS: tuple[Kind, ...] = get_args(CacheKind)
-DTYPES: tuple[str, ...] = get_args(CacheDtype)
-# How a mesh cuts rows and scales [L, B, G, S, X]: by sequences, and by key-value heads where a row is not for all of
-# them. There they stay: a token's row is written and read on the devices that hold its sequence.
-AXES = ("batch", "heads", None, None)
+CACHE_KINDS: tuple[CacheKind, ...] = get_args(CacheKind)
+CACHE_DTYPES: tuple[str, ...] = get_args(CacheDtype)
+# How a mesh shards rows and scales [L, B, G, S, X]: by sequences, and expanded rows by key-value heads. They stay
+# there: a token's row is written and read on the devices that hold its sequence.
+ROW_AXES = ("batch", "heads", None, None)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["stored", "tokens", "lengths"], meta_fields=["kind", "parts"])
+@runtime_checkable
+class Layers(Protocol):
+    """A model as a cache needs it: it runs its layers over tokens."""
+
+    def run_layers(self, tokens: Any, cache: Any, weights: Any = None) -> tuple[Any, Any]: ...
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["stored", "lengths"], meta_fields=["kind", "parts", "is_empty"])
 @dataclass(frozen=True)
 class Cache:
-    """The cache of a batch. Row b holds `lengths[b]` tokens; what lies beyond is not read."""
+    """The rows of a batch. Sequence b holds `lengths[b]` tokens; slots beyond are not read."""
 
-    # Not annotated more closely: JAX rebuilds it with shapes and placeholders in its places.
-    stored: Any  # Stored, of L layers; of none where kind is "none"
-    tokens: Any  # int32 [B, S] where kind is "none", else [B, 0]
+    # Not annotated more closely: JAX rebuilds it with shapes and placeholders.
+    stored: Any  # Stored, of L layers
     lengths: Any  # int32 [B]
-    kind: Kind
+    kind: CacheKind
     parts: tuple[int, int]  # widths of a row's parts: (C, R), or (K, V)
+    is_empty: bool  # nothing is written yet: the first tokens see each other alone
 
     @property
     def capacity(self) -> int:
-        return self.tokens.shape[1] if self.kind == "none" else self.stored.rows.shape[3]
+        """S: tokens of a sequence that it has slots for."""
+        return self.stored.rows.shape[3]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is remembered, free places too."""
-        return sum(x.nbytes for x in (self.stored.rows, self.stored.scales, self.tokens) if x is not None)
+        """Bytes of all slots, free ones too."""
+        return sum(x.nbytes for x in jax.tree.leaves(self.stored))
+
+    def positions(self, count: int) -> Array:
+        """Positions of the next `count` tokens, int32 [B, count]; each also is the last slot that its token sees."""
+        return _positions(self.lengths, count)
+
+    def at_lengths(self, lengths: Int[Array, " B"]) -> "Cache":
+        """The cache with so many tokens a sequence; slots beyond will be overwritten."""
+        return replace(self, lengths=lengths, is_empty=False)
+
+    def write(self, rows: Float[Array, "B G T X"], layer: Int[Array, ""]) -> "Cache":
+        """Put T tokens' rows of one layer behind each sequence's own, in place. Lengths stay."""
+        new = _as_stored(self, rows)
+        zero = jnp.zeros((), jnp.int32)
+        if self.is_empty:  # every sequence begins at slot 0
+
+            def put(old, new):
+                return jax.lax.dynamic_update_slice(old, new[None], (layer, zero, zero, zero, zero))
+
+            return replace(self, stored=jax.tree.map(put, self.stored, new))
+
+        def put_one(b, stored):
+            def one(old, new):
+                new = jax.lax.dynamic_slice_in_dim(new, b, 1, 0)[None]
+                return jax.lax.dynamic_update_slice(old, new, (layer, b, zero, self.lengths[b], zero))
+
+            return jax.tree.map(one, stored, new)
+
+        return replace(self, stored=jax.lax.fori_loop(0, rows.shape[0], put_one, self.stored))
+
+    def prefill(self, model: Layers, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]) -> tuple[Array, "Cache"]:
+        """Read prompts into an empty cache; `lengths` of each row's tokens count.
+
+        Returns: (the trunk's output [B, T, D] before the final norm, the filled cache).
+        """
+        x, cache = model.run_layers(tokens, self)
+        return x, keep_sharded(cache.at_lengths(lengths))
+
+    def step(self, model: Layers, tokens: Int[Array, "B T"], weights: Any = None) -> tuple[Array, "Cache"]:
+        """Read T further tokens. Lengths stay: the caller knows how many of the tokens will count.
+
+        Returns: (the trunk's output [B, T, D] before the final norm, the cache with the tokens' rows).
+        """
+        return model.run_layers(tokens, self, weights)
 
 
-def pick_kind(cfg: ModelConfig, kind: str | None) -> Kind:
-    """The cache that a model uses: what is asked for, or the smallest that it can.
+@partial(jax.tree_util.register_dataclass, data_fields=["tokens", "lengths"], meta_fields=[])
+@dataclass(frozen=True)
+class NoCache:
+    """No cache, behind the interface of one: it keeps the tokens, and every step recomputes all of them."""
+
+    tokens: Any  # int32 [B, S]
+    lengths: Any  # int32 [B]
+    kind = "none"
+    capacity = property(lambda self: self.tokens.shape[1])
+    nbytes = property(lambda self: self.tokens.nbytes)
+
+    def positions(self, count: int) -> Array:
+        """As `Cache.positions`."""
+        return _positions(self.lengths, count)
+
+    def at_lengths(self, lengths: Int[Array, " B"]) -> "NoCache":
+        """The cache with so many tokens a sequence."""
+        return replace(self, lengths=lengths)
+
+    def prefill(self, model: Layers, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]) -> tuple[Array, "NoCache"]:
+        """As `Cache.prefill`."""
+        kept = self.tokens.at[:, : tokens.shape[1]].set(tokens)
+        return model.run_layers(tokens, None)[0], keep_sharded(NoCache(kept, lengths))
+
+    def step(self, model: Layers, tokens: Int[Array, "B T"], weights: Any = None) -> tuple[Array, "NoCache"]:
+        """As `Cache.step`."""
+        slots = self.positions(tokens.shape[1])
+        rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
+        kept = self.tokens.at[rows, slots].set(tokens)
+        x = jnp.take_along_axis(model.run_layers(kept, None)[0], slots[..., None], axis=1)
+        return x, replace(self, tokens=kept)
+
+
+def _positions(lengths: Array, count: int) -> Array:
+    return lengths[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
+
+
+def pick_kind(cfg: ModelConfig, kind: str | None) -> CacheKind:
+    """Choose the cache of a model. None means the smallest that the model can use.
 
     Raises: ValueError for another kind, or a latent cache of a model that has no latent.
     """
     if kind is None:
         return "latent" if cfg.attention == "mla" else "expanded"
-    for known in KINDS:
+    for known in CACHE_KINDS:
         if kind == known:
             if kind == "latent" and cfg.attention != "mla":
                 raise ValueError(f"cache='latent' needs attention='mla', and the model has {cfg.attention!r}")
             return known
-    raise ValueError(f"cache={kind!r} is not one of {', '.join(KINDS)}")
+    raise ValueError(f"cache={kind!r} is not one of {', '.join(CACHE_KINDS)}")
 
 
-def pick_dtype(cfg: ModelConfig, dtype) -> jnp.dtype:
-    """The dtype of cached rows; None is the model's compute dtype.
+def pick_dtype(compute_dtype: Any, dtype: Any) -> jnp.dtype:
+    """The dtype of cached rows. None means the compute dtype.
 
-    Raises: ValueError for a dtype that is not one of DTYPES.
+    Raises: ValueError for a dtype that is not one of CACHE_DTYPES.
     """
     if dtype is None:
-        return jnp.dtype(cfg.compute_dtype)
+        return jnp.dtype(compute_dtype)
     if dtype in ("float8_e4m3", jnp.float8_e4m3fn):
         return jnp.dtype(jnp.float8_e4m3fn)
-    if dtype in DTYPES or dtype in (jnp.float32, jnp.bfloat16, jnp.int8):
+    if dtype in CACHE_DTYPES or dtype in (jnp.float32, jnp.bfloat16, jnp.int8):
         return jnp.dtype(dtype)
-    raise ValueError(f"cache_dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+    raise ValueError(f"cache_dtype={dtype!r} is not one of {', '.join(CACHE_DTYPES)}")
 
 
-def row_shape(cfg: ModelConfig, kind: Kind) -> tuple[int, tuple[int, int]]:
+def row_shape(cfg: ModelConfig, kind: CacheKind) -> tuple[int, tuple[int, int]]:
     """(G, parts): rows a token and layer, and the widths of a row's two parts."""
     if kind == "latent":
         return 1, (cfg.kv_latent_dim, cfg.rope_head_dim)
     return cfg.kv_heads, (cfg.nope_head_dim + cfg.rope_head_dim, cfg.v_head_dim)
 
 
-def empty_cache(cfg: ModelConfig, layers: int, batch: int, capacity: int, kind: Kind, dtype) -> Cache:
-    """A cache for `capacity` tokens a sequence with nothing in it."""
-    groups, parts = row_shape(cfg, kind)
+def empty_cache(
+    cfg: ModelConfig, layers: int, batch: int, capacity: int, kind: CacheKind, dtype: Any
+) -> Cache | NoCache:
+    """An empty cache with `capacity` slots a sequence."""
+    lengths = jnp.zeros((batch,), jnp.int32)
     if kind == "none":
-        layers, dtype = 0, jnp.float32
+        return keep_sharded(NoCache(jnp.zeros((batch, capacity), jnp.int32), lengths))
+    groups, parts = row_shape(cfg, kind)
     shape = (layers, batch, groups, capacity, sum(parts))
     scales = jnp.ones((*shape[:-1], 2), jnp.float32) if jnp.dtype(dtype).itemsize == 1 else None
-    tokens = jnp.zeros((batch, capacity if kind == "none" else 0), jnp.int32)
-    lengths = jnp.zeros((batch,), jnp.int32)
-    return in_place(Cache(Stored(jnp.zeros(shape, dtype), scales), tokens, lengths, kind, parts))
+    return keep_sharded(Cache(Stored(jnp.zeros(shape, dtype), scales), lengths, kind, parts, is_empty=True))
 
 
-def in_place(cache: Cache) -> Cache:
-    """A cache held to where its axes' names say. For use under `jax.jit`."""
-    stored = jax.tree.map(lambda x: constrain(x, *AXES), cache.stored)
-    return replace(
-        cache,
-        stored=stored,
-        tokens=constrain(cache.tokens, "batch", None),
-        lengths=constrain(cache.lengths, "batch"),
-    )
-
-
-def fill(cache: Cache, rows: Float[Array, "L B G T X"], lengths: Int[Array, " B"]) -> Cache:
-    """An empty cache filled with a prompt's rows, of which `lengths` a sequence count."""
-    stored = jax.tree.map(
-        lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, 0, 0, 0, 0)), cache.stored, _as_stored(cache, rows)
-    )
-    return in_place(replace(cache, stored=stored, lengths=lengths))
-
-
-def write(cache: Cache, rows: Float[Array, "B G T X"], layer: Int[Array, ""]) -> Cache:
-    """Put T new tokens' rows of one layer at each sequence's own place, in the buffer itself. Lengths stay."""
-    zero = jnp.zeros((), jnp.int32)
-
-    def put(b, stored):
-        def one(old, new):
-            new = jax.lax.dynamic_slice_in_dim(new, b, 1, 0)[None]
-            return jax.lax.dynamic_update_slice(old, new, (layer, b, zero, cache.lengths[b], zero))
-
-        return jax.tree.map(one, stored, new_rows)
-
-    new_rows = _as_stored(cache, rows)
-    return replace(cache, stored=jax.lax.fori_loop(0, rows.shape[0], put, cache.stored))
+def keep_sharded(cache: Any) -> Any:
+    """Constrain a cache to its axes' shards. For use under `jax.jit`."""
+    cache = replace(cache, lengths=constrain(cache.lengths, "batch"))
+    if isinstance(cache, NoCache):
+        return replace(cache, tokens=constrain(cache.tokens, "batch", None))
+    return replace(cache, stored=jax.tree.map(lambda x: constrain(x, *ROW_AXES), cache.stored))
 
 
 def _as_stored(cache: Cache, rows: Array) -> Stored:
@@ -148,8 +212,8 @@ def elements_per_token(cfg: ModelConfig) -> dict[str, int]:
     return kinds | {"expanded": of(*row_shape(cfg, "expanded")), "mha": of(cfg.num_heads, per_head)}
 
 
-def bytes_per_token(cfg: ModelConfig, kind: Kind, dtype) -> int:
-    """Bytes cached a token over all layers, scales of 8-bit rows included; a token's id where nothing is cached."""
+def bytes_per_token(cfg: ModelConfig, kind: CacheKind, dtype: Any) -> int:
+    """Bytes cached a token over all layers, scales of 8-bit rows included; those of its id if nothing is cached."""
     if kind == "none":
         return 4
     groups, parts = row_shape(cfg, kind)

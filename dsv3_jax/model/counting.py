@@ -4,14 +4,11 @@ import math
 from dataclasses import dataclass
 
 import jax
-import numpy as np
 from flax import nnx
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.cache import bytes_per_token, elements_per_token, pick_kind
+from dsv3_jax.model.cache import elements_per_token
 from dsv3_jax.model.transformer import abstract
-
-HEADS = {"deepseek": "MTP modules", "meta": "Meta heads", "medusa": "Medusa heads", "eagle": "EAGLE head"}
 
 
 @dataclass(frozen=True)
@@ -75,13 +72,13 @@ def _kind(path: tuple[str, ...]) -> str:
     return "router and norms"
 
 
-def train_flops_per_token(cfg: ModelConfig, *, with_mtp: bool = True, trunk_held: bool = False) -> int:
+def train_flops_per_token(cfg: ModelConfig, *, with_mtp: bool = True, frozen_trunk: bool = False) -> int:
     """FLOPs a trained token: 6 for each active parameter (2 forward, 4 backward). Attention scores are not counted.
 
-    With `trunk_held` the heads alone train: 2 for the trunk's, and 4 for the unembedding that the heads share.
+    With `frozen_trunk` the heads alone are trained: 2 for the trunk's, and 4 for the unembedding that heads share.
     """
     counted = size(cfg)
-    if trunk_held:
+    if frozen_trunk:
         return 2 * counted.active + 6 * counted.mtp_active - 2 * cfg.mtp_depth * cfg.vocab_size * cfg.dim
     return 6 * (counted.active + (counted.mtp_active if with_mtp else 0))
 
@@ -89,8 +86,8 @@ def train_flops_per_token(cfg: ModelConfig, *, with_mtp: bool = True, trunk_held
 def distinct_experts(cfg: ModelConfig, tokens: int) -> float:
     """Experts of a layer that so many tokens are expected to reach together: E (1 − (1 − K/E)^tokens).
 
-    Exact where every expert is as likely as any other and tokens choose independently of one another; which experts a
-    token may combine, as groups do, does not matter.
+    Exact if all experts are equally likely and tokens choose independently of one another. Which experts a token may
+    combine, as with groups, does not matter.
     """
     return cfg.num_experts * (1 - (1 - cfg.experts_per_token / cfg.num_experts) ** tokens)
 
@@ -111,43 +108,7 @@ def decode_bytes(
     """
     counted = size(cfg)
     routed = counted.parts.get("routed experts", 0)
-    # Of `active` the routed part is K of E experts.
+    # `active` counts K of E routed experts.
     always = counted.active - routed * cfg.experts_per_token / cfg.num_experts
     reached = routed * distinct_experts(cfg, batch) / cfg.num_experts
     return (always + reached) * weight_bytes + batch * context * cache_bytes_per_token
-
-
-def short(count: int | float) -> str:
-    """1234567 → '1.23M'."""
-    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.4g}{unit}"
-    return f"{count:.4g}"
-
-
-def describe(cfg: ModelConfig, name: str) -> list[tuple[str, str]]:
-    """The lines of `dsv3 info`: (what, how much)."""
-    counted = size(cfg)
-    context = min(4096, cfg.max_positions)
-    bits = np.dtype("uint16").itemsize if cfg.compute_dtype == "bfloat16" else 4
-    kind = pick_kind(cfg, None)
-    row, mha = counted.cache_elements[kind], counted.cache_elements["mha"]
-    forward = 2 * counted.active
-    lines = [
-        ("model", name),
-        ("total parameters", short(counted.total)),
-        ("active parameters", f"{short(counted.active)} a token ({counted.active / counted.total:.1%})"),
-        *((f"  {kind}", short(count)) for kind, count in counted.parts.items()),
-    ]
-    if cfg.mtp_depth:
-        lines.append((HEADS[cfg.mtp_kind], f"{short(counted.mtp)} more parameters, {short(counted.mtp_active)} active"))
-    return lines + [
-        (
-            "forward",
-            f"{short(forward)}FLOP a token, and {short(counted.attention_flops)}FLOP for {context} tokens back",
-        ),
-        ("training", f"{short(3 * forward)}FLOP a token"),
-        ("cache", f"{short(row * bits)}B a token ({cfg.compute_dtype}, {row} numbers)"),
-        ("cache, int8", f"{short(bytes_per_token(cfg, kind, 'int8'))}B a token, scales included"),
-        ("cache, as MHA", f"{short(mha * bits)}B a token, {mha / row:.1f} times as much"),
-    ]

@@ -1,7 +1,6 @@
 """The small parts: norm, SwiGLU, and layers stacked along a leading axis."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,30 +8,27 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dsv3_jax.mesh import sharding
-from dsv3_jax.ops import products
+from dsv3_jax.kernels.choose import Kernels
 
 
 def param(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float, *, exact: bool = False
 ) -> nnx.Param:
-    """A float32 parameter drawn from a normal distribution of that standard deviation.
+    """Draw a float32 parameter from a normal distribution.
 
-    `axes` names the last of its axes, by which `sharding.RULES` says how a mesh cuts it. What is `exact` is used in
-    float32 whatever the compute dtype.
+    Args:
+        axes: names of its last axes, by which `mesh.sharding.RULES` shards it.
+        std: standard deviation.
+        exact: use it in float32 whatever the compute dtype.
     """
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes, exact=exact)
-
-
-class NormScale(nnx.Param):
-    """A norm's scale: a parameter that takes no weight decay."""
 
 
 class RMSNorm(nnx.Module):
     """x / rms(x) · scale, in float32, over the last axis."""
 
     def __init__(self, dim: int, eps: float):
-        self.scale = NormScale(jnp.ones((dim,), jnp.float32))
+        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32), decay=False)  # takes no weight decay
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
@@ -44,21 +40,18 @@ class RMSNorm(nnx.Module):
 class SwiGLU(nnx.Module):
     """(silu(x w_gate) ⊙ (x w_up)) w_down."""
 
-    def __init__(self, dim: int, hidden: int, std: float, *, rngs: nnx.Rngs):
+    def __init__(self, dim: int, hidden: int, std: float, *, rngs: nnx.Rngs, kernels: Kernels):
         self.w_gate = param(rngs, (dim, hidden), ("dim", "hidden"), std)
         self.w_up = param(rngs, (dim, hidden), ("dim", "hidden"), std)
         self.w_down = param(rngs, (hidden, dim), ("hidden", "dim"), std)
+        self.kernels = kernels
 
     def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
-        return products.swiglu(x, self.w_gate[...], self.w_up[...], self.w_down[...])
-
-    def decode(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
-        """The same for a few rows. Takes no gradient."""
-        return products.few_rows_swiglu(x, self.w_gate[...], self.w_up[...], self.w_down[...])
+        return self.kernels.swiglu(x, self.w_gate[...], self.w_up[...], self.w_down[...])
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module | None:
-    """`count` like modules as one whose parameters carry a leading layer axis; None for none."""
+    """Make `count` like modules as one whose parameters have a leading layer axis; None if count is 0."""
     if count == 0:
         return None
     return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
@@ -73,29 +66,42 @@ def unstack(stacked: nnx.Module | None) -> list[nnx.State]:
     return [jax.tree.map(lambda x, i=i: x[i], state) for i in range(count)]
 
 
-def scan_stack(
-    stacked: nnx.Module, body: Callable, carry, *, remat: str = "none", fsdp: bool = False, dtype: Any = None
+def loop_layers(
+    stacked: nnx.Module | None,
+    body: Callable,
+    carry,
+    *,
+    layers: list[nnx.State] | None = None,
+    remat: str = "none",
+    unshard: Callable = lambda layer: layer,
 ):
-    """`carry, y = body(module, carry, index)` for each module of a stack in turn; depth costs no compile time.
+    """Run `carry, y = body(module, carry, index)` for each module of a stack in turn.
 
     Args:
-        stacked: what `stack` made.
-        remat: "none" keeps everything for the backward pass, "dots" the results of matrix products, "full" the
-            carry alone.
-        fsdp: a mesh cuts the weights along "data": a layer's are made whole in its turn, in `dtype`, and forgotten
-            after it.
-    Returns: (carry, ys stacked along a leading layer axis).
+        stacked: what `stack` made; None has no layers.
+        layers: each module's own arrays, from `unstack`: the loop is unrolled and slices nothing. None means a scan,
+            whose compile time does not grow with depth.
+        remat: results saved for the backward pass: "none" all, "dots" those of matrix products, "full" the carry
+            alone.
+        unshard: gathers a layer's weights in its turn, see `mesh.sharding.unshard_weights`.
+    Returns: (carry, ys stacked along a leading layer axis; None without layers, or unrolled).
     """
+    if stacked is None:
+        return carry, None
     # Plain lax.scan over split state: nnx.scan has had silent faults with memory and sharding.
     graphdef, state = nnx.split(stacked)
-    count = jax.tree.leaves(state)[0].shape[0]
+    if layers is not None:
+        for index, layer in enumerate(layers):
+            carry, _ = body(nnx.merge(graphdef, layer), carry, jnp.asarray(index, jnp.int32))
+        return carry, None
 
     def step(carry, xs):
         layer, index = xs
-        return body(nnx.merge(graphdef, sharding.whole(layer, fsdp=fsdp, dtype=dtype)), carry, index)
+        return body(nnx.merge(graphdef, unshard(layer)), carry, index)
 
     if remat == "full":
         step = jax.checkpoint(step)
     elif remat == "dots":
         step = jax.checkpoint(step, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    count = jax.tree.leaves(state)[0].shape[0]
     return jax.lax.scan(step, carry, (state, jnp.arange(count, dtype=jnp.int32)))

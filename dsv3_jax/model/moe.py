@@ -1,40 +1,42 @@
 """The DeepSeekMoE layer: router, routed experts, shared experts, and what is counted of them.
 
-The routed experts' matrices of all layers stand in one `Experts` module beside the layers, not inside them: a
-loop over layers then reads expert `[layer, e]` where it lies and never copies a layer's whole set.
+The routed experts' matrices of all layers are in one `Experts` module beside the layers, not inside them. A loop over
+layers then reads expert `[layer, e]` in place and never copies all of a layer's experts. A MoE that is used alone owns
+its experts.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import Execution, ModelConfig
+from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.mesh import expert_parallel
-from dsv3_jax.mesh.sharding import by_rows, on_mesh
+from dsv3_jax.mesh.sharding import on_mesh, shard_map_over_batch
+from dsv3_jax.model.context import Context, from_zero, make_context
 from dsv3_jax.model.layers import SwiGLU, param
-from dsv3_jax.ops import balance, dispatch, routing
-from dsv3_jax.ops.products import few_rows_product, product
+from dsv3_jax.ops import balance, dispatch, expert_stack, routing
+from dsv3_jax.ops.expert_stack import ExpertStack
 from dsv3_jax.ops.varying import as_varying
 
 
 class RouterBias(nnx.Variable):
-    """The loss-free correction bias, float32 [E]: no gradient and no optimizer ever touch it."""
+    """The loss-free correction bias, float32 [E]: it takes no gradient, and no optimizer updates it."""
 
 
 class LayerRouting(NamedTuple):
-    """What one layer's router did with a batch."""
+    """The decisions of one layer's router for a batch, and their measures."""
 
     expert_ids: Array  # int32 [B, T, K]
     gates: Array  # float32 [B, T, K]
     score_entropy: Array  # float32 [B, T]: of the scores of all experts; 1 is even, see balance.entropy
     load: Array  # float32 [E]: assignments of tokens that count
     balance_loss: Array  # float32 []: weighted, averaged over sequences
-    dropped: Array  # float32 []: share of assignments dropped; 0 but for dispatch="capacity"
-    crossed: Array  # float32 []: copies of a token that go to another device's experts; 0 without a mesh
+    dropped: Array  # float32 []: share of assignments dropped; 0 without capacity_factor
+    tokens_sent: Array  # float32 []: copies of a token that are sent to another device's experts; 0 without a mesh
 
 
 class Experts(nnx.Module):
@@ -42,97 +44,115 @@ class Experts(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, layers: int, *, rngs: nnx.Rngs):
         lead = (layers, cfg.num_experts)
-        gate, up, down = expert_parallel.NAMES
+        gate, up, down = expert_parallel.AXIS_NAMES
         self.w_gate = param(rngs, (*lead, cfg.dim, cfg.expert_dim), gate, cfg.init_std)
         self.w_up = param(rngs, (*lead, cfg.dim, cfg.expert_dim), up, cfg.init_std)
         self.w_down = param(rngs, (*lead, cfg.expert_dim, cfg.dim), down, cfg.init_std)
 
-    def arrays(self) -> dispatch.Experts:
-        return dispatch.Experts(self.w_gate[...], self.w_up[...], self.w_down[...])
+    def open(self, kernels: Kernels, *, train: bool) -> ExpertStack:
+        """The matrices as a stack: one that takes a gradient, to be closed after its last layer, or a read-only one."""
+        weights = expert_stack.Experts(self.w_gate[...], self.w_up[...], self.w_down[...])
+        return kernels.open_experts(weights) if train else expert_stack.read_only(weights)
 
 
 class MoE(nnx.Module):
     """y = Σ_chosen g_e FFN_e(x) + FFN_shared(x); the block adds the residual.
 
     Source: DeepSeekMoE (arXiv 2401.06066); DeepSeek-V3 report, section 2.1.2.
+
+    Args:
+        execution, kernels: how to compute; `kernels` defaults to the best of the default device.
+        stacked: the experts' matrices are in the context's stack. False: the module owns those of one layer.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> import dsv3_jax as ds
+    >>> moe = ds.MoE(ds.preset("tiny"), rngs=nnx.Rngs(0))
+    >>> y, routing = moe(jnp.ones((2, 8, 128)))
+    >>> y.shape, routing.load.sum()  # 16 tokens, 4 experts each
+    ((2, 8, 128), Array(64., dtype=float32))
     """
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        execution: Execution | None = None,
+        *,
+        rngs: nnx.Rngs,
+        kernels: Kernels | None = None,
+        stacked: bool = False,
+    ):
         self.w_router = param(rngs, (cfg.dim, cfg.num_experts), ("dim", None), cfg.init_std, exact=True)
         self.bias = RouterBias(jnp.zeros((cfg.num_experts,), jnp.float32))
+        self.cfg, self.kernels = cfg, kernels or prepare(execution)
+        self.layout = (execution or Execution()).layout
         shared = cfg.num_shared_experts * cfg.expert_dim
-        self.shared = SwiGLU(cfg.dim, shared, cfg.init_std, rngs=rngs) if shared else None
-        self.cfg = cfg
+        self.shared = SwiGLU(cfg.dim, shared, cfg.init_std, rngs=rngs, kernels=self.kernels) if shared else None
+        self.experts = None if stacked else Experts(cfg, 1, rngs=rngs)
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        mask: Bool[Array, "B T"],
-        experts: dispatch.Experts,
-        thread: dispatch.Experts,
-        layer: Int[Array, ""],
-    ) -> tuple[Array, LayerRouting, dispatch.Experts]:
-        """Args: x; mask of tokens that count for load; the stack of experts, its thread, and which layer of it.
+        self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], LayerRouting]:
+        """Mix the experts that the module owns.
 
-        To be called once for each layer of the stack, and then `end_thread`.
-        Returns: (y [B, T, D], what the router did, the thread).
+        Args: mask: tokens that count for load and balance losses. None means all.
+        Returns: (y, what the router did).
+        Raises: ValueError if the module owns no experts.
         """
-        cfg = self.cfg
+        if self.experts is None:
+            raise ValueError("stacked=True: this MoE owns no experts; call `mix` with a stack in the context")
+        ctx = make_context(self.cfg, from_zero(*x.shape[:2]))
+        stack = self.experts.open(self.kernels, train=True)
+        y, stack, routing = self.mix(x, ctx._replace(experts=stack, mask=ctx.mask if mask is None else mask))
+        return self.kernels.close_experts(y, stack), routing
+
+    def mix(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, ExpertStack, LayerRouting]:
+        """Mix the experts of the context's stack.
+
+        Returns: (y [B, T, D], the stack for the next layer, what the router did).
+        """
+        cfg, stack = self.cfg, ctx.experts
+        assert stack is not None
         picked = self.route(x)
         flat, ids, gates, scores = (a.reshape(-1, a.shape[-1]) for a in (x, *picked))
-        load, sequence_loss, score_entropy = self._measure(picked, mask)
-        dropped = crossed = jnp.zeros((), jnp.float32)
-        if cfg.dispatch == "capacity":
-            one, thread = dispatch.take_layer(experts, thread, layer)
-            one = jax.tree.map(lambda w: w.astype(x.dtype), one)
-            y, dropped = dispatch.capacity_swiglu(flat, ids, gates, *one, factor=cfg.capacity_factor)
+        load, sequence_loss, score_entropy = self._measure(picked, ctx.mask)
+        dropped = tokens_sent = jnp.zeros((), jnp.float32)
+        few = stack.grad is None and gates.size <= dispatch.FEW_CHOICES * cfg.num_experts
+        if cfg.capacity_factor is not None and ctx.may_drop and stack.grad is not None:
+            y, stack, dropped = dispatch.capacity_swiglu(flat, ids, gates, stack, factor=cfg.capacity_factor)
+        elif on_mesh() and few:
+            y = expert_parallel.decode_experts(flat, ids, gates, stack, self.kernels, self.layout)
+        elif on_mesh():
+            y, stack, tokens_sent = expert_parallel.grouped_swiglu(
+                flat, ids, gates, stack, self.kernels, cfg, self.layout
+            )
+        elif few:
+            y = self.kernels.decode_experts(flat, ids, gates, stack)
         else:
-            backend = pick_backend(cfg.dispatch)
-            if on_mesh():
-                y, thread, crossed = expert_parallel.routed_swiglu(
-                    flat, ids, gates, experts, thread, layer, backend=backend, cfg=cfg
-                )
-            else:
-                y, thread = dispatch.routed_swiglu_in_stack(
-                    flat, ids, gates, experts, thread, layer, backend=backend, once=True
-                )
+            y, stack = self.kernels.grouped_swiglu(flat, ids, gates, stack)
         y = y.reshape(x.shape)
         if self.shared is not None:
             y = y + self.shared(x)
         balance_loss = cfg.balance.sequence_alpha * sequence_loss
         if cfg.balance.switch_alpha:
-            balance_loss += cfg.balance.switch_alpha * balance.switch_loss(scores, ids, mask.reshape(-1))
-        stats = LayerRouting(picked.expert_ids, picked.gates, score_entropy, load, balance_loss, dropped, crossed)
-        return y, stats, thread
+            balance_loss += cfg.balance.switch_alpha * balance.switch_loss(scores, ids, ctx.mask.reshape(-1))
+        stats = LayerRouting(picked.expert_ids, picked.gates, score_entropy, load, balance_loss, dropped, tokens_sent)
+        return y, stack, stats
 
-    def decode(
-        self, x: Float[Array, "B T D"], experts: dispatch.Experts | dispatch.WideExperts, layer: Int[Array, ""]
-    ) -> Array:
-        """The layer for a few tokens, its experts in the stack or already side by side. Returns y [B, T, D]."""
-        flat, ids, gates, _ = (a.reshape(-1, a.shape[-1]) for a in (x, *self.route(x, few_rows_product)))
-        if isinstance(experts, dispatch.WideExperts):
-            y = dispatch.wide_swiglu(flat, ids, gates, experts, self.cfg.num_experts)
-        elif on_mesh():
-            y = expert_parallel.few_tokens_swiglu(flat, ids, gates, experts, layer, layout=self.cfg.layout)
-        else:
-            y = dispatch.few_tokens_swiglu(flat, ids, gates, experts, layer)
-        y = y.reshape(x.shape)
-        return y if self.shared is None else y + self.shared.decode(x)
-
-    def route(self, x: Float[Array, "B T D"], product: Callable = product) -> routing.Routing:
-        """Each token's experts, [B, T, …]; logits and all that follows in float32, as the reference does."""
+    def route(self, x: Float[Array, "B T D"]) -> routing.Routing:
+        """Choose each token's experts, [B, T, …]; logits and all that follows in float32, as the reference does."""
 
         def local(w_router, bias, x):
-            logits = product(x.reshape(-1, x.shape[-1]).astype(jnp.float32), w_router)
+            logits = self.kernels.product(x.reshape(-1, x.shape[-1]).astype(jnp.float32), w_router)
             picked = routing.route(logits, bias, self.cfg)
             return (), jax.tree.map(lambda a: a.reshape(*x.shape[:2], -1), picked)
 
-        # Row by row, for the compiler would gather the scores of all tokens to find each one's largest.
-        return by_rows(local, (self.w_router[...], self.bias[...]), x)[1]
+        # Each device its own rows: the compiler would gather the scores of all tokens to find each one's largest.
+        return shard_map_over_batch(local, (self.w_router[...], self.bias[...]), x)[1]
 
     def _measure(self, picked: routing.Routing, mask: Bool[Array, "B T"]) -> tuple[Array, Array, Array]:
-        """(load [E]; the sequence-wise loss without its weight, mean over sequences; 0 where it has none; each token's
-        entropy of scores [B, T])."""
+        """(load [E]; sequence-wise loss without its weight, mean over sequences, 0 if it has none; each token's entropy
+        of scores [B, T])."""
         cfg = self.cfg
 
         def local(picked, mask):
@@ -140,20 +160,8 @@ class MoE(nnx.Module):
             total = jnp.zeros((), jnp.float32)
             if cfg.balance.sequence_alpha:
                 total = balance.sequence_loss(picked.scores, cfg.experts_per_token, mask).sum()
-            # Looked at, never learnt from: without the stop its zero gradient would be worked out as well.
+            # Metric only; stop_gradient skips a gradient that is always zero.
             return (load, as_varying(total, load)), balance.entropy(jax.lax.stop_gradient(picked.scores))
 
-        (load, total), score_entropy = by_rows(local, (), picked, mask)
+        (load, total), score_entropy = shard_map_over_batch(local, (), picked, mask)
         return load, total / mask.shape[0], score_entropy
-
-
-def end_thread(cfg: ModelConfig, x: Array, thread: dispatch.Experts) -> Array:
-    """x, the output of a stack's last layer, as it is; see `dispatch.end_thread`."""
-    return dispatch.end_thread(x, thread, backend=pick_backend(cfg.dispatch))
-
-
-def pick_backend(dispatch_name: str) -> str:
-    """The dispatch backend that "auto" means here: `blocks` on CPU, `ragged_dot` elsewhere."""
-    if dispatch_name != "auto":
-        return dispatch_name
-    return "blocks" if jax.default_backend() == "cpu" else "ragged_dot"

@@ -1,221 +1,227 @@
 """Multi-token prediction: four kinds of head that draft the tokens after the next one.
 
 Head k = 1 … M at position i predicts token t_{i+k+1}; the trunk's own head predicts t_{i+1}. All kinds share the
-trunk's embedding and unembedding. Two read the tokens that they are to go on from, each from the head before
-(`MTPModule`) or from itself (`EagleHead`); two are parallel, and read the trunk's output alone.
+trunk's embedding and unembedding. Two read the tokens that they continue, each after the head before (`MTPModule`) or
+after itself (`EagleHead`). Two are parallel, and read the trunk's output alone.
+
+A new kind is a class here and a row of `config.HEAD_KINDS`: its loss and its drafter follow from what it declares.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from dsv3_jax.config import ModelConfig
-from dsv3_jax.mesh.sharding import whole
-from dsv3_jax.model.attention import Positions
+from dsv3_jax.config import Execution, ModelConfig, MtpKind
+from dsv3_jax.kernels.choose import Kernels
 from dsv3_jax.model.blocks import DenseBlock, SparseBlock
-from dsv3_jax.model.cache import Cache, Kind
+from dsv3_jax.model.context import Context
 from dsv3_jax.model.layers import RMSNorm, param
-from dsv3_jax.model.moe import Experts, LayerRouting, end_thread
-from dsv3_jax.ops.dispatch import WideExperts
-from dsv3_jax.ops.products import few_rows_product, product
+from dsv3_jax.model.moe import Experts, LayerRouting
 
 
-class MTPModule(nnx.Module):
+class Head(nnx.Module):
+    """The protocol of a multi-token head. `config.HEAD_KINDS` says what it reads and whether it routes."""
+
+    remembers = True  # has a block whose attention needs a cache of its own while decoding
+    token_weight = 1.0  # weight of the cross-entropy in the head's loss
+
+    def __init__(self, cfg: ModelConfig, execution: Execution, *, rngs: nnx.Rngs, kernels: Kernels):
+        self.kernels = kernels
+
+    def __call__(
+        self, h: Float[Array, "B T D"], ctx: Context, embedded: Float[Array, "B T D"] | None = None
+    ) -> tuple[Array, Context, LayerRouting | None]:
+        """Turn hidden states into those that the unembedding reads.
+
+        Args:
+            h: the trunk's output, or what the head before returned.
+            ctx: positions; a cache of one layer while decoding.
+            embedded: of the token that the head continues, k positions later; None if it reads none.
+        Returns: (hidden states [B, T, D], the context with the head's cache, what its router did if it has one).
+        """
+        raise ValueError(f"{type(self).__name__} must define __call__")
+
+    def feature_loss(self, h: Float[Array, "B T D"], target: Float[Array, "B T D"]) -> Float[Array, "B T"] | None:
+        """Loss of each position against the trunk's hidden state one position later; None if the head has none."""
+        return None
+
+
+class MTPModule(Head):
     """One depth of DeepSeek's causal chain: h^k_i = Block(W_eh [norm(Emb(t_{i+k})); norm(h^{k-1}_i)]), normed.
 
-    The embedding comes first, then the hidden state, as in the released weights; the report writes them the other
-    way round. What goes on to the next depth is the normed h^k. Source: DeepSeek-V3 report, section 2.2.
+    The next depth reads the normed h^k. Source: DeepSeek-V3 report, section 2.2.
+    Departs from the paper: the embedding comes first, then the hidden state, as in the released weights.
     """
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, execution: Execution, *, rngs: nnx.Rngs, kernels: Kernels):
+        super().__init__(cfg, execution, rngs=rngs, kernels=kernels)
         self.embed_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.hidden_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.w_eh = param(rngs, (2 * cfg.dim, cfg.dim), ("dim", None), cfg.init_std)
-        self.block = SparseBlock(cfg, rngs=rngs)
+        self.block = SparseBlock(cfg, execution, rngs=rngs, kernels=kernels)
         self.experts = Experts(cfg, 1, rngs=rngs)
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
 
-    def combine(self, embedded: Array, h: Array, product: Callable = product) -> Float[Array, "B T D"]:
+    def __call__(
+        self, h: Float[Array, "B T D"], ctx: Context, embedded: Float[Array, "B T D"] | None = None
+    ) -> tuple[Array, Context, LayerRouting]:
+        assert embedded is not None
         both = jnp.concatenate([self.embed_norm(embedded), self.hidden_norm(h)], axis=-1)
-        return product(both, self.w_eh[...])
-
-    def __call__(self, embedded: Array, h: Array, at: Positions, mask: Array) -> tuple[Array, LayerRouting]:
-        x, routing, _ = _sparse(self, self.combine(embedded, h), at, mask)
-        return self.norm(x), routing
-
-    def prefill(self, embedded: Array, h: Array, at: Positions, kind: Kind) -> tuple[Array, Array]:
-        """A prompt's positions. Returns (normed h^k [B, T, D], what a cache of that kind remembers [B, G, T, X])."""
-        x, _, rows = _sparse(self, self.combine(embedded, h), at, jnp.ones(h.shape[:2], jnp.bool_), kind)
-        return self.norm(x), rows
-
-    def decode(
-        self, embedded: Array, h: Array, at: Positions, cache: Cache, experts: WideExperts | None = None
-    ) -> tuple[Array, Cache]:
-        """T new positions, which follow what the head's own cache of one layer holds; `experts`: its own, if ready."""
-        x, cache = _sparse_step(self, self.combine(embedded, h, few_rows_product), at, cache, experts)
-        return self.norm(x), cache
+        return run_sparse_block(self, self.kernels.product(both, self.w_eh[...]), ctx)
 
 
-class MetaHead(nnx.Module):
+class MetaHead(Head):
     """One of Meta's parallel heads: h^k = norm(Block_k(h)), each with a block and a norm of its own.
 
-    In the paper the next token's head has such a block too, and all are taken from the trunk's layers; here they are
-    added to a whole trunk, whose own head is the next token's. Source: arXiv 2404.19737, section 2.
+    Source: arXiv 2404.19737, section 2.
+    Departs from the paper: there the next token's head has such a block too, and all blocks are taken from the trunk's
+    layers. Here they are added to a complete trunk, whose own head predicts the next token.
     """
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        self.block = SparseBlock(cfg, rngs=rngs)
+    def __init__(self, cfg: ModelConfig, execution: Execution, *, rngs: nnx.Rngs, kernels: Kernels):
+        super().__init__(cfg, execution, rngs=rngs, kernels=kernels)
+        self.block = SparseBlock(cfg, execution, rngs=rngs, kernels=kernels)
         self.experts = Experts(cfg, 1, rngs=rngs)
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
 
-    def __call__(self, h: Array, at: Positions, mask: Array) -> tuple[Array, LayerRouting]:
-        x, routing, _ = _sparse(self, h, at, mask)
-        return self.norm(x), routing
-
-    def prefill(self, h: Array, at: Positions, kind: Kind) -> tuple[Array, Array]:
-        """As MTPModule's, of the trunk's output alone."""
-        x, _, rows = _sparse(self, h, at, jnp.ones(h.shape[:2], jnp.bool_), kind)
-        return self.norm(x), rows
-
-    def decode(self, h: Array, at: Positions, cache: Cache, experts: WideExperts | None = None) -> tuple[Array, Cache]:
-        """As MTPModule's, of the trunk's output alone."""
-        x, cache = _sparse_step(self, h, at, cache, experts)
-        return self.norm(x), cache
+    def __call__(
+        self, h: Float[Array, "B T D"], ctx: Context, embedded: Float[Array, "B T D"] | None = None
+    ) -> tuple[Array, Context, LayerRouting]:
+        return run_sparse_block(self, h, ctx)
 
 
-class MedusaHead(nnx.Module):
-    """One of Medusa's parallel heads: h^k = h + silu(h W_k), W_k = 0 at first: it then says what the trunk's head says.
+class MedusaHead(Head):
+    """One of Medusa's parallel heads: h^k = h + silu(h W_k). W_k is 0 at first: it then predicts what the trunk does.
 
-    The paper gives each head an unembedding of its own, which starts as a copy of the trunk's, and weighs the loss of
-    head k by 0.8^k; here the unembedding is shared, and all heads weigh alike. Source: arXiv 2401.10774, section 2.1.
+    Source: arXiv 2401.10774, section 2.1.
+    Departs from the paper: the unembedding is shared, and all heads weigh alike. There each head has its own, a copy of
+    the trunk's at first, and the loss of head k weighs 0.8^k.
     """
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+    remembers = False
+
+    def __init__(self, cfg: ModelConfig, execution: Execution, *, rngs: nnx.Rngs, kernels: Kernels):
+        super().__init__(cfg, execution, rngs=rngs, kernels=kernels)
         self.w = nnx.Param(jnp.zeros((cfg.dim, cfg.dim), jnp.float32), axes=("dim", None))
 
-    def __call__(self, h: Float[Array, "B T D"], at: Positions, mask: Array) -> tuple[Array, None]:
-        return self.residual(h), None
-
-    def residual(self, h: Float[Array, "B T D"], product: Callable = product) -> Float[Array, "B T D"]:
-        """The head itself, which has nothing to remember."""
-        return h + jax.nn.silu(product(h, self.w[...]))
+    def __call__(
+        self, h: Float[Array, "B T D"], ctx: Context, embedded: Float[Array, "B T D"] | None = None
+    ) -> tuple[Array, Context, None]:
+        return h + jax.nn.silu(self.kernels.product(h, self.w[...])), ctx, None
 
 
-class EagleHead(nnx.Module):
-    """EAGLE's head goes on from features: f_{i+1} = Block(W_eh [Emb(t_{i+1}); h_i]) stands for the trunk's h_{i+1}.
+class EagleHead(Head):
+    """EAGLE's head continues features: f_{i+1} = Block(W_eh [Emb(t_{i+1}); h_i]) approximates the trunk's h_{i+1}.
 
-    The unembedding of f_{i+1} predicts t_{i+2}; for the token after that the head reads f_{i+1} in the place of
-    h_{i+1}. Its loss is in `objective`. Source: arXiv 2401.15077, section 3.
+    The unembedding of f_{i+1} predicts t_{i+2}. For the token after that the head reads f_{i+1} instead of h_{i+1}.
+    Source: arXiv 2401.15077, section 3; its loss is in section 3.2.
+    Departs from the paper: cross-entropy is on the text's own tokens, not on the trunk's distribution, and no noise is
+    added to what the head reads.
     """
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+    token_weight = 0.1  # the regression weighs 1
+
+    def __init__(self, cfg: ModelConfig, execution: Execution, *, rngs: nnx.Rngs, kernels: Kernels):
+        super().__init__(cfg, execution, rngs=rngs, kernels=kernels)
         self.w_eh = param(rngs, (2 * cfg.dim, cfg.dim), ("dim", None), cfg.init_std)
-        self.block = DenseBlock(cfg, rngs=rngs)
+        self.block = DenseBlock(cfg, execution, rngs=rngs, kernels=kernels)
 
-    def combine(self, embedded: Array, h: Array, product: Callable = product) -> Float[Array, "B T D"]:
+    def __call__(
+        self, h: Float[Array, "B T D"], ctx: Context, embedded: Float[Array, "B T D"] | None = None
+    ) -> tuple[Array, Context, None]:
+        assert embedded is not None
         both = jnp.concatenate([embedded, h], axis=-1)
-        return product(both, self.w_eh[...])
+        return self.block(self.kernels.product(both, self.w_eh[...]), ctx)
 
-    def __call__(self, embedded: Array, h: Array, at: Positions, mask: Array) -> tuple[Array, None]:
-        return self.block(self.combine(embedded, h), at, "latent")[0], None
-
-    def prefill(self, embedded: Array, h: Array, at: Positions, kind: Kind) -> tuple[Array, Array]:
-        """As MTPModule's."""
-        return self.block(self.combine(embedded, h), at, kind)
-
-    def decode(
-        self, embedded: Array, h: Array, at: Positions, cache: Cache, experts: None = None
-    ) -> tuple[Array, Cache]:
-        """As MTPModule's; it has no experts."""
-        return self.block.decode(self.combine(embedded, h, few_rows_product), at, cache, jnp.zeros((), jnp.int32))
+    def feature_loss(self, h: Float[Array, "B T D"], target: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+        return smooth_l1(h, target)
 
 
-Head = MTPModule | MetaHead | MedusaHead | EagleHead
-KINDS: dict[str, type[Head]] = {"deepseek": MTPModule, "meta": MetaHead, "medusa": MedusaHead, "eagle": EagleHead}
+HEADS: dict[MtpKind, type[Head]] = {
+    "deepseek": MTPModule,
+    "meta": MetaHead,
+    "medusa": MedusaHead,
+    "eagle": EagleHead,
+}
 
 
-def make_heads(cfg: ModelConfig, rngs: nnx.Rngs) -> list[Head]:
+def make_heads(cfg: ModelConfig, execution: Execution, rngs: nnx.Rngs, kernels: Kernels) -> list[Head]:
     """The heads of a configuration, `mtp_depth` of its kind."""
-    return [KINDS[cfg.mtp_kind](cfg, rngs=rngs) for _ in range(cfg.mtp_depth)]
+    return [HEADS[cfg.mtp_kind](cfg, execution, rngs=rngs, kernels=kernels) for _ in range(cfg.mtp_depth)]
 
 
-def gathered(head: Head, *, fsdp: bool, dtype: Any) -> Head:
-    """A head whose weights, but for its experts', are made whole where fsdp cuts them; see `sharding.whole`."""
-    if not fsdp:
-        return head
+def smooth_l1(x: Float[Array, "*n D"], target: Float[Array, "*n D"]) -> Float[Array, "*n"]:
+    """Mean over D of d²/2 where |d| < 1 and of |d| - 1/2 elsewhere, d = x - target; float32 (float64 stays)."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    d = jnp.abs(x.astype(wide) - target.astype(wide))
+    return jnp.where(d < 1, 0.5 * d * d, d - 0.5).mean(-1)
+
+
+def run_sparse_block(head: MTPModule | MetaHead, x: Array, ctx: Context) -> tuple[Array, Context, LayerRouting]:
+    """A head's sparse block and norm; its experts are a stack of one layer."""
+    stack = head.experts.open(head.kernels, train=ctx.cache is None)
+    x, ctx, routing = head.block(x, ctx._replace(experts=stack))
+    assert ctx.experts is not None
+    x = head.kernels.close_experts(x, ctx.experts) if ctx.cache is None else x
+    return head.norm(x), ctx._replace(experts=None), routing
+
+
+def unshard_head(head: Head, unshard: Callable) -> Head:
+    """A head with its weights gathered, except its experts'; see `mesh.sharding.unshard_weights`."""
     graphdef, state = nnx.split(head)
     experts, rest = nnx.split_state(state, lambda path, _: path[0] == "experts", ...)
-    return nnx.merge(graphdef, experts, whole(rest, fsdp=fsdp, dtype=dtype))
+    return nnx.merge(graphdef, experts, unshard(rest))
 
 
 def run_heads(
     heads: Iterable[Head],
+    cfg: ModelConfig,
     embedding: Callable[[Array], Array],
     h: Float[Array, "B T D"],
     tokens: Int[Array, "B T"],
-    at: Positions,
-    mask: Bool[Array, "B T"],
+    ctx: Context,
     *,
     remat: str = "none",
-    fsdp: bool = False,
-    dtype: Any = None,
+    unshard: Callable = lambda state: state,
 ) -> tuple[tuple[Array, ...], tuple[LayerRouting, ...]]:
-    """All heads over whole rows, for training.
+    """Run all heads over complete rows, for training.
 
     Args:
-        embedding: of tokens, the trunk's.
+        embedding: embeds tokens as the trunk does.
         h: the trunk's output, as `mtp_input` has it.
-        mask: tokens that count for load.
-        remat: all but "none" computes each head anew in the backward pass.
-        fsdp, dtype: as in `scan_stack`.
-    Returns: (hidden states, head k's (from 0) [B, T-1-k, D]; routing of those heads that have experts).
+        remat: all but "none" recomputes each head in the backward pass.
+        unshard: as in `loop_layers`.
+    Returns: (hidden states, head k's (from 0) [B, T-1-k, D]; routing of the heads that have experts).
     """
+    reads_tokens = cfg.head_kind.reads_tokens
 
     def run(head, *args) -> tuple[Array, LayerRouting | None]:
-        # Split and merged, as in scan_stack: nnx.remat would write to variables that an outer trace holds.
+        # Split and merged, as in loop_layers: nnx.remat would write to variables that an outer trace holds.
         graphdef, state = nnx.split(head)
 
         def plain(state, *args):
-            return gathered(nnx.merge(graphdef, state), fsdp=fsdp, dtype=dtype)(*args)
+            h, _, routing = unshard_head(nnx.merge(graphdef, state), unshard)(*args)
+            return h, routing
 
         return (plain if remat == "none" else jax.checkpoint(plain))(state, *args)
 
-    out, routings = [], []
+    hidden, routings = [], []
     for k, head in enumerate(heads, start=1):
-        short = tokens.shape[1] - k  # later positions have no token k places on
-        segment_ids, counts = None, mask[:, :short]
-        if at.segment_ids is not None:
-            segment_ids = at.segment_ids[:, :short]
-            if isinstance(head, MTPModule | EagleHead):
-                # A position whose next tokens are padding or another document's says nothing, and is not counted.
-                counts = counts & (segment_ids == at.segment_ids[:, k:])
-        cut = Positions(at.cos[:, :short], at.sin[:, :short], segment_ids)
-        if isinstance(head, MTPModule | EagleHead):
-            h, routing = run(head, embedding(tokens[:, k:]), h[:, :short], cut, counts)
-            out.append(h)
-        else:
-            x, routing = run(head, h[:, :short], cut, counts)
-            out.append(x)
+        short = tokens.shape[1] - k  # later positions have no token k positions on
+        segment_ids, counted = None, ctx.mask[:, :short]
+        if ctx.segment_ids is not None:
+            segment_ids = ctx.segment_ids[:, :short]
+            if reads_tokens:
+                # A position that reads padding or another document's token is not counted.
+                counted = counted & (segment_ids == ctx.segment_ids[:, k:])
+        part = ctx._replace(cos=ctx.cos[:, :short], sin=ctx.sin[:, :short], segment_ids=segment_ids, mask=counted)
+        made, routing = run(head, h[:, :short], part, embedding(tokens[:, k:]) if reads_tokens else None)
+        if reads_tokens:
+            h = made
+        hidden.append(made)
         if routing is not None:
             routings.append(routing)
-    return tuple(out), tuple(routings)
-
-
-def _sparse(
-    head: MTPModule | MetaHead, x: Array, at: Positions, mask: Array, kind: Kind = "latent"
-) -> tuple[Array, LayerRouting, Array]:
-    """A head's sparse block, whose experts stand in a stack of one layer: (x, routing, what a cache remembers)."""
-    arrays = head.experts.arrays()
-    x, rows, routing, thread = head.block(x, at, mask, arrays, arrays, jnp.zeros((), jnp.int32), kind)
-    return end_thread(head.block.moe.cfg, x, thread), routing, rows
-
-
-def _sparse_step(
-    head: MTPModule | MetaHead, x: Array, at: Positions, cache: Cache, experts: WideExperts | None
-) -> tuple[Array, Cache]:
-    zero = jnp.zeros((), jnp.int32)
-    return head.block.decode(x, at, cache, zero, head.experts.arrays() if experts is None else experts, zero)
+    return tuple(hidden), tuple(routings)

@@ -1,12 +1,11 @@
-"""Attention of a few new tokens to a cache, whatever the cache holds.
+"""Attention of a few new tokens to a cache.
 
-A layer's cache is a row of numbers for each token and key-value head, in two parts. Where the row is latent,
-[c_kv, k_rope], the whole of it is the key and its first part the value, for all heads alike: absorbed MLA is
-multi-query attention over one latent head. Where it is expanded, the first part is the key and the second the value.
+A layer's cache is a row of numbers for each token and key-value head, in two parts. A latent row [c_kv, k_rope] is
+shared by all heads: the whole row is the key, and its first part is the value. Absorbed MLA is therefore multi-query
+attention over one latent head. In an expanded row the first part is the key and the second the value.
 
-Rows are visited block by block with a running softmax (as in `attention.py`), as many blocks as the longest sequence
-has: the cost follows what is in the cache, not its capacity, and 8-bit rows become numbers one block at a time. On CPUs
-with a compiler the native kernel does the same for float32 queries.
+Rows are visited in blocks with a running softmax (as in `attention.py`), as many blocks as the longest sequence has.
+The cost follows what the cache holds, not its capacity, and 8-bit rows are dequantized one block at a time.
 """
 
 from typing import NamedTuple
@@ -16,15 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.kernels.cpu import calls
 from dsv3_jax.ops.quantize import dequantize_rows
 from dsv3_jax.ops.varying import as_varying
 
-BLOCK_ELEMENTS = 1 << 16  # numbers visited at a time on a CPU: a quarter of a megabyte, measured best
-
 
 class Stored(NamedTuple):
-    """Remembered rows of all layers: L layers, B sequences, G key-value heads, S places, X numbers in P parts."""
+    """Cached rows of all layers: L layers, B sequences, G key-value heads, S slots, X numbers in P parts."""
 
     rows: Array  # [L, B, G, S, X] float32, bfloat16, int8 or float8_e4m3fn
     scales: Array | None  # float32 [L, B, G, S, P] of 8-bit rows
@@ -39,51 +35,40 @@ def cached_attention(
     parts: tuple[int, int],
     shared: bool,
     scale: float,
-    summed: bool = False,
     block: int | None = None,
 ) -> Float[Array, "B G Q V"]:
-    """softmax(scale · q · keys of rows 0 … last) values, in float32.
+    """Attend to a cache: softmax(scale · q · keys of rows 0 … last) values, in float32.
 
     Args:
-        q: queries of each key-value head. K is parts[0] + parts[1] where `shared`, else parts[0].
+        q: queries of each key-value head. K is parts[0] + parts[1] if `shared`, else parts[0].
         stored, layer: the cache, and which layer of it.
         last: the last row that each query may see; at least 0.
         parts: widths of a row's two parts.
-        shared: the whole row is the key and its first part the value; else the parts are key and value.
-        scale: what scores are multiplied by.
-        summed: with `shared`, add the parts' products; otherwise the score is one product.
-        block: rows visited at a time; None suits the backend.
-    Returns: V is parts[0] where `shared`, else parts[1]; in q's dtype.
+        shared: the whole row is the key and its first part the value; otherwise the parts are key and value.
+        scale: factor of the scores.
+        block: rows visited at a time. None means all at once.
+    Returns: V is parts[0] if `shared`, else parts[1]; in q's dtype.
     """
     batch, groups, capacity, width = stored.rows.shape[1:]
-    if block is None and not summed and calls.serves(q.dtype) and stored.rows.dtype.name in calls.CACHE_DTYPES:
-        scaled, values = q * jnp.asarray(scale, q.dtype), (0, parts[0]) if shared else parts
-        return calls.cached_attention(scaled, *stored, layer, last, values=values, first_part=parts[0])
-    if block is None:
-        block = _block(batch * groups * width, capacity)
-    block = min(block, capacity)
+    block = min(block or capacity, capacity)
     wide, zero = np.promote_types(q.dtype, np.float32), jnp.zeros((), jnp.int32)
     q = q * jnp.asarray(scale, q.dtype)
 
     def read(array: Array, start: Array) -> Array:
-        at = (layer, zero, zero, start, zero)
-        return jax.lax.dynamic_slice(array, at, (1, batch, groups, block, array.shape[-1]))[0]
+        index = (layer, zero, zero, start, zero)
+        return jax.lax.dynamic_slice(array, index, (1, batch, groups, block, array.shape[-1]))[0]
 
     def attend(start: Array, first: Array) -> tuple[Array, Array]:
-        """Masked scores [B, G, Q, block] of the rows from `start`, those before `first` left out, and the values."""
+        """Masked scores [B, G, Q, block] of the rows from `start`, without those before `first`, and the values."""
         rows = read(stored.rows, start)
         if stored.scales is None:
             rows = rows.astype(q.dtype)
         else:
             rows = dequantize_rows(rows, read(stored.scales, start), parts, q.dtype)
-        values = rows if shared else rows[..., parts[0] :]
-        if shared and summed:
-            s = _product(q[..., : parts[0]], rows[..., : parts[0]], wide)
-            s = s + _product(q[..., parts[0] :], rows[..., parts[0] :], wide)
-        else:
-            s = _product(q, rows if shared else rows[..., : parts[0]], wide)
-        place = start + jnp.arange(block, dtype=jnp.int32)
-        seen = (place[None, None] <= last[:, :, None]) & (place >= first)[None, None]
+        keys, values = (rows, rows) if shared else (rows[..., : parts[0]], rows[..., parts[0] :])
+        s = jnp.einsum("bgqk,bgsk->bgqs", q, keys, preferred_element_type=wide)
+        slot = start + jnp.arange(block, dtype=jnp.int32)
+        seen = (slot[None, None] <= last[:, :, None]) & (slot >= first)[None, None]
         return jnp.where(seen[:, None], s, -jnp.inf), values
 
     if block == capacity:
@@ -102,7 +87,7 @@ def cached_attention(
         return out * keep[..., None] + part, new_top, total * keep + p.sum(-1)
 
     shape = q.shape[:3]
-    # Row 0 is seen by all, so that maxima are finite from the first block on.
+    # Every query sees row 0, so maxima are finite from the first block on.
     start = (
         jnp.zeros((*shape, width if shared else parts[1]), wide),
         jnp.full(shape, -jnp.inf, wide),
@@ -110,17 +95,5 @@ def cached_attention(
     )
     start = tuple(as_varying(x, q, stored.rows) for x in start)
     out, _, total = jax.lax.fori_loop(0, last.max() // block + 1, visit, start)
-    # The rope part rode along in the product: cutting it off here costs less than a copy of each block without it.
+    # The rope part went through the product: cutting it off here costs less than a copy of each block without it.
     return (out / total[..., None]).astype(q.dtype)[..., : parts[0] if shared else None]
-
-
-def _product(q: Array, k: Array, wide) -> Array:
-    return jnp.einsum("bgqk,bgsk->bgqs", q, k, preferred_element_type=wide)
-
-
-def _block(elements_a_row: int, capacity: int) -> int:
-    """Rows visited at a time. An accelerator would rather have all at once."""
-    if jax.default_backend() != "cpu":
-        return capacity
-    rows = max(BLOCK_ELEMENTS // elements_a_row, 1)
-    return max(1 << (rows.bit_length() - 1), 64)

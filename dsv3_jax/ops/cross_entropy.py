@@ -1,7 +1,4 @@
-"""Cross-entropy over a large vocabulary, a chunk of tokens at a time, so that [tokens, W] never exists at once.
-
-And the regression of EAGLE's head.
-"""
+"""Cross-entropy over a large vocabulary, in chunks of tokens: the logits [n, W] are never in memory at once."""
 
 from functools import partial
 
@@ -21,13 +18,24 @@ def chunked_cross_entropy(
     *,
     chunk: int = 1024,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Summed negative log-likelihood of `targets` under softmax(h W), and how many of them are the argmax.
+    """Compute the summed negative log-likelihood of `targets` under softmax(h w), and how many are the argmax.
 
-    Args: h hidden states; w the head; targets token ids; mask which positions count; chunk tokens at a time.
-    Returns: (nats summed, count of correct), float32 (float64 stays).
+    The gradients of h and w are computed in the forward pass, while a chunk's logits are in memory. So the logits are
+    computed once. The second result takes no gradient.
 
-    The gradient is formed in the forward pass, while a chunk's logits are at hand, so they are computed once.
-    The second result takes no gradient.
+    Args:
+        h: hidden states, of any floating dtype.
+        w: the head's matrix, in the dtype of h.
+        targets: token ids in 0 … W - 1.
+        mask: positions where it is False do not count.
+        chunk: about how many tokens are computed at a time.
+    Returns: (sum of nats, number of correct predictions), float32, or float64 if h is.
+
+    Example:
+        >>> h, w = jnp.zeros((3, 2)), jnp.zeros((2, 4))  # even odds over 4 tokens: ln 4 nats each
+        >>> nats, _ = chunked_cross_entropy(h, w, targets=jnp.array([0, 1, 2]), mask=jnp.array([True, True, False]))
+        >>> round(float(nats), 4)
+        2.7726
     """
     total, correct = _summed(h, w, targets, mask.astype(_wide(h.dtype)), chunk)
     return total, jax.lax.stop_gradient(correct)
@@ -36,7 +44,11 @@ def chunked_cross_entropy(
 def token_scores(
     h: Float[Array, "n D"], w: Float[Array, "D W"], targets: Int[Array, " n"], *, chunk: int = 1024
 ) -> tuple[Float[Array, " n"], Int[Array, " n"]]:
-    """Each target's negative log-likelihood in nats, and the argmax token in its place. For evaluation."""
+    """Compute each target's negative log-likelihood, and the most likely token at its position. For evaluation.
+
+    Args: h, w, targets, chunk: as in `chunked_cross_entropy`.
+    Returns: (nats of each target, int32 argmax tokens).
+    """
 
     def body(_, xs):
         h_c, t_c = xs
@@ -49,13 +61,6 @@ def token_scores(
     return nll.T.reshape(-1)[:n], best.T.reshape(-1)[:n]
 
 
-def smooth_l1(x: Float[Array, "*n D"], target: Float[Array, "*n D"]) -> Float[Array, "*n"]:
-    """Mean over D of d²/2 where |d| < 1 and of |d| - 1/2 elsewhere, d = x - target; float32 (float64 stays)."""
-    wide = _wide(x.dtype)
-    d = jnp.abs(x.astype(wide) - target.astype(wide))
-    return jnp.where(d < 1, 0.5 * d * d, d - 0.5).mean(-1)
-
-
 def _wide(dtype):
     return np.promote_types(dtype, np.float32)
 
@@ -65,7 +70,7 @@ def _logits(h, w):
 
 
 def _split(x: Array, chunk: int) -> Array:
-    """[n, …] → [chunks, rows, …]; chunk j takes rows j, j + chunks, …, so that an axis sharded over n stays so."""
+    """Cut [n, …] into [chunks, rows, …]. Chunk j has rows j, j + chunks, …, so it is sharded if n is."""
     chunks = -(-x.shape[0] // chunk)
     pad = -x.shape[0] % chunks
     x = jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1))
@@ -73,6 +78,8 @@ def _split(x: Array, chunk: int) -> Array:
 
 
 def _forward(h, w, targets, weight, chunk, with_grad):
+    """Return ((sum of nats, number correct), (dh in chunks, dw)). Without `with_grad`, dh and dw mean nothing."""
+
     def body(carry, xs):
         total, correct, dw = carry
         h_c, t_c, m_c = xs
@@ -112,7 +119,7 @@ def _summed_bwd(chunk, saved, cotangents):
     dh, dw, like_w = saved
     scale = cotangents[0]
     dw = dw * scale.astype(dw.dtype)
-    if apart := varying(dw) - varying(like_w):  # each device has the part that its own rows make
+    if apart := varying(dw) - varying(like_w):  # each device has the part from its own rows
         dw = jax.lax.psum(dw.astype(_wide(dw.dtype)), tuple(apart)).astype(dw.dtype)
     return dh * scale.astype(dh.dtype), dw, None, None
 

@@ -1,4 +1,7 @@
-"""Rows of a cache in 8 bits, with a scale for each part of a row: latent and rope part have ranges of their own."""
+"""Quantization of cached rows to 8 bits, with one scale for each part of a row.
+
+The latent part and the RoPE part of a row have different ranges, so each has its own scale.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,24 +9,33 @@ from jaxtyping import Array, Float
 
 
 def largest(dtype) -> float:
-    """The largest number of an 8-bit dtype: 127 of int8, 448 of float8_e4m3fn."""
+    """Return the largest number of an 8-bit dtype: 127 for int8, 448 for float8_e4m3fn."""
     dtype = jnp.dtype(dtype)
     return float(jnp.iinfo(dtype).max if dtype == np.int8 else jnp.finfo(dtype).max)
 
 
 def quantize_rows(x: Float[Array, "*n X"], parts: tuple[int, ...], dtype) -> tuple[Array, Float[Array, "*n P"]]:
-    """Round rows to an 8-bit dtype, each part by its own scale max|part| / largest.
+    """Round rows to an 8-bit dtype, after dividing each part by its scale max|part| / largest(dtype).
 
     Args:
-        x: rows. parts: widths of a row's parts, which add up to X. dtype: int8 or float8_e4m3fn.
-    Returns: (rows [..., X] in `dtype`, scales [..., P] float32); a part that is 0 has scale 1.
+        x: rows, of a floating dtype.
+        parts: widths of a row's P parts; they add up to X.
+        dtype: int8 or float8_e4m3fn.
+    Returns: (rows [..., X] in `dtype`, float32 scales [..., P]). The scale is 1 where a part is all zeros.
+
+    Example:
+        >>> rows, scales = quantize_rows(jnp.array([[127.0, -1.0, 254.0]]), parts=(2, 1), dtype=jnp.int8)
+        >>> rows, scales
+        (Array([[127,  -1, 127]], dtype=int8), Array([[1., 2.]], dtype=float32))
+        >>> dequantize_rows(rows, scales, parts=(2, 1), dtype=jnp.float32)
+        Array([[127.,  -1., 254.]], dtype=float32)
     """
     wide = x.astype(np.promote_types(x.dtype, np.float32))
     scales = []
     for part in _split(wide, parts):
         top = jnp.abs(part).max(axis=-1, keepdims=True)
         scale = (top / largest(dtype)).astype(jnp.float32)
-        scales.append(jnp.where(scale > 0, scale, 1))  # 0 too where the division underflows
+        scales.append(jnp.where(scale > 0, scale, 1))  # it is also 0 if the division underflows
     made = jnp.concatenate(scales, axis=-1)
     scaled = jnp.clip(wide / _spread(made, parts).astype(wide.dtype), -largest(dtype), largest(dtype))
     if jnp.dtype(dtype) == np.int8:
@@ -32,12 +44,18 @@ def quantize_rows(x: Float[Array, "*n X"], parts: tuple[int, ...], dtype) -> tup
 
 
 def dequantize_rows(rows: Array, scales: Float[Array, "*n P"], parts: tuple[int, ...], dtype) -> Array:
-    """The inverse of `quantize_rows`, to within half a step: rows [..., X] in `dtype`."""
+    """Return rows [..., X] in `dtype` from the results of `quantize_rows`, to within half a step.
+
+    Args:
+        rows, scales: its results.
+        parts: widths of a row's P parts, as given to it.
+        dtype: of the result.
+    """
     return rows.astype(dtype) * _spread(scales, parts).astype(dtype)
 
 
 def _spread(scales: Array, parts: tuple[int, ...]) -> Array:
-    """A scale for each number. A chain of selections, which runs at the speed of memory where a gather would not."""
+    """Return each number's scale [..., X]. A chain of selections runs at memory speed; a gather does not."""
     place = np.arange(sum(parts))
     spread = scales[..., :1]
     for i, end in enumerate(np.cumsum(parts)[:-1], start=1):
@@ -46,4 +64,5 @@ def _spread(scales: Array, parts: tuple[int, ...]) -> Array:
 
 
 def _split(x: Array, parts: tuple[int, ...]) -> list[Array]:
+    """Cut the last axis into parts."""
     return jnp.split(x, [int(end) for end in np.cumsum(parts)[:-1]], axis=-1)

@@ -1,7 +1,7 @@
 """Rotary position embedding, with YaRN's extension of its reach.
 
-A pair of features is a point in a plane, and a token at position p turns pair i by p·f_i; a dot product of two
-turned vectors then depends on their distance alone. YaRN slows the slow pairs by `factor`, keeps the fast ones,
+A pair of features is a point in a plane, and a token at position p rotates pair i by p·f_i. A dot product of two
+rotated vectors then depends on their distance alone. YaRN slows the slow pairs by `factor`, keeps the fast ones,
 and blends between, so that a model trained to L0 positions reads `factor` times as many.
 Source: arXiv 2104.09864 (RoPE), arXiv 2309.00071 (YaRN), the released DeepSeek-V3 inference code.
 """
@@ -16,10 +16,19 @@ from dsv3_jax.config import Yarn
 
 
 def frequencies(rope_dim: int, theta: float, yarn: Yarn) -> np.ndarray:
-    """Turning speed of each pair of features.
+    """Compute each pair's frequency, f_i = theta^(−2i/R), with YaRN's change if yarn.factor is not 1.
 
-    Args: rope_dim: R, even; theta: the base; yarn: factor 1 leaves plain RoPE.
-    Returns: float32 [R/2], radians a position.
+    Args:
+        rope_dim: R, even.
+        theta: the base.
+        yarn: factor and range of YaRN; factor 1 means plain RoPE.
+    Returns: float32 [R/2], radians for each position.
+
+    Example:
+        >>> frequencies(4, 100.0, Yarn()).round(1)
+        array([1. , 0.1], dtype=float32)
+
+    Source: arXiv 2104.09864; arXiv 2309.00071.
     """
     pairs = np.arange(0, rope_dim, 2, dtype=np.float64)
     freqs = theta ** (-pairs / rope_dim)
@@ -38,7 +47,7 @@ def yarn_range(rope_dim: int, theta: float, yarn: Yarn) -> tuple[int, int]:
 
     low = math.floor(pair_that_turns(yarn.beta_fast))
     high = math.ceil(pair_that_turns(yarn.beta_slow))
-    return max(low, 0), min(high, rope_dim - 1)
+    return min(max(low, 0), rope_dim - 1), min(max(high, 0), rope_dim - 1)
 
 
 def mscale(factor: float, weight: float) -> float:
@@ -47,7 +56,7 @@ def mscale(factor: float, weight: float) -> float:
 
 
 def softmax_scale(qk_dim: int, yarn: Yarn) -> float:
-    """What attention scores are multiplied by: (N+R)^-1/2 · m², m = 1 without YaRN."""
+    """The factor of attention scores: (N+R)^-1/2 · m², m = 1 without YaRN."""
     m = mscale(yarn.factor, yarn.mscale_all_dim) if yarn.mscale_all_dim else 1.0
     return qk_dim**-0.5 * m * m
 
@@ -65,7 +74,7 @@ def cos_sin(
 
 
 def rotate(x: Float[Array, "*n R"], cos: Float[Array, "..."], sin: Float[Array, "..."], *, interleaved: bool) -> Array:
-    """Turn each pair of x's last axis by its angle.
+    """Rotate each pair of x's last axis by its angle.
 
     Args:
         x: [..., R].

@@ -1,7 +1,8 @@
-"""Which experts a token goes to, and how much each counts.
+"""Routers: which experts a token goes to, and the weight (gate) of each.
 
-Four routers: V3's sigmoid with a correction bias and a group limit, V2's softmax, plain top-k, and the dense
-softmax over all experts that the field starts from. All run in float32 (float64 stays).
+There are four: V3's sigmoid with a correction bias and a group limit, V2's softmax, plain top-k, and the dense softmax
+over all experts. Gates and scores have the dtype of the logits, which is float32 in the models. If scores are equal,
+the lower expert id is chosen first.
 """
 
 from typing import Any, NamedTuple
@@ -14,11 +15,11 @@ from dsv3_jax.config import ModelConfig
 
 
 class Routing(NamedTuple):
-    """A decision for n tokens."""
+    """The router's result for n tokens, E experts and K choices a token."""
 
     expert_ids: Array  # int32 [n, K]
-    gates: Array  # [n, K]: weight of each chosen expert
-    scores: Array  # [n, E]: every expert's unbiased score, for the balance losses
+    gates: Array  # float32 [n, K]: weight of each chosen expert
+    scores: Array  # float32 [n, E]: the score of every expert without bias, for the balance losses
 
 
 def sigmoid(
@@ -32,15 +33,29 @@ def sigmoid(
     normalize: bool = True,
     scale: float = 1.0,
 ) -> Routing:
-    """V3's router: the bias helps to choose, and never to weigh.
+    """Route with V3's sigmoid router: the bias affects which experts are chosen, and never their gates.
 
     s = sigmoid(logits);  ids = topk(s + bias) within the best groups;  g = scale · s[ids] / (Σ s[ids] + 1e-20)
 
     Args:
-        logits: x W_rᵀ.
-        bias: loss-free correction, no gradient flows into it.
-        k: K, experts a token. groups, groups_kept: G groups of which a token may use so many.
-        group_score: "top2_sum" (V3) or "max" (V2) of a group's choice scores.
+        logits: x W_rᵀ, float32.
+        bias: loss-free correction of each expert, float32. It takes no gradient.
+        k: K, experts for each token.
+        groups: number of groups of consecutive experts; it divides E.
+        groups_kept: a token's experts come from this many groups. With groups_kept = groups there is no limit.
+        group_score: a group's score is the sum of its two largest s + bias ("top2_sum", V3) or the largest ("max", V2).
+        normalize: divide the gates of a token by their sum.
+        scale: factor of the gates.
+    Returns: Routing: expert_ids int32 [n, K], gates [n, K] and scores s [n, E].
+
+    Example:
+        >>> logits, bias = jnp.array([[2.0, 1.0, 0.0, -1.0]]), jnp.array([-1.0, 0.0, 0.0, 1.0])
+        >>> routed = sigmoid(logits, bias, k=2)
+        >>> routed.expert_ids  # without the bias: 0 and 1
+        Array([[3, 1]], dtype=int32)
+        >>> routed.gates.round(1)  # in the ratio of sigmoid(-1) to sigmoid(1)
+        Array([[0.3, 0.7]], dtype=float32)
+
     Source: DeepSeek-V3 report, section 2.1.2; arXiv 2408.15664.
     """
     scores = jax.nn.sigmoid(logits)
@@ -48,8 +63,8 @@ def sigmoid(
     expert_ids = _choose(choice, k, groups, groups_kept, group_score)
     gates = jnp.take_along_axis(scores, expert_ids, axis=-1)
     if normalize:
-        # Divided in log space: a quotient's gradient squares the sum, and 1e-20 squared is 0 in float32, so that
-        # it would be nan where all sigmoids underflow.
+        # The division is done in log space. A quotient's gradient squares the sum, and 1e-20 squared is 0 in float32.
+        # So a quotient's gradient would be NaN if all sigmoids underflow.
         gates = gates * jnp.exp(-jnp.log(gates.sum(-1, keepdims=True) + 1e-20))
     return Routing(expert_ids, gates * scale, scores)
 
@@ -64,9 +79,25 @@ def softmax(
     normalize: bool = False,
     scale: float = 1.0,
 ) -> Routing:
-    """V2's router: softmax over all experts, then the K largest, within the best groups ("group_limited_greedy").
+    """Route with V2's softmax router: the K largest probabilities within the best groups.
 
-    One group is V2-Lite's "greedy". Source: DeepSeek-V2 report, section 2.2.
+    s = softmax(logits);  ids = topk(s) within the best groups;  g = scale · s[ids]
+
+    This is V2's "group_limited_greedy", and with one group V2-Lite's "greedy".
+
+    Args:
+        logits: x W_rᵀ, float32.
+        k, groups, groups_kept, scale: as in `sigmoid`.
+        group_score: a group's score is its largest s ("max", V2) or the sum of its two largest ("top2_sum").
+        normalize: divide the gates of a token by their sum.
+    Returns: Routing: expert_ids int32 [n, K], gates [n, K] and scores s [n, E].
+
+    Example:
+        >>> routed = softmax(jnp.array([[0.0, 3.0, 1.0, 2.0]]), k=2)
+        >>> routed.expert_ids, routed.gates.round(1)
+        (Array([[1, 3]], dtype=int32), Array([[0.6, 0.2]], dtype=float32))
+
+    Source: DeepSeek-V2 report, section 2.2.
     """
     scores = jax.nn.softmax(logits, axis=-1)
     expert_ids = _choose(jax.lax.stop_gradient(scores), k, groups, groups_kept, group_score)
@@ -77,19 +108,38 @@ def softmax(
 
 
 def topk(logits: Float[Array, "n E"], *, k: int) -> Routing:
-    """The plain sparse router: softmax over the K largest logits (arXiv 1701.06538, without its noise)."""
+    """Route to the K largest logits, with gates from a softmax over these K alone.
+
+    Args:
+        logits: x W_rᵀ, float32.
+        k: K, experts for each token.
+    Returns: Routing: expert_ids int32 [n, K], gates [n, K], and scores [n, E], the softmax over all experts.
+
+    Example:
+        >>> routed = topk(jnp.array([[0.0, 3.0, 1.0, 2.0]]), k=2)
+        >>> routed.expert_ids, routed.gates.round(1)
+        (Array([[1, 3]], dtype=int32), Array([[0.7, 0.3]], dtype=float32))
+
+    Source: arXiv 1701.06538.
+    Departs from the paper: there is no noise.
+    """
     kept, expert_ids = jax.lax.top_k(logits, k)
     return Routing(expert_ids.astype(jnp.int32), jax.nn.softmax(kept, axis=-1), jax.nn.softmax(logits, axis=-1))
 
 
 def dense(logits: Float[Array, "n E"]) -> Routing:
-    """The mixture before sparsity: every expert, weighed by a softmax."""
+    """Route to every expert, with gates from a softmax over all.
+
+    Args: logits: x W_rᵀ, float32.
+    Returns: Routing with K = E: expert_ids 0 … E - 1 in this order; gates and scores are the softmax.
+    """
     n, num_experts = logits.shape
     gates = jax.nn.softmax(logits, axis=-1)
     return Routing(jnp.broadcast_to(jnp.arange(num_experts, dtype=jnp.int32), (n, num_experts)), gates, gates)
 
 
 def _choose(choice: Float[Array, "n E"], k: int, groups: int, groups_kept: int, group_score: str) -> Int[Array, "n K"]:
+    """Return the ids of the k largest `choice` scores within the best groups."""
     if groups_kept < groups:
         n, num_experts = choice.shape
         grouped = choice.reshape(n, groups, num_experts // groups)
@@ -99,13 +149,20 @@ def _choose(choice: Float[Array, "n E"], k: int, groups: int, groups_kept: int, 
             group_scores = jax.lax.top_k(grouped, 2)[0].sum(-1)
         _, kept = jax.lax.top_k(group_scores, groups_kept)
         allowed = jax.nn.one_hot(kept, groups, dtype=jnp.bool_).any(axis=1)  # [n, G]
-        # -inf, not 0: biases can be negative, and 0 would then let a forbidden expert win.
+        # -inf, not 0: biases can be negative, and an expert outside the kept groups could then win with 0.
         choice = jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(n, num_experts)
     return jax.lax.top_k(choice, k)[1].astype(jnp.int32)
 
 
 def route(logits: Float[Array, "n E"], bias: Float[Array, " E"], cfg: ModelConfig) -> Routing:
-    """The router that `cfg.router` names."""
+    """Route with the router and settings in `cfg`.
+
+    Args:
+        logits: x W_rᵀ, float32.
+        bias: loss-free correction; only the sigmoid router reads it.
+        cfg: `router` is "sigmoid", "softmax", "topk" or "dense".
+    Returns: Routing.
+    """
     limits: dict[str, Any] = dict(
         k=cfg.experts_per_token,
         groups=cfg.num_groups,

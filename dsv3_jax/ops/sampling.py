@@ -1,4 +1,4 @@
-"""From logits to a token: greedy, temperature, top-k, top-p."""
+"""Sampling of the next token from logits: greedy, temperature, top-k, top-p."""
 
 from typing import NamedTuple
 
@@ -8,11 +8,11 @@ from jaxtyping import Array, Float, Int
 
 
 class Sampling(NamedTuple):
-    """How the next token is chosen; temperature 0 is greedy."""
+    """Settings of `sample`."""
 
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int | None = None  # None keeps all tokens
+    top_p: float | None = None  # None keeps all tokens
 
 
 GREEDY = Sampling()
@@ -21,12 +21,19 @@ GREEDY = Sampling()
 def processed_logits(
     logits: Float[Array, "*n W"], *, temperature: float, top_k: int | None = None, top_p: float | None = None
 ) -> Float[Array, "*n W"]:
-    """Logits after temperature, top-k and top-p, in that order; what is cut is −inf.
+    """Apply temperature, then top-k, then top-p. Tokens that are cut get −inf.
 
     Args:
+        logits: float32, W tokens in the last axis.
         temperature: above 0.
-        top_k: keep so many of the largest (ties with the last kept stay).
-        top_p: keep the smallest set of largest tokens whose probability reaches it; at least one.
+        top_k: keep the top_k largest logits, and all that equal the smallest of these. None keeps all.
+        top_p: keep the fewest tokens, largest first, whose probabilities sum to at least top_p. None keeps all.
+    Returns: logits whose softmax is the distribution to sample from.
+
+    Example:
+        >>> logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
+        >>> jax.nn.softmax(processed_logits(logits, temperature=1.0, top_p=0.7)).round(1)  # 0.5 / 0.8, 0.3 / 0.8
+        Array([0.6, 0.4, 0. , 0. ], dtype=float32)
     """
     logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
@@ -35,7 +42,7 @@ def processed_logits(
     if top_p is not None and top_p < 1.0:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         probs = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(probs, axis=-1) - probs  # probability of everything larger
+        before = jnp.cumsum(probs, axis=-1) - probs  # probability of all larger tokens
         last = jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
         logits = jnp.where(logits < last, -jnp.inf, logits)
     return logits
@@ -49,7 +56,22 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Int[Array, "*n"]:
-    """One token a row, int32. Temperature 0 is greedy."""
+    """Draw one token for each row of logits.
+
+    Args:
+        logits: float32, W tokens in the last axis.
+        key: of `jax.random.key`; unused at temperature 0.
+        temperature: 0 takes the largest logit; then top_k and top_p have no effect.
+        top_k, top_p: as in `processed_logits`.
+    Returns: int32 tokens.
+
+    Example:
+        >>> logits = jnp.log(jnp.array([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]))
+        >>> sample(logits, jax.random.key(0), temperature=0.0)
+        Array([0, 2], dtype=int32)
+        >>> sample(logits, jax.random.key(0), temperature=1.0, top_k=1)
+        Array([0, 2], dtype=int32)
+    """
     if temperature == 0.0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     kept = processed_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)

@@ -1,4 +1,4 @@
-"""Sorting assignments by expert: where each row goes, and how many each expert has."""
+"""Sort assignments by expert: where each row goes, and how many rows each expert has."""
 
 from typing import NamedTuple
 
@@ -7,19 +7,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 
-class Plan(NamedTuple):
+class SortedRows(NamedTuple):
     """Assignments in order of expert. n tokens with K choices each make n·K assignments."""
 
-    order: Array  # int32 [n·K]: assignment (token·K + choice) at each sorted place
-    place: Array  # int32 [n, K]: sorted place of each assignment, the inverse of `order`
+    order: Array  # int32 [n·K]: assignment (token·K + choice) of each sorted row
+    row: Array  # int32 [n, K]: sorted row of each assignment, the inverse of `order`
     counts: Array  # int32 [E]: rows of each expert
-    starts: Array  # int32 [E]: where they begin
+    starts: Array  # int32 [E]: first row of each expert
 
 
-def plan(expert_ids: Int[Array, "n K"], num_experts: int) -> Plan:
-    """Sort assignments by expert; earlier tokens first within one."""
+def sort_by_expert(expert_ids: Int[Array, "n K"], num_experts: int) -> SortedRows:
+    """Sort assignments by expert; within one expert, earlier tokens come first."""
     flat = expert_ids.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32), unique_indices=True)
+    row = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32), unique_indices=True)
     counts = jax.ops.segment_sum(jnp.ones(flat.shape, jnp.int32), flat, num_segments=num_experts)
-    return Plan(order, place.reshape(expert_ids.shape), counts, jnp.cumsum(counts, dtype=jnp.int32) - counts)
+    return SortedRows(order, row.reshape(expert_ids.shape), counts, jnp.cumsum(counts, dtype=jnp.int32) - counts)

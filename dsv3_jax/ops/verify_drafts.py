@@ -1,7 +1,7 @@
-"""Which drafted tokens stand, and what comes after them: one pass of the target over k drafts gives 1 to k + 1 tokens.
+"""Which drafts are accepted, and the token after them: one pass of the target over k drafts gives 1 to k + 1 tokens.
 
-Accept draft x_j with probability min(1, p/q); at the first rejection draw from norm(max(p − q, 0)); where all are
-accepted, draw one more from p. What comes out follows the target's p exactly, whatever q is.
+Accept draft x_j with probability min(1, p/q). At the first rejection draw from norm(max(p − q, 0)); if all are
+accepted, draw one more from p. The text follows the target's p exactly, whatever q is.
 Source: arXiv 2211.17192 and 2302.01318.
 """
 
@@ -13,7 +13,7 @@ from dsv3_jax.ops.sampling import Sampling, processed_logits
 
 
 def probabilities(logits: Float[Array, "*n W"], sampling: Sampling) -> Float[Array, "*n W"]:
-    """What `sample` draws from, at a temperature above 0."""
+    """The distribution that `sample` draws from, at a temperature above 0."""
     return jax.nn.softmax(processed_logits(logits, **sampling._asdict()), axis=-1)
 
 
@@ -24,16 +24,16 @@ def accept(
     key: Array,
     sampling: Sampling,
 ) -> tuple[Int[Array, " B"], Int[Array, "B F"]]:
-    """Compare drafts with the target.
+    """Accept or reject drafts by the target's logits.
 
     Args:
         drafts: J drafted tokens a sequence; J may be 0.
-        q: the distributions that they were drawn from; not needed at temperature 0, where a draft stands if it is the
+        q: the distributions that they were drawn from; None at temperature 0, where a draft is accepted if it is the
             target's argmax.
         logits: the target's, F = J + 1: at the token before the drafts and at each draft.
         key: for the draws. sampling: how the target chooses.
-    Returns: (how many drafts stand, int32 [B]; the tokens [B, F]: the drafts that stand, then the target's own token;
-        what lies beyond means nothing).
+    Returns: (how many drafts are accepted, int32 [B]; tokens [B, F]: the accepted drafts, then the target's own token;
+        entries beyond are arbitrary).
     """
     if sampling.temperature == 0.0:
         best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -43,21 +43,21 @@ def accept(
     if q is None:
         q = jnp.zeros_like(p[:, :0])
     else:
-        at = drafts[..., None]
-        of_p, of_q = (jnp.take_along_axis(x, at, axis=-1)[..., 0] for x in (p[:, :-1], q))
+        index = drafts[..., None]
+        of_p, of_q = (jnp.take_along_axis(x, index, axis=-1)[..., 0] for x in (p[:, :-1], q))
     count = jnp.zeros(p.shape[:1], jnp.int32)
     if drafts.shape[1]:
         count = _leading(jax.random.uniform(uniform, drafts.shape) * of_q < of_p)
     rest = jnp.maximum(p - jnp.concatenate([q, jnp.zeros_like(p[:, :1])], axis=1), 0)
     rest, own = (jnp.take_along_axis(x, count[:, None, None], axis=1)[:, 0] for x in (rest, p))
-    # Rounding may reject where p and q are the same, and leave nothing over: then p itself is the rest.
+    # Rounding may reject although p equals q, and leave a rest of 0: then draw from p itself.
     rest = jnp.where(rest.sum(-1, keepdims=True) > 0, rest, own)
     token = jax.random.categorical(draw, jnp.log(rest), axis=-1).astype(jnp.int32)
-    place = jnp.arange(p.shape[1], dtype=jnp.int32)[None]
+    index = jnp.arange(p.shape[1], dtype=jnp.int32)[None]
     tokens = jnp.concatenate([drafts, token[:, None]], axis=1)
-    return count, jnp.where(place == count[:, None], token[:, None], tokens)
+    return count, jnp.where(index == count[:, None], token[:, None], tokens)
 
 
-def _leading(stands: Array) -> Array:
+def _leading(accepted: Array) -> Array:
     """How many of a row's first entries are True."""
-    return jnp.cumprod(stands.astype(jnp.int32), axis=1).sum(axis=1, dtype=jnp.int32)
+    return jnp.cumprod(accepted.astype(jnp.int32), axis=1).sum(axis=1, dtype=jnp.int32)

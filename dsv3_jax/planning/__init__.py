@@ -1,1 +1,1 @@
-"""What a mesh of devices would hold, compute and send."""
+"""Predict what a mesh of devices would hold, compute and send."""

@@ -1,18 +1,17 @@
-"""What a model on a mesh costs: what each device holds, computes and sends in a step, before any device is there.
+"""Predict what each device of a mesh holds, computes and sends in a step, before any device exists.
 
-Lowers and compiles the training step and the decoding step themselves, from shapes alone: no weight is allocated. What
-each figure is:
+Lowers and compiles the training step and the decoding step from shapes; no weight is allocated. The figures:
 
-    held          exact: the shards of parameters, optimizer state and cache, as the mesh cuts them
+    persistent    exact: the shards of parameters, optimizer state and cache
     FLOPs         by formula: 2 a parameter and token forward, 4 backward, and the scores of attention
-    sent          every collective of the program, with its loops' lengths, by ring formulas (`hlo.py`); loops whose
-                  length hangs on the data, as further rounds of an all-to-all under uneven load, stand apart
-    temporaries   the compiler's own sum of all else that is alive at the worst moment
+    sent          every collective of the program, once for each iteration of its loops, by ring formulas (`hlo.py`).
+                  Loops whose length depends on the data, as further rounds of an all-to-all, are counted apart.
+    temporaries   the compiler's sum of all other memory at the worst moment
 
-On fake CPU devices two things differ from an accelerator. The CPU's compiler makes float32 of bfloat16: collectives are
-therefore read before it does, and its temporaries are more than an accelerator's. And experts run in blocks there,
-where `ragged_dot` would have a layer's experts in bfloat16 and all rows at once. A TPU target has neither difference:
-its own compiler's word is then what is printed.
+On fake CPU devices two things differ from an accelerator. First, the CPU's compiler turns bfloat16 into float32.
+Collectives are therefore counted before that pass, and temporaries are larger than on an accelerator. Second, experts
+run in blocks, while `ragged_dot` would have a layer's experts in bfloat16 and all rows at once. A TPU target has
+neither difference, because its own compiler reports the figures.
 """
 
 import math
@@ -26,112 +25,118 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.config import ConfigError, ModelConfig, RunConfig
+from dsv3_jax.config import ConfigError, Execution, ModelConfig, RunConfig
+from dsv3_jax.kernels.choose import Kernels, Target, platform_of
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.cache import empty_cache, pick_kind
 from dsv3_jax.model.counting import distinct_experts, size, train_flops_per_token
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.planning.devices import Device
-from dsv3_jax.planning.hlo import Traffic, compile_in_sight, traffic
-from dsv3_jax.training.step import abstract_state, make_step, trained_and_held
+from dsv3_jax.planning.hlo import Traffic, compile_with_hlo, traffic
+from dsv3_jax.training.step import abstract_state, make_step, split_trainable
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one program costs each device, a step."""
+    """The cost of one program for each device and step."""
 
     program: str
     mesh: dict[str, int]
-    tokens: int  # of the whole mesh
-    held: dict[str, int]  # bytes by kind, from before the step to after it
-    made: dict[str, int]  # bytes by kind, of known size, that the step makes and drops: part of the temporaries
+    tokens: int  # on the complete mesh
+    persistent: dict[str, int]  # bytes by kind that exist before and after the step
+    transient: dict[str, int]  # bytes by kind, of known size, that exist only during the step: part of the temporaries
     flops: float
-    reads: float  # bytes that must be read from memory; 0 where that bounds nothing
-    temporaries: int | None  # bytes; None where the compiler gave up
+    bytes_read: float  # bytes that must be read from memory; 0 where this bounds nothing
+    temporaries: int | None  # bytes; None if compiling failed
     sent: Traffic
     seconds: float  # to lower and compile
-    refused: str = ""  # why the compiler gave up
+    compile_error: str = ""  # the compiler's reason for running out of memory
     notes: list[str] = field(default_factory=list)
 
     @property
     def total(self) -> int:
-        """Bytes of memory at the worst moment; what is held and made alone where the compiler gave up."""
-        made = sum(self.made.values())
-        return sum(self.held.values()) + (made if self.temporaries is None else max(self.temporaries, made))
+        """Bytes of memory at the worst moment. If compiling failed, only the persistent and transient ones."""
+        transient = sum(self.transient.values())
+        temporaries = transient if self.temporaries is None else max(self.temporaries, transient)
+        return sum(self.persistent.values()) + temporaries
 
     def fits(self, memory: float) -> bool:
-        return not self.refused and self.total <= memory
+        """Say whether the program fits in so many bytes of memory."""
+        return not self.compile_error and self.total <= memory
 
     def least_seconds(self, device: Device) -> dict[str, float]:
-        """What a step of such devices would take if one thing were all that it waits for, at their makers' figures."""
+        """Return, for each resource, the seconds of a step that waits for nothing else, by the device's figures."""
         return {
             "FLOPs": self.flops / device.flops,
-            "memory": self.reads / device.memory_bandwidth,
+            "memory": self.bytes_read / device.memory_bandwidth,
             "wire": sum((c.wire / _bandwidth(device, c.devices) for c in self.sent.known().collectives), 0.0),
         }
 
 
 def _bandwidth(device: Device, members: tuple[int, ...]) -> float:
-    """Of a ring of those members: its slowest link."""
+    """Return the bandwidth of the slowest link in a ring of these devices."""
     inside = device.node is None or len({m // device.node for m in members}) == 1
     return device.link if inside else device.network
 
 
 def train_cost(run: RunConfig, mesh: Mesh, *, target: str | None = None) -> Cost:
-    """The cost of a run's training step on a mesh; nothing is allocated.
+    """Predict the cost of a run's training step on a mesh; nothing is allocated.
 
     Args:
-        run: its batch is what the step takes.
+        run: its batch is that of the step.
         mesh: of fake devices, or of a TPU topology.
-        target: set where it is the latter.
-    Raises: ConfigError where batch or experts cannot be cut over the mesh.
+        target: the TPU target of the mesh. None means fake devices.
+    Raises: ConfigError when batch or experts are not divisible by the mesh.
     """
     sharding.check(mesh, run)
-    run = replace(run, model=_for(run.model, target))
-    fsdp = run.model.layout.fsdp
-    state = _placed(shapes := abstract_state(run), sharding.state_sharding(shapes, mesh, fsdp=fsdp))
+    kernels = _kernels(run.execution, mesh)
+    fsdp = run.execution.layout.fsdp
+    state = _with_shardings(shapes := abstract_state(run), sharding.state_sharding(shapes, mesh, fsdp=fsdp))
     tokens = jax.ShapeDtypeStruct(
         (run.data.batch_size, run.data.seq_len), jnp.int32, sharding=sharding.batch_sharding(mesh)
     )
     batch = {name: tokens for name in ("tokens", "segment_ids", "positions")}
-    held = {
-        **_by_kind(state.params),
-        "router bias": _bytes(state.bias),
-        "optimizer": _bytes(state.opt),
-        "batch": _bytes(batch) + _bytes(state.step),
+    persistent = {
+        **_parameter_bytes(state.params),
+        "router bias": _shard_bytes(state.bias),
+        "optimizer": _shard_bytes(state.opt),
+        "batch": _shard_bytes(batch) + _shard_bytes(state.step),
     }
-    gradients = _bytes(trained_and_held(run, state.params)[0]) * (2 if run.optim.microbatches > 1 else 1)
+    gradients = _shard_bytes(split_trainable(run, state.params)[0]) * (2 if run.optim.microbatches > 1 else 1)
     count = run.data.batch_size * run.data.seq_len
-    flops = _train_flops(run.model, run.data.seq_len) * count / mesh.size
-    program = "training step"
-    return _compiled(
-        program, mesh, target, make_step(run), (state, batch),
-        tokens=count, held=held, made={"gradients": gradients}, flops=flops, reads=0.0,
+    flops = _train_flops(run.model, run.execution, run.data.seq_len) * count / mesh.size
+    return _compile_cost(
+        "training step", mesh, target, make_step(run, kernels), (state, batch),
+        tokens=count, persistent=persistent, transient={"gradients": gradients}, flops=flops, bytes_read=0.0,
     )  # fmt: skip
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """Into how many parts a mesh cuts a batch."""
+    """Return the number of parts into which a mesh shards a batch."""
     return math.prod(mesh.shape[axis] for axis in sharding.ROWS)
 
 
-def check_decode(cfg: ModelConfig, mesh: Mesh, batch: int, context: int) -> None:
-    """Refuse a decoding step that a mesh cannot run.
+def check_decode(cfg: ModelConfig, execution: Execution, mesh: Mesh, batch: int, context: int) -> None:
+    """Check that a mesh can run a decoding step.
 
-    Raises: ConfigError where batch, experts or heads cannot be cut over the mesh, or the context is beyond
+    Raises: ConfigError when batch, experts or heads are not divisible by the mesh, or the context is beyond
         max_positions.
     """
     parts = batch_parts(mesh)
     if batch < 1 or batch % parts:
-        raise ConfigError(f"decode_batch={batch} is not divisible by the {parts} parts of mesh {sharding.spell(mesh)}")
+        raise ConfigError(
+            f"decode_batch={batch} is not divisible by the {parts} parts of mesh={sharding.format_mesh(mesh)}; "
+            "use a multiple"
+        )
     if not 0 < context <= cfg.max_positions:
-        raise ConfigError(f"context={context} is not within 1 and the model's max_positions={cfg.max_positions}")
-    sharding.check_model(mesh, cfg)
+        raise ConfigError(f"context={context} is not between 1 and the model's max_positions={cfg.max_positions}")
+    sharding.check_model(mesh, cfg, execution.layout)
 
 
 def decode_cost(
     cfg: ModelConfig,
+    execution: Execution,
     mesh: Mesh,
     batch: int,
     context: int,
@@ -139,59 +144,70 @@ def decode_cost(
     weight_dtype: str | None = None,
     target: str | None = None,
 ) -> Cost:
-    """The cost of a step of plain decoding, a token for each sequence; nothing is allocated.
+    """Predict the cost of a step of plain decoding, one token for each sequence; nothing is allocated.
 
     Args:
-        batch: sequences, cut over the mesh as a batch is.
-        context: tokens of each that the cache has room for, and holds.
-        weight_dtype: None is the model's compute dtype.
+        batch: sequences, sharded as a training batch.
+        context: tokens of each sequence in the cache, which has no room for more.
+        weight_dtype: None means the model's compute dtype.
+        target: as `train_cost`.
     Raises: ConfigError as `check_decode`.
     """
-    check_decode(cfg, mesh, batch, context)
+    check_decode(cfg, execution, mesh, batch, context)
     rows = sharding.batch_sharding(mesh)
-    cfg = replace(_for(cfg, target), mtp_depth=0)  # nobody drafts
-    dtype = jnp.dtype(weight_dtype or cfg.compute_dtype)
-    graph, *variables = nnx.split(abstract(cfg), nnx.Param, RouterBias)
+    cfg = replace(cfg, mtp_depth=0)  # plain decoding uses no multi-token heads
+    compute_dtype = jnp.dtype(execution.compute_dtype)
+    dtype, fsdp = jnp.dtype(weight_dtype or compute_dtype), execution.layout.fsdp
+    graph, *variables = nnx.split(abstract(cfg, execution, _kernels(execution, mesh)), nnx.Param, RouterBias)
     params, bias = variables
     params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), params)
-    params, bias = (_placed(v, sharding.state_sharding(v, mesh, fsdp=cfg.layout.fsdp)) for v in (params, bias))
+    params, bias = (_with_shardings(v, sharding.state_sharding(v, mesh, fsdp=fsdp)) for v in (params, bias))
     kind = pick_kind(cfg, None)
-    shapes = jax.eval_shape(
-        lambda: empty_cache(cfg, cfg.num_layers, batch, context, kind, jnp.dtype(cfg.compute_dtype))
-    )
-    over = NamedSharding(mesh, P(None, *rows.spec))
-    where = replace(shapes, stored=jax.tree.map(lambda _: over, shapes.stored), tokens=rows, lengths=rows)
-    cache = _placed(shapes, where)
+
+    def filled() -> Any:
+        cache = empty_cache(cfg, cfg.num_layers, batch, context, kind, compute_dtype)
+        return cache.at_lengths(cache.lengths)
+
+    shapes = jax.eval_shape(filled)
+    stored = NamedSharding(mesh, P(None, *rows.spec))
+    shardings = replace(shapes, stored=jax.tree.map(lambda _: stored, shapes.stored), lengths=rows)
+    cache = _with_shardings(shapes, shardings)
     tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32, sharding=rows)
 
     def step(params, bias, cache, tokens):
         model = nnx.merge(graph, params, bias)
-        x, cache = model.decode(tokens, cache)
-        logits = model.next_logits(model.norm(x))
-        cache = replace(cache, lengths=cache.lengths + 1)
-        return jax.lax.with_sharding_constraint(jnp.argmax(logits, axis=-1), rows), _held_to(cache, where)
+        x, cache = cache.step(model, tokens)
+        logits = model.logits(model.norm(x))
+        cache = cache.at_lengths(cache.lengths + 1)
+        next_tokens = jax.lax.with_sharding_constraint(jnp.argmax(logits, axis=-1), rows)
+        return next_tokens, jax.tree.map(jax.lax.with_sharding_constraint, cache, shardings)
 
-    weights = _by_kind(params)
-    held = {**weights, "router bias": _bytes(bias), "cache": _bytes(cache), "batch": _bytes(tokens)}
-    reached = distinct_experts(cfg, batch * mesh.shape["expert"] // mesh.size) / cfg.num_experts
+    weights = _parameter_bytes(params)
+    persistent = {
+        **weights,
+        "router bias": _shard_bytes(bias),
+        "cache": _shard_bytes(cache),
+        "batch": _shard_bytes(tokens),
+    }
+    share_read = distinct_experts(cfg, batch * mesh.shape["expert"] // mesh.size) / cfg.num_experts
     experts = weights.get("routed experts", 0)
-    reads = sum(weights.values()) - experts * (1 - reached) + _bytes(cache)
+    bytes_read = sum(weights.values()) - experts * (1 - share_read) + _shard_bytes(cache)
     flops = batch * (2 * size(cfg).active + _decode_attention_flops(cfg, context)) / mesh.size
-    return _compiled(
+    return _compile_cost(
         "decoding step", mesh, target, jax.jit(step, donate_argnums=2), (params, bias, cache, tokens),
-        tokens=batch, held=held, made={}, flops=flops, reads=reads,
+        tokens=batch, persistent=persistent, transient={}, flops=flops, bytes_read=bytes_read,
     )  # fmt: skip
 
 
-def _compiled(program: str, mesh: Mesh, target: str | None, function, args: tuple, **known) -> Cost:
-    """`known`: all of a Cost that needs no compiler."""
+def _compile_cost(program: str, mesh: Mesh, target: str | None, function, args: tuple, **known) -> Cost:
+    """Compile a function for a mesh and return its cost; `known` are the fields that need no compiler."""
     start = time.perf_counter()
-    refused, notes, temporaries, sent = "", [], None, Traffic([], 0)
+    compile_error, notes, temporaries, sent = "", [], None, Traffic([], 0)
     with jax.set_mesh(mesh):
         lowered = function.lower(*args)
     try:
         if target is None:
-            compiled, text = compile_in_sight(lowered)
+            compiled, text = compile_with_hlo(lowered)
         else:
             compiled = lowered.compile()
             text = compiled.as_text() or ""
@@ -200,53 +216,50 @@ def _compiled(program: str, mesh: Mesh, target: str | None, function, args: tupl
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        refused = " ".join(str(error).split("See https")[0].split())
+        compile_error = " ".join(str(error).split("See https")[0].split())
     if target is None:
         notes.append("compiled for CPU: temporaries hold bfloat16 as float32, and experts run in blocks")
     seconds = time.perf_counter() - start
     return Cost(
-        program, dict(mesh.shape), temporaries=temporaries, sent=sent, seconds=seconds, refused=refused, notes=notes,
-        **known,
+        program, dict(mesh.shape), temporaries=temporaries, sent=sent, seconds=seconds, compile_error=compile_error,
+        notes=notes, **known,
     )  # fmt: skip
 
 
-def _for(cfg: ModelConfig, target: str | None) -> ModelConfig:
-    """The model with the dispatch of the device that is compiled for, which is not the one that compiles."""
-    return replace(cfg, dispatch="ragged_dot") if target and cfg.dispatch == "auto" else cfg
+def _kernels(execution: Execution, mesh: Mesh) -> Kernels:
+    """Choose the kernels of the mesh's devices, which are not those that compile; fake CPU devices stand for others."""
+    platform = platform_of(mesh)
+    return Kernels(Target(platform, "xla" if platform == "cpu" else execution.kernels))
 
 
-def _placed(shapes: Any, where: Any) -> Any:
-    """Shapes that say where they lie: the same structure, for `lower`."""
-    return jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, where)
+def _with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Add shardings to shapes of the same structure, for `lower`."""
+    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
 
 
-def _held_to(tree: Any, where: Any) -> Any:
-    return jax.tree.map(jax.lax.with_sharding_constraint, tree, where)
+def _shard_bytes(shapes: Any) -> int:
+    """Add up one device's bytes of shapes with shardings."""
+    return sum(math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize for s in jax.tree.leaves(shapes))
 
 
-def _bytes(placed: Any) -> int:
-    """What one device holds of arrays that say where they lie."""
-    return sum(math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize for s in jax.tree.leaves(placed))
-
-
-def _by_kind(params: nnx.State) -> dict[str, int]:
+def _parameter_bytes(params: nnx.State) -> dict[str, int]:
     experts, rest = nnx.split_state(params, lambda path, _: "experts" in path, ...)
-    return {"routed experts": _bytes(experts), "other parameters": _bytes(rest)}
+    return {"routed experts": _shard_bytes(experts), "other parameters": _shard_bytes(rest)}
 
 
-def _train_flops(cfg: ModelConfig, length: int) -> float:
-    """FLOPs of a trained token, attention's scores with it, and layers once more where they are computed anew."""
+def _train_flops(cfg: ModelConfig, execution: Execution, length: int) -> float:
+    """Return the FLOPs of a trained token, with attention's scores and recomputed layers."""
     counted = size(cfg, length)
-    scores = counted.attention_flops / 2  # a token sees half of the sequence, on average
+    scores = counted.attention_flops / 2  # a token sees half of the sequence on average
     total = train_flops_per_token(cfg) + 3 * scores
-    if cfg.remat == "full":
+    if execution.remat == "full":
         head = cfg.vocab_size * cfg.dim
         total += 2 * (counted.active + counted.mtp_active - head * (1 + cfg.mtp_depth)) + scores
     return total
 
 
 def _decode_attention_flops(cfg: ModelConfig, context: int) -> float:
-    """Of one token: absorbed attention reads the latent row of every token before it, as key and as value."""
+    """Return attention's FLOPs of a token; absorbed attention reads each latent row twice, as key and as value."""
     if pick_kind(cfg, None) != "latent":
         return float(size(cfg, context).attention_flops)
     return 2.0 * cfg.num_layers * cfg.num_heads * (2 * cfg.kv_latent_dim + cfg.rope_head_dim) * context

@@ -1,7 +1,7 @@
-"""Devices that a plan is made for: what they hold, compute and send, and meshes of them that are not there.
+"""Device types with their manufacturers' figures, and meshes of devices that this machine does not have.
 
-A mesh of fake CPU devices compiles any program, for no device in particular. A TPU topology, where the package libtpu
-is installed (`pip install 'dsv3-jax[tpu]'`), compiles it with the real compiler, and needs no TPU.
+A mesh of fake CPU devices compiles any program, for no particular device. With the package libtpu
+(`pip install 'dsv3-jax[tpu]'`), a TPU topology compiles it with the real compiler and without a TPU.
 """
 
 import contextlib
@@ -18,18 +18,18 @@ from dsv3_jax.config import ConfigError
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator, by its maker's figures. Bandwidths are of all its links together, one way."""
+    """One accelerator. Bandwidths are the sum of all its links, in one direction."""
 
     memory: float  # bytes
     flops: float  # FLOP/s in bfloat16, dense
     memory_bandwidth: float  # bytes/s
-    node: int | None  # devices that have the fast links to one another; None: all of a mesh
+    node: int | None  # number of devices with fast links to each other; None means all of a mesh
     link: float  # bytes/s to devices of the same node
-    network: float  # bytes/s to others
+    network: float  # bytes/s to other devices
 
 
-# NVIDIA's data sheets, half of a link's figure for both ways, and a 400 Gb/s network card for each GPU, as the cluster
-# of the DeepSeek-V3 report, section 3.1, has. Google's pages on TPU v5e, v5p and v6e; likewise half.
+# NVIDIA's data sheets give a link's figure for both directions, of which this is half. Each GPU has a network card of
+# 400 Gb/s, as in the DeepSeek-V3 report, section 3.1. Google's pages on TPU v5e, v5p and v6e, also halved.
 DEVICES = {
     "h800": Device(80e9, 989e12, 3.35e12, 8, 200e9, 50e9),
     "h100": Device(80e9, 989e12, 3.35e12, 8, 450e9, 50e9),
@@ -41,20 +41,24 @@ _UNITS = {"MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2.0**20, "GIB": 2.0**30, "TIB
 
 
 def parse_bytes(text: str) -> float:
-    """`80GB` or `95.7GiB` in bytes.
+    """Convert a size such as `80GB` or `95.7GiB` to bytes.
 
-    Raises: ConfigError for anything else.
+    Raises: ConfigError for any other text.
+
+    Example:
+        >>> parse_bytes("80GB"), parse_bytes("1.5 GiB")
+        (80000000000.0, 1610612736.0)
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(MB|GB|TB|MIB|GIB|TIB)", text.strip().upper())
-    if not found or not float(found[1]):
-        raise ConfigError(f"memory {text!r} is not of the form 80GB or 95.7GiB")
-    return float(found[1]) * _UNITS[found[2]]
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(MB|GB|TB|MIB|GIB|TIB)", text.strip().upper())
+    if not match or not float(match[1]):
+        raise ConfigError(f"memory={text!r} is not a size; use the form 80GB or 95.7GiB")
+    return float(match[1]) * _UNITS[match[2]]
 
 
 def fake_cpus(count: int) -> None:
-    """Make this process one of `count` CPU devices and no other, so that a mesh of them can be compiled for.
+    """Give this process `count` CPU devices and no others, so that it can compile for a mesh of them.
 
-    Too late where arrays were made before: what devices there are must do.
+    Once arrays exist, JAX cannot change its devices, and this has no effect.
     """
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_platforms", "cpu")
@@ -62,35 +66,37 @@ def fake_cpus(count: int) -> None:
 
 
 def tpu_mesh(target: str, sizes: dict[str, int]) -> Mesh:
-    """A mesh of TPUs that need not be there, for ahead-of-time compilation.
+    """Create a mesh of TPUs for ahead-of-time compilation; the TPUs need not exist.
 
     Args:
         target: `tpu:KIND:TOPOLOGY`, such as tpu:v5p:8x8x8 or tpu:v6e:16x16.
         sizes: of the mesh's axes, in order.
-    Raises: ConfigError for another target, without libtpu, or a topology that has another number of devices.
+    Raises: ConfigError for another form of target, without libtpu, or if the topology has another number of devices.
     """
-    found = re.fullmatch(r"tpu:(\w+):(\d+(?:x\d+)+)", target)
-    if not found:
-        raise ConfigError(f"target {target!r} is not of the form tpu:v5p:8x8x8")
-    # Else libtpu asks the network, for minutes, on which TPU it is, and complains that it is on none.
-    nowhere = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost"}
-    for name, value in nowhere.items():
+    match = re.fullmatch(r"tpu:(\w+):(\d+(?:x\d+)+)", target)
+    if not match:
+        raise ConfigError(f"target={target!r} is not of the form tpu:KIND:TOPOLOGY; use one such as tpu:v5p:8x8x8")
+    # Without these libtpu asks the network for minutes which TPU it is on, and warns that there is none.
+    offline = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+    for name, value in offline.items():
         os.environ.setdefault(name, value)
     from jax.experimental import mesh_utils, topologies
 
     try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{found[1]}:{found[2]}")
-    except Exception as error:  # what libtpu and JAX raise is of no one type
-        said = " ".join(str(error).split())[:200]
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{match[1]}:{match[2]}")
+    except Exception as error:  # libtpu and JAX raise several types
+        reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"target {target!r} cannot be compiled for; it needs libtpu, as in pip install 'dsv3-jax[tpu]': {said}"
+            f"target={target!r} needs libtpu to compile; run pip install 'dsv3-jax[tpu]' ({reason})"
         ) from error
-    needed, there = math.prod(sizes.values()), len(topology.devices)
-    if there != needed:
-        spelled = ",".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise ConfigError(f"target {target!r} has {there} devices, and mesh {spelled} needs {needed}")
-    # A mesh's axis may be a part of the torus's: 16 of 8 × 8 × 8.
-    placed = mesh_utils.create_device_mesh(
+    needed, available = math.prod(sizes.values()), len(topology.devices)
+    if available != needed:
+        mesh = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise ConfigError(
+            f"target={target!r} has {available} devices, but mesh={mesh} needs {needed}; change one of them"
+        )
+    # An axis of the mesh may be a part of an axis of the torus, as 16 of 8 × 8 × 8.
+    devices = mesh_utils.create_device_mesh(
         tuple(sizes.values()), devices=topology.devices, allow_split_physical_axes=True
     )
-    return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    return Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))

@@ -1,8 +1,8 @@
-"""What a compiled program of many devices says of itself: which collectives it runs, how often, and what they send.
+"""Count the collectives of a compiled program, how often they run, and the bytes that they send.
 
-Reads HLO text: `compiled.as_text()`, or what the compiler wrote down on its way there. A collective inside a loop
-counts as often as the loop turns, loops within loops multiply, and of a conditional's branches the one that sends most
-counts. Bytes on the wire are those that one device sends, by the formulas of ring algorithms, n devices in a group:
+Reads HLO text: `compiled.as_text()`, or text that the compiler dumped between its passes. A collective in a loop counts
+once for each iteration, and nested loops multiply. A conditional counts as the branch that sends most. Bytes on the
+wire are those that one device sends by the formulas of ring algorithms, for n devices in a group:
 
     all-gather, all-to-all   (n-1)/n of the result       all-reduce           2 (n-1)/n of the result
     reduce-scatter           (n-1)/n of the operand      collective-permute   all of the result
@@ -22,42 +22,42 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective of a program, as one device sees it."""
+    """One collective of a program, as one device runs it."""
 
-    kind: str  # one of KINDS
+    kind: str  # one of COLLECTIVES
     nbytes: int  # of its result
-    devices: tuple[int, ...]  # n places in the mesh that take part with one another: the first such group
-    axes: tuple[str, ...]  # of the mesh, along which they lie; none where no mesh was given
+    devices: tuple[int, ...]  # positions in the mesh of the n devices in its first group
+    axes: tuple[str, ...]  # mesh axes along which a group extends; empty without a mesh
     runs: int  # times that the program runs it
-    known: bool  # False in a loop that does not say how often it turns: `runs` is then for one turn
-    source: str  # where in the model it comes from, as JAX names it
+    known: bool  # False in a loop of unknown length, of which `runs` counts one iteration
+    source: str  # the operation of the model, as JAX names it
 
     @property
     def group(self) -> int:
-        """n: how many devices take part with one another."""
+        """n: the number of devices in a group."""
         return len(self.devices)
 
     @property
     def wire(self) -> float:
-        """Bytes that a device sends over all runs. A ragged all-to-all is taken as full: what it sends is data."""
+        """Bytes that a device sends in all runs. A ragged all-to-all counts as full, since its load is data."""
         n = self.group
         share = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1.0, "collective-permute": 1.0}
         return self.nbytes * self.runs * share.get(self.kind, (n - 1) / n)
 
 
 class Traffic(NamedTuple):
-    """All that a program sends."""
+    """All collectives of a program."""
 
     collectives: list[Collective]
-    unbounded: int  # loops with collectives inside that do not say how often they turn: counted as one turn
+    unknown_loops: int  # loops of unknown length that contain collectives; each counts as one iteration
 
     def known(self) -> "Traffic":
-        """Without what is in loops that do not say how often they turn."""
+        """Return the traffic outside loops of unknown length."""
         return Traffic([c for c in self.collectives if c.known], 0)
 
     @property
@@ -66,58 +66,63 @@ class Traffic(NamedTuple):
         return sum((c.wire for c in self.collectives), 0.0)
 
     def by_kind(self) -> dict[str, float]:
-        """Bytes that a device sends by each kind of collective."""
+        """Return the bytes that a device sends by each kind of collective."""
         return _sums((c.kind, c.wire) for c in self.collectives)
 
     def by_axes(self) -> dict[tuple[str, ...], float]:
-        """Bytes that a device sends along each set of mesh axes."""
+        """Return the bytes that a device sends along each set of mesh axes."""
         return _sums((c.axes, c.wire) for c in self.collectives)
 
 
 def traffic(program: jax.stages.Compiled | str, axes: Mapping[str, int] | None = None) -> Traffic:
-    """The collectives of a compiled program.
+    """Find the collectives of a compiled program.
 
-    An all-reduce whose result is only sliced counts as the reduce-scatter that compilers for GPU and TPU make of it;
-    the CPU's leaves it as it is.
+    An all-reduce whose result is only sliced counts as a reduce-scatter. Compilers for GPU and TPU make one of it, and
+    the CPU's compiler does not.
 
     Args:
-        program: what `jax.jit(…).lower(…).compile()` returns, or HLO text after partitioning.
-        axes: the sizes of the mesh's axes, as `mesh.shape` has them, in order.
-    Raises: ValueError for text that is not HLO, or groups of devices written in a way that is not known.
+        program: the result of `jax.jit(…).lower(…).compile()`, or HLO text after partitioning.
+        axes: sizes of the mesh's axes in order, as `mesh.shape`.
+    Raises: ValueError for text that is not HLO, or for groups of devices in an unknown form.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> traffic(jax.jit(jnp.sin).lower(jnp.zeros(4)).compile()).wire
+        0.0
     """
     text = program if isinstance(program, str) else program.as_text() or ""
     module = _Module(text, dict(axes or {}))
     if module.entry is None:
-        raise ValueError(f"{text[:40]!r} is not a program in HLO")
-    return module.of(module.entry)
+        raise ValueError(f"program={text[:40]!r} is not HLO; give the text of a compiled program")
+    return module.traffic(module.entry)
 
 
-def compile_in_sight(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
-    """Compile for the CPU, and the program's text as it stood right after it was cut into one device's part.
+def compile_with_hlo(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+    """Compile for the CPU; return the program, and its HLO directly after partitioning into one device's part.
 
-    That text is what another backend would start from: the CPU's compiler goes on to make float32 of bfloat16, and so
-    to double what collectives send. A program of one device is not cut: its text is the compiled one's.
+    Another backend would start from that HLO. Later the CPU's compiler turns bfloat16 into float32, which doubles the
+    bytes that collectives send. A program of one device is not partitioned: its HLO is the compiled program's.
     """
     with tempfile.TemporaryDirectory() as folder, _without_cache():
         options: dict[str, str | bool] = {
             "xla_dump_to": folder,
             "xla_dump_hlo_as_text": True,
             "xla_dump_hlo_pass_re": "spmd-partitioning",
-            "xla_disable_hlo_passes": "all-reduce-promotion",  # aborts on bfloat16 sums of part-manual programs
-            "xla_backend_optimization_level": "0",  # of machine code, which is not what is looked at
+            "xla_disable_hlo_passes": "all-reduce-promotion",  # aborts on bfloat16 sums of partly manual programs
+            "xla_backend_optimization_level": "0",  # of machine code, which nothing here reads
         }
         compiled = lowered.compile(options)
-        cut = sorted(Path(folder).glob("*.after_spmd-partitioning.*"))
-        return compiled, cut[-1].read_text() if cut else compiled.as_text() or ""
+        dumps = sorted(Path(folder).glob("*.after_spmd-partitioning.*"))
+        return compiled, dumps[-1].read_text() if dumps else compiled.as_text() or ""
 
 
 @contextlib.contextmanager
 def _without_cache() -> Iterator[None]:
-    """Compile anew: what comes from a cache of programs writes nothing down."""
+    """Disable the cache of compiled programs: a cached program dumps no HLO."""
 
     def enable(value: bool) -> None:
         jax.config.update("jax_enable_compilation_cache", value)
-        compilation_cache.reset_cache()  # it has looked at the setting once, and would not again
+        compilation_cache.reset_cache()  # it reads the setting only once
 
     before = jax.config.values["jax_enable_compilation_cache"]
     enable(False)
@@ -137,7 +142,7 @@ def _sums(pairs: Iterable[tuple]) -> dict:
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-#]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
-_PASSED_ON = ("bitcast", "copy", "reshape", "convert")
+_SAME_VALUE = ("bitcast", "copy", "reshape", "convert")  # operations that keep an array's numbers
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,7 @@ class _Instruction:
 
     @cached_property
     def operands(self) -> list[str]:
-        """Names: what stands before the parenthesis that closes the list. A constant's is its value."""
+        """Names of the operands, up to the parenthesis that closes their list; a constant's operand is its value."""
         depth = 1
         for i, letter in enumerate(self.rest):
             depth += (letter == "(") - (letter == ")")
@@ -160,129 +165,133 @@ class _Instruction:
 
     @cached_property
     def arrays(self) -> list[tuple[int, float]]:
-        """(numbers, bytes of one) of each array of the result."""
-        return [_array(*found) for found in _ARRAY.findall(self.shape)]
+        """(size, bytes of a number) of each array of the result."""
+        return [_array(*match) for match in _ARRAY.findall(self.shape)]
 
     def called(self, attribute: str) -> list[str]:
-        """Names of the computations that an attribute holds: one, or a list in braces."""
-        found = re.search(attribute + r"=(?:\{([^}]*)\}|%?([\w.\-]+))", self.rest)
-        return re.findall(r"[\w.\-]+", found[1] or found[2]) if found else []
+        """Return the names of the computations in an attribute: one, or a list in braces."""
+        match = re.search(attribute + r"=(?:\{([^}]*)\}|%?([\w.\-]+))", self.rest)
+        return re.findall(r"[\w.\-]+", match[1] or match[2]) if match else []
 
 
 class _Module:
-    """A program's computations: lists of instructions that call one another."""
+    """The computations of a program: lists of instructions that call each other."""
 
     def __init__(self, text: str, axes: dict[str, int]):
         self.axes = axes
         self.computations: dict[str, list[_Instruction]] = {}
         self.entry: str | None = None
-        self.found: dict[str, Traffic] = {}
-        self.users: dict[str, dict[str, list[_Instruction]]] = {}
+        self._traffic: dict[str, Traffic] = {}
+        self._users_of: dict[str, dict[str, list[_Instruction]]] = {}
         devices = re.search(r"num_partitions=(\d+)", text)
         self.num_devices = int(devices[1]) if devices else 1
         current: list[_Instruction] = []
         for line in text.splitlines():
-            if opens := _COMPUTATION.match(line):
-                current = self.computations[opens[2]] = []
-                if opens[1]:
-                    self.entry = opens[2]
-            elif found := _INSTRUCTION.match(line):
-                current.append(_Instruction(found[2], found[3], found[4], found[5], bool(found[1])))
+            if match := _COMPUTATION.match(line):
+                current = self.computations[match[2]] = []
+                if match[1]:
+                    self.entry = match[2]
+            elif match := _INSTRUCTION.match(line):
+                current.append(_Instruction(match[2], match[3], match[4], match[5], bool(match[1])))
 
-    def of(self, name: str) -> Traffic:
-        """What a computation runs, and those that it calls."""
-        if name not in self.found:
-            collectives, unbounded = [], 0
+    def traffic(self, name: str) -> Traffic:
+        """Return the traffic of a computation and of those that it calls."""
+        if name not in self._traffic:
+            collectives, unknown_loops = [], 0
             for instruction in self.computations[name]:
-                part = self._of_instruction(name, instruction)
+                part = self._instruction_traffic(name, instruction)
                 collectives += part.collectives
-                unbounded += part.unbounded
-            self.found[name] = Traffic(collectives, unbounded)
-        return self.found[name]
+                unknown_loops += part.unknown_loops
+            self._traffic[name] = Traffic(collectives, unknown_loops)
+        return self._traffic[name]
 
-    def _of_instruction(self, computation: str, own: _Instruction) -> Traffic:
-        kind = own.opcode.removesuffix("-start")
-        if kind in KINDS:
-            return Traffic([self._collective(computation, own, kind)], 0)
-        if own.opcode == "while":
-            body, turns = self.of(own.called("body")[0]), self._turns(own)
-            known, turns = turns is not None, 1 if turns is None else turns
-            times = [replace(c, runs=c.runs * turns, known=c.known and known) for c in body.collectives]
-            return Traffic(times, body.unbounded + (not known and bool(times)))
-        if own.opcode == "conditional":
-            spellings = ("branch_computations", "true_computation", "false_computation")
-            branches = (self.of(name) for spelling in spellings for name in own.called(spelling))
+    def _instruction_traffic(self, computation: str, instruction: _Instruction) -> Traffic:
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            return Traffic([self._collective(computation, instruction, kind)], 0)
+        if instruction.opcode == "while":
+            body, trips = self.traffic(instruction.called("body")[0]), self._trip_count(instruction)
+            known, trips = trips is not None, 1 if trips is None else trips
+            collectives = [replace(c, runs=c.runs * trips, known=c.known and known) for c in body.collectives]
+            return Traffic(collectives, body.unknown_loops + (not known and bool(collectives)))
+        if instruction.opcode == "conditional":
+            attributes = ("branch_computations", "true_computation", "false_computation")
+            branches = (self.traffic(name) for attribute in attributes for name in instruction.called(attribute))
             return max(branches, key=lambda branch: branch.wire)
-        if own.opcode in ("call", "fusion", "async-start"):
-            return self.of((own.called("calls") or own.called("to_apply"))[0])
+        if instruction.opcode in ("call", "fusion", "async-start"):
+            return self.traffic((instruction.called("calls") or instruction.called("to_apply"))[0])
         return Traffic([], 0)
 
-    def _turns(self, loop: _Instruction) -> int | None:
-        """How often a loop turns: as the compiler says, or as its condition does, where that is `i < constant`.
+    def _trip_count(self, loop: _Instruction) -> int | None:
+        """Return a loop's number of iterations: the compiler's, or that of a condition `i < constant`; None if unknown.
 
-        JAX's loops of a known length count from 0 in steps of 1.
+        JAX's loops of known length count from 0 in steps of 1.
         """
-        if told := re.search(r'"?known_trip_count"?[:=]\{"?n"?:"?(\d+)', loop.rest):
-            return int(told[1])
+        if match := re.search(r'"?known_trip_count"?[:=]\{"?n"?:"?(\d+)', loop.rest):
+            return int(match[1])
         condition = {i.name: i for i in self.computations[loop.called("condition")[0]]}
         root = next(i for i in condition.values() if i.root)
         if root.opcode != "compare" or "direction=LT" not in root.rest:
             return None
         limit = condition.get(root.operands[1])
-        while limit is not None and limit.opcode in _PASSED_ON:
+        while limit is not None and limit.opcode in _SAME_VALUE:
             limit = condition.get(limit.operands[0])
         return int(limit.operands[0]) if limit is not None and limit.opcode == "constant" else None
 
-    def _collective(self, computation: str, own: _Instruction, kind: str) -> Collective:
-        arrays = own.arrays
-        if own.opcode != kind and kind != "all-reduce":  # begun, not done: operands stand before the results
-            count = len(own.operands)
+    def _collective(self, computation: str, instruction: _Instruction, kind: str) -> Collective:
+        arrays = instruction.arrays
+        if instruction.opcode != kind and kind != "all-reduce":  # asynchronous: operands precede the results
+            count = len(instruction.operands)
             arrays = arrays[count : 2 * count]
-        nbytes, group = math.ceil(sum(size * width for size, width in arrays)), self._group(own, kind)
-        if kind == "all-reduce" and self._is_sliced(computation, own, len(group)):
+        nbytes, group = math.ceil(sum(size * width for size, width in arrays)), self._group(instruction, kind)
+        if kind == "all-reduce" and self._is_sliced(computation, instruction, len(group)):
             kind, nbytes = "reduce-scatter", nbytes // len(group)
-        source = re.search(r'op_name="([^"]*)"', own.rest)
+        source = re.search(r'op_name="([^"]*)"', instruction.rest)
         return Collective(kind, nbytes, tuple(group), self._axes_of(group), 1, True, source[1] if source else "")
 
-    def _is_sliced(self, computation: str, own: _Instruction, n: int) -> bool:
-        """Whether all that becomes of an all-reduce's result is a slice to one of n parts."""
-        size, at = sum(size for size, _ in own.arrays), own
+    def _is_sliced(self, computation: str, all_reduce: _Instruction, n: int) -> bool:
+        """Say whether an all-reduce's result is used only by a slice to one of n parts."""
+        size, current = sum(size for size, _ in all_reduce.arrays), all_reduce
         while True:
-            users = self._users(computation).get(at.name, [])
-            if len(users) != 1 or at.root:
+            users = self._users(computation).get(current.name, [])
+            if len(users) != 1 or current.root:
                 return False
-            at = users[0]
-            if at.opcode == "dynamic-slice":
-                return n > 1 and sum(size for size, _ in at.arrays) * n == size
-            if at.opcode not in _PASSED_ON:
+            current = users[0]
+            if current.opcode == "dynamic-slice":
+                return n > 1 and sum(size for size, _ in current.arrays) * n == size
+            if current.opcode not in _SAME_VALUE:
                 return False
 
     def _users(self, computation: str) -> dict[str, list[_Instruction]]:
-        if computation not in self.users:
-            index = self.users[computation] = {}
+        """Return the instructions of a computation by the names of their operands."""
+        if computation not in self._users_of:
+            users = self._users_of[computation] = {}
             for instruction in self.computations[computation]:
                 for name in set(instruction.operands):
-                    index.setdefault(name, []).append(instruction)
-        return self.users[computation]
+                    users.setdefault(name, []).append(instruction)
+        return self._users_of[computation]
 
-    def _group(self, own: _Instruction, kind: str) -> list[int]:
-        """The first group of devices that take part with one another."""
+    def _group(self, instruction: _Instruction, kind: str) -> list[int]:
+        """Return the first group of devices of a collective."""
         if kind == "collective-permute":
-            pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", own.rest)
-            if not pairs:
+            pair = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", instruction.rest)
+            if not pair:
                 return [0]
-            return [int(pairs[1]), int(pairs[2])]
-        return first_group(own.rest, self.num_devices)
+            return [int(pair[1]), int(pair[2])]
+        return first_group(instruction.rest, self.num_devices)
 
     def _axes_of(self, group: list[int]) -> tuple[str, ...]:
+        """Return the mesh axes along which the devices of a group differ."""
         if not self.axes:
             return ()
-        places = np.unravel_index(np.array(group), tuple(self.axes.values()))
-        return tuple(axis for axis, place in zip(self.axes, places, strict=True) if len(set(place.tolist())) > 1)
+        indices = np.unravel_index(np.array(group), tuple(self.axes.values()))
+        return tuple(axis for axis, index in zip(self.axes, indices, strict=True) if len(set(index.tolist())) > 1)
 
 
 def first_group(attributes: str, num_devices: int) -> list[int]:
-    """The first of an instruction's `replica_groups`, in any of the ways that they are written.
+    """Parse the first group of an instruction's `replica_groups`, in any of HLO's forms.
+
+    Raises: ValueError for an unknown form.
 
     Example:
         >>> first_group("replica_groups={{0,2},{1,3}}", 4)
@@ -294,30 +303,30 @@ def first_group(attributes: str, num_devices: int) -> list[int]:
         >>> first_group("replica_groups={}", 4)
         [0, 1, 2, 3]
     """
-    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
-        return [int(i) for i in found[1].split(",")]
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+        return [int(i) for i in match[1].split(",")]
     if re.search(r"replica_groups=\{\}", attributes) or "replica_groups" not in attributes:
         return list(range(num_devices))
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        return _counted(found[2], found[3])[: int(found[1])].tolist()
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        return _iota(match[2], match[3])[: int(match[1])].tolist()
     mesh = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
-    if found := re.search(mesh, attributes):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        ids = _counted(found[2] or str(math.prod(sizes.values())), found[3]).reshape(tuple(sizes.values()))
-        taken = re.findall(r"'(\w+)'", found[4])
-        return ids[tuple(slice(None) if name in taken else 0 for name in sizes)].reshape(-1).tolist()
-    spelled = attributes[attributes.index("replica_groups") :][:80]
-    raise ValueError(f"groups of devices are written in a way that is not known: {spelled}")
+    if match := re.search(mesh, attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        ids = _iota(match[2] or str(math.prod(sizes.values())), match[3]).reshape(tuple(sizes.values()))
+        axes = re.findall(r"'(\w+)'", match[4])
+        return ids[tuple(slice(None) if name in axes else 0 for name in sizes)].reshape(-1).tolist()
+    groups = attributes[attributes.index("replica_groups") :][:80]
+    raise ValueError(f"{groups} has an unknown form of device groups")
 
 
-def _counted(dims: str, order: str | None) -> np.ndarray:
-    """`[2,4]T(1,0)`: numbers from 0 in that shape, its axes put in that order, as a list."""
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    """Evaluate `[2,4]T(1,0)`: numbers from 0 in that shape, with axes in that order, flattened."""
     shape = [int(i) for i in dims.split(",")]
     axes = [int(i) for i in order.split(",")] if order else list(range(len(shape)))
     return np.arange(math.prod(shape)).reshape(shape).transpose(axes).reshape(-1)
 
 
 def _array(dtype: str, dims: str) -> tuple[int, float]:
-    """Of `bf16[4,8]`: how many numbers, and the bytes of one; 0 of tokens and the like."""
+    """Return (size, bytes of a number) of an array such as `bf16[4,8]`; tokens have 0 bytes."""
     bits = 8 if dtype == "pred" else int((re.search(r"\d+", dtype) or ["0"])[0])
     return math.prod(int(d.removeprefix("<=")) for d in dims.split(",") if d), bits / 8

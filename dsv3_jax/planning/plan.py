@@ -1,4 +1,4 @@
-"""`dsv3 plan`: a model on a mesh, on paper. What the figures are stands in `cost.py`."""
+"""`dsv3 plan`: print the predicted cost of a model on a mesh. `cost.py` explains the figures."""
 
 import math
 from collections.abc import Callable
@@ -9,151 +9,149 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from dsv3_jax.config import ModelConfig, RunConfig, replace
+from dsv3_jax.config import Execution, ModelConfig, RunConfig, replace
 from dsv3_jax.mesh import sharding
-from dsv3_jax.model.counting import short
 from dsv3_jax.planning import devices
 from dsv3_jax.planning.cost import Cost, batch_parts, check_decode, decode_cost, train_cost
 from dsv3_jax.planning.devices import DEVICES, Device
 from dsv3_jax.planning.hlo import Traffic
+from dsv3_jax.report.units import format_bytes, format_count, format_seconds
 
 
 @dataclass
-class Plan:
-    """What a training and a decoding step cost each device of a mesh: memory, FLOPs, and bytes sent. Allocates nothing.
+class PlanOptions:
+    """Predict memory, FLOPs and bytes sent of a training step and a decoding step, for each device of a mesh.
 
-    Compiles both for fake CPU devices, or with --target for TPUs that need not be there.
+    Both steps are compiled for fake CPU devices, or with --target for TPUs that need not exist. Nothing is allocated.
     """
 
     model: Annotated[ModelConfig, tyro.conf.arg(name="")]
+    execution: Annotated[Execution, tyro.conf.arg(name="")]
     mesh: str = "data=1"
     """devices of the training step, as data=N,expert=N,tensor=N"""
     batch: int | None = None
-    """sequences an optimizer step; none: one for each part of the batch and microbatch"""
+    """sequences in an optimizer step. Default: one for each part of the mesh's batch and each microbatch"""
     seq_len: int | None = None
-    """tokens of a sequence; none: the recipe's"""
+    """tokens of a sequence. Default: the recipe's"""
     microbatches: int = 1
-    """parts that a batch is computed in, one after the other"""
+    """parts of a batch that are computed one after the other"""
     only: Literal["train", "decode"] | None = None
-    """one of the two steps alone"""
+    """predict one of the two steps. Default: both"""
     decode_mesh: str | None = None
-    """devices of the decoding step; none: those of --mesh"""
+    """devices of the decoding step. Default: those of --mesh"""
     decode_batch: int | None = None
-    """sequences that decode side by side; none: 32 for each part of the batch"""
+    """sequences decoded together. Default: 32 for each part of the mesh's batch"""
     context: int | None = None
-    """tokens of each sequence in the cache; none: 4,096, or as many as the model can"""
+    """tokens of each sequence in the cache. Default: 4,096, or the model's max_positions if smaller"""
     weight_dtype: Literal["float32", "bfloat16"] | None = None
-    """of the weights that decode; none: the compute dtype"""
+    """dtype of the weights while decoding. Default: the compute dtype"""
     device: Literal["h800", "h100", "v5p", "v5e", "v6e"] | None = None
-    """does it fit in such devices, and how fast can they be at best?"""
+    """report whether each step fits in this device, and the shortest time that it can take"""
     memory: str | None = None
-    """bytes of a device, such as 80GB or 95.7GiB, instead of --device's own"""
+    """memory of a device, such as 80GB or 95.7GiB. Default: that of --device"""
     target: str | None = None
     """compile for these TPUs with their own compiler, such as tpu:v5p:8x8x8; needs the extra `tpu`"""
 
 
-def plan(args: Plan, run: RunConfig, name: str) -> int:
-    """Print what `args` ask for; `run` is the preset's recipe. Returns the exit code.
+def plan(options: PlanOptions, run: RunConfig, name: str) -> int:
+    """Print the cost of each step.
 
-    Raises: ConfigError, one sentence, before anything is compiled.
+    Args:
+        run: the preset's recipe.
+        name: of the model, to print.
+    Returns: the exit code.
+    Raises: ConfigError before anything is compiled.
     """
-    device = DEVICES[args.device] if args.device else None
-    memory = devices.parse_bytes(args.memory) if args.memory else device.memory if device else None
-    train_sizes = sharding.parse_mesh(args.mesh)
-    decode_sizes = sharding.parse_mesh(args.decode_mesh or args.mesh)
+    device = DEVICES[options.device] if options.device else None
+    memory = devices.parse_bytes(options.memory) if options.memory else device.memory if device else None
+    train_sizes = sharding.parse_mesh(options.mesh)
+    decode_sizes = sharding.parse_mesh(options.decode_mesh or options.mesh)
     sizes = {"train": train_sizes, "decode": decode_sizes}
-    steps = [step for step in sizes if args.only in (None, step)]
-    if args.target is None:
+    steps = [step for step in sizes if options.only in (None, step)]
+    if options.target is None:
         devices.fake_cpus(max(math.prod(sizes[step].values()) for step in steps))
-    jobs = [_job(step, args, run, sizes[step]) for step in steps]
-    say("model", name)
-    for rows, length, work in jobs:
+    jobs = [_job(step, options, run, sizes[step]) for step in steps]
+    print_row("model", name)
+    for rows, length, compute_cost in jobs:
         with Console(stderr=True).status("compiling"):
-            cost = work()
-        for what, amount in describe(cost, rows, length, memory, device):
-            say(what, amount)
+            cost = compute_cost()
+        for label, value in describe(cost, rows, length, memory, device):
+            print_row(label, value)
     return 0
 
 
-def _job(step: str, args: Plan, run: RunConfig, sizes: dict[str, int]) -> tuple[int, int, Callable[[], Cost]]:
-    """(sequences, tokens of each, what compiles and counts it), checked."""
-    mesh = devices.tpu_mesh(args.target, sizes) if args.target else sharding.make_mesh(**sizes)
+def _job(step: str, options: PlanOptions, run: RunConfig, sizes: dict[str, int]) -> tuple[int, int, Callable[[], Cost]]:
+    """Check a step; return (sequences, tokens of each, function that computes its cost)."""
+    mesh = devices.tpu_mesh(options.target, sizes) if options.target else sharding.make_mesh(**sizes)
     parts = batch_parts(mesh)
     if step == "train":
         data = replace(
             run.data,
-            batch_size=parts * args.microbatches if args.batch is None else args.batch,
-            seq_len=run.data.seq_len if args.seq_len is None else args.seq_len,
+            batch_size=parts * options.microbatches if options.batch is None else options.batch,
+            seq_len=run.data.seq_len if options.seq_len is None else options.seq_len,
         )
-        run = replace(run, model=args.model, data=data, optim=replace(run.optim, microbatches=args.microbatches))
+        optim = replace(run.optim, microbatches=options.microbatches)
+        run = replace(run, model=options.model, execution=options.execution, data=data, optim=optim)
         sharding.check(mesh, run)
-        return data.batch_size, data.seq_len, partial(train_cost, run, mesh, target=args.target)
-    rows = 32 * parts if args.decode_batch is None else args.decode_batch
-    context = min(4096, args.model.max_positions) if args.context is None else args.context
-    check_decode(args.model, mesh, rows, context)
-    options = {"weight_dtype": args.weight_dtype, "target": args.target}
-    return rows, context, partial(decode_cost, args.model, mesh, rows, context, **options)
+        return data.batch_size, data.seq_len, partial(train_cost, run, mesh, target=options.target)
+    rows = 32 * parts if options.decode_batch is None else options.decode_batch
+    context = min(4096, options.model.max_positions) if options.context is None else options.context
+    check_decode(options.model, options.execution, mesh, rows, context)
+    cost = partial(decode_cost, options.model, options.execution, mesh, rows, context)
+    return rows, context, partial(cost, weight_dtype=options.weight_dtype, target=options.target)
 
 
-def say(what: str, amount: str) -> None:
-    print(f"{what:22s} {amount}")
+def print_row(label: str, value: str) -> None:
+    """Print a label and its value in two columns."""
+    print(f"{label:22s} {value}")
 
 
 def describe(cost: Cost, rows: int, length: int, memory: float | None, device: Device | None) -> list[tuple[str, str]]:
-    """The lines of a program's cost: (what, how much)."""
-    where = ",".join(f"{axis}={size}" for axis, size in cost.mesh.items() if size > 1) or "one device"
+    """Return the lines of a program's cost: (label, value)."""
+    mesh = ",".join(f"{axis}={size}" for axis, size in cost.mesh.items() if size > 1) or "one device"
     count = math.prod(cost.mesh.values())
     lines = [
-        (cost.program, f"{rows:,} sequences of {length:,} tokens on {where} ({count:,} devices), each device:"),
-        *((f"  {kind}", in_bytes(amount)) for kind, amount in cost.held.items()),
-        *((f"  {kind}", in_bytes(amount)) for kind, amount in cost.made.items()),
+        (cost.program, f"{rows:,} sequences of {length:,} tokens on {mesh} ({count:,} devices), each device:"),
+        *((f"  {kind}", format_bytes(amount)) for kind, amount in cost.persistent.items()),
+        *((f"  {kind}", format_bytes(amount)) for kind, amount in cost.transient.items()),
     ]
     if cost.temporaries is not None:
-        lines.append(("  other temporaries", in_bytes(max(0, cost.temporaries - sum(cost.made.values())))))
+        lines.append(("  other temporaries", format_bytes(max(0, cost.temporaries - sum(cost.transient.values())))))
     verdict = ""
-    if cost.refused:
-        verdict = f" and more: the compiler gave up. {cost.refused}"
+    if cost.compile_error:
+        verdict = f" and more: the compiler ran out of memory. {cost.compile_error}"
     elif memory is not None:
-        verdict = f": {'fits' if cost.fits(memory) else 'does not fit'} in {in_bytes(memory)}"
-    lines.append(("  in all", in_bytes(cost.total) + verdict))
-    lines.append(("  computed", f"{short(cost.flops)}FLOP, {short(cost.flops / (cost.tokens / count))}FLOP a token"))
-    if not cost.refused:
+        verdict = f": {'fits' if cost.fits(memory) else 'does not fit'} in {format_bytes(memory)}"
+    lines.append(("  in all", format_bytes(cost.total) + verdict))
+    lines.append(
+        (
+            "  computed",
+            f"{format_count(cost.flops)}FLOP, {format_count(cost.flops / (cost.tokens / count))}FLOP a token",
+        )
+    )
+    if not cost.compile_error:
         known = cost.sent.known()
-        lines.append(("  sent", in_bytes(known.wire)))
+        lines.append(("  sent", format_bytes(known.wire)))
         lines += [
-            (f"    {kind}", f"{in_bytes(amount)} along {axes}") for (kind, axes), amount in _largest(known) if amount
+            (f"    {kind}", f"{format_bytes(amount)} along {axes}")
+            for (kind, axes), amount in _largest(known)
+            if amount
         ]
-        if cost.sent.unbounded:
-            turn = in_bytes(cost.sent.wire - known.wire)
-            loops = f"{turn} in each turn of loops of unknown length, of which there are {cost.sent.unbounded}"
+        if cost.sent.unknown_loops:
+            iteration = format_bytes(cost.sent.wire - known.wire)
+            loops = f"{iteration} in each iteration of loops of unknown length ({cost.sent.unknown_loops})"
             lines.append(("    and", loops))
-    if device is not None and not cost.refused:
+    if device is not None and not cost.compile_error:
         least = cost.least_seconds(device)
-        spelled = ", ".join(f"{in_seconds(s)} for {what}" for what, s in least.items() if s)
-        lines.append(("  a step takes at least", f"{in_seconds(max(least.values()))}: {spelled}"))
+        by_resource = ", ".join(f"{format_seconds(s)} for {resource}" for resource, s in least.items() if s)
+        lines.append(("  a step takes at least", f"{format_seconds(max(least.values()))}: {by_resource}"))
     return lines + [("  note", note) for note in cost.notes] + [("  compiled in", f"{cost.seconds:.1f} s")]
 
 
 def _largest(sent: Traffic) -> list[tuple[tuple[str, str], float]]:
-    """Bytes sent by kind and axes, the largest first."""
+    """Return the bytes sent by kind and axes, the largest first."""
     total: dict[tuple[str, str], float] = {}
     for c in sent.collectives:
         key = c.kind, "+".join(c.axes)
         total[key] = total.get(key, 0.0) + c.wire
     return sorted(total.items(), key=lambda item: -item[1])
-
-
-def in_bytes(count: int | float) -> str:
-    """1234567 → '1.235 MB'."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.4g} {unit}"
-    return f"{count:.4g} B"
-
-
-def in_seconds(seconds: int | float) -> str:
-    """0.0123 → '12.3 ms'."""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} µs"

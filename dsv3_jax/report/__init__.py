@@ -1,1 +1,1 @@
-"""Metrics, the live line, pictures."""
+"""Metrics, progress, pictures and units of a run."""

@@ -1,7 +1,7 @@
 """One colour map for what is above or below even: blue below, nearly white at even, red above.
 
-Lightness and chroma run linearly in OKLab from the middle to both ends, by the same lightness on both sides, so that
-equal differences of a value look equally large, and the picture stands in grey as well.
+Lightness and chroma change linearly in OKLab from the middle to both ends, and both ends have the same lightness. So
+equal differences of a value look equally large, and the picture is readable in grey too.
 Source of OKLab: Björn Ottosson, "A perceptual color space for image processing", 2020.
 """
 

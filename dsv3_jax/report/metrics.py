@@ -1,15 +1,20 @@
-"""A run's numbers: a line of JSON each, and the same to TensorBoard; and each expert's load, in a file of its own."""
+"""A run's metrics as JSON lines and for TensorBoard, and each expert's load in a second file of JSON lines."""
 
 import json
 from pathlib import Path
+
+from dsv3_jax.files import write_atomic
 
 METRICS_FILE, LOAD_FILE = "metrics.jsonl", "load.jsonl"
 
 
 class Rows:
-    """A file of JSON lines, each with a "step"; rows after step `after` are dropped first: they will be made again.
+    """A file of JSON lines, each with a "step".
 
-    With `read_only` nothing is written: of several processes one writes.
+    Args:
+        path: the file; created if absent.
+        after: the step of the restored checkpoint. Later rows are dropped, because the resumed run writes them again.
+        read_only: write nothing. Only one of several processes writes.
     """
 
     def __init__(self, path: Path, after: int, *, read_only: bool = False):
@@ -17,9 +22,7 @@ class Rows:
         if read_only:
             return
         kept = [row for row in self.rows() if row["step"] <= after]
-        part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        part.rename(path)
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: dict) -> None:
         """Add a row; it must have a "step"."""
@@ -29,18 +32,18 @@ class Rows:
             file.write(json.dumps(row) + "\n")
 
     def rows(self) -> list[dict]:
-        """All rows so far."""
+        """Return all rows of the file."""
         return read_rows(self._path)
 
 
 class Metrics(Rows):
-    """The metrics of a run folder, also for TensorBoard."""
+    """The metrics of a run's folder, also written for TensorBoard; other arguments as in `Rows`."""
 
     def __init__(self, folder: Path, after: int, *, read_only: bool = False):
         super().__init__(folder / METRICS_FILE, after, read_only=read_only)
         self._board = None
         if not read_only:
-            from tensorboardX import SummaryWriter  # here: it imports torch, where there is one
+            from tensorboardX import SummaryWriter  # imported late: it imports torch if torch is installed
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
 
@@ -54,13 +57,18 @@ class Metrics(Rows):
         self._board.flush()
 
     def close(self) -> None:
-        """Write out what TensorBoard's writer still holds."""
+        """Flush TensorBoard's writer and close it."""
         if self._board is not None:
             self._board.close()
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a file, none where it is absent; a last line cut short by a crash is left out."""
+    """Read the rows of a file of JSON lines; an absent file has none, and a last line cut off by a crash is skipped.
+
+    Example:
+        >>> read_rows(Path("no/such/metrics.jsonl"))
+        []
+    """
     if not path.exists():
         return []
     rows = []
@@ -73,6 +81,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def _flat(row: dict, prefix: str = "") -> list[tuple[str, float]]:
+    """List a row's numbers by name, with names such as "mtp_loss/0" for the parts of a list or dictionary."""
     flat = []
     for key, value in row.items():
         if key == "step":
@@ -83,4 +92,4 @@ def _flat(row: dict, prefix: str = "") -> list[tuple[str, float]]:
             flat += [(f"{prefix}{key}/{i}", v) for i, v in enumerate(value)]
         else:
             flat.append((prefix + key, value))
-    return flat
+    return [(name, value) for name, value in flat if not isinstance(value, str)]

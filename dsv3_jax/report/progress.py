@@ -1,6 +1,7 @@
-"""What a person sees of a run or a conversion: a live line on a terminal, plain lines elsewhere."""
+"""Progress of a run, a generation or a conversion: a live line on a terminal, plain lines elsewhere."""
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +20,16 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from dsv3_jax.report.units import format_duration
+
 T = TypeVar("T")
 
 
 class Progress:
-    """A progress line with loss, tokens a second and MFU. Use as a context."""
+    """Training progress: a line with loss, tokens/s and MFU. Use it in a `with` statement.
+
+    Args: steps: of the run; quiet: print nothing.
+    """
 
     def __init__(self, steps: int, *, quiet: bool = False):
         self._console = Console(quiet=quiet, highlight=False, soft_wrap=True)
@@ -37,6 +43,7 @@ class Progress:
             disable=quiet or not self._console.is_terminal,
         )
         self._task = self._bar.add_task("train", total=steps, line="")
+        self._steps, self._first = steps, (0, 0.0)  # the step and time of the first update
 
     def __enter__(self) -> "Progress":
         self._bar.start()
@@ -46,11 +53,11 @@ class Progress:
         self._bar.stop()
 
     def say(self, sentence: str) -> None:
-        """A line that stays."""
+        """Print a line that stays above the live line."""
         self._console.print(sentence, markup=False)
 
     def update(self, step: int, row: dict) -> None:
-        """Show a step's metrics."""
+        """Show the metrics of a training step; `row` as in metrics.jsonl."""
         line = f"loss {row['loss']:.3f}"
         if "mtp_loss" in row:
             line += "  mtp " + " ".join(f"{x:.3f}" for x in row["mtp_loss"])
@@ -60,14 +67,29 @@ class Progress:
             line += f"  {row['tokens_per_s']:,.0f} tokens/s  MFU {row['mfu']:.0%}"
         self._bar.update(self._task, completed=step, line=line)
         if not self._console.is_terminal:
-            self.say(f"step {step}  {line}")
+            self.say(f"step {step}  {line}{self._remaining(step)}")
 
-    def evaluated(self, step: int, row: dict) -> None:
-        """Show an evaluation."""
-        self.say(f"step {step}  validation: " + _evaluation(row))
+    def _remaining(self, step: int) -> str:
+        """How long the remaining steps will take, as measured since the first update, which came after compiling."""
+        now, (first, since) = time.perf_counter(), self._first
+        if not since:
+            self._first = step, now
+        if not since or step == self._steps:
+            return ""
+        return f"  {format_duration((self._steps - step) * (now - since) / max(step - first, 1))} left"
 
-    def finished(self, evaluation: dict, order2: float, out: Path) -> None:
-        """The last lines of a run."""
+    def show_evaluation(self, step: int, row: dict) -> None:
+        """Print the metrics of an evaluation; `row` as in metrics.jsonl."""
+        self.say(f"step {step}  validation: " + _format_evaluation(row))
+
+    def show_result(self, evaluation: dict, order2: float, out: Path) -> None:
+        """Print the last lines of a run.
+
+        Args:
+            evaluation: metrics of the last evaluation.
+            order2: bits a byte of an order-2 byte model of the same text.
+            out: the run's folder.
+        """
         bits = evaluation["val_bits_per_byte"]
         self.say(f"validation bits a byte: {bits:.3f}, against {order2:.3f} of an order-2 byte model of the same text")
         for name, value in evaluation.get("bits_per_byte_by_domain", {}).items():
@@ -75,20 +97,22 @@ class Progress:
         self.say(f"pictures: {out / 'routing.png'}, {out / 'training.png'}; numbers: {out / 'metrics.jsonl'}")
 
 
-class Speech:
-    """Text as it comes, and a live line of how decoding goes. Use as a context.
+class LiveText:
+    """Generated text as it arrives, with a live line of decoding speed. Use it in a `with` statement.
 
-    On a terminal the line stands below the text; elsewhere the text goes to stdout, and what came of drafts to stderr.
+    On a terminal the line is below the text. Elsewhere the text goes to stdout, and the acceptance of drafts to stderr.
+
+    Args: prompt: the text that is shown first.
     """
 
     def __init__(self, prompt: str):
         self._console, self._text, self._line = Console(highlight=False, soft_wrap=True), prompt, ""
-        self._drafted = False
+        self._has_drafts = False
         self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="visible")
         if not self._console.is_terminal:
             print(prompt, end="", flush=True)
 
-    def __enter__(self) -> "Speech":
+    def __enter__(self) -> "LiveText":
         if self._console.is_terminal:
             self._live.start()
         return self
@@ -98,23 +122,29 @@ class Speech:
             self._live.stop()
             return
         print(flush=True)
-        if self._drafted:
+        if self._has_drafts:
             print(self._line, file=sys.stderr)
 
-    def say(self, text: str) -> None:
-        """More of the text."""
+    def append(self, text: str) -> None:
+        """Show the next part of the text."""
         self._text += text
         self._show(text)
 
-    def measured(self, acceptance: list[float], tokens_a_step: float, tokens_per_s: float, steps: int) -> None:
-        """How decoding goes: drafts that stood by position, and speed."""
+    def show_speed(self, acceptance: list[float], tokens_a_step: float, tokens_per_s: float, steps: int) -> None:
+        """Update the live line.
+
+        Args:
+            acceptance: share of accepted drafts by draft position; empty without drafts.
+            tokens_a_step: mean over the decoding steps.
+            steps: decoding steps so far; 0 shows nothing.
+        """
         if not steps:
             return
-        self._drafted = bool(acceptance)
+        self._has_drafts = bool(acceptance)
         self._line = f"{tokens_per_s:,.0f} tokens/s"
         if acceptance:
             shares = " ".join(f"{a:.0%}" for a in acceptance)
-            self._line = f"drafts that stood: {shares}; {tokens_a_step:.2f} tokens a step, {self._line}"
+            self._line = f"drafts accepted: {shares}; {tokens_a_step:.2f} tokens a step, {self._line}"
         self._show("")
 
     def _show(self, text: str) -> None:
@@ -124,7 +154,7 @@ class Speech:
             print(text, end="", flush=True)
 
 
-def _evaluation(row: dict) -> str:
+def _format_evaluation(row: dict) -> str:
     text = f"loss {row['val_loss']:.3f}, {row['val_bits_per_byte']:.3f} bits a byte"
     if "max_vio_global" in row:
         text += f", MaxVio_global {row['max_vio_global']:.2f}"
@@ -133,17 +163,30 @@ def _evaluation(row: dict) -> str:
     return text
 
 
-def counted(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """The items, with a bar of how many are done on stderr, where that is a terminal."""
+def track(items: Iterable[T], total: int, name: str) -> Iterator[T]:
+    """Yield the items, with a progress bar on stderr if that is a terminal.
+
+    Example:
+        >>> list(track("abc", 3, "letters"))
+        ['a', 'b', 'c']
+    """
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=20), TimeRemainingColumn())
     with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
-        yield from bar.track(items, total, description=what)
+        yield from bar.track(items, total, description=name)
 
 
 @contextmanager
-def transfer(what: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes on stderr, where that is a terminal; the context's value takes how many more are done."""
+def transfer(name: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar of bytes on stderr if that is a terminal.
+
+    Args: name: text before the bar; total: bytes of the transfer; quiet: show nothing.
+    Returns: in a `with` statement, a function that adds to the bytes done.
+
+    Example:
+        >>> with transfer("saving", 1000) as advance:
+        ...     advance(400)
+    """
     console = Console(stderr=True)
     bar = Bar(
         TextColumn("{task.description}"),
@@ -155,5 +198,5 @@ def transfer(what: str, total: int, *, quiet: bool = False) -> Iterator[Callable
         disable=quiet or not console.is_terminal,
     )
     with bar:
-        task = bar.add_task(what, total=total)
+        task = bar.add_task(name, total=total)
         yield lambda count: bar.advance(task, count)

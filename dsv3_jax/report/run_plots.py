@@ -1,13 +1,13 @@
-"""Pictures of routing and of a run, as PNG files.
+"""Pictures of a run's routing and metrics as PNG files.
 
-Figures are made without pyplot, so that nothing global is touched and no window opens; a file is written whole or
-not at all (a temporary one beside it, then renamed), so that a viewer may follow it while a run goes on.
+Figures are created without pyplot, so no global state changes and no window opens. A viewer may follow a picture during
+a run, because each file is replaced in one step.
 """
 
+import io
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,12 +15,13 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dsv3_jax.files import write_atomic
 from dsv3_jax.report.colours import DIVERGING
 
 DPI = 150
 
-# Panels of `training_curves`: title, unit of the y axis, and for each curve its metric, its name and its marker
-# (evaluations are few: they are dots on their line).
+# Panels of `training_curves`: title, unit of the y axis, and (metric, name, marker) of each curve. Evaluations are few,
+# so they have a marker.
 PANELS = (
     ("Loss", "nats a token", (("loss", "train", ""), ("mtp_loss", "train, MTP", ""), ("val_loss", "validation", "o"))),
     ("Validation", "bits a byte", (("val_bits_per_byte", "validation", "o"),)),
@@ -33,8 +34,11 @@ PANELS = (
     ("Gradient norm, before clipping", "L2 norm", (("grad_norm", "train", ""),)),
     ("Speed", "tokens a second", (("tokens_per_s", "train", ""),)),
     ("MTP drafts accepted", "share", (("mtp_acceptance", "head", "o"),)),
+    ("Tokens sent to other devices", "copies a token", (("tokens_sent", "train", ""),)),
 )
-FROM_ZERO = {"max_vio", "lr", "grad_norm", "tokens_per_s", "mtp_acceptance"}  # a panel with one of these starts at 0
+# A panel with one of these starts at 0.
+FROM_ZERO = {"max_vio", "lr", "grad_norm", "tokens_per_s", "mtp_acceptance", "tokens_sent"}
+OLD_NAMES = {"tokens_sent": "crossed"}  # of metrics in the rows of older runs
 
 
 def routing_heatmap(
@@ -45,29 +49,36 @@ def routing_heatmap(
     domain_loads: Mapping | None = None,
     mtp_blocks: int = 0,
 ) -> Figure:
-    """Layers × experts, coloured by load / mean load of the layer: white is even, red above, blue below.
+    """Draw layers × experts, coloured by load / mean load of the layer: white is even, red above, blue below.
 
-    MaxVio of each layer stands beside its row. Colours end at 2, or at the 99th percentile if that is more; what lies
-    beyond has the last colour (the colour bar then has a tip), so that one hot expert does not bleach the others.
-    A layer without any load is grey.
+    MaxVio of each layer is beside its row. The colour scale ends at 2, or at the 99th percentile if that is larger. So
+    one hot expert does not bleach the others; larger values have the last colour, and the colour bar has a tip. A layer
+    without load is grey.
 
     Args:
-        load: counts [L, E] of the sparse layers, any real dtype.
-        path: of the PNG; its folder is made.
+        load: assignments [L, E] of the sparse layers, any real dtype.
+        path: the PNG file to write; its folder is created.
         title: of the picture.
-        domain_loads: domain name → counts [L, E]; each gets a small panel with the same colours.
-        mtp_blocks: how many of the last rows are MTP blocks', and named so.
-    Returns: the figure; the values drawn are `figure.axes[i].images[0].get_array()`, the main panel first.
+        domain_loads: domain name → assignments [L, E]; each has a small panel with the same colours.
+        mtp_blocks: number of MTP blocks, which are the last rows.
+    Returns: the figure; `figure.axes[i].images[0].get_array()` holds the values drawn, the main panel first.
     Raises: ValueError if a load is not [L, E] with E ≥ 2, is negative or not finite, or differs in shape.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     figure = routing_heatmap([[3, 1], [2, 2]], f"{folder}/load.png")
+        >>> figure.axes[0].images[0].get_array().tolist()
+        [[1.5, 0.5], [1.0, 1.0]]
     """
-    whole = load_over_mean(load, title)
+    overall = load_over_mean(load, title)
     domains = {name: load_over_mean(part, name) for name, part in (domain_loads or {}).items()}
     for name, part in domains.items():
-        if part.shape != whole.shape:
-            raise ValueError(f"load of {name!r} has shape {part.shape}, the whole has {whole.shape}")
-    norm, beyond = load_norm(np.stack([whole, *domains.values()]))
+        if part.shape != overall.shape:
+            raise ValueError(f"load of {name!r} has shape {part.shape}, but the load of all text has {overall.shape}")
+    norm, beyond = load_norm(np.stack([overall, *domains.values()]))
 
-    num_layers = whole.shape[0]
+    num_layers = overall.shape[0]
     columns = min(max(len(domains), 1), 4)
     rows = math.ceil(len(domains) / columns)
     main_height, small_height = 0.7 + 0.14 * max(num_layers, 10), 0.5 + 0.05 * max(num_layers, 16)
@@ -75,15 +86,15 @@ def routing_heatmap(
     grid = figure.add_gridspec(1 + rows, columns, height_ratios=[main_height] + [small_height] * rows)
 
     main = figure.add_subplot(grid[0, :])
-    image = _draw_load(main, whole, norm)
+    image = _draw_load(main, overall, norm)
     main.set_title(title, fontsize=11)
     _label_axes(main, left=True)
     main.yaxis.set_major_formatter(lambda y, _: _row_name(y, num_layers - mtp_blocks))
     beside = main.get_yaxis_transform()  # x in axes, y in layers
     main.text(1.008, 1.0, "MaxVio", transform=main.transAxes, fontsize=7, va="bottom", weight="bold")
-    for layer, peak in enumerate(whole.max(-1)):
-        word = "no load" if np.isnan(peak) else f"{peak - 1:.2f}"
-        main.text(1.008, layer, word, transform=beside, fontsize=6.5, va="center")
+    for layer, peak in enumerate(overall.max(-1)):
+        max_vio = "no load" if np.isnan(peak) else f"{peak - 1:.2f}"
+        main.text(1.008, layer, max_vio, transform=beside, fontsize=6.5, va="center")
     for i, (name, part) in enumerate(domains.items()):
         ax = figure.add_subplot(grid[1 + i // columns, i % columns])
         _draw_load(ax, part, norm)
@@ -98,14 +109,21 @@ def routing_heatmap(
 
 
 def training_curves(metrics: Sequence[Mapping], path: str | os.PathLike) -> Figure:
-    """The curves of a run over its steps: loss, bits a byte, MaxVio, learning rate, gradient norm, speed, acceptance.
+    """Draw a run's metrics over its steps, a panel each: see `PANELS`.
 
     Args:
-        metrics: rows as training logs them: `step`, and any of the metrics in `PANELS`; where a step occurs again,
-            as after a resumed run, the later row stands. A panel without a value is left out.
-        path: of the PNG; its folder is made.
+        metrics: rows of metrics.jsonl: `step`, and any of the metrics in `PANELS`. If two rows have the same step, as
+            after a resume, the later one is drawn. A panel without values is left out.
+        path: the PNG file to write; its folder is created.
     Returns: the figure.
-    Raises: ValueError if no row has a step and a known metric.
+    Raises: ValueError if no row has a step and a metric of `PANELS`.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     figure = training_curves([{"step": 1, "loss": 5.5}, {"step": 2, "loss": 5.1}], f"{folder}/run.png")
+        >>> [ax.get_title() for ax in figure.axes]
+        ['Loss']
     """
     panels = []
     for title, unit, curves in PANELS:
@@ -126,7 +144,7 @@ def training_curves(metrics: Sequence[Mapping], path: str | os.PathLike) -> Figu
     for i, (title, unit, drawn) in enumerate(panels):
         ax = figure.add_subplot(rows, columns, i + 1)
         for j, (label, marker, _, steps, values) in enumerate(drawn):
-            marker = "o" if len(steps) == 1 else marker  # a line of one point cannot be seen
+            marker = "o" if len(steps) == 1 else marker  # a line of one point is invisible
             ax.plot(steps, values, label=label, marker=marker, markersize=3.5, linewidth=1.2, color=f"C{j}")
         ax.set(title=title, xlabel="step", ylabel=unit)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
@@ -147,10 +165,19 @@ def training_curves(metrics: Sequence[Mapping], path: str | os.PathLike) -> Figu
 
 
 def load_over_mean(load, name: str) -> np.ndarray:
-    """load [L, E] → float64 [L, E], each layer divided by its mean; NaN where a layer has no load."""
+    """Divide each layer's load by its mean: load / mean load, float64 [L, E]; NaN for a layer without load.
+
+    Args: load: assignments [L, E], any real dtype; name: what the load is of, for errors.
+    Raises: ValueError if the load is not [L, E] with E ≥ 2, is negative or not finite.
+
+    Example:
+        >>> load_over_mean([[1, 3], [0, 0]], "code")
+        array([[0.5, 1.5],
+               [nan, nan]])
+    """
     load = np.asarray(load, np.float64)
     if load.ndim != 2 or load.shape[0] < 1 or load.shape[1] < 2:
-        raise ValueError(f"load of {name!r} has shape {load.shape}, not [layers, experts]")
+        raise ValueError(f"load of {name!r} has shape {load.shape}, but must be [layers, 2 experts or more]")
     if not np.isfinite(load).all() or load.min() < 0:
         raise ValueError(f"load of {name!r} holds {load[~(load >= 0) | np.isinf(load)][0]}, which is not a count")
     mean = load.mean(-1, keepdims=True)
@@ -158,14 +185,14 @@ def load_over_mean(load, name: str) -> np.ndarray:
 
 
 def load_norm(ratio: np.ndarray) -> tuple[TwoSlopeNorm, bool]:
-    """Colours of load / mean load, and whether some lie beyond the last: see `routing_heatmap`."""
+    """Return the colour scale of load / mean load, and whether some values exceed it: see `routing_heatmap`."""
     values = ratio[np.isfinite(ratio)]
     top = max(2.0, float(np.percentile(values, 99))) if values.size else 2.0
     return TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=top), bool(values.size and values.max() > top)
 
 
 def colour_bar(figure: Figure, image, axes: Sequence[Axes], extend: str):
-    """A colour bar beside these axes: 0.18 inches wide whatever its height, its tips 0.12 long."""
+    """Draw a colour bar beside these axes, always 0.18 inches wide, with tips 0.12 inches long."""
     height = figure.get_figheight()
     return figure.colorbar(
         image, ax=axes, pad=0.01, fraction=0.05, aspect=height / 0.18, extend=extend, extendfrac=0.12 / height
@@ -173,16 +200,16 @@ def colour_bar(figure: Figure, image, axes: Sequence[Axes], extend: str):
 
 
 def label_load_bar(bar, norm: TwoSlopeNorm) -> None:
-    """Ticks of a colour bar of load / mean load."""
+    """Label a colour bar of load / mean load."""
     bar.set_label("load / mean load", fontsize=8)
     bar.ax.tick_params(labelsize=8)
-    top = float(norm.vmax or 1.0)  # its type leaves room for none
+    top = float(norm.vmax or 1.0)  # vmax may be None by its type
     ticks = [t for t in MaxNLocator(4).tick_values(1.0, top) if 1.0 < t <= top]
     bar.set_ticks([0.0, 0.5, 1.0, *ticks])
 
 
 def _draw_load(ax, ratio: np.ndarray, norm: TwoSlopeNorm):
-    """`ratio` [L, E] as an image, layer 0 on top."""
+    """Draw `ratio` [L, E] as an image, layer 0 on top."""
     image = ax.imshow(ratio, cmap=DIVERGING, norm=norm, aspect="auto", interpolation="nearest")
     ax.set_facecolor("0.8")  # shows through where a layer has no load
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
@@ -202,21 +229,20 @@ def _label_axes(ax, *, left: bool) -> None:
 
 
 def _series(metrics: Sequence[Mapping], key: str, label: str) -> Iterator[tuple[str, list[int], list[float]]]:
-    """Name, steps (ascending) and values of a metric's curves, over the rows that have it: one a multi-token head."""
-    found = {row["step"]: row[key] for row in metrics if "step" in row and row.get(key) not in (None, [])}
-    steps = sorted(found)
-    values = [found[step] if isinstance(found[step], list) else [found[step]] for step in steps]
+    """Yield the name, ascending steps and values of a metric's curves: one, or one for each multi-token head."""
+    by_step = {}
+    for row in metrics:
+        value = row.get(key, row.get(OLD_NAMES.get(key)))
+        if "step" in row and value not in (None, []):
+            by_step[row["step"]] = value if isinstance(value, list) else [value]
+    steps = sorted(by_step)
+    values = [by_step[step] for step in steps]
     for k, column in enumerate(zip(*values, strict=True), start=1):
         yield label if len(values[0]) == 1 else f"{label} {k}", steps, [float(value) for value in column]
 
 
 def write_png(figure: Figure, path: str | os.PathLike) -> None:
-    """Write beside `path`, then rename: a reader sees the old file or the new one, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a figure as a PNG file in one step: a reader sees the old file or the new one, never a part."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_atomic(path, buffer.getvalue())

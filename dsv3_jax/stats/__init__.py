@@ -1,8 +1,8 @@
-"""Where a model's tokens go: counts of routing over text, measures of them, their pictures, and a page of all."""
+"""Routing statistics of a model on text: counts, measures of these counts, pictures, and a page."""
 
-from dsv3_jax.stats.collect import RoutingStats, collect
 from dsv3_jax.stats.measures import (
     Specialisation,
+    domain_preference,
     favourites,
     lift,
     mutual_information,
@@ -10,4 +10,5 @@ from dsv3_jax.stats.measures import (
     specialisation,
 )
 from dsv3_jax.stats.reporting import read_load, report
+from dsv3_jax.stats.routing_stats import RoutingStats, collect
 from dsv3_jax.stats.tokens import context, readable

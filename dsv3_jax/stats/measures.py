@@ -1,42 +1,83 @@
-"""Measures of routing counts: co-activation against chance, what an expert says of the domain, its favourite tokens."""
+"""Measures of routing counts: co-activation, domain preference, information about the domain, favourite tokens."""
 
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float64, Int64, Num
+from jaxtyping import Float, Float64, Int64, Num
 
-from dsv3_jax.stats.collect import RoutingStats, by_domain
+from dsv3_jax.stats.routing_stats import RoutingStats, sum_by_domain
 
 
-def lift(together: Num[np.ndarray, "L E E"]) -> Float64[np.ndarray, "L E E"]:
-    """How often two experts are chosen for the same token, over chance; NaN on the diagonal, and without chance.
+def lift(coactivation: Num[np.ndarray, "L E E"]) -> Float64[np.ndarray, "L E E"]:
+    """Divide how often two experts are chosen for the same token by chance.
 
-    Chance keeps each expert's load and the number of pairs: c_ef = c · p_e p_f for e ≠ f, with c such that Σ c_ef is
-    the number of pairs counted. (p_e p_f · n alone would put all-even routing below 1, for no token chooses an expert
-    twice.)
+    lift_ef = c_ef / (c · p_e p_f) for e ≠ f
+
+    Chance keeps each expert's load p, and c keeps the number of pairs: Σ c · p_e p_f = Σ c_ef. Plain n · p_e p_f would
+    put even routing below 1, because no token chooses an expert twice.
+
+    Args: coactivation: tokens that chose both experts; the diagonal is the load.
+    Returns: 1 is chance; NaN on the diagonal and where chance is 0.
+
+    Example:
+        >>> together = np.array([[[2, 2, 0], [2, 3, 1], [0, 1, 1]]])  # two tokens chose experts 0 and 1, one 1 and 2
+        >>> lift(together).round(2)
+        array([[[ nan, 1.22, 0.  ],
+                [1.22,  nan, 1.22],
+                [0.  , 1.22,  nan]]])
     """
-    off = ~np.eye(together.shape[-1], dtype=bool)[None]
-    load = np.diagonal(together, axis1=1, axis2=2).astype(np.float64)
-    chance = np.where(off, load[:, :, None] * load[:, None, :], 0.0)
-    pairs = np.where(off, together, 0).sum((1, 2), keepdims=True)
+    off_diagonal = ~np.eye(coactivation.shape[-1], dtype=bool)[None]
+    load = np.diagonal(coactivation, axis1=1, axis2=2).astype(np.float64)
+    chance = np.where(off_diagonal, load[:, :, None] * load[:, None, :], 0.0)
+    pairs = np.where(off_diagonal, coactivation, 0).sum((1, 2), keepdims=True)
     chance = chance * pairs / np.maximum(chance.sum((1, 2), keepdims=True), 1e-300)
-    return np.divide(together, chance, out=np.full(chance.shape, np.nan), where=off & (chance > 0))
+    return np.divide(coactivation, chance, out=np.full(chance.shape, np.nan), where=off_diagonal & (chance > 0))
+
+
+def domain_preference(load_by_domain: Num[np.ndarray, "N L E"]) -> Float[np.ndarray, "N L E"]:
+    """Compute p(expert | domain) / p(expert); NaN for an expert without load or a domain without tokens.
+
+    Example:
+        >>> domain_preference(np.array([[[3, 1]], [[1, 3]]]))
+        array([[[1.5, 0.5]],
+        <BLANKLINE>
+               [[0.5, 1.5]]])
+    """
+
+    def shares(load: np.ndarray) -> np.ndarray:
+        total = load.sum(-1, keepdims=True)
+        return np.divide(load, total, out=np.full(load.shape, np.nan), where=total > 0)
+
+    overall = np.broadcast_to(shares(load_by_domain.sum(0))[None], load_by_domain.shape)
+    return np.divide(shares(load_by_domain), overall, out=np.full(overall.shape, np.nan), where=overall > 0)
 
 
 def mutual_information(load_by_domain: Num[np.ndarray, "N *l E"]) -> Float64[np.ndarray, " *l"]:
-    """I(expert; domain) of an assignment, in bits: Σ_de p_de log2 p_de / (p_d p_e); 0 without load."""
+    """Compute I(expert; domain) of an assignment in bits; 0 without load.
+
+    I = Σ_de p_de log2 p_de / (p_d p_e)
+
+    Example:
+        >>> mutual_information(np.array([[[4, 0], [2, 2]], [[0, 4], [2, 2]]]))  # 2 domains, 2 layers, 2 experts
+        array([1., 0.])
+    """
     joint = load_by_domain / np.maximum(load_by_domain.sum((0, -1), keepdims=True), 1)
     return _bits(joint.sum(-1), 0) + _bits(joint.sum(0), -1) - _bits(joint, (0, -1))
 
 
 def domain_entropy(load_by_domain: Num[np.ndarray, "N *l E"]) -> Float64[np.ndarray, " *l"]:
-    """H(domain) of an assignment, in bits: what I(expert; domain) can be at most."""
+    """Compute H(domain) of an assignment in bits, the upper bound of I(expert; domain).
+
+    Example:
+        >>> domain_entropy(np.array([[[3, 1]], [[0, 4]]]))
+        array([1.])
+    """
     loads = load_by_domain.sum(-1)
     return _bits(loads / np.maximum(loads.sum(0, keepdims=True), 1), 0)
 
 
 def _bits(p: np.ndarray, axis) -> np.ndarray:
-    """−Σ p log2 p over axes, 0 log 0 being 0."""
+    """Compute −Σ p log2 p over axes, with 0 log 0 = 0."""
     return -(p * np.log2(np.where(p > 0, p, 1.0))).sum(axis)
 
 
@@ -48,78 +89,108 @@ def permuted_information(
     draws: int = 200,
     seed: int = 0,
 ) -> Float64[np.ndarray, "draws L"]:
-    """I(expert; domain) after the documents' domains were shuffled among them: what chance gives this many documents.
+    """Compute I(expert; domain) in bits after the domains were shuffled among the documents: what chance gives.
 
-    Documents move whole: tokens of one are alike whatever their domain, and to shuffle tokens would call that
-    specialisation.
+    All tokens of a document move together: they are alike whatever its domain, and a shuffle of single tokens would
+    count that as specialisation.
+
+    Args: draws: number of shuffles; seed: of the shuffles.
+
+    Example:
+        >>> load = np.array([[[4, 0]], [[0, 4]]])  # two documents: a shuffle can only swap their domains
+        >>> permuted_information(load, np.array([0, 1]), 2, draws=2)
+        array([[1.],
+               [1.]])
     """
     rng = np.random.default_rng(seed)
     shuffled = (rng.permutation(document_domains) for _ in range(draws))
-    return np.stack([mutual_information(by_domain(document_load, domains, num_domains)) for domains in shuffled])
+    return np.stack([mutual_information(sum_by_domain(document_load, domains, num_domains)) for domains in shuffled])
 
 
 class Specialisation(NamedTuple):
-    """I(expert; domain) of each layer, and what a shuffle of the documents' domains gives."""
+    """I(expert; domain) of each layer, beside I after shuffles of the documents' domains."""
 
     bits: Float64[np.ndarray, " L"]
-    share: Float64[np.ndarray, " L"]  # of H(domain): 1 is an expert that gives the domain away
+    share: Float64[np.ndarray, " L"]  # I / H(domain): 1 means that the expert determines the domain
     shuffled_mean: Float64[np.ndarray, " L"]  # bits
-    shuffled_95: Float64[np.ndarray, " L"]  # bits; their 95 % quantile
-    p_value: Float64[np.ndarray, " L"]  # share of shuffles, this one counted in, with as many bits
-    draws: int  # shuffles
-    seed: int  # of theirs
+    shuffled_95: Float64[np.ndarray, " L"]  # bits, the 95 % quantile of the shuffles
+    p_value: Float64[np.ndarray, " L"]  # share of orders with at least as many bits; the real order counts as one
+    draws: int  # number of shuffles
+    seed: int  # of the shuffles
 
 
 def specialisation(stats: RoutingStats, *, draws: int = 200, seed: int = 0) -> Specialisation:
-    """How much the experts tell domains apart, layer by layer, beside chance.
+    """Measure how much the experts of each layer tell about the domain of the text, beside chance.
 
+    Args: draws: number of shuffles that estimate chance, see `permuted_information`; seed: of the shuffles.
     Raises: ValueError for draws below 1.
+
+    Example:
+        >>> load = np.array([[[9, 1]], [[8, 2]], [[1, 9]], [[0, 10]]])  # 4 documents, 1 layer, 2 experts
+        >>> stats = RoutingStats.from_loads(load, np.array([0, 0, 1, 1]), ["code", "prose"])
+        >>> result = specialisation(stats, draws=100)
+        >>> result.bits.round(2), result.shuffled_mean.round(2)
+        (array([0.54]), array([0.2]))
     """
     if draws < 1:
         raise ValueError(f"draws={draws} is below 1")
     loads = stats.load_by_domain
-    bits, most = mutual_information(loads), domain_entropy(loads)
+    bits, upper_bound = mutual_information(loads), domain_entropy(loads)
     chance = permuted_information(
         stats.document_load, stats.document_domains, len(stats.domains), draws=draws, seed=seed
     )
-    share = np.divide(bits, most, out=np.zeros_like(bits), where=most > 0)
-    as_many = (chance >= bits[None] - 1e-12).sum(0)  # the same documents in another order: rounding
+    share = np.divide(bits, upper_bound, out=np.zeros_like(bits), where=upper_bound > 0)
+    at_least = (chance >= bits[None] - 1e-12).sum(0)  # 1e-12: another order of the same sum rounds differently
     return Specialisation(
         bits,
         share,
         shuffled_mean=chance.mean(0),
         shuffled_95=np.quantile(chance, 0.95, axis=0),
-        p_value=(1 + as_many) / (1.0 + draws),
+        p_value=(1 + at_least) / (1.0 + draws),
         draws=draws,
         seed=seed,
     )
 
 
 class Favourite(NamedTuple):
-    """A token that an expert gets more often than chance has it."""
+    """A token that an expert receives more often than chance predicts."""
 
     token: int
-    times: int  # how often this expert got it
+    num_routed: int  # occurrences that were routed to the expert
     lift: float  # p(expert | token) / p(expert)
 
 
 def favourites(stats: RoutingStats, layer: int, *, top: int = 12, min_count: int = 20) -> list[list[Favourite]]:
-    """The tokens that each expert of a layer likes best, by lift over 1; of equal lifts the more frequent first.
+    """List the tokens with the largest lift above 1 for each expert of a layer.
 
-    lift = p(expert | token) / p(expert) = (n_et / n_t) / (n_e / n), with n counting tokens; 1 is chance, and it is at
-    most n / n_e: an expert of mean load that gets every one of a token's occurrences has E/K.
+    lift = p(expert | token) / p(expert) = (n_et / n_t) / (n_e / n)
 
-    Args: min_count: tokens that occur less often are left out, for their lifts are chance's.
+    n counts tokens; 1 is chance. The largest possible lift is n / n_e, which is E/K for an expert of mean load.
+
+    Args:
+        layer: index into `stats.layers`.
+        top: tokens for each expert, at most.
+        min_count: rarer tokens are left out, because their lift is mostly chance.
+    Returns: a list for each expert, by falling lift; equal lifts by falling num_routed.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from dsv3_jax.stats.tokens import TokenCounts
+        >>> stats = RoutingStats.from_loads(np.array([[[3, 5]]]), np.array([0]), ["code"])
+        >>> layer, expert, token, num_routed = np.array([[0, 0, 0], [0, 1, 1], [7, 7, 8], [3, 1, 4]])
+        >>> stats = replace(stats, token_counts=TokenCounts(layer, expert, token, num_routed))
+        >>> favourites(stats, 0, min_count=4)
+        [[Favourite(token=7, num_routed=3, lift=2.0)], [Favourite(token=8, num_routed=4, lift=1.6)]]
     """
     counts, load = stats.token_counts, stats.load[layer]
-    here = slice(*np.searchsorted(counts.layer, [layer, layer + 1]))
-    expert, token, times = counts.expert[here], counts.token[here], counts.times[here]
-    occurred = np.bincount(token, times) / stats.experts_per_token  # n_t
-    lift = (times / occurred[token]) / (load[expert] / stats.tokens[layer])
-    order = np.lexsort((token, -times, -lift, expert))
-    order = order[((occurred[token] >= min_count) & (lift > 1))[order]]
+    of_layer = slice(*np.searchsorted(counts.layer, [layer, layer + 1]))
+    expert, token, num_routed = counts.expert[of_layer], counts.token[of_layer], counts.num_routed[of_layer]
+    occurrences = np.bincount(token, num_routed) / stats.experts_per_token  # n_t
+    lift = (num_routed / occurrences[token]) / (load[expert] / stats.tokens[layer])
+    order = np.lexsort((token, -num_routed, -lift, expert))
+    order = order[((occurrences[token] >= min_count) & (lift > 1))[order]]
     borders = np.searchsorted(expert[order], np.arange(len(load) + 1))
     return [
-        [Favourite(int(token[i]), int(times[i]), float(lift[i])) for i in order[start : min(start + top, stop)]]
+        [Favourite(int(token[i]), int(num_routed[i]), float(lift[i])) for i in order[start : min(start + top, stop)]]
         for start, stop in zip(borders[:-1], borders[1:], strict=True)
     ]

@@ -1,13 +1,10 @@
-"""`dsv3 stats`: a run's routing on held-out text as a folder of numbers, pictures and a page.
+"""`dsv3 stats`: the routing of a run's checkpoint on held-out text, as a folder of numbers, pictures and a page.
 
-The folder is made whole beside its place and then moved there; only a folder that this made before is replaced.
+The folder is written under a temporary name and then renamed. An existing folder is replaced only if `report` wrote it.
 """
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,45 +13,46 @@ import numpy as np
 
 from dsv3_jax.config import replace
 from dsv3_jax.data import batches as data
-from dsv3_jax.data import tokenizer
+from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.files import atomic_folder
 from dsv3_jax.ops import balance
 from dsv3_jax.report.metrics import LOAD_FILE, read_rows
 from dsv3_jax.report.run_plots import routing_heatmap
 from dsv3_jax.stats import plots
-from dsv3_jax.stats.collect import RoutingStats, collect
 from dsv3_jax.stats.measures import Specialisation, domain_entropy, favourites, lift, specialisation
-from dsv3_jax.stats.page import page
+from dsv3_jax.stats.page import render_page
+from dsv3_jax.stats.routing_stats import RoutingStats, collect
 from dsv3_jax.stats.tokens import context, readable
-from dsv3_jax.training.checkpoint import load_model
+from dsv3_jax.training.checkpoint import load_run
 
 NUMBERS, PAGE = "stats.json", "index.html"
 PICTURES = ("load.png", "load_over_time.png", "domains.png", "information.png", "coactivation.png", "entropy.png")
-CONTEXTS = 8  # of each expert in the report
-MIN_COUNT = 20  # occurrences of a token below which its lift is chance's
+CONTEXTS = 8  # in the report, for each expert
+MIN_COUNT = 20  # rarer tokens have a lift that is mostly chance
 
-# What stands in stats.json, and in it under "keys".
+# The keys of stats.json, which holds this table too, under "keys".
 KEYS = {
-    "run, step, data": "the run's folder, the checkpoint's step, and the text that was read",
-    "layers": "names of the L layers with experts: the trunk's sparse ones from layer 0, then multi-token heads",
-    "domains, documents": "names of the text's domains, and how many documents of each were read",
+    "run, step, data": "the run's folder, the checkpoint's step, and the text",
+    "layers": "names of the L layers with experts: the trunk's sparse layers from layer 0, then multi-token heads",
+    "domains, documents": "names of the text's domains; domain → number of documents",
     "experts, experts_per_token": "E and K",
-    "tokens": "[L] that counted",
+    "tokens": "[L] number of tokens counted",
     "load": "[L][E] assignments; a token has K",
     "load_by_domain": "domain → [L][E]",
     "max_vio, load_entropy, load_gini": "[L] of the load: (largest − mean) / mean; entropy over ln E, 1 is even; "
     "Gini, 0 is even",
-    "gate_entropy": "[L] mean over tokens, entropy of the K chosen gates over ln K",
-    "score_entropy": "[L] mean over tokens, entropy of the scores of all experts over ln E",
+    "gate_entropy": "[L] mean over tokens: entropy of the K chosen gates over ln K",
+    "score_entropy": "[L] mean over tokens: entropy of the scores of all experts over ln E",
     "gate_entropy_by_domain, score_entropy_by_domain": "domain → [L]",
     "coactivation": "[L][E][E] tokens that chose both experts; the diagonal is the load",
-    "coactivation_lift": "[L][E][E] the same over chance; null on the diagonal",
-    "specialisation": "bits: [L] I(expert; domain); share: of H(domain) (domain_entropy, bits); shuffled_mean and "
-    "shuffled_95: bits after the documents' domains were shuffled, `draws` times from `seed`; p_value",
-    "favourites": f"[L][E] tokens an expert likes best, of those that occur {MIN_COUNT} times: token, text, times (how "
-    "often it got them), lift (p(expert | token) / p(expert))",
-    "contexts": "[L][E] places of an expert's largest gates: text before, the routed token, text after, gate",
-    "over_time": "null, or steps and max_vio [step][L] of training batches; the loads are in the run's load.jsonl",
+    "coactivation_lift": "[L][E][E] coactivation over chance; null on the diagonal",
+    "specialisation": "bits: [L] I(expert; domain); share: bits over H(domain) (domain_entropy, bits); shuffled_mean, "
+    "shuffled_95: bits after the domains were shuffled among the documents, `draws` times from `seed`; p_value",
+    "favourites": f"[L][E] tokens with the largest lift, of those that occur {MIN_COUNT} times or more: token (its "
+    "id), text, num_routed (occurrences that were routed to the expert), lift (p(expert | token) / p(expert))",
+    "contexts": "[L][E] positions of the expert's largest gates: text before, the routed token, text after, gate",
+    "over_time": "null, or steps and max_vio [step][L] of training batches; the run's load.jsonl holds the loads",
 }
 
 
@@ -62,11 +60,16 @@ class LoadLog(NamedTuple):
     """Loads of training batches."""
 
     steps: np.ndarray  # int64 [S], ascending
-    load: np.ndarray  # int64 [S, L, E]
+    load: np.ndarray  # int64 [S, L, E], assignments
 
 
 def read_load(run: str | Path) -> LoadLog | None:
-    """What a run's training left of its load; None for a run that left nothing, as converted ones."""
+    """Read the loads that training wrote to a run's folder; None for a run without them, such as a converted one.
+
+    Example:
+        >>> read_load("no/such/run") is None
+        True
+    """
     rows = read_rows(Path(run) / LOAD_FILE)
     if not rows:
         return None
@@ -82,44 +85,52 @@ def report(
     batches: int = 16,
     draws: int = 200,
     seed: int = 0,
+    kernels: str | None = None,
     follow: Callable[[Iterable[data.Batch], int], Iterable[data.Batch]] = lambda items, count: items,
 ) -> tuple[Path, RoutingStats, Specialisation]:
-    """Read held-out text with a run's checkpoint, and write what its routers did.
+    """Run a checkpoint on held-out text, and write its routing statistics as numbers, pictures and a page.
 
     Args:
-        run: a folder that training or conversion made.
-        out: the folder to write; None is "stats" in the run's. One that this wrote before is replaced.
-        paths: other text to read; none is the run's own validation text.
-        step: of the checkpoint; None is the last.
-        batches: of the run's batch size, at most.
-        draws: shuffles of domains for the baseline, from `seed`.
-        follow: wraps the batches, to show how far it is; it is told how many there are.
-    Returns: (the folder, the counts, what experts say of domains).
-    Raises: ValueError for no run, no checkpoint, a model without experts, unreadable text, batches or draws below 1,
-        and when `out` holds anything else.
+        run: a folder that training or conversion wrote.
+        out: the folder to write; None means "stats" in the run's folder. An earlier report there is replaced.
+        paths: other text; empty means the run's own validation text.
+        step: the checkpoint's step; None means the last.
+        batches: number of batches of the run's batch size, at most.
+        draws: number of shuffles of the domains, see `specialisation`; seed: of the shuffles.
+        kernels: as `Execution.kernels`; None means the run's own.
+        follow: wraps the batches to show progress; its second argument is their number.
+    Returns: (the folder, the counts, the information about domains).
+    Raises: ValueError if `run` holds no run or no such checkpoint, for a model without experts, unreadable text,
+        batches or draws below 1, and if `out` holds other files.
+
+    Example:
+        >>> report("runs/demo", batches=0)
+        Traceback (most recent call last):
+            ...
+        ValueError: batches=0 is below 1
     """
     if batches < 1:
         raise ValueError(f"batches={batches} is below 1")
     run, out = Path(run), Path(run) / "stats" if out is None else Path(out)
     _check(out)
-    model, _, config, step = load_model(run, step=step)
+    model, config, step = load_run(run, step=step, kernels=kernels)
     source = replace(config.data, paths=paths) if paths else config.data
-    words, corpus = tokenizer.load(source.tokenizer), data.load_corpus(source)
-    held_out = data.val_batches(corpus, words, source, batches)
-    stats = collect(model, follow(held_out, len(held_out)), words, corpus.domains)
-    found, log = specialisation(stats, draws=draws, seed=seed), read_load(run)
-    told = ", ".join(map(str, source.paths)) or "text that Python carries"
-    about: dict[str, Any] = {"run": run.absolute().name, "step": step, "data": f"held-out part of {told}"}
-    with _whole_folder(out) as part:
-        numbers = about | as_json(stats, found, words, log)
-        _draw(stats, found, log, part, f"{about['run']}, step {step}")
+    tokenizer, corpus = tokenizers.load(source.tokenizer), data.load_corpus(source)
+    held_out = data.val_batches(corpus, tokenizer, source, batches)
+    stats = collect(model, follow(held_out, len(held_out)), tokenizer, corpus.domains)
+    special, log = specialisation(stats, draws=draws, seed=seed), read_load(run)
+    text = ", ".join(map(str, source.paths)) or "the text that comes with Python"
+    header: dict[str, Any] = {"run": run.absolute().name, "step": step, "data": f"held-out part of {text}"}
+    with atomic_folder(out, overwrite=True) as part:
+        numbers = header | as_json(stats, special, tokenizer, log)
+        _draw(stats, special, log, part, f"{header['run']}, step {step}")
         (part / NUMBERS).write_text(json.dumps({"keys": KEYS} | numbers, allow_nan=False), encoding="utf-8")
-        (part / PAGE).write_text(page(numbers, part), encoding="utf-8")
-    return out, stats, found
+        (part / PAGE).write_text(render_page(numbers, part), encoding="utf-8")
+    return out, stats, special
 
 
-def as_json(stats: RoutingStats, found: Specialisation, words: Tokenizer, log: LoadLog | None) -> dict[str, Any]:
-    """The numbers of stats.json, see `KEYS`; NaN becomes None."""
+def as_json(stats: RoutingStats, special: Specialisation, tokenizer: Tokenizer, log: LoadLog | None) -> dict[str, Any]:
+    """Return the numbers of stats.json, see `KEYS`; NaN becomes None."""
     load = jnp.asarray(stats.load, jnp.float32)
     names, by_domain = stats.domains, stats.load_by_domain
     gates = stats.mean_by_domain(stats.document_gate_entropy)
@@ -134,84 +145,88 @@ def as_json(stats: RoutingStats, found: Specialisation, words: Tokenizer, log: L
         "tokens": stats.tokens.tolist(),
         "load": stats.load.tolist(),
         "load_by_domain": dict(zip(names, by_domain.tolist(), strict=True)),
-        "max_vio": _plain(balance.max_vio(load)),
-        "load_entropy": _plain(balance.entropy(load)),
-        "load_gini": _plain(balance.gini(load)),
-        "gate_entropy": _plain(stats.gate_entropy),
-        "score_entropy": _plain(stats.score_entropy),
-        "gate_entropy_by_domain": dict(zip(names, _plain(gates), strict=True)),
-        "score_entropy_by_domain": dict(zip(names, _plain(scores), strict=True)),
-        "coactivation": stats.together.tolist(),
-        "coactivation_lift": _plain(lift(stats.together)),
+        "max_vio": _as_lists(balance.max_vio(load)),
+        "load_entropy": _as_lists(balance.entropy(load)),
+        "load_gini": _as_lists(balance.gini(load)),
+        "gate_entropy": _as_lists(stats.gate_entropy),
+        "score_entropy": _as_lists(stats.score_entropy),
+        "gate_entropy_by_domain": dict(zip(names, _as_lists(gates), strict=True)),
+        "score_entropy_by_domain": dict(zip(names, _as_lists(scores), strict=True)),
+        "coactivation": stats.coactivation.tolist(),
+        "coactivation_lift": _as_lists(lift(stats.coactivation)),
         "specialisation": {
-            "domain_entropy": _plain(domain_entropy(by_domain)),
-            **{name: x if isinstance(x, int) else _plain(x) for name, x in found._asdict().items()},
+            "domain_entropy": _as_lists(domain_entropy(by_domain)),
+            **{name: x if isinstance(x, int) else _as_lists(x) for name, x in special._asdict().items()},
         },
-        "favourites": [_favourites(stats, layer, words) for layer in range(len(stats.layers))],
+        "favourites": [_favourites(stats, layer, tokenizer) for layer in range(len(stats.layers))],
         "contexts": [
-            [_contexts(stats, layer, expert, words) for expert in range(stats.load.shape[1])]
+            [_contexts(stats, layer, expert, tokenizer) for expert in range(stats.load.shape[1])]
             for layer in range(len(stats.layers))
         ],
         "over_time": None if log is None else {"steps": log.steps.tolist(), "max_vio": _max_vio(log)},
     }
 
 
-def _plain(values) -> Any:
-    """Nested lists of numbers of six digits; None for NaN."""
+def _as_lists(values) -> Any:
+    """Convert to nested lists of numbers with six significant digits; NaN becomes None."""
     values = np.asarray(values, np.float64)
     if values.ndim:
-        return [_plain(part) for part in values]
+        return [_as_lists(part) for part in values]
     return float(f"{values:.6g}") if np.isfinite(values) else None
 
 
 def _max_vio(log: LoadLog) -> Any:
-    return _plain(balance.max_vio(jnp.asarray(log.load, jnp.float32)))
+    return _as_lists(balance.max_vio(jnp.asarray(log.load, jnp.float32)))
 
 
-def _favourites(stats: RoutingStats, layer: int, words: Tokenizer) -> list[list[dict]]:
+def _favourites(stats: RoutingStats, layer: int, tokenizer: Tokenizer) -> list[list[dict]]:
     return [
         [
-            one._asdict() | {"text": readable(words, [one.token]).replace(" ", "␣"), "lift": round(one.lift, 4)}
-            for one in expert
+            favourite._asdict()
+            | {
+                "text": readable(tokenizer, [favourite.token]).replace(" ", "␣"),
+                "lift": round(favourite.lift, 4),
+            }
+            for favourite in of_expert
         ]
-        for expert in favourites(stats, layer, min_count=MIN_COUNT)
+        for of_expert in favourites(stats, layer, min_count=MIN_COUNT)
     ]
 
 
-def _contexts(stats: RoutingStats, layer: int, expert: int, words: Tokenizer) -> list[dict]:
-    """Of one expert, the largest gates first."""
-    kept = stats.contexts
-    rows = np.flatnonzero((kept.layer == layer) & (kept.expert == expert))[:CONTEXTS]
+def _contexts(stats: RoutingStats, layer: int, expert: int, tokenizer: Tokenizer) -> list[dict]:
+    """List the contexts of one expert, the largest gate first."""
+    contexts = stats.contexts
+    rows = np.flatnonzero((contexts.layer == layer) & (contexts.expert == expert))[:CONTEXTS]
     return [
-        dict(zip(("before", "token", "after"), context(words, kept.tokens[row]), strict=True))
-        | {"gate": round(float(kept.gate[row]), 4)}
+        dict(zip(("before", "token", "after"), context(tokenizer, contexts.tokens[row]), strict=True))
+        | {"gate": round(float(contexts.gate[row]), 4)}
         for row in rows
     ]
 
 
-def _draw(stats: RoutingStats, found: Specialisation, log: LoadLog | None, folder: Path, whose: str) -> None:
-    """PICTURES, but for those that have nothing to show: no training log, one domain, one expert a token."""
+def _draw(stats: RoutingStats, special: Specialisation, log: LoadLog | None, folder: Path, title: str) -> None:
+    """Write PICTURES, except those without content: no training log, one domain, or one expert a token."""
     load, over_time, domains, information, coactivation, entropy = (folder / name for name in PICTURES)
-    by_domain, heads = stats.load_by_domain, sum(name.startswith("MTP") for name in stats.layers)
-    several = len(stats.domains) > 1
+    by_domain, num_heads = stats.load_by_domain, sum(name.startswith("MTP") for name in stats.layers)
+    several_domains = len(stats.domains) > 1
     routing_heatmap(
         stats.load,
         load,
-        title=f"{whose}: load of each expert on held-out text, over the layer's mean",
-        domain_loads=dict(zip(stats.domains, by_domain, strict=True)) if several else None,
-        mtp_blocks=heads,
+        title=f"{title}: load of each expert on held-out text, over the layer's mean",
+        domain_loads=dict(zip(stats.domains, by_domain, strict=True)) if several_domains else None,
+        mtp_blocks=num_heads,
     )
     if log is not None:
         plots.load_over_time(log.steps, log.load, stats.layers, over_time)
-    if several:
+    if several_domains:
         plots.domain_lift(by_domain, stats.domains, stats.layers, domains)
-        plots.information(found, stats.layers, information)
+        plots.information(special, stats.layers, information)
     if stats.experts_per_token > 1:
-        plots.coactivation(lift(stats.together), stats.layers, coactivation)
+        plots.coactivation(lift(stats.coactivation), stats.layers, coactivation)
     sums = {"Chosen gates": stats.document_gate_entropy, "Scores of all experts": stats.document_score_entropy}
     plots.entropies(
         {"Chosen gates": stats.gate_entropy, "Scores of all experts": stats.score_entropy},
-        {title: stats.mean_by_domain(one) for title, one in sums.items()},
+        {name: stats.mean_by_domain(document_sums) for name, document_sums in sums.items()},
         stats.domains,
         stats.layers,
         entropy,
@@ -219,29 +234,11 @@ def _draw(stats: RoutingStats, found: Specialisation, log: LoadLog | None, folde
 
 
 def _check(out: Path) -> None:
-    """Raises: ValueError when `out` is there and is not what `report` wrote."""
+    """Raise ValueError if `out` exists and holds anything that `report` did not write."""
     if not out.exists():
         return
     if not out.is_dir():
-        raise ValueError(f"{out} is a file, not a folder to write statistics into")
+        raise ValueError(f"out={str(out)!r} is a file; choose a folder for the statistics")
     others = sorted(path.name for path in out.iterdir() if path.name not in (NUMBERS, PAGE, *PICTURES))
     if others:
-        raise ValueError(f"{out} holds other files than statistics, such as {others[0]}; choose another --out")
-
-
-@contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
-    """A new folder to fill, which then takes the place of `out`; on failure `out` stays as it was."""
-    out = out.resolve()
-    part, old = (out.with_name(f".{out.name}.{os.getpid()}.{what}") for what in ("part", "old"))
-    part.mkdir(parents=True)
-    try:
-        yield part
-        if out.exists():
-            out.rename(old)
-        part.rename(out)
-    finally:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        raise ValueError(f"out={str(out)!r} holds other files than statistics, such as {others[0]}; choose another")

@@ -1,36 +1,37 @@
-"""Checkpoints with Orbax: whole or not there at all, written beside training, the last few kept.
+"""Checkpoints with Orbax: complete or not there at all, written in the background, the last few kept.
 
 Each holds the training state (parameters, router bias, optimizer, step), the data position and the run's
-configuration. Orbax writes into a temporary folder and renames it, so a run killed at any moment leaves the
-checkpoint before; what a dead run left half-written is cleaned away on the next start.
+configuration. Orbax writes into a temporary folder and renames it, so a run killed at any moment leaves the checkpoint
+before. Half-written checkpoints of a dead run are deleted at the next start. Checkpoints are independent of the mesh.
 """
 
-import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from dsv3_jax.cluster import processes
-from dsv3_jax.config import Layout, ModelConfig, RunConfig, first_difference, from_dict, replace, to_dict
+from dsv3_jax.config import RunConfig, replace, run_from_dict, to_dict
 from dsv3_jax.data import tokenizer
+from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.training.run_folder import difference, read_run
 from dsv3_jax.training.step import TrainState, abstract_state, model_of
 
 
 class Checkpoints:
     """The checkpoints of one run folder. Use as a context: leaving it waits for what is still being written.
 
-    With `read_only` nothing is written, and nothing cleaned away: the run may be going on elsewhere.
+    Args: read_only: nothing is written or deleted: the run may be training elsewhere.
     """
 
     def __init__(self, folder: str | Path, run: RunConfig, *, read_only: bool = False):
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # what goes wrong is raised, too
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # its errors are raised, too
         self.folder, self.run = Path(folder).absolute() / "checkpoints", run
         if read_only:
             options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
@@ -49,22 +50,22 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """Step of the last whole checkpoint; None before the first."""
+        """Step of the last complete checkpoint; None before the first."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState, data: dict[str, Any], *, wait: bool = False) -> None:
         """Save a state and the data position, in the background unless `wait`.
 
-        Raises: OSError when the disk has no room for it (the checkpoints before stay); of several processes the first
+        Raises: OSError if the disk has no room for it (the checkpoints before stay); of several processes the first
             decides, and the others raise its sentence as ValueError.
         """
         step = int(state.step)
         if step == self.latest:
             return
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        processes.by_first(lambda: self._see_room(size))  # who refused alone would leave the others waiting in the save
+        processes.by_first(lambda: self._check_room(size))  # one that refused alone would leave the others waiting
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
+            state=ocp.args.PyTreeSave(state),
             data=ocp.args.JsonSave(data),
             config=ocp.args.JsonSave(to_dict(self.run)),
         )
@@ -72,122 +73,103 @@ class Checkpoints:
         if wait:
             self._manager.wait_until_finished()
 
-    def _see_room(self, size: int) -> None:
+    def _check_room(self, size: int) -> None:
         free = shutil.disk_usage(self.folder).free
         if free < size + (64 << 20):
             raise OSError(
                 f"no room for a checkpoint of {size / 1e6:.0f} MB in {self.folder}: {free / 1e6:.0f} MB are free"
             )
 
-    def restore(self, mesh: Mesh | None = None, step: int | None = None) -> tuple[TrainState, dict[str, Any]] | None:
-        """A whole checkpoint's state and data position, the last one's or that of `step`; None when there is none.
+    def restore(
+        self, mesh: Mesh | None = None, step: int | None = None, *, optimizer: bool = True
+    ) -> tuple[TrainState, dict[str, Any]] | None:
+        """Read a complete checkpoint: the state and the data position; None if there is none yet.
 
-        The state comes to lie where the mesh wants it, whatever mesh it was saved on; without one on a single device.
-
-        Raises: ValueError when the checkpoint does not fit the run's configuration, or there is none of `step`.
+        Args:
+            mesh: shards the state, whatever mesh it was saved on. None means a single device.
+            step: None means the last.
+            optimizer: False leaves the optimizer's state out: its arrays are placeholders.
+        Raises: ValueError if the checkpoint does not fit the run's configuration, or there is none of `step`.
         """
         if self.latest is None:
             return None
         steps = self._manager.all_steps()
         if step is not None and step not in steps:
             kept = ", ".join(map(str, sorted(steps)))
-            raise ValueError(f"there is no checkpoint of step {step} in {self.folder}: there are those of {kept}")
+            raise ValueError(f"step={step} has no checkpoint in {self.folder}; there are those of {kept}")
         step = self.latest if step is None else step
         self._check_config(step)
         target = abstract_state(self.run)
-        where = sharding.state_sharding(target, mesh, fsdp=self.run.model.layout.fsdp)
+        where = sharding.state_sharding(target, mesh, fsdp=self.run.execution.layout.fsdp)
         target = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), target, where)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
+        if not optimizer:
+            target = replace(target, opt=jax.tree.map(lambda _: ocp.PLACEHOLDER, target.opt))
+        # Not StandardRestore, which refuses placeholders; and a manager takes one kind of arguments for an item.
+        state = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
+        args = ocp.args.Composite(state=state, data=ocp.args.JsonRestore())
         try:
             found = self._manager.restore(step, args=args)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"the checkpoint of step {step} in {self.folder} is another model's than its configuration says"
+                f"step={step}: the checkpoint in {self.folder} is not of the model that its configuration describes"
             ) from error
         return found.state, found.data
 
     def _check_config(self, step: int) -> None:
-        # First, for a restore of other shapes fails half-way and leaves Orbax's tasks behind.
+        # First: a restore of other shapes fails half-way and leaves Orbax's tasks behind.
         found = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
-        different = difference(from_dict(RunConfig, found), self.run)
+        saved = run_from_dict(found)
+        if "bytes" not in (saved.data.tokenizer, self.run.data.tokenizer):
+            # The folder has one tokenizer, but may have been elsewhere when this was saved.
+            saved = replace(saved, data=replace(saved.data, tokenizer=self.run.data.tokenizer))
+        different = difference(saved, self.run)
         if different:
             key, a, b = different
-            raise ValueError(f"the checkpoint of step {step} in {self.folder} was saved with {key} {a!r}, not {b!r}")
+            raise ValueError(f"{key}={b!r} is not that of the checkpoint of step {step} in {self.folder}, {a!r}")
 
 
-RUN_FILE, TOKENIZER_FILE = "run.json", "tokenizer.json"
+class Loaded(NamedTuple):
+    """A model out of a run folder."""
+
+    model: Transformer
+    run: RunConfig
+    step: int  # of its checkpoint
 
 
-def read_run(folder: str | Path) -> RunConfig:
-    """The configuration of a run folder.
+def load_run(
+    folder: str | Path, mesh: Mesh | None = None, *, step: int | None = None, kernels: str | None = None
+) -> Loaded:
+    """Load the model of a run's checkpoint, without optimizer state.
 
-    Raises: ValueError when the folder holds no run, or its configuration cannot be read.
-    """
-    path = Path(folder) / RUN_FILE
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no run: there is no {RUN_FILE} in it")
-    try:
-        return from_dict(RunConfig, json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-
-
-def claim(folder: str | Path, run: RunConfig) -> None:
-    """Make a run folder, or find it to be this very run's.
-
-    A tokenizer.json may be there already. The configuration must be the one the folder was made with, key by key.
-
-    Raises: ValueError when the folder is another run's, or holds other things.
-    """
-    folder = Path(folder)
-    if (folder / RUN_FILE).exists():
-        different = difference(read_run(folder), run)
-        if different:
-            key, a, b = different
-            raise ValueError(f"{folder} holds another run: its {key} is {a!r}, not {b!r}; choose another --out")
-        return
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file, not a folder to write a run into")
-    if folder.exists() and any(path.name not in (TOKENIZER_FILE, RUN_FILE + ".part") for path in folder.iterdir()):
-        raise ValueError(f"{folder} holds other files and no {RUN_FILE}; choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / (RUN_FILE + ".part")
-    part.write_text(json.dumps(to_dict(run), indent=1))
-    part.rename(folder / RUN_FILE)
-
-
-def difference(a: RunConfig, b: RunConfig) -> tuple[str, Any, Any] | None:
-    """As `first_difference`, of what makes a run this one: on which mesh and how it lies there changes no result."""
-    plain, other = (to_dict(replace(run, model=replace(run.model, layout=Layout()))) for run in (a, b))
-    return first_difference(plain, other)
-
-
-def load_model(
-    folder: str | Path, mesh: Mesh | None = None, *, step: int | None = None
-) -> tuple[Transformer, ModelConfig, RunConfig, int]:
-    """The model of a run's checkpoint, the last or that of `step`: (model, its configuration, the run, the step).
-
-    Args: mesh: where it comes to lie, whatever it was trained on; None is a single device.
-    Raises: ValueError when the folder holds no run, no checkpoint yet, or none of `step`, or (ConfigError) its model
-        does not fit the mesh.
+    Args:
+        mesh: shards the model, whatever it was trained on. None means a single device.
+        step: None means the last.
+        kernels: as `Execution.kernels`. None means the run's own.
+    Raises: ValueError if the folder holds no run, no checkpoint yet, or none of `step`, or (ConfigError) its model
+        does not fit the mesh, or its devices do not have the kernels.
     """
     run = read_run(folder)
+    if kernels is not None:
+        run = replace(run, execution=replace(run.execution, kernels=kernels))
     if mesh is not None:
-        sharding.check_model(mesh, run.model)
+        sharding.check_model(mesh, run.model, run.execution.layout)
+    prepared = prepare(run.execution, mesh=mesh)
     with Checkpoints(folder, run, read_only=True) as checkpoints:
-        found = checkpoints.restore(mesh, step)
+        found = checkpoints.restore(mesh, step, optimizer=False)
     if found is None:
-        raise ValueError(f"{folder} holds no checkpoint yet")
+        raise ValueError(f"folder={str(folder)!r} holds no checkpoint yet; training writes the first")
     state, _ = found
-    return model_of(run.model, state), run.model, run, int(state.step)
+    return Loaded(model_of(run, state, prepared), run, int(state.step))
 
 
-def load_draft(folder: str | Path, run: RunConfig, mesh: Mesh | None = None) -> Transformer:
-    """The model of another run's last checkpoint, to draft for a model of `run`, on the mesh that this one lies on.
+def load_draft(
+    folder: str | Path, run: RunConfig, mesh: Mesh | None = None, *, kernels: str | None = None
+) -> Transformer:
+    """Load the model of another run's last checkpoint, to draft for a model of `run`, on the same mesh.
 
-    Raises: ValueError as `load_model`, and when the other's tokenizer gives ids another meaning.
+    Raises: ValueError as `load_run`, and if the other's tokenizer gives ids another meaning.
     """
-    model, _, other, _ = load_model(folder, mesh)
+    model, other, _ = load_run(folder, mesh, kernels=kernels)
     if not tokenizer.load(run.data.tokenizer).same_ids(tokenizer.load(other.data.tokenizer)):
-        raise ValueError(f"the draft run {folder} has another tokenizer: its ids mean other text")
+        raise ValueError(f"draft={str(folder)!r} has another tokenizer: its ids mean other text")
     return model

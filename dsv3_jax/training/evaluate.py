@@ -1,10 +1,10 @@
 """Held-out measures: loss, bits a byte (in all and by domain), MaxVio over the whole set, MTP acceptance.
 
-And what a cache costs in quality: the same text read through caches of other dtypes.
+Also the cost of a cache in quality: the same text read through caches of other dtypes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -20,12 +20,12 @@ from dsv3_jax.model.cache import bytes_per_token, empty_cache, pick_dtype, pick_
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops import balance
 from dsv3_jax.ops.cross_entropy import token_scores
-from dsv3_jax.training.loss import scores, targets
+from dsv3_jax.training.loss import score_tokens, targets
 
 
 @partial(jax.jit, static_argnames="graphdef")
 def _scores(graphdef, state, batch):
-    return scores(nnx.merge(graphdef, state), batch)
+    return score_tokens(nnx.merge(graphdef, state), batch)
 
 
 def evaluate(
@@ -35,7 +35,7 @@ def evaluate(
     domains: Sequence[str] = (),
     mesh: Mesh | None = None,
 ) -> dict[str, object]:
-    """Measure a model on held-out batches; on a mesh their rows are cut over its devices, whosoever they are.
+    """Measure a model on held-out batches; on a mesh their rows are sharded over its devices.
 
     Returns: val_loss (nats a token), val_bits_per_byte, max_vio_global (mean over layers), mtp_acceptance (list, a
     share a depth), load ([L, E] float array: the trunk's sparse layers, then the heads with experts), and
@@ -73,7 +73,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class CacheQuality:
-    """What decoding through a cache of some dtype does to a model."""
+    """A model's quality when it reads through a cache of some dtype."""
 
     val_loss: float  # nats a token
     agreement: float  # share of tokens whose likeliest successor is the exact cache's
@@ -86,16 +86,16 @@ STEP = 16  # tokens read at a time: each attends to cached rows alone, its own t
 def cache_quality(
     model: Transformer, batches: Sequence[Batch], dtypes: Sequence[str], cache: str | None = None
 ) -> dict[str, CacheQuality]:
-    """Read held-out rows through caches, each row as one text.
+    """Read held-out rows through caches, each row as one text: its documents see one another.
 
     Args:
-        dtypes: of cached rows; what all are held against is the first, so it should be the exact one, "float32".
-        cache: "latent" or "expanded"; None is the model's own.
-    Raises: ValueError for a kind or dtype that there is not.
+        dtypes: of cached rows; all are compared with the first, which should be the exact one, "float32".
+        cache: "latent" or "expanded". None means the model's own.
+    Raises: ValueError for an unknown kind or dtype.
     """
     cfg, kind = model.cfg, pick_kind(model.cfg, cache)
     if kind == "none":
-        raise ValueError("cache='none' holds no rows that a dtype could change")
+        raise ValueError("cache='none' holds no rows, so a dtype changes nothing; use 'latent' or 'expanded'")
     graphdef, state = nnx.split(model)
     found: dict[str, CacheQuality] = {}
     exact: list[np.ndarray] = []
@@ -103,15 +103,18 @@ def cache_quality(
         nats, same, count = 0.0, 0.0, 0.0
         for i, batch in enumerate(batches):
             tokens, segment_ids = (jnp.asarray(batch[key]) for key in ("tokens", "segment_ids"))
-            read = _through_cache(graphdef, state, tokens, kind=kind, dtype=pick_dtype(cfg, name))
+            read = _through_cache(graphdef, state, tokens, kind=kind, dtype=pick_dtype(model.compute_dtype, name))
             nll, best = (np.asarray(x) for x in read)
             if len(exact) == i:
                 exact.append(best)
             mask = np.asarray(targets(tokens, segment_ids, 1)[1])
             nats, count = nats + nll.astype(np.float64)[mask].sum(), count + mask.sum()
             same += (best == exact[i])[mask].sum()
+        dtype = pick_dtype(model.compute_dtype, name)
         found[name] = CacheQuality(
-            float(nats / max(count, 1)), float(same / max(count, 1)), bytes_per_token(cfg, kind, pick_dtype(cfg, name))
+            float(nats / max(count, 1)),
+            float(same / max(count, 1)),
+            bytes_per_token(cfg, kind, dtype),
         )
     return found
 
@@ -124,10 +127,11 @@ def _through_cache(graphdef, state, tokens, *, kind, dtype):
     steps = -(-length // STEP)
     padded = jnp.pad(tokens, ((0, 0), (0, steps * STEP - length)))
     start = empty_cache(model.cfg, model.cfg.num_layers, batch, steps * STEP, kind, dtype)
+    start = start.at_lengths(start.lengths)
 
     def read(cache, part):
-        x, cache = model.decode(part, cache)
-        return replace(cache, lengths=cache.lengths + STEP), model.norm(x)
+        x, cache = cache.step(model, part)
+        return cache.at_lengths(cache.lengths + STEP), model.norm(x)
 
     _, h = jax.lax.scan(read, start, padded.reshape(batch, steps, STEP).swapaxes(0, 1))
     h = h.swapaxes(0, 1).reshape(batch, steps * STEP, -1)[:, : length - 1]

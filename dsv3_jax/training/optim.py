@@ -8,10 +8,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from dsv3_jax.config import OptimConfig
-from dsv3_jax.kernels.cpu import calls
-from dsv3_jax.model.layers import NormScale
-
-LARGE = 1 << 16  # numbers of an array from which the native kernel, on all threads, is faster than XLA
+from dsv3_jax.kernels.choose import Kernels
 
 
 def learning_rate(cfg: OptimConfig, steps: int, step: Array) -> Array:
@@ -31,7 +28,7 @@ def mtp_weight(cfg: OptimConfig, steps: int, step: Array) -> Array:
 
 
 def bias_rate(cfg: OptimConfig, rate: float, steps: int, step: Array) -> Array:
-    """γ: the step of the loss-free bias, 0 for the last stretch; float32."""
+    """γ: the step of the loss-free bias, 0 at the end of training; float32."""
     return jnp.where(jnp.asarray(step, jnp.float32) < cfg.bias_freeze * steps, rate, 0.0).astype(jnp.float32)
 
 
@@ -56,38 +53,29 @@ def adamw(
     grads: nnx.State,
     norm: Array,
     keep: Array,
+    kernels: Kernels,
 ) -> tuple[nnx.State, AdamState]:
-    """One step of AdamW on gradients clipped to a global norm; decay on all but the norms' scales.
+    """Take one step of AdamW on gradients clipped to a global norm; weight decay on all but the norms' scales.
 
-    The same numbers as optax.chain(clip_by_global_norm, adamw), in an order that XLA runs in place: optax's writes the
-    clipped gradients out and copies both means, which is three times the memory traffic and a gradient's size of
-    temporary memory.
+    The numbers are those of optax.chain(clip_by_global_norm, adamw), in an order that XLA runs in place. optax's writes
+    the clipped gradients out and copies both means: three times the memory traffic, and a gradient's size of temporary
+    memory.
 
     Args:
         step: int32 [], steps taken before this one.
         norm: the gradients' global norm.
-        keep: bool []: take the step; where False everything stays as it was.
+        keep: bool []: take the step; False changes nothing.
     Source: arXiv 1711.05101.
     """
     count = (step + 1).astype(jnp.float32)
     clip = jnp.where(norm < cfg.clip_norm, 1.0, cfg.clip_norm / norm)
     to_mean, to_square = 1 / (1 - cfg.beta1**count), 1 / (1 - cfg.beta2**count)
-    rate = learning_rate(cfg, steps, step)
-
-    numbers = jnp.stack([clip, to_mean, to_square, rate, keep.astype(jnp.float32)])
+    numbers = jnp.stack([clip, to_mean, to_square, learning_rate(cfg, steps, step), keep.astype(jnp.float32)])
+    settings = {"beta1": cfg.beta1, "beta2": cfg.beta2, "eps": cfg.eps}
 
     def leaf(p, mu, nu, g, decays):
-        if p.size >= LARGE and calls.serves(p.dtype, mu.dtype, nu.dtype, g.dtype):
-            decay = cfg.weight_decay if decays else 0.0
-            how = {"beta1": cfg.beta1, "beta2": cfg.beta2, "eps": cfg.eps, "decay": decay}
-            return calls.adamw(p, mu, nu, g, numbers, **how)
-        g = g * clip
-        mu = jnp.where(keep, cfg.beta1 * mu + (1 - cfg.beta1) * g, mu)
-        nu = jnp.where(keep, cfg.beta2 * nu + (1 - cfg.beta2) * g * g, nu)
-        move = mu * to_mean / (jnp.sqrt(nu * to_square) + cfg.eps)
-        if decays:
-            move = move + cfg.weight_decay * p
-        return jnp.where(keep, p - rate * move, p), mu, nu
+        decay = cfg.weight_decay if decays else 0.0
+        return kernels.adamw_update(p, mu, nu, g, numbers, **settings, decay=decay)
 
     leaves, tree = jax.tree.flatten(params)
     rest = (jax.tree.leaves(t) for t in (adam.mu, adam.nu, grads, _decays(params)))
@@ -100,6 +88,6 @@ def _decays(params: nnx.State):
     """Which leaves take weight decay, in the parameters' structure."""
 
     def mark(v):
-        return jax.tree.map(lambda _: not isinstance(v, NormScale), v)
+        return jax.tree.map(lambda _: v.get_metadata().get("decay", True), v)
 
     return jax.tree.map(mark, params, is_leaf=lambda x: isinstance(x, nnx.Variable))

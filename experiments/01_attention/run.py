@@ -1,10 +1,9 @@
-"""MLA against MHA, GQA and MQA: validation loss and cache bytes a token, at equal parameters."""
+"""MLA against MHA, GQA and MQA: validation loss and cache bytes per token, at equal parameters."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 
 from dsv3_jax.config import ModelConfig, replace
 from dsv3_jax.model.counting import size
@@ -12,13 +11,16 @@ from experiments.lab import Column, Study, drawing
 
 
 def matched(cfg: ModelConfig, like: ModelConfig) -> ModelConfig:
-    """As many parameters as `like`: the dense layers' width takes up the difference, to half a column."""
+    """Return `cfg` with as many parameters as `like`, up to half a column of the dense layers.
+
+    The width of the dense layers makes up for the difference.
+    """
     column = 3 * cfg.dim * cfg.num_dense_layers
     missing = size(like).total - size(cfg).total
-    made = replace(cfg, dense_dim=cfg.dense_dim + round(missing / column))
+    widened = replace(cfg, dense_dim=cfg.dense_dim + round(missing / column))
     for count in ("total", "active"):
-        assert abs(getattr(size(made), count) - getattr(size(like), count)) <= column / 2
-    return made
+        assert abs(getattr(size(widened), count) - getattr(size(like), count)) <= column / 2
+    return widened
 
 
 def variants(base):
@@ -32,7 +34,7 @@ def variants(base):
         "MLA, unmatched": mla,
     }
     runs = {name: replace(base, model=model) for name, model in models.items()}
-    # Each kind has the better of two learning rates (README.md): the base's was found for MLA.
+    # The base's learning rate was tuned for MLA. The others use the better of two rates (see README.md).
     half = replace(base.optim, learning_rate=base.optim.learning_rate / 2)
     return runs | {name: replace(runs[name], optim=half) for name in HALF}
 
@@ -45,29 +47,29 @@ def cache_bytes(results, variant):
 
 
 def draw(results, path):
-    drawing.against(results, path, cache_bytes, "cache, bytes a token", "What a smaller cache costs")
+    drawing.draw_loss_by_cost(results, path, cache_bytes, "cache, bytes per token", "Loss by cache size")
 
 
 def ours(results):
     if not {"MHA", "MLA"} <= set(results.variants):
         return ""
-    words = [
+    changes = [
         f"{name} {results.paired(name, 'MHA', 'val_loss').mean():+.3f} nats at "
         f"{cache_bytes(results, name) / cache_bytes(results, 'MHA'):.0%} of the bytes"
         for name in results.variants
         if name != "MHA"
     ]
-    return "against MHA: " + "; ".join(words)
+    return "against MHA: " + "; ".join(changes)
 
 
 STUDY = Study(
     script=__file__,
     question="Does MLA reach the loss of MHA with a cache as small as MQA's?",
-    published="15.6K numbers a token against MHA's 110.6K, at equal or better quality (DeepSeek-V2 report)",
+    published="15.6K cached numbers per token against MHA's 110.6K, at equal or better quality (DeepSeek-V2 report)",
     variants=variants,
     columns=(
         Column("validation loss", "val_loss", 4, paired=True),
-        Column("bits a byte", "val_bits_per_byte", 4),
+        Column("bits per byte", "val_bits_per_byte", 4),
     ),
     draw=draw,
     ours=ours,

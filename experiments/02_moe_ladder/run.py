@@ -1,10 +1,9 @@
-"""DeepSeekMoE's ladder: dense, one large expert, two, a shared one, finer ones; total and active parameters equal."""
+"""DeepSeekMoE's ladder: dense, one large expert, two, a shared one, finer ones; equal total and active parameters."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 
 from dsv3_jax.config import replace
 from dsv3_jax.model.counting import size
@@ -12,9 +11,9 @@ from experiments.lab import ABOVE, Column, Study
 
 
 def variants(base):
-    # Gates are not normalised: a single one would always be 1, and nothing would teach the router.
+    # Gates are not normalised: with one expert per token the gate would always be 1, and the router would not learn.
     cfg = replace(base.model, normalize_gates=False, num_groups=1, groups_per_token=1)
-    active = cfg.dense_dim // 8 * 8  # width that a token is multiplied with in each layer
+    active = cfg.dense_dim // 8 * 8  # active feed-forward width per token in each layer
 
     def sparse(experts, chosen, shared, width):
         return replace(
@@ -31,7 +30,7 @@ def variants(base):
         "fine × 4: 1 + 7 of 63": sparse(63, 7, 1, active // 8),
     }
     sizes = [size(model) for model in models.values()]
-    routers = [s.parts["router and norms"] for s in sizes]  # the one part that grows with the number of experts
+    routers = [s.parts["router and norms"] for s in sizes]  # the only part that grows with the number of experts
     assert len({s.active - r for s, r in zip(sizes, routers, strict=True)}) == 1
     assert len({s.total - r for s, r in zip(sizes[1:], routers[1:], strict=True)}) == 1
     return {name: replace(base, model=model) for name, model in models.items()}
@@ -45,11 +44,11 @@ def ours(results):
 STUDY = Study(
     script=__file__,
     question="Do shared and finer experts lower the loss at equal total and active parameters?",
-    published="dense 2.060, Switch 1.881, GShard 1.867, DeepSeekMoE 1.808 (2B, Pile); shared, then × 2, then × 4 help",
+    published="dense 2.060, Switch 1.881, GShard 1.867, DeepSeekMoE 1.808 (2B, Pile); every rung of the ladder helps",
     variants=variants,
     columns=(
         Column("validation loss", "val_loss", 4, paired=True, against=(ABOVE,)),
-        Column("bits a byte", "val_bits_per_byte", 4),
+        Column("bits per byte", "val_bits_per_byte", 4),
         Column("MaxVio", "max_vio_global", 2),
     ),
     ours=ours,

@@ -1,10 +1,9 @@
-"""Ways to keep expert load even, and none: MaxVio over time and validation loss; bias rates of the loss-free way."""
+"""Balancing methods and none: MaxVio over time and validation loss; bias rates of the loss-free method."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 
 import jax
 import numpy as np
@@ -13,12 +12,11 @@ from matplotlib.figure import Figure
 
 from dsv3_jax.config import Balance, replace
 from dsv3_jax.model.moe import RouterBias
-from experiments.lab import Column, Study, drawing
-from experiments.lab.results import write_figure
+from experiments.lab import Column, Study, drawing, write_figure
 
 BASELINE = "Switch loss, α 1e-3"  # the loss-free paper's
 NONE = Balance(bias_rate=0.0, sequence_alpha=0.0)
-WAYS = {
+METHODS = {
     "none": NONE,
     BASELINE: replace(NONE, switch_alpha=1e-3),
     "sequence-wise, α 3e-3": replace(NONE, sequence_alpha=3e-3),  # DeepSeek-V2's
@@ -29,17 +27,19 @@ RATES = {f"loss-free, γ {rate}": replace(NONE, bias_rate=float(rate)) for rate 
 
 
 def variants(base):
-    return {name: replace(base, model=replace(base.model, balance=way)) for name, way in (WAYS | RATES).items()}
+    return {
+        name: replace(base, model=replace(base.model, balance=balance)) for name, balance in (METHODS | RATES).items()
+    }
 
 
 def measure(trained):
-    """How far apart the biases of a layer's experts have come: (largest − smallest), mean over layers."""
+    """Measure the range of the biases within a layer (largest − smallest), mean over layers."""
     biases = [np.ptp(np.asarray(b), axis=-1) for b in jax.tree.leaves(nnx.state(trained.model, RouterBias))]
     return {"bias_range": float(np.mean(np.concatenate([b.ravel() for b in biases])))}
 
 
-def late(results, variant):
-    """MaxVio of a step's tokens, mean over the last fifth of training, a number a seed."""
+def late_max_vio(results, variant):
+    """Return MaxVio of a step's tokens, mean over the last fifth of training, one number per seed."""
     _, values = results.curve(variant, "max_vio")
     return values[:, -max(values.shape[1] // 5, 1) :].mean(1)
 
@@ -48,10 +48,12 @@ def draw(results, path):
     figure = Figure(figsize=(11, 8), layout="constrained")
     (left, right), (below, last) = figure.subplots(2, 2)
     rates = [name for name in results.variants if name in ("none", "loss-free, γ 3e-3") or name in RATES]
-    drawing.curves(left, results, "max_vio", "MaxVio of a step's tokens, by way", "(max − mean) / mean", WAYS)
-    drawing.curves(right, results, "max_vio", "The same, by bias rate", "(max − mean) / mean", rates)
-    drawing.dots_by_variant(below, results, "val_loss", "Validation loss against none", "nats a token")
-    drawing.dots_by_variant(last, results, "max_vio_global", "MaxVio of the validation set against none", "ratio")
+    drawing.plot_curves(
+        left, results, "max_vio", "MaxVio of a step's tokens, by method", "(max − mean) / mean", METHODS
+    )
+    drawing.plot_curves(right, results, "max_vio", "The same, by bias rate", "(max − mean) / mean", rates)
+    drawing.plot_differences(below, results, "val_loss", "Validation loss against none", "nats per token")
+    drawing.plot_differences(last, results, "max_vio_global", "MaxVio of the validation set against none", "ratio")
     last.set_yticklabels([])
     for ax in (left, right):
         ax.set_ylim(bottom=0)
@@ -62,25 +64,25 @@ def ours(results):
     if BASELINE not in results.variants:
         return ""
 
-    def words(name):
-        found = f"{name}: MaxVio {results.values(name, 'max_vio_global').mean():.2f}"
+    def summary(name):
+        text = f"{name}: MaxVio {results.values(name, 'max_vio_global').mean():.2f}"
         if name == BASELINE:
-            return found
-        return f"{found}, loss {results.paired(name, BASELINE, 'val_loss').mean():+.3f} against {BASELINE}"
+            return text
+        return f"{text}, loss {results.paired(name, BASELINE, 'val_loss').mean():+.3f} against {BASELINE}"
 
-    return "; ".join(words(name) for name in results.variants if name in WAYS)
+    return "; ".join(summary(name) for name in results.variants if name in METHODS)
 
 
 STUDY = Study(
     script=__file__,
     question="Does the loss-free bias balance experts better than an auxiliary loss, and at a lower loss?",
-    published="MaxVio 0.72 → 0.04, perplexity 9.56 → 9.50 (1B, auxiliary loss → loss-free); γ 1e-4 slow, 1e-2 unsteady",
+    published="MaxVio 0.72 → 0.04, perplexity 9.56 → 9.50 (1B, auxiliary loss → loss-free); γ 1e-4 slow, 1e-2 unstable",
     variants=variants,
     measure=measure,
     columns=(
         Column("validation loss", "val_loss", 4, paired=True, against=(BASELINE,)),
         Column("MaxVio, validation set", "max_vio_global", 2),
-        Column("MaxVio of a step, last fifth", late, 2),
+        Column("MaxVio of a step, last fifth", late_max_vio, 2),
         Column("range of biases", "bias_range", 3),
     ),
     draw=draw,

@@ -1,4 +1,4 @@
-"""No token dropped, against experts of a fixed capacity: what is dropped, and what it costs."""
+"""Dropless routing against fixed expert capacities: the share of dropped tokens and the loss."""
 
 import sys
 from pathlib import Path
@@ -15,13 +15,12 @@ from matplotlib.figure import Figure
 from dsv3_jax.config import Balance, replace
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.training.evaluate import evaluate
-from experiments.lab import Column, Study, drawing
-from experiments.lab.results import write_figure
+from experiments.lab import Column, Study, drawing, write_figure
 
 
 def variants(base):
     capacities = {
-        f"capacity {factor:g}": replace(base, model=replace(base.model, dispatch="capacity", capacity_factor=factor))
+        f"capacity {factor:g}": replace(base, model=replace(base.model, capacity_factor=factor))
         for factor in (1.0, 1.25, 2.0)
     }
     unbalanced = replace(capacities["capacity 1.25"].model, balance=Balance(bias_rate=0.0, sequence_alpha=0.0))
@@ -29,25 +28,25 @@ def variants(base):
 
 
 def measure(trained):
-    """The loss of the same weights where nothing is dropped any more, and the share dropped of held-out text."""
-    if trained.run.model.dispatch != "capacity":
+    """Measure the loss of the same weights without capacity limit, and the dropped share of held-out text."""
+    if trained.run.model.capacity_factor is None:
         return {"val_loss_no_drop": trained.numbers["val_loss"], "dropped_held_out": 0.0}
-    shapes = abstract(replace(trained.run.model, dispatch="auto"))
+    shapes = abstract(replace(trained.run.model, capacity_factor=None), trained.run.execution)
     model = nnx.merge(nnx.graphdef(shapes), nnx.state(trained.model))
-    found = evaluate(model, trained.held_out(), trained.tokenizer)
+    metrics = evaluate(model, trained.held_out(), trained.tokenizer)
     graphdef, state = nnx.split(trained.model)
-    shares = [dropped_of(graphdef, state, batch["tokens"], batch["segment_ids"]) for batch in trained.held_out()]
-    return {"val_loss_no_drop": found["val_loss"], "dropped_held_out": float(np.mean(shares))}
+    shares = [dropped_share(graphdef, state, batch["tokens"], batch["segment_ids"]) for batch in trained.held_out()]
+    return {"val_loss_no_drop": metrics["val_loss"], "dropped_held_out": float(np.mean(shares))}
 
 
 @partial(jax.jit, static_argnames="graphdef")
-def dropped_of(graphdef, state, tokens, segment_ids):
-    """Share of a batch's assignments that are dropped, mean over layers."""
-    return nnx.merge(graphdef, state).trace(tokens, segment_ids).routing.dropped.mean()
+def dropped_share(graphdef, state, tokens, segment_ids):
+    """Return the dropped share of a batch's assignments, mean over layers."""
+    return nnx.merge(graphdef, state).forward_hidden(tokens, segment_ids).routing.dropped.mean()
 
 
-def dropped(results, variant):
-    """Share of assignments dropped over the last fifth of training, a number a seed."""
+def dropped_in_training(results, variant):
+    """Return the dropped share of assignments over the last fifth of training, one number per seed."""
     _, shares = results.curve(variant, "dropped")
     return shares[:, -max(shares.shape[1] // 5, 1) :].mean(1)
 
@@ -55,30 +54,29 @@ def dropped(results, variant):
 def draw(results, path):
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    drawing.curves(left, results, "dropped", "Share of assignments dropped in training", "share")
-    drawing.dots_by_variant(right, results, "val_loss", "Validation loss against no drop", "nats a token")
+    drawing.plot_curves(left, results, "dropped", "Dropped share of assignments in training", "share")
+    drawing.plot_differences(right, results, "val_loss", "Validation loss against no drop", "nats per token")
     write_figure(figure, path)
 
 
 def ours(results):
     first, *others = results.variants
-    return "; ".join(
-        f"{name}: {dropped(results, name).mean():.1%} dropped, {results.paired(name, first, 'val_loss').mean():+.3f}"
-        for name in others
-    )
+    shares = {name: dropped_in_training(results, name).mean() for name in others}
+    losses = {name: results.paired(name, first, "val_loss").mean() for name in others}
+    return "; ".join(f"{name}: {shares[name]:.1%} dropped, {losses[name]:+.3f}" for name in others)
 
 
 STUDY = Study(
     script=__file__,
-    question="What do dropped tokens cost, and does good balance make dropping unnecessary to begin with?",
+    question="What do dropped tokens cost, and does good balance make dropping unnecessary?",
     published="DeepSeek-V3 drops no token in training or inference, thanks to its balance; no figure is given",
     variants=variants,
     measure=measure,
     columns=(
-        Column("dropped in training, %", dropped, 2, scale=100.0),
-        Column("of held-out text, %", "dropped_held_out", 2, scale=100.0),
+        Column("dropped in training, %", dropped_in_training, 2, scale=100.0),
+        Column("dropped of held-out text, %", "dropped_held_out", 2, scale=100.0),
         Column("validation loss", "val_loss", 4, paired=True),
-        Column("the same, nothing dropped", "val_loss_no_drop", 4),
+        Column("validation loss without capacity limit", "val_loss_no_drop", 4),
         Column("MaxVio", "max_vio_global", 2),
     ),
     draw=draw,

@@ -1,4 +1,4 @@
-"""Group-limited routing: how many groups a token may reach, against the loss."""
+"""Group-limited routing: the loss by how many groups a token may reach."""
 
 import sys
 from pathlib import Path
@@ -32,11 +32,11 @@ def variants(base):
 @partial(jax.jit, static_argnames="graphdef")
 def expert_ids(graphdef, state, batch):
     model = nnx.merge(graphdef, state)
-    return model.trace(batch["tokens"], batch["segment_ids"], batch["positions"]).routing.expert_ids
+    return model.forward_hidden(batch["tokens"], batch["segment_ids"], batch["positions"]).routing.expert_ids
 
 
 def groups_reached(ids, experts_in_group):
-    """How many groups the experts of a token lie in: ids [..., K] → counts [...]."""
+    """Count the groups of a token's experts: ids [..., K] → counts [...]."""
     groups = np.sort(np.asarray(ids) // experts_in_group, axis=-1)
     return 1 + (np.diff(groups, axis=-1) != 0).sum(-1)
 
@@ -51,35 +51,35 @@ def measure(trained):
         counts.append(reached[:, batch["segment_ids"] != 0])
     reached = float(np.concatenate(counts, axis=1).mean())
     even = mean_reach(cfg, cfg.num_groups)
-    # Tokens lie anywhere: the groups that a token reaches need no copy where they are its own device's, 1 of G.
+    # A group is a device. A token is on any of the G devices, so a reached group needs no copy in 1 of G cases.
     return {"reached": reached, "reached_if_even": even, "copies": reached * (1 - 1 / cfg.num_groups)}
 
 
 def draw(results, path):
-    label = "groups that a token reaches, mean over held-out text and layers"
-    drawing.against(results, path, "reached", label, "What less traffic costs")
+    label = "groups per token, mean over held-out text and layers"
+    drawing.draw_loss_by_cost(results, path, "reached", label, "Loss by traffic")
 
 
 def ours(results):
     first = results.variants[0]
-    found = {
+    summary = {
         name: (results.values(name, "copies"), results.paired(name, first, "val_loss")) for name in results.variants
     }
     return "; ".join(
-        f"{name}: {copies.mean():.2f} copies, {loss.mean():+.3f}" for name, (copies, loss) in found.items()
+        f"{name}: {copies.mean():.2f} copies, {loss.mean():+.3f}" for name, (copies, loss) in summary.items()
     )
 
 
 STUDY = Study(
     script=__file__,
-    question="What does it cost in loss that a token may reach only a few groups of experts?",
-    published="DeepSeek-V2: 3 of 8 devices is nearly as good as no limit; V3 takes 4 of 8 groups",
+    question="How much loss does it cost to limit a token to a few groups of experts?",
+    published="DeepSeek-V2: 3 of 8 devices is nearly as good as no limit; V3 uses 4 of 8 groups",
     variants=variants,
     measure=measure,
     columns=(
         Column("groups reached", "reached", 2),
-        Column("were all choices as likely", "reached_if_even", 2),
-        Column("copies sent, a group a device", "copies", 2),
+        Column("groups reached by uniform choice", "reached_if_even", 2),
+        Column("copies sent if a group is a device", "copies", 2),
         Column("validation loss", "val_loss", 4, paired=True),
         Column("MaxVio", "max_vio_global", 2),
     ),

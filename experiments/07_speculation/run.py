@@ -1,4 +1,4 @@
-"""Speculation: who drafts best for the same model, what a step then brings, and what it costs on this machine."""
+"""Speculative decoding: the acceptance of several drafters for the same model, and their speed on this machine."""
 
 import sys
 from pathlib import Path
@@ -10,13 +10,12 @@ import statistics
 import numpy as np
 from matplotlib.figure import Figure
 
-from dsv3_jax.cli.bench import held_out_prompts
 from dsv3_jax.config import replace
+from dsv3_jax.data.batches import held_out_prompts
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.model.counting import size
-from dsv3_jax.training.checkpoint import load_model
-from experiments.lab import After, Study, drawing
-from experiments.lab.results import markdown, mean_spread, number, write_figure
+from dsv3_jax.training.checkpoint import load_run
+from experiments.lab import FollowUp, Study, drawing, format_number, markdown_table, mean_spread, write_figure
 
 PROMPTS = 32
 BATCH = 8
@@ -30,39 +29,39 @@ def variants(base):
 
     def on_trunk(depth, kind):
         model = replace(cfg, mtp_depth=depth, mtp_kind=kind)
-        return After(("trunk",), lambda folder: replace(base, model=model, trunk=folder))
+        return FollowUp(("trunk",), lambda folder: replace(base, model=model, trunk=folder))
 
     return {
         "trunk": trunk,
-        "independent": After(("trunk",), lambda _: replace(base, model=small)),
+        "independent": FollowUp(("trunk",), lambda _: replace(base, model=small)),
         "MTP": replace(base, model=replace(cfg, mtp_depth=1)),
-        "MTP, trunk held": on_trunk(1, "deepseek"),
-        "EAGLE, trunk held": on_trunk(1, "eagle"),
-        "Medusa, trunk held": on_trunk(4, "medusa"),
+        "MTP, frozen trunk": on_trunk(1, "deepseek"),
+        "EAGLE, frozen trunk": on_trunk(1, "eagle"),
+        "Medusa, frozen trunk": on_trunk(4, "medusa"),
     }
 
 
 def lengths(cfg):
-    """Drafts a step that are tried: a DeepSeek head also goes on far beyond its depth."""
+    """Return the draft lengths to try; a DeepSeek head can draft far beyond its depth."""
     return (1, 2, 4, 8) if cfg.mtp_depth and cfg.mtp_kind == "deepseek" else (1, 2, 4)
 
 
 def pair(trained):
-    """(model, who drafts for it); no drafter for the trunk alone."""
+    """Return (model, drafter); the drafter is None for the trunk alone."""
     if trained.run.model.mtp_depth:
         return trained.model, "mtp"
-    if trained.others:
-        return load_model(trained.others["trunk"])[0], trained.model
+    if trained.needed_folders:
+        return load_run(trained.needed_folders["trunk"]).model, trained.model
     return trained.model, None
 
 
 def prompts_of(run):
-    """Held-out prompts of a quarter of the length that is trained on; what goes on from them fills the rest."""
-    return held_out_prompts(run, PROMPTS, run.data.seq_len // 4)
+    """Return held-out prompts with a quarter of the training length; their continuations fill the rest."""
+    return held_out_prompts(run.data, PROMPTS, run.data.seq_len // 4)
 
 
-def go_on(trained, model, draft, prompts, batch, length):
-    """Greedy continuations of all prompts, `batch` at a time; length 0 is plain decoding."""
+def decode_prompts(trained, model, draft, prompts, batch, length):
+    """Decode greedily from all prompts, `batch` at a time; length 0 is plain decoding."""
     new = trained.run.data.seq_len - len(prompts[0])
     draft, length = (draft, length) if length else (None, 1)
     groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
@@ -70,44 +69,44 @@ def go_on(trained, model, draft, prompts, batch, length):
 
 
 def measure(trained):
-    """What stands: no clock is looked at."""
+    """Measure the accepted drafts; no times."""
     model, draft = pair(trained)
     if draft is None:
         return {}
     prompts, accepted = prompts_of(trained.run), {}
     for length in lengths(trained.run.model):
-        made = go_on(trained, model, draft, prompts, BATCH, length)
-        accepted[length] = np.mean([m.acceptance for m in made], axis=0).tolist()
-    tokens = {length: 1 + sum(found) for length, found in accepted.items()}
+        outputs = decode_prompts(trained, model, draft, prompts, BATCH, length)
+        accepted[length] = np.mean([o.acceptance for o in outputs], axis=0).tolist()
+    tokens = {length: 1 + sum(shares) for length, shares in accepted.items()}
     return {"accepted": accepted[max(accepted)], "tokens_a_step": tokens, "share": share(model.cfg, trained.run.model)}
 
 
 def share(trunk, drafter):
-    """Parameters that a drafted token is multiplied with, over those of a token of the trunk."""
+    """Return the active parameters per drafted token over the active parameters per trunk token."""
     counted = size(drafter)
     drafting = counted.mtp_active / drafter.mtp_depth if drafter.mtp_depth else counted.active
     return drafting / size(trunk).active
 
 
 def measure_alone(trained):
-    """Tokens a second, plain and with drafts in turns; by batch, then by draft length (0 is plain)."""
+    """Measure tokens per second by batch, then by draft length (0 is plain), all lengths in turns."""
     model, draft = pair(trained)
     if draft is None:
         return {}
-    prompts, found = prompts_of(trained.run), {}
+    prompts, speed = prompts_of(trained.run), {}
     for batch, some in ((1, prompts[:: PROMPTS // 4]), (BATCH, prompts[:: PROMPTS // BATCH])):
         rates = {length: [] for length in (0, *lengths(trained.run.model))}
         steps = {length: [] for length in rates}
         texts = {}
         for turn in range(ROUNDS + 1):
             for length in rates:
-                made = go_on(trained, model, draft, some if turn else some[:batch], batch, length)
-                if turn:  # the first compiles
-                    seconds = sum(m.decode_seconds for m in made)
-                    rates[length].append(sum(len(row) - 1 for m in made for row in m.tokens) / seconds)
-                    steps[length].append(seconds / sum(m.steps for m in made))
-                    texts[length] = [row for m in made for row in m.tokens]
-        found[batch] = {
+                outputs = decode_prompts(trained, model, draft, some if turn else some[:batch], batch, length)
+                if turn:  # the first turn compiles
+                    seconds = sum(o.decode_seconds for o in outputs)
+                    rates[length].append(sum(len(row) - 1 for o in outputs for row in o.tokens) / seconds)
+                    steps[length].append(seconds / sum(o.steps for o in outputs))
+                    texts[length] = [row for o in outputs for row in o.tokens]
+        speed[batch] = {
             "tokens_per_s": {length: statistics.median(r) for length, r in rates.items()},
             "times_plain": {length: _ratio(rates[length], rates[0]) for length in rates},
             "plain_steps": {length: _ratio(steps[length], steps[0]) for length in rates},
@@ -115,17 +114,20 @@ def measure_alone(trained):
                 np.mean([a == b for rows in texts.values() for a, b in zip(rows, texts[0], strict=True)])
             ),
         }
-    return {"speed": found}
+    return {"speed": speed}
 
 
 def _ratio(values, plain):
-    """The median over the rounds, each against plain decoding in the same round."""
+    """Return the median over rounds of the ratio to plain decoding in the same round."""
     return statistics.median(v / p for v, p in zip(values, plain, strict=True))
 
 
 def modelled(tokens, length, share):
-    """Times plain decoding where reading parameters is all that counts: a step over the drafts costs one, as on
-    accelerators at small batches, and a draft its share of it (arXiv 2211.17192, section 3.3).
+    """Return the speed-up over plain decoding if only reading parameters takes time.
+
+    A step over the drafts then costs one plain step, as on accelerators at small batches. A draft costs `share` of it.
+
+    Source: arXiv 2211.17192, section 3.3.
     """
     return tokens / (1 + length * share)
 
@@ -135,7 +137,7 @@ def drafters(results):
 
 
 def by_length(results, variant):
-    """(draft length, tokens a step [seeds], modelled gain [seeds]) of each that was tried."""
+    """Yield (draft length, tokens per step [seeds], modelled gain [seeds]) for each draft length."""
     part = results.values(variant, "share")
     for key in results.records(variant)[0]["numbers"]["tokens_a_step"]:
         tokens = results.values(variant, f"tokens_a_step/{key}")
@@ -143,17 +145,17 @@ def by_length(results, variant):
 
 
 def table(results):
-    what, how = [], []
+    acceptance_rows, speed_rows = [], []
     for variant in results.variants:
-        what.append([variant, mean_spread(results.values(variant, "val_loss"), 4)])
+        acceptance_rows.append([variant, mean_spread(results.values(variant, "val_loss"), 4)])
         if variant not in drafters(results):
-            what[-1] += [""] * 3
+            acceptance_rows[-1] += [""] * 3
             continue
         accepted = results.values(variant, "accepted") * 100
         teacher = results.values(variant, "mtp_acceptance") * 100
-        what[-1] += [
-            number(results.values(variant, "share").mean(), 2),
-            ", ".join(mean_spread(found, 0) for found in accepted.T),
+        acceptance_rows[-1] += [
+            format_number(results.values(variant, "share").mean(), 2),
+            ", ".join(mean_spread(shares, 0) for shares in accepted.T),
             mean_spread(teacher[:, 0], 0) if teacher.size else "–",
         ]
         for length, tokens, gain in by_length(results, variant):
@@ -162,47 +164,50 @@ def table(results):
                 for key in ("plain_steps", "times_plain")
                 for batch in (1, BATCH)
             ]
-            how.append([variant, str(length), mean_spread(tokens, 2), mean_spread(gain, 2), *cells])
-    stands = ["run", "validation loss", "a draft's parameters over the trunk's"]
-    stands += ["stands at position 1, 2, …, %", "the same for the first, on held-out text, %"]
-    costs = ["drafter", "drafts a step", "tokens a step: × plain if a step costs one, drafts nothing"]
-    costs += ["× plain if drafts cost their parameters"]
-    costs += ["measured: plain steps a step costs, batch 1", f"batch {BATCH}"]
-    costs += ["measured: × plain, batch 1", f"batch {BATCH}"]
+            speed_rows.append([variant, str(length), mean_spread(tokens, 2), mean_spread(gain, 2), *cells])
+    acceptance_header = ["run", "validation loss", "a draft's parameters over the trunk's"]
+    acceptance_header += ["accepted at position 1, 2, …, %", "first draft accepted on held-out text, %"]
+    speed_header = ["drafter", "drafts per step", "tokens per step (= × plain if drafts are free)"]
+    speed_header += ["× plain if drafts cost their parameters"]
+    speed_header += ["measured: cost of a step in plain steps, batch 1", f"batch {BATCH}"]
+    speed_header += ["measured: × plain, batch 1", f"batch {BATCH}"]
     plain = [
         f"{mean_spread(results.values(variant, f'speed/{batch}/tokens_per_s/0'), 0)} at batch {batch}"
         for variant in drafters(results)[:1]
         for batch in (1, BATCH)
     ]
     same = [results.values(variant, f"speed/{b}/same_text").min() for variant in drafters(results) for b in (1, BATCH)]
-    words = f"Plain, tokens a second: {', '.join(plain)}. Texts that are the same with drafts: {min(same):.0%}."
-    return f"{markdown(stands, what)}\n\n{markdown(costs, how)}\n\n{words}"
+    notes = (
+        f"Plain decoding, tokens per second: {', '.join(plain)}. Texts equal with and without drafts: {min(same):.0%}."
+    )
+    tables = markdown_table(acceptance_header, acceptance_rows), markdown_table(speed_header, speed_rows)
+    return "\n\n".join([*tables, notes])
 
 
 def draw(results, path):
     figure = Figure(figsize=(14, 4.2), layout="constrained")
-    stands, model, here = figure.subplots(1, 3)
+    left, middle, right = figure.subplots(1, 3)
     for i, variant in enumerate(drafters(results)):
         color = f"C{i}"
         accepted = results.values(variant, "accepted") * 100
-        at = np.arange(1, accepted.shape[1] + 1)
-        stands.plot(at, accepted.mean(0), "o-", color=color, markersize=4, label=variant)
-        stands.fill_between(at, accepted.min(0), accepted.max(0), color=color, alpha=0.15, linewidth=0)
-        found = list(by_length(results, variant))
-        tried = [length for length, *_ in found]
-        model.plot(tried, [tokens.mean() for _, tokens, _ in found], "o-", color=color, markersize=4)
-        model.plot(tried, [gain.mean() for *_, gain in found], "o:", color=color, markersize=4)
+        position = np.arange(1, accepted.shape[1] + 1)
+        left.plot(position, accepted.mean(0), "o-", color=color, markersize=4, label=variant)
+        left.fill_between(position, accepted.min(0), accepted.max(0), color=color, alpha=0.15, linewidth=0)
+        rows = list(by_length(results, variant))
+        tried = [length for length, *_ in rows]
+        middle.plot(tried, [tokens.mean() for _, tokens, _ in rows], "o-", color=color, markersize=4)
+        middle.plot(tried, [gain.mean() for *_, gain in rows], "o:", color=color, markersize=4)
         for batch, line in ((1, "o-"), (BATCH, "o:")):
             gains = [results.values(variant, f"speed/{batch}/times_plain/{length}").mean() for length in tried]
-            here.plot(tried, gains, line, color=color, markersize=4)
-    drawing.panel(stands, "Drafts that stand, by position", "position in the draft", "% of steps")
-    drawing.panel(model, "If a step over the drafts costs one", "drafts a step", "× plain decoding")
-    drawing.panel(here, "Measured on this machine", "drafts a step", "× plain decoding")
-    stands.set_ylim(0, 100)
-    stands.legend(frameon=False, fontsize=8)
+            right.plot(tried, gains, line, color=color, markersize=4)
+    drawing.style_axes(left, "Accepted drafts by position", "position in the draft", "% of steps")
+    drawing.style_axes(middle, "If a step over the drafts costs a plain step", "drafts per step", "× plain decoding")
+    drawing.style_axes(right, "Measured on this machine", "drafts per step", "× plain decoding")
+    left.set_ylim(0, 100)
+    left.legend(frameon=False, fontsize=8)
     for ax, full, dotted in (
-        (model, "drafts cost nothing", "drafts cost their parameters"),
-        (here, "batch 1", f"batch {BATCH}"),
+        (middle, "drafts are free", "drafts cost their parameters"),
+        (right, "batch 1", f"batch {BATCH}"),
     ):
         ax.axhline(1, color="0.5", linewidth=0.8)
         ax.set_ylim(bottom=0)
@@ -213,7 +218,7 @@ def draw(results, path):
 
 
 def ours(results):
-    said = []
+    parts = []
     for variant in drafters(results):
         modelled_best = max(gain.mean() for *_, gain in by_length(results, variant))
         best = max(
@@ -221,14 +226,14 @@ def ours(results):
             for length, *_ in by_length(results, variant)
         )
         first = results.values(variant, "accepted/0").mean()
-        said.append(f"{variant}: {first:.0%}, × {modelled_best:.2f} modelled, × {best:.2f} here")
-    return "; ".join(said)
+        parts.append(f"{variant}: {first:.0%}, × {modelled_best:.2f} modelled, × {best:.2f} here")
+    return "; ".join(parts)
 
 
 STUDY = Study(
     script=__file__,
-    question="Which drafts stand, and is speculative decoding faster than plain decoding?",
-    published="V3's second token stands 85–90 %, × 1.8; Medusa × 2.2, EAGLE × 2.7 and more, independent × 2–3",
+    question="Which drafts are accepted, and is speculative decoding faster than plain decoding?",
+    published="V3's second token: 85–90 % accepted, × 1.8; Medusa × 2.2, EAGLE × 2.7 and more, independent × 2–3",
     variants=variants,
     measure=measure,
     measure_alone=measure_alone,

@@ -1,4 +1,4 @@
-"""What a cache of fewer bits costs: bytes a token against loss, for MLA's latent and for keys and values of heads."""
+"""Cache dtypes: loss by bytes per token, for MLA's latent cache and for per-head keys and values."""
 
 import sys
 from pathlib import Path
@@ -10,12 +10,11 @@ from dataclasses import asdict
 from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
-from dsv3_jax.model.cache import DTYPES
+from dsv3_jax.model.cache import CACHE_DTYPES
 from dsv3_jax.training.evaluate import cache_quality
-from experiments.lab import Study, drawing
-from experiments.lab.results import markdown, mean_spread, write_figure
+from experiments.lab import Study, drawing, markdown_table, mean_spread, write_figure
 
-EXACT = DTYPES[0]  # float32
+EXACT = CACHE_DTYPES[0]  # float32
 CACHES = {"MLA": ("latent", "expanded"), "MHA": ("expanded",)}
 BATCHES = 8
 
@@ -26,15 +25,15 @@ def variants(base):
 
 
 def measure(trained):
-    """Held-out text read through each cache: cache → dtype → val_loss, agreement, bytes_per_token."""
+    """Evaluate held-out text through each cache: cache → dtype → val_loss, agreement, bytes_per_token."""
     caches = CACHES["MLA" if trained.run.model.attention == "mla" else "MHA"]
     batches = trained.held_out(min(BATCHES, trained.run.eval_batches))
-    found = {kind: cache_quality(trained.model, batches, DTYPES, kind) for kind in caches}
-    return {kind: {dtype: asdict(quality) for dtype, quality in by.items()} for kind, by in found.items()}
+    qualities = {kind: cache_quality(trained.model, batches, CACHE_DTYPES, kind) for kind in caches}
+    return {kind: {dtype: asdict(quality) for dtype, quality in by.items()} for kind, by in qualities.items()}
 
 
 def cells(results):
-    """(variant, cache, dtype, bytes a token, loss − loss of the exact cache [seeds]) of all that was measured."""
+    """Yield (variant, cache, dtype, bytes per token, loss − loss with the exact cache [seeds])."""
     for variant in results.variants:
         for kind in CACHES[variant]:
             exact = results.values(variant, f"{kind}/{EXACT}/val_loss")
@@ -58,42 +57,41 @@ def table(results):
         "model",
         "cache",
         "dtype",
-        "bytes a token",
+        "bytes per token",
         "validation loss",
         f"against {EXACT}, paired",
         "change, % of the loss",
     ]
-    return markdown([*header, "likeliest token the same, %"], rows)
+    return markdown_table([*header, "same most likely token, %"], rows)
 
 
 def draw(results, path):
     figure = Figure(figsize=(11, 4.0), layout="constrained")
     left, right = figure.subplots(1, 2)
-    found = list(cells(results))
-    lines = list(dict.fromkeys((variant, kind) for variant, kind, *_ in found))
-    dtypes = list(dict.fromkeys(dtype for _, _, dtype, *_ in found))
+    rows = list(cells(results))
+    lines = list(dict.fromkeys((variant, kind) for variant, kind, *_ in rows))
+    dtypes = list(dict.fromkeys(dtype for _, _, dtype, *_ in rows))
     marks = dict(zip(dtypes, "osD^", strict=False))
     for i, line in enumerate(lines):
         name = ", ".join(line)
-        mine = [cell for cell in found if cell[:2] == line]
-        for variant, kind, dtype, size, change in mine:
+        for variant, kind, dtype, size, change in (row for row in rows if row[:2] == line):
             loss = results.values(variant, f"{kind}/{dtype}/val_loss").mean()
             left.plot([size], [loss], marks[dtype], color=f"C{i}", markersize=8, fillstyle="none")
             if dtype != EXACT:
-                at = dtypes.index(dtype) + 0.2 * (i - (len(lines) - 1) / 2)
-                right.plot([at] * len(change), change * 1e3, ".", color=f"C{i}", alpha=0.6)
-                right.plot([at - 0.08, at + 0.08], [change.mean() * 1e3] * 2, color=f"C{i}", linewidth=2.5)
+                x = dtypes.index(dtype) + 0.2 * (i - (len(lines) - 1) / 2)
+                right.plot([x] * len(change), change * 1e3, ".", color=f"C{i}", alpha=0.6)
+                right.plot([x - 0.08, x + 0.08], [change.mean() * 1e3] * 2, color=f"C{i}", linewidth=2.5)
         left.plot([], [], color=f"C{i}", label=name)
         right.plot([], [], color=f"C{i}", label=name)
     for dtype in dtypes:
         left.plot([], [], marks[dtype], color="0.4", fillstyle="none", label=dtype)
-    drawing.panel(left, "Loss against the cache's size", "cache, bytes a token", "validation loss, nats a token")
+    drawing.style_axes(left, "Loss by cache size", "cache, bytes per token", "validation loss, nats per token")
     left.set_xscale("log")
-    sizes = sorted({size for *_, size, _ in found})
+    sizes = sorted({size for *_, size, _ in rows})
     left.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=8)
     left.minorticks_off()
-    title = f"What fewer bits change, against {EXACT}"
-    drawing.panel(right, title, "", "10⁻³ nats a token; a dot is a seed")
+    title = f"Change of the loss against {EXACT}"
+    drawing.style_axes(right, title, "", "10⁻³ nats per token; a dot is a seed")
     right.axhline(0, color="0.5", linewidth=0.8)
     right.set_xticks(range(1, len(dtypes)), dtypes[1:])
     for ax in (left, right):
@@ -107,13 +105,13 @@ def ours(results):
     exact = results.values("MLA", f"latent/{EXACT}/val_loss")
     sizes = {d: int(results.values("MLA", f"latent/{d}/bytes_per_token")[0]) for d in (EXACT, "int8")}
     change = (results.values("MLA", "latent/int8/val_loss") / exact - 1).mean()
-    return f"int8 latent: {change:+.3%} of loss at {sizes['int8']} bytes a token for {sizes[EXACT]}"
+    return f"int8 latent: {change:+.3%} of loss at {sizes['int8']} bytes per token instead of {sizes[EXACT]}"
 
 
 STUDY = Study(
     script=__file__,
-    question="How many bits does a cached token need, and does MLA's latent need more than keys and values do?",
-    published="DeepSeek-V2 is served with 6 bits an element on average; no loss is given",
+    question="How many bits does each cached number need, and does MLA's latent need more than keys and values?",
+    published="DeepSeek-V2 is served with 6 bits per element on average; no loss is given",
     variants=variants,
     measure=measure,
     table=table,

@@ -1,10 +1,9 @@
-"""Whether experts come to stand for domains: load by domain, layer by layer, loss-free against an auxiliary loss."""
+"""Specialisation of experts by domain: load by domain and layer, loss-free against an auxiliary loss."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 
 import numpy as np
 from matplotlib.colors import TwoSlopeNorm
@@ -13,11 +12,10 @@ from matplotlib.figure import Figure
 from dsv3_jax import stats
 from dsv3_jax.config import Balance, replace
 from dsv3_jax.data.batches import load_corpus, val_batches
-from experiments.lab import Column, Study, drawing
-from experiments.lab.results import write_figure
+from experiments.lab import Column, Study, drawing, write_figure
 
 NONE = Balance(bias_rate=0.0, sequence_alpha=0.0)
-WAYS = {  # as in 03_balance, whose runs these are, but for the first
+METHODS = {  # as in 03_balance, with the same runs, except the first
     "Switch loss, α 1e-2": replace(NONE, switch_alpha=1e-2),
     "sequence-wise, α 3e-3": replace(NONE, sequence_alpha=3e-3),
     "loss-free, γ 3e-3": replace(NONE, bias_rate=3e-3),
@@ -27,23 +25,23 @@ WAYS = {  # as in 03_balance, whose runs these are, but for the first
 
 
 def variants(base):
-    return {name: replace(base, model=replace(base.model, balance=way)) for name, way in WAYS.items()}
+    return {name: replace(base, model=replace(base.model, balance=balance)) for name, balance in METHODS.items()}
 
 
 def measure(trained):
-    """I(expert; domain) layer by layer, what a shuffle of the documents' domains gives, and each domain's load."""
-    # The validation side has a handful of English documents: half of all are read here, of most of which training
-    # has seen nothing.
+    """Measure I(expert; domain) by layer, the same after a shuffle of the domains, and each domain's load."""
+    # The validation set has few English documents, so this reads half of all documents. Training has not read most of
+    # them.
     cfg = replace(trained.run.data, val_fraction=0.5, seed=0)
     corpus = load_corpus(cfg)
     batches = val_batches(corpus, trained.tokenizer, cfg, trained.run.eval_batches)
-    found = stats.collect(trained.model, batches, trained.tokenizer, corpus.domains)
-    special = stats.specialisation(found)
+    counts = stats.collect(trained.model, batches, trained.tokenizer, corpus.domains)
+    special = stats.specialisation(counts)
     excess = special.bits - special.shuffled_mean
     return {
-        "domains": list(found.domains),
-        "load_by_domain": found.load_by_domain.tolist(),  # [N, L, E]
-        "documents": np.bincount(found.document_domains, minlength=len(found.domains)).tolist(),
+        "domains": list(counts.domains),
+        "load_by_domain": counts.load_by_domain.tolist(),  # [N, L, E]
+        "documents": np.bincount(counts.document_domains, minlength=len(counts.domains)).tolist(),
         "bits": special.bits.tolist(),
         "shuffled": special.shuffled_mean.tolist(),
         "shuffled_95": special.shuffled_95.tolist(),
@@ -58,11 +56,11 @@ def layers_of(results):
 
 
 def draw(results, path):
-    """A row for each variant: heat maps of the first seed's layers, and the information of all seeds."""
+    """Draw a row for each variant: heat maps of the first seed's layers, and the information of all seeds."""
     names, count = results.variants, layers_of(results)
     shown = sorted({0, count // 2, count - 1})
     figure = Figure(figsize=(4.2 * len(shown) + 3.6, 1.5 * len(names) + 1.2), layout="constrained")
-    grid = figure.add_gridspec(len(names), len(shown) + 1, width_ratios=[*[4.0] * len(shown), 3.4])
+    grid = figure.add_gridspec(max(len(names), 2), len(shown) + 1, width_ratios=[*[4.0] * len(shown), 3.4])
     norm = TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=3.0)
     maps = []
     for row, name in enumerate(names):
@@ -77,7 +75,7 @@ def draw(results, path):
             ax.set_xticks([])
             ax.set_title(f"{name}: layer {layer}, {numbers['bits'][layer]:.3f} bits", fontsize=9)
             if row == len(names) - 1:
-                ax.set_xlabel("expert, by the domain that it likes best", fontsize=8)
+                ax.set_xlabel("expert, sorted by its favourite domain", fontsize=8)
     bar = figure.colorbar(image, ax=maps, location="bottom", shrink=0.5, aspect=50, extend="max")
     bar.set_label("load of an expert within the domain / even load", fontsize=8)
     side, below = figure.add_subplot(grid[:-1, len(shown)]), figure.add_subplot(grid[-1, len(shown)])
@@ -90,22 +88,22 @@ def draw(results, path):
 def draw_information(ax, results, count):
     for i, name in enumerate(results.variants):
         bits, chance = results.values(name, "bits"), results.values(name, "shuffled_95")
-        places = np.arange(count) + 0.12 * (i - (len(results.variants) - 1) / 2)
-        ax.plot(places, bits.mean(0), "_", color=f"C{i}", markersize=11, markeredgewidth=2.5, label=name)
-        ax.plot(np.broadcast_to(places, bits.shape), bits, ".", color=f"C{i}", alpha=0.6)
-        ax.plot(places, chance.mean(0), "x", color=f"C{i}", markersize=5)
-    drawing.panel(ax, "I(expert; domain)\n×: 95 % of shuffled documents", "sparse layer", "bits")
+        positions = np.arange(count) + 0.12 * (i - (len(results.variants) - 1) / 2)
+        ax.plot(positions, bits.mean(0), "_", color=f"C{i}", markersize=11, markeredgewidth=2.5, label=name)
+        ax.plot(np.broadcast_to(positions, bits.shape), bits, ".", color=f"C{i}", alpha=0.6)
+        ax.plot(positions, chance.mean(0), "x", color=f"C{i}", markersize=5)
+    drawing.style_axes(ax, "I(expert; domain)\n×: 95 % of shuffled documents", "sparse layer", "bits")
     ax.set_xticks(range(count))
     ax.set_ylim(bottom=0)
 
 
 def over_mean(load_by_domain):
-    """Counts [N, L, E] over a domain's even load: 1 is even, whatever the size of the domain."""
+    """Divide counts [N, L, E] by the mean over experts: 1 is even load, for a domain of any size."""
     return load_by_domain / np.maximum(load_by_domain.mean(-1, keepdims=True), 1e-20)
 
 
 def by_favourite(ratio):
-    """The order of experts, [N, E] → [E]: by the domain that has most of each, the keenest first."""
+    """Sort experts, [N, E] → [E]: by favourite domain, then by descending load ratio."""
     return np.lexsort((-ratio.max(0), ratio.argmax(0)))
 
 

@@ -1,13 +1,13 @@
-"""The decoding benchmark: our caches against transformers' in turns, and what drafts gain.
+"""The decoding benchmark: our caches and transformers' in turns, and the gain of drafts.
 
-python experiments/bench/decode.py                          # everything; writes decode_results.json beside this file
-python experiments/bench/decode.py caches                   # one part: caches, speculation, quality
-python experiments/bench/decode.py caches --cells 1024x1 4096x8 --again    # only these, in place of what was measured
+python experiments/bench/decode.py --run runs/demo          # all parts; writes decode_results.json beside this file
+python experiments/bench/decode.py caches                   # one part: caches, speculation or quality
+python experiments/bench/decode.py caches --cells 1024x1 4096x8 --again    # measures only these cells, again
 python experiments/bench/decode.py speculation --run runs/demo runs/eagle runs/medusa --draft-run runs/small
-python experiments/bench/decode.py quality --run runs/demo  # what each cache dtype costs in validation loss
-python experiments/bench/decode.py --table                  # what decode_results.json holds, in Markdown
+python experiments/bench/decode.py quality --run runs/demo  # the cost of each cache dtype in validation loss
+python experiments/bench/decode.py --table                  # prints decode_results.json in Markdown
 
-A cell that the results hold already is left as it is, so a benchmark that was stopped goes on where it was.
+Cells that the results have already are skipped, so the same command resumes a stopped benchmark.
 `--peer-python PATH`: another interpreter has torch and transformers.
 """
 
@@ -22,24 +22,25 @@ from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
-from decode_worker import OursDecode
-from peer_decode import PeerDecode
+from decode_worker import DecodeWorker
+from peer_decode import PeerDecodeWorker
 from process import KEEP_MEMORY, OutOfMemory
 
 from dsv3_jax.config import replace
 from dsv3_jax.data import batches as data
 from dsv3_jax.data import tokenizer
-from dsv3_jax.model.cache import DTYPES
+from dsv3_jax.model.cache import CACHE_DTYPES
 from dsv3_jax.model.counting import decode_bytes
 from dsv3_jax.presets import preset
 from dsv3_jax.report.speed import copy_bandwidth
-from dsv3_jax.training.checkpoint import load_model, read_run
+from dsv3_jax.training.checkpoint import load_run
 from dsv3_jax.training.evaluate import cache_quality
+from dsv3_jax.training.run_folder import read_run
 
 CONTEXTS, BATCHES = (1024, 4096, 16384), (1, 8)
-NEW_TOKENS = 33  # the first comes with the prefill
+NEW_TOKENS = 33  # prefill makes the first
 MINI = replace(preset("mini"), max_positions=max(CONTEXTS) + NEW_TOKENS)
-# Side: `generate`'s settings; None is the peer.
+# Side: the settings of `generate`; None means the peer.
 SIDES = {
     "transformers": None,
     "transformers, memory kept": None,
@@ -47,36 +48,36 @@ SIDES = {
     "latent": {"cache": "latent", "cache_dtype": "float32"},
     "latent int8": {"cache": "latent", "cache_dtype": "int8"},
 }
-TOGETHER = 8192  # tokens of a cell up to which all its sides fit in memory at once
-WARM = 16384  # up to which a side that runs alone is run once before it counts; ours is at every size, for it compiles
+TOGETHER = 8192  # the largest cell, in tokens, whose sides all fit in memory together
+WARM_UP = 16384  # the largest cell, in tokens, that a lone peer runs once uncounted; our worker always does, to compile
 DRAFT_LENGTHS = (1, 2, 3, 4, 8)
-DRAFTED_CONTEXT, DRAFTED_TOKENS = 64, 161  # within the 256 positions that the tiny recipe trains
+DRAFTED_CONTEXT, DRAFTED_TOKENS = 64, 161  # within the tiny recipe's 256 training positions
 
 
 def _start(side: str, python: str | None):
     if SIDES[side] is not None:
-        return OursDecode(MINI)
-    return PeerDecode(MINI, python=python, env=KEEP_MEMORY if side.endswith("kept") else None)
+        return DecodeWorker(MINI)
+    return PeerDecodeWorker(MINI, python=python, env=KEEP_MEMORY if side.endswith("kept") else None)
 
 
 def _measure(worker, side: str, context: int, batch: int) -> dict:
     settings = SIDES[side]
     if settings is not None:
         return worker.decode(batch, context, NEW_TOKENS, **settings)
-    # Its attention forms all scores, so long prompts go through in parts (`prefill_chunk_size` of its own `generate`),
-    # which is also faster there. Its steps at the largest cells take seconds.
+    # The peer's attention forms all scores, so long prompts go through in parts (`prefill_chunk_size` of its
+    # `generate`), which is also faster there. Its steps in the largest cells take seconds, so those have fewer.
     chunk = 0 if context <= 1024 else 1024 if context * batch <= 65536 else 256
     return worker.decode(batch, context, NEW_TOKENS if context * batch <= 32768 else 9, prefill_chunk=chunk)
 
 
 def caches(context: int, batch: int, rounds: int, python: str | None) -> dict:
-    """One cell: every side's prefill and decoding, in turns; each side is warm before it counts.
+    """Measure one cell: prefill and decoding of every side in turns, after uncounted warm-up runs.
 
-    Sides that do not fit in memory together take their turns in processes that start and stop; these cells are long
-    enough for one round. A side that runs out of memory says so in its place.
+    Sides that do not fit in memory together run in processes that start and stop, for one long round. The result
+    records a side that runs out of memory.
     """
     together = context * batch <= TOGETHER
-    # The largest cells take minutes a side: there the peer runs as it comes alone.
+    # The largest cells take minutes per side, so there the peer runs only with its default allocator.
     rows: dict = {side: [] for side in SIDES if together or not side.endswith("kept")}
     failed: dict[str, str] = {}
     versions: dict[str, str] = {"python": platform.python_version()}
@@ -96,50 +97,50 @@ def caches(context: int, batch: int, rounds: int, python: str | None) -> dict:
                         rows[side].append(_measure(workers[side], side, context, batch))
                     else:
                         with _start(side, python) as worker:
-                            if context * batch <= WARM:
+                            if context * batch <= WARM_UP:
                                 _measure(worker, side, context, batch)
                             rows[side].append(_measure(worker, side, context, batch))
                             versions |= _versions(worker)
                 except OutOfMemory as error:
                     failed[side] = str(error)
-                said = rows[side][-1] if rows[side] else failed[side]
-                print(f"{context} x {batch}, round {turn + 1}, {side}: {said}", file=sys.stderr, flush=True)
+                outcome = rows[side][-1] if rows[side] else failed[side]
+                print(f"{context} x {batch}, round {turn + 1}, {side}: {outcome}", file=sys.stderr, flush=True)
             bandwidths.append(copy_bandwidth())
         for worker in workers.values():
             versions |= _versions(worker)
-    found: dict = {"copy_bandwidth": statistics.median(bandwidths), "sides": {}, "versions": versions}
-    for side, taken in rows.items():
-        found["sides"][side] = {"failed": failed[side]} if side in failed else _row(taken, context, batch, bandwidths)
-    return found
+    cell: dict = {"copy_bandwidth": statistics.median(bandwidths), "sides": {}, "versions": versions}
+    for side, replies in rows.items():
+        cell["sides"][side] = {"failed": failed[side]} if side in failed else _row(replies, context, batch, bandwidths)
+    return cell
 
 
 def _versions(worker) -> dict[str, str]:
     return {name: worker.info[name] for name in ("jax", "torch", "transformers") if name in worker.info}
 
 
-def _row(taken: list[dict], context: int, batch: int, bandwidths: list[float]) -> dict:
-    prefill = statistics.median(reply["prefill_seconds"] for reply in taken)
-    steps = [reply["step_seconds"] for reply in taken]
+def _row(replies: list[dict], context: int, batch: int, bandwidths: list[float]) -> dict:
+    prefill = statistics.median(reply["prefill_seconds"] for reply in replies)
+    steps = [reply["step_seconds"] for reply in replies]
     step = statistics.median(steps)
-    per_token = taken[0]["cache_bytes_per_token"]
-    must = decode_bytes(MINI, batch, context + NEW_TOKENS // 2, per_token)
+    per_token = replies[0]["cache_bytes_per_token"]
+    bytes_per_step = decode_bytes(MINI, batch, context + NEW_TOKENS // 2, per_token)
     return {
         "prefill_tokens_per_s": context * batch / prefill,
         "ms_per_step": 1e3 * step,
         "least_ms": 1e3 * min(steps),
         "most_ms": 1e3 * max(steps),
         "cache_bytes_per_token": per_token,
-        "cache_bytes": taken[0]["cache_bytes"],
-        "peak_memory_gb": max(reply["peak_rss_bytes"] for reply in taken) / 1e9,
-        "share_of_bound": must / statistics.median(bandwidths) / step,
+        "cache_bytes": replies[0]["cache_bytes"],
+        "peak_memory_gb": max(reply["peak_rss_bytes"] for reply in replies) / 1e9,
+        "share_of_bound": bytes_per_step / statistics.median(bandwidths) / step,
     }
 
 
 def caches_table(cells: dict) -> str:
-    """Markdown. Ratios are against the faster of the peer's sides."""
+    """Return a Markdown table. Ratios are against the faster of the peer's sides."""
     lines = [
-        "| context × batch | side | prefill tokens/s | × peer | ms a step | × peer | cache, bytes a token | peak, GB "
-        "| of the bound |",
+        "| context × batch | side | prefill tokens/s | × peer | ms per step | × peer | cache bytes per token "
+        "| peak memory, GB | share of the bound |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, cell in cells.items():
@@ -161,9 +162,9 @@ def caches_table(cells: dict) -> str:
 
 
 def speculation(runs: list[str], draft_run: str | None, batch: int, rounds: int) -> dict:
-    """One batch size: each run plain and with its own heads, the first with a draft model too, on held-out text.
+    """Measure one batch size on held-out text: each run plain and with its heads, the first also with a draft model.
 
-    All runs live side by side and take turns. A run's drafts are held against its own plain decoding.
+    All runs are loaded at once and take turns. Ratios are against plain decoding of the same run.
     """
     sides: list[tuple[str, str, dict]] = []  # (run, name, generate's settings)
     for run in runs:
@@ -171,41 +172,41 @@ def speculation(runs: list[str], draft_run: str | None, batch: int, rounds: int)
         kind = f"{cfg.mtp_kind} heads, {cfg.mtp_depth}" if cfg.mtp_depth else "no heads"
         sides.append((run, f"{kind}: plain", {}))
         for length in DRAFT_LENGTHS if cfg.mtp_depth else ():
-            if cfg.chained_heads or length <= cfg.mtp_depth:
+            if cfg.head_kind.reads_tokens or length <= cfg.mtp_depth:
                 sides.append((run, f"{kind}: draft {length}", {"draft": "mtp", "draft_length": length}))
     if draft_run:
         layers = read_run(draft_run).model.num_layers
         name = f"a model of {layers} layer{'s' if layers > 1 else ''}"
         sides += [(runs[0], f"{name}: draft {n}", {"draft": "run", "draft_length": n}) for n in DRAFT_LENGTHS]
-    taken: list[list[dict]] = [[] for _ in sides]
+    replies_by_side: list[list[dict]] = [[] for _ in sides]
     with ExitStack() as running:
         workers = {
-            run: running.enter_context(OursDecode(run=run, draft_run=draft_run if run == runs[0] else None))
+            run: running.enter_context(DecodeWorker(run=run, draft_run=draft_run if run == runs[0] else None))
             for run in runs
         }
         for turn in range(rounds):
-            for (run, _, settings), replies in zip(sides, taken, strict=True):
+            for (run, _, settings), replies in zip(sides, replies_by_side, strict=True):
                 replies.append(workers[run].decode(batch, DRAFTED_CONTEXT, DRAFTED_TOKENS, **settings))
             print(f"batch {batch}, round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
-    found: dict = {}
+    cell: dict = {}
     plain: dict[str, float] = {}
-    for (run, name, settings), replies in zip(sides, taken, strict=True):
+    for (run, name, settings), replies in zip(sides, replies_by_side, strict=True):
         rate = statistics.median(reply["tokens_per_s"] for reply in replies)
         if not settings:
             plain[run] = rate
-        found[name] = {
+        cell[name] = {
             "tokens_per_s": rate,
             "against_plain": rate / plain[run],
             "acceptance": replies[0]["acceptance"],
             "tokens_per_step": replies[0]["tokens_per_step"],
             "step_ms": 1e3 * statistics.median(reply["step_seconds"] for reply in replies),
         }
-    return found
+    return cell
 
 
 def speculation_table(cells: dict) -> str:
     lines = [
-        "| batch | drafts | tokens/s | × plain | ms a step | tokens a step | acceptance by position |",
+        "| batch | drafts | tokens/s | × plain | ms per step | tokens per step | acceptance by position |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, cell in cells.items():
@@ -219,25 +220,27 @@ def speculation_table(cells: dict) -> str:
 
 
 def quality(run: str, batches: int = 8) -> dict:
-    """Held-out text read through caches of every kind and dtype."""
-    model, cfg, made, _ = load_model(run)
-    text = tokenizer.load(made.data.tokenizer)
-    held_out = data.val_batches(data.load_corpus(made.data), text, made.data, batches)
-    kinds = ("latent", "expanded") if cfg.attention == "mla" else ("expanded",)
-    return {kind: {k: asdict(v) for k, v in cache_quality(model, held_out, DTYPES, kind).items()} for kind in kinds}
+    """Evaluate held-out text through caches of every kind and dtype."""
+    model, trained, _ = load_run(run)
+    corpus, text_tokenizer = data.load_corpus(trained.data), tokenizer.load(trained.data.tokenizer)
+    held_out = data.val_batches(corpus, text_tokenizer, trained.data, batches)
+    kinds = ("latent", "expanded") if model.cfg.attention == "mla" else ("expanded",)
+    return {
+        kind: {k: asdict(v) for k, v in cache_quality(model, held_out, CACHE_DTYPES, kind).items()} for kind in kinds
+    }
 
 
 def quality_table(cells: dict) -> str:
     lines = [
-        "| cache | dtype | bytes a token | validation loss | against float32 | greedy tokens the same |",
+        "| cache | dtype | bytes per token | validation loss | against float32 | same greedy tokens |",
         "|---|---|---|---|---|---|",
     ]
     for kinds in cells.values():
         for kind, rows in kinds.items():
             for dtype, row in rows.items():
-                more = row["val_loss"] / rows["float32"]["val_loss"] - 1
+                change = row["val_loss"] / rows["float32"]["val_loss"] - 1
                 lines.append(
-                    f"| {kind} | {dtype} | {row['bytes_per_token']:,} | {row['val_loss']:.4f} | {more:+.4%} "
+                    f"| {kind} | {dtype} | {row['bytes_per_token']:,} | {row['val_loss']:.4f} | {change:+.4%} "
                     f"| {row['agreement']:.2%} |"
                 )
     return "\n".join(lines)
@@ -245,42 +248,42 @@ def quality_table(cells: dict) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["caches", "speculation", "quality", []], help="all if none")
+    parser.add_argument("parts", nargs="*", choices=["caches", "speculation", "quality", []], help="default: all")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cells", nargs="*", help="of caches, as 1024x8; all if not given")
-    parser.add_argument("--run", nargs="+", help="folders that `dsv3 train` made; quality takes the first")
-    parser.add_argument("--draft-run", help="of speculation: another run, whose model drafts for the first, too")
-    parser.add_argument("--again", action="store_true", help="measure what the results hold already, too")
-    parser.add_argument("--table", action="store_true", help="print the results and measure nothing")
-    parser.add_argument("--peer-python", help="interpreter with torch and transformers; this one if not given")
+    parser.add_argument("--cells", nargs="*", help="cells of caches, as 1024x8; default: all")
+    parser.add_argument("--run", nargs="+", help="run folders of `dsv3 train`; quality uses the first")
+    parser.add_argument("--draft-run", help="for speculation: another run, whose model also drafts for the first run")
+    parser.add_argument("--again", action="store_true", help="measure cells again that have results")
+    parser.add_argument("--table", action="store_true", help="only print the results")
+    parser.add_argument("--peer-python", help="an interpreter with torch and transformers; default: this one")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("decode_results.json"))
     args = parser.parse_args()
     parts = args.parts or ["caches", "speculation", "quality"]
     if parts != ["caches"] and not args.table and not args.run:
-        parser.error("speculation and quality need --run, a folder that `dsv3 train` or `dsv3 demo` made")
+        parser.error("--run is missing, but speculation and quality need a run folder of `dsv3 train` or `dsv3 demo`")
     known = [f"{context}x{batch}" for context, batch in product(CONTEXTS, BATCHES)]
     for cell in args.cells or ():
         if cell not in known:
-            parser.error(f"cell {cell!r} is not one of {', '.join(known)}")
+            parser.error(f"--cells={cell!r} is not one of {', '.join(known)}")
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
 
-    def keep(part: str, cell: str, measure, *settings) -> None:
-        held = results.setdefault(part, {})
-        if cell in held and not args.again:
+    def measure_cell(part: str, cell: str, measure, *settings) -> None:
+        cells = results.setdefault(part, {})
+        if cell in cells and not args.again:
             return
-        held[cell] = measure(*settings)
+        cells[cell] = measure(*settings)
         results["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
         args.out.write_text(json.dumps(results, indent=1) + "\n")
 
     if not args.table:
         for context, batch in product(CONTEXTS, BATCHES):
             if "caches" in parts and (cell := f"{context}x{batch}") in (args.cells or known):
-                keep("caches", cell, caches, context, batch, args.rounds, args.peer_python)
+                measure_cell("caches", cell, caches, context, batch, args.rounds, args.peer_python)
         for batch in BATCHES:
             if "speculation" in parts:
-                keep("speculation", f"{batch}", speculation, args.run, args.draft_run, batch, args.rounds)
+                measure_cell("speculation", f"{batch}", speculation, args.run, args.draft_run, batch, args.rounds)
         if "quality" in parts:
-            keep("quality", "latent and expanded", quality, args.run[0])
+            measure_cell("quality", "latent and expanded", quality, args.run[0])
     tables = {"caches": caches_table, "speculation": speculation_table, "quality": quality_table}
     for part, table in tables.items():
         if part in results:

@@ -1,7 +1,7 @@
-"""Our side of the decoding benchmark, as a worker process: it holds a model and answers one JSON object a line.
+"""Our side of the decoding benchmark: a worker process that loads a model and answers one JSON object per line.
 
-{"batch", "context", "new_tokens", "cache", "cache_dtype", "draft", "draft_length"}; all but the first three are
-`generate`'s, and may be left out. A cell whose shapes are new is run once before it is timed, for it compiles.
+The object is {"batch", "context", "new_tokens", "cache", "cache_dtype", "draft", "draft_length"}. The first three are
+required; the others are options of `generate`. Cells with new shapes run once before they are timed, to compile.
 """
 
 import argparse
@@ -14,13 +14,13 @@ from peer_transformers import draw_tokens
 from process import Worker, limit_memory, peak_rss, serve
 
 
-class OursDecode(Worker):
-    """A worker that decodes; the same interface as `PeerDecode`.
+class DecodeWorker(Worker):
+    """A worker that decodes with dsv3-jax. It has the interface of `PeerDecodeWorker`.
 
     Args:
-        cfg: ModelConfig of random weights, or None.
-        run: a folder that `dsv3 train` made; its checkpoint decodes its held-out text.
-        draft_run: another, whose model drafts where a cell asks for draft "run".
+        cfg: ModelConfig for random weights; None means `run`.
+        run: a run folder of `dsv3 train`; its checkpoint decodes its held-out text.
+        draft_run: another run folder; its model drafts for cells with draft "run".
     """
 
     def __init__(self, cfg=None, *, run=None, draft_run=None, seed=0):
@@ -32,16 +32,18 @@ class OursDecode(Worker):
         super().__init__("dsv3-jax", command)
 
     def decode(self, batch: int, context: int, new_tokens: int, **settings) -> dict:
-        """Seconds of a prefill and of a step after it, bytes of the cache, peak memory of the process so far."""
+        """Measure the seconds of a prefill and of a step after it, the cache's bytes, and the peak memory so far."""
         return self.ask(json.dumps({"batch": batch, "context": context, "new_tokens": new_tokens} | settings))
 
 
 def random_model(cfg, seed: int):
-    """A model of random weights, made one by one: the initialiser would leave its own temporary memory in the peak."""
+    """Return a model with random weights, drawn one by one.
+
+    The initialiser would add its temporary memory to the measured peak.
+    """
     import jax.numpy as jnp
     from flax import nnx
 
-    from dsv3_jax.model.layers import NormScale
     from dsv3_jax.model.moe import RouterBias
     from dsv3_jax.model.transformer import abstract
 
@@ -49,8 +51,10 @@ def random_model(cfg, seed: int):
     graphdef, state = nnx.split(abstract(cfg))
     filled = {}
     for path, variable in nnx.to_flat_state(state):
-        if isinstance(variable, NormScale | RouterBias):
-            value = np.full(variable.shape, isinstance(variable, NormScale), np.float32)
+        if not variable.get_metadata().get("decay", True):  # a norm's scale
+            value = np.ones(variable.shape, np.float32)
+        elif isinstance(variable, RouterBias):
+            value = np.zeros(variable.shape, np.float32)
         else:
             value = rng.standard_normal(variable.shape, np.float32)
             value *= cfg.init_std
@@ -60,9 +64,9 @@ def random_model(cfg, seed: int):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="a ModelConfig as JSON: random weights")
-    parser.add_argument("--run", help="a folder that `dsv3 train` made, in place of random weights")
-    parser.add_argument("--draft-run", help='another: its model drafts where a cell asks for draft "run"')
+    parser.add_argument("--config", help="a ModelConfig as JSON, for random weights")
+    parser.add_argument("--run", help="a run folder of `dsv3 train`, instead of random weights")
+    parser.add_argument("--draft-run", help='another run folder; its model drafts for cells with draft "run"')
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if (args.config is None) == (args.run is None):
@@ -78,42 +82,42 @@ def _decoder(args) -> tuple[dict, Callable[[str], dict]]:
     import jax
     from flax import nnx
 
-    from dsv3_jax.cli.bench import held_out_prompts
     from dsv3_jax.config import ModelConfig, from_dict
+    from dsv3_jax.data.batches import held_out_prompts
     from dsv3_jax.decoding.generate import generate
-    from dsv3_jax.training.checkpoint import load_draft, load_model
+    from dsv3_jax.training.checkpoint import load_draft, load_run
 
     run = None
     if args.run:
-        model, _, run, _ = load_model(args.run)
+        model, run, _ = load_run(args.run)
     else:
         model = random_model(from_dict(ModelConfig, json.loads(args.config)), args.seed)
     drafts = {"run": load_draft(args.draft_run, run) if args.draft_run and run else None}
     ran: set[str] = set()
 
-    def obey(line: str) -> dict:
+    def handle(line: str) -> dict:
         cell = json.loads(line)
         settings = {key: cell[key] for key in ("cache", "cache_dtype", "draft_length") if cell.get(key) is not None}
         draft = cell.get("draft")
         settings["draft"] = drafts.get(draft, draft)
         if run is not None:
-            prompts = held_out_prompts(run, cell["batch"], cell["context"])
+            prompts = held_out_prompts(run.data, cell["batch"], cell["context"])
         else:
             prompts = draw_tokens(args.seed, cell["batch"], cell["context"], model.cfg.vocab_size).tolist()
         if line not in ran:
             generate(model, prompts, cell["new_tokens"], **settings)
             ran.add(line)
-        made = generate(model, prompts, cell["new_tokens"], **settings)
+        output = generate(model, prompts, cell["new_tokens"], **settings)
         return {
-            "prefill_seconds": made.prefill_seconds,
-            "decode_seconds": made.decode_seconds,
-            "step_seconds": made.decode_seconds / made.steps,
-            "steps": made.steps,
-            "tokens_per_s": made.tokens_per_s,
-            "acceptance": made.acceptance,
-            "tokens_per_step": made.mean_accepted,
-            "cache_bytes": made.cache_bytes,
-            "cache_bytes_per_token": made.cache_bytes_per_token,
+            "prefill_seconds": output.prefill_seconds,
+            "decode_seconds": output.decode_seconds,
+            "step_seconds": output.decode_seconds / output.steps,
+            "steps": output.steps,
+            "tokens_per_s": output.tokens_per_s,
+            "acceptance": output.acceptance,
+            "tokens_per_step": output.mean_accepted,
+            "cache_bytes": output.cache_bytes,
+            "cache_bytes_per_token": output.cache_bytes_per_token,
             "peak_rss_bytes": peak_rss(),
         }
 
@@ -122,7 +126,7 @@ def _decoder(args) -> tuple[dict, Callable[[str], dict]]:
         "jax": jax.__version__,
         "device": str(jax.devices()[0].device_kind),
     }
-    return info, obey
+    return info, handle
 
 
 if __name__ == "__main__":

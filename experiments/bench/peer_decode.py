@@ -1,11 +1,11 @@
 """The peer of the decoding benchmark: transformers' DeepseekV3ForCausalLM with its DynamicCache, as a worker process.
 
-`PeerDecode(cfg)` starts this file, which prints one line of JSON when it is ready and then answers JSON objects, one a
-line, {"batch", "context", "new_tokens", "prefill_chunk"}: prefill of random prompts, then greedy decoding.
+`PeerDecodeWorker(cfg)` starts this file, which prints one line of JSON when it is ready. Then it answers JSON objects,
+one per line, {"batch", "context", "new_tokens", "prefill_chunk"}: prefill of random prompts, then greedy decoding.
 
-The loop here is what `generate` runs (logits of the last token only, `past_key_values` handed on), without its
-bookkeeping of stopping and of lists of processors; `"through": "generate"` times that instead. They differ by less than
-runs do.
+The loop here does what `generate` does (logits of the last token only, `past_key_values` passed on), without its code
+for stopping and for processors. `"through": "generate"` times `generate` itself. The two differ by less than repeated
+runs.
 """
 
 import argparse
@@ -19,27 +19,27 @@ from peer_transformers import EXPERTS, draw_tokens, prepare
 from process import Worker, limit_memory, peak_rss, serve
 
 
-class PeerDecode(Worker):
-    """A worker that decodes; see `Peer` for the arguments."""
+class PeerDecodeWorker(Worker):
+    """A worker that decodes with transformers; see `PeerTrainWorker` for the arguments."""
 
     def __init__(self, cfg, *, experts="grouped_mm", threads=2, seed=0, python=None, env=None):
-        from dsv3_jax.config import to_dict  # here, for the worker runs where dsv3_jax is not installed
+        from dsv3_jax.config import to_dict  # here, because the worker's interpreter may lack dsv3_jax
 
         command = [python or sys.executable, __file__, "--config", json.dumps(to_dict(cfg))]
         command += [f"--experts={experts}", f"--threads={threads}", f"--seed={seed}"]
         super().__init__("transformers", command, {"OMP_NUM_THREADS": str(threads)} | (env or {}))
 
     def decode(self, batch: int, context: int, new_tokens: int, prefill_chunk: int = 0) -> dict:
-        """Seconds of a prefill and of a step after it, bytes of the cache, peak memory of the process so far.
+        """Measure the seconds of a prefill and of a step after it, the cache's bytes, and the peak memory so far.
 
-        Args: prefill_chunk: tokens of the prompt that go through the model at a time; 0 is all.
+        Args: prefill_chunk: prompt tokens per forward pass; 0 means all.
         """
         cell = {"batch": batch, "context": context, "new_tokens": new_tokens, "prefill_chunk": prefill_chunk}
         return self.ask(json.dumps(cell))
 
 
 def decode(net, ids, new_tokens: int, prefill_chunk: int) -> dict:
-    """Prefill ids int64 [B, T], then decode greedily with the cache that the model makes for itself."""
+    """Prefill ids int64 [B, T], then decode greedily with the model's own cache."""
     import torch
 
     def forward(tokens, cache):
@@ -56,12 +56,12 @@ def decode(net, ids, new_tokens: int, prefill_chunk: int) -> dict:
             before = time.perf_counter()
             token, cache = forward(token, cache)
             steps.append(time.perf_counter() - before)
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     return {
         "prefill_seconds": prefilled - start,
         "step_seconds": statistics.mean(steps),
-        "cache_bytes": held,
-        "cache_bytes_per_token": held / (ids.shape[0] * cache.get_seq_length()),
+        "cache_bytes": cache_bytes,
+        "cache_bytes_per_token": cache_bytes / (ids.shape[0] * cache.get_seq_length()),
         "peak_rss_bytes": peak_rss(),
     }
 
@@ -90,19 +90,19 @@ def _decoder(args) -> tuple[dict, Callable[[str], dict]]:
     limit_memory()
     net, info = prepare(args.config, args.experts, args.threads, args.seed)
     net.eval()
-    net.config.use_cache = True  # training had switched it off
+    net.config.use_cache = True  # the training settings disable it
     import torch
 
-    def obey(line: str) -> dict:
+    def handle(line: str) -> dict:
         cell = json.loads(line)
         if cell["new_tokens"] < 2:
-            raise ValueError(f"new_tokens={cell['new_tokens']}: the first is prefill's, so decoding needs 2")
+            raise ValueError(f"new_tokens={cell['new_tokens']} is too small: prefill makes the first; use at least 2")
         ids = torch.from_numpy(draw_tokens(args.seed, cell["batch"], cell["context"], net.config.vocab_size))
         if cell.get("through") == "generate":
             return generate(net, ids, cell["new_tokens"])
         return decode(net, ids, cell["new_tokens"], cell.get("prefill_chunk", 0))
 
-    return info, obey
+    return info, handle
 
 
 def main() -> int:

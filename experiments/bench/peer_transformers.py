@@ -1,12 +1,13 @@
 """The peer of the benchmarks: transformers' DeepseekV3ForCausalLM, float32, on the CPU.
 
-As a library: `Peer(cfg, experts="grouped_mm")` starts this file as a worker process and asks it for steps, so that
-torch and JAX share neither a process nor its threads, and the benchmark can let the two take turns.
-As a worker: `python peer_transformers.py --config model.json --experts grouped_mm` builds the model, prints one line
-of JSON when it is ready, then obeys one command a line: `step N` (runs N steps, prints one line of JSON), `quit`.
+As a library: `PeerTrainWorker(cfg, experts="grouped_mm")` starts this file as a worker process and asks it for steps.
+So torch and JAX share neither a process nor its threads, and the benchmark can let the two take turns.
+
+As a worker: `python peer_transformers.py --config model.json --experts grouped_mm` builds the model and prints one line
+of JSON. Then it handles one command per line: `step N` (runs N steps, prints one line of JSON), `quit`.
 
 A step is what a user of transformers writes: forward with labels, backward, gradients clipped to a norm of 1, AdamW,
-gradients set to None. Attention is torch's fused one ("sdpa"), AdamW is `fused=True`.
+gradients set to None. Attention is torch's fused one ("sdpa"), and AdamW has `fused=True`.
 """
 
 import argparse
@@ -19,27 +20,27 @@ from pathlib import Path
 import numpy as np
 from process import Worker, peak_rss, serve
 
-EXPERTS = ("grouped_mm", "eager")  # transformers' own names; 5.24 takes grouped_mm when none is asked for
+EXPERTS = ("grouped_mm", "eager")  # transformers' names; 5.24 uses grouped_mm by default
 
 
 def draw_tokens(seed: int, batch_size: int, seq_len: int, vocab_size: int) -> np.ndarray:
-    """Uniform random tokens int64 [B, T]; both sides of the benchmark draw theirs here."""
+    """Draw uniform random tokens int64 [B, T], the same for both sides of the benchmark."""
     return np.random.default_rng(seed).integers(vocab_size, size=(batch_size, seq_len))
 
 
 def hf_config(model: dict) -> dict:
-    """A ModelConfig, as `config.to_dict` gives it, in transformers' names.
+    """Translate a ModelConfig, as `config.to_dict` returns it, to transformers' names.
 
     Raises: ValueError for a model that DeepseekV3ForCausalLM cannot train: another router, MTP, no shared expert.
     """
-    needs = {
-        "attention": "mla", "router": "sigmoid", "group_score": "top2_sum", "mtp_depth": 0, "compute_dtype": "float32",
-    }  # fmt: skip
+    needs = {"attention": "mla", "router": "sigmoid", "group_score": "top2_sum", "mtp_depth": 0}
     for key, value in needs.items():
         if model[key] != value:
-            raise ValueError(f"{key}={model[key]!r}: transformers' DeepseekV3 trains only with {key}={value!r} here")
+            raise ValueError(f"{key}={model[key]!r} is not supported by this peer: use {key}={value!r}")
     if model["num_shared_experts"] < 1:
-        raise ValueError(f"num_shared_experts={model['num_shared_experts']}: transformers' DeepseekV3 needs at least 1")
+        raise ValueError(
+            f"num_shared_experts={model['num_shared_experts']} is not supported by this peer: use at least 1"
+        )
     yarn = model["yarn"]
     rope = {"rope_type": "default", "rope_theta": model["rope_theta"]}
     if yarn["factor"] > 1:
@@ -81,19 +82,19 @@ def hf_config(model: dict) -> dict:
         "initializer_range": model["init_std"],
         "num_mtp_layers": 0,
         "use_cache": False,
-        "bos_token_id": None,  # the released ids may lie outside a small vocabulary
+        "bos_token_id": None,  # the released ids may exceed a small vocabulary
         "eos_token_id": None,
     }
 
 
 def build(model: dict, *, experts: str = "grouped_mm", seed: int = 0):
-    """DeepseekV3ForCausalLM in float32 with random weights.
+    """Return DeepseekV3ForCausalLM in float32 with random weights.
 
     Args:
         model: a ModelConfig as a dict.
         experts: "grouped_mm" (one grouped product over all experts) or "eager" (a Python loop over them).
         seed: of torch's generator.
-    Raises: ValueError if `experts` or `model` is not one of transformers', ImportError where that is not installed.
+    Raises: ValueError if transformers does not support `experts` or `model`, ImportError if it is not installed.
     """
     if experts not in EXPERTS:
         raise ValueError(f"experts={experts!r} is not one of {', '.join(EXPERTS)}")
@@ -105,9 +106,9 @@ def build(model: dict, *, experts: str = "grouped_mm", seed: int = 0):
 
 
 def make_step(net):
-    """The training step of `net`: tokens int64 [B, T] → loss in nats, a float.
+    """Return the training step of `net`: tokens int64 [B, T] → loss in nats, a float.
 
-    AdamW with the recipe's settings (DeepSeek-V3 report, section 4.2), weight decay on matrices alone.
+    AdamW has the recipe's settings (DeepSeek-V3 report, section 4.2), with weight decay only on matrices.
     """
     torch, _ = _import_peer()
     matrices = [p for p in net.parameters() if p.ndim > 1]
@@ -132,44 +133,45 @@ def _import_peer():
         import torch
         import transformers
     except ImportError as error:
-        raise ImportError(f"the peer needs {error.name}: pip install 'dsv3-jax[parity]'") from error
+        raise ImportError(
+            f"package={error.name!r} is not installed, but the peer needs it: pip install 'dsv3-jax[parity]'"
+        ) from error
     return torch, transformers
 
 
-class Peer(Worker):
-    """A worker process that holds the peer; a context manager.
+class PeerTrainWorker(Worker):
+    """A worker process that trains with transformers; a context manager.
 
-        with Peer(cfg, experts="grouped_mm") as peer:
-            peer.step(1)["seconds"]     # the first step allocates: not to be counted
+        with PeerTrainWorker(cfg, experts="grouped_mm") as peer:
+            peer.step(1)["seconds"]     # the first step allocates memory, so do not count it
 
     Args:
         cfg: ModelConfig.
         experts, seed: see `build`.
-        batch_size, seq_len: the shape of the one batch that every step trains on, `draw_tokens(seed, …)`.
+        batch_size, seq_len: the shape of the batch that every step trains on, `draw_tokens(seed, …)`.
         threads: of torch; both sides should have the same cores.
-        python: interpreter with torch and transformers (the extra `parity`); this one if None.
-        env: added to its environment, as KEEP_MEMORY.
+        python: an interpreter with torch and transformers (the extra `parity`); None means this one.
+        env: added to the worker's environment, as KEEP_MEMORY.
     Raises: see `Worker`.
     """
 
     def __init__(
         self, cfg, *, experts="grouped_mm", batch_size=4, seq_len=512, threads=2, seed=0, python=None, env=None
     ):
-        from dsv3_jax.config import to_dict  # here, for the worker runs where dsv3_jax is not installed
+        from dsv3_jax.config import to_dict  # here, because the worker's interpreter may lack dsv3_jax
 
         options = {"experts": experts, "batch": batch_size, "length": seq_len, "threads": threads, "seed": seed}
         command = [python or sys.executable, __file__, "--config", json.dumps(to_dict(cfg))]
         command += [f"--{key}={value}" for key, value in options.items()]
-        # info: parameters, versions, attention, experts
         super().__init__("transformers", command, {"OMP_NUM_THREADS": str(threads)} | (env or {}))
 
     def step(self, count: int = 1) -> dict:
-        """Run `count` steps: {"seconds": [one each], "loss": [nats, one each], "peak_rss_bytes": int}."""
+        """Run `count` steps and return {"seconds": [per step], "loss": [nats, per step], "peak_rss_bytes": int}."""
         return self.ask(f"step {count}")
 
 
 def prepare(config: str, experts: str, threads: int, seed: int):
-    """The model that a worker's options ask for, and what to say of it: (model, {parameters, versions, …}).
+    """Return (model, its description {parameters, versions, …}) for a worker's options.
 
     Args: config: a ModelConfig as JSON, or the path of one.
     """
@@ -191,7 +193,7 @@ def _trainer(args) -> tuple[dict, Callable[[str], dict]]:
     step = make_step(net)
     tokens = draw_tokens(args.seed, args.batch, args.length, net.config.vocab_size)
 
-    def obey(line: str) -> dict:
+    def handle(line: str) -> dict:
         match line.split():
             case ["step", count] if count.isdecimal():
                 seconds, losses = [], []
@@ -200,17 +202,17 @@ def _trainer(args) -> tuple[dict, Callable[[str], dict]]:
                     losses.append(step(tokens))
                     seconds.append(time.perf_counter() - start)
                 return {"seconds": seconds, "loss": losses, "peak_rss_bytes": peak_rss()}
-        raise ValueError(f"{line!r} is not a command: 'step N' or 'quit'")
+        raise ValueError(f"command={line!r} is unknown: use 'step N' or 'quit'")
 
-    return info, obey
+    return info, handle
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="A worker that trains transformers' DeepseekV3ForCausalLM.")
     parser.add_argument("--config", required=True, help="a ModelConfig as JSON, or the path of one")
     parser.add_argument("--experts", default="grouped_mm", help=" or ".join(EXPERTS))
-    parser.add_argument("--batch", type=int, default=4, help="sequences a step")
-    parser.add_argument("--length", type=int, default=512, help="tokens a sequence")
+    parser.add_argument("--batch", type=int, default=4, help="sequences per step")
+    parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -1,6 +1,7 @@
-"""Workers: processes that answer each line with one line of JSON, so that the sides of a benchmark can take turns.
+"""Worker processes that answer each line with one line of JSON, so that the sides of a benchmark can take turns.
 
-`Worker` is the benchmark's end, `serve` the worker's. Needs nothing that a worker's interpreter might lack.
+`Worker` is the benchmark's side, `serve` the worker's. This file imports only the standard library, because a worker's
+interpreter may have no other packages.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-# Our side's memory settings (dsv3_jax/kernels/cpu/memory.py), given to the peer from outside: its best case.
+# Gives the peer our side's memory settings (dsv3_jax/kernels/cpu/memory.py): its best case.
 KEEP_MEMORY = {
     "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
     "MALLOC_TOP_PAD_": str(64 << 20),
@@ -19,17 +20,17 @@ KEEP_MEMORY = {
 
 
 class OutOfMemory(RuntimeError):
-    """A worker that ended for want of memory."""
+    """A worker ran out of memory."""
 
 
 class Worker:
-    """A process that holds one side; a context manager.
+    """A process for one side of a benchmark; a context manager.
 
     Args:
-        name: for errors.
-        command: its words; it prints one line of JSON when it is ready (`info`), then one a command.
+        name: of the worker in errors.
+        command: its command line. The process prints one line of JSON when it is ready (`info`), then one per command.
         env: added to this process's environment.
-    Raises: RuntimeError with the worker's own sentence if it cannot start or ends early; OutOfMemory where that is why.
+    Raises: RuntimeError with the worker's message if it cannot start or ends early, OutOfMemory if memory is the cause.
     """
 
     def __init__(self, name: str, command: list[str], env: dict[str, str] | None = None):
@@ -42,26 +43,26 @@ class Worker:
         self.info = self._reply()
 
     def ask(self, command: str) -> dict:
-        """The answer to one command."""
-        with contextlib.suppress(BrokenPipeError):  # the worker is gone: _reply tells how it ended
+        """Send one command and return the reply."""
+        with contextlib.suppress(BrokenPipeError):  # the worker has ended; _reply reports how
             print(command, file=self._commands, flush=True)
         return self._reply()
 
     def _reply(self) -> dict:
         line = self._replies.readline()
-        reply = json.loads(line) if line else {"error": "it said nothing"}
+        reply = json.loads(line) if line else {"error": "it printed no error"}
         if "error" in reply:
             self.close()
             code = self._worker.returncode
-            # -9: by the kernel, which takes workers first (see `limit_memory`).
+            # -9: killed by the kernel, which chooses workers first (see `limit_memory`).
             kind = OutOfMemory if reply.get("memory") or code == -9 else RuntimeError
             raise kind(f"the {self._name} worker ended with code {code}: {reply['error']}")
         return reply
 
     def close(self) -> None:
-        """End the worker; its memory is free again when this returns. Harmless if it has ended already."""
+        """End the worker and wait until its memory is free. Does nothing if the worker has ended already."""
         with contextlib.suppress(BrokenPipeError):
-            self._commands.close()  # the worker's loop ends with its input
+            self._commands.close()  # end of input ends the worker's loop
         try:
             self._worker.wait(timeout=60)
         except subprocess.TimeoutExpired:
@@ -77,34 +78,33 @@ class Worker:
 
 
 def serve(prepare: Callable[[], tuple[dict, Callable[[str], dict]]]) -> int:
-    """A worker's life: get ready, then answer standard input until it ends or says `quit`. Returns the exit code.
+    """Run a worker: prepare, then answer lines of standard input until the end or `quit`. Returns the exit code.
 
-    Args: prepare: returns (what to say when ready, the function that obeys one line).
+    Args: prepare: returns (the first reply, a function that handles one line and returns the reply).
     """
-    replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not mix with the replies
+    replies, sys.stdout = sys.stdout, sys.stderr  # keeps the output of libraries apart from the replies
 
-    def say(reply: dict) -> None:
+    def send(reply: dict) -> None:
         print(json.dumps(reply), file=replies, flush=True)
 
     try:
-        info, obey = prepare()
-        say(info)
+        info, handle = prepare()
+        send(info)
         for line in sys.stdin:
             if line.strip() == "quit":
                 break
-            say(obey(line.strip()))
+            send(handle(line.strip()))
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
-        # What torch and XLA call it.
-        words = ("allocate memory", "out of memory", "resource_exhausted")
-        memory = isinstance(error, MemoryError) or any(word in text.lower() for word in words)
-        say({"error": text, "memory": memory})
+        phrases = ("allocate memory", "out of memory", "resource_exhausted")  # of torch and XLA
+        memory = isinstance(error, MemoryError) or any(phrase in text.lower() for phrase in phrases)
+        send({"error": text, "memory": memory})
         return 1
     return 0
 
 
 def limit_memory(keep_free: int = 1 << 30) -> None:
-    """Have this process fail, rather than another one die, when it asks for more memory than is free (Linux)."""
+    """Make this process fail, not another one, if it asks for more memory than is free (Linux)."""
     with contextlib.suppress(OSError):
         with open("/proc/meminfo") as lines:
             free = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines}["MemAvailable"]
@@ -114,6 +114,6 @@ def limit_memory(keep_free: int = 1 << 30) -> None:
 
 
 def peak_rss() -> int:
-    """Bytes of this process's largest resident set."""
+    """Return the bytes of this process's largest resident set."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts kibibytes
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux reports KiB, macOS bytes

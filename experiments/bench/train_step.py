@@ -1,7 +1,7 @@
-"""The training benchmark: our step against transformers' in turns, and how ours grows with experts, length, depth.
+"""The training benchmark: our step and transformers' in turns, and the growth of ours with experts, length and depth.
 
-python experiments/bench/train_step.py                      # everything; writes results.json beside this file
-python experiments/bench/train_step.py peer                 # one part: peer, experts, length, depth
+python experiments/bench/train_step.py                      # all parts; writes results.json beside this file
+python experiments/bench/train_step.py peer                 # one part: peer, experts, length or depth
 python experiments/bench/train_step.py peer --peer-python PATH   # another interpreter has torch and transformers
 """
 
@@ -14,9 +14,9 @@ import statistics
 import sys
 from pathlib import Path
 
-from peer_transformers import Peer
+from peer_transformers import PeerTrainWorker
 from process import KEEP_MEMORY
-from worker import Ours
+from worker import TrainWorker
 
 from dsv3_jax.config import ModelConfig, replace
 from dsv3_jax.model.counting import size, train_flops_per_token
@@ -28,15 +28,17 @@ CORES = math.gcd(BATCH, os.cpu_count() or 1)
 
 
 def against_peer(rounds: int, python: str | None) -> dict:
-    """Tokens a second of both sides, taking turns; every side is warm before its first counted step."""
+    """Measure tokens per second of both sides in turns, after uncounted warm-up steps of each."""
     tokens, rows = BATCH * LENGTH, {}
-    # A balance loss and a bias update are not in the peer's step; ours has the bias update, at a cost of nothing.
+    # The peer's step has neither a balance loss nor a bias update. Ours has the bias update, which costs nothing.
     model = replace(MINI, init_std=0.006, balance=replace(MINI.balance, sequence_alpha=0.0))
-    ours = Ours(model)
+    ours = TrainWorker(model)
     sides: dict = {
         "dsv3-jax": ours,
-        "transformers, grouped_mm": Peer(model, experts="grouped_mm", python=python),
-        "transformers, grouped_mm, memory kept": Peer(model, experts="grouped_mm", python=python, env=KEEP_MEMORY),
+        "transformers, grouped_mm": PeerTrainWorker(model, experts="grouped_mm", python=python),
+        "transformers, grouped_mm, memory kept": PeerTrainWorker(
+            model, experts="grouped_mm", python=python, env=KEEP_MEMORY
+        ),
     }
     seconds: dict = {name: [] for name in sides}
     losses: dict = {name: [] for name in sides}
@@ -59,24 +61,24 @@ def against_peer(rounds: int, python: str | None) -> dict:
     versions |= {k: sides["transformers, grouped_mm"].info[k] for k in ("torch", "transformers")}
     for side in sides.values():
         side.close()
-    # All do not fit in memory together; these alone, at the end.
-    with Ours(model, mesh=f"data=1,expert={CORES}") as cut:
-        cut.step(2)
-        measure(f"dsv3-jax, --mesh expert={CORES}", cut, 3 * rounds)
-    with Ours(model, env={"DSV3_NATIVE": "0"}) as plain:
+    # These run alone, at the end, because all sides together do not fit in memory.
+    with TrainWorker(model, mesh=f"data=1,expert={CORES}") as sharded:
+        sharded.step(2)
+        measure(f"dsv3-jax, --mesh expert={CORES}", sharded, 3 * rounds)
+    with TrainWorker(model, kernels="xla") as plain:
         plain.step(2)
         measure("dsv3-jax, XLA alone", plain, 3 * rounds)
-    with Peer(model, experts="eager", python=python) as eager:
+    with PeerTrainWorker(model, experts="eager", python=python) as eager:
         eager.step(1)
         measure("transformers, eager", eager, 2)
     peak = statistics.median(peaks)
     flops = train_flops_per_token(MINI)
-    for name, taken in seconds.items():
-        rate = tokens / statistics.median(taken)
+    for name, times in seconds.items():
+        rate = tokens / statistics.median(times)
         rows[name] = {
             "tokens_per_s": rate,
-            "least": tokens / max(taken),
-            "most": tokens / min(taken),
+            "least": tokens / max(times),
+            "most": tokens / min(times),
             "share_of_gemm": rate * flops / peak,
             "peak_memory_gb": memory[name] / 1e9,
             "loss": [losses[name][0], losses[name][-1]],
@@ -90,7 +92,7 @@ def against_peer(rounds: int, python: str | None) -> dict:
 
 
 def _grow(variants: dict[str, tuple[ModelConfig, int, int]], rounds: int, in_turns: bool) -> dict:
-    """Seconds a step and memory of each variant (config, batch, length), in turns where they fit in memory together."""
+    """Measure seconds per step and memory of each variant (config, batch, length), in turns if `in_turns`."""
     rows: dict = {}
     workers: dict = {}
 
@@ -101,7 +103,7 @@ def _grow(variants: dict[str, tuple[ModelConfig, int, int]], rounds: int, in_tur
         row["peak_memory_gb"] = reply["peak_rss_bytes"] / 1e9
 
     for name, (cfg, batch, length) in variants.items():
-        worker = workers[name] = Ours(cfg, batch_size=batch, seq_len=length)
+        worker = workers[name] = TrainWorker(cfg, batch_size=batch, seq_len=length)
         worker.step(1)
         if not in_turns:
             measure(name, worker, rounds)
@@ -127,9 +129,9 @@ def _grow(variants: dict[str, tuple[ModelConfig, int, int]], rounds: int, in_tur
 
 
 def growing_experts(rounds: int) -> dict:
-    """16, 64, 256 experts of the same width, 6 a token: the same active parameters but for the router's.
+    """Measure 16, 64 and 256 experts of the same width, 6 per token: equal active parameters except the router's.
 
-    At 4 × 512 tokens, and at 16 × 512, where the work that grows with all parameters (AdamW) is spread over more.
+    At 4 × 512 and at 16 × 512 tokens. With more tokens, work that grows with all parameters (AdamW) weighs less.
     """
     variants = {}
     for batch in (4, 16):
@@ -139,14 +141,14 @@ def growing_experts(rounds: int) -> dict:
 
 
 def growing_length(rounds: int) -> dict:
-    """One sequence of 512 … 8,192 tokens: memory must grow as the length."""
+    """Measure one sequence of 512 … 8,192 tokens: memory must grow linearly."""
     return _grow(
         {f"1 x {length}": (MINI, 1, length) for length in (512, 1024, 2048, 4096, 8192)}, rounds, in_turns=False
     )
 
 
 def growing_depth(rounds: int) -> dict:
-    """4, 8, 16 layers, one dense: compile time must not grow with depth. Fewer experts, so that all fit in memory."""
+    """Measure 4 … 32 layers, one dense: compile time must not grow with depth. Few experts, to fit in memory."""
     return _grow(
         {f"{layers} layers": (replace(MINI, num_layers=layers, num_experts=16), 4, 512) for layers in (4, 8, 16, 32)},
         rounds,
@@ -156,9 +158,9 @@ def growing_depth(rounds: int) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["peer", "experts", "length", "depth", []], help="all if none")
+    parser.add_argument("parts", nargs="*", choices=["peer", "experts", "length", "depth", []], help="default: all")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--peer-python", help="interpreter with torch and transformers; this one if not given")
+    parser.add_argument("--peer-python", help="an interpreter with torch and transformers; default: this one")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"))
     args = parser.parse_args()
     results = json.loads(args.out.read_text()) if args.out.exists() else {}

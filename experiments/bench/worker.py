@@ -1,6 +1,6 @@
-"""Our side of the training benchmark: a worker process that speaks the peer's protocol.
+"""Our side of the training benchmark: a worker process with the peer's protocol.
 
-`python worker.py --config '{…}'` compiles the step, prints one line of JSON, then obeys one command a line:
+`python worker.py --config '{…}'` compiles the step and prints one line of JSON. Then it handles one command per line:
 `step N` (N steps, one line of JSON), `gemm` (the measured peak of a float32 product), `quit`.
 """
 
@@ -15,22 +15,23 @@ from peer_transformers import draw_tokens
 from process import Worker, peak_rss, serve
 
 
-class Ours(Worker):
-    """A worker that holds our side; the same interface as `Peer`, and `gemm`."""
+class TrainWorker(Worker):
+    """A worker that trains with dsv3-jax. It has the interface of `PeerTrainWorker`, and `gemm`."""
 
-    def __init__(self, cfg, *, batch_size=4, seq_len=512, seed=0, mesh="", env: dict[str, str] | None = None):
+    def __init__(self, cfg, *, batch_size=4, seq_len=512, seed=0, mesh="", kernels="auto"):
         from dsv3_jax.config import to_dict
 
         command = [sys.executable, __file__, "--config", json.dumps(to_dict(cfg))]
         command += [f"--batch={batch_size}", f"--length={seq_len}", f"--seed={seed}", f"--mesh={mesh}"]
-        super().__init__("dsv3-jax", command, env)
+        command += [f"--kernels={kernels}"]
+        super().__init__("dsv3-jax", command)
 
     def step(self, count: int = 1) -> dict:
-        """Run `count` steps: {"seconds": [one each], "loss": [one each], "peak_rss_bytes": int}."""
+        """Run `count` steps and return {"seconds": [per step], "loss": [per step], "peak_rss_bytes": int}."""
         return self.ask(f"step {count}")
 
     def gemm(self) -> float:
-        """FLOP/s of a large float32 product, now."""
+        """Measure the FLOP/s of a large float32 product."""
         return self.ask("gemm")["flops"]
 
 
@@ -40,7 +41,8 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mesh", default="", help="data=N,expert=N; a single device if not given")
+    parser.add_argument("--mesh", default="", help="data=N,expert=N; default: a single device")
+    parser.add_argument("--kernels", default="auto", help="as Execution.kernels; xla: no hand-written kernels")
     args = parser.parse_args()
     return serve(lambda: _trainer(args))
 
@@ -55,30 +57,33 @@ def _trainer(args) -> tuple[dict, Callable[[str], dict]]:
 
     if args.mesh:
         jax.config.update("jax_num_cpu_devices", os.cpu_count())
-    from dsv3_jax.config import DataConfig, ModelConfig, OptimConfig, RunConfig, from_dict
-    from dsv3_jax.mesh.sharding import batch_sharding, check, in_force, make_mesh, parse_mesh
+    from dsv3_jax.config import DataConfig, Execution, ModelConfig, OptimConfig, RunConfig, from_dict
+    from dsv3_jax.kernels.choose import prepare
+    from dsv3_jax.mesh.sharding import batch_sharding, check, make_mesh, parse_mesh, use_mesh
     from dsv3_jax.training.step import init_state, make_step
 
     cfg = from_dict(ModelConfig, json.loads(args.config))
     run = RunConfig(
-        cfg,
-        DataConfig(seq_len=args.length, batch_size=args.batch),
-        # The peer's recipe: a constant rate, no warm-up.
-        OptimConfig(warmup_steps=0, decay_start=1.0, decay_end=1.0),
+        model=cfg,
+        execution=Execution(kernels=args.kernels),
+        data=DataConfig(seq_len=args.length, batch_size=args.batch),
+        # as the peer's: a constant learning rate without warm-up
+        optim=OptimConfig(warmup_steps=0, decay_start=1.0, decay_end=1.0),
         seed=args.seed,
     )
     tokens = jnp.asarray(draw_tokens(args.seed, args.batch, args.length, cfg.vocab_size), jnp.int32)
-    places = jnp.broadcast_to(jnp.arange(args.length, dtype=jnp.int32), tokens.shape)
-    batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": places}
+    positions = jnp.broadcast_to(jnp.arange(args.length, dtype=jnp.int32), tokens.shape)
+    batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": positions}
     mesh = None
     if args.mesh:
         mesh = make_mesh(**parse_mesh(args.mesh))
         check(mesh, run)
         batch = jax.device_put(batch, batch_sharding(mesh))
+    kernels = prepare(run.execution, mesh=mesh)  # compiles the C++ kernels, which is not compile_seconds
     state = jax.block_until_ready(init_state(run, mesh))
     start = time.perf_counter()
-    with in_force(mesh):
-        step = make_step(run).lower(state, batch).compile()
+    with use_mesh(mesh):
+        step = make_step(run, kernels).lower(state, batch).compile()
     memory = step.memory_analysis()
     info = {
         "compile_seconds": time.perf_counter() - start,
@@ -89,7 +94,7 @@ def _trainer(args) -> tuple[dict, Callable[[str], dict]]:
         "device": str(jax.devices()[0].device_kind),
     }
 
-    def obey(line: str) -> dict:
+    def handle(line: str) -> dict:
         nonlocal state
         command, *count = line.split()
         if command == "gemm":
@@ -101,10 +106,10 @@ def _trainer(args) -> tuple[dict, Callable[[str], dict]]:
             losses.append(float(metrics["loss"]))
             jax.block_until_ready(state)
             seconds.append(time.perf_counter() - start)
-            time.sleep(0.05)  # a step's memory is freed a moment after its results are there, for the next to take
+            time.sleep(0.05)  # a step's memory is freed shortly after its results; the next step then reuses it
         return {"seconds": seconds, "loss": losses, "peak_rss_bytes": peak_rss()}
 
-    return info, obey
+    return info, handle
 
 
 if __name__ == "__main__":

@@ -1,11 +1,31 @@
-"""The lab: a question, a few variants of one recipe, some seeds, and the table and picture that answer it.
+"""The lab: train variants of one recipe from several seeds, then write the table and picture that answer a question.
 
-A study is a folder of `experiments/` with a `run.py`, which lists its variants as diffs of a base recipe. Running it
-trains what is missing, measures it, and writes results.json, the picture and the table of README.md.
+A study is a folder of `experiments/` with a `run.py` that lists its variants as changes of a base recipe. Running it
+trains the missing runs, measures them, and writes results.json, the picture and the table in README.md.
 """
 
-from experiments.lab.results import ABOVE, Column, Results
-from experiments.lab.study import RUNS, After, Study
-from experiments.lab.work import Trained
+from experiments.lab.results import (
+    ABOVE,
+    Column,
+    Results,
+    format_number,
+    markdown_table,
+    mean_spread,
+    write_figure,
+)
+from experiments.lab.study import RUNS_FOLDER, FollowUp, Study
+from experiments.lab.work import TrainedRun
 
-__all__ = ["ABOVE", "RUNS", "After", "Column", "Results", "Study", "Trained"]
+__all__ = [
+    "ABOVE",
+    "RUNS_FOLDER",
+    "Column",
+    "FollowUp",
+    "Results",
+    "Study",
+    "TrainedRun",
+    "format_number",
+    "markdown_table",
+    "mean_spread",
+    "write_figure",
+]

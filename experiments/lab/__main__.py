@@ -1,27 +1,27 @@
-"""`python -m experiments.lab`: every study of `experiments/`, one after the other; what is there already is kept."""
+"""Run every study of `experiments/`, one after the other: `python -m experiments.lab [OPTIONS]`."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 from experiments.lab import overview
+from experiments.lab.study import make_parser
+
+EXPERIMENTS = Path(__file__).resolve().parents[1]
 
 
-def main(words: list[str]) -> int:
-    """Run all studies of the folder `experiments`; `words` are handed to each. Returns the exit code of the worst."""
-    experiments = Path("experiments")
-    scripts = sorted(experiments.glob("[0-9][0-9]_*/run.py"))
-    if not scripts:
-        print("there is no experiments/NN_name/run.py here: call it from the repository", file=sys.stderr)
-        return 2
+def main(argv: list[str], experiments: Path = EXPERIMENTS) -> int:
+    """Run all studies with the same options, then print the overview. Returns the largest exit code."""
+    description = "Run every study: train and measure missing runs, then write tables and pictures."
+    make_parser("python -m experiments.lab", description).parse_args(argv)
     worst = 0
-    for script in scripts:
+    for script in sorted(experiments.glob("[0-9][0-9]_*/run.py")):
         print(f"== {script.parent.name}", flush=True)
-        code = subprocess.run([sys.executable, str(script), *words]).returncode
-        if code == 130:
+        code = subprocess.run([sys.executable, str(script), *argv]).returncode
+        if code == 130:  # Ctrl-C
             return code
         worst = max(worst, code)
-    print(f"\n{overview.table(experiments)}")
+    print(f"\n{overview.overview_table(experiments)}")
     return worst
 
 

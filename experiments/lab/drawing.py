@@ -1,4 +1,4 @@
-"""Pictures of a study: what most of them need."""
+"""Plots that several studies share. `draw_…` writes a picture; the others add to axes."""
 
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -10,23 +10,23 @@ from matplotlib.figure import Figure
 from experiments.lab.results import Results, write_figure
 
 
-def panel(ax: Axes, title: str, x: str, y: str) -> None:
-    """The lab's look of a panel."""
+def style_axes(ax: Axes, title: str, x: str, y: str) -> None:
+    """Set title, axis labels and the lab's grid."""
     ax.set_title(title, fontsize=11)
     ax.set(xlabel=x, ylabel=y)
     ax.grid(alpha=0.25, linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def differences(results: Results, path: Path, key: str = "val_loss", title: str = "Validation loss") -> None:
-    """Each variant's difference to the first, a dot a seed and a bar for the mean."""
+def draw_differences(results: Results, path: Path, key: str = "val_loss", title: str = "Validation loss") -> None:
+    """Write a picture of each variant's difference to the first variant."""
     figure = Figure(figsize=(7.5, 0.9 + 0.42 * len(results.variants)), layout="constrained")
-    dots_by_variant(figure.add_subplot(), results, key, f"{title} against {results.variants[0]}", "nats a token")
+    plot_differences(figure.add_subplot(), results, key, f"{title} against {results.variants[0]}", "nats per token")
     write_figure(figure, path)
 
 
-def dots_by_variant(ax: Axes, results: Results, key: str, title: str, unit: str) -> None:
-    """The same within a picture: the first variant on top, left of zero is less."""
+def plot_differences(ax: Axes, results: Results, key: str, title: str, unit: str) -> None:
+    """Plot each variant's difference to the first variant: a dot per seed, a bar for their mean."""
     first = results.variants[0]
     for row, variant in enumerate(results.variants):
         values = results.paired(variant, first, key)
@@ -34,43 +34,52 @@ def dots_by_variant(ax: Axes, results: Results, key: str, title: str, unit: str)
             continue
         ax.plot(values, np.full(len(values), row), "o", color=f"C{row % 10}", alpha=0.6, markersize=6)
         ax.plot([values.mean()] * 2, [row - 0.3, row + 0.3], color=f"C{row % 10}", linewidth=2.5)
-    panel(ax, title, f"difference, {unit}: a dot is a seed, the bar their mean", "")
+    style_axes(ax, title, f"difference, {unit}: a dot is a seed, a bar their mean", "")
     ax.axvline(0, color="0.5", linewidth=0.8)
     ax.set_yticks(range(len(results.variants)), results.variants)
     ax.invert_yaxis()
 
 
-def curves(ax: Axes, results: Results, name: str, title: str, unit: str, only: Collection[str] | None = None) -> None:
-    """A curve of every variant over the steps, or of those named: mean over seeds, a shade from least to most."""
+def plot_curves(
+    ax: Axes, results: Results, name: str, title: str, unit: str, only: Collection[str] | None = None
+) -> None:
+    """Plot a metric over training steps for each variant: mean over seeds, shaded from minimum to maximum.
+
+    Args: name: of the curve. only: the variants to plot; None means all.
+    """
     for i, variant in enumerate(results.variants):
         if only is not None and variant not in only:
             continue
         steps, values = results.curve(variant, name)
         ax.plot(steps, values.mean(0), label=variant, color=f"C{i % 10}", linewidth=1.4)
         ax.fill_between(steps, values.min(0), values.max(0), color=f"C{i % 10}", alpha=0.15, linewidth=0)
-    panel(ax, title, "step", unit)
+    style_axes(ax, title, "step", unit)
     bottom, top = ax.get_ylim()
-    ax.set_ylim(top=top + 0.3 * (top - bottom))  # room for the legend above the curves
+    ax.set_ylim(top=top + 0.3 * (top - bottom))  # space for the legend above the curves
     ax.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
 
 
-def against(results: Results, path: Path, x: str | Callable[[Results, str], float], label: str, title: str) -> None:
-    """Validation loss against something that a variant costs, on a logarithmic axis: dots are seeds, a ring the mean.
+def draw_loss_by_cost(
+    results: Results, path: Path, cost: str | Callable[[Results, str], float], label: str, title: str
+) -> None:
+    """Write a picture of validation loss against a cost on a logarithmic axis: dots are seeds, a ring their mean.
 
-    Args: x: a measured number's name, whose mean over seeds is taken, or (results, variant) → number. label: of x.
+    Args:
+        cost: the key of a measured number, averaged over seeds; or a function (results, variant) → number.
+        label: of the cost's axis.
     """
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     ax = figure.add_subplot()
-    places = []
+    costs = []
     for i, variant in enumerate(results.variants):
-        at = x(results, variant) if callable(x) else float(results.values(variant, x).mean())
+        x = cost(results, variant) if callable(cost) else float(results.values(variant, cost).mean())
         losses = results.values(variant, "val_loss")
-        ax.plot(np.full(len(losses), at), losses, ".", color=f"C{i % 10}", alpha=0.6)
-        ax.plot([at], [losses.mean()], "o", color=f"C{i % 10}", markersize=11, fillstyle="none", label=variant)
-        places.append(at)
-    panel(ax, title, label, "validation loss, nats a token")
+        ax.plot(np.full(len(losses), x), losses, ".", color=f"C{i % 10}", alpha=0.6)
+        ax.plot([x], [losses.mean()], "o", color=f"C{i % 10}", markersize=11, fillstyle="none", label=variant)
+        costs.append(x)
+    style_axes(ax, title, label, "validation loss, nats per token")
     ax.set_xscale("log")
-    ax.set_xticks(sorted(set(places)), [f"{p:,.4g}" for p in sorted(set(places))])
+    ax.set_xticks(sorted(set(costs)), [f"{c:,.4g}" for c in sorted(set(costs))])
     ax.minorticks_off()
     ax.legend(frameon=False, fontsize=8)
     write_figure(figure, path)

@@ -1,20 +1,20 @@
-"""experiments/README.md's table of all studies, made from their results.json and the verdicts of their README.md."""
+"""The table of all studies in experiments/README.md, made from each study's results.json and README.md."""
 
 import re
 from pathlib import Path
 
-from experiments.lab.results import BEGIN, Results, markdown, put_between
+from experiments.lab.results import BEGIN, Results, markdown_table, replace_block
 
 
 def write(experiments: Path) -> None:
-    """Make the table anew, where there is a README.md with a place for it."""
+    """Rewrite the table in README.md, if the file exists and has the markers."""
     page = experiments / "README.md"
     if page.exists() and BEGIN in page.read_text():
-        put_between(page, table(experiments))
+        replace_block(page, overview_table(experiments))
 
 
-def table(experiments: Path) -> str:
-    """Markdown: a row for each study, also those without results yet."""
+def overview_table(experiments: Path) -> str:
+    """Return a Markdown table with a row for each study; studies without results are marked "not run yet"."""
     rows = []
     for script in sorted(experiments.glob("[0-9][0-9]_*/run.py")):
         folder = script.parent
@@ -27,20 +27,20 @@ def table(experiments: Path) -> str:
         about = results.about
         rows.append(
             [link, about["question"], about["published"], about.get("ours", ""), verdict(folder)]
-            + [results.told("date"), results.told("commit")]
+            + [results.provenance("date"), results.provenance("commit")]
         )
-    return markdown(["study", "question", "published", "ours", "verdict", "date", "commit"], rows)
+    return markdown_table(["study", "question", "published", "ours", "verdict", "date", "commit"], rows)
 
 
 def title(folder: Path) -> str:
-    """The first line of a study's README.md: its question."""
+    """Return the question of a study: the first line of its README.md."""
     page = folder / "README.md"
     return page.read_text().partition("\n")[0].lstrip("# ") if page.exists() else ""
 
 
 def verdict(folder: Path) -> str:
-    """The bold words that a study's last section, "## Verdict", begins with."""
+    """Return the bold text at the start of the section "## Verdict" of a study's README.md."""
     page = folder / "README.md"
     text = page.read_text().partition("## Verdict")[2] if page.exists() else ""
-    found = re.match(r"\s*\*\*(.+?)\*\*", text, re.DOTALL)  # they may go over a line's end
-    return " ".join(found[1].split()).rstrip(".") if found else "to come"
+    bold = re.match(r"\s*\*\*(.+?)\*\*", text, re.DOTALL)  # it may span lines
+    return " ".join(bold[1].split()).rstrip(".") if bold else "pending"

@@ -1,4 +1,4 @@
-"""Many runs, a process each: so many at a time, each on cores of its own, and a live line for every one of them."""
+"""Run many jobs, each in its own process on its own cores, and show a live progress line for each."""
 
 import json
 import os
@@ -14,20 +14,21 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from dsv3_jax.signals import handled
 from experiments.lab.work import STOPPED, Job
 
-LOOK_EVERY = 0.5  # seconds between looks at the workers
-PATIENCE = 60.0  # seconds that a worker has to save itself when it is asked to stop
+POLL_SECONDS = 0.5  # between two looks at the workers
+STOP_TIMEOUT = 60.0  # seconds that a worker gets to save after a stop request
 
 
 @dataclass
-class _Working:
+class _RunningJob:
     job: Job
     process: subprocess.Popen
     log: Path
     slot: int
     task: TaskID
-    since: float = field(default_factory=time.monotonic)
+    start: float = field(default_factory=time.monotonic)
 
 
 def run_all(
@@ -37,16 +38,19 @@ def run_all(
     cores: Sequence[tuple[int, ...]],
     env: dict[str, str],
     root: Path,
-    finished: Callable[[Job, dict], None],
+    on_finish: Callable[[Job, dict], None],
 ) -> list[str]:
-    """Run jobs, those first that come first, but none before the jobs whose folders it needs.
+    """Run jobs in their order; a job starts only after the jobs that it depends on.
 
     Args:
-        script: the study's, which does a job when it is called with `--work` and the job.
-        workers: how many at a time; cores: what each of them stays on, () for all.
-        env: added to this process's environment. root: the working directory of the workers.
-        finished: is given each job and what its worker found.
-    Returns: a sentence for each job that failed. Raises: KeyboardInterrupt, once the workers have saved and ended.
+        script: the study's run.py, which does a job when called with `--work JOB`.
+        workers: the number of jobs at a time.
+        cores: the CPU cores of each worker; () means all.
+        env: added to this process's environment.
+        root: the working directory of the workers.
+        on_finish: called with each finished job and the record that its worker wrote.
+    Returns: a sentence for each job that failed.
+    Raises: KeyboardInterrupt, after the workers have saved and ended.
     """
     console = Console(highlight=False, soft_wrap=True)
     bar = Progress(
@@ -58,48 +62,48 @@ def run_all(
         console=console,
         disable=not console.is_terminal,
     )
-    waiting, working, failures = list(jobs), list[_Working](), list[str]()
-    broken: set[str] = set()  # folders of runs that failed
+    waiting, running, failures = list(jobs), list[_RunningJob](), list[str]()
+    failed_folders: set[str] = set()
     seconds: list[float] = []
-    with _interruptible(), bar:
-        whole = bar.add_task("runs", total=len(jobs), line="")
+    with _sigterm_as_interrupt(), bar:
+        total = bar.add_task("runs", total=len(jobs), line="")
         try:
-            while waiting or working:
-                unfinished = {job.folder for job in (*waiting, *(w.job for w in working))}
-                while len(working) < workers and (job := _next(waiting, unfinished, broken)):
+            while waiting or running:
+                unfinished = {job.folder for job in (*waiting, *(r.job for r in running))}
+                while len(running) < workers and (job := _next_ready(waiting, unfinished, failed_folders)):
                     waiting.remove(job)
-                    if lost := [name for name, folder in job.others.items() if folder in broken]:
-                        failures.append(f"{_name(job)} was not run, for it needs {', '.join(lost)}")
-                        broken.add(job.folder)
+                    if missing := [name for name, folder in job.needed_folders.items() if folder in failed_folders]:
+                        failures.append(f"{_name(job)} was not run: it depends on {', '.join(missing)}, which failed")
+                        failed_folders.add(job.folder)
                         continue
-                    slot = min(set(range(workers)) - {w.slot for w in working})
-                    working.append(_start(script, replace(job, cores=cores[slot]), slot, env, root, bar))
-                time.sleep(LOOK_EVERY)
-                for worker in list(working):
-                    _show(worker, root, bar)
+                    slot = min(set(range(workers)) - {r.slot for r in running})
+                    running.append(_start(script, replace(job, cores=cores[slot]), slot, env, root, bar))
+                time.sleep(POLL_SECONDS)
+                for worker in list(running):
+                    _show_progress(worker, root, bar)
                     code = worker.process.poll()
                     if code is None:
                         continue
-                    working.remove(worker)
+                    running.remove(worker)
                     bar.remove_task(worker.task)
-                    bar.advance(whole)
+                    bar.advance(total)
                     if code == 0:
-                        seconds.append(time.monotonic() - worker.since)
-                        finished(worker.job, json.loads(Path(root / worker.job.record).read_text()))
+                        seconds.append(time.monotonic() - worker.start)
+                        on_finish(worker.job, json.loads(Path(root / worker.job.record).read_text()))
                         console.print(f"{_name(worker.job)}: done in {seconds[-1]:.0f} s", markup=False)
                     else:
-                        broken.add(worker.job.folder)
+                        failed_folders.add(worker.job.folder)
                         failures.append(_failure(worker, code))
                         console.print(failures[-1], markup=False)
-                bar.update(whole, line=_time_left(seconds, len(waiting) + len(working), workers))
+                bar.update(total, line=_time_left(seconds, len(waiting) + len(running), workers))
         finally:
-            _end(working)
+            _stop(running)
     return failures
 
 
-def _next(waiting: list[Job], unfinished: set[str], broken: set[str]) -> Job | None:
-    """The first job that nothing keeps waiting."""
-    ready = (j for j in waiting if all(f in broken or f not in unfinished for f in j.others.values()))
+def _next_ready(waiting: list[Job], unfinished: set[str], failed: set[str]) -> Job | None:
+    """Return the first job whose dependencies have finished or failed."""
+    ready = (j for j in waiting if all(f in failed or f not in unfinished for f in j.needed_folders.values()))
     return next(ready, None)
 
 
@@ -107,25 +111,25 @@ def _name(job: Job) -> str:
     return f"{job.variant}, seed {job.seed}"
 
 
-def _start(script: Path, job: Job, slot: int, env: dict[str, str], root: Path, bar: Progress) -> _Working:
+def _start(script: Path, job: Job, slot: int, env: dict[str, str], root: Path, bar: Progress) -> _RunningJob:
     log = root / (job.folder + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, str(script), "--work", job.write()],
+            [sys.executable, str(script), "--work", job.to_json()],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             cwd=root,
             env=os.environ | env,
-            start_new_session=True,  # a Ctrl-C is for us alone, who then asks each worker to stop
+            start_new_session=True,  # only this process receives Ctrl-C; it then asks each worker to stop
         )
     task = bar.add_task(f"  {_name(job)}", total=job.run["steps"], line="starting")
-    return _Working(job, process, log, slot, task)
+    return _RunningJob(job, process, log, slot, task)
 
 
-def _show(worker: _Working, root: Path, bar: Progress) -> None:
-    """Step and loss, from the end of the run's metrics."""
+def _show_progress(worker: _RunningJob, root: Path, bar: Progress) -> None:
+    """Show step and loss from the end of the run's metrics.jsonl."""
     path = root / worker.job.folder / "metrics.jsonl"
     if bar.disable or worker.job.alone or not path.exists():
         return
@@ -135,15 +139,15 @@ def _show(worker: _Working, root: Path, bar: Progress) -> None:
     for line in reversed(lines):
         if line.startswith("{") and '"loss"' in line:
             row = json.loads(line)
-            after = ", measuring" if row["step"] == worker.job.run["steps"] else ""
-            bar.update(worker.task, completed=row["step"], line=f"loss {row['loss']:.3f}{after}")
+            phase = ", measuring" if row["step"] == worker.job.run["steps"] else ""
+            bar.update(worker.task, completed=row["step"], line=f"loss {row['loss']:.3f}{phase}")
             return
 
 
-def _failure(worker: _Working, code: int) -> str:
-    said = [line for line in worker.log.read_text(errors="replace").splitlines() if line.strip()]
-    why = "it was stopped" if code == STOPPED else said[-1] if said else f"exit code {code}"
-    return f"{_name(worker.job)} failed: {why} (all of it: {worker.log})"
+def _failure(worker: _RunningJob, code: int) -> str:
+    lines = [line for line in worker.log.read_text(errors="replace").splitlines() if line.strip()]
+    reason = "it was stopped" if code == STOPPED else lines[-1] if lines else f"exit code {code}"
+    return f"{_name(worker.job)} failed: {reason} (full log: {worker.log})"
 
 
 def _time_left(seconds: list[float], jobs: int, workers: int) -> str:
@@ -152,29 +156,26 @@ def _time_left(seconds: list[float], jobs: int, workers: int) -> str:
     return f"about {-(-jobs // workers) * sum(seconds) / len(seconds) / 60:.0f} min left"
 
 
-def _end(working: list[_Working]) -> None:
-    """Ask all workers to save and stop, and wait for them; a second interrupt ends them at once."""
-    for worker in working:
+def _stop(running: list[_RunningJob]) -> None:
+    """Ask all workers to save and stop, and wait for them. A second interrupt kills them."""
+    for worker in running:
         worker.process.terminate()
-    until = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + STOP_TIMEOUT
     try:
-        for worker in working:
-            worker.process.wait(timeout=max(until - time.monotonic(), 0.1))
+        for worker in running:
+            worker.process.wait(timeout=max(deadline - time.monotonic(), 0.1))
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        for worker in working:
+        for worker in running:
             worker.process.kill()
             worker.process.wait()
 
 
 @contextmanager
-def _interruptible():
-    """SIGTERM ends us as Ctrl-C does: workers are asked to stop first."""
+def _sigterm_as_interrupt():
+    """Turn SIGTERM into KeyboardInterrupt, so that the workers are asked to stop first."""
 
     def interrupt(number, frame):
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
+    with handled(interrupt, signal.SIGTERM):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

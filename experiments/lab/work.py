@@ -1,4 +1,4 @@
-"""One run of a study in a process of its own: train it from wherever it stands, measure it, and say what came out."""
+"""A worker process: train one run of a study (or resume it), measure it, and write its record."""
 
 import json
 import os
@@ -13,125 +13,133 @@ from pathlib import Path
 import numpy as np
 
 from dsv3_jax.config import RunConfig, from_dict
-from experiments.lab.results import thinned, write_whole
+from dsv3_jax.files import write_atomic
+from experiments.lab.results import thin_curves
 
-STOPPED = 75  # exit code of a run that was asked to stop, and will go on when called again
+STOPPED = 75  # exit code of a run that saved after a stop request; the same job resumes it
 CURVES = ("loss", "max_vio", "dropped", "val_loss")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is told."""
+    """The instructions for one worker."""
 
     variant: str
     seed: int
-    run: dict  # the configuration, as `to_dict` has it
-    folder: str  # of the run
-    others: dict[str, str]  # folders of the variants that it needs, same seed
-    record: str  # the file to write what was found into
-    cores: tuple[int, ...]  # to stay on; none: all
-    alone: bool = False  # measure what must have the machine to itself, of a run that is finished
+    run: dict  # the configuration, as `to_dict` returns it
+    folder: str  # run folder
+    needed_folders: dict[str, str]  # run folders of the variants that this one depends on, same seed
+    record: str  # path of the JSON file that the worker writes
+    cores: tuple[int, ...]  # CPU cores to use; empty means all
+    alone: bool = False  # run `measure_alone` on a finished run, with the machine to itself
 
-    def write(self) -> str:
-        """As a word of a command line."""
+    def to_json(self) -> str:
+        """Return the job as one argument of a command line."""
         return json.dumps(asdict(self))
 
     @classmethod
-    def read(cls, word: str) -> "Job":
-        values = json.loads(word)
+    def from_json(cls, text: str) -> "Job":
+        """Return the job that `to_json` wrote."""
+        values = json.loads(text)
         return cls(**values | {"cores": tuple(values["cores"])})
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A finished run, as a study's measure is given it."""
+class TrainedRun:
+    """A finished run, the argument of a study's measure functions."""
 
     folder: Path
     run: RunConfig
-    others: dict[str, Path]  # run folders of the variants named in `After.needs`, same seed
-    numbers: dict  # what `evaluate` found, as lists: with its "load" [L, E] for `measure`, else as it was recorded
+    needed_folders: dict[str, Path]  # run folders of the variants named in `FollowUp.needs`, same seed
+    numbers: dict  # the evaluation's numbers, arrays as lists; `measure` also gets "load" [L, E]
 
     @cached_property
     def model(self):
         """The model of the last checkpoint."""
-        from dsv3_jax.training.checkpoint import load_model
+        from dsv3_jax.training.checkpoint import load_run
 
-        return load_model(self.folder)[0]
+        return load_run(self.folder).model
 
     @cached_property
     def tokenizer(self):
-        """Text to ids and back."""
+        """The run's tokenizer."""
         from dsv3_jax.data import tokenizer
 
         return tokenizer.load(self.run.data.tokenizer)
 
     @cached_property
     def corpus(self):
-        """All documents, of both sides."""
+        """The documents for training and validation."""
         from dsv3_jax.data.batches import load_corpus
 
         return load_corpus(self.run.data)
 
     def held_out(self, batches: int | None = None) -> list:
-        """Validation batches, the same for every variant with the same data; None is as many as the run evaluates."""
+        """Return validation batches, the same for all variants with the same data.
+
+        Args: batches: how many; None means the run's `eval_batches`.
+        """
         from dsv3_jax.data.batches import val_batches
 
         return val_batches(self.corpus, self.tokenizer, self.run.data, batches or self.run.eval_batches)
 
     def metrics(self) -> list[dict]:
-        """The rows of the run's metrics.jsonl."""
-        return rows_of(self.folder)
+        """Return the rows of the run's metrics.jsonl."""
+        return read_metrics(self.folder)
 
 
-def rows_of(folder: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl; a last line that is still being written is left out."""
+def read_metrics(folder: Path) -> list[dict]:
+    """Return the rows of a run's metrics.jsonl, without a last line that is not complete yet."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
 
-def work(job: Job, measure: Callable[[Trained], dict] | None) -> int:
-    """Do a job; `measure` is the study's. Returns the exit code."""
+def run_job(job: Job, measure: Callable[[TrainedRun], dict] | None) -> int:
+    """Train and measure one run, and write its record. Returns the exit code.
+
+    Args: measure: the study's `measure`, or its `measure_alone` for a job with `alone`.
+    """
     if job.cores and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, job.cores)  # before XLA counts the cores for its threads
+        os.sched_setaffinity(0, job.cores)  # before XLA sizes its thread pool by the number of cores
     from dsv3_jax.kernels.cpu.memory import keep_memory
 
     keep_memory()
     run, folder = from_dict(RunConfig, job.run), Path(job.folder)
-    others = {name: Path(path) for name, path in job.others.items()}
+    needed = {name: Path(path) for name, path in job.needed_folders.items()}
     if job.alone:
         assert measure is not None
         numbers = json.loads(Path(job.record).read_text())["numbers"]
-        found = {"numbers": numbers | measure(Trained(folder, run, others, numbers))}
+        record = {"numbers": numbers | measure(TrainedRun(folder, run, needed, numbers))}
     else:
-        with _one_at_a_time(folder):
+        with _locked(folder):
             trained = _train(run, folder)
         if trained is None:
             return STOPPED
         numbers, seconds = trained
-        measured = measure(Trained(folder, run, others, numbers)) if measure else {}
+        measured = measure(TrainedRun(folder, run, needed, numbers)) if measure else {}
         numbers.pop("load")
-        found = {
+        record = {
             "numbers": numbers | measured,
-            "curves": thinned(rows_of(folder), CURVES),
+            "curves": thin_curves(read_metrics(folder), CURVES),
             "parameters": _parameters(run),
             "steps": run.steps,
             "seconds": round(seconds, 1),
         }
-    write_whole(Path(job.record), json.dumps(_plain(found)).encode())
+    write_atomic(Path(job.record), json.dumps(_jsonable(record)).encode())
     return 0
 
 
 def _train(run: RunConfig, folder: Path) -> tuple[dict, float] | None:
-    """(what the evaluation found, seconds), or None where the run was asked to stop."""
+    """Return (the evaluation's numbers, seconds), or None if the run received a stop request."""
     from dsv3_jax.training.loop import fit
 
     start = time.perf_counter()
-    fitted = fit(run, folder)
-    if not fitted.finished:
+    result = fit(run, folder)
+    if not result.finished:
         return None
-    assert fitted.evaluation is not None
-    numbers = _plain(fitted.evaluation) | {"order2_bits_per_byte": fitted.order2_bits_per_byte}
+    assert result.evaluation is not None
+    numbers = _jsonable(result.evaluation) | {"order2_bits_per_byte": result.order2_bits_per_byte}
     return numbers, time.perf_counter() - start
 
 
@@ -140,22 +148,22 @@ def _parameters(run: RunConfig) -> dict:
     from dsv3_jax.model.counting import size
 
     counted, cfg = size(run.model), run.model
-    cache = bytes_per_token(cfg, pick_kind(cfg, None), pick_dtype(cfg, None))
+    cache = bytes_per_token(cfg, pick_kind(cfg, None), pick_dtype(run.execution.compute_dtype, None))
     return {"total": counted.total, "active": counted.active, "cache_bytes": cache}
 
 
-def _plain(value):
-    """As JSON has it."""
+def _jsonable(value):
+    """Convert keys to strings, and tuples and arrays to lists."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): _jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [_jsonable(v) for v in value]
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) or hasattr(value, "tolist") else value
 
 
 @contextmanager
-def _one_at_a_time(folder: Path):
-    """Studies share runs of the same configuration: who comes second waits, and finds it finished."""
+def _locked(folder: Path):
+    """Hold a lock on a run: studies share runs, so a second worker waits and then finds the run finished."""
     import fcntl
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -164,11 +172,13 @@ def _one_at_a_time(folder: Path):
         yield
 
 
-def main(word: str, measure: Callable[[Trained], dict] | None, alone: Callable[[Trained], dict] | None) -> int:
-    """A worker's whole life; what is wrong with a run is one sentence on stderr, its last line."""
-    job = Job.read(word)
+def main(
+    job_json: str, measure: Callable[[TrainedRun], dict] | None, alone: Callable[[TrainedRun], dict] | None
+) -> int:
+    """Do the job of one worker process. An error is one sentence, the last line of stderr."""
+    job = Job.from_json(job_json)
     try:
-        return work(job, alone if job.alone else measure)
+        return run_job(job, alone if job.alone else measure)
     except (ValueError, OSError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 1

@@ -1,7 +1,9 @@
-"""Time and peak memory of conversions of a synthetic checkpoint: `python experiments/parity/convert_large.py`.
+"""Measure time and peak memory of conversions of a synthetic checkpoint.
 
-Each step runs in a process of its own, which reports its peak resident memory less that of a process that only
-imports the package. What a memory map read counts as resident too, until it is closed.
+python experiments/parity/convert_large.py
+
+Each step runs in its own process, which reports its peak resident memory minus that of a process that only imports the
+package. Pages that a memory map has read count as resident until the map is closed.
 """
 
 import argparse
@@ -12,12 +14,12 @@ import tempfile
 import zlib
 from pathlib import Path
 
-# About 1.1e9 parameters: 4.4 GB in float32, 2.2 GB in bfloat16; its experts' stacks are the largest parameters.
+# About 1.1e9 parameters: 4.4 GB in float32, 2.2 GB in bfloat16. The experts' stacks are the largest parameters.
 CHANGES = dict(vocab_size=32768, dim=1024, num_layers=10, dense_dim=2816, num_heads=8, expert_dim=512, num_experts=64)
 CHANGES |= dict(mtp_depth=1, max_positions=4096)
 
 STEPS = {
-    "import": "import dsv3_jax.hf.convert",
+    "import": "import dsv3_jax.hf.conversion",
     "load bfloat16 → float32": "hf.load(root / 'bf16', quiet=True)",
     "load bfloat16 → bfloat16": "hf.load(root / 'bf16', dtype='bfloat16', quiet=True)",
     "bfloat16 → FP8": "hf.convert(root / 'bf16', root / 'fp8', dtype='fp8')",
@@ -40,7 +42,7 @@ print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 
 
 
 def make(folder: Path) -> tuple[float, float]:
-    """A bfloat16 folder of random numbers, written a tensor at a time. Returns (GB of it, GB of its largest stack)."""
+    """Write a bfloat16 folder of random weights, one tensor at a time. Returns (its GB, its largest stack in GB)."""
     import numpy as np
 
     from dsv3_jax import hf
@@ -70,7 +72,7 @@ def make(folder: Path) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", type=Path, help="where the temporary folder goes; needs about 6 GB")
+    parser.add_argument("--root", type=Path, help="the parent of the temporary folder, which needs about 6 GB")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.root) as root:
         size, stack = make(Path(root) / "bf16")

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 on meshes of real clusters' sizes, on paper. Writes plan_results.json and plan_table.md beside itself.
+"""Plan DeepSeek-V3 on meshes of real clusters' sizes. Writes plan_results.json and plan_table.md beside itself.
 
 python experiments/scale/plan_table.py [train|decode|tpu]
 """
@@ -11,16 +11,16 @@ import process
 HERE = Path(__file__).parent
 RESULTS = HERE / "plan_results.json"
 
-# (device, mesh, layout, microbatches): sequences of 4,096 tokens, one for each device of data × expert and microbatch.
+# (device, mesh, layout): one sequence of 4,096 tokens for each device of data × expert
 TRAIN = [
-    ("h800", dict(data=128, expert=16), dict(fsdp=True, exchange="gather")),
-    ("h800", dict(data=128, expert=16), dict(fsdp=True, exchange="all_to_all")),
-    ("h800", dict(data=32, expert=64), dict(fsdp=True, exchange="all_to_all")),
-    ("h800", dict(data=8, expert=64, tensor=4), dict(fsdp=True, exchange="all_to_all")),
-    ("v5p", dict(data=32, expert=16), dict(fsdp=True, exchange="all_to_all")),
-    ("v5p", dict(data=8, expert=64), dict(fsdp=True, exchange="all_to_all")),
+    ("h800", dict(data=128, expert=16), dict(fsdp=True, expert_comm="gather")),
+    ("h800", dict(data=128, expert=16), dict(fsdp=True, expert_comm="all_to_all")),
+    ("h800", dict(data=32, expert=64), dict(fsdp=True, expert_comm="all_to_all")),
+    ("h800", dict(data=8, expert=64, tensor=4), dict(fsdp=True, expert_comm="all_to_all")),
+    ("v5p", dict(data=32, expert=16), dict(fsdp=True, expert_comm="all_to_all")),
+    ("v5p", dict(data=8, expert=64), dict(fsdp=True, expert_comm="all_to_all")),
 ]
-# (device, mesh, sequences, context), bfloat16 weights and latent cache
+# (device, mesh, sequences, context): bfloat16 weights and latent cache
 DECODE = [
     ("h800", dict(expert=64), 2048, 4096),
     ("h800", dict(expert=256), 8192, 4096),
@@ -28,11 +28,12 @@ DECODE = [
     ("v5p", dict(expert=32), 1024, 4096),
     ("v5p", dict(expert=64), 4096, 4096),
 ]
-# What libtpu makes of V3 cut to a few layers, with as many devices as layers need memory for
-TPU = [("v5p", "tpu:v5p:4x4x4", dict(data=4, expert=16), dict(fsdp=True, exchange="all_to_all"), 8)]
+# (device, target, mesh, layout, layers): V3 with a few layers, compiled by libtpu, on devices with enough memory
+TPU = [("v5p", "tpu:v5p:4x4x4", dict(data=4, expert=16), dict(fsdp=True, expert_comm="all_to_all"), 8)]
 
 
 def case(kind: str, device: str, mesh: dict, layout: dict, rows: int = 0, context: int = 4096, **more) -> dict:
+    """Compile one step of V3 for a mesh, and return its memory, FLOPs and traffic."""
     import math
 
     from dsv3_jax.config import Layout, replace
@@ -44,47 +45,56 @@ def case(kind: str, device: str, mesh: dict, layout: dict, rows: int = 0, contex
     if target is None:
         devices.fake_cpus(math.prod(mesh.values()))
     sizes = dict.fromkeys(sharding.AXES, 1) | mesh
-    on = devices.tpu_mesh(target, sizes) if target else sharding.make_mesh(**sizes)
+    device_mesh = devices.tpu_mesh(target, sizes) if target else sharding.make_mesh(**sizes)
     run = recipe("v3")
-    model = replace(run.model, layout=Layout(**layout), num_layers=more.get("layers", run.model.num_layers))
+    model = replace(run.model, num_layers=more.get("layers", run.model.num_layers))
+    execution = replace(run.execution, layout=Layout(**layout))
     if kind == "train":
-        data = replace(run.data, batch_size=cost.batch_parts(on))
-        found = cost.train_cost(replace(run, model=model, data=data), on, target=target)
+        data = replace(run.data, batch_size=cost.batch_parts(device_mesh))
+        run = replace(run, model=model, execution=execution, data=data)
+        compiled = cost.train_cost(run, device_mesh, target=target)
     else:
-        found = cost.decode_cost(model, on, rows, context, target=target)
-    least = found.least_seconds(devices.DEVICES[device])
-    known = found.sent.known()
+        compiled = cost.decode_cost(model, execution, device_mesh, rows, context, target=target)
+    least = compiled.least_seconds(devices.DEVICES[device])
+    known = compiled.sent.known()
     return {
-        "held": found.held,
-        "made": found.made,
-        "temporaries": found.temporaries,
-        "total": found.total,
-        "fits": found.fits(devices.DEVICES[device].memory),
+        "held": compiled.persistent,
+        "made": compiled.transient,
+        "temporaries": compiled.temporaries,
+        "total": compiled.total,
+        "fits": compiled.fits(devices.DEVICES[device].memory),
         "memory": devices.DEVICES[device].memory,
-        "flops": found.flops,
-        "tokens_a_device": found.tokens / on.size,
+        "flops": compiled.flops,
+        "tokens_a_device": compiled.tokens / device_mesh.size,
         "sent": known.wire,
         "sent_by_kind": known.by_kind(),
         "sent_by_axes": {"+".join(axes): amount for axes, amount in known.by_axes().items()},
-        "sent_a_further_turn": found.sent.wire - known.wire,
+        "sent_a_further_turn": compiled.sent.wire - known.wire,
         "least_seconds": least,
-        "compile_seconds": found.seconds,
-        "refused": found.refused,
+        "compile_seconds": compiled.seconds,
+        "refused": compiled.compile_error,
     }
 
 
-def spell(mesh: dict, layout: dict) -> str:
+def format_case(mesh: dict, layout: dict) -> str:
+    """Return mesh and layout as text, as in "data 8×expert 64, fsdp"."""
     return "×".join(f"{axis} {size}" for axis, size in mesh.items()) + (", fsdp" if layout.get("fsdp") else "")
 
 
 def gb(count: float) -> str:
+    """Format bytes in GB."""
     return f"{count / 1e9:,.1f}"
 
 
 def rows_of(results: dict) -> str:
-    """Markdown tables of all cases."""
+    """Return Markdown tables of all cases."""
     parts = []
-    for kind, title in (("train", "Training step"), ("decode", "Decoding step"), ("tpu", "Compiled for TPU")):
+    kinds = (
+        ("train", "Training step", "expert_comm"),
+        ("decode", "Decoding step", "batch"),
+        ("tpu", "Compiled for TPU", "layers"),
+    )
+    for kind, title, detail in kinds:
         rows = []
         for key, r in results.get(kind, {}).items():
             device, where, rest = key.split(" | ")
@@ -100,7 +110,7 @@ def rows_of(results: dict) -> str:
                 + [gb(r["sent"]), f"{seconds['FLOPs'] + 0:.3g}", f"{seconds['wire']:.3g}"]
             )
         if rows:
-            head = ["device", "mesh", "", "held, GB", "gradients", "temporaries", "in all: fits", "sent, GB"]
+            head = ["device", "mesh", detail, "held, GB", "gradients", "temporaries", "total: fits", "sent, GB"]
             parts.append(f"### {title}\n\n" + process.table(head + ["FLOPs, s", "wire, s"], rows))
     return "\n\n".join(parts) + "\n"
 
@@ -115,15 +125,15 @@ def main(chosen: list[str]) -> None:
     for group, device, mesh, layout, more in jobs:
         if chosen and group not in chosen:
             continue
-        rest = {"train": layout.get("exchange", ""), "tpu": f"{more.get('layers')} layers"}.get(
+        rest = {"train": layout.get("expert_comm", ""), "tpu": f"{more.get('layers')} layers"}.get(
             group, f"{more.get('rows')} sequences of {more.get('context')}"
         )
-        key = f"{device} | {spell(mesh, layout)} | {rest}"
-        results.setdefault(group, {})[key] = found = process.run(
+        key = f"{device} | {format_case(mesh, layout)} | {rest}"
+        results.setdefault(group, {})[key] = result = process.run(
             __file__, device=device, mesh=mesh, layout=layout, **more
         )
         process.save(RESULTS, results)
-        print(key, found.get("failed") or f"{gb(found['total'])} GB, {gb(found['sent'])} GB sent", flush=True)
+        print(key, result.get("failed") or f"{gb(result['total'])} GB, {gb(result['sent'])} GB sent", flush=True)
     (HERE / "plan_table.md").write_text(rows_of(results))
 
 

@@ -1,4 +1,4 @@
-"""Runs one case of an experiment in a process of its own: how many fake devices there are is settled once a process."""
+"""Run each case of an experiment in its own process, because a process can set its number of fake devices only once."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def work(case: Callable[..., dict]) -> bool:
-    """In a worker, print the result of the case that its command line holds. False where this is no worker."""
+    """In a worker, run the case of the command line and print its result. Returns False in any other process."""
     if sys.argv[1:2] != ["--case"]:
         return False
     print("RESULT " + json.dumps(case(**json.loads(sys.argv[2]))))
@@ -17,20 +17,21 @@ def work(case: Callable[..., dict]) -> bool:
 
 
 def run(script: str, **case) -> dict:
-    """The result of `script`'s case for these arguments, from a worker; {"failed": its last words} if it fails."""
+    """Run `script`'s case with these arguments in a worker. Returns its result, or {"failed": its last error line}."""
     command = [sys.executable, script, "--case", json.dumps(case)]
-    quiet = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"}
-    done = subprocess.run(command, capture_output=True, text=True, env=quiet)
-    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if found:
-        return json.loads(found[-1].removeprefix("RESULT "))
+    env = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if results:
+        return json.loads(results[-1].removeprefix("RESULT "))
     return {"failed": " ".join(done.stderr.strip().splitlines()[-1:])[-300:] or f"exit code {done.returncode}"}
 
 
 def save(path: Path, results: dict) -> None:
+    """Write results as JSON."""
     path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """Lines of a Markdown table."""
+    """Return a Markdown table."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))

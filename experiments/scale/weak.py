@@ -1,10 +1,10 @@
-"""Weak scaling on paper: bytes that a device sends in a training step, tokens a device fixed, along each mesh axis.
+"""Plan weak scaling: bytes that a device sends in a training step, with fixed tokens per device, along each mesh axis.
 
 Writes weak_results.json and weak.png beside itself.
 
     python experiments/scale/weak.py [AXIS …] [--plot]
 
-What weak_results.json has already is not run again.
+Cases that weak_results.json has already are skipped.
 """
 
 import json
@@ -21,17 +21,17 @@ NO_GROUPS = dict(num_groups=1, groups_per_token=1)
 
 # label: (the axis that grows, layout, changes of the model)
 LINES = {
-    "data: copies": ("data", dict(), {}),
+    "data: replicated": ("data", dict(), {}),
     "data: fsdp": ("data", dict(fsdp=True), {}),
-    "expert: gather": ("expert", dict(exchange="gather"), {}),
-    "expert: all to all": ("expert", dict(exchange="all_to_all"), {}),
-    "expert: all to all, no node limit": ("expert", dict(exchange="all_to_all"), NO_GROUPS),
+    "expert: gather": ("expert", dict(expert_comm="gather"), {}),
+    "expert: all to all": ("expert", dict(expert_comm="all_to_all"), {}),
+    "expert: all to all, no node limit": ("expert", dict(expert_comm="all_to_all"), NO_GROUPS),
     "tensor": ("tensor", dict(), {}),
 }
 
 
 def case(axis: str, devices: int, layout: dict, changes: dict) -> dict:
-    """V3's widths, experts and vocabulary in a dense and two sparse layers; a sequence of 4,096 tokens a device."""
+    """Compile V3's widths, experts and vocabulary in one dense and two sparse layers, with 4,096 tokens per device."""
     from dsv3_jax.config import Layout, replace
     from dsv3_jax.mesh import sharding
     from dsv3_jax.planning import cost
@@ -41,22 +41,24 @@ def case(axis: str, devices: int, layout: dict, changes: dict) -> dict:
     fake_cpus(devices)
     mesh = sharding.make_mesh(**{axis: devices})
     run = recipe("v3")
-    shape = dict(num_layers=3, num_dense_layers=1, mtp_depth=0, dispatch="ragged_dot") | changes
-    model = replace(run.model, layout=Layout(**layout), **shape)
-    found = cost.train_cost(replace(run, model=model, data=replace(run.data, batch_size=devices)), mesh)
-    known = found.sent.known()
+    model = replace(run.model, **(dict(num_layers=3, num_dense_layers=1, mtp_depth=0) | changes))
+    execution = replace(run.execution, layout=Layout(**layout))
+    run = replace(run, model=model, execution=execution, data=replace(run.data, batch_size=devices))
+    compiled = cost.train_cost(run, mesh)
+    known = compiled.sent.known()
     kinds = known.by_kind()
     return {
         "sent": known.wire,
         "by_kind": kinds,
         "by_axes": {"+".join(axes): amount for axes, amount in known.by_axes().items()},
-        # Along "expert" all else is the gradients of what every device has a copy of: those are all-reduced.
+        # Along "expert" the all-reduces are the gradients of replicated parameters.
         "sent_but_for_all_reduce": known.wire - kinds.get("all-reduce", 0.0),
-        "held": sum(found.held.values()),
+        "held": sum(compiled.persistent.values()),
     }
 
 
 def plot(results: dict) -> None:
+    """Draw weak.png: a panel per mesh axis."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -67,9 +69,9 @@ def plot(results: dict) -> None:
         for label, (grows, _, _) in LINES.items():
             if grows == axis:
                 sizes = [n for n in DEVICES if "sent" in results.get(label, {}).get(str(n), {})]
-                what = "sent_but_for_all_reduce" if axis == "expert" else "sent"
-                sent = [results[label][str(n)][what] / 1e9 for n in sizes]
-                name = label.partition(": ")[2] or "heads, hidden units and vocabulary cut"
+                key = "sent_but_for_all_reduce" if axis == "expert" else "sent"
+                sent = [results[label][str(n)][key] / 1e9 for n in sizes]
+                name = label.partition(": ")[2] or "heads, hidden units and vocabulary sharded"
                 panel.plot(sizes, sent, marker="o", label=name)
         panel.set_xscale("log", base=2)
         panel.set_xticks(DEVICES, [str(n) for n in DEVICES])
@@ -78,8 +80,8 @@ def plot(results: dict) -> None:
         panel.set_xlabel("devices")
         panel.grid(alpha=0.3)
         panel.legend(frameon=False)
-    panels[0].set_ylabel("GB that a device sends in a step")
-    figure.suptitle("V3's widths, 1 dense and 2 sparse layers, 4,096 tokens a device")
+    panels[0].set_ylabel("GB sent per device and step")
+    figure.suptitle("V3's widths, 1 dense and 2 sparse layers, 4,096 tokens per device")
     figure.savefig(HERE / "weak.png", dpi=130)
 
 
@@ -91,10 +93,10 @@ def main() -> None:
         for label, (axis, layout, changes) in lines.items():
             if (chosen and axis not in chosen) or str(devices) in results.get(label, {}):
                 continue
-            found = process.run(__file__, axis=axis, devices=devices, layout=layout, changes=changes)
-            results.setdefault(label, {})[str(devices)] = found
+            result = process.run(__file__, axis=axis, devices=devices, layout=layout, changes=changes)
+            results.setdefault(label, {})[str(devices)] = result
             process.save(RESULTS, results)
-            print(label, devices, found.get("failed") or f"{found['sent'] / 1e9:.2f} GB", flush=True)
+            print(label, devices, result.get("failed") or f"{result['sent'] / 1e9:.2f} GB", flush=True)
     plot(results)
 
 

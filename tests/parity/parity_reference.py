@@ -1,7 +1,7 @@
-"""What transformers makes of a released folder: logits, loss, gradients, expert ids, greedy tokens, MTP logits.
+"""transformers' results on a released folder: logits, loss, gradients, expert ids, greedy tokens, MTP logits.
 
-`python tests/parity/parity_reference.py` compares the whole grid, prints the table of experiments/parity/README.md and
-writes the golden files that `make test` holds our side against.
+`python tests/parity/parity_reference.py` compares the complete grid and prints the table of
+experiments/parity/README.md. It also writes the golden files that `make test` compares our results with.
 """
 
 import json
@@ -44,7 +44,7 @@ torch.set_num_threads(1)
 
 
 def plain_folder(folder: Path, cell: Cell) -> Path:
-    """The cell's folder for transformers: an FP8 file dequantized by hand, for on CPU it reads none."""
+    """Write a cell's folder for transformers; FP8 files are dequantized, since transformers reads none on CPU."""
     if cell.file != "fp8":
         return write_folder(folder, cell)
     write_folder(folder, cell)
@@ -62,7 +62,7 @@ def plain_folder(folder: Path, cell: Cell) -> Path:
 
 
 def load_theirs(folder: Path, num_layers: int, mtp_depth: int, tied: bool):
-    """The model and its MTP part (or None); every tensor of the folder must have been taken."""
+    """Load the model and its MTP part (or None), and check that every tensor of the folder was used."""
     settings = {"dtype": torch.float32, "attn_implementation": "eager", "experts_implementation": "eager"}
     auto = transformers.AutoModelForCausalLM
     main, report = auto.from_pretrained(folder, output_loading_info=True, **settings)
@@ -80,12 +80,12 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _mtp(main: nn.Module, folder: Path, num_layers: int, depth: int) -> MtpModel:
-    made, state, arrays = MtpModel(main, depth), {}, _tensors(folder)
+    mtp, state, arrays = MtpModel(main, depth), {}, _tensors(folder)
     for k in range(depth):
-        mine = {n.removeprefix(f"model.layers.{num_layers + k}."): v for n, v in arrays.items()}
-        mine = {n: v for n, v in mine.items() if not n.startswith(("model.", "lm_head."))}
-        del mine["embed_tokens.weight"], mine["shared_head.head.weight"]
-        for name, value in mine.items():
+        layer = {n.removeprefix(f"model.layers.{num_layers + k}."): v for n, v in arrays.items()}
+        layer = {n: v for n, v in layer.items() if not n.startswith(("model.", "lm_head."))}
+        del layer["embed_tokens.weight"], layer["shared_head.head.weight"]
+        for name, value in layer.items():
             outer = name.startswith(("enorm", "hnorm", "eh_proj"))
             inner = "post_norm.weight" if name == "shared_head.norm.weight" else f"mtp_block.{name}"
             state[f"layers.{k}.{name if outer else inner}"] = value
@@ -99,20 +99,20 @@ def _mtp(main: nn.Module, folder: Path, num_layers: int, depth: int) -> MtpModel
             [torch.stack(part["gate_proj"]), torch.stack(part["up_proj"])], dim=1
         )
         state[f"{block}.down_proj"] = torch.stack(part["down_proj"])
-    found = made.layers.load_state_dict({n.removeprefix("layers."): v for n, v in state.items()}, strict=True)
-    assert not found.missing_keys and not found.unexpected_keys
-    return made
+    report = mtp.layers.load_state_dict({n.removeprefix("layers."): v for n, v in state.items()}, strict=True)
+    assert not report.missing_keys and not report.unexpected_keys
+    return mtp
 
 
 def _gates(module: nn.Module) -> tuple[list[torch.Tensor], list]:
-    """What the routers below choose, in their order, from the next call on."""
+    """Return a list that collects the routers' choices in layer order from the next call on, and the hooks."""
     chosen: list[torch.Tensor] = []
     gates = [m for n, m in module.named_modules() if n.endswith("mlp.gate")]
     return chosen, [g.register_forward_hook(lambda _m, _i, out: chosen.append(out[2])) for g in gates]
 
 
 def theirs(folder: Path, cell: Cell) -> dict[str, np.ndarray]:
-    """What transformers says of the grid's tokens; `folder` is one that it reads."""
+    """Compute transformers' results on the grid's tokens; `folder` is one that it reads."""
     cfg = cell.cfg
     main, mtp = load_theirs(folder, cfg.num_layers, cfg.mtp_depth, cfg.tie_embeddings)
     tokens = torch.tensor(tokens_of(cfg), dtype=torch.long)
@@ -123,57 +123,57 @@ def theirs(folder: Path, cell: Cell) -> dict[str, np.ndarray]:
         hook.remove()
     logits = main.lm_head(h)
     loss = cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    found = {"logits": logits, "expert_ids": torch.stack(chosen).view(-1, batch, length, cfg.experts_per_token)}
+    results = {"logits": logits, "expert_ids": torch.stack(chosen).view(-1, batch, length, cfg.experts_per_token)}
     for k in range(cfg.mtp_depth):
         short = length - k - 1
-        embedded, place = main.model.embed_tokens(tokens[:, k + 1 :]), torch.arange(short)[None]
+        embedded, positions = main.model.embed_tokens(tokens[:, k + 1 :]), torch.arange(short)[None]
         mask = torch.full((short, short), -torch.inf).triu(1)[None, None]
         chosen, hooks = _gates(mtp.layers[k])
-        at = main.model.rotary_emb(embedded, place)
-        h = mtp.layers[k](embedded, h[:, :short], at, mask, place, None)
+        rotary = main.model.rotary_emb(embedded, positions)
+        h = mtp.layers[k](embedded, h[:, :short], rotary, mask, positions, None)
         for hook in hooks:
             hook.remove()
         logits = main.lm_head(h)
         nats = cross_entropy(logits[:, : short - 1].flatten(0, 1), tokens[:, k + 2 :].flatten())
         loss = loss + MTP_WEIGHT / cfg.mtp_depth * nats
-        found |= {f"mtp_logits.{k}": logits, f"mtp_expert_ids.{k}": chosen[0].view(batch, short, -1)}
+        results |= {f"mtp_logits.{k}": logits, f"mtp_expert_ids.{k}": chosen[0].view(batch, short, -1)}
     loss.backward()
-    found = {k: (v.sort(-1).values if "ids" in k else v).detach().numpy() for k, v in found.items()}
-    found = {k: v.astype(np.uint8) if "ids" in k else v for k, v in found.items()}
-    found["loss"] = loss.detach().numpy()
-    found |= {f"grad.{k}": v for k, v in _gradients(main, mtp, cfg.num_layers).items()}
-    made = main.generate(
+    results = {k: (v.sort(-1).values if "ids" in k else v).detach().numpy() for k, v in results.items()}
+    results = {k: v.astype(np.uint8) if "ids" in k else v for k, v in results.items()}
+    results["loss"] = loss.detach().numpy()
+    results |= {f"grad.{k}": v for k, v in _gradients(main, mtp, cfg.num_layers).items()}
+    generated = main.generate(
         tokens[:, :8], attention_mask=torch.ones_like(tokens[:, :8]), max_new_tokens=NEW, do_sample=False
     )
-    found["greedy"] = made[:, 8:].numpy().astype(np.int32)
-    return found
+    results["greedy"] = generated[:, 8:].numpy().astype(np.int32)
+    return results
 
 
 def _gradients(main: nn.Module, mtp: nn.Module | None, num_layers: int) -> dict[str, np.ndarray]:
-    """By released name, experts apart."""
+    """Return gradients by released name, one for each expert."""
     named = dict(main.named_parameters())
     if mtp is not None:
         for name, value in mtp.layers.named_parameters():
             k, rest = name.split(".", 1)
             rest = rest.removeprefix("mtp_block.").replace("post_norm", "shared_head.norm")
             named[f"model.layers.{num_layers + int(k)}.{rest}"] = value
-    found = {}
+    gradients = {}
     for name, value in named.items():
         grad = value.grad.numpy()
         lead, _, last = name.rpartition(".")
         if last == "gate_up_proj":
             for e, both in enumerate(grad):
                 gate, up = np.split(both, 2)
-                found |= {f"{lead}.{e}.gate_proj.weight": gate, f"{lead}.{e}.up_proj.weight": up}
+                gradients |= {f"{lead}.{e}.gate_proj.weight": gate, f"{lead}.{e}.up_proj.weight": up}
         elif last == "down_proj":
-            found |= {f"{lead}.{e}.down_proj.weight": own for e, own in enumerate(grad)}
+            gradients |= {f"{lead}.{e}.down_proj.weight": expert for e, expert in enumerate(grad)}
         else:
-            found[name] = grad
-    return found
+            gradients[name] = grad
+    return gradients
 
 
 def row(name: str, worst: dict[str, float]) -> str:
-    """A line of the table."""
+    """Format a row of the table."""
     ids = int(worst["expert_ids"] + worst.get("mtp_expert_ids", 0))
     mtp = f"{worst['mtp_logits']:.1e}" if "mtp_logits" in worst else "–"
     parts = (
@@ -194,10 +194,10 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as root:
         for name, cell in GRID.items():
-            mine, plain = Path(root) / file_name(name), Path(root) / (file_name(name) + "_plain")
-            other = theirs(plain_folder(plain, cell), cell)
-            print(row(name, differences(ours(hf.load(write_folder(mine, cell))), other)), flush=True)
-            np.savez_compressed(GOLDEN / (file_name(name) + ".npz"), **probed(other))
+            folder, plain = Path(root) / file_name(name), Path(root) / (file_name(name) + "_plain")
+            reference = theirs(plain_folder(plain, cell), cell)
+            print(row(name, differences(ours(hf.load(write_folder(folder, cell))), reference)), flush=True)
+            np.savez_compressed(GOLDEN / (file_name(name) + ".npz"), **probed(reference))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Parity with transformers over the whole grid, from folders made on the spot. `make parity` runs these."""
+"""Parity with transformers over the complete grid of tiny folders. `make parity` runs these."""
 
 import json
 from functools import cache
@@ -9,28 +9,29 @@ from released import GRID, differences, golden, ours, probed, write_folder
 
 from dsv3_jax import hf
 
-pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]  # of torch and transformers
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]  # torch and transformers warn
 
-# Of the logits' deviation, and of a gradient's root mean square: float32 sums in another order, through a few layers.
+# Relative to the logits' standard deviation and to a gradient's root mean square.
+# The tolerances allow for float32 sums in a different order over a few layers.
 LOGITS, GRADIENTS, LOSS = 1e-4, 3e-4, 5e-6
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    """(ours, theirs, folder) of a cell, made once."""
+    """Compute (ours, theirs, folder) of a cell, once."""
     from parity_reference import plain_folder, theirs
 
     @cache
-    def made(name: str):
+    def compute(name: str):
         root = tmp_path_factory.mktemp("cell")
         folder = write_folder(root / "folder", GRID[name])
         return ours(hf.load(folder)), theirs(plain_folder(root / "plain", GRID[name]), GRID[name]), folder
 
-    return made
+    return compute
 
 
-def assert_equal(mine, other):
-    worst = differences(mine, other)
+def assert_equal(results, reference):
+    worst = differences(results, reference)
     assert worst.pop("expert_ids") == 0 and worst.pop("mtp_expert_ids", 0) == 0
     assert worst.pop("greedy", 0) == 0
     assert worst.pop("loss", 0) < LOSS and worst.pop("grad", 0) < GRADIENTS
@@ -40,17 +41,17 @@ def assert_equal(mine, other):
 
 @pytest.mark.parametrize("name", GRID)
 def test_ours_is_transformers(result, name):
-    mine, other, _ = result(name)
-    assert mine.keys() == other.keys()
-    assert_equal(mine, other)
+    results, reference, _ = result(name)
+    assert results.keys() == reference.keys()
+    assert_equal(results, reference)
 
 
 @pytest.mark.parametrize("name", GRID)
 def test_golden_files_are_transformers(result, name):
-    made, kept = probed(result(name)[1]), golden(name)
-    assert made.keys() == kept.keys()
-    worst = differences(made, kept)
-    # Another processor or build of torch may sum in another order.
+    results, reference = probed(result(name)[1]), golden(name)
+    assert results.keys() == reference.keys()
+    worst = differences(results, reference)
+    # A different processor or build of torch may sum in a different order.
     assert all(value == 0 if "ids" in kind or kind == "greedy" else value < 1e-4 for kind, value in worst.items())
 
 
@@ -59,27 +60,27 @@ def test_golden_files_are_transformers(result, name):
 def test_transformers_runs_what_we_save(result, name, tmp_path):
     from parity_reference import theirs
 
-    mine, _, folder = result(name)
+    results, _, folder = result(name)
     hf.save(hf.load(folder), tmp_path / "saved", shard_bytes=9000)
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 3
-    assert_equal(mine, theirs(tmp_path / "saved", GRID[name]))
+    assert_equal(results, theirs(tmp_path / "saved", GRID[name]))
 
 
 @pytest.mark.parametrize("name", ["no groups", "V2, groups", "V2-Lite, greedy"])
 def test_we_run_what_transformers_saves(result, name, tmp_path):
     from parity_reference import load_theirs
 
-    _, other, folder = result(name)
+    _, reference, folder = result(name)
     cfg = GRID[name].cfg
     main, _ = load_theirs(folder, cfg.num_layers, 0, cfg.tie_embeddings)
     main.save_pretrained(tmp_path / "theirs")
     config = json.loads((tmp_path / "theirs" / "config.json").read_text())
     assert "rope_theta" in config["rope_parameters"]  # the newer spelling
-    assert_equal(ours(hf.load(tmp_path / "theirs")), other)
+    assert_equal(ours(hf.load(tmp_path / "theirs")), reference)
 
 
 def test_torch_reads_what_we_quantize(result, tmp_path):
-    """The FP8 numbers and scales, as torch knows the dtype and the safetensors package the file."""
+    """The safetensors package reads the file, and torch's float8 dtype gives the same values."""
     import torch
     from safetensors.torch import load_file
 
@@ -89,10 +90,10 @@ def test_torch_reads_what_we_quantize(result, tmp_path):
     assert {k: tuple(v.shape) for k, v in arrays.items()} == {
         k: shape for k, (shape, _) in hf.tensor_table(GRID["FP8 file"].cfg, fp8=True).items()
     }
-    folder = hf.reading.Folder(source)
+    folder = hf.reading.ReleasedFolder(source)
     for name, value in arrays.items():
         if value.dtype == torch.float8_e4m3fn:
             scale = arrays[name + "_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
-            whole = value.float() * scale[: value.shape[0], : value.shape[1]]
-            wanted = folder.read(folder.entries[name], np.dtype(np.float32))
-            np.testing.assert_array_equal(whole.numpy(), wanted)
+            dequantized = value.float() * scale[: value.shape[0], : value.shape[1]]
+            expected = folder.read(folder.entries[name], np.dtype(np.float32))
+            np.testing.assert_array_equal(dequantized.numpy(), expected)

@@ -1,30 +1,40 @@
-"""The CPU's grouped SwiGLU: a loop over experts, and inside it over blocks of rows, with its own gradient.
+"""Grouped SwiGLU in plain XLA loops for the CPU: over experts, and inside over blocks of rows, with its own gradient.
 
-XLA's CPU backend multiplies every row with every expert in `ragged_dot`, and a batched product wants experts of
-equal load. A loop does exactly the work there is: it copies one expert's three matrices out of the stack, then
-multiplies blocks of that expert's rows, which stay in cache through the three products. In float32, where a compiler
-is at hand, the native kernel does the same without the copies and the padding of blocks.
+XLA's CPU backend multiplies every row with every expert in `ragged_dot`, and a batched product needs experts of equal
+load. A loop does exactly the work there is. It copies one expert's three matrices out of the stack, then multiplies
+blocks of that expert's rows, which stay in cache through the three products.
 
-The loops write whole blocks, also where an expert's last block reaches into the next expert's rows: experts come
-in order, so those rows are written again, rightly. Arrays of sorted rows end in padding for the last expert's.
+A loop writes whole blocks, even if an expert's last block reaches into the next expert's rows. Experts come in order,
+so the next expert overwrites those rows. Arrays of sorted rows end in padding for the last expert.
 """
-
-from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
-from dsv3_jax.kernels.cpu import calls
-from dsv3_jax.ops.sort_by_expert import Plan
+from dsv3_jax.ops.expert_stack import Experts, ExpertStack, GradCarry, mark_written, so_far
+from dsv3_jax.ops.sort_by_expert import SortedRows, sort_by_expert
 from dsv3_jax.ops.varying import varying, zeros
+
+
+def blocks_swiglu(
+    x: Float[Array, "n D"], expert_ids: Int[Array, "n K"], gates: Float[Array, "n K"], stack: ExpertStack
+) -> tuple[Float[Array, "n D"], ExpertStack]:
+    """Compute `ops.dispatch.ragged_dot_swiglu` block by block. Arguments and results as there."""
+    p = sort_by_expert(expert_ids, stack.num_experts)
+    gates = gates.astype(x.dtype)
+    if stack.grad is None:
+        return _forward(x, gates, stack.weights, p, stack.layer, keep=False)[0], stack
+    grad = stack.grad.consume()
+    y, carry, written = _blocks(x, gates, stack.weights, grad.carry, grad.written, p, stack.layer)
+    return y, ExpertStack(stack.weights, GradCarry(carry, written), stack.layer)
 
 
 def block_sizes(rows: int, num_experts: int, dim: int, width: int) -> tuple[int, ...]:
     """Rows multiplied at a time: an expert's rows are cut into blocks of the first size, the rest into the last.
 
-    Large blocks run nearest the GEMM peak, small ones waste fewer rows at an expert's end. A block is to be worth
-    some 2^24 multiplications, or a loop's own cost shows, and no longer than half an expert's mean rows.
+    Large blocks run near the GEMM peak, small ones waste fewer rows at an expert's end. A block should cost at least
+    2^24 multiplications, or the loop's overhead shows, and hold at most half of an expert's mean rows.
     """
     mean = max(rows // num_experts, 1)
     first = min(2**24 // (dim * width), mean // 2)
@@ -32,37 +42,25 @@ def block_sizes(rows: int, num_experts: int, dim: int, width: int) -> tuple[int,
     return (first, max(first // 4, 32)) if first > 32 else (32,)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
-def blocks_swiglu(x, gates, experts, thread, p: Plan, layer, once):
-    """Σ_k gates_k FFN_k(x) with experts `[layer, e]` of a stack.
-
-    Args:
-        x: [n, D]. gates: [n, K] of x's dtype.
-        experts: (w_gate, w_up [L, E, D, F], w_down [L, E, F, D]), read only.
-        thread: the same, never read: its cotangent takes the experts' gradient (see dispatch.py).
-        p: the sorted assignments. layer: int32 []. once: see dispatch.py.
-    Returns: (y [n, D], thread).
-    """
-    return _forward(x, gates, experts, p, layer, keep=False)[0], thread
+@jax.custom_vjp
+def _blocks(x, gates, weights, carry, written, p: SortedRows, layer):
+    return _forward(x, gates, weights, p, layer, keep=False)[0], carry, written
 
 
-def _fwd(x, gates, experts, thread, p, layer, once):
-    y, kept = _forward(x, gates, experts, p, layer, keep=True)
-    return (y, thread), (x, gates, experts, p, layer, kept)
+def _fwd(x, gates, weights, carry, written, p, layer):
+    y, kept = _forward(x, gates, weights, p, layer, keep=True)
+    return (y, carry, written), (x, gates, weights, p, layer, kept)
 
 
-def _forward(x, gates, experts, p: Plan, layer, keep: bool):
-    if calls.serves(x.dtype, gates.dtype, experts[0].dtype):
-        y, *kept = calls.experts_swiglu(x, gates, p.order, p.place, p.counts, experts, layer, keep=keep)
-        return y, tuple(kept)
-    num_experts, _, width = experts[0].shape[1:]
+def _forward(x, gates, weights: Experts, p: SortedRows, layer, keep: bool):
+    num_experts, _, width = weights.w_gate.shape[1:]
     sizes = block_sizes(gates.size, num_experts, x.shape[1], width)
     tokens, row_gates = _sorted_rows(p, gates, sizes[0])
     out = zeros((tokens.shape[0], x.shape[1]), x)
     kept = tuple(zeros((tokens.shape[0], width), x) for _ in range(2)) if keep else ()
 
     def expert(e, carry):
-        w_gate, w_up, w_down = (_expert(w, layer, e, x.dtype) for w in experts)
+        w_gate, w_up, w_down = (_expert(w, layer, e, x.dtype) for w in weights)
 
         def block(carry, row, left, size):
             out, kept = carry
@@ -76,33 +74,34 @@ def _forward(x, gates, experts, p: Plan, layer, keep: bool):
         return _for_blocks(p.starts[e], p.counts[e], sizes, block, carry)
 
     out, kept = jax.lax.fori_loop(0, num_experts, expert, (out, kept))
-    return _gather_sum(out, p.place), kept
+    return _gather_sum(out, p.row), kept
 
 
-def _bwd(once, saved, cotangents):
-    x, gates, experts, p, layer, (kept_a, kept_b) = saved
-    dy, d_thread = cotangents
+def _bwd(saved, cotangents):
+    x, gates, weights, p, layer, (kept_a, kept_b) = saved
+    dy, d_carry, d_written = cotangents
     layer = jnp.asarray(layer)  # under jax.checkpoint a constant comes back as a bare literal
-    if calls.serves(x.dtype, gates.dtype, experts[0].dtype):
-        dx, d_gates, d_thread = calls.experts_swiglu_gradients(
-            x, gates, p.order, p.place, p.counts, experts, layer, (kept_a, kept_b), dy, d_thread, once=once
-        )
-        return dx, d_gates, None, d_thread, None, None
-    num_experts, dim, width = experts[0].shape[1:]
+    num_experts, dim, width = weights.w_gate.shape[1:]
     sizes = block_sizes(gates.size, num_experts, dim, width)
     tokens, row_gates = _sorted_rows(p, gates, sizes[0])
+    # On a mesh that shards the batch further than the experts, each device has a part of this layer's gradient.
+    summed_over = varying(x) - varying(d_carry.w_gate)
+    stack, index = d_carry, layer
+    if summed_over:
+        stack = Experts(*(zeros((1, *d.shape[1:]), d, x) for d in d_carry))
+        index = jnp.zeros_like(layer)
 
     def expert(e, carry):
-        dx_rows, d_gates, d_stack = carry
-        w_gate, w_up, w_down = (_expert(w, layer, e, x.dtype) for w in experts)
+        dx_rows, d_gates, stack = carry
+        w_gate, w_up, w_down = (_expert(w, layer, e, x.dtype) for w in weights)
 
         def block(carry, row, left, size):
             dx_rows, d_gates, (dw_gate, dw_up, dw_down) = carry
             x_b, dy_b = (_take(r, _slice(tokens, row, size)) for r in (x, dy))
             a, b = _slice(kept_a, row, size), _slice(kept_b, row, size)
-            # Rows of the next expert weigh nothing in this one's matrices.
-            mine = jnp.arange(size, dtype=jnp.int32) < left
-            g = jnp.where(mine, _slice(row_gates, row, size), 0)[:, None]
+            # Rows of the next expert have weight 0 in this one's matrices.
+            in_expert = jnp.arange(size, dtype=jnp.int32) < left
+            g = jnp.where(in_expert, _slice(row_gates, row, size), 0)[:, None]
             sig = jax.nn.sigmoid(a)
             silu = a * sig
             d_h = dy_b @ w_down.T
@@ -113,34 +112,36 @@ def _bwd(once, saved, cotangents):
             dw = (_add(dw_gate, x_t, d_a), _add(dw_up, x_t, d_b), _add(dw_down, h_t, dy_b))
             return _put(dx_rows, d_a @ w_gate.T + d_b @ w_up.T, row), d_gates, dw
 
-        dw = tuple(_expert(d, place, e, d.dtype) for d in d_stack)
+        dw = tuple(_expert(d, index, e, d.dtype) for d in stack)
+        if not summed_over:
+            dw = tuple(so_far(d, d_written, layer) for d in dw)
         dx_rows, d_gates, dw = _for_blocks(p.starts[e], p.counts[e], sizes, block, (dx_rows, d_gates, dw))
-        at = _place(place, e)
-        d_stack = tuple(jax.lax.dynamic_update_slice(d, w[None, None], at) for d, w in zip(d_stack, dw, strict=True))
-        return dx_rows, d_gates, d_stack
+        corner = _corner(index, e)
+        stack = Experts(
+            *(jax.lax.dynamic_update_slice(d, w[None, None], corner) for d, w in zip(stack, dw, strict=True))
+        )
+        return dx_rows, d_gates, stack
 
-    # On a mesh that cuts the batch further than the experts, each device has a part of this layer's gradient.
-    summed_over = varying(x) - varying(d_thread[0])
-    whole, place = d_thread, layer
+    start = (zeros((tokens.size, dim), x), zeros(row_gates.shape, x), stack)
+    dx_rows, d_gates, stack = jax.lax.fori_loop(0, num_experts, expert, start)
     if summed_over:
-        d_thread, place = tuple(zeros((1, *d.shape[1:]), d, x) for d in whole), jnp.zeros_like(layer)
-    start = (zeros((tokens.size, dim), x), zeros(row_gates.shape, x), d_thread)
-    dx_rows, d_gates, d_thread = jax.lax.fori_loop(0, num_experts, expert, start)
-    if summed_over:
-        d_thread = tuple(_add_layer(d, part, layer, summed_over) for d, part in zip(whole, d_thread, strict=True))
-    return _gather_sum(dx_rows, p.place), _take(d_gates, p.place), None, d_thread, None, None
+        stack = Experts(
+            *(_add_layer(d, part, d_written, layer, summed_over) for d, part in zip(d_carry, stack, strict=True))
+        )
+    dx, d_gates = _gather_sum(dx_rows, p.row), _take(d_gates, p.row)
+    return dx, d_gates, None, stack, mark_written(d_written, layer), None, None
 
 
-blocks_swiglu.defvjp(_fwd, _bwd)
+_blocks.defvjp(_fwd, _bwd)
 
 
-def _add_layer(stack, part, layer, axes):
-    at = _place(layer, jnp.zeros_like(layer))
-    part = jax.lax.psum(part, tuple(axes)) + jax.lax.dynamic_slice(stack, at, part.shape)
-    return jax.lax.dynamic_update_slice(stack, part, at)
+def _add_layer(stack, part, d_written, layer, axes):
+    corner = _corner(layer, jnp.zeros_like(layer))
+    before = so_far(jax.lax.dynamic_slice(stack, corner, part.shape), d_written, layer)
+    return jax.lax.dynamic_update_slice(stack, jax.lax.psum(part, tuple(axes)) + before, corner)
 
 
-def _sorted_rows(p: Plan, gates: Array, pad: int) -> tuple[Array, Array]:
+def _sorted_rows(p: SortedRows, gates: Array, pad: int) -> tuple[Array, Array]:
     """Token and gate of each sorted row, with `pad` more at the end."""
     tokens = jnp.pad(p.order // gates.shape[1], (0, pad))
     return tokens, jnp.pad(_take(gates.reshape(-1), p.order), (0, pad))
@@ -161,13 +162,13 @@ def _take(x: Array, rows: Array) -> Array:
     return x.at[rows].get(mode="promise_in_bounds")
 
 
-def _gather_sum(rows: Array, place: Array) -> Array:
-    """Σ_k rows[place[:, k]]: added up as they are fetched, so that [n, K, D] never exists."""
-    return sum(_take(rows, place[:, k]) for k in range(1, place.shape[1])) + _take(rows, place[:, 0])
+def _gather_sum(rows: Array, row: Array) -> Array:
+    """Σ_k rows[row[:, k]], added up as they are fetched, so that [n, K, D] never exists."""
+    return sum(_take(rows, row[:, k]) for k in range(1, row.shape[1])) + _take(rows, row[:, 0])
 
 
 def _transposed(x: Array) -> Array:
-    """x.T, written out: XLA's CPU products are slower when a left side's summed axis is its first."""
+    """x.T, written out: XLA's CPU products are slower if a left side's summed axis is its first."""
     return jax.lax.optimization_barrier(x.T)
 
 
@@ -183,10 +184,10 @@ def _add(total: Array, a: Array, b: Array) -> Array:
     return total + jnp.dot(a, b, preferred_element_type=total.dtype)
 
 
-def _place(layer: Array, e: Array) -> tuple[Array, ...]:
+def _corner(layer: Array, e: Array) -> tuple[Array, ...]:
     return tuple(jnp.asarray(i, jnp.int32) for i in (layer, e, 0, 0))  # all of one type, with 64-bit types on too
 
 
 def _expert(w: Array, layer: Array, e: Array, dtype) -> Array:
-    one = jax.lax.dynamic_slice(w, _place(layer, e), (1, 1, *w.shape[2:]))
+    one = jax.lax.dynamic_slice(w, _corner(layer, e), (1, 1, *w.shape[2:]))
     return one.reshape(w.shape[2:]).astype(dtype)

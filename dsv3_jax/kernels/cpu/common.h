@@ -1,4 +1,7 @@
-// What the kernels share: registers of floats, the gate of a SwiGLU, and threads that take units of work.
+// Shared parts of the kernels: vector registers of floats, exp and the SwiGLU gate, and a way to share work by threads.
+//
+// A kernel cuts its work into units (`Work`). The calling thread and helper threads take one unit at a time until none
+// is left (`Share`). Numbers are float32. Nothing here allocates memory for arrays.
 
 #pragma once
 
@@ -26,7 +29,8 @@ namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 using Ints = ffi::Buffer<ffi::S32>;
 
-// A register of floats, and a + x · b in it, rounded once where the processor can; x is a number or a register.
+// Vec is a vector register of kLanes floats. Add returns a + x · b, where x is one number or a register. It rounds once
+// if the processor has a fused multiply-add.
 #if defined(__AVX512F__)
 constexpr int64_t kLanes = 16;
 typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
@@ -44,13 +48,15 @@ inline Vec Add(Vec a, Vec x, Vec b) { return a + x * b; }
 inline Vec Add(Vec a, float x, Vec b) { return a + x * b; }
 #endif
 
-constexpr int64_t kLine = 64 / sizeof(float);  // numbers of a cache line
+constexpr int64_t kLine = 64 / sizeof(float);  // floats in a cache line
 
-// As many whole numbers as a register of floats has lanes, from narrow ones without a sign.
+// Whole is a register of kLanes 32-bit integers. LoadWhole reads kLanes unsigned integers of 8 or 16 bits into one.
 typedef int32_t Whole __attribute__((vector_size(sizeof(Vec)), may_alias));
 #if defined(__AVX512F__)
 inline Whole LoadWhole(const uint8_t* x) { return (Whole)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)x)); }
-inline Whole LoadWhole(const uint16_t* x) { return (Whole)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)); }
+inline Whole LoadWhole(const uint16_t* x) {
+  return (Whole)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x));
+}
 #elif defined(__AVX2__)
 inline Whole LoadWhole(const uint8_t* x) { return (Whole)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)x)); }
 inline Whole LoadWhole(const uint16_t* x) { return (Whole)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)x)); }
@@ -63,15 +69,15 @@ Whole LoadWhole(const T* x) {
 }
 #endif
 
-// What stands at x: a number, or as many as a register holds. (A reference to Vec in a template would not keep that it
-// may lie anywhere.)
+// Load and Store move one float or one register; the second argument of Load selects which. The address may be
+// unaligned. A template that took a reference to Vec would lose that property, so these take pointers to float.
 inline float Load(const float* x, float) { return *x; }
 inline Vec Load(const float* x, Vec = Vec{}) { return *reinterpret_cast<const Vec*>(x); }
 inline void Store(float* x, float value) { *x = value; }
 inline void Store(float* x, Vec value) { *reinterpret_cast<Vec*>(x) = value; }
 
-// Calls one(j, 0) for the numbers from 0 to `count`: with a register of zeros for as many as it holds, then with single
-// ones. A compiler would not always find it by itself.
+// Calls one(j, zero) over the indices 0 … count - 1. Full registers come first, with zero a Vec; the rest come one at a
+// time, with zero a float. Compilers do not always vectorise such loops by themselves.
 template <class One>
 void ByLanes(int64_t count, One one) {
   int64_t j = 0;
@@ -79,7 +85,7 @@ void ByLanes(int64_t count, One one) {
   for (; j < count; ++j) one(j, 0.0f);
 }
 
-// A sum over the lanes, by halves.
+// Returns the sum of a register's lanes, added pairwise.
 inline float Sum(Vec v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
@@ -92,7 +98,7 @@ inline float Sum(Vec v) {
 #endif
 }
 
-// Σ x over an array.
+// Returns Σ x over an array x [count].
 inline float Total(const float* x, int64_t count) {
   Vec sum{};
   int64_t j = 0;
@@ -102,7 +108,7 @@ inline float Total(const float* x, int64_t count) {
   return total;
 }
 
-// The largest of an array and `least`.
+// Returns the largest of an array x [count], and at least `least`.
 inline float Largest(const float* x, int64_t count, float least) {
   Vec most = Vec{} + least;
   int64_t j = 0;
@@ -115,7 +121,7 @@ inline float Largest(const float* x, int64_t count, float least) {
   return least;
 }
 
-// 2^n for whole n.
+// Returns 2^n for an integer n.
 inline float Power(float n) {
   const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
   float power;
@@ -124,10 +130,11 @@ inline float Power(float n) {
 }
 inline Vec Power(Vec n) { return (Vec)((__builtin_convertvector(n, Whole) + 127) << 23); }
 
-// e^x = 2^n e^r with |r| ≤ ln 2 / 2, a polynomial (Cephes' expf) in r; x, a number or a register, is held within ±87.
+// Returns e^x of a number or a register, with x clamped to ±87. e^x = 2^n e^r with |r| ≤ ln 2 / 2; e^r is a polynomial
+// in r (Cephes' expf).
 template <class T>
 T Exp(T x) {
-  const T most = T{} + 87.0f, round = T{} + 12582912.0f;  // 1.5 · 2²³: beside it no number has a fraction
+  const T most = T{} + 87.0f, round = T{} + 12582912.0f;  // 1.5 · 2²³: adding it rounds to an integer
   x = x < most ? x : most;
   x = x > -most ? x : -most;
   const T n = (x * 1.44269504f + round) - round;
@@ -142,7 +149,7 @@ T Exp(T x) {
   return p * Power(n);
 }
 
-// to = silu(a) · b · scale; they may be one array.
+// to = silu(a) · b · scale for arrays a, b, to [count]. They may be the same array.
 inline void Gate(const float* a, const float* b, float scale, float* to, int64_t count) {
   ByLanes(count, [&](int64_t j, auto zero) {
     const auto x = Load(a + j, zero);
@@ -150,9 +157,9 @@ inline void Gate(const float* a, const float* b, float scale, float* to, int64_t
   });
 }
 
-constexpr int64_t kShareFrom = 256 * 1024;  // bytes to be read from which a second thread pays
+constexpr int64_t kShareFrom = 256 * 1024;  // bytes; with less to read, a second thread costs more than it saves
 
-// Units of work, each taken by the thread that comes next.
+// A piece of work cut into units. Threads call Run, and each takes the next free unit until none is left.
 struct Work {
   std::atomic<int64_t> next{0}, done{0};
   virtual ~Work() = default;
@@ -164,6 +171,7 @@ struct Work {
   }
 };
 
+// Tells the processor that this thread waits in a loop.
 inline void Pause() {
 #if defined(__x86_64__)
   _mm_pause();
@@ -172,15 +180,18 @@ inline void Pause() {
 #endif
 }
 
-// Threads that help with whatever work was shared last. Between two calls lie microseconds, and to wake a thread takes
-// tens of them: a helper looks for work for a while before it sleeps, politely where others want its core.
+// Threads that help with the work that was offered last. The time between two calls is a few microseconds, and waking a
+// thread takes tens of them. So a helper polls for work for kPatience before it sleeps. After an eighth of that time it
+// yields its core between polls.
 class Helpers {
  public:
+  // The process's helpers: threads - 1 of them, started by the first call.
   static Helpers& Of(int64_t threads) {
     static Helpers* all = new Helpers(threads);  // never destroyed: its threads may run until the process ends
     return *all;
   }
 
+  // Lets the helpers take units of this work; the previous work is dropped.
   void Offer(std::shared_ptr<Work> work) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -195,6 +206,7 @@ class Helpers {
     for (int64_t i = 1; i < threads; ++i) std::thread([this] { Help(); }).detach();
   }
 
+  // One helper's loop: poll, then sleep, until there is new work; then run it.
   void Help() {
     for (uint64_t seen = 0;;) {
       const auto since = std::chrono::steady_clock::now();
@@ -225,13 +237,13 @@ class Helpers {
   std::atomic<int> asleep_{0};
 };
 
-// Does all of it, with helpers where so many bytes are worth them.
+// Runs all units and returns when they are done. Helpers take part if the work reads at least kShareFrom bytes.
 inline void Share(const std::shared_ptr<Work>& work, ffi::ThreadPool& pool, int64_t bytes) {
   const int64_t units = work->units();
   if (bytes >= kShareFrom && units > 1 && pool.num_threads() > 1) Helpers::Of(pool.num_threads()).Offer(work);
   work->Run();
-  // All units are taken; those that are not done are in the hands of threads that run. One that comes late finds
-  // nothing to do, after we have gone: it holds the work for itself.
+  // All units are taken here, and threads that are running will finish those that are not done. A helper that comes
+  // later finds no unit left; its shared_ptr keeps the work alive until then.
   for (int tries = 0; work->done.load(std::memory_order_acquire) < units; ++tries)
     tries < 1000 ? Pause() : std::this_thread::yield();
 }

@@ -1,4 +1,4 @@
-"""glibc's allocator, set to keep freed memory: for training on CPU."""
+"""Settings of glibc's allocator that make it keep freed memory, for programs on CPU."""
 
 import ctypes
 import functools
@@ -7,16 +7,19 @@ import platform
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # glibc's malloc.h
 _MADV_HUGEPAGE = 14  # Linux' mman.h
-_HOLES, _HOLE, _LARGE_PAGE = 128, 1 << 20, 2 << 20  # how many; bytes
+_HOLES, _HOLE, _LARGE_PAGE = 128, 1 << 20, 2 << 20  # count, bytes, bytes
 
 
-@functools.cache  # a heap that is laid out a second time has its large pages filled
+@functools.cache  # a second call would put its blocks into the large pages of the first, and so fill them
 def keep_memory() -> bool:
-    """Have glibc keep freed memory instead of handing it back. True where that was done.
+    """Make glibc keep freed memory instead of returning it to the kernel.
 
-    XLA's CPU client allocates a program's temporary memory anew in each call. glibc maps such large blocks from the
-    kernel and unmaps them again, so every step faults in every page: a quarter of a training step on some machines.
-    Call it before the first array is made, in a process of your own (the command line does).
+    XLA's CPU client allocates a program's temporary memory in every call and frees it at the end. By default glibc maps
+    such large blocks from the kernel and unmaps them again, so every training step faults in every page. This takes up
+    to a quarter of a step. The settings hold for the whole process, so only programs call this, at their start and
+    before the first array. A library must not.
+
+    Returns: True if the settings were made, False if the C library is not glibc or refuses them.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -29,20 +32,20 @@ def keep_memory() -> bool:
 
 
 def _lay_out_heap(libc: ctypes.CDLL) -> None:
-    """Keep what is small out of the place where a program's temporary memory comes and goes; and that in large pages.
+    """Make free holes for small arrays, and ask the kernel for large pages at the heap's end.
 
-    Freed temporary memory lies at the heap's end. A small array that were put there would leave too little for the next
-    step: the heap would grow by as much again, and every page be faulted in anew. glibc puts an array where it fits
-    best, so holes are made for the small ones. Large pages take a five-hundredth of the faults where there are any.
+    Freed temporary memory is at the end of the heap. A small array placed there would leave too little for the next
+    step. The heap would then grow by the same amount again, and every page would be faulted in again. glibc uses the
+    free block that fits best, so small arrays go into the holes. A large page takes one fault where 512 small ones do.
     """
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    blocks = [libc.malloc(_HOLE) for _ in range(2 * _HOLES)]  # every other one stays: holes that meet become one
+    blocks = [libc.malloc(_HOLE) for _ in range(2 * _HOLES)]  # every other block is kept: adjacent holes would merge
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    if heap := libc.malloc(size):  # none of it is touched; where the process may not have so much, there is none
+    if heap := libc.malloc(size):  # reserved, never touched; null if the process may not have so much
         start = -(-heap // _LARGE_PAGE) * _LARGE_PAGE
-        libc.madvise(start, size - _LARGE_PAGE, _MADV_HUGEPAGE)  # a wish: kernels may be built without
+        libc.madvise(start, size - _LARGE_PAGE, _MADV_HUGEPAGE)  # a request; some kernels do not support it
         libc.free(heap)
     for hole in blocks[::2]:
         libc.free(hole)

@@ -1,4 +1,4 @@
-"""Acceptance of drafts: greedy by hand; sampled, the law of what comes out is the target's, whatever drafts."""
+"""Acceptance of drafts: greedy by hand; sampled tokens follow the target's distribution, whatever the drafts."""
 
 import math
 from functools import partial
@@ -14,19 +14,18 @@ from dsv3_jax.ops.verify_drafts import accept, probabilities
 
 W = 6
 DRAWS = 40_000
-# Of each statement below that a share over DRAWS independent draws is within a bound: it fails by chance with
-# probability under 1e-9.
+# Each bound below on a share of DRAWS independent draws fails by chance with probability under 1e-9.
 FALSE_ALARM = 1e-9
 
 
 def within(shares, law, draws=DRAWS):
-    """Whether the distance, half the sum of differences, is one that chance allows.
+    """Whether chance allows the distance between shares and law, half the sum of differences.
 
-    Its mean is under half the sum of sqrt(p (1 - p) / n), by Jensen, and a draw moves it by 1 / n at most, so that
-    McDiarmid bounds how far it is over its mean.
+    By Jensen its mean is under half the sum of sqrt(p (1 - p) / n). A draw moves it by 1 / n at most, so McDiarmid's
+    inequality bounds how far it is over its mean.
     """
     bound = np.sqrt(law * (1 - law) / draws).sum() / 2 + math.sqrt(math.log(1 / FALSE_ALARM) / (2 * draws))
-    assert bound < 0.12  # wrong laws are further away
+    assert bound < 0.12  # wrong laws are farther away
     return np.abs(shares - law).sum() / 2 < bound
 
 
@@ -41,7 +40,7 @@ def test_greedy_by_hand():
     ]  # fmt: skip
 
 
-def test_without_drafts_the_target_alone_speaks():
+def test_without_drafts_the_target_chooses():
     logits = jnp.asarray([[[0.0, 5.0, 1.0]], [[2.0, 0.0, 1.0]]])
     none = jnp.zeros((2, 0), jnp.int32)
     count, tokens = accept(none, None, logits, jax.random.key(0), GREEDY)
@@ -54,7 +53,7 @@ def test_without_drafts_the_target_alone_speaks():
 
 @partial(jax.jit, static_argnames="sampling")
 def drawn(p_logits, q, key, sampling):
-    """DRAWS rounds of two drafts, as a decoding step has them: (drafts, how many stand, tokens)."""
+    """DRAWS rounds of two drafts, as a decoding step has them: (drafts, how many are accepted, tokens)."""
     draw, decide = jax.random.split(key)
     drafts = jax.random.categorical(draw, jnp.log(q), axis=-1, shape=(DRAWS, 2)).astype(jnp.int32)
     rows = [jnp.broadcast_to(x, (DRAWS, *x.shape)) for x in (q, p_logits)]
@@ -68,7 +67,7 @@ def laws(case, sampling):
     p = np.array([oracles.sampling_probs(row, **sampling._asdict()) for row in logits])
     if case == "other":
         q = np.array([oracles.sampling_probs(row, **sampling._asdict()) for row in rng.normal(0, 1.5, (2, W))])
-    elif case == "apart":  # only what the target never says
+    elif case == "apart":  # only tokens that the target never chooses
         q = (p[:2] == 0) / (p[:2] == 0).sum(-1, keepdims=True)
     elif case == "one token":
         q = np.eye(W)[[2, 5]]
@@ -103,19 +102,19 @@ def test_sampled_tokens_follow_the_target(case, sampling):
     assert case != "same" or (count == 2).all()
     assert case != "apart" or (count == 0).all()
 
-    # What stands is the draft itself.
-    stands = np.arange(2)[None] < count[:, None]
-    np.testing.assert_array_equal(tokens[:, :2][stands], drafts[stands])
+    # Accepted drafts are in the text.
+    accepted = np.arange(2)[None] < count[:, None]
+    np.testing.assert_array_equal(tokens[:, :2][accepted], drafts[accepted])
 
-    # The first token follows p, and so does each later one where the drafts before it stood.
+    # The first token follows p, and so does each later one if the drafts before it were accepted.
     for position in range(3):
-        said = tokens[count >= position, position]
-        if len(said) > DRAWS / 20:
-            shares = np.bincount(said, minlength=W) / len(said)
-            assert within(shares, p[position], len(said))
+        chosen = tokens[count >= position, position]
+        if len(chosen) > DRAWS / 20:
+            shares = np.bincount(chosen, minlength=W) / len(chosen)
+            assert within(shares, p[position], len(chosen))
             assert (shares[p[position] == 0] == 0).all()
 
-    # Two positions together: where the first draft fell, the next step's own token follows p just so.
+    # Two positions together: after a rejected first draft, the next step's own token follows p, too.
     after = np.random.default_rng(3).choice(W, size=DRAWS, p=p[1] / p[1].sum())
     next_token = np.where(count >= 1, tokens[:, 1], after)
     joint = np.bincount(W * tokens[:, 0] + next_token, minlength=W * W) / DRAWS
@@ -123,7 +122,7 @@ def test_sampled_tokens_follow_the_target(case, sampling):
 
 
 def test_rows_and_keys_differ():
-    """Rows alike in all draw for themselves, and the key decides what."""
+    """Equal rows draw independently, and the key fixes the draws."""
     logits, _, q = laws("other", Sampling(1.0))
     args = jnp.asarray(logits), jnp.asarray(q, jnp.float32)
     one, two, three = (drawn(*args, jax.random.key(seed), Sampling(1.0)) for seed in (0, 0, 1))

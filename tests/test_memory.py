@@ -1,4 +1,4 @@
-"""The allocator's settings, in a process of their own: what is freed comes back in the same place."""
+"""keep_memory, in a separate process: freed memory is reused at the same address."""
 
 import platform
 import subprocess
@@ -24,7 +24,7 @@ print(len(places), all(small))
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is set is glibc's")
-def test_small_arrays_stay_out_of_the_place_of_a_programs_memory():
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings exist in glibc only")
+def test_a_program_reuses_its_memory_although_small_arrays_are_kept():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "True"]

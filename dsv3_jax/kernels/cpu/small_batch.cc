@@ -1,10 +1,14 @@
-// What a few tokens need when they are decoded, each array read once and as it lies, by whichever thread is free:
-//   - products with the other weights, as they are and as a SwiGLU;
-//   - the routed experts, out of their stack [L, E, D, F];
-//   - attention to the rows of a cache [L, B, G, S, X].
+// The operations of a decoding step, for a few tokens:
+//   - products with a weight, SwiGLU, and products with one matrix a head;
+//   - the routed experts, from their stack [L, E, D, F];
+//   - attention over the rows of a cache [L, B, G, S, X].
 //
-// Sums are added up in an order of their own, that of the summed axis, so that a token's result does not hang on the
-// tokens beside it, nor on the number of threads.
+// A decoding step is limited by memory bandwidth, so weights and cache are read once and in place. Threads share strips
+// of a weight's columns, heads, chosen experts, or parts of the cache. Scratch memory holds rows of a few tokens, and
+// kPart rows of the cache if they must be converted to float32.
+//
+// Sums run in the order of the summed axis. So a token's result depends neither on the other tokens nor on the number
+// of threads.
 
 #include <algorithm>
 #include <array>
@@ -19,22 +23,22 @@
 namespace dsv3 {
 namespace {
 
-constexpr int64_t kAhead = 4096;            // numbers of a cache that are asked for before they are needed: 16 KB
-constexpr int64_t kPanel = 8192;            // numbers of a matrix that are multiplied with at a time: 32 KB
-constexpr int64_t kStrip = 256;             // columns of a matrix that are one thread's at a time
+constexpr int64_t kAhead = 4096;  // prefetch distance in Dots, in floats: 16 KB
+constexpr int64_t kPanel = 8192;  // numbers of a matrix multiplied at a time: 32 KB
+constexpr int64_t kStrip = 256;   // columns of a matrix in one unit of work
 
-// y[r, n : n + V·lanes] += Σ_k x[r, k] w[k, n : …] for R rows of x, the sums in registers; rows of w are `step` apart.
-// In the first of several sums y is taken for 0.
+// y[r, n : n + V · kLanes] += Σ_k x[r, k] w[k, n : n + V · kLanes] for R rows of x. Rows of w are `step` apart. The
+// first panel overwrites y. Sums stay in registers; w is prefetched `ahead` floats before it is used.
 template <int R, int V>
 void Tile(const float* const* x, int64_t k, const float* w, int64_t depth, int64_t step, float* const* y, int64_t n,
-          int64_t ahead, bool first) {
+          int64_t ahead, bool overwrite) {
   Vec sum[R][V];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = first ? Vec{} : Load(y[r] + n + v * kLanes);
+    for (int v = 0; v < V; ++v) sum[r][v] = overwrite ? Vec{} : Load(y[r] + n + v * kLanes);
   w += n;
   for (const int64_t end = k + depth; k < end; ++k, w += step) {
     for (int v = 0; v < V; ++v) {
-      if (v * kLanes % kLine == 0)  // the processor's own prefetcher stops at each page's end
+      if (v * kLanes % kLine == 0)  // the hardware prefetcher stops at the end of a page
         __builtin_prefetch(w + v * kLanes + ahead, 0, 2);
       const Vec part = Load(w + v * kLanes);
       for (int r = 0; r < R; ++r) sum[r][v] = Add(sum[r][v], x[r][k], part);
@@ -44,9 +48,11 @@ void Tile(const float* const* x, int64_t k, const float* w, int64_t depth, int64
     for (int v = 0; v < V; ++v) Store(y[r] + n + v * kLanes, sum[r][v]);
 }
 
+// A tile function for each number of rows.
 using Kernel = void (*)(const float* const*, int64_t, const float*, int64_t, int64_t, float* const*, int64_t, int64_t,
                         bool);
-// Rows that go through together, up to kMost, and in how many registers of columns: sums fill half of the registers.
+// A tile has up to kMost rows. Wide(rows) is its width in registers, chosen so that the sums take half (kHalf) of the
+// processor's registers. kNarrow has tiles of one register for the columns that are left.
 constexpr int kMost = 8;
 #if defined(__AVX512F__)
 constexpr int kHalf = 16;
@@ -61,8 +67,8 @@ constexpr std::array<Kernel, kMost + 1> Kernels(bool wide, std::integer_sequence
 constexpr auto kTiles = Kernels(true, std::make_integer_sequence<int, kMost>());
 constexpr auto kNarrow = Kernels(false, std::make_integer_sequence<int, kMost>());
 
-// y[r] = x[r] w for all rows of x; w is [depth, width], its rows `step` apart. It is read panel by panel, each of some
-// rows of w that stay in the core's nearest cache until all rows of x have been multiplied with them.
+// y[r] = x[r] w for all rows of x. w is [depth, width], and its rows are `step` apart. w is read in panels of a few
+// rows, which stay in the core's cache until all rows of x have been multiplied with them.
 void Product(const std::vector<const float*>& x, const float* w, int64_t depth, int64_t width, int64_t step,
              const std::vector<float*>& y) {
   const int64_t count = static_cast<int64_t>(x.size()), vectors = width / kLanes * kLanes;
@@ -85,7 +91,7 @@ void Product(const std::vector<const float*>& x, const float* w, int64_t depth, 
   }
 }
 
-// y[r, j] = x[r] · k[j] for R rows of x and the `count` rows of k, `step` apart.
+// y[r, j] = x[r] · k[j] for R rows of x and `count` rows of k. Rows have `width` numbers; those of k are `step` apart.
 template <int R>
 void Dots(const float* const* x, const float* k, int64_t count, int64_t width, int64_t step, float* const* y) {
   for (int64_t j = 0; j < count; ++j) {
@@ -105,7 +111,7 @@ void Dots(const float* const* x, const float* k, int64_t count, int64_t width, i
   }
 }
 
-// The same for any number of rows.
+// Dots for any number of rows of x.
 void AllDots(const std::vector<const float*>& x, const float* k, int64_t count, int64_t width, int64_t step,
              const std::vector<float*>& y) {
   const int64_t rows = static_cast<int64_t>(x.size());
@@ -115,28 +121,29 @@ void AllDots(const std::vector<const float*>& x, const float* k, int64_t count, 
   for (; r < rows; ++r) Dots<1>(&x[r], k, count, width, step, &y[r]);
 }
 
-// y = x w, or with a second matrix h = silu(x w) ⊙ (x w_up), by strips of columns.
+// y = x w, or y = silu(x w) ⊙ (x w_up) if w_up is given. A unit of work is a strip of columns.
 struct Columns : Work {
-  const float *x, *w, *w_up;  // [n, depth]; [depth, width]; null, or likewise
+  const float *x, *w, *w_up;  // [n, depth], [depth, width], [depth, width] or null
   float* y;                   // [n, width]
   int64_t count, depth, width;
 
   int64_t units() const override { return (width + kStrip - 1) / kStrip; }
 
   void Unit(int64_t i) override {
-    const int64_t first = i * kStrip, mine = std::min(kStrip, width - first);
+    const int64_t first = i * kStrip, columns = std::min(kStrip, width - first);
     std::vector<const float*> rows(count);
     std::vector<float*> to(count), up(count);
     for (int64_t r = 0; r < count; ++r) rows[r] = x + r * depth, to[r] = y + r * width + first;
-    Product(rows, w + first, depth, mine, width, to);
+    Product(rows, w + first, depth, columns, width, to);
     if (w_up == nullptr) return;
-    std::vector<float> b(count * mine);
-    for (int64_t r = 0; r < count; ++r) up[r] = &b[r * mine];
-    Product(rows, w_up + first, depth, mine, width, up);
-    for (int64_t r = 0; r < count; ++r) Gate(to[r], up[r], 1.0f, to[r], mine);
+    std::vector<float> b(count * columns);  // x w_up: [n, columns]
+    for (int64_t r = 0; r < count; ++r) up[r] = &b[r * columns];
+    Product(rows, w_up + first, depth, columns, width, up);
+    for (int64_t r = 0; r < count; ++r) Gate(to[r], up[r], 1.0f, to[r], columns);
   }
 };
 
+// Runs Columns on all threads.
 void ShareColumns(ffi::ThreadPool& pool, const float* x, const float* w, const float* w_up, float* y, int64_t count,
                   int64_t depth, int64_t width) {
   auto work = std::make_shared<Columns>();
@@ -145,28 +152,29 @@ void ShareColumns(ffi::ThreadPool& pool, const float* x, const float* w, const f
   Share(work, pool, depth * width * (w_up == nullptr ? 1 : 2) * static_cast<int64_t>(sizeof(float)));
 }
 
-ffi::Error FewRowsProduct(ffi::ThreadPool pool, Floats x, Floats w,
-                          ffi::ResultBuffer<ffi::F32> y) {
-  const auto of_w = w.dimensions();  // [D, N]
-  ShareColumns(pool, x.typed_data(), w.typed_data(), nullptr, y->typed_data(), x.dimensions()[0], of_w[0], of_w[1]);
+// Kernel: y = x w.
+ffi::Error SmallBatchMatmul(ffi::ThreadPool pool, Floats x, Floats w, ffi::ResultBuffer<ffi::F32> y) {
+  const auto w_dims = w.dimensions();  // [D, N]
+  ShareColumns(pool, x.typed_data(), w.typed_data(), nullptr, y->typed_data(), x.dimensions()[0], w_dims[0], w_dims[1]);
   return ffi::Error::Success();
 }
 
-ffi::Error FewRowsSwiglu(ffi::ThreadPool pool, Floats x, Floats w_gate,
-                         Floats w_up, Floats w_down, ffi::ResultBuffer<ffi::F32> y) {
+// Kernel: y = (silu(x w_gate) ⊙ (x w_up)) w_down.
+ffi::Error SmallBatchSwiglu(ffi::ThreadPool pool, Floats x, Floats w_gate, Floats w_up, Floats w_down,
+                            ffi::ResultBuffer<ffi::F32> y) {
   const int64_t count = x.dimensions()[0], dim = w_gate.dimensions()[0], hidden = w_gate.dimensions()[1];
-  std::vector<float> h(count * hidden);
+  std::vector<float> h(count * hidden);  // [n, F]
   ShareColumns(pool, x.typed_data(), w_gate.typed_data(), w_up.typed_data(), h.data(), count, dim, hidden);
   ShareColumns(pool, h.data(), w_down.typed_data(), nullptr, y->typed_data(), count, hidden, dim);
   return ffi::Error::Success();
 }
 
-// y[:, h] = x[:, h] w[h] for each head, or x[:, h] w[h]ᵀ.
+// y[:, h] = x[:, h] w[h] for each head h, or x[:, h] w[h]ᵀ if `transposed`. A unit of work is a head.
 struct Heads : Work {
-  const float *x, *w;  // [n, H, depth]; [H, depth, width], or [H, width, depth]
+  const float *x, *w;  // [n, H, depth], [H, depth, width] or transposed [H, width, depth]
   float* y;            // [n, H, width]
   int64_t count, heads, depth, width;
-  bool turned;
+  bool transposed;
 
   int64_t units() const override { return heads; }
 
@@ -174,41 +182,43 @@ struct Heads : Work {
     std::vector<const float*> rows(count);
     std::vector<float*> to(count);
     for (int64_t r = 0; r < count; ++r) rows[r] = x + (r * heads + h) * depth, to[r] = y + (r * heads + h) * width;
-    const float* mine = w + h * depth * width;
-    turned ? AllDots(rows, mine, width, depth, depth, to) : Product(rows, mine, depth, width, width, to);
+    const float* matrix = w + h * depth * width;
+    transposed ? AllDots(rows, matrix, width, depth, depth, to) : Product(rows, matrix, depth, width, width, to);
   }
 };
 
-ffi::Error FewRowsByHeads(ffi::ThreadPool pool, Floats x, Floats w,
-                          ffi::ResultBuffer<ffi::F32> y, bool turned) {
-  const auto of_x = x.dimensions();
+// Kernel: a product with each head's matrix.
+ffi::Error SmallBatchByHead(ffi::ThreadPool pool, Floats x, Floats w, ffi::ResultBuffer<ffi::F32> y,
+                            bool transposed) {
+  const auto x_dims = x.dimensions();  // [n, H, K]
   auto work = std::make_shared<Heads>();
   work->x = x.typed_data(), work->w = w.typed_data(), work->y = y->typed_data();
-  work->count = of_x[0], work->heads = of_x[1], work->depth = of_x[2], work->width = y->dimensions()[2];
-  work->turned = turned;
+  work->count = x_dims[0], work->heads = x_dims[1], work->depth = x_dims[2], work->width = y->dimensions()[2];
+  work->transposed = transposed;
   Share(work, pool, work->heads * work->depth * work->width * static_cast<int64_t>(sizeof(float)));
   return ffi::Error::Success();
 }
 
+// out[assignment] = (silu(x w_gate) ⊙ (x w_up)) w_down for every assignment. A unit of work is a chosen expert.
 struct Experts : Work {
-  const float *x, *w_gate, *w_up, *w_down;  // the matrices of this layer: [E, D, F], [E, D, F], [E, F, D]
-  int64_t choices, dim, hidden;
-  std::vector<int32_t> experts;                   // those that were chosen
-  std::vector<std::vector<int32_t>> assignments;  // of each of them: token · K + choice
+  const float *x, *w_gate, *w_up, *w_down;        // [n, D]; this layer's [E, D, F], [E, D, F], [E, F, D]
+  int64_t choices, dim, hidden;                   // K, D, F
+  std::vector<int32_t> experts;                   // the ids that some token chose
+  std::vector<std::vector<int32_t>> assignments;  // those of each chosen expert, as token · K + choice
   std::vector<float> out;                         // [n · K, D]
 
   int64_t units() const override { return static_cast<int64_t>(experts.size()); }
 
   void Unit(int64_t i) override {
-    const std::vector<int32_t>& mine = assignments[i];
-    const int64_t e = experts[i], count = static_cast<int64_t>(mine.size());
-    std::vector<float> a(count * hidden), b(count * hidden);
+    const std::vector<int32_t>& assigned = assignments[i];
+    const int64_t e = experts[i], count = static_cast<int64_t>(assigned.size());
+    std::vector<float> a(count * hidden), b(count * hidden);  // x w_gate, x w_up: [count, F]
     std::vector<const float*> rows(count), h(count);
     std::vector<float*> a_rows(count), b_rows(count), out_rows(count);
     for (int64_t r = 0; r < count; ++r) {
-      rows[r] = x + mine[r] / choices * dim;
+      rows[r] = x + assigned[r] / choices * dim;
       a_rows[r] = &a[r * hidden], b_rows[r] = &b[r * hidden];
-      h[r] = a_rows[r], out_rows[r] = &out[mine[r] * dim];
+      h[r] = a_rows[r], out_rows[r] = &out[assigned[r] * dim];
     }
     Product(rows, w_gate + e * dim * hidden, dim, hidden, hidden, a_rows);
     Product(rows, w_up + e * dim * hidden, dim, hidden, hidden, b_rows);
@@ -217,9 +227,9 @@ struct Experts : Work {
   }
 };
 
-ffi::Error FewTokensSwiglu(ffi::ThreadPool pool, Floats x, Ints expert_ids,
-                           Floats gates, Floats w_gate, Floats w_up,
-                           Floats w_down, Ints layer, ffi::ResultBuffer<ffi::F32> y) {
+// Kernel: y = Σ_k gates_k · FFN of expert k. Only the chosen experts' matrices are read, each once.
+ffi::Error DecodeExperts(ffi::ThreadPool pool, Floats x, Ints expert_ids, Floats gates, Floats w_gate, Floats w_up,
+                         Floats w_down, Ints layer, ffi::ResultBuffer<ffi::F32> y) {
   const auto stack = w_gate.dimensions();  // [L, E, D, F]
   const int64_t layers = stack[0], num = stack[1], dim = stack[2], hidden = stack[3];
   const int64_t tokens = expert_ids.dimensions()[0], choices = expert_ids.dimensions()[1];
@@ -234,7 +244,7 @@ ffi::Error FewTokensSwiglu(ffi::ThreadPool pool, Floats x, Ints expert_ids,
   work->w_down = w_down.typed_data() + at * size;
   work->choices = choices, work->dim = dim, work->hidden = hidden;
   work->out.resize(tokens * choices * dim);
-  std::vector<int32_t> slot(num, -1);
+  std::vector<int32_t> slot(num, -1);  // [E]: an expert's index in work->experts, -1 if it is not chosen
   const int32_t* ids = expert_ids.typed_data();
   for (int64_t i = 0; i < tokens * choices; ++i) {
     if (ids[i] < 0 || ids[i] >= num) return ffi::Error::InvalidArgument("an expert id outside the stack of experts");
@@ -259,10 +269,10 @@ ffi::Error FewTokensSwiglu(ffi::ThreadPool pool, Floats x, Ints expert_ids,
   return ffi::Error::Success();
 }
 
-// Rows of a cache that are attended to at a time: they stay in a core's cache from the scores to the weighted sum.
+// Rows of the cache in one unit of work. They stay in the core's cache between the scores and the weighted sum.
 constexpr int64_t kPart = 256;
 
-// What a cache may hold in place of float32, register by register: the number that is meant, before it is scaled.
+// The stored formats other than float32. Wide converts a register of stored bits to floats, before scaling.
 struct Int8 {
   using Stored = uint8_t;
   static Vec Wide(Whole bits) { return __builtin_convertvector(bits << 24 >> 24, Vec); }
@@ -275,14 +285,14 @@ struct Float8E4m3 {
   using Stored = uint8_t;
   static Vec Wide(Whole bits) {
     const Whole size = bits & 0x7f, sign = (bits & 0x80) << 24;
-    const Whole normal = (size << 20) + (120 << 23);  // the exponent's bias is 7 here, and 127 in a float
-    const Whole small = (Whole)(__builtin_convertvector(size, Vec) * (1.0f / 512));
-    const Whole number = size < 8 ? small : normal;
-    return (Vec)((size == 0x7f ? Whole{} + 0x7fc00000 : number) | sign);  // its only NaN
+    const Whole normal = (size << 20) + (120 << 23);  // exponent bias 7 → 127
+    const Whole subnormal = (Whole)(__builtin_convertvector(size, Vec) * (1.0f / 512));
+    const Whole number = size < 8 ? subnormal : normal;
+    return (Vec)((size == 0x7f ? Whole{} + 0x7fc00000 : number) | sign);  // 0x7f is NaN
   }
 };
 
-// `count` stored numbers as floats, times a scale.
+// Converts `count` stored numbers to floats and multiplies them by `scale`.
 template <class Format>
 void Widen(const void* stored, int64_t count, float scale, float* to) {
   const auto* from = static_cast<const typename Format::Stored*>(stored);
@@ -295,35 +305,39 @@ void Widen(const void* stored, int64_t count, float scale, float* to) {
   std::memcpy(to + j, &rest, (count - j) * sizeof(float));
 }
 
-// Rows of a cache [B · G, S, X] as floats. A row has two parts, and a scale for each where it is in 8 bits.
-struct Held {
-  const uint8_t* at;
-  const float* scales;  // [B · G, S, 2], or null
-  int64_t width, first_part, bytes;
-  void (*widen)(const void*, int64_t, float, float*);  // null: they are floats
+// One layer's rows of a cache, [B · G, S, X]. A row has two parts; in 8-bit formats each part has its own scale.
+struct CacheRows {
+  const uint8_t* at;                 // the first row
+  const float* scales;               // [B · G, S, 2], or null
+  int64_t width, first_part, bytes;  // X, numbers in the first part, bytes of a stored number
+  void (*widen)(const void*, int64_t, float, float*);  // converts stored numbers; null for float32
 
-  // Rows from `first` on; where they are not floats, in `room`.
-  const float* Read(int64_t first, int64_t count, std::vector<float>& room) const {
+  // Returns `count` rows from `first` on as floats. float32 rows are not copied; others are converted into `scratch`.
+  const float* Read(int64_t first, int64_t count, std::vector<float>& scratch) const {
     const uint8_t* from = at + first * width * bytes;
     if (!widen) return reinterpret_cast<const float*>(from);
-    if (static_cast<int64_t>(room.size()) < count * width) room.resize(count * width);
-    float* to = room.data();
+    if (static_cast<int64_t>(scratch.size()) < count * width) scratch.resize(count * width);
+    float* to = scratch.data();
     for (int64_t j = 0; j < count; ++j, to += width, from += width * bytes) {
       const float* scale = scales ? scales + (first + j) * 2 : nullptr;
       widen(from, first_part, scale ? scale[0] : 1.0f, to);
       widen(from + first_part * bytes, width - first_part, scale ? scale[1] : 1.0f, to + first_part);
     }
-    return room.data();
+    return scratch.data();
   }
 };
 
-// softmax(q · keys) values over the first rows of a cache, in parts whose sums are put together at the end.
+// softmax(q · keys) values over the first rows of a cache. A unit of work is kPart rows of one sequence and group.
+// Combine then merges the parts.
 struct Attention : Work {
-  const float* q;       // [B · G, Q, K]
-  Held rows;            // this layer's
-  const int32_t* last;  // [B, Q]
-  int64_t pairs, groups, queries, capacity, key_width, value_at, value_width, parts;
-  std::vector<float> top, total, out;  // of each pair, part and query: the largest score, Σ exp, Σ exp · value
+  const float* q;                            // [B · G, Q, K]
+  CacheRows rows;                            // this layer's [B · G, S, X]
+  const int32_t* last;                       // [B, Q]: the last row that a query sees
+  int64_t pairs, groups, queries, capacity;  // B · G, G, Q, S
+  int64_t key_width, value_at, value_width;  // K, where in a row the value begins, V
+  int64_t parts;                             // parts of S
+  std::vector<float> top, total;             // [B · G, parts, Q]: largest score, Σ exp
+  std::vector<float> out;                    // [B · G, parts, Q, V]: Σ exp · value
 
   int64_t units() const override { return pairs * parts; }
 
@@ -334,9 +348,9 @@ struct Attention : Work {
     const int64_t count = end - first;
     std::fill_n(&top[i * queries], queries, -INFINITY);
     if (count <= 0) return;
-    static thread_local std::vector<float> room;
-    const float* from = rows.Read(pair * capacity + first, count, room);
-    std::vector<float> scores(queries * count);
+    static thread_local std::vector<float> scratch;
+    const float* from = rows.Read(pair * capacity + first, count, scratch);
+    std::vector<float> scores(queries * count);  // [Q, count]
     std::vector<const float*> x(queries), weights(queries);
     std::vector<float*> y(queries), to(queries);
     for (int64_t r = 0; r < queries; ++r) {
@@ -346,17 +360,18 @@ struct Attention : Work {
     }
     AllDots(x, from, count, key_width, rows.width, y);
     for (int64_t r = 0; r < queries; ++r) {
-      const int64_t mine = std::min<int64_t>(count, seen[r] + 1 - first);  // the rest is not to be seen
+      const int64_t visible = std::min<int64_t>(count, seen[r] + 1 - first);  // later rows are masked
       float* s = y[r];
-      const float most = Largest(s, mine, -INFINITY);
-      ByLanes(mine, [&](int64_t j, auto zero) { Store(s + j, Exp(Load(s + j, zero) - most)); });
-      std::fill(s + std::max<int64_t>(mine, 0), s + count, 0.0f);
-      top[i * queries + r] = most, total[i * queries + r] = Total(s, mine);
+      const float most = Largest(s, visible, -INFINITY);
+      ByLanes(visible, [&](int64_t j, auto zero) { Store(s + j, Exp(Load(s + j, zero) - most)); });
+      std::fill(s + std::max<int64_t>(visible, 0), s + count, 0.0f);
+      top[i * queries + r] = most, total[i * queries + r] = Total(s, visible);
     }
     Product(weights, from + value_at, count, value_width, rows.width, to);
   }
 
-  void PutTogether(float* to) const {
+  // Merges the parts of each query: to [B · G, Q, V].
+  void Combine(float* to) const {
     for (int64_t pair = 0; pair < pairs; ++pair)
       for (int64_t r = 0; r < queries; ++r, to += value_width) {
         float most = -INFINITY, sum = 0;
@@ -374,32 +389,32 @@ struct Attention : Work {
   }
 };
 
-ffi::Error CachedAttention(ffi::ThreadPool pool, Floats q, ffi::AnyBuffer rows,
-                           Floats scales, Ints layer, Ints last,
+// Kernel: attention of a few queries to one layer of a cache.
+ffi::Error CachedAttention(ffi::ThreadPool pool, Floats q, ffi::AnyBuffer rows, Floats scales, Ints layer, Ints last,
                            ffi::ResultBuffer<ffi::F32> out, int64_t value_at, int64_t first_part) {
-  const auto of_q = q.dimensions(), of_rows = rows.dimensions();  // [B, G, Q, K], [L, B, G, S, X]
-  const int64_t at = layer.typed_data()[0], layers = of_rows[0];
+  const auto q_dims = q.dimensions(), rows_dims = rows.dimensions();  // [B, G, Q, K], [L, B, G, S, X]
+  const int64_t at = layer.typed_data()[0], layers = rows_dims[0];
   if (at < 0 || at >= layers) return ffi::Error::InvalidArgument("layer outside the cache");
   auto work = std::make_shared<Attention>();
-  work->groups = of_q[1], work->pairs = of_q[0] * of_q[1], work->queries = of_q[2], work->key_width = of_q[3];
-  work->capacity = of_rows[3];
+  work->groups = q_dims[1], work->pairs = q_dims[0] * q_dims[1], work->queries = q_dims[2], work->key_width = q_dims[3];
+  work->capacity = rows_dims[3];
   work->value_at = value_at, work->value_width = out->dimensions()[3];
   work->q = q.typed_data(), work->last = last.typed_data();
-  Held& held = work->rows;
-  held.width = of_rows[4], held.first_part = first_part;
+  CacheRows& cached = work->rows;
+  cached.width = rows_dims[4], cached.first_part = first_part;
   switch (rows.element_type()) {
-    case ffi::F32: held.bytes = 4, held.widen = nullptr; break;
-    case ffi::BF16: held.bytes = 2, held.widen = Widen<Bfloat16>; break;
-    case ffi::S8: held.bytes = 1, held.widen = Widen<Int8>; break;
-    case ffi::F8E4M3FN: held.bytes = 1, held.widen = Widen<Float8E4m3>; break;
+    case ffi::F32: cached.bytes = 4, cached.widen = nullptr; break;
+    case ffi::BF16: cached.bytes = 2, cached.widen = Widen<Bfloat16>; break;
+    case ffi::S8: cached.bytes = 1, cached.widen = Widen<Int8>; break;
+    case ffi::F8E4M3FN: cached.bytes = 1, cached.widen = Widen<Float8E4m3>; break;
     default: return ffi::Error::InvalidArgument("a cache of numbers that are not served");
   }
-  const int64_t before = at * work->pairs * work->capacity;  // rows of the layers before
-  held.at = static_cast<const uint8_t*>(rows.untyped_data()) + before * held.width * held.bytes;
-  held.scales = scales.element_count() > 0 ? scales.typed_data() + before * 2 : nullptr;
-  if (held.bytes == 1 && !held.scales) return ffi::Error::InvalidArgument("8-bit rows without scales");
+  const int64_t before = at * work->pairs * work->capacity;  // rows in the layers before this one
+  cached.at = static_cast<const uint8_t*>(rows.untyped_data()) + before * cached.width * cached.bytes;
+  cached.scales = scales.element_count() > 0 ? scales.typed_data() + before * 2 : nullptr;
+  if (cached.bytes == 1 && !cached.scales) return ffi::Error::InvalidArgument("8-bit rows without scales");
   int64_t most = 0;
-  for (int64_t i = 0; i < of_q[0] * of_q[2]; ++i) {
+  for (int64_t i = 0; i < q_dims[0] * q_dims[2]; ++i) {
     const int64_t seen = work->last[i];
     if (seen < 0 || seen >= work->capacity) return ffi::Error::InvalidArgument("a row outside the cache");
     most = std::max(most, seen);
@@ -407,21 +422,21 @@ ffi::Error CachedAttention(ffi::ThreadPool pool, Floats q, ffi::AnyBuffer rows,
   work->parts = most / kPart + 1;
   const int64_t results = work->units() * work->queries;
   work->top.resize(results), work->total.resize(results), work->out.resize(results * work->value_width);
-  Share(work, pool, work->pairs * (most + 1) * held.width * static_cast<int64_t>(sizeof(float)));
-  work->PutTogether(out->typed_data());
+  Share(work, pool, work->pairs * (most + 1) * cached.width * static_cast<int64_t>(sizeof(float)));
+  work->Combine(out->typed_data());
   return ffi::Error::Success();
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3FewRowsProduct, FewRowsProduct,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3SmallBatchMatmul, SmallBatchMatmul,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Floats>()                  // x [n, D]
                                   .Arg<Floats>()                  // w [D, N]
                                   .Ret<Floats>());                // y [n, N]
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3FewRowsSwiglu, FewRowsSwiglu,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3SmallBatchSwiglu, SmallBatchSwiglu,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Floats>()                  // x [n, D]
@@ -430,15 +445,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3FewRowsSwiglu, FewRowsSwiglu,
                                   .Arg<Floats>()                  // w_down [F, D]
                                   .Ret<Floats>());                // y [n, D]
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3FewRowsByHeads, FewRowsByHeads,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3SmallBatchByHead, SmallBatchByHead,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Floats>()                  // x [n, H, K]
-                                  .Arg<Floats>()                  // w [H, K, N], or turned [H, N, K]
+                                  .Arg<Floats>()                  // w [H, K, N], or transposed [H, N, K]
                                   .Ret<Floats>()                  // y [n, H, N]
-                                  .Attr<bool>("turned"));
+                                  .Attr<bool>("transposed"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3FewTokensSwiglu, FewTokensSwiglu,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3DecodeExperts, DecodeExperts,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Floats>()                  // x [n, D]
@@ -458,8 +473,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3CachedAttention, CachedAttention,
                                   .Arg<Floats>()                  // scales [L, B, G, S, 2], or [0]
                                   .Arg<Ints>()                    // layer []
                                   .Arg<Ints>()                    // last [B, Q]
-                                  .Ret<Floats>()                  // [B, G, Q, V]
-                                  .Attr<int64_t>("value_at")      // where in a row its value begins
-                                  .Attr<int64_t>("first_part"));  // how many of its numbers have the first scale
+                                  .Ret<Floats>()                  // out [B, G, Q, V]
+                                  .Attr<int64_t>("value_at")      // where in a row the value begins
+                                  .Attr<int64_t>("first_part"));  // numbers of a row that have the first scale
 
 }  // namespace dsv3

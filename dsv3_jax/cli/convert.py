@@ -1,0 +1,49 @@
+"""`dsv3 convert FOLDER OUT`: released weights into a run, a run into them, or another dtype."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from dsv3_jax.cli.common import parse, prepare_process
+
+
+@dataclass
+class Convert:
+    """Convert released weights (Hugging Face format) into a run, a run into them, or them into another dtype."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """a released folder (config.json and safetensors), or one that `dsv3 train` wrote"""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """the folder to create; a failure leaves nothing of it"""
+    to: Literal["run", "hf"] | None = None
+    """what to create; None means hf for a run or if --dtype is given, else run"""
+    dtype: Literal["float32", "bfloat16", "fp8"] | None = None
+    """dtype of the weights in Hugging Face format; None means the source's, and bfloat16 for FP8"""
+    shard_mb: int = 5000
+    """size of a safetensors file in megabytes, at most"""
+    mtp: bool = True
+    """convert the multi-token prediction layers too"""
+    allow_nonfinite: bool = False
+    """accept weights that are NaN or Inf"""
+
+
+def run(argv: list[str]) -> int:
+    """Convert, and print a sentence about the new folder."""
+    args = parse(Convert, argv, "convert")
+    prepare_process()
+    from dsv3_jax import hf
+
+    print(
+        hf.convert(
+            args.folder,
+            args.out,
+            to=args.to,
+            dtype=args.dtype,
+            shard_bytes=args.shard_mb * 1_000_000,
+            mtp=args.mtp,
+            allow_nonfinite=args.allow_nonfinite,
+        )
+    )
+    return 0

@@ -1,0 +1,73 @@
+"""`dsv3 eval RUN`: held-out measures of a run's last checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from dsv3_jax.cli.common import parse, prepare_process
+from dsv3_jax.config import CacheDtype, replace
+
+
+@dataclass
+class Eval:
+    """Measure a run's last checkpoint on held-out text: loss, bits a byte (by domain), MaxVio, MTP acceptance."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """a folder that `dsv3 train` or `dsv3 convert` wrote"""
+    paths: tuple[str, ...] = ()
+    """other text to measure on; empty means the run's own validation text"""
+    batches: int = 8
+    """number of batches to read, at most"""
+    cache_dtype: tuple[CacheDtype, ...] = ()
+    """read the same text through caches of these dtypes too, and compare them with float32"""
+    kernels: str | None = None
+    """kernels to compute with: auto, xla, or a name from `dsv3 info PRESET --kernels`; None means the run's own"""
+
+
+def run(argv: list[str]) -> int:
+    """Print the measures, one a line."""
+    args = parse(Eval, argv, "eval")
+    if args.batches < 1:
+        raise ValueError(f"batches={args.batches} is below 1")
+    prepare_process()
+    from dsv3_jax.data import batches as data
+    from dsv3_jax.data import tokenizer
+    from dsv3_jax.training.checkpoint import load_run
+    from dsv3_jax.training.evaluate import cache_quality, evaluate
+
+    model, run, step = load_run(args.run, kernels=args.kernels)
+    cfg = replace(run.data, paths=args.paths) if args.paths else run.data
+    corpus, text = data.load_corpus(cfg), tokenizer.load(cfg.tokenizer)
+    batches = data.val_batches(corpus, text, cfg, args.batches)
+    measures = evaluate(model, batches, text, corpus.domains)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"step {step}")
+    for name, value in measures.items():
+        if name != "load":
+            console.print(f"{name:24s} {_format(value)}")
+    if not args.cache_dtype:
+        return 0
+    if cfg.separate_documents:
+        console.print(
+            "Below, each row is read as one text: its documents attend to one another. So these losses differ from "
+            "val_loss above; compare them with one another."
+        )
+    by_dtype = cache_quality(model, batches, ("float32", *args.cache_dtype))
+    exact = by_dtype["float32"].val_loss
+    for name, quality in by_dtype.items():
+        console.print(
+            f"{f'through {name} cache':24s} {quality.val_loss:.4f} ({quality.val_loss / exact - 1:+.3%}), "
+            f"greedy tokens the same {quality.agreement:.2%}, {quality.bytes_per_token} bytes a token"
+        )
+    return 0
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v:.4f}" for k, v in value.items())
+    if isinstance(value, list):
+        return " ".join(f"{v:.4f}" for v in value)
+    return f"{value:.4f}"

@@ -1,0 +1,15 @@
+"""`dsv3 plan PRESET`: what each device of a mesh would hold, compute and send, without the devices."""
+
+from dsv3_jax.cli.common import named_preset, parse, prepare_process
+from dsv3_jax.presets import recipe
+
+
+def run(argv: list[str]) -> int:
+    """Print the plan of a training and a decoding step."""
+    prepare_process()
+    from dsv3_jax.planning.plan import PlanOptions, plan
+
+    run, rest = named_preset(argv, "plan", recipe)
+    args = parse(PlanOptions, rest, "plan PRESET", default=PlanOptions(run.model, run.execution))
+    changed = (args.model, args.execution) != (run.model, run.execution)
+    return plan(args, run, f"{argv[0]}, changed" if changed else argv[0])

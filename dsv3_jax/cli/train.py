@@ -1,0 +1,124 @@
+"""`dsv3 train PRESET`: train a run, in this process or as one process of a cluster."""
+
+import math
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from dsv3_jax.cli.common import fail, guarded, make_mesh, named_preset, parse, prepare_process, sentence, value_of
+from dsv3_jax.cluster import supervisor
+from dsv3_jax.config import RunConfig
+from dsv3_jax.presets import recipe
+
+
+@dataclass
+class Train:
+    """Train a preset. Every setting of the run is an option; its default is the preset's recipe.
+
+    With --start, model and data are those of the run whose weights training begins with. It may be a converted run.
+    With --trunk, they are those of the run whose trunk is frozen; --model.mtp-kind and --model.mtp-depth choose heads.
+
+    On a CPU, each device of --mesh stands for a core. With --cluster, every process runs the same command, and OUT is a
+    shared folder; HOST:PORT also needs --processes and --process-id.
+    """
+
+    out: Path
+    """folder of the run: run.json, checkpoints, metrics, pictures"""
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    mesh: str | None = None
+    """devices to shard over, as data=N,expert=N,tensor=N; None means one, or with --cluster all along data"""
+    cluster: str | None = None
+    """train in several processes: HOST:PORT of process 0, or auto on SLURM, Kubernetes, Open MPI and TPU pods"""
+    processes: int | None = None
+    """number of processes of the cluster"""
+    process_id: int | None = None
+    """number of this process, from 0"""
+    cluster_timeout: int = 60
+    """seconds to wait for the other processes at the start"""
+
+
+def run(argv: list[str]) -> int:
+    """Train; with --cluster a supervisor in this process watches a worker that trains."""
+    args = options(argv)
+    cluster = _cluster(args)
+    if cluster is not None:
+        return supervisor.run(cluster, lambda line, port: [sys.executable, "-c", WORKER, str(line), str(port), *argv])
+    prepare_process()
+    from dsv3_jax.training.loop import fit
+
+    fit(args.run, args.out, mesh=make_mesh(args.mesh))
+    return 0
+
+
+def options(argv: list[str]) -> Train:
+    """Parse the arguments; the defaults are the preset's recipe, on another run's model and data with --start or
+    --trunk."""
+    run, rest = named_preset(argv, "train", recipe)
+    if trunk := value_of(rest, "--trunk"):
+        from dsv3_jax.training.warm_start import on_trunk
+
+        run = on_trunk(run, trunk, value_of(rest, "--out"))
+    elif start := value_of(rest, "--start"):
+        from dsv3_jax.training.warm_start import on_weights
+
+        run = on_weights(run, start, value_of(rest, "--out"))
+    return parse(Train, rest, "train PRESET", default=Train(out=tyro.MISSING, run=run))
+
+
+def _cluster(args: Train) -> supervisor.Cluster | None:
+    if args.cluster is not None:
+        return supervisor.Cluster(args.cluster, args.processes, args.process_id, args.cluster_timeout)
+    if args.processes is not None or args.process_id is not None:
+        raise ValueError("--processes and --process-id need --cluster, which says where process 0 is")
+    return None
+
+
+# The worker's program. Its arguments: the descriptor of its line to the supervisor, the supervisor's port, `argv`.
+WORKER = (
+    "import sys; from dsv3_jax.cli import train; sys.exit(train.work(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))"
+)
+
+
+def work(line: int, port: int, argv: list[str]) -> int:
+    """Run `dsv3 train … --cluster …` as the worker of a supervisor. Returns 0; with another code it ends here."""
+    supervisor.end_with_supervisor(line)
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)  # ours alone: Gloo prints its connections on descriptor 1
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        code = guarded(lambda: _train_in_cluster(line, port, argv))
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code:
+        # At once: at the interpreter's exit JAX waits minutes for its peers, while they wait in a collective for this
+        # process, and no supervisor notices.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _train_in_cluster(line: int, port: int, argv: list[str]) -> int:
+    args = options(argv)
+    cluster = _cluster(args)
+    assert cluster is not None
+    prepare_process()
+    from dsv3_jax.cluster import processes
+    from dsv3_jax.mesh import sharding
+    from dsv3_jax.training.loop import fit
+
+    sizes = sharding.parse_mesh(args.mesh) if args.mesh else None
+    supervisor.report(line, processes.join(cluster, math.prod(sizes.values()) if sizes else None, port))
+    try:
+        fit(args.run, args.out, mesh=processes.make_mesh(sizes))
+    except Exception as error:
+        if processes.is_connection_error(error):
+            return fail(f"the processes lost each other: {sentence(error)}", supervisor.LOST)
+        raise
+    return 0

@@ -1,0 +1,339 @@
+"""Which implementation of each op runs where: the only file that knows platforms.
+
+An op of `ops/` has several implementations. TABLE lists them in order of preference, and plain XLA comes last and fits
+always. `Kernels` is the table for one target: modules get it once and call its methods, and the first row that serves
+the target, the dtypes and the shapes runs. A new device is a folder beside this file and its rows in TABLE.
+
+`prepare` compiles the C++ kernels before anything is traced. While a program is traced nothing is asked of the process,
+except whether a mesh of several devices is in use: the C++ kernels run on one device.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from dsv3_jax.config import ConfigError, Execution
+from dsv3_jax.kernels.cpu import attention as cpu_attention
+from dsv3_jax.kernels.cpu import blocks, calls, library
+from dsv3_jax.kernels.cpu import experts as cpu_experts
+from dsv3_jax.kernels.cpu import products as cpu_products
+from dsv3_jax.ops import adamw, attention, cached_attention, cross_entropy, dispatch, expert_stack, products
+from dsv3_jax.ops.cached_attention import Stored
+from dsv3_jax.ops.expert_stack import Experts, ExpertStack
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+SMALL_BATCH = 64  # rows beyond which a CPU product costs more than reading its weight
+LARGE_WEIGHT = 1 << 18  # bytes of a weight below which XLA multiplies a single row faster, on two AVX2 cores
+LARGE_UPDATE = 1 << 16  # numbers of an array from which the C++ optimizer, on all threads, is faster than XLA
+
+
+def _always(*arrays: Array, **settings: Any) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One row of the table."""
+
+    name: str
+    run: Callable
+    platforms: tuple[str, ...] = PLATFORMS
+    serves: Callable[..., bool] = _always  # the arrays' dtypes? If not, forcing this row is an error
+    fits: Callable[..., bool] = _always  # the arrays' shapes? If not, the next row is taken
+    by_hand: bool = False  # not compiled by XLA: left out by kernels="xla"
+    by_name: bool = False  # never chosen by "auto"
+
+
+def _float32_on_one_device(*arrays: Array) -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return all(a.dtype == jnp.float32 for a in arrays) and (mesh.empty or mesh.size == 1)
+
+
+def _cached(q: Array, rows: Array) -> bool:
+    return _float32_on_one_device(q) and rows.dtype.name in calls.CACHE_DTYPES
+
+
+def _few_rows(x: Array, w: Array, axes: int = 1) -> bool:
+    rows = x.size // max(_size(x.shape[x.ndim - axes :]), 1)
+    return rows <= SMALL_BATCH and (rows > 1 or w.nbytes >= LARGE_WEIGHT)
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size
+
+
+_cpp = partial(Implementation, "cpu", platforms=("cpu",), serves=_float32_on_one_device, by_hand=True)
+_loops = partial(Implementation, "blocks", platforms=("cpu",))
+_xla = partial(Implementation, "xla")
+
+TABLE: dict[str, tuple[Implementation, ...]] = {
+    "causal_attention": (_cpp(cpu_attention.causal_attention), _xla(attention.causal_attention)),
+    "cached_attention": (
+        _cpp(cpu_attention.cached_attention, serves=_cached),
+        _loops(cpu_attention.cached_attention_in_blocks),
+        _xla(cached_attention.cached_attention),
+    ),
+    "grouped_swiglu": (
+        _cpp(cpu_experts.grouped_swiglu),
+        _loops(blocks.blocks_swiglu),
+        Implementation("ragged_dot", dispatch.ragged_dot_swiglu),
+        Implementation("dense", dispatch.dense_swiglu, by_name=True),
+    ),
+    "open_experts": (_cpp(cpu_experts.open_stack), _xla(expert_stack.open_stack)),
+    "close_experts": (_cpp(cpu_experts.close_stack), _xla(expert_stack.close_stack)),
+    "decode_experts": (_cpp(cpu_experts.decode_experts), _xla(dispatch.decode_experts)),
+    "product": (_cpp(cpu_products.product, fits=_few_rows), _xla(products.product)),
+    "swiglu": (_cpp(cpu_products.swiglu, fits=_few_rows), _xla(products.swiglu)),
+    "product_by_head": (_cpp(cpu_products.product_by_head, fits=_few_rows), _xla(products.product_by_head)),
+    "cross_entropy": (_xla(cross_entropy.chunked_cross_entropy),),
+    "optimizer": (_cpp(calls.adamw, fits=lambda p, *_: p.size >= LARGE_UPDATE), _xla(adamw.adamw_update)),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a program is compiled for.
+
+    Raises: ConfigError for a platform or a kernel that there is not.
+    """
+
+    platform: str  # of the devices that the program is compiled for: one of PLATFORMS
+    kernels: str = "auto"  # Execution.kernels
+
+    def __post_init__(self) -> None:
+        if self.platform not in PLATFORMS:
+            raise ConfigError(f"platform={self.platform!r} is not one of {', '.join(PLATFORMS)}")
+        base, by_op = self.asked
+        names = {row.name for rows in TABLE.values() for row in rows}
+        if base not in ("auto", *names):
+            raise ConfigError(f"kernels={base!r} is not one of auto, {', '.join(sorted(names))}")
+        for op, name in by_op.items():
+            if op not in TABLE:
+                raise ConfigError(f"kernels={op}={name}: {op!r} is not one of the ops {', '.join(TABLE)}")
+            if name not in (known := [row.name for row in TABLE[op]]):
+                raise ConfigError(f"kernels={op}={name}: {name!r} is not one of {', '.join(known)}")
+        for op in TABLE:
+            row = self.forced(op)
+            if row is not None and self.platform not in row.platforms:
+                raise ConfigError(
+                    f"kernels={row.name!r} is not available for {self.platform}: {op} has it for "
+                    f"{', '.join(row.platforms)} only; use 'auto' or 'xla'"
+                )
+
+    @property
+    def asked(self) -> tuple[str, dict[str, str]]:
+        """(The name for all ops, the names for single ones)."""
+        words = self.kernels.split(",")
+        base = "auto" if "=" in words[0] else words.pop(0)
+        return base, dict(word.split("=") for word in words)
+
+    def forced(self, op: str) -> Implementation | None:
+        """The row of an op that is asked for by name; None if the choice is free."""
+        base, by_op = self.asked
+        name = by_op.get(op) or ("" if base == "xla" else base)
+        return next((row for row in TABLE[op] if row.name == name), None)
+
+    def rows(self, op: str) -> list[Implementation]:
+        """The rows of an op that may run, in order."""
+        free = self.asked[0] != "xla" or op in self.asked[1]
+        rows = [
+            row for row in TABLE[op] if self.platform in row.platforms and not row.by_name and (free or not row.by_hand)
+        ]
+        forced = self.forced(op)
+        return rows if forced is None else [forced, *(row for row in rows if row is not forced)]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The ops of a target: each method is an op of `ops/`, run by the first row of TABLE that serves its arguments.
+
+    Hashable, so modules hold it as a static value. Made by `prepare`.
+    """
+
+    target: Target
+    no_cpp: str = "prepare() was not called"  # why the C++ kernels cannot be used; empty if they can, or are not wanted
+
+    def pick(self, op: str, *arrays: Array, **settings: Any) -> Implementation:
+        """The row that runs an op for arrays of those dtypes and shapes.
+
+        Raises: ValueError if a row was asked for by name and does not serve the dtypes.
+        """
+        forced = self.target.forced(op)
+        for row in self.target.rows(op):
+            if row.name == "cpu" and self.no_cpp:
+                continue
+            if not row.serves(*arrays):
+                if row is forced:
+                    dtypes = ", ".join(dict.fromkeys(str(a.dtype) for a in arrays))
+                    raise ValueError(
+                        f"kernels={row.name!r} does not serve {op} in {dtypes} here: it is for float32 on one device; "
+                        f"use 'auto' or 'xla'"
+                    )
+                continue
+            if row.fits(*arrays, **settings):
+                return row
+        raise AssertionError(f"{op} has no row that always fits")
+
+    # Attention
+
+    def causal_attention(
+        self,
+        q: Float[Array, "B T H K"],
+        k: Float[Array, "B T H K"],
+        v: Float[Array, "B T H V"],
+        *,
+        scale: float,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T H V"]:
+        """See `ops.attention.causal_attention`."""
+        return self.pick("causal_attention", q, k, v).run(q, k, v, scale=scale, segment_ids=segment_ids)
+
+    def cached_attention(
+        self,
+        q: Float[Array, "B G Q K"],
+        stored: Stored,
+        layer: Int[Array, ""],
+        last: Int[Array, "B Q"],
+        *,
+        parts: tuple[int, int],
+        shared: bool,
+        scale: float,
+    ) -> Float[Array, "B G Q V"]:
+        """See `ops.cached_attention.cached_attention`."""
+        run = self.pick("cached_attention", q, stored.rows).run
+        return run(q, stored, layer, last, parts=parts, shared=shared, scale=scale)
+
+    # Routed experts
+
+    def open_experts(self, weights: Experts) -> ExpertStack:
+        """See `ops.expert_stack.open_stack`."""
+        return self.pick("open_experts", weights.w_gate).run(weights)
+
+    def close_experts(self, x: Float[Array, "*n D"], stack: ExpertStack) -> Float[Array, "*n D"]:
+        """See `ops.expert_stack.close_stack`."""
+        return self.pick("close_experts", x, stack.weights.w_gate).run(x, stack)
+
+    def grouped_swiglu(
+        self, x: Float[Array, "n D"], expert_ids: Int[Array, "n K"], gates: Float[Array, "n K"], stack: ExpertStack
+    ) -> tuple[Float[Array, "n D"], ExpertStack]:
+        """See `ops.dispatch.ragged_dot_swiglu`."""
+        gates = gates.astype(x.dtype)
+        return self.pick("grouped_swiglu", x, stack.weights.w_gate).run(x, expert_ids, gates, stack)
+
+    def decode_experts(
+        self,
+        x: Float[Array, "n D"],
+        expert_ids: Int[Array, "n K"],
+        gates: Float[Array, "n K"],
+        stack: ExpertStack,
+        *,
+        local: bool = True,
+    ) -> Float[Array, "n D"]:
+        """See `ops.dispatch.decode_experts`."""
+        run = self.pick("decode_experts", gates.astype(x.dtype), stack.weights.w_gate).run
+        return run(x, expert_ids, gates.astype(x.dtype), stack, **({} if local else {"local": False}))
+
+    # Products with a weight
+
+    def product(self, x: Float[Array, "..."], w: Float[Array, "..."], axes: int = 1) -> Float[Array, "..."]:
+        """See `ops.products.product`."""
+        return self.pick("product", x, w, axes=axes).run(x, w, axes)
+
+    def swiglu(
+        self,
+        x: Float[Array, "*n D"],
+        w_gate: Float[Array, "D F"],
+        w_up: Float[Array, "D F"],
+        w_down: Float[Array, "F D"],
+    ) -> Float[Array, "*n D"]:
+        """See `ops.products.swiglu`."""
+        return self.pick("swiglu", x, w_gate).run(x, w_gate, w_up, w_down)
+
+    def product_by_head(
+        self, x: Float[Array, "*n H K"], w: Float[Array, "H _ _"], *, transposed: bool = False
+    ) -> Float[Array, "*n H N"]:
+        """See `ops.products.product_by_head`."""
+        return self.pick("product_by_head", x, w, axes=2).run(x, w, transposed=transposed)
+
+    # Training
+
+    def cross_entropy(
+        self, h: Float[Array, "n D"], w: Float[Array, "D W"], targets: Int[Array, " n"], mask: Bool[Array, " n"]
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """See `ops.cross_entropy.chunked_cross_entropy`."""
+        return self.pick("cross_entropy", h, w).run(h, w, targets, mask)
+
+    def adamw_update(
+        self,
+        p: Float[Array, "*n"],
+        mu: Float[Array, "*n"],
+        nu: Float[Array, "*n"],
+        g: Float[Array, "*n"],
+        numbers: Float[Array, "5"],
+        **settings: float,
+    ) -> tuple[Float[Array, "*n"], Float[Array, "*n"], Float[Array, "*n"]]:
+        """See `ops.adamw.adamw_update`."""
+        return self.pick("optimizer", p, mu, nu, g).run(p, mu, nu, g, numbers, **settings)
+
+    # Reports
+
+    def chosen(self, dtype: Any = "float32", devices: int = 1) -> dict[str, str]:
+        """The implementation of each op for large arrays of a dtype on so many devices, by name."""
+        names = {}
+        for op in TABLE:
+            for row in self.target.rows(op):
+                usable = row.name != "cpu" or (not self.no_cpp and jnp.dtype(dtype) == jnp.float32 and devices == 1)
+                if usable:
+                    names[op] = row.name
+                    break
+        return names
+
+    def describe(self, dtype: Any = "float32", devices: int = 1) -> str:
+        """One line on what runs, and why the C++ kernels do not if they were wanted."""
+        by_name: dict[str, list[str]] = {}
+        for op, name in self.chosen(dtype, devices).items():
+            by_name.setdefault(name, []).append(op)
+        parts = "; ".join(f"{name}: {', '.join(ops)}" for name, ops in by_name.items())
+        return f"kernels for {self.target.platform}: {parts}" + (
+            f"; no C++ kernels, {self.no_cpp}" if self.no_cpp else ""
+        )
+
+
+def platform_of(mesh: Mesh | None = None) -> str:
+    """The platform of a mesh's devices; None means JAX's default device."""
+    device = jax.config.jax_default_device if mesh is None else mesh.devices.flat[0]
+    if device is None or isinstance(device, str):
+        device = jax.devices(device)[0]
+    return _platform_name(device)
+
+
+def _platform_name(device: Any) -> str:
+    """JAX calls every GPU "gpu", and lowers for "cuda" or "rocm"."""
+    if device.platform != "gpu":
+        return device.platform
+    return "rocm" if "rocm" in getattr(device.client, "platform_version", "").lower() else "cuda"
+
+
+def prepare(execution: Execution | None = None, *, platform: str | None = None, mesh: Mesh | None = None) -> Kernels:
+    """Choose the kernels of a target, and compile and load those in C++ if they may be used. Call it before tracing.
+
+    Args:
+        execution: says which kernels are asked for. Default: "auto".
+        platform: what is compiled for. None means the platform of `mesh`, see `platform_of`.
+    Raises: ConfigError for kernels that the target does not have, or that cannot be compiled here.
+    """
+    target = Target(platform or platform_of(mesh), execution.kernels if execution else "auto")
+    wanted = any(row.name == "cpu" for op in TABLE for row in target.rows(op))
+    no_cpp = library.why_not() if wanted else ""
+    if no_cpp and any((row := target.forced(op)) is not None and row.name == "cpu" for op in TABLE):
+        raise ConfigError(f"kernels={target.kernels!r} is not available here: {no_cpp}; use 'auto' or 'xla'")
+    return Kernels(target, no_cpp)

@@ -1,0 +1,70 @@
+"""Attention on the CPU: the C++ kernels, and block sizes for the XLA loops."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.kernels.cpu import calls
+from dsv3_jax.ops import cached_attention as op
+from dsv3_jax.ops.cached_attention import Stored
+
+BLOCK_ELEMENTS = 1 << 16  # numbers of the cache visited at a time: 256 KB, measured best on two AVX-512 cores
+
+
+def causal_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    *,
+    scale: float,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T H V"]:
+    """Compute `ops.attention.causal_attention` in float32, by the C++ kernel."""
+    if segment_ids is None:
+        segment_ids = jnp.ones(q.shape[:2], jnp.int32)
+    return _attend(q * jnp.asarray(scale, q.dtype), k, v, segment_ids)
+
+
+@jax.custom_vjp
+def _attend(q, k, v, segment_ids):
+    return calls.causal_attention(q, k, v, segment_ids)[0]
+
+
+def _attend_fwd(q, k, v, segment_ids):
+    out, lse = calls.causal_attention(q, k, v, segment_ids)
+    return out, (q, k, v, segment_ids, out, lse)
+
+
+def _attend_bwd(saved, d_out):
+    dq, dk, dv = calls.causal_attention_gradients(*saved, d_out)
+    return dq, dk, dv, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def cached_attention(
+    q: Float[Array, "B G Q K"],
+    stored: Stored,
+    layer: Int[Array, ""],
+    last: Int[Array, "B Q"],
+    *,
+    parts: tuple[int, int],
+    shared: bool,
+    scale: float,
+) -> Float[Array, "B G Q V"]:
+    """Compute `ops.cached_attention.cached_attention` with float32 queries, by the C++ kernel."""
+    q, values = q * jnp.asarray(scale, q.dtype), (0, parts[0]) if shared else parts
+    return calls.cached_attention(q, *stored, layer, last, values=values, first_part=parts[0])
+
+
+def cached_attention_in_blocks(
+    q: Float[Array, "B G Q K"], stored: Stored, layer: Int[Array, ""], last: Int[Array, "B Q"], **settings
+) -> Float[Array, "B G Q V"]:
+    """Compute `ops.cached_attention.cached_attention` in blocks that stay in a core's cache."""
+    _, batch, groups, _, width = stored.rows.shape
+    rows = max(BLOCK_ELEMENTS // (batch * groups * width), 1)
+    block = max(1 << (rows.bit_length() - 1), 64)
+    return partial(op.cached_attention, block=block)(q, stored, layer, last, **settings)

@@ -1,0 +1,69 @@
+"""Products of a few rows with a weight, by the C++ kernels; their gradient is that of XLA's products.
+
+A step of decoding spends its time in reading weights. The kernels read a weight once, in place, on all threads. XLA's
+products of more than one row first copy it into another order.
+"""
+
+import math
+
+import jax
+from jaxtyping import Array, Float
+
+from dsv3_jax.kernels.cpu import calls
+from dsv3_jax.ops import products
+
+
+def _with_gradient_of(op, kernel, static: tuple[int, ...] = ()):
+    """`kernel` in the forward pass, and the gradient of `op`, which computes the same."""
+
+    def fwd(*args):
+        return call(*args), tuple(a for i, a in enumerate(args) if i not in static)
+
+    def bwd(*args):
+        settings, saved, d = args[: len(static)], args[-2], args[-1]
+        return jax.vjp(lambda *arrays: op(*arrays, *settings), *saved)[1](d)
+
+    call = jax.custom_vjp(kernel, nondiff_argnums=static)
+    call.defvjp(fwd, bwd)
+    return call
+
+
+def _matmul(x: Array, w: Array, axes: int) -> Array:
+    depth, lead = math.prod(w.shape[:axes]), x.shape[: x.ndim - axes]
+    y = calls.small_batch_matmul(x.reshape(-1, depth), w.reshape(depth, -1))
+    return y.reshape(*lead, *w.shape[axes:])
+
+
+def _swiglu(x: Array, w_gate: Array, w_up: Array, w_down: Array) -> Array:
+    return calls.small_batch_swiglu(x.reshape(-1, x.shape[-1]), w_gate, w_up, w_down).reshape(x.shape)
+
+
+def _by_head(x: Array, w: Array, transposed: bool) -> Array:
+    y = calls.small_batch_by_head(x.reshape(-1, *x.shape[-2:]), w, transposed=transposed)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+_matmul_call = _with_gradient_of(products.product, _matmul, static=(2,))
+_swiglu_call = _with_gradient_of(products.swiglu, _swiglu)
+_by_head_call = _with_gradient_of(
+    lambda x, w, transposed: products.product_by_head(x, w, transposed=transposed), _by_head, static=(2,)
+)
+
+
+def product(x: Float[Array, "..."], w: Float[Array, "..."], axes: int = 1) -> Float[Array, "..."]:
+    """Compute `ops.products.product` in float32."""
+    return _matmul_call(x, w, axes)
+
+
+def swiglu(
+    x: Float[Array, "*n D"], w_gate: Float[Array, "D F"], w_up: Float[Array, "D F"], w_down: Float[Array, "F D"]
+) -> Float[Array, "*n D"]:
+    """Compute `ops.products.swiglu` in float32."""
+    return _swiglu_call(x, w_gate, w_up, w_down)
+
+
+def product_by_head(
+    x: Float[Array, "*n H K"], w: Float[Array, "H _ _"], *, transposed: bool = False
+) -> Float[Array, "*n H N"]:
+    """Compute `ops.products.product_by_head` in float32."""
+    return _by_head_call(x, w, transposed)

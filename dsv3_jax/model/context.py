@@ -1,0 +1,47 @@
+"""The context of a layer: positions, documents, cache and experts."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.cache import Cache
+from dsv3_jax.ops import rope
+from dsv3_jax.ops.expert_stack import ExpertStack
+
+
+class Context(NamedTuple):
+    """Goes into every layer. A layer returns it with the cache and the expert stack that the next layer needs.
+
+    Training has no cache. Prefill has an empty one, and decoding one that holds tokens.
+    """
+
+    cos: Array  # float32 [B, T, R/2]
+    sin: Array  # float32 [B, T, R/2]
+    segment_ids: Array | None  # int32 [B, T]: a token sees its own segment only; None means one segment a row
+    mask: Array  # bool [B, T]: tokens that count for load and balance losses
+    layer: Array  # int32 []: which layer of the cache
+    cache: Any = None  # Cache of all layers, or None
+    experts: ExpertStack | None = None  # at this layer
+    may_drop: bool = True  # False: no token is dropped, whatever capacity_factor says
+
+
+def make_context(
+    cfg: ModelConfig,
+    positions: Array,
+    segment_ids: Array | None = None,
+    *,
+    cache: Cache | None = None,
+    may_drop: bool = True,
+) -> Context:
+    """The context of tokens at int32 positions [B, T]; tokens of segment 0 are padding."""
+    freqs = rope.frequencies(cfg.rope_head_dim, cfg.rope_theta, cfg.yarn)
+    mask = jnp.ones(positions.shape, jnp.bool_) if segment_ids is None else segment_ids != 0
+    zero = jnp.zeros((), jnp.int32)
+    return Context(*rope.cos_sin(positions, freqs, cfg.yarn), segment_ids, mask, zero, cache, may_drop=may_drop)
+
+
+def from_zero(batch: int, length: int) -> Array:
+    """Positions 0, 1, … of each row, int32 [B, T]."""
+    return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))

@@ -1,0 +1,34 @@
+"""AdamW's update of one array. Source: arXiv 1711.05101."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def adamw_update(
+    p: Float[Array, "*n"],
+    mu: Float[Array, "*n"],
+    nu: Float[Array, "*n"],
+    g: Float[Array, "*n"],
+    numbers: Float[Array, "5"],
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+) -> tuple[Float[Array, "*n"], Float[Array, "*n"], Float[Array, "*n"]]:
+    """Take one step: μ ← β₁μ + (1−β₁)g, ν ← β₂ν + (1−β₂)g², p ← p − η (μ̂ / (√ν̂ + ε) + decay · p).
+
+    Args:
+        p, mu, nu, g: parameter, running means of the gradient and of its square, gradient.
+        numbers: factor of g (clipping), 1 / (1 − β₁ᵗ), 1 / (1 − β₂ᵗ), learning rate η, and 0 to change nothing.
+    Returns: (p, mu, nu).
+    """
+    clip, to_mean, to_square, rate, keep = numbers
+    keep = keep > 0
+    g = g * clip
+    mu = jnp.where(keep, beta1 * mu + (1 - beta1) * g, mu)
+    nu = jnp.where(keep, beta2 * nu + (1 - beta2) * g * g, nu)
+    move = mu * to_mean / (jnp.sqrt(nu * to_square) + eps)
+    if decay:
+        move = move + decay * p
+    return jnp.where(keep, p - rate * move, p), mu, nu

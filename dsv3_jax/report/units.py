@@ -1,0 +1,56 @@
+"""Numbers as people read them: counts, bytes and seconds with decimal units."""
+
+from collections.abc import Sequence
+
+COUNTS = (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3), ("", 1.0))
+BYTES = ((" TB", 1e12), (" GB", 1e9), (" MB", 1e6), (" KB", 1e3), (" B", 1.0))
+SECONDS = ((" s", 1.0), (" ms", 1e-3), (" µs", 1e-6))
+
+
+def format_count(count: int | float) -> str:
+    """Write a count with four significant digits, in thousands (K), millions (M), billions (B) or trillions (T).
+
+    Example:
+        >>> [format_count(x) for x in (0, 999, 35_136, 1_234_567, 671e9, 2.5e12)]
+        ['0', '999', '35.14K', '1.235M', '671B', '2.5T']
+    """
+    return _format(count, COUNTS, 4)
+
+
+def format_bytes(count: int | float) -> str:
+    """Write a number of bytes with four significant digits; 1 KB is 1,000 B.
+
+    Example:
+        >>> [format_bytes(x) for x in (12, 1_234_567, 80e9)]
+        ['12 B', '1.235 MB', '80 GB']
+    """
+    return _format(count, BYTES, 4)
+
+
+def format_seconds(seconds: int | float) -> str:
+    """Write a duration in seconds with three significant digits.
+
+    Example:
+        >>> [format_seconds(x) for x in (2, 0.0123, 2e-6)]
+        ['2 s', '12.3 ms', '2 µs']
+    """
+    return _format(seconds, SECONDS, 3)
+
+
+def format_duration(seconds: int | float) -> str:
+    """Write a duration as people say it.
+
+    Example:
+        >>> [format_duration(s) for s in (4, 200, 9000, 2e5)]
+        ['4 seconds', '3 minutes', '2.5 hours', '2.3 days']
+    """
+    for unit, size, limit in (("seconds", 1.0, 100.0), ("minutes", 60.0, 6000.0), ("hours", 3600.0, 172800.0)):
+        if seconds < limit:
+            return f"{seconds / size:.1f} {unit}" if unit == "hours" else f"{max(seconds / size, 1):.0f} {unit}"
+    return f"{seconds / 86400:,.1f} days"
+
+
+def _format(value: int | float, units: Sequence[tuple[str, float]], digits: int) -> str:
+    """Divide by the largest unit that does not exceed the value; a smaller value takes the last unit."""
+    unit, scale = next((pair for pair in units if value >= pair[1]), units[-1])
+    return f"{value / scale:.{digits}g}{unit}"

@@ -1,0 +1,26 @@
+"""Signals handled for a while, then as before."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+STOP = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def handled(handler: Callable[[int, Any], None], *numbers: signal.Signals) -> Iterator[None]:
+    """Call `handler(number, frame)` for these signals within the context.
+
+    Only the main thread can receive signals: in another one nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

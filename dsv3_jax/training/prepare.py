@@ -1,0 +1,128 @@
+"""Before the first step: settings are checked, text is read, and the folder is claimed."""
+
+import importlib.metadata
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dsv3_jax.cluster import processes
+from dsv3_jax.config import RunConfig, replace, to_dict
+from dsv3_jax.data import tokenizer
+from dsv3_jax.data.batches import Batch, TrainBatches, check_vocab, train_batches, val_batches
+from dsv3_jax.data.corpus import Corpus, load_corpus
+from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.kernels import choose
+from dsv3_jax.mesh import sharding
+from dsv3_jax.model.counting import train_flops_per_token
+from dsv3_jax.report.speed import gemm_flops
+from dsv3_jax.report.units import format_duration
+from dsv3_jax.training import warm_start
+from dsv3_jax.training.run_folder import RUN_FILE, TOKENIZER_FILE, claim, settled
+
+EXPECTED_MFU = (0.3, 0.6)  # shares of the GEMM peak that training reaches, for the estimate of its time
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that the loop needs beside the state."""
+
+    run: RunConfig
+    kernels: choose.Kernels
+    tokenizer: Tokenizer
+    corpus: Corpus
+    batches: TrainBatches
+    held_out: list[Batch]
+    rows: np.ndarray | None  # of the global batch that this process holds; None: all
+    peak: float  # FLOP/s of a GEMM on the run's devices
+
+
+def prepare(run: RunConfig, out: Path, mesh: Mesh | None, stop_after: int | None) -> Prepared:
+    """Check a run, read its text and claim its folder.
+
+    Several processes call it together, and are all refused where one is.
+
+    Raises: as `loop.fit`.
+    """
+    kernels = processes.by_each(lambda: choose.prepare(run.execution, mesh=mesh))
+    # First: what is checked from here on then comes out alike in all processes.
+    _agree(run, mesh, stop_after, chosen(kernels, run, mesh))
+    if mesh is not None:
+        sharding.check(mesh, run)
+        processes.check_layout(run.execution.layout)
+    own = out / TOKENIZER_FILE  # of a run that has begun: the file it was made from may be gone
+    begun = (out / RUN_FILE).exists()
+    given = run.data.tokenizer
+    if begun and given != "bytes" and own.exists() and not Path(given).exists():
+        run = replace(run, data=replace(run.data, tokenizer=str(own)))
+    words = processes.by_each(lambda: tokenizer.load(run.data.tokenizer))
+    if not begun:  # before anything is written
+        warm_start.check(run, words)
+    corpus = processes.by_each(lambda: _read(run, words))
+    processes.agree({"text": corpus.fingerprint})
+    rows = None if mesh is None else processes.rows_held(mesh, run.data.batch_size)
+    processes.by_first(lambda: _claim(out, run, chosen(kernels, run, mesh)))
+    run = settled(run, out)
+    return Prepared(
+        run,
+        kernels,
+        words,
+        corpus,
+        train_batches(corpus, words, run.data, rows),
+        val_batches(corpus, words, run.data, run.eval_batches),
+        rows,
+        _peak(run, mesh, kernels),
+    )
+
+
+def _claim(out: Path, run: RunConfig, kernels: dict[str, str]) -> None:
+    claim(out, run, kernels)
+
+
+def chosen(kernels: choose.Kernels, run: RunConfig, mesh: Mesh | None) -> dict[str, str]:
+    """The implementation of each op that a run uses."""
+    return kernels.chosen(run.execution.compute_dtype, 1 if mesh is None else mesh.size)
+
+
+def describe(found: Prepared, step: int, mesh: Mesh | None) -> list[str]:
+    """Lines to print before training: the text, the kernels, and how long it may take."""
+    run = found.run
+    lines = [_describe_text(found.corpus)]
+    lines.append(found.kernels.describe(run.execution.compute_dtype, 1 if mesh is None else mesh.size))
+    if step < run.steps:
+        tokens = run.data.batch_size * run.data.seq_len
+        flops = train_flops_per_token(run.model, frozen_trunk=run.trunk is not None) * tokens * (run.steps - step)
+        slow, fast = (flops / (share * found.peak) for share in EXPECTED_MFU)
+        lines.append(
+            f"{run.steps - step:,} steps of {tokens:,} tokens: between {format_duration(fast)} and "
+            f"{format_duration(slow)}, estimated from matrix products at {found.peak / 1e9:,.0f} GFLOP/s here"
+        )
+    return lines
+
+
+def _read(run: RunConfig, words: Tokenizer) -> Corpus:
+    """Raises: ValueError for a tokenizer larger than the vocabulary, or text that cannot be read."""
+    check_vocab(words, run.model.vocab_size)
+    return load_corpus(run.data)
+
+
+def _agree(run: RunConfig, mesh: Mesh | None, stop_after: int | None, kernels: dict[str, str]) -> None:
+    """Raises: ConfigError if another process has another run, version or kernels."""
+    facts = {"run": to_dict(run), "mesh": mesh and dict(mesh.shape), "stop_after": stop_after, "kernels": kernels}
+    versions = {name: importlib.metadata.version(name) for name in ("dsv3-jax", "jax")}
+    processes.agree(facts | {"versions": versions})
+
+
+def _peak(run: RunConfig, mesh: Mesh | None, kernels: choose.Kernels) -> float:
+    """FLOP/s of a GEMM on the run's devices: a machine's CPU devices share its cores, others add up."""
+    devices = jax.process_count() if mesh is None or kernels.target.platform == "cpu" else mesh.size
+    return devices * gemm_flops(run.execution.compute_dtype)
+
+
+def _describe_text(corpus: Corpus) -> str:
+    sizes = corpus.sizes()
+    parts = ", ".join(f"{name} {(train + val) / 1e6:.1f} MB" for name, (train, val) in sizes.items())
+    held = sum(val for _, val in sizes.values())
+    return f"text: {parts}; {held / 1e6:.2f} MB of it held out"

@@ -1,0 +1,111 @@
+"""A run's folder: its configuration, its own tokenizer, and whether it is this run's.
+
+A folder can be copied, renamed and used from any directory: what is inside it is named relative to it, and it holds a
+copy of its tokenizer. The text that it was trained on stays where it is.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from dsv3_jax.config import Execution, RunConfig, first_difference, replace, run_from_dict, to_dict
+from dsv3_jax.data import tokenizer
+from dsv3_jax.files import PART, write_atomic
+
+RUN_FILE, TOKENIZER_FILE = "run.json", "tokenizer.json"
+
+
+def read_run(folder: str | Path) -> RunConfig:
+    """Read the configuration of a run folder; the path of its tokenizer is that of its own copy, if it has one.
+
+    Raises: ValueError if the folder holds no run, or its configuration cannot be read.
+    """
+    path = Path(folder) / RUN_FILE
+    if not path.is_file():
+        raise ValueError(f"folder={str(folder)!r} holds no run: there is no {RUN_FILE} in it")
+    try:
+        values = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"file={str(path)!r} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"file={str(path)!r} holds no run: {type(values).__name__} is not an object")
+    run = run_from_dict({key: value for key, value in values.items() if key != "kernels"})
+    own = Path(folder) / TOKENIZER_FILE
+    if run.data.tokenizer != "bytes" and own.is_file():
+        run = replace(run, data=replace(run.data, tokenizer=str(own)))
+    return run
+
+
+def claim(folder: str | Path, run: RunConfig, kernels: dict[str, str] | None = None) -> RunConfig:
+    """Make a run folder, or check that it is this run's.
+
+    A tokenizer.json may be there already. The configuration must be the one the folder was made with, key by key,
+    except for its execution.
+
+    Args: kernels: the implementation chosen for each op, to be recorded.
+    Returns: `settled`.
+    Raises: ValueError if the folder is another run's, or holds other files.
+    """
+    folder = Path(folder)
+    if (folder / RUN_FILE).exists():
+        held = read_run(folder)
+        different = difference(held, run)
+        if different:
+            key, a, b = different
+            raise ValueError(f"{key}={b!r} is not that of the run in {folder}, {a!r}; choose another --out")
+        return settled(run, folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out={str(folder)!r} is a file, not a folder for a run")
+    if folder.exists() and any(path.name != TOKENIZER_FILE and path.suffix != PART for path in folder.iterdir()):
+        raise ValueError(f"out={str(folder)!r} holds other files and no {RUN_FILE}; choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    given, own = run.data.tokenizer, folder / TOKENIZER_FILE
+    if given != "bytes":
+        source = Path(given) / TOKENIZER_FILE if Path(given).is_dir() else Path(given)
+        if not own.exists() or not own.samefile(source):
+            write_atomic(own, source.read_bytes())
+    run = settled(run, folder)
+    name = TOKENIZER_FILE if run.data.tokenizer == str(own) else run.data.tokenizer
+    written = to_dict(replace(run, data=replace(run.data, tokenizer=name)))
+    write_atomic(folder / RUN_FILE, json.dumps(written | {"kernels": kernels or {}}, indent=1) + "\n")
+    return run
+
+
+def settled(run: RunConfig, folder: str | Path) -> RunConfig:
+    """A run that has claimed a folder: its tokenizer is its own copy, and paths do not depend on the directory."""
+    own = Path(folder) / TOKENIZER_FILE
+    tokenizer = str(own) if run.data.tokenizer != "bytes" and own.exists() else run.data.tokenizer
+    return replace(run, data=replace(run.data, tokenizer=tokenizer, paths=absolute(run.data.paths)))
+
+
+def absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
+    """Paths that do not depend on the current directory."""
+    return tuple(os.path.abspath(path) for path in paths)
+
+
+def difference(a: RunConfig, b: RunConfig) -> tuple[str, Any, Any] | None:
+    """As `first_difference`, of what makes a run this one.
+
+    How it is computed does not, nor from where its text and its other run are named. Tokenizers are compared by their
+    ids, as far as both can be read.
+    """
+
+    def identity(run: RunConfig) -> dict:
+        data = replace(run.data, paths=absolute(run.data.paths), tokenizer="bytes")
+        others = {key: value and os.path.abspath(value) for key, value in (("trunk", run.trunk), ("start", run.start))}
+        return to_dict(replace(run, execution=Execution(), data=data, **others))
+
+    found = first_difference(identity(a), identity(b))
+    if found is None and not same_tokenizer(a.data.tokenizer, b.data.tokenizer):
+        return "data.tokenizer", a.data.tokenizer, b.data.tokenizer
+    return found
+
+
+def same_tokenizer(a: str, b: str) -> bool:
+    """Whether two tokenizers give ids the same meaning; a file that is gone is given the benefit of the doubt."""
+    if a == b or "bytes" in (a, b):
+        return a == b
+    if not Path(a).exists() or not Path(b).exists():
+        return True
+    return tokenizer.load(a).same_ids(tokenizer.load(b))

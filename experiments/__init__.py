@@ -1,0 +1,1 @@
+"""Experiments: studies of the papers' claims, benchmarks, and plans for large clusters."""

@@ -1,0 +1,134 @@
+"""Files and folders appear complete or not at all, whether writing fails or the process is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from runs import HERE
+
+from dsv3_jax.files import PART, atomic_folder, write_atomic
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def killed(code: str, folder: Path) -> None:
+    """Run code that kills its own process by SIGKILL; `folder` is its argument."""
+    command = [sys.executable, "-c", textwrap.dedent(code), str(folder)]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.mark.parametrize("data", ["é\r\n", b"\xff\0"])
+def test_a_file_holds_its_data(tmp_path, data):
+    path = tmp_path / "new" / "folder" / "file"
+    for content in (data, data * 2):
+        write_atomic(path, content)
+        assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
+    assert names(path.parent) == ["file"]
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_text("old")
+    write_bytes = Path.write_bytes
+
+    def fill_the_disk(self, data):
+        write_bytes(self, data[:2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fill_the_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(path, "new content")
+    assert path.read_text() == "old" and names(tmp_path) == ["file"]
+
+
+def test_a_killed_write_keeps_the_old_file(tmp_path):
+    """Killed when half of the data is in the temporary file; a later write is not disturbed by what it left."""
+    path = tmp_path / "file"
+    path.write_text("old")
+    code = """
+        import os, signal, sys
+        from pathlib import Path
+        from dsv3_jax.files import write_atomic
+        write_bytes = Path.write_bytes
+        def half(self, data):
+            write_bytes(self, data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        Path.write_bytes = half
+        write_atomic(Path(sys.argv[1]) / "file", "new content")
+    """
+    killed(code, tmp_path)
+    assert path.read_text() == "old"
+    left = [name for name in names(tmp_path) if name != "file"]
+    assert len(left) == 1 and left[0].startswith(".file.") and left[0].endswith(PART)
+    write_atomic(path, "new content")
+    assert path.read_text() == "new content"
+
+
+def test_a_link_stays_a_link_and_a_pipe_is_written_directly(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_atomic(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "text"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_atomic(tmp_path / "pipe", "text")
+        assert os.read(reader, 100) == b"text" and (tmp_path / "pipe").is_fifo()
+    finally:
+        os.close(reader)
+
+
+def test_a_folder_appears_when_it_is_complete(tmp_path):
+    path = tmp_path / "new" / "folder"
+    with atomic_folder(path) as part:
+        (part / "a").write_text("a")
+        assert not path.exists()
+    assert names(path) == ["a"] and names(path.parent) == ["folder"]
+    (tmp_path / "plain").mkdir()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_failure_leaves_the_old_folder(tmp_path, overwrite):
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").write_text("old")
+    with pytest.raises(RuntimeError, match="broken"), atomic_folder(path, overwrite=overwrite) as part:
+        (part / "new").write_text("new")
+        raise RuntimeError("broken")
+    assert names(path) == ["old"] and names(tmp_path) == ["folder"]
+
+
+def test_only_overwrite_replaces_a_folder(tmp_path):
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").write_text("old")
+    with pytest.raises(OSError), atomic_folder(path) as part:
+        (part / "new").write_text("new")
+    assert names(path) == ["old"] and names(tmp_path) == ["folder"]
+    with atomic_folder(path, overwrite=True) as part:
+        (part / "new").write_text("new")
+    assert names(path) == ["new"] and names(tmp_path) == ["folder"]
+
+
+def test_a_killed_process_leaves_the_old_folder(tmp_path):
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").write_text("old")
+    code = """
+        import os, signal, sys
+        from pathlib import Path
+        from dsv3_jax.files import atomic_folder
+        with atomic_folder(Path(sys.argv[1]) / "folder", overwrite=True) as part:
+            (part / "new").write_text("new")
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    killed(code, tmp_path)
+    assert names(path) == ["old"]
+    assert all(name.endswith(PART) for name in names(tmp_path) if name != "folder")

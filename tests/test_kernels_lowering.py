@@ -1,0 +1,130 @@
+"""Programs for accelerators, lowered on this host: only plain XLA in them, while programs for the CPU call the C++."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from models import small
+from runs import make_run
+
+from dsv3_jax.config import Execution
+from dsv3_jax.decoding import generate
+from dsv3_jax.kernels.choose import Kernels, prepare
+from dsv3_jax.model.cache import empty_cache
+from dsv3_jax.model.transformer import abstract
+from dsv3_jax.ops.sampling import GREEDY
+from dsv3_jax.training.step import abstract_state, make_step
+
+BATCH, LENGTH = 2, 16
+CFG = small(num_layers=2, mtp_depth=1)
+RUN = make_run("nowhere", model=CFG)
+CPP = "@dsv3_"  # of every call of the C++ kernels, see kernels/cpu/library.py
+LOOP = "while["  # of a loop in a jaxpr whose length depends on data: blocks of rows, drafts, visits to experts
+
+
+@pytest.fixture
+def rows(monkeypatch) -> set[tuple[str, str, tuple[str, ...]]]:
+    """(op, implementation, its platforms) of all that were picked."""
+    picked, pick = set(), Kernels.pick
+
+    def spy(self, op, *arrays, **settings):
+        row = pick(self, op, *arrays, **settings)
+        picked.add((op, row.name, row.platforms))
+        return row
+
+    monkeypatch.setattr(Kernels, "pick", spy)
+    return picked
+
+
+def kernels_for(platform: str, execution: Execution) -> Kernels:
+    kernels = prepare(execution, platform=platform)
+    if platform == "cpu" and execution.kernels == "auto" and kernels.no_cpp:
+        pytest.skip(kernels.no_cpp)
+    return kernels
+
+
+def lowered(platform: str, function, *args, **static) -> tuple[str, str]:
+    """(the jaxpr, the program's text)."""
+    traced = function.trace(*args, **static)
+    return str(traced.jaxpr), traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def train_step(platform: str, execution: Execution) -> tuple[str, str]:
+    run = replace(RUN, execution=execution)
+    tokens = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
+    batch = {name: tokens for name in ("tokens", "segment_ids", "positions")}
+    return lowered(platform, make_step(run, kernels_for(platform, execution)), abstract_state(run), batch)
+
+
+def decode_step(platform: str, execution: Execution) -> tuple[str, str]:
+    """A step over one token for each sequence."""
+    graphdef, state = nnx.split(abstract(CFG, execution, kernels_for(platform, execution)))
+
+    def filled():
+        cache = empty_cache(CFG, CFG.num_layers, BATCH, LENGTH, "latent", jnp.dtype(execution.compute_dtype))
+        return cache.at_lengths(cache.lengths)
+
+    def step(state, cache, tokens):
+        model = nnx.merge(graphdef, state)
+        x, cache = cache.step(model, tokens)
+        return model.logits(model.norm(x)), cache
+
+    tokens = jax.ShapeDtypeStruct((BATCH, 1), jnp.int32)
+    return lowered(platform, jax.jit(step), state, jax.eval_shape(filled), tokens)
+
+
+def decode_loop(platform: str, execution: Execution) -> tuple[str, str]:
+    """All of a request after the prompt, with the model's own heads as drafters."""
+    graphdef, state = nnx.split(abstract(CFG, execution, kernels_for(platform, execution)))
+    static = generate._Static(GREEDY, 2, "mtp", 5, 32, "latent", jnp.dtype(execution.compute_dtype))
+    tokens, lengths, one = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((BATCH, LENGTH), (BATCH,), ()))
+    key, stops = jax.eval_shape(jax.random.key, 0), jax.ShapeDtypeStruct((1,), jnp.int32)
+    prefill = partial(generate._prefill, graphdef, static=static)
+    loop = jax.eval_shape(prefill, state, None, tokens, lengths, key, stops)
+    weights = jax.eval_shape(partial(generate._decode_weights, graphdef), state), None
+    return lowered(platform, generate._decode, graphdef, state, None, weights, loop, stops, one, static=static)
+
+
+PROGRAMS = {"training step": train_step, "decoding step": decode_step, "decoding loop": decode_loop}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(
+    "platform, execution",
+    [("tpu", Execution(compute_dtype="bfloat16", remat="full")), ("cuda", Execution())],
+    ids=["tpu", "cuda"],
+)
+def test_accelerators_run_plain_xla(rows, program, platform, execution):
+    jaxpr, text = PROGRAMS[program](platform, execution)
+    assert CPP not in text
+    assert {platforms for _, _, platforms in rows if platform not in platforms} == set()
+    picked = {op: name for op, name, _ in rows}
+    if program == "training step":
+        assert picked["grouped_swiglu"] == "ragged_dot" and "ragged_dot" in text
+        assert LOOP not in jaxpr  # no loop over blocks of rows, wherever it may come from
+    else:
+        assert picked["cached_attention"] == picked["decode_experts"] == "xla"
+
+
+EXPECTED = {
+    "training step": ("causal_attention_gradients", "experts_swiglu_gradients", "zero_unwritten", "uninitialized"),
+    "decoding step": ("cached_attention", "decode_experts", "small_batch_matmul", "small_batch_by_head"),
+    "decoding loop": ("cached_attention", "decode_experts", "small_batch_matmul", "small_batch_by_head"),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_cpu_calls_cpp(program):
+    _, text = PROGRAMS[program]("cpu", Execution())
+    for name in EXPECTED[program]:
+        assert CPP + name in text, name
+
+
+def test_the_cpu_without_cpp_loops_over_blocks(rows):
+    """So the test of accelerators can see such loops."""
+    jaxpr, text = train_step("cpu", Execution(kernels="xla"))
+    assert CPP not in text and LOOP in jaxpr
+    assert ("grouped_swiglu", "blocks", ("cpu",)) in rows
