@@ -1,6 +1,6 @@
-# Each target makes what it needs: a virtual environment first, then the packages of constraints.txt.
-#   make demo                       the main job: see README.md
-#   make test PYTHON=python3.13     the same under another Python, in an environment of its own
+# Each target first makes a virtual environment and installs the packages that it needs, as constraints.txt pins them.
+#   make demo                       train a small model: see README.md
+#   make test PYTHON=python3.13     the tests under another Python, in an environment of its own
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -15,26 +15,28 @@ ifdef PYTHON
   endif
 else
   VENV ?= .venv
-  PYTHON := $(firstword $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+  PYTHON := $(firstword $(shell for p in python3.13 python3.12 python3.11 python3; do \
     if $(call is_new_enough,$$p); then echo $$p; fi; done) python3)
 endif
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+comma := ,
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo demo-short lab notebooks test test-long lint parity clean
+.PHONY: help demo demo-short lab notebooks test test-core test-long lint parity clean
 
 help:
-	@echo "make demo        train a small model, then show where its tokens go (minutes on two cores)"
-	@echo "make demo-short  the same, cut to seconds: does everything run?"
-	@echo "make lab         the papers' questions, answered small: what has no results yet (LAB_ARGS=--fresh: all, 2 hours)"
-	@echo "make notebooks   execute the notebooks anew, their outputs kept (some minutes)"
-	@echo "make test        the tests, four minutes; PYTEST_ARGS is handed on, PYTHON=python3.13 chooses the Python"
-	@echo "make test-long   those that take long: meshes, several processes, every draft, notebooks; likewise"
-	@echo "make lint        style, format and types"
-	@echo "make parity      comparisons with torch and transformers, which it installs"
-	@echo "make clean       remove environments and caches (not runs/)"
+	@echo "make demo        train a small model, evaluate it and let it write: about five minutes on two CPU cores"
+	@echo "make demo-short  the same with a few steps, to see that everything runs: about a minute"
+	@echo "make lab         run the studies that have no results yet; LAB_ARGS=--fresh runs all of them, about two hours"
+	@echo "make notebooks   execute the notebooks and keep their outputs: some minutes"
+	@echo "make test        run the tests: about four minutes; PYTEST_ARGS='-k router' runs some of them"
+	@echo "make test-long   run the long tests: meshes, several processes, all drafts, notebooks"
+	@echo "make lint        check style, format and types"
+	@echo "make parity      compare with torch and transformers, which this installs"
+	@echo "make clean       remove environments and caches, but not runs/"
+	@echo
+	@echo "The first target installs the packages into $(VENV). PYTHON=python3.13 chooses another Python."
 
 demo: $(VENV)/.installed
 	$(BIN)/dsv3 demo
@@ -52,6 +54,13 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.installed-test
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -m "not long and not parity" $(PYTEST_ARGS)
+
+# An older Python with its older JAX must pass these: mathematics, kernels, a training step, decoding.
+CORE := $(addprefix tests/test_,rope.py routing.py balance.py cross_entropy.py attention.py products.py dispatch.py \
+  expert_stack.py kernels.py cache.py model.py train_step.py generate.py checkpoint.py imports.py)
+
+test-core: $(VENV)/.installed-test
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -m "not long and not parity" $(CORE) $(PYTEST_ARGS)
 
 test-long: $(VENV)/.installed-test
 	$(PYTEST) -m "long and not parity" $(PYTEST_ARGS)
@@ -80,19 +89,36 @@ $(BIN)/python:
 	  echo "$(PYTHON) cannot make a virtual environment: install its venv module (Debian: apt install python3-venv)" >&2; \
 	  exit 1; fi
 
+# Install the packages of $(1): the names of those that are collected, on one line, then how long it took.
+define install
+@echo "Installing $(1) into $(VENV) (once; some minutes on a slow line)"
+@PYTHONUNBUFFERED=1 $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off \
+  --constraint constraints.txt --editable '$(1)' \
+  | while read -r what name rest; do case "$$what $$name" in \
+    Collecting*) printf ' %s' "$${name%%[<>=!~;]*}" ;; \
+    "Installing collected") printf '\n unpacking …' ;; \
+    esac; done; \
+  echo " done in $$SECONDS s"
+endef
+
 $(VENV)/.installed: $(INPUTS) | $(BIN)/python
-	@echo "Installing into $(VENV) (once; some minutes on a slow line)"
-	$(PIP) --editable .
+	$(call install,.)
+	@for cxx in "$${CXX:-}" c++ g++ clang++; do \
+	  if [ -n "$$cxx" ] && command -v "$$cxx" >/dev/null; then found="$$cxx"; break; fi; done; \
+	if [ -n "$${found:-}" ]; then \
+	  echo "C++ compiler found: $$found; the kernels for the CPU are compiled at their first use"; \
+	else \
+	  echo "No C++ compiler found (c++, g++, clang++): everything works, but slower on a CPU"; fi
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) --editable '.[test]'
+	$(call install,.[test])
 	@touch $@
 
 $(VENV)/.installed-notebooks: $(VENV)/.installed
-	$(PIP) --editable '.[notebooks]'
+	$(call install,.[notebooks])
 	@touch $@
 
 $(VENV)/.installed-parity: $(VENV)/.installed-test
-	$(PIP) --editable '.[test,parity]'
+	$(call install,.[test$(comma)parity])
 	@touch $@

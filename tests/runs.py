@@ -187,7 +187,7 @@ def start(argv: list[str], root: Path, program: Sequence[str] = ("-m", "dsv3_jax
 def unhooked_cli():
     """dsv3_jax.cli.main as users have it: the tests' import hook would refuse tyro's mark of a missing option."""
     common = unhooked("dsv3_jax.cli.common", "dsv3_jax.cli.common")  # in place of the hooked ones
-    common.prepare_process = lambda: None  # the allocator's settings are for a process of its own
+    common.prepare_training = lambda mesh=None: None  # the allocator is set in a process of its own
     unhooked("dsv3_jax.cli.train", "dsv3_jax.cli.train")
     return unhooked("dsv3_jax.cli.main")
 

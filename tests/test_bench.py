@@ -13,6 +13,7 @@ from runs import cheap_compiles, finished, said_by
 from dsv3_jax.cli import bench
 from dsv3_jax.cli.bench import Cell, Decode
 from dsv3_jax.data import tokenizer
+from dsv3_jax.data.batches import held_out_prompts
 from dsv3_jax.data.corpus import load_corpus
 from dsv3_jax.decoding.generate import Generated
 from dsv3_jax.model.counting import decode_bytes, distinct_experts
@@ -84,7 +85,7 @@ def options(whole):
 
 
 def test_prompts_are_held_out_text(whole):
-    prompts = bench.held_out_prompts(whole.run, 3, 16)
+    prompts = held_out_prompts(whole.run.data, 3, 16)
     assert [len(p) for p in prompts] == [16] * 3 and len(set(map(tuple, prompts))) == 3
     starts = {tuple(p[:5]) for p in prompts}
     held_out = load_corpus(whole.run.data).val

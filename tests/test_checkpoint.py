@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, and a run folder belongs to one run."""
+"""Checkpoints are complete or absent, and a run folder belongs to one run."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_nothing_saved_nothing_restored(tmp_path):
         assert checkpoints.latest is None and checkpoints.restore() is None
 
 
-def test_what_a_dead_run_left_half_written_is_not_a_checkpoint(tmp_path):
+def test_a_half_written_checkpoint_of_a_dead_run_is_ignored(tmp_path):
     save(tmp_path, 3)
     half = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp-123"
     shutil.copytree(tmp_path / "checkpoints" / "3", half)

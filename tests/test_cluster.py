@@ -144,8 +144,8 @@ def last_checkpoint(run, folder):
 # `dsv3` with a worker that fails when it saves step 2.
 FAILING = """
 import sys
-from dsv3_jax.cli import main as cli
-cli.WORKER = '''
+from dsv3_jax.cli import main, train
+train.WORKER = '''
 import os, signal, sys
 from dsv3_jax.training.checkpoint import Checkpoints
 save = Checkpoints.save
@@ -154,8 +154,8 @@ def fail(self, state, *rest, **more):
         {}
     save(self, state, *rest, **more)
 Checkpoints.save = fail
-''' + cli.WORKER
-sys.exit(cli.main(sys.argv[1:]))
+''' + train.WORKER
+sys.exit(main.main(sys.argv[1:]))
 """
 OTHER_FAILED = "dsv3: process {} of the run ended with an error; see the output of that process"
 

@@ -47,7 +47,7 @@ WRITTEN = (jnp.array([1.0, 1.0], jnp.float32), jnp.array([1.0, 0.0], jnp.float32
 
 
 def sharded(cfg, layout, mesh, backend):
-    """What a training step sees of the layer: y, copies of a token sent, and gradients, all on a mesh."""
+    """Compile one layer for a mesh, as a training step has it. Returns: (y, copies of a token sent, gradients)."""
     kernels = Kernels(Target("cpu", f"grouped_swiglu={backend}"))
 
     def loss(x, gates, experts, ids, weight, written):

@@ -79,12 +79,11 @@ def assert_close(ours, theirs):
         np.testing.assert_allclose(a, b, atol=2e-5 * max(np.abs(b).max(), 1e-3))
 
 
-@pytest.mark.parametrize("remat", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(
+    "name, remat", [("cpu", False), ("cpu", True), ("blocks", False), ("dense", False)], ids=lambda x: str(x)
+)
 @pytest.mark.parametrize("order, repeats", LOOPS.values(), ids=LOOPS)
 def test_gradients_are_the_references_however_often_a_layer_is_called(rng, monkeypatch, name, order, repeats, remat):
-    if remat and name != "cpu":
-        pytest.skip("one path with recomputation is enough")
     kernels = kernels_of(name)
     # Uninitialised memory that is not finite shows whatever is read before it is written.
     monkeypatch.setattr(calls, "uninitialized_like", lambda *arrays: [jnp.full_like(a, jnp.nan) for a in arrays])

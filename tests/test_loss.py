@@ -65,8 +65,10 @@ def expected():
         (dict(num_layers=2, num_dense_layers=0, mtp_depth=2, tie_embeddings=True), "xla", "none"),
         pytest.param(dict(mtp_depth=1), "cpu", "full", marks=pytest.mark.long),
         pytest.param(dict(mtp_depth=1), "xla", "full", marks=pytest.mark.long),
-        (dict(mtp_depth=1), "auto,grouped_swiglu=ragged_dot", "dots"),
-        (dict(num_layers=2, num_dense_layers=0), "xla,grouped_swiglu=dense", "none"),
+        pytest.param(dict(mtp_depth=1), "auto,grouped_swiglu=ragged_dot", "dots", marks=pytest.mark.long),
+        pytest.param(
+            dict(num_layers=2, num_dense_layers=0), "xla,grouped_swiglu=dense", "none", marks=pytest.mark.long
+        ),
         (dict(num_layers=1, mtp_kind="eagle", mtp_depth=1), "auto", "none"),
     ],
 )

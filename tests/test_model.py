@@ -361,7 +361,7 @@ def test_new_parameters_are_drawn_as_the_configuration_and_the_seed_say():
 
 
 def is_scale(variable: nnx.Variable) -> bool:
-    """Of a norm: it takes no weight decay."""
+    """Whether a parameter is a norm's scale, which takes no weight decay."""
     return not variable.get_metadata().get("decay", True)
 
 

@@ -60,7 +60,7 @@ class Made:
     whole: Path  # the same run, never stopped
     said: str  # what the first part of it printed
     evaluation: dict  # of step STOP, from where it was made
-    continued: str  # a greedy continuation of PROMPT by the command line, likewise
+    continued: str  # the command line's greedy continuation of PROMPT, from there too
 
 
 PROMPT = ("--prompt", "for x in", "--max-new-tokens", "8", "--temperature", "0")
@@ -160,18 +160,15 @@ def test_a_folder_names_what_is_inside_it_by_its_name_and_text_by_its_place(made
 
 
 def test_a_moved_folder_is_loaded_evaluated_and_continued(made, moved):
-    """Also where a run with another tokenizer now has the place that it was made in."""
+    """Also where a run with another tokenizer has the name that this one was made under."""
     model, run, step = load_run(moved)
     assert (step, run.data.tokenizer) == (STOP, "renamed/tokenizer.json")
     assert tokenizer.load(run.data.tokenizer).encode("a") != tokenizer.ByteTokenizer().encode("a")
     np.testing.assert_equal(evaluated(moved), made.evaluation)
     lines = dict(line.split(maxsplit=1) for line in output_of("eval", "renamed", "--batches", "2").splitlines())
     assert (lines["step"], lines["val_loss"]) == (str(STOP), f"{made.evaluation['val_loss']:.4f}")
-    train_tokenizer(made.home / "made" / TOKENIZER_FILE, swapped=True)
-    try:
-        assert output_of("generate", "renamed", *PROMPT) == made.continued
-    finally:
-        shutil.rmtree(made.home / "made")
+    train_tokenizer(Path("made") / TOKENIZER_FILE, swapped=True)
+    assert output_of("generate", "renamed", *PROMPT) == made.continued
     assert made.continued.startswith(PROMPT[1]) and len(made.continued) > len(PROMPT[1]) + 1
 
 
@@ -259,7 +256,7 @@ def test_another_execution_is_the_same_run(made, moved):
     assert load_run(moved).step == STOP + 2
 
 
-def test_what_is_said_at_the_start(made, moved):
+def test_the_lines_at_the_start(made, moved):
     """The text, the kernels, and how long training may take: at 30 and at 60 % of the peak."""
     _, said = said_by(lambda: loop.fit(read_run(moved), moved, stop_after=STOP + 1))
     names = choose.prepare(made.run.execution).describe()

@@ -38,16 +38,14 @@ def whole(root):
 
 @pytest.fixture(autouse=True)
 def _no_seconds_spent_on_the_rest(whole, monkeypatch):
-    """The machine's peak speed, the pictures and the baseline are of the whole run, which was trained without this."""
+    """The run in `whole` measured the machine's peak, drew its pictures and fitted its baseline."""
     monkeypatch.setattr(prepare, "gemm_flops", lambda dtype: 1e9)
     monkeypatch.setattr(loop, "_draw", lambda *_: None)
     monkeypatch.setattr(loop, "_order2", lambda *_: 0.0)
 
 
 def main(argv: list[str]) -> int:
-    cli = unhooked_cli()
-    cli._prepare = lambda: None  # the allocator's settings are for a process of one's own
-    return cli.main(argv)
+    return unhooked_cli().main(argv)
 
 
 @cache
@@ -61,7 +59,7 @@ def last_checkpoint(run, folder: Path):
 
 
 def assert_same_run(run, folder: Path, whole) -> None:
-    """Parameters, optimizer, biases, place in the data, and every number written on the way."""
+    """Compare parameters, optimizer, biases, data position, and all metrics."""
     (state, place), (want, want_place) = last_checkpoint(run, folder), last_checkpoint(whole.run, whole.folder)
     assert int(state.step) == STEPS
     assert_bitwise(state, want)
@@ -99,7 +97,7 @@ def test_tensorboard_holds_the_same_scalars(whole):
             assert found[row["step"], "mtp_loss/0"] == np.float32(row["mtp_loss"][0])
 
 
-def test_the_order_2_baseline_is_told(whole):
+def test_the_order_2_baseline_is_printed(whole):
     corpus, words = corpus_of(whole.run), ByteTokenizer()
     rows = [
         words.bytes_of(row[segments > 0].tolist())
@@ -118,7 +116,7 @@ def test_two_runs_are_one(whole, tmp_path):
 
 
 def test_stopped_and_resumed_is_never_stopped(whole, tmp_path):
-    """Twice; what a lost stretch wrote into the metrics, and a line cut short, are dropped."""
+    """Twice. Rows of metrics after the checkpoint are dropped, also one that is cut short."""
     folder = tmp_path / "run"
     first, said = said_by(lambda: loop.fit(whole.run, folder, stop_after=5))
     assert (first.step, first.finished, first.resumed_from) == (5, False, None)
@@ -138,7 +136,7 @@ def test_stopped_and_resumed_is_never_stopped(whole, tmp_path):
 
 
 def often(run):
-    """The same run with a checkpoint after every step, which slows it down enough to be met half-way."""
+    """Change the run to save after every step, which slows it down enough to be stopped half-way."""
     return replace(run, save_every=1)
 
 
@@ -151,7 +149,7 @@ def wait_for(condition, process, seconds=60) -> None:
 
 
 @pytest.mark.long
-def test_sigterm_saves_and_the_next_call_goes_on(whole, root, tmp_path):
+def test_sigterm_saves_and_the_next_call_resumes(whole, root, tmp_path):
     folder, run = tmp_path / "run", often(whole.run)
     process = start(["train", "tiny", "--out", str(folder), *flags(run)], root)
     wait_for(lambda: (folder / "checkpoints" / "1").exists(), process)
@@ -185,7 +183,7 @@ def test_killed_at_any_moment_it_ends_the_same(whole, root, tmp_path):
 
 
 def poisoned_at(step: int):
-    """A compiled step that meets a parameter which is not finite after `step` steps."""
+    """Make a compiled step that meets a parameter which is not finite after `step` steps."""
 
     def make(run, kernels):
         good = loop.make_step(run, kernels)

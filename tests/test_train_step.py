@@ -1,4 +1,4 @@
-"""One training step: parts make the whole, the bias follows the load, and what is not finite changes nothing."""
+"""One training step: microbatches equal the batch, the bias follows the load, a step that is not finite is skipped."""
 
 from dataclasses import replace
 
@@ -99,7 +99,7 @@ def test_the_bias_follows_the_load_of_the_batch(step):
 
 
 def test_each_head_follows_its_own_load():
-    """Rows of the load: the trunk's two sparse layers, then the heads; a trunk that is held still is not among them."""
+    """Rows of the load are the trunk's two sparse layers, then the heads. A frozen trunk's biases are not updated."""
     bias = fresh_state(replace(RUN, model=replace(MODEL, mtp_kind="meta", mtp_depth=3))).bias
     load = jnp.asarray(np.random.default_rng(0).integers(9, size=(5, 8)), jnp.float32)
     heads = nnx.State({"mtp": bias["mtp"]})
@@ -112,7 +112,7 @@ def test_each_head_follows_its_own_load():
         assert not after
 
 
-def test_the_bias_stands_still_at_the_end(step):
+def test_the_bias_is_frozen_at_the_end(step):
     """`bias_freeze` is half of the run."""
     for at, moves in ((STEPS // 2 - 1, True), (STEPS // 2, False)):
         state = fresh_state(RUN, step=at)
@@ -155,7 +155,7 @@ def test_one_seed_one_run(step):
     assert not np.array_equal(other.params["embed"][...], init_state(RUN).params["embed"][...])
 
 
-def test_the_state_is_given_away(step):
+def test_the_state_is_donated(step):
     state = fresh_state(RUN)
     step(state, make_batch())
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
@@ -191,6 +191,6 @@ def test_a_bad_gradient_stops_the_step_and_is_named(plain_step):
     assert first_bad_tensor(PLAIN, after, make_batch()).startswith("gradient of ")
 
 
-def test_a_good_step_says_so(step):
+def test_a_finite_step_reports_it(step):
     state, metrics = step(fresh_state(RUN), make_batch())
     assert bool(metrics["finite"]) and int(state.step) == 1

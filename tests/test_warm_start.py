@@ -58,7 +58,7 @@ def other(root) -> str:
 
 @pytest.fixture(scope="module")
 def trunk(root) -> str:
-    """Likewise, of one dense layer."""
+    """A run folder as `other`, with one dense layer."""
     return save(root / "frozen" / "trunk", make_run(text_in(root / "frozen" / "text"), model=TRUNK))
 
 
@@ -263,7 +263,7 @@ def test_nothing_is_written_into_the_trunk(trunk):
 
 @pytest.mark.parametrize("option", ["start", "trunk"])
 def test_the_command_line_takes_model_text_and_tokenizer_from_the_other(trunk, tmp_path, capfd, option):
-    """What is not said is the other's; its tokenizer is copied; and without the other the same command resumes."""
+    """Options that are not given are the other's; its tokenizer is copied. Without the other the command resumes."""
     cli = unhooked_cli()
     cli._prepare = lambda: None
     mine, out, text = tmp_path / "mine", tmp_path / "out", read_run(trunk).data.paths[0]

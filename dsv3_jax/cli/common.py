@@ -162,11 +162,17 @@ def value_of(argv: list[str], option: str) -> str | None:
 
 
 def prepare_process() -> None:
-    """Set up memory and messages of a process that computes. Call it before JAX makes an array."""
+    """Set the level of XLA's messages. Call it before JAX is imported."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def prepare_training(mesh: Any = None) -> None:
+    """Set the allocator for training on CPU. Call it before JAX makes an array."""
+    from dsv3_jax.kernels.choose import platform_of
     from dsv3_jax.kernels.cpu.memory import keep_memory
 
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    keep_memory()
+    if platform_of(mesh) == "cpu":
+        keep_memory()
 
 
 def make_mesh(text: str | None) -> Any:

@@ -10,7 +10,17 @@ from typing import Annotated
 
 import tyro
 
-from dsv3_jax.cli.common import fail, guarded, make_mesh, named_preset, parse, prepare_process, sentence, value_of
+from dsv3_jax.cli.common import (
+    fail,
+    guarded,
+    make_mesh,
+    named_preset,
+    parse,
+    prepare_process,
+    prepare_training,
+    sentence,
+    value_of,
+)
 from dsv3_jax.cluster import supervisor
 from dsv3_jax.config import RunConfig
 from dsv3_jax.presets import recipe
@@ -51,7 +61,9 @@ def run(argv: list[str]) -> int:
     prepare_process()
     from dsv3_jax.training.loop import fit
 
-    fit(args.run, args.out, mesh=make_mesh(args.mesh))
+    mesh = make_mesh(args.mesh)
+    prepare_training(mesh)
+    fit(args.run, args.out, mesh=mesh)
     return 0
 
 
@@ -116,7 +128,9 @@ def _train_in_cluster(line: int, port: int, argv: list[str]) -> int:
     sizes = sharding.parse_mesh(args.mesh) if args.mesh else None
     supervisor.report(line, processes.join(cluster, math.prod(sizes.values()) if sizes else None, port))
     try:
-        fit(args.run, args.out, mesh=processes.make_mesh(sizes))
+        mesh = processes.make_mesh(sizes)
+        prepare_training(mesh)
+        fit(args.run, args.out, mesh=mesh)
     except Exception as error:
         if processes.is_connection_error(error):
             return fail(f"the processes lost each other: {sentence(error)}", supervisor.LOST)

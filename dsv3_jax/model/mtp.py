@@ -4,7 +4,8 @@ Head k = 1 … M at position i predicts token t_{i+k+1}; the trunk's own head pr
 trunk's embedding and unembedding. Two read the tokens that they continue, each after the head before (`MTPModule`) or
 after itself (`EagleHead`). Two are parallel, and read the trunk's output alone.
 
-A new kind is a class here and a row of `config.HEAD_KINDS`: its loss and its drafter follow from what it declares.
+A new kind is a class here, with a row of HEADS, and a row of `config.HEAD_KINDS`. Its loss and its drafter follow from
+what these declare.
 """
 
 from collections.abc import Callable, Iterable
