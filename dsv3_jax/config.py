@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 replace = dataclasses.replace
 
-# What decoding caches of each token, and in which dtype; see `model/cache.py`.
+# Kinds and dtypes of the cache that decoding keeps; see `model/cache.py`.
 CacheKind = Literal["latent", "expanded", "none"]
 CacheDtype = Literal["float32", "bfloat16", "int8", "float8_e4m3"]
 
@@ -326,7 +326,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where text comes from, and how it becomes [B, T] batches."""
+    """The source of the text, and how it becomes [B, T] batches."""
 
     paths: tuple[str, ...] = ()  # files or folders of text; empty means the text that this Python carries
     tokenizer: str = "bytes"  # bytes, or the path of a tokenizer.json

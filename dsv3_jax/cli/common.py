@@ -1,4 +1,4 @@
-"""What the commands share: options, presets by name, settings of the process, and errors as one sentence."""
+"""Code that the commands share: options, presets by name, settings of the process, and errors as one sentence."""
 
 import contextlib
 import dataclasses
@@ -89,7 +89,7 @@ def check_options(argv: list[str], options: dict[str, bool], command: str) -> No
 
 
 def _moved(name: str, options: Iterable[str]) -> str:
-    """What a renamed option is called now; empty for others."""
+    """The end of an error about a renamed option: its name now; empty for other options."""
     old = name.removeprefix("--").removeprefix("model.")
     for now in (f"--{prefix}{MOVED[old]}" for prefix in ("execution.", "") if old in MOVED):
         if now in options:
@@ -108,7 +108,7 @@ def _unknown(name: str, options: Iterable[str], command: str) -> str:
 
 
 def _one_sentence(text: str, argv: list[str]) -> str:
-    """What tyro prints about bad arguments, without its boxes."""
+    """Turn tyro's message about bad arguments, which is in boxes, into one sentence."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     text = " ".join(re.sub(r"[╭╮╰╯│─]|-{9,}", " ", text).split())  # boxes, or lines where there is no UTF-8
     for value in (re.sub(r"^--[\w.-]+=", "", word) for word in argv):

@@ -33,8 +33,8 @@ class Train:
     With --start, model and data are those of the run whose weights training begins with. It may be a converted run.
     With --trunk, they are those of the run whose trunk is frozen; --model.mtp-kind and --model.mtp-depth choose heads.
 
-    On a CPU, each device of --mesh stands for a core. With --cluster, every process runs the same command, and OUT is a
-    shared folder; HOST:PORT also needs --processes and --process-id.
+    On a CPU, the devices of --mesh are simulated, and share the cores. With --cluster, every process runs the same
+    command, and OUT is a shared folder; HOST:PORT also needs --processes and --process-id.
     """
 
     out: Path
