@@ -15,7 +15,8 @@ from dsv3_jax.config import (
     Yarn,
     replace,
 )
-from dsv3_jax.decoding.generate import DecodeConfig, generate
+from dsv3_jax.decoding.decode_config import DecodeConfig
+from dsv3_jax.decoding.generate import generate
 from dsv3_jax.model.attention import GQA, MLA
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.transformer import Transformer

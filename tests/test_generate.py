@@ -1,5 +1,6 @@
 """Cached decoding against the teacher-forced forward, and which requests are refused."""
 
+import sys
 from dataclasses import replace
 
 import jax
@@ -11,9 +12,9 @@ from models import DENSE, LIGHT, forward, random_model, small
 from runs import unhooked
 
 from dsv3_jax.config import Execution
+from dsv3_jax.decoding.decode_config import DecodeConfig
 from dsv3_jax.decoding.drafters import StepResult
 from dsv3_jax.decoding.generate import (
-    DecodeConfig,
     Loop,
     _decode,
     _prefill,
@@ -237,7 +238,10 @@ def test_decoding_copies_neither_experts_nor_cache(whole_compiles):
 
 # requests: what is refused, of wrong types too; without the tests' import hook, which would refuse types before
 
+hooked = sys.modules["dsv3_jax.decoding.decode_config"]
+unhooked("dsv3_jax.decoding.decode_config", "dsv3_jax.decoding.decode_config")  # for the next line alone
 plain = unhooked("dsv3_jax.decoding.generate")
+sys.modules["dsv3_jax.decoding.decode_config"] = hooked
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import pytest
 from flax import nnx
 from models import DENSE, HEADS, LIGHT, forward, random_model, small, tokens_of
 
-from dsv3_jax.decoding.generate import DecodeConfig, _decode, _prefill, _Static, generate, generate_in_parts, stream
+from dsv3_jax.decoding.decode_config import DecodeConfig
+from dsv3_jax.decoding.generate import _decode, _prefill, _Static, generate, generate_in_parts, stream
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.ops.sampling import GREEDY
 

@@ -49,7 +49,8 @@ def run(argv: list[str]) -> int:
     args = parse(Generate, argv, "generate")
     prepare_process()
     from dsv3_jax.data import tokenizer
-    from dsv3_jax.decoding.generate import DecodeConfig, Sampling, generate_in_parts
+    from dsv3_jax.decoding.decode_config import DecodeConfig
+    from dsv3_jax.decoding.generate import Sampling, generate_in_parts
     from dsv3_jax.report.progress import LiveText
     from dsv3_jax.training.checkpoint import load_draft, load_run
 

@@ -15,135 +15,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from dsv3_jax.config import CacheKind, ModelConfig
+from dsv3_jax.config import CacheKind
+from dsv3_jax.decoding.decode_config import DecodeConfig
 from dsv3_jax.decoding.drafters import Drafter, Drafts, Prompt, StepResult, make_drafter, process_by_rows
 from dsv3_jax.mesh import sharding
 from dsv3_jax.mesh.sharding import constrain
-from dsv3_jax.model.cache import CACHE_KINDS, bytes_per_token, empty_cache, keep_sharded, pick_dtype, pick_kind
+from dsv3_jax.model.cache import bytes_per_token, empty_cache, keep_sharded, pick_dtype, pick_kind
 from dsv3_jax.model.transformer import DecodeWeights, Transformer
-from dsv3_jax.ops.sampling import GREEDY, Sampling
+from dsv3_jax.ops.sampling import Sampling
 from dsv3_jax.ops.verify_drafts import accept
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """How to decode: made once, checked at creation, passed whole.
-
-    Raises: ValueError, one sentence with the offending value.
-    """
-
-    max_new_tokens: int  # a prompt
-    sampling: Sampling = GREEDY
-    cache: str | None = None  # "latent", "expanded" or "none", see model/cache.py; None: the smallest there is
-    cache_dtype: Any = None  # "float32", "bfloat16", "int8" or "float8_e4m3"; None: the compute dtype
-    draft: "str | Transformer | None" = None  # None, "mtp" (the model's own heads), or an independent model
-    draft_length: int = 1  # tokens drafted a step
-    stop_tokens: Sequence[int] = ()  # a row ends with the first of them
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "draft_length", "seed"):
-            if not _is_int(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not an int")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens} is below 1")
-        if not 0 <= self.seed < 1 << 32:
-            raise ValueError(f"seed={self.seed} is outside [0, 2**32): JAX keeps 32 bits of a seed")
-        if not isinstance(self.sampling, Sampling):
-            raise ValueError(f"sampling={self.sampling!r} is not a Sampling")
-        temperature, top_k, top_p = self.sampling
-        if not _is_float(temperature) or not temperature >= 0:
-            raise ValueError(f"temperature={temperature!r} is not a float of 0 or above")
-        if top_k is not None and (not _is_int(top_k) or top_k < 1):
-            raise ValueError(f"top_k={top_k!r} is not an int of 1 or above")
-        if top_p is not None and (not _is_float(top_p) or not 0 < top_p <= 1):
-            raise ValueError(f"top_p={top_p!r} is not a float within (0, 1]")
-        if self.cache not in (None, *CACHE_KINDS):
-            raise ValueError(f"cache={self.cache!r} is not one of {', '.join(CACHE_KINDS)}")
-        pick_dtype("float32", self.cache_dtype)
-        if self.draft is not None and self.draft_length < 1:
-            raise ValueError(f"draft_length={self.draft_length} is below 1")
-        if self.draft not in (None, "mtp") and not isinstance(self.draft, Transformer):
-            raise ValueError(f"draft={self.draft!r} is not None, 'mtp' or a Transformer")
-        if not _is_list(self.stop_tokens):
-            raise ValueError(f"stop_tokens={self.stop_tokens!r} is not a list of token ids")
-        object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
-
-    @property
-    def num_drafts(self) -> int:
-        """J: tokens drafted a step; 0 if nobody drafts."""
-        return 0 if self.draft is None else self.draft_length
-
-    def check(self, cfg: ModelConfig, prompts: Sequence[Sequence[int]]) -> None:
-        """Check that a model can continue prompts this way.
-
-        Raises: ValueError, one sentence with the offending value.
-        """
-        _check_tokens(cfg, prompts, self.stop_tokens)
-        for i, prompt in enumerate(prompts):
-            if len(prompt) + self.max_new_tokens > cfg.max_positions:
-                raise ValueError(
-                    f"prompt {i} of {len(prompt)} tokens and max_new_tokens={self.max_new_tokens} are more than the "
-                    f"model's max_positions={cfg.max_positions}"
-                )
-        if self.draft is None:
-            return
-        reach = cfg.max_positions
-        if isinstance(self.draft, Transformer):
-            if self.draft.cfg.vocab_size != cfg.vocab_size:
-                raise ValueError(
-                    f"vocab_size={self.draft.cfg.vocab_size} of the draft model is not the model's {cfg.vocab_size}"
-                )
-            reach = min(reach, self.draft.cfg.max_positions)
-        elif not cfg.mtp_depth:
-            raise ValueError("draft='mtp' needs multi-token heads, and the model's mtp_depth is 0")
-        elif not cfg.head_kind.reads_tokens and self.draft_length > cfg.mtp_depth:
-            raise ValueError(
-                f"draft_length={self.draft_length} is more than mtp_depth={cfg.mtp_depth}: each {cfg.mtp_kind} head "
-                "drafts one token"
-            )
-        longest = max(map(len, prompts)) + self.max_new_tokens
-        if longest + self.draft_length > reach:
-            raise ValueError(
-                f"draft_length={self.draft_length} does not fit: prompt and continuation of {longest} tokens leave "
-                f"{reach - longest} of max_positions={reach}"
-            )
-
-
-def _check_tokens(cfg: ModelConfig, prompts: Sequence[Sequence[int]], stop_tokens: Sequence[int]) -> None:
-    if not _is_list(prompts):
-        raise ValueError(f"prompts={prompts!r} is not a list of prompts; write one prompt as [[1, 2, 3]]")
-    if not len(prompts):
-        raise ValueError("prompts is empty; give at least one")
-    for i, prompt in enumerate(prompts):
-        if not _is_list(prompt):
-            raise ValueError(f"prompt {i}={prompt!r} is not a list of token ids; encode text with a tokenizer first")
-        if not len(prompt):
-            raise ValueError(f"prompt {i} is empty; give at least one token")
-        for token in prompt:
-            _check_token(cfg, f"prompt {i} holds token", token)
-    for token in stop_tokens:
-        _check_token(cfg, "stop_tokens holds token", token)
-
-
-def _check_token(cfg: ModelConfig, what: str, token: Any) -> None:
-    if not _is_int(token) and not isinstance(token, np.integer):
-        raise ValueError(f"{what} {token!r}, which is not a token id")
-    if not 0 <= token < cfg.vocab_size:
-        raise ValueError(f"{what} {token}, outside the vocabulary of {cfg.vocab_size}")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, float) or _is_int(value)
-
-
-def _is_list(value: Any) -> bool:
-    """A sequence, or an array with at least one axis; text is neither."""
-    return getattr(value, "ndim", 0) > 0 or (isinstance(value, Sequence) and not isinstance(value, str | bytes))
 
 
 @dataclass
