@@ -477,13 +477,13 @@ def test_the_flags_of_a_run_are_the_run(whole, root, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(whole.folder, folder)
     process = start(["train", "tiny", "--out", str(folder), *flags(whole.run)], root)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert f"resumed from the checkpoint of step {whole.run.steps}" in out
 
 
 def test_a_process_of_its_own_ends_with_the_code(root):
     process = start(["info", "v9"], root)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (2, "")
     assert err.startswith("dsv3: preset 'v9' is not one of tiny") and err.count("\n") == 1

@@ -7,7 +7,7 @@ import pytest
 from models import small
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model import counting
+from dsv3_jax.model import counting, transformer
 from dsv3_jax.presets import preset
 
 
@@ -28,6 +28,12 @@ def test_sizes_of_the_reports(name, total, active, digit):
     assert abs(found.total - total) < 0.6 * digit
     assert abs(found.active - active) < 0.6 * digit
     assert len(jax.live_arrays()) == arrays  # 671 billion would not have fitted anyway
+
+
+def test_counting_starts_no_device_and_compiles_nothing(monkeypatch):
+    """A study lists its runs in a process that must not take an accelerator's memory."""
+    monkeypatch.setattr(transformer, "prepare", lambda *_: pytest.fail("asked for the default device's kernels"))
+    assert counting.size(small(mtp_depth=1)).mtp > 0
 
 
 def slow_size(cfg: ModelConfig) -> tuple[int, int, int, int]:

@@ -47,9 +47,13 @@ def name_of(path):
 MODULES = {name_of(path): path for path in FILES}
 
 
-def imports_of(path):
-    """Full names of all that a file imports, wherever in the file; `from a import b` is a.b where that is a module."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports_of(path, at_once=False):
+    """Full names of all that a file imports, or only of what it imports at once, outside functions.
+
+    `from a import b` is a.b where that is a module.
+    """
+    tree = ast.parse(path.read_text())
+    for node in tree.body if at_once else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -91,6 +95,13 @@ def test_training_and_decoding_do_not_know_each_other_and_nothing_knows_the_comm
     room = name.split(".")[0]
     assert not (room == "training" and "decoding" in others) and not (room == "decoding" and "training" in others)
     assert room == "cli" or "cli" not in others
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("cli.")])
+def test_commands_import_slow_modules_when_they_run(name):
+    """`--help` and bad input are then answered before Orbax, Grain and Matplotlib are imported."""
+    folders = {other.split(".")[1] for other in imports_of(MODULES[name], at_once=True) if "dsv3_jax." in other}
+    assert not folders & {"training", "stats", "hf", "planning", "mesh", "kernels"}
 
 
 ASKS = r"default_backend|os\.environ|ffi_call|jax\.devices\(|\bplatform\b|subprocess|compiler"

@@ -28,7 +28,7 @@ from dsv3_jax.training.evaluate import evaluate
 from dsv3_jax.training.run_folder import RUN_FILE, TOKENIZER_FILE, claim, read_run
 
 STOP = 5  # the step that the folders below have come to
-PEAK = 1e9  # FLOP/s
+PEAK = 1e5  # FLOP/s: a run takes minutes, so that its estimate tells numbers of steps apart
 OTHER_EXECUTION = Execution(compute_dtype="bfloat16", kernels="xla", layout=Layout(fsdp=True))
 
 

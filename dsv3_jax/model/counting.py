@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.kernels.choose import Kernels, Target
 from dsv3_jax.model.cache import elements_per_token
 from dsv3_jax.model.transformer import abstract
 
@@ -27,7 +28,8 @@ class Size:
 def size(cfg: ModelConfig, context: int | None = None) -> Size:
     """Count a model's parameters; `context` is the length that attention FLOPs are counted at (default 4,096)."""
     context = context or min(4096, cfg.max_positions)
-    params = nnx.state(abstract(cfg), nnx.Param)
+    # Named kernels, because the default ones start the device and compile the C++.
+    params = nnx.state(abstract(cfg, kernels=Kernels(Target("cpu", "xla"))), nnx.Param)
     shapes = {
         tuple(str(k.key) for k in path if hasattr(k, "key")): math.prod(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
