@@ -1,6 +1,7 @@
 """Before the first step: settings are checked, text is read, and the folder is claimed."""
 
 import importlib.metadata
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,16 +10,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsv3_jax.cluster import processes
-from dsv3_jax.config import RunConfig, replace, to_dict
+from dsv3_jax.config import ConfigError, RunConfig, replace, to_dict
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.batches import Batch, TrainBatches, check_vocab, train_batches, val_batches
 from dsv3_jax.data.corpus import Corpus, load_corpus
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.kernels import choose
 from dsv3_jax.mesh import sharding
-from dsv3_jax.model.counting import train_flops_per_token
+from dsv3_jax.model.counting import size, train_flops_per_token
 from dsv3_jax.report.speed import gemm_flops
-from dsv3_jax.report.units import format_duration
+from dsv3_jax.report.units import format_bytes, format_duration
 from dsv3_jax.training import warm_start
 from dsv3_jax.training.run_folder import RUN_FILE, TOKENIZER_FILE, claim, settled
 
@@ -52,6 +53,8 @@ def prepare(run: RunConfig, out: Path, mesh: Mesh | None, stop_after: int | None
     if mesh is not None:
         sharding.check(mesh, run)
         processes.check_layout(run.execution.layout)
+    if kernels.target.platform == "cpu":
+        processes.by_each(lambda: check_memory(run, jax.process_count()))
     own = out / TOKENIZER_FILE  # of a run that has begun: the file it was made from may be gone
     begun = (out / RUN_FILE).exists()
     given = run.data.tokenizer
@@ -75,6 +78,25 @@ def prepare(run: RunConfig, out: Path, mesh: Mesh | None, stop_after: int | None
         rows,
         _peak(run, mesh, kernels),
     )
+
+
+def check_memory(run: RunConfig, hosts: int = 1) -> None:
+    """Check that this host's memory can hold its part of parameters, gradients and optimizer state, all float32.
+
+    Without the check, the system ends this process, and maybe others, when memory runs out.
+
+    Raises: ConfigError with both sizes.
+    """
+    count = size(run.model)
+    trained = count.mtp if run.trunk is not None else count.total + count.mtp
+    needed = 4 * (count.total + count.mtp + 3 * trained) / hosts
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
+    if needed > memory:
+        raise ConfigError(
+            f"dim={run.model.dim} and num_layers={run.model.num_layers} are too large: the training state of "
+            f"{format_bytes(needed)} does not fit in this host's memory of {format_bytes(memory)}; "
+            "`dsv3 plan` shows what a mesh would hold"
+        )
 
 
 def _claim(out: Path, run: RunConfig, kernels: dict[str, str]) -> None:
