@@ -452,7 +452,7 @@ def test_steps_are_printed_with_the_time_left(capsys):
             progress.update(step, {"loss": 1.0})
     first, later, last = capsys.readouterr().out.splitlines()
     assert first == "step 1  loss 1.000" and last == "step 400  loss 1.000"
-    assert re.fullmatch(r"step 11  loss 1\.000  \d+ seconds left", later)
+    assert re.fullmatch(r"step 11  loss 1\.000  \d+ seconds? left", later)
 
 
 def test_eval_through_caches(answers):

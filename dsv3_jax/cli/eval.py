@@ -47,7 +47,7 @@ def run(argv: list[str]) -> int:
     console.print(f"step {step}")
     for name, value in measures.items():
         if name != "load":
-            console.print(f"{name:24s} {_format(value)}")
+            console.print(f"{name:25s} {_format(value)}")
     if not args.cache_dtype:
         return 0
     if cfg.separate_documents:
@@ -59,7 +59,7 @@ def run(argv: list[str]) -> int:
     exact = by_dtype["float32"].val_loss
     for name, quality in by_dtype.items():
         console.print(
-            f"{f'through {name} cache':24s} {quality.val_loss:.4f} ({quality.val_loss / exact - 1:+.3%}), "
+            f"{f'through {name} cache':25s} {quality.val_loss:.4f} ({quality.val_loss / exact - 1:+.3%}), "
             f"greedy tokens the same {quality.agreement:.2%}, {quality.bytes_per_token} bytes a token"
         )
     return 0

@@ -41,12 +41,15 @@ def format_duration(seconds: int | float) -> str:
     """Write a duration as people say it.
 
     Example:
-        >>> [format_duration(s) for s in (4, 200, 9000, 2e5)]
-        ['4 seconds', '3 minutes', '2.5 hours', '2.3 days']
+        >>> [format_duration(s) for s in (0.2, 4, 200, 9000, 2e5)]
+        ['1 second', '4 seconds', '3 minutes', '2.5 hours', '2.3 days']
     """
     for unit, size, limit in (("seconds", 1.0, 100.0), ("minutes", 60.0, 6000.0), ("hours", 3600.0, 172800.0)):
         if seconds < limit:
-            return f"{seconds / size:.1f} {unit}" if unit == "hours" else f"{max(seconds / size, 1):.0f} {unit}"
+            if unit == "hours":
+                return f"{seconds / size:.1f} {unit}"
+            count = max(round(seconds / size), 1)
+            return f"{count} {unit if count > 1 else unit[:-1]}"
     return f"{seconds / 86400:,.1f} days"
 
 
