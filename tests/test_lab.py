@@ -197,6 +197,7 @@ def test_a_follow_up_needs_an_earlier_variant(repo):
 
 
 def test_the_fingerprint_ignores_kernels_and_the_layout_on_devices():
+    """The compute dtype counts, and so do model, seed and steps."""
     run = recipe("lab")
     execution = replace(run.execution, kernels="xla", layout=Layout(fsdp=True))
     assert fingerprint(run) == fingerprint(replace(run, execution=execution))
