@@ -39,7 +39,7 @@ def _check_types(config, **tables: dict[Any, Any]) -> None:
     hints = typing.get_type_hints(type(config)) | {name: Literal[tuple(table)] for name, table in tables.items()}
     for item in dataclasses.fields(config):
         value, hint = getattr(config, item.name), hints[item.name]
-        if hint is float and type(value) is int:
+        if type(value) is int and (hint is float or hint == float | None):
             object.__setattr__(config, item.name, float(value))
             continue
         if not _matches(value, hint):

@@ -98,6 +98,14 @@ BAD = {
         "CUDA train tiny --out {new} --execution.kernels cpu",
         "kernels='cpu' is not available for cuda: ",
     ),
+    "kernels of another dtype": (
+        "train tiny --out {new} --execution.kernels cpu --execution.compute-dtype bfloat16",
+        "kernels='cpu' is for compute_dtype='float32', not 'bfloat16'",
+    ),
+    "kernels for one device": (
+        "train tiny --out {new} --execution.kernels cpu --mesh data=2",
+        "kernels='cpu' is for one device, and the mesh has 2",
+    ),
     "kernels to generate": ("CUDA generate {run} --kernels blocks", "kernels='blocks' is not available for cuda: "),
     "kernels to evaluate": ("eval {run} --kernels best", "kernels='best' is not one of auto"),
     "kernels for stats": ("stats {run} --out {new} --kernels best", "kernels='best' is not one of auto"),

@@ -46,6 +46,13 @@ POSITIVE = (
 )  # fmt: skip
 
 
+def test_whole_numbers_may_stand_for_others():
+    """Also where None is possible; a program compiled for 2.0 serves 2."""
+    assert all(
+        type(small(capacity_factor=2, rope_theta=9).__dict__[n]) is float for n in ("capacity_factor", "rope_theta")
+    )
+
+
 @pytest.mark.parametrize("name", POSITIVE)
 @pytest.mark.parametrize("value", [0, -3])
 def test_model_sizes_are_positive(name, value):

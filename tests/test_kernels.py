@@ -41,6 +41,7 @@ def test_cpp_runs_float32_on_one_device(monkeypatch):
     assert picked(kernels, "grouped_swiglu", X, STACK) == "cpu"
     assert picked(kernels, "grouped_swiglu", X.astype(jnp.bfloat16), STACK) == "blocks"
     assert kernels.chosen("bfloat16")["grouped_swiglu"] == "blocks"
+    assert kernels.chosen("bfloat16")["optimizer"] == "cpu"  # its arrays are float32
     with sharding.use_mesh(sharding.make_mesh(data=2)):
         assert picked(kernels, "grouped_swiglu", X, STACK) == "blocks"
     assert kernels.chosen("float32", devices=2)["grouped_swiglu"] == "blocks"

@@ -112,7 +112,6 @@ def evaluated(folder: str | Path, paths: tuple[str, ...] | None = None) -> dict:
 
 def output_of(*argv: str) -> str:
     cli = unhooked_cli()
-    cli._prepare = lambda: None
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         assert cli.main(list(argv)) == 0

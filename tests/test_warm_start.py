@@ -265,7 +265,6 @@ def test_nothing_is_written_into_the_trunk(trunk):
 def test_the_command_line_takes_model_text_and_tokenizer_from_the_other(trunk, tmp_path, capfd, option):
     """Options that are not given are the other's; its tokenizer is copied. Without the other the command resumes."""
     cli = unhooked_cli()
-    cli._prepare = lambda: None
     mine, out, text = tmp_path / "mine", tmp_path / "out", read_run(trunk).data.paths[0]
     mine.mkdir()
     tokenizer.train_bpe(["a b c d e f g h i j k l m n o p " * 9], 260, str(mine / "tokenizer.json"))

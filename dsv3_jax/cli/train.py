@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,10 @@ def work(line: int, port: int, argv: list[str]) -> int:
         # process, and no supervisor notices.
         sys.stdout.flush()
         sys.stderr.flush()
+        if code == 2:
+            time.sleep(
+                1
+            )  # process 0 serves JAX's coordination, whose end aborts the others before they give the reason
         os._exit(code)
     return code
 

@@ -149,6 +149,7 @@ class _Supervisor:
         self._ended: set[int] = set()
         self._stderr: list[tuple[float, bytes]] = []  # (time, line) of the worker's lines that are not yet printed
         self._process_id: int | None = None  # None until the worker has joined
+        self._connected = threading.Event()  # connecting to the other supervisors has ended, well or not
         ours, theirs = socket.socketpair()
         with theirs:
             self._worker = subprocess.Popen(
@@ -159,7 +160,9 @@ class _Supervisor:
                 start_new_session=True,  # Ctrl-C reaches only the supervisor, which forwards it
             )
         self._pipe = ours
-        for follow in (self._follow_worker, self._follow_pipe, self._follow_stderr):
+        self._stderr_reader = threading.Thread(target=self._follow_stderr, daemon=True)
+        self._stderr_reader.start()
+        for follow in (self._follow_worker, self._follow_pipe):
             threading.Thread(target=follow, daemon=True).start()
 
     def run(self) -> int:
@@ -168,6 +171,8 @@ class _Supervisor:
         if self._worker.poll() is None:
             self._worker.kill()
             self._worker.wait()
+        if self._process_id is not None:  # a supervisor that connects after this one's end would call it lost
+            self._connected.wait(GRACE)
         self._send(f"ended {self._process_id} {code}")
         self._pipe.close()
         for connection in self._peers.values():
@@ -175,6 +180,9 @@ class _Supervisor:
                 connection.shutdown(socket.SHUT_WR)
         if sentence is not None:
             return _print_error(sentence, code)
+        self._stderr_reader.join(GRACE)
+        if code in ALL_FAIL:
+            self._drop_library_messages()
         self._print_stderr(everything=True)
         return code
 
@@ -255,10 +263,14 @@ class _Supervisor:
             else:
                 connection = _connect(rendezvous.hosts, rendezvous.port, deadline)
                 connection.sendall(f"{rendezvous.token} {rendezvous.process_id}\n".encode())
+                self._peers[0] = connection
+                self._connected.set()
                 self._follow_peer(0, connection, connection.makefile())
         except OSError:
             missing = set(range(rendezvous.processes)) - {rendezvous.process_id} - self._peers.keys()
             self._events.put(("lost", min(missing)))
+        finally:
+            self._connected.set()
 
     def _accept_peers(self, rendezvous: Rendezvous, deadline: float) -> None:
         while len(self._peers) < rendezvous.processes - 1:
@@ -300,6 +312,11 @@ class _Supervisor:
         while self._stderr and (everything or self._stderr[0][0] < time.monotonic() - STDERR_DELAY):
             sys.stderr.buffer.write(self._stderr.pop(0)[1])
             sys.stderr.flush()
+
+    def _drop_library_messages(self) -> None:
+        """Keep this package's sentences alone, if there are any: JAX may log that process 0, which also failed, ended."""
+        own = [(seconds, text) for seconds, text in self._stderr if text.startswith(b"dsv3: ")]
+        self._stderr = own or self._stderr
 
     def _forward(self, number: int, frame: object) -> None:
         """Send a signal on to the worker."""

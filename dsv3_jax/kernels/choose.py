@@ -99,6 +99,9 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
 }
 
 
+IN_FLOAT32 = ("optimizer",)  # ops on float32 arrays, whatever the compute dtype
+
+
 @dataclass(frozen=True)
 class Target:
     """What a program is compiled for.
@@ -290,9 +293,9 @@ class Kernels:
         """The implementation of each op for large arrays of a dtype on so many devices, by name."""
         names = {}
         for op in TABLE:
+            float32 = op in IN_FLOAT32 or jnp.dtype(dtype) == jnp.float32
             for row in self.target.rows(op):
-                usable = row.name != "cpu" or (not self.no_cpp and jnp.dtype(dtype) == jnp.float32 and devices == 1)
-                if usable:
+                if row.name != "cpu" or (not self.no_cpp and float32 and devices == 1):
                     names[op] = row.name
                     break
         return names
@@ -323,15 +326,34 @@ def _platform_name(device: Any) -> str:
     return "rocm" if "rocm" in getattr(device.client, "platform_version", "").lower() else "cuda"
 
 
+def _check_cpp(target: Target, dtype: str, devices: int) -> None:
+    """Refuse C++ kernels that are asked for by name, where they cannot run."""
+    for op in TABLE:
+        row = target.forced(op)
+        if row is None or row.name != "cpu":
+            continue
+        if devices > 1:
+            raise ConfigError(
+                f"kernels={target.kernels!r} is for one device, and the mesh has {devices}; use 'auto' or 'xla'"
+            )
+        if dtype != "float32" and op not in IN_FLOAT32:
+            raise ConfigError(
+                f"kernels={target.kernels!r} is for compute_dtype='float32', not {dtype!r}; use 'auto' or 'xla'"
+            )
+
+
 def prepare(execution: Execution | None = None, *, platform: str | None = None, mesh: Mesh | None = None) -> Kernels:
     """Choose the kernels of a target, and compile and load those in C++ if they may be used. Call it before tracing.
 
     Args:
         execution: says which kernels are asked for. Default: "auto".
         platform: what is compiled for. None means the platform of `mesh`, see `platform_of`.
-    Raises: ConfigError for kernels that the target does not have, or that cannot be compiled here.
+    Raises: ConfigError for kernels that the target does not have, that do not serve the dtype or the mesh, or that
+        cannot be compiled here.
     """
-    target = Target(platform or platform_of(mesh), execution.kernels if execution else "auto")
+    execution = execution or Execution()
+    target = Target(platform or platform_of(mesh), execution.kernels)
+    _check_cpp(target, execution.compute_dtype, 1 if mesh is None else mesh.size)
     wanted = any(row.name == "cpu" for op in TABLE for row in target.rows(op))
     no_cpp = library.why_not() if wanted else ""
     if no_cpp and any((row := target.forced(op)) is not None and row.name == "cpu" for op in TABLE):
