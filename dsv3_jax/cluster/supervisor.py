@@ -314,7 +314,7 @@ class _Supervisor:
             sys.stderr.flush()
 
     def _drop_library_messages(self) -> None:
-        """Keep this package's sentences alone, if there are any: JAX may log that process 0, which also failed, ended."""
+        """Keep this package's sentences alone, if there are any: JAX may log that process 0 failed too."""
         own = [(seconds, text) for seconds, text in self._stderr if text.startswith(b"dsv3: ")]
         self._stderr = own or self._stderr
 
