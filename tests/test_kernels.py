@@ -29,15 +29,15 @@ def test_every_op_ends_with_a_row_that_always_fits():
 
 def test_platforms_do_not_share_the_cpus_kernels():
     for platform in ("cuda", "rocm", "tpu"):
-        names = set(Kernels(Target(platform), "").chosen().values())
+        names = set(Kernels(Target(platform), ()).chosen().values())
         assert names == {"xla", "ragged_dot"}
-    assert Kernels(Target("cpu"), "").chosen()["grouped_swiglu"] == "cpu"
-    assert Kernels(Target("cpu", "xla"), "").chosen()["grouped_swiglu"] == "blocks"
+    assert Kernels(Target("cpu"), ()).chosen()["grouped_swiglu"] == "cpu"
+    assert Kernels(Target("cpu", "xla"), ()).chosen()["grouped_swiglu"] == "blocks"
     assert Kernels(Target("cpu")).chosen()["grouped_swiglu"] == "blocks"  # prepare was not called
 
 
 def test_cpp_runs_float32_on_one_device(monkeypatch):
-    kernels = Kernels(Target("cpu"), "")
+    kernels = Kernels(Target("cpu"), ())
     assert picked(kernels, "grouped_swiglu", X, STACK) == "cpu"
     assert picked(kernels, "grouped_swiglu", X.astype(jnp.bfloat16), STACK) == "blocks"
     assert kernels.chosen("bfloat16")["grouped_swiglu"] == "blocks"
@@ -53,7 +53,7 @@ def test_cpp_runs_float32_on_one_device(monkeypatch):
 
 def test_who_multiplies_a_few_rows(monkeypatch):
     """C++ multiplies few rows of float32, or one with a large weight; XLA all else."""
-    kernels = Kernels(Target("cpu"), "")
+    kernels = Kernels(Target("cpu"), ())
 
     def by_whom(rows, w=W):
         return picked(kernels, "product", jnp.ones((rows, 4), w.dtype), w, axes=1)
@@ -82,7 +82,7 @@ def test_who_multiplies_a_few_rows(monkeypatch):
     ],
 )
 def test_a_name_forces_an_op_or_all_that_have_it(kernels, op, name):
-    assert Kernels(Target("cpu", kernels), "").chosen()[op] == name
+    assert Kernels(Target("cpu", kernels), ()).chosen()[op] == name
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_what_is_no_choice_of_kernels_is_refused(kernels):
 
 
 def test_a_forced_kernel_that_cannot_compute_is_refused_not_replaced():
-    kernels = Kernels(Target("cpu", "cpu"), "")
+    kernels = Kernels(Target("cpu", "cpu"), ())
     with pytest.raises(ValueError, match="kernels='cpu' does not serve grouped_swiglu in bfloat16"):
         kernels.pick("grouped_swiglu", X.astype(jnp.bfloat16), STACK.astype(jnp.bfloat16))
 
@@ -126,7 +126,7 @@ def test_the_default_device_says_the_platform():
 
 
 def test_the_line_says_what_runs_and_why_not(monkeypatch):
-    line = Kernels(Target("cpu"), "").describe()
+    line = Kernels(Target("cpu"), ()).describe()
     assert line.startswith("kernels for cpu: cpu: causal_attention") and "xla: cross_entropy" in line
     monkeypatch.setattr(library, "why_not", lambda: "there is no C++ compiler (c++, g++, clang++)")
     kernels = prepare()

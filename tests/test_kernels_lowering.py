@@ -41,8 +41,8 @@ def rows(monkeypatch) -> set[tuple[str, str, tuple[str, ...]]]:
 
 def kernels_for(platform: str, execution: Execution) -> Kernels:
     kernels = prepare(execution, platform=platform)
-    if platform == "cpu" and execution.kernels == "auto" and kernels.no_cpp:
-        pytest.skip(kernels.no_cpp)
+    if platform == "cpu" and execution.kernels == "auto" and kernels.missing:
+        pytest.skip(kernels.missing[0][1])
     return kernels
 
 

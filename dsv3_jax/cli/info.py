@@ -67,13 +67,18 @@ def describe_kernels(execution: Execution) -> list[str]:
         )
         lines.append(f"{op:18s} {chosen[op]:11s} {', '.join(names)}")
     lines.append("An implementation that does not serve the arrays' dtypes or shapes leaves them to the next one.")
-    if any(row.name == "cpu" for op in choose.TABLE for row in kernels.target.rows(op)):
-        state = f"not available: {kernels.no_cpp}" if kernels.no_cpp else "compiled; they serve float32 on one device"
-        lines.append(f"The C++ kernels (cpu) are {state}.")
-    elif platform == "cpu":
-        lines.append("The C++ kernels (cpu) are not used: kernels='xla' leaves them out.")
-    else:
-        lines.append(f"The C++ kernels (cpu) are not used: the device is {platform}.")
+    rows = {row.name: row for rows in choose.TABLE.values() for row in rows if row.why_not is not None}
+    wanted = {row.name for op in choose.TABLE for row in kernels.target.rows(op)}
+    for name, row in rows.items():
+        if platform not in row.platforms:
+            state = f"not used: the device is {platform}"
+        elif name not in wanted:
+            state = f"not used: kernels={execution.kernels!r} leaves them out"
+        elif reason := kernels.why_not(row):
+            state = f"not available: {reason}"
+        else:
+            state = f"ready; they are {row.made_for}"
+        lines.append(f"The {'C++ ' if name == 'cpu' else ''}kernels ({name}) are {state}.")
     return lines
 
 

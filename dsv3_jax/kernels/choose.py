@@ -45,9 +45,11 @@ class Implementation:
     run: Callable
     platforms: tuple[str, ...] = PLATFORMS
     serves: Callable[..., bool] = _always  # the arrays' dtypes? If not, forcing this row is an error
+    made_for: str = "for other arrays"  # what `serves` asks, in words: "for float32 on one device"
     fits: Callable[..., bool] = _always  # the arrays' shapes? If not, the next row is taken
     by_hand: bool = False  # not compiled by XLA: left out by kernels="xla"
     by_name: bool = False  # never chosen by "auto"
+    why_not: Callable[["Target"], str] | None = None  # a library, a compiler or a chip that is missing; "" if none is
 
 
 def _float32_on_one_device(*arrays: Array) -> bool:
@@ -71,7 +73,15 @@ def _size(shape: tuple[int, ...]) -> int:
     return size
 
 
-_cpp = partial(Implementation, "cpu", platforms=("cpu",), serves=_float32_on_one_device, by_hand=True)
+_cpp = partial(
+    Implementation,
+    "cpu",
+    platforms=("cpu",),
+    serves=_float32_on_one_device,
+    made_for="for float32 on one device",
+    by_hand=True,
+    why_not=lambda target: library.why_not(),
+)
 _loops = partial(Implementation, "blocks", platforms=("cpu",))
 _xla = partial(Implementation, "xla")
 
@@ -111,6 +121,7 @@ class Target:
 
     platform: str  # of the devices that the program is compiled for: one of PLATFORMS
     kernels: str = "auto"  # Execution.kernels
+    chip: str = ""  # a GPU's compute capability, such as "9.0"; a TPU's kind, such as "TPU v5p"; "" if not known
 
     def __post_init__(self) -> None:
         if self.platform not in PLATFORMS:
@@ -163,7 +174,13 @@ class Kernels:
     """
 
     target: Target
-    no_cpp: str = "prepare() was not called"  # why the C++ kernels cannot be used; empty if they can, or are not wanted
+    missing: tuple[tuple[str, str], ...] | None = None  # (implementation, why it cannot run); None: nobody has asked
+
+    def why_not(self, row: Implementation) -> str:
+        """Why an implementation cannot run here, in words; "" if it can."""
+        if row.why_not is None:
+            return ""
+        return "prepare() was not called" if self.missing is None else dict(self.missing).get(row.name, "")
 
     def pick(self, op: str, *arrays: Array, **settings: Any) -> Implementation:
         """The row that runs an op for arrays of those dtypes and shapes.
@@ -172,13 +189,13 @@ class Kernels:
         """
         forced = self.target.forced(op)
         for row in self.target.rows(op):
-            if row.name == "cpu" and self.no_cpp:
+            if self.why_not(row):
                 continue
             if not row.serves(*arrays):
                 if row is forced:
                     dtypes = ", ".join(dict.fromkeys(str(a.dtype) for a in arrays))
                     raise ValueError(
-                        f"kernels={row.name!r} does not serve {op} in {dtypes} here: it is for float32 on one device; "
+                        f"kernels={row.name!r} does not serve {op} in {dtypes} here: it is {row.made_for}; "
                         f"use 'auto' or 'xla'"
                     )
                 continue
@@ -295,28 +312,41 @@ class Kernels:
         for op in TABLE:
             float32 = op in IN_FLOAT32 or jnp.dtype(dtype) == jnp.float32
             for row in self.target.rows(op):
-                if row.name != "cpu" or (not self.no_cpp and float32 and devices == 1):
+                if not self.why_not(row) and (row.name != "cpu" or (float32 and devices == 1)):
                     names[op] = row.name
                     break
         return names
 
     def describe(self, dtype: Any = "float32", devices: int = 1) -> str:
-        """One line on what runs, and why the C++ kernels do not if they were wanted."""
+        """One line on what runs, and why others that were wanted do not."""
         by_name: dict[str, list[str]] = {}
         for op, name in self.chosen(dtype, devices).items():
             by_name.setdefault(name, []).append(op)
-        parts = "; ".join(f"{name}: {', '.join(ops)}" for name, ops in by_name.items())
-        return f"kernels for {self.target.platform}: {parts}" + (
-            f"; no C++ kernels, {self.no_cpp}" if self.no_cpp else ""
-        )
+        parts = [f"{name}: {', '.join(ops)}" for name, ops in by_name.items()]
+        wanted = {row.name: row for op in TABLE for row in self.target.rows(op)}
+        for name, row in wanted.items():
+            if reason := self.why_not(row):
+                parts.append(f"no C++ kernels, {reason}" if name == "cpu" else f"not {name}, {reason}")
+        return f"kernels for {self.target.platform}: " + "; ".join(parts)
 
 
 def platform_of(mesh: Mesh | None = None) -> str:
     """The platform of a mesh's devices; None means JAX's default device."""
+    return _platform_name(_device_of(mesh))
+
+
+def _device_of(mesh: Mesh | None) -> Any:
     device = jax.config.jax_default_device if mesh is None else mesh.devices.flat[0]
     if device is None or isinstance(device, str):
         device = jax.devices(device)[0]
-    return _platform_name(device)
+    return device
+
+
+def _chip_of(device: Any) -> str:
+    """See `Target.chip`."""
+    if device.platform == "gpu":
+        return str(getattr(device, "compute_capability", ""))
+    return device.device_kind if device.platform == "tpu" else ""
 
 
 def _platform_name(device: Any) -> str:
@@ -342,20 +372,30 @@ def _check_cpp(target: Target, dtype: str, devices: int) -> None:
             )
 
 
-def prepare(execution: Execution | None = None, *, platform: str | None = None, mesh: Mesh | None = None) -> Kernels:
+def prepare(
+    execution: Execution | None = None, *, platform: str | None = None, chip: str = "", mesh: Mesh | None = None
+) -> Kernels:
     """Choose the kernels of a target, and compile and load those in C++ if they may be used. Call it before tracing.
 
     Args:
         execution: says which kernels are asked for. Default: "auto".
-        platform: what is compiled for. None means the platform of `mesh`, see `platform_of`.
+        platform, chip: what is compiled for, see `Target`. None means that of `mesh`, see `platform_of`.
     Raises: ConfigError for kernels that the target does not have, that do not serve the dtype or the mesh, or that
         cannot be compiled here.
     """
     execution = execution or Execution()
-    target = Target(platform or platform_of(mesh), execution.kernels)
+    if platform is None:
+        device = _device_of(mesh)
+        target = Target(_platform_name(device), execution.kernels, _chip_of(device))
+    else:
+        target = Target(platform, execution.kernels, chip)
     _check_cpp(target, execution.compute_dtype, 1 if mesh is None else mesh.size)
-    wanted = any(row.name == "cpu" for op in TABLE for row in target.rows(op))
-    no_cpp = library.why_not() if wanted else ""
-    if no_cpp and any((row := target.forced(op)) is not None and row.name == "cpu" for op in TABLE):
-        raise ConfigError(f"kernels={target.kernels!r} is not available here: {no_cpp}; use 'auto' or 'xla'")
-    return Kernels(target, no_cpp)
+    rows = {row.name: row for op in TABLE for row in target.rows(op) if row.why_not is not None}
+    missing = {name: reason for name, row in rows.items() if row.why_not and (reason := row.why_not(target))}
+    for op in TABLE:
+        row = target.forced(op)
+        if row is not None and row.name in missing:
+            raise ConfigError(
+                f"kernels={target.kernels!r} is not available here: {missing[row.name]}; use 'auto' or 'xla'"
+            )
+    return Kernels(target, tuple(missing.items()))
