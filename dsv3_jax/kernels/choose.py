@@ -95,7 +95,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "grouped_swiglu": (
         _cpp(cpu_experts.grouped_swiglu),
         _loops(blocks.blocks_swiglu),
-        Implementation("ragged_dot", dispatch.ragged_dot_swiglu),
+        Implementation("ragged_dot", dispatch.grouped_swiglu),
         Implementation("dense", dispatch.dense_swiglu, by_name=True),
     ),
     "open_experts": (_cpp(cpu_experts.open_stack), _xla(expert_stack.open_stack)),
@@ -245,7 +245,7 @@ class Kernels:
     def grouped_swiglu(
         self, x: Float[Array, "n D"], expert_ids: Int[Array, "n K"], gates: Float[Array, "n K"], stack: ExpertStack
     ) -> tuple[Float[Array, "n D"], ExpertStack]:
-        """See `ops.dispatch.ragged_dot_swiglu`."""
+        """See `ops.dispatch.grouped_swiglu`."""
         gates = gates.astype(x.dtype)
         return self.pick("grouped_swiglu", x, stack.weights.w_gate).run(x, expert_ids, gates, stack)
 
