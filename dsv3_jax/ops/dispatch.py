@@ -6,7 +6,8 @@ except by `capacity_swiglu`, which is there to compare.
 
     grouped_swiglu sorted rows, two grouped products (see grouped_product.py), any number of tokens
     dense_swiglu   every expert on every token, weighted by the gates: the oracle, and the field's starting point
-    decode_experts a loop over the chosen experts alone, for a few tokens
+    decode_experts a loop over the chosen experts alone, for a few tokens on a CPU
+    decode_by_row  no loop: each assignment's sums read its expert's weights, for a few tokens on a GPU
     capacity       GShard's and Switch's, which drops what overflows
 
 Tokens are fetched by their rows and rows by their tokens, forward and backward. Nothing is scattered, so no two
@@ -100,7 +101,7 @@ def _sorted_rows(product: GroupedProduct, gates: Array, p: SortedRows) -> _Rows:
 
 def _forward(product, x, gates, weights: Experts, p: SortedRows, layer) -> tuple[Array, tuple[Array, ...]]:
     """(y, what the products before silu gave: (a | b,) side by side, or (a, b))."""
-    w_in, w_down, first = _matrices(weights, layer, x.dtype)
+    w_in, w_down, first = _matrices(product, weights, layer, x.dtype)
     rows = _sorted_rows(product, gates, p)
     x_rows = _take(x, rows.token)
     inner = tuple(product.forward(x_rows, w, p.counts, first) for w in w_in)
@@ -113,7 +114,7 @@ def _grouped_bwd(product, saved, cotangents):
     x, gates, weights, p, layer, inner = saved
     dy, d_carry, d_written = cotangents
     layer = jnp.asarray(layer)  # under jax.checkpoint a constant comes back as a bare literal
-    w_in, w_down, first = _matrices(weights, layer, x.dtype)
+    w_in, w_down, first = _matrices(product, weights, layer, x.dtype)
     rows = _sorted_rows(product, gates, p)
     x_rows, dy_rows = _take(x, rows.token), _take(dy, rows.token)
     a, b = _gate_and_up(inner)
@@ -139,11 +140,13 @@ def _grouped_bwd(product, saved, cotangents):
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)
 
 
-def _matrices(weights: Experts, layer: Array, dtype) -> tuple[tuple[Array, ...], Array, Array | None]:
+def _matrices(
+    product: GroupedProduct, weights: Experts, layer: Array, dtype
+) -> tuple[tuple[Array, ...], Array, Array | None]:
     """((w_gate | w_up,) or (w_gate, w_up), w_down, the first matrix of the layer).
 
-    If the weights are cast, the layer's experts are written out in any case: gate and up side by side, for one product
-    in place of two. Otherwise no expert is copied: the products read the stack of all layers, flattened to [L·E, …].
+    If the weights are cast, the layer's experts are written out in any case, and may be written side by side for one
+    product in place of two. Otherwise no expert is copied: the products read the stack of all layers as [L·E, …].
     """
     num_layers, num_experts = weights.w_gate.shape[:2]
     if weights.w_gate.dtype == dtype:
@@ -151,7 +154,8 @@ def _matrices(weights: Experts, layer: Array, dtype) -> tuple[tuple[Array, ...],
         first = None if num_layers == 1 else layer.astype(jnp.int32) * num_experts
         return (flat[0], flat[1]), flat[2], first
     one = Experts(*(jax.lax.dynamic_index_in_dim(w, layer, 0, keepdims=False).astype(dtype) for w in weights))
-    return (jnp.concatenate([one.w_gate, one.w_up], axis=2),), one.w_down, None
+    w_in = (jnp.concatenate(one[:2], axis=2),) if product.joins else one[:2]
+    return w_in, one.w_down, None
 
 
 def _gate_and_up(inner: tuple[Array, ...]) -> list[Array]:
@@ -274,3 +278,53 @@ def decode_experts(
     out = zeros((n * num_choices + rows, x.shape[1]), x, experts.w_gate)
     out = jax.lax.fori_loop(0, ends[-1], add_visit, out)
     return (out[p.row] * gates[..., None]).sum(axis=1)
+
+
+def decode_by_row(
+    x: Float[Array, "n D"],
+    expert_ids: Int[Array, "n K"],
+    gates: Float[Array, "n K"],
+    stack: ExpertStack,
+    *,
+    local: bool = True,
+) -> Float[Array, "n D"]:
+    """Compute the same without a loop: three sums for each assignment, in float32. Takes no gradient.
+
+    Each sum reads the weights of its expert in place. On a GPU XLA fuses the look-up of the expert into the sum, so no
+    weight is copied, and eight kernels do it all. Rows are sorted by expert: those of one expert run side by side and
+    find its weights in the cache. The cost grows with the number of assignments, not of experts.
+
+    Args: as `decode_experts`.
+    """
+    n, num_choices = expert_ids.shape
+    group = jnp.minimum(expert_ids.reshape(-1), stack.num_experts - 1)  # elsewhere: the gate is 0
+    rows, row = jnp.repeat(x, num_choices, axis=0), None
+    if n > 1:
+        p = sort_by_expert(expert_ids, stack.num_experts)
+        group, rows, row = _take(group, p.order), _take(x, p.order // num_choices), p.row
+
+    def product(rows: Array, w: Array) -> Array:
+        one = w.at[stack.layer, group].get(mode="promise_in_bounds")
+        return (rows.astype(wide(x.dtype))[:, :, None] * one.astype(wide(x.dtype))).sum(axis=1)
+
+    w = stack.weights
+    h = (jax.nn.silu(product(rows, w.w_gate)) * product(rows, w.w_up)).astype(x.dtype)
+    out = product(h, w.w_down)
+    out = out.reshape(n, num_choices, -1) if row is None else _take(out, row)
+    return (out * gates.astype(out.dtype)[..., None]).sum(axis=1).astype(x.dtype)
+
+
+def decode_by_products(
+    x: Float[Array, "n D"],
+    expert_ids: Int[Array, "n K"],
+    gates: Float[Array, "n K"],
+    stack: ExpertStack,
+    *,
+    product: GroupedProduct,
+    local: bool = True,
+) -> Float[Array, "n D"]:
+    """Compute the same by grouped products. Takes no gradient.
+
+    Args: as `decode_experts`, and the backend of the products.
+    """
+    return grouped_swiglu(x, expert_ids, gates, stack, product=product)[0]

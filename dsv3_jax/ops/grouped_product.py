@@ -24,10 +24,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.ops.varying import as_varying, varying, zeros
+from dsv3_jax.ops.varying import as_varying, zeros
 
 LARGEST_BLOCK = 512  # rows: beyond it, a product on a GPU's or TPU's matrix unit gains little
 
@@ -41,6 +40,7 @@ class GroupedProduct:
     dx: Callable[..., Array]  # (dy [m, N], w [*, K, N], counts [G], first) -> [m, K] in dy's dtype
     dw: Callable[..., Array]  # (x [m, K], dy [m, N], counts [G], dtype) -> [G, K, N], accumulated in float32
     row_multiple: int = 1  # m must be a multiple of it
+    joins: bool = False  # where two matrices of one group are cast, they are written side by side, for one product
 
 
 def grouped_product(
@@ -156,9 +156,9 @@ def every_group_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
 
 def _membership(rows: Array, counts: Array) -> Array:
     """[m, G]: 1 where a row belongs to a group."""
-    ends = jnp.cumsum(counts, dtype=jnp.int32)
+    ends = jnp.cumsum(counts, dtype=jnp.int32)[None]
     row = jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None]
-    return ((row < ends) & (row >= ends - counts)).astype(rows.dtype)
+    return ((row < ends) & (row >= ends - counts[None])).astype(rows.dtype)
 
 
 EVERY_GROUP = GroupedProduct("every_group", every_group, every_group_dx, every_group_dw)
@@ -258,38 +258,3 @@ def row_blocks_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
 
 
 ROW_BLOCKS = GroupedProduct("row_blocks", row_blocks_product, row_blocks_dx, row_blocks_dw)
-
-
-# XLA's ragged_dot on TPU
-
-TPU_ROWS = 128  # of libtpu's grouped kernel: it wants the number of rows to be a multiple
-
-
-def tpu_tiling(m: int, k: int, n: int) -> str:
-    """Tiles (m, k, n) of libtpu's grouped kernel, as its metadata names them."""
-    return ",".join(str(t) for t in (largest_divisor(m, 512), largest_divisor(k, 1024), largest_divisor(n, 1024)))
-
-
-def largest_divisor(size: int, limit: int, step: int = 128) -> int:
-    """The largest multiple of `step` up to `limit` that divides size; size itself if there is none."""
-    return next((d for d in range(limit - limit % step, 0, -step) if size % d == 0), size)
-
-
-def _tiled(function: Callable, m: int, k: int, n: int, *args: Any) -> Array:
-    with set_xla_metadata(ragged_dot_tiling=tpu_tiling(m, k, n)):
-        return function(*args)
-
-
-def tiled_ragged_dot(x: Array, w: Array, counts: Array, first: Array | None = None) -> Array:
-    """`ragged_dot` with tiles for a TPU."""
-    return _tiled(ragged_dot, *x.shape, w.shape[2], x, w, counts, first)
-
-
-def tiled_ragged_dot_dx(dy: Array, w: Array, counts: Array, first: Array | None = None) -> Array:
-    """`ragged_dot_dx` with tiles for a TPU."""
-    return _tiled(ragged_dot_dx, *dy.shape, w.shape[1], dy, w, counts, first)
-
-
-def tiled_ragged_dot_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
-    """`ragged_dot_dw` with tiles for a TPU."""
-    return _tiled(ragged_dot_dw, *x.shape, dy.shape[1], x, dy, counts, dtype)
