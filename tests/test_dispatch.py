@@ -9,12 +9,13 @@ import oracles
 import pytest
 
 from dsv3_jax.kernels.cpu import blocks, calls, library
-from dsv3_jax.ops import dispatch
+from dsv3_jax.ops import dispatch, grouped_product
 from dsv3_jax.ops.expert_stack import Experts, open_stack, read_only
 
 GROUPED = {
     "blocks": blocks.blocks_swiglu,
-    "ragged_dot": dispatch.ragged_dot_swiglu,
+    "ragged_dot": dispatch.grouped_swiglu,
+    "row_blocks": partial(dispatch.grouped_swiglu, product=grouped_product.ROW_BLOCKS),
     "dense": dispatch.dense_swiglu,
 }
 
@@ -75,7 +76,7 @@ def test_backend_and_its_gradients_equal_dense(x64, rng, backend, choose, sizes)
     assert_equal(got, value_and_gradients(oracles.routed_swiglu_jnp, weight, *arrays))
 
 
-@pytest.mark.parametrize("backend", ["blocks", "ragged_dot"])
+@pytest.mark.parametrize("backend", ["blocks", "ragged_dot", "row_blocks"])
 def test_many_rows_for_each_expert(x64, rng, backend):
     """Experts have more rows than a block, so an expert's rows span several blocks and end inside one."""
     arrays = case(rng, "uneven", n=700, d=3, f=2, num_experts=3)

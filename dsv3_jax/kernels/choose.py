@@ -23,13 +23,27 @@ from dsv3_jax.kernels.cpu import attention as cpu_attention
 from dsv3_jax.kernels.cpu import blocks, calls, library
 from dsv3_jax.kernels.cpu import experts as cpu_experts
 from dsv3_jax.kernels.cpu import products as cpu_products
-from dsv3_jax.ops import adamw, attention, cached_attention, cross_entropy, dispatch, expert_stack, products
+from dsv3_jax.kernels.gpu import grouped_product as gpu_products
+from dsv3_jax.kernels.gpu import tokamax_library
+from dsv3_jax.kernels.tpu import grouped_product as tpu_products
+from dsv3_jax.ops import (
+    adamw,
+    attention,
+    cached_attention,
+    cross_entropy,
+    dispatch,
+    expert_stack,
+    grouped_product,
+    products,
+)
 from dsv3_jax.ops.cached_attention import Stored
 from dsv3_jax.ops.expert_stack import Experts, ExpertStack
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+GPUS = ("cuda", "rocm")
 SMALL_BATCH = 64  # rows beyond which a CPU product costs more than reading its weight
 LARGE_WEIGHT = 1 << 18  # bytes of a weight below which XLA multiplies a single row faster, on two AVX2 cores
+ROWS_OF_AN_EXPERT = 4  # on average, up to which a GPU reads an expert's weights for each row by itself
 LARGE_UPDATE = 1 << 16  # numbers of an array from which the C++ optimizer, on all threads, is faster than XLA
 
 
@@ -50,6 +64,8 @@ class Implementation:
     by_hand: bool = False  # not compiled by XLA: left out by kernels="xla"
     by_name: bool = False  # never chosen by "auto"
     why_not: Callable[["Target"], str] | None = None  # a library, a compiler or a chip that is missing; "" if none is
+    only: str = ""  # the one compute dtype that it serves, for reports; "" means any, or C++
+    slow: str = ""  # why it is slow on GPUs, in words
 
 
 def _float32_on_one_device(*arrays: Array) -> bool:
@@ -64,6 +80,10 @@ def _cached(q: Array, rows: Array) -> bool:
 def _few_rows(x: Array, w: Array, axes: int = 1) -> bool:
     rows = x.size // max(_size(x.shape[x.ndim - axes :]), 1)
     return rows <= SMALL_BATCH and (rows > 1 or w.nbytes >= LARGE_WEIGHT)
+
+
+def _few_choices(gates: Array, w_gate: Array) -> bool:
+    return gates.size <= ROWS_OF_AN_EXPERT * w_gate.shape[1]
 
 
 def _size(shape: tuple[int, ...]) -> int:
@@ -85,6 +105,46 @@ _cpp = partial(
 _loops = partial(Implementation, "blocks", platforms=("cpu",))
 _xla = partial(Implementation, "xla")
 
+_mosaic = partial(
+    Implementation,
+    "mosaic",
+    platforms=("cuda",),
+    serves=gpu_products.in_bfloat16,
+    made_for="for bfloat16",
+    fits=gpu_products.fits,
+    by_hand=True,
+    why_not=gpu_products.why_not,
+    only="bfloat16",
+)
+_tokamax = partial(
+    Implementation,
+    "tokamax",
+    platforms=("cuda",),
+    serves=gpu_products.in_bfloat16,
+    made_for="for bfloat16",
+    fits=gpu_products.fits,
+    by_hand=True,
+    by_name=True,
+    why_not=tokamax_library.why_not,
+    only="bfloat16",
+)
+_megablox = partial(
+    Implementation,
+    "megablox",
+    platforms=("tpu",),
+    serves=gpu_products.in_bfloat16,
+    made_for="for bfloat16",
+    fits=tpu_products.fits,
+    by_hand=True,
+    only="bfloat16",
+)
+_row_blocks = partial(
+    Implementation, "row_blocks", platforms=GPUS, slow="it multiplies one block of rows after the other"
+)
+_every_row = partial(
+    Implementation, "ragged_dot", by_name=True, slow="XLA multiplies every row with every expert there"
+)
+
 TABLE: dict[str, tuple[Implementation, ...]] = {
     "causal_attention": (_cpp(cpu_attention.causal_attention), _xla(attention.causal_attention)),
     "cached_attention": (
@@ -95,12 +155,29 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "grouped_swiglu": (
         _cpp(cpu_experts.grouped_swiglu),
         _loops(blocks.blocks_swiglu),
-        Implementation("ragged_dot", dispatch.ragged_dot_swiglu),
+        _mosaic(partial(dispatch.grouped_swiglu, product=gpu_products.MOSAIC)),
+        _tokamax(partial(dispatch.grouped_swiglu, product=gpu_products.TOKAMAX)),
+        _megablox(partial(dispatch.grouped_swiglu, product=tpu_products.MEGABLOX)),
+        Implementation(
+            "ragged_dot", partial(dispatch.grouped_swiglu, product=tpu_products.RAGGED_DOT), platforms=("tpu",)
+        ),
+        _row_blocks(partial(dispatch.grouped_swiglu, product=grouped_product.ROW_BLOCKS)),
+        _every_row(dispatch.grouped_swiglu),
         Implementation("dense", dispatch.dense_swiglu, by_name=True),
     ),
     "open_experts": (_cpp(cpu_experts.open_stack), _xla(expert_stack.open_stack)),
     "close_experts": (_cpp(cpu_experts.close_stack), _xla(expert_stack.close_stack)),
-    "decode_experts": (_cpp(cpu_experts.decode_experts), _xla(dispatch.decode_experts)),
+    "decode_experts": (
+        _cpp(cpu_experts.decode_experts),
+        _xla(dispatch.decode_experts, platforms=("cpu",)),
+        Implementation("by_row", dispatch.decode_by_row, platforms=GPUS, fits=_few_choices),
+        _mosaic(partial(dispatch.decode_by_products, product=gpu_products.MOSAIC)),
+        _tokamax(partial(dispatch.decode_by_products, product=gpu_products.TOKAMAX)),
+        Implementation(
+            "ragged_dot", partial(dispatch.decode_by_products, product=tpu_products.RAGGED_DOT), platforms=("tpu",)
+        ),
+        _row_blocks(partial(dispatch.decode_by_products, product=grouped_product.ROW_BLOCKS)),
+    ),
     "product": (_cpp(cpu_products.product, fits=_few_rows), _xla(products.product)),
     "swiglu": (_cpp(cpu_products.swiglu, fits=_few_rows), _xla(products.swiglu)),
     "product_by_head": (_cpp(cpu_products.product_by_head, fits=_few_rows), _xla(products.product_by_head)),
@@ -154,7 +231,8 @@ class Target:
         """The row of an op that is asked for by name; None if the choice is free."""
         base, by_op = self.asked
         name = by_op.get(op) or ("" if base == "xla" else base)
-        return next((row for row in TABLE[op] if row.name == name), None)
+        rows = [row for row in TABLE[op] if row.name == name]
+        return next((row for row in rows if self.platform in row.platforms), rows[0] if rows else None)
 
     def rows(self, op: str) -> list[Implementation]:
         """The rows of an op that may run, in order."""
@@ -245,7 +323,7 @@ class Kernels:
     def grouped_swiglu(
         self, x: Float[Array, "n D"], expert_ids: Int[Array, "n K"], gates: Float[Array, "n K"], stack: ExpertStack
     ) -> tuple[Float[Array, "n D"], ExpertStack]:
-        """See `ops.dispatch.ragged_dot_swiglu`."""
+        """See `ops.dispatch.grouped_swiglu`."""
         gates = gates.astype(x.dtype)
         return self.pick("grouped_swiglu", x, stack.weights.w_gate).run(x, expert_ids, gates, stack)
 
@@ -312,7 +390,8 @@ class Kernels:
         for op in TABLE:
             float32 = op in IN_FLOAT32 or jnp.dtype(dtype) == jnp.float32
             for row in self.target.rows(op):
-                if not self.why_not(row) and (row.name != "cpu" or (float32 and devices == 1)):
+                serves = row.only in ("", jnp.dtype(dtype).name) and (row.name != "cpu" or (float32 and devices == 1))
+                if serves and not self.why_not(row):
                     names[op] = row.name
                     break
         return names
@@ -323,6 +402,10 @@ class Kernels:
         for op, name in self.chosen(dtype, devices).items():
             by_name.setdefault(name, []).append(op)
         parts = [f"{name}: {', '.join(ops)}" for name, ops in by_name.items()]
+        for op, name in self.chosen(dtype, devices).items():
+            row = next(row for row in self.target.rows(op) if row.name == name)
+            if row.slow and self.target.platform in GPUS:
+                parts.append(f"{op} is slow by {name}: {row.slow}")
         wanted = {row.name: row for op in TABLE for row in self.target.rows(op)}
         for name, row in wanted.items():
             if reason := self.why_not(row):

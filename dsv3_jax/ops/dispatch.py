@@ -4,18 +4,27 @@ Assignments (token, choice) are sorted by expert, so each expert's rows are cont
 over its rows. The results return by the inverse permutation and are summed over a token's choices. No token is dropped,
 except by `capacity_swiglu`, which is there to compare.
 
-    ragged_dot     sorted rows, `jax.lax.ragged_dot`
-    dense          every expert on every token, weighted by the gates: the oracle, and the field's starting point
-    decode_experts a loop over the chosen experts alone, for a few tokens
+    grouped_swiglu sorted rows, two grouped products (see grouped_product.py), any number of tokens
+    dense_swiglu   every expert on every token, weighted by the gates: the oracle, and the field's starting point
+    decode_experts a loop over the chosen experts alone, for a few tokens on a CPU
+    decode_by_row  no loop: each assignment's sums read its expert's weights, for a few tokens on a GPU
     capacity       GShard's and Switch's, which drops what overflows
+
+Tokens are fetched by their rows and rows by their tokens, forward and backward. Nothing is scattered, so no two
+additions meet in an order that changes from run to run.
 """
+
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.ops.expert_stack import Experts, ExpertStack, take_layer
-from dsv3_jax.ops.sort_by_expert import sort_by_expert
+from dsv3_jax.ops.expert_stack import Experts, ExpertStack, GradCarry, add_layer, mark_written, take_layer
+from dsv3_jax.ops.grouped_product import RAGGED_DOT, GroupedProduct, wide
+from dsv3_jax.ops.sort_by_expert import SortedRows, sort_by_expert
 from dsv3_jax.ops.varying import zeros
 
 FEW_CHOICES = 32  # assignments for each expert up to which `decode_experts` is the faster: reading weights is the cost
@@ -26,7 +35,7 @@ def dense_swiglu(
 ) -> tuple[Float[Array, "n D"], ExpertStack]:
     """Run every expert of the stack's layer on every token, weighted by the gates.
 
-    Args: as `ragged_dot_swiglu`. Returns: likewise.
+    Args: as `grouped_swiglu`. Returns: likewise.
     """
     w, stack = _layer_in(x, stack)
     hot = jax.nn.one_hot(expert_ids, w.w_gate.shape[0], dtype=x.dtype)
@@ -35,25 +44,146 @@ def dense_swiglu(
     return jnp.einsum("nef,efd,ne->nd", h, w.w_down, weight), stack
 
 
-def ragged_dot_swiglu(
-    x: Float[Array, "n D"], expert_ids: Int[Array, "n K"], gates: Float[Array, "n K"], stack: ExpertStack
+def grouped_swiglu(
+    x: Float[Array, "n D"],
+    expert_ids: Int[Array, "n K"],
+    gates: Float[Array, "n K"],
+    stack: ExpertStack,
+    *,
+    product: GroupedProduct = RAGGED_DOT,
 ) -> tuple[Float[Array, "n D"], ExpertStack]:
     """Compute Σ_k gates_k · (silu(x w_gate) ⊙ (x w_up)) w_down over the chosen experts of the stack's layer.
+
+    Sums over D, F and K are accumulated in float32. The gradient keeps a = x w_gate and b = x w_up, and nothing else of
+    the rows' size.
 
     Args:
         x: tokens.
         expert_ids, gates: the router's choice; gates are cast to x's dtype. An id of E counts as no expert.
         stack: weights and gradient carry, at the layer to use.
+        product: the backend of the grouped products.
     Returns: (y [n, D], the stack for the next use).
     """
-    w, stack = _layer_in(x, stack)
-    p = sort_by_expert(expert_ids, w.w_gate.shape[0])
-    tokens = p.order // gates.shape[1]
-    rows = x[tokens]
-    h = jax.nn.silu(jax.lax.ragged_dot(rows, w.w_gate, p.counts)) * jax.lax.ragged_dot(rows, w.w_up, p.counts)
-    h = h * gates.astype(x.dtype).reshape(-1)[p.order][:, None]
-    out = jax.lax.ragged_dot(h, w.w_down, p.counts)
-    return jax.ops.segment_sum(out, tokens, num_segments=x.shape[0]), stack
+    gates = gates.astype(x.dtype)
+    p = sort_by_expert(expert_ids, stack.num_experts)
+    if stack.grad is None:
+        return _forward(product, x, gates, stack.weights, p, stack.layer)[0], stack
+    grad = stack.grad.consume()
+    y, carry, written = _grouped(product, x, gates, stack.weights, grad.carry, grad.written, p, stack.layer)
+    return y, replace(stack, grad=GradCarry(carry, written))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped(product, x, gates, weights, carry, written, p: SortedRows, layer):
+    return _forward(product, x, gates, weights, p, layer)[0], carry, written
+
+
+def _grouped_fwd(product, x, gates, weights, carry, written, p, layer):
+    y, inner = _forward(product, x, gates, weights, p, layer)
+    return (y, carry, written), (x, gates, weights, p, layer, inner)
+
+
+class _Rows(NamedTuple):
+    """The sorted rows of a call, padded to what the backend wants."""
+
+    token: Array  # int32 [m]
+    gate: Array  # float32 [m, 1]
+    in_expert: Array  # bool [m, 1]: not padding, and of an expert that is here
+
+
+def _sorted_rows(product: GroupedProduct, gates: Array, p: SortedRows) -> _Rows:
+    pad = -p.order.size % product.row_multiple
+    order = jnp.pad(p.order, (0, pad))
+    in_expert = jnp.arange(order.size, dtype=jnp.int32) < p.counts.sum(dtype=jnp.int32)
+    gate = _take(gates.reshape(-1), order).astype(wide(gates.dtype))
+    return _Rows(order // gates.shape[1], gate[:, None], in_expert[:, None])
+
+
+def _forward(product, x, gates, weights: Experts, p: SortedRows, layer) -> tuple[Array, tuple[Array, ...]]:
+    """(y, what the products before silu gave: (a | b,) side by side, or (a, b))."""
+    w_in, w_down, first = _matrices(product, weights, layer, x.dtype)
+    rows = _sorted_rows(product, gates, p)
+    x_rows = _take(x, rows.token)
+    inner = tuple(product.forward(x_rows, w, p.counts, first) for w in w_in)
+    a, b = _gate_and_up(inner)
+    h = _rounded(jax.nn.silu(a) * b * rows.gate, rows, x.dtype)
+    return _sum_choices((product.forward(h, w_down, p.counts, first),), p), inner
+
+
+def _grouped_bwd(product, saved, cotangents):
+    x, gates, weights, p, layer, inner = saved
+    dy, d_carry, d_written = cotangents
+    layer = jnp.asarray(layer)  # under jax.checkpoint a constant comes back as a bare literal
+    w_in, w_down, first = _matrices(product, weights, layer, x.dtype)
+    rows = _sorted_rows(product, gates, p)
+    x_rows, dy_rows = _take(x, rows.token), _take(dy, rows.token)
+    a, b = _gate_and_up(inner)
+    sig = jax.nn.sigmoid(a)
+    silu = a * sig
+    h = _rounded(silu * b * rows.gate, rows, x.dtype)
+    d_h = product.dx(dy_rows, w_down, p.counts, first).astype(a.dtype)
+    d_gates = jnp.where(rows.in_expert[:, 0], (d_h * silu * b).sum(-1), 0)
+    d_h = d_h * rows.gate
+    d_inner = [_rounded(d, rows, x.dtype) for d in (d_h * b * (sig + silu * (1 - sig)), d_h * silu)]
+    if len(w_in) == 1:
+        d_inner = [jnp.concatenate(d_inner, axis=1)]
+    dx = _sum_choices(tuple(product.dx(d, w, p.counts, first) for d, w in zip(d_inner, w_in, strict=True)), p)
+    dtype = d_carry.w_gate.dtype
+    dw = [product.dw(x_rows, d, p.counts, dtype) for d in d_inner]
+    if len(dw) == 1:
+        dw = jnp.split(dw[0], 2, axis=2)
+    dw = Experts(*dw, product.dw(h, dy_rows, p.counts, dtype))
+    d_gates = _take(d_gates, jnp.minimum(p.row, d_gates.size - 1)).astype(gates.dtype)
+    return dx, d_gates, None, add_layer(d_carry, dw, d_written, layer), mark_written(d_written, layer), None, None
+
+
+_grouped.defvjp(_grouped_fwd, _grouped_bwd)
+
+
+def _matrices(
+    product: GroupedProduct, weights: Experts, layer: Array, dtype
+) -> tuple[tuple[Array, ...], Array, Array | None]:
+    """((w_gate | w_up,) or (w_gate, w_up), w_down, the first matrix of the layer).
+
+    If the weights are cast, the layer's experts are written out in any case, and may be written side by side for one
+    product in place of two. Otherwise no expert is copied: the products read the stack of all layers as [L·E, …].
+    """
+    num_layers, num_experts = weights.w_gate.shape[:2]
+    if weights.w_gate.dtype == dtype:
+        flat = [w.reshape(num_layers * num_experts, *w.shape[2:]) for w in weights]
+        first = None if num_layers == 1 else layer.astype(jnp.int32) * num_experts
+        return (flat[0], flat[1]), flat[2], first
+    one = Experts(*(jax.lax.dynamic_index_in_dim(w, layer, 0, keepdims=False).astype(dtype) for w in weights))
+    w_in = (jnp.concatenate(one[:2], axis=2),) if product.joins else one[:2]
+    return w_in, one.w_down, None
+
+
+def _gate_and_up(inner: tuple[Array, ...]) -> list[Array]:
+    """a and b, in float32 or wider."""
+    both = jnp.split(inner[0], 2, axis=1) if len(inner) == 1 else inner
+    return [part.astype(wide(part.dtype)) for part in both]
+
+
+def _rounded(values: Array, rows: _Rows, dtype) -> Array:
+    """Rows in the compute dtype; zeros in rows of no expert, whose products are undefined."""
+    return jnp.where(rows.in_expert, values, 0).astype(dtype)
+
+
+def _sum_choices(parts: tuple[Array, ...], p: SortedRows) -> Array:
+    """y_t = Σ_k of row (t, k), in float32: each token fetches its rows, so no two additions meet. [n, K, D] never
+    exists.
+    """
+    total = p.counts.sum(dtype=jnp.int32)
+    y = jnp.zeros((), wide(parts[0].dtype))
+    for k in range(p.row.shape[1]):
+        row = p.row[:, k]
+        fetched = sum(_take(part, row).astype(y.dtype) for part in parts)
+        y = y + jnp.where((row < total)[:, None], fetched, 0)
+    return y.astype(parts[0].dtype)
+
+
+def _take(x: Array, rows: Array) -> Array:
+    return x.at[rows].get(mode="promise_in_bounds")
 
 
 def _layer_in(x: Array, stack: ExpertStack) -> tuple[Experts, ExpertStack]:
@@ -148,3 +278,53 @@ def decode_experts(
     out = zeros((n * num_choices + rows, x.shape[1]), x, experts.w_gate)
     out = jax.lax.fori_loop(0, ends[-1], add_visit, out)
     return (out[p.row] * gates[..., None]).sum(axis=1)
+
+
+def decode_by_row(
+    x: Float[Array, "n D"],
+    expert_ids: Int[Array, "n K"],
+    gates: Float[Array, "n K"],
+    stack: ExpertStack,
+    *,
+    local: bool = True,
+) -> Float[Array, "n D"]:
+    """Compute the same without a loop: three sums for each assignment, in float32. Takes no gradient.
+
+    Each sum reads the weights of its expert in place. On a GPU XLA fuses the look-up of the expert into the sum, so no
+    weight is copied, and eight kernels do it all. Rows are sorted by expert: those of one expert run side by side and
+    find its weights in the cache. The cost grows with the number of assignments, not of experts.
+
+    Args: as `decode_experts`.
+    """
+    n, num_choices = expert_ids.shape
+    group = jnp.minimum(expert_ids.reshape(-1), stack.num_experts - 1)  # elsewhere: the gate is 0
+    rows, row = jnp.repeat(x, num_choices, axis=0), None
+    if n > 1:
+        p = sort_by_expert(expert_ids, stack.num_experts)
+        group, rows, row = _take(group, p.order), _take(x, p.order // num_choices), p.row
+
+    def product(rows: Array, w: Array) -> Array:
+        one = w.at[stack.layer, group].get(mode="promise_in_bounds")
+        return (rows.astype(wide(x.dtype))[:, :, None] * one.astype(wide(x.dtype))).sum(axis=1)
+
+    w = stack.weights
+    h = (jax.nn.silu(product(rows, w.w_gate)) * product(rows, w.w_up)).astype(x.dtype)
+    out = product(h, w.w_down)
+    out = out.reshape(n, num_choices, -1) if row is None else _take(out, row)
+    return (out * gates.astype(out.dtype)[..., None]).sum(axis=1).astype(x.dtype)
+
+
+def decode_by_products(
+    x: Float[Array, "n D"],
+    expert_ids: Int[Array, "n K"],
+    gates: Float[Array, "n K"],
+    stack: ExpertStack,
+    *,
+    product: GroupedProduct,
+    local: bool = True,
+) -> Float[Array, "n D"]:
+    """Compute the same by grouped products. Takes no gradient.
+
+    Args: as `decode_experts`, and the backend of the products.
+    """
+    return grouped_swiglu(x, expert_ids, gates, stack, product=product)[0]

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from dsv3_jax.ops.varying import varying
+
 
 class Experts(NamedTuple):
     """Matrices of routed experts. L layers (or none: one layer), E experts, D width, F hidden width."""
@@ -129,14 +131,25 @@ def _take_layer_bwd(layer, cotangents):
     d_one, d_carry, d_written = cotangents
     layer = jnp.asarray(layer)  # under jax.checkpoint a constant comes back as a bare literal
 
-    def add(total, part):
-        part = part + so_far(jax.lax.dynamic_index_in_dim(total, layer, 0, keepdims=False), d_written, layer)
-        return jax.lax.dynamic_update_index_in_dim(total, part, layer, 0)
-
-    return None, jax.tree.map(add, d_carry, d_one), mark_written(d_written, layer), None
+    return None, add_layer(d_carry, d_one, d_written, layer), mark_written(d_written, layer), None
 
 
 _take_layer.defvjp(_take_layer_fwd, _take_layer_bwd)
+
+
+def add_layer(d_carry: Experts, d_one: Experts, d_written: Array, layer: Array) -> Experts:
+    """Write or add one layer's gradient [E, …] to the stack's.
+
+    On a mesh that shards the batch further than the experts, each device has a part of it: the parts are summed here.
+    """
+
+    def add(total, part):
+        apart = varying(part) - varying(total)
+        part = jax.lax.psum(part, tuple(apart)) if apart else part
+        part = part + so_far(jax.lax.dynamic_index_in_dim(total, layer, 0, keepdims=False), d_written, layer)
+        return jax.lax.dynamic_update_index_in_dim(total, part.astype(total.dtype), layer, 0)
+
+    return jax.tree.map(add, d_carry, d_one)
 
 
 def so_far(part: Array, d_written: Array, layer: Array) -> Array:

@@ -20,7 +20,7 @@ from dsv3_jax.ops.varying import varying, zeros
 def blocks_swiglu(
     x: Float[Array, "n D"], expert_ids: Int[Array, "n K"], gates: Float[Array, "n K"], stack: ExpertStack
 ) -> tuple[Float[Array, "n D"], ExpertStack]:
-    """Compute `ops.dispatch.ragged_dot_swiglu` block by block. Arguments and results as there."""
+    """Compute `ops.dispatch.grouped_swiglu` block by block. Arguments and results as there."""
     p = sort_by_expert(expert_ids, stack.num_experts)
     gates = gates.astype(x.dtype)
     if stack.grad is None:

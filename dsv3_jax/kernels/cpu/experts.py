@@ -19,7 +19,7 @@ from dsv3_jax.ops.sort_by_expert import SortedRows, sort_by_expert
 def grouped_swiglu(
     x: Float[Array, "n D"], expert_ids: Int[Array, "n K"], gates: Float[Array, "n K"], stack: ExpertStack
 ) -> tuple[Float[Array, "n D"], ExpertStack]:
-    """Compute `ops.dispatch.ragged_dot_swiglu`. Arguments and results as there, in float32."""
+    """Compute `ops.dispatch.grouped_swiglu`. Arguments and results as there, in float32."""
     p = sort_by_expert(expert_ids, stack.num_experts)
     if stack.grad is None:
         return _forward(x, gates, stack.weights, p, stack.layer, keep=False)[0], stack

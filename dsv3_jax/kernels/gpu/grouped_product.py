@@ -1,0 +1,122 @@
+"""Grouped products on Hopper (H100, H200) in bfloat16, by kernels that their authors run there.
+
+    MOSAIC   JAX's own Mosaic kernels, which come with its wheel: forward, dx and dw
+    TOKAMAX  tokamax's forward, which also skips groups without rows; JAX's dx and dw
+
+Both round each expert's gradient to bfloat16 once, after a sum in float32. Both read the experts of one layer: if the
+stack holds more layers, and its weights need no cast, the layer is copied out first.
+"""
+
+import importlib
+import sys
+from functools import cache
+from types import FunctionType, ModuleType, SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from dsv3_jax.kernels.gpu import tokamax_library
+from dsv3_jax.ops.grouped_product import GroupedProduct, take_groups
+
+HOPPER = ("9.0", "9.0a")  # compute capability: the kernels use its matrix instructions, and no later chip has them
+CORES = 132  # of an H100 SXM, as JAX's kernels have it; a chip with fewer runs them in turns
+STEP = 64  # columns: every width must be a multiple
+ROWS = 128  # of a tile
+
+
+def why_not(target: Any) -> str:
+    """Why JAX's Mosaic kernels cannot run on a target, in words; "" if they can.
+
+    Args: target: a `kernels.choose.Target`, of which the chip is read.
+    """
+    if target.chip not in HOPPER:
+        chip = f"the chip has {target.chip}" if target.chip else "the chip is not known"
+        return f"its grouped products need compute capability 9.0 (H100, H200), and {chip}"
+    try:
+        _kernels()
+    except Exception as error:  # they are examples, which may move or change between versions
+        return f"this JAX does not have its grouped products ({type(error).__name__}: {error})"
+    return ""
+
+
+def in_bfloat16(x: Array, *weights: Array) -> bool:
+    """Whether rows are bfloat16. The kernels do not multiply float32; weights are cast."""
+    return x.dtype == jnp.bfloat16
+
+
+def fits(x: Array, w_gate: Array) -> bool:
+    """Whether both widths of the experts are multiples of a tile's columns."""
+    return all(size % STEP == 0 for size in w_gate.shape[-2:])
+
+
+@cache
+def _kernels() -> tuple[Any, Any]:
+    """(ragged_dot, transposed_ragged_dot) of JAX's wheel.
+
+    They import JAX's test utilities, which they do not use, and which take over the process's signals: an empty module
+    is put in their place. The second asks the process's first device for its cores, but programs are compiled for a
+    target that may not be here: it is given a device with the cores that the first one assumes.
+    """
+    folder, utilities = "jax.experimental.pallas.ops.gpu.", "jax._src.test_util"
+    absent = utilities not in sys.modules
+    if absent:
+        sys.modules[utilities] = ModuleType(utilities)
+    try:
+        plain = importlib.import_module(folder + "ragged_dot_mgpu")
+        transposed = importlib.import_module(folder + "transposed_ragged_dot_mgpu")
+    finally:
+        if absent:
+            del sys.modules[utilities]
+    there = SimpleNamespace(**{**vars(jax), "devices": lambda: [SimpleNamespace(core_count=CORES)]})
+    function = transposed.transposed_ragged_dot
+    elsewhere = FunctionType(function.__code__, {**vars(transposed), "jax": there}, function.__name__)
+    elsewhere.__kwdefaults__ = function.__kwdefaults__
+    return plain.ragged_dot, elsewhere
+
+
+def _tiles(columns: int, rows: int = ROWS) -> dict[str, int]:
+    """Settings of JAX's kernels for a result of so many columns: 131 KB of operands in flight, 32 KB of result."""
+    block = 128 if columns % 128 == 0 else STEP
+    wide = next(n for n in (8, 4, 2, 1) if columns // block % n == 0)  # neighbours that share rows in the cache
+    return dict(block_m=rows, block_n=block, block_k=STEP, max_concurrent_steps=4, grid_block_n=wide)
+
+
+def mosaic(x: Array, w: Array, counts: Array, first: Array | None = None) -> Array:
+    """`GroupedProduct.forward` by JAX's ragged_dot."""
+    return _kernels()[0](x, take_groups(w, counts, first), group_sizes=counts, **_tiles(w.shape[2]))
+
+
+def mosaic_dx(dy: Array, w: Array, counts: Array, first: Array | None = None) -> Array:
+    """`GroupedProduct.dx` by JAX's ragged_dot, which reads w transposed: no copy of the experts."""
+    w = take_groups(w, counts, first)
+    return _kernels()[0](dy, w, group_sizes=counts, transpose_rhs=True, **_tiles(w.shape[1]))
+
+
+def mosaic_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
+    """`GroupedProduct.dw` by JAX's transposed_ragged_dot, rounded to bfloat16."""
+    rows = 128 if x.shape[1] % 128 == 0 else STEP
+    return _kernels()[1](x, dy, group_sizes=counts, **_tiles(dy.shape[1], rows)).astype(dtype)
+
+
+MOSAIC = GroupedProduct("mosaic", mosaic, mosaic_dx, mosaic_dw, row_multiple=ROWS, joins=True)
+
+
+def tokamax(x: Array, w: Array, counts: Array, first: Array | None = None) -> Array:
+    """`GroupedProduct.forward` by tokamax's kernel, at the tiles that its authors found fastest on an H100."""
+    kernel, settings = tokamax_library.ragged_dot()
+    few = x.shape[0] <= 64 * counts.shape[0]  # rows: an expert's are one small tile
+    config = settings.Config(
+        block_m=64 if few else ROWS,
+        block_n=64,
+        block_k=128 if x.shape[1] % 128 == 0 else 64,
+        num_stages=4,
+        split_k=1,
+        persistent=False,
+        grid_minor_dim=settings.MatmulDimension.M,
+    )
+    return kernel(x, take_groups(w, counts, first), counts, x.dtype, config)
+
+
+TOKAMAX = GroupedProduct("tokamax", tokamax, mosaic_dx, mosaic_dw, row_multiple=ROWS, joins=True)

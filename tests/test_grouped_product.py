@@ -1,0 +1,206 @@
+"""Grouped products: every backend equals the obvious loop over groups, forward and in both gradients.
+
+Kernels for accelerators run in Pallas' interpret modes, which are slow: a few small shapes each.
+"""
+
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.kernels.choose import Target
+from dsv3_jax.kernels.gpu import grouped_product as gpu
+from dsv3_jax.kernels.gpu import tokamax_library
+from dsv3_jax.kernels.tpu import grouped_product as tpu
+from dsv3_jax.ops import grouped_product as ops
+from dsv3_jax.ops.grouped_product import GroupedProduct
+
+XLA = {b.name: b for b in (ops.RAGGED_DOT, ops.ROW_BLOCKS, ops.EVERY_GROUP)}
+COUNTS = {
+    "uneven": [13, 0, 29, 1, 0, 7],
+    "one has all": [0, 0, 50, 0, 0, 0],
+    "first and last": [1, 0, 0, 0, 0, 49],
+    "rows of no group": [5, 0, 11, 0, 2, 0],
+    "no rows at all": [0, 0, 0, 0, 0, 0],
+}
+
+
+def by_loop(x, w, counts):
+    """(y, dx and dw for dy = sin(y)) in float64, one group after the other."""
+    x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    y, dx, dw = np.zeros((len(x), w.shape[2])), np.zeros_like(x), np.zeros_like(w)
+    ends = np.cumsum(counts)
+    for g, (start, end) in enumerate(zip(ends - counts, ends, strict=True)):
+        y[start:end] = x[start:end] @ w[g]
+    dy = np.sin(y)
+    for g, (start, end) in enumerate(zip(ends - counts, ends, strict=True)):
+        dx[start:end] = dy[start:end] @ w[g].T
+        dw[g] = x[start:end].T @ dy[start:end]
+    return y, dx, dw
+
+
+def draw(rng, m, k, n, groups, dtype=jnp.float32):
+    """x and w, of which the results are about 1."""
+    x, w = rng.standard_normal((m, k)), rng.standard_normal((groups, k, n)) / np.sqrt(k)
+    return jnp.asarray(x, dtype), jnp.asarray(w, dtype)
+
+
+def check(backend, x, w, counts, atol):
+    """Compare a backend, by the op and its gradient."""
+    counts = jnp.asarray(counts, jnp.int32)
+    y, pull_back = jax.vjp(jax.jit(lambda x, w: ops.grouped_product(x, w, counts, backend)), x, w)
+    dx, dw = pull_back(jnp.sin(y))
+    for name, got, expected in zip(("y", "dx", "dw"), (y, dx, dw), by_loop(x, w, np.asarray(counts)), strict=True):
+        assert got.dtype == x.dtype
+        np.testing.assert_allclose(np.asarray(got, np.float64), expected, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+@pytest.mark.parametrize("backend", XLA)
+def test_backends_of_xla_equal_a_loop_over_groups(x64, rng, backend, counts):
+    check(XLA[backend], *draw(rng, 50, 5, 7, 6, jnp.float64), counts, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 3, 16, 64])
+def test_blocks_cover_each_row_once(rng, size):
+    """Whatever the counts, the number of blocks that is known beforehand is enough."""
+    for counts in [*COUNTS.values(), *rng.multinomial(50, rng.dirichlet(np.ones(6), 20)).tolist()]:
+        for c in (counts, *([[x] for x in counts] if size == 3 else [])):
+            blocks = ops.row_blocks(jnp.asarray(c, jnp.int32), 50, size)
+            seen = [[] for _ in c]
+            for group, start, left in zip(*(np.asarray(a) for a in blocks.xs), strict=True):
+                seen[group] += range(start, start + max(min(left, size), 0))
+            ends = np.cumsum(c)
+            assert seen == [list(range(e - n, e)) for e, n in zip(ends, c, strict=True)]
+
+
+def test_blocks_do_little_in_vain():
+    for rows, groups in ((65536, 256), (49152, 64), (256, 64), (8, 256)):
+        blocks = ops.row_blocks(jnp.zeros(groups, jnp.int32), rows)
+        assert blocks.group.size * blocks.size <= max(3 * rows, 16 * (min(rows, groups) + rows // 16))
+
+
+@pytest.mark.parametrize("backend", [*XLA, "ragged_dot of a TPU"])
+def test_a_layer_is_read_from_the_stack_of_all(x64, rng, backend):
+    """`first` says where a layer's matrices begin; those of other layers are not finite here, so reading one shows."""
+    backend = XLA.get(backend, tpu.RAGGED_DOT)
+    x, w = draw(rng, 50, 5, 7, 6, jnp.float64)
+    counts = jnp.asarray(COUNTS["uneven"], jnp.int32)
+    y, dx, _ = by_loop(x, w, np.asarray(counts))
+    # On a CPU `ragged_dot` multiplies every row with every matrix and masks the result: no infinities for it.
+    other = jnp.full_like(w, 1e3 if backend is tpu.RAGGED_DOT else jnp.nan)
+    stack = jnp.concatenate([other, w, other])
+    got = jax.jit(backend.forward)(x, stack, counts, jnp.int32(6))
+    np.testing.assert_allclose(got, y, atol=1e-12)
+    got = jax.jit(backend.dx)(jnp.sin(y), stack, counts, jnp.int32(6))
+    np.testing.assert_allclose(got, dx, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", XLA)
+def test_sums_of_bfloat16_are_accumulated_in_float32(rng, backend):
+    """4,096 products of ones: a sum in bfloat16 would stop at 256. The gradient reaches float32 without rounding."""
+    backend, counts = XLA[backend], jnp.asarray([4099, 0], jnp.int32)
+    ones = lambda *shape: jnp.ones(shape, jnp.bfloat16)  # noqa: E731
+    y = backend.forward(ones(32, 4096), ones(2, 4096, 8), jnp.asarray([30, 2], jnp.int32), None)
+    assert y.dtype == jnp.bfloat16 and (y == 4096).all()
+    dw = backend.dw(ones(4099, 8), ones(4099, 8), counts, jnp.float32)
+    assert dw.dtype == jnp.float32 and (dw[0] == 4099).all() and (dw[1] == 0).all()
+
+
+# Kernels of accelerators
+
+
+@contextmanager
+def gpu_interpreter():
+    """Mosaic GPU kernels run in NumPy."""
+    plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+    if not hasattr(plgpu, "force_gpu_interpret_mode"):
+        pytest.skip("this JAX has no interpret mode for kernels of GPUs")
+    with plgpu.force_gpu_interpret_mode():
+        yield
+
+
+@contextmanager
+def tpu_interpreter():
+    """Pallas kernels for TPUs likewise."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    with pltpu.force_tpu_interpret_mode():
+        yield
+
+
+KERNELS = {"mosaic": (gpu.MOSAIC, gpu_interpreter), "megablox": (tpu.MEGABLOX, tpu_interpreter)}
+SMALL_COUNTS = {
+    "uneven": [70, 0, 3, 100],
+    "one has all": [0, 192, 0, 0],
+    "rows of no group": [1, 0, 128, 0],
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("counts", SMALL_COUNTS.values(), ids=SMALL_COUNTS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_equal_a_loop_over_groups(rng, name, counts):
+    """192 rows of bfloat16, whose unit roundoff is 0.004; the largest of dw are sums of about a hundred products."""
+    backend, interpreter = KERNELS[name]
+    with interpreter():
+        check(backend, *draw(rng, 192, 128, 128, 4, jnp.bfloat16), counts, atol=0.15)
+
+
+@pytest.mark.long
+def test_tokamax_equals_a_loop_over_groups(rng):
+    if why := tokamax_library.why_not(Target("cuda", chip="9.0")):
+        pytest.skip(why)
+    x, w = draw(rng, 192, 128, 128, 4, jnp.bfloat16)
+    counts = SMALL_COUNTS["uneven"]
+    with gpu_interpreter():
+        y = jax.jit(gpu.TOKAMAX.forward)(x, w, jnp.asarray(counts, jnp.int32))
+    np.testing.assert_allclose(np.asarray(y, np.float64)[:173], by_loop(x, w, np.asarray(counts))[0][:173], atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "chip, sentence",
+    [
+        ("9.0", ""),
+        ("9.0a", ""),
+        ("10.0", "its grouped products need compute capability 9.0 (H100, H200), and the chip has 10.0"),
+        ("", "its grouped products need compute capability 9.0 (H100, H200), and the chip is not known"),
+    ],
+)
+def test_mosaic_says_where_it_cannot_run(chip, sentence):
+    assert gpu.why_not(Target("cuda", chip=chip)) == sentence
+
+
+def test_a_jax_without_the_kernels_is_said(monkeypatch):
+    monkeypatch.setattr(gpu, "_kernels", lambda: 1 / 0)
+    sentence = gpu.why_not(Target("cuda", chip="9.0"))
+    assert sentence == "this JAX does not have its grouped products (ZeroDivisionError: division by zero)"
+
+
+def test_tiles_fit_in_vmem():
+    """Two buffers of x, w and y, and a sum in float32."""
+    for k, n in ((7168, 4096), (2048, 7168), (2048, 2816), (1408, 2048), (128, 256), (16384, 7168)):
+        rows, contracted, columns = tpu.tiles(k, n)
+        assert k % contracted == 0 and n % columns == 0
+        assert 4 * (rows * contracted + contracted * columns + rows * columns) + 4 * rows * columns <= tpu.VMEM
+
+
+def test_an_op_without_a_backend_is_ragged_dot(x64, rng):
+    x, w = draw(rng, 9, 4, 3, 2, jnp.float64)
+    counts = jnp.asarray([4, 5], jnp.int32)
+    got = ops.grouped_product(x, w, counts)
+    np.testing.assert_allclose(got, by_loop(x, w, np.asarray(counts))[0], atol=1e-12)
+
+
+def test_rows_are_padded_to_what_a_backend_wants(x64, rng):
+    wanted = []
+
+    def forward(x, w, counts, first):
+        wanted.append(x.shape[0])
+        return ops.ragged_dot(x, w, counts, first)
+
+    backend = GroupedProduct("padded", forward, ops.ragged_dot_dx, ops.ragged_dot_dw, row_multiple=32)
+    check(backend, *draw(rng, 50, 5, 7, 6, jnp.float64), COUNTS["uneven"], atol=1e-12)
+    assert set(wanted) == {64}
