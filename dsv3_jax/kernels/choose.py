@@ -23,8 +23,10 @@ from dsv3_jax.kernels.cpu import attention as cpu_attention
 from dsv3_jax.kernels.cpu import blocks, calls, library
 from dsv3_jax.kernels.cpu import experts as cpu_experts
 from dsv3_jax.kernels.cpu import products as cpu_products
+from dsv3_jax.kernels.gpu import attention as gpu_attention
 from dsv3_jax.kernels.gpu import grouped_product as gpu_products
 from dsv3_jax.kernels.gpu import tokamax_library
+from dsv3_jax.kernels.tpu import attention as tpu_attention
 from dsv3_jax.kernels.tpu import grouped_product as tpu_products
 from dsv3_jax.ops import (
     adamw,
@@ -146,7 +148,40 @@ _every_row = partial(
 )
 
 TABLE: dict[str, tuple[Implementation, ...]] = {
-    "causal_attention": (_cpp(cpu_attention.causal_attention), _xla(attention.causal_attention)),
+    "causal_attention": (
+        _cpp(cpu_attention.causal_attention),
+        Implementation(
+            "splash",
+            tpu_attention.causal_attention,
+            platforms=("tpu",),
+            serves=tpu_attention.serves,
+            made_for="for float32 or bfloat16",
+            fits=tpu_attention.fits,
+            by_hand=True,
+        ),
+        Implementation(
+            "tokamax",
+            gpu_attention.tokamax_attention,
+            platforms=("cuda",),
+            serves=gpu_attention.in_bfloat16,
+            made_for="for bfloat16",
+            fits=gpu_attention.fits,
+            by_hand=True,
+            why_not=tokamax_library.why_not,
+        ),
+        Implementation(
+            "cudnn",
+            gpu_attention.cudnn_attention,
+            platforms=("cuda",),
+            serves=gpu_attention.in_bfloat16,
+            made_for="for bfloat16",
+            fits=gpu_attention.fits_cudnn,
+            by_hand=True,
+            why_not=gpu_attention.why_not_cudnn,
+        ),
+        Implementation("blocks", attention.causal_attention_in_large_blocks, platforms=("cuda", "rocm", "tpu")),
+        _xla(attention.causal_attention),
+    ),
     "cached_attention": (
         _cpp(cpu_attention.cached_attention, serves=_cached),
         _loops(cpu_attention.cached_attention_in_blocks),
@@ -286,14 +321,15 @@ class Kernels:
     def causal_attention(
         self,
         q: Float[Array, "B T H K"],
-        k: Float[Array, "B T H K"],
-        v: Float[Array, "B T H V"],
+        k: Float[Array, "B T G K"],
+        v: Float[Array, "B T G V"],
         *,
         scale: float,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T H V"]:
         """See `ops.attention.causal_attention`."""
-        return self.pick("causal_attention", q, k, v).run(q, k, v, scale=scale, segment_ids=segment_ids)
+        run = self.pick("causal_attention", q, k, v, packed=segment_ids is not None).run
+        return run(q, k, v, scale=scale, segment_ids=segment_ids)
 
     def cached_attention(
         self,

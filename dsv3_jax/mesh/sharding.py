@@ -263,12 +263,27 @@ def shard_map_over_batch(f: Callable, replicated: Sequence, *batched) -> Any:
     return jax.shard_map(local, in_specs=specs, out_specs=(P(), P(axes)), axis_names=set(axes))(*replicated, *batched)
 
 
-def shard_map_by_names(f: Callable, names: Sequence[Sequence[str | None]], like: Sequence[int], *args: Any) -> Any:
+def shards_alike(names: Sequence[str | None], *shapes: Sequence[int]) -> bool:
+    """Whether arrays of these shapes and axis names are sharded along the same axes; without a mesh, they are."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not on_mesh() or len({spec(names, shape, mesh) for shape in shapes}) == 1
+
+
+def shard_map_by_names(
+    f: Callable,
+    names: Sequence[Sequence[str | None]],
+    like: Sequence[int],
+    *args: Any,
+    has_kernel: bool = False,
+) -> Any:
     """Call `f(*args)` with each device on its own shard of every argument; without a mesh, once.
 
     Args:
         names: of each argument's last axes, by which it is sharded; the same for all its arrays.
         like: f returns a tuple of so many results, which are sharded as the arguments of these indices.
+        has_kernel: f may call a Pallas kernel of a library. JAX cannot check along which axes its results differ, so
+            the check is left out. f must then have no collectives, and along an axis that does not shard a result
+            no argument may be sharded.
     """
     if not on_mesh():
         return f(*args)
@@ -276,4 +291,5 @@ def shard_map_by_names(f: Callable, names: Sequence[Sequence[str | None]], like:
     specs = tuple(
         jax.tree.map(lambda x, of=of: spec(of, x.shape, mesh), arg) for of, arg in zip(names, args, strict=True)
     )
-    return jax.shard_map(f, in_specs=specs, out_specs=tuple(specs[i] for i in like))(*args)
+    out_specs = tuple(specs[i] for i in like)
+    return jax.shard_map(f, in_specs=specs, out_specs=out_specs, check_vma=not has_kernel)(*args)

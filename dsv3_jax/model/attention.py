@@ -8,11 +8,12 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import Execution, ModelConfig
 from dsv3_jax.kernels.choose import Kernels, prepare
-from dsv3_jax.mesh.sharding import constrain, shard_map_by_names
+from dsv3_jax.mesh.sharding import constrain, shard_map_by_names, shards_alike
 from dsv3_jax.model.cache import ROW_AXES, Cache
 from dsv3_jax.model.context import Context, from_zero, make_context
 from dsv3_jax.model.layers import RMSNorm, param
 from dsv3_jax.ops import mla, rope
+from dsv3_jax.ops.attention import repeat_heads
 
 LATENT_NORM_EPS = 1e-6  # whatever norm_eps says, as in the reference implementations
 HEAD_AXES = ("batch", None, "heads", None)  # how a mesh shards arrays with heads
@@ -81,7 +82,7 @@ class MLA(nnx.Module):
         c_kv, k_rope = jnp.split(row, [self.cfg.kv_latent_dim], axis=-1)
         k, v = mla.expand(c_kv, k_rope, w_uk, w_uv)
         if cache is None or cache.is_empty:
-            out = self.kernels.causal_attention(q, k, v, scale=self.scale, segment_ids=ctx.segment_ids)
+            out = attend_causally(self, q, k, v, ctx.segment_ids)
             if cache is not None:
                 cache = cache.write(row[:, None] if cache.kind == "latent" else concat_kv(k, v), ctx.layer)
         else:
@@ -182,9 +183,7 @@ class GQA(nnx.Module):
         if cache is not None and not cache.is_empty:
             out, cache = attend_to_heads(self, q, k, v, cache, ctx.layer)
             return project_out(self, out), cache
-        repeats = self.cfg.num_heads // self.cfg.kv_heads
-        k_heads, v_heads = (jnp.repeat(y, repeats, axis=2) for y in (k, v))
-        out = self.kernels.causal_attention(q, k_heads, v_heads, scale=self.scale, segment_ids=ctx.segment_ids)
+        out = attend_causally(self, q, k, v, ctx.segment_ids)
         if cache is not None:
             cache = cache.write(concat_kv(k, v), ctx.layer)
         return project_out(self, out), cache
@@ -205,6 +204,26 @@ def rotate_last(x: Float[Array, "B T H K"], ctx: Context, cfg: ModelConfig) -> F
     nope, rotated = jnp.split(x, [cfg.nope_head_dim], axis=-1)
     rotated = rope.rotate(rotated, ctx.cos[:, :, None], ctx.sin[:, :, None], interleaved=cfg.rope_interleaved)
     return jnp.concatenate([nope, rotated], axis=-1)
+
+
+def attend_causally(
+    module: MLA | GQA,
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G V"],
+    segment_ids: Int[Array, "B T"] | None,
+) -> Float[Array, "B T H V"]:
+    """`ops.attention.causal_attention`; on a mesh, each device attends for its own sequences and heads."""
+
+    def attend(q, k, v, segment_ids=None):
+        return (module.kernels.causal_attention(q, k, v, scale=module.scale, segment_ids=segment_ids),)
+
+    if not shards_alike(HEAD_AXES, q.shape, k.shape):
+        k, v = (repeat_heads(x, q.shape[2]) for x in (k, v))
+    names, args = [HEAD_AXES] * 3, [q, k, v]
+    if segment_ids is not None:
+        names, args = [*names, ("batch", None)], [*args, segment_ids]
+    return shard_map_by_names(attend, names, (0,), *args, has_kernel=True)[0]
 
 
 def concat_kv(k: Float[Array, "B T G K"], v: Float[Array, "B T G V"]) -> Float[Array, "B G T KV"]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.ops.attention import scaled
 from dsv3_jax.ops.quantize import dequantize_rows
 from dsv3_jax.ops.varying import as_varying
 
@@ -52,7 +53,7 @@ def cached_attention(
     batch, groups, capacity, width = stored.rows.shape[1:]
     block = min(block or capacity, capacity)
     wide, zero = np.promote_types(q.dtype, np.float32), jnp.zeros((), jnp.int32)
-    q = q * jnp.asarray(scale, q.dtype)
+    q = scaled(q, scale)
 
     def read(array: Array, start: Array) -> Array:
         index = (layer, zero, zero, start, zero)

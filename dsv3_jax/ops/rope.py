@@ -74,7 +74,7 @@ def cos_sin(
 
 
 def rotate(x: Float[Array, "*n R"], cos: Float[Array, "..."], sin: Float[Array, "..."], *, interleaved: bool) -> Array:
-    """Rotate each pair of x's last axis by its angle.
+    """Rotate each pair of x's last axis by its angle, in float32 or wider, and round once to x's dtype.
 
     Args:
         x: [..., R].
@@ -82,10 +82,13 @@ def rotate(x: Float[Array, "*n R"], cos: Float[Array, "..."], sin: Float[Array, 
         interleaved: pairs are (2i, 2i+1), as in the released weights; otherwise (i, i + R/2).
     Returns: [..., R] in x's dtype and layout. Scores agree between layouts when queries and keys share one.
     """
-    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
+    wide = np.promote_types(x.dtype, np.float32)
+    cos, sin = cos.astype(wide), sin.astype(wide)
     if interleaved:
-        pairs = x.reshape(*x.shape[:-1], -1, 2)
+        pairs = x.reshape(*x.shape[:-1], -1, 2).astype(wide)
         a, b = pairs[..., 0], pairs[..., 1]
-        return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)
-    a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+        rotated = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)
+    else:
+        a, b = jnp.split(x.astype(wide), 2, axis=-1)
+        rotated = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    return rotated.astype(x.dtype)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels.cpu import calls
 from dsv3_jax.ops import cached_attention as op
+from dsv3_jax.ops.attention import repeat_heads, scaled
 from dsv3_jax.ops.cached_attention import Stored
 
 BLOCK_ELEMENTS = 1 << 16  # numbers of the cache visited at a time: 256 KB, measured best on two AVX-512 cores
@@ -15,8 +16,8 @@ BLOCK_ELEMENTS = 1 << 16  # numbers of the cache visited at a time: 256 KB, meas
 
 def causal_attention(
     q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G V"],
     *,
     scale: float,
     segment_ids: Int[Array, "B T"] | None = None,
@@ -24,7 +25,8 @@ def causal_attention(
     """Compute `ops.attention.causal_attention` in float32, by the C++ kernel."""
     if segment_ids is None:
         segment_ids = jnp.ones(q.shape[:2], jnp.int32)
-    return _attend(q * jnp.asarray(scale, q.dtype), k, v, segment_ids)
+    k, v = (repeat_heads(x, q.shape[2]) for x in (k, v))
+    return _attend(scaled(q, scale), k, v, segment_ids)
 
 
 @jax.custom_vjp
@@ -56,7 +58,7 @@ def cached_attention(
     scale: float,
 ) -> Float[Array, "B G Q V"]:
     """Compute `ops.cached_attention.cached_attention` with float32 queries, by the C++ kernel."""
-    q, values = q * jnp.asarray(scale, q.dtype), (0, parts[0]) if shared else parts
+    q, values = scaled(q, scale), (0, parts[0]) if shared else parts
     return calls.cached_attention(q, *stored, layer, last, values=values, first_part=parts[0])
 
 
