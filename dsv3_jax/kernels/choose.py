@@ -92,6 +92,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _loops(cpu_attention.cached_attention_in_blocks),
         _xla(cached_attention.cached_attention),
     ),
+    "write_rows": (_loops(cpu_attention.write_rows), _xla(cached_attention.write_rows)),
     "grouped_swiglu": (
         _cpp(cpu_experts.grouped_swiglu),
         _loops(blocks.blocks_swiglu),
@@ -231,6 +232,23 @@ class Kernels:
         """See `ops.cached_attention.cached_attention`."""
         run = self.pick("cached_attention", q, stored.rows).run
         return run(q, stored, layer, last, parts=parts, shared=shared, scale=scale)
+
+    def write_rows(self, stored: Stored, new: Stored, layer: Int[Array, ""], first: Int[Array, " B"]) -> Stored:
+        """See `ops.cached_attention.write_rows`."""
+        return self.pick("write_rows", new.rows).run(stored, new, layer, first)
+
+    @property
+    def cache_by_layer(self) -> bool:
+        """Whether each layer's cache has arrays of its own: XLA copies a stack's layer before it is multiplied.
+
+        The CPU's kernels read it in place.
+        """
+        return self.target.platform != "cpu"
+
+    @property
+    def cache_row_multiple(self) -> int:
+        """Rows of a cache are padded to a multiple of it: TPUs transpose arrays whose rows do not fill 128 lanes."""
+        return 128 if self.target.platform == "tpu" else 1
 
     # Routed experts
 
