@@ -13,8 +13,8 @@ from flax import nnx
 from models import DENSE, LIGHT, QUICK, forward, random_model, small
 
 from dsv3_jax.decoding.generate import generate
+from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.kernels.cpu import attention as cpu_attention
-from dsv3_jax.kernels.choose import Kernels, Target, prepare
 from dsv3_jax.kernels.cpu import calls, library
 from dsv3_jax.model.attention import GQA
 from dsv3_jax.model.cache import bytes_per_token, empty_cache, pick_dtype, pick_kind

@@ -23,6 +23,8 @@ from dsv3_jax.kernels.cpu import attention as cpu_attention
 from dsv3_jax.kernels.cpu import blocks, calls, library
 from dsv3_jax.kernels.cpu import experts as cpu_experts
 from dsv3_jax.kernels.cpu import products as cpu_products
+from dsv3_jax.kernels.tpu import cache_rows as tpu_cache_rows
+from dsv3_jax.kernels.tpu import latent_attention as tpu_latent_attention
 from dsv3_jax.ops import adamw, attention, cached_attention, cross_entropy, dispatch, expert_stack, products
 from dsv3_jax.ops.cached_attention import Stored
 from dsv3_jax.ops.expert_stack import Experts, ExpertStack
@@ -90,9 +92,22 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "cached_attention": (
         _cpp(cpu_attention.cached_attention, serves=_cached),
         _loops(cpu_attention.cached_attention_in_blocks),
+        Implementation(
+            "pallas_tpu",
+            tpu_latent_attention.latent_attention,
+            platforms=("tpu",),
+            by_name=True,
+            serves=tpu_latent_attention.serves,
+            made_for="for float32 and bfloat16 queries",
+            fits=lambda q, rows, shared: shared and rows.shape[2] == 1,
+        ),
         _xla(cached_attention.cached_attention),
     ),
-    "write_rows": (_loops(cpu_attention.write_rows), _xla(cached_attention.write_rows)),
+    "write_rows": (
+        _loops(cpu_attention.write_rows),
+        Implementation("select", tpu_cache_rows.write_rows, platforms=("tpu",)),
+        _xla(cached_attention.write_rows),
+    ),
     "grouped_swiglu": (
         _cpp(cpu_experts.grouped_swiglu),
         _loops(blocks.blocks_swiglu),
@@ -230,7 +245,7 @@ class Kernels:
         scale: float,
     ) -> Float[Array, "B G Q V"]:
         """See `ops.cached_attention.cached_attention`."""
-        run = self.pick("cached_attention", q, stored.rows).run
+        run = self.pick("cached_attention", q, stored.rows, shared=shared).run
         return run(q, stored, layer, last, parts=parts, shared=shared, scale=scale)
 
     def write_rows(self, stored: Stored, new: Stored, layer: Int[Array, ""], first: Int[Array, " B"]) -> Stored:
