@@ -13,6 +13,7 @@ from flax import nnx
 from models import DENSE, LIGHT, QUICK, forward, random_model, small
 
 from dsv3_jax.decoding.generate import generate
+from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.kernels.cpu import attention as cpu_attention
 from dsv3_jax.kernels.cpu import calls, library
 from dsv3_jax.model.attention import GQA
@@ -235,7 +236,7 @@ def test_cpp_attention_refuses_slots_outside_the_cache():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
 def test_rows_go_to_their_slots_and_nothing_else_changes(rng, dtype):
-    cfg, lengths = small(), [6, 2, 1, 5]
+    cfg, lengths, kernels = small(), [6, 2, 1, 5], prepare()
     cache = empty_cache(cfg, 3, 4, 16, "latent", dtype)
     prompt = rng.standard_normal((3, 4, 1, 6, 14)).astype(np.float32)
     new = rng.standard_normal((4, 1, 3, 14)).astype(np.float32)
@@ -243,9 +244,9 @@ def test_rows_go_to_their_slots_and_nothing_else_changes(rng, dtype):
     @jax.jit
     def write(cache, prompt, lengths, new):
         for layer in range(3):
-            cache = cache.write(prompt[layer], jnp.asarray(layer, jnp.int32))
+            cache = cache.write(prompt[layer], jnp.asarray(layer, jnp.int32), kernels)
         filled = cache.at_lengths(lengths)
-        return cache, filled, filled.write(new, jnp.ones((), jnp.int32))
+        return cache, filled, filled.write(new, jnp.ones((), jnp.int32), kernels)
 
     prefilled, filled, written = write(cache, jnp.asarray(prompt), jnp.asarray(lengths, jnp.int32), jnp.asarray(new))
     assert cache.is_empty and prefilled.is_empty and not filled.is_empty and not written.is_empty

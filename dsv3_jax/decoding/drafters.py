@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.config import CacheKind, ModelConfig
+from dsv3_jax.config import CacheKind
 from dsv3_jax.mesh.sharding import constrain, shard_map_over_batch
 from dsv3_jax.model.cache import Cache, empty_cache, pick_kind
 from dsv3_jax.model.context import from_zero, make_context
@@ -60,7 +60,7 @@ class ModelDrafter:
 
     def start(self, prompt: Prompt) -> Any:
         cfg, batch = self.model.cfg, prompt.tokens.shape[0]
-        cache = empty_cache(cfg, cfg.num_layers, batch, prompt.capacity, pick_kind(cfg, None), prompt.dtype)
+        cache = self.model.empty_cache(batch, prompt.capacity, pick_kind(cfg, None), prompt.dtype)
         # The prompts fit, but the target may have padded them beyond what a shorter draft model can read.
         tokens = prompt.tokens[:, : cfg.max_positions]
         return cache.prefill(self.model, tokens, prompt.lengths)[1]
@@ -106,7 +106,7 @@ class ChainDrafter:
         cfg, h, states = self.model.cfg, self.model.read_by_heads(prompt.x), []
         batch, length = prompt.tokens.shape
         for k, head in enumerate(self.heads, start=1):
-            cache = _head_cache(cfg, prompt)
+            cache = _head_cache(self.model, prompt)
             ctx = make_context(cfg, from_zero(batch, length - k), cache=cache, may_drop=False)
             h, ctx, _ = head(h[:, : length - k], ctx, self.model.embedding(prompt.tokens[:, k:]))
             read = jnp.maximum(prompt.lengths - k, 0)
@@ -167,7 +167,9 @@ class ParallelDrafter:
         caches: list[Cache | None] = []
         for head in self.heads:
             if head.remembers:
-                ctx = make_context(cfg, from_zero(*prompt.tokens.shape), cache=_head_cache(cfg, prompt), may_drop=False)
+                ctx = make_context(
+                    cfg, from_zero(*prompt.tokens.shape), cache=_head_cache(self.model, prompt), may_drop=False
+                )
                 # All but the prompt's last position, which the first step reads.
                 caches.append(head(h, ctx)[1].cache.at_lengths(prompt.lengths - 1))
             else:
@@ -236,10 +238,11 @@ def _concat_drafts(drawn: list[tuple[Array, Array | None]], rest: tuple[Array, A
     return Drafts(jnp.concatenate(tokens, axis=1), jnp.concatenate(qs, axis=1) if qs else None)
 
 
-def _head_cache(cfg: ModelConfig, prompt: Prompt) -> Any:
+def _head_cache(model: Transformer, prompt: Prompt) -> Any:
     """An empty cache of one layer, of the trunk's kind; heads have one even if the trunk has none."""
-    kind = pick_kind(cfg, None) if prompt.kind == "none" else prompt.kind
-    return empty_cache(cfg, 1, prompt.tokens.shape[0], prompt.capacity, kind, prompt.dtype)
+    kind = pick_kind(model.cfg, None) if prompt.kind == "none" else prompt.kind
+    batch, row_multiple = prompt.tokens.shape[0], model.kernels.cache_row_multiple
+    return empty_cache(model.cfg, 1, batch, prompt.capacity, kind, prompt.dtype, row_multiple=row_multiple)
 
 
 def _pick(h: Float[Array, "B F D"], index: Int[Array, " B"]) -> Float[Array, "B D"]:

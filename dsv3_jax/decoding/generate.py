@@ -20,7 +20,7 @@ from dsv3_jax.decoding.decode_config import DecodeConfig
 from dsv3_jax.decoding.drafters import Drafter, Drafts, Prompt, StepResult, make_drafter, process_by_rows
 from dsv3_jax.mesh import sharding
 from dsv3_jax.mesh.sharding import constrain
-from dsv3_jax.model.cache import bytes_per_token, empty_cache, keep_sharded, pick_dtype, pick_kind
+from dsv3_jax.model.cache import bytes_per_token, keep_sharded, pick_dtype, pick_kind
 from dsv3_jax.model.transformer import DecodeWeights, Transformer
 from dsv3_jax.ops.sampling import Sampling
 from dsv3_jax.ops.verify_drafts import accept
@@ -217,8 +217,8 @@ def _decode_weights(graphdef, state) -> DecodeWeights | None:
 @partial(jax.jit, static_argnames=("graphdef", "static"))
 def _prefill(graphdef, state, draft_state, tokens, lengths, key, stops, *, static: _Static) -> Loop:
     model, tokens = nnx.merge(graphdef, state), constrain(tokens, "batch", None)
-    batch, cfg = tokens.shape[0], model.cfg
-    cache = empty_cache(cfg, cfg.num_layers, batch, static.capacity, static.kind, static.dtype)
+    batch = tokens.shape[0]
+    cache = model.empty_cache(batch, static.capacity, static.kind, static.dtype)
     x, cache = cache.prefill(model, tokens, lengths)
     drafter = _drafter(model, static, draft_state)
     prompt = Prompt(tokens, lengths, x, static.capacity, static.kind, static.dtype)

@@ -27,7 +27,9 @@ from dsv3_jax.kernels.gpu import attention as gpu_attention
 from dsv3_jax.kernels.gpu import grouped_product as gpu_products
 from dsv3_jax.kernels.gpu import tokamax_library
 from dsv3_jax.kernels.tpu import attention as tpu_attention
+from dsv3_jax.kernels.tpu import cache_rows as tpu_cache_rows
 from dsv3_jax.kernels.tpu import grouped_product as tpu_products
+from dsv3_jax.kernels.tpu import latent_attention as tpu_latent_attention
 from dsv3_jax.ops import (
     adamw,
     attention,
@@ -185,7 +187,21 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "cached_attention": (
         _cpp(cpu_attention.cached_attention, serves=_cached),
         _loops(cpu_attention.cached_attention_in_blocks),
+        Implementation(
+            "pallas_tpu",
+            tpu_latent_attention.latent_attention,
+            platforms=("tpu",),
+            by_name=True,
+            serves=tpu_latent_attention.serves,
+            made_for="for float32 and bfloat16 queries",
+            fits=lambda q, rows, shared: shared and rows.shape[2] == 1,
+        ),
         _xla(cached_attention.cached_attention),
+    ),
+    "write_rows": (
+        _loops(cpu_attention.write_rows),
+        Implementation("select", tpu_cache_rows.write_rows, platforms=("tpu",)),
+        _xla(cached_attention.write_rows),
     ),
     "grouped_swiglu": (
         _cpp(cpu_experts.grouped_swiglu),
@@ -343,8 +359,25 @@ class Kernels:
         scale: float,
     ) -> Float[Array, "B G Q V"]:
         """See `ops.cached_attention.cached_attention`."""
-        run = self.pick("cached_attention", q, stored.rows).run
+        run = self.pick("cached_attention", q, stored.rows, shared=shared).run
         return run(q, stored, layer, last, parts=parts, shared=shared, scale=scale)
+
+    def write_rows(self, stored: Stored, new: Stored, layer: Int[Array, ""], first: Int[Array, " B"]) -> Stored:
+        """See `ops.cached_attention.write_rows`."""
+        return self.pick("write_rows", new.rows).run(stored, new, layer, first)
+
+    @property
+    def cache_by_layer(self) -> bool:
+        """Whether each layer's cache has arrays of its own: XLA copies a stack's layer before it is multiplied.
+
+        The CPU's kernels read it in place.
+        """
+        return self.target.platform != "cpu"
+
+    @property
+    def cache_row_multiple(self) -> int:
+        """Rows of a cache are padded to a multiple of it: TPUs transpose arrays whose rows do not fill 128 lanes."""
+        return 128 if self.target.platform == "tpu" else 1
 
     # Routed experts
 

@@ -84,16 +84,20 @@ class MLA(nnx.Module):
         if cache is None or cache.is_empty:
             out = attend_causally(self, q, k, v, ctx.segment_ids)
             if cache is not None:
-                cache = cache.write(row[:, None] if cache.kind == "latent" else concat_kv(k, v), ctx.layer)
+                cache = cache.write(
+                    row[:, None] if cache.kind == "latent" else concat_kv(k, v), ctx.layer, self.kernels
+                )
         else:
             out, cache = attend_to_heads(self, q, k, v, cache, ctx.layer)
         return project_out(self, out), cache
 
-    def _absorbed(self, q_nope, q_rope, row, w_uk, w_uv, cache: Cache, layer: Array) -> tuple[Array, Cache]:
+    def _absorbed(self, q_nope, q_rope, row, w_uk, w_uv, cache: Cache, layer: Array | int) -> tuple[Array, Cache]:
         """`ops.mla.absorbed` over the cache with these tokens' rows, sharded by sequences and heads."""
 
+        part, index = cache.take(layer)
+
         def attend(q_nope, q_rope, w_uk, w_uv, row, stored, lengths, layer):
-            held = replace(cache, stored=stored, lengths=lengths).write(row[:, None], layer)
+            held = replace(part, stored=stored, lengths=lengths).write(row[:, None], layer, self.kernels)
             batch, length, heads, _ = q_nope.shape
             q = jnp.concatenate([self.kernels.product_by_head(q_nope, w_uk), q_rope], axis=-1)
             out = self.kernels.cached_attention(
@@ -110,9 +114,9 @@ class MLA(nnx.Module):
 
         up = ("heads", None, None)
         names = (HEAD_AXES, HEAD_AXES, up, up, ("batch", None, None), ROW_AXES, ("batch",), ())
-        args = (q_nope, q_rope, w_uk, w_uv, row, cache.stored, cache.lengths, layer)
+        args = (q_nope, q_rope, w_uk, w_uv, row, part.stored, cache.lengths, index)
         out, stored = shard_map_by_names(attend, names, (0, 5), *args)
-        return out, replace(cache, stored=stored)
+        return out, cache.put(stored, layer)
 
     def _row(self, x: Float[Array, "B T D"], ctx: Context) -> Float[Array, "B T CR"]:
         """The row that may be cached of each token, [normed c_kv, rotated k_rope]."""
@@ -185,7 +189,7 @@ class GQA(nnx.Module):
             return project_out(self, out), cache
         out = attend_causally(self, q, k, v, ctx.segment_ids)
         if cache is not None:
-            cache = cache.write(concat_kv(k, v), ctx.layer)
+            cache = cache.write(concat_kv(k, v), ctx.layer, self.kernels)
         return project_out(self, out), cache
 
 
@@ -237,14 +241,15 @@ def attend_to_heads(
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T G V"],
     cache: Cache,
-    layer: Array,
+    layer: Array | int,
 ) -> tuple[Float[Array, "B T H V"], Cache]:
     """Cache T tokens' keys and values, then let each query head attend to its key-value head's rows."""
     batch, length, heads, _ = q.shape
     groups = k.shape[2]
+    part, index = cache.take(layer)
 
     def attend(q, rows, stored, lengths, layer):
-        held = replace(cache, stored=stored, lengths=lengths).write(rows, layer)
+        held = replace(part, stored=stored, lengths=lengths).write(rows, layer, module.kernels)
         local_groups, each = q.shape[2:4]  # key-value heads on this device, and query heads of each
         last = jnp.repeat(held.positions(length), each, axis=1)
         q = q.swapaxes(1, 2).reshape(q.shape[0], local_groups, length * each, -1)
@@ -256,8 +261,8 @@ def attend_to_heads(
     # Query heads are grouped by key-value head, so a mesh shards both alike, or neither.
     q = q.reshape(batch, length, groups, heads // groups, -1)
     names = ((*HEAD_AXES, None), ROW_AXES, ROW_AXES, ("batch",), ())
-    out, stored = shard_map_by_names(attend, names, (0, 2), q, concat_kv(k, v), cache.stored, cache.lengths, layer)
-    return out.reshape(batch, length, heads, -1), replace(cache, stored=stored)
+    out, stored = shard_map_by_names(attend, names, (0, 2), q, concat_kv(k, v), part.stored, cache.lengths, index)
+    return out.reshape(batch, length, heads, -1), cache.put(stored, layer)
 
 
 def _context(cfg: ModelConfig, x: Array, segment_ids: Array | None, positions: Array | None) -> Context:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import CacheDtype, CacheKind, ModelConfig
+from dsv3_jax.kernels.choose import Kernels
 from dsv3_jax.mesh.sharding import constrain
 from dsv3_jax.ops.cached_attention import Stored
 from dsv3_jax.ops.quantize import quantize_rows
@@ -40,7 +41,7 @@ class Cache:
     """The rows of a batch. Sequence b holds `lengths[b]` tokens; slots beyond are not read."""
 
     # Not annotated more closely: JAX rebuilds it with shapes and placeholders.
-    stored: Any  # Stored, of L layers
+    stored: Any  # Stored of L layers; or a list, of one layer each
     lengths: Any  # int32 [B]
     kind: CacheKind
     parts: tuple[int, int]  # widths of a row's parts: (C, R), or (K, V)
@@ -49,7 +50,12 @@ class Cache:
     @property
     def capacity(self) -> int:
         """S: tokens of a sequence that it has slots for."""
-        return self.stored.rows.shape[3]
+        return jax.tree.leaves(self.stored)[0].shape[3]
+
+    @property
+    def by_layer(self) -> bool:
+        """Each layer has arrays of its own. Layers are then Python numbers: they are unrolled."""
+        return isinstance(self.stored, list)
 
     @property
     def nbytes(self) -> int:
@@ -64,33 +70,51 @@ class Cache:
         """The cache with so many tokens a sequence; slots beyond will be overwritten."""
         return replace(self, lengths=lengths, is_empty=False)
 
-    def write(self, rows: Float[Array, "B G T X"], layer: Int[Array, ""]) -> "Cache":
+    def take(self, layer: Int[Array, ""] | int) -> tuple["Cache", Array]:
+        """(The part that holds a layer, the layer's index in it): of its own arrays, or of the stack of all."""
+        if self.by_layer:
+            return replace(self, stored=self.stored[layer]), jnp.zeros((), jnp.int32)
+        return self, jnp.asarray(layer, jnp.int32)
+
+    def put(self, stored: Stored, layer: Int[Array, ""] | int) -> "Cache":
+        """The cache with a part that `take` returned, after it was written."""
+        if not self.by_layer:
+            return replace(self, stored=stored)
+        return replace(self, stored=[stored if i == layer else old for i, old in enumerate(self.stored)])
+
+    def write(self, rows: Float[Array, "B G T X"], layer: Int[Array, ""] | int, kernels: Kernels) -> "Cache":
         """Put T tokens' rows of one layer behind each sequence's own, in place. Lengths stay."""
-        new = _as_stored(self, rows)
-        zero = jnp.zeros((), jnp.int32)
+        part, index = self.take(layer)
+        new, zero = _as_stored(part, rows), jnp.zeros((), jnp.int32)
+
+        def put(old, new):
+            return jax.lax.dynamic_update_slice(old, new[None], (index, zero, zero, zero, zero))
+
         if self.is_empty:  # every sequence begins at slot 0
-
-            def put(old, new):
-                return jax.lax.dynamic_update_slice(old, new[None], (layer, zero, zero, zero, zero))
-
-            return replace(self, stored=jax.tree.map(put, self.stored, new))
-
-        def put_one(b, stored):
-            def one(old, new):
-                new = jax.lax.dynamic_slice_in_dim(new, b, 1, 0)[None]
-                return jax.lax.dynamic_update_slice(old, new, (layer, b, zero, self.lengths[b], zero))
-
-            return jax.tree.map(one, stored, new)
-
-        return replace(self, stored=jax.lax.fori_loop(0, rows.shape[0], put_one, self.stored))
+            return self.put(jax.tree.map(put, part.stored, new), layer)
+        return self.put(kernels.write_rows(part.stored, new, index, self.lengths), layer)
 
     def prefill(self, model: Layers, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]) -> tuple[Array, "Cache"]:
         """Read prompts into an empty cache; `lengths` of each row's tokens count.
 
         Returns: (the trunk's output [B, T, D] before the final norm, the filled cache).
         """
-        x, cache = model.run_layers(tokens, self)
-        return x, keep_sharded(cache.at_lengths(lengths))
+        if not self.by_layer:
+            x, cache = model.run_layers(tokens, self)
+            return x, keep_sharded(cache.at_lengths(lengths))
+        # The layers run as a scan, which needs a stack. It has slots for the prompts alone, and is then cut up.
+        length = tokens.shape[1]
+
+        def short(x):
+            return jnp.zeros((len(self.stored), *x.shape[1:3], length, x.shape[4]), x.dtype)
+
+        stack = replace(self, stored=jax.tree.map(short, self.stored[0]))
+        x, stack = model.run_layers(tokens, stack)
+        stored = [
+            jax.tree.map(lambda old, new, i=i: old.at[:, :, :, :length].set(new[i : i + 1]), old, stack.stored)
+            for i, old in enumerate(self.stored)
+        ]
+        return x, replace(self, stored=stored).at_lengths(lengths)
 
     def step(self, model: Layers, tokens: Int[Array, "B T"], weights: Any = None) -> tuple[Array, "Cache"]:
         """Read T further tokens. Lengths stay: the caller knows how many of the tokens will count.
@@ -174,16 +198,35 @@ def row_shape(cfg: ModelConfig, kind: CacheKind) -> tuple[int, tuple[int, int]]:
 
 
 def empty_cache(
-    cfg: ModelConfig, layers: int, batch: int, capacity: int, kind: CacheKind, dtype: Any
+    cfg: ModelConfig,
+    layers: int,
+    batch: int,
+    capacity: int,
+    kind: CacheKind,
+    dtype: Any,
+    *,
+    by_layer: bool = False,
+    row_multiple: int = 1,
 ) -> Cache | NoCache:
-    """An empty cache with `capacity` slots a sequence."""
+    """An empty cache with `capacity` slots a sequence.
+
+    Args:
+        by_layer: each layer has arrays of its own; else one stack has all layers.
+        row_multiple: rows are padded with zeros to a multiple of it.
+    """
     lengths = jnp.zeros((batch,), jnp.int32)
     if kind == "none":
         return keep_sharded(NoCache(jnp.zeros((batch, capacity), jnp.int32), lengths))
     groups, parts = row_shape(cfg, kind)
-    shape = (layers, batch, groups, capacity, sum(parts))
-    scales = jnp.ones((*shape[:-1], 2), jnp.float32) if jnp.dtype(dtype).itemsize == 1 else None
-    return keep_sharded(Cache(Stored(jnp.zeros(shape, dtype), scales), lengths, kind, parts, is_empty=True))
+    width = -(-sum(parts) // row_multiple) * row_multiple
+
+    def some(layers: int) -> Stored:
+        shape = (layers, batch, groups, capacity, width)
+        scales = jnp.ones((*shape[:-1], 2), jnp.float32) if jnp.dtype(dtype).itemsize == 1 else None
+        return Stored(jnp.zeros(shape, dtype), scales)
+
+    stored = [some(1) for _ in range(layers)] if by_layer else some(layers)
+    return keep_sharded(Cache(stored, lengths, kind, parts, is_empty=True))
 
 
 def keep_sharded(cache: Any) -> Any:
@@ -195,10 +238,12 @@ def keep_sharded(cache: Any) -> Any:
 
 
 def _as_stored(cache: Cache, rows: Array) -> Stored:
-    dtype = cache.stored.rows.dtype
-    if cache.stored.scales is None:
-        return Stored(rows.astype(dtype), None)
-    return Stored(*quantize_rows(rows, cache.parts, dtype))
+    like = cache.stored.rows
+    new = Stored(rows.astype(like.dtype), None)
+    if cache.stored.scales is not None:
+        new = Stored(*quantize_rows(rows, cache.parts, like.dtype))
+    padding = [(0, 0)] * (rows.ndim - 1) + [(0, like.shape[-1] - rows.shape[-1])]
+    return new._replace(rows=jnp.pad(new.rows, padding))
 
 
 def elements_per_token(cfg: ModelConfig) -> dict[str, int]:

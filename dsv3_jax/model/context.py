@@ -21,7 +21,7 @@ class Context(NamedTuple):
     sin: Array  # float32 [B, T, R/2]
     segment_ids: Array | None  # int32 [B, T]: a token sees its own segment only; None means one segment a row
     mask: Array  # bool [B, T]: tokens that count for load and balance losses
-    layer: Array  # int32 []: which layer of the cache
+    layer: Array | int  # int32 []: which layer of the cache; a Python number where layers are unrolled
     cache: Any = None  # Cache of all layers, or None
     experts: ExpertStack | None = None  # at this layer
     may_drop: bool = True  # False: no token is dropped, whatever capacity_factor says

@@ -79,8 +79,8 @@ def loop_layers(
 
     Args:
         stacked: what `stack` made; None has no layers.
-        layers: each module's own arrays, from `unstack`: the loop is unrolled and slices nothing. None means a scan,
-            whose compile time does not grow with depth.
+        layers: each module's own arrays, from `unstack`: the loop is unrolled and slices nothing, and `index` is a
+            Python number. None means a scan, whose compile time does not grow with depth.
         remat: results saved for the backward pass: "none" all, "dots" those of matrix products, "full" the carry
             alone.
         unshard: gathers a layer's weights in its turn, see `mesh.sharding.unshard_weights`.
@@ -92,7 +92,7 @@ def loop_layers(
     graphdef, state = nnx.split(stacked)
     if layers is not None:
         for index, layer in enumerate(layers):
-            carry, _ = body(nnx.merge(graphdef, layer), carry, jnp.asarray(index, jnp.int32))
+            carry, _ = body(nnx.merge(graphdef, layer), carry, index)
         return carry, None
 
     def step(carry, xs):

@@ -6,17 +6,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.config import Execution, ModelConfig
+from dsv3_jax.config import CacheKind, Execution, ModelConfig
 from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.mesh.sharding import on_mesh, shard_map_over_batch, unshard_weights
 from dsv3_jax.model.blocks import DenseBlock, SparseBlock
-from dsv3_jax.model.cache import Cache
+from dsv3_jax.model.cache import Cache, NoCache, empty_cache
 from dsv3_jax.model.context import Context, from_zero, make_context
 from dsv3_jax.model.layers import RMSNorm, loop_layers, param, stack, unstack
 from dsv3_jax.model.moe import Experts, LayerRouting
 from dsv3_jax.model.mtp import make_heads, run_heads
 
-UNROLLED = 16  # most layers that decoding unrolls: more take too long to compile
+UNROLLED = 16  # most layers that decoding unrolls on the CPU: more take too long to compile
+UNROLLED_BY_LAYER = 64  # where a scan copies each layer out of its stack; 4 of mini compile in 12 s for an H100
 
 
 class ForwardOut(NamedTuple):
@@ -143,6 +144,8 @@ class Transformer(nnx.Module):
     ) -> tuple[Array, Cache | None, LayerRouting | None]:
         """(The last layer's output, the cache, what the sparse layers' routers did)."""
         first = self.cfg.num_dense_layers
+        if isinstance(ctx.cache, Cache) and ctx.cache.by_layer and weights is None:
+            weights = self.prepare_decode()
         how: dict[str, Any] = {"remat": self.execution.remat, "unshard": self.unshard}
         decoding = ctx.cache is not None
         if decoding:
@@ -173,11 +176,22 @@ class Transformer(nnx.Module):
             x = self.kernels.close_experts(x, experts.at(0, grad))
         return x, cache, routing
 
+    @property
+    def unrolls(self) -> bool:
+        """Whether decoding unrolls the layers; not on a mesh, and not in very deep models."""
+        most = UNROLLED_BY_LAYER if self.kernels.cache_by_layer else UNROLLED
+        return not on_mesh() and self.cfg.num_layers <= most
+
     def prepare_decode(self) -> DecodeWeights | None:
-        """Take each layer's arrays out of the stacks, once a request; None on a mesh and for deep models."""
-        if on_mesh() or self.cfg.num_layers > UNROLLED:
-            return None
-        return DecodeWeights(unstack(self.dense), unstack(self.sparse))
+        """Take each layer's arrays out of the stacks, once a request; None if layers are not unrolled."""
+        return DecodeWeights(unstack(self.dense), unstack(self.sparse)) if self.unrolls else None
+
+    def empty_cache(self, batch: int, capacity: int, kind: CacheKind, dtype: Any) -> Cache | NoCache:
+        """An empty cache of the layers, in the form that the kernels read best. See `model.cache.empty_cache`."""
+        kernels = self.kernels
+        by_layer, row_multiple = kernels.cache_by_layer and self.unrolls, kernels.cache_row_multiple
+        how: dict[str, Any] = {"by_layer": by_layer, "row_multiple": row_multiple}
+        return empty_cache(self.cfg, self.cfg.num_layers, batch, capacity, kind, dtype, **how)
 
     def read_by_heads(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The multi-token heads' input: the trunk's output, normed if `mtp_input` says so."""

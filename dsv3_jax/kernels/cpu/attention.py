@@ -70,3 +70,20 @@ def cached_attention_in_blocks(
     rows = max(BLOCK_ELEMENTS // (batch * groups * width), 1)
     block = max(1 << (rows.bit_length() - 1), 64)
     return partial(op.cached_attention, block=block)(q, stored, layer, last, **settings)
+
+
+def write_rows(stored: Stored, new: Stored, layer: Int[Array, ""], first: Int[Array, " B"]) -> Stored:
+    """Compute `ops.cached_attention.write_rows` sequence by sequence.
+
+    XLA's scatter on the CPU is a loop as well, of one row at a time.
+    """
+    zero = jnp.zeros((), jnp.int32)
+
+    def put_one(b, stored):
+        def one(old, new):
+            new = jax.lax.dynamic_slice_in_dim(new, b, 1, 0)[None]
+            return jax.lax.dynamic_update_slice(old, new, (layer, b, zero, first[b], zero))
+
+        return jax.tree.map(one, stored, new)
+
+    return jax.lax.fori_loop(0, first.shape[0], put_one, stored)

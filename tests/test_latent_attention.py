@@ -1,0 +1,49 @@
+"""Attention to a latent cache by our own kernels, run by Pallas' interpreters, against the op that they stand for."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.kernels.tpu.latent_attention import latent_attention as tpu_kernel
+from dsv3_jax.ops.cached_attention import Stored, cached_attention
+from dsv3_jax.ops.quantize import quantize_rows
+
+SHAPES = {  # sequences, tokens a step, heads, parts, width of a stored row, slots, rows of a block
+    "tiny": (3, 1, 4, (32, 16), 48, 96, 32),
+    "tiny, drafts": (3, 3, 4, (32, 16), 128, 80, 32),  # the last block ends beyond the cache
+    "V3": (2, 1, 16, (512, 64), 640, 320, 128),
+    "V3, drafts": (2, 2, 8, (512, 64), 576, 256, 128),
+}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int8, "float8": jnp.float8_e4m3fn}
+
+
+def make_cache(rng, shape, dtype):
+    """(queries, the cache of two layers with garbage in free slots, the last row that each query sees)."""
+    batch, tokens, heads, parts, width, capacity, _ = SHAPES[shape]
+    rows = rng.standard_normal((2, batch, 1, capacity, sum(parts))).astype(np.float32)
+    rows[..., : parts[0]] *= 2
+    lengths = rng.integers(1, capacity - tokens, batch)
+    lengths[0] = capacity - tokens
+    stored = Stored(jnp.asarray(rows).astype(dtype), None)
+    if jnp.dtype(dtype).itemsize == 1:
+        stored = Stored(*quantize_rows(jnp.asarray(rows), parts, dtype))
+    padded = jnp.pad(stored.rows, [(0, 0)] * 4 + [(0, width - sum(parts))])
+    q = jnp.asarray(rng.standard_normal((batch, 1, tokens * heads, sum(parts))), jnp.float32)
+    last = np.repeat(lengths[:, None] + np.arange(tokens), heads, axis=1).astype(np.int32)
+    return q, stored._replace(rows=padded), jnp.asarray(last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_tpu_kernel_equals_the_op(rng, shape, dtype):
+    """In float32: unit roundoff 6e-8, softmax weights that add up to 1, values of about 2, sums of 600 products."""
+    parts, block = SHAPES[shape][3], SHAPES[shape][6]
+    q, stored, last = make_cache(rng, shape, DTYPES[dtype])
+    layer, how = jnp.ones((), jnp.int32), dict(parts=parts, shared=True, scale=0.1)
+    got = jax.jit(partial(tpu_kernel, block=block, interpret=True, **how))(q, stored, layer, last)
+    want = cached_attention(q, stored, layer, last, **how)
+    assert got.shape == want.shape and got.dtype == want.dtype
+    np.testing.assert_allclose(got, want, atol=1e-5)
