@@ -23,11 +23,12 @@ from dsv3_jax.kernels.cpu import attention as cpu_attention
 from dsv3_jax.kernels.cpu import blocks, calls, library
 from dsv3_jax.kernels.cpu import experts as cpu_experts
 from dsv3_jax.kernels.cpu import products as cpu_products
-from dsv3_jax.ops import adamw, attention, cached_attention, cross_entropy, dispatch, expert_stack, products
+from dsv3_jax.ops import adamw, attention, cached_attention, cross_entropy, dispatch, embedding, expert_stack, products
 from dsv3_jax.ops.cached_attention import Stored
 from dsv3_jax.ops.expert_stack import Experts, ExpertStack
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+GPUS, ACCELERATORS = ("cuda", "rocm"), ("cuda", "rocm", "tpu")
 SMALL_BATCH = 64  # rows beyond which a CPU product costs more than reading its weight
 LARGE_WEIGHT = 1 << 18  # bytes of a weight below which XLA multiplies a single row faster, on two AVX2 cores
 LARGE_UPDATE = 1 << 16  # numbers of an array from which the C++ optimizer, on all threads, is faster than XLA
@@ -102,14 +103,19 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "close_experts": (_cpp(cpu_experts.close_stack), _xla(expert_stack.close_stack)),
     "decode_experts": (_cpp(cpu_experts.decode_experts), _xla(dispatch.decode_experts)),
     "product": (_cpp(cpu_products.product, fits=_few_rows), _xla(products.product)),
+    "exact_product": (_cpp(cpu_products.product, fits=_few_rows), _xla(products.exact_product)),
     "swiglu": (_cpp(cpu_products.swiglu, fits=_few_rows), _xla(products.swiglu)),
     "product_by_head": (_cpp(cpu_products.product_by_head, fits=_few_rows), _xla(products.product_by_head)),
-    "cross_entropy": (_xla(cross_entropy.chunked_cross_entropy),),
+    "cross_entropy": (
+        Implementation("by_memory", cross_entropy.cross_entropy_by_memory, ACCELERATORS),
+        _xla(cross_entropy.chunked_cross_entropy),
+    ),
+    "embedding": (Implementation("in_order", embedding.look_up_in_order, GPUS), _xla(embedding.look_up)),
     "optimizer": (_cpp(calls.adamw, fits=lambda p, *_: p.size >= LARGE_UPDATE), _xla(adamw.adamw_update)),
 }
 
 
-IN_FLOAT32 = ("optimizer",)  # ops on float32 arrays, whatever the compute dtype
+IN_FLOAT32 = ("embedding", "exact_product", "optimizer")  # ops on float32 arrays, whatever the compute dtype
 
 
 @dataclass(frozen=True)
@@ -264,9 +270,17 @@ class Kernels:
 
     # Products with a weight
 
+    def embedding(self, table: Float[Array, "W D"], tokens: Int[Array, "*n"]) -> Float[Array, "*n D"]:
+        """See `ops.embedding.look_up`."""
+        return self.pick("embedding", table, tokens).run(table, tokens)
+
     def product(self, x: Float[Array, "..."], w: Float[Array, "..."], axes: int = 1) -> Float[Array, "..."]:
         """See `ops.products.product`."""
         return self.pick("product", x, w, axes=axes).run(x, w, axes)
+
+    def exact_product(self, x: Float[Array, "n D"], w: Float[Array, "D N"]) -> Float[Array, "n N"]:
+        """See `ops.products.exact_product`."""
+        return self.pick("exact_product", x, w).run(x, w)
 
     def swiglu(
         self,

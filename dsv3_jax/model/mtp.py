@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -156,7 +157,7 @@ def make_heads(cfg: ModelConfig, execution: Execution, rngs: nnx.Rngs, kernels: 
 
 def smooth_l1(x: Float[Array, "*n D"], target: Float[Array, "*n D"]) -> Float[Array, "*n"]:
     """Mean over D of d²/2 where |d| < 1 and of |d| - 1/2 elsewhere, d = x - target; float32 (float64 stays)."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = np.promote_types(x.dtype, np.float32)
     d = jnp.abs(x.astype(wide) - target.astype(wide))
     return jnp.where(d < 1, 0.5 * d * d, d - 0.5).mean(-1)
 
