@@ -320,21 +320,24 @@ class Kernels:
 
     # Reports
 
-    def chosen(self, dtype: Any = "float32", devices: int = 1) -> dict[str, str]:
-        """The implementation of each op for large arrays of a dtype on so many devices, by name."""
-        names = {}
+    def chosen(self, dtype: Any = "float32", devices: int = 1, moments: str = "float32") -> dict[str, str]:
+        """The implementation of each op for large arrays of a dtype on so many devices, by name.
+
+        Args: moments: dtype of the optimizer's means.
+        """
+        names, fixed = {}, dict.fromkeys(IN_FLOAT32, "float32") | {"optimizer": moments}
         for op in TABLE:
-            float32 = op in IN_FLOAT32 or jnp.dtype(dtype) == jnp.float32
+            float32 = jnp.dtype(fixed.get(op, dtype)) == jnp.float32
             for row in self.target.rows(op):
                 if not self.why_not(row) and (row.name != "cpu" or (float32 and devices == 1)):
                     names[op] = row.name
                     break
         return names
 
-    def describe(self, dtype: Any = "float32", devices: int = 1) -> str:
+    def describe(self, dtype: Any = "float32", devices: int = 1, moments: str = "float32") -> str:
         """One line on what runs, and why others that were wanted do not."""
         by_name: dict[str, list[str]] = {}
-        for op, name in self.chosen(dtype, devices).items():
+        for op, name in self.chosen(dtype, devices, moments).items():
             by_name.setdefault(name, []).append(op)
         parts = [f"{name}: {', '.join(ops)}" for name, ops in by_name.items()]
         wanted = {row.name: row for op in TABLE for row in self.target.rows(op)}

@@ -20,7 +20,7 @@ from dsv3_jax.config import Execution, ModelConfig, MtpKind
 from dsv3_jax.kernels.choose import Kernels
 from dsv3_jax.model.blocks import DenseBlock, SparseBlock
 from dsv3_jax.model.context import Context
-from dsv3_jax.model.layers import RMSNorm, param
+from dsv3_jax.model.layers import RMSNorm, param, recompute
 from dsv3_jax.model.moe import Experts, LayerRouting
 
 
@@ -194,7 +194,7 @@ def run_heads(
     Args:
         embedding: embeds tokens as the trunk does.
         h: the trunk's output, as `mtp_input` has it.
-        remat: all but "none" recomputes each head in the backward pass.
+        remat: what the backward pass keeps of each head, see `layers.recompute`.
         unshard: as in `loop_layers`.
     Returns: (hidden states, head k's (from 0) [B, T-1-k, D]; routing of the heads that have experts).
     """
@@ -208,7 +208,7 @@ def run_heads(
             h, _, routing = unshard_head(nnx.merge(graphdef, state), unshard)(*args)
             return h, routing
 
-        return (plain if remat == "none" else jax.checkpoint(plain))(state, *args)
+        return recompute(plain, remat)(state, *args)
 
     hidden, routings = [], []
     for k, head in enumerate(heads, start=1):
