@@ -134,12 +134,15 @@ class Execution:
     """How a model is computed. It changes results by rounding only: a run may resume under another execution."""
 
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of activations; parameters are always float32
-    # what the backward pass recomputes to save memory: nothing, everything but matrix products, or whole layers
-    remat: Literal["none", "dots", "full"] = "none"
+    # what the backward pass keeps of a layer, most memory first: none recomputes nothing, dots keeps products and
+    # attention, attention keeps its results alone and so computes it once, full keeps nothing
+    remat: Literal["none", "dots", "attention", "full"] = "none"
     # which kernels compute: auto takes the fastest, xla those that XLA compiles; `dsv3 info PRESET --kernels` lists
     # other names. OP=NAME forces the kernel of one op; commas join several
     kernels: str = "auto"
     layout: Layout = field(default_factory=Layout)  # how the model is sharded over a mesh of devices
+    # XLA's flags for training on several GPUs or TPUs: auto sets those of kernels/xla_flags.py, none sets none
+    xla_flags: Literal["auto", "none"] = "auto"
 
     def __post_init__(self):
         _check_types(self)
@@ -362,6 +365,8 @@ class OptimConfig:
     beta2: float = 0.95  # decay of AdamW's mean of squared gradients
     eps: float = 1e-8  # epsilon of AdamW's division
     weight_decay: float = 0.1  # weight decay of matrices; the scales of norms have none
+    # dtype of AdamW's two means; bfloat16 halves their memory (DeepSeek-V3 report, section 3.3.2)
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
     clip_norm: float = 1.0  # largest norm of the whole gradient; a larger gradient is scaled down
     mtp_weight: float = 0.3  # weight of the multi-token loss (lambda)
     mtp_final_weight: float = 0.1  # weight of the multi-token loss once the decay begins
@@ -376,6 +381,11 @@ class OptimConfig:
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} is negative")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} is outside [0, 1)")
+            # A bfloat16 has 8 bits: a step of less than 2^-9 of a mean is rounded away, and a mean could not decay.
+            _require(
+                self.moments_dtype == "float32" or getattr(self, name) <= 0.99,
+                f"{name}={getattr(self, name)} is over 0.99, too slow for moments_dtype='bfloat16'; use 'float32'",
+            )
         _require(
             0 <= self.decay_start <= self.decay_end <= 1,
             f"decay_start={self.decay_start} and decay_end={self.decay_end} are not in order within [0, 1]",

@@ -105,7 +105,8 @@ def make_run(text: str, **changes) -> RunConfig:
 def fresh_state(run: RunConfig, step: int = 0) -> TrainState:
     """A new state in each call, since a step donates its state: parameters and signed biases by NumPy."""
     params, bias = nnx.split(random_model(run.model, execution=run.execution), nnx.Param, RouterBias)[1:]
-    return TrainState(params, bias, optim.init(split_trainable(run, params)[0]), jnp.asarray(step, jnp.int32))
+    opt = optim.init(split_trainable(run, params)[0], run.optim.moments_dtype)
+    return TrainState(params, bias, opt, jnp.asarray(step, jnp.int32))
 
 
 def packed_batch(rng: np.random.Generator, segment_ids: np.ndarray) -> dict[str, jax.Array]:

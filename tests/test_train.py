@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from runs import STEPS, assert_bitwise, cheap_compiles, finished, flags, rows_of, said_by, start, unhooked_cli
@@ -185,17 +186,80 @@ def test_killed_at_any_moment_it_ends_the_same(whole, root, tmp_path):
 def poisoned_at(step: int):
     """Make a compiled step that meets a parameter which is not finite after `step` steps."""
 
-    def make(run, kernels):
-        good = loop.make_step(run, kernels)
+    def make(*args):
+        good = loop.make_step(*args)
 
-        def poisoned(state, batch):
+        def poisoned(state, batch, *go):
             if int(state.step) == step:
                 state.params["head"] = state.params["head"].replace(state.params["head"][...].at[0, 0].set(np.inf))
-            return good(state, batch)
+            return good(state, batch, *go)
 
         return poisoned
 
     return make
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """Steps are started before the one before is looked at, as on an accelerator."""
+    monkeypatch.setattr(loop, "AHEAD", {})
+
+
+def test_steps_that_are_started_ahead_are_the_same_steps(whole, tmp_path, monkeypatch, ahead):
+    """Stopped and resumed, too. Up to three have started before a row is written, and the program is compiled once."""
+    folder, made, open_steps = tmp_path / "run", [], [0]
+
+    def make(*args):
+        made.append(loop.make_step(*args))
+
+        def step(state, batch, go):
+            open_steps.append(open_steps[-1] + 1)
+            return made[-1](state, batch, go)
+
+        return step
+
+    def write(metrics, row):
+        if "loss" in row:
+            open_steps.append(open_steps[-1] - 1)
+        loop.Rows.write(metrics, row)
+
+    monkeypatch.setattr(loop.Metrics, "write", write)
+    monkeypatch.setattr(loop, "_compiled_step", make)
+    loop.fit(whole.run, folder, stop_after=5, quiet=True)
+    assert open_steps[-1] == 0
+    loop.fit(whole.run, folder, quiet=True)
+    assert_same_run(whole.run, folder, whole)
+    assert (open_steps[-1], max(open_steps)) == (0, 3)
+    assert [step._cache_size() for step in made] == [1, 1]
+
+
+def test_nothing_goes_on_from_a_step_that_is_found_late_not_to_be_finite(whole, tmp_path, monkeypatch, ahead, capfd):
+    """Only step 8 is bad. Two more have started by the time it is looked at, and they change nothing."""
+    folder, steps = tmp_path / "run", []
+
+    def make(*args):
+        good = loop.make_step(*args)
+
+        def step(state, batch, go):
+            head = state.params["head"]
+            sound = np.asarray(head[...])
+            if len(steps) == 8:
+                state.params["head"] = head.replace(head[...].at[0, 0].set(np.inf))
+            state, metrics = good(state, batch, go)
+            state.params["head"] = head.replace(jax.numpy.asarray(sound) if len(steps) == 8 else state.params["head"][...])
+            steps.append(int(state.step))
+            return state, metrics
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_compiled_step", make)
+        assert main(["train", "tiny", "--out", str(folder), *flags(whole.run)]) == 2
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8]
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1 and "step 8 met" in said[0] and "last good checkpoint is step 8" in said[0]
+    assert loop.fit(whole.run, folder, quiet=True).resumed_from == 8
+    assert_same_run(whole.run, folder, whole)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(whole, tmp_path, monkeypatch, capfd):

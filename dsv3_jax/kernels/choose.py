@@ -36,6 +36,7 @@ from dsv3_jax.ops import (
     cached_attention,
     cross_entropy,
     dispatch,
+    embedding,
     expert_stack,
     grouped_product,
     products,
@@ -44,7 +45,7 @@ from dsv3_jax.ops.cached_attention import Stored
 from dsv3_jax.ops.expert_stack import Experts, ExpertStack
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-GPUS = ("cuda", "rocm")
+GPUS, ACCELERATORS = ("cuda", "rocm"), ("cuda", "rocm", "tpu")
 SMALL_BATCH = 64  # rows beyond which a CPU product costs more than reading its weight
 LARGE_WEIGHT = 1 << 18  # bytes of a weight below which XLA multiplies a single row faster, on two AVX2 cores
 ROWS_OF_AN_EXPERT = 4  # on average, up to which a GPU reads an expert's weights for each row by itself
@@ -230,14 +231,19 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _row_blocks(partial(dispatch.decode_by_products, product=grouped_product.ROW_BLOCKS)),
     ),
     "product": (_cpp(cpu_products.product, fits=_few_rows), _xla(products.product)),
+    "exact_product": (_cpp(cpu_products.product, fits=_few_rows), _xla(products.exact_product)),
     "swiglu": (_cpp(cpu_products.swiglu, fits=_few_rows), _xla(products.swiglu)),
     "product_by_head": (_cpp(cpu_products.product_by_head, fits=_few_rows), _xla(products.product_by_head)),
-    "cross_entropy": (_xla(cross_entropy.chunked_cross_entropy),),
+    "cross_entropy": (
+        Implementation("by_memory", cross_entropy.cross_entropy_by_memory, ACCELERATORS),
+        _xla(cross_entropy.chunked_cross_entropy),
+    ),
+    "embedding": (Implementation("in_order", embedding.look_up_in_order, GPUS), _xla(embedding.look_up)),
     "optimizer": (_cpp(calls.adamw, fits=lambda p, *_: p.size >= LARGE_UPDATE), _xla(adamw.adamw_update)),
 }
 
 
-IN_FLOAT32 = ("optimizer",)  # ops on float32 arrays, whatever the compute dtype
+IN_FLOAT32 = ("embedding", "exact_product", "optimizer")  # ops on float32 arrays, whatever the compute dtype
 
 
 @dataclass(frozen=True)
@@ -411,9 +417,17 @@ class Kernels:
 
     # Products with a weight
 
+    def embedding(self, table: Float[Array, "W D"], tokens: Int[Array, "*n"]) -> Float[Array, "*n D"]:
+        """See `ops.embedding.look_up`."""
+        return self.pick("embedding", table, tokens).run(table, tokens)
+
     def product(self, x: Float[Array, "..."], w: Float[Array, "..."], axes: int = 1) -> Float[Array, "..."]:
         """See `ops.products.product`."""
         return self.pick("product", x, w, axes=axes).run(x, w, axes)
+
+    def exact_product(self, x: Float[Array, "n D"], w: Float[Array, "D N"]) -> Float[Array, "n N"]:
+        """See `ops.products.exact_product`."""
+        return self.pick("exact_product", x, w).run(x, w)
 
     def swiglu(
         self,
@@ -453,11 +467,14 @@ class Kernels:
 
     # Reports
 
-    def chosen(self, dtype: Any = "float32", devices: int = 1) -> dict[str, str]:
-        """The implementation of each op for large arrays of a dtype on so many devices, by name."""
-        names = {}
+    def chosen(self, dtype: Any = "float32", devices: int = 1, moments: str = "float32") -> dict[str, str]:
+        """The implementation of each op for large arrays of a dtype on so many devices, by name.
+
+        Args: moments: dtype of the optimizer's means.
+        """
+        names, fixed = {}, dict.fromkeys(IN_FLOAT32, "float32") | {"optimizer": moments}
         for op in TABLE:
-            float32 = op in IN_FLOAT32 or jnp.dtype(dtype) == jnp.float32
+            float32 = jnp.dtype(fixed.get(op, dtype)) == jnp.float32
             for row in self.target.rows(op):
                 serves = row.only in ("", jnp.dtype(dtype).name) and (row.name != "cpu" or (float32 and devices == 1))
                 if serves and not self.why_not(row):
@@ -465,10 +482,10 @@ class Kernels:
                     break
         return names
 
-    def describe(self, dtype: Any = "float32", devices: int = 1) -> str:
+    def describe(self, dtype: Any = "float32", devices: int = 1, moments: str = "float32") -> str:
         """One line on what runs, and why others that were wanted do not."""
         by_name: dict[str, list[str]] = {}
-        for op, name in self.chosen(dtype, devices).items():
+        for op, name in self.chosen(dtype, devices, moments).items():
             by_name.setdefault(name, []).append(op)
         parts = [f"{name}: {', '.join(ops)}" for name, ops in by_name.items()]
         for op, name in self.chosen(dtype, devices).items():

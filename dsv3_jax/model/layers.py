@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dsv3_jax.kernels.choose import Kernels
+from dsv3_jax.ops.attention import RESULTS
 
 
 def param(
@@ -66,6 +67,23 @@ def unstack(stacked: nnx.Module | None) -> list[nnx.State]:
     return [jax.tree.map(lambda x, i=i: x[i], state) for i in range(count)]
 
 
+def recompute(f: Callable, remat: str) -> Callable:
+    """A function whose backward pass recomputes what `remat` does not keep.
+
+    "none" keeps every result; "dots" those of matrix products and of attention; "attention" those of attention, its
+    output and its rows' log-sums, so that its forward pass runs once; "full" only the arguments.
+    """
+    if remat == "none":
+        return f
+    policies = jax.checkpoint_policies
+    attention = policies.save_only_these_names(RESULTS)
+    if remat == "dots":
+        return jax.checkpoint(
+            f, policy=policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention)
+        )
+    return jax.checkpoint(f, policy=attention if remat == "attention" else None)
+
+
 def loop_layers(
     stacked: nnx.Module | None,
     body: Callable,
@@ -81,8 +99,7 @@ def loop_layers(
         stacked: what `stack` made; None has no layers.
         layers: each module's own arrays, from `unstack`: the loop is unrolled and slices nothing, and `index` is a
             Python number. None means a scan, whose compile time does not grow with depth.
-        remat: results saved for the backward pass: "none" all, "dots" those of matrix products, "full" the carry
-            alone.
+        remat: see `recompute`.
         unshard: gathers a layer's weights in its turn, see `mesh.sharding.unshard_weights`.
     Returns: (carry, ys stacked along a leading layer axis; None without layers, or unrolled).
     """
@@ -99,9 +116,6 @@ def loop_layers(
         layer, index = xs
         return body(nnx.merge(graphdef, unshard(layer)), carry, index)
 
-    if remat == "full":
-        step = jax.checkpoint(step)
-    elif remat == "dots":
-        step = jax.checkpoint(step, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    step = recompute(step, remat)
     count = jax.tree.leaves(state)[0].shape[0]
     return jax.lax.scan(step, carry, (state, jnp.arange(count, dtype=jnp.int32)))

@@ -143,7 +143,7 @@ class MoE(nnx.Module):
         """Choose each token's experts, [B, T, …]; logits and all that follows in float32, as the reference does."""
 
         def local(w_router, bias, x):
-            logits = self.kernels.product(x.reshape(-1, x.shape[-1]).astype(jnp.float32), w_router)
+            logits = self.kernels.exact_product(x.reshape(-1, x.shape[-1]).astype(jnp.float32), w_router)
             picked = routing.route(logits, bias, self.cfg)
             return (), jax.tree.map(lambda a: a.reshape(*x.shape[:2], -1), picked)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -19,7 +20,7 @@ from dsv3_jax.config import Execution, ModelConfig, MtpKind
 from dsv3_jax.kernels.choose import Kernels
 from dsv3_jax.model.blocks import DenseBlock, SparseBlock
 from dsv3_jax.model.context import Context
-from dsv3_jax.model.layers import RMSNorm, param
+from dsv3_jax.model.layers import RMSNorm, param, recompute
 from dsv3_jax.model.moe import Experts, LayerRouting
 
 
@@ -156,7 +157,7 @@ def make_heads(cfg: ModelConfig, execution: Execution, rngs: nnx.Rngs, kernels: 
 
 def smooth_l1(x: Float[Array, "*n D"], target: Float[Array, "*n D"]) -> Float[Array, "*n"]:
     """Mean over D of d²/2 where |d| < 1 and of |d| - 1/2 elsewhere, d = x - target; float32 (float64 stays)."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = np.promote_types(x.dtype, np.float32)
     d = jnp.abs(x.astype(wide) - target.astype(wide))
     return jnp.where(d < 1, 0.5 * d * d, d - 0.5).mean(-1)
 
@@ -193,7 +194,7 @@ def run_heads(
     Args:
         embedding: embeds tokens as the trunk does.
         h: the trunk's output, as `mtp_input` has it.
-        remat: all but "none" recomputes each head in the backward pass.
+        remat: what the backward pass keeps of each head, see `layers.recompute`.
         unshard: as in `loop_layers`.
     Returns: (hidden states, head k's (from 0) [B, T-1-k, D]; routing of the heads that have experts).
     """
@@ -207,7 +208,7 @@ def run_heads(
             h, _, routing = unshard_head(nnx.merge(graphdef, state), unshard)(*args)
             return h, routing
 
-        return (plain if remat == "none" else jax.checkpoint(plain))(state, *args)
+        return recompute(plain, remat)(state, *args)
 
     hidden, routings = [], []
     for k, head in enumerate(heads, start=1):

@@ -202,7 +202,7 @@ class Transformer(nnx.Module):
         table = self.unshard(self.embed)[...]
 
         def local(table, tokens):
-            return (), jnp.take(table, tokens, axis=0, mode="clip").astype(self.compute_dtype)
+            return (), self.kernels.embedding(table, tokens).astype(self.compute_dtype)
 
         return shard_map_over_batch(local, (table,), tokens)[1]
 

@@ -23,10 +23,11 @@ def load(expert_ids: Int[Array, "*n K"], num_experts: int, mask: Bool[Array, "*n
         Array([3., 2., 1., 0.], dtype=float32)
     """
     ids = expert_ids.reshape(-1)
-    ones = jnp.ones(ids.shape, jnp.float32)
+    ones = jnp.ones(ids.shape, jnp.int32)
     if mask is not None:
-        ones = jnp.broadcast_to(mask[..., None], expert_ids.shape).reshape(-1).astype(jnp.float32)
-    return jax.ops.segment_sum(ones, ids, num_segments=num_experts)
+        ones = jnp.broadcast_to(mask[..., None], expert_ids.shape).reshape(-1).astype(jnp.int32)
+    # Whole numbers: they are exact in any order of additions, and beyond 2^24, where adding 1 to a float32 ends.
+    return jax.ops.segment_sum(ones, ids, num_segments=num_experts).astype(jnp.float32)
 
 
 def bias_update(bias: Float[Array, "*l E"], load: Float[Array, "*l E"], rate: float | Array) -> Float[Array, "*l E"]:
@@ -72,8 +73,9 @@ def sequence_loss(scores: Float[Array, "B T E"], k: int, mask: Bool[Array, "B T"
     length = jnp.maximum(weight.sum(-1), 1)[:, None]  # [B, 1]
     chosen = jax.lax.top_k(jax.lax.stop_gradient(scores), k)[1]
     rows = jnp.arange(scores.shape[0])[:, None, None]
-    counts = jnp.zeros((scores.shape[0], num_experts), scores.dtype).at[rows, chosen].add(weight[..., None])
-    f = counts * num_experts / (k * length)
+    counts = jnp.zeros((scores.shape[0], num_experts), jnp.int32)
+    counts = counts.at[rows, chosen].add(weight[..., None].astype(jnp.int32))  # as in `load`
+    f = counts.astype(scores.dtype) * num_experts / (k * length)
     shares = scores / (scores.sum(-1, keepdims=True) + 1e-20)
     p = (shares * weight[..., None]).sum(1) / length
     return (f * p).sum(-1)

@@ -41,6 +41,21 @@ def chunked_cross_entropy(
     return total, jax.lax.stop_gradient(correct)
 
 
+LOGITS_BYTES = 1 << 32  # of a chunk in `cross_entropy_by_memory`
+
+
+def cross_entropy_by_memory(
+    h: Float[Array, "n D"], w: Float[Array, "D W"], targets: Int[Array, " n"], mask: Bool[Array, " n"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Compute `chunked_cross_entropy` in chunks as large as LOGITS_BYTES of logits allow.
+
+    Each chunk reads and writes the head's complete gradient in float32. An accelerator has memory for few, large
+    chunks; with a single one there is no loop.
+    """
+    chunk = max(1, LOGITS_BYTES // (_wide(h.dtype).itemsize * w.shape[1]))
+    return chunked_cross_entropy(h, w, targets, mask, chunk=chunk)
+
+
 def token_scores(
     h: Float[Array, "n D"], w: Float[Array, "D W"], targets: Int[Array, " n"], *, chunk: int = 1024
 ) -> tuple[Float[Array, " n"], Int[Array, " n"]]:

@@ -61,7 +61,7 @@ def sigmoid(
     scores = jax.nn.sigmoid(logits)
     choice = jax.lax.stop_gradient(scores + bias.astype(scores.dtype)[None])
     expert_ids = _choose(choice, k, groups, groups_kept, group_score)
-    gates = jnp.take_along_axis(scores, expert_ids, axis=-1)
+    gates = _pick(scores, expert_ids)
     if normalize:
         # The division is done in log space. A quotient's gradient squares the sum, and 1e-20 squared is 0 in float32.
         # So a quotient's gradient would be NaN if all sigmoids underflow.
@@ -101,7 +101,7 @@ def softmax(
     """
     scores = jax.nn.softmax(logits, axis=-1)
     expert_ids = _choose(jax.lax.stop_gradient(scores), k, groups, groups_kept, group_score)
-    gates = jnp.take_along_axis(scores, expert_ids, axis=-1)
+    gates = _pick(scores, expert_ids)
     if normalize:
         gates = gates / (gates.sum(-1, keepdims=True) + 1e-20)
     return Routing(expert_ids, gates * scale, scores)
@@ -123,8 +123,8 @@ def topk(logits: Float[Array, "n E"], *, k: int) -> Routing:
     Source: arXiv 1701.06538.
     Departs from the paper: there is no noise.
     """
-    kept, expert_ids = jax.lax.top_k(logits, k)
-    return Routing(expert_ids.astype(jnp.int32), jax.nn.softmax(kept, axis=-1), jax.nn.softmax(logits, axis=-1))
+    expert_ids = jax.lax.top_k(jax.lax.stop_gradient(logits), k)[1].astype(jnp.int32)
+    return Routing(expert_ids, jax.nn.softmax(_pick(logits, expert_ids), axis=-1), jax.nn.softmax(logits, axis=-1))
 
 
 def dense(logits: Float[Array, "n E"]) -> Routing:
@@ -136,6 +136,13 @@ def dense(logits: Float[Array, "n E"]) -> Routing:
     n, num_experts = logits.shape
     gates = jax.nn.softmax(logits, axis=-1)
     return Routing(jnp.broadcast_to(jnp.arange(num_experts, dtype=jnp.int32), (n, num_experts)), gates, gates)
+
+
+def _pick(scores: Float[Array, "n E"], expert_ids: Int[Array, "n K"]) -> Float[Array, "n K"]:
+    """Return each token's scores of its experts."""
+    rows = jnp.arange(scores.shape[0], dtype=jnp.int32)[:, None]
+    # A token's experts are distinct. With that said, the gradient's scatter needs no atomic adds on a GPU.
+    return scores.at[rows, expert_ids].get(unique_indices=True, mode="promise_in_bounds")
 
 
 def _choose(choice: Float[Array, "n E"], k: int, groups: int, groups_kept: int, group_score: str) -> Int[Array, "n K"]:

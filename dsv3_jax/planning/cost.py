@@ -252,9 +252,10 @@ def _train_flops(cfg: ModelConfig, execution: Execution, length: int) -> float:
     counted = size(cfg, length)
     scores = counted.attention_flops / 2  # a token sees half of the sequence on average
     total = train_flops_per_token(cfg) + 3 * scores
-    if execution.remat == "full":
+    if execution.remat in ("attention", "full"):
         head = cfg.vocab_size * cfg.dim
-        total += 2 * (counted.active + counted.mtp_active - head * (1 + cfg.mtp_depth)) + scores
+        total += 2 * (counted.active + counted.mtp_active - head * (1 + cfg.mtp_depth))
+        total += scores if execution.remat == "full" else 0
     return total
 
 

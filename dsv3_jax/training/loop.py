@@ -15,12 +15,15 @@ and training.png. A start takes these steps:
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -42,8 +45,10 @@ from dsv3_jax.training import warm_start
 from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.evaluate import evaluate
 from dsv3_jax.training.prepare import chosen, describe, prepare
-from dsv3_jax.training.step import first_bad_tensor, make_step, model_of
+from dsv3_jax.training.step import Batch, first_bad_tensor, make_step, model_of
 
+AHEAD = {"cpu": 0}  # steps started before the oldest one is looked at; a CPU's cores have no time for the host meanwhile
+AHEAD_ELSEWHERE = 2
 _compiled_step = lru_cache(maxsize=4)(make_step)  # a run resumed in one process compiles once
 
 
@@ -125,32 +130,50 @@ def fit(
         after, read_only = resumed_from or 0, not processes.is_first()
         metrics = Metrics(out, after, read_only=read_only)
         loads = Rows(out / LOAD_FILE, after, read_only=read_only)
-        step_fn = _compiled_step(run, ready.kernels)
-        speed, kernels = _Speed(run, ready.peak), {"kernels": chosen(ready.kernels, run, mesh)}
+        step_fn = _compiled_step(run, ready.kernels, ready.options)
+        speed, first_row = _Speed(run, ready.peak), {"kernels": chosen(ready.kernels, run, mesh)}
+        started, ahead = deque[_Started](), AHEAD.get(ready.kernels.target.platform, AHEAD_ELSEWHERE)
+        alone = jax.process_count() == 1
+        # Whether a step may change the state; made of the state, to be on its devices as the steps' own flags are.
+        go = (state.step >= 0,) if ahead else ()
+
+        def settle() -> None:
+            """Wait for the oldest step that was started, check it and write its row."""
+            done = started.popleft()
+            if not bool(done.metrics["finite"]):
+                # The steps after it changed nothing: the state is still the one that it met.
+                bad = first_bad_tensor(run, state, done.batch)
+                raise NonFiniteLoss(
+                    f"step {done.step - 1} met a loss or gradient that is not finite; first bad tensor: {bad}; the "
+                    f"last good checkpoint is step {checkpoints.latest} in {checkpoints.folder}"
+                )
+            if done.logged:
+                fetched = processes.fetch(done.metrics, mesh)
+                row = _row(done.step, fetched, run) | speed.since_last(done.step) | first_row
+                metrics.write(row)
+                first_row.clear()  # in the first row of each start
+                if fetched["load"].size and done.step % _load_every(run) == 0:
+                    loads.write({"step": done.step, "load": np.asarray(fetched["load"]).astype(int).tolist()})
+                progress.update(done.step, row)
+
         if step < run.steps:
             progress.say("compiling the training step" + (" …" if step == 0 else " (again) …"))
         while step < run.steps:
             batch = next(batches)
             arrays = {k: batch[k] for k in ("tokens", "segment_ids", "positions")}
             arrays = processes.put(arrays, mesh, run.data.batch_size, ready.rows)
-            state, step_metrics = step_fn(state, arrays)
-            if not bool(step_metrics["finite"]):
-                bad = first_bad_tensor(run, state, arrays)
-                raise NonFiniteLoss(
-                    f"step {step} met a loss or gradient that is not finite; first bad tensor: {bad}; the last good "
-                    f"checkpoint is step {checkpoints.latest} in {checkpoints.folder}"
-                )
+            state, step_metrics = step_fn(state, arrays, *go)
+            go = (step_metrics["finite"],) if ahead else ()
             step += 1
-            stopping = processes.any_of(asked.is_set()) or step == stop_after
+            stopping = step == stop_after
+            if ahead == 0 or alone or step % run.log_every == 0:  # several processes wait for the step when they ask
+                stopping |= processes.any_of(asked.is_set())
             last = step == run.steps
-            if step % run.log_every == 0 or last or stopping or step == 1:
-                fetched = processes.fetch(step_metrics, mesh)
-                row = _row(step, fetched, run) | speed.since_last(step) | kernels
-                metrics.write(row)
-                kernels = {}  # in the first row of each start
-                if fetched["load"].size and step % _load_every(run) == 0:
-                    loads.write({"step": step, "load": np.asarray(fetched["load"]).astype(int).tolist()})
-                progress.update(step, row)
+            logged = step % run.log_every == 0 or last or stopping or step == 1
+            started.append(_Started(step, arrays, step_metrics, logged))
+            complete = last or stopping or step % run.eval_every == 0 or step % run.save_every == 0
+            while len(started) > (0 if complete else ahead):
+                settle()
             if step % run.eval_every == 0 or last:
                 with speed.paused():
                     model = model_of(run, state, ready.kernels)
@@ -174,6 +197,15 @@ def fit(
         metrics.close()
         progress.show_result(evaluation, order2, out)
     return FitResult(step, True, resumed_from, evaluation, order2)
+
+
+class _Started(NamedTuple):
+    """A step that was started, and may still run."""
+
+    step: int  # steps taken with it
+    batch: Batch
+    metrics: dict
+    logged: bool
 
 
 LOAD_ROWS = 1000  # about so many steps of a run log their load: a large model's is tens of kilobytes

@@ -39,9 +39,13 @@ class AdamState(NamedTuple):
     nu: nnx.State
 
 
-def init(params: nnx.State) -> AdamState:
-    """Means of 0."""
-    return AdamState(jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params))
+def init(params: nnx.State, dtype: str = "float32") -> AdamState:
+    """Means of 0. Args: dtype: as `OptimConfig.moments_dtype`."""
+
+    def zeros() -> nnx.State:
+        return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
+
+    return AdamState(zeros(), zeros())
 
 
 def adamw(

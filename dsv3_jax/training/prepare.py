@@ -15,7 +15,7 @@ from dsv3_jax.data import tokenizer
 from dsv3_jax.data.batches import Batch, TrainBatches, check_vocab, train_batches, val_batches
 from dsv3_jax.data.corpus import Corpus, load_corpus
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.kernels import choose
+from dsv3_jax.kernels import choose, xla_flags
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.counting import size, train_flops_per_token
 from dsv3_jax.report.speed import gemm_flops
@@ -38,6 +38,7 @@ class Prepared:
     held_out: list[Batch]
     rows: np.ndarray | None  # of the global batch that this process holds; None: all
     peak: float  # FLOP/s of a GEMM on the run's devices
+    options: xla_flags.Options  # of the training step's compilation
 
 
 def prepare(run: RunConfig, out: Path, mesh: Mesh | None, stop_after: int | None) -> Prepared:
@@ -53,6 +54,12 @@ def prepare(run: RunConfig, out: Path, mesh: Mesh | None, stop_after: int | None
     if mesh is not None:
         sharding.check(mesh, run)
         processes.check_layout(run.execution.layout)
+    forced = kernels.target.forced("optimizer")
+    if run.optim.moments_dtype != "float32" and forced is not None and forced.name == "cpu":
+        raise ConfigError(
+            f"kernels={run.execution.kernels!r} is for float32 means, not moments_dtype={run.optim.moments_dtype!r}; "
+            "use 'auto' or 'xla'"
+        )
     if kernels.target.platform == "cpu":
         processes.by_each(lambda: check_memory(run, jax.process_count()))
     own = out / TOKENIZER_FILE  # of a run that has begun: the file it was made from may be gone
@@ -77,11 +84,12 @@ def prepare(run: RunConfig, out: Path, mesh: Mesh | None, stop_after: int | None
         val_batches(corpus, words, run.data, run.eval_batches),
         rows,
         _peak(run, mesh, kernels),
+        _options(run, mesh, kernels),
     )
 
 
 def check_memory(run: RunConfig, hosts: int = 1) -> None:
-    """Check that this host's memory can hold its part of parameters, gradients and optimizer state, all float32.
+    """Check that this host's memory can hold its part of parameters and gradients, in float32, and optimizer state.
 
     Without the check, the system ends this process, and maybe others, when memory runs out.
 
@@ -89,7 +97,8 @@ def check_memory(run: RunConfig, hosts: int = 1) -> None:
     """
     count = size(run.model)
     trained = count.mtp if run.trunk is not None else count.total + count.mtp
-    needed = 4 * (count.total + count.mtp + 3 * trained) / hosts
+    moments = np.dtype("float32").itemsize if run.optim.moments_dtype == "float32" else 2
+    needed = (4 * (count.total + count.mtp + trained) + 2 * moments * trained) / hosts
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
     if needed > memory:
         raise ConfigError(
@@ -105,14 +114,23 @@ def _claim(out: Path, run: RunConfig, kernels: dict[str, str]) -> None:
 
 def chosen(kernels: choose.Kernels, run: RunConfig, mesh: Mesh | None) -> dict[str, str]:
     """The implementation of each op that a run uses."""
-    return kernels.chosen(run.execution.compute_dtype, 1 if mesh is None else mesh.size)
+    return kernels.chosen(run.execution.compute_dtype, _devices(mesh), run.optim.moments_dtype)
+
+
+def _devices(mesh: Mesh | None) -> int:
+    return 1 if mesh is None else mesh.size
+
+
+def _options(run: RunConfig, mesh: Mesh | None, kernels: choose.Kernels) -> xla_flags.Options:
+    return xla_flags.known(xla_flags.training_options(kernels.target.platform, run.execution, _devices(mesh)))
 
 
 def describe(found: Prepared, step: int, mesh: Mesh | None) -> list[str]:
     """Lines to print before training: the text, the kernels, and how long it may take."""
     run = found.run
     lines = [_describe_text(found.corpus)]
-    lines.append(found.kernels.describe(run.execution.compute_dtype, 1 if mesh is None else mesh.size))
+    lines.append(found.kernels.describe(run.execution.compute_dtype, _devices(mesh), run.optim.moments_dtype))
+    lines.append(xla_flags.describe(found.options))
     if step < run.steps:
         tokens = run.data.batch_size * run.data.seq_len
         flops = train_flops_per_token(run.model, frozen_trunk=run.trunk is not None) * tokens * (run.steps - step)

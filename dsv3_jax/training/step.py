@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.config import Execution, ModelConfig, RunConfig
 from dsv3_jax.kernels.choose import Kernels, Target, platform_of, prepare
+from dsv3_jax.kernels.xla_flags import Options
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.mtp import HEADS, Head
@@ -41,7 +42,7 @@ class TrainState:
 
 XLA = Kernels(Target("cpu", "xla"))  # for structures that compute nothing
 Batch = dict[str, Array]
-Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+Step = Callable[..., tuple[TrainState, dict[str, Array]]]
 
 
 def graph_of(cfg: ModelConfig, execution: Execution | None = None, kernels: Kernels | None = None) -> nnx.GraphDef:
@@ -82,7 +83,8 @@ def _initialiser(run: RunConfig) -> Callable[[Array], TrainState]:
     def make(key: Array) -> TrainState:
         model = Transformer(run.model, rngs=nnx.Rngs(key), kernels=XLA)
         params, bias = nnx.state(model, nnx.Param), nnx.state(model, RouterBias)
-        return TrainState(params, bias, optim.init(split_trainable(run, params)[0]), jnp.zeros((), jnp.int32))
+        opt = optim.init(split_trainable(run, params)[0], run.optim.moments_dtype)
+        return TrainState(params, bias, opt, jnp.zeros((), jnp.int32))
 
     return make
 
@@ -103,15 +105,18 @@ def model_of(run: RunConfig, state: TrainState, kernels: Kernels | None = None) 
     return nnx.merge(graph_of(run.model, run.execution, kernels), state.params, state.bias)
 
 
-def make_step(run: RunConfig, kernels: Kernels | None = None) -> Step:
-    """Make the compiled step of a run; the state it is given is donated.
+def make_step(run: RunConfig, kernels: Kernels | None = None, options: Options = ()) -> Step:
+    """Make the compiled step of a run, `step(state, batch, go=True)`; the state it is given is donated.
 
     The gradient of a batch split in microbatches is that of the complete batch: sums are divided by the complete
     batch's target counts. Balance losses are divided by the number of parts, so the batch-wise Switch loss is a mean
     over microbatches. The bias is updated once, after the optimizer, by the load of the complete batch. If the loss or
-    a gradient is not finite, the state does not change, and `finite` in the metrics is False.
+    a gradient is not finite, or `go` is False, the state does not change, and `finite` in the metrics is False. With the
+    last step's `finite` as `go`, steps can be started before anyone has looked at it, and none goes on from a bad one.
 
-    Args: kernels: from `kernels.choose.prepare`. None chooses those of the default device.
+    Args:
+        kernels: from `kernels.choose.prepare`. None chooses those of the default device.
+        options: of the compiler, see `kernels.xla_flags`.
     """
     kernels = kernels or prepare(run.execution)
     graph, parts = graph_of(run.model, run.execution, kernels), run.optim.microbatches
@@ -138,13 +143,15 @@ def make_step(run: RunConfig, kernels: Kernels | None = None) -> Step:
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(add, zeros, split)[0]
 
-    @partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, batch: Batch):
+    @partial(jax.jit, donate_argnums=0, compiler_options=dict(options) or None)
+    def step(state: TrainState, batch: Batch, go: Array | bool = True):
         weight = optim.mtp_weight(run.optim, run.steps, state.step)
         trained, frozen = split_trainable(run, state.params)
         grads, out = gradients(trained, frozen, state.bias, batch, weight)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(out.total) & jnp.isfinite(norm)
+        if go is not True:
+            finite &= go
         params, opt = optim.adamw(run.optim, run.steps, state.step, trained, state.opt, grads, norm, finite, kernels)
         rate = jnp.where(finite, optim.bias_rate(run.optim, _bias_rate(run.model), run.steps, state.step), 0.0)
         updated, fixed = split_trainable(run, state.bias)

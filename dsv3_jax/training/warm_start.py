@@ -7,6 +7,7 @@ no parameters may differ: context length and YaRN, load balancing.
 The other run may be a converted one. Its folder is read once, at the start: the new run then depends on it no more.
 """
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -82,7 +83,8 @@ def begin(run: RunConfig, tokenizer: Tokenizer, mesh: Mesh | None = None) -> tup
     if run.start is not None:
         found = _last_state(run.start, _fitting(run, tokenizer), run, mesh)
         where = sharding.state_sharding(abstract_state(run), mesh, fsdp=run.execution.layout.fsdp)
-        opt = jax.jit(optim.init, out_shardings=where.opt)(found.params)
+        init = partial(optim.init, dtype=run.optim.moments_dtype)
+        opt = jax.jit(init, out_shardings=where.opt)(found.params)
         step = jax.device_put(jnp.zeros((), jnp.int32), where.step)
         state = TrainState(found.params, found.bias, opt, step)
         return state, f"the weights are those of step {int(found.step)} in {run.start}"

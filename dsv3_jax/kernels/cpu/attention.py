@@ -4,11 +4,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels.cpu import calls
 from dsv3_jax.ops import cached_attention as op
-from dsv3_jax.ops.attention import repeat_heads, scaled
+from dsv3_jax.ops.attention import RESULTS, repeat_heads, scaled
 from dsv3_jax.ops.cached_attention import Stored
 
 BLOCK_ELEMENTS = 1 << 16  # numbers of the cache visited at a time: 256 KB, measured best on two AVX-512 cores
@@ -35,7 +36,7 @@ def _attend(q, k, v, segment_ids):
 
 
 def _attend_fwd(q, k, v, segment_ids):
-    out, lse = calls.causal_attention(q, k, v, segment_ids)
+    out, lse = checkpoint_name(calls.causal_attention(q, k, v, segment_ids), RESULTS)
     return out, (q, k, v, segment_ids, out, lse)
 
 

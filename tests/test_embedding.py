@@ -1,0 +1,28 @@
+"""Rows of the embedding table, and the gradient that adds them in one order."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.ops import embedding
+
+
+def gradient(look_up, table, tokens, d_rows):
+    return jax.jit(lambda *a: jax.vjp(lambda t: look_up(t, a[1]), a[0])[1](a[2])[0])(table, tokens, d_rows)
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (1, 1), (64, 5)], ids=str)
+def test_rows_and_gradient_are_those_of_a_sum_by_token(x64, rng, shape):
+    """Tokens that occur often, once and never; ids out of range are clipped, as in `look_up`."""
+    table = rng.standard_normal((11, 4))
+    tokens = rng.integers(0, 7, shape)
+    tokens.flat[0], tokens.flat[-1] = 10, 12
+    d_rows = rng.standard_normal((*shape, 4))
+    want = np.zeros_like(table)
+    for token, row in zip(np.minimum(tokens, 10).ravel(), d_rows.reshape(-1, 4), strict=True):
+        want[token] += row
+    args = jnp.asarray(table), jnp.asarray(tokens, jnp.int32), jnp.asarray(d_rows)
+    for look_up in (embedding.look_up, embedding.look_up_in_order):
+        np.testing.assert_array_equal(look_up(*args[:2]), table[np.minimum(tokens, 10)])
+        np.testing.assert_allclose(gradient(look_up, *args), want, atol=1e-13)  # at most 320 rows of a token

@@ -1,0 +1,66 @@
+"""What the backward pass recomputes: the same gradient under every policy, and attention's forward pass once."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from models import random_model, small, tokens_of
+from runs import make_run
+
+from dsv3_jax.config import Execution
+from dsv3_jax.kernels.choose import prepare
+from dsv3_jax.kernels.cpu import library
+from dsv3_jax.training.loss import compute_loss
+from dsv3_jax.training.step import abstract_state, make_step
+
+CFG = small(num_layers=3, num_dense_layers=1, mtp_depth=1)
+BLOCKS = 3  # a scan over dense layers, one over sparse layers, and a head: each calls attention once
+POLICIES = ("none", "dots", "attention", "full")
+
+
+def gradient(remat: str):
+    execution = Execution(remat=remat, kernels="xla,grouped_swiglu=dense")
+    graph, state = nnx.split(random_model(CFG, execution=execution))
+    tokens = tokens_of(CFG, 2, 12)
+    batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": jnp.arange(12)[None] + 0 * tokens}
+    return jax.jit(jax.grad(lambda state: compute_loss(nnx.merge(graph, state), batch, 0.3).total, allow_int=True))(state)
+
+
+def test_the_gradient_is_the_same():
+    wanted = jax.tree.leaves(gradient("none"))
+    for remat in POLICIES[1:]:
+        for got, want in zip(jax.tree.leaves(gradient(remat)), wanted, strict=True):
+            # the same operations, which XLA may fuse in another way
+            np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * max(float(jnp.abs(want).max()), 1e-9))
+
+
+def step_text(remat: str, platform: str, kernels: str) -> str:
+    execution = Execution(remat=remat, kernels=kernels)
+    run = make_run("nowhere", model=CFG, execution=execution)
+    batch = {name: jax.ShapeDtypeStruct((2, 16), jnp.int32) for name in ("tokens", "segment_ids", "positions")}
+    traced = make_step(run, prepare(execution, platform=platform)).trace(abstract_state(run), batch)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(("remat", "passes"), zip(POLICIES, (1, 1, 1, 2), strict=True))
+def test_attention_runs_forward_once_unless_everything_is_recomputed(remat, passes):
+    """Counted in the program for CPUs, where attention is a call."""
+    if why := library.why_not():
+        pytest.skip(why)
+    text = step_text(remat, "cpu", "auto,grouped_swiglu=dense")
+    assert text.count("@dsv3_causal_attention_gradients(") == BLOCKS
+    assert text.count("@dsv3_causal_attention(") == passes * BLOCKS
+
+
+@pytest.mark.parametrize(("remat", "passes"), zip(POLICIES, (1, 1, 1, 2), strict=True))
+def test_so_it_does_in_plain_xla(remat, passes):
+    """Counted by the exponential of its blocks' rescaling, which the backward pass does not have."""
+    execution = Execution(remat=remat, kernels="xla,grouped_swiglu=dense")
+    run = make_run("nowhere", model=replace(CFG, mtp_depth=0), execution=execution)
+    batch = {name: jax.ShapeDtypeStruct((2, 16), jnp.int32) for name in ("tokens", "segment_ids", "positions")}
+    jaxpr = str(make_step(run, prepare(execution, platform="cuda")).trace(abstract_state(run), batch).jaxpr)
+    rows = f"f32[2,{CFG.num_heads},16]"
+    assert sum(f":{rows} = exp" in line.replace(" ", "", 1) or f"{rows} = exp " in line for line in jaxpr.splitlines()) == 2 * passes
