@@ -15,8 +15,9 @@ from dsv3_jax.planning import cost as costs
 from dsv3_jax.planning import devices
 from dsv3_jax.planning.cost import Cost, decode_cost, train_cost
 from dsv3_jax.planning.devices import DEVICES, parse_bytes
-from dsv3_jax.planning.hlo import Collective, Traffic
 from dsv3_jax.planning.plan import PlanOptions, describe, plan
+from dsv3_jax.planning.program import Launch, Program
+from dsv3_jax.planning.traffic import Collective, Traffic
 from dsv3_jax.presets import recipe
 from dsv3_jax.report.units import format_bytes, format_seconds
 
@@ -196,6 +197,10 @@ def test_a_training_step_is_described(trained):
         (dict(context=65), "context=65 is not between 1 and the model's max_positions=64"),
         (dict(memory="80"), "memory='80'"),
         (dict(target="tpu:v5p"), "target='tpu:v5p'"),
+        (dict(target="tpu:v5p:2x"), "target='tpu:v5p:2x' is not of the form"),
+        (dict(target="gpu:h100:0"), "target='gpu:h100:0' is not of the form"),
+        (dict(target="gpu:b200"), "target='gpu:b200': 'b200' is not one of h100"),
+        (dict(target="tpu:h100:2x2"), "'h100' is not one of v5p, v5e, v6e"),
         (dict(seq_len=65), "seq_len=65 is more than the model's max_positions=64"),
     ],
     ids=lambda value: "" if isinstance(value, str) else ",".join(value),
@@ -206,15 +211,88 @@ def test_invalid_options_are_rejected_before_compiling(changes, sentence, capsys
     assert capsys.readouterr().out == ""
 
 
-def test_a_target_needs_its_compiler(monkeypatch):
-    def missing(**_):
-        raise RuntimeError("JAX TPU support not installed")
+ONE = {"data": 1, "expert": 1, "tensor": 1}
 
+
+def test_a_target_needs_its_compiler(monkeypatch):
     from jax.experimental import topologies
 
+    def missing(**_):
+        raise NotImplementedError("topology not implemented for cuda")
+
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
-    with pytest.raises(ConfigError, match="target='tpu:v5p:2x2x1' .* pip install .* TPU support not installed"):
-        devices.tpu_mesh("tpu:v5p:2x2x1", {"data": 4, "expert": 1, "tensor": 1})
+    with pytest.raises(ConfigError, match="'gpu:h100' needs JAX's CUDA plugin .* pip install .*plan-gpu.* for cuda"):
+        devices.target_mesh("gpu:h100", ONE)
+    with pytest.raises(ConfigError, match="target='tpu:v5p:2x2x1' needs libtpu .* pip install .*plan-tpu"):
+        devices.target_mesh("tpu:v5p:2x2x1", ONE)
+
+
+def test_a_second_process_on_libtpu_is_told_so(monkeypatch):
+    from jax.experimental import topologies
+
+    def locked(**_):
+        raise RuntimeError("ABORTED: Internal error when accessing libtpu multi-process lockfile. Run rm …")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", locked)
+    with pytest.raises(ConfigError, match="another process uses libtpu; .*ALLOW_MULTIPLE_LIBTPU_LOAD=1"):
+        devices.target_mesh("tpu:v6e:2x2", ONE)
+
+
+def fake_topology(monkeypatch, count):
+    from jax.experimental import topologies
+
+    class Topology:
+        devices = jax.devices()[:count]
+
+    asked = []
+    monkeypatch.setattr(topologies, "get_topology_desc", lambda **options: asked.append(options) or Topology)
+    return asked
+
+
+def test_a_mesh_takes_the_first_devices_of_its_target(monkeypatch):
+    asked = fake_topology(monkeypatch, 4)
+    assert devices.target_mesh("tpu:v6e:2x2", ONE).devices.flat[0] == jax.devices()[0]
+    assert asked[-1] == {"platform": "tpu", "topology_name": "v6e:2x2"}
+    mesh = devices.target_mesh("gpu:h100:4", {"data": 2, "expert": 2, "tensor": 1})
+    assert mesh.shape == {"data": 2, "expert": 2, "tensor": 1} and asked[-1]["topology"] == "1x1x4"
+    with pytest.raises(ConfigError, match="mesh=data=8 needs 8 devices, but target='gpu:h100:4' has 4"):
+        devices.target_mesh("gpu:h100:4", {"data": 8})
+
+
+def test_more_gpus_than_a_node_has_are_several_nodes(monkeypatch):
+    asked = fake_topology(monkeypatch, 8)
+    devices.target_mesh("gpu:h100:16", ONE)
+    assert asked[-1]["topology"] == "1x2x8"
+
+
+def launch(**changes) -> Launch:
+    one = Launch("fusion.1", "fusion", "jit(step)/while/body/mul", 3, True, 0.0, 0.0, 0.0, 0, 0.0, False, True)
+    return replace(one, **changes)
+
+
+PROGRAM = Program(
+    (
+        launch(kind="ragged_dot", flops=989e9, is_kernel=True),  # 3 ms
+        launch(nbytes=3.35e9, moved=2e9, runs=2),  # 2 ms
+        launch(kind="mystery", runs=1, is_kernel=True, is_estimated=False),
+    ),
+    ("jit(step)/closed_call/while",),
+)
+
+
+def test_a_program_is_described():
+    lines = dict(describe(example_cost(flops=2 * 2.967e12, compiled=PROGRAM), 16, 1, None, DEVICES["h100"]))
+    assert lines["  the program computes"].startswith("2.967TFLOP of products and kernels, 0.5 × the formula")
+    assert lines["  the program computes"].endswith("unknown, and counted as 0: mystery × 1")
+    assert lines["  launches"] == "6 in a step" and lines["  kernels"] == "ragged_dot × 3, mystery × 1"
+    assert lines["  loops of unknown length"] == "1, each counted once: jit(step)/closed_call/while"
+    assert lines["  copies"] == "2 × 2 GB: mul"
+    assert lines["  the program's roofline"] == "5 ms, mostly FLOPs: 3 ms bound by FLOPs, 2 ms by memory"
+
+
+def test_a_tpus_roofline_is_in_cycles():
+    compute, memory = Program((launch(cycles=1_750_000, flops=1e9),), ()).roofline(DEVICES["v5p"])
+    assert compute == pytest.approx(3e-3) and memory == 0
 
 
 def test_units_are_read_and_written():

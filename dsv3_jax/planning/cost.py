@@ -4,14 +4,15 @@ Lowers and compiles the training step and the decoding step from shapes; no weig
 
     persistent    exact: the shards of parameters, optimizer state and cache
     FLOPs         by formula: 2 a parameter and token forward, 4 backward, and the scores of attention
+    compiled      for a target: the work, the launches, the kernels and the copies of its program (`program.py`)
     sent          every collective of the program, once for each iteration of its loops, by ring formulas (`hlo.py`).
                   Loops whose length depends on the data, as further rounds of an all-to-all, are counted apart.
     temporaries   the compiler's sum of all other memory at the worst moment
 
 On fake CPU devices two things differ from an accelerator. First, the CPU's compiler turns bfloat16 into float32.
 Collectives are therefore counted before that pass, and temporaries are larger than on an accelerator. Second, experts
-run in blocks, while `ragged_dot` would have a layer's experts in bfloat16 and all rows at once. A TPU target has
-neither difference, because its own compiler reports the figures.
+run in blocks, while `ragged_dot` would have a layer's experts in bfloat16 and all rows at once. A target has neither
+difference: it has its own kernels, and its own compiler reports the figures.
 """
 
 import math
@@ -26,14 +27,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import ConfigError, Execution, ModelConfig, RunConfig
-from dsv3_jax.kernels.choose import Kernels, Target, platform_of
+from dsv3_jax.kernels.choose import Kernels, Target, platform_of, prepare
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.cache import empty_cache, pick_kind
 from dsv3_jax.model.counting import distinct_experts, size, train_flops_per_token
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.planning.devices import Device
-from dsv3_jax.planning.hlo import Traffic, compile_with_hlo, traffic
+from dsv3_jax.planning.hlo import compile_with_hlo
+from dsv3_jax.planning.program import Program, read_program
+from dsv3_jax.planning.traffic import Traffic, traffic
 from dsv3_jax.training.step import abstract_state, make_step, split_trainable
 
 
@@ -53,6 +56,7 @@ class Cost:
     seconds: float  # to lower and compile
     compile_error: str = ""  # the compiler's reason for running out of memory
     notes: list[str] = field(default_factory=list)
+    compiled: Program | None = None  # what the target's program runs; None without a target, or if compiling failed
 
     @property
     def total(self) -> int:
@@ -85,12 +89,13 @@ def train_cost(run: RunConfig, mesh: Mesh, *, target: str | None = None) -> Cost
 
     Args:
         run: its batch is that of the step.
-        mesh: of fake devices, or of a TPU topology.
-        target: the TPU target of the mesh. None means fake devices.
-    Raises: ConfigError when batch or experts are not divisible by the mesh.
+        mesh: of fake devices, or of a target's.
+        target: of the mesh, see `devices.parse_target`. None means fake devices.
+    Raises: ConfigError when batch or experts are not divisible by the mesh, or for kernels that the target does not
+        have.
     """
     sharding.check(mesh, run)
-    kernels = _kernels(run.execution, mesh)
+    kernels = choose_kernels(run.execution, mesh)
     fsdp = run.execution.layout.fsdp
     state = _with_shardings(shapes := abstract_state(run), sharding.state_sharding(shapes, mesh, fsdp=fsdp))
     tokens = jax.ShapeDtypeStruct(
@@ -158,10 +163,14 @@ def decode_cost(
     cfg = replace(cfg, mtp_depth=0)  # plain decoding uses no multi-token heads
     compute_dtype = jnp.dtype(execution.compute_dtype)
     dtype, fsdp = jnp.dtype(weight_dtype or compute_dtype), execution.layout.fsdp
-    graph, *variables = nnx.split(abstract(cfg, execution, _kernels(execution, mesh)), nnx.Param, RouterBias)
+    graph, *variables = nnx.split(abstract(cfg, execution, choose_kernels(execution, mesh)), nnx.Param, RouterBias)
     params, bias = variables
     params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), params)
     params, bias = (_with_shardings(v, sharding.state_sharding(v, mesh, fsdp=fsdp)) for v in (params, bias))
+    # As `generate` does once a request.
+    with jax.set_mesh(mesh):
+        by_layer = jax.eval_shape(lambda params, bias: nnx.merge(graph, params, bias).prepare_decode(), params, bias)
+    by_layer = _with_shardings(by_layer, jax.tree.map(lambda _: NamedSharding(mesh, P()), by_layer))
     kind = pick_kind(cfg, None)
 
     def filled() -> Any:
@@ -174,9 +183,9 @@ def decode_cost(
     cache = _with_shardings(shapes, shardings)
     tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32, sharding=rows)
 
-    def step(params, bias, cache, tokens):
+    def step(params, bias, by_layer, cache, tokens):
         model = nnx.merge(graph, params, bias)
-        x, cache = cache.step(model, tokens)
+        x, cache = cache.step(model, tokens, by_layer)
         logits = model.logits(model.norm(x))
         cache = cache.at_lengths(cache.lengths + 1)
         next_tokens = jax.lax.with_sharding_constraint(jnp.argmax(logits, axis=-1), rows)
@@ -185,6 +194,7 @@ def decode_cost(
     weights = _parameter_bytes(params)
     persistent = {
         **weights,
+        **({"layers' own arrays": _shard_bytes(by_layer)} if by_layer is not None else {}),
         "router bias": _shard_bytes(bias),
         "cache": _shard_bytes(cache),
         "batch": _shard_bytes(tokens),
@@ -194,7 +204,7 @@ def decode_cost(
     bytes_read = sum(weights.values()) - experts * (1 - share_read) + _shard_bytes(cache)
     flops = batch * (2 * size(cfg).active + _decode_attention_flops(cfg, context)) / mesh.size
     return _compile_cost(
-        "decoding step", mesh, target, jax.jit(step, donate_argnums=2), (params, bias, cache, tokens),
+        "decoding step", mesh, target, jax.jit(step, donate_argnums=3), (params, bias, by_layer, cache, tokens),
         tokens=batch, persistent=persistent, transient={}, flops=flops, bytes_read=bytes_read,
     )  # fmt: skip
 
@@ -202,7 +212,7 @@ def decode_cost(
 def _compile_cost(program: str, mesh: Mesh, target: str | None, function, args: tuple, **known) -> Cost:
     """Compile a function for a mesh and return its cost; `known` are the fields that need no compiler."""
     start = time.perf_counter()
-    compile_error, notes, temporaries, sent = "", [], None, Traffic([], 0)
+    compile_error, notes, temporaries, sent, read = "", [], None, Traffic([], 0), None
     with jax.set_mesh(mesh):
         lowered = function.lower(*args)
     try:
@@ -211,6 +221,7 @@ def _compile_cost(program: str, mesh: Mesh, target: str | None, function, args: 
         else:
             compiled = lowered.compile()
             text = compiled.as_text() or ""
+            read = read_program(text)
         analysis: Any = compiled.memory_analysis()
         temporaries, sent = analysis.temp_size_in_bytes, traffic(text, mesh.shape)
     except jax.errors.JaxRuntimeError as error:
@@ -222,14 +233,16 @@ def _compile_cost(program: str, mesh: Mesh, target: str | None, function, args: 
     seconds = time.perf_counter() - start
     return Cost(
         program, dict(mesh.shape), temporaries=temporaries, sent=sent, seconds=seconds, compile_error=compile_error,
-        notes=notes, **known,
+        notes=notes, compiled=read, **known,
     )  # fmt: skip
 
 
-def _kernels(execution: Execution, mesh: Mesh) -> Kernels:
-    """Choose the kernels of the mesh's devices, which are not those that compile; fake CPU devices stand for others."""
-    platform = platform_of(mesh)
-    return Kernels(Target(platform, "xla" if platform == "cpu" else execution.kernels))
+def choose_kernels(execution: Execution, mesh: Mesh) -> Kernels:
+    """Choose the kernels of the mesh's devices, which are not those that compile; fake CPU devices stand for others.
+
+    Raises: ConfigError for kernels that the devices do not have.
+    """
+    return Kernels(Target("cpu", "xla")) if platform_of(mesh) == "cpu" else prepare(execution, mesh=mesh)
 
 
 def _with_shardings(shapes: Any, shardings: Any) -> Any:

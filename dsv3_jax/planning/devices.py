@@ -1,7 +1,7 @@
 """Device types with their manufacturers' figures, and meshes of devices that this machine does not have.
 
-A mesh of fake CPU devices compiles any program, for no particular device. With the package libtpu
-(`pip install 'dsv3-jax[tpu]'`), a TPU topology compiles it with the real compiler and without a TPU.
+A mesh of fake CPU devices compiles any program, for no particular device. A target compiles it with the device's own
+compiler and without the device: GPUs with JAX's CUDA plugin, TPUs with libtpu (extras `plan-gpu` and `plan-tpu`).
 """
 
 import contextlib
@@ -9,8 +9,11 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from dsv3_jax.config import ConfigError
@@ -22,21 +25,44 @@ class Device:
 
     memory: float  # bytes
     flops: float  # FLOP/s in bfloat16, dense
+    float32_flops: float  # FLOP/s of products of float32 numbers at JAX's default precision: TF32, or bfloat16 on TPU
     memory_bandwidth: float  # bytes/s
     node: int | None  # number of devices with fast links to each other; None means all of a mesh
     link: float  # bytes/s to devices of the same node
     network: float  # bytes/s to other devices
+    clock: float = 0.0  # cycles/s, for a compiler that estimates cycles; 0 means that it does not
 
 
 # NVIDIA's data sheets give a link's figure for both directions, of which this is half. Each GPU has a network card of
-# 400 Gb/s, as in the DeepSeek-V3 report, section 3.1. Google's pages on TPU v5e, v5p and v6e, also halved.
+# 400 Gb/s, as in the DeepSeek-V3 report, section 3.1. Google's pages on TPU v5e, v5p and v6e, also halved. A TPU's clock
+# is its FLOP/s over 2 for each cell of its matrix units: 4 of 128 × 128 in v5e, 8 in v5p, and 4 of 256 × 256 in v6e.
 DEVICES = {
-    "h800": Device(80e9, 989e12, 3.35e12, 8, 200e9, 50e9),
-    "h100": Device(80e9, 989e12, 3.35e12, 8, 450e9, 50e9),
-    "v5p": Device(95e9, 459e12, 2.765e12, None, 600e9, 600e9),
-    "v5e": Device(16e9, 197e12, 0.819e12, None, 200e9, 200e9),
-    "v6e": Device(32e9, 918e12, 1.64e12, None, 400e9, 400e9),
+    "h800": Device(80e9, 989e12, 495e12, 3.35e12, 8, 200e9, 50e9),
+    "h100": Device(80e9, 989e12, 495e12, 3.35e12, 8, 450e9, 50e9),
+    "v5p": Device(95e9, 459e12, 459e12, 2.765e12, None, 600e9, 600e9, clock=1.75e9),
+    "v5e": Device(16e9, 197e12, 197e12, 0.819e12, None, 200e9, 200e9, clock=1.5e9),
+    "v6e": Device(32e9, 918e12, 918e12, 1.64e12, None, 400e9, 400e9, clock=1.75e9),
 }
+# What XLA's compiler for NVIDIA GPUs must know of one. XLA prints this text where the device is.
+_H100 = """
+gpu_device_info {
+  name: "NVIDIA H100 80GB HBM3" device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability 9.0a"
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 ecc_enabled: true
+  device_address_bits: 64 pcie_bandwidth: 34359738368
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  registers_per_block_limit: 65536 registers_per_core_limit: 65536
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.28.1"
+}
+platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 28 patch: 1 }
+"""
+GPUS = {"h100": _H100}
+_GPUS_A_NODE = 8
 _UNITS = {"MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2.0**20, "GIB": 2.0**30, "TIB": 2.0**40}
 
 
@@ -65,38 +91,109 @@ def fake_cpus(count: int) -> None:
         jax.config.update("jax_num_cpu_devices", count)
 
 
-def tpu_mesh(target: str, sizes: dict[str, int]) -> Mesh:
-    """Create a mesh of TPUs for ahead-of-time compilation; the TPUs need not exist.
+class Target(NamedTuple):
+    """Devices to compile for that need not exist."""
+
+    text: str  # as the user wrote it
+    platform: Literal["gpu", "tpu"]
+    kind: str  # a name in DEVICES
+    shape: str  # a number of GPUs, or a TPU topology such as 2x2x1
+
+
+def parse_target(text: str) -> Target:
+    """Read a target such as gpu:h100, gpu:h100:8, tpu:v5p:2x2x1 or tpu:v6e:2x2.
+
+    Raises: ConfigError for another form or device.
+
+    Example:
+        >>> parse_target("gpu:h100:8").kind
+        'h100'
+    """
+    match = re.fullmatch(r"(gpu):(\w+)(?::([1-9]\d{0,5}))?|(tpu):(\w+):([1-9]\d*(?:x[1-9]\d*)*)", text)
+    if not match:
+        raise ConfigError(
+            f"target={text!r} is not of the form gpu:KIND:NUMBER or tpu:KIND:TOPOLOGY; "
+            "use one such as gpu:h100:8, tpu:v5p:2x2x1 or tpu:v6e:2x2"
+        )
+    platform, kind = match[1] or match[4], match[2] or match[5]
+    known = list(GPUS) if platform == "gpu" else [name for name, device in DEVICES.items() if device.clock]
+    if kind not in known:
+        raise ConfigError(f"target={text!r}: {kind!r} is not one of {', '.join(known)}")
+    if platform == "gpu":
+        return Target(text, "gpu", kind, match[3] or "1")
+    return Target(text, "tpu", kind, match[6])
+
+
+def target_mesh(text: str, sizes: dict[str, int]) -> Mesh:
+    """Create a mesh of a target's devices for ahead-of-time compilation; the devices need not exist.
 
     Args:
-        target: `tpu:KIND:TOPOLOGY`, such as tpu:v5p:8x8x8 or tpu:v6e:16x16.
-        sizes: of the mesh's axes, in order.
-    Raises: ConfigError for another form of target, without libtpu, or if the topology has another number of devices.
+        text: see `parse_target`.
+        sizes: of the mesh's axes, in order. A mesh smaller than the target uses its first devices.
+    Raises: ConfigError for another form of target, a compiler that is missing or in use, or a mesh larger than the
+        target.
     """
-    match = re.fullmatch(r"tpu:(\w+):(\d+(?:x\d+)+)", target)
-    if not match:
-        raise ConfigError(f"target={target!r} is not of the form tpu:KIND:TOPOLOGY; use one such as tpu:v5p:8x8x8")
-    # Without these libtpu asks the network for minutes which TPU it is on, and warns that there is none.
-    offline = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost"}
-    for name, value in offline.items():
-        os.environ.setdefault(name, value)
-    from jax.experimental import mesh_utils, topologies
-
-    try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{match[1]}:{match[2]}")
-    except Exception as error:  # libtpu and JAX raise several types
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"target={target!r} needs libtpu to compile; run pip install 'dsv3-jax[tpu]' ({reason})"
-        ) from error
-    needed, available = math.prod(sizes.values()), len(topology.devices)
-    if available != needed:
+    target = parse_target(text)
+    devices = _gpus(target) if target.platform == "gpu" else _tpus(target)
+    needed = math.prod(sizes.values())
+    if len(devices) < needed:
         mesh = ",".join(f"{axis}={size}" for axis, size in sizes.items())
         raise ConfigError(
-            f"target={target!r} has {available} devices, but mesh={mesh} needs {needed}; change one of them"
+            f"mesh={mesh} needs {needed} devices, but target={text!r} has {len(devices)}; change one of them"
         )
-    # An axis of the mesh may be a part of an axis of the torus, as 16 of 8 × 8 × 8.
-    devices = mesh_utils.create_device_mesh(
-        tuple(sizes.values()), devices=topology.devices, allow_split_physical_axes=True
-    )
-    return Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    shape, kinds = tuple(sizes.values()), (AxisType.Auto,) * len(sizes)
+    if target.platform == "tpu" and len(devices) == needed:
+        from jax.experimental import mesh_utils
+
+        # An axis of the mesh may be a part of an axis of the torus, as 16 of 8 × 8 × 8.
+        array = mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
+        return Mesh(array, tuple(sizes), axis_types=kinds)
+    return Mesh(np.array(devices[:needed]).reshape(shape), tuple(sizes), axis_types=kinds)
+
+
+def _gpus(target: Target) -> list[Any]:
+    from jax.experimental import topologies
+
+    count = int(target.shape)
+    nodes = -(-count // _GPUS_A_NODE)
+    layout = f"1x{nodes}x{_GPUS_A_NODE if nodes > 1 else count}"  # slices × nodes × GPUs
+    try:
+        topology = topologies.get_topology_desc(platform="cuda", target_config=GPUS[target.kind], topology=layout)
+    except Exception as error:  # the plugin and JAX raise several types
+        raise ConfigError(
+            f"target={target.text!r} needs JAX's CUDA plugin to compile; run pip install 'dsv3-jax[plan-gpu]' "
+            f"({_reason(error)})"
+        ) from error
+    return topology.devices
+
+
+def _tpus(target: Target) -> list[Any]:
+    # Without the first three libtpu asks the network for minutes which TPU it is on, and warns that there is none. It
+    # uses no TPU here, so another process may have loaded it too.
+    offline = {
+        "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }  # fmt: skip
+    for name, value in offline.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    try:
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{target.kind}:{target.shape}")
+    except Exception as error:  # libtpu and JAX raise several types
+        reason = _reason(error)
+        if "lockfile" in reason or "in use" in reason:
+            raise ConfigError(
+                f"target={target.text!r}: another process uses libtpu; wait for its end, or set "
+                f"ALLOW_MULTIPLE_LIBTPU_LOAD=1 ({reason})"
+            ) from error
+        if find_spec("libtpu") is None or "INVALID_ARGUMENT" not in reason:
+            raise ConfigError(
+                f"target={target.text!r} needs libtpu to compile; run pip install 'dsv3-jax[plan-tpu]' ({reason})"
+            ) from error
+        raise ConfigError(f"target={target.text!r} is not a topology of {target.kind} ({reason})") from error
+    return topology.devices
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

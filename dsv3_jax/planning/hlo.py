@@ -1,100 +1,21 @@
-"""Count the collectives of a compiled program, how often they run, and the bytes that they send.
+"""Read the text of a compiled program: its computations, their instructions, and how often a loop runs.
 
-Reads HLO text: `compiled.as_text()`, or text that the compiler dumped between its passes. A collective in a loop counts
-once for each iteration, and nested loops multiply. A conditional counts as the branch that sends most. Bytes on the
-wire are those that one device sends by the formulas of ring algorithms, for n devices in a group:
-
-    all-gather, all-to-all   (n-1)/n of the result       all-reduce           2 (n-1)/n of the result
-    reduce-scatter           (n-1)/n of the operand      collective-permute   all of the result
+The text is HLO: `compiled.as_text()`, or what the compiler dumped between its passes. `traffic.py` finds the collectives
+in it, and `program.py` the work, the kernels and the copies.
 """
 
 import contextlib
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
-
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-
-
-@dataclass(frozen=True)
-class Collective:
-    """One collective of a program, as one device runs it."""
-
-    kind: str  # one of COLLECTIVES
-    nbytes: int  # of its result
-    devices: tuple[int, ...]  # positions in the mesh of the n devices in its first group
-    axes: tuple[str, ...]  # mesh axes along which a group extends; empty without a mesh
-    runs: int  # times that the program runs it
-    known: bool  # False in a loop of unknown length, of which `runs` counts one iteration
-    source: str  # the operation of the model, as JAX names it
-
-    @property
-    def group(self) -> int:
-        """n: the number of devices in a group."""
-        return len(self.devices)
-
-    @property
-    def wire(self) -> float:
-        """Bytes that a device sends in all runs. A ragged all-to-all counts as full, since its load is data."""
-        n = self.group
-        share = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1.0, "collective-permute": 1.0}
-        return self.nbytes * self.runs * share.get(self.kind, (n - 1) / n)
-
-
-class Traffic(NamedTuple):
-    """All collectives of a program."""
-
-    collectives: list[Collective]
-    unknown_loops: int  # loops of unknown length that contain collectives; each counts as one iteration
-
-    def known(self) -> "Traffic":
-        """Return the traffic outside loops of unknown length."""
-        return Traffic([c for c in self.collectives if c.known], 0)
-
-    @property
-    def wire(self) -> float:
-        """Bytes that a device sends."""
-        return sum((c.wire for c in self.collectives), 0.0)
-
-    def by_kind(self) -> dict[str, float]:
-        """Return the bytes that a device sends by each kind of collective."""
-        return _sums((c.kind, c.wire) for c in self.collectives)
-
-    def by_axes(self) -> dict[tuple[str, ...], float]:
-        """Return the bytes that a device sends along each set of mesh axes."""
-        return _sums((c.axes, c.wire) for c in self.collectives)
-
-
-def traffic(program: jax.stages.Compiled | str, axes: Mapping[str, int] | None = None) -> Traffic:
-    """Find the collectives of a compiled program.
-
-    An all-reduce whose result is only sliced counts as a reduce-scatter. Compilers for GPU and TPU make one of it, and
-    the CPU's compiler does not.
-
-    Args:
-        program: the result of `jax.jit(…).lower(…).compile()`, or HLO text after partitioning.
-        axes: sizes of the mesh's axes in order, as `mesh.shape`.
-    Raises: ValueError for text that is not HLO, or for groups of devices in an unknown form.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> traffic(jax.jit(jnp.sin).lower(jnp.zeros(4)).compile()).wire
-        0.0
-    """
-    text = program if isinstance(program, str) else program.as_text() or ""
-    module = _Module(text, dict(axes or {}))
-    if module.entry is None:
-        raise ValueError(f"program={text[:40]!r} is not HLO; give the text of a compiled program")
-    return module.traffic(module.entry)
 
 
 def compile_with_hlo(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
@@ -132,21 +53,46 @@ def _without_cache() -> Iterator[None]:
         enable(before)
 
 
-def _sums(pairs: Iterable[tuple]) -> dict:
-    total: dict = {}
-    for key, amount in pairs:
-        total[key] = total.get(key, 0) + amount
-    return total
-
-
-_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-#]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
-_SAME_VALUE = ("bitcast", "copy", "reshape", "convert")  # operations that keep an array's numbers
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
+SAME_VALUE = ("bitcast", "copy", "reshape", "convert")  # operations that keep an array's numbers
+CALLS = ("call", "fusion", "async-start", "call-start", "fusion-start")  # operations that run another computation once
+
+
+class Shape(NamedTuple):
+    """One array of an instruction's result."""
+
+    dtype: str  # as HLO names it: bf16, f32, s32, pred
+    dims: tuple[int, ...]
+    layout: str  # "1,0:T(8,128)S(1)"; memory space 1 of a tiled layout is a TPU's VMEM
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.dims)
+
+    @property
+    def nbytes(self) -> float:
+        """Bytes of all elements; those of a token are 0."""
+        bits = 8 if self.dtype == "pred" else int((re.search(r"\d+", self.dtype) or ["0"])[0])
+        return self.size * bits / 8
+
+    @property
+    def is_float(self) -> bool:
+        """Say whether the elements are floating-point numbers."""
+        return re.match(r"b?f\d", self.dtype) is not None
+
+    @property
+    def on_chip(self) -> bool:
+        """Say whether the array is in a TPU's own memory, so that reading it needs no HBM."""
+        return "T(" in self.layout and re.search(r"S\([1-9]", self.layout) is not None
 
 
 @dataclass(frozen=True)
-class _Instruction:
+class Instruction:
+    """One line of a computation."""
+
     name: str
     shape: str
     opcode: str
@@ -154,179 +100,172 @@ class _Instruction:
     root: bool
 
     @cached_property
-    def operands(self) -> list[str]:
-        """Names of the operands, up to the parenthesis that closes their list; a constant's operand is its value."""
+    def _end(self) -> int:
+        """Position of the parenthesis that closes the operands."""
         depth = 1
-        for i, letter in enumerate(self.rest):
-            depth += (letter == "(") - (letter == ")")
+        for match in re.finditer(r"[()]", self.rest):
+            depth += 1 if match[0] == "(" else -1
             if depth == 0:
-                return re.findall(r"(?:^|[ ,%])([\w.\-#]+)(?=,|$)", self.rest[:i])
-        return []
+                return match.start()
+        return 0
 
     @cached_property
-    def arrays(self) -> list[tuple[int, float]]:
-        """(size, bytes of a number) of each array of the result."""
-        return [_array(*match) for match in _ARRAY.findall(self.shape)]
+    def operands(self) -> list[str]:
+        """Names of the operands; a constant's operand is its value, a parameter's its number."""
+        return re.findall(r"(?:^|[ ,%])([\w.\-#]+)(?=,|$)", self.rest[: self._end])
+
+    @cached_property
+    def attributes(self) -> str:
+        """Text of the attributes, without kernels' code."""
+        return re.sub(r'("(?:body|module)\\?"?\s*[:=]\s*\\?")[^"]{200,}', r"\1", self.rest[self._end :])
+
+    @cached_property
+    def arrays(self) -> list[Shape]:
+        """The arrays of the result."""
+        return [
+            Shape(dtype, tuple(int(d.removeprefix("<=")) for d in dims.split(",") if d), layout)
+            for dtype, dims, layout in _ARRAY.findall(self.shape)
+        ]
+
+    @cached_property
+    def nbytes(self) -> float:
+        """Bytes of the result."""
+        return sum(a.nbytes for a in self.arrays)
+
+    @cached_property
+    def source(self) -> str:
+        """The operation of the model, as JAX names it: "jit(step)/while/body/dot_general"; "" if unknown."""
+        match = re.search(r'op_name="([^"]*)"', self.rest)
+        return match[1] if match else ""
 
     def called(self, attribute: str) -> list[str]:
         """Return the names of the computations in an attribute: one, or a list in braces."""
-        match = re.search(attribute + r"=(?:\{([^}]*)\}|%?([\w.\-]+))", self.rest)
+        match = re.search(r"\b" + attribute + r"=(?:\{([^}]*)\}|%?([\w.\-]+))", self.rest[self._end :])
         return re.findall(r"[\w.\-]+", match[1] or match[2]) if match else []
 
+    def numbers(self, attribute: str) -> tuple[int, ...]:
+        """Return the numbers of an attribute such as `lhs_contracting_dims={1,2}`."""
+        match = re.search(r"\b" + attribute + r"=\{([\d,]*)\}", self.rest[self._end :])
+        return tuple(int(n) for n in match[1].split(",") if n) if match else ()
 
-class _Module:
-    """The computations of a program: lists of instructions that call each other."""
 
-    def __init__(self, text: str, axes: dict[str, int]):
-        self.axes = axes
-        self.computations: dict[str, list[_Instruction]] = {}
-        self.entry: str | None = None
-        self._traffic: dict[str, Traffic] = {}
-        self._users_of: dict[str, dict[str, list[_Instruction]]] = {}
+class Module:
+    """The computations of a program: lists of instructions that call each other.
+
+    Raises: ValueError for text that is not HLO.
+    """
+
+    def __init__(self, text: str):
+        self.computations: dict[str, list[Instruction]] = {}
+        entry = None
         devices = re.search(r"num_partitions=(\d+)", text)
         self.num_devices = int(devices[1]) if devices else 1
-        current: list[_Instruction] = []
-        for line in text.splitlines():
+        current: list[Instruction] = []
+        lines = text.split("\n")
+        for line in lines:
             if match := _COMPUTATION.match(line):
                 current = self.computations[match[2]] = []
                 if match[1]:
-                    self.entry = match[2]
+                    entry = match[2]
             elif match := _INSTRUCTION.match(line):
-                current.append(_Instruction(match[2], match[3], match[4], match[5], bool(match[1])))
+                current.append(Instruction(match[2], match[3], match[4], match[5], bool(match[1])))
+        if entry is None:
+            raise ValueError(f"program={text[:40]!r} is not HLO; give the text of a compiled program")
+        self.entry = entry
+        self._lines = lines
+        self._by_name: dict[str, dict[str, Instruction]] = {}
+        self._users_of: dict[str, dict[str, list[Instruction]]] = {}
 
-    def traffic(self, name: str) -> Traffic:
-        """Return the traffic of a computation and of those that it calls."""
-        if name not in self._traffic:
-            collectives, unknown_loops = [], 0
-            for instruction in self.computations[name]:
-                part = self._instruction_traffic(name, instruction)
-                collectives += part.collectives
-                unknown_loops += part.unknown_loops
-            self._traffic[name] = Traffic(collectives, unknown_loops)
-        return self._traffic[name]
+    def find(self, computation: str, name: str) -> Instruction | None:
+        """Return an instruction of a computation by its name."""
+        if computation not in self._by_name:
+            self._by_name[computation] = {i.name: i for i in self.computations[computation]}
+        return self._by_name[computation].get(name)
 
-    def _instruction_traffic(self, computation: str, instruction: _Instruction) -> Traffic:
-        kind = instruction.opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
-            return Traffic([self._collective(computation, instruction, kind)], 0)
-        if instruction.opcode == "while":
-            body, trips = self.traffic(instruction.called("body")[0]), self._trip_count(instruction)
-            known, trips = trips is not None, 1 if trips is None else trips
-            collectives = [replace(c, runs=c.runs * trips, known=c.known and known) for c in body.collectives]
-            return Traffic(collectives, body.unknown_loops + (not known and bool(collectives)))
-        if instruction.opcode == "conditional":
-            attributes = ("branch_computations", "true_computation", "false_computation")
-            branches = (self.traffic(name) for attribute in attributes for name in instruction.called(attribute))
-            return max(branches, key=lambda branch: branch.wire)
-        if instruction.opcode in ("call", "fusion", "async-start"):
-            return self.traffic((instruction.called("calls") or instruction.called("to_apply"))[0])
-        return Traffic([], 0)
+    def operand(self, computation: str, instruction: Instruction, index: int) -> Instruction | None:
+        """Return the instruction that makes an operand."""
+        names = instruction.operands
+        return self.find(computation, names[index]) if index < len(names) else None
 
-    def _trip_count(self, loop: _Instruction) -> int | None:
-        """Return a loop's number of iterations: the compiler's, or that of a condition `i < constant`; None if unknown.
+    def root(self, computation: str) -> Instruction:
+        """Return the instruction that makes a computation's result."""
+        return next((i for i in self.computations[computation] if i.root), self.computations[computation][-1])
 
-        JAX's loops of known length count from 0 in steps of 1.
-        """
-        if match := re.search(r'"?known_trip_count"?[:=]\{"?n"?:"?(\d+)', loop.rest):
-            return int(match[1])
-        condition = {i.name: i for i in self.computations[loop.called("condition")[0]]}
-        root = next(i for i in condition.values() if i.root)
-        if root.opcode != "compare" or "direction=LT" not in root.rest:
-            return None
-        limit = condition.get(root.operands[1])
-        while limit is not None and limit.opcode in _SAME_VALUE:
-            limit = condition.get(limit.operands[0])
-        return int(limit.operands[0]) if limit is not None and limit.opcode == "constant" else None
-
-    def _collective(self, computation: str, instruction: _Instruction, kind: str) -> Collective:
-        arrays = instruction.arrays
-        if instruction.opcode != kind and kind != "all-reduce":  # asynchronous: operands precede the results
-            count = len(instruction.operands)
-            arrays = arrays[count : 2 * count]
-        nbytes, group = math.ceil(sum(size * width for size, width in arrays)), self._group(instruction, kind)
-        if kind == "all-reduce" and self._is_sliced(computation, instruction, len(group)):
-            kind, nbytes = "reduce-scatter", nbytes // len(group)
-        source = re.search(r'op_name="([^"]*)"', instruction.rest)
-        return Collective(kind, nbytes, tuple(group), self._axes_of(group), 1, True, source[1] if source else "")
-
-    def _is_sliced(self, computation: str, all_reduce: _Instruction, n: int) -> bool:
-        """Say whether an all-reduce's result is used only by a slice to one of n parts."""
-        size, current = sum(size for size, _ in all_reduce.arrays), all_reduce
-        while True:
-            users = self._users(computation).get(current.name, [])
-            if len(users) != 1 or current.root:
-                return False
-            current = users[0]
-            if current.opcode == "dynamic-slice":
-                return n > 1 and sum(size for size, _ in current.arrays) * n == size
-            if current.opcode not in _SAME_VALUE:
-                return False
-
-    def _users(self, computation: str) -> dict[str, list[_Instruction]]:
+    def users(self, computation: str) -> dict[str, list[Instruction]]:
         """Return the instructions of a computation by the names of their operands."""
         if computation not in self._users_of:
             users = self._users_of[computation] = {}
             for instruction in self.computations[computation]:
-                for name in set(instruction.operands):
+                for name in dict.fromkeys(instruction.operands):
                     users.setdefault(name, []).append(instruction)
         return self._users_of[computation]
 
-    def _group(self, instruction: _Instruction, kind: str) -> list[int]:
-        """Return the first group of devices of a collective."""
-        if kind == "collective-permute":
-            pair = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", instruction.rest)
-            if not pair:
-                return [0]
-            return [int(pair[1]), int(pair[2])]
-        return first_group(instruction.rest, self.num_devices)
+    def trip_count(self, computation: str, loop: Instruction) -> int | None:
+        """Return a loop's number of iterations: the compiler's, or that of a condition `i < constant`; None if unknown.
 
-    def _axes_of(self, group: list[int]) -> tuple[str, ...]:
-        """Return the mesh axes along which the devices of a group differ."""
-        if not self.axes:
-            return ()
-        indices = np.unravel_index(np.array(group), tuple(self.axes.values()))
-        return tuple(axis for axis, index in zip(self.axes, indices, strict=True) if len(set(index.tolist())) > 1)
+        JAX's loops of known length count in steps of 1, and from 0 unless the text says so.
+        """
+        if match := re.search(r'"?known_trip_count"?[:=]\{"?n"?:"?(\d+)', loop.rest):
+            return int(match[1])
+        condition = loop.called("condition")[0]
+        compare = self.root(condition)
+        if compare.opcode != "compare" or "direction=LT" not in compare.rest:
+            return None
+        counter, limit = (self._known_value(computation, loop, condition, compare, i) for i in (0, 1))
+        return None if limit is None else limit - (counter or 0)
 
+    def _known_value(
+        self, computation: str, loop: Instruction, condition: str, compare: Instruction, index: int
+    ) -> int | None:
+        """Return the first value of an operand of a loop's condition; None if it is not a constant."""
+        value, where = self.operand(condition, compare, index), condition
+        while value is not None and value.opcode != "constant":
+            if value.opcode == "get-tuple-element" and where == condition:  # what the loop began with
+                place = re.search(r"\bindex=(\d+)", value.rest)
+                init = self.operand(computation, loop, 0)
+                if place is None or init is None or init.opcode != "tuple":
+                    return None
+                if index == 1 and not self._is_kept(loop, int(place[1])):
+                    return None
+                value, where = self.operand(computation, init, int(place[1])), computation
+            elif value.opcode in SAME_VALUE:
+                value = self.operand(where, value, 0)
+            else:
+                return None
+        return int(value.operands[0]) if value is not None else None
 
-def first_group(attributes: str, num_devices: int) -> list[int]:
-    """Parse the first group of an instruction's `replica_groups`, in any of HLO's forms.
+    def _is_kept(self, loop: Instruction, place: int) -> bool:
+        """Say whether a loop's body returns an element of its tuple as it was."""
+        body = loop.called("body")[0]
+        kept = self.operand(body, self.root(body), place)
+        while kept is not None and kept.opcode in SAME_VALUE:
+            kept = self.operand(body, kept, 0)
+        return (
+            kept is not None and kept.opcode == "get-tuple-element" and f"index={place}" in re.split(r"[, ]", kept.rest)
+        )
 
-    Raises: ValueError for an unknown form.
+    @cached_property
+    def _tables(self) -> dict[str, dict[int, str]]:
+        """The tables before the first computation, by title: number → line."""
+        tables: dict[str, dict[int, str]] = {}
+        title = ""
+        for line in self._lines:
+            if _COMPUTATION.match(line):
+                break
+            if re.fullmatch(r"[A-Z]\w+", line):
+                title = line
+            elif match := re.match(r"(\d+) (.*)", line):
+                tables.setdefault(title, {})[int(match[1])] = match[2]
+        return tables
 
-    Example:
-        >>> first_group("replica_groups={{0,2},{1,3}}", 4)
-        [0, 2]
-        >>> first_group("replica_groups=[2,2]<=[2,2]T(1,0)", 4)
-        [0, 2]
-        >>> first_group("replica_groups=mesh['data'=2,'expert'=2] {'data'}", 4)
-        [0, 2]
-        >>> first_group("replica_groups={}", 4)
-        [0, 1, 2, 3]
-    """
-    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
-        return [int(i) for i in match[1].split(",")]
-    if re.search(r"replica_groups=\{\}", attributes) or "replica_groups" not in attributes:
-        return list(range(num_devices))
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        return _iota(match[2], match[3])[: int(match[1])].tolist()
-    mesh = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
-    if match := re.search(mesh, attributes):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
-        ids = _iota(match[2] or str(math.prod(sizes.values())), match[3]).reshape(tuple(sizes.values()))
-        axes = re.findall(r"'(\w+)'", match[4])
-        return ids[tuple(slice(None) if name in axes else 0 for name in sizes)].reshape(-1).tolist()
-    groups = attributes[attributes.index("replica_groups") :][:80]
-    raise ValueError(f"{groups} has an unknown form of device groups")
-
-
-def _iota(dims: str, order: str | None) -> np.ndarray:
-    """Evaluate `[2,4]T(1,0)`: numbers from 0 in that shape, with axes in that order, flattened."""
-    shape = [int(i) for i in dims.split(",")]
-    axes = [int(i) for i in order.split(",")] if order else list(range(len(shape)))
-    return np.arange(math.prod(shape)).reshape(shape).transpose(axes).reshape(-1)
-
-
-def _array(dtype: str, dims: str) -> tuple[int, float]:
-    """Return (size, bytes of a number) of an array such as `bf16[4,8]`; tokens have 0 bytes."""
-    bits = 8 if dtype == "pred" else int((re.search(r"\d+", dtype) or ["0"])[0])
-    return math.prod(int(d.removeprefix("<=")) for d in dims.split(",") if d), bits / 8
+    def function(self, instruction: Instruction) -> str:
+        """Return the name of the Python function that made an instruction; "" if unknown."""
+        frame = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
+        tables = self._tables
+        place = (
+            re.search(r"file_location_id=(\d+)", tables.get("StackFrames", {}).get(int(frame[1]), ""))
+            if frame
+            else None
+        )
+        name = place and re.search(r"function_name_id=(\d+)", tables.get("FileLocations", {}).get(int(place[1]), ""))
+        return tables.get("FunctionNames", {}).get(int(name[1]), "").strip('"') if name else ""

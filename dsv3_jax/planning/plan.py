@@ -1,6 +1,7 @@
 """`dsv3 plan`: print the predicted cost of a model on a mesh. `cost.py` explains the figures."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,17 +13,21 @@ from rich.console import Console
 from dsv3_jax.config import Execution, ModelConfig, RunConfig, replace
 from dsv3_jax.mesh import sharding
 from dsv3_jax.planning import devices
-from dsv3_jax.planning.cost import Cost, batch_parts, check_decode, decode_cost, train_cost
+from dsv3_jax.planning.cost import Cost, batch_parts, check_decode, choose_kernels, decode_cost, train_cost
 from dsv3_jax.planning.devices import DEVICES, Device
-from dsv3_jax.planning.hlo import Traffic
+from dsv3_jax.planning.program import Program
+from dsv3_jax.planning.traffic import Traffic
 from dsv3_jax.report.units import format_bytes, format_count, format_seconds
+
+_COPIES_SHOWN = 3  # of a program's, the largest
 
 
 @dataclass
 class PlanOptions:
     """Predict memory, FLOPs and bytes sent of a training step and a decoding step, for each device of a mesh.
 
-    Both steps are compiled for fake CPU devices, or with --target for TPUs that need not exist. Nothing is allocated.
+    Both steps are compiled for fake CPU devices, or with --target for GPUs or TPUs that need not exist. Nothing is
+    allocated.
     """
 
     model: Annotated[ModelConfig, tyro.conf.arg(name="")]
@@ -46,11 +51,11 @@ class PlanOptions:
     weight_dtype: Literal["float32", "bfloat16"] | None = None
     """dtype of the weights while decoding. Default: the compute dtype"""
     device: Literal["h800", "h100", "v5p", "v5e", "v6e"] | None = None
-    """report whether each step fits in this device, and the shortest time that it can take"""
+    """report whether each step fits in this device, and the shortest time that it can take. Default: the target's"""
     memory: str | None = None
     """memory of a device, such as 80GB or 95.7GiB. Default: that of --device"""
     target: str | None = None
-    """compile for these TPUs with their own compiler, such as tpu:v5p:8x8x8; needs the extra `tpu`"""
+    """compile with the devices' own compiler: gpu:h100, gpu:h100:8 (extra plan-gpu), tpu:v5p:2x2x1 (extra plan-tpu)"""
 
 
 def plan(options: PlanOptions, run: RunConfig, name: str) -> int:
@@ -62,14 +67,16 @@ def plan(options: PlanOptions, run: RunConfig, name: str) -> int:
     Returns: the exit code.
     Raises: ConfigError before anything is compiled.
     """
-    device = DEVICES[options.device] if options.device else None
+    target = devices.parse_target(options.target) if options.target else None
+    kind = options.device or (target.kind if target else None)
+    device = DEVICES[kind] if kind else None
     memory = devices.parse_bytes(options.memory) if options.memory else device.memory if device else None
     train_sizes = sharding.parse_mesh(options.mesh)
     decode_sizes = sharding.parse_mesh(options.decode_mesh or options.mesh)
     sizes = {"train": train_sizes, "decode": decode_sizes}
     steps = [step for step in sizes if options.only in (None, step)]
-    if options.target is None:
-        devices.fake_cpus(max(math.prod(sizes[step].values()) for step in steps))
+    # A target's program is compiled by this process too, which needs no device of its own.
+    devices.fake_cpus(1 if target else max(math.prod(sizes[step].values()) for step in steps))
     jobs = [_job(step, options, run, sizes[step]) for step in steps]
     print_row("model", name)
     for rows, length, compute_cost in jobs:
@@ -82,7 +89,8 @@ def plan(options: PlanOptions, run: RunConfig, name: str) -> int:
 
 def _job(step: str, options: PlanOptions, run: RunConfig, sizes: dict[str, int]) -> tuple[int, int, Callable[[], Cost]]:
     """Check a step; return (sequences, tokens of each, function that computes its cost)."""
-    mesh = devices.tpu_mesh(options.target, sizes) if options.target else sharding.make_mesh(**sizes)
+    mesh = devices.target_mesh(options.target, sizes) if options.target else sharding.make_mesh(**sizes)
+    choose_kernels(options.execution, mesh)  # raises here what would else be raised after the first lines are printed
     parts = batch_parts(mesh)
     if step == "train":
         data = replace(
@@ -145,7 +153,47 @@ def describe(cost: Cost, rows: int, length: int, memory: float | None, device: D
         least = cost.least_seconds(device)
         by_resource = ", ".join(f"{format_seconds(s)} for {resource}" for resource, s in least.items() if s)
         lines.append(("  a step takes at least", f"{format_seconds(max(least.values()))}: {by_resource}"))
+    if cost.compiled is not None:
+        lines += _describe_program(cost.compiled, cost.flops, device)
     return lines + [("  note", note) for note in cost.notes] + [("  compiled in", f"{cost.seconds:.1f} s")]
+
+
+def _describe_program(program: Program, formula: float, device: Device | None) -> list[tuple[str, str]]:
+    """Return the lines of what a target's program runs."""
+    work = f"{format_count(program.flops)}FLOP of products and kernels, {program.flops / formula:.3g} × the formula"
+    unknown = program.unknown_work()
+    if unknown:
+        work += f"; unknown, and counted as 0: {_list_counts(unknown)}"
+    lines = [
+        ("  the program computes", work),
+        ("  moves", f"{format_bytes(program.nbytes)} in memory"),
+        ("  launches", f"{program.launches:,} in a step"),
+        ("  kernels", _list_counts(program.kernels()) or "none that the compiler does not see into"),
+    ]
+    names = dict.fromkeys(_short(name) for name in program.unknown_loops)
+    loops = f"{len(program.unknown_loops)}, each counted once: {', '.join(names)}" if names else "none"
+    lines.append(("  loops of unknown length", loops))
+    copies: dict[tuple[str, str], int] = {}
+    for copy in program.copies():
+        key = format_bytes(copy.moved), _short(copy.source) or re.sub(r"[.\d]+$", "", copy.name)
+        copies[key] = copies.get(key, 0) + copy.runs
+    lines += [("  copies", f"{runs} × {size}: {name}") for (size, name), runs in list(copies.items())[:_COPIES_SHOWN]]
+    if device is not None:
+        compute, memory = program.roofline(device)
+        bound = "FLOPs" if compute >= memory else "memory"
+        parts = f"{format_seconds(compute)} bound by FLOPs, {format_seconds(memory)} by memory"
+        lines.append(("  the program's roofline", f"{format_seconds(compute + memory)}, mostly {bound}: {parts}"))
+    return lines
+
+
+def _list_counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} × {runs:,}" for name, runs in counts.items())
+
+
+def _short(source: str) -> str:
+    """Return the last parts of an operation's name, without those that JAX adds."""
+    parts = [p for p in source.split("/") if not re.fullmatch(r"jit\(.*\)|eval_jaxpr|body|closed_call|while|cond", p)]
+    return "/".join(parts[-2:]) or source
 
 
 def _largest(sent: Traffic) -> list[tuple[tuple[str, str], float]]:

@@ -1,0 +1,434 @@
+"""What a compiled program does when it runs once: its work, kernels, copies and loops, read off its text.
+
+A launch is one instruction that the device runs by itself: a fusion, a kernel, a copy, a sort. One in a loop counts for
+each iteration, nested loops multiply, and a conditional counts as its longest branch. Of each launch, the text tells
+
+    FLOPs    2 for each multiplication in its matrix products. Kernels that the compiler does not see into count by
+             their own estimate, or as products of their operands if their name says that they are grouped products
+    bytes    of operands and results in memory; a slice or a gather reads, and an update in place writes, its part alone
+    cycles   the TPU compiler's estimate, which it has for most launches
+
+so that a roofline time of the program is the sum, over launches, of the longer of FLOPs and bytes at a device's rates,
+or of the cycles where they are known. The start of a launch takes no time there, and a GPU's cache holds nothing.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+
+from dsv3_jax.planning.devices import Device
+from dsv3_jax.planning.hlo import CALLS, Instruction, Module, Shape
+
+# Operations that name or order arrays, and run nothing.
+_FREE = {
+    "add-dependency", "after-all", "bitcast", "constant", "domain", "get-tuple-element", "opt-barrier", "parameter",
+    "partition-id", "replica-id", "tuple",
+}  # fmt: skip
+_ELEMENTWISE = {"bitcast", "bitcast-convert", "convert", "copy", "negate", "reshape", "transpose"}
+# Operations that only move or convert numbers.
+_MOVES = _ELEMENTWISE - {"negate"} | {
+    "concatenate", "copy-start", "dynamic-slice", "dynamic-update-slice", "gather", "pad", "reverse", "slice",
+}  # fmt: skip
+_SLICES = {"dynamic-slice", "gather", "slice"}
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # operation → the operand that it writes into its first
+# Custom calls that run nothing.
+_NO_KERNELS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding", "annotate_device_placement"}
+# Custom calls for kernels of any name.
+_FOREIGN = {"tpu_custom_call", "mosaic_gpu", "mosaic_gpu_v2", "triton_kernel_call", "__gpu$xla.gpu.triton"}
+_UNNAMED = r"(custom-call|mpmd_map|pallas_call|mosaic_gpu\w*|core_map|run_state|custom_call)"
+_GROUPED = re.compile(r"ragged|grouped|gmm", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One instruction that the device runs by itself. Numbers are those of one run."""
+
+    name: str
+    kind: str  # a kernel's name for custom calls, else HLO's: "fusion", "copy", "sort", …
+    source: str  # the operation of the model, as JAX names it
+    runs: int  # times that the program runs it
+    known: bool  # False in a loop of unknown length, of which `runs` counts one iteration
+    flops: float
+    wide_flops: float  # of these, in float32 or more
+    nbytes: float  # read and written in memory
+    cycles: int  # the TPU compiler's estimate; 0 if it has none
+    moved: float  # bytes of the result if the launch only moves or converts numbers, else 0
+    is_kernel: bool  # a custom call, which the compiler does not see into
+    is_estimated: bool  # its FLOPs are counted or estimated, not unknown
+
+    def seconds(self, device: Device) -> tuple[float, float]:
+        """Return the shortest time of one run: (by FLOPs, by bytes); by cycles in place of the longer of the two."""
+        compute = (self.flops - self.wide_flops) / device.flops + self.wide_flops / device.float32_flops
+        memory = self.nbytes / device.memory_bandwidth
+        if self.cycles and device.clock:
+            cycles = self.cycles / device.clock
+            return (cycles, memory) if compute >= memory else (compute, cycles)
+        return compute, memory
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a program runs; see the file's docstring."""
+
+    all_launches: tuple[Launch, ...]
+    unknown_loops: tuple[str, ...]  # loops of unknown length, by their operation in the model; each counts once
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of all matrix products and kernels."""
+        return sum((launch.flops * launch.runs for launch in self.all_launches), 0.0)
+
+    @property
+    def launches(self) -> int:
+        """Launches of one run."""
+        return sum(launch.runs for launch in self.all_launches)
+
+    @property
+    def nbytes(self) -> float:
+        """Bytes read and written in memory."""
+        return sum((launch.nbytes * launch.runs for launch in self.all_launches), 0.0)
+
+    def kernels(self) -> dict[str, int]:
+        """Return how often each kernel runs that the compiler does not see into, by name."""
+        return _count((x.kind, x.runs) for x in self.all_launches if x.is_kernel)
+
+    def unknown_work(self) -> dict[str, int]:
+        """Return the kernels among these whose FLOPs are not known, and count as 0."""
+        return _count((x.kind, x.runs) for x in self.all_launches if x.is_kernel and not x.is_estimated)
+
+    def copies(self) -> list[Launch]:
+        """Return the launches that only move or convert numbers, those with the largest result first."""
+        return sorted((x for x in self.all_launches if x.moved), key=lambda x: -x.moved)
+
+    def roofline(self, device: Device) -> tuple[float, float]:
+        """Return the least seconds of launches that computing bounds, and of those that memory bounds.
+
+        Launches run one after the other, so the time of the program is the sum of the two.
+        """
+        total = [0.0, 0.0]
+        for launch in self.all_launches:
+            compute, memory = launch.seconds(device)
+            total[compute < memory] += max(compute, memory) * launch.runs
+        return total[0], total[1]
+
+
+def read_program(program: jax.stages.Compiled | str) -> Program:
+    """Read what a compiled program runs.
+
+    Args: program: the result of `jax.jit(…).lower(…).compile()`, or its text.
+    Raises: ValueError for text that is not HLO.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x = jnp.ones((8, 16))
+        >>> read_program(jax.jit(lambda x: x @ x.T).lower(x).compile()).flops  # 2 · 8 · 16 · 8
+        2048.0
+    """
+    module = program_module(program)
+    launches, loops = _Reader(module).launches(module.entry)
+    return Program(tuple(launches), tuple(loops))
+
+
+def program_module(program: jax.stages.Compiled | str) -> Module:
+    """Parse a compiled program, or its text.
+
+    Raises: ValueError for text that is not HLO.
+    """
+    return Module(program if isinstance(program, str) else program.as_text() or "")
+
+
+def narrow_additions(program: jax.stages.Compiled | str) -> list[str]:
+    """Find the scatters that add floating-point numbers narrower than float32: their dtypes and operations.
+
+    Such a sum loses bits at each addition.
+    """
+    module = program_module(program)
+    found = []
+    for instructions in module.computations.values():
+        for i in instructions:
+            if i.opcode == "scatter" and any(a.is_float and a.nbytes < 4 * a.size for a in i.arrays):
+                combine = {c.opcode for c in module.computations[i.called("to_apply")[0]]}
+                if "add" in combine:
+                    found.append(f"{i.arrays[0].dtype} {i.source or i.name}")
+    return found
+
+
+def products(program: jax.stages.Compiled | str) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Yield the matrix products of a program: (operation in the model, dimensions of the result, operands' precision).
+
+    The precision is "highest,highest" for JAX's HIGHEST, and "" for the device's default.
+    """
+    module = program_module(program)
+    for instructions in module.computations.values():
+        for i in instructions:
+            if i.opcode in ("dot", "convolution"):
+                precision = re.search(r"operand_precision=\{([^}]*)\}", i.attributes)
+                yield i.source, i.arrays[0].dims, precision[1] if precision else ""
+
+
+def _count(pairs: Iterator[tuple[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for name, runs in pairs:
+        total[name] = total.get(name, 0) + runs
+    return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+
+class _Reader:
+    """Reads the launches of a module's computations, each once."""
+
+    def __init__(self, module: Module):
+        self.module = module
+        self._launches: dict[str, tuple[list[Launch], list[str]]] = {}
+        self._flops: dict[str, tuple[float, float]] = {}
+
+    def launches(self, computation: str) -> tuple[list[Launch], list[str]]:
+        """Return what a computation launches, itself and in those that it calls, and its loops of unknown length."""
+        if computation not in self._launches:
+            launches: list[Launch] = []
+            loops: list[str] = []
+            for instruction in self.module.computations[computation]:
+                found, unknown = self._parts(computation, instruction)
+                launches += found
+                loops += unknown
+            self._launches[computation] = launches, loops
+        return self._launches[computation]
+
+    def _parts(self, computation: str, i: Instruction) -> tuple[list[Launch], list[str]]:
+        if i.opcode == "while":
+            launches, loops = self.launches(i.called("body")[0])
+            trips = self.module.trip_count(computation, i)
+            if trips is None:
+                tests, _ = self.launches(i.called("condition")[0])  # the host or the device decides in each iteration
+                return [replace(x, known=False) for x in [*launches, *tests]], [*loops, i.source or i.name]
+            return [replace(x, runs=x.runs * trips) for x in launches], loops
+        if i.opcode == "conditional":
+            attributes = ("branch_computations", "true_computation", "false_computation")
+            branches = [self.launches(name) for attribute in attributes for name in i.called(attribute)]
+            return max(branches, key=lambda branch: sum((x.flops + x.nbytes) * x.runs for x in branch[0]))
+        if i.opcode in CALLS and "fusion" not in i.opcode:
+            return self.launches((i.called("calls") or i.called("to_apply"))[0])
+        if i.opcode in _FREE or i.opcode.endswith(("-done", "-update")) or _target(i) in _NO_KERNELS:
+            return [], []
+        if all(not a.dims and "T(" in a.layout for a in i.arrays) and i.opcode not in CALLS:
+            return [], []  # a scalar of a TPU, which its scalar unit computes on the way
+        return [self._launch(computation, i)], []
+
+    def _launch(self, computation: str, i: Instruction) -> Launch:
+        kind = i.opcode.removesuffix("-start")
+        name, is_kernel = kind, kind == "custom-call"
+        if is_kernel:
+            name = self._kernel_name(i)
+        flops, wide, known = self._work(computation, i)
+        cycles = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
+        count = int(cycles[1]) if cycles and int(cycles[1]) < 1 << 62 else 0
+        on_chip = any(
+            a.on_chip for a in i.arrays[:2]
+        )  # a TPU's compiler moves arrays there and back, ahead of their use
+        moved = self._moved(computation, i) if self._only_moves(i) and not on_chip else 0.0
+        return Launch(
+            i.name, name, i.source, 1, True, flops, wide, self._traffic(computation, i), count, moved, is_kernel, known
+        )  # fmt: skip
+
+    def _kernel_name(self, i: Instruction) -> str:
+        target = _target(i)
+        if target not in _FOREIGN:
+            return target
+        if match := re.search(r'kernel_name\\?"?\s*[:=]\s*\\?"([^"\\]+)', i.attributes):
+            return match[1]
+        name = re.sub(r"(\.\w+)*$", "", i.name)
+        if re.fullmatch(_UNNAMED, name):
+            name = self.module.function(i)
+        return name or target
+
+    # FLOPs
+
+    def _inside(self, computation: str) -> tuple[float, float]:
+        """FLOPs of a fused computation: (all, those in float32 or more)."""
+        if computation not in self._flops:
+            parts = [self._work(computation, i) for i in self.module.computations[computation]]
+            self._flops[computation] = sum(p[0] for p in parts), sum(p[1] for p in parts)
+        return self._flops[computation]
+
+    def _work(self, computation: str, i: Instruction) -> tuple[float, float, bool]:
+        """(FLOPs of an instruction, those in float32 or more, whether they are known)."""
+        if i.opcode in CALLS:
+            return *self._inside((i.called("calls") or i.called("to_apply"))[0]), True
+        if i.opcode == "custom-call":
+            flops = self._kernel_flops(computation, i)
+            wide = self._is_wide(computation, i) and _target(i).startswith("__cublas")
+            return flops or 0.0, (flops or 0.0) if wide else 0.0, flops is not None
+        flops = 0.0
+        if i.opcode == "dot":
+            flops = 2.0 * i.arrays[0].size * self._contracted(computation, i, i.numbers("lhs_contracting_dims"))
+        elif i.opcode == "convolution":
+            flops = self._convolution_flops(computation, i)
+        return flops, flops if self._is_wide(computation, i) else 0.0, True
+
+    def _shape(self, computation: str, i: Instruction, index: int) -> Shape:
+        operand = self.module.operand(computation, i, index)
+        assert operand is not None, f"{i.name} has no operand {index}"
+        return operand.arrays[0]
+
+    def _is_wide(self, computation: str, i: Instruction) -> bool:
+        operand = self.module.operand(computation, i, 0)
+        return operand is not None and bool(operand.arrays) and operand.arrays[0].nbytes >= 4 * operand.arrays[0].size
+
+    def _contracted(self, computation: str, i: Instruction, axes: tuple[int, ...]) -> int:
+        dims = self._shape(computation, i, 0).dims
+        return math.prod(dims[axis] for axis in axes)
+
+    def _convolution_flops(self, computation: str, i: Instruction) -> float:
+        """The TPU's compiler writes products as convolutions; batches are windows, most of whose places are padding."""
+        labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
+        assert labels is not None, f"{i.name} has no dim_labels"
+        left, right, out = (
+            s.dims for s in (self._shape(computation, i, 0), self._shape(computation, i, 1), i.arrays[0])
+        )
+        where = [{letter: place for place, letter in enumerate(labels[n])} for n in (1, 2, 3)]
+        groups = re.search(r"batch_group_count=(\d+)", i.attributes)
+        batch = left[where[0]["b"]] // (int(groups[1]) if groups else 1)
+        flops = 2.0 * batch * right[where[1]["i"]] * right[where[1]["o"]]
+        window = _window(i.attributes)
+        for n, letter in enumerate(sorted(x for x in where[0] if x.isdigit())):
+            sizes = (left[where[0][letter]], right[where[1][letter]], out[where[2][letter]])
+            flops *= _places(*sizes, {name: values[n] for name, values in window.items()})
+        return flops
+
+    def _kernel_flops(self, computation: str, i: Instruction) -> float | None:
+        """FLOPs of a kernel: by its own estimate, by its operands, or None if neither tells."""
+        if match := re.search(r"cost_estimate.{0,20}?flops\W*?(?:22)?\W*?:\W*?(\d+)", i.attributes):
+            return float(match[1])
+        if _target(i).startswith("__cublas"):
+            axes = re.search(r'lhs_contracting_dimensions"?:\s*\[([^\]]*)\]', i.attributes)
+            if axes is None:
+                return None
+            return (
+                2.0
+                * i.arrays[0].size
+                * self._contracted(computation, i, tuple(int(n) for n in re.findall(r"\d+", axes[1])))
+            )
+        if not _GROUPED.search(self._kernel_name(i)):
+            return None
+        arrays = [self.module.find(computation, name) for name in i.operands]
+        matrices = [o.arrays[0] for o in arrays if o is not None and o.arrays and o.arrays[0].is_float]
+        rows = [a for a in matrices if len(a.dims) == 2]
+        if not rows or not i.arrays[0].is_float:
+            return 0.0  # a table of groups
+        out = i.arrays[0].dims
+        if len(out) == 2:  # [M, N] of rows [M, K]
+            return 2.0 * math.prod(out) * (rows[0].size / out[0])
+        return 2.0 * out[-1] * rows[0].size  # [G, K, N] of rows [M, K] and [M, N]
+
+    # Bytes
+
+    def _traffic(self, computation: str, i: Instruction) -> float:
+        """Bytes that a launch reads and writes in memory."""
+        if match := re.search(r"cost_estimate.{0,200}?bytes_accessed\W*?(?:22)?\W*?:\W*?(\d+)", i.attributes):
+            return float(match[1])
+        if i.opcode.endswith("-start") and "fusion" not in i.opcode:
+            return 2 * i.arrays[0].nbytes
+        if i.opcode in _SLICES:
+            return 2 * i.nbytes
+        if i.opcode in _UPDATES:
+            return 2 * self._shape(computation, i, _UPDATES[i.opcode]).nbytes
+        if i.opcode not in CALLS:
+            return self._whole(computation, i)
+        inner = i.called("calls")[0]
+        parameters = {int(p.operands[0]): p for p in self.module.computations[inner] if p.opcode == "parameter"}
+        total = self._written(inner, self.module.root(inner), i)
+        for n, name in enumerate(i.operands):
+            operand = self.module.find(computation, name)
+            if operand is not None and n in parameters and not (operand.arrays and operand.arrays[0].on_chip):
+                total += self._read(inner, parameters[n])
+        return total
+
+    def _whole(self, computation: str, i: Instruction) -> float:
+        operands = (self.module.find(computation, name) for name in dict.fromkeys(i.operands))
+        arrays = [a for o in operands if o is not None for a in o.arrays]
+        return sum(a.nbytes for a in [*arrays, *i.arrays] if not a.on_chip)
+
+    def _read(self, computation: str, i: Instruction) -> float:
+        """Bytes of an array that a fused computation reads: a slice's alone, and none of one that is updated in place."""
+        total = 0.0
+        for user in self.module.users(computation).get(i.name, []):
+            first = user.operands[0] == i.name
+            if user.opcode in _SLICES and first:
+                total += user.nbytes
+            elif user.opcode in _UPDATES and first:
+                continue
+            elif user.opcode in _ELEMENTWISE:
+                total += self._read(computation, user) if not user.root else i.nbytes
+            elif user.opcode == "fusion":
+                inner = user.called("calls")[0]
+                for p in self.module.computations[inner]:
+                    if p.opcode == "parameter" and user.operands[int(p.operands[0])] == i.name:
+                        total += self._read(inner, p)
+            elif user.opcode == "tuple":
+                continue  # handed on
+            else:
+                return i.nbytes
+        return min(total, i.nbytes)
+
+    def _written(self, computation: str, i: Instruction, launch: Instruction) -> float:
+        """Bytes of a fused computation's result that are written: of an update in place, the update's."""
+        if i.opcode == "tuple":
+            parts = (self.module.find(computation, name) for name in i.operands)
+            return sum(self._written(computation, p, launch) for p in parts if p is not None)
+        if i.opcode in _UPDATES:
+            return self._shape(computation, i, _UPDATES[i.opcode]).nbytes
+        if i.opcode == "parameter":
+            return 0.0
+        if i.opcode == "bitcast":
+            operand = self.module.operand(computation, i, 0)
+            return self._written(computation, operand, launch) if operand is not None else i.nbytes
+        if i.opcode == "fusion":
+            inner = i.called("calls")[0]
+            return self._written(inner, self.module.root(inner), launch)
+        return 0.0 if launch.arrays and all(a.on_chip for a in launch.arrays) else i.nbytes
+
+    def _moved(self, computation: str, i: Instruction) -> float:
+        """Bytes that a launch which only moves numbers writes."""
+        if i.opcode in CALLS:
+            inner = (i.called("calls") or i.called("to_apply"))[0]
+            return self._written(inner, self.module.root(inner), i)
+        return i.arrays[0].nbytes if i.opcode.endswith("-start") else self._written(computation, i, i)
+
+    def _only_moves(self, i: Instruction) -> bool:
+        """Say whether a launch, with all that is fused into it, only moves or converts numbers of an array."""
+        if i.opcode not in CALLS:
+            return i.opcode in _MOVES
+        inside = self.module.computations[(i.called("calls") or i.called("to_apply"))[0]]
+        work = [x for x in inside if x.opcode not in _FREE and x.arrays and x.arrays[0].dims]  # scalars are indices
+        return bool(work) and all(self._only_moves(x) for x in work)
+
+
+def _target(i: Instruction) -> str:
+    """The name by which the compiler knows a custom call."""
+    match = re.search(r'custom_call_target="([^"]*)"', i.attributes) if i.opcode.startswith("custom-call") else None
+    return match[1] if match else ""
+
+
+def _window(attributes: str) -> dict[str, list[int]]:
+    """Read a convolution's window: `size=8 stride=7 pad=0_0 lhs_dilate=8`, a number for each spatial axis."""
+    text = re.search(r"window=\{([^}]*)\}", attributes)
+    words = dict(word.split("=") for word in text[1].split()) if text else {}
+    axes = len(words["size"].split("x")) if "size" in words else 0
+    window = {}
+    for name, default in (("stride", "1"), ("lhs_dilate", "1"), ("rhs_dilate", "1"), ("pad", "0_0")):
+        values = words.get(name, "x".join([default] * axes)).split("x") if axes else []
+        window[name] = [int(v.split("_")[0]) for v in values]
+    return window
+
+
+def _places(left: int, kernel: int, out: int, window: dict[str, int]) -> int:
+    """Count the pairs of a result's and a kernel's place along one axis that meet a number, not padding."""
+    start = np.arange(out, dtype=np.int64) * window["stride"] - window["pad"]
+    count = 0
+    for k in range(kernel):
+        place = start + k * window["rhs_dilate"]
+        count += int(np.sum((place >= 0) & (place % window["lhs_dilate"] == 0) & (place < left * window["lhs_dilate"])))
+    return count

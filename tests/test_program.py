@@ -1,0 +1,202 @@
+"""What a compiled program runs equals counts by hand: FLOPs, launches, copies, loops, bytes."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dsv3_jax.planning.devices import DEVICES
+from dsv3_jax.planning.program import narrow_additions, products, read_program
+
+pytestmark = pytest.mark.usefixtures("whole_compiles")
+S = jax.ShapeDtypeStruct
+N, D = 16, 32
+
+
+def compiled(function, *shapes) -> jax.stages.Compiled:
+    return jax.jit(function).lower(*shapes).compile()
+
+
+def read(function, *shapes):
+    return read_program(compiled(function, *shapes))
+
+
+def test_products_count_two_flops_a_multiplication():
+    x, w = S((3, N, D), jnp.float32), S((3, D, 8), jnp.float32)
+    assert read(lambda x, w: x @ w, x, w).flops == 2 * 3 * N * D * 8
+    assert read(lambda x: jnp.einsum("bnd,bmd->bnm", x, x), x).flops == 2 * 3 * N * N * D
+    assert read(lambda x: jnp.exp(x), x).flops == 0
+
+
+def test_loops_multiply_and_unknown_ones_count_once():
+    def inner(x, w):
+        return jnp.tanh(x @ w), None
+
+    def nested(x, w):
+        return jax.lax.scan(lambda x, _: jax.lax.scan(inner, x, w), x, None, length=5)[0]
+
+    x, w = S((N, D), jnp.float32), S((3, D, D), jnp.float32)
+    once = 2 * N * D * D
+    program = read(nested, x, w)
+    assert program.flops == 15 * once and program.unknown_loops == ()
+
+    def until(x, w):
+        return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: jnp.tanh(x @ w[0]), x)
+
+    program = read(until, x, w)
+    assert program.flops == once and len(program.unknown_loops) == 1
+    assert "while" in program.unknown_loops[0]
+    assert any(launch.flops and not launch.known for launch in program.all_launches)
+
+
+def test_the_longest_branch_counts():
+    def either(x, w):
+        return jax.lax.cond(x.sum() > 0, lambda: jnp.tanh(x @ w), lambda: jnp.tanh(x @ w @ w @ w))
+
+    assert read(either, S((N, D), jnp.float32), S((D, D), jnp.float32)).flops == 3 * 2 * N * D * D
+
+
+# Texts of the forms that compilers for GPU and TPU write, and that the CPU's does not.
+HEAD = 'HloModule m, is_scheduled=true\n\nFunctionNames\n1 "outer"\n2 "ragged_dot"\n\nFileLocations\n\
+7 {file_name_id=1 function_name_id=2 line=3}\n\nStackFrames\n9 {file_location_id=7 parent_frame_id=1}\n\n'
+
+GPU = (
+    HEAD
+    + """
+%limit (p: (s32[], bf16[6,32,32])) -> pred[] {
+  %p = (s32[], bf16[6,32,32]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] constant(6)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%slice (a: bf16[6,32,32], i: s32[]) -> bf16[1,32,32] {
+  %a = bf16[6,32,32]{2,1,0} parameter(0)
+  %i.1 = s32[] parameter(1)
+  %z = s32[] constant(0)
+  ROOT %ds = bf16[1,32,32]{2,1,0} dynamic-slice(%a, %i.1, %z, %z), dynamic_slice_sizes={1,32,32}
+}
+
+%put (a: bf16[6,32,32], b: bf16[1,32,32], i: s32[]) -> bf16[6,32,32] {
+  %a.1 = bf16[6,32,32]{2,1,0} parameter(0)
+  %b = bf16[1,32,32]{2,1,0} parameter(1)
+  %i.2 = s32[] parameter(2)
+  %z.1 = s32[] constant(0)
+  %negated = bf16[1,32,32]{2,1,0} negate(%b)
+  ROOT %dus = bf16[6,32,32]{2,1,0} dynamic-update-slice(%a.1, %negated, %i.2, %z.1, %z.1)
+}
+
+%body (p: (s32[], bf16[6,32,32])) -> (s32[], bf16[6,32,32]) {
+  %p.1 = (s32[], bf16[6,32,32]{2,1,0}) parameter(0)
+  %i.3 = s32[] get-tuple-element(%p.1), index=0
+  %w = bf16[6,32,32]{2,1,0} get-tuple-element(%p.1), index=1
+  %start = ((bf16[6,32,32]{2,1,0}, s32[]), bf16[1,32,32]{2,1,0}, u32[]) fusion-start(%w, %i.3), kind=kLoop, \
+calls=%slice, metadata={op_name="jit(f)/while/body/take"}
+  %done = bf16[1,32,32]{2,1,0} fusion-done(%start)
+  %next = bf16[6,32,32]{2,1,0} fusion(%w, %done, %i.3), kind=kLoop, calls=%put
+  %one = s32[] constant(1)
+  %i.4 = s32[] add(%i.3, %one)
+  ROOT %t = (s32[], bf16[6,32,32]{2,1,0}) tuple(%i.4, %next)
+}
+
+ENTRY %main (x: bf16[64,32], w: bf16[6,32,32], g: s32[6]) -> bf16[64,32] {
+  %x = bf16[64,32]{1,0} parameter(0)
+  %w.1 = bf16[6,32,32]{2,1,0} parameter(1)
+  %g = s32[6]{0} parameter(2)
+  %zero = s32[] constant(2)
+  %init = (s32[], bf16[6,32,32]{2,1,0}) tuple(%zero, %w.1)
+  %loop = (s32[], bf16[6,32,32]{2,1,0}) while(%init), condition=%limit, body=%body
+  %w.2 = bf16[6,32,32]{2,1,0} get-tuple-element(%loop), index=1
+  %mpmd_map.1 = bf16[64,32]{1,0} custom-call(%g, %x, %w.2), custom_call_target="mosaic_gpu_v2", \
+metadata={op_name="jit(f)/mpmd_map" stack_frame_id=9}, backend_config={module = "ML\\22"}
+  %mine.2 = bf16[64,32]{1,0} custom-call(%mpmd_map.1), custom_call_target="mosaic_gpu_v2", \
+backend_config={cost_estimate_json = "{\\22flops\\22: 123, \\22transcendentals\\22: 0, \\22bytes_accessed\\22: 456}"}
+  %gemm = (bf16[64,32]{1,0}, s8[1024]{0}) custom-call(%mine.2, %w.2), custom_call_target="__cublas$lt$matmul", \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}
+  ROOT %out = bf16[64,32]{1,0} get-tuple-element(%gemm), index=0
+}
+""".replace("\\\n", "")
+)
+
+
+def test_a_gpus_program():
+    program = read_program(GPU)
+    product = 2 * 64 * 32 * 32  # of a grouped kernel, each row with one expert, and of cuBLAS
+    assert program.flops == product + 123 + product
+    assert program.kernels() == {"ragged_dot": 1, "mine": 1, "__cublas$lt$matmul": 1} and program.unknown_work() == {}
+    matrix = 32 * 32 * 2
+    copy = program.copies()[0]
+    assert (copy.moved, copy.runs, copy.source) == (matrix, 4, "jit(f)/while/body/take")  # the loop begins at 2
+    assert copy.nbytes == 2 * matrix + 4  # a slice of the stack is read, and its index
+    update = next(x for x in program.all_launches if x.name == "next")
+    assert update.nbytes == 2 * matrix + 4 and not update.moved  # in place
+    assert next(x for x in program.all_launches if x.name == "mine.2").nbytes == 456
+    assert program.launches == 4 * 3 + 3
+
+
+TPU = (
+    HEAD
+    + """
+%product (a: bf16[8,16,64], b: bf16[8,16,64]) -> f32[8,16,16] {
+  %a = bf16[8,16,64]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[8,16,64]{2,1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %c = f32[8,16,16]{2,1,0:T(8,128)} convolution(%a, %b), window={size=8 stride=7 lhs_dilate=8}, \
+dim_labels=0bf_0oi->0bf, operand_precision={highest,highest}, metadata={op_name="jit(f)/route/dot_general"}
+}
+
+ENTRY %main (a: bf16[8,16,64], b: bf16[8,16,64]) -> f32[8,16,16] {
+  %a.1 = bf16[8,16,64]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %b.1 = bf16[8,16,64]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %i = s32[]{:T(128)} constant(1)
+  %j = s32[]{:T(128)} add(%i, %i)
+  %s = (bf16[8,16,64]{2,1,0:T(8,128)(2,1)S(1)}, bf16[8,16,64]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%b.1)
+  %d = bf16[8,16,64]{2,1,0:T(8,128)(2,1)S(1)} copy-done(%s)
+  %buffer = u32[8]{0:T(128)S(1)} custom-call(), custom_call_target="AllocateBuffer"
+  %gmm.1 = bf16[64,32]{1,0:T(8,128)(2,1)} custom-call(%a.1), custom_call_target="tpu_custom_call", \
+backend_config={"custom_call_config":{"body":"Qk1M","cost_estimate":{"flops":"77","transcendentals":"0",\
+"bytes_accessed":"88"}}}
+  ROOT %f = f32[8,16,16]{2,1,0:T(8,128)} fusion(%a.1, %d), kind=kOutput, calls=%product, \
+backend_config={"window_config":{"estimated_cycles":"6887"}}
+}
+""".replace("\\\n", "")
+)
+
+
+def test_a_tpus_program():
+    """Its products are convolutions, in which a batch is a window that meets one number of each row of padding."""
+    program = read_program(TPU)
+    fusion, kernel = (next(x for x in program.all_launches if x.name == name) for name in ("f", "gmm.1"))
+    assert fusion.flops == 2 * 8 * 16 * 16 * 64 and fusion.cycles == 6887
+    assert fusion.nbytes == 8 * 16 * 64 * 2 + 8 * 16 * 16 * 4  # the second operand is in VMEM already
+    assert (kernel.kind, kernel.flops, kernel.nbytes) == ("gmm", 77, 88)
+    assert program.launches == 3 and program.copies() == []  # a prefetch is no copy; scalars and buffers launch nothing
+    assert list(products(TPU)) == [("jit(f)/route/dot_general", (8, 16, 16), "highest,highest")]
+
+
+def test_the_roofline_takes_the_longer_of_two():
+    square = S((1024, 1024), jnp.float32)
+    program = read(lambda x, y: x @ y, square, square)
+    flops, nbytes = 2 * 1024**3, 3 * 4 * 1024**2
+    assert (program.flops, program.nbytes) == (flops, nbytes)
+    slow = replace(DEVICES["h100"], float32_flops=1e12, memory_bandwidth=1e12)
+    assert program.roofline(slow) == pytest.approx((flops / 1e12, 0))
+    assert program.roofline(replace(slow, float32_flops=1e15)) == pytest.approx((0, nbytes / 1e12))
+
+
+def test_additions_in_narrow_dtypes_are_found():
+    def add(x, ids, rows):
+        return x.at[ids].add(rows)
+
+    ids, narrow, wide = S((5,), jnp.int32), S((5, D), jnp.bfloat16), S((5, D), jnp.float32)
+    lowered = jax.jit(add).lower(S((N, D), jnp.bfloat16), ids, narrow)
+    assert ["bf16" in found for found in narrow_additions(lowered.as_text(dialect="hlo"))] == [True]
+    lowered = jax.jit(add).lower(S((N, D), jnp.float32), ids, wide)
+    assert narrow_additions(lowered.as_text(dialect="hlo")) == []
+    lowered = jax.jit(lambda x, ids, rows: x.at[ids].set(rows)).lower(S((N, D), jnp.bfloat16), ids, narrow)
+    assert narrow_additions(lowered.as_text(dialect="hlo")) == []
+
+
+def test_text_that_is_not_hlo_is_rejected():
+    with pytest.raises(ValueError, match="program='no program'"):
+        read_program("no program")
