@@ -8,6 +8,7 @@ Exit code: 0; 1 where a bar is missed or a part fails; 2 for bad input.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -143,6 +144,10 @@ class Worker:
         """End the process: it holds nothing that must be saved."""
         self._process.kill()
         self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                assert pipe
+                pipe.close()
 
 
 def measure(names: list[str], results: dict, path: Path, worker: Worker, deadline: float) -> None:
