@@ -1,5 +1,6 @@
 # Each target first makes a virtual environment and installs the packages that it needs, as constraints.txt pins them.
 #   make demo                       train a small model: see README.md
+#   make demo ACCELERATOR=cuda13    the same on an NVIDIA GPU; ACCELERATOR=tpu on a TPU
 #   make test PYTHON=python3.13     the tests under another Python, in an environment of its own
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -19,6 +20,14 @@ else
     if $(call is_new_enough,$$p); then echo $$p; fi; done) python3)
 endif
 
+# What JAX needs for a device: an extra of the package jax.
+ACCELERATORS := cuda13 cuda12 tpu
+ifdef ACCELERATOR
+  ifneq ($(words $(filter $(ACCELERATORS),$(ACCELERATOR))),1)
+    $(error ACCELERATOR='$(ACCELERATOR)' is not one of $(ACCELERATORS); leave it out for the CPU)
+  endif
+endif
+
 BIN := $(VENV)/bin
 comma := ,
 INPUTS := pyproject.toml constraints.txt
@@ -27,6 +36,7 @@ INPUTS := pyproject.toml constraints.txt
 
 help:
 	@echo "make demo        train a small model, evaluate it and let it write: about five minutes on two CPU cores"
+	@echo "                 ACCELERATOR=cuda13 or tpu: on a GPU or TPU, whose packages it installs too"
 	@echo "make demo-short  the same with a few steps, to see that everything runs: about a minute"
 	@echo "make lab         run the studies that have no results yet; LAB_ARGS=--fresh runs all of them, about two hours"
 	@echo "make notebooks   execute the notebooks and keep their outputs: some minutes"
@@ -38,11 +48,21 @@ help:
 	@echo
 	@echo "The first target installs the packages into $(VENV). PYTHON=python3.13 chooses another Python."
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed$(ACCELERATOR:%=-%)
+	$(check_device)
 	$(BIN)/dsv3 demo
 
-demo-short: $(VENV)/.installed
+demo-short: $(VENV)/.installed$(ACCELERATOR:%=-%)
+	$(check_device)
 	$(BIN)/dsv3 demo --short --out runs/demo-short
+
+# End where JAX would fall back to the CPU; else name the device.
+ifdef ACCELERATOR
+define check_device
+@$(BIN)/python -c 'import jax; d = jax.devices(); print(len(d), "x", d[0].device_kind); \
+  exit(d[0].platform == "cpu" and "ACCELERATOR=$(ACCELERATOR) is installed, but JAX finds no device but the CPU")'
+endef
+endif
 
 lab: $(VENV)/.installed
 	$(BIN)/python -m experiments.lab $(LAB_ARGS)
@@ -89,11 +109,12 @@ $(BIN)/python:
 	  echo "$(PYTHON) cannot make a virtual environment: install its venv module (Debian: apt install python3-venv)" >&2; \
 	  exit 1; fi
 
-# Install the packages of $(1): the names of those that are collected, on one line, then how long it took.
+# Install the packages of $(1), and of $(2) if given: the names of those that are collected, on one line, then how long
+# it took.
 define install
-@echo "Installing $(1) into $(VENV) (once; some minutes on a slow line)"
+@echo "Installing $(1)$(2:%= and %) into $(VENV) (once; some minutes on a slow line)"
 @PYTHONUNBUFFERED=1 $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off \
-  --constraint constraints.txt --editable '$(1)' \
+  --constraint constraints.txt --editable '$(1)' $(2:%='%') \
   | while read -r what name rest; do case "$$what $$name" in \
     Collecting*) printf ' %s' "$${name%%[<>=!~;]*}" ;; \
     "Installing collected") printf '\n unpacking …' ;; \
@@ -109,6 +130,11 @@ $(VENV)/.installed: $(INPUTS) | $(BIN)/python
 	  echo "C++ compiler found: $$found; the kernels for the CPU are compiled at their first use"; \
 	else \
 	  echo "No C++ compiler found (c++, g++, clang++): everything works, but slower on a CPU"; fi
+	@touch $@
+
+# JAX's own extras: the plugin, and with CUDA the libraries that it needs.
+$(ACCELERATORS:%=$(VENV)/.installed-%): $(VENV)/.installed-%: $(VENV)/.installed
+	$(call install,.,jax[$*])
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

@@ -189,6 +189,30 @@ def make_mesh(text: str | None) -> Any:
     return sharding.make_mesh(**sizes)
 
 
+def all_devices(run: Any) -> Any:
+    """Make the mesh of a training run without --mesh: all of this machine's devices along "data".
+
+    None means a single device: there is no other, or it is a CPU, whose devices share its cores.
+    Raises: ConfigError if the run's batch is not divisible by the devices.
+    """
+    import jax
+
+    from dsv3_jax.config import ConfigError
+    from dsv3_jax.kernels.choose import platform_of
+    from dsv3_jax.mesh import sharding
+
+    count = jax.local_device_count()
+    if count == 1 or platform_of() == "cpu":
+        return None
+    if (rows := run.data.batch_size // run.optim.microbatches) % count:
+        raise ConfigError(
+            f"batch_size/microbatches={rows} rows are not divisible by the {count} devices here; use a multiple, or "
+            "choose fewer devices, such as --mesh data=1"
+        )
+    print(f"training on the {count} devices here, {rows // count} rows on each; --mesh data=1 uses one")
+    return sharding.make_mesh(data=count)
+
+
 # Errors
 
 

@@ -12,6 +12,7 @@ from typing import Annotated
 import tyro
 
 from dsv3_jax.cli.common import (
+    all_devices,
     fail,
     guarded,
     make_mesh,
@@ -42,7 +43,8 @@ class Train:
     """folder of the run: run.json, checkpoints, metrics, pictures"""
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
     mesh: str | None = None
-    """devices to shard over, as data=N,expert=N,tensor=N; None means one, or with --cluster all along data"""
+    """devices to shard over, as data=N,expert=N,tensor=N; None means all GPUs or TPUs here along data, or one CPU
+    device; with --cluster, the devices of all processes along data"""
     cluster: str | None = None
     """train in several processes: HOST:PORT of process 0, or auto on SLURM, Kubernetes, Open MPI and TPU pods"""
     processes: int | None = None
@@ -62,7 +64,7 @@ def run(argv: list[str]) -> int:
     prepare_process()
     from dsv3_jax.training.loop import fit
 
-    mesh = make_mesh(args.mesh)
+    mesh = all_devices(args.run) if args.mesh is None else make_mesh(args.mesh)
     prepare_training(mesh)
     fit(args.run, args.out, mesh=mesh)
     return 0

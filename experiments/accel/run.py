@@ -1,0 +1,391 @@
+"""How near is this GPU or TPU to its bounds? One command of ten minutes at most, with a table at the end.
+
+python experiments/accel/run.py                           # all parts; results/<device>.json beside this file
+python experiments/accel/run.py --parts attention loss    # some; `bounds` is added where it was not measured yet
+python experiments/accel/run.py --resume                  # only what is not done yet
+
+Exit code: 0; 1 where a bar is missed or a part fails; 2 for bad input.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from dsv3_jax.config import did_you_mean
+from dsv3_jax.files import write_atomic
+from dsv3_jax.planning.devices import DEVICES
+
+# Parts by value, and seconds below which one is not begun: it would not come far.
+PARTS = {
+    "bounds": 10, "exact": 40, "layer": 25, "attention": 40, "step": 40, "decode": 60, "grouped": 60, "drafts": 60,
+    "loss": 20,
+}  # fmt: skip
+# of the worker's environment; JAX's own share of the memory, 0.75, leaves no room for the large batches
+SETTINGS = {"TF_CPP_MIN_LOG_LEVEL": "2", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+FRESH = ("step",)  # parts that need a process of their own: the most memory used is counted from its start
+# JAX's names of devices whose data sheet `dsv3 plan --device` knows
+SHEETS = {
+    "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H800": "h800", "TPU v5p": "v5p", "TPU v5": "v5p", "TPU v5e": "v5e",
+    "TPU v5 lite": "v5e", "TPU v6e": "v6e", "TPU v6 lite": "v6e",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a figure must reach."""
+
+    least: float | None = None
+    most: float | None = None
+    ratio: bool = True  # of the ratio to the figure's bound; False: of the value
+    kind: str | None = "NVIDIA H100 80GB HBM3"  # the only device that it is set for; None: every one, toy sizes too
+
+    def text(self, unit: str) -> str:
+        limit, sign = (self.most, "≤") if self.least is None else (self.least, "≥")
+        return f"{sign} {limit:.2f}" if self.ratio else f"{sign} {scaled(limit or 0.0, unit)}"
+
+    def is_met(self, value: float, ratio: float | None) -> bool:
+        found = ratio if self.ratio else value
+        return found is not None and (self.least or -math.inf) <= found <= (
+            math.inf if self.most is None else self.most
+        )
+
+
+BARS = {
+    "layer": Bar(0.70),
+    "attention forward": Bar(0.60),
+    "attention both": Bar(0.45),
+    "mfu": Bar(0.40),
+    "decode": Bar(2.0e12, ratio=False),
+    "drafts": Bar(1.4, ratio=False),
+    "equal": Bar(most=0, ratio=False, kind=None),
+}
+# What a figure's `against` names: (words for the table, the bound to take where this one is unknown)
+BOUNDS = {
+    "product": ("matrix product", None),
+    "copy": ("copy", None),
+    "sheet flops": ("data sheet", "product"),
+    "sheet bytes": ("data sheet", None),
+    "planned memory": ("planned", None),
+}
+
+
+class Failed(RuntimeError):
+    """A part did not end; the message is one sentence."""
+
+
+class Worker:
+    """The process that measures: `parts.py`. One that has failed is replaced at the next part."""
+
+    def __init__(self, toy: bool):
+        self.toy, self._command = toy, [sys.executable, str(HERE / "parts.py"), *(["--toy"] if toy else [])]
+        self._env = {**SETTINGS, **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        self.start()
+
+    def start(self) -> None:
+        """Begin with a new process. Raises: Failed where it finds no device."""
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._env
+        )
+        hello = self._reply()
+        if "failed" in hello:
+            self.close()
+            raise Failed(hello["failed"])
+        self.card, self.toy = hello["card"], hello["toy"]
+
+    def measure(self, part: str, seconds: float) -> Iterator[dict]:
+        """Yield what the worker says of a part. Raises: Failed, also when the part takes longer than `seconds`."""
+        late = threading.Event()
+        timer = threading.Timer(seconds, lambda: (late.set(), self._process.kill()))
+        try:
+            if self._process.poll() is not None or part in FRESH:
+                self.close()
+                self.start()
+            timer.start()
+            assert self._process.stdin
+            print(part, file=self._process.stdin, flush=True)
+            while "done" not in (reply := self._reply()):
+                if "failed" in reply:
+                    raise Failed(reply["failed"])
+                yield reply
+        except (Failed, OSError) as error:
+            self.close()
+            raise Failed(f"the time was over, after {seconds:.0f} s" if late.is_set() else str(error)) from None
+        finally:
+            timer.cancel()
+
+    def _reply(self) -> dict:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            self.close()
+            raise Failed(f"the process ended with code {self._process.returncode}; its last words are above")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End the process: it holds nothing that must be saved."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                assert pipe
+                pipe.close()
+
+
+def measure(names: list[str], results: dict, path: Path, worker: Worker, deadline: float) -> None:
+    """Measure parts in order; the file is written after each figure."""
+    start = time.perf_counter()
+    for name in names:
+        left = deadline - time.perf_counter()
+        if not results["toy"] and left < PARTS[name]:
+            text = f"skipped: {max(left, 0):.0f} s are left, and it takes {PARTS[name]} s or more"
+            results["parts"][name] = {"state": "skipped", "why": text, "figures": []}
+            say(start, f"{name}: {text}")
+        else:
+            part: dict[str, Any] = {"state": "stopped", "why": "", "figures": []}
+            results["parts"][name], doing, began = part, name, time.perf_counter()
+            try:
+                for reply in worker.measure(name, max(left, 1.0)):
+                    if "doing" in reply:
+                        doing = reply["doing"]
+                        say(start, f"{name}: {doing}")
+                    else:
+                        part["figures"].append(checked(reply["figure"]))
+                        save(results, path)
+                part["state"] = "done"
+            except Failed as error:
+                part |= {"state": "failed", "why": f"failed at {doing}: {error}"}
+                say(start, f"{name}: {part['why']}")
+            part["seconds"] = round(time.perf_counter() - began, 1)
+        save(results, path)
+
+
+def checked(figure: dict) -> dict:
+    """A figure without what it does not have; a value that is no number is a failure."""
+    value = figure["value"]
+    if value is not None and not math.isfinite(value):
+        figure |= {"value": None, "why": f"failed: the value is {value}"}
+    return {key: item for key, item in figure.items() if key in ("name", "value") or item}
+
+
+def save(results: dict, path: Path) -> None:
+    write_atomic(path, json.dumps(results, indent=1) + "\n")
+
+
+def say(start: float, text: str) -> None:
+    """Print progress on stderr."""
+    print(f"[{time.perf_counter() - start:4.0f} s] {text}", file=sys.stderr, flush=True)
+
+
+# The table
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure of the table, judged."""
+
+    part: str
+    figure: dict
+    bound: float | None
+    bound_name: str
+    bar: Bar | None  # None: no bar is set for this device
+
+    @property
+    def ratio(self) -> float | None:
+        value = self.figure["value"]
+        return value / self.bound if self.bound and value is not None else None
+
+    @property
+    def missed(self) -> bool:
+        """The bar was not reached, or could not be measured."""
+        value = self.figure["value"]
+        return self.bar is not None and (value is None or not self.bar.is_met(value, self.ratio))
+
+
+def rows_of(results: dict) -> list[Row]:
+    """Compare all figures with their bounds and bars."""
+    kind, bounds = results["card"]["kind"], {}
+    if kind in SHEETS:
+        sheet = DEVICES[SHEETS[kind]]
+        bounds |= {"sheet flops": sheet.flops, "sheet bytes": sheet.memory_bandwidth}
+    figures = [(name, figure) for name, part in results["parts"].items() for figure in part["figures"]]
+    bounds |= {figure["bound"]: figure["value"] for _, figure in figures if "bound" in figure}
+    rows = []
+    for part, figure in figures:
+        against = figure.get("against", "")
+        if against and against not in bounds and figure.get("bound") != BOUNDS[against][1]:
+            against = BOUNDS[against][1] or against
+        bar = BARS.get(figure.get("bar", ""))
+        if bar and bar.kind is not None and (bar.kind != kind or results["toy"]):
+            bar = None
+        rows.append(Row(part, figure, bounds.get(against), BOUNDS[against][0] if against else "", bar))
+    return rows
+
+
+def scaled(value: float, unit: str) -> str:
+    """Write a value with its unit, at four significant digits.
+
+    >>> scaled(798.4e12, "FLOP/s"), scaled(0.00123, "s"), scaled(0, "ids")
+    ('798.4 TFLOP/s', '1.23 ms', '0')
+    """
+    if unit in ("FLOP/s", "B/s", "B"):
+        prefix, scale = next(((p, s) for p, s in (("T", 1e12), ("G", 1e9), ("M", 1e6)) if value >= s), ("", 1.0))
+        return f"{value / scale:.4g} {prefix}{unit}"
+    if unit == "s":
+        return f"{value:.4g} s" if value >= 1 else f"{1e3 * value:.4g} ms"
+    return f"{value:,.0f}{' tokens/s' if unit == 'tokens/s' else ''}" if unit != "times" else f"{value:.2f} times"
+
+
+def table_of(rows: list[Row]) -> Table:
+    """Lay the rows out, by part."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("part", "figure", "value", "bound", "ratio", "bar"):
+        right = name in ("value", "bound", "ratio")
+        table.add_column(name, justify="right" if right else "left", no_wrap=name != "figure", overflow="fold")
+    before = ""
+    for row in rows:
+        figure, unit = row.figure, row.figure.get("unit", "")
+        if row.part != before and before:
+            table.add_section()
+        verdict = f"{row.bar.text(unit)} {'MISSED' if row.missed else 'met'}" if row.bar else ""
+        name = figure["name"] + (f" ({figure['note']})" if "note" in figure else "")
+        if figure["value"] is None:
+            cells = (f"{name}: {figure['why']}", "–", "", "")
+        else:
+            bound = f"{scaled(row.bound, unit)} {row.bound_name}" if row.bound else ""
+            cells = (name, scaled(figure["value"], unit), bound, "" if row.ratio is None else f"{row.ratio:.2f}")
+        table.add_row(row.part if row.part != before else "", *cells, verdict)
+        before = row.part
+    return table
+
+
+def report(results: dict, path: Path) -> int:
+    """Print the table, what is missing and the verdict; return the exit code."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)
+    card, rows = results["card"], rows_of(results)
+    versions = ", ".join(f"{name} {version}" for name, version in card["versions"].items())
+    console.print(f"{card['kind']}, {versions}", soft_wrap=True, markup=False)
+    if card.get("driver"):
+        console.print(f"driver: {card['driver']}", soft_wrap=True, markup=False)
+    console.print(table_of(rows))
+    ran = {name: part for name, part in results["parts"].items() if part["state"] != "done"}
+    for name, part in ran.items():
+        console.print(f"{name}: {part['why'] or 'stopped'}", soft_wrap=True, markup=False)
+    if results["toy"]:
+        console.print("Toy sizes: these figures show that the parts work, and say nothing of speed.")
+    elif not any(bar.kind == card["kind"] for bar in BARS.values()):
+        console.print(f"No bars of speed are set for {card['kind']}: read the ratios.", markup=False)
+    missed = [row for row in rows if row.missed]
+    for row in missed:
+        why = row.figure.get("why") or row.figure.get("note", "")
+        console.print(f"MISSED: {row.figure['name']}{f' ({why})' if why else ''}", soft_wrap=True, markup=False)
+    console.print(f"written to {path}", soft_wrap=True, markup=False)
+    return 1 if missed or any(part["state"] == "failed" for part in results["parts"].values()) else 0
+
+
+# The command
+
+
+def default_path(card: dict, toy: bool) -> Path:
+    """Where the results of a device are kept; those of toy sizes are no results."""
+    name = re.sub(r"[^a-z0-9]+", "-", card["kind"].lower()).strip("-")
+    return ROOT / "runs" / f"accel-toy-{name}.json" if toy else HERE / "results" / f"{name}.json"
+
+
+def begin(path: Path, worker: Worker, resume: bool) -> dict:
+    """The results so far, if they are of this device, sizes and versions; else none.
+
+    Raises: ValueError, with `resume`, for results of another device, other sizes or versions.
+    """
+    fresh: dict[str, Any] = {"card": worker.card, "toy": worker.toy, "parts": {}}
+    if not path.exists():
+        return fresh
+    try:
+        found = json.loads(path.read_text())
+        same = found["toy"] == worker.toy and all(
+            found["card"][key] == worker.card[key] for key in ("kind", "versions")
+        )
+        same = same and found["parts"].keys() <= PARTS.keys()
+    except (ValueError, KeyError, AttributeError, TypeError):
+        if resume:
+            raise ValueError(f"out={str(path)!r} holds no results of this command; name another file") from None
+        return fresh
+    if not same and resume:
+        raise ValueError(f"out={str(path)!r} is of another device, other sizes or versions; run without --resume")
+    return found if same else fresh
+
+
+def options(argv: list[str] | None) -> argparse.Namespace:
+    """Parse and check the arguments. Raises: ValueError, one sentence."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--minutes", type=float, default=9.5, help="time for all parts; default: 9.5")
+    parser.add_argument("--resume", action="store_true", help="keep the parts that are done")
+    parser.add_argument("--toy", action="store_true", help="small sizes, as always on a CPU")
+    parser.add_argument("--out", type=Path, help="file of the results; default: results/<device>.json")
+    args = parser.parse_args(argv)
+    for name in args.parts or ():
+        if name not in PARTS:
+            raise ValueError(f"part {name!r} is not one of {', '.join(PARTS)}{did_you_mean(name, PARTS)}")
+    if not 0 < args.minutes < math.inf:
+        raise ValueError(f"minutes={args.minutes:g} is not a positive number")
+    if args.out is not None and args.out.is_dir():
+        raise ValueError(f"out={str(args.out)!r} is a folder; name a file")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    start = time.perf_counter()
+    worker = None
+    try:
+        args = options(argv)
+        say(start, "starting the device")
+        worker = Worker(args.toy)
+        path = args.out or default_path(worker.card, worker.toy)
+        results = begin(path, worker, args.resume)
+        kept = {name for name, part in results["parts"].items() if part["state"] == "done"}
+        names = [name for name in PARTS if name in (args.parts or PARTS)]
+        if args.resume:
+            names = [name for name in names if name not in kept]
+        if names and "bounds" not in kept | set(names):  # ratios need them
+            names.insert(0, "bounds")
+        results["parts"] = {  # in order, and what is measured now begins anew
+            name: {"state": "stopped", "why": "", "figures": []} if name in names else results["parts"][name]
+            for name in PARTS
+            if name in names or name in results["parts"]
+        }
+        measure(names, results, path, worker, start + 60 * args.minutes)
+        return report(results, path)
+    except (ValueError, OSError) as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        return 2
+    except Failed as error:
+        print(f"run.py: no device can be used: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if worker is not None:
+            worker.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
