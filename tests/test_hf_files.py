@@ -215,11 +215,12 @@ def test_wrong_tensors_are_listed_together(folder):
     assert "28 tensors: " in text and text.endswith(" and 8 more") and text.count(";") == 19
 
 
-def test_missing_mtp_layers_can_be_left_out(folder, model):
+def test_missing_mtp_layers_are_left_out_with_a_line(folder, capfd):
     edit_tensors(folder, lambda arrays: [arrays.pop(k) for k in [*arrays] if k.startswith("model.layers.2.")])
-    with pytest.raises(ValueError, match="tensors of the MTP layers are missing: mtp=False"):
-        hf.load(folder)
+    assert hf.load(folder).cfg.mtp_depth == 0
+    assert "names 1 MTP layer, and the files have none: loaded without" in capfd.readouterr().err
     assert hf.load(folder, mtp=False).cfg.mtp_depth == 0
+    assert capfd.readouterr().err == ""
 
 
 def test_allow_nonfinite_accepts_nan(folder):
@@ -335,3 +336,44 @@ def test_convert_rejects_what_it_cannot_do(good, tmp_path):
         hf.convert(good, good)
     shutil.rmtree(run)
     assert list(tmp_path.iterdir()) == []
+
+
+# places
+
+
+@pytest.fixture
+def cached(good, tmp_path, monkeypatch):
+    """The folder as the hub's cache holds it: a snapshot of links into blobs."""
+    repo = tmp_path / "hub" / "models--deep--small"
+    snapshot = repo / "snapshots" / "0123"
+    (repo / "blobs").mkdir(parents=True)
+    (repo / "refs").mkdir()
+    snapshot.mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0123")
+    for number, file in enumerate(good.iterdir()):
+        (repo / "blobs" / str(number)).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return repo
+
+
+def test_a_hub_cache_is_read_by_path_and_by_id(cached, good):
+    expected = nnx.to_pure_dict(nnx.state(hf.load(good)))
+    for place in (cached, cached / "snapshots" / "0123", "deep/small", "deep/small@main"):
+        assert_bitwise(nnx.to_pure_dict(nnx.state(hf.load(place))), expected)
+
+
+def test_an_id_that_is_not_in_the_cache_is_one_sentence(cached):
+    for place in ("deep/large", "deep/small@v2"):
+        with pytest.raises(ValueError, match=f"model='{place}' is no folder, and the hub's cache .* hf download deep/"):
+            hf.load(place)
+
+
+def test_links_out_of_the_repository_are_refused(cached, tmp_path):
+    config = cached / "snapshots" / "0123" / "config.json"
+    (tmp_path / "elsewhere.json").write_text(config.read_text())
+    config.unlink()
+    config.symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(ValueError, match="config.json is a link out of its folder"):
+        hf.load(cached)

@@ -93,7 +93,9 @@ def config_from_dict(values: dict[str, Any], *, allow_unknown_keys: bool = False
         fields |= {"num_shared_experts": 0, "num_groups": 1, "groups_per_token": 1}
     fields.update(_rope(family, values, fields["max_positions"]))
     if family.indexer:
-        fields["max_positions"] = min(fields["max_positions"], _typed("index_topk", _required(values, "index_topk"), int))
+        fields["max_positions"] = min(
+            fields["max_positions"], _typed("index_topk", _required(values, "index_topk"), int)
+        )
     return ModelConfig(**fields)
 
 

@@ -68,7 +68,8 @@ class ReleasedFolder:
         needed = [e.name for e in all_entries if e.mtp and not e.copy_of]
         if mtp and needed and not any(name in self.stored or name + int4.PACKED in self.stored for name in needed):
             mtp = False
-            self.notes.append(f"{CONFIG} names {cfg.mtp_depth} MTP layers, and the files have none: loaded without")
+            layers = f"{cfg.mtp_depth} MTP layer{'s' if cfg.mtp_depth > 1 else ''}"
+            self.notes.append(f"{CONFIG} names {layers}, and the files have none: loaded without")
         self.entries = {e.name: e for e in all_entries if mtp or not e.mtp}
         self.cfg = cfg if mtp else replace(cfg, mtp_depth=0)
         self._left_out = set() if mtp else {e.name for e in all_entries if e.mtp}
@@ -256,9 +257,7 @@ def load(
     dtype = np.dtype(dtype)
     if dtype not in (np.float32, BF16):
         raise ValueError(f"dtype={dtype.name} is not supported; use float32 or bfloat16")
-    folder = ReleasedFolder(
-        path, mtp=mtp, allow_nonfinite=allow_nonfinite, allow_unknown_keys=allow_unknown_keys
-    )
+    folder = ReleasedFolder(path, mtp=mtp, allow_nonfinite=allow_nonfinite, allow_unknown_keys=allow_unknown_keys)
     if not quiet:
         for note in folder.notes:
             print(f"{folder.path}: {note}", file=sys.stderr, flush=True)
