@@ -51,8 +51,8 @@ def run(argv: list[str]) -> int:
     from dsv3_jax.data import tokenizer
     from dsv3_jax.decoding.decode_config import DecodeConfig
     from dsv3_jax.decoding.generate import Sampling, generate_in_parts
-    from dsv3_jax.report.progress import LiveText
     from dsv3_jax.hf.open_model import open_draft, open_model
+    from dsv3_jax.report.progress import LiveText
 
     mesh = make_mesh(args.mesh)
     model, run, _ = open_model(args.run, mesh, kernels=args.kernels)

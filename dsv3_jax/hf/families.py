@@ -53,8 +53,8 @@ HARMLESS = frozenset(
     architectures auto_map dtype torch_dtype transformers_version _name_or_path name_or_path model_type tokenizer_class
     bos_token_id eos_token_id pad_token_id unk_token_id decoder_start_token_id sep_token_id
     use_cache return_dict output_attentions output_hidden_states output_router_logits chunk_size_feed_forward
-    id2label label2id problem_type is_encoder_decoder is_decoder add_cross_attention task_specific_params finetuning_task
-    attn_implementation _attn_implementation use_flash_attention_2
+    id2label label2id problem_type is_encoder_decoder is_decoder add_cross_attention task_specific_params
+    finetuning_task attn_implementation _attn_implementation use_flash_attention_2
     head_dim qk_head_dim q_head_dim ep_size ep_degree pretraining_tp num_local_experts
     aux_loss_alpha seq_aux router_aux_loss_coef embd_pdrop resid_pdrop
     """.split()
