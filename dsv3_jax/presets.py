@@ -145,7 +145,76 @@ V2_LITE = replace(
     yarn=Yarn(factor=40.0, original_max_positions=4096, mscale=0.707, mscale_all_dim=0.707),
 )
 
-MODELS = {"tiny": TINY, "lab": LAB, "mini": MINI, "v2_lite": V2_LITE, "v2": V2, "v3": V3}
+# Moonlight (16B-A3B) as released: 16B parameters, 2.2B active beside the embedding.
+MOONLIGHT = replace(
+    V3,
+    vocab_size=163840,
+    dim=2048,
+    num_layers=27,
+    num_dense_layers=1,
+    dense_dim=11264,
+    num_heads=16,
+    q_latent_dim=None,
+    num_experts=64,
+    experts_per_token=6,
+    num_shared_experts=2,
+    expert_dim=1408,
+    num_groups=1,
+    groups_per_token=1,
+    routed_scale=2.446,
+    rope_theta=5e4,
+    norm_eps=1e-5,
+    yarn=Yarn(),
+    max_positions=8192,
+    mtp_depth=0,
+)
+
+# GLM-4.7-Flash as released: 30B parameters, 3B active, and one MTP module; wide heads of 192 + 64.
+GLM47_FLASH = replace(
+    MOONLIGHT,
+    vocab_size=154880,
+    num_layers=47,
+    dense_dim=10240,
+    num_heads=20,
+    q_latent_dim=768,
+    nope_head_dim=192,
+    v_head_dim=256,
+    experts_per_token=4,
+    num_shared_experts=1,
+    expert_dim=1536,
+    routed_scale=1.8,
+    rope_theta=1e6,
+    max_positions=202752,
+    mtp_depth=1,
+)
+
+# Kimi K2 as released: 1T parameters, 32B active; more experts and fewer heads than V3.
+KIMI_K2 = replace(
+    V3,
+    vocab_size=163840,
+    num_dense_layers=1,
+    num_heads=64,
+    num_experts=384,
+    num_groups=1,
+    groups_per_token=1,
+    routed_scale=2.827,
+    rope_theta=5e4,
+    yarn=Yarn(factor=32.0, original_max_positions=4096, beta_fast=1.0, beta_slow=1.0),
+    max_positions=131072,
+    mtp_depth=0,
+)
+
+MODELS = {
+    "tiny": TINY,
+    "lab": LAB,
+    "mini": MINI,
+    "v2_lite": V2_LITE,
+    "v2": V2,
+    "v3": V3,
+    "moonlight": MOONLIGHT,
+    "glm47_flash": GLM47_FLASH,
+    "kimi_k2": KIMI_K2,
+}
 
 # Recipes. The released models' are the reports'; the small ones were tuned here (see experiments/README.md).
 _TINY_RUN = RunConfig(
@@ -188,6 +257,9 @@ RECIPES = {
     "v2_lite": replace(_V3_RUN, model=V2_LITE, optim=OptimConfig(learning_rate=4.2e-4, final_learning_rate=4.2e-5)),
     "v2": replace(_V3_RUN, model=V2, optim=OptimConfig(learning_rate=2.4e-4, final_learning_rate=2.4e-5)),
     "v3": _V3_RUN,
+    "moonlight": replace(_V3_RUN, model=MOONLIGHT, optim=OptimConfig(learning_rate=4.2e-4, final_learning_rate=4.2e-5)),
+    "glm47_flash": replace(_V3_RUN, model=GLM47_FLASH),
+    "kimi_k2": replace(_V3_RUN, model=KIMI_K2),
 }
 
 

@@ -38,6 +38,7 @@ class Cell:
 
     cfg: ModelConfig
     file: str = "float32"
+    label: str = ""  # a row of LABELS: who released it. Empty: DeepSeek
 
 
 def _cell(file: str = "float32", **changes) -> Cell:
@@ -65,6 +66,73 @@ GRID = {
         yarn=Yarn(factor=8.0, original_max_positions=8, mscale=0.707, mscale_all_dim=0.707), **_V2,
     ),
 }  # fmt: skip
+
+
+_ONE = {"num_groups": 1, "groups_per_token": 1}
+_K2_YARN = Yarn(factor=8.0, original_max_positions=8, beta_fast=1.0, beta_slow=1.0)
+_INT4_GROUP = 4  # numbers of a weight with one scale
+INT4 = {
+    "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head", "re:.*self_attn.*"],
+    "config_groups": {"group_0": {"targets": ["Linear"], "input_activations": None, "weights": {
+        "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": _INT4_GROUP}}},
+}  # fmt: skip
+
+
+def _renamed(**names: str):
+    return lambda config: {names.get(key, key): value for key, value in config.items()}
+
+
+def _layer_types(config: dict) -> dict:
+    dense = config["first_k_dense_replace"]
+    kinds = ["dense"] * dense + ["sparse"] * (config["num_hidden_layers"] - dense)
+    return {k: v for k, v in config.items() if k != "first_k_dense_replace"} | {"mlp_layer_types": kinds}
+
+
+def _without_experts(config: dict) -> dict:
+    gone = "first_k_dense_replace n_routed_experts n_shared_experts num_experts_per_tok moe_intermediate_size n_group "
+    gone += "topk_group topk_method norm_topk_prob routed_scaling_factor scoring_func moe_layer_freq"
+    return {k: v for k, v in config.items() if k not in gone.split()}
+
+
+def _sarvam(config: dict) -> dict:
+    config = _renamed(n_routed_experts="num_experts", n_shared_experts="num_shared_experts")(config)
+    return config | {"rope_scaling": config["rope_scaling"] | {"type": "deepseek_yarn"}, "head_dim": 999}
+
+
+def _indexed(config: dict) -> dict:
+    return config | {"index_topk": LENGTH + 8, "index_head_dim": 8, "index_n_heads": 2}
+
+
+def _wrapped(config: dict) -> dict:
+    return {"model_type": "kimi_k25", "text_config": config | {"model_type": "kimi_k2"}, "vision_config": {"depth": 2}}
+
+
+# label: (model_type, change of DeepSeek's config.json, changes of the model, whether transformers knows the label)
+LABELS = {
+    "GLM-4.7-Flash": ("glm4_moe_lite", _layer_types, _ONE, True),
+    "Youtu": (
+        "youtu",
+        _without_experts,
+        {
+            "num_dense_layers": SMALL.num_layers, "tie_embeddings": True, "num_experts": 1, "experts_per_token": 1,
+            "expert_dim": 1, "num_shared_experts": 0, "routed_scale": 1.0, **_ONE,
+        },
+        True,
+    ),
+    "Sarvam": ("sarvam_mla", _sarvam, {"q_latent_dim": None, "yarn": _YARN, "max_positions": 64, **_ONE}, True),
+    "DeepSeek-V3.2": ("deepseek_v32", _indexed, {}, True),
+    "GLM-5": ("glm_moe_dsa", lambda config: _layer_types(_indexed(config)), _ONE, True),
+    "Kimi K2": ("kimi_k2", dict, {"yarn": _K2_YARN, "max_positions": 64, **_ONE}, False),
+    "Kimi K2-Thinking": (
+        "kimi_k2",
+        lambda config: config | {"quantization_config": INT4},
+        {"yarn": _K2_YARN, "max_positions": 64, "expert_dim": 12, **_ONE},
+        False,
+    ),
+    "Kimi K2.5": ("kimi_k25", _wrapped, _ONE, False),
+    "Moonlight": ("deepseek_v3", dict, {"q_latent_dim": None, "num_shared_experts": 2, **_ONE}, False),
+}  # fmt: skip
+GRID |= {label: replace(_cell(**changes), label=label) for label, (_, _, changes, _) in LABELS.items()}
 
 
 def noise(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -106,9 +174,47 @@ def dequantized(numbers: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return numbers.astype(np.float32) * expanded[: numbers.shape[0], : numbers.shape[1]]
 
 
+def packed_int4(weight: np.ndarray) -> dict[str, np.ndarray]:
+    """Quantize a weight to 4 bits in groups of a row, by suffix of the tensor's name: slow, number by number."""
+    rows, columns = weight.shape
+    grouped = weight.reshape(rows, -1, _INT4_GROUP)
+    scales = (np.abs(grouped).max(-1) / 7).astype(ml_dtypes.bfloat16)
+    numbers = np.clip(np.rint(grouped / scales.astype(np.float32)[..., None]), -8, 7).reshape(rows, columns)
+    packed = np.zeros((rows, -(-columns // 8)), np.uint32)
+    for i, j in np.ndindex(rows, columns):
+        packed[i, j // 8] |= np.uint32(int(numbers[i, j]) + 8) << np.uint32(4 * (j % 8))
+    shape = np.array(weight.shape, np.int32)
+    return {"_packed": packed.view(np.int32), "_scale": scales, "_shape": shape}
+
+
+def dequantized_int4(parts: dict[str, np.ndarray]) -> np.ndarray:
+    """Dequantize a weight of 4 bits, number by number."""
+    rows, columns = parts["_shape"]
+    scales = parts["_scale"].astype(np.float32)
+    out = np.zeros((rows, columns), np.float32)
+    for i, j in np.ndindex(rows, columns):
+        number = (int(parts["_packed"].view(np.uint32)[i, j // 8]) >> (4 * (j % 8)) & 15) - 8
+        out[i, j] = number * scales[i, j // _INT4_GROUP]
+    return out
+
+
+def without_int4(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Replace weights of 4 bits by float32."""
+    plain = {k: v for k, v in arrays.items() if not k.endswith(("_packed", "_scale", "_shape"))}
+    for name in (k.removesuffix("_packed") for k in arrays if k.endswith("_packed")):
+        plain[name] = dequantized_int4({s: arrays[name + s] for s in ("_packed", "_scale", "_shape")})
+    return plain
+
+
 @cache
 def stored(cell: Cell) -> dict[str, np.ndarray]:
-    """Make the tensors of a cell's file in its dtype."""
+    """Make the tensors of a cell's file in its dtype, by DeepSeek's names."""
+    if cell.label == "Kimi K2-Thinking":
+        arrays = {}
+        for name, value in tensors(cell.cfg).items():
+            routed = ".experts." in name
+            arrays |= {name + k: v for k, v in packed_int4(value).items()} if routed else {name: value}
+        return arrays
     if cell.file != "fp8":
         dtype = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[cell.file]
         return {k: v if "bias" in k else v.astype(dtype) for k, v in tensors(cell.cfg).items()}
@@ -122,15 +228,42 @@ def stored(cell: Cell) -> dict[str, np.ndarray]:
     return arrays
 
 
+def as_labelled(cell: Cell) -> dict[str, np.ndarray]:
+    """The tensors of a cell's file as its label releases them: with other names, and tensors that are not read."""
+    arrays, cfg = dict(stored(cell)), cell.cfg
+    if cell.label in ("DeepSeek-V3.2", "GLM-5"):
+        shapes = {
+            "wq_b.weight": (2 * 8, cfg.q_latent_dim), "wk.weight": (8, cfg.dim), "k_norm.weight": (8,),
+            "k_norm.bias": (8,), "weights_proj.weight": (2, cfg.dim),
+        }  # fmt: skip
+        for name, shape in shapes.items():
+            for layer in range(cfg.num_layers):
+                full = f"model.layers.{layer}.self_attn.indexer.{name}"
+                arrays[full] = noise(full, shape).astype(np.float32)
+    if cell.label == "Moonlight":
+        inv_freq = (1 / cfg.rope_theta ** (np.arange(0, cfg.rope_head_dim, 2) / cfg.rope_head_dim)).astype(np.float32)
+        layers = range(cfg.num_layers)
+        arrays |= {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": inv_freq.copy() for layer in layers}
+    if cell.label == "Kimi K2.5":
+        arrays = {f"language_model.{name}": value for name, value in arrays.items()}
+        arrays["vision_tower.patch.weight"] = arrays["mm_projector.weight"] = np.ones((2, 2), np.float32)
+    return arrays
+
+
 def write_folder(folder: Path, cell: Cell) -> Path:
     """Write a cell's folder: config.json and one safetensors file."""
     folder.mkdir(parents=True)
     fp8 = cell.file == "fp8"
-    write_json(folder / CONFIG, config_to_dict(cell.cfg, fp8=fp8, dtype="bfloat16" if fp8 else cell.file))
+    config = config_to_dict(cell.cfg, fp8=fp8, dtype="bfloat16" if fp8 else cell.file)
+    if cell.label:
+        label, change = LABELS[cell.label][:2]
+        config = change(config | {"model_type": label})
+        del config["architectures" if "architectures" in config else "vision_config"]
+    write_json(folder / CONFIG, config)
     if fp8:
         hand_written(folder / SINGLE, stored(cell))
     else:
-        save_file(stored(cell), folder / SINGLE, metadata={"format": "pt"})
+        save_file(as_labelled(cell), folder / SINGLE, metadata={"format": "pt"})
     return folder
 
 
@@ -154,7 +287,13 @@ def tokens(cfg: ModelConfig) -> np.ndarray:
 def _outputs(graphdef, state, batch):
     model = nnx.merge(graphdef, state)
     out = model(batch["tokens"])
-    return out.logits, out.mtp_logits, out.routing.expert_ids, [r.expert_ids for r in out.mtp_routing]
+    none = jnp.zeros((0, BATCH, LENGTH, 1), jnp.int32)  # of a model without sparse layers
+    return (
+        out.logits,
+        out.mtp_logits,
+        out.routing.expert_ids if out.routing else none,
+        [r.expert_ids for r in out.mtp_routing],
+    )
 
 
 @partial(jax.jit, static_argnums=0, compiler_options=QUICK)

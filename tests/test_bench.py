@@ -16,6 +16,7 @@ from dsv3_jax.data import tokenizer
 from dsv3_jax.data.batches import held_out_prompts
 from dsv3_jax.data.corpus import load_corpus
 from dsv3_jax.decoding.generate import Generated
+from dsv3_jax.hf import open_model
 from dsv3_jax.model.counting import decode_bytes, distinct_experts
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.report.speed import copy_bandwidth
@@ -136,7 +137,7 @@ def test_a_run_is_timed(options, tmp_path):
         ({"context": ()}, "context is empty"),
         ({"context": (60,)}, "prompt 0 of 60 tokens and max_new_tokens=6 are more than"),
         ({"context": (99_999,)}, "context=99999 is more than the"),
-        ({"draft": ("nowhere",)}, "folder='nowhere' holds no run"),
+        ({"draft": ("nowhere",)}, "folder='nowhere' is neither a run"),
         ({"draft": ("mtp",), "draft_length": (0,)}, "draft_length=0 is below 1"),
     ],
 )
@@ -150,7 +151,7 @@ def test_a_draft_run_must_have_the_same_tokenizer(whole, monkeypatch, tmp_path):
     path, model = tmp_path / "tokenizer.json", abstract(whole.run.model)
     tokenizer.train_bpe(["the same words, the same words " * 9], 280, str(path))
     other = replace(whole.run, data=replace(whole.run.data, tokenizer=str(path)))
-    monkeypatch.setattr(checkpoint, "load_run", lambda *_, **__: checkpoint.Loaded(model, other, 12))
-    assert checkpoint.load_draft("other", other) is model
+    monkeypatch.setattr(open_model, "open_model", lambda *_, **__: checkpoint.Loaded(model, other, 12))
+    assert open_model.open_draft("other", other) is model
     with pytest.raises(ValueError, match="^draft='other' has another tokenizer"):
-        checkpoint.load_draft("other", whole.run)
+        open_model.open_draft("other", whole.run)

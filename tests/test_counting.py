@@ -17,6 +17,9 @@ from dsv3_jax.presets import preset
         ("v3", 671e9, 37e9, 1e9),
         ("v2", 236e9, 21e9, 1e9),
         ("v2_lite", 15.7e9, 2.4e9, 1e8),
+        ("moonlight", 16e9, 2.6e9, 1e8),
+        ("kimi_k2", 1026e9, 32e9, 1e9),
+        ("glm47_flash", 30e9, 3.6e9, 1e8),
         ("mini", 196e6, 32e6, 1e6),
     ],
 )

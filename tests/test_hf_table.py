@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import random_model, small
-from released import GRID, dequantized, quantized
+from released import GRID, INT4, dequantized, quantized
 
 import dsv3_jax as ds
 from dsv3_jax import hf
@@ -48,7 +48,34 @@ RELEASED_V2 = RELEASED_V2_LITE | {
     "q_lora_rank": 1536, "rope_scaling": RELEASED_V3["rope_scaling"], "routed_scaling_factor": 16.0, "topk_group": 3,
     "topk_method": "group_limited_greedy",
 }  # fmt: skip
-CONFIGS = {"v3": RELEASED_V3, "v2": RELEASED_V2, "v2_lite": RELEASED_V2_LITE}
+RELEASED_MOONLIGHT = RELEASED_V3 | {
+    "first_k_dense_replace": 1, "hidden_size": 2048, "intermediate_size": 11264, "max_position_embeddings": 8192,
+    "moe_intermediate_size": 1408, "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2,
+    "num_attention_heads": 16, "num_experts_per_tok": 6, "num_hidden_layers": 27, "num_key_value_heads": 16,
+    "num_nextn_predict_layers": 0, "q_lora_rank": None, "quantization_config": None, "rms_norm_eps": 1e-05,
+    "rope_scaling": None, "rope_theta": 50000.0, "routed_scaling_factor": 2.446, "topk_group": 1, "vocab_size": 163840,
+}  # fmt: skip
+RELEASED_GLM47_FLASH = {
+    "model_type": "glm4_moe_lite", "attention_bias": False, "attention_dropout": 0.0, "dtype": "bfloat16",
+    "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 10240,
+    "kv_lora_rank": 512, "max_position_embeddings": 202752, "moe_intermediate_size": 1536, "n_group": 1,
+    "n_routed_experts": 64, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 20,
+    "num_experts_per_tok": 4, "num_hidden_layers": 47, "num_key_value_heads": 20, "num_nextn_predict_layers": 1,
+    "pad_token_id": 154820, "partial_rotary_factor": 1.0, "q_lora_rank": 768, "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 1000000,
+    "routed_scaling_factor": 1.8, "tie_word_embeddings": False, "topk_group": 1, "topk_method": "noaux_tc",
+    "v_head_dim": 256, "vocab_size": 154880, "eos_token_id": [154820, 154827, 154829],
+}  # fmt: skip
+RELEASED_KIMI_K2 = RELEASED_V3 | {
+    "model_type": "kimi_k2", "first_k_dense_replace": 1, "max_position_embeddings": 131072, "n_group": 1,
+    "n_routed_experts": 384, "num_attention_heads": 64, "num_key_value_heads": 64, "num_nextn_predict_layers": 0,
+    "rope_scaling": RELEASED_V3["rope_scaling"] | {"beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0},
+    "rope_theta": 50000.0, "routed_scaling_factor": 2.827, "topk_group": 1, "vocab_size": 163840,
+}  # fmt: skip
+CONFIGS = {
+    "v3": RELEASED_V3, "v2": RELEASED_V2, "v2_lite": RELEASED_V2_LITE, "moonlight": RELEASED_MOONLIGHT,
+    "glm47_flash": RELEASED_GLM47_FLASH, "kimi_k2": RELEASED_KIMI_K2,
+}  # fmt: skip
 
 
 # the table
@@ -61,8 +88,11 @@ def test_released_configurations_are_the_presets(name):
     assert replace(cfg, **silent) == preset
     config = config_to_dict(preset, fp8=name == "v3")
     different = {k for k, v in config.items() if k in CONFIGS[name] and v != CONFIGS[name][k]}
-    # The presets train with the reports' standard deviation. V2 has no MTP, written as null or 0.
-    assert different <= {"initializer_range", "num_nextn_predict_layers"}
+    # The presets train with the reports' standard deviation. V2 has no MTP, written as null or 0. Others' models are
+    # written under DeepSeek's label.
+    assert different - {"initializer_range", "num_nextn_predict_layers", "model_type", "quantization_config"} <= {
+        "eos_token_id"
+    }
 
 
 def test_the_released_list_of_tensors():
@@ -169,6 +199,67 @@ def test_what_the_format_cannot_express_is_rejected(tmp_path, changes, sentence)
 
 def test_the_kind_of_absent_heads_is_ignored():
     assert config_to_dict(small(mtp_kind="medusa")) == config_to_dict(small())
+
+
+# labels
+
+
+def test_a_label_that_is_not_known_names_the_nearest():
+    with pytest.raises(ConfigError, match="model_type='kimi_k3' is not one of .*; did you mean 'kimi_k2'\\?"):
+        hf.config_from_dict(RELEASED_V3 | {"model_type": "kimi_k3"})
+    with pytest.raises(ConfigError, match="model_type='kimi_k25' needs the object text_config, not 3"):
+        hf.config_from_dict({"model_type": "kimi_k25", "text_config": 3})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("use_qk_norm", True), ("final_logit_softcapping", 30.0), ("sliding_window", 4096), ("mlp_bias", True)],
+)
+def test_keys_that_change_the_network_are_refused_always(key, value):
+    for allow in (False, True):
+        with pytest.raises(ConfigError, match=f"{key}={value} is not supported"):
+            hf.config_from_dict(RELEASED_V3 | {key: value}, allow_unknown_keys=allow)
+    assert hf.config_from_dict(RELEASED_V3 | {key: None}) == hf.config_from_dict(RELEASED_V3)
+
+
+def test_unknown_keys_are_refused_unless_allowed():
+    changed = RELEASED_V3 | {"index_topk": 2048, "new_norm": {"kind": "x" * 99}}
+    with pytest.raises(ConfigError, match="has index_topk=2048, new_norm={'kind': 'x+…, .* --allow-unknown-keys"):
+        hf.config_from_dict(changed)
+    assert hf.config_from_dict(changed, allow_unknown_keys=True) == hf.config_from_dict(RELEASED_V3)
+
+
+def test_an_indexer_bounds_the_positions():
+    config = RELEASED_V3 | {
+        "model_type": "deepseek_v32",
+        "index_topk": 2048,
+        "index_n_heads": 64,
+        "index_head_dim": 128,
+    }
+    cfg = hf.config_from_dict(config)
+    assert cfg == replace(hf.config_from_dict(RELEASED_V3), max_positions=2048)
+    with pytest.raises(ConfigError, match="'index_topk' is not in config.json"):
+        hf.config_from_dict(config | {"index_topk": None})
+
+
+@pytest.mark.parametrize("kinds", [["sparse", "dense"] + ["sparse"] * 59, ["dense"] * 60, "dense", ["dense"] * 3])
+def test_layer_types_other_than_a_dense_prefix_are_refused(kinds):
+    with pytest.raises(ConfigError, match="mlp_layer_types="):
+        hf.config_from_dict(RELEASED_V3 | {"mlp_layer_types": kinds})
+    good = ["dense"] * 3 + ["sparse"] * 58
+    assert hf.config_from_dict(RELEASED_V3 | {"mlp_layer_types": good}) == hf.config_from_dict(RELEASED_V3)
+
+
+@pytest.mark.parametrize(
+    "key, value", [("num_bits", 8), ("type", "float"), ("symmetric", False), ("strategy", "channel")]
+)
+def test_another_form_of_4_bits_is_refused(key, value):
+    group = INT4["config_groups"]["group_0"]
+    config = INT4 | {"config_groups": {"group_0": group | {"weights": group["weights"] | {key: value}}}}
+    with pytest.raises(ConfigError, match=f"group_0.weights has {key}="):
+        hf.config_from_dict(RELEASED_V3 | {"quantization_config": config})
+    with pytest.raises(ConfigError, match="format='naive' is not supported"):
+        hf.config_from_dict(RELEASED_V3 | {"quantization_config": INT4 | {"format": "naive"}})
 
 
 # FP8

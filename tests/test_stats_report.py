@@ -250,7 +250,7 @@ def test_a_folder_is_replaced_in_one_step_or_not_at_all(reported, tmp_path, monk
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["nowhere"], "folder='nowhere' holds no run"),
+        (["nowhere"], "folder='nowhere' is neither a run"),
         (["RUN", "--batches", "0"], "batches=0 is below 1"),
         (["RUN", "--step", "3"], "step=3 has no checkpoint"),
         (["RUN", "--draws", "0"], "draws=0 is below 1"),

@@ -37,7 +37,7 @@ class Decode:
     """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """a folder that `dsv3 train` or `dsv3 convert` wrote"""
+    """a run's folder, a released folder, or a hub id that is in the local cache"""
     batch: tuple[int, ...] = (1,)
     """numbers of sequences decoded together"""
     context: tuple[int, ...] = (128,)
@@ -127,12 +127,12 @@ def decode(options: Decode) -> int:
     for name, values in {"batch": options.batch, "context": options.context, "rounds": (options.rounds,)}.items():
         if min(values) < 1:
             raise ValueError(f"{name}={min(values)} is below 1")
-    from dsv3_jax.training.checkpoint import load_draft, load_run
+    from dsv3_jax.hf.open_model import open_draft, open_model
 
-    model, run, step = load_run(options.run, kernels=options.kernels)
+    model, run, step = open_model(options.run, kernels=options.kernels)
     cfg = run.model
     drafts: dict[str, Any] = {"none": None, "mtp": "mtp"}
-    drafts |= {name: load_draft(name, run, kernels=options.kernels) for name in options.draft if name not in drafts}
+    drafts |= {name: open_draft(name, run, kernels=options.kernels) for name in options.draft if name not in drafts}
     kinds = options.cache or (pick_kind(cfg, None),)
     dtypes = options.cache_dtype or (str(pick_dtype(model.compute_dtype, None)),)
     prompts = cache(lambda batch, context: held_out_prompts(run.data, batch, context))

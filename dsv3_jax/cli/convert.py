@@ -14,7 +14,7 @@ class Convert:
     """Convert released weights (Hugging Face format) into a run, a run into them, or them into another dtype."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """a released folder (config.json and safetensors), or one that `dsv3 train` wrote"""
+    """a released folder (config.json and safetensors), a hub id in the local cache, or one that `dsv3 train` wrote"""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """the folder to create; a failure leaves nothing of it"""
     to: Literal["run", "hf"] | None = None
@@ -27,6 +27,8 @@ class Convert:
     """convert the multi-token prediction layers too"""
     allow_nonfinite: bool = False
     """accept weights that are NaN or Inf"""
+    allow_unknown_keys: bool = False
+    """pass over keys of config.json that are not known, although they may change the network"""
 
 
 def run(argv: list[str]) -> int:
@@ -44,6 +46,7 @@ def run(argv: list[str]) -> int:
             shard_bytes=args.shard_mb * 1_000_000,
             mtp=args.mtp,
             allow_nonfinite=args.allow_nonfinite,
+            allow_unknown_keys=args.allow_unknown_keys,
         )
     )
     return 0

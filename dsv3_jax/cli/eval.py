@@ -16,7 +16,7 @@ class Eval:
     """Measure a run's last checkpoint on held-out text: loss, bits a byte (by domain), MaxVio, MTP acceptance."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """a folder that `dsv3 train` or `dsv3 convert` wrote"""
+    """a run's folder, a released folder, or a hub id that is in the local cache"""
     paths: tuple[str, ...] = ()
     """other text to measure on; empty means the run's own validation text"""
     batches: int = 8
@@ -35,10 +35,10 @@ def run(argv: list[str]) -> int:
     prepare_process()
     from dsv3_jax.data import batches as data
     from dsv3_jax.data import tokenizer
-    from dsv3_jax.training.checkpoint import load_run
+    from dsv3_jax.hf.open_model import open_model
     from dsv3_jax.training.evaluate import cache_quality, evaluate
 
-    model, run, step = load_run(args.run, kernels=args.kernels)
+    model, run, step = open_model(args.run, kernels=args.kernels)
     cfg = replace(run.data, paths=args.paths) if args.paths else run.data
     corpus, text = data.load_corpus(cfg), tokenizer.load(cfg.tokenizer)
     batches = data.val_batches(corpus, text, cfg, args.batches)

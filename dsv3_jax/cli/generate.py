@@ -17,7 +17,7 @@ class Generate:
     """Continue a prompt, and print the text as it comes. Everything else is printed on stderr."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """a folder that `dsv3 train` or `dsv3 convert` wrote"""
+    """a run's folder, a released folder, or a hub id that is in the local cache"""
     prompt: str = "def "
     """text to continue"""
     max_new_tokens: int = 256
@@ -51,15 +51,15 @@ def run(argv: list[str]) -> int:
     from dsv3_jax.data import tokenizer
     from dsv3_jax.decoding.decode_config import DecodeConfig
     from dsv3_jax.decoding.generate import Sampling, generate_in_parts
+    from dsv3_jax.hf.open_model import open_draft, open_model
     from dsv3_jax.report.progress import LiveText
-    from dsv3_jax.training.checkpoint import load_draft, load_run
 
     mesh = make_mesh(args.mesh)
-    model, run, _ = load_run(args.run, mesh, kernels=args.kernels)
+    model, run, _ = open_model(args.run, mesh, kernels=args.kernels)
     text = tokenizer.load(run.data.tokenizer)
     draft: Any = args.draft
     if draft not in (None, "mtp"):
-        draft = load_draft(draft, run, mesh, kernels=args.kernels)
+        draft = open_draft(draft, run, mesh, kernels=args.kernels)
     config = DecodeConfig(
         args.max_new_tokens,
         Sampling(args.temperature, args.top_k, args.top_p),

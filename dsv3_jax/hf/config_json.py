@@ -4,6 +4,8 @@ import typing
 from typing import Any
 
 from dsv3_jax.config import ConfigError, ModelConfig, Yarn, replace
+from dsv3_jax.hf import int4
+from dsv3_jax.hf.families import FIXED, Family, check_keys, family_of, text_config
 from dsv3_jax.hf.table import BLOCK, check_released
 
 # Our field → key of config.json with the same value.
@@ -31,28 +33,30 @@ _WITH_DEFAULT: dict[str, tuple[str, Any]] = {
     "tie_embeddings": ("tie_word_embeddings", False),
     "init_std": ("initializer_range", 0.02),
 }
-# Keys for which the model supports one value; absent or null means that value.
-_FIXED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "moe_layer_freq": 1}
-# model_type → (scoring_func, allowed topk_methods; the first one is the default).
-_FAMILIES = {
-    "deepseek_v3": ("sigmoid", ("noaux_tc",)),
-    "deepseek_v2": ("softmax", ("greedy", "group_limited_greedy")),
-}
 _MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_layers")  # in released files, and in newer transformers
 _NULLABLE = ("q_lora_rank", "n_shared_experts")  # keys for which null differs from absent
+# Fields of the experts, which a model of dense layers does not have, and keys that are read one by one.
+_OF_EXPERTS = ("num_experts", "experts_per_token", "expert_dim", "num_dense_layers", "routed_scale")
+_ROUTER_KEYS = ("n_shared_experts", "n_group", "topk_group", "norm_topk_prob", "scoring_func", "topk_method")
+_OTHER_KEYS = ("mlp_layer_types", "rope_parameters", "rope_scaling", "rope_theta", "rope_interleave",
+               "num_key_value_heads", "quantization_config")  # fmt: skip
 _BLOCK_SIZE = [BLOCK, BLOCK]
 _HINTS = typing.get_type_hints(ModelConfig)
 _YARN_DEFAULTS = (("beta_fast", 32.0), ("beta_slow", 1.0))
 
 
-def config_from_dict(values: dict[str, Any]) -> ModelConfig:
+def config_from_dict(values: dict[str, Any], *, allow_unknown_keys: bool = False) -> ModelConfig:
     """Convert a released config.json to a ModelConfig.
 
     RoPE scaling is read from `rope_theta` and `rope_scaling {type: yarn}`, or from `rope_parameters {rope_type: yarn}`.
+    The labels are those of `families.FAMILIES`. With an indexer, `max_positions` is at most `index_topk`: up to there
+    every token is attended to, as this package does.
 
-    Args: values: the parsed JSON.
+    Args:
+        values: the parsed JSON.
+        allow_unknown_keys: pass over keys that are not known.
     Raises: ConfigError naming an absent key, or a key and its value that this model does not support.
-    Source: the released config.json of DeepSeek-V3, V2 and V2-Lite; transformers' DeepseekV3Config.
+    Source: the released config.json of each label; transformers' DeepseekV3Config.
 
     Example:
         >>> from dsv3_jax.presets import preset
@@ -62,27 +66,47 @@ def config_from_dict(values: dict[str, Any]) -> ModelConfig:
     """
     if not isinstance(values, dict):
         raise ConfigError(f"config.json holds {type(values).__name__}, not an object")
-    values = {key: value for key, value in values.items() if value is not None or key in _NULLABLE}
-    family = values.get("model_type")
-    if family not in _FAMILIES:
-        raise ConfigError(f"model_type={family!r} is not supported; use {' or '.join(map(repr, _FAMILIES))}")
-    for key, value in _FIXED.items():
-        if values.get(key, value) != value:
-            raise ConfigError(f"{key}={values[key]!r} is not supported; use {value!r}")
+    values = text_config(values)
+    family = family_of(values)
+    values = {family.aliases.get(key, key): value for key, value in values.items()}
+    values = family.defaults | {key: value for key, value in values.items() if value is not None or key in _NULLABLE}
+    used = {*_SAME_VALUE.values(), *(key for key, _ in _WITH_DEFAULT.values()), *_MTP_KEYS, *_ROUTER_KEYS, *_OTHER_KEYS}
+    check_keys(values, family, used, allow_unknown=allow_unknown_keys)
     check_quantization(values)
     fields: dict[str, Any] = {}
-    for field, key in _SAME_VALUE.items():
-        fields[field] = _typed(key, _required(values, key), _HINTS[field])
-    for field, (key, default) in _WITH_DEFAULT.items():
-        fields[field] = _typed(key, values.get(key, default), _HINTS[field])
+    for name, key in _SAME_VALUE.items():
+        if name == "num_dense_layers" and "mlp_layer_types" in values:
+            fields[name] = _dense_prefix(values)
+        elif family.experts or name not in _OF_EXPERTS:
+            fields[name] = _typed(key, _required(values, key), _HINTS[name])
+    for name, (key, default) in _WITH_DEFAULT.items():
+        fields[name] = _typed(key, values.get(key, default), _HINTS[name])
     kv_heads = values.get("num_key_value_heads", fields["num_heads"])
     if kv_heads != fields["num_heads"]:
         raise ConfigError(f"num_key_value_heads={kv_heads!r} differs from num_attention_heads={fields['num_heads']!r}")
-    fields["num_shared_experts"] = _typed("n_shared_experts", _required(values, "n_shared_experts") or 0, int)
     fields["mtp_depth"] = next((_typed(k, values[k], int) for k in _MTP_KEYS if k in values), 0)
-    fields.update(_router(family, values))
+    if family.experts:
+        fields["num_shared_experts"] = _typed("n_shared_experts", _required(values, "n_shared_experts") or 0, int)
+        fields.update(_router(family, values))
+    else:  # a single expert that no layer has
+        fields |= {"num_dense_layers": fields["num_layers"], "num_experts": 1, "experts_per_token": 1, "expert_dim": 1}
+        fields |= {"num_shared_experts": 0, "num_groups": 1, "groups_per_token": 1}
     fields.update(_rope(family, values, fields["max_positions"]))
+    if family.indexer:
+        fields["max_positions"] = min(
+            fields["max_positions"], _typed("index_topk", _required(values, "index_topk"), int)
+        )
     return ModelConfig(**fields)
+
+
+def _dense_prefix(values: dict[str, Any]) -> int:
+    """The number of dense layers before the sparse ones, from `mlp_layer_types`."""
+    kinds = values["mlp_layer_types"]
+    dense = kinds.index("sparse") if isinstance(kinds, list) and "sparse" in kinds else len(kinds)
+    layers = values.get("num_hidden_layers")
+    if kinds != ["dense"] * dense + ["sparse"] * (len(kinds) - dense) or len(kinds) != layers:
+        raise ConfigError(f"mlp_layer_types={kinds!r} is not 'dense' layers before 'sparse' ones, {layers!r} in all")
+    return dense
 
 
 def _required(values: dict[str, Any], key: str) -> Any:
@@ -102,7 +126,7 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
 
 
 def check_quantization(values: dict[str, Any]) -> None:
-    """Check that weights are not quantized, or are FP8 e4m3 in 128 × 128 blocks.
+    """Check that weights are not quantized, are FP8 e4m3 in 128 × 128 blocks, or integers of 4 bits in groups.
 
     Raises: ConfigError for another quantization.
     """
@@ -111,6 +135,8 @@ def check_quantization(values: dict[str, Any]) -> None:
         return
     if not isinstance(config, dict):
         raise ConfigError(f"quantization_config={config!r} is not an object")
+    if config.get("quant_method") == "compressed-tensors":
+        return int4.check(config)
     method, fmt = config.get("quant_method"), config.get("fmt", "e4m3")
     size = config.get("weight_block_size", _BLOCK_SIZE)
     if method != "fp8" or fmt != "e4m3" or size != _BLOCK_SIZE:
@@ -120,18 +146,18 @@ def check_quantization(values: dict[str, Any]) -> None:
         )
 
 
-def _router(family: str, values: dict[str, Any]) -> dict[str, Any]:
+def _router(family: Family, values: dict[str, Any]) -> dict[str, Any]:
     """Return our fields of the router."""
-    family_scoring, methods = _FAMILIES[family]
-    scoring, method = values.get("scoring_func", family_scoring), values.get("topk_method", methods[0])
-    if scoring != family_scoring:
-        raise ConfigError(f"scoring_func={scoring!r} is not supported for {family}; use {family_scoring!r}")
+    label, methods = values["model_type"], family.methods
+    scoring, method = values.get("scoring_func", family.scoring), values.get("topk_method", methods[0])
+    if scoring != family.scoring:
+        raise ConfigError(f"scoring_func={scoring!r} is not supported for {label}; use {family.scoring!r}")
     if method not in methods:
-        raise ConfigError(f"topk_method={method!r} is not supported for {family}; use {' or '.join(methods)}")
+        raise ConfigError(f"topk_method={method!r} is not supported for {label}; use {' or '.join(methods)}")
     limit = (_typed(key, _required(values, key), int) for key in ("n_group", "topk_group"))
     groups = (1, 1) if method == "greedy" else tuple(limit)
     normalize = _typed("norm_topk_prob", _required(values, "norm_topk_prob"), bool)
-    if family == "deepseek_v2" and normalize:
+    if label == "deepseek_v2" and normalize:
         # The released code then ignores the scale, and transformers ignores the normalisation.
         raise ConfigError("norm_topk_prob=True is not supported for deepseek_v2: its implementations disagree on it")
     return {
@@ -143,7 +169,7 @@ def _router(family: str, values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rope(family: str, values: dict[str, Any], max_positions: int) -> dict[str, Any]:
+def _rope(family: Family, values: dict[str, Any], max_positions: int) -> dict[str, Any]:
     """Return our fields of RoPE and YaRN."""
     new, old = values.get("rope_parameters"), values.get("rope_scaling")
     for key, value in (("rope_parameters", new), ("rope_scaling", old)):
@@ -155,12 +181,13 @@ def _rope(family: str, values: dict[str, Any], max_positions: int) -> dict[str, 
         "rope_theta": _typed("rope_theta", theta, float),
         "rope_interleaved": _typed("rope_interleave", values.get("rope_interleave", True), bool),
     }
-    if family == "deepseek_v2" and fields["rope_interleaved"] is not True:
-        raise ConfigError("rope_interleave=False is not supported for deepseek_v2: its rotary pairs are interleaved")
+    label = values["model_type"]
+    if (label == "deepseek_v2" or family.indexer) and fields["rope_interleaved"] is not True:
+        raise ConfigError(f"rope_interleave=False is not supported for {label}: its rotary pairs are interleaved")
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     if rope_type == "default":
         return fields
-    if rope_type != "yarn":
+    if rope_type not in ("yarn", "deepseek_yarn"):
         raise ConfigError(f"rope_type={rope_type!r} is not supported; use 'yarn' or 'default'")
     if "factor" not in scaling:
         raise ConfigError("rope_type='yarn' has no 'factor'; add it to the rope scaling")
@@ -204,7 +231,7 @@ def config_to_dict(cfg: ModelConfig, *, fp8: bool = False, dtype: str = "bfloat1
         "model_type": family,
         **{key: getattr(cfg, field) for field, key in _SAME_VALUE.items()},
         **{key: getattr(cfg, field) for field, (key, _) in _WITH_DEFAULT.items()},
-        **{key: value for key, value in _FIXED.items() if key != "mlp_bias"},
+        **{key: FIXED[key] for key in ("hidden_act", "attention_bias", "moe_layer_freq")},
         "num_key_value_heads": cfg.num_heads,
         "n_shared_experts": cfg.num_shared_experts,
         "num_nextn_predict_layers": cfg.mtp_depth,

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv3_jax.config import DataConfig, RunConfig
 from dsv3_jax.data import tokenizer
 from dsv3_jax.hf import files
 from dsv3_jax.hf.config_json import config_to_dict
+from dsv3_jax.hf.open_model import released_run
+from dsv3_jax.hf.places import find
 from dsv3_jax.hf.reading import ReleasedFolder, load
 from dsv3_jax.hf.table import tensor_table
 from dsv3_jax.hf.writing import DTYPES, SHARD_BYTES, CastTensors, folder_tensors, prepare, write_released
@@ -22,7 +23,14 @@ from dsv3_jax.training.run_folder import RUN_FILE, TOKENIZER_FILE, claim
 from dsv3_jax.training.step import TrainState
 
 # Small files that are copied from one released folder to another, where they exist.
-COPIED_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+COPIED_FILES = (
+    TOKENIZER_FILE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "tiktoken.model",
+)
 DType = Literal["float32", "bfloat16", "fp8"]
 
 
@@ -35,6 +43,7 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     mtp: bool = True,
     allow_nonfinite: bool = False,
+    allow_unknown_keys: bool = False,
     quiet: bool = False,
 ) -> str:
     """Convert a run folder or a released folder; a failure leaves no folder.
@@ -44,7 +53,7 @@ def convert(
         out: the folder to create.
         to: "run" or "hf", the released format. Default: "hf" for a run or where `dtype` is given, else "run".
         dtype: of the released folder's weights. Default: the source's, which is float32 for a run and bfloat16 for FP8.
-        shard_bytes, mtp, allow_nonfinite, quiet: as `save` and `load`.
+        shard_bytes, mtp, allow_nonfinite, allow_unknown_keys, quiet: as `save` and `load`.
     Returns: a sentence about the new folder.
     Raises: ValueError (ConfigError) as `load`, `save` and `checkpoint.load_run`.
 
@@ -59,7 +68,7 @@ def convert(
         >>> sentence.endswith("tensors in fp8, in Hugging Face format")
         True
     """
-    source, out = Path(source), Path(out)
+    source, out = find(source), Path(out)
     from_run = (source / RUN_FILE).is_file()
     if not from_run and not (source / files.CONFIG).exists():
         raise ValueError(f"{source} is neither a run (no {RUN_FILE}) nor a released folder (no {files.CONFIG})")
@@ -72,10 +81,11 @@ def convert(
         raise ValueError("mtp=False is not supported for a run, which is written with its MTP layers; leave it out")
     files.check_new(out, 0)
     if to == "run":
-        return _released_to_run(source, out, mtp, allow_nonfinite, quiet)
+        return _released_to_run(source, out, mtp, allow_nonfinite, allow_unknown_keys, quiet)
     if from_run:
         return _run_to_released(source, out, dtype, shard_bytes, allow_nonfinite, quiet)
-    return _released_to_dtype(source, out, dtype, shard_bytes, mtp, allow_nonfinite, quiet)
+    folder = ReleasedFolder(source, mtp=mtp, allow_nonfinite=allow_nonfinite, allow_unknown_keys=allow_unknown_keys)
+    return _released_to_dtype(folder, out, dtype, shard_bytes, quiet)
 
 
 def _run_to_released(
@@ -94,30 +104,33 @@ def _run_to_released(
     return f"{out}: the checkpoint of step {step}, {len(table)} tensors in Hugging Face format"
 
 
-def _released_to_dtype(
-    source: Path, out: Path, dtype: DType | None, shard_bytes: int, mtp: bool, allow_nonfinite: bool, quiet: bool
-) -> str:
+def _released_to_dtype(folder: ReleasedFolder, out: Path, dtype: DType | None, shard_bytes: int, quiet: bool) -> str:
     """Convert to another dtype with one tensor in memory at a time."""
-    folder = ReleasedFolder(source, mtp=mtp, allow_nonfinite=allow_nonfinite)
+    source = folder.path
     embed, fp8 = folder.stored["model.embed_tokens.weight"].dtype.name, dtype == "fp8"
     name = next(d for d in (dtype, embed, "float32") if d in DTYPES)
     table = tensor_table(folder.cfg, fp8, dtype=name)
     config = config_to_dict(folder.cfg, fp8=fp8, dtype=name)
     config |= {key: folder.config.get(key) for key in ("bos_token_id", "eos_token_id")}
     extra_files = [files.file_inside(source, file) for file in COPIED_FILES if (source / file).exists()]
-    tensors = CastTensors(folder_tensors(folder), table, allow_nonfinite)
+    tensors = CastTensors(folder_tensors(folder), table, folder.allow_nonfinite)
     write_released(out, config, table, tensors, shard_bytes, quiet=quiet, extra_files=extra_files)
     return f"{out}: {len(table)} tensors in {dtype or name}, in Hugging Face format"
 
 
-def _released_to_run(source: Path, out: Path, mtp: bool, allow_nonfinite: bool, quiet: bool) -> str:
+def _released_to_run(
+    source: Path, out: Path, mtp: bool, allow_nonfinite: bool, allow_unknown_keys: bool, quiet: bool
+) -> str:
     """Convert to a run at step 0 with a new optimizer state, as `dsv3 generate` and `dsv3 eval` read it."""
-    model = load(source, jnp.float32, mtp=mtp, allow_nonfinite=allow_nonfinite, quiet=quiet)
-    cfg = model.cfg
-    has_tokenizer = files.file_inside(source, TOKENIZER_FILE).is_file()
-    name = str(source / TOKENIZER_FILE) if has_tokenizer else "bytes"
-    data = DataConfig(tokenizer=name, seq_len=min(256, cfg.max_positions))
-    run = RunConfig(model=cfg, data=data)
+    model = load(
+        source,
+        jnp.float32,
+        mtp=mtp,
+        allow_nonfinite=allow_nonfinite,
+        allow_unknown_keys=allow_unknown_keys,
+        quiet=quiet,
+    )
+    run = released_run(source, model.cfg)
     params, bias = nnx.state(model, nnx.Param), nnx.state(model, RouterBias)
     zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), params)  # untouched pages take no memory
     state = TrainState(params, bias, AdamState(zeros, zeros), jnp.zeros((), jnp.int32))
@@ -126,5 +139,5 @@ def _released_to_run(source: Path, out: Path, mtp: bool, allow_nonfinite: bool, 
         run = claim(folder, run)
         with Checkpoints(folder, run) as checkpoints:
             checkpoints.save(state, {}, wait=True)
-    kind = TOKENIZER_FILE if has_tokenizer else f"bytes, as the released folder has no {TOKENIZER_FILE}"
+    kind = "bytes" if run.data.tokenizer == "bytes" else TOKENIZER_FILE
     return f"{out}: a run at step 0, its tokenizer {kind}"

@@ -71,12 +71,16 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def file_inside(folder: Path, name: object) -> Path:
     """Return the path of a file directly in a folder.
 
-    Raises: ValueError when the name contains a path, or is a link that leads out of the folder.
+    A hub snapshot holds links to `blobs/` of its own repository; they are followed.
+
+    Raises: ValueError when the name contains a path, or is a link that leads elsewhere out of the folder.
     """
     if not isinstance(name, str) or not name or name in (".", "..") or Path(name).name != name or "\\" in name:
         raise ValueError(f"{folder} names a file {name!r}, which is not a plain file name in that folder")
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    there, own = path.resolve(), folder.resolve()
+    inside = [own, own.parent.parent / "blobs"] if own.parent.name == "snapshots" else [own]
+    if not any(there.is_relative_to(place) for place in inside):
         raise ValueError(f"{path} is a link out of its folder; replace it by the file, as cp -rL does")
     return path
 

@@ -1,5 +1,7 @@
 """Load a released folder: memory-mapped tensors, one at a time, into stacked and sharded parameters."""
 
+import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -11,45 +13,93 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dsv3_jax.config import ConfigError, Execution, replace
+from dsv3_jax.config import ConfigError, Execution, ModelConfig, replace
+from dsv3_jax.hf import int4
 from dsv3_jax.hf.config_json import config_from_dict
+from dsv3_jax.hf.families import family_of, text_config
 from dsv3_jax.hf.files import CONFIG, StoredTensor, TensorReader, open_folder
 from dsv3_jax.hf.fp8 import E4M3, dequantize
+from dsv3_jax.hf.places import find
 from dsv3_jax.hf.table import SCALE_SUFFIX, Entry, entries
 from dsv3_jax.kernels import choose
 from dsv3_jax.mesh.sharding import state_sharding
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer, abstract
+from dsv3_jax.ops import rope
 from dsv3_jax.report.progress import transfer
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 READABLE_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BF16)
 _MAX_LISTED = 20  # wrong tensors that an error names
+_EMBED = "model.embed_tokens.weight"
+# Where a wrapper keeps its language model, and what it has beside it: pictures, which are not read.
+_PREFIXES = ("", "language_model.")
+_BESIDE = re.compile(r"(vision_tower|vision_model|mm_projector|multi_modal_projector|model\.vision\w*)\.")
+_INV_FREQ = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_INDEXER = re.compile(r"model\.layers\.\d+\.self_attn\.indexer\.")
 
 
 class ReleasedFolder:
     """A released folder whose tensors match its configuration; tensors are read one at a time.
 
     Args:
-        path: the folder.
-        mtp: False leaves the MTP layers out.
+        place: the folder, a hub snapshot, or a hub id in the local cache; see `places.find`.
+        mtp: False leaves the MTP layers out. They are left out too where the files have none.
         allow_nonfinite: accept NaN and Inf.
+        allow_unknown_keys: pass over keys of config.json that are not known.
+    Attributes:
+        notes: sentences on what is not read or bounded, for the user.
     Raises: ValueError (ConfigError) as `load`, except for the values of weights.
     """
 
-    def __init__(self, path: str | Path, *, mtp: bool = True, allow_nonfinite: bool = False):
-        self.path, self.allow_nonfinite = Path(path), allow_nonfinite
-        self.config, self.stored = open_folder(path)
+    def __init__(
+        self, place: str | Path, *, mtp: bool = True, allow_nonfinite: bool = False, allow_unknown_keys: bool = False
+    ):
+        self.path, self.allow_nonfinite = find(place), allow_nonfinite
+        self.config, stored = open_folder(self.path)
+        self.notes: list[str] = []
         try:
-            cfg = config_from_dict(self.config)
+            cfg = config_from_dict(self.config, allow_unknown_keys=allow_unknown_keys)
         except ConfigError as error:
             raise ConfigError(f"{self.path / CONFIG}: {error}") from error
-        self.entries = {e.name: e for e in entries(cfg) if mtp or not e.mtp}
-        self.cfg = cfg if mtp else replace(cfg, mtp_depth=0)
-        self._left_out = set() if mtp else {e.name for e in entries(cfg) if e.mtp}
         self._tensor = TensorReader()
+        self.stored = self._of_the_language_model(stored, cfg)
+        all_entries = list(entries(cfg))
+        needed = [e.name for e in all_entries if e.mtp and not e.copy_of]
+        if mtp and needed and not any(name in self.stored or name + int4.PACKED in self.stored for name in needed):
+            mtp = False
+            layers = f"{cfg.mtp_depth} MTP layer{'s' if cfg.mtp_depth > 1 else ''}"
+            self.notes.append(f"{CONFIG} names {layers}, and the files have none: loaded without")
+        self.entries = {e.name: e for e in all_entries if mtp or not e.mtp}
+        self.cfg = cfg if mtp else replace(cfg, mtp_depth=0)
+        self._left_out = set() if mtp else {e.name for e in all_entries if e.mtp}
         self._check_tensors()
         self._check_copies()
+
+    def _of_the_language_model(self, stored: dict[str, StoredTensor], cfg: ModelConfig) -> dict[str, StoredTensor]:
+        """The tensors by DeepSeek's names, without those that are not part of this model's computation.
+
+        Raises: ValueError when stored rotary frequencies are not those of config.json.
+        """
+        prefix = next((p for p in _PREFIXES if p + _EMBED in stored), "")
+        named = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if not _BESIDE.match(name)}
+        if len(named) < len(stored):
+            self.notes.append(f"{len(stored) - len(named)} tensors of pictures are not read")
+        own = rope.frequencies(cfg.rope_head_dim, cfg.rope_theta, cfg.yarn)
+        for name in [name for name in named if _INV_FREQ.fullmatch(name)]:
+            tensor = named.pop(name)
+            theirs = self._tensor(tensor).astype(np.float32)
+            # Files round them to their own dtype.
+            if theirs.shape != own.shape or not np.allclose(theirs, own, rtol=1e-2 if tensor.dtype == BF16 else 1e-4):
+                raise ValueError(f"{tensor.file} holds {name}, which is not what rope_theta={cfg.rope_theta} gives")
+        family = family_of(text_config(self.config))
+        if family.indexer:
+            named = {name: tensor for name, tensor in named.items() if not _INDEXER.match(name)}
+            self.notes.append(
+                f"index_topk={cfg.max_positions}: exact in texts of up to {cfg.max_positions:,} tokens; longer ones "
+                "need the indexer, which this package does not have"
+            )
+        return named
 
     @property
     def nbytes(self) -> int:
@@ -64,6 +114,10 @@ class ReleasedFolder:
 
         Raises: ValueError naming file and tensor for NaN or Inf.
         """
+        if entry.name + int4.PACKED in self.stored:
+            packed, scales = (np.array(self._tensor(self.stored[entry.name + s])) for s in (int4.PACKED, int4.SCALE))
+            self._check_finite(entry, scales)
+            return int4.unpack(packed, scales, entry.shape).astype(dtype)
         stored = self.stored[entry.name]
         raw = self._tensor(stored)
         if stored.dtype == E4M3:
@@ -81,7 +135,8 @@ class ReleasedFolder:
         if self.allow_nonfinite or is_finite(value):
             return
         count = int(np.sum(~np.isfinite(value.astype(np.float32))))
-        raise ValueError(f"{self.stored[entry.name].file} holds {count} NaN or Inf in {entry.name}")
+        file = (self.stored.get(entry.name) or self.stored[entry.name + int4.SCALE]).file
+        raise ValueError(f"{file} holds {count} NaN or Inf in {entry.name}")
 
     def _check_tensors(self) -> None:
         """Raises: ValueError that lists all tensors that are missing, unknown, or of a wrong shape or dtype."""
@@ -89,6 +144,10 @@ class ReleasedFolder:
         for entry in self.entries.values():
             stored = self.stored.get(entry.name)
             known.add(entry.name)
+            if entry.name + int4.PACKED in self.stored:
+                known |= {entry.name + suffix for suffix in (int4.PACKED, int4.SCALE, int4.SHAPE)}
+                wrong += self._wrong_int4(entry)
+                continue
             if stored is None:
                 if entry.copy_of is None:
                     wrong.append(f"{entry.name} is missing")
@@ -107,12 +166,23 @@ class ReleasedFolder:
         wrong += [f"{name} in {self.stored[name].file.name} is unknown" for name in self.stored.keys() - known]
         if wrong:
             more = f" and {len(wrong) - _MAX_LISTED} more" if len(wrong) > _MAX_LISTED else ""
-            hint = ""
-            mtp = [e.name for e in self.entries.values() if e.mtp and not e.copy_of]
-            if mtp and not any(name in self.stored for name in mtp):
-                hint = " (all tensors of the MTP layers are missing: mtp=False loads the model without them)"
             listed = "; ".join(sorted(wrong)[:_MAX_LISTED])
-            raise ValueError(f"{self.path} does not match its {CONFIG}, {len(wrong)} tensors: {listed}{more}{hint}")
+            raise ValueError(f"{self.path} does not match its {CONFIG}, {len(wrong)} tensors: {listed}{more}")
+
+    def _wrong_int4(self, entry: Entry) -> list[str]:
+        """What is wrong with the tensors of a weight of 4 bits."""
+        name, (rows, columns) = entry.name, entry.shape
+        packed, scales = self.stored[name + int4.PACKED], self.stored.get(name + int4.SCALE)
+        if not entry.quantized:
+            return [f"{name} in {packed.file.name} is packed in 4 bits, but is no linear weight"]
+        if scales is None:
+            return [f"{name + int4.SCALE} is missing"]
+        wrong = []
+        if (packed.shape, packed.dtype) != ((rows, -(-columns // int4.IN_ONE)), np.int32):
+            wrong.append(_describe(packed, name + int4.PACKED) + f", not int32 for {list(entry.shape)}")
+        if len(scales.shape) != 2 or scales.shape[0] != rows or not scales.shape[1] or columns % scales.shape[1]:
+            wrong.append(_describe(scales, name + int4.SCALE) + f", not scales of groups of {list(entry.shape)}")
+        return wrong
 
     def _check_copies(self) -> None:
         """Raises: ValueError when a tensor differs from the one that it repeats: this model has only one of them."""
@@ -149,20 +219,25 @@ def load(
     *,
     mtp: bool = True,
     allow_nonfinite: bool = False,
+    allow_unknown_keys: bool = False,
+    kernels: str = "auto",
     quiet: bool = False,
 ) -> Transformer:
-    """Load a released folder: config.json and safetensors of float32, bfloat16, float16 or FP8.
+    """Load a released model: config.json and safetensors of float32, bfloat16, float16, FP8 or 4 bits.
 
     Peak memory is all parameters, plus the largest one again, plus less than a gigabyte. With a mesh, each host reads
     only the tensors of its shards.
 
     Args:
-        path: the folder. No file outside it is read.
+        path: a folder, a snapshot of the hub's cache, or a hub id that is in this cache (organisation/name). No file
+            outside it is read; nothing is downloaded.
         dtype: dtype of parameters and computation, float32 or bfloat16. The router's weight and bias stay float32.
         mesh: shards parameters as `sharding.state_sharding`. None means the default device.
-        mtp: False leaves the MTP layers out.
+        mtp: False leaves the MTP layers out. They are left out too, with a line, where the files have none.
         allow_nonfinite: accept NaN and Inf.
-        quiet: show no progress bar. Without a terminal there is none.
+        allow_unknown_keys: pass over keys of config.json that are not known.
+        kernels: as `Execution.kernels`.
+        quiet: show no progress bar, and no line about what is not read. Without a terminal there is no bar.
     Raises:
         ConfigError: config.json describes another kind of model.
         ValueError: a file is absent, truncated, outside the folder, or differs from its header. Tensors are missing,
@@ -182,8 +257,11 @@ def load(
     dtype = np.dtype(dtype)
     if dtype not in (np.float32, BF16):
         raise ValueError(f"dtype={dtype.name} is not supported; use float32 or bfloat16")
-    folder = ReleasedFolder(path, mtp=mtp, allow_nonfinite=allow_nonfinite)
-    execution = Execution(compute_dtype=dtype.name)
+    folder = ReleasedFolder(path, mtp=mtp, allow_nonfinite=allow_nonfinite, allow_unknown_keys=allow_unknown_keys)
+    if not quiet:
+        for note in folder.notes:
+            print(f"{folder.path}: {note}", file=sys.stderr, flush=True)
+    execution = Execution(compute_dtype=dtype.name, kernels=kernels)
     kernels = choose.prepare(execution, mesh=mesh)
     graphdef, state = nnx.split(abstract(folder.cfg, execution, kernels))
     flat = dict(nnx.to_flat_state(state))

@@ -94,8 +94,9 @@ def folder_tensors(folder: ReleasedFolder) -> ReadTensor:
         entry = folder.entries[name]
         if name not in folder.stored and entry.copy_of:
             entry = folder.entries[entry.copy_of]
-        stored = folder.stored[entry.name].dtype
-        return folder.read(entry, stored if stored in (BF16, np.float32) else np.dtype(np.float32))
+        stored = folder.stored.get(entry.name)  # None: of 4 bits
+        dtype = stored.dtype if stored is not None and stored.dtype == BF16 else np.dtype(np.float32)
+        return folder.read(entry, dtype)
 
     return read
 

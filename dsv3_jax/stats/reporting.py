@@ -16,6 +16,7 @@ from dsv3_jax.data import batches as data
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.files import atomic_folder
+from dsv3_jax.hf.open_model import open_model
 from dsv3_jax.ops import balance
 from dsv3_jax.report.metrics import LOAD_FILE, read_rows
 from dsv3_jax.report.run_plots import routing_heatmap
@@ -24,7 +25,6 @@ from dsv3_jax.stats.measures import Specialisation, domain_entropy, favourites, 
 from dsv3_jax.stats.page import render_page
 from dsv3_jax.stats.routing_stats import RoutingStats, collect
 from dsv3_jax.stats.tokens import context, readable
-from dsv3_jax.training.checkpoint import load_run
 
 NUMBERS, PAGE = "stats.json", "index.html"
 PICTURES = ("load.png", "load_over_time.png", "domains.png", "information.png", "coactivation.png", "entropy.png")
@@ -113,7 +113,7 @@ def report(
         raise ValueError(f"batches={batches} is below 1")
     run, out = Path(run), Path(run) / "stats" if out is None else Path(out)
     _check(out)
-    model, config, step = load_run(run, step=step, kernels=kernels)
+    model, config, step = open_model(run, step=step, kernels=kernels)
     source = replace(config.data, paths=paths) if paths else config.data
     tokenizer, corpus = tokenizers.load(source.tokenizer), data.load_corpus(source)
     held_out = data.val_batches(corpus, tokenizer, source, batches)

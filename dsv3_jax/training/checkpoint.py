@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 
 from dsv3_jax.cluster import processes
 from dsv3_jax.config import RunConfig, replace, run_from_dict, to_dict
-from dsv3_jax.data import tokenizer
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.transformer import Transformer
@@ -160,16 +159,3 @@ def load_run(
         raise ValueError(f"folder={str(folder)!r} holds no checkpoint yet; training writes the first")
     state, _ = found
     return Loaded(model_of(run, state, prepared), run, int(state.step))
-
-
-def load_draft(
-    folder: str | Path, run: RunConfig, mesh: Mesh | None = None, *, kernels: str | None = None
-) -> Transformer:
-    """Load the model of another run's last checkpoint, to draft for a model of `run`, on the same mesh.
-
-    Raises: ValueError as `load_run`, and if the other's tokenizer gives ids another meaning.
-    """
-    model, other, _ = load_run(folder, mesh, kernels=kernels)
-    if not tokenizer.load(run.data.tokenizer).same_ids(tokenizer.load(other.data.tokenizer)):
-        raise ValueError(f"draft={str(folder)!r} has another tokenizer: its ids mean other text")
-    return model

@@ -4,7 +4,7 @@
 no parameters may differ: context length and YaRN, load balancing.
 `trunk`: everything but the multi-token heads is the other run's, and stays as it is. The heads alone are trained.
 
-The other run may be a converted one. Its folder is read once, at the start: the new run then depends on it no more.
+For `start` it may be a released model. Its folder is read once, at the start: the new run then depends on it no more.
 """
 
 from functools import partial
@@ -12,11 +12,17 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 
 from dsv3_jax.config import ConfigError, RunConfig, first_difference, replace, to_dict
 from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.hf import reading
+from dsv3_jax.hf.files import CONFIG
+from dsv3_jax.hf.open_model import released_run
+from dsv3_jax.hf.places import find
 from dsv3_jax.mesh import sharding
+from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.training import optim
 from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.run_folder import RUN_FILE, read_run, same_tokenizer
@@ -32,7 +38,14 @@ def on_weights(run: RunConfig, folder: str | Path, out: str | Path | None = None
 
     Args: as `model_and_data`. Raises: ValueError if the folder holds no run.
     """
-    return replace(model_and_data(run, folder, out), start=str(folder))
+    run = model_and_data(run, folder, out)
+    try:
+        place = find(folder)
+    except ValueError:  # gone, but training in `out` may have begun
+        if out is None or not (Path(out) / RUN_FILE).exists():
+            raise
+        place = Path(folder)
+    return replace(run, start=str(place))
 
 
 def on_trunk(run: RunConfig, trunk: str | Path, out: str | Path | None = None) -> RunConfig:
@@ -56,6 +69,9 @@ def model_and_data(run: RunConfig, folder: str | Path, out: str | Path | None = 
     Raises: ValueError if the folder holds no run.
     """
     there = [place for place in (folder, out) if place is not None and (Path(place) / RUN_FILE).exists()]
+    if not there and _is_released(folder):
+        source = _released(folder)
+        return replace(run, model=source.model, data=replace(run.data, tokenizer=source.data.tokenizer))
     source = read_run(there[0] if there else folder)
     return replace(run, model=source.model, execution=source.execution, data=source.data)
 
@@ -81,13 +97,19 @@ def begin(run: RunConfig, tokenizer: Tokenizer, mesh: Mesh | None = None) -> tup
         text = f"the trunk is that of step {int(trunk.step)} in {run.trunk}; only the multi-token heads are trained"
         return init_state(run, mesh, trunk), text
     if run.start is not None:
-        found = _last_state(run.start, _fitting(run, tokenizer), run, mesh)
+        source = _fitting(run, tokenizer)
         where = sharding.state_sharding(abstract_state(run), mesh, fsdp=run.execution.layout.fsdp)
+        if _is_released(run.start):
+            model = reading.load(run.start, jnp.float32, mesh)
+            found, text = (nnx.state(model, kind) for kind in (nnx.Param, RouterBias)), "those"
+            params, bias = (jax.device_put(*pair) for pair in zip(found, (where.params, where.bias), strict=True))
+        else:
+            last = _last_state(run.start, source, run, mesh)
+            params, bias, text = last.params, last.bias, f"those of step {int(last.step)}"
         init = partial(optim.init, dtype=run.optim.moments_dtype)
-        opt = jax.jit(init, out_shardings=where.opt)(found.params)
+        opt = jax.jit(init, out_shardings=where.opt)(params)
         step = jax.device_put(jnp.zeros((), jnp.int32), where.step)
-        state = TrainState(found.params, found.bias, opt, step)
-        return state, f"the weights are those of step {int(found.step)} in {run.start}"
+        return TrainState(params, bias, opt, step), f"the weights are {text} in {run.start}"
     return init_state(run, mesh), ""
 
 
@@ -99,7 +121,8 @@ def _fitting(run: RunConfig, tokenizer: Tokenizer) -> RunConfig:
     name, free = ("trunk", TRUNK_KEYS) if run.trunk is not None else ("start", START_KEYS)
     folder = run.trunk or run.start
     assert folder is not None
-    source = read_run(folder)
+    released = name == "start" and _is_released(folder)
+    source = _released(folder) if released else read_run(folder)
     theirs, ours = ({k: v for k, v in to_dict(r.model).items() if k not in free} for r in (source, run))
     different = first_difference(theirs, ours)
     if different:
@@ -109,10 +132,23 @@ def _fitting(run: RunConfig, tokenizer: Tokenizer) -> RunConfig:
         raise ValueError(
             f"data.tokenizer={run.data.tokenizer!r} gives ids another meaning than that of {name}={folder!r}"
         )
+    if released:
+        return source
     with Checkpoints(folder, source, read_only=True) as checkpoints:
         if checkpoints.latest is None:
             raise ValueError(f"{name}={folder!r} holds no checkpoint yet")
     return source
+
+
+def _is_released(place: str | Path) -> bool:
+    """Whether a model to start with is a released one, and not a run."""
+    return not (Path(place) / RUN_FILE).exists() and (find(place) / CONFIG).exists()
+
+
+def _released(place: str | Path) -> RunConfig:
+    """The settings of a released model."""
+    folder = reading.ReleasedFolder(place)
+    return released_run(folder.path, folder.cfg)
 
 
 def _last_state(folder: str, source: RunConfig, run: RunConfig, mesh: Mesh | None) -> TrainState:

@@ -85,14 +85,15 @@ def _decoder(args) -> tuple[dict, Callable[[str], dict]]:
     from dsv3_jax.config import ModelConfig, from_dict
     from dsv3_jax.data.batches import held_out_prompts
     from dsv3_jax.decoding.generate import generate
-    from dsv3_jax.training.checkpoint import load_draft, load_run
+    from dsv3_jax.hf.open_model import open_draft
+    from dsv3_jax.training.checkpoint import load_run
 
     run = None
     if args.run:
         model, run, _ = load_run(args.run)
     else:
         model = random_model(from_dict(ModelConfig, json.loads(args.config)), args.seed)
-    drafts = {"run": load_draft(args.draft_run, run) if args.draft_run and run else None}
+    drafts = {"run": open_draft(args.draft_run, run) if args.draft_run and run else None}
     ran: set[str] = set()
 
     def handle(line: str) -> dict:

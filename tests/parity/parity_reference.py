@@ -4,7 +4,6 @@
 experiments/parity/README.md. It also writes the golden files that `make test` compares our results with.
 """
 
-import json
 import os
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import transformers
 from released import (
     GOLDEN,
     GRID,
+    LABELS,
     MTP_WEIGHT,
     NEW,
     Cell,
@@ -29,6 +29,7 @@ from released import (
     ours,
     probed,
     stored,
+    without_int4,
     write_folder,
 )
 from released import tokens as tokens_of
@@ -38,26 +39,28 @@ from torch.nn.functional import cross_entropy
 from transformers.modeling_layers import MtpModel
 
 from dsv3_jax import hf
+from dsv3_jax.hf.config_json import config_to_dict
+from dsv3_jax.hf.files import CONFIG, SINGLE, write_json
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
 
 
 def plain_folder(folder: Path, cell: Cell) -> Path:
-    """Write a cell's folder for transformers; FP8 files are dequantized, since transformers reads none on CPU."""
-    if cell.file != "fp8":
+    """Write a cell's folder for transformers: dequantized, since it reads neither FP8 nor 4 bits on CPU, and labelled
+    DeepSeek-V3 where it does not know the label."""
+    unknown = cell.label and not LABELS[cell.label][3]
+    if cell.file != "fp8" and not unknown:
         return write_folder(folder, cell)
-    write_folder(folder, cell)
-    arrays = stored(cell)
+    arrays = without_int4(stored(cell))
     plain = {
         k: dequantized(v, arrays[k + "_scale_inv"]) if k + "_scale_inv" in arrays else v.astype(np.float32)
         for k, v in arrays.items()
         if not k.endswith("_scale_inv")
     }
-    save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    del config["quantization_config"]
-    (folder / "config.json").write_text(json.dumps(config))
+    folder.mkdir(parents=True)
+    write_json(folder / CONFIG, config_to_dict(cell.cfg, dtype="float32"))
+    save_file(plain, folder / SINGLE, metadata={"format": "pt"})
     return folder
 
 
@@ -123,7 +126,8 @@ def theirs(folder: Path, cell: Cell) -> dict[str, np.ndarray]:
         hook.remove()
     logits = main.lm_head(h)
     loss = cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    results = {"logits": logits, "expert_ids": torch.stack(chosen).view(-1, batch, length, cfg.experts_per_token)}
+    ids = torch.stack(chosen) if chosen else torch.zeros(0, dtype=torch.long)  # without a sparse layer
+    results = {"logits": logits, "expert_ids": ids.view(-1, batch, length, cfg.experts_per_token)}
     for k in range(cfg.mtp_depth):
         short = length - k - 1
         embedded, positions = main.model.embed_tokens(tokens[:, k + 1 :]), torch.arange(short)[None]
@@ -159,6 +163,8 @@ def _gradients(main: nn.Module, mtp: nn.Module | None, num_layers: int) -> dict[
             named[f"model.layers.{num_layers + int(k)}.{rest}"] = value
     gradients = {}
     for name, value in named.items():
+        if value.grad is None:  # an indexer's
+            continue
         grad = value.grad.numpy()
         lead, _, last = name.rpartition(".")
         if last == "gate_up_proj":

@@ -1,0 +1,146 @@
+"""Labels of released models (`model_type` in config.json) that are one network: MLA, and experts or dense layers.
+
+One row a label. A key of config.json is used, known to be harmless, or refused: nothing that changes the network is
+passed over. Sources: the released config.json files of each label; transformers' configuration classes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dsv3_jax.config import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a label means where config.json says nothing, and how it spells the rest."""
+
+    scoring: str = "sigmoid"  # scores of the router
+    methods: tuple[str, ...] = ("noaux_tc",)  # its topk_methods; the first if the key is absent
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # values of keys that may be absent
+    aliases: Mapping[str, str] = field(default_factory=dict)  # its spelling of a key → DeepSeek's
+    harmless: frozenset[str] = frozenset()  # its keys that change no number
+    experts: bool = True  # False: every layer is dense, and there are no keys of experts
+    indexer: bool = False  # it attends to the `index_topk` tokens that an indexer chooses: all of them in shorter texts
+
+
+_ONE_GROUP = {"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "first_k_dense_replace": 1}
+_INDEXER = frozenset(
+    "index_topk index_head_dim index_n_heads index_topk_freq index_topk_pattern index_skip_topk_offset indexer_types "
+    "layer_types".split()
+)
+_YOUTU = Family(experts=False, harmless=frozenset({"embedding_initializer_range"}))
+
+FAMILIES: dict[str, Family] = {
+    "deepseek_v2": Family("softmax", ("greedy", "group_limited_greedy")),
+    "deepseek_v3": Family(),  # also Moonlight and GigaChat3
+    "deepseek_v32": Family(indexer=True, harmless=_INDEXER),
+    "kimi_k2": Family(),
+    "glm4_moe_lite": Family(defaults=_ONE_GROUP),
+    "glm_moe_dsa": Family(indexer=True, harmless=_INDEXER, defaults=_ONE_GROUP | {"first_k_dense_replace": 3}),
+    "sarvam_mla": Family(
+        defaults=_ONE_GROUP | {"q_lora_rank": None},
+        aliases={"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts"},
+    ),
+    "youtu": _YOUTU,
+    "youtu_llm": _YOUTU,
+}
+WRAPPERS = ("kimi_k25",)  # labels whose language model is described by their `text_config`
+
+# Keys that change no number that this package computes.
+HARMLESS = frozenset(
+    """
+    architectures auto_map dtype torch_dtype transformers_version _name_or_path name_or_path model_type tokenizer_class
+    bos_token_id eos_token_id pad_token_id unk_token_id decoder_start_token_id sep_token_id
+    use_cache return_dict output_attentions output_hidden_states output_router_logits chunk_size_feed_forward
+    id2label label2id problem_type is_encoder_decoder is_decoder add_cross_attention task_specific_params
+    finetuning_task attn_implementation _attn_implementation use_flash_attention_2
+    head_dim qk_head_dim q_head_dim ep_size ep_degree pretraining_tp num_local_experts
+    aux_loss_alpha seq_aux router_aux_loss_coef embd_pdrop resid_pdrop
+    """.split()
+)
+# Keys of which one value is what this package computes; absent or null means it.
+FIXED: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "moe_layer_freq": 1,
+    "attention_dropout": 0,
+    "use_qk_norm": False,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1,
+    "sliding_window": None,
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+    "residual_scale": None,
+    "embedding_multiplier": None,
+    "logits_scaling": None,
+}
+
+
+def text_config(values: dict[str, Any]) -> dict[str, Any]:
+    """The keys of the language model: those of `text_config` for a label that wraps one, else all.
+
+    Example:
+        >>> text_config({"model_type": "kimi_k25", "text_config": {"model_type": "kimi_k2"}, "vision_config": {}})
+        {'model_type': 'kimi_k2'}
+    """
+    if values.get("model_type") not in WRAPPERS:
+        return values
+    inner = values.get("text_config")
+    if not isinstance(inner, dict):
+        raise ConfigError(f"model_type={values['model_type']!r} needs the object text_config, not {inner!r}")
+    inner = {"model_type": "deepseek_v3"} | inner
+    if "quantization_config" in values:
+        inner.setdefault("quantization_config", values["quantization_config"])
+    return inner
+
+
+def family_of(values: dict[str, Any]) -> Family:
+    """The row of a config.json.
+
+    Raises: ConfigError for a label that there is not, with the nearest one.
+
+    Example:
+        >>> family_of({"model_type": "deepseek_v2"}).scoring
+        'softmax'
+    """
+    label = values.get("model_type")
+    if label not in FAMILIES:
+        near = did_you_mean(str(label), FAMILIES)
+        raise ConfigError(f"model_type={label!r} is not one of {', '.join((*FAMILIES, *WRAPPERS))}{near}")
+    return FAMILIES[label]
+
+
+def check_keys(values: dict[str, Any], family: Family, used: set[str], *, allow_unknown: bool) -> None:
+    """Check that every key is understood.
+
+    Args:
+        values: config.json with DeepSeek's spelling of keys, without nulls.
+        used: keys that the caller reads.
+        allow_unknown: pass over keys that nobody knows. Keys that are known to change the network stay refused.
+    Raises: ConfigError naming the keys and their values.
+
+    Example:
+        >>> check_keys({"use_qk_norm": True}, FAMILIES["deepseek_v3"], set(), allow_unknown=True)
+        Traceback (most recent call last):
+        dsv3_jax.config.ConfigError: use_qk_norm=True is not supported; use False
+    """
+    for key, supported in FIXED.items():
+        if values.get(key, supported) != supported:
+            wanted = "leave it out" if supported is None else f"use {supported!r}"
+            raise ConfigError(f"{key}={values[key]!r} is not supported; {wanted}")
+    if allow_unknown:
+        return
+    known = used | HARMLESS | family.harmless | FIXED.keys()
+    if unknown := sorted(values.keys() - known):
+        listed = ", ".join(f"{key}={_short(values[key])}" for key in unknown)
+        raise ConfigError(
+            f"config.json has {listed}, which may change the network and is not known for "
+            f"model_type={values.get('model_type')!r}; --allow-unknown-keys (allow_unknown_keys=True) leaves it out"
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"

@@ -1,0 +1,36 @@
+"""Where models lie: a folder, a snapshot of the hub's cache, or a hub id that it holds. Nothing is downloaded."""
+
+import re
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import errors
+
+_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+def find(place: str | Path) -> Path:
+    """Return the folder of a model.
+
+    Args: place: a folder; a repository's folder in the hub's cache (models--organisation--name), of which `main` is
+        taken; or a hub id, organisation/name, possibly with @revision.
+    Raises: ValueError when there is no such folder, and no such id in the cache.
+
+    Example:
+        >>> find(".")
+        PosixPath('.')
+    """
+    folder = Path(place)
+    if (folder / "snapshots").is_dir() and (folder / "refs" / "main").is_file():
+        return folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
+    if folder.exists() or not _ID.fullmatch(str(place)):
+        return folder
+    name, _, revision = str(place).partition("@")
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision or None, local_files_only=True))
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
+        cache = huggingface_hub.constants.HF_HUB_CACHE
+        raise ValueError(
+            f"model={str(place)!r} is no folder, and the hub's cache {cache} does not hold it; "
+            f"download it with: hf download {name}"
+        ) from error
