@@ -149,6 +149,7 @@ def load(
     *,
     mtp: bool = True,
     allow_nonfinite: bool = False,
+    kernels: str = "auto",
     quiet: bool = False,
 ) -> Transformer:
     """Load a released folder: config.json and safetensors of float32, bfloat16, float16 or FP8.
@@ -162,6 +163,7 @@ def load(
         mesh: shards parameters as `sharding.state_sharding`. None means the default device.
         mtp: False leaves the MTP layers out.
         allow_nonfinite: accept NaN and Inf.
+        kernels: as `Execution.kernels`.
         quiet: show no progress bar. Without a terminal there is none.
     Raises:
         ConfigError: config.json describes another kind of model.
@@ -183,9 +185,9 @@ def load(
     if dtype not in (np.float32, BF16):
         raise ValueError(f"dtype={dtype.name} is not supported; use float32 or bfloat16")
     folder = ReleasedFolder(path, mtp=mtp, allow_nonfinite=allow_nonfinite)
-    execution = Execution(compute_dtype=dtype.name)
-    kernels = choose.prepare(execution, mesh=mesh)
-    graphdef, state = nnx.split(abstract(folder.cfg, execution, kernels))
+    execution = Execution(compute_dtype=dtype.name, kernels=kernels)
+    prepared = choose.prepare(execution, mesh=mesh)
+    graphdef, state = nnx.split(abstract(folder.cfg, execution, prepared))
     flat = dict(nnx.to_flat_state(state))
     shardings = dict(nnx.to_flat_state(state_sharding(state, mesh)))
     sources: dict[tuple, list[tuple[Entry, int]]] = defaultdict(list)
