@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 from models import SMALL, random_model
-from runs import cheap_compiles, finished, unhooked, unhooked_cli
+from runs import cheap_compiles, make_run, unhooked, unhooked_cli
 from texts import ANSWER, CONVERSATIONS, GOLDEN, NOW, PROMPTS, TEXTS, TOOLS, USER, V3, write_text_files
 
 import dsv3_jax as ds
@@ -26,6 +26,7 @@ from dsv3_jax.data.chat import ChatTemplate, check_messages
 from dsv3_jax.data.text_settings import SamplingDefaults, read_released
 from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.loading import load_text
+from dsv3_jax.training.run_folder import claim
 
 THEIRS = json.loads(GOLDEN.read_text(encoding="utf-8"))
 CELLS = [(name, conversation) for name in TEXTS for conversation in CONVERSATIONS]
@@ -306,9 +307,10 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path):
         load_text(folder)
 
 
-def test_a_run_reads_text_as_it_was_trained(tmp_path_factory):
+def test_a_run_reads_text_as_it_was_trained(tmp_path):
     """No BOS, and the name of a special token stays text."""
-    text = load_text(finished(tmp_path_factory.getbasetemp()).folder)
+    claim(tmp_path / "run", make_run(str(tmp_path)))
+    text = load_text(tmp_path / "run")
     assert text.encode("<eos>") == text.encode("<eos>", raw=True) == list(b"<eos>")
     assert text.stop_ids == (256,) and text.sampling == SamplingDefaults()
     with pytest.raises(ValueError, match="has no chat template; `dsv3 generate` continues"):
@@ -378,7 +380,9 @@ def test_drafts_and_the_system_message(dsv3, talker):
 def test_a_full_context_is_said_and_nothing_is_dropped(dsv3, talker):
     """A turn that does not fit is left out, an answer that does not is cut, and the conversation goes on."""
     code, out, err = dsv3("chat", talker, "--temperature", 0, lines="x" * 150 + "\nhello\n")
-    answer = greedy(talker, [{"role": "user", "content": "hello"}], 160 - 52)
+    hello = {"role": "user", "content": "hello"}
+    room = 160 - len(load_text(talker).chat.render([hello], add_generation_prompt=True).ids)
+    answer = greedy(talker, [hello], room)
     assert (code, out) == (0, answer + "\n")
     assert re.search(r"\(the conversation of 2\d\d tokens fills the context of 160; /reset begins a new one\)", err)
     assert "(the answer ends here: the context of 160 tokens is full)" in err
@@ -437,9 +441,9 @@ def test_bad_options_of_chat_end_it(dsv3, talker, argv, sentence):
     assert (code, out, err.count("\n")) == (2, "", 1) and sentence in err
 
 
-def test_chat_without_a_template_or_tokenizer(dsv3, talker, tmp_path_factory, tmp_path):
-    run = finished(tmp_path_factory.getbasetemp()).folder
-    code, out, err = dsv3("chat", run, lines="hello\n")
+def test_chat_without_a_template_or_tokenizer(dsv3, talker, tmp_path):
+    claim(tmp_path / "run", make_run(str(tmp_path)))
+    code, out, err = dsv3("chat", tmp_path / "run", lines="hello\n")
     assert (code, out) == (2, "") and "has no chat template" in err
     bare = tmp_path / "bare"
     shutil.copytree(talker, bare)

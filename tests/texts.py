@@ -77,7 +77,8 @@ V3 = """
 # As DeepSeek-V2's: plain text around the turns.
 V2 = (
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}"
-    "{{ 'User: ' + message.content + '\n\n' }}{% elif message.role == 'assistant' %}{{ 'Assistant: ' + message.content + eos_token }}"
+    "{{ 'User: ' + message.content + '\n\n' }}{% elif message.role == 'assistant' %}"
+    "{{ 'Assistant: ' + message.content + eos_token }}"
     "{% elif message.role == 'system' %}{{ message.content + '\n\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
@@ -266,7 +267,7 @@ TEXTS = {
     ),
     "GLM": Text(
         (("<|endoftext|>", True), ("[gMASK]", True), ("<sop>", True), ("<|system|>", True), ("<|user|>", True),
-         ("<|assistant|>", True), ("<|observation|>", True), ("<think>", False), ("</think>", False)),
+         ("<|assistant|>", True), ("<|observation|>", True), ("<think>", False), ("</think>", False), ("<|image|>", True)),
         {"eos_token": "<|endoftext|>", "image_token": "<|image|>"},
         jinja=GLM,
         model={"eos_token_id": ["<|endoftext|>", "<|user|>", "<|observation|>"]},
