@@ -1,16 +1,25 @@
-"""One way to load a model, wherever it lies."""
+"""One way to load a model, and how it reads text, whatever folder it is in."""
 
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from dsv3_jax.hf.open_model import open_model
+from dsv3_jax.data import text_settings
+from dsv3_jax.data.text_settings import TextSettings
+from dsv3_jax.hf import files
+from dsv3_jax.hf.open_model import find_released, open_model
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.training.run_folder import RUN_FILE, read_run
 
 
 def load_model(
-    folder: str | Path, mesh: Mesh | None = None, *, step: int | None = None, dtype: Any = None
+    folder: str | Path,
+    mesh: Mesh | None = None,
+    *,
+    step: int | None = None,
+    dtype: Any = None,
+    kernels: str | None = None,
 ) -> Transformer:
     """Load a model from a run or a released folder, without optimizer state.
 
@@ -20,6 +29,23 @@ def load_model(
         step: of a run's checkpoint. None means the last.
         dtype: of a released model's parameters, float32 or bfloat16. None means float32 on a CPU, else bfloat16. A
             run's are float32.
+        kernels: as `Execution.kernels`. None means the run's own, and "auto" for a released folder.
     Raises: ValueError if the folder holds neither, or as `load_run` and `hf.load`.
     """
-    return open_model(folder, mesh, step=step, dtype=dtype).model
+    return open_model(folder, mesh, step=step, dtype=dtype, kernels=kernels).model
+
+
+def load_text(folder: str | Path) -> TextSettings:
+    """Read how a run's or a released folder's model reads and ends text: tokenizer, BOS, chat template, stop tokens.
+
+    Raises: ValueError if the folder holds neither, its tokenizer is absent or cannot be read, or one of the files is
+        damaged or a link out of the folder.
+    """
+    place = Path(folder)
+    is_run = (place / RUN_FILE).is_file()
+    place = place if is_run else find_released(folder)
+    for name in (files.CONFIG, *text_settings.TEXT_FILES):
+        files.file_inside(place, name)  # an absent file passes
+    if is_run:
+        return text_settings.read_run_folder(place, read_run(place).data.tokenizer)
+    return text_settings.read_released(place)

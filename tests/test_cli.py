@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from runs import cheap_compiles, environment, finished, flags, rows_of, start, unhooked_cli
 
-from dsv3_jax.cli import bench, common, convert, demo, eval, generate, info, stats, tokenizer, train
+from dsv3_jax.cli import bench, chat, common, convert, demo, eval, generate, info, stats, tokenizer, train
 from dsv3_jax.cli import main as cli
 from dsv3_jax.config import Execution, Layout
 from dsv3_jax.data.tokenizer import ByteTokenizer
@@ -57,6 +57,7 @@ OPTIONS = {
     "eval": eval.Eval,
     "stats": stats.Stats,
     "generate": generate.Generate,
+    "chat": chat.Chat,
     "bench decode": bench.Decode,
     "convert": convert.Convert,
     "plan": PlanOptions,
@@ -178,7 +179,9 @@ BAD = {
     "eval of no checkpoint": ("eval {claimed}", "folder='{claimed}' holds no checkpoint"),
     "eval of no batches": ("eval {run} --batches 0", "batches=0"),
     "eval of no data": ("eval {run} --paths {absent}", "{absent}"),
-    "generate from nothing": ("generate {text}", "folder='{text}' is neither a run"),
+    "generate from nothing": ("generate {text}", "folder='{text}' is neither a run (no run.json) nor released"),
+    "chat with nothing": ("chat {text}", "folder='{text}' is neither a run (no run.json) nor released"),
+    "chat without a template": ("chat {run}", "{run} has no chat template"),
     "generate from no checkpoint": ("generate {claimed}", "folder='{claimed}' holds no checkpoint"),
     "long prompt": (
         "generate {run} --prompt " + "x" * 70,
@@ -319,7 +322,8 @@ def test_bad_input_writes_nothing(answers, place):
         ("train", ["--execution.kernels", "--execution.compute-dtype", "--execution.layout.fsdp"]),
         ("eval", ["RUN", "--batches", "--paths", "--kernels"]),
         ("stats", ["RUN", "--draws", "--kernels"]),
-        ("generate", ["RUN", "--prompt", "--temperature", "--top-p", "--mesh", "--kernels"]),
+        ("generate", ["MODEL", "--raw", "--prompt", "--temperature", "--top-p", "--mesh", "--kernels"]),
+        ("chat", ["MODEL", "--system", "--draft", "--temperature", "/reset", "conversation again"]),
         ("bench", ["dsv3 bench decode RUN"]),
         ("bench decode", ["--batch", "--cache-dtype", "--draft-length", "--json", "--kernels"]),
         ("convert", ["--to", "--dtype", "--shard-mb", "--no-mtp", "--allow-nonfinite"]),

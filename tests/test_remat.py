@@ -26,7 +26,9 @@ def gradient(remat: str):
     graph, state = nnx.split(random_model(CFG, execution=execution))
     tokens = tokens_of(CFG, 2, 12)
     batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": jnp.arange(12)[None] + 0 * tokens}
-    return jax.jit(jax.grad(lambda state: compute_loss(nnx.merge(graph, state), batch, 0.3).total, allow_int=True))(state)
+    return jax.jit(jax.grad(lambda state: compute_loss(nnx.merge(graph, state), batch, 0.3).total, allow_int=True))(
+        state
+    )
 
 
 def test_the_gradient_is_the_same():
@@ -63,4 +65,7 @@ def test_so_it_does_in_plain_xla(remat, passes):
     batch = {name: jax.ShapeDtypeStruct((2, 16), jnp.int32) for name in ("tokens", "segment_ids", "positions")}
     jaxpr = str(make_step(run, prepare(execution, platform="cuda")).trace(abstract_state(run), batch).jaxpr)
     rows = f"f32[2,{CFG.num_heads},16]"
-    assert sum(f":{rows} = exp" in line.replace(" ", "", 1) or f"{rows} = exp " in line for line in jaxpr.splitlines()) == 2 * passes
+    assert (
+        sum(f":{rows} = exp" in line.replace(" ", "", 1) or f"{rows} = exp " in line for line in jaxpr.splitlines())
+        == 2 * passes
+    )

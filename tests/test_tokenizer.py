@@ -1,10 +1,13 @@
 """Tokenizers: text survives the round trip, bytes are counted correctly, and streams give complete characters."""
 
+import itertools
 import json
+import sys
 
 import numpy as np
 import pytest
 import tokenizers
+from texts import TEXTS, tiktoken_lines, write_text_files
 
 from dsv3_jax.data import tokenizer as tok
 
@@ -49,7 +52,29 @@ def test_byte_ids_are_the_bytes():
     assert (t.vocab_size, t.eos_id, t.fim_ids) == (260, 256, (257, 258, 259))
 
 
-@pytest.mark.parametrize("name", ["bytes", "bpe", "sentencepiece"])
+@pytest.fixture(scope="module")
+def tiktoken(tmp_path_factory):
+    """As of Kimi: ranks in tiktoken.model, names of special tokens in tokenizer_config.json."""
+    pytest.importorskip("tiktoken")
+    return tok.load(str(kimi_folder(tmp_path_factory.mktemp("kimi"))))
+
+
+BASE = len(tiktoken_lines().splitlines())
+
+
+def kimi_folder(folder, **config):
+    names = {"[BOS]": 0, "[EOS]": 1, "<|im_end|>": 2, "<|im_user|>": 3, "[PAD]": 255}
+    added = {str(BASE + i): {"content": name, "special": True} for name, i in names.items()}
+    (folder / "tiktoken.model").write_bytes(tiktoken_lines())
+    config = {"eos_token": "[EOS]", "added_tokens_decoder": added} | config
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+NAMES = ["bytes", "bpe", "sentencepiece", "tiktoken"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_round_trip_bytes_and_stream(name, request):
     """decode(encode) is the text; byte lengths sum to its bytes; a stream gives the same complete characters."""
     t = tok.load("bytes") if name == "bytes" else request.getfixturevalue(name)
@@ -78,14 +103,160 @@ def test_decode_of_broken_text(bpe):
         assert bpe.decode(ids) == bpe._inner.decode(ids, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("name", ["bytes", "bpe", "sentencepiece"])
+@pytest.mark.parametrize("name", NAMES)
 def test_specials_have_no_bytes_and_text_cannot_contain_them(name, request):
     t = tok.load("bytes") if name == "bytes" else request.getfixturevalue(name)
-    specials = [t.eos_id] + ([] if name == "sentencepiece" else list(t.fim_ids))
+    specials = [t.eos_id, *t.specials.values()] + (list(t.fim_ids) if name in ("bytes", "bpe") else [])
     assert not t.byte_lengths[specials].any() and t.decode(specials) == ""
-    text = "a</s>b<eos><fim_prefix>"
-    assert not set(t.encode(text)) & set(specials)
-    assert t.decode(t.encode(text)) == text
+    text = "a</s>b<eos><fim_prefix><|im_end|>[EOS]"
+    for ids in (t.encode(text), t.encode_plain(text)):
+        assert not set(ids) & set(specials)
+        assert t.decode(ids) == text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_specials_are_read_where_they_are_asked_for(name, request):
+    """Each id's characters are those of its bytes; specials cover their names; the text between is encoded alike."""
+    t = tok.load("bytes") if name == "bytes" else request.getfixturevalue(name)
+    special = [n for n, i in t.specials.items() if i == t.eos_id][0]
+    text = f"é{special}{special}日b"
+    ids, spans = t.encode_with_specials(text)
+    assert ids.count(t.eos_id) == 2
+    for i, (start, end) in zip(ids, spans, strict=True):
+        if i == t.eos_id:
+            assert text[start:end] == special
+        elif name != "sentencepiece":  # whose first token covers a space that the text does not have
+            assert t.bytes_of([i]) in text[start:end].encode()
+    covered = [False] * len(text)
+    for start, end in spans:
+        covered[start:end] = [True] * (end - start)
+    assert all(covered)
+    if name != "sentencepiece":
+        assert [list(g) for k, g in itertools.groupby(ids, lambda i: i == t.eos_id) if not k] == [
+            t.encode("é"), t.encode("日b")
+        ]  # fmt: skip
+    assert t.encode_prompt("a") == t.encode("a")
+
+
+# Kimi's tiktoken.model
+
+
+def bpe_by_rank(text, ranks, pattern):
+    """The slow way: split by the pattern, then merge the pair of the lowest rank until there is none."""
+    import regex
+
+    ids = []
+    for piece in regex.findall(pattern, text, regex.V1):
+        parts = [bytes([b]) for b in piece.encode()]
+        while True:
+            pairs = [(ranks[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranks]
+            if not pairs:
+                break
+            i = min(pairs)[1]
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        ids += [ranks[part] for part in parts]
+    return ids
+
+
+SPLITS = {
+    "the user's 1234567": ["the", " user's", " ", "123", "456", "7"],
+    "HELLO WorldWide": ["HELLO", " World", "Wide"],  # capitals begin a word
+    "ab日本c語": ["ab", "日本", "c", "語"],  # Han characters are words of their own
+    "x = [1]\n\n  y": ["x", " =", " [", "1", "]\n\n", " ", " y"],
+    "a   \r\n b  ": ["a", "   \r\n", " b", "  "],
+    "ß'LLe\u0301 🚀": ["ß'LL", "e\u0301", " 🚀"],
+}
+
+
+@pytest.mark.parametrize("text", SPLITS)
+def test_kimis_pattern(text, tiktoken):
+    """How texts are split, written by hand; and the ids are those of the slow way."""
+    regex = pytest.importorskip("regex")
+    assert regex.findall(tok.KIMI_PATTERN, text, regex.V1) == SPLITS[text]
+    ranks = {piece: i for i, piece in enumerate(tiktoken._token_bytes[:BASE])}
+    assert tiktoken.encode(text) == bpe_by_rank(text, ranks, tok.KIMI_PATTERN)
+
+
+def test_kimis_special_tokens(tiktoken, tmp_path):
+    """256 ids after the ranks, some of them named; more where the names need it."""
+    assert (tiktoken.vocab_size, tiktoken.eos_id) == (BASE + 256, BASE + 1)
+    assert (
+        tiktoken.specials["<|im_end|>"] == BASE + 2 and tiktoken.specials[f"<|reserved_token_{BASE + 4}|>"] == BASE + 4
+    )
+    assert tiktoken.encode_with_specials("the<|im_user|>")[0] == [*tiktoken.encode("the"), BASE + 3]
+    folder = kimi_folder(tmp_path, added_tokens_decoder={str(BASE + 300): "[EOS]"})
+    assert tok.load(str(folder / "tiktoken.model")).vocab_size == BASE + 301
+    with pytest.raises(ValueError, match="has no fill-in-the-middle"):
+        _ = tiktoken.fim_ids
+
+
+def test_long_runs_are_cut_as_kimi_cuts_them():
+    assert list(tok._bounded("a b", 400, 25)) == ["a b"] and list(tok._bounded("")) == []
+    assert list(tok._bounded("aaab  c", longest=100, longest_run=2)) == ["aa", "ab  c"]
+    assert list(tok._bounded("aaaa", longest=3, longest_run=9)) == ["aaa", "a"]
+    text = "ab  c" * 50
+    assert "".join(tok._bounded(text, 7, 1)) == text
+    assert all(len(part) <= 7 for part in tok._bounded(text, 7, 1))
+
+
+def test_tiktoken_is_an_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(ValueError, match=r"tiktoken\.model' needs the tiktoken library: pip install"):
+        tok.load(str(kimi_folder(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        (b"YQ== 0\nYg==\n", "line 2 holds no token and rank"),
+        (b"YQ== x\n", "line 1 holds"),
+        (b"!! 0\n", "line 1 holds"),
+        (b"YQ== 0\nYg== 2\n", "ids are not 0 … 257, each once"),
+    ],
+)
+def test_a_damaged_tiktoken_model(tmp_path, lines, sentence):
+    pytest.importorskip("tiktoken")
+    folder = kimi_folder(tmp_path, added_tokens_decoder={})
+    (folder / "tiktoken.model").write_bytes(lines)
+    with pytest.raises(ValueError, match=sentence):
+        tok.load(str(folder))
+
+
+# The end of a document
+
+
+def test_the_files_beside_a_tokenizer_name_the_end(tmp_path):
+    """tokenizer_config.json, special_tokens_map.json, config.json and generation_config.json, then known names."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
+    inner.add_special_tokens(["<eos>", "<x>", "<y>", "<z>"])
+    file = tmp_path / "tokenizer.json"
+    inner.save(str(file))
+
+    def eos(**files):
+        for name in ("tokenizer_config", "special_tokens_map", "config", "generation_config"):
+            (tmp_path / f"{name}.json").unlink(missing_ok=True)
+            if name in files:
+                (tmp_path / f"{name}.json").write_text(json.dumps(files[name]))
+        assert tok.load(str(file)).eos_id == tok.load(str(tmp_path)).eos_id
+        return tok.load(str(file)).eos_id
+
+    assert eos() == 1
+    assert eos(generation_config={"eos_token_id": [4, 2]}) == 4
+    assert eos(generation_config={"eos_token_id": 4}, config={"eos_token_id": 3}) == 3
+    assert eos(config={"eos_token_id": 3}, tokenizer_config={"eos_token": "<x>"}) == 2
+    assert eos(tokenizer_config={"eos_token": {"content": "<x>"}}, special_tokens_map={"eos_token": "<y>"}) == 3
+    decoder = {"eos_token": "<x>", "added_tokens_decoder": {}}  # then transformers does not read the other one
+    assert eos(tokenizer_config=decoder, special_tokens_map={"eos_token": "<y>"}) == 2
+    assert eos(tokenizer_config={"eos_token": None}) == 1
+    with pytest.raises(ValueError, match="names eos_token='<w>', and tokenizer.json has no such token"):
+        eos(tokenizer_config={"eos_token": "<w>"})
+    inner.save(str(tmp_path / "mine.json"))  # a file of its own, whatever is beside it
+    assert tok.load(str(tmp_path / "mine.json")).eos_id == 1
+
+
+def test_a_released_folder_gives_its_names(tmp_path):
+    folder = write_text_files(tmp_path, TEXTS["GLM"])
+    assert tok.named_specials(folder) == {"eos_token": "<|endoftext|>", "image_token": "<|image|>"}
 
 
 def test_a_vocabulary_without_fim_specials(sentencepiece):

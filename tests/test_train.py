@@ -246,7 +246,9 @@ def test_nothing_goes_on_from_a_step_that_is_found_late_not_to_be_finite(whole, 
             if len(steps) == 8:
                 state.params["head"] = head.replace(head[...].at[0, 0].set(np.inf))
             state, metrics = good(state, batch, go)
-            state.params["head"] = head.replace(jax.numpy.asarray(sound) if len(steps) == 8 else state.params["head"][...])
+            state.params["head"] = head.replace(
+                jax.numpy.asarray(sound) if len(steps) == 8 else state.params["head"][...]
+            )
             steps.append(int(state.step))
             return state, metrics
 

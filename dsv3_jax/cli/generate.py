@@ -1,83 +1,138 @@
-"""`dsv3 generate RUN`: continue a prompt with a run's last checkpoint."""
+"""`dsv3 generate MODEL`: continue a prompt with a run's last checkpoint or a released folder."""
 
 import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from dsv3_jax.cli.common import make_mesh, parse, prepare_process
 from dsv3_jax.config import CacheDtype, CacheKind
 
+TEMPERATURE, TOP_P = 0.8, 0.95  # where the folder's generation_config.json says nothing
+
 
 @dataclass
-class Generate:
-    """Continue a prompt, and print the text as it comes. Everything else is printed on stderr."""
+class Decode:
+    """Options of the commands that generate text."""
 
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """a run's folder, a released folder, or a hub id that is in the local cache"""
-    prompt: str = "def "
-    """text to continue"""
-    max_new_tokens: int = 256
-    """number of new tokens, at most"""
-    temperature: float = 0.8
-    """temperature of the sampling; 0 takes the most likely token each time"""
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """a run, which `dsv3 train` or `dsv3 convert` wrote, a released folder, or a hub id that is in the local cache"""
+    temperature: float | None = None
+    """temperature of the sampling; 0 takes the most likely token each time; None means the folder's
+    generation_config.json, else 0.8"""
     top_k: int | None = None
-    """sample among so many of the most likely tokens; None means all"""
-    top_p: float | None = 0.95
-    """sample among the most likely tokens whose probabilities reach this sum; None means all"""
+    """sample among so many of the most likely tokens; None means generation_config.json, else all"""
+    top_p: float | None = None
+    """sample among the most likely tokens whose probabilities reach this sum, 1 for all; None means
+    generation_config.json, else 0.95"""
     cache: CacheKind | None = None
     """what is cached of each token: latent rows, expanded keys and values, or none; without it, the model's smallest"""
     cache_dtype: CacheDtype | None = None
     """dtype of cached rows; None means the compute dtype"""
     draft: str | None = None
-    """who drafts: mtp (the model's own heads), or the folder of a run with the same tokenizer; None means nobody"""
+    """who drafts: mtp (the model's own heads), or the folder of a model with the same tokenizer; None means nobody"""
     draft_length: int = 1
     """number of tokens drafted a step; it does not change the distribution of the text"""
     seed: int = 0
     """seed of the sampling"""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """dtype of a released model in memory and of its computation; None means float32 on a CPU, else bfloat16"""
     mesh: str | None = None
     """devices to shard the model over, as data=N,expert=N,tensor=N; None means one device. The text is the same"""
     kernels: str | None = None
     """kernels to compute with: auto, xla, or a name from `dsv3 info PRESET --kernels`; None means the run's own"""
 
 
+@dataclass
+class Generate(Decode):
+    """Continue a prompt, and print the text as it comes. Everything else is printed on stderr.
+
+    A prompt for a released folder is encoded as by transformers' tokenizer: with BOS where the folder asks for it, and
+    names of special tokens become those tokens. A chat template is not applied: see `dsv3 chat`.
+    """
+
+    prompt: str = "def "
+    """text to continue"""
+    raw: bool = False
+    """add no BOS to the prompt"""
+    max_new_tokens: int = 256
+    """number of new tokens, at most"""
+
+
 def run(argv: list[str]) -> int:
     """Print the prompt and its continuation."""
     args = parse(Generate, argv, "generate")
     prepare_process()
-    from dsv3_jax.data import tokenizer
-    from dsv3_jax.decoding.decode_config import DecodeConfig
-    from dsv3_jax.decoding.generate import Sampling, generate_in_parts
-    from dsv3_jax.hf.open_model import open_draft, open_model
+    from dsv3_jax.decoding.generate import generate_in_parts
+    from dsv3_jax.loading import load_text
     from dsv3_jax.report.progress import LiveText
 
-    mesh = make_mesh(args.mesh)
-    model, run, _ = open_model(args.run, mesh, kernels=args.kernels)
-    text = tokenizer.load(run.data.tokenizer)
-    draft: Any = args.draft
-    if draft not in (None, "mtp"):
-        draft = open_draft(draft, run, mesh, kernels=args.kernels)
-    config = DecodeConfig(
-        args.max_new_tokens,
-        Sampling(args.temperature, args.top_k, args.top_p),
-        cache=args.cache,
-        cache_dtype=args.cache_dtype,
-        draft=draft,
-        draft_length=args.draft_length,
-        stop_tokens=(text.eos_id,),
-        seed=args.seed,
-    )
-    parts = generate_in_parts(model, [text.encode(args.prompt)], config)
+    text = load_text(args.model)
+    model, draft = load(args, text)
+    config = decode_config(args, text, draft, args.max_new_tokens)
+    parts = generate_in_parts(model, [text.encode(args.prompt, raw=args.raw)], config)
     first = next(parts)  # bad requests end here, before anything is printed
-    print(model.kernels.describe(model.compute_dtype, 1 if mesh is None else mesh.size), file=sys.stderr, flush=True)
-    pieces, seen = text.stream(), 0
+    show_kernels(model)
+    pieces, seen = text.tokenizer.stream(), 0
     with LiveText(args.prompt) as live:
         for result in itertools.chain([first], parts):
-            live.append(pieces.push(result.tokens[0][seen:]))
+            live.append(pieces.push(t for t in result.tokens[0][seen:] if t not in text.stop_ids))
             live.show_speed(result.acceptance, result.mean_accepted, result.tokens_per_s, result.steps)
             seen = len(result.tokens[0])
         live.append(pieces.finish())
     return 0
+
+
+def load(args: Decode, text: Any) -> tuple[Any, Any]:
+    """Load the model and its draft, on the mesh that is asked for.
+
+    Args: text: the model's `TextSettings`.
+    Returns: (model; None, "mtp" or a model that drafts).
+    Raises: ValueError as `load_model`, or if the draft's tokenizer gives ids another meaning.
+    """
+    from dsv3_jax.loading import load_model, load_text
+
+    mesh = make_mesh(args.mesh)
+    model = load_model(args.model, mesh, dtype=args.dtype, kernels=args.kernels)
+    if args.draft in (None, "mtp"):
+        return model, args.draft
+    if not text.tokenizer.same_ids(load_text(args.draft).tokenizer):
+        raise ValueError(f"draft={args.draft!r} has another tokenizer: its ids mean other text")
+    return model, load_model(args.draft, mesh, dtype=args.dtype, kernels=args.kernels)
+
+
+def decode_config(args: Decode, text: Any, draft: Any, max_new_tokens: int) -> Any:
+    """Make the `DecodeConfig` of the options; the folder's generation_config.json fills in what they leave out."""
+    from dsv3_jax.decoding.decode_config import DecodeConfig
+    from dsv3_jax.decoding.generate import Sampling
+
+    said = text.sampling
+    if said.temperature is said.top_p is said.top_k is None:
+        usual = Sampling(TEMPERATURE, None, TOP_P)
+    else:
+        usual = Sampling(1.0 if said.temperature is None else said.temperature, said.top_k, said.top_p)
+    given = {name: getattr(args, name) for name in Sampling._fields if getattr(args, name) is not None}
+    return DecodeConfig(
+        max_new_tokens,
+        usual._replace(**given),
+        cache=args.cache,
+        cache_dtype=args.cache_dtype,
+        draft=draft,
+        draft_length=args.draft_length,
+        stop_tokens=text.stop_ids,
+        seed=args.seed,
+    )
+
+
+def show_kernels(model: Any) -> None:
+    """Print which kernels compute, on stderr."""
+    from flax import nnx
+
+    from dsv3_jax.mesh import sharding
+
+    mesh = sharding.mesh_of(nnx.state(model))
+    line = model.kernels.describe(model.compute_dtype, 1 if mesh is None else mesh.size)
+    print(line, file=sys.stderr, flush=True)

@@ -1,17 +1,22 @@
-"""Text to token ids and back: plain bytes, or any Hugging Face `tokenizer.json`.
+"""Text to token ids and back: plain bytes, any Hugging Face `tokenizer.json`, or Kimi's `tiktoken.model`.
 
 A tokenizer has a table from id to bytes, an id that ends a document, and possibly three ids for fill-in-the-middle.
 Special tokens have no bytes: they decode to nothing and add nothing to bits a byte.
+
+`encode` is for text of which nothing is known: the name of a special token in it stays text. `encode_with_specials` is
+for text that a person or a chat template wrote for a model: such a name becomes the special's id.
 """
 
 import abc
+import base64
 import codecs
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from operator import index
 from pathlib import Path
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 import tokenizers
@@ -20,8 +25,11 @@ from jaxtyping import Int32
 from dsv3_jax.files import write_atomic
 
 SPECIALS = ("<eos>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>")
+JSON_FILE, TIKTOKEN_FILE = "tokenizer.json", "tiktoken.model"  # what a folder's tokenizer is read from, in this order
+CONFIG_FILE, SPECIALS_FILE = "tokenizer_config.json", "special_tokens_map.json"  # what is said of it beside that
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-# Names in released tokenizers, tried in this order.
+# Names in released tokenizers, tried in this order where no file beside the tokenizer names the end of a document.
 _EOS = ("<｜end▁of▁sentence｜>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 _FIM = (
     ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek: the hole precedes the suffix
@@ -39,10 +47,24 @@ class Tokenizer(abc.ABC):
         eos_id: ends a document.
         byte_lengths: int32 [vocab_size], the bytes of text of each token, 0 for specials. Bits a byte are the targets'
             nats over ln 2 and over the sum of their byte lengths.
+        specials: name → id of the special tokens.
+        added: name → id of all tokens that are found in a text before it is split, as DeepSeek's `<｜User｜>`, which is
+            not special.
+        puts_space_before: a text's ids begin with a space that the text does not have.
     """
 
-    def __init__(self, token_bytes: list[bytes], eos_id: int, fim_ids: tuple[int, int, int] | None):
+    puts_space_before = False
+
+    def __init__(
+        self,
+        token_bytes: list[bytes],
+        eos_id: int,
+        fim_ids: tuple[int, int, int] | None,
+        specials: dict[str, int],
+        added: dict[str, int] | None = None,
+    ):
         self.vocab_size = len(token_bytes)
+        self.specials, self.added = specials, specials if added is None else added
         self.eos_id = eos_id
         self.byte_lengths: Int32[np.ndarray, " W"] = np.array([len(b) for b in token_bytes], np.int32)
         self._token_bytes = token_bytes
@@ -69,6 +91,52 @@ class Tokenizer(abc.ABC):
             [104, 195, 169]
         """
         return self.encode_array(text).tolist()
+
+    def encode_with_specials(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encode text in which the name of a special token stands for that token.
+
+        Returns: (ids, for each id the characters of `text` that it covers: first, and one past the last). A character
+            of several ids belongs to each of them.
+
+        Example:
+            >>> ByteTokenizer().encode_with_specials("é<eos>")
+            ([195, 169, 256], [(0, 1), (0, 1), (1, 6)])
+        """
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        start = 0
+        for i, part in enumerate(self._special_name.split(text)):
+            end = start + len(part)
+            if i % 2:
+                ids.append(self.specials[part])
+                spans.append((start, end))
+            else:
+                new = self.encode(part)
+                ids += new
+                spans += self._characters(part, new, start)
+            start = end
+        return ids, spans
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of `encode_with_specials`, with what the tokenizer's own file puts around a text, as BOS."""
+        return self.encode_with_specials(text)[0]
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the ids of `text` without any of `added`."""
+        return self.encode(text)
+
+    @cached_property
+    def _special_name(self) -> re.Pattern[str]:
+        return any_of(self.specials)
+
+    def _characters(self, text: str, ids: list[int], start: int) -> list[tuple[int, int]]:
+        """Return the characters that each id of `text` covers, by the bytes of both; `text` begins at `start`."""
+        first_byte = np.cumsum([0, *(len(c.encode("utf-8", "replace")) for c in text)])[:-1]
+        ends = np.cumsum(self.byte_lengths[ids])
+        begins = ends - self.byte_lengths[ids]
+        first = np.searchsorted(first_byte, begins, side="right") - 1 + start
+        last = np.searchsorted(first_byte, ends - 1, side="right") - 1 + start
+        return [(int(a), int(b) + 1) for a, b in zip(first, last, strict=True)]
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Return the text of `ids`. Broken UTF-8 becomes U+FFFD; specials and ids beyond the vocabulary are skipped.
@@ -119,7 +187,8 @@ class ByteTokenizer(Tokenizer):
     """Ids 0 … 255 are bytes of UTF-8, followed by `SPECIALS`: 256 ends a document, 257 … 259 are fill-in-the-middle."""
 
     def __init__(self):
-        super().__init__([bytes([b]) for b in range(256)] + [b""] * len(SPECIALS), 256, (257, 258, 259))
+        specials = dict(zip(SPECIALS, range(256, 256 + len(SPECIALS)), strict=True))
+        super().__init__([bytes([b]) for b in range(256)] + [b""] * len(SPECIALS), 256, (257, 258, 259), specials)
 
     def encode_array(self, text: str) -> Int32[np.ndarray, " n"]:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
@@ -131,14 +200,17 @@ class FileTokenizer(Tokenizer):
     SentencePiece puts a space before a text, and `decode` removes it. `bytes_of` and `stream` keep it, as their ids may
     come from the middle of a text. If the tokenizer normalises characters, bytes are those of the normalised text.
 
+    The id that ends a document is the `eos_token` of the files beside a tokenizer.json (see `named_specials`), else of
+    its config.json or generation_config.json, else a known name.
+
     Args: path: the file, or a folder that contains it.
     Raises: ValueError when the file is absent, is no tokenizer, or has no special that ends a document.
     """
 
     def __init__(self, path: str):
-        file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+        file = Path(path) / JSON_FILE if Path(path).is_dir() else Path(path)
         if not file.is_file():
-            raise ValueError(f"tokenizer={path!r} is neither 'bytes' nor a tokenizer.json; give one of them")
+            raise ValueError(f"tokenizer={path!r} is neither 'bytes' nor a {JSON_FILE}; give one of them")
         try:
             inner = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
@@ -146,16 +218,41 @@ class FileTokenizer(Tokenizer):
         inner.encode_special_tokens = True  # text may contain names of specials; only this project adds specials
         inner.no_padding()
         inner.no_truncation()
-        eos = next((i for name in _EOS if (i := inner.token_to_id(name)) is not None), None)
-        if eos is None:
-            raise ValueError(f"tokenizer={str(file)!r} has no end of document; it needs one of {', '.join(_EOS)}")
+        eos = _eos_of(file, inner.token_to_id)
         fim = next((ids for names in _FIM if (ids := _ids_of(inner, names))), None)
         self._inner = inner
         self._byte_level = _is_byte_level(inner)
-        super().__init__(_bytes_by_id(inner, self._byte_level, {eos, *(fim or ())}), eos, fim)
+        self.puts_space_before = not self._byte_level
+        tokens = inner.get_added_tokens_decoder().items()
+        specials = {token.content: i for i, token in tokens if token.special}
+        added = {token.content: i for i, token in tokens}
+        super().__init__(_bytes_by_id(inner, self._byte_level, {eos, *(fim or ())}), eos, fim, specials, added)
 
     def encode_array(self, text: str) -> Int32[np.ndarray, " n"]:
         return np.array(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_with_specials(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        found = self._with_specials.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self._with_specials.encode(text, add_special_tokens=True).ids
+
+    def encode_plain(self, text: str) -> list[int]:
+        # Step by step: the library's encoder always finds added tokens that are not special.
+        if self._inner.normalizer is not None:
+            text = self._inner.normalizer.normalize_str(text)
+        pieces = [text]
+        if self._inner.pre_tokenizer is not None:
+            pieces = [piece for piece, _ in self._inner.pre_tokenizer.pre_tokenize_str(text)]
+        return [token.id for piece in pieces for token in self._inner.model.tokenize(piece)]
+
+    @cached_property
+    def _with_specials(self) -> tokenizers.Tokenizer:
+        """A copy, because the switch belongs to the object, and the other one may be in use by a loader's thread."""
+        inner = tokenizers.Tokenizer.from_str(self._inner.to_str())
+        inner.encode_special_tokens = False
+        return inner
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         if self._byte_level:
@@ -163,17 +260,210 @@ class FileTokenizer(Tokenizer):
         return self._inner.decode([i for i in map(index, ids) if 0 <= i < self.vocab_size])
 
 
+class TiktokenTokenizer(Tokenizer):
+    """A `tiktoken.model`, as of Kimi and Moonlight: byte-level BPE by rank, read by the `tiktoken` library.
+
+    The file holds ranks only. The pattern that splits a text is Kimi's. Special tokens follow the ranks: 256 ids, or as
+    many as `added_tokens_decoder` of tokenizer_config.json needs, which names some of them.
+
+    Args: path: the file, or a folder that contains it.
+    Raises: ValueError when the library or the file is absent, a line of it is damaged, or nothing ends a document.
+
+    Source: the tokenizer's code in the released folders of Moonlight-16B-A3B and Kimi-K2.
+    """
+
+    def __init__(self, path: str):
+        file = Path(path) / TIKTOKEN_FILE if Path(path).is_dir() else Path(path)
+        try:
+            import tiktoken
+        except ImportError as error:
+            raise ValueError(
+                f"tokenizer={str(file)!r} needs the tiktoken library: pip install 'dsv3-jax[tiktoken]'"
+            ) from error
+        ranks = _ranks(file)
+        added = read_object(file.parent / CONFIG_FILE).get("added_tokens_decoder") or {}
+        names = {int(i): str(token["content"] if isinstance(token, dict) else token) for i, token in added.items()}
+        base = len(ranks)
+        end = max([base + 256, *(i + 1 for i in names)])
+        specials = {names.get(i, f"<|reserved_token_{i}|>"): i for i in range(base, end)}
+        if sorted(ranks.values()) != list(range(base)) or len(specials) != end - base:
+            raise ValueError(f"tokenizer={str(file)!r} cannot be read: ids are not 0 … {end - 1}, each once")
+        self._encoding = tiktoken.Encoding(
+            name=file.name, pat_str=KIMI_PATTERN, mergeable_ranks=ranks, special_tokens=specials
+        )
+        table = [b""] * end
+        for piece, i in ranks.items():
+            table[i] = piece
+        super().__init__(table, _eos_of(file, lambda name: specials.get(name)), None, specials)
+
+    def encode_array(self, text: str) -> Int32[np.ndarray, " n"]:
+        ids = (self._encoding.encode_ordinary(part) for part in _bounded(text))
+        return np.array([i for part in ids for i in part], np.int32)
+
+
+# One alternative a line: Han; words without Han that begin with capitals, or are capitals; up to three digits;
+# signs; line ends; spaces. Unlike in the patterns of OpenAI, a word has no Han characters.
+_WORD = r"[^\r\n\p{L}\p{N}]?"
+_UPPER, _LOWER = (rf"[{kinds}\p{{Lm}}\p{{Lo}}\p{{M}}&&[^\p{{Han}}]]" for kinds in (r"\p{Lu}\p{Lt}", r"\p{Ll}"))
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+KIMI_PATTERN = "|".join([
+    r"[\p{Han}]+",
+    f"{_WORD}{_UPPER}*{_LOWER}+{_ENDING}",
+    f"{_WORD}{_UPPER}+{_LOWER}*{_ENDING}",
+    r"\p{N}{1,3}",
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+    r"\s*[\r\n]+",
+    r"\s+(?!\S)",
+    r"\s+",
+])  # fmt: skip
+
+
+def _ranks(file: Path) -> dict[bytes, int]:
+    """Read the lines of a `tiktoken.model`: base64 of a token's bytes, and its rank."""
+    # Not by the library's reader, which keeps files in a cache by their path and would give back an older one.
+    ranks = {}
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        if not line:
+            continue
+        try:
+            piece, rank = line.split()
+            ranks[base64.b64decode(piece, validate=True)] = int(rank)
+        except ValueError as error:
+            raise ValueError(
+                f"tokenizer={str(file)!r} cannot be read: line {number} holds no token and rank"
+            ) from error
+    return ranks
+
+
+def _bounded(text: str, longest: int = 400_000, longest_run: int = 25_000) -> Iterator[str]:
+    """Cut a text as Kimi's tokenizer does: after 400,000 characters, and runs with or without spaces after 25,000.
+
+    The library's pattern search needs stack in proportion to a run's length.
+    """
+    for start in range(0, len(text), longest):
+        part, begin, run = text[start : start + longest], 0, 0
+        for i, character in enumerate(part):
+            run = run + 1 if i and character.isspace() == part[i - 1].isspace() else 1
+            if run > longest_run:
+                yield part[begin:i]
+                begin, run = i, 1
+        yield part[begin:]
+
+
 def load(spec: str) -> Tokenizer:
     """Load the tokenizer of `DataConfig.tokenizer`.
 
-    Args: spec: "bytes", the path of a `tokenizer.json`, or a folder that contains one.
-    Raises: ValueError as `FileTokenizer`.
+    Args: spec: "bytes", the path of a `tokenizer.json` or `tiktoken.model`, or a folder that contains one of them.
+    Raises: ValueError as `FileTokenizer` and `TiktokenTokenizer`.
 
     Example:
         >>> load("bytes").vocab_size
         260
     """
-    return ByteTokenizer() if spec == "bytes" else FileTokenizer(spec)
+    if spec == "bytes":
+        return ByteTokenizer()
+    path = Path(spec)
+    in_folder = (path / TIKTOKEN_FILE).is_file() and not (path / JSON_FILE).exists()
+    return (
+        TiktokenTokenizer(spec) if in_folder or path.name == TIKTOKEN_FILE and path.is_file() else FileTokenizer(spec)
+    )
+
+
+def any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern that matches any of some names, the longest first, in one group.
+
+    Example:
+        >>> any_of(["<a>", "<a><b>"]).split("1<a><b>2<a>")
+        ['1', '<a><b>', '2', '<a>', '']
+    """
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")  # (?!) matches nothing
+
+
+def named_specials(folder: Path) -> dict[str, str]:
+    """Return the names of a folder's special tokens by role: bos_token, eos_token, …, as far as its files give them.
+
+    They are those of tokenizer_config.json. special_tokens_map.json is older, and counts where tokenizer_config.json
+    has no added_tokens_decoder.
+
+    Raises: ValueError when a file is not JSON, or a name is not text.
+    Source: transformers, `PreTrainedTokenizerBase._from_pretrained`.
+    """
+    config = read_object(folder / CONFIG_FILE)
+    said = config if "added_tokens_decoder" in config else config | read_object(folder / SPECIALS_FILE)
+    names = {}
+    for role, value in said.items():
+        value = value.get("content") if isinstance(value, dict) else value
+        if role in ROLES and value is not None and not isinstance(value, str):
+            raise ValueError(f"{folder / CONFIG_FILE} has {role}={value!r}, which is not the name of a token")
+        if role.endswith("_token") and isinstance(value, str):  # models add roles of their own, as image_token
+            names[role] = value
+    return names
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object; an absent file is an empty one.
+
+    Raises: ValueError when it is something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, not an object")
+    return values
+
+
+def end_ids(folder: Path, name: str) -> list[int]:
+    """Return `eos_token_id` of a file such as config.json: none, one or several ids.
+
+    Raises: ValueError when it is neither an id nor a list of ids.
+    """
+    value = read_object(folder / name).get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise ValueError(f"{folder / name} has eos_token_id={value!r}, which is neither an id nor a list of ids")
+    return ids
+
+
+def _eos_of(file: Path, id_of: Callable[[str], int | None]) -> int:
+    """Return the id that ends a document: the one that the files beside the tokenizer name, else a known name's."""
+    folder = file.parent
+    if file.name in (JSON_FILE, TIKTOKEN_FILE):  # another name is a file of its own, whatever is beside it
+        name = named_specials(folder).get("eos_token")
+        if name is not None:
+            eos = id_of(name)
+            if eos is None:
+                raise ValueError(f"{folder} names eos_token={name!r}, and {file.name} has no such token")
+            return eos
+        ids = [*end_ids(folder, "config.json"), *end_ids(folder, "generation_config.json")]
+        if ids:
+            return ids[0]
+    found = next((i for name in _EOS if (i := id_of(name)) is not None), None)
+    if found is None:
+        raise ValueError(f"tokenizer={str(file)!r} has no end of document; it needs one of {', '.join(_EOS)}")
+    return found
+
+
+def bytes_as_json() -> str:
+    """Return the byte tokenizer as the text of a `tokenizer.json`, for a released folder.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = (Path(folder) / "tokenizer.json").write_text(bytes_as_json())
+        ...     load(folder).same_ids(ByteTokenizer())
+        True
+    """
+    vocab = {character: byte for character, byte in _byte_by_character().items()}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.add_special_tokens(list(SPECIALS))
+    return inner.to_str(pretty=True)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: str) -> FileTokenizer:

@@ -1,5 +1,6 @@
 """`dsv3 convert`: released folder → run folder, run folder → released folder, released folder → another dtype."""
 
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax.data import tokenizer
+from dsv3_jax.data.text_settings import TEXT_FILES
 from dsv3_jax.hf import files
 from dsv3_jax.hf.config_json import config_to_dict
 from dsv3_jax.hf.open_model import released_run
@@ -22,15 +24,6 @@ from dsv3_jax.training.optim import AdamState
 from dsv3_jax.training.run_folder import RUN_FILE, TOKENIZER_FILE, claim
 from dsv3_jax.training.step import TrainState
 
-# Small files that are copied from one released folder to another, where they exist.
-COPIED_FILES = (
-    TOKENIZER_FILE,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "tiktoken.model",
-)
 DType = Literal["float32", "bfloat16", "fp8"]
 
 
@@ -91,28 +84,33 @@ def convert(
 def _run_to_released(
     source: Path, out: Path, dtype: DType | None, shard_bytes: int, allow_nonfinite: bool, quiet: bool
 ) -> str:
-    """Convert a run's last checkpoint, with its tokenizer.json if it has one."""
+    """Convert a run's last checkpoint, with its tokenizer and the other files of its text."""
     model, run, step = load_run(source, kernels="auto")  # the run's own may be of other devices
     fp8, name = dtype == "fp8", None if dtype == "fp8" else dtype
     config, table, tensors = prepare(model, fp8, name, allow_nonfinite)
     config["eos_token_id"] = tokenizer.load(run.data.tokenizer).eos_id
-    extra_files = []
-    if run.data.tokenizer != "bytes":
+    extra_files = _text_files(source)
+    if run.data.tokenizer != "bytes" and not (source / TOKENIZER_FILE).is_file():
         file = Path(run.data.tokenizer)
-        extra_files = [file / TOKENIZER_FILE if file.is_dir() else file]
-    write_released(out, config, table, tensors, shard_bytes, quiet=quiet, extra_files=extra_files)
+        extra_files += [file / TOKENIZER_FILE if file.is_dir() else file]
+    texts = {TOKENIZER_FILE: tokenizer.bytes_as_json()} if run.data.tokenizer == "bytes" else {}
+    write_released(out, config, table, tensors, shard_bytes, quiet=quiet, extra_files=extra_files, texts=texts)
     return f"{out}: the checkpoint of step {step}, {len(table)} tensors in Hugging Face format"
+
+
+def _text_files(folder: Path) -> list[Path]:
+    """The files of a folder that say how text is read and ended: tokenizer, chat template, sampling."""
+    return [file for name in TEXT_FILES if (file := files.file_inside(folder, name)).is_file()]
 
 
 def _released_to_dtype(folder: ReleasedFolder, out: Path, dtype: DType | None, shard_bytes: int, quiet: bool) -> str:
     """Convert to another dtype with one tensor in memory at a time."""
-    source = folder.path
     embed, fp8 = folder.stored["model.embed_tokens.weight"].dtype.name, dtype == "fp8"
     name = next(d for d in (dtype, embed, "float32") if d in DTYPES)
     table = tensor_table(folder.cfg, fp8, dtype=name)
     config = config_to_dict(folder.cfg, fp8=fp8, dtype=name)
     config |= {key: folder.config.get(key) for key in ("bos_token_id", "eos_token_id")}
-    extra_files = [files.file_inside(source, file) for file in COPIED_FILES if (source / file).exists()]
+    extra_files = _text_files(folder.path)
     tensors = CastTensors(folder_tensors(folder), table, folder.allow_nonfinite)
     write_released(out, config, table, tensors, shard_bytes, quiet=quiet, extra_files=extra_files)
     return f"{out}: {len(table)} tensors in {dtype or name}, in Hugging Face format"
@@ -139,5 +137,8 @@ def _released_to_run(
         run = claim(folder, run)
         with Checkpoints(folder, run) as checkpoints:
             checkpoints.save(state, {}, wait=True)
+        for file in _text_files(source):
+            if not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
     kind = "bytes" if run.data.tokenizer == "bytes" else TOKENIZER_FILE
     return f"{out}: a run at step 0, its tokenizer {kind}"

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from dsv3_jax.config import DataConfig, ModelConfig, RunConfig
 from dsv3_jax.data import tokenizer
-from dsv3_jax.data.tokenizer import SPECIALS
+from dsv3_jax.data.tokenizer import SPECIALS, TIKTOKEN_FILE
 from dsv3_jax.hf import files, reading
 from dsv3_jax.hf.places import find
 from dsv3_jax.kernels.choose import platform_of
@@ -43,9 +43,7 @@ def open_model(
     """
     if (Path(place) / RUN_FILE).is_file():
         return load_run(place, mesh, step=step, kernels=kernels)
-    folder = find(place)
-    if not (folder / files.CONFIG).exists():
-        raise ValueError(f"folder={str(folder)!r} is neither a run (no {RUN_FILE}) nor released (no {files.CONFIG})")
+    folder = find_released(place)
     if step is not None:
         raise ValueError(f"step={step} is for runs, and folder={str(folder)!r} is a released one")
     if dtype is None:
@@ -54,15 +52,34 @@ def open_model(
     return Loaded(model, released_run(folder, model.cfg), 0)
 
 
+def find_released(place: str | Path) -> Path:
+    """The folder of a released model.
+
+    Raises: ValueError when it is none, or as `places.find`.
+    """
+    folder = find(place)
+    if not (folder / files.CONFIG).exists():
+        raise ValueError(f"folder={str(folder)!r} is neither a run (no {RUN_FILE}) nor released (no {files.CONFIG})")
+    return folder
+
+
 def released_run(folder: Path, cfg: ModelConfig) -> RunConfig:
     """The settings of a released model: its tokenizer, and the default corpus.
 
     Raises: ValueError when the folder has no tokenizer that can be read, and is no model of bytes.
     """
     file = files.file_inside(folder, TOKENIZER_FILE)
-    name = str(file) if file.is_file() else "bytes"
-    if name == "bytes" and cfg.vocab_size != 256 + len(SPECIALS):
-        raise ValueError(f"{folder} has no {TOKENIZER_FILE}, and vocab_size={cfg.vocab_size} is not that of bytes")
+    if file.is_file():
+        name = str(file)
+    elif files.file_inside(folder, TIKTOKEN_FILE).is_file():
+        name = str(folder)
+    elif cfg.vocab_size == 256 + len(SPECIALS):
+        name = "bytes"
+    else:
+        raise ValueError(
+            f"{folder} has no tokenizer, neither {TOKENIZER_FILE} nor {TIKTOKEN_FILE}, and vocab_size={cfg.vocab_size} "
+            "is not that of bytes"
+        )
     return RunConfig(model=cfg, data=DataConfig(tokenizer=name, seq_len=min(SEQ_LEN, cfg.max_positions)))
 
 

@@ -262,8 +262,8 @@ def load(
         for note in folder.notes:
             print(f"{folder.path}: {note}", file=sys.stderr, flush=True)
     execution = Execution(compute_dtype=dtype.name, kernels=kernels)
-    kernels = choose.prepare(execution, mesh=mesh)
-    graphdef, state = nnx.split(abstract(folder.cfg, execution, kernels))
+    prepared = choose.prepare(execution, mesh=mesh)
+    graphdef, state = nnx.split(abstract(folder.cfg, execution, prepared))
     flat = dict(nnx.to_flat_state(state))
     shardings = dict(nnx.to_flat_state(state_sharding(state, mesh)))
     sources: dict[tuple, list[tuple[Entry, int]]] = defaultdict(list)

@@ -1,7 +1,7 @@
 """Save a model as a released folder that `transformers` loads, one tensor at a time; a failure leaves no folder."""
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +162,9 @@ def write_released(
     *,
     quiet: bool,
     extra_files: Iterable[Path] = (),
+    texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a released folder of a table's tensors, with copies of `extra_files`.
+    """Write a released folder of a table's tensors, with copies of `extra_files`, and files of `texts` by name.
 
     Raises: ValueError as `save`.
     """
@@ -183,3 +184,5 @@ def write_released(
         files.write_json(folder / files.CONFIG, config)
         for file in extra_files:
             shutil.copyfile(file, folder / file.name)
+        for name, text in (texts or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")

@@ -140,11 +140,6 @@ def cached_attention(
     return (out / total[..., None]).astype(q.dtype)[..., : parts[0] if shared else None]
 
 
-def scaled(q: Float[Array, "*n K"], scale: float) -> Float[Array, "*n K"]:
-    """Multiply queries with the softmax's scale in float32 or wider, and round once. A bfloat16 scale is 0.2 % off."""
-    return (q.astype(np.promote_types(q.dtype, np.float32)) * scale).astype(q.dtype)
-
-
 def _as_wide_as_rows(
     q: Float[Array, "B G Q K"], width: int, parts: tuple[int, int], shared: bool, scales: Array | None
 ) -> Float[Array, "B G _ X"]:

@@ -1,0 +1,117 @@
+"""`dsv3 chat MODEL`: talk with a model that has a chat template."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dsv3_jax.cli.common import parse, prepare_process, sentence
+from dsv3_jax.cli.generate import Decode, decode_config, load, show_kernels
+
+
+@dataclass
+class Chat(Decode):
+    """Talk with a model in turns. A line is a turn; the answer is printed as it comes, everything else on stderr.
+
+    /reset begins a new conversation; /exit or the end of the input ends. Ctrl-C stops an answer, and what came of it
+    stays in the conversation. Without a terminal, each line of stdin is a turn. Each turn fills the cache with the
+    conversation again. No turn is ever dropped: if the conversation fills the model's context, a sentence says so. The
+    names of special tokens in a turn are text.
+    """
+
+    system: str | None = None
+    """text of a system message before the first turn; None means what the template writes without one"""
+    max_new_tokens: int = 1024
+    """number of tokens of an answer, at most"""
+
+
+def run(argv: list[str]) -> int:
+    """Read turns from stdin and print answers."""
+    args = parse(Chat, argv, "chat")
+    prepare_process()
+    from dsv3_jax.loading import load_text
+
+    text = load_text(args.model)
+    start = [] if args.system is None else [{"role": "system", "content": args.system}]
+    text.chat.text([*start, {"role": "user", "content": "a"}], add_generation_prompt=True)  # errors before loading
+    model, draft = load(args, text)
+    config = decode_config(args, text, draft, args.max_new_tokens)
+    replace(config, max_new_tokens=1).check(model.cfg, [[text.stop_ids[0]]])
+    show_kernels(model)
+    messages = start
+    for number, line in enumerate(_lines()):
+        if line.strip() == "/exit":
+            break
+        if line.strip() == "/reset":
+            messages = start
+            _say("the conversation is empty")
+        elif line.strip():
+            asked = [*messages, {"role": "user", "content": line}]
+            try:
+                answer = _answer(model, text, asked, replace(config, seed=(args.seed + number) % (1 << 32)))
+            except ValueError as error:
+                _say(sentence(error))
+                continue
+            if answer:
+                messages = [*asked, {"role": "assistant", "content": answer}]
+    return 0
+
+
+def _answer(model: Any, text: Any, messages: list[dict[str, Any]], config: Any) -> str:
+    """Print the answer to a conversation as it comes.
+
+    Returns: the answer, as far as it came before Ctrl-C.
+    Raises: ValueError when the template refuses the messages, or they fill the context.
+    """
+    from dsv3_jax.decoding.generate import generate_in_parts
+    from dsv3_jax.report.progress import LiveText
+
+    ids = text.chat.render(messages, add_generation_prompt=True).ids
+    context = model.cfg.max_positions
+    if config.num_drafts and config.draft != "mtp":
+        context = min(context, config.draft.cfg.max_positions)
+    room = context - config.num_drafts - len(ids)
+    if room < 1:
+        raise ValueError(
+            f"the conversation of {len(ids)} tokens fills the context of {context}; /reset begins a new one"
+        )
+    config = replace(config, max_new_tokens=min(config.max_new_tokens, room))
+    tokens: list[int] = []
+    pieces, stopped = text.tokenizer.stream(), False
+    with LiveText("") as live:
+        try:
+            for result in generate_in_parts(model, [ids], config):
+                new, tokens = result.tokens[0][len(tokens) :], result.tokens[0]
+                live.append(pieces.push(t for t in new if t not in text.stop_ids))
+                live.show_speed(result.acceptance, result.mean_accepted, result.tokens_per_s, result.steps)
+        except KeyboardInterrupt:
+            stopped = True
+        live.append(pieces.finish())
+    if stopped:
+        _say("stopped")
+    elif tokens[-1] not in text.stop_ids:
+        limit = f"the context of {context} tokens is full" if room == len(tokens) else f"max_new_tokens={len(tokens)}"
+        _say(f"the answer ends here: {limit}")
+    return text.tokenizer.decode(t for t in tokens if t not in text.stop_ids)
+
+
+def _lines() -> Iterator[str]:
+    """Yield the turns: of a terminal with a prompt and line editing, else the lines of stdin."""
+    if not sys.stdin.isatty():
+        yield from (line.rstrip("\r\n") for line in sys.stdin)
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  input() then edits lines
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:  # at the prompt it drops the line
+            print()
+
+
+def _say(text: str) -> None:
+    print(f"({text})", file=sys.stderr, flush=True)

@@ -1,0 +1,369 @@
+"""Chat templates: from messages to the token ids that a model was trained on, and which of them an assistant wrote.
+
+A template is a Jinja program that comes with released weights. It runs in a sandbox: it sees messages, names of special
+tokens and a few functions, and nothing else of the process. What it offers to templates is what transformers offers.
+Source: transformers, `apply_chat_template` and `utils/chat_template_utils.py`.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.utils import Namespace
+
+from dsv3_jax.data.tokenizer import Tokenizer, any_of
+
+Message = dict[str, Any]
+Spans = list[tuple[int, int]]
+ROLES = ("system", "user", "assistant")  # others are known if the template names them
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing in different templates
+# Private characters around the name of a special token that stands in a message.
+_OPEN, _CLOSE = "\U000f0000", "\U000f0001"
+
+
+class Rendered(NamedTuple):
+    """A conversation as tokens."""
+
+    ids: list[int]
+    mask: list[bool]  # which ids an assistant wrote; all False where it was not asked for
+
+
+class ChatTemplate:
+    """A chat template with its tokenizer.
+
+    Args:
+        source: Jinja.
+        tokenizer: of the ids.
+        special_tokens: role → name, as bos_token; the template sees them.
+    Raises: ValueError when `source` is no template.
+
+    Example:
+        >>> from dsv3_jax.data.tokenizer import ByteTokenizer
+        >>> source = "{% for m in messages %}{{ m.role[0] + ':' + m.content + eos_token }}{% endfor %}"
+        >>> chat = ChatTemplate(source, ByteTokenizer(), {"eos_token": "<eos>"})
+        >>> chat.text([{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}])
+        'u:1+1<eos>a:2<eos>'
+        >>> chat.render([{"role": "user", "content": "<eos>"}]).ids  # text in a message is no special token
+        [117, 58, 60, 101, 111, 115, 62, 256]
+    """
+
+    def __init__(self, source: str, tokenizer: Tokenizer, special_tokens: dict[str, str] | None = None):
+        self.source, self.tokenizer, self.special_tokens = source, tokenizer, dict(special_tokens or {})
+        self._environment = _environment()
+        with _one_sentence("the chat template cannot be read"):
+            self._template = self._environment.from_string(source)
+        self._tracker: Any = self._environment.extensions[_Generation.identifier]
+        program = self._environment.parse(source)
+        written = "\0".join(
+            [node.data for node in program.find_all(nodes.TemplateData)]
+            + [node.value for node in program.find_all(nodes.Const) if isinstance(node.value, str)]
+        )
+        added, specials = tokenizer.added, tokenizer.specials
+        self._control_name = any_of(n for n in added if n in specials or (n in written and not n.isspace()))
+        self.marks_assistant = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
+
+    def text(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        any_order: bool = False,
+    ) -> str:
+        """Return the text of a conversation.
+
+        Args:
+            messages: dicts with a `role` and a `content`, and what else the template reads.
+            add_generation_prompt: end with what precedes an assistant's answer.
+            tools: JSON schemas of functions. None means that there are none.
+            any_order: leave the order of the messages to the template, as transformers does.
+        Raises: ValueError as `check_messages`, or when the template refuses the messages, fails, or tries to reach
+            anything outside.
+        """
+        messages = check_messages(messages, self.source, any_order=any_order)
+        return self._run(messages, add_generation_prompt, tools)[0]
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        any_order: bool = False,
+        specials_in_messages: bool = False,
+        assistant_mask: bool = False,
+    ) -> Rendered:
+        """Return the ids of a conversation, and which of them an assistant wrote.
+
+        The names of special tokens that the template writes become their ids. In messages they stay text, so that
+        nobody can end a turn or speak as the system from inside a message. transformers makes them ids there, too,
+        unless it is asked for `sanitize_control_tokens`: `specials_in_messages=True` equals it. The two differ only
+        for messages that hold such a name. Added tokens that are not called special count as special if the template
+        writes them, as DeepSeek's `<｜User｜>`.
+
+        An assistant's tokens are those that overlap the template's `{% generation %}` blocks. In a template without
+        such blocks they are what a turn adds after the prompt for it: the text up to and with turn i, less the text of
+        the turns before with the generation prompt. The end-of-turn token belongs to it if the template writes it in
+        that turn.
+
+        Args:
+            messages, add_generation_prompt, tools, any_order: as `text`.
+            specials_in_messages: read the names of special tokens in messages as those tokens.
+            assistant_mask: find the assistant's tokens.
+        Raises: ValueError as `text`, or when the mask is asked for and the template, without `{% generation %}`, writes
+            earlier turns in another way when later ones follow.
+        """
+        messages = check_messages(messages, self.source, any_order=any_order)
+        if not specials_in_messages:
+            messages, tools = self._quoted(messages), self._quoted(tools)
+        text, spans = self._run(messages, add_generation_prompt, tools)
+        if not assistant_mask:
+            spans = []
+        elif not self.marks_assistant:
+            spans = self._spans_by_prefix(messages, text, tools)
+        ids, characters = self._encode(text)
+        return Rendered(ids, _overlaps(characters, spans))
+
+    def _run(self, messages: list[Message], add_generation_prompt: bool, tools: Any) -> tuple[str, Spans]:
+        """Run the template. Returns: (text, the characters of its generation blocks)."""
+        with _one_sentence("the chat template"), self._tracker.collect() as (blocks, spans):
+            values = {"messages": messages, "tools": tools, "documents": None}
+            values = json.loads(json.dumps(self.special_tokens | values))  # plain data alone, and a copy
+            for block in self._template.generate(**values, add_generation_prompt=add_generation_prompt):
+                blocks.append(block)
+        return "".join(blocks), spans
+
+    def _spans_by_prefix(self, messages: list[Message], text: str, tools: Any) -> Spans:
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._run(messages[:i], True, tools)[0] if i else ""
+            after = self._run(messages[: i + 1], False, tools)[0]
+            if not (after.startswith(before) and text.startswith(after)):
+                raise ValueError(
+                    f"message {i}: the chat template writes the assistant's turn in another way when later turns "
+                    "follow, and has no {% generation %} block that would mark it"
+                )
+            spans.append((len(before), len(after)))
+        return spans
+
+    def _quoted(self, value: Any) -> Any:
+        """A copy in which private characters enclose the names of tokens that the template writes."""
+        if isinstance(value, str):
+            parts = self._control_name.split(value.replace(_OPEN, "").replace(_CLOSE, ""))
+            return "".join(f"{_OPEN}{part}{_CLOSE}" if i % 2 else part for i, part in enumerate(parts))
+        if isinstance(value, dict):
+            return {key: self._quoted(item) for key, item in value.items()}
+        return [self._quoted(item) for item in value] if isinstance(value, list) else value
+
+    def _encode(self, text: str) -> tuple[list[int], Spans]:
+        """Encode a text. Names between private characters stay text; spans count the private characters, too."""
+        if _OPEN not in text and _CLOSE not in text:
+            return self.tokenizer.encode_with_specials(text)
+        ids: list[int] = []
+        spans: Spans = []
+        start = 0
+        # A template that cuts strings may leave one private character of a pair alone. It is dropped.
+        for part in re.split(f"({_OPEN}[^{_OPEN}{_CLOSE}]*{_CLOSE}|[{_OPEN}{_CLOSE}])", text):
+            name = part.removeprefix(_OPEN).removesuffix(_CLOSE)
+            if name:
+                new, characters = self._encode_part(name, part != name, first=not ids)
+                ids += new
+                spans += [(start + a, start + b) for a, b in characters]
+            start += len(part)
+        return ids, spans
+
+    def _encode_part(self, text: str, quoted: bool, first: bool) -> tuple[list[int], Spans]:
+        """Encode a part of a text that is not its first: then a tokenizer must not put a space before it."""
+        head = "" if first or not self.tokenizer.puts_space_before else "\n"  # it puts none after a line's end
+        if quoted:
+            skip, ids = len(self.tokenizer.encode_plain(head)), self.tokenizer.encode_plain(head + text)
+            if self.tokenizer.added.get(text) in ids:
+                raise ValueError(f"the tokenizer cannot write {text!r} as text; take it out of the message")
+            return ids[skip:], [(1, 1 + len(text))] * len(ids[skip:])  # after the first private character
+        skip = len(self.tokenizer.encode_with_specials(head)[0])
+        ids, spans = self.tokenizer.encode_with_specials(head + text)
+        return ids[skip:], [(a - len(head), b - len(head)) for a, b in spans[skip:]]
+
+
+def check_messages(messages: Any, source: str = "", *, any_order: bool = False) -> list[Message]:
+    """Check a conversation.
+
+    The first turn after system messages is a user's, no two user or assistant turns follow one another, and roles are
+    those of `ROLES` or are named in the template. A template that checks the order itself, with `raise_exception`, is
+    left to do so.
+
+    Args:
+        source: the template.
+        any_order: check neither order nor roles.
+    Returns: a copy of plain data. Keys whose value is None are left out; the names that templates have for an
+        assistant's reasoning are all there if one is, as in transformers.
+    Raises: ValueError naming the message by its number, from 0.
+    """
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ValueError(f"messages={messages!r} is not a list of messages; give at least one")
+    try:
+        copied = json.loads(json.dumps(list(messages)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"messages hold a value that JSON does not have: {error}") from error
+    checked: list[Message] = []
+    before = None
+    for i, message in enumerate(copied):
+        if not isinstance(message, dict):
+            raise ValueError(f"message {i}={message!r} is not an object with a role and a content")
+        message = {key: value for key, value in message.items() if value is not None}
+        role = message.get("role")
+        if not isinstance(role, str) or not role:
+            raise ValueError(f"message {i} has role={role!r}; give one of {', '.join(ROLES)}")
+        content = message.get("content")
+        if content is None and not (role == "assistant" and message.get("tool_calls")):
+            raise ValueError(f"message {i} of role={role!r} has no content")
+        if content is not None and not isinstance(content, str | list):
+            raise ValueError(f"message {i} has content={content!r}, which is not text")
+        if not any_order:
+            _check_order(i, role, before, source)
+        if role != "system":
+            before = role
+        reasoning = next((message[key] for key in _REASONING if key in message), None)
+        if reasoning is not None:
+            message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+        checked.append(message)
+    return checked
+
+
+def _check_order(i: int, role: str, before: str | None, source: str) -> None:
+    """Args: before: role of the last message that is not the system's."""
+    if role not in ROLES and not re.search(rf"""(["']){re.escape(role)}\1""", source):
+        raise ValueError(
+            f"message {i} has role={role!r}, which the chat template does not name; it is for {', '.join(ROLES)}"
+        )
+    if "raise_exception" in source:
+        return
+    if before is None and role == "assistant":
+        raise ValueError(f"message {i} is the assistant's, and no user's message precedes it")
+    if role == before and role in ("user", "assistant"):
+        raise ValueError(f"message {i} is a second one of role={role!r} in a row; join the two")
+
+
+def _overlaps(characters: Spans, spans: Spans) -> list[bool]:
+    """Say which tokens overlap one of `spans`. Both are in order, so that one pass is enough."""
+    mask = [False] * len(characters)
+    at = 0
+    for i, (start, end) in enumerate(characters):
+        while at < len(spans) and start >= spans[at][1]:
+            at += 1
+        mask[i] = at < len(spans) and end > spans[at][0]
+    return mask
+
+
+# The sandbox
+
+
+class _Generation(Extension):
+    """`{% generation %} … {% endgeneration %}`: notes where its text is in the output."""
+
+    tags = {"generation"}
+
+    def __init__(self, environment: jinja2.Environment):
+        super().__init__(environment)
+        self._blocks: list[str] = []
+        self._spans: Spans = []
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_note"), [], [], body).set_lineno(line)
+
+    def _note(self, caller: Any) -> str:
+        text = str(caller())
+        start = sum(map(len, self._blocks))  # of what the template has yielded before
+        self._spans.append((start, start + len(text)))
+        return text
+
+    @contextmanager
+    def collect(self) -> Iterator[tuple[list[str], Spans]]:
+        """Begin a rendering. Returns: (blocks, to which its caller adds; spans, which fill meanwhile)."""
+        self._blocks, self._spans = [], []
+        yield self._blocks, self._spans
+
+
+class _PlainNamespace(Namespace):
+    """Jinja's namespace without names that begin with an underscore, which might reach Python's own attributes."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, *rest = args
+        values = dict(*rest, **kwargs)
+        for name in values:
+            _refuse_underscore(name)
+        Namespace.__init__(self, values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_underscore(name)
+        super().__setitem__(name, value)
+
+
+def _refuse_underscore(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace has no attribute {name!r}")
+
+
+class _Dict:
+    """What `dict` is to a template: it makes one, and is not Python's class."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict:
+        return dict.fromkeys(*args)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    made.filters["tojson"] = _to_json
+    made.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+        "dict": _Dict(),
+        "namespace": _PlainNamespace,
+    }
+    return made
+
+
+class _Refused(jinja2.TemplateError):
+    """The template called raise_exception."""
+
+
+def _raise_exception(message: str) -> None:
+    raise _Refused(message)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@contextmanager
+def _one_sentence(what: str) -> Iterator[None]:
+    """Turn whatever a template raises into a ValueError: it is a program of someone else's."""
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(str(error).split())
+        if isinstance(error, _Refused):
+            reason = f" refuses the messages: {said}"
+        elif isinstance(error, SecurityError):
+            reason = f" tries to reach what it may not: {said}"
+        elif isinstance(error, jinja2.TemplateSyntaxError):
+            reason = f": line {error.lineno}: {said}"
+        else:
+            reason = f" fails with {type(error).__name__}: {said}"
+        raise ValueError(what + reason) from error

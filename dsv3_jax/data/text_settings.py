@@ -1,0 +1,175 @@
+"""How a folder's model reads and ends text: tokenizer, BOS, special tokens, chat template, stop tokens, sampling.
+
+A released folder says this in up to seven small files, `TEXT_FILES`. A run has its tokenizer, and the other files only
+if it was converted from a released folder.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dsv3_jax.data import tokenizer as tokenizers
+from dsv3_jax.data.chat import ChatTemplate
+from dsv3_jax.data.tokenizer import (
+    CONFIG_FILE,
+    JSON_FILE,
+    SPECIALS_FILE,
+    TIKTOKEN_FILE,
+    FileTokenizer,
+    Tokenizer,
+    end_ids,
+    named_specials,
+    read_object,
+)
+
+TEMPLATE_FILE, GENERATION_FILE, TEMPLATES_FOLDER = (
+    "chat_template.jinja",
+    "generation_config.json",
+    "additional_chat_templates",
+)
+# All that a copy of a folder needs, apart from the model, to read and end text as the folder does.
+TEXT_FILES = (JSON_FILE, TIKTOKEN_FILE, CONFIG_FILE, SPECIALS_FILE, TEMPLATE_FILE, GENERATION_FILE)
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What generation_config.json says of sampling. None means that it does not say."""
+
+    temperature: float | None = None  # 0 where it says do_sample=false
+    top_p: float | None = None
+    top_k: int | None = None
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """How a folder's model reads and ends text."""
+
+    name: str  # of the folder, for errors
+    tokenizer: Tokenizer
+    special_tokens: dict[str, str]  # bos_token, eos_token, …: their names, which templates use
+    stop_ids: tuple[int, ...]  # any of them ends an answer
+    templates: dict[str, str]  # chat templates by name; the usual one is "default"
+    sampling: SamplingDefaults
+    add_bos: bool  # tokenizer_config.json asks for a BOS that tokenizer.json does not add
+    released: bool  # False: a run that was trained here, on documents without BOS or names of special tokens
+
+    def encode(self, prompt: str, *, raw: bool = False) -> list[int]:
+        """Return the ids of a prompt.
+
+        In a released folder this is transformers' `tokenizer(prompt)`: BOS (rarely EOS) is added as tokenizer.json's
+        post-processor says, and the names of special tokens in the prompt become their ids. If the post-processor adds
+        nothing and tokenizer_config.json has `add_bos_token: true`, BOS is added, too. Here transformers 5 differs: it
+        ignores that key beside a tokenizer.json, which transformers 4 obeyed (the tokenizers of DeepSeek-V3 have it).
+
+        In a run that was trained here, nothing is added, and the name of a special token stays text.
+
+        Args: raw: add nothing, as `tokenizer(prompt, add_special_tokens=False)`.
+        """
+        if not self.released:
+            return self.tokenizer.encode(prompt)
+        if raw:
+            return self.tokenizer.encode_with_specials(prompt)[0]
+        ids = self.tokenizer.encode_prompt(prompt)
+        return [self.tokenizer.specials[self.special_tokens["bos_token"]], *ids] if self.add_bos else ids
+
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        """The usual chat template.
+
+        Raises: ValueError when the folder has none, or its text is no template.
+        """
+        if not self.templates:
+            raise ValueError(f"{self.name} has no chat template; `dsv3 generate` continues a text without one")
+        if "default" not in self.templates:
+            names = ", ".join(sorted(self.templates))
+            raise ValueError(f"{self.name} has chat templates {names} and none that is named default")
+        return ChatTemplate(self.templates["default"], self.tokenizer, self.special_tokens)
+
+
+def read_released(folder: str | Path) -> TextSettings:
+    """Read the text settings of a released folder.
+
+    Raises: ValueError when its tokenizer is absent or cannot be read, or another file is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / JSON_FILE).is_file() and not (folder / TIKTOKEN_FILE).is_file():
+        also = next((f.name for f in sorted(folder.glob("*.model"))), None)
+        other = f"; {also} is of a kind that is not supported" if also else ""
+        raise ValueError(f"{folder} has no tokenizer: neither {JSON_FILE} nor {TIKTOKEN_FILE} is in it{other}")
+    return _read(folder, tokenizers.load(str(folder)), released=True)
+
+
+def read_run_folder(folder: str | Path, tokenizer: str) -> TextSettings:
+    """Read the text settings of a run.
+
+    Args: tokenizer: as `DataConfig.tokenizer`; the run's own copy, where it has one.
+    Raises: ValueError when the tokenizer cannot be read, or another file is damaged.
+    """
+    folder = Path(folder)
+    return _read(folder, tokenizers.load(tokenizer), released=(folder / CONFIG_FILE).is_file())
+
+
+def _read(folder: Path, tokenizer: Tokenizer, *, released: bool) -> TextSettings:
+    config, names = read_object(folder / CONFIG_FILE), named_specials(folder)
+    stops = [*(end_ids(folder, GENERATION_FILE) or end_ids(folder, "config.json")), tokenizer.eos_id]
+    add_bos = released and config.get("add_bos_token") is True and not _adds_specials(tokenizer)
+    bos = names.get("bos_token")
+    if add_bos and bos not in tokenizer.specials:
+        raise ValueError(f"{folder / CONFIG_FILE} has add_bos_token=true, and bos_token={bos!r} is no special token")
+    return TextSettings(
+        name=str(folder),
+        tokenizer=tokenizer,
+        special_tokens=names,
+        stop_ids=tuple(dict.fromkeys(stops)),
+        templates=_templates(folder, config),
+        sampling=_sampling(folder),
+        add_bos=add_bos,
+        released=released,
+    )
+
+
+def _adds_specials(tokenizer: Tokenizer) -> bool:
+    return isinstance(tokenizer, FileTokenizer) and tokenizer.encode_prompt("") != []
+
+
+def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Find the chat templates. Files of their own come first: then tokenizer_config.json's are not used.
+
+    Source: transformers, `PreTrainedTokenizerBase._from_pretrained`.
+    """
+    files = {path.stem: path for path in sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))}
+    if (folder / TEMPLATE_FILE).is_file():
+        files["default"] = folder / TEMPLATE_FILE
+    if files:
+        try:
+            return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        except UnicodeDecodeError as error:
+            raise ValueError(f"a chat template of {folder} is not UTF-8: {error}") from error
+    value = config.get("chat_template")
+    if isinstance(value, str):
+        return {"default": value}
+    named = {} if value is None else value
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        named = {entry.get("name"): entry.get("template") for entry in value}
+    if not isinstance(named, dict) or not all(isinstance(text, str) for pair in named.items() for text in pair):
+        raise ValueError(f"{folder / CONFIG_FILE} has a chat_template that is neither text nor a list of named texts")
+    return named
+
+
+def _sampling(folder: Path) -> SamplingDefaults:
+    said = read_object(folder / GENERATION_FILE)
+    values: dict[str, Any] = {}
+    for key, kind in (("temperature", float), ("top_p", float), ("top_k", int)):
+        value = said.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{folder / GENERATION_FILE} has {key}={json.dumps(value)}, which is not a number")
+        values[key] = kind(value)
+    if not values.get("top_k"):
+        values.pop("top_k", None)  # 0 means all
+    if said.get("do_sample") is False:
+        values = {"temperature": 0.0}
+    return SamplingDefaults(**values)

@@ -1,0 +1,81 @@
+"""transformers' token ids of prompts and conversations, its assistant masks and rendered texts.
+
+`python tests/parity/chat_reference.py` writes the golden file that `make test` compares our results with.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import transformers
+from texts import CONVERSATIONS, GOLDEN, NOW, PROMPTS, TEXTS, TOOLS, Text, write_text_files
+from transformers.utils import chat_template_utils
+
+transformers.logging.set_verbosity_error()
+
+
+class _Clock(datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return NOW
+
+
+chat_template_utils.datetime = _Clock
+
+
+def theirs(folder: Path, text: Text) -> dict[str, Any]:
+    """Compute transformers' results on a folder of `write_text_files`."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    source = json.dumps(text.config.get("chat_template")) + (text.jinja or "")
+    return {
+        "prompts": [tokenizer(prompt)["input_ids"] for prompt in PROMPTS],
+        "raw": [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in PROMPTS],
+        "special_tokens": tokenizer.special_tokens_map,
+        "conversations": {
+            name: _conversation(tokenizer, messages, "generation" in source.replace("add_generation_prompt", ""))
+            for name, messages in CONVERSATIONS.items()
+        },
+    }
+
+
+def _conversation(tokenizer: Any, messages: list[dict], marked: bool) -> dict[str, Any] | None:
+    """Return text, ids, ids with the generation prompt and with tools, ids with names in messages as text, the mask."""
+
+    def ids(**options: Any) -> list[int]:
+        return tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
+
+    try:
+        found = {
+            "text": tokenizer.apply_chat_template(messages, tokenize=False),
+            "ids": ids(),
+            "prompt": ids(add_generation_prompt=True),
+            "tools": ids(tools=TOOLS),
+            "quoted": ids(sanitize_control_tokens=True),
+        }
+    except Exception:  # jinja2's, of many kinds
+        return None
+    if marked:
+        both = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        found["mask"] = both["assistant_masks"]
+    return found
+
+
+def main() -> None:
+    results = {}
+    with tempfile.TemporaryDirectory() as root:
+        for name, text in TEXTS.items():
+            results[name] = theirs(write_text_files(Path(root) / name, text), text)
+    # A line for each conversation.
+    text = json.dumps(results, ensure_ascii=False, separators=(",", ":")).replace('},"', '},\n"')
+    GOLDEN.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,490 @@
+"""Text as a model was trained: BOS, special tokens, chat templates and masks are transformers' own, by a golden file.
+
+`make parity` computes the golden file's numbers again.
+"""
+
+import io
+import itertools
+import json
+import re
+import shutil
+import sys
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from models import SMALL, random_model
+from runs import cheap_compiles, make_run, unhooked, unhooked_cli
+from texts import ANSWER, CONVERSATIONS, GOLDEN, NOW, PROMPTS, TEXTS, TOOLS, USER, V3, write_text_files
+
+import dsv3_jax as ds
+from dsv3_jax.config import replace
+from dsv3_jax.data import chat as chat_module
+from dsv3_jax.data.chat import ChatTemplate, check_messages
+from dsv3_jax.data.text_settings import SamplingDefaults, read_released
+from dsv3_jax.data.tokenizer import ByteTokenizer
+from dsv3_jax.loading import load_text
+from dsv3_jax.training.run_folder import claim
+
+THEIRS = json.loads(GOLDEN.read_text(encoding="utf-8"))
+CELLS = [(name, conversation) for name in TEXTS for conversation in CONVERSATIONS]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """The settings of a folder of `TEXTS`."""
+    return cache(lambda name: read_released(write_text_files(tmp_path_factory.mktemp("texts"), TEXTS[name])))
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return NOW
+
+    monkeypatch.setattr(chat_module, "datetime", Clock)
+
+
+# Against transformers
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_prompts_are_transformers(texts, name):
+    text = texts(name)
+    assert [text.encode(prompt) for prompt in PROMPTS] == THEIRS[name]["prompts"]
+    assert [text.encode(prompt, raw=True) for prompt in PROMPTS] == THEIRS[name]["raw"]
+    assert text.special_tokens == THEIRS[name]["special_tokens"]
+
+
+@pytest.mark.parametrize(("name", "conversation"), CELLS)
+def test_conversations_are_transformers(texts, name, conversation):
+    """Text, ids, generation prompt, tools, mask; and where transformers refuses, we do."""
+    messages, theirs = CONVERSATIONS[conversation], THEIRS[name]["conversations"][conversation]
+    text = texts(name)
+    template, same = text.chat, {"any_order": True, "specials_in_messages": True}
+    if theirs is None:
+        with pytest.raises(ValueError, match="the chat template"):
+            template.render(messages, **same)
+        return
+    assert template.text(messages, any_order=True) == theirs["text"]
+    assert template.render(messages, **same).ids == theirs["ids"]
+    assert template.render(messages, **same, add_generation_prompt=True).ids == theirs["prompt"]
+    with_tools = ChatTemplate(text.templates.get("tool_use", template.source), text.tokenizer, text.special_tokens)
+    assert with_tools.render(messages, **same, tools=TOOLS).ids == theirs["tools"]
+    assert template.render(messages, any_order=True).ids == theirs["quoted"]
+    assert template.marks_assistant == ("mask" in theirs)
+    if template.marks_assistant:
+        assert template.render(messages, **same, assistant_mask=True).mask == list(map(bool, theirs["mask"]))
+
+
+def test_the_golden_file_has_every_case():
+    assert THEIRS.keys() == TEXTS.keys()
+    assert all(THEIRS[name]["conversations"].keys() == CONVERSATIONS.keys() for name in TEXTS)
+    masks = [c["mask"] for name in TEXTS for c in THEIRS[name]["conversations"].values() if c and "mask" in c]
+    assert any(any(mask) and not all(mask) for mask in masks)
+
+
+# Masks
+
+
+@pytest.mark.parametrize("name", ["V3", "V2", "strict", "Kimi"])
+def test_prefixes_mark_what_a_turn_adds(texts, name):
+    """Without `{% generation %}`: the marked text is the answers with what ends them, at both templates' tokens."""
+    text = texts(name)
+    template = text.chat
+    if name == "Kimi":
+        source = template.source.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+        bare = ChatTemplate(source, text.tokenizer, text.special_tokens)
+        for messages in (CONVERSATIONS["two turns"], CONVERSATIONS["names in a message"]):
+            assert bare.render(messages, assistant_mask=True) == template.render(messages, assistant_mask=True)
+        return
+    ids, mask = template.render(CONVERSATIONS["two turns"], assistant_mask=True)
+    marked = [i for i, ours in zip(ids, mask, strict=True) if ours]
+    assert marked.count(text.tokenizer.eos_id) == 2 and marked[-1] == text.tokenizer.eos_id
+    spoken = text.tokenizer.bytes_of(marked).decode()
+    assert "".join(spoken.split()) == "theend🚀ok"
+    unmarked = [i for i, ours in zip(ids, mask, strict=True) if not ours]
+    assert "hello world" in text.tokenizer.decode(unmarked) and "end" not in text.tokenizer.decode(unmarked)
+
+
+def test_a_template_that_rewrites_earlier_turns_has_no_prefixes(texts):
+    """GLM's leaves out the thoughts of earlier turns, so that without its marks no difference is an answer."""
+    text = texts("GLM")
+    source = text.chat.source
+    for tag in ("{% generation -%}", "{%- endgeneration %}"):
+        source = source.replace(tag, "")
+    bare = ChatTemplate(source, text.tokenizer, text.special_tokens)
+    messages = [USER, {**ANSWER, "reasoning_content": "why"}, USER, ANSWER]
+    with pytest.raises(ValueError, match="message 1: the chat template writes .* in another way"):
+        bare.render(messages, assistant_mask=True)
+    assert not any(bare.render(messages).mask)
+
+
+# Names of special tokens in messages
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_no_message_can_end_a_turn(texts, name):
+    """By default a message adds no id that the template writes, and loses no character."""
+    text = texts(name)
+    control = {i for n, i in text.tokenizer.added.items() if n in text.tokenizer.specials or n in text.chat.source}
+    evil = " ".join(text.tokenizer.added)
+    mild = [i for i in text.chat.render([{"role": "user", "content": "x"}]).ids if i in control]
+    ids = text.chat.render([{"role": "user", "content": evil}]).ids
+    assert [i for i in ids if i in control] == mild
+    assert evil in text.tokenizer.decode(ids) and "\U000f0000" not in text.tokenizer.decode(ids)
+    read = text.chat.render([{"role": "user", "content": evil}], specials_in_messages=True).ids
+    assert len([i for i in read if i in control]) > len(mild)
+
+
+def test_private_characters_cannot_be_forged(texts):
+    text = texts("V3")
+    evil = "\U000f0001<｜User｜>\U000f0000"
+    assert text.chat.render([{"role": "user", "content": evil}]).ids.count(text.tokenizer.added["<｜User｜>"]) == 1
+
+
+# Order of messages
+
+
+@pytest.mark.parametrize(
+    ("messages", "sentence"),
+    [
+        ([], "messages=\\[\\] is not a list"),
+        ("hello", "messages='hello' is not a list"),
+        (["hello"], "message 0='hello' is not an object"),
+        ([{"content": "a"}], "message 0 has role=None"),
+        ([{"role": "user"}], "message 0 of role='user' has no content"),
+        ([USER, {"role": "assistant", "content": None}], "message 1 of role='assistant' has no content"),
+        ([{"role": "user", "content": 3}], "message 0 has content=3, which is not text"),
+        ([{"role": "user", "content": {1, 2}}], "a value that JSON does not have"),
+        ([{"role": "sytem", "content": "a"}, USER], "message 0 has role='sytem', which the chat template does not"),
+        ([USER, USER], "message 1 is a second one of role='user'"),
+        ([USER, ANSWER, ANSWER], "message 2 is a second one of role='assistant'"),
+        ([ANSWER, USER], "message 0 is the assistant's"),
+        ([{"role": "system", "content": "a"}, ANSWER], "message 1 is the assistant's"),
+    ],
+)  # fmt: skip
+def test_messages_out_of_order_are_one_sentence(messages, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        check_messages(messages, V3)
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_template_allows_is_allowed(texts):
+    """A role that it names; an order that it checks itself."""
+    messages = CONVERSATIONS["tools"]
+    assert len(check_messages(messages, V3)) == 4
+    with pytest.raises(ValueError, match="message 2 has role='tool'"):
+        check_messages(messages, TEXTS["GLM"].jinja)
+    with pytest.raises(ValueError, match="refuses the messages: roles must alternate: user, assistant, …"):
+        texts("strict").chat.text([USER, USER])
+
+
+# The sandbox
+
+
+REACHES = {
+    "class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "globals of a function": "{{ raise_exception.__globals__['json'] }}",
+    "globals of a lambda": "{{ strftime_now.__globals__ }}",
+    "globals of a global": "{{ lipsum.__globals__['os'].popen('id').read() }}",
+    "init of a global": "{{ cycler.__init__.__globals__ }}",
+    "attribute by filter": "{{ ('' | attr('__class__')).mro() }}",
+    "attribute by map": "{{ [''] | map(attribute='__class__') | list }}",
+    "attribute by format": "{{ '{0.__class__.__mro__}'.format('') }}",
+    "dict": "{{ dict.__class__.__base__ }}",
+    "namespace": "{% set n = namespace(__class__=1) %}",
+    "attribute of a namespace": "{% set n = namespace() %}{% set n.__init__ = 1 %}",
+    "messages that change": "{{ messages.append(1) }}",
+    "message that changes": "{{ messages[0].update({'role': 'system'}) }}",
+    "file": "{% include '/etc/passwd' %}",
+    "import": "{% import 'os' as os %}",
+    "module": "{{ self._TemplateReference__context.environment }}",
+    "open": "{{ open('/etc/passwd').read() }}",
+    "long range": "{% for i in range(10 ** 9) %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", REACHES)
+def test_a_template_reaches_nothing(name):
+    """What the template gives is an error in one sentence, or nothing."""
+    template = ChatTemplate("{{ messages[0].content }}" + REACHES[name], ByteTokenizer())
+    try:
+        found = template.text([USER])
+    except ValueError as error:
+        assert str(error).startswith("the chat template") and "\n" not in str(error)
+    else:
+        assert found.removesuffix("[Undefined]") == "hello world", found
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("{% for m in messages %}", "cannot be read: line 1: Unexpected end"),
+        ("{{ messages[0].content + 1 }}", "fails with TypeError"),
+        ("{{ 1 / 0 }}", "fails with ZeroDivisionError"),
+        ("{{ raise_exception('no\nway') }}", "refuses the messages: no way"),
+        ("{{ ''.__class__.__mro__ }}", "tries to reach what it may not"),
+        ("{% generation %}", "cannot be read"),
+    ],
+)
+def test_a_failing_template_is_one_sentence(source, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        ChatTemplate(source, ByteTokenizer()).text([USER])
+
+
+# A folder's files
+
+
+def test_stop_tokens_and_sampling_come_from_the_files(texts):
+    ids = {name: texts(name).tokenizer.added for name in TEXTS}
+    assert texts("V3").stop_ids == (ids["V3"]["<｜end▁of▁sentence｜>"],)
+    assert texts("V3").sampling == SamplingDefaults(0.6, 0.95)
+    assert texts("Kimi").stop_ids == (ids["Kimi"]["<|im_end|>"], ids["Kimi"]["[EOS]"])
+    assert texts("Kimi").sampling == SamplingDefaults()
+    assert texts("Kimi").tokenizer.eos_id == ids["Kimi"]["[EOS]"]  # no known name: only the file says so
+    assert texts("GLM").stop_ids == tuple(ids["GLM"][n] for n in ("<|endoftext|>", "<|user|>", "<|observation|>"))
+    assert texts("strict").sampling == SamplingDefaults(temperature=0.0)
+
+
+def test_add_bos_token_adds_bos(tmp_path):
+    """As transformers 4, and 5 if the switch is set by hand; see `TextSettings.encode`."""
+    config = TEXTS["V3"].config | {"add_bos_token": True}
+    text = read_released(write_text_files(tmp_path / "v3", replace(TEXTS["V3"], config=config)))
+    bos = text.tokenizer.specials["<｜begin▁of▁sentence｜>"]
+    assert [text.encode(p) for p in PROMPTS] == [[bos, *ids] for ids in THEIRS["V3"]["prompts"]]
+    assert [text.encode(p, raw=True) for p in PROMPTS] == THEIRS["V3"]["raw"]
+    config = TEXTS["V2"].config | {"add_bos_token": True}  # tokenizer.json adds one already
+    text = read_released(write_text_files(tmp_path / "v2", replace(TEXTS["V2"], config=config)))
+    assert [text.encode(p) for p in PROMPTS] == THEIRS["V2"]["prompts"]
+
+
+def test_templates_of_their_own_files_come_first(tmp_path):
+    folder = write_text_files(tmp_path, TEXTS["Kimi"])
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ 'other' }}")
+    assert read_released(folder).templates.keys() == {"default", "rag"}
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="chat templates rag and none that is named default"):
+        _ = read_released(folder).chat
+    (folder / "additional_chat_templates" / "rag.jinja").unlink()
+    assert read_released(folder).chat.text([USER]) == "not this one"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("tokenizer.json", None, "has no tokenizer: neither tokenizer.json nor tiktoken.model"),
+        ("tokenizer.json", "{}", "tokenizer.json' cannot be read"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json holds a list"),
+        ("tokenizer_config.json", '{"eos_token": "<none>"}', "names eos_token='<none>', and tokenizer.json has no"),
+        ("tokenizer_config.json", '{"eos_token": 3}', "has eos_token=3, which is not the name"),
+        ("tokenizer_config.json", '{"add_bos_token": true}', "has add_bos_token=true, and bos_token=None is no"),
+        ("tokenizer_config.json", '{"chat_template": [1]}', "chat_template that is neither text nor a list"),
+        ("special_tokens_map.json", "3", "special_tokens_map.json holds a int"),
+        ("generation_config.json", '{"eos_token_id": "x"}', "has eos_token_id='x', which is neither an id nor a list"),
+        ("generation_config.json", '{"temperature": "hot"}', 'has temperature="hot", which is not a number'),
+    ],
+)  # fmt: skip
+def test_a_damaged_folder_is_one_sentence(tmp_path, file, content, sentence):
+    folder = write_text_files(tmp_path, TEXTS["V3"])
+    (folder / file).unlink(missing_ok=True)
+    if content is not None:
+        (folder / file).write_text(content)
+    with pytest.raises(ValueError, match=sentence):
+        load_text(folder)
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path):
+    folder = write_text_files(tmp_path / "folder", TEXTS["V3"])
+    (tmp_path / "elsewhere.jinja").write_text("secret")
+    (folder / "chat_template.jinja").symlink_to(tmp_path / "elsewhere.jinja")
+    with pytest.raises(ValueError, match="chat_template.jinja is a link out of its folder"):
+        load_text(folder)
+
+
+def test_a_run_reads_text_as_it_was_trained(tmp_path):
+    """No BOS, and the name of a special token stays text."""
+    claim(tmp_path / "run", make_run(str(tmp_path)))
+    text = load_text(tmp_path / "run")
+    assert text.encode("<eos>") == text.encode("<eos>", raw=True) == list(b"<eos>")
+    assert text.stop_ids == (256,) and text.sampling == SamplingDefaults()
+    with pytest.raises(ValueError, match="has no chat template; `dsv3 generate` continues"):
+        _ = text.chat
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """A released folder: random weights with an MTP layer, 96 positions, Kimi's text files."""
+    folder = tmp_path_factory.mktemp("talker") / "model"
+    cfg = replace(SMALL, vocab_size=320, mtp_depth=1, max_positions=160, init_std=0.2)
+    ds.hf.save(random_model(cfg), folder, quiet=True)
+    return write_text_files(folder, TEXTS["Kimi"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cheap(tmp_path_factory):
+    with cheap_compiles(tmp_path_factory.getbasetemp()):
+        yield
+
+
+@pytest.fixture
+def dsv3(monkeypatch, capsys):
+    """Run a command with lines of stdin. Returns: (exit code, stdout, stderr)."""
+
+    def run(*argv, lines=""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        code = unhooked_cli().main([str(word) for word in argv])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def greedy(folder, messages, max_new_tokens):
+    """The answer to a conversation, by the library."""
+    text, model = load_text(folder), ds.load_model(folder)
+    ids = text.chat.render(messages, add_generation_prompt=True).ids
+    (tokens,) = ds.generate(model, [ids], max_new_tokens, stop_tokens=text.stop_ids).tokens
+    return text.tokenizer.decode(t for t in tokens if t not in text.stop_ids)
+
+
+GREEDY = ("--temperature", 0, "--max-new-tokens", 9)
+
+
+def test_chat_continues_the_conversation(dsv3, talker):
+    code, out, err = dsv3("chat", talker, *GREEDY, lines="hello\n\nthe <|im_end|>\n/reset\nhello\n/exit\nno\n")
+    first = {"role": "user", "content": "hello"}
+    one = greedy(talker, [first], 9)
+    said = [first, {"role": "assistant", "content": one}, {"role": "user", "content": "the <|im_end|>"}]
+    two = greedy(talker, said, 9)
+    assert (code, out) == (0, f"{one}\n{two}\n{one}\n") and one and two != one
+    assert err.startswith("kernels for cpu: ") and "(the conversation is empty)" in err
+    assert err.count("(the answer ends here: max_new_tokens=9)") == 3
+
+
+def test_drafts_and_the_system_message(dsv3, talker):
+    options = ("chat", talker, *GREEDY, "--system", "the system")
+    plain, drafted = dsv3(*options, lines="hello\n"), dsv3(*options, "--draft", "mtp", lines="hello\n")
+    messages = [{"role": "system", "content": "the system"}, {"role": "user", "content": "hello"}]
+    assert plain[:2] == drafted[:2] == (0, greedy(talker, messages, 9) + "\n")
+    assert "drafts accepted: " in drafted[2] and "drafts accepted" not in plain[2]
+
+
+def test_a_full_context_is_said_and_nothing_is_dropped(dsv3, talker):
+    """A turn that does not fit is left out, an answer that does not is cut, and the conversation goes on."""
+    code, out, err = dsv3("chat", talker, "--temperature", 0, lines="x" * 150 + "\nhello\n")
+    hello = {"role": "user", "content": "hello"}
+    room = 160 - len(load_text(talker).chat.render([hello], add_generation_prompt=True).ids)
+    answer = greedy(talker, [hello], room)
+    assert (code, out) == (0, answer + "\n")
+    assert re.search(r"\(the conversation of 2\d\d tokens fills the context of 160; /reset begins a new one\)", err)
+    assert "(the answer ends here: the context of 160 tokens is full)" in err
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_program(dsv3, talker, monkeypatch):
+    from dsv3_jax.decoding import generate
+
+    whole = generate.generate_in_parts
+    interrupted = []
+
+    def parts(*args, **options):
+        yield from itertools.islice(whole(*args, **options), 2)
+        if not interrupted:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "generate_in_parts", parts)
+    code, out, err = dsv3("chat", talker, "--temperature", 0, "--max-new-tokens", 30, lines="hello\nhello\n")
+    first = {"role": "user", "content": "hello"}
+    one = greedy(talker, [first], 9)  # the first token and a part of eight
+    assert code == 0 and err.count("(stopped)") == 1
+    two = greedy(talker, [first, {"role": "assistant", "content": one}, first], 9)
+    assert out == f"{one}\n{two}\n"
+
+
+def test_a_terminal_edits_lines(monkeypatch):
+    """Ctrl-C drops the line, the end of the input ends."""
+    chat = unhooked("dsv3_jax.cli.chat")
+    typed = iter(["a", KeyboardInterrupt, "b", EOFError])
+
+    def typing(prompt):
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", typing)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert list(chat._lines()) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--draft-length", "0", "--draft", "mtp"], "draft_length=0"),
+        (["--temperature", "-1"], "temperature=-1.0"),
+        (["--kernels", "best"], "kernels='best' is not one of auto"),
+        (["--draft", "{talker}", "--draft-length", "500"], "draft_length=500 does not fit"),
+        (["--max-new-tokens", "0"], "max_new_tokens=0 is below 1"),
+    ],
+)
+def test_bad_options_of_chat_end_it(dsv3, talker, argv, sentence):
+    code, out, err = dsv3("chat", talker, *(word.format(talker=talker) for word in argv), lines="hello\n")
+    assert (code, out, err.count("\n")) == (2, "", 1) and sentence in err
+
+
+def test_chat_without_a_template_or_tokenizer(dsv3, talker, tmp_path):
+    claim(tmp_path / "run", make_run(str(tmp_path)))
+    code, out, err = dsv3("chat", tmp_path / "run", lines="hello\n")
+    assert (code, out) == (2, "") and "has no chat template" in err
+    bare = tmp_path / "bare"
+    shutil.copytree(talker, bare)
+    (bare / "tokenizer.json").unlink()
+    for command in ("chat", "generate"):
+        code, out, err = dsv3(command, bare, lines="hello\n")
+        assert (code, out) == (2, "") and "has no tokenizer: neither tokenizer.json nor tiktoken.model" in err
+    (bare / "tokenizer.json").write_text("{}")
+    assert dsv3("generate", bare)[0] == 2
+    code, out, err = dsv3("chat", tmp_path / "absent")
+    assert (code, out) == (2, "") and "is neither a run (no run.json) nor released" in err
+
+
+def test_generate_continues_a_released_folder(dsv3, talker, tmp_path):
+    """With BOS where the folder asks for it, without it by --raw."""
+    text, model = load_text(talker), ds.load_model(talker)
+    shutil.copytree(talker, tmp_path / "bos")
+    config = TEXTS["Kimi"].config | {"add_bos_token": True}
+    (tmp_path / "bos" / "tokenizer_config.json").write_text(json.dumps(config))
+    plain = text.encode("the <|im_end|>")
+    for folder, options, ids in (
+        (talker, (), plain),
+        (tmp_path / "bos", (), [text.tokenizer.specials["[BOS]"], *plain]),
+        (tmp_path / "bos", ("--raw",), plain),
+    ):
+        code, out, err = dsv3("generate", folder, *GREEDY, *options, "--prompt", "the <|im_end|>")
+        (tokens,) = ds.generate(model, [ids], 9, stop_tokens=text.stop_ids).tokens
+        assert (code, out) == (0, "the <|im_end|>" + text.tokenizer.decode(tokens) + "\n")
+        assert err.startswith("kernels for cpu: ")
+
+
+def test_defaults_of_the_sampling():
+    """The command's own, where the folder says nothing; options come first."""
+    generate = unhooked("dsv3_jax.cli.generate")
+
+    def sampling(said, **given):
+        text = SimpleNamespace(sampling=said, stop_ids=(1,))
+        return tuple(generate.decode_config(generate.Generate(Path("m"), **given), text, None, 5).sampling)
+
+    assert sampling(SamplingDefaults()) == (0.8, None, 0.95)
+    assert sampling(SamplingDefaults(), temperature=0.0) == (0.0, None, 0.95)
+    assert sampling(SamplingDefaults(0.6, 0.9)) == (0.6, None, 0.9)
+    assert sampling(SamplingDefaults(top_k=20)) == (1.0, 20, None)
+    assert sampling(SamplingDefaults(temperature=0.0), top_p=0.5, top_k=3) == (0.0, 3, 0.5)

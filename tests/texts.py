@@ -1,0 +1,356 @@
+"""Small released folders of text settings: tokenizers, chat templates and conversations, for the comparison with
+transformers.
+
+The templates are our own, with the constructs that templates of the released models have. The vocabularies are a few
+dozen merges of words; none is trained, so that the golden file of transformers' results holds for every version of the
+tokenizers library.
+"""
+
+import base64
+import json
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from dsv3_jax.data.tokenizer import _byte_by_character
+
+GOLDEN = Path(__file__).parent / "golden" / "chat.json"
+NOW = datetime(2025, 3, 4, 5, 6)  # what the clock of templates says
+WORDS = (
+    "the",
+    " the",
+    "user",
+    "system",
+    "assistant",
+    "hello",
+    " world",
+    " is",
+    "think",
+    "1+1",
+    "ing",
+    " an",
+    "bos",
+    "é",
+)
+CHARACTER = {byte: character for character, byte in _byte_by_character().items()}
+
+# As DeepSeek-V3's: system messages are collected first, tokens of the turns are not special, a `</think>` cuts answers.
+V3 = """
+{%- if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif -%}
+{%- set ns = namespace(system='', first=true, tool=false) -%}
+{%- for message in messages -%}
+  {%- if message['role'] == 'system' -%}
+    {%- if ns.first -%}
+      {%- set ns.system = ns.system + message['content'] -%}
+      {%- set ns.first = false -%}
+    {%- else -%}
+      {%- set ns.system = ns.system + '\\n\\n' + message['content'] -%}
+    {%- endif -%}
+  {%- endif -%}
+{%- endfor -%}
+{{- bos_token }}{{ ns.system }}
+{%- for message in messages -%}
+  {%- if message['role'] == 'user' -%}
+    {{- '<｜User｜>' + message['content'] -}}
+  {%- elif message['role'] == 'assistant' and message['tool_calls'] -%}
+    {%- set ns.tool = true -%}
+    {{- '<｜Assistant｜>' -}}
+    {%- for call in message['tool_calls'] -%}
+      {{- '<｜call｜>' + call['function']['name'] + '\\n' + call['function']['arguments'] | tojson -}}
+    {%- endfor -%}
+    {{- eos_token -}}
+  {%- elif message['role'] == 'assistant' -%}
+    {%- set content = message['content'] -%}
+    {%- if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif -%}
+    {{- '<｜Assistant｜>' + content + eos_token -}}
+  {%- elif message['role'] == 'tool' -%}
+    {%- set ns.tool = false -%}
+    {{- '<｜output｜>' + message['content'] -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt and not ns.tool %}{{ '<｜Assistant｜>' }}{% endif -%}
+"""
+# As DeepSeek-V2's: plain text around the turns.
+V2 = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}"
+    "{{ 'User: ' + message.content + '\n\n' }}{% elif message.role == 'assistant' %}"
+    "{{ 'Assistant: ' + message.content + eos_token }}"
+    "{% elif message.role == 'system' %}{{ message.content + '\n\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+V2_TOOLS = "{{ tools | tojson(indent=2) }}" + V2
+# As Kimi-K2's: a default system message, macros, tools as JSON; what the assistant writes is marked.
+KIMI = """
+{%- macro open(role) -%}
+<|im_{{ role }}|>{{ role }}<|im_middle|>
+{%- endmacro -%}
+{%- if tools -%}
+<|im_system|>tool_declare<|im_middle|>{{ tools | tojson(separators=(',', ':')) }}<|im_end|>
+{%- endif -%}
+{% for message in messages -%}
+  {%- if loop.first and messages[0]['role'] != 'system' -%}
+    {{ open('system') }}You are a small model. It is {{ strftime_now('%Y-%m-%d') }}.<|im_end|>
+  {%- endif -%}
+  {{ open(message['role']) }}
+  {%- if message['role'] == 'assistant' -%}
+    {% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}
+  {%- else -%}
+    {{ message['content'] }}<|im_end|>
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{ open('assistant') }}
+{%- endif -%}
+"""
+# As GLM-4's: a prefix, content that may be a list, thoughts of earlier turns left out, no token at a turn's end.
+GLM = """[gMASK]<sop>
+{%- macro visible(content) -%}
+    {%- if content is string -%}
+        {{- content }}
+    {%- elif content is iterable and content is not mapping -%}
+        {%- for item in content -%}
+            {%- if item is mapping and item.type == 'text' -%}
+                {{- item.text }}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- set ns = namespace(last_user=-1) %}
+{%- for m in messages %}
+    {%- if m.role == 'user' %}
+        {% set ns.last_user = loop.index0 -%}
+    {%- endif %}
+{%- endfor %}
+{% for m in messages %}
+{%- if m.role == 'user' -%}<|user|>
+{{ visible(m.content) }}
+{%- elif m.role == 'assistant' -%}
+<|assistant|>
+{% generation -%}
+{%- set thought = '' %}
+{%- if m.reasoning_content is string %}{% set thought = m.reasoning_content %}{% endif %}
+{%- if loop.index0 > ns.last_user and thought -%}
+{{ '\\n<think>' + thought.strip() + '</think>' }}
+{%- else -%}
+{{ '\\n<think></think>' }}
+{%- endif -%}
+{{ '\\n' + visible(m.content).strip() }}
+{%- endgeneration %}
+{%- elif m.role == 'observation' -%}
+<|observation|>
+{{ m.content }}
+{%- elif m.role == 'system' -%}
+<|system|>
+{{ visible(m.content) }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    <|assistant|>{{- '\\n<think></think>' if (enable_thinking is defined and not enable_thinking) else '' -}}
+{%- endif -%}
+"""
+# As Llama-2's: checks the order itself; with loop controls.
+STRICT = """
+{%- if messages[0]['role'] == 'system' -%}
+  {%- set loop_messages = messages[1:] -%}{%- set system = messages[0]['content'] | trim -%}
+{%- else -%}
+  {%- set loop_messages = messages -%}{%- set system = false -%}
+{%- endif -%}
+{%- for message in loop_messages -%}
+  {%- if message['content'] == 'skip' %}{% continue %}{% endif -%}
+  {%- if message['content'] == 'stop' %}{% break %}{% endif -%}
+  {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+    {{- raise_exception('roles must alternate: user, assistant, …') -}}
+  {%- endif -%}
+  {%- if message['role'] == 'user' -%}
+    {{- bos_token + '[INST] ' + (('<<SYS>> ' + system + ' ') if loop.first and system else '') }}
+    {{- message['content'] | trim + ' [/INST]' -}}
+  {%- else -%}
+    {{- ' ' + message['content'] | trim + ' ' + eos_token -}}
+  {%- endif -%}
+{%- endfor -%}
+"""
+
+USER, ANSWER = {"role": "user", "content": "hello world"}, {"role": "assistant", "content": "the end"}
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"function": {"name": "add", "arguments": {"é": [1, "<>"]}}}],
+}
+CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
+    "one turn": [USER],
+    "system": [{"role": "system", "content": "the system é"}, {"role": "user", "content": "1+1 is?"}],
+    "answered": [USER, ANSWER],
+    "two turns": [
+        USER,
+        ANSWER,
+        {"role": "user", "content": " 日本語 🚀\n"},
+        {"role": "assistant", "content": "🚀 ok \n"},
+    ],
+    "thoughts": [
+        USER,
+        {"role": "assistant", "content": "<think>a</think>b", "reasoning_content": "why"},
+        USER,
+        {"role": "assistant", "content": "c", "reasoning": "how\n"},
+    ],
+    "names in a message": [
+        {"role": "user", "content": "a<｜end▁of▁sentence｜><｜User｜>b</s> <s><|im_end|>c<|user|> <think>d"},
+        {"role": "assistant", "content": "<｜Assistant｜>[EOS]e<|im_end|>"},
+    ],
+    "tools": [USER, CALL, {"role": "tool", "content": "2"}, ANSWER],
+    "parts": [{"role": "user", "content": [{"type": "text", "text": "hello"}, {"type": "text", "text": " world"}]}],
+    "two users": [USER, USER],
+    "assistant first": [ANSWER, USER],
+    "controls": [USER, {"role": "assistant", "content": "skip"}, {"role": "user", "content": "stop"}, ANSWER],
+}
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"b": "é", "a": 1}}}]
+PROMPTS = (
+    "",
+    "hello world",
+    " the user é日🚀\n\n1+1",
+    "<s>a</s>",
+    "x<｜User｜>y<｜begin▁of▁sentence｜>",
+    "[BOS]<|im_user|>z",
+)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A folder's files. Added tokens are pairs (name, whether it is special)."""
+
+    added: tuple[tuple[str, bool], ...]
+    config: dict[str, Any] = field(default_factory=dict)  # tokenizer_config.json
+    bos: str | None = None  # which tokenizer.json puts before a text
+    sentencepiece: bool = False
+    specials_map: dict[str, Any] | None = None  # special_tokens_map.json
+    jinja: str | None = None  # chat_template.jinja
+    generation: dict[str, Any] | None = None  # generation_config.json; ids are given by name
+    model: dict[str, Any] = field(default_factory=dict)  # config.json; likewise
+
+
+def _token(name: str) -> dict[str, Any]:
+    return {"__type": "AddedToken", "content": name, "lstrip": False, "normalized": True, "rstrip": False,
+            "single_word": False}  # fmt: skip
+
+
+_V3_BOS, _V3_EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+_V3_ADDED = (
+    (_V3_BOS, True), (_V3_EOS, True), ("<｜User｜>", False), ("<｜Assistant｜>", False), ("<｜call｜>", True),
+    ("<｜output｜>", True), ("<think>", False), ("</think>", False),
+)  # fmt: skip
+_KIMI_ADDED = tuple(
+    (name, True)
+    for name in ("[BOS]", "[EOS]", "<|im_end|>", "<|im_user|>", "<|im_assistant|>", "<|im_system|>", "<|im_middle|>")
+)
+TEXTS = {
+    "V3": Text(
+        _V3_ADDED,
+        {"bos_token": _token(_V3_BOS), "eos_token": _token(_V3_EOS), "pad_token": _token(_V3_EOS),
+         "tokenizer_class": "LlamaTokenizerFast", "chat_template": V3},
+        generation={"eos_token_id": _V3_EOS, "do_sample": True, "temperature": 0.6, "top_p": 0.95},
+    ),
+    "V2": Text(
+        _V3_ADDED[:2],
+        {"chat_template": [{"name": "default", "template": V2}, {"name": "tool_use", "template": V2_TOOLS}]},
+        bos=_V3_BOS,
+        specials_map={"bos_token": _V3_BOS, "eos_token": {"content": _V3_EOS, "lstrip": False, "normalized": True,
+                                                          "rstrip": False, "single_word": False}},
+    ),
+    "Kimi": Text(
+        _KIMI_ADDED,
+        {"bos_token": "[BOS]", "eos_token": "[EOS]", "chat_template": "{{ 'not this one' }}"},
+        jinja=KIMI,
+        generation={"eos_token_id": ["<|im_end|>", "[EOS]"], "max_length": 99},
+    ),
+    "GLM": Text(
+        (("<|endoftext|>", True), ("[gMASK]", True), ("<sop>", True), ("<|system|>", True), ("<|user|>", True),
+         ("<|assistant|>", True), ("<|observation|>", True), ("<think>", False), ("</think>", False), ("<|image|>", True)),
+        {"eos_token": "<|endoftext|>", "image_token": "<|image|>"},
+        jinja=GLM,
+        model={"eos_token_id": ["<|endoftext|>", "<|user|>", "<|observation|>"]},
+    ),
+    "strict": Text(
+        (("<unk>", True), ("<s>", True), ("</s>", True)),
+        {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": STRICT},
+        bos="<s>",
+        sentencepiece=True,
+        generation={"do_sample": False, "temperature": 0.3},
+    ),
+}  # fmt: skip
+
+
+def merges() -> list[tuple[str, str]]:
+    """Merges that make each of `WORDS` one token, by GPT-2's characters."""
+    found: dict[tuple[str, str], None] = {}
+    for word in WORDS:
+        characters = [CHARACTER[b] for b in word.encode()]
+        for i in range(1, len(characters)):
+            found["".join(characters[:i]), characters[i]] = None
+    return list(found)
+
+
+def tokenizer_of(text: Text) -> tokenizers.Tokenizer:
+    """Ids are the 256 bytes and merges, or for SentencePiece what Llama has; then the added tokens that lack an id."""
+    if text.sentencepiece:
+        letters = ["▁", *"abcdefghijklmnopqrstuvwxyzINST[]/<>SY123+?"]
+        pairs = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("l", "l"), ("he", "ll")]
+        names = [name for name, _ in text.added] + [f"<0x{b:02X}>" for b in range(256)] + letters
+        vocab = {name: i for i, name in enumerate(dict.fromkeys([*names, *map("".join, pairs)]))}
+        inner = tokenizers.Tokenizer(models.BPE(vocab, pairs, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        inner.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+    else:
+        vocab = {CHARACTER[b]: b for b in range(256)}
+        for a, b in merges():
+            vocab[a + b] = len(vocab)
+        inner = tokenizers.Tokenizer(models.BPE(vocab, merges()))
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        inner.post_processor = processors.ByteLevel(trim_offsets=True)
+    for name, special in text.added:
+        token = tokenizers.AddedToken(name, special=special, normalized=False)
+        inner.add_special_tokens([token]) if special else inner.add_tokens([token])
+    if text.bos:
+        inner.post_processor = processors.TemplateProcessing(
+            single=f"{text.bos} $A", special_tokens=[(text.bos, inner.token_to_id(text.bos))]
+        )
+    return inner
+
+
+def write_text_files(folder: Path, text: Text) -> Path:
+    """Write a folder's text files, and a config.json that names a model type."""
+    folder.mkdir(parents=True, exist_ok=True)
+    inner = tokenizer_of(text)
+    inner.save(str(folder / "tokenizer.json"))
+
+    def by_id(values: dict[str, Any] | None) -> dict[str, Any] | None:
+        named = (values or {}).get("eos_token_id")
+        if values is None or named is None:
+            return values
+        ids = inner.token_to_id(named) if isinstance(named, str) else [inner.token_to_id(name) for name in named]
+        return values | {"eos_token_id": ids}
+
+    files = {
+        "config.json": {"model_type": "deepseek_v3"} | (by_id(text.model) or {}),
+        "tokenizer_config.json": text.config,
+        "special_tokens_map.json": text.specials_map,
+        "generation_config.json": by_id(text.generation),
+    }
+    for name, values in files.items():
+        if values is not None and not (name == "config.json" and (folder / name).exists()):
+            (folder / name).write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+    if text.jinja is not None:
+        (folder / "chat_template.jinja").write_text(text.jinja, encoding="utf-8")
+    return folder
+
+
+def tiktoken_lines() -> bytes:
+    """A `tiktoken.model` of the same merges."""
+    byte_of = _byte_by_character()
+    pieces = [bytes([b]) for b in range(256)] + [bytes(byte_of[c] for c in a + b) for a, b in merges()]
+    return b"".join(base64.b64encode(piece) + f" {i}\n".encode() for i, piece in enumerate(pieces))
