@@ -23,6 +23,16 @@ def load_model(
         step: of a run's checkpoint. None means the last.
         dtype: of a released folder's parameters, float32 or bfloat16; a run's are float32.
     Raises: ValueError if the folder holds neither, or as `load_run` and `hf.load`.
+
+    Example:
+        >>> import tempfile
+        >>> from flax import nnx
+        >>> import dsv3_jax as ds
+        >>> model = ds.Transformer(ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0), rngs=nnx.Rngs(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ds.hf.save(model, folder, quiet=True)
+        ...     ds.load_model(folder).cfg.num_layers
+        1
     """
     folder = Path(folder)
     if (folder / RUN_FILE).is_file():
