@@ -18,7 +18,12 @@ from dsv3_jax.config import ConfigError
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator. Bandwidths are the sum of all its links, in one direction."""
+    """One accelerator. Bandwidths are the sum of all its links, in one direction.
+
+    Example:
+        >>> DEVICES["v5e"].memory, DEVICES["v5e"].node is None  # 16 GB; links are equally fast in all of a mesh
+        (16000000000.0, True)
+    """
 
     memory: float  # bytes
     flops: float  # FLOP/s in bfloat16, dense
@@ -72,6 +77,12 @@ def tpu_mesh(target: str, sizes: dict[str, int]) -> Mesh:
         target: `tpu:KIND:TOPOLOGY`, such as tpu:v5p:8x8x8 or tpu:v6e:16x16.
         sizes: of the mesh's axes, in order.
     Raises: ConfigError for another form of target, without libtpu, or if the topology has another number of devices.
+
+    Example:
+        >>> tpu_mesh("v5p", {"data": 8})
+        Traceback (most recent call last):
+            ...
+        dsv3_jax.config.ConfigError: target='v5p' is not of the form tpu:KIND:TOPOLOGY; use one such as tpu:v5p:8x8x8
     """
     match = re.fullmatch(r"tpu:(\w+):(\d+(?:x\d+)+)", target)
     if not match:

@@ -27,7 +27,13 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragg
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective of a program, as one device runs it."""
+    """One collective of a program, as one device runs it.
+
+    Example:
+        >>> gather = Collective("all-gather", 800, devices=(0, 1, 2, 3), axes=("data",), runs=2, known=True, source="")
+        >>> gather.wire  # 2 · 800 · 3/4
+        1200.0
+    """
 
     kind: str  # one of COLLECTIVES
     nbytes: int  # of its result
@@ -51,7 +57,13 @@ class Collective:
 
 
 class Traffic(NamedTuple):
-    """All collectives of a program."""
+    """All collectives of a program.
+
+    Example:
+        >>> gather = Collective("all-gather", 800, devices=(0, 1, 2, 3), axes=("data",), runs=2, known=True, source="")
+        >>> Traffic([gather], unknown_loops=0).by_axes()
+        {('data',): 1200.0}
+    """
 
     collectives: list[Collective]
     unknown_loops: int  # loops of unknown length that contain collectives; each counts as one iteration
@@ -102,6 +114,12 @@ def compile_with_hlo(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, 
 
     Another backend would start from that HLO. Later the CPU's compiler turns bfloat16 into float32, which doubles the
     bytes that collectives send. A program of one device is not partitioned: its HLO is the compiled program's.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> compiled, text = compile_with_hlo(jax.jit(jnp.sin).lower(jnp.zeros(4)))
+        >>> compiled(jnp.zeros(4)), "sine" in text
+        (Array([0., 0., 0., 0.], dtype=float32), True)
     """
     with tempfile.TemporaryDirectory() as folder, _without_cache():
         options: dict[str, str | bool] = {
