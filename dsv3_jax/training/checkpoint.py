@@ -194,6 +194,9 @@ def load_draft(
     """Load the model of another run's last checkpoint, to draft for a model of `run`, on the same mesh.
 
     Raises: ValueError as `load_run`, and if the other's tokenizer gives ids another meaning.
+
+    Example:
+        >>> draft = load_draft("runs/small", read_run("runs/large"))  # doctest: +SKIP
     """
     model, other, _ = load_run(folder, mesh, kernels=kernels)
     if not tokenizer.load(run.data.tokenizer).same_ids(tokenizer.load(other.data.tokenizer)):
