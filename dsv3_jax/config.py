@@ -23,7 +23,14 @@ CacheDtype = Literal["float32", "bfloat16", "int8", "float8_e4m3"]
 
 
 class ConfigError(ValueError):
-    """An invalid configuration: its message is one sentence with the offending value."""
+    """An invalid configuration: its message is one sentence with the offending value.
+
+    Example:
+        >>> DataConfig(seq_len=1)
+        Traceback (most recent call last):
+            ...
+        dsv3_jax.config.ConfigError: seq_len=1 is below 2
+    """
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -78,7 +85,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Yarn:
-    """Context extension of RoPE (YaRN, arXiv 2309.00071), named as in the released configs."""
+    """Context extension of RoPE (YaRN, arXiv 2309.00071), named as in the released configs.
+
+    Example:
+        >>> Yarn(factor=40.0).original_max_positions * 40  # the context of DeepSeek-V3
+        163840
+    """
 
     factor: float = 1.0  # context length over the original one; 1 turns YaRN off
     original_max_positions: int = 4096  # context length before the extension
@@ -102,6 +114,10 @@ class Balance:
 
     Sources: loss-free bias arXiv 2408.15664; sequence-wise loss DeepSeek-V3 report, section 2.1.2; Switch loss
     arXiv 2101.03961.
+
+    Example:
+        >>> Balance(switch_alpha=1e-3)
+        Balance(bias_rate=0.001, sequence_alpha=0.0001, switch_alpha=0.001)
     """
 
     bias_rate: float = 1e-3  # step of the loss-free router bias after each batch (gamma)
@@ -116,7 +132,12 @@ class Balance:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is sharded over a mesh of devices."""
+    """How a model is sharded over a mesh of devices.
+
+    Example:
+        >>> Layout(fsdp=True)
+        Layout(fsdp=True, expert_comm='auto', capacity_slack=1.25)
+    """
 
     fsdp: bool = False  # shard weights and optimizer state along data too; each layer is gathered when it is computed
     # how tokens reach the experts of other devices: gather sends all tokens, all_to_all sends a token once to each
@@ -131,7 +152,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a model is computed. It changes results by rounding only: a run may resume under another execution."""
+    """How a model is computed. It changes results by rounding only: a run may resume under another execution.
+
+    Example:
+        >>> Execution(compute_dtype="bfloat16", remat="full").kernels
+        'auto'
+    """
 
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of activations; parameters are always float32
     # what the backward pass keeps of a layer, most memory first: none recomputes nothing, dots keeps products and
@@ -153,7 +179,12 @@ class Execution:
 
 
 class HeadKind(NamedTuple):
-    """Facts about a kind of multi-token head, for configuration, loss and decoding; the module is in model/mtp.py."""
+    """Facts about a kind of multi-token head, for configuration, loss and decoding; the module is in model/mtp.py.
+
+    Example:
+        >>> [name for name, kind in HEAD_KINDS.items() if kind.reads_tokens]
+        ['deepseek', 'eagle']
+    """
 
     title: str  # in tables
     # It reads the tokens that it continues, so it can draft beyond its depth. Otherwise it reads the trunk's output.
@@ -174,7 +205,13 @@ HEAD_KINDS: dict[MtpKind, HeadKind] = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and rules of a model of the DeepSeek-V3 family."""
+    """Shape and rules of a model of the DeepSeek-V3 family.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> replace(preset("tiny"), attention="gqa", num_kv_heads=2).kv_heads
+        2
+    """
 
     vocab_size: int  # number of token ids (W)
     dim: int  # width of the hidden state (D)
@@ -329,7 +366,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The source of the text, and how it becomes [B, T] batches."""
+    """The source of the text, and how it becomes [B, T] batches.
+
+    Example:
+        >>> DataConfig(paths=("books",), seq_len=512).batch_size
+        16
+    """
 
     paths: tuple[str, ...] = ()  # files or folders of text; empty means the text that this Python carries
     tokenizer: str = "bytes"  # bytes, or the path of a tokenizer.json
@@ -354,7 +396,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and the report's schedule: warm-up, constant, cosine, constant (DeepSeek-V3 report, section 4.2)."""
+    """AdamW and the report's schedule: warm-up, constant, cosine, constant (DeepSeek-V3 report, section 4.2).
+
+    Example:
+        >>> OptimConfig(learning_rate=1e-3).warmup_steps
+        2000
+    """
 
     learning_rate: float = 2.2e-4  # largest learning rate, between the warm-up and the decay
     final_learning_rate: float = 2.2e-5  # learning rate after the decay
@@ -395,7 +442,13 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One training run: a model, how it is computed, its data, its optimizer, and when to evaluate, save and stop."""
+    """One training run: a model, how it is computed, its data, its optimizer, and when to evaluate, save and stop.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> RunConfig(preset("tiny"), steps=100).data.seq_len
+        256
+    """
 
     model: ModelConfig
     execution: Execution = field(default_factory=Execution)
@@ -438,7 +491,12 @@ class RunConfig:
 
 
 def to_dict(config) -> dict:
-    """Turn a configuration into plain JSON values."""
+    """Turn a configuration into plain JSON values.
+
+    Example:
+        >>> to_dict(Layout())
+        {'fsdp': False, 'expert_comm': 'auto', 'capacity_slack': 1.25}
+    """
     return dataclasses.asdict(config)
 
 
@@ -446,6 +504,10 @@ def from_dict(kind, values: dict):
     """Make a configuration from plain JSON values: the inverse of `to_dict`.
 
     Raises: ConfigError naming a key that `kind` does not have, or a value that it refuses.
+
+    Example:
+        >>> from_dict(Layout, {"fsdp": True})
+        Layout(fsdp=True, expert_comm='auto', capacity_slack=1.25)
     """
     hints = typing.get_type_hints(kind)
     known = {f.name for f in dataclasses.fields(kind)}
@@ -473,6 +535,11 @@ def run_from_dict(values: dict) -> RunConfig:
     Older folders keep the settings of `execution` inside the model. There, `dispatch` names a kernel, or drops tokens.
 
     Raises: ConfigError as `from_dict`.
+
+    Example:
+        >>> from dsv3_jax.presets import recipe
+        >>> run_from_dict(to_dict(recipe("tiny"))) == recipe("tiny")
+        True
     """
     model = values.get("model")
     if "execution" in values or not isinstance(model, dict):
@@ -493,7 +560,12 @@ def run_from_dict(values: dict) -> RunConfig:
 
 
 def first_difference(a: dict, b: dict, prefix: str = "") -> tuple[str, Any, Any] | None:
-    """Find the first key, in alphabetical order, whose values differ: (key, value in a, value in b)."""
+    """Find the first key, in alphabetical order, whose values differ: (key, value in a, value in b).
+
+    Example:
+        >>> first_difference({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}})
+        ('b.c', 2, 3)
+    """
     for key in sorted(a.keys() | b.keys()):
         x, y = a.get(key), b.get(key)
         if isinstance(x, dict) and isinstance(y, dict):

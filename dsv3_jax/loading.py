@@ -31,6 +31,16 @@ def load_model(
             run's are float32.
         kernels: as `Execution.kernels`. None means the run's own, and "auto" for a released folder.
     Raises: ValueError if the folder holds neither, or as `load_run` and `hf.load`.
+
+    Example:
+        >>> import tempfile
+        >>> from flax import nnx
+        >>> import dsv3_jax as ds
+        >>> model = ds.Transformer(ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0), rngs=nnx.Rngs(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ds.hf.save(model, folder, quiet=True)
+        ...     ds.load_model(folder).cfg.num_layers
+        1
     """
     return open_model(folder, mesh, step=step, dtype=dtype, kernels=kernels).model
 

@@ -14,6 +14,11 @@ def handled(handler: Callable[[int, Any], None], *numbers: signal.Signals) -> It
     """Call `handler(number, frame)` for these signals within the context.
 
     Only the main thread can receive signals: in another one nothing changes.
+
+    Example:
+        >>> with handled(lambda number, frame: print("asked to stop"), signal.SIGTERM):
+        ...     signal.raise_signal(signal.SIGTERM)
+        asked to stop
     """
     if threading.current_thread() is not threading.main_thread():
         yield

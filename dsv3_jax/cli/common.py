@@ -50,7 +50,13 @@ def parse(kind: type, argv: list[str], command: str, default: Any = None) -> Any
 
 
 def options_of(kind: type) -> dict[str, bool]:
-    """The options of a dataclass, nested ones too: name → whether it is a switch, which takes no value."""
+    """The options of a dataclass, nested ones too: name → whether it is a switch, which takes no value.
+
+    Example:
+        >>> from dsv3_jax.config import Layout
+        >>> options_of(Layout)["--capacity-slack"], options_of(Layout)["--fsdp"]
+        (False, True)
+    """
     return dict(_options(kind, ""))
 
 
@@ -76,6 +82,12 @@ def check_options(argv: list[str], options: dict[str, bool], command: str) -> No
     """Check that all options exist, and have a value if they need one.
 
     Raises: ValueError that names the nearest option, or what an option is called now.
+
+    Example:
+        >>> check_options(["--stpes", "9"], {"--steps": False}, "train")
+        Traceback (most recent call last):
+            ...
+        ValueError: option '--stpes' is not one of dsv3 train; did you mean '--steps'?
     """
     for word, after in itertools.pairwise([*argv, "--"]):
         if not word.startswith("--") or word == "--":
@@ -142,6 +154,10 @@ def named_preset(argv: list[str], command: str, look_up: Callable[[str], Any]) -
 
     Returns: (what `look_up` finds, the other arguments). For --help it is the preset "tiny".
     Raises: ValueError if there is no such argument or preset.
+
+    Example:
+        >>> named_preset(["tiny", "--steps", "9"], "train", str.upper)
+        ('TINY', ['--steps', '9'])
     """
     if not argv or argv[0].startswith("-"):
         if {"-h", "--help"} & set(argv):
@@ -151,7 +167,12 @@ def named_preset(argv: list[str], command: str, look_up: Callable[[str], Any]) -
 
 
 def value_of(argv: list[str], option: str) -> str | None:
-    """An option's value before parsing, because the parser's defaults depend on it."""
+    """An option's value before parsing, because the parser's defaults depend on it.
+
+    Example:
+        >>> value_of(["tiny", "--mesh", "data=2", "--steps=9"], "--steps")
+        '9'
+    """
     for word, after in itertools.pairwise([*argv, ""]):
         if word == option or word.startswith(option + "="):
             return word.removeprefix(option).removeprefix("=") or after
@@ -236,7 +257,12 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 def sentence(error: BaseException) -> str:
-    """An error's message on one line."""
+    """An error's message on one line.
+
+    Example:
+        >>> sentence(ValueError("two\\n  lines"))
+        'two lines'
+    """
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full: {error.filename or error.strerror}; what was saved before is complete"
     return " ".join(str(error).split()) or type(error).__name__

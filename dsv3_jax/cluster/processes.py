@@ -75,17 +75,32 @@ def _addresses() -> list[str]:
 
 
 def is_connection_error(error: Exception) -> bool:
-    """Say whether an error is XLA's, as in a collective with a lost process, and not this package's."""
+    """Say whether an error is XLA's, as in a collective with a lost process, and not this package's.
+
+    Example:
+        >>> is_connection_error(ValueError("UNAVAILABLE: connection reset")), is_connection_error(ValueError("steps=0"))
+        (True, False)
+    """
     return re.match(r"[A-Z_]{5,}: ", str(error)) is not None
 
 
 def is_first() -> bool:
-    """Say whether this is process 0, the only one that prints and writes."""
+    """Say whether this is process 0, the only one that prints and writes.
+
+    Example:
+        >>> is_first()  # with one process
+        True
+    """
     return jax.process_index() == 0
 
 
 def gather(message: bytes) -> list[bytes]:
-    """Exchange messages: return those of all processes in their order."""
+    """Exchange messages: return those of all processes in their order.
+
+    Example:
+        >>> gather(b"hello")  # with one process
+        [b'hello']
+    """
     if jax.process_count() == 1:
         return [message]
     lengths = _gather_arrays(np.array([len(message)], np.int32))[:, 0]
@@ -95,7 +110,12 @@ def gather(message: bytes) -> list[bytes]:
 
 
 def any_of(flag: bool) -> bool:
-    """Return True in all processes if the flag is True in one."""
+    """Return True in all processes if the flag is True in one.
+
+    Example:
+        >>> any_of(False), any_of(True)  # with one process
+        (False, True)
+    """
     return flag if jax.process_count() == 1 else bool(_gather_arrays(np.array([flag], np.int32)).any())
 
 
@@ -118,6 +138,10 @@ def by_first(work: Callable[[], None]) -> None:
     """Let process 0 do work that may fail; all processes get its outcome.
 
     Raises: ValueError in all processes if `work` raises ValueError or OSError in process 0.
+
+    Example:
+        >>> by_first(lambda: print("done once"))
+        done once
     """
     _, errors = _with_errors(lambda: work() if is_first() else None)
     if errors[0]:
@@ -130,6 +154,10 @@ def by_each(work: Callable[[], T]) -> T:
     Returns: this process's result of `work`.
     Raises: the error of `work` in a process where it raises ValueError or OSError. ConfigError in all others, with the
         number of that process and its sentence.
+
+    Example:
+        >>> by_each(lambda: 2 + 3)
+        5
     """
     result, errors = _with_errors(work)
     for i, sentence in enumerate(errors):
@@ -154,6 +182,9 @@ def agree(facts: Mapping[str, Any]) -> None:
     Args:
         facts: plain JSON that must be equal.
     Raises: ConfigError in all processes, naming those that differ from process 0 and the first difference.
+
+    Example:
+        >>> agree({"steps": 400})  # one process agrees with itself
     """
     by_process = [json.loads(text) for text in gather(json.dumps(facts).encode())]
     others = [i for i, theirs in enumerate(by_process) if theirs != by_process[0]]
@@ -189,6 +220,9 @@ def check_layout(layout: Layout) -> None:
     """Check that processes cannot deadlock under a layout.
 
     Raises: ConfigError when they can.
+
+    Example:
+        >>> check_layout(Layout(fsdp=True))  # one process cannot deadlock with another
     """
     count = jax.local_device_count()
     if layout.fsdp and jax.process_count() > 1 and count > 1 and jax.devices()[0].platform == "cpu":
@@ -199,7 +233,12 @@ def check_layout(layout: Layout) -> None:
 
 
 def rows_held(mesh: Mesh, size: int) -> np.ndarray:
-    """Return the rows of a global batch of `size` rows that this process's devices hold, in ascending order."""
+    """Return the rows of a global batch of `size` rows that this process's devices hold, in ascending order.
+
+    Example:
+        >>> rows_held(sharding.make_mesh(), 4)  # one process holds all rows
+        array([0, 1, 2, 3])
+    """
     parts = sharding.batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
     return np.unique(np.concatenate([np.arange(size)[index] for index in parts]))
 
@@ -214,6 +253,10 @@ def put(
         mesh: None means the default device.
         size: rows of the global batch.
         rows: which of them `batch` has, as `rows_held`. None means all.
+
+    Example:
+        >>> put({"tokens": np.array([[3, 1]], np.int32)}, mesh=None, size=1)["tokens"]
+        Array([[3, 1]], dtype=int32)
     """
     if mesh is None:
         return {name: jax.device_put(array) for name, array in batch.items()}
@@ -231,7 +274,12 @@ def put(
 
 
 def fetch(tree, mesh: Mesh | None):
-    """Return a tree's arrays as complete NumPy arrays in every process, however they are sharded."""
+    """Return a tree's arrays as complete NumPy arrays in every process, however they are sharded.
+
+    Example:
+        >>> fetch({"loss": jax.numpy.zeros(2)}, mesh=None)
+        {'loss': array([0., 0.], dtype=float32)}
+    """
     if jax.process_count() == 1 or mesh is None:
         return jax.device_get(tree)
     return jax.device_get(_replicate(mesh)(tree))

@@ -89,7 +89,12 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """A joined worker's message to its supervisor: its process, and the address of process 0's supervisor."""
+    """A joined worker's message to its supervisor: its process, and the address of process 0's supervisor.
+
+    Example:
+        >>> Rendezvous(process_id=0, processes=2, hosts=["host0"], port=1234, token="secret").to_json()
+        '{"process_id": 0, "processes": 2, "hosts": ["host0"], "port": 1234, "token": "secret"}'
+    """
 
     process_id: int
     processes: int
@@ -330,7 +335,12 @@ def _quiet_xla() -> dict[str, str]:
 
 
 def lost_sentence(process: int) -> str:
-    """Return the error for a lost process."""
+    """Return the error for a lost process.
+
+    Example:
+        >>> lost_sentence(1)
+        'process 1 of the run is lost; run the same command again to resume from the last checkpoint'
+    """
     return f"process {process} of the run is lost; run the same command again to resume from the last checkpoint"
 
 

@@ -56,6 +56,12 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Check that a model of `vocab_size` has every id of the tokenizer.
 
     Raises: ValueError when it does not.
+
+    Example:
+        >>> check_vocab(load_tokenizer("bytes"), vocab_size=256)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: vocab_size=256 is below the tokenizer's 260 ids; ...
     """
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
@@ -92,6 +98,17 @@ class TrainBatches(Iterator[Batch]):
     processes then share one state, which is also valid for another number of processes. Grain gives the order: a new
     shuffle each epoch with random access, and a random generator for each piece.
     Grain's ConcatThenSplit is not used: its state does not survive JSON, because it identifies slices by tuples.
+
+    Example:
+        >>> corpus = Corpus((Document("abcdef", "text"),), (), ("text",), "")
+        >>> batches = train_batches(corpus, load_tokenizer("bytes"), DataConfig(seq_len=4, batch_size=1))
+        >>> _, position = next(batches), batches.get_state()
+        >>> position["piece"], position["offset"]  # of "abcdef" and its eos 4 tokens are read
+        (0, 4)
+        >>> second = next(batches)["tokens"].tolist()
+        >>> batches.set_state(position)
+        >>> next(batches)["tokens"].tolist() == second
+        True
     """
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, cfg: DataConfig, rows: np.ndarray):
@@ -206,6 +223,15 @@ def held_out_prompts(cfg: DataConfig, batch: int, context: int) -> list[list[int
     A document that is too short continues with the next one.
 
     Raises: ValueError if the held-out text has fewer tokens than one prompt.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for i in range(4):
+        ...         _ = pathlib.Path(folder, f"{i}.txt").write_text(f"document {i}")
+        ...     [prompt] = held_out_prompts(DataConfig(paths=(folder,)), batch=1, context=8)
+        >>> load_tokenizer("bytes").decode(prompt)
+        'document'
     """
     documents, tokenizer = load_corpus(cfg).val, load_tokenizer(cfg.tokenizer)
     prompts = []

@@ -22,7 +22,12 @@ _MIN_INSTALLED_FILES = 100  # of a domain; below it other packages' files are ad
 
 
 class Document(NamedTuple):
-    """A text and the name of its domain."""
+    """A text and the name of its domain.
+
+    Example:
+        >>> Document("x = 1", domain="code").domain
+        'code'
+    """
 
     text: str
     domain: str
@@ -35,6 +40,12 @@ class Corpus:
     Attributes:
         domains: names in order of first appearance.
         fingerprint: a hash of the training texts in their order.
+
+    Example:
+        >>> train, val = (Document("ab", "text"), Document("x = 1", "code")), (Document("é", "text"),)
+        >>> corpus = Corpus(train, val, domains=("text", "code"), fingerprint="")
+        >>> corpus.sizes()
+        {'text': (2, 2), 'code': (5, 0)}
     """
 
     train: tuple[Document, ...]

@@ -184,7 +184,12 @@ class StreamDecoder:
 
 
 class ByteTokenizer(Tokenizer):
-    """Ids 0 … 255 are bytes of UTF-8, followed by `SPECIALS`: 256 ends a document, 257 … 259 are fill-in-the-middle."""
+    """Ids 0 … 255 are bytes of UTF-8, followed by `SPECIALS`: 256 ends a document, 257 … 259 are fill-in-the-middle.
+
+    Example:
+        >>> ByteTokenizer().vocab_size, ByteTokenizer().eos_id
+        (260, 256)
+    """
 
     def __init__(self):
         specials = dict(zip(SPECIALS, range(256, 256 + len(SPECIALS)), strict=True))
@@ -205,6 +210,14 @@ class FileTokenizer(Tokenizer):
 
     Args: path: the file, or a folder that contains it.
     Raises: ValueError when the file is absent, is no tokenizer, or has no special that ends a document.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = train_bpe(["to be or not to be"] * 2, 262, f"{folder}/tokenizer.json")
+        ...     tokenizer = FileTokenizer(folder)
+        >>> tokenizer.decode(tokenizer.encode("not to be"))
+        'not to be'
     """
 
     def __init__(self, path: str):

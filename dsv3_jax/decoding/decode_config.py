@@ -17,6 +17,14 @@ class DecodeConfig:
     """How to decode: made once, checked at creation, passed whole.
 
     Raises: ValueError, one sentence with the offending value.
+
+    Example:
+        >>> DecodeConfig(max_new_tokens=8, draft="mtp", draft_length=2).num_drafts
+        2
+        >>> DecodeConfig(max_new_tokens=0)
+        Traceback (most recent call last):
+            ...
+        ValueError: max_new_tokens=0 is below 1
     """
 
     max_new_tokens: int  # a prompt

@@ -195,7 +195,14 @@ Drafter = ModelDrafter | ChainDrafter | ParallelDrafter
 
 
 def make_drafter(model: Transformer, draft: Transformer | None, weights: DecodeWeights | None) -> Drafter:
-    """The independent model if there is one, else the model's own heads; `weights`: of the model that drafts."""
+    """The independent model if there is one, else the model's own heads; `weights`: of the model that drafts.
+
+    Example:
+        >>> from dsv3_jax.model.transformer import abstract
+        >>> from dsv3_jax.presets import preset
+        >>> type(make_drafter(abstract(preset("tiny")), None, None)).__name__
+        'ChainDrafter'
+    """
     if draft is not None:
         return ModelDrafter(draft, weights)
     return (ChainDrafter if model.cfg.head_kind.reads_tokens else ParallelDrafter)(model, weights)
@@ -213,6 +220,12 @@ def process_by_rows(logits: Float[Array, "B *F W"], sampling: Sampling) -> tuple
 
     Otherwise the compiler would gather all rows for a `top_k`.
     Returns: (logits, sharded by rows; the sampling that is left to do).
+
+    Example:
+        >>> logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
+        >>> kept, left = process_by_rows(logits, Sampling(temperature=2.0, top_k=1))
+        >>> jnp.isfinite(kept), left.temperature
+        (Array([[ True, False, False]], dtype=bool), 1.0)
     """
     middle = (None,) * (logits.ndim - 2)
     # Sharded as the unembedding at first: otherwise the compiler gathers its matrix, not the logits.

@@ -28,7 +28,13 @@ from dsv3_jax.ops.verify_drafts import accept
 
 @dataclass
 class Generated:
-    """What `generate` returns."""
+    """What `generate` returns.
+
+    Example:
+        >>> result = Generated([[1, 2, 3]], acceptance=[0.5, 0.25], decode_seconds=0.5)
+        >>> result.mean_accepted, result.tokens_per_s
+        (1.75, 4.0)
+    """
 
     tokens: list[list[int]]  # new tokens only; a stop token is the last of its row
     acceptance: list[float] = field(default_factory=list)  # share of steps that accepted the draft at each position
@@ -131,7 +137,16 @@ def generate(
 
 
 def stream(model: Transformer, prompt: Sequence[int], config: DecodeConfig) -> Iterator[int]:
-    """Yield the tokens of `generate_in_parts` for one prompt as they come."""
+    """Yield the tokens of `generate_in_parts` for one prompt as they come.
+
+    Example:
+        >>> import dsv3_jax as ds
+        >>> from dsv3_jax.model.transformer import abstract
+        >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
+        >>> model = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract(cfg))  # all weights are 0
+        >>> list(stream(model, [1, 2, 3], DecodeConfig(max_new_tokens=4)))
+        [0, 0, 0, 0]
+    """
     seen = 0
     for result in generate_in_parts(model, [prompt], config):
         yield from result.tokens[0][seen:]
@@ -144,6 +159,14 @@ def generate_in_parts(
     """Yield the result of `generate` as it grows: after the first token, then every `part` tokens (None: at the end).
 
     Raises: ValueError as `generate`.
+
+    Example:
+        >>> import dsv3_jax as ds
+        >>> from dsv3_jax.model.transformer import abstract
+        >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
+        >>> model = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract(cfg))  # all weights are 0
+        >>> [result.tokens for result in generate_in_parts(model, [[1, 2, 3]], DecodeConfig(max_new_tokens=4), part=2)]
+        [[[0]], [[0, 0, 0]], [[0, 0, 0, 0]]]
     """
     if not isinstance(model, Transformer):
         raise ValueError(f"model={model!r} is not a Transformer")

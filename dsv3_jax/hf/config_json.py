@@ -129,6 +129,12 @@ def check_quantization(values: dict[str, Any]) -> None:
     """Check that weights are not quantized, are FP8 e4m3 in 128 × 128 blocks, or integers of 4 bits in groups.
 
     Raises: ConfigError for another quantization.
+
+    Example:
+        >>> check_quantization({"quantization_config": {"quant_method": "gptq"}})  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        dsv3_jax.config.ConfigError: quantization_config with quant_method='gptq', ...
     """
     config = values.get("quantization_config")
     if config is None:
@@ -221,6 +227,12 @@ def config_to_dict(cfg: ModelConfig, *, fp8: bool = False, dtype: str = "bfloat1
         fp8: say that linear weights are FP8.
         dtype: name of the other weights' dtype.
     Raises: ConfigError naming a value that the released format cannot express.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> config = config_to_dict(preset("v2_lite"))
+        >>> config["model_type"], config["kv_lora_rank"], config["num_hidden_layers"]
+        ('deepseek_v2', 512, 27)
     """
     check_released(cfg)
     family = "deepseek_v3" if cfg.router == "sigmoid" else "deepseek_v2"

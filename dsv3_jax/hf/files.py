@@ -51,6 +51,13 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises: ValueError when the file is absent, is not JSON, or has a key twice.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_json(Path(folder, CONFIG), {"hidden_size": 7168})
+        ...     read_json(Path(folder, CONFIG))
+        {'hidden_size': 7168}
     """
     if not path.is_file():
         raise ValueError(f"{path.parent} has no {path.name}")
@@ -74,6 +81,14 @@ def file_inside(folder: Path, name: object) -> Path:
     A hub snapshot holds links to `blobs/` of its own repository; they are followed.
 
     Raises: ValueError when the name contains a path, or is a link that leads elsewhere out of the folder.
+
+    Example:
+        >>> file_inside(Path("v3"), "config.json").as_posix()
+        'v3/config.json'
+        >>> file_inside(Path("v3"), "../secret")
+        Traceback (most recent call last):
+            ...
+        ValueError: v3 names a file '../secret', which is not a plain file name in that folder
     """
     if not isinstance(name, str) or not name or name in (".", "..") or Path(name).name != name or "\\" in name:
         raise ValueError(f"{folder} names a file {name!r}, which is not a plain file name in that folder")
@@ -91,6 +106,15 @@ def open_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, StoredTen
     Returns: (config.json, name → stored tensor).
     Raises: ValueError naming the file, and the tensor if any. A file is absent, truncated, or a link out of the folder;
         or a header does not describe its file.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_json(Path(folder, CONFIG), {"hidden_size": 2})
+        ...     write_shards(Path(folder), {"norm": ((2,), "float32")}, 1000, lambda name: np.ones(2, np.float32))
+        ...     config, stored = open_folder(folder)
+        >>> config, stored["norm"].shape
+        ({'hidden_size': 2}, (2,))
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -127,6 +151,14 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """Read the header of a safetensors file: name → stored tensor.
 
     Raises: ValueError when the file is absent or truncated, or its header does not describe it exactly.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_shards(Path(folder), {"norm": ((2,), "float32")}, 1000, lambda name: np.ones(2, np.float32))
+        ...     stored = read_header(Path(folder, "model-00001-of-00001.safetensors"))["norm"]
+        >>> stored.dtype, stored.shape, stored.nbytes
+        (dtype('float32'), (2,), 8)
     """
     if not path.is_file():
         raise ValueError(f"{path.parent} has no {path.name}")
@@ -172,7 +204,16 @@ def _stored_tensor(path: Path, name: str, fields: Any, data_start: int, size: in
 
 
 class TensorReader:
-    """Reads tensors of checked files by memory map. One file is open at a time."""
+    """Reads tensors of checked files by memory map. One file is open at a time.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_shards(Path(folder), {"norm": ((2,), "float32")}, 1000, lambda name: np.ones(2, np.float32))
+        ...     stored = read_header(Path(folder, "model-00001-of-00001.safetensors"))["norm"]
+        ...     TensorReader()(stored).tolist()
+        [1.0, 1.0]
+    """
 
     def __init__(self) -> None:
         self._path: Path | None = None
@@ -196,6 +237,14 @@ def new_folder(path: str | Path, nbytes: int) -> Iterator[Path]:
 
     Raises: ValueError when `path` exists and is not an empty folder, its parent is absent, or the disk has no room for
         `nbytes`.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     with new_folder(Path(root, "v3"), nbytes=0) as folder:
+        ...         write_json(folder / CONFIG, {"hidden_size": 7168})
+        ...     Path(root, "v3", CONFIG).exists()
+        True
     """
     check_new(Path(path), nbytes)
     with atomic_folder(path) as part:
@@ -203,7 +252,14 @@ def new_folder(path: str | Path, nbytes: int) -> Iterator[Path]:
 
 
 def check_new(path: Path, nbytes: int) -> None:
-    """Check that a folder of `nbytes` can be created. Raises: ValueError as `new_folder` does."""
+    """Check that a folder of `nbytes` can be created. Raises: ValueError as `new_folder` does.
+
+    Example:
+        >>> check_new(Path("no/such/v3"), nbytes=0)
+        Traceback (most recent call last):
+            ...
+        ValueError: no/such is not a folder, so v3 cannot be created in it; create it first
+    """
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise ValueError(f"{path} exists and is not an empty folder; choose another path")
     if not path.parent.is_dir():
@@ -233,6 +289,14 @@ def write_shards(folder: Path, table: Table, shard_bytes: int, read: Callable[[s
         table: name → (shape, dtype name).
         shard_bytes: a shard holds at most so many bytes of tensors, or one tensor.
         read: returns the tensor of a name in the table's shape and dtype; called once for each, in the table's order.
+
+    Example:
+        >>> import tempfile
+        >>> table = {"a": ((2,), "float32"), "b": ((2,), "float32")}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_shards(Path(folder), table, shard_bytes=8, read=lambda name: np.ones(2, np.float32))
+        ...     [file.name for file in sorted(Path(folder).glob("*.safetensors"))]
+        ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
     """
     shards: list[Table] = [{}]
     shard_size = 0
@@ -273,5 +337,15 @@ def _write_file(path: Path, shard: Table, read: Callable[[str], np.ndarray]) -> 
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write an object as indented JSON."""
+    """Write an object as indented JSON.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_json(Path(folder, CONFIG), {"hidden_size": 7168})
+        ...     print(Path(folder, CONFIG).read_text(), end="")
+        {
+          "hidden_size": 7168
+        }
+    """
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -41,6 +41,11 @@ def quantize(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Args: values: float32 [out, in], finite.
     Returns: numbers and scales as `dequantize` takes them.
+
+    Example:
+        >>> numbers, scales = quantize(np.array([[896.0, -2.0]], np.float32))  # 896 is twice e4m3's largest number
+        >>> numbers.astype(np.float32).tolist(), scales.tolist()
+        ([[448.0, -1.0]], [[2.0]])
     """
     rows, columns = values.shape
     numbers = np.empty(values.shape, E4M3)

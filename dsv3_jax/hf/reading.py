@@ -50,6 +50,17 @@ class ReleasedFolder:
     Attributes:
         notes: sentences on what is not read or bounded, for the user.
     Raises: ValueError (ConfigError) as `load`, except for the values of weights.
+
+    Example:
+        >>> import tempfile
+        >>> import dsv3_jax as ds
+        >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
+        >>> model = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), abstract(cfg))  # all weights are 1
+        >>> with tempfile.TemporaryDirectory() as path:
+        ...     ds.hf.save(model, path, fp8=True, quiet=True)
+        ...     folder = ReleasedFolder(path)
+        >>> folder.cfg.dim, folder.is_fp8, folder.stored["model.norm.weight"].shape
+        (128, True, (128,))
     """
 
     def __init__(
@@ -205,7 +216,12 @@ def _describe(stored: StoredTensor, name: str) -> str:
 
 
 def is_finite(value: np.ndarray) -> bool:
-    """Say whether no number is NaN or Inf."""
+    """Say whether no number is NaN or Inf.
+
+    Example:
+        >>> is_finite(np.array([1.0, 2.0])), is_finite(np.array([1.0, np.nan]))
+        (True, False)
+    """
     if value.dtype == BF16:  # bits of the exponent: much faster than the dtype's own functions
         bits = value.view(np.uint16)
         return not bool(((bits & np.uint16(0x7F80)) == 0x7F80).any())

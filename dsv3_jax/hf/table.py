@@ -29,7 +29,12 @@ class ParamSlice(NamedTuple):
 
 @dataclass(frozen=True)
 class SameLayout:
-    """The same numbers in the same order; base of the other layouts."""
+    """The same numbers in the same order; base of the other layouts.
+
+    Example:
+        >>> SameLayout().split(np.array([[1, 2]]))[0].tolist()
+        [[1, 2]]
+    """
 
     def split(self, released: np.ndarray) -> list[np.ndarray]:
         """Convert a released tensor to ours, one array for each slice; views where possible."""
@@ -42,7 +47,12 @@ class SameLayout:
 
 @dataclass(frozen=True)
 class Transposed(SameLayout):
-    """[out, in] ↔ [in, out]."""
+    """[out, in] ↔ [in, out].
+
+    Example:
+        >>> Transposed().split(np.array([[1, 2]]))[0].tolist()
+        [[1], [2]]
+    """
 
     def split(self, released: np.ndarray) -> list[np.ndarray]:
         return [released.T]
@@ -53,7 +63,12 @@ class Transposed(SameLayout):
 
 @dataclass(frozen=True)
 class OutputHeads(SameLayout):
-    """[H·a, in] ↔ [in, H, a], for a = `head_dim`."""
+    """[H·a, in] ↔ [in, H, a], for a = `head_dim`.
+
+    Example:
+        >>> OutputHeads(head_dim=2).split(np.array([[1], [2], [3], [4]]))[0].tolist()  # two heads of one input
+        [[[1, 2], [3, 4]]]
+    """
 
     head_dim: int
 
@@ -67,7 +82,12 @@ class OutputHeads(SameLayout):
 
 @dataclass(frozen=True)
 class FusedHeads(SameLayout):
-    """[H·(a + b + …), in] ↔ [H, a, in], [H, b, in], …, for (a, b, …) = `head_dims`; rows keep their order."""
+    """[H·(a + b + …), in] ↔ [H, a, in], [H, b, in], …, for (a, b, …) = `head_dims`; rows keep their order.
+
+    Example:
+        >>> [part.tolist() for part in FusedHeads((1, 1)).split(np.array([[1], [2], [3], [4]]))]  # two heads of [k, v]
+        [[[[1]], [[3]]], [[[2]], [[4]]]]
+    """
 
     head_dims: Shape
 
@@ -82,7 +102,12 @@ class FusedHeads(SameLayout):
 
 @dataclass(frozen=True)
 class InputHeads(SameLayout):
-    """[out, H·a] ↔ [H, a, out], for a = `head_dim`."""
+    """[out, H·a] ↔ [H, a, out], for a = `head_dim`.
+
+    Example:
+        >>> InputHeads(head_dim=2).split(np.array([[1, 2, 3, 4]]))[0].tolist()  # two heads to one output
+        [[[1], [2]], [[3], [4]]]
+    """
 
     head_dim: int
 
@@ -98,7 +123,14 @@ SAME_LAYOUT, TRANSPOSED = SameLayout(), Transposed()
 
 @dataclass(frozen=True)
 class Entry:
-    """One released tensor."""
+    """One released tensor.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> entry = next(entry for entry in entries(preset("v3")) if entry.quantized)
+        >>> entry.name, entry.shape, entry.scale_shape
+        ('model.layers.0.self_attn.q_a_proj.weight', (1536, 7168), (12, 56))
+    """
 
     name: str
     shape: Shape
@@ -116,7 +148,13 @@ class Entry:
 
 
 def entries(cfg: ModelConfig) -> Iterator[Entry]:
-    """List every released tensor of a model in layer order. With tied embeddings the head is a copy."""
+    """List every released tensor of a model in layer order. With tied embeddings the head is a copy.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> [entry.name for entry in entries(preset("tiny"))][:2]
+        ['model.embed_tokens.weight', 'model.layers.0.input_layernorm.weight']
+    """
     embed = Entry("model.embed_tokens.weight", (cfg.vocab_size, cfg.dim), (ParamSlice(("embed",), ()),), SAME_LAYOUT)
     yield embed
     for layer in range(cfg.num_layers):
@@ -212,7 +250,13 @@ def _norm(name: str, dim: int, path: Path, index: Shape) -> Entry:
 
 
 def dtype_of(entry: Entry, dtype: str, fp8: bool) -> str:
-    """Name the dtype of a tensor in a checkpoint of `dtype`."""
+    """Name the dtype of a tensor in a checkpoint of `dtype`.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> [dtype_of(entry, "bfloat16", fp8=True) for entry in entries(preset("v3"))][1:3]  # a norm, and a projection
+        ['bfloat16', 'float8_e4m3fn']
+    """
     if entry.always_float32:
         return "float32"
     return "float8_e4m3fn" if fp8 and entry.quantized else dtype
@@ -253,6 +297,13 @@ def check_released(cfg: ModelConfig) -> None:
     """Check that the released format has the model's router and multi-token heads.
 
     Raises: ConfigError when it does not.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> check_released(replace(preset("tiny"), router="topk"))
+        Traceback (most recent call last):
+            ...
+        dsv3_jax.config.ConfigError: router='topk' has no released format; use 'sigmoid' or 'softmax'
     """
     if cfg.router not in ("sigmoid", "softmax"):
         raise ConfigError(f"router={cfg.router!r} has no released format; use 'sigmoid' or 'softmax'")

@@ -30,6 +30,12 @@ class CastTensors:
         read: reads a tensor in any float dtype.
         table: name → (shape, dtype name), as `tensor_table`.
         allow_nonfinite: accept NaN and Inf, except in FP8.
+
+    Example:
+        >>> table = {"norm": ((2,), "bfloat16")}
+        >>> tensors = CastTensors(lambda name: np.ones(2, np.float32), table, allow_nonfinite=False)
+        >>> tensors("norm").dtype.name
+        'bfloat16'
     """
 
     def __init__(self, read: ReadTensor, table: files.Table, allow_nonfinite: bool):
@@ -63,6 +69,16 @@ def model_tensors(model: Transformer) -> ReadTensor:
     """Return a function that reads a model's parameters by released name.
 
     Raises: ValueError for a parameter that is sharded over hosts.
+
+    Example:
+        >>> import jax
+        >>> import dsv3_jax as ds
+        >>> from dsv3_jax.model.transformer import abstract
+        >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
+        >>> model = jax.tree.map(lambda x: jax.numpy.ones(x.shape, x.dtype), abstract(cfg))  # all weights are 1
+        >>> read = model_tensors(model)
+        >>> read("model.layers.0.self_attn.q_a_proj.weight").shape
+        (64, 128)
     """
     entry_of = {e.name: e for e in entries(model.cfg)}
     arrays = {path: v.get_value() for path, v in nnx.to_flat_state(nnx.state(model))}
@@ -146,7 +162,18 @@ def save(
 def prepare(
     model: Transformer, fp8: bool, dtype: Any, allow_nonfinite: bool
 ) -> tuple[dict[str, Any], files.Table, CastTensors]:
-    """Return config.json, table and tensors of a model for `write_released`. Arguments and errors as `save`."""
+    """Return config.json, table and tensors of a model for `write_released`. Arguments and errors as `save`.
+
+    Example:
+        >>> import jax
+        >>> import dsv3_jax as ds
+        >>> from dsv3_jax.model.transformer import abstract
+        >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
+        >>> model = jax.tree.map(lambda x: jax.numpy.ones(x.shape, x.dtype), abstract(cfg))  # all weights are 1
+        >>> config, table, tensors = prepare(model, fp8=False, dtype=None, allow_nonfinite=False)
+        >>> config["hidden_size"], table["model.norm.weight"], tensors("model.norm.weight").shape
+        (128, ((128,), 'float32'), (128,))
+    """
     name = np.dtype(dtype or ("bfloat16" if fp8 else model.embed[...].dtype)).name
     table = tensor_table(model.cfg, fp8, dtype=name)
     tensors = CastTensors(model_tensors(model), table, allow_nonfinite)

@@ -251,6 +251,10 @@ class Target:
     """What a program is compiled for.
 
     Raises: ConfigError for a platform or a kernel that there is not.
+
+    Example:
+        >>> Target("cpu", "auto,product=xla").forced("product").name
+        'xla'
     """
 
     platform: str  # of the devices that the program is compiled for: one of PLATFORMS
@@ -306,6 +310,10 @@ class Kernels:
     """The ops of a target: each method is an op of `ops/`, run by the first row of TABLE that serves its arguments.
 
     Hashable, so modules hold it as a static value. Made by `prepare`.
+
+    Example:
+        >>> Kernels(Target("cpu", "xla")).chosen()["product"]
+        'xla'
     """
 
     target: Target
@@ -500,7 +508,12 @@ class Kernels:
 
 
 def platform_of(mesh: Mesh | None = None) -> str:
-    """The platform of a mesh's devices; None means JAX's default device."""
+    """The platform of a mesh's devices; None means JAX's default device.
+
+    Example:
+        >>> platform_of() in PLATFORMS
+        True
+    """
     return _platform_name(_device_of(mesh))
 
 
@@ -551,6 +564,10 @@ def prepare(
         platform, chip: what is compiled for, see `Target`. None means that of `mesh`, see `platform_of`.
     Raises: ConfigError for kernels that the target does not have, that do not serve the dtype or the mesh, or that
         cannot be compiled here.
+
+    Example:
+        >>> prepare(Execution(kernels="xla")).chosen()["product"]
+        'xla'
     """
     execution = execution or Execution()
     if platform is None:

@@ -63,7 +63,14 @@ def _sharded(tokens: int, experts: Experts, layout: Layout) -> Sharded:
 def pick_expert_comm(
     cfg: ModelConfig, layout: Layout, tokens: int, peers: int
 ) -> Literal["gather", "all_to_all", "ragged"]:
-    """What `Layout.expert_comm` means for so many tokens a device."""
+    """What `Layout.expert_comm` means for so many tokens a device.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> cfg = preset("v3")  # a token's 8 experts are on at most 4 of 8 devices
+        >>> [pick_expert_comm(cfg, Layout(), tokens=1000, peers=peers) for peers in (2, 8)]
+        ['gather', 'all_to_all']
+    """
     if layout.expert_comm != "auto":
         return layout.expert_comm
     return "all_to_all" if send_capacity(cfg, layout, tokens, peers) < tokens else "gather"

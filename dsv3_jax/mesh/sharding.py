@@ -67,6 +67,10 @@ def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
     """Make a mesh of data × expert × tensor devices of all processes.
 
     Raises: ConfigError if there are fewer devices.
+
+    Example:
+        >>> make_mesh(data=1).axis_names
+        ('data', 'expert', 'tensor')
     """
     count = data * expert * tensor
     if count > jax.device_count():
@@ -83,7 +87,12 @@ def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
 
 
 def format_mesh(mesh: Mesh | AbstractMesh) -> str:
-    """Write `data=2,expert=4,tensor=1`, as `parse_mesh` reads it."""
+    """Write `data=2,expert=4,tensor=1`, as `parse_mesh` reads it.
+
+    Example:
+        >>> format_mesh(AbstractMesh((2, 4, 1), AXES))
+        'data=2,expert=4,tensor=1'
+    """
     return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
 
 
@@ -91,6 +100,10 @@ def check(mesh: Mesh, run: RunConfig) -> None:
     """Check that a run fits the mesh.
 
     Raises: ConfigError if its batch cannot be sharded evenly, or its model does not fit.
+
+    Example:
+        >>> from dsv3_jax.presets import recipe
+        >>> check(make_mesh(), recipe("tiny"))  # one device fits every batch and model
     """
     rows = run.data.batch_size // run.optim.microbatches
     if rows % math.prod(mesh.shape[axis] for axis in ROWS):
@@ -102,6 +115,10 @@ def check_model(mesh: Mesh, cfg: ModelConfig, layout: Layout) -> None:
     """Check that a model fits the mesh.
 
     Raises: ConfigError if its experts or heads cannot be sharded evenly, or its devices lack what the layout needs.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> check_model(make_mesh(), preset("tiny"), Layout())  # one device fits every model
     """
     if cfg.num_experts % mesh.shape["expert"]:
         raise ConfigError(f"num_experts={cfg.num_experts} is not divisible by mesh {format_mesh(mesh)}")
@@ -116,6 +133,10 @@ def mesh_of(state: Any) -> Mesh | None:
     """The mesh of the arrays in any structure; None for a single device.
 
     Raises: ValueError for a mesh that `make_mesh` does not make.
+
+    Example:
+        >>> mesh_of({"w": jnp.ones(2)}) is None
+        True
     """
     for x in jax.tree.leaves(state):
         mesh = getattr(x.sharding, "mesh", None)
@@ -127,25 +148,48 @@ def mesh_of(state: Any) -> Mesh | None:
 
 
 def use_mesh(mesh: Mesh | None) -> AbstractContextManager:
-    """A context in which `jax.jit` compiles for the mesh; None means a single device."""
+    """A context in which `jax.jit` compiles for the mesh; None means a single device.
+
+    Example:
+        >>> with use_mesh(make_mesh()):
+        ...     jax.sharding.get_abstract_mesh().axis_names
+        ('data', 'expert', 'tensor')
+    """
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def on_mesh() -> bool:
-    """Whether a mesh of more than one device is in use."""
+    """Whether a mesh of more than one device is in use.
+
+    Example:
+        >>> on_mesh()
+        False
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
 
 
 def spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, *, fsdp: bool = False) -> P:
-    """How an array is sharded. `names` are those of its last axes; axes before them, as a stack's layers, are not."""
+    """How an array is sharded. `names` are those of its last axes; axes before them, as a stack's layers, are not.
+
+    Example:
+        >>> mesh = AbstractMesh((2, 4, 1), AXES)
+        >>> spec(("expert", "dim", "hidden"), (58, 256, 7168, 2048), mesh, fsdp=True)
+        P(None, 'expert', 'data', None)
+    """
     leading: list[tuple[str, ...] | None] = [None] * (len(shape) - len(names))
     sizes = shape[len(leading) :]
     return P(*leading, *(_mesh_axes(name, size, mesh, fsdp) or None for name, size in zip(names, sizes, strict=True)))
 
 
 def row_axes(rows: int) -> tuple[str, ...]:
-    """The axes of the mesh in use that shard so many rows of a batch."""
+    """The axes of the mesh in use that shard so many rows of a batch.
+
+    Example:
+        >>> with jax.sharding.use_abstract_mesh(AbstractMesh((2, 4, 1), AXES)):
+        ...     row_axes(16), row_axes(6), row_axes(5)  # 6 rows are not divisible by 2 · 4, and 5 not by 2
+        (('data', 'expert'), ('data',), ())
+    """
     return _mesh_axes("batch", rows, jax.sharding.get_abstract_mesh())
 
 
@@ -162,6 +206,11 @@ def state_sharding(state, mesh: Mesh | AbstractMesh | None, *, fsdp: bool = Fals
     """The sharding of each array of a state, or of its shapes, in the same structure.
 
     Without a mesh all arrays are on the first device.
+
+    Example:
+        >>> w = nnx.Param(jnp.ones((4, 2)), axes=("heads", None))
+        >>> state_sharding(w, AbstractMesh((1, 1, 2), AXES)).get_value().spec
+        P('tensor', None)
     """
 
     def place(v):
@@ -176,7 +225,12 @@ def state_sharding(state, mesh: Mesh | AbstractMesh | None, *, fsdp: bool = Fals
 
 
 def names_of(v: Any) -> tuple[str | None, ...]:
-    """Names of a variable's last axes; empty if it has none, or is a plain array."""
+    """Names of a variable's last axes; empty if it has none, or is a plain array.
+
+    Example:
+        >>> names_of(nnx.Param(jnp.ones((4, 2)), axes=("heads", None)))
+        ('heads', None)
+    """
     return v.get_metadata().get("axes", ()) if _is_variable(v) else ()
 
 
@@ -185,12 +239,23 @@ def _is_variable(v: Any) -> bool:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch: its rows over "data" and "expert"."""
+    """The sharding of a batch: its rows over "data" and "expert".
+
+    Example:
+        >>> batch_sharding(make_mesh()).spec
+        P(('data', 'expert'),)
+    """
     return NamedSharding(mesh, P(ROWS))
 
 
 def constrain(x: Array, *names: str | None) -> Array:
-    """Constrain an activation to the shards that its axes' names say; no change without a mesh. Under `jax.jit`."""
+    """Constrain an activation to the shards that its axes' names say; no change without a mesh. Under `jax.jit`.
+
+    Example:
+        >>> x = jnp.ones((4, 3))
+        >>> constrain(x, "batch", None) is x  # without a mesh
+        True
+    """
     if not on_mesh():
         return x
     return jax.lax.with_sharding_constraint(x, spec(names, x.shape, jax.sharding.get_abstract_mesh()))
@@ -250,6 +315,12 @@ def shard_map_over_batch(f: Callable, replicated: Sequence, *batched) -> Any:
 
     Only the axes of ROWS are manual; along "tensor" the compiler goes on sharding as it does elsewhere.
     f returns (sums, rows): arrays that are summed over devices, and arrays that are sharded as the batched ones.
+
+    Example:
+        >>> def scaled(w, x):
+        ...     return x.sum(), w * x
+        >>> shard_map_over_batch(scaled, (jnp.float32(2),), jnp.array([1.0, 3.0]))  # the same on a mesh
+        (Array(4., dtype=float32), Array([2., 6.], dtype=float32))
     """
     axes = row_axes(jax.tree.leaves(batched)[0].shape[0]) if on_mesh() else ()
     if not axes:
@@ -284,6 +355,11 @@ def shard_map_by_names(
         has_kernel: f may call a Pallas kernel of a library. JAX cannot check along which axes its results differ, so
             the check is left out. f must then have no collectives, and along an axis that does not shard a result
             no argument may be sharded.
+
+    Example:
+        >>> rows = ("batch",)  # both arguments are sharded by rows, and the result as argument 0 is
+        >>> shard_map_by_names(lambda x, y: (x + y,), (rows, rows), (0,), jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]))
+        (Array([4., 6.], dtype=float32),)
     """
     if not on_mesh():
         return f(*args)

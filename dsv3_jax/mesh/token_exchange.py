@@ -34,6 +34,12 @@ def mean_reach(cfg: ModelConfig, peers: int) -> float:
 
     A token chooses g of G groups, and K of the experts in these. A device holds E/P experts, or E/G of each of several
     groups. If devices and groups do not divide one another, groups are ignored.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> cfg = preset("v3")  # a token's 8 experts are in 4 of 8 groups
+        >>> [round(mean_reach(cfg, peers), 2) for peers in (1, 8, 256)]
+        [1.0, 3.63, 8.0]
     """
     num_groups, groups, k = cfg.num_groups, cfg.groups_per_token, cfg.experts_per_token
     if cfg.router not in ("sigmoid", "softmax") or max(peers, num_groups) % min(peers, num_groups):
@@ -50,7 +56,13 @@ def mean_reach(cfg: ModelConfig, peers: int) -> float:
 
 
 def send_capacity(cfg: ModelConfig, layout: Layout, tokens: int, peers: int) -> int:
-    """Slots that `all_to_all` has for each peer in a round: what even load needs times the slack, at most all n."""
+    """Slots that `all_to_all` has for each peer in a round: what even load needs times the slack, at most all n.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> send_capacity(preset("v3"), Layout(capacity_slack=1.0), tokens=1000, peers=8)  # 1000 · 3.63 / 8
+        454
+    """
     return min(tokens, math.ceil(layout.capacity_slack * tokens * mean_reach(cfg, peers) / peers))
 
 
@@ -60,6 +72,11 @@ def wire_bytes(tokens_sent: float, cfg: ModelConfig, itemsize: int) -> float:
     Args:
         tokens_sent: copies of a token that go to other devices: a row there, with ids and gates, and a row back.
         itemsize: bytes of a number of the compute dtype.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> wire_bytes(3.0, preset("v3"), itemsize=2)  # 3 · (2 · 7168 · 2 + 8 · 8)
+        86208.0
     """
     return tokens_sent * (2 * cfg.dim * itemsize + cfg.experts_per_token * (4 + 4))
 
@@ -77,7 +94,13 @@ class PeerTable(NamedTuple):
 
 
 def peer_table(expert_ids: Int[Array, "n K"], held: int, peers: int) -> PeerTable:
-    """List where this device's tokens go, if each device holds `held` experts."""
+    """List where this device's tokens go, if each device holds `held` experts.
+
+    Example:
+        >>> table = peer_table(jnp.array([[0, 1], [0, 2]]), held=2, peers=2)  # the first device has experts 0 and 1
+        >>> table.counts.tolist(), table.first.tolist()
+        ([2, 1], [[True, False], [True, True]])
+    """
     peer = expert_ids // held
     goes = jax.nn.one_hot(peer, peers, dtype=jnp.int32).max(axis=1)  # [n, P]
     rank = jnp.take_along_axis(jnp.cumsum(goes, axis=0, dtype=jnp.int32) - 1, peer, axis=1)
@@ -109,13 +132,25 @@ def _fetch(x: Array, rows: Array) -> Array:
 
 @jax.custom_vjp
 def to_slots(x: Array, buffer: SendBuffer) -> Array:
-    """[n, …] to [S, …]: each slot's token, zeros if it is empty."""
+    """[n, …] to [S, …]: each slot's token, zeros if it is empty.
+
+    Example:
+        >>> buffer = SendBuffer(token=jnp.array([1, 0, 2]), slot=jnp.array([[1], [0]]))  # 2: an empty slot
+        >>> to_slots(jnp.array([5.0, 6.0]), buffer)
+        Array([6., 5., 0.], dtype=float32)
+    """
     return _fetch(x, buffer.token)
 
 
 @jax.custom_vjp
 def from_slots(rows: Array, buffer: SendBuffer) -> Array:
-    """[S, …] to [n, …]: the sum over a token's slots."""
+    """[S, …] to [n, …]: the sum over a token's slots.
+
+    Example:
+        >>> buffer = SendBuffer(token=jnp.array([0, 1, 0]), slot=jnp.array([[0, 2], [1, 3]]))  # 3: without a slot
+        >>> from_slots(jnp.array([7.0, 8.0, 9.0]), buffer)
+        Array([16.,  8.], dtype=float32)
+    """
     slot = buffer.slot
     return sum(_fetch(rows, slot[:, k]) for k in range(1, slot.shape[1])) + _fetch(rows, slot[:, 0])
 

@@ -194,7 +194,15 @@ class GQA(nnx.Module):
 
 
 def make_attention(cfg: ModelConfig, *, rngs: nnx.Rngs, kernels: Kernels) -> MLA | GQA:
-    """The attention that a configuration asks for."""
+    """The attention that a configuration asks for.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> cfg = replace(preset("tiny"), attention="mha")
+        >>> attention = nnx.eval_shape(lambda: make_attention(cfg, rngs=nnx.Rngs(0), kernels=prepare()))
+        >>> type(attention).__name__, attention.w_k.shape
+        ('GQA', (128, 4, 48))
+    """
     return (MLA if cfg.attention == "mla" else GQA)(cfg, rngs=rngs, kernels=kernels)
 
 
@@ -204,7 +212,14 @@ def project_out(module: MLA | GQA, out: Float[Array, "B T H V"]) -> Float[Array,
 
 
 def rotate_last(x: Float[Array, "B T H K"], ctx: Context, cfg: ModelConfig) -> Float[Array, "B T H K"]:
-    """Rotate the last R numbers of each head."""
+    """Rotate the last R numbers of each head.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> cfg, x = preset("tiny"), jnp.ones((1, 2, 1, 48))  # positions 0 and 1, and N + R = 32 + 16 numbers
+        >>> (rotate_last(x, make_context(cfg, from_zero(1, 2)), cfg) == x).sum(-1).ravel().tolist()  # position 0 stays
+        [48, 32]
+    """
     nope, rotated = jnp.split(x, [cfg.nope_head_dim], axis=-1)
     rotated = rope.rotate(rotated, ctx.cos[:, :, None], ctx.sin[:, :, None], interleaved=cfg.rope_interleaved)
     return jnp.concatenate([nope, rotated], axis=-1)
@@ -231,7 +246,12 @@ def attend_causally(
 
 
 def concat_kv(k: Float[Array, "B T G K"], v: Float[Array, "B T G V"]) -> Float[Array, "B G T KV"]:
-    """The rows of an expanded cache: [key, value]."""
+    """The rows of an expanded cache: [key, value].
+
+    Example:
+        >>> concat_kv(jnp.array([[[[1.0, 2.0]]]]), jnp.array([[[[3.0]]]]))
+        Array([[[[1., 2., 3.]]]], dtype=float32)
+    """
     return jnp.concatenate([k, v], axis=-1).swapaxes(1, 2)
 
 

@@ -13,7 +13,16 @@ from dsv3_jax.model.moe import LayerRouting, MoE
 
 
 class DenseBlock(nnx.Module):
-    """x + attention, then + one wide SwiGLU."""
+    """x + attention, then + one wide SwiGLU.
+
+    Example:
+        >>> from dsv3_jax.kernels.choose import prepare
+        >>> from dsv3_jax.presets import preset
+        >>> cfg, kernels = preset("tiny"), prepare()
+        >>> block = nnx.eval_shape(lambda: DenseBlock(cfg, Execution(), rngs=nnx.Rngs(0), kernels=kernels))
+        >>> block.ffn.w_gate.shape
+        (128, 352)
+    """
 
     def __init__(self, cfg: ModelConfig, execution: Execution, *, rngs: nnx.Rngs, kernels: Kernels):
         self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
@@ -30,7 +39,16 @@ class DenseBlock(nnx.Module):
 
 
 class SparseBlock(nnx.Module):
-    """x + attention, then + a mixture of experts, whose matrices are in the context's stack."""
+    """x + attention, then + a mixture of experts, whose matrices are in the context's stack.
+
+    Example:
+        >>> from dsv3_jax.kernels.choose import prepare
+        >>> from dsv3_jax.presets import preset
+        >>> cfg, kernels = preset("tiny"), prepare()
+        >>> block = nnx.eval_shape(lambda: SparseBlock(cfg, Execution(), rngs=nnx.Rngs(0), kernels=kernels))
+        >>> block.moe.w_router.shape
+        (128, 16)
+    """
 
     def __init__(self, cfg: ModelConfig, execution: Execution, *, rngs: nnx.Rngs, kernels: Kernels):
         self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)

@@ -38,7 +38,14 @@ class Layers(Protocol):
 @partial(jax.tree_util.register_dataclass, data_fields=["stored", "lengths"], meta_fields=["kind", "parts", "is_empty"])
 @dataclass(frozen=True)
 class Cache:
-    """The rows of a batch. Sequence b holds `lengths[b]` tokens; slots beyond are not read."""
+    """The rows of a batch. Sequence b holds `lengths[b]` tokens; slots beyond are not read.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> cache = empty_cache(preset("tiny"), layers=1, batch=2, capacity=8, kind="latent", dtype="float32")
+        >>> cache.capacity, cache.parts, cache.positions(3).tolist()  # C = 32 and R = 16 numbers a token
+        (8, (32, 16), [[0, 1, 2], [0, 1, 2]])
+    """
 
     # Not annotated more closely: JAX rebuilds it with shapes and placeholders.
     stored: Any  # Stored of L layers; or a list, of one layer each
@@ -127,7 +134,13 @@ class Cache:
 @partial(jax.tree_util.register_dataclass, data_fields=["tokens", "lengths"], meta_fields=[])
 @dataclass(frozen=True)
 class NoCache:
-    """No cache, behind the interface of one: it keeps the tokens, and every step recomputes all of them."""
+    """No cache, behind the interface of one: it keeps the tokens, and every step recomputes all of them.
+
+    Example:
+        >>> cache = NoCache(tokens=jnp.zeros((2, 8), jnp.int32), lengths=jnp.array([3, 5]))
+        >>> cache.capacity, cache.positions(2).tolist()
+        (8, [[3, 4], [5, 6]])
+    """
 
     tokens: Any  # int32 [B, S]
     lengths: Any  # int32 [B]
@@ -165,6 +178,11 @@ def pick_kind(cfg: ModelConfig, kind: str | None) -> CacheKind:
     """Choose the cache of a model. None means the smallest that the model can use.
 
     Raises: ValueError for another kind, or a latent cache of a model that has no latent.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> pick_kind(preset("tiny"), None), pick_kind(preset("tiny"), "expanded")
+        ('latent', 'expanded')
     """
     if kind is None:
         return "latent" if cfg.attention == "mla" else "expanded"
@@ -180,6 +198,10 @@ def pick_dtype(compute_dtype: Any, dtype: Any) -> jnp.dtype:
     """The dtype of cached rows. None means the compute dtype.
 
     Raises: ValueError for a dtype that is not one of CACHE_DTYPES.
+
+    Example:
+        >>> pick_dtype("bfloat16", None).name, pick_dtype("bfloat16", "int8").name
+        ('bfloat16', 'int8')
     """
     if dtype is None:
         return jnp.dtype(compute_dtype)
@@ -191,7 +213,13 @@ def pick_dtype(compute_dtype: Any, dtype: Any) -> jnp.dtype:
 
 
 def row_shape(cfg: ModelConfig, kind: CacheKind) -> tuple[int, tuple[int, int]]:
-    """(G, parts): rows a token and layer, and the widths of a row's two parts."""
+    """(G, parts): rows a token and layer, and the widths of a row's two parts.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> row_shape(preset("v3"), "latent"), row_shape(preset("v3"), "expanded")
+        ((1, (512, 64)), (128, (192, 128)))
+    """
     if kind == "latent":
         return 1, (cfg.kv_latent_dim, cfg.rope_head_dim)
     return cfg.kv_heads, (cfg.nope_head_dim + cfg.rope_head_dim, cfg.v_head_dim)
@@ -213,6 +241,12 @@ def empty_cache(
     Args:
         by_layer: each layer has arrays of its own; else one stack has all layers.
         row_multiple: rows are padded with zeros to a multiple of it.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> cache = empty_cache(preset("tiny"), layers=1, batch=2, capacity=8, kind="latent", dtype="int8")
+        >>> cache.stored.rows.shape, cache.stored.scales.shape  # a scale for each of a row's two parts
+        ((1, 2, 1, 8, 48), (1, 2, 1, 8, 2))
     """
     lengths = jnp.zeros((batch,), jnp.int32)
     if kind == "none":
@@ -247,7 +281,13 @@ def _as_stored(cache: Cache, rows: Array) -> Stored:
 
 
 def elements_per_token(cfg: ModelConfig) -> dict[str, int]:
-    """Numbers cached a token over all layers, by kind, and `mha`: a key and a value for each of the model's heads."""
+    """Numbers cached a token over all layers, by kind, and `mha`: a key and a value for each of the model's heads.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> elements_per_token(preset("v3"))  # 61 layers of 512 + 64, and of 128 · (192 + 128)
+        {'latent': 35136, 'expanded': 2498560, 'mha': 2498560}
+    """
 
     def of(groups: int, parts: tuple[int, int]) -> int:
         return cfg.num_layers * groups * sum(parts)
@@ -258,7 +298,13 @@ def elements_per_token(cfg: ModelConfig) -> dict[str, int]:
 
 
 def bytes_per_token(cfg: ModelConfig, kind: CacheKind, dtype: Any) -> int:
-    """Bytes cached a token over all layers, scales of 8-bit rows included; those of its id if nothing is cached."""
+    """Bytes cached a token over all layers, scales of 8-bit rows included; those of its id if nothing is cached.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> bytes_per_token(preset("v3"), "latent", "bfloat16")
+        70272
+    """
     if kind == "none":
         return 4
     groups, parts = row_shape(cfg, kind)

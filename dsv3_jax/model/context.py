@@ -35,7 +35,14 @@ def make_context(
     cache: Cache | None = None,
     may_drop: bool = True,
 ) -> Context:
-    """The context of tokens at int32 positions [B, T]; tokens of segment 0 are padding."""
+    """The context of tokens at int32 positions [B, T]; tokens of segment 0 are padding.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> ctx = make_context(preset("tiny"), from_zero(1, 3), jnp.array([[1, 1, 0]]))
+        >>> ctx.cos.shape, ctx.mask  # R/2 = 8; the last token is padding
+        ((1, 3, 8), Array([[ True,  True, False]], dtype=bool))
+    """
     freqs = rope.frequencies(cfg.rope_head_dim, cfg.rope_theta, cfg.yarn)
     mask = jnp.ones(positions.shape, jnp.bool_) if segment_ids is None else segment_ids != 0
     zero = jnp.zeros((), jnp.int32)
@@ -43,5 +50,11 @@ def make_context(
 
 
 def from_zero(batch: int, length: int) -> Array:
-    """Positions 0, 1, … of each row, int32 [B, T]."""
+    """Positions 0, 1, … of each row, int32 [B, T].
+
+    Example:
+        >>> from_zero(2, 3)
+        Array([[0, 1, 2],
+               [0, 1, 2]], dtype=int32)
+    """
     return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))

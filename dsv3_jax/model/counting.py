@@ -26,7 +26,14 @@ class Size:
 
 
 def size(cfg: ModelConfig, context: int | None = None) -> Size:
-    """Count a model's parameters; `context` is the length that attention FLOPs are counted at (default 4,096)."""
+    """Count a model's parameters; `context` is the length that attention FLOPs are counted at (default 4,096).
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> counted = size(preset("v3"))
+        >>> f"{counted.total / 1e9:.0f}B parameters, {counted.active / 1e9:.1f}B active"
+        '671B parameters, 36.6B active'
+    """
     context = context or min(4096, cfg.max_positions)
     # Named kernels, because the default ones start the device and compile the C++.
     params = nnx.state(abstract(cfg, kernels=Kernels(Target("cpu", "xla"))), nnx.Param)
@@ -78,6 +85,11 @@ def train_flops_per_token(cfg: ModelConfig, *, with_mtp: bool = True, frozen_tru
     """FLOPs a trained token: 6 for each active parameter (2 forward, 4 backward). Attention scores are not counted.
 
     With `frozen_trunk` the heads alone are trained: 2 for the trunk's, and 4 for the unembedding that heads share.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> train_flops_per_token(preset("tiny"), with_mtp=False) // size(preset("tiny")).active
+        6
     """
     counted = size(cfg)
     if frozen_trunk:
@@ -90,6 +102,11 @@ def distinct_experts(cfg: ModelConfig, tokens: int) -> float:
 
     Exact if all experts are equally likely and tokens choose independently of one another. Which experts a token may
     combine, as with groups, does not matter.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> distinct_experts(preset("v3"), tokens=1), round(distinct_experts(preset("v3"), tokens=32))
+        (8.0, 163)
     """
     return cfg.num_experts * (1 - (1 - cfg.experts_per_token / cfg.num_experts) ** tokens)
 
@@ -107,6 +124,12 @@ def decode_bytes(
         context: tokens that each has in the cache.
         cache_bytes_per_token: over all layers, as `Generated` has it.
         weight_bytes: bytes a parameter.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> cfg = preset("tiny")  # one token reads the active parameters, of 4 bytes, and 100 cached tokens
+        >>> decode_bytes(cfg, batch=1, context=100, cache_bytes_per_token=10) == 4 * size(cfg).active + 1000
+        True
     """
     counted = size(cfg)
     routed = counted.parts.get("routed experts", 0)

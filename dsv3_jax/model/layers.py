@@ -21,12 +21,22 @@ def param(
         axes: names of its last axes, by which `mesh.sharding.RULES` shards it.
         std: standard deviation.
         exact: use it in float32 whatever the compute dtype.
+
+    Example:
+        >>> w = param(nnx.Rngs(0), (2, 3), ("dim", "hidden"), std=0.02)
+        >>> w.shape, w.get_metadata()["axes"]
+        ((2, 3), ('dim', 'hidden'))
     """
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes, exact=exact)
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) · scale, in float32, over the last axis."""
+    """x / rms(x) · scale, in float32, over the last axis.
+
+    Example:
+        >>> RMSNorm(2, eps=0.0)(jnp.array([1.0, 7.0]))  # the root of the mean square is 5
+        Array([0.2, 1.4], dtype=float32)
+    """
 
     def __init__(self, dim: int, eps: float):
         self.scale = nnx.Param(jnp.ones((dim,), jnp.float32), decay=False)  # takes no weight decay
@@ -39,7 +49,14 @@ class RMSNorm(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """(silu(x w_gate) ⊙ (x w_up)) w_down."""
+    """(silu(x w_gate) ⊙ (x w_up)) w_down.
+
+    Example:
+        >>> from dsv3_jax.kernels.choose import prepare
+        >>> ffn = SwiGLU(4, 16, std=0.02, rngs=nnx.Rngs(0), kernels=prepare())
+        >>> ffn(jnp.ones((2, 4))).shape
+        (2, 4)
+    """
 
     def __init__(self, dim: int, hidden: int, std: float, *, rngs: nnx.Rngs, kernels: Kernels):
         self.w_gate = param(rngs, (dim, hidden), ("dim", "hidden"), std)
@@ -52,14 +69,25 @@ class SwiGLU(nnx.Module):
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module | None:
-    """Make `count` like modules as one whose parameters have a leading layer axis; None if count is 0."""
+    """Make `count` like modules as one whose parameters have a leading layer axis; None if count is 0.
+
+    Example:
+        >>> stack(lambda rngs: RMSNorm(4, eps=1e-6), 3, nnx.Rngs(0)).scale.shape
+        (3, 4)
+    """
     if count == 0:
         return None
     return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
 
 
 def unstack(stacked: nnx.Module | None) -> list[nnx.State]:
-    """The arrays of each of the modules that `stack` made one."""
+    """The arrays of each of the modules that `stack` made one.
+
+    Example:
+        >>> layers = unstack(stack(lambda rngs: RMSNorm(4, eps=1e-6), 3, nnx.Rngs(0)))
+        >>> len(layers), layers[0]["scale"].shape
+        (3, (4,))
+    """
     if stacked is None:
         return []
     state = nnx.state(stacked)
@@ -102,6 +130,12 @@ def loop_layers(
         remat: see `recompute`.
         unshard: gathers a layer's weights in its turn, see `mesh.sharding.unshard_weights`.
     Returns: (carry, ys stacked along a leading layer axis; None without layers, or unrolled).
+
+    Example:
+        >>> norms = stack(lambda rngs: RMSNorm(2, eps=0.0), 3, nnx.Rngs(0))
+        >>> x, ys = loop_layers(norms, lambda norm, x, index: (norm(x), 10 * index), jnp.array([1.0, 7.0]))
+        >>> x.shape, ys.tolist()
+        ((2,), [0, 10, 20])
     """
     if stacked is None:
         return carry, None

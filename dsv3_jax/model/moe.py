@@ -40,7 +40,13 @@ class LayerRouting(NamedTuple):
 
 
 class Experts(nnx.Module):
-    """The routed experts' matrices of `layers` layers: [L, E, D, F] twice and [L, E, F, D]."""
+    """The routed experts' matrices of `layers` layers: [L, E, D, F] twice and [L, E, F, D].
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> Experts(preset("tiny"), layers=3, rngs=nnx.Rngs(0)).w_gate.shape  # [L, E, D, F]
+        (3, 16, 128, 64)
+    """
 
     def __init__(self, cfg: ModelConfig, layers: int, *, rngs: nnx.Rngs):
         lead = (layers, cfg.num_experts)

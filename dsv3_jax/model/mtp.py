@@ -56,6 +56,14 @@ class MTPModule(Head):
 
     The next depth reads the normed h^k. Source: DeepSeek-V3 report, section 2.2.
     Departs from the paper: the embedding comes first, then the hidden state, as in the released weights.
+
+    Example:
+        >>> from dsv3_jax.kernels.choose import prepare
+        >>> from dsv3_jax.presets import preset
+        >>> cfg, kernels = preset("tiny"), prepare()
+        >>> head = nnx.eval_shape(lambda: MTPModule(cfg, Execution(), rngs=nnx.Rngs(0), kernels=kernels))
+        >>> head.w_eh.shape  # of [norm(e), norm(h)] to D
+        (256, 128)
     """
 
     def __init__(self, cfg: ModelConfig, execution: Execution, *, rngs: nnx.Rngs, kernels: Kernels):
@@ -81,6 +89,14 @@ class MetaHead(Head):
     Source: arXiv 2404.19737, section 2.
     Departs from the paper: there the next token's head has such a block too, and all blocks are taken from the trunk's
     layers. Here they are added to a complete trunk, whose own head predicts the next token.
+
+    Example:
+        >>> from dsv3_jax.kernels.choose import prepare
+        >>> from dsv3_jax.presets import preset
+        >>> cfg, kernels = preset("tiny"), prepare()
+        >>> head = nnx.eval_shape(lambda: MetaHead(cfg, Execution(), rngs=nnx.Rngs(0), kernels=kernels))
+        >>> head.experts.w_gate.shape  # one layer of experts of its own
+        (1, 16, 128, 64)
     """
 
     def __init__(self, cfg: ModelConfig, execution: Execution, *, rngs: nnx.Rngs, kernels: Kernels):
@@ -101,6 +117,15 @@ class MedusaHead(Head):
     Source: arXiv 2401.10774, section 2.1.
     Departs from the paper: the unembedding is shared, and all heads weigh alike. There each head has its own, a copy of
     the trunk's at first, and the loss of head k weighs 0.8^k.
+
+    Example:
+        >>> from dsv3_jax.kernels.choose import prepare
+        >>> from dsv3_jax.model.context import from_zero, make_context
+        >>> from dsv3_jax.presets import preset
+        >>> cfg, h = preset("tiny"), jnp.ones((1, 2, 128))
+        >>> head = MedusaHead(cfg, Execution(), rngs=nnx.Rngs(0), kernels=prepare())
+        >>> bool((head(h, make_context(cfg, from_zero(1, 2)))[0] == h).all())
+        True
     """
 
     remembers = False
@@ -122,6 +147,14 @@ class EagleHead(Head):
     Source: arXiv 2401.15077, section 3; its loss is in section 3.2.
     Departs from the paper: cross-entropy is on the text's own tokens, not on the trunk's distribution, and no noise is
     added to what the head reads.
+
+    Example:
+        >>> from dsv3_jax.kernels.choose import prepare
+        >>> from dsv3_jax.presets import preset
+        >>> cfg, kernels = preset("tiny"), prepare()
+        >>> head = nnx.eval_shape(lambda: EagleHead(cfg, Execution(), rngs=nnx.Rngs(0), kernels=kernels))
+        >>> head.w_eh.shape  # of [e, h] to D
+        (256, 128)
     """
 
     token_weight = 0.1  # the regression weighs 1
@@ -151,12 +184,26 @@ HEADS: dict[MtpKind, type[Head]] = {
 
 
 def make_heads(cfg: ModelConfig, execution: Execution, rngs: nnx.Rngs, kernels: Kernels) -> list[Head]:
-    """The heads of a configuration, `mtp_depth` of its kind."""
+    """The heads of a configuration, `mtp_depth` of its kind.
+
+    Example:
+        >>> from dsv3_jax.config import replace
+        >>> from dsv3_jax.kernels.choose import prepare
+        >>> from dsv3_jax.presets import preset
+        >>> cfg = replace(preset("tiny"), mtp_kind="medusa", mtp_depth=2)
+        >>> [type(head).__name__ for head in make_heads(cfg, Execution(), nnx.Rngs(0), prepare())]
+        ['MedusaHead', 'MedusaHead']
+    """
     return [HEADS[cfg.mtp_kind](cfg, execution, rngs=rngs, kernels=kernels) for _ in range(cfg.mtp_depth)]
 
 
 def smooth_l1(x: Float[Array, "*n D"], target: Float[Array, "*n D"]) -> Float[Array, "*n"]:
-    """Mean over D of d²/2 where |d| < 1 and of |d| - 1/2 elsewhere, d = x - target; float32 (float64 stays)."""
+    """Mean over D of d²/2 where |d| < 1 and of |d| - 1/2 elsewhere, d = x - target; float32 (float64 stays).
+
+    Example:
+        >>> smooth_l1(jnp.array([0.5, 3.0]), jnp.zeros(2))  # mean of 0.5² / 2 and 3 − 1/2
+        Array(1.3125, dtype=float32)
+    """
     wide = np.promote_types(x.dtype, np.float32)
     d = jnp.abs(x.astype(wide) - target.astype(wide))
     return jnp.where(d < 1, 0.5 * d * d, d - 0.5).mean(-1)

@@ -227,5 +227,11 @@ class Transformer(nnx.Module):
 
 
 def abstract(cfg: ModelConfig, execution: Execution | None = None, kernels: Kernels | None = None) -> Transformer:
-    """The model as shapes alone: nothing is allocated."""
+    """The model as shapes alone: nothing is allocated.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> abstract(preset("v3")).experts.w_gate.shape  # [L, E, D, F]
+        (58, 256, 7168, 2048)
+    """
     return nnx.eval_shape(lambda: Transformer(cfg, execution, rngs=nnx.Rngs(0), kernels=kernels))

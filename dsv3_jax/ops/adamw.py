@@ -25,6 +25,13 @@ def adamw_update(
         p, mu, nu, g: parameter, running means of the gradient and of its square, gradient.
         numbers: factor of g (clipping), 1 / (1 − β₁ᵗ), 1 / (1 − β₂ᵗ), learning rate η, and 0 to change nothing.
     Returns: (p, mu, nu).
+
+    Example:
+        >>> p, zero, g = jnp.array([1.0]), jnp.zeros(1), jnp.array([0.5])
+        >>> numbers = jnp.array([1.0, 10.0, 20.0, 0.1, 1.0])  # first step: 1 / (1 − β₁), 1 / (1 − β₂); η = 0.1
+        >>> p, _, _ = adamw_update(p, zero, zero, g, numbers, beta1=0.9, beta2=0.95, eps=0.0, decay=0.0)
+        >>> p.round(4)  # the first step has the length η, whatever the gradient
+        Array([0.9], dtype=float32)
     """
     clip, to_mean, to_square, rate, keep = numbers
     keep = keep > 0

@@ -37,6 +37,11 @@ def causal_attention(
         segment_ids: a token sees its own segment only; None means one segment.
         block: rows and columns visited at a time. None means 128, and more in long texts with few heads and sequences.
     Returns: [B, T, H, V] in v's dtype.
+
+    Example:
+        >>> q, v = jnp.zeros((1, 3, 1, 1)), jnp.array([[[[0.0]], [[2.0]], [[7.0]]]])
+        >>> causal_attention(q, q, v, scale=1.0).ravel()  # equal scores: means of the values so far
+        Array([0., 1., 3.], dtype=float32)
     """
     batch, length, heads, _ = q.shape
     if segment_ids is None:

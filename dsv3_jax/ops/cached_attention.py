@@ -76,6 +76,12 @@ def cached_attention(
         scale: factor of the scores.
         block: rows visited at a time. None means all at once.
     Returns: V is parts[0] if `shared`, else parts[1]; in q's dtype.
+
+    Example:
+        >>> rows = jnp.array([[5.0, 1.0], [5.0, 3.0], [9.0, 9.0]])  # key and value of three slots
+        >>> stored, q, last = Stored(rows[None, None, None], None), jnp.zeros((1, 1, 1, 1)), jnp.array([[1]])
+        >>> cached_attention(q, stored, jnp.int32(0), last, parts=(1, 1), shared=False, scale=1.0)  # mean of 1 and 3
+        Array([[[[2.]]]], dtype=float32)
     """
     batch, groups, capacity, width = stored.rows.shape[1:]
     block = min(block or capacity, capacity)

@@ -36,6 +36,14 @@ def dense_swiglu(
     """Run every expert of the stack's layer on every token, weighted by the gates.
 
     Args: as `grouped_swiglu`. Returns: likewise.
+
+    Example:
+        >>> one = jnp.ones((1, 2, 1, 1))  # one layer, two experts, D = F = 1
+        >>> weights = Experts(9 * one, one / 9, jnp.array([[[[2.0]], [[5.0]]]]))  # on 1 they give 2 and 5: silu(9) is 9
+        >>> stack = ExpertStack(weights, None, jnp.int32(0))
+        >>> y, _ = dense_swiglu(jnp.ones((1, 1)), jnp.array([[1, 0]]), jnp.array([[0.9, 0.1]]), stack)
+        >>> y.round(2)  # 0.9 · 5 + 0.1 · 2
+        Array([[4.7]], dtype=float32)
     """
     w, stack = _layer_in(x, stack)
     hot = jax.nn.one_hot(expert_ids, w.w_gate.shape[0], dtype=x.dtype)
@@ -63,6 +71,14 @@ def grouped_swiglu(
         stack: weights and gradient carry, at the layer to use.
         product: the backend of the grouped products.
     Returns: (y [n, D], the stack for the next use).
+
+    Example:
+        >>> one = jnp.ones((1, 2, 1, 1))  # one layer, two experts, D = F = 1
+        >>> weights = Experts(9 * one, one / 9, jnp.array([[[[2.0]], [[5.0]]]]))  # on 1 they give 2 and 5: silu(9) is 9
+        >>> stack = ExpertStack(weights, None, jnp.int32(0))
+        >>> y, _ = grouped_swiglu(jnp.ones((1, 1)), jnp.array([[1, 0]]), jnp.array([[0.9, 0.1]]), stack)
+        >>> y.round(2)  # 0.9 · 5 + 0.1 · 2
+        Array([[4.7]], dtype=float32)
     """
     gates = gates.astype(x.dtype)
     p = sort_by_expert(expert_ids, stack.num_experts)
@@ -204,6 +220,15 @@ def capacity_swiglu(
     A dropped assignment contributes nothing, so its token passes by the residual alone.
     Returns: (y [n, D], the stack for the next use, share of assignments dropped, float32).
     Source: GShard (arXiv 2006.16668), Switch Transformer (arXiv 2101.03961).
+
+    Example:
+        >>> one = jnp.ones((1, 2, 1, 1))  # one layer, two experts, D = F = 1
+        >>> stack = ExpertStack(Experts(9 * one, one / 9, 2 * one), None, jnp.int32(0))  # on 1 they give 2
+        >>> x, ids, gates = jnp.ones((2, 1)), jnp.zeros((2, 1), jnp.int32), jnp.ones((2, 1))
+        >>> y, _, dropped = capacity_swiglu(x, ids, gates, stack, factor=1.0)
+        >>> y.round(2), dropped  # both tokens choose expert 0, which takes one of them
+        (Array([[2.],
+               [0.]], dtype=float32), Array(0.5, dtype=float32))
     """
     w, stack = _layer_in(x, stack)
     n, num_choices = expert_ids.shape
@@ -240,6 +265,13 @@ def decode_experts(
     Args:
         rows: rows of a visit. None means 4, or 8 if experts have that many.
         local: every expert is on this device. Otherwise id E marks an expert elsewhere: its gate must be 0.
+
+    Example:
+        >>> one = jnp.ones((1, 2, 1, 1))  # one layer, two experts, D = F = 1
+        >>> weights = Experts(9 * one, one / 9, jnp.array([[[[2.0]], [[5.0]]]]))  # on 1 they give 2 and 5: silu(9) is 9
+        >>> stack = ExpertStack(weights, None, jnp.int32(0))
+        >>> decode_experts(jnp.ones((1, 1)), jnp.array([[1, 0]]), jnp.array([[0.9, 0.1]]), stack).round(2)
+        Array([[4.7]], dtype=float32)
     """
     n, num_choices = expert_ids.shape
     experts, layer = stack.weights, stack.layer

@@ -82,12 +82,28 @@ class ExpertStack:
 
 
 def read_only(weights: Experts) -> ExpertStack:
-    """A stack for decoding: it takes no gradient."""
+    """A stack for decoding: it takes no gradient.
+
+    Example:
+        >>> w = jnp.ones((3, 2, 1, 1))  # 3 layers of 2 experts
+        >>> stack = read_only(Experts(w, w, w))
+        >>> stack.num_experts, stack.grad is None
+        (2, True)
+    """
     return ExpertStack(weights, None, jnp.zeros((), jnp.int32))
 
 
 def open_stack(weights: Experts) -> ExpertStack:
-    """A stack that takes a gradient, at layer 0."""
+    """A stack that takes a gradient, at layer 0.
+
+    Example:
+        >>> def use_layer_1(w):
+        ...     stack = open_stack(Experts(w, w, w))
+        ...     one, stack = take_layer(stack.at(1, stack.grad))
+        ...     return close_stack(one.w_up.sum(), stack)
+        >>> jax.grad(use_layer_1)(jnp.ones((3, 1, 1, 1))).ravel()
+        Array([0., 1., 0.], dtype=float32)
+    """
     written = jnp.zeros(weights.w_gate.shape[:1], jnp.float32)
     return ExpertStack(jax.lax.stop_gradient(weights), GradCarry(weights, written), jnp.zeros((), jnp.int32))
 
@@ -96,6 +112,16 @@ def close_stack(x: Array, stack: ExpertStack) -> Array:
     """Return x, the output of the loop over a stack's layers, and end the use of the stack.
 
     Raises: ValueError if the stack was used after the loop returned it.
+
+    Example:
+        >>> w = jnp.ones((1, 1, 1, 1))
+        >>> stack = open_stack(Experts(w, w, w))
+        >>> close_stack(jnp.ones(1), stack)
+        Array([1.], dtype=float32)
+        >>> take_layer(stack)
+        Traceback (most recent call last):
+            ...
+        ValueError: grad_carry of the expert stack is used twice: give each layer the stack of the one before
     """
     if stack.grad is not None:
         stack.grad.consume()
@@ -106,6 +132,12 @@ def take_layer(stack: ExpertStack) -> tuple[Experts, ExpertStack]:
     """Copy one layer's matrices [E, …] out of the stack; their gradient goes to the stack's carry.
 
     Returns: (the layer's matrices, the stack for the next use).
+
+    Example:
+        >>> w = jnp.array([5.0, 6.0, 7.0]).reshape(3, 1, 1, 1)  # 3 layers
+        >>> one, _ = take_layer(read_only(Experts(w, w, w)).at(1))
+        >>> one.w_gate
+        Array([[[6.]]], dtype=float32)
     """
     if stack.grad is None:
         return _slice_layer(stack.weights, stack.layer), stack
@@ -153,10 +185,21 @@ def add_layer(d_carry: Experts, d_one: Experts, d_written: Array, layer: Array) 
 
 
 def so_far(part: Array, d_written: Array, layer: Array) -> Array:
-    """A layer's part of the gradient if it holds numbers, zeros if it is uninitialised."""
+    """A layer's part of the gradient if it holds numbers, zeros if it is uninitialised.
+
+    Example:
+        >>> part, written = jnp.array([5.0]), jnp.array([1.0, 0.0])
+        >>> so_far(part, written, jnp.int32(0)), so_far(part, written, jnp.int32(1))
+        (Array([5.], dtype=float32), Array([0.], dtype=float32))
+    """
     return jnp.where(d_written[layer] > 0, part, jnp.zeros((), part.dtype))
 
 
 def mark_written(d_written: Array, layer: Array) -> Array:
-    """The flags after a layer's part has been written."""
+    """The flags after a layer's part has been written.
+
+    Example:
+        >>> mark_written(jnp.zeros(3), jnp.int32(1))
+        Array([0., 1., 0.], dtype=float32)
+    """
     return d_written.at[layer].set(1.0)

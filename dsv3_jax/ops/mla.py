@@ -18,7 +18,14 @@ from dsv3_jax.ops.products import product_by_head
 def expand(
     c_kv: Float[Array, "B T C"], k_rope: Float[Array, "B T R"], w_uk: Float[Array, "H N C"], w_uv: Float[Array, "H V C"]
 ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H V"]]:
-    """Expand latents into each head's keys [k_nope, k_rope], K = N + R, and values; k_rope is repeated."""
+    """Expand latents into each head's keys [k_nope, k_rope], K = N + R, and values; k_rope is repeated.
+
+    Example:
+        >>> c_kv, k_rope = jnp.array([[[2.0]]]), jnp.array([[[5.0]]])  # one token, C = R = 1
+        >>> k, v = expand(c_kv, k_rope, w_uk=jnp.array([[[1.0]], [[3.0]]]), w_uv=jnp.array([[[4.0]], [[0.0]]]))
+        >>> k.tolist(), v.tolist()  # of two heads
+        ([[[[2.0, 5.0], [6.0, 5.0]]]], [[[[8.0], [0.0]]]])
+    """
     k_nope = jnp.einsum("btc,hnc->bthn", c_kv, w_uk)
     k_heads = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
     return jnp.concatenate([k_nope, k_heads], axis=-1), jnp.einsum("btc,hvc->bthv", c_kv, w_uv)
@@ -30,7 +37,13 @@ def concat_scores(
     k_nope: Float[Array, "B S H N"],
     k_rope: Float[Array, "B S R"],
 ) -> Float[Array, "B H T S"]:
-    """Score with one product of concatenated halves: [q_nope, q_rope] · [k_nope, k_rope]. All fast paths do so."""
+    """Score with one product of concatenated halves: [q_nope, q_rope] · [k_nope, k_rope]. All fast paths do so.
+
+    Example:
+        >>> one = jnp.ones((1, 1, 1, 1))
+        >>> concat_scores(2 * one, 3 * one, 4 * one, 5 * one[0])  # 2 · 4 + 3 · 5
+        Array([[[[23.]]]], dtype=float32)
+    """
     k_heads = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
     q, k = jnp.concatenate([q_nope, q_rope], axis=-1), jnp.concatenate([k_nope, k_heads], axis=-1)
     return jnp.einsum("bthk,bshk->bhts", q, k)
@@ -42,14 +55,26 @@ def summed_scores(
     k_nope: Float[Array, "B S H N"],
     k_rope: Float[Array, "B S R"],
 ) -> Float[Array, "B H T S"]:
-    """Score with the report's sum of two products, q_nope · k_nope + q_rope · k_rope. Equals `concat_scores`."""
+    """Score with the report's sum of two products, q_nope · k_nope + q_rope · k_rope. Equals `concat_scores`.
+
+    Example:
+        >>> one = jnp.ones((1, 1, 1, 1))
+        >>> summed_scores(2 * one, 3 * one, 4 * one, 5 * one[0])  # 2 · 4 + 3 · 5
+        Array([[[[23.]]]], dtype=float32)
+    """
     return jnp.einsum("bthn,bshn->bhts", q_nope, k_nope) + jnp.einsum("bthr,bsr->bhts", q_rope, k_rope)
 
 
 def absorb_query(
     q_nope: Float[Array, "B T H N"], q_rope: Float[Array, "B T H R"], w_uk: Float[Array, "H N C"]
 ) -> Float[Array, "B T H CR"]:
-    """Turn queries into latent space: [q_nope W_uk, q_rope], to be multiplied with rows [c_kv, k_rope]."""
+    """Turn queries into latent space: [q_nope W_uk, q_rope], to be multiplied with rows [c_kv, k_rope].
+
+    Example:
+        >>> one = jnp.ones((1, 1, 1, 1))
+        >>> absorb_query(2 * one, 3 * one, w_uk=jnp.array([[[4.0, 5.0]]]))  # [2 · 4, 2 · 5, 3]
+        Array([[[[ 8., 10.,  3.]]]], dtype=float32)
+    """
     return jnp.concatenate([product_by_head(q_nope, w_uk), q_rope], axis=-1)
 
 
@@ -71,6 +96,11 @@ def expanded(
         c_kv, k_rope: normed latent, and the rotated key that all heads share.
         w_uk, w_uv: up-projections.
         scale, segment_ids: see `causal_attention`.
+
+    Example:
+        >>> q, c_kv, one = jnp.zeros((1, 2, 1, 1)), jnp.array([[[1.0], [3.0]]]), jnp.ones((1, 1, 1))
+        >>> expanded(q, q, c_kv, jnp.zeros((1, 2, 1)), one, one, scale=1.0).ravel()  # equal scores: means of the values
+        Array([1., 2.], dtype=float32)
     """
     k, v = expand(c_kv, k_rope, w_uk, w_uv)
     return causal_attention(jnp.concatenate([q_nope, q_rope], axis=-1), k, v, scale=scale, segment_ids=segment_ids)
@@ -97,6 +127,12 @@ def absorbed(
         stored, layer: the cache, G = 1 and rows [c_kv, k_rope] with those of the T tokens; which layer of it.
         last: the last cached row that each query may see.
         scale, block: see `cached_attention`.
+
+    Example:
+        >>> rows = jnp.array([[1.0, 0.0], [3.0, 0.0]])  # [c_kv, k_rope] of two tokens
+        >>> stored, q, one = Stored(rows[None, None, None], None), jnp.zeros((1, 1, 1, 1)), jnp.ones((1, 1, 1))
+        >>> absorbed(q, q, stored, jnp.int32(0), jnp.array([[1]]), one, one, scale=1.0)  # equal scores: the mean
+        Array([[[[2.]]]], dtype=float32)
     """
     batch, length, heads, _ = q_nope.shape
     q = absorb_query(q_nope, q_rope, w_uk).reshape(batch, 1, length * heads, -1)

@@ -9,7 +9,12 @@ from jaxtyping import Array, Float
 
 
 def largest(dtype) -> float:
-    """Return the largest number of an 8-bit dtype: 127 for int8, 448 for float8_e4m3fn."""
+    """Return the largest number of an 8-bit dtype: 127 for int8, 448 for float8_e4m3fn.
+
+    Example:
+        >>> largest(jnp.int8), largest(jnp.float8_e4m3fn)
+        (127.0, 448.0)
+    """
     dtype = jnp.dtype(dtype)
     return float(jnp.iinfo(dtype).max if dtype == np.int8 else jnp.finfo(dtype).max)
 
@@ -50,6 +55,11 @@ def dequantize_rows(rows: Array, scales: Float[Array, "*n P"], parts: tuple[int,
         rows, scales: its results.
         parts: widths of a row's P parts, as given to it.
         dtype: of the result.
+
+    Example:
+        >>> rows, scales = jnp.array([[3, -1]], jnp.int8), jnp.array([[0.5]])
+        >>> dequantize_rows(rows, scales, parts=(2,), dtype=jnp.float32)
+        Array([[ 1.5, -0.5]], dtype=float32)
     """
     return rows.astype(dtype) * _spread(scales, parts).astype(dtype)
 

@@ -40,7 +40,12 @@ def frequencies(rope_dim: int, theta: float, yarn: Yarn) -> np.ndarray:
 
 
 def yarn_range(rope_dim: int, theta: float, yarn: Yarn) -> tuple[int, int]:
-    """The pairs between which YaRN blends: below `low` untouched, above `high` slowed by the whole factor."""
+    """The pairs between which YaRN blends: below `low` untouched, above `high` slowed by the whole factor.
+
+    Example:
+        >>> yarn_range(64, 1e4, Yarn(factor=40.0))  # of V3's 32 pairs
+        (10, 23)
+    """
 
     def pair_that_turns(times: float) -> float:
         return rope_dim * math.log(yarn.original_max_positions / (times * 2 * math.pi)) / (2 * math.log(theta))
@@ -51,12 +56,22 @@ def yarn_range(rope_dim: int, theta: float, yarn: Yarn) -> tuple[int, int]:
 
 
 def mscale(factor: float, weight: float) -> float:
-    """YaRN's attention temperature: 0.1·weight·ln(factor) + 1."""
+    """YaRN's attention temperature: 0.1·weight·ln(factor) + 1.
+
+    Example:
+        >>> mscale(1.0, weight=1.0), round(mscale(40.0, weight=1.0), 2)
+        (1.0, 1.37)
+    """
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1.0 else 1.0
 
 
 def softmax_scale(qk_dim: int, yarn: Yarn) -> float:
-    """The factor of attention scores: (N+R)^-1/2 · m², m = 1 without YaRN."""
+    """The factor of attention scores: (N+R)^-1/2 · m², m = 1 without YaRN.
+
+    Example:
+        >>> softmax_scale(16, Yarn())
+        0.25
+    """
     m = mscale(yarn.factor, yarn.mscale_all_dim) if yarn.mscale_all_dim else 1.0
     return qk_dim**-0.5 * m * m
 
@@ -67,6 +82,13 @@ def cos_sin(
     """Cosine and sine of each position's angles, float32.
 
     YaRN multiplies both by mscale/mscale_all_dim's ratio, which is 1 in the released configs.
+
+    Example:
+        >>> freqs = np.array([np.pi / 2], np.float32)  # a quarter turn a position
+        >>> cos, sin = cos_sin(jnp.array([0, 1]), freqs, Yarn())
+        >>> sin
+        Array([[0.],
+               [1.]], dtype=float32)
     """
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(freqs).reshape((1,) * positions.ndim + (-1,))
     ratio = mscale(yarn.factor, yarn.mscale) / mscale(yarn.factor, yarn.mscale_all_dim)
@@ -81,6 +103,13 @@ def rotate(x: Float[Array, "*n R"], cos: Float[Array, "..."], sin: Float[Array, 
         cos, sin: float32, of x's rank with R/2 last and axes of size 1 to broadcast over (heads).
         interleaved: pairs are (2i, 2i+1), as in the released weights; otherwise (i, i + R/2).
     Returns: [..., R] in x's dtype and layout. Scores agree between layouts when queries and keys share one.
+
+    Example:
+        >>> x, cos, sin = jnp.array([1.0, 2.0, 3.0, 4.0]), jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])
+        >>> rotate(x, cos, sin, interleaved=True)  # (1, 2) stays, and (3, 4) makes a quarter turn
+        Array([ 1.,  2., -4.,  3.], dtype=float32)
+        >>> rotate(x, cos, sin, interleaved=False)  # (1, 3) stays, and (2, 4) makes a quarter turn
+        Array([ 1., -4.,  3.,  2.], dtype=float32)
     """
     wide = np.promote_types(x.dtype, np.float32)
     cos, sin = cos.astype(wide), sin.astype(wide)

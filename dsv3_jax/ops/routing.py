@@ -132,6 +132,11 @@ def dense(logits: Float[Array, "n E"]) -> Routing:
 
     Args: logits: x W_rᵀ, float32.
     Returns: Routing with K = E: expert_ids 0 … E - 1 in this order; gates and scores are the softmax.
+
+    Example:
+        >>> routed = dense(jnp.zeros((1, 2)))
+        >>> routed.expert_ids, routed.gates
+        (Array([[0, 1]], dtype=int32), Array([[0.5, 0.5]], dtype=float32))
     """
     n, num_experts = logits.shape
     gates = jax.nn.softmax(logits, axis=-1)
@@ -169,6 +174,12 @@ def route(logits: Float[Array, "n E"], bias: Float[Array, " E"], cfg: ModelConfi
         bias: loss-free correction; only the sigmoid router reads it.
         cfg: `router` is "sigmoid", "softmax", "topk" or "dense".
     Returns: Routing.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> cfg = preset("tiny")  # 4 of 16 experts, from 2 of 4 groups
+        >>> route(jnp.arange(16.0)[None], jnp.zeros(16), cfg).expert_ids
+        Array([[15, 14, 13, 12]], dtype=int32)
     """
     limits: dict[str, Any] = dict(
         k=cfg.experts_per_token,

@@ -8,7 +8,12 @@ from jaxtyping import Array, Float, Int
 
 
 class Sampling(NamedTuple):
-    """Settings of `sample`."""
+    """Settings of `sample`.
+
+    Example:
+        >>> Sampling(temperature=0.8, top_p=0.9)
+        Sampling(temperature=0.8, top_k=None, top_p=0.9)
+    """
 
     temperature: float = 0.0  # 0 is greedy
     top_k: int | None = None  # None keeps all tokens

@@ -17,7 +17,13 @@ class SortedRows(NamedTuple):
 
 
 def sort_by_expert(expert_ids: Int[Array, "n K"], num_experts: int) -> SortedRows:
-    """Sort assignments by expert; within one expert, earlier tokens come first."""
+    """Sort assignments by expert; within one expert, earlier tokens come first.
+
+    Example:
+        >>> rows = sort_by_expert(jnp.array([[2, 0], [0, 1]]), num_experts=3)
+        >>> rows.order, rows.counts  # expert 0 has assignments 1 and 2, expert 1 has 3, and expert 2 has 0
+        (Array([1, 2, 3, 0], dtype=int32), Array([2, 1, 1], dtype=int32))
+    """
     flat = expert_ids.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     row = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32), unique_indices=True)

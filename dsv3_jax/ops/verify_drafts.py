@@ -13,7 +13,12 @@ from dsv3_jax.ops.sampling import Sampling, processed_logits
 
 
 def probabilities(logits: Float[Array, "*n W"], sampling: Sampling) -> Float[Array, "*n W"]:
-    """The distribution that `sample` draws from, at a temperature above 0."""
+    """The distribution that `sample` draws from, at a temperature above 0.
+
+    Example:
+        >>> probabilities(jnp.log(jnp.array([0.6, 0.2, 0.2])), Sampling(temperature=1.0)).round(1)
+        Array([0.6, 0.2, 0.2], dtype=float32)
+    """
     return jax.nn.softmax(processed_logits(logits, **sampling._asdict()), axis=-1)
 
 
@@ -34,6 +39,13 @@ def accept(
         key: for the draws. sampling: how the target chooses.
     Returns: (how many drafts are accepted, int32 [B]; tokens [B, F]: the accepted drafts, then the target's own token;
         entries beyond are arbitrary).
+
+    Example:
+        >>> logits = jax.nn.one_hot(jnp.array([[5, 6, 7]]), 8)  # the target chooses 5, then 6 and 7 after the drafts
+        >>> drafts, key = jnp.array([[5, 2]]), jax.random.key(0)
+        >>> count, tokens = accept(drafts, None, logits, key, Sampling(temperature=0.0))
+        >>> count, tokens[:, :2]  # 5 is accepted, and 6 takes the place of 2
+        (Array([1], dtype=int32), Array([[5, 6]], dtype=int32))
     """
     if sampling.temperature == 0.0:
         best = jnp.argmax(logits, axis=-1).astype(jnp.int32)

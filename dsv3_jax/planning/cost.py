@@ -93,6 +93,12 @@ def train_cost(run: RunConfig, mesh: Mesh, *, target: str | None = None) -> Cost
         target: of the mesh, see `devices.parse_target`. None means fake devices.
     Raises: ConfigError when batch or experts are not divisible by the mesh, or for kernels that the target does not
         have.
+
+    Example:
+        >>> from dsv3_jax.presets import recipe
+        >>> cost = train_cost(recipe("tiny"), sharding.make_mesh())  # doctest: +SKIP
+        >>> cost.fits(16e9), cost.sent.wire  # doctest: +SKIP
+        (True, 0.0)
     """
     sharding.check(mesh, run)
     kernels = choose_kernels(run.execution, mesh)
@@ -118,7 +124,12 @@ def train_cost(run: RunConfig, mesh: Mesh, *, target: str | None = None) -> Cost
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """Return the number of parts into which a mesh shards a batch."""
+    """Return the number of parts into which a mesh shards a batch.
+
+    Example:
+        >>> batch_parts(sharding.make_mesh())
+        1
+    """
     return math.prod(mesh.shape[axis] for axis in sharding.ROWS)
 
 
@@ -127,6 +138,13 @@ def check_decode(cfg: ModelConfig, execution: Execution, mesh: Mesh, batch: int,
 
     Raises: ConfigError when batch, experts or heads are not divisible by the mesh, or the context is beyond
         max_positions.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> check_decode(preset("tiny"), Execution(), sharding.make_mesh(), batch=1, context=9999)
+        Traceback (most recent call last):
+            ...
+        dsv3_jax.config.ConfigError: context=9999 is not between 1 and the model's max_positions=2048
     """
     parts = batch_parts(mesh)
     if batch < 1 or batch % parts:
@@ -157,6 +175,13 @@ def decode_cost(
         weight_dtype: None means the model's compute dtype.
         target: as `train_cost`.
     Raises: ConfigError as `check_decode`.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> mesh = sharding.make_mesh()
+        >>> cost = decode_cost(preset("tiny"), Execution(), mesh, batch=8, context=1024)  # doctest: +SKIP
+        >>> cost.persistent["cache"] // (8 * 1024)  # doctest: +SKIP
+        768
     """
     check_decode(cfg, execution, mesh, batch, context)
     rows = sharding.batch_sharding(mesh)

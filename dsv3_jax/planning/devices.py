@@ -21,7 +21,12 @@ from dsv3_jax.config import ConfigError
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator. Bandwidths are the sum of all its links, in one direction."""
+    """One accelerator. Bandwidths are the sum of all its links, in one direction.
+
+    Example:
+        >>> DEVICES["v5e"].memory, DEVICES["v5e"].node is None  # 16 GB; links are equally fast in all of a mesh
+        (16000000000.0, True)
+    """
 
     memory: float  # bytes
     flops: float  # FLOP/s in bfloat16, dense
@@ -132,6 +137,12 @@ def target_mesh(text: str, sizes: dict[str, int]) -> Mesh:
         sizes: of the mesh's axes, in order. A mesh smaller than the target uses its first devices.
     Raises: ConfigError for another form of target, a compiler that is missing or in use, or a mesh larger than the
         target.
+
+    Example:
+        >>> target_mesh("gpu:a100", {"data": 1})
+        Traceback (most recent call last):
+            ...
+        dsv3_jax.config.ConfigError: target='gpu:a100': 'a100' is not one of h100
     """
     target = parse_target(text)
     devices = _gpus(target) if target.platform == "gpu" else _tpus(target)

@@ -110,7 +110,12 @@ def _job(step: str, options: PlanOptions, run: RunConfig, sizes: dict[str, int])
 
 
 def print_row(label: str, value: str) -> None:
-    """Print a label and its value in two columns."""
+    """Print a label and its value in two columns.
+
+    Example:
+        >>> print_row("  in all", "16 GB: fits in 80 GB")
+          in all               16 GB: fits in 80 GB
+    """
     print(f"{label:22s} {value}")
 
 

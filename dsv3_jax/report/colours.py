@@ -26,13 +26,23 @@ TO_RGB = np.array(
 
 
 def oklab_to_srgb(lab: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 3"]:
-    """OKLab → sRGB in 0 … 1; what sRGB has not is cut off."""
+    """OKLab → sRGB in 0 … 1; what sRGB has not is cut off.
+
+    Example:
+        >>> oklab_to_srgb(np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])).round(2).tolist()  # white and black
+        [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]
+    """
     linear = np.clip((lab @ TO_LMS.T) ** 3 @ TO_RGB.T, 0, 1)
     return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
 def diverging(steps: int = 128) -> ListedColormap:
-    """The map, of `steps` colours on each side of even."""
+    """The map, of `steps` colours on each side of even.
+
+    Example:
+        >>> diverging(steps=2).N  # two below, the middle, two above
+        5
+    """
     away = np.linspace(0, 1, steps + 1)[:, None]
     arms = []
     for lightness, chroma, hue in (BELOW, ABOVE):

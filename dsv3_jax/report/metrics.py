@@ -15,6 +15,14 @@ class Rows:
         path: the file; created if absent.
         after: the step of the restored checkpoint. Later rows are dropped, because the resumed run writes them again.
         read_only: write nothing. Only one of several processes writes.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     rows = Rows(Path(folder, LOAD_FILE), after=0)
+        ...     rows.write({"step": 1, "load": [[3, 1]]})
+        ...     rows.rows()
+        [{'step': 1, 'load': [[3, 1]]}]
     """
 
     def __init__(self, path: Path, after: int, *, read_only: bool = False):

@@ -29,6 +29,11 @@ class Progress:
     """Training progress: a line with loss, tokens/s and MFU. Use it in a `with` statement.
 
     Args: steps: of the run; quiet: print nothing.
+
+    Example:
+        >>> with Progress(steps=2) as progress:  # on no terminal
+        ...     progress.update(1, {"loss": 5.5})
+        step 1  loss 5.500
     """
 
     def __init__(self, steps: int, *, quiet: bool = False):
@@ -103,6 +108,11 @@ class LiveText:
     On a terminal the line is below the text. Elsewhere the text goes to stdout, and the acceptance of drafts to stderr.
 
     Args: prompt: the text that is shown first.
+
+    Example:
+        >>> with LiveText("To be") as live:  # on no terminal
+        ...     live.append(" or not to be")
+        To be or not to be
     """
 
     def __init__(self, prompt: str):

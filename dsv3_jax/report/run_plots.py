@@ -185,7 +185,13 @@ def load_over_mean(load, name: str) -> np.ndarray:
 
 
 def load_norm(ratio: np.ndarray) -> tuple[TwoSlopeNorm, bool]:
-    """Return the colour scale of load / mean load, and whether some values exceed it: see `routing_heatmap`."""
+    """Return the colour scale of load / mean load, and whether some values exceed it: see `routing_heatmap`.
+
+    Example:
+        >>> norm, beyond = load_norm(np.array([[1.5, 0.5]]))
+        >>> norm.vmax, beyond
+        (2.0, False)
+    """
     values = ratio[np.isfinite(ratio)]
     top = max(2.0, float(np.percentile(values, 99))) if values.size else 2.0
     return TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=top), bool(values.size and values.max() > top)
@@ -242,7 +248,15 @@ def _series(metrics: Sequence[Mapping], key: str, label: str) -> Iterator[tuple[
 
 
 def write_png(figure: Figure, path: str | os.PathLike) -> None:
-    """Write a figure as a PNG file in one step: a reader sees the old file or the new one, never a part."""
+    """Write a figure as a PNG file in one step: a reader sees the old file or the new one, never a part.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_png(Figure(figsize=(1, 1)), f"{folder}/empty.png")
+        ...     pathlib.Path(folder, "empty.png").read_bytes()[1:4]
+        b'PNG'
+    """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_atomic(path, buffer.getvalue())

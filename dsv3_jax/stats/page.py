@@ -32,6 +32,17 @@ def render_page(numbers: dict[str, Any], folder: str | Path) -> str:
 
     Args: folder: holds PNG files of `reporting.PICTURES`; a missing picture leaves its section out.
     Returns: HTML, with the pictures inside and all text escaped.
+
+    Example:
+        >>> from dsv3_jax.data.tokenizer import ByteTokenizer
+        >>> from dsv3_jax.stats.measures import specialisation
+        >>> from dsv3_jax.stats.reporting import as_json
+        >>> from dsv3_jax.stats.routing_stats import RoutingStats
+        >>> stats = RoutingStats.from_loads(np.array([[[3, 1]], [[0, 4]]]), np.array([0, 1]), ["code", "prose"])
+        >>> numbers = as_json(stats, specialisation(stats, draws=1), ByteTokenizer(), None)
+        >>> page = render_page({"run": "demo", "step": 400, "data": "text"} | numbers, "no/pictures")
+        >>> page.split("\\n")[0]
+        '<!DOCTYPE html>'
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

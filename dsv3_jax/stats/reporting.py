@@ -130,7 +130,15 @@ def report(
 
 
 def as_json(stats: RoutingStats, special: Specialisation, tokenizer: Tokenizer, log: LoadLog | None) -> dict[str, Any]:
-    """Return the numbers of stats.json, see `KEYS`; NaN becomes None."""
+    """Return the numbers of stats.json, see `KEYS`; NaN becomes None.
+
+    Example:
+        >>> from dsv3_jax.data.tokenizer import ByteTokenizer
+        >>> stats = RoutingStats.from_loads(np.array([[[3, 1]], [[0, 4]]]), np.array([0, 1]), ["code", "prose"])
+        >>> numbers = as_json(stats, specialisation(stats, draws=1), ByteTokenizer(), None)
+        >>> numbers["load"], numbers["max_vio"]
+        ([[3, 5]], [0.25])
+    """
     load = jnp.asarray(stats.load, jnp.float32)
     names, by_domain = stats.domains, stats.load_by_domain
     gates = stats.mean_by_domain(stats.document_gate_entropy)

@@ -35,7 +35,16 @@ class Contexts(NamedTuple):
 
 
 class TokenTally:
-    """Sums of expert by token and the best contexts, over the batches so far."""
+    """Sums of expert by token and the best contexts, over the batches so far.
+
+    Example:
+        >>> tally = TokenTally(num_experts=2, vocab_size=10)
+        >>> tokens, one = np.array([[7, 7]], np.int32), np.ones((1, 1, 2, 1), np.int32)  # both tokens go to expert 1
+        >>> tally.add(tokens, one[0, ..., 0], one, one.astype(np.float32), one[..., 0] > 0)
+        >>> counts = tally.counts()
+        >>> counts.expert.tolist(), counts.token.tolist(), counts.num_routed.tolist()
+        ([1], [7], [2])
+    """
 
     def __init__(self, num_experts: int, vocab_size: int):
         self._num_experts, self._vocab_size = num_experts, vocab_size

@@ -27,6 +27,18 @@ class Checkpoints:
     """The checkpoints of one run folder. Use as a context: leaving it waits for what is still being written.
 
     Args: read_only: nothing is written or deleted: the run may be training elsewhere.
+
+    Example:
+        >>> import tempfile
+        >>> import dsv3_jax as ds
+        >>> run = ds.replace(ds.recipe("tiny"), model=ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0))
+        >>> state = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), abstract_state(run))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with Checkpoints(folder, run) as checkpoints:
+        ...         checkpoints.save(state, {"piece": 0}, wait=True)
+        ...         state, position = checkpoints.restore()
+        >>> int(state.step), position
+        (0, {'piece': 0})
     """
 
     def __init__(self, folder: str | Path, run: RunConfig, *, read_only: bool = False):
@@ -146,6 +158,20 @@ def load_run(
         kernels: as `Execution.kernels`. None means the run's own.
     Raises: ValueError if the folder holds no run, no checkpoint yet, or none of `step`, or (ConfigError) its model
         does not fit the mesh, or its devices do not have the kernels.
+
+    Example:
+        >>> import tempfile
+        >>> import dsv3_jax as ds
+        >>> from dsv3_jax.training.run_folder import claim
+        >>> run = ds.replace(ds.recipe("tiny"), model=ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0))
+        >>> state = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), abstract_state(run))
+        >>> with tempfile.TemporaryDirectory() as folder:  # what `ds.train.fit` writes
+        ...     _ = claim(folder, run)
+        ...     with Checkpoints(folder, run) as checkpoints:
+        ...         checkpoints.save(state, {}, wait=True)
+        ...     model, run, step = ds.load_run(folder)
+        >>> step, model.cfg.num_layers
+        (0, 1)
     """
     run = read_run(folder)
     if kernels is not None:

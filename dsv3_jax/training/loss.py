@@ -31,13 +31,24 @@ class Losses(NamedTuple):
 
 
 def targets(tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], ahead: int) -> tuple[Array, Array]:
-    """Tokens `ahead` positions on, and which positions have one in their own segment: two [B, T - ahead]."""
+    """Tokens `ahead` positions on, and which positions have one in their own segment: two [B, T - ahead].
+
+    Example:
+        >>> tokens, segment_ids = jnp.array([[5, 6, 7, 8]]), jnp.array([[1, 1, 2, 2]])
+        >>> targets(tokens, segment_ids, ahead=1)
+        (Array([[6, 7, 8]], dtype=int32), Array([[ True, False,  True]], dtype=bool))
+    """
     here, there = segment_ids[:, :-ahead], segment_ids[:, ahead:]
     return tokens[:, ahead:], (here == there) & (here != 0)
 
 
 def target_counts(segment_ids: Int[Array, "B T"], depths: int) -> Float[Array, " depths"]:
-    """Count positions with a target 1, 2, …, `depths` positions on; at least 1, to divide by."""
+    """Count positions with a target 1, 2, …, `depths` positions on; at least 1, to divide by.
+
+    Example:
+        >>> target_counts(jnp.array([[1, 1, 1, 2]]), depths=2)
+        Array([2., 1.], dtype=float32)
+    """
     counts = [targets(segment_ids, segment_ids, a)[1].sum(dtype=jnp.float32) for a in range(1, depths + 1)]
     return jnp.maximum(jnp.stack(counts), 1)
 
@@ -60,6 +71,17 @@ def compute_loss(
         share: of the complete batch that this part is: the weight of its balance losses.
         heads_only: the total has the multi-token heads alone, (1/M)·Σ_k L_k and their balance losses. λ is not used:
             there is no other loss to weigh them against.
+
+    Example:
+        >>> import dsv3_jax as ds
+        >>> from dsv3_jax.model.transformer import abstract
+        >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
+        >>> model = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract(cfg))  # all weights are 0
+        >>> one = jnp.ones((1, 4), jnp.int32)
+        >>> batch = {"tokens": one, "segment_ids": one, "positions": jnp.arange(4)[None]}
+        >>> main = jax.jit(lambda: compute_loss(model, batch, mtp_weight=0.0).main)()
+        >>> round(float(main), 2)  # even odds over 260 tokens: ln 260
+        5.56
     """
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
     out = model.forward_hidden(tokens, segment_ids, batch["positions"])
@@ -134,6 +156,17 @@ def score_tokens(model: Transformer, batch: dict[str, Array]) -> Scores:
 
     Head k (from 0) at position i drafts token i+k+2. The model, given the true tokens up to i+k+1, predicts its own. A
     draft of head k counts only if all drafts before it were right, for parallel heads as for a chain.
+
+    Example:
+        >>> import dsv3_jax as ds
+        >>> from dsv3_jax.model.transformer import abstract
+        >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
+        >>> model = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract(cfg))  # all weights are 0
+        >>> one = jnp.ones((1, 4), jnp.int32)
+        >>> batch = {"tokens": one, "segment_ids": one, "positions": jnp.arange(4)[None]}
+        >>> nll = jax.jit(lambda: score_tokens(model, batch).nll)()
+        >>> nll.shape, round(float(nll[0, 0]), 2)  # even odds over 260 tokens: ln 260
+        ((1, 3), 5.56)
     """
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
     out = model.forward_hidden(tokens, segment_ids, batch["positions"])

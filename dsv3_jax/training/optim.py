@@ -12,7 +12,15 @@ from dsv3_jax.kernels.choose import Kernels
 
 
 def learning_rate(cfg: OptimConfig, steps: int, step: Array) -> Array:
-    """Warm-up, constant, cosine, constant; float32."""
+    """Warm-up, constant, cosine, constant; float32.
+
+    Example:
+        >>> cfg = OptimConfig(
+        ...     learning_rate=1.0, final_learning_rate=0.2, warmup_steps=10, decay_start=0.5, decay_end=0.9
+        ... )
+        >>> [round(float(x), 2) for x in learning_rate(cfg, 100, jnp.array([0, 9, 50, 70, 99]))]
+        [0.1, 1.0, 1.0, 0.6, 0.2]
+    """
     step = jnp.asarray(step, jnp.float32)
     warm = jnp.minimum(1.0, (step + 1) / max(cfg.warmup_steps, 1))
     start, end = cfg.decay_start * steps, cfg.decay_end * steps
@@ -22,13 +30,23 @@ def learning_rate(cfg: OptimConfig, steps: int, step: Array) -> Array:
 
 
 def mtp_weight(cfg: OptimConfig, steps: int, step: Array) -> Array:
-    """λ: the weight of the MTP losses, lowered once the cosine begins; float32."""
+    """λ: the weight of the MTP losses, lowered once the cosine begins; float32.
+
+    Example:
+        >>> mtp_weight(OptimConfig(decay_start=0.5), 100, jnp.array([49, 50]))
+        Array([0.3, 0.1], dtype=float32)
+    """
     early = jnp.asarray(step, jnp.float32) < cfg.decay_start * steps
     return jnp.where(early, cfg.mtp_weight, cfg.mtp_final_weight).astype(jnp.float32)
 
 
 def bias_rate(cfg: OptimConfig, rate: float, steps: int, step: Array) -> Array:
-    """γ: the step of the loss-free bias, 0 at the end of training; float32."""
+    """γ: the step of the loss-free bias, 0 at the end of training; float32.
+
+    Example:
+        >>> bias_rate(OptimConfig(bias_freeze=0.5), 1e-3, 100, jnp.array([49, 50]))
+        Array([0.001, 0.   ], dtype=float32)
+    """
     return jnp.where(jnp.asarray(step, jnp.float32) < cfg.bias_freeze * steps, rate, 0.0).astype(jnp.float32)
 
 
@@ -40,7 +58,12 @@ class AdamState(NamedTuple):
 
 
 def init(params: nnx.State, dtype: str = "float32") -> AdamState:
-    """Means of 0. Args: dtype: as `OptimConfig.moments_dtype`."""
+    """Means of 0. Args: dtype: as `OptimConfig.moments_dtype`.
+
+    Example:
+        >>> init(nnx.State({"w": nnx.Param(jnp.ones(2))})).mu["w"][...]
+        Array([0., 0.], dtype=float32)
+    """
 
     def zeros() -> nnx.State:
         return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
@@ -70,6 +93,15 @@ def adamw(
         norm: the gradients' global norm.
         keep: bool []: take the step; False changes nothing.
     Source: arXiv 1711.05101.
+
+    Example:
+        >>> from dsv3_jax.kernels.choose import Target
+        >>> cfg = OptimConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.0)
+        >>> kernels = Kernels(Target("cpu", "xla"))
+        >>> params, step, one = nnx.State({"w": nnx.Param(jnp.array([1.0]))}), jnp.int32(0), jnp.float32(1)
+        >>> new, _ = adamw(cfg, 100, step, params, init(params), params, one, jnp.bool_(True), kernels)  # gradient: 1
+        >>> round(float(new["w"][0]), 3)
+        0.9
     """
     count = (step + 1).astype(jnp.float32)
     clip = jnp.where(norm < cfg.clip_norm, 1.0, cfg.clip_norm / norm)

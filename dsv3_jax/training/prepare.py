@@ -94,6 +94,13 @@ def check_memory(run: RunConfig, hosts: int = 1) -> None:
     Without the check, the system ends this process, and maybe others, when memory runs out.
 
     Raises: ConfigError with both sizes.
+
+    Example:
+        >>> import dsv3_jax as ds
+        >>> check_memory(ds.recipe("v3"))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        dsv3_jax.config.ConfigError: dim=7168 and num_layers=61 are too large: ...
     """
     count = size(run.model)
     trained = count.mtp if run.trunk is not None else count.total + count.mtp
@@ -113,7 +120,14 @@ def _claim(out: Path, run: RunConfig, kernels: dict[str, str]) -> None:
 
 
 def chosen(kernels: choose.Kernels, run: RunConfig, mesh: Mesh | None) -> dict[str, str]:
-    """The implementation of each op that a run uses."""
+    """The implementation of each op that a run uses.
+
+    Example:
+        >>> import dsv3_jax as ds
+        >>> kernels = choose.Kernels(choose.Target("cpu", "xla"))
+        >>> chosen(kernels, ds.recipe("tiny"), None)["product"]
+        'xla'
+    """
     return kernels.chosen(run.execution.compute_dtype, _devices(mesh), run.optim.moments_dtype)
 
 

@@ -20,6 +20,14 @@ def read_run(folder: str | Path) -> RunConfig:
     """Read the configuration of a run folder; the path of its tokenizer is that of its own copy, if it has one.
 
     Raises: ValueError if the folder holds no run, or its configuration cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from dsv3_jax.presets import recipe
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = claim(folder, recipe("tiny"))
+        ...     read_run(folder) == recipe("tiny")
+        True
     """
     path = Path(folder) / RUN_FILE
     if not path.is_file():
@@ -46,6 +54,16 @@ def claim(folder: str | Path, run: RunConfig, kernels: dict[str, str] | None = N
     Args: kernels: the implementation chosen for each op, to be recorded.
     Returns: `settled`.
     Raises: ValueError if the folder is another run's, or holds other files.
+
+    Example:
+        >>> import tempfile
+        >>> from dsv3_jax.presets import recipe
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = claim(folder, recipe("tiny"))
+        ...     claim(folder, replace(recipe("tiny"), steps=9))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: steps=9 is not that of the run in ..., 400; choose another --out
     """
     folder = Path(folder)
     if (folder / RUN_FILE).exists():
@@ -73,14 +91,27 @@ def claim(folder: str | Path, run: RunConfig, kernels: dict[str, str] | None = N
 
 
 def settled(run: RunConfig, folder: str | Path) -> RunConfig:
-    """A run that has claimed a folder: its tokenizer is its own copy, and paths do not depend on the directory."""
+    """A run that has claimed a folder: its tokenizer is its own copy, and paths do not depend on the directory.
+
+    Example:
+        >>> from dsv3_jax.config import DataConfig
+        >>> from dsv3_jax.presets import recipe
+        >>> run = replace(recipe("tiny"), data=DataConfig(paths=("books",)))
+        >>> settled(run, "runs/demo").data.paths == (os.path.abspath("books"),)
+        True
+    """
     own = Path(folder) / TOKENIZER_FILE
     tokenizer = str(own) if run.data.tokenizer != "bytes" and own.exists() else run.data.tokenizer
     return replace(run, data=replace(run.data, tokenizer=tokenizer, paths=absolute(run.data.paths)))
 
 
 def absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
-    """Paths that do not depend on the current directory."""
+    """Paths that do not depend on the current directory.
+
+    Example:
+        >>> absolute(("books",)) == (os.path.join(os.getcwd(), "books"),)
+        True
+    """
     return tuple(os.path.abspath(path) for path in paths)
 
 
@@ -89,6 +120,12 @@ def difference(a: RunConfig, b: RunConfig) -> tuple[str, Any, Any] | None:
 
     How it is computed does not, nor from where its text and its other run are named. Tokenizers are compared by their
     ids, as far as both can be read.
+
+    Example:
+        >>> from dsv3_jax.presets import recipe
+        >>> run = recipe("tiny")
+        >>> difference(run, replace(run, steps=9)), difference(run, replace(run, execution=Execution("bfloat16")))
+        (('steps', 400, 9), None)
     """
 
     def identity(run: RunConfig) -> dict:
@@ -103,7 +140,12 @@ def difference(a: RunConfig, b: RunConfig) -> tuple[str, Any, Any] | None:
 
 
 def same_tokenizer(a: str, b: str) -> bool:
-    """Whether two tokenizers give ids the same meaning; a file that is gone is given the benefit of the doubt."""
+    """Whether two tokenizers give ids the same meaning; a file that is gone is given the benefit of the doubt.
+
+    Example:
+        >>> same_tokenizer("bytes", "bytes"), same_tokenizer("bytes", "tokenizer.json")
+        (True, False)
+    """
     if a == b or "bytes" in (a, b):
         return a == b
     if not Path(a).exists() or not Path(b).exists():

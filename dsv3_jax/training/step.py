@@ -54,6 +54,12 @@ def init_state(run: RunConfig, mesh: Mesh | None = None, trunk: TrainState | Non
     """Make a fresh state from the run's seed in one compiled program, sharded over the mesh.
 
     Args: trunk: a state from which everything but the multi-token heads is taken.
+
+    Example:
+        >>> import dsv3_jax as ds
+        >>> state = init_state(ds.recipe("tiny"))  # doctest: +SKIP
+        >>> state.params["embed"].shape, int(state.step)  # doctest: +SKIP
+        ((260, 128), 0)
     """
 
     def make(key: Array) -> TrainState:
@@ -75,7 +81,13 @@ def init_state(run: RunConfig, mesh: Mesh | None = None, trunk: TrainState | Non
 
 
 def abstract_state(run: RunConfig) -> TrainState:
-    """The shapes of a run's state: nothing is allocated."""
+    """The shapes of a run's state: nothing is allocated.
+
+    Example:
+        >>> import dsv3_jax as ds
+        >>> abstract_state(ds.recipe("v3")).params["embed"].shape
+        (129280, 7168)
+    """
     return jax.eval_shape(_initialiser(run), jax.random.key(run.seed))
 
 
@@ -90,7 +102,15 @@ def _initialiser(run: RunConfig) -> Callable[[Array], TrainState]:
 
 
 def split_trainable(run: RunConfig, variables: nnx.State) -> tuple[nnx.State, nnx.State]:
-    """Split parameters, or biases, into those that a run trains and frozen ones."""
+    """Split parameters, or biases, into those that a run trains and frozen ones.
+
+    Example:
+        >>> import dsv3_jax as ds
+        >>> run = ds.recipe("tiny")
+        >>> trained, frozen = split_trainable(ds.replace(run, trunk="runs/demo"), abstract_state(run).params)
+        >>> list(trained), "mtp" in frozen
+        (['mtp'], False)
+    """
     return (variables, nnx.State({})) if run.trunk is None else _split(variables)
 
 
@@ -101,7 +121,15 @@ def _split(variables: nnx.State) -> tuple[nnx.State, nnx.State]:
 
 
 def model_of(run: RunConfig, state: TrainState, kernels: Kernels | None = None) -> Transformer:
-    """The model that a state of a run holds; `kernels` as in `Transformer`."""
+    """The model that a state of a run holds; `kernels` as in `Transformer`.
+
+    Example:
+        >>> import dsv3_jax as ds
+        >>> run = ds.recipe("tiny")
+        >>> model = model_of(run, abstract_state(run))  # of shapes alone
+        >>> model.embed.shape
+        (260, 128)
+    """
     return nnx.merge(graph_of(run.model, run.execution, kernels), state.params, state.bias)
 
 
@@ -117,6 +145,16 @@ def make_step(run: RunConfig, kernels: Kernels | None = None, options: Options =
     Args:
         kernels: from `kernels.choose.prepare`. None chooses those of the default device.
         options: of the compiler, see `kernels.xla_flags`.
+
+    Example:
+        >>> import dsv3_jax as ds
+        >>> run = ds.recipe("tiny")
+        >>> state, step = init_state(run), make_step(run)  # doctest: +SKIP
+        >>> one = jnp.ones((8, 256), jnp.int32)  # B and T of the recipe
+        >>> batch = {"tokens": one, "segment_ids": one, "positions": one.cumsum(1) - 1}
+        >>> state, metrics = step(state, batch)  # doctest: +SKIP
+        >>> int(state.step), bool(metrics["finite"])  # doctest: +SKIP
+        (1, True)
     """
     kernels = kernels or prepare(run.execution)
     graph, parts = graph_of(run.model, run.execution, kernels), run.optim.microbatches
@@ -182,7 +220,14 @@ def _bias_rate(cfg: ModelConfig) -> float:
 
 
 def updated_bias(bias: nnx.State, load: Float[Array, "L E"], rate: Array) -> nnx.State:
-    """Update every router's loss-free bias; `load`: of the trunk's sparse layers, then of the heads with experts."""
+    """Update every router's loss-free bias; `load`: of the trunk's sparse layers, then of the heads with experts.
+
+    Example:
+        >>> bias = nnx.State({"sparse": {"bias": RouterBias(jnp.zeros((1, 3)))}})  # one layer, three experts
+        >>> load = jnp.array([[3.0, 2.0, 1.0]])
+        >>> updated_bias(bias, load, jnp.float32(0.5))["sparse"]["bias"][...]
+        Array([[-0.5,  0. ,  0.5]], dtype=float32)
+    """
     trunk = load.shape[0]
     flat = dict(nnx.to_flat_state(bias))
     trunk -= sum(path[0] == "mtp" for path in flat)
@@ -193,7 +238,15 @@ def updated_bias(bias: nnx.State, load: Float[Array, "L E"], rate: Array) -> nnx
 
 
 def first_bad_tensor(run: RunConfig, state: TrainState, batch: Batch) -> str:
-    """Name the first tensor that is not finite: a parameter, else a gradient of this batch, else the loss itself."""
+    """Name the first tensor that is not finite: a parameter, else a gradient of this batch, else the loss itself.
+
+    Example:
+        >>> import dsv3_jax as ds
+        >>> run = ds.replace(ds.recipe("tiny"), model=ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0))
+        >>> state = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), abstract_state(run))
+        >>> first_bad_tensor(run, state, batch={})  # no gradient is computed: a parameter is bad
+        'parameter dense.attn.kv_norm.scale'
+    """
     graph = graph_of(run.model, run.execution)
     trained, frozen = split_trainable(run, state.params)
 

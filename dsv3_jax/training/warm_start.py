@@ -37,6 +37,16 @@ def on_weights(run: RunConfig, folder: str | Path, out: str | Path | None = None
     """Make a recipe begin with the weights of the run in `folder`, and take its model and data.
 
     Args: as `model_and_data`. Raises: ValueError if the folder holds no run.
+
+    Example:
+        >>> import tempfile
+        >>> import dsv3_jax as ds
+        >>> from dsv3_jax.training.run_folder import claim
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = claim(folder, ds.recipe("lab"))
+        ...     run = on_weights(ds.replace(ds.recipe("tiny"), steps=9), folder)
+        >>> run.model == ds.preset("lab"), run.steps, run.start == folder
+        (True, 9, True)
     """
     run = model_and_data(run, folder, out)
     try:
@@ -52,6 +62,16 @@ def on_trunk(run: RunConfig, trunk: str | Path, out: str | Path | None = None) -
     """Give a recipe a trunk's model and data instead of its own; the heads to train are a diff of that.
 
     Args: as `model_and_data`. Raises: ValueError if the trunk holds no run.
+
+    Example:
+        >>> import tempfile
+        >>> import dsv3_jax as ds
+        >>> from dsv3_jax.training.run_folder import claim
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = claim(folder, ds.recipe("lab"))
+        ...     run = on_trunk(ds.recipe("tiny"), folder)
+        >>> run.model == ds.replace(ds.preset("lab"), mtp_depth=1), run.trunk == folder
+        (True, True)
     """
     run = model_and_data(run, trunk, out)
     if run.model.mtp_depth == 0:
@@ -67,6 +87,16 @@ def model_and_data(run: RunConfig, folder: str | Path, out: str | Path | None = 
         folder: the other run's.
         out: the folder to train in. If the other is gone but training in `out` has begun, they are taken from there.
     Raises: ValueError if the folder holds no run.
+
+    Example:
+        >>> import tempfile
+        >>> import dsv3_jax as ds
+        >>> from dsv3_jax.training.run_folder import claim
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = claim(folder, ds.recipe("lab"))
+        ...     run = model_and_data(ds.recipe("tiny"), folder)
+        >>> run.model == ds.preset("lab"), run.optim == ds.recipe("tiny").optim
+        (True, True)
     """
     there = [place for place in (folder, out) if place is not None and (Path(place) / RUN_FILE).exists()]
     if not there and _is_released(folder):

@@ -20,7 +20,16 @@ from dsv3_jax.ops.varying import varying, zeros
 def blocks_swiglu(
     x: Float[Array, "n D"], expert_ids: Int[Array, "n K"], gates: Float[Array, "n K"], stack: ExpertStack
 ) -> tuple[Float[Array, "n D"], ExpertStack]:
-    """Compute `ops.dispatch.grouped_swiglu` block by block. Arguments and results as there."""
+    """Compute `ops.dispatch.grouped_swiglu` block by block. Arguments and results as there.
+
+    Example:
+        >>> one = jnp.ones((1, 2, 1, 1))  # one layer, two experts, D = F = 1
+        >>> weights = Experts(9 * one, one / 9, jnp.array([[[[2.0]], [[5.0]]]]))  # on 1 they give 2 and 5: silu(9) is 9
+        >>> stack = ExpertStack(weights, None, jnp.int32(0))
+        >>> y, _ = blocks_swiglu(jnp.ones((1, 1)), jnp.array([[1, 0]]), jnp.array([[0.9, 0.1]]), stack)
+        >>> round(float(y[0, 0]), 2)  # 0.9 · 5 + 0.1 · 2
+        4.7
+    """
     p = sort_by_expert(expert_ids, stack.num_experts)
     gates = gates.astype(x.dtype)
     if stack.grad is None:
@@ -35,6 +44,10 @@ def block_sizes(rows: int, num_experts: int, dim: int, width: int) -> tuple[int,
 
     Large blocks run near the GEMM peak, small ones waste fewer rows at an expert's end. A block should cost at least
     2^24 multiplications, or the loop's overhead shows, and hold at most half of an expert's mean rows.
+
+    Example:
+        >>> block_sizes(rows=8192, num_experts=16, dim=128, width=64)  # half of an expert's mean, and a quarter of it
+        (256, 64)
     """
     mean = max(rows // num_experts, 1)
     first = min(2**24 // (dim * width), mean // 2)
