@@ -37,7 +37,7 @@ _MOVES = _ELEMENTWISE - {"negate"} | {
 _SLICES = {"dynamic-slice", "gather", "slice"}
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # operation → the operand that it writes into its first
 # Custom calls that run nothing.
-_NO_KERNELS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding", "annotate_device_placement"}
+_NO_KERNELS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding"}
 # Custom calls for kernels of any name.
 _FOREIGN = {"tpu_custom_call", "mosaic_gpu", "mosaic_gpu_v2", "triton_kernel_call", "__gpu$xla.gpu.triton"}
 _UNNAMED = r"(custom-call|mpmd_map|pallas_call|mosaic_gpu\w*|core_map|run_state|custom_call)"
