@@ -32,7 +32,7 @@ BIN := $(VENV)/bin
 comma := ,
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo demo-short lab notebooks test test-core test-long lint parity clean
+.PHONY: help demo demo-short lab notebooks test test-core test-long compilers lint parity clean
 
 help:
 	@echo "make demo        train a small model, evaluate it and let it write: about five minutes on two CPU cores"
@@ -42,6 +42,7 @@ help:
 	@echo "make notebooks   execute the notebooks and keep their outputs: some minutes"
 	@echo "make test        run the tests: about four minutes; PYTEST_ARGS='-k router' runs some of them"
 	@echo "make test-long   run the long tests: meshes, several processes, all drafts, notebooks"
+	@echo "make compilers   install the compilers for GPUs and TPUs (360 MB), which the long tests use if they are there"
 	@echo "make lint        check style, format and types"
 	@echo "make parity      compare with torch and transformers, which this installs"
 	@echo "make clean       remove environments and caches, but not runs/"
@@ -84,6 +85,9 @@ test-core: $(VENV)/.installed-test
 
 test-long: $(VENV)/.installed-test
 	$(PYTEST) -m "long and not parity" $(PYTEST_ARGS)
+
+# The compilers for GPUs and TPUs, 360 MB: with them the long tests compile for devices that are not here.
+compilers: $(VENV)/.installed-plan
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -139,6 +143,10 @@ $(ACCELERATORS:%=$(VENV)/.installed-%): $(VENV)/.installed-%: $(VENV)/.installed
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(call install,.[test])
+	@touch $@
+
+$(VENV)/.installed-plan: $(VENV)/.installed-test
+	$(call install,.[test$(comma)plan-gpu$(comma)plan-tpu])
 	@touch $@
 
 $(VENV)/.installed-notebooks: $(VENV)/.installed

@@ -171,7 +171,7 @@ def test_a_tpus_program():
     assert fusion.nbytes == 8 * 16 * 64 * 2 + 8 * 16 * 16 * 4  # the second operand is in VMEM already
     assert (kernel.kind, kernel.flops, kernel.nbytes) == ("gmm", 77, 88)
     assert program.launches == 3 and program.copies() == []  # a prefetch is no copy; scalars and buffers launch nothing
-    assert list(products(TPU)) == [("jit(f)/route/dot_general", (8, 16, 16), "highest,highest")]
+    assert products(TPU) == [("jit(f)/route/dot_general", (8, 16, 16), "bf16", "highest,highest")]
 
 
 def test_the_roofline_takes_the_longer_of_two():

@@ -1,11 +1,15 @@
 """`dsv3 plan PRESET`: what each device of a mesh would hold, compute and send, without the devices."""
 
+import os
+
 from dsv3_jax.cli.common import named_preset, parse, prepare_process
 from dsv3_jax.presets import recipe
 
 
 def run(argv: list[str]) -> int:
     """Print the plan of a training and a decoding step."""
+    if any(word.startswith("--target") for word in argv):
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the compiler regrets at length that there is no GPU here
     prepare_process()
     from dsv3_jax.planning.plan import PlanOptions, plan
 

@@ -34,7 +34,7 @@ from dsv3_jax.model.counting import distinct_experts, size, train_flops_per_toke
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.planning.devices import Device
-from dsv3_jax.planning.hlo import compile_with_hlo
+from dsv3_jax.planning.hlo import compile_for_target, compile_with_hlo
 from dsv3_jax.planning.program import Program, read_program
 from dsv3_jax.planning.traffic import Traffic, traffic
 from dsv3_jax.training.step import abstract_state, make_step, split_trainable
@@ -244,8 +244,7 @@ def _compile_cost(program: str, mesh: Mesh, target: str | None, function, args: 
         if target is None:
             compiled, text = compile_with_hlo(lowered)
         else:
-            compiled = lowered.compile()
-            text = compiled.as_text() or ""
+            compiled, text = compile_for_target(lowered)
             read = read_program(text)
         analysis: Any = compiled.memory_analysis()
         temporaries, sent = analysis.temp_size_in_bytes, traffic(text, mesh.shape)

@@ -40,7 +40,7 @@ class Device:
 
 # NVIDIA's data sheets give a link's figure for both directions, of which this is half. Each GPU has a network card of
 # 400 Gb/s, as in the DeepSeek-V3 report, section 3.1. Google's pages on TPU v5e, v5p and v6e, also halved. A TPU's
-# clock is its FLOP/s over 2 for each cell of its matrix units: 4 of 128 × 128 in v5e, 8 in v5p, and 4 of 256 × 256 in v6e.
+# clock is its FLOP/s over 2 for each cell of its matrix units: 4 of 128 × 128 in v5e, 8 in v5p, 4 of 256 × 256 in v6e.
 DEVICES = {
     "h800": Device(80e9, 989e12, 495e12, 3.35e12, 8, 200e9, 50e9),
     "h100": Device(80e9, 989e12, 495e12, 3.35e12, 8, 450e9, 50e9),

@@ -1,7 +1,7 @@
 """Read the text of a compiled program: its computations, their instructions, and how often a loop runs.
 
-The text is HLO: `compiled.as_text()`, or what the compiler dumped between its passes. `traffic.py` finds the collectives
-in it, and `program.py` the work, the kernels and the copies.
+The text is HLO: `compiled.as_text()`, or what the compiler dumped between its passes. `traffic.py` finds the
+collectives in it, and `program.py` the work, the kernels and the copies.
 """
 
 import contextlib
@@ -35,6 +35,12 @@ def compile_with_hlo(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, 
         compiled = lowered.compile(options)
         dumps = sorted(Path(folder).glob("*.after_spmd-partitioning.*"))
         return compiled, dumps[-1].read_text() if dumps else compiled.as_text() or ""
+
+
+def compile_for_target(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+    """Compile for the devices of the program's mesh; return the program and its text."""
+    compiled = lowered.compile()
+    return compiled, compiled.as_text() or ""
 
 
 @contextlib.contextmanager

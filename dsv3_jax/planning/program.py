@@ -14,8 +14,9 @@ or of the cycles where they are known. The start of a launch takes no time there
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -36,7 +37,7 @@ _MOVES = _ELEMENTWISE - {"negate"} | {
 _SLICES = {"dynamic-slice", "gather", "slice"}
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # operation → the operand that it writes into its first
 # Custom calls that run nothing.
-_NO_KERNELS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding", "annotate_device_placement"}
+_NO_KERNELS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding"}
 # Custom calls for kernels of any name.
 _FOREIGN = {"tpu_custom_call", "mosaic_gpu", "mosaic_gpu_v2", "triton_kernel_call", "__gpu$xla.gpu.triton"}
 _UNNAMED = r"(custom-call|mpmd_map|pallas_call|mosaic_gpu\w*|core_map|run_state|custom_call)"
@@ -157,20 +158,30 @@ def narrow_additions(program: jax.stages.Compiled | str) -> list[str]:
     return found
 
 
-def products(program: jax.stages.Compiled | str) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Yield the matrix products of a program: (operation in the model, dimensions of the result, operands' precision).
+class Product(NamedTuple):
+    """A matrix product of a program."""
 
-    The precision is "highest,highest" for JAX's HIGHEST, and "" for the device's default.
-    """
+    source: str  # the operation of the model, as JAX names it
+    dims: tuple[int, ...]  # of the result
+    dtype: str  # of the first operand, as HLO names it
+    precision: str  # "highest,highest" for JAX's HIGHEST, "" for the device's default
+
+
+def products(program: jax.stages.Compiled | str) -> list[Product]:
+    """Find the matrix products of a program, each once."""
     module = program_module(program)
-    for instructions in module.computations.values():
+    found = []
+    for computation, instructions in module.computations.items():
         for i in instructions:
             if i.opcode in ("dot", "convolution"):
                 precision = re.search(r"operand_precision=\{([^}]*)\}", i.attributes)
-                yield i.source, i.arrays[0].dims, precision[1] if precision else ""
+                first = module.operand(computation, i, 0)
+                dtype = first.arrays[0].dtype if first is not None else ""
+                found.append(Product(i.source, i.arrays[0].dims, dtype, precision[1] if precision else ""))
+    return found
 
 
-def _count(pairs: Iterator[tuple[str, int]]) -> dict[str, int]:
+def _count(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
     total: dict[str, int] = {}
     for name, runs in pairs:
         total[name] = total.get(name, 0) + runs
@@ -352,7 +363,7 @@ class _Reader:
         return sum(a.nbytes for a in [*arrays, *i.arrays] if not a.on_chip)
 
     def _read(self, computation: str, i: Instruction) -> float:
-        """Bytes of an array that a fused computation reads: a slice's alone, and none of one that is updated in place."""
+        """Bytes of an array that a fused computation reads: of a slice, its part; of one updated in place, none."""
         total = 0.0
         for user in self.module.users(computation).get(i.name, []):
             first = user.operands[0] == i.name

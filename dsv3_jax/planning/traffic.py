@@ -1,7 +1,8 @@
 """Count the collectives of a compiled program, how often they run, and the bytes that they send.
 
-A collective in a loop counts once for each iteration, and nested loops multiply. A conditional counts as the branch that
-sends most. Bytes on the wire are those that one device sends by the formulas of ring algorithms, for n devices in a group:
+A collective in a loop counts once for each iteration, and nested loops multiply. A conditional counts as the branch
+that sends most. Bytes on the wire are those that one device sends by the formulas of ring algorithms, for n devices in
+a group:
 
     all-gather, all-to-all   (n-1)/n of the result       all-reduce           2 (n-1)/n of the result
     reduce-scatter           (n-1)/n of the operand      collective-permute   all of the result

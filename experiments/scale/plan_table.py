@@ -45,7 +45,7 @@ def case(kind: str, device: str, mesh: dict, layout: dict, rows: int = 0, contex
     if target is None:
         devices.fake_cpus(math.prod(mesh.values()))
     sizes = dict.fromkeys(sharding.AXES, 1) | mesh
-    device_mesh = devices.tpu_mesh(target, sizes) if target else sharding.make_mesh(**sizes)
+    device_mesh = devices.target_mesh(target, sizes) if target else sharding.make_mesh(**sizes)
     run = recipe("v3")
     model = replace(run.model, num_layers=more.get("layers", run.model.num_layers))
     execution = replace(run.execution, layout=Layout(**layout))

@@ -1,0 +1,139 @@
+"""Mini's training and decoding steps, compiled for an H100 and a TPU v6e that are not here, keep to bars.
+
+The compilers come with the extras plan-gpu and plan-tpu (`make compilers`); without them these tests are skipped.
+Nothing runs: the bars hold of the programs' texts, as `dsv3_jax/planning/program.py` reads them.
+"""
+
+import warnings
+from dataclasses import dataclass, replace
+
+import jax
+import pytest
+
+from dsv3_jax.config import ConfigError, Execution
+from dsv3_jax.planning import cost as costs
+from dsv3_jax.planning import devices
+from dsv3_jax.planning.cost import Cost, decode_cost, train_cost
+from dsv3_jax.planning.hlo import compile_for_target
+from dsv3_jax.planning.program import narrow_additions, products
+from dsv3_jax.presets import recipe
+
+pytestmark = pytest.mark.long
+
+BFLOAT16 = Execution(compute_dtype="bfloat16")
+# Without its dense layer, whose attention would be compiled once more: 8 sparse layers in a loop, 8 × 512 tokens.
+CFG = replace(recipe("mini").model, num_dense_layers=0)
+RUN = replace(recipe("mini"), model=CFG, execution=BFLOAT16)
+ROWS, CONTEXT = 32, 4096
+GPU, TPU = "gpu:h100", "tpu:v6e:1x1"
+# Launches of a step over the number of layers: embedding, loss and optimizer are in it. A TPU's launches cost little.
+MOST_LAUNCHES = {("train", GPU): 300, ("decode", GPU): 60, ("train", TPU): 800, ("decode", TPU): 120}
+LAYER_EXPERTS = CFG.num_experts * CFG.dim * CFG.expert_dim * 2  # bytes of one matrix of a layer's experts, bfloat16
+LAYER_CACHE = ROWS * CONTEXT * (CFG.kv_latent_dim + CFG.rope_head_dim) * 2
+
+
+@dataclass(frozen=True)
+class Step:
+    cost: Cost
+    lowered: str  # the text that the compiler was given
+    text: str  # and the one that it made
+
+    @property
+    def program(self):
+        assert self.cost.compiled is not None, self.cost.compile_error
+        return self.cost.compiled
+
+
+def compile_step(kind: str, target: str) -> Step:
+    try:
+        mesh = devices.target_mesh(target, {"data": 1, "expert": 1, "tensor": 1})
+    except ConfigError as error:
+        pytest.skip(str(error))
+    texts = []
+
+    def record(lowered):
+        compiled, text = compile_for_target(lowered)
+        texts.extend((lowered.as_text(dialect="hlo"), text))
+        return compiled, text
+
+    # Libraries' kernels promote, and warn, as they like; so does a bfloat16 router.
+    promote = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), promote[0], promote[1]:
+        warnings.simplefilter("ignore")
+        patch.setattr(costs, "compile_for_target", record)
+        if kind == "train":
+            cost = train_cost(RUN, mesh, target=target)
+        else:
+            cost = decode_cost(CFG, BFLOAT16, mesh, ROWS, CONTEXT, target=target)
+    return Step(cost, *texts)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Each step, compiled once."""
+    steps: dict[tuple[str, str], Step] = {}
+
+    def get(kind, target):
+        if (kind, target) not in steps:
+            steps[kind, target] = compile_step(kind, target)
+        return steps[kind, target]
+
+    return get
+
+
+def bars(*kinds, **failing):
+    """The steps to test (default: all), with the reason where a bar is not reached yet: train_gpu="…"."""
+    cases = []
+    for target in (GPU, TPU):
+        for kind in kinds or ("train", "decode"):
+            reason = failing.get(name := f"{kind}_{target[:3]}")
+            marks = [pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason)] if reason else []
+            cases.append(pytest.param(kind, target, id=name, marks=marks))
+    return cases
+
+
+@pytest.mark.parametrize("kind, target", bars(train_gpu="ragged_dot multiplies with all experts: 30.8 × the formula"))
+def test_the_program_does_the_work_of_the_formula(compiled, kind, target):
+    step = compiled(kind, target)
+    assert step.program.flops <= 1.1 * step.cost.flops
+    if not step.program.unknown_work():  # few rows may be multiplied without a product, which counts as nothing
+        assert step.program.flops >= 0.9 * step.cost.flops
+
+
+@pytest.mark.parametrize("kind, target", bars())
+def test_launches_of_a_layer(compiled, kind, target):
+    launches = compiled(kind, target).program.launches / CFG.num_layers
+    assert launches <= MOST_LAUNCHES[kind, target]
+
+
+@pytest.mark.parametrize("kind, target", bars())
+def test_no_addition_loses_bits(compiled, kind, target):
+    """Scatters add in no float narrower than float32, neither as asked for nor as compiled."""
+    step = compiled(kind, target)
+    assert narrow_additions(step.lowered) == [] and narrow_additions(step.text) == []
+
+
+@pytest.mark.parametrize("kind, target", bars())
+def test_the_routers_product_has_the_highest_precision(compiled, kind, target):
+    """And so has its gradient by the weight. A compiler keeps the precision that it is given."""
+    tokens = ROWS if kind == "decode" else RUN.data.batch_size * RUN.data.seq_len
+    shapes = {(tokens, CFG.num_experts), (CFG.dim, CFG.num_experts), (CFG.num_experts, CFG.dim)}
+    routers = [p for p in products(compiled(kind, target).lowered) if p.dims in shapes]
+    assert len(routers) >= (1 if kind == "decode" else 2) and {p.dtype for p in routers} == {"f32"}
+    assert {p.precision for p in routers} == {"highest,highest"}
+
+
+@pytest.mark.parametrize("kind, target", bars("decode"))
+def test_decoding_copies_neither_experts_nor_cache(compiled, kind, target):
+    copies = compiled(kind, target).program.copies()
+    assert [(x.moved, x.runs, x.source) for x in copies if x.moved >= min(LAYER_EXPERTS, LAYER_CACHE)] == []
+
+
+@pytest.mark.parametrize("kind, target", bars("decode"))
+def test_decoding_has_no_loop_of_unknown_length(compiled, kind, target):
+    assert compiled(kind, target).program.unknown_loops == ()
+
+
+@pytest.mark.parametrize("kind, target", bars())
+def test_the_step_fits_in_the_device(compiled, kind, target):
+    assert compiled(kind, target).cost.fits(devices.DEVICES[devices.parse_target(target).kind].memory)
