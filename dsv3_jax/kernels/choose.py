@@ -110,39 +110,14 @@ _cpp = partial(
 _loops = partial(Implementation, "blocks", platforms=("cpu",))
 _xla = partial(Implementation, "xla")
 
-_mosaic = partial(
-    Implementation,
-    "mosaic",
-    platforms=("cuda",),
-    serves=gpu_products.in_bfloat16,
-    made_for="for bfloat16",
-    fits=gpu_products.fits,
-    by_hand=True,
-    why_not=gpu_products.why_not,
-    only="bfloat16",
+_in_bfloat16 = partial(
+    Implementation, serves=gpu_products.in_bfloat16, made_for="for bfloat16", only="bfloat16", by_hand=True
 )
-_tokamax = partial(
-    Implementation,
-    "tokamax",
-    platforms=("cuda",),
-    serves=gpu_products.in_bfloat16,
-    made_for="for bfloat16",
-    fits=gpu_products.fits,
-    by_hand=True,
-    by_name=True,
-    why_not=tokamax_library.why_not,
-    only="bfloat16",
-)
-_megablox = partial(
-    Implementation,
-    "megablox",
-    platforms=("tpu",),
-    serves=gpu_products.in_bfloat16,
-    made_for="for bfloat16",
-    fits=tpu_products.fits,
-    by_hand=True,
-    only="bfloat16",
-)
+_on_hopper = partial(_in_bfloat16, platforms=("cuda",), fits=gpu_products.fits)
+_mosaic = partial(_on_hopper, "mosaic", why_not=gpu_products.why_not)
+_tokamax = partial(_on_hopper, "tokamax", by_name=True, why_not=tokamax_library.why_not)
+_hopper = partial(_on_hopper, "hopper", by_name=True, why_not=gpu_products.why_not_hopper)
+_megablox = partial(_in_bfloat16, "megablox", platforms=("tpu",), fits=tpu_products.fits)
 _row_blocks = partial(
     Implementation, "row_blocks", platforms=GPUS, slow="it multiplies one block of rows after the other"
 )
@@ -209,6 +184,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _loops(blocks.blocks_swiglu),
         _mosaic(partial(dispatch.grouped_swiglu, product=gpu_products.MOSAIC)),
         _tokamax(partial(dispatch.grouped_swiglu, product=gpu_products.TOKAMAX)),
+        _hopper(partial(dispatch.grouped_swiglu, product=gpu_products.HOPPER_PRODUCTS)),
         _megablox(partial(dispatch.grouped_swiglu, product=tpu_products.MEGABLOX)),
         Implementation(
             "ragged_dot", partial(dispatch.grouped_swiglu, product=tpu_products.RAGGED_DOT), platforms=("tpu",)
@@ -225,6 +201,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         Implementation("by_row", dispatch.decode_by_row, platforms=GPUS, fits=_few_choices),
         _mosaic(partial(dispatch.decode_by_products, product=gpu_products.MOSAIC)),
         _tokamax(partial(dispatch.decode_by_products, product=gpu_products.TOKAMAX)),
+        _hopper(partial(dispatch.decode_by_products, product=gpu_products.HOPPER_PRODUCTS)),
         Implementation(
             "ragged_dot", partial(dispatch.decode_by_products, product=tpu_products.RAGGED_DOT), platforms=("tpu",)
         ),

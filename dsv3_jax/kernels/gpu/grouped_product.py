@@ -1,10 +1,11 @@
-"""Grouped products on Hopper (H100, H200) in bfloat16, by kernels that their authors run there.
+"""Grouped products on Hopper (H100, H200) in bfloat16, by kernels that their authors run there, and by our own.
 
-    MOSAIC   JAX's own Mosaic kernels, which come with its wheel: forward, dx and dw
-    TOKAMAX  tokamax's forward, which also skips groups without rows; JAX's dx and dw
+    MOSAIC           JAX's own Mosaic kernels, which come with its wheel: forward, dx and dw
+    TOKAMAX          tokamax's forward, which also skips groups without rows; JAX's dx and dw
+    HOPPER_PRODUCTS  this project's kernels, see hopper_products.py; asked for by name
 
-Both round each expert's gradient to bfloat16 once, after a sum in float32. Both read the experts of one layer: if the
-stack holds more layers, and its weights need no cast, the layer is copied out first.
+The first two round each expert's gradient to bfloat16 once, after a sum in float32. They read the experts of one layer:
+if the stack holds more layers, and its weights need no cast, the layer is copied out first.
 """
 
 import importlib
@@ -26,14 +27,21 @@ STEP = 64  # columns: every width must be a multiple
 ROWS = 128  # of a tile
 
 
-def why_not(target: Any) -> str:
-    """Why JAX's Mosaic kernels cannot run on a target, in words; "" if they can.
+def why_not_hopper(target: Any) -> str:
+    """Why kernels for Hopper cannot run on a target, in words; "" if they can.
 
     Args: target: a `kernels.choose.Target`, of which the chip is read.
     """
-    if target.chip not in HOPPER:
-        chip = f"the chip has {target.chip}" if target.chip else "the chip is not known"
-        return f"its grouped products need compute capability 9.0 (H100, H200), and {chip}"
+    if target.chip in HOPPER:
+        return ""
+    chip = f"the chip has {target.chip}" if target.chip else "the chip is not known"
+    return f"its grouped products need compute capability 9.0 (H100, H200), and {chip}"
+
+
+def why_not(target: Any) -> str:
+    """The same of JAX's Mosaic kernels."""
+    if reason := why_not_hopper(target):
+        return reason
     try:
         _kernels()
     except Exception as error:  # they are examples, which may move or change between versions
@@ -120,3 +128,28 @@ def tokamax(x: Array, w: Array, counts: Array, first: Array | None = None) -> Ar
 
 
 TOKAMAX = GroupedProduct("tokamax", tokamax, mosaic_dx, mosaic_dw, row_multiple=ROWS, joins=True)
+
+
+def hopper(x: Array, w: Array, counts: Array, first: Array | None = None) -> Array:
+    """`GroupedProduct.forward` by this project's kernel."""
+    return _own().product(x, w, counts, first)
+
+
+def hopper_dx(dy: Array, w: Array, counts: Array, first: Array | None = None) -> Array:
+    """`GroupedProduct.dx` likewise."""
+    return _own().product(dy, w, counts, first, transposed=True)
+
+
+def hopper_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
+    """`GroupedProduct.dw` likewise, in the dtype of the gradient."""
+    return _own().product_dw(x, dy, counts, dtype)
+
+
+def _own() -> Any:
+    """The module, imported when it is used: Pallas takes a second."""
+    from dsv3_jax.kernels.gpu import hopper_products
+
+    return hopper_products
+
+
+HOPPER_PRODUCTS = GroupedProduct("hopper", hopper, hopper_dx, hopper_dw, row_multiple=ROWS, joins=True)
