@@ -47,7 +47,7 @@ def describe_kernels(execution: Execution) -> list[str]:
 
     Example:
         >>> describe_kernels(Execution(kernels="xla"))[2]
-        'causal_attention   xla         cpu (cpu), xla (all)'
+        'causal_attention   xla         cpu (cpu), splash (tpu), tokamax (cuda), cudnn (cuda), blocks (cuda, rocm, tpu), xla (all)'
     """
     from dsv3_jax.kernels import choose
 

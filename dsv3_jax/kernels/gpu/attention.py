@@ -66,7 +66,9 @@ def _tokamax(q, k, v, first, scale):
 def _tokamax_fwd(q, k, v, first, scale):
     op, mask = tokamax_library.flash_attention()
     with tokamax_library.tracing_for_hopper():
-        return jax.vjp(lambda q, k, v: op(q, k, v, logits_scale=scale, mask=mask(is_causal=True, k_start=first)), q, k, v)
+        return jax.vjp(
+            lambda q, k, v: op(q, k, v, logits_scale=scale, mask=mask(is_causal=True, k_start=first)), q, k, v
+        )
 
 
 def _tokamax_bwd(scale, pull_back, d_out):
