@@ -1,4 +1,4 @@
-"""Attention's kernels for TPUs and GPUs equal the op: run in interpret mode here, and compiled for chips without them."""
+"""Attention's kernels for TPUs and GPUs equal the op: run in interpret mode, and compiled for chips that are absent."""
 
 import re
 import sys

@@ -119,7 +119,7 @@ def test_rotation_keeps_dtype_and_broadcasts_over_heads(rng):
 
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_rotation_in_bfloat16_rounds_once(rng, interleaved):
-    """Each number is the float32 result, rounded: half a unit in the last place is at most 2^-8 of it. Norms are kept."""
+    """Each number is the float32 result, rounded: it changes by at most 2^-8 of itself. Norms are kept."""
     freqs = rope.frequencies(64, 1e4, Yarn())
     cos, sin = rope.cos_sin(jnp.arange(512, dtype=jnp.int32), freqs, Yarn())
     x = jnp.asarray(rng.standard_normal((512, 64)), jnp.bfloat16)

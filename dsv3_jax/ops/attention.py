@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 MAX_SCORES = 1 << 21  # numbers in the scores of one pair of blocks: 8 MB in float32
-LARGE_SCORES = 1 << 26  # likewise where memory is large and starting a product costs more: 256 MB in float32
+LARGE_SCORES = 1 << 25  # likewise where memory is large and starting a product costs more: 128 MB in float32
 
 
 def causal_attention(

@@ -66,9 +66,7 @@ def _tokamax(q, k, v, first, scale):
 def _tokamax_fwd(q, k, v, first, scale):
     op, mask = tokamax_library.flash_attention()
     with tokamax_library.tracing_for_hopper():
-        return jax.vjp(
-            lambda q, k, v: op(q, k, v, logits_scale=scale, mask=mask(is_causal=True, k_start=first)), q, k, v
-        )
+        return jax.vjp(partial(op, logits_scale=scale, mask=mask(is_causal=True, k_start=first)), q, k, v)
 
 
 def _tokamax_bwd(scale, pull_back, d_out):
@@ -91,7 +89,8 @@ def why_not_cudnn(target: Any) -> str:
     try:
         from jax._src.lib import cuda_versions
 
-        version = cuda_versions.cudnn_get_version()
+        library: Any = cuda_versions  # None without CUDA
+        version = library.cudnn_get_version()
     except Exception as error:  # the names are private, and what a missing library raises differs between versions
         return f"this process has no cuDNN ({type(error).__name__})"
     if version < CUDNN_VERSION:

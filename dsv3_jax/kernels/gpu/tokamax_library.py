@@ -1,7 +1,7 @@
 """tokamax, a library of kernels for accelerators: the only file that imports it, and why it is not in use.
 
 tokamax is optional. It asks the process for its default device while a program is traced. Programs here are compiled
-for a target instead, which may not be present; inside `tracing_for_hopper` tokamax sees an H100 whatever the process has.
+for a target instead, which may not be present. Inside `tracing_for_hopper`, tokamax sees an H100 whatever there is.
 """
 
 import sys
