@@ -135,10 +135,9 @@ def test_a_first_key_for_each_query_says_what_segments_say(rng):
         ("", (3, 13), "0.0.17", "its kernels need compute capability 9.0 (H100, H200), and the chip is not known"),
         ("8.0", (3, 13), "0.0.17", "its kernels need compute capability 9.0 (H100, H200), and the chip has 8.0"),
         ("9.0", (3, 11), "0.0.17", "it needs Python 3.12 or newer"),
-        ("9.0", (3, 13), None, "it is not installed: pip install 'tokamax>=0.0.17,<0.1'"),
-        ("9.0", (3, 13), "0.0.12", "tokamax 0.0.12 is not supported: pip install 'tokamax>=0.0.17,<0.1'"),
-        ("9.0", (3, 13), "0.1.0", "tokamax 0.1.0 is not supported: pip install 'tokamax>=0.0.17,<0.1'"),
-        ("9.0", (3, 12), "0.0.18", ""),
+        ("9.0", (3, 13), None, "it is not installed: pip install tokamax==0.0.17"),
+        ("9.0", (3, 13), "0.0.12", "tokamax 0.0.12 is not supported: pip install tokamax==0.0.17"),
+        ("9.0", (3, 12), "0.0.17", ""),
     ],
 )
 def test_why_tokamax_is_not_in_use(monkeypatch, chip, python, version, sentence):
