@@ -10,9 +10,9 @@ import pytest
 
 from dsv3_jax.kernels.cpu import attention as cpu_attention
 from dsv3_jax.kernels.cpu import library
-from dsv3_jax.ops import mla
+from dsv3_jax.ops import attention, mla
 from dsv3_jax.ops.attention import causal_attention
-from dsv3_jax.ops.cached_attention import Stored
+from dsv3_jax.ops.cached_attention import Stored, cached_attention
 
 SEGMENTS = {  # rows of packed documents; 0 is padding
     5: [[1, 1, 2, 2, 2], [1, 1, 1, 0, 0]],
@@ -103,6 +103,91 @@ def test_gradient_memory_grows_with_length_not_its_square():
     assert two < 2.5 * one
     assert four < 2.5 * two
     assert four < 4096 * 4096 * 4 / 4  # a quarter of one score matrix
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_heads_that_share_keys_equal_repeated_ones(x64, rng, groups):
+    """Each key-value head serves the query heads after one another, and gets the sum of their gradients."""
+    q, k, v, weight = draw(rng, (2, 23, 4, 6), (2, 23, groups, 6), (2, 23, groups, 3), (2, 23, 4, 3))
+    mask = jnp.asarray(oracles.causal_mask(2, 23))
+
+    def ours(q, k, v):
+        return causal_attention(q, k, v, scale=0.4, block=8)
+
+    def oracle(q, k, v):
+        heads = jnp.array([h * groups // 4 for h in range(4)], jnp.int32)
+        return full_scores(q, k[:, :, heads], v[:, :, heads], mask)
+
+    out, grads = value_and_gradients(ours, 3, weight, q, k, v)
+    expected, expected_grads = value_and_gradients(oracle, 3, weight, q, k, v)
+    np.testing.assert_allclose(out, expected, atol=1e-9)
+    assert_gradients_equal(grads, expected_grads)
+
+
+@pytest.mark.parametrize("products, length", [(1, 100), (2, 1000), (64, 4096), (8192, 8192)])
+def test_large_blocks_are_bounded_by_memory(products, length):
+    """At least 128 rows; beyond, no more scores than the bound, and no more rows than the length needs."""
+    block = attention.large_block(products, length)
+    assert block == 128 or (block < 2 * length and products * block**2 <= attention.LARGE_SCORES)
+    assert block >= length or products * (2 * block) ** 2 > attention.LARGE_SCORES
+
+
+def test_large_blocks_change_nothing_but_rounding(x64, rng, monkeypatch):
+    monkeypatch.setattr(attention, "LARGE_SCORES", 1 << 17)  # blocks of 256
+    arrays = draw(rng, (1, 700, 2, 6), (1, 700, 1, 6), (1, 700, 1, 3))
+    large = attention.causal_attention_in_large_blocks(*arrays, scale=0.4)
+    np.testing.assert_allclose(large, causal_attention(*arrays, scale=0.4), atol=1e-12)
+
+
+# bfloat16
+
+
+def bfloat16(rng, *shapes):
+    """Return normal arrays in bfloat16, and the same numbers in float64."""
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in draw(rng, *shapes)]
+    return arrays, [np.asarray(x.astype(jnp.float32), np.float64) for x in arrays]
+
+
+V3_SCALE = 0.1352337788608801  # in bfloat16 it is 0.134766: 0.35 % less
+
+
+def test_scores_in_bfloat16_are_not_biased(rng):
+    """Each score has rounding errors of both signs, and their mean is near zero.
+
+    Rounding a query's number changes it by about 2^-9/sqrt(3) of itself, and the mean of 65,536 scores of 64 products
+    by far less. A rounded scale would be 35 times the bound.
+    """
+    (q, k), (exact_q, exact_k) = bfloat16(rng, (256, 64), (256, 64))
+    scores = np.asarray(attention.scaled(q, V3_SCALE).astype(jnp.float32), np.float64) @ exact_k.T
+    exact = V3_SCALE * exact_q @ exact_k.T
+    bias = (scores * exact).sum() / (exact * exact).sum() - 1  # of the factor between them
+    assert abs(bias) < 1e-4, bias
+    assert attention.scaled(q, V3_SCALE).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("path", ["causal", "cached"])
+def test_attention_in_bfloat16_is_not_biased(rng, path):
+    """One-hot values of two keys read the difference of their scores off the output: log of the odds.
+
+    Each query sees two tokens, so odds of every size occur. The bound is the one of the scores, with less data.
+    """
+    rows, width = 4096, 64
+    (q, k), (exact_q, exact_k) = bfloat16(rng, (rows, 1, 1, width), (rows, 2, 1, width))
+    v = jnp.broadcast_to(jnp.eye(2, dtype=jnp.float32)[None, :, None], (rows, 2, 1, 2))
+    exact = V3_SCALE * np.einsum("bthk,bshk->bs", exact_q, exact_k)
+    if path == "causal":
+        q = jnp.concatenate([q, q], axis=1)  # the first query sees one key only
+        out = causal_attention(q, k, v, scale=V3_SCALE)[:, 1, 0]
+    else:
+        stored = Stored(jnp.concatenate([k, v.astype(k.dtype)], axis=-1).swapaxes(1, 2)[None], None)
+        last = jnp.ones((rows, 1), jnp.int32)
+        q = q.swapaxes(1, 2).astype(jnp.bfloat16)
+        out = cached_attention(q, stored, ZERO, last, parts=(width, 2), shared=False, scale=V3_SCALE)[:, 0, 0]
+    out = np.asarray(out.astype(jnp.float32), np.float64)
+    seen = (out > 0.02).all(axis=1)  # a small weight has lost its digits
+    odds, exact_odds = np.log(out[seen, 0] / out[seen, 1]), exact[seen, 0] - exact[seen, 1]
+    bias = (odds * exact_odds).sum() / (exact_odds**2).sum() - 1
+    assert abs(bias) < (1e-4 if path == "causal" else 5e-4), bias
 
 
 # the C++ kernel

@@ -115,3 +115,17 @@ def test_rotation_keeps_dtype_and_broadcasts_over_heads(rng):
     assert rotated.dtype == x.dtype
     alone = rope.rotate(x[1, 2, 4], cos[1, 2], sin[1, 2], interleaved=True)
     np.testing.assert_array_equal(rotated[1, 2, 4].astype(jnp.float32), alone.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rotation_in_bfloat16_rounds_once(rng, interleaved):
+    """Each number is the float32 result, rounded: it changes by at most 2^-8 of itself. Norms are kept."""
+    freqs = rope.frequencies(64, 1e4, Yarn())
+    cos, sin = rope.cos_sin(jnp.arange(512, dtype=jnp.int32), freqs, Yarn())
+    x = jnp.asarray(rng.standard_normal((512, 64)), jnp.bfloat16)
+    rotated = np.asarray(rope.rotate(x, cos, sin, interleaved=interleaved).astype(jnp.float32), np.float64)
+    exact = np.asarray(rope.rotate(x.astype(jnp.float32), cos, sin, interleaved=interleaved), np.float64)
+    np.testing.assert_allclose(rotated, exact, rtol=1.001 * 2**-8)
+    norms = np.linalg.norm(rotated, axis=-1) / np.linalg.norm(np.asarray(x.astype(jnp.float32), np.float64), axis=-1)
+    # 64 roundings of both signs: the norm's relative error is about 2^-9/sqrt(3)/8, and the mean's far less.
+    assert np.abs(norms - 1).max() < 2**-9 and abs(norms.mean() - 1) < 3e-5

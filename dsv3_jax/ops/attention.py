@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 RESULTS = "attention"  # name, for `jax.checkpoint`, of what the gradient needs of the forward pass: output, log-sums
 MAX_SCORES = 1 << 21  # numbers in the scores of one pair of blocks: 8 MB in float32
-LARGE_SCORES = 1 << 26  # likewise where memory is large and starting a product costs more: 256 MB in float32
+LARGE_SCORES = 1 << 25  # likewise where memory is large and starting a product costs more: 128 MB in float32
 
 
 def causal_attention(
@@ -71,10 +71,16 @@ def causal_attention_in_large_blocks(
     The gradient has about four arrays of that size at a time.
     """
     batch, length, heads, _ = q.shape
-    block = 128
-    while block < length and batch * heads * (2 * block) ** 2 <= LARGE_SCORES:
-        block *= 2
+    block = large_block(batch * heads, length)
     return causal_attention(q, k, v, scale=scale, segment_ids=segment_ids, block=block)
+
+
+def large_block(products: int, length: int) -> int:
+    """Rows of a block whose scores, in so many products, are at most LARGE_SCORES numbers; at least 128."""
+    block = 128
+    while block < length and products * (2 * block) ** 2 <= LARGE_SCORES:
+        block *= 2
+    return block
 
 
 def scaled(q: Float[Array, "..."], scale: float) -> Float[Array, "..."]:

@@ -14,6 +14,8 @@ from dsv3_jax.kernels.gpu import tokamax_library
 
 CUDNN_CHIP = (9, 0)  # the first compute capability on which cuDNN's attention has keys and values of different widths
 CUDNN_VERSION = 91000  # 9.10, likewise
+ROWS, KEYS = 64, 128  # tokamax: rows of a warpgroup's block, and keys read at a time
+SHARED_MEMORY = 227 << 10  # bytes of it that a block of threads may use on Hopper
 MIN_WIDTH = 64  # of a head: below, most of a product's columns are padding
 MIN_LENGTH = 128  # of a sequence: below, most of a block's rows are padding
 
@@ -52,27 +54,96 @@ def tokamax_attention(
 
     Departs from the op: a segment's tokens must be neighbours, since a query sees all keys from its segment's first on.
     """
-    first = None if segment_ids is None else first_of_segment(segment_ids)[:, None]
-    return _tokamax(q, k, v, first, scale)
+    length = q.shape[1]
+    pad = -length % KEYS  # later keys than any real query's, and queries whose gradient is zero
+
+    def padded(x):
+        return jnp.pad(x, ((0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)))
+
+    first = None if segment_ids is None else padded(first_of_segment(segment_ids))[:, None]
+    return _tokamax(padded(q), padded(k), padded(v), first, scale)[:, :length]
+
+
+def tokamax_blocks(key: int, value: int) -> tuple[int, int]:
+    """(Keys that the forward kernel reads at a time, blocks that the backward kernels read ahead) for heads so wide.
+
+    The larger ones of two if a core's shared memory holds them; its authors' timings are best with these.
+
+    >>> tokamax_blocks(192, 128), tokamax_blocks(256, 256)
+    ((128, 2), (64, 1))
+    """
+    key, value = (-(-width // 64) * 64 for width in (key, value))
+    both, two = 2 * (key + value), 2  # bytes of a row of keys and values in bfloat16; two blocks at a time
+    forward = two * KEYS * both + 2 * ROWS * 2 * key
+    backward = 2 * ROWS * both + two * ROWS * (both + 12) + 2 * ROWS * 12
+    return KEYS if forward < SHARED_MEMORY else KEYS // 2, 2 if backward < SHARED_MEMORY else 1
+
+
+def _tokamax_forward(q, k, v, first, scale, *, residuals: bool):
+    """(The output, (maxima and sums of each row [B, H, T]) or None)."""
+    forward, _ = tokamax_library.flash_attention()
+    keys, _ = tokamax_blocks(q.shape[-1], v.shape[-1])
+    config = forward.Config(block_q=ROWS, block_kv=keys, num_stages=2, persistent=False)
+
+    def attend(q, k, v, first):
+        return forward.flash_attention_kernel(
+            q,
+            k,
+            v,
+            None,
+            None,
+            first,
+            None,
+            is_causal=True,
+            logits_soft_cap=None,
+            logits_scale=scale,
+            out_dtype=q.dtype,
+            normalize_output=True,
+            return_residuals=residuals,
+            use_stable_softmax=True,
+            rescale_threshold=1.0,
+            config=config,
+        )
+
+    return jax.vmap(attend)(q, k, v, first)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _tokamax(q, k, v, first, scale):
-    op, mask = tokamax_library.flash_attention()
-    with tokamax_library.tracing_for_hopper():
-        return op(q, k, v, logits_scale=scale, mask=mask(is_causal=True, k_start=first))
+    return _tokamax_forward(q, k, v, first, scale, residuals=False)[0]
 
 
 def _tokamax_fwd(q, k, v, first, scale):
-    op, mask = tokamax_library.flash_attention()
-    with tokamax_library.tracing_for_hopper():
-        seen = mask(is_causal=True, k_start=first)
-        return jax.vjp(lambda q, k, v: op(q, k, v, logits_scale=scale, mask=seen), q, k, v)
+    out, rows = _tokamax_forward(q, k, v, first, scale, residuals=True)
+    return out, (q, k, v, first, out, rows)
 
 
-def _tokamax_bwd(scale, pull_back, d_out):
-    with tokamax_library.tracing_for_hopper():
-        return *pull_back(d_out), None
+def _tokamax_bwd(scale, saved, d_out):
+    _, backward = tokamax_library.flash_attention()
+    q, k, v, first, out, rows = saved
+    _, stages = tokamax_blocks(q.shape[-1], v.shape[-1])
+    config = backward.Config(block_q_dkv=ROWS, block_kv_dkv=ROWS, block_q_dq=ROWS, block_kv_dq=ROWS, num_stages=stages)
+
+    def gradients(q, k, v, first, out, rows, d_out):
+        return backward.flash_attention_vjp_kernel(
+            q,
+            k,
+            v,
+            rows,
+            out,
+            d_out,
+            None,
+            None,
+            first,
+            None,
+            logits_scale=scale,
+            logits_soft_cap=None,
+            is_causal=True,
+            ds_dtype=None,
+            config=config,
+        )[:3]
+
+    return *jax.vmap(gradients)(q, k, v, first, out, rows, d_out), None
 
 
 _tokamax.defvjp(_tokamax_fwd, _tokamax_bwd)
@@ -90,7 +161,8 @@ def why_not_cudnn(target: Any) -> str:
     try:
         from jax._src.lib import cuda_versions
 
-        version = cuda_versions.cudnn_get_version()
+        library: Any = cuda_versions  # None without CUDA
+        version = library.cudnn_get_version()
     except Exception as error:  # the names are private, and what a missing library raises differs between versions
         return f"this process has no cuDNN ({type(error).__name__})"
     if version < CUDNN_VERSION:

@@ -1,22 +1,17 @@
 """tokamax, a library of kernels for accelerators: the only file that imports it, and why it is not in use.
 
-tokamax is optional. It asks the process for its default device while a program is traced. Programs here are compiled
-for a target instead, which may not be present; inside `tracing_for_hopper` tokamax sees an H100, whatever there is.
+tokamax is optional. Its ops ask the process for its default device while they are traced. Programs here are compiled
+for a target instead, which may not be present, so the kernels below the ops are called, which ask nothing.
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 MIN_PYTHON = (3, 12)
-OLDEST, TOO_NEW = (0, 0, 17), (0, 1)  # versions whose names and results were checked
-INSTALL = "pip install 'tokamax>=0.0.17,<0.1'"
+VERSION = "0.0.17"  # the kernels' names are private and move between versions
+INSTALL = f"pip install tokamax=={VERSION}"
 HOPPER = "9.0"  # compute capability
-H100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3", compute_capability=HOPPER)
 
 
 def why_not(target: Any) -> str:
@@ -33,29 +28,18 @@ def why_not(target: Any) -> str:
         version = metadata.version("tokamax")
     except metadata.PackageNotFoundError:
         return f"it is not installed: {INSTALL}"
-    numbers = tuple(int(n) for n in version.split(".")[:3] if n.isdigit())
-    if not OLDEST <= numbers < TOO_NEW:
+    if version != VERSION:
         return f"tokamax {version} is not supported: {INSTALL}"
     return ""
 
 
-@contextmanager
-def tracing_for_hopper() -> Iterator[None]:
-    """Let tokamax trace its kernels for an H100, whatever devices the process has. Its calls belong inside."""
-    import tokamax
-    from jax.extend import backend
-
-    with tokamax.config.cross_compile(True), mock.patch.object(backend, "get_default_device", lambda: H100):
-        yield
-
-
 def flash_attention() -> tuple[Any, Any]:
-    """(The op of flash attention on Hopper, the class of its masks)."""
-    # Not from tokamax.ops.gpu, which also imports jax_triton.
-    from tokamax._src.ops.attention.base import Mask
-    from tokamax._src.ops.attention.pallas_mosaic_gpu import PallasMosaicGpuFlashAttention
+    """(The module of flash attention's forward kernel on Hopper, the module of its backward kernels)."""
+    from tokamax._src.ops.attention import pallas_mosaic_gpu_kernel_sm90 as forward
+    from tokamax._src.ops.attention import pallas_mosaic_gpu_vjp_kernel_sm90 as backward
 
-    return PallasMosaicGpuFlashAttention(), Mask
+    return forward, backward
+
 
 
 def ragged_dot() -> tuple[Any, Any]:

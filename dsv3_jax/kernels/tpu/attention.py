@@ -1,4 +1,4 @@
-"""Causal attention on TPUs by JAX's splash attention, a flash attention that skips the blocks that the mask empties.
+"""Causal attention on TPUs by JAX's splash attention, a flash attention that skips the blocks above the diagonal.
 
 Forward and backward are Pallas kernels: scores stay in the core's memory. Keys and values of fewer heads than the
 queries' are read as they are.

@@ -1,0 +1,245 @@
+"""Attention's kernels for TPUs and GPUs equal the op: run in interpret mode, and compiled for chips that are absent."""
+
+import re
+import sys
+from functools import partial
+from importlib import metadata
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from flax import nnx
+from models import small
+
+from dsv3_jax.config import ConfigError, Execution
+from dsv3_jax.kernels import choose
+from dsv3_jax.kernels.choose import Kernels, Target, prepare
+from dsv3_jax.kernels.gpu import attention as gpu_attention
+from dsv3_jax.kernels.gpu import tokamax_library
+from dsv3_jax.kernels.tpu import attention as tpu_attention
+from dsv3_jax.mesh import sharding
+from dsv3_jax.model.attention import GQA
+from dsv3_jax.ops.attention import causal_attention
+from dsv3_jax.planning import devices
+
+interpreted = partial(tpu_attention.causal_attention, interpret=True)
+
+
+def draw(rng, shape, dtype=jnp.float32):
+    """Return q, k, v and a weight of the output for (B, T, H, G, K, V), and segment ids of a few documents a row."""
+    batch, length, heads, groups, key, value = shape
+    shapes = ((heads, key), (groups, key), (groups, value), (heads, value))
+    arrays = [jnp.asarray(rng.standard_normal((batch, length, n, width)), dtype) for n, width in shapes]
+    ids = np.cumsum(rng.random((batch, length)) < 4 / length, axis=1, dtype=np.int32) + 1
+    ids[:, length - length // 8 :] = 0
+    return arrays, jnp.asarray(ids)
+
+
+def out_and_gradients(attention, arrays, segment_ids):
+    """Return the output where there are tokens, and the gradients of its weighted sum, in float32."""
+    q, k, v, weight = arrays
+    real = jnp.ones(q.shape[:2], bool) if segment_ids is None else segment_ids > 0
+
+    def loss(q, k, v):
+        out = attention(q, k, v, scale=0.13, segment_ids=segment_ids).astype(jnp.float32)
+        out = jnp.where(real[..., None, None], out, 0.0)  # the output at padding is not defined
+        return (out * weight.astype(jnp.float32)).sum(), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    return [np.asarray(x.astype(jnp.float32)) for x in (out, *grads)]
+
+
+# splash attention, on TPUs
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, packed, largest",
+    [
+        ((1, 300, 2, 2, 192, 128), jnp.float32, True, 128),  # V3's widths; three blocks, the last with padding
+        ((2, 256, 4, 2, 96, 64), jnp.float32, True, 128),  # two query heads for each key head; whole blocks
+        ((1, 200, 2, 1, 192, 128), jnp.bfloat16, False, 1024),  # one key head; one block
+    ],
+    ids=["192/128", "gqa", "mqa in bfloat16"],
+)
+def test_splash_and_its_gradients_equal_the_op(rng, monkeypatch, shape, dtype, packed, largest):
+    """In float32 both sum in another order. In bfloat16 both round weights, outputs and gradients to 2^-8 of them."""
+    monkeypatch.setattr(tpu_attention, "LARGEST_BLOCK", largest)
+    arrays, segment_ids = draw(rng, shape, dtype)
+    segment_ids = segment_ids if packed else None
+    tolerance = 1e-5 if dtype == jnp.float32 else 2**-6
+    got = out_and_gradients(interpreted, arrays, segment_ids)
+    expected = out_and_gradients(causal_attention, arrays, segment_ids)
+    for name, g, e in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
+        np.testing.assert_allclose(g, e, atol=tolerance * np.abs(e).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("length", [1, 128, 640, 641, 1024, 1025, 4096, 5000, 100_000])
+def test_blocks_serve_every_length(length):
+    """Of the sizes that the kernel takes, and with little padding."""
+    block, at_a_time = tpu_attention.block_sizes(length)
+    assert block % at_a_time == 0 and at_a_time % 128 == 0 and block <= tpu_attention.LARGEST_BLOCK
+    assert length + -length % block < 1.25 * length + 256
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("groups", [2, 1])  # key heads that "tensor" shards, and one that it cannot shard
+def test_a_kernel_on_a_mesh_is_a_single_devices(rng, monkeypatch, groups):
+    """Each device runs it on its own sequences and heads."""
+    cfg = small(attention="gqa", num_heads=4, num_kv_heads=groups, nope_head_dim=48, rope_head_dim=16, v_head_dim=64)
+    seen = []
+
+    def spy(self, q, k, v, **settings):
+        seen.append((q.shape, k.shape))
+        return interpreted(q, k, v, **settings)
+
+    monkeypatch.setattr(Kernels, "causal_attention", spy)
+    graphdef, state = nnx.split(GQA(cfg, rngs=nnx.Rngs(0), kernels=Kernels(Target("cpu", "xla"), ())))
+    x = jnp.asarray(rng.standard_normal((2, 128, cfg.dim)), jnp.float32)
+    segment_ids = jnp.asarray(np.repeat([[1, 2], [1, 0]], 64, axis=1), jnp.int32)
+
+    @jax.jit
+    def step(state, x):
+        def loss(state, x):
+            out = nnx.merge(graphdef, state)(x, segment_ids=segment_ids)
+            return jnp.where(segment_ids[..., None] > 0, out, 0.0).var()
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(state, x)
+
+    alone = jax.tree.leaves(step(state, x))
+    mesh = sharding.make_mesh(data=2, tensor=2)
+    with sharding.use_mesh(mesh):
+        placed = jax.device_put(state, sharding.state_sharding(state, mesh))
+        together = jax.tree.leaves(step(placed, jax.device_put(x, sharding.batch_sharding(mesh))))
+    assert seen[-1] == ((1, 128, 2, 64), (1, 128, 1 if groups == 2 else 2, 64))
+    for one, many in zip(alone, together, strict=True):
+        np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-5 * np.abs(one).max())
+
+
+# tokamax and cuDNN, on NVIDIA GPUs
+
+
+def test_a_first_key_for_each_query_says_what_segments_say(rng):
+    """tokamax's mask: keys from the first of the query's document to the query itself."""
+    _, segment_ids = draw(rng, (3, 50, 1, 1, 1, 1))
+    first = np.asarray(gpu_attention.first_of_segment(segment_ids))
+    key = np.arange(50)
+    seen = (first[:, :, None] <= key) & (key <= key[:, None])
+    np.testing.assert_array_equal(seen, oracles.causal_mask(3, 50, np.asarray(segment_ids)))
+
+
+@pytest.mark.parametrize(
+    "chip, python, version, sentence",
+    [
+        ("", (3, 13), "0.0.17", "its kernels need compute capability 9.0 (H100, H200), and the chip is not known"),
+        ("8.0", (3, 13), "0.0.17", "its kernels need compute capability 9.0 (H100, H200), and the chip has 8.0"),
+        ("9.0", (3, 11), "0.0.17", "it needs Python 3.12 or newer"),
+        ("9.0", (3, 13), None, "it is not installed: pip install tokamax==0.0.17"),
+        ("9.0", (3, 13), "0.0.12", "tokamax 0.0.12 is not supported: pip install tokamax==0.0.17"),
+        ("9.0", (3, 12), "0.0.17", ""),
+    ],
+)
+def test_why_tokamax_is_not_in_use(monkeypatch, chip, python, version, sentence):
+    def installed(name):
+        if version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(sys, "version_info", python)
+    monkeypatch.setattr(metadata, "version", installed)
+    assert tokamax_library.why_not(Target("cuda", chip=chip)) == sentence
+
+
+def test_why_cudnn_is_not_in_use():
+    assert gpu_attention.why_not_cudnn(Target("cuda")).endswith("and the chip is not known")
+    assert gpu_attention.why_not_cudnn(Target("cuda", chip="8.0")).endswith("9.0 or newer, and the chip has 8.0")
+    assert gpu_attention.why_not_cudnn(Target("cuda", chip="10.0")).startswith("this process has no cuDNN")
+
+
+def test_a_missing_library_is_refused_by_name_and_said_otherwise():
+    with pytest.raises(ConfigError, match="kernels='causal_attention=tokamax' is not available here: its kernels need"):
+        prepare(Execution(kernels="causal_attention=tokamax"), platform="cuda", chip="8.0")
+    assert "not tokamax, its kernels need" in prepare(platform="cuda", chip="8.0").describe("bfloat16")
+
+
+# The table
+
+
+def picked(platform, length, widths, dtype=jnp.bfloat16, packed=True, kernels="auto"):
+    q, v = (jnp.zeros((1, length, 1, width), dtype) for width in widths)
+    return Kernels(Target(platform, kernels, "9.0"), ()).pick("causal_attention", q, q, v, packed=packed).name
+
+
+def test_who_attends():
+    assert picked("tpu", 1000, (192, 128)) == picked("tpu", 1000, (192, 128), jnp.float32) == "splash"
+    assert picked("cuda", 1000, (192, 128)) == "tokamax"
+    assert picked("cuda", 1000, (192, 128), jnp.float32) == "blocks"
+    assert picked("cuda", 1000, (192, 128), packed=False, kernels="causal_attention=cudnn") == "cudnn"
+    assert picked("cuda", 1000, (192, 128), kernels="causal_attention=cudnn") == "tokamax"  # rows of documents
+    assert picked("rocm", 1000, (192, 128)) == "blocks"
+    assert picked("tpu", 1000, (192, 128), kernels="xla") == "blocks"  # not compiled by XLA
+    for platform in ("cuda", "tpu"):
+        assert picked(platform, 1000, (48, 32)) == picked(platform, 100, (192, 128)) == "blocks"  # too small
+    assert choose.TABLE["causal_attention"][-1].name == "xla"
+
+
+# Compiled for chips that are not here
+
+
+def compiled(target, attention, shape):
+    """Compile the gradient for a target. Returns the program's text and its temporary bytes."""
+    try:
+        mesh = devices.target_mesh(target, {"data": 1})
+    except ConfigError as error:
+        pytest.skip(str(error))
+    batch, length, heads, groups, key, value = shape
+    placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct((batch, length, *shape), dtype, sharding=placed)
+
+    def loss(q, k, v, segment_ids):
+        return attention(q, k, v, scale=0.1, segment_ids=segment_ids).astype(jnp.float32).sum()
+
+    arrays = [array(jnp.bfloat16, n, width) for n, width in ((heads, key), (groups, key), (groups, value))]
+    done = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*arrays, array(jnp.int32)).compile()
+    return done.as_text(), done.memory_analysis().temp_size_in_bytes
+
+
+SHAPES = [(1, 1024, 4, 4, 192, 128), (1, 1100, 4, 2, 96, 64)]
+
+
+def squares(text):
+    """Return the arrays of a program that have two axes of about the length, as scores have."""
+    return re.findall(r"\[(?:\d+,)*1[0-2]\d\d,1[0-2]\d\d\]", text)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shape", SHAPES, ids=["192/128", "gqa"])
+@pytest.mark.parametrize("target", ["tpu:v5p:2x2x1", "tpu:v6e:2x2"])
+def test_splash_compiles_for_tpus(target, shape):
+    """Forward and both backward kernels; no scores in memory."""
+    text, _ = compiled(target, tpu_attention.causal_attention, shape)
+    for phase in ("fwd_segmented_residuals", "dq_segmented_no_residuals", "dkv_segmented_no_residuals"):
+        assert f"splash_mha_{phase}" in text
+    assert not squares(text)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shape", SHAPES, ids=["192/128", "gqa"])
+def test_tokamax_compiles_for_hopper(shape):
+    """A forward and two backward kernels; no scores in memory."""
+    if reason := tokamax_library.why_not(Target("cuda", chip="9.0")):
+        pytest.skip(reason)
+    text, _ = compiled("gpu:h100:1", gpu_attention.tokamax_attention, shape)
+    assert len(re.findall(r'custom_call_target="mosaic_gpu', text)) == 3
+    assert not squares(text)
+
+
+@pytest.mark.long
+def test_large_blocks_compile_for_hopper_without_a_loop():
+    """So few scores are one visit; the loops over pairs of small blocks are two."""
+    large = prepare(platform="rocm").pick("causal_attention", jnp.ones(1), jnp.ones(1), jnp.ones(1)).run
+    assert " while(" not in compiled("gpu:h100:1", large, SHAPES[0])[0]
+    assert " while(" in compiled("gpu:h100:1", causal_attention, SHAPES[0])[0]
