@@ -246,7 +246,9 @@ def test_nothing_goes_on_from_a_step_that_is_found_late_not_to_be_finite(whole, 
             if len(steps) == 8:
                 state.params["head"] = head.replace(head[...].at[0, 0].set(np.inf))
             state, metrics = good(state, batch, go)
-            state.params["head"] = head.replace(jax.numpy.asarray(sound) if len(steps) == 8 else state.params["head"][...])
+            state.params["head"] = head.replace(
+                jax.numpy.asarray(sound) if len(steps) == 8 else state.params["head"][...]
+            )
             steps.append(int(state.step))
             return state, metrics
 
@@ -272,6 +274,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(whole, tmp_path, monkeypatch, c
     assert "step 4 met" in said[0] and "parameter head" in said[0] and "last good checkpoint is step 4" in said[0]
     assert loop.fit(whole.run, folder, quiet=True).resumed_from == 4  # without the poison
     assert_same_run(whole.run, folder, whole)
+
+
+def test_a_run_with_means_in_bfloat16_resumes_as_it_was(whole, tmp_path):
+    """To the last bit; a run with means of another dtype is another run."""
+    run = replace(whole.run, optim=replace(whole.run.optim, moments_dtype="bfloat16"))
+    loop.fit(run, tmp_path / "whole", quiet=True)
+    loop.fit(run, tmp_path / "stopped", stop_after=5, quiet=True)
+    loop.fit(run, tmp_path / "stopped", quiet=True)
+    want, got = (last_checkpoint(run, tmp_path / name)[0] for name in ("whole", "stopped"))
+    assert_bitwise(got, want)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(got.opt)} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(got.params)} == {"float32"}
+    with pytest.raises(ValueError, match=r"^optim\.moments_dtype='bfloat16' is not that of the run in .*, 'float32'"):
+        loop.fit(run, whole.folder)
+    forced = replace(run, execution=replace(run.execution, kernels="optimizer=cpu"))
+    with pytest.raises(
+        ValueError, match=r"^kernels='optimizer=cpu' is for float32 means, not moments_dtype='bfloat16'"
+    ):
+        loop.fit(forced, tmp_path / "forced")
+    assert not (tmp_path / "forced").exists()
 
 
 def test_a_full_disk_stops_the_run(whole, tmp_path, monkeypatch, capfd):

@@ -51,7 +51,9 @@ FLAGS = (
     Flag("xla_tpu_enable_async_collective_fusion_fuse_all_gather", True, _TPU, "all-gathers too", _MAXTEXT),
     Flag("xla_tpu_enable_async_collective_fusion_multiple_steps", True, _TPU, "over several products", _MAXTEXT),
     Flag("xla_tpu_overlap_compute_collective_tc", True, _TPU, "collectives run beside the matrix unit", _MAXTEXT),
-    Flag("xla_tpu_enable_data_parallel_all_reduce_opt", True, _TPU, "gradients are added between hosts early", _MAXTEXT),
+    Flag(
+        "xla_tpu_enable_data_parallel_all_reduce_opt", True, _TPU, "gradients are added between hosts early", _MAXTEXT
+    ),
     Flag("xla_tpu_data_parallel_opt_different_sized_ops", True, _TPU, "those of unlike sizes too", _MAXTEXT),
 )
 

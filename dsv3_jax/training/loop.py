@@ -47,7 +47,9 @@ from dsv3_jax.training.evaluate import evaluate
 from dsv3_jax.training.prepare import chosen, describe, prepare
 from dsv3_jax.training.step import Batch, first_bad_tensor, make_step, model_of
 
-AHEAD = {"cpu": 0}  # steps started before the oldest one is looked at; a CPU's cores have no time for the host meanwhile
+AHEAD = {
+    "cpu": 0
+}  # steps started before the oldest one is looked at; a CPU's cores have no time for the host meanwhile
 AHEAD_ELSEWHERE = 2
 _compiled_step = lru_cache(maxsize=4)(make_step)  # a run resumed in one process compiles once
 
