@@ -412,13 +412,13 @@ class OptimConfig:
     beta2: float = 0.95  # decay of AdamW's mean of squared gradients
     eps: float = 1e-8  # epsilon of AdamW's division
     weight_decay: float = 0.1  # weight decay of matrices; the scales of norms have none
-    # dtype of AdamW's two means; bfloat16 halves their memory (DeepSeek-V3 report, section 3.3.2)
-    moments_dtype: Literal["float32", "bfloat16"] = "float32"
     clip_norm: float = 1.0  # largest norm of the whole gradient; a larger gradient is scaled down
     mtp_weight: float = 0.3  # weight of the multi-token loss (lambda)
     mtp_final_weight: float = 0.1  # weight of the multi-token loss once the decay begins
     bias_freeze: float = 0.97  # share of all steps after which the router bias no longer moves
     microbatches: int = 1  # number of parts of a batch whose gradients are accumulated
+    # dtype of AdamW's two means; bfloat16 halves their memory (DeepSeek-V3 report, section 3.3.2)
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
         _check_types(self)

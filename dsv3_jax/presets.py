@@ -145,6 +145,9 @@ V2_LITE = replace(
     yarn=Yarn(factor=40.0, original_max_positions=4096, mscale=0.707, mscale_all_dim=0.707),
 )
 
+# The first 4 of V2-Lite's 27 layers: 2.3B parameters, 0.5B active. For one card: see its recipe.
+V2_LITE_80GB = replace(V2_LITE, num_layers=4)
+
 # Moonlight (16B-A3B) as released: 16B parameters, 2.2B active beside the embedding.
 MOONLIGHT = replace(
     V3,
@@ -208,7 +211,9 @@ MODELS = {
     "tiny": TINY,
     "lab": LAB,
     "mini": MINI,
+    "mini_80gb": MINI,
     "v2_lite": V2_LITE,
+    "v2_lite_80gb": V2_LITE_80GB,
     "v2": V2,
     "v3": V3,
     "moonlight": MOONLIGHT,
@@ -229,11 +234,25 @@ _V3_RUN = RunConfig(
     model=V3,
     execution=Execution(compute_dtype="bfloat16", remat="full"),
     data=DataConfig(seq_len=4096, batch_size=15360, separate_documents=False, fim_rate=0.1),
+    optim=OptimConfig(moments_dtype="bfloat16"),
     steps=235_000,
     eval_every=1000,
     save_every=500,
     log_every=1,
 )
+_MINI_RUN = replace(
+    _TINY_RUN,
+    model=MINI,
+    data=DataConfig(seq_len=512, batch_size=8),
+    optim=OptimConfig(learning_rate=6e-4, final_learning_rate=6e-5, warmup_steps=200),
+    steps=5000,
+)
+_V2_LITE_RUN = replace(_V3_RUN, model=V2_LITE, optim=OptimConfig(learning_rate=4.2e-4, final_learning_rate=4.2e-5))
+# For one 80 GB card, of which JAX takes 64 GB by default. By arithmetic, in GB:
+#   mini_80gb      parameters and gradients 1.6, means 1.6, a second gradient 0.8 (microbatches); nothing recomputed: 20
+#   v2_lite_80gb   parameters and gradients 18, means in bfloat16 9, a second gradient 9; kept by "dots" 3, one layer's
+#                  recomputation 4, a chunk of logits 7. All 27 layers would be 189 without a single activation
+# Their learning rates are those of mini and of V2-Lite's report, not tuned for these batches.
 RECIPES = {
     "tiny": _TINY_RUN,
     "lab": replace(
@@ -247,14 +266,21 @@ RECIPES = {
         save_every=125,
         keep=1,
     ),
-    "mini": replace(
-        _TINY_RUN,
-        model=MINI,
-        data=DataConfig(seq_len=512, batch_size=8),
-        optim=OptimConfig(learning_rate=6e-4, final_learning_rate=6e-5, warmup_steps=200),
-        steps=5000,
+    "mini": _MINI_RUN,
+    "mini_80gb": replace(
+        _MINI_RUN,
+        execution=Execution(compute_dtype="bfloat16"),
+        data=DataConfig(seq_len=2048, batch_size=64),
+        optim=replace(_MINI_RUN.optim, microbatches=2),
     ),
-    "v2_lite": replace(_V3_RUN, model=V2_LITE, optim=OptimConfig(learning_rate=4.2e-4, final_learning_rate=4.2e-5)),
+    "v2_lite": _V2_LITE_RUN,
+    "v2_lite_80gb": replace(
+        _V2_LITE_RUN,
+        model=V2_LITE_80GB,
+        execution=Execution(compute_dtype="bfloat16", remat="dots"),
+        data=replace(_V2_LITE_RUN.data, batch_size=64),
+        optim=replace(_V2_LITE_RUN.optim, moments_dtype="bfloat16", microbatches=16),
+    ),
     "v2": replace(_V3_RUN, model=V2, optim=OptimConfig(learning_rate=2.4e-4, final_learning_rate=2.4e-5)),
     "v3": _V3_RUN,
     "moonlight": replace(_V3_RUN, model=MOONLIGHT, optim=OptimConfig(learning_rate=4.2e-4, final_learning_rate=4.2e-5)),

@@ -129,6 +129,12 @@ def test_models_that_are_refused(changes, words):
         (OptimConfig, dict(eps=0.0), "eps=0.0"),
         (OptimConfig, dict(clip_norm=-1.0), "clip_norm=-1.0"),
         (OptimConfig, dict(microbatches=0), "microbatches=0"),
+        (OptimConfig, dict(moments_dtype="float16"), "moments_dtype='float16' 'float32' 'bfloat16'"),
+        (
+            OptimConfig,
+            dict(moments_dtype="bfloat16", beta2=0.999),
+            "beta2=0.999 0.99 moments_dtype='bfloat16' 'float32'",
+        ),
         (OptimConfig, dict(final_learning_rate=-1.0), "final_learning_rate=-1.0"),
         (OptimConfig, dict(warmup_steps=-1), "warmup_steps=-1"),
         (OptimConfig, dict(weight_decay=-0.1), "weight_decay=-0.1"),
@@ -146,7 +152,8 @@ def test_models_that_are_refused(changes, words):
         (Layout, dict(capacity_slack=0.5), "layout capacity_slack=0.5"),
         (Layout, dict(expert_comm="broadcast"), "expert_comm='broadcast' 'auto' 'gather' 'all_to_all' 'ragged'"),
         (Execution, dict(compute_dtype="float16"), "compute_dtype='float16' 'float32' 'bfloat16'"),
-        (Execution, dict(remat=True), "remat=True 'none' 'dots' 'full'"),
+        (Execution, dict(remat=True), "remat=True 'none' 'dots' 'attention' 'full'"),
+        (Execution, dict(xla_flags="some"), "xla_flags='some' 'auto' 'none'"),
         (Execution, dict(layout=None), "layout=None Layout"),
         (Execution, dict(kernels=None), "kernels=None str"),
         *(
@@ -221,11 +228,11 @@ def test_every_field_survives_json():
     """Values that differ from every default."""
     changed = {
         Layout: Layout(True, "ragged", 2.0),
-        Execution: Execution("bfloat16", "full", "xla", Layout(True)),
+        Execution: Execution("bfloat16", "full", "xla", Layout(True), "none"),
         Yarn: Yarn(2.0, 100, 16.0, 2.0, 0.5, 0.25),
         Balance: Balance(0.5, 0.25, 0.125),
         DataConfig: DataConfig(("x",), "t.json", 9, 3, False, 0.5, 0.5, 7, 5),
-        OptimConfig: OptimConfig(1e-3, 1e-5, 7, 0.1, 0.2, 0.3, 0.4, 1e-3, 0.5, 2.0, 0.6, 0.7, 0.8, 3),
+        OptimConfig: OptimConfig(1e-3, 1e-5, 7, 0.1, 0.2, 0.3, 0.4, 1e-3, 0.5, 2.0, 0.6, 0.7, 0.8, 3, "bfloat16"),
     }
     for kind, config in changed.items():
         default = kind()
@@ -330,7 +337,7 @@ def test_presets_by_name():
 
 @pytest.mark.parametrize("find", [ds.preset, ds.recipe])
 def test_unknown_names_are_refused(find):
-    refused(find, "'huge' tiny lab mini v2_lite v2 v3", name="huge")
+    refused(find, "'huge' tiny lab mini mini_80gb v2_lite v2_lite_80gb v2 v3", name="huge")
 
 
 def test_config_error_is_a_value_error():

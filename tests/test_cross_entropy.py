@@ -6,7 +6,8 @@ import numpy as np
 import oracles
 import pytest
 
-from dsv3_jax.ops.cross_entropy import chunked_cross_entropy, token_scores
+from dsv3_jax.ops import cross_entropy
+from dsv3_jax.ops.cross_entropy import chunked_cross_entropy, cross_entropy_by_memory, token_scores
 
 
 @pytest.mark.parametrize("n, chunk", [(24, 8), (23, 8), (5, 8)])
@@ -94,3 +95,18 @@ def test_token_scores_keep_the_order_of_tokens(x64, rng, n, chunk):
     expected = [-np.log(oracles.softmax_probs(row)[t]) for row, t in zip(h @ w, targets, strict=True)]
     np.testing.assert_allclose(nats, expected, rtol=1e-12)
     np.testing.assert_array_equal(best, np.argmax(h @ w, axis=1))
+
+
+@pytest.mark.parametrize(("logits_bytes", "chunks"), [(1 << 32, 1), (8 * 11 * 4, 6), (1, 24)])
+def test_chunks_by_memory_are_as_large_as_the_logits_may_be(x64, rng, monkeypatch, logits_bytes, chunks):
+    """Value and gradients do not depend on it; a bound below one row's logits means a row at a time."""
+    monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", logits_bytes)
+    h, w = jnp.asarray(rng.standard_normal((24, 6))), jnp.asarray(rng.standard_normal((6, 11)))
+    targets, mask = jnp.asarray(rng.integers(0, 11, 24), jnp.int32), jnp.asarray(rng.uniform(0, 1, 24) < 0.7)
+
+    def of(function):
+        return jax.value_and_grad(lambda h, w: function(h, w, targets, mask)[0], argnums=(0, 1))
+
+    for got, want in zip(*(jax.tree.leaves(of(f)(h, w)) for f in (cross_entropy_by_memory, chunked_cross_entropy))):
+        np.testing.assert_allclose(got, want, atol=1e-12)
+    assert f"length={chunks}" in str(jax.make_jaxpr(of(cross_entropy_by_memory))(h, w))

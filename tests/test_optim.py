@@ -135,3 +135,57 @@ def test_decay_is_on_matrices_and_not_on_norms(kernels):
             assert "norm" not in name and before.ndim >= 2
             np.testing.assert_allclose(after, before * (1 - 0.125), rtol=1e-6, err_msg=name)
     assert norms == 4 + 4 + 1 + (4 + 3)  # a block has two and its attention two; an MTP module three and a block
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (31, 7)], ids=str)
+def test_means_in_bfloat16_are_rounded_to_the_nearest_and_move_the_parameter_unrounded(rng, shape):
+    """Ten steps against the equations, where a mean is rounded when it is stored and at no other time."""
+    cfg = OptimConfig(learning_rate=0.1, warmup_steps=0, eps=1e-3, moments_dtype="bfloat16")
+    kernels = choose.prepare(Execution())
+    w, grads = rng.standard_normal(shape), rng.standard_normal((10, *shape))
+    m, v = np.zeros_like(w), np.zeros_like(w)
+
+    def state(array):
+        return nnx.State({"w": nnx.Param(jnp.asarray(array, jnp.float32))})
+
+    step_fn = jax.jit(partial(optim.adamw, cfg, STEPS), static_argnames="kernels")
+    params, adam = state(w), optim.init(state(w), cfg.moments_dtype)
+    for step, g in enumerate(grads):
+        args = jnp.asarray(step, jnp.int32), params, adam, state(g), jnp.asarray(1.0, jnp.float32)
+        assert_bitwise(step_fn(*args, jnp.asarray(False), kernels=kernels), (params, adam))
+        params, adam = step_fn(*args, jnp.asarray(True), kernels=kernels)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(adam)} == {"bfloat16"}
+        m, v, t = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g, step + 1
+        rate = float(optim.learning_rate(cfg, STEPS, jnp.asarray(step)))
+        w = w - rate * (m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.95**t)) + cfg.eps) + cfg.weight_decay * w)
+        m, v = (x.astype(jnp.bfloat16).astype(np.float64) for x in (m, v))
+        # float32 rounds what lies half-way between two bfloat16 numbers elsewhere than float64, once in 2^16 numbers
+        np.testing.assert_array_equal(np.asarray(adam.mu["w"][...], np.float64), m)
+        np.testing.assert_array_equal(np.asarray(adam.nu["w"][...], np.float64), v)
+        np.testing.assert_allclose(params["w"][...], w, atol=2e-6)
+
+
+def test_means_in_bfloat16_decay():
+    """A second mean without a gradient falls by 5 % a step, and is not held by rounding."""
+    cfg = OptimConfig(moments_dtype="bfloat16")
+    params = nnx.State({"w": nnx.Param(jnp.zeros(8, jnp.float32))})
+    adam = jax.tree.map(lambda x: jnp.full_like(x, 0.7), optim.init(params, cfg.moments_dtype))
+    step_fn = jax.jit(partial(optim.adamw, cfg, STEPS), static_argnames="kernels")
+    for step in range(100):
+        zero, keep = jnp.zeros((), jnp.float32), jnp.asarray(True)
+        args = jnp.asarray(step, jnp.int32), params, adam, jax.tree.map(jnp.zeros_like, params), zero, keep
+        params, adam = step_fn(*args, kernels=choose.prepare(Execution()))
+    np.testing.assert_allclose(np.asarray(adam.nu["w"][...], np.float32), 0.7 * 0.95**100, rtol=0.1)
+
+
+def test_the_cpp_optimizer_leaves_bfloat16_means_to_xla():
+    kernels = choose.Kernels(choose.Target("cpu"), ())
+    large = jnp.zeros(choose.LARGE_UPDATE)
+    means = large.astype(jnp.bfloat16)
+    assert kernels.pick("optimizer", large, large, large, large).name == "cpu"
+    assert kernels.pick("optimizer", large, means, means, large).name == "xla"
+    assert kernels.chosen()["optimizer"] == "cpu"
+    assert kernels.chosen(moments="bfloat16")["optimizer"] == "xla"
+    forced = choose.Kernels(choose.Target("cpu", "optimizer=cpu"), ())
+    with pytest.raises(ValueError, match="kernels='cpu' does not serve optimizer in float32, bfloat16"):
+        forced.pick("optimizer", large, means, means, large)

@@ -276,6 +276,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(whole, tmp_path, monkeypatch, c
     assert_same_run(whole.run, folder, whole)
 
 
+def test_a_run_with_means_in_bfloat16_resumes_as_it_was(whole, tmp_path):
+    """To the last bit; a run with means of another dtype is another run."""
+    run = replace(whole.run, optim=replace(whole.run.optim, moments_dtype="bfloat16"))
+    loop.fit(run, tmp_path / "whole", quiet=True)
+    loop.fit(run, tmp_path / "stopped", stop_after=5, quiet=True)
+    loop.fit(run, tmp_path / "stopped", quiet=True)
+    want, got = (last_checkpoint(run, tmp_path / name)[0] for name in ("whole", "stopped"))
+    assert_bitwise(got, want)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(got.opt)} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(got.params)} == {"float32"}
+    with pytest.raises(ValueError, match=r"^optim\.moments_dtype='bfloat16' is not that of the run in .*, 'float32'"):
+        loop.fit(run, whole.folder)
+    forced = replace(run, execution=replace(run.execution, kernels="optimizer=cpu"))
+    with pytest.raises(
+        ValueError, match=r"^kernels='optimizer=cpu' is for float32 means, not moments_dtype='bfloat16'"
+    ):
+        loop.fit(forced, tmp_path / "forced")
+    assert not (tmp_path / "forced").exists()
+
+
 def test_a_full_disk_stops_the_run(whole, tmp_path, monkeypatch, capfd):
     folder = tmp_path / "run"
     loop.fit(whole.run, folder, stop_after=3, quiet=True)

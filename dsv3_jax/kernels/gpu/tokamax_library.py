@@ -41,7 +41,6 @@ def flash_attention() -> tuple[Any, Any]:
     return forward, backward
 
 
-
 def ragged_dot() -> tuple[Any, Any]:
     """(The kernel of grouped products on Hopper, the module of its settings)."""
     from tokamax._src.ops.ragged_dot import pallas_mosaic_gpu_common
