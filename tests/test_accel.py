@@ -261,6 +261,14 @@ def test_an_implementation_that_fails_leaves_the_others(monkeypatch):
     assert figures[1].value > 0 and figures[1].ran == {"cross_entropy": "xla"}
 
 
+def test_an_implementation_that_does_not_fit_gets_no_figure(monkeypatch):
+    row = choose.Implementation("large", lambda: None, fits=lambda *_, **__: False)
+    monkeypatch.setattr(choose, "TABLE", choose.TABLE | {"cross_entropy": (row, *choose.TABLE["cross_entropy"])})
+    large, xla = (found for found in parts.loss(parts.toy()) if isinstance(found, parts.Figure))
+    assert large.value is None and "does not fit these shapes, and xla ran instead" in large.why
+    assert xla.value > 0 and "xla (chosen)" in xla.name and "chosen" not in large.name
+
+
 def test_drawn_numbers_are_random_in_every_slice():
     key = jax.random.key(0)
     x = parts.draw(key, (3, 50), "float32", 2.0)

@@ -1,4 +1,4 @@
-"""What `run.py` measures, and the worker process that measures it on JAX's default device.
+"""The parts that `run.py` measures, and the worker process that measures them on JAX's default device.
 
 A part is a generator: it yields a line on what it does next, or a `Figure`. All data are random, because a chip runs
 faster on constant data. Rates count useful work alone: an implementation that computes every expert for every token
@@ -9,6 +9,7 @@ its input names: a line of JSON for each thing it says, each figure, and the end
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -178,7 +179,7 @@ def kernels_for(dtype: str = "bfloat16", kernels: str = "auto") -> Recorder:
 
 
 def ran(*ops: str) -> dict[str, str]:
-    """What was picked since the last call, of these ops or of all."""
+    """Return what was picked since the last call, of these ops or of all."""
     found = {op: name for op, name in RAN.items() if not ops or op in ops}
     RAN.clear()
     return found
@@ -187,20 +188,26 @@ def ran(*ops: str) -> dict[str, str]:
 def backends(op: str) -> Iterator[tuple[str, Recorder | str]]:
     """Each implementation of an op that this platform has: its kernels, or why it is not available."""
     here = choose.platform_of()
-    for row in choose.TABLE[op]:
-        if here in row.platforms:
-            try:
-                yield row.name, kernels_for(kernels=f"{op}={row.name}")
-            except ConfigError as error:
-                yield row.name, f"not available here: {sentence(error).split('; use ')[0]}"
+    for name in dict.fromkeys(row.name for row in choose.TABLE[op] if here in row.platforms):
+        try:
+            yield name, kernels_for(kernels=f"{op}={name}")
+        except ConfigError as error:
+            yield name, f"not available here: {sentence(error).split('; use ')[0]}"
 
 
-def by_backend(op: str, label: str, measure: Callable[[Recorder, str, bool], Part]) -> Part:
+def by_backend(
+    op: str, label: str, call: Callable[[Recorder], Any], measure: Callable[[Recorder, str, bool], Part]
+) -> Part:
     """Measure each implementation of an op. One that fails says so, and the others go on.
 
-    Args: measure: given kernels, the label to use, and whether they are those that "auto" chooses.
+    Args:
+        call: calls the op; it is traced only, to see what "auto" chooses.
+        measure: gets kernels, the label to use, and whether "auto" chooses these kernels.
     """
-    chosen = kernels_for().chosen("bfloat16").get(op)
+    RAN.clear()
+    with contextlib.suppress(Exception):  # what was picked is noted; measuring it says what is wrong
+        jax.eval_shape(partial(call, kernels_for()))
+    chosen = ran(op).get(op)
     for name, kernels in backends(op):
         title = f"{label}, {name}{' (chosen)' if name == chosen else ''}"
         if isinstance(kernels, str):
@@ -208,7 +215,11 @@ def by_backend(op: str, label: str, measure: Callable[[Recorder, str, bool], Par
             continue
         RAN.clear()
         try:
-            yield from measure(kernels, title, name == chosen)
+            for found in measure(kernels, title, name == chosen):
+                if isinstance(found, Figure) and (other := found.ran.get(op, name)) != name:
+                    why = f"not available here: it does not fit these shapes, and {other} ran instead"
+                    found = Figure(found.name, None, why=why)
+                yield found
         except Exception as error:  # of a compiler or a library: any type
             yield Figure(title, None, why=f"failed: {sentence(error)}")
             if is_out_of_memory(error):
@@ -356,6 +367,9 @@ def grouped(sizes: Sizes) -> Part:
         gates, ids = gates.astype(jnp.bfloat16), ids.astype(jnp.int32)
         flops = 6 * tokens * cfg.experts_per_token * dim * hidden
 
+        def once(kernels: Recorder, x=x, ids=ids, gates=gates, weights=weights):
+            return kernels.grouped_swiglu(x, ids, gates, read_only(weights))[0]
+
         def measure(
             kernels: Recorder, title: str, chosen: bool, x=x, dy=dy, ids=ids, gates=gates, weights=weights, flops=flops
         ) -> Part:
@@ -376,7 +390,7 @@ def grouped(sizes: Sizes) -> Part:
                 ran=ran("grouped_swiglu"),
             )  # fmt: skip
 
-        yield from by_backend("grouped_swiglu", f"{name}, {tokens} tokens", measure)
+        yield from by_backend("grouped_swiglu", f"{name}, {tokens} tokens", once, measure)
 
 
 def attention(sizes: Sizes) -> Part:
@@ -421,7 +435,10 @@ def attention(sizes: Sizes) -> Part:
                 two_ways / sizes.documents / took, "FLOP/s", against="sheet flops", ran=ran("causal_attention"),
             )  # fmt: skip
 
-    yield from by_backend("causal_attention", f"{batch}×{length}, {heads} heads of {k_dim}/{v_dim}", measure)
+    def once(kernels: Recorder):
+        return kernels.causal_attention(q, k, v, scale=k_dim**-0.5)
+
+    yield from by_backend("causal_attention", f"{batch}×{length}, {heads} heads of {k_dim}/{v_dim}", once, measure)
 
 
 def loss(sizes: Sizes) -> Part:
@@ -432,6 +449,9 @@ def loss(sizes: Sizes) -> Part:
     targets = jax.random.randint(next(key), (tokens,), 0, vocab, jnp.int32)
     mask = jnp.ones((tokens,), bool)
 
+    def once(kernels: Recorder):
+        return kernels.cross_entropy(h, w, targets, mask)[0]
+
     def measure(kernels: Recorder, title: str, chosen: bool) -> Part:
         yield title
         both = jax.jit(jax.grad(lambda h, w: kernels.cross_entropy(h, w, targets, mask)[0], argnums=(0, 1)))
@@ -439,7 +459,7 @@ def loss(sizes: Sizes) -> Part:
         rate = 6 * tokens * dim * vocab / took
         yield Figure(title, rate, "FLOP/s", against="product", ran=ran("cross_entropy"))
 
-    yield from by_backend("cross_entropy", f"{tokens} tokens, {dim}×{vocab}, with gradients", measure)
+    yield from by_backend("cross_entropy", f"{tokens} tokens, {dim}×{vocab}, with gradients", once, measure)
 
 
 def train_run(cfg: ModelConfig, rows: int, length: int) -> RunConfig:

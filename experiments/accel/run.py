@@ -51,7 +51,7 @@ SHEETS = {
 
 @dataclass(frozen=True)
 class Bar:
-    """What a figure must reach."""
+    """A limit that a figure must reach."""
 
     least: float | None = None
     most: float | None = None
@@ -78,7 +78,7 @@ BARS = {
     "drafts": Bar(1.4, ratio=False),
     "equal": Bar(most=0, ratio=False, kind=None),
 }
-# What a figure's `against` names: (words for the table, the bound to take where this one is unknown)
+# The bounds that a figure's `against` names: (words for the table, the bound to take where this one is unknown)
 BOUNDS = {
     "product": ("matrix product", None),
     "copy": ("copy", None),
@@ -305,7 +305,7 @@ def report(results: dict, path: Path) -> int:
 
 
 def default_path(card: dict, toy: bool) -> Path:
-    """Where the results of a device are kept; those of toy sizes are no results."""
+    """Name the file for a device's results; those of toy sizes are no results."""
     name = re.sub(r"[^a-z0-9]+", "-", card["kind"].lower()).strip("-")
     return ROOT / "runs" / f"accel-toy-{name}.json" if toy else HERE / "results" / f"{name}.json"
 
@@ -367,7 +367,7 @@ def main(argv: list[str] | None = None) -> int:
             names = [name for name in names if name not in kept]
         if names and "bounds" not in kept | set(names):  # ratios need them
             names.insert(0, "bounds")
-        results["parts"] = {  # in order, and what is measured now begins anew
+        results["parts"] = {  # in order; those that are measured now start empty
             name: {"state": "stopped", "why": "", "figures": []} if name in names else results["parts"][name]
             for name in PARTS
             if name in names or name in results["parts"]
