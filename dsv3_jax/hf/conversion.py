@@ -1,5 +1,6 @@
 """`dsv3 convert`: released folder → run folder, run folder → released folder, released folder → another dtype."""
 
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +10,8 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax.config import DataConfig, RunConfig
-from dsv3_jax.data import tokenizer
+from dsv3_jax.data import text_settings, tokenizer
+from dsv3_jax.files import write_atomic
 from dsv3_jax.hf import files
 from dsv3_jax.hf.config_json import config_to_dict
 from dsv3_jax.hf.reading import ReleasedFolder, load
@@ -22,7 +24,7 @@ from dsv3_jax.training.run_folder import RUN_FILE, TOKENIZER_FILE, claim
 from dsv3_jax.training.step import TrainState
 
 # Small files that are copied from one released folder to another, where they exist.
-COPIED_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+COPIED_FILES = text_settings.TEXT_FILES
 DType = Literal["float32", "bfloat16", "fp8"]
 
 
@@ -81,16 +83,19 @@ def convert(
 def _run_to_released(
     source: Path, out: Path, dtype: DType | None, shard_bytes: int, allow_nonfinite: bool, quiet: bool
 ) -> str:
-    """Convert a run's last checkpoint, with its tokenizer.json if it has one."""
+    """Convert a run's last checkpoint, with its tokenizer, and its chat template and the like if it has them."""
     model, run, step = load_run(source, kernels="auto")  # the run's own may be of other devices
     fp8, name = dtype == "fp8", None if dtype == "fp8" else dtype
     config, table, tensors = prepare(model, fp8, name, allow_nonfinite)
     config["eos_token_id"] = tokenizer.load(run.data.tokenizer).eos_id
-    extra_files = []
-    if run.data.tokenizer != "bytes":
-        file = Path(run.data.tokenizer)
-        extra_files = [file / TOKENIZER_FILE if file.is_dir() else file]
-    write_released(out, config, table, tensors, shard_bytes, quiet=quiet, extra_files=extra_files)
+    extra_files = [source / name for name in COPIED_FILES if (source / name).is_file()]
+    with tempfile.TemporaryDirectory() as made:
+        if run.data.tokenizer != "bytes":
+            extra_files.append(tokenizer.file_of(run.data.tokenizer))
+        else:  # other programs, and `load_text`, need a file
+            extra_files.append(Path(made) / TOKENIZER_FILE)
+            write_atomic(extra_files[-1], tokenizer.byte_tokenizer_json())
+        write_released(out, config, table, tensors, shard_bytes, quiet=quiet, extra_files=extra_files)
     return f"{out}: the checkpoint of step {step}, {len(table)} tensors in Hugging Face format"
 
 
@@ -114,8 +119,9 @@ def _released_to_run(source: Path, out: Path, mtp: bool, allow_nonfinite: bool, 
     """Convert to a run at step 0 with a new optimizer state, as `dsv3 generate` and `dsv3 eval` read it."""
     model = load(source, jnp.float32, mtp=mtp, allow_nonfinite=allow_nonfinite, quiet=quiet)
     cfg = model.cfg
-    has_tokenizer = files.file_inside(source, TOKENIZER_FILE).is_file()
-    name = str(source / TOKENIZER_FILE) if has_tokenizer else "bytes"
+    file = tokenizer.file_of(str(source))
+    has_tokenizer = files.file_inside(source, file.name).is_file()
+    name = str(file) if has_tokenizer else "bytes"
     data = DataConfig(tokenizer=name, seq_len=min(256, cfg.max_positions))
     run = RunConfig(model=cfg, data=data)
     params, bias = nnx.state(model, nnx.Param), nnx.state(model, RouterBias)
@@ -124,7 +130,11 @@ def _released_to_run(source: Path, out: Path, mtp: bool, allow_nonfinite: bool, 
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     with files.new_folder(out, nbytes) as folder:
         run = claim(folder, run)
+        for file in COPIED_FILES:
+            files.file_inside(source, file)
+        if run.data.tokenizer != "bytes":
+            text_settings.copy_to_run(source, folder)
         with Checkpoints(folder, run) as checkpoints:
             checkpoints.save(state, {}, wait=True)
-    kind = TOKENIZER_FILE if has_tokenizer else f"bytes, as the released folder has no {TOKENIZER_FILE}"
+    kind = file.name if has_tokenizer else f"bytes, as the released folder has no {TOKENIZER_FILE}"
     return f"{out}: a run at step 0, its tokenizer {kind}"
