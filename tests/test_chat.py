@@ -23,7 +23,7 @@ import dsv3_jax as ds
 from dsv3_jax.config import replace
 from dsv3_jax.data import chat as chat_module
 from dsv3_jax.data.chat import ChatTemplate, check_messages
-from dsv3_jax.data.text_settings import SamplingDefaults, read_released
+from dsv3_jax.data.text_settings import SamplingDefaults, copy_to_run, read_released
 from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.loading import load_text
 from dsv3_jax.training.run_folder import claim
@@ -384,7 +384,7 @@ def test_a_full_context_is_said_and_nothing_is_dropped(dsv3, talker):
     room = 160 - len(load_text(talker).chat.render([hello], add_generation_prompt=True).ids)
     answer = greedy(talker, [hello], room)
     assert (code, out) == (0, answer + "\n")
-    assert re.search(r"\(the conversation of 2\d\d tokens fills the context of 160; /reset begins a new one\)", err)
+    assert re.search(r"\(the conversation of \d+ tokens fills the context of 160; /reset begins a new one\)", err)
     assert "(the answer ends here: the context of 160 tokens is full)" in err
 
 
@@ -488,3 +488,40 @@ def test_defaults_of_the_sampling():
     assert sampling(SamplingDefaults(0.6, 0.9)) == (0.6, None, 0.9)
     assert sampling(SamplingDefaults(top_k=20)) == (1.0, 20, None)
     assert sampling(SamplingDefaults(temperature=0.0), top_p=0.5, top_k=3) == (0.0, 3, 0.5)
+
+
+# Converted
+
+
+def test_a_converted_folder_keeps_its_text(talker, tmp_path):
+    """Released → run → released: prompts, template, stop tokens and sampling stay; files come back as they were."""
+    ds.hf.convert(talker, tmp_path / "run", quiet=True)
+    ds.hf.convert(tmp_path / "run", tmp_path / "back", quiet=True)
+    first, *others = (load_text(folder) for folder in (talker, tmp_path / "run", tmp_path / "back"))
+    for text in others:
+        assert [text.encode(p) for p in PROMPTS] == [first.encode(p) for p in PROMPTS]
+        assert text.chat.render(CONVERSATIONS["two turns"]) == first.chat.render(CONVERSATIONS["two turns"])
+        assert (text.stop_ids, text.sampling) == (first.stop_ids, first.sampling)
+        assert text.special_tokens == first.special_tokens and text.tokenizer.same_ids(first.tokenizer)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "back" / name).read_bytes() == (talker / name).read_bytes()
+    written = json.loads((tmp_path / "back" / "generation_config.json").read_text())
+    assert written == json.loads((talker / "generation_config.json").read_text())
+
+
+def test_a_run_of_bytes_gets_a_tokenizer_file(tmp_path):
+    cfg = replace(SMALL, vocab_size=260, mtp_depth=0)
+    ds.hf.save(random_model(cfg), tmp_path / "released", quiet=True)
+    ds.hf.convert(tmp_path / "released", tmp_path / "run", quiet=True)
+    ds.hf.convert(tmp_path / "run", tmp_path / "back", quiet=True)
+    assert load_text(tmp_path / "back").tokenizer.same_ids(ByteTokenizer())
+    assert load_text(tmp_path / "back").stop_ids == (256,)
+
+
+def test_stop_tokens_of_config_json_go_into_a_run(tmp_path):
+    """A run has no config.json."""
+    folder = write_text_files(tmp_path / "glm", TEXTS["GLM"])
+    run = tmp_path / "run"
+    claim(run, make_run(str(tmp_path), data=replace(make_run("").data, tokenizer=str(folder))))
+    copy_to_run(folder, run)
+    assert load_text(run).stop_ids == load_text(folder).stop_ids and len(load_text(run).stop_ids) == 3

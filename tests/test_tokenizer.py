@@ -305,3 +305,31 @@ def test_errors_name_the_value(tmp_path):
     tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).save(str(tmp_path / "none.json"))
     with pytest.raises(ValueError, match=r"none\.json' has no end of document"):
         tok.load(str(tmp_path / "none.json"))
+
+
+def test_a_copy_keeps_the_end_of_a_document(tmp_path):
+    """What a file beside the tokenizer said of it is kept beside the copy, and nothing else."""
+    from dsv3_jax.files import write_atomic
+
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
+    inner.add_special_tokens(["<eos>", "<x>"])
+    source = tmp_path / "source"
+    write_atomic(source / "tokenizer.json", inner.to_str())
+    own = tok.keep_copy(str(source), tmp_path / "plain")
+    assert [path.name for path in own.parent.iterdir()] == ["tokenizer.json"] and tok.load(str(own)).eos_id == 1
+    (source / "tokenizer_config.json").write_text('{"eos_token": "<x>", "chat_template": "…"}')
+    own = tok.keep_copy(str(source / "tokenizer.json"), tmp_path / "said")
+    assert tok.load(str(own)).eos_id == tok.load(str(source)).eos_id == 2
+    assert {path.name for path in own.parent.iterdir()} == {"tokenizer.json", "special_tokens_map.json"}
+    assert tok.keep_copy(str(own), own.parent) == own
+    own = tok.keep_copy(str(kimi_folder(source)), tmp_path / "both")  # a tokenizer.json comes first
+    assert own.name == "tokenizer.json"
+    (source / "tokenizer.json").unlink()
+    assert tok.keep_copy(str(source), tmp_path / "kimi").name == "tiktoken.model"
+    assert (tmp_path / "kimi" / "tokenizer_config.json").read_bytes() == (source / "tokenizer_config.json").read_bytes()
+
+
+def test_bytes_as_a_tokenizer_file(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(tok.byte_tokenizer_json())
+    ours, theirs = tok.ByteTokenizer(), tok.load(str(tmp_path))
+    assert theirs.same_ids(ours) and theirs.encode(TEXT) == ours.encode(TEXT) and theirs.decode([65, 256]) == "A"

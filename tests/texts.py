@@ -267,7 +267,8 @@ TEXTS = {
     ),
     "GLM": Text(
         (("<|endoftext|>", True), ("[gMASK]", True), ("<sop>", True), ("<|system|>", True), ("<|user|>", True),
-         ("<|assistant|>", True), ("<|observation|>", True), ("<think>", False), ("</think>", False), ("<|image|>", True)),
+         ("<|assistant|>", True), ("<|observation|>", True), ("<think>", False), ("</think>", False),
+         ("<|image|>", True)),
         {"eos_token": "<|endoftext|>", "image_token": "<|image|>"},
         jinja=GLM,
         model={"eos_token_id": ["<|endoftext|>", "<|user|>", "<|observation|>"]},

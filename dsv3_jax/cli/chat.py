@@ -76,7 +76,10 @@ def _answer(model: Any, text: Any, messages: list[dict[str, Any]], config: Any) 
         raise ValueError(
             f"the conversation of {len(ids)} tokens fills the context of {context}; /reset begins a new one"
         )
-    config = replace(config, max_new_tokens=min(config.max_new_tokens, room))
+    most = min(config.max_new_tokens, room)
+    # Lengths in powers of two: most turns then find their programs compiled.
+    padded = min(max(256, 1 << (len(ids) - 1).bit_length()), len(ids) + room - most)
+    config = replace(config, max_new_tokens=most, pad_prompts_to=padded)
     tokens: list[int] = []
     pieces, stopped = text.tokenizer.stream(), False
     with LiveText("") as live:

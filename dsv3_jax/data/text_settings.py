@@ -5,6 +5,7 @@ if it was converted from a released folder.
 """
 
 import json
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from dsv3_jax.data.tokenizer import (
     named_specials,
     read_object,
 )
+from dsv3_jax.files import write_atomic
 
 TEMPLATE_FILE, GENERATION_FILE, TEMPLATES_FOLDER = (
     "chat_template.jinja",
@@ -109,6 +111,23 @@ def read_run_folder(folder: str | Path, tokenizer: str) -> TextSettings:
     """
     folder = Path(folder)
     return _read(folder, tokenizers.load(tokenizer), released=(folder / CONFIG_FILE).is_file())
+
+
+def copy_to_run(folder: str | Path, run: str | Path) -> None:
+    """Copy a released folder's text files into a run that was made of it, which has its tokenizer already.
+
+    Raises: ValueError when a file is damaged.
+    """
+    folder, run = Path(folder), Path(run)
+    for name in TEXT_FILES:
+        if (folder / name).is_file() and name not in (JSON_FILE, TIKTOKEN_FILE):
+            shutil.copyfile(folder / name, run / name)
+    if not (run / CONFIG_FILE).exists():  # its being there says that text is read as released
+        write_atomic(run / CONFIG_FILE, "{}\n")
+    stops = end_ids(folder, GENERATION_FILE) or end_ids(folder, "config.json")
+    if stops:  # a run has no config.json
+        generation = read_object(folder / GENERATION_FILE) | {"eos_token_id": stops}
+        write_atomic(run / GENERATION_FILE, json.dumps(generation, indent=2) + "\n")
 
 
 def _read(folder: Path, tokenizer: Tokenizer, *, released: bool) -> TextSettings:

@@ -455,28 +455,58 @@ def _eos_of(file: Path, id_of: Callable[[str], int | None]) -> int:
         ids = [*end_ids(folder, "config.json"), *end_ids(folder, "generation_config.json")]
         if ids:
             return ids[0]
-    found = next((i for name in _EOS if (i := id_of(name)) is not None), None)
+    found = _known_eos(id_of)
     if found is None:
         raise ValueError(f"tokenizer={str(file)!r} has no end of document; it needs one of {', '.join(_EOS)}")
     return found
 
 
-def bytes_as_json() -> str:
-    """Return the byte tokenizer as the text of a `tokenizer.json`, for a released folder.
+def file_of(spec: str) -> Path:
+    """Return the file that `load` reads for a path or folder; it may be absent."""
+    path = Path(spec)
+    names = [name for name in (JSON_FILE, TIKTOKEN_FILE) if (path / name).is_file()] or [JSON_FILE]
+    return path / names[0] if path.is_dir() else path
+
+
+def keep_copy(spec: str, folder: Path) -> Path:
+    """Copy a tokenizer's file into a folder, with what is said beside it of its special tokens where that matters.
+
+    Returns: the copy, which is named as in a released folder.
+    Raises: ValueError as `load`; OSError when it cannot be written.
+    """
+    source = file_of(spec)
+    is_tiktoken = source.name == TIKTOKEN_FILE
+    own = folder / (TIKTOKEN_FILE if is_tiktoken else JSON_FILE)
+    if own.exists() and own.samefile(source):
+        return own
+    write_atomic(own, source.read_bytes())
+    said = source.parent / CONFIG_FILE
+    if is_tiktoken and said.is_file():
+        write_atomic(folder / CONFIG_FILE, said.read_bytes())
+    elif not is_tiktoken:
+        inner = tokenizers.Tokenizer.from_file(str(source))
+        eos = _eos_of(source, inner.token_to_id)
+        if eos != _known_eos(inner.token_to_id):  # said by a file beside the source
+            write_atomic(folder / SPECIALS_FILE, json.dumps({"eos_token": inner.id_to_token(eos)}))
+    return own
+
+
+def byte_tokenizer_json() -> str:
+    """Return a tokenizer.json of the same ids as `ByteTokenizer`, for other programs.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = (Path(folder) / "tokenizer.json").write_text(bytes_as_json())
+        ...     _ = (Path(folder) / "tokenizer.json").write_text(byte_tokenizer_json())
         ...     load(folder).same_ids(ByteTokenizer())
         True
     """
-    vocab = {character: byte for character, byte in _byte_by_character().items()}
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    character_of = {byte: character for character, byte in _byte_by_character().items()}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({character_of[b]: b for b in range(256)}, []))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = tokenizers.decoders.ByteLevel()
     inner.add_special_tokens(list(SPECIALS))
-    return inner.to_str(pretty=True)
+    return inner.to_str()
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: str) -> FileTokenizer:
@@ -509,6 +539,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str) -> FileTokenizer
     inner.train_from_iterator(texts, trainer)
     write_atomic(path, inner.to_str(pretty=True))
     return FileTokenizer(path)
+
+
+def _known_eos(id_of: Callable[[str], int | None]) -> int | None:
+    return next((i for name in _EOS if (i := id_of(name)) is not None), None)
 
 
 def _ids_of(inner: tokenizers.Tokenizer, names: tuple[str, str, str]) -> tuple[int, int, int] | None:

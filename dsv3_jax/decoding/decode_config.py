@@ -35,9 +35,10 @@ class DecodeConfig:
     draft_length: int = 1  # tokens drafted a step
     stop_tokens: Sequence[int] = ()  # a row ends with the first of them
     seed: int = 0
+    pad_prompts_to: int = 0  # tokens at least, with cache slots for them: turns of a chat then share a compilation
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "draft_length", "seed"):
+        for name in ("max_new_tokens", "draft_length", "seed", "pad_prompts_to"):
             if not _is_int(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not an int")
         if self.max_new_tokens < 1:

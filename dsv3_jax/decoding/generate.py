@@ -175,8 +175,9 @@ def generate_in_parts(
     kind, dtype = pick_kind(cfg, config.cache), pick_dtype(model.compute_dtype, config.cache_dtype)
     lengths = np.array([len(p) for p in prompts], np.int32)
     # Shapes in steps of 32, so that prompts of nearby lengths share one compilation.
-    width = min(_round_up(int(lengths.max()), 32), cfg.max_positions)
-    capacity = _round_up(int(lengths.max()) + config.max_new_tokens + config.num_drafts, 32)
+    longest = max(int(lengths.max()), config.pad_prompts_to)
+    width = min(_round_up(longest, 32), cfg.max_positions)
+    capacity = _round_up(longest + config.max_new_tokens + config.num_drafts, 32)
     if kind == "none":
         capacity = min(capacity, cfg.max_positions)  # every step runs the model over all of it
     tokens = np.zeros((len(prompts), width), np.int32)

@@ -90,10 +90,9 @@ def _run_to_released(
     config, table, tensors = prepare(model, fp8, name, allow_nonfinite)
     config["eos_token_id"] = tokenizer.load(run.data.tokenizer).eos_id
     extra_files = _text_files(source)
-    if run.data.tokenizer != "bytes" and not (source / TOKENIZER_FILE).is_file():
-        file = Path(run.data.tokenizer)
-        extra_files += [file / TOKENIZER_FILE if file.is_dir() else file]
-    texts = {TOKENIZER_FILE: tokenizer.bytes_as_json()} if run.data.tokenizer == "bytes" else {}
+    if run.data.tokenizer != "bytes" and (file := tokenizer.file_of(run.data.tokenizer)) not in extra_files:
+        extra_files.append(file)
+    texts = {TOKENIZER_FILE: tokenizer.byte_tokenizer_json()} if run.data.tokenizer == "bytes" else {}
     write_released(out, config, table, tensors, shard_bytes, quiet=quiet, extra_files=extra_files, texts=texts)
     return f"{out}: the checkpoint of step {step}, {len(table)} tensors in Hugging Face format"
 
@@ -135,10 +134,14 @@ def _released_to_run(
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     with files.new_folder(out, nbytes) as folder:
         run = claim(folder, run)
+        for file in COPIED_FILES:
+            files.file_inside(source, file)
+        if run.data.tokenizer != "bytes":
+            text_settings.copy_to_run(source, folder)
         with Checkpoints(folder, run) as checkpoints:
             checkpoints.save(state, {}, wait=True)
         for file in _text_files(source):
             if not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
-    kind = "bytes" if run.data.tokenizer == "bytes" else TOKENIZER_FILE
+    kind = "bytes" if run.data.tokenizer == "bytes" else tokenizer.file_of(run.data.tokenizer).name
     return f"{out}: a run at step 0, its tokenizer {kind}"

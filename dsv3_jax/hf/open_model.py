@@ -68,11 +68,9 @@ def released_run(folder: Path, cfg: ModelConfig) -> RunConfig:
 
     Raises: ValueError when the folder has no tokenizer that can be read, and is no model of bytes.
     """
-    file = files.file_inside(folder, TOKENIZER_FILE)
+    file = files.file_inside(folder, tokenizer.file_of(str(folder)).name)
     if file.is_file():
         name = str(file)
-    elif files.file_inside(folder, TIKTOKEN_FILE).is_file():
-        name = str(folder)
     elif cfg.vocab_size == 256 + len(SPECIALS):
         name = "bytes"
     else:

@@ -21,7 +21,7 @@ from dsv3_jax.model.counting import size, train_flops_per_token
 from dsv3_jax.report.speed import gemm_flops
 from dsv3_jax.report.units import format_bytes, format_duration
 from dsv3_jax.training import warm_start
-from dsv3_jax.training.run_folder import RUN_FILE, TOKENIZER_FILE, claim, settled
+from dsv3_jax.training.run_folder import RUN_FILE, claim, own_tokenizer, settled
 
 EXPECTED_MFU = (0.3, 0.6)  # shares of the GEMM peak that training reaches, for the estimate of its time
 
@@ -62,7 +62,7 @@ def prepare(run: RunConfig, out: Path, mesh: Mesh | None, stop_after: int | None
         )
     if kernels.target.platform == "cpu":
         processes.by_each(lambda: check_memory(run, jax.process_count()))
-    own = out / TOKENIZER_FILE  # of a run that has begun: the file it was made from may be gone
+    own = own_tokenizer(out)  # of a run that has begun: the file it was made from may be gone
     begun = (out / RUN_FILE).exists()
     given = run.data.tokenizer
     if begun and given != "bytes" and own.exists() and not Path(given).exists():

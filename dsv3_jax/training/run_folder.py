@@ -39,16 +39,21 @@ def read_run(folder: str | Path) -> RunConfig:
     if not isinstance(values, dict):
         raise ValueError(f"file={str(path)!r} holds no run: {type(values).__name__} is not an object")
     run = run_from_dict({key: value for key, value in values.items() if key != "kernels"})
-    own = Path(folder) / TOKENIZER_FILE
+    own = own_tokenizer(folder)
     if run.data.tokenizer != "bytes" and own.is_file():
         run = replace(run, data=replace(run.data, tokenizer=str(own)))
     return run
 
 
+def own_tokenizer(folder: str | Path) -> Path:
+    """The file of a run folder's own tokenizer; it may be absent."""
+    return tokenizer.file_of(str(folder)) if Path(folder).is_dir() else Path(folder) / TOKENIZER_FILE
+
+
 def claim(folder: str | Path, run: RunConfig, kernels: dict[str, str] | None = None) -> RunConfig:
     """Make a run folder, or check that it is this run's.
 
-    A tokenizer.json may be there already. The configuration must be the one the folder was made with, key by key,
+    A tokenizer may be there already. The configuration must be the one the folder was made with, key by key,
     except for its execution.
 
     Args: kernels: the implementation chosen for each op, to be recorded.
@@ -75,16 +80,15 @@ def claim(folder: str | Path, run: RunConfig, kernels: dict[str, str] | None = N
         return settled(run, folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out={str(folder)!r} is a file, not a folder for a run")
-    if folder.exists() and any(path.name != TOKENIZER_FILE and path.suffix != PART for path in folder.iterdir()):
+    of_tokenizer = (TOKENIZER_FILE, tokenizer.TIKTOKEN_FILE, tokenizer.CONFIG_FILE, tokenizer.SPECIALS_FILE)
+    if folder.exists() and any(path.name not in of_tokenizer and path.suffix != PART for path in folder.iterdir()):
         raise ValueError(f"out={str(folder)!r} holds other files and no {RUN_FILE}; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    given, own = run.data.tokenizer, folder / TOKENIZER_FILE
-    if given != "bytes":
-        source = Path(given) / TOKENIZER_FILE if Path(given).is_dir() else Path(given)
-        if not own.exists() or not own.samefile(source):
-            write_atomic(own, source.read_bytes())
+    own = own_tokenizer(folder)
+    if run.data.tokenizer != "bytes":
+        own = tokenizer.keep_copy(run.data.tokenizer, folder)
     run = settled(run, folder)
-    name = TOKENIZER_FILE if run.data.tokenizer == str(own) else run.data.tokenizer
+    name = own.name if run.data.tokenizer == str(own) else run.data.tokenizer
     written = to_dict(replace(run, data=replace(run.data, tokenizer=name)))
     write_atomic(folder / RUN_FILE, json.dumps(written | {"kernels": kernels or {}}, indent=1) + "\n")
     return run
@@ -100,7 +104,7 @@ def settled(run: RunConfig, folder: str | Path) -> RunConfig:
         >>> settled(run, "runs/demo").data.paths == (os.path.abspath("books"),)
         True
     """
-    own = Path(folder) / TOKENIZER_FILE
+    own = own_tokenizer(folder)
     tokenizer = str(own) if run.data.tokenizer != "bytes" and own.exists() else run.data.tokenizer
     return replace(run, data=replace(run.data, tokenizer=tokenizer, paths=absolute(run.data.paths)))
 
