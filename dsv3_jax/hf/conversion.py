@@ -1,6 +1,5 @@
 """`dsv3 convert`: released folder → run folder, run folder → released folder, released folder → another dtype."""
 
-import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv3_jax.data import tokenizer
+from dsv3_jax.data import text_settings, tokenizer
 from dsv3_jax.data.text_settings import TEXT_FILES
 from dsv3_jax.hf import files
 from dsv3_jax.hf.config_json import config_to_dict
@@ -134,14 +133,10 @@ def _released_to_run(
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     with files.new_folder(out, nbytes) as folder:
         run = claim(folder, run)
-        for file in COPIED_FILES:
-            files.file_inside(source, file)
+        _text_files(source)  # none is a link out of the folder
         if run.data.tokenizer != "bytes":
             text_settings.copy_to_run(source, folder)
         with Checkpoints(folder, run) as checkpoints:
             checkpoints.save(state, {}, wait=True)
-        for file in _text_files(source):
-            if not (folder / file.name).exists():
-                shutil.copyfile(file, folder / file.name)
     kind = "bytes" if run.data.tokenizer == "bytes" else tokenizer.file_of(run.data.tokenizer).name
     return f"{out}: a run at step 0, its tokenizer {kind}"
