@@ -69,7 +69,9 @@ def config_from_dict(values: dict[str, Any], *, allow_unknown_keys: bool = False
     values = text_config(values)
     family = family_of(values)
     values = {family.aliases.get(key, key): value for key, value in values.items()}
-    values = family.defaults | {key: value for key, value in values.items() if value is not None or key in _NULLABLE}
+    values = {**family.defaults} | {
+        key: value for key, value in values.items() if value is not None or key in _NULLABLE
+    }
     used = {*_SAME_VALUE.values(), *(key for key, _ in _WITH_DEFAULT.values()), *_MTP_KEYS, *_ROUTER_KEYS, *_OTHER_KEYS}
     check_keys(values, family, used, allow_unknown=allow_unknown_keys)
     check_quantization(values)

@@ -128,7 +128,8 @@ class ReleasedFolder:
         if entry.name + int4.PACKED in self.stored:
             packed, scales = (np.array(self._tensor(self.stored[entry.name + s])) for s in (int4.PACKED, int4.SCALE))
             self._check_finite(entry, scales)
-            return int4.unpack(packed, scales, entry.shape).astype(dtype)
+            rows, columns = entry.shape
+            return int4.unpack(packed, scales, (rows, columns)).astype(dtype)
         stored = self.stored[entry.name]
         raw = self._tensor(stored)
         if stored.dtype == E4M3:
