@@ -11,8 +11,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+RESULTS = "attention"  # name, for `jax.checkpoint`, of what the gradient needs of the forward pass: output, log-sums
 MAX_SCORES = 1 << 21  # numbers in the scores of one pair of blocks: 8 MB in float32
 LARGE_SCORES = 1 << 25  # likewise where memory is large and starting a product costs more: 128 MB in float32
 
@@ -156,8 +158,8 @@ def _attend_fwd(q, k, v, seg, block):
         ), None
 
     (out, top, total), _ = jax.lax.scan(visit, (out, top, total), _pairs(length // block))
-    out = (out / total[..., None]).astype(v.dtype)
-    return out, (q, k, v, seg, out, top + jnp.log(total))
+    out, lse = checkpoint_name(((out / total[..., None]).astype(v.dtype), top + jnp.log(total)), RESULTS)
+    return out, (q, k, v, seg, out, lse)
 
 
 def _attend_bwd(block, saved, d_out):
