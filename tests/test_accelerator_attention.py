@@ -21,7 +21,7 @@ from dsv3_jax.kernels.gpu import tokamax_library
 from dsv3_jax.kernels.tpu import attention as tpu_attention
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.attention import GQA
-from dsv3_jax.ops.attention import causal_attention
+from dsv3_jax.ops.attention import RESULTS, causal_attention
 from dsv3_jax.planning import devices
 
 interpreted = partial(tpu_attention.causal_attention, interpret=True)
@@ -75,7 +75,28 @@ def test_splash_and_its_gradients_equal_the_op(rng, monkeypatch, shape, dtype, p
         np.testing.assert_allclose(g, e, atol=tolerance * np.abs(e).max(), err_msg=name)
 
 
-@pytest.mark.parametrize("length", [1, 128, 640, 641, 1024, 1025, 4096, 5000, 100_000])
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "tensor": 2}], ids=["one device", "mesh"])
+@pytest.mark.parametrize("keep, runs", [(True, 1), (False, 2)])
+def test_splash_runs_forward_once_if_its_results_are_kept(rng, sizes, keep, runs):
+    """Traced, not run: `jax.checkpoint` keeps what has the name RESULTS, or runs the forward kernel again."""
+    (q, k, v, _), segment_ids = draw(rng, (2, 128, 2, 2, 64, 64))
+    heads = ("batch", None, "heads", None)
+
+    def attend(q, k, v, segment_ids):
+        return (interpreted(q, k, v, scale=1.0, segment_ids=segment_ids),)
+
+    def layer(q):
+        names, args = (heads, heads, heads, ("batch", None)), (q, k, v, segment_ids)
+        return jnp.sin(sharding.shard_map_by_names(attend, names, (0,), *args, has_kernel=True)[0])
+
+    policy = jax.checkpoint_policies.save_only_these_names(RESULTS) if keep else None
+    loss = jax.value_and_grad(lambda q: jax.checkpoint(layer, policy=policy)(q).sum())
+    with sharding.use_mesh(sharding.make_mesh(**sizes) if sizes else None):
+        program = str(jax.make_jaxpr(jax.jit(loss))(q))
+    assert len(re.findall(r"name=splash_mha_fwd", program)) == runs
+
+
+@pytest.mark.parametrize("length", [1, 128, 640, 641, 800, 1024, 1025, 1700, 4096, 5000, 100_000])
 def test_blocks_serve_every_length(length):
     """Of the sizes that the kernel takes, and with little padding."""
     block, at_a_time = tpu_attention.block_sizes(length)

@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels.gpu import tokamax_library
+from dsv3_jax.ops.attention import RESULTS
 
 CUDNN_CHIP = (9, 0)  # the first compute capability on which cuDNN's attention has keys and values of different widths
 CUDNN_VERSION = 91000  # 9.10, likewise
@@ -114,7 +116,7 @@ def _tokamax(q, k, v, first, scale):
 
 
 def _tokamax_fwd(q, k, v, first, scale):
-    out, rows = _tokamax_forward(q, k, v, first, scale, residuals=True)
+    out, rows = checkpoint_name(_tokamax_forward(q, k, v, first, scale, residuals=True), RESULTS)
     return out, (q, k, v, first, out, rows)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.ops.attention import scaled
+from dsv3_jax.ops.attention import RESULTS, scaled
 
 LARGEST_BLOCK = 1024  # rows of a block; the fastest in its authors' timings on v5p and v6e, of lengths 1024 to 8192
 AT_A_TIME = 640  # keys whose scores are computed at once, at most; float32 scores then fit a v5p's 16 MB of scratch
@@ -66,6 +66,7 @@ def causal_attention(
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
+        residual_checkpoint_name=RESULTS,
         interpret=interpret,
     )
 
