@@ -129,14 +129,117 @@ def test_layers_of_a_stack_in_a_scan(x64, rng, backend):
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, atol=1e-10), got, expected)
 
 
+DECODING = {
+    "a loop": dispatch.decode_experts,
+    "a loop over rows": partial(dispatch.decode_experts, rows=1),
+    "a loop over three rows": partial(dispatch.decode_experts, rows=3),
+    "by_row": dispatch.decode_by_row,
+    "row_blocks": partial(dispatch.decode_by_products, product=grouped_product.ROW_BLOCKS),
+    "ragged_dot": partial(dispatch.decode_by_products, product=grouped_product.RAGGED_DOT),
+}
+
+
 @pytest.mark.parametrize("n, choose", [(1, "any"), (8, "any"), (8, "two take all")])
-def test_few_tokens_equal_dense(x64, rng, n, choose):
+@pytest.mark.parametrize("decode", DECODING.values(), ids=DECODING)
+def test_few_tokens_equal_dense(x64, rng, decode, n, choose):
     x, ids, gates, *weights = case(rng, choose, n=n)
     stack = read_only(Experts(*(jnp.stack([jnp.full_like(w, jnp.nan), w]) for w in weights)))  # only layer 1 is read
-    expected = oracles.routed_swiglu_jnp(x, ids, gates, *weights)
-    for rows in (None, 1, 3):
-        y = jax.jit(dispatch.decode_experts, static_argnames="rows")(x, ids, gates, stack.at(1), rows=rows)
+    y = jax.jit(decode)(x, ids, gates, stack.at(1))
+    np.testing.assert_allclose(y, oracles.routed_swiglu_jnp(x, ids, gates, *weights), atol=1e-10)
+
+
+@pytest.mark.parametrize("n", [1, 8])
+@pytest.mark.parametrize("backend", [*GROUPED, *DECODING])
+def test_an_expert_that_is_elsewhere_adds_nothing(x64, rng, backend, n):
+    """Id E, gate 0: its rows come last and belong to no expert. Gradients too, where there are any."""
+    if backend == "dense":
+        pytest.skip("one_hot of an id beyond the last is all zeros")
+    x, ids, gates, *weights = case(rng, "any", n=n)
+    held = [w[:4] for w in weights]
+    here = ids < 4
+    there = jnp.where(here, ids, 4), jnp.where(here, gates, 0.0)
+    expected = oracles.routed_swiglu_jnp(x, jnp.minimum(ids, 3), there[1], *held)
+    if backend in DECODING:
+        y = jax.jit(partial(DECODING[backend], local=False))(x, *there, read_only(Experts(*(w[None] for w in held))))
         np.testing.assert_allclose(y, expected, atol=1e-10)
+        return
+    weight = jnp.asarray(rng.standard_normal(x.shape))
+    y, (dx, d_gates, *d_weights) = value_and_gradients(BACKENDS[backend], weight, x, *there, *held)
+    np.testing.assert_allclose(y, expected, atol=1e-10)
+    _, (dx_want, d_gates_want, *d_weights_want) = value_and_gradients(
+        oracles.routed_swiglu_jnp, weight, x, jnp.minimum(ids, 3), there[1], *held
+    )
+    np.testing.assert_allclose(dx, dx_want, atol=1e-10)
+    np.testing.assert_allclose(np.where(here, d_gates, 0), np.where(here, d_gates_want, 0), atol=1e-10)
+    jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, atol=1e-10), d_weights, d_weights_want)
+
+
+def counting(joins):
+    """A backend and the shapes that its functions were called with."""
+    calls = {"forward": [], "dx": [], "dw": []}
+
+    def spied(name, function):
+        def call(a, b, *args):
+            calls[name].append((a.shape, b.shape, b.dtype.name))
+            return function(a, b, *args)
+
+        return call
+
+    functions = (grouped_product.ragged_dot, grouped_product.ragged_dot_dx, grouped_product.ragged_dot_dw)
+    spies = [spied(name, f) for name, f in zip(calls, functions, strict=True)]
+    return grouped_product.GroupedProduct("spy", *spies, row_multiple=16, joins=joins), calls
+
+
+def float32_stack_in_bfloat16(x, ids, gates, *weights, product):
+    """(Value and gradients of one layer, its arguments): float32 parameters and bfloat16 tokens, as in training."""
+    weights = Experts(*(w[None].astype(jnp.float32) for w in weights))
+
+    def loss(x, gates, weights):
+        stack = open_stack(weights)
+        return dispatch.grouped_swiglu(x, ids, gates, stack, product=product)[0].astype(jnp.float32).sum()
+
+    gradient = jax.value_and_grad(loss, argnums=(0, 1, 2))
+    return gradient, (x.astype(jnp.bfloat16), gates.astype(jnp.float32), weights)
+
+
+def test_gate_and_up_are_one_product_where_they_are_cast(rng):
+    """Two products forward, and two of each gradient; nothing is computed twice. Experts have 5 x 7 numbers."""
+    joined, calls = counting(joins=True)
+    layer = case(rng, "any", n=9)
+    gradient, arrays = float32_stack_in_bfloat16(*layer, product=joined)
+    got = gradient(*arrays)
+    rows = 32  # 18 assignments, padded
+    assert calls["forward"] == [((rows, 5), (6, 5, 14), "bfloat16"), ((rows, 7), (6, 7, 5), "bfloat16")]
+    assert calls["dx"] == [((rows, 5), (6, 7, 5), "bfloat16"), ((rows, 14), (6, 5, 14), "bfloat16")]
+    assert calls["dw"] == [((rows, 5), (rows, 14), "bfloat16"), ((rows, 7), (rows, 5), "bfloat16")]
+    apart, calls = counting(joins=False)
+    gradient, arrays = float32_stack_in_bfloat16(*layer, product=apart)
+    expected = gradient(*arrays)
+    assert [len(made) for made in calls.values()] == [3, 3, 3]
+    for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(g, np.float32), np.asarray(e, np.float32), rtol=0.02, atol=0.1)
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+@pytest.mark.parametrize("product", [grouped_product.RAGGED_DOT, grouped_product.ROW_BLOCKS], ids=lambda p: p.name)
+def test_only_whole_numbers_are_added_by_scatter(rng, product):
+    """So no two sums meet in an order that changes from run to run, forward or backward, and loops have a length."""
+    gradient, arrays = float32_stack_in_bfloat16(*case(rng, "any", n=9), product=product)
+    found = list(equations(jax.make_jaxpr(gradient)(*arrays).jaxpr))
+    names = {e.primitive.name for e in found}
+    assert "scatter-add" in names and "while" not in names  # the sort adds up the rows of each expert
+    floats = [e for e in found if e.primitive.name == "scatter-add" and e.outvars[0].aval.dtype.kind != "i"]
+    assert not floats, floats
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 Kernels for accelerators run in Pallas' interpret modes, which are slow: a few small shapes each.
 """
 
+import re
+import warnings
 from contextlib import contextmanager
 from functools import partial
 
@@ -11,12 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax.config import ConfigError
 from dsv3_jax.kernels.choose import Target
 from dsv3_jax.kernels.gpu import grouped_product as gpu
 from dsv3_jax.kernels.gpu import hopper_products, tokamax_library
 from dsv3_jax.kernels.tpu import grouped_product as tpu
+from dsv3_jax.ops import dispatch
 from dsv3_jax.ops import grouped_product as ops
+from dsv3_jax.ops.expert_stack import Experts, close_stack, open_stack, read_only
 from dsv3_jax.ops.grouped_product import GroupedProduct
+from dsv3_jax.planning import devices
 
 XLA = {b.name: b for b in (ops.RAGGED_DOT, ops.ROW_BLOCKS, ops.EVERY_GROUP)}
 COUNTS = {
@@ -247,3 +253,85 @@ def test_rows_are_padded_to_what_a_backend_wants(x64, rng):
     backend = GroupedProduct("padded", forward, ops.ragged_dot_dx, ops.ragged_dot_dw, row_multiple=32)
     check(backend, *draw(rng, 50, 5, 7, 6, jnp.float64), COUNTS["uneven"], 1e-12)
     assert set(wanted) == {64}
+
+
+# Programs compiled for chips that are not here
+
+TOKENS, DIM, WIDTH, EXPERTS, LAYERS = 512, 256, 128, 8, 3
+A_LAYER = rf"bf16\[(1,)?{EXPERTS},({DIM},{WIDTH}|{WIDTH},{DIM})\]"  # one matrix of all of a layer's experts
+
+
+def compiled_for(target, function, few=False):
+    """The program of a function of (x, ids, gates, weights [LAYERS, EXPERTS, …], layer), and its temporary bytes."""
+    if not hasattr(devices, "target_mesh"):
+        pytest.skip("this version does not compile for GPUs that are not here")
+    try:
+        mesh = devices.target_mesh(target, {"data": 1})
+    except ConfigError as error:
+        pytest.skip(str(error))
+    n, dtype = (8, jnp.bfloat16) if few else (TOKENS, jnp.float32)
+    shapes = [((n, DIM), jnp.bfloat16), ((n, 2), jnp.int32), ((n, 2), jnp.bfloat16)]
+    shapes += [((LAYERS, EXPERTS, *s), dtype) for s in ((DIM, WIDTH), (DIM, WIDTH), (WIDTH, DIM))] + [((), jnp.int32)]
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=whole) for shape, dtype in shapes]
+    # Libraries' kernels promote, and warn, as they like.
+    promote = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
+    with warnings.catch_warnings(), promote[0], promote[1]:
+        warnings.simplefilter("ignore")
+        program = jax.jit(lambda x, i, g, a, b, c, at: function(x, i, g, Experts(a, b, c), at)).lower(*arrays).compile()
+    return program.as_text(), program.memory_analysis().temp_size_in_bytes
+
+
+def trained(product):
+    def gradient(x, ids, gates, weights, layer):
+        def loss(x, gates, weights):
+            stack = open_stack(weights)
+            y, stack = dispatch.grouped_swiglu(x, ids, gates, stack.at(layer, stack.grad), product=product)
+            return close_stack(y, stack).astype(jnp.float32).sum()
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2))(x, gates, weights)
+
+    return gradient
+
+
+def decoded(run):
+    return lambda x, ids, gates, weights, layer: run(x, ids, gates, read_only(weights).at(layer))
+
+
+def kernels_in(text):
+    return text.count('custom_call_target="mosaic_gpu') + text.count('custom_call_target="tpu_custom_call"')
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("product", [gpu.MOSAIC, gpu.HOPPER_PRODUCTS], ids=lambda p: p.name)
+def test_training_on_an_h100_is_six_kernels(product):
+    text, _ = compiled_for("gpu:h100", trained(product))
+    assert kernels_in(text) == 6 and " while(" not in text and " dot(" not in text
+    assert not re.search(rf" = bf16\[(1,)?{EXPERTS},\S* (copy|transpose)\(", text)  # of a layer's experts
+
+
+@pytest.mark.long
+def test_decoding_on_an_h100_copies_no_weights():
+    text, temporary = compiled_for("gpu:h100", decoded(dispatch.decode_by_row), few=True)
+    assert kernels_in(text) == 0 and " while(" not in text
+    assert temporary < DIM * WIDTH * 2  # bytes of one matrix of one expert
+    one_launch = decoded(partial(dispatch.decode_by_products, product=gpu.HOPPER_PRODUCTS))
+    text, _ = compiled_for("gpu:h100", one_launch, few=True)
+    assert kernels_in(text) == 3 and " while(" not in text and not re.search(A_LAYER, text)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", ["tpu:v5p:1x1x1", "tpu:v6e:1x1"])
+def test_decoding_on_a_tpu_copies_no_weights(target):
+    text, _ = compiled_for(target, decoded(partial(dispatch.decode_by_products, product=tpu.RAGGED_DOT)), few=True)
+    assert kernels_in(text) >= 3 and " while(" not in text and not re.search(A_LAYER, text)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", ["tpu:v5p:1x1x1", "tpu:v6e:1x1"])
+def test_training_on_a_tpu_writes_no_expert_transposed(target):
+    experts = rf" = bf16\[(1,)?{EXPERTS},\S*\{{(2,)?[123],[123],\S* copy\("
+    text, _ = compiled_for(target, trained(tpu.RAGGED_DOT))
+    with_copies = len(re.findall(experts, text))
+    text, _ = compiled_for(target, trained(tpu.MEGABLOX))
+    assert len(re.findall(experts, text)) < with_copies and kernels_in(text) >= 9

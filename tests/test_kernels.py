@@ -107,6 +107,39 @@ def test_what_is_no_choice_of_kernels_is_refused(kernels):
         Execution(kernels=kernels)
 
 
+@pytest.mark.parametrize(
+    "platform, chip, dtype, training, few, many",
+    [
+        ("cuda", "9.0", "bfloat16", "mosaic", "by_row", "mosaic"),
+        ("cuda", "9.0", "float32", "row_blocks", "by_row", "row_blocks"),
+        ("cuda", "8.0", "bfloat16", "row_blocks", "by_row", "row_blocks"),
+        ("rocm", "", "bfloat16", "row_blocks", "by_row", "row_blocks"),
+        ("tpu", "TPU v5p", "bfloat16", "megablox", "ragged_dot", "ragged_dot"),
+        ("tpu", "TPU v5p", "float32", "ragged_dot", "ragged_dot", "ragged_dot"),
+        ("cpu", "", "bfloat16", "blocks", "xla", "xla"),
+    ],
+)
+def test_who_multiplies_experts_on_each_chip(platform, chip, dtype, training, few, many):
+    """No row that multiplies every row with every expert, and no loop of unknown length on accelerators."""
+    kernels = prepare(Execution(compute_dtype=dtype), platform=platform, chip=chip)
+    x, stack = jnp.ones((8, 128), dtype), jnp.ones((2, 4, 128, 256))
+    assert picked(kernels, "grouped_swiglu", x, stack) == training == kernels.chosen(dtype)["grouped_swiglu"]
+    assert picked(kernels, "decode_experts", jnp.ones((8, 2), dtype), stack) == few
+    assert picked(kernels, "decode_experts", jnp.ones((9, 2), dtype), stack) == many
+    odd = jnp.ones((2, 4, 128, 100))  # a width that no tile divides
+    fallback = {"cuda": "row_blocks", "rocm": "row_blocks", "tpu": "ragged_dot", "cpu": "blocks"}[platform]
+    assert picked(kernels, "grouped_swiglu", x, odd) == fallback
+    line = kernels.describe(dtype)
+    assert ("grouped_swiglu is slow by row_blocks: it multiplies one block" in line) == (training == "row_blocks")
+
+
+def test_what_is_slow_on_a_gpu_is_said_where_it_is_forced():
+    line = prepare(Execution(kernels="grouped_swiglu=ragged_dot"), platform="cuda", chip="9.0").describe("bfloat16")
+    assert "grouped_swiglu is slow by ragged_dot: XLA multiplies every row with every expert there" in line
+    line = prepare(Execution(kernels="grouped_swiglu=ragged_dot"), platform="tpu").describe("bfloat16")
+    assert "ragged_dot: grouped_swiglu" in line and "slow" not in line
+
+
 def test_a_forced_kernel_that_cannot_compute_is_refused_not_replaced():
     kernels = Kernels(Target("cpu", "cpu"), ())
     with pytest.raises(ValueError, match="kernels='cpu' does not serve grouped_swiglu in bfloat16"):
