@@ -122,7 +122,8 @@ def _kernel(
     def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
         """Shared memory as the tensor cores read it."""
         size = jnp.dtype(dtype).itemsize
-        swizzle = next((n for n in (128, 64, 32) if shape[-1] * size % n == 0), None)
+        # Not 128: a product's two operands have the same swizzle, and the weights of 32 rows are 64 bytes wide.
+        swizzle = next((n for n in (64, 32) if shape[-1] * size % n == 0), None)
         if swizzle is None:  # 8-bit rows of few numbers
             return plgpu.SMEM(shape, dtype)
         transforms = plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
@@ -229,15 +230,13 @@ def _kernel(
                 p = jnp.exp2(s - jax.lax.broadcast_in_dim(new_top, s.shape, [0]))
                 keep = jnp.exp2(top - new_top)
                 total = total * keep + p.sum(axis=1)
-                p = p.astype(jnp.bfloat16)
-                weights.at[which][...] = p
+                weights.at[which][...] = p.astype(jnp.bfloat16)
+                plgpu.commit_smem()
                 meet()
 
-                others = plgpu.load(weights.at[1 - which], layout=plgpu.Layout.WGMMA)
-
                 def add(acc_ref, columns):
-                    plgpu.wgmma(acc_ref, p, block.at[own, columns])
-                    plgpu.wgmma(acc_ref, others, block.at[pl.ds((1 - which) * part, part), columns])
+                    for n in range(2):
+                        plgpu.wgmma(acc_ref, weights.at[n], block.at[pl.ds(n * part, part), columns])
                     return acc_ref[...]
 
                 keep = jax.lax.broadcast_in_dim(keep, (TILE, step), [0])
