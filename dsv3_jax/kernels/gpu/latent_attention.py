@@ -5,8 +5,11 @@ memory, two blocks ahead. Two warpgroups each compute the scores of 32 rows, exc
 each then adds to one half of the output, since all of it (512 wide in V3) does not fit in one warpgroup's registers.
 The shares of a sequence are combined in plain JAX by their log-sums. Rows beyond a sequence's last are not read.
 
+It has not run on a GPU yet. Compiled for an H100 at V3's width it spills 276 bytes of registers a thread, or 408 with
+8-bit rows; with 64 or 32 columns at a time, or other shares of registers, more.
+
 8-bit rows are copied as they are, and widened to bfloat16, scales included, in shared memory. With V3's 576 numbers a
-row that takes 222 KB of the 227 KB that a block may use. Fits no library: cuDNN's heads have at most 256 numbers, and
+row that takes 225 KB of the 227 KB that a block may use. Fits no library: cuDNN's heads have at most 256 numbers, and
 tokamax's kernel needs 286 KB or more for 576 and 512.
 Source: the design of FlashMLA (github.com/deepseek-ai/FlashMLA); arXiv 2205.14135; the split is Flash-Decoding's.
 """
@@ -43,7 +46,7 @@ def why_not(target: Any) -> str:
 
 def serves(q: Array, rows: Array) -> bool:
     """Whether the kernel has the dtypes."""
-    return q.dtype == jnp.bfloat16 and rows.dtype.name in ("bfloat16", "int8")
+    return q.dtype == jnp.bfloat16 and rows.dtype.name in ("bfloat16", "int8", "float8_e4m3fn")
 
 
 def fits(q: Array, rows: Array, shared: bool = True) -> bool:
