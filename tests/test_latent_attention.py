@@ -7,22 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax.config import Execution
+from dsv3_jax.kernels.choose import Target, prepare
+from dsv3_jax.kernels.gpu import latent_attention as gpu
 from dsv3_jax.kernels.tpu.latent_attention import latent_attention as tpu_kernel
 from dsv3_jax.ops.cached_attention import Stored, cached_attention
 from dsv3_jax.ops.quantize import quantize_rows
 
 SHAPES = {  # sequences, tokens a step, heads, parts, width of a stored row, slots, rows of a block
-    "tiny": (3, 1, 4, (32, 16), 48, 96, 32),
     "tiny, drafts": (3, 3, 4, (32, 16), 128, 80, 32),  # the last block ends beyond the cache
     "V3": (2, 1, 16, (512, 64), 640, 320, 128),
-    "V3, drafts": (2, 2, 8, (512, 64), 576, 256, 128),
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int8, "float8": jnp.float8_e4m3fn}
 
 
 def make_cache(rng, shape, dtype):
     """(queries, the cache of two layers with garbage in free slots, the last row that each query sees)."""
-    batch, tokens, heads, parts, width, capacity, _ = SHAPES[shape]
+    batch, tokens, heads, parts, width, capacity = (SHAPES | GPU_SHAPES)[shape][:6]
     rows = rng.standard_normal((2, batch, 1, capacity, sum(parts))).astype(np.float32)
     rows[..., : parts[0]] *= 2
     lengths = rng.integers(1, capacity - tokens, batch)
@@ -47,3 +48,40 @@ def test_the_tpu_kernel_equals_the_op(rng, shape, dtype):
     want = cached_attention(q, stored, layer, last, **how)
     assert got.shape == want.shape and got.dtype == want.dtype
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+GPU_SHAPES = {  # the same, and shares of each sequence's rows
+    "tiny, drafts, on GPUs": (2, 2, 4, (32, 16), 48, 96, 2),  # the last block overlaps the one before
+    "V3, two tiles of queries, on GPUs": (2, 1, 70, (512, 64), 576, 192, 3),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8"])
+@pytest.mark.parametrize("shape", GPU_SHAPES)
+def test_the_gpu_kernel_equals_the_op(rng, shape, dtype):
+    """In bfloat16, whose unit roundoff is 2^-9: rows, weights, shares and the output are rounded, values are about 4."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    if why := gpu.why_not(Target("cuda")):
+        pytest.skip(why)
+    parts, splits = GPU_SHAPES[shape][3], GPU_SHAPES[shape][6]
+    q, stored, last = make_cache(rng, shape, DTYPES[dtype])
+    q, layer, how = q.astype(jnp.bfloat16), jnp.ones((), jnp.int32), dict(parts=parts, shared=True, scale=0.1)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        got = jax.jit(partial(gpu.latent_attention, splits=splits, **how))(q, stored, layer, last)
+    want = cached_attention(q.astype(jnp.float32), stored, layer, last, **how)
+    assert got.shape == want.shape and got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(got.astype(jnp.float32), want, atol=4 * 2.0**-8, rtol=2.0**-7)
+
+
+def test_own_kernels_run_by_name_only():
+    for platform, name in (("cuda", "pallas_gpu"), ("tpu", "pallas_tpu")):
+        assert Target(platform).rows("cached_attention")[0].name == "xla"
+        forced = Target(platform, f"cached_attention={name}")
+        assert forced.rows("cached_attention")[0].name == name
+
+
+def test_a_chip_that_is_no_hopper_is_refused_in_words():
+    assert "Hopper" in gpu.why_not(Target("cuda", chip="8.0")) and "8.0" in gpu.why_not(Target("cuda", chip="8.0"))
+    with pytest.raises(ValueError, match="cached_attention=pallas_gpu.*Hopper.*10.0"):
+        prepare(Execution(kernels="cached_attention=pallas_gpu"), platform="cuda", chip="10.0")

@@ -25,6 +25,7 @@ from dsv3_jax.kernels.cpu import experts as cpu_experts
 from dsv3_jax.kernels.cpu import products as cpu_products
 from dsv3_jax.kernels.gpu import attention as gpu_attention
 from dsv3_jax.kernels.gpu import grouped_product as gpu_products
+from dsv3_jax.kernels.gpu import latent_attention as gpu_latent_attention
 from dsv3_jax.kernels.gpu import tokamax_library
 from dsv3_jax.kernels.tpu import attention as tpu_attention
 from dsv3_jax.kernels.tpu import cache_rows as tpu_cache_rows
@@ -163,6 +164,16 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "cached_attention": (
         _cpp(cpu_attention.cached_attention, serves=_cached),
         _loops(cpu_attention.cached_attention_in_blocks),
+        Implementation(
+            "pallas_gpu",
+            gpu_latent_attention.latent_attention,
+            platforms=("cuda",),
+            by_name=True,
+            serves=gpu_latent_attention.serves,
+            made_for="for bfloat16 queries and rows of bfloat16 or 8 bits",
+            fits=gpu_latent_attention.fits,
+            why_not=gpu_latent_attention.why_not,
+        ),
         Implementation(
             "pallas_tpu",
             tpu_latent_attention.latent_attention,

@@ -7,6 +7,7 @@ new rows reads and writes that cache once, in place, whatever the tiling.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from dsv3_jax.ops import cached_attention as op
@@ -32,9 +33,8 @@ def write_rows(stored: Stored, new: Stored, layer: Int[Array, ""], first: Int[Ar
 def _write_scales(old: Array, new: Array, first: Array) -> Array:
     """Scatter scales one by one: TPUs keep [S, 2] transposed, so a row's two scales are not neighbours."""
     _, batch, groups, _, count = old.shape
-    b, g, p = (jnp.arange(n, dtype=jnp.int32) for n in (batch, groups, count))
-    slot = first[:, None] + jnp.arange(new.shape[2], dtype=jnp.int32)
-    at = (0, b[:, None, None, None], g[:, None, None], p[:, None], slot[:, None, None])
+    b, g, p, t = np.ogrid[:batch, :groups, :count, : new.shape[2]]
+    at = (0, b, g, p, first[:, None, None, None] + t)
     turned, values = old.swapaxes(3, 4), new.swapaxes(2, 3)
     turned = turned.at[at].set(values, mode="drop", unique_indices=True, wrap_negative_indices=False)
     return turned.swapaxes(3, 4)

@@ -2,18 +2,18 @@
 
 One grid step multiplies a block of a sequence's rows with all of its queries, twice, from VMEM. The running softmax is
 that of `ops.cached_attention`. Blocks beyond a sequence's last row are neither read nor multiplied, so the cost follows
-what each sequence holds. A layer is read in place, out of a stack as well. 8-bit rows are widened in VMEM.
+what each sequence holds. It has not run on a TPU yet; it compiles for v5p and v6e. A layer is read in place, out of a stack as well. 8-bit rows are widened in VMEM.
 
 tokamax's MLA kernel is not used: its cache has pages of packed rows, [pages, S / packing, packing, X], so each step
 would copy the cache, and its 8-bit rows have one scale for all.
+
+Pallas is imported when it is used: it takes a second.
 """
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.ops.cached_attention import Stored, scaled
@@ -24,12 +24,7 @@ LANES = 128
 
 def serves(q: Array, rows: Array) -> bool:
     """Whether the kernel has the dtypes."""
-    return q.dtype in (jnp.float32, jnp.bfloat16) and rows.dtype.name in (
-        "float32",
-        "bfloat16",
-        "int8",
-        "float8_e4m3fn",
-    )
+    return q.dtype in (jnp.float32, jnp.bfloat16)
 
 
 def latent_attention(
@@ -53,6 +48,9 @@ def latent_attention(
         interpret: run on the CPU, to test.
     Raises: ValueError for rows that are not latent.
     """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
     _, batch, groups, capacity, width = stored.rows.shape
     if not shared or groups != 1:
         raise ValueError(f"shared={shared}, heads={groups}: the kernel reads latent rows, shared by all queries")
@@ -108,6 +106,8 @@ def latent_attention(
 
 
 def _kernel(layer, ends, q, last, rows, *refs, block: int, capacity: int, first_part: int, eight_bits: bool):
+    from jax.experimental import pallas as pl
+
     *scales, out, total, top, weight = refs
     i, end = pl.program_id(1), ends[pl.program_id(0)]
     # The MXU rounds float32 to bfloat16 unless it is told not to.

@@ -1,0 +1,280 @@
+"""Attention to a latent cache on Hopper GPUs, in Pallas for Mosaic GPU: each cached row is read once for 64 queries.
+
+A thread block has 64 queries of one sequence and a share of its rows, 64 at a time. One warpgroup copies rows from
+memory, two blocks ahead. Two warpgroups each compute the scores of 32 rows, exchange their maxima and weights, and
+each then adds to one half of the output, since all of it (512 wide in V3) does not fit in one warpgroup's registers.
+The shares of a sequence are combined in plain JAX by their log-sums. Rows beyond a sequence's last are not read.
+
+It has not run on a GPU yet. Compiled for an H100 at V3's width it spills 276 bytes of registers a thread, or 408 with
+8-bit rows; with 64 or 32 columns at a time, or other shares of registers, more.
+
+8-bit rows are copied as they are, and widened to bfloat16, scales included, in shared memory. With V3's 576 numbers a
+row that takes 225 KB of the 227 KB that a block may use. Fits no library: cuDNN's heads have at most 256 numbers, and
+tokamax's kernel needs 286 KB or more for 576 and 512.
+Source: the design of FlashMLA (github.com/deepseek-ai/FlashMLA); arXiv 2205.14135; the split is Flash-Decoding's.
+"""
+
+import inspect
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.ops.cached_attention import Stored, scaled
+
+TILE = 64  # queries of a thread block, and rows that it visits at a time
+BUFFERS = 2  # blocks of rows in shared memory
+THREAD_BLOCKS = 132  # of an H100: one for each of its multiprocessors
+COLUMNS = 128  # of the output that a warpgroup adds to at a time: they take 64 more registers a thread
+HIDDEN = -1e30  # score of a row that a query does not see; finite, as a share may have none that it sees
+MOST_SHARED = 232448  # bytes of shared memory that a thread block may use
+
+
+def why_not(target: Any) -> str:
+    """Why the kernel cannot run on a target, in words; "" if it can."""
+    if target.chip and not target.chip.startswith("9."):
+        return f"it is for Hopper GPUs (compute capability 9), and this one is {target.chip}"
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    if "out_type" not in inspect.signature(plgpu.kernel).parameters:
+        return "it needs Pallas for Mosaic GPU as in jax 0.12"
+    return ""
+
+
+def serves(q: Array, rows: Array) -> bool:
+    """Whether the kernel has the dtypes."""
+    return q.dtype == jnp.bfloat16 and rows.dtype.name in ("bfloat16", "int8", "float8_e4m3fn")
+
+
+def fits(q: Array, rows: Array, shared: bool = True) -> bool:
+    """Whether the kernel has the shapes: latent rows of 64 slots or more, in shared memory."""
+    _, _, groups, capacity, width = rows.shape
+    small = _shared_bytes(width, rows.dtype) < MOST_SHARED
+    return shared and groups == 1 and capacity >= TILE and width % 16 == 0 and small
+
+
+def _shared_bytes(width: int, dtype: Any) -> int:
+    wide, eight_bits = 2 * TILE * width, jnp.dtype(dtype).itemsize == 1  # queries, or a block of rows
+    rows = wide + BUFFERS * TILE * (width + 8) if eight_bits else BUFFERS * wide
+    return wide + rows + 2 * TILE * TILE + 3 * 4 * TILE + 128  # with weights, maxima, last rows and barriers
+
+
+def latent_attention(
+    q: Float[Array, "B 1 Q K"],
+    stored: Stored,
+    layer: Int[Array, ""],
+    last: Int[Array, "B Q"],
+    *,
+    parts: tuple[int, int],
+    shared: bool = True,
+    scale: float,
+    splits: int | None = None,
+) -> Float[Array, "B 1 Q V"]:
+    """Compute `ops.cached_attention.cached_attention` for latent rows, `shared` with one head, in bfloat16.
+
+    Takes no gradient. A test runs it on the CPU under `plgpu.force_gpu_interpret_mode`.
+
+    Args:
+        splits: shares of each sequence's rows. None means enough to fill an H100.
+    Raises: ValueError for rows that are not latent or do not fit.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    if not fits(q, stored.rows, shared):
+        raise ValueError(f"shared={shared}, rows={stored.rows.shape}: the kernel reads latent rows, 64 or more")
+    _, batch, _, capacity, width = stored.rows.shape
+    queries = q.shape[2]
+    tiles = -(-queries // TILE)
+    padding = tiles * TILE - queries
+    q = jnp.pad(scaled(q[:, 0], scale * math.log2(math.e)), ((0, 0), (0, padding), (0, width - q.shape[-1])))
+    ends = last.max(axis=1).astype(jnp.int32) + 1  # rows of each sequence that some query sees
+    last = jnp.pad(last, ((0, 0), (0, padding))).astype(jnp.float32)  # exact up to 2^24 rows
+    splits = splits or max(1, min(THREAD_BLOCKS // (batch * tiles), capacity // TILE))
+    scales = () if stored.scales is None else (stored.scales[:, :, 0].swapaxes(2, 3),)
+    value = jax.ShapeDtypeStruct((splits, batch, tiles * TILE, width), q.dtype)  # beyond parts[0]: nothing of use
+    logs = jax.ShapeDtypeStruct((splits, batch, tiles * TILE), jnp.float32)
+    out, log_sums = plgpu.kernel(
+        partial(_kernel, parts=parts, splits=splits, eight_bits=bool(scales)),
+        out_type=[value, logs],
+        grid=(tiles, splits, batch),
+        grid_names=("tile", "split", "batch"),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+    )(jnp.asarray(layer, jnp.int32).reshape(1), ends, last, q, stored.rows, *scales)
+    share = jax.nn.softmax(log_sums * math.log(2), axis=0)[..., None]
+    return (out[..., : parts[0]].astype(jnp.float32) * share).sum(axis=0).astype(q.dtype)[:, None, :queries]
+
+
+def _kernel(
+    layer_ref, ends_ref, last_ref, q_ref, rows_ref, *refs, parts: tuple[int, int], splits: int, eight_bits: bool
+):
+    """One thread block, see the module. `out` [splits, B, Q, X] is normalized by itself; `logs`, its log2 of sums."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    *scales_ref, out_ref, logs_ref = refs
+    capacity, width = rows_ref.shape[3:]
+    half, part = parts[0] // 2, TILE // 2  # columns of the output, and rows of a block, of a warpgroup
+    step = min(half, COLUMNS)
+    by_row = plgpu.Layout.WGMMA.reduce(1)
+
+    def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
+        """Shared memory as the tensor cores read it."""
+        size = jnp.dtype(dtype).itemsize
+        # Not 128: a product's two operands have the same swizzle, and the weights of 32 rows are 64 bytes wide.
+        swizzle = next((n for n in (64, 32) if shape[-1] * size % n == 0), None)
+        if swizzle is None:  # 8-bit rows of few numbers
+            return plgpu.SMEM(shape, dtype)
+        transforms = plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
+        return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+    scratch = {
+        "q_smem": tiled((TILE, width), jnp.bfloat16),
+        "wide": tiled((1 if eight_bits else BUFFERS, TILE, width), jnp.bfloat16),
+        "weights": tiled((2, TILE, part), jnp.bfloat16),
+        "shared": plgpu.SMEM((3, TILE), jnp.float32),  # last rows; what the warpgroups found in their parts of a block
+        "barriers": plgpu.Barrier(num_barriers=2 + 2 * BUFFERS, num_arrivals=2),
+    }
+    if eight_bits:
+        scratch["narrow"] = tiled((BUFFERS, TILE, width), rows_ref.dtype)
+        scratch["scales"] = plgpu.SMEM((BUFFERS, 2, TILE), jnp.float32)
+
+    @partial(pl.run_scoped, collective_axes="warpgroup", **scratch)
+    def _thread_block(q_smem, wide, weights, shared, barriers, narrow=None, scales=None):
+        loaded, meeting = barriers.at[0], barriers.at[1]
+        layer, batch, split = layer_ref[0], jax.lax.axis_index("batch"), jax.lax.axis_index("split")
+        queries = pl.ds(jax.lax.axis_index("tile") * TILE, TILE)
+        blocks = (ends_ref[batch] + TILE - 1) // TILE
+        each = (blocks + splits - 1) // splits
+        begin = split * each
+        count = jnp.clip(blocks - begin, 0, each)
+
+        def first_row(i):
+            return jnp.minimum((begin + i) * TILE, capacity - TILE)  # the last block may overlap the one before
+
+        def meet():
+            """Wait for the other warpgroup; what each wrote to shared memory is then visible to both."""
+            plgpu.barrier_arrive(meeting)
+            plgpu.barrier_wait(meeting)
+
+        @pl.when(jax.lax.axis_index("warpgroup") == 2)
+        def _copy():
+            plgpu.set_max_registers(40, action="decrease")
+            plgpu.copy_gmem_to_smem(last_ref.at[batch, queries], shared.at[2], loaded)
+            plgpu.copy_gmem_to_smem(q_ref.at[batch, queries], q_smem, loaded)
+
+            def copy(i, slot):
+                first, filled = first_row(i), barriers.at[2 + slot]
+                if eight_bits:
+                    rows = pl.ds(first, TILE)
+                    plgpu.copy_gmem_to_smem(rows_ref.at[layer, batch, 0, rows], narrow.at[slot], filled)
+                    plgpu.copy_gmem_to_smem(scales_ref[0].at[layer, batch, :, rows], scales.at[slot], filled)
+                else:
+                    for n in (0, part):
+                        rows = rows_ref.at[layer, batch, 0, pl.ds(first + n, part)]
+                        plgpu.copy_gmem_to_smem(rows, wide.at[slot, pl.ds(n, part)], filled)
+
+            for i in range(BUFFERS):
+                pl.when(i < count)(partial(copy, i, i))
+
+            @pl.loop(BUFFERS, jnp.maximum(count, BUFFERS))
+            def _refill(i):
+                slot = jax.lax.rem(i, jnp.int32(BUFFERS))
+                plgpu.barrier_wait(barriers.at[2 + BUFFERS + slot])
+                copy(i, slot)
+
+        def compute(which: int):
+            plgpu.set_max_registers(232, action="increase")
+            plgpu.barrier_wait(loaded)
+            last = plgpu.load(shared.at[2], layout=by_row)
+            own = pl.ds(which * part, part)
+            columns = [pl.ds(which * half + at, step) for at in range(0, half, step)]
+
+            def widen(slot):
+                """Write this warpgroup's share of the columns of a block in bfloat16, times their scales."""
+                some_columns = next(n for n in (64, 32, 16) if width % n == 0 and parts[0] % n == 0)
+                for at in range(which * some_columns, width, 2 * some_columns):
+                    at = pl.ds(at, some_columns)
+                    scale = plgpu.load(scales.at[slot, int(at.start >= parts[0])], layout=by_row)
+                    some = plgpu.load(narrow.at[slot, :, at], layout=plgpu.Layout.WGMMA, optimized=False)
+                    some = some.astype(jnp.float32) * jax.lax.broadcast_in_dim(scale, some.shape, [0])
+                    wide.at[0, :, at][...] = some.astype(jnp.bfloat16)
+
+            def visit(i, carry):
+                acc, top, total = carry
+                slot = jax.lax.rem(i, jnp.int32(BUFFERS))
+                plgpu.barrier_wait(barriers.at[2 + slot])
+                if eight_bits:
+                    meet()  # nobody reads the block before any more
+                    widen(slot)
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(barriers.at[2 + BUFFERS + slot])
+                    meet()
+                block = wide.at[0 if eight_bits else slot]
+
+                def score(acc_ref):
+                    plgpu.wgmma(acc_ref, q_smem, block.at[own].transpose((1, 0)))
+                    return acc_ref[...]
+
+                s = pl.run_scoped(score, plgpu.ACC((TILE, part), jnp.float32))
+                row = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
+                row = (row + (first_row(i) + which * part)).astype(jnp.float32)
+                first_new = ((begin + i) * TILE).astype(jnp.float32)
+                seen = (row <= jax.lax.broadcast_in_dim(last, s.shape, [0])) & (row >= first_new)
+                s = jnp.where(seen, s, HIDDEN)
+                shared.at[which][...] = s.max(axis=1)
+                meet()
+                highest = [plgpu.load(shared.at[n], layout=by_row) for n in range(2)]
+                new_top = jnp.maximum(top, jnp.maximum(*highest))
+                p = jnp.exp2(s - jax.lax.broadcast_in_dim(new_top, s.shape, [0]))
+                keep = jnp.exp2(top - new_top)
+                total = total * keep + p.sum(axis=1)
+                weights.at[which][...] = p.astype(jnp.bfloat16)
+                plgpu.commit_smem()
+                meet()
+
+                def add(acc_ref, columns):
+                    for n in range(2):
+                        plgpu.wgmma(acc_ref, weights.at[n], block.at[pl.ds(n * part, part), columns])
+                    return acc_ref[...]
+
+                keep = jax.lax.broadcast_in_dim(keep, (TILE, step), [0])
+                acc = tuple(
+                    old * keep + pl.run_scoped(partial(add, columns=at), plgpu.ACC((TILE, step), jnp.float32))
+                    for old, at in zip(acc, columns, strict=True)
+                )
+                if not eight_bits:
+                    plgpu.barrier_arrive(barriers.at[2 + BUFFERS + slot])
+                return acc, new_top, total
+
+            def full(shape, value, layout):
+                return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+            acc = tuple(full((TILE, step), 0, plgpu.Layout.WGMMA) for _ in columns)
+            start = acc, full((TILE,), HIDDEN, by_row), full((TILE,), 0, by_row)
+            acc, top, total = jax.lax.fori_loop(0, count, visit, start)
+            meet()  # both have read the last maxima, and the queries, whose memory takes the output
+            shared.at[which][...] = total
+            meet()
+            total = plgpu.load(shared.at[0], layout=by_row) + plgpu.load(shared.at[1], layout=by_row)
+            total = jnp.maximum(total, 1e-30)  # a share without rows
+            for at, some in zip(columns, acc, strict=True):
+                some = some / jax.lax.broadcast_in_dim(total, some.shape, [0])
+                q_smem.at[:, at][...] = some.astype(jnp.bfloat16)
+            if which == 0:
+                shared.at[2][...] = top + jnp.log(total) * (1 / math.log(2))
+            plgpu.commit_smem()
+            meet()
+
+            @pl.when(which == 0)
+            def _write():
+                plgpu.copy_smem_to_gmem(q_smem, out_ref.at[split, batch, queries])
+                plgpu.copy_smem_to_gmem(shared.at[2], logs_ref.at[split, batch, queries])
+                plgpu.wait_smem_to_gmem(0)
+
+        for which in range(2):
+            pl.when(jax.lax.axis_index("warpgroup") == which)(partial(compute, which))
