@@ -6,7 +6,6 @@ whole numbers is exact in any order.
 
 import re
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
