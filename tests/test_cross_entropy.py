@@ -107,7 +107,7 @@ def test_chunks_by_memory_are_as_large_as_the_logits_may_be(x64, rng, monkeypatc
     def of(function):
         return jax.value_and_grad(lambda h, w: function(h, w, targets, mask)[0], argnums=(0, 1))
 
-    found = (jax.tree.leaves(of(f)(h, w)) for f in (cross_entropy_by_memory, chunked_cross_entropy))
-    for got, want in zip(*found, strict=True):
+    found, wanted = (jax.tree.leaves(of(f)(h, w)) for f in (cross_entropy_by_memory, chunked_cross_entropy))
+    for got, want in zip(found, wanted, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-12)
     assert f"length={chunks}" in str(jax.make_jaxpr(of(cross_entropy_by_memory))(h, w))

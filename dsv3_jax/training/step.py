@@ -139,9 +139,8 @@ def make_step(run: RunConfig, kernels: Kernels | None = None, options: Options =
     The gradient of a batch split in microbatches is that of the complete batch: sums are divided by the complete
     batch's target counts. Balance losses are divided by the number of parts, so the batch-wise Switch loss is a mean
     over microbatches. The bias is updated once, after the optimizer, by the load of the complete batch. If the loss or
-    a gradient is not finite, or `go` is False, the state does not change, and `finite` in the metrics is False. With
-    the last step's `finite` as `go`, steps can be started before anyone has looked at it, and none goes on from a bad
-    one.
+    a gradient is not finite, or `go` is False, the state does not change, and `finite` in the metrics is False. Given
+    the last step's `finite` as `go`, a step may start before that is known, and changes nothing after a bad one.
 
     Args:
         kernels: from `kernels.choose.prepare`. None chooses those of the default device.
