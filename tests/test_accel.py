@@ -11,14 +11,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
-from dsv3_jax.cli import common
+from dsv3_jax.cli import common, train
 from dsv3_jax.config import ConfigError, replace
 from dsv3_jax.kernels import choose
 from dsv3_jax.presets import recipe
+from dsv3_jax.training import loop
+from dsv3_jax.training.step import abstract_state, make_step
 from experiments.accel import parts, run
 
 ROOT = Path(__file__).parents[1]
@@ -269,6 +272,25 @@ def test_an_implementation_that_does_not_fit_gets_no_figure(monkeypatch):
     assert xla.value > 0 and "xla (chosen)" in xla.name and "chosen" not in large.name
 
 
+@pytest.mark.parametrize("part", ["bounds", "layer", "attention", "grouped", "loss", "decode"])
+def test_a_part_can_be_traced_at_its_full_size(part, monkeypatch):
+    """Shapes, dtypes and limits are right there, too, where no device is at hand."""
+    monkeypatch.setattr(parts, "seconds_of", lambda call, *_, **__: call() is None or 1.0)
+    found = []
+    jax.eval_shape(lambda: found.extend(parts.PARTS[part](parts.full())))
+    figures = [figure for figure in found if isinstance(figure, parts.Figure)]
+    assert figures and not any(figure.why.startswith("failed") for figure in figures)
+    assert any(figure.value for figure in figures)
+
+
+def test_a_training_step_can_be_traced_at_its_full_size():
+    sizes = parts.full()
+    config = parts.train_run(sizes.step, *sizes.step_batch)
+    batch = jax.eval_shape(lambda: parts.random_batch(sizes.step, *sizes.step_batch))
+    _, metrics = jax.eval_shape(make_step(config, parts.kernels_for()), abstract_state(config), batch)
+    assert metrics["loss"].shape == ()
+
+
 def test_drawn_numbers_are_random_in_every_slice():
     key = jax.random.key(0)
     x = parts.draw(key, (3, 50), "float32", 2.0)
@@ -340,6 +362,19 @@ def test_training_takes_all_devices_but_a_cpus(monkeypatch, capsys):
         common.all_devices(odd)
     monkeypatch.setattr(jax, "local_device_count", lambda: 1)
     assert common.all_devices(odd) is None
+
+
+def test_train_without_a_mesh_hands_all_devices_to_fit(monkeypatch, tmp_path, capsys):
+    meshes = []
+    monkeypatch.setattr(choose, "platform_of", lambda mesh=None: "cuda")
+    monkeypatch.setattr(loop, "fit", lambda run, out, mesh: meshes.append(mesh))
+    monkeypatch.setattr(train, "_cluster", lambda args: None)
+    for mesh in (None, "data=1"):  # not parsed: the tests' import hook refuses the parser's placeholders
+        args = SimpleNamespace(run=recipe("tiny"), out=tmp_path, mesh=mesh)
+        monkeypatch.setattr(train, "options", lambda argv, args=args: args)
+        assert train.run([]) == 0
+    assert [mesh.size for mesh in meshes] == [8, 1]
+    assert capsys.readouterr().out.count("training on the 8 devices here") == 1
 
 
 def make(*argv):

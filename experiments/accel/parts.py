@@ -129,7 +129,7 @@ def full() -> Sizes:
 def toy() -> Sizes:
     """Sizes at which a CPU runs every part within a minute: they show that the parts work, and nothing else."""
     cfg = replace(preset("tiny"), num_layers=2, num_experts=8, experts_per_token=2, num_groups=2, groups_per_token=1)
-    plain = replace(cfg, mtp_depth=0)
+    plain, headed = replace(cfg, mtp_depth=0), replace(cfg, num_layers=1, num_dense_layers=0)
     return Sizes(
         gemm=128,
         copied=1 << 16,
@@ -146,11 +146,11 @@ def toy() -> Sizes:
         decode_bar=2,
         context=32,
         decode_steps=4,
-        drafts=cfg,
-        draft_batches=(1, 2),
+        drafts=headed,
+        draft_batches=(2,),
         draft_prompt=16,
         draft_tokens=8,
-        exact=cfg,
+        exact=headed,
         exact_batch=(2, 32),
         exact_tokens=12,
         seconds=0.02,
@@ -222,8 +222,6 @@ def by_backend(
                 yield found
         except Exception as error:  # of a compiler or a library: any type
             yield Figure(title, None, why=f"failed: {sentence(error)}")
-            if is_out_of_memory(error):
-                raise
 
 
 def sentence(error: BaseException) -> str:
@@ -233,7 +231,7 @@ def sentence(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether the device ran out of memory; what is freed after it may be in pieces."""
+    """Say whether the device ran out of memory."""
     return "RESOURCE_EXHAUSTED" in str(error)
 
 
@@ -480,7 +478,7 @@ def step(sizes: Sizes) -> Part:
     rows, length = sizes.step_batch
     while True:
         try:
-            yield from _step(sizes, rows, length)
+            yield from _step(sizes, rows, length, first=rows == sizes.step_batch[0])
             return
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(error) or rows == 1:
@@ -489,7 +487,8 @@ def step(sizes: Sizes) -> Part:
         rows //= 2
 
 
-def _step(sizes: Sizes, rows: int, length: int) -> Part:
+def _step(sizes: Sizes, rows: int, length: int, first: bool) -> Part:
+    """Args: first: nothing was tried before, so the device's count of the most memory is of this step."""
     cfg, kernels = sizes.step, kernels_for()
     run, batch = train_run(cfg, rows, length), random_batch(cfg, rows, length)
     label = f"{cfg.num_layers} layers, {rows}×{length} tokens"
@@ -515,16 +514,17 @@ def _step(sizes: Sizes, rows: int, length: int) -> Part:
     took = statistics.median(steps(max(1, round(sizes.seconds / once / 2))) for _ in range(5))
     note = f"remat {run.execution.remat}"
     yield Figure(f"{label}, a step", took, "s", ran=chosen, note=note)
-    yield Figure(f"{label}, tokens", rows * length / took, "tokens/s")
+    yield Figure(f"{label}, speed", rows * length / took, "tokens/s")
     flops = train_flops_per_token(cfg) * rows * length
     yield Figure(
-        f"{label}, rate", flops / took, "FLOP/s", against="sheet flops", bar="mfu",
+        f"{label}, useful work", flops / took, "FLOP/s", against="sheet flops", bar="mfu",
         note="MFU: 6 FLOPs a token and active parameter",
     )  # fmt: skip
     yield Figure(
         f"{label}, planned memory", planned, "B", bound="planned memory", note="state and the compiler's temporaries"
     )
-    if peak := (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"):
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    if peak and first:
         yield Figure(f"{label}, most memory used", peak, "B", against="planned memory")
 
 
