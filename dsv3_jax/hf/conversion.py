@@ -130,8 +130,8 @@ def _released_to_run(source: Path, out: Path, mtp: bool, allow_nonfinite: bool, 
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     with files.new_folder(out, nbytes) as folder:
         run = claim(folder, run)
-        for file in COPIED_FILES:
-            files.file_inside(source, file)
+        for copied in COPIED_FILES:
+            files.file_inside(source, copied)
         if run.data.tokenizer != "bytes":
             text_settings.copy_to_run(source, folder)
         with Checkpoints(folder, run) as checkpoints:
