@@ -6,6 +6,7 @@ Source: transformers, `apply_chat_template` and `utils/chat_template_utils.py`.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -109,9 +110,9 @@ class ChatTemplate:
         writes them, as DeepSeek's `<｜User｜>`.
 
         An assistant's tokens are those that overlap the template's `{% generation %}` blocks. In a template without
-        such blocks they are what a turn adds after the prompt for it: the text up to and with turn i, less the text of
-        the turns before with the generation prompt. The end-of-turn token belongs to it if the template writes it in
-        that turn.
+        such blocks they are what a turn adds after the prompt for it: the text up to and with turn i, less what it
+        shares with the text of the turns before and the generation prompt. The end-of-turn token belongs to it if the
+        template writes it in that turn.
 
         Args:
             messages, add_generation_prompt, tools, any_order: as `text`.
@@ -128,7 +129,8 @@ class ChatTemplate:
             spans = []
         elif not self.marks_assistant:
             spans = self._spans_by_prefix(messages, text, tools)
-        ids, characters = self._encode(text)
+        encode = self.tokenizer.encode_with_specials if specials_in_messages else self._encode
+        ids, characters = encode(text)
         return Rendered(ids, _overlaps(characters, spans))
 
     def _run(self, messages: list[Message], add_generation_prompt: bool, tools: Any) -> tuple[str, Spans]:
@@ -145,14 +147,15 @@ class ChatTemplate:
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._run(messages[:i], True, tools)[0] if i else ""
+            before, prompt = (self._run(messages[:i], asked, tools)[0] if i else "" for asked in (False, True))
             after = self._run(messages[: i + 1], False, tools)[0]
-            if not (after.startswith(before) and text.startswith(after)):
+            if not (prompt.startswith(before) and after.startswith(before) and text.startswith(after)):
                 raise ValueError(
                     f"message {i}: the chat template writes the assistant's turn in another way when later turns "
                     "follow, and has no {% generation %} block that would mark it"
                 )
-            spans.append((len(before), len(after)))
+            # A generation prompt may also open a thought, which the turn then does not have.
+            spans.append((len(os.path.commonprefix([prompt, after])), len(after)))
         return spans
 
     def _quoted(self, value: Any) -> Any:
