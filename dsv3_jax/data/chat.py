@@ -1,11 +1,12 @@
 """Chat templates: from messages to the token ids that a model was trained on, and which of them an assistant wrote.
 
 A template is a Jinja program that comes with released weights. It runs in a sandbox: it sees messages, names of special
-tokens and a few functions, and nothing else of the process. What it offers to templates is what transformers offers.
+tokens and a few functions, and nothing else of the process. Templates find the same names here as in transformers.
 Source: transformers, `apply_chat_template` and `utils/chat_template_utils.py`.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ Message = dict[str, Any]
 Spans = list[tuple[int, int]]
 ROLES = ("system", "user", "assistant")  # others are known if the template names them
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing in different templates
-# Private characters around the name of a special token that stands in a message.
+# Private characters that enclose the name of a special token in a message.
 _OPEN, _CLOSE = "\U000f0000", "\U000f0001"
 
 
@@ -103,15 +104,15 @@ class ChatTemplate:
         """Return the ids of a conversation, and which of them an assistant wrote.
 
         The names of special tokens that the template writes become their ids. In messages they stay text, so that
-        nobody can end a turn or speak as the system from inside a message. transformers makes them ids there, too,
-        unless it is asked for `sanitize_control_tokens`: `specials_in_messages=True` equals it. The two differ only
-        for messages that hold such a name. Added tokens that are not called special count as special if the template
+        nobody can end a turn or speak as the system from inside a message. By default transformers makes them ids
+        there, too; `specials_in_messages=True` does the same. Messages without such a name have the same ids in both
+        cases. Added tokens that are not called special count as special if the template
         writes them, as DeepSeek's `<｜User｜>`.
 
         An assistant's tokens are those that overlap the template's `{% generation %}` blocks. In a template without
-        such blocks they are what a turn adds after the prompt for it: the text up to and with turn i, less the text of
-        the turns before with the generation prompt. The end-of-turn token belongs to it if the template writes it in
-        that turn.
+        such blocks two texts are compared: the turns before with the generation prompt, and the turns up to the
+        assistant's. The assistant's tokens follow their common beginning. An end-of-turn token is one of them if the
+        template writes it in that turn.
 
         Args:
             messages, add_generation_prompt, tools, any_order: as `text`.
@@ -128,7 +129,8 @@ class ChatTemplate:
             spans = []
         elif not self.marks_assistant:
             spans = self._spans_by_prefix(messages, text, tools)
-        ids, characters = self._encode(text)
+        encode = self.tokenizer.encode_with_specials if specials_in_messages else self._encode
+        ids, characters = encode(text)
         return Rendered(ids, _overlaps(characters, spans))
 
     def _run(self, messages: list[Message], add_generation_prompt: bool, tools: Any) -> tuple[str, Spans]:
@@ -145,14 +147,15 @@ class ChatTemplate:
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._run(messages[:i], True, tools)[0] if i else ""
+            before, prompt = (self._run(messages[:i], asked, tools)[0] if i else "" for asked in (False, True))
             after = self._run(messages[: i + 1], False, tools)[0]
-            if not (after.startswith(before) and text.startswith(after)):
+            if not (prompt.startswith(before) and after.startswith(before) and text.startswith(after)):
                 raise ValueError(
                     f"message {i}: the chat template writes the assistant's turn in another way when later turns "
                     "follow, and has no {% generation %} block that would mark it"
                 )
-            spans.append((len(before), len(after)))
+            # A generation prompt may also open a thought, which the turn then does not have.
+            spans.append((len(os.path.commonprefix([prompt, after])), len(after)))
         return spans
 
     def _quoted(self, value: Any) -> Any:
@@ -197,8 +200,8 @@ class ChatTemplate:
 def check_messages(messages: Any, source: str = "", *, any_order: bool = False) -> list[Message]:
     """Check a conversation.
 
-    The first turn after system messages is a user's, no two user or assistant turns follow one another, and roles are
-    those of `ROLES` or are named in the template. A template that checks the order itself, with `raise_exception`, is
+    The first turn after system messages is a user's. Two user turns or two assistant turns never follow one another.
+    Roles are those of `ROLES`, and others that the template names. A template that checks the order itself, with `raise_exception`, is
     left to do so.
 
     Args:
@@ -316,7 +319,7 @@ def _refuse_underscore(name: Any) -> None:
 
 
 class _Dict:
-    """What `dict` is to a template: it makes one, and is not Python's class."""
+    """The function `dict` of a template: it is not Python's class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict:
         return dict(*args, **kwargs)

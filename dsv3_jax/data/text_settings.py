@@ -37,7 +37,7 @@ TEXT_FILES = (JSON_FILE, TIKTOKEN_FILE, CONFIG_FILE, SPECIALS_FILE, TEMPLATE_FIL
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """What generation_config.json says of sampling. None means that it does not say."""
+    """Sampling by generation_config.json. None means that the file does not set it."""
 
     temperature: float | None = None  # 0 where it says do_sample=false
     top_p: float | None = None

@@ -26,7 +26,7 @@ from dsv3_jax.files import write_atomic
 
 SPECIALS = ("<eos>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>")
 JSON_FILE, TIKTOKEN_FILE = "tokenizer.json", "tiktoken.model"  # what a folder's tokenizer is read from, in this order
-CONFIG_FILE, SPECIALS_FILE = "tokenizer_config.json", "special_tokens_map.json"  # what is said of it beside that
+CONFIG_FILE, SPECIALS_FILE = "tokenizer_config.json", "special_tokens_map.json"  # settings beside that file
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 # Names in released tokenizers, tried in this order where no file beside the tokenizer names the end of a document.
@@ -93,7 +93,7 @@ class Tokenizer(abc.ABC):
         return self.encode_array(text).tolist()
 
     def encode_with_specials(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Encode text in which the name of a special token stands for that token.
+        """Encode text in which the name of a special token means that token.
 
         Returns: (ids, for each id the characters of `text` that it covers: first, and one past the last). A character
             of several ids belongs to each of them.
@@ -469,7 +469,7 @@ def file_of(spec: str) -> Path:
 
 
 def keep_copy(spec: str, folder: Path) -> Path:
-    """Copy a tokenizer's file into a folder, with what is said beside it of its special tokens where that matters.
+    """Copy a tokenizer's file into a folder, with the settings beside it that change its ids or the end of a document.
 
     Returns: the copy, which is named as in a released folder.
     Raises: ValueError as `load`; OSError when it cannot be written.
