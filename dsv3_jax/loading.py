@@ -8,8 +8,9 @@ from jax.sharding import Mesh
 from dsv3_jax.data import text_settings
 from dsv3_jax.data.text_settings import TextSettings
 from dsv3_jax.hf import files
-from dsv3_jax.hf.open_model import find_released, open_model
+from dsv3_jax.hf.open_model import find_released, load_released
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.training.checkpoint import load_run
 from dsv3_jax.training.run_folder import RUN_FILE, read_run
 
 
@@ -42,7 +43,11 @@ def load_model(
         ...     ds.load_model(folder).cfg.num_layers
         1
     """
-    return open_model(folder, mesh, step=step, dtype=dtype, kernels=kernels).model
+    if (Path(folder) / RUN_FILE).is_file():
+        return load_run(folder, mesh, step=step, kernels=kernels).model
+    if step is not None:
+        raise ValueError(f"step={step} is for runs, and folder={str(folder)!r} is a released one")
+    return load_released(folder, mesh, dtype=dtype, kernels=kernels)
 
 
 def load_text(folder: str | Path) -> TextSettings:

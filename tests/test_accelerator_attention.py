@@ -195,13 +195,13 @@ def picked(platform, length, widths, dtype=jnp.bfloat16, packed=True, kernels="a
 def test_who_attends():
     assert picked("tpu", 1000, (192, 128)) == picked("tpu", 1000, (192, 128), jnp.float32) == "splash"
     assert picked("cuda", 1000, (192, 128)) == "tokamax"
-    assert picked("cuda", 1000, (192, 128), jnp.float32) == "blocks"
+    assert picked("cuda", 1000, (192, 128), jnp.float32) == "large_blocks"
     assert picked("cuda", 1000, (192, 128), packed=False, kernels="causal_attention=cudnn") == "cudnn"
     assert picked("cuda", 1000, (192, 128), kernels="causal_attention=cudnn") == "tokamax"  # rows of documents
-    assert picked("rocm", 1000, (192, 128)) == "blocks"
-    assert picked("tpu", 1000, (192, 128), kernels="xla") == "blocks"  # not compiled by XLA
+    assert picked("rocm", 1000, (192, 128)) == "large_blocks"
+    assert picked("tpu", 1000, (192, 128), kernels="xla") == "large_blocks"  # not compiled by XLA
     for platform in ("cuda", "tpu"):
-        assert picked(platform, 1000, (48, 32)) == picked(platform, 100, (192, 128)) == "blocks"  # too small
+        assert picked(platform, 1000, (48, 32)) == picked(platform, 100, (192, 128)) == "large_blocks"  # too small
     assert choose.TABLE["causal_attention"][-1].name == "xla"
 
 

@@ -219,12 +219,13 @@ def all_devices(run: Any) -> Any:
     import jax
 
     from dsv3_jax.config import ConfigError
-    from dsv3_jax.kernels.choose import platform_of
+    from dsv3_jax.kernels import choose
     from dsv3_jax.mesh import sharding
 
-    count = jax.local_device_count()
-    if count == 1 or platform_of() == "cpu":
+    count, platform = jax.local_device_count(), choose.platform_of()
+    if count == 1 or platform == "cpu":
         return None
+    choose.Target(platform, run.execution.kernels)  # refuses kernels that are not there, before anything is printed
     if (rows := run.data.batch_size // run.optim.microbatches) % count:
         raise ConfigError(
             f"batch_size/microbatches={rows} rows are not divisible by the {count} devices here; use a multiple, or "

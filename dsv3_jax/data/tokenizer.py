@@ -60,11 +60,12 @@ class Tokenizer(abc.ABC):
         token_bytes: list[bytes],
         eos_id: int,
         fim_ids: tuple[int, int, int] | None,
-        specials: dict[str, int],
+        specials: dict[str, int] | None = None,
         added: dict[str, int] | None = None,
     ):
         self.vocab_size = len(token_bytes)
-        self.specials, self.added = specials, specials if added is None else added
+        self.specials = specials or {}
+        self.added = self.specials if added is None else added
         self.eos_id = eos_id
         self.byte_lengths: Int32[np.ndarray, " W"] = np.array([len(b) for b in token_bytes], np.int32)
         self._token_bytes = token_bytes

@@ -43,13 +43,20 @@ def open_model(
     """
     if (Path(place) / RUN_FILE).is_file():
         return load_run(place, mesh, step=step, kernels=kernels)
-    folder = find_released(place)
     if step is not None:
-        raise ValueError(f"step={step} is for runs, and folder={str(folder)!r} is a released one")
+        raise ValueError(f"step={step} is for runs, and folder={str(place)!r} is a released one")
+    model = load_released(place, mesh, dtype=dtype, kernels=kernels)
+    return Loaded(model, released_run(find_released(place), model.cfg), 0)
+
+
+def load_released(
+    place: str | Path, mesh: Mesh | None = None, *, dtype: Any = None, kernels: str | None = None
+) -> Transformer:
+    """Load a released model. Arguments and errors as `open_model`, but no tokenizer is needed."""
+    folder = find_released(place)
     if dtype is None:
         dtype = jnp.float32 if platform_of(mesh) == "cpu" else jnp.bfloat16
-    model = reading.load(folder, dtype, mesh, kernels=kernels or "auto")
-    return Loaded(model, released_run(folder, model.cfg), 0)
+    return reading.load(folder, dtype, mesh, kernels=kernels or "auto")
 
 
 def find_released(place: str | Path) -> Path:

@@ -158,7 +158,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
             by_hand=True,
             why_not=gpu_attention.why_not_cudnn,
         ),
-        Implementation("blocks", attention.causal_attention_in_large_blocks, platforms=("cuda", "rocm", "tpu")),
+        Implementation("large_blocks", attention.causal_attention_in_large_blocks, platforms=ACCELERATORS),
         _xla(attention.causal_attention),
     ),
     "cached_attention": (
@@ -559,10 +559,8 @@ def prepare(
     """
     execution = execution or Execution()
     if platform is None:
-        device = _device_of(mesh)
-        target = Target(_platform_name(device), execution.kernels, _chip_of(device))
-    else:
-        target = Target(platform, execution.kernels, chip)
+        platform, chip = platform_of(mesh), _chip_of(_device_of(mesh))
+    target = Target(platform, execution.kernels, chip)
     _check_cpp(target, execution.compute_dtype, 1 if mesh is None else mesh.size)
     rows = {row.name: row for op in TABLE for row in target.rows(op) if row.why_not is not None}
     missing = {name: reason for name, row in rows.items() if row.why_not and (reason := row.why_not(target))}
