@@ -135,6 +135,33 @@ def test_a_gpus_program():
     assert program.launches == 4 * 3 + 3
 
 
+ATTENTION = """HloModule m
+
+ENTRY %main (q: bf16[2,64,4,24], k: bf16[2,64,4,24], v: bf16[2,64,4,16], l: f32[2,4,64]) -> bf16[2,64,4,24] {
+  %q = bf16[2,64,4,24]{3,2,1,0} parameter(0)
+  %k = bf16[2,64,4,24]{3,2,1,0} parameter(1)
+  %v = bf16[2,64,4,16]{3,2,1,0} parameter(2)
+  %l = f32[2,4,64]{2,1,0} parameter(3)
+  %flash_fwd.1 = (bf16[2,64,4,16]{3,2,1,0}, f32[2,4,64]{2,1,0}) custom-call(%q, %k, %v), \
+custom_call_target="mosaic_gpu_v2"
+  %o = bf16[2,64,4,16]{3,2,1,0} get-tuple-element(%flash_fwd.1), index=0
+  %flash_dkv.2 = (bf16[2,64,4,24]{3,2,1,0}, bf16[2,64,4,16]{3,2,1,0}) custom-call(%q, %k, %v, %o, %l), \
+custom_call_target="mosaic_gpu_v2"
+  ROOT %flash_dq.3 = bf16[2,64,4,24]{3,2,1,0} custom-call(%q, %k, %v, %o, %l), custom_call_target="mosaic_gpu_v2"
+}
+""".replace("\\\n", "")
+
+
+def test_attention_counts_half_of_the_pairs():
+    pairs = 2 * 4 * 64 * 64 / 2
+    flops = {launch.kind: launch.flops for launch in read_program(ATTENTION).all_launches}
+    assert flops == {
+        "flash_fwd": 2 * pairs * (24 + 16),
+        "flash_dkv": 2 * pairs * (24 + 16 + 16 + 24),  # scores again, d_p, d_v, d_k
+        "flash_dq": 2 * pairs * (24 + 16 + 24),
+    }
+
+
 TPU = (
     HEAD
     + """

@@ -4,7 +4,7 @@ A launch is one instruction that the device runs by itself: a fusion, a kernel, 
 each iteration, nested loops multiply, and a conditional counts as its longest branch. Of each launch, the text tells
 
     FLOPs    2 for each multiplication in its matrix products. Kernels that the compiler does not see into count by
-             their own estimate, or as products of their operands if their name says that they are grouped products
+             their own estimate, or by their operands if their name says grouped product or causal attention
     bytes    of operands and results in memory; a slice or a gather reads, and an update in place writes, its part alone
     cycles   the TPU compiler's estimate, which it has for most launches
 
@@ -42,6 +42,7 @@ _NO_KERNELS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", 
 _FOREIGN = {"tpu_custom_call", "mosaic_gpu", "mosaic_gpu_v2", "triton_kernel_call", "__gpu$xla.gpu.triton"}
 _UNNAMED = r"(custom-call|mpmd_map|pallas_call|mosaic_gpu\w*|core_map|run_state|custom_call)"
 _GROUPED = re.compile(r"ragged|grouped|gmm", re.IGNORECASE)
+_ATTENTION = re.compile(r"attention|flash|splash|mha", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -322,17 +323,12 @@ class _Reader:
                 * i.arrays[0].size
                 * self._contracted(computation, i, tuple(int(n) for n in re.findall(r"\d+", axes[1])))
             )
-        if not _GROUPED.search(self._kernel_name(i)):
-            return None
-        arrays = [self.module.find(computation, name) for name in i.operands]
-        matrices = [o.arrays[0] for o in arrays if o is not None and o.arrays and o.arrays[0].is_float]
-        rows = [a for a in matrices if len(a.dims) == 2]
-        if not rows or not i.arrays[0].is_float:
-            return 0.0  # a table of groups
-        out = i.arrays[0].dims
-        if len(out) == 2:  # [M, N] of rows [M, K]
-            return 2.0 * math.prod(out) * (rows[0].size / out[0])
-        return 2.0 * out[-1] * rows[0].size  # [G, K, N] of rows [M, K] and [M, N]
+        name = self._kernel_name(i)
+        operands = [self.module.find(computation, name) for name in i.operands]
+        arrays = [o.arrays[0] for o in operands if o is not None and o.arrays and o.arrays[0].is_float]
+        if _GROUPED.search(name):
+            return _grouped_flops(arrays, i.arrays)
+        return _attention_flops(arrays, i.arrays) if _ATTENTION.search(name) else None
 
     # Bytes
 
@@ -421,6 +417,33 @@ def _target(i: Instruction) -> str:
     """The name by which the compiler knows a custom call."""
     match = re.search(r'custom_call_target="([^"]*)"', i.attributes) if i.opcode.startswith("custom-call") else None
     return match[1] if match else ""
+
+
+def _grouped_flops(operands: list[Shape], results: list[Shape]) -> float:
+    """FLOPs of a product of rows by groups: [M, K] by [G, K, N] into [M, N], or [M, K] by [M, N] into [G, K, N]."""
+    rows = [a for a in operands if len(a.dims) == 2]
+    if not rows or not results[0].is_float:
+        return 0.0  # a table of groups
+    out = results[0].dims
+    return 2.0 * math.prod(out) * (rows[0].size / out[0]) if len(out) == 2 else 2.0 * out[-1] * rows[0].size
+
+
+def _attention_flops(operands: list[Shape], results: list[Shape]) -> float | None:
+    """FLOPs of causal attention over q, k and v, or of its gradient by some of them; None for other operands.
+
+    Half of the pairs of positions count. The heads' axis is before or after the positions', and is the shorter one.
+    """
+    matrices = [a for a in operands if len(a.dims) >= 3]
+    if len(matrices) < 3 or len({len(a.dims) for a in matrices[:3]}) > 1:
+        return None
+    q, k, v = matrices[:3]
+    key, value = q.dims[-1], v.dims[-1]
+    pairs = q.size / key * max(k.dims[-3:-1]) / 2
+    if not any(a.dims[:-1] == q.dims[:-1] and a.dims[-1] == value for a in matrices[3:]):
+        return 2.0 * pairs * (key + value)  # scores and output
+    sizes = [q.dims, k.dims, v.dims]
+    count = sum(a.dims in sizes for a in results)  # the output's gradient is there: d_q, d_k and d_v, or all three
+    return 2.0 * pairs * {1: 2 * key + value, 2: 2 * key + 2 * value}.get(count, 3 * key + 2 * value)
 
 
 def _window(attributes: str) -> dict[str, list[int]]:
