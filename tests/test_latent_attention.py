@@ -11,8 +11,8 @@ from dsv3_jax.config import Execution
 from dsv3_jax.kernels.choose import Target, prepare
 from dsv3_jax.kernels.gpu import latent_attention as gpu
 from dsv3_jax.kernels.tpu.latent_attention import latent_attention as tpu_kernel
-from dsv3_jax.ops.cached_attention import Stored, cached_attention
-from dsv3_jax.ops.quantize import quantize_rows
+from dsv3_jax.ops.cached_attention import Stored, cached_attention, scaled
+from dsv3_jax.ops.quantize import dequantize_rows, quantize_rows
 
 SHAPES = {  # sequences, tokens a step, heads, parts, width of a stored row, slots, rows of a block
     "tiny, drafts": (3, 3, 4, (32, 16), 128, 80, 32),  # the last block ends beyond the cache
@@ -59,7 +59,10 @@ GPU_SHAPES = {  # the same, and shares of each sequence's rows
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8"])
 @pytest.mark.parametrize("shape", GPU_SHAPES)
 def test_the_gpu_kernel_equals_the_op(rng, shape, dtype):
-    """In bfloat16, whose unit roundoff is 2^-9: rows, weights, shares and the output are rounded, values are about 4."""
+    """With queries and rows rounded to bfloat16 beforehand, only weights, shares and the output are rounded.
+
+    The unit roundoff is 2^-9, and values are about 4.
+    """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     if why := gpu.why_not(Target("cuda")):
@@ -69,7 +72,10 @@ def test_the_gpu_kernel_equals_the_op(rng, shape, dtype):
     q, layer, how = q.astype(jnp.bfloat16), jnp.ones((), jnp.int32), dict(parts=parts, shared=True, scale=0.1)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         got = jax.jit(partial(gpu.latent_attention, splits=splits, **how))(q, stored, layer, last)
-    want = cached_attention(q.astype(jnp.float32), stored, layer, last, **how)
+    rounded = scaled(q, 0.1 * np.log2(np.e)).astype(jnp.float32)
+    if stored.scales is not None:
+        stored = Stored(dequantize_rows(*stored, parts, jnp.float32).astype(jnp.bfloat16), None)
+    want = cached_attention(rounded, stored, layer, last, parts=parts, shared=True, scale=float(np.log(2)))
     assert got.shape == want.shape and got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32), want, atol=4 * 2.0**-8, rtol=2.0**-7)
 

@@ -2,8 +2,8 @@
 
 One grid step multiplies a block of a sequence's rows with all of its queries, twice, from VMEM. The running softmax is
 that of `ops.cached_attention`. Blocks beyond a sequence's last row are neither read nor multiplied, so the cost follows
-what each sequence holds. A layer is read in place, out of a stack as well. 8-bit rows are widened in VMEM. It has not
-run on a TPU yet; it compiles for v5p and v6e.
+what each sequence holds. A layer is read in place, out of a stack as well. 8-bit rows are widened in VMEM.
+It compiles for v5p and v6e, and has not run on a TPU yet.
 
 tokamax's MLA kernel is not used: its cache has pages of packed rows, [pages, S / packing, packing, X], so each step
 would copy the cache, and its 8-bit rows have one scale for all.
