@@ -61,7 +61,8 @@ def test_what_the_test_above_looks_for_is_there_to_be_found(look_up, adds):
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_the_routers_product_is_exact(platform):
-    """Forward and both of its gradients, in the training step; no other product is."""
+    """Forward and both of its gradients, in the training step. Nothing else is but the sums of the embedding's gradient
+    on a GPU, two products."""
     cfg = small(num_layers=2, num_dense_layers=1, mtp_depth=0)
     execution = Execution("bfloat16", kernels="grouped_swiglu=dense")
     run = make_run("nowhere", model=cfg, execution=execution)
@@ -71,6 +72,7 @@ def test_the_routers_product_is_exact(platform):
     dots = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
     exact = [line for line in dots if "HIGHEST" in line]
     tokens, dim, experts = BATCH * LENGTH, cfg.dim, cfg.num_experts
-    wanted = {(tokens, experts), (tokens, dim), (dim, experts)}, {(experts, tokens), (dim, tokens), (experts, dim)}
-    results = {tuple(map(int, re.search(r"-> tensor<(\d+)x(\d+)xf32>", line).groups())) for line in exact}
-    assert len(exact) == 3 and all(a in results or a[::-1] in results for a in wanted[0]), results
+    results = [sorted(map(int, re.findall(r"\d+(?=x)", line.split("->")[1]))) for line in exact]
+    for shape in (tokens, experts), (tokens, dim), (dim, experts):
+        assert results.count(sorted(shape)) == 1
+    assert len(exact) == (5 if platform == "cuda" else 3) and len(dots) > 2 * len(exact)

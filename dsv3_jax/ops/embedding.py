@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.ops.varying import as_varying, zeros
 
+BLOCK = 128  # sorted rows that are added by one product
+
 
 def look_up(table: Float[Array, "W D"], tokens: Int[Array, "*n"]) -> Float[Array, "*n D"]:
     """Return the rows of `tokens`, in the table's dtype. The gradient is a scatter that adds."""
@@ -19,8 +21,8 @@ def look_up(table: Float[Array, "W D"], tokens: Int[Array, "*n"]) -> Float[Array
 def look_up_in_order(table: Float[Array, "W D"], tokens: Int[Array, "*n"]) -> Float[Array, "*n D"]:
     """Compute `look_up` with a gradient that is the same to the last bit each time.
 
-    The gradient's rows are sorted by token. A scan over the sorted rows adds up each token's rows, in pairs, so its
-    rounding errors are smaller than those of adding one by one. The last row of each token then holds its sum.
+    The gradient's rows are sorted by token and cut into blocks. A product with zeros and ones adds up each token's rows
+    in a block, and another one adds what blocks before hold of a block's first token. Each sum is then written once.
     """
     return _rows(as_varying(table, tokens), tokens)
 
@@ -39,19 +41,24 @@ def _rows_bwd(saved, d_rows):
     num_tokens, dim = like_table.shape[0], d_rows.shape[-1]
     flat = jnp.clip(tokens.reshape(-1), 0, num_tokens - 1)
     order = jnp.argsort(flat, stable=True)
-    ids, rows = flat[order], d_rows.reshape(-1, dim)[order]
-    edge = jnp.full((1,), -1, ids.dtype)
-    first = ids != jnp.concatenate([edge, ids[:-1]])
-    last = ids != jnp.concatenate([ids[1:], edge])
+    pad = -flat.size % BLOCK
+    ids = jnp.pad(flat[order], (0, pad), constant_values=num_tokens)  # an id after all others
+    rows = jnp.pad(d_rows.reshape(-1, dim)[order], ((0, pad), (0, 0))).reshape(-1, BLOCK, dim)
+    block = ids.reshape(-1, BLOCK)
+    first, last = block[:, 0], block[:, -1]
 
-    def join(a, b):
-        (a_begins, a_sum), (b_begins, b_sum) = a, b
-        return a_begins | b_begins, jnp.where(b_begins, b_sum, a_sum + b_sum)
+    def add(mask, rows):
+        # The products are with 0 and 1, so they are exact, if the rows are not rounded.
+        return jnp.matmul(mask.astype(rows.dtype), rows, precision=jax.lax.Precision.HIGHEST)
 
-    sums = jax.lax.associative_scan(join, (first[:, None], rows))[1]
-    # Rows that are not a token's last are dropped; their places are distinct too, so that none is written twice.
-    place = jnp.where(last, ids, num_tokens + jnp.arange(ids.size, dtype=ids.dtype))
-    return zeros((num_tokens, dim), d_rows).at[place].set(sums, mode="drop", unique_indices=True), None
+    sums = add(block[:, :, None] == block[:, None, :], rows)  # at each row, its token's rows in the block
+    earlier = jnp.tril(first[:, None] == last[None, :], -1)  # blocks before that end with a block's first token
+    before = add(earlier, sums[:, -1])
+    sums = sums + jnp.where((block == first[:, None])[..., None], before[:, None], 0)
+    # A token's last row holds its sum. Other rows are dropped: their places are beyond the table, and distinct too.
+    ends = (ids != jnp.append(ids[1:], num_tokens)) & (ids < num_tokens)
+    place = jnp.where(ends, ids, num_tokens + jnp.arange(ids.size, dtype=ids.dtype))
+    return zeros((num_tokens, dim), d_rows).at[place].set(sums.reshape(-1, dim), mode="drop", unique_indices=True), None
 
 
 _rows.defvjp(_rows_fwd, _rows_bwd)
