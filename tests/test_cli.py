@@ -409,8 +409,6 @@ def test_kernels_are_listed_with_the_one_that_runs_here(answers):
         }
         said = next(line for line in lines if "kernels (cpu)" in line)
         assert ("the device is cuda" if platform == "cuda" else state[kernels]) in said
-            line for line in lines if "kernels (cpu)" in line
-        )
         assert "blocks (cpu)" in rows["grouped_swiglu"][2] and "dense (all; only if named)" in rows["grouped_swiglu"][2]
 
 
