@@ -57,7 +57,7 @@ def describe_kernels(execution: Execution) -> list[str]:
     lines = [
         f"kernels={execution.kernels!r} on {platform}, {execution.compute_dtype}, one device; "
         "implementations in order of preference",
-        f"{'op':18s} {'runs here':11s} implementations",
+        f"{'op':18s} {'runs here':13s} implementations",
     ]
     for op, rows in choose.TABLE.items():
         names = (
@@ -65,7 +65,7 @@ def describe_kernels(execution: Execution) -> list[str]:
             f"{'; only if named' if row.by_name else ''})"
             for row in rows
         )
-        lines.append(f"{op:18s} {chosen[op]:11s} {', '.join(names)}")
+        lines.append(f"{op:18s} {chosen[op]:13s} {', '.join(names)}")
     lines.append("An implementation that does not serve the arrays' dtypes or shapes leaves them to the next one.")
     rows = {row.name: row for rows in choose.TABLE.values() for row in rows if row.why_not is not None}
     wanted = {row.name for op in choose.TABLE for row in kernels.target.rows(op)}

@@ -17,6 +17,7 @@ Source: the design of FlashMLA (github.com/deepseek-ai/FlashMLA); arXiv 2205.141
 import inspect
 import math
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import jax
@@ -33,12 +34,16 @@ HIDDEN = -1e30  # score of a row that a query does not see; finite, as a share m
 MOST_SHARED = 232448  # bytes of shared memory that a thread block may use
 
 
+def _pallas() -> tuple[Any, Any]:
+    """(Pallas, its part for Mosaic GPU), imported when they are used. The part's interface changes between versions."""
+    return import_module("jax.experimental.pallas"), import_module("jax.experimental.pallas.mosaic_gpu")
+
+
 def why_not(target: Any) -> str:
     """Why the kernel cannot run on a target, in words; "" if it can."""
     if target.chip and not target.chip.startswith("9."):
         return f"it is for Hopper GPUs (compute capability 9), and this one is {target.chip}"
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
+    _, plgpu = _pallas()
     if "out_type" not in inspect.signature(plgpu.kernel).parameters:
         return "it needs Pallas for Mosaic GPU as in jax 0.12"
     return ""
@@ -81,8 +86,7 @@ def latent_attention(
         splits: shares of each sequence's rows. None means enough to fill an H100.
     Raises: ValueError for rows that are not latent or do not fit.
     """
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
+    _, plgpu = _pallas()
     if not fits(q, stored.rows, shared):
         raise ValueError(f"shared={shared}, rows={stored.rows.shape}: the kernel reads latent rows, 64 or more")
     _, batch, _, capacity, width = stored.rows.shape
@@ -113,8 +117,7 @@ def _kernel(
     layer_ref, ends_ref, last_ref, q_ref, rows_ref, *refs, parts: tuple[int, int], splits: int, eight_bits: bool
 ):
     """One thread block, see the module. `out` [splits, B, Q, X] is normalized by itself; `logs`, its log2 of sums."""
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import mosaic_gpu as plgpu
+    pl, plgpu = _pallas()
 
     *scales_ref, out_ref, logs_ref = refs
     capacity, width = rows_ref.shape[3:]
