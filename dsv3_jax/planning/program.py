@@ -12,37 +12,19 @@ so that a roofline time of the program is the sum, over launches, of the longer 
 or of the cycles where they are known. The start of a launch takes no time there, and a GPU's cache holds nothing.
 """
 
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from dsv3_jax.planning.devices import Device
-from dsv3_jax.planning.hlo import CALLS, Instruction, Module, Shape
+from dsv3_jax.planning.hlo import CALLS, Instruction, Module
+from dsv3_jax.planning.launch_cost import FREE, LaunchCost, call_target
 
-# Operations that name or order arrays, and run nothing.
-_FREE = {
-    "add-dependency", "after-all", "bitcast", "constant", "domain", "get-tuple-element", "opt-barrier", "parameter",
-    "partition-id", "replica-id", "tuple",
-}  # fmt: skip
-_ELEMENTWISE = {"bitcast", "bitcast-convert", "convert", "copy", "negate", "reshape", "transpose"}
-# Operations that only move or convert numbers.
-_MOVES = _ELEMENTWISE - {"negate"} | {
-    "concatenate", "copy-start", "dynamic-slice", "dynamic-update-slice", "gather", "pad", "reverse", "slice",
-}  # fmt: skip
-_SLICES = {"dynamic-slice", "gather", "slice"}
-_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # operation → the operand that it writes into its first
 # Custom calls that run nothing.
 _NO_KERNELS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding"}
-# Custom calls for kernels of any name.
-_FOREIGN = {"tpu_custom_call", "mosaic_gpu", "mosaic_gpu_v2", "triton_kernel_call", "__gpu$xla.gpu.triton"}
-_UNNAMED = r"(custom-call|mpmd_map|pallas_call|mosaic_gpu\w*|core_map|run_state|custom_call)"
-_GROUPED = re.compile(r"ragged|grouped|gmm", re.IGNORECASE)
-_ATTENTION = re.compile(r"attention|flash|splash|mha", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -194,8 +176,8 @@ class _Reader:
 
     def __init__(self, module: Module):
         self.module = module
+        self.cost = LaunchCost(module)
         self._launches: dict[str, tuple[list[Launch], list[str]]] = {}
-        self._flops: dict[str, tuple[float, float]] = {}
 
     def launches(self, computation: str) -> tuple[list[Launch], list[str]]:
         """Return what a computation launches, itself and in those that it calls, and its loops of unknown length."""
@@ -223,7 +205,7 @@ class _Reader:
             return max(branches, key=lambda branch: sum((x.flops + x.nbytes) * x.runs for x in branch[0]))
         if i.opcode in CALLS and "fusion" not in i.opcode:
             return self.launches((i.called("calls") or i.called("to_apply"))[0])
-        if i.opcode in _FREE or i.opcode.endswith(("-done", "-update")) or _target(i) in _NO_KERNELS:
+        if i.opcode in FREE or i.opcode.endswith(("-done", "-update")) or call_target(i) in _NO_KERNELS:
             return [], []
         if all(not a.dims and "T(" in a.layout for a in i.arrays) and i.opcode not in CALLS:
             return [], []  # a scalar of a TPU, which its scalar unit computes on the way
@@ -231,238 +213,20 @@ class _Reader:
 
     def _launch(self, computation: str, i: Instruction) -> Launch:
         kind = i.opcode.removesuffix("-start")
-        name, is_kernel = kind, kind == "custom-call"
-        if is_kernel:
-            name = self._kernel_name(i)
-        flops, wide, known = self._work(computation, i)
-        cycles = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
-        count = int(cycles[1]) if cycles and int(cycles[1]) < 1 << 62 else 0
-        on_chip = any(
-            a.on_chip for a in i.arrays[:2]
-        )  # a TPU's compiler moves arrays there and back, ahead of their use
-        moved = self._moved(computation, i) if self._only_moves(i) and not on_chip else 0.0
+        is_kernel = kind == "custom-call"
+        flops, wide, known = self.cost.work(computation, i)
+        cycles = re.search(r'"estimated_cycles":"(\d{1,18})"', i.attributes)
         return Launch(
-            i.name, name, i.source, 1, True, flops, wide, self._traffic(computation, i), count, moved, is_kernel, known
-        )  # fmt: skip
-
-    def _kernel_name(self, i: Instruction) -> str:
-        target = _target(i)
-        if target not in _FOREIGN:
-            return target
-        if match := re.search(r'kernel_name\\?"?\s*[:=]\s*\\?"([^"\\]+)', i.attributes):
-            return match[1]
-        name = re.sub(r"(\.\w+)*$", "", i.name)
-        if re.fullmatch(_UNNAMED, name):
-            name = self.module.function(i)
-        return name or target
-
-    # FLOPs
-
-    def _inside(self, computation: str) -> tuple[float, float]:
-        """FLOPs of a fused computation: (all, those in float32 or more)."""
-        if computation not in self._flops:
-            parts = [self._work(computation, i) for i in self.module.computations[computation]]
-            self._flops[computation] = sum(p[0] for p in parts), sum(p[1] for p in parts)
-        return self._flops[computation]
-
-    def _work(self, computation: str, i: Instruction) -> tuple[float, float, bool]:
-        """(FLOPs of an instruction, those in float32 or more, whether they are known)."""
-        if i.opcode in CALLS:
-            return *self._inside((i.called("calls") or i.called("to_apply"))[0]), True
-        if i.opcode == "custom-call":
-            flops = self._kernel_flops(computation, i)
-            wide = self._is_wide(computation, i) and _target(i).startswith("__cublas")
-            return flops or 0.0, (flops or 0.0) if wide else 0.0, flops is not None
-        flops = 0.0
-        if i.opcode == "dot":
-            flops = 2.0 * i.arrays[0].size * self._contracted(computation, i, i.numbers("lhs_contracting_dims"))
-        elif i.opcode == "convolution":
-            flops = self._convolution_flops(computation, i)
-        return flops, flops if self._is_wide(computation, i) else 0.0, True
-
-    def _shape(self, computation: str, i: Instruction, index: int) -> Shape:
-        operand = self.module.operand(computation, i, index)
-        assert operand is not None, f"{i.name} has no operand {index}"
-        return operand.arrays[0]
-
-    def _is_wide(self, computation: str, i: Instruction) -> bool:
-        operand = self.module.operand(computation, i, 0)
-        return operand is not None and bool(operand.arrays) and operand.arrays[0].nbytes >= 4 * operand.arrays[0].size
-
-    def _contracted(self, computation: str, i: Instruction, axes: tuple[int, ...]) -> int:
-        dims = self._shape(computation, i, 0).dims
-        return math.prod(dims[axis] for axis in axes)
-
-    def _convolution_flops(self, computation: str, i: Instruction) -> float:
-        """The TPU's compiler writes products as convolutions; batches are windows, most of whose places are padding."""
-        labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
-        assert labels is not None, f"{i.name} has no dim_labels"
-        left, right, out = (
-            s.dims for s in (self._shape(computation, i, 0), self._shape(computation, i, 1), i.arrays[0])
+            name=i.name,
+            kind=self.cost.kernel_name(i) if is_kernel else kind,
+            source=i.source,
+            runs=1,
+            known=True,
+            flops=flops,
+            wide_flops=wide,
+            nbytes=self.cost.traffic(computation, i),
+            cycles=int(cycles[1]) if cycles else 0,
+            moved=self.cost.moved(computation, i),
+            is_kernel=is_kernel,
+            is_estimated=known,
         )
-        where = [{letter: place for place, letter in enumerate(labels[n])} for n in (1, 2, 3)]
-        groups = re.search(r"batch_group_count=(\d+)", i.attributes)
-        batch = left[where[0]["b"]] // (int(groups[1]) if groups else 1)
-        flops = 2.0 * batch * right[where[1]["i"]] * right[where[1]["o"]]
-        window = _window(i.attributes)
-        for n, letter in enumerate(sorted(x for x in where[0] if x.isdigit())):
-            sizes = (left[where[0][letter]], right[where[1][letter]], out[where[2][letter]])
-            flops *= _places(*sizes, {name: values[n] for name, values in window.items()})
-        return flops
-
-    def _kernel_flops(self, computation: str, i: Instruction) -> float | None:
-        """FLOPs of a kernel: by its own estimate, by its operands, or None if neither tells."""
-        if match := re.search(r"cost_estimate.{0,20}?flops\W*?(?:22)?\W*?:\W*?(\d+)", i.attributes):
-            return float(match[1])
-        if _target(i).startswith("__cublas"):
-            axes = re.search(r'lhs_contracting_dimensions"?:\s*\[([^\]]*)\]', i.attributes)
-            if axes is None:
-                return None
-            return (
-                2.0
-                * i.arrays[0].size
-                * self._contracted(computation, i, tuple(int(n) for n in re.findall(r"\d+", axes[1])))
-            )
-        name = self._kernel_name(i)
-        operands = [self.module.find(computation, name) for name in i.operands]
-        arrays = [o.arrays[0] for o in operands if o is not None and o.arrays and o.arrays[0].is_float]
-        if _GROUPED.search(name):
-            return _grouped_flops(arrays, i.arrays)
-        return _attention_flops(arrays, i.arrays) if _ATTENTION.search(name) else None
-
-    # Bytes
-
-    def _traffic(self, computation: str, i: Instruction) -> float:
-        """Bytes that a launch reads and writes in memory."""
-        if match := re.search(r"cost_estimate.{0,200}?bytes_accessed\W*?(?:22)?\W*?:\W*?(\d+)", i.attributes):
-            return float(match[1])
-        if i.opcode.endswith("-start") and "fusion" not in i.opcode:
-            return 2 * i.arrays[0].nbytes
-        if i.opcode in _SLICES:
-            return 2 * i.nbytes
-        if i.opcode in _UPDATES:
-            return 2 * self._shape(computation, i, _UPDATES[i.opcode]).nbytes
-        if i.opcode not in CALLS:
-            return self._whole(computation, i)
-        inner = i.called("calls")[0]
-        parameters = {int(p.operands[0]): p for p in self.module.computations[inner] if p.opcode == "parameter"}
-        total = self._written(inner, self.module.root(inner), i)
-        for n, name in enumerate(i.operands):
-            operand = self.module.find(computation, name)
-            if operand is not None and n in parameters and not (operand.arrays and operand.arrays[0].on_chip):
-                total += self._read(inner, parameters[n])
-        return total
-
-    def _whole(self, computation: str, i: Instruction) -> float:
-        operands = (self.module.find(computation, name) for name in dict.fromkeys(i.operands))
-        arrays = [a for o in operands if o is not None for a in o.arrays]
-        return sum(a.nbytes for a in [*arrays, *i.arrays] if not a.on_chip)
-
-    def _read(self, computation: str, i: Instruction) -> float:
-        """Bytes of an array that a fused computation reads: of a slice, its part; of one updated in place, none."""
-        total = 0.0
-        for user in self.module.users(computation).get(i.name, []):
-            first = user.operands[0] == i.name
-            if user.opcode in _SLICES and first:
-                total += user.nbytes
-            elif user.opcode in _UPDATES and first:
-                continue
-            elif user.opcode in _ELEMENTWISE:
-                total += self._read(computation, user) if not user.root else i.nbytes
-            elif user.opcode == "fusion":
-                inner = user.called("calls")[0]
-                for p in self.module.computations[inner]:
-                    if p.opcode == "parameter" and user.operands[int(p.operands[0])] == i.name:
-                        total += self._read(inner, p)
-            elif user.opcode == "tuple":
-                continue  # handed on
-            else:
-                return i.nbytes
-        return min(total, i.nbytes)
-
-    def _written(self, computation: str, i: Instruction, launch: Instruction) -> float:
-        """Bytes of a fused computation's result that are written: of an update in place, the update's."""
-        if i.opcode == "tuple":
-            parts = (self.module.find(computation, name) for name in i.operands)
-            return sum(self._written(computation, p, launch) for p in parts if p is not None)
-        if i.opcode in _UPDATES:
-            return self._shape(computation, i, _UPDATES[i.opcode]).nbytes
-        if i.opcode == "parameter":
-            return 0.0
-        if i.opcode == "bitcast":
-            operand = self.module.operand(computation, i, 0)
-            return self._written(computation, operand, launch) if operand is not None else i.nbytes
-        if i.opcode == "fusion":
-            inner = i.called("calls")[0]
-            return self._written(inner, self.module.root(inner), launch)
-        return 0.0 if launch.arrays and all(a.on_chip for a in launch.arrays) else i.nbytes
-
-    def _moved(self, computation: str, i: Instruction) -> float:
-        """Bytes that a launch which only moves numbers writes."""
-        if i.opcode in CALLS:
-            inner = (i.called("calls") or i.called("to_apply"))[0]
-            return self._written(inner, self.module.root(inner), i)
-        return i.arrays[0].nbytes if i.opcode.endswith("-start") else self._written(computation, i, i)
-
-    def _only_moves(self, i: Instruction) -> bool:
-        """Say whether a launch, with all that is fused into it, only moves or converts numbers of an array."""
-        if i.opcode not in CALLS:
-            return i.opcode in _MOVES
-        inside = self.module.computations[(i.called("calls") or i.called("to_apply"))[0]]
-        work = [x for x in inside if x.opcode not in _FREE and x.arrays and x.arrays[0].dims]  # scalars are indices
-        return bool(work) and all(self._only_moves(x) for x in work)
-
-
-def _target(i: Instruction) -> str:
-    """The name by which the compiler knows a custom call."""
-    match = re.search(r'custom_call_target="([^"]*)"', i.attributes) if i.opcode.startswith("custom-call") else None
-    return match[1] if match else ""
-
-
-def _grouped_flops(operands: list[Shape], results: list[Shape]) -> float:
-    """FLOPs of a product of rows by groups: [M, K] by [G, K, N] into [M, N], or [M, K] by [M, N] into [G, K, N]."""
-    rows = [a for a in operands if len(a.dims) == 2]
-    if not rows or not results[0].is_float:
-        return 0.0  # a table of groups
-    out = results[0].dims
-    return 2.0 * math.prod(out) * (rows[0].size / out[0]) if len(out) == 2 else 2.0 * out[-1] * rows[0].size
-
-
-def _attention_flops(operands: list[Shape], results: list[Shape]) -> float | None:
-    """FLOPs of causal attention over q, k and v, or of its gradient by some of them; None for other operands.
-
-    Half of the pairs of positions count. The heads' axis is before or after the positions', and is the shorter one.
-    """
-    matrices = [a for a in operands if len(a.dims) >= 3]
-    if len(matrices) < 3 or len({len(a.dims) for a in matrices[:3]}) > 1:
-        return None
-    q, k, v = matrices[:3]
-    key, value = q.dims[-1], v.dims[-1]
-    pairs = q.size / key * max(k.dims[-3:-1]) / 2
-    if not any(a.dims[:-1] == q.dims[:-1] and a.dims[-1] == value for a in matrices[3:]):
-        return 2.0 * pairs * (key + value)  # scores and output
-    sizes = [q.dims, k.dims, v.dims]
-    count = sum(a.dims in sizes for a in results)  # the output's gradient is there: d_q, d_k and d_v, or all three
-    return 2.0 * pairs * {1: 2 * key + value, 2: 2 * key + 2 * value}.get(count, 3 * key + 2 * value)
-
-
-def _window(attributes: str) -> dict[str, list[int]]:
-    """Read a convolution's window: `size=8 stride=7 pad=0_0 lhs_dilate=8`, a number for each spatial axis."""
-    text = re.search(r"window=\{([^}]*)\}", attributes)
-    words = dict(word.split("=") for word in text[1].split()) if text else {}
-    axes = len(words["size"].split("x")) if "size" in words else 0
-    window = {}
-    for name, default in (("stride", "1"), ("lhs_dilate", "1"), ("rhs_dilate", "1"), ("pad", "0_0")):
-        values = words.get(name, "x".join([default] * axes)).split("x") if axes else []
-        window[name] = [int(v.split("_")[0]) for v in values]
-    return window
-
-
-def _places(left: int, kernel: int, out: int, window: dict[str, int]) -> int:
-    """Count the pairs of a result's and a kernel's place along one axis that meet a number, not padding."""
-    start = np.arange(out, dtype=np.int64) * window["stride"] - window["pad"]
-    count = 0
-    for k in range(kernel):
-        place = start + k * window["rhs_dilate"]
-        count += int(np.sum((place >= 0) & (place % window["lhs_dilate"] == 0) & (place < left * window["lhs_dilate"])))
-    return count
