@@ -7,10 +7,10 @@ functions, the product and its two gradients, because a kernel for one is no ker
     dx       x' [m, K] = y' [m, N] · wᵀ
     dw       w' [G, K, N] = xᵀ y' over each group's rows
 
-A backend computes exactly the rows of the groups, up to a part of a block for each group. The two exceptions say so in
-their docstrings. `w` may hold more matrices than there are groups: group g then uses `w[first + g]`. So a layer's
-experts are read in place from the stack of all layers. Rows after the last group belong to no group. A backend leaves
-their results undefined, and their inputs must be finite; `grouped_product` returns zeros there.
+A backend does the work of the rows that there are, up to a part of a block for each group. RAGGED_DOT off TPUs and
+EVERY_GROUP do it once for each group. `w` may hold more matrices than there are groups: group g then uses
+`w[first + g]`, so a layer's experts are read in place from the stack of all layers. Rows after the last group belong to
+no group. A backend leaves their results undefined, and their inputs must be finite; `grouped_product` returns zeros.
 
     RAGGED_DOT   `jax.lax.ragged_dot`: a grouped kernel on TPU; every group multiplies every row on other platforms
     ROW_BLOCKS   a scan over blocks of rows, of static length: runs anywhere at any dtype, one product after another
