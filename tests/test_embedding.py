@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax.mesh import sharding
 from dsv3_jax.ops import embedding
 
 
@@ -26,3 +27,16 @@ def test_rows_and_gradient_are_those_of_a_sum_by_token(x64, rng, shape):
     for look_up in (embedding.look_up, embedding.look_up_in_order):
         np.testing.assert_array_equal(look_up(*args[:2]), table[np.minimum(tokens, 10)])
         np.testing.assert_allclose(gradient(look_up, *args), want, atol=1e-13)  # at most 900 rows of a token
+
+
+def test_devices_add_up_their_rows(x64, rng):
+    """On a mesh each device sums the rows of its own tokens, and the table's gradient is the sum of all."""
+    table, tokens = jnp.asarray(rng.standard_normal((11, 4))), jnp.asarray(rng.integers(0, 11, (8, 5)), jnp.int32)
+    d_rows = jnp.asarray(rng.standard_normal((8, 5, 4)))
+
+    def spread(table, tokens):
+        return sharding.shard_map_over_batch(lambda *a: ((), embedding.look_up_in_order(*a)), (table,), tokens)[1]
+
+    with sharding.use_mesh(sharding.make_mesh(data=4)):
+        got = gradient(spread, table, tokens, d_rows)
+    np.testing.assert_allclose(got, gradient(embedding.look_up, table, tokens, d_rows), atol=1e-13)
