@@ -70,13 +70,19 @@ def compile_step(kind: str, target: str) -> Step:
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Each step, compiled once."""
-    steps: dict[tuple[str, str], Step] = {}
+    """Each step, compiled once, also one that cannot be compiled."""
+    steps: dict[tuple[str, str], Step | Exception] = {}
 
     def get(kind, target):
         if (kind, target) not in steps:
-            steps[kind, target] = compile_step(kind, target)
-        return steps[kind, target]
+            try:
+                steps[kind, target] = compile_step(kind, target)
+            except Exception as error:
+                steps[kind, target] = error
+        step = steps[kind, target]
+        if isinstance(step, Exception):
+            raise step
+        return step
 
     return get
 

@@ -179,6 +179,7 @@ ENTRY %main (a: bf16[8,16,64], b: bf16[8,16,64]) -> f32[8,16,16] {
   %j = s32[]{:T(128)} add(%i, %i)
   %s = (bf16[8,16,64]{2,1,0:T(8,128)(2,1)S(1)}, bf16[8,16,64]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%b.1)
   %d = bf16[8,16,64]{2,1,0:T(8,128)(2,1)S(1)} copy-done(%s)
+  %again = bf16[8,16,64]{2,1,0:T(8,128)(2,1)S(1)} copy(%d)
   %buffer = u32[8]{0:T(128)S(1)} custom-call(), custom_call_target="AllocateBuffer"
   %gmm.1 = bf16[64,32]{1,0:T(8,128)(2,1)} custom-call(%a.1), custom_call_target="tpu_custom_call", \
 backend_config={"custom_call_config":{"body":"Qk1M","cost_estimate":{"flops":"77","transcendentals":"0",\
@@ -197,7 +198,8 @@ def test_a_tpus_program():
     assert fusion.flops == 2 * 8 * 16 * 16 * 64 and fusion.cycles == 6887
     assert fusion.nbytes == 8 * 16 * 64 * 2 + 8 * 16 * 16 * 4  # the second operand is in VMEM already
     assert (kernel.kind, kernel.flops, kernel.nbytes) == ("gmm", 77, 88)
-    assert program.launches == 3 and program.copies() == []  # a prefetch is no copy; scalars and buffers launch nothing
+    assert next(x for x in program.all_launches if x.name == "again").nbytes == 0  # from VMEM into VMEM
+    assert program.launches == 4 and program.copies() == []  # a prefetch is no copy; scalars and buffers launch nothing
     assert products(TPU) == [("jit(f)/route/dot_general", (8, 16, 16), "bf16", "highest,highest")]
 
 

@@ -142,7 +142,7 @@ class Instruction:
     @cached_property
     def nbytes(self) -> float:
         """Bytes of the result."""
-        return sum(a.nbytes for a in self.arrays)
+        return sum((a.nbytes for a in self.arrays), 0.0)
 
     @cached_property
     def source(self) -> str:

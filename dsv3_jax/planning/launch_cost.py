@@ -54,7 +54,7 @@ class LaunchCost:
         """FLOPs of a fused computation: (all, those in float32 or more)."""
         if computation not in self._flops:
             parts = [self.work(computation, i) for i in self.module.computations[computation]]
-            self._flops[computation] = sum(p[0] for p in parts), sum(p[1] for p in parts)
+            self._flops[computation] = sum((p[0] for p in parts), 0.0), sum((p[1] for p in parts), 0.0)
         return self._flops[computation]
 
     def work(self, computation: str, i: Instruction) -> tuple[float, float, bool]:
@@ -148,7 +148,7 @@ class LaunchCost:
     def _whole(self, computation: str, i: Instruction) -> float:
         operands = (self.module.find(computation, name) for name in dict.fromkeys(i.operands))
         arrays = [a for o in operands if o is not None for a in o.arrays]
-        return sum(a.nbytes for a in [*arrays, *i.arrays] if not a.on_chip)
+        return sum((a.nbytes for a in [*arrays, *i.arrays] if not a.on_chip), 0.0)
 
     def _read(self, computation: str, i: Instruction) -> float:
         """Bytes of an array that a fused computation reads: of a slice, its part; of one updated in place, none."""
@@ -176,7 +176,7 @@ class LaunchCost:
         """Bytes of a fused computation's result that are written: of an update in place, the update's."""
         if i.opcode == "tuple":
             parts = (self.module.find(computation, name) for name in i.operands)
-            return sum(self._written(computation, p, launch) for p in parts if p is not None)
+            return sum((self._written(computation, p, launch) for p in parts if p is not None), 0.0)
         if i.opcode in _UPDATES:
             return self._shape(computation, i, _UPDATES[i.opcode]).nbytes
         if i.opcode == "parameter":
