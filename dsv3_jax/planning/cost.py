@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 from dsv3_jax.config import ConfigError, Execution, ModelConfig, RunConfig
 from dsv3_jax.kernels.choose import Kernels, Target, platform_of, prepare
 from dsv3_jax.mesh import sharding
-from dsv3_jax.model.cache import empty_cache, pick_kind
+from dsv3_jax.model.cache import pick_kind
 from dsv3_jax.model.counting import distinct_experts, size, train_flops_per_token
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import abstract
@@ -198,11 +198,12 @@ def decode_cost(
     by_layer = _with_shardings(by_layer, jax.tree.map(lambda _: NamedSharding(mesh, P()), by_layer))
     kind = pick_kind(cfg, None)
 
-    def filled() -> Any:
-        cache = empty_cache(cfg, cfg.num_layers, batch, context, kind, compute_dtype)
+    def filled(params, bias) -> Any:
+        cache = nnx.merge(graph, params, bias).empty_cache(batch, context, kind, compute_dtype)
         return cache.at_lengths(cache.lengths)
 
-    shapes = jax.eval_shape(filled)
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(filled, params, bias)
     stored = NamedSharding(mesh, P(None, *rows.spec))
     shardings = replace(shapes, stored=jax.tree.map(lambda _: stored, shapes.stored), lengths=rows)
     cache = _with_shardings(shapes, shardings)
