@@ -133,6 +133,15 @@ def test_who_multiplies_experts_on_each_chip(platform, chip, dtype, training, fe
     assert ("grouped_swiglu is slow by row_blocks: it multiplies one block" in line) == (training == "row_blocks")
 
 
+def test_megablox_is_for_one_device():
+    kernels = prepare(platform="tpu", chip="TPU v5p")
+    x, stack = jnp.ones((8, 128), jnp.bfloat16), jnp.ones((2, 4, 128, 256))
+    with sharding.use_mesh(sharding.make_mesh(data=2)):
+        assert picked(kernels, "grouped_swiglu", x, stack) == "ragged_dot"
+    assert kernels.chosen("bfloat16", devices=2)["grouped_swiglu"] == "ragged_dot"
+    assert kernels.chosen("bfloat16")["grouped_swiglu"] == "megablox"
+
+
 def test_what_is_slow_on_a_gpu_is_said_where_it_is_forced():
     line = prepare(Execution(kernels="grouped_swiglu=ragged_dot"), platform="cuda", chip="9.0").describe("bfloat16")
     assert "grouped_swiglu is slow by ragged_dot: XLA multiplies every row with every expert there" in line

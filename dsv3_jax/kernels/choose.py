@@ -71,12 +71,22 @@ class Implementation:
     by_name: bool = False  # never chosen by "auto"
     why_not: Callable[["Target"], str] | None = None  # a library, a compiler or a chip that is missing; "" if none is
     only: str = ""  # the one compute dtype that it serves, for reports; "" means any, or C++
+    alone: bool = False  # it serves one device, for reports
     slow: str = ""  # why it is slow on GPUs, in words
 
 
-def _float32_on_one_device(*arrays: Array) -> bool:
+def _on_one_device() -> bool:
     mesh = jax.sharding.get_abstract_mesh()
-    return all(a.dtype == jnp.float32 for a in arrays) and (mesh.empty or mesh.size == 1)
+    return mesh.empty or mesh.size == 1
+
+
+def _float32_on_one_device(*arrays: Array) -> bool:
+    return all(a.dtype == jnp.float32 for a in arrays) and _on_one_device()
+
+
+def _bfloat16_on_one_device(x: Array, *weights: Array) -> bool:
+    """megablox does not say which of a mesh's axes its results vary along, so `shard_map` refuses it."""
+    return x.dtype == jnp.bfloat16 and _on_one_device()
 
 
 def _cached(q: Array, rows: Array) -> bool:
@@ -118,7 +128,15 @@ _on_hopper = partial(_in_bfloat16, platforms=("cuda",), fits=gpu_products.fits)
 _mosaic = partial(_on_hopper, "mosaic", why_not=gpu_products.why_not)
 _tokamax = partial(_on_hopper, "tokamax", by_name=True, why_not=tokamax_library.why_not)
 _hopper = partial(_on_hopper, "hopper", by_name=True, why_not=gpu_products.why_not_hopper)
-_megablox = partial(_in_bfloat16, "megablox", platforms=("tpu",), fits=tpu_products.fits)
+_megablox = partial(
+    _in_bfloat16,
+    "megablox",
+    platforms=("tpu",),
+    serves=_bfloat16_on_one_device,
+    made_for="for bfloat16 on one device",
+    fits=tpu_products.fits,
+    alone=True,
+)
 _row_blocks = partial(
     Implementation, "row_blocks", platforms=GPUS, slow="it multiplies one block of rows after the other"
 )
@@ -472,7 +490,8 @@ class Kernels:
         for op in TABLE:
             float32 = jnp.dtype(fixed.get(op, dtype)) == jnp.float32
             for row in self.target.rows(op):
-                serves = row.only in ("", jnp.dtype(dtype).name) and (row.name != "cpu" or (float32 and devices == 1))
+                serves = row.only in ("", jnp.dtype(dtype).name) and (devices == 1 or not row.alone)
+                serves = serves and (row.name != "cpu" or (float32 and devices == 1))
                 if serves and not self.why_not(row):
                     names[op] = row.name
                     break
