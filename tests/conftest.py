@@ -62,7 +62,7 @@ def rng():
 
 
 # Not a test module: it imports torch and has no doctests.
-collect_ignore = ["parity/parity_reference.py"]
+collect_ignore = ["parity/parity_reference.py", "parity/chat_reference.py"]
 
 # Two processes share the test files, so the longest files run first.
 LONGEST = (
