@@ -91,7 +91,7 @@ BAD = {
     "moved layout": ("train tiny --out {new} --model.layout.fsdp", "is --execution.layout.fsdp now"),
     "moved exchange": ("plan tiny --layout.exchange gather", "'--layout.exchange' is --layout.expert-comm now"),
     "moved slack": ("info tiny --layout.slack 2", "is --execution.layout.capacity-slack now"),
-    "no memory": ("train v3 --out {new}", "training state of 8.19 TB does not fit in this host's memory of "),
+    "no memory": ("train v3 --out {new}", "training state of 8.192 TB does not fit in this host's memory of "),
     "no memory for means in float32": (
         "train v3 --out {new} --optim.moments-dtype float32",
         "training state of 10.92 TB does not fit in this host's memory of ",
