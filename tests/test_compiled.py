@@ -15,7 +15,7 @@ from dsv3_jax.planning import cost as costs
 from dsv3_jax.planning import devices
 from dsv3_jax.planning.cost import Cost, decode_cost, train_cost
 from dsv3_jax.planning.hlo import compile_for_target
-from dsv3_jax.planning.program import narrow_additions, products
+from dsv3_jax.planning.program import additions, products
 from dsv3_jax.presets import recipe
 
 pytestmark = pytest.mark.long
@@ -117,7 +117,14 @@ def test_launches_of_a_layer(compiled, kind, target):
 def test_no_addition_loses_bits(compiled, kind, target):
     """Scatters add in no float narrower than float32, neither as asked for nor as compiled."""
     step = compiled(kind, target)
-    assert narrow_additions(step.lowered) == [] and narrow_additions(step.text) == []
+    assert [a for text in (step.lowered, step.text) for a in additions(text) if a.narrow] == []
+
+
+@pytest.mark.parametrize("kind", ["train", "decode"])
+def test_a_gpu_adds_in_one_order(compiled, kind):
+    """So two runs of one seed give the same bits."""
+    step = compiled(kind, GPU)
+    assert [a for text in (step.lowered, step.text) for a in additions(text) if not a.unique] == []
 
 
 @pytest.mark.parametrize("kind, target", steps())

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from dsv3_jax.planning.devices import DEVICES
-from dsv3_jax.planning.program import narrow_additions, products, read_program
+from dsv3_jax.planning.program import additions, products, read_program
 
 pytestmark = pytest.mark.usefixtures("whole_compiles")
 S = jax.ShapeDtypeStruct
@@ -213,17 +213,18 @@ def test_the_roofline_takes_the_longer_of_two():
     assert program.roofline(replace(slow, float32_flops=1e15)) == pytest.approx((0, nbytes / 1e12))
 
 
-def test_additions_in_narrow_dtypes_are_found():
+def test_additions_are_found_with_their_dtype_and_order():
     def add(x, ids, rows):
         return x.at[ids].add(rows)
 
     ids, narrow, wide = S((5,), jnp.int32), S((5, D), jnp.bfloat16), S((5, D), jnp.float32)
     lowered = jax.jit(add).lower(S((N, D), jnp.bfloat16), ids, narrow)
-    assert ["bf16" in found for found in narrow_additions(lowered.as_text(dialect="hlo"))] == [True]
-    lowered = jax.jit(add).lower(S((N, D), jnp.float32), ids, wide)
-    assert narrow_additions(lowered.as_text(dialect="hlo")) == []
+    assert [a[1:] for a in additions(lowered.as_text(dialect="hlo"))] == [("bf16", True, False)]
+    lowered = jax.jit(lambda x, ids, rows: x.at[ids].add(rows, unique_indices=True))
+    lowered = lowered.lower(S((N, D), jnp.float32), ids, wide)
+    assert [a[1:] for a in additions(lowered.as_text(dialect="hlo"))] == [("f32", False, True)]
     lowered = jax.jit(lambda x, ids, rows: x.at[ids].set(rows)).lower(S((N, D), jnp.bfloat16), ids, narrow)
-    assert narrow_additions(lowered.as_text(dialect="hlo")) == []
+    assert additions(lowered.as_text(dialect="hlo")) == []
 
 
 def test_text_that_is_not_hlo_is_rejected():

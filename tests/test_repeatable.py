@@ -42,8 +42,11 @@ def unordered_adds(function, *shapes) -> list[str]:
     ],
     ids=str,
 )
-# "dense" until the grouped product of GPUs combines without a scatter
-@pytest.mark.parametrize("execution", [Execution("bfloat16", "full", "grouped_swiglu=dense")], ids=["dense"])
+@pytest.mark.parametrize(
+    "execution",
+    [Execution("bfloat16", "full", kernels) for kernels in ("auto", "grouped_swiglu=dense")],
+    ids=["auto", "dense"],
+)
 def test_a_training_step_adds_floats_in_one_order(changes, execution):
     run = make_run("nowhere", model=small(num_layers=2, mtp_depth=1, **changes), execution=execution)
     run = replace(run, optim=replace(run.optim, microbatches=2))

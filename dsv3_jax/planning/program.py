@@ -125,19 +125,26 @@ def program_module(program: jax.stages.Compiled | str) -> Module:
     return Module(program if isinstance(program, str) else program.as_text() or "")
 
 
-def narrow_additions(program: jax.stages.Compiled | str) -> list[str]:
-    """Find the scatters that add floating-point numbers narrower than float32: their dtypes and operations.
+class Addition(NamedTuple):
+    """A scatter that adds floating-point numbers."""
 
-    Such a sum loses bits at each addition.
-    """
+    source: str  # the operation of the model, as JAX names it
+    dtype: str  # as HLO names it
+    narrow: bool  # narrower than float32: such a sum loses bits at each addition
+    unique: bool  # no two additions meet. Where they may, a GPU adds in any order, and a sum's last bits change
+
+
+def additions(program: jax.stages.Compiled | str) -> list[Addition]:
+    """Find the scatters of a program that add floating-point numbers, each once."""
     module = program_module(program)
     found = []
     for instructions in module.computations.values():
         for i in instructions:
-            if i.opcode == "scatter" and any(a.is_float and a.nbytes < 4 * a.size for a in i.arrays):
-                combine = {c.opcode for c in module.computations[i.called("to_apply")[0]]}
-                if "add" in combine:
-                    found.append(f"{i.arrays[0].dtype} {i.source or i.name}")
+            if i.opcode == "scatter" and any(a.is_float for a in i.arrays):
+                if "add" in {c.opcode for c in module.computations[i.called("to_apply")[0]]}:
+                    narrow = any(a.is_float and a.nbytes < 4 * a.size for a in i.arrays)
+                    unique = "unique_indices=true" in i.attributes
+                    found.append(Addition(i.source or i.name, i.arrays[0].dtype, narrow, unique))
     return found
 
 

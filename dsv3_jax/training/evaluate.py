@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from dsv3_jax.cluster import processes
 from dsv3_jax.data.batches import Batch
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.model.cache import bytes_per_token, empty_cache, pick_dtype, pick_kind
+from dsv3_jax.model.cache import bytes_per_token, pick_dtype, pick_kind
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops import balance
 from dsv3_jax.ops.cross_entropy import token_scores
@@ -152,7 +152,7 @@ def _through_cache(graphdef, state, tokens, *, kind, dtype):
     batch, length = tokens.shape
     steps = -(-length // STEP)
     padded = jnp.pad(tokens, ((0, 0), (0, steps * STEP - length)))
-    start = empty_cache(model.cfg, model.cfg.num_layers, batch, steps * STEP, kind, dtype)
+    start = model.empty_cache(batch, steps * STEP, kind, dtype)
     start = start.at_lengths(start.lengths)
 
     def read(cache, part):
