@@ -108,8 +108,8 @@ def test_accelerators_run_plain_xla(rows, program, platform, execution):
         assert LOOP not in jaxpr  # no loop over blocks of rows, wherever it may come from
     else:
         assert picked["cached_attention"] == "xla"
-        several = "row_blocks" if program == "decoding loop" else "by_row"  # a token and its drafts are several rows
-        assert picked["decode_experts"] == {"tpu": "ragged_dot", "cuda": several}[platform]
+        experts = {name for op, name, _ in rows if op == "decode_experts"}  # a token and its drafts are several rows
+        assert experts and experts <= {"tpu": {"ragged_dot"}, "cuda": {"by_row", "row_blocks"}}[platform]
 
 
 EXPECTED = {

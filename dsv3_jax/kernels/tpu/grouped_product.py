@@ -29,7 +29,7 @@ def tiles(k: int, n: int) -> tuple[int, int, int]:
     Tiles of this form were the fastest in the timings that tokamax ships for v5p and v6e.
 
     >>> tiles(7168, 4096), tiles(1408, 2048)
-    ((128, 7168, 256), (128, 1408, 2048))
+    ((128, 7168, 256), (128, 1408, 1024))
     """
     contracted = k if k <= 8192 else _divisor(k, 8192)
     rows, columns = 4 * ROWS * contracted, 4 * contracted + 8 * ROWS  # bytes of x, and of w and y for each column
