@@ -11,6 +11,8 @@ import jax
 import pytest
 
 from dsv3_jax.config import ConfigError, Execution
+from dsv3_jax.kernels.choose import Target
+from dsv3_jax.kernels.gpu import tokamax_library
 from dsv3_jax.planning import cost as costs
 from dsv3_jax.planning import devices
 from dsv3_jax.planning.cost import Cost, decode_cost, train_cost
@@ -97,12 +99,13 @@ def steps(*kinds):
 
 @pytest.mark.parametrize("kind, target", steps())
 def test_the_program_does_the_work_of_the_formula(compiled, kind, target):
-    step = compiled(kind, target)
-    padded = 1.0
+    step, most, padded = compiled(kind, target), 1.1, 1.0
+    if (kind, target) == ("train", GPU) and tokamax_library.why_not(Target("cuda", chip=tokamax_library.HOPPER)):
+        most = 1.12  # attention is XLA's loop then, which computes blocks on the diagonal whole
     if (kind, target) == ("decode", TPU):  # its cache has rows of whole lanes, and mini's are short: 160 → 256 numbers
         row = CFG.kv_latent_dim + CFG.rope_head_dim
         padded = -(-row // LANES) * LANES / row
-    assert step.program.flops <= 1.1 * padded * step.cost.flops
+    assert step.program.flops <= most * padded * step.cost.flops
     if not step.program.unknown_work():  # few rows may be multiplied without a product, which counts as nothing
         assert step.program.flops >= 0.9 * step.cost.flops
 
