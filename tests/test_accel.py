@@ -58,7 +58,7 @@ class FakeWorker:
             yield {"figure": dict(figure)}
 
     def close(self):
-        pass
+        """Nothing runs that would have to end."""
 
 
 @pytest.fixture

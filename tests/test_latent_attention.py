@@ -1,4 +1,4 @@
-"""Attention to a latent cache by our own kernels, run by Pallas' interpreters, against the op that they stand for."""
+"""Our own kernels of attention to a latent cache equal the op. Pallas interprets them on the CPU."""
 
 from functools import partial
 

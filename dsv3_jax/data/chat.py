@@ -19,7 +19,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 
-from dsv3_jax.data.tokenizer import Tokenizer, any_of
+from dsv3_jax.data.special_tokens import any_of
+from dsv3_jax.data.tokenizer import Tokenizer
 
 Message = dict[str, Any]
 Spans = list[tuple[int, int]]

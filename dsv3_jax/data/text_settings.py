@@ -13,17 +13,8 @@ from typing import Any
 
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.data.chat import ChatTemplate
-from dsv3_jax.data.tokenizer import (
-    CONFIG_FILE,
-    JSON_FILE,
-    SPECIALS_FILE,
-    TIKTOKEN_FILE,
-    FileTokenizer,
-    Tokenizer,
-    end_ids,
-    named_specials,
-    read_object,
-)
+from dsv3_jax.data.special_tokens import CONFIG_FILE, SPECIALS_FILE, end_ids, named_specials, read_object
+from dsv3_jax.data.tokenizer import JSON_FILE, TIKTOKEN_FILE, FileTokenizer, Tokenizer
 from dsv3_jax.files import write_atomic
 
 TEMPLATE_FILE, GENERATION_FILE, TEMPLATES_FOLDER = (
@@ -98,7 +89,7 @@ def read_released(folder: str | Path) -> TextSettings:
     folder = Path(folder)
     if not (folder / JSON_FILE).is_file() and not (folder / TIKTOKEN_FILE).is_file():
         also = next((f.name for f in sorted(folder.glob("*.model"))), None)
-        other = f"; {also} is of a kind that is not supported" if also else ""
+        other = f"; the format of {also} is not supported" if also else ""
         raise ValueError(f"{folder} has no tokenizer: neither {JSON_FILE} nor {TIKTOKEN_FILE} is in it{other}")
     return _read(folder, tokenizers.load(str(folder)), released=True)
 

@@ -111,7 +111,7 @@ def _kernel(layer, ends, q, last, rows, *refs, block: int, capacity: int, first_
 
     *scales, out, total, top, weight = refs
     i, end = pl.program_id(1), ends[pl.program_id(0)]
-    # The MXU rounds float32 to bfloat16 unless it is told not to.
+    # By default a TPU rounds float32 operands of a product to bfloat16.
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     value_width = out.shape[1]
 

@@ -1,0 +1,70 @@
+"""What the small files of a folder say of special tokens: their names by role, and which ids end a text."""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+CONFIG_FILE, SPECIALS_FILE = "tokenizer_config.json", "special_tokens_map.json"  # settings beside a tokenizer
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern that matches any of some names, the longest first, in one group.
+
+    Example:
+        >>> any_of(["<a>", "<a><b>"]).split("1<a><b>2<a>")
+        ['1', '<a><b>', '2', '<a>', '']
+    """
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")  # (?!) matches nothing
+
+
+def named_specials(folder: Path) -> dict[str, str]:
+    """Return the names of a folder's special tokens by role: bos_token, eos_token, …, as far as its files give them.
+
+    They are those of tokenizer_config.json. special_tokens_map.json is older, and counts where tokenizer_config.json
+    has no added_tokens_decoder.
+
+    Raises: ValueError when a file is not JSON, or a name is not text.
+    Source: transformers, `PreTrainedTokenizerBase._from_pretrained`.
+    """
+    config = read_object(folder / CONFIG_FILE)
+    said = config if "added_tokens_decoder" in config else config | read_object(folder / SPECIALS_FILE)
+    names = {}
+    for role, value in said.items():
+        value = value.get("content") if isinstance(value, dict) else value
+        if role in ROLES and value is not None and not isinstance(value, str):
+            raise ValueError(f"{folder / CONFIG_FILE} has {role}={value!r}, which is not the name of a token")
+        if role.endswith("_token") and isinstance(value, str):  # models add roles of their own, as image_token
+            names[role] = value
+    return names
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object; an absent file is an empty one.
+
+    Raises: ValueError when it is something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, not an object")
+    return values
+
+
+def end_ids(folder: Path, name: str) -> list[int]:
+    """Return `eos_token_id` of a file such as config.json: none, one or several ids.
+
+    Raises: ValueError when it is neither an id nor a list of ids.
+    """
+    value = read_object(folder / name).get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise ValueError(f"{folder / name} has eos_token_id={value!r}, which is neither an id nor a list of ids")
+    return ids
