@@ -124,6 +124,7 @@ _xla = partial(Implementation, "xla")
 _in_bfloat16 = partial(
     Implementation, serves=gpu_products.in_bfloat16, made_for="for bfloat16", only="bfloat16", by_hand=True
 )
+_attention = partial(_in_bfloat16, platforms=("cuda",), serves=gpu_attention.in_bfloat16)
 _on_hopper = partial(_in_bfloat16, platforms=("cuda",), fits=gpu_products.fits)
 _mosaic = partial(_on_hopper, "mosaic", why_not=gpu_products.why_not)
 _tokamax = partial(_on_hopper, "tokamax", by_name=True, why_not=tokamax_library.why_not)
@@ -156,25 +157,11 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
             fits=tpu_attention.fits,
             by_hand=True,
         ),
-        Implementation(
-            "tokamax",
-            gpu_attention.tokamax_attention,
-            platforms=("cuda",),
-            serves=gpu_attention.in_bfloat16,
-            made_for="for bfloat16",
-            fits=gpu_attention.fits,
-            by_hand=True,
-            why_not=tokamax_library.why_not,
+        _attention(
+            "tokamax", gpu_attention.tokamax_attention, fits=gpu_attention.fits, why_not=tokamax_library.why_not
         ),
-        Implementation(
-            "cudnn",
-            gpu_attention.cudnn_attention,
-            platforms=("cuda",),
-            serves=gpu_attention.in_bfloat16,
-            made_for="for bfloat16",
-            fits=gpu_attention.fits_cudnn,
-            by_hand=True,
-            why_not=gpu_attention.why_not_cudnn,
+        _attention(
+            "cudnn", gpu_attention.cudnn_attention, fits=gpu_attention.fits_cudnn, why_not=gpu_attention.why_not_cudnn
         ),
         Implementation("large_blocks", attention.causal_attention_in_large_blocks, platforms=ACCELERATORS),
         _xla(attention.causal_attention),
