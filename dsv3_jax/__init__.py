@@ -40,7 +40,7 @@ _LATER = {
     "sharding": ("mesh.sharding", None),
     "plots": ("report.run_plots", None),
     "load_model": ("loading", "load_model"),
-    "load_text": ("loading", "load_text"),
+    "load_text": ("hf.open_model", "load_text"),
     "load_run": ("training.checkpoint", "load_run"),
     "read_run": ("training.run_folder", "read_run"),
 }

@@ -374,6 +374,12 @@ class DataConfig:
     """
 
     paths: tuple[str, ...] = ()  # files or folders of text; empty means the text that this Python carries
+    # what the files hold: text, every token of which is a target; or chat examples, JSONL or Parquet with messages,
+    # prompt and completion, or text, of which the assistant's tokens are targets
+    format: Literal["text", "chat"] = "text"
+    # for chat: the file of a Jinja template, or plain, which writes the role on a line of its own; None means the
+    # template of the model that training starts with
+    chat_template: str | None = None
     tokenizer: str = "bytes"  # bytes, or the path of a tokenizer.json
     seq_len: int = 256  # number of tokens in a sequence (T)
     batch_size: int = 16  # number of sequences in an optimizer step (B)
@@ -385,6 +391,17 @@ class DataConfig:
 
     def __post_init__(self):
         _check_types(self)
+        _require(
+            self.chat_template is None or self.format == "chat",
+            f"chat_template={self.chat_template!r} is for format='chat', not {self.format!r}",
+        )
+        _require(
+            self.format == "text" or self.separate_documents,
+            f"separate_documents={self.separate_documents} is for format='text': chat examples never see one another",
+        )
+        _require(
+            self.format == "text" or self.fim_rate == 0, f"fim_rate={self.fim_rate} is for format='text', not 'chat'"
+        )
         _require(self.seq_len >= 2, f"seq_len={self.seq_len} is below 2")
         _require(self.batch_size > 0, f"batch_size={self.batch_size} is not positive")
         _require(0.0 <= self.fim_rate <= 1.0, f"fim_rate={self.fim_rate} is outside [0, 1]")

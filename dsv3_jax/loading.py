@@ -1,17 +1,14 @@
-"""One way to load a model, and how it reads text, whatever folder it is in."""
+"""One way to load a model, whatever folder it is in."""
 
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from dsv3_jax.data import text_settings
-from dsv3_jax.data.text_settings import TextSettings
-from dsv3_jax.hf import files
-from dsv3_jax.hf.open_model import find_released, load_released
+from dsv3_jax.hf.open_model import load_released
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.training.checkpoint import load_run
-from dsv3_jax.training.run_folder import RUN_FILE, read_run
+from dsv3_jax.training.run_folder import RUN_FILE
 
 
 def load_model(
@@ -48,19 +45,3 @@ def load_model(
     if step is not None:
         raise ValueError(f"step={step} is for runs, and folder={str(folder)!r} is a released one")
     return load_released(folder, mesh, dtype=dtype, kernels=kernels)
-
-
-def load_text(folder: str | Path) -> TextSettings:
-    """Read how a run's or a released folder's model reads and ends text: tokenizer, BOS, chat template, stop tokens.
-
-    Raises: ValueError if the folder holds neither, its tokenizer is absent or cannot be read, or one of the files is
-        damaged or a link out of the folder.
-    """
-    place = Path(folder)
-    is_run = (place / RUN_FILE).is_file()
-    place = place if is_run else find_released(folder)
-    for name in (files.CONFIG, *text_settings.TEXT_FILES):
-        files.file_inside(place, name)  # an absent file passes
-    if is_run:
-        return text_settings.read_run_folder(place, read_run(place).data.tokenizer)
-    return text_settings.read_released(place)

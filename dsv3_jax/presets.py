@@ -286,7 +286,25 @@ RECIPES = {
     "moonlight": replace(_V3_RUN, model=MOONLIGHT, optim=OptimConfig(learning_rate=4.2e-4, final_learning_rate=4.2e-5)),
     "glm47_flash": replace(_V3_RUN, model=GLM47_FLASH),
     "kimi_k2": replace(_V3_RUN, model=KIMI_K2),
+    # Fine-tuning on chats: the schedule of DeepSeek-V3's, a few thousand examples, the router's bias at rest. The model
+    # is that of --start.
+    "sft": RunConfig(
+        model=TINY,
+        data=DataConfig(format="chat", seq_len=2048, batch_size=16),
+        optim=OptimConfig(
+            learning_rate=5e-6,
+            final_learning_rate=1e-6,
+            warmup_steps=10,
+            decay_start=0.0,
+            decay_end=1.0,
+            bias_freeze=0.0,
+        ),
+        eval_every=50,
+        save_every=50,
+        log_every=1,
+    ),
 }
+NEEDS_START = ("sft",)  # recipes without a model of their own
 
 
 def preset(name: str) -> ModelConfig:

@@ -25,7 +25,7 @@ from dsv3_jax.data import chat as chat_module
 from dsv3_jax.data.chat import ChatTemplate, check_messages
 from dsv3_jax.data.text_settings import SamplingDefaults, copy_to_run, read_released
 from dsv3_jax.data.tokenizer import ByteTokenizer
-from dsv3_jax.loading import load_text
+from dsv3_jax.hf.open_model import load_text
 from dsv3_jax.training.run_folder import claim
 
 THEIRS = json.loads(GOLDEN.read_text(encoding="utf-8"))

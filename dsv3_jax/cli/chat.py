@@ -30,7 +30,7 @@ def run(argv: list[str]) -> int:
     """Read turns from stdin and print answers."""
     args = parse(Chat, argv, "chat")
     prepare_process()
-    from dsv3_jax.loading import load_text
+    from dsv3_jax.hf.open_model import load_text
 
     text = load_text(args.model)
     start = [] if args.system is None else [{"role": "system", "content": args.system}]

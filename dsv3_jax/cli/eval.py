@@ -8,7 +8,7 @@ import tyro
 from rich.console import Console
 
 from dsv3_jax.cli.common import parse, prepare_process
-from dsv3_jax.config import CacheDtype, replace
+from dsv3_jax.config import CacheDtype
 
 
 @dataclass
@@ -33,16 +33,15 @@ def run(argv: list[str]) -> int:
     if args.batches < 1:
         raise ValueError(f"batches={args.batches} is below 1")
     prepare_process()
-    from dsv3_jax.data import batches as data
     from dsv3_jax.data import tokenizer
     from dsv3_jax.hf.open_model import open_model
+    from dsv3_jax.training.chats import measured_on
     from dsv3_jax.training.evaluate import cache_quality, evaluate
 
     model, run, step = open_model(args.run, kernels=args.kernels)
-    cfg = replace(run.data, paths=args.paths) if args.paths else run.data
-    corpus, text = data.load_corpus(cfg), tokenizer.load(cfg.tokenizer)
-    batches = data.val_batches(corpus, text, cfg, args.batches)
-    measures = evaluate(model, batches, text, corpus.domains)
+    source, text = measured_on(run.data, args.run, args.paths), tokenizer.load(run.data.tokenizer)
+    batches = source.val_batches(args.batches)
+    measures = evaluate(model, batches, text, source.domains)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"step {step}")
     for name, value in measures.items():
@@ -50,7 +49,7 @@ def run(argv: list[str]) -> int:
             console.print(f"{name:25s} {_format(value)}")
     if not args.cache_dtype:
         return 0
-    if cfg.separate_documents:
+    if run.data.separate_documents:
         console.print(
             "Below, each row is read as one text: its documents attend to one another. So these losses differ from "
             "val_loss above; compare them with one another."

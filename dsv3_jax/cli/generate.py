@@ -67,7 +67,7 @@ def run(argv: list[str]) -> int:
     args = parse(Generate, argv, "generate")
     prepare_process()
     from dsv3_jax.decoding.generate import generate_in_parts
-    from dsv3_jax.loading import load_text
+    from dsv3_jax.hf.open_model import load_text
     from dsv3_jax.report.progress import LiveText
 
     text = load_text(args.model)
@@ -93,7 +93,8 @@ def load(args: Decode, text: Any) -> tuple[Any, Any]:
     Returns: (model; None, "mtp" or a model that drafts).
     Raises: ValueError as `load_model`, or if the draft's tokenizer gives ids another meaning.
     """
-    from dsv3_jax.loading import load_model, load_text
+    from dsv3_jax.hf.open_model import load_text
+    from dsv3_jax.loading import load_model
 
     mesh = make_mesh(args.mesh)
     model = load_model(args.model, mesh, dtype=args.dtype, kernels=args.kernels)

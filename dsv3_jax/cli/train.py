@@ -24,8 +24,8 @@ from dsv3_jax.cli.common import (
     value_of,
 )
 from dsv3_jax.cluster import supervisor
-from dsv3_jax.config import RunConfig
-from dsv3_jax.presets import recipe
+from dsv3_jax.config import RunConfig, replace
+from dsv3_jax.presets import NEEDS_START, recipe
 
 
 @dataclass
@@ -33,6 +33,7 @@ class Train:
     """Train a preset. Every setting of the run is an option; its default is the preset's recipe.
 
     With --start, model and data are those of the run whose weights training begins with. It may be a converted run.
+    `dsv3 train sft --start MODEL --data.paths chats.jsonl` fine-tunes a run or a released model on chats.
     With --trunk, they are those of the run whose trunk is frozen; --model.mtp-kind and --model.mtp-depth choose heads.
 
     On a CPU, the devices of --mesh are simulated, and share the cores. With --cluster, every process runs the same
@@ -53,6 +54,8 @@ class Train:
     """number of this process, from 0"""
     cluster_timeout: int = 60
     """seconds to wait for the other processes at the start"""
+    epochs: float | None = None
+    """for sft: passes over the examples, instead of --steps; None means 2 unless --steps is given"""
 
 
 def run(argv: list[str]) -> int:
@@ -82,7 +85,28 @@ def options(argv: list[str]) -> Train:
         from dsv3_jax.training.warm_start import on_weights
 
         run = on_weights(run, start, value_of(rest, "--out"))
-    return parse(Train, rest, "train PRESET", default=Train(out=tyro.MISSING, run=run))
+    elif argv and argv[0] in NEEDS_START and not {"-h", "--help"} & set(rest):
+        raise ValueError(f"preset {argv[0]!r} fine-tunes a model: name a run or a released model by --start MODEL")
+    args = parse(Train, rest, "train PRESET", default=Train(out=tyro.MISSING, run=run))
+    if args.epochs is not None and args.run.data.format != "chat":
+        raise ValueError(f"epochs={args.epochs} is for chat examples, as in `dsv3 train sft`; use --steps")
+    if args.run.data.format == "chat":
+        args = replace(args, run=_for_epochs(args, value_of(rest, "--steps")))
+    return args
+
+
+def _for_epochs(args: Train, steps: str | None) -> RunConfig:
+    """Set the steps of a run on chats, which a run that has begun knows already."""
+    from dsv3_jax.training.chats import EPOCHS, steps_of
+    from dsv3_jax.training.run_folder import RUN_FILE, read_run
+
+    if steps is not None:
+        if args.epochs is not None:
+            raise ValueError(f"epochs={args.epochs} and steps={steps} are both given; choose one")
+        return args.run
+    if args.epochs is None and (args.out / RUN_FILE).exists():
+        return replace(args.run, steps=read_run(args.out).steps)
+    return replace(args.run, steps=steps_of(args.run, args.out, EPOCHS if args.epochs is None else args.epochs))
 
 
 def _cluster(args: Train) -> supervisor.Cluster | None:

@@ -5,21 +5,21 @@ Training batches never end and resume exactly from two numbers. Validation is a 
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import grain
 import jax
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
-from dsv3_jax.config import DataConfig
+from dsv3_jax.config import DataConfig, replace
 from dsv3_jax.data.corpus import Corpus, Document, load_corpus
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.data.tokenizer import load as load_tokenizer
 
 __all__ = [
-    "Batch", "Corpus", "Document", "TrainBatches", "check_vocab", "held_out_prompts", "load_corpus", "train_batches",
-    "val_batches",
+    "Batch", "Corpus", "Document", "Piece", "TrainBatches", "check_vocab", "held_out_prompts", "load_corpus",
+    "model_inputs", "pack", "train_batches", "val_batches",
 ]  # fmt: skip
 
 Tokens = Int32[np.ndarray, "_"]
@@ -27,7 +27,7 @@ PIECE_ROWS = 4  # characters of a piece, in units of T
 
 
 class Batch(TypedDict):
-    """Arrays of one shape, int32 [B, T].
+    """Arrays of one shape, int32 [B, T]; loss_mask is bool.
 
     tokens: The tokenizer's eos follows each document.
     segment_ids: A row's documents are 1, 2, …; 0 is padding, which only validation has.
@@ -35,6 +35,7 @@ class Batch(TypedDict):
         segment_ids are 1.
     domains: index into `Corpus.domains`.
     documents: index into `Corpus.train`, or `Corpus.val` for validation.
+    loss_mask: tokens that count as targets of the losses. Without it all do.
     """
 
     tokens: Int32[np.ndarray, "B T"]
@@ -42,6 +43,19 @@ class Batch(TypedDict):
     positions: Int32[np.ndarray, "B T"]
     domains: Int32[np.ndarray, "B T"]
     documents: Int32[np.ndarray, "B T"]
+    loss_mask: NotRequired[Bool[np.ndarray, "B T"]]
+
+
+def model_inputs(batch: Batch) -> dict[str, np.ndarray]:
+    """Return the arrays of a batch that the model and its losses read.
+
+    Example:
+        >>> a = np.ones((1, 2), np.int32)
+        >>> list(model_inputs(Batch(tokens=a, segment_ids=a, positions=a, domains=a, documents=a)))
+        ['tokens', 'segment_ids', 'positions']
+    """
+    arrays = {"tokens": batch["tokens"], "segment_ids": batch["segment_ids"], "positions": batch["positions"]}
+    return arrays | ({"loss_mask": batch["loss_mask"]} if "loss_mask" in batch else {})
 
 
 class Piece(NamedTuple):
@@ -146,7 +160,7 @@ class TrainBatches(Iterator[Batch]):
             self._offset += len(tokens)
             if self._offset == len(self._current.tokens):
                 self._seek(self._piece + 1, 0)
-        batch, rows = _pack(pieces, self._cfg.batch_size, self._cfg), self._rows
+        batch, rows = pack(pieces, self._cfg.batch_size, self._cfg), self._rows
         return Batch(
             tokens=batch["tokens"][rows],
             segment_ids=batch["segment_ids"][rows],
@@ -212,7 +226,7 @@ def val_batches(corpus: Corpus, tokenizer: Tokenizer, cfg: DataConfig, num_batch
     rounds = itertools.zip_longest(*streams)
     rows = (row for one_of_each in rounds for row in one_of_each if row is not None)
     rows = list(itertools.islice(rows, num_batches * cfg.batch_size))
-    rows += [_pack([], 1, cfg)] * (-len(rows) % cfg.batch_size)
+    rows += [pack([], 1, cfg)] * (-len(rows) % cfg.batch_size)
     groups = (rows[i : i + cfg.batch_size] for i in range(0, len(rows), cfg.batch_size))
     return [jax.tree.map(lambda *parts: np.concatenate(parts), *group) for group in groups]
 
@@ -220,7 +234,7 @@ def val_batches(corpus: Corpus, tokenizer: Tokenizer, cfg: DataConfig, num_batch
 def held_out_prompts(cfg: DataConfig, batch: int, context: int) -> list[list[int]]:
     """Cut prompts of `context` tokens from held-out text; each starts with another document if there are enough.
 
-    A document that is too short continues with the next one.
+    A document that is too short continues with the next one. Chat examples are no documents: the default text is read.
 
     Raises: ValueError if the held-out text has fewer tokens than one prompt.
 
@@ -233,6 +247,8 @@ def held_out_prompts(cfg: DataConfig, batch: int, context: int) -> list[list[int
         >>> load_tokenizer("bytes").decode(prompt)
         'document'
     """
+    if cfg.format == "chat":
+        cfg = replace(cfg, paths=(), format="text", chat_template=None)
     documents, tokenizer = load_corpus(cfg).val, load_tokenizer(cfg.tokenizer)
     prompts = []
     for i in range(batch):
@@ -258,10 +274,10 @@ def _val_rows(corpus: Corpus, domain: int, tokenizer: Tokenizer, cfg: DataConfig
             pieces.append(Piece(window[:missing], domain, document))
             window, missing = window[missing:], missing - len(pieces[-1].tokens)
             if not missing:
-                yield _pack(pieces, 1, cfg)
+                yield pack(pieces, 1, cfg)
                 pieces, missing = [], cfg.seq_len
     if pieces:
-        yield _pack(pieces, 1, cfg)
+        yield pack(pieces, 1, cfg)
 
 
 def _windows(texts: dict[int, str], tokenizer: Tokenizer, length: int) -> Iterator[tuple[int, Tokens]]:
@@ -303,10 +319,15 @@ def _fill_in_the_middle(
     return np.concatenate([*ids, np.array([tokenizer.eos_id], np.int32)])
 
 
-def _pack(pieces: list[Piece], num_rows: int, cfg: DataConfig) -> Batch:
+def pack(pieces: list[Piece], num_rows: int, cfg: DataConfig) -> Batch:
     """Concatenate pieces into rows of T tokens, and pad the end.
 
     Each piece is a segment. Its remainder in the next row is a segment of that row.
+
+    Example:
+        >>> piece = Piece(np.array([5, 6, 7], np.int32), domain=0, document=0)
+        >>> pack([piece], 1, DataConfig(seq_len=4))["segment_ids"]
+        array([[1, 1, 1, 0]], dtype=int32)
     """
     shape = (num_rows, cfg.seq_len)
     tokens, domains, documents, starts = np.zeros((4, num_rows * cfg.seq_len), np.int32)

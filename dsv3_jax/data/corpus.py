@@ -9,10 +9,10 @@ import itertools
 import json
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dsv3_jax.config import DataConfig
 
@@ -97,9 +97,7 @@ def load_corpus(cfg: DataConfig) -> Corpus:
     if not documents:
         raise ValueError("this Python installation holds no document; give paths of files or folders with text")
     digests = [hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest() for text, _ in documents]
-    # At least the smallest hash is below the threshold, so that a few documents have a validation side.
-    threshold = max(int(cfg.val_fraction * 2**64), int.from_bytes(min(digests)) + 1)
-    is_val = [int.from_bytes(digest) < threshold for digest in digests]
+    is_val = held_out(digests, cfg.val_fraction)
     train = tuple(d for d, v in zip(documents, is_val, strict=True) if not v)
     val = tuple(d for d, v in zip(documents, is_val, strict=True) if v)
     if not train:
@@ -107,11 +105,27 @@ def load_corpus(cfg: DataConfig) -> Corpus:
             f"val_fraction={cfg.val_fraction} leaves no text for training: there are {len(documents)} document(s) with "
             f"{len(set(digests))} distinct text(s); add text"
         )
+    fingerprint = fingerprint_of(digest for digest, v in zip(digests, is_val, strict=True) if not v)
+    return Corpus(train, val, tuple(dict.fromkeys(d.domain for d in documents)), fingerprint)
+
+
+def held_out(digests: list[bytes], fraction: float) -> list[bool]:
+    """Say by hashes of 8 bytes which texts are held out for validation: about a fraction, and at least one.
+
+    Example:
+        >>> held_out([bytes(8), b"\\xff" * 8, b"\\x7f" * 8], fraction=0.01)
+        [True, False, False]
+    """
+    threshold = max(int(fraction * 2**64), int.from_bytes(min(digests)) + 1)
+    return [int.from_bytes(digest) < threshold for digest in digests]
+
+
+def fingerprint_of(digests: Iterable[bytes]) -> str:
+    """Return a hash of hashes in their order."""
     order = hashlib.blake2b(digest_size=8)
-    for digest, v in zip(digests, is_val, strict=True):
-        if not v:
-            order.update(digest)
-    return Corpus(train, val, tuple(dict.fromkeys(d.domain for d in documents)), order.hexdigest())
+    for digest in digests:
+        order.update(digest)
+    return order.hexdigest()
 
 
 # The text of a Python installation
@@ -129,7 +143,7 @@ def _python_files(tests: bool) -> Iterator[Document]:
     tables = {"encodings", "pydoc_data", "entities.py"}
     count = 0
     root = Path(sysconfig.get_path("stdlib"))
-    for path in _walk(root, skip=("site-packages", "dist-packages")):
+    for path in files_below(root, skip=("site-packages", "dist-packages")):
         names = set(path.relative_to(root).parts)
         if path.suffix == ".py" and bool(names & {"test", "tests", "idle_test"}) == tests and not names & tables:
             if not path.name.startswith("_sysconfigdata"):
@@ -144,7 +158,7 @@ def _python_files(tests: bool) -> Iterator[Document]:
 
 def _c_headers() -> Iterator[Document]:
     include = Path(sysconfig.get_path("include"))
-    headers = [path for path in _walk(include) if path.suffix == ".h"]
+    headers = [path for path in files_below(include) if path.suffix == ".h"]
     if len(headers) < _MIN_INSTALLED_FILES:
         packages = itertools.chain.from_iterable(map(_package_files, ("numpy", "jaxlib")))
         headers += [path for path in packages if path.suffix in (".h", ".hpp")]
@@ -175,10 +189,10 @@ def _package_files(name: str) -> Iterator[Path]:
     """Yield the files of an installed package without importing it."""
     spec = importlib.util.find_spec(name)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
-        yield from _walk(Path(folder))
+        yield from files_below(Path(folder))
 
 
-def _walk(root: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:
+def files_below(root: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:
     """Yield files below `root` in order of name, without hidden files, compiled caches and folders named in `skip`."""
 
     def fail(error: OSError):
@@ -199,7 +213,7 @@ def _documents_of(path: str) -> Iterator[Document]:
     if not root.exists():
         raise ValueError(f"path={path!r} does not exist")
     empty = True
-    for file in _walk(root) if root.is_dir() else (root,):
+    for file in files_below(root) if root.is_dir() else (root,):
         parts = file.relative_to(root).parts if root.is_dir() else ()
         default_domain = parts[0] if len(parts) > 1 else file.suffix[1:].lower() or "text"
         reader = {".jsonl": _jsonl, ".parquet": _parquet}.get(file.suffix.lower(), _text)
@@ -222,6 +236,18 @@ def _text(path: Path, skip_binary: bool) -> Iterator[tuple[str, str | None]]:
 
 
 def _jsonl(path: Path, skip_binary: bool) -> Iterator[tuple[str, str | None]]:
+    for location, record in json_lines(path):
+        if not isinstance(record, dict) or "text" not in record:
+            raise ValueError(f'{location}, is not an object with "text"')
+        yield _checked_record(record["text"], record.get("domain"), location)
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Read a JSONL file; empty lines are passed over.
+
+    Returns: pairs of a value and where it is, for errors: (`FILE, line N`, value).
+    Raises: ValueError for a line that is not UTF-8 or not JSON.
+    """
     offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -233,12 +259,21 @@ def _jsonl(path: Path, skip_binary: bool) -> Iterator[tuple[str, str | None]]:
                 record = json.loads(text)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
-            if not isinstance(record, dict) or "text" not in record:
-                raise ValueError(f'{path}, line {number}, is not an object with "text"')
-            yield _checked_record(record["text"], record.get("domain"), f"{path}, line {number}")
+            yield f"{path}, line {number}", record
 
 
 def _parquet(path: Path, skip_binary: bool) -> Iterator[tuple[str, str | None]]:
+    for location, record in parquet_rows(path, needed=("text",), also=("domain",)):
+        yield _checked_record(record["text"], record.get("domain"), location)
+
+
+def parquet_rows(path: Path, needed: Sequence[str], also: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read a Parquet file row by row.
+
+    Args: needed, also: columns to read; one of `needed` must be there.
+    Returns: pairs as `json_lines`.
+    Raises: ValueError for a file that is not Parquet, has none of the columns, or without pyarrow.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
@@ -249,13 +284,13 @@ def _parquet(path: Path, skip_binary: bool) -> Iterator[tuple[str, str | None]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = set(file.schema_arrow.names)
-            if "text" not in names:
-                raise ValueError(f'{path} has no column "text" among {sorted(names)}')
+            if not names & set(needed):
+                raise ValueError(f"{path} has no column {needed[0]!r} among {sorted(names)}")
             row = 0
-            for batch in file.iter_batches(columns=sorted(names & {"text", "domain"})):
+            for batch in file.iter_batches(columns=sorted(names & {*needed, *also})):
                 for record in batch.to_pylist():
                     row += 1
-                    yield _checked_record(record["text"], record.get("domain"), f"{path}, row {row}")
+                    yield f"{path}, row {row}", record
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path} is not a Parquet file: {error}") from error
 

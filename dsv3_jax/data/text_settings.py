@@ -6,7 +6,7 @@ if it was converted from a released folder.
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,12 @@ TEMPLATE_FILE, GENERATION_FILE, TEMPLATES_FOLDER = (
     "chat_template.jinja",
     "generation_config.json",
     "additional_chat_templates",
+)
+# For models that come without a template: the role on a line of its own, the content, the end of a document.
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content + eos_token }}{% endif %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
 )
 # All that a copy of a folder needs, apart from the model, to read and end text as the folder does.
 TEXT_FILES = (JSON_FILE, TIKTOKEN_FILE, CONFIG_FILE, SPECIALS_FILE, TEMPLATE_FILE, GENERATION_FILE)
@@ -81,6 +87,44 @@ class TextSettings:
         return ChatTemplate(self.templates["default"], self.tokenizer, self.special_tokens)
 
 
+def plain_settings(spec: str = "bytes") -> TextSettings:
+    """Return settings with the plain template for a tokenizer alone. Args: spec: as `DataConfig.tokenizer`.
+
+    Example:
+        >>> plain_settings().chat.text([{"role": "user", "content": "1+1"}], add_generation_prompt=True)
+        'user\\n1+1<eos>\\nassistant\\n'
+    """
+    return with_template(_read(Path(spec).parent / "none", tokenizers.load(spec), released=False), "plain")
+
+
+def with_template(text: TextSettings, template: str | None) -> TextSettings:
+    """Return the settings for training on chats: with a template, and a name for the end of a document.
+
+    Args: template: "plain", the path of a Jinja file, or None for the folder's own.
+    Raises: ValueError when there is no such file, it is no template, or the folder has none.
+    """
+    names = {i: name for name, i in text.tokenizer.specials.items()}
+    special_tokens = text.special_tokens
+    if "eos_token" not in special_tokens and text.tokenizer.eos_id in names:
+        special_tokens = special_tokens | {"eos_token": names[text.tokenizer.eos_id]}
+    templates = text.templates
+    if template == "plain":
+        templates = {"default": PLAIN_TEMPLATE}
+    elif template is not None:
+        try:
+            templates = {"default": Path(template).read_text(encoding="utf-8")}
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"chat_template={template!r} cannot be read: {error}") from error
+    if not templates:
+        raise ValueError(
+            f"{text.name} has no chat template; give a Jinja file as data.chat_template, or 'plain' for one that comes "
+            "with this package"
+        )
+    found = replace(text, special_tokens=special_tokens, templates=templates)
+    assert found.chat is not None  # raises for a text that is no template
+    return found
+
+
 def read_released(folder: str | Path) -> TextSettings:
     """Read the text settings of a released folder.
 
@@ -104,9 +148,11 @@ def read_run_folder(folder: str | Path, tokenizer: str) -> TextSettings:
     return _read(folder, tokenizers.load(tokenizer), released=(folder / CONFIG_FILE).is_file())
 
 
-def copy_to_run(folder: str | Path, run: str | Path) -> None:
+def copy_to_run(folder: str | Path, run: str | Path, text: TextSettings | None = None) -> None:
     """Copy a released folder's text files into a run that was made of it, which has its tokenizer already.
 
+    Args: text: what chats are trained with: its template and its names of special tokens are written, too. The template
+        comes last: where it is, the rest is complete.
     Raises: ValueError when a file is damaged.
     """
     folder, run = Path(folder), Path(run)
@@ -114,11 +160,14 @@ def copy_to_run(folder: str | Path, run: str | Path) -> None:
         if (folder / name).is_file() and name not in (JSON_FILE, TIKTOKEN_FILE):
             shutil.copyfile(folder / name, run / name)
     if not (run / CONFIG_FILE).exists():  # its being there says that text is read as released
-        write_atomic(run / CONFIG_FILE, "{}\n")
+        names = {} if text is None else text.special_tokens
+        write_atomic(run / CONFIG_FILE, json.dumps(names) + "\n")
     stops = end_ids(folder, GENERATION_FILE) or end_ids(folder, "config.json")
     if stops:  # a run has no config.json
         generation = read_object(folder / GENERATION_FILE) | {"eos_token_id": stops}
         write_atomic(run / GENERATION_FILE, json.dumps(generation, indent=2) + "\n")
+    if text is not None:
+        write_atomic(run / TEMPLATE_FILE, text.chat.source)
 
 
 def _read(folder: Path, tokenizer: Tokenizer, *, released: bool) -> TextSettings:

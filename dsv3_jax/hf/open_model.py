@@ -10,14 +10,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dsv3_jax.config import DataConfig, ModelConfig, RunConfig
-from dsv3_jax.data import tokenizer
+from dsv3_jax.data import text_settings, tokenizer
+from dsv3_jax.data.text_settings import TextSettings
 from dsv3_jax.data.tokenizer import SPECIALS, TIKTOKEN_FILE
 from dsv3_jax.hf import files, reading
 from dsv3_jax.hf.places import find
 from dsv3_jax.kernels.choose import platform_of
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.training.checkpoint import Loaded, load_run
-from dsv3_jax.training.run_folder import RUN_FILE, TOKENIZER_FILE
+from dsv3_jax.training.run_folder import RUN_FILE, TOKENIZER_FILE, read_run
 
 SEQ_LEN = 256  # tokens of a row of text that a released model is measured on, at most
 
@@ -99,3 +100,19 @@ def open_draft(
     if not tokenizer.load(run.data.tokenizer).same_ids(tokenizer.load(other.data.tokenizer)):
         raise ValueError(f"draft={str(place)!r} has another tokenizer: its ids mean other text")
     return model
+
+
+def load_text(folder: str | Path) -> TextSettings:
+    """Read how a run's or a released folder's model reads and ends text: tokenizer, BOS, chat template, stop tokens.
+
+    Raises: ValueError if the folder holds neither, its tokenizer is absent or cannot be read, or one of the files is
+        damaged or a link out of the folder.
+    """
+    place = Path(folder)
+    is_run = (place / RUN_FILE).is_file()
+    place = place if is_run else find_released(folder)
+    for name in (files.CONFIG, *text_settings.TEXT_FILES):
+        files.file_inside(place, name)  # an absent file passes
+    if is_run:
+        return text_settings.read_run_folder(place, read_run(place).data.tokenizer)
+    return text_settings.read_released(place)

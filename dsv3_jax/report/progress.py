@@ -87,16 +87,17 @@ class Progress:
         """Print the metrics of an evaluation; `row` as in metrics.jsonl."""
         self.say(f"step {step}  validation: " + _format_evaluation(row))
 
-    def show_result(self, evaluation: dict, order2: float, out: Path) -> None:
+    def show_result(self, evaluation: dict, order2: float | None, out: Path) -> None:
         """Print the last lines of a run.
 
         Args:
             evaluation: metrics of the last evaluation.
-            order2: bits a byte of an order-2 byte model of the same text.
+            order2: bits a byte of an order-2 byte model of the same text. None means that there is none.
             out: the run's folder.
         """
         bits = evaluation["val_bits_per_byte"]
-        self.say(f"validation bits a byte: {bits:.3f}, against {order2:.3f} of an order-2 byte model of the same text")
+        against = "" if order2 is None else f", against {order2:.3f} of an order-2 byte model of the same text"
+        self.say(f"validation bits a byte: {bits:.3f}{against}")
         for name, value in evaluation.get("bits_per_byte_by_domain", {}).items():
             self.say(f"  {name:10s} {value:.3f}")
         self.say(f"pictures: {out / 'routing.png'}, {out / 'training.png'}; numbers: {out / 'metrics.jsonl'}")

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax.config import replace
-from dsv3_jax.data import batches as data
 from dsv3_jax.data import tokenizer as tokenizers
+from dsv3_jax.data.batches import Batch
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.files import atomic_folder
 from dsv3_jax.hf.open_model import open_model
@@ -25,6 +24,7 @@ from dsv3_jax.stats.measures import Specialisation, domain_entropy, favourites, 
 from dsv3_jax.stats.page import render_page
 from dsv3_jax.stats.routing_stats import RoutingStats, collect
 from dsv3_jax.stats.tokens import context, readable
+from dsv3_jax.training.chats import measured_on
 
 NUMBERS, PAGE = "stats.json", "index.html"
 PICTURES = ("load.png", "load_over_time.png", "domains.png", "information.png", "coactivation.png", "entropy.png")
@@ -86,7 +86,7 @@ def report(
     draws: int = 200,
     seed: int = 0,
     kernels: str | None = None,
-    follow: Callable[[Iterable[data.Batch], int], Iterable[data.Batch]] = lambda items, count: items,
+    follow: Callable[[Iterable[Batch], int], Iterable[Batch]] = lambda items, count: items,
 ) -> tuple[Path, RoutingStats, Specialisation]:
     """Run a checkpoint on held-out text, and write its routing statistics as numbers, pictures and a page.
 
@@ -114,12 +114,11 @@ def report(
     run, out = Path(run), Path(run) / "stats" if out is None else Path(out)
     _check(out)
     model, config, step = open_model(run, step=step, kernels=kernels)
-    source = replace(config.data, paths=paths) if paths else config.data
-    tokenizer, corpus = tokenizers.load(source.tokenizer), data.load_corpus(source)
-    held_out = data.val_batches(corpus, tokenizer, source, batches)
-    stats = collect(model, follow(held_out, len(held_out)), tokenizer, corpus.domains)
+    tokenizer, source = tokenizers.load(config.data.tokenizer), measured_on(config.data, run, paths)
+    held_out = source.val_batches(batches)
+    stats = collect(model, follow(held_out, len(held_out)), tokenizer, source.domains)
     special, log = specialisation(stats, draws=draws, seed=seed), read_load(run)
-    text = ", ".join(map(str, source.paths)) or "the text that comes with Python"
+    text = ", ".join(map(str, paths or config.data.paths)) or "the text that comes with Python"
     header: dict[str, Any] = {"run": run.absolute().name, "step": step, "data": f"held-out part of {text}"}
     with atomic_folder(out, overwrite=True) as part:
         numbers = header | as_json(stats, special, tokenizer, log)

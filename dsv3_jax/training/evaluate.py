@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dsv3_jax.cluster import processes
-from dsv3_jax.data.batches import Batch
+from dsv3_jax.data.batches import Batch, model_inputs
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.model.cache import bytes_per_token, pick_dtype, pick_kind
 from dsv3_jax.model.transformer import Transformer
@@ -60,8 +60,7 @@ def evaluate(
     agree, drafted, load = 0.0, 0.0, 0.0
     by_domain = {name: np.zeros(2) for name in domains}
     for batch in batches:
-        arrays = {k: batch[k] for k in ("tokens", "segment_ids", "positions")}
-        placed = processes.put(arrays, mesh, len(batch["tokens"]))
+        placed = processes.put(model_inputs(batch), mesh, len(batch["tokens"]))
         out = processes.fetch(_scores(graphdef, state, placed), mesh)
         nll = np.where(out.mask, out.nll, 0).astype(np.float64)
         bytes_ = np.where(out.mask, tokenizer.byte_lengths[batch["tokens"][:, 1:]], 0)
@@ -133,7 +132,8 @@ def cache_quality(
             nll, best = (np.asarray(x) for x in read)
             if len(exact) == i:
                 exact.append(best)
-            mask = np.asarray(targets(tokens, segment_ids, 1)[1])
+            loss_mask = jnp.asarray(batch["loss_mask"]) if "loss_mask" in batch else None
+            mask = np.asarray(targets(tokens, segment_ids, 1, loss_mask)[1])
             nats, count = nats + nll.astype(np.float64)[mask].sum(), count + mask.sum()
             same += (best == exact[i])[mask].sum()
         dtype = pick_dtype(model.compute_dtype, name)

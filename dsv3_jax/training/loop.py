@@ -32,6 +32,7 @@ from dsv3_jax.cluster import processes
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data import batches as data
 from dsv3_jax.data.ngram import Order2
+from dsv3_jax.data.source import Documents, Source
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.mesh import sharding
 from dsv3_jax.mesh.token_exchange import wire_bytes
@@ -162,8 +163,7 @@ def fit(
             progress.say("compiling the training step" + (" …" if step == 0 else " (again) …"))
         while step < run.steps:
             batch = next(batches)
-            arrays = {k: batch[k] for k in ("tokens", "segment_ids", "positions")}
-            arrays = processes.put(arrays, mesh, run.data.batch_size, ready.rows)
+            arrays = processes.put(data.model_inputs(batch), mesh, run.data.batch_size, ready.rows)
             state, step_metrics = step_fn(state, arrays, *go)
             go = (step_metrics["finite"],) if ahead else ()
             step += 1
@@ -179,7 +179,7 @@ def fit(
             if step % run.eval_every == 0 or last:
                 with speed.paused():
                     model = model_of(run, state, ready.kernels)
-                    evaluation = evaluate(model, held_out, ready.tokenizer, ready.corpus.domains, mesh)
+                    evaluation = evaluate(model, held_out, ready.tokenizer, ready.source.domains, mesh)
                     row = {"step": step} | {k: v for k, v in evaluation.items() if k != "load"}
                     metrics.write(row)
                     progress.show_evaluation(step, row)
@@ -192,8 +192,8 @@ def fit(
                 return FitResult(step, False, resumed_from, evaluation, None)
         if evaluation is None:  # the run was finished before this call
             model = model_of(run, state, ready.kernels)
-            evaluation = evaluate(model, held_out, ready.tokenizer, ready.corpus.domains, mesh)
-        order2 = _order2(ready.corpus, ready.tokenizer, held_out)
+            evaluation = evaluate(model, held_out, ready.tokenizer, ready.source.domains, mesh)
+        order2 = _order2(ready.source, ready.tokenizer, held_out)
         if processes.is_first():
             _draw(out, evaluation, metrics, run.model.num_sparse_heads)
         metrics.close()
@@ -282,14 +282,19 @@ def _asked_to_stop() -> Iterator[threading.Event]:
         yield asked
 
 
-def _order2(corpus: data.Corpus, tokenizer: Tokenizer, held_out: list[data.Batch]) -> float:
-    """Bits a byte of an order-2 byte model, fitted on the training text, on the same validation rows."""
+def _order2(source: Source, tokenizer: Tokenizer, held_out: list[data.Batch]) -> float | None:
+    """Bits a byte of an order-2 byte model, fitted on the training text, on the same validation rows.
+
+    None for chat examples, which it would have to answer without a context.
+    """
+    if not isinstance(source, Documents):
+        return None
     rows = [
         tokenizer.bytes_of(row[real].tolist())
         for batch in held_out
         for row, real in zip(batch["tokens"], batch["segment_ids"] > 0, strict=True)
     ]
-    bits, size = Order2(d.text.encode() for d in corpus.train).bits(rows)
+    bits, size = Order2(d.text.encode() for d in source.corpus.train).bits(rows)
     return bits / max(size, 1)
 
 

@@ -30,8 +30,12 @@ class Losses(NamedTuple):
     tokens_sent: Array  # copies of a token that are sent to another device's experts, mean over layers
 
 
-def targets(tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], ahead: int) -> tuple[Array, Array]:
+def targets(
+    tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], ahead: int, loss_mask: Bool[Array, "B T"] | None = None
+) -> tuple[Array, Array]:
     """Tokens `ahead` positions on, and which positions have one in their own segment: two [B, T - ahead].
+
+    Args: loss_mask: tokens that may be targets, as an assistant's in a chat. None means all.
 
     Example:
         >>> tokens, segment_ids = jnp.array([[5, 6, 7, 8]]), jnp.array([[1, 1, 2, 2]])
@@ -39,17 +43,22 @@ def targets(tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], ahead: in
         (Array([[6, 7, 8]], dtype=int32), Array([[ True, False,  True]], dtype=bool))
     """
     here, there = segment_ids[:, :-ahead], segment_ids[:, ahead:]
-    return tokens[:, ahead:], (here == there) & (here != 0)
+    mask = (here == there) & (here != 0)
+    return tokens[:, ahead:], mask if loss_mask is None else mask & loss_mask[:, ahead:]
 
 
-def target_counts(segment_ids: Int[Array, "B T"], depths: int) -> Float[Array, " depths"]:
+def target_counts(
+    segment_ids: Int[Array, "B T"], depths: int, loss_mask: Bool[Array, "B T"] | None = None
+) -> Float[Array, " depths"]:
     """Count positions with a target 1, 2, …, `depths` positions on; at least 1, to divide by.
+
+    Args: loss_mask: as in `targets`.
 
     Example:
         >>> target_counts(jnp.array([[1, 1, 1, 2]]), depths=2)
         Array([2., 1.], dtype=float32)
     """
-    counts = [targets(segment_ids, segment_ids, a)[1].sum(dtype=jnp.float32) for a in range(1, depths + 1)]
+    counts = [targets(segment_ids, segment_ids, a, loss_mask)[1].sum(dtype=jnp.float32) for a in range(1, depths + 1)]
     return jnp.maximum(jnp.stack(counts), 1)
 
 
@@ -65,7 +74,7 @@ def compute_loss(
     """Compute all losses of a batch.
 
     Args:
-        batch: tokens, segment_ids, positions, int32 [B, T].
+        batch: tokens, segment_ids, positions, int32 [B, T]; loss_mask, bool [B, T], if not all tokens are targets.
         mtp_weight: λ.
         counts: divisors of the sums, from `target_counts`: of the complete batch if this is a part of one.
         share: of the complete batch that this part is: the weight of its balance losses.
@@ -83,10 +92,10 @@ def compute_loss(
         >>> round(float(main), 2)  # even odds over 260 tokens: ln 260
         5.56
     """
-    tokens, segment_ids = batch["tokens"], batch["segment_ids"]
+    tokens, segment_ids, loss_mask = batch["tokens"], batch["segment_ids"], batch.get("loss_mask")
     out = model.forward_hidden(tokens, segment_ids, batch["positions"])
     if counts is None:
-        counts = target_counts(segment_ids, 1 + len(out.mtp_h))
+        counts = target_counts(segment_ids, 1 + len(out.mtp_h), loss_mask)
     matrix = model.head_matrix()
 
     def cross_entropy(matrix, h, wanted, mask):
@@ -95,12 +104,12 @@ def compute_loss(
 
     nats, correct = [], []
     for ahead, h in enumerate((out.h[:, :-1], *out.mtp_h), start=1):
-        wanted, mask = targets(tokens, segment_ids, ahead)
+        wanted, mask = targets(tokens, segment_ids, ahead, loss_mask)
         (total, right), _ = shard_map_over_batch(cross_entropy, (matrix,), h[:, : wanted.shape[1]], wanted, mask)
         nats.append(total / counts[ahead - 1])
         correct.append(right / counts[ahead - 1])
     main, mtp = nats[0], jnp.stack(nats[1:]) if nats[1:] else jnp.zeros((0,), jnp.float32)
-    feature = _feature_loss(model, out, segment_ids, counts)
+    feature = _feature_loss(model, out, segment_ids, loss_mask, counts)
     heads = feature + model.mtp[0].token_weight * mtp.mean() if nats[1:] else jnp.zeros((), jnp.float32)
     balance = _balance(out, heads_only) * share
     load, dropped, sent = _load(out)
@@ -108,11 +117,13 @@ def compute_loss(
     return Losses(total, main, mtp, feature, balance, correct[0], load, dropped * share, sent * share)
 
 
-def _feature_loss(model: Transformer, out: ForwardOut, segment_ids: Array, counts: Array) -> Array:
+def _feature_loss(
+    model: Transformer, out: ForwardOut, segment_ids: Array, loss_mask: Array | None, counts: Array
+) -> Array:
     """The loss that heads add to their cross-entropy, mean over positions with a target and over heads."""
     total = jnp.zeros((), jnp.float32)
     for k, (head, h) in enumerate(zip(model.mtp, out.mtp_h, strict=True), start=1):
-        mask = targets(segment_ids, segment_ids, k + 1)[1]
+        mask = targets(segment_ids, segment_ids, k + 1, loss_mask)[1]
         wanted = jax.lax.stop_gradient(out.h[:, k:-1])
         loss = head.feature_loss(h[:, : mask.shape[1]], wanted)
         if loss is not None:
@@ -168,15 +179,17 @@ def score_tokens(model: Transformer, batch: dict[str, Array]) -> Scores:
         >>> nll.shape, round(float(nll[0, 0]), 2)  # even odds over 260 tokens: ln 260
         ((1, 3), 5.56)
     """
-    tokens, segment_ids = batch["tokens"], batch["segment_ids"]
+    tokens, segment_ids, loss_mask = batch["tokens"], batch["segment_ids"], batch.get("loss_mask")
     out = model.forward_hidden(tokens, segment_ids, batch["positions"])
     matrix = model.head_matrix()
-    nll, own, mask = _score(out.h[:, :-1], matrix, tokens, segment_ids, 1)
+    wanted, mask = targets(tokens, segment_ids, 1, loss_mask)
+    nll, own = _score(out.h[:, :-1], matrix, wanted)
     agree, drafted = [], []
     alive = mask
     for ahead, h in enumerate(out.mtp_h, start=2):
         length = tokens.shape[1] - ahead
-        _, draft, mask_k = _score(h[:, :length], matrix, tokens, segment_ids, ahead)
+        wanted, mask_k = targets(tokens, segment_ids, ahead, loss_mask)
+        _, draft = _score(h[:, :length], matrix, wanted)
         alive = alive[:, :length] & mask_k
         same = draft == own[:, ahead - 1 : ahead - 1 + length]
         drafted.append(alive.sum(dtype=jnp.float32))
@@ -188,12 +201,11 @@ def score_tokens(model: Transformer, batch: dict[str, Array]) -> Scores:
     )
 
 
-def _score(h, matrix, tokens, segment_ids, ahead):
-    wanted, mask = targets(tokens, segment_ids, ahead)
+def _score(h: Array, matrix: Array, wanted: Array) -> tuple[Array, Array]:
+    """(negative log-likelihood of the wanted token, the likeliest token), both [B, S]."""
 
     def score(matrix, h, wanted):
         scored = token_scores(h.reshape(-1, h.shape[-1]), matrix, wanted.reshape(-1))
         return (), tuple(x.reshape(wanted.shape) for x in scored)
 
-    _, (nll, best) = shard_map_over_batch(score, (matrix,), h, wanted)
-    return nll, best, mask
+    return shard_map_over_batch(score, (matrix,), h, wanted)[1]

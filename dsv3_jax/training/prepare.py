@@ -12,15 +12,16 @@ from jax.sharding import Mesh
 from dsv3_jax.cluster import processes
 from dsv3_jax.config import ConfigError, RunConfig, replace, to_dict
 from dsv3_jax.data import tokenizer
-from dsv3_jax.data.batches import Batch, TrainBatches, check_vocab, train_batches, val_batches
-from dsv3_jax.data.corpus import Corpus, load_corpus
+from dsv3_jax.data.batches import Batch, check_vocab
+from dsv3_jax.data.source import Batches, Source, open_source
+from dsv3_jax.data.text_settings import TextSettings
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.kernels import choose, xla_flags
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.counting import size, train_flops_per_token
 from dsv3_jax.report.speed import gemm_flops
 from dsv3_jax.report.units import format_bytes, format_duration
-from dsv3_jax.training import warm_start
+from dsv3_jax.training import chats, warm_start
 from dsv3_jax.training.run_folder import RUN_FILE, claim, own_tokenizer, settled
 
 EXPECTED_MFU = (0.3, 0.6)  # shares of the GEMM peak that training reaches, for the estimate of its time
@@ -33,8 +34,8 @@ class Prepared:
     run: RunConfig
     kernels: choose.Kernels
     tokenizer: Tokenizer
-    corpus: Corpus
-    batches: TrainBatches
+    source: Source
+    batches: Batches
     held_out: list[Batch]
     rows: np.ndarray | None  # of the global batch that this process holds; None: all
     peak: float  # FLOP/s of a GEMM on the run's devices
@@ -70,18 +71,19 @@ def prepare(run: RunConfig, out: Path, mesh: Mesh | None, stop_after: int | None
     words = processes.by_each(lambda: tokenizer.load(run.data.tokenizer))
     if not begun:  # before anything is written
         warm_start.check(run, words)
-    corpus = processes.by_each(lambda: _read(run, words))
-    processes.agree({"text": corpus.fingerprint})
+    text = processes.by_each(lambda: chats.text_of(run, out))
+    source = processes.by_each(lambda: _read(run, words, text))
+    processes.agree({"text": source.fingerprint})
     rows = None if mesh is None else processes.rows_held(mesh, run.data.batch_size)
-    processes.by_first(lambda: _claim(out, run, chosen(kernels, run, mesh)))
+    processes.by_first(lambda: _claim(out, run, chosen(kernels, run, mesh), text))
     run = settled(run, out)
     return Prepared(
         run,
         kernels,
         words,
-        corpus,
-        train_batches(corpus, words, run.data, rows),
-        val_batches(corpus, words, run.data, run.eval_batches),
+        source,
+        source.train_batches(rows),
+        source.val_batches(run.eval_batches),
         rows,
         _peak(run, mesh, kernels),
         _options(run, mesh, kernels),
@@ -115,8 +117,10 @@ def check_memory(run: RunConfig, hosts: int = 1) -> None:
         )
 
 
-def _claim(out: Path, run: RunConfig, kernels: dict[str, str]) -> None:
+def _claim(out: Path, run: RunConfig, kernels: dict[str, str], text: TextSettings | None) -> None:
     claim(out, run, kernels)
+    if text is not None:
+        chats.keep(run, out, text)
 
 
 def chosen(kernels: choose.Kernels, run: RunConfig, mesh: Mesh | None) -> dict[str, str]:
@@ -142,7 +146,7 @@ def _options(run: RunConfig, mesh: Mesh | None, kernels: choose.Kernels) -> xla_
 def describe(found: Prepared, step: int, mesh: Mesh | None) -> list[str]:
     """Lines to print before training: the text, the kernels, and how long it may take."""
     run = found.run
-    lines = [_describe_text(found.corpus)]
+    lines = [found.source.describe()]
     lines.append(found.kernels.describe(run.execution.compute_dtype, _devices(mesh), run.optim.moments_dtype))
     lines.append(xla_flags.describe(found.options))
     if step < run.steps:
@@ -156,10 +160,10 @@ def describe(found: Prepared, step: int, mesh: Mesh | None) -> list[str]:
     return lines
 
 
-def _read(run: RunConfig, words: Tokenizer) -> Corpus:
+def _read(run: RunConfig, words: Tokenizer, text: TextSettings | None) -> Source:
     """Raises: ValueError for a tokenizer larger than the vocabulary, or text that cannot be read."""
     check_vocab(words, run.model.vocab_size)
-    return load_corpus(run.data)
+    return open_source(run.data, words, text, quiet=not processes.is_first())
 
 
 def _agree(run: RunConfig, mesh: Mesh | None, stop_after: int | None, kernels: dict[str, str]) -> None:
@@ -173,10 +177,3 @@ def _peak(run: RunConfig, mesh: Mesh | None, kernels: choose.Kernels) -> float:
     """FLOP/s of a GEMM on the run's devices: a machine's CPU devices share its cores, others add up."""
     devices = jax.process_count() if mesh is None or kernels.target.platform == "cpu" else mesh.size
     return devices * gemm_flops(run.execution.compute_dtype)
-
-
-def _describe_text(corpus: Corpus) -> str:
-    sizes = corpus.sizes()
-    parts = ", ".join(f"{name} {(train + val) / 1e6:.1f} MB" for name, (train, val) in sizes.items())
-    held = sum(val for _, val in sizes.values())
-    return f"text: {parts}; {held / 1e6:.2f} MB of it held out"

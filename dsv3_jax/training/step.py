@@ -166,7 +166,7 @@ def make_step(run: RunConfig, kernels: Kernels | None = None, options: Options =
         return out.total, out
 
     def gradients(trained, frozen, bias, batch: Batch, weight) -> tuple[nnx.State, Losses]:
-        counts = target_counts(batch["segment_ids"], 1 + run.model.mtp_depth)
+        counts = target_counts(batch["segment_ids"], 1 + run.model.mtp_depth, batch.get("loss_mask"))
         grad = jax.grad(part_losses, has_aux=True)
         if parts == 1:
             grads, out = grad(trained, frozen, bias, batch, weight, counts)

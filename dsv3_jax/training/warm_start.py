@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from dsv3_jax.config import ConfigError, RunConfig, first_difference, replace, to_dict
+from dsv3_jax.config import ConfigError, DataConfig, RunConfig, first_difference, replace, to_dict
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.hf import reading
 from dsv3_jax.hf.files import CONFIG
@@ -80,7 +80,8 @@ def on_trunk(run: RunConfig, trunk: str | Path, out: str | Path | None = None) -
 
 
 def model_and_data(run: RunConfig, folder: str | Path, out: str | Path | None = None) -> RunConfig:
-    """Give a recipe another run's model, execution and data instead of its own.
+    """Give a recipe another run's model, execution and data instead of its own; of the data of a recipe for chats, the
+    tokenizer alone.
 
     Args:
         run: the recipe: optimizer, number of steps, and how often to evaluate and save.
@@ -101,9 +102,16 @@ def model_and_data(run: RunConfig, folder: str | Path, out: str | Path | None = 
     there = [place for place in (folder, out) if place is not None and (Path(place) / RUN_FILE).exists()]
     if not there and _is_released(folder):
         source = _released(folder)
-        return replace(run, model=source.model, data=replace(run.data, tokenizer=source.data.tokenizer))
+        return replace(run, model=source.model, data=_with_tokenizer(run, source))
     source = read_run(there[0] if there else folder)
-    return replace(run, model=source.model, execution=source.execution, data=source.data)
+    data = source.data if run.data.format == "text" else _with_tokenizer(run, source)
+    return replace(run, model=source.model, execution=source.execution, data=data)
+
+
+def _with_tokenizer(run: RunConfig, source: RunConfig) -> DataConfig:
+    """A recipe's data for another run's model."""
+    length = min(run.data.seq_len, source.model.max_positions)
+    return replace(run.data, tokenizer=source.data.tokenizer, seq_len=length)
 
 
 def check(run: RunConfig, tokenizer: Tokenizer) -> None:
