@@ -374,12 +374,6 @@ class DataConfig:
     """
 
     paths: tuple[str, ...] = ()  # files or folders of text; empty means the text that this Python carries
-    # what the files hold: text, every token of which is a target; or chat examples, JSONL or Parquet with messages,
-    # prompt and completion, or text, of which the assistant's tokens are targets
-    format: Literal["text", "chat"] = "text"
-    # for chat: the file of a Jinja template, or plain, which writes the role on a line of its own; None means the
-    # template of the model that training starts with
-    chat_template: str | None = None
     tokenizer: str = "bytes"  # bytes, or the path of a tokenizer.json
     seq_len: int = 256  # number of tokens in a sequence (T)
     batch_size: int = 16  # number of sequences in an optimizer step (B)
@@ -388,6 +382,12 @@ class DataConfig:
     val_fraction: float = 0.05  # share of documents that are held out for validation, chosen by their hash
     max_documents: int | None = None  # number of documents to read, for quick runs; None means all
     seed: int = 0  # seed of the order of documents
+    # what the files hold: text, every token of which is a target; or chat examples, JSONL or Parquet with messages,
+    # prompt and completion, or text, of which the assistant's tokens are targets
+    format: Literal["text", "chat"] = "text"
+    # for chat: the file of a Jinja template, or plain, which writes the role on a line of its own; None means the
+    # template of the model that training starts with
+    chat_template: str | None = None
 
     def __post_init__(self):
         _check_types(self)

@@ -54,6 +54,8 @@ class Train:
     """number of this process, from 0"""
     cluster_timeout: int = 60
     """seconds to wait for the other processes at the start"""
+    profile: str | None = None
+    """steps to trace, as START:STOP; TensorBoard and Perfetto open the trace in the folder's profile/"""
     epochs: float | None = None
     """for sft: passes over the examples, instead of --steps; None means 2 unless --steps is given"""
 
@@ -66,10 +68,12 @@ def run(argv: list[str]) -> int:
         return supervisor.run(cluster, lambda line, port: [sys.executable, "-c", WORKER, str(line), str(port), *argv])
     prepare_process()
     from dsv3_jax.training.loop import fit
+    from dsv3_jax.training.profile import parse_steps
 
+    profile = None if args.profile is None else parse_steps(args.profile)
     mesh = all_devices(args.run) if args.mesh is None else make_mesh(args.mesh)
     prepare_training(mesh)
-    fit(args.run, args.out, mesh=mesh)
+    fit(args.run, args.out, mesh=mesh, profile=profile)
     return 0
 
 
@@ -155,13 +159,15 @@ def _train_in_cluster(line: int, port: int, argv: list[str]) -> int:
     from dsv3_jax.cluster import processes
     from dsv3_jax.mesh import sharding
     from dsv3_jax.training.loop import fit
+    from dsv3_jax.training.profile import parse_steps
 
+    profile = None if args.profile is None else parse_steps(args.profile)
     sizes = sharding.parse_mesh(args.mesh) if args.mesh else None
     supervisor.report(line, processes.join(cluster, math.prod(sizes.values()) if sizes else None, port))
     try:
         mesh = processes.make_mesh(sizes)
         prepare_training(mesh)
-        fit(args.run, args.out, mesh=mesh)
+        fit(args.run, args.out, mesh=mesh, profile=profile)
     except Exception as error:
         if processes.is_connection_error(error):
             return fail(f"the processes lost each other: {sentence(error)}", supervisor.LOST)

@@ -232,7 +232,7 @@ def load_examples(cfg: DataConfig, text: TextSettings, quiet: bool = True) -> Ex
         >>> one = examples.train[0]
         >>> text = plain_settings().tokenizer.decode(one.tokens)
         >>> text[:16]
-        'user\\n1+1\\nassist'
+        'user\\n1+1\\nassista'
     """
     if not cfg.paths:
         raise ValueError("data.paths is empty, and format='chat' has no default text; name JSONL or Parquet files")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from dsv3_jax.data.text_settings import TextSettings
 from dsv3_jax.data.tokenizer import Tokenizer
 
 
+@runtime_checkable  # tests check signatures when functions are called
 class Batches(Iterator[Batch], Protocol):
     """Endless training batches that resume from a position."""
 
@@ -27,6 +28,7 @@ class Batches(Iterator[Batch], Protocol):
         ...
 
 
+@runtime_checkable
 class Source(Protocol):
     """Data to train and to measure on.
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -70,6 +71,7 @@ class MLA(nnx.Module):
         """Attend to earlier tokens of the same segment. Positions default to 0, 1, …"""
         return self.attend(x, _context(self.cfg, x, segment_ids, positions))[0]
 
+    @jax.named_scope("MLA")
     def attend(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Cache | None]:
         """Attend to earlier tokens, cached ones first. Returns (output [B, T, D], the cache with these tokens)."""
         q_nope, q_rope = self._queries(x, ctx)
@@ -178,6 +180,7 @@ class GQA(nnx.Module):
         """Attend to earlier tokens of the same segment. Positions default to 0, 1, …"""
         return self.attend(x, _context(self.cfg, x, segment_ids, positions))[0]
 
+    @jax.named_scope("GQA")
     def attend(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Cache | None]:
         """Attend to earlier tokens, cached ones first. Returns (output [B, T, D], the cache with these tokens)."""
         q, k, v = (self.kernels.product(x, w[...]) for w in (self.w_q, self.w_k, self.w_v))

@@ -122,20 +122,7 @@ class MoE(nnx.Module):
         picked = self.route(x)
         flat, ids, gates, scores = (a.reshape(-1, a.shape[-1]) for a in (x, *picked))
         load, sequence_loss, score_entropy = self._measure(picked, ctx.mask)
-        dropped = tokens_sent = jnp.zeros((), jnp.float32)
-        few = stack.grad is None and gates.size <= dispatch.FEW_CHOICES * cfg.num_experts
-        if cfg.capacity_factor is not None and ctx.may_drop and stack.grad is not None:
-            y, stack, dropped = dispatch.capacity_swiglu(flat, ids, gates, stack, factor=cfg.capacity_factor)
-        elif on_mesh() and few:
-            y = expert_parallel.decode_experts(flat, ids, gates, stack, self.kernels, self.layout)
-        elif on_mesh():
-            y, stack, tokens_sent = expert_parallel.grouped_swiglu(
-                flat, ids, gates, stack, self.kernels, cfg, self.layout
-            )
-        elif few:
-            y = self.kernels.decode_experts(flat, ids, gates, stack)
-        else:
-            y, stack = self.kernels.grouped_swiglu(flat, ids, gates, stack)
+        y, stack, dropped, tokens_sent = self._run_experts(flat, ids, gates, stack, ctx.may_drop)
         y = y.reshape(x.shape)
         if self.shared is not None:
             y = y + self.shared(x)
@@ -145,6 +132,26 @@ class MoE(nnx.Module):
         stats = LayerRouting(picked.expert_ids, picked.gates, score_entropy, load, balance_loss, dropped, tokens_sent)
         return y, stack, stats
 
+    @jax.named_scope("experts")
+    def _run_experts(
+        self, x: Array, ids: Array, gates: Array, stack: ExpertStack, may_drop: bool
+    ) -> tuple[Array, ExpertStack, Array, Array]:
+        """Returns: (y [tokens, D], the stack for the next layer, share of assignments dropped, copies sent away)."""
+        none = jnp.zeros((), jnp.float32)
+        few = stack.grad is None and gates.size <= dispatch.FEW_CHOICES * self.cfg.num_experts
+        if self.cfg.capacity_factor is not None and may_drop and stack.grad is not None:
+            y, stack, dropped = dispatch.capacity_swiglu(x, ids, gates, stack, factor=self.cfg.capacity_factor)
+            return y, stack, dropped, none
+        if on_mesh() and few:
+            return expert_parallel.decode_experts(x, ids, gates, stack, self.kernels, self.layout), stack, none, none
+        if on_mesh():
+            y, stack, sent = expert_parallel.grouped_swiglu(x, ids, gates, stack, self.kernels, self.cfg, self.layout)
+            return y, stack, none, sent
+        if few:
+            return self.kernels.decode_experts(x, ids, gates, stack), stack, none, none
+        return *self.kernels.grouped_swiglu(x, ids, gates, stack), none, none
+
+    @jax.named_scope("router")
     def route(self, x: Float[Array, "B T D"]) -> routing.Routing:
         """Choose each token's experts, [B, T, …]; logits and all that follows in float32, as the reference does."""
 

@@ -225,6 +225,7 @@ def unshard_head(head: Head, unshard: Callable) -> Head:
     return nnx.merge(graphdef, experts, unshard(rest))
 
 
+@jax.named_scope("heads")
 def run_heads(
     heads: Iterable[Head],
     cfg: ModelConfig,

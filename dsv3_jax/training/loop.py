@@ -46,6 +46,7 @@ from dsv3_jax.training import warm_start
 from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.evaluate import evaluate
 from dsv3_jax.training.prepare import chosen, describe, prepare
+from dsv3_jax.training.profile import Profile
 from dsv3_jax.training.step import Batch, first_bad_tensor, make_step, model_of
 
 AHEAD = {
@@ -77,6 +78,7 @@ def fit(
     mesh: Mesh | None = None,
     stop_after: int | None = None,
     quiet: bool = False,
+    profile: tuple[int, int] | None = None,
 ) -> FitResult:
     """Train a run in folder `out`; the same call again resumes it.
 
@@ -87,6 +89,7 @@ def fit(
             resume on another mesh. If it has several processes, all make this call, with one shared `out`.
         stop_after: save and return once this step is reached, as after SIGTERM.
         quiet: print nothing.
+        profile: (START, STOP): write a trace of these steps into `profile/` of the folder.
     Raises:
         ValueError: another run's folder, unreadable data, a tokenizer larger than the vocabulary, a start or trunk of
             another model, or a loss that is not finite (NonFiniteLoss); the last good checkpoint stays. ConfigError:
@@ -116,6 +119,7 @@ def fit(
         Checkpoints(out, run) as checkpoints,
         _asked_to_stop() as asked,
         sharding.use_mesh(mesh),
+        Profile(profile if processes.is_first() else None, out) as trace,
     ):
         found = checkpoints.restore(mesh)
         resumed_from = None
@@ -162,9 +166,15 @@ def fit(
         if step < run.steps:
             progress.say("compiling the training step" + (" …" if step == 0 else " (again) …"))
         while step < run.steps:
+            if trace.ends_at(step):
+                while started:
+                    settle()
+            if trace.reach(step):
+                progress.say(f"traced steps {profile[0]} to {step - 1}: tensorboard --logdir {trace.folder}")
             batch = next(batches)
             arrays = processes.put(data.model_inputs(batch), mesh, run.data.batch_size, ready.rows)
-            state, step_metrics = step_fn(state, arrays, *go)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, step_metrics = step_fn(state, arrays, *go)
             go = (step_metrics["finite"],) if ahead else ()
             step += 1
             stopping = step == stop_after

@@ -98,6 +98,7 @@ def compute_loss(
         counts = target_counts(segment_ids, 1 + len(out.mtp_h), loss_mask)
     matrix = model.head_matrix()
 
+    @jax.named_scope("loss")
     def cross_entropy(matrix, h, wanted, mask):
         flat = h.reshape(-1, h.shape[-1]), matrix, wanted.reshape(-1), mask.reshape(-1)
         return model.kernels.cross_entropy(*flat), ()

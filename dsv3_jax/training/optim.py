@@ -71,6 +71,7 @@ def init(params: nnx.State, dtype: str = "float32") -> AdamState:
     return AdamState(zeros(), zeros())
 
 
+@jax.named_scope("optimizer")
 def adamw(
     cfg: OptimConfig,
     steps: int,

@@ -1,0 +1,28 @@
+"""A trace of training steps: its place, its steps, and the names of the model's parts in it."""
+
+import gzip
+
+import pytest
+from runs import make_run, write_text
+
+from dsv3_jax.training import loop, prepare
+from dsv3_jax.training.profile import FOLDER, parse_steps
+
+
+@pytest.mark.long
+def test_a_trace_holds_its_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "gemm_flops", lambda dtype: 1e9)
+    monkeypatch.setattr(loop, "_draw", lambda *_: None)
+    run = make_run(write_text(tmp_path / "text"), steps=5)
+    loop.fit(run, tmp_path / "run", quiet=True, profile=(2, 4))
+    traces = sorted((tmp_path / "run" / FOLDER).rglob("perfetto_trace.json.gz"))
+    assert len(traces) == 1 and list((tmp_path / "run" / FOLDER).rglob("*.xplane.pb"))
+    with gzip.open(traces[0], "rt") as file:
+        text = file.read()
+    assert text.count('"train"') == 2
+
+
+@pytest.mark.parametrize("text", ["3", "5:5", "7:2", "a:b", "-1:3", "1:2:3", ""])
+def test_steps_that_are_none(text):
+    with pytest.raises(ValueError, match="is not START:STOP, two steps of which the first is smaller"):
+        parse_steps(text)

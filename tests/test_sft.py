@@ -1,0 +1,290 @@
+"""Fine-tuning on chats: which tokens are targets, how examples are packed, and that a run answers as it was trained."""
+
+import json
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from models import DENSE, LIGHT, QUICK, parameters, random_model
+from runs import MODEL, cheap_compiles, rows_of, said_by, unhooked_cli
+
+from dsv3_jax import reference
+from dsv3_jax.config import ConfigError, DataConfig, OptimConfig, RunConfig, replace
+from dsv3_jax.data import text_settings
+from dsv3_jax.data.batches import model_inputs
+from dsv3_jax.data.examples import Example, Examples, encode, load_examples
+from dsv3_jax.data.text_settings import plain_settings
+from dsv3_jax.decoding.generate import generate
+from dsv3_jax.hf.open_model import load_text
+from dsv3_jax.presets import recipe
+from dsv3_jax.training import chats, loop, prepare
+from dsv3_jax.training.checkpoint import load_run
+from dsv3_jax.training.loss import compute_loss, target_counts
+from dsv3_jax.training.run_folder import read_run
+
+PLAIN = plain_settings()
+HELLO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hey"}]
+
+
+def chat(i):
+    return [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": str(i)}]
+
+
+def write(folder, records, name="chats.jsonl"):
+    file = folder / name
+    file.write_text("\n".join(json.dumps(r) for r in records), encoding="utf-8")
+    return str(file)
+
+
+def targets_of(record, text=PLAIN):
+    """The text that a record's losses ask for."""
+    ids, mask = encode(record, text)
+    return text.tokenizer.decode(i for i, m in zip(ids, mask, strict=True) if m), ids, mask
+
+
+# Records
+
+
+def test_an_assistants_tokens_are_the_targets():
+    wanted, ids, mask = targets_of({"messages": [*HELLO, *chat(7)]})
+    assert wanted == "hey7" and PLAIN.tokenizer.decode(ids) == "user\nhi\nassistant\nhey\nuser\n7?\nassistant\n7\n"
+    ends = [i for i, m in zip(ids, mask, strict=True) if m and i == PLAIN.tokenizer.eos_id]
+    assert len(ends) == 2  # it learns to end each of its turns, and never to end the user's
+
+
+def test_of_two_lists_of_messages_the_completion_is_the_target():
+    wanted, ids, _ = targets_of({"prompt": [*HELLO, chat(7)[0]], "completion": [chat(7)[1]]})
+    assert wanted == "7" and ids == encode({"messages": [*HELLO, *chat(7)]}, PLAIN)[0]
+
+
+def test_of_two_strings_the_completion_and_the_end_are_targets():
+    wanted, ids, mask = targets_of({"prompt": "2+2=", "completion": "4"})
+    assert wanted == "4" and bytes(ids[:-1]) == b"2+2=4" and mask == [False] * 4 + [True] * 2
+
+
+def test_all_of_a_text_is_a_target():
+    _, ids, mask = targets_of({"text": "abc"})
+    assert bytes(ids[:-1]) == b"abc" and ids[-1] == PLAIN.tokenizer.eos_id and all(mask)
+
+
+@pytest.mark.parametrize(
+    "record, sentence",
+    [
+        (
+            {"conversations": []},
+            "chats.jsonl, line 3 has conversations; give it messages, or prompt and",
+        ),
+        ({"messages": [HELLO[1]]}, "line 3: message 0 is the assistant's, and no user's message precedes it"),
+        ({"messages": HELLO, "text": "both"}, "line 3 has messages, text; give it messages, or"),
+        ({"prompt": "alone"}, "line 3 has prompt; give it"),
+        ({"prompt": "a", "completion": [1]}, "line 3: prompt='a' and completion=[1] are not two texts or two lists"),
+        ({"text": 7}, "line 3: text=7 is not text"),
+        (["messages"], "line 3, is not an object"),
+        ({"text": "a", "domain": 3}, 'line 3: "domain" is 3, not a string'),
+    ],
+)
+def test_a_bad_record_is_named_by_its_line(tmp_path, record, sentence):
+    file = write(tmp_path, [{"text": "a"}, {"messages": HELLO}, record])
+    with pytest.raises(ValueError) as error:
+        load_examples(DataConfig(paths=(file,), format="chat"), PLAIN)
+    assert sentence in str(error.value)
+
+
+def test_what_is_too_long_or_has_no_answer_is_counted(tmp_path):
+    records = [{"text": "x" * 100}, {"messages": HELLO[:1]}, *({"messages": chat(i)} for i in range(9))]
+    cfg = DataConfig(paths=(write(tmp_path, records),), format="chat", seq_len=64, val_fraction=0.3)
+    examples = load_examples(cfg, PLAIN)
+    assert (examples.too_long, examples.without_target) == (1, 1)
+    assert len(examples.train) + len(examples.val) == 9 and examples.val and examples.domains == ("chats",)
+    assert "left out: 1 longer than seq_len=64, 1 without an assistant's turn" in examples.describe()
+    with pytest.raises(ValueError, match="give no example to train on: 11 are longer than seq_len=4, 0 have no"):
+        load_examples(replace(cfg, seq_len=4), PLAIN)
+
+
+# Rows
+
+
+def make_examples(lengths, **changes):
+    rng = np.random.default_rng(0)
+    made = tuple(Example(rng.integers(260, size=n).astype(np.int32), rng.random(n) < 0.5, domain=0) for n in lengths)
+    cfg = DataConfig(format="chat", paths=("a",), seq_len=16, batch_size=2)
+    return Examples(made, made[:1], ("chats",), "", 0, 0, replace(cfg, **changes))
+
+
+def test_a_pass_has_every_example_once_and_whole():
+    examples = make_examples([5, 9, 16, 3, 7, 2, 11, 4])
+    batches, seen, orders = examples.train_batches(), [], []
+    for epoch in range(3):
+        rows = 0
+        while batches.get_state()["epoch"] == epoch and rows < 20:
+            batch, rows = next(batches), rows + 2
+            for row in range(2):
+                for segment in range(1, batch["segment_ids"][row].max(initial=0) + 1):
+                    here = batch["segment_ids"][row] == segment
+                    i = int(batch["documents"][row][here][0])
+                    np.testing.assert_array_equal(batch["tokens"][row][here], examples.train[i].tokens)
+                    np.testing.assert_array_equal(batch["loss_mask"][row][here], examples.train[i].loss_mask)
+                    np.testing.assert_array_equal(batch["positions"][row][here], np.arange(here.sum()))
+                    seen.append(i)
+            assert not batch["loss_mask"][batch["segment_ids"] == 0].any()
+    orders = [tuple(seen[i : i + 8]) for i in range(0, 24, 8)]
+    assert all(sorted(order) == list(range(8)) for order in orders[:2]) and orders[0] != orders[1]
+
+
+def test_batches_resume_where_they_were_and_rows_are_shares_of_one_batch():
+    examples = make_examples([5, 9, 16, 3, 7, 2, 11, 4])
+    batches = examples.train_batches()
+    for _ in range(4):
+        next(batches)
+    state, want = json.loads(json.dumps(batches.get_state())), next(batches)
+    again, second = examples.train_batches(), examples.train_batches(rows=[1])
+    again.set_state(state)
+    second.set_state(state)
+    half = next(second)
+    for key, array in next(again).items():
+        np.testing.assert_array_equal(array, want[key])
+        np.testing.assert_array_equal(half[key], want[key][1:])
+    with pytest.raises(ValueError, match="seq_len=32 differs from seq_len=16 of the saved data position"):
+        make_examples([5], seq_len=32).train_batches().set_state(state)
+
+
+# The loss
+
+
+@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def masked_losses(graphdef, state, batch):
+    out = compute_loss(nnx.merge(graphdef, state), batch, 0.3)
+    return out.main, out.mtp, target_counts(batch["segment_ids"], 2, batch["loss_mask"])
+
+
+def test_the_packed_loss_is_that_of_each_example_alone():
+    """Sums over packed rows against the reference page in float64, one example after another, unpacked."""
+    cfg = replace(LIGHT, mtp_depth=1)
+    model = random_model(cfg, execution=DENSE)
+    examples = make_examples([5, 9, 3, 7])
+    examples = replace(examples, train=tuple(e._replace(tokens=e.tokens % cfg.vocab_size) for e in examples.train))
+    main, mtp, counts = masked_losses(*nnx.split(model), model_inputs(next(examples.train_batches())))
+    params, sums, wanted = parameters(model), np.zeros(2), np.zeros(2)
+    for tokens, mask, _ in examples.train:
+        n = len(tokens)
+        ctx = reference.Context(cfg, np.arange(n)[None], np.ones((1, n), int))
+        out = reference.transformer(ctx, params, tokens[None])
+        for depth, logits in enumerate([out.logits, *out.mtp_logits]):
+            for i in range(n - depth - 1):
+                if mask[i + depth + 1]:
+                    row = logits[0, i]
+                    sums[depth] += np.log(np.exp(row - row.max()).sum()) + row.max() - row[tokens[i + depth + 1]]
+                    wanted[depth] += 1
+    np.testing.assert_array_equal(counts, wanted)
+    np.testing.assert_allclose([main, mtp[0]], sums / wanted, rtol=2e-6)
+
+
+# A run
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model of bytes to start with, as a released folder without a template, and chats."""
+    from dsv3_jax import hf
+
+    root = tmp_path_factory.mktemp("sft")
+    model = random_model(replace(MODEL, max_positions=48), execution=DENSE)
+    hf.save(model, root / "base", quiet=True)
+    (root / "base" / "tokenizer.json").write_text(text_settings.tokenizers.byte_tokenizer_json(), encoding="utf-8")
+    return root / "base", write(root, [{"messages": chat(i)} for i in range(24)])
+
+
+@pytest.fixture(scope="module")
+def tuned(base, tmp_path_factory):
+    start, file = base
+    out = tmp_path_factory.mktemp("tuned") / "run"
+    with pytest.MonkeyPatch.context() as patch, cheap_compiles(tmp_path_factory.getbasetemp()):
+        patch.setattr(prepare, "gemm_flops", lambda dtype: 1e9)
+        patch.setattr(loop, "_draw", lambda *_: None)
+        argv = ["train", "sft", "--start", start, "--out", out, "--data.paths", file, "--data.chat-template", "plain"]
+        argv += ["--data.seq-len", 48, "--data.batch-size", 2, "--optim.learning-rate", "3e-2", "--epochs", 6]
+        argv = [*map(str, argv), "--optim.warmup-steps", "1", "--execution.kernels", "grouped_swiglu=dense"]
+        code, said = said_by(unhooked_cli().main, argv)
+        assert code == 0, said
+    return out, said, argv
+
+
+@pytest.mark.long
+def test_a_run_learns_its_answers(tuned):
+    out, said, _ = tuned
+    losses = [row["loss"] for row in rows_of(out) if "loss" in row]
+    assert losses[-1] < 0.5 * losses[0]
+    run = read_run(out)
+    assert run.steps == len(losses) == int(np.ceil(6 * float(said.split("one pass takes ")[1].split()[0])))
+    assert run.data.format == "chat" and run.optim.bias_freeze == 0
+
+
+@pytest.mark.long
+def test_the_routers_bias_rests(tuned, base):
+    out, start = tuned[0], base[0]
+    from dsv3_jax import hf
+    from dsv3_jax.model.moe import RouterBias
+
+    before, after = (nnx.state(m, RouterBias) for m in (hf.load(start), load_run(out).model))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+@pytest.mark.long
+def test_a_run_answers_as_it_was_trained(tuned):
+    """Its folder has the template: the prompt is what came before the targets of its examples."""
+    out, *_ = tuned
+    text = load_text(out)
+    prompt = text.chat.render(chat(5)[:1], add_generation_prompt=True).ids
+    ids, mask = encode({"messages": chat(5)}, PLAIN)
+    assert prompt == ids[: mask.index(True)] and text.stop_ids == (256,)
+    answer = generate(load_run(out).model, [prompt], 2, stop_tokens=text.stop_ids)
+    assert 1 <= len(answer.tokens[0]) <= 2
+
+
+@pytest.mark.long
+def test_the_same_command_goes_on(tuned):
+    out, _, argv = tuned
+    code, said = said_by(unhooked_cli().main, argv[: argv.index("--epochs")] + argv[argv.index("--epochs") + 2 :])
+    assert code == 0 and f"resumed from the checkpoint of step {read_run(out).steps}" in said, said
+
+
+@pytest.mark.long
+def test_eval_reads_the_runs_examples_and_other_files(tuned, base, tmp_path):
+    out, cfg = tuned[0], read_run(tuned[0]).data
+    own, other = chats.measured_on(cfg, out), chats.measured_on(cfg, out, (base[1],))
+    assert own.fingerprint == other.fingerprint and "loss_mask" in own.val_batches(1)[0]
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text(f"document {i}")
+    assert "loss_mask" not in chats.measured_on(cfg, out, (str(tmp_path),)).val_batches(1)[0]
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ([], "'sft' fine-tunes a model: name a run or a released model by --start MODEL"),
+        (["--start", "BASE"], "base has no chat template; give a Jinja file as data.chat_template, or 'plain'"),
+        (["--start", "BASE", "--data.chat-template", "none.jinja"], "chat_template='none.jinja' cannot be read"),
+        (["--start", "BASE", "--data.chat-template", "plain"], "data.paths is empty, and format='chat' has no default"),
+        (["--start", "BASE", "--steps", "3", "--epochs", "2"], "epochs=2.0 and steps=3 are both given; choose one"),
+        (["--start", "BASE", "--epochs", "-1"], "epochs=-1.0 is not positive"),
+        (["--start", "BASE", "--data.chat-template", "plain", "--data.paths", "BASE"], "holds no JSONL and no Parquet"),
+    ],
+)
+def test_bad_input_is_one_sentence(base, tmp_path, capsys, options, sentence):
+    argv = ["train", "sft", "--out", str(tmp_path / "x"), *(str(base[0]) if o == "BASE" else o for o in options)]
+    code, said = unhooked_cli().main(argv), capsys.readouterr().err
+    assert code == 2 and sentence in said and len(said.splitlines()) == 1, said
+    assert not (tmp_path / "x").exists()
+
+
+def test_settings_that_chats_do_not_have():
+    with pytest.raises(ConfigError, match="chat_template='plain' is for format='chat', not 'text'"):
+        DataConfig(chat_template="plain")
+    with pytest.raises(ConfigError, match="separate_documents=False is for format='text'"):
+        DataConfig(format="chat", separate_documents=False)
+    run = RunConfig(MODEL, data=DataConfig(format="chat", paths=("a",), seq_len=32), optim=OptimConfig())
+    with pytest.raises(ConfigError, match="name it with start"):
+        chats.text_of(run, "nowhere")
+    assert recipe("sft").optim.bias_freeze == 0
