@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.training import optim
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
-from dsv3_jax.training.run_folder import RUN_FILE, claim, read_run
+from dsv3_jax.training.run_folder import RUN_FILE, claim, read_run, settled
 from dsv3_jax.training.step import TrainState
 
 RUN = make_run("some text", keep=2)
@@ -146,6 +147,19 @@ def test_another_runs_folder_is_refused_by_the_key(tmp_path, change, said):
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
         claim(tmp_path / "run", replace(RUN, **change))
     assert (tmp_path / "run" / RUN_FILE).read_bytes() == written
+
+
+def test_how_long_a_run_goes_and_how_often_it_reports_may_change(tmp_path):
+    claim(tmp_path, RUN)
+    longer = replace(RUN, steps=RUN.steps + 8, save_every=3)
+    assert claim(tmp_path, longer).steps == RUN.steps + 8
+    claim(tmp_path, longer)  # nothing changes, so nothing is recorded
+    claim(tmp_path, replace(longer, keep=9))
+    assert read_run(tmp_path) == replace(settled(longer, tmp_path), keep=9)
+    history = json.loads((tmp_path / RUN_FILE).read_text())["history"]
+    changed = [{"steps": [RUN.steps, RUN.steps + 8], "save_every": [RUN.save_every, 3]}, {"keep": [RUN.keep, 9]}]
+    assert [entry["changed"] for entry in history] == changed
+    assert all(datetime.fromisoformat(entry["time"]) <= datetime.now(UTC) for entry in history)
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path):

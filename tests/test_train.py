@@ -15,6 +15,7 @@ import pytest
 from runs import STEPS, assert_bitwise, cheap_compiles, finished, flags, rows_of, said_by, start, unhooked_cli
 from tensorboardX.proto.event_pb2 import Event
 
+from dsv3_jax.config import ConfigError
 from dsv3_jax.data import batches
 from dsv3_jax.data.corpus import load_corpus
 from dsv3_jax.data.ngram import order2_bits_per_byte
@@ -321,6 +322,19 @@ def test_a_disk_that_fills_up_while_writing_stops_the_run(whole, tmp_path, monke
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 1 and "the disk is full" in said[0] and str(folder) in said[0]
     assert loop.fit(whole.run, folder, quiet=True).resumed_from == 3
+
+
+@pytest.mark.long
+def test_a_finished_run_goes_on_for_more_steps(whole, tmp_path, capsys):
+    folder = Path(shutil.copytree(whole.folder, tmp_path / "run"))
+    longer = replace(whole.run, steps=STEPS + 2, eval_every=9)
+    result = loop.fit(longer, folder)
+    said = capsys.readouterr().out
+    assert (result.resumed_from, result.step, result.finished) == (STEPS, STEPS + 2, True)
+    assert f"steps={STEPS + 2}, before {STEPS}" in said and "schedule is that of the new number of steps" in said
+    assert [row["step"] for row in rows_of(folder) if "loss" in row] == list(range(1, STEPS + 3))
+    with pytest.raises(ConfigError, match=f"steps={STEPS} is below the {STEPS + 2} steps that the run in .* has taken"):
+        loop.fit(whole.run, folder, quiet=True)
 
 
 def test_another_runs_folder_is_left_alone(whole):

@@ -139,6 +139,17 @@ class Checkpoints:
             raise ValueError(f"{key}={b!r} is not that of the checkpoint of step {step} in {self.folder}, {a!r}")
 
 
+def last_step(folder: str | Path) -> int:
+    """The step of the last checkpoint in a run's folder, by its name; 0 without one.
+
+    Example:
+        >>> last_step("nowhere")
+        0
+    """
+    names = (path.name for path in (Path(folder) / "checkpoints").glob("*"))
+    return max((int(name) for name in names if name.isascii() and name.isdigit()), default=0)
+
+
 class Loaded(NamedTuple):
     """A model out of a run folder."""
 

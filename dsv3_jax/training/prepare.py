@@ -22,7 +22,8 @@ from dsv3_jax.model.counting import size, train_flops_per_token
 from dsv3_jax.report.speed import gemm_flops
 from dsv3_jax.report.units import format_bytes, format_duration
 from dsv3_jax.training import chats, warm_start
-from dsv3_jax.training.run_folder import RUN_FILE, claim, own_tokenizer, settled
+from dsv3_jax.training.checkpoint import last_step
+from dsv3_jax.training.run_folder import RUN_FILE, changes, claim, own_tokenizer, read_run, settled
 
 EXPECTED_MFU = (0.3, 0.6)  # shares of the GEMM peak that training reaches, for the estimate of its time
 
@@ -40,6 +41,7 @@ class Prepared:
     rows: np.ndarray | None  # of the global batch that this process holds; None: all
     peak: float  # FLOP/s of a GEMM on the run's devices
     options: xla_flags.Options  # of the training step's compilation
+    changed: dict[str, tuple[int, int]]  # settings that differ from those of the run so far: name → (before, now)
 
 
 def prepare(run: RunConfig, out: Path, mesh: Mesh | None, stop_after: int | None) -> Prepared:
@@ -69,8 +71,11 @@ def prepare(run: RunConfig, out: Path, mesh: Mesh | None, stop_after: int | None
     if begun and given != "bytes" and own.exists() and not Path(given).exists():
         run = replace(run, data=replace(run.data, tokenizer=str(own)))
     words = processes.by_each(lambda: tokenizer.load(run.data.tokenizer))
+    changed = processes.by_each(lambda: changes(read_run(out), run) if begun else {})
     if not begun:  # before anything is written
         warm_start.check(run, words)
+    elif (taken := last_step(out)) > run.steps:
+        raise ConfigError(f"steps={run.steps} is below the {taken} steps that the run in {out} has taken")
     text = processes.by_each(lambda: chats.text_of(run, out))
     source = processes.by_each(lambda: _read(run, words, text))
     processes.agree({"text": source.fingerprint})
@@ -87,6 +92,7 @@ def prepare(run: RunConfig, out: Path, mesh: Mesh | None, stop_after: int | None
         rows,
         _peak(run, mesh, kernels),
         _options(run, mesh, kernels),
+        changed,
     )
 
 
@@ -149,6 +155,9 @@ def describe(found: Prepared, step: int, mesh: Mesh | None) -> list[str]:
     lines = [found.source.describe()]
     lines.append(found.kernels.describe(run.execution.compute_dtype, _devices(mesh), run.optim.moments_dtype))
     lines.append(xla_flags.describe(found.options))
+    lines += [f"{name}={now}, before {before}" for name, (before, now) in found.changed.items()]
+    if "steps" in found.changed:
+        lines.append("the learning rate's schedule is that of the new number of steps from here on")
     if step < run.steps:
         tokens = run.data.batch_size * run.data.seq_len
         flops = train_flops_per_token(run.model, frozen_trunk=run.trunk is not None) * tokens * (run.steps - step)

@@ -6,6 +6,7 @@ copy of its tokenizer. The text that it was trained on stays where it is.
 
 import json
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from dsv3_jax.data import tokenizer
 from dsv3_jax.files import PART, write_atomic
 
 RUN_FILE, TOKENIZER_FILE = "run.json", "tokenizer.json"
+# Settings that may change when a run is resumed. The learning rate's schedule is a function of steps.
+MAY_CHANGE = ("steps", "eval_every", "eval_batches", "save_every", "keep", "log_every")
 
 
 def read_run(folder: str | Path) -> RunConfig:
@@ -38,7 +41,7 @@ def read_run(folder: str | Path) -> RunConfig:
         raise ValueError(f"file={str(path)!r} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"file={str(path)!r} holds no run: {type(values).__name__} is not an object")
-    run = run_from_dict({key: value for key, value in values.items() if key != "kernels"})
+    run = run_from_dict({key: value for key, value in values.items() if key not in ("kernels", "history")})
     own = own_tokenizer(folder)
     if run.data.tokenizer != "bytes" and own.is_file():
         run = replace(run, data=replace(run.data, tokenizer=str(own)))
@@ -54,7 +57,7 @@ def claim(folder: str | Path, run: RunConfig, kernels: dict[str, str] | None = N
     """Make a run folder, or check that it is this run's.
 
     A tokenizer may be there already. The configuration must be the one the folder was made with, key by key,
-    except for its execution.
+    except for its execution and `MAY_CHANGE`, whose changes go into the file's `history`.
 
     Args: kernels: the implementation chosen for each op, to be recorded.
     Returns: `settled`.
@@ -65,10 +68,10 @@ def claim(folder: str | Path, run: RunConfig, kernels: dict[str, str] | None = N
         >>> from dsv3_jax.presets import recipe
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = claim(folder, recipe("tiny"))
-        ...     claim(folder, replace(recipe("tiny"), steps=9))  # doctest: +ELLIPSIS
+        ...     claim(folder, replace(recipe("tiny"), seed=9))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        ValueError: steps=9 is not that of the run in ..., 400; choose another --out
+        ValueError: seed=9 is not that of the run in ..., 0; choose another --out
     """
     folder = Path(folder)
     if (folder / RUN_FILE).exists():
@@ -77,6 +80,7 @@ def claim(folder: str | Path, run: RunConfig, kernels: dict[str, str] | None = N
         if different:
             key, a, b = different
             raise ValueError(f"{key}={b!r} is not that of the run in {folder}, {a!r}; choose another --out")
+        _record(folder / RUN_FILE, changes(held, run))
         return settled(run, folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out={str(folder)!r} is a file, not a folder for a run")
@@ -92,6 +96,29 @@ def claim(folder: str | Path, run: RunConfig, kernels: dict[str, str] | None = N
     written = to_dict(replace(run, data=replace(run.data, tokenizer=name)))
     write_atomic(folder / RUN_FILE, json.dumps(written | {"kernels": kernels or {}}, indent=1) + "\n")
     return run
+
+
+def changes(held: RunConfig, run: RunConfig) -> dict[str, tuple[int, int]]:
+    """The settings of `MAY_CHANGE` that differ: name → (value before, value now).
+
+    Example:
+        >>> from dsv3_jax.presets import recipe
+        >>> changes(recipe("tiny"), replace(recipe("tiny"), steps=800))
+        {'steps': (400, 800)}
+    """
+    pairs = {name: (getattr(held, name), getattr(run, name)) for name in MAY_CHANGE}
+    return {name: (before, now) for name, (before, now) in pairs.items() if before != now}
+
+
+def _record(file: Path, changed: dict[str, tuple[int, int]]) -> None:
+    """Write changed settings into a run's file, and add them to its history."""
+    if not changed:
+        return
+    values = json.loads(file.read_text())
+    entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "changed": changed}
+    values["history"] = [*values.get("history", []), entry]
+    values |= {name: now for name, (_, now) in changed.items()}
+    write_atomic(file, json.dumps(values, indent=1) + "\n")
 
 
 def settled(run: RunConfig, folder: str | Path) -> RunConfig:
@@ -122,20 +149,21 @@ def absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
 def difference(a: RunConfig, b: RunConfig) -> tuple[str, Any, Any] | None:
     """As `first_difference`, of what makes a run this one.
 
-    How it is computed does not, nor from where its text and its other run are named. Tokenizers are compared by their
-    ids, as far as both can be read.
+    How it is computed does not, nor from where its text and its other run are named, nor `MAY_CHANGE`. Tokenizers are
+    compared by their ids, as far as both can be read.
 
     Example:
         >>> from dsv3_jax.presets import recipe
         >>> run = recipe("tiny")
-        >>> difference(run, replace(run, steps=9)), difference(run, replace(run, execution=Execution("bfloat16")))
-        (('steps', 400, 9), None)
+        >>> difference(run, replace(run, seed=9)), difference(run, replace(run, execution=Execution("bfloat16")))
+        (('seed', 0, 9), None)
     """
 
     def identity(run: RunConfig) -> dict:
         data = replace(run.data, paths=absolute(run.data.paths), tokenizer="bytes")
         others = {key: value and os.path.abspath(value) for key, value in (("trunk", run.trunk), ("start", run.start))}
-        return to_dict(replace(run, execution=Execution(), data=data, **others))
+        values = to_dict(replace(run, execution=Execution(), data=data, **others))
+        return {key: value for key, value in values.items() if key not in MAY_CHANGE}
 
     found = first_difference(identity(a), identity(b))
     if found is None and not same_tokenizer(a.data.tokenizer, b.data.tokenizer):
