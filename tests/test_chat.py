@@ -488,6 +488,14 @@ def test_generate_continues_a_released_folder(dsv3, talker, tmp_path):
         assert err.startswith("kernels for cpu: ")
 
 
+def test_heads_that_do_not_draft_take_no_memory(talker):
+    generate, text = unhooked("dsv3_jax.cli.generate"), load_text(talker)
+    for draft, depth in ((None, 0), (str(talker), 0), ("mtp", 1)):
+        model, other = generate.load(generate.Generate(talker, draft=draft), text)
+        assert model.cfg.mtp_depth == depth
+    assert other == "mtp"
+
+
 def test_defaults_of_the_sampling():
     """The command's own, where the folder says nothing; options come first."""
     generate = unhooked("dsv3_jax.cli.generate")

@@ -50,13 +50,13 @@ def open_model(
 
 
 def load_released(
-    place: str | Path, mesh: Mesh | None = None, *, dtype: Any = None, kernels: str | None = None
+    place: str | Path, mesh: Mesh | None = None, *, dtype: Any = None, kernels: str | None = None, mtp: bool = True
 ) -> Transformer:
-    """Load a released model. Arguments and errors as `open_model`, but no tokenizer is needed."""
+    """Load a released model. Arguments and errors as `open_model` and `hf.load`, but no tokenizer is needed."""
     folder = find_released(place)
     if dtype is None:
         dtype = jnp.float32 if platform_of(mesh) == "cpu" else jnp.bfloat16
-    return reading.load(folder, dtype, mesh, kernels=kernels or "auto")
+    return reading.load(folder, dtype, mesh, mtp=mtp, kernels=kernels or "auto")
 
 
 def find_released(place: str | Path) -> Path:
