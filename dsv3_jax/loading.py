@@ -5,10 +5,10 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from dsv3_jax.data import text_settings
+from dsv3_jax.data import text_settings, tokenizer
 from dsv3_jax.data.text_settings import TextSettings
 from dsv3_jax.hf import files
-from dsv3_jax.hf.open_model import find_released, load_released
+from dsv3_jax.hf.open_model import check_tokenizer, find_released, load_released, text_files
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.training.checkpoint import load_run
 from dsv3_jax.training.run_folder import RUN_FILE, read_run
@@ -61,8 +61,11 @@ def load_text(folder: str | Path) -> TextSettings:
     place = Path(folder)
     is_run = (place / RUN_FILE).is_file()
     place = place if is_run else find_released(folder)
-    for name in (files.CONFIG, *text_settings.TEXT_FILES):
-        files.file_inside(place, name)  # an absent file passes
+    files.file_inside(place, files.CONFIG)  # an absent file passes
+    text_files(place)
     if is_run:
         return text_settings.read_run_folder(place, read_run(place).data.tokenizer)
+    check_tokenizer(place)
+    if not tokenizer.file_of(str(place)).is_file():
+        return text_settings.read_run_folder(place, "bytes")
     return text_settings.read_released(place)

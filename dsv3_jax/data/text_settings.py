@@ -1,7 +1,7 @@
 """How a folder's model reads and ends text: tokenizer, BOS, special tokens, chat template, stop tokens, sampling.
 
-A released folder says this in up to seven small files, `TEXT_FILES`. A run has its tokenizer, and the other files only
-if it was converted from a released folder.
+A released folder says this in small files: `TEXT_FILES`, config.json, and further templates in `TEMPLATES_FOLDER`. A
+run has its tokenizer, and the other files only if it was converted from a released folder.
 """
 
 import json
@@ -87,10 +87,6 @@ def read_released(folder: str | Path) -> TextSettings:
     Raises: ValueError when its tokenizer is absent or cannot be read, or another file is damaged.
     """
     folder = Path(folder)
-    if not (folder / JSON_FILE).is_file() and not (folder / TIKTOKEN_FILE).is_file():
-        also = next((f.name for f in sorted(folder.glob("*.model"))), None)
-        other = f"; the format of {also} is not supported" if also else ""
-        raise ValueError(f"{folder} has no tokenizer: neither {JSON_FILE} nor {TIKTOKEN_FILE} is in it{other}")
     return _read(folder, tokenizers.load(str(folder)), released=True)
 
 
@@ -104,12 +100,19 @@ def read_run_folder(folder: str | Path, tokenizer: str) -> TextSettings:
     return _read(folder, tokenizers.load(tokenizer), released=(folder / CONFIG_FILE).is_file())
 
 
+def template_files(folder: Path) -> list[Path]:
+    """The chat templates in a folder's `TEMPLATES_FOLDER`, each named as its template."""
+    return sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))
+
+
 def copy_to_run(folder: str | Path, run: str | Path) -> None:
     """Copy a released folder's text files into a run that was made of it, which has its tokenizer already.
 
     Raises: ValueError when a file is damaged.
     """
     folder, run = Path(folder), Path(run)
+    for template in template_files(folder):
+        write_atomic(run / TEMPLATES_FOLDER / template.name, template.read_bytes())
     for name in TEXT_FILES:
         if (folder / name).is_file() and name not in (JSON_FILE, TIKTOKEN_FILE):
             shutil.copyfile(folder / name, run / name)
@@ -149,7 +152,7 @@ def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
 
     Source: transformers, `PreTrainedTokenizerBase._from_pretrained`.
     """
-    files = {path.stem: path for path in sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))}
+    files = {path.stem: path for path in template_files(folder)}
     if (folder / TEMPLATE_FILE).is_file():
         files["default"] = folder / TEMPLATE_FILE
     if files:
