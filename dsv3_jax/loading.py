@@ -18,6 +18,7 @@ def load_model(
     step: int | None = None,
     dtype: Any = None,
     kernels: str | None = None,
+    mtp: bool = True,
 ) -> Transformer:
     """Load a model from a run or a released folder, without optimizer state.
 
@@ -28,6 +29,7 @@ def load_model(
         dtype: of a released model's parameters, float32 or bfloat16. None means float32 on a CPU, else bfloat16. A
             run's are float32.
         kernels: as `Execution.kernels`. None means the run's own, and "auto" for a released folder.
+        mtp: False leaves the MTP layers of a released model out, and so their memory. A run's are always loaded.
     Raises: ValueError if the folder holds neither, or as `load_run` and `hf.load`.
 
     Example:
@@ -44,4 +46,4 @@ def load_model(
         return load_run(folder, mesh, step=step, kernels=kernels).model
     if step is not None:
         raise ValueError(f"step={step} is for runs, and folder={str(folder)!r} is a released one")
-    return load_released(folder, mesh, dtype=dtype, kernels=kernels)
+    return load_released(folder, mesh, dtype=dtype, kernels=kernels, mtp=mtp)

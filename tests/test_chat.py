@@ -25,6 +25,7 @@ from dsv3_jax.data import chat as chat_module
 from dsv3_jax.data.chat import ChatTemplate, check_messages
 from dsv3_jax.data.text_settings import SamplingDefaults, copy_to_run, read_released
 from dsv3_jax.data.tokenizer import ByteTokenizer
+from dsv3_jax.hf.files import write_json
 from dsv3_jax.hf.open_model import load_text
 from dsv3_jax.training.run_folder import claim
 
@@ -488,6 +489,14 @@ def test_generate_continues_a_released_folder(dsv3, talker, tmp_path):
         assert err.startswith("kernels for cpu: ")
 
 
+def test_heads_that_do_not_draft_take_no_memory(talker):
+    generate, text = unhooked("dsv3_jax.cli.generate"), load_text(talker)
+    for draft, depth in ((None, 0), (str(talker), 0), ("mtp", 1)):
+        model, other = generate.load(generate.Generate(talker, draft=draft), text)
+        assert model.cfg.mtp_depth == depth
+    assert other == "mtp"
+
+
 def test_defaults_of_the_sampling():
     """The command's own, where the folder says nothing; options come first."""
     generate = unhooked("dsv3_jax.cli.generate")
@@ -507,7 +516,12 @@ def test_defaults_of_the_sampling():
 
 
 def test_a_converted_folder_keeps_its_text(talker, tmp_path):
-    """Released → run → released: prompts, template, stop tokens and sampling stay; files come back as they were."""
+    """Released → run → released: prompts, templates, stop tokens, sampling and dtype stay, and files are the same."""
+    talker = Path(shutil.copytree(talker, tmp_path / "talker"))
+    (talker / "additional_chat_templates").mkdir()
+    (talker / "additional_chat_templates" / "rag.jinja").write_text("{{ 'other' }}")
+    config = json.loads((talker / "config.json").read_text())
+    write_json(talker / "config.json", config | {"torch_dtype": "bfloat16", "bos_token_id": 3, "eos_token_id": [4, 5]})
     ds.hf.convert(talker, tmp_path / "run", quiet=True)
     ds.hf.convert(tmp_path / "run", tmp_path / "back", quiet=True)
     first, *others = (load_text(folder) for folder in (talker, tmp_path / "run", tmp_path / "back"))
@@ -516,7 +530,14 @@ def test_a_converted_folder_keeps_its_text(talker, tmp_path):
         assert text.chat.render(CONVERSATIONS["two turns"]) == first.chat.render(CONVERSATIONS["two turns"])
         assert (text.stop_ids, text.sampling) == (first.stop_ids, first.sampling)
         assert text.special_tokens == first.special_tokens and text.tokenizer.same_ids(first.tokenizer)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert text.templates == first.templates and text.templates.keys() == {"default", "rag"}
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "config.json",
+        "additional_chat_templates/rag.jinja",
+    ):
         assert (tmp_path / "back" / name).read_bytes() == (talker / name).read_bytes()
     written = json.loads((tmp_path / "back" / "generation_config.json").read_text())
     assert written == json.loads((talker / "generation_config.json").read_text())
@@ -525,6 +546,8 @@ def test_a_converted_folder_keeps_its_text(talker, tmp_path):
 def test_a_run_of_bytes_gets_a_tokenizer_file(tmp_path):
     cfg = replace(SMALL, vocab_size=260, mtp_depth=0)
     ds.hf.save(random_model(cfg), tmp_path / "released", quiet=True)
+    config = json.loads((tmp_path / "released" / "config.json").read_text())
+    (tmp_path / "released" / "config.json").write_text(json.dumps(config | {"eos_token_id": 256}))
     ds.hf.convert(tmp_path / "released", tmp_path / "run", quiet=True)
     ds.hf.convert(tmp_path / "run", tmp_path / "back", quiet=True)
     assert load_text(tmp_path / "back").tokenizer.same_ids(ByteTokenizer())

@@ -137,6 +137,14 @@ def test_a_host_reads_only_its_shards(folders, monkeypatch):
     assert sorted(names) == [f"model.layers.{n}.mlp.experts.{e}.up_proj.weight" for n in (1, 2) for e in (2, 3)]
 
 
+def test_no_parameter_is_copied_on_a_cpu(folders, monkeypatch):
+    """XLA uses the memory that a tensor is read into: a copy would double the peak of the largest parameter."""
+    read, wholes = hf.reading._read_shard, []
+    monkeypatch.setattr(hf.reading, "_read_shard", lambda *args: wholes.append(read(*args)) or wholes[-1])
+    loaded = jax.tree.leaves(nnx.state(hf.load(folders["groups"])))
+    assert {a.unsafe_buffer_pointer() for a in loaded} == {w.ctypes.data for w in wholes}
+
+
 def test_bfloat16_parameters(folders):
     model, wide = (hf.load(folders["bfloat16 file"], dtype=d) for d in (jnp.bfloat16, jnp.float32))
     assert model.execution.compute_dtype == "bfloat16" and model.embed[...].dtype == jnp.bfloat16

@@ -18,6 +18,7 @@ from runs import assert_bitwise, environment
 from dsv3_jax import hf
 from dsv3_jax.config import replace
 from dsv3_jax.hf import files
+from dsv3_jax.hf.open_model import load_text
 from dsv3_jax.training.checkpoint import load_run
 
 CFG = small(num_layers=2, num_experts=4, num_groups=2, groups_per_token=2, vocab_size=260, mtp_depth=1)
@@ -36,6 +37,7 @@ def good(model, tmp_path_factory):
     """A good folder of three shards."""
     folder = tmp_path_factory.mktemp("good") / "folder"
     hf.save(model, folder, shard_bytes=42_000)
+    edit_json(folder / files.CONFIG, set_to("eos_token_id", 256))  # of bytes
     assert len(list(folder.glob("*.safetensors"))) == 3
     return folder
 
@@ -376,6 +378,9 @@ def cached(good, tmp_path, monkeypatch):
     for number, file in enumerate(good.iterdir()):
         (repo / "blobs" / str(number)).write_bytes(file.read_bytes())
         (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    (repo / "blobs" / "template").write_text("{{ 'other' }}")
+    (snapshot / "additional_chat_templates").mkdir()
+    (snapshot / "additional_chat_templates" / "rag.jinja").symlink_to("../../../blobs/template")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     return repo
@@ -385,6 +390,7 @@ def test_a_hub_cache_is_read_by_path_and_by_id(cached, good):
     expected = nnx.to_pure_dict(nnx.state(hf.load(good)))
     for place in (cached, cached / "snapshots" / "0123", "deep/small", "deep/small@main"):
         assert_bitwise(nnx.to_pure_dict(nnx.state(hf.load(place))), expected)
+        assert load_text(place).templates == {"rag": "{{ 'other' }}"}
 
 
 def test_an_id_that_is_not_in_the_cache_is_one_sentence(cached):
@@ -400,3 +406,15 @@ def test_links_out_of_the_repository_are_refused(cached, tmp_path):
     config.symlink_to(tmp_path / "elsewhere.json")
     with pytest.raises(ValueError, match="config.json is a link out of its folder"):
         hf.load(cached)
+
+
+def test_a_template_that_is_a_link_out_of_the_repository_is_refused(cached, tmp_path):
+    """It would be copied, too."""
+    (tmp_path / "secret.jinja").write_text("secret")
+    template = cached / "snapshots" / "0123" / "additional_chat_templates" / "rag.jinja"
+    template.unlink()
+    template.symlink_to(tmp_path / "secret.jinja")
+    for refused in (load_text, lambda place: hf.convert(place, tmp_path / "out")):
+        with pytest.raises(ValueError, match="rag.jinja is a link out of its folder"):
+            refused(cached)
+    assert not (tmp_path / "out").exists()

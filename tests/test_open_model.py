@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import json
+import shutil
 from dataclasses import replace
 
 import jax
@@ -15,7 +17,7 @@ from dsv3_jax import hf
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.hf.open_model import open_draft, open_model
-from dsv3_jax.loading import load_model
+from dsv3_jax.loading import load_model, load_text
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.training import warm_start
 
@@ -33,7 +35,13 @@ def model():
 def folder(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("released") / "model"
     hf.save(model, path, quiet=True)
+    name_end(path, 256)  # as earlier versions wrote a run of bytes
     return path
+
+
+def name_end(folder, eos):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": eos}))
 
 
 def arrays(model):
@@ -58,9 +66,27 @@ def test_a_step_is_for_runs(folder):
 def test_text_needs_a_tokenizer_and_weights_do_not(tmp_path):
     other = random_model(replace(CFG, vocab_size=37, mtp_depth=0))
     hf.save(other, tmp_path / "model", quiet=True)
-    with pytest.raises(ValueError, match="has no tokenizer, .* vocab_size=37 is not that of bytes"):
-        open_model(tmp_path / "model")
+    for read in (open_model, load_text):
+        with pytest.raises(ValueError, match="has no tokenizer: neither tokenizer.json nor tiktoken.model is in it$"):
+            read(tmp_path / "model")
     assert_bitwise(arrays(load_model(tmp_path / "model")), arrays(other))
+
+
+def test_an_earlier_export_of_bytes_is_known_by_its_end(folder, tmp_path):
+    """Only the vocabulary's size and the end of a document together say that tokens are bytes."""
+    text = load_text(folder)
+    assert text.encode("<eos>") == list(b"<eos>") and text.stop_ids == (256,)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(ValueError, match="the format of tokenizer.model is not supported"):
+        load_text(copy)
+    (copy / "tokenizer.model").unlink()
+    for eos in (None, 0):
+        name_end(copy, eos)
+        for read in (open_model, load_text):
+            with pytest.raises(ValueError, match='if its tokens are bytes, write "eos_token_id": 256 into its config'):
+                read(copy)
 
 
 @pytest.mark.parametrize("command", ["eval", "stats"])

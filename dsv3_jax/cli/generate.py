@@ -97,12 +97,12 @@ def load(args: Decode, text: Any) -> tuple[Any, Any]:
     from dsv3_jax.loading import load_model
 
     mesh = make_mesh(args.mesh)
-    model = load_model(args.model, mesh, dtype=args.dtype, kernels=args.kernels)
+    model = load_model(args.model, mesh, dtype=args.dtype, kernels=args.kernels, mtp=args.draft == "mtp")
     if args.draft in (None, "mtp"):
         return model, args.draft
     if not text.tokenizer.same_ids(load_text(args.draft).tokenizer):
         raise ValueError(f"draft={args.draft!r} has another tokenizer: its ids mean other text")
-    return model, load_model(args.draft, mesh, dtype=args.dtype, kernels=args.kernels)
+    return model, load_model(args.draft, mesh, dtype=args.dtype, kernels=args.kernels, mtp=False)
 
 
 def decode_config(args: Decode, text: Any, draft: Any, max_new_tokens: int) -> Any:

@@ -1,7 +1,7 @@
 """How a folder's model reads and ends text: tokenizer, BOS, special tokens, chat template, stop tokens, sampling.
 
-A released folder says this in up to seven small files, `TEXT_FILES`. A run has its tokenizer, and the other files only
-if it was converted from a released folder.
+A released folder says this in small files: `TEXT_FILES`, config.json, and further templates in `TEMPLATES_FOLDER`. A
+run has its tokenizer, and the other files only if it was converted from a released folder.
 """
 
 import json
@@ -131,10 +131,6 @@ def read_released(folder: str | Path) -> TextSettings:
     Raises: ValueError when its tokenizer is absent or cannot be read, or another file is damaged.
     """
     folder = Path(folder)
-    if not (folder / JSON_FILE).is_file() and not (folder / TIKTOKEN_FILE).is_file():
-        also = next((f.name for f in sorted(folder.glob("*.model"))), None)
-        other = f"; the format of {also} is not supported" if also else ""
-        raise ValueError(f"{folder} has no tokenizer: neither {JSON_FILE} nor {TIKTOKEN_FILE} is in it{other}")
     return _read(folder, tokenizers.load(str(folder)), released=True)
 
 
@@ -148,6 +144,11 @@ def read_run_folder(folder: str | Path, tokenizer: str) -> TextSettings:
     return _read(folder, tokenizers.load(tokenizer), released=(folder / CONFIG_FILE).is_file())
 
 
+def template_files(folder: Path) -> list[Path]:
+    """The chat templates in a folder's `TEMPLATES_FOLDER`, each named as its template."""
+    return sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))
+
+
 def copy_to_run(folder: str | Path, run: str | Path, text: TextSettings | None = None) -> None:
     """Copy a released folder's text files into a run that was made of it, which has its tokenizer already.
 
@@ -156,8 +157,10 @@ def copy_to_run(folder: str | Path, run: str | Path, text: TextSettings | None =
     Raises: ValueError when a file is damaged.
     """
     folder, run = Path(folder), Path(run)
+    for template in template_files(folder):
+        write_atomic(run / TEMPLATES_FOLDER / template.name, template.read_bytes())
     for name in TEXT_FILES:
-        if (folder / name).is_file() and name not in (JSON_FILE, TIKTOKEN_FILE):
+        if (folder / name).is_file() and name not in (JSON_FILE, TIKTOKEN_FILE, TEMPLATE_FILE):
             shutil.copyfile(folder / name, run / name)
     if not (run / CONFIG_FILE).exists():  # its being there says that text is read as released
         names = {} if text is None else text.special_tokens
@@ -168,6 +171,8 @@ def copy_to_run(folder: str | Path, run: str | Path, text: TextSettings | None =
         write_atomic(run / GENERATION_FILE, json.dumps(generation, indent=2) + "\n")
     if text is not None:
         write_atomic(run / TEMPLATE_FILE, text.chat.source)
+    elif (folder / TEMPLATE_FILE).is_file():
+        write_atomic(run / TEMPLATE_FILE, (folder / TEMPLATE_FILE).read_bytes())
 
 
 def _read(folder: Path, tokenizer: Tokenizer, *, released: bool) -> TextSettings:
@@ -198,7 +203,7 @@ def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
 
     Source: transformers, `PreTrainedTokenizerBase._from_pretrained`.
     """
-    files = {path.stem: path for path in sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))}
+    files = {path.stem: path for path in template_files(folder)}
     if (folder / TEMPLATE_FILE).is_file():
         files["default"] = folder / TEMPLATE_FILE
     if files:

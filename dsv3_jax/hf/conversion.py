@@ -9,10 +9,12 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax.data import text_settings, tokenizer
-from dsv3_jax.data.text_settings import TEXT_FILES
+from dsv3_jax.data.special_tokens import read_object
+from dsv3_jax.data.tokenizer import TIKTOKEN_FILE
 from dsv3_jax.hf import files
 from dsv3_jax.hf.config_json import config_to_dict
-from dsv3_jax.hf.open_model import released_run
+from dsv3_jax.hf.families import text_config
+from dsv3_jax.hf.open_model import released_run, text_files
 from dsv3_jax.hf.places import find
 from dsv3_jax.hf.reading import ReleasedFolder, load
 from dsv3_jax.hf.table import tensor_table
@@ -23,6 +25,7 @@ from dsv3_jax.training.optim import AdamState
 from dsv3_jax.training.run_folder import RUN_FILE, TOKENIZER_FILE, claim
 from dsv3_jax.training.step import TrainState
 
+ORIGIN = "released_config.json"  # in a run: config.json of the released folder that it was made of
 DType = Literal["float32", "bfloat16", "fp8"]
 
 
@@ -44,7 +47,8 @@ def convert(
         source: a run folder, whose last checkpoint is taken, or a released folder.
         out: the folder to create.
         to: "run" or "hf", the released format. Default: "hf" for a run or where `dtype` is given, else "run".
-        dtype: of the released folder's weights. Default: the source's, which is float32 for a run and bfloat16 for FP8.
+        dtype: of the released folder's weights. Default: the source's. This is bfloat16 for FP8, and for a run that of
+            the released folder that it was made of, else float32.
         shard_bytes, mtp, allow_nonfinite, allow_unknown_keys, quiet: as `save` and `load`.
     Returns: a sentence about the new folder.
     Raises: ValueError (ConfigError) as `load`, `save` and `checkpoint.load_run`.
@@ -85,20 +89,19 @@ def _run_to_released(
 ) -> str:
     """Convert a run's last checkpoint, with its tokenizer and the other files of its text."""
     model, run, step = load_run(source, kernels="auto")  # the run's own may be of other devices
-    fp8, name = dtype == "fp8", None if dtype == "fp8" else dtype
+    origin = read_object(files.file_inside(source, ORIGIN))
+    kept_dtype = origin.get("dtype", origin.get("torch_dtype"))
+    fp8, name = dtype == "fp8", next((d for d in (dtype, kept_dtype) if d in DTYPES), None)
     config, table, tensors = prepare(model, fp8, name, allow_nonfinite)
-    config["eos_token_id"] = tokenizer.load(run.data.tokenizer).eos_id
-    extra_files = _text_files(source)
-    if run.data.tokenizer != "bytes" and (file := tokenizer.file_of(run.data.tokenizer)) not in extra_files:
-        extra_files.append(file)
+    ids = {"eos_token_id": tokenizer.load(run.data.tokenizer).eos_id}
+    config |= ids | {k: origin[k] for k in ("bos_token_id", "eos_token_id") if origin.get(k) is not None}
+    extra_files = text_files(source)
+    if run.data.tokenizer != "bytes" and (file := tokenizer.file_of(run.data.tokenizer)) not in extra_files.values():
+        extra_files[TIKTOKEN_FILE if file.name == TIKTOKEN_FILE else TOKENIZER_FILE] = file
     texts = {TOKENIZER_FILE: tokenizer.byte_tokenizer_json()} if run.data.tokenizer == "bytes" else {}
     write_released(out, config, table, tensors, shard_bytes, quiet=quiet, extra_files=extra_files, texts=texts)
-    return f"{out}: the checkpoint of step {step}, {len(table)} tensors in Hugging Face format"
-
-
-def _text_files(folder: Path) -> list[Path]:
-    """The files of a folder that say how text is read and ended: tokenizer, chat template, sampling."""
-    return [file for name in TEXT_FILES if (file := files.file_inside(folder, name)).is_file()]
+    written = "fp8" if fp8 else config["torch_dtype"]
+    return f"{out}: the checkpoint of step {step}, {len(table)} tensors in {written}, in Hugging Face format"
 
 
 def _released_to_dtype(folder: ReleasedFolder, out: Path, dtype: DType | None, shard_bytes: int, quiet: bool) -> str:
@@ -108,7 +111,7 @@ def _released_to_dtype(folder: ReleasedFolder, out: Path, dtype: DType | None, s
     table = tensor_table(folder.cfg, fp8, dtype=name)
     config = config_to_dict(folder.cfg, fp8=fp8, dtype=name)
     config |= {key: folder.config.get(key) for key in ("bos_token_id", "eos_token_id")}
-    extra_files = _text_files(folder.path)
+    extra_files = text_files(folder.path)
     tensors = CastTensors(folder_tensors(folder), table, folder.allow_nonfinite)
     write_released(out, config, table, tensors, shard_bytes, quiet=quiet, extra_files=extra_files)
     return f"{out}: {len(table)} tensors in {dtype or name}, in Hugging Face format"
@@ -133,7 +136,8 @@ def _released_to_run(
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     with files.new_folder(out, nbytes) as folder:
         run = claim(folder, run)
-        _text_files(source)  # none is a link out of the folder
+        text_files(source)  # none is a link out of the folder
+        files.write_json(folder / ORIGIN, text_config(files.read_json(files.file_inside(source, files.CONFIG))))
         if run.data.tokenizer != "bytes":
             text_settings.copy_to_run(source, folder)
         with Checkpoints(folder, run) as checkpoints:

@@ -75,8 +75,8 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def file_inside(folder: Path, name: object) -> Path:
-    """Return the path of a file directly in a folder.
+def file_inside(folder: Path, name: object, *, under: str = "") -> Path:
+    """Return the path of a file directly in a folder, or in its folder `under`.
 
     A hub snapshot holds links to `blobs/` of its own repository; they are followed.
 
@@ -92,7 +92,7 @@ def file_inside(folder: Path, name: object) -> Path:
     """
     if not isinstance(name, str) or not name or name in (".", "..") or Path(name).name != name or "\\" in name:
         raise ValueError(f"{folder} names a file {name!r}, which is not a plain file name in that folder")
-    path = folder / name
+    path = folder / under / name
     there, own = path.resolve(), folder.resolve()
     inside = [own, own.parent.parent / "blobs"] if own.parent.name == "snapshots" else [own]
     if not any(there.is_relative_to(place) for place in inside):

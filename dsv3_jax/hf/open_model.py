@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 
 from dsv3_jax.config import DataConfig, ModelConfig, RunConfig
 from dsv3_jax.data import text_settings, tokenizer
-from dsv3_jax.data.text_settings import TextSettings
-from dsv3_jax.data.tokenizer import SPECIALS, TIKTOKEN_FILE
+from dsv3_jax.data.special_tokens import read_object
+from dsv3_jax.data.text_settings import TEMPLATES_FOLDER, TEXT_FILES, TextSettings
+from dsv3_jax.data.tokenizer import SPECIALS, TIKTOKEN_FILE, ByteTokenizer
 from dsv3_jax.hf import files, reading
 from dsv3_jax.hf.places import find
 from dsv3_jax.kernels.choose import platform_of
@@ -51,13 +52,13 @@ def open_model(
 
 
 def load_released(
-    place: str | Path, mesh: Mesh | None = None, *, dtype: Any = None, kernels: str | None = None
+    place: str | Path, mesh: Mesh | None = None, *, dtype: Any = None, kernels: str | None = None, mtp: bool = True
 ) -> Transformer:
-    """Load a released model. Arguments and errors as `open_model`, but no tokenizer is needed."""
+    """Load a released model. Arguments and errors as `open_model` and `hf.load`, but no tokenizer is needed."""
     folder = find_released(place)
     if dtype is None:
         dtype = jnp.float32 if platform_of(mesh) == "cpu" else jnp.bfloat16
-    return reading.load(folder, dtype, mesh, kernels=kernels or "auto")
+    return reading.load(folder, dtype, mesh, mtp=mtp, kernels=kernels or "auto")
 
 
 def find_released(place: str | Path) -> Path:
@@ -74,19 +75,48 @@ def find_released(place: str | Path) -> Path:
 def released_run(folder: Path, cfg: ModelConfig) -> RunConfig:
     """The settings of a released model: its tokenizer, and the default corpus.
 
-    Raises: ValueError when the folder has no tokenizer that can be read, and is no model of bytes.
+    Raises: ValueError as `check_tokenizer`.
     """
-    file = files.file_inside(folder, tokenizer.file_of(str(folder)).name)
-    if file.is_file():
-        name = str(file)
-    elif cfg.vocab_size == 256 + len(SPECIALS):
-        name = "bytes"
-    else:
-        raise ValueError(
-            f"{folder} has no tokenizer, neither {TOKENIZER_FILE} nor {TIKTOKEN_FILE}, and vocab_size={cfg.vocab_size} "
-            "is not that of bytes"
-        )
+    check_tokenizer(folder)
+    file = tokenizer.file_of(str(folder))
+    name = str(file) if file.is_file() else "bytes"
     return RunConfig(model=cfg, data=DataConfig(tokenizer=name, seq_len=min(SEQ_LEN, cfg.max_positions)))
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Check that a released folder has a tokenizer, or that its tokens are known to be bytes.
+
+    Raises: ValueError when neither holds, or the tokenizer is a link out of the folder.
+    """
+    if text_files(folder).keys() & {TOKENIZER_FILE, TIKTOKEN_FILE} or is_byte_export(folder):
+        return
+    also = next((f.name for f in sorted(folder.glob("*.model"))), None)
+    other = f"; the format of {also} is not supported" if also else ""
+    size, eos = 256 + len(SPECIALS), ByteTokenizer().eos_id
+    if read_object(folder / files.CONFIG).get("vocab_size") == size:
+        other += f'; if its tokens are bytes, write "eos_token_id": {eos} into its {files.CONFIG}'
+    raise ValueError(f"{folder} has no tokenizer: neither {TOKENIZER_FILE} nor {TIKTOKEN_FILE} is in it{other}")
+
+
+def is_byte_export(folder: Path) -> bool:
+    """Whether a released folder without a tokenizer is a run of bytes as earlier versions of `dsv3 convert` wrote it.
+
+    Both numbers together tell: the smallest vocabulary of a trained BPE has as many ids, but its end of document is 0.
+    """
+    config = read_object(files.file_inside(folder, files.CONFIG))
+    ours = config.get("vocab_size") == 256 + len(SPECIALS) and config.get("eos_token_id") == ByteTokenizer().eos_id
+    return ours and not any(folder.glob("*.model"))
+
+
+def text_files(folder: Path) -> dict[str, Path]:
+    """The files of a folder that say how text is read and ended, by name: tokenizer, chat templates, sampling.
+
+    Raises: ValueError when one of them is a link out of the folder.
+    """
+    found = {name: files.file_inside(folder, name) for name in TEXT_FILES}
+    for path in text_settings.template_files(folder):
+        found[f"{TEMPLATES_FOLDER}/{path.name}"] = files.file_inside(folder, path.name, under=TEMPLATES_FOLDER)
+    return {name: path for name, path in found.items() if path.is_file()}
 
 
 def open_draft(
@@ -111,8 +141,11 @@ def load_text(folder: str | Path) -> TextSettings:
     place = Path(folder)
     is_run = (place / RUN_FILE).is_file()
     place = place if is_run else find_released(folder)
-    for name in (files.CONFIG, *text_settings.TEXT_FILES):
-        files.file_inside(place, name)  # an absent file passes
+    files.file_inside(place, files.CONFIG)  # an absent file passes
+    text_files(place)
     if is_run:
         return text_settings.read_run_folder(place, read_run(place).data.tokenizer)
+    check_tokenizer(place)
+    if not tokenizer.file_of(str(place)).is_file():
+        return text_settings.read_run_folder(place, "bytes")
     return text_settings.read_released(place)

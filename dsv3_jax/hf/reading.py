@@ -1,5 +1,6 @@
 """Load a released folder: memory-mapped tensors, one at a time, into stacked and sharded parameters."""
 
+import math
 import re
 import sys
 from collections import defaultdict
@@ -30,6 +31,7 @@ from dsv3_jax.report.progress import transfer
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 READABLE_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BF16)
+_ALIGNMENT = 64  # bytes
 _MAX_LISTED = 20  # wrong tensors that an error names
 _EMBED = "model.embed_tokens.weight"
 # Where a wrapper keeps its language model, and what it has beside it: pictures, which are not read.
@@ -242,8 +244,8 @@ def load(
 ) -> Transformer:
     """Load a released model: config.json and safetensors of float32, bfloat16, float16, FP8 or 4 bits.
 
-    Peak memory is all parameters, plus the largest one again, plus less than a gigabyte. With a mesh, each host reads
-    only the tensors of its shards.
+    On a CPU, peak memory is that of the parameters plus less than a gigabyte. For another device, the host holds one
+    parameter at a time. With a mesh, each host reads only the tensors of its shards.
 
     Args:
         path: a folder, a snapshot of the hub's cache, or a hub id that is in this cache (organisation/name). No file
@@ -322,10 +324,18 @@ def _read_shard(
         shard: a slice for each of its axes.
     """
     ranges = [range(*s.indices(n)) for s, n in zip(shard, shape, strict=True)]
-    out = np.zeros([len(r) for r in ranges], dtype)  # zeros remain where the released router has no bias
+    out = _zeros([len(r) for r in ranges], dtype)  # zeros remain where the released router has no bias
     for entry, part in sources:
         indices = entry.slices[part].indices
         if all(i in r for i, r in zip(indices, ranges, strict=False)):
             value = entry.layout.split(folder.read(entry, dtype))[part]
             out[tuple(i - r.start for i, r in zip(indices, ranges, strict=False))] = value[shard[len(indices) :]]
     return out
+
+
+def _zeros(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """Allocate zeros at an address that XLA's CPU client takes over without a copy; NumPy aligns to 16 bytes only."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(nbytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + nbytes].view(dtype).reshape(shape)

@@ -1,7 +1,7 @@
 """Save a model as a released folder that `transformers` loads, one tensor at a time; a failure leaves no folder."""
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -188,10 +188,10 @@ def write_released(
     shard_bytes: int,
     *,
     quiet: bool,
-    extra_files: Iterable[Path] = (),
+    extra_files: Mapping[str, Path] | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a released folder of a table's tensors, with copies of `extra_files`, and files of `texts` by name.
+    """Write a released folder of a table's tensors, with copies of `extra_files`, and files of `texts`, both by name.
 
     Raises: ValueError as `save`.
     """
@@ -209,7 +209,8 @@ def write_released(
 
         files.write_shards(folder, table, shard_bytes, read)
         files.write_json(folder / files.CONFIG, config)
-        for file in extra_files:
-            shutil.copyfile(file, folder / file.name)
+        for name, file in (extra_files or {}).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / name)
         for name, text in (texts or {}).items():
             (folder / name).write_text(text, encoding="utf-8")

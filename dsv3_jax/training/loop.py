@@ -170,7 +170,7 @@ def fit(
                 while started:
                     settle()
             if trace.reach(step):
-                progress.say(f"traced steps {profile[0]} to {step - 1}: tensorboard --logdir {trace.folder}")
+                progress.say(f"traced steps {trace.first} to {step - 1}: tensorboard --logdir {trace.folder}")
             batch = next(batches)
             arrays = processes.put(data.model_inputs(batch), mesh, run.data.batch_size, ready.rows)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):

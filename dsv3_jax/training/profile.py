@@ -24,7 +24,7 @@ class Profile:
     """
 
     def __init__(self, steps: tuple[int, int] | None, out: str | Path):
-        self._first, self._end = steps or (-1, -1)
+        self.first, self._end = steps or (-1, -1)
         self.folder, self._running = Path(out) / FOLDER, False
 
     def __enter__(self) -> "Profile":
@@ -42,7 +42,7 @@ class Profile:
         if self._running and step >= self._end:
             self._stop()
             return True
-        if not self._running and self._first <= step < self._end:
+        if not self._running and self.first <= step < self._end:
             jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
             self._running = True
         return False
