@@ -16,8 +16,8 @@ from runs import assert_bitwise, make_run, unhooked_cli, write_text
 from dsv3_jax import hf
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data.tokenizer import ByteTokenizer
-from dsv3_jax.hf.open_model import open_draft, open_model
-from dsv3_jax.loading import load_model, load_text
+from dsv3_jax.hf.open_model import load_text, open_draft, open_model
+from dsv3_jax.loading import load_model
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.training import warm_start
 
