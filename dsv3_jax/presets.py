@@ -304,7 +304,7 @@ RECIPES = {
         log_every=1,
     ),
 }
-NEEDS_START = ("sft",)  # recipes without a model of their own
+NEEDS_START = ("sft",)  # recipes without a model of their own: `recipe` gives one in its place
 
 
 def preset(name: str) -> ModelConfig:
@@ -331,3 +331,18 @@ def recipe(name: str) -> RunConfig:
     if name not in RECIPES:
         raise ConfigError(f"preset {name!r} is not one of {', '.join(RECIPES)}{did_you_mean(name, RECIPES)}")
     return RECIPES[name]
+
+
+def recipe_with_model(name: str) -> RunConfig:
+    """Return the recipe of that name if it has a model of its own.
+
+    Raises: ConfigError for an unknown name, and for a recipe that takes another run's model.
+
+    >>> recipe_with_model("sft")
+    Traceback (most recent call last):
+        ...
+    dsv3_jax.config.ConfigError: preset 'sft' has no model of its own: it is for `dsv3 train sft --start MODEL`
+    """
+    if name in NEEDS_START:
+        raise ConfigError(f"preset {name!r} has no model of its own: it is for `dsv3 train {name} --start MODEL`")
+    return recipe(name)

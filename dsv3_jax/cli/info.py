@@ -10,7 +10,7 @@ from dsv3_jax.cli.common import named_preset, parse, prepare_process
 from dsv3_jax.config import Execution, ModelConfig
 from dsv3_jax.model.cache import bytes_per_token, pick_kind
 from dsv3_jax.model.counting import size
-from dsv3_jax.presets import recipe
+from dsv3_jax.presets import recipe_with_model
 from dsv3_jax.report.units import format_count
 
 
@@ -29,7 +29,7 @@ class Info:
 
 def run(argv: list[str]) -> int:
     """Print the list."""
-    run, rest = named_preset(argv, "info", recipe)
+    run, rest = named_preset(argv, "info", recipe_with_model)
     args = parse(Info, rest, "info PRESET", default=Info(run.model, run.execution))
     if args.kernels:
         prepare_process()

@@ -39,6 +39,7 @@ def usage() -> str:
     return "\n".join([
         "usage: dsv3 COMMAND …", "", *lines, "",
         f"`dsv3 COMMAND --help` lists a command's options. Presets: {', '.join(MODELS)}.",
+        "`dsv3 train sft --start MODEL --data.paths chats.jsonl` fine-tunes a model on chats.",
     ])  # fmt: skip
 
 

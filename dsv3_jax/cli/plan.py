@@ -3,7 +3,7 @@
 import os
 
 from dsv3_jax.cli.common import named_preset, parse, prepare_process
-from dsv3_jax.presets import recipe
+from dsv3_jax.presets import recipe_with_model
 
 
 def run(argv: list[str]) -> int:
@@ -13,7 +13,7 @@ def run(argv: list[str]) -> int:
     prepare_process()
     from dsv3_jax.planning.plan import PlanOptions, plan
 
-    run, rest = named_preset(argv, "plan", recipe)
+    run, rest = named_preset(argv, "plan", recipe_with_model)
     args = parse(PlanOptions, rest, "plan PRESET", default=PlanOptions(run.model, run.execution))
     changed = (args.model, args.execution) != (run.model, run.execution)
     return plan(args, run, f"{argv[0]}, changed" if changed else argv[0])
