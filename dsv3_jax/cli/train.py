@@ -42,6 +42,9 @@ class Train:
     out: Path
     """folder of the run: run.json, checkpoints, metrics, pictures"""
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    step: int | None = None
+    """resume from the checkpoint of this step, each time the command runs; later ones are kept as STEP.superseded. None
+    means the newest checkpoint that is whole"""
     mesh: str | None = None
     """devices to shard over, as data=N,expert=N,tensor=N; None means all GPUs or TPUs here along data, or one CPU
     device; with --cluster, the devices of all processes along data"""
@@ -66,7 +69,7 @@ def run(argv: list[str]) -> int:
 
     mesh = all_devices(args.run) if args.mesh is None else make_mesh(args.mesh)
     prepare_training(mesh)
-    fit(args.run, args.out, mesh=mesh)
+    fit(args.run, args.out, mesh=mesh, step=args.step)
     return 0
 
 
@@ -137,7 +140,7 @@ def _train_in_cluster(line: int, port: int, argv: list[str]) -> int:
     try:
         mesh = processes.make_mesh(sizes)
         prepare_training(mesh)
-        fit(args.run, args.out, mesh=mesh)
+        fit(args.run, args.out, mesh=mesh, step=args.step)
     except Exception as error:
         if processes.is_connection_error(error):
             return fail(f"the processes lost each other: {sentence(error)}", supervisor.LOST)

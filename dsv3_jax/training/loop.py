@@ -139,12 +139,12 @@ def fit(
             resumed_from = int(state.step)
             sentence = f"resumed from the checkpoint of step {resumed_from} in {checkpoints.folder}"
         step, evaluation = int(state.step), None
-        for line in (*describe(ready, step, mesh), *sentences, sentence):
-            if line:
-                progress.say(line)
         after, read_only = resumed_from or 0, not processes.is_first()
         metrics = Metrics(out, after, read_only=read_only)
         loads = Rows(out / LOAD_FILE, after, read_only=read_only)
+        for line in (*describe(ready, step, mesh), *sentences, metrics.sentence, loads.sentence, sentence):
+            if line:
+                progress.say(line)
         step_fn = _compiled_step(run, ready.kernels, ready.options)
         speed, first_row = _Speed(run, ready.peak), {"kernels": chosen(ready.kernels, run, mesh)}
         started, ahead = deque[_Started](), AHEAD.get(ready.kernels.target.platform, AHEAD_ELSEWHERE)
