@@ -75,10 +75,10 @@ def acquire(folder: str | Path) -> Iterator[RunLock]:
         dsv3_jax.training.lock.FolderInUse: out='...' is in use by process ... on ..., which started at ...
     """
     path = Path(folder) / LOCK_FILE
-    descriptor = _open_locked(path)
+    descriptor, locked = _open_locked(path)
     try:
         before = _read(path)
-        if _is_alive(before):
+        if _is_alive(before, locked):
             raise _in_use(path, before)
         sentence = f"the lock of {_describe(before)} is taken over: it has ended" if before else ""
         os.ftruncate(descriptor, 0)
@@ -94,24 +94,26 @@ def acquire(folder: str | Path) -> Iterator[RunLock]:
         lock.release()
 
 
-def _open_locked(path: Path) -> int:
+def _open_locked(path: Path) -> tuple[int, bool]:
     """Open the lock file, make it if absent, and lock it.
 
+    Returns: (its descriptor, whether it is locked: some file systems have no flock).
     Raises: FolderInUse if another process has it locked.
     """
     while True:
         # O_NOFOLLOW and O_NONBLOCK: a link or a pipe of that name is refused, and nothing waits.
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
         descriptor = os.open(path, flags, 0o644)
+        locked = True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 os.close(descriptor)
                 raise _in_use(path, _read(path)) from None
-            # This file system has no flock: the content alone decides.
+            locked = False
         if _is_open_file(path, descriptor):
-            return descriptor
+            return descriptor, locked
         os.close(descriptor)  # its holder deleted it between the two calls
 
 
@@ -140,12 +142,14 @@ def _read(path: Path) -> dict[str, Any]:
     return values if whole else {}
 
 
-def _is_alive(record: dict[str, Any]) -> bool:
-    """Whether the process of a lock may still run. This process counts as dead: it holds the lock now."""
-    if not record or record["pid"] == os.getpid():
+def _is_alive(record: dict[str, Any], locked: bool) -> bool:
+    """Whether the process of a lock may still run. One on this host has ended if this process could lock the file."""
+    if not record:
         return False
     if record.get("host") != socket.gethostname():
         return True
+    if locked:
+        return False
     try:
         os.kill(record["pid"], 0)
     except (ProcessLookupError, OverflowError):
