@@ -81,6 +81,8 @@ class Checkpoints:
             with self._named_errors():
                 self._manager.close()  # waits for the last save
         except SaveFailed:
+            for part in self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(part, ignore_errors=True)
             if kind is None:  # otherwise the error that ends the run says more
                 raise
 

@@ -37,12 +37,17 @@ class RunLock:
         self._path, self._descriptor = path, descriptor
         self.sentence = sentence  # to print: whose lock was taken over, or empty
 
+    def is_in_place(self) -> bool:
+        """Whether the lock file is still this process's, at its place."""
+        return self._path is None or _is_open_file(self._path, self._descriptor)
+
     def check(self) -> None:
         """Check that the folder is still at its place, and this process still its writer.
 
         Raises: FolderGone.
         """
-        if self._path is not None and not _is_open_file(self._path, self._descriptor):
+        if not self.is_in_place():
+            assert self._path is not None
             raise FolderGone(
                 f"out={str(self._path.parent)!r} was moved or deleted, or its {LOCK_FILE} was, while this process "
                 "trained in it; the same command resumes where the folder is now"

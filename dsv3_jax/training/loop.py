@@ -20,7 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -45,7 +45,7 @@ from dsv3_jax.report.progress import Progress
 from dsv3_jax.report.run_plots import routing_heatmap, training_curves
 from dsv3_jax.signals import STOP, handled
 from dsv3_jax.training import warm_start
-from dsv3_jax.training.checkpoint import Checkpoints
+from dsv3_jax.training.checkpoint import Checkpoints, SaveFailed
 from dsv3_jax.training.evaluate import evaluate
 from dsv3_jax.training.finite import first_nonfinite
 from dsv3_jax.training.lock import RunLock, acquire
@@ -238,7 +238,16 @@ def _only_writer(out: Path, run: RunConfig) -> Iterator[RunLock]:
             claim(out, run)  # again: two processes may have claimed a new folder at the same time
 
         processes.by_first(lock)
-        yield held[0]
+        try:
+            yield held[0]
+        except SaveFailed:
+            held[0].check()  # says more, if the folder is gone
+            raise
+        finally:
+            if not held[0].is_in_place():  # Orbax creates folders: what it began to write here is deleted by now
+                with suppress(OSError):
+                    (out / "checkpoints").rmdir()
+                    out.rmdir()
 
 
 class _Started(NamedTuple):
