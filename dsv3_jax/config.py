@@ -8,6 +8,7 @@ experts a token, G groups, F expert width, L layers, W vocabulary.
 
 import dataclasses
 import json
+import math
 import re
 import typing
 from collections.abc import Iterable
@@ -439,6 +440,8 @@ class OptimConfig:
 
     def __post_init__(self):
         _check_types(self)
+        for name, value in vars(self).items():
+            _require(type(value) is not float or math.isfinite(value), f"{name}={value} is not finite")
         for name in ("learning_rate", "eps", "clip_norm", "microbatches"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} is not positive")
         for name in ("final_learning_rate", "warmup_steps", "weight_decay", "mtp_weight", "mtp_final_weight"):

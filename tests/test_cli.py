@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from runs import cheap_compiles, environment, finished, flags, rows_of, start, unhooked_cli
 
-from dsv3_jax.cli import bench, chat, common, convert, demo, eval, generate, info, stats, tokenizer, train
+from dsv3_jax.cli import bench, chat, common, convert, demo, eval, generate, info, runs, stats, tokenizer, train
 from dsv3_jax.cli import main as cli
 from dsv3_jax.config import Execution, Layout
 from dsv3_jax.data.tokenizer import ByteTokenizer
@@ -61,6 +61,7 @@ OPTIONS = {
     "chat": chat.Chat,
     "bench decode": bench.Decode,
     "convert": convert.Convert,
+    "runs check": runs.Check,
     "plan": PlanOptions,
     "info": info.Info,
     "tokenizer": tokenizer.TokenizerArgs,
@@ -162,6 +163,7 @@ BAD = {
         "model.dim=12 is not that of start='{run}', 8",
     ),
     "start and trunk": ("train tiny --out {new} --start {run} --trunk {run}", "start='{run}' or on trunk='{run}'"),
+    "learning rate": ("train tiny --out {new} --optim.learning-rate inf", "learning_rate=inf is not finite"),
     "two EAGLE heads": (
         "info tiny --mtp-kind eagle --mtp-depth 2",
         "mtp_depth=2 is more than the 1 of mtp_kind='eagle'",
@@ -205,6 +207,16 @@ BAD = {
     "bench of nothing": ("bench decode {absent}", "folder='{absent}' is neither a run"),
     "bench of no cache": ("bench decode {run} --cache best", "best"),
     "bench of no new tokens": ("bench decode {run} --new-tokens 1", "new_tokens=1"),
+    "eval of no such step": (
+        "eval {run} --step 3",
+        "step=3 has no checkpoint in {run}/checkpoints; there are",
+    ),
+    "generate from no such step": ("generate {run} --step 3", "step=3 has no checkpoint in"),
+    "convert no such step": ("convert {run} {new} --step 3", "step=3 has no checkpoint in"),
+    "train from no such step": ("train tiny --out {new} --step x", "'x'"),
+    "no subcommand": ("runs", "the name of a subcommand is missing"),
+    "subcommand": ("runs chek {run}", "subcommand 'chek' is not one of check; did you mean 'check'?"),
+    "check of nothing": ("runs check {absent}", "folder='{absent}' holds no run"),
     "convert nothing": ("convert {absent} {new}", "{absent} is neither a run"),
     "convert a run to a run": ("convert {run} {new} --to run", "{run} is a run already"),
     "convert to what is there": ("convert {run} {text}", "{text} exists and is not an empty folder"),
@@ -214,7 +226,7 @@ BAD = {
     "tokenizer of no data": ("tokenizer {new} --paths {absent}", "{absent}"),
 }
 GOOD = {
-    **{f"help of {command}": f"{command} --help" for command in (*OPTIONS, "bench")},
+    **{f"help of {command}": f"{command} --help" for command in (*OPTIONS, "bench", "runs")},
     "help": "--help",
     "nothing": "",
     "info": "info v3",
@@ -231,6 +243,7 @@ GOOD = {
     "drafted": "generate {run} --prompt abc --max-new-tokens 20 --temperature 0 --draft mtp --draft-length 2",
     "on a mesh": "generate {run} --prompt abc --max-new-tokens 20 --temperature 0 --mesh data=2,expert=2,tensor=2",
     "bench": "bench decode {run} --context 16 --new-tokens 4 --draft none mtp --rounds 1 --kernels xla",
+    "check": "runs check {run}",
     "tokenizer": "tokenizer {made} --paths {text} --vocab-size 280",
     "tokenizer again": "tokenizer {made} --paths {text} --vocab-size 270 --force",
 }
@@ -331,7 +344,9 @@ def test_bad_input_writes_nothing(answers, place):
         ("chat", ["MODEL", "--system", "--draft", "--temperature", "/reset", "conversation again"]),
         ("bench", ["dsv3 bench decode RUN"]),
         ("bench decode", ["--batch", "--cache-dtype", "--draft-length", "--json", "--kernels"]),
-        ("convert", ["--to", "--dtype", "--shard-mb", "--no-mtp", "--allow-nonfinite"]),
+        ("runs", ["dsv3 runs SUBCOMMAND", "check RUN"]),
+        ("runs check", ["RUN"]),
+        ("convert", ["--to", "--step", "--dtype", "--shard-mb", "--no-mtp", "--allow-nonfinite"]),
         ("plan", ["--mesh", "--decode-batch", "--device", "--memory", "--target", "--num-experts", "--layout.fsdp"]),
         ("info", ["--mtp-depth", "--num-experts", "--kernels", "--execution.compute-dtype"]),
         ("tokenizer", ["--vocab-size", "--force"]),
@@ -471,6 +486,12 @@ def test_steps_are_printed_with_the_time_left(capsys):
     first, later, last = capsys.readouterr().out.splitlines()
     assert first == "step 1  loss 1.000" and last == "step 400  loss 1.000"
     assert re.fullmatch(r"step 11  loss 1\.000  \d+ seconds? left", later)
+
+
+def test_check_says_that_checkpoints_are_whole(answers):
+    code, out, err = answers["check"]
+    assert (code, err) == (0, "")
+    assert out.count(": whole, ") == 2 and "metrics.jsonl: " in out
 
 
 def test_eval_through_caches(answers):

@@ -1,7 +1,5 @@
 """The door: which implementation of an op runs where, what is refused, and what is said."""
 
-import shutil
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -209,21 +207,7 @@ def test_no_compiler_or_one_that_fails_is_said(afresh, monkeypatch, tmp_path):
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert afresh() == "there is no C++ compiler (c++, g++, clang++)"
-    assert not list(tmp_path.glob("*/*"))  # nothing half-written
-
-
-@pytest.mark.long
-def test_what_is_compiled_is_kept_and_said(afresh, tmp_path, capfd):
-    compiler = next((c for c in library.COMPILERS if shutil.which(c)), None)
-    if compiler is None:
-        pytest.skip("there is no C++ compiler")
-    path = library._compiled(compiler)
-    assert list((tmp_path / "dsv3_jax").iterdir()) == [path]
-    said = capfd.readouterr().err
-    assert said.startswith(f"compiling the CPU kernels with {compiler}") and "compiled in" in said
-    written = path.stat().st_mtime_ns
-    assert library._compiled(compiler) == path and path.stat().st_mtime_ns == written
-    assert capfd.readouterr().err == ""
+    assert [path.name for path in tmp_path.glob("*/*")] == ["build.lock"]  # nothing half-written
 
 
 def test_ops_in_the_table_are_methods():

@@ -19,6 +19,8 @@ class Convert:
     """the folder to create; a failure leaves nothing of it"""
     to: Literal["run", "hf"] | None = None
     """what to create; None means hf for a run or if --dtype is given, else run"""
+    step: int | None = None
+    """step of a run's checkpoint; None means the last"""
     dtype: Literal["float32", "bfloat16", "fp8"] | None = None
     """dtype of the weights in Hugging Face format; None means the source's, and bfloat16 for FP8"""
     shard_mb: int = 5000
@@ -42,6 +44,7 @@ def run(argv: list[str]) -> int:
             args.folder,
             args.out,
             to=args.to,
+            step=args.step,
             dtype=args.dtype,
             shard_bytes=args.shard_mb * 1_000_000,
             mtp=args.mtp,

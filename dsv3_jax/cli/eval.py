@@ -19,6 +19,8 @@ class Eval:
     """a run's folder, a released folder, or a hub id that is in the local cache"""
     paths: tuple[str, ...] = ()
     """other text to measure on; empty means the run's own validation text"""
+    step: int | None = None
+    """step of the checkpoint; None means the last"""
     batches: int = 8
     """number of batches to read, at most"""
     cache_dtype: tuple[CacheDtype, ...] = ()
@@ -38,7 +40,7 @@ def run(argv: list[str]) -> int:
     from dsv3_jax.training.chats import measured_on
     from dsv3_jax.training.evaluate import cache_quality, evaluate
 
-    model, run, step = open_model(args.run, kernels=args.kernels)
+    model, run, step = open_model(args.run, step=args.step, kernels=args.kernels)
     source, text = measured_on(run.data, args.run, args.paths), tokenizer.load(run.data.tokenizer)
     batches = source.val_batches(args.batches)
     measures = evaluate(model, batches, text, source.domains)

@@ -20,6 +20,8 @@ class Decode:
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """a run, which `dsv3 train` or `dsv3 convert` wrote, a released folder, or a hub id that is in the local cache"""
+    step: int | None = None
+    """step of a run's checkpoint; None means the last"""
     temperature: float | None = None
     """temperature of the sampling; 0 takes the most likely token each time; None means the folder's
     generation_config.json, else 0.8"""
@@ -97,7 +99,9 @@ def load(args: Decode, text: Any) -> tuple[Any, Any]:
     from dsv3_jax.loading import load_model
 
     mesh = make_mesh(args.mesh)
-    model = load_model(args.model, mesh, dtype=args.dtype, kernels=args.kernels, mtp=args.draft == "mtp")
+    model = load_model(
+        args.model, mesh, step=args.step, dtype=args.dtype, kernels=args.kernels, mtp=args.draft == "mtp"
+    )
     if args.draft in (None, "mtp"):
         return model, args.draft
     if not text.tokenizer.same_ids(load_text(args.draft).tokenizer):

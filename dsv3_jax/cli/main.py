@@ -10,7 +10,10 @@ Exit codes:
 """
 
 import importlib
+import os
 import sys
+import threading
+import time
 from importlib.metadata import PackageNotFoundError, version
 
 from dsv3_jax.cli.common import guarded
@@ -27,10 +30,13 @@ COMMANDS = {
     "chat": ("MODEL", "talk with a model that has a chat template"),
     "bench": ("decode RUN", "time the decoding of a run's last checkpoint, by cache, batch, context and draft"),
     "convert": ("FOLDER OUT", "convert released weights (Hugging Face format) into a run, a run into them, or a dtype"),
+    "runs": ("check RUN", "compare a run's checkpoints with their checksums"),
     "plan": ("PRESET", "compute what each device of a mesh would hold, compute and send, without the devices"),
     "info": ("PRESET", "list a model's parameters, FLOPs and cache bytes, without allocating it; and the kernels"),
     "tokenizer": ("OUT", "train a byte-level BPE tokenizer"),
 }
+
+PATIENCE = 20  # seconds that a process may take to end after an error
 
 
 def usage() -> str:
@@ -46,7 +52,22 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run a command, by default the one of this process's arguments, and return its exit code."""
     given = sys.argv[1:] if argv is None else argv
-    return guarded(lambda: dispatch(list(given)))
+    code = guarded(lambda: dispatch(list(given)))
+    if argv is None and code:
+        _end_within(PATIENCE, code)
+    return code
+
+
+def _end_within(seconds: float, code: int) -> None:
+    """End this process after some seconds, if the threads of a failed save keep the interpreter from ending."""
+
+    def end() -> None:
+        time.sleep(seconds)
+        os._exit(code)
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    threading.Thread(target=end, daemon=True).start()
 
 
 def dispatch(argv: list[str]) -> int:

@@ -43,6 +43,9 @@ class Train:
     out: Path
     """folder of the run: run.json, checkpoints, metrics, pictures"""
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    step: int | None = None
+    """resume from the checkpoint of this step, each time the command runs; later ones are kept as STEP.superseded. None
+    means the newest checkpoint that is whole"""
     mesh: str | None = None
     """devices to shard over, as data=N,expert=N,tensor=N; None means all GPUs or TPUs here along data, or one CPU
     device; with --cluster, the devices of all processes along data"""
@@ -73,7 +76,7 @@ def run(argv: list[str]) -> int:
     profile = None if args.profile is None else parse_steps(args.profile)
     mesh = all_devices(args.run) if args.mesh is None else make_mesh(args.mesh)
     prepare_training(mesh)
-    fit(args.run, args.out, mesh=mesh, profile=profile)
+    fit(args.run, args.out, mesh=mesh, step=args.step, profile=profile)
     return 0
 
 
@@ -167,7 +170,7 @@ def _train_in_cluster(line: int, port: int, argv: list[str]) -> int:
     try:
         mesh = processes.make_mesh(sizes)
         prepare_training(mesh)
-        fit(args.run, args.out, mesh=mesh, profile=profile)
+        fit(args.run, args.out, mesh=mesh, step=args.step, profile=profile)
     except Exception as error:
         if processes.is_connection_error(error):
             return fail(f"the processes lost each other: {sentence(error)}", supervisor.LOST)

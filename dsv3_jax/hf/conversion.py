@@ -34,6 +34,7 @@ def convert(
     out: str | Path,
     *,
     to: Literal["run", "hf"] | None = None,
+    step: int | None = None,
     dtype: DType | None = None,
     shard_bytes: int = SHARD_BYTES,
     mtp: bool = True,
@@ -44,9 +45,10 @@ def convert(
     """Convert a run folder or a released folder; a failure leaves no folder.
 
     Args:
-        source: a run folder, whose last checkpoint is taken, or a released folder.
+        source: a run folder or a released folder.
         out: the folder to create.
         to: "run" or "hf", the released format. Default: "hf" for a run or where `dtype` is given, else "run".
+        step: of a run's checkpoint. None means the last.
         dtype: of the released folder's weights. Default: the source's. This is bfloat16 for FP8, and for a run that of
             the released folder that it was made of, else float32.
         shard_bytes, mtp, allow_nonfinite, allow_unknown_keys, quiet: as `save` and `load`.
@@ -66,6 +68,8 @@ def convert(
     """
     source, out = find(source), Path(out)
     from_run = (source / RUN_FILE).is_file()
+    if step is not None and not from_run:
+        raise ValueError(f"step={step} is for runs, and folder={str(source)!r} is a released one")
     if not from_run and not (source / files.CONFIG).exists():
         raise ValueError(f"{source} is neither a run (no {RUN_FILE}) nor a released folder (no {files.CONFIG})")
     to = to or ("hf" if from_run or dtype else "run")
@@ -79,16 +83,22 @@ def convert(
     if to == "run":
         return _released_to_run(source, out, mtp, allow_nonfinite, allow_unknown_keys, quiet)
     if from_run:
-        return _run_to_released(source, out, dtype, shard_bytes, allow_nonfinite, quiet)
+        return _run_to_released(source, out, step, dtype, shard_bytes, allow_nonfinite, quiet)
     folder = ReleasedFolder(source, mtp=mtp, allow_nonfinite=allow_nonfinite, allow_unknown_keys=allow_unknown_keys)
     return _released_to_dtype(folder, out, dtype, shard_bytes, quiet)
 
 
 def _run_to_released(
-    source: Path, out: Path, dtype: DType | None, shard_bytes: int, allow_nonfinite: bool, quiet: bool
+    source: Path,
+    out: Path,
+    step: int | None,
+    dtype: DType | None,
+    shard_bytes: int,
+    allow_nonfinite: bool,
+    quiet: bool,
 ) -> str:
-    """Convert a run's last checkpoint, with its tokenizer and the other files of its text."""
-    model, run, step = load_run(source, kernels="auto")  # the run's own may be of other devices
+    """Convert a run's checkpoint, with its tokenizer and the other files of its text."""
+    model, run, step = load_run(source, step=step, kernels="auto")  # the run's own may be of other devices
     origin = read_object(files.file_inside(source, ORIGIN))
     kept_dtype = origin.get("dtype", origin.get("torch_dtype"))
     fp8, name = dtype == "fp8", next((d for d in (dtype, kept_dtype) if d in DTYPES), None)

@@ -1,6 +1,7 @@
 """A run's metrics as JSON lines and for TensorBoard, and each expert's load in a second file of JSON lines."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from dsv3_jax.files import write_atomic
@@ -27,9 +28,12 @@ class Rows:
 
     def __init__(self, path: Path, after: int, *, read_only: bool = False):
         self._path, self._read_only = path, read_only
+        self.sentence = ""  # to print: which lines were no rows and are dropped
         if read_only:
             return
-        kept = [row for row in self.rows() if row["step"] <= after]
+        rows, bad = parse_rows(path)
+        self.sentence = describe_bad(path, bad, len(rows))
+        kept = [row for row in rows if row["step"] <= after]
         write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: dict) -> None:
@@ -71,21 +75,61 @@ class Metrics(Rows):
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Read the rows of a file of JSON lines; an absent file has none, and a last line cut off by a crash is skipped.
+    """Read the rows of a file of JSON lines; an absent file has none, and lines that are no rows are passed over.
 
     Example:
         >>> read_rows(Path("no/such/metrics.jsonl"))
         []
     """
+    return parse_rows(path)[0]
+
+
+def parse_rows(path: Path) -> tuple[list[dict], list[int]]:
+    """Read a file of JSON lines, each an object with a "step".
+
+    Returns: (the rows, numbers of the other lines from 1). A last line that a crash has cut off is in neither.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, METRICS_FILE).write_text('{"step": 1}\\n12\\n\\n{"step": 2}\\n{"st')
+        ...     parse_rows(Path(folder, METRICS_FILE))
+        ([{'step': 1}, {'step': 2}], [2, 3])
+    """
     if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+        return [], []
+    lines = path.read_bytes().split(b"\n")
+    rows, bad = [], []
+    for number, line in enumerate(lines, 1):
+        row = _parse(line)
+        if row is not None:
+            rows.append(row)
+        elif number < len(lines):  # the last is cut off, or empty
+            bad.append(number)
+    return rows, bad
+
+
+def describe_bad(path: Path, bad: Sequence[int], rows: int) -> str:
+    """Name the lines of a file that are no rows in a sentence; "" if there are none.
+
+    Example:
+        >>> describe_bad(Path("metrics.jsonl"), [2, 3], 9)
+        'file=metrics.jsonl: lines 2, 3 are no rows and are passed over; the other 9 are kept'
+    """
+    if not bad:
+        return ""
+    numbers = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+    lines = f"line {numbers} is no row and is" if len(bad) == 1 else f"lines {numbers} are no rows and are"
+    return f"file={path}: {lines} passed over; the other {rows} are kept"
+
+
+def _parse(line: bytes) -> dict | None:
+    """A line's row; None if it holds none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int and row["step"] >= 0 else None
 
 
 def _flat(row: dict, prefix: str = "") -> list[tuple[str, float]]:

@@ -70,7 +70,7 @@ def read_load(run: str | Path) -> LoadLog | None:
         >>> read_load("no/such/run") is None
         True
     """
-    rows = read_rows(Path(run) / LOAD_FILE)
+    rows = [row for row in read_rows(Path(run) / LOAD_FILE) if "load" in row]
     if not rows:
         return None
     return LoadLog(np.array([row["step"] for row in rows]), np.array([row["load"] for row in rows]))

@@ -3,10 +3,15 @@
 Each holds the training state (parameters, router bias, optimizer, step), the data position and the run's
 configuration. Orbax writes into a temporary folder and renames it, so a run killed at any moment leaves the checkpoint
 before. Half-written checkpoints of a dead run are deleted at the next start. Checkpoints are independent of the mesh.
+
+A checkpoint is compared with its checksums (see `checksums`) before it is read. A reader refuses a damaged one, because
+results must be of the step that was asked for. Training resumes from the newest one that is whole (`rewind`).
 """
 
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +24,14 @@ from dsv3_jax.config import RunConfig, replace, run_from_dict, to_dict
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.training.checksums import MARK, has_manifest, write_manifest
 from dsv3_jax.training.run_folder import difference, read_run
 from dsv3_jax.training.step import TrainState, abstract_state, model_of
+from dsv3_jax.training.whole_steps import WholeSteps
+
+
+class SaveFailed(OSError):
+    """A checkpoint could not be written; the ones before are complete."""
 
 
 class Checkpoints:
@@ -44,20 +55,36 @@ class Checkpoints:
     def __init__(self, folder: str | Path, run: RunConfig, *, read_only: bool = False):
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # its errors are raised, too
         self.folder, self.run = Path(folder).absolute() / "checkpoints", run
+        self._saving: int | None = None  # the step of the last `save`
+        self._whole = WholeSteps(self.folder)
+        # lightweight_initialize: Orbax would read each checkpoint's metadata, which may be damaged.
         if read_only:
-            options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+            options = ocp.CheckpointManagerOptions(
+                read_only=True, save_interval_steps=0, create=False, lightweight_initialize=True
+            )
         else:
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=run.keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+                max_to_keep=run.keep,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+                lightweight_initialize=True,
+                # Process 0 calls it when all files of all processes are complete, before the folder is renamed.
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
             )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            with self._named_errors():
+                self._manager.close()  # waits for the last save
+        except SaveFailed:
+            for part in self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(part, ignore_errors=True)
+            if kind is None:  # otherwise the error that ends the run says more
+                raise
 
     @property
     def latest(self) -> int | None:
@@ -67,8 +94,8 @@ class Checkpoints:
     def save(self, state: TrainState, data: dict[str, Any], *, wait: bool = False) -> None:
         """Save a state and the data position, in the background unless `wait`.
 
-        Raises: OSError if the disk has no room for it (the checkpoints before stay); of several processes the first
-            decides, and the others raise its sentence as ValueError.
+        Raises: OSError if the disk has no room for it or an earlier save failed (the checkpoints before stay); of
+            several processes the first decides, and the others raise its sentence as ValueError.
         """
         step = int(state.step)
         if step == self.latest:
@@ -80,9 +107,39 @@ class Checkpoints:
             data=ocp.args.JsonSave(data),
             config=ocp.args.JsonSave(to_dict(self.run)),
         )
-        self._manager.save(step, args=args)
-        if wait:
-            self._manager.wait_until_finished()
+        with self._named_errors():
+            self._manager.wait_until_finished()  # of the save before
+            self._saving = step
+            self._manager.save(step, args=args, custom_metadata=MARK)
+            if wait:
+                self._manager.wait_until_finished()
+
+    def check_save(self) -> None:
+        """Raise the error of a save in the background, if it has failed.
+
+        Raises: SaveFailed.
+        """
+        if not self._manager.is_saving_in_progress():
+            with self._named_errors():
+                self._manager.wait_until_finished()
+
+    def _write_manifest(self) -> None:
+        parts = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        write_manifest(next(parts, self.folder / str(self._saving)))
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Name what failed where a save ends in an error of Orbax or TensorStore, of whatever type."""
+        try:
+            yield
+        except Exception as error:
+            if jax.process_count() > 1 and processes.is_connection_error(error):
+                raise
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise SaveFailed(
+                f"the checkpoint of step {self._saving} cannot be written to {self.folder}: {reason}; the checkpoints "
+                "before are complete"
+            ) from error
 
     def _check_room(self, size: int) -> None:
         free = shutil.disk_usage(self.folder).free
@@ -90,6 +147,20 @@ class Checkpoints:
             raise OSError(
                 f"no room for a checkpoint of {size / 1e6:.0f} MB in {self.folder}: {free / 1e6:.0f} MB are free"
             )
+
+    def rewind(self, step: int | None = None) -> list[str]:
+        """Choose the checkpoint that training resumes from, and rename all later ones.
+
+        Damaged ones become `N.damaged`, others `N.superseded`. These folders are not read again, and may be deleted.
+
+        Args: step: None means the newest checkpoint that is whole.
+        Returns: sentences to print; none if the last checkpoint is chosen.
+        Raises: ValueError if `step` has no checkpoint or a damaged one, or no checkpoint is whole.
+        """
+        sentences = self._whole.rewind(self._manager.all_steps(), step)
+        if sentences:
+            self._manager.reload()
+        return sentences
 
     def restore(
         self, mesh: Mesh | None = None, step: int | None = None, *, optimizer: bool = True
@@ -100,15 +171,12 @@ class Checkpoints:
             mesh: shards the state, whatever mesh it was saved on. None means a single device.
             step: None means the last.
             optimizer: False leaves the optimizer's state out: its arrays are placeholders.
-        Raises: ValueError if the checkpoint does not fit the run's configuration, or there is none of `step`.
+        Raises: ValueError if the checkpoint is damaged (DamagedCheckpoint), does not fit the run's configuration, or
+            there is none of `step`.
         """
         if self.latest is None:
             return None
-        steps = self._manager.all_steps()
-        if step is not None and step not in steps:
-            kept = ", ".join(map(str, sorted(steps)))
-            raise ValueError(f"step={step} has no checkpoint in {self.folder}; there are those of {kept}")
-        step = self.latest if step is None else step
+        step = self._whole.require(self.latest if step is None else step, self._manager.all_steps())
         self._check_config(step)
         target = abstract_state(self.run)
         where = sharding.state_sharding(target, mesh, fsdp=self.run.execution.layout.fsdp)
@@ -117,19 +185,31 @@ class Checkpoints:
             target = replace(target, opt=jax.tree.map(lambda _: ocp.PLACEHOLDER, target.opt))
         # Not StandardRestore, which refuses placeholders; and a manager takes one kind of arguments for an item.
         state = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
-        args = ocp.args.Composite(state=state, data=ocp.args.JsonRestore())
+        found = self._read(step, state=state, data=ocp.args.JsonRestore())
+        return found.state, found.data
+
+    def _read(self, step: int, **items: Any) -> Any:
+        """Read items of a checkpoint.
+
+        Raises: ValueError. The cause is the configuration if the checkpoint has checksums, because they were compared.
+        """
         try:
-            found = self._manager.restore(step, args=args)
-        except (ValueError, KeyError, TypeError) as error:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            checked = has_manifest(self.folder / str(step))
+            if checked and not isinstance(error, ValueError | KeyError | TypeError):
+                raise
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            damaged = "" if checked else ", or is damaged: it has no checksums"
             raise ValueError(
                 f"step={step}: the checkpoint in {self.folder} is not of the model that its configuration describes"
+                f"{damaged}"
             ) from error
-        return found.state, found.data
 
     def _check_config(self, step: int) -> None:
         # First: a restore of other shapes fails half-way and leaves Orbax's tasks behind.
-        found = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
-        saved = run_from_dict(found)
+        saved = run_from_dict(self._read(step, config=ocp.args.JsonRestore()).config)
         if "bytes" not in (saved.data.tokenizer, self.run.data.tokenizer):
             # The folder has one tokenizer, but may have been elsewhere when this was saved.
             saved = replace(saved, data=replace(saved.data, tokenizer=self.run.data.tokenizer))

@@ -5,19 +5,22 @@ each evaluation), load.jsonl (each expert's load, at some of those steps), tenso
 and training.png. A start takes these steps:
 
     0. several processes (see `cluster`) agree on one run; from here the first alone prints and writes
-    1. the folder is claimed, or found to be this run's; another run's is refused (`prepare`)
-    2. the last complete checkpoint is restored: parameters, optimizer, router bias, step and data position
+    1. the folder is claimed, or found to be this run's; another run's is refused (`prepare`). So is one that another
+       process writes to (`lock`)
+    2. the last whole checkpoint is restored, or that of a given step: parameters, optimizer, router bias, step and
+       data position. Later checkpoints are renamed (`Checkpoints.rewind`)
     3. metrics and load after that step are dropped: they will be written again
     4. without a checkpoint, training begins at step 0 from the run's seed, from another run's weights if `start` names
        one, or on another's trunk if `trunk` does: then the multi-token heads alone are trained
 """
 
+import math
 import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -43,10 +46,13 @@ from dsv3_jax.report.progress import Progress
 from dsv3_jax.report.run_plots import routing_heatmap, training_curves
 from dsv3_jax.signals import STOP, handled
 from dsv3_jax.training import warm_start
-from dsv3_jax.training.checkpoint import Checkpoints
+from dsv3_jax.training.checkpoint import Checkpoints, SaveFailed
 from dsv3_jax.training.evaluate import evaluate
+from dsv3_jax.training.finite import first_nonfinite
+from dsv3_jax.training.lock import RunLock, acquire
 from dsv3_jax.training.prepare import chosen, describe, prepare
 from dsv3_jax.training.profile import Profile
+from dsv3_jax.training.run_folder import claim
 from dsv3_jax.training.step import Batch, first_bad_tensor, make_step, model_of
 
 AHEAD = {
@@ -76,6 +82,7 @@ def fit(
     out: str | Path,
     *,
     mesh: Mesh | None = None,
+    step: int | None = None,
     stop_after: int | None = None,
     quiet: bool = False,
     profile: tuple[int, int] | None = None,
@@ -87,6 +94,7 @@ def fit(
         out: the run's folder, made if absent.
         mesh: devices to shard the run over, from `sharding.make_mesh`. None means a single device. The same run may
             resume on another mesh. If it has several processes, all make this call, with one shared `out`.
+        step: resume from the checkpoint of this step, and rename later ones. None means the newest that is whole.
         stop_after: save and return once this step is reached, as after SIGTERM.
         quiet: print nothing.
         profile: (START, STOP): write a trace of these steps into `profile/` of the folder.
@@ -95,7 +103,10 @@ def fit(
             another model, or a loss that is not finite (NonFiniteLoss); the last good checkpoint stays. ConfigError:
             batch or experts that cannot be sharded over the mesh, kernels that the devices do not have, or processes
             that disagree on what to train.
-        OSError: no room for a checkpoint; the ones before stay.
+        FolderInUse (a ValueError): another process trains in the folder.
+        DamagedCheckpoint (a ValueError): the checkpoint of `step`, or every one, is damaged.
+        OSError: no room for a checkpoint, or it cannot be written; the ones before stay. Or the folder was moved or
+            deleted.
 
     >>> import pathlib, tempfile
     >>> import dsv3_jax as ds
@@ -112,15 +123,17 @@ def fit(
     2
     """
     out = Path(out)
-    ready = prepare(run, out, mesh, stop_after)
+    ready = prepare(run, out, mesh, step, stop_after)
     run, batches, held_out = ready.run, ready.batches, ready.held_out
     with (
         Progress(run.steps, quiet=quiet or not processes.is_first()) as progress,
+        _only_writer(out, run) as lock,
         Checkpoints(out, run) as checkpoints,
         _asked_to_stop() as asked,
         sharding.use_mesh(mesh),
         Profile(profile if processes.is_first() else None, out) as trace,
     ):
+        sentences = [lock.sentence, *checkpoints.rewind(step)]
         found = checkpoints.restore(mesh)
         resumed_from = None
         if found is None:
@@ -131,12 +144,12 @@ def fit(
             resumed_from = int(state.step)
             sentence = f"resumed from the checkpoint of step {resumed_from} in {checkpoints.folder}"
         step, evaluation = int(state.step), None
-        for line in (*describe(ready, step, mesh), sentence):
-            if line:
-                progress.say(line)
         after, read_only = resumed_from or 0, not processes.is_first()
         metrics = Metrics(out, after, read_only=read_only)
         loads = Rows(out / LOAD_FILE, after, read_only=read_only)
+        for line in (*describe(ready, step, mesh), *sentences, metrics.sentence, loads.sentence, sentence):
+            if line:
+                progress.say(line)
         step_fn = _compiled_step(run, ready.kernels, ready.options)
         speed, first_row = _Speed(run, ready.peak), {"kernels": chosen(ready.kernels, run, mesh)}
         started, ahead = deque[_Started](), AHEAD.get(ready.kernels.target.platform, AHEAD_ELSEWHERE)
@@ -144,19 +157,23 @@ def fit(
         # Whether a step may change the state; made of the state, to be on its devices as the steps' own flags are.
         go = (state.step >= 0,) if ahead else ()
 
+        def not_good(what: str) -> NonFiniteLoss:
+            last = f"is step {checkpoints.latest}" if checkpoints.latest is not None else "does not exist"
+            return NonFiniteLoss(f"{what}; the last good checkpoint {last} in {checkpoints.folder}")
+
         def settle() -> None:
             """Wait for the oldest step that was started, check it and write its row."""
             done = started.popleft()
             if not bool(done.metrics["finite"]):
                 # The steps after it changed nothing: the state is still the one that it met.
                 bad = first_bad_tensor(run, state, done.batch)
-                raise NonFiniteLoss(
-                    f"step {done.step - 1} met a loss or gradient that is not finite; first bad tensor: {bad}; the "
-                    f"last good checkpoint is step {checkpoints.latest} in {checkpoints.folder}"
-                )
+                met = f"step {done.step - 1} met a loss or gradient that is not finite"
+                raise not_good(f"{met}; first bad tensor: {bad}")
             if done.logged:
                 fetched = processes.fetch(done.metrics, mesh)
                 row = _row(done.step, fetched, run) | speed.since_last(done.step) | first_row
+                lock.check()
+                checkpoints.check_save()
                 metrics.write(row)
                 first_row.clear()  # in the first row of each start
                 if fetched["load"].size and done.step % _load_every(run) == 0:
@@ -190,11 +207,19 @@ def fit(
                 with speed.paused():
                     model = model_of(run, state, ready.kernels)
                     evaluation = evaluate(model, held_out, ready.tokenizer, ready.source.domains, mesh)
+                    if not math.isfinite(float(np.asarray(evaluation["val_loss"]))):
+                        raise not_good(f"step {step} has a validation loss that is not finite")
                     row = {"step": step} | {k: v for k, v in evaluation.items() if k != "load"}
+                    lock.check()
                     metrics.write(row)
                     progress.show_evaluation(step, row)
             if step % run.save_every == 0 or last or stopping:
                 with speed.paused():
+                    if bad := first_nonfinite(state, mesh):
+                        raise not_good(
+                            f"step {step} made {bad}, whose norm is not finite; a smaller learning rate may help"
+                        )
+                    lock.check()
                     checkpoints.save(state, batches.get_state(), wait=last or stopping)
             if stopping and not last:
                 metrics.close()
@@ -205,10 +230,34 @@ def fit(
             evaluation = evaluate(model, held_out, ready.tokenizer, ready.source.domains, mesh)
         order2 = _order2(ready.source, ready.tokenizer, held_out)
         if processes.is_first():
+            lock.check()
             _draw(out, evaluation, metrics, run.model.num_sparse_heads)
         metrics.close()
         progress.show_result(evaluation, order2, out)
     return FitResult(step, True, resumed_from, evaluation, order2)
+
+
+@contextmanager
+def _only_writer(out: Path, run: RunConfig) -> Iterator[RunLock]:
+    """Lock the run folder: process 0 holds the lock, and the others get one that is always in order."""
+    with ExitStack() as stack:
+        held = [RunLock()]
+
+        def lock() -> None:
+            held[0] = stack.enter_context(acquire(out))
+            claim(out, run)  # again: two processes may have claimed a new folder at the same time
+
+        processes.by_first(lock)
+        try:
+            yield held[0]
+        except SaveFailed:
+            held[0].check()  # says more, if the folder is gone
+            raise
+        finally:
+            if not held[0].is_in_place():  # Orbax creates folders: what it began to write here is deleted by now
+                with suppress(OSError):
+                    (out / "checkpoints").rmdir()
+                    out.rmdir()
 
 
 class _Started(NamedTuple):

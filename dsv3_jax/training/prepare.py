@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,7 +45,9 @@ class Prepared:
     changed: dict[str, tuple[int, int]]  # settings that differ from those of the run so far: name → (before, now)
 
 
-def prepare(run: RunConfig, out: Path, mesh: Mesh | None, stop_after: int | None) -> Prepared:
+def prepare(
+    run: RunConfig, out: Path, mesh: Mesh | None, step: int | None = None, stop_after: int | None = None
+) -> Prepared:
     """Check a run, read its text and claim its folder.
 
     Several processes call it together, and are all refused where one is.
@@ -53,7 +56,7 @@ def prepare(run: RunConfig, out: Path, mesh: Mesh | None, stop_after: int | None
     """
     kernels = processes.by_each(lambda: choose.prepare(run.execution, mesh=mesh))
     # First: what is checked from here on then comes out alike in all processes.
-    _agree(run, mesh, stop_after, chosen(kernels, run, mesh))
+    _agree(run, mesh, (step, stop_after), chosen(kernels, run, mesh))
     if mesh is not None:
         sharding.check(mesh, run)
         processes.check_layout(run.execution.layout)
@@ -74,7 +77,7 @@ def prepare(run: RunConfig, out: Path, mesh: Mesh | None, stop_after: int | None
     changed = processes.by_each(lambda: changes(read_run(out), run) if begun else {})
     if not begun:  # before anything is written
         warm_start.check(run, words)
-    elif (taken := last_step(out)) > run.steps:
+    elif (taken := last_step(out) if step is None else step) > run.steps:
         raise ConfigError(f"steps={run.steps} is below the {taken} steps that the run in {out} has taken")
     text = processes.by_each(lambda: chats.text_of(run, out))
     source = processes.by_each(lambda: _read(run, words, text))
@@ -175,9 +178,10 @@ def _read(run: RunConfig, words: Tokenizer, text: TextSettings | None) -> Source
     return open_source(run.data, words, text, quiet=not processes.is_first())
 
 
-def _agree(run: RunConfig, mesh: Mesh | None, stop_after: int | None, kernels: dict[str, str]) -> None:
-    """Raises: ConfigError if another process has another run, version or kernels."""
-    facts = {"run": to_dict(run), "mesh": mesh and dict(mesh.shape), "stop_after": stop_after, "kernels": kernels}
+def _agree(run: RunConfig, mesh: Mesh | None, steps: tuple[int | None, int | None], kernels: dict[str, str]) -> None:
+    """Raises: ConfigError if another process has another run, first or last step, version or kernels."""
+    facts: dict[str, Any] = {"run": to_dict(run), "mesh": mesh and dict(mesh.shape), "kernels": kernels}
+    facts |= {"step": steps[0], "stop_after": steps[1]}
     versions = {name: importlib.metadata.version(name) for name in ("dsv3-jax", "jax")}
     processes.agree(facts | {"versions": versions})
 

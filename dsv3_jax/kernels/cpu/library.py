@@ -2,7 +2,9 @@
 
 import ctypes
 import hashlib
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,8 @@ from pathlib import Path
 
 import jax
 import jaxlib.version
+
+from dsv3_jax.kernels.cpu import private_cache
 
 FOLDER = Path(__file__).parent
 SOURCES = tuple(FOLDER / f"{name}.cc" for name in ("small_batch", "experts", "attention", "adamw"))
@@ -34,55 +38,78 @@ TARGETS = {
 # -ffp-contract=off: the compiler would fuse some products and sums and not others, by tile size. A token's result would
 # then depend on the number of tokens.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
+TIMEOUT = 600  # seconds that a compiler may take
 COMPILERS = ("c++", "g++", "clang++")
 
 
 @cache
 def why_not() -> str:
-    """Load the kernels, and compile them first if this machine has no compiled library yet.
+    """Load the kernels, and compile them first if this machine has no whole compiled library of this user yet.
 
-    Compiling takes some seconds and is reported on stderr. The library is kept in the user's cache folder. Call this
-    before the first program is traced.
+    Compiling takes some seconds and is reported on stderr. The library is kept in the user's cache folder; without a
+    private one it is compiled in each process. Call this before the first program is traced.
 
     Returns: an empty string if the kernels can be used in this process; otherwise the reason, without a full stop.
     """
-    compiler = os.environ.get("CXX") or next((c for c in COMPILERS if shutil.which(c)), None)
-    if compiler is None:
+    words = os.environ.get("CXX", "").strip() or next((c for c in COMPILERS if shutil.which(c)), None)
+    if words is None:
         return f"there is no C++ compiler ({', '.join(COMPILERS)})"
     try:
-        library = ctypes.CDLL(str(_compiled(compiler)))
+        library = _load(shlex.split(words))
+        symbols = {name: getattr(library, symbol) for name, symbol in TARGETS.items()}
     except subprocess.CalledProcessError as error:
         line = next((line for line in error.stderr.splitlines() if "error" in line), f"exit code {error.returncode}")
-        return f"{compiler} does not compile the kernels: {line.strip()}"
-    except OSError as error:
+        return f"{words} does not compile the kernels: {line.strip()}"
+    except (OSError, ValueError, AttributeError, subprocess.TimeoutExpired) as error:
         return f"the kernels cannot be compiled or loaded: {error}"
-    for name, symbol in TARGETS.items():
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
+    for name, symbol in symbols.items():
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(symbol), platform="cpu")
     return ""
 
 
-def _compiled(compiler: str) -> Path:
-    """Return the library's path, and compile it if it is missing.
+def _load(compiler: list[str]) -> ctypes.CDLL:
+    """Load the library from the cache folder, or from a folder of this process if there is no private one.
 
-    The file name is a hash of the sources, compiler, flags, jaxlib version and processor.
+    Args: compiler: the words of its command, as in ["ccache", "g++"].
     Raises: OSError, or CalledProcessError if the compiler fails.
     """
-    sources = (path.read_text() for path in (*SOURCES, *HEADERS))
-    depends_on = (*sources, jaxlib.version.__version__, compiler, _processor(), *FLAGS)
-    digest = hashlib.sha256("\0".join(depends_on).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv3_jax"
-    path = folder / f"kernels-{digest}.so"
-    if path.exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    start = time.perf_counter()
-    print(f"compiling the CPU kernels with {compiler} (once for this machine) …", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        built = Path(temporary) / path.name
-        command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), *map(str, SOURCES), "-o", str(built)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        built.replace(path)  # atomic, because another process may compile at the same time
-    print(f"compiled in {time.perf_counter() - start:.0f} s, kept in {path}", file=sys.stderr, flush=True)
+    try:
+        return ctypes.CDLL(str(_compiled(compiler, private_cache.cache_folder(), "once for this machine")))
+    except private_cache.NotPrivate as error:
+        reason = str(error)
+    with tempfile.TemporaryDirectory(prefix="dsv3_jax-") as folder:  # the library stays loaded without its file
+        return ctypes.CDLL(str(_compiled(compiler, Path(folder), f"for this process alone, because {reason}")))
+
+
+def _compiled(compiler: list[str], folder: Path, why: str) -> Path:
+    """Return the library's path in a private folder, and compile it if it is absent or not whole.
+
+    The file name is a hash of the sources, compiler, flags, jaxlib version and processor.
+
+    Args: why: it is compiled, to be printed.
+    Raises: NotPrivate if the folder is read-only, OSError, or CalledProcessError if the compiler fails.
+    """
+    sources = "\0".join(path.read_text() for path in (*SOURCES, *HEADERS))
+    facts = {
+        "sources": hashlib.sha256(sources.encode()).hexdigest(),
+        "processor": hashlib.sha256(_processor().encode()).hexdigest(),
+        "compiler": shlex.join([*compiler, *FLAGS]),
+        "jaxlib": jaxlib.version.__version__,
+    }
+    name = f"kernels-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.so"
+    if found := private_cache.find_whole(folder, name):
+        return found
+    with private_cache.build_folder(folder) as temporary:
+        if found := private_cache.find_whole(folder, name):  # another process has just compiled it
+            return found
+        start = time.perf_counter()
+        words = shlex.join(compiler)
+        print(f"compiling the CPU kernels with {words} ({why}) …", file=sys.stderr, flush=True)
+        built = temporary / name
+        command = [*compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), *map(str, SOURCES), "-o", str(built)]
+        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=TIMEOUT)
+        path = private_cache.keep(built, folder, name, facts)
+    print(f"compiled in {time.perf_counter() - start:.0f} s: {path}", file=sys.stderr, flush=True)
     return path
 
 
