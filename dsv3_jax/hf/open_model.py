@@ -73,11 +73,14 @@ def find_released(place: str | Path) -> Path:
 def released_run(folder: Path, cfg: ModelConfig) -> RunConfig:
     """The settings of a released model: its tokenizer, and the default corpus.
 
-    Raises: ValueError when the folder has no tokenizer that can be read, and is no model of bytes.
+    Raises: ValueError when the folder has no tokenizer that can be read, and is no model of bytes; or when its
+        tokenizer has more ids than the model.
     """
     file = files.file_inside(folder, tokenizer.file_of(str(folder)).name)
     if file.is_file():
         name = str(file)
+        if (size := tokenizer.load(name).vocab_size) > cfg.vocab_size:
+            raise ValueError(f"{file} has vocab_size={size}, more than the model's vocab_size={cfg.vocab_size}")
     elif cfg.vocab_size == 256 + len(SPECIALS):
         name = "bytes"
     else:

@@ -11,9 +11,10 @@ from typing import Any
 
 from dsv3_jax.config import Execution, RunConfig, first_difference, replace, run_from_dict, to_dict
 from dsv3_jax.data import tokenizer
-from dsv3_jax.files import PART, write_atomic
+from dsv3_jax.files import PART, read_json, write_atomic
 
 RUN_FILE, TOKENIZER_FILE = "run.json", "tokenizer.json"
+_MAX_RUN = 8_000_000  # bytes of a run.json
 
 
 def read_run(folder: str | Path) -> RunConfig:
@@ -32,10 +33,7 @@ def read_run(folder: str | Path) -> RunConfig:
     path = Path(folder) / RUN_FILE
     if not path.is_file():
         raise ValueError(f"folder={str(folder)!r} holds no run: there is no {RUN_FILE} in it")
-    try:
-        values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"file={str(path)!r} is not JSON: {error}") from error
+    values = read_json(path, _MAX_RUN)
     if not isinstance(values, dict):
         raise ValueError(f"file={str(path)!r} holds no run: {type(values).__name__} is not an object")
     run = run_from_dict({key: value for key, value in values.items() if key != "kernels"})
