@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 
 from dsv3_jax.cli.common import parse, prepare_process
 from dsv3_jax.config import CacheDtype, replace
@@ -36,6 +35,7 @@ def run(argv: list[str]) -> int:
     from dsv3_jax.data import batches as data
     from dsv3_jax.data import tokenizer
     from dsv3_jax.hf.open_model import open_model
+    from dsv3_jax.report.progress import text_console
     from dsv3_jax.training.evaluate import cache_quality, evaluate
 
     model, run, step = open_model(args.run, kernels=args.kernels)
@@ -43,7 +43,7 @@ def run(argv: list[str]) -> int:
     corpus, text = data.load_corpus(cfg), tokenizer.load(cfg.tokenizer)
     batches = data.val_batches(corpus, text, cfg, args.batches)
     measures = evaluate(model, batches, text, corpus.domains)
-    console = Console(highlight=False, soft_wrap=True)
+    console = text_console()
     console.print(f"step {step}")
     for name, value in measures.items():
         if name != "load":
