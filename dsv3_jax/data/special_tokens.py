@@ -57,13 +57,13 @@ def read_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def end_ids(folder: Path, name: str) -> list[int]:
-    """Return `eos_token_id` of a file such as config.json: none, one or several ids.
+def end_ids(folder: Path, name: str, key: str = "eos_token_id") -> list[int]:
+    """Return `eos_token_id`, or another key, of a file such as config.json: none, one or several ids.
 
     Raises: ValueError when it is neither an id nor a list of ids.
     """
-    value = read_object(folder / name).get("eos_token_id")
+    value = read_object(folder / name).get(key)
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < MAX_IDS for i in ids):
-        raise ValueError(f"{folder / name} has eos_token_id={value!r}, which is neither an id nor a list of ids")
+        raise ValueError(f"{folder / name} has {key}={value!r}, which is neither an id nor a list of ids")
     return ids

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax.data import text_settings, tokenizer
+from dsv3_jax.data.special_tokens import end_ids
 from dsv3_jax.data.text_settings import TEXT_FILES
 from dsv3_jax.hf import files
 from dsv3_jax.hf.config_json import config_to_dict
@@ -107,7 +108,9 @@ def _released_to_dtype(folder: ReleasedFolder, out: Path, dtype: DType | None, s
     name = next(d for d in (dtype, embed, "float32") if d in DTYPES)
     table = tensor_table(folder.cfg, fp8, dtype=name)
     config = config_to_dict(folder.cfg, fp8=fp8, dtype=name)
-    config |= {key: folder.config.get(key) for key in ("bos_token_id", "eos_token_id")}
+    for key in ("bos_token_id", "eos_token_id"):
+        end_ids(folder.path, files.CONFIG, key)  # refuses what is no id
+        config[key] = folder.config.get(key)
     extra_files = _text_files(folder.path)
     tensors = CastTensors(folder_tensors(folder), table, folder.allow_nonfinite)
     write_released(out, config, table, tensors, shard_bytes, quiet=quiet, extra_files=extra_files)

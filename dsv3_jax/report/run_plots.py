@@ -102,7 +102,7 @@ def routing_heatmap(
         _draw_load(ax, part, norm)
         peaks = part.max(-1)
         mean = f"mean MaxVio {np.nanmean(peaks) - 1:.2f}" if np.isfinite(peaks).any() else "no load"
-        ax.set_title(f"{name} ({mean})", fontsize=9)
+        ax.set_title(f"{shortened(name)} ({mean})", fontsize=9)
         _label_axes(ax, left=i % columns == 0)
         ax.yaxis.set_major_formatter(lambda y, _: _row_name(y, num_layers - mtp_blocks))
     label_load_bar(colour_bar(figure, image, figure.axes, "max" if beyond else "neither"), norm)
@@ -166,6 +166,16 @@ def training_curves(metrics: Sequence[Mapping], path: str | os.PathLike) -> Figu
     return figure
 
 
+def shortened(name: str) -> str:
+    """A domain's name of 16 characters at most.
+
+    Example:
+        >>> shortened("https://example.org/a")
+        'https://example…'
+    """
+    return name if len(name) <= 16 else name[:15] + "…"
+
+
 def load_over_mean(load, name: str) -> np.ndarray:
     """Divide each layer's load by its mean: load / mean load, float64 [L, E]; NaN for a layer without load.
 
@@ -220,7 +230,7 @@ def _draw_load(ax, ratio: np.ndarray, norm: TwoSlopeNorm):
     """Draw `ratio` [L, E] as an image, layer 0 on top."""
     image = ax.imshow(ratio, cmap=DIVERGING, norm=norm, aspect="auto", interpolation="nearest")
     ax.set_facecolor("0.8")  # shows through where a layer has no load
-    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     ax.yaxis.set_major_locator(MaxNLocator(12 if ratio.shape[0] > 16 else 16, integer=True))
     return image
 

@@ -121,6 +121,21 @@ class Specialisation(NamedTuple):
     seed: int  # of the shuffles
 
 
+def check_draws(draws: int) -> None:
+    """Check a number of shuffles.
+
+    Raises: ValueError for a number of shuffles below 1, or above MOST_DRAWS.
+
+    Example:
+        >>> check_draws(0)
+        Traceback (most recent call last):
+            ...
+        ValueError: draws=0 is outside [1, 100000]
+    """
+    if not 1 <= draws <= MOST_DRAWS:
+        raise ValueError(f"draws={draws} is outside [1, {MOST_DRAWS}]")
+
+
 def specialisation(stats: RoutingStats, *, draws: int = 200, seed: int = 0) -> Specialisation:
     """Measure how much the experts of each layer tell about the domain of the text, beside chance.
 
@@ -134,8 +149,7 @@ def specialisation(stats: RoutingStats, *, draws: int = 200, seed: int = 0) -> S
         >>> result.bits.round(2), result.shuffled_mean.round(2)
         (array([0.54]), array([0.2]))
     """
-    if not 1 <= draws <= MOST_DRAWS:
-        raise ValueError(f"draws={draws} is outside [1, {MOST_DRAWS:,}]")
+    check_draws(draws)
     loads = stats.load_by_domain
     bits, upper_bound = mutual_information(loads), domain_entropy(loads)
     chance = permuted_information(

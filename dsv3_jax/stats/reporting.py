@@ -22,7 +22,7 @@ from dsv3_jax.ops import balance
 from dsv3_jax.report.metrics import LOAD_FILE, read_rows
 from dsv3_jax.report.run_plots import routing_heatmap
 from dsv3_jax.stats import plots
-from dsv3_jax.stats.measures import Specialisation, domain_entropy, favourites, lift, specialisation
+from dsv3_jax.stats.measures import Specialisation, check_draws, domain_entropy, favourites, lift, specialisation
 from dsv3_jax.stats.page import render_page
 from dsv3_jax.stats.routing_stats import RoutingStats, collect
 from dsv3_jax.stats.tokens import context, readable
@@ -103,7 +103,7 @@ def report(
         follow: wraps the batches to show progress; its second argument is their number.
     Returns: (the folder, the counts, the information about domains).
     Raises: ValueError if `run` holds no run or no such checkpoint, for a model without experts, unreadable text,
-        batches or draws below 1, and if `out` holds other files.
+        batches, draws or a seed out of range, and if `out` holds other files.
 
     Example:
         >>> report("runs/demo", batches=0)
@@ -113,6 +113,9 @@ def report(
     """
     if batches < 1:
         raise ValueError(f"batches={batches} is below 1")
+    if seed < 0:
+        raise ValueError(f"seed={seed} is negative")
+    check_draws(draws)
     run, out = Path(run), Path(run) / "stats" if out is None else Path(out)
     _check(out)
     model, config, step = open_model(run, step=step, kernels=kernels)

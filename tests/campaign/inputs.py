@@ -287,7 +287,7 @@ OPTIONS = {
     ("convert", "{in}", "{out}"): convert.Convert,
     ("generate", "{in}"): generate.Generate,
     ("stats", "{in}"): stats.Stats,
-    ("tokenizer", "{out}/t.json"): tokenizer.TokenizerArgs,
+    ("tokenizer", "{out}/t.json", "--paths", "{in}"): tokenizer.TokenizerArgs,
 }
 VALUES = [*map(str, NUMBERS), *(text for text in TEXTS if "\0" not in text and "\ud800" not in text), "1e999", "0x10",
           "１", "--seed", "None", "true", "data=0", "data=99999999999", "a" * 1000]  # fmt: skip
@@ -304,15 +304,30 @@ def make_case(base: Path, folder: Path, seed: int, number: int) -> tuple[str, li
         start, kind = rng.choice(list(OPTIONS.items()))
         argv = [*start]
         for option, switch in rng.sample(sorted(options_of(kind).items()), rng.choice([1, 1, 2])):
-            # Generating and counting would compile a model, so what is read first is made to fail.
+            # To generate or count would compile a model: the folder is none, so the commands end before.
             argv += [option] if switch else [option, rng.choice(VALUES)]
-        (folder / "in").mkdir()
+        shutil.copytree(base / ("released" if start[0] == "convert" else "texts"), folder / "in")
     else:
         target = TARGETS[name]
         shutil.copytree(base / target.source, folder / "in", symlinks=True)
         argv = [*rng.choice(target.commands)]
         target.change(rng.choice(sorted((folder / "in").glob(target.file or "*"))), rng)
     return name, [word.format(**{"in": folder / "in", "out": folder / "out"}) for word in argv]
+
+
+def is_broken(path: Path) -> bool:
+    """Whether a command that ended well wrote NaN, infinity or no JSON."""
+
+    def refuse(text: str) -> float:
+        if not np.isfinite(float(text)):
+            raise ValueError(text)
+        return float(text)
+
+    try:
+        json.loads(path.read_text(), parse_constant=refuse, parse_float=refuse)
+    except ValueError:
+        return True
+    return False
 
 
 def faults_of(answer: Answer, folder: Path) -> list[str]:
@@ -329,7 +344,7 @@ def faults_of(answer: Answer, folder: Path) -> list[str]:
             faults.append("sentences")
     elif answer.code not in (0, None):
         faults.append("tracebacks")
-    if answer.code == 0 and "nonfinite" in answer.out:
+    if answer.code == 0 and any(map(is_broken, (folder / "out").rglob("*.json"))):
         faults.append("silent")
     return faults
 
