@@ -16,7 +16,7 @@ from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.data.chat import ChatTemplate
 from dsv3_jax.data.special_tokens import CONFIG_FILE, SPECIALS_FILE, end_ids, named_specials, read_object
 from dsv3_jax.data.tokenizer import JSON_FILE, TIKTOKEN_FILE, FileTokenizer, Tokenizer
-from dsv3_jax.files import check_regular, write_atomic
+from dsv3_jax.files import MAX_JSON, check_regular, write_atomic
 
 TEMPLATE_FILE, GENERATION_FILE, TEMPLATES_FOLDER = (
     "chat_template.jinja",
@@ -114,6 +114,7 @@ def copy_to_run(folder: str | Path, run: str | Path) -> None:
     folder, run = Path(folder), Path(run)
     for name in TEXT_FILES:
         if (folder / name).is_file() and name not in (JSON_FILE, TIKTOKEN_FILE):
+            check_regular(folder / name, MAX_JSON)
             shutil.copyfile(folder / name, run / name)
     if not (run / CONFIG_FILE).exists():  # its being there says that text is read as released
         write_atomic(run / CONFIG_FILE, "{}\n")

@@ -11,6 +11,7 @@ from flax import nnx
 from dsv3_jax.data import text_settings, tokenizer
 from dsv3_jax.data.special_tokens import end_ids
 from dsv3_jax.data.text_settings import TEXT_FILES
+from dsv3_jax.files import MAX_JSON, check_regular
 from dsv3_jax.hf import files
 from dsv3_jax.hf.config_json import config_to_dict
 from dsv3_jax.hf.open_model import released_run
@@ -99,7 +100,10 @@ def _run_to_released(
 
 def _text_files(folder: Path) -> list[Path]:
     """The files of a folder that say how text is read and ended: tokenizer, chat template, sampling."""
-    return [file for name in TEXT_FILES if (file := files.file_inside(folder, name)).is_file()]
+    found = [file for name in TEXT_FILES if (file := files.file_inside(folder, name)).is_file()]
+    for file in found:
+        check_regular(file, MAX_JSON)
+    return found
 
 
 def _released_to_dtype(folder: ReleasedFolder, out: Path, dtype: DType | None, shard_bytes: int, quiet: bool) -> str:

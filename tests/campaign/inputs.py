@@ -349,9 +349,9 @@ def faults_of(answer: Answer, folder: Path) -> list[str]:
     return faults
 
 
-def run(seconds: float, seed: int, only: int | None = None) -> Table:
-    """Run cases for so long, or one of them."""
-    table, until = Table(), time.monotonic() + seconds
+def run(seconds: float, seed: int, table: Table, only: int | None = None) -> None:
+    """Run cases for so long, or one of them, and count them in the table."""
+    until = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as root, Worker() as worker:
         base, folder = Path(root, "base"), Path(root, "case")
         make_base(base)
@@ -364,24 +364,24 @@ def run(seconds: float, seed: int, only: int | None = None) -> Table:
             table.add(name, faults)
             if faults or only is not None:
                 end = answer.err.strip()[-1500 if only is not None else -400 :]
-                print(f"seed {seed}, case {number}, {name}: {', '.join(faults)} in {answer.seconds:.1f} s", flush=True)
-                print(f"  {' '.join(argv)[:300]!r}\n  {end!r}"[:3000], flush=True)
+                print(f"inputs: seed {seed}, case {number}, {name}: {', '.join(faults)} in {answer.seconds:.1f} s")
+                print(f"  {' '.join(argv)[:300]!r}\n  {end!r}", flush=True)
             shutil.rmtree(folder)
             number += 1
             if only is not None:
                 break
-    return table
 
 
 def main() -> int:
-    """Run the campaign and print its table."""
+    """Run this campaign alone, and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, default=None, help="number of a case")
     args = parser.parse_args()
     print(f"hostile inputs: seed {args.seed}, {args.minutes:g} minutes", flush=True)
-    table = run(args.minutes * 60, args.seed, args.only)
+    table = Table()
+    run(args.minutes * 60, args.seed, table, args.only)
     print(table)
     return int(table.fell_short > 0)
 
