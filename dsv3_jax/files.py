@@ -69,8 +69,8 @@ def read_json(path: str | os.PathLike, limit: int = MAX_JSON) -> Any:
 def parse_json(data: str | bytes) -> Any:
     """Parse JSON in linear time, and refuse values that later code could not print, store or convert.
 
-    Raises: ValueError when it is not UTF-8 or not JSON, has a key twice, is nested more than 64 deep, holds half a
-        surrogate pair, or an integer of more than 100 digits.
+    Raises: ValueError when it is not UTF-8 or not JSON, has a key twice, is nested more than 64 deep, or holds NaN,
+        half a surrogate pair, or an integer of more than 100 digits.
 
     Example:
         >>> parse_json('{"a": 1, "a": 2}')
@@ -80,7 +80,7 @@ def parse_json(data: str | bytes) -> Any:
     """
     text = data.decode("utf-8") if isinstance(data, bytes) else data
     try:
-        values = json.loads(text, object_pairs_hook=_without_duplicates, parse_int=_parse_int)
+        values = json.loads(text, object_pairs_hook=_without_duplicates, parse_int=_parse_int, parse_constant=_refuse)
     except RecursionError:
         raise ValueError(f"it is nested more than {_MAX_DEPTH} deep") from None
     has_surrogates = re.search(r"\\u[dD][89a-fA-F]", text) is not None
@@ -115,6 +115,10 @@ def _parse_int(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
         raise ValueError(f"an integer has {len(digits):,} digits")
     return int(digits)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def _check_surrogates(values: list[Any]) -> None:

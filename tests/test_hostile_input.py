@@ -23,8 +23,10 @@ from dsv3_jax.data.corpus import load_corpus
 from dsv3_jax.files import atomic_folder, check_regular, parse_json, read_json
 from dsv3_jax.hf import files
 from dsv3_jax.hf.config_json import config_from_dict, config_to_dict
+from dsv3_jax.hf.conversion import convert
 from dsv3_jax.hf.open_model import released_run
 from dsv3_jax.hf.reading import ReleasedFolder
+from dsv3_jax.hf.table import tensor_table
 from dsv3_jax.presets import preset, recipe
 from dsv3_jax.report import run_plots
 from dsv3_jax.report.progress import text_console
@@ -56,7 +58,7 @@ def changed(values: dict, path: tuple[str, ...], value) -> dict:
 # Configurations
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e39, HUGE], ids=lambda x: str(x)[:9])
+@pytest.mark.parametrize("value", [float("nan"), 1e39, HUGE], ids=lambda x: str(x)[:9])
 def test_every_number_of_a_run_is_finite(value):
     numbers = places(RUN, (float, int))
     assert len(numbers) > 50 and ("model", "yarn", "factor") in numbers
@@ -147,10 +149,12 @@ def test_int4_groups_may_be_anything():
         ('{"a": "\\ud800"}', "half a surrogate pair"),
         ('{"\\udc00": [1]}', "half a surrogate pair"),
         ('["\\ud83d\\ude42", "\\ud83d"]', "half a surrogate pair"),
+        ("[NaN]", "NaN is no number"),
+        ('{"a": -Infinity}', "-Infinity is no number"),
         ("1" * 101, "an integer has 101 digits"),
         ("9" * 5000, "an integer has 5,000 digits"),
     ],
-    ids=range(9),
+    ids=range(11),
 )
 def test_json_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
@@ -329,12 +333,35 @@ def test_a_long_run_does_not_slow_the_training_of_a_tokenizer(tmp_path):
     assert trained.decode(trained.encode("[to be")) == "[to be"
 
 
-@pytest.mark.parametrize("text", ["NaN", "1e999", "true", '"1"', "2.5"])
+@pytest.mark.parametrize("text", ["1e999", "true", '"1"', "2.5"])
 def test_sampling_defaults(tmp_path, text):
     write_tokenizer(tmp_path)
     (tmp_path / "generation_config.json").write_text(f'{{"top_k": {text}}}')
     with pytest.raises(ValueError, match="generation_config.json has top_k="):
         text_settings.read_released(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("generation_config.json", '{"temperature": "hot"}', "temperature"),
+        ("tokenizer.json", "{}", "cannot be read"),
+        ("tokenizer_config.json", '{"eos_token": "<end>"}', "names eos_token='<end>'"),
+    ],
+)
+@pytest.mark.parametrize("to", ["run", "hf"])
+def test_a_conversion_checks_the_files_of_the_text(tmp_path, name, text, message, to):
+    cfg = replace(TINY, num_layers=1, mtp_depth=0)
+    folder = tmp_path / "released"
+    folder.mkdir()
+    table = tensor_table(cfg)
+    files.write_json(folder / files.CONFIG, config_to_dict(cfg))
+    files.write_shards(folder, table, 10**9, lambda n: np.zeros(table[n][0], files.STORED_DTYPES["BF16"]))
+    write_tokenizer(folder)
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        convert(folder, tmp_path / "out", to=to, quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["released"]
 
 
 # Runs
@@ -352,8 +379,10 @@ def test_run_json(tmp_path, text):
 def test_a_run_json_with_nan(tmp_path):
     claim(tmp_path, recipe("tiny"))
     path = tmp_path / "run.json"
-    path.write_text(json.dumps(changed(json.loads(path.read_text()), ("optim", "learning_rate"), float("nan"))))
-    with pytest.raises(ConfigError, match="learning_rate=nan is not a finite"):
+    path.write_text(
+        json.dumps(changed(json.loads(path.read_text()), ("optim", "learning_rate"), 7)).replace("7", "1e999")
+    )
+    with pytest.raises(ConfigError, match="learning_rate=inf is not a finite"):
         read_run(tmp_path)
 
 

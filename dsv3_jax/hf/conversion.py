@@ -1,5 +1,6 @@
 """`dsv3 convert`: released folder → run folder, run folder → released folder, released folder → another dtype."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -11,15 +12,17 @@ from flax import nnx
 from dsv3_jax.data import text_settings, tokenizer
 from dsv3_jax.data.special_tokens import end_ids
 from dsv3_jax.data.text_settings import TEXT_FILES
+from dsv3_jax.data.tokenizer import TIKTOKEN_FILE
 from dsv3_jax.files import MAX_JSON, check_regular
 from dsv3_jax.hf import files
 from dsv3_jax.hf.config_json import config_to_dict
-from dsv3_jax.hf.open_model import released_run
+from dsv3_jax.hf.open_model import check_text, released_run
 from dsv3_jax.hf.places import find
 from dsv3_jax.hf.reading import ReleasedFolder, load
 from dsv3_jax.hf.table import tensor_table
 from dsv3_jax.hf.writing import DTYPES, SHARD_BYTES, CastTensors, folder_tensors, prepare, write_released
 from dsv3_jax.model.moe import RouterBias
+from dsv3_jax.signals import STOP, deferred
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
 from dsv3_jax.training.optim import AdamState
 from dsv3_jax.training.run_folder import RUN_FILE, TOKENIZER_FILE, claim
@@ -116,6 +119,9 @@ def _released_to_dtype(folder: ReleasedFolder, out: Path, dtype: DType | None, s
         end_ids(folder.path, files.CONFIG, key)  # refuses what is no id
         config[key] = folder.config.get(key)
     extra_files = _text_files(folder.path)
+    has_json = (folder.path / TOKENIZER_FILE).is_file()
+    if has_json or ((folder.path / TIKTOKEN_FILE).is_file() and find_spec("tiktoken")):
+        check_text(folder.path, folder.cfg)
     tensors = CastTensors(folder_tensors(folder), table, folder.allow_nonfinite)
     write_released(out, config, table, tensors, shard_bytes, quiet=quiet, extra_files=extra_files)
     return f"{out}: {len(table)} tensors in {dtype or name}, in Hugging Face format"
@@ -143,7 +149,8 @@ def _released_to_run(
         _text_files(source)  # none is a link out of the folder
         if run.data.tokenizer != "bytes":
             text_settings.copy_to_run(source, folder)
-        with Checkpoints(folder, run) as checkpoints:
+        # Orbax writes in threads: they would go on while the folder is deleted.
+        with deferred(*STOP), Checkpoints(folder, run) as checkpoints:
             checkpoints.save(state, {}, wait=True)
     kind = "bytes" if run.data.tokenizer == "bytes" else tokenizer.file_of(run.data.tokenizer).name
     return f"{out}: a run at step 0, its tokenizer {kind}"

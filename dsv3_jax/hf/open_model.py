@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from dsv3_jax.config import DataConfig, ModelConfig, RunConfig
 from dsv3_jax.data import tokenizer
+from dsv3_jax.data.text_settings import read_released
 from dsv3_jax.data.tokenizer import SPECIALS, TIKTOKEN_FILE
 from dsv3_jax.hf import files, reading
 from dsv3_jax.hf.places import find
@@ -79,8 +80,7 @@ def released_run(folder: Path, cfg: ModelConfig) -> RunConfig:
     file = files.file_inside(folder, tokenizer.file_of(str(folder)).name)
     if file.is_file():
         name = str(file)
-        if (size := tokenizer.load(name).vocab_size) > cfg.vocab_size:
-            raise ValueError(f"{file} has vocab_size={size}, more than the model's vocab_size={cfg.vocab_size}")
+        check_text(folder, cfg)
     elif cfg.vocab_size == 256 + len(SPECIALS):
         name = "bytes"
     else:
@@ -89,6 +89,19 @@ def released_run(folder: Path, cfg: ModelConfig) -> RunConfig:
             "is not that of bytes"
         )
     return RunConfig(model=cfg, data=DataConfig(tokenizer=name, seq_len=min(SEQ_LEN, cfg.max_positions)))
+
+
+def check_text(folder: Path, cfg: ModelConfig) -> None:
+    """Check the files that say how a released folder's text is read and ended, against each other and the model.
+
+    Raises: ValueError as `read_released`, and when the tokenizer has more ids than the model.
+    """
+    text = read_released(folder)
+    if (size := text.tokenizer.vocab_size) > cfg.vocab_size:
+        raise ValueError(
+            f"{files.file_inside(folder, tokenizer.file_of(str(folder)).name)} has vocab_size={size}, more than the "
+            f"model's vocab_size={cfg.vocab_size}"
+        )
 
 
 def open_draft(
