@@ -40,18 +40,47 @@ def _require(condition: bool, sentence: str) -> None:
 
 
 def _check_types(config, **tables: dict[Any, Any]) -> None:
-    """Refuse values of another type at once, where the message can still name the key.
+    """Refuse values of another type, NaN, infinity and absurd sizes at once, where the message can still name the key.
 
     Args: tables: for a key whose values are the keys of a table, that table.
     """
     hints = typing.get_type_hints(type(config)) | {name: Literal[tuple(table)] for name, table in tables.items()}
     for item in dataclasses.fields(config):
         value, hint = getattr(config, item.name), hints[item.name]
-        if type(value) is int and (hint is float or hint == float | None):
-            object.__setattr__(config, item.name, float(value))
-            continue
-        if not _matches(value, hint):
-            raise ConfigError(f"{item.name}={value!r} is not of type {_spell(hint)}")
+        if type(value) is int and (hint is float or hint == float | None) and abs(value) <= _LARGEST_FLOAT:
+            value = float(value)
+            object.__setattr__(config, item.name, value)
+        elif not _matches(value, hint):
+            raise ConfigError(f"{item.name}={_short(value)} is not of type {_spell(hint)}")
+        if type(value) is int:
+            most = _MOST.get(item.name, _LARGEST_INT)
+            _require(abs(value) <= most, f"{item.name}={_short(value)} is outside what is supported, {most:,} at most")
+        elif type(value) is float:
+            _require(abs(value) <= _LARGEST_FLOAT, f"{item.name}={value!r} is not a finite float32")
+        elif type(value) is str:
+            _require(not _CONTROL.search(value), f"{item.name}={_short(value)} holds a control character")
+        elif type(value) is tuple:
+            for text in value:
+                _require(not _CONTROL.search(text), f"{item.name} holds {_short(text)}, with a control character")
+
+
+# Far above any model that was trained; a number beyond them is a mistake, and would be allocated or counted to.
+_LARGEST_INT, _LARGEST_FLOAT = 2**31 - 1, 3.4e38
+_MOST = {
+    "num_layers": 10_000,
+    "num_dense_layers": 10_000,
+    "num_experts": 1_000_000,
+    "mtp_depth": 100,
+    "seed": 2**32 - 1,  # JAX keeps 32 bits of a seed
+}
+_MOST_PARAMETERS = 10**15  # of one kind of weight in all layers
+_MOST_TOKENS = 2**30  # of a batch
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control codes; bytes of a name that are not UTF-8
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
 
 
 def _matches(value, hint) -> bool:
@@ -107,6 +136,10 @@ class Yarn:
             self.original_max_positions > 0,
             f"yarn original_max_positions={self.original_max_positions} is not positive",
         )
+        for name in ("beta_fast", "beta_slow"):
+            _require(getattr(self, name) > 0, f"yarn {name}={getattr(self, name)} is not positive")
+        for name in ("mscale", "mscale_all_dim"):
+            _require(0 <= getattr(self, name) <= 100, f"yarn {name}={getattr(self, name)} is outside [0, 100]")
 
 
 @dataclass(frozen=True)
@@ -148,7 +181,7 @@ class Layout:
 
     def __post_init__(self):
         _check_types(self)
-        _require(self.capacity_slack >= 1, f"layout capacity_slack={self.capacity_slack} is below 1")
+        _require(1 <= self.capacity_slack <= 1e6, f"layout capacity_slack={self.capacity_slack} is outside [1, 1e6]")
 
 
 @dataclass(frozen=True)
@@ -313,14 +346,39 @@ class ModelConfig:
             self.capacity_factor is None or self.capacity_factor > 0,
             f"capacity_factor={self.capacity_factor} is not positive",
         )
-        _require(self.rope_theta > 0, f"rope_theta={self.rope_theta} is not positive")
-        _require(self.norm_eps > 0, f"norm_eps={self.norm_eps} is not positive")
-        _require(self.init_std > 0, f"init_std={self.init_std} is not positive")
+        _require(self.rope_theta >= 1, f"rope_theta={self.rope_theta} is below 1")
+        # YaRN counts turns by the logarithm of the base.
+        _require(
+            self.yarn.factor == 1.0 or self.rope_theta > 1,
+            f"rope_theta={self.rope_theta} does not go with YaRN's factor={self.yarn.factor}; use a base above 1",
+        )
+        _require(1e-30 <= self.norm_eps <= 1, f"norm_eps={self.norm_eps} is outside [1e-30, 1]")
+        _require(0 < self.init_std <= 1e3, f"init_std={self.init_std} is outside (0, 1000]")
+        _require(abs(self.routed_scale) <= 1e6, f"routed_scale={self.routed_scale} is outside [-1e6, 1e6]")
+        self._check_size()
         reach = self.yarn.original_max_positions
         _require(
             self.yarn.factor == 1.0 or self.max_positions <= reach * self.yarn.factor,
             f"max_positions={self.max_positions} is beyond YaRN's reach of {reach} x {self.yarn.factor:g}",
         )
+
+    def _check_size(self) -> None:
+        """Refuse sizes that overflow 64-bit counts, and would be multiplied before memory is asked for."""
+        qk, layers = self.nope_head_dim + self.rope_head_dim, self.num_layers + self.mtp_depth
+        latents = self.kv_latent_dim + (self.q_latent_dim or 0)
+        products = {
+            "vocab_size x dim": self.vocab_size * self.dim,
+            "num_layers x dim x dense_dim": layers * self.dim * self.dense_dim,
+            "num_layers x num_experts x dim x expert_dim": layers * self.num_experts * self.dim * self.expert_dim,
+            "num_layers x num_shared_experts x dim x expert_dim": (
+                layers * self.num_shared_experts * self.dim * self.expert_dim
+            ),
+            "num_layers x num_heads x head dims x widths": (
+                layers * self.num_heads * (qk + self.v_head_dim) * (self.dim + latents)
+            ),
+        }
+        for names, count in products.items():
+            _require(count <= _MOST_PARAMETERS, f"{names} = {count:,} parameters are more than {_MOST_PARAMETERS:,}")
 
     def _check_kv_heads(self) -> None:
         count, gqa = self.num_kv_heads, self.attention == "gqa"
@@ -405,6 +463,11 @@ class DataConfig:
         )
         _require(self.seq_len >= 2, f"seq_len={self.seq_len} is below 2")
         _require(self.batch_size > 0, f"batch_size={self.batch_size} is not positive")
+        _require(
+            self.batch_size * self.seq_len <= _MOST_TOKENS,
+            f"batch_size={self.batch_size} x seq_len={self.seq_len} is more than {_MOST_TOKENS:,} tokens",
+        )
+        _require(self.seed >= 0, f"seed={self.seed} is negative")
         _require(0.0 <= self.fim_rate <= 1.0, f"fim_rate={self.fim_rate} is outside [0, 1]")
         _require(0.0 < self.val_fraction < 1.0, f"val_fraction={self.val_fraction} is outside (0, 1)")
         _require(
@@ -488,6 +551,7 @@ class RunConfig:
         _check_types(self)
         for name in ("steps", "eval_every", "eval_batches", "save_every", "keep", "log_every"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} is not positive")
+        _require(self.seed >= 0, f"seed={self.seed} is negative")
         _require(
             self.data.batch_size % self.optim.microbatches == 0,
             f"microbatches={self.optim.microbatches} does not divide batch_size={self.data.batch_size}",
@@ -532,7 +596,7 @@ def from_dict(kind, values: dict):
     hints = typing.get_type_hints(kind)
     known = {f.name for f in dataclasses.fields(kind)}
     for key in values:
-        _require(key in known, f"{key!r} is not a key of {kind.__name__}")
+        _require(key in known, f"{_short(key)} is not a key of {kind.__name__}")
     made = {}
     for key, value in values.items():
         if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):

@@ -1,17 +1,131 @@
-"""Files and folders that other programs see complete or not at all.
+"""Files and folders that other programs see complete or not at all; and JSON that others wrote, read with limits.
 
 Content goes to a temporary name in the same folder, `.NAME.….part`, which is then renamed. A killed process leaves the
 old file or folder as it was. Its temporary one remains and can be deleted.
 """
 
+import json
 import os
+import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 PART = ".part"  # end of every temporary name
+MAX_JSON = 100_000_000  # bytes of a JSON file; the index of the largest released models has 25 MB
+_MAX_DEPTH = 64  # of lists and objects: Python's recursion ends at some hundreds
+_MAX_DIGITS = 100  # transformers writes 10^30 for "no limit"
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def check_regular(path: str | os.PathLike, limit: int | None = None) -> None:
+    """Check that a path leads to a regular file, before it is opened: opening a pipe waits for its other end.
+
+    Args: limit: largest size in bytes.
+    Raises: ValueError for a folder, pipe, socket or device, and for a larger file; OSError when there is none.
+
+    Example:
+        >>> check_regular(os.devnull)
+        Traceback (most recent call last):
+            ...
+        ValueError: /dev/null is a device, not a file
+    """
+    status = os.stat(path)
+    kind = next((name for test, name in _KINDS if test(status.st_mode)), None)
+    if kind is not None:
+        raise ValueError(f"{os.fspath(path)} is {kind}, not a file")
+    if limit is not None and status.st_size > limit:
+        raise ValueError(f"{os.fspath(path)} has {status.st_size:,} bytes, more than the {limit:,} that are supported")
+
+
+def read_json(path: str | os.PathLike, limit: int = MAX_JSON) -> Any:
+    """Read a JSON file that another program may have written.
+
+    Raises: ValueError that names the file, as `check_regular` and `parse_json`; OSError when it cannot be read.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "config.json").write_text('{"hidden_size": 7168}')
+        ...     read_json(Path(folder, "config.json"))
+        {'hidden_size': 7168}
+    """
+    check_regular(path, limit)
+    try:
+        return parse_json(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)} is not JSON: {error}") from error
+
+
+def parse_json(data: str | bytes) -> Any:
+    """Parse JSON in linear time, and refuse values that later code could not print, store or convert.
+
+    Raises: ValueError when it is not UTF-8 or not JSON, has a key twice, is nested more than 64 deep, or holds NaN,
+        half a surrogate pair, or an integer of more than 100 digits.
+
+    Example:
+        >>> parse_json('{"a": 1, "a": 2}')
+        Traceback (most recent call last):
+            ...
+        ValueError: key 'a' occurs twice
+    """
+    text = data.decode("utf-8") if isinstance(data, bytes) else data
+    try:
+        values = json.loads(text, object_pairs_hook=_without_duplicates, parse_int=_parse_int, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError(f"it is nested more than {_MAX_DEPTH} deep") from None
+    has_surrogates = re.search(r"\\u[dD][89a-fA-F]", text) is not None
+    level = [values]
+    for _ in range(_MAX_DEPTH):
+        if has_surrogates:
+            _check_surrogates(level)
+        level = [
+            item
+            for value in level
+            if isinstance(value, list | dict)
+            for item in (value.values() if isinstance(value, dict) else value)
+            if isinstance(item, list | dict) or (has_surrogates and isinstance(item, str))
+        ]
+        if not level:
+            return values
+    raise ValueError(f"it is nested more than {_MAX_DEPTH} deep")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"key {key!r} occurs twice")
+            seen.add(key)
+    return values
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"an integer has {len(digits):,} digits")
+    return int(digits)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _check_surrogates(values: list[Any]) -> None:
+    for value in values:
+        for text in (value,) if isinstance(value, str) else value if isinstance(value, dict) else ():
+            if re.search("[\ud800-\udfff]", text):
+                raise ValueError(f"{text[:60]!r} holds half a surrogate pair, which is no character")
 
 
 def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:

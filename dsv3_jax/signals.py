@@ -29,3 +29,22 @@ def handled(handler: Callable[[int, Any], None], *numbers: signal.Signals) -> It
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+@contextmanager
+def deferred(*numbers: signal.Signals) -> Iterator[None]:
+    """Let these signals wait until the context ends.
+
+    Example:
+        >>> with handled(lambda number, frame: print("asked to stop"), signal.SIGTERM):
+        ...     with deferred(signal.SIGTERM):
+        ...         signal.raise_signal(signal.SIGTERM)
+        ...         print("saved")
+        saved
+        asked to stop
+    """
+    received: list[int] = []
+    with handled(lambda number, frame: received.append(number), *numbers):
+        yield
+    if received:
+        signal.raise_signal(received[0])

@@ -47,7 +47,7 @@ def test_heatmap_of_a_layer_without_load(tmp_path):
 
 @pytest.mark.parametrize(
     ("load", "message"),
-    [([1.0, 2.0], r"\(2,\)"), ([[1.0], [1.0]], r"\(2, 1\)"), ([[1.0, -2.0]], "-2.0"), ([[1.0, np.nan]], "nan")],
+    [([1.0, 2.0], r"\(2,\)"), ([[], []], r"\(2, 0\)"), ([[1.0, -2.0]], "-2.0"), ([[1.0, np.nan]], "nan")],
 )
 def test_heatmap_refuses_an_invalid_load(tmp_path, load, message):
     with pytest.raises(ValueError, match=message):

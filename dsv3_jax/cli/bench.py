@@ -24,6 +24,7 @@ from dsv3_jax.decoding.generate import Generated, generate
 from dsv3_jax.files import write_atomic
 from dsv3_jax.model.cache import pick_dtype, pick_kind
 from dsv3_jax.model.counting import decode_bytes
+from dsv3_jax.report.progress import text_console
 from dsv3_jax.report.speed import copy_bandwidth
 from dsv3_jax.report.units import format_count
 
@@ -154,7 +155,7 @@ def decode(options: Decode) -> int:
             options.batch, options.context, kinds, dtypes, options.draft, options.draft_length
         )
     ))  # fmt: skip
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 160)
     console.print(model.kernels.describe(model.compute_dtype), soft_wrap=True)
     results: dict[Cell, list[Generated]] = {cell: [] for cell in cells}
     with _progress() as show:
@@ -185,9 +186,9 @@ def decode(options: Decode) -> int:
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     """Show what runs now on stderr: a live line on a terminal, a line each elsewhere."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = text_console(stderr=True)
     if not console.is_terminal:
-        yield lambda text: console.print(text, markup=False)
+        yield lambda text: console.print(text)
         return
     with console.status("") as status:
         yield lambda text: status.update(escape(text))

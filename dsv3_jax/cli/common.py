@@ -257,19 +257,31 @@ def guarded(command: Callable[[], int]) -> int:
         raise
 
 
+MAX_SENTENCE = 480  # characters, the line's "dsv3: " not included
+
+
 def sentence(error: BaseException) -> str:
-    """An error's message on one line.
+    """An error's message on one line: at most `MAX_SENTENCE` characters, without control codes.
 
     Example:
-        >>> sentence(ValueError("two\\n  lines"))
-        'two lines'
+        >>> sentence(ValueError("two\\n  lines \\x1b[31m"))
+        'two lines \\\\x1b[31m'
     """
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full: {error.filename or error.strerror}; what was saved before is complete"
-    return " ".join(str(error).split()) or type(error).__name__
+    return _plain(str(error)) or type(error).__name__
+
+
+def _plain(text: str) -> str:
+    """One line in which codes that would steer a terminal are written out; of a long text both ends are kept."""
+    text = " ".join(text[: 100 * MAX_SENTENCE].split())
+    text = re.sub(
+        r"[^\x20-\x7e]", lambda m: m[0] if m[0].isprintable() else m[0].encode("unicode_escape").decode(), text
+    )
+    return text if len(text) <= MAX_SENTENCE else f"{text[: MAX_SENTENCE - 151]} … {text[-148:]}"
 
 
 def fail(text: str, code: int = 2) -> int:
     """Print an error on stderr; return the exit code."""
-    print(f"dsv3: {text}", file=sys.stderr)
+    print(f"dsv3: {_plain(text)}", file=sys.stderr)
     return code

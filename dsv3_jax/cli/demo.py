@@ -56,16 +56,15 @@ def demo_run(tokenizer_path: Path, short: bool) -> RunConfig:
 
 def demo(out: Path, *, short: bool = False) -> int:
     """Run the demo in the folder `out`; return the exit code."""
-    from rich.console import Console
-
     from dsv3_jax.data import tokenizer
     from dsv3_jax.data.corpus import load_corpus
     from dsv3_jax.decoding.generate import generate
+    from dsv3_jax.report.progress import text_console
     from dsv3_jax.training.checkpoint import load_run
     from dsv3_jax.training.loop import fit
     from dsv3_jax.training.run_folder import TOKENIZER_FILE
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = text_console()
     start = time.perf_counter()
     tokenizer_path = Path(out) / TOKENIZER_FILE
     run = demo_run(tokenizer_path, short)
@@ -92,7 +91,7 @@ def demo(out: Path, *, short: bool = False) -> int:
     console.print("\ngenerated from the latent cache, at temperature 0.5:")
     for prompt, tokens in zip(PROMPTS, generated.tokens, strict=True):
         console.rule(prompt.strip(), style="dim", characters="-")
-        console.print(prompt + text.decode(tokens), markup=False)
+        console.print(prompt + text.decode(tokens))
     console.rule(style="dim", characters="-")
     minutes = (time.perf_counter() - start) / 60
     console.print(f"done in {minutes:.1f} minutes; step {result.step}; the run is in {out}")

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 
 from dsv3_jax.cli.common import parse, prepare_process
 from dsv3_jax.config import CacheDtype
@@ -37,6 +36,7 @@ def run(argv: list[str]) -> int:
     prepare_process()
     from dsv3_jax.data import tokenizer
     from dsv3_jax.hf.open_model import open_model
+    from dsv3_jax.report.progress import text_console
     from dsv3_jax.training.chats import measured_on
     from dsv3_jax.training.evaluate import cache_quality, evaluate
 
@@ -44,7 +44,7 @@ def run(argv: list[str]) -> int:
     source, text = measured_on(run.data, args.run, args.paths), tokenizer.load(run.data.tokenizer)
     batches = source.val_batches(args.batches)
     measures = evaluate(model, batches, text, source.domains)
-    console = Console(highlight=False, soft_wrap=True)
+    console = text_console()
     console.print(f"step {step}")
     for name, value in measures.items():
         if name != "load":

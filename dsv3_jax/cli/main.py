@@ -7,10 +7,12 @@ Exit codes:
     75   another process of the run was lost (`dsv3 train --cluster`); the same command resumes
     130  interrupted by Ctrl-C
     141  the reader of the output has closed it
+    143  stopped by SIGTERM
 """
 
 import importlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -19,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from dsv3_jax.cli.common import guarded
 from dsv3_jax.config import did_you_mean
 from dsv3_jax.presets import MODELS
+from dsv3_jax.signals import handled
 
 # Command: its arguments, and what it does. Each is a file beside this one, with a function `run(argv) -> exit code`.
 COMMANDS = {
@@ -52,10 +55,16 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run a command, by default the one of this process's arguments, and return its exit code."""
     given = sys.argv[1:] if argv is None else argv
-    code = guarded(lambda: dispatch(list(given)))
+    with handled(_terminate, signal.SIGTERM):  # `dsv3 train` handles it itself while it trains
+        code = guarded(lambda: dispatch(list(given)))
     if argv is None and code:
         _end_within(PATIENCE, code)
     return code
+
+
+def _terminate(number: int, frame: object) -> None:
+    """End by an exception, so that temporary files and folders are deleted on the way."""
+    raise SystemExit(128 + number)
 
 
 def _end_within(seconds: float, code: int) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from dsv3_jax.cli.common import parse, prepare_process
 
@@ -39,7 +38,7 @@ def run(argv: list[str]) -> int:
     import jax.numpy as jnp
 
     from dsv3_jax.ops import balance
-    from dsv3_jax.report.progress import track
+    from dsv3_jax.report.progress import text_console, track
     from dsv3_jax.stats.reporting import PAGE, report
 
     def follow(batches, total):
@@ -56,7 +55,7 @@ def run(argv: list[str]) -> int:
         kernels=args.kernels,
         follow=follow,
     )
-    console = Console(highlight=False, soft_wrap=True)
+    console = text_console()
     console.print(f"{counts.tokens.max():,} tokens of {len(counts.document_domains)} documents")
     max_vio = balance.max_vio(jnp.asarray(counts.load, jnp.float32)).tolist()
     for layer, vio, bits, chance in zip(counts.layers, max_vio, special.bits, special.shuffled_95, strict=True):
@@ -64,5 +63,5 @@ def run(argv: list[str]) -> int:
         if len(counts.domains) > 1:
             line += f"  I(expert; domain) {bits:.4f} bits, by chance below {chance:.4f}"
         console.print(line)
-    console.print(f"the page: {out / PAGE}", markup=False)
+    console.print(f"the page: {out / PAGE}")
     return 0

@@ -8,6 +8,8 @@ import importlib.util
 import itertools
 import json
 import os
+import reprlib
+import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,8 +17,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsv3_jax.config import DataConfig
+from dsv3_jax.files import check_regular
 
 _MAX_CHARACTERS = 2**18  # longer texts are cut, so that tokenising one, or resuming in it, takes little time
+_MAX_TEXT_BYTES = 2**31  # of a file that is one text
+_MAX_LINE_BYTES = 2**28  # of a line of JSONL
+_MAX_DOMAIN = 200  # characters of a domain's name
 _MAX_INSTALLED_BYTES = 2**18  # larger installed files are left out: most of them are tables
 _MIN_INSTALLED_FILES = 100  # of a domain; below it other packages' files are added: Debian moves headers and tests away
 
@@ -213,7 +219,8 @@ def _documents_of(path: str) -> Iterator[Document]:
     if not root.exists():
         raise ValueError(f"path={path!r} does not exist")
     empty = True
-    for file in files_below(root) if root.is_dir() else (root,):
+    for file in user_files(root) if root.is_dir() else (root,):
+        check_regular(file)
         parts = file.relative_to(root).parts if root.is_dir() else ()
         default_domain = parts[0] if len(parts) > 1 else file.suffix[1:].lower() or "text"
         reader = {".jsonl": _jsonl, ".parquet": _parquet}.get(file.suffix.lower(), _text)
@@ -221,7 +228,7 @@ def _documents_of(path: str) -> Iterator[Document]:
             for text, domain in reader(file, skip_binary=root.is_dir()):
                 for part in _split_long(text):
                     empty = False
-                    yield Document(part, domain or default_domain)
+                    yield Document(part, _printable(domain or default_domain))
         except OSError as error:
             raise ValueError(f"{file} cannot be read: {error.strerror}") from error
     if empty:
@@ -229,9 +236,11 @@ def _documents_of(path: str) -> Iterator[Document]:
 
 
 def _text(path: Path, skip_binary: bool) -> Iterator[tuple[str, str | None]]:
+    with path.open("rb") as file:
+        if skip_binary and b"\0" in file.read(8192):  # git's rule for binary files
+            return
+    check_regular(path, _MAX_TEXT_BYTES)
     data = path.read_bytes()
-    if skip_binary and b"\0" in data[:8192]:  # git's rule for binary files
-        return
     yield _utf8(data, path), None
 
 
@@ -250,14 +259,16 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """
     offset = 0
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE_BYTES + 1), b""), 1):
+            if len(line) > _MAX_LINE_BYTES:
+                raise ValueError(f"{path}, line {number}, is longer than {_MAX_LINE_BYTES:,} bytes")
             text = _utf8(line, path, offset)
             offset += len(line)
             if not text.strip():
                 continue
             try:
                 record = json.loads(text)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # numbers of thousands of digits, and deep lists, too
                 raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
             yield f"{path}, line {number}", record
 
@@ -291,20 +302,40 @@ def parquet_rows(path: Path, needed: Sequence[str], also: Sequence[str]) -> Iter
                 for record in batch.to_pylist():
                     row += 1
                     yield f"{path}, row {row}", record
-    except pyarrow.ArrowInvalid as error:
+    except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is not a Parquet file: {error}") from error
 
 
 def _checked_record(text: object, domain: object, location: str) -> tuple[str, str | None]:
     if not isinstance(text, str):
-        raise ValueError(f'{location}: "text" is {text!r}, not a string')
-    if domain is not None and not isinstance(domain, str):
-        raise ValueError(f'{location}: "domain" is {domain!r}, not a string')
+        raise ValueError(f'{location}: "text" is {reprlib.repr(text)}, not a string')
+    if domain is not None and (not isinstance(domain, str) or len(domain) > _MAX_DOMAIN):
+        raise ValueError(f'{location}: "domain" is {reprlib.repr(domain)}, not a string of {_MAX_DOMAIN} or less')
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON can contain half a surrogate pair
         raise ValueError(f'{location}: "text" is not UTF-8 at character {error.start}') from error
     return text, domain
+
+
+def user_files(root: Path) -> Iterator[Path]:
+    """Yield the files of a folder, and say on stderr which links lead nowhere."""
+    dangling = []
+    for file in files_below(root):
+        if file.is_symlink() and not file.exists():
+            dangling.append(file)
+        else:
+            yield file
+    if dangling:
+        print(
+            f"path={str(root)!r}: passed over {len(dangling)} links that lead nowhere, such as {dangling[0].name!r}",
+            file=sys.stderr,
+        )
+
+
+def _printable(domain: str) -> str:
+    """A domain's name on a terminal, in pictures and in JSON: file names may hold control codes and broken UTF-8."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in domain)
 
 
 def _utf8(data: bytes, path: Path, offset: int = 0) -> str:

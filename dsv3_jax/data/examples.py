@@ -23,8 +23,9 @@ from jaxtyping import Bool, Int32
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.batches import Batch, Piece, pack
-from dsv3_jax.data.corpus import files_below, fingerprint_of, held_out, json_lines, parquet_rows
+from dsv3_jax.data.corpus import fingerprint_of, held_out, json_lines, parquet_rows, user_files
 from dsv3_jax.data.text_settings import TextSettings
+from dsv3_jax.files import check_regular
 
 KEYS = ("messages", "prompt", "completion", "text")
 _OPEN_ROWS = 64  # rows that may still be filled: more waste less padding, and search longer
@@ -326,10 +327,11 @@ def _records(path: str) -> Iterator[tuple[str, dict[str, Any], str]]:
     root = Path(path)
     if not root.exists():
         raise ValueError(f"path={path!r} does not exist")
-    files = [f for f in files_below(root) if f.suffix.lower() in (".jsonl", ".parquet")] if root.is_dir() else [root]
+    files = [f for f in user_files(root) if f.suffix.lower() in (".jsonl", ".parquet")] if root.is_dir() else [root]
     if not files:
         raise ValueError(f"path={path!r} holds no JSONL and no Parquet file")
     for file in files:
+        check_regular(file)
         try:
             if file.suffix.lower() == ".parquet":
                 found = parquet_rows(file, needed=KEYS, also=("tools", "domain"))

@@ -1,12 +1,14 @@
 """What the small files of a folder say of special tokens: their names by role, and which ids end a text."""
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dsv3_jax.files import read_json
+
 CONFIG_FILE, SPECIALS_FILE = "tokenizer_config.json", "special_tokens_map.json"  # settings beside a tokenizer
+MAX_IDS = 2**22  # of a tokenizer; the largest released one has 262,144
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -49,22 +51,19 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    values = read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, not an object")
     return values
 
 
-def end_ids(folder: Path, name: str) -> list[int]:
-    """Return `eos_token_id` of a file such as config.json: none, one or several ids.
+def end_ids(folder: Path, name: str, key: str = "eos_token_id") -> list[int]:
+    """Return `eos_token_id`, or another key, of a file such as config.json: none, one or several ids.
 
     Raises: ValueError when it is neither an id nor a list of ids.
     """
-    value = read_object(folder / name).get("eos_token_id")
+    value = read_object(folder / name).get(key)
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise ValueError(f"{folder / name} has eos_token_id={value!r}, which is neither an id nor a list of ids")
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < MAX_IDS for i in ids):
+        raise ValueError(f"{folder / name} has {key}={value!r}, which is neither an id nor a list of ids")
     return ids

@@ -5,6 +5,7 @@ run has its tokenizer, and the other files only if it was converted from a relea
 """
 
 import json
+import math
 import shutil
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,7 +16,7 @@ from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.data.chat import ChatTemplate
 from dsv3_jax.data.special_tokens import CONFIG_FILE, SPECIALS_FILE, end_ids, named_specials, read_object
 from dsv3_jax.data.tokenizer import JSON_FILE, TIKTOKEN_FILE, FileTokenizer, Tokenizer
-from dsv3_jax.files import write_atomic
+from dsv3_jax.files import MAX_JSON, check_regular, write_atomic
 
 TEMPLATE_FILE, GENERATION_FILE, TEMPLATES_FOLDER = (
     "chat_template.jinja",
@@ -28,6 +29,7 @@ PLAIN_TEMPLATE = (
     "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content + eos_token }}{% endif %}"
     "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
 )
+_MAX_TEMPLATE = 4_000_000  # bytes
 # All that a copy of a folder needs, apart from the model, to read and end text as the folder does.
 TEXT_FILES = (JSON_FILE, TIKTOKEN_FILE, CONFIG_FILE, SPECIALS_FILE, TEMPLATE_FILE, GENERATION_FILE)
 
@@ -161,6 +163,7 @@ def copy_to_run(folder: str | Path, run: str | Path, text: TextSettings | None =
         write_atomic(run / TEMPLATES_FOLDER / template.name, template.read_bytes())
     for name in TEXT_FILES:
         if (folder / name).is_file() and name not in (JSON_FILE, TIKTOKEN_FILE, TEMPLATE_FILE):
+            check_regular(folder / name, MAX_JSON)
             shutil.copyfile(folder / name, run / name)
     if not (run / CONFIG_FILE).exists():  # its being there says that text is read as released
         names = {} if text is None else text.special_tokens
@@ -207,6 +210,8 @@ def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     if (folder / TEMPLATE_FILE).is_file():
         files["default"] = folder / TEMPLATE_FILE
     if files:
+        for path in files.values():
+            check_regular(path, _MAX_TEMPLATE)
         try:
             return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
         except UnicodeDecodeError as error:
@@ -229,8 +234,10 @@ def _sampling(folder: Path) -> SamplingDefaults:
         value = said.get(key)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{folder / GENERATION_FILE} has {key}={json.dumps(value)}, which is not a number")
+        if kind is int and value != int(value):
+            raise ValueError(f"{folder / GENERATION_FILE} has {key}={value}, which is not a whole number")
         values[key] = kind(value)
     if not values.get("top_k"):
         values.pop("top_k", None)  # 0 means all

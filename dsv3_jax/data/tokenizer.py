@@ -10,9 +10,11 @@ for text that a person or a chat template wrote for a model: such a name becomes
 import abc
 import base64
 import codecs
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from operator import index
 from pathlib import Path
@@ -22,9 +24,18 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int32
 
-from dsv3_jax.data.special_tokens import CONFIG_FILE, SPECIALS_FILE, any_of, end_ids, named_specials, read_object
-from dsv3_jax.files import write_atomic
+from dsv3_jax.data.special_tokens import (
+    CONFIG_FILE,
+    MAX_IDS,
+    SPECIALS_FILE,
+    any_of,
+    end_ids,
+    named_specials,
+    read_object,
+)
+from dsv3_jax.files import MAX_JSON, check_regular, write_atomic
 
+_LONG_RUN = re.compile(r"\s{8192}|\S{8192}")
 SPECIALS = ("<eos>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>")
 JSON_FILE, TIKTOKEN_FILE = "tokenizer.json", "tiktoken.model"  # what a folder's tokenizer is read from, in this order
 
@@ -224,16 +235,16 @@ class FileTokenizer(Tokenizer):
         file = Path(path) / JSON_FILE if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise ValueError(f"tokenizer={path!r} is neither 'bytes' nor a {JSON_FILE}; give one of them")
-        try:
-            inner = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"tokenizer={str(file)!r} cannot be read: {error}") from error
+        inner = _open_json(file)
         inner.encode_special_tokens = True  # text may contain names of specials; only this project adds specials
         inner.no_padding()
         inner.no_truncation()
         eos = _eos_of(file, inner.token_to_id)
+        _check_ids(file, inner.get_vocab(with_added_tokens=True).values(), eos)
+        with _sentences(file, "cannot encode text"):
+            inner.encode(_PROBE, add_special_tokens=False)
         fim = next((ids for names in _FIM if (ids := _ids_of(inner, names))), None)
-        self._inner = inner
+        self._file, self._inner = file, inner
         self._byte_level = _is_byte_level(inner)
         self.puts_space_before = not self._byte_level
         tokens = inner.get_added_tokens_decoder().items()
@@ -242,14 +253,17 @@ class FileTokenizer(Tokenizer):
         super().__init__(_bytes_by_id(inner, self._byte_level, {eos, *(fim or ())}), eos, fim, specials, added)
 
     def encode_array(self, text: str) -> Int32[np.ndarray, " n"]:
-        return np.array(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
+        with _sentences(self._file, "cannot encode this text"):
+            return np.array(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_with_specials(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        found = self._with_specials.encode(text, add_special_tokens=False)
+        with _sentences(self._file, "cannot encode this text"):
+            found = self._with_specials.encode(text, add_special_tokens=False)
         return found.ids, found.offsets
 
     def encode_prompt(self, text: str) -> list[int]:
-        return self._with_specials.encode(text, add_special_tokens=True).ids
+        with _sentences(self._file, "cannot encode this text"):
+            return self._with_specials.encode(text, add_special_tokens=True).ids
 
     def encode_plain(self, text: str) -> list[int]:
         # Step by step: the library's encoder always finds added tokens that are not special.
@@ -295,19 +309,22 @@ class TiktokenTokenizer(Tokenizer):
             ) from error
         ranks = _ranks(file)
         added = read_object(file.parent / CONFIG_FILE).get("added_tokens_decoder") or {}
-        names = {int(i): str(token["content"] if isinstance(token, dict) else token) for i, token in added.items()}
+        names = _names_of_ids(file.parent / CONFIG_FILE, added)
         base = len(ranks)
         end = max([base + 256, *(i + 1 for i in names)])
         specials = {names.get(i, f"<|reserved_token_{i}|>"): i for i in range(base, end)}
         if sorted(ranks.values()) != list(range(base)) or len(specials) != end - base:
             raise ValueError(f"tokenizer={str(file)!r} cannot be read: ids are not 0 … {end - 1}, each once")
-        self._encoding = tiktoken.Encoding(
-            name=file.name, pat_str=KIMI_PATTERN, mergeable_ranks=ranks, special_tokens=specials
-        )
+        with _sentences(file, "cannot be read"):
+            self._encoding = tiktoken.Encoding(
+                name=file.name, pat_str=KIMI_PATTERN, mergeable_ranks=ranks, special_tokens=specials
+            )
         table = [b""] * end
         for piece, i in ranks.items():
             table[i] = piece
-        super().__init__(table, _eos_of(file, lambda name: specials.get(name)), None, specials)
+        eos = _eos_of(file, lambda name: specials.get(name))
+        _check_ids(file, specials.values(), eos)
+        super().__init__(table, eos, None, specials)
 
     def encode_array(self, text: str) -> Int32[np.ndarray, " n"]:
         ids = (self._encoding.encode_ordinary(part) for part in _bounded(text))
@@ -335,6 +352,7 @@ def _ranks(file: Path) -> dict[bytes, int]:
     """Read the lines of a `tiktoken.model`: base64 of a token's bytes, and its rank."""
     # Not by the library's reader, which keeps files in a cache by their path and would give back an older one.
     ranks = {}
+    check_regular(file, MAX_JSON)
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         if not line:
             continue
@@ -419,12 +437,13 @@ def keep_copy(spec: str, folder: Path) -> Path:
     own = folder / (TIKTOKEN_FILE if is_tiktoken else JSON_FILE)
     if own.exists() and own.samefile(source):
         return own
+    load(str(source))  # refuses a file that is no tokenizer
     write_atomic(own, source.read_bytes())
     said = source.parent / CONFIG_FILE
     if is_tiktoken and said.is_file():
         write_atomic(folder / CONFIG_FILE, said.read_bytes())
     elif not is_tiktoken:
-        inner = tokenizers.Tokenizer.from_file(str(source))
+        inner = _open_json(source)
         eos = _eos_of(source, inner.token_to_id)
         if eos != _known_eos(inner.token_to_id):  # said by a file beside the source
             write_atomic(folder / SPECIALS_FILE, json.dumps({"eos_token": inner.id_to_token(eos)}))
@@ -463,6 +482,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str) -> FileTokenizer
         >>> tokenizer.vocab_size, len(tokenizer.encode("to be"))
         (262, 3)
     """
+    if vocab_size > MAX_IDS:
+        raise ValueError(f"vocab_size={vocab_size} is more than the {MAX_IDS:,} that are supported")
     if vocab_size < 256 + len(SPECIALS):
         raise ValueError(
             f"vocab_size={vocab_size} is below {256 + len(SPECIALS)}, the number of bytes and specials; increase it"
@@ -476,9 +497,65 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str) -> FileTokenizer
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    inner.train_from_iterator(texts, trainer)
+    inner.train_from_iterator(itertools.chain.from_iterable(map(_cut_runs, texts)), trainer)
     write_atomic(path, inner.to_str(pretty=True))
     return FileTokenizer(path)
+
+
+def _cut_runs(text: str) -> Iterator[str]:
+    """Cut runs with or without spaces after 8,192 characters: training takes time by the square of a word's length."""
+    piece = ""
+    runs = re.findall(r"\s{1,8192}|\S{1,8192}", text) if _LONG_RUN.search(text) else [text]
+    for run in runs:
+        piece += run
+        if len(run) == 8192:
+            yield piece
+            piece = ""
+    yield piece
+
+
+# Letters, spaces, digits and signs in runs that make an ambiguous pattern search for very long.
+_PROBE = f"to be, or not: é 漢字 🙂\n{'a' * 64}! {' ' * 64}x {'1' * 64}- {'=' * 64}é{'ab ' * 32}\n\n"
+
+
+@contextmanager
+def _sentences(file: Path, what: str) -> Iterator[None]:
+    """Turn what a library raises into a ValueError: bare exceptions, and panics, which are no `Exception`."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise ValueError(f"tokenizer={str(file)!r} {what}: {error}") from error
+
+
+def _open_json(file: Path) -> tokenizers.Tokenizer:
+    check_regular(file, MAX_JSON)
+    with _sentences(file, "cannot be read"):
+        return tokenizers.Tokenizer.from_file(str(file))
+
+
+def _check_ids(file: Path, ids: Iterable[int], eos: int) -> None:
+    """Raises: ValueError for ids that a table of all ids would take too much memory for, or an end of document that is
+    none of them."""
+    largest = max(ids, default=-1)
+    if largest >= MAX_IDS:
+        raise ValueError(f"tokenizer={str(file)!r} has id {largest}; ids up to {MAX_IDS - 1} are supported")
+    if eos > largest:
+        raise ValueError(f"tokenizer={str(file)!r} ends documents with id {eos}, but its ids end at {largest}")
+
+
+def _names_of_ids(file: Path, added: object) -> dict[int, str]:
+    """Read `added_tokens_decoder` of a tokenizer_config.json: id → name."""
+    names: dict[int, str] = {}
+    for i, token in added.items() if isinstance(added, dict) else ():
+        name = token.get("content") if isinstance(token, dict) else token
+        if not re.fullmatch(r"[0-9]{1,7}", i) or int(i) >= MAX_IDS or not isinstance(name, str):
+            raise ValueError(
+                f"{file} has added_tokens_decoder[{i!r}]={token!r}, which is no id with the name of a token"
+            )
+        names[int(i)] = name
+    return names
 
 
 def _known_eos(id_of: Callable[[str], int | None]) -> int | None:
@@ -510,7 +587,9 @@ def _bytes_by_id(inner: tokenizers.Tokenizer, byte_level: bool, special_ids: set
         if i in added:  # an added token is plain text
             table[i] = token.encode("utf-8")
         elif byte_level:
-            table[i] = bytes(byte_of[c] for c in token)
+            # As in the library: a token with another character is its own text.
+            known = all(c in byte_of for c in token)
+            table[i] = bytes(byte_of[c] for c in token) if known else token.encode("utf-8")
         elif match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
             table[i] = bytes([int(match[1], 16)])
         else:

@@ -104,7 +104,9 @@ def config_from_dict(values: dict[str, Any], *, allow_unknown_keys: bool = False
 def _dense_prefix(values: dict[str, Any]) -> int:
     """The number of dense layers before the sparse ones, from `mlp_layer_types`."""
     kinds = values["mlp_layer_types"]
-    dense = kinds.index("sparse") if isinstance(kinds, list) and "sparse" in kinds else len(kinds)
+    if not isinstance(kinds, list):
+        raise ConfigError(f"mlp_layer_types={kinds!r} is not a list")
+    dense = kinds.index("sparse") if "sparse" in kinds else len(kinds)
     layers = values.get("num_hidden_layers")
     if kinds != ["dense"] * dense + ["sparse"] * (len(kinds) - dense) or len(kinds) != layers:
         raise ConfigError(f"mlp_layer_types={kinds!r} is not 'dense' layers before 'sparse' ones, {layers!r} in all")
@@ -119,7 +121,7 @@ def _required(values: dict[str, Any], key: str) -> Any:
 
 def _typed(key: str, value: Any, hint: Any) -> Any:
     """Return a value in our field's type; JSON may write 40 for 40.0."""
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 1 << 64:
         return float(value)
     kinds = typing.get_args(hint) or (hint,)
     if type(value) not in kinds:

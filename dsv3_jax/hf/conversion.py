@@ -1,5 +1,6 @@
 """`dsv3 convert`: released folder → run folder, run folder → released folder, released folder → another dtype."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -9,17 +10,18 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax.data import text_settings, tokenizer
-from dsv3_jax.data.special_tokens import read_object
+from dsv3_jax.data.special_tokens import end_ids, read_object
 from dsv3_jax.data.tokenizer import TIKTOKEN_FILE
 from dsv3_jax.hf import files
 from dsv3_jax.hf.config_json import config_to_dict
 from dsv3_jax.hf.families import text_config
-from dsv3_jax.hf.open_model import released_run, text_files
+from dsv3_jax.hf.open_model import check_text, released_run, text_files
 from dsv3_jax.hf.places import find
 from dsv3_jax.hf.reading import ReleasedFolder, load
 from dsv3_jax.hf.table import tensor_table
 from dsv3_jax.hf.writing import DTYPES, SHARD_BYTES, CastTensors, folder_tensors, prepare, write_released
 from dsv3_jax.model.moe import RouterBias
+from dsv3_jax.signals import STOP, deferred
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
 from dsv3_jax.training.optim import AdamState
 from dsv3_jax.training.run_folder import RUN_FILE, TOKENIZER_FILE, claim
@@ -120,8 +122,13 @@ def _released_to_dtype(folder: ReleasedFolder, out: Path, dtype: DType | None, s
     name = next(d for d in (dtype, embed, "float32") if d in DTYPES)
     table = tensor_table(folder.cfg, fp8, dtype=name)
     config = config_to_dict(folder.cfg, fp8=fp8, dtype=name)
-    config |= {key: folder.config.get(key) for key in ("bos_token_id", "eos_token_id")}
+    for key in ("bos_token_id", "eos_token_id"):
+        end_ids(folder.path, files.CONFIG, key)  # refuses what is no id
+        config[key] = folder.config.get(key)
     extra_files = text_files(folder.path)
+    has_json = (folder.path / TOKENIZER_FILE).is_file()
+    if has_json or ((folder.path / TIKTOKEN_FILE).is_file() and find_spec("tiktoken")):
+        check_text(folder.path, folder.cfg)
     tensors = CastTensors(folder_tensors(folder), table, folder.allow_nonfinite)
     write_released(out, config, table, tensors, shard_bytes, quiet=quiet, extra_files=extra_files)
     return f"{out}: {len(table)} tensors in {dtype or name}, in Hugging Face format"
@@ -150,7 +157,8 @@ def _released_to_run(
         files.write_json(folder / ORIGIN, text_config(files.read_json(files.file_inside(source, files.CONFIG))))
         if run.data.tokenizer != "bytes":
             text_settings.copy_to_run(source, folder)
-        with Checkpoints(folder, run) as checkpoints:
+        # Orbax writes in threads: they would go on while the folder is deleted.
+        with deferred(*STOP), Checkpoints(folder, run) as checkpoints:
             checkpoints.save(state, {}, wait=True)
     kind = "bytes" if run.data.tokenizer == "bytes" else tokenizer.file_of(run.data.tokenizer).name
     return f"{out}: a run at step 0, its tokenizer {kind}"

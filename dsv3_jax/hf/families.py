@@ -106,7 +106,7 @@ def family_of(values: dict[str, Any]) -> Family:
         'softmax'
     """
     label = values.get("model_type")
-    if label not in FAMILIES:
+    if not isinstance(label, str) or label not in FAMILIES:
         near = did_you_mean(str(label), FAMILIES)
         raise ConfigError(f"model_type={label!r} is not one of {', '.join((*FAMILIES, *WRAPPERS))}{near}")
     return FAMILIES[label]

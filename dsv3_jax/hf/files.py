@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from dsv3_jax.files import atomic_folder
+from dsv3_jax import files
+from dsv3_jax.files import MAX_JSON, atomic_folder, parse_json
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 STORED_DTYPES = {  # the format's name → NumPy's dtype
@@ -30,7 +31,8 @@ STORED_DTYPES = {  # the format's name → NumPy's dtype
     "BOOL": np.dtype(bool),
 }
 FORMAT_NAMES = {dtype.name: name for name, dtype in STORED_DTYPES.items()}  # NumPy's name → the format's name
-_MAX_HEADER = 100_000_000  # bytes
+MAX_CONFIG = 8_000_000  # bytes of config.json; lists of layers that are not quantized take half a megabyte
+_MAX_AXES = 32  # of a tensor; NumPy has no more in its older versions
 _MAX_MAPPED = 256 << 20  # bytes read through one map before it is opened again, which frees its pages
 
 
@@ -47,10 +49,10 @@ class StoredTensor(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, limit: int = MAX_JSON) -> Any:
     """Read a JSON file.
 
-    Raises: ValueError when the file is absent, is not JSON, or has a key twice.
+    Raises: ValueError when the file is absent, or as `files.read_json`.
 
     Example:
         >>> import tempfile
@@ -61,18 +63,7 @@ def read_json(path: Path) -> Any:
     """
     if not path.is_file():
         raise ValueError(f"{path.parent} has no {path.name}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        names = [key for key, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} occurs twice")
-    return values
+    return files.read_json(path, limit)
 
 
 def file_inside(folder: Path, name: object, *, under: str = "") -> Path:
@@ -93,7 +84,10 @@ def file_inside(folder: Path, name: object, *, under: str = "") -> Path:
     if not isinstance(name, str) or not name or name in (".", "..") or Path(name).name != name or "\\" in name:
         raise ValueError(f"{folder} names a file {name!r}, which is not a plain file name in that folder")
     path = folder / under / name
-    there, own = path.resolve(), folder.resolve()
+    try:
+        there, own = path.resolve(), folder.resolve()
+    except RuntimeError as error:  # in older Pythons
+        raise ValueError(f"{path} is a link that leads to itself") from error
     inside = [own, own.parent.parent / "blobs"] if own.parent.name == "snapshots" else [own]
     if not any(there.is_relative_to(place) for place in inside):
         raise ValueError(f"{path} is a link out of its folder; replace it by the file, as cp -rL does")
@@ -119,7 +113,7 @@ def open_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, StoredTen
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    config = read_json(file_inside(folder, CONFIG))
+    config = read_json(file_inside(folder, CONFIG), MAX_CONFIG)
     if not isinstance(config, dict):
         raise ValueError(f"{folder / CONFIG} holds a {type(config).__name__}, not an object")
     if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():  # preferred to an index, as in transformers
@@ -165,13 +159,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8 or length > _MAX_HEADER:
+        if size < 8 or length > size - 8 or length > MAX_JSON:
             reason = f"a header of {length} bytes in a file of {size}"
             raise ValueError(f"{path} is truncated or no safetensors file: {reason}")
         raw = file.read(length)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(raw)
+    except ValueError as error:
         raise ValueError(f"{path} has a header that is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise ValueError(f"{path} has a header that is not an object")
@@ -190,8 +184,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def _stored_tensor(path: Path, name: str, fields: Any, data_start: int, size: int) -> StoredTensor:
     try:
         dtype, shape, (start, stop) = STORED_DTYPES[fields["dtype"]], tuple(fields["shape"]), fields["data_offsets"]
-        if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
-            raise ValueError("its numbers must be integers of 0 or more")
+        if not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, start, stop)):
+            raise ValueError("its numbers must be integers of 0 to 2^63")
+        if len(shape) > _MAX_AXES:
+            raise ValueError(f"it has {len(shape)} axes")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} describes {name} wrongly ({error}): {str(fields)[:200]}") from error
     stored = StoredTensor(path, dtype, shape, data_start + start)

@@ -48,7 +48,8 @@ def check(config: dict[str, Any]) -> None:
             "use 'pack-quantized' with config_groups"
         )
     for name, group in groups.items():
-        weights = group.get("weights") or {} if isinstance(group, dict) else {}
+        weights = group.get("weights") if isinstance(group, dict) else None
+        weights = weights if isinstance(weights, dict) else {}
         wanted = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
         for key, value in wanted.items():
             if weights.get(key) != value:

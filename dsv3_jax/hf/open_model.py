@@ -14,6 +14,7 @@ from dsv3_jax.data import text_settings, tokenizer
 from dsv3_jax.data.special_tokens import read_object
 from dsv3_jax.data.text_settings import TEMPLATES_FOLDER, TEXT_FILES, TextSettings
 from dsv3_jax.data.tokenizer import SPECIALS, TIKTOKEN_FILE, ByteTokenizer
+from dsv3_jax.files import MAX_JSON, check_regular
 from dsv3_jax.hf import files, reading
 from dsv3_jax.hf.places import find
 from dsv3_jax.kernels.choose import platform_of
@@ -75,11 +76,13 @@ def find_released(place: str | Path) -> Path:
 def released_run(folder: Path, cfg: ModelConfig) -> RunConfig:
     """The settings of a released model: its tokenizer, and the default corpus.
 
-    Raises: ValueError as `check_tokenizer`.
+    Raises: ValueError as `check_tokenizer` and `check_text`.
     """
     check_tokenizer(folder)
     file = tokenizer.file_of(str(folder))
     name = str(file) if file.is_file() else "bytes"
+    if name != "bytes":
+        check_text(folder, cfg)
     return RunConfig(model=cfg, data=DataConfig(tokenizer=name, seq_len=min(SEQ_LEN, cfg.max_positions)))
 
 
@@ -111,12 +114,28 @@ def is_byte_export(folder: Path) -> bool:
 def text_files(folder: Path) -> dict[str, Path]:
     """The files of a folder that say how text is read and ended, by name: tokenizer, chat templates, sampling.
 
-    Raises: ValueError when one of them is a link out of the folder.
+    Raises: ValueError when one of them is a link out of the folder, no file, or too large.
     """
     found = {name: files.file_inside(folder, name) for name in TEXT_FILES}
     for path in text_settings.template_files(folder):
         found[f"{TEMPLATES_FOLDER}/{path.name}"] = files.file_inside(folder, path.name, under=TEMPLATES_FOLDER)
-    return {name: path for name, path in found.items() if path.is_file()}
+    found = {name: path for name, path in found.items() if path.is_file()}
+    for path in found.values():
+        check_regular(path, MAX_JSON)
+    return found
+
+
+def check_text(folder: Path, cfg: ModelConfig) -> None:
+    """Check the files that say how a released folder's text is read and ended, against each other and the model.
+
+    Raises: ValueError as `read_released`, and when the tokenizer has more ids than the model.
+    """
+    text = text_settings.read_released(folder)
+    if (size := text.tokenizer.vocab_size) > cfg.vocab_size:
+        raise ValueError(
+            f"{files.file_inside(folder, tokenizer.file_of(str(folder)).name)} has vocab_size={size}, more than the "
+            f"model's vocab_size={cfg.vocab_size}"
+        )
 
 
 def open_draft(

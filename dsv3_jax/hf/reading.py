@@ -1,5 +1,6 @@
 """Load a released folder: memory-mapped tensors, one at a time, into stacked and sharded parameters."""
 
+import itertools
 import math
 import re
 import sys
@@ -32,6 +33,7 @@ from dsv3_jax.report.progress import transfer
 BF16 = np.dtype(ml_dtypes.bfloat16)
 READABLE_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BF16)
 _ALIGNMENT = 64  # bytes
+_MAX_ABSENT = 20_000  # tensors of the model that may be absent: those of its MTP layers, or those that an error counts
 _MAX_LISTED = 20  # wrong tensors that an error names
 _EMBED = "model.embed_tokens.weight"
 # Where a wrapper keeps its language model, and what it has beside it: pictures, which are not read.
@@ -77,7 +79,15 @@ class ReleasedFolder:
             raise ConfigError(f"{self.path / CONFIG}: {error}") from error
         self._tensor = TensorReader()
         self.stored = self._of_the_language_model(stored, cfg)
-        all_entries = list(entries(cfg))
+        # A model that needs far more tensors than there are is refused before they are listed: numbers of layers and
+        # experts may be anything.
+        most = len(self.stored) + _MAX_ABSENT
+        all_entries = list(itertools.islice(entries(cfg), most + 1))
+        if len(all_entries) > most:
+            raise ValueError(
+                f"{self.path} does not match its {CONFIG}: the files hold {len(self.stored)} tensors, and num_layers="
+                f"{cfg.num_layers}, num_experts={cfg.num_experts}, mtp_depth={cfg.mtp_depth} need more than {most}"
+            )
         needed = [e.name for e in all_entries if e.mtp and not e.copy_of]
         if mtp and needed and not any(name in self.stored or name + int4.PACKED in self.stored for name in needed):
             mtp = False
@@ -101,9 +111,9 @@ class ReleasedFolder:
         own = rope.frequencies(cfg.rope_head_dim, cfg.rope_theta, cfg.yarn)
         for name in [name for name in named if _INV_FREQ.fullmatch(name)]:
             tensor = named.pop(name)
-            theirs = self._tensor(tensor).astype(np.float32)
             # Files round them to their own dtype.
-            if theirs.shape != own.shape or not np.allclose(theirs, own, rtol=1e-2 if tensor.dtype == BF16 else 1e-4):
+            rtol = 1e-2 if tensor.dtype == BF16 else 1e-4
+            if tensor.shape != own.shape or not np.allclose(self._tensor(tensor).astype(np.float32), own, rtol=rtol):
                 raise ValueError(f"{tensor.file} holds {name}, which is not what rope_theta={cfg.rope_theta} gives")
         family = family_of(text_config(self.config))
         if family.indexer:
@@ -194,7 +204,13 @@ class ReleasedFolder:
         wrong = []
         if (packed.shape, packed.dtype) != ((rows, -(-columns // int4.IN_ONE)), np.int32):
             wrong.append(_describe(packed, name + int4.PACKED) + f", not int32 for {list(entry.shape)}")
-        if len(scales.shape) != 2 or scales.shape[0] != rows or not scales.shape[1] or columns % scales.shape[1]:
+        if (
+            scales.dtype not in READABLE_DTYPES
+            or len(scales.shape) != 2
+            or scales.shape[0] != rows
+            or not scales.shape[1]
+            or columns % scales.shape[1]
+        ):
             wrong.append(_describe(scales, name + int4.SCALE) + f", not scales of groups of {list(entry.shape)}")
         return wrong
 

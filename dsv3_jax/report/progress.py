@@ -25,6 +25,16 @@ from dsv3_jax.report.units import format_duration
 T = TypeVar("T")
 
 
+def text_console(*, quiet: bool = False, stderr: bool = False) -> Console:
+    """A terminal on which text appears as it is: `[b]` is no markup, `:smile:` no picture, and numbers have no colour.
+
+    Example:
+        >>> text_console().print("[b] :smile: 1")
+        [b] :smile: 1
+    """
+    return Console(quiet=quiet, stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
 class Progress:
     """Training progress: a line with loss, tokens/s and MFU. Use it in a `with` statement.
 
@@ -37,7 +47,7 @@ class Progress:
     """
 
     def __init__(self, steps: int, *, quiet: bool = False):
-        self._console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self._console = text_console(quiet=quiet)
         self._bar = Bar(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -59,7 +69,7 @@ class Progress:
 
     def say(self, sentence: str) -> None:
         """Print a line that stays above the live line."""
-        self._console.print(sentence, markup=False)
+        self._console.print(sentence)
 
     def update(self, step: int, row: dict) -> None:
         """Show the metrics of a training step; `row` as in metrics.jsonl."""
@@ -117,7 +127,7 @@ class LiveText:
     """
 
     def __init__(self, prompt: str):
-        self._console, self._text, self._line = Console(highlight=False, soft_wrap=True), prompt, ""
+        self._console, self._text, self._line = text_console(), prompt, ""
         self._has_drafts = False
         self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="visible")
         if not self._console.is_terminal:

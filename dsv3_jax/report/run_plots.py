@@ -7,12 +7,14 @@ a run, because each file is replaced in one step.
 import io
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from dsv3_jax.files import write_atomic
@@ -62,7 +64,7 @@ def routing_heatmap(
         domain_loads: domain name → assignments [L, E]; each has a small panel with the same colours.
         mtp_blocks: number of MTP blocks, which are the last rows.
     Returns: the figure; `figure.axes[i].images[0].get_array()` holds the values drawn, the main panel first.
-    Raises: ValueError if a load is not [L, E] with E ≥ 2, is negative or not finite, or differs in shape.
+    Raises: ValueError if a load is not [L, E], is negative or not finite, or differs in shape.
 
     Example:
         >>> import tempfile
@@ -100,7 +102,7 @@ def routing_heatmap(
         _draw_load(ax, part, norm)
         peaks = part.max(-1)
         mean = f"mean MaxVio {np.nanmean(peaks) - 1:.2f}" if np.isfinite(peaks).any() else "no load"
-        ax.set_title(f"{name} ({mean})", fontsize=9)
+        ax.set_title(f"{shortened(name)} ({mean})", fontsize=9)
         _label_axes(ax, left=i % columns == 0)
         ax.yaxis.set_major_formatter(lambda y, _: _row_name(y, num_layers - mtp_blocks))
     label_load_bar(colour_bar(figure, image, figure.axes, "max" if beyond else "neither"), norm)
@@ -164,11 +166,21 @@ def training_curves(metrics: Sequence[Mapping], path: str | os.PathLike) -> Figu
     return figure
 
 
+def shortened(name: str) -> str:
+    """A domain's name of 16 characters at most.
+
+    Example:
+        >>> shortened("https://example.org/a")
+        'https://example…'
+    """
+    return name if len(name) <= 16 else name[:15] + "…"
+
+
 def load_over_mean(load, name: str) -> np.ndarray:
     """Divide each layer's load by its mean: load / mean load, float64 [L, E]; NaN for a layer without load.
 
     Args: load: assignments [L, E], any real dtype; name: what the load is of, for errors.
-    Raises: ValueError if the load is not [L, E] with E ≥ 2, is negative or not finite.
+    Raises: ValueError if the load is not [L, E], is negative or not finite.
 
     Example:
         >>> load_over_mean([[1, 3], [0, 0]], "code")
@@ -176,8 +188,8 @@ def load_over_mean(load, name: str) -> np.ndarray:
                [nan, nan]])
     """
     load = np.asarray(load, np.float64)
-    if load.ndim != 2 or load.shape[0] < 1 or load.shape[1] < 2:
-        raise ValueError(f"load of {name!r} has shape {load.shape}, but must be [layers, 2 experts or more]")
+    if load.ndim != 2 or not load.size:
+        raise ValueError(f"load of {name!r} has shape {load.shape}, but must be [layers, experts]")
     if not np.isfinite(load).all() or load.min() < 0:
         raise ValueError(f"load of {name!r} holds {load[~(load >= 0) | np.isinf(load)][0]}, which is not a count")
     mean = load.mean(-1, keepdims=True)
@@ -218,7 +230,7 @@ def _draw_load(ax, ratio: np.ndarray, norm: TwoSlopeNorm):
     """Draw `ratio` [L, E] as an image, layer 0 on top."""
     image = ax.imshow(ratio, cmap=DIVERGING, norm=norm, aspect="auto", interpolation="nearest")
     ax.set_facecolor("0.8")  # shows through where a layer has no load
-    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     ax.yaxis.set_major_locator(MaxNLocator(12 if ratio.shape[0] > 16 else 16, integer=True))
     return image
 
@@ -250,6 +262,9 @@ def _series(metrics: Sequence[Mapping], key: str, label: str) -> Iterator[tuple[
 def write_png(figure: Figure, path: str | os.PathLike) -> None:
     """Write a figure as a PNG file in one step: a reader sees the old file or the new one, never a part.
 
+    Names of runs and domains are drawn as they are: `$` begins no formula, and a character that the font does not have
+    is an empty box without a warning.
+
     Example:
         >>> import pathlib, tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -257,6 +272,11 @@ def write_png(figure: Figure, path: str | os.PathLike) -> None:
         ...     pathlib.Path(folder, "empty.png").read_bytes()[1:4]
         b'PNG'
     """
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        text.set_parse_math(False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(buffer, format="png")
     write_atomic(path, buffer.getvalue())

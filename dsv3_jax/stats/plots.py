@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from dsv3_jax.report.colours import DIVERGING
-from dsv3_jax.report.run_plots import DPI, colour_bar, label_load_bar, load_norm, load_over_mean, write_png
+from dsv3_jax.report.run_plots import DPI, colour_bar, label_load_bar, load_norm, load_over_mean, shortened, write_png
 from dsv3_jax.stats.measures import Specialisation, domain_preference
 
 FEW = 8  # up to so many layers are named in the legend and have their numbers written out
@@ -95,7 +95,7 @@ def domain_lift(
     _heatmaps(figure, panels, [ratio[:, layer] for layer in shown], "share of the domain / share of all")
     for ax, layer in zip(panels, shown, strict=True):
         _label_axes(ax, layers[layer], "expert", "")
-        ax.set_yticks(range(len(domains)), [_abbreviated(name) for name in domains])
+        ax.set_yticks(range(len(domains)), [shortened(name) for name in domains])
     figure.suptitle("Experts that each domain prefers", fontsize=11)
     write_png(figure, path)
     return figure
@@ -119,7 +119,7 @@ def coactivation(lift: Float[np.ndarray, "L E E"], layers: Sequence[str], path: 
     _heatmaps(figure, panels, [lift[layer] for layer in shown], "chosen together / chance")
     for ax, layer in zip(panels, shown, strict=True):
         ax.set_aspect("equal")
-        ax.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+        ax.yaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
         _label_axes(ax, layers[layer], "expert", "expert")
     figure.suptitle("Experts chosen for the same token", fontsize=11)
     write_png(figure, path)
@@ -153,7 +153,7 @@ def entropies(
     for i, title in enumerate(overall):
         ax = figure.add_subplot(1, len(overall), i + 1)
         for n, domain in enumerate(domains):
-            label, colour = (_abbreviated(domain), f"C{n}") if len(domains) <= NUM_COLOURS else (None, "0.6")
+            label, colour = (shortened(domain), f"C{n}") if len(domains) <= NUM_COLOURS else (None, "0.6")
             ax.plot(by_domain[title][n], "o", label=label, color=colour, markersize=4, alpha=0.9)
         ax.plot(
             overall[title], "_", label="all", color="black", markersize=min(16, 150 / len(layers)), markeredgewidth=2
@@ -248,7 +248,7 @@ def _heatmaps(figure: Figure, panels: Sequence[Axes], ratios: Sequence[np.ndarra
     for ax, log in zip(panels, logs, strict=True):
         image = ax.imshow(log, cmap=DIVERGING, norm=Normalize(-end, end), aspect="auto", interpolation="nearest")
         ax.set_facecolor("0.8")
-        ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     beyond = "both" if (sizes[~np.isnan(sizes)] > end).any() else "neither"
     bar = colour_bar(figure, image, panels, beyond)
     top = math.floor(end)
@@ -278,7 +278,3 @@ def _label_axes(ax: Axes, title: str, x: str, y: str) -> None:
     ax.set_xlabel(x, fontsize=8)
     ax.set_ylabel(y, fontsize=8)
     ax.tick_params(labelsize=7)
-
-
-def _abbreviated(name: str) -> str:
-    return name if len(name) <= 16 else name[:15] + "…"

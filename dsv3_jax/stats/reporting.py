@@ -3,6 +3,7 @@
 The folder is written under a temporary name and then renamed. An existing folder is replaced only if `report` wrote it.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,7 +21,7 @@ from dsv3_jax.ops import balance
 from dsv3_jax.report.metrics import LOAD_FILE, read_rows
 from dsv3_jax.report.run_plots import routing_heatmap
 from dsv3_jax.stats import plots
-from dsv3_jax.stats.measures import Specialisation, domain_entropy, favourites, lift, specialisation
+from dsv3_jax.stats.measures import Specialisation, check_draws, domain_entropy, favourites, lift, specialisation
 from dsv3_jax.stats.page import render_page
 from dsv3_jax.stats.routing_stats import RoutingStats, collect
 from dsv3_jax.stats.tokens import context, readable
@@ -28,6 +29,7 @@ from dsv3_jax.training.chats import measured_on
 
 NUMBERS, PAGE = "stats.json", "index.html"
 PICTURES = ("load.png", "load_over_time.png", "domains.png", "information.png", "coactivation.png", "entropy.png")
+MOST_DOMAINS = 24  # in pictures and on the page; stats.json has all of them
 CONTEXTS = 8  # in the report, for each expert
 MIN_COUNT = 20  # rarer tokens have a lift that is mostly chance
 
@@ -101,7 +103,7 @@ def report(
         follow: wraps the batches to show progress; its second argument is their number.
     Returns: (the folder, the counts, the information about domains).
     Raises: ValueError if `run` holds no run or no such checkpoint, for a model without experts, unreadable text,
-        batches or draws below 1, and if `out` holds other files.
+        batches, draws or a seed out of range, and if `out` holds other files.
 
     Example:
         >>> report("runs/demo", batches=0)
@@ -111,6 +113,9 @@ def report(
     """
     if batches < 1:
         raise ValueError(f"batches={batches} is below 1")
+    if seed < 0:
+        raise ValueError(f"seed={seed} is negative")
+    check_draws(draws)
     run, out = Path(run), Path(run) / "stats" if out is None else Path(out)
     _check(out)
     model, config, step = open_model(run, step=step, kernels=kernels)
@@ -120,12 +125,39 @@ def report(
     special, log = specialisation(stats, draws=draws, seed=seed), read_load(run)
     text = ", ".join(map(str, paths or config.data.paths)) or "the text that comes with Python"
     header: dict[str, Any] = {"run": run.absolute().name, "step": step, "data": f"held-out part of {text}"}
+    numbers = shown = header | as_json(stats, special, tokenizer, log)
+    drawn = merge_small_domains(stats)
+    if drawn is not stats:
+        shown = header | as_json(drawn, special, tokenizer, log) | {"specialisation": numbers["specialisation"]}
     with atomic_folder(out, overwrite=True) as part:
-        numbers = header | as_json(stats, special, tokenizer, log)
-        _draw(stats, special, log, part, f"{header['run']}, step {step}")
+        _draw(drawn, special, log, part, f"{header['run']}, step {step}")
         (part / NUMBERS).write_text(json.dumps({"keys": KEYS} | numbers, allow_nan=False), encoding="utf-8")
-        (part / PAGE).write_text(render_page(numbers, part), encoding="utf-8")
+        (part / PAGE).write_text(render_page(shown, part), encoding="utf-8")
     return out, stats, special
+
+
+def merge_small_domains(stats: RoutingStats) -> RoutingStats:
+    """Keep the domains with the most tokens, and take the others together, for pictures and the page.
+
+    Returns: `stats` itself where there are at most MOST_DOMAINS.
+
+    Example:
+        >>> names = [f"site {i}" for i in range(100)]
+        >>> stats = RoutingStats.from_loads(np.ones((100, 1, 2), np.int64), np.arange(100), names)
+        >>> merge_small_domains(stats).domains[-2:]
+        ('site 22', '77 other domains')
+    """
+    if len(stats.domains) <= MOST_DOMAINS:
+        return stats
+    by_size = np.argsort(-stats.load_by_domain.sum((1, 2)), kind="stable")
+    kept = np.sort(by_size[: MOST_DOMAINS - 1])
+    number = np.full(len(stats.domains), len(kept))
+    number[kept] = np.arange(len(kept))
+    rest = f"{len(stats.domains) - len(kept)} other domains"
+    names = tuple(stats.domains[i] for i in kept)
+    while rest in names:
+        rest += "…"
+    return dataclasses.replace(stats, domains=(*names, rest), document_domains=number[stats.document_domains])
 
 
 def as_json(stats: RoutingStats, special: Specialisation, tokenizer: Tokenizer, log: LoadLog | None) -> dict[str, Any]:

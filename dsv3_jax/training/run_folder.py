@@ -12,11 +12,12 @@ from typing import Any
 
 from dsv3_jax.config import Execution, RunConfig, first_difference, replace, run_from_dict, to_dict
 from dsv3_jax.data import tokenizer
-from dsv3_jax.files import PART, write_atomic
+from dsv3_jax.files import PART, read_json, write_atomic
 
 RUN_FILE, TOKENIZER_FILE = "run.json", "tokenizer.json"
 # Settings that may change when a run is resumed. The learning rate's schedule is a function of steps.
 MAY_CHANGE = ("steps", "eval_every", "eval_batches", "save_every", "keep", "log_every")
+_MAX_RUN = 8_000_000  # bytes of a run.json
 
 
 def read_run(folder: str | Path) -> RunConfig:
@@ -35,10 +36,7 @@ def read_run(folder: str | Path) -> RunConfig:
     path = Path(folder) / RUN_FILE
     if not path.is_file():
         raise ValueError(f"folder={str(folder)!r} holds no run: there is no {RUN_FILE} in it")
-    try:
-        values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"file={str(path)!r} is not JSON: {error}") from error
+    values = read_json(path, _MAX_RUN)
     if not isinstance(values, dict):
         raise ValueError(f"file={str(path)!r} holds no run: {type(values).__name__} is not an object")
     run = run_from_dict({key: value for key, value in values.items() if key not in ("kernels", "history")})
@@ -116,7 +114,8 @@ def _record(file: Path, changed: dict[str, tuple[int, int]]) -> None:
         return
     values = json.loads(file.read_text())
     entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "changed": changed}
-    values["history"] = [*values.get("history", []), entry]
+    history = values.get("history")
+    values["history"] = [*(history if isinstance(history, list) else []), entry]
     values |= {name: now for name, (_, now) in changed.items()}
     write_atomic(file, json.dumps(values, indent=1) + "\n")
 

@@ -1,0 +1,127 @@
+"""A process that runs commands of the command line one after another, watched for hangs and memory."""
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+LIMIT_S = 30.0  # a command without an answer for so long hangs
+LIMIT_BYTES = 2 << 30  # resident memory above that at the start
+
+# The worker: reads a JSON list of arguments a line, answers with [exit code or null, stdout, stderr] a line. Two
+# commands are not the command line's own: they stop before a model is compiled.
+WORKER = """
+import contextlib, io, json, os, sys, traceback
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+from dsv3_jax import hf
+from dsv3_jax.cli import common, main, train
+from dsv3_jax.loading import load_text
+
+def encode(folder, text):
+    load_text(folder).encode(text)
+    return 0
+
+def options(*argv):
+    train.options(list(argv))
+    return 0
+
+OWN = {"encode": encode, "options": options}
+for line in sys.stdin:
+    argv = json.loads(line)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            if argv[0] in OWN:
+                code = common.guarded(lambda: OWN[argv[0]](*argv[1:]))
+            else:
+                code = main.main(argv)
+        except SystemExit as stop:
+            code = stop.code or 0
+        except BaseException:
+            code = None
+            traceback.print_exc()
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), file=answers, flush=True)
+"""
+
+
+class Answer(NamedTuple):
+    """The end of a command."""
+
+    code: int | None  # None: an exception, a crash, or it was stopped
+    out: str
+    err: str
+    fault: str | None  # "tracebacks", "hangs" or "memory", as in `table.COLUMNS`
+    seconds: float
+
+
+class Worker:
+    """Runs commands in another process, which is started again after a hang or a crash."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen | None = None
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def run(self, argv: list[str]) -> Answer:
+        """Run one command."""
+        process = self._process or self._start()
+        assert process.stdin is not None and process.stdout is not None
+        begin = time.monotonic()
+        process.stdin.write(json.dumps(argv).encode() + b"\n")
+        process.stdin.flush()
+        fault = None
+        while not select.select([process.stdout], [], [], 0.05)[0]:
+            if time.monotonic() - begin > LIMIT_S:
+                fault = "hangs"
+            elif _resident(process.pid) > self._resident + LIMIT_BYTES:
+                fault = "memory"
+            if fault:
+                self._stop()
+                return Answer(None, "", "", fault, time.monotonic() - begin)
+        line = process.stdout.readline()
+        seconds = time.monotonic() - begin
+        if not line.endswith(b"\n"):
+            code = process.wait()
+            self._process = None
+            return Answer(None, "", f"the process ended with {code}", "tracebacks", seconds)
+        code, out, err = json.loads(line)
+        return Answer(code, out, err, "tracebacks" if code is None else None, seconds)
+
+    def _start(self) -> subprocess.Popen:
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
+        process = subprocess.Popen(
+            [sys.executable, "-c", WORKER],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        self._process, self._resident = process, 1 << 40
+        self.run(["--version"])  # imports
+        self._resident = _resident(process.pid)
+        return process
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+
+def _resident(pid: int) -> int:
+    """Resident memory of a process in bytes; 0 where the system does not tell."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):
+        return 0
