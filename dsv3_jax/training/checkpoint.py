@@ -19,6 +19,7 @@ from dsv3_jax.config import RunConfig, replace, run_from_dict, to_dict
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.training import lora
 from dsv3_jax.training.run_folder import difference, read_run
 from dsv3_jax.training.step import TrainState, abstract_state, model_of
 
@@ -99,7 +100,8 @@ class Checkpoints:
         Args:
             mesh: shards the state, whatever mesh it was saved on. None means a single device.
             step: None means the last.
-            optimizer: False leaves the optimizer's state out: its arrays are placeholders.
+            optimizer: False is for readers. It leaves the optimizer's state out, whose arrays are placeholders, and
+                merges LoRA's adapters into the weights.
         Raises: ValueError if the checkpoint does not fit the run's configuration, or there is none of `step`.
         """
         if self.latest is None:
@@ -124,7 +126,9 @@ class Checkpoints:
             raise ValueError(
                 f"step={step}: the checkpoint in {self.folder} is not of the model that its configuration describes"
             ) from error
-        return found.state, found.data
+        if optimizer:
+            return found.state, found.data
+        return replace(found.state, params=lora.merge(self.run.lora, found.state.params)), found.data
 
     def _check_config(self, step: int) -> None:
         # First: a restore of other shapes fails half-way and leaves Orbax's tasks behind.
