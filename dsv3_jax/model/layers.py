@@ -31,53 +31,47 @@ def param(
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes, exact=exact)
 
 
-class LowRank(NamedTuple):
-    """The value of a parameter that low-rank adapters change: w + left right, which is formed where it is used.
+class Frozen(NamedTuple):
+    """The value of a parameter that is frozen in training, and how low-rank adapters change it: w + left right.
 
-    Its leading axes are a batch: each layer and each expert has a pair of its own. See `training.lora`.
+    The sum is formed where it is used, see `training.lora`. Leading axes are a batch: each layer and each expert has a
+    pair of its own. Without a pair, w is used as it is.
     """
 
     # Not annotated more closely: JAX rebuilds it with shapes and shardings in its places.
     w: Any  # [*batch, *m, *n]
-    left: Any  # [*batch, *m, r]
-    right: Any  # [*batch, r, *n]
+    left: Any = None  # [*batch, *m, r]
+    right: Any = None  # [*batch, r, *n]
 
     def merge(self) -> Array:
         """The matrix in use.
 
         Example:
-            >>> LowRank(jnp.zeros((2, 2)), jnp.array([[1.0], [2.0]]), jnp.array([[3.0, 4.0]])).merge()
+            >>> Frozen(jnp.zeros((2, 2)), jnp.array([[1.0], [2.0]]), jnp.array([[3.0, 4.0]])).merge()
             Array([[3., 4.],
                    [6., 8.]], dtype=float32)
         """
+        if self.left is None:
+            return self.w
         batch = tuple(range(self.left.ndim + self.right.ndim - 2 - self.w.ndim))
         dims = ((self.left.ndim - 1,), (len(batch),)), (batch, batch)
         return self.w + jax.lax.dot_general(self.left, self.right, dims, precision=jax.lax.Precision.HIGHEST)
 
 
-def merge_low_rank(v: Any) -> Any:
-    """Variables in any structure with plain arrays in place of `LowRank` values.
+def merge_frozen(v: Any) -> Any:
+    """Variables in any structure with plain arrays in place of `Frozen` values.
 
     Example:
-        >>> w = nnx.Param(LowRank(jnp.zeros((1, 1)), jnp.array([[2.0]]), jnp.array([[3.0]])))
-        >>> merge_low_rank({"w": w, "scale": nnx.Param(jnp.ones(1))})["w"][...]
+        >>> w = nnx.Param(Frozen(jnp.zeros((1, 1)), jnp.array([[2.0]]), jnp.array([[3.0]])))
+        >>> merge_frozen({"w": w, "scale": nnx.Param(jnp.ones(1))})["w"][...]
         Array([[6.]], dtype=float32)
     """
 
     def merge(v):
-        return v.replace(v.get_value().merge()) if is_low_rank(v) else v
+        value = v.get_value() if isinstance(v, nnx.Variable) else None
+        return v.replace(value.merge()) if isinstance(value, Frozen) else v
 
     return jax.tree.map(merge, v, is_leaf=lambda x: isinstance(x, nnx.Variable))
-
-
-def is_low_rank(v: Any) -> bool:
-    """Whether a variable's value is a `LowRank`.
-
-    Example:
-        >>> is_low_rank(nnx.Param(jnp.ones(1)))
-        False
-    """
-    return isinstance(v, nnx.Variable) and isinstance(v.get_value(), LowRank)
 
 
 class RMSNorm(nnx.Module):

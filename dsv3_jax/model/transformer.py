@@ -13,7 +13,7 @@ from dsv3_jax.mesh.sharding import on_mesh, shard_map_over_batch, unshard_weight
 from dsv3_jax.model.blocks import DenseBlock, SparseBlock
 from dsv3_jax.model.cache import Cache, NoCache, empty_cache
 from dsv3_jax.model.context import Context, from_zero, make_context
-from dsv3_jax.model.layers import RMSNorm, loop_layers, merge_low_rank, param, stack, unstack
+from dsv3_jax.model.layers import RMSNorm, loop_layers, merge_frozen, param, stack, unstack
 from dsv3_jax.model.moe import Experts, LayerRouting
 from dsv3_jax.model.mtp import make_heads, run_heads
 
@@ -240,7 +240,7 @@ class Transformer(nnx.Module):
 
     def unshard(self, v: Any) -> Any:
         """Prepare weights for use: merge low-rank adapters, and gather what a mesh shards (`unshard_weights`)."""
-        return unshard_weights(merge_low_rank(v), fsdp=self.execution.layout.fsdp, dtype=self.compute_dtype)
+        return unshard_weights(merge_frozen(v), fsdp=self.execution.layout.fsdp, dtype=self.compute_dtype)
 
     @property
     def compute_dtype(self):

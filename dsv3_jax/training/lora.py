@@ -1,18 +1,18 @@
 """LoRA: low-rank adapters that are trained in place of the weights of a start.
 
-A frozen matrix W, as a map from inputs to outputs, is used as W + (alpha / rank) A B. A [in, rank] is random at first and
-B [rank, out] is 0, so that training begins with the start's own numbers. Every matrix of a stack has a pair of its
+A frozen matrix W, as a map from inputs to outputs, is used as W + (alpha / rank) A B. A [in, rank] is random at first,
+and B [rank, out] is 0, so that training begins with the start's own numbers. Every matrix of a stack has a pair of its
 own: each layer, and each routed expert. A weight with heads is one matrix, over all heads.
 
 The names of a parameter's axes say which of them are inputs and outputs (`_sides`). The adapters are in the state's
 parameters beside the weights, under the name "lora". The step takes the gradient with respect to them alone, and the
 optimizer has no other state. `join` hands weights and adapters to the model, which merges each layer in its turn
-(`model.layers.LowRank`): the gradient of a merged matrix ends in its layer. So memory holds it for one layer at a time.
+(`model.layers.Frozen`): the gradient of a merged matrix ends in its layer. So memory holds it for one layer at a time.
 The merged matrices are results like others: with remat "none" or "dots" the backward pass keeps those of all layers,
 with "attention" or "full" it forms them again.
 
-Readers never see adapters: `Checkpoints.restore` merges them (`merge`). Checkpoints hold weights and adapters, so that a
-run resumes bitwise and does not depend on its start.
+Readers never see adapters: `Checkpoints.restore` merges them for all who do not resume (`merge`). A checkpoint holds
+weights and adapters, so a run resumes bitwise and does not depend on its start.
 
 Source: LoRA (arXiv 2106.09685), section 4.1.
 Departs from the paper: any matrix of attention and experts may change, and W + A B is formed before it meets a token.
@@ -30,7 +30,7 @@ from jaxtyping import Array
 
 from dsv3_jax.config import Lora, LoraPart
 from dsv3_jax.mesh.sharding import names_of
-from dsv3_jax.model.layers import LowRank, is_low_rank
+from dsv3_jax.model.layers import Frozen
 
 NAME = "lora"  # of the adapters in a state's parameters
 MODULES: dict[LoraPart, str] = {"attention": "attn", "dense": "ffn", "shared": "shared", "routed": "experts"}
@@ -98,9 +98,9 @@ def split(params: nnx.State) -> tuple[nnx.State, nnx.State]:
 
 
 def join(cfg: Lora, params: nnx.State) -> nnx.State:
-    """Give each changed weight its adapters, as a `LowRank` value: what a model holds in training.
+    """Give each weight its adapters, as a `Frozen` value: what a model holds in training.
 
-    Parameters without adapters stay as they are.
+    Experts without adapters become frozen ones, so that no gradient of them is formed. All else stays as it is.
 
     Example:
         >>> w = nnx.Param(jnp.zeros((1, 1)), axes=("dim", "hidden"))
@@ -110,19 +110,16 @@ def join(cfg: Lora, params: nnx.State) -> nnx.State:
         Array([[60.]], dtype=float32)
     """
     adapters, weights = split(params)
-    flat = dict(nnx.to_flat_state(weights))
     found = dict(nnx.to_flat_state(adapters))
-    for name, *path, side in found:
-        if side == "a":
-            v = flat[tuple(path)]
-            a, b = found[name, *path, "a"].get_value(), cfg.alpha / cfg.rank * found[name, *path, "b"].get_value()
-            flat[tuple(path)] = v.replace(LowRank(v.get_value(), *_ordered(v, a, b)))
-    return nnx.from_flat_state(flat)
 
+    def used(path: tuple, v: nnx.Variable) -> nnx.Variable:
+        w, a, b = v.get_value(), *(found.get((NAME, *path, side)) for side in "ab")
+        if a is None or b is None:
+            return v.replace(Frozen(w)) if found and "experts" in path else v
+        factors = a.get_value(), cfg.alpha / cfg.rank * b.get_value()
+        return v.replace(Frozen(w, *(reversed(factors) if _sides(names_of(v)).input_is_right else factors)))
 
-def _ordered(v: nnx.Variable, a: Array, b: Array) -> tuple[Array, Array]:
-    """(Left factor, right factor) of the change of a weight."""
-    return (b, a) if _sides(names_of(v)).input_is_right else (a, b)
+    return nnx.from_flat_state({path: used(path, v) for path, v in nnx.to_flat_state(weights)})
 
 
 def merge(cfg: Lora, params: nnx.State) -> nnx.State:
@@ -135,12 +132,12 @@ def merge(cfg: Lora, params: nnx.State) -> nnx.State:
         Array([[60.]], dtype=float32)
     """
     joined = dict(nnx.to_flat_state(join(cfg, params)))
-    changed = {path: v.get_value() for path, v in joined.items() if is_low_rank(v)}
+    changed = {path: v.get_value() for path, v in joined.items() if isinstance(v.get_value(), Frozen)}
     pairs = [(value.left, value.right) for value in changed.values()]
     weights = [value.w for value in changed.values()]
 
     def merged(weights, pairs):
-        return [LowRank(w, *pair).merge() for w, pair in zip(weights, pairs, strict=True)]
+        return [Frozen(w, *pair).merge() for w, pair in zip(weights, pairs, strict=True)]
 
     into = [w.sharding for w in weights]
     results = jax.jit(merged, donate_argnums=0, out_shardings=into)(weights, pairs)
