@@ -8,7 +8,6 @@ experts a token, G groups, F expert width, L layers, W vocabulary.
 
 import dataclasses
 import json
-import math
 import re
 import typing
 from collections.abc import Iterable
@@ -503,8 +502,6 @@ class OptimConfig:
 
     def __post_init__(self):
         _check_types(self)
-        for name, value in vars(self).items():
-            _require(type(value) is not float or math.isfinite(value), f"{name}={value} is not finite")
         for name in ("learning_rate", "eps", "clip_norm", "microbatches"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} is not positive")
         for name in ("final_learning_rate", "warmup_steps", "weight_decay", "mtp_weight", "mtp_final_weight"):
@@ -521,6 +518,34 @@ class OptimConfig:
             f"decay_start={self.decay_start} and decay_end={self.decay_end} are not in order within [0, 1]",
         )
         _require(0 <= self.bias_freeze <= 1, f"bias_freeze={self.bias_freeze} is outside [0, 1]")
+
+
+LoraPart = Literal["attention", "dense", "shared", "routed"]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters: W + (alpha / rank) A B is used in place of a frozen W, and only A and B are trained.
+
+    Source: LoRA (arXiv 2106.09685), section 4.1.
+
+    Example:
+        >>> Lora(rank=8, on=("attention", "routed")).alpha
+        16.0
+    """
+
+    rank: int = 0  # rank of the change of a matrix; 0 trains the matrices themselves
+    alpha: float = 16.0  # weight of the change, times rank
+    # matrices that change, in all layers and multi-token heads: of attention, of the FFN in dense layers, of the shared
+    # and of the routed experts, each expert by itself
+    on: tuple[LoraPart, ...] = ("attention",)
+
+    def __post_init__(self):
+        _check_types(self)
+        _require(self.rank >= 0, f"lora rank={self.rank} is negative")
+        _require(self.alpha > 0, f"lora alpha={self.alpha} is not positive")
+        _require(len(self.on) > 0, "lora on=() names no matrices; use rank=0 to train without adapters")
+        _require(len(set(self.on)) == len(self.on), f"lora on={self.on} names one part twice")
 
 
 @dataclass(frozen=True)
@@ -546,6 +571,7 @@ class RunConfig:
     seed: int = 0  # seed of the initial weights
     trunk: str | None = None  # folder of a run whose trunk is taken over and frozen; only the multi-token heads train
     start: str | None = None  # folder of a run whose last weights training begins with
+    lora: Lora = field(default_factory=Lora)  # low-rank adapters, which train in place of the weights of start
 
     def __post_init__(self):
         _check_types(self)
@@ -572,6 +598,28 @@ class RunConfig:
             self.trunk is None or self.start is None,
             f"a run begins with start={self.start!r} or on trunk={self.trunk!r}, not with both",
         )
+        if self.lora.rank:
+            self._check_lora()
+
+    def _check_lora(self) -> None:
+        lora, model = self.lora, self.model
+        _require(
+            self.trunk is None,
+            f"lora rank={lora.rank} is not supported on a frozen trunk={self.trunk!r}; use start",
+        )
+        _require(
+            self.start is not None,
+            f"lora rank={lora.rank} needs start: adapters change given weights, and those of start=None are random",
+        )
+        sparse = model.num_sparse_layers + model.num_sparse_heads > 0
+        there = {
+            "attention": True,
+            "dense": model.num_dense_layers > 0 or (model.mtp_kind == "eagle" and model.mtp_depth > 0),
+            "shared": sparse and model.num_shared_experts > 0,
+            "routed": sparse,
+        }
+        for part in lora.on:
+            _require(there[part], f"lora on={part!r} names matrices that the model does not have")
 
 
 def to_dict(config) -> dict:

@@ -189,7 +189,7 @@ def test_what_is_not_a_run_is_refused(tmp_path):
     file.write_text(json.dumps(values | {"colour": 3}))
     with pytest.raises(ConfigError, match="'colour' is not a key of RunConfig"):
         load_run(tmp_path / "run")
-    for text, sentence in ((json.dumps(values)[:100], "run.json' is not JSON"), ("[]", "run.json' holds no run: list")):
+    for text, sentence in ((json.dumps(values)[:100], "run.json is not JSON"), ("[]", "run.json' holds no run: list")):
         file.write_text(text)
         with pytest.raises(ValueError, match=sentence):
             load_run(tmp_path / "run")

@@ -163,7 +163,7 @@ BAD = {
         "model.dim=12 is not that of start='{run}', 8",
     ),
     "start and trunk": ("train tiny --out {new} --start {run} --trunk {run}", "start='{run}' or on trunk='{run}'"),
-    "learning rate": ("train tiny --out {new} --optim.learning-rate inf", "learning_rate=inf is not finite"),
+    "learning rate": ("train tiny --out {new} --optim.learning-rate inf", "learning_rate=inf is not a finite float32"),
     "two EAGLE heads": (
         "info tiny --mtp-kind eagle --mtp-depth 2",
         "mtp_depth=2 is more than the 1 of mtp_kind='eagle'",

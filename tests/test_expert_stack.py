@@ -48,9 +48,9 @@ def draw(rng):
     return x, ids, gates, Experts(*(jnp.asarray(0.1 * rng.standard_normal(s), jnp.float32) for s in shapes))
 
 
-def with_stack(kernels, order, repeats, x, ids, gates, weights, remat=False):
+def with_stack(kernels, order, repeats, x, ids, gates, weights, remat=False, frozen=False):
     """A loss over layers in a loop that carries the stack's gradient."""
-    stack = kernels.open_experts(weights)
+    stack = kernels.open_experts(weights, frozen=frozen)
 
     def layer(carry, index):
         y, grad = carry
@@ -130,6 +130,19 @@ def test_a_shared_layer_that_a_model_loops_over(rng, name):
     once, twice = (jax.jit(jax.grad(lambda p, n=n: looped(p, n)))(state[0]) for n in (1, 2))
     assert_close(once, twice)
     assert all(np.abs(np.asarray(leaf)).max() > 0 for leaf in jax.tree.leaves(once["1"] if "1" in once else once[1]))
+
+
+@pytest.mark.parametrize("name", ["cpu", "blocks", "dense"])
+def test_frozen_weights_take_no_gradient_and_change_no_other(rng, name):
+    x, ids, gates, weights = draw(rng)
+
+    def gradients(frozen):
+        loss = lambda *a: with_stack(kernels_of(name), [0, 2], 1, a[0], ids, *a[1:], frozen=frozen)  # noqa: E731
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x, gates, weights)
+
+    (*ours, of_weights), (*theirs, _) = gradients(True), gradients(False)
+    assert_close(ours, theirs)
+    assert not any(np.asarray(w).any() for w in of_weights)
 
 
 def test_a_stack_that_is_used_twice_is_refused(rng):

@@ -169,10 +169,10 @@ def test_json_that_is_accepted():
 
 def test_a_name_that_occurs_twice_takes_linear_time():
     names = ",".join(f'"{i}":1' for i in range(60_000))
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(ValueError, match="'59999' occurs twice"):
         parse_json(f'{{{names},"59999":1}}')
-    assert time.perf_counter() - begin < 2  # 0.1 s; by the square it was 20 s
+    assert time.process_time() - begin < 2  # 0.1 s; by the square it was 20 s
 
 
 def make_pipe(path: Path):
@@ -222,10 +222,10 @@ def test_a_model_of_more_tensors_than_there_are(tmp_path):
     folder = released(
         tmp_path, {"a": ((1,), "float32")}, num_hidden_layers=9_000, n_routed_experts=10**6, hidden_size=1
     )
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(ValueError, match=r"config.json.* num_layers=9000, num_experts=1000000"):
         ReleasedFolder(folder)
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5
 
 
 @pytest.mark.parametrize(
@@ -327,9 +327,9 @@ def test_special_tokens_of_tiktoken(tmp_path, added):
 
 
 def test_a_long_run_does_not_slow_the_training_of_a_tokenizer(tmp_path):
-    begin = time.perf_counter()
+    begin = time.process_time()
     trained = tokenizer.train_bpe(["[" * 150_000, "to be"], 261, str(tmp_path / "t.json"))
-    assert time.perf_counter() - begin < 4  # 0.1 s; by the square it was 15 s
+    assert time.process_time() - begin < 4  # 0.1 s; by the square it was 15 s
     assert trained.decode(trained.encode("[to be")) == "[to be"
 
 
@@ -483,13 +483,12 @@ def test_devices_are_named():
 
 
 @pytest.mark.long
-def test_a_minute_of_the_campaign():
-    """Other seeds than those of tests/campaign/README.md: the day's."""
-    seed = str(int(time.time()) // 86_400)
+def test_a_minute_of_the_campaign(tmp_path):
+    seed = "7"  # not that of tests/campaign/README.md
     done = subprocess.run(
         [sys.executable, "-m", "tests.campaign.inputs", "--minutes", "1", "--seed", seed],
         cwd=Path(__file__).parents[1],
-        env=environment(),
+        env=environment(tmp_path),
         capture_output=True,
         text=True,
     )

@@ -388,9 +388,9 @@ class Kernels:
 
     # Routed experts
 
-    def open_experts(self, weights: Experts) -> ExpertStack:
+    def open_experts(self, weights: Experts, *, frozen: bool = False) -> ExpertStack:
         """See `ops.expert_stack.open_stack`."""
-        return self.pick("open_experts", weights.w_gate).run(weights)
+        return self.pick("open_experts", weights.w_gate).run(weights, frozen=frozen)
 
     def close_experts(self, x: Float[Array, "*n D"], stack: ExpertStack) -> Float[Array, "*n D"]:
         """See `ops.expert_stack.close_stack`."""

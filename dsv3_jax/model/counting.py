@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 from flax import nnx
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import LoraPart, ModelConfig
 from dsv3_jax.kernels.choose import Kernels, Target
 from dsv3_jax.model.cache import elements_per_token
 from dsv3_jax.model.transformer import abstract
@@ -35,16 +35,10 @@ def size(cfg: ModelConfig, context: int | None = None) -> Size:
         '671B parameters, 36.6B active'
     """
     context = context or min(4096, cfg.max_positions)
-    # Named kernels, because the default ones start the device and compile the C++.
-    params = nnx.state(abstract(cfg, kernels=Kernels(Target("cpu", "xla"))), nnx.Param)
-    shapes = {
-        tuple(str(k.key) for k in path if hasattr(k, "key")): math.prod(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
     parts: dict[str, int] = {}
     routed = {"trunk": 0, "mtp": 0}
     counted = {"trunk": 0, "mtp": 0}
-    for path, count in shapes.items():
+    for path, count in _counts(cfg).items():
         where = "mtp" if path[0] == "mtp" else "trunk"
         counted[where] += count
         if "experts" in path:
@@ -67,6 +61,16 @@ def size(cfg: ModelConfig, context: int | None = None) -> Size:
     )
 
 
+def _counts(cfg: ModelConfig) -> dict[tuple[str, ...], int]:
+    """Number of parameters in each array, by its path."""
+    # Named kernels, because the default ones start the device and compile the C++.
+    params = nnx.state(abstract(cfg, kernels=Kernels(Target("cpu", "xla"))), nnx.Param)
+    return {
+        tuple(str(k.key) for k in path if hasattr(k, "key")): math.prod(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+
 def _kind(path: tuple[str, ...]) -> str:
     if path[0] in ("embed", "head"):
         return "embedding and head"
@@ -81,10 +85,27 @@ def _kind(path: tuple[str, ...]) -> str:
     return "router and norms"
 
 
-def train_flops_per_token(cfg: ModelConfig, *, with_mtp: bool = True, frozen_trunk: bool = False) -> int:
+# Kinds of parameters that low-rank adapters may change.
+ADAPTED: dict[LoraPart, str] = {
+    "attention": "attention",
+    "dense": "dense feed-forward",
+    "shared": "shared experts",
+    "routed": "routed experts",
+}
+
+
+def train_flops_per_token(
+    cfg: ModelConfig,
+    *,
+    with_mtp: bool = True,
+    frozen_trunk: bool = False,
+    adapted: tuple[LoraPart, ...] = (),
+) -> int:
     """FLOPs a trained token: 6 for each active parameter (2 forward, 4 backward). Attention scores are not counted.
 
     With `frozen_trunk` the heads alone are trained: 2 for the trunk's, and 4 for the unembedding that heads share.
+    With `adapted`, low-rank adapters of these parts are trained: 4, and 2 more for the matrices that they change, whose
+    gradient is formed on the way to the adapters'.
 
     Example:
         >>> from dsv3_jax.presets import preset
@@ -94,7 +115,16 @@ def train_flops_per_token(cfg: ModelConfig, *, with_mtp: bool = True, frozen_tru
     counted = size(cfg)
     if frozen_trunk:
         return 2 * counted.active + 6 * counted.mtp_active - 2 * cfg.mtp_depth * cfg.vocab_size * cfg.dim
-    return 6 * (counted.active + (counted.mtp_active if with_mtp else 0))
+    active = counted.active + (counted.mtp_active if with_mtp else 0)
+    if not adapted:
+        return 6 * active
+    share = cfg.experts_per_token / cfg.num_experts
+    changed = sum(
+        count * (share if "experts" in path else 1)
+        for path, count in _counts(cfg).items()
+        if _kind(path) in {ADAPTED[part] for part in adapted} and (with_mtp or path[0] != "mtp")
+    )
+    return 4 * active + round(2 * changed)
 
 
 def distinct_experts(cfg: ModelConfig, tokens: int) -> float:

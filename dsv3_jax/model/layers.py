@@ -1,6 +1,7 @@
 """The small parts: norm, SwiGLU, and layers stacked along a leading axis."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,49 @@ def param(
         ((2, 3), ('dim', 'hidden'))
     """
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes, exact=exact)
+
+
+class Frozen(NamedTuple):
+    """The value of a parameter that is frozen in training, and how low-rank adapters change it: w + left right.
+
+    The sum is formed where it is used, see `training.lora`. Leading axes are a batch: each layer and each expert has a
+    pair of its own. Without a pair, w is used as it is.
+    """
+
+    # Not annotated more closely: JAX rebuilds it with shapes and shardings in its places.
+    w: Any  # [*batch, *m, *n]
+    left: Any = None  # [*batch, *m, r]
+    right: Any = None  # [*batch, r, *n]
+
+    def merge(self) -> Array:
+        """The matrix in use.
+
+        Example:
+            >>> Frozen(jnp.zeros((2, 2)), jnp.array([[1.0], [2.0]]), jnp.array([[3.0, 4.0]])).merge()
+            Array([[3., 4.],
+                   [6., 8.]], dtype=float32)
+        """
+        if self.left is None:
+            return self.w
+        batch = tuple(range(self.left.ndim + self.right.ndim - 2 - self.w.ndim))
+        dims = ((self.left.ndim - 1,), (len(batch),)), (batch, batch)
+        return self.w + jax.lax.dot_general(self.left, self.right, dims, precision=jax.lax.Precision.HIGHEST)
+
+
+def merge_frozen(v: Any) -> Any:
+    """Variables in any structure with plain arrays in place of `Frozen` values.
+
+    Example:
+        >>> w = nnx.Param(Frozen(jnp.zeros((1, 1)), jnp.array([[2.0]]), jnp.array([[3.0]])))
+        >>> merge_frozen({"w": w, "scale": nnx.Param(jnp.ones(1))})["w"][...]
+        Array([[6.]], dtype=float32)
+    """
+
+    def merge(v):
+        value = v.get_value() if isinstance(v, nnx.Variable) else None
+        return v.replace(value.merge()) if isinstance(value, Frozen) else v
+
+    return jax.tree.map(merge, v, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 class RMSNorm(nnx.Module):
@@ -120,8 +164,9 @@ def loop_layers(
     layers: list[nnx.State] | None = None,
     remat: str = "none",
     unshard: Callable = lambda layer: layer,
+    beside: tuple = (),
 ):
-    """Run `carry, y = body(module, carry, index)` for each module of a stack in turn.
+    """Run `carry, y = body(module, carry, index, *beside)` for each module of a stack in turn.
 
     Args:
         stacked: what `stack` made; None has no layers.
@@ -129,6 +174,7 @@ def loop_layers(
             Python number. None means a scan, whose compile time does not grow with depth.
         remat: see `recompute`.
         unshard: gathers a layer's weights in its turn, see `mesh.sharding.unshard_weights`.
+        beside: further arrays in any structure with a leading layer axis; the body takes those of its layer.
     Returns: (carry, ys stacked along a leading layer axis; None without layers, or unrolled).
 
     Example:
@@ -143,13 +189,14 @@ def loop_layers(
     graphdef, state = nnx.split(stacked)
     if layers is not None:
         for index, layer in enumerate(layers):
-            carry, _ = body(nnx.merge(graphdef, layer), carry, index)
+            own = jax.tree.map(lambda x, i=index: x[i], beside)
+            carry, _ = body(nnx.merge(graphdef, layer), carry, index, *own)
         return carry, None
 
     def step(carry, xs):
-        layer, index = xs
-        return body(nnx.merge(graphdef, unshard(layer)), carry, index)
+        layer, index, own = xs
+        return body(nnx.merge(graphdef, unshard(layer)), carry, index, *own)
 
     step = recompute(step, remat)
     count = jax.tree.leaves(state)[0].shape[0]
-    return jax.lax.scan(step, carry, (state, jnp.arange(count, dtype=jnp.int32)))
+    return jax.lax.scan(step, carry, (state, jnp.arange(count, dtype=jnp.int32), beside))

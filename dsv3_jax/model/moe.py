@@ -17,7 +17,7 @@ from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.mesh import expert_parallel
 from dsv3_jax.mesh.sharding import on_mesh, shard_map_over_batch
 from dsv3_jax.model.context import Context, from_zero, make_context
-from dsv3_jax.model.layers import SwiGLU, param
+from dsv3_jax.model.layers import Frozen, SwiGLU, merge_frozen, param
 from dsv3_jax.ops import balance, dispatch, expert_stack, routing
 from dsv3_jax.ops.expert_stack import ExpertStack
 from dsv3_jax.ops.varying import as_varying
@@ -55,10 +55,17 @@ class Experts(nnx.Module):
         self.w_up = param(rngs, (*lead, cfg.dim, cfg.expert_dim), up, cfg.init_std)
         self.w_down = param(rngs, (*lead, cfg.expert_dim, cfg.dim), down, cfg.init_std)
 
+    @property
+    def adapted(self) -> bool:
+        """Whether low-rank adapters change the matrices, see `training.lora`."""
+        value = self.w_gate.get_value()
+        return isinstance(value, Frozen) and value.left is not None
+
     def open(self, kernels: Kernels, *, train: bool) -> ExpertStack:
         """The matrices as a stack: one that takes a gradient, to be closed after its last layer, or a read-only one."""
-        weights = expert_stack.Experts(self.w_gate[...], self.w_up[...], self.w_down[...])
-        return kernels.open_experts(weights) if train else expert_stack.read_only(weights)
+        weights = expert_stack.Experts(*(merge_frozen(w)[...] for w in (self.w_gate, self.w_up, self.w_down)))
+        frozen = isinstance(self.w_gate.get_value(), Frozen) and not self.adapted
+        return kernels.open_experts(weights, frozen=frozen) if train else expert_stack.read_only(weights)
 
 
 class MoE(nnx.Module):

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -12,7 +13,7 @@ from dsv3_jax.mesh.sharding import on_mesh, shard_map_over_batch, unshard_weight
 from dsv3_jax.model.blocks import DenseBlock, SparseBlock
 from dsv3_jax.model.cache import Cache, NoCache, empty_cache
 from dsv3_jax.model.context import Context, from_zero, make_context
-from dsv3_jax.model.layers import RMSNorm, loop_layers, param, stack, unstack
+from dsv3_jax.model.layers import RMSNorm, loop_layers, merge_frozen, param, stack, unstack
 from dsv3_jax.model.moe import Experts, LayerRouting
 from dsv3_jax.model.mtp import make_heads, run_heads
 
@@ -160,6 +161,9 @@ class Transformer(nnx.Module):
         (x, cache), _ = loop_layers(self.dense, dense_layer, carry, layers=weights and weights.dense, **how)
         if self.experts is None:
             return x, cache, None
+        if self.experts.adapted and not decoding:
+            x, routing = self._adapted_layers(x, ctx, how)
+            return x, cache, routing
         experts = self.experts.open(self.kernels, train=not decoding)
 
         def sparse_layer(block, carry, index):
@@ -175,6 +179,23 @@ class Transformer(nnx.Module):
         if not decoding:
             x = self.kernels.close_experts(x, experts.at(0, grad))
         return x, cache, routing
+
+    def _adapted_layers(self, x: Array, ctx: Context, how: dict[str, Any]) -> tuple[Array, LayerRouting]:
+        """The sparse layers in training, where low-rank adapters change the experts.
+
+        Each layer forms its own experts, as a stack of one layer, and their gradient ends there too: only that of the
+        adapters is kept for all layers.
+        """
+        assert self.experts is not None
+        graphdef, state = nnx.split(self.experts)
+
+        def layer(block, x, index, own):
+            experts = nnx.merge(graphdef, own).open(self.kernels, train=True)
+            ctx_here = ctx._replace(layer=self.cfg.num_dense_layers + index, experts=experts)
+            x, after, routing = block(x, ctx_here)
+            return self.kernels.close_experts(x, after.experts), routing
+
+        return loop_layers(self.sparse, layer, x, beside=(jax.tree.map(lambda w: w[:, None], state),), **how)
 
     @property
     def unrolls(self) -> bool:
@@ -218,8 +239,8 @@ class Transformer(nnx.Module):
         return self.kernels.product(h, self.head_matrix())
 
     def unshard(self, v: Any) -> Any:
-        """Gather a mesh's weights for use, see `mesh.sharding.unshard_weights`."""
-        return unshard_weights(v, fsdp=self.execution.layout.fsdp, dtype=self.compute_dtype)
+        """Prepare weights for use: merge low-rank adapters, and gather what a mesh shards (`unshard_weights`)."""
+        return unshard_weights(merge_frozen(v), fsdp=self.execution.layout.fsdp, dtype=self.compute_dtype)
 
     @property
     def compute_dtype(self):

@@ -35,7 +35,7 @@ class GradCarry:
     """Takes a stack's gradient. Each value is used once: a layer consumes one and returns the next."""
 
     # Not annotated more closely: JAX rebuilds it with shapes and placeholders.
-    carry: Any  # Experts: the stack again; never read
+    carry: Any  # Experts: the stack again, or its first 0 layers if it is frozen; never read
     written: Any  # float32 [L]: zeros; its cotangent is 1 where the carry's cotangent holds numbers
 
     def consume(self) -> "GradCarry":
@@ -93,8 +93,11 @@ def read_only(weights: Experts) -> ExpertStack:
     return ExpertStack(weights, None, jnp.zeros((), jnp.int32))
 
 
-def open_stack(weights: Experts) -> ExpertStack:
+def open_stack(weights: Experts, *, frozen: bool = False) -> ExpertStack:
     """A stack that takes a gradient, at layer 0.
+
+    Args: frozen: the weights take none, only what the experts read. The carry then has no layers, and layers write
+        nothing to it.
 
     Example:
         >>> def use_layer_1(w):
@@ -105,7 +108,8 @@ def open_stack(weights: Experts) -> ExpertStack:
         Array([0., 1., 0.], dtype=float32)
     """
     written = jnp.zeros(weights.w_gate.shape[:1], jnp.float32)
-    return ExpertStack(jax.lax.stop_gradient(weights), GradCarry(weights, written), jnp.zeros((), jnp.int32))
+    carry = jax.tree.map(lambda w: w[:0], weights) if frozen else weights
+    return ExpertStack(jax.lax.stop_gradient(weights), GradCarry(carry, written), jnp.zeros((), jnp.int32))
 
 
 def close_stack(x: Array, stack: ExpertStack) -> Array:
@@ -170,12 +174,14 @@ _take_layer.defvjp(_take_layer_fwd, _take_layer_bwd)
 
 
 def add_layer(d_carry: Experts, d_one: Experts, d_written: Array, layer: Array) -> Experts:
-    """Write or add one layer's gradient [E, …] to the stack's.
+    """Write or add one layer's gradient [E, …] to the stack's; a frozen stack's stays empty.
 
     On a mesh that shards the batch further than the experts, each device has a part of it: the parts are summed here.
     """
 
     def add(total, part):
+        if total.shape[0] == 0:
+            return total
         apart = varying(part) - varying(total)
         part = jax.lax.psum(part, tuple(apart)) if apart else part
         part = part + so_far(jax.lax.dynamic_index_in_dim(total, layer, 0, keepdims=False), d_written, layer)

@@ -24,6 +24,7 @@ from dsv3_jax.config import RunConfig, replace, run_from_dict, to_dict
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.training import lora
 from dsv3_jax.training.checksums import MARK, has_manifest, write_manifest
 from dsv3_jax.training.run_folder import difference, read_run
 from dsv3_jax.training.step import TrainState, abstract_state, model_of
@@ -170,7 +171,8 @@ class Checkpoints:
         Args:
             mesh: shards the state, whatever mesh it was saved on. None means a single device.
             step: None means the last.
-            optimizer: False leaves the optimizer's state out: its arrays are placeholders.
+            optimizer: False is for readers. It leaves the optimizer's state out, whose arrays are placeholders, and
+                merges LoRA's adapters into the weights.
         Raises: ValueError if the checkpoint is damaged (DamagedCheckpoint), does not fit the run's configuration, or
             there is none of `step`.
         """
@@ -186,7 +188,9 @@ class Checkpoints:
         # Not StandardRestore, which refuses placeholders; and a manager takes one kind of arguments for an item.
         state = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
         found = self._read(step, state=state, data=ocp.args.JsonRestore())
-        return found.state, found.data
+        if optimizer:
+            return found.state, found.data
+        return replace(found.state, params=lora.merge(self.run.lora, found.state.params)), found.data
 
     def _read(self, step: int, **items: Any) -> Any:
         """Read items of a checkpoint.

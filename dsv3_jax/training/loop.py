@@ -11,7 +11,8 @@ and training.png. A start takes these steps:
        data position. Later checkpoints are renamed (`Checkpoints.rewind`)
     3. metrics and load after that step are dropped: they will be written again
     4. without a checkpoint, training begins at step 0 from the run's seed, from another run's weights if `start` names
-       one, or on another's trunk if `trunk` does: then the multi-token heads alone are trained
+       one, or on another's trunk if `trunk` does: then the multi-token heads alone are trained. With `lora`, the
+       weights of `start` are frozen, and low-rank adapters are trained
 """
 
 import math
@@ -39,7 +40,6 @@ from dsv3_jax.data.source import Documents, Source
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.mesh import sharding
 from dsv3_jax.mesh.token_exchange import wire_bytes
-from dsv3_jax.model.counting import train_flops_per_token
 from dsv3_jax.ops import balance
 from dsv3_jax.report.metrics import LOAD_FILE, Metrics, Rows
 from dsv3_jax.report.progress import Progress
@@ -50,7 +50,7 @@ from dsv3_jax.training.checkpoint import Checkpoints, SaveFailed
 from dsv3_jax.training.evaluate import evaluate
 from dsv3_jax.training.finite import first_nonfinite
 from dsv3_jax.training.lock import RunLock, acquire
-from dsv3_jax.training.prepare import chosen, describe, prepare
+from dsv3_jax.training.prepare import chosen, describe, flops_per_token, prepare
 from dsv3_jax.training.profile import Profile
 from dsv3_jax.training.run_folder import claim
 from dsv3_jax.training.step import Batch, first_bad_tensor, make_step, model_of
@@ -307,7 +307,7 @@ class _Speed:
 
     def __init__(self, run: RunConfig, peak: float):
         self._tokens = run.data.batch_size * run.data.seq_len
-        self._flops, self._peak = train_flops_per_token(run.model, frozen_trunk=run.trunk is not None), peak
+        self._flops, self._peak = flops_per_token(run), peak
         self._since, self._pause = time.perf_counter(), 0.0
         self._step: int | None = None
 

@@ -19,12 +19,13 @@ from dsv3_jax.data.text_settings import TextSettings
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.kernels import choose, xla_flags
 from dsv3_jax.mesh import sharding
-from dsv3_jax.model.counting import size, train_flops_per_token
+from dsv3_jax.model.counting import train_flops_per_token
 from dsv3_jax.report.speed import gemm_flops
 from dsv3_jax.report.units import format_bytes, format_duration
-from dsv3_jax.training import chats, warm_start
+from dsv3_jax.training import chats, lora, warm_start
 from dsv3_jax.training.checkpoint import last_step
 from dsv3_jax.training.run_folder import RUN_FILE, changes, claim, own_tokenizer, read_run, settled
+from dsv3_jax.training.step import abstract_state, split_trainable
 
 EXPECTED_MFU = (0.3, 0.6)  # shares of the GEMM peak that training reaches, for the estimate of its time
 
@@ -113,10 +114,9 @@ def check_memory(run: RunConfig, hosts: int = 1) -> None:
             ...
         dsv3_jax.config.ConfigError: dim=7168 and num_layers=61 are too large: ...
     """
-    count = size(run.model)
-    trained = count.mtp if run.trunk is not None else count.total + count.mtp
-    moments = np.dtype("float32").itemsize if run.optim.moments_dtype == "float32" else 2
-    needed = (4 * (count.total + count.mtp + trained) + 2 * moments * trained) / hosts
+    state = abstract_state(run)
+    gradients = split_trainable(run, state.params)[0]
+    needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.params, gradients, state.opt))) / hosts
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
     if needed > memory:
         raise ConfigError(
@@ -158,18 +158,31 @@ def describe(found: Prepared, step: int, mesh: Mesh | None) -> list[str]:
     lines = [found.source.describe()]
     lines.append(found.kernels.describe(run.execution.compute_dtype, _devices(mesh), run.optim.moments_dtype))
     lines.append(xla_flags.describe(found.options))
+    lines.append(lora.describe(run.lora, abstract_state(run).params) if run.lora.rank else "")
     lines += [f"{name}={now}, before {before}" for name, (before, now) in found.changed.items()]
     if "steps" in found.changed:
         lines.append("the learning rate's schedule is that of the new number of steps from here on")
     if step < run.steps:
         tokens = run.data.batch_size * run.data.seq_len
-        flops = train_flops_per_token(run.model, frozen_trunk=run.trunk is not None) * tokens * (run.steps - step)
+        flops = flops_per_token(run) * tokens * (run.steps - step)
         slow, fast = (flops / (share * found.peak) for share in EXPECTED_MFU)
         lines.append(
             f"{run.steps - step:,} steps of {tokens:,} tokens: between {format_duration(fast)} and "
             f"{format_duration(slow)}, estimated from matrix products at {found.peak / 1e9:,.0f} GFLOP/s here"
         )
     return lines
+
+
+def flops_per_token(run: RunConfig) -> int:
+    """FLOPs of a trained token of a run, see `counting.train_flops_per_token`.
+
+    Example:
+        >>> import dsv3_jax as ds
+        >>> flops_per_token(ds.recipe("tiny")) == train_flops_per_token(ds.preset("tiny"))
+        True
+    """
+    adapted = run.lora.on if run.lora.rank else ()
+    return train_flops_per_token(run.model, frozen_trunk=run.trunk is not None, adapted=adapted)
 
 
 def _read(run: RunConfig, words: Tokenizer, text: TextSettings | None) -> Source:

@@ -1,7 +1,8 @@
 """The pure training step: (state, batch) → (state, metrics). No files, no loop, no clock.
 
 If a run has the trunk of another run (`RunConfig.trunk`), only the multi-token heads are trained. The gradient is taken
-of their parameters only, so nothing runs backward through the trunk, and the optimizer has no state for it.
+of their parameters only, so nothing runs backward through the trunk, and the optimizer has no state for it. If a run
+has low-rank adapters (`RunConfig.lora`), they alone are trained, see `lora`.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.mtp import HEADS, Head
 from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.ops import balance
-from dsv3_jax.training import optim
+from dsv3_jax.training import lora, optim
 from dsv3_jax.training.loss import Losses, compute_loss, target_counts
 
 
@@ -34,7 +35,7 @@ class TrainState:
     """All that training changes."""
 
     # Not annotated more closely: JAX and Orbax rebuild it with shapes, shardings and placeholders in its places.
-    params: Any  # nnx.State
+    params: Any  # nnx.State; with LoRA, the adapters are beside the weights that they change, see `lora`
     bias: Any  # nnx.State: the router's correction biases
     opt: Any  # optim.AdamState, of the parameters that train
     step: Any  # int32 []: optimizer steps taken
@@ -95,14 +96,15 @@ def _initialiser(run: RunConfig) -> Callable[[Array], TrainState]:
     def make(key: Array) -> TrainState:
         model = Transformer(run.model, rngs=nnx.Rngs(key), kernels=XLA)
         params, bias = nnx.state(model, nnx.Param), nnx.state(model, RouterBias)
+        params = nnx.merge_state(params, lora.init(run.lora, params, key))
         opt = optim.init(split_trainable(run, params)[0], run.optim.moments_dtype)
         return TrainState(params, bias, opt, jnp.zeros((), jnp.int32))
 
     return make
 
 
-def split_trainable(run: RunConfig, variables: nnx.State) -> tuple[nnx.State, nnx.State]:
-    """Split parameters, or biases, into those that a run trains and frozen ones.
+def split_trainable(run: RunConfig, params: nnx.State) -> tuple[nnx.State, nnx.State]:
+    """Split parameters into those that a run trains and frozen ones.
 
     Example:
         >>> import dsv3_jax as ds
@@ -111,6 +113,11 @@ def split_trainable(run: RunConfig, variables: nnx.State) -> tuple[nnx.State, nn
         >>> list(trained), "mtp" in frozen
         (['mtp'], False)
     """
+    return lora.split(params) if run.lora.rank else _split_moving(run, params)
+
+
+def _split_moving(run: RunConfig, variables: nnx.State) -> tuple[nnx.State, nnx.State]:
+    """Split variables into those that a run without adapters may change and those of a frozen trunk."""
     return (variables, nnx.State({})) if run.trunk is None else _split(variables)
 
 
@@ -130,7 +137,7 @@ def model_of(run: RunConfig, state: TrainState, kernels: Kernels | None = None) 
         >>> model.embed.shape
         (260, 128)
     """
-    return nnx.merge(graph_of(run.model, run.execution, kernels), state.params, state.bias)
+    return nnx.merge(graph_of(run.model, run.execution, kernels), lora.join(run.lora, state.params), state.bias)
 
 
 def make_step(run: RunConfig, kernels: Kernels | None = None, options: Options = ()) -> Step:
@@ -161,7 +168,7 @@ def make_step(run: RunConfig, kernels: Kernels | None = None, options: Options =
     constrain = partial(sharding.constrain_state, fsdp=run.execution.layout.fsdp)
 
     def part_losses(trained, frozen, bias, batch, weight, counts):
-        model = nnx.merge(graph, trained, frozen, bias)
+        model = nnx.merge(graph, lora.join(run.lora, nnx.merge_state(trained, frozen)), bias)
         out = compute_loss(model, batch, weight, counts=counts, share=1 / parts, heads_only=run.trunk is not None)
         return out.total, out
 
@@ -192,7 +199,7 @@ def make_step(run: RunConfig, kernels: Kernels | None = None, options: Options =
             finite &= go
         params, opt = optim.adamw(run.optim, run.steps, state.step, trained, state.opt, grads, norm, finite, kernels)
         rate = jnp.where(finite, optim.bias_rate(run.optim, _bias_rate(run.model), run.steps, state.step), 0.0)
-        updated, fixed = split_trainable(run, state.bias)
+        updated, fixed = _split_moving(run, state.bias)
         bias = nnx.merge_state(updated_bias(updated, out.load, rate), fixed)
         params = nnx.merge_state(params, frozen)
         new = constrain(TrainState(params, bias, opt, state.step + finite.astype(jnp.int32)))
@@ -252,7 +259,7 @@ def first_bad_tensor(run: RunConfig, state: TrainState, batch: Batch) -> str:
 
     def total(trained):
         weight = optim.mtp_weight(run.optim, run.steps, state.step)
-        model = nnx.merge(graph, trained, frozen, state.bias)
+        model = nnx.merge(graph, lora.join(run.lora, nnx.merge_state(trained, frozen)), state.bias)
         return compute_loss(model, batch, weight, heads_only=run.trunk is not None).total
 
     def first(kind: str, tree) -> str | None:

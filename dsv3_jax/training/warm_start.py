@@ -2,6 +2,7 @@
 
 `start`: parameters and router biases are the other run's; optimizer, steps and data position are new. Settings that add
 no parameters may differ: context length and YaRN, load balancing.
+With `lora`, the other run's parameters stay as they are, and new adapters are trained.
 `trunk`: everything but the multi-token heads is the other run's, and stays as it is. The heads alone are trained.
 
 For `start` it may be a released model. Its folder is read once, at the start: the new run then depends on it no more.
@@ -23,10 +24,10 @@ from dsv3_jax.hf.open_model import released_run
 from dsv3_jax.hf.places import find
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
-from dsv3_jax.training import optim
+from dsv3_jax.training import lora, optim
 from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.run_folder import RUN_FILE, read_run, same_tokenizer
-from dsv3_jax.training.step import TrainState, abstract_state, init_state
+from dsv3_jax.training.step import TrainState, abstract_state, init_state, split_trainable
 
 # Keys of a model that may differ from the other run's.
 START_KEYS = ("yarn", "max_positions", "rope_theta", "balance", "capacity_factor", "init_std")
@@ -136,16 +137,20 @@ def begin(run: RunConfig, tokenizer: Tokenizer, mesh: Mesh | None = None) -> tup
         return init_state(run, mesh, trunk), text
     if run.start is not None:
         source = _fitting(run, tokenizer)
-        where = sharding.state_sharding(abstract_state(run), mesh, fsdp=run.execution.layout.fsdp)
+        shapes = abstract_state(run)
+        where = sharding.state_sharding(shapes, mesh, fsdp=run.execution.layout.fsdp)
+        adapters_at, weights_at = lora.split(where.params)
         if _is_released(run.start):
             model = reading.load(run.start, jnp.float32, mesh)
             found, text = (nnx.state(model, kind) for kind in (nnx.Param, RouterBias)), "those"
-            params, bias = (jax.device_put(*pair) for pair in zip(found, (where.params, where.bias), strict=True))
+            params, bias = (jax.device_put(*pair) for pair in zip(found, (weights_at, where.bias), strict=True))
         else:
             last = _last_state(run.start, source, run, mesh)
             params, bias, text = last.params, last.bias, f"those of step {int(last.step)}"
+        start = jax.jit(partial(lora.init, run.lora, lora.split(shapes.params)[1]), out_shardings=adapters_at)
+        params = nnx.merge_state(params, start(jax.random.key(run.seed)))
         init = partial(optim.init, dtype=run.optim.moments_dtype)
-        opt = jax.jit(init, out_shardings=where.opt)(params)
+        opt = jax.jit(init, out_shardings=where.opt)(split_trainable(run, params)[0])
         step = jax.device_put(jnp.zeros((), jnp.int32), where.step)
         return TrainState(params, bias, opt, step), f"the weights are {text} in {run.start}"
     return init_state(run, mesh), ""

@@ -99,8 +99,9 @@ def _bwd(saved, cotangents):
     tokens, row_gates = _sorted_rows(p, gates, sizes[0])
     # On a mesh that shards the batch further than the experts, each device has a part of this layer's gradient.
     summed_over = varying(x) - varying(d_carry.w_gate)
+    frozen = d_carry.w_gate.shape[0] == 0  # see `expert_stack.open_stack`; the compiler drops what is not returned
     stack, index = d_carry, layer
-    if summed_over:
+    if apart := bool(summed_over) or frozen:
         stack = Experts(*(zeros((1, *d.shape[1:]), d, x) for d in d_carry))
         index = jnp.zeros_like(layer)
 
@@ -126,7 +127,7 @@ def _bwd(saved, cotangents):
             return _put(dx_rows, d_a @ w_gate.T + d_b @ w_up.T, row), d_gates, dw
 
         dw = tuple(_expert(d, index, e, d.dtype) for d in stack)
-        if not summed_over:
+        if not apart:
             dw = tuple(so_far(d, d_written, layer) for d in dw)
         dx_rows, d_gates, dw = _for_blocks(p.starts[e], p.counts[e], sizes, block, (dx_rows, d_gates, dw))
         corner = _corner(index, e)
@@ -137,7 +138,9 @@ def _bwd(saved, cotangents):
 
     start = (zeros((tokens.size, dim), x), zeros(row_gates.shape, x), stack)
     dx_rows, d_gates, stack = jax.lax.fori_loop(0, num_experts, expert, start)
-    if summed_over:
+    if frozen:
+        stack = d_carry
+    elif summed_over:
         stack = Experts(
             *(_add_layer(d, part, d_written, layer, summed_over) for d, part in zip(d_carry, stack, strict=True))
         )

@@ -157,7 +157,8 @@ def experts_swiglu_gradients(
         x, gates, order, row, counts, experts, layer: as in `experts_swiglu`.
         kept: x w_gate and x w_up from the forward pass, [n K, F] each.
         dy: gradient of the result y.
-        so_far: the gradients of the three stacks. This layer's gradient is added to them in place.
+        so_far: the gradients of the three stacks. This layer's gradient is added to them in place. Stacks of 0 layers
+            are of frozen experts: their gradients are not computed.
         written: a flag for each layer. If it is 0, the layer's gradient is overwritten instead of added to.
     Returns: (dx, d_gates, the gradients of the three stacks).
     """

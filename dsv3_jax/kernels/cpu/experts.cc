@@ -79,13 +79,14 @@ struct Backward : Work {
   float *dx_rows, *d_gates;             // [n · K, D], [n, K]
   float *d_w_gate, *d_w_up, *d_w_down;  // this layer's [E, D, F], [E, D, F], [E, F, D]
   bool overwrite;                       // overwrite these three instead of adding to them
+  bool frozen;                          // these three are not computed
   std::vector<int64_t> experts;         // those with the most rows first
 
   int64_t units() const override { return static_cast<int64_t>(experts.size()); }
 
   void Unit(int64_t i) override {
     const int64_t e = experts[i], first = routed.starts[e], end = routed.starts[e + 1];
-    if (overwrite && first == end)
+    if (overwrite && !frozen && first == end)
       for (float* d_w : {d_w_gate, d_w_up, d_w_down}) std::fill_n(d_w + e * routed.matrix(), routed.matrix(), 0.0f);
     for (int64_t row = first; row < end; row += kChunk)
       Rows(e, row, std::min(kChunk, end - row), !overwrite || row > first);
@@ -107,9 +108,11 @@ struct Backward : Work {
       d_gates[assignment] = Hidden(routed.gates[assignment], kept_a + (row + r) * hidden, kept_b + (row + r) * hidden,
                                    d_h + r * hidden, h + r * hidden, d_a + r * hidden, d_b + r * hidden);
     }
-    Multiply({h, hidden, true}, {dy_rows, dim}, hidden, count, dim, d_w_down + at, dim, add);
-    Multiply({x, dim, true}, {d_a, hidden}, dim, count, hidden, d_w_gate + at, hidden, add);
-    Multiply({x, dim, true}, {d_b, hidden}, dim, count, hidden, d_w_up + at, hidden, add);
+    if (!frozen) {
+      Multiply({h, hidden, true}, {dy_rows, dim}, hidden, count, dim, d_w_down + at, dim, add);
+      Multiply({x, dim, true}, {d_a, hidden}, dim, count, hidden, d_w_gate + at, hidden, add);
+      Multiply({x, dim, true}, {d_b, hidden}, dim, count, hidden, d_w_up + at, hidden, add);
+    }
 
     float* dx = dx_rows + row * dim;
     Multiply({d_a, hidden}, {routed.w_gate + at, hidden, true}, count, hidden, dim, dx, dim, false);
@@ -209,7 +212,8 @@ ffi::Error ExpertsSwiglu(ffi::ThreadPool pool, Floats x, Floats gates, Ints orde
   return ffi::Error::Success();
 }
 
-// Kernel: the gradients of ExpertsSwiglu. Those of the matrices are written to the stacks' gradients in place.
+// Kernel: the gradients of ExpertsSwiglu. Those of the matrices are written to the stacks' gradients in place; they are
+// not computed if these stacks have no layers.
 ffi::Error ExpertsSwigluGradients(ffi::ThreadPool pool, Floats x, Floats gates, Ints order, Ints place, Ints counts,
                                   Floats w_gate, Floats w_up, Floats w_down, Ints layer, Floats dy, Floats a, Floats b,
                                   Floats, Floats, Floats, Floats written, ffi::ResultBuffer<ffi::F32> dx,
@@ -223,8 +227,11 @@ ffi::Error ExpertsSwigluGradients(ffi::ThreadPool pool, Floats x, Floats gates, 
   work->dy = dy.typed_data(), work->kept_a = a.typed_data(), work->kept_b = b.typed_data();
   work->dx_rows = rows->typed_data(), work->d_gates = d_gates->typed_data();
   const int64_t at = layer.typed_data()[0] * routed.num * routed.matrix();
-  work->d_w_gate = d_w_gate->typed_data() + at, work->d_w_up = d_w_up->typed_data() + at;
-  work->d_w_down = d_w_down->typed_data() + at;
+  work->frozen = d_w_gate->dimensions()[0] == 0;
+  if (!work->frozen) {
+    work->d_w_gate = d_w_gate->typed_data() + at, work->d_w_up = d_w_up->typed_data() + at;
+    work->d_w_down = d_w_down->typed_data() + at;
+  }
   work->overwrite = written.typed_data()[layer.typed_data()[0]] == 0.0f;
   work->experts.resize(routed.num);
   std::iota(work->experts.begin(), work->experts.end(), 0);

@@ -55,10 +55,10 @@ def _grouped_bwd(saved, cotangents):
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)
 
 
-def open_stack(weights: Experts) -> ExpertStack:
+def open_stack(weights: Experts, *, frozen: bool = False) -> ExpertStack:
     """A stack that takes a gradient, at layer 0; see `ops.expert_stack.open_stack`."""
-    stack = expert_stack.open_stack(weights)
-    return replace(stack, grad=GradCarry(*_carry(weights)))
+    stack = expert_stack.open_stack(weights, frozen=frozen)
+    return stack if frozen else replace(stack, grad=GradCarry(*_carry(weights)))
 
 
 @jax.custom_vjp

@@ -1,0 +1,158 @@
+"""LoRA: low-rank adapters that are trained in place of the weights of a start.
+
+A frozen matrix W, as a map from inputs to outputs, is used as W + (alpha / rank) A B. A [in, rank] is random at first,
+and B [rank, out] is 0, so that training begins with the start's own numbers. Every matrix of a stack has a pair of its
+own: each layer, and each routed expert. A weight with heads is one matrix, over all heads.
+
+The names of a parameter's axes say which of them are inputs and outputs (`_sides`). The adapters are in the state's
+parameters beside the weights, under the name "lora". The step takes the gradient with respect to them alone, and the
+optimizer has no other state. `join` hands weights and adapters to the model, which merges each layer in its turn
+(`model.layers.Frozen`): the gradient of a merged matrix ends in its layer. So memory holds it for one layer at a time.
+The merged matrices are results like others: with remat "none" or "dots" the backward pass keeps those of all layers,
+with "attention" or "full" it forms them again.
+
+Readers never see adapters: `Checkpoints.restore` merges them for all who do not resume (`merge`). A checkpoint holds
+weights and adapters, so a run resumes bitwise and does not depend on its start.
+
+Source: LoRA (arXiv 2106.09685), section 4.1.
+Departs from the paper: any matrix of attention and experts may change, and W + A B is formed before it meets a token.
+This costs the products of a training step without LoRA; what it saves is the optimizer's state and the gradients.
+"""
+
+import math
+import zlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from dsv3_jax.config import Lora, LoraPart
+from dsv3_jax.mesh.sharding import names_of
+from dsv3_jax.model.layers import Frozen
+
+NAME = "lora"  # of the adapters in a state's parameters
+MODULES: dict[LoraPart, str] = {"attention": "attn", "dense": "ffn", "shared": "shared", "routed": "experts"}
+
+
+class _Sides(NamedTuple):
+    """How the axes of a parameter make matrices. Each field but the last holds names of axes."""
+
+    batch: tuple[str | None, ...]  # a matrix for each
+    left: tuple[str | None, ...]
+    right: tuple[str | None, ...]
+    input_is_right: bool  # inputs are the right axes, outputs the left ones
+
+
+def _sides(names: tuple[str | None, ...]) -> _Sides:
+    """Read a matrix's sides off the names of its axes.
+
+    Heads and the axis after them are one side. Inputs come first, but in w_uk and w_uv, which end in the latent that
+    they read.
+    """
+    batch = names[:1] if names[0] == "expert" else ()
+    rest = names[len(batch) :]
+    cut = 2 if rest[0] == "heads" else 1
+    return _Sides(batch, rest[:cut], rest[cut:], rest[cut:] == ("latent",))
+
+
+def init(cfg: Lora, weights: nnx.State, key: Array) -> nnx.State:
+    """Make new adapters, {"lora": …}, each of the variance 1 / (number of inputs) or 0; without LoRA an empty state.
+
+    Args: weights: parameters, or their shapes.
+
+    Example:
+        >>> w = nnx.Param(jnp.ones((2, 4, 3)), axes=("dim", "hidden"))  # of 2 layers
+        >>> made = init(Lora(rank=1, on=("dense",)), nnx.State({"ffn": {"w": w}}), jax.random.key(0))
+        >>> made["lora"]["ffn"]["w"]["a"].shape, made["lora"]["ffn"]["w"]["b"][...].sum()
+        ((2, 4, 1), Array(0., dtype=float32))
+    """
+    made = {}
+    for path, v in nnx.to_flat_state(weights) if cfg.rank else ():
+        if not any(MODULES[part] in path for part in cfg.on) or not names_of(v):  # a norm's scale has no names
+            continue
+        sides = _sides(names_of(v))
+        start = len(v.shape) - len(sides.left) - len(sides.right)
+        lead, left, right = v.shape[:start], v.shape[start:][: len(sides.left)], v.shape[start + len(sides.left) :]
+        shapes = (*lead, *left, cfg.rank), (*lead, cfg.rank, *right)
+        axes = (*sides.batch, *sides.left, None), (*sides.batch, None, *sides.right)
+        a, b = (1, 0) if sides.input_is_right else (0, 1)
+        own = jax.random.fold_in(key, zlib.crc32(repr(path).encode()))
+        std = 1 / math.sqrt(math.prod(right if sides.input_is_right else left))
+        made[NAME, *path, "a"] = nnx.Param(std * jax.random.normal(own, shapes[a], jnp.float32), axes=axes[a])
+        made[NAME, *path, "b"] = nnx.Param(jnp.zeros(shapes[b], jnp.float32), axes=axes[b])
+    return nnx.from_flat_state(made)
+
+
+def split(params: nnx.State) -> tuple[nnx.State, nnx.State]:
+    """Split parameters into (adapters, weights).
+
+    Example:
+        >>> adapters, weights = split(nnx.State({"lora": {"w": {"a": 1, "b": 2}}, "w": 3}))
+        >>> list(adapters), list(weights)
+        (['lora'], ['w'])
+    """
+    adapters, weights = nnx.split_state(params, lambda path, _: path[0] == NAME, ...)
+    return adapters, weights
+
+
+def join(cfg: Lora, params: nnx.State) -> nnx.State:
+    """Give each weight its adapters, as a `Frozen` value: what a model holds in training.
+
+    Experts without adapters become frozen ones, so that no gradient of them is formed. All else stays as it is.
+
+    Example:
+        >>> w = nnx.Param(jnp.zeros((1, 1)), axes=("dim", "hidden"))
+        >>> a, b = nnx.Param(jnp.array([[2.0]])), nnx.Param(jnp.array([[3.0]]))
+        >>> params = nnx.State({"w": w, "lora": {"w": {"a": a, "b": b}}})
+        >>> join(Lora(rank=1, alpha=10.0), params)["w"].get_value().merge()
+        Array([[60.]], dtype=float32)
+    """
+    adapters, weights = split(params)
+    found = dict(nnx.to_flat_state(adapters))
+
+    def used(path: tuple, v: nnx.Variable) -> nnx.Variable:
+        w, a, b = v.get_value(), *(found.get((NAME, *path, side)) for side in "ab")
+        if a is None or b is None:
+            return v.replace(Frozen(w)) if found and "experts" in path else v
+        factors = a.get_value(), cfg.alpha / cfg.rank * b.get_value()
+        return v.replace(Frozen(w, *(reversed(factors) if _sides(names_of(v)).input_is_right else factors)))
+
+    return nnx.from_flat_state({path: used(path, v) for path, v in nnx.to_flat_state(weights)})
+
+
+def merge(cfg: Lora, params: nnx.State) -> nnx.State:
+    """Merge adapters into their weights, whose memory is used for the result; parameters without adapters stay.
+
+    Example:
+        >>> w = nnx.Param(jnp.zeros((1, 1)), axes=("dim", "hidden"))
+        >>> a, b = nnx.Param(jnp.array([[2.0]])), nnx.Param(jnp.array([[3.0]]))
+        >>> merge(Lora(rank=1, alpha=10.0), nnx.State({"w": w, "lora": {"w": {"a": a, "b": b}}}))["w"][...]
+        Array([[60.]], dtype=float32)
+    """
+    joined = dict(nnx.to_flat_state(join(cfg, params)))
+    changed = {path: v.get_value() for path, v in joined.items() if isinstance(v.get_value(), Frozen)}
+    pairs = [(value.left, value.right) for value in changed.values()]
+    weights = [value.w for value in changed.values()]
+
+    def merged(weights, pairs):
+        return [Frozen(w, *pair).merge() for w, pair in zip(weights, pairs, strict=True)]
+
+    into = [w.sharding for w in weights]
+    results = jax.jit(merged, donate_argnums=0, out_shardings=into)(weights, pairs)
+    for path, result in zip(changed, results, strict=True):
+        joined[path] = joined[path].replace(result)
+    return nnx.from_flat_state(joined)
+
+
+def describe(cfg: Lora, params: nnx.State) -> str:
+    """Say how many parameters train.
+
+    Example:
+        >>> a, w = nnx.Param(jnp.ones(2)), nnx.Param(jnp.ones(9))
+        >>> describe(Lora(rank=4, on=("attention", "routed")), nnx.State({"lora": {"w": {"a": a}}, "w": w}))
+        'training 2 of 11 parameters: LoRA of rank 4 on attention, routed'
+    """
+    trained, frozen = (sum(x.size for x in jax.tree.leaves(part)) for part in split(params))
+    return f"training {trained:,} of {trained + frozen:,} parameters: LoRA of rank {cfg.rank} on {', '.join(cfg.on)}"

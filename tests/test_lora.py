@@ -1,0 +1,376 @@
+"""LoRA: a step trains the adapters alone, by the gradient of the merged model; whoever reads a run gets merged weights.
+
+The contractions are written out below for each matrix, where the library reads them off the names of the axes.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from models import QUICK, forward, parameters, random_model, small, tokens_of
+from runs import MODEL, assert_bitwise, cheap_compiles, fresh_state, make_run, packed_batch, rows_of, write_text
+
+import dsv3_jax as ds
+from dsv3_jax import reference
+from dsv3_jax.config import ConfigError, Execution, Layout, Lora, OptimConfig, RunConfig, run_from_dict, to_dict
+from dsv3_jax.data.tokenizer import ByteTokenizer
+from dsv3_jax.hf.conversion import convert
+from dsv3_jax.mesh import sharding
+from dsv3_jax.model.counting import train_flops_per_token
+from dsv3_jax.model.moe import RouterBias
+from dsv3_jax.training import loop, lora, optim, prepare, warm_start
+from dsv3_jax.training.checkpoint import Checkpoints, load_run
+from dsv3_jax.training.run_folder import claim
+from dsv3_jax.training.step import TrainState, abstract_state, make_step, split_trainable
+
+ALL = ("attention", "dense", "shared", "routed")
+RANK, ALPHA = 2, 3.0
+# Of W += (alpha / rank) A B: the axes of A, of B and of W, after those of layers and experts.
+PRODUCTS = {
+    "w_q": ("dr", "rhk", "dhk"),
+    "w_k": ("dr", "rhk", "dhk"),
+    "w_v": ("dr", "rhk", "dhk"),
+    "w_dq": ("dr", "rc", "dc"),
+    "w_uq": ("cr", "rhk", "chk"),
+    "w_dkv": ("dr", "rc", "dc"),
+    "w_uk": ("rc", "hnr", "hnc"),
+    "w_uv": ("rc", "hnr", "hnc"),
+    "w_o": ("hvr", "rd", "hvd"),
+    "w_gate": ("dr", "rf", "df"),
+    "w_up": ("dr", "rf", "df"),
+    "w_down": ("fr", "rd", "fd"),
+}
+PARTS = {"attention": "attn", "dense": "ffn", "shared": "shared", "routed": "experts"}
+# A dense layer, two sparse ones and a head: each kind of matrix, alone and in a stack
+CFG = small(num_layers=3, mtp_depth=1)
+RUN = make_run(
+    "nowhere",
+    model=CFG,
+    execution=Execution(),
+    optim=OptimConfig(learning_rate=1e-2, warmup_steps=0, eps=0.1, clip_norm=1e9),
+    start="nowhere",
+    lora=Lora(RANK, ALPHA, ALL),
+)
+B, T = 4, 10
+TEXT = ByteTokenizer()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def root(tmp_path_factory):
+    root = tmp_path_factory.getbasetemp()
+    with cheap_compiles(root):
+        yield root
+
+
+def matrices(params: dict, on: tuple[str, ...]) -> list[tuple]:
+    """Paths of the matrices of these parts, among the paths of all parameters."""
+    return [path for path in params if path[-1] in PRODUCTS and any(PARTS[part] in path for part in on)]
+
+
+def flat(params: nnx.State) -> dict:
+    return {path: np.asarray(v[...]) for path, v in nnx.to_flat_state(params)}
+
+
+def state_of(run: RunConfig, step: int = 0) -> TrainState:
+    """Random weights and biases, and adapters of which none is 0. New in each call, since a step donates its state."""
+    params, bias = nnx.split(random_model(run.model), nnx.Param, RouterBias)[1:]
+    shapes = jax.eval_shape(lambda: lora.init(run.lora, params, jax.random.key(0)))
+    adapters = {}
+    for path, v in nnx.to_flat_state(shapes):
+        noise = np.random.default_rng(len(adapters)).standard_normal(v.shape)
+        adapters[path] = v.replace(jnp.asarray(0.3 * noise, jnp.float32))
+    params = nnx.merge_state(params, nnx.from_flat_state(adapters))
+    opt = optim.init(split_trainable(run, params)[0])
+    return TrainState(params, bias, opt, jnp.asarray(step, jnp.int32))
+
+
+def merged_by_hand(params: dict) -> dict:
+    """All weights in float64, each with its A B added."""
+    merged = {path: np.asarray(w, np.float64) for path, w in params.items() if path[0] != "lora"}
+    for path in merged:
+        if ("lora", *path, "a") in params:
+            of_a, of_b, of_w = PRODUCTS[path[-1]]
+            a, b = (np.asarray(params["lora", *path, side], np.float64) for side in "ab")
+            merged[path] = merged[path] + ALPHA / RANK * np.einsum(f"...{of_a},...{of_b}->...{of_w}", a, b)
+    return merged
+
+
+def batch_of(seed: int = 0) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(seed)
+    segment_ids = np.sort(rng.integers(1, 3, (B, T)), axis=1)
+    segment_ids[1, -3:] = 0
+    batch = packed_batch(rng, segment_ids)
+    return batch | {"tokens": batch["tokens"] % CFG.vocab_size}
+
+
+# the mathematics
+
+
+@pytest.mark.parametrize("attention", ["mla", "gqa"])
+def test_each_layer_head_and_expert_gets_its_own_product(attention):
+    kv_heads = {"num_kv_heads": 1} if attention == "gqa" else {}
+    run = replace(RUN, model=replace(CFG, attention=attention, **kv_heads))
+    params = state_of(run).params
+    before, want = flat(params), merged_by_hand(flat(params))
+    got = flat(lora.merge(run.lora, params))
+    assert got.keys() == want.keys()
+    changed = set(matrices(want, ALL))
+    assert len(changed) >= 20
+    for path, w in got.items():
+        np.testing.assert_allclose(w, want[path], rtol=0, atol=1e-6, err_msg=str(path))
+        assert np.array_equal(w, before[path]) == (path not in changed), path
+
+
+@pytest.mark.parametrize("part", ALL)
+def test_a_part_names_its_matrices(part):
+    """In layers and in the head; a norm or the router is not among them."""
+    params = abstract_state(replace(RUN, lora=Lora(RANK, ALPHA, (part,)))).params
+    paths = [path for path, _ in nnx.to_flat_state(params)]
+    adapted = {path[1:-1] for path in paths if path[0] == "lora"}
+    assert adapted == set(matrices(paths, (part,))) != set()
+
+
+def test_new_adapters_change_nothing():
+    """The merged weights are the start's to the bit. A alone is random, of the variance 1 / (number of inputs)."""
+    start = flat(state_of(replace(RUN, lora=Lora())).params)
+    params = new_adapters().params
+    for path, v in nnx.to_flat_state(lora.split(params)[0]):
+        of_a, _, of_w = PRODUCTS[path[-2]]
+        sizes = dict(zip(reversed(of_w), reversed(start[path[1:-1]].shape), strict=False))
+        std = 1 / np.sqrt(np.prod([sizes[axis] for axis in of_a if axis != "r"]))
+        spread = np.asarray(v[...]).std()
+        assert (0.5 * std < spread < 1.5 * std) if path[-1] == "a" else spread == 0, path
+    merged = flat(lora.merge(RUN.lora, params))
+    assert merged.keys() == start.keys()
+    for path, w in merged.items():
+        np.testing.assert_array_equal(w, start[path])
+
+
+def new_adapters() -> TrainState:
+    start = state_of(replace(RUN, lora=Lora()))
+    adapters = lora.init(RUN.lora, start.params, jax.random.key(0))
+    return replace(start, params=nnx.merge_state(start.params, adapters), opt=optim.init(adapters))
+
+
+@pytest.mark.long
+def test_the_first_loss_is_the_starts():
+    _, want = make_step(replace(RUN, lora=Lora()))(state_of(replace(RUN, lora=Lora())), batch_of())
+    _, got = make_step(RUN)(new_adapters(), batch_of())
+    for name in ("loss", "mtp_loss", "balance_loss", "load"):
+        np.testing.assert_array_equal(got[name], want[name])
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The reference's float64 gradient with respect to the merged weights of a state, by path."""
+    batch = jax.tree.map(np.asarray, batch_of())
+    ctx = reference.Context(CFG, batch["positions"], batch["segment_ids"], jnp)
+
+    def total(p):
+        return reference.losses(ctx, p, batch["tokens"], RUN.optim.mtp_weight, jax.lax.stop_gradient).total
+
+    gradient = jax.jit(jax.grad(total), compiler_options=QUICK)
+
+    def of(state: TrainState) -> dict:
+        params = parameters(random_model(CFG))  # biases too
+        for (*where, name), w in merged_by_hand(flat(state.params)).items():
+            there = params
+            for key in where:
+                there = there[key]
+            there[name] = w
+        with jax.enable_x64(True):
+            found = gradient(jax.tree.map(jnp.asarray, params))
+        return {tuple(k.key for k in path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(found)}
+
+    return of
+
+
+FORCED = "auto,grouped_swiglu="
+CASES = [
+    pytest.param(ALL, Execution(), id="all"),
+    pytest.param(ALL[:3], Execution(), id="not routed"),
+    pytest.param(ALL, Execution(kernels="xla", remat="full"), id="all, xla, full"),
+    pytest.param(ALL, Execution(kernels=FORCED + "ragged_dot", remat="dots"), id="all, ragged_dot, dots"),
+    pytest.param(ALL[:3], Execution(kernels=FORCED + "blocks", remat="full"), id="not routed, blocks, full"),
+    pytest.param(ALL[:3], Execution(kernels=FORCED + "ragged_dot"), id="not routed, ragged_dot"),
+    pytest.param(ALL[:3], Execution(kernels=FORCED + "dense"), id="not routed, dense"),
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("on, execution", CASES)
+def test_a_step_follows_the_gradient_of_the_merged_model(expected, on, execution):
+    """dA = s dW B^T and dB = s A^T dW, for each expert too; weights stay, the router bias moves."""
+    run = replace(RUN, execution=execution, lora=Lora(RANK, ALPHA, on))
+    old, (new, metrics) = state_of(run), make_step(run)(state_of(run), batch_of())
+    of_merged = expected(old)
+    before, after, mean = flat(old.params), flat(new.params), flat(new.opt.mu)
+    assert mean.keys() == {path for path in before if path[0] == "lora"}
+    for path, g in mean.items():
+        of_a, of_b, of_w = PRODUCTS[path[-2]]
+        side, other = (of_a, of_b) if path[-1] == "a" else (of_b, of_a)
+        partner = np.asarray(before[*path[:-1], "b" if path[-1] == "a" else "a"], np.float64)
+        want = ALPHA / RANK * np.einsum(f"...{of_w},...{other}->...{side}", of_merged[path[1:-1]], partner)
+        # the first mean is 0.1 times the gradient; 1e-5 of each tensor's largest entry: sums in float32
+        np.testing.assert_allclose(10 * g, want, rtol=0, atol=1e-5 * np.abs(want).max(), err_msg=str(path))
+    for path in before:
+        assert np.array_equal(before[path], after[path]) == (path[0] != "lora"), path
+    assert metrics["finite"] and new.step == 1
+    assert not np.array_equal(flat(old.bias)["sparse", "moe", "bias"], flat(new.bias)["sparse", "moe", "bias"])
+
+
+# readers
+
+
+@pytest.fixture(scope="module")
+def trained(root) -> tuple[Path, RunConfig]:
+    """A LoRA run's folder at step 7, whose adapters are random."""
+    folder = root / "lora" / "run"
+    on = ("attention", "shared", "routed")
+    model = replace(MODEL, num_layers=1)
+    text = write_text(root / "lora" / "text")
+    run = claim(folder, make_run(text, model=model, start="gone", lora=Lora(RANK, ALPHA, on)))
+    with Checkpoints(folder, run) as checkpoints:
+        checkpoints.save(state_of(run, 7), {}, wait=True)
+    return folder, run
+
+
+def test_readers_get_merged_weights(trained, tmp_path):
+    """A model that is loaded, a released folder, and a run that starts from this one."""
+    folder, run = trained
+    want = merged_by_hand(flat(state_of(run).params))
+    model = load_run(folder).model
+    for path, w in flat(nnx.state(model, nnx.Param)).items():
+        np.testing.assert_allclose(w, want[path], rtol=0, atol=1e-6, err_msg=str(path))
+    convert(folder, tmp_path / "released", quiet=True)
+    tokens = tokens_of(run.model, 2, 9)
+    released = ds.load_model(tmp_path / "released", kernels=run.execution.kernels)
+    np.testing.assert_array_equal(forward(released, tokens).logits, forward(model, tokens).logits)
+    next_run = replace(run, start=str(folder), lora=Lora())
+    state, sentence = warm_start.begin(next_run, TEXT)
+    assert_bitwise(state.params, nnx.state(model, nnx.Param))
+    assert sentence.startswith("the weights are those of step 7")
+
+
+def test_training_resumes_with_weights_and_adapters(trained):
+    folder, run = trained
+    with Checkpoints(folder, run, read_only=True) as checkpoints:
+        state, _ = checkpoints.restore()
+    assert_bitwise(state, state_of(run, 7))
+
+
+def test_a_run_adds_new_adapters_to_its_start(trained):
+    """Also to a LoRA run's merged weights. Seeds differ in A."""
+    folder, run = trained
+    run = replace(run, start=str(folder), lora=Lora(4, 8.0, ("routed",)))
+    state, _ = warm_start.begin(run, TEXT)
+    adapters, weights = lora.split(state.params)
+    assert_bitwise(weights, nnx.state(load_run(folder).model, nnx.Param))
+    assert jax.tree.structure(state) == jax.tree.structure(abstract_state(run))
+    assert jax.tree.structure(state.opt.mu) == jax.tree.structure(adapters)
+    other = lora.split(warm_start.begin(replace(run, seed=1), TEXT)[0].params)[0]
+    assert not np.array_equal(*(flat(s)["lora", "experts", "w_up", "a"] for s in (adapters, other)))
+
+
+# settings
+
+
+REFUSED = {
+    "lora rank=-1 is negative": lambda: Lora(rank=-1),
+    "lora alpha=0.0 is not positive": lambda: Lora(alpha=0.0),
+    "lora on=() names no matrices": lambda: Lora(on=()),
+    "lora on=('routed', 'routed') names one part twice": lambda: Lora(on=("routed", "routed")),
+    "lora rank=2 needs start": lambda: replace(RUN, start=None),
+    "lora rank=2 is not supported on a frozen trunk='there'": lambda: replace(RUN, start=None, trunk="there"),
+    "lora on='dense' names matrices": lambda: replace(RUN, model=replace(CFG, num_dense_layers=0)),
+    "lora on='shared' names matrices": lambda: replace(RUN, model=replace(CFG, num_shared_experts=0)),
+    "lora on='routed' names": lambda: make_run(
+        "", model=replace(CFG, num_dense_layers=3, mtp_depth=0), start="x", lora=Lora(2, 3.0, ("routed",))
+    ),
+}
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_bad_settings_are_refused_in_a_sentence(sentence):
+    with pytest.raises(ConfigError) as caught:
+        REFUSED[sentence]()
+    assert str(caught.value).startswith(sentence)
+
+
+def test_older_runs_have_no_adapters():
+    values = json.loads(json.dumps(to_dict(RUN)))
+    assert run_from_dict(values) == RUN
+    del values["lora"]
+    assert run_from_dict(values) == replace(RUN, lora=Lora())
+
+
+def test_what_trains_is_counted(monkeypatch):
+    """Memory has weights once, and adapters with gradient and two means; FLOPs have no gradient of frozen matrices."""
+    run = replace(RUN, lora=Lora(RANK, ALPHA, ("routed",)))
+    shapes = abstract_state(run).params
+    experts = sum(v.size for path, v in nnx.to_flat_state(shapes) if path[0] != "lora" and "experts" in path)
+    frozen = sum(v.size for path, v in nnx.to_flat_state(shapes) if path[0] != "lora")
+    pairs = 3 * CFG.num_experts * (CFG.num_sparse_layers + 1)  # the head has experts, too
+    adapters = pairs * RANK * (CFG.dim + CFG.expert_dim)
+    sentence = f"training {adapters:,} of {frozen + adapters:,} parameters: LoRA of rank 2 on routed"
+    assert lora.describe(run.lora, shapes) == sentence
+    needed = 4 * (frozen + 4 * adapters)
+    for memory, fits in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(prepare.os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": memory}.get)
+        if fits:
+            prepare.check_memory(run)
+        else:
+            with pytest.raises(ConfigError, match="does not fit"):
+                prepare.check_memory(run)
+    used = experts * CFG.experts_per_token // CFG.num_experts
+    assert 3 * prepare.flops_per_token(run) == 2 * train_flops_per_token(CFG) + 6 * used
+
+
+# slow
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sizes, fsdp", [((1, 2, 1), False), ((2, 1, 1), True), ((1, 1, 2), False)])
+def test_a_step_on_a_mesh_is_a_single_devices(sizes, fsdp):
+    layout, model = Layout(fsdp=fsdp), replace(CFG, num_heads=4)
+    run = replace(RUN, model=model, execution=Execution(layout=layout))
+    want, metrics = jax.device_get(make_step(run)(state_of(run), batch_of()))
+    mesh, state = sharding.make_mesh(*sizes), state_of(run)
+    where = sharding.state_sharding(state, mesh, fsdp=layout.fsdp)
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(batch_of(), sharding.batch_sharding(mesh))
+        got, metrics_there = make_step(run)(jax.device_put(state, where), rows)
+    for leaf, at in zip(jax.tree.leaves(got), jax.tree.leaves(where), strict=True):
+        assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
+    np.testing.assert_array_equal(metrics_there["load"], metrics["load"])
+    np.testing.assert_allclose(metrics_there["loss"], metrics["loss"], rtol=1e-5)
+    # 1e-5 of each tensor's largest entry: sums in another order
+    for a, b in zip(jax.tree.leaves(got.opt.mu), jax.tree.leaves(want.opt.mu), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.long
+def test_a_run_resumes_bitwise_without_its_start(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "gemm_flops", lambda dtype: 1e9)
+    monkeypatch.setattr(loop, "_draw", lambda *_: None)
+    start = claim(tmp_path / "start", make_run(write_text(tmp_path / "text")))
+    with Checkpoints(tmp_path / "start", start) as checkpoints:
+        checkpoints.save(fresh_state(start, 7), {}, wait=True)
+    run = warm_start.on_weights(make_run("", eval_every=4, steps=4, save_every=2), tmp_path / "start")
+    run = replace(run, lora=Lora(RANK, ALPHA, ("attention", "routed")))
+    assert loop.fit(run, tmp_path / "whole", quiet=True).finished
+    assert loop.fit(run, tmp_path / "parts", stop_after=2, quiet=True).step == 2
+    shutil.rmtree(tmp_path / "start")
+    assert loop.fit(run, tmp_path / "parts", quiet=True).resumed_from == 2
+    states = []
+    for name in ("whole", "parts"):
+        with Checkpoints(tmp_path / name, run, read_only=True) as checkpoints:
+            states.append(checkpoints.restore()[0])
+    assert_bitwise(*states)
+    assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "parts")
