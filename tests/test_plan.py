@@ -291,8 +291,14 @@ def test_a_program_is_described():
 
 
 def test_a_tpus_roofline_is_in_cycles():
-    compute, memory = Program((launch(cycles=1_750_000, flops=1e9),), ()).roofline(DEVICES["v5p"])
+    program = Program((launch(cycles=1_750_000, flops=45.9e9),), ())
+    compute, memory = program.roofline(DEVICES["v5p"])
     assert compute == pytest.approx(3e-3) and memory == 0
+    lines = dict(describe(example_cost(compiled=program), 16, 1, None, DEVICES["v5p"]))
+    assert lines["  the program's roofline"] == "3 ms, mostly FLOPs: 3 ms bound by FLOPs, 0 µs by memory"
+    assert lines["    without cycles"] == "300 µs, by FLOPs and bytes alone"
+    h100 = describe(example_cost(compiled=program), 16, 1, None, DEVICES["h100"])
+    assert "    without cycles" not in dict(h100)  # its compiler estimates none
 
 
 def test_units_are_read_and_written():

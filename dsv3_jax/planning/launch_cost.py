@@ -128,6 +128,8 @@ class LaunchCost:
         """Bytes that a launch reads and writes in memory."""
         if match := re.search(r"cost_estimate.{0,200}?bytes_accessed\W*?(?:22)?\W*?:\W*?(\d+)", i.attributes):
             return float(match[1])
+        if i.opcode == "copy-start":  # (result, operand, context); a TPU's prefetch has one of them on the chip
+            return sum((a.nbytes for a in i.arrays[:2] if not a.on_chip), 0.0)
         if i.opcode.endswith("-start") and "fusion" not in i.opcode:
             return 2 * i.arrays[0].nbytes
         if i.opcode in _SLICES:

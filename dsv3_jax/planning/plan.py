@@ -188,6 +188,9 @@ def _describe_program(program: Program, formula: float, device: Device | None) -
         bound = "FLOPs" if compute >= memory else "memory"
         parts = f"{format_seconds(compute)} bound by FLOPs, {format_seconds(memory)} by memory"
         lines.append(("  the program's roofline", f"{format_seconds(compute + memory)}, mostly {bound}: {parts}"))
+        if device.clock:
+            least = format_seconds(sum(program.roofline(device, use_cycles=False)))
+            lines.append(("    without cycles", f"{least}, by FLOPs and bytes alone"))
     return lines
 
 

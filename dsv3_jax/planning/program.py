@@ -44,11 +44,11 @@ class Launch:
     is_kernel: bool  # a custom call, which the compiler does not see into
     is_estimated: bool  # its FLOPs are counted or estimated, not unknown
 
-    def seconds(self, device: Device) -> tuple[float, float]:
+    def seconds(self, device: Device, *, use_cycles: bool = True) -> tuple[float, float]:
         """Return the shortest time of one run: (by FLOPs, by bytes); by cycles in place of the longer of the two."""
         compute = (self.flops - self.wide_flops) / device.flops + self.wide_flops / device.float32_flops
         memory = self.nbytes / device.memory_bandwidth
-        if self.cycles and device.clock:
+        if self.cycles and device.clock and use_cycles:
             cycles = self.cycles / device.clock
             return (cycles, memory) if compute >= memory else (compute, cycles)
         return compute, memory
@@ -88,14 +88,16 @@ class Program:
         """Return the launches that only move or convert numbers, those with the largest result first."""
         return sorted((x for x in self.all_launches if x.moved), key=lambda x: -x.moved)
 
-    def roofline(self, device: Device) -> tuple[float, float]:
+    def roofline(self, device: Device, *, use_cycles: bool = True) -> tuple[float, float]:
         """Return the least seconds of launches that computing bounds, and of those that memory bounds.
 
         Launches run one after the other, so the time of the program is the sum of the two.
+
+        Args: use_cycles: False counts FLOPs and bytes alone, as if a TPU moved and converted numbers at full rate.
         """
         total = [0.0, 0.0]
         for launch in self.all_launches:
-            compute, memory = launch.seconds(device)
+            compute, memory = launch.seconds(device, use_cycles=use_cycles)
             total[compute < memory] += max(compute, memory) * launch.runs
         return total[0], total[1]
 
