@@ -489,6 +489,52 @@ def test_generate_continues_a_released_folder(dsv3, talker, tmp_path):
         assert err.startswith("kernels for cpu: ")
 
 
+# Case: what is wrong with a folder (a file's content, or None for a link out of it), the sentence, and the commands.
+EVERY = ("generate {}", "chat {}", "convert {} {new}", "convert {} {new} --dtype bfloat16", "eval {}", "stats {}")
+WRONG = {
+    "label": ({"config.json": {"model_type": "deepseek_v33"}}, "did you mean 'deepseek_v3'", EVERY),
+    "key": ({"config.json": {"use_new_norm": True}}, "use_new_norm=True may change the network", EVERY),
+    "refused key": ({"config.json": {"sliding_window": 9}}, "sliding_window=9 is not supported", EVERY),
+    "no tokenizer": ({"tokenizer.json": ""}, "has no tokenizer: neither", EVERY[:3] + EVERY[4:]),
+    "linked config": ({"config.json": None}, "config.json is a link out of its folder", EVERY),
+    "linked weights": ({"model-00001-of-00001.safetensors": None}, "safetensors is a link out of its folder", EVERY),
+    "linked template": ({"chat_template.jinja": None}, "chat_template.jinja is a link out of its folder", EVERY),
+    "failing template": ({"chat_template.jinja": "{{ 1 / 0 }}"}, "template fails with ZeroDivisionError", EVERY[1:2]),
+    "reaching template": ({"chat_template.jinja": "{{ ''.__class__.mro() }}"}, "reach what it may not", EVERY[1:2]),
+    "other order": ({"chat_template.jinja": "{{ raise_exception('user first') }}"}, "refuses the messages", EVERY[1:2]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "command"), [(name, line) for name, (*_, lines) in WRONG.items() for line in lines])
+def test_a_wrong_folder_is_one_sentence_to_every_command(dsv3, talker, tmp_path, name, command):
+    """Exit code 2, and nothing is written."""
+    folder = Path(shutil.copytree(talker, tmp_path / "model"))
+    changes, sentence, _ = WRONG[name]
+    for file, content in changes.items():
+        path = folder / file
+        if content is None:
+            path.rename(tmp_path / "outside")
+            path.symlink_to(tmp_path / "outside")
+        elif isinstance(content, dict):
+            write_json(path, json.loads(path.read_text()) | content)
+        elif content:
+            path.write_text(content)
+        else:
+            path.unlink()
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = dsv3(*command.format(folder, new=tmp_path / "new").split(), lines="hello\n")
+    assert (code, out, err.count("\n")) == (2, "", 1) and re.search(sentence, err), err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", EVERY)
+def test_an_id_that_is_not_in_the_cache_is_one_sentence(dsv3, tmp_path, monkeypatch, command):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    code, out, err = dsv3(*command.format("no/such", new=tmp_path / "new").split(), lines="hello\n")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "hf download no/such" in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_heads_that_do_not_draft_take_no_memory(talker):
     generate, text = unhooked("dsv3_jax.cli.generate"), load_text(talker)
     for draft, depth in ((None, 0), (str(talker), 0), ("mtp", 1)):

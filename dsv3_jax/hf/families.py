@@ -93,6 +93,8 @@ def text_config(values: dict[str, Any]) -> dict[str, Any]:
     inner = {"model_type": "deepseek_v3"} | inner
     if "quantization_config" in values:
         inner.setdefault("quantization_config", values["quantization_config"])
+    if "tie_word_embeddings" in values:  # the head is the wrapper's
+        inner["tie_word_embeddings"] = values["tie_word_embeddings"]
     return inner
 
 
@@ -136,8 +138,8 @@ def check_keys(values: dict[str, Any], family: Family, used: set[str], *, allow_
     if unknown := sorted(values.keys() - known):
         listed = ", ".join(f"{key}={_short(values[key])}" for key in unknown)
         raise ConfigError(
-            f"config.json has {listed}, which may change the network and is not known for "
-            f"model_type={values.get('model_type')!r}; --allow-unknown-keys (allow_unknown_keys=True) leaves it out"
+            f"{listed} may change the network and is not known for model_type={values.get('model_type')!r}; "
+            "dsv3 convert --allow-unknown-keys (allow_unknown_keys=True) leaves it out"
         )
 
 

@@ -32,5 +32,5 @@ def find(place: str | Path) -> Path:
         cache = huggingface_hub.constants.HF_HUB_CACHE
         raise ValueError(
             f"model={str(place)!r} is no folder, and the hub's cache {cache} does not hold it; "
-            f"download it with: hf download {name}"
+            f"download it with: hf download {name}{revision and f' --revision {revision}'}"
         ) from error

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from dsv3_jax.config import ConfigError, Execution, ModelConfig, replace
 from dsv3_jax.hf import int4
 from dsv3_jax.hf.config_json import config_from_dict
-from dsv3_jax.hf.families import family_of, text_config
+from dsv3_jax.hf.families import WRAPPERS, family_of, text_config
 from dsv3_jax.hf.files import CONFIG, StoredTensor, TensorReader, open_folder
 from dsv3_jax.hf.fp8 import E4M3, dequantize
 from dsv3_jax.hf.places import find
@@ -38,7 +38,8 @@ _MAX_LISTED = 20  # wrong tensors that an error names
 _EMBED = "model.embed_tokens.weight"
 # Where a wrapper keeps its language model, and what it has beside it: pictures, which are not read.
 _PREFIXES = ("", "language_model.")
-_BESIDE = re.compile(r"(vision_tower|vision_model|mm_projector|multi_modal_projector|model\.vision\w*)\.")
+_BESIDE = re.compile(r"(model\.)?(vision\w*|mm_projector|multi_modal_projector)\.")
+_BLOCKS = re.compile(r"model\.blocks\.(?=\d)")  # transformers 5.24 saves a wrapper's layers under this name
 _INV_FREQ = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _INDEXER = re.compile(r"model\.layers\.\d+\.self_attn\.indexer\.")
 
@@ -106,6 +107,8 @@ class ReleasedFolder:
         """
         prefix = next((p for p in _PREFIXES if p + _EMBED in stored), "")
         named = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if not _BESIDE.match(name)}
+        if self.config.get("model_type") in WRAPPERS:
+            named = {_BLOCKS.sub("model.layers.", name): tensor for name, tensor in named.items()}
         if len(named) < len(stored):
             self.notes.append(f"{len(stored) - len(named)} tensors of pictures are not read")
         own = rope.frequencies(cfg.rope_head_dim, cfg.rope_theta, cfg.yarn)
