@@ -137,6 +137,34 @@ def test_stopped_and_resumed_is_never_stopped(whole, tmp_path):
     assert_same_run(whole.run, folder, whole)
 
 
+def test_a_run_with_a_damaged_checkpoint_and_damaged_metrics_ends_the_same(whole, tmp_path):
+    """It resumes from the checkpoint before, and keeps rows behind a bad line; then from a step that is asked for."""
+    folder = Path(shutil.copytree(whole.folder, tmp_path / "run"))
+    (folder / "checkpoints" / "12" / "data" / "metadata").write_text("{}")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join([*lines[:2], "", "12", "{}", '{"step', *lines[2:]]) + "\n")
+    result, said = said_by(loop.fit, whole.run, folder)
+    assert result.resumed_from == 8
+    assert "the checkpoint of step 12 is kept as 12.damaged: file=" in said and "data/metadata' is damaged" in said
+    assert f"file={folder}/metrics.jsonl: lines 3, 4, 5, 6 are no rows and are passed over" in said
+    assert_same_run(whole.run, folder, whole)
+    assert loop.fit(whole.run, folder, step=8, quiet=True).resumed_from == 8
+    assert_same_run(whole.run, folder, whole)
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert names == {"8", "12", "12.damaged", "12.superseded"}
+
+
+def test_what_an_update_spoiled_is_not_saved(whole, tmp_path, monkeypatch, capfd):
+    folder, answers = tmp_path / "run", iter(["", "parameter head"])
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "first_nonfinite", lambda state, mesh: next(answers))
+        assert main(["train", "tiny", "--out", str(folder), *flags(whole.run)]) == 2
+    (said,) = capfd.readouterr().err.splitlines()
+    assert "step 8 made parameter head, whose norm is not finite" in said
+    assert f"the last good checkpoint is step 4 in {folder}" in said
+    assert loop.fit(whole.run, folder, quiet=True).resumed_from == 4
+
+
 def often(run):
     """Change the run to save after every step, which slows it down enough to be stopped half-way."""
     return replace(run, save_every=1)
