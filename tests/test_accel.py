@@ -272,6 +272,7 @@ def test_an_implementation_that_does_not_fit_gets_no_figure(monkeypatch):
     assert xla.value > 0 and "xla (chosen)" in xla.name and "chosen" not in large.name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", ["bounds", "layer", "attention", "grouped", "loss", "decode"])
 def test_a_part_can_be_traced_at_its_full_size(part, monkeypatch):
     """Shapes, dtypes and limits are right there, too, where no device is at hand."""

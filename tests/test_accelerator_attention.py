@@ -54,6 +54,7 @@ def out_and_gradients(attention, arrays, segment_ids):
 # splash attention, on TPUs
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "shape, dtype, packed, largest",
     [

@@ -166,6 +166,7 @@ def test_the_scale_is_rounded_once():
     assert scaled(q, scale).dtype == jnp.bfloat16
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", calls.CACHE_DTYPES)
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("capacity", [11, 700])  # one part of 256 rows, or three
@@ -367,6 +368,7 @@ def test_every_cache_of_mla_gives_the_tokens_of_the_forward():
 ACCELERATORS = [("cuda", "latent", None), ("tpu", "latent", "int8"), ("tpu", "expanded", "float8_e4m3")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("platform, kind, dtype", ACCELERATORS)
 def test_accelerators_caches_give_the_same_tokens(platform, kind, dtype):
     """Rows by layer, padded on TPUs, with drafts too: the programs of those platforms, in plain XLA on this host."""
@@ -391,6 +393,7 @@ def test_baselines_decode_the_tokens_of_their_forward(attention):
     assert_greedy(model, generate(model, PROMPTS, NEW).tokens)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind, dtype", [("latent", "int8"), ("latent", "float8_e4m3"), ("expanded", "int8")])
 def test_8_bits_choose_tokens_about_as_likely(kind, dtype):
     model = random_model(LIGHT, execution=DENSE)

@@ -372,6 +372,7 @@ def greedy(folder, messages, max_new_tokens):
 GREEDY = ("--temperature", 0, "--max-new-tokens", 9)
 
 
+@pytest.mark.long
 def test_chat_continues_the_conversation(dsv3, talker):
     code, out, err = dsv3("chat", talker, *GREEDY, lines="hello\n\nthe <|im_end|>\n/reset\nhello\n/exit\nno\n")
     first = {"role": "user", "content": "hello"}
@@ -383,6 +384,7 @@ def test_chat_continues_the_conversation(dsv3, talker):
     assert err.count("(the answer ends here: max_new_tokens=9)") == 3
 
 
+@pytest.mark.long
 def test_drafts_and_the_system_message(dsv3, talker):
     options = ("chat", talker, *GREEDY, "--system", "the system")
     plain, drafted = dsv3(*options, lines="hello\n"), dsv3(*options, "--draft", "mtp", lines="hello\n")

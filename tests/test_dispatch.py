@@ -65,6 +65,7 @@ def assert_equal(got, want, atol=1e-10):
         np.testing.assert_allclose(g, e, atol=atol, err_msg=f"gradient of {name}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "choose, sizes", [("any", {}), ("some idle", {}), ("two take all", {}), ("any", dict(n=1, d=4, f=3, k=1))]
 )

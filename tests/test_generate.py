@@ -75,6 +75,7 @@ def test_each_prompt_alone_gives_the_same(model, greedy):
         assert generate(model, [prompt], NEW, stop_tokens=[UNUSED]).tokens == [row]
 
 
+@pytest.mark.long
 def test_kernels_of_xla_give_the_same_tokens(model, greedy):
     other = nnx.merge(nnx.graphdef(abstract(CFG, Execution(kernels="xla"))), nnx.state(model))
     assert "cpu" not in other.kernels.chosen().values()
@@ -82,6 +83,7 @@ def test_kernels_of_xla_give_the_same_tokens(model, greedy):
     assert generate(other, PROMPTS, NEW, stop_tokens=[UNUSED]).tokens == greedy
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("module, name", [(choose, "LARGE_WEIGHT"), (transformer, "UNROLLED")])
 def test_layers_and_weights_are_read_in_any_way(model, greedy, monkeypatch, module, name):
     """Every weight by the C++ kernels, for a single row too; and a scan over layers in place of an unrolled loop."""
@@ -94,6 +96,7 @@ def test_layers_and_weights_are_read_in_any_way(model, greedy, monkeypatch, modu
     assert generate(other, PROMPTS, NEW, stop_tokens=[UNUSED]).tokens == greedy
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cache", ["latent", "none"])
 def test_decoding_drops_no_token(light, cache):
     """With half of its even share of slots an expert drops tokens in training, and which depends on the batch."""
@@ -145,6 +148,7 @@ def test_one_compilation_a_shape(model, greedy):
 # dtypes
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("compute_dtype, cache_dtype", [("float32", "bfloat16"), ("bfloat16", None)])
 def test_bfloat16_chooses_tokens_about_as_likely(light, compute_dtype, cache_dtype):
     other = random_model(LIGHT, execution=replace(DENSE, compute_dtype=compute_dtype))

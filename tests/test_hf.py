@@ -55,7 +55,10 @@ def state_of(model):
 DEEP = {"half RoPE": "gradients", "V2-Lite, greedy": "greedy", "Youtu": "greedy"}
 
 
-@pytest.mark.parametrize("name", GRID)
+FEW = ("groups", "FP8 file", "V2, groups", *DEEP)  # for the short tests
+
+
+@pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.long) for n in GRID])
 def test_transformers_numbers(folders, name):
     gradients, greedy = (DEEP.get(name) == what for what in ("gradients", "greedy"))
     results, reference = probed(ours(hf.load(folders[name]), gradients=gradients, greedy=greedy)), golden(name)

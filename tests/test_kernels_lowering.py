@@ -18,6 +18,8 @@ from dsv3_jax.model.transformer import abstract
 from dsv3_jax.ops.sampling import GREEDY
 from dsv3_jax.training.step import abstract_state, make_step
 
+pytestmark = pytest.mark.long
+
 BATCH, LENGTH = 2, 16
 CFG = small(num_layers=2, mtp_depth=1)
 RUN = make_run("nowhere", model=CFG)

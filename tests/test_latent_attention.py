@@ -14,6 +14,8 @@ from dsv3_jax.kernels.tpu.latent_attention import latent_attention as tpu_kernel
 from dsv3_jax.ops.cached_attention import Stored, cached_attention, scaled
 from dsv3_jax.ops.quantize import dequantize_rows, quantize_rows
 
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("light_compiles")]
+
 SHAPES = {  # sequences, tokens a step, heads, parts, width of a stored row, slots, rows of a block
     "tiny, drafts": (3, 3, 4, (32, 16), 128, 80, 32),  # the last block ends beyond the cache
     "V3": (2, 1, 16, (512, 64), 640, 320, 128),

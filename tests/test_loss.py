@@ -62,14 +62,19 @@ def expected():
     "changes, kernels, remat",
     [
         (dict(num_layers=2, num_dense_layers=0, mtp_depth=2, tie_embeddings=True), "cpu", "none"),
-        (dict(num_layers=2, num_dense_layers=0, mtp_depth=2, tie_embeddings=True), "xla", "none"),
+        pytest.param(
+            dict(num_layers=2, num_dense_layers=0, mtp_depth=2, tie_embeddings=True),
+            "xla",
+            "none",
+            marks=pytest.mark.long,
+        ),
         pytest.param(dict(mtp_depth=1), "cpu", "full", marks=pytest.mark.long),
         pytest.param(dict(mtp_depth=1), "xla", "full", marks=pytest.mark.long),
         pytest.param(dict(mtp_depth=1), "auto,grouped_swiglu=ragged_dot", "dots", marks=pytest.mark.long),
         pytest.param(
             dict(num_layers=2, num_dense_layers=0), "xla,grouped_swiglu=dense", "none", marks=pytest.mark.long
         ),
-        (dict(num_layers=1, mtp_kind="eagle", mtp_depth=1), "auto", "none"),
+        pytest.param(dict(num_layers=1, mtp_kind="eagle", mtp_depth=1), "auto", "none", marks=pytest.mark.long),
     ],
 )
 def test_losses_and_gradients_equal_the_reference(expected, monkeypatch, changes, kernels, remat):

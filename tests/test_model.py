@@ -225,6 +225,7 @@ def test_modules_alone_equal_the_reference(theirs):
         np.testing.assert_allclose(variable[...], value, rtol=0, atol=3e-5 * np.abs(value).max(), err_msg=str(path))
 
 
+@pytest.mark.long
 def test_modules_in_linen(theirs):
     """The same parameters in the collection of that name; the same outputs and gradients."""
     cfg, execution, model, x, weight = theirs

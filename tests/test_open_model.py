@@ -89,6 +89,7 @@ def test_an_earlier_export_of_bytes_is_known_by_its_end(folder, tmp_path):
                 read(copy)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", ["eval", "stats"])
 def test_commands_take_it(folder, tmp_path, command):
     text, out = write_text(tmp_path / "text"), io.StringIO()
@@ -100,6 +101,7 @@ def test_commands_take_it(folder, tmp_path, command):
     assert sorted(path.name for path in folder.iterdir())[0] == "config.json"  # nothing was written there
 
 
+@pytest.mark.long
 def test_training_starts_from_it(folder, model, tmp_path):
     """The weights and biases are its own, bit by bit; the optimizer is new; data and schedule are the recipe's."""
     recipe = make_run(write_text(tmp_path / "text"))

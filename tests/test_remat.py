@@ -16,6 +16,8 @@ from dsv3_jax.kernels.cpu import library
 from dsv3_jax.training.loss import compute_loss
 from dsv3_jax.training.step import abstract_state, make_step
 
+pytestmark = pytest.mark.long
+
 CFG = small(num_layers=3, num_dense_layers=1, mtp_depth=1)
 BLOCKS = 3  # a scan over dense layers, one over sparse layers, and a head: each calls attention once
 POLICIES = ("none", "dots", "attention", "full")

@@ -30,6 +30,7 @@ def unordered_adds(function, *shapes) -> list[str]:
     return [body for unique, body in SCATTER.findall(text) if unique == "false" and FLOAT_ADD.search(body)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "changes",
     [

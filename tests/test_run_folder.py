@@ -171,6 +171,7 @@ def test_a_moved_folder_is_loaded_evaluated_and_continued(made, moved):
     assert made.continued.startswith(PROMPT[1]) and len(made.continued) > len(PROMPT[1]) + 1
 
 
+@pytest.mark.long
 def test_a_moved_folder_resumes_as_if_it_were_never_moved(made, moved):
     run = read_run(moved)
     assert loop.fit(run, moved, quiet=True).resumed_from == STOP
@@ -189,6 +190,7 @@ def test_a_folder_of_older_code_is_used_after_it_was_moved(made, moved, path):
     assert output_of("generate", "renamed", *PROMPT) == made.continued
 
 
+@pytest.mark.long
 def test_a_run_of_older_code_resumes(made, moved, monkeypatch):
     """Its text is named relative to the directory of its command."""
     make_older(moved, "made/tokenizer.json")
@@ -237,6 +239,7 @@ def test_another_tokenizer_is_another_run(made, moved, tmp_path):
     claim(moved, replace(run, data=replace(run.data, tokenizer=copy)))
 
 
+@pytest.mark.long
 def test_another_execution_is_the_same_run(made, moved):
     run = replace(read_run(moved), execution=OTHER_EXECUTION)
     again = loop.fit(run, moved, stop_after=STOP + 2, quiet=True)

@@ -234,6 +234,7 @@ def ahead(monkeypatch):
     monkeypatch.setattr(loop, "AHEAD", {})
 
 
+@pytest.mark.long
 def test_steps_that_are_started_ahead_are_the_same_steps(whole, tmp_path, monkeypatch, ahead):
     """Stopped and resumed, too. Up to three have started before a row is written, and the program is compiled once."""
     folder, made, open_steps = tmp_path / "run", [], [0]
@@ -262,6 +263,7 @@ def test_steps_that_are_started_ahead_are_the_same_steps(whole, tmp_path, monkey
     assert [step._cache_size() for step in made] == [1, 1]
 
 
+@pytest.mark.long
 def test_nothing_goes_on_from_a_step_that_is_found_late_not_to_be_finite(whole, tmp_path, monkeypatch, ahead, capfd):
     """Only step 8 is bad. Two more have started by the time it is looked at, and they change nothing."""
     folder, steps = tmp_path / "run", []
@@ -305,6 +307,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(whole, tmp_path, monkeypatch, c
     assert_same_run(whole.run, folder, whole)
 
 
+@pytest.mark.long
 def test_a_run_with_means_in_bfloat16_resumes_as_it_was(whole, tmp_path):
     """To the last bit; a run with means of another dtype is another run."""
     run = replace(whole.run, optim=replace(whole.run.optim, moments_dtype="bfloat16"))
@@ -325,6 +328,7 @@ def test_a_run_with_means_in_bfloat16_resumes_as_it_was(whole, tmp_path):
     assert not (tmp_path / "forced").exists()
 
 
+@pytest.mark.long
 def test_a_full_disk_stops_the_run(whole, tmp_path, monkeypatch, capfd):
     folder = tmp_path / "run"
     loop.fit(whole.run, folder, stop_after=3, quiet=True)
@@ -337,6 +341,7 @@ def test_a_full_disk_stops_the_run(whole, tmp_path, monkeypatch, capfd):
     assert_same_run(whole.run, folder, whole)
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_up_while_writing_stops_the_run(whole, tmp_path, monkeypatch, capfd):
     folder = tmp_path / "run"
     loop.fit(whole.run, folder, stop_after=3, quiet=True)

@@ -59,6 +59,7 @@ def test_batches_of_one_shape_are_traced_once(monkeypatch):
     assert int(state.step) == 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("parts", "run"), [(2, RUN), (4, PLAIN)], ids=["2", "4"])
 def test_microbatches_are_the_whole_batch(step, plain_step, parts, run):
     """Loss, gradient, load and the parameters after the step, though the parts have different numbers of targets."""
