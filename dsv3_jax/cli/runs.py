@@ -1,12 +1,14 @@
-"""`dsv3 runs check RUN`: compare every checkpoint of a run with its checksums."""
+"""`dsv3 runs`: list the runs in a folder; `dsv3 runs check RUN`: compare a run's checkpoints with their checksums."""
 
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import tyro
 
-from dsv3_jax.cli.common import parse
+from dsv3_jax.cli.common import fail, parse, sentence
 from dsv3_jax.config import did_you_mean
 
 
@@ -38,8 +40,8 @@ def check(argv: list[str]) -> int:
         size = sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
         state = "whole" if has_manifest(folder) else "not checked: an older version wrote it, without checksums"
         print(f"step {folder.name}: {'damaged' if damage else state}, {format_bytes(size)}")
-        for sentence in damage:
-            print(f"  {sentence}")
+        for what in damage:
+            print(f"  {what}")
     if not found:
         print("no checkpoint")
     for name in (METRICS_FILE, LOAD_FILE):
@@ -51,18 +53,113 @@ def check(argv: list[str]) -> int:
     return 0
 
 
+@dataclass
+class List:
+    """List the runs in a folder and its folders: how far each is, its loss and its speed."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")] = Path("runs")
+    """where to look, at most three folders deep"""
+
+
+def list_runs(argv: list[str]) -> int:
+    """Print a table of runs, the last changed first.
+
+    Raises: ValueError if there is no such folder.
+    """
+    args = parse(List, argv, "runs list")
+    if not args.folder.is_dir():
+        raise ValueError(f"folder={str(args.folder)!r} does not exist; name a folder with runs: dsv3 runs list FOLDER")
+    from rich.table import Table
+
+    from dsv3_jax.report.progress import text_console
+    from dsv3_jax.report.units import format_duration
+
+    found = [summary for folder in _run_folders(args.folder) if (summary := _summary(folder)) is not None]
+    if not found:
+        print(f"no run in {args.folder}")
+        return 0
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("run", "parameters", "step", "state", "loss", "held out", "tokens/s", "changed"):
+        table.add_column(name, justify="left" if name in ("run", "state") else "right", overflow="fold")
+    for summary in sorted(found, key=lambda s: -s.changed):
+        ago = f"{format_duration(max(time.time() - summary.changed, 1))} ago"
+        table.add_row(*summary.cells, ago)
+    console = text_console()
+    if not console.is_terminal:
+        console.width = 1000  # nothing is folded for another program
+    console.print(table)
+    return 0
+
+
+class Summary(NamedTuple):
+    """A run in a line of the table."""
+
+    cells: tuple[str, ...]
+    changed: float  # seconds, as `time.time`
+
+
+def _run_folders(root: Path, depth: int = 3) -> Iterator[Path]:
+    from dsv3_jax.training.run_folder import RUN_FILE
+
+    if (root / RUN_FILE).is_file():
+        yield root
+    elif depth:
+        for folder in sorted(root.iterdir()):
+            if folder.is_dir() and not folder.is_symlink() and not folder.name.startswith("."):
+                yield from _run_folders(folder, depth - 1)
+
+
+def _summary(folder: Path) -> Summary | None:
+    """A run's line; None for a run.json that cannot be read, which is said on stderr."""
+    from dsv3_jax.model.counting import size
+    from dsv3_jax.report.metrics import METRICS_FILE, read_rows
+    from dsv3_jax.report.units import format_count
+    from dsv3_jax.training.checkpoint import last_step
+    from dsv3_jax.training.lock import holder
+    from dsv3_jax.training.run_folder import RUN_FILE, read_run
+
+    try:
+        run = read_run(folder)
+    except ValueError as error:
+        fail(f"passed over: {sentence(error)}")
+        return None
+    rows = read_rows(folder / METRICS_FILE)
+
+    def last(key: str, form: str) -> str:
+        values = [row[key] for row in rows if isinstance(row.get(key), int | float)]
+        return form.format(values[-1]) if values else ""
+
+    step = max(last_step(folder), max((row["step"] for row in rows), default=0))
+    state = "training" if holder(folder) else "finished" if last_step(folder) >= run.steps else "stopped"
+    count = size(run.model)
+    files = [path for name in (RUN_FILE, METRICS_FILE) if (path := folder / name).exists()]
+    cells = (
+        str(folder),
+        format_count(count.total + count.mtp),
+        f"{step:,}/{run.steps:,}",
+        state if step else "not begun" if state == "stopped" else state,
+        last("loss", "{:.3f}"),
+        last("val_loss", "{:.3f}"),
+        last("tokens_per_s", "{:,.0f}"),
+    )
+    return Summary(cells, max(path.stat().st_mtime for path in files))
+
+
 # Subcommand: its function of the arguments, and its line in the help text.
-SUBCOMMANDS = {"check": (check, "RUN", "compare every checkpoint of a run with its checksums")}
+SUBCOMMANDS = {
+    "list": (list_runs, "[FOLDER]", "list the runs in a folder, by default runs/"),
+    "check": (check, "RUN", "compare every checkpoint of a run with its checksums"),
+}
 
 
 def run(argv: list[str]) -> int:
-    """Run the subcommand that the first argument names."""
+    """Run the subcommand that the first argument names; without one, list the runs in runs/."""
     if argv and argv[0] in ("-h", "--help"):
-        lines = [f"  {f'{name} {arguments}':<12} {what}" for name, (_, arguments, what) in SUBCOMMANDS.items()]
-        print("\n".join(["usage: dsv3 runs SUBCOMMAND …", "", *lines]))
+        lines = [f"  {f'{name} {arguments}':<16} {what}" for name, (_, arguments, what) in SUBCOMMANDS.items()]
+        print("\n".join(["usage: dsv3 runs [SUBCOMMAND …]", "", *lines]))
         return 0
-    if not argv or argv[0].startswith("-"):
-        raise ValueError("the name of a subcommand is missing, as in: dsv3 runs check RUN")
+    if not argv:
+        return list_runs(argv)
     if argv[0] not in SUBCOMMANDS:
         near = did_you_mean(argv[0], SUBCOMMANDS)
         raise ValueError(f"subcommand {argv[0]!r} is not one of {', '.join(SUBCOMMANDS)}{near}")

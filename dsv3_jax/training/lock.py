@@ -99,6 +99,17 @@ def acquire(folder: str | Path) -> Iterator[RunLock]:
         lock.release()
 
 
+def holder(folder: str | Path) -> str:
+    """Name the process that writes to a folder; empty if none does. Nothing is locked.
+
+    Example:
+        >>> holder("runs")
+        ''
+    """
+    record = _read(Path(folder) / LOCK_FILE)
+    return _describe(record) if _is_alive(record, locked=False) else ""
+
+
 def _open_locked(path: Path) -> tuple[int, bool]:
     """Open the lock file, make it if absent, and lock it.
 

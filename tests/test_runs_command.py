@@ -1,0 +1,52 @@
+"""`dsv3 runs`: a table of the runs below a folder."""
+
+import json
+import os
+
+import pytest
+from runs import make_run, unhooked_cli
+
+from dsv3_jax.training.lock import acquire
+from dsv3_jax.training.run_folder import RUN_FILE, claim
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three runs, one of them in a folder of its own and one damaged, and what is no run."""
+    run = make_run("some text")
+    for place, rows in (("first", 12), ("group/[b]", 5), ("new", 0)):
+        claim(tmp_path / place, run)
+        lines = [json.dumps({"step": i + 1, "loss": 9.0 - i, "tokens_per_s": 1234.5}) for i in range(rows)]
+        (tmp_path / place / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "first" / "checkpoints" / "12").mkdir(parents=True)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / RUN_FILE).write_text("{")
+    (tmp_path / "notes").mkdir()
+    for age, place in enumerate(("first", "group/[b]", "new")):
+        for file in (tmp_path / place).glob("*.json*"):
+            os.utime(file, (2e9 - 100 * age,) * 2)
+    return tmp_path
+
+
+def listed(folder, capsys):
+    code = unhooked_cli().main(["runs", "list", str(folder)])
+    out, err = capsys.readouterr()
+    lines = [line.replace(str(folder) + "/", "").split() for line in out.splitlines()]
+    return code, lines, err
+
+
+def test_runs_are_listed_the_last_changed_first(folder, capsys):
+    with acquire(folder / "group" / "[b]"):
+        code, lines, err = listed(folder, capsys)
+    assert code == 0 and [line[0] for line in lines] == ["run", "first", "group/[b]", "new"]
+    assert lines[1][2:6] == ["12/12", "finished", "-2.000", "1,234"]
+    assert lines[2][2:5] == ["5/12", "training", "5.000"] and lines[3][2:5] == ["0/12", "not", "begun"]
+    assert err.startswith("dsv3: passed over: ") and "run.json is not JSON" in err and len(err.splitlines()) == 1
+    assert "stopped" in listed(folder, capsys)[1][2]
+
+
+def test_folders_without_runs(folder, capsys):
+    assert unhooked_cli().main(["runs", "list", str(folder / "notes")]) == 0
+    assert capsys.readouterr().out == f"no run in {folder / 'notes'}\n"
+    assert unhooked_cli().main(["runs", "list", str(folder / "absent")]) == 2
+    assert "does not exist; name a folder with runs" in capsys.readouterr().err
