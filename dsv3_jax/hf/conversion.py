@@ -47,8 +47,8 @@ def convert(
         source: a run folder, whose last checkpoint is taken, or a released folder.
         out: the folder to create.
         to: "run" or "hf", the released format. Default: "hf" for a run or where `dtype` is given, else "run".
-        dtype: of the released folder's weights. Default: the source's. This is bfloat16 for FP8, and for a run that of
-            the released folder that it was made of, else float32.
+        dtype: of the released folder's weights. Default: the source's, and bfloat16 for FP8. A run has the dtype of the
+            released folder that it was made of, else float32.
         shard_bytes, mtp, allow_nonfinite, allow_unknown_keys, quiet: as `save` and `load`.
     Returns: a sentence about the new folder.
     Raises: ValueError (ConfigError) as `load`, `save` and `checkpoint.load_run`.
