@@ -22,7 +22,8 @@ class Convert:
     step: int | None = None
     """step of a run's checkpoint; None means the last"""
     dtype: Literal["float32", "bfloat16", "fp8"] | None = None
-    """dtype of the weights in Hugging Face format; None means the source's, and bfloat16 for FP8"""
+    """dtype of the weights in Hugging Face format; None means the source's: bfloat16 for FP8, and for a run that of the
+    released folder that it was made of, else float32"""
     shard_mb: int = 5000
     """size of a safetensors file in megabytes, at most"""
     mtp: bool = True

@@ -51,8 +51,8 @@ def convert(
         out: the folder to create.
         to: "run" or "hf", the released format. Default: "hf" for a run or where `dtype` is given, else "run".
         step: of a run's checkpoint. None means the last.
-        dtype: of the released folder's weights. Default: the source's. This is bfloat16 for FP8, and for a run that of
-            the released folder that it was made of, else float32.
+        dtype: of the released folder's weights. Default: the source's, and bfloat16 for FP8. A run has the dtype of the
+            released folder that it was made of, else float32.
         shard_bytes, mtp, allow_nonfinite, allow_unknown_keys, quiet: as `save` and `load`.
     Returns: a sentence about the new folder.
     Raises: ValueError (ConfigError) as `load`, `save` and `checkpoint.load_run`.
@@ -154,7 +154,7 @@ def _released_to_run(
     with files.new_folder(out, nbytes) as folder:
         run = claim(folder, run)
         text_files(source)  # none is a link out of the folder
-        files.write_json(folder / ORIGIN, text_config(files.read_json(files.file_inside(source, files.CONFIG))))
+        keep_origin(source, folder)
         if run.data.tokenizer != "bytes":
             text_settings.copy_to_run(source, folder)
         # Orbax writes in threads: they would go on while the folder is deleted.
@@ -162,3 +162,11 @@ def _released_to_run(
             checkpoints.save(state, {}, wait=True)
     kind = "bytes" if run.data.tokenizer == "bytes" else tokenizer.file_of(run.data.tokenizer).name
     return f"{out}: a run at step 0, its tokenizer {kind}"
+
+
+def keep_origin(source: Path, run: str | Path) -> None:
+    """Copy a released folder's config.json into a run that is made of it: it is converted back with its dtype and ids.
+
+    Raises: ValueError when it is no JSON, or a link out of the folder.
+    """
+    files.write_json(Path(run) / ORIGIN, text_config(files.read_json(files.file_inside(source, files.CONFIG))))

@@ -8,6 +8,8 @@ from dsv3_jax.data import tokenizer
 from dsv3_jax.data.examples import load_examples
 from dsv3_jax.data.source import Source, open_source
 from dsv3_jax.data.text_settings import TEMPLATE_FILE, TextSettings, copy_to_run, with_template
+from dsv3_jax.hf import files
+from dsv3_jax.hf.conversion import keep_origin
 from dsv3_jax.hf.open_model import load_text
 from dsv3_jax.hf.places import find
 from dsv3_jax.training.run_folder import RUN_FILE
@@ -37,7 +39,10 @@ def keep(run: RunConfig, out: str | Path, text: TextSettings) -> None:
     """
     if not (Path(out) / TEMPLATE_FILE).exists():
         assert run.start is not None
-        copy_to_run(find(run.start), out, text)
+        start = find(run.start)
+        if (start / files.CONFIG).is_file():
+            keep_origin(start, out)
+        copy_to_run(start, out, text)
 
 
 def steps_of(run: RunConfig, out: str | Path, epochs: float = EPOCHS) -> int:
