@@ -32,7 +32,7 @@ BIN := $(VENV)/bin
 comma := ,
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo demo-short lab notebooks test test-core test-long compilers lint parity clean
+.PHONY: help demo demo-short lab notebooks test test-core test-long campaign compilers lint parity clean
 
 help:
 	@echo "make demo        train a small model, evaluate it and let it write: about five minutes on two CPU cores"
@@ -42,6 +42,7 @@ help:
 	@echo "make notebooks   execute the notebooks and keep their outputs: some minutes"
 	@echo "make test        run the tests: about eight minutes; PYTEST_ARGS='-k router' runs some of them"
 	@echo "make test-long   run the long tests: meshes, several processes, all drafts, notebooks"
+	@echo "make campaign    attack the project with hostile inputs: two hours; MINUTES=10 for ten minutes, SEED=1 for others"
 	@echo "make compilers   install the compilers for GPUs and TPUs (360 MB), which the long tests use if they are there"
 	@echo "make lint        check style, format and types"
 	@echo "make parity      compare with torch and transformers, which this installs"
@@ -85,6 +86,9 @@ test-core: $(VENV)/.installed-test
 
 test-long: $(VENV)/.installed-test
 	$(PYTEST) -m "long and not parity" $(PYTEST_ARGS)
+
+campaign: $(VENV)/.installed-test
+	$(BIN)/python -m tests.campaign --minutes $(or $(MINUTES),120) --seed $(or $(SEED),0)
 
 # The compilers for GPUs and TPUs, 360 MB: with them the long tests compile for devices that are not here.
 compilers: $(VENV)/.installed-plan

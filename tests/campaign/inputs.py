@@ -183,7 +183,7 @@ def change_header(path: Path, rng: random.Random) -> None:
     elif chance < 0.95:
         change_kind(path, rng)
         return
-    length = len(header) if rng.random() < 0.9 else rng.choice([0, 1, 2**32, 2**63, 2**64 - 1, len(header) - 1])
+    length = len(header) if rng.random() < 0.9 else rng.choice([0, 1, 2**32, 2**63, 2**64 - 1, max(len(header) - 1, 0)])
     path.write_bytes(length.to_bytes(8, "little") + header + data)
 
 
