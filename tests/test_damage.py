@@ -10,7 +10,7 @@ import pytest
 from runs import assert_bitwise
 from test_checkpoint import PLACE, RUN, make_state, save, steps_in
 
-from dsv3_jax.training import checkpoint
+from dsv3_jax.training import checkpoint, checksums
 from dsv3_jax.training.checkpoint import Checkpoints, SaveFailed, load_run
 from dsv3_jax.training.checksums import COMMIT, MANIFEST, MARK, METADATA, DamagedCheckpoint, find_damage, write_manifest
 from dsv3_jax.training.finite import first_nonfinite
@@ -78,6 +78,19 @@ def test_a_flipped_bit_is_found_in_every_file(run, at):
         assert find_damage(folder), path
         path.write_bytes(before)
     assert find_damage(folder) == []
+
+
+def test_a_large_file_is_checked_in_pieces(run, monkeypatch):
+    monkeypatch.setattr(checksums, "PIECE", 1000)
+    monkeypatch.setattr(checksums, "_CHUNK", 300)
+    path = last(run) / "state" / "large"
+    path.write_bytes(bytes(range(250)) * 13)
+    write_manifest(last(run))
+    assert find_damage(last(run)) == []
+    for at in (0.0, 0.3, 0.31, 0.62, 1.0):
+        flip(path, at)
+        assert find_damage(last(run)) == [f"file='{path}' is damaged: its checksum is not the one that was written"], at
+        flip(path, at)
 
 
 def array_file(folder: Path) -> Path:
