@@ -24,6 +24,7 @@ from dsv3_jax.kernels import choose
 from dsv3_jax.model.counting import train_flops_per_token
 from dsv3_jax.training import loop, prepare
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
+from dsv3_jax.training.checksums import MANIFEST, METADATA
 from dsv3_jax.training.evaluate import evaluate
 from dsv3_jax.training.run_folder import RUN_FILE, TOKENIZER_FILE, claim, read_run
 
@@ -146,6 +147,9 @@ def as_older_code_wrote(values: dict, tokenizer: str, dispatch: str = "dense") -
 def make_older(folder: Path, tokenizer: str) -> None:
     for file in (folder / RUN_FILE, *folder.glob("checkpoints/*/config/metadata")):
         file.write_text(json.dumps(as_older_code_wrote(json.loads(file.read_text()), tokenizer)))
+    for file in folder.glob(f"checkpoints/*/{METADATA}"):  # older code wrote no checksums
+        file.with_name(MANIFEST).unlink()
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"custom_metadata": {}}))
 
 
 # moved
