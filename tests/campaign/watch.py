@@ -21,7 +21,7 @@ answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 from dsv3_jax import hf
 from dsv3_jax.cli import common, main, train
-from dsv3_jax.loading import load_text
+from dsv3_jax.hf.open_model import load_text
 
 def encode(folder, text):
     load_text(folder).encode(text)
