@@ -29,6 +29,7 @@ from dsv3_jax.hf.reading import ReleasedFolder
 from dsv3_jax.hf.table import tensor_table
 from dsv3_jax.presets import preset, recipe
 from dsv3_jax.report import run_plots
+from dsv3_jax.report.metrics import METRICS_FILE, parse_rows
 from dsv3_jax.report.progress import text_console
 from dsv3_jax.stats import plots
 from dsv3_jax.training.run_folder import claim, read_run
@@ -36,6 +37,7 @@ from dsv3_jax.training.run_folder import claim, read_run
 TINY = preset("tiny")
 RUN = to_dict(recipe("tiny"))
 HUGE = 10**399
+OTHER_CAMPAIGNS = ("damage", "kills", "writers", "disks", "models")
 
 
 def places(values: dict, kinds: tuple[type, ...], path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -205,6 +207,15 @@ def test_only_regular_files_are_read(tmp_path, monkeypatch, kind):
     KINDS[kind](path)
     with pytest.raises(ValueError, match=f"a.json (is|has .*) ?{kind}"):
         read_json(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_in_a_regular_file(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / METRICS_FILE
+    KINDS[kind](path)
+    with pytest.raises(ValueError, match=f"{METRICS_FILE} (is|has .*) ?{kind}"):
+        parse_rows(path)
 
 
 # Released folders
@@ -487,6 +498,18 @@ def test_a_minute_of_the_campaign(tmp_path):
     seed = "7"  # not that of tests/campaign/README.md
     done = subprocess.run(
         [sys.executable, "-m", "tests.campaign.inputs", "--minutes", "1", "--seed", seed],
+        cwd=Path(__file__).parents[1],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.long
+def test_a_minute_of_the_other_campaigns(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.campaign", "--minutes", "1", "--seed", "7", "--only", *OTHER_CAMPAIGNS],
         cwd=Path(__file__).parents[1],
         env=environment(tmp_path),
         capture_output=True,

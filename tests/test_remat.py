@@ -1,6 +1,7 @@
 """What the backward pass recomputes: the same gradient under every policy, and attention's forward pass once."""
 
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +42,9 @@ def test_the_gradient_is_the_same():
             np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * max(float(jnp.abs(want).max()), 1e-9))
 
 
-def traced_step(remat: str, platform: str, kernels: str):
+def traced_step(remat: str, platform: str, kernels: str, **changes):
     execution = Execution(remat=remat, kernels=kernels)
-    run = make_run("nowhere", model=CFG, execution=execution)
+    run = make_run("nowhere", model=replace(CFG, **changes), execution=execution)
     batch = {name: jax.ShapeDtypeStruct((2, 16), jnp.int32) for name in ("tokens", "segment_ids", "positions")}
     return make_step(run, prepare(execution, platform=platform)).trace(abstract_state(run), batch)
 
@@ -67,3 +68,7 @@ def test_so_it_does_in_plain_xla(remat):
     text = traced_step(remat, "cuda", "xla,grouped_swiglu=dense").lower(lowering_platforms=("cuda",)).as_text()
     ends = re.findall(rf"stablehlo\.divide .* : tensor<2x{CFG.num_heads}x1[56]x{CFG.v_head_dim}xf32>", text)
     assert len(ends) == PASSES[remat] * BLOCKS
+
+
+def test_heads_with_a_capacity_are_recomputed():
+    assert traced_step("full", "cpu", "xla,grouped_swiglu=dense", capacity_factor=1.25).jaxpr

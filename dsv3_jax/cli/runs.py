@@ -110,7 +110,7 @@ def _run_folders(root: Path, depth: int = 3) -> Iterator[Path]:
 
 
 def _summary(folder: Path) -> Summary | None:
-    """A run's line; None for a run.json that cannot be read, which is said on stderr."""
+    """A run's line; None for a run.json or metrics.jsonl that cannot be read, which is said on stderr."""
     from dsv3_jax.model.counting import size
     from dsv3_jax.report.metrics import METRICS_FILE, read_rows
     from dsv3_jax.report.units import format_count
@@ -119,11 +119,10 @@ def _summary(folder: Path) -> Summary | None:
     from dsv3_jax.training.run_folder import RUN_FILE, read_run
 
     try:
-        run = read_run(folder)
-    except ValueError as error:
+        run, rows = read_run(folder), read_rows(folder / METRICS_FILE)
+    except (ValueError, OSError) as error:
         fail(f"passed over: {sentence(error)}")
         return None
-    rows = read_rows(folder / METRICS_FILE)
 
     def last(key: str, form: str) -> str:
         values = [row[key] for row in rows if isinstance(row.get(key), int | float)]

@@ -248,15 +248,16 @@ def run_heads(
     """
     reads_tokens = cfg.head_kind.reads_tokens
 
-    def run(head, *args) -> tuple[Array, LayerRouting | None]:
+    def run(head, h, part, embedded) -> tuple[Array, LayerRouting | None]:
         # Split and merged, as in loop_layers: nnx.remat would write to variables that an outer trace holds.
         graphdef, state = nnx.split(head)
 
-        def plain(state, *args):
-            h, _, routing = unshard_head(nnx.merge(graphdef, state), unshard)(*args)
+        def plain(state, h, part, embedded):
+            part = part._replace(may_drop=ctx.may_drop)  # a Python bool, which jax.checkpoint makes an array
+            h, _, routing = unshard_head(nnx.merge(graphdef, state), unshard)(h, part, embedded)
             return h, routing
 
-        return recompute(plain, remat)(state, *args)
+        return recompute(plain, remat)(state, h, part, embedded)
 
     hidden, routings = [], []
     for k, head in enumerate(heads, start=1):

@@ -4,9 +4,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsv3_jax.files import write_atomic
+from dsv3_jax.files import check_regular, write_atomic
 
 METRICS_FILE, LOAD_FILE = "metrics.jsonl", "load.jsonl"
+_MAX_FILE = 2 << 30  # bytes
 
 
 class Rows:
@@ -88,6 +89,7 @@ def parse_rows(path: Path) -> tuple[list[dict], list[int]]:
     """Read a file of JSON lines, each an object with a "step".
 
     Returns: (the rows, numbers of the other lines from 1). A last line that a crash has cut off is in neither.
+    Raises: ValueError for a pipe, a device or a folder of that name, and for more than 2 GiB.
 
     Example:
         >>> import tempfile
@@ -96,7 +98,9 @@ def parse_rows(path: Path) -> tuple[list[dict], list[int]]:
         ...     parse_rows(Path(folder, METRICS_FILE))
         ([{'step': 1}, {'step': 2}], [2, 3])
     """
-    if not path.exists():
+    try:
+        check_regular(path, _MAX_FILE)
+    except FileNotFoundError:
         return [], []
     lines = path.read_bytes().split(b"\n")
     rows, bad = [], []

@@ -1,1 +1,6 @@
-"""Campaigns against the project: hostile inputs, and whatever else is added beside them. See README.md."""
+"""Campaigns against the project: hostile inputs, damage, kills, full disks and others. See README.md."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # campaigns use the tests' models and runs

@@ -3,11 +3,18 @@
 import argparse
 import sys
 
-from tests.campaign import inputs
+from tests.campaign import damage, disks, inputs, kills, models, writers
 from tests.campaign.table import Table
 
 # Name: a function `run(seconds, seed, table)`, which prints each fault and counts all trials in the table.
-CAMPAIGNS = {"inputs": inputs.run}
+CAMPAIGNS = {
+    "inputs": inputs.run,
+    "damage": damage.run,
+    "kills": kills.run,
+    "writers": writers.run,
+    "disks": disks.run,
+    "models": models.run,
+}
 
 
 def main() -> int:
@@ -15,11 +22,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0, help="in all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=CAMPAIGNS, default=list(CAMPAIGNS), help="these campaigns")
     args = parser.parse_args()
+    minutes = args.minutes / len(args.only)
     table = Table()
-    for name, run in CAMPAIGNS.items():
-        print(f"{name}: seed {args.seed}, {args.minutes / len(CAMPAIGNS):g} minutes", flush=True)
-        run(args.minutes * 60 / len(CAMPAIGNS), args.seed, table)
+    for name in args.only:
+        print(f"{name}: seed {args.seed}, {minutes:g} minutes", flush=True)
+        CAMPAIGNS[name](minutes * 60, args.seed, table)
     print(table)
     return int(table.fell_short > 0)
 

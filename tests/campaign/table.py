@@ -9,7 +9,8 @@ COLUMNS = {
     "hangs": "no answer within the limit",
     "memory": "more memory than the limit",
     "silent": "accepted, although it is known to be wrong",
-    "half-written": "a failure that leaves files",
+    "half-written": "a failure that leaves files, or a part of a result at its place",
+    "not resumed": "training that ends, although a checkpoint is whole",
     "sentences": "a message over 500 characters, or with control codes",
 }
 

@@ -14,9 +14,10 @@ LIMIT_S = 30.0  # a command without an answer for so long hangs
 LIMIT_BYTES = 2 << 30  # resident memory above that at the start
 
 # The worker: reads a JSON list of arguments a line, answers with [exit code or null, stdout, stderr] a line. Two
-# commands are not the command line's own: they stop before a model is compiled.
+# commands are not the command line's own: they stop before a model is compiled. A module can add others, by its
+# `COMMANDS`: name → function of the arguments.
 WORKER = """
-import contextlib, io, json, os, sys, traceback
+import contextlib, importlib, io, json, os, sys, traceback
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 from dsv3_jax import hf
@@ -32,6 +33,8 @@ def options(*argv):
     return 0
 
 OWN = {"encode": encode, "options": options}
+for module in sys.argv[1:]:
+    OWN |= importlib.import_module(module).COMMANDS
 for line in sys.stdin:
     argv = json.loads(line)
     out, err = io.StringIO(), io.StringIO()
@@ -61,10 +64,17 @@ class Answer(NamedTuple):
 
 
 class Worker:
-    """Runs commands in another process, which is started again after a hang or a crash."""
+    """Runs commands in another process, which is started again after a hang or a crash.
 
-    def __init__(self) -> None:
+    Args:
+        modules: have more commands, in `COMMANDS`.
+        limit: seconds after which a command hangs.
+        environment: variables to add to this process's.
+    """
+
+    def __init__(self, *modules: str, limit: float = LIMIT_S, environment: dict[str, str] | None = None) -> None:
         self._process: subprocess.Popen | None = None
+        self._modules, self._limit, self._environment = modules, limit, environment or {}
 
     def __enter__(self) -> "Worker":
         return self
@@ -72,8 +82,9 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self._stop()
 
-    def run(self, argv: list[str]) -> Answer:
+    def run(self, argv: list[str], limit: float | None = None) -> Answer:
         """Run one command."""
+        limit = limit or self._limit
         process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None
         begin = time.monotonic()
@@ -81,7 +92,7 @@ class Worker:
         process.stdin.flush()
         fault = None
         while not select.select([process.stdout], [], [], 0.05)[0]:
-            if time.monotonic() - begin > LIMIT_S:
+            if time.monotonic() - begin > limit:
                 fault = "hangs"
             elif _resident(process.pid) > self._resident + LIMIT_BYTES:
                 fault = "memory"
@@ -98,9 +109,9 @@ class Worker:
         return Answer(code, out, err, "tracebacks" if code is None else None, seconds)
 
     def _start(self) -> subprocess.Popen:
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"} | self._environment
         process = subprocess.Popen(
-            [sys.executable, "-c", WORKER],
+            [sys.executable, "-c", WORKER, *self._modules],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,
@@ -108,7 +119,8 @@ class Worker:
             stderr=subprocess.DEVNULL,
         )
         self._process, self._resident = process, 1 << 40
-        self.run(["--version"])  # imports
+        ready = self.run(["--version"], 10 * LIMIT_S)  # imports
+        assert ready.code == 0, f"the worker does not start: {ready}"
         self._resident = _resident(process.pid)
         return process
 

@@ -1,0 +1,129 @@
+"""Disks that are full or cannot be written, and files that may not grow.
+
+    python -m tests.campaign.disks --minutes 5 --seed 0
+
+Training must end in a sentence and leave whole checkpoints. With room, the same command must end as the undisturbed
+run. Small disks are tmpfs, which only root can mount. For other users they are left out with a line.
+"""
+
+import contextlib
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import runs
+
+from tests.campaign.small_runs import Base, base, ends_the_same, half_written, last_json, limit_of, worker
+from tests.campaign.table import Table
+from tests.campaign.trials import faults_of, main, report, trials, watch
+from tests.campaign.watch import Worker
+
+CASES = ("full disk", "file size", "read-only disk")
+# A disk that claims to have room: the write itself fails, and not the test before it.
+ROOMY = """
+import shutil, sys
+shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**12, 0, 10**12)
+from dsv3_jax.cli.main import main
+sys.exit(main())
+"""
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+del sys.argv[1]
+from dsv3_jax.cli.main import main
+sys.exit(main())
+"""
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[None]:
+    """Mount a disk of `size` bytes."""
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def remount(folder: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+
+
+def can_mount(folder: Path) -> bool:
+    """Whether this user may mount a small disk."""
+    try:
+        with small_disk(folder, 1 << 20):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    finally:
+        shutil.rmtree(folder)
+
+
+def full_disk(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tuple[list[str], str]:
+    """Train on a disk that fills up; then give it room."""
+    with small_disk(folder, rng.randrange(100, 1500) << 10):
+        process = runs.start(made.train(folder / "run"), made.root, ("-c", ROOMY))
+        ended = watch(process, limit_of(made))
+        faults = faults_of(ended, (0, 2)) + half_written(folder / "run")
+        remount(folder, "size=64m")
+        return faults + finish(made, folder / "run", ready, ("-c", ROOMY)), ended.err
+
+
+def file_size(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tuple[list[str], str]:
+    """Train where no file may be larger than some bytes; then without that."""
+    size = int(10 ** rng.uniform(2, 5.3))
+    ended = watch(runs.start([str(size), *made.train(folder / "run")], made.root, ("-c", LIMITED)), limit_of(made))
+    faults = faults_of(ended, (0, 2)) + half_written(folder / "run")
+    return faults + finish(made, folder / "run", ready), f"{size} bytes: {ended.err}"
+
+
+def finish(made: Base, folder: Path, ready: Worker, program: tuple[str, ...] = ("-m", "dsv3_jax.cli")) -> list[str]:
+    """Run the command again, and compare the end."""
+    ended = watch(runs.start(made.train(folder), made.root, program), limit_of(made))
+    faults = faults_of(ended)
+    if faults:
+        print(ended.err[-600:])
+    return faults or ends_the_same(ready, made, folder)
+
+
+def read_only(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tuple[list[str], str]:
+    """Load, check and resume a run on a disk that cannot be written."""
+    with small_disk(folder, 64 << 20):
+        shutil.copytree(made.stopped, folder / "run")
+        remount(folder, "ro")
+        loaded = ready.run(["load", str(folder / "run")])
+        faults = [loaded.fault or "not resumed"] if loaded.code != 0 else []
+        if not faults and last_json(loaded.out) != made.loaded:
+            faults.append("silent")
+        answers = [ready.run(["runs", "check", str(folder / "run")])]
+        faults += [answers[0].fault or "not resumed"] if answers[0].code != 0 else []
+        place = rng.choice(["run", "new/run"])
+        answers.append(ready.run(["resume", str(folder / place), made.text]))
+        if answers[1].code != 2:
+            faults.append(answers[1].fault or "silent")
+        return faults, loaded.err + "".join(answer.err for answer in answers)
+
+
+def run(seconds: float, seed: int, table: Table) -> None:
+    """Fill disks for so long."""
+    made = base()
+    mounts = can_mount(made.root / "disk")
+    if not mounts:
+        print("disks: full and read-only ones are left out: this user cannot mount a tmpfs")
+    functions = {"full disk": full_disk, "file size": file_size, "read-only disk": read_only}
+    with worker(made.root) as ready:
+        for number, rng in trials("disks", seconds, seed):
+            folder, case = made.root / "disk", CASES[number % len(CASES)] if mounts else "file size"
+            faults, said = functions[case](made, folder, rng, ready)
+            table.add(f"disks: {case}", faults)
+            report("disks", seed, number, case, faults, said)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main("disks", run))
