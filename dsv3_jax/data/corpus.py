@@ -296,7 +296,7 @@ def parquet_rows(path: Path, needed: Sequence[str], also: Sequence[str]) -> Iter
         with pyarrow.parquet.ParquetFile(path) as file:
             names = set(file.schema_arrow.names)
             if not names & set(needed):
-                raise ValueError(f"{path} has no column {needed[0]!r} among {sorted(names)}")
+                raise ValueError(f'{path} has no column "{needed[0]}" among {sorted(names)}')
             row = 0
             for batch in file.iter_batches(columns=sorted(names & {*needed, *also})):
                 for record in batch.to_pylist():
