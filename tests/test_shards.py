@@ -278,3 +278,32 @@ def test_workers_write_the_same_shards(folder, shards):
     job = job_of(folder, "by workers", workers=2)
     tokenize(job, text_encoder)
     assert (job.out / MANIFEST).read_bytes() == (shards / MANIFEST).read_bytes()
+
+
+def test_chat_examples_keep_their_mask_and_are_never_cut(folder, capsys):
+    lines = [{"prompt": f"{i}+1=", "completion": "x" * (i % 20), "domain": "ab"[i % 2]} for i in range(40)]
+    file = folder / "chats.jsonl"
+    file.write_text("\n".join(map(json.dumps, [*lines, {"prompt": "p" * 40, "completion": "too long"}])))
+    out, main = folder / "chats", unhooked_cli().main
+    argv = ["data", "tokenize", str(file), "--out", str(out), "--workers", "1", "--row-tokens", str(R)]
+    argv += ["--val-fraction", "0.2", "--format", "chat"]
+    assert main(argv) == 2 and "format='chat' needs a template" in capsys.readouterr().err
+    assert main([*argv, "--chat-template", "plain"]) == 0
+    assert "40 documents" in capsys.readouterr().out
+    source = open_source(config(out, seq_len=R, batch_size=1), BYTES)
+    batches = take(source.train_batches(), sum(map(len, source.rows("train").values()))) + source.val_batches(1000)
+    seen = []
+    for row in rows_of(batches):
+        for segment in range(1, row["segment_ids"].max() + 1):
+            inside = row["segment_ids"] == segment
+            i = int(row["documents"][inside][0])
+            seen.append(i)
+            record = lines[i]
+            assert row["tokens"][inside].tolist() == [*(record["prompt"] + record["completion"]).encode(), BYTES.eos_id]
+            assert row["loss_mask"][inside].sum() == len(record["completion"]) + 1
+        assert not row["loss_mask"][row["segment_ids"] == 0].any()
+    assert sorted(seen) == list(range(40))
+    with pytest.raises(ValueError, match=f"seq_len=16 does not equal the {R} tokens"):
+        open_source(config(out), BYTES)
+    with pytest.raises(ValueError, match="separate_documents=False is for text"):
+        open_source(config(out, seq_len=R, separate_documents=False), BYTES)

@@ -1,10 +1,11 @@
 """`dsv3 data tokenize PATHS --out FOLDER`: write shards of token ids; `dsv3 data check FOLDER`: compare hashes."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -22,6 +23,12 @@ class TokenizeArgs:
     """the folder to write"""
     tokenizer: str = "bytes"
     """bytes, or the path of a tokenizer.json"""
+    format: Literal["text", "chat"] = "text"
+    """text, every token of which is a target; or chat examples, of which the assistant's tokens are"""
+    start: str | None = None
+    """for chat: the run or released model whose tokenizer and template encode the examples"""
+    chat_template: str | None = None
+    """for chat: the file of a Jinja template, or plain; None means the template of --start"""
     row_tokens: int = 4096
     """tokens of a record; the sequence length of training must divide it"""
     val_fraction: float = 0.01
@@ -51,13 +58,33 @@ def tokenize(argv: list[str]) -> int:
             flush=True,
         )
 
+    make_encoder: Callable[[], data.Encoder] = partial(data.text_encoder, args.tokenizer)
+    template = None
+    if args.format == "chat":
+        make_encoder = partial(_chat_encoder, args.tokenizer, args.start, args.chat_template)
+        template = make_encoder().text.chat.source
+    elif args.start is not None or args.chat_template is not None:
+        raise ValueError(f"start={args.start!r} and chat_template={args.chat_template!r} are for format='chat'")
     job = data.Tokenize(
-        args.paths, args.out, args.row_tokens, args.val_fraction, "text", args.text_column, int(args.shard_mb * 1e6),
-        args.workers,
+        args.paths, args.out, args.row_tokens, args.val_fraction, args.format, args.text_column,
+        int(args.shard_mb * 1e6), args.workers, template,
     )  # fmt: skip
-    manifest = data.tokenize(job, partial(data.text_encoder, args.tokenizer), say)
+    manifest = data.tokenize(job, make_encoder, say)
     print(f"{args.out}: {', '.join(manifest.domains)}; train on it by --data.format shards --data.paths {args.out}")
     return 0
+
+
+def _chat_encoder(tokenizer: str, start: str | None, template: str | None) -> Any:
+    """The encoder of chats, made in each worker."""
+    from dsv3_jax.data.text_settings import plain_settings, with_template
+    from dsv3_jax.data.tokenize import ChatEncoder
+    from dsv3_jax.hf.open_model import load_text
+
+    if start is not None:
+        return ChatEncoder(with_template(load_text(start), template))
+    if template is None:
+        raise ValueError("format='chat' needs a template; name a model by --start, or give --chat-template plain")
+    return ChatEncoder(with_template(plain_settings(tokenizer), template))
 
 
 @dataclass

@@ -13,7 +13,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -22,7 +22,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from dsv3_jax.data.corpus import read_documents
+from dsv3_jax.data.examples import encode, records_of
 from dsv3_jax.data.shards import MANIFEST, SIDES, VERSION, Manifest, Record, file_hash, read_manifest
+from dsv3_jax.data.text_settings import TextSettings
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.data.tokenizer import load as load_tokenizer
 from dsv3_jax.files import PART, read_json, write_atomic
@@ -82,12 +84,36 @@ def text_encoder(spec: str = "bytes") -> TextEncoder:
 
 
 @dataclass(frozen=True)
+class ChatEncoder:
+    """Encodes a chat example as a model reads chats; an assistant's tokens are targets.
+
+    Example:
+        >>> from dsv3_jax.data.text_settings import plain_settings
+        >>> ids, mask = ChatEncoder(plain_settings())({"prompt": "1+1=", "completion": "2"}, "here")
+        >>> ids.tolist(), mask.astype(int).tolist()
+        ([49, 43, 49, 61, 50, 256], [0, 0, 0, 0, 1, 1])
+    """
+
+    text: TextSettings
+    whole: bool = True
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.text.tokenizer
+
+    def __call__(self, content: Any, location: str) -> tuple[np.ndarray, np.ndarray | None]:
+        ids, mask = encode(content, self.text, location)
+        return np.array(ids, np.int32), np.array(mask, bool)
+
+
+@dataclass(frozen=True)
 class Tokenize:
     """A job: what to read, where to write, and how.
 
     Attributes:
         row_tokens: the most tokens of a record; the sequence length of training must divide it.
         val_fraction: share of documents that are held out, chosen by their hash.
+        format: text, or chat for the examples that `examples.encode` reads.
         shard_bytes: UTF-8 bytes of text of a shard.
         workers: number of processes that encode. 1 means this one.
     """
@@ -100,7 +126,7 @@ class Tokenize:
     text_column: str = "text"
     shard_bytes: int = 64_000_000
     workers: int = 1
-    extra: dict[str, str] = field(default_factory=dict)  # what else the records depend on
+    chat_template: str | None = None  # the source of the template that chats are encoded with
 
     def __post_init__(self):
         for name in ("row_tokens", "shard_bytes", "workers"):
@@ -204,6 +230,11 @@ def _groups(job: Tokenize, domains: dict[str, int]) -> Iterator[list[Item]]:
 
 def _contents(job: Tokenize) -> Iterator[tuple[Any, str, str, str]]:
     """Yield (content, domain, text that its size is measured by, location)."""
+    if job.format == "chat":
+        for location, record, name in itertools.chain.from_iterable(map(records_of, job.paths)):
+            text = json.dumps(record, sort_keys=True)
+            yield record, record.get("domain") or name, text, location
+        return
     for i, (text, domain) in enumerate(read_documents(job.paths, job.text_column)):
         yield text, domain, text, f"document {i}"
 
