@@ -8,6 +8,7 @@ experts a token, G groups, F expert width, L layers, W vocabulary.
 
 import dataclasses
 import json
+import math
 import re
 import typing
 from collections.abc import Iterable
@@ -441,24 +442,49 @@ class DataConfig:
     max_documents: int | None = None  # number of documents to read, for quick runs; None means all
     seed: int = 0  # seed of the order of documents
     # what the files hold: text, every token of which is a target; or chat examples, JSONL or Parquet with messages,
-    # prompt and completion, or text, of which the assistant's tokens are targets
-    format: Literal["text", "chat"] = "text"
+    # prompt and completion, or text, of which the assistant's tokens are targets; or shards, for which `paths` names
+    # the folder that `dsv3 data tokenize` wrote, with its own split into training and validation
+    format: Literal["text", "chat", "shards"] = "text"
     # for chat: the file of a Jinja template, or plain, which writes the role on a line of its own; None means the
     # template of the model that training starts with
     chat_template: str | None = None
+    text_column: str = "text"  # key of JSONL and column of Parquet that holds the text
+    # for shards: weights of domains, as in ("code=2", "English=1"), other domains are left out; empty means all
+    # domains, weighted by their tokens
+    mixture: tuple[str, ...] = ()
+    temperature: float = 1.0  # for shards: weights are raised to the power 1 / temperature; above 1 they are more equal
 
     def __post_init__(self):
         _check_types(self)
+        self.weights()  # refuses a mixture that is none
+        _require(
+            self.format == "shards" or not self.mixture,
+            f"mixture={self.mixture} is for format='shards', not {self.format!r}",
+        )
+        _require(0 < self.temperature < math.inf, f"temperature={self.temperature} is not a positive number")
+        _require(
+            self.format == "shards" or self.temperature == 1,
+            f"temperature={self.temperature} is for format='shards', not {self.format!r}",
+        )
+        _require(
+            self.format != "shards" or len(self.paths) == 1,
+            f"paths={self.paths} is not one folder of shards; name what `dsv3 data tokenize` wrote",
+        )
+        _require(
+            self.format != "shards" or self.max_documents is None,
+            f"max_documents={self.max_documents} is for text and chats; shards are complete",
+        )
         _require(
             self.chat_template is None or self.format == "chat",
             f"chat_template={self.chat_template!r} is for format='chat', not {self.format!r}",
         )
         _require(
-            self.format == "text" or self.separate_documents,
+            self.format != "chat" or self.separate_documents,
             f"separate_documents={self.separate_documents} is for format='text': chat examples never see one another",
         )
         _require(
-            self.format == "text" or self.fim_rate == 0, f"fim_rate={self.fim_rate} is for format='text', not 'chat'"
+            self.format == "text" or self.fim_rate == 0,
+            f"fim_rate={self.fim_rate} is for format='text', not {self.format!r}",
         )
         _require(self.seq_len >= 2, f"seq_len={self.seq_len} is below 2")
         _require(self.batch_size > 0, f"batch_size={self.batch_size} is not positive")
@@ -472,6 +498,34 @@ class DataConfig:
         _require(
             self.max_documents is None or self.max_documents > 0, f"max_documents={self.max_documents} is not positive"
         )
+
+    def weights(self) -> dict[str, float]:
+        """Return the weights of `mixture` by domain.
+
+        Raises: ConfigError for an entry that is not DOMAIN=WEIGHT, a domain named twice, or weights that do not sum to
+            something positive.
+
+        Example:
+            >>> DataConfig(("shards",), format="shards", mixture=("code=2", "English=1")).weights()
+            {'code': 2.0, 'English': 1.0}
+        """
+        weights: dict[str, float] = {}
+        for entry in self.mixture:
+            name, _, number = entry.rpartition("=")
+            try:
+                weight = float(number)
+            except ValueError:
+                weight = math.nan
+            _require(
+                bool(name) and 0 <= weight < math.inf, f"mixture={entry!r} is not DOMAIN=WEIGHT, a weight from 0 up"
+            )
+            _require(name not in weights, f"mixture={self.mixture} names domain {name!r} twice")
+            weights[name] = weight
+        _require(
+            not weights or sum(weights.values()) > 0,
+            f"mixture={self.mixture} has weights that sum to 0; give a domain a positive weight",
+        )
+        return weights
 
 
 @dataclass(frozen=True)

@@ -231,16 +231,18 @@ def test_every_field_survives_json():
         Execution: Execution("bfloat16", "full", "xla", Layout(True), "none"),
         Yarn: Yarn(2.0, 100, 16.0, 2.0, 0.5, 0.25),
         Balance: Balance(0.5, 0.25, 0.125),
-        DataConfig: DataConfig(("x",), "t.json", 9, 3, False, 0.5, 0.5, 7, 5),
+        DataConfig: DataConfig(("x",), "t.json", 9, 3, False, 0.5, 0.5, 7, 5, text_column="body"),
         OptimConfig: OptimConfig(1e-3, 1e-5, 7, 0.1, 0.2, 0.3, 0.4, 1e-3, 0.5, 2.0, 0.6, 0.7, 0.8, 3, "bfloat16"),
     }
     for kind, config in changed.items():
         default = kind()
-        other = [f.name for f in fields(kind) if f.name not in ("format", "chat_template")]  # see below
+        other = [f.name for f in fields(kind) if f.name not in ("format", "chat_template", "mixture", "temperature")]
         assert all(getattr(config, name) != getattr(default, name) for name in other)
         assert from_dict(kind, json.loads(json.dumps(to_dict(config)))) == config
     chats = DataConfig(format="chat", chat_template="plain")
-    assert from_dict(DataConfig, to_dict(chats)) == chats
+    shards = DataConfig(("x",), format="shards", mixture=("a=1",), temperature=2.0)
+    for data in (chats, shards):
+        assert from_dict(DataConfig, json.loads(json.dumps(to_dict(data)))) == data
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ COMMANDS = {
     "bench": ("decode RUN", "time the decoding of a run's last checkpoint, by cache, batch, context and draft"),
     "convert": ("FOLDER OUT", "convert released weights (Hugging Face format) into a run, a run into them, or a dtype"),
     "runs": ("[list FOLDER]", "list runs: state, loss, speed; or check RUN: compare checkpoints with their checksums"),
+    "data": ("tokenize PATHS", "write shards of token ids to train on, which no memory has to hold; check them"),
     "plan": ("PRESET", "compute what each device of a mesh would hold, compute and send, without the devices"),
     "info": ("PRESET", "list a model's parameters, FLOPs and cache bytes, without allocating it; and the kernels"),
     "tokenizer": ("OUT", "train a byte-level BPE tokenizer"),

@@ -234,7 +234,7 @@ def val_batches(corpus: Corpus, tokenizer: Tokenizer, cfg: DataConfig, num_batch
 def held_out_prompts(cfg: DataConfig, batch: int, context: int) -> list[list[int]]:
     """Cut prompts of `context` tokens from held-out text; each starts with another document if there are enough.
 
-    A document that is too short continues with the next one. Chat examples are no documents: the default text is read.
+    A document that is too short continues with the next one. For chats and shards the default text is read.
 
     Raises: ValueError if the held-out text has fewer tokens than one prompt.
 
@@ -247,8 +247,8 @@ def held_out_prompts(cfg: DataConfig, batch: int, context: int) -> list[list[int
         >>> load_tokenizer("bytes").decode(prompt)
         'document'
     """
-    if cfg.format == "chat":
-        cfg = replace(cfg, paths=(), format="text", chat_template=None)
+    if cfg.format != "text":
+        cfg = replace(cfg, paths=(), format="text", chat_template=None, mixture=(), temperature=1.0)
     documents, tokenizer = load_corpus(cfg).val, load_tokenizer(cfg.tokenizer)
     prompts = []
     for i in range(batch):

@@ -80,7 +80,8 @@ def load_corpus(cfg: DataConfig) -> Corpus:
     that are not UTF-8.
 
     A path is a file or a folder. `.jsonl` has an object in each line, with "text" and optionally "domain". `.parquet`
-    has columns of these names. Any other file is one document. Hidden and binary files of a folder are skipped.
+    has columns of these names. `cfg.text_column` is another name of "text". Any other file is one document. Hidden and
+    binary files of a folder are skipped.
     A document's domain is the one it states, else the first folder below the path, else the file's suffix.
     Texts above 2^18 characters are cut at line ends into several documents.
 
@@ -98,8 +99,7 @@ def load_corpus(cfg: DataConfig) -> Corpus:
         >>> len(corpus.train), len(corpus.val), corpus.domains
         (3, 1, ('txt',))
     """
-    documents = itertools.chain.from_iterable(map(_documents_of, cfg.paths)) if cfg.paths else _installed_documents()
-    documents = list(itertools.islice(documents, cfg.max_documents))
+    documents = list(itertools.islice(read_documents(cfg.paths, cfg.text_column), cfg.max_documents))
     if not documents:
         raise ValueError("this Python installation holds no document; give paths of files or folders with text")
     digests = [hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest() for text, _ in documents]
@@ -113,6 +113,24 @@ def load_corpus(cfg: DataConfig) -> Corpus:
         )
     fingerprint = fingerprint_of(digest for digest, v in zip(digests, is_val, strict=True) if not v)
     return Corpus(train, val, tuple(dict.fromkeys(d.domain for d in documents)), fingerprint)
+
+
+def read_documents(paths: Sequence[str], text_column: str = "text") -> Iterator[Document]:
+    """Yield documents as `load_corpus` reads them, one by one: the memory does not depend on their number.
+
+    Args: text_column: the key of JSONL and the column of Parquet with the text.
+    Raises: ValueError as `load_corpus`.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "a.jsonl").write_text('{"body": "x = 1", "domain": "code"}')
+        ...     list(read_documents([folder], text_column="body"))
+        [Document(text='x = 1', domain='code')]
+    """
+    if not paths:
+        return _installed_documents()
+    return itertools.chain.from_iterable(_documents_of(path, text_column) for path in paths)
 
 
 def held_out(digests: list[bytes], fraction: float) -> list[bool]:
@@ -213,7 +231,7 @@ def files_below(root: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:
 # The user's files
 
 
-def _documents_of(path: str) -> Iterator[Document]:
+def _documents_of(path: str, column: str) -> Iterator[Document]:
     """Yield the documents of one of `DataConfig.paths`."""
     root = Path(path)
     if not root.exists():
@@ -225,7 +243,7 @@ def _documents_of(path: str) -> Iterator[Document]:
         default_domain = parts[0] if len(parts) > 1 else file.suffix[1:].lower() or "text"
         reader = {".jsonl": _jsonl, ".parquet": _parquet}.get(file.suffix.lower(), _text)
         try:
-            for text, domain in reader(file, skip_binary=root.is_dir()):
+            for text, domain in reader(file, column, skip_binary=root.is_dir()):
                 for part in _split_long(text):
                     empty = False
                     yield Document(part, _printable(domain or default_domain))
@@ -235,7 +253,7 @@ def _documents_of(path: str) -> Iterator[Document]:
         raise ValueError(f"path={path!r} holds no text")
 
 
-def _text(path: Path, skip_binary: bool) -> Iterator[tuple[str, str | None]]:
+def _text(path: Path, column: str, skip_binary: bool) -> Iterator[tuple[str, str | None]]:
     with path.open("rb") as file:
         if skip_binary and b"\0" in file.read(8192):  # git's rule for binary files
             return
@@ -244,11 +262,12 @@ def _text(path: Path, skip_binary: bool) -> Iterator[tuple[str, str | None]]:
     yield _utf8(data, path), None
 
 
-def _jsonl(path: Path, skip_binary: bool) -> Iterator[tuple[str, str | None]]:
+def _jsonl(path: Path, column: str, skip_binary: bool) -> Iterator[tuple[str, str | None]]:
     for location, record in json_lines(path):
-        if not isinstance(record, dict) or "text" not in record:
-            raise ValueError(f'{location}, is not an object with "text"')
-        yield _checked_record(record["text"], record.get("domain"), location)
+        if not isinstance(record, dict) or column not in record:
+            found = f"; it has {reprlib.repr(sorted(record))}" if isinstance(record, dict) else ""
+            raise ValueError(f'{location}, is not an object with "{column}"{found}')
+        yield _checked_record(record[column], column, record.get("domain"), location)
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -273,9 +292,9 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"{path}, line {number}", record
 
 
-def _parquet(path: Path, skip_binary: bool) -> Iterator[tuple[str, str | None]]:
-    for location, record in parquet_rows(path, needed=("text",), also=("domain",)):
-        yield _checked_record(record["text"], record.get("domain"), location)
+def _parquet(path: Path, column: str, skip_binary: bool) -> Iterator[tuple[str, str | None]]:
+    for location, record in parquet_rows(path, needed=(column,), also=("domain",)):
+        yield _checked_record(record[column], column, record.get("domain"), location)
 
 
 def parquet_rows(path: Path, needed: Sequence[str], also: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -306,15 +325,15 @@ def parquet_rows(path: Path, needed: Sequence[str], also: Sequence[str]) -> Iter
         raise ValueError(f"{path} is not a Parquet file: {error}") from error
 
 
-def _checked_record(text: object, domain: object, location: str) -> tuple[str, str | None]:
+def _checked_record(text: object, column: str, domain: object, location: str) -> tuple[str, str | None]:
     if not isinstance(text, str):
-        raise ValueError(f'{location}: "text" is {reprlib.repr(text)}, not a string')
+        raise ValueError(f'{location}: "{column}" is {reprlib.repr(text)}, not a string')
     if domain is not None and (not isinstance(domain, str) or len(domain) > _MAX_DOMAIN):
         raise ValueError(f'{location}: "domain" is {reprlib.repr(domain)}, not a string of {_MAX_DOMAIN} or less')
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON can contain half a surrogate pair
-        raise ValueError(f'{location}: "text" is not UTF-8 at character {error.start}') from error
+        raise ValueError(f'{location}: "{column}" is not UTF-8 at character {error.start}') from error
     return text, domain
 
 

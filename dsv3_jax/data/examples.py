@@ -241,7 +241,7 @@ def load_examples(cfg: DataConfig, text: TextSettings, quiet: bool = True) -> Ex
     examples: list[Example] = []
     too_long = without_target = 0
     said = time.monotonic()
-    records = itertools.chain.from_iterable(map(_records, cfg.paths))
+    records = itertools.chain.from_iterable(map(records_of, cfg.paths))
     for location, record, name in itertools.islice(records, cfg.max_documents):
         tokens, mask = encode(record, text, location)
         if len(tokens) > cfg.seq_len:
@@ -322,7 +322,7 @@ def _completion(prompt: Any, completion: Any, tools: Any, text: TextSettings) ->
     return [*first, *ids, text.tokenizer.eos_id], [*(False for _ in first), *mask, True]
 
 
-def _records(path: str) -> Iterator[tuple[str, dict[str, Any], str]]:
+def records_of(path: str) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Yield (location, record, name of the file) of one of `DataConfig.paths`."""
     root = Path(path)
     if not root.exists():

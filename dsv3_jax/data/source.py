@@ -1,4 +1,4 @@
-"""Where batches come from: one interface over documents and chat examples."""
+"""Where batches come from: one interface over documents, chat examples and shards."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from dsv3_jax.data import batches
 from dsv3_jax.data.batches import Batch
 from dsv3_jax.data.corpus import Corpus, load_corpus
 from dsv3_jax.data.examples import load_examples
+from dsv3_jax.data.shards import open_shards
 from dsv3_jax.data.text_settings import TextSettings
 from dsv3_jax.data.tokenizer import Tokenizer
 
@@ -98,7 +99,7 @@ def open_source(cfg: DataConfig, tokenizer: Tokenizer, text: TextSettings | None
     Args:
         text: how the model reads chats, needed for format="chat".
         quiet: print nothing while examples are encoded.
-    Raises: ValueError as `load_corpus` and `load_examples`.
+    Raises: ValueError as `load_corpus`, `load_examples` and `open_shards`.
 
     Example:
         >>> from dsv3_jax.data.tokenizer import ByteTokenizer
@@ -106,6 +107,8 @@ def open_source(cfg: DataConfig, tokenizer: Tokenizer, text: TextSettings | None
         >>> source.domains[:2]
         ('code', 'tests')
     """
+    if cfg.format == "shards":
+        return open_shards(cfg, tokenizer)
     if cfg.format == "text":
         return Documents(load_corpus(cfg), tokenizer, cfg)
     assert text is not None

@@ -10,6 +10,7 @@ for text that a person or a chat template wrote for a model: such a name becomes
 import abc
 import base64
 import codecs
+import hashlib
 import itertools
 import json
 import re
@@ -166,6 +167,20 @@ class Tokenizer(abc.ABC):
         """Say whether every id has the same bytes and role in both tokenizers."""
         left, right = ((t._token_bytes, t.eos_id, t._fim_ids) for t in (self, other))
         return left == right
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the ids, their bytes and roles, and of how a text that is hard to split is encoded.
+
+        Example:
+            >>> ByteTokenizer().fingerprint == load("bytes").fingerprint
+            True
+        """
+        found = hashlib.blake2b(digest_size=8)
+        found.update(self.byte_lengths.tobytes() + b"".join(self._token_bytes))
+        found.update(repr((self.eos_id, self._fim_ids, sorted(self.specials.items()))).encode())
+        found.update(self.encode_array(_PROBE).tobytes())
+        return found.hexdigest()
 
     def stream(self) -> "StreamDecoder":
         """Return a decoder for ids that arrive a few at a time."""

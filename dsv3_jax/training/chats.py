@@ -6,6 +6,7 @@ from pathlib import Path
 from dsv3_jax.config import ConfigError, DataConfig, RunConfig, replace
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.examples import load_examples
+from dsv3_jax.data.shards import MANIFEST
 from dsv3_jax.data.source import Source, open_source
 from dsv3_jax.data.text_settings import TEMPLATE_FILE, TextSettings, copy_to_run, with_template
 from dsv3_jax.hf import files
@@ -20,10 +21,10 @@ EPOCHS = 2.0  # passes over the examples. Source: DeepSeek-V3 report, section 5.
 def text_of(run: RunConfig, out: str | Path) -> TextSettings | None:
     """Read how a run reads chats: by its own files once it has begun, else by those of the model that it starts with.
 
-    Returns: None for a run on text.
+    Returns: None for a run that is not on chats.
     Raises: ConfigError without a start; ValueError when there is no template, or a file is damaged.
     """
-    if run.data.format == "text":
+    if run.data.format != "chat":
         return None
     if (Path(out) / RUN_FILE).exists() and (Path(out) / TEMPLATE_FILE).exists():
         return with_template(load_text(out), None)
@@ -67,8 +68,13 @@ def measured_on(cfg: DataConfig, folder: str | Path, paths: tuple[str, ...] = ()
     Raises: ValueError as `open_source`.
     """
     if paths:
+        is_shards = len(paths) == 1 and (Path(paths[0]) / MANIFEST).is_file()
+        if not is_shards and cfg.format == "shards":
+            cfg = replace(cfg, format="text", mixture=(), temperature=1.0)
         cfg = replace(cfg, paths=paths)
-        if not any(Path(path).suffix.lower() in (".jsonl", ".parquet") for path in paths):
+        if is_shards:
+            cfg = replace(cfg, format="shards", chat_template=None, mixture=(), max_documents=None, fim_rate=0.0)
+        elif not any(Path(path).suffix.lower() in (".jsonl", ".parquet") for path in paths):
             cfg = replace(cfg, format="text", chat_template=None)
     text = load_text(folder) if cfg.format == "chat" else None
     return open_source(cfg, tokenizer.load(cfg.tokenizer), text)
