@@ -22,7 +22,7 @@ from tests.campaign.table import Table
 from tests.campaign.trials import Ended, faults_of, main, report, trials, watch
 from tests.campaign.watch import Worker
 
-CASES = ("train", "stats", "train", "convert", "train", "tokenizer")
+CASES = ("train", "convert", "tokenizer", "stats")
 
 
 def killed(made: Base, argv: list[str], seconds: float, rng: random.Random) -> Ended:
@@ -59,6 +59,7 @@ def command(made: Base, case: str) -> tuple[tuple[str, ...], float, dict[str, st
     out = made.root / f"{case} of nothing disturbed" / "out"
     for _ in range(2):  # the second finds compiled programs
         shutil.rmtree(out.parent, ignore_errors=True)
+        out.parent.mkdir()
         ended = watch(runs.start(with_out(argv, out), made.root), 600)
         assert ended.code == 0, ended.err
     return argv, ended.seconds, files_of(out)
