@@ -40,7 +40,7 @@ help:
 	@echo "make demo-short  the same with a few steps, to see that everything runs: about a minute"
 	@echo "make lab         run the studies that have no results yet; LAB_ARGS=--fresh runs all of them, about two hours"
 	@echo "make notebooks   execute the notebooks and keep their outputs: some minutes"
-	@echo "make test        run the tests: about eight minutes; PYTEST_ARGS='-k router' runs some of them"
+	@echo "make test        run the tests: about five minutes; PYTEST_ARGS='-k router' runs some of them"
 	@echo "make test-long   run the long tests: meshes, several processes, all drafts, notebooks"
 	@echo "make campaign    hostile inputs, damage, kills, full disks: two hours; MINUTES=10, SEED=1 for other times and seeds"
 	@echo "make compilers   install the compilers for GPUs and TPUs (360 MB), which the long tests use if they are there"
