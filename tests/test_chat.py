@@ -394,7 +394,7 @@ def test_drafts_and_the_system_message(dsv3, talker):
 
 
 def test_a_full_context_is_said_and_nothing_is_dropped(dsv3, talker):
-    """A message too long for the context is skipped, and an answer too long is cut. The conversation goes on."""
+    """A message too long for the context is left out, an answer too long is cut, and the next turn is read."""
     code, out, err = dsv3("chat", talker, "--temperature", 0, lines="x" * 150 + "\nhello\n")
     hello = {"role": "user", "content": "hello"}
     room = 160 - len(load_text(talker).chat.render([hello], add_generation_prompt=True).ids)

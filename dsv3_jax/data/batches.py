@@ -18,8 +18,8 @@ from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.data.tokenizer import load as load_tokenizer
 
 __all__ = [
-    "Batch", "Corpus", "Document", "Piece", "TrainBatches", "check_vocab", "held_out_prompts", "load_corpus",
-    "model_inputs", "pack", "train_batches", "val_batches",
+    "Batch", "Corpus", "Document", "Piece", "TrainBatches", "check_position", "check_rows", "check_vocab",
+    "held_out_prompts", "load_corpus", "model_inputs", "pack", "train_batches", "val_batches",
 ]  # fmt: skip
 
 Tokens = Int32[np.ndarray, "_"]
@@ -56,6 +56,35 @@ def model_inputs(batch: Batch) -> dict[str, np.ndarray]:
     """
     arrays = {"tokens": batch["tokens"], "segment_ids": batch["segment_ids"], "positions": batch["positions"]}
     return arrays | ({"loss_mask": batch["loss_mask"]} if "loss_mask" in batch else {})
+
+
+def check_rows(rows: np.ndarray, cfg: DataConfig) -> None:
+    """Check that a process's rows are in the global batch.
+
+    Raises: ValueError when one is not.
+
+    Example:
+        >>> check_rows(np.arange(2), DataConfig(batch_size=2))
+    """
+    if not all(0 <= row < cfg.batch_size for row in rows):
+        raise ValueError(f"rows={rows.tolist()} are not all in the batch; give rows from 0 to {cfg.batch_size - 1}")
+
+
+def check_position(source: dict[str, Any], state: dict[str, Any]) -> None:
+    """Check that a saved data position belongs to the data that is read.
+
+    Args: source: what identifies the data; state: the position, which has the same keys.
+    Raises: ValueError when a key differs.
+
+    Example:
+        >>> check_position({"seed": 0}, {"seed": 0, "row": 7})
+    """
+    for name, value in source.items():
+        if state.get(name) != value:
+            raise ValueError(
+                f"{name}={value!r} differs from {name}={state.get(name)!r} of the saved data position; resume with the "
+                "same data"
+            )
 
 
 class Piece(NamedTuple):
@@ -126,8 +155,7 @@ class TrainBatches(Iterator[Batch]):
     """
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, cfg: DataConfig, rows: np.ndarray):
-        if not all(0 <= row < cfg.batch_size for row in rows):
-            raise ValueError(f"rows={rows.tolist()} are not all in the batch; give rows from 0 to {cfg.batch_size - 1}")
+        check_rows(rows, cfg)
         fim_ids = tokenizer.fim_ids if cfg.fim_rate else None
         domain_ids = {domain: i for i, domain in enumerate(corpus.domains)}
 
@@ -178,12 +206,7 @@ class TrainBatches(Iterator[Batch]):
 
         Raises: ValueError when the state belongs to another corpus, seed or sequence length.
         """
-        for name, value in self._source.items():
-            if state[name] != value:
-                raise ValueError(
-                    f"{name}={value!r} differs from {name}={state[name]!r} of the saved data position; resume with the "
-                    "same data"
-                )
+        check_position(self._source, state)
         self._seek(state["piece"], state["offset"])
 
     def _seek(self, piece: int, offset: int) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.data.batches import Batch, Piece, pack
+from dsv3_jax.data.batches import Batch, Piece, check_position, check_rows, pack
 from dsv3_jax.data.corpus import fingerprint_of, held_out, json_lines, parquet_rows, user_files
 from dsv3_jax.data.text_settings import TextSettings
 from dsv3_jax.files import check_regular
@@ -120,8 +120,7 @@ class ExampleBatches(Iterator[Batch]):
 
     def __init__(self, examples: Examples, rows: np.ndarray):
         cfg = examples.cfg
-        if not all(0 <= row < cfg.batch_size for row in rows):
-            raise ValueError(f"rows={rows.tolist()} are not all in the batch; give rows from 0 to {cfg.batch_size - 1}")
+        check_rows(rows, cfg)
         self._examples, self._rows, self._cfg = examples, rows, cfg
         self._source = {"corpus": examples.fingerprint, "seed": cfg.seed, "seq_len": cfg.seq_len}
         self._seek(0, 0)
@@ -146,12 +145,7 @@ class ExampleBatches(Iterator[Batch]):
 
         Raises: ValueError when the state belongs to other examples, another seed or sequence length.
         """
-        for name, value in self._source.items():
-            if state.get(name) != value:
-                raise ValueError(
-                    f"{name}={value!r} differs from {name}={state.get(name)!r} of the saved data position; resume with "
-                    "the same data"
-                )
+        check_position(self._source, state)
         self._seek(state["epoch"], state["row"])
 
     def _seek(self, epoch: int, row: int) -> None:

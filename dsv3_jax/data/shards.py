@@ -27,7 +27,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Bool, Int32
 
 from dsv3_jax.config import DataConfig, did_you_mean
-from dsv3_jax.data.batches import Batch, Piece, pack
+from dsv3_jax.data.batches import Batch, Piece, check_position, check_rows, pack
 from dsv3_jax.data.corpus import fingerprint_of
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.files import read_json
@@ -326,8 +326,7 @@ class ShardBatches(Iterator[Batch]):
 
     def __init__(self, shards: Shards, rows: np.ndarray):
         cfg = shards.cfg
-        if not all(0 <= row < cfg.batch_size for row in rows):
-            raise ValueError(f"rows={rows.tolist()} are not all in the batch; give rows from 0 to {cfg.batch_size - 1}")
+        check_rows(rows, cfg)
         self._shards, self._rows, self._batch_size = shards, rows, cfg.batch_size
         self._source: dict[str, Any] = {
             "corpus": shards.fingerprint, "seed": cfg.seed, "seq_len": cfg.seq_len, "mixture": list(cfg.mixture),
@@ -364,12 +363,7 @@ class ShardBatches(Iterator[Batch]):
 
         Raises: ValueError when the state belongs to other shards, another seed, sequence length or mixture.
         """
-        for name, value in self._source.items():
-            if state.get(name) != value:
-                raise ValueError(
-                    f"{name}={value!r} differs from {name}={state.get(name)!r} of the saved data position; resume with "
-                    "the same data"
-                )
+        check_position(self._source, state)
         self.close()
         self._row = state["row"]
 

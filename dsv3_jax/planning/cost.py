@@ -263,7 +263,7 @@ def _compile_cost(program: str, mesh: Mesh, target: str | None, function, args: 
 
 
 def choose_kernels(execution: Execution, mesh: Mesh) -> Kernels:
-    """Choose the kernels of the mesh's devices. Fake CPU devices stand for accelerators, so they get plain XLA.
+    """Choose the kernels of the mesh's devices. Simulated CPU devices represent accelerators, so they get plain XLA.
 
     Raises: ConfigError for kernels that the devices do not have.
     """
