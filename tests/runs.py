@@ -58,6 +58,8 @@ HERE = Path(__file__).parents[1]
 def cheap_compiles(root: Path) -> Iterator[None]:
     """Compile without optimising, and each program once: a fresh `jax.jit` of the same program finds it on disk.
 
+    Programs in memory that were compiled otherwise are forgotten: their last digits are others.
+
     `root` here and below is the session's folder, `tmp_path_factory.getbasetemp()`.
     """
     settings = {  # here, and before
@@ -70,6 +72,7 @@ def cheap_compiles(root: Path) -> Iterator[None]:
         for name, values in settings.items():
             jax.config.update(name, values[when])
         compilation_cache.reset_cache()
+        jax.clear_caches()
         if when == 0:
             yield
 
