@@ -132,6 +132,10 @@ BAD = {
     "odd rope": ("info tiny --rope-head-dim 7", "rope_head_dim=7 is odd"),
     "too long": ("train tiny --out {new} --data.seq-len 4096", "seq_len=4096 is more than"),
     "microbatches": ("train tiny --out {new} --optim.microbatches 3", "microbatches=3 does not divide"),
+    "optimizer": (
+        "train tiny --out {new} --optim.name moun",
+        "optim name='moun' is not one of adamw, muon; did you mean",
+    ),
     "mesh": ("train tiny --out {new} --mesh rows=2", "mesh='rows=2' is not of the form data=N,expert=N"),
     "preset of plan": ("plan v9", "'v9' is not one of tiny"),
     "mesh of plan": ("plan tiny --mesh rows=2", "mesh='rows=2' is not of the form data=N,expert=N"),

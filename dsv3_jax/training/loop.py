@@ -30,6 +30,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from dsv3_jax.cluster import processes
@@ -86,6 +87,7 @@ def fit(
     stop_after: int | None = None,
     quiet: bool = False,
     profile: tuple[int, int] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> FitResult:
     """Train a run in folder `out`; the same call again resumes it.
 
@@ -98,6 +100,11 @@ def fit(
         stop_after: save and return once this step is reached, as after SIGTERM.
         quiet: print nothing.
         profile: (START, STOP): write a trace of these steps into `profile/` of the folder.
+        optimizer: any optax transformation, in place of the run's own optimizer. It must not count on more than
+            (gradients, state, parameters), and sees nested dicts of arrays, the parameters that train. Learning rate,
+            schedule and weight decay are its own; the run's `clip_norm` clips the gradients that it gets, and a step
+            that is not finite does not change its state. Its checkpoints resume with a transformation whose state has
+            the same types and shapes; learning rate and other numbers are the caller's to keep.
     Raises:
         ValueError: another run's folder, unreadable data, a tokenizer larger than the vocabulary, a start or trunk of
             another model, or a loss that is not finite (NonFiniteLoss); the last good checkpoint stays. ConfigError:
@@ -123,12 +130,12 @@ def fit(
     2
     """
     out = Path(out)
-    ready = prepare(run, out, mesh, step, stop_after)
+    ready = prepare(run, out, mesh, step, stop_after, optimizer)
     run, batches, held_out = ready.run, ready.batches, ready.held_out
     with (
         Progress(run.steps, quiet=quiet or not processes.is_first()) as progress,
         _only_writer(out, run) as lock,
-        Checkpoints(out, run) as checkpoints,
+        Checkpoints(out, run, optimizer=optimizer) as checkpoints,
         _asked_to_stop() as asked,
         sharding.use_mesh(mesh),
         Profile(profile if processes.is_first() else None, out) as trace,
@@ -137,7 +144,7 @@ def fit(
         found = checkpoints.restore(mesh)
         resumed_from = None
         if found is None:
-            state, sentence = warm_start.begin(run, ready.tokenizer, mesh)
+            state, sentence = warm_start.begin(run, ready.tokenizer, mesh, optimizer=optimizer)
         else:
             state, position = found
             batches.set_state(position)
@@ -150,7 +157,7 @@ def fit(
         for line in (*describe(ready, step, mesh), *sentences, metrics.sentence, loads.sentence, sentence):
             if line:
                 progress.say(line)
-        step_fn = _compiled_step(run, ready.kernels, ready.options)
+        step_fn = _compiled_step(run, ready.kernels, ready.options, optimizer=optimizer)
         speed, first_row = _Speed(run, ready.peak), {"kernels": chosen(ready.kernels, run, mesh)}
         started, ahead = deque[_Started](), AHEAD.get(ready.kernels.target.platform, AHEAD_ELSEWHERE)
         alone = jax.process_count() == 1
