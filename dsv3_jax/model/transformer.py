@@ -108,15 +108,20 @@ class Transformer(nnx.Module):
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
+        keys: Array | None = None,
     ) -> ForwardOut:
-        """Run trunk and heads up to the unembedding. Arguments as `__call__`."""
+        """Run trunk and heads up to the unembedding.
+
+        Args: as `__call__`; keys: a random key for each row, [B], of the router's noise. None means no noise.
+        """
         cfg = self.cfg
         batch, length = tokens.shape
         if length > cfg.max_positions:
             raise ValueError(f"length {length} is over the model's max_positions={cfg.max_positions}")
         if length <= cfg.mtp_depth:
             raise ValueError(f"length {length} leaves nothing for mtp_depth={cfg.mtp_depth} to read")
-        ctx = make_context(cfg, from_zero(batch, length) if positions is None else positions, segment_ids)
+        positions = from_zero(batch, length) if positions is None else positions
+        ctx = make_context(cfg, positions, segment_ids, tokens=tokens, keys=keys)
         x, _, routing = self._trunk(tokens, ctx)
         h = self.norm(x)
         mtp_h, mtp_routing = run_heads(
@@ -136,7 +141,7 @@ class Transformer(nnx.Module):
         Returns: (the last layer's output before the final norm, the cache with the tokens' rows). Lengths stay.
         """
         positions = from_zero(*tokens.shape) if cache is None else cache.positions(tokens.shape[1])
-        ctx = make_context(self.cfg, positions, cache=cache, may_drop=False)
+        ctx = make_context(self.cfg, positions, tokens=tokens, cache=cache, may_drop=False)
         x, cache, _ = self._trunk(tokens, ctx, weights)
         return x, cache
 

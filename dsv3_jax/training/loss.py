@@ -28,6 +28,7 @@ class Losses(NamedTuple):
     load: Array
     dropped: Array  # share of assignments dropped, mean over layers
     tokens_sent: Array  # copies of a token that are sent to another device's experts, mean over layers
+    bias_measure: Array | None = None  # [L, E]: what the bias's rule needs beside the load; rows as of load
 
 
 def targets(
@@ -74,7 +75,8 @@ def compute_loss(
     """Compute all losses of a batch.
 
     Args:
-        batch: tokens, segment_ids, positions, int32 [B, T]; loss_mask, bool [B, T], if not all tokens are targets.
+        batch: tokens, segment_ids, positions, int32 [B, T]; loss_mask, bool [B, T], if not all tokens are targets;
+            keys, a random key for each row, [B], for a router with noise.
         mtp_weight: λ.
         counts: divisors of the sums, from `target_counts`: of the complete batch if this is a part of one.
         share: of the complete batch that this part is: the weight of its balance losses.
@@ -93,7 +95,7 @@ def compute_loss(
         5.56
     """
     tokens, segment_ids, loss_mask = batch["tokens"], batch["segment_ids"], batch.get("loss_mask")
-    out = model.forward_hidden(tokens, segment_ids, batch["positions"])
+    out = model.forward_hidden(tokens, segment_ids, batch["positions"], batch.get("keys"))
     if counts is None:
         counts = target_counts(segment_ids, 1 + len(out.mtp_h), loss_mask)
     matrix = model.head_matrix()
@@ -114,8 +116,10 @@ def compute_loss(
     heads = feature + model.mtp[0].token_weight * mtp.mean() if nats[1:] else jnp.zeros((), jnp.float32)
     balance = _balance(out, heads_only) * share
     load, dropped, sent = _load(out)
+    measures = [r.bias_measure for r in _routings(out) if r.bias_measure is not None]
     total = heads + balance if heads_only else main + balance + mtp_weight * heads
-    return Losses(total, main, mtp, feature, balance, correct[0], load, dropped * share, sent * share)
+    measure = jnp.concatenate(measures) * share if measures else None
+    return Losses(total, main, mtp, feature, balance, correct[0], load, dropped * share, sent * share, measure)
 
 
 def _feature_loss(
