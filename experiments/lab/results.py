@@ -32,7 +32,7 @@ def fingerprint(run: RunConfig) -> str:
     """
     changed = _non_defaults(replace(run, execution=Execution()))
     model = changed.setdefault("model", {})
-    for name in ("compute_dtype", "remat"):
+    for name in ("compute_dtype", "remat", "precision"):
         if (value := getattr(run.execution, name)) != getattr(Execution(), name):
             model[name] = value
     if "capacity_factor" in model:
