@@ -20,7 +20,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -134,7 +134,7 @@ def fit(
     run, batches, held_out = ready.run, ready.batches, ready.held_out
     with (
         Progress(run.steps, quiet=quiet or not processes.is_first()) as progress,
-        _only_writer(out, run) as lock,
+        _only_writer(out, run, progress.say) as lock,
         Checkpoints(out, run, optimizer=optimizer) as checkpoints,
         _asked_to_stop() as asked,
         sharding.use_mesh(mesh),
@@ -245,13 +245,13 @@ def fit(
 
 
 @contextmanager
-def _only_writer(out: Path, run: RunConfig) -> Iterator[RunLock]:
+def _only_writer(out: Path, run: RunConfig, say: Callable[[str], None]) -> Iterator[RunLock]:
     """Lock the run folder: process 0 holds the lock, and the others get one that is always in order."""
     with ExitStack() as stack:
         held = [RunLock()]
 
         def lock() -> None:
-            held[0] = stack.enter_context(acquire(out))
+            held[0] = stack.enter_context(acquire(out, say))
             claim(out, run)  # again: two processes may have claimed a new folder at the same time
 
         processes.by_first(lock)

@@ -94,11 +94,11 @@ def kill_command(made: Base, case: str, folder: Path, rng: random.Random) -> tup
     return faults, ended.err
 
 
-def run(seconds: float, seed: int, table: Table) -> None:
+def run(seconds: float, seed: int, table: Table, least: int = 1) -> None:
     """Kill processes for so long."""
     made = base()
     with worker(made.root) as ready:
-        for number, rng in trials("kills", seconds, seed):
+        for number, rng in trials("kills", seconds, seed, least):
             folder, case = made.root / "killed", CASES[number % len(CASES)]
             folder.mkdir()
             if case == "train":

@@ -107,12 +107,12 @@ def moved(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tuple[
     return faults, ended.err
 
 
-def run(seconds: float, seed: int, table: Table) -> None:
+def run(seconds: float, seed: int, table: Table, least: int = 1) -> None:
     """Start writers for so long."""
     made = base()
     functions = {"two writers": two_writers, "locks": locks, "moved": moved, "clock": clock}
     with worker(made.root) as ready:
-        for number, rng in trials("writers", seconds, seed):
+        for number, rng in trials("writers", seconds, seed, least):
             folder, case = made.root / "writers", CASES[number % len(CASES)]
             folder.mkdir()
             faults, said = functions[case](made, folder / "run", rng, ready)
