@@ -86,6 +86,7 @@ def fit(
     stop_after: int | None = None,
     quiet: bool = False,
     profile: tuple[int, int] | None = None,
+    source: Source | None = None,
 ) -> FitResult:
     """Train a run in folder `out`; the same call again resumes it.
 
@@ -98,6 +99,8 @@ def fit(
         stop_after: save and return once this step is reached, as after SIGTERM.
         quiet: print nothing.
         profile: (START, STOP): write a trace of these steps into `profile/` of the folder.
+        source: data to train and to measure on, in place of the text that `run.data` names. A resumed run needs it
+            again. Its token ids must be ids of `run.data.tokenizer`. None means the text.
     Raises:
         ValueError: another run's folder, unreadable data, a tokenizer larger than the vocabulary, a start or trunk of
             another model, or a loss that is not finite (NonFiniteLoss); the last good checkpoint stays. ConfigError:
@@ -123,7 +126,7 @@ def fit(
     2
     """
     out = Path(out)
-    ready = prepare(run, out, mesh, step, stop_after)
+    ready = prepare(run, out, mesh, step, stop_after, source)
     run, batches, held_out = ready.run, ready.batches, ready.held_out
     with (
         Progress(run.steps, quiet=quiet or not processes.is_first()) as progress,

@@ -24,6 +24,7 @@ from dsv3_jax.report.speed import gemm_flops
 from dsv3_jax.report.units import format_bytes, format_duration
 from dsv3_jax.training import chats, lora, warm_start
 from dsv3_jax.training.checkpoint import last_step
+from dsv3_jax.training.provenance import made_from
 from dsv3_jax.training.run_folder import RUN_FILE, changes, claim, own_tokenizer, read_run, settled
 from dsv3_jax.training.step import abstract_state, split_trainable
 
@@ -47,12 +48,18 @@ class Prepared:
 
 
 def prepare(
-    run: RunConfig, out: Path, mesh: Mesh | None, step: int | None = None, stop_after: int | None = None
+    run: RunConfig,
+    out: Path,
+    mesh: Mesh | None,
+    step: int | None = None,
+    stop_after: int | None = None,
+    source: Source | None = None,
 ) -> Prepared:
     """Check a run, read its text and claim its folder.
 
     Several processes call it together, and are all refused where one is.
 
+    Args: source: data in place of the text that the run names, see `loop.fit`.
     Raises: as `loop.fit`.
     """
     kernels = processes.by_each(lambda: choose.prepare(run.execution, mesh=mesh))
@@ -81,10 +88,11 @@ def prepare(
     elif (taken := last_step(out) if step is None else step) > run.steps:
         raise ConfigError(f"steps={run.steps} is below the {taken} steps that the run in {out} has taken")
     text = processes.by_each(lambda: chats.text_of(run, out))
-    source = processes.by_each(lambda: _read(run, words, text))
+    source = processes.by_each(lambda: _read(run, words, text, source))
     processes.agree({"text": source.fingerprint})
     rows = None if mesh is None else processes.rows_held(mesh, run.data.batch_size)
-    processes.by_first(lambda: _claim(out, run, chosen(kernels, run, mesh), text))
+    made = made_from(source, words)
+    processes.by_first(lambda: _claim(out, run, chosen(kernels, run, mesh), text, made))
     run = settled(run, out)
     return Prepared(
         run,
@@ -126,8 +134,8 @@ def check_memory(run: RunConfig, hosts: int = 1) -> None:
         )
 
 
-def _claim(out: Path, run: RunConfig, kernels: dict[str, str], text: TextSettings | None) -> None:
-    claim(out, run, kernels)
+def _claim(out: Path, run: RunConfig, kernels: dict[str, str], text: TextSettings | None, made: dict[str, Any]) -> None:
+    claim(out, run, kernels, made)
     if text is not None:
         chats.keep(run, out, text)
 
@@ -185,9 +193,11 @@ def flops_per_token(run: RunConfig) -> int:
     return train_flops_per_token(run.model, frozen_trunk=run.trunk is not None, adapted=adapted)
 
 
-def _read(run: RunConfig, words: Tokenizer, text: TextSettings | None) -> Source:
+def _read(run: RunConfig, words: Tokenizer, text: TextSettings | None, source: Source | None) -> Source:
     """Raises: ValueError for a tokenizer larger than the vocabulary, or text that cannot be read."""
     check_vocab(words, run.model.vocab_size)
+    if source is not None:
+        return source
     return open_source(run.data, words, text, quiet=not processes.is_first())
 
 

@@ -1,12 +1,13 @@
 """Plots that several studies share. `draw_…` writes a picture; the others add to axes."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.lab.claims import Verdict
 from experiments.lab.results import Results, write_figure
 
 
@@ -22,6 +23,34 @@ def draw_differences(results: Results, path: Path, key: str = "val_loss", title:
     """Write a picture of each variant's difference to the first variant."""
     figure = Figure(figsize=(7.5, 0.9 + 0.42 * len(results.variants)), layout="constrained")
     plot_differences(figure.add_subplot(), results, key, f"{title} against {results.variants[0]}", "nats per token")
+    write_figure(figure, path)
+
+
+ANSWER_COLOURS = {"yes": "C2", "no": "C3", "too small to tell here": "0.45", "no verdict": "0.75"}
+
+
+def draw_forest(path: Path, verdicts: Sequence[Verdict], title: str) -> None:
+    """Write a picture of a study's claims: each difference with its 95 % interval, and the published value."""
+    figure = Figure(figsize=(9.0, 1.6 + 0.4 * max(len(verdicts), 1)), layout="constrained")
+    ax = figure.add_subplot()
+    units = {v.claim.unit for v in verdicts}
+    for row, v in enumerate(verdicts):
+        low, high = v.difference.interval
+        colour = ANSWER_COLOURS[v.answer]
+        ax.plot([low, high], [row, row], color=colour, linewidth=2)
+        ax.plot([v.difference.mean], [row], "o", color=colour, markersize=7)
+        if v.claim.published is not None:
+            ax.plot([v.claim.published], [row], "D", color="black", markersize=5, fillstyle="none")
+    if any(v.claim.published is not None for v in verdicts):
+        ax.plot([], [], "D", color="black", fillstyle="none", linestyle="none", label="published")
+    for answer in dict.fromkeys(v.answer for v in verdicts):
+        ax.plot([], [], "o-", color=ANSWER_COLOURS[answer], label=answer)
+    style_axes(ax, title, f"difference with its 95 % interval{', ' + units.pop() if len(units) == 1 else ''}", "")
+    ax.axvline(0, color="0.5", linewidth=0.8)
+    ax.set_yticks(range(len(verdicts)), [v.claim.text for v in verdicts], fontsize=9)
+    ax.invert_yaxis()
+    if verdicts:
+        figure.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=5, loc="outside lower center")
     write_figure(figure, path)
 
 

@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from experiments.lab.results import BEGIN, Results, markdown_table, replace_block
+from experiments.lab.results import BEGIN, Results, replace_block
+from experiments.lab.tables import markdown_table
 
 
 def write(experiments: Path) -> None:
