@@ -225,11 +225,20 @@ def format_p(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def summary(verdicts: Sequence[Verdict]) -> str:
-    """Return the answers in one line, as in "yes: … No verdict: …"."""
-    parts = []
-    for answer in ("yes", "no", "too small to tell here", "no verdict"):
-        texts = [v.claim.text for v in verdicts if v.answer == answer]
-        if texts:
-            parts.append(f"{answer[0].upper()}{answer[1:]}: {'; '.join(texts)}")
-    return ". ".join(parts)
+def as_json(verdict: Verdict) -> dict:
+    """Return a verdict as results.json keeps it; differences are turned to the direction of the claim.
+
+    A claim of "lower" is multiplied by −1, so that what the papers expect is positive.
+    """
+    sign = -1 if verdict.claim.expect == "lower" else 1
+    published = verdict.claim.published
+    return {
+        "claim": verdict.claim.text,
+        "answer": verdict.answer,
+        "difference": sign * verdict.difference.mean,
+        "half": verdict.difference.half,
+        "unit": verdict.claim.unit,
+        "p": verdict.adjusted_p,
+        "visible": verdict.visible,
+        "published": None if published is None else sign * published,
+    }

@@ -19,9 +19,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from dsv3_jax.config import RunConfig, replace, to_dict
-from experiments.lab import drawing, work
+from experiments.lab import drawing, overview, work
 from experiments.lab.bases import base_run, make_tokenizer, short_run
-from experiments.lab.claims import Check, Claim, Stake, Verdict, judge, verdict_table
+from experiments.lab.claims import Check, Claim, Stake, Verdict, as_json, judge, verdict_table
 from experiments.lab.fingerprints import RECIPE, Identity, identify
 from experiments.lab.pooling import noise_for
 from experiments.lab.results import Results, replace_block
@@ -182,7 +182,9 @@ class Study:
 
     def _check(self, runs: dict[tuple[str, int], StudyRun], wanted: list, results: Results, workers: int | None) -> int:
         """Train and measure one finished run again, in a folder of its own, and print by how much its numbers moved."""
-        key = next((k for k in wanted if results.has(*k, runs[k].identity) and not runs[k].needed_folders), None)
+        key = next(
+            (k for k in wanted if results.has(k[0], k[1], runs[k].identity) and not runs[k].needed_folders), None
+        )
         if key is None:
             raise ValueError(
                 "--check has no finished run of this recipe to repeat; run the study first, or choose --only"
@@ -265,15 +267,17 @@ class Study:
 
     def _publish(self, results: Results, out: Path) -> None:
         """Print the tables, draw the picture, and update the README.md files."""
-        results.write()
         verdicts, checks = self.judge(results)
+        results.about["verdicts"] = [as_json(verdict) for verdict in verdicts]
+        results.write()
         text = self.table(results) if self.table else results_table(results, self.columns)
         if verdicts:
             text = f"{verdict_table(verdicts, checks)}\n\n{text}"
         picture = out / f"{self.folder.name.partition('_')[2]}.png"
         self.draw(results, picture)
         caption = f"Seeds {', '.join(map(str, results.seeds()))}: mean ± sample standard deviation."
-        caption += f" Run on {results.provenance('date')}, trained at commit {results.provenance('commit')}."
+        what = "trained" if results.recipe and results.recipe > 1 else "measured"
+        caption += f" Run on {results.provenance('date')}, {what} at commit {results.provenance('commit')}."
         caption += f" Machine: {results.provenance('machine')}. Recipe {results.recipe}."
         if results.recipe != RECIPE:
             caption += (
@@ -283,6 +287,7 @@ class Study:
         print(f"\n{text}\n\n{caption}\n{picture}")
         if out == self.folder:
             replace_block(self.folder / "README.md", f"{text}\n\n{caption}")
+            overview.write(self.folder.parent)
 
 
 def _job(key: tuple[str, int], run: StudyRun, *, alone: bool = False) -> Job:
