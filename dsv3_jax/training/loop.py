@@ -88,6 +88,7 @@ def fit(
     quiet: bool = False,
     profile: tuple[int, int] | None = None,
     optimizer: optax.GradientTransformation | None = None,
+    source: Source | None = None,
 ) -> FitResult:
     """Train a run in folder `out`; the same call again resumes it.
 
@@ -105,6 +106,8 @@ def fit(
             schedule and weight decay are its own; the run's `clip_norm` clips the gradients that it gets, and a step
             that is not finite does not change its state. Its checkpoints resume with a transformation whose state has
             the same types and shapes; learning rate and other numbers are the caller's to keep.
+        source: data to train and to measure on, in place of the text that `run.data` names. A resumed run needs it
+            again. Its token ids must be ids of `run.data.tokenizer`. None means the text.
     Raises:
         ValueError: another run's folder, unreadable data, a tokenizer larger than the vocabulary, a start or trunk of
             another model, or a loss that is not finite (NonFiniteLoss); the last good checkpoint stays. ConfigError:
@@ -130,7 +133,7 @@ def fit(
     2
     """
     out = Path(out)
-    ready = prepare(run, out, mesh, step, stop_after, optimizer)
+    ready = prepare(run, out, mesh, step, stop_after, optimizer, source)
     run, batches, held_out = ready.run, ready.batches, ready.held_out
     with (
         Progress(run.steps, quiet=quiet or not processes.is_first()) as progress,
