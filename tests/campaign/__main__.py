@@ -3,15 +3,17 @@
 import argparse
 import sys
 
-from tests.campaign import damage, disks, inputs, kills, models, sanitizers, writers
+from tests.campaign import cluster, damage, disks, fuzz, inputs, kills, models, sanitizers, writers
 from tests.campaign.table import Table
 
 # Name: a function `run(seconds, seed, table)`, which prints each fault and counts all trials in the table.
 CAMPAIGNS = {
     "inputs": inputs.run,
+    "fuzz": fuzz.run,
     "damage": damage.run,
     "kills": kills.run,
     "writers": writers.run,
+    "cluster": cluster.run,
     "disks": disks.run,
     "models": models.run,
     "sanitizers": sanitizers.run,
