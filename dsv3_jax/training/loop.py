@@ -36,7 +36,7 @@ from dsv3_jax.cluster import processes
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data import batches as data
 from dsv3_jax.data.ngram import Order2
-from dsv3_jax.data.source import Documents, Source
+from dsv3_jax.data.source import Documents, Source, training_bytes
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.mesh import sharding
 from dsv3_jax.mesh.token_exchange import wire_bytes
@@ -128,6 +128,7 @@ def fit(
     out = Path(out)
     ready = prepare(run, out, mesh, step, stop_after, source)
     run, batches, held_out = ready.run, ready.batches, ready.held_out
+    mix = training_bytes(ready.source)
     with (
         Progress(run.steps, quiet=quiet or not processes.is_first()) as progress,
         _only_writer(out, run) as lock,
@@ -209,7 +210,7 @@ def fit(
             if step % run.eval_every == 0 or last:
                 with speed.paused():
                     model = model_of(run, state, ready.kernels)
-                    evaluation = evaluate(model, held_out, ready.tokenizer, ready.source.domains, mesh)
+                    evaluation = evaluate(model, held_out, ready.tokenizer, ready.source.domains, mesh, mix)
                     if not math.isfinite(float(np.asarray(evaluation["val_loss"]))):
                         raise not_good(f"step {step} has a validation loss that is not finite")
                     row = {"step": step} | {k: v for k, v in evaluation.items() if k != "load"}
@@ -230,7 +231,7 @@ def fit(
                 return FitResult(step, False, resumed_from, evaluation, None)
         if evaluation is None:  # the run was finished before this call
             model = model_of(run, state, ready.kernels)
-            evaluation = evaluate(model, held_out, ready.tokenizer, ready.source.domains, mesh)
+            evaluation = evaluate(model, held_out, ready.tokenizer, ready.source.domains, mesh, mix)
         order2 = _order2(ready.source, ready.tokenizer, held_out)
         if processes.is_first():
             lock.check()
