@@ -36,7 +36,7 @@ from dsv3_jax.cluster import processes
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data import batches as data
 from dsv3_jax.data.ngram import Order2
-from dsv3_jax.data.source import Documents, Source
+from dsv3_jax.data.source import Documents, Source, training_bytes
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.mesh import sharding
 from dsv3_jax.report.metrics import LOAD_FILE, Metrics, Rows
@@ -137,6 +137,7 @@ def fit(
     out, hooks = Path(out), Callbacks(callbacks)
     ready = prepare(run, out, mesh, step, stop_after, optimizer, source)
     run, batches, held_out = ready.run, ready.batches, ready.held_out
+    mix = training_bytes(ready.source)
     with (
         Progress(run.steps, quiet=quiet or not processes.is_first()) as progress,
         _only_writer(out, run, progress.say) as lock,
@@ -224,7 +225,7 @@ def fit(
             if step % run.eval_every == 0 or last:
                 with speed.paused():
                     model = model_of(run, state, ready.kernels)
-                    evaluation = evaluate(model, held_out, ready.tokenizer, ready.source.domains, mesh)
+                    evaluation = evaluate(model, held_out, ready.tokenizer, ready.source.domains, mesh, mix)
                     if not math.isfinite(float(np.asarray(evaluation["val_loss"]))):
                         raise not_good(f"step {step} has a validation loss that is not finite")
                     row = {"step": step} | {k: v for k, v in evaluation.items() if k != "load"}
@@ -249,7 +250,7 @@ def fit(
                 return result
         if evaluation is None:  # the run was finished before this call
             model = model_of(run, state, ready.kernels)
-            evaluation = evaluate(model, held_out, ready.tokenizer, ready.source.domains, mesh)
+            evaluation = evaluate(model, held_out, ready.tokenizer, ready.source.domains, mesh, mix)
         order2 = _order2(ready.source, ready.tokenizer, held_out)
         if processes.is_first():
             lock.check()
