@@ -344,8 +344,8 @@ def talker(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cheap(tmp_path_factory):
-    with cheap_compiles(tmp_path_factory.getbasetemp()):
+def cheap():
+    with cheap_compiles():
         yield
 
 

@@ -32,7 +32,7 @@ RUN = replace(RUN, data=replace(RUN.data, batch_size=8, seq_len=12))
 @pytest.fixture(scope="module", autouse=True)
 def _cheap(tmp_path_factory):
     assert jax.device_count() == 8  # commands cannot change the devices any more
-    with cheap_compiles(tmp_path_factory.getbasetemp()):
+    with cheap_compiles():
         yield
 
 

@@ -36,7 +36,7 @@ OTHER_EXECUTION = Execution(compute_dtype="bfloat16", kernels="xla", layout=Layo
 @pytest.fixture(scope="module", autouse=True)
 def root(tmp_path_factory):
     root = tmp_path_factory.getbasetemp()
-    with cheap_compiles(root):
+    with cheap_compiles():
         yield root
 
 
