@@ -117,7 +117,7 @@ RUN = replace(RUN, model=replace(MODEL, dim=40, num_layers=1, expert_dim=36, mtp
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _cheap():
+def _cheap(tmp_path_factory):
     with cheap_compiles():
         yield
 
