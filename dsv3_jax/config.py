@@ -21,6 +21,7 @@ replace = dataclasses.replace
 # Kinds and dtypes of the cache that decoding keeps; see `model/cache.py`.
 CacheKind = Literal["latent", "expanded", "none"]
 CacheDtype = Literal["float32", "bfloat16", "int8", "float8_e4m3"]
+Precision = Literal["none", "fp8", "mxfp8"]  # of the linear layers' products; see `ops/low_precision.py`
 
 
 class ConfigError(ValueError):
@@ -216,6 +217,9 @@ class Execution:
     layout: Layout = field(default_factory=Layout)  # how the model is sharded over a mesh of devices
     # XLA's flags for training on several GPUs or TPUs: auto sets those of kernels/xla_flags.py, none sets none
     xla_flags: Literal["auto", "none"] = "auto"
+    # 8-bit operands for the products of linear layers in training: fp8 is DeepSeek-V3's recipe, mxfp8 that of the MX
+    # formats; none multiplies in compute_dtype. Emulated, so slower: it shows what the rounding does to the loss
+    precision: Precision = "none"
 
     def __post_init__(self):
         _check_types(self)
@@ -542,22 +546,32 @@ class DataConfig:
         return weights
 
 
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon for matrices, AdamW for the rest"}  # made by training/optim.py
+OPTAX = "optax:"  # begins the name that `ds.train.fit(…, optimizer=tx)` gives a run
+
+
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and the report's schedule: warm-up, constant, cosine, constant (DeepSeek-V3 report, section 4.2).
+    """The optimizer and the schedules. The defaults are AdamW and the DeepSeek-V3 report's, section 4.2.
 
     Example:
         >>> OptimConfig(learning_rate=1e-3).warmup_steps
         2000
     """
 
+    # adamw, or muon, which orthogonalises the updates of matrices and leaves embeddings, router and norms to AdamW
+    name: str = "adamw"
+    # learning rate after the warm-up: report is constant, cosine, constant; wsd is constant, a line down, constant;
+    # cosine falls to the last step
+    schedule: Literal["report", "wsd", "cosine"] = "report"
     learning_rate: float = 2.2e-4  # largest learning rate, between the warm-up and the decay
     final_learning_rate: float = 2.2e-5  # learning rate after the decay
     warmup_steps: int = 2000  # number of steps in which the learning rate rises from 0
-    decay_start: float = 0.67  # share of all steps after which the cosine decay begins
-    decay_end: float = 0.97  # share of all steps after which the cosine decay ends
+    decay_start: float = 0.67  # share of all steps after which the decay begins; not for schedule cosine
+    decay_end: float = 0.97  # share of all steps after which the decay ends; not for schedule cosine
     beta1: float = 0.9  # decay of AdamW's mean of gradients
     beta2: float = 0.95  # decay of AdamW's mean of squared gradients
+    muon_beta: float = 0.95  # decay of Muon's mean of gradients
     eps: float = 1e-8  # epsilon of AdamW's division
     weight_decay: float = 0.1  # weight decay of matrices; the scales of norms have none
     clip_norm: float = 1.0  # largest norm of the whole gradient; a larger gradient is scaled down
@@ -565,7 +579,7 @@ class OptimConfig:
     mtp_final_weight: float = 0.1  # weight of the multi-token loss once the decay begins
     bias_freeze: float = 0.97  # share of all steps after which the router bias no longer moves
     microbatches: int = 1  # number of parts of a batch whose gradients are accumulated
-    # dtype of AdamW's two means; bfloat16 halves their memory (DeepSeek-V3 report, section 3.3.2)
+    # dtype of the means of AdamW and Muon; bfloat16 halves their memory (DeepSeek-V3 report, section 3.3.2)
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
@@ -574,7 +588,10 @@ class OptimConfig:
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} is not positive")
         for name in ("final_learning_rate", "warmup_steps", "weight_decay", "mtp_weight", "mtp_final_weight"):
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} is negative")
-        for name in ("beta1", "beta2"):
+        if self.name not in OPTIMIZERS and not self.name.startswith(OPTAX):
+            near = did_you_mean(self.name, OPTIMIZERS)
+            raise ConfigError(f"optim name={_short(self.name)} is not one of {', '.join(OPTIMIZERS)}{near}")
+        for name in ("beta1", "beta2", "muon_beta"):
             _require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} is outside [0, 1)")
             # A bfloat16 has 8 bits: a step of less than 2^-9 of a mean is rounded away, and a mean could not decay.
             _require(

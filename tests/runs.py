@@ -22,8 +22,8 @@ from models import DENSE, random_model
 from dsv3_jax.config import Balance, DataConfig, ModelConfig, OptimConfig, RunConfig, to_dict
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.presets import recipe
-from dsv3_jax.training import loop, optim
-from dsv3_jax.training.step import TrainState, split_trainable
+from dsv3_jax.training import loop
+from dsv3_jax.training.step import TrainState, init_optimizer
 
 # Two sparse layers and an MTP block, so that every kind of router bias is there; little else, to compile fast.
 MODEL = ModelConfig(
@@ -58,6 +58,8 @@ HERE = Path(__file__).parents[1]
 def cheap_compiles(root: Path) -> Iterator[None]:
     """Compile without optimising, and each program once: a fresh `jax.jit` of the same program finds it on disk.
 
+    Programs in memory that were compiled otherwise are forgotten: their last digits are others.
+
     `root` here and below is the session's folder, `tmp_path_factory.getbasetemp()`.
     """
     settings = {  # here, and before
@@ -70,6 +72,7 @@ def cheap_compiles(root: Path) -> Iterator[None]:
         for name, values in settings.items():
             jax.config.update(name, values[when])
         compilation_cache.reset_cache()
+        jax.clear_caches()
         if when == 0:
             yield
 
@@ -105,7 +108,7 @@ def make_run(text: str, **changes) -> RunConfig:
 def fresh_state(run: RunConfig, step: int = 0) -> TrainState:
     """A new state in each call, since a step donates its state: parameters and signed biases by NumPy."""
     params, bias = nnx.split(random_model(run.model, execution=run.execution), nnx.Param, RouterBias)[1:]
-    opt = optim.init(split_trainable(run, params)[0], run.optim.moments_dtype)
+    opt = init_optimizer(run, params)
     return TrainState(params, bias, opt, jnp.asarray(step, jnp.int32))
 
 

@@ -157,6 +157,7 @@ def test_models_that_are_refused(changes, words):
         (Execution, dict(compute_dtype="float16"), "compute_dtype='float16' 'float32' 'bfloat16'"),
         (Execution, dict(remat=True), "remat=True 'none' 'dots' 'attention' 'full'"),
         (Execution, dict(xla_flags="some"), "xla_flags='some' 'auto' 'none'"),
+        (Execution, dict(precision="fp16"), "precision='fp16' 'none' 'fp8' 'mxfp8'"),
         (Execution, dict(layout=None), "layout=None Layout"),
         (Execution, dict(kernels=None), "kernels=None str"),
         *(
@@ -231,7 +232,7 @@ def test_every_field_survives_json():
     """Values that differ from every default."""
     changed = {
         Layout: Layout(True, "ragged", 2.0),
-        Execution: Execution("bfloat16", "full", "xla", Layout(True), "none"),
+        Execution: Execution("bfloat16", "full", "xla", Layout(True), "none", "fp8"),
         Yarn: Yarn(2.0, 100, 16.0, 2.0, 0.5, 0.25),
         Balance: Balance(0.5, 0.25, 0.125, "quantile", 0.0625),
         DataConfig: DataConfig(("x",), "t.json", 9, 3, False, 0.5, 0.5, 7, 5, text_column="body"),

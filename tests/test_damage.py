@@ -177,7 +177,8 @@ def test_a_step_can_be_chosen(run):
 def test_older_checkpoints_are_loaded_without_a_check(run):
     without_checksums(run)
     assert load_run(run).step == LAST
-    array_file(last(run)).write_bytes(b"")
+    for file in (last(run) / "state").rglob("d/*"):  # one may hold nothing but moments, which load_run does not read
+        file.write_bytes(b"")
     with pytest.raises(ValueError, match="step=8: .* or is damaged: it has no checksums"):
         load_run(run)
     (last(run) / "data" / "metadata").unlink()

@@ -163,7 +163,8 @@ class MoE(nnx.Module):
         none = jnp.zeros((), jnp.float32)
         few = stack.grad is None and gates.size <= dispatch.FEW_CHOICES * self.cfg.num_experts
         if self.cfg.capacity_factor is not None and may_drop and stack.grad is not None:
-            y, stack, dropped = dispatch.capacity_swiglu(x, ids, gates, stack, factor=self.cfg.capacity_factor)
+            factor = self.cfg.capacity_factor
+            y, stack, dropped = self.kernels.capacity_swiglu(x, ids, gates, stack, factor=factor)
             return y, stack, dropped, none
         if on_mesh() and few:
             return expert_parallel.decode_experts(x, ids, gates, stack, self.kernels, self.layout), stack, none, none

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.config import CacheKind, Execution, ModelConfig
+from dsv3_jax.config import CacheKind, Execution, ModelConfig, replace
 from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.mesh.sharding import on_mesh, shard_map_over_batch, unshard_weights
 from dsv3_jax.model.blocks import DenseBlock, SparseBlock
@@ -241,11 +241,26 @@ class Transformer(nnx.Module):
         """Compute float32 logits of normed hidden states."""
         if self.head is None or h.dtype != jnp.float32:  # a transposed table would first be copied for a kernel
             return jnp.dot(h, self.head_matrix(), preferred_element_type=jnp.float32)
-        return self.kernels.product(h, self.head_matrix())
+        return self.kernels.in_compute_dtype.product(h, self.head_matrix())
 
     def unshard(self, v: Any) -> Any:
         """Prepare weights for use: merge low-rank adapters, and gather what a mesh shards (`unshard_weights`)."""
         return unshard_weights(merge_frozen(v), fsdp=self.execution.layout.fsdp, dtype=self.compute_dtype)
+
+    def in_compute_dtype(self) -> "Transformer":
+        """The model without 8-bit products, on the same arrays: low precision is for training, decoding does without.
+
+        Example:
+            >>> import dsv3_jax as ds
+            >>> model = abstract(ds.replace(ds.preset("tiny"), num_layers=1), Execution(precision="fp8"))
+            >>> model.in_compute_dtype().execution.precision
+            'none'
+        """
+        if self.execution.precision == "none":
+            return self
+        execution = replace(self.execution, precision="none")
+        graphdef = nnx.graphdef(abstract(self.cfg, execution, self.kernels.in_compute_dtype))
+        return nnx.merge(graphdef, nnx.state(self))
 
     @property
     def compute_dtype(self):

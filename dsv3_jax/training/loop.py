@@ -20,7 +20,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,13 +29,14 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from dsv3_jax.cluster import processes
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data import batches as data
 from dsv3_jax.data.ngram import Order2
-from dsv3_jax.data.source import Documents, Source
+from dsv3_jax.data.source import Documents, Source, training_bytes
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.mesh import sharding
 from dsv3_jax.report.metrics import LOAD_FILE, Metrics, Rows
@@ -85,6 +86,8 @@ def fit(
     stop_after: int | None = None,
     quiet: bool = False,
     profile: tuple[int, int] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    source: Source | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> FitResult:
     """Train a run in folder `out`; the same call again resumes it.
@@ -98,6 +101,13 @@ def fit(
         stop_after: save and return once this step is reached, as after SIGTERM.
         quiet: print nothing.
         profile: (START, STOP): write a trace of these steps into `profile/` of the folder.
+        optimizer: any optax transformation, in place of the run's own optimizer. It must not count on more than
+            (gradients, state, parameters), and sees nested dicts of arrays, the parameters that train. Learning rate,
+            schedule and weight decay are its own; the run's `clip_norm` clips the gradients that it gets, and a step
+            that is not finite does not change its state. Its checkpoints resume with a transformation whose state has
+            the same types and shapes; learning rate and other numbers are the caller's to keep.
+        source: data to train and to measure on, in place of the text that `run.data` names. A resumed run needs it
+            again. Its token ids must be ids of `run.data.tokenizer`. None means the text.
         callbacks: called at the start and the end and for each row of metrics and checkpoint, see `Callback`. If one
             raises, the run is saved and the error is raised.
     Raises:
@@ -125,12 +135,13 @@ def fit(
     2
     """
     out, hooks = Path(out), Callbacks(callbacks)
-    ready = prepare(run, out, mesh, step, stop_after)
+    ready = prepare(run, out, mesh, step, stop_after, optimizer, source)
     run, batches, held_out = ready.run, ready.batches, ready.held_out
+    mix = training_bytes(ready.source)
     with (
         Progress(run.steps, quiet=quiet or not processes.is_first()) as progress,
-        _only_writer(out, run) as lock,
-        Checkpoints(out, run) as checkpoints,
+        _only_writer(out, run, progress.say) as lock,
+        Checkpoints(out, run, optimizer=optimizer) as checkpoints,
         _asked_to_stop() as asked,
         sharding.use_mesh(mesh),
         Profile(profile if processes.is_first() else None, out) as trace,
@@ -139,7 +150,7 @@ def fit(
         found = checkpoints.restore(mesh)
         resumed_from = None
         if found is None:
-            state, sentence = warm_start.begin(run, ready.tokenizer, mesh)
+            state, sentence = warm_start.begin(run, ready.tokenizer, mesh, optimizer=optimizer)
         else:
             state, position = found
             batches.set_state(position)
@@ -152,7 +163,7 @@ def fit(
         for line in (*describe(ready, step, mesh), *sentences, metrics.sentence, loads.sentence, sentence):
             if line:
                 progress.say(line)
-        step_fn = _compiled_step(run, ready.kernels, ready.options)
+        step_fn = _compiled_step(run, ready.kernels, ready.options, optimizer=optimizer)
         speed, first_row = _Speed(run, ready.peak), {"kernels": chosen(ready.kernels, run, mesh)}
         feed = Feed(batches, lambda b: processes.put(data.model_inputs(b), mesh, run.data.batch_size, ready.rows))
         started, ahead = deque[_Started](), AHEAD.get(ready.kernels.target.platform, AHEAD_ELSEWHERE)
@@ -214,7 +225,7 @@ def fit(
             if step % run.eval_every == 0 or last:
                 with speed.paused():
                     model = model_of(run, state, ready.kernels)
-                    evaluation = evaluate(model, held_out, ready.tokenizer, ready.source.domains, mesh)
+                    evaluation = evaluate(model, held_out, ready.tokenizer, ready.source.domains, mesh, mix)
                     if not math.isfinite(float(np.asarray(evaluation["val_loss"]))):
                         raise not_good(f"step {step} has a validation loss that is not finite")
                     row = {"step": step} | {k: v for k, v in evaluation.items() if k != "load"}
@@ -239,7 +250,7 @@ def fit(
                 return result
         if evaluation is None:  # the run was finished before this call
             model = model_of(run, state, ready.kernels)
-            evaluation = evaluate(model, held_out, ready.tokenizer, ready.source.domains, mesh)
+            evaluation = evaluate(model, held_out, ready.tokenizer, ready.source.domains, mesh, mix)
         order2 = _order2(ready.source, ready.tokenizer, held_out)
         if processes.is_first():
             lock.check()
@@ -252,13 +263,13 @@ def fit(
 
 
 @contextmanager
-def _only_writer(out: Path, run: RunConfig) -> Iterator[RunLock]:
+def _only_writer(out: Path, run: RunConfig, say: Callable[[str], None]) -> Iterator[RunLock]:
     """Lock the run folder: process 0 holds the lock, and the others get one that is always in order."""
     with ExitStack() as stack:
         held = [RunLock()]
 
         def lock() -> None:
-            held[0] = stack.enter_context(acquire(out))
+            held[0] = stack.enter_context(acquire(out, say))
             claim(out, run)  # again: two processes may have claimed a new folder at the same time
 
         processes.by_first(lock)

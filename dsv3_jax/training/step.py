@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from dsv3_jax.config import Execution, ModelConfig, RunConfig
-from dsv3_jax.kernels.choose import Kernels, Target, platform_of, prepare
+from dsv3_jax.kernels.choose import Kernels, platform_of, prepare
 from dsv3_jax.kernels.xla_flags import Options
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
@@ -37,11 +37,10 @@ class TrainState:
     # Not annotated more closely: JAX and Orbax rebuild it with shapes, shardings and placeholders in its places.
     params: Any  # nnx.State; with LoRA, the adapters are beside the weights that they change, see `lora`
     bias: Any  # nnx.State: the router's correction biases
-    opt: Any  # optim.AdamState, of the parameters that train
+    opt: Any  # the optimizer's, of the parameters that train; see `optim.Optimizer.init`
     step: Any  # int32 []: optimizer steps taken
 
 
-XLA = Kernels(Target("cpu", "xla"))  # for structures that compute nothing
 Batch = dict[str, Array]
 Step = Callable[..., tuple[TrainState, dict[str, Array]]]
 
@@ -51,10 +50,18 @@ def graph_of(cfg: ModelConfig, execution: Execution | None = None, kernels: Kern
     return nnx.split(abstract(cfg, execution, kernels), nnx.Param, RouterBias)[0]
 
 
-def init_state(run: RunConfig, mesh: Mesh | None = None, trunk: TrainState | None = None) -> TrainState:
+def init_state(
+    run: RunConfig,
+    mesh: Mesh | None = None,
+    trunk: TrainState | None = None,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+) -> TrainState:
     """Make a fresh state from the run's seed in one compiled program, sharded over the mesh.
 
-    Args: trunk: a state from which everything but the multi-token heads is taken.
+    Args:
+        trunk: a state from which everything but the multi-token heads is taken.
+        optimizer: as in `make_step`.
 
     Example:
         >>> import dsv3_jax as ds
@@ -64,7 +71,7 @@ def init_state(run: RunConfig, mesh: Mesh | None = None, trunk: TrainState | Non
     """
 
     def make(key: Array) -> TrainState:
-        state = _initialiser(run)(key)
+        state = _initialiser(run, optimizer)(key)
         return state if trunk is None else replace(state, params=_split(state.params)[0], bias=_split(state.bias)[0])
 
     # A light compilation where it is a matter of the CPU: the many random draws take longer to optimise than to run.
@@ -81,26 +88,38 @@ def init_state(run: RunConfig, mesh: Mesh | None = None, trunk: TrainState | Non
     return replace(state, params=params, bias=bias)
 
 
-def abstract_state(run: RunConfig) -> TrainState:
-    """The shapes of a run's state: nothing is allocated.
+def abstract_state(run: RunConfig, *, optimizer: optax.GradientTransformation | None = None) -> TrainState:
+    """The shapes of a run's state: nothing is allocated. Args: optimizer: as in `make_step`.
 
     Example:
         >>> import dsv3_jax as ds
         >>> abstract_state(ds.recipe("v3")).params["embed"].shape
         (129280, 7168)
     """
-    return jax.eval_shape(_initialiser(run), jax.random.key(run.seed))
+    return jax.eval_shape(_initialiser(run, optimizer), jax.random.key(run.seed))
 
 
-def _initialiser(run: RunConfig) -> Callable[[Array], TrainState]:
+def _initialiser(run: RunConfig, optimizer: optax.GradientTransformation | None) -> Callable[[Array], TrainState]:
     def make(key: Array) -> TrainState:
-        model = Transformer(run.model, rngs=nnx.Rngs(key), kernels=XLA)
+        model = Transformer(run.model, rngs=nnx.Rngs(key), kernels=optim.XLA)
         params, bias = nnx.state(model, nnx.Param), nnx.state(model, RouterBias)
         params = nnx.merge_state(params, lora.init(run.lora, params, key))
-        opt = optim.init(split_trainable(run, params)[0], run.optim.moments_dtype)
+        opt = init_optimizer(run, params, optimizer)
         return TrainState(params, bias, opt, jnp.zeros((), jnp.int32))
 
     return make
+
+
+def init_optimizer(run: RunConfig, params: nnx.State, optimizer: optax.GradientTransformation | None = None) -> Any:
+    """The optimizer's state at step 0; `optimizer` as in `make_step`.
+
+    Example:
+        >>> import dsv3_jax as ds
+        >>> run = ds.recipe("tiny")
+        >>> jax.eval_shape(lambda params: init_optimizer(run, params), abstract_state(run).params).mu["embed"].shape
+        (260, 128)
+    """
+    return optim.make(run.optim, run.steps, transformation=optimizer).init(split_trainable(run, params)[0])
 
 
 def split_trainable(run: RunConfig, params: nnx.State) -> tuple[nnx.State, nnx.State]:
@@ -140,7 +159,13 @@ def model_of(run: RunConfig, state: TrainState, kernels: Kernels | None = None) 
     return nnx.merge(graph_of(run.model, run.execution, kernels), lora.join(run.lora, state.params), state.bias)
 
 
-def make_step(run: RunConfig, kernels: Kernels | None = None, options: Options = ()) -> Step:
+def make_step(
+    run: RunConfig,
+    kernels: Kernels | None = None,
+    options: Options = (),
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+) -> Step:
     """Make the compiled step of a run, `step(state, batch, go=True)`; the state it is given is donated.
 
     The gradient of a batch split in microbatches is that of the complete batch: sums are divided by the complete
@@ -153,6 +178,7 @@ def make_step(run: RunConfig, kernels: Kernels | None = None, options: Options =
     Args:
         kernels: from `kernels.choose.prepare`. None chooses those of the default device.
         options: of the compiler, see `kernels.xla_flags`.
+        optimizer: takes the place of the run's own, see `optim.make`.
 
     Example:
         >>> import dsv3_jax as ds
@@ -167,6 +193,7 @@ def make_step(run: RunConfig, kernels: Kernels | None = None, options: Options =
     kernels = kernels or prepare(run.execution)
     graph, parts = graph_of(run.model, run.execution, kernels), run.optim.microbatches
     constrain = partial(sharding.constrain_state, fsdp=run.execution.layout.fsdp)
+    move = optim.make(run.optim, run.steps, kernels, optimizer).update
 
     def part_losses(trained, frozen, bias, batch, weight, counts):
         model = nnx.merge(graph, lora.join(run.lora, nnx.merge_state(trained, frozen)), bias)
@@ -199,7 +226,7 @@ def make_step(run: RunConfig, kernels: Kernels | None = None, options: Options =
         finite = jnp.isfinite(out.total) & jnp.isfinite(norm)
         if go is not True:
             finite &= go
-        params, opt = optim.adamw(run.optim, run.steps, state.step, trained, state.opt, grads, norm, finite, kernels)
+        params, opt = move(state.step, trained, state.opt, grads, norm, finite)
         bias, rule = state.bias, balance.rule_of(run.model)
         if rule is not None:
             gamma = optim.bias_rate(run.optim, run.model.balance.bias_rate, run.steps, state.step)
@@ -214,12 +241,13 @@ def make_step(run: RunConfig, kernels: Kernels | None = None, options: Options =
             "balance_loss": out.balance,
             "accuracy": out.accuracy,
             "grad_norm": norm,
-            "lr": optim.learning_rate(run.optim, run.steps, state.step),
             "load": out.load,
             "dropped": out.dropped,
             "tokens_sent": out.tokens_sent,
             "finite": finite,
         }
+        if optimizer is None:  # a transformation has a schedule of its own
+            metrics["lr"] = optim.learning_rate(run.optim, run.steps, state.step)
         if run.model.mtp_depth and HEADS[run.model.mtp_kind].feature_loss is not Head.feature_loss:
             metrics["feature_loss"] = out.feature
         return new, metrics
