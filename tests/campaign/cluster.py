@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pairs
@@ -72,7 +73,7 @@ def trial(
         what = f"process {victim}"
         if case != "other settings":
             what = disturb(case, both[victim], both[1 - victim], folder, rng)
-        limit = LIMIT_S + 3 * slow if case in ("stopped", "other settings") else END_S + slow
+        limit = LIMIT_S + 6 * slow if case in ("stopped", "other settings") else END_S + 6 * slow
         ended = [watch(process, limit) for process in both]
         signal_all([pid for process in both for pid in family(process.pid)], signal.SIGCONT)
     said = f"{what}, {more}:\n" + "\n".join(f"exit code {one.code}: {one.err[-600:]}" for one in ended)
@@ -85,7 +86,7 @@ def trial(
         faults = [fault for one in ended for fault in after_fault(one)]
         if ended[1 - victim].code not in (0, supervisor.LOST, None):
             faults.append("not resumed")  # no scheduler would start it again
-    return faults + half_written(folder) + finish(root, folder, run, LIMIT_S + 3 * slow), said
+    return faults + half_written(folder) + finish(root, folder, run, LIMIT_S + 6 * slow), said
 
 
 def disturb(case: str, victim, other, folder: Path, rng: random.Random) -> str:
@@ -120,7 +121,7 @@ def run(seconds: float, seed: int, table: Table, least: int = 1) -> None:
     """Disturb clusters for so long."""
     with tempfile.TemporaryDirectory(prefix="campaign-") as name:
         root = Path(name)
-        made = pairs.pair_run(root / "text")
+        made = replace(pairs.pair_run(root / "text"), steps=48)
         for _ in range(2):  # the second finds its programs compiled
             begin = time.monotonic()
             with pairs.pair(root, root / "warm", made) as both:
