@@ -154,7 +154,7 @@ def draw(results, path):
     axes[0].set_ylabel("distance to the key, of the row")
     figure.colorbar(image, ax=axes, label="keys found, %")
     unchanged, yarn = (results.values("L", beyond(how)).mean() for how in ("own", "yarn"))
-    title = f"Of keys farther away than L, YaRN without more steps finds {yarn:.0f} %, the unchanged model {unchanged:.0f} %"
+    title = f"Of keys farther than L, YaRN alone finds {yarn:.0f} %, the unchanged model {unchanged:.0f} %"
     figure.suptitle(f"{title} (mean over {len(results.seeds())} seeds)", fontsize=11)
     write_figure(figure, path)
 
