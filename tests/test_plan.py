@@ -80,7 +80,7 @@ def test_traffic_of_a_training_step(trained):
 
 @pytest.mark.parametrize("asked, dtype", [(None, "float32"), ("bfloat16", "bfloat16")])
 def test_options_of_a_training_step_reach_its_run(asked, dtype):
-    options = PlanOptions(PLAIN, BFLOAT16, moments_dtype=asked, microbatches=3)
+    options = PlanOptions(PLAIN, BFLOAT16, seq_len=32, moments_dtype=asked, microbatches=3)
     *_, cost = _job("train", options, recipe("tiny"), sharding.parse_mesh("data=1"))
     (run, _) = cost.args
     assert (run.model, run.execution, run.data.batch_size) == (PLAIN, BFLOAT16, 3)
