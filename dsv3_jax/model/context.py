@@ -25,6 +25,8 @@ class Context(NamedTuple):
     cache: Any = None  # Cache of all layers, or None
     experts: ExpertStack | None = None  # at this layer
     may_drop: bool = True  # False: no token is dropped, whatever capacity_factor says
+    watch_logits: bool = False  # measure the largest attention logits, for QK-clip
+    max_logits: Array | None = None  # float32 [H]: of the layer that has just run, over tokens that are not padding
 
 
 def make_context(

@@ -289,7 +289,7 @@ def _row(step: int, found: dict, run: RunConfig) -> dict:
     row: dict = {"step": step, "loss": float(found["loss"])}
     if found["mtp_loss"].size:
         row["mtp_loss"] = [float(x) for x in found["mtp_loss"]]
-    for key in ("feature_loss", "balance_loss", "accuracy", "grad_norm", "lr", "dropped"):
+    for key in ("feature_loss", "balance_loss", "accuracy", "grad_norm", "lr", "dropped", "max_logit"):
         if key in found:
             row[key] = float(found[key])
     if found["tokens_sent"]:
