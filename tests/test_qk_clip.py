@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import parameters, random_model, small
-from runs import MODEL, cheap_compiles, fresh_state, make_run, packed_batch
+from runs import MODEL, assert_bitwise, cheap_compiles, fresh_state, make_run, packed_batch
 
 import dsv3_jax as ds
 from dsv3_jax import reference
@@ -24,7 +24,7 @@ from dsv3_jax.training.step import make_step
 B, T = 4, 12
 # Almost no step of the optimizer, so that what moves is the clip
 OPTIM = OptimConfig(learning_rate=1e-20, final_learning_rate=0.0, warmup_steps=0, weight_decay=0.0, qk_clip=1e9)
-CFG = small(num_layers=3, mtp_depth=2, vocab_size=260, init_std=0.5)  # a dense layer, two sparse ones, two heads
+CFG = small(num_layers=3, mtp_depth=1, vocab_size=260, init_std=0.5)  # a dense layer, two sparse ones, and a head
 RUN = make_run("nowhere", model=CFG, optim=OPTIM)
 
 
@@ -76,8 +76,9 @@ def test_row_maxima_are_those_of_the_scores(rng, name, length):
     q, k, v = (jnp.asarray(rng.standard_normal((2, length, h, n)), jnp.float32) for h, n in ((4, 6), (2, 6), (2, 3)))
     segments = jnp.asarray(np.sort(rng.integers(1, 4, (2, length)), axis=1), jnp.int32)
     scores = np.einsum("bthx,bshx->bths", np.float64(q), np.repeat(np.float64(k), 2, axis=2)) * 0.7
-    seen = (segments[:, :, None] == segments[:, None, :]) & np.tri(length, dtype=bool)
-    want = np.where(np.asarray(seen)[:, :, None], scores, -np.inf).max(-1)
+    ids = np.asarray(segments)
+    seen = (ids[:, :, None] == ids[:, None, :]) & np.tri(length, dtype=bool)
+    want = np.where(seen[:, :, None], scores, -np.inf).max(-1)
     if name == "row_maxima":
         got = jax.jit(lambda q, k: attention.row_maxima(q, k, scale=0.7, segment_ids=segments))(q, k)
     else:
@@ -117,39 +118,19 @@ def test_the_maxima_take_no_gradient(rng, name):
 # the clip
 
 
-@pytest.fixture(scope="module")
-def watched():
-    """A step whose threshold no head reaches: (state before, state after, metrics)."""
-    state = fresh_state(RUN)
-    before = by_layer(state)
-    new, metrics = make_step(RUN)(state, batch_of())
-    return before, by_layer(new), jax.device_get(metrics)
-
-
-def test_the_metric_is_the_references(watched, monkeypatch):
-    want = reference_maxima(CFG, parameters(random_model(CFG)), batch_of(), monkeypatch)
-    assert len(want) == CFG.num_layers + CFG.mtp_depth
-    np.testing.assert_allclose(watched[2]["max_logit"], np.max(want), rtol=1e-5)  # float32 through five blocks
-
-
-def test_heads_below_the_threshold_do_not_change(watched):
-    before, after, _ = watched
-    for name, w in before.items():
-        if name.rpartition(".")[2] in ("w_uk", "w_uq"):
-            np.testing.assert_array_equal(after[name], w, name)
-
-
 def test_each_head_of_each_layer_is_scaled_by_its_own_logit(monkeypatch):
     """Against the reference in float64, in stacks and in the heads' blocks; half of the heads are above."""
     want = reference_maxima(CFG, parameters(random_model(CFG)), batch_of(), monkeypatch)
-    threshold = float(np.median(want))
+    assert len(want) == CFG.num_layers + CFG.mtp_depth
+    ordered = np.sort(np.ravel(want))
+    threshold = float(ordered[len(ordered) // 2 - 1 :][:2].mean())  # between two heads
     run = replace(RUN, optim=replace(OPTIM, qk_clip=threshold))
     state = fresh_state(run)
     before = by_layer(state)
     new, metrics = make_step(run)(state, batch_of())
     after, clipped = by_layer(new), 0
     np.testing.assert_allclose(metrics["max_logit"], np.max(want), rtol=1e-5)  # of the forward pass, before the clip
-    places = [("dense", 0), ("sparse", 0), ("sparse", 1), ("mtp.0.block", ...), ("mtp.1.block", ...)]
+    places = [("dense", 0), ("sparse", 0), ("sparse", 1), ("mtp.0.block", ...)]
     nope = CFG.nope_head_dim
     for (block, layer), largest in zip(places, want, strict=True):
         gamma = np.where(largest > threshold, threshold / largest, 1.0)
@@ -196,14 +177,14 @@ def test_clipped_logits_are_at_most_the_threshold(rng, compressed):
     np.testing.assert_array_equal(after[~above], before[~above])
 
 
-def test_a_step_that_is_not_kept_clips_nothing(watched):
-    run = replace(RUN, optim=replace(OPTIM, qk_clip=1e-3))
-    state = fresh_state(run)
-    before = by_layer(state)
-    new, metrics = make_step(run)(state, batch_of(), jnp.asarray(False))
-    assert not metrics["finite"] and metrics["max_logit"] > 1e-3
-    for name, w in by_layer(new).items():
-        np.testing.assert_array_equal(w, before[name])
+def test_a_step_that_is_not_kept_clips_nothing():
+    """Not even where the logits are NaN."""
+    module = nnx.state(ds.MLA(small(), rngs=nnx.Rngs(1)))
+    params = nnx.from_flat_state([(("block", "attn", *path), v) for path, v in nnx.to_flat_state(module)])
+    for largest in (1e3, jnp.nan):
+        tops = {"block": jnp.full(3, largest)}
+        new = qk_clip.clip(params, tops, 1.0, small().nope_head_dim, jnp.asarray(False))
+        assert_bitwise(new, params)
 
 
 @pytest.mark.parametrize("kind", ["attention", "lora", "sign"])
@@ -213,7 +194,7 @@ def test_what_cannot_be_clipped_is_refused(kind):
             make_run("x", model=replace(MODEL, attention="mha"), optim=OptimConfig(qk_clip=100.0))
     elif kind == "lora":
         with pytest.raises(ConfigError, match="optim.qk_clip=100.0 is not supported with lora rank=2"):
-            make_run("x", start="y", lora=Lora(2), optim=OptimConfig(qk_clip=100))
+            make_run("x", start="y", lora=Lora(2), optim=OptimConfig(qk_clip=100.0))
     else:
         with pytest.raises(ConfigError, match="qk_clip=0.0 is not positive"):
             OptimConfig(qk_clip=0.0)
