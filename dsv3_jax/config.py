@@ -575,6 +575,8 @@ class OptimConfig:
     eps: float = 1e-8  # epsilon of AdamW's division
     weight_decay: float = 0.1  # weight decay of matrices; the scales of norms have none
     clip_norm: float = 1.0  # largest norm of the whole gradient; a larger gradient is scaled down
+    # QK-clip: after a step, weights of heads whose largest attention logit was above it are scaled down; None: never
+    qk_clip: float | None = None
     mtp_weight: float = 0.3  # weight of the multi-token loss (lambda)
     mtp_final_weight: float = 0.1  # weight of the multi-token loss once the decay begins
     bias_freeze: float = 0.97  # share of all steps after which the router bias no longer moves
@@ -598,6 +600,7 @@ class OptimConfig:
                 self.moments_dtype == "float32" or getattr(self, name) <= 0.99,
                 f"{name}={getattr(self, name)} is over 0.99, too slow for moments_dtype='bfloat16'; use 'float32'",
             )
+        _require(self.qk_clip is None or self.qk_clip > 0, f"qk_clip={self.qk_clip} is not positive")
         _require(
             0 <= self.decay_start <= self.decay_end <= 1,
             f"decay_start={self.decay_start} and decay_end={self.decay_end} are not in order within [0, 1]",
@@ -682,6 +685,12 @@ class RunConfig:
         _require(
             self.trunk is None or self.start is None,
             f"a run begins with start={self.start!r} or on trunk={self.trunk!r}, not with both",
+        )
+        clip, attention = self.optim.qk_clip, self.model.attention
+        _require(clip is None or attention == "mla", f"optim.qk_clip={clip} is for attention='mla', not {attention!r}")
+        _require(
+            clip is None or self.lora.rank == 0,
+            f"optim.qk_clip={clip} is not supported with lora rank={self.lora.rank}: it scales weights, not adapters",
         )
         if self.lora.rank:
             self._check_lora()
