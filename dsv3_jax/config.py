@@ -450,7 +450,9 @@ class DataConfig:
         16
     """
 
-    paths: tuple[str, ...] = ()  # files or folders of text; empty means the text that this Python carries
+    # files or folders of text, or hf:NAME[:CONFIG][@SPLIT], a dataset of Hugging Face; empty means the text that this
+    # Python carries
+    paths: tuple[str, ...] = ()
     tokenizer: str = "bytes"  # bytes, or the path of a tokenizer.json
     seq_len: int = 256  # number of tokens in a sequence (T)
     batch_size: int = 16  # number of sequences in an optimizer step (B)
@@ -466,7 +468,8 @@ class DataConfig:
     # for chat: the file of a Jinja template, or plain, which writes the role on a line of its own; None means the
     # template of the model that training starts with
     chat_template: str | None = None
-    text_column: str = "text"  # key of JSONL and column of Parquet that holds the text
+    # key of JSONL and column of Parquet or a dataset that holds the text; for chat, the messages
+    text_column: str = "text"
     # for shards: weights of domains, as in ("code=2", "English=1"), other domains are left out; empty means all
     # domains, weighted by their tokens
     mixture: tuple[str, ...] = ()
