@@ -381,6 +381,35 @@ def test_all_studies_get_the_same_options(tmp_path, capsys):
     assert len((tmp_path / "called").read_text()) == 3 * len("['--seeds', '1', '--redraw']")  # no study was called
 
 
+def test_a_new_study_is_a_folder_that_lists_its_runs(repo, capsys, monkeypatch):
+    """Its run.py is complete: variants, claims, a manipulation check. Names that are taken or odd are refused."""
+    experiments = repo / "experiments"
+    assert __main__.main(["new", "my_question"], experiments) == 0
+    folder = experiments / "02_my_question"
+    assert str(folder) in capsys.readouterr().out and sorted(p.name for p in folder.iterdir()) == [
+        "README.md",
+        "run.py",
+    ]
+    spec = importlib.util.spec_from_file_location("a_new_study", folder / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    study = module.STUDY
+    names = {name for name, _ in study.list_runs(bases.short_run(), (0,))}
+    assert {c.variant for c in study.claims} | {c.against for c in study.claims} <= names and study.stakes
+    assert (folder / "README.md").read_text().startswith(f"# {study.question}\n")
+    assert overview.verdict(folder) == "pending"
+    for argv, sentence in (
+        (["new", "my_question"], "name='my_question' is taken by 02_my_question"),
+        (["new", "../x"], "name='../x' is not a short word"),
+        (["new"], "new takes one name"),
+        (["new", "a", "b"], "not 'a b'"),
+    ):
+        assert __main__.main(argv, experiments) == 2
+        error = capsys.readouterr().err
+        assert sentence in error and error.count("\n") == 1
+    assert len(list(experiments.iterdir())) == 3  # two studies and README.md
+
+
 @pytest.mark.parametrize(
     "command", [["experiments/01_attention/run.py", "--list"], ["-m", "experiments.lab", "--help"]]
 )
