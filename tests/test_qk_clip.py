@@ -29,8 +29,8 @@ RUN = make_run("nowhere", model=CFG, optim=OPTIM)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _cheap(tmp_path_factory):
-    with cheap_compiles(tmp_path_factory.getbasetemp()):
+def _cheap():
+    with cheap_compiles():
         yield
 
 
