@@ -21,6 +21,7 @@ replace = dataclasses.replace
 # Kinds and dtypes of the cache that decoding keeps; see `model/cache.py`.
 CacheKind = Literal["latent", "expanded", "none"]
 CacheDtype = Literal["float32", "bfloat16", "int8", "float8_e4m3"]
+Precision = Literal["none", "fp8", "mxfp8"]  # of the linear layers' products; see `ops/low_precision.py`
 
 
 class ConfigError(ValueError):
@@ -142,26 +143,39 @@ class Yarn:
             _require(0 <= getattr(self, name) <= 100, f"yarn {name}={getattr(self, name)} is outside [0, 100]")
 
 
+# Names of `ops.routing.ROUTERS` and of `ops.balance.RULES`, which say what each is; a test holds them equal.
+RouterName = Literal["sigmoid", "sqrtsoftplus", "softmax", "topk", "noisy_topk", "dense", "hash"]
+RuleName = Literal["sign", "proportional", "quantile"]
+
+
 @dataclass(frozen=True)
 class Balance:
-    """How the load of the experts is balanced: three methods that can be combined; 0 turns one off.
+    """How the load of the experts is balanced: methods that can be combined; 0 turns one off.
 
     Sources: loss-free bias arXiv 2408.15664; sequence-wise loss DeepSeek-V3 report, section 2.1.2; Switch loss
-    arXiv 2101.03961.
+    arXiv 2101.03961; z-loss arXiv 2202.08906.
 
     Example:
-        >>> Balance(switch_alpha=1e-3)
-        Balance(bias_rate=0.001, sequence_alpha=0.0001, switch_alpha=0.001)
+        >>> Balance(switch_alpha=1e-3) == Balance(1e-3, 1e-4, 1e-3, rule="sign", z_alpha=0.0)
+        True
     """
 
-    bias_rate: float = 1e-3  # step of the loss-free router bias after each batch (gamma)
+    bias_rate: float = 1e-3  # step of the loss-free router bias after each batch (gamma); for quantile at most 1
     sequence_alpha: float = 1e-4  # weight of the sequence-wise balance loss (alpha)
     switch_alpha: float = 0.0  # weight of the batch-wise Switch balance loss
+    # how the bias moves: sign by gamma towards the mean load (V3), proportional by gamma times the distance from it,
+    # quantile the share gamma of the way to the bias with which the batch would have been balanced
+    rule: RuleName = "sign"
+    z_alpha: float = 0.0  # weight of the z-loss, which keeps the router's logits small
 
     def __post_init__(self):
         _check_types(self)
-        for name in ("bias_rate", "sequence_alpha", "switch_alpha"):
+        for name in ("bias_rate", "sequence_alpha", "switch_alpha", "z_alpha"):
             _require(getattr(self, name) >= 0, f"balance {name}={getattr(self, name)} is negative")
+        _require(
+            self.rule != "quantile" or self.bias_rate <= 1,
+            f"balance bias_rate={self.bias_rate} is over 1, the complete way to the bias of rule='quantile'",
+        )
 
 
 @dataclass(frozen=True)
@@ -203,6 +217,9 @@ class Execution:
     layout: Layout = field(default_factory=Layout)  # how the model is sharded over a mesh of devices
     # XLA's flags for training on several GPUs or TPUs: auto sets those of kernels/xla_flags.py, none sets none
     xla_flags: Literal["auto", "none"] = "auto"
+    # 8-bit operands for the products of linear layers in training: fp8 is DeepSeek-V3's recipe, mxfp8 that of the MX
+    # formats; none multiplies in compute_dtype. Emulated, so slower: it shows what the rounding does to the loss
+    precision: Precision = "none"
 
     def __post_init__(self):
         _check_types(self)
@@ -270,9 +287,10 @@ class ModelConfig:
     num_kv_heads: int | None = None  # number of heads with keys and values; for attention gqa only
     num_groups: int = 1  # number of groups that the experts are divided into (G)
     groups_per_token: int = 1  # number of groups that a token's experts may come from
-    # how scores become a choice: sigmoid with a balancing bias (V3), softmax with balance losses (V2), topk takes the
-    # softmax over the chosen experts, dense uses every expert
-    router: Literal["sigmoid", "softmax", "topk", "dense"] = "sigmoid"
+    # how scores become a choice: sigmoid with a balancing bias (V3), sqrtsoftplus likewise (V4), softmax with balance
+    # losses (V2), topk takes the softmax over the chosen experts, noisy_topk adds learnt noise in training, dense uses
+    # every expert, hash chooses by the token's id
+    router: RouterName = "sigmoid"
     group_score: Literal["top2_sum", "max"] = "top2_sum"  # score of a group: sum of its two best experts, or the best
     normalize_gates: bool = True  # divide a token's gates by their sum
     routed_scale: float = 1.0  # factor on the output of the routed experts

@@ -10,7 +10,7 @@ from dsv3_jax.config import replace
 from dsv3_jax.model.counting import size
 from dsv3_jax.presets import recipe
 from experiments.lab import Results
-from experiments.lab.results import results_table
+from experiments.lab.tables import results_table
 
 pytestmark = pytest.mark.long
 

@@ -8,7 +8,7 @@ import pytest
 from runs import HERE
 
 from dsv3_jax.presets import recipe
-from experiments.lab import study
+from experiments.lab.fingerprints import config_hash
 
 
 @pytest.fixture
@@ -28,10 +28,12 @@ def load(monkeypatch):
 
 def test_specialisation_shares_the_runs_of_the_balance_study(load):
     base = recipe("lab")
-    balance = {r.fingerprint for r in load("03_balance/run.py").STUDY.list_runs(base, (0, 1)).values()}
+    balance = {r.identity for r in load("03_balance/run.py").STUDY.list_runs(base, (0, 1)).values()}
     runs = load("09_specialisation/run.py").STUDY.list_runs(base, (0,))
-    assert {name for (name, _), r in runs.items() if r.fingerprint not in balance} == {"Switch loss, α 1e-2"}
-    assert study.fingerprint(base) in balance  # the base recipe, which other studies share too
+    assert {name for (name, _), r in runs.items() if r.identity not in balance} == {"Switch loss, α 1e-2"}
+    assert config_hash(base) in {
+        identity.config for identity in balance
+    }  # the base recipe, which other studies share too
 
 
 def test_experts_are_sorted_by_favourite_domain(load):

@@ -13,7 +13,7 @@ from dsv3_jax.mesh.sharding import constrain, shard_map_by_names, shards_alike
 from dsv3_jax.model.cache import ROW_AXES, Cache
 from dsv3_jax.model.context import Context, from_zero, make_context
 from dsv3_jax.model.layers import RMSNorm, param
-from dsv3_jax.ops import mla, rope
+from dsv3_jax.ops import rope
 from dsv3_jax.ops.attention import repeat_heads
 
 LATENT_NORM_EPS = 1e-6  # whatever norm_eps says, as in the reference implementations
@@ -76,13 +76,13 @@ class MLA(nnx.Module):
         """Attend to earlier tokens, cached ones first. Returns (output [B, T, D], the context with these tokens)."""
         q_nope, q_rope = self._queries(x, ctx)
         row, cache = self._row(x, ctx), ctx.cache
-        w_uk, w_uv = self.w_uk[...].astype(x.dtype), self.w_uv[...].astype(x.dtype)
         if cache is not None and not cache.is_empty and cache.kind == "latent":
+            w_uk, w_uv = self.w_uk[...].astype(x.dtype), self.w_uv[...].astype(x.dtype)
             out, cache = self._absorbed(q_nope, q_rope, row, w_uk, w_uv, cache, ctx.layer)
             return project_out(self, out), ctx._replace(cache=cache)
         q = jnp.concatenate([q_nope, q_rope], axis=-1)
         c_kv, k_rope = jnp.split(row, [self.cfg.kv_latent_dim], axis=-1)
-        k, v = mla.expand(c_kv, k_rope, w_uk, w_uv)
+        k, v = self.kernels.expand(c_kv, k_rope, self.w_uk[...], self.w_uv[...])
         if cache is None or cache.is_empty:
             out, ctx = attend_causally(self, q, k, v, ctx)
             if cache is not None:

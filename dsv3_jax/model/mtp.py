@@ -271,6 +271,10 @@ def run_heads(
                 # A position that reads padding or another document's token is not counted.
                 counted = counted & (segment_ids == ctx.segment_ids[:, k:])
         part = ctx._replace(cos=ctx.cos[:, :short], sin=ctx.sin[:, :short], segment_ids=segment_ids, mask=counted)
+        if ctx.tokens is not None:  # a router that reads tokens reads the one that the head does
+            part = part._replace(tokens=tokens[:, k:] if reads_tokens else tokens[:, :short])
+        if ctx.keys is not None:  # noise of its own, beyond that of the trunk's layers
+            part = part._replace(layer=jnp.int32(cfg.num_layers + k))
         made, routing, largest = run(head, h[:, :short], part, embedding(tokens[:, k:]) if reads_tokens else None)
         if reads_tokens:
             h = made

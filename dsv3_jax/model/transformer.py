@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.config import CacheKind, Execution, ModelConfig
+from dsv3_jax.config import CacheKind, Execution, ModelConfig, replace
 from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.mesh.sharding import on_mesh, shard_map_over_batch, unshard_weights
 from dsv3_jax.model.blocks import DenseBlock, SparseBlock
@@ -111,22 +111,29 @@ class Transformer(nnx.Module):
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
+        keys: Array | None = None,
         *,
         watch_logits: bool = False,
     ) -> ForwardOut:
-        """Run trunk and heads up to the unembedding. Arguments as `__call__`; `watch_logits` fills `max_logits`."""
+        """Run trunk and heads up to the unembedding.
+
+        Args:
+            tokens, segment_ids, positions: as `__call__`.
+            keys: a random key for each row, [B], of the router's noise. None means no noise.
+            watch_logits: fill `max_logits`.
+        """
         cfg = self.cfg
         batch, length = tokens.shape
         if length > cfg.max_positions:
             raise ValueError(f"length {length} is over the model's max_positions={cfg.max_positions}")
         if length <= cfg.mtp_depth:
             raise ValueError(f"length {length} leaves nothing for mtp_depth={cfg.mtp_depth} to read")
-        ctx = make_context(cfg, from_zero(batch, length) if positions is None else positions, segment_ids)
-        x, _, routing, largest = self._trunk(tokens, ctx._replace(watch_logits=watch_logits))
+        positions = from_zero(batch, length) if positions is None else positions
+        ctx = make_context(cfg, positions, segment_ids, tokens=tokens, keys=keys)._replace(watch_logits=watch_logits)
+        x, _, routing, largest = self._trunk(tokens, ctx)
         h = self.norm(x)
         mtp_h, mtp_routing, of_heads = run_heads(
-            self.mtp, cfg, self.embedding, h if cfg.mtp_input == "normed" else x, tokens,
-            ctx._replace(watch_logits=watch_logits),
+            self.mtp, cfg, self.embedding, h if cfg.mtp_input == "normed" else x, tokens, ctx,
             remat=self.execution.remat, unshard=self.unshard,
         )  # fmt: skip
         largest |= {f"mtp.{k}.block": top for k, top in enumerate(of_heads)}
@@ -144,7 +151,7 @@ class Transformer(nnx.Module):
         Returns: (the last layer's output before the final norm, the cache with the tokens' rows). Lengths stay.
         """
         positions = from_zero(*tokens.shape) if cache is None else cache.positions(tokens.shape[1])
-        ctx = make_context(self.cfg, positions, cache=cache, may_drop=False)
+        ctx = make_context(self.cfg, positions, tokens=tokens, cache=cache, may_drop=False)
         x, cache, *_ = self._trunk(tokens, ctx, weights)
         return x, cache
 
@@ -245,11 +252,26 @@ class Transformer(nnx.Module):
         """Compute float32 logits of normed hidden states."""
         if self.head is None or h.dtype != jnp.float32:  # a transposed table would first be copied for a kernel
             return jnp.dot(h, self.head_matrix(), preferred_element_type=jnp.float32)
-        return self.kernels.product(h, self.head_matrix())
+        return self.kernels.in_compute_dtype.product(h, self.head_matrix())
 
     def unshard(self, v: Any) -> Any:
         """Prepare weights for use: merge low-rank adapters, and gather what a mesh shards (`unshard_weights`)."""
         return unshard_weights(merge_frozen(v), fsdp=self.execution.layout.fsdp, dtype=self.compute_dtype)
+
+    def in_compute_dtype(self) -> "Transformer":
+        """The model without 8-bit products, on the same arrays: low precision is for training, decoding does without.
+
+        Example:
+            >>> import dsv3_jax as ds
+            >>> model = abstract(ds.replace(ds.preset("tiny"), num_layers=1), Execution(precision="fp8"))
+            >>> model.in_compute_dtype().execution.precision
+            'none'
+        """
+        if self.execution.precision == "none":
+            return self
+        execution = replace(self.execution, precision="none")
+        graphdef = nnx.graphdef(abstract(self.cfg, execution, self.kernels.in_compute_dtype))
+        return nnx.merge(graphdef, nnx.state(self))
 
     @property
     def compute_dtype(self):

@@ -25,6 +25,7 @@ from dsv3_jax.report.speed import gemm_flops
 from dsv3_jax.report.units import format_bytes, format_duration
 from dsv3_jax.training import chats, from_optax, lora, optim, warm_start
 from dsv3_jax.training.checkpoint import last_step
+from dsv3_jax.training.provenance import made_from
 from dsv3_jax.training.run_folder import RUN_FILE, changes, claim, own_tokenizer, read_run, settled
 from dsv3_jax.training.step import abstract_state, split_trainable
 
@@ -54,11 +55,13 @@ def prepare(
     step: int | None = None,
     stop_after: int | None = None,
     optimizer: optax.GradientTransformation | None = None,
+    source: Source | None = None,
 ) -> Prepared:
     """Check a run, read its text and claim its folder. A run that `optimizer` trains is named by it.
 
     Several processes call it together, and are all refused where one is.
 
+    Args: source: data in place of the text that the run names, see `loop.fit`.
     Raises: as `loop.fit`.
     """
     optim.check(run.optim, optimizer)
@@ -91,10 +94,11 @@ def prepare(
     elif (taken := last_step(out) if step is None else step) > run.steps:
         raise ConfigError(f"steps={run.steps} is below the {taken} steps that the run in {out} has taken")
     text = processes.by_each(lambda: chats.text_of(run, out))
-    source = processes.by_each(lambda: _read(run, words, text))
+    source = processes.by_each(lambda: _read(run, words, text, source))
     processes.agree({"text": source.fingerprint})
     rows = None if mesh is None else processes.rows_held(mesh, run.data.batch_size)
-    processes.by_first(lambda: _claim(out, run, chosen(kernels, run, mesh), text))
+    made = made_from(source, words)
+    processes.by_first(lambda: _claim(out, run, chosen(kernels, run, mesh), text, made))
     run = settled(run, out)
     return Prepared(
         run,
@@ -136,8 +140,8 @@ def check_memory(run: RunConfig, hosts: int = 1, optimizer: optax.GradientTransf
         )
 
 
-def _claim(out: Path, run: RunConfig, kernels: dict[str, str], text: TextSettings | None) -> None:
-    claim(out, run, kernels)
+def _claim(out: Path, run: RunConfig, kernels: dict[str, str], text: TextSettings | None, made: dict[str, Any]) -> None:
+    claim(out, run, kernels, made)
     if text is not None:
         chats.keep(run, out, text)
 
@@ -196,9 +200,11 @@ def flops_per_token(run: RunConfig) -> int:
     return train_flops_per_token(run.model, frozen_trunk=run.trunk is not None, adapted=adapted)
 
 
-def _read(run: RunConfig, words: Tokenizer, text: TextSettings | None) -> Source:
+def _read(run: RunConfig, words: Tokenizer, text: TextSettings | None, source: Source | None) -> Source:
     """Raises: ValueError for a tokenizer larger than the vocabulary, or text that cannot be read."""
     check_vocab(words, run.model.vocab_size)
+    if source is not None:
+        return source
     return open_source(run.data, words, text, quiet=not processes.is_first())
 
 

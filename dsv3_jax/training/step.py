@@ -24,7 +24,7 @@ from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.mtp import HEADS, Head
 from dsv3_jax.model.transformer import Transformer, abstract
-from dsv3_jax.ops import balance
+from dsv3_jax.ops import balance, routing
 from dsv3_jax.training import lora, optim, qk_clip
 from dsv3_jax.training.loss import Losses, add_parts, compute_loss, target_counts
 
@@ -170,7 +170,8 @@ def make_step(
 
     The gradient of a batch split in microbatches is that of the complete batch: sums are divided by the complete
     batch's target counts. Balance losses are divided by the number of parts, so the batch-wise Switch loss is a mean
-    over microbatches. The bias is updated once, after the optimizer, by the load of the complete batch. If the loss or
+    over microbatches. The bias is updated once, after the optimizer, by the load of the complete batch. A router's
+    noise is that of the run's seed, the step and the row, in whatever part the row is. If the loss or
     a gradient is not finite, or `go` is False, the state does not change, and `finite` in the metrics is False. Given
     the last step's `finite` as `go`, a step may start before that is known, and changes nothing after a bad one.
 
@@ -220,6 +221,7 @@ def make_step(
     @partial(jax.jit, donate_argnums=0, compiler_options=dict(options) or None)
     def step(state: TrainState, batch: Batch, go: Array | bool = True):
         weight = optim.mtp_weight(run.optim, run.steps, state.step)
+        batch = _with_keys(run, batch, state.step)
         trained, frozen = split_trainable(run, state.params)
         grads, out = gradients(trained, frozen, state.bias, batch, weight)
         norm = optax.tree.norm(grads)
@@ -229,9 +231,12 @@ def make_step(
         params, opt = move(state.step, trained, state.opt, grads, norm, finite)
         if run.optim.qk_clip is not None and out.max_logits is not None:
             params = qk_clip.clip(params, out.max_logits, run.optim.qk_clip, run.model.nope_head_dim, finite)
-        rate = jnp.where(finite, optim.bias_rate(run.optim, _bias_rate(run.model), run.steps, state.step), 0.0)
-        updated, fixed = _split_moving(run, state.bias)
-        bias = nnx.merge_state(updated_bias(updated, out.load, rate), fixed)
+        bias, rule = state.bias, balance.rule_of(run.model)
+        if rule is not None:
+            gamma = optim.bias_rate(run.optim, run.model.balance.bias_rate, run.steps, state.step)
+            updated, fixed = _split_moving(run, bias)
+            moved = updated_bias(updated, out.load, jnp.where(finite, gamma, 0.0), rule, out.bias_measure)
+            bias = nnx.merge_state(moved, fixed)
         params = nnx.merge_state(params, frozen)
         new = constrain(TrainState(params, bias, opt, state.step + finite.astype(jnp.int32)))
         metrics = {
@@ -256,12 +261,30 @@ def make_step(
     return step
 
 
-def _bias_rate(cfg: ModelConfig) -> float:
-    return cfg.balance.bias_rate if cfg.router == "sigmoid" else 0.0  # no other router reads a bias
+def _with_keys(run: RunConfig, batch: Batch, step: Array) -> Batch:
+    """The batch with a random key for each row, of the run's seed, the step and the row, if the router has noise."""
+    if not routing.ROUTERS[run.model.router].has_noise:
+        return batch
+    of_run = jax.random.fold_in(jax.random.key(run.seed), _NOISE)
+    return batch | {"keys": jax.random.split(jax.random.fold_in(of_run, step), len(batch["tokens"]))}
 
 
-def updated_bias(bias: nnx.State, load: Float[Array, "L E"], rate: Array) -> nnx.State:
-    """Update every router's loss-free bias; `load`: of the trunk's sparse layers, then of the heads with experts.
+_NOISE = 0x4E4F4953  # apart from the keys of the initial weights, which are numbered from 0
+
+
+def updated_bias(
+    bias: nnx.State,
+    load: Float[Array, "L E"],
+    rate: Array,
+    rule: balance.Rule = balance.RULES["sign"],
+    measure: Float[Array, "L E"] | None = None,
+) -> nnx.State:
+    """Update every router's loss-free bias by a rule.
+
+    Args:
+        load: of the trunk's sparse layers, then of the heads with experts.
+        rate: γ.
+        measure: what the rule needs beside the load, in the same rows.
 
     Example:
         >>> bias = nnx.State({"sparse": {"bias": RouterBias(jnp.zeros((1, 3)))}})  # one layer, three experts
@@ -273,8 +296,9 @@ def updated_bias(bias: nnx.State, load: Float[Array, "L E"], rate: Array) -> nnx
     flat = dict(nnx.to_flat_state(bias))
     trunk -= sum(path[0] == "mtp" for path in flat)
     for path, variable in flat.items():
-        part = load[trunk + int(str(path[1]))] if path[0] == "mtp" else load[:trunk]
-        flat[path] = variable.replace(balance.bias_update(variable[...], part, rate))
+        rows = trunk + int(str(path[1])) if path[0] == "mtp" else slice(trunk)
+        own = None if measure is None else measure[rows]
+        flat[path] = variable.replace(rule.update(variable[...], load[rows], own, rate))
     return nnx.from_flat_state(flat)
 
 
@@ -290,6 +314,7 @@ def first_bad_tensor(run: RunConfig, state: TrainState, batch: Batch) -> str:
     """
     graph = graph_of(run.model, run.execution)
     trained, frozen = split_trainable(run, state.params)
+    batch = _with_keys(run, batch, state.step)
 
     def total(trained):
         weight = optim.mtp_weight(run.optim, run.steps, state.step)

@@ -249,7 +249,7 @@ ffi::Error CausalAttention(ffi::ThreadPool pool, Floats q, Floats k, Floats v, I
   work->out = out->typed_data(), work->lse = lse->typed_data(), work->top = top->typed_data();
   const int64_t heads = work->dims.batch * work->dims.heads, wanted = 8 * pool.num_threads();
   const int64_t most = std::max<int64_t>(work->dims.length / kKeys, 1);
-  work->parts = std::min(most, (wanted + heads - 1) / heads);
+  work->parts = std::min(most, (wanted + heads - 1) / std::max<int64_t>(heads, 1));  // no sequence: no heads
   Share(work, pool, BytesRead(work->dims));
   return ffi::Error::Success();
 }
