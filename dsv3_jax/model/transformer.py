@@ -117,7 +117,9 @@ class Transformer(nnx.Module):
     ) -> ForwardOut:
         """Run trunk and heads up to the unembedding.
 
-        Args: as `__call__`; keys: a random key for each row, [B], of the router's noise. None means no noise.
+        Args:
+            tokens, segment_ids, positions: as `__call__`.
+            keys: a random key for each row, [B], of the router's noise. None means no noise.
             watch_logits: fill `max_logits`.
         """
         cfg = self.cfg
@@ -127,8 +129,7 @@ class Transformer(nnx.Module):
         if length <= cfg.mtp_depth:
             raise ValueError(f"length {length} leaves nothing for mtp_depth={cfg.mtp_depth} to read")
         positions = from_zero(batch, length) if positions is None else positions
-        ctx = make_context(cfg, positions, segment_ids, tokens=tokens, keys=keys)
-        ctx = ctx._replace(watch_logits=watch_logits)
+        ctx = make_context(cfg, positions, segment_ids, tokens=tokens, keys=keys)._replace(watch_logits=watch_logits)
         x, _, routing, largest = self._trunk(tokens, ctx)
         h = self.norm(x)
         mtp_h, mtp_routing, of_heads = run_heads(
