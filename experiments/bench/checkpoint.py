@@ -24,8 +24,6 @@ from dsv3_jax.training import checkpoint
 from dsv3_jax.training.checksums import write_manifest
 from dsv3_jax.training.step import abstract_state
 
-ROOT = Path(__file__).parents[2]
-
 
 def random_state(run: ds.RunConfig):
     """A training state of random numbers, which do not compress, as trained weights do not."""
@@ -64,6 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=470.0, help="about the size of the state")
     parser.add_argument("--saves", type=int, default=5, help="of each kind")
+    parser.add_argument("--place", help="folder for the files; None means the system's for temporary ones")
     args = parser.parse_args()
     run = ds.recipe("tiny")
     width = int(args.megabytes * 1e6 / 12 / (2 * 4096))  # an embedding and a head of 4,096 tokens, AdamW's two means
@@ -71,7 +70,7 @@ def main() -> None:
     state = random_state(run)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     kinds: dict[bool, list[tuple[float, float, float]]] = {True: [], False: []}
-    with tempfile.TemporaryDirectory(dir=ROOT) as name:
+    with tempfile.TemporaryDirectory(dir=args.place) as name:
         one_save(run, state, Path(name, "run"), True)  # not counted
         for _ in range(args.saves):
             for checksums, found in kinds.items():

@@ -90,12 +90,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, nargs="+", default=[100, 1000], help="ascending sizes of the text")
     parser.add_argument("--tokenizer", choices=("bytes", "bpe"), default="bytes")
+    parser.add_argument("--place", help="folder for the files; None means the system's for temporary ones")
     args = parser.parse_args()
     python = ["JAX_PLATFORMS=cpu", sys.executable]
     print("| text, MB | tokens | tokenize, tokens/s a core | peak memory, MB | read, tokens/s a core "
           "| memory while reading, MB: first, last |\n|---|---|---|---|---|---|")  # fmt: skip
     for megabytes in args.megabytes:
-        with tempfile.TemporaryDirectory(dir=ROOT, prefix="pipeline-") as name:
+        with tempfile.TemporaryDirectory(dir=args.place, prefix="pipeline-") as name:
             text, shards, spec = Path(name, "text"), Path(name, "shards"), "bytes"
             size = write_text(text, megabytes)
             if args.tokenizer == "bpe":
