@@ -1,28 +1,25 @@
 """Two real processes over the loopback address train what one trains; when one ends, the other ends with a reason."""
 
-import contextlib
 import re
 import signal
-import socket
-import subprocess
 import time
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
-from runs import MODEL, assert_bitwise, cheap_compiles, flags, fresh_state, make_run, rows_of, start, write_text
+from pairs import DSV3, MESH, ends, free_port, pair, pair_run, wait_for_step
+from runs import assert_bitwise, cheap_compiles, flags, fresh_state, rows_of, start
 
 from dsv3_jax.cluster import processes, supervisor
-from dsv3_jax.config import ConfigError, Layout, OptimConfig
+from dsv3_jax.config import ConfigError, Layout
 from dsv3_jax.mesh import sharding
 from dsv3_jax.training import loop, prepare
 from dsv3_jax.training.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.long
 
-MESH = "data=2"  # one device in each process, which holds half of the batch
-FSDP = ("--execution.layout.fsdp",)  # and half of the weights
+FSDP = ("--execution.layout.fsdp",)  # each process holds half of the weights
 EXPERTS = "expert=2"  # or half of the experts, to which tokens are sent:
 ROUNDS = ("--execution.layout.expert-comm", "all_to_all", "--execution.layout.capacity-slack", "1")
 
@@ -30,17 +27,13 @@ ROUNDS = ("--execution.layout.expert-comm", "all_to_all", "--execution.layout.ca
 @pytest.fixture(scope="module", autouse=True)
 def root(tmp_path_factory):
     root = tmp_path_factory.getbasetemp()
-    with cheap_compiles(root):
+    with cheap_compiles():
         yield root
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """With a large eps, AdamW does not turn rounding of gradients near 0 into full steps of either sign."""
-    text = write_text(tmp_path_factory.mktemp("text"))
-    model = replace(MODEL, num_layers=1, mtp_depth=0)
-    optim = OptimConfig(learning_rate=1e-2, warmup_steps=0, eps=0.1)
-    return make_run(text, model=model, optim=optim, steps=24, eval_every=12, save_every=1)
+    return pair_run(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(autouse=True)
@@ -48,44 +41,6 @@ def _skip_slow_parts(monkeypatch):
     monkeypatch.setattr(prepare, "gemm_flops", lambda dtype: 1e9)
     monkeypatch.setattr(loop, "_draw", lambda *_: None)
     monkeypatch.setattr(loop, "_order2", lambda *_: 0.0)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-DSV3 = ("-m", "dsv3_jax.cli")
-
-
-@contextlib.contextmanager
-def pair(root, out, run, *, mesh=(MESH, MESH), more=((), ()), programs=(DSV3, DSV3)):
-    """Start `dsv3 train` twice, as the two processes of a cluster."""
-    address = f"127.0.0.1:{free_port()}"
-    both = []
-    for i in range(2):
-        argv = ["--out", str(out), "--mesh", mesh[i], "--cluster", address, "--processes", "2", "--process-id", str(i)]
-        both.append(start(["train", "tiny", *argv, *flags(run), *more[i]], root, programs[i]))
-    try:
-        yield both
-    finally:
-        for process in both:
-            with process:  # closes its pipes
-                process.kill()
-
-
-def ends(process: subprocess.Popen) -> tuple[int, str, list[str]]:
-    """Wait for a process: (exit code, stdout, lines of stderr)."""
-    output, errors = process.communicate(timeout=100)
-    return process.returncode, output, errors.splitlines()
-
-
-def wait_for_step(folder, step: int, process) -> None:
-    end = time.monotonic() + 100
-    while not any(p.name.isdigit() and int(p.name) >= step for p in folder.glob("checkpoints/*")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def resumed_from(output: str) -> int:

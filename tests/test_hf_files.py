@@ -336,6 +336,7 @@ def test_convert_between_dtypes(good, tmp_path):
     assert all((tmp_path / "fp8" / n).read_bytes() == (tmp_path / "again" / n).read_bytes() for n in names)
 
 
+@pytest.mark.long
 def test_a_failed_command_prints_one_sentence(root, folder, tmp_path):
     edit_tensors(folder, poison(np.nan))
     for args in (["--to", "run"], ["--dtype", "bfloat16"]):
@@ -365,16 +366,18 @@ def test_convert_rejects_what_it_cannot_do(good, tmp_path):
 
 # places
 
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
 
 @pytest.fixture
 def cached(good, tmp_path, monkeypatch):
     """The folder as the hub's cache holds it: a snapshot of links into blobs."""
     repo = tmp_path / "hub" / "models--deep--small"
-    snapshot = repo / "snapshots" / "0123"
+    snapshot = repo / "snapshots" / COMMIT
     (repo / "blobs").mkdir(parents=True)
     (repo / "refs").mkdir()
     snapshot.mkdir(parents=True)
-    (repo / "refs" / "main").write_text("0123")
+    (repo / "refs" / "main").write_text(COMMIT)
     for number, file in enumerate(good.iterdir()):
         (repo / "blobs" / str(number)).write_bytes(file.read_bytes())
         (snapshot / file.name).symlink_to(f"../../blobs/{number}")
@@ -388,9 +391,16 @@ def cached(good, tmp_path, monkeypatch):
 
 def test_a_hub_cache_is_read_by_path_and_by_id(cached, good):
     expected = nnx.to_pure_dict(nnx.state(hf.load(good)))
-    for place in (cached, cached / "snapshots" / "0123", "deep/small", "deep/small@main"):
+    for place in (cached, cached / "snapshots" / COMMIT, "deep/small", "deep/small@main"):
         assert_bitwise(nnx.to_pure_dict(nnx.state(hf.load(place))), expected)
         assert load_text(place).templates == {"rag": "{{ 'other' }}"}
+
+
+@pytest.mark.parametrize("text", ["", "main", COMMIT + "0", "../../secret", "0123", COMMIT.upper(), "\0" * 40])
+def test_the_name_of_main_is_a_commit(cached, text):
+    (cached / "refs" / "main").write_text(text)
+    with pytest.raises(ValueError, match="refs/main' holds .* not a commit"):
+        hf.load(cached)
 
 
 def test_an_id_that_is_not_in_the_cache_is_one_sentence(cached):
@@ -402,7 +412,7 @@ def test_an_id_that_is_not_in_the_cache_is_one_sentence(cached):
 
 
 def test_links_out_of_the_repository_are_refused(cached, tmp_path):
-    config = cached / "snapshots" / "0123" / "config.json"
+    config = cached / "snapshots" / COMMIT / "config.json"
     (tmp_path / "elsewhere.json").write_text(config.read_text())
     config.unlink()
     config.symlink_to(tmp_path / "elsewhere.json")
@@ -413,7 +423,7 @@ def test_links_out_of_the_repository_are_refused(cached, tmp_path):
 def test_a_template_that_is_a_link_out_of_the_repository_is_refused(cached, tmp_path):
     """It would be copied, too."""
     (tmp_path / "secret.jinja").write_text("secret")
-    template = cached / "snapshots" / "0123" / "additional_chat_templates" / "rag.jinja"
+    template = cached / "snapshots" / COMMIT / "additional_chat_templates" / "rag.jinja"
     template.unlink()
     template.symlink_to(tmp_path / "secret.jinja")
     for refused in (load_text, lambda place: hf.convert(place, tmp_path / "out")):

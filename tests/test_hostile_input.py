@@ -37,7 +37,7 @@ from dsv3_jax.training.run_folder import claim, read_run
 TINY = preset("tiny")
 RUN = to_dict(recipe("tiny"))
 HUGE = 10**399
-OTHER_CAMPAIGNS = ("damage", "kills", "writers", "disks", "models")
+OTHER_CAMPAIGNS = ("damage", "kills", "writers", "disks")
 
 
 def places(values: dict, kinds: tuple[type, ...], path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -494,22 +494,20 @@ def test_devices_are_named():
 
 
 @pytest.mark.long
-def test_a_minute_of_the_campaign(tmp_path):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("tests.campaign.inputs", "--minutes", "1"),
+        ("tests.campaign", "--minutes", "1", "--only", *OTHER_CAMPAIGNS),
+        ("tests.campaign.models", "--minutes", "0", "--least", "12"),
+        ("tests.campaign.sanitizers", "--minutes", "0.5"),
+    ],
+    ids=["inputs", "others", "models", "sanitizers"],
+)
+def test_a_part_of_the_campaigns(tmp_path, words):
     seed = "7"  # not that of tests/campaign/README.md
     done = subprocess.run(
-        [sys.executable, "-m", "tests.campaign.inputs", "--minutes", "1", "--seed", seed],
-        cwd=Path(__file__).parents[1],
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.long
-def test_a_minute_of_the_other_campaigns(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.campaign", "--minutes", "1", "--seed", "7", "--only", *OTHER_CAMPAIGNS],
+        [sys.executable, "-m", *words, "--seed", seed],
         cwd=Path(__file__).parents[1],
         env=environment(tmp_path),
         capture_output=True,

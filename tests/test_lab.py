@@ -75,7 +75,7 @@ def diffs(base):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    with cheap_compiles(tmp_path_factory.getbasetemp()):
+    with cheap_compiles():
         yield tmp_path_factory.getbasetemp()
 
 

@@ -13,7 +13,8 @@ import pytest
 from runs import MODEL, cheap_compiles, finished, rows_of, unhooked_cli
 
 from dsv3_jax.data.tokenizer import ByteTokenizer
-from dsv3_jax.report.metrics import Rows, read_rows
+from dsv3_jax.report.metrics import Rows, parse_rows, read_rows
+from dsv3_jax.report.run_plots import training_curves
 from dsv3_jax.stats import RoutingStats, plots, read_load, report, specialisation
 from dsv3_jax.stats.page import render_page
 from dsv3_jax.stats.reporting import PICTURES, as_json
@@ -26,7 +27,7 @@ TOKENIZER, E = ByteTokenizer(), MODEL.num_experts
 
 @pytest.fixture(scope="module", autouse=True)
 def root(tmp_path_factory):
-    with cheap_compiles(tmp_path_factory.getbasetemp()):
+    with cheap_compiles():
         yield tmp_path_factory.getbasetemp()
 
 
@@ -264,6 +265,23 @@ def test_errors_are_a_sentence(reported, capsys, tmp_path, argv, sentence):
     errors = capsys.readouterr().err
     assert errors.startswith("dsv3: ") and sentence in errors and errors.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_rows_of_wrong_types_are_no_rows(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    good = [
+        {"step": 1, "loss": 2.0, "mtp_loss": [1.0, 2.0], "kernels": {"product": "cpu"}},
+        {"step": 2, "loss": float("nan")},
+    ]
+    changes = [{"loss": "2"}, {"loss": None}, {"loss": [2.0]}, {"lr": True}, {"mtp_loss": 2.0}, {"mtp_loss": [1.0]},
+               {"mtp_loss": [None, 1.0]}, {"step": 2**63}, {"loss": 10**30}]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in (*good, *({"step": 3} | change for change in changes))))
+    rows, bad = parse_rows(path)
+    assert len(rows) == 2 and bad == list(range(3, 3 + len(changes)))
+    training_curves(rows, tmp_path / "training.png")
+    loads = [[[1, 2]], [[1, 2, 3]], [[1], [1, 2]], [[-1, 2]], [1, 2], [[1.5, 2]], [[4, 5]]]
+    (tmp_path / "load.jsonl").write_text("".join(json.dumps({"step": 1, "load": load}) + "\n" for load in loads))
+    assert read_load(tmp_path).load.tolist() == [[[1, 2]], [[4, 5]]]
 
 
 def test_rows_after_a_step_are_dropped(tmp_path):

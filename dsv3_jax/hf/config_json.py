@@ -5,7 +5,7 @@ from typing import Any
 
 from dsv3_jax.config import ConfigError, ModelConfig, Yarn, replace
 from dsv3_jax.hf import int4
-from dsv3_jax.hf.families import FIXED, Family, check_keys, family_of, text_config
+from dsv3_jax.hf.families import FIXED, Family, check_keys, check_known, family_of, text_config
 from dsv3_jax.hf.table import BLOCK, check_released
 
 # Our field → key of config.json with the same value.
@@ -40,6 +40,11 @@ _OF_EXPERTS = ("num_experts", "experts_per_token", "expert_dim", "num_dense_laye
 _ROUTER_KEYS = ("n_shared_experts", "n_group", "topk_group", "norm_topk_prob", "scoring_func", "topk_method")
 _OTHER_KEYS = ("mlp_layer_types", "rope_parameters", "rope_scaling", "rope_theta", "rope_interleave",
                "num_key_value_heads", "quantization_config")  # fmt: skip
+# Keys inside of rope_scaling and rope_parameters that `_rope` reads or, without YaRN, no implementation does.
+_ROPE_KEYS = frozenset(
+    "type rope_type rope_theta factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim "
+    "truncate attention_factor partial_rotary_factor".split()
+)
 _BLOCK_SIZE = [BLOCK, BLOCK]
 _HINTS = typing.get_type_hints(ModelConfig)
 _YARN_DEFAULTS = (("beta_fast", 32.0), ("beta_slow", 1.0))
@@ -93,7 +98,7 @@ def config_from_dict(values: dict[str, Any], *, allow_unknown_keys: bool = False
     else:  # a single expert that no layer has
         fields |= {"num_dense_layers": fields["num_layers"], "num_experts": 1, "experts_per_token": 1, "expert_dim": 1}
         fields |= {"num_shared_experts": 0, "num_groups": 1, "groups_per_token": 1}
-    fields.update(_rope(family, values, fields["max_positions"]))
+    fields.update(_rope(family, values, fields["max_positions"], allow_unknown_keys))
     if family.indexer:
         fields["max_positions"] = min(
             fields["max_positions"], _typed("index_topk", _required(values, "index_topk"), int)
@@ -179,7 +184,7 @@ def _router(family: Family, values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rope(family: Family, values: dict[str, Any], max_positions: int) -> dict[str, Any]:
+def _rope(family: Family, values: dict[str, Any], max_positions: int, allow_unknown: bool) -> dict[str, Any]:
     """Return our fields of RoPE and YaRN."""
     new, old = values.get("rope_parameters"), values.get("rope_scaling")
     for key, value in (("rope_parameters", new), ("rope_scaling", old)):
@@ -194,11 +199,15 @@ def _rope(family: Family, values: dict[str, Any], max_positions: int) -> dict[st
     label = values["model_type"]
     if (label == "deepseek_v2" or family.indexer) and fields["rope_interleaved"] is not True:
         raise ConfigError(f"rope_interleave=False is not supported for {label}: its rotary pairs are interleaved")
+    if scaling.get("partial_rotary_factor", 1) != 1:
+        raise ConfigError(f"partial_rotary_factor={scaling['partial_rotary_factor']!r} is not supported; use 1")
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+    if rope_type not in ("default", "yarn", "deepseek_yarn"):
+        raise ConfigError(f"rope_type={rope_type!r} is not supported; use 'yarn' or 'default'")
+    if not allow_unknown:
+        check_known(scaling, _ROPE_KEYS, "RoPE scaling")
     if rope_type == "default":
         return fields
-    if rope_type not in ("yarn", "deepseek_yarn"):
-        raise ConfigError(f"rope_type={rope_type!r} is not supported; use 'yarn' or 'default'")
     if "factor" not in scaling:
         raise ConfigError("rope_type='yarn' has no 'factor'; add it to the rope scaling")
     mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
@@ -206,7 +215,7 @@ def _rope(family: Family, values: dict[str, Any], max_positions: int) -> dict[st
         mscale, all_dim = 1.0, 0.0  # the reference's values where both are absent
     elif not mscale or not all_dim:
         raise ConfigError(f"mscale={mscale!r} does not go with mscale_all_dim={all_dim!r}; give both or neither")
-    for key, supported in (("truncate", True), ("attention_factor", None), ("partial_rotary_factor", 1)):
+    for key, supported in (("truncate", True), ("attention_factor", None)):
         if scaling.get(key, supported) != supported:
             raise ConfigError(f"{key}={scaling[key]!r} is not supported in rope scaling; use {supported!r}")
     numbers = {"mscale": mscale, "mscale_all_dim": all_dim}

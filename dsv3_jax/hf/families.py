@@ -4,7 +4,7 @@ One row a label. A key of config.json is used, known to be harmless, or refused:
 passed over. Sources: the released config.json files of each label; transformers' configuration classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,10 +135,23 @@ def check_keys(values: dict[str, Any], family: Family, used: set[str], *, allow_
     if allow_unknown:
         return
     known = used | HARMLESS | family.harmless | FIXED.keys()
+    check_known(values, known, f"model_type={values.get('model_type')!r}")
+
+
+def check_known(values: dict[str, Any], known: Collection[str], where: str) -> None:
+    """Check that every key is one of those that are known.
+
+    Raises: ConfigError naming the others and their values.
+
+    Example:
+        >>> check_known({"factor": 2, "low_freq_factor": 1}, {"factor"}, "RoPE scaling")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        dsv3_jax.config.ConfigError: low_freq_factor=1 may change the network and is not known for RoPE scaling; ...
+    """
     if unknown := sorted(values.keys() - known):
         listed = ", ".join(f"{key}={_short(values[key])}" for key in unknown)
         raise ConfigError(
-            f"{listed} may change the network and is not known for model_type={values.get('model_type')!r}; "
+            f"{listed} may change the network and is not known for {where}; "
             "dsv3 convert --allow-unknown-keys (allow_unknown_keys=True) leaves it out"
         )
 

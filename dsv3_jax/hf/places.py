@@ -6,6 +6,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import errors
 
+_COMMIT = re.compile(rb"[0-9a-f]{40}")
 _ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -14,15 +15,20 @@ def find(place: str | Path) -> Path:
 
     Args: place: a folder; a repository's folder in the hub's cache (models--organisation--name), of which `main` is
         taken; or a hub id, organisation/name, possibly with @revision.
-    Raises: ValueError when there is no such folder, and no such id in the cache.
+    Raises: ValueError when there is no such folder, no such id in the cache, or `main` names no commit.
 
     Example:
         >>> find(".")
         PosixPath('.')
     """
     folder = Path(place)
-    if (folder / "snapshots").is_dir() and (folder / "refs" / "main").is_file():
-        return folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
+    main = folder / "refs" / "main"
+    if (folder / "snapshots").is_dir() and main.is_file():
+        with main.open("rb") as file:
+            commit = file.read(100).strip()
+        if not _COMMIT.fullmatch(commit):
+            raise ValueError(f"file={str(main)!r} holds {commit!r}, not a commit of 40 hex digits; download it again")
+        return folder / "snapshots" / commit.decode()
     if folder.exists() or not _ID.fullmatch(str(place)):
         return folder
     name, _, revision = str(place).partition("@")

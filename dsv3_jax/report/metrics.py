@@ -3,11 +3,19 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dsv3_jax.files import check_regular, write_atomic
 
 METRICS_FILE, LOAD_FILE = "metrics.jsonl", "load.jsonl"
 _MAX_FILE = 2 << 30  # bytes
+# Metrics that are lists of numbers, and those that are one number. Others may be anything.
+_LISTS = ("mtp_loss", "mtp_acceptance")
+_NUMBERS = (
+    *("loss", "feature_loss", "balance_loss", "accuracy", "grad_norm", "lr", "dropped", "tokens_sent", "crossed"),
+    *("wire_bytes", "max_vio", "max_vio_global", "load_entropy", "load_gini", "load_min", "load_max"),
+    *("tokens_per_s", "mfu", "val_loss", "val_bits_per_byte"),
+)
 
 
 class Rows:
@@ -86,7 +94,9 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def parse_rows(path: Path) -> tuple[list[dict], list[int]]:
-    """Read a file of JSON lines, each an object with a "step".
+    """Read a file of JSON lines, each an object with a "step" and with metrics of their types.
+
+    Lists, and the matrices of loads, must have the shape of the first ones in the file.
 
     Returns: (the rows, numbers of the other lines from 1). A last line that a crash has cut off is in neither.
     Raises: ValueError for a pipe, a device or a folder of that name, and for more than 2 GiB.
@@ -104,9 +114,12 @@ def parse_rows(path: Path) -> tuple[list[dict], list[int]]:
         return [], []
     lines = path.read_bytes().split(b"\n")
     rows, bad = [], []
+    shapes: dict[str, tuple[int, ...]] = {}
     for number, line in enumerate(lines, 1):
         row = _parse(line)
-        if row is not None:
+        found = {} if row is None else {key: _shape(row[key]) for key in (*_LISTS, "load") if row.get(key)}
+        if row is not None and all(shapes.get(key, shape) == shape for key, shape in found.items()):
+            shapes |= found
             rows.append(row)
         elif number < len(lines):  # the last is cut off, or empty
             bad.append(number)
@@ -133,7 +146,34 @@ def _parse(line: bytes) -> dict | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and type(row.get("step")) is int and row["step"] >= 0 else None
+    is_row = isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < 1 << 63
+    return row if is_row and all(_has_its_type(key, value) for key, value in row.items()) else None
+
+
+def _has_its_type(key: str, value: Any) -> bool:
+    if key in _NUMBERS:
+        return _is_number(value)
+    if key in _LISTS:
+        return all(map(_is_number, value if isinstance(value, list) else [value]))
+    if key == "load":
+        return isinstance(value, list) and all(
+            isinstance(layer, list)
+            and isinstance(value[0], list)
+            and len(layer) == len(value[0])
+            and all(type(count) is int and 0 <= count < 1 << 62 for count in layer)
+            for layer in value
+        )
+    return True
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 1 << 64)
+
+
+def _shape(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list):
+        return (1,)
+    return (len(values), *((len(values[0]),) if isinstance(values[0], list) else ()))
 
 
 def _flat(row: dict, prefix: str = "") -> list[tuple[str, float]]:

@@ -1,8 +1,14 @@
 """One writer for a run folder: a lock file that names the process, its host and when it started.
 
 The holder keeps the file open under `flock`, which the system releases when the process ends, however it ends. The
-file's content decides where `flock` does not reach: between hosts that share the folder. A lock of another host is
-never taken over, because its process may live. The holder also notices by the file that its folder was moved.
+file's content decides where `flock` does not reach: between hosts that share the folder. The holder also notices by the
+file that its folder was moved.
+
+A holder renews the file's time every RENEW_S seconds. Another host watches the file before it takes the lock over: if
+the time changes, the holder lives, and the folder is refused. If it does not change for WATCH_S seconds, and is at
+least STALE_S seconds old, the holder is dead. Clocks of the hosts are not compared, and a wrong clock can at most
+shorten the wait to WATCH_S. The file is replaced then. A holder that was only stopped finds another file in its place,
+and ends before it writes. A lock without renewals, of an older version, is never taken over from another host.
 """
 
 import contextlib
@@ -11,12 +17,18 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from dsv3_jax.files import PART
+
 LOCK_FILE = "run.lock"
+RENEW_S, WATCH_S, STALE_S = 15.0, 60.0, 300.0
 
 
 class FolderInUse(ValueError):
@@ -50,7 +62,7 @@ class RunLock:
             assert self._path is not None
             raise FolderGone(
                 f"out={str(self._path.parent)!r} was moved or deleted, or its {LOCK_FILE} was, while this process "
-                "trained in it; the same command resumes where the folder is now"
+                "trained in it, or another process has taken it over; the same command resumes where the folder is now"
             )
 
     def release(self) -> None:
@@ -63,11 +75,13 @@ class RunLock:
 
 
 @contextlib.contextmanager
-def acquire(folder: str | Path) -> Iterator[RunLock]:
+def acquire(folder: str | Path, say: Callable[[str], None] = lambda sentence: None) -> Iterator[RunLock]:
     """Become the only writer of an existing folder, for the length of a `with` block.
 
-    The lock of a process that has ended is taken over; `RunLock.sentence` then names it.
+    The lock of a process that has ended is taken over; `RunLock.sentence` then names it. To find out whether one of
+    another host has ended takes WATCH_S to STALE_S seconds.
 
+    Args: say: gets a sentence before such a wait.
     Raises: FolderInUse, which names the process that holds the lock.
 
     Example:
@@ -80,12 +94,14 @@ def acquire(folder: str | Path) -> Iterator[RunLock]:
         dsv3_jax.training.lock.FolderInUse: out='...' is in use by process ... on ..., which started at ...
     """
     path = Path(folder) / LOCK_FILE
+    sentence = _remove_stale(path, say)
     descriptor, locked = _open_locked(path)
     try:
         before = _read(path)
         if _is_alive(before, locked):
             raise _in_use(path, before)
-        sentence = f"the lock of {_describe(before)} is taken over: it has ended" if before else ""
+        if before:
+            sentence = f"the lock of {_describe(before)} is taken over: it has ended"
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(_own_record()).encode(), 0)
         os.fsync(descriptor)
@@ -93,10 +109,73 @@ def acquire(folder: str | Path) -> Iterator[RunLock]:
     except BaseException:
         os.close(descriptor)
         raise
+    released = threading.Event()
+    renewing = threading.Thread(target=_renew, args=(descriptor, released), daemon=True)
+    renewing.start()
     try:
         yield lock
     finally:
+        released.set()
+        renewing.join()
         lock.release()
+
+
+def _renew(descriptor: int, released: threading.Event) -> None:
+    """Set the open file's time to now, again and again."""
+    while not released.wait(RENEW_S):
+        with contextlib.suppress(OSError):  # the folder is gone, or a disk's fault passes: `RunLock.check` decides
+            os.utime(descriptor)
+
+
+def _remove_stale(path: Path, say: Callable[[str], None]) -> str:
+    """Watch a lock of another host, and remove it if its holder does not renew it.
+
+    Returns: a sentence to print, or "" if nothing was removed.
+    Raises: FolderInUse if the holder lives, or if it does not renew its lock.
+    """
+    record, seen = _read(path), _signature(path)
+    if not record or record.get("host") == socket.gethostname() or seen is None:
+        return ""
+    if type(record.get("renewed_every")) not in (int, float):
+        raise _in_use(path, record)
+    wait = max(WATCH_S, STALE_S - _age(path))
+    say(f"{LOCK_FILE} names {_describe(record)}: it is watched for {wait:.0f} s, to see whether that process lives")
+    until = time.monotonic() + wait
+    while time.monotonic() < until:
+        time.sleep(min(1.0, wait / 10))
+        now = _signature(path)
+        if now is None:  # its holder has released it
+            return ""
+        if now != seen:
+            raise _in_use(path, _read(path))
+    # Two hosts may come here at the same time. One gets the file by its rename; the other gets none, or a new lock.
+    aside = path.with_name(f".{LOCK_FILE}.{socket.gethostname()}.{os.getpid()}{PART}")
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(aside)
+        taken = _signature(aside)
+        if taken != seen:
+            with contextlib.suppress(OSError):
+                os.link(aside, path)
+        aside.unlink()
+        if taken != seen:
+            raise _in_use(path, _read(path))
+    return f"the lock of {_describe(record)} is taken over: it was not renewed for {wait:.0f} s"
+
+
+def _signature(path: Path) -> tuple[int, ...] | None:
+    """What changes when a lock is renewed or replaced; None if there is none."""
+    try:
+        with path.open("rb") as file:  # opening it makes a network file system ask its server
+            status = os.fstat(file.fileno())
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _age(path: Path) -> float:
+    """Seconds since a lock was renewed, by the clock of its file system."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{LOCK_FILE}.", suffix=PART) as now:
+        return max(os.fstat(now.fileno()).st_mtime - path.stat().st_mtime, 0.0)
 
 
 def holder(folder: str | Path) -> str:
@@ -106,7 +185,11 @@ def holder(folder: str | Path) -> str:
         >>> holder("runs")
         ''
     """
-    record = _read(Path(folder) / LOCK_FILE)
+    path = Path(folder) / LOCK_FILE
+    record = _read(path)
+    if type(record.get("renewed_every")) in (int, float) and record.get("host") != socket.gethostname():
+        with contextlib.suppress(OSError):
+            return _describe(record) if time.time() - path.stat().st_mtime < STALE_S else ""
     return _describe(record) if _is_alive(record, locked=False) else ""
 
 
@@ -145,7 +228,8 @@ def _is_open_file(path: Path, descriptor: int) -> bool:
 def _own_record() -> dict[str, Any]:
     pid = os.getpid()
     now = datetime.now().astimezone().isoformat(" ", "seconds")
-    return {"pid": pid, "host": socket.gethostname(), "since": now, "started": _start_of(pid)}
+    host, started = socket.gethostname(), _start_of(pid)
+    return {"pid": pid, "host": host, "since": now, "started": started, "renewed_every": RENEW_S}
 
 
 def _read(path: Path) -> dict[str, Any]:

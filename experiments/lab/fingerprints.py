@@ -56,7 +56,7 @@ def config_hash(run: RunConfig, task: Task | None = None, needed: Mapping[str, s
     False
     """
     values = to_dict(run)
-    values["execution"] = {name: getattr(run.execution, name) for name in ("compute_dtype", "remat")}
+    values["execution"] = {name: getattr(run.execution, name) for name in ("compute_dtype", "remat", "precision")}
     values["data"]["tokenizer"] = Path(run.data.tokenizer).name
     for name in ("trunk", "start"):
         values[name] = (needed or {}).get(values[name], values[name])

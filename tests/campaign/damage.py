@@ -149,11 +149,11 @@ def compare(case: str, made: Base, found: dict, folder: Path, kept: dict[str, se
     return [] if same and not lost else ["silent"]
 
 
-def run(seconds: float, seed: int, table: Table) -> None:
+def run(seconds: float, seed: int, table: Table, least: int = 1) -> None:
     """Damage copies of a small run for so long."""
     made = base()
     with worker(made.root) as ready:
-        for number, rng in trials("damage", seconds, seed):
+        for number, rng in trials("damage", seconds, seed, least):
             folder, case = made.root / "damaged", CASES[number % len(CASES)]
             shutil.copytree(made.stopped, folder)
             what = damage(case, folder, rng)

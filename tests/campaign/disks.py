@@ -109,7 +109,7 @@ def read_only(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tu
         return faults, loaded.err + "".join(answer.err for answer in answers)
 
 
-def run(seconds: float, seed: int, table: Table) -> None:
+def run(seconds: float, seed: int, table: Table, least: int = 1) -> None:
     """Fill disks for so long."""
     made = base()
     mounts = can_mount(made.root / "disk")
@@ -117,7 +117,7 @@ def run(seconds: float, seed: int, table: Table) -> None:
         print("disks: full and read-only ones are left out: this user cannot mount a tmpfs")
     functions = {"full disk": full_disk, "file size": file_size, "read-only disk": read_only}
     with worker(made.root) as ready:
-        for number, rng in trials("disks", seconds, seed):
+        for number, rng in trials("disks", seconds, seed, least):
             folder, case = made.root / "disk", CASES[number % len(CASES)] if mounts else "file size"
             faults, said = functions[case](made, folder, rng, ready)
             table.add(f"disks: {case}", faults)

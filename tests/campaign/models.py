@@ -5,6 +5,9 @@
 A configuration that is refused (ConfigError) is drawn again. For the others a training step must be finite, and greedy
 tokens must be those of the forward pass. Drafts must change no token, nor may other prompts in the batch. Where two
 logits are within rounding, either token passes.
+
+Compiling takes nearly all the time. So most models have one or two layers and one head, and three of four get their
+other batch in the same shape: it needs no new program.
 """
 
 import gc
@@ -46,7 +49,7 @@ def draw(rng: random.Random) -> ModelConfig:
 
 def _draw(rng: random.Random) -> ModelConfig:
     pick = rng.choice
-    layers, experts, heads = pick([1, 2, 3]), pick([1, 2, 3, 4, 6, 8]), pick([1, 2, 3, 4])
+    layers, experts, heads = pick([1, 1, 2, 2, 3]), pick([1, 2, 3, 4, 6, 8]), pick([1, 2, 3, 4])
     attention, router = (
         pick(["mla", "mla", "mha", "gqa", "mqa"]),
         pick(["sigmoid", "sigmoid", "softmax", "topk", "dense"]),
@@ -83,7 +86,7 @@ def _draw(rng: random.Random) -> ModelConfig:
         rope_interleaved=pick([True, False]),
         yarn=pick([Yarn(), Yarn(factor=4.0, original_max_positions=16, mscale=pick([0.0, 1.0]))]),
         max_positions=64,
-        mtp_depth=pick([0, 1, 1, 2, 3]),
+        mtp_depth=pick([0, 1, 1, 1, 1, 2, 3]),
         mtp_kind=kind,
         mtp_input=pick(["normed", "raw"]),
         norm_eps=pick([1e-6, 0.05]),
@@ -99,7 +102,7 @@ def check(seed: str, number: str) -> int:
     kernels = rng.choice(["auto", "auto", "xla", "grouped_swiglu=dense"])
     cache = rng.choice(["latent", "latent", "expanded", "none"]) if cfg.attention == "mla" else None
     print(cfg, kernels, cache)
-    execution = Execution(kernels=kernels, remat=rng.choice(["none", "full"]))
+    execution = Execution(kernels=kernels, remat=rng.choice(["none", "none", "full"]))
     failed = [] if is_finite(cfg, execution, rng) else ["step"]
     failed += decoding(cfg, Execution(kernels=kernels), cache, rng)
     print(json.dumps({"failed": failed}))
@@ -110,7 +113,7 @@ def check(seed: str, number: str) -> int:
 
 def is_finite(cfg: ModelConfig, execution: Execution, rng: random.Random) -> bool:
     """Take a training step; whether loss, gradient and all new parameters are finite."""
-    optim = OptimConfig(learning_rate=1e-3, warmup_steps=0, microbatches=rng.choice([1, 2]))
+    optim = OptimConfig(learning_rate=1e-3, warmup_steps=0, microbatches=rng.choice([1, 1, 2]))
     run = runs.make_run("nowhere", model=cfg, execution=execution, optim=optim)
     values = np.random.default_rng(rng.randrange(2**32))
     batch = runs.packed_batch(values, np.sort(values.integers(1, 4, (4, 16)), axis=1))
@@ -151,18 +154,19 @@ def decoding(cfg: ModelConfig, execution: Execution, cache: str | None, rng: ran
     if cfg.mtp_depth:
         length = rng.randrange(1, 5 if cfg.head_kind.reads_tokens else cfg.mtp_depth + 1)
         agree("drafts", generate(model, prompts, NEW, cache=cache, draft="mtp", draft_length=length).tokens, prompts)
-    agree("single", generate(model, prompts[2:], NEW, cache=cache).tokens, prompts[2:])
+    alone = prompts[2:] * rng.choice([1, 3, 3, 3])  # a batch of one, or one of the same shape: no other prompts
+    agree("single", generate(model, alone, NEW, cache=cache).tokens, alone)
     return failed
 
 
 COMMANDS = {"check": check}
 
 
-def run(seconds: float, seed: int, table: Table) -> None:
+def run(seconds: float, seed: int, table: Table, least: int = 1) -> None:
     """Check random configurations for so long."""
     with tempfile.TemporaryDirectory() as root:
         with Worker("tests.campaign.models", limit=LIMIT_S, environment=runs.environment(Path(root))) as ready:
-            for number, _ in trials("models", seconds, seed):
+            for number, _ in trials("models", seconds, seed, least):
                 answer = ready.run(["check", str(seed), str(number)])
                 faults, said = [answer.fault] if answer.fault else [], answer.out + answer.err[-1500:]
                 if answer.code == 2:

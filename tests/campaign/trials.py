@@ -49,10 +49,10 @@ def faults_of(ended: Ended, allowed: Sequence[int] = (0,)) -> list[str]:
 # Trials
 
 
-def trials(name: str, seconds: float, seed: int) -> Iterator[tuple[int, random.Random]]:
-    """Yield numbers and their generators for so long, at least one."""
+def trials(name: str, seconds: float, seed: int, least: int = 1) -> Iterator[tuple[int, random.Random]]:
+    """Yield numbers and their generators for so long, and `least` of them however long they take."""
     until, number = time.monotonic() + seconds, 0
-    while number == 0 or time.monotonic() < until:
+    while number < least or time.monotonic() < until:
         yield number, random.Random(f"{name} {seed} {number}")
         number += 1
 
@@ -64,14 +64,15 @@ def report(name: str, seed: int, number: int, what: str, faults: list[str], said
         print(f"{name}: seed {seed}, trial {number}, {what}: {', '.join(faults)}\n  {end}", flush=True)
 
 
-def main(name: str, run: Callable[[float, int, Table], None]) -> int:
+def main(name: str, run: Callable[[float, int, Table, int], None]) -> int:
     """Run a campaign alone, and print its table."""
     parser = argparse.ArgumentParser(description=name)
     parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--least", type=int, default=1, help="trials, however long they take")
     args = parser.parse_args()
     print(f"{name}: seed {args.seed}, {args.minutes:g} minutes", flush=True)
     table = Table()
-    run(args.minutes * 60, args.seed, table)
+    run(args.minutes * 60, args.seed, table, args.least)
     print(table)
     return int(table.fell_short > 0)

@@ -1,9 +1,10 @@
-"""Two writers, dead locks, folders that move, and a clock that goes back.
+"""Two writers, dead locks, folders that move, and clocks that jump.
 
     python -m tests.campaign.writers --minutes 5 --seed 0
 
 Of two processes in one folder one trains, and the other ends in a sentence. The lock of a dead process is taken over. A
-process whose folder is moved or deleted ends in a sentence and makes no new folder.
+process whose folder is moved or deleted ends in a sentence and makes no new folder. Training under a clock that jumps
+(jumping_clock.c, compiled here; left out without a compiler) is killed, resumed, and ends as the undisturbed run.
 """
 
 import json
@@ -11,8 +12,10 @@ import os
 import random
 import shutil
 import socket
+import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import runs
@@ -23,7 +26,7 @@ from tests.campaign.table import Table
 from tests.campaign.trials import faults_of, main, report, trials, watch
 from tests.campaign.watch import Worker
 
-CASES = ("two writers", "locks", "moved", "locks", "clock", "locks")
+CASES = ("two writers", "locks", "moved", "locks", "clock", "locks", "jumping clock", "locks")
 LONG = {"steps": 100_000, "save_every": 1}  # does not end by itself
 
 
@@ -48,14 +51,14 @@ def locks(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tuple[
     since = rng.choice(["2001-01-01 00:00:00+00:00", "2101-01-01 00:00:00+00:00", 7, None])
     record = here | {"since": since, "started": rng.choice([None, "another boot:7", [1]])}
     elsewhere = rng.random() < 0.2
-    if elsewhere:
-        record["host"] = "elsewhere"
+    if elsewhere:  # of a version whose processes renew the lock, or of an older one
+        record |= {"host": "elsewhere", "renewed_every": rng.choice([15.0, None, "often", [15]])}
     text = json.dumps(record)
     if not elsewhere:
         text = rng.choice([text, text, text[: rng.randrange(len(text))], "[" * 9999, "null", "\x00" * 99])
     (folder / LOCK_FILE).write_text(text)
     answer = ready.run(["resume", str(folder), made.text])
-    if elsewhere:
+    if elsewhere and record["renewed_every"] != 15.0:
         refused = answer.code == 2 and "is in use by process" in answer.err
         return [] if refused else [answer.fault or "silent"], answer.err
     if answer.code != 0:
@@ -80,6 +83,47 @@ def clock(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tuple[
     if answer.code != 0:
         return [*faults, answer.fault or "not resumed"], answer.err
     return faults if last_json(answer.out) == made.digest else [*faults, "silent"], answer.err
+
+
+@cache
+def clock_library(root: Path) -> str:
+    """Compile the clock that jumps; "" without a compiler, or where it cannot be loaded first."""
+    built = root / "jumping_clock.so"
+    words = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+    source = str(Path(__file__).with_name("jumping_clock.c"))
+    if words is None or subprocess.run([words, "-O1", "-fPIC", "-shared", source, "-o", str(built)]).returncode:
+        print("writers: the jumping clock is left out: there is no C compiler")
+        return ""
+    test = [sys.executable, "-c", "import time; print(time.time() < 1.6e9)"]
+    done = subprocess.run(test, env=os.environ | {"LD_PRELOAD": str(built)}, capture_output=True, text=True)
+    if done.stdout.strip() != "True":
+        print("writers: the jumping clock is left out: this system does not load it")
+        return ""
+    return str(built)
+
+
+JUMPING = """
+import os, sys
+os.execve(sys.executable, [sys.executable, "-m", "dsv3_jax.cli", *sys.argv[3:]],
+          os.environ | {"LD_PRELOAD": sys.argv[1], "CLOCK_JUMPS": sys.argv[2]})
+"""
+
+
+def jumping_clock(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tuple[list[str], str]:
+    """Train while the clock jumps, kill it, and resume it: by such a clock, one of ten years ago, or the right one."""
+    library = clock_library(made.root)
+    words = [library, str(rng.randrange(1, 1000))]
+    first = runs.start([*words, *made.train(folder)], made.root, ("-c", JUMPING))
+    time.sleep(rng.uniform(0.5, 1.0) * made.seconds)
+    first.kill()
+    watch(first, 30)
+    faults = half_written(folder)
+    words[1] = rng.choice([words[1], "0"])
+    program = rng.choice([("-c", JUMPING), ("-m", "dsv3_jax.cli")])
+    argv = [*(words if program[0] == "-c" else []), *made.train(folder)]
+    ended = watch(runs.start(argv, made.root, program), limit_of(made))
+    faults += faults_of(ended) or [*half_written(folder), *ends_the_same(ready, made, folder)]
+    return faults, ended.err
 
 
 def moved(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tuple[list[str], str]:
@@ -107,13 +151,21 @@ def moved(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tuple[
     return faults, ended.err
 
 
-def run(seconds: float, seed: int, table: Table) -> None:
+def run(seconds: float, seed: int, table: Table, least: int = 1) -> None:
     """Start writers for so long."""
     made = base()
-    functions = {"two writers": two_writers, "locks": locks, "moved": moved, "clock": clock}
+    functions = {
+        "two writers": two_writers,
+        "locks": locks,
+        "moved": moved,
+        "clock": clock,
+        "jumping clock": jumping_clock,
+    }
     with worker(made.root) as ready:
-        for number, rng in trials("writers", seconds, seed):
+        for number, rng in trials("writers", seconds, seed, least):
             folder, case = made.root / "writers", CASES[number % len(CASES)]
+            if case == "jumping clock" and not clock_library(made.root):
+                continue
             folder.mkdir()
             faults, said = functions[case](made, folder / "run", rng, ready)
             table.add(f"writers: {case}", faults)
