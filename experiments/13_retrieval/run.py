@@ -199,13 +199,6 @@ STUDY = Study(
             "16L",
             beyond("own"),
         ),
-        claim(
-            "a tenth more steps with YaRN find at least 98 % of far keys",
-            "L, then 16L with YaRN",
-            98.0,
-            beyond("own"),
-            published=2.0,
-        ),
     ),
     stakes={
         "keys": Stake(

@@ -24,7 +24,7 @@ def recipe_noise(all_results: Sequence[Results], base: str | None, steps: int) -
             continue
         for variant, seeds in results.runs.items():
             for seed, record in seeds.items():
-                mark = record.get("config") or record.get("fingerprint", "")
+                mark = record.get("config") or record.get("fingerprint") or f"{results.path}: {variant}"
                 if record["steps"] != steps or POOLED not in record["numbers"] or (mark, seed) in seen:
                     continue
                 seen.add((mark, seed))
