@@ -14,7 +14,7 @@ from dsv3_jax.training.checkpoint import Checkpoints
 @pytest.fixture(scope="module", autouse=True)
 def root(tmp_path_factory):
     root = tmp_path_factory.getbasetemp()
-    with cheap_compiles(root):
+    with cheap_compiles():
         yield root
 
 

@@ -29,8 +29,8 @@ PLACE = {"corpus": "abc", "seed": 0, "document": 3, "offset": 7}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _cheap(tmp_path_factory):
-    with cheap_compiles(tmp_path_factory.getbasetemp()):
+def _cheap():
+    with cheap_compiles():
         yield
 
 

@@ -100,7 +100,10 @@ BAD = {
         "training state of 10.92 TB does not fit in this host's memory of ",
     ),
     "kernels": ("train tiny --out {new} --execution.kernels best", "kernels='best' is not one of auto"),
-    "kernels of an op": ("train tiny --out {new} --execution.kernels product=dense", "'dense' is not one of cpu, xla"),
+    "kernels of an op": (
+        "train tiny --out {new} --execution.kernels product=dense",
+        "'dense' is not one of cpu, fp8, mxfp8, xla",
+    ),
     "kernels of another device": (
         "CUDA train tiny --out {new} --execution.kernels cpu",
         "kernels='cpu' is not available for cuda: ",
@@ -278,7 +281,7 @@ class Place:
 @pytest.fixture(scope="module", autouse=True)
 def root(tmp_path_factory):
     root = tmp_path_factory.getbasetemp()
-    with cheap_compiles(root):
+    with cheap_compiles():
         yield root
 
 

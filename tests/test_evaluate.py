@@ -27,8 +27,8 @@ B, T = 3, 12
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _cheap(tmp_path_factory):
-    with cheap_compiles(tmp_path_factory.getbasetemp()):
+def _cheap():
+    with cheap_compiles():
         yield
 
 

@@ -27,8 +27,8 @@ SEGMENTS = np.array([[1] * 9 + [2] * 7, [1] * 16, [1] * 12 + [0] * 4, [1] * 5 + 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _cheap(tmp_path_factory):
-    with cheap_compiles(tmp_path_factory.getbasetemp()):
+def _cheap():
+    with cheap_compiles():
         yield
 
 

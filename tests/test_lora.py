@@ -64,7 +64,7 @@ TEXT = ByteTokenizer()
 @pytest.fixture(scope="module", autouse=True)
 def root(tmp_path_factory):
     root = tmp_path_factory.getbasetemp()
-    with cheap_compiles(root):
+    with cheap_compiles():
         yield root
 
 
@@ -241,6 +241,7 @@ def trained(root) -> tuple[Path, RunConfig]:
     return folder, run
 
 
+@pytest.mark.long
 def test_readers_get_merged_weights(trained, tmp_path):
     """A model that is loaded, a released folder, and a run that starts from this one."""
     folder, run = trained

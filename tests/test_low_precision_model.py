@@ -118,7 +118,7 @@ RUN = replace(RUN, model=replace(MODEL, dim=40, num_layers=1, expert_dim=36, mtp
 
 @pytest.fixture(scope="module", autouse=True)
 def _cheap(tmp_path_factory):
-    with cheap_compiles(tmp_path_factory.getbasetemp()):
+    with cheap_compiles():
         yield
 
 
@@ -144,7 +144,9 @@ def test_a_training_step_in_8_bits_is_near_that_in_float32():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("execution", [MXFP8, replace(FP8, compute_dtype="bfloat16", remat="full")], ids=["mxfp8", "fp8 of bfloat16"])
+@pytest.mark.parametrize(
+    "execution", [MXFP8, replace(FP8, compute_dtype="bfloat16", remat="full")], ids=["mxfp8", "fp8 of bfloat16"]
+)
 def test_the_other_executions_are_near_too(execution):
     (_, exact), (_, low) = (after_two_steps(replace(RUN, execution=e)) for e in (Execution(), execution))
     np.testing.assert_allclose(low["loss"], exact["loss"], rtol=0.02)

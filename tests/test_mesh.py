@@ -29,8 +29,8 @@ RUN = replace(RUN, data=replace(RUN.data, batch_size=B, seq_len=T))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _cheap(tmp_path_factory):
-    with cheap_compiles(tmp_path_factory.getbasetemp()):
+def _cheap():
+    with cheap_compiles():
         yield
 
 

@@ -32,8 +32,8 @@ BY_ADAMW = {"embed", "head", "w_router", "scale"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _cheap(tmp_path_factory):
-    with cheap_compiles(tmp_path_factory.getbasetemp()):
+def _cheap():
+    with cheap_compiles():
         yield
 
 

@@ -193,9 +193,8 @@ def matmul(recipe: Recipe, x: Float[Array, "m K"], w: Float[Array, "K N"]) -> Fl
     Returns: q(x) q(w) in x's dtype.
 
     Example:
-        >>> x, w = jnp.array([[1.0, 1.06]]), jnp.ones((2, 1))  # 1.06 · 448 / 1.06 = 448, and 1 · 448 / 1.06 is near 416
-        >>> matmul(FP8, x, w).round(4)
-        Array([[2.0443]], dtype=float32)
+        >>> matmul(MXFP8, jnp.array([[1.0, 1.2]]), jnp.ones((2, 1)))  # 1.2 is rounded to 1.25
+        Array([[2.25]], dtype=float32)
     """
     return _dot(_rows(recipe, x), _weight(recipe, w, 0), (1, 0)).astype(x.dtype)
 
@@ -270,7 +269,7 @@ def product_by_expert(x: Float[Array, "E m K"], w: Float[Array, "E K N"], *, rec
     """Multiply each expert's rows, as many of each, with its matrix.
 
     Example:
-        >>> product_by_expert(jnp.ones((2, 1, 1)), jnp.array([[[3.0]], [[4.0]]]), recipe=FP8).ravel()
+        >>> product_by_expert(jnp.ones((2, 1, 1)), jnp.array([[[3.0]], [[4.0]]]), recipe=MXFP8).ravel()
         Array([3., 4.], dtype=float32)
     """
     return jax.vmap(partial(matmul, recipe))(x, w)
@@ -287,9 +286,10 @@ def round_tokens_by_group(
     Args: counts: rows of each group. Rows after the last group are left as they are.
 
     Example:
-        >>> rows = jnp.array([[448.0], [1.03], [1.03]])
-        >>> round_tokens_by_group(rows, jnp.array([2, 1]), 128).round(3).ravel()  # the last row has a tile of its own
-        Array([448.  ,   1.  ,   1.03], dtype=float32)
+        >>> rows, counts = jnp.array([[448.0], [0.013], [0.013]]), jnp.array([2, 1])
+        >>> found = round_tokens_by_group(rows, counts, 32, power_of_two=True)
+        >>> found.ravel().tolist()  # in a tile with 448 numbers are multiples of 2⁻⁹; the last row has its own tile
+        [448.0, 0.013671875, 0.0126953125]
     """
     m = rows.shape[0]
     blocks = row_blocks(counts, m, tile)
