@@ -450,7 +450,9 @@ class DataConfig:
         16
     """
 
-    paths: tuple[str, ...] = ()  # files or folders of text; empty means the text that this Python carries
+    # files or folders of text, or hf:NAME[:CONFIG][@SPLIT], a dataset of Hugging Face; empty means the text that this
+    # Python carries
+    paths: tuple[str, ...] = ()
     tokenizer: str = "bytes"  # bytes, or the path of a tokenizer.json
     seq_len: int = 256  # number of tokens in a sequence (T)
     batch_size: int = 16  # number of sequences in an optimizer step (B)
@@ -466,7 +468,8 @@ class DataConfig:
     # for chat: the file of a Jinja template, or plain, which writes the role on a line of its own; None means the
     # template of the model that training starts with
     chat_template: str | None = None
-    text_column: str = "text"  # key of JSONL and column of Parquet that holds the text
+    # key of JSONL and column of Parquet or a dataset that holds the text; for chat, the messages
+    text_column: str = "text"
     # for shards: weights of domains, as in ("code=2", "English=1"), other domains are left out; empty means all
     # domains, weighted by their tokens
     mixture: tuple[str, ...] = ()
@@ -575,6 +578,8 @@ class OptimConfig:
     eps: float = 1e-8  # epsilon of AdamW's division
     weight_decay: float = 0.1  # weight decay of matrices; the scales of norms have none
     clip_norm: float = 1.0  # largest norm of the whole gradient; a larger gradient is scaled down
+    # QK-clip: after a step, weights of heads whose largest attention logit was above it are scaled down; None: never
+    qk_clip: float | None = None
     mtp_weight: float = 0.3  # weight of the multi-token loss (lambda)
     mtp_final_weight: float = 0.1  # weight of the multi-token loss once the decay begins
     bias_freeze: float = 0.97  # share of all steps after which the router bias no longer moves
@@ -598,6 +603,7 @@ class OptimConfig:
                 self.moments_dtype == "float32" or getattr(self, name) <= 0.99,
                 f"{name}={getattr(self, name)} is over 0.99, too slow for moments_dtype='bfloat16'; use 'float32'",
             )
+        _require(self.qk_clip is None or self.qk_clip > 0, f"qk_clip={self.qk_clip} is not positive")
         _require(
             0 <= self.decay_start <= self.decay_end <= 1,
             f"decay_start={self.decay_start} and decay_end={self.decay_end} are not in order within [0, 1]",
@@ -682,6 +688,12 @@ class RunConfig:
         _require(
             self.trunk is None or self.start is None,
             f"a run begins with start={self.start!r} or on trunk={self.trunk!r}, not with both",
+        )
+        clip, attention = self.optim.qk_clip, self.model.attention
+        _require(clip is None or attention == "mla", f"optim.qk_clip={clip} is for attention='mla', not {attention!r}")
+        _require(
+            clip is None or self.lora.rank == 0,
+            f"optim.qk_clip={clip} is not supported with lora rank={self.lora.rank}: it scales weights, not adapters",
         )
         if self.lora.rank:
             self._check_lora()

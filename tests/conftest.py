@@ -97,7 +97,21 @@ LONGEST = (
 )
 
 
+# Examples that compile a complete model run with the long tests.
+LONG_EXAMPLES = (
+    "dsv3_jax.model.transformer.Transformer",
+    "dsv3_jax.training.loop.fit",
+    "dsv3_jax.decoding.generate.generate",
+    "dsv3_jax.decoding.generate.generate_in_parts",
+    "dsv3_jax.hf.conversion.convert",
+)
+
+
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.name in LONG_EXAMPLES:
+            item.add_marker(pytest.mark.long)
+
     def position(item):
         return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
 

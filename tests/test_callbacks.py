@@ -143,8 +143,8 @@ def test_the_hot_path_looks_ahead_and_transfers_nothing_by_accident(whole, tmp_p
         def on_step(self, row):
             events.append(f"row {row['step']}")
 
-    def make(*args):
-        step = loop.make_step(*args)
+    def make(*args, **kwargs):
+        step = loop.make_step(*args, **kwargs)
 
         def noted(*inputs):
             events.append(f"start {1 + sum(e.startswith('start') for e in events)}")

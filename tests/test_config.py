@@ -236,7 +236,9 @@ def test_every_field_survives_json():
         Yarn: Yarn(2.0, 100, 16.0, 2.0, 0.5, 0.25),
         Balance: Balance(0.5, 0.25, 0.125, "quantile", 0.0625),
         DataConfig: DataConfig(("x",), "t.json", 9, 3, False, 0.5, 0.5, 7, 5, text_column="body"),
-        OptimConfig: OptimConfig(1e-3, 1e-5, 7, 0.1, 0.2, 0.3, 0.4, 1e-3, 0.5, 2.0, 0.6, 0.7, 0.8, 3, "bfloat16"),
+        OptimConfig: OptimConfig(
+            "muon", "wsd", 1e-3, 1e-5, 7, 0.1, 0.2, 0.3, 0.4, 0.5, 1e-3, 0.5, 2.0, 90.0, 0.6, 0.7, 0.8, 3, "bfloat16"
+        ),
     }
     for kind, config in changed.items():
         default = kind()

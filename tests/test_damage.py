@@ -3,11 +3,14 @@
 import gc
 import json
 import shutil
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import some_long
+from orbax.checkpoint._src.metadata import checkpoint as orbax_metadata
 from runs import assert_bitwise
 from test_checkpoint import PLACE, RUN, make_state, save, steps_in
 
@@ -125,7 +128,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.parametrize("name", some_long(DAMAGE.keys(), "bit of an array", "cut", "another file", "no metadata"))
 def test_damage_is_named_by_file(run, name):
     DAMAGE[name](last(run))
     assert find_damage(last(run))[0].startswith(f"file='{last(run)}/")
@@ -193,6 +196,20 @@ def test_several_processes_share_the_check(saved, run):
     assert find_damage(last(saved), (1, 3)) == []
 
 
+def test_the_manifest_is_written_after_orbax_metadata(run, monkeypatch):
+    """Another thread writes the metadata. On a busy machine it is late."""
+    store = orbax_metadata._MetadataStoreImpl
+    update = store.update
+
+    def late(self, *args, **more):
+        time.sleep(0.3)
+        update(self, *args, **more)
+
+    monkeypatch.setattr(store, "update", late)
+    save(run, LAST + 1)
+    assert find_damage(run / "checkpoints" / str(LAST + 1)) == []
+
+
 def test_a_save_that_fails_in_the_background_is_named(run, monkeypatch):
     def fail(folder):
         raise OSError("the disk is gone")
@@ -215,7 +232,7 @@ def test_a_folder_that_is_moved_during_a_save_is_not_made_again(run, monkeypatch
         write_manifest(folder)
 
     monkeypatch.setattr(checkpoint, "write_manifest", move)
-    with pytest.raises(FolderGone, match=f"^out='{run}' was moved or deleted"), _only_writer(run, RUN):
+    with pytest.raises(FolderGone, match=f"^out='{run}' was moved or deleted"), _only_writer(run, RUN, print):
         with Checkpoints(run, RUN) as checkpoints:
             checkpoints.save(make_state(9), PLACE)
     assert not run.exists()

@@ -241,6 +241,7 @@ def trained(root) -> tuple[Path, RunConfig]:
     return folder, run
 
 
+@pytest.mark.long
 def test_readers_get_merged_weights(trained, tmp_path):
     """A model that is loaded, a released folder, and a run that starts from this one."""
     folder, run = trained

@@ -18,7 +18,7 @@ class TokenizeArgs:
     """Write shards of token ids for --data.format shards; the same command resumes after an interruption."""
 
     paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATHS")]
-    """files or folders: text, source trees, JSONL, Parquet"""
+    """files or folders: text, source trees, JSONL, Parquet; or hf:NAME[:CONFIG][@SPLIT], a dataset of Hugging Face"""
     out: Path
     """the folder to write"""
     tokenizer: str = "bytes"
@@ -34,7 +34,7 @@ class TokenizeArgs:
     val_fraction: float = 0.01
     """share of documents that are held out for validation, chosen by their hash"""
     text_column: str = "text"
-    """key of JSONL and column of Parquet that holds the text"""
+    """key of JSONL and column of Parquet or a dataset that holds the text; for chat, the messages"""
     workers: int = os.cpu_count() or 1
     """number of processes that encode"""
     shard_mb: float = 64.0

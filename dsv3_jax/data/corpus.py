@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsv3_jax.config import DataConfig
+from dsv3_jax.data.hub import dataset_rows, is_dataset, parts_of
 from dsv3_jax.files import check_regular
 
 _MAX_CHARACTERS = 2**18  # longer texts are cut, so that tokenising one, or resuming in it, takes little time
@@ -81,7 +82,7 @@ def load_corpus(cfg: DataConfig) -> Corpus:
 
     A path is a file or a folder. `.jsonl` has an object in each line, with "text" and optionally "domain". `.parquet`
     has columns of these names. `cfg.text_column` is another name of "text". Any other file is one document. Hidden and
-    binary files of a folder are skipped.
+    binary files of a folder are skipped. `hf:NAME` is a dataset of Hugging Face, see `hub`.
     A document's domain is the one it states, else the first folder below the path, else the file's suffix.
     Texts above 2^18 characters are cut at line ends into several documents.
 
@@ -233,6 +234,8 @@ def files_below(root: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:
 
 def _documents_of(path: str, column: str) -> Iterator[Document]:
     """Yield the documents of one of `DataConfig.paths`."""
+    if is_dataset(path):
+        return (yield from _documents_of_dataset(path, column))
     root = Path(path)
     if not root.exists():
         raise ValueError(f"path={path!r} does not exist")
@@ -249,6 +252,18 @@ def _documents_of(path: str, column: str) -> Iterator[Document]:
                     yield Document(part, _printable(domain or default_domain))
         except OSError as error:
             raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+    if empty:
+        raise ValueError(f"path={path!r} holds no text")
+
+
+def _documents_of_dataset(path: str, column: str) -> Iterator[Document]:
+    default_domain = Path(parts_of(path)[0]).name
+    empty = True
+    for location, row in dataset_rows(path, needed=(column,), also=("domain",)):
+        text, domain = _checked_record(row.get(column), column, row.get("domain"), location)
+        for part in _split_long(text):
+            empty = False
+            yield Document(part, _printable(domain or default_domain))
     if empty:
         raise ValueError(f"path={path!r} holds no text")
 

@@ -24,6 +24,7 @@ from jaxtyping import Bool, Int32
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.batches import Batch, Piece, check_position, check_rows, pack
 from dsv3_jax.data.corpus import fingerprint_of, held_out, json_lines, parquet_rows, user_files
+from dsv3_jax.data.hub import dataset_rows, is_dataset, parts_of
 from dsv3_jax.data.text_settings import TextSettings
 from dsv3_jax.files import check_regular
 
@@ -235,7 +236,7 @@ def load_examples(cfg: DataConfig, text: TextSettings, quiet: bool = True) -> Ex
     examples: list[Example] = []
     too_long = without_target = 0
     said = time.monotonic()
-    records = itertools.chain.from_iterable(map(records_of, cfg.paths))
+    records = itertools.chain.from_iterable(records_of(path, cfg.text_column) for path in cfg.paths)
     for location, record, name in itertools.islice(records, cfg.max_documents):
         tokens, mask = encode(record, text, location)
         if len(tokens) > cfg.seq_len:
@@ -316,8 +317,30 @@ def _completion(prompt: Any, completion: Any, tools: Any, text: TextSettings) ->
     return [*first, *ids, text.tokenizer.eos_id], [*(False for _ in first), *mask, True]
 
 
-def records_of(path: str) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yield (location, record, name of the file) of one of `DataConfig.paths`."""
+def records_of(path: str, column: str = "text") -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield (location, record, name of the file) of one of `DataConfig.paths`.
+
+    Args: column: another name of "messages", or of "text" where it holds a string.
+    """
+    keys = KEYS if column == "text" else (column,)
+    for location, record, name in _records_of(path, keys):
+        if not isinstance(record, dict):
+            raise ValueError(f"{location}, is not an object")
+        if not isinstance(record.get("domain"), str | None):
+            raise ValueError(f'{location}: "domain" is {record["domain"]!r}, not a string')
+        if column != "text":
+            if record.get(column) is None:
+                raise ValueError(f"{location}, has no {column!r}; it has {sorted(record)}")
+            key = "text" if isinstance(record[column], str) else "messages"
+            record = {key: record[column]} | {k: record[k] for k in ("tools", "domain") if k in record}
+        yield location, record, name
+
+
+def _records_of(path: str, keys: tuple[str, ...]) -> Iterator[tuple[str, Any, str]]:
+    also = ("tools", "domain")
+    if is_dataset(path):
+        name = Path(parts_of(path)[0]).name
+        return (yield from ((*row, name) for row in dataset_rows(path, needed=keys, also=also)))
     root = Path(path)
     if not root.exists():
         raise ValueError(f"path={path!r} does not exist")
@@ -328,16 +351,12 @@ def records_of(path: str) -> Iterator[tuple[str, dict[str, Any], str]]:
         check_regular(file)
         try:
             if file.suffix.lower() == ".parquet":
-                found = parquet_rows(file, needed=KEYS, also=("tools", "domain"))
+                found = parquet_rows(file, needed=keys, also=also)
             elif file.suffix.lower() == ".jsonl":
                 found = json_lines(file)
             else:
                 raise ValueError(f"{file} is neither JSONL nor Parquet, which format='chat' reads; it ends in neither")
             for location, record in found:
-                if not isinstance(record, dict):
-                    raise ValueError(f"{location}, is not an object")
-                if not isinstance(record.get("domain"), str | None):
-                    raise ValueError(f'{location}: "domain" is {record["domain"]!r}, not a string')
                 yield location, record, file.stem
         except OSError as error:
             raise ValueError(f"{file} cannot be read: {error.strerror}") from error

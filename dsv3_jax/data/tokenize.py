@@ -231,7 +231,8 @@ def _groups(job: Tokenize, domains: dict[str, int]) -> Iterator[list[Item]]:
 def _contents(job: Tokenize) -> Iterator[tuple[Any, str, str, str]]:
     """Yield (content, domain, text that its size is measured by, location)."""
     if job.format == "chat":
-        for location, record, name in itertools.chain.from_iterable(map(records_of, job.paths)):
+        found = (records_of(path, job.text_column) for path in job.paths)
+        for location, record, name in itertools.chain.from_iterable(found):
             text = json.dumps(record, sort_keys=True)
             yield record, record.get("domain") or name, text, location
         return

@@ -76,6 +76,7 @@ class Implementation:
     only: str = ""  # the one compute dtype that it serves, for reports; "" means any, or C++
     alone: bool = False  # it serves one device, for reports
     slow: str = ""  # why it is slow on GPUs, in words
+    with_maxima: Callable | None = None  # of attention: the same, and each row's largest score at no further product
 
 
 def _on_one_device() -> bool:
@@ -167,7 +168,7 @@ _every_row = partial(
 
 TABLE: dict[str, tuple[Implementation, ...]] = {
     "causal_attention": (
-        _cpp(cpu_attention.causal_attention),
+        _cpp(cpu_attention.causal_attention, with_maxima=cpu_attention.attention_and_maxima),
         Implementation(
             "splash",
             tpu_attention.causal_attention,
@@ -183,8 +184,13 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _attention(
             "cudnn", gpu_attention.cudnn_attention, fits=gpu_attention.fits_cudnn, why_not=gpu_attention.why_not_cudnn
         ),
-        Implementation("large_blocks", attention.causal_attention_in_large_blocks, platforms=ACCELERATORS),
-        _xla(attention.causal_attention),
+        Implementation(
+            "large_blocks",
+            attention.causal_attention_in_large_blocks,
+            platforms=ACCELERATORS,
+            with_maxima=attention.maxima_in_large_blocks,
+        ),
+        _xla(attention.causal_attention, with_maxima=attention.attention_and_maxima),
     ),
     "cached_attention": (
         _cpp(cpu_attention.cached_attention, serves=_cached),
@@ -403,6 +409,27 @@ class Kernels:
         """See `ops.attention.causal_attention`."""
         run = self.pick("causal_attention", q, k, v, packed=segment_ids is not None).run
         return run(q, k, v, scale=scale, segment_ids=segment_ids)
+
+    def attention_and_maxima(
+        self,
+        q: Float[Array, "B T H K"],
+        k: Float[Array, "B T G K"],
+        v: Float[Array, "B T G V"],
+        *,
+        scale: float,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+        """See `ops.attention.attention_and_maxima`.
+
+        Libraries' kernels keep the maxima to themselves. Beside them `ops.attention.row_maxima` runs: one more product
+        of queries and keys, in plain XLA.
+        """
+        row = self.pick("causal_attention", q, k, v, packed=segment_ids is not None)
+        if row.with_maxima is not None:
+            return row.with_maxima(q, k, v, scale=scale, segment_ids=segment_ids)
+        block = attention.large_block(q.shape[0] * q.shape[2], q.shape[1])
+        maxima = attention.row_maxima(q, k, scale=scale, segment_ids=segment_ids, block=block)
+        return row.run(q, k, v, scale=scale, segment_ids=segment_ids), maxima
 
     def cached_attention(
         self,

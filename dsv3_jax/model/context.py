@@ -28,6 +28,8 @@ class Context(NamedTuple):
     may_drop: bool = True  # False: no token is dropped, whatever capacity_factor says
     tokens: Array | None = None  # int32 [B, T]: ids that the router reads, if it reads any
     keys: Array | None = None  # random keys [B], one a row, of the router's noise; None without noise
+    watch_logits: bool = False  # measure the largest attention logits, for QK-clip
+    max_logits: Array | None = None  # float32 [H]: of the layer that has just run, over tokens that are not padding
 
 
 def make_context(

@@ -29,6 +29,9 @@ class ForwardOut(NamedTuple):
     mtp_h: tuple[Array, ...]  # head k (from 0): [B, T-1-k, D], for the shared unembedding; entry i predicts token i+k+2
     routing: LayerRouting | None  # of the trunk's sparse layers, stacked along a leading axis
     mtp_routing: tuple[LayerRouting, ...]  # of the heads that have experts
+    # Of each layer's and head's attention, its heads' largest logits, if they are watched: float32 [L, H] or [H], by
+    # the path of the block in the model, "dense", "sparse" or "mtp.0.block"
+    max_logits: dict[str, Array] | None = None
 
 
 class DecodeWeights(NamedTuple):
@@ -109,10 +112,15 @@ class Transformer(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         keys: Array | None = None,
+        *,
+        watch_logits: bool = False,
     ) -> ForwardOut:
         """Run trunk and heads up to the unembedding.
 
-        Args: as `__call__`; keys: a random key for each row, [B], of the router's noise. None means no noise.
+        Args:
+            tokens, segment_ids, positions: as `__call__`.
+            keys: a random key for each row, [B], of the router's noise. None means no noise.
+            watch_logits: fill `max_logits`.
         """
         cfg = self.cfg
         batch, length = tokens.shape
@@ -121,14 +129,16 @@ class Transformer(nnx.Module):
         if length <= cfg.mtp_depth:
             raise ValueError(f"length {length} leaves nothing for mtp_depth={cfg.mtp_depth} to read")
         positions = from_zero(batch, length) if positions is None else positions
-        ctx = make_context(cfg, positions, segment_ids, tokens=tokens, keys=keys)
-        x, _, routing = self._trunk(tokens, ctx)
+        ctx = make_context(cfg, positions, segment_ids, tokens=tokens, keys=keys)._replace(watch_logits=watch_logits)
+        x, _, routing, largest = self._trunk(tokens, ctx)
         h = self.norm(x)
-        mtp_h, mtp_routing = run_heads(
+        mtp_h, mtp_routing, of_heads = run_heads(
             self.mtp, cfg, self.embedding, h if cfg.mtp_input == "normed" else x, tokens, ctx,
             remat=self.execution.remat, unshard=self.unshard,
         )  # fmt: skip
-        return ForwardOut(x, h, mtp_h, routing, mtp_routing)
+        largest |= {f"mtp.{k}.block": top for k, top in enumerate(of_heads)}
+        held = {name: top for name, top in largest.items() if top is not None}
+        return ForwardOut(x, h, mtp_h, routing, mtp_routing, held if watch_logits else None)
 
     def run_layers(
         self, tokens: Int[Array, "B T"], cache: Cache | None, weights: DecodeWeights | None = None
@@ -142,13 +152,13 @@ class Transformer(nnx.Module):
         """
         positions = from_zero(*tokens.shape) if cache is None else cache.positions(tokens.shape[1])
         ctx = make_context(self.cfg, positions, tokens=tokens, cache=cache, may_drop=False)
-        x, cache, _ = self._trunk(tokens, ctx, weights)
+        x, cache, *_ = self._trunk(tokens, ctx, weights)
         return x, cache
 
     def _trunk(
         self, tokens: Array, ctx: Context, weights: DecodeWeights | None = None
-    ) -> tuple[Array, Cache | None, LayerRouting | None]:
-        """(The last layer's output, the cache, what the sparse layers' routers did)."""
+    ) -> tuple[Array, Cache | None, LayerRouting | None, dict[str, Array | None]]:
+        """(The last layer's output, the cache, what the sparse layers' routers did, largest logits if watched)."""
         first = self.cfg.num_dense_layers
         if isinstance(ctx.cache, Cache) and ctx.cache.by_layer and weights is None:
             weights = self.prepare_decode()
@@ -160,30 +170,31 @@ class Transformer(nnx.Module):
         def dense_layer(block, carry, index):
             x, cache = carry
             x, after, _ = block(x, ctx._replace(cache=cache, layer=index))
-            return (x, after.cache), None
+            return (x, after.cache), after.max_logits
 
         carry = self.embedding(tokens), ctx.cache
-        (x, cache), _ = loop_layers(self.dense, dense_layer, carry, layers=weights and weights.dense, **how)
+        (x, cache), of_dense = loop_layers(self.dense, dense_layer, carry, layers=weights and weights.dense, **how)
         if self.experts is None:
-            return x, cache, None
+            return x, cache, None, {"dense": of_dense}
         if self.experts.adapted and not decoding:
             x, routing = self._adapted_layers(x, ctx, how)
-            return x, cache, routing
+            return x, cache, routing, {}
         experts = self.experts.open(self.kernels, train=not decoding)
 
         def sparse_layer(block, carry, index):
             x, cache, grad = carry
             layer = ctx._replace(cache=cache, layer=first + index, experts=experts.at(index, grad))
             x, after, routing = block(x, layer)
-            return (x, after.cache, after.experts.grad), None if decoding else routing
+            return (x, after.cache, after.experts.grad), None if decoding else (routing, after.max_logits)
 
         carry = x, cache, experts.grad
-        (x, cache, grad), routing = loop_layers(
+        (x, cache, grad), found = loop_layers(
             self.sparse, sparse_layer, carry, layers=weights and weights.sparse, **how
         )
         if not decoding:
             x = self.kernels.close_experts(x, experts.at(0, grad))
-        return x, cache, routing
+        routing, of_sparse = (None, None) if found is None else found
+        return x, cache, routing, {"dense": of_dense, "sparse": of_sparse}
 
     def _adapted_layers(self, x: Array, ctx: Context, how: dict[str, Any]) -> tuple[Array, LayerRouting]:
         """The sparse layers in training, where low-rank adapters change the experts.

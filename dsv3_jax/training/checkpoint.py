@@ -136,6 +136,8 @@ class Checkpoints:
                 self._manager.wait_until_finished()
 
     def _write_manifest(self) -> None:
+        # Another thread of Orbax writes its metadata, which the manifest repeats; no public method waits for it.
+        self._manager._non_blocking_metadata_store.wait_until_finished()
         parts = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
         write_manifest(next(parts, self.folder / str(self._saving)))
 

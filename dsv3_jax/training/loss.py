@@ -30,6 +30,7 @@ class Losses(NamedTuple):
     dropped: Array  # share of assignments dropped, mean over layers
     tokens_sent: Array  # copies of a token that are sent to another device's experts, mean over layers
     bias_measure: Array | None = None  # [L, E]: what the bias's rule needs beside the load; rows as of load
+    max_logits: dict[str, Array] | None = None  # as `ForwardOut.max_logits`, if they are watched
 
 
 def targets(
@@ -72,6 +73,7 @@ def compute_loss(
     counts: Float[Array, " depths"] | None = None,
     share: float = 1.0,
     heads_only: bool = False,
+    watch_logits: bool = False,
 ) -> Losses:
     """Compute all losses of a batch.
 
@@ -83,6 +85,7 @@ def compute_loss(
         share: of the complete batch that this part is: the weight of its balance losses.
         heads_only: the total has the multi-token heads alone, (1/M)·Σ_k L_k and their balance losses. λ is not used:
             there is no other loss to weigh them against.
+        watch_logits: return the largest attention logits too.
 
     Example:
         >>> import dsv3_jax as ds
@@ -96,7 +99,7 @@ def compute_loss(
         5.56
     """
     tokens, segment_ids, loss_mask = batch["tokens"], batch["segment_ids"], batch.get("loss_mask")
-    out = model.forward_hidden(tokens, segment_ids, batch["positions"], batch.get("keys"))
+    out = model.forward_hidden(tokens, segment_ids, batch["positions"], batch.get("keys"), watch_logits=watch_logits)
     if counts is None:
         counts = target_counts(segment_ids, 1 + len(out.mtp_h), loss_mask)
     matrix = model.head_matrix()
@@ -120,7 +123,8 @@ def compute_loss(
     measures = [r.bias_measure for r in _routings(out) if r.bias_measure is not None]
     total = heads + balance if heads_only else main + balance + mtp_weight * heads
     measure = jnp.concatenate(measures) * share if measures else None
-    return Losses(total, main, mtp, feature, balance, correct[0], load, dropped * share, sent * share, measure)
+    dropped, sent = dropped * share, sent * share
+    return Losses(total, main, mtp, feature, balance, correct[0], load, dropped, sent, measure, out.max_logits)
 
 
 def _feature_loss(
@@ -156,6 +160,19 @@ def _load(out: ForwardOut) -> tuple[Array, Array, Array]:
         jnp.concatenate(parts) for parts in zip(*((r.load, r.dropped, r.tokens_sent) for r in routings), strict=True)
     )
     return load, dropped.mean(), sent.mean()
+
+
+def add_parts(a: Losses, b: Losses) -> Losses:
+    """Add the losses of two parts of a batch; of their largest logits, take the larger ones.
+
+    Example:
+        >>> one = Losses(*[jnp.ones(())] * 9, max_logits={"dense": jnp.array([1.0, 7.0])})
+        >>> both = add_parts(one, one._replace(max_logits={"dense": jnp.array([2.0, 3.0])}))
+        >>> both.main, both.max_logits["dense"]
+        (Array(2., dtype=float32), Array([2., 7.], dtype=float32))
+    """
+    total = jax.tree.map(jnp.add, a, b)
+    return total._replace(max_logits=jax.tree.map(jnp.maximum, a.max_logits, b.max_logits))
 
 
 class Scores(NamedTuple):

@@ -21,6 +21,7 @@ from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.kernels import choose, xla_flags
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.counting import train_flops_per_token
+from dsv3_jax.ops import balance
 from dsv3_jax.report.speed import gemm_flops
 from dsv3_jax.report.units import format_bytes, format_duration
 from dsv3_jax.training import chats, from_optax, lora, optim, warm_start
@@ -71,6 +72,7 @@ def prepare(
     kernels = processes.by_each(lambda: choose.prepare(run.execution, mesh=mesh))
     # First: what is checked from here on then comes out alike in all processes.
     _agree(run, mesh, (step, stop_after), chosen(kernels, run, mesh))
+    balance.rule_of(run.model)  # refuses one that the router cannot have
     if mesh is not None:
         sharding.check(mesh, run)
         processes.check_layout(run.execution.layout)

@@ -57,7 +57,7 @@ def as_row(step: int, found: dict[str, Any], run: RunConfig) -> dict[str, Any]:
     row: dict[str, Any] = {"step": step, "loss": float(found["loss"])}
     if found["mtp_loss"].size:
         row["mtp_loss"] = [float(x) for x in found["mtp_loss"]]
-    for key in ("feature_loss", "balance_loss", "accuracy", "grad_norm", "lr", "dropped"):
+    for key in ("feature_loss", "balance_loss", "accuracy", "grad_norm", "lr", "dropped", "max_logit"):
         if key in found:
             row[key] = float(found[key])
     if found["tokens_sent"]:

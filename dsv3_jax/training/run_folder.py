@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax.config import Execution, RunConfig, first_difference, replace, run_from_dict, to_dict
-from dsv3_jax.data import tokenizer
+from dsv3_jax.data import hub, tokenizer
 from dsv3_jax.files import PART, read_json, write_atomic
 
 RUN_FILE, TOKENIZER_FILE = "run.json", "tokenizer.json"
@@ -175,7 +175,15 @@ def absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
         >>> absolute(("books",)) == (os.path.join(os.getcwd(), "books"),)
         True
     """
-    return tuple(os.path.abspath(path) for path in paths)
+    return tuple(map(_absolute, paths))
+
+
+def _absolute(path: str) -> str:
+    if not hub.is_dataset(path):
+        return os.path.abspath(path)
+    name = hub.parts_of(path)[0]
+    place = os.path.abspath(name) if os.path.exists(name) else name  # a folder, or a name of the hub
+    return hub.PREFIX + place + path.removeprefix(hub.PREFIX + name)
 
 
 def difference(a: RunConfig, b: RunConfig) -> tuple[str, Any, Any] | None:

@@ -25,8 +25,8 @@ from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.mtp import HEADS, Head
 from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.ops import balance, routing
-from dsv3_jax.training import lora, optim
-from dsv3_jax.training.loss import Losses, compute_loss, target_counts
+from dsv3_jax.training import lora, optim, qk_clip
+from dsv3_jax.training.loss import Losses, add_parts, compute_loss, target_counts
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "bias", "opt", "step"], meta_fields=[])
@@ -197,7 +197,8 @@ def make_step(
 
     def part_losses(trained, frozen, bias, batch, weight, counts):
         model = nnx.merge(graph, lora.join(run.lora, nnx.merge_state(trained, frozen)), bias)
-        out = compute_loss(model, batch, weight, counts=counts, share=1 / parts, heads_only=run.trunk is not None)
+        how = {"heads_only": run.trunk is not None, "watch_logits": run.optim.qk_clip is not None}
+        out = compute_loss(model, batch, weight, counts=counts, share=1 / parts, **how)
         return out.total, out
 
     def gradients(trained, frozen, bias, batch: Batch, weight) -> tuple[nnx.State, Losses]:
@@ -208,13 +209,14 @@ def make_step(
             return constrain(grads), out
 
         def add(total, part):
-            grads, out = jax.tree.map(jnp.add, total, grad(trained, frozen, bias, part, weight, counts))
-            return (constrain(grads), out), None
+            grads, out = grad(trained, frozen, bias, part, weight, counts)
+            return (constrain(jax.tree.map(jnp.add, total[0], grads)), add_parts(total[1], out)), None
 
         split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
         shapes = jax.eval_shape(grad, trained, frozen, bias, jax.tree.map(lambda x: x[0], split), weight, counts)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(add, zeros, split)[0]
+        grads, out = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        none = jax.tree.map(lambda x: jnp.full_like(x, -jnp.inf), out.max_logits)
+        return jax.lax.scan(add, (grads, out._replace(max_logits=none)), split)[0]
 
     @partial(jax.jit, donate_argnums=0, compiler_options=dict(options) or None)
     def step(state: TrainState, batch: Batch, go: Array | bool = True):
@@ -227,6 +229,8 @@ def make_step(
         if go is not True:
             finite &= go
         params, opt = move(state.step, trained, state.opt, grads, norm, finite)
+        if run.optim.qk_clip is not None and out.max_logits is not None:
+            params = qk_clip.clip(params, out.max_logits, run.optim.qk_clip, run.model.nope_head_dim, finite)
         bias, rule = state.bias, balance.rule_of(run.model)
         if rule is not None:
             gamma = optim.bias_rate(run.optim, run.model.balance.bias_rate, run.steps, state.step)
@@ -246,6 +250,8 @@ def make_step(
             "tokens_sent": out.tokens_sent,
             "finite": finite,
         }
+        if out.max_logits is not None:
+            metrics["max_logit"] = jnp.stack([top.max() for top in out.max_logits.values()]).max()
         if optimizer is None:  # a transformation has a schedule of its own
             metrics["lr"] = optim.learning_rate(run.optim, run.steps, state.step)
         if run.model.mtp_depth and HEADS[run.model.mtp_kind].feature_loss is not Head.feature_loss:

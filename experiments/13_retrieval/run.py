@@ -10,10 +10,12 @@ from functools import partial
 import jax
 import numpy as np
 from flax import nnx
+from matplotlib.figure import Figure
 
 from dsv3_jax.config import Yarn, replace
 from dsv3_jax.model.transformer import Transformer
-from experiments.lab import FollowUp, OnTask, Study
+from experiments.lab import FollowUp, OnTask, Study, markdown_table, mean_spread, write_figure
+from experiments.lab.claims import Claim, Stake
 from experiments.lab.tasks import Retrieval
 
 FACTOR = 16
@@ -81,6 +83,86 @@ def last_choice(graphdef, state, tokens):
     return (model.forward_hidden(tokens).h[:, -2] @ model.head_matrix()).argmax(-1)
 
 
+# The table and the picture
+
+LINES = {  # line: (variant, how it is evaluated)
+    "trained at L, unchanged": ("L", "own"),
+    "trained at L, YaRN, no more steps": ("L", "yarn"),
+    "more steps at 16L, no YaRN": ("L, then 16L", "own"),
+    "more steps at 16L with YaRN": ("L, then 16L with YaRN", "own"),
+    "trained at 16L from the start": ("16L", "own"),
+}
+
+
+def shown(results):
+    return [(line, *row) for line, row in LINES.items() if row[0] in results.variants]
+
+
+def beyond(how):
+    """Return a function of a run's numbers: the retrieved share, in %, of keys that are farther away than L."""
+
+    def mean(numbers):
+        far = [
+            share
+            for c, row in zip(CONTEXTS, numbers[how], strict=True)
+            for d, share in zip(DEPTHS, row, strict=True)
+            if c * d > 1
+        ]
+        return 100 * float(np.mean(far))
+
+    return mean
+
+
+def within(how):
+    """Return a function of a run's numbers: the retrieved share, in %, in rows of L."""
+    return lambda numbers: 100 * float(np.mean(numbers[how][0]))
+
+
+def table(results):
+    header = ["", "found in rows of L, %", *(f"rows of {c}L" for c in CONTEXTS[1:]), "farther than L, %"]
+    rows = []
+    for line, variant, how in shown(results):
+        by_length = 100 * results.values(variant, lambda n, how=how: [np.mean(row) for row in n[how]])
+        rows.append(
+            [line, *(mean_spread(x, 1) for x in by_length.T), mean_spread(results.values(variant, beyond(how)), 1)]
+        )
+    return markdown_table(header, rows) + f"\n\nChance finds {100 / Retrieval().values:.1f} %."
+
+
+def draw(results, path):
+    """Draw a heat map for each line: length of the row by depth of the key, mean over seeds."""
+    lines = shown(results)
+    figure = Figure(figsize=(2.5 * len(lines) + 1.2, 3.4), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(lines), sharey=True))
+    for ax, (line, variant, how) in zip(axes, lines, strict=True):
+        share = 100 * results.values(variant, how).mean(0)  # [lengths, depths]
+        image = ax.imshow(share.T, vmin=0, vmax=100, cmap="viridis", aspect="auto", origin="lower")
+        for i, j in np.ndindex(share.shape):
+            ax.text(
+                i,
+                j,
+                f"{share[i, j]:.0f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if share[i, j] < 60 else "black",
+            )
+        ax.set_title(line.replace(", ", ",\n", 1), fontsize=9)
+        ax.set_xticks(range(len(CONTEXTS)), [f"{c}L" if c > 1 else "L" for c in CONTEXTS])
+        ax.set_xlabel("tokens in the row")
+    axes[0].set_yticks(range(len(DEPTHS)), [f"{d:.0%}" for d in DEPTHS])
+    axes[0].set_ylabel("distance to the key, of the row")
+    figure.colorbar(image, ax=axes, label="keys found, %")
+    unchanged, yarn = (results.values("L", beyond(how)).mean() for how in ("own", "yarn"))
+    title = f"Of keys farther than L, YaRN alone finds {yarn:.0f} %, the unchanged model {unchanged:.0f} %"
+    figure.suptitle(f"{title} (mean over {len(results.seeds())} seeds)", fontsize=11)
+    write_figure(figure, path)
+
+
+def claim(text, variant, against, key, expect="higher", **more):
+    return Claim(text, variant, against, key, expect, unit="points", digits=1, stake="keys", **more)
+
+
 STUDY = Study(
     script=__file__,
     question="Does YaRN let a model find keys at up to 16 times its training length?",
@@ -88,6 +170,45 @@ STUDY = Study(
     variants=variants,
     base="retrieval",
     measure=measure,
+    table=table,
+    draw=draw,
+    claims=(
+        claim(
+            "YaRN without more steps finds more far keys than nothing",
+            "L",
+            0.0,
+            lambda n: beyond("yarn")(n) - beyond("own")(n),
+        ),
+        claim(
+            "YaRN without more steps keeps near keys, within 2 points",
+            "L",
+            0.0,
+            lambda n: within("yarn")(n) - within("own")(n),
+            "equal",
+            margin=2.0,
+        ),
+        claim(
+            "after a tenth more steps, YaRN finds more far keys than none",
+            "L, then 16L with YaRN",
+            "L, then 16L",
+            beyond("own"),
+        ),
+        claim(
+            "a tenth more steps with YaRN find more than 16L from the start",
+            "L, then 16L with YaRN",
+            "16L",
+            beyond("own"),
+        ),
+    ),
+    stakes={
+        "keys": Stake(
+            "no reach: far keys, against near keys",
+            lambda results: results.values("L", within("own")) - results.values("L", beyond("own")),
+            beyond("own"),
+            "points",
+            1,
+        )
+    },
 )
 
 if __name__ == "__main__":

@@ -192,7 +192,9 @@ def _check(stake: Stake, results: Results, noise_of: NoiseOf) -> Check:
     try:
         noise = noise_of(stake.key).sd
     except ValueError:
-        return Check(stake, None, float("nan"))
+        noise = float("nan")
+    if np.isnan(noise):  # one variant, or one seed
+        return Check(stake, None, noise)
     return Check(stake, float(np.mean(cost)) if len(cost) else None, noise)
 
 

@@ -10,7 +10,7 @@ from scipy import stats
 
 from experiments.lab.claims import Verdict, distinct, table_of
 from experiments.lab.results import Results, write_figure
-from experiments.lab.statistics import compare, pool
+from experiments.lab.statistics import Noise, compare, pool
 
 
 def style_axes(ax: Axes, title: str, x: str, y: str) -> None:
@@ -114,7 +114,7 @@ def plot_differences(ax: Axes, results: Results, key: str, title: str, unit: str
     The interval is that of the pooled noise over the study's variants.
     """
     first, *others = results.variants
-    noise = pool([distinct(table_of(results, key))])
+    noise = _noise(results, key)
     for row, variant in enumerate(others):
         values = results.paired(variant, first, key)
         if not len(values):
@@ -122,13 +122,22 @@ def plot_differences(ax: Axes, results: Results, key: str, title: str, unit: str
         colour = colour_of(results, variant)
         ax.plot(values, np.full(len(values), row), "o", color=colour, alpha=0.45, markersize=5, markeredgewidth=0)
         table = table_of(results, key)
-        found = compare(table[variant], table[first], noise) if noise.dof else None
+        found = compare(table[variant], table[first], noise) if noise else None
         half = 0.0 if found is None else found.half
         ax.errorbar([values.mean()], [row], xerr=[half], fmt="|", color=colour, markersize=14, linewidth=2, capsize=4)
     style_axes(ax, title, f"difference to {first}, {unit}; dots: seeds, bars: 95 % interval", "")
     ax.axvline(0, color="0.5", linewidth=0.8)
     ax.set_yticks(range(len(others)), others)
-    ax.set_ylim(len(others) - 0.5, -0.5)
+    ax.set_ylim(max(len(others), 1) - 0.5, -0.5)
+
+
+def _noise(results: Results, key: str) -> Noise | None:
+    """Return the noise pooled over the study's variants, or None for one seed or one variant."""
+    try:
+        noise = pool([distinct(table_of(results, key))])
+    except ValueError:
+        return None
+    return noise if noise.dof else None
 
 
 def colour_of(results: Results, variant: str) -> str:
@@ -168,14 +177,14 @@ def draw_loss_by_cost(
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     ax = figure.add_subplot()
     costs = []
-    noise = pool([distinct(table_of(results, "val_loss"))])
+    noise = _noise(results, "val_loss")
     for variant in results.variants:
         x = cost(results, variant) if callable(cost) else float(results.values(variant, cost).mean())
         losses = results.values(variant, "val_loss")
         colour = colour_of(results, variant)
         ax.plot(np.full(len(losses), x), losses, ".", color=colour, alpha=0.6)
         # Of differences between variants: the seeds' common effect is left out.
-        half = noise.sd * stats.t.ppf(0.975, noise.dof) / np.sqrt(len(losses)) if noise.dof else 0.0
+        half = noise.sd * stats.t.ppf(0.975, noise.dof) / np.sqrt(len(losses)) if noise else 0.0
         ax.errorbar([x], [losses.mean()], yerr=[half], fmt="o", color=colour, markersize=9, capsize=4, label=variant)
         costs.append(x)
     style_axes(ax, title, label, "validation loss, nats per token; bars: 95 % interval")

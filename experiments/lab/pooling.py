@@ -10,7 +10,7 @@ from experiments.lab.statistics import Noise, Table, pool
 POOLED = "val_loss"
 
 
-def recipe_noise(all_results: Sequence[Results], base: str, steps: int) -> Noise:
+def recipe_noise(all_results: Sequence[Results], base: str | None, steps: int) -> Noise:
     """Pool the noise of the validation loss over all studies with one base and number of steps.
 
     Runs that studies share count once. Each version of the recipe has its own seed effects.
@@ -24,7 +24,7 @@ def recipe_noise(all_results: Sequence[Results], base: str, steps: int) -> Noise
             continue
         for variant, seeds in results.runs.items():
             for seed, record in seeds.items():
-                mark = record.get("config") or record.get("fingerprint", "")
+                mark = record.get("config") or record.get("fingerprint") or f"{results.path}: {variant}"
                 if record["steps"] != steps or POOLED not in record["numbers"] or (mark, seed) in seen:
                     continue
                 seen.add((mark, seed))
@@ -49,6 +49,6 @@ def noise_for(results: Results, experiments: Path) -> NoiseOf:
         if key != POOLED or len(steps) != 1:
             return within(key)
         others = [r for r in siblings(experiments) if r.path != results.path]
-        return recipe_noise([results, *others], results.about.get("base", ""), steps.pop())
+        return recipe_noise([results, *others], results.about.get("base"), steps.pop())
 
     return noise

@@ -23,6 +23,7 @@ from experiments.lab import drawing, overview, work
 from experiments.lab.bases import base_run, make_tokenizer, short_run
 from experiments.lab.claims import Check, Claim, Stake, Verdict, as_json, judge, verdict_table
 from experiments.lab.fingerprints import RECIPE, Identity, identify
+from experiments.lab.options import make_parser
 from experiments.lab.pooling import noise_for
 from experiments.lab.results import Results, replace_block
 from experiments.lab.runner import run_all
@@ -318,20 +319,3 @@ def _provenance() -> dict:
     """Return date and machine of the runs that are measured now. Their commit is that of their training."""
     machine = f"{os.cpu_count()} × {platform.machine()}, Python {platform.python_version()}, JAX {version('jax')}"
     return {"date": date.today().isoformat(), "machine": machine}
-
-
-def make_parser(prog: str | None, description: str) -> argparse.ArgumentParser:
-    """Return the parser of the options that all studies share."""
-    parser = argparse.ArgumentParser(prog=prog, description=description)
-    parser.add_argument("--base", help="the recipe that the variants change: lab, tiny, mini, …; default: the study's")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="change the base, as steps=5000")
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2")
-    parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="run these variants; default: all")
-    parser.add_argument("--workers", type=int, help="runs at a time; default: one per core, or 1 on an accelerator")
-    parser.add_argument("--short", action="store_true", help="run a few steps in a temporary folder, as a check")
-    parser.add_argument("--fresh", action="store_true", help="delete results and runs, then train and measure again")
-    parser.add_argument("--remeasure", action="store_true", help="delete results, then measure the existing runs again")
-    parser.add_argument("--check", action="store_true", help="train one finished run again; print by how much it moves")
-    parser.add_argument("--redraw", action="store_true", help="run nothing; rewrite the table and the picture")
-    parser.add_argument("--list", action="store_true", help="run nothing; list which runs are done or missing")
-    return parser

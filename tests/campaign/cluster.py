@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pairs
@@ -60,8 +61,10 @@ def after_fault(ended: Ended) -> list[str]:
     return [] if ended.code in (0, -signal.SIGKILL) or len(own) == 1 else ["sentences"]
 
 
-def trial(case: str, root: Path, folder: Path, run: RunConfig, rng: random.Random) -> tuple[list[str], str]:
-    """Start two processes, disturb one, and wait for both."""
+def trial(
+    case: str, root: Path, folder: Path, run: RunConfig, rng: random.Random, slow: float
+) -> tuple[list[str], str]:
+    """Start two processes, disturb one, and wait for both. `slow`: seconds that an undisturbed pair takes here."""
     victim = rng.randrange(2)
     more: list[tuple[str, ...]] = [(), ()]
     if case == "other settings":
@@ -70,7 +73,8 @@ def trial(case: str, root: Path, folder: Path, run: RunConfig, rng: random.Rando
         what = f"process {victim}"
         if case != "other settings":
             what = disturb(case, both[victim], both[1 - victim], folder, rng)
-        ended = [watch(process, 120 if case in ("stopped", "other settings") else END_S) for process in both]
+        limit = LIMIT_S + 6 * slow if case in ("stopped", "other settings") else END_S + 6 * slow
+        ended = [watch(process, limit) for process in both]
         signal_all([pid for process in both for pid in family(process.pid)], signal.SIGCONT)
     said = f"{what}, {more}:\n" + "\n".join(f"exit code {one.code}: {one.err[-600:]}" for one in ended)
     if case == "other settings":
@@ -82,7 +86,7 @@ def trial(case: str, root: Path, folder: Path, run: RunConfig, rng: random.Rando
         faults = [fault for one in ended for fault in after_fault(one)]
         if ended[1 - victim].code not in (0, supervisor.LOST, None):
             faults.append("not resumed")  # no scheduler would start it again
-    return faults + half_written(folder) + finish(root, folder, run), said
+    return faults + half_written(folder) + finish(root, folder, run, LIMIT_S + 6 * slow), said
 
 
 def disturb(case: str, victim, other, folder: Path, rng: random.Random) -> str:
@@ -102,9 +106,9 @@ def disturb(case: str, victim, other, folder: Path, rng: random.Random) -> str:
     return f"{case}: {' and '.join(names)}"
 
 
-def finish(root: Path, folder: Path, run: RunConfig) -> list[str]:
+def finish(root: Path, folder: Path, run: RunConfig, limit: float) -> list[str]:
     """Train to the end in one process, and look for every step's row."""
-    ended = watch(runs.start(["train", "tiny", "--out", str(folder), *runs.flags(run)], root), 180)
+    ended = watch(runs.start(["train", "tiny", "--out", str(folder), *runs.flags(run)], root), limit)
     if faults := faults_of(ended):
         print(ended.err[-600:])
         return faults
@@ -117,12 +121,16 @@ def run(seconds: float, seed: int, table: Table, least: int = 1) -> None:
     """Disturb clusters for so long."""
     with tempfile.TemporaryDirectory(prefix="campaign-") as name:
         root = Path(name)
-        made = pairs.pair_run(root / "text")
-        with pairs.pair(root, root / "warm", made) as both:  # compiles what the trials find ready
-            assert [watch(process, 600).code for process in both] == [0, 0]
+        made = replace(pairs.pair_run(root / "text"), steps=48)
+        for _ in range(2):  # the second finds its programs compiled
+            begin = time.monotonic()
+            with pairs.pair(root, root / "warm", made) as both:
+                assert [watch(process, 600).code for process in both] == [0, 0]
+            slow = time.monotonic() - begin
+            shutil.rmtree(root / "warm")
         for number, rng in trials("cluster", seconds, seed, least):
             case = CASES[number % len(CASES)]
-            faults, said = trial(case, root, root / "run", made, rng)
+            faults, said = trial(case, root, root / "run", made, rng, slow)
             table.add(f"cluster: {case}", faults)
             report("cluster", seed, number, case, faults, said)
             shutil.rmtree(root / "run", ignore_errors=True)

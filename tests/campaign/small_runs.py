@@ -144,4 +144,4 @@ def ends_the_same(ready: Worker, made: Base, folder: Path) -> list[str]:
 
 def limit_of(made: Base) -> float:
     """Seconds after which a process of the run hangs: the machine's other work may slow it down, too."""
-    return LIMIT_S + 2 * made.seconds
+    return LIMIT_S + 6 * made.seconds

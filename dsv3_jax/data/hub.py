@@ -1,0 +1,93 @@
+"""Rows of Hugging Face datasets: `hf:NAME` of the hub, streamed, or `hf:FOLDER` as `datasets` saved it.
+
+    hf:ORGANISATION/NAME            the split train
+    hf:ORGANISATION/NAME:CONFIG     a configuration of it
+    hf:ORGANISATION/NAME@SPLIT      another split, as in hf:allenai/c4:en@validation
+    hf:FOLDER                       what `save_to_disk` wrote, or a folder that `load_dataset` knows
+
+Rows come one by one, so memory does not depend on their number. The package `datasets` is the extra of that name.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+PREFIX = "hf:"
+SPLIT = "train"
+SAVED = ("state.json", "dataset_dict.json")  # files that `save_to_disk` writes
+
+
+def is_dataset(path: str) -> bool:
+    """Whether a path of `DataConfig.paths` names a dataset.
+
+    Example:
+        >>> is_dataset("hf:allenai/c4:en"), is_dataset("books")
+        (True, False)
+    """
+    return path.startswith(PREFIX)
+
+
+def parts_of(path: str) -> tuple[str, str | None, str]:
+    """Split `hf:NAME[:CONFIG][@SPLIT]`.
+
+    Raises: ValueError when a part is empty.
+
+    Example:
+        >>> parts_of("hf:allenai/c4:en@validation"), parts_of("hf:saved")
+        (('allenai/c4', 'en', 'validation'), ('saved', None, 'train'))
+    """
+    rest, at, split = path.removeprefix(PREFIX).partition("@")
+    name, colon, config = rest.partition(":")
+    if not name or (at and not split) or (colon and not config):
+        raise ValueError(f"path={path!r} has an empty part; write hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG@SPLIT")
+    return name, config or None, split or SPLIT
+
+
+def dataset_rows(path: str, needed: Sequence[str], also: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read a dataset row by row.
+
+    Args: needed, also: columns to keep; one of `needed` must be there.
+    Returns: pairs of a location, for errors, and a row.
+    Raises: ValueError for a dataset that cannot be found or read, has none of the columns, or without `datasets`.
+    """
+    name, config, split = parts_of(path)
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            f"path={path!r} needs datasets, which is not installed; run pip install 'dsv3-jax[datasets]'"
+        ) from error
+    with _errors_named(path):
+        if any((Path(name) / file).is_file() for file in SAVED):
+            found = datasets.load_from_disk(name)
+            if isinstance(found, datasets.DatasetDict):
+                if split not in found:
+                    raise ValueError(f"there is no split {split!r} among {sorted(found)}")
+                found = found[split]
+        else:
+            found = datasets.load_dataset(name, config, split=split, streaming=True)
+        columns = found.column_names
+        if columns is not None:
+            if not set(columns) & set(needed):
+                raise ValueError(f"there is no column {needed[0]!r} among {sorted(columns)}")
+            found = found.select_columns([column for column in columns if column in {*needed, *also}])
+        rows = iter(found)
+    number = 0
+    while True:
+        with _errors_named(f"{path}, row {number + 1}"):
+            row = next(rows, None)
+        if row is None:
+            return
+        number += 1
+        yield f"{path}, row {number}", row
+
+
+@contextlib.contextmanager
+def _errors_named(where: str) -> Iterator[None]:
+    """Turn any error of the library, which has many kinds, into a sentence that names the dataset."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{where} cannot be read: {reason}") from error
