@@ -1,6 +1,7 @@
 """Models that train in 8 bits: which products are rounded, and that nothing else changes."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ from flax import nnx
 from models import LIGHT, SMALL, random_model, tokens_of
 from runs import MODEL, assert_bitwise, cheap_compiles, fresh_state, make_run, packed_batch, write_text
 
-from dsv3_jax.config import ConfigError, Execution, OptimConfig
+from dsv3_jax.config import ConfigError, Execution, Layout, OptimConfig
 from dsv3_jax.decoding.decode_config import DecodeConfig
 from dsv3_jax.decoding.generate import generate_in_parts
 from dsv3_jax.kernels.choose import TABLE, Kernels, Target, prepare
+from dsv3_jax.mesh import sharding
 from dsv3_jax.training import loop
 from dsv3_jax.training.checkpoint import load_run
 from dsv3_jax.training.loss import compute_loss
@@ -122,12 +124,17 @@ def _cheap(tmp_path_factory):
         yield
 
 
-def after_two_steps(run):
-    step, state = make_step(run), fresh_state(run)
-    for seed in range(2):
-        rng = np.random.default_rng(seed)
-        state, metrics = step(state, packed_batch(rng, np.sort(rng.integers(1, 4, (4, 24)), axis=1)))
-    return state, metrics
+def after_two_steps(run, mesh=None):
+    step, state = make_step(run, prepare(run.execution, mesh=mesh)), fresh_state(run)
+    place = lambda batch: batch  # noqa: E731
+    if mesh is not None:
+        state = jax.device_put(state, sharding.state_sharding(state, mesh, fsdp=run.execution.layout.fsdp))
+        place = partial(jax.device_put, device=sharding.batch_sharding(mesh))
+    with sharding.use_mesh(mesh):
+        for seed in range(2):
+            rng = np.random.default_rng(seed)
+            state, metrics = step(state, place(packed_batch(rng, np.sort(rng.integers(1, 4, (4, 24)), axis=1))))
+    return jax.device_get((state, metrics))
 
 
 def test_a_training_step_in_8_bits_is_near_that_in_float32():
@@ -179,3 +186,20 @@ def test_the_capacity_variant_trains_too():
     (_, exact), (_, low) = (after_two_steps(replace(run, execution=e)) for e in (Execution(), FP8))
     assert float(exact["dropped"]) > 0 and low["loss"] != exact["loss"]
     np.testing.assert_allclose(low["loss"], exact["loss"], rtol=0.01)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(expert_comm="gather"), Layout(fsdp=True, expert_comm="all_to_all")],
+    ids=["gather", "all_to_all fsdp"],
+)
+def test_a_step_on_a_mesh_is_near_a_single_devices(layout):
+    """Not equal: a device rounds experts in tiles of its own hidden units and tokens."""
+    (_, alone), (_, got) = (
+        after_two_steps(replace(RUN, execution=replace(FP8, layout=layout)), mesh)
+        for mesh in (None, sharding.make_mesh(2, 2, 2))
+    )
+    np.testing.assert_array_equal(got["load"].sum(), alone["load"].sum())
+    np.testing.assert_allclose(got["loss"], alone["loss"], rtol=0.005)
+    np.testing.assert_allclose(got["grad_norm"], alone["grad_norm"], rtol=0.05)

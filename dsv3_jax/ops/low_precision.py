@@ -11,7 +11,7 @@ of multi-token heads. Embedding, output head, router, norms, attention itself an
 
 This file emulates the recipe on any device: the operands hold exactly the values of e4m3 numbers times their scales, in
 float32, and one float32 product adds them up. The recipe's own order, one sum for each 128 numbers and then the scales,
-differs by float32 rounding only.
+differs by float32 rounding only. On a mesh that shards experts or their tokens, tiles do not cross devices.
 
 Departs from the paper: nothing is kept in 8 bits. The report caches activations in FP8, and so rounds their scales, and
 those of what it dispatches, to powers of two: a 1 × 128 tile then becomes a 128 × 1 tile without a second rounding.
