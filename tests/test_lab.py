@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,7 @@ from experiments.lab import (
 )
 from experiments.lab import study as study_file
 from experiments.lab.claims import Claim
-from experiments.lab.fingerprints import RECIPE, Identity, config_hash, identify
+from experiments.lab.fingerprints import RECIPE, identify, settings_of
 from experiments.lab.results import replace_block, thin_curves
 from experiments.lab.tables import results_table
 from experiments.lab.tasks import Facts
@@ -101,6 +100,10 @@ def make_study(repo, **changes):
     return Study(**settings | changes)
 
 
+def settings_hash(*arguments):
+    return str(sorted(settings_of(*arguments).items(), key=str))
+
+
 def called(repo):
     """Return the jobs since the last call."""
     path = repo / "called"
@@ -120,7 +123,7 @@ def test_only_missing_runs_are_made_and_failures_are_named(repo, capsys):
     page = (folder / "README.md").read_text()
     assert "| second | 1,000 (100) | 8 | 1.7500 ± 0.7071 | +0.2500 ± 0.0000 |" in page
     assert "| the second is lower | +0.250 (" in page and "trained at commit 0123abc. Machine: " in page
-    assert f"Recipe {RECIPE}." in page and "older" not in page
+    assert f"Recipe {RECIPE}." in page and "These are not" not in page
     assert "\nold\n" not in page and page.startswith("# A question?") and page.endswith("It does.\n")
     assert (folder / "fake.png").read_bytes()[:4] == b"\x89PNG"
     row = f"| [01 fake](01_fake/README.md) | A question? | Agrees, in short | {RECIPE} |"
@@ -224,7 +227,7 @@ def test_the_identity_ignores_kernels_and_the_layout_on_devices():
     """The compute dtype counts, and so do model, seed and steps, the task, and the runs that it starts from."""
     run = recipe("lab")
     execution = replace(run.execution, kernels="xla", layout=Layout(fsdp=True))
-    assert config_hash(run) == config_hash(replace(run, execution=execution))
+    assert settings_hash(run) == settings_hash(replace(run, execution=execution))
     others = [
         replace(run, seed=1),
         replace(run, model=replace(run.model, dim=48)),
@@ -233,10 +236,10 @@ def test_the_identity_ignores_kernels_and_the_layout_on_devices():
         replace(run, model=replace(run.model, capacity_factor=1.0)),
         replace(run, model=replace(run.model, capacity_factor=1.25)),
     ]
-    assert len({config_hash(r) for r in (run, *others)}) == 7
-    assert len({config_hash(run), config_hash(run, Facts()), config_hash(run, Facts(bits=5))}) == 3
+    assert len({settings_hash(r) for r in (run, *others)}) == 7
+    assert len({settings_hash(run), settings_hash(run, Facts()), settings_hash(run, Facts(bits=5))}) == 3
     started = replace(run, start="runs/lab/abc")
-    assert config_hash(started, None, {"runs/lab/abc": "x"}) != config_hash(started, None, {"runs/lab/abc": "y"})
+    assert settings_hash(started, None, {"runs/lab/abc": "x"}) != settings_hash(started, None, {"runs/lab/abc": "y"})
 
 
 def test_a_changed_default_text_or_tokenizer_is_another_run(tmp_path, monkeypatch):
@@ -250,17 +253,38 @@ def test_a_changed_default_text_or_tokenizer_is_another_run(tmp_path, monkeypatc
     (tmp_path / "words.json").write_text("first")
     monkeypatch.setattr(fingerprints, "_tokenizer_hash", lambda name, changed: Path(name).read_text())
     before = identify(run, tmp_path)
-    assert before == identify(run, tmp_path) and before.matches(asdict(before))
+    assert before == identify(run, tmp_path) and before.matches(before.stored())
     (tmp_path / "words.json").write_text("second")
     assert identify(run, tmp_path).mark != before.mark
     (tmp_path / "words.json").write_text("first")
     text.write_text('{"text": "one"}\n{"text": "two"}\n{"text": "four"}\n')
     fingerprints._corpus_hash.cache_clear()
     assert identify(run, tmp_path).corpus != before.corpus
+    text.write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n')
+    fingerprints._corpus_hash.cache_clear()
+    again = identify(run, tmp_path)
+    assert again.matches(before.stored()) and not replace(again, recipe=RECIPE + 1).matches(before.stored())
     values = to_dict(run)
-    monkeypatch.setattr(fingerprints, "to_dict", lambda run: values | {"a_new_setting": "its default"})
-    assert config_hash(run) != before.config  # defaults count
-    assert not Identity(before.config, before.corpus, before.tokenizer, RECIPE + 1).matches(asdict(before))
+    monkeypatch.setattr(fingerprints, "to_dict", lambda run: values | {"log_every": 7})  # as if its default changed
+    assert not identify(run, tmp_path).matches(before.stored())
+
+
+def test_a_new_setting_at_its_default_keeps_results(tmp_path, monkeypatch):
+    """The house's rule: a new setting's default means what was so before. Any other value is another run."""
+    run, root = recipe("lab"), tmp_path
+    monkeypatch.setattr(fingerprints, "_corpus_hash", lambda data: "a text")
+    old = identify(run, root)
+    names, new = {old.keys: sorted(old.settings)}, fingerprints._defaults() | {"model.new": 0}
+    monkeypatch.setattr(fingerprints, "_defaults", lambda: new)
+    values = to_dict(run)
+    for value, matches in ((0, True), (1, False)):
+        later = values | {"model": values["model"] | {"new": value}}
+        monkeypatch.setattr(fingerprints, "to_dict", lambda run, later=later: later)
+        assert identify(run, root).matches(old.stored(), names) == matches
+        assert not identify(run, root).matches(old.stored())  # without the names it cannot be told
+    changed = values | {"model": values["model"] | {"new": 0, "dim": 48}}
+    monkeypatch.setattr(fingerprints, "to_dict", lambda run: changed)
+    assert not identify(run, root).matches(old.stored(), names)
 
 
 def test_a_redraw_deletes_nothing_and_results_of_another_recipe_are_named_not_mixed(repo, capsys):
@@ -275,7 +299,7 @@ def test_a_redraw_deletes_nothing_and_results_of_another_recipe_are_named_not_mi
     path.write_text(json.dumps(stored))
     assert study.main(["--redraw"]) == 0
     page = (path.parent / "README.md").read_text()
-    assert f"Recipe {RECIPE - 1}. It is older than the present recipe {RECIPE}" in page
+    assert f"Recipe {RECIPE - 1}. These are not of the present configuration and text (recipe {RECIPE})" in page
     assert json.loads(path.read_text())["runs"] == stored["runs"]
     called(repo)
     assert study.main(["--seeds", "0", "--only", "first"]) == 0 and len(called(repo)) == 1
@@ -477,14 +501,14 @@ def test_every_study_is_complete(script, monkeypatch):
     for base in (bases.short_run(study.base), *([recipe("mini")] if study.base == "lab" else [])):
         assert list(study.list_runs(base, (0, 1))) == list(asked)
     results = Results(script.parent / "results.json")
-    assert results.recipe in (1, RECIPE) and set(results.variants) <= {name for name, _ in asked}
+    assert results.recipe in (1, RECIPE, None) and set(results.variants) <= {name for name, _ in asked}
     verdicts, _ = study.judge(results)
-    assert study.claims and [v.claim.text for v in verdicts] == [v["claim"] for v in results.about["verdicts"]]
-    assert [v.answer for v in verdicts] == [v["answer"] for v in results.about["verdicts"]]
+    assert study.claims and [v.claim.text for v in verdicts] == [v["claim"] for v in results.about.get("verdicts", [])]
+    assert [v.answer for v in verdicts] == [v["answer"] for v in results.about.get("verdicts", [])]
     page = (script.parent / "README.md").read_text()
     assert page.startswith(f"# {study.question}\n") and study.question.endswith("?")
     assert page.count("<!-- results -->") == page.count("<!-- /results -->") == 1
-    assert overview.verdict(script.parent) != "pending"
+    assert (overview.verdict(script.parent) == "pending") == (results.recipe is None)  # what has results is answered
 
 
 def test_there_are_fourteen_studies():

@@ -20,6 +20,7 @@ from dsv3_jax.ops import routing
 from dsv3_jax.training.loss import score_tokens
 from experiments.lab import Study, drawing, markdown_table
 from experiments.lab.claims import Claim
+from experiments.lab.statistics import pool
 from experiments.lab.tables import mean_spread
 
 TOP_OFF = (1, 2, 4, 8)  # experts with the highest scores that a token may not use
@@ -148,9 +149,24 @@ def cost(name):
     return lambda numbers: numbers["cost"][name]
 
 
+def noise(results):
+    """Pool the noise of a cost over all that is taken away: each is one more variant of the same runs."""
+    costs = {name: dict(enumerate(results.values("base", cost(name)))) for name in names(results)}
+    return lambda key: pool([costs])
+
+
 def table(results):
-    rows = [[name, mean_spread(results.values("base", cost(name)), 4, sign=True)] for name in names(results)]
+    rows = [
+        [LABELS.get(name, name), mean_spread(results.values("base", cost(name)), 4, sign=True)]
+        for name in names(results)
+    ]
     return markdown_table(["taken away", "cost, nats per token"], rows)
+
+
+LABELS = {  # of windows, whose second half is scored
+    f"context of {w} tokens at most": f"context beyond {w - 1} token{'s' * (w > 2)} (of {max(w // 2, 1)} to {w - 1})"
+    for w in WINDOWS
+}
 
 
 def draw(results, path):
@@ -168,6 +184,7 @@ STUDY = Study(
     published="shared expert off, one more routed: Pile loss 1.808 → 2.414 (DeepSeekMoE, 2B)",
     variants=variants,
     measure=measure,
+    noise=noise,
     table=table,
     draw=draw,
     claims=(

@@ -40,7 +40,8 @@ class Results:
     Attributes:
         runs: what is shown: results of the asked identities, or of an older recipe while there are none.
         others: kept, not shown: records with `variant` and `seed`.
-        recipe: of `runs`; None while it is empty.
+        names: hash `keys` of records → names of their settings.
+        is_current: whether `runs` are of the identities that `select` was asked for.
     """
 
     def __init__(self, path: Path, about: Mapping | None = None):
@@ -48,6 +49,8 @@ class Results:
         stored = json.loads(path.read_text()) if path.exists() else {}
         self.runs: dict[str, dict[str, dict]] = stored.pop("runs", {})
         self.others: list[dict] = stored.pop("others", [])
+        self.names: dict[str, list[str]] = {keys: names.split() for keys, names in stored.pop("settings", {}).items()}
+        self.is_current = False
         self.about = stored | dict(about or {})
 
     @property
@@ -57,7 +60,11 @@ class Results:
 
     def has(self, variant: str, seed: int, identity: Identity) -> bool:
         """Return whether the run exists and is the asked one."""
-        return identity.matches(self.runs.get(variant, {}).get(str(seed), {}))
+        return identity.matches(self.runs.get(variant, {}).get(str(seed), {}), self.names)
+
+    def remember(self, identity: Identity) -> None:
+        """Keep the names of an identity's settings, so that a later version can compare its results."""
+        self.names.setdefault(identity.keys, sorted(identity.settings))
 
     def add(self, variant: str, seed: int, record: dict) -> None:
         """Add a run, and write the file. Results of another recipe are no longer shown; none is deleted."""
@@ -73,9 +80,10 @@ class Results:
         """Show the results of the asked identities, in their order. Without any, show those of the newest recipe."""
         everything, chosen = self._all(), dict[tuple[str, int], dict]()
         for key, identity in asked.items():
-            named = [r for r in everything if (r["variant"], int(r["seed"])) == key and identity.matches(r)]
+            named = [r for r in everything if (r["variant"], int(r["seed"])) == key and identity.matches(r, self.names)]
             if named:
                 chosen[key] = named[0]
+        self.is_current = bool(chosen)
         if not chosen:
             newest = max(map(_recipe, everything), default=0)
             for record in everything:
@@ -126,7 +134,12 @@ class Results:
     def write(self) -> None:
         """Write the file with one line per run, so that its diff is readable."""
         outer = json.dumps(
-            self.about | {"runs": "@"} | ({"others": "@@"} if self.others else {}), indent=1, ensure_ascii=False
+            self.about
+            | ({"settings": {keys: " ".join(names) for keys, names in self.names.items()}} if self.names else {})
+            | {"runs": "@"}
+            | ({"others": "@@"} if self.others else {}),
+            indent=1,
+            ensure_ascii=False,
         )
         variants = []
         for variant, seeds in self.runs.items():

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -21,8 +21,8 @@ from pathlib import Path
 from dsv3_jax.config import RunConfig, replace, to_dict
 from experiments.lab import drawing, overview, work
 from experiments.lab.bases import base_run, make_tokenizer, short_run
-from experiments.lab.claims import Check, Claim, Stake, Verdict, as_json, judge, verdict_table
-from experiments.lab.fingerprints import RECIPE, Identity, identify
+from experiments.lab.claims import Check, Claim, NoiseOf, Stake, Verdict, as_json, judge, verdict_table
+from experiments.lab.fingerprints import RECIPE, Identity, changed, identify
 from experiments.lab.options import make_parser
 from experiments.lab.pooling import noise_for
 from experiments.lab.results import Results, replace_block
@@ -80,6 +80,7 @@ class Study:
     table: Callable[[Results], str] | None = None  # Markdown that replaces the table of `columns`
     draw: Callable[[Results, Path], None] = drawing.draw_differences
     claims: tuple[Claim, ...] = ()  # what the papers claim, judged by `claims.judge`
+    noise: Callable[[Results], NoiseOf] | None = None  # pools noise otherwise than over variants, see `claims.judge`
     stakes: Mapping[str, Stake] = field(default_factory=dict)  # manipulation checks that claims refer to by name
 
     @property
@@ -114,8 +115,8 @@ class Study:
                     variant = variant.run(*needed.values())
                 task, run = (variant.task, variant.run) if isinstance(variant, OnTask) else (None, variant)
                 run = replace(run, seed=seed, data=replace(run.data, seed=seed))
-                configs = {folder: runs[other, seed].identity.config for other, folder in needed.items()}
-                identity = identify(run, self.root, task, configs)
+                names = {folder: changed(runs[other, seed].run) for other, folder in needed.items()}
+                identity = identify(run, self.root, task, names)
                 runs[name, seed] = StudyRun(run, f"{runs_folder}/{identity.mark}", needed, identity, task)
         return runs
 
@@ -223,7 +224,8 @@ class Study:
 
         def add_trained(job: Job, record: dict) -> None:
             key = job.variant, job.seed
-            record = asdict(runs[key].identity) | record | provenance
+            record = runs[key].identity.stored() | record | provenance
+            results.remember(runs[key].identity)
             if self.measure_alone is None:
                 results.add(*key, record)
             else:
@@ -264,7 +266,8 @@ class Study:
 
     def judge(self, results: Results) -> tuple[list[Verdict], list[Check]]:
         """Judge the study's claims on its results."""
-        return judge(results, self.claims, self.stakes, noise_for(results, self.folder.parent))
+        noise = self.noise(results) if self.noise else noise_for(results, self.folder.parent)
+        return judge(results, self.claims, self.stakes, noise)
 
     def _publish(self, results: Results, out: Path) -> None:
         """Print the tables, draw the picture, and update the README.md files."""
@@ -280,10 +283,11 @@ class Study:
         what = "trained" if results.recipe and results.recipe > 1 else "measured"
         caption += f" Run on {results.provenance('date')}, {what} at commit {results.provenance('commit')}."
         caption += f" Machine: {results.provenance('machine')}. Recipe {results.recipe}."
-        if results.recipe != RECIPE:
+        if not results.is_current:
             caption += (
-                f" It is older than the present recipe {RECIPE}: these results are shown until the study runs again."
+                f" These are not of the present configuration and text (recipe {RECIPE}), and are shown until the"
             )
+            caption += " study runs again."
         caption += f" {results.describe_others()}".rstrip()
         print(f"\n{text}\n\n{caption}\n{picture}")
         if out == self.folder:
