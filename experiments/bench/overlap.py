@@ -111,7 +111,7 @@ def main() -> None:
     options = parser.parse_args()
     run = run_of(options.steps)
     for side in SIDES:
-        step = measure(run, side, 0.0, "waiting")  # compiles; "in turn" is then measured once more
+        measure(run, side, 0.0, "waiting")  # compiles
     step, cells = measure(run, "in turn", 0.0, "waiting"), []
     for share in SHARES:
         for kind in ("waiting", "working") if share else ("waiting",):
