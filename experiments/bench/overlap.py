@@ -111,7 +111,7 @@ def main() -> None:
     options = parser.parse_args()
     run = run_of(options.steps)
     for side in SIDES:
-        step = measure(run, side, 0.0, "waiting")  # compiles; "in turn" is then measured once more
+        measure(run, side, 0.0, "waiting")  # compiles
     step, cells = measure(run, "in turn", 0.0, "waiting"), []
     for share in SHARES:
         for kind in ("waiting", "working") if share else ("waiting",):
@@ -123,13 +123,18 @@ def main() -> None:
             medians = {side: statistics.median(seconds) for side, seconds in found.items()}
             cells.append({"share": share, "kind": kind, "seconds": medians, "ratios": ratios})
             print(table(cells[-1:]).splitlines()[-1], flush=True)
+            write(options, step, cells)
+    print("\n" + table(cells))
+
+
+def write(options: argparse.Namespace, step: float, cells: list[dict]) -> None:
+    """Write what has been measured so far beside this file."""
     device = jax.devices()[0]
     results = {
         "device": device.device_kind, "platform": device.platform, "machine": platform.machine(),
         "jax": jax.__version__, "steps": options.steps, "rounds": options.rounds, "step_seconds": step, "cells": cells,
     }  # fmt: skip
     Path(__file__).with_name("overlap_results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print("\n" + table(cells))
 
 
 if __name__ == "__main__":
