@@ -98,6 +98,11 @@ def grouped(op, w):
 OPS = {
     "attention.causal_attention": attend(attention.causal_attention),
     "attention.causal_attention_in_large_blocks": attend(attention.causal_attention_in_large_blocks),
+    "attention.attention_and_maxima": attend(lambda *a, scale: attention.attention_and_maxima(*a, scale=scale)[0]),
+    "attention.maxima_in_large_blocks": attend(lambda *a, scale: attention.maxima_in_large_blocks(*a, scale=scale)[0]),
+    "attention.row_maxima": (
+        {"q": (B, T, H, N), "k": (B, T, H, N)}, {}, lambda q, k: attention.row_maxima(q, k, scale=0.3),
+    ),
     "attention.repeat_heads": ({"k": (B, T, 1, N)}, {}, lambda k: attention.repeat_heads(k, H)),
     "attention.scaled": ({"q": (B, T, H, N)}, {}, partial(attention.scaled, scale=0.3)),
     "cached_attention.cached_attention": ({"q": (B, T, H, C + R), "rows": (B, T, C + R)}, {}, over_cache),
@@ -141,7 +146,7 @@ OPS = {
     "products.product_by_head": ({"x": (B, T, H, N)}, {"w": (H, N, V)}, products.product_by_head),
     "rope.rotate": ({"x": (B, T, H, R)}, {}, lambda x: jnp.concatenate([rotated(x, True), rotated(x, False)], axis=-1)),
 }  # fmt: skip
-FORWARD_ONLY = {"cached_attention.cached_attention", "mla.absorbed"} | {
+FORWARD_ONLY = {"attention.row_maxima", "cached_attention.cached_attention", "mla.absorbed"} | {
     name for name in OPS if name.startswith(("dispatch.decode", "grouped_product."))
 }
 # Ops that are held to float64 in bfloat16 elsewhere.
@@ -157,7 +162,7 @@ ELSEWHERE = {
 }  # fmt: skip
 # Files and functions that read and write float32, whole numbers or settings, whatever the compute dtype.
 NEVER_BFLOAT16 = {
-    "balance", "expert_stack", "routing", "sampling", "sort_by_expert", "varying", "verify_drafts",
+    "balance", "expert_stack", "newton_schulz", "routing", "sampling", "sort_by_expert", "varying", "verify_drafts",
     "attention.large_block", "cached_attention.write_rows", "cross_entropy.token_scores", "grouped_product.block_size",
     "grouped_product.in_groups", "grouped_product.row_blocks", "grouped_product.take_groups", "grouped_product.wide",
     "quantize.largest", "rope.cos_sin", "rope.frequencies", "rope.mscale", "rope.softmax_scale", "rope.yarn_range",
@@ -230,8 +235,8 @@ def test_bfloat16_is_float64_to_its_rounding(found, wanted, name):
     """An operand or a result is rounded by 2⁻⁹ of itself; experts and MLA round four or five times in a row."""
     (y, gradients), (want, want_gradients) = found[name], wanted[name]
     activations, weights, _ = OPS[name]
-    is_sum = name.startswith("cross_entropy") or name.endswith("_dw")
-    assert y.dtype == (jnp.float32 if is_sum or not activations else jnp.bfloat16)
+    is_wide = name.startswith("cross_entropy") or name.endswith(("_dw", "row_maxima"))
+    assert y.dtype == (jnp.float32 if is_wide or not activations else jnp.bfloat16)
     assert gradients.keys() == want_gradients.keys()
     assert all(g.dtype == (jnp.float32 if key in weights else jnp.bfloat16) for key, g in gradients.items())
     for key, got, expected in [("y", y, want), *((key, g, want_gradients[key]) for key, g in gradients.items())]:
