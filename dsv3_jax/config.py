@@ -21,6 +21,7 @@ replace = dataclasses.replace
 # Kinds and dtypes of the cache that decoding keeps; see `model/cache.py`.
 CacheKind = Literal["latent", "expanded", "none"]
 CacheDtype = Literal["float32", "bfloat16", "int8", "float8_e4m3"]
+Precision = Literal["none", "fp8", "mxfp8"]  # of the linear layers' products; see `ops/low_precision.py`
 
 
 class ConfigError(ValueError):
@@ -142,26 +143,39 @@ class Yarn:
             _require(0 <= getattr(self, name) <= 100, f"yarn {name}={getattr(self, name)} is outside [0, 100]")
 
 
+# Names of `ops.routing.ROUTERS` and of `ops.balance.RULES`, which say what each is; a test holds them equal.
+RouterName = Literal["sigmoid", "sqrtsoftplus", "softmax", "topk", "noisy_topk", "dense", "hash"]
+RuleName = Literal["sign", "proportional", "quantile"]
+
+
 @dataclass(frozen=True)
 class Balance:
-    """How the load of the experts is balanced: three methods that can be combined; 0 turns one off.
+    """How the load of the experts is balanced: methods that can be combined; 0 turns one off.
 
     Sources: loss-free bias arXiv 2408.15664; sequence-wise loss DeepSeek-V3 report, section 2.1.2; Switch loss
-    arXiv 2101.03961.
+    arXiv 2101.03961; z-loss arXiv 2202.08906.
 
     Example:
-        >>> Balance(switch_alpha=1e-3)
-        Balance(bias_rate=0.001, sequence_alpha=0.0001, switch_alpha=0.001)
+        >>> Balance(switch_alpha=1e-3) == Balance(1e-3, 1e-4, 1e-3, rule="sign", z_alpha=0.0)
+        True
     """
 
-    bias_rate: float = 1e-3  # step of the loss-free router bias after each batch (gamma)
+    bias_rate: float = 1e-3  # step of the loss-free router bias after each batch (gamma); for quantile at most 1
     sequence_alpha: float = 1e-4  # weight of the sequence-wise balance loss (alpha)
     switch_alpha: float = 0.0  # weight of the batch-wise Switch balance loss
+    # how the bias moves: sign by gamma towards the mean load (V3), proportional by gamma times the distance from it,
+    # quantile the share gamma of the way to the bias with which the batch would have been balanced
+    rule: RuleName = "sign"
+    z_alpha: float = 0.0  # weight of the z-loss, which keeps the router's logits small
 
     def __post_init__(self):
         _check_types(self)
-        for name in ("bias_rate", "sequence_alpha", "switch_alpha"):
+        for name in ("bias_rate", "sequence_alpha", "switch_alpha", "z_alpha"):
             _require(getattr(self, name) >= 0, f"balance {name}={getattr(self, name)} is negative")
+        _require(
+            self.rule != "quantile" or self.bias_rate <= 1,
+            f"balance bias_rate={self.bias_rate} is over 1, the complete way to the bias of rule='quantile'",
+        )
 
 
 @dataclass(frozen=True)
@@ -203,6 +217,9 @@ class Execution:
     layout: Layout = field(default_factory=Layout)  # how the model is sharded over a mesh of devices
     # XLA's flags for training on several GPUs or TPUs: auto sets those of kernels/xla_flags.py, none sets none
     xla_flags: Literal["auto", "none"] = "auto"
+    # 8-bit operands for the products of linear layers in training: fp8 is DeepSeek-V3's recipe, mxfp8 that of the MX
+    # formats; none multiplies in compute_dtype. Emulated, so slower: it shows what the rounding does to the loss
+    precision: Precision = "none"
 
     def __post_init__(self):
         _check_types(self)
@@ -270,9 +287,10 @@ class ModelConfig:
     num_kv_heads: int | None = None  # number of heads with keys and values; for attention gqa only
     num_groups: int = 1  # number of groups that the experts are divided into (G)
     groups_per_token: int = 1  # number of groups that a token's experts may come from
-    # how scores become a choice: sigmoid with a balancing bias (V3), softmax with balance losses (V2), topk takes the
-    # softmax over the chosen experts, dense uses every expert
-    router: Literal["sigmoid", "softmax", "topk", "dense"] = "sigmoid"
+    # how scores become a choice: sigmoid with a balancing bias (V3), sqrtsoftplus likewise (V4), softmax with balance
+    # losses (V2), topk takes the softmax over the chosen experts, noisy_topk adds learnt noise in training, dense uses
+    # every expert, hash chooses by the token's id
+    router: RouterName = "sigmoid"
     group_score: Literal["top2_sum", "max"] = "top2_sum"  # score of a group: sum of its two best experts, or the best
     normalize_gates: bool = True  # divide a token's gates by their sum
     routed_scale: float = 1.0  # factor on the output of the routed experts
@@ -531,30 +549,42 @@ class DataConfig:
         return weights
 
 
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon for matrices, AdamW for the rest"}  # made by training/optim.py
+OPTAX = "optax:"  # begins the name that `ds.train.fit(…, optimizer=tx)` gives a run
+
+
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and the report's schedule: warm-up, constant, cosine, constant (DeepSeek-V3 report, section 4.2).
+    """The optimizer and the schedules. The defaults are AdamW and the DeepSeek-V3 report's, section 4.2.
 
     Example:
         >>> OptimConfig(learning_rate=1e-3).warmup_steps
         2000
     """
 
+    # adamw, or muon, which orthogonalises the updates of matrices and leaves embeddings, router and norms to AdamW
+    name: str = "adamw"
+    # learning rate after the warm-up: report is constant, cosine, constant; wsd is constant, a line down, constant;
+    # cosine falls to the last step
+    schedule: Literal["report", "wsd", "cosine"] = "report"
     learning_rate: float = 2.2e-4  # largest learning rate, between the warm-up and the decay
     final_learning_rate: float = 2.2e-5  # learning rate after the decay
     warmup_steps: int = 2000  # number of steps in which the learning rate rises from 0
-    decay_start: float = 0.67  # share of all steps after which the cosine decay begins
-    decay_end: float = 0.97  # share of all steps after which the cosine decay ends
+    decay_start: float = 0.67  # share of all steps after which the decay begins; not for schedule cosine
+    decay_end: float = 0.97  # share of all steps after which the decay ends; not for schedule cosine
     beta1: float = 0.9  # decay of AdamW's mean of gradients
     beta2: float = 0.95  # decay of AdamW's mean of squared gradients
+    muon_beta: float = 0.95  # decay of Muon's mean of gradients
     eps: float = 1e-8  # epsilon of AdamW's division
     weight_decay: float = 0.1  # weight decay of matrices; the scales of norms have none
     clip_norm: float = 1.0  # largest norm of the whole gradient; a larger gradient is scaled down
+    # QK-clip: after a step, weights of heads whose largest attention logit was above it are scaled down; None: never
+    qk_clip: float | None = None
     mtp_weight: float = 0.3  # weight of the multi-token loss (lambda)
     mtp_final_weight: float = 0.1  # weight of the multi-token loss once the decay begins
     bias_freeze: float = 0.97  # share of all steps after which the router bias no longer moves
     microbatches: int = 1  # number of parts of a batch whose gradients are accumulated
-    # dtype of AdamW's two means; bfloat16 halves their memory (DeepSeek-V3 report, section 3.3.2)
+    # dtype of the means of AdamW and Muon; bfloat16 halves their memory (DeepSeek-V3 report, section 3.3.2)
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
@@ -563,13 +593,17 @@ class OptimConfig:
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} is not positive")
         for name in ("final_learning_rate", "warmup_steps", "weight_decay", "mtp_weight", "mtp_final_weight"):
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} is negative")
-        for name in ("beta1", "beta2"):
+        if self.name not in OPTIMIZERS and not self.name.startswith(OPTAX):
+            near = did_you_mean(self.name, OPTIMIZERS)
+            raise ConfigError(f"optim name={_short(self.name)} is not one of {', '.join(OPTIMIZERS)}{near}")
+        for name in ("beta1", "beta2", "muon_beta"):
             _require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} is outside [0, 1)")
             # A bfloat16 has 8 bits: a step of less than 2^-9 of a mean is rounded away, and a mean could not decay.
             _require(
                 self.moments_dtype == "float32" or getattr(self, name) <= 0.99,
                 f"{name}={getattr(self, name)} is over 0.99, too slow for moments_dtype='bfloat16'; use 'float32'",
             )
+        _require(self.qk_clip is None or self.qk_clip > 0, f"qk_clip={self.qk_clip} is not positive")
         _require(
             0 <= self.decay_start <= self.decay_end <= 1,
             f"decay_start={self.decay_start} and decay_end={self.decay_end} are not in order within [0, 1]",
@@ -654,6 +688,12 @@ class RunConfig:
         _require(
             self.trunk is None or self.start is None,
             f"a run begins with start={self.start!r} or on trunk={self.trunk!r}, not with both",
+        )
+        clip, attention = self.optim.qk_clip, self.model.attention
+        _require(clip is None or attention == "mla", f"optim.qk_clip={clip} is for attention='mla', not {attention!r}")
+        _require(
+            clip is None or self.lora.rank == 0,
+            f"optim.qk_clip={clip} is not supported with lora rank={self.lora.rank}: it scales weights, not adapters",
         )
         if self.lora.rank:
             self._check_lora()

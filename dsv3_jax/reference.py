@@ -1,7 +1,7 @@
 """DeepSeek-V3 on one page: the model and its losses, equation by equation.
 
 The page is slow and obvious: attention holds all scores at once, and every expert computes every token. The tests hold
-the fast code of this package against it. It drops no token: expert capacity is not on the page.
+the fast code of this package against it. Not on the page: expert capacity, routing by noise or by hash.
 
 Letters: B batch, T tokens, D width, H heads, N nope dim, R rope dim, V value dim, Q query latent, C key-value latent,
 E experts, K experts per token, G groups, F expert width, L layers, W vocabulary, M multi-token heads (MTP).
@@ -132,6 +132,7 @@ class Routing(NamedTuple):
     expert_ids: Array  # int [B,T,K]
     gates: Array  # [B,T,K]: weights of the chosen experts
     scores: Array  # [B,T,E]: unbiased scores of all experts
+    log_sums: Array  # [B,T]: ln Σ_e e^logit, for the z-loss
     counted: Array  # bool [B,T]: tokens that enter the load and the balance losses
 
 
@@ -139,26 +140,27 @@ def route(ctx: Context, p: dict, x: Float[Array, "B T D"]) -> Routing:
     """Choose K experts per token: the choice c selects them, and their unbiased scores s become gates g.
 
     sigmoid (V3)   s = sigmoid(x W_router);  c = s + bias in the best groups;  g = scale · s / (Σ_chosen s + 1e-20)
+    sqrtsoftplus   the same (V4) with s = √ln(1 + e^(x W_router))
     softmax (V2)   s = softmax(x W_router);  c = s in the best groups;  g = scale · s, or normalised as above
     topk, dense    s = softmax(x W_router);  c = s;  g = s / Σ_chosen s. The dense router has K = E
-    A group's value is the sum of its two largest c (V3) or its largest c (V2).
-    Source: DeepSeek-V3 report, section 2.1.2; DeepSeek-V2 report, section 2.2; arXiv 1701.06538 (topk).
+    A group's value is the sum of its two largest c (V3), or its largest (V2). Source: reports, V3 2.1.2 and V2 2.2.
     """
-    cfg, xp, limited = ctx.cfg, ctx.xp, ctx.cfg.router in ("sigmoid", "softmax")
-    logits = x @ p["w_router"]
-    scores = 1 / (1 + xp.exp(-logits)) if cfg.router == "sigmoid" else softmax(logits, xp)
-    choice = scores + p["bias"][None, None] if cfg.router == "sigmoid" else scores
+    cfg, xp, logits = ctx.cfg, ctx.xp, x @ p["w_router"]
+    biased, limited = cfg.router in ("sigmoid", "sqrtsoftplus"), cfg.router in ("sigmoid", "sqrtsoftplus", "softmax")
+    log_sums = xp.log(xp.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+    positive = 1 / (1 + xp.exp(-logits)) if cfg.router == "sigmoid" else xp.logaddexp(logits, 0.0) ** 0.5
+    scores = positive if biased else softmax(logits, xp)
+    choice = scores + p["bias"][None, None] if biased else scores
     if limited:
         groups = choice.reshape(*choice.shape[:2], cfg.num_groups, -1)  # [B,T,G,E/G]
-        ordered = xp.sort(groups, axis=-1)
-        value = ordered[..., -2:].sum(-1) if cfg.group_score == "top2_sum" else ordered[..., -1]
+        value = xp.sort(groups, axis=-1)[..., -2 if cfg.group_score == "top2_sum" else -1 :].sum(-1)
         kept = xp.eye(cfg.num_groups)[top_k(value, cfg.groups_per_token, xp)].sum(-2)  # [B,T,G]
         choice = xp.where(kept[..., None] > 0, groups, -np.inf).reshape(choice.shape)  # not 0: c can be negative
     expert_ids = top_k(choice, cfg.experts_per_token, xp)
     gates = xp.take_along_axis(scores, expert_ids, axis=-1)
     if cfg.normalize_gates or not limited:
         gates = gates / (gates.sum(-1, keepdims=True) + 1e-20)
-    return Routing(expert_ids, gates * (cfg.routed_scale if limited else 1), scores, ctx.segment_ids != 0)
+    return Routing(expert_ids, gates * (cfg.routed_scale if limited else 1), scores, log_sums, ctx.segment_ids != 0)
 
 
 def moe(ctx: Context, p: dict, experts: dict, x: Float[Array, "B T D"]) -> tuple[Array, Routing]:
@@ -242,8 +244,7 @@ def mtp_heads(ctx: Context, p: dict, h: Float[Array, "B T D"], tokens: Int[Array
 
 def same_document(ctx: Context, ahead: int) -> Array:
     """bool [B,T-ahead]: the token `ahead` places on is in the same document, which is not padding."""
-    here, there = ctx.segment_ids[:, :-ahead], ctx.segment_ids[:, ahead:]
-    return (here == there) & (here != 0)
+    return (ctx.segment_ids[:, :-ahead] == ctx.segment_ids[:, ahead:]) & (ctx.segment_ids[:, ahead:] != 0)
 
 
 def cross_entropy(ctx: Context, logits: Array, tokens: Int[Array, "B T"], ahead: int) -> Array:
@@ -263,8 +264,7 @@ def balance_loss(r: Routing, xp) -> Float[Array, " B"]:
     num_experts, k = r.scores.shape[-1], r.expert_ids.shape[-1]
     mean = (r.counted / np.maximum(r.counted.sum(-1, keepdims=True), 1))[..., None]  # [B,T,1]: weights of a mean over t
     f = num_experts / k * (xp.eye(num_experts)[r.expert_ids].sum(-2) * mean).sum(1)
-    shares = r.scores / (r.scores.sum(-1, keepdims=True) + 1e-20)
-    return (f * (shares * mean).sum(1)).sum(-1)
+    return (f * (r.scores / (r.scores.sum(-1, keepdims=True) + 1e-20) * mean).sum(1)).sum(-1)
 
 
 class Losses(NamedTuple):
@@ -274,7 +274,7 @@ class Losses(NamedTuple):
     main: Array  # cross-entropy of the next token
     mtp: list[Array]  # cross-entropy of each head
     feature: Array  # EAGLE's SmoothL1 distance from h^1 at token i to the trunk's h at token i+1, a constant
-    balance: Array  # over all routers: Σ of α · mean sequence-wise loss + α' · Switch loss
+    balance: Array  # over all routers: Σ of α · mean sequence-wise loss + α' · Switch loss + α'' · z-loss
 
 
 def losses(ctx: Context, p: dict, tokens: Int[Array, "B T"], mtp_weight: float, stop_gradient=lambda x: x) -> Losses:
@@ -285,16 +285,16 @@ def losses(ctx: Context, p: dict, tokens: Int[Array, "B T"], mtp_weight: float, 
     if cfg.mtp_kind == "eagle" and mtp:
         mask = same_document(ctx, 2)
         d = abs(out.mtp_hidden[0][:, :-1] - stop_gradient(out.hidden[:, 1:-1]))
-        smooth_l1 = xp.where(d < 1, d * d / 2, d - 0.5).mean(-1)
-        feature = xp.where(mask, smooth_l1, 0.0).sum() / int(mask.sum())
+        feature = xp.where(mask, xp.where(d < 1, d * d / 2, d - 0.5).mean(-1), 0.0).sum() / int(mask.sum())
         heads = feature + 0.1 * heads
     for r in out.routing:
         sequence = balance_loss(r._replace(expert_ids=top_k(r.scores, cfg.experts_per_token, xp)), xp).mean()
         switch = balance_loss(Routing(*(y.reshape(1, -1, *y.shape[2:]) for y in r)), xp)[0]  # the batch is one row
-        balance = balance + cfg.balance.sequence_alpha * sequence + cfg.balance.switch_alpha * switch
+        z = (r.log_sums**2 * r.counted).sum() / np.maximum(r.counted.sum(), 1)  # arXiv 2202.08906
+        balance += cfg.balance.sequence_alpha * sequence + cfg.balance.switch_alpha * switch + cfg.balance.z_alpha * z
     return Losses(main + mtp_weight * heads + balance, main, mtp, feature, balance)
 
 
 def updated_bias(bias: Float[Array, " E"], load: Float[Array, " E"], rate: float) -> Float[Array, " E"]:
-    """Loss-free balance (arXiv 2408.15664): b_e + γ sign(mean load - load_e), for the load of a step's whole batch."""
+    """Loss-free balance (arXiv 2408.15664): b_e + γ sign(mean load - load_e), of the whole batch. The rule "sign"."""
     return bias + rate * np.sign(load.mean() - load)

@@ -17,6 +17,7 @@ if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") and metadata.version("jaxlib
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -25,6 +26,17 @@ jax.config.update("jax_num_cpu_devices", 8)  # for meshes; must be set before th
 
 # Check the jaxtyping signature of every call. Only modules that are imported after this line are checked.
 install_import_hook("dsv3_jax", "beartype.beartype")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _each_program_is_compiled_once(tmp_path_factory):
+    """A fresh `jax.jit` of the same program, or another process of the session, finds it on disk."""
+    from runs import compiled_programs  # it imports the package, after the hook above
+
+    jax.config.update("jax_compilation_cache_dir", str(compiled_programs(tmp_path_factory.getbasetemp())))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    compilation_cache.reset_cache()  # it reads its settings only once
 
 
 @pytest.fixture
@@ -85,7 +97,21 @@ LONGEST = (
 )
 
 
+# Examples that compile a complete model run with the long tests.
+LONG_EXAMPLES = (
+    "dsv3_jax.model.transformer.Transformer",
+    "dsv3_jax.training.loop.fit",
+    "dsv3_jax.decoding.generate.generate",
+    "dsv3_jax.decoding.generate.generate_in_parts",
+    "dsv3_jax.hf.conversion.convert",
+)
+
+
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.name in LONG_EXAMPLES:
+            item.add_marker(pytest.mark.long)
+
     def position(item):
         return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
 

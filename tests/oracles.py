@@ -114,12 +114,33 @@ def allowed_experts(choice, groups, groups_kept, group_score):
     return [e for g in kept for e in members[g]]
 
 
-def sigmoid_route(logits, bias, *, k, groups=1, groups_kept=1, group_score="top2_sum", normalize=True, scale=1.0):
-    """Return (expert_ids [n,K], gates [n,K], scores [n,E]) of the V3 router."""
+def sigmoid_scores(row):
+    """Return 1 / (1 + e^-x)."""
+    return 1 / (1 + np.exp(-row))
+
+
+def sqrtsoftplus_scores(row):
+    """Return the square root of ln(1 + e^x)."""
+    return np.sqrt(np.logaddexp(0, row))
+
+
+def sigmoid_route(
+    logits,
+    bias,
+    *,
+    k,
+    groups=1,
+    groups_kept=1,
+    group_score="top2_sum",
+    normalize=True,
+    scale=1.0,
+    score=sigmoid_scores,
+):
+    """Return (expert_ids [n,K], gates [n,K], scores [n,E]) of the V3 router, or with V4's scores."""
     logits, bias = np.asarray(logits, np.float64), np.asarray(bias, np.float64)
     ids, gates, scores = [], [], []
     for row in logits:
-        s = 1 / (1 + np.exp(-row))
+        s = score(row)
         choice = s + bias
         chosen = best(choice, k, allowed_experts(choice, groups, groups_kept, group_score))
         g = s[chosen]
@@ -157,6 +178,18 @@ def topk_route(logits, *, k):
     logits = np.asarray(logits, np.float64)
     ids = np.array([best(row, k) for row in logits])
     return ids, np.array([softmax_probs(row[chosen]) for row, chosen in zip(logits, ids, strict=True)])
+
+
+def hash_route(tokens, num_experts, k):
+    """Return expert_ids [n,K]: a token's k experts with the largest hash, in Python's integers."""
+
+    def value(token, expert):
+        x = (token * 0x9E3779B1 % 2**32) ^ (expert * 0x85EBCA77 % 2**32)
+        x = (x ^ (x >> 16)) * 0x85EBCA6B % 2**32
+        x = (x ^ (x >> 13)) * 0xC2B2AE35 % 2**32
+        return x ^ (x >> 16)
+
+    return np.array([best([value(int(t), e) for e in range(num_experts)], k) for t in tokens])
 
 
 # dispatch
@@ -206,6 +239,21 @@ def bias_update(bias, counts, rate):
     mean = sum(counts) / len(counts)
     sign = [(count < mean) * 1 - (count > mean) * 1 for count in counts]
     return np.array([float(b) + rate * s for b, s in zip(bias, sign, strict=True)])
+
+
+def proportional_update(bias, counts, rate):
+    """Return b_e + rate * (mean(load) - load_e) / mean(load)."""
+    mean = sum(counts) / len(counts)
+    return np.array([float(b) + rate * (mean - count) / mean for b, count in zip(bias, counts, strict=True)])
+
+
+def quantile_target(scores, bias, k):
+    """Return b*: with it, and the cuts of the old bias, each expert has floor(N K / E) of the N tokens."""
+    num_experts = len(bias)
+    wanted = len(scores) * k // num_experts
+    cuts = [sorted(row + bias)[-k - 1] for row in scores]
+    margins = [[row[e] - cut for row, cut in zip(scores, cuts, strict=True)] for e in range(num_experts)]
+    return np.array([-sorted(column, reverse=True)[wanted] for column in margins])
 
 
 def sequence_loss(scores, k, mask=None):

@@ -16,14 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 from models import DENSE, random_model
 
 from dsv3_jax.config import Balance, DataConfig, ModelConfig, OptimConfig, RunConfig, to_dict
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.presets import recipe
-from dsv3_jax.training import loop, optim
-from dsv3_jax.training.step import TrainState, split_trainable
+from dsv3_jax.training import loop
+from dsv3_jax.training.step import TrainState, init_optimizer
 
 # Two sparse layers and an MTP block, so that every kind of router bias is there; little else, to compile fast.
 MODEL = ModelConfig(
@@ -50,28 +49,29 @@ MODEL = ModelConfig(
     init_std=0.2,
 )
 STEPS = 12
-PROGRAMS = "programs"  # compiled ones
 HERE = Path(__file__).parents[1]
 
 
-@contextlib.contextmanager
-def cheap_compiles(root: Path) -> Iterator[None]:
-    """Compile without optimising, and each program once: a fresh `jax.jit` of the same program finds it on disk.
+def compiled_programs(root: Path) -> Path:
+    """The folder of the session's compiled programs, for all its processes.
 
-    `root` here and below is the session's folder, `tmp_path_factory.getbasetemp()`.
+    `root` here and below is the folder of this process, `tmp_path_factory.getbasetemp()`.
     """
-    settings = {  # here, and before
-        "jax_disable_most_optimizations": (True, jax.config.values["jax_disable_most_optimizations"]),
-        "jax_compilation_cache_dir": (str(root / PROGRAMS), None),
-        "jax_persistent_cache_min_compile_time_secs": (0.0, 1.0),
-        "jax_persistent_cache_min_entry_size_bytes": (-1, 0),
-    }
-    for when in (0, 1):
-        for name, values in settings.items():
-            jax.config.update(name, values[when])
-        compilation_cache.reset_cache()
-        if when == 0:
-            yield
+    return (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "programs"
+
+
+@contextlib.contextmanager
+def cheap_compiles() -> Iterator[None]:
+    """Compile without optimising, and forget programs that were compiled otherwise: they round otherwise."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    if before:
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
 
 
 def write_text(folder: Path) -> str:
@@ -105,7 +105,7 @@ def make_run(text: str, **changes) -> RunConfig:
 def fresh_state(run: RunConfig, step: int = 0) -> TrainState:
     """A new state in each call, since a step donates its state: parameters and signed biases by NumPy."""
     params, bias = nnx.split(random_model(run.model, execution=run.execution), nnx.Param, RouterBias)[1:]
-    opt = optim.init(split_trainable(run, params)[0], run.optim.moments_dtype)
+    opt = init_optimizer(run, params)
     return TrainState(params, bias, opt, jnp.asarray(step, jnp.int32))
 
 
@@ -171,7 +171,7 @@ def environment(root: Path) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(jax.device_count()),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(root / PROGRAMS),
+        "JAX_COMPILATION_CACHE_DIR": str(compiled_programs(root)),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }

@@ -1,12 +1,16 @@
 """Loads, the loss-free bias, both balance losses and the measures of imbalance equal the oracles' loops."""
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
 
+from dsv3_jax.config import Balance, ConfigError, RuleName, replace
 from dsv3_jax.ops import balance
+from dsv3_jax.presets import preset
 
 sequence_loss = jax.jit(balance.sequence_loss, static_argnums=1)
 UNEVEN = [3.0, 0.0, 7.0, 2.0]
@@ -39,6 +43,73 @@ def test_bias_update_of_stacked_layers(rng):
     got = balance.bias_update(jnp.asarray(bias), jnp.asarray(counts), 1e-3)
     expected = [oracles.bias_update(b, c, 1e-3) for b, c in zip(bias, counts, strict=True)]
     np.testing.assert_allclose(got, expected, atol=1e-7)
+
+
+def test_the_registry_has_the_configurations_names():
+    assert set(balance.RULES) == set(get_args(RuleName))
+
+
+@pytest.mark.parametrize("changes", [dict(router="softmax"), dict(num_groups=4, groups_per_token=2)])
+def test_a_rule_that_its_router_cannot_have_is_refused(changes):
+    cfg = replace(preset("tiny"), num_groups=1, groups_per_token=1, balance=Balance(rule="quantile"))
+    assert balance.rule_of(cfg) is balance.RULES["quantile"]
+    with pytest.raises(ConfigError, match=r"^rule='quantile' .*(router='softmax'|groups_per_token=2 of num_groups=4)"):
+        balance.rule_of(replace(cfg, **changes))
+
+
+def test_bias_moves_in_proportion(rng):
+    counts = np.array([3.0, 0.0, 7.0, 2.0, 3.0])
+    bias = rng.normal(0, 1, 5).astype(np.float32)
+    got = balance.proportional_update(jnp.asarray(bias), jnp.asarray(counts, jnp.float32), 0.125)
+    np.testing.assert_allclose(got, oracles.proportional_update(bias, counts, 0.125), rtol=0, atol=1e-7)
+    np.testing.assert_array_equal(balance.proportional_update(jnp.asarray(bias), jnp.zeros(5), 0.125), bias)
+
+
+@jax.jit
+def quantile_target(scores, mask, bias):
+    flat = balance.quantile_margins(scores.reshape(-1, scores.shape[-1]), bias, 2)
+    return balance.quantile_target(flat.reshape(scores.shape), mask, bias, 2)
+
+
+@pytest.mark.parametrize("biases", [(0.0, 0.0), (-0.4, 0.4), (-3.0, 3.0)])
+def test_quantile_target(rng, biases):
+    """The order statistic is exact: the oracle sorts float32 margins. With it each expert has its share of tokens.
+
+    An expert that is itself the cut of several tokens has equal margins there.
+    """
+    scores = rng.uniform(0, 1, (4, 19, 8)).astype(np.float32) + np.linspace(-1, 1, 8, dtype=np.float32)
+    mask, bias = rng.uniform(0, 1, (4, 19)) < 0.8, rng.uniform(*biases, 8).astype(np.float32)
+    target = quantile_target(jnp.asarray(scores), jnp.asarray(mask), jnp.asarray(bias))
+    counted = scores[mask]
+    np.testing.assert_array_equal(target, oracles.quantile_target(counted, bias, 2))
+    cuts = np.sort(counted + bias, axis=1)[:, -3:-2]
+    share = len(counted) * 2 // 8
+    over = counted - cuts + np.asarray(target)[None]
+    assert ((over > 0).sum(axis=0) <= share).all() and ((over >= 0).sum(axis=0) > share).all()
+    assert ((over > 0).sum(axis=0) == share).sum() >= 6
+    assert (quantile_target(jnp.asarray(scores), jnp.zeros((4, 19), bool), jnp.asarray(bias)) == bias).all()
+
+
+def test_quantile_steps_make_the_load_even(rng):
+    """From a load that is far from even. The bias has mean 0, and does not move at rate 0, whatever the target."""
+    scores = jnp.asarray(rng.uniform(0, 1, (8, 50, 8)) + np.linspace(-0.5, 0.5, 8), jnp.float32)
+    mask, bias, worst = jnp.ones((8, 50), bool), jnp.zeros(8), []
+    for _ in range(20):
+        choice = jax.lax.top_k(scores + bias[None, None], 2)[1]
+        worst.append(float(balance.max_vio(balance.load(choice, 8))))
+        bias = balance.quantile_update(bias, quantile_target(scores, mask, bias), jnp.float32(0.5))
+    assert worst[0] > 1 and worst[-1] < 0.05
+    assert abs(float(bias.mean())) < 1e-6
+    stays = balance.quantile_update(bias, jnp.full(8, jnp.nan), jnp.float32(0))
+    np.testing.assert_array_equal(stays, bias)
+
+
+def test_z_loss(rng):
+    logits, mask = rng.normal(0, 3, (5, 9, 6)), rng.uniform(0, 1, (5, 9)) < 0.6
+    log_sums = np.log(np.exp(logits).sum(-1))
+    got = balance.z_loss(jnp.asarray(log_sums, jnp.float32), jnp.asarray(mask))
+    assert got == pytest.approx(np.mean(log_sums[mask] ** 2), rel=1e-6)
+    assert balance.z_loss(jnp.ones(3), jnp.zeros(3, bool)) == 0
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -76,7 +76,7 @@ def test_bandwidth_is_measured():
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     root = tmp_path_factory.getbasetemp()
-    with cheap_compiles(root):
+    with cheap_compiles():
         yield finished(root)
 
 

@@ -344,8 +344,8 @@ def talker(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cheap(tmp_path_factory):
-    with cheap_compiles(tmp_path_factory.getbasetemp()):
+def cheap():
+    with cheap_compiles():
         yield
 
 
@@ -393,6 +393,7 @@ def test_drafts_and_the_system_message(dsv3, talker):
     assert "drafts accepted: " in drafted[2] and "drafts accepted" not in plain[2]
 
 
+@pytest.mark.long
 def test_a_full_context_is_said_and_nothing_is_dropped(dsv3, talker):
     """A message too long for the context is left out, an answer too long is cut, and the next turn is read."""
     code, out, err = dsv3("chat", talker, "--temperature", 0, lines="x" * 150 + "\nhello\n")
@@ -404,6 +405,7 @@ def test_a_full_context_is_said_and_nothing_is_dropped(dsv3, talker):
     assert "(the answer ends here: the context of 160 tokens is full)" in err
 
 
+@pytest.mark.long
 def test_ctrl_c_stops_an_answer_and_not_the_program(dsv3, talker, monkeypatch):
     from dsv3_jax.decoding import generate
 

@@ -100,7 +100,10 @@ BAD = {
         "training state of 10.92 TB does not fit in this host's memory of ",
     ),
     "kernels": ("train tiny --out {new} --execution.kernels best", "kernels='best' is not one of auto"),
-    "kernels of an op": ("train tiny --out {new} --execution.kernels product=dense", "'dense' is not one of cpu, xla"),
+    "kernels of an op": (
+        "train tiny --out {new} --execution.kernels product=dense",
+        "'dense' is not one of cpu, fp8, mxfp8, xla",
+    ),
     "kernels of another device": (
         "CUDA train tiny --out {new} --execution.kernels cpu",
         "kernels='cpu' is not available for cuda: ",
@@ -109,6 +112,11 @@ BAD = {
         "train tiny --out {new} --execution.kernels cpu --execution.compute-dtype bfloat16",
         "kernels='cpu' is for compute_dtype='float32', not 'bfloat16'",
     ),
+    "kernels of another precision": (
+        "train tiny --out {new} --execution.kernels cpu --execution.precision fp8",
+        "kernels='cpu' does not compute grouped_swiglu in precision='fp8'; use 'auto' or 'xla'",
+    ),
+    "precision": ("train tiny --out {new} --execution.precision fp16", "fp16"),
     "kernels for one device": (
         "train tiny --out {new} --execution.kernels cpu --mesh data=2",
         "kernels='cpu' is for one device, and the mesh has 2",
@@ -132,6 +140,10 @@ BAD = {
     "odd rope": ("info tiny --rope-head-dim 7", "rope_head_dim=7 is odd"),
     "too long": ("train tiny --out {new} --data.seq-len 4096", "seq_len=4096 is more than"),
     "microbatches": ("train tiny --out {new} --optim.microbatches 3", "microbatches=3 does not divide"),
+    "optimizer": (
+        "train tiny --out {new} --optim.name moun",
+        "optim name='moun' is not one of adamw, muon; did you mean",
+    ),
     "mesh": ("train tiny --out {new} --mesh rows=2", "mesh='rows=2' is not of the form data=N,expert=N"),
     "preset of plan": ("plan v9", "'v9' is not one of tiny"),
     "mesh of plan": ("plan tiny --mesh rows=2", "mesh='rows=2' is not of the form data=N,expert=N"),
@@ -269,7 +281,7 @@ class Place:
 @pytest.fixture(scope="module", autouse=True)
 def root(tmp_path_factory):
     root = tmp_path_factory.getbasetemp()
-    with cheap_compiles(root):
+    with cheap_compiles():
         yield root
 
 
@@ -337,7 +349,7 @@ def test_bad_input_writes_nothing(answers, place):
     [
         ("demo", ["--out", "--short"]),
         ("train", ["--out", "--steps", "--model.router", "--optim.learning-rate", "--data.paths", "--mesh", "--trunk"]),
-        ("train", ["--execution.kernels", "--execution.compute-dtype", "--execution.layout.fsdp"]),
+        ("train", ["--execution.kernels", "--execution.precision", "--execution.layout.fsdp"]),
         ("eval", ["RUN", "--batches", "--paths", "--kernels"]),
         ("stats", ["RUN", "--draws", "--kernels"]),
         ("generate", ["MODEL", "--raw", "--prompt", "--temperature", "--top-p", "--mesh", "--kernels"]),
@@ -429,9 +441,9 @@ def test_kernels_are_listed_with_the_one_that_runs_here(answers):
 
 def test_execution_has_options():
     unhooked_cli()
-    argv = "tiny --out x --execution.kernels xla --execution.compute-dtype bfloat16 --execution.layout.fsdp".split()
-    options = sys.modules["dsv3_jax.cli.train"].options(argv)
-    assert options.run.execution == Execution("bfloat16", kernels="xla", layout=Layout(fsdp=True))
+    argv = "tiny --out x --execution.kernels xla --execution.compute-dtype bfloat16 --execution.layout.fsdp"
+    options = sys.modules["dsv3_jax.cli.train"].options([*argv.split(), "--execution.precision", "mxfp8"])
+    assert options.run.execution == Execution("bfloat16", kernels="xla", layout=Layout(fsdp=True), precision="mxfp8")
 
 
 def test_eval_says_what_training_said(answers, whole):

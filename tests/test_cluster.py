@@ -27,7 +27,7 @@ ROUNDS = ("--execution.layout.expert-comm", "all_to_all", "--execution.layout.ca
 @pytest.fixture(scope="module", autouse=True)
 def root(tmp_path_factory):
     root = tmp_path_factory.getbasetemp()
-    with cheap_compiles(root):
+    with cheap_compiles():
         yield root
 
 

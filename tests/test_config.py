@@ -94,7 +94,7 @@ def test_model_factors_are_positive(name, value):
             dict(yarn=Yarn(factor=2.0, original_max_positions=50)),
             "max_positions=128 50",
         ),
-        (dict(router="softmoe"), "router='softmoe' 'sigmoid' 'softmax' 'topk' 'dense'"),
+        (dict(router="softmoe"), "router='softmoe' 'sigmoid' 'softmax' 'topk' 'dense' 'hash'"),
         (dict(dim=16.0), "dim=16.0 int"),
         (dict(dim=True), "dim=True int"),
         (dict(dim="16"), "dim='16' int"),
@@ -116,6 +116,9 @@ def test_models_that_are_refused(changes, words):
         (Balance, dict(bias_rate=-1e-3), "balance bias_rate=-0.001"),
         (Balance, dict(sequence_alpha=-1), "balance sequence_alpha=-1.0"),
         (Balance, dict(switch_alpha=-2.0), "balance switch_alpha=-2.0"),
+        (Balance, dict(z_alpha=-1e-3), "balance z_alpha=-0.001"),
+        (Balance, dict(rule="median"), "rule='median' 'sign' 'proportional' 'quantile'"),
+        (Balance, dict(rule="quantile", bias_rate=1.5), "balance bias_rate=1.5 rule='quantile'"),
         (DataConfig, dict(seq_len=1), "seq_len=1"),
         (DataConfig, dict(batch_size=0), "batch_size=0"),
         (DataConfig, dict(fim_rate=1.5), "fim_rate=1.5"),
@@ -154,6 +157,7 @@ def test_models_that_are_refused(changes, words):
         (Execution, dict(compute_dtype="float16"), "compute_dtype='float16' 'float32' 'bfloat16'"),
         (Execution, dict(remat=True), "remat=True 'none' 'dots' 'attention' 'full'"),
         (Execution, dict(xla_flags="some"), "xla_flags='some' 'auto' 'none'"),
+        (Execution, dict(precision="fp16"), "precision='fp16' 'none' 'fp8' 'mxfp8'"),
         (Execution, dict(layout=None), "layout=None Layout"),
         (Execution, dict(kernels=None), "kernels=None str"),
         *(
@@ -228,11 +232,13 @@ def test_every_field_survives_json():
     """Values that differ from every default."""
     changed = {
         Layout: Layout(True, "ragged", 2.0),
-        Execution: Execution("bfloat16", "full", "xla", Layout(True), "none"),
+        Execution: Execution("bfloat16", "full", "xla", Layout(True), "none", "fp8"),
         Yarn: Yarn(2.0, 100, 16.0, 2.0, 0.5, 0.25),
-        Balance: Balance(0.5, 0.25, 0.125),
+        Balance: Balance(0.5, 0.25, 0.125, "quantile", 0.0625),
         DataConfig: DataConfig(("x",), "t.json", 9, 3, False, 0.5, 0.5, 7, 5, text_column="body"),
-        OptimConfig: OptimConfig(1e-3, 1e-5, 7, 0.1, 0.2, 0.3, 0.4, 1e-3, 0.5, 2.0, 0.6, 0.7, 0.8, 3, "bfloat16"),
+        OptimConfig: OptimConfig(
+            "muon", "wsd", 1e-3, 1e-5, 7, 0.1, 0.2, 0.3, 0.4, 0.5, 1e-3, 0.5, 2.0, 90.0, 0.6, 0.7, 0.8, 3, "bfloat16"
+        ),
     }
     for kind, config in changed.items():
         default = kind()

@@ -27,8 +27,8 @@ B, T = 3, 12
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _cheap(tmp_path_factory):
-    with cheap_compiles(tmp_path_factory.getbasetemp()):
+def _cheap():
+    with cheap_compiles():
         yield
 
 
@@ -66,7 +66,9 @@ def slow_measures(model) -> dict[str, object]:
     """Position by position, from the model's logits and routing."""
     nats, tokens, size = 0.0, 0, 0
     domains = {name: [0.0, 0] for name in ("even", "odd")}
-    load = np.zeros((model.cfg.num_sparse_layers + model.cfg.num_sparse_heads, CFG.num_experts))
+    trunk = model.cfg.num_sparse_layers
+    load = np.zeros((trunk + model.cfg.num_sparse_heads, CFG.num_experts))
+    domain_load = np.zeros((2, trunk, CFG.num_experts))
     drafted, agreed = np.zeros(2), np.zeros(2)
     for batch in BATCHES:
         out = forward(model, batch["tokens"], batch["segment_ids"], batch["positions"])
@@ -80,6 +82,8 @@ def slow_measures(model) -> dict[str, object]:
                     read = t + T - chosen.shape[1]  # an MTP block's position reads a later token
                     if segment[t] and read < T and segment[read] == segment[t]:
                         load[layer, chosen[b, t]] += 1
+                        if layer < trunk:
+                            domain_load[batch["domains"][b, t], layer, chosen[b, t]] += 1
                 if t + 1 == T or segment[t] == 0 or segment[t + 1] != segment[t]:
                     continue
                 target = batch["tokens"][b, t + 1]
@@ -96,24 +100,39 @@ def slow_measures(model) -> dict[str, object]:
                         break
                     agreed[depth] += 1
     assert agreed.all() and (agreed < drafted).all()  # or no acceptance would be tested
-    return {
+    measures = {
         "val_loss": nats / tokens,
         "val_bits_per_byte": nats / np.log(2) / size,
         "bits_per_byte_by_domain": {name: n / np.log(2) / s for name, (n, s) in domains.items()},
         "mtp_acceptance": list(agreed / drafted),
         "load": load,
-        "max_vio_global": np.mean([row.max() / row.mean() - 1 for row in load]),
     }
+    measures["max_vio_global"] = vio(load[:trunk])
+    if model.cfg.num_sparse_heads:
+        measures["max_vio_mtp"] = vio(load[trunk:])
+    measures["max_vio_by_domain"] = {name: vio(part) for name, part in zip(domains, domain_load, strict=True)}
+    tokens_of = domain_load[:, 0].sum(-1)
+    weights = [MIX[name] * n / domains[name][1] for name, n in zip(domains, tokens_of, strict=True)]
+    mixed = sum(w * part / n for w, part, n in zip(weights, domain_load, tokens_of, strict=True))
+    return measures | {"max_vio_training_mix": vio(mixed)}
+
+
+MIX = {"even": 1e6, "odd": 1e5}  # bytes of the training text
+
+
+def vio(load):
+    return np.mean([row.max() / row.mean() - 1 for row in load])
 
 
 @pytest.mark.parametrize("kind", ["model", "parallel"])
 def test_measures_are_the_slow_loops(kind, request):
     model = request.getfixturevalue(kind)
-    found, want = evaluate(model, BATCHES, WORDS, ("even", "odd")), slow_measures(model)
+    found, want = evaluate(model, BATCHES, WORDS, ("even", "odd"), mix=MIX), slow_measures(model)
     assert found.keys() == want.keys()
     np.testing.assert_array_equal(found["load"], want["load"])
     assert found["mtp_acceptance"] == pytest.approx(want["mtp_acceptance"], rel=1e-6)
-    for name in ("val_loss", "val_bits_per_byte", "bits_per_byte_by_domain", "max_vio_global"):
+    names = ("val_loss", "val_bits_per_byte", "bits_per_byte_by_domain", *(n for n in want if n.startswith("max_vio")))
+    for name in names:
         assert found[name] == pytest.approx(want[name], rel=1e-5), name  # the model's float32 rounding
     # of the summed load, which is not the mean of the batches' own
     apart = [evaluate(model, [batch], WORDS)["max_vio_global"] for batch in BATCHES]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from cases import some_long
 from flax import nnx
 from models import small
 from test_dispatch import case
@@ -80,9 +81,11 @@ def assert_close(ours, theirs):
 
 
 @pytest.mark.parametrize(
-    "name, remat", [("cpu", False), ("cpu", True), ("blocks", False), ("dense", False)], ids=lambda x: str(x)
+    "name, remat",
+    [("cpu", False), pytest.param("cpu", True, marks=pytest.mark.long), ("blocks", False), ("dense", False)],
+    ids=str,
 )
-@pytest.mark.parametrize("order, repeats", LOOPS.values(), ids=LOOPS)
+@pytest.mark.parametrize("order, repeats", some_long(LOOPS, "each twice in its turn", "layer 2 twice, layer 0 never"))
 def test_gradients_are_the_references_however_often_a_layer_is_called(rng, monkeypatch, name, order, repeats, remat):
     kernels = kernels_of(name)
     # Uninitialised memory that is not finite shows whatever is read before it is written.

@@ -162,7 +162,7 @@ def test_the_regression_moves_the_head_and_not_its_target(rng):
     ctx, counts = make_context(model.cfg, ARRAYS["positions"], segment_ids), loss.target_counts(segment_ids, 2)
 
     def feature(h, target):
-        made, _ = run_heads(model.mtp, model.cfg, model.embedding, h, ARRAYS["tokens"], ctx)
+        made, *_ = run_heads(model.mtp, model.cfg, model.embedding, h, ARRAYS["tokens"], ctx)
         return loss._feature_loss(model, ForwardOut(target, target, made, None, ()), segment_ids, None, counts)
 
     h = jnp.asarray(rng.standard_normal((BATCH, LENGTH, 16)), jnp.float32)

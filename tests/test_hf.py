@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import some_long
 from flax import nnx
 from models import random_model, small
 from released import (
@@ -58,7 +59,7 @@ DEEP = {"half RoPE": "gradients", "V2-Lite, greedy": "greedy", "Youtu": "greedy"
 FEW = ("groups", "FP8 file", "V2, groups", *DEEP)  # for the short tests
 
 
-@pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.long) for n in GRID])
+@pytest.mark.parametrize("name", some_long(GRID.keys(), *FEW))
 def test_transformers_numbers(folders, name):
     gradients, greedy = (DEEP.get(name) == what for what in ("gradients", "greedy"))
     results, reference = probed(ours(hf.load(folders[name]), gradients=gradients, greedy=greedy)), golden(name)

@@ -336,6 +336,7 @@ def test_convert_between_dtypes(good, tmp_path):
     assert all((tmp_path / "fp8" / n).read_bytes() == (tmp_path / "again" / n).read_bytes() for n in names)
 
 
+@pytest.mark.long
 def test_a_failed_command_prints_one_sentence(root, folder, tmp_path):
     edit_tensors(folder, poison(np.nan))
     for args in (["--to", "run"], ["--dtype", "bfloat16"]):

@@ -1,6 +1,5 @@
 """The lab: the runs that a study asks for, skipping finished runs, and statistics and tables of the numbers."""
 
-import doctest
 import importlib.util
 import json
 import os
@@ -17,10 +16,27 @@ from runs import HERE, cheap_compiles, finished, make_run
 
 from dsv3_jax.config import ConfigError, Layout, replace, to_dict
 from dsv3_jax.presets import recipe
-from experiments.lab import ABOVE, Column, FollowUp, Results, Study, __main__, mean_spread, overview, work
-from experiments.lab import results as results_file
+from experiments.lab import (
+    ABOVE,
+    RUNS_FOLDER,
+    Column,
+    FollowUp,
+    OnTask,
+    Results,
+    Study,
+    __main__,
+    bases,
+    fingerprints,
+    mean_spread,
+    overview,
+    work,
+)
 from experiments.lab import study as study_file
-from experiments.lab.results import differs_from_zero, fingerprint, replace_block, results_table, thin_curves
+from experiments.lab.claims import Claim
+from experiments.lab.fingerprints import RECIPE, identify, settings_of
+from experiments.lab.results import replace_block, thin_curves
+from experiments.lab.tables import results_table
+from experiments.lab.tasks import Facts
 
 pytestmark = pytest.mark.long
 
@@ -38,7 +54,7 @@ if job["variant"] == "bad" and not Path("fixed").exists():
 numbers = {"val_loss": 1.0 + job["seed"] + {"second": 0.25}.get(job["variant"], 0)}
 if job["alone"]:
     numbers = json.loads(Path(job["record"]).read_text())["numbers"] | {"speed": 7.0}
-record = {"numbers": numbers, "curves": {}, "steps": 1, "seconds": 1.0}
+record = {"numbers": numbers, "curves": {}, "steps": 1, "seconds": 1.0, "commit": "0123abc", "dirty": False}
 record["parameters"] = {"total": 1000, "active": 100, "cache_bytes": 8}
 Path(job["record"]).write_text(json.dumps(record))
 """
@@ -58,7 +74,7 @@ def diffs(base):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    with cheap_compiles(tmp_path_factory.getbasetemp()):
+    with cheap_compiles():
         yield tmp_path_factory.getbasetemp()
 
 
@@ -70,16 +86,22 @@ def repo(tmp_path, monkeypatch):
     (folder / "run.py").write_text(STUB)
     (folder / "README.md").write_text(PAGE)
     (tmp_path / "experiments" / "README.md").write_text("<!-- results -->\n<!-- /results -->\n")
-    tokenizer = tmp_path / study_file.RUNS_FOLDER / "tokenizer-1024.json"
-    tokenizer.parent.mkdir(parents=True)
-    tokenizer.touch()  # the stub does not read it
+    (tmp_path / RUNS_FOLDER).mkdir(parents=True)
+    monkeypatch.setattr(study_file, "make_tokenizer", lambda run, root: None)  # the stub reads none
     monkeypatch.setattr(study_file, "_backend", lambda: "cpu")
+    monkeypatch.setattr(fingerprints, "_corpus_hash", lambda data: "the text")
     return tmp_path
 
 
 def make_study(repo, **changes):
     script = str(repo / "experiments" / "01_fake" / "run.py")
-    return Study(**{"script": script, "question": "A question?", "published": "yes", "variants": diffs} | changes)
+    claims = (Claim("the second is lower", "second", "first"),)
+    settings = {"script": script, "question": "A question?", "published": "yes", "variants": diffs, "claims": claims}
+    return Study(**settings | changes)
+
+
+def settings_hash(*arguments):
+    return str(sorted(settings_of(*arguments).items(), key=str))
 
 
 def called(repo):
@@ -99,11 +121,14 @@ def test_only_missing_runs_are_made_and_failures_are_named(repo, capsys):
     jobs = [f"{name} {seed} [] False" for seed in (0, 1) for name in ("first", "second", "bad")]
     assert called(repo) == jobs
     page = (folder / "README.md").read_text()
-    assert "| second | 1,000 (100) | 8 | 1.7500 ± 0.7071 | **+0.2500 ± 0.0000** |" in page
+    assert "| second | 1,000 (100) | 8 | 1.7500 ± 0.7071 | +0.2500 ± 0.0000 |" in page
+    assert "| the second is lower | +0.250 (" in page and "trained at commit 0123abc. Machine: " in page
+    assert f"Recipe {RECIPE}." in page and "These are not" not in page
     assert "\nold\n" not in page and page.startswith("# A question?") and page.endswith("It does.\n")
     assert (folder / "fake.png").read_bytes()[:4] == b"\x89PNG"
-    row = "| [01 fake](01_fake/README.md) | A question? | yes |  | Agrees, in short |"
+    row = f"| [01 fake](01_fake/README.md) | A question? | Agrees, in short | {RECIPE} |"
     assert row in (folder.parent / "README.md").read_text()
+    assert (folder.parent / overview.PICTURE).read_bytes()[:4] == b"\x89PNG"
 
     (repo / "fixed").touch()
     assert study.main(["--seeds", "0", "1", "--workers", "1"]) == 0
@@ -140,8 +165,10 @@ def test_an_interrupted_study_resumes(repo):
 import sys
 sys.path.insert(0, {str(HERE / "tests")!r})
 from pathlib import Path
-from test_lab import make_study, study_file
+from test_lab import fingerprints, make_study, study_file
 study_file._backend = lambda: "cpu"
+study_file.make_tokenizer = lambda run, root: None
+fingerprints._corpus_hash = lambda data: "the text"
 sys.exit(make_study(Path({str(repo)!r})).main(["--seeds", "0", "--workers", "2"]))
 """
     (repo / "wait").touch()
@@ -196,11 +223,11 @@ def test_a_follow_up_needs_an_earlier_variant(repo):
         study.list_runs(recipe("lab"), (0,))
 
 
-def test_the_fingerprint_ignores_kernels_and_the_layout_on_devices():
-    """The compute dtype counts, and so do model, seed and steps."""
+def test_the_identity_ignores_kernels_and_the_layout_on_devices():
+    """The compute dtype counts, and so do model, seed and steps, the task, and the runs that it starts from."""
     run = recipe("lab")
     execution = replace(run.execution, kernels="xla", layout=Layout(fsdp=True))
-    assert fingerprint(run) == fingerprint(replace(run, execution=execution))
+    assert settings_hash(run) == settings_hash(replace(run, execution=execution))
     others = [
         replace(run, seed=1),
         replace(run, model=replace(run.model, dim=48)),
@@ -209,7 +236,104 @@ def test_the_fingerprint_ignores_kernels_and_the_layout_on_devices():
         replace(run, model=replace(run.model, capacity_factor=1.0)),
         replace(run, model=replace(run.model, capacity_factor=1.25)),
     ]
-    assert len({fingerprint(r) for r in (run, *others)}) == 7
+    assert len({settings_hash(r) for r in (run, *others)}) == 7
+    assert len({settings_hash(run), settings_hash(run, Facts()), settings_hash(run, Facts(bits=5))}) == 3
+    started = replace(run, start="runs/lab/abc")
+    assert settings_hash(started, None, {"runs/lab/abc": "x"}) != settings_hash(started, None, {"runs/lab/abc": "y"})
+
+
+def test_a_changed_default_text_or_tokenizer_is_another_run(tmp_path, monkeypatch):
+    """F6: each of them changed nothing in the old fingerprint, which named paths and left out defaults."""
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n')
+    base = recipe("lab")
+    data = replace(base.data, paths=("text.jsonl",), tokenizer="words.json", val_fraction=0.4)
+    run = replace(base, data=data)
+    assert identify(run, tmp_path).tokenizer is None  # not made yet
+    (tmp_path / "words.json").write_text("first")
+    monkeypatch.setattr(fingerprints, "_tokenizer_hash", lambda name, changed: Path(name).read_text())
+    before = identify(run, tmp_path)
+    assert before == identify(run, tmp_path) and before.matches(before.stored())
+    (tmp_path / "words.json").write_text("second")
+    assert identify(run, tmp_path).mark != before.mark
+    (tmp_path / "words.json").write_text("first")
+    text.write_text('{"text": "one"}\n{"text": "two"}\n{"text": "four"}\n')
+    fingerprints._corpus_hash.cache_clear()
+    assert identify(run, tmp_path).corpus != before.corpus
+    text.write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n')
+    fingerprints._corpus_hash.cache_clear()
+    again = identify(run, tmp_path)
+    assert again.matches(before.stored()) and not replace(again, recipe=RECIPE + 1).matches(before.stored())
+    values = to_dict(run)
+    monkeypatch.setattr(fingerprints, "to_dict", lambda run: values | {"log_every": 7})  # as if its default changed
+    assert not identify(run, tmp_path).matches(before.stored())
+
+
+def test_a_new_setting_at_its_default_keeps_results(tmp_path, monkeypatch):
+    """The house's rule: a new setting's default means what was so before. Any other value is another run."""
+    run, root = recipe("lab"), tmp_path
+    monkeypatch.setattr(fingerprints, "_corpus_hash", lambda data: "a text")
+    old = identify(run, root)
+    names, new = {old.keys: sorted(old.settings)}, fingerprints._defaults() | {"model.new": 0}
+    monkeypatch.setattr(fingerprints, "_defaults", lambda: new)
+    values = to_dict(run)
+    for value, matches in ((0, True), (1, False)):
+        later = values | {"model": values["model"] | {"new": value}}
+        monkeypatch.setattr(fingerprints, "to_dict", lambda run, later=later: later)
+        assert identify(run, root).matches(old.stored(), names) == matches
+        assert not identify(run, root).matches(old.stored())  # without the names it cannot be told
+    changed = values | {"model": values["model"] | {"new": 0, "dim": 48}}
+    monkeypatch.setattr(fingerprints, "to_dict", lambda run: changed)
+    assert not identify(run, root).matches(old.stored(), names)
+
+
+def test_a_redraw_deletes_nothing_and_results_of_another_recipe_are_named_not_mixed(repo, capsys):
+    """F6: the old --redraw dropped what no longer matched from results.json."""
+    (repo / "fixed").touch()
+    study, path = make_study(repo), repo / "experiments/01_fake/results.json"
+    assert study.main(["--seeds", "0", "1"]) == 0
+    stored = json.loads(path.read_text())
+    for seeds in stored["runs"].values():
+        for record in seeds.values():
+            record["recipe"] = RECIPE - 1
+    path.write_text(json.dumps(stored))
+    assert study.main(["--redraw"]) == 0
+    page = (path.parent / "README.md").read_text()
+    assert f"Recipe {RECIPE - 1}. These are not of the present configuration and text (recipe {RECIPE})" in page
+    assert json.loads(path.read_text())["runs"] == stored["runs"]
+    called(repo)
+    assert study.main(["--seeds", "0", "--only", "first"]) == 0 and len(called(repo)) == 1
+    after = Results(path)
+    assert after.variants == ["first"] and after.seeds() == [0] and len(after.others) == 8
+    page = (path.parent / "README.md").read_text()
+    assert f"Kept but not shown: 8 results of recipe {RECIPE - 1}, text the text." in page
+    assert study.main(["--redraw"]) == 0 and len(Results(path).others) == 8
+
+
+def test_check_trains_one_run_again_and_says_by_how_much_it_moved(repo, capsys):
+    study, path = make_study(repo), repo / "experiments/01_fake/results.json"
+    assert study.main(["--check"]) == 2 and "--check has no finished run" in capsys.readouterr().err
+    (repo / "fixed").touch()
+    assert study.main(["--seeds", "0"]) == 0
+    stored = json.loads(path.read_text())
+    stored["runs"]["second"]["0"]["numbers"]["val_loss"] = 1.5
+    path.write_text(json.dumps(stored))
+    called(repo), capsys.readouterr()
+    assert study.main(["--check", "--only", "second", "--seeds", "0"]) == 0
+    assert called(repo) == ["second 0 [] False"]
+    assert "second, seed 0, trained again:\n  val_loss 1.5 → 1.25 (−0.25)" in capsys.readouterr().out
+    assert json.loads(path.read_text()) == stored  # a check changes no result
+
+
+def test_a_study_can_name_a_task(repo):
+    task = Facts(bits=4)
+    study = make_study(repo, variants=lambda base: {"first": OnTask(task, base), "second": base}, base="facts")
+    runs = study.list_runs(bases.short_run("facts"), (0,))
+    assert runs["first", 0].task == task and runs["second", 0].task is None
+    assert runs["first", 0].identity.corpus == task.fingerprint != runs["second", 0].identity.corpus
+    assert runs["first", 0].folder != runs["second", 0].folder
+    assert study.main(["--seeds", "0"]) == 0 and len(called(repo)) == 2
+    assert (repo / "experiments/01_fake/results.json").exists()
 
 
 def test_differences_are_paired_by_seed(tmp_path):
@@ -230,14 +354,6 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert rows[0].endswith("| loss | against a, paired | against b, paired | against the row above, paired | speed |")
     assert rows[2] == "| a | 1 (1) | 1 | 5.7 ± 5.0 |  | +0.4 ± 0.1 |  | – |"
     assert rows[3] == "| b | 1 (1) | 1 | 5.6 ± 6.9 | −0.4 ± 0.1 |  | −0.4 ± 0.1 | – |"
-
-
-def test_a_difference_is_significant_by_students_t():
-    """For 3 seeds at 95 %, t is 4.303: the mean must exceed 4.303 standard deviations / √3."""
-    for spread, significant in ((0.4, True), (0.41, False)):
-        differences = 1 + spread * np.array([-1.0, 0.0, 1.0])  # their sample standard deviation is `spread`
-        assert differs_from_zero(differences) == significant == (spread * 4.303 / 3**0.5 < 1)
-    assert not differs_from_zero(np.array([5.0])) and differs_from_zero(np.array([-1.0, -1.1]))
 
 
 @pytest.mark.parametrize("option", ["--fresh", "--remeasure"])
@@ -272,10 +388,6 @@ def test_a_page_without_markers_is_rejected(tmp_path):
     assert page.read_text() == "# nothing\n"
 
 
-def test_the_doctests_of_the_statistics():
-    assert doctest.testmod(results_file) == (0, 2)
-
-
 def test_all_studies_get_the_same_options(tmp_path, capsys):
     """`python -m experiments.lab`: each study runs once with the options; the exit code is the largest one."""
     assert __main__.EXPERIMENTS == HERE / "experiments"  # whatever the working directory
@@ -285,12 +397,41 @@ def test_all_studies_get_the_same_options(tmp_path, capsys):
         (tmp_path / name / "run.py").write_text(f"import sys\nfrom pathlib import Path\n{line}\nsys.exit({code})\n")
     assert __main__.main(["--seeds", "1", "--redraw"], tmp_path) == 3
     assert (tmp_path / "called").read_text() == 3 * "['--seeds', '1', '--redraw']"
-    assert "| [02 b](02_b/README.md) |  |  | not run yet |" in capsys.readouterr().out
+    assert "| [02 b](02_b/README.md) |  | not run yet |" in capsys.readouterr().out
     for argv, code in ((["--help"], 0), (["--redrew"], 2)):
         with pytest.raises(SystemExit) as ended:
             __main__.main(argv, tmp_path)
         assert ended.value.code == code
     assert len((tmp_path / "called").read_text()) == 3 * len("['--seeds', '1', '--redraw']")  # no study was called
+
+
+def test_a_new_study_is_a_folder_that_lists_its_runs(repo, capsys, monkeypatch):
+    """Its run.py is complete: variants, claims, a manipulation check. Names that are taken or odd are refused."""
+    experiments = repo / "experiments"
+    assert __main__.main(["new", "my_question"], experiments) == 0
+    folder = experiments / "02_my_question"
+    assert str(folder) in capsys.readouterr().out and sorted(p.name for p in folder.iterdir()) == [
+        "README.md",
+        "run.py",
+    ]
+    spec = importlib.util.spec_from_file_location("a_new_study", folder / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    study = module.STUDY
+    names = {name for name, _ in study.list_runs(bases.short_run(), (0,))}
+    assert {c.variant for c in study.claims} | {c.against for c in study.claims} <= names and study.stakes
+    assert (folder / "README.md").read_text().startswith(f"# {study.question}\n")
+    assert overview.verdict(folder) == "pending"
+    for argv, sentence in (
+        (["new", "my_question"], "name='my_question' is taken by 02_my_question"),
+        (["new", "../x"], "name='../x' is not a short word"),
+        (["new"], "new takes one name"),
+        (["new", "a", "b"], "not 'a b'"),
+    ):
+        assert __main__.main(argv, experiments) == 2
+        error = capsys.readouterr().err
+        assert sentence in error and error.count("\n") == 1
+    assert len(list(experiments.iterdir())) == 3  # two studies and README.md
 
 
 @pytest.mark.parametrize(
@@ -302,7 +443,7 @@ def test_commands_work_from_any_folder(command, tmp_path):
     env = os.environ | {"PYTHONPATH": str(HERE)} if line[0] == "-m" else os.environ
     done = subprocess.run([sys.executable, *line], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert ("MLA, seed 0: done" if command[1] == "--list" else "--remeasure") in done.stdout
+    assert ("MLA, seed 0: missing" if command[1] == "--list" else "--remeasure") in done.stdout
 
 
 def test_thinned_curves_are_means():
@@ -329,6 +470,7 @@ def test_a_worker_measures_a_finished_run(root, tmp_path):
     assert record["numbers"]["layers"] == 3 and record["numbers"]["rows"] >= run.steps
     assert "load" not in record["numbers"] and record["parameters"]["total"] > 0
     assert record["curves"]["loss"][0][-1] == record["steps"] == run.steps
+    assert {"commit", "dirty"} <= record.keys()
     assert (
         work.main(replace(job, alone=True).to_json(), None, lambda trained: {"speed": trained.numbers["layers"]}) == 0
     )
@@ -354,21 +496,25 @@ def test_every_study_is_complete(script, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     study = module.STUDY
-    for base in (study_file.short_run(), recipe("mini")):
-        assert study.list_runs(base, (0,))
+    monkeypatch.setattr(fingerprints, "_corpus_hash", lambda data: "a text")
+    asked = study.list_runs(bases.base_run(study.base, [], RUNS_FOLDER), (0, 1))
+    for base in (bases.short_run(study.base), *([recipe("mini")] if study.base == "lab" else [])):
+        assert list(study.list_runs(base, (0, 1))) == list(asked)
     results = Results(script.parent / "results.json")
-    for key, run in study.list_runs(study_file.base_run("lab", []), (0, 1, 2)).items():
-        assert results.has(*key, run.fingerprint)
+    assert results.recipe in (1, RECIPE, None) and set(results.variants) <= {name for name, _ in asked}
+    verdicts, _ = study.judge(results)
+    assert study.claims and [v.claim.text for v in verdicts] == [v["claim"] for v in results.about.get("verdicts", [])]
+    assert [v.answer for v in verdicts] == [v["answer"] for v in results.about.get("verdicts", [])]
     page = (script.parent / "README.md").read_text()
     assert page.startswith(f"# {study.question}\n") and study.question.endswith("?")
     assert page.count("<!-- results -->") == page.count("<!-- /results -->") == 1
-    assert overview.verdict(script.parent) != "pending"
+    assert (overview.verdict(script.parent) == "pending") == (results.recipe is None)  # what has results is answered
 
 
-def test_there_are_ten_studies():
-    assert len(SCRIPTS) == 10
+def test_there_are_fourteen_studies():
+    assert len(SCRIPTS) == 14
 
 
 def test_a_base_with_invalid_values_is_rejected():
     with pytest.raises(ConfigError, match="steps=0"):
-        study_file.base_run("lab", ["steps=0"])
+        bases.base_run("lab", ["steps=0"], RUNS_FOLDER)

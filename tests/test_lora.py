@@ -24,10 +24,10 @@ from dsv3_jax.hf.conversion import convert
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.counting import train_flops_per_token
 from dsv3_jax.model.moe import RouterBias
-from dsv3_jax.training import loop, lora, optim, prepare, warm_start
+from dsv3_jax.training import adamw, loop, lora, prepare, warm_start
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
 from dsv3_jax.training.run_folder import claim
-from dsv3_jax.training.step import TrainState, abstract_state, make_step, split_trainable
+from dsv3_jax.training.step import TrainState, abstract_state, init_optimizer, make_step
 
 ALL = ("attention", "dense", "shared", "routed")
 RANK, ALPHA = 2, 3.0
@@ -64,7 +64,7 @@ TEXT = ByteTokenizer()
 @pytest.fixture(scope="module", autouse=True)
 def root(tmp_path_factory):
     root = tmp_path_factory.getbasetemp()
-    with cheap_compiles(root):
+    with cheap_compiles():
         yield root
 
 
@@ -86,7 +86,7 @@ def state_of(run: RunConfig, step: int = 0) -> TrainState:
         noise = np.random.default_rng(len(adapters)).standard_normal(v.shape)
         adapters[path] = v.replace(jnp.asarray(0.3 * noise, jnp.float32))
     params = nnx.merge_state(params, nnx.from_flat_state(adapters))
-    opt = optim.init(split_trainable(run, params)[0])
+    opt = init_optimizer(run, params)
     return TrainState(params, bias, opt, jnp.asarray(step, jnp.int32))
 
 
@@ -155,7 +155,7 @@ def test_new_adapters_change_nothing():
 def new_adapters() -> TrainState:
     start = state_of(replace(RUN, lora=Lora()))
     adapters = lora.init(RUN.lora, start.params, jax.random.key(0))
-    return replace(start, params=nnx.merge_state(start.params, adapters), opt=optim.init(adapters))
+    return replace(start, params=nnx.merge_state(start.params, adapters), opt=adamw.init(adapters))
 
 
 @pytest.mark.long
@@ -241,6 +241,7 @@ def trained(root) -> tuple[Path, RunConfig]:
     return folder, run
 
 
+@pytest.mark.long
 def test_readers_get_merged_weights(trained, tmp_path):
     """A model that is loaded, a released folder, and a run that starts from this one."""
     folder, run = trained

@@ -335,6 +335,7 @@ def test_v3s_mtp_module_adds_its_block():
     assert added / 1e9 == pytest.approx(11.6, abs=0.05)  # the published 14B hold copies of embedding and head
 
 
+@pytest.mark.long
 def test_new_parameters_are_drawn_as_the_configuration_and_the_seed_say():
     cfg = small(num_layers=2, num_dense_layers=0, num_shared_experts=0, dim=32, init_std=0.02)
     make = jax.jit(lambda key: nnx.state(Transformer(cfg, rngs=nnx.Rngs(key))), compiler_options=QUICK)

@@ -1,7 +1,7 @@
 """The schedules corner by corner, and AdamW against its equations."""
 
 import math
-from functools import partial
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from dsv3_jax.config import Execution, OptimConfig
 from dsv3_jax.kernels import choose
 from dsv3_jax.kernels.cpu import library
 from dsv3_jax.model.moe import RouterBias
-from dsv3_jax.training import optim
+from dsv3_jax.training import adamw, optim
 
 CFG = OptimConfig(
     learning_rate=3e-2, final_learning_rate=3e-3, warmup_steps=10, decay_start=0.5, decay_end=0.9, bias_freeze=0.8
@@ -53,6 +53,20 @@ def test_no_warm_up_begins_at_the_full_rate():
     assert at(lambda s: optim.learning_rate(cfg, STEPS, s), [0, 1]).tolist() == [1.0, 1.0]
 
 
+def test_wsd_falls_on_a_line_and_cosine_to_the_last_step():
+    low, high = CFG.final_learning_rate, CFG.learning_rate
+    wsd, cosine = (
+        at(lambda s, name=name: optim.learning_rate(replace(CFG, schedule=name), STEPS, s), range(STEPS + 20))
+        for name in ("wsd", "cosine")
+    )
+    line = [high + (low - high) * min(max((step - 50) / 40, 0), 1) for step in range(STEPS + 20)]
+    wave = [low + (high - low) * (1 + math.cos(math.pi * min(max((step - 10) / 90, 0), 1))) / 2 for step in range(120)]
+    rise = [min(1, (step + 1) / 10) for step in range(STEPS + 20)]
+    np.testing.assert_allclose(wsd, np.multiply(rise, line), rtol=2e-6)
+    np.testing.assert_allclose(cosine, np.multiply(rise, wave), rtol=2e-6)
+    np.testing.assert_allclose(cosine[[10, 55, 100]], [high, (high + low) / 2, low], rtol=1e-6)
+
+
 def test_mtp_weight_falls_when_the_cosine_begins():
     found = at(lambda s: optim.mtp_weight(CFG, STEPS, s), range(STEPS))
     assert found.tolist() == [np.float32(0.3)] * 50 + [np.float32(0.1)] * 50
@@ -87,12 +101,12 @@ def test_adamw_is_the_equations(kernels, rng, shape):
     def state(array):
         return nnx.State({"w": nnx.Param(jnp.asarray(array, jnp.float32))})
 
-    step_fn = jax.jit(partial(optim.adamw, cfg, STEPS), static_argnames="kernels")
-    params, adam = state(w), optim.init(state(w))
+    step_fn = jax.jit(optim.make(cfg, STEPS, kernels).update)
+    params, adam = state(w), adamw.init(state(w))
     for step, (g, norm) in enumerate(zip(grads, norms, strict=True)):
         args = jnp.asarray(step, jnp.int32), params, adam, state(g), jnp.asarray(norm, jnp.float32)
-        assert_bitwise(step_fn(*args, jnp.asarray(False), kernels=kernels), (params, adam))
-        params, adam = step_fn(*args, jnp.asarray(True), kernels=kernels)
+        assert_bitwise(step_fn(*args, jnp.asarray(False)), (params, adam))
+        params, adam = step_fn(*args, jnp.asarray(True))
         g = g * min(1.0, cfg.clip_norm / norm)
         m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
         rate = 0.1 * min(1.0, (step + 1) / 3)
@@ -105,9 +119,9 @@ def test_a_step_that_is_not_taken_keeps_everything_even_from_nan(kernels):
     cfg, steps = OptimConfig(), jnp.asarray(0, jnp.int32)
     params = nnx.State({"w": nnx.Param(jnp.ones((2, 2), jnp.float32))})
     bad = jax.tree.map(lambda x: x * jnp.nan, params)
-    adam = optim.init(params)
+    adam = adamw.init(params)
     nan, keep = jnp.asarray(jnp.nan, jnp.float32), jnp.asarray(False)
-    found = optim.adamw(cfg, STEPS, steps, params, adam, bad, nan, keep, kernels)
+    found = optim.make(cfg, STEPS, kernels).update(steps, params, adam, bad, nan, keep)
     assert_bitwise(found, (params, adam))
 
 
@@ -119,8 +133,8 @@ def test_decay_is_on_matrices_and_not_on_norms(kernels):
     @jax.jit
     def step(params):
         zero, grads = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params)
-        args = jnp.zeros((), jnp.int32), params, optim.init(params), grads, zero, jnp.asarray(True)
-        return optim.adamw(cfg, STEPS, *args, kernels)[0]
+        args = jnp.zeros((), jnp.int32), params, adamw.init(params), grads, zero, jnp.asarray(True)
+        return optim.make(cfg, STEPS, kernels).update(*args)[0]
 
     new = dict(nnx.to_flat_state(step(params)))
     norms = 0
@@ -148,12 +162,12 @@ def test_means_in_bfloat16_are_rounded_to_the_nearest_and_move_the_parameter_unr
     def state(array):
         return nnx.State({"w": nnx.Param(jnp.asarray(array, jnp.float32))})
 
-    step_fn = jax.jit(partial(optim.adamw, cfg, STEPS), static_argnames="kernels")
-    params, adam = state(w), optim.init(state(w), cfg.moments_dtype)
+    step_fn = jax.jit(optim.make(cfg, STEPS, kernels).update)
+    params, adam = state(w), adamw.init(state(w), cfg.moments_dtype)
     for step, g in enumerate(grads):
         args = jnp.asarray(step, jnp.int32), params, adam, state(g), jnp.asarray(1.0, jnp.float32)
-        assert_bitwise(step_fn(*args, jnp.asarray(False), kernels=kernels), (params, adam))
-        params, adam = step_fn(*args, jnp.asarray(True), kernels=kernels)
+        assert_bitwise(step_fn(*args, jnp.asarray(False)), (params, adam))
+        params, adam = step_fn(*args, jnp.asarray(True))
         assert {leaf.dtype.name for leaf in jax.tree.leaves(adam)} == {"bfloat16"}
         m, v, t = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g, step + 1
         rate = float(optim.learning_rate(cfg, STEPS, jnp.asarray(step)))
@@ -169,12 +183,13 @@ def test_means_in_bfloat16_decay():
     """A second mean without a gradient falls by 5 % a step, and is not held by rounding."""
     cfg = OptimConfig(moments_dtype="bfloat16")
     params = nnx.State({"w": nnx.Param(jnp.zeros(8, jnp.float32))})
-    adam = jax.tree.map(lambda x: jnp.full_like(x, 0.7), optim.init(params, cfg.moments_dtype))
-    step_fn = jax.jit(partial(optim.adamw, cfg, STEPS), static_argnames="kernels")
+    kernels = choose.prepare(Execution())
+    adam = jax.tree.map(lambda x: jnp.full_like(x, 0.7), adamw.init(params, cfg.moments_dtype))
+    step_fn = jax.jit(optim.make(cfg, STEPS, kernels).update)
     for step in range(100):
         zero, keep = jnp.zeros((), jnp.float32), jnp.asarray(True)
         args = jnp.asarray(step, jnp.int32), params, adam, jax.tree.map(jnp.zeros_like, params), zero, keep
-        params, adam = step_fn(*args, kernels=choose.prepare(Execution()))
+        params, adam = step_fn(*args)
     np.testing.assert_allclose(np.asarray(adam.nu["w"][...], np.float32), 0.7 * 0.95**100, rtol=0.1)
 
 

@@ -15,7 +15,7 @@ from dsv3_jax.planning import cost as costs
 from dsv3_jax.planning import devices
 from dsv3_jax.planning.cost import Cost, decode_cost, train_cost
 from dsv3_jax.planning.devices import DEVICES, parse_bytes
-from dsv3_jax.planning.plan import PlanOptions, describe, plan
+from dsv3_jax.planning.plan import PlanOptions, _job, describe, plan
 from dsv3_jax.planning.program import Launch, Program
 from dsv3_jax.planning.traffic import Collective, Traffic
 from dsv3_jax.presets import recipe
@@ -32,7 +32,7 @@ RUN = replace(RUN, data=replace(RUN.data, batch_size=8, seq_len=12))
 @pytest.fixture(scope="module", autouse=True)
 def _cheap(tmp_path_factory):
     assert jax.device_count() == 8  # commands cannot change the devices any more
-    with cheap_compiles(tmp_path_factory.getbasetemp()):
+    with cheap_compiles():
         yield
 
 
@@ -76,6 +76,15 @@ def test_traffic_of_a_training_step(trained):
     assert {"all-gather", "reduce-scatter"} <= set(trained.sent.by_kind()) and trained.sent.unknown_loops == 0
     assert any("expert" in axes for axes in sent) and any("tensor" in axes for axes in sent)
     assert trained.flops > 0 and trained.seconds > 0
+
+
+@pytest.mark.parametrize("asked, dtype", [(None, "float32"), ("bfloat16", "bfloat16")])
+def test_options_of_a_training_step_reach_its_run(asked, dtype):
+    options = PlanOptions(PLAIN, BFLOAT16, seq_len=32, moments_dtype=asked, microbatches=3)
+    *_, cost = _job("train", options, recipe("tiny"), sharding.parse_mesh("data=1"))
+    (run, _) = cost.args
+    assert (run.model, run.execution, run.data.batch_size) == (PLAIN, BFLOAT16, 3)
+    assert (run.optim.moments_dtype, run.optim.microbatches) == (dtype, 3)
 
 
 def test_replicas_of_a_model_sum_their_gradients():

@@ -132,6 +132,7 @@ ROUTERS = {
     "V2": dict(router="softmax", group_score="max", normalize_gates=False, routed_scale=16.0),
     "V2, gates normalised": dict(router="softmax", group_score="top2_sum"),
     "V2-Lite": dict(router="softmax", normalize_gates=False, routed_scale=1.0, **NO_GROUPS),
+    "V4": dict(router="sqrtsoftplus"),
     "topk": dict(router="topk", normalize_gates=False),
     "dense": dict(router="dense", experts_per_token=16, **NO_GROUPS),
 }
@@ -146,6 +147,8 @@ def route_by_loops(cfg, logits, bias):
     )  # fmt: skip
     if cfg.router == "sigmoid":
         return oracles.sigmoid_route(logits, bias, **rules)
+    if cfg.router == "sqrtsoftplus":
+        return oracles.sigmoid_route(logits, bias, **rules, score=oracles.sqrtsoftplus_scores)
     if cfg.router == "softmax":
         return oracles.softmax_route(logits, **rules)
     return *oracles.topk_route(logits, k=k), np.array([oracles.softmax_probs(row) for row in logits])
@@ -206,11 +209,11 @@ def test_balance_losses(rng):
     scores = rng.uniform(0.05, 1.0, (3, 9, 6))  # sigmoids: they do not sum to 1
     mask = rng.uniform(0, 1, (3, 9)) < 0.6
     top = np.array([[oracles.best(row, 2) for row in sequence] for sequence in scores])
-    sequence = reference.balance_loss(reference.Routing(top, None, scores, mask), np)
+    sequence = reference.balance_loss(reference.Routing(top, None, scores, None, mask), np)
     np.testing.assert_allclose(sequence, oracles.sequence_loss(scores, 2, mask), rtol=1e-12)
     ids = np.array([rng.permutation(6)[:2] for _ in range(27)])
     flat = scores.reshape(27, 6)
-    batch = reference.Routing(ids[None], None, flat[None], mask.reshape(1, 27))
+    batch = reference.Routing(ids[None], None, flat[None], None, mask.reshape(1, 27))
     switch = oracles.switch_loss(flat, ids, mask.reshape(27))
     assert reference.balance_loss(batch, np) == pytest.approx(switch, rel=1e-12)
 
@@ -231,7 +234,7 @@ def smooth_l1(a, b):
 @pytest.mark.parametrize("kind, depth", [("deepseek", 2), ("eagle", 1)])
 def test_total_loss(kind, depth):
     """Every part from the outputs, position by position; targets stay within their document."""
-    balance = Balance(sequence_alpha=0.02, switch_alpha=0.03)
+    balance = Balance(sequence_alpha=0.02, switch_alpha=0.03, z_alpha=0.05)
     cfg = small(num_layers=2, mtp_kind=kind, mtp_depth=depth, balance=balance)
     params, tokens = parameters(random_model(cfg)), np.asarray(tokens_of(cfg, BATCH, LENGTH))
     ctx = context_of(cfg)
@@ -247,11 +250,15 @@ def test_total_loss(kind, depth):
     np.testing.assert_allclose([got.main, *got.mtp], means, rtol=1e-12)
 
     want = 0.0
-    for k, (ids, _, scores, counted) in enumerate(out.routing):  # the trunk's router, then those of the heads
+    for k, (ids, _, scores, log_sums, counted) in enumerate(out.routing):  # the trunk's router, then those of the heads
         reads = [[0 < SEGMENTS[b, i] == SEGMENTS[b, i + k] for i in range(LENGTH - k)] for b in range(BATCH)]
         np.testing.assert_array_equal(counted, reads)
         flat = scores.reshape(-1, 8), ids.reshape(-1, 3), counted.reshape(-1)
         want += 0.02 * oracles.sequence_loss(scores, 3, counted).mean() + 0.03 * oracles.switch_loss(*flat)
+        # A sigmoid's logit is ln s / (1 - s).
+        logits = np.log(scores) - np.log1p(-scores)
+        np.testing.assert_allclose(log_sums, np.log(np.exp(logits).sum(-1)), rtol=1e-9)
+        want += 0.05 * (log_sums[counted] ** 2).mean()
     assert got.balance == pytest.approx(want, rel=1e-12)
 
     heads = np.mean(means[1:])

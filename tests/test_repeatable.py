@@ -63,6 +63,7 @@ def test_what_the_test_above_looks_for_is_there_to_be_found(look_up, adds):
     assert len(unordered_adds(jax.grad(lambda t, i: look_up(t, i).sum()), table, tokens)) == adds
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_the_routers_product_is_exact(platform):
     """Forward and both of its gradients, in the training step. Nothing else is but the sums of the embedding's gradient

@@ -1,6 +1,7 @@
 """Routers equal the oracles: chosen sets exactly, gates and scores up to float32 rounding."""
 
 from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,12 @@ import numpy as np
 import oracles
 import pytest
 
+from dsv3_jax.config import RouterName
 from dsv3_jax.ops import routing
 
 STATIC = ("k", "groups", "groups_kept", "group_score", "normalize", "scale")
 sigmoid = jax.jit(routing.sigmoid, static_argnames=STATIC)
+sqrtsoftplus = jax.jit(routing.sqrtsoftplus, static_argnames=STATIC)
 softmax = jax.jit(routing.softmax, static_argnames=STATIC)
 
 ALL_NEGATIVE, MIXED, NONE = (-0.9, -0.1), (-0.4, 0.4), (0.0, 0.0)
@@ -50,6 +53,66 @@ def test_sigmoid_router(rng, experts, k, groups, kept, group_score, biases):
         got = sigmoid(jnp.asarray(logits), jnp.asarray(bias), **keywords)
         assert_same_choice(got, ids, gates, experts)
         np.testing.assert_allclose(got.scores, scores, rtol=1e-6)
+
+
+@pytest.mark.parametrize("biases", [ALL_NEGATIVE, MIXED])
+def test_sqrtsoftplus_router(rng, biases):
+    logits = rng.normal(0, 4, (120, 16)).astype(np.float32)
+    bias = rng.uniform(*biases, 16).astype(np.float32)
+    keywords = dict(k=4, groups=4, groups_kept=2, normalize=True, scale=2.5)
+    ids, gates, scores = oracles.sigmoid_route(logits, bias, **keywords, score=oracles.sqrtsoftplus_scores)
+    got = sqrtsoftplus(jnp.asarray(logits), jnp.asarray(bias), **keywords)
+    assert_same_choice(got, ids, gates, 16)
+    assert scores.max() > 2
+    np.testing.assert_allclose(got.scores, scores, rtol=1e-6)
+
+
+def test_sqrtsoftplus_and_its_gradient_far_below_zero():
+    """softplus(-200) is 0 in float32, and the gradient of a square root is infinite there."""
+    logits = np.array([-200.0, -60.0, -16.0, -15.9, -10.0, 0.0, 30.0])
+
+    def total(row):
+        scores = routing.sqrtsoftplus(row[None], jnp.zeros(7), k=1).scores
+        return scores.sum(), scores[0]
+
+    grad, scores = jax.jit(jax.grad(total, has_aux=True))(jnp.asarray(logits, jnp.float32))
+    s = np.sqrt(np.logaddexp(0, logits))
+    np.testing.assert_allclose(scores, s, rtol=1e-6, atol=1e-38)
+    np.testing.assert_allclose(grad, 1 / (1 + np.exp(-logits)) / (2 * s), rtol=1e-6, atol=1e-38)
+
+
+def test_noisy_topk_router(rng):
+    """Gates are the softmax over the K largest of h = logits + ε softplus(spread); without noise it is topk."""
+    logits, spread, normal = (rng.normal(0, 1.5, (120, 16)).astype(np.float32) for _ in range(3))
+    h = logits + normal.astype(np.float64) * np.logaddexp(0, spread)
+    ids, gates = oracles.topk_route(h, k=3)
+    got = jax.jit(partial(routing.noisy_topk, k=3))(*map(jnp.asarray, (logits, spread, normal)))
+    assert_same_choice(got, ids, gates, 16)
+    np.testing.assert_allclose(got.scores, [oracles.softmax_probs(row) for row in h], rtol=1e-5)
+    plain = oracles.topk_route(logits, k=3)
+    assert (np.sort(plain[0]) != np.sort(ids)).any(axis=1).mean() > 0.5
+    assert_same_choice(routing.noisy_topk(jnp.asarray(logits), None, None, k=3), *plain, 16)
+
+
+def test_noise_is_standard_normal_and_differs_by_row_and_layer():
+    keys = jax.random.split(jax.random.key(3), 8)
+    one, two = (np.asarray(routing.noise(keys, layer, 64, 16), np.float64) for layer in (1, 2))
+    # 8,192 draws: the mean's standard deviation is 0.011, the variance's 0.016; the bounds are 5 of them
+    assert abs(one.mean()) < 0.055 and abs(one.var() - 1) < 0.08
+    both = np.concatenate([one, two]).reshape(16, -1)
+    assert np.abs(np.corrcoef(both) - np.eye(16)).max() < 5 / np.sqrt(64 * 16)  # of 1,024 draws each
+
+
+def test_hash_router(rng):
+    """Experts depend on the token alone, gates on the logits; every expert gets its share of the ids."""
+    tokens, logits = rng.integers(0, 130_000, 90), rng.normal(0, 1.5, (90, 16)).astype(np.float32)
+    ids = oracles.hash_route(tokens, 16, 3)
+    s = 1 / (1 + np.exp(-np.take_along_axis(logits.astype(np.float64), ids, axis=1)))
+    got = routing.hash_tokens(jnp.asarray(logits), jnp.asarray(tokens, jnp.int32), k=3, scale=2.5)
+    assert_same_choice(got, ids, 2.5 * s / s.sum(axis=1, keepdims=True), 16)
+    of_all = routing.hash_tokens(jnp.zeros((8192, 16)), jnp.arange(8192, dtype=jnp.int32), k=3).expert_ids
+    # An expert's count has mean 1,536 and standard deviation 35.
+    assert np.abs(np.bincount(np.asarray(of_all).ravel(), minlength=16) - 1536).max() < 5 * 35
 
 
 def test_a_token_uses_at_most_groups_kept_groups(rng):
@@ -158,6 +221,13 @@ def test_dense_router(rng):
     np.testing.assert_allclose(got.scores, probs, rtol=2e-6)
 
 
+SPREAD, TOKENS = jnp.linspace(-2, 2, 320).reshape(40, 8), jnp.arange(40, dtype=jnp.int32)
+
+
+def test_the_registry_has_the_configurations_names():
+    assert set(routing.ROUTERS) == set(get_args(RouterName))
+
+
 def model_config(**changes):
     """Return a small ModelConfig with 8 experts in 4 groups, 3 for each token."""
     from dsv3_jax.config import ModelConfig
@@ -198,11 +268,19 @@ def model_config(**changes):
             dict(router="dense", num_groups=1, groups_per_token=1, experts_per_token=8, routed_scale=1.0),
             lambda x, b: routing.dense(x),
         ),
+        (
+            dict(router="sqrtsoftplus"),
+            lambda x, b: routing.sqrtsoftplus(x, b, k=3, groups=4, groups_kept=2, normalize=True, scale=2.5),
+        ),
+        (dict(router="noisy_topk"), lambda x, b: routing.noisy_topk(x, SPREAD, 2 * SPREAD, k=3)),
+        (dict(router="hash"), lambda x, b: routing.hash_tokens(x, TOKENS, k=3, scale=2.5)),
     ],
 )
 def test_route_uses_the_configured_router(rng, changes, expected):
     logits = jnp.asarray(rng.normal(0, 1, (40, 8)), jnp.float32)
     bias = jnp.asarray(rng.uniform(-0.5, 0.5, 8), jnp.float32)
-    got, want = routing.route(logits, bias, model_config(**changes)), expected(logits, bias)
+    needs = {"noisy_topk": dict(spread=SPREAD, normal=2 * SPREAD), "hash": dict(tokens=TOKENS)}
+    cfg = model_config(**changes)
+    got, want = routing.route(logits, bias, cfg, **needs.get(cfg.router, {})), expected(logits, bias)
     for ours, theirs in zip(got, want, strict=True):
         np.testing.assert_array_equal(ours, theirs)

@@ -36,7 +36,7 @@ OTHER_EXECUTION = Execution(compute_dtype="bfloat16", kernels="xla", layout=Layo
 @pytest.fixture(scope="module", autouse=True)
 def root(tmp_path_factory):
     root = tmp_path_factory.getbasetemp()
-    with cheap_compiles(root):
+    with cheap_compiles():
         yield root
 
 
@@ -223,6 +223,7 @@ def test_how_older_runs_reached_their_experts(dispatch, kernels, capacity_factor
 # one run
 
 
+@pytest.mark.long
 def test_the_same_command_resumes_without_the_tokenizers_file(made, moved):
     """The command names a file that is gone; the text by another spelling of its path."""
     run = replace(made.run, data=replace(made.run.data, paths=(f"{made.home}/text/../text",)))

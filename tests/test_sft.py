@@ -200,7 +200,7 @@ def base(tmp_path_factory):
 def tuned(base, tmp_path_factory):
     start, file = base
     out = tmp_path_factory.mktemp("tuned") / "run"
-    with pytest.MonkeyPatch.context() as patch, cheap_compiles(tmp_path_factory.getbasetemp()):
+    with pytest.MonkeyPatch.context() as patch, cheap_compiles():
         patch.setattr(prepare, "gemm_flops", lambda dtype: 1e9)
         patch.setattr(loop, "_draw", lambda *_: None)
         argv = ["train", "sft", "--start", start, "--out", out, "--data.paths", file, "--data.chat-template", "plain"]

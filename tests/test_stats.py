@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import some_long
 from flax import nnx
 from models import DENSE, forward, random_model
 from runs import MODEL, cheap_compiles
@@ -23,7 +24,7 @@ DOMAINS = ("even", "odd")
 
 @pytest.fixture(scope="module", autouse=True)
 def root(tmp_path_factory):
-    with cheap_compiles(tmp_path_factory.getbasetemp()):
+    with cheap_compiles():
         yield tmp_path_factory.getbasetemp()
 
 
@@ -49,7 +50,7 @@ BATCHES = [make_batch(1), make_batch(2)]
 CHANGES = {"deepseek": dict(mtp_depth=2), "meta": dict(mtp_depth=1, mtp_kind="meta", num_layers=1)}
 
 
-@pytest.fixture(scope="module", params=CHANGES)
+@pytest.fixture(scope="module", params=some_long(CHANGES.keys(), "deepseek"))
 def counted(request) -> tuple[Transformer, RoutingStats]:
     model = random_model(replace(MODEL, **CHANGES[request.param]), seed=2, execution=DENSE)
     empty = BATCHES[0] | {"segment_ids": np.zeros((B, T), np.int32)}

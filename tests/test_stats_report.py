@@ -27,7 +27,7 @@ TOKENIZER, E = ByteTokenizer(), MODEL.num_experts
 
 @pytest.fixture(scope="module", autouse=True)
 def root(tmp_path_factory):
-    with cheap_compiles(tmp_path_factory.getbasetemp()):
+    with cheap_compiles():
         yield tmp_path_factory.getbasetemp()
 
 

@@ -1,14 +1,20 @@
-"""The studies' own code: counts of experts, planted keys."""
+"""The studies' own code: counts of experts, planted keys, rows of long texts, parts taken away."""
 
 import importlib.util
 import re
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import HERE
 
+from dsv3_jax.config import replace
+from dsv3_jax.data.corpus import Document
+from dsv3_jax.data.tokenizer import ByteTokenizer
+from dsv3_jax.ops import routing
 from dsv3_jax.presets import recipe
-from experiments.lab import study
+from experiments.lab.fingerprints import settings_of
 
 
 @pytest.fixture
@@ -28,10 +34,11 @@ def load(monkeypatch):
 
 def test_specialisation_shares_the_runs_of_the_balance_study(load):
     base = recipe("lab")
-    balance = {r.fingerprint for r in load("03_balance/run.py").STUDY.list_runs(base, (0, 1)).values()}
+    balance = {r.identity for r in load("03_balance/run.py").STUDY.list_runs(base, (0, 1)).values()}
     runs = load("09_specialisation/run.py").STUDY.list_runs(base, (0,))
-    assert {name for (name, _), r in runs.items() if r.fingerprint not in balance} == {"Switch loss, α 1e-2"}
-    assert study.fingerprint(base) in balance  # the base recipe, which other studies share too
+    assert {name for (name, _), r in runs.items() if r.identity not in balance} == {"Switch loss, α 1e-2"}
+    # The base recipe is among them: other studies share it too.
+    assert settings_of(base) in [identity.settings for identity in balance]
 
 
 def test_experts_are_sorted_by_favourite_domain(load):
@@ -83,3 +90,67 @@ def corpus_of(count):
 
     documents = tuple(Document(f"text number {i} " * 30, "code") for i in range(count))
     return Corpus(documents, (), ("code",), "")
+
+
+def test_rows_by_position_come_from_many_documents(load):
+    """F1: rows were kept from packed validation batches, where 3 of 128 are of one document."""
+    yarn = load("10_yarn/run.py")
+    long = tuple(Document("".join(chr(97 + (i + j) % 26) for j in range(60 + i)), "keys") for i in range(150))
+    documents = (*long, *(Document("short", "keys") for _ in range(50)))
+    rows = yarn.held_out_rows(documents, ByteTokenizer(), 64)
+    assert len(rows) == 146 and len({tuple(row) for row in rows.tolist()}) == 13
+    assert rows[0].tolist() == list(long[4].text.encode()[-64:])
+    with pytest.raises(ValueError, match="rows=99 from held-out documents"):
+        yarn.held_out_rows(long[:103], ByteTokenizer(), 64)
+
+
+def test_growing_contexts_score_the_same_bytes(load, monkeypatch):
+    """A stand-in model costs 1 / (tokens before the target), so the loss says which context each target had."""
+    yarn = load("10_yarn/run.py")
+    length = 16
+    monkeypatch.setattr(yarn, "retrieved", lambda *_: [0.0])
+    seen = []
+
+    def predict(model, tokens):
+        seen.append(tokens)
+        return np.broadcast_to(1 / np.arange(1, tokens.shape[1]), (len(tokens), tokens.shape[1] - 1)), None
+
+    monkeypatch.setattr(yarn, "predict", predict)
+    texts = tuple(
+        Document("some words of the text, without any sign of a key in them; " * 2, "keys") for _ in range(100)
+    )
+    run = SimpleNamespace(model=SimpleNamespace(max_positions=4 * length))
+    trained = SimpleNamespace(run=run, tokenizer=ByteTokenizer(), corpus=SimpleNamespace(val=texts))
+    found = yarn.scores(trained, None)
+    half = length // 2
+    assert found["documents"] == 100 and [rows.shape[1] for rows in seen] == [12, 16, 24, 32, 48, 64]
+    assert {tuple(rows[0, -half:].tolist()) for rows in seen} == {tuple(seen[0][0, -half:].tolist())}
+    np.testing.assert_allclose(found["loss"], [np.mean(1 / np.arange(n - half, n)) for n in (12, 16, 24, 32, 48, 64)])
+
+
+def test_the_experts_with_the_highest_scores_are_skipped(load, rng):
+    """Against a loop: of the order of s + b, the first m are passed over and the next K are taken."""
+    parts = load("14_parts/run.py")
+    cfg = replace(recipe("lab").model, num_experts=8, experts_per_token=5, num_groups=1, groups_per_token=1)
+    logits, bias = rng.normal(size=(6, 8)).astype(np.float32), rng.normal(size=8).astype(np.float32)
+    found = parts.skip_top(routing.route, 2, jnp.asarray(logits), jnp.asarray(bias), cfg)
+    scores = 1 / (1 + np.exp(-logits))
+    for row, (ids, gates) in enumerate(zip(np.asarray(found.expert_ids), np.asarray(found.gates), strict=True)):
+        wanted = np.argsort(-(scores[row] + bias))[2:5]
+        assert ids.tolist() == wanted.tolist()
+        np.testing.assert_allclose(gates, cfg.routed_scale * scores[row, wanted] / scores[row, wanted].sum(), rtol=1e-5)
+
+
+def test_windows_cut_documents_and_restart_positions(load):
+    parts = load("14_parts/run.py")
+    segments = np.array([[1, 1, 1, 1, 1, 2, 2, 0]], np.int32)
+    cut = parts.windows_of({"tokens": segments, "segment_ids": segments}, 3)
+    assert cut["segment_ids"].tolist() == [[1, 1, 1, 2, 2, 3, 4, 0]]  # the second document is cut at 6 too
+    assert cut["positions"].tolist() == [[0, 1, 2, 0, 1, 0, 0, 0]]
+
+
+def test_far_keys_are_those_beyond_the_trained_length(load):
+    retrieval = load("13_retrieval/run.py")
+    far = [[float(c * d > 1) for d in retrieval.DEPTHS] for c in retrieval.CONTEXTS]
+    assert retrieval.beyond("own")({"own": far}) == 100 and retrieval.within("own")({"own": far}) == 0
+    assert sum(map(sum, far)) == 12  # 2L: 2 of 4 depths, 4L: 3, 8L: 3, the nearest is at L; 16L: 4

@@ -23,8 +23,8 @@ PLAIN = replace(RUN, model=replace(MODEL, num_layers=1, mtp_depth=0, router="sof
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _cheap(tmp_path_factory):
-    with cheap_compiles(tmp_path_factory.getbasetemp()):
+def _cheap():
+    with cheap_compiles():
         yield
 
 

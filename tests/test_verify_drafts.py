@@ -80,10 +80,10 @@ def laws(case, sampling):
     "case, sampling",
     [
         ("other", Sampling(1.0)),
-        ("other", Sampling(0.7, top_k=4)),
-        ("other", Sampling(1.3, top_p=0.8)),
+        pytest.param("other", Sampling(0.7, top_k=4), marks=pytest.mark.long),
+        pytest.param("other", Sampling(1.3, top_p=0.8), marks=pytest.mark.long),
         ("one token", Sampling(1.0)),
-        ("apart", Sampling(0.7, top_k=4)),
+        pytest.param("apart", Sampling(0.7, top_k=4), marks=pytest.mark.long),
         ("same", Sampling(1.3, top_p=0.8)),
     ],
 )

@@ -35,7 +35,7 @@ LONGER = {"yarn": Yarn(factor=4.0, original_max_positions=16), "balance": Balanc
 @pytest.fixture(scope="module", autouse=True)
 def root(tmp_path_factory):
     root = tmp_path_factory.getbasetemp()
-    with cheap_compiles(root):
+    with cheap_compiles():
         yield root
 
 

@@ -58,8 +58,13 @@ def run(argv: list[str]) -> int:
     console = text_console()
     console.print(f"{counts.tokens.max():,} tokens of {len(counts.document_domains)} documents")
     max_vio = balance.max_vio(jnp.asarray(counts.load, jnp.float32)).tolist()
-    for layer, vio, bits, chance in zip(counts.layers, max_vio, special.bits, special.shuffled_95, strict=True):
+    apart = balance.max_vio(jnp.asarray(counts.load_by_domain, jnp.float32)).tolist()  # [N][L]
+    for i, (layer, vio, bits, chance) in enumerate(
+        zip(counts.layers, max_vio, special.bits, special.shuffled_95, strict=True)
+    ):
         line = f"{layer:10s} MaxVio {vio:.2f}"
+        if 1 < len(counts.domains) <= 8:
+            line += f" ({', '.join(f'{name} {of[i]:.2f}' for name, of in zip(counts.domains, apart, strict=True))})"
         if len(counts.domains) > 1:
             line += f"  I(expert; domain) {bits:.4f} bits, by chance below {chance:.4f}"
         console.print(line)

@@ -93,6 +93,21 @@ class Documents:
         return batches.val_batches(self.corpus, self.tokenizer, self.cfg, num_batches)
 
 
+def training_bytes(source: Source) -> dict[str, float] | None:
+    """Return the bytes of the training text by domain, or None where only the source knows its mix.
+
+    Example:
+        >>> from dsv3_jax.data.corpus import Document
+        >>> from dsv3_jax.data.tokenizer import ByteTokenizer
+        >>> corpus = Corpus((Document("ab", "text"),), (Document("c", "text"),), ("text",), "")
+        >>> training_bytes(Documents(corpus, ByteTokenizer(), DataConfig()))
+        {'text': 2.0}
+    """
+    if not isinstance(source, Documents):
+        return None
+    return {name: float(train) for name, (train, _) in source.corpus.sizes().items()}
+
+
 def open_source(cfg: DataConfig, tokenizer: Tokenizer, text: TextSettings | None = None, quiet: bool = True) -> Source:
     """Read the data of a run.
 

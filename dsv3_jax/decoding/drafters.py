@@ -107,8 +107,9 @@ class ChainDrafter:
         batch, length = prompt.tokens.shape
         for k, head in enumerate(self.heads, start=1):
             cache = _head_cache(self.model, prompt)
-            ctx = make_context(cfg, from_zero(batch, length - k), cache=cache, may_drop=False)
-            h, ctx, _ = head(h[:, : length - k], ctx, self.model.embedding(prompt.tokens[:, k:]))
+            tokens = prompt.tokens[:, k:]
+            ctx = make_context(cfg, from_zero(batch, length - k), tokens=tokens, cache=cache, may_drop=False)
+            h, ctx, _ = head(h[:, : length - k], ctx, self.model.embedding(tokens))
             read = jnp.maximum(prompt.lengths - k, 0)
             states.append(_ChainState(ctx.cache.at_lengths(read), _pick(h, read - 1)))
         return tuple(states)
@@ -151,7 +152,7 @@ class ChainDrafter:
 
     def _continue(self, head: int, tokens: Array, h: Array, cache: Cache) -> tuple[Array, Cache]:
         count = tokens.shape[1]
-        ctx = make_context(self.model.cfg, cache.positions(count), cache=cache, may_drop=False)
+        ctx = make_context(self.model.cfg, cache.positions(count), tokens=tokens, cache=cache, may_drop=False)
         h, ctx, _ = self.heads[head](h, ctx, self.model.embedding(tokens))
         return h, ctx.cache.at_lengths(cache.lengths + count)
 
@@ -167,9 +168,8 @@ class ParallelDrafter:
         caches: list[Cache | None] = []
         for head in self.heads:
             if head.remembers:
-                ctx = make_context(
-                    cfg, from_zero(*prompt.tokens.shape), cache=_head_cache(self.model, prompt), may_drop=False
-                )
+                positions, cache = from_zero(*prompt.tokens.shape), _head_cache(self.model, prompt)
+                ctx = make_context(cfg, positions, tokens=prompt.tokens, cache=cache, may_drop=False)
                 # All but the prompt's last position, which the first step reads.
                 caches.append(head(h, ctx)[1].cache.at_lengths(prompt.lengths - 1))
             else:
@@ -182,10 +182,12 @@ class ParallelDrafter:
         caches, keys = list(state), jax.random.split(key, count)
         drawn: list[tuple[Array, Array | None]] = []
         positions = last.start[:, None] + jnp.arange(last.h.shape[1], dtype=jnp.int32)[None]
+        tokens = jnp.concatenate([last.previous[:, None], last.tokens[:, :-1]], axis=1)
         for k, head in enumerate(self.heads[:count]):
             cache = state[k]
             cache = None if cache is None else cache.at_lengths(last.start)
-            h, ctx, _ = head(last.h, make_context(self.model.cfg, positions, cache=cache, may_drop=False))
+            ctx = make_context(self.model.cfg, positions, tokens=tokens, cache=cache, may_drop=False)
+            h, ctx, _ = head(last.h, ctx)
             caches[k] = ctx.cache
             drawn.append(_draw(self.model.logits(_pick(h, last.num_valid - 1)), keys[k], sampling))
         return _concat_drafts(drawn), tuple(caches)

@@ -183,8 +183,10 @@ def generate_in_parts(
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    graphdef, state = nnx.split(model)
-    draft: tuple[Any, Any] = nnx.split(config.draft) if isinstance(config.draft, Transformer) else (config.draft, None)
+    graphdef, state = nnx.split(model.in_compute_dtype())
+    draft: tuple[Any, Any] = config.draft, None
+    if isinstance(config.draft, Transformer):
+        draft = nnx.split(config.draft.in_compute_dtype())
     static = _Static(config.sampling, config.num_drafts, draft[0], config.max_new_tokens, capacity, kind, dtype)
     stops = jnp.asarray(config.stop_tokens, jnp.int32)
     mesh = sharding.mesh_of(state)

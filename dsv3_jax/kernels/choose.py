@@ -9,7 +9,7 @@ except whether a mesh of several devices is in use: the C++ kernels run on one d
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,8 @@ from dsv3_jax.ops import (
     embedding,
     expert_stack,
     grouped_product,
+    low_precision,
+    mla,
     products,
 )
 from dsv3_jax.ops.cached_attention import Stored
@@ -69,10 +71,12 @@ class Implementation:
     fits: Callable[..., bool] = _always  # the arrays' shapes? If not, the next row is taken
     by_hand: bool = False  # not compiled by XLA: left out by kernels="xla"
     by_name: bool = False  # never chosen by "auto"
+    precision: str = "none"  # Execution.precision that it computes in
     why_not: Callable[["Target"], str] | None = None  # a library, a compiler or a chip that is missing; "" if none is
     only: str = ""  # the one compute dtype that it serves, for reports; "" means any, or C++
     alone: bool = False  # it serves one device, for reports
     slow: str = ""  # why it is slow on GPUs, in words
+    with_maxima: Callable | None = None  # of attention: the same, and each row's largest score at no further product
 
 
 def _on_one_device() -> bool:
@@ -141,13 +145,32 @@ _megablox = partial(
 _row_blocks = partial(
     Implementation, "row_blocks", platforms=GPUS, slow="it multiplies one block of rows after the other"
 )
+# Products in 8 bits: on every platform the same numbers, by XLA. XLA can multiply e4m3 numbers as they are for an H100,
+# but a scale for each 128 of them then needs a sum in memory for each: 107 TFLOP/s at most at 3.35 TB/s, by arithmetic,
+# far below bfloat16's. A kernel that scales in registers would be a row before these.
+_RECIPES = (low_precision.FP8, low_precision.MXFP8)
+
+
+def _low_precision(run: Callable, **by_recipe: Callable[[low_precision.Recipe], Any]) -> tuple[Implementation, ...]:
+    """The rows of an op's recipes. Args: by_recipe: makes an argument of `run`; none means `recipe` itself."""
+    by_recipe = by_recipe or {"recipe": lambda recipe: recipe}
+    return tuple(
+        Implementation(
+            recipe.name,
+            partial(run, **{name: make(recipe) for name, make in by_recipe.items()}),
+            precision=recipe.name,
+        )
+        for recipe in _RECIPES
+    )
+
+
 _every_row = partial(
     Implementation, "ragged_dot", by_name=True, slow="XLA multiplies every row with every expert there"
 )
 
 TABLE: dict[str, tuple[Implementation, ...]] = {
     "causal_attention": (
-        _cpp(cpu_attention.causal_attention),
+        _cpp(cpu_attention.causal_attention, with_maxima=cpu_attention.attention_and_maxima),
         Implementation(
             "splash",
             tpu_attention.causal_attention,
@@ -163,8 +186,13 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _attention(
             "cudnn", gpu_attention.cudnn_attention, fits=gpu_attention.fits_cudnn, why_not=gpu_attention.why_not_cudnn
         ),
-        Implementation("large_blocks", attention.causal_attention_in_large_blocks, platforms=ACCELERATORS),
-        _xla(attention.causal_attention),
+        Implementation(
+            "large_blocks",
+            attention.causal_attention_in_large_blocks,
+            platforms=ACCELERATORS,
+            with_maxima=attention.maxima_in_large_blocks,
+        ),
+        _xla(attention.causal_attention, with_maxima=attention.attention_and_maxima),
     ),
     "cached_attention": (
         _cpp(cpu_attention.cached_attention, serves=_cached),
@@ -208,6 +236,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _row_blocks(partial(dispatch.grouped_swiglu, product=grouped_product.ROW_BLOCKS)),
         _every_row(dispatch.grouped_swiglu),
         Implementation("dense", dispatch.dense_swiglu, by_name=True),
+        *_low_precision(dispatch.grouped_swiglu, product=low_precision.grouped),
     ),
     "open_experts": (_cpp(cpu_experts.open_stack), _xla(expert_stack.open_stack)),
     "close_experts": (_cpp(cpu_experts.close_stack), _xla(expert_stack.close_stack)),
@@ -222,10 +251,19 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
             "ragged_dot", partial(dispatch.decode_by_products, product=tpu_products.RAGGED_DOT), platforms=("tpu",)
         ),
         _row_blocks(partial(dispatch.decode_by_products, product=grouped_product.ROW_BLOCKS)),
+        *_low_precision(dispatch.decode_by_products, product=low_precision.grouped),
     ),
-    "product": (_cpp(cpu_products.product, fits=_few_rows), _xla(products.product)),
+    "product": (
+        _cpp(cpu_products.product, fits=_few_rows),
+        *_low_precision(low_precision.product),
+        _xla(products.product),
+    ),
     "exact_product": (_cpp(cpu_products.product, fits=_few_rows), _xla(products.exact_product)),
-    "swiglu": (_cpp(cpu_products.swiglu, fits=_few_rows), _xla(products.swiglu)),
+    "swiglu": (
+        _cpp(cpu_products.swiglu, fits=_few_rows),
+        *_low_precision(low_precision.swiglu),
+        _xla(products.swiglu),
+    ),
     "product_by_head": (_cpp(cpu_products.product_by_head, fits=_few_rows), _xla(products.product_by_head)),
     "cross_entropy": (
         Implementation("by_memory", cross_entropy.cross_entropy_by_memory, ACCELERATORS),
@@ -233,6 +271,11 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     ),
     "embedding": (Implementation("in_order", embedding.look_up_in_order, GPUS), _xla(embedding.look_up)),
     "optimizer": (_cpp(calls.adamw, fits=lambda p, *_: p.size >= LARGE_UPDATE), _xla(adamw.adamw_update)),
+    "expand": (*_low_precision(low_precision.expand), _xla(mla.expand)),
+    "capacity_swiglu": (
+        *_low_precision(dispatch.capacity_swiglu, product=lambda r: partial(low_precision.product_by_expert, recipe=r)),
+        _xla(dispatch.capacity_swiglu),
+    ),
 }
 
 
@@ -253,6 +296,7 @@ class Target:
     platform: str  # of the devices that the program is compiled for: one of PLATFORMS
     kernels: str = "auto"  # Execution.kernels
     chip: str = ""  # a GPU's compute capability, such as "9.0"; a TPU's kind, such as "TPU v5p"; "" if not known
+    precision: str = "none"  # Execution.precision
 
     def __post_init__(self) -> None:
         if self.platform not in PLATFORMS:
@@ -273,6 +317,15 @@ class Target:
                     f"kernels={row.name!r} is not available for {self.platform}: {op} has it for "
                     f"{', '.join(row.platforms)} only; use 'auto' or 'xla'"
                 )
+            if row is not None and row.precision != self.precision_of(op):
+                raise ConfigError(
+                    f"kernels={row.name!r} does not compute {op} in precision={self.precision_of(op)!r}; "
+                    f"use 'auto' or 'xla'"
+                )
+
+    def precision_of(self, op: str) -> str:
+        """The precision that an op is computed in: "none" for ops that stay in the compute dtype or wider."""
+        return self.precision if any(row.precision == self.precision for row in TABLE[op]) else "none"
 
     @property
     def asked(self) -> tuple[str, dict[str, str]]:
@@ -291,9 +344,9 @@ class Target:
     def rows(self, op: str) -> list[Implementation]:
         """The rows of an op that may run, in order."""
         free = self.asked[0] != "xla" or op in self.asked[1]
-        rows = [
-            row for row in TABLE[op] if self.platform in row.platforms and not row.by_name and (free or not row.by_hand)
-        ]
+        precision = self.precision_of(op)
+        rows = [row for row in TABLE[op] if self.platform in row.platforms and row.precision == precision]
+        rows = [row for row in rows if not row.by_name and (free or not row.by_hand)]
         forced = self.forced(op)
         return rows if forced is None else [forced, *(row for row in rows if row is not forced)]
 
@@ -339,6 +392,11 @@ class Kernels:
                 return row
         raise AssertionError(f"{op} has no row that always fits")
 
+    @property
+    def in_compute_dtype(self) -> "Kernels":
+        """The same without 8-bit products: for the output head, and for decoding."""
+        return replace(self, target=replace(self.target, precision="none"))
+
     # Attention
 
     def causal_attention(
@@ -353,6 +411,27 @@ class Kernels:
         """See `ops.attention.causal_attention`."""
         run = self.pick("causal_attention", q, k, v, packed=segment_ids is not None).run
         return run(q, k, v, scale=scale, segment_ids=segment_ids)
+
+    def attention_and_maxima(
+        self,
+        q: Float[Array, "B T H K"],
+        k: Float[Array, "B T G K"],
+        v: Float[Array, "B T G V"],
+        *,
+        scale: float,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+        """See `ops.attention.attention_and_maxima`.
+
+        Libraries' kernels keep the maxima to themselves. Beside them `ops.attention.row_maxima` runs: one more product
+        of queries and keys, in plain XLA.
+        """
+        row = self.pick("causal_attention", q, k, v, packed=segment_ids is not None)
+        if row.with_maxima is not None:
+            return row.with_maxima(q, k, v, scale=scale, segment_ids=segment_ids)
+        block = attention.large_block(q.shape[0] * q.shape[2], q.shape[1])
+        maxima = attention.row_maxima(q, k, scale=scale, segment_ids=segment_ids, block=block)
+        return row.run(q, k, v, scale=scale, segment_ids=segment_ids), maxima
 
     def cached_attention(
         self,
@@ -403,6 +482,19 @@ class Kernels:
         gates = gates.astype(x.dtype)
         return self.pick("grouped_swiglu", x, stack.weights.w_gate).run(x, expert_ids, gates, stack)
 
+    def capacity_swiglu(
+        self,
+        x: Float[Array, "n D"],
+        expert_ids: Int[Array, "n K"],
+        gates: Float[Array, "n K"],
+        stack: ExpertStack,
+        *,
+        factor: float,
+    ) -> tuple[Float[Array, "n D"], ExpertStack, Float[Array, ""]]:
+        """See `ops.dispatch.capacity_swiglu`."""
+        run = self.pick("capacity_swiglu", x, stack.weights.w_gate).run
+        return run(x, expert_ids, gates, stack, factor=factor)
+
     def decode_experts(
         self,
         x: Float[Array, "n D"],
@@ -425,6 +517,16 @@ class Kernels:
     def product(self, x: Float[Array, "..."], w: Float[Array, "..."], axes: int = 1) -> Float[Array, "..."]:
         """See `ops.products.product`."""
         return self.pick("product", x, w, axes=axes).run(x, w, axes)
+
+    def expand(
+        self,
+        c_kv: Float[Array, "B T C"],
+        k_rope: Float[Array, "B T R"],
+        w_uk: Float[Array, "H N C"],
+        w_uv: Float[Array, "H V C"],
+    ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H V"]]:
+        """See `ops.mla.expand`."""
+        return self.pick("expand", c_kv, w_uk).run(c_kv, k_rope, w_uk, w_uv)
 
     def exact_product(self, x: Float[Array, "n D"], w: Float[Array, "D N"]) -> Float[Array, "n N"]:
         """See `ops.products.exact_product`."""
@@ -566,7 +668,7 @@ def prepare(
     execution = execution or Execution()
     if platform is None:
         platform, chip = platform_of(mesh), _chip_of(_device_of(mesh))
-    target = Target(platform, execution.kernels, chip)
+    target = Target(platform, execution.kernels, chip, execution.precision)
     _check_cpp(target, execution.compute_dtype, 1 if mesh is None else mesh.size)
     rows = {row.name: row for op in TABLE for row in target.rows(op) if row.why_not is not None}
     missing = {name: reason for name, row in rows.items() if row.why_not and (reason := row.why_not(target))}

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import Layout, ModelConfig
 from dsv3_jax.kernels.choose import Kernels
 from dsv3_jax.ops.expert_stack import ExpertStack, GradCarry
+from dsv3_jax.ops.routing import ROUTERS
 from dsv3_jax.ops.varying import varying, zeros
 
 # How many devices a token goes to
@@ -42,7 +43,7 @@ def mean_reach(cfg: ModelConfig, peers: int) -> float:
         [1.0, 3.63, 8.0]
     """
     num_groups, groups, k = cfg.num_groups, cfg.groups_per_token, cfg.experts_per_token
-    if cfg.router not in ("sigmoid", "softmax") or max(peers, num_groups) % min(peers, num_groups):
+    if not ROUTERS[cfg.router].has_groups or max(peers, num_groups) % min(peers, num_groups):
         num_groups = groups = 1
     pool = groups * cfg.num_experts // num_groups
     on_device = max(1, num_groups // peers)

@@ -13,7 +13,7 @@ from dsv3_jax.mesh.sharding import constrain, shard_map_by_names, shards_alike
 from dsv3_jax.model.cache import ROW_AXES, Cache
 from dsv3_jax.model.context import Context, from_zero, make_context
 from dsv3_jax.model.layers import RMSNorm, param
-from dsv3_jax.ops import mla, rope
+from dsv3_jax.ops import rope
 from dsv3_jax.ops.attention import repeat_heads
 
 LATENT_NORM_EPS = 1e-6  # whatever norm_eps says, as in the reference implementations
@@ -72,26 +72,26 @@ class MLA(nnx.Module):
         return self.attend(x, _context(self.cfg, x, segment_ids, positions))[0]
 
     @jax.named_scope("MLA")
-    def attend(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Cache | None]:
-        """Attend to earlier tokens, cached ones first. Returns (output [B, T, D], the cache with these tokens)."""
+    def attend(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Context]:
+        """Attend to earlier tokens, cached ones first. Returns (output [B, T, D], the context with these tokens)."""
         q_nope, q_rope = self._queries(x, ctx)
         row, cache = self._row(x, ctx), ctx.cache
-        w_uk, w_uv = self.w_uk[...].astype(x.dtype), self.w_uv[...].astype(x.dtype)
         if cache is not None and not cache.is_empty and cache.kind == "latent":
+            w_uk, w_uv = self.w_uk[...].astype(x.dtype), self.w_uv[...].astype(x.dtype)
             out, cache = self._absorbed(q_nope, q_rope, row, w_uk, w_uv, cache, ctx.layer)
-            return project_out(self, out), cache
+            return project_out(self, out), ctx._replace(cache=cache)
         q = jnp.concatenate([q_nope, q_rope], axis=-1)
         c_kv, k_rope = jnp.split(row, [self.cfg.kv_latent_dim], axis=-1)
-        k, v = mla.expand(c_kv, k_rope, w_uk, w_uv)
+        k, v = self.kernels.expand(c_kv, k_rope, self.w_uk[...], self.w_uv[...])
         if cache is None or cache.is_empty:
-            out = attend_causally(self, q, k, v, ctx.segment_ids)
+            out, ctx = attend_causally(self, q, k, v, ctx)
             if cache is not None:
                 cache = cache.write(
                     row[:, None] if cache.kind == "latent" else concat_kv(k, v), ctx.layer, self.kernels
                 )
         else:
             out, cache = attend_to_heads(self, q, k, v, cache, ctx.layer)
-        return project_out(self, out), cache
+        return project_out(self, out), ctx._replace(cache=cache)
 
     def _absorbed(self, q_nope, q_rope, row, w_uk, w_uv, cache: Cache, layer: Array | int) -> tuple[Array, Cache]:
         """`ops.mla.absorbed` over the cache with these tokens' rows, sharded by sequences and heads."""
@@ -181,19 +181,19 @@ class GQA(nnx.Module):
         return self.attend(x, _context(self.cfg, x, segment_ids, positions))[0]
 
     @jax.named_scope("GQA")
-    def attend(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Cache | None]:
-        """Attend to earlier tokens, cached ones first. Returns (output [B, T, D], the cache with these tokens)."""
+    def attend(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Context]:
+        """Attend to earlier tokens, cached ones first. Returns (output [B, T, D], the context with these tokens)."""
         q, k, v = (self.kernels.product(x, w[...]) for w in (self.w_q, self.w_k, self.w_v))
         q, k, v = (constrain(y, *HEAD_AXES) for y in (q, k, v))
         q, k = (rotate_last(y, ctx, self.cfg) for y in (q, k))
         cache = ctx.cache
         if cache is not None and not cache.is_empty:
             out, cache = attend_to_heads(self, q, k, v, cache, ctx.layer)
-            return project_out(self, out), cache
-        out = attend_causally(self, q, k, v, ctx.segment_ids)
+            return project_out(self, out), ctx._replace(cache=cache)
+        out, ctx = attend_causally(self, q, k, v, ctx)
         if cache is not None:
             cache = cache.write(concat_kv(k, v), ctx.layer, self.kernels)
-        return project_out(self, out), cache
+        return project_out(self, out), ctx._replace(cache=cache)
 
 
 def make_attention(cfg: ModelConfig, *, rngs: nnx.Rngs, kernels: Kernels) -> MLA | GQA:
@@ -233,19 +233,31 @@ def attend_causally(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T G V"],
-    segment_ids: Int[Array, "B T"] | None,
-) -> Float[Array, "B T H V"]:
-    """`ops.attention.causal_attention`; on a mesh, each device attends for its own sequences and heads."""
+    ctx: Context,
+) -> tuple[Float[Array, "B T H V"], Context]:
+    """`ops.attention.causal_attention`; on a mesh, each device attends for its own sequences and heads.
+
+    Returns: (the result, the context with each head's largest logit if it watches them).
+    """
+    segment_ids, how = ctx.segment_ids, {"scale": module.scale}
 
     def attend(q, k, v, segment_ids=None):
-        return (module.kernels.causal_attention(q, k, v, scale=module.scale, segment_ids=segment_ids),)
+        if not ctx.watch_logits:
+            return (module.kernels.causal_attention(q, k, v, **how, segment_ids=segment_ids),)
+        out, maxima = module.kernels.attention_and_maxima(q, k, v, **how, segment_ids=segment_ids)
+        return out, maxima[..., None]
 
     if not shards_alike(HEAD_AXES, q.shape, k.shape):
         k, v = (repeat_heads(x, q.shape[2]) for x in (k, v))
     names, args = [HEAD_AXES] * 3, [q, k, v]
     if segment_ids is not None:
         names, args = [*names, ("batch", None)], [*args, segment_ids]
-    return shard_map_by_names(attend, names, (0,), *args, has_kernel=True)[0]
+    out, *maxima = shard_map_by_names(attend, names, (0, 0)[: 1 + ctx.watch_logits], *args, has_kernel=True)
+    if maxima:
+        if segment_ids is not None:  # tokens of segment 0 are padding
+            maxima = [jnp.where((segment_ids != 0)[:, :, None, None], maxima[0], -jnp.inf)]
+        ctx = ctx._replace(max_logits=maxima[0].max((0, 1, 3)))
+    return out, ctx
 
 
 def concat_kv(k: Float[Array, "B T G K"], v: Float[Array, "B T G V"]) -> Float[Array, "B G T KV"]:

@@ -32,10 +32,10 @@ class DenseBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Context, None]:
         """Training, prefill or decoding, by the context. Returns (x, the context for the next layer, no routing)."""
-        y, cache = self.attn.attend(self.attn_norm(x), ctx)
+        y, ctx = self.attn.attend(self.attn_norm(x), ctx)
         x = constrain(x + y, "batch", None, None)
         x = constrain(x + self.ffn(self.ffn_norm(x)), "batch", None, None)
-        return x, ctx._replace(cache=cache), None
+        return x, ctx, None
 
 
 class SparseBlock(nnx.Module):
@@ -58,7 +58,7 @@ class SparseBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Context, LayerRouting]:
         """As DenseBlock's. Returns (x, the context for the next layer, what the router did)."""
-        y, cache = self.attn.attend(self.attn_norm(x), ctx)
+        y, ctx = self.attn.attend(self.attn_norm(x), ctx)
         x = constrain(x + y, "batch", None, None)
         y, experts, routing = self.moe.mix(self.ffn_norm(x), ctx)
-        return constrain(x + y, "batch", None, None), ctx._replace(cache=cache, experts=experts), routing
+        return constrain(x + y, "batch", None, None), ctx._replace(experts=experts), routing

@@ -1,4 +1,4 @@
-"""The context of a layer: positions, documents, cache and experts."""
+"""The context of a layer: positions, documents, what a router reads beside x, cache and experts."""
 
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.cache import Cache
 from dsv3_jax.ops import rope
 from dsv3_jax.ops.expert_stack import ExpertStack
+from dsv3_jax.ops.routing import ROUTERS
 
 
 class Context(NamedTuple):
@@ -25,6 +26,10 @@ class Context(NamedTuple):
     cache: Any = None  # Cache of all layers, or None
     experts: ExpertStack | None = None  # at this layer
     may_drop: bool = True  # False: no token is dropped, whatever capacity_factor says
+    tokens: Array | None = None  # int32 [B, T]: ids that the router reads, if it reads any
+    keys: Array | None = None  # random keys [B], one a row, of the router's noise; None without noise
+    watch_logits: bool = False  # measure the largest attention logits, for QK-clip
+    max_logits: Array | None = None  # float32 [H]: of the layer that has just run, over tokens that are not padding
 
 
 def make_context(
@@ -32,10 +37,14 @@ def make_context(
     positions: Array,
     segment_ids: Array | None = None,
     *,
+    tokens: Array | None = None,
+    keys: Array | None = None,
     cache: Cache | None = None,
     may_drop: bool = True,
 ) -> Context:
     """The context of tokens at int32 positions [B, T]; tokens of segment 0 are padding.
+
+    Only a router that reads them gets `tokens` [B, T] and `keys` [B].
 
     Example:
         >>> from dsv3_jax.presets import preset
@@ -46,7 +55,11 @@ def make_context(
     freqs = rope.frequencies(cfg.rope_head_dim, cfg.rope_theta, cfg.yarn)
     mask = jnp.ones(positions.shape, jnp.bool_) if segment_ids is None else segment_ids != 0
     zero = jnp.zeros((), jnp.int32)
-    return Context(*rope.cos_sin(positions, freqs, cfg.yarn), segment_ids, mask, zero, cache, may_drop=may_drop)
+    router = ROUTERS[cfg.router]
+    return Context(
+        *rope.cos_sin(positions, freqs, cfg.yarn), segment_ids, mask, zero, cache, may_drop=may_drop,
+        tokens=tokens if router.reads_tokens else None, keys=keys if router.has_noise else None,
+    )  # fmt: skip
 
 
 def from_zero(batch: int, length: int) -> Array:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import Execution, ModelConfig
 from dsv3_jax.kernels.choose import Kernels, prepare
@@ -37,6 +37,7 @@ class LayerRouting(NamedTuple):
     balance_loss: Array  # float32 []: weighted, averaged over sequences
     dropped: Array  # float32 []: share of assignments dropped; 0 without capacity_factor
     tokens_sent: Array  # float32 []: copies of a token that are sent to another device's experts; 0 without a mesh
+    bias_measure: Array | None = None  # float32 [E]: what the bias's rule needs beside the load, see balance.RULES
 
 
 class Experts(nnx.Module):
@@ -97,6 +98,9 @@ class MoE(nnx.Module):
     ):
         self.w_router = param(rngs, (cfg.dim, cfg.num_experts), ("dim", None), cfg.init_std, exact=True)
         self.bias = RouterBias(jnp.zeros((cfg.num_experts,), jnp.float32))
+        self.rule, self.router = balance.rule_of(cfg), routing.ROUTERS[cfg.router]
+        zeros = jnp.zeros((cfg.dim, cfg.num_experts), jnp.float32)  # as in arXiv 1701.06538, appendix A
+        self.w_noise = nnx.Param(zeros, axes=("dim", None), exact=True) if self.router.has_noise else None
         self.cfg, self.kernels = cfg, kernels or prepare(execution)
         self.layout = (execution or Execution()).layout
         shared = cfg.num_shared_experts * cfg.expert_dim
@@ -104,17 +108,25 @@ class MoE(nnx.Module):
         self.experts = None if stacked else Experts(cfg, 1, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        mask: Bool[Array, "B T"] | None = None,
+        *,
+        tokens: Int[Array, "B T"] | None = None,
+        keys: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerRouting]:
         """Mix the experts that the module owns.
 
-        Args: mask: tokens that count for load and balance losses. None means all.
+        Args:
+            mask: tokens that count for load and balance losses. None means all.
+            tokens: ids, for router "hash".
+            keys: a random key for each row, for the noise of router "noisy_topk". None means no noise.
         Returns: (y, what the router did).
-        Raises: ValueError if the module owns no experts.
+        Raises: ValueError if the module owns no experts, or the router needs tokens and gets none.
         """
         if self.experts is None:
             raise ValueError("stacked=True: this MoE owns no experts; call `mix` with a stack in the context")
-        ctx = make_context(self.cfg, from_zero(*x.shape[:2]))
+        ctx = make_context(self.cfg, from_zero(*x.shape[:2]), tokens=tokens, keys=keys)
         stack = self.experts.open(self.kernels, train=True)
         y, stack, routing = self.mix(x, ctx._replace(experts=stack, mask=ctx.mask if mask is None else mask))
         return self.kernels.close_experts(y, stack), routing
@@ -126,9 +138,9 @@ class MoE(nnx.Module):
         """
         cfg, stack = self.cfg, ctx.experts
         assert stack is not None
-        picked = self.route(x)
+        picked, log_sums = self.route(x, ctx)
         flat, ids, gates, scores = (a.reshape(-1, a.shape[-1]) for a in (x, *picked))
-        load, sequence_loss, score_entropy = self._measure(picked, ctx.mask)
+        load, sequence_loss, score_entropy, measure = self._measure(picked, ctx.mask)
         y, stack, dropped, tokens_sent = self._run_experts(flat, ids, gates, stack, ctx.may_drop)
         y = y.reshape(x.shape)
         if self.shared is not None:
@@ -136,7 +148,11 @@ class MoE(nnx.Module):
         balance_loss = cfg.balance.sequence_alpha * sequence_loss
         if cfg.balance.switch_alpha:
             balance_loss += cfg.balance.switch_alpha * balance.switch_loss(scores, ids, ctx.mask.reshape(-1))
-        stats = LayerRouting(picked.expert_ids, picked.gates, score_entropy, load, balance_loss, dropped, tokens_sent)
+        if log_sums is not None:
+            balance_loss += cfg.balance.z_alpha * balance.z_loss(log_sums, ctx.mask)
+        stats = LayerRouting(
+            picked.expert_ids, picked.gates, score_entropy, load, balance_loss, dropped, tokens_sent, measure
+        )
         return y, stack, stats
 
     @jax.named_scope("experts")
@@ -147,7 +163,8 @@ class MoE(nnx.Module):
         none = jnp.zeros((), jnp.float32)
         few = stack.grad is None and gates.size <= dispatch.FEW_CHOICES * self.cfg.num_experts
         if self.cfg.capacity_factor is not None and may_drop and stack.grad is not None:
-            y, stack, dropped = dispatch.capacity_swiglu(x, ids, gates, stack, factor=self.cfg.capacity_factor)
+            factor = self.cfg.capacity_factor
+            y, stack, dropped = self.kernels.capacity_swiglu(x, ids, gates, stack, factor=factor)
             return y, stack, dropped, none
         if on_mesh() and few:
             return expert_parallel.decode_experts(x, ids, gates, stack, self.kernels, self.layout), stack, none, none
@@ -159,29 +176,51 @@ class MoE(nnx.Module):
         return *self.kernels.grouped_swiglu(x, ids, gates, stack), none, none
 
     @jax.named_scope("router")
-    def route(self, x: Float[Array, "B T D"]) -> routing.Routing:
-        """Choose each token's experts, [B, T, …]; logits and all that follows in float32, as the reference does."""
+    def route(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[routing.Routing, Array | None]:
+        """Choose each token's experts; logits and all that follows in float32, as the reference does.
 
-        def local(w_router, bias, x):
-            logits = self.kernels.exact_product(x.reshape(-1, x.shape[-1]).astype(jnp.float32), w_router)
-            picked = routing.route(logits, bias, self.cfg)
-            return (), jax.tree.map(lambda a: a.reshape(*x.shape[:2], -1), picked)
+        Returns: (choice, [B, T, …]; ln Σ exp of each token's logits, [B, T], if the z-loss needs it).
+        """
+        if self.router.reads_tokens and ctx.tokens is None:
+            raise ValueError(f"tokens=None: router={self.cfg.router!r} chooses by token ids; give tokens [B, T]")
+        keys = ctx.keys
+        noisy = (None, None) if keys is None or self.w_noise is None else (self.w_noise[...], jnp.asarray(ctx.layer))
+
+        def local(w_router, bias, w_noise, layer, x, tokens, keys):
+            flat, needs = x.reshape(-1, x.shape[-1]).astype(jnp.float32), {}
+            logits = self.kernels.exact_product(flat, w_router)
+            if tokens is not None:
+                needs["tokens"] = tokens.reshape(-1)
+            if keys is not None:
+                needs["spread"] = self.kernels.exact_product(flat, w_noise)
+                needs["normal"] = routing.noise(keys, layer, x.shape[1], self.cfg.num_experts).reshape(logits.shape)
+            picked = routing.route(logits, bias, self.cfg, **needs)
+            log_sums = jax.nn.logsumexp(logits, axis=-1).reshape(x.shape[:2]) if self.cfg.balance.z_alpha else None
+            return (), (jax.tree.map(lambda a: a.reshape(*x.shape[:2], -1), picked), log_sums)
 
         # Each device its own rows: the compiler would gather the scores of all tokens to find each one's largest.
-        return shard_map_over_batch(local, (self.w_router[...], self.bias[...]), x)[1]
+        weights = (self.w_router[...], self.bias[...], *noisy)
+        return shard_map_over_batch(local, weights, x, ctx.tokens, keys)[1]
 
-    def _measure(self, picked: routing.Routing, mask: Bool[Array, "B T"]) -> tuple[Array, Array, Array]:
+    def _measure(self, picked: routing.Routing, mask: Bool[Array, "B T"]) -> tuple[Array, Array, Array, Array | None]:
         """(load [E]; sequence-wise loss without its weight, mean over sequences, 0 if it has none; each token's entropy
-        of scores [B, T])."""
-        cfg = self.cfg
+        of scores [B, T]; what the bias's rule needs beside the load [E])."""
+        cfg, of_tokens, of_batch = self.cfg, self.rule and self.rule.of_tokens, self.rule and self.rule.of_batch
 
-        def local(picked, mask):
+        def local(bias, picked, mask):
             load = balance.load(picked.expert_ids, cfg.num_experts, mask)
             total = jnp.zeros((), jnp.float32)
             if cfg.balance.sequence_alpha:
                 total = balance.sequence_loss(picked.scores, cfg.experts_per_token, mask).sum()
             # Metric only; stop_gradient skips a gradient that is always zero.
-            return (load, as_varying(total, load)), balance.entropy(jax.lax.stop_gradient(picked.scores))
+            entropy = balance.entropy(jax.lax.stop_gradient(picked.scores))
+            tokens = None
+            if of_tokens:
+                flat = of_tokens(picked.scores.reshape(-1, cfg.num_experts), bias, cfg.experts_per_token)
+                tokens = flat.reshape(picked.scores.shape)
+            return (load, as_varying(total, load)), (entropy, tokens)
 
-        (load, total), score_entropy = shard_map_over_batch(local, (), picked, mask)
-        return load, total / mask.shape[0], score_entropy
+        bias = self.bias[...]
+        (load, total), (entropy, tokens) = shard_map_over_batch(local, (bias if of_tokens else None,), picked, mask)
+        measure = of_batch(tokens, mask, bias, cfg.experts_per_token) if of_batch else None
+        return load, total / mask.shape[0], entropy, measure

@@ -236,7 +236,7 @@ def run_heads(
     *,
     remat: str = "none",
     unshard: Callable = lambda state: state,
-) -> tuple[tuple[Array, ...], tuple[LayerRouting, ...]]:
+) -> tuple[tuple[Array, ...], tuple[LayerRouting, ...], tuple[Array | None, ...]]:
     """Run all heads over complete rows, for training.
 
     Args:
@@ -244,22 +244,24 @@ def run_heads(
         h: the trunk's output, as `mtp_input` has it.
         remat: what the backward pass keeps of each head, see `layers.recompute`.
         unshard: as in `loop_layers`.
-    Returns: (hidden states, head k's (from 0) [B, T-1-k, D]; routing of the heads that have experts).
+    Returns: (hidden states, head k's (from 0) [B, T-1-k, D]; routing of the heads that have experts; largest attention
+        logits of each, as `Context.max_logits`).
     """
     reads_tokens = cfg.head_kind.reads_tokens
 
-    def run(head, h, part, embedded) -> tuple[Array, LayerRouting | None]:
+    def run(head, h, part, embedded) -> tuple[Array, LayerRouting | None, Array | None]:
         # Split and merged, as in loop_layers: nnx.remat would write to variables that an outer trace holds.
         graphdef, state = nnx.split(head)
 
         def plain(state, h, part, embedded):
-            part = part._replace(may_drop=ctx.may_drop)  # a Python bool, which jax.checkpoint makes an array
-            h, _, routing = unshard_head(nnx.merge(graphdef, state), unshard)(h, part, embedded)
-            return h, routing
+            # Python bools, which jax.checkpoint makes arrays
+            part = part._replace(may_drop=ctx.may_drop, watch_logits=ctx.watch_logits)
+            h, after, routing = unshard_head(nnx.merge(graphdef, state), unshard)(h, part, embedded)
+            return h, routing, after.max_logits
 
         return recompute(plain, remat)(state, h, part, embedded)
 
-    hidden, routings = [], []
+    hidden, routings, max_logits = [], [], []
     for k, head in enumerate(heads, start=1):
         short = tokens.shape[1] - k  # later positions have no token k positions on
         segment_ids, counted = None, ctx.mask[:, :short]
@@ -269,10 +271,15 @@ def run_heads(
                 # A position that reads padding or another document's token is not counted.
                 counted = counted & (segment_ids == ctx.segment_ids[:, k:])
         part = ctx._replace(cos=ctx.cos[:, :short], sin=ctx.sin[:, :short], segment_ids=segment_ids, mask=counted)
-        made, routing = run(head, h[:, :short], part, embedding(tokens[:, k:]) if reads_tokens else None)
+        if ctx.tokens is not None:  # a router that reads tokens reads the one that the head does
+            part = part._replace(tokens=tokens[:, k:] if reads_tokens else tokens[:, :short])
+        if ctx.keys is not None:  # noise of its own, beyond that of the trunk's layers
+            part = part._replace(layer=jnp.int32(cfg.num_layers + k))
+        made, routing, largest = run(head, h[:, :short], part, embedding(tokens[:, k:]) if reads_tokens else None)
         if reads_tokens:
             h = made
         hidden.append(made)
+        max_logits.append(largest)
         if routing is not None:
             routings.append(routing)
-    return tuple(hidden), tuple(routings)
+    return tuple(hidden), tuple(routings), tuple(max_logits)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.config import CacheKind, Execution, ModelConfig
+from dsv3_jax.config import CacheKind, Execution, ModelConfig, replace
 from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.mesh.sharding import on_mesh, shard_map_over_batch, unshard_weights
 from dsv3_jax.model.blocks import DenseBlock, SparseBlock
@@ -29,6 +29,9 @@ class ForwardOut(NamedTuple):
     mtp_h: tuple[Array, ...]  # head k (from 0): [B, T-1-k, D], for the shared unembedding; entry i predicts token i+k+2
     routing: LayerRouting | None  # of the trunk's sparse layers, stacked along a leading axis
     mtp_routing: tuple[LayerRouting, ...]  # of the heads that have experts
+    # Of each layer's and head's attention, its heads' largest logits, if they are watched: float32 [L, H] or [H], by
+    # the path of the block in the model, "dense", "sparse" or "mtp.0.block"
+    max_logits: dict[str, Array] | None = None
 
 
 class DecodeWeights(NamedTuple):
@@ -108,22 +111,34 @@ class Transformer(nnx.Module):
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
+        keys: Array | None = None,
+        *,
+        watch_logits: bool = False,
     ) -> ForwardOut:
-        """Run trunk and heads up to the unembedding. Arguments as `__call__`."""
+        """Run trunk and heads up to the unembedding.
+
+        Args:
+            tokens, segment_ids, positions: as `__call__`.
+            keys: a random key for each row, [B], of the router's noise. None means no noise.
+            watch_logits: fill `max_logits`.
+        """
         cfg = self.cfg
         batch, length = tokens.shape
         if length > cfg.max_positions:
             raise ValueError(f"length {length} is over the model's max_positions={cfg.max_positions}")
         if length <= cfg.mtp_depth:
             raise ValueError(f"length {length} leaves nothing for mtp_depth={cfg.mtp_depth} to read")
-        ctx = make_context(cfg, from_zero(batch, length) if positions is None else positions, segment_ids)
-        x, _, routing = self._trunk(tokens, ctx)
+        positions = from_zero(batch, length) if positions is None else positions
+        ctx = make_context(cfg, positions, segment_ids, tokens=tokens, keys=keys)._replace(watch_logits=watch_logits)
+        x, _, routing, largest = self._trunk(tokens, ctx)
         h = self.norm(x)
-        mtp_h, mtp_routing = run_heads(
+        mtp_h, mtp_routing, of_heads = run_heads(
             self.mtp, cfg, self.embedding, h if cfg.mtp_input == "normed" else x, tokens, ctx,
             remat=self.execution.remat, unshard=self.unshard,
         )  # fmt: skip
-        return ForwardOut(x, h, mtp_h, routing, mtp_routing)
+        largest |= {f"mtp.{k}.block": top for k, top in enumerate(of_heads)}
+        held = {name: top for name, top in largest.items() if top is not None}
+        return ForwardOut(x, h, mtp_h, routing, mtp_routing, held if watch_logits else None)
 
     def run_layers(
         self, tokens: Int[Array, "B T"], cache: Cache | None, weights: DecodeWeights | None = None
@@ -136,14 +151,14 @@ class Transformer(nnx.Module):
         Returns: (the last layer's output before the final norm, the cache with the tokens' rows). Lengths stay.
         """
         positions = from_zero(*tokens.shape) if cache is None else cache.positions(tokens.shape[1])
-        ctx = make_context(self.cfg, positions, cache=cache, may_drop=False)
-        x, cache, _ = self._trunk(tokens, ctx, weights)
+        ctx = make_context(self.cfg, positions, tokens=tokens, cache=cache, may_drop=False)
+        x, cache, *_ = self._trunk(tokens, ctx, weights)
         return x, cache
 
     def _trunk(
         self, tokens: Array, ctx: Context, weights: DecodeWeights | None = None
-    ) -> tuple[Array, Cache | None, LayerRouting | None]:
-        """(The last layer's output, the cache, what the sparse layers' routers did)."""
+    ) -> tuple[Array, Cache | None, LayerRouting | None, dict[str, Array | None]]:
+        """(The last layer's output, the cache, what the sparse layers' routers did, largest logits if watched)."""
         first = self.cfg.num_dense_layers
         if isinstance(ctx.cache, Cache) and ctx.cache.by_layer and weights is None:
             weights = self.prepare_decode()
@@ -155,30 +170,31 @@ class Transformer(nnx.Module):
         def dense_layer(block, carry, index):
             x, cache = carry
             x, after, _ = block(x, ctx._replace(cache=cache, layer=index))
-            return (x, after.cache), None
+            return (x, after.cache), after.max_logits
 
         carry = self.embedding(tokens), ctx.cache
-        (x, cache), _ = loop_layers(self.dense, dense_layer, carry, layers=weights and weights.dense, **how)
+        (x, cache), of_dense = loop_layers(self.dense, dense_layer, carry, layers=weights and weights.dense, **how)
         if self.experts is None:
-            return x, cache, None
+            return x, cache, None, {"dense": of_dense}
         if self.experts.adapted and not decoding:
             x, routing = self._adapted_layers(x, ctx, how)
-            return x, cache, routing
+            return x, cache, routing, {}
         experts = self.experts.open(self.kernels, train=not decoding)
 
         def sparse_layer(block, carry, index):
             x, cache, grad = carry
             layer = ctx._replace(cache=cache, layer=first + index, experts=experts.at(index, grad))
             x, after, routing = block(x, layer)
-            return (x, after.cache, after.experts.grad), None if decoding else routing
+            return (x, after.cache, after.experts.grad), None if decoding else (routing, after.max_logits)
 
         carry = x, cache, experts.grad
-        (x, cache, grad), routing = loop_layers(
+        (x, cache, grad), found = loop_layers(
             self.sparse, sparse_layer, carry, layers=weights and weights.sparse, **how
         )
         if not decoding:
             x = self.kernels.close_experts(x, experts.at(0, grad))
-        return x, cache, routing
+        routing, of_sparse = (None, None) if found is None else found
+        return x, cache, routing, {"dense": of_dense, "sparse": of_sparse}
 
     def _adapted_layers(self, x: Array, ctx: Context, how: dict[str, Any]) -> tuple[Array, LayerRouting]:
         """The sparse layers in training, where low-rank adapters change the experts.
@@ -236,11 +252,26 @@ class Transformer(nnx.Module):
         """Compute float32 logits of normed hidden states."""
         if self.head is None or h.dtype != jnp.float32:  # a transposed table would first be copied for a kernel
             return jnp.dot(h, self.head_matrix(), preferred_element_type=jnp.float32)
-        return self.kernels.product(h, self.head_matrix())
+        return self.kernels.in_compute_dtype.product(h, self.head_matrix())
 
     def unshard(self, v: Any) -> Any:
         """Prepare weights for use: merge low-rank adapters, and gather what a mesh shards (`unshard_weights`)."""
         return unshard_weights(merge_frozen(v), fsdp=self.execution.layout.fsdp, dtype=self.compute_dtype)
+
+    def in_compute_dtype(self) -> "Transformer":
+        """The model without 8-bit products, on the same arrays: low precision is for training, decoding does without.
+
+        Example:
+            >>> import dsv3_jax as ds
+            >>> model = abstract(ds.replace(ds.preset("tiny"), num_layers=1), Execution(precision="fp8"))
+            >>> model.in_compute_dtype().execution.precision
+            'none'
+        """
+        if self.execution.precision == "none":
+            return self
+        execution = replace(self.execution, precision="none")
+        graphdef = nnx.graphdef(abstract(self.cfg, execution, self.kernels.in_compute_dtype))
+        return nnx.merge(graphdef, nnx.state(self))
 
     @property
     def compute_dtype(self):

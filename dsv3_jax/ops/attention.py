@@ -43,19 +43,76 @@ def causal_attention(
         >>> causal_attention(q, q, v, scale=1.0).ravel()  # equal scores: means of the values so far
         Array([0., 1., 3.], dtype=float32)
     """
+    return attention_and_maxima(q, k, v, scale=scale, segment_ids=segment_ids, block=block)[0]
+
+
+def attention_and_maxima(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G V"],
+    *,
+    scale: float,
+    segment_ids: Int[Array, "B T"] | None = None,
+    block: int | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+    """Attend as `causal_attention`, and return each row's largest score too, which the softmax has kept anyway.
+
+    The largest scores take no gradient. They are float32 (float64 stays).
+
+    Example:
+        >>> q, k = jnp.array([[[[1.0]], [[2.0]]]]), jnp.array([[[[5.0]], [[3.0]]]])
+        >>> attention_and_maxima(q, k, k, scale=1.0)[1].ravel()  # 1 · 5; the larger of 2 · 5 and 2 · 3
+        Array([ 5., 10.], dtype=float32)
+    """
+    length, heads = q.shape[1:3]
+    q, k, segment_ids, block = _in_blocks(q, k, scale, segment_ids, block)
+    out, top = _attend(q, k, _heads_first(repeat_heads(v, heads), block), segment_ids, block)
+    return out.swapaxes(1, 2)[:, :length], jax.lax.stop_gradient(top).swapaxes(1, 2)[:, :length]
+
+
+def row_maxima(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    *,
+    scale: float,
+    segment_ids: Int[Array, "B T"] | None = None,
+    block: int | None = None,
+) -> Float[Array, "B T H"]:
+    """Compute each row's largest score by a product of its own, a third of attention's forward FLOPs or more.
+
+    For use beside a kernel that does not return what its softmax keeps. Takes no gradient.
+
+    Example:
+        >>> q, k = jnp.array([[[[1.0]], [[2.0]]]]), jnp.array([[[[5.0]], [[3.0]]]])
+        >>> row_maxima(q, k, scale=1.0).ravel()
+        Array([ 5., 10.], dtype=float32)
+    """
+    batch, length, heads, _ = q.shape
+    q, k, seg, block = _in_blocks(*jax.lax.stop_gradient((q, k)), scale, segment_ids, block)
+
+    def visit(top, pair):
+        i, j = pair
+        q_i, k_j, seg_i, seg_j = (_rows(x, n, block, a) for x, n, a in ((q, i, 2), (k, j, 2), (seg, i, 1), (seg, j, 1)))
+        new = jnp.maximum(_rows(top, i, block, 2), _scores(q_i, k_j, seg_i, seg_j, i, j, block).max(-1))
+        return jax.lax.dynamic_update_slice_in_dim(top, new, i * block, 2), None
+
+    top = jnp.full((batch, heads, q.shape[2]), -jnp.inf, np.promote_types(q.dtype, np.float32))
+    top, _ = jax.lax.scan(visit, top, _pairs(q.shape[2] // block))
+    return top.swapaxes(1, 2)[:, :length]
+
+
+def _in_blocks(q, k, scale, segment_ids, block):
+    """(Scaled queries and keys [B, H, T, K], segments [B, T], the block), padded to whole blocks."""
     batch, length, heads, _ = q.shape
     if segment_ids is None:
         segment_ids = jnp.ones((batch, length), jnp.int32)
     block = min(block or _block(batch * heads, length), length)
-    pad = -length % block
+    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, -length % block)), constant_values=-1)
+    return _heads_first(scaled(q, scale), block), _heads_first(repeat_heads(k, heads), block), segment_ids, block
 
-    def heads_first(x):
-        return jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2)
 
-    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)), constant_values=-1)
-    q, k, v = scaled(q, scale), repeat_heads(k, heads), repeat_heads(v, heads)
-    out = _attend(heads_first(q), heads_first(k), heads_first(v), segment_ids, block)
-    return out.swapaxes(1, 2)[:, :length]
+def _heads_first(x, block):
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0))).swapaxes(1, 2)
 
 
 def causal_attention_in_large_blocks(
@@ -70,9 +127,21 @@ def causal_attention_in_large_blocks(
 
     The gradient has about four arrays of that size at a time.
     """
+    return maxima_in_large_blocks(q, k, v, scale=scale, segment_ids=segment_ids)[0]
+
+
+def maxima_in_large_blocks(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G V"],
+    *,
+    scale: float,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+    """Compute `attention_and_maxima` in few large steps, as `causal_attention_in_large_blocks`."""
     batch, length, heads, _ = q.shape
     block = large_block(batch * heads, length)
-    return causal_attention(q, k, v, scale=scale, segment_ids=segment_ids, block=block)
+    return attention_and_maxima(q, k, v, scale=scale, segment_ids=segment_ids, block=block)
 
 
 def large_block(products: int, length: int) -> int:
@@ -164,11 +233,12 @@ def _attend_fwd(q, k, v, seg, block):
 
     (out, top, total), _ = jax.lax.scan(visit, (out, top, total), _pairs(length // block))
     out, lse = checkpoint_name(((out / total[..., None]).astype(v.dtype), top + jnp.log(total)), RESULTS)
-    return out, (q, k, v, seg, out, lse)
+    return (out, top), (q, k, v, seg, out, lse)
 
 
-def _attend_bwd(block, saved, d_out):
+def _attend_bwd(block, saved, d_results):
     q, k, v, seg, out, lse = saved
+    d_out, _ = d_results  # the maxima take no gradient
     wide = np.promote_types(q.dtype, np.float32)
     delta = (d_out.astype(wide) * out.astype(wide)).sum(-1)  # the softmax's own term, a number a row
     start = tuple(jnp.zeros(x.shape, wide) for x in (q, k, v))

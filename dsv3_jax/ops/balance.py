@@ -1,12 +1,22 @@
 """Load balancing of experts: methods that make the load even, and measures of how even it is.
 
-Three methods: the loss-free bias (no gradient), V3's loss for each sequence, and Switch's loss for the batch.
-Four measures of a load [..., E]: MaxVio, entropy, Gini coefficient, and the smallest and largest load.
+Methods: the loss-free bias (no gradient), which moves by one of `RULES`, V3's loss for each sequence, and Switch's loss
+for the batch. The z-loss keeps logits small. Four measures of a load [..., E]: MaxVio, entropy, Gini coefficient, and
+the smallest and largest load.
+
+A new rule is a function and a row of `RULES` here, and its name in `config.RuleName`.
 """
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from dsv3_jax.config import ConfigError, ModelConfig, RuleName
+from dsv3_jax.ops.routing import ROUTERS
 
 
 def load(expert_ids: Int[Array, "*n K"], num_experts: int, mask: Bool[Array, "*n"] | None = None) -> Float[Array, " E"]:
@@ -46,6 +56,166 @@ def bias_update(bias: Float[Array, "*l E"], load: Float[Array, "*l E"], rate: fl
     Source: arXiv 2408.15664; DeepSeek-V3 report, section 2.1.2.
     """
     return bias + (rate * jnp.sign(load.mean(-1, keepdims=True) - load)).astype(bias.dtype)
+
+
+def proportional_update(
+    bias: Float[Array, "*l E"], load: Float[Array, "*l E"], rate: float | Array
+) -> Float[Array, "*l E"]:
+    """Move the bias by how far the load is from even: b_e ← b_e + γ · (mean load − load_e) / mean load.
+
+    Args: as in `bias_update`.
+    Returns: the new bias, in the bias's dtype. It does not change if there is no load.
+
+    Example:
+        >>> proportional_update(jnp.zeros(4), load=jnp.array([4.0, 2.0, 1.0, 1.0]), rate=0.5)  # the mean is 2
+        Array([-0.5 ,  0.  ,  0.25,  0.25], dtype=float32)
+
+    Source: arXiv 2408.15664, section 4.3, where the sign is compared with it; divided by the mean here, so that γ does
+    not depend on the number of tokens.
+    """
+    mean = load.mean(-1, keepdims=True)
+    return bias + (rate * (mean - load) / jnp.maximum(mean, 1e-20)).astype(bias.dtype)
+
+
+def quantile_margins(scores: Float[Array, "n E"], bias: Float[Array, " E"], k: int) -> Float[Array, "n E"]:
+    """Compute each score's margin over its token's cut: m_te = s_te − α_t, α_t the (K+1)-th largest of s_t + b.
+
+    Token t chooses expert e exactly if m_te + b_e > 0.
+
+    Example:
+        >>> quantile_margins(jnp.array([[0.5, 0.25, 0.125]]), jnp.array([0.0, 0.0, 0.5]), k=1)
+        Array([[ 0.   , -0.25 , -0.375]], dtype=float32)
+    """
+    scores = jax.lax.stop_gradient(scores)
+    return scores - jax.lax.top_k(scores + bias[None], k + 1)[0][:, k:]
+
+
+def quantile_target(
+    margins: Float[Array, "*n E"], mask: Bool[Array, "*n"], bias: Float[Array, " E"], k: int
+) -> Float[Array, " E"]:
+    """Compute the bias with which each expert would have had q = ⌊N K / E⌋ of the N tokens.
+
+    b*_e = −(the (q+1)-th largest of m_te over the tokens t that count)
+
+    Then m_te + b*_e > 0 holds for q tokens of each expert, or for fewer if several margins are equal to −b*_e. It is
+    one step of coordinate descent on the dual of the assignment problem: the cuts α_t are those of the old bias.
+
+    The order statistic is exact and needs no sort: the margins' bits, read as integers of the same order, are searched
+    bit by bit, and a step counts the margins above a trial value. On a mesh only these counts are summed, in whole
+    numbers. So the target is that of all tokens, and the same on any mesh.
+
+    Args:
+        margins: from `quantile_margins`, of all tokens of a batch.
+        mask: tokens that count.
+        bias: the old one. It is returned if no token counts.
+        k: K.
+
+    Example:
+        >>> margins = jnp.array([[0.5, 0.0], [0.25, 0.0], [-0.25, 0.75], [-0.5, 0.5]])
+        >>> quantile_target(margins, jnp.ones(4, bool), jnp.zeros(2), k=1)  # two tokens are over 0.25, and over 0
+        Array([ 0.25, -0.  ], dtype=float32)
+    """
+    num_experts, tokens, each = margins.shape[-1], tuple(range(mask.ndim)), (1,) * mask.ndim + (-1,)
+    count = mask.sum(dtype=jnp.int32)
+    # ⌊N K / E⌋ in whole numbers that do not overflow.
+    q = count // num_experts * k + count % num_experts * k // num_experts
+    bits = jax.lax.bitcast_convert_type(margins.astype(jnp.float32), jnp.uint32)
+    sign = np.uint32(1 << 31)
+    ordered = jnp.where(mask[..., None], jnp.where(bits >= sign, ~bits, bits | sign), np.uint32(0))
+
+    def search(step: Array, found: Array) -> Array:
+        trial = found | (sign >> step.astype(jnp.uint32))
+        enough = (ordered >= trial.reshape(each)).sum(axis=tokens, dtype=jnp.int32) > q
+        return jnp.where(enough, trial, found)
+
+    found = jax.lax.fori_loop(0, 32, search, jnp.zeros((num_experts,), jnp.uint32))
+    cut = jax.lax.bitcast_convert_type(jnp.where(found >= sign, found ^ sign, ~found), jnp.float32)
+    return jnp.where(count > 0, -cut, bias)
+
+
+def quantile_update(bias: Float[Array, "*l E"], target: Float[Array, "*l E"], rate: Array) -> Float[Array, "*l E"]:
+    """Take one step of quantile balancing: b ← c − mean c, with c = b + γ (b* − b).
+
+    The choice depends on differences of biases only; their mean is kept at 0, so that they do not drift.
+
+    Args:
+        bias: the router's correction of each expert, for one layer or several.
+        target: b*, from `quantile_target`. If the batch is split in microbatches, the mean of theirs.
+        rate: γ in [0, 1]. The bias does not change at 0, whatever the target.
+    Returns: the new bias, in the bias's dtype.
+
+    Example:
+        >>> quantile_update(jnp.zeros(2), jnp.array([0.5, 0.0]), jnp.float32(0.5))
+        Array([ 0.125, -0.125], dtype=float32)
+
+    Source: quantile balancing, kexue.fm/archives/11619; `qb_dual_update` of NVIDIA's Megatron-LM.
+    Departs from the source: the quantile is of all tokens of the global batch, not a mean over devices.
+    """
+    moved = bias + rate * (target - bias)
+    return jnp.where(rate > 0, moved - moved.mean(-1, keepdims=True), bias).astype(bias.dtype)
+
+
+class Rule(NamedTuple):
+    """A rule by which the bias moves after a step.
+
+    A rule may need more of a batch than its load. A layer then takes two measures: `of_tokens` on the device that holds
+    the tokens, and `of_batch` of these over all devices.
+    """
+
+    update: Callable[[Array, Array, Any, Array], Array]  # (bias, load, measure or None, γ) → the new bias, all [*l, E]
+    of_tokens: Callable[[Array, Array, int], Array] | None = None  # (scores [n, E], bias [E], K) → [n, E]
+    of_batch: Callable[[Array, Array, Array, int], Array] | None = None  # (those [*n, E], mask [*n], bias, K) → [E]
+
+
+RULES: dict[RuleName, Rule] = {
+    "sign": Rule(lambda bias, load, _, rate: bias_update(bias, load, rate)),
+    "proportional": Rule(lambda bias, load, _, rate: proportional_update(bias, load, rate)),
+    "quantile": Rule(
+        lambda bias, _, target, rate: quantile_update(bias, target, rate), quantile_margins, quantile_target
+    ),
+}
+
+
+def rule_of(cfg: ModelConfig) -> Rule | None:
+    """Return the rule that moves the router's bias; None if the router reads no bias.
+
+    Raises: ConfigError for a rule that does not go with the router or its settings.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> rule_of(preset("tiny")) is RULES["sign"], rule_of(preset("v2")) is None
+        (True, True)
+    """
+    rule, name = RULES[cfg.balance.rule], cfg.balance.rule
+    if not ROUTERS[cfg.router].reads_bias:
+        if name != "sign":
+            raise ConfigError(f"rule={name!r} moves a bias, which router={cfg.router!r} does not read")
+        return None
+    if name == "quantile" and (cfg.groups_per_token < cfg.num_groups or cfg.experts_per_token == cfg.num_experts):
+        raise ConfigError(
+            f"rule='quantile' needs a choice among all experts: groups_per_token={cfg.groups_per_token} of "
+            f"num_groups={cfg.num_groups}, experts_per_token={cfg.experts_per_token} of num_experts={cfg.num_experts}"
+        )
+    return rule
+
+
+def z_loss(logits_z: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Float[Array, ""]:
+    """Compute ST-MoE's z-loss of a batch: mean_t (ln Σ_e exp x_te)² over the tokens that count.
+
+    Its weight is left to the caller.
+
+    Args:
+        logits_z: ln Σ_e exp x_te, the log-sum of each token's logits.
+        mask: tokens where it is False are left out.
+
+    Example:
+        >>> z_loss(jnp.array([2.0, 4.0, 9.0]), jnp.array([True, True, False]))
+        Array(10., dtype=float32)
+
+    Source: arXiv 2202.08906, equation 5.
+    """
+    weight = mask.astype(logits_z.dtype)
+    return (logits_z * logits_z * weight).sum() / jnp.maximum(weight.sum(), 1)
 
 
 def sequence_loss(scores: Float[Array, "B T E"], k: int, mask: Bool[Array, "B T"] | None = None) -> Float[Array, " B"]:

@@ -14,6 +14,7 @@ Tokens are fetched by their rows and rows by their tokens, forward and backward.
 additions meet in an order that changes from run to run.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -165,7 +166,7 @@ def _matrices(
     product in place of two. Otherwise no expert is copied: the products read the stack of all layers as [L·E, …].
     """
     num_layers, num_experts = weights.w_gate.shape[:2]
-    if weights.w_gate.dtype == dtype:
+    if weights.w_gate.dtype == dtype or not product.casts:
         flat = [w.reshape(num_layers * num_experts, *w.shape[2:]) for w in weights]
         first = None if num_layers == 1 else layer.astype(jnp.int32) * num_experts
         return (flat[0], flat[1]), flat[2], first
@@ -207,6 +208,10 @@ def _layer_in(x: Array, stack: ExpertStack) -> tuple[Experts, ExpertStack]:
     return Experts(*(w.astype(x.dtype) for w in one)), stack
 
 
+def _product_by_expert(x: Float[Array, "E m K"], w: Float[Array, "E K N"]) -> Float[Array, "E m N"]:
+    return jnp.einsum("ecd,edf->ecf", x, w)
+
+
 def capacity_swiglu(
     x: Float[Array, "n D"],
     expert_ids: Int[Array, "n K"],
@@ -214,10 +219,15 @@ def capacity_swiglu(
     stack: ExpertStack,
     *,
     factor: float,
+    product: Callable[[Array, Array], Array] = _product_by_expert,
 ) -> tuple[Float[Array, "n D"], ExpertStack, Float[Array, ""]]:
     """Drop tokens: each expert takes at most ceil(factor·n·K/E) assignments, earlier tokens first.
 
     A dropped assignment contributes nothing, so its token passes by the residual alone.
+
+    Args:
+        factor: capacity of an expert, over its even share.
+        product: of each expert's rows with its matrix.
     Returns: (y [n, D], the stack for the next use, share of assignments dropped, float32).
     Source: GShard (arXiv 2006.16668), Switch Transformer (arXiv 2101.03961).
 
@@ -240,8 +250,7 @@ def capacity_swiglu(
     rows = p.starts[:, None] + jnp.arange(capacity, dtype=jnp.int32)[None]
     tokens = p.order[jnp.minimum(rows, p.order.size - 1)] // num_choices  # [E, capacity]
     x_rows = x[tokens]
-    h = jax.nn.silu(jnp.einsum("ecd,edf->ecf", x_rows, w.w_gate)) * jnp.einsum("ecd,edf->ecf", x_rows, w.w_up)
-    out = jnp.einsum("ecf,efd->ecd", h, w.w_down)
+    out = product(jax.nn.silu(product(x_rows, w.w_gate)) * product(x_rows, w.w_up), w.w_down)
     picked = out[expert_ids, jnp.minimum(slot, capacity - 1)]  # [n, K, D]
     y = (picked * jnp.where(kept, gates.astype(x.dtype), 0)[..., None]).sum(axis=1)
     return y, stack, (~kept).mean(dtype=jnp.float32)

@@ -41,6 +41,7 @@ class GroupedProduct:
     dw: Callable[..., Array]  # (x [m, K], dy [m, N], counts [G], dtype) -> [G, K, N], accumulated in float32
     row_multiple: int = 1  # m must be a multiple of it
     joins: bool = False  # where two matrices of one group are cast, they are written side by side, for one product
+    casts: bool = True  # w must have the rows' dtype; False: it is taken in its own
 
 
 def grouped_product(

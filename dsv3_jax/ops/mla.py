@@ -26,9 +26,20 @@ def expand(
         >>> k.tolist(), v.tolist()  # of two heads
         ([[[[2.0, 5.0], [6.0, 5.0]]]], [[[[8.0], [0.0]]]])
     """
+    w_uk, w_uv = w_uk.astype(c_kv.dtype), w_uv.astype(c_kv.dtype)
     k_nope = jnp.einsum("btc,hnc->bthn", c_kv, w_uk)
+    return join_keys(k_nope, k_rope), jnp.einsum("btc,hvc->bthv", c_kv, w_uv)
+
+
+def join_keys(k_nope: Float[Array, "B T H N"], k_rope: Float[Array, "B T R"]) -> Float[Array, "B T H K"]:
+    """The keys of each head, [k_nope, k_rope]; k_rope is repeated.
+
+    Example:
+        >>> join_keys(jnp.array([[[[1.0], [2.0]]]]), jnp.array([[[5.0]]])).tolist()
+        [[[[1.0, 5.0], [2.0, 5.0]]]]
+    """
     k_heads = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
-    return jnp.concatenate([k_nope, k_heads], axis=-1), jnp.einsum("btc,hvc->bthv", c_kv, w_uv)
+    return jnp.concatenate([k_nope, k_heads], axis=-1)
 
 
 def concat_scores(
@@ -44,9 +55,8 @@ def concat_scores(
         >>> concat_scores(2 * one, 3 * one, 4 * one, 5 * one[0])  # 2 · 4 + 3 · 5
         Array([[[[23.]]]], dtype=float32)
     """
-    k_heads = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
-    q, k = jnp.concatenate([q_nope, q_rope], axis=-1), jnp.concatenate([k_nope, k_heads], axis=-1)
-    return jnp.einsum("bthk,bshk->bhts", q, k)
+    q = jnp.concatenate([q_nope, q_rope], axis=-1)
+    return jnp.einsum("bthk,bshk->bhts", q, join_keys(k_nope, k_rope))
 
 
 def summed_scores(

@@ -1,17 +1,22 @@
 """Routers: which experts a token goes to, and the weight (gate) of each.
 
-There are four: V3's sigmoid with a correction bias and a group limit, V2's softmax, plain top-k, and the dense softmax
-over all experts. Gates and scores have the dtype of the logits, which is float32 in the models. If scores are equal,
-the lower expert id is chosen first.
+`ROUTERS` lists them all: V3's sigmoid with a correction bias and a group limit, the same with V4's scores, V2's
+softmax, top-k without and with noise, the dense softmax over all experts, and a hash of the token's id. A new router is
+a function and a row of `ROUTERS` here, and its name in `config.RouterName`.
+
+Gates and scores have the dtype of the logits, which is float32 in the models. If scores are equal, the lower expert id
+is chosen first.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import ModelConfig, RouterName
 
 
 class Routing(NamedTuple):
@@ -58,15 +63,40 @@ def sigmoid(
 
     Source: DeepSeek-V3 report, section 2.1.2; arXiv 2408.15664.
     """
-    scores = jax.nn.sigmoid(logits)
-    choice = jax.lax.stop_gradient(scores + bias.astype(scores.dtype)[None])
-    expert_ids = _choose(choice, k, groups, groups_kept, group_score)
-    gates = _pick(scores, expert_ids)
-    if normalize:
-        # The division is done in log space. A quotient's gradient squares the sum, and 1e-20 squared is 0 in float32.
-        # So a quotient's gradient would be NaN if all sigmoids underflow.
-        gates = gates * jnp.exp(-jnp.log(gates.sum(-1, keepdims=True) + 1e-20))
-    return Routing(expert_ids, gates * scale, scores)
+    return _biased(jax.nn.sigmoid(logits), bias, k, groups, groups_kept, group_score, normalize, scale)
+
+
+def sqrtsoftplus(
+    logits: Float[Array, "n E"],
+    bias: Float[Array, " E"],
+    *,
+    k: int,
+    groups: int = 1,
+    groups_kept: int = 1,
+    group_score: str = "top2_sum",
+    normalize: bool = True,
+    scale: float = 1.0,
+) -> Routing:
+    """Route as `sigmoid`, with scores that are not bounded by 1.
+
+    s = √softplus(logits);  ids and g from s as in `sigmoid`
+
+    Args: as in `sigmoid`.
+    Returns: Routing: expert_ids int32 [n, K], gates [n, K] and scores s [n, E].
+
+    Example:
+        >>> routed = sqrtsoftplus(jnp.array([[8.0, 3.0, 0.0]]), jnp.zeros(3), k=2, normalize=False)
+        >>> routed.expert_ids, routed.gates.round(2)  # √softplus(8) and √softplus(3)
+        (Array([[0, 1]], dtype=int32), Array([[2.83, 1.75]], dtype=float32))
+
+    Source: the affinity of DeepSeek-V4, "sqrtsoftplus" in its config.json.
+    """
+    # Far below 0, softplus(x) is e^x. There its square root is taken as e^(x/2): softplus underflows, and the gradient
+    # of a square root at 0 is infinite.
+    far = jnp.log(jnp.finfo(logits.dtype).eps).astype(logits.dtype)
+    near = jnp.sqrt(jax.nn.softplus(jnp.maximum(logits, far)))
+    scores = jnp.where(logits > far, near, jnp.exp(jnp.minimum(logits, far) / 2))
+    return _biased(scores, bias, k, groups, groups_kept, group_score, normalize, scale)
 
 
 def softmax(
@@ -120,11 +150,56 @@ def topk(logits: Float[Array, "n E"], *, k: int) -> Routing:
         >>> routed.expert_ids, routed.gates.round(1)
         (Array([[1, 3]], dtype=int32), Array([[0.7, 0.3]], dtype=float32))
 
-    Source: arXiv 1701.06538.
-    Departs from the paper: there is no noise.
+    Source: arXiv 1701.06538, without the noise; `noisy_topk` has it.
     """
     expert_ids = jax.lax.top_k(jax.lax.stop_gradient(logits), k)[1].astype(jnp.int32)
     return Routing(expert_ids, jax.nn.softmax(_pick(logits, expert_ids), axis=-1), jax.nn.softmax(logits, axis=-1))
+
+
+def noisy_topk(
+    logits: Float[Array, "n E"], spread: Float[Array, "n E"] | None, normal: Float[Array, "n E"] | None, *, k: int
+) -> Routing:
+    """Route as `topk`, by logits with noise whose size is learnt.
+
+    h = logits + ε · softplus(spread);  ids = topk(h);  g = softmax(h[ids])
+
+    Args:
+        logits: x W_rᵀ, float32.
+        spread: x W_noise, float32.
+        normal: ε, standard normal, from `noise`. None means no noise: h = logits, as in evaluation and decoding.
+        k: K, experts for each token.
+    Returns: Routing: expert_ids int32 [n, K], gates [n, K], and scores [n, E], the softmax of h over all experts.
+
+    Example:
+        >>> logits, spread = jnp.array([[1.0, 0.0, 0.0]]), jnp.zeros((1, 3))
+        >>> noisy_topk(logits, spread, jnp.array([[0.0, 0.0, 3.0]]), k=1).expert_ids  # 3 ln 2 is over 1
+        Array([[2]], dtype=int32)
+
+    Source: arXiv 1701.06538, equations 3-5.
+    """
+    return topk(logits if normal is None or spread is None else logits + normal * jax.nn.softplus(spread), k=k)
+
+
+def noise(keys: Array, layer: Int[Array, ""] | int, length: int, num_experts: int) -> Float[Array, "B T E"]:
+    """Draw the noise of one layer, standard normal, float32.
+
+    A row's noise depends on its own key and the layer alone. So it is the same on any mesh, and in any microbatch.
+
+    Args:
+        keys: a random key for each row, [B].
+        layer: index of the layer.
+        length: T.
+        num_experts: E.
+
+    Example:
+        >>> keys = jax.random.split(jax.random.key(0), 3)
+        >>> both, last = noise(keys, 1, 4, 8), noise(keys[2:], 1, 4, 8)
+        >>> both.shape, bool((both[2] == last[0]).all())
+        ((3, 4, 8), True)
+    """
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, layer), (length, num_experts), jnp.float32))(
+        keys
+    )
 
 
 def dense(logits: Float[Array, "n E"]) -> Routing:
@@ -141,6 +216,62 @@ def dense(logits: Float[Array, "n E"]) -> Routing:
     n, num_experts = logits.shape
     gates = jax.nn.softmax(logits, axis=-1)
     return Routing(jnp.broadcast_to(jnp.arange(num_experts, dtype=jnp.int32), (n, num_experts)), gates, gates)
+
+
+def hash_tokens(
+    logits: Float[Array, "n E"], tokens: Int[Array, " n"], *, k: int, normalize: bool = True, scale: float = 1.0
+) -> Routing:
+    """Route by the token's id: the K experts with the largest hash(token, expert). No router is trained to choose.
+
+    ids = topk(hash(token, ·));  s = sigmoid(logits);  g = scale · s[ids] / (Σ s[ids] + 1e-20)
+
+    The hash is a fixed function of 32-bit integers, the same in all layers. It gives all experts the same share of the
+    ids in expectation; the load is then as even as the tokens' frequencies allow.
+
+    Args:
+        logits: x W_rᵀ, float32: for the gates.
+        tokens: ids.
+        k, normalize, scale: as in `sigmoid`.
+    Returns: Routing: expert_ids int32 [n, K], gates [n, K] and scores s [n, E].
+
+    Example:
+        >>> routed = hash_tokens(jnp.zeros((3, 8)), jnp.array([5, 6, 5]), k=2)
+        >>> routed.expert_ids, routed.gates[0]
+        (Array([[2, 6],
+               [6, 4],
+               [2, 6]], dtype=int32), Array([0.5, 0.5], dtype=float32))
+
+    Source: arXiv 2106.04426.
+    Departs from the paper: K experts and gates from scores, as in DeepSeek-V4's first layers; there K = 1 without gate.
+    """
+    num_experts = logits.shape[-1]
+    expert = jnp.arange(num_experts, dtype=jnp.uint32) * np.uint32(0x85EBCA77)
+    x = (tokens.astype(jnp.uint32) * np.uint32(0x9E3779B1))[:, None] ^ expert[None]
+    # MurmurHash3's last mixing: a bijection of 32-bit integers, so two experts of a token never have the same hash.
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+    expert_ids = jax.lax.top_k(x, k)[1].astype(jnp.int32)
+    scores = jax.nn.sigmoid(logits)
+    return Routing(expert_ids, _gates(scores, expert_ids, normalize, scale), scores)
+
+
+def _biased(
+    scores: Array, bias: Array, k: int, groups: int, groups_kept: int, group_score: str, normalize: bool, scale: float
+) -> Routing:
+    """Choose by s + bias within the best groups, with gates from s."""
+    choice = jax.lax.stop_gradient(scores + bias.astype(scores.dtype)[None])
+    expert_ids = _choose(choice, k, groups, groups_kept, group_score)
+    return Routing(expert_ids, _gates(scores, expert_ids, normalize, scale), scores)
+
+
+def _gates(scores: Float[Array, "n E"], expert_ids: Int[Array, "n K"], normalize: bool, scale: float) -> Array:
+    """Return scale · s[ids], divided by their sum if `normalize`."""
+    gates = _pick(scores, expert_ids)
+    if normalize:
+        # The division is done in log space. A quotient's gradient squares the sum, and 1e-20 squared is 0 in float32.
+        # So a quotient's gradient would be NaN if all sigmoids underflow.
+        gates = gates * jnp.exp(-jnp.log(gates.sum(-1, keepdims=True) + 1e-20))
+    return gates * scale
 
 
 def _pick(scores: Float[Array, "n E"], expert_ids: Int[Array, "n K"]) -> Float[Array, "n K"]:
@@ -166,13 +297,57 @@ def _choose(choice: Float[Array, "n E"], k: int, groups: int, groups_kept: int, 
     return jax.lax.top_k(choice, k)[1].astype(jnp.int32)
 
 
-def route(logits: Float[Array, "n E"], bias: Float[Array, " E"], cfg: ModelConfig) -> Routing:
+class Inputs(NamedTuple):
+    """What a router may read of n tokens. `Router` says what it needs beside the logits."""
+
+    logits: Array  # float32 [n, E]: x W_rᵀ
+    bias: Array  # float32 [E]: loss-free correction
+    tokens: Any = None  # int32 [n]: ids
+    spread: Array | None = None  # float32 [n, E]: x W_noise
+    normal: Array | None = None  # float32 [n, E]: noise; None outside training
+
+
+class Router(NamedTuple):
+    """A router, and what it needs."""
+
+    route: Callable[[Inputs, ModelConfig], Routing]
+    reads_bias: bool = False  # balance rules move the bias
+    reads_tokens: bool = False  # token ids are in the layers' context
+    has_noise: bool = False  # the layer has W_noise, and random keys are in the context of training
+    has_groups: bool = False  # `num_groups` and `groups_per_token` limit the choice
+
+
+def _gated(cfg: ModelConfig) -> dict[str, Any]:
+    return dict(k=cfg.experts_per_token, normalize=cfg.normalize_gates, scale=cfg.routed_scale)
+
+
+def _grouped(cfg: ModelConfig) -> dict[str, Any]:
+    return _gated(cfg) | dict(groups=cfg.num_groups, groups_kept=cfg.groups_per_token, group_score=cfg.group_score)
+
+
+ROUTERS: dict[RouterName, Router] = {
+    "sigmoid": Router(lambda x, cfg: sigmoid(x.logits, x.bias, **_grouped(cfg)), reads_bias=True, has_groups=True),
+    "sqrtsoftplus": Router(
+        lambda x, cfg: sqrtsoftplus(x.logits, x.bias, **_grouped(cfg)), reads_bias=True, has_groups=True
+    ),
+    "softmax": Router(lambda x, cfg: softmax(x.logits, **_grouped(cfg)), has_groups=True),
+    "topk": Router(lambda x, cfg: topk(x.logits, k=cfg.experts_per_token)),
+    "noisy_topk": Router(
+        lambda x, cfg: noisy_topk(x.logits, x.spread, x.normal, k=cfg.experts_per_token), has_noise=True
+    ),
+    "dense": Router(lambda x, cfg: dense(x.logits)),
+    "hash": Router(lambda x, cfg: hash_tokens(x.logits, x.tokens, **_gated(cfg)), reads_tokens=True),
+}
+
+
+def route(logits: Float[Array, "n E"], bias: Float[Array, " E"], cfg: ModelConfig, **needs: Array | None) -> Routing:
     """Route with the router and settings in `cfg`.
 
     Args:
         logits: x W_rᵀ, float32.
-        bias: loss-free correction; only the sigmoid router reads it.
-        cfg: `router` is "sigmoid", "softmax", "topk" or "dense".
+        bias: loss-free correction, for routers that read it.
+        cfg: `router` is a key of `ROUTERS`.
+        needs: tokens, spread and normal, see `Inputs`.
     Returns: Routing.
 
     Example:
@@ -181,18 +356,4 @@ def route(logits: Float[Array, "n E"], bias: Float[Array, " E"], cfg: ModelConfi
         >>> route(jnp.arange(16.0)[None], jnp.zeros(16), cfg).expert_ids
         Array([[15, 14, 13, 12]], dtype=int32)
     """
-    limits: dict[str, Any] = dict(
-        k=cfg.experts_per_token,
-        groups=cfg.num_groups,
-        groups_kept=cfg.groups_per_token,
-        group_score=cfg.group_score,
-        normalize=cfg.normalize_gates,
-        scale=cfg.routed_scale,
-    )
-    if cfg.router == "sigmoid":
-        return sigmoid(logits, bias, **limits)
-    if cfg.router == "softmax":
-        return softmax(logits, **limits)
-    if cfg.router == "topk":
-        return topk(logits, k=cfg.experts_per_token)
-    return dense(logits)
+    return ROUTERS[cfg.router].route(Inputs(logits, bias, **needs), cfg)

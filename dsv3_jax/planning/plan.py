@@ -40,6 +40,8 @@ class PlanOptions:
     """tokens of a sequence. Default: the recipe's"""
     microbatches: int = 1
     """parts of a batch that are computed one after the other"""
+    moments_dtype: Literal["float32", "bfloat16"] | None = None
+    """dtype of the optimizer's moments. Default: the recipe's"""
     only: Literal["train", "decode"] | None = None
     """predict one of the two steps. Default: both"""
     decode_mesh: str | None = None
@@ -98,7 +100,8 @@ def _job(step: str, options: PlanOptions, run: RunConfig, sizes: dict[str, int])
             batch_size=parts * options.microbatches if options.batch is None else options.batch,
             seq_len=run.data.seq_len if options.seq_len is None else options.seq_len,
         )
-        optim = replace(run.optim, microbatches=options.microbatches)
+        moments = options.moments_dtype or run.optim.moments_dtype
+        optim = replace(run.optim, microbatches=options.microbatches, moments_dtype=moments)
         run = replace(run, model=options.model, execution=options.execution, data=data, optim=optim)
         sharding.check(mesh, run)
         return data.batch_size, data.seq_len, partial(train_cost, run, mesh, target=options.target)

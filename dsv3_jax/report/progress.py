@@ -179,6 +179,10 @@ def _format_evaluation(row: dict) -> str:
     text = f"loss {row['val_loss']:.3f}, {row['val_bits_per_byte']:.3f} bits a byte"
     if "max_vio_global" in row:
         text += f", MaxVio_global {row['max_vio_global']:.2f}"
+    if "max_vio_training_mix" in row:
+        text += f" ({row['max_vio_training_mix']:.2f} on the training mix)"
+    if "max_vio_mtp" in row:
+        text += f", of the heads {row['max_vio_mtp']:.2f}"
     if row.get("mtp_acceptance"):
         text += ", MTP acceptance " + " ".join(f"{x:.0%}" for x in row["mtp_acceptance"])
     return text

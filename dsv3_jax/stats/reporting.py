@@ -54,6 +54,7 @@ KEYS = {
     "favourites": f"[L][E] tokens with the largest lift, of those that occur {MIN_COUNT} times or more: token (its "
     "id), text, num_routed (occurrences that were routed to the expert), lift (p(expert | token) / p(expert))",
     "contexts": "[L][E] positions of the expert's largest gates: text before, the routed token, text after, gate",
+    "max_vio_by_domain": "[L] of each domain's load alone; max_vio mixes the domains as the held-out rows do",
     "over_time": "null, or steps and max_vio [step][L] of training batches; the run's load.jsonl holds the loads",
 }
 
@@ -185,6 +186,9 @@ def as_json(stats: RoutingStats, special: Specialisation, tokenizer: Tokenizer, 
         "load": stats.load.tolist(),
         "load_by_domain": dict(zip(names, by_domain.tolist(), strict=True)),
         "max_vio": _as_lists(balance.max_vio(load)),
+        "max_vio_by_domain": dict(
+            zip(names, _as_lists(balance.max_vio(jnp.asarray(by_domain, jnp.float32))), strict=True)
+        ),
         "load_entropy": _as_lists(balance.entropy(load)),
         "load_gini": _as_lists(balance.gini(load)),
         "gate_entropy": _as_lists(stats.gate_entropy),

@@ -188,7 +188,7 @@ def collect(model: Transformer, batches: Iterable[Batch], tokenizer: Tokenizer, 
     return RoutingStats(
         layers,
         tuple(domains),
-        cfg.experts_per_token if cfg.router != "dense" else cfg.num_experts,
+        cfg.experts_per_token,
         np.array([row.domain for row in rows], np.int64),
         np.stack([row.load for row in rows]),
         np.stack([row.gate_entropy for row in rows]),

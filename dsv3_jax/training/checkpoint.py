@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from dsv3_jax.cluster import processes
-from dsv3_jax.config import RunConfig, replace, run_from_dict, to_dict
+from dsv3_jax.config import OPTAX, RunConfig, replace, run_from_dict, to_dict
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.transformer import Transformer
@@ -38,7 +39,9 @@ class SaveFailed(OSError):
 class Checkpoints:
     """The checkpoints of one run folder. Use as a context: leaving it waits for what is still being written.
 
-    Args: read_only: nothing is written or deleted: the run may be training elsewhere.
+    Args:
+        read_only: nothing is written or deleted: the run may be training elsewhere.
+        optimizer: of a run that a transformation trains. Only a restore with its state needs it.
 
     Example:
         >>> import tempfile
@@ -53,9 +56,17 @@ class Checkpoints:
         (0, {'piece': 0})
     """
 
-    def __init__(self, folder: str | Path, run: RunConfig, *, read_only: bool = False):
+    def __init__(
+        self,
+        folder: str | Path,
+        run: RunConfig,
+        *,
+        read_only: bool = False,
+        optimizer: optax.GradientTransformation | None = None,
+    ):
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # its errors are raised, too
         self.folder, self.run = Path(folder).absolute() / "checkpoints", run
+        self._optimizer = optimizer
         self._saving: int | None = None  # the step of the last `save`
         self._whole = WholeSteps(self.folder)
         # lightweight_initialize: Orbax would read each checkpoint's metadata, which may be damaged.
@@ -182,17 +193,23 @@ class Checkpoints:
             return None
         step = self._whole.require(self.latest if step is None else step, self._manager.all_steps())
         self._check_config(step)
-        target = abstract_state(self.run)
+        target = abstract_state(self.run, optimizer=self._optimizer)
         where = sharding.state_sharding(target, mesh, fsdp=self.run.execution.layout.fsdp)
         target = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), target, where)
         if not optimizer:
             target = replace(target, opt=jax.tree.map(lambda _: ocp.PLACEHOLDER, target.opt))
+        # A reader does not know the state of a transformation, and leaves it out.
+        unknown = not optimizer and self.run.optim.name.startswith(OPTAX)
+        item: Any = {"params": target.params, "bias": target.bias, "step": target.step} if unknown else target
         # Not StandardRestore, which refuses placeholders; and a manager takes one kind of arguments for an item.
-        state = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
+        state = ocp.args.PyTreeRestore(
+            item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=unknown
+        )
         found = self._read(step, state=state, data=ocp.args.JsonRestore())
         if optimizer:
             return found.state, found.data
-        return replace(found.state, params=lora.merge(self.run.lora, found.state.params)), found.data
+        held = TrainState(**found.state, opt=()) if unknown else found.state
+        return replace(held, params=lora.merge(self.run.lora, held.params)), found.data
 
     def _read(self, step: int, **items: Any) -> Any:
         """Read items of a checkpoint.

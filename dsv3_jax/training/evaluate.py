@@ -3,7 +3,7 @@
 Also the cost of a cache in quality: the same text read through caches of other dtypes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,10 +22,12 @@ from dsv3_jax.ops import balance
 from dsv3_jax.ops.cross_entropy import token_scores
 from dsv3_jax.training.loss import score_tokens, targets
 
+MOST_DOMAINS = 32  # whose load is counted apart
 
-@partial(jax.jit, static_argnames="graphdef")
-def _scores(graphdef, state, batch):
-    return score_tokens(nnx.merge(graphdef, state), batch)
+
+@partial(jax.jit, static_argnames=("graphdef", "num_domains"))
+def _scores(graphdef, state, batch, num_domains=0):
+    return score_tokens(nnx.merge(graphdef, state), batch, num_domains)
 
 
 def evaluate(
@@ -34,13 +36,20 @@ def evaluate(
     tokenizer: Tokenizer,
     domains: Sequence[str] = (),
     mesh: Mesh | None = None,
+    mix: Mapping[str, float] | None = None,
 ) -> dict[str, object]:
     """Measure a model on held-out batches; on a mesh their rows are sharded over its devices.
 
-    Returns: val_loss (nats a token), val_bits_per_byte, max_vio_global (mean over layers), mtp_acceptance (list, a
-    share a depth), load ([L, E] float array: the trunk's sparse layers, then the heads with experts), and
-    bits_per_byte_by_domain where `domains` names them. Bits a byte divide by the bytes of the target tokens; special
-    tokens have none, but their cost counts.
+    Held-out rows have as much of each domain, and training has not. So MaxVio of all rows mixes uneven load with
+    another mix of domains. `max_vio_training_mix` weights each domain's load by its share of the training tokens, and
+    `max_vio_by_domain` is that of each domain alone.
+
+    Args: mix: bytes of the training text by domain, see `source.training_bytes`. None means unknown.
+    Returns: val_loss (nats a token), val_bits_per_byte, mtp_acceptance (list, a share a depth), load ([L, E] float
+    array: the trunk's sparse layers, then the heads with experts), and bits_per_byte_by_domain where `domains` names
+    them. MaxVio, each the mean over layers: max_vio_global of all rows, max_vio_by_domain and max_vio_training_mix of
+    the trunk's sparse layers, and max_vio_mtp of the heads. Bits a byte divide by the bytes of the target tokens;
+    special tokens have none, but their cost counts.
 
     Example:
         >>> import dsv3_jax as ds
@@ -57,15 +66,18 @@ def evaluate(
     """
     graphdef, state = nnx.split(model)
     nats, tokens, size = 0.0, 0.0, 0.0
-    agree, drafted, load = 0.0, 0.0, 0.0
+    agree, drafted, load, domain_load = 0.0, 0.0, 0.0, 0.0
+    apart = 1 < len(domains) <= MOST_DOMAINS and model.cfg.num_sparse_layers > 0
     by_domain = {name: np.zeros(2) for name in domains}
     for batch in batches:
-        placed = processes.put(model_inputs(batch), mesh, len(batch["tokens"]))
-        out = processes.fetch(_scores(graphdef, state, placed), mesh)
+        inputs = model_inputs(batch) | ({"domains": batch["domains"]} if apart else {})
+        placed = processes.put(inputs, mesh, len(batch["tokens"]))
+        out = processes.fetch(_scores(graphdef, state, placed, len(domains) if apart else 0), mesh)
         nll = np.where(out.mask, out.nll, 0).astype(np.float64)
         bytes_ = np.where(out.mask, tokenizer.byte_lengths[batch["tokens"][:, 1:]], 0)
         nats, tokens, size = nats + nll.sum(), tokens + out.mask.sum(), size + bytes_.sum()
         agree, drafted, load = agree + out.agree, drafted + out.drafted, load + out.load
+        domain_load = domain_load + out.domain_load
         for i, name in enumerate(domains):
             here = batch["domains"][:, 1:] == i
             by_domain[name] += nll[here].sum(), bytes_[here].sum()
@@ -76,11 +88,28 @@ def evaluate(
         "mtp_acceptance": [float(a) for a in np.atleast_1d(agree / np.maximum(drafted, 1))],
         "load": load,
     }
-    if np.size(load):
-        result["max_vio_global"] = float(balance.max_vio(jnp.asarray(load)).mean())
+    layers = model.cfg.num_sparse_layers
+    if layers:
+        result["max_vio_global"] = _max_vio(np.asarray(load)[:layers])
+    if len(np.atleast_2d(load)) > layers and np.size(load):
+        result["max_vio_mtp"] = _max_vio(np.asarray(load)[layers:])
+    if apart:
+        read = {name: part for name, part in zip(domains, np.asarray(domain_load), strict=True) if part.any()}
+        result["max_vio_by_domain"] = {name: _max_vio(part) for name, part in read.items()}
+        if mix is not None and set(domains) == set(read):
+            # Bytes become tokens by what was read of each domain.
+            tokens_a_byte = {name: read[name][0].sum() / max(by_domain[name][1], 1) for name in domains}
+            weights = {name: mix[name] * tokens_a_byte[name] for name in domains}
+            mixed = sum(weights[name] * read[name] / read[name][0].sum() for name in domains)
+            result["max_vio_training_mix"] = _max_vio(np.asarray(mixed))
     if domains:
         result["bits_per_byte_by_domain"] = {name: float(n * to_bits / s) for name, (n, s) in by_domain.items() if s}
     return result
+
+
+def _max_vio(load: np.ndarray) -> float:
+    """Mean over layers."""
+    return float(balance.max_vio(jnp.asarray(load, jnp.float32)).mean())
 
 
 @dataclass(frozen=True)

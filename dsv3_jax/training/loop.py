@@ -20,7 +20,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,26 +28,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from dsv3_jax.cluster import processes
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data import batches as data
 from dsv3_jax.data.ngram import Order2
-from dsv3_jax.data.source import Documents, Source
+from dsv3_jax.data.source import Documents, Source, training_bytes
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.mesh import sharding
-from dsv3_jax.mesh.token_exchange import wire_bytes
-from dsv3_jax.ops import balance
 from dsv3_jax.report.metrics import LOAD_FILE, Metrics, Rows
 from dsv3_jax.report.progress import Progress
 from dsv3_jax.report.run_plots import routing_heatmap, training_curves
 from dsv3_jax.signals import STOP, handled
-from dsv3_jax.training import warm_start
+from dsv3_jax.training import rows, warm_start
+from dsv3_jax.training.callbacks import Callback, Callbacks
 from dsv3_jax.training.checkpoint import Checkpoints, SaveFailed
 from dsv3_jax.training.evaluate import evaluate
+from dsv3_jax.training.feed import Feed
 from dsv3_jax.training.finite import first_nonfinite
 from dsv3_jax.training.lock import RunLock, acquire
 from dsv3_jax.training.prepare import chosen, describe, flops_per_token, prepare
@@ -55,9 +55,9 @@ from dsv3_jax.training.profile import Profile
 from dsv3_jax.training.run_folder import claim
 from dsv3_jax.training.step import Batch, first_bad_tensor, make_step, model_of
 
-AHEAD = {
-    "cpu": 0
-}  # steps started before the oldest one is looked at; a CPU's cores have no time for the host meanwhile
+# Steps started before the oldest one is looked at. Above 0, the next batch is put on the devices while a step runs. A
+# CPU's cores have no time for the host meanwhile.
+AHEAD = {"cpu": 0}
 AHEAD_ELSEWHERE = 2
 _compiled_step = lru_cache(maxsize=4)(make_step)  # a run resumed in one process compiles once
 
@@ -86,6 +86,9 @@ def fit(
     stop_after: int | None = None,
     quiet: bool = False,
     profile: tuple[int, int] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    source: Source | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> FitResult:
     """Train a run in folder `out`; the same call again resumes it.
 
@@ -98,6 +101,15 @@ def fit(
         stop_after: save and return once this step is reached, as after SIGTERM.
         quiet: print nothing.
         profile: (START, STOP): write a trace of these steps into `profile/` of the folder.
+        optimizer: any optax transformation, in place of the run's own optimizer. It must not count on more than
+            (gradients, state, parameters), and sees nested dicts of arrays, the parameters that train. Learning rate,
+            schedule and weight decay are its own; the run's `clip_norm` clips the gradients that it gets, and a step
+            that is not finite does not change its state. Its checkpoints resume with a transformation whose state has
+            the same types and shapes; learning rate and other numbers are the caller's to keep.
+        source: data to train and to measure on, in place of the text that `run.data` names. A resumed run needs it
+            again. Its token ids must be ids of `run.data.tokenizer`. None means the text.
+        callbacks: called at the start and the end and for each row of metrics and checkpoint, see `Callback`. If one
+            raises, the run is saved and the error is raised.
     Raises:
         ValueError: another run's folder, unreadable data, a tokenizer larger than the vocabulary, a start or trunk of
             another model, or a loss that is not finite (NonFiniteLoss); the last good checkpoint stays. ConfigError:
@@ -122,13 +134,14 @@ def fit(
     ...     ds.train.fit(run, pathlib.Path(name, "run"), quiet=True).step
     2
     """
-    out = Path(out)
-    ready = prepare(run, out, mesh, step, stop_after)
+    out, hooks = Path(out), Callbacks(callbacks)
+    ready = prepare(run, out, mesh, step, stop_after, optimizer, source)
     run, batches, held_out = ready.run, ready.batches, ready.held_out
+    mix = training_bytes(ready.source)
     with (
         Progress(run.steps, quiet=quiet or not processes.is_first()) as progress,
         _only_writer(out, run, progress.say) as lock,
-        Checkpoints(out, run) as checkpoints,
+        Checkpoints(out, run, optimizer=optimizer) as checkpoints,
         _asked_to_stop() as asked,
         sharding.use_mesh(mesh),
         Profile(profile if processes.is_first() else None, out) as trace,
@@ -137,7 +150,7 @@ def fit(
         found = checkpoints.restore(mesh)
         resumed_from = None
         if found is None:
-            state, sentence = warm_start.begin(run, ready.tokenizer, mesh)
+            state, sentence = warm_start.begin(run, ready.tokenizer, mesh, optimizer=optimizer)
         else:
             state, position = found
             batches.set_state(position)
@@ -150,8 +163,9 @@ def fit(
         for line in (*describe(ready, step, mesh), *sentences, metrics.sentence, loads.sentence, sentence):
             if line:
                 progress.say(line)
-        step_fn = _compiled_step(run, ready.kernels, ready.options)
+        step_fn = _compiled_step(run, ready.kernels, ready.options, optimizer=optimizer)
         speed, first_row = _Speed(run, ready.peak), {"kernels": chosen(ready.kernels, run, mesh)}
+        feed = Feed(batches, lambda b: processes.put(data.model_inputs(b), mesh, run.data.batch_size, ready.rows))
         started, ahead = deque[_Started](), AHEAD.get(ready.kernels.target.platform, AHEAD_ELSEWHERE)
         alone = jax.process_count() == 1
         # Whether a step may change the state; made of the state, to be on its devices as the steps' own flags are.
@@ -164,22 +178,24 @@ def fit(
         def settle() -> None:
             """Wait for the oldest step that was started, check it and write its row."""
             done = started.popleft()
-            if not bool(done.metrics["finite"]):
+            if not jax.device_get(done.metrics["finite"]):
                 # The steps after it changed nothing: the state is still the one that it met.
                 bad = first_bad_tensor(run, state, done.batch)
                 met = f"step {done.step - 1} met a loss or gradient that is not finite"
                 raise not_good(f"{met}; first bad tensor: {bad}")
             if done.logged:
                 fetched = processes.fetch(done.metrics, mesh)
-                row = _row(done.step, fetched, run) | speed.since_last(done.step) | first_row
+                row = rows.as_row(done.step, fetched, run) | speed.since_last(done.step) | first_row
                 lock.check()
                 checkpoints.check_save()
                 metrics.write(row)
                 first_row.clear()  # in the first row of each start
-                if fetched["load"].size and done.step % _load_every(run) == 0:
+                if fetched["load"].size and done.step % rows.load_every(run) == 0:
                     loads.write({"step": done.step, "load": np.asarray(fetched["load"]).astype(int).tolist()})
                 progress.update(done.step, row)
+                hooks.step(row)
 
+        hooks.start(run, out, step, stop=asked.set)
         if step < run.steps:
             progress.say("compiling the training step" + (" …" if step == 0 else " (again) …"))
         while step < run.steps:
@@ -188,8 +204,7 @@ def fit(
                     settle()
             if trace.reach(step):
                 progress.say(f"traced steps {trace.first} to {step - 1}: tensorboard --logdir {trace.folder}")
-            batch = next(batches)
-            arrays = processes.put(data.model_inputs(batch), mesh, run.data.batch_size, ready.rows)
+            arrays = feed.take()
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, step_metrics = step_fn(state, arrays, *go)
             go = (step_metrics["finite"],) if ahead else ()
@@ -199,20 +214,25 @@ def fit(
                 stopping |= processes.any_of(asked.is_set())
             last = step == run.steps
             logged = step % run.log_every == 0 or last or stopping or step == 1
+            if logged:
+                step_metrics |= rows.measure(step_metrics["load"])
             started.append(_Started(step, arrays, step_metrics, logged))
             complete = last or stopping or step % run.eval_every == 0 or step % run.save_every == 0
+            if ahead and not complete:
+                feed.look_ahead()
             while len(started) > (0 if complete else ahead):
                 settle()
             if step % run.eval_every == 0 or last:
                 with speed.paused():
                     model = model_of(run, state, ready.kernels)
-                    evaluation = evaluate(model, held_out, ready.tokenizer, ready.source.domains, mesh)
+                    evaluation = evaluate(model, held_out, ready.tokenizer, ready.source.domains, mesh, mix)
                     if not math.isfinite(float(np.asarray(evaluation["val_loss"]))):
                         raise not_good(f"step {step} has a validation loss that is not finite")
                     row = {"step": step} | {k: v for k, v in evaluation.items() if k != "load"}
                     lock.check()
                     metrics.write(row)
                     progress.show_evaluation(step, row)
+                    hooks.evaluation(row)
             if step % run.save_every == 0 or last or stopping:
                 with speed.paused():
                     if bad := first_nonfinite(state, mesh):
@@ -220,21 +240,26 @@ def fit(
                             f"step {step} made {bad}, whose norm is not finite; a smaller learning rate may help"
                         )
                     lock.check()
-                    checkpoints.save(state, batches.get_state(), wait=last or stopping)
+                    checkpoints.save(state, feed.position(), wait=last or stopping)
+                    hooks.checkpoint(step, checkpoints.folder / str(step))
             if stopping and not last:
                 metrics.close()
                 progress.say(f"stopped and saved at step {step}; the same command resumes from there")
-                return FitResult(step, False, resumed_from, evaluation, None)
+                result = FitResult(step, False, resumed_from, evaluation, None)
+                hooks.end(result)
+                return result
         if evaluation is None:  # the run was finished before this call
             model = model_of(run, state, ready.kernels)
-            evaluation = evaluate(model, held_out, ready.tokenizer, ready.source.domains, mesh)
+            evaluation = evaluate(model, held_out, ready.tokenizer, ready.source.domains, mesh, mix)
         order2 = _order2(ready.source, ready.tokenizer, held_out)
         if processes.is_first():
             lock.check()
             _draw(out, evaluation, metrics, run.model.num_sparse_heads)
         metrics.close()
         progress.show_result(evaluation, order2, out)
-    return FitResult(step, True, resumed_from, evaluation, order2)
+        result = FitResult(step, True, resumed_from, evaluation, order2)
+        hooks.end(result)
+        return result
 
 
 @contextmanager
@@ -267,39 +292,6 @@ class _Started(NamedTuple):
     batch: Batch
     metrics: dict
     logged: bool
-
-
-LOAD_ROWS = 1000  # about so many steps of a run log their load: a large model's is tens of kilobytes
-
-
-def _load_every(run: RunConfig) -> int:
-    """Steps between two rows of load.jsonl: a multiple of `log_every`."""
-    return run.log_every * max(1, run.steps // (LOAD_ROWS * run.log_every))
-
-
-def _row(step: int, found: dict, run: RunConfig) -> dict:
-    """A step's metrics as plain numbers."""
-    row: dict = {"step": step, "loss": float(found["loss"])}
-    if found["mtp_loss"].size:
-        row["mtp_loss"] = [float(x) for x in found["mtp_loss"]]
-    for key in ("feature_loss", "balance_loss", "accuracy", "grad_norm", "lr", "dropped"):
-        if key in found:
-            row[key] = float(found[key])
-    if found["tokens_sent"]:
-        row["tokens_sent"] = float(found["tokens_sent"])
-        itemsize = jnp.dtype(run.execution.compute_dtype).itemsize
-        row["wire_bytes"] = wire_bytes(row["tokens_sent"], run.model, itemsize)
-    load = jnp.asarray(found["load"])
-    if load.shape[0]:
-        low, high = balance.min_max(load)
-        row |= {
-            "max_vio": float(balance.max_vio(load).mean()),
-            "load_entropy": float(balance.entropy(load).mean()),
-            "load_gini": float(balance.gini(load).mean()),
-            "load_min": float(low.min()),
-            "load_max": float(high.max()),
-        }
-    return row
 
 
 class _Speed:

@@ -4,7 +4,7 @@ A frozen matrix W, as a map from inputs to outputs, is used as W + (alpha / rank
 and B [rank, out] is 0, so that training begins with the start's own numbers. Every matrix of a stack has a pair of its
 own: each layer, and each routed expert. A weight with heads is one matrix, over all heads.
 
-The names of a parameter's axes say which of them are inputs and outputs (`_sides`). The adapters are in the state's
+The names of a parameter's axes say which of them are inputs and outputs (`sides`). The adapters are in the state's
 parameters beside the weights, under the name "lora". The step takes the gradient with respect to them alone, and the
 optimizer has no other state. `join` hands weights and adapters to the model, which merges each layer in its turn
 (`model.layers.Frozen`): the gradient of a merged matrix ends in its layer. So memory holds it for one layer at a time.
@@ -37,8 +37,11 @@ NAME = "lora"  # of the adapters in a state's parameters
 MODULES: dict[LoraPart, str] = {"attention": "attn", "dense": "ffn", "shared": "shared", "routed": "experts"}
 
 
-class _Sides(NamedTuple):
-    """How the axes of a parameter make matrices. Each field but the last holds names of axes."""
+class Sides(NamedTuple):
+    """How the axes of a parameter make matrices. Each field but the last holds names of axes.
+
+    Leading axes without names, a stack's layers, are a batch too.
+    """
 
     batch: tuple[str | None, ...]  # a matrix for each
     left: tuple[str | None, ...]
@@ -46,16 +49,20 @@ class _Sides(NamedTuple):
     input_is_right: bool  # inputs are the right axes, outputs the left ones
 
 
-def _sides(names: tuple[str | None, ...]) -> _Sides:
+def sides(names: tuple[str | None, ...]) -> Sides:
     """Read a matrix's sides off the names of its axes.
 
     Heads and the axis after them are one side. Inputs come first, but in w_uk and w_uv, which end in the latent that
     they read.
+
+    Example:
+        >>> sides(("latent", "heads", None)).right, sides(("expert", "dim", "hidden")).batch
+        (('heads', None), ('expert',))
     """
     batch = names[:1] if names[0] == "expert" else ()
     rest = names[len(batch) :]
     cut = 2 if rest[0] == "heads" else 1
-    return _Sides(batch, rest[:cut], rest[cut:], rest[cut:] == ("latent",))
+    return Sides(batch, rest[:cut], rest[cut:], rest[cut:] == ("latent",))
 
 
 def init(cfg: Lora, weights: nnx.State, key: Array) -> nnx.State:
@@ -73,14 +80,14 @@ def init(cfg: Lora, weights: nnx.State, key: Array) -> nnx.State:
     for path, v in nnx.to_flat_state(weights) if cfg.rank else ():
         if not any(MODULES[part] in path for part in cfg.on) or not names_of(v):  # a norm's scale has no names
             continue
-        sides = _sides(names_of(v))
-        start = len(v.shape) - len(sides.left) - len(sides.right)
-        lead, left, right = v.shape[:start], v.shape[start:][: len(sides.left)], v.shape[start + len(sides.left) :]
+        side = sides(names_of(v))
+        start = len(v.shape) - len(side.left) - len(side.right)
+        lead, left, right = v.shape[:start], v.shape[start:][: len(side.left)], v.shape[start + len(side.left) :]
         shapes = (*lead, *left, cfg.rank), (*lead, cfg.rank, *right)
-        axes = (*sides.batch, *sides.left, None), (*sides.batch, None, *sides.right)
-        a, b = (1, 0) if sides.input_is_right else (0, 1)
+        axes = (*side.batch, *side.left, None), (*side.batch, None, *side.right)
+        a, b = (1, 0) if side.input_is_right else (0, 1)
         own = jax.random.fold_in(key, zlib.crc32(repr(path).encode()))
-        std = 1 / math.sqrt(math.prod(right if sides.input_is_right else left))
+        std = 1 / math.sqrt(math.prod(right if side.input_is_right else left))
         made[NAME, *path, "a"] = nnx.Param(std * jax.random.normal(own, shapes[a], jnp.float32), axes=axes[a])
         made[NAME, *path, "b"] = nnx.Param(jnp.zeros(shapes[b], jnp.float32), axes=axes[b])
     return nnx.from_flat_state(made)
@@ -118,7 +125,7 @@ def join(cfg: Lora, params: nnx.State) -> nnx.State:
         if a is None or b is None:
             return v.replace(Frozen(w)) if found and "experts" in path else v
         factors = a.get_value(), cfg.alpha / cfg.rank * b.get_value()
-        return v.replace(Frozen(w, *(reversed(factors) if _sides(names_of(v)).input_is_right else factors)))
+        return v.replace(Frozen(w, *(reversed(factors) if sides(names_of(v)).input_is_right else factors)))
 
     return nnx.from_flat_state({path: used(path, v) for path, v in nnx.to_flat_state(weights)})
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dsv3_jax.mesh.sharding import shard_map_over_batch
 from dsv3_jax.model.moe import LayerRouting
 from dsv3_jax.model.transformer import ForwardOut, Transformer
+from dsv3_jax.ops import balance
 from dsv3_jax.ops.cross_entropy import token_scores
 
 
@@ -28,6 +29,8 @@ class Losses(NamedTuple):
     load: Array
     dropped: Array  # share of assignments dropped, mean over layers
     tokens_sent: Array  # copies of a token that are sent to another device's experts, mean over layers
+    bias_measure: Array | None = None  # [L, E]: what the bias's rule needs beside the load; rows as of load
+    max_logits: dict[str, Array] | None = None  # as `ForwardOut.max_logits`, if they are watched
 
 
 def targets(
@@ -70,16 +73,19 @@ def compute_loss(
     counts: Float[Array, " depths"] | None = None,
     share: float = 1.0,
     heads_only: bool = False,
+    watch_logits: bool = False,
 ) -> Losses:
     """Compute all losses of a batch.
 
     Args:
-        batch: tokens, segment_ids, positions, int32 [B, T]; loss_mask, bool [B, T], if not all tokens are targets.
+        batch: tokens, segment_ids, positions, int32 [B, T]; loss_mask, bool [B, T], if not all tokens are targets;
+            keys, a random key for each row, [B], for a router with noise.
         mtp_weight: λ.
         counts: divisors of the sums, from `target_counts`: of the complete batch if this is a part of one.
         share: of the complete batch that this part is: the weight of its balance losses.
         heads_only: the total has the multi-token heads alone, (1/M)·Σ_k L_k and their balance losses. λ is not used:
             there is no other loss to weigh them against.
+        watch_logits: return the largest attention logits too.
 
     Example:
         >>> import dsv3_jax as ds
@@ -93,7 +99,7 @@ def compute_loss(
         5.56
     """
     tokens, segment_ids, loss_mask = batch["tokens"], batch["segment_ids"], batch.get("loss_mask")
-    out = model.forward_hidden(tokens, segment_ids, batch["positions"])
+    out = model.forward_hidden(tokens, segment_ids, batch["positions"], batch.get("keys"), watch_logits=watch_logits)
     if counts is None:
         counts = target_counts(segment_ids, 1 + len(out.mtp_h), loss_mask)
     matrix = model.head_matrix()
@@ -114,8 +120,11 @@ def compute_loss(
     heads = feature + model.mtp[0].token_weight * mtp.mean() if nats[1:] else jnp.zeros((), jnp.float32)
     balance = _balance(out, heads_only) * share
     load, dropped, sent = _load(out)
+    measures = [r.bias_measure for r in _routings(out) if r.bias_measure is not None]
     total = heads + balance if heads_only else main + balance + mtp_weight * heads
-    return Losses(total, main, mtp, feature, balance, correct[0], load, dropped * share, sent * share)
+    measure = jnp.concatenate(measures) * share if measures else None
+    dropped, sent = dropped * share, sent * share
+    return Losses(total, main, mtp, feature, balance, correct[0], load, dropped, sent, measure, out.max_logits)
 
 
 def _feature_loss(
@@ -153,6 +162,19 @@ def _load(out: ForwardOut) -> tuple[Array, Array, Array]:
     return load, dropped.mean(), sent.mean()
 
 
+def add_parts(a: Losses, b: Losses) -> Losses:
+    """Add the losses of two parts of a batch; of their largest logits, take the larger ones.
+
+    Example:
+        >>> one = Losses(*[jnp.ones(())] * 9, max_logits={"dense": jnp.array([1.0, 7.0])})
+        >>> both = add_parts(one, one._replace(max_logits={"dense": jnp.array([2.0, 3.0])}))
+        >>> both.main, both.max_logits["dense"]
+        (Array(2., dtype=float32), Array([2., 7.], dtype=float32))
+    """
+    total = jax.tree.map(jnp.add, a, b)
+    return total._replace(max_logits=jax.tree.map(jnp.maximum, a.max_logits, b.max_logits))
+
+
 class Scores(NamedTuple):
     """Token by token, for evaluation. `mask` says which positions have a target."""
 
@@ -161,13 +183,27 @@ class Scores(NamedTuple):
     agree: Float[Array, " M"]  # positions where head k drafts what the model itself then predicts
     drafted: Float[Array, " M"]  # positions counted
     load: Float[Array, "L E"]
+    domain_load: Float[Array, "N L E"]  # of the trunk's sparse layers, by the tokens' domain; N = 0 without domains
 
 
-def score_tokens(model: Transformer, batch: dict[str, Array]) -> Scores:
+def _domain_load(out: ForwardOut, mask: Array, domains: Array | None, num_domains: int, num_experts: int) -> Array:
+    """Count the trunk's assignments by domain: tokens of padding do not count."""
+    if out.routing is None or domains is None or not num_domains:
+        return jnp.zeros((0, 0, num_experts), jnp.float32)
+    ids = out.routing.expert_ids  # [L, B, T, K]
+    # One count over domain and expert; padding is counted under a domain beyond the last one.
+    cell = jnp.where(mask, domains, num_domains)[None, ..., None] * num_experts + ids
+    count = jax.vmap(lambda c: balance.load(c[..., None], (num_domains + 1) * num_experts))(cell.reshape(len(ids), -1))
+    return count.reshape(len(ids), num_domains + 1, num_experts)[:, :num_domains].swapaxes(0, 1)
+
+
+def score_tokens(model: Transformer, batch: dict[str, Array], num_domains: int = 0) -> Scores:
     """Compute negative log-likelihoods, and how often each head's draft would be accepted under greedy decoding.
 
     Head k (from 0) at position i drafts token i+k+2. The model, given the true tokens up to i+k+1, predicts its own. A
     draft of head k counts only if all drafts before it were right, for parallel heads as for a chain.
+
+    Args: num_domains: count the load of so many domains too, by the batch's `domains`.
 
     Example:
         >>> import dsv3_jax as ds
@@ -197,9 +233,9 @@ def score_tokens(model: Transformer, batch: dict[str, Array]) -> Scores:
         alive = alive & same
         agree.append(alive.sum(dtype=jnp.float32))
     none = jnp.zeros((0,), jnp.float32)
-    return Scores(
-        nll, mask, jnp.stack(agree) if agree else none, jnp.stack(drafted) if drafted else none, _load(out)[0]
-    )
+    by_domain = _domain_load(out, segment_ids != 0, batch.get("domains"), num_domains, model.cfg.num_experts)
+    agreed, counted = (jnp.stack(x) if x else none for x in (agree, drafted))
+    return Scores(nll, mask, agreed, counted, _load(out)[0], by_domain)
 
 
 def _score(h: Array, matrix: Array, wanted: Array) -> tuple[Array, Array]:

@@ -1,130 +1,86 @@
-"""AdamW and the schedules of the DeepSeek-V3 report, section 4.2: each a function of step and the run's length."""
+"""Optimizers by name: AdamW, Muon, or any optax transformation, each with the same two functions.
 
-from typing import NamedTuple
+`make` gives the optimizer of a run. It is made from `OptimConfig.name`, which MAKERS lists. A transformation that is
+given to `ds.train.fit(…, optimizer=tx)` comes before that name.
+"""
 
-import jax
-import jax.numpy as jnp
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import optax
 from flax import nnx
 from jaxtyping import Array
 
-from dsv3_jax.config import OptimConfig
-from dsv3_jax.kernels.choose import Kernels
+from dsv3_jax.config import OPTAX, ConfigError, OptimConfig
+from dsv3_jax.kernels.choose import Kernels, Target
+from dsv3_jax.training import adamw, from_optax, muon
+from dsv3_jax.training.adamw import AdamState
+from dsv3_jax.training.schedules import bias_rate, learning_rate, mtp_weight
+
+__all__ = ["MAKERS", "XLA", "AdamState", "Optimizer", "bias_rate", "learning_rate", "make", "mtp_weight"]
+
+XLA = Kernels(Target("cpu", "xla"))  # for structures that compute nothing
 
 
-def learning_rate(cfg: OptimConfig, steps: int, step: Array) -> Array:
-    """Warm-up, constant, cosine, constant; float32.
+class Optimizer(NamedTuple):
+    """How parameters move. Both functions are pure, and run under `jax.jit`."""
 
-    Example:
-        >>> cfg = OptimConfig(
-        ...     learning_rate=1.0, final_learning_rate=0.2, warmup_steps=10, decay_start=0.5, decay_end=0.9
-        ... )
-        >>> [round(float(x), 2) for x in learning_rate(cfg, 100, jnp.array([0, 9, 50, 70, 99]))]
-        [0.1, 1.0, 1.0, 0.6, 0.2]
-    """
-    step = jnp.asarray(step, jnp.float32)
-    warm = jnp.minimum(1.0, (step + 1) / max(cfg.warmup_steps, 1))
-    start, end = cfg.decay_start * steps, cfg.decay_end * steps
-    along = jnp.clip((step - start) / max(end - start, 1.0), 0.0, 1.0)
-    low, high = cfg.final_learning_rate, cfg.learning_rate
-    return warm * (low + (high - low) * 0.5 * (1 + jnp.cos(jnp.pi * along)))
+    init: Callable[[nnx.State], Any]  # parameters → the state of step 0, any tree of arrays or variables
+    # (step, params, state, grads, norm, keep) → (params, state). step: int32 [], steps taken before this one. norm: of
+    # all gradients, which are clipped to `clip_norm`. keep: bool [], False changes nothing, whatever the gradients are.
+    update: Callable[[Array, nnx.State, Any, nnx.State, Array, Array], tuple[nnx.State, Any]]
 
 
-def mtp_weight(cfg: OptimConfig, steps: int, step: Array) -> Array:
-    """λ: the weight of the MTP losses, lowered once the cosine begins; float32.
-
-    Example:
-        >>> mtp_weight(OptimConfig(decay_start=0.5), 100, jnp.array([49, 50]))
-        Array([0.3, 0.1], dtype=float32)
-    """
-    early = jnp.asarray(step, jnp.float32) < cfg.decay_start * steps
-    return jnp.where(early, cfg.mtp_weight, cfg.mtp_final_weight).astype(jnp.float32)
+def _adamw(cfg: OptimConfig, steps: int, kernels: Kernels) -> Optimizer:
+    return Optimizer(partial(adamw.init, dtype=cfg.moments_dtype), partial(adamw.update, cfg, steps, kernels))
 
 
-def bias_rate(cfg: OptimConfig, rate: float, steps: int, step: Array) -> Array:
-    """γ: the step of the loss-free bias, 0 at the end of training; float32.
-
-    Example:
-        >>> bias_rate(OptimConfig(bias_freeze=0.5), 1e-3, 100, jnp.array([49, 50]))
-        Array([0.001, 0.   ], dtype=float32)
-    """
-    return jnp.where(jnp.asarray(step, jnp.float32) < cfg.bias_freeze * steps, rate, 0.0).astype(jnp.float32)
+def _muon(cfg: OptimConfig, steps: int, kernels: Kernels) -> Optimizer:
+    return Optimizer(partial(muon.init, dtype=cfg.moments_dtype), partial(muon.update, cfg, steps, kernels))
 
 
-class AdamState(NamedTuple):
-    """Running means of the gradient and of its square, in the parameters' structure."""
-
-    mu: nnx.State
-    nu: nnx.State
+MAKERS: dict[str, Callable[[OptimConfig, int, Kernels], Optimizer]] = {"adamw": _adamw, "muon": _muon}
 
 
-def init(params: nnx.State, dtype: str = "float32") -> AdamState:
-    """Means of 0. Args: dtype: as `OptimConfig.moments_dtype`.
-
-    Example:
-        >>> init(nnx.State({"w": nnx.Param(jnp.ones(2))})).mu["w"][...]
-        Array([0., 0.], dtype=float32)
-    """
-
-    def zeros() -> nnx.State:
-        return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
-
-    return AdamState(zeros(), zeros())
-
-
-@jax.named_scope("optimizer")
-def adamw(
-    cfg: OptimConfig,
-    steps: int,
-    step: Array,
-    params: nnx.State,
-    adam: AdamState,
-    grads: nnx.State,
-    norm: Array,
-    keep: Array,
-    kernels: Kernels,
-) -> tuple[nnx.State, AdamState]:
-    """Take one step of AdamW on gradients clipped to a global norm; weight decay on all but the norms' scales.
-
-    The numbers are those of optax.chain(clip_by_global_norm, adamw), in an order that XLA runs in place. optax's writes
-    the clipped gradients out and copies both means: three times the memory traffic, and a gradient's size of temporary
-    memory.
+def make(
+    cfg: OptimConfig, steps: int, kernels: Kernels = XLA, transformation: optax.GradientTransformation | None = None
+) -> Optimizer:
+    """Make the optimizer of a run.
 
     Args:
-        step: int32 [], steps taken before this one.
-        norm: the gradients' global norm.
-        keep: bool []: take the step; False changes nothing.
-    Source: arXiv 1711.05101.
+        steps: length of the run, for the schedule.
+        kernels: run AdamW's update.
+        transformation: takes the place of `cfg.name`. Clipping and steps that are not taken stay `cfg`'s and the
+            step's; learning rate, schedule and weight decay are its own.
+    Without the transformation of a run that one trains, the state is empty, and an update raises ConfigError: readers
+    need neither.
 
     Example:
-        >>> from dsv3_jax.kernels.choose import Target
-        >>> cfg = OptimConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.0)
-        >>> kernels = Kernels(Target("cpu", "xla"))
-        >>> params, step, one = nnx.State({"w": nnx.Param(jnp.array([1.0]))}), jnp.int32(0), jnp.float32(1)
-        >>> new, _ = adamw(cfg, 100, step, params, init(params), params, one, jnp.bool_(True), kernels)  # gradient: 1
-        >>> round(float(new["w"][0]), 3)
-        0.9
+        >>> import jax.numpy as jnp
+        >>> optimizer = make(OptimConfig(), 100, transformation=optax.sgd(0.5, momentum=0.9))
+        >>> params, one = nnx.State({"w": nnx.Param(jnp.array([1.0]))}), jnp.float32(1)
+        >>> state = optimizer.init(params)
+        >>> optimizer.update(jnp.int32(0), params, state, params, one, jnp.bool_(True))[0]["w"][...]  # gradient: 1
+        Array([0.5], dtype=float32)
     """
-    count = (step + 1).astype(jnp.float32)
-    clip = jnp.where(norm < cfg.clip_norm, 1.0, cfg.clip_norm / norm)
-    to_mean, to_square = 1 / (1 - cfg.beta1**count), 1 / (1 - cfg.beta2**count)
-    numbers = jnp.stack([clip, to_mean, to_square, learning_rate(cfg, steps, step), keep.astype(jnp.float32)])
-    settings = {"beta1": cfg.beta1, "beta2": cfg.beta2, "eps": cfg.eps}
-
-    def leaf(p, mu, nu, g, decays):
-        decay = cfg.weight_decay if decays else 0.0
-        return kernels.adamw_update(p, mu, nu, g, numbers, **settings, decay=decay)
-
-    leaves, tree = jax.tree.flatten(params)
-    rest = (jax.tree.leaves(t) for t in (adam.mu, adam.nu, grads, _decays(params)))
-    new = [leaf(*x) for x in zip(leaves, *rest, strict=True)]
-    p, mu, nu = (jax.tree.unflatten(tree, part) for part in zip(*new, strict=True))
-    return p, AdamState(mu, nu)
+    if transformation is not None:
+        return Optimizer(partial(from_optax.init, transformation), partial(from_optax.update, cfg, transformation))
+    if not cfg.name.startswith(OPTAX):
+        return MAKERS[cfg.name](cfg, steps, kernels)
+    return Optimizer(lambda _: (), lambda *_: check(cfg, None))  # type: ignore[arg-type]
 
 
-def _decays(params: nnx.State):
-    """Which leaves take weight decay, in the parameters' structure."""
+def check(cfg: OptimConfig, transformation: object) -> None:
+    """Check that a run has what trains it.
 
-    def mark(v):
-        return jax.tree.map(lambda _: v.get_metadata().get("decay", True), v)
+    Raises: ConfigError if it is not an optax transformation, or is missing for a run that was trained by one.
 
-    return jax.tree.map(mark, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    Example:
+        >>> check(OptimConfig(), optax.sgd(1e-3)), check(OptimConfig(), None)
+        (None, None)
+    """
+    if transformation is None and cfg.name.startswith(OPTAX):
+        raise ConfigError(f"optim.name={cfg.name!r} is a transformation: give it by ds.train.fit(…, optimizer=tx)")
+    if not isinstance(transformation, optax.GradientTransformation | None):
+        raise ConfigError(f"optimizer={transformation!r} is not an optax transformation, such as optax.lion(1e-4)")

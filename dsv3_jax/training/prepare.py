@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from dsv3_jax.cluster import processes
-from dsv3_jax.config import ConfigError, RunConfig, replace, to_dict
+from dsv3_jax.config import OPTIMIZERS, ConfigError, RunConfig, replace, to_dict
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.batches import Batch, check_vocab
 from dsv3_jax.data.source import Batches, Source, open_source
@@ -20,10 +21,12 @@ from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.kernels import choose, xla_flags
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.counting import train_flops_per_token
+from dsv3_jax.ops import balance
 from dsv3_jax.report.speed import gemm_flops
 from dsv3_jax.report.units import format_bytes, format_duration
-from dsv3_jax.training import chats, lora, warm_start
+from dsv3_jax.training import chats, from_optax, lora, optim, warm_start
 from dsv3_jax.training.checkpoint import last_step
+from dsv3_jax.training.provenance import made_from
 from dsv3_jax.training.run_folder import RUN_FILE, changes, claim, own_tokenizer, read_run, settled
 from dsv3_jax.training.step import abstract_state, split_trainable
 
@@ -47,17 +50,29 @@ class Prepared:
 
 
 def prepare(
-    run: RunConfig, out: Path, mesh: Mesh | None, step: int | None = None, stop_after: int | None = None
+    run: RunConfig,
+    out: Path,
+    mesh: Mesh | None,
+    step: int | None = None,
+    stop_after: int | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    source: Source | None = None,
 ) -> Prepared:
-    """Check a run, read its text and claim its folder.
+    """Check a run, read its text and claim its folder. A run that `optimizer` trains is named by it.
 
     Several processes call it together, and are all refused where one is.
 
+    Args: source: data in place of the text that the run names, see `loop.fit`.
     Raises: as `loop.fit`.
     """
+    optim.check(run.optim, optimizer)
+    if optimizer is not None:
+        name = from_optax.name_of(optimizer, split_trainable(run, abstract_state(run).params)[0])
+        run = replace(run, optim=replace(run.optim, name=name))
     kernels = processes.by_each(lambda: choose.prepare(run.execution, mesh=mesh))
     # First: what is checked from here on then comes out alike in all processes.
     _agree(run, mesh, (step, stop_after), chosen(kernels, run, mesh))
+    balance.rule_of(run.model)  # refuses one that the router cannot have
     if mesh is not None:
         sharding.check(mesh, run)
         processes.check_layout(run.execution.layout)
@@ -68,7 +83,7 @@ def prepare(
             "use 'auto' or 'xla'"
         )
     if kernels.target.platform == "cpu":
-        processes.by_each(lambda: check_memory(run, jax.process_count()))
+        processes.by_each(lambda: check_memory(run, jax.process_count(), optimizer))
     own = own_tokenizer(out)  # of a run that has begun: the file it was made from may be gone
     begun = (out / RUN_FILE).exists()
     given = run.data.tokenizer
@@ -81,10 +96,11 @@ def prepare(
     elif (taken := last_step(out) if step is None else step) > run.steps:
         raise ConfigError(f"steps={run.steps} is below the {taken} steps that the run in {out} has taken")
     text = processes.by_each(lambda: chats.text_of(run, out))
-    source = processes.by_each(lambda: _read(run, words, text))
+    source = processes.by_each(lambda: _read(run, words, text, source))
     processes.agree({"text": source.fingerprint})
     rows = None if mesh is None else processes.rows_held(mesh, run.data.batch_size)
-    processes.by_first(lambda: _claim(out, run, chosen(kernels, run, mesh), text))
+    made = made_from(source, words)
+    processes.by_first(lambda: _claim(out, run, chosen(kernels, run, mesh), text, made))
     run = settled(run, out)
     return Prepared(
         run,
@@ -100,7 +116,7 @@ def prepare(
     )
 
 
-def check_memory(run: RunConfig, hosts: int = 1) -> None:
+def check_memory(run: RunConfig, hosts: int = 1, optimizer: optax.GradientTransformation | None = None) -> None:
     """Check that this host's memory can hold its part of parameters and gradients, in float32, and optimizer state.
 
     Without the check, the system ends this process, and maybe others, when memory runs out.
@@ -114,7 +130,7 @@ def check_memory(run: RunConfig, hosts: int = 1) -> None:
             ...
         dsv3_jax.config.ConfigError: dim=7168 and num_layers=61 are too large: ...
     """
-    state = abstract_state(run)
+    state = abstract_state(run, optimizer=optimizer)
     gradients = split_trainable(run, state.params)[0]
     needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.params, gradients, state.opt))) / hosts
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
@@ -126,8 +142,8 @@ def check_memory(run: RunConfig, hosts: int = 1) -> None:
         )
 
 
-def _claim(out: Path, run: RunConfig, kernels: dict[str, str], text: TextSettings | None) -> None:
-    claim(out, run, kernels)
+def _claim(out: Path, run: RunConfig, kernels: dict[str, str], text: TextSettings | None, made: dict[str, Any]) -> None:
+    claim(out, run, kernels, made)
     if text is not None:
         chats.keep(run, out, text)
 
@@ -158,6 +174,7 @@ def describe(found: Prepared, step: int, mesh: Mesh | None) -> list[str]:
     lines = [found.source.describe()]
     lines.append(found.kernels.describe(run.execution.compute_dtype, _devices(mesh), run.optim.moments_dtype))
     lines.append(xla_flags.describe(found.options))
+    lines.append("" if run.optim.name == "adamw" else f"optimizer: {OPTIMIZERS.get(run.optim.name, run.optim.name)}")
     lines.append(lora.describe(run.lora, abstract_state(run).params) if run.lora.rank else "")
     lines += [f"{name}={now}, before {before}" for name, (before, now) in found.changed.items()]
     if "steps" in found.changed:
@@ -185,9 +202,11 @@ def flops_per_token(run: RunConfig) -> int:
     return train_flops_per_token(run.model, frozen_trunk=run.trunk is not None, adapted=adapted)
 
 
-def _read(run: RunConfig, words: Tokenizer, text: TextSettings | None) -> Source:
+def _read(run: RunConfig, words: Tokenizer, text: TextSettings | None, source: Source | None) -> Source:
     """Raises: ValueError for a tokenizer larger than the vocabulary, or text that cannot be read."""
     check_vocab(words, run.model.vocab_size)
+    if source is not None:
+        return source
     return open_source(run.data, words, text, quiet=not processes.is_first())
 
 

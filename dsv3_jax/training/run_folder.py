@@ -16,6 +16,7 @@ from dsv3_jax.files import PART, read_json, write_atomic
 
 RUN_FILE, TOKENIZER_FILE = "run.json", "tokenizer.json"
 # Settings that may change when a run is resumed. The learning rate's schedule is a function of steps.
+BESIDE = ("kernels", "history", "made")  # keys of run.json that are not of the configuration
 MAY_CHANGE = ("steps", "eval_every", "eval_batches", "save_every", "keep", "log_every")
 _MAX_RUN = 8_000_000  # bytes of a run.json
 
@@ -39,11 +40,26 @@ def read_run(folder: str | Path) -> RunConfig:
     values = read_json(path, _MAX_RUN)
     if not isinstance(values, dict):
         raise ValueError(f"file={str(path)!r} holds no run: {type(values).__name__} is not an object")
-    run = run_from_dict({key: value for key, value in values.items() if key not in ("kernels", "history")})
+    run = run_from_dict({key: value for key, value in values.items() if key not in BESIDE})
     own = own_tokenizer(folder)
     if run.data.tokenizer != "bytes" and own.is_file():
         run = replace(run, data=replace(run.data, tokenizer=str(own)))
     return run
+
+
+def read_made(folder: str | Path) -> list[dict[str, Any]]:
+    """Return what a run was trained with, one entry for each distinct start; older folders have none.
+
+    Example:
+        >>> import tempfile
+        >>> from dsv3_jax.presets import recipe
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = claim(folder, recipe("tiny"), made={"commit": "0123abc"})
+        ...     read_made(folder)
+        [{'commit': '0123abc'}]
+    """
+    made = read_json(Path(folder) / RUN_FILE, _MAX_RUN).get("made")
+    return made if isinstance(made, list) else []
 
 
 def own_tokenizer(folder: str | Path) -> Path:
@@ -51,13 +67,18 @@ def own_tokenizer(folder: str | Path) -> Path:
     return tokenizer.file_of(str(folder)) if Path(folder).is_dir() else Path(folder) / TOKENIZER_FILE
 
 
-def claim(folder: str | Path, run: RunConfig, kernels: dict[str, str] | None = None) -> RunConfig:
+def claim(
+    folder: str | Path, run: RunConfig, kernels: dict[str, str] | None = None, made: dict[str, Any] | None = None
+) -> RunConfig:
     """Make a run folder, or check that it is this run's.
 
     A tokenizer may be there already. The configuration must be the one the folder was made with, key by key,
     except for its execution and `MAY_CHANGE`, whose changes go into the file's `history`.
 
-    Args: kernels: the implementation chosen for each op, to be recorded.
+    Args:
+        kernels: the implementation chosen for each op, to be recorded.
+        made: what the run is trained with, see `provenance.made_from`. The file keeps one of each distinct start in
+            its list `made`, so that a run that resumes with other code or another text says so.
     Returns: `settled`.
     Raises: ValueError if the folder is another run's, or holds other files.
 
@@ -78,7 +99,7 @@ def claim(folder: str | Path, run: RunConfig, kernels: dict[str, str] | None = N
         if different:
             key, a, b = different
             raise ValueError(f"{key}={b!r} is not that of the run in {folder}, {a!r}; choose another --out")
-        _record(folder / RUN_FILE, changes(held, run))
+        _record(folder / RUN_FILE, changes(held, run), made)
         return settled(run, folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out={str(folder)!r} is a file, not a folder for a run")
@@ -92,7 +113,10 @@ def claim(folder: str | Path, run: RunConfig, kernels: dict[str, str] | None = N
     run = settled(run, folder)
     name = own.name if run.data.tokenizer == str(own) else run.data.tokenizer
     written = to_dict(replace(run, data=replace(run.data, tokenizer=name)))
-    write_atomic(folder / RUN_FILE, json.dumps(written | {"kernels": kernels or {}}, indent=1) + "\n")
+    write_atomic(
+        folder / RUN_FILE,
+        json.dumps(written | {"kernels": kernels or {}} | ({"made": [made]} if made else {}), indent=1) + "\n",
+    )
     return run
 
 
@@ -108,16 +132,25 @@ def changes(held: RunConfig, run: RunConfig) -> dict[str, tuple[int, int]]:
     return {name: (before, now) for name, (before, now) in pairs.items() if before != now}
 
 
-def _record(file: Path, changed: dict[str, tuple[int, int]]) -> None:
-    """Write changed settings into a run's file, and add them to its history."""
-    if not changed:
-        return
+def _record(file: Path, changed: dict[str, tuple[int, int]], made: dict[str, Any] | None) -> None:
+    """Write changed settings into a run's file and add them to its history; add a start to `made` if it is new."""
     values = json.loads(file.read_text())
+    before = values.get("made")
+    starts = before if isinstance(before, list) else []
+    if made and made not in starts:
+        values["made"] = [*starts, made]
+    elif not changed:
+        return
+    if changed:
+        _add_to_history(values, changed)
+    write_atomic(file, json.dumps(values, indent=1) + "\n")
+
+
+def _add_to_history(values: dict[str, Any], changed: dict[str, tuple[int, int]]) -> None:
     entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "changed": changed}
     history = values.get("history")
     values["history"] = [*(history if isinstance(history, list) else []), entry]
     values |= {name: now for name, (_, now) in changed.items()}
-    write_atomic(file, json.dumps(values, indent=1) + "\n")
 
 
 def settled(run: RunConfig, folder: str | Path) -> RunConfig:

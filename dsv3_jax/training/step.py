@@ -18,15 +18,15 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from dsv3_jax.config import Execution, ModelConfig, RunConfig
-from dsv3_jax.kernels.choose import Kernels, Target, platform_of, prepare
+from dsv3_jax.kernels.choose import Kernels, platform_of, prepare
 from dsv3_jax.kernels.xla_flags import Options
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.mtp import HEADS, Head
 from dsv3_jax.model.transformer import Transformer, abstract
-from dsv3_jax.ops import balance
-from dsv3_jax.training import lora, optim
-from dsv3_jax.training.loss import Losses, compute_loss, target_counts
+from dsv3_jax.ops import balance, routing
+from dsv3_jax.training import lora, optim, qk_clip
+from dsv3_jax.training.loss import Losses, add_parts, compute_loss, target_counts
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "bias", "opt", "step"], meta_fields=[])
@@ -37,11 +37,10 @@ class TrainState:
     # Not annotated more closely: JAX and Orbax rebuild it with shapes, shardings and placeholders in its places.
     params: Any  # nnx.State; with LoRA, the adapters are beside the weights that they change, see `lora`
     bias: Any  # nnx.State: the router's correction biases
-    opt: Any  # optim.AdamState, of the parameters that train
+    opt: Any  # the optimizer's, of the parameters that train; see `optim.Optimizer.init`
     step: Any  # int32 []: optimizer steps taken
 
 
-XLA = Kernels(Target("cpu", "xla"))  # for structures that compute nothing
 Batch = dict[str, Array]
 Step = Callable[..., tuple[TrainState, dict[str, Array]]]
 
@@ -51,10 +50,18 @@ def graph_of(cfg: ModelConfig, execution: Execution | None = None, kernels: Kern
     return nnx.split(abstract(cfg, execution, kernels), nnx.Param, RouterBias)[0]
 
 
-def init_state(run: RunConfig, mesh: Mesh | None = None, trunk: TrainState | None = None) -> TrainState:
+def init_state(
+    run: RunConfig,
+    mesh: Mesh | None = None,
+    trunk: TrainState | None = None,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+) -> TrainState:
     """Make a fresh state from the run's seed in one compiled program, sharded over the mesh.
 
-    Args: trunk: a state from which everything but the multi-token heads is taken.
+    Args:
+        trunk: a state from which everything but the multi-token heads is taken.
+        optimizer: as in `make_step`.
 
     Example:
         >>> import dsv3_jax as ds
@@ -64,7 +71,7 @@ def init_state(run: RunConfig, mesh: Mesh | None = None, trunk: TrainState | Non
     """
 
     def make(key: Array) -> TrainState:
-        state = _initialiser(run)(key)
+        state = _initialiser(run, optimizer)(key)
         return state if trunk is None else replace(state, params=_split(state.params)[0], bias=_split(state.bias)[0])
 
     # A light compilation where it is a matter of the CPU: the many random draws take longer to optimise than to run.
@@ -81,26 +88,38 @@ def init_state(run: RunConfig, mesh: Mesh | None = None, trunk: TrainState | Non
     return replace(state, params=params, bias=bias)
 
 
-def abstract_state(run: RunConfig) -> TrainState:
-    """The shapes of a run's state: nothing is allocated.
+def abstract_state(run: RunConfig, *, optimizer: optax.GradientTransformation | None = None) -> TrainState:
+    """The shapes of a run's state: nothing is allocated. Args: optimizer: as in `make_step`.
 
     Example:
         >>> import dsv3_jax as ds
         >>> abstract_state(ds.recipe("v3")).params["embed"].shape
         (129280, 7168)
     """
-    return jax.eval_shape(_initialiser(run), jax.random.key(run.seed))
+    return jax.eval_shape(_initialiser(run, optimizer), jax.random.key(run.seed))
 
 
-def _initialiser(run: RunConfig) -> Callable[[Array], TrainState]:
+def _initialiser(run: RunConfig, optimizer: optax.GradientTransformation | None) -> Callable[[Array], TrainState]:
     def make(key: Array) -> TrainState:
-        model = Transformer(run.model, rngs=nnx.Rngs(key), kernels=XLA)
+        model = Transformer(run.model, rngs=nnx.Rngs(key), kernels=optim.XLA)
         params, bias = nnx.state(model, nnx.Param), nnx.state(model, RouterBias)
         params = nnx.merge_state(params, lora.init(run.lora, params, key))
-        opt = optim.init(split_trainable(run, params)[0], run.optim.moments_dtype)
+        opt = init_optimizer(run, params, optimizer)
         return TrainState(params, bias, opt, jnp.zeros((), jnp.int32))
 
     return make
+
+
+def init_optimizer(run: RunConfig, params: nnx.State, optimizer: optax.GradientTransformation | None = None) -> Any:
+    """The optimizer's state at step 0; `optimizer` as in `make_step`.
+
+    Example:
+        >>> import dsv3_jax as ds
+        >>> run = ds.recipe("tiny")
+        >>> jax.eval_shape(lambda params: init_optimizer(run, params), abstract_state(run).params).mu["embed"].shape
+        (260, 128)
+    """
+    return optim.make(run.optim, run.steps, transformation=optimizer).init(split_trainable(run, params)[0])
 
 
 def split_trainable(run: RunConfig, params: nnx.State) -> tuple[nnx.State, nnx.State]:
@@ -140,18 +159,26 @@ def model_of(run: RunConfig, state: TrainState, kernels: Kernels | None = None) 
     return nnx.merge(graph_of(run.model, run.execution, kernels), lora.join(run.lora, state.params), state.bias)
 
 
-def make_step(run: RunConfig, kernels: Kernels | None = None, options: Options = ()) -> Step:
+def make_step(
+    run: RunConfig,
+    kernels: Kernels | None = None,
+    options: Options = (),
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+) -> Step:
     """Make the compiled step of a run, `step(state, batch, go=True)`; the state it is given is donated.
 
     The gradient of a batch split in microbatches is that of the complete batch: sums are divided by the complete
     batch's target counts. Balance losses are divided by the number of parts, so the batch-wise Switch loss is a mean
-    over microbatches. The bias is updated once, after the optimizer, by the load of the complete batch. If the loss or
+    over microbatches. The bias is updated once, after the optimizer, by the load of the complete batch. A router's
+    noise is that of the run's seed, the step and the row, in whatever part the row is. If the loss or
     a gradient is not finite, or `go` is False, the state does not change, and `finite` in the metrics is False. Given
     the last step's `finite` as `go`, a step may start before that is known, and changes nothing after a bad one.
 
     Args:
         kernels: from `kernels.choose.prepare`. None chooses those of the default device.
         options: of the compiler, see `kernels.xla_flags`.
+        optimizer: takes the place of the run's own, see `optim.make`.
 
     Example:
         >>> import dsv3_jax as ds
@@ -166,10 +193,12 @@ def make_step(run: RunConfig, kernels: Kernels | None = None, options: Options =
     kernels = kernels or prepare(run.execution)
     graph, parts = graph_of(run.model, run.execution, kernels), run.optim.microbatches
     constrain = partial(sharding.constrain_state, fsdp=run.execution.layout.fsdp)
+    move = optim.make(run.optim, run.steps, kernels, optimizer).update
 
     def part_losses(trained, frozen, bias, batch, weight, counts):
         model = nnx.merge(graph, lora.join(run.lora, nnx.merge_state(trained, frozen)), bias)
-        out = compute_loss(model, batch, weight, counts=counts, share=1 / parts, heads_only=run.trunk is not None)
+        how = {"heads_only": run.trunk is not None, "watch_logits": run.optim.qk_clip is not None}
+        out = compute_loss(model, batch, weight, counts=counts, share=1 / parts, **how)
         return out.total, out
 
     def gradients(trained, frozen, bias, batch: Batch, weight) -> tuple[nnx.State, Losses]:
@@ -180,27 +209,34 @@ def make_step(run: RunConfig, kernels: Kernels | None = None, options: Options =
             return constrain(grads), out
 
         def add(total, part):
-            grads, out = jax.tree.map(jnp.add, total, grad(trained, frozen, bias, part, weight, counts))
-            return (constrain(grads), out), None
+            grads, out = grad(trained, frozen, bias, part, weight, counts)
+            return (constrain(jax.tree.map(jnp.add, total[0], grads)), add_parts(total[1], out)), None
 
         split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
         shapes = jax.eval_shape(grad, trained, frozen, bias, jax.tree.map(lambda x: x[0], split), weight, counts)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(add, zeros, split)[0]
+        grads, out = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        none = jax.tree.map(lambda x: jnp.full_like(x, -jnp.inf), out.max_logits)
+        return jax.lax.scan(add, (grads, out._replace(max_logits=none)), split)[0]
 
     @partial(jax.jit, donate_argnums=0, compiler_options=dict(options) or None)
     def step(state: TrainState, batch: Batch, go: Array | bool = True):
         weight = optim.mtp_weight(run.optim, run.steps, state.step)
+        batch = _with_keys(run, batch, state.step)
         trained, frozen = split_trainable(run, state.params)
         grads, out = gradients(trained, frozen, state.bias, batch, weight)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(out.total) & jnp.isfinite(norm)
         if go is not True:
             finite &= go
-        params, opt = optim.adamw(run.optim, run.steps, state.step, trained, state.opt, grads, norm, finite, kernels)
-        rate = jnp.where(finite, optim.bias_rate(run.optim, _bias_rate(run.model), run.steps, state.step), 0.0)
-        updated, fixed = _split_moving(run, state.bias)
-        bias = nnx.merge_state(updated_bias(updated, out.load, rate), fixed)
+        params, opt = move(state.step, trained, state.opt, grads, norm, finite)
+        if run.optim.qk_clip is not None and out.max_logits is not None:
+            params = qk_clip.clip(params, out.max_logits, run.optim.qk_clip, run.model.nope_head_dim, finite)
+        bias, rule = state.bias, balance.rule_of(run.model)
+        if rule is not None:
+            gamma = optim.bias_rate(run.optim, run.model.balance.bias_rate, run.steps, state.step)
+            updated, fixed = _split_moving(run, bias)
+            moved = updated_bias(updated, out.load, jnp.where(finite, gamma, 0.0), rule, out.bias_measure)
+            bias = nnx.merge_state(moved, fixed)
         params = nnx.merge_state(params, frozen)
         new = constrain(TrainState(params, bias, opt, state.step + finite.astype(jnp.int32)))
         metrics = {
@@ -209,12 +245,15 @@ def make_step(run: RunConfig, kernels: Kernels | None = None, options: Options =
             "balance_loss": out.balance,
             "accuracy": out.accuracy,
             "grad_norm": norm,
-            "lr": optim.learning_rate(run.optim, run.steps, state.step),
             "load": out.load,
             "dropped": out.dropped,
             "tokens_sent": out.tokens_sent,
             "finite": finite,
         }
+        if out.max_logits is not None:
+            metrics["max_logit"] = jnp.stack([top.max() for top in out.max_logits.values()]).max()
+        if optimizer is None:  # a transformation has a schedule of its own
+            metrics["lr"] = optim.learning_rate(run.optim, run.steps, state.step)
         if run.model.mtp_depth and HEADS[run.model.mtp_kind].feature_loss is not Head.feature_loss:
             metrics["feature_loss"] = out.feature
         return new, metrics
@@ -222,12 +261,30 @@ def make_step(run: RunConfig, kernels: Kernels | None = None, options: Options =
     return step
 
 
-def _bias_rate(cfg: ModelConfig) -> float:
-    return cfg.balance.bias_rate if cfg.router == "sigmoid" else 0.0  # no other router reads a bias
+def _with_keys(run: RunConfig, batch: Batch, step: Array) -> Batch:
+    """The batch with a random key for each row, of the run's seed, the step and the row, if the router has noise."""
+    if not routing.ROUTERS[run.model.router].has_noise:
+        return batch
+    of_run = jax.random.fold_in(jax.random.key(run.seed), _NOISE)
+    return batch | {"keys": jax.random.split(jax.random.fold_in(of_run, step), len(batch["tokens"]))}
 
 
-def updated_bias(bias: nnx.State, load: Float[Array, "L E"], rate: Array) -> nnx.State:
-    """Update every router's loss-free bias; `load`: of the trunk's sparse layers, then of the heads with experts.
+_NOISE = 0x4E4F4953  # apart from the keys of the initial weights, which are numbered from 0
+
+
+def updated_bias(
+    bias: nnx.State,
+    load: Float[Array, "L E"],
+    rate: Array,
+    rule: balance.Rule = balance.RULES["sign"],
+    measure: Float[Array, "L E"] | None = None,
+) -> nnx.State:
+    """Update every router's loss-free bias by a rule.
+
+    Args:
+        load: of the trunk's sparse layers, then of the heads with experts.
+        rate: γ.
+        measure: what the rule needs beside the load, in the same rows.
 
     Example:
         >>> bias = nnx.State({"sparse": {"bias": RouterBias(jnp.zeros((1, 3)))}})  # one layer, three experts
@@ -239,8 +296,9 @@ def updated_bias(bias: nnx.State, load: Float[Array, "L E"], rate: Array) -> nnx
     flat = dict(nnx.to_flat_state(bias))
     trunk -= sum(path[0] == "mtp" for path in flat)
     for path, variable in flat.items():
-        part = load[trunk + int(str(path[1]))] if path[0] == "mtp" else load[:trunk]
-        flat[path] = variable.replace(balance.bias_update(variable[...], part, rate))
+        rows = trunk + int(str(path[1])) if path[0] == "mtp" else slice(trunk)
+        own = None if measure is None else measure[rows]
+        flat[path] = variable.replace(rule.update(variable[...], load[rows], own, rate))
     return nnx.from_flat_state(flat)
 
 
@@ -256,6 +314,7 @@ def first_bad_tensor(run: RunConfig, state: TrainState, batch: Batch) -> str:
     """
     graph = graph_of(run.model, run.execution)
     trained, frozen = split_trainable(run, state.params)
+    batch = _with_keys(run, batch, state.step)
 
     def total(trained):
         weight = optim.mtp_weight(run.optim, run.steps, state.step)

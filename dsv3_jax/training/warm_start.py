@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -24,10 +25,10 @@ from dsv3_jax.hf.open_model import released_run
 from dsv3_jax.hf.places import find
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
-from dsv3_jax.training import lora, optim
+from dsv3_jax.training import lora
 from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.run_folder import RUN_FILE, read_run, same_tokenizer
-from dsv3_jax.training.step import TrainState, abstract_state, init_state, split_trainable
+from dsv3_jax.training.step import TrainState, abstract_state, init_optimizer, init_state
 
 # Keys of a model that may differ from the other run's.
 START_KEYS = ("yarn", "max_positions", "rope_theta", "balance", "capacity_factor", "init_std")
@@ -125,19 +126,26 @@ def check(run: RunConfig, tokenizer: Tokenizer) -> None:
         _fitting(run, tokenizer)
 
 
-def begin(run: RunConfig, tokenizer: Tokenizer, mesh: Mesh | None = None) -> tuple[TrainState, str]:
+def begin(
+    run: RunConfig,
+    tokenizer: Tokenizer,
+    mesh: Mesh | None = None,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+) -> tuple[TrainState, str]:
     """Make the state of step 0.
 
+    Args: optimizer: as in `step.make_step`.
     Returns: (the state, a sentence on where its weights come from).
     Raises: as `check`.
     """
     if run.trunk is not None:
         trunk = _last_state(run.trunk, _fitting(run, tokenizer), run, mesh)
         text = f"the trunk is that of step {int(trunk.step)} in {run.trunk}; only the multi-token heads are trained"
-        return init_state(run, mesh, trunk), text
+        return init_state(run, mesh, trunk, optimizer=optimizer), text
     if run.start is not None:
         source = _fitting(run, tokenizer)
-        shapes = abstract_state(run)
+        shapes = abstract_state(run, optimizer=optimizer)
         where = sharding.state_sharding(shapes, mesh, fsdp=run.execution.layout.fsdp)
         adapters_at, weights_at = lora.split(where.params)
         if _is_released(run.start):
@@ -149,11 +157,11 @@ def begin(run: RunConfig, tokenizer: Tokenizer, mesh: Mesh | None = None) -> tup
             params, bias, text = last.params, last.bias, f"those of step {int(last.step)}"
         start = jax.jit(partial(lora.init, run.lora, lora.split(shapes.params)[1]), out_shardings=adapters_at)
         params = nnx.merge_state(params, start(jax.random.key(run.seed)))
-        init = partial(optim.init, dtype=run.optim.moments_dtype)
-        opt = jax.jit(init, out_shardings=where.opt)(split_trainable(run, params)[0])
+        init = partial(init_optimizer, run, optimizer=optimizer)
+        opt = jax.jit(init, out_shardings=where.opt)(params)
         step = jax.device_put(jnp.zeros((), jnp.int32), where.step)
         return TrainState(params, bias, opt, step), f"the weights are {text} in {run.start}"
-    return init_state(run, mesh), ""
+    return init_state(run, mesh, optimizer=optimizer), ""
 
 
 def _fitting(run: RunConfig, tokenizer: Tokenizer) -> RunConfig:

@@ -8,6 +8,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `exper
 from dsv3_jax.config import ModelConfig, replace
 from dsv3_jax.model.counting import size
 from experiments.lab import Column, Study, drawing
+from experiments.lab.claims import Claim
+from experiments.lab.parts import part
 
 
 def matched(cfg: ModelConfig, like: ModelConfig) -> ModelConfig:
@@ -50,16 +52,8 @@ def draw(results, path):
     drawing.draw_loss_by_cost(results, path, cache_bytes, "cache, bytes per token", "Loss by cache size")
 
 
-def ours(results):
-    if not {"MHA", "MLA"} <= set(results.variants):
-        return ""
-    changes = [
-        f"{name} {results.paired(name, 'MHA', 'val_loss').mean():+.3f} nats at "
-        f"{cache_bytes(results, name) / cache_bytes(results, 'MHA'):.0%} of the bytes"
-        for name in results.variants
-        if name != "MHA"
-    ]
-    return "against MHA: " + "; ".join(changes)
+def claim(text, variant, against, expect="lower"):
+    return Claim(text, variant, against, expect=expect, stake="context")
 
 
 STUDY = Study(
@@ -72,7 +66,15 @@ STUDY = Study(
         Column("bits per byte", "val_bits_per_byte", 4),
     ),
     draw=draw,
-    ours=ours,
+    claims=(
+        claim("MLA has a lower loss than MHA", "MLA", "MHA"),
+        claim("MLA has a lower loss than GQA", "MLA", "GQA"),
+        claim("MLA has a lower loss than MQA", "MLA", "MQA"),
+        claim("MLA has a lower loss than MHA with fewer parameters", "MLA, unmatched", "MHA"),
+        claim("GQA has a higher loss than MHA", "GQA", "MHA", "higher"),
+        claim("MQA has a higher loss than GQA", "MQA", "GQA", "higher"),
+    ),
+    stakes={"context": part("no context but the token before", "context of 2 tokens at most")},
 )
 
 if __name__ == "__main__":

@@ -6,39 +6,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
 
 from dsv3_jax.config import replace
-from dsv3_jax.model.counting import size
-from experiments.lab import ABOVE, Column, Study
+from experiments.lab import ABOVE, Column, Study, drawing
+from experiments.lab.claims import Claim, Stake
+from experiments.lab.ladder import DENSE, FINE_2, FINE_4, GSHARD, SHARED, SWITCH, ladder
 
 
 def variants(base):
-    # Gates are not normalised: with one expert per token the gate would always be 1, and the router would not learn.
-    cfg = replace(base.model, normalize_gates=False, num_groups=1, groups_per_token=1)
-    active = cfg.dense_dim // 8 * 8  # active feed-forward width per token in each layer
-
-    def sparse(experts, chosen, shared, width):
-        return replace(
-            cfg, dense_dim=active, num_experts=experts, experts_per_token=chosen, num_shared_experts=shared,
-            expert_dim=width,
-        )  # fmt: skip
-
-    models = {
-        "dense": replace(cfg, dense_dim=active, num_dense_layers=cfg.num_layers),
-        "Switch, top 1 of 8": sparse(8, 1, 0, active),
-        "GShard, top 2 of 16": sparse(16, 2, 0, active // 2),
-        "+ shared: 1 + 1 of 15": sparse(15, 1, 1, active // 2),
-        "fine × 2: 1 + 3 of 31": sparse(31, 3, 1, active // 4),
-        "fine × 4: 1 + 7 of 63": sparse(63, 7, 1, active // 8),
-    }
-    sizes = [size(model) for model in models.values()]
-    routers = [s.parts["router and norms"] for s in sizes]  # the only part that grows with the number of experts
-    assert len({s.active - r for s, r in zip(sizes, routers, strict=True)}) == 1
-    assert len({s.total - r for s, r in zip(sizes[1:], routers[1:], strict=True)}) == 1
-    return {name: replace(base, model=model) for name, model in models.items()}
+    return {name: replace(base, model=model) for name, model in ladder(base.model).items()}
 
 
-def ours(results):
-    names = list(results.variants)
-    return ", ".join(f"{results.values(name, 'val_loss').mean():.3f}" for name in names) + ", in this order"
+def claim(text, variant, against, published=None):
+    return Claim(text, variant, against, stake="experts", published=published)
+
+
+def draw(results, path):
+    drawing.draw_forest(path, STUDY.judge(results)[0], "Validation loss of the rungs of the ladder")
 
 
 STUDY = Study(
@@ -46,12 +28,23 @@ STUDY = Study(
     question="Do shared and finer experts lower the loss at equal total and active parameters?",
     published="dense 2.060, Switch 1.881, GShard 1.867, DeepSeekMoE 1.808 (2B, Pile); every rung of the ladder helps",
     variants=variants,
+    draw=draw,
+    claims=(
+        claim("one expert of eight is better than dense", SWITCH, DENSE, -0.179),
+        claim("two of sixteen are better than one of eight", GSHARD, SWITCH, -0.014),
+        claim("a shared expert is better than none", SHARED, GSHARD),
+        claim("experts of half the width are better", FINE_2, SHARED),
+        claim("experts of a quarter are better than of half", FINE_4, FINE_2),
+        claim("half the width with a shared one is better than GShard", FINE_2, GSHARD),
+        claim("the finest are better than GShard", FINE_4, GSHARD, -0.059),
+        claim("the finest are better than dense", FINE_4, DENSE, -0.252),
+    ),
+    stakes={"experts": Stake("no routed expert: dense", lambda results: results.paired(DENSE, FINE_4, "val_loss"))},
     columns=(
         Column("validation loss", "val_loss", 4, paired=True, against=(ABOVE,)),
         Column("bits per byte", "val_bits_per_byte", 4),
         Column("MaxVio", "max_vio_global", 2),
     ),
-    ours=ours,
 )
 
 if __name__ == "__main__":

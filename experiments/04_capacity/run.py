@@ -16,6 +16,7 @@ from dsv3_jax.config import Balance, replace
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.training.evaluate import evaluate
 from experiments.lab import Column, Study, drawing, write_figure
+from experiments.lab.claims import Claim, Stake
 
 
 def variants(base):
@@ -59,11 +60,11 @@ def draw(results, path):
     write_figure(figure, path)
 
 
-def ours(results):
-    first, *others = results.variants
-    shares = {name: dropped_in_training(results, name).mean() for name in others}
-    losses = {name: results.paired(name, first, "val_loss").mean() for name in others}
-    return "; ".join(f"{name}: {shares[name]:.1%} dropped, {losses[name]:+.3f}" for name in others)
+UNBALANCED = "capacity 1.25, no balance"
+
+
+def costs(text, variant):
+    return Claim(text, variant, "no drop", expect="higher", stake="drops")
 
 
 STUDY = Study(
@@ -80,7 +81,23 @@ STUDY = Study(
         Column("MaxVio", "max_vio_global", 2),
     ),
     draw=draw,
-    ours=ours,
+    claims=(
+        Claim(
+            "balance lowers the dropped share at capacity 1.25",
+            "capacity 1.25",
+            UNBALANCED,
+            lambda numbers: 100 * numbers["dropped_held_out"],
+            unit="points",
+            digits=1,
+        ),
+        costs("a capacity of the mean load costs loss", "capacity 1"),
+        costs("a capacity of 1.25 costs loss", "capacity 1.25"),
+        costs("a capacity of 2 costs loss", "capacity 2"),
+        costs("a capacity of 1.25 without balance costs loss", UNBALANCED),
+    ),
+    stakes={
+        "drops": Stake("most assignments dropped", lambda results: results.paired(UNBALANCED, "no drop", "val_loss"))
+    },
 )
 
 if __name__ == "__main__":

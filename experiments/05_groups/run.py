@@ -14,6 +14,7 @@ from flax import nnx
 from dsv3_jax.config import replace
 from dsv3_jax.mesh.token_exchange import mean_reach
 from experiments.lab import Column, Study, drawing
+from experiments.lab.claims import Claim, Stake
 
 GROUPS = 8
 
@@ -60,15 +61,13 @@ def draw(results, path):
     drawing.draw_loss_by_cost(results, path, "reached", label, "Loss by traffic")
 
 
-def ours(results):
-    first = results.variants[0]
-    summary = {
-        name: (results.values(name, "copies"), results.paired(name, first, "val_loss")) for name in results.variants
-    }
-    return "; ".join(
-        f"{name}: {copies.mean():.2f} copies, {loss.mean():+.3f}" for name, (copies, loss) in summary.items()
-    )
+def equal(kept):
+    text = f"{kept} of {GROUPS} groups have the loss of no limit, within {MARGIN} nats"
+    return Claim(text, f"{kept} of {GROUPS} groups", NO_LIMIT, expect="equal", margin=MARGIN, stake="reach")
 
+
+MARGIN = 0.02
+NO_LIMIT = f"{GROUPS} of {GROUPS} groups"
 
 STUDY = Study(
     script=__file__,
@@ -84,7 +83,13 @@ STUDY = Study(
         Column("MaxVio", "max_vio_global", 2),
     ),
     draw=draw,
-    ours=ours,
+    claims=(equal(4), equal(2), equal(1)),
+    stakes={
+        "reach": Stake(
+            f"all experts of a token from 1 of {GROUPS} groups",
+            lambda results: results.paired(f"1 of {GROUPS} groups", NO_LIMIT, "val_loss"),
+        )
+    },
 )
 
 if __name__ == "__main__":

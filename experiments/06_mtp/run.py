@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from dsv3_jax.config import replace
 from dsv3_jax.model.counting import train_flops_per_token
 from experiments.lab import Column, Study, drawing, write_figure
+from experiments.lab.claims import Claim
 
 
 def variants(base):
@@ -58,11 +59,6 @@ def draw(results, path):
     write_figure(figure, path)
 
 
-def ours(results):
-    first, *others = results.variants
-    return "; ".join(f"{name}: {results.paired(name, first, 'val_loss').mean():+.3f} nats" for name in others)
-
-
 STUDY = Study(
     script=__file__,
     question="Does predicting several tokens ahead lower the loss of the next token, and how many drafts are accepted?",
@@ -78,7 +74,20 @@ STUDY = Study(
         Column("tokens per step", tokens_per_step, 2),
     ),
     draw=draw,
-    ours=ours,
+    claims=(
+        Claim("one module lowers the next token's loss", "DeepSeek, depth 1", "off", published=0.0),
+        Claim("two modules lower the next token's loss", "DeepSeek, depth 2", "off"),
+        Claim("Meta's heads lower the next token's loss", "Meta, 2 heads", "off"),
+        Claim(
+            "a chain's second draft is accepted more often than a parallel head's",
+            "DeepSeek, depth 2",
+            "Meta, 2 heads",
+            lambda numbers: 100 * numbers["mtp_acceptance"][1],
+            "higher",
+            unit="points",
+            digits=1,
+        ),
+    ),
 )
 
 if __name__ == "__main__":

@@ -6,106 +6,162 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
 
 from dataclasses import asdict
+from unittest import mock
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
+from dsv3_jax.model import cache as cache_file
 from dsv3_jax.model.cache import CACHE_DTYPES
 from dsv3_jax.training.evaluate import cache_quality
 from experiments.lab import Study, drawing, markdown_table, mean_spread, write_figure
+from experiments.lab.claims import Claim, Stake
 
 EXACT = CACHE_DTYPES[0]  # float32
 CACHES = {"MLA": ("latent", "expanded"), "MHA": ("expanded",)}
+BITS = (7, 6, 5, 4, 3, 2)  # below int8: emulated, because no hardware converts them
 BATCHES = 8
+MARGIN = 0.004  # nats: 0.1 % of the loss
 
 
 def variants(base):
     mla = replace(base.model, attention="mla")
-    return {"MLA": replace(base, model=mla), "MHA": replace(base, model=replace(mla, attention="mha"))}
+    # MHA at the better of two rates, see study 01.
+    half = replace(base.optim, learning_rate=base.optim.learning_rate / 2)
+    return {"MLA": replace(base, model=mla), "MHA": replace(base, model=replace(mla, attention="mha"), optim=half)}
 
 
 def measure(trained):
     """Evaluate held-out text through each cache: cache → dtype → val_loss, agreement, bytes_per_token."""
     caches = CACHES["MLA" if trained.run.model.attention == "mla" else "MHA"]
     batches = trained.held_out(min(BATCHES, trained.run.eval_batches))
-    qualities = {kind: cache_quality(trained.model, batches, CACHE_DTYPES, kind) for kind in caches}
-    return {kind: {dtype: asdict(quality) for dtype, quality in by.items()} for kind, by in qualities.items()}
+    found = {}
+    for kind in caches:
+        qualities = cache_quality(trained.model, batches, CACHE_DTYPES, kind)
+        found[kind] = {dtype: asdict(quality) for dtype, quality in qualities.items()}
+        numbers = found[kind][EXACT]["bytes_per_token"] // 4
+        scales = found[kind]["int8"]["bytes_per_token"] - numbers
+        for bits in BITS:
+            loss = loss_at_bits(trained.model, batches, kind, bits)
+            found[kind][f"{bits} bits"] = {"val_loss": loss, "bytes_per_token": numbers * bits / 8 + scales}
+    return found
+
+
+def loss_at_bits(model, batches, kind, bits):
+    """Return the loss through a float32 cache whose rows are rounded to so many bits as they are written."""
+    store = cache_file._as_stored
+
+    def rounded(part, rows):
+        return store(part, round_to_bits(rows, part.parts, bits))
+
+    jax.clear_caches()  # or a program that was compiled without the rounding would run
+    with mock.patch.object(cache_file, "_as_stored", rounded):
+        quality = cache_quality(model, batches, (EXACT,), kind)[EXACT]
+    jax.clear_caches()
+    return quality.val_loss
+
+
+def round_to_bits(rows, parts, bits):
+    """Round each part of a row to 2^bits − 1 even steps around 0, with one scale for each part, as int8 does.
+
+    scale = max|part| / (2^(bits−1) − 1);   rounded = scale · round(part / scale)
+    """
+    most, done, start = 2 ** (bits - 1) - 1, [], 0
+    for width in parts:
+        part = rows[..., start : start + width]
+        scale = jnp.abs(part).max(axis=-1, keepdims=True) / most
+        done.append(jnp.where(scale > 0, jnp.round(part / jnp.where(scale > 0, scale, 1)) * scale, 0))
+        start += width
+    return jnp.concatenate(done, axis=-1)
+
+
+def change(kind, dtype):
+    """Return a function of a run's numbers: loss through a cache of this dtype − loss through the exact one."""
+    return lambda numbers: numbers[kind][dtype]["val_loss"] - numbers[kind][EXACT]["val_loss"]
 
 
 def cells(results):
     """Yield (variant, cache, dtype, bytes per token, loss − loss with the exact cache [seeds])."""
     for variant in results.variants:
         for kind in CACHES[variant]:
-            exact = results.values(variant, f"{kind}/{EXACT}/val_loss")
             for dtype in results.records(variant)[0]["numbers"][kind]:
                 size = results.values(variant, f"{kind}/{dtype}/bytes_per_token")[0]
-                yield variant, kind, dtype, int(size), results.values(variant, f"{kind}/{dtype}/val_loss") - exact
+                yield variant, kind, dtype, float(size), results.values(variant, change(kind, dtype))
 
 
 def table(results):
     rows = []
-    for variant, kind, dtype, size, change in cells(results):
+    for variant, kind, dtype, size, changed in cells(results):
         exact = results.values(variant, f"{kind}/{EXACT}/val_loss")
-        loss = results.values(variant, f"{kind}/{dtype}/val_loss")
-        agreement = results.values(variant, f"{kind}/{dtype}/agreement") * 100
+        try:
+            agreement = mean_spread(results.values(variant, f"{kind}/{dtype}/agreement") * 100, 2)
+        except KeyError:
+            agreement = "–"
         rows.append(
-            [variant, kind, dtype, f"{size:,}", mean_spread(loss, 4)]
-            + [mean_spread(change, 5, sign=True), mean_spread(change / exact * 100, 3, sign=True)]
-            + [mean_spread(agreement, 2)]
+            [variant, kind, dtype, f"{size:,.0f}"]
+            + [mean_spread(changed, 5, sign=True), mean_spread(changed / exact * 100, 3, sign=True), agreement]
         )
-    header = [
-        "model",
-        "cache",
-        "dtype",
-        "bytes per token",
-        "validation loss",
-        f"against {EXACT}, paired",
-        "change, % of the loss",
-    ]
+    header = ["model", "cache", "dtype", "bytes per token", f"loss against {EXACT}, paired", "change, % of the loss"]
     return markdown_table([*header, "same most likely token, %"], rows)
 
 
+def bits_of(dtype):
+    return {"float32": 32, "bfloat16": 16, "int8": 8, "float8_e4m3": 8}.get(dtype) or int(dtype.split()[0])
+
+
 def draw(results, path):
-    figure = Figure(figsize=(11, 4.0), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    rows = list(cells(results))
-    lines = list(dict.fromkeys((variant, kind) for variant, kind, *_ in rows))
-    dtypes = list(dict.fromkeys(dtype for _, _, dtype, *_ in rows))
-    marks = dict(zip(dtypes, "osD^", strict=False))
-    for i, line in enumerate(lines):
-        name = ", ".join(line)
-        for variant, kind, dtype, size, change in (row for row in rows if row[:2] == line):
-            loss = results.values(variant, f"{kind}/{dtype}/val_loss").mean()
-            left.plot([size], [loss], marks[dtype], color=f"C{i}", markersize=8, fillstyle="none")
-            if dtype != EXACT:
-                x = dtypes.index(dtype) + 0.2 * (i - (len(lines) - 1) / 2)
-                right.plot([x] * len(change), change * 1e3, ".", color=f"C{i}", alpha=0.6)
-                right.plot([x - 0.08, x + 0.08], [change.mean() * 1e3] * 2, color=f"C{i}", linewidth=2.5)
-        left.plot([], [], color=f"C{i}", label=name)
-        right.plot([], [], color=f"C{i}", label=name)
-    for dtype in dtypes:
-        left.plot([], [], marks[dtype], color="0.4", fillstyle="none", label=dtype)
-    drawing.style_axes(left, "Loss by cache size", "cache, bytes per token", "validation loss, nats per token")
-    left.set_xscale("log")
-    sizes = sorted({size for *_, size, _ in rows})
-    left.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=8)
-    left.minorticks_off()
-    title = f"Change of the loss against {EXACT}"
-    drawing.style_axes(right, title, "", "10⁻³ nats per token; a dot is a seed")
-    right.axhline(0, color="0.5", linewidth=0.8)
-    right.set_xticks(range(1, len(dtypes)), dtypes[1:])
-    for ax in (left, right):
-        ax.legend(frameon=False, fontsize=8)
+    """Draw the change of the loss by bits of a number; a line for each cache."""
+    figure = Figure(figsize=(8.0, 4.6), layout="constrained")
+    ax = figure.add_subplot()
+    lines = dict.fromkeys((variant, kind) for variant, kind, *_ in cells(results))
+    fewest = None
+    for i, (variant, kind) in enumerate(lines):
+        rows = [r for r in cells(results) if r[:2] == (variant, kind) and r[2] not in (EXACT, "float8_e4m3")]
+        x = np.array([bits_of(dtype) for _, _, dtype, *_ in rows]) + 0.06 * (i - 1)
+        y = np.array([changed.mean() for *_, changed in rows])
+        low, high = (np.array([f(changed) for *_, changed in rows]) for f in (np.min, np.max))
+        ax.errorbar(
+            x, y, [y - low, high - y], fmt="o-", color=f"C{i}", markersize=5, capsize=3, label=f"{variant}, {kind}"
+        )
+        if kind == "latent":
+            fewest = min((bits_of(d) for _, _, d, _, c in rows if abs(c.mean()) <= MARGIN), default=None)
+    ax.axvline(6, color="black", linestyle=":", linewidth=1, label="published: 6 bits on average")
+    ax.axhspan(-MARGIN, MARGIN, color="0.9", zorder=0, label=f"within {MARGIN} nats")
+    ax.set_yscale("symlog", linthresh=MARGIN)
+    answer = "" if fewest is None else f": the latent keeps its loss down to {fewest} bits"
+    drawing.style_axes(ax, f"Loss by bits of a cached number{answer}", "bits; bars: range over seeds", "nats per token")
+    ax.set_xscale("log", base=2)
+    ticks = sorted({bits_of(dtype) for _, _, dtype, *_ in cells(results) if dtype != EXACT})
+    ax.set_xticks(ticks, [str(t) for t in ticks])
+    ax.minorticks_off()
+    ax.invert_xaxis()
+    ax.legend(frameon=False, fontsize=9)
     write_figure(figure, path)
 
 
-def ours(results):
-    if "MLA" not in results.variants:
-        return ""
-    exact = results.values("MLA", f"latent/{EXACT}/val_loss")
-    sizes = {d: int(results.values("MLA", f"latent/{d}/bytes_per_token")[0]) for d in (EXACT, "int8")}
-    change = (results.values("MLA", "latent/int8/val_loss") / exact - 1).mean()
-    return f"int8 latent: {change:+.3%} of loss at {sizes['int8']} bytes per token instead of {sizes[EXACT]}"
+def keeps(dtype):
+    text = f"a latent of {dtype} keeps the loss, within {MARGIN} nats"
+    return Claim(text, "MLA", 0.0, change("latent", dtype), "equal", margin=MARGIN, digits=4, stake="bits")
+
+
+def more_than_keys(dtype):
+    """Compare the latent with the same model's keys and values."""
+
+    def difference(numbers):
+        return change("latent", dtype)(numbers) - change("expanded", dtype)(numbers)
+
+    return Claim(
+        f"at {dtype} the latent loses more than keys and values",
+        "MLA",
+        0.0,
+        difference,
+        "higher",
+        digits=4,
+        stake="bits",
+    )
 
 
 STUDY = Study(
@@ -116,7 +172,8 @@ STUDY = Study(
     measure=measure,
     table=table,
     draw=draw,
-    ours=ours,
+    claims=(keeps("int8"), keeps("6 bits"), keeps("4 bits"), more_than_keys("int8"), more_than_keys("3 bits")),
+    stakes={"bits": Stake("2 bits a number", lambda results: results.values("MLA", change("latent", "2 bits")))},
 )
 
 if __name__ == "__main__":

@@ -14,13 +14,16 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 from dsv3_jax.config import Yarn, replace
-from dsv3_jax.data.batches import val_batches
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops.cross_entropy import token_scores
 from experiments.lab import RUNS_FOLDER, FollowUp, Study, drawing, markdown_table, mean_spread, write_figure
+from experiments.lab.claims import Claim, Stake
 
 FACTOR = 4
-BINS = 8  # equal parts of the positions up to 4L
+CONTEXTS = (3 / 4, 1, 3 / 2, 2, 3, 4)  # tokens of a row that are read, in units of L; its last L/2 are scored
+CONTEXTS_OF_L = 2 * FACTOR  # the scored part is 1 / CONTEXTS_OF_L of a row of 4L
+LEAST_DOCUMENTS = 100
+VAL_FRACTION = 0.15
 DISTANCES = (1 / 8, 1 / 4, 1 / 2, 7 / 8, 5 / 4, 2, 3, 15 / 4)  # in units of L
 ROWS = 64  # questions per distance
 TABLE_LINES = {  # line: (variant, how it is evaluated)
@@ -37,7 +40,10 @@ def variants(base):
     model = replace(
         base.model, vocab_size=260, rope_head_dim=16, mtp_depth=0, max_positions=FACTOR * length, yarn=Yarn()
     )
-    data = replace(base.data, paths=(corpus_of(base),), tokenizer="bytes")
+    # More is held out than of other text, so that at least LEAST_DOCUMENTS documents fill a row of 4L.
+    data = replace(
+        base.data, paths=(corpus_of(base),), tokenizer="bytes", val_fraction=VAL_FRACTION, max_documents=None
+    )
     short = replace(base, model=model, data=data, steps=2 * base.steps)
     longer = replace(data, seq_len=FACTOR * length, batch_size=max(data.batch_size // FACTOR, 1))
     lr = base.optim.learning_rate / 3
@@ -83,24 +89,35 @@ def scores(trained, model):
     "home" is retrieval in rows of length L.
     """
     most, tokenizer = trained.run.model.max_positions, trained.tokenizer
-    cfg = replace(trained.run.data, seq_len=most, batch_size=16, seed=0)
-    rows = [b["tokens"][(b["segment_ids"] == 1).all(1)] for b in val_batches(trained.corpus, tokenizer, cfg, 8)]
-    tokens = np.concatenate(rows)  # rows that one document fills
-    nll, _ = predict(model, tokens)
-    is_text = ~np.isin(tokens[:, 1:], tokenizer.encode_array(planted.PLANTED))
-    bins = [(nll[:, part] * is_text[:, part]).sum() / is_text[:, part].sum() for part in position_bins(most)]
+    tokens = held_out_rows(trained.corpus.val, tokenizer, most)
+    nll, is_text = [], ~np.isin(tokens[:, -most // CONTEXTS_OF_L :], tokenizer.encode_array(planted.PLANTED))
+    for context in CONTEXTS:
+        # The same last L/2 tokens of each row are scored, with more and more of the row before them.
+        row = tokens[:, -round(context * most / FACTOR) :]
+        nll.append(predict(model, row)[0][:, -is_text.shape[1] :])
     home = [d for d in DISTANCES if d < 1]
     return {
-        "loss": [float(x) for x in bins],
+        "documents": len(tokens),
+        "loss": [float((x * is_text).sum() / is_text.sum()) for x in nll],
         "retrieved": retrieved(trained, model, most, DISTANCES),
         "home": retrieved(trained, model, most // FACTOR, home),
     }
 
 
-def position_bins(most):
-    """Return slices of the predicting positions 0 … 4L − 2."""
-    edges = np.linspace(0, most, BINS + 1).astype(int)
-    return [slice(a, min(b, most - 1)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+def held_out_rows(documents, tokenizer, length):
+    """Cut one row from each held-out document of at least `length` tokens: its last ones.
+
+    Raises: ValueError for fewer than LEAST_DOCUMENTS rows: a loss by position is that of the documents that have it.
+    """
+    texts = (tokenizer.encode_array(document.text) for document in documents)
+    rows = [tokens[-length:] for tokens in texts if len(tokens) >= length]
+    print(f"rows={len(rows)} of length={length}, one from each of as many held-out documents")
+    if len(rows) < LEAST_DOCUMENTS:
+        raise ValueError(
+            f"rows={len(rows)} from held-out documents of at least {length} tokens are fewer than {LEAST_DOCUMENTS}; "
+            "use a smaller data.seq_len or a larger data.val_fraction"
+        )
+    return np.stack(rows)
 
 
 def retrieved(trained, model, row, distances):
@@ -152,12 +169,23 @@ def table(results):
     header += ["retrieved in rows of 4L, within L", "retrieved in rows of 4L, beyond L"]
     rows = []
     for line, variant, how in shown(results):
-        losses = split(results.values(variant, f"{how}/loss"), BINS // FACTOR)
+        losses = [mean_spread(x, 3) for x in losses_of(results, variant, how)] or ["withdrawn"] * 2
         shares = split(results.values(variant, f"{how}/retrieved"), sum(d < 1 for d in DISTANCES))
         home = results.values(variant, f"{how}/home").mean(1)
-        cells = [mean_spread(x, 3) for x in losses] + [mean_spread(100 * x, 1) + " %" for x in (home, *shares)]
+        cells = losses + [mean_spread(100 * x, 1) + " %" for x in (home, *shares)]
         rows.append([line, *cells])
-    return markdown_table(header, rows) + f"\n\nLoss in nats per byte of text. Chance retrieves {planted.CHANCE:.1%}."
+    counts = results.values(results.variants[0], lambda numbers: numbers["own"].get("documents", 3))
+    note = f"Loss in nats per byte of text, of {counts.min():.0f} documents. Chance retrieves {planted.CHANCE:.1%}."
+    if counts.min() < LEAST_DOCUMENTS:
+        note += " Losses of recipe 1 rest on three rows of text, and are withdrawn."
+    return f"{markdown_table(header, rows)}\n\n{note}"
+
+
+def losses_of(results, variant, how):
+    """Return the loss with contexts up to L and beyond, two [seeds]; nothing for results of recipe 1."""
+    if "documents" not in results.records(variant)[0]["numbers"]["own"]:
+        return ()
+    return split(results.values(variant, f"{how}/loss"), sum(c <= 1 for c in CONTEXTS))
 
 
 def split(values, inside):
@@ -166,22 +194,25 @@ def split(values, inside):
 
 
 def draw(results, path):
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     length = results.records(results.variants[0])[0]["numbers"]["length"]
-    middles = (np.arange(BINS) + 0.5) * FACTOR * length / BINS
+    contexts = np.array(CONTEXTS) * length
     for i, (line, variant, how) in enumerate(shown(results)):
-        curve(left, middles, results.values(variant, f"{how}/loss"), line, i)
+        if losses_of(results, variant, how):
+            curve(left, contexts, results.values(variant, f"{how}/loss"), line, i)
         curve(right, np.array(DISTANCES) * length, 100 * results.values(variant, f"{how}/retrieved"), line, i)
-    drawing.style_axes(left, "Loss of the text by position", "position", "nats per byte")
+    drawing.style_axes(left, f"Loss of the same {length // 2} bytes by context", "tokens read", "nats per byte")
     drawing.style_axes(right, f"Keys retrieved in rows of {FACTOR * length}", "distance to the key", "%")
+    if not left.lines:
+        left.text(0.5, 0.5, "withdrawn: recipe 1 rests on three rows", ha="center", transform=left.transAxes)
     right.axhline(100 * planted.CHANCE, color="0.5", linewidth=0.8, linestyle=":")
     right.text(FACTOR * length, 100 * planted.CHANCE, "chance", fontsize=8, color="0.4", ha="right", va="top")
-    right.set_ylim(0, 103)
+    right.set_ylim(0, max(30, right.get_ylim()[1]))
     for ax in (left, right):
         ax.axvline(length, color="0.5", linewidth=0.8)
         ax.annotate(" L", (length, 0.99), xycoords=("data", "axes fraction"), va="top", fontsize=9, color="0.4")
-    figure.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=3, loc="outside lower center")
+    figure.legend(*right.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=3, loc="outside lower center")
     write_figure(figure, path)
 
 
@@ -191,13 +222,20 @@ def curve(ax, x, values, line, i):
     ax.fill_between(x, values.min(0), values.max(0), color=f"C{i}", alpha=0.15, linewidth=0)
 
 
-def ours(results):
-    parts = []
-    for line, variant, how in shown(results):
-        loss = split(results.values(variant, f"{how}/loss"), BINS // FACTOR)[1].mean()
-        share = split(results.values(variant, f"{how}/retrieved"), sum(d < 1 for d in DISTANCES))[1].mean()
-        parts.append(f"{line}: loss beyond L {loss:.2f}, {share:.0%} of keys")
-    return "; ".join(parts)
+def beyond(how, what="loss"):
+    """Return a function of a run's numbers: the mean beyond L of the loss by context, or of the retrieved share."""
+
+    def mean(numbers):
+        if what == "loss":
+            numbers["documents"]  # not in results of recipe 1, whose loss rests on three rows
+            return float(np.mean(numbers[how]["loss"][len([c for c in CONTEXTS if c <= 1]) :]))
+        return float(np.mean(numbers[how]["retrieved"][sum(d < 1 for d in DISTANCES) :]))
+
+    return mean
+
+
+def gain(first, second):
+    return lambda numbers: beyond(first)(numbers) - beyond(second)(numbers)
 
 
 STUDY = Study(
@@ -209,7 +247,38 @@ STUDY = Study(
     measure=measure,
     table=table,
     draw=draw,
-    ours=ours,
+    claims=(
+        Claim("beyond L, YaRN without more steps is better than nothing", "L", 0.0, gain("yarn", "own"), "lower"),
+        Claim(
+            "beyond L, more steps with YaRN are better than without",
+            "L, then 4L with YaRN",
+            "L, then 4L",
+            beyond("own"),
+        ),
+        Claim(
+            "beyond L, more steps with YaRN are better than 4L from the start",
+            "L, then 4L with YaRN",
+            "4L",
+            beyond("own"),
+        ),
+        Claim(
+            "more steps with YaRN find keys beyond L",
+            "L, then 4L with YaRN",
+            planted.CHANCE,
+            beyond("own", "retrieved"),
+            "higher",
+            unit="of keys",
+            stake="keys",
+        ),
+    ),
+    stakes={
+        "keys": Stake(
+            "no key: chance, against keys within L",
+            lambda results: results.values("L", lambda n: float(np.mean(n["own"]["home"]))) - planted.CHANCE,
+            lambda n: float(np.mean(n["own"]["home"])),
+            "of keys",
+        )
+    },
 )
 
 if __name__ == "__main__":

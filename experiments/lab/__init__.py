@@ -4,16 +4,9 @@ A study is a folder of `experiments/` with a `run.py` that lists its variants as
 trains the missing runs, measures them, and writes results.json, the picture and the table in README.md.
 """
 
-from experiments.lab.results import (
-    ABOVE,
-    Column,
-    Results,
-    format_number,
-    markdown_table,
-    mean_spread,
-    write_figure,
-)
-from experiments.lab.study import RUNS_FOLDER, FollowUp, Study
+from experiments.lab.results import Results, write_figure
+from experiments.lab.study import RUNS_FOLDER, FollowUp, OnTask, Study
+from experiments.lab.tables import ABOVE, Column, format_number, markdown_table, mean_spread
 from experiments.lab.work import TrainedRun
 
 __all__ = [
@@ -21,6 +14,7 @@ __all__ = [
     "RUNS_FOLDER",
     "Column",
     "FollowUp",
+    "OnTask",
     "Results",
     "Study",
     "TrainedRun",

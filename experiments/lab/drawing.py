@@ -1,13 +1,16 @@
 """Plots that several studies share. `draw_…` writes a picture; the others add to axes."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy import stats
 
+from experiments.lab.claims import Verdict, distinct, table_of
 from experiments.lab.results import Results, write_figure
+from experiments.lab.statistics import Noise, compare, pool
 
 
 def style_axes(ax: Axes, title: str, x: str, y: str) -> None:
@@ -25,19 +28,121 @@ def draw_differences(results: Results, path: Path, key: str = "val_loss", title:
     write_figure(figure, path)
 
 
+ANSWER_COLOURS = {"yes": "C2", "no": "C3", "too small to tell here": "0.45", "no verdict": "0.75"}
+
+
+def draw_forest(path: Path, verdicts: Sequence[Verdict], title: str) -> None:
+    """Write a picture of a study's claims: each difference with its 95 % interval, and the published value."""
+    figure = Figure(figsize=(9.0, 1.6 + 0.4 * max(len(verdicts), 1)), layout="constrained")
+    ax = figure.add_subplot()
+    units = {v.claim.unit for v in verdicts}
+    for row, v in enumerate(verdicts):
+        low, high = v.difference.interval
+        colour = ANSWER_COLOURS[v.answer]
+        ax.plot([low, high], [row, row], color=colour, linewidth=2)
+        ax.plot([v.difference.mean], [row], "o", color=colour, markersize=7)
+        if v.claim.published is not None:
+            ax.plot([v.claim.published], [row], "D", color="black", markersize=5, fillstyle="none")
+    if any(v.claim.published is not None for v in verdicts):
+        ax.plot([], [], "D", color="black", fillstyle="none", linestyle="none", label="published")
+    for answer in dict.fromkeys(v.answer for v in verdicts):
+        ax.plot([], [], "o-", color=ANSWER_COLOURS[answer], label=answer)
+    style_axes(ax, title, f"difference with its 95 % interval{', ' + units.pop() if len(units) == 1 else ''}", "")
+    ax.axvline(0, color="0.5", linewidth=0.8)
+    ax.set_yticks(range(len(verdicts)), [v.claim.text for v in verdicts], fontsize=9)
+    ax.invert_yaxis()
+    if verdicts:
+        figure.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=5, loc="outside lower center")
+    write_figure(figure, path)
+
+
+FARTHEST = 8.0  # half intervals; what lies beyond is drawn there as an arrow
+
+
+def draw_all_verdicts(by_study: Mapping[str, Sequence[Mapping]], path: Path) -> None:
+    """Write a forest plot of the claims of all studies, in units of each one's 95 % interval.
+
+    A claim's difference is turned to the direction that the papers expect, and divided by the half width of its
+    interval. Beyond 1 the interval excludes 0; a bar reaches 1 to each side of its dot.
+
+    Args: by_study: verdicts as `claims.as_json` returns them, by study.
+    """
+    count = sum(len(verdicts) for verdicts in by_study.values())
+    figure = Figure(figsize=(10.5, 1.5 + 0.27 * (count + len(by_study))), layout="constrained")
+    ax = figure.add_subplot()
+    row, names, answers = 0, list[tuple[int, str, bool]](), dict[str, int]()
+    for study, verdicts in by_study.items():
+        names.append((row, study, True))
+        row += 1
+        for verdict in verdicts:
+            place = verdict["difference"] / verdict["half"] if verdict["half"] else 0.0
+            colour = ANSWER_COLOURS[verdict["answer"]]
+            shown = float(np.clip(place, -FARTHEST, FARTHEST))
+            if shown == place:
+                ax.plot([place - 1, place + 1], [row, row], color=colour, linewidth=2)
+            ax.plot([shown], [row], "o" if shown == place else "<>"[place > 0], color=colour, markersize=6)
+            if verdict["published"] is not None and verdict["half"]:
+                published = np.clip(verdict["published"] / verdict["half"], -FARTHEST, FARTHEST)
+                ax.plot([published], [row], "D", color="black", markersize=4.5, fillstyle="none")
+            names.append((row, verdict["claim"], False))
+            answers[verdict["answer"]] = answers.get(verdict["answer"], 0) + 1
+            row += 1
+    total = ", ".join(f"{n} {answer}" for answer, n in answers.items())
+    style_axes(
+        ax,
+        f"{count} claims: {total}",
+        "← against the papers      half widths of the 95 % interval      as published →",
+        "",
+    )
+    ax.axvline(0, color="0.5", linewidth=0.8)
+    ax.set_yticks([r for r, *_ in names], [text for _, text, _ in names], fontsize=8.5)
+    for label, (_, _, heading) in zip(ax.get_yticklabels(), names, strict=True):
+        label.set_fontweight("bold" if heading else "normal")
+    ax.tick_params(axis="y", length=0)
+    ax.set_ylim(row - 0.4, -0.6)
+    ax.set_xlim(-FARTHEST - 0.5, FARTHEST + 0.5)
+    for answer in answers:
+        ax.plot([], [], "o-", color=ANSWER_COLOURS[answer], label=answer)
+    ax.plot([], [], "D", color="black", fillstyle="none", linestyle="none", label="published value")
+    figure.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=5, loc="outside upper center")
+    write_figure(figure, path)
+
+
 def plot_differences(ax: Axes, results: Results, key: str, title: str, unit: str) -> None:
-    """Plot each variant's difference to the first variant: a dot per seed, a bar for their mean."""
-    first = results.variants[0]
-    for row, variant in enumerate(results.variants):
+    """Plot each variant's difference to the first variant: a dot per seed, their mean with its 95 % interval.
+
+    The interval is that of the pooled noise over the study's variants.
+    """
+    first, *others = results.variants
+    noise = _noise(results, key)
+    for row, variant in enumerate(others):
         values = results.paired(variant, first, key)
         if not len(values):
             continue
-        ax.plot(values, np.full(len(values), row), "o", color=f"C{row % 10}", alpha=0.6, markersize=6)
-        ax.plot([values.mean()] * 2, [row - 0.3, row + 0.3], color=f"C{row % 10}", linewidth=2.5)
-    style_axes(ax, title, f"difference, {unit}: a dot is a seed, a bar their mean", "")
+        colour = colour_of(results, variant)
+        ax.plot(values, np.full(len(values), row), "o", color=colour, alpha=0.45, markersize=5, markeredgewidth=0)
+        table = table_of(results, key)
+        found = compare(table[variant], table[first], noise) if noise else None
+        half = 0.0 if found is None else found.half
+        ax.errorbar([values.mean()], [row], xerr=[half], fmt="|", color=colour, markersize=14, linewidth=2, capsize=4)
+    style_axes(ax, title, f"difference to {first}, {unit}; dots: seeds, bars: 95 % interval", "")
     ax.axvline(0, color="0.5", linewidth=0.8)
-    ax.set_yticks(range(len(results.variants)), results.variants)
-    ax.invert_yaxis()
+    ax.set_yticks(range(len(others)), others)
+    ax.set_ylim(max(len(others), 1) - 0.5, -0.5)
+
+
+def _noise(results: Results, key: str) -> Noise | None:
+    """Return the noise pooled over the study's variants, or None for one seed or one variant."""
+    try:
+        noise = pool([distinct(table_of(results, key))])
+    except ValueError:
+        return None
+    return noise if noise.dof else None
+
+
+def colour_of(results: Results, variant: str) -> str:
+    """Return a variant's colour, the same in every picture of its study."""
+    return f"C{results.variants.index(variant) % 10}"
 
 
 def plot_curves(
@@ -47,12 +152,13 @@ def plot_curves(
 
     Args: name: of the curve. only: the variants to plot; None means all.
     """
-    for i, variant in enumerate(results.variants):
+    for variant in results.variants:
         if only is not None and variant not in only:
             continue
         steps, values = results.curve(variant, name)
-        ax.plot(steps, values.mean(0), label=variant, color=f"C{i % 10}", linewidth=1.4)
-        ax.fill_between(steps, values.min(0), values.max(0), color=f"C{i % 10}", alpha=0.15, linewidth=0)
+        colour = colour_of(results, variant)
+        ax.plot(steps, values.mean(0), label=variant, color=colour, linewidth=1.4)
+        ax.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
     style_axes(ax, title, "step", unit)
     bottom, top = ax.get_ylim()
     ax.set_ylim(top=top + 0.3 * (top - bottom))  # space for the legend above the curves
@@ -62,7 +168,7 @@ def plot_curves(
 def draw_loss_by_cost(
     results: Results, path: Path, cost: str | Callable[[Results, str], float], label: str, title: str
 ) -> None:
-    """Write a picture of validation loss against a cost on a logarithmic axis: dots are seeds, a ring their mean.
+    """Write a picture of validation loss against a cost on a logarithmic axis: dots are seeds, a circle their mean.
 
     Args:
         cost: the key of a measured number, averaged over seeds; or a function (results, variant) → number.
@@ -71,15 +177,19 @@ def draw_loss_by_cost(
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     ax = figure.add_subplot()
     costs = []
-    for i, variant in enumerate(results.variants):
+    noise = _noise(results, "val_loss")
+    for variant in results.variants:
         x = cost(results, variant) if callable(cost) else float(results.values(variant, cost).mean())
         losses = results.values(variant, "val_loss")
-        ax.plot(np.full(len(losses), x), losses, ".", color=f"C{i % 10}", alpha=0.6)
-        ax.plot([x], [losses.mean()], "o", color=f"C{i % 10}", markersize=11, fillstyle="none", label=variant)
+        colour = colour_of(results, variant)
+        ax.plot(np.full(len(losses), x), losses, ".", color=colour, alpha=0.6)
+        # Of differences between variants: the seeds' common effect is left out.
+        half = noise.sd * stats.t.ppf(0.975, noise.dof) / np.sqrt(len(losses)) if noise else 0.0
+        ax.errorbar([x], [losses.mean()], yerr=[half], fmt="o", color=colour, markersize=9, capsize=4, label=variant)
         costs.append(x)
-    style_axes(ax, title, label, "validation loss, nats per token")
+    style_axes(ax, title, label, "validation loss, nats per token; bars: 95 % interval")
     ax.set_xscale("log")
     ax.set_xticks(sorted(set(costs)), [f"{c:,.4g}" for c in sorted(set(costs))])
     ax.minorticks_off()
-    ax.legend(frameon=False, fontsize=8)
+    figure.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=4, loc="outside lower center")
     write_figure(figure, path)

@@ -1,56 +1,23 @@
-"""Results of a study: results.json, statistics over seeds, and the table of README.md.
+"""Results of a study: results.json, and text of numbers.
 
-results.json holds, by variant and seed, the numbers of a finished run and the fingerprint of its configuration. A run
-is missing, and is made again, if its fingerprint is not the one that the study asks for.
+results.json holds, by variant and seed, the numbers of a finished run and the run's identity (`fingerprints`). A run is
+missing, and is made, if no result has the identity that the study asks for. Results of another identity are kept under
+"others": they are named and never mixed with those that are shown.
 """
 
-import dataclasses
-import hashlib
 import io
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy import stats
 
-from dsv3_jax.config import Execution, RunConfig, replace
 from dsv3_jax.files import write_atomic
+from experiments.lab.fingerprints import Identity
 
-ABOVE = "the row above"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
-MINUS = "−"
-
-
-def fingerprint(run: RunConfig) -> str:
-    """Return twelve hex digits that identify a run's configuration, without its kernels and layout on devices.
-
-    Keys with default values are left out, so that a new key of a later version changes no fingerprint. Keys that have
-    moved keep their first place, so that finished runs keep theirs.
-    """
-    changed = _non_defaults(replace(run, execution=Execution()))
-    model = changed.setdefault("model", {})
-    for name in ("compute_dtype", "remat"):
-        if (value := getattr(run.execution, name)) != getattr(Execution(), name):
-            model[name] = value
-    if "capacity_factor" in model:
-        model["dispatch"] = "capacity"
-        if model["capacity_factor"] == 1.25:
-            del model["capacity_factor"]
-    return hashlib.blake2b(json.dumps(changed, sort_keys=True).encode(), digest_size=6).hexdigest()
-
-
-def _non_defaults(config) -> dict:
-    """Return the keys of a configuration that differ from their default."""
-    changed = {}
-    for key in dataclasses.fields(config):
-        value = getattr(config, key.name)
-        default = key.default_factory() if key.default_factory is not dataclasses.MISSING else key.default
-        if value != default:
-            changed[key.name] = _non_defaults(value) if dataclasses.is_dataclass(value) else value
-    return changed
 
 
 def write_figure(figure: Figure, path: Path) -> None:
@@ -60,39 +27,90 @@ def write_figure(figure: Figure, path: Path) -> None:
     write_atomic(path, data.getvalue())
 
 
+Key = str | Callable[[Mapping], Any]
+
+
 class Results:
     """The finished runs of a study: `runs[variant][seed]` is a record. Seeds are strings, as JSON keys are.
 
-    A record has `fingerprint`, `numbers` (name → number, list or dict), `curves` (name → [steps, values]), `parameters`
-    (total, active, cache_bytes), `steps`, `seconds`, `date`, `commit`, `machine`.
+    A record has the identity's `config`, `corpus`, `tokenizer` and `recipe`; `numbers` (name → number, list or dict),
+    `curves` (name → [steps, values]), `parameters` (total, active, cache_bytes), `steps`, `seconds`, `date`, `commit`
+    and `dirty` of the training code, `machine`. Records without `recipe` are of recipe 1.
+
+    Attributes:
+        runs: what is shown: results of the asked identities, or of an older recipe while there are none.
+        others: kept, not shown: records with `variant` and `seed`.
+        names: hash `keys` of records → names of their settings.
+        is_current: whether `runs` are of the identities that `select` was asked for.
     """
 
     def __init__(self, path: Path, about: Mapping | None = None):
         self.path = path
         stored = json.loads(path.read_text()) if path.exists() else {}
         self.runs: dict[str, dict[str, dict]] = stored.pop("runs", {})
+        self.others: list[dict] = stored.pop("others", [])
+        self.names: dict[str, list[str]] = {keys: names.split() for keys, names in stored.pop("settings", {}).items()}
+        self.is_current = False
         self.about = stored | dict(about or {})
 
-    def has(self, variant: str, seed: int, expected: str) -> bool:
-        """Return whether the run exists and has the expected fingerprint."""
-        return self.runs.get(variant, {}).get(str(seed), {}).get("fingerprint") == expected
+    @property
+    def recipe(self) -> int | None:
+        """The recipe of the results that are shown."""
+        return max((_recipe(record) for name in self.runs for record in self.records(name)), default=None)
+
+    def has(self, variant: str, seed: int, identity: Identity) -> bool:
+        """Return whether the run exists and is the asked one."""
+        return identity.matches(self.runs.get(variant, {}).get(str(seed), {}), self.names)
+
+    def remember(self, identity: Identity) -> None:
+        """Keep the names of an identity's settings, so that a later version can compare its results."""
+        self.names.setdefault(identity.keys, sorted(identity.settings))
 
     def add(self, variant: str, seed: int, record: dict) -> None:
-        """Add a run, and write the file."""
-        self.runs.setdefault(variant, {})[str(seed)] = record
+        """Add a run, and write the file. Results of another recipe are no longer shown; none is deleted."""
+        if any(_recipe(shown) != _recipe(record) for name in self.runs for shown in self.records(name)):
+            self.others, self.runs = self._all(), {}
+        before = self.runs.setdefault(variant, {}).get(str(seed))
+        if before is not None:
+            self.others.append(_named(variant, str(seed), before))
+        self.runs[variant][str(seed)] = record
         self.write()
 
-    def keep(self, expected: Mapping[tuple[str, int], str]) -> None:
-        """Drop every run without its expected fingerprint, and sort the variants in the order of `expected`.
+    def select(self, asked: Mapping[tuple[str, int], Identity]) -> None:
+        """Show the results of the asked identities, in their order. Without any, show those of the newest recipe."""
+        everything, chosen = self._all(), dict[tuple[str, int], dict]()
+        for key, identity in asked.items():
+            named = [r for r in everything if (r["variant"], int(r["seed"])) == key and identity.matches(r, self.names)]
+            if named:
+                chosen[key] = named[0]
+        self.is_current = bool(chosen)
+        if not chosen:
+            newest = max(map(_recipe, everything), default=0)
+            for record in everything:
+                if _recipe(record) == newest:
+                    chosen.setdefault((record["variant"], int(record["seed"])), record)
+        shown = {id(record) for record in chosen.values()}
+        self.others = [record for record in everything if id(record) not in shown]
+        self.runs = {}
+        for variant in dict.fromkeys([*(name for name, _ in asked), *(name for name, _ in chosen)]):
+            for (name, seed), record in chosen.items():
+                if name == variant:
+                    bare = {key: value for key, value in record.items() if key not in ("variant", "seed")}
+                    self.runs.setdefault(variant, {})[str(seed)] = bare
 
-        Args: expected: fingerprints by (variant, seed).
-        """
-        kept: dict[str, dict[str, dict]] = {}
-        for (variant, seed), mark in expected.items():
-            if self.has(variant, seed, mark):
-                kept.setdefault(variant, {})[str(seed)] = self.runs[variant][str(seed)]
-        order = dict.fromkeys(variant for variant, _ in expected)
-        self.runs = {variant: kept[variant] for variant in order if variant in kept}
+    def describe_others(self) -> str:
+        """Return a sentence on the results that are not shown; empty if there are none."""
+        if not self.others:
+            return ""
+        kinds: dict[str, int] = {}
+        for record in self.others:
+            kind = f"recipe {_recipe(record)}, text {record.get('corpus', 'not recorded')}"
+            kinds[kind] = kinds.get(kind, 0) + 1
+        return "Kept but not shown: " + "; ".join(f"{n} results of {kind}" for kind, n in kinds.items()) + "."
+
+    def _all(self) -> list[dict]:
+        shown = [_named(name, seed, r) for name, seeds in self.runs.items() for seed, r in seeds.items()]
+        return shown + self.others
 
     def forget(self, keys: Collection[tuple[str, int]]) -> None:
         """Drop the runs of these (variant, seed). The next `add` writes the file."""
@@ -102,7 +120,12 @@ class Results:
 
     def provenance(self, key: str) -> str:
         """Return all distinct values of the records' `date`, `commit` or `machine`, sorted."""
-        return ", ".join(sorted({record[key] for name in self.variants for record in self.records(name)}))
+        values = {
+            record[key] + (" with changes" if key == "commit" and record.get("dirty") else "")
+            for name in self.variants
+            for record in self.records(name)
+        }
+        return ", ".join(sorted(values))
 
     def seeds(self) -> list[int]:
         """Return the seeds that have at least one run, ascending."""
@@ -110,14 +133,22 @@ class Results:
 
     def write(self) -> None:
         """Write the file with one line per run, so that its diff is readable."""
-        outer = json.dumps(self.about | {"runs": "@"}, indent=1, ensure_ascii=False)
+        outer = json.dumps(
+            self.about
+            | ({"settings": {keys: " ".join(names) for keys, names in self.names.items()}} if self.names else {})
+            | {"runs": "@"}
+            | ({"others": "@@"} if self.others else {}),
+            indent=1,
+            ensure_ascii=False,
+        )
         variants = []
         for variant, seeds in self.runs.items():
             records = {seed: json.dumps(_rounded(record), ensure_ascii=False) for seed, record in seeds.items()}
             lines = (f"   {json.dumps(seed)}: {record}" for seed, record in records.items())
             variants.append(f"  {json.dumps(variant)}: {{\n" + ",\n".join(lines) + "\n  }")
         text = outer.replace('"@"', "{\n" + ",\n".join(variants) + "\n }")
-        write_atomic(self.path, (text + "\n").encode())
+        others = ",\n".join(f"  {json.dumps(_rounded(record), ensure_ascii=False)}" for record in self.others)
+        write_atomic(self.path, (text.replace('"@@"', f"[\n{others}\n ]") + "\n").encode())
 
     @property
     def variants(self) -> list[str]:
@@ -128,21 +159,21 @@ class Results:
         """Return the records of a variant, by ascending seed."""
         return [self.runs[variant][seed] for seed in sorted(self.runs[variant], key=int)]
 
-    def values(self, variant: str, key: str) -> np.ndarray:
+    def values(self, variant: str, key: Key) -> np.ndarray:
         """Return a number over the seeds, float64 [seeds, …].
 
-        Args: key: the number's name; `a/b` selects within dicts and lists.
+        Args: key: the number's name; `a/b` selects within dicts and lists. Or a function of a record's numbers.
         Raises: KeyError for a number that was not measured.
         """
-        return np.array([_lookup(record["numbers"], key) for record in self.records(variant)], np.float64)
+        return np.array([lookup(record["numbers"], key) for record in self.records(variant)], np.float64)
 
-    def paired(self, variant: str, first: str, key: str) -> np.ndarray:
+    def paired(self, variant: str, first: str, key: Key) -> np.ndarray:
         """Return `variant` − `first` for each seed that both have, float64 [seeds].
 
         The seed's effect on both variants cancels.
         """
         seeds = sorted(self.runs[variant].keys() & self.runs[first].keys(), key=int)
-        both = [[_lookup(self.runs[name][seed]["numbers"], key) for seed in seeds] for name in (variant, first)]
+        both = [[lookup(self.runs[name][seed]["numbers"], key) for seed in seeds] for name in (variant, first)]
         return np.subtract(*np.array(both, np.float64).reshape(2, len(seeds)))
 
     def curve(self, variant: str, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -151,10 +182,21 @@ class Results:
         return np.array(curves[0][0]), np.array([values for _, values in curves], np.float64)
 
 
-def _lookup(numbers, key: str):
+def lookup(numbers, key: Key):
+    """Return a number of a record's numbers, see `Results.values`."""
+    if callable(key):
+        return key(numbers)
     for part in key.split("/"):
         numbers = numbers[int(part)] if isinstance(numbers, list) else numbers[part]
     return numbers
+
+
+def _recipe(record: Mapping) -> int:
+    return record.get("recipe", 1)
+
+
+def _named(variant: str, seed: str, record: dict) -> dict:
+    return {"variant": variant, "seed": seed} | record
 
 
 def _rounded(value):
@@ -178,99 +220,6 @@ def thin_curves(rows: Sequence[Mapping], names: Sequence[str], points: int = 50)
         if parts:
             curves[name] = [[int(p[-1, 0]) for p in parts], [float(p[:, 1].mean()) for p in parts]]
     return curves
-
-
-# Text and tables
-
-
-def format_number(value: float, digits: int, *, sign: bool = False) -> str:
-    """Format a number with a true minus sign, and with a plus sign if `sign` is set."""
-    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", MINUS)
-
-
-def mean_spread(values: np.ndarray, digits: int = 3, *, sign: bool = False) -> str:
-    """Format mean ± sample standard deviation over seeds; one seed has no spread.
-
-    >>> mean_spread(np.array([1.0, 2.0, 3.0]), 2), mean_spread(np.array([-0.5]), 1, sign=True)
-    ('2.00 ± 1.00', '−0.5')
-    """
-    if not len(values):
-        return "–"
-    spread = f" ± {format_number(float(np.std(values, ddof=1)), digits)}" if len(values) > 1 else ""
-    return format_number(float(np.mean(values)), digits, sign=sign) + spread
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a study's table: mean and spread over the seeds of one measured number."""
-
-    title: str
-    key: str | Callable[[Results, str], np.ndarray]  # for `Results.values`, or a function (results, variant) → values
-    digits: int = 3
-    scale: float = 1.0
-    paired: bool = False  # add a column of paired differences to the first variant; needs a `key` that is a name
-    against: tuple[str, ...] = ()  # more such columns, against these variants; ABOVE means the row above
-
-
-def results_table(results: Results, columns: Sequence[Column]) -> str:
-    """Return a Markdown table with a row for each variant."""
-    header = ["variant", "parameters (active)", "cache bytes per token"]
-    for column in columns:
-        header += [column.title] + [f"against {name or results.variants[0]}, paired" for name in _references(column)]
-    rows = []
-    for variant in results.variants:
-        size = results.records(variant)[0]["parameters"]
-        row = [variant, f"{size['total']:,} ({size['active']:,})", f"{size['cache_bytes']:,}"]
-        for column in columns:
-            row += _cells(results, variant, column)
-        rows.append(row)
-    return markdown_table(header, rows)
-
-
-def _cells(results: Results, variant: str, column: Column) -> Iterator[str]:
-    if callable(column.key):
-        yield mean_spread(column.key(results, variant) * column.scale, column.digits)
-        return
-    try:
-        yield mean_spread(results.values(variant, column.key) * column.scale, column.digits)
-    except (KeyError, IndexError):  # some variants lack some numbers
-        yield "–"
-        return
-    above = dict(zip(results.variants[1:], results.variants, strict=False))
-    for name in _references(column):
-        reference = above.get(variant, variant) if name == ABOVE else name or results.variants[0]
-        if reference == variant or reference not in results.runs:
-            yield ""
-            continue
-        difference = results.paired(variant, reference, column.key) * column.scale
-        text = mean_spread(difference, column.digits, sign=True)
-        yield f"**{text}**" if differs_from_zero(difference) else text
-
-
-def _references(column: Column) -> tuple[str, ...]:
-    """Return the variants that a column's differences refer to; "" means the first variant."""
-    return (("",) if column.paired else ()) + column.against
-
-
-def differs_from_zero(differences: np.ndarray, level: float = 0.95) -> bool:
-    """Return whether the confidence interval of the mean excludes 0, by Student's t over the seeds.
-
-    With three seeds, the 95 % interval reaches 2.5 standard deviations to each side of the mean.
-
-    >>> differs_from_zero(np.array([1.0, 1.1, 0.9])), differs_from_zero(np.array([1.0, 2.0, -0.5]))
-    (True, False)
-    """
-    count = len(differences)
-    if count < 2:
-        return False
-    half = stats.t.ppf((1 + level) / 2, count - 1) * np.std(differences, ddof=1) / np.sqrt(count)
-    return bool(abs(np.mean(differences)) > half)
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def replace_block(path: Path, text: str) -> None:

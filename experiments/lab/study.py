@@ -1,12 +1,11 @@
 """A study: its question, its variants as changes of a base recipe, and the results of their runs.
 
 `python experiments/NN_name/run.py` trains and measures the runs that results.json lacks, one process per variant and
-seed. Then it writes the picture and README.md's table. Run folders are runs/lab/FINGERPRINT, where the fingerprint
-identifies the configuration. So studies that need the same run share it.
+seed. Then it writes the picture and README.md's table. Run folders are runs/lab/MARK, where the mark is a hash of the
+run's identity (see `fingerprints`). So studies that need the same run share it.
 """
 
 import argparse
-import json
 import os
 import platform
 import shutil
@@ -14,16 +13,22 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from dsv3_jax.config import RunConfig, from_dict, replace, to_dict
-from dsv3_jax.presets import recipe
+from dsv3_jax.config import RunConfig, replace, to_dict
 from experiments.lab import drawing, overview, work
-from experiments.lab.results import Column, Results, fingerprint, replace_block, results_table
+from experiments.lab.bases import base_run, make_tokenizer, short_run
+from experiments.lab.claims import Check, Claim, NoiseOf, Stake, Verdict, as_json, judge, verdict_table
+from experiments.lab.fingerprints import RECIPE, Identity, changed, identify
+from experiments.lab.options import make_parser
+from experiments.lab.pooling import noise_for
+from experiments.lab.results import Results, replace_block
 from experiments.lab.runner import run_all
+from experiments.lab.tables import Column, moved, results_table
+from experiments.lab.tasks import Task
 from experiments.lab.work import Job, TrainedRun
 
 RUNS_FOLDER = "runs/lab"  # relative to the repository
@@ -34,10 +39,18 @@ class FollowUp:
     """A variant that starts from other variants' runs of the same seed, which are trained first."""
 
     needs: tuple[str, ...]
-    run: Callable[..., RunConfig]  # called with the run folders of `needs`, as strings, in the same order
+    run: Callable[..., "RunConfig | OnTask"]  # called with the run folders of `needs`, as strings, in the same order
 
 
-Variants = Mapping[str, RunConfig | FollowUp]
+@dataclass(frozen=True)
+class OnTask:
+    """A variant that is trained and measured on a task in place of text."""
+
+    task: Task
+    run: RunConfig
+
+
+Variants = Mapping[str, RunConfig | FollowUp | OnTask]
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,8 @@ class StudyRun:
     run: RunConfig
     folder: str
     needed_folders: dict[str, str]  # run folders of the variants that it depends on
-    fingerprint: str
+    identity: Identity
+    task: Task | None = None
 
 
 @dataclass(frozen=True)
@@ -58,13 +72,16 @@ class Study:
     question: str
     published: str  # the papers' figure or direction, in one line
     variants: Callable[[RunConfig], Variants]  # changes of a base recipe; differences refer to the first variant
+    base: str = "lab"  # name of the base recipe
     columns: Sequence[Column] = (Column("validation loss", "val_loss", 4, paired=True),)
     prepare: Callable[[RunConfig, Path], None] | None = None  # (base, repository) → None: writes files that runs read
     measure: Callable[[TrainedRun], dict] | None = None  # more numbers of a run: name → number, list or dict
     measure_alone: Callable[[TrainedRun], dict] | None = None  # the same for timings: one run at a time, on all cores
     table: Callable[[Results], str] | None = None  # Markdown that replaces the table of `columns`
     draw: Callable[[Results, Path], None] = drawing.draw_differences
-    ours: Callable[[Results], str] | None = None  # our result in one line, for experiments/README.md
+    claims: tuple[Claim, ...] = ()  # what the papers claim, judged by `claims.judge`
+    noise: Callable[[Results], NoiseOf] | None = None  # pools noise otherwise than over variants, see `claims.judge`
+    stakes: Mapping[str, Stake] = field(default_factory=dict)  # manipulation checks that claims refer to by name
 
     @property
     def folder(self) -> Path:
@@ -96,9 +113,11 @@ class Study:
                             raise ValueError(f"variant {name!r} needs={other!r}, which is not an earlier variant")
                     needed = {other: runs[other, seed].folder for other in variant.needs}
                     variant = variant.run(*needed.values())
-                run = replace(variant, seed=seed, data=replace(variant.data, seed=seed))
-                mark = fingerprint(run)
-                runs[name, seed] = StudyRun(run, f"{runs_folder}/{mark}", needed, mark)
+                task, run = (variant.task, variant.run) if isinstance(variant, OnTask) else (None, variant)
+                run = replace(run, seed=seed, data=replace(run.data, seed=seed))
+                names = {folder: changed(runs[other, seed].run) for other, folder in needed.items()}
+                identity = identify(run, self.root, task, names)
+                runs[name, seed] = StudyRun(run, f"{runs_folder}/{identity.mark}", needed, identity, task)
         return runs
 
     def main(self, argv: Sequence[str] | None = None) -> int:
@@ -119,34 +138,36 @@ class Study:
         print(self.question)
         with tempfile.TemporaryDirectory(prefix="lab-") as temporary:
             runs_folder = temporary if options.short else RUNS_FOLDER
-            base = short_run() if options.short else base_run(options.base, options.set, runs_folder)
+            name = options.base or self.base
+            base = short_run(self.base) if options.short else base_run(name, options.set, runs_folder)
             seeds = options.seeds or ((0,) if options.short else (0, 1, 2))
             out = self._output_folder(options, Path(temporary))
             results = Results(out / "results.json", self._about(options))
+            if not (options.list or options.redraw):
+                self._make_files(base)
             runs = self.list_runs(base, sorted({*seeds, *results.seeds()}), runs_folder)
-            expected = {key: run.fingerprint for key, run in runs.items()}
-            results.keep(expected)
+            results.select({key: run.identity for key, run in runs.items()})
             names = list(dict.fromkeys(name for name, _ in runs))
             if unknown := set(options.only) - set(names):
                 raise ValueError(f"--only={min(unknown)!r} is not one of {', '.join(names)}")
             wanted = {(name, seed) for name in options.only or names for seed in seeds}
+            if options.check:
+                return self._check(runs, sorted(wanted, key=list(runs).index), results, options.workers)
             if options.fresh or options.remeasure:
-                results.forget(wanted)
-            missing = {key for key in wanted if not results.has(*key, expected[key])}
+                results.forget({key for key in wanted if results.has(*key, runs[key].identity)})
+            missing = {key for key in wanted if not results.has(*key, runs[key].identity)}
             if options.list:
                 for (name, seed), run in runs.items():
                     print(f"{name}, seed {seed}: {'missing' if (name, seed) in missing else 'done'}, {run.folder}")
+                print(results.describe_others())
                 return 0
             if options.fresh:
                 for key in sorted(missing):
                     shutil.rmtree(self.root / runs[key].folder, ignore_errors=True)
             failures = []
             if missing and not options.redraw:
-                _make_tokenizer(base, self.root)
-                if self.prepare is not None:
-                    self.prepare(base, self.root)
                 failures = self._run_missing(runs, missing, results, options.workers)
-                results.keep(expected)
+                results.select({key: run.identity for key, run in runs.items()})
             if results.runs:
                 self._publish(results, out)
             else:
@@ -154,6 +175,34 @@ class Study:
             for failure in failures:
                 print(failure, file=sys.stderr)
             return 1 if failures else 0
+
+    def _make_files(self, base: RunConfig) -> None:
+        """Make the tokenizer and the study's own files, if they are missing. Identities hash them."""
+        make_tokenizer(base, self.root)
+        if self.prepare is not None:
+            self.prepare(base, self.root)
+
+    def _check(self, runs: dict[tuple[str, int], StudyRun], wanted: list, results: Results, workers: int | None) -> int:
+        """Train and measure one finished run again, in a folder of its own, and print by how much its numbers moved."""
+        key = next(
+            (k for k in wanted if results.has(k[0], k[1], runs[k].identity) and not runs[k].needed_folders), None
+        )
+        if key is None:
+            raise ValueError(
+                "--check has no finished run of this recipe to repeat; run the study first, or choose --only"
+            )
+        again = replace(runs[key], folder=f"{runs[key].folder}-check")
+        shutil.rmtree(self.root / again.folder, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix="lab-") as temporary:
+            second = Results(Path(temporary) / "results.json")
+            failures = self._run_missing({key: again}, {key}, second, workers)
+            for failure in failures:
+                print(failure, file=sys.stderr)
+            if failures:
+                return 1
+            print("\n".join(moved(results.runs[key[0]][str(key[1])], second.runs[key[0]][str(key[1])], key)))
+        shutil.rmtree(self.root / again.folder, ignore_errors=True)
+        return 0
 
     def _run_missing(
         self, runs: dict[tuple[str, int], StudyRun], missing: set, results: Results, workers: int | None
@@ -170,12 +219,13 @@ class Study:
         count = max(len(cores) // workers, 1)
         cores_by_worker = [tuple(cores[i * count : (i + 1) * count]) if on_cpu else () for i in range(workers)]
         jobs = [_job(key, runs[key]) for key in runs if key in wanted]
-        provenance = _provenance(self.root)
+        provenance = _provenance()
         pending: dict[tuple[str, int], dict] = {}
 
         def add_trained(job: Job, record: dict) -> None:
             key = job.variant, job.seed
-            record = {"fingerprint": runs[key].fingerprint} | record | provenance
+            record = runs[key].identity.stored() | record | provenance
+            results.remember(runs[key].identity)
             if self.measure_alone is None:
                 results.add(*key, record)
             else:
@@ -198,95 +248,57 @@ class Study:
         return failures
 
     def _output_folder(self, options: argparse.Namespace, temporary: Path) -> Path:
-        """Return the folder for results; only the unchanged base recipe writes to the study's own folder."""
+        """Return the folder for results; only the study's unchanged base recipe writes to its own folder."""
         if options.short:
             return temporary
         changes = "".join(f"-{change.replace('/', '_')}" for change in options.set)
-        if options.base == "lab" and not changes:
+        name = options.base or self.base
+        if name == self.base and not changes:
             return self.folder
-        return self.root / RUNS_FOLDER / f"{self.folder.name}-{options.base}{changes}"
+        return self.root / RUNS_FOLDER / f"{self.folder.name}-{name}{changes}"
 
     def _about(self, options: argparse.Namespace) -> dict:
-        return {"question": self.question, "published": self.published, "base": " ".join([options.base, *options.set])}
+        return {
+            "question": self.question,
+            "published": self.published,
+            "base": " ".join([options.base or self.base, *options.set]),
+        }
+
+    def judge(self, results: Results) -> tuple[list[Verdict], list[Check]]:
+        """Judge the study's claims on its results."""
+        noise = self.noise(results) if self.noise else noise_for(results, self.folder.parent)
+        return judge(results, self.claims, self.stakes, noise)
 
     def _publish(self, results: Results, out: Path) -> None:
-        """Print the table, draw the picture, and update the README.md files."""
-        if self.ours is not None:
-            results.about["ours"] = self.ours(results)
+        """Print the tables, draw the picture, and update the README.md files."""
+        verdicts, checks = self.judge(results)
+        results.about["verdicts"] = [as_json(verdict) for verdict in verdicts]
         results.write()
         text = self.table(results) if self.table else results_table(results, self.columns)
+        if verdicts:
+            text = f"{verdict_table(verdicts, checks)}\n\n{text}"
         picture = out / f"{self.folder.name.partition('_')[2]}.png"
         self.draw(results, picture)
         caption = f"Seeds {', '.join(map(str, results.seeds()))}: mean ± sample standard deviation."
-        if "**" in text:
-            caption += " Bold: the 95 % confidence interval of the difference excludes 0 (Student's t)."
-        caption += f" Run on {results.provenance('date')} at commit {results.provenance('commit')}."
-        caption += f" Machine: {results.provenance('machine')}."
+        what = "trained" if results.recipe and results.recipe > 1 else "measured"
+        caption += f" Run on {results.provenance('date')}, {what} at commit {results.provenance('commit')}."
+        caption += f" Machine: {results.provenance('machine')}. Recipe {results.recipe}."
+        if not results.is_current:
+            caption += (
+                f" These are not of the present configuration and text (recipe {RECIPE}), and are shown until the"
+            )
+            caption += " study runs again."
+        caption += f" {results.describe_others()}".rstrip()
         print(f"\n{text}\n\n{caption}\n{picture}")
         if out == self.folder:
             replace_block(self.folder / "README.md", f"{text}\n\n{caption}")
             overview.write(self.folder.parent)
 
 
-def base_run(name: str, changes: Sequence[str], runs_folder: str = RUNS_FOLDER) -> RunConfig:
-    """Return the base recipe with changes.
-
-    A vocabulary that is larger than the byte tokenizer's gets a tokenizer file in `runs_folder`.
-
-    Args:
-        name: of the recipe.
-        changes: as `model.dim=128`; values are JSON or plain strings.
-    Raises: ConfigError for an unknown recipe or an invalid value, ValueError for an unknown key.
-    """
-    values = to_dict(recipe(name))
-    for change in changes:
-        key, _, value = change.partition("=")
-        *path, last = key.split(".")
-        inner = values
-        for part in path:
-            inner = inner.get(part) if isinstance(inner, dict) else None
-        if not isinstance(inner, dict) or last not in inner:
-            raise ValueError(
-                f"--set={change!r} changes {key!r}, which is not a key of a run; write KEY=VALUE as steps=5000"
-            )
-        try:
-            inner[last] = json.loads(value)
-        except json.JSONDecodeError:
-            inner[last] = value
-    run = from_dict(RunConfig, values)
-    if run.data.tokenizer == "bytes" and run.model.vocab_size > 512:
-        run = replace(run, data=replace(run.data, tokenizer=f"{runs_folder}/tokenizer-{run.model.vocab_size}.json"))
-    return run
-
-
-def short_run() -> RunConfig:
-    """Return the base recipe with a few tiny steps, to check that a study works."""
-    run = recipe("lab")
-    return replace(
-        run,
-        data=replace(run.data, seq_len=64, batch_size=4, max_documents=60, val_fraction=0.2),
-        optim=replace(run.optim, warmup_steps=2),
-        steps=4, eval_every=2, eval_batches=2, save_every=4, log_every=1,
-    )  # fmt: skip
-
-
-def _make_tokenizer(run: RunConfig, root: Path) -> None:
-    """Train the tokenizer that all runs share, if its file is missing."""
-    path = root / run.data.tokenizer
-    if run.data.tokenizer == "bytes" or path.exists():
-        return
-    from dsv3_jax.data import tokenizer
-    from dsv3_jax.data.corpus import load_corpus
-
-    print(f"training a byte-level tokenizer with a vocabulary of {run.model.vocab_size}")
-    # A quarter of the documents is enough for so few merges.
-    documents = load_corpus(replace(run.data, tokenizer="bytes", seed=0)).train[::4]
-    tokenizer.train_bpe((d.text for d in documents), run.model.vocab_size, str(path))
-
-
 def _job(key: tuple[str, int], run: StudyRun, *, alone: bool = False) -> Job:
     record = f"{run.folder}.json"
-    return Job(*key, to_dict(run.run), run.folder, run.needed_folders, record, (), alone)
+    task = None if run.task is None else run.task.to_dict()
+    return Job(*key, to_dict(run.run), run.folder, run.needed_folders, record, (), task, alone)
 
 
 def _is_finished(folder: Path, run: RunConfig) -> bool:
@@ -307,24 +319,7 @@ def _backend() -> str:
     return done.stdout.strip() or "cpu"
 
 
-def _provenance(root: Path) -> dict:
-    """Return date, commit and machine of the runs that are made now."""
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+def _provenance() -> dict:
+    """Return date and machine of the runs that are measured now. Their commit is that of their training."""
     machine = f"{os.cpu_count()} × {platform.machine()}, Python {platform.python_version()}, JAX {version('jax')}"
-    return {"date": date.today().isoformat(), "commit": head.stdout.strip() or "unknown", "machine": machine}
-
-
-def make_parser(prog: str | None, description: str) -> argparse.ArgumentParser:
-    """Return the parser of the options that all studies share."""
-    parser = argparse.ArgumentParser(prog=prog, description=description)
-    parser.add_argument("--base", default="lab", help="the recipe that the variants change: lab, tiny, mini, …")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="change the base, as steps=5000")
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2")
-    parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="run these variants; default: all")
-    parser.add_argument("--workers", type=int, help="runs at a time; default: one per core, or 1 on an accelerator")
-    parser.add_argument("--short", action="store_true", help="run a few steps in a temporary folder, as a check")
-    parser.add_argument("--fresh", action="store_true", help="delete results and runs, then train and measure again")
-    parser.add_argument("--remeasure", action="store_true", help="delete results, then measure the existing runs again")
-    parser.add_argument("--redraw", action="store_true", help="run nothing; rewrite the table and the picture")
-    parser.add_argument("--list", action="store_true", help="run nothing; list which runs are done or missing")
-    return parser
+    return {"date": date.today().isoformat(), "machine": machine}

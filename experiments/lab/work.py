@@ -14,7 +14,9 @@ import numpy as np
 
 from dsv3_jax.config import RunConfig, from_dict
 from dsv3_jax.files import write_atomic
+from experiments.lab import tasks
 from experiments.lab.results import thin_curves
+from experiments.lab.tasks import Task, TaskSource
 
 STOPPED = 75  # exit code of a run that saved after a stop request; the same job resumes it
 CURVES = ("loss", "max_vio", "dropped", "val_loss")
@@ -31,6 +33,7 @@ class Job:
     needed_folders: dict[str, str]  # run folders of the variants that this one depends on, same seed
     record: str  # path of the JSON file that the worker writes
     cores: tuple[int, ...]  # CPU cores to use; empty means all
+    task: dict | None = None  # data in place of the text, as `Task.to_dict` returns it
     alone: bool = False  # run `measure_alone` on a finished run, with the machine to itself
 
     def to_json(self) -> str:
@@ -52,6 +55,7 @@ class TrainedRun:
     run: RunConfig
     needed_folders: dict[str, Path]  # run folders of the variants named in `FollowUp.needs`, same seed
     numbers: dict  # the evaluation's numbers, arrays as lists; `measure` also gets "load" [L, E]
+    task: Task | None = None
 
     @cached_property
     def model(self):
@@ -81,7 +85,10 @@ class TrainedRun:
         """
         from dsv3_jax.data.batches import val_batches
 
-        return val_batches(self.corpus, self.tokenizer, self.run.data, batches or self.run.eval_batches)
+        count = batches or self.run.eval_batches
+        if self.task is not None:
+            return TaskSource(self.task, self.run.data).val_batches(count)
+        return val_batches(self.corpus, self.tokenizer, self.run.data, count)
 
     def metrics(self) -> list[dict]:
         """Return the rows of the run's metrics.jsonl."""
@@ -106,18 +113,19 @@ def run_job(job: Job, measure: Callable[[TrainedRun], dict] | None) -> int:
 
     keep_memory()
     run, folder = from_dict(RunConfig, job.run), Path(job.folder)
+    task = None if job.task is None else tasks.from_dict(job.task)
     needed = {name: Path(path) for name, path in job.needed_folders.items()}
     if job.alone:
         assert measure is not None
         numbers = json.loads(Path(job.record).read_text())["numbers"]
-        record = {"numbers": numbers | measure(TrainedRun(folder, run, needed, numbers))}
+        record = {"numbers": numbers | measure(TrainedRun(folder, run, needed, numbers, task))}
     else:
         with _locked(folder):
-            trained = _train(run, folder)
+            trained = _train(run, folder, task)
         if trained is None:
             return STOPPED
         numbers, seconds = trained
-        measured = measure(TrainedRun(folder, run, needed, numbers)) if measure else {}
+        measured = measure(TrainedRun(folder, run, needed, numbers, task)) if measure else {}
         numbers.pop("load")
         record = {
             "numbers": numbers | measured,
@@ -125,17 +133,25 @@ def run_job(job: Job, measure: Callable[[TrainedRun], dict] | None) -> int:
             "parameters": _parameters(run),
             "steps": run.steps,
             "seconds": round(seconds, 1),
-        }
+        } | _code(folder)
     write_atomic(Path(job.record), json.dumps(_jsonable(record)).encode())
     return 0
 
 
-def _train(run: RunConfig, folder: Path) -> tuple[dict, float] | None:
+def _code(folder: Path) -> dict:
+    """Return commit and dirty flag of the code that trained the run, of its last start."""
+    from dsv3_jax.training.run_folder import read_made
+
+    last = (read_made(folder) or [{}])[-1]
+    return {"commit": (last.get("commit") or "unknown")[:7], "dirty": bool(last.get("dirty"))}
+
+
+def _train(run: RunConfig, folder: Path, task: Task | None) -> tuple[dict, float] | None:
     """Return (the evaluation's numbers, seconds), or None if the run received a stop request."""
     from dsv3_jax.training.loop import fit
 
     start = time.perf_counter()
-    result = fit(run, folder)
+    result = fit(run, folder, source=None if task is None else TaskSource(task, run.data))
     if not result.finished:
         return None
     assert result.evaluation is not None

@@ -85,12 +85,12 @@ inline float Dot(const float* x, const float* y, int64_t count) {
   return total;
 }
 
-// out = softmax(q kᵀ) v, and each query's log Σ exp of its scores.
+// out = softmax(q kᵀ) v, and each query's log Σ exp of its scores and largest score.
 struct Forward : Work {
   Shapes dims;
   const float *q, *k, *v;   // [B, T, H, K], [B, T, H, K], [B, T, H, V]
   const int32_t* segments;  // [B, T]
-  float *out, *lse;         // [B, T, H, V], [B, H, T]
+  float *out, *lse, *top;   // [B, T, H, V], [B, H, T], [B, H, T]
   int64_t parts;            // ranges into which a head's queries are cut
 
   int64_t units() const override { return dims.batch * dims.heads * parts; }
@@ -108,15 +108,13 @@ struct Forward : Work {
   void Queries(int64_t i, int64_t from, int64_t to) {
     const Head at = dims.head(q, k, v, segments, i);
     float* o = out + dims.ValueAt(i / dims.heads, i % dims.heads);
-    float* sums = lse + i * dims.length;
+    float *sums = lse + i * dims.length, *tops = top + i * dims.length;  // tops: running maxima
     const int64_t scores_step = Step(kKeys);
-    Scratch scratch(PackedSize(dims.key, kKeys) + PackedSize(kKeys, dims.value) + kQueries * scores_step + to - from,
-                    4);
+    Scratch scratch(PackedSize(dims.key, kKeys) + PackedSize(kKeys, dims.value) + kQueries * scores_step, 3);
     float* keys = scratch.Take(PackedSize(dims.key, kKeys));      // kᵀ in panels
     float* values = scratch.Take(PackedSize(kKeys, dims.value));  // v in panels
     float* scores = scratch.Take(kQueries * scores_step);         // [kQueries, kKeys]
-    float* tops = scratch.Take(to - from);                        // each query's running maximum
-    std::fill_n(tops, to - from, kNothing);
+    std::fill_n(tops + from, to - from, kNothing);
     std::fill_n(sums + from, to - from, 0.0f);
     for (int64_t t = from; t < to; ++t) std::fill_n(o + t * at.value_step, dims.value, 0.0f);
     int32_t mask[kKeys];
@@ -130,17 +128,17 @@ struct Forward : Work {
         Multiply<false>(at.q + t * at.key_step, at.key_step, keys, rows, dims.key, count, scores, scores_step, false);
         for (int64_t r = 0; r < rows; ++r) {
           float *s = scores + r * scores_step, *to_row = o + (t + r) * at.value_step;
-          float &top = tops[t + r - from], &sum = sums[t + r];
+          float &largest = tops[t + r], &sum = sums[t + r];
           const int64_t before = block.Before(t + r, count);
           if (const int32_t* seen = block.Seen(t + r, before, mask))
             for (int64_t j = 0; j < before; ++j) s[j] = seen[j] ? s[j] : kNothing;
-          const float new_top = std::max(top, Largest(s, before, kNothing)), rescale = Exp(top - new_top);
+          const float new_top = std::max(largest, Largest(s, before, kNothing)), rescale = Exp(largest - new_top);
           ByLanes(before, [&](int64_t j, auto zero) {
             const auto x = Load(s + j, zero);
             Store(s + j, x > kNothing ? Exp(x - new_top) : zero);
           });
           std::fill(s + before, s + count, 0.0f);
-          top = new_top, sum = sum * rescale + Total(s, before);
+          largest = new_top, sum = sum * rescale + Total(s, before);
           if (rescale != 1.0f)
             for (int64_t n = 0; n < dims.value; ++n) to_row[n] *= rescale;
         }
@@ -151,7 +149,7 @@ struct Forward : Work {
     for (int64_t t = from; t < to; ++t) {
       const float inverse = 1.0f / sums[t];
       for (int64_t n = 0; n < dims.value; ++n) o[t * at.value_step + n] *= inverse;
-      sums[t] = tops[t - from] + std::log(sums[t]);
+      sums[t] = tops[t] + std::log(sums[t]);
     }
   }
 };
@@ -243,11 +241,12 @@ int64_t BytesRead(const Shapes& dims) {
 
 // Kernel: causal attention. There are about eight units of work for each thread.
 ffi::Error CausalAttention(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Ints segments,
-                           ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> lse) {
+                           ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> lse,
+                           ffi::ResultBuffer<ffi::F32> top) {
   auto work = std::make_shared<Forward>();
   work->dims = ShapesOf(q, v);
   work->q = q.typed_data(), work->k = k.typed_data(), work->v = v.typed_data(), work->segments = segments.typed_data();
-  work->out = out->typed_data(), work->lse = lse->typed_data();
+  work->out = out->typed_data(), work->lse = lse->typed_data(), work->top = top->typed_data();
   const int64_t heads = work->dims.batch * work->dims.heads, wanted = 8 * pool.num_threads();
   const int64_t most = std::max<int64_t>(work->dims.length / kKeys, 1);
   work->parts = std::min(most, (wanted + heads - 1) / std::max<int64_t>(heads, 1));  // no sequence: no heads
@@ -283,7 +282,8 @@ auto BindText() {
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3CausalAttention, CausalAttention,
                               BindText()
                                   .Ret<Floats>()                    // out [B, T, H, V]
-                                  .Ret<Floats>());                  // log Σ exp of each query's scores [B, H, T]
+                                  .Ret<Floats>()                    // log Σ exp of each query's scores [B, H, T]
+                                  .Ret<Floats>());                  // each query's largest score [B, H, T]
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3CausalAttentionGradients, CausalAttentionGradients,
                               BindText()

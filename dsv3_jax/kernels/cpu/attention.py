@@ -24,24 +24,39 @@ def causal_attention(
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H V"]:
     """Compute `ops.attention.causal_attention` in float32, by the C++ kernel."""
+    return attention_and_maxima(q, k, v, scale=scale, segment_ids=segment_ids)[0]
+
+
+def attention_and_maxima(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G V"],
+    *,
+    scale: float,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+    """Compute `ops.attention.attention_and_maxima` in float32, by the C++ kernel."""
     if segment_ids is None:
         segment_ids = jnp.ones(q.shape[:2], jnp.int32)
     k, v = (repeat_heads(x, q.shape[2]) for x in (k, v))
-    return _attend(scaled(q, scale), k, v, segment_ids)
+    out, largest = _attend(scaled(q, scale), k, v, segment_ids)
+    return out, jax.lax.stop_gradient(largest).swapaxes(1, 2)
 
 
 @jax.custom_vjp
 def _attend(q, k, v, segment_ids):
-    return calls.causal_attention(q, k, v, segment_ids)[0]
+    out, _, largest = calls.causal_attention(q, k, v, segment_ids)
+    return out, largest
 
 
 def _attend_fwd(q, k, v, segment_ids):
-    out, lse = checkpoint_name(calls.causal_attention(q, k, v, segment_ids), RESULTS)
-    return out, (q, k, v, segment_ids, out, lse)
+    out, lse, largest = calls.causal_attention(q, k, v, segment_ids)
+    out, lse = checkpoint_name((out, lse), RESULTS)
+    return (out, largest), (q, k, v, segment_ids, out, lse)
 
 
-def _attend_bwd(saved, d_out):
-    dq, dk, dv = calls.causal_attention_gradients(*saved, d_out)
+def _attend_bwd(saved, d_results):
+    dq, dk, dv = calls.causal_attention_gradients(*saved, d_results[0])
     return dq, dk, dv, None
 
 

@@ -188,18 +188,19 @@ def zero_unwritten(gradient: tuple[Array, Array, Array], written: Float[Array, "
 
 def causal_attention(
     q: Float[Array, "B T H K"], k: Float[Array, "B T H K"], v: Float[Array, "B T H V"], segment_ids: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B H T"]]:
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H T"], Float[Array, "B H T"]]:
     """Compute softmax(q kᵀ) v over the tokens of the same segment up to each query.
 
     Takes no gradient; see `causal_attention_gradients`.
 
     Args: q: scaled queries; k, v: keys and values; segment_ids: int32.
-    Returns: (the output, log Σ exp of each query's scores).
+    Returns: (the output, log Σ exp of each query's scores, each query's largest score).
     """
     batch, length, heads, _ = q.shape
-    shapes = (jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct((batch, heads, length), q.dtype))
-    out, lse = jax.ffi.ffi_call("dsv3_causal_attention", shapes)(q, k, v, segment_ids)
-    return out, lse
+    by_query = jax.ShapeDtypeStruct((batch, heads, length), q.dtype)
+    call = jax.ffi.ffi_call("dsv3_causal_attention", (jax.ShapeDtypeStruct(v.shape, v.dtype), by_query, by_query))
+    out, lse, largest = call(q, k, v, segment_ids)
+    return out, lse, largest
 
 
 def causal_attention_gradients(

@@ -1,0 +1,68 @@
+"""DeepSeekMoE's ladder on a task that needs parameters: 16,384 facts to store, more than the dense model can."""
+
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
+
+from dsv3_jax.config import replace
+from experiments.lab import ABOVE, Column, OnTask, Study, drawing
+from experiments.lab.claims import Claim, Stake
+from experiments.lab.ladder import DENSE, FINE_2, FINE_4, GSHARD, SHARED, SWITCH, ladder
+from experiments.lab.tasks import Facts
+
+BITS = 1 / math.log(2)
+
+
+def variants(base):
+    return {name: OnTask(Facts(), replace(base, model=model)) for name, model in ladder(base.model).items()}
+
+
+def unknown(numbers):
+    """Return the bits of a fact that are still unknown, of 6."""
+    return numbers["val_loss"] * BITS
+
+
+def claim(text, variant, against):
+    return Claim(text, variant, against, unknown, "lower", unit="bits", digits=2, stake="facts")
+
+
+def draw(results, path):
+    drawing.draw_forest(
+        path, STUDY.judge(results)[0], f"{STUDY.question}\nBits of a fact still unknown, lower is better"
+    )
+
+
+STUDY = Study(
+    script=__file__,
+    question="Do shared and finer experts store more facts at equal total and active parameters?",
+    published="dense 2.060, Switch 1.881, GShard 1.867, DeepSeekMoE 1.808 (2B, Pile); every rung of the ladder helps",
+    variants=variants,
+    base="facts",
+    columns=(
+        Column("bits unknown, of 6", "val_loss", 2, scale=BITS, paired=True, against=(ABOVE,)),
+        Column("MaxVio", "max_vio_global", 2),
+    ),
+    draw=draw,
+    claims=(
+        claim("one expert of eight stores more than dense", SWITCH, DENSE),
+        claim("two of sixteen store more than one of eight", GSHARD, SWITCH),
+        claim("a shared expert stores more than none", SHARED, GSHARD),
+        claim("experts of half the width store more", FINE_2, SHARED),
+        claim("experts of a quarter store more than of half", FINE_4, FINE_2),
+        claim("the finest store more than dense", FINE_4, DENSE),
+    ),
+    stakes={
+        "facts": Stake(
+            "no routed expert: dense",
+            lambda results: results.paired(DENSE, FINE_4, unknown),
+            unknown,
+            "bits",
+            2,
+        )
+    },
+)
+
+if __name__ == "__main__":
+    sys.exit(STUDY.main())

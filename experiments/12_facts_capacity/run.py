@@ -1,0 +1,81 @@
+"""Expert capacities on a task that needs the dropped experts: 16,384 facts to store."""
+
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
+
+from dsv3_jax.config import Balance, replace
+from experiments.lab import Column, OnTask, Study, drawing
+from experiments.lab.claims import Claim, Stake
+from experiments.lab.ladder import DENSE, FINE_2, ladder
+from experiments.lab.tasks import Facts
+
+BITS = 1 / math.log(2)
+NO_BALANCE = Balance(bias_rate=0.0, sequence_alpha=0.0)
+NO_DROP, UNBALANCED = "no drop", "no balance"
+CAPPED, CAPPED_UNBALANCED = "capacity 1.25", "capacity 1.25, no balance"
+
+
+def variants(base):
+    models = ladder(base.model)
+    fine = models[FINE_2]
+    models = {
+        NO_DROP: fine,
+        CAPPED: replace(fine, capacity_factor=1.25),
+        CAPPED_UNBALANCED: replace(fine, capacity_factor=1.25, balance=NO_BALANCE),
+        UNBALANCED: replace(fine, balance=NO_BALANCE),
+        DENSE: models[DENSE],
+    }
+    return {name: OnTask(Facts(), replace(base, model=model)) for name, model in models.items()}
+
+
+def unknown(numbers):
+    """Return the bits of a fact that are still unknown, of 6."""
+    return numbers["val_loss"] * BITS
+
+
+def late_dropped(results, variant):
+    """Return the dropped share of assignments over the last fifth of training, one number per seed."""
+    _, shares = results.curve(variant, "dropped")
+    return shares[:, -max(shares.shape[1] // 5, 1) :].mean(1)
+
+
+def claim(text, variant, against, expect="lower", **more):
+    return Claim(text, variant, against, unknown, expect, unit="bits", digits=2, stake="experts", **more)
+
+
+def draw(results, path):
+    drawing.draw_forest(
+        path, STUDY.judge(results)[0], f"{STUDY.question}\nBits of a fact still unknown, lower is better"
+    )
+
+
+STUDY = Study(
+    script=__file__,
+    question="What do dropped tokens cost where the experts' knowledge is needed, and does good balance prevent it?",
+    published="DeepSeek-V3 drops no token in training or inference, thanks to its balance; no figure is given",
+    variants=variants,
+    base="facts",
+    columns=(
+        Column("bits unknown, of 6", "val_loss", 2, scale=BITS, paired=True),
+        Column("dropped in training, %", late_dropped, 2, scale=100.0),
+        Column("MaxVio", "max_vio_global", 2),
+    ),
+    draw=draw,
+    claims=(
+        claim("drops without balance cost facts", CAPPED_UNBALANCED, UNBALANCED, "higher"),
+        claim("drops with balance cost facts", CAPPED, NO_DROP, "higher"),
+        claim("with a capacity, balance stores more facts", CAPPED, CAPPED_UNBALANCED),
+        claim("without a capacity, balance stores more facts", NO_DROP, UNBALANCED),
+    ),
+    stakes={
+        "experts": Stake(
+            "no routed expert: dense", lambda results: results.paired(DENSE, NO_DROP, unknown), unknown, "bits", 2
+        )
+    },
+)
+
+if __name__ == "__main__":
+    sys.exit(STUDY.main())

@@ -1,0 +1,136 @@
+"""Overlap of host and device: a step's time with and without the loop's look-ahead, on a data pipeline that is slow.
+
+python experiments/bench/overlap.py                  # some minutes; prints a table and writes overlap_results.json
+python experiments/bench/overlap.py --steps 40 --rounds 5
+
+Both sides are `fit` itself on one run. "In turn" starts a step and waits for it before the next batch is made; "ahead"
+makes the next batch while a step runs, as on accelerators (`training.loop.AHEAD`). The sides take turns in one process.
+Each pipeline delays a batch by a share of the step's own time: "waiting" sleeps, as for a disk or the network;
+"working" computes on one core in Python, as for a slow tokenizer.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import jax
+
+import dsv3_jax as ds
+from dsv3_jax.config import RunConfig
+from dsv3_jax.training import loop
+
+SHARES = (0.0, 0.5, 1.0)  # of the step's time
+SIDES = {"in turn": 0, "ahead": 2}  # steps that are started before the oldest one is looked at
+
+
+class Slow:
+    """Batches that take longer: `seconds` each, waiting or working."""
+
+    def __init__(self, batches, seconds: float, kind: str):
+        self._batches, self._seconds, self._kind = batches, seconds, kind
+
+    def __getattr__(self, name: str):
+        return getattr(self._batches, name)
+
+    def __next__(self):
+        end = time.perf_counter() + self._seconds
+        if self._kind == "waiting":
+            time.sleep(self._seconds)
+        while time.perf_counter() < end:
+            sum(range(2000))
+        return next(self._batches)
+
+
+class Clock(loop.Callback):
+    """When each step's row was written."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def on_step(self, row):
+        self.times.append(time.perf_counter())
+
+    def step_seconds(self, first: int) -> float:
+        """Mean time of a step, after the first ones."""
+        return (self.times[-1] - self.times[first]) / (len(self.times) - 1 - first)
+
+
+def run_of(steps: int) -> RunConfig:
+    """The tiny recipe with shorter rows, without evaluations or checkpoints before its end."""
+    recipe = ds.recipe("tiny")
+    data = ds.replace(recipe.data, max_documents=400, seq_len=64, batch_size=4)
+    often = dict(eval_every=10**6, save_every=10**6, log_every=1, eval_batches=1)
+    return ds.replace(recipe, data=data, steps=steps, **often)
+
+
+def measure(run: RunConfig, side: str, seconds: float, kind: str) -> float:
+    """Seconds a step of a new run of `fit`."""
+    prepare, clock = loop.prepare, Clock()
+
+    def slowed(*args, **kwargs):
+        ready = prepare(*args, **kwargs)
+        return ds.replace(ready, batches=Slow(ready.batches, seconds, kind))
+
+    ahead = {jax.default_backend(): SIDES[side]}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(loop, "AHEAD", ahead),
+        mock.patch.object(loop, "prepare", slowed),
+        mock.patch("dsv3_jax.training.prepare.gemm_flops", lambda *_, **__: 1e9),  # of a metric that is not read here
+        mock.patch.object(loop, "_draw", lambda *_: None),
+        mock.patch.object(loop, "_order2", lambda *_: None),
+    ):
+        loop.fit(run, Path(folder, "run"), quiet=True, callbacks=[clock])
+    return clock.step_seconds(first=4)
+
+
+def table(cells: list[dict]) -> str:
+    """The results in Markdown."""
+    lines = [
+        "| a batch takes | in turn, ms | ahead, ms | in turn / ahead | at best |",
+        "|---|---|---|---|---|",
+    ]
+    for cell in cells:
+        turn, ahead = (1000 * cell["seconds"][side] for side in SIDES)
+        low, high = min(cell["ratios"]), max(cell["ratios"])
+        share = f"{cell['share']:.0%} of a step, {cell['kind']}" if cell["share"] else "no longer than usual"
+        ratio = f"{statistics.median(cell['ratios']):.2f} ({low:.2f}–{high:.2f})"
+        lines.append(f"| {share} | {turn:.0f} | {ahead:.0f} | {ratio} | {1 + min(cell['share'], 1):.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    run = run_of(options.steps)
+    for side in SIDES:
+        step = measure(run, side, 0.0, "waiting")  # compiles; "in turn" is then measured once more
+    step, cells = measure(run, "in turn", 0.0, "waiting"), []
+    for share in SHARES:
+        for kind in ("waiting", "working") if share else ("waiting",):
+            found: dict[str, list[float]] = {side: [] for side in SIDES}
+            for _ in range(options.rounds):
+                for side, seconds in found.items():
+                    seconds.append(measure(run, side, share * step, kind))
+            ratios = [a / b for a, b in zip(*found.values(), strict=True)]
+            medians = {side: statistics.median(seconds) for side, seconds in found.items()}
+            cells.append({"share": share, "kind": kind, "seconds": medians, "ratios": ratios})
+            print(table(cells[-1:]).splitlines()[-1], flush=True)
+    device = jax.devices()[0]
+    results = {
+        "device": device.device_kind, "platform": device.platform, "machine": platform.machine(),
+        "jax": jax.__version__, "steps": options.steps, "rounds": options.rounds, "step_seconds": step, "cells": cells,
+    }  # fmt: skip
+    Path(__file__).with_name("overlap_results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print("\n" + table(cells))
+
+
+if __name__ == "__main__":
+    main()

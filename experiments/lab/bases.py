@@ -1,0 +1,92 @@
+"""Base recipes that variants change: the package's own, and those of the lab's tasks."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsv3_jax.config import DataConfig, OptimConfig, RunConfig, from_dict, replace, to_dict
+from dsv3_jax.presets import recipe
+
+# Two layers that are too small for the facts that they are asked to store: 16,384 of 6 bits.
+_FACTS = RunConfig(
+    model=replace(
+        recipe("lab").model,
+        vocab_size=260, dim=48, num_layers=2, num_dense_layers=0, dense_dim=32, num_heads=2, q_latent_dim=None,
+        kv_latent_dim=16, nope_head_dim=12, rope_head_dim=8, v_head_dim=12, num_experts=31, experts_per_token=3,
+        num_shared_experts=1, expert_dim=8, max_positions=16,
+    ),
+    data=DataConfig(seq_len=3, batch_size=512),
+    optim=OptimConfig(learning_rate=1e-2, final_learning_rate=5e-4, warmup_steps=20),
+    steps=1500, eval_every=1500, eval_batches=32, save_every=500, keep=1,
+)  # fmt: skip
+# Two dense layers that learn one-hop retrieval within L = 64 in 160 steps.
+_RETRIEVAL = RunConfig(
+    model=replace(
+        recipe("lab").model,
+        vocab_size=260, dim=64, num_layers=2, num_dense_layers=2, dense_dim=128, num_heads=4, q_latent_dim=None,
+        kv_latent_dim=32, nope_head_dim=16, rope_head_dim=16, v_head_dim=16, max_positions=64,
+    ),
+    data=DataConfig(seq_len=64, batch_size=32),
+    optim=OptimConfig(learning_rate=6e-3, final_learning_rate=3e-4, warmup_steps=20),
+    steps=160, eval_every=160, eval_batches=8, save_every=160, keep=1,
+)  # fmt: skip
+OF_TASKS = {"facts": _FACTS, "retrieval": _RETRIEVAL}
+
+
+def base_run(name: str, changes: Sequence[str], runs_folder: str) -> RunConfig:
+    """Return a base recipe with changes.
+
+    A vocabulary that is larger than the byte tokenizer's gets a tokenizer file in `runs_folder`.
+
+    Args:
+        name: of the recipe: facts, retrieval, or a preset's.
+        changes: as `model.dim=128`; values are JSON or plain strings.
+    Raises: ConfigError for an unknown recipe or an invalid value, ValueError for an unknown key.
+    """
+    values = to_dict(OF_TASKS[name] if name in OF_TASKS else recipe(name))
+    for change in changes:
+        key, _, value = change.partition("=")
+        *path, last = key.split(".")
+        inner = values
+        for part in path:
+            inner = inner.get(part) if isinstance(inner, dict) else None
+        if not isinstance(inner, dict) or last not in inner:
+            raise ValueError(
+                f"--set={change!r} changes {key!r}, which is not a key of a run; write KEY=VALUE as steps=5000"
+            )
+        try:
+            inner[last] = json.loads(value)
+        except json.JSONDecodeError:
+            inner[last] = value
+    run = from_dict(RunConfig, values)
+    if run.data.tokenizer == "bytes" and run.model.vocab_size > 512:
+        run = replace(run, data=replace(run.data, tokenizer=f"{runs_folder}/tokenizer-{run.model.vocab_size}.json"))
+    return run
+
+
+def short_run(name: str = "lab") -> RunConfig:
+    """Return a base recipe with a few tiny steps, to check that a study works."""
+    if name in OF_TASKS:
+        run = OF_TASKS[name]
+        data = replace(run.data, batch_size=16)
+    else:
+        run = recipe("lab")
+        data = replace(run.data, seq_len=64, batch_size=4, max_documents=60, val_fraction=0.2)
+    return replace(
+        run, data=data, optim=replace(run.optim, warmup_steps=2),
+        steps=4, eval_every=2, eval_batches=2, save_every=4, log_every=1,
+    )  # fmt: skip
+
+
+def make_tokenizer(run: RunConfig, root: Path) -> None:
+    """Train the tokenizer that all runs share, if its file is missing."""
+    path = root / run.data.tokenizer
+    if run.data.tokenizer == "bytes" or path.exists():
+        return
+    from dsv3_jax.data import tokenizer
+    from dsv3_jax.data.corpus import load_corpus
+
+    print(f"training a byte-level tokenizer with a vocabulary of {run.model.vocab_size}")
+    # A quarter of the documents is enough for so few merges.
+    documents = load_corpus(replace(run.data, tokenizer="bytes", seed=0)).train[::4]
+    tokenizer.train_bpe((d.text for d in documents), run.model.vocab_size, str(path))

@@ -1,0 +1,246 @@
+"""Claims of a study, and their verdicts: yes, no, too small to tell here, or no verdict."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from experiments.lab.results import Key, Results, lookup
+from experiments.lab.statistics import (
+    Difference,
+    Noise,
+    Table,
+    against_constant,
+    compare,
+    holm,
+    pool,
+    smallest_visible,
+)
+from experiments.lab.tables import format_number, markdown_table
+
+STAKE = 3  # least cost of taking a study's subject away, in units of the noise of a run
+
+Answer = Literal["yes", "no", "too small to tell here", "no verdict"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim that a number of `variant` is lower or higher than that of `against`, or equal to within `margin`.
+
+    Attributes:
+        text: the claim, as a sentence that "yes" agrees to.
+        against: another variant, or a constant such as a chance level.
+        key: the number, see `Results.values`.
+        expect: what the papers lead to expect.
+        margin: for "equal": the largest difference that counts as equal.
+        stake: the name of the manipulation check that the claim needs, in `Study.stakes`. "" means that the claim is
+            about the subject itself.
+        published: the papers' difference in the same unit, if there is one.
+    """
+
+    text: str
+    variant: str
+    against: str | float
+    key: Key = "val_loss"
+    expect: Literal["lower", "higher", "equal"] = "lower"
+    margin: float = 0.0
+    unit: str = "nats"
+    digits: int = 3
+    stake: str = ""
+    published: float | None = None
+
+
+@dataclass(frozen=True)
+class Stake:
+    """A manipulation check: what it costs to take a study's subject away.
+
+    Attributes:
+        text: what is taken away, as in "routed experts off".
+        cost: (results) → the cost by seed. An empty array means that it is not measured.
+        key: the number that the cost is in; its noise is the yardstick.
+    """
+
+    text: str
+    cost: Callable[[Results], np.ndarray]
+    key: Key = "val_loss"
+    unit: str = "nats"
+    digits: int = 3
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer to a claim, and the numbers that it rests on."""
+
+    claim: Claim
+    answer: Answer
+    difference: Difference
+    adjusted_p: float
+    visible: float  # smallest difference that would have been seen with a power of 80 %
+    reason: str  # why there is no verdict; else empty
+
+
+@dataclass(frozen=True)
+class Check:
+    """A manipulation check's outcome."""
+
+    stake: Stake
+    cost: float | None  # None: not measured
+    noise: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the cost is at least STAKE times the noise."""
+        return self.cost is not None and self.cost >= STAKE * self.noise
+
+    @property
+    def sentence(self) -> str:
+        """One sentence on the outcome."""
+        stake, digits = self.stake, self.stake.digits
+        if self.cost is None:
+            return f"Manipulation check, {stake.text}: not measured, so claims that need it get no verdict."
+        cost, noise = (format_number(x, digits) for x in (self.cost, self.noise))
+        outcome = "passed" if self.passed else f"below {STAKE} × the noise, so claims that need it get no verdict"
+        return f"Manipulation check, {stake.text}: costs {cost} {stake.unit}, noise of a run {noise}: {outcome}."
+
+
+NoiseOf = Callable[[Key], Noise]
+
+
+def table_of(results: Results, key: Key) -> Table:
+    """Return the numbers of all variants that have it, variant → seed → number."""
+    table: dict[str, dict[int, float]] = {}
+    for variant, seeds in results.runs.items():
+        for seed, record in seeds.items():
+            try:
+                table.setdefault(variant, {})[int(seed)] = float(lookup(record["numbers"], key))
+            except (KeyError, IndexError, TypeError):  # some variants lack some numbers
+                continue
+    return {variant: numbers for variant, numbers in table.items() if numbers}
+
+
+def distinct(table: Table) -> Table:
+    """Leave out variants whose numbers are another's, as of heads on one frozen trunk: they are one run."""
+    kept: dict[str, Mapping[int, float]] = {}
+    for variant, numbers in table.items():
+        if numbers not in kept.values():
+            kept[variant] = numbers
+    return kept
+
+
+def noise_within(results: Results) -> NoiseOf:
+    """Return a function that pools a number's noise over the variants of one study."""
+    return lambda key: pool([distinct(table_of(results, key))])
+
+
+def judge(
+    results: Results, claims: Sequence[Claim], stakes: Mapping[str, Stake], noise_of: NoiseOf
+) -> tuple[list[Verdict], list[Check]]:
+    """Judge all claims whose runs are there; Holm's correction is over these.
+
+    Returns: verdicts in the claims' order, and the manipulation checks.
+    """
+    checks = {name: _check(stake, results, noise_of) for name, stake in stakes.items()}
+    judged: list[tuple[Claim, Difference]] = []
+    for claim in claims:
+        table = table_of(results, claim.key)
+        if claim.variant not in table or (isinstance(claim.against, str) and claim.against not in table):
+            continue
+        try:
+            judged.append((claim, _difference(claim, table, noise_of(claim.key))))
+        except ValueError:  # too few seeds
+            continue
+    adjusted = holm([found.p for _, found in judged])
+    verdicts = []
+    for (claim, found), p in zip(judged, adjusted, strict=True):
+        visible = smallest_visible(found.error, found.dof, len(judged))
+        check = checks.get(claim.stake)
+        reason = "" if check is None or check.passed else check.sentence
+        answer: Answer = "no verdict" if reason else answer_to(claim, found, p)
+        verdicts.append(Verdict(claim, answer, found, p, visible, reason))
+    return verdicts, list(checks.values())
+
+
+def _difference(claim: Claim, table: Table, noise: Noise) -> Difference:
+    if isinstance(claim.against, str):
+        return compare(table[claim.variant], table[claim.against], noise)
+    return against_constant(table[claim.variant], claim.against, noise)
+
+
+def answer_to(claim: Claim, found: Difference, adjusted_p: float) -> Answer:
+    """Return yes or no where the difference tells, else "too small to tell here".
+
+    A difference in the expected direction is a yes if it is significant after the correction, one in the other
+    direction a no. "equal" is a yes if the 95 % interval is within the margin, and a no if it is outside of it.
+    """
+    low, high = found.interval
+    if claim.expect == "equal":
+        if -claim.margin <= low and high <= claim.margin:
+            return "yes"
+        outside = low > claim.margin or high < -claim.margin
+        return "no" if outside and adjusted_p < 0.05 else "too small to tell here"
+    if adjusted_p >= 0.05:
+        return "too small to tell here"
+    return "yes" if (found.mean < 0) == (claim.expect == "lower") else "no"
+
+
+def _check(stake: Stake, results: Results, noise_of: NoiseOf) -> Check:
+    try:
+        cost = stake.cost(results)
+    except (KeyError, IndexError):
+        cost = np.zeros(0)
+    try:
+        noise = noise_of(stake.key).sd
+    except ValueError:
+        noise = float("nan")
+    if np.isnan(noise):  # one variant, or one seed
+        return Check(stake, None, noise)
+    return Check(stake, float(np.mean(cost)) if len(cost) else None, noise)
+
+
+def verdict_table(verdicts: Sequence[Verdict], checks: Sequence[Check]) -> str:
+    """Return Markdown: a row for each claim, and a sentence for each manipulation check."""
+    rows = []
+    for v in verdicts:
+        digits = v.claim.digits
+        mean, low, high = (format_number(x, digits, sign=True) for x in (v.difference.mean, *v.difference.interval))
+        rows.append(
+            [
+                v.claim.text,
+                f"{mean} ({low} to {high}) {v.claim.unit}".strip(),
+                str(v.difference.seeds),
+                format_p(v.adjusted_p),
+                format_number(v.visible, digits),
+                f"**{v.answer}**",
+            ]
+        )
+    header = ["claim", "difference (95 % interval)", "seeds", "p (Holm)", "visible here", "verdict"]
+    return "\n\n".join([markdown_table(header, rows), *(check.sentence for check in checks)])
+
+
+def format_p(p: float) -> str:
+    """Format a p-value.
+
+    >>> format_p(0.0312), format_p(2e-7)
+    ('0.031', '< 0.001')
+    """
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def as_json(verdict: Verdict) -> dict:
+    """Return a verdict as results.json keeps it; differences are turned to the direction of the claim.
+
+    A claim of "lower" is multiplied by −1, so that what the papers expect is positive.
+    """
+    sign = -1 if verdict.claim.expect == "lower" else 1
+    published = verdict.claim.published
+    return {
+        "claim": verdict.claim.text,
+        "answer": verdict.answer,
+        "difference": sign * verdict.difference.mean,
+        "half": verdict.difference.half,
+        "unit": verdict.claim.unit,
+        "p": verdict.adjusted_p,
+        "visible": verdict.visible,
+        "published": None if published is None else sign * published,
+    }

@@ -1,0 +1,54 @@
+"""Noise of a recipe's validation loss, pooled over the variants of all studies that use the recipe."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.lab.claims import NoiseOf, distinct, noise_within
+from experiments.lab.results import Key, Results
+from experiments.lab.statistics import Noise, Table, pool
+
+POOLED = "val_loss"
+
+
+def recipe_noise(all_results: Sequence[Results], base: str | None, steps: int) -> Noise:
+    """Pool the noise of the validation loss over all studies with one base and number of steps.
+
+    Runs that studies share count once. Each version of the recipe has its own seed effects.
+
+    Raises: ValueError if no degree of freedom is left.
+    """
+    tables: dict[int, dict[str, dict[int, float]]] = {}
+    seen: set[tuple[str, str]] = set()
+    for results in all_results:
+        if results.about.get("base") != base:
+            continue
+        for variant, seeds in results.runs.items():
+            for seed, record in seeds.items():
+                mark = record.get("config") or record.get("fingerprint") or f"{results.path}: {variant}"
+                if record["steps"] != steps or POOLED not in record["numbers"] or (mark, seed) in seen:
+                    continue
+                seen.add((mark, seed))
+                table = tables.setdefault(record.get("recipe", 1), {})
+                name = f"{results.path.parent.name}: {variant}"
+                table.setdefault(name, {})[int(seed)] = float(record["numbers"][POOLED])
+    independent: list[Table] = [distinct(table) for table in tables.values()]
+    return pool(independent)
+
+
+def siblings(experiments: Path) -> list[Results]:
+    """Return the results of all studies in a folder."""
+    return [Results(path) for path in sorted(experiments.glob("[0-9][0-9]_*/results.json"))]
+
+
+def noise_for(results: Results, experiments: Path) -> NoiseOf:
+    """Return each number's noise: of the validation loss over all studies of the recipe, else over this study."""
+    within = noise_within(results)
+
+    def noise(key: Key) -> Noise:
+        steps = {r["steps"] for name in results.variants for r in results.records(name)}
+        if key != POOLED or len(steps) != 1:
+            return within(key)
+        others = [r for r in siblings(experiments) if r.path != results.path]
+        return recipe_noise([results, *others], results.about.get("base"), steps.pop())
+
+    return noise

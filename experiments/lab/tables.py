@@ -1,0 +1,100 @@
+"""Text of numbers, and the tables of README.md."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from experiments.lab.results import Results
+
+ABOVE = "the row above"
+MINUS = "−"
+
+
+def format_number(value: float, digits: int, *, sign: bool = False) -> str:
+    """Format a number with a true minus sign, and with a plus sign if `sign` is set."""
+    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", MINUS)
+
+
+def mean_spread(values: np.ndarray, digits: int = 3, *, sign: bool = False) -> str:
+    """Format mean ± sample standard deviation over seeds; one seed has no spread.
+
+    >>> mean_spread(np.array([1.0, 2.0, 3.0]), 2), mean_spread(np.array([-0.5]), 1, sign=True)
+    ('2.00 ± 1.00', '−0.5')
+    """
+    if not len(values):
+        return "–"
+    spread = f" ± {format_number(float(np.std(values, ddof=1)), digits)}" if len(values) > 1 else ""
+    return format_number(float(np.mean(values)), digits, sign=sign) + spread
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a study's table: mean and spread over the seeds of one measured number."""
+
+    title: str
+    key: str | Callable[[Results, str], np.ndarray]  # for `Results.values`, or a function (results, variant) → values
+    digits: int = 3
+    scale: float = 1.0
+    paired: bool = False  # add a column of paired differences to the first variant; needs a `key` that is a name
+    against: tuple[str, ...] = ()  # more such columns, against these variants; ABOVE means the row above
+
+
+def results_table(results: Results, columns: Sequence[Column]) -> str:
+    """Return a Markdown table with a row for each variant."""
+    header = ["variant", "parameters (active)", "cache bytes per token"]
+    for column in columns:
+        header += [column.title] + [f"against {name or results.variants[0]}, paired" for name in _references(column)]
+    rows = []
+    for variant in results.variants:
+        size = results.records(variant)[0]["parameters"]
+        row = [variant, f"{size['total']:,} ({size['active']:,})", f"{size['cache_bytes']:,}"]
+        for column in columns:
+            row += _cells(results, variant, column)
+        rows.append(row)
+    return markdown_table(header, rows)
+
+
+def _cells(results: Results, variant: str, column: Column) -> Iterator[str]:
+    if callable(column.key):
+        yield mean_spread(column.key(results, variant) * column.scale, column.digits)
+        return
+    try:
+        yield mean_spread(results.values(variant, column.key) * column.scale, column.digits)
+    except (KeyError, IndexError):  # some variants lack some numbers
+        yield "–"
+        return
+    above = dict(zip(results.variants[1:], results.variants, strict=False))
+    for name in _references(column):
+        reference = above.get(variant, variant) if name == ABOVE else name or results.variants[0]
+        if reference == variant or reference not in results.runs:
+            yield ""
+            continue
+        yield mean_spread(results.paired(variant, reference, column.key) * column.scale, column.digits, sign=True)
+
+
+def _references(column: Column) -> tuple[str, ...]:
+    """Return the variants that a column's differences refer to; "" means the first variant."""
+    return (("",) if column.paired else ()) + column.against
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def moved(before: dict, after: dict, key: tuple[str, int]) -> list[str]:
+    """Return lines that compare two records of one run, number by number.
+
+    >>> moved({"numbers": {"val_loss": 3.5}}, {"numbers": {"val_loss": 3.625, "x": {}}}, ("MLA", 0))
+    ['MLA, seed 0, trained again:', '  val_loss 3.5 → 3.625 (+0.125)']
+    """
+    lines = [f"{key[0]}, seed {key[1]}, trained again:"]
+    for name, first in before["numbers"].items():
+        second = after["numbers"].get(name)
+        if isinstance(first, int | float) and isinstance(second, int | float):
+            lines.append(
+                f"  {name} {first:.6g} → {second:.6g} ({format_number(second - first, 6, sign=True).rstrip('0')})"
+            )
+    return lines

@@ -1,0 +1,24 @@
+"""Tasks that isolate one mechanism each, for studies that text cannot answer at a small size."""
+
+from typing import Any
+
+from experiments.lab.tasks.domains import Domains
+from experiments.lab.tasks.facts import Facts
+from experiments.lab.tasks.many_keys import ManyKeys
+from experiments.lab.tasks.names import Names
+from experiments.lab.tasks.retrieval import Retrieval
+from experiments.lab.tasks.task import Task, TaskSource
+
+TASKS: dict[str, Any] = {cls.name: cls for cls in (Facts, Retrieval, ManyKeys, Names, Domains)}
+
+__all__ = ["TASKS", "Domains", "Facts", "ManyKeys", "Names", "Retrieval", "Task", "TaskSource", "from_dict"]
+
+
+def from_dict(values: dict[str, Any]) -> Task:
+    """Return the task that `Task.to_dict` wrote.
+
+    >>> from_dict(Facts(bits=4).to_dict()) == Facts(bits=4)
+    True
+    """
+    fields = dict(values)
+    return TASKS[fields.pop("task")](**fields)

@@ -1,0 +1,70 @@
+"""A mixture of domains whose experts are known: each domain has its own random map from x to y.
+
+    row    d  x_1 y_1  x_2 y_2 …,   y_i = map_d[x_i], except with probability `noise`: then y_i is any of n
+    asked  each y
+
+Domains share the tokens x and y but no knowledge. So the right division of the work is one expert (or group of
+experts) for each domain: I(expert; domain) = log2 D bits at one expert a token. The difficulty is D · n, the number of
+pairs to know. The optimum is the noise's entropy: with q = 1 − noise + noise/n and r = noise/n,
+
+    −q log2 q − (n − 1) r log2 r
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from experiments.lab.tasks.task import Rows, Task, bits_of, require_alphabet, rows_of
+
+
+@dataclass(frozen=True)
+class Domains(Task):
+    """D domains with n words each."""
+
+    name = "domains"
+
+    count: int = 4  # D
+    words: int = 64  # n
+    pairs: int = 8  # of a row
+    noise: float = 0.0
+    table_seed: int = 0
+
+    def __post_init__(self):
+        require_alphabet(domains=self.count, words=self.words)
+        if not 0 <= self.noise < 1:
+            raise ValueError(f"noise={self.noise} is not in [0, 1)")
+
+    @property
+    def length(self) -> int:
+        return 1 + 2 * self.pairs
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return tuple(f"domain {i}" for i in range(self.count))
+
+    @property
+    def chance_bits(self) -> float:
+        return bits_of(self.words)
+
+    @property
+    def best_bits(self) -> float:
+        other = self.noise / self.words
+        right = 1 - self.noise + other
+        return -right * math.log2(right) - ((self.words - 1) * other * math.log2(other) if other else 0.0)
+
+    @cached_property
+    def maps(self) -> np.ndarray:
+        """map_d[x], [D, n]."""
+        return np.random.default_rng(self.table_seed).integers(self.words, size=(self.count, self.words))
+
+    def sample(self, rng: np.random.Generator, count: int) -> Rows:
+        domain = rng.integers(self.count, size=count)[:, None]
+        x = rng.integers(self.words, size=(count, self.pairs))
+        y = self.maps[domain, x]
+        y = np.where(rng.random(y.shape) < self.noise, rng.integers(self.words, size=y.shape), y)
+        words = np.stack([x, y], axis=2).reshape(count, -1)
+        tokens = np.concatenate([self.words + domain, words], axis=1)
+        place = np.arange(self.length)
+        return rows_of(tokens, np.broadcast_to((place > 0) & (place % 2 == 0), tokens.shape), domain)

@@ -1,0 +1,241 @@
+"""Every op in bfloat16, with float32 weights where training has them, against the same op in float64.
+
+The op in float64 is held to its oracle in the op's own test. Here both get the same numbers, activations that bfloat16
+represents and float32 weights. Outputs and gradients may then differ by bfloat16's rounding of operands and results
+alone, and gradients of float32 weights must be float32.
+"""
+
+import inspect
+import pkgutil
+from functools import partial
+from importlib import import_module
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax import ops
+from dsv3_jax.config import Yarn
+from dsv3_jax.ops import (
+    attention,
+    cached_attention,
+    cross_entropy,
+    dispatch,
+    embedding,
+    grouped_product,
+    mla,
+    products,
+    rope,
+)
+from dsv3_jax.ops.expert_stack import Experts, close_stack, open_stack, read_only
+
+B, T, H, D, C, N, R, V, E, F, W = 2, 6, 3, 12, 10, 8, 4, 5, 4, 7, 19
+IDS = jnp.asarray(np.random.default_rng(1).permuted(np.tile(np.arange(E), (B * T, 1)), axis=1)[:, :2], jnp.int32)
+TOKENS = jnp.asarray(np.random.default_rng(2).integers(0, W, (B, T)), jnp.int32)
+COUNTS = jnp.asarray([5, 0, 4, 3], jnp.int32)
+LAST = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+YARN = Yarn()
+ANGLES = rope.frequencies(R, 1e4, YARN)
+HEADS = {"q_nope": (B, T, H, N), "q_rope": (B, T, H, R)}
+LATENT = {"c_kv": (B, T, C), "k_rope": (B, T, R)}
+UP = {"w_uk": (H, N, C), "w_uv": (H, V, C)}
+EXPERTS = {"w_gate": (1, E, D, F), "w_up": (1, E, D, F), "w_down": (1, E, F, D)}
+ROWS = {"x": (B * T, D), "gates": (B * T, 2)}
+
+
+def experts(op, *, decode=False, **settings):
+    """An op of the routed experts as a function of arrays; its gradient passes through the stack."""
+
+    def run(x, gates, w_gate, w_up, w_down):
+        weights = Experts(w_gate, w_up, w_down)
+        if decode:
+            return op(x, IDS, gates, read_only(weights), **settings)
+        stack = open_stack(weights)
+        y, after, *_ = op(x, IDS, gates, stack.at(0, stack.grad), **settings)
+        return close_stack(y, after)
+
+    return run
+
+
+def rotated(x, interleaved):
+    cos, sin = rope.cos_sin(LAST, ANGLES, YARN)
+    return rope.rotate(x, cos[:, :, None], sin[:, :, None], interleaved=interleaved)
+
+
+def over_cache(q, rows):
+    stored = cached_attention.Stored(rows[None, :, None], None)
+    q = q.reshape(B, 1, T * H, C + R)
+    last = jnp.repeat(LAST, H, axis=1)
+    run = cached_attention.cached_attention
+    return run(q, stored, jnp.int32(0), last, parts=(C, R), shared=True, scale=0.3)
+
+
+def absorbed(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv):
+    rows = jnp.concatenate([c_kv, k_rope], axis=-1)
+    stored = cached_attention.Stored(rows[None, :, None], None)
+    w_uk, w_uv = w_uk.astype(rows.dtype), w_uv.astype(rows.dtype)
+    return mla.absorbed(q_nope, q_rope, stored, jnp.int32(0), LAST, w_uk, w_uv, scale=0.3)
+
+
+def nats(h, w, op):
+    return op(h, w.astype(h.dtype), TOKENS.reshape(-1), jnp.ones(B * T, bool))[0]
+
+
+def attend(op):
+    return {"q": (B, T, H, N), "k": (B, T, H, N), "v": (B, T, H, V)}, {}, partial(op, scale=0.3)
+
+
+def over_rows(op):
+    return {"x": (B * T, D), "dy": (B * T, F)}, {}, lambda x, dy: op(x, dy, COUNTS, np.promote_types(x.dtype, "f4"))
+
+
+def grouped(op, w):
+    return {"x": (B * T, D)}, {"w": w}, lambda x, w: op(x, w.astype(x.dtype), COUNTS, None)
+
+
+# Op → (activations, in bfloat16; weights, in float32; function of both). Ops without weights have all in bfloat16.
+OPS = {
+    "attention.causal_attention": attend(attention.causal_attention),
+    "attention.causal_attention_in_large_blocks": attend(attention.causal_attention_in_large_blocks),
+    "attention.repeat_heads": ({"k": (B, T, 1, N)}, {}, lambda k: attention.repeat_heads(k, H)),
+    "attention.scaled": ({"q": (B, T, H, N)}, {}, partial(attention.scaled, scale=0.3)),
+    "cached_attention.cached_attention": ({"q": (B, T, H, C + R), "rows": (B, T, C + R)}, {}, over_cache),
+    "cross_entropy.chunked_cross_entropy": (
+        {"h": (B * T, D)}, {"w": (D, W)}, partial(nats, op=partial(cross_entropy.chunked_cross_entropy, chunk=5)),
+    ),
+    "cross_entropy.cross_entropy_by_memory": (
+        {"h": (B * T, D)}, {"w": (D, W)}, partial(nats, op=cross_entropy.cross_entropy_by_memory),
+    ),
+    "dispatch.dense_swiglu": (ROWS, EXPERTS, experts(dispatch.dense_swiglu)),
+    "dispatch.grouped_swiglu": (ROWS, EXPERTS, experts(dispatch.grouped_swiglu)),
+    "dispatch.capacity_swiglu": (ROWS, EXPERTS, experts(dispatch.capacity_swiglu, factor=0.8)),
+    "dispatch.decode_experts": (ROWS, EXPERTS, experts(dispatch.decode_experts, decode=True)),
+    "dispatch.decode_by_row": (ROWS, EXPERTS, experts(dispatch.decode_by_row, decode=True)),
+    "dispatch.decode_by_products": (
+        ROWS, EXPERTS, experts(dispatch.decode_by_products, decode=True, product=grouped_product.ROW_BLOCKS),
+    ),
+    "embedding.look_up": ({}, {"w": (W, D)}, lambda w: embedding.look_up(w, TOKENS)),
+    "embedding.look_up_in_order": ({}, {"w": (W, D)}, lambda w: embedding.look_up_in_order(w, TOKENS)),
+    "grouped_product.ragged_dot": grouped(grouped_product.ragged_dot, (E, D, F)),
+    "grouped_product.ragged_dot_dx": grouped(grouped_product.ragged_dot_dx, (E, F, D)),
+    "grouped_product.ragged_dot_dw": over_rows(grouped_product.ragged_dot_dw),
+    "grouped_product.every_group": grouped(grouped_product.every_group, (E, D, F)),
+    "grouped_product.every_group_dx": grouped(grouped_product.every_group_dx, (E, F, D)),
+    "grouped_product.every_group_dw": over_rows(grouped_product.every_group_dw),
+    "grouped_product.row_blocks_product": grouped(grouped_product.row_blocks_product, (E, D, F)),
+    "grouped_product.row_blocks_dx": grouped(grouped_product.row_blocks_dx, (E, F, D)),
+    "grouped_product.row_blocks_dw": over_rows(grouped_product.row_blocks_dw),
+    "mla.expand": (LATENT, UP, lambda *a: jnp.concatenate(mla.expand(*a), axis=-1)),
+    "mla.join_keys": ({"k_nope": (B, T, H, N), "k_rope": (B, T, R)}, {}, mla.join_keys),
+    "mla.concat_scores": (HEADS | {"k_nope": (B, T, H, N), "k_rope": (B, T, R)}, {}, mla.concat_scores),
+    "mla.summed_scores": (HEADS | {"k_nope": (B, T, H, N), "k_rope": (B, T, R)}, {}, mla.summed_scores),
+    "mla.absorb_query": (HEADS, {"w_uk": (H, N, C)}, mla.absorb_query),
+    "mla.expanded": (HEADS | LATENT, UP, partial(mla.expanded, scale=0.3)),
+    "mla.absorbed": (HEADS | LATENT, UP, absorbed),
+    "products.product": ({"x": (B, T, D)}, {"w": (D, H, N)}, products.product),
+    "products.exact_product": ({"x": (B * T, D)}, {"w": (D, E)}, products.exact_product),
+    "products.swiglu": (
+        {"x": (B * T, D)}, {"w_gate": (D, F), "w_up": (D, F), "w_down": (F, D)}, products.swiglu,
+    ),
+    "products.product_by_head": ({"x": (B, T, H, N)}, {"w": (H, N, V)}, products.product_by_head),
+    "rope.rotate": ({"x": (B, T, H, R)}, {}, lambda x: jnp.concatenate([rotated(x, True), rotated(x, False)], axis=-1)),
+}  # fmt: skip
+FORWARD_ONLY = {"cached_attention.cached_attention", "mla.absorbed"} | {
+    name for name in OPS if name.startswith(("dispatch.decode", "grouped_product."))
+}
+# Ops that are held to float64 in bfloat16 elsewhere.
+ELSEWHERE = {
+    "adamw.adamw_update": "test_optim.py",
+    "grouped_product.grouped_product": "test_grouped_product.py",
+    "quantize.quantize_rows": "test_cache.py",
+    "quantize.dequantize_rows": "test_cache.py",
+    **{f"low_precision.{name}": "test_low_precision.py" for name in (
+        "expand", "grouped", "matmul", "product", "product_by_expert", "quantize", "round_to_e4m3", "round_to_tiles",
+        "round_tokens_by_group", "swiglu", "tile_scales",
+    )},
+}  # fmt: skip
+# Files and functions that read and write float32, whole numbers or settings, whatever the compute dtype.
+NEVER_BFLOAT16 = {
+    "balance", "expert_stack", "routing", "sampling", "sort_by_expert", "varying", "verify_drafts",
+    "attention.large_block", "cached_attention.write_rows", "cross_entropy.token_scores", "grouped_product.block_size",
+    "grouped_product.in_groups", "grouped_product.row_blocks", "grouped_product.take_groups", "grouped_product.wide",
+    "quantize.largest", "rope.cos_sin", "rope.frequencies", "rope.mscale", "rope.softmax_scale", "rope.yarn_range",
+}  # fmt: skip
+
+
+def test_every_op_has_a_test_in_bfloat16():
+    modules = [import_module(f"dsv3_jax.ops.{module.name}") for module in pkgutil.iter_modules(ops.__path__)]
+    public = {
+        f"{module.__name__.split('.')[-1]}.{name}"
+        for module in modules
+        for name, function in vars(module).items()
+        if callable(function) and not inspect.isclass(function) and not name.startswith("_")
+        and getattr(function, "__module__", "") == module.__name__
+    }  # fmt: skip
+    assert public - NEVER_BFLOAT16 == (OPS.keys() | ELSEWHERE.keys()) | {
+        name for name in public if name.split(".")[0] in NEVER_BFLOAT16
+    }
+
+
+def drawn():
+    """Op → (activations that bfloat16 represents, float32 weights that it does not), as NumPy arrays by name."""
+    rng = np.random.default_rng(0)
+    draw = lambda shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    return {
+        name: (
+            {key: np.asarray(jnp.asarray(draw(shape), jnp.bfloat16), np.float32) for key, shape in activations.items()},
+            {key: draw(shape) / np.float32(np.sqrt(shape[-2])) for key, shape in weights.items()},
+        )
+        for name, (activations, weights, _) in OPS.items()
+    }
+
+
+def call(name, arrays):
+    activations, weights, run = OPS[name]
+    return run(*(arrays[key] for key in activations | weights))  # in their order there: `jax.jit` sorts names
+
+
+def all_results(inputs):
+    """Op → (output, gradients by name): one program for all ops compiles fastest."""
+    results = {}
+    for name, (activations, weights) in inputs.items():
+        run = partial(call, name)
+        if name in FORWARD_ONLY:
+            results[name] = run(activations | weights), {}
+            continue
+        y, pull_back = jax.vjp(run, activations | weights)
+        turn = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).astype(jnp.bfloat16)  # the same numbers in both dtypes
+        results[name] = y, pull_back(turn.reshape(y.shape).astype(y.dtype))[0]
+    return results
+
+
+@pytest.fixture(scope="module")
+def found(light_compiles):
+    inputs = {
+        name: ({key: jnp.asarray(a, jnp.bfloat16) for key, a in activations.items()}, weights)
+        for name, (activations, weights) in drawn().items()
+    }
+    return jax.jit(all_results)(inputs)
+
+
+@pytest.fixture(scope="module")
+def wanted(light_compiles):
+    with jax.enable_x64(True):
+        return jax.jit(all_results)(jax.tree.map(lambda a: a.astype(np.float64), drawn()))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_bfloat16_is_float64_to_its_rounding(found, wanted, name):
+    """An operand or a result is rounded by 2⁻⁹ of itself; experts and MLA round four or five times in a row."""
+    (y, gradients), (want, want_gradients) = found[name], wanted[name]
+    activations, weights, _ = OPS[name]
+    is_sum = name.startswith("cross_entropy") or name.endswith("_dw")
+    assert y.dtype == (jnp.float32 if is_sum or not activations else jnp.bfloat16)
+    assert gradients.keys() == want_gradients.keys()
+    assert all(g.dtype == (jnp.float32 if key in weights else jnp.bfloat16) for key, g in gradients.items())
+    for key, got, expected in [("y", y, want), *((key, g, want_gradients[key]) for key, g in gradients.items())]:
+        expected = np.asarray(expected)
+        assert expected.dtype == np.float64 and np.abs(expected).max() > 0.1
+        limit = 0.03 * np.abs(expected).max()
+        np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=0, atol=limit, err_msg=key)

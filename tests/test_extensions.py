@@ -1,0 +1,183 @@
+"""Routers and balance rules in a layer and in a training step; a new one is a function and a row of its registry."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from flax import nnx
+from models import DENSE, LIGHT, parameters, random_model, tokens_of
+from runs import MODEL, cheap_compiles, fresh_state, make_run, packed_batch
+
+from dsv3_jax import reference
+from dsv3_jax.config import Balance, ModelConfig, OptimConfig
+from dsv3_jax.decoding.generate import generate
+from dsv3_jax.model.moe import MoE
+from dsv3_jax.ops import balance, routing
+from dsv3_jax.training import step as train_step
+from dsv3_jax.training.loss import compute_loss
+from dsv3_jax.training.step import make_step
+
+NO_GROUPS = dict(num_groups=1, groups_per_token=1)
+PLAIN = replace(MODEL, num_layers=1, mtp_depth=0, **NO_GROUPS)
+OPTIM = OptimConfig(learning_rate=1e-2, warmup_steps=2, eps=0.1)
+SEGMENTS = np.array([[1] * 9 + [2] * 7, [1] * 16, [1] * 12 + [0] * 4, [1] * 5 + [2] * 3 + [0] * 8])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cheap():
+    with cheap_compiles():
+        yield
+
+
+def run_of(model: ModelConfig, **optim):
+    return make_run("nowhere", model=model, optim=replace(OPTIM, **optim))
+
+
+def make_batch():
+    return packed_batch(np.random.default_rng(0), SEGMENTS)
+
+
+def layer_of(rng, **changes):
+    """(a MoE layer alone with random weights, its routing as a function, its input [2, 6, D], the same in float64)."""
+    cfg = replace(LIGHT, **NO_GROUPS, **changes)
+    moe = nnx.eval_shape(lambda: MoE(cfg, DENSE, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(moe)
+    moe = nnx.merge(graphdef, jax.tree.map(lambda v: jnp.asarray(0.4 * rng.standard_normal(v.shape), v.dtype), state))
+    x = rng.standard_normal((2, 6, cfg.dim)).astype(np.float32)
+    routed = jax.jit(lambda x, mask=None, **needs: moe(x, mask, **needs)[1])
+    return moe, routed, jnp.asarray(x), x.astype(np.float64).reshape(12, -1)
+
+
+def sets_of(ids):
+    return np.sort(np.asarray(ids).reshape(12, -1), axis=1)
+
+
+def test_the_layers_noise_is_the_equations(rng):
+    """With keys the experts are those of the noisy logits, in each row its own; without keys those of the logits."""
+    moe, routed, x, flat = layer_of(rng, router="noisy_topk")
+    keys = jax.random.split(jax.random.key(1), 2)
+    logits, spread = (flat @ np.asarray(w[...], np.float64) for w in (moe.w_router, moe.w_noise))
+    draws = [jax.random.normal(jax.random.fold_in(key, 0), (6, 8)) for key in keys]
+    noisy = logits + np.concatenate(draws) * np.logaddexp(0, spread)
+    for given, h in ((keys, noisy), (None, logits)):
+        ids, gates = oracles.topk_route(h, k=3)
+        found = routed(x, keys=given)
+        np.testing.assert_array_equal(sets_of(found.expert_ids), np.sort(ids))
+        np.testing.assert_allclose(np.sort(found.gates.reshape(12, -1)), np.sort(gates), rtol=1e-5)
+    assert (sets_of(found.expert_ids) != np.sort(oracles.topk_route(noisy, k=3)[0])).any()
+
+
+def test_the_layers_hash_is_of_its_tokens(rng):
+    _, routed, x, _ = layer_of(rng, router="hash")
+    tokens = rng.integers(0, 37, (2, 6))
+    found = routed(x, tokens=jnp.asarray(tokens, jnp.int32))
+    np.testing.assert_array_equal(found.expert_ids.reshape(12, -1), oracles.hash_route(tokens.ravel(), 8, 3))
+    with pytest.raises(ValueError, match="^tokens=None: router='hash' chooses by token ids"):
+        routed(x)
+
+
+def test_the_layers_z_loss_and_quantile(rng):
+    """Of the tokens that count. Other losses have weight 0."""
+    weights = Balance(0.5, 0.0, 0.0, "quantile", 0.25)
+    moe, routed, x, flat = layer_of(rng, router="sqrtsoftplus", balance=weights)
+    mask = np.array([[True] * 6, [True] * 3 + [False] * 3])
+    found = routed(x, jnp.asarray(mask))
+    logits = flat[mask.ravel()] @ np.asarray(moe.w_router[...], np.float64)
+    assert found.balance_loss == pytest.approx(0.25 * np.mean(np.log(np.exp(logits).sum(-1)) ** 2), rel=1e-5)
+    scores, bias = oracles.sqrtsoftplus_scores(logits), np.asarray(moe.bias[...], np.float64)
+    np.testing.assert_allclose(found.bias_measure, oracles.quantile_target(scores, bias, 3), rtol=1e-5)
+
+
+def test_a_step_with_quantile_and_z_loss():
+    """Losses are the reference's, and the bias goes half of the way; a step that is not finite moves it nowhere."""
+    model = replace(PLAIN, router="sqrtsoftplus", balance=Balance(0.5, 1e-2, 0.0, "quantile", 1e-2))
+    run, batch = run_of(model), make_batch()
+    step, before = make_step(run), fresh_state(run)
+    bias, params = np.asarray(before.bias["sparse"]["moe"]["bias"][...]), parameters(random_model(model))
+    arrays = jax.tree.map(np.asarray, batch)
+    ctx = reference.Context(model, arrays["positions"], arrays["segment_ids"])
+    want = reference.losses(ctx, params, arrays["tokens"], 0.0)
+    after, metrics = step(before, batch)
+    assert float(metrics["balance_loss"]) == pytest.approx(want.balance, rel=1e-5)
+    scores = reference.transformer(ctx, params, arrays["tokens"]).routing[0].scores[SEGMENTS != 0]
+    target = oracles.quantile_target(scores, bias[0].astype(np.float64), 2)
+    moved = 0.5 * (bias[0] + target)
+    np.testing.assert_allclose(after.bias["sparse"]["moe"]["bias"][...][0], moved - moved.mean(), rtol=0, atol=1e-5)
+    bad = fresh_state(run)
+    bad.params["embed"] = bad.params["embed"].replace(jnp.full_like(bad.params["embed"][...], jnp.nan))
+    after, metrics = step(bad, batch)
+    assert not bool(metrics["finite"])
+    np.testing.assert_array_equal(after.bias["sparse"]["moe"]["bias"][...], bias)
+
+
+def test_a_steps_noise_is_of_seed_step_and_row():
+    """Two microbatches have the complete batch's noise. Another step has other noise; evaluation has none."""
+    run, batch = run_of(replace(PLAIN, router="noisy_topk"), microbatches=2), make_batch()
+    step, state = make_step(run), fresh_state(run)
+
+    @jax.jit
+    def losses(state, batch):
+        return compute_loss(train_step.model_of(run, state), batch, 0.0)
+
+    keys = [train_step._with_keys(run, batch, jnp.int32(at))["keys"] for at in (0, 1)]
+    noisy, other = (losses(state, batch | {"keys": key}) for key in keys)
+    plain = losses(state, batch)
+    metrics = step(state, batch)[1]
+    assert float(metrics["loss"]) == pytest.approx(float(noisy.main), rel=1e-5)
+    np.testing.assert_array_equal(metrics["load"], noisy.load)
+    assert (other.load != noisy.load).any() and (plain.load != noisy.load).any()
+    again, at_step_1 = (step(fresh_state(run, step=at), batch) for at in (0, 1))
+    np.testing.assert_array_equal(again[1]["load"], noisy.load)
+    np.testing.assert_array_equal(at_step_1[1]["load"], other.load)
+    assert "keys" not in train_step._with_keys(run_of(PLAIN), batch, jnp.int32(0))
+
+
+@pytest.mark.long
+def test_a_new_router_and_a_new_rule_are_a_row_each(monkeypatch):
+    """The router takes the first experts, in turn by position; the rule notes the load."""
+
+    def in_turn(x, cfg):
+        ids = (x.tokens[:, None] + jnp.arange(cfg.experts_per_token, dtype=jnp.int32)[None]) % cfg.num_experts
+        scores = jax.nn.softmax(x.logits, axis=-1)
+        return routing.Routing(ids, jnp.take_along_axis(scores, ids, axis=1), scores)
+
+    monkeypatch.setitem(routing.ROUTERS, "in turn", routing.Router(in_turn, reads_bias=True, reads_tokens=True))
+    monkeypatch.setitem(balance.RULES, "noted", balance.Rule(lambda bias, load, _, rate: bias + rate * load))
+    for kind in (ModelConfig, Balance):  # the tests' import hook checks the names, as `config` does from its Literals
+        monkeypatch.setattr(kind, "__init__", kind.__init__.__wrapped__)
+    monkeypatch.setattr("dsv3_jax.config._check_types", lambda *_, **__: None)
+    run, batch = run_of(replace(PLAIN, router="in turn", balance=Balance(rule="noted", bias_rate=0.25))), make_batch()
+    before = fresh_state(run)
+    bias = np.asarray(before.bias["sparse"]["moe"]["bias"][...])
+    after, metrics = make_step(run)(before, batch)
+    tokens = np.asarray(batch["tokens"])[SEGMENTS != 0]
+    load = np.bincount(np.concatenate([tokens, tokens + 1]) % 8, minlength=8)
+    np.testing.assert_array_equal(metrics["load"][0], load)
+    np.testing.assert_allclose(after.bias["sparse"]["moe"]["bias"][...][0], bias[0] + 0.25 * load, rtol=1e-6)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["deepseek", "meta"])
+def test_drafts_of_a_model_that_routes_by_hash_change_no_text(kind):
+    """So the cache's steps and the heads read the tokens that the complete text has at their positions."""
+    cfg = replace(LIGHT, router="hash", vocab_size=4, mtp_kind=kind, mtp_depth=2, **NO_GROUPS)
+    model, prompts = random_model(cfg, execution=DENSE), [[1], [2, 3, 0, 1, 1], [0, 3]]
+    plain = generate(model, prompts, 20)
+    drafted = generate(model, prompts, 20, draft="mtp", draft_length=2)
+    assert drafted.tokens == plain.tokens and 0 < drafted.acceptance[0]
+    whole = [*prompts[1], *plain.tokens[1]]
+    logits = np.asarray(model(jnp.asarray([whole], jnp.int32)).logits[0])
+    assert logits[len(prompts[1]) - 1 : -1].argmax(-1).tolist() == plain.tokens[1]
+
+
+@pytest.mark.long
+def test_a_model_with_noise_is_the_references_outside_training():
+    cfg = replace(LIGHT, router="noisy_topk", mtp_depth=1, mtp_kind="meta", **NO_GROUPS)
+    model, tokens = random_model(cfg, execution=DENSE), tokens_of(cfg, 2, 9)
+    ctx = reference.Context(cfg, np.arange(9)[None].repeat(2, 0), np.ones((2, 9), int))
+    want = reference.transformer(ctx, parameters(model), np.asarray(tokens))
+    got = jax.jit(lambda tokens: model(tokens))(tokens)
+    np.testing.assert_allclose(got.logits, want.logits, atol=2e-5)

@@ -1,0 +1,205 @@
+"""Models that train in 8 bits: which products are rounded, and that nothing else changes."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from models import LIGHT, SMALL, random_model, tokens_of
+from runs import MODEL, assert_bitwise, cheap_compiles, fresh_state, make_run, packed_batch, write_text
+
+from dsv3_jax.config import ConfigError, Execution, Layout, OptimConfig
+from dsv3_jax.decoding.decode_config import DecodeConfig
+from dsv3_jax.decoding.generate import generate_in_parts
+from dsv3_jax.kernels.choose import TABLE, Kernels, Target, prepare
+from dsv3_jax.mesh import sharding
+from dsv3_jax.training import loop
+from dsv3_jax.training.checkpoint import load_run
+from dsv3_jax.training.loss import compute_loss
+from dsv3_jax.training.run_folder import difference
+from dsv3_jax.training.step import make_step
+
+FP8, MXFP8 = Execution(precision="fp8"), Execution(precision="mxfp8")
+IN_8_BITS = {"product", "swiglu", "expand", "grouped_swiglu", "decode_experts", "capacity_swiglu"}
+
+
+def batch_of(cfg, batch=2, length=9):
+    tokens = tokens_of(cfg, batch, length)
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
+    return {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": positions}
+
+
+def rounded_shapes(jaxpr, found=None) -> set[tuple[int, ...]]:
+    """Shapes of all arrays that a program rounds to e4m3's three bits, in loops and branches too."""
+    found = set() if found is None else found
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "reduce_precision" and eqn.params["mantissa_bits"] == 3:
+            found.add(eqn.outvars[0].aval.shape)
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
+            if hasattr(inner, "eqns"):
+                rounded_shapes(getattr(inner, "jaxpr", inner), found)
+    return found
+
+
+def trace(cfg, execution):
+    """The program of a loss and its gradient; nothing is compiled."""
+    graphdef, params, rest = nnx.split(random_model(cfg, execution=execution), nnx.Param, ...)
+
+    def loss(params):
+        return compute_loss(nnx.merge(graphdef, params, rest), batch_of(cfg), 0.3).total
+
+    return jax.make_jaxpr(jax.grad(loss))(params).jaxpr
+
+
+def test_all_linear_layers_are_rounded_and_nothing_else():
+    """By shape, of which no two are alike: D 16, Q 12, C 10, R 4, heads 3 × (N 6, V 5), dense 20, F 7, E 8, W 37.
+
+    18 tokens, of which the MTP module sees 16; they choose 3 experts each. Every operand of a product and of its two
+    gradients is there. The router [16, 8], the tables [37, 16], scores of attention [2, 3, 9, 9] and logits are not.
+    """
+    shapes = rounded_shapes(trace(replace(SMALL, mtp_depth=1), FP8))
+    attention = {(16, 12), (12, 30), (16, 14), (10, 33), (15, 16)}
+    ffn = {(16, 20), (20, 16), (16, 7), (7, 16), (8, 16, 7), (8, 7, 16), (32, 16)}  # the last is the module's W_eh
+    rows = {(tokens, width) for tokens in (18, 16) for width in (16, 12, 30, 14, 10, 33, 15, 7)} | {(18, 20), (16, 32)}
+    by_expert = {(3 * tokens, width) for tokens in (18, 16) for width in (16, 7)}
+    assert shapes == attention | ffn | rows | by_expert
+    assert not rounded_shapes(trace(replace(SMALL, mtp_depth=1), Execution()))
+
+
+@pytest.mark.parametrize("name", ["fp8", "mxfp8"])
+def test_the_door_gives_8_bits_to_linear_layers_only(name):
+    plain, low = (Kernels(Target("cpu", precision=precision), ()) for precision in ("none", name))
+    names, others = plain.chosen(), low.chosen()
+    assert {op for op in TABLE if others[op] == name} == IN_8_BITS == {op for op in TABLE if names[op] != others[op]}
+    assert low.in_compute_dtype == plain and not {"fp8", "mxfp8"} & set(names.values())
+    for platform in ("cuda", "tpu"):
+        assert Kernels(Target(platform, precision=name), ()).chosen("bfloat16")["grouped_swiglu"] == name
+
+
+@pytest.mark.parametrize(
+    "kernels, precision, words",
+    [
+        ("cpu", "fp8", "kernels='cpu' does not compute .* in precision='fp8'"),
+        ("grouped_swiglu=dense", "mxfp8", "kernels='dense' does not compute grouped_swiglu in precision='mxfp8'"),
+        ("product=fp8", "none", "kernels='fp8' does not compute product in precision='none'"),
+        ("mxfp8", "fp8", "kernels='mxfp8' does not compute .* in precision='fp8'"),
+    ],
+)
+def test_kernels_of_another_precision_are_refused(kernels, precision, words):
+    with pytest.raises(ConfigError, match=words):
+        prepare(Execution(kernels=kernels, precision=precision), platform="cpu")
+    prepare(Execution(kernels="xla", precision=precision), platform="cpu")
+
+
+def test_the_head_is_exact_and_decoding_does_without():
+    """Logits of the same hidden states are equal bit by bit, and so is every generated token."""
+    low = random_model(LIGHT, execution=FP8)
+    plain = random_model(LIGHT)
+    h = jnp.asarray(np.random.default_rng(1).standard_normal((4, 16)), jnp.float32)
+    np.testing.assert_array_equal(low.logits(h), plain.logits(h))
+    config = DecodeConfig(max_new_tokens=8)
+    results = [list(generate_in_parts(model, [[1, 2, 3]], config, part=None))[-1] for model in (low, plain)]
+    assert results[0].tokens == results[1].tokens
+    assert low.kernels.target.precision == "fp8"  # the model itself is as it was
+    # A cache that is read without `generate` has its products too.
+    x, cache = jax.jit(lambda tokens: low.run_layers(tokens, low.empty_cache(1, 32, "latent", jnp.float32)))(
+        jnp.ones((1, 4), jnp.int32)
+    )
+    assert x.shape == (1, 4, 16) and cache is not None and bool(jnp.isfinite(x).all())
+
+
+# Training
+
+# eps: AdamW then does not turn the rounding of gradients near 0 into whole steps of either sign
+RUN = make_run("nowhere", optim=OptimConfig(learning_rate=1e-2, warmup_steps=2, eps=0.1), execution=Execution())
+RUN = replace(RUN, model=replace(MODEL, dim=40, num_layers=1, expert_dim=36, mtp_depth=0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cheap(tmp_path_factory):
+    with cheap_compiles():
+        yield
+
+
+def after_two_steps(run, mesh=None):
+    step, state = make_step(run, prepare(run.execution, mesh=mesh)), fresh_state(run)
+    place = lambda batch: batch  # noqa: E731
+    if mesh is not None:
+        state = jax.device_put(state, sharding.state_sharding(state, mesh, fsdp=run.execution.layout.fsdp))
+        place = partial(jax.device_put, device=sharding.batch_sharding(mesh))
+    with sharding.use_mesh(mesh):
+        for seed in range(2):
+            rng = np.random.default_rng(seed)
+            state, metrics = step(state, place(packed_batch(rng, np.sort(rng.integers(1, 4, (4, 24)), axis=1))))
+    return jax.device_get((state, metrics))
+
+
+def test_a_training_step_in_8_bits_is_near_that_in_float32():
+    """Three bits of mantissa round an operand by 3 % at most, and sums average it out."""
+    (want, exact), (state, low) = (after_two_steps(replace(RUN, execution=e)) for e in (Execution(), FP8))
+    assert bool(low["finite"]) and low["loss"] != exact["loss"]
+    np.testing.assert_allclose(low["loss"], exact["loss"], rtol=0.01)
+    np.testing.assert_allclose(low["grad_norm"], exact["grad_norm"], rtol=0.1)
+    leaves = jax.tree.leaves((state.params, state.opt.mu, state.opt.nu))
+    assert all(leaf.dtype == jnp.float32 for leaf in leaves)  # master weights and moments
+    dot = sum(float((a * b).sum()) for a, b in zip(*map(jax.tree.leaves, (state.opt.mu, want.opt.mu)), strict=True))
+    norms = [np.sqrt(sum(float((a**2).sum()) for a in jax.tree.leaves(s.opt.mu))) for s in (state, want)]
+    assert 0.98 < dot / np.prod(norms) < 0.99999  # the mean gradients' cosine
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "execution", [MXFP8, replace(FP8, compute_dtype="bfloat16", remat="full")], ids=["mxfp8", "fp8 of bfloat16"]
+)
+def test_the_other_executions_are_near_too(execution):
+    (_, exact), (_, low) = (after_two_steps(replace(RUN, execution=e)) for e in (Execution(), execution))
+    np.testing.assert_allclose(low["loss"], exact["loss"], rtol=0.02)
+    np.testing.assert_allclose(low["grad_norm"], exact["grad_norm"], rtol=0.1)
+
+
+def test_precision_may_change_when_a_run_resumes():
+    assert difference(RUN, replace(RUN, execution=FP8)) is None
+
+
+@pytest.mark.long
+def test_a_run_in_8_bits_resumes_bitwise_and_may_begin_in_float32(tmp_path):
+    text = write_text(tmp_path / "text")
+    run = replace(make_run(text, execution=FP8), model=replace(MODEL, num_layers=1, mtp_depth=0), steps=4)
+    whole = loop.fit(run, tmp_path / "whole", quiet=True)
+    loop.fit(run, tmp_path / "parts", stop_after=2, quiet=True)
+    again = loop.fit(run, tmp_path / "parts", quiet=True)
+    assert again.resumed_from == 2
+    assert_bitwise(*(nnx.state(load_run(tmp_path / name).model) for name in ("parts", "whole")))
+    loop.fit(replace(run, execution=Execution()), tmp_path / "mixed", stop_after=2, quiet=True)
+    mixed = loop.fit(run, tmp_path / "mixed", quiet=True)
+    assert (mixed.resumed_from, mixed.step) == (2, 4)
+    losses = [result.evaluation["val_loss"] for result in (mixed, whole)]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@pytest.mark.long
+def test_the_capacity_variant_trains_too():
+    run = replace(RUN, model=replace(RUN.model, capacity_factor=1.0))
+    (_, exact), (_, low) = (after_two_steps(replace(run, execution=e)) for e in (Execution(), FP8))
+    assert float(exact["dropped"]) > 0 and low["loss"] != exact["loss"]
+    np.testing.assert_allclose(low["loss"], exact["loss"], rtol=0.01)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(expert_comm="gather"), Layout(fsdp=True, expert_comm="all_to_all")],
+    ids=["gather", "all_to_all fsdp"],
+)
+def test_a_step_on_a_mesh_is_near_a_single_devices(layout):
+    """Not equal: a device rounds experts in tiles of its own hidden units and tokens."""
+    (_, alone), (_, got) = (
+        after_two_steps(replace(RUN, execution=replace(FP8, layout=layout)), mesh)
+        for mesh in (None, sharding.make_mesh(2, 2, 2))
+    )
+    np.testing.assert_array_equal(got["load"].sum(), alone["load"].sum())
+    np.testing.assert_allclose(got["loss"], alone["loss"], rtol=0.005)
+    np.testing.assert_allclose(got["grad_norm"], alone["grad_norm"], rtol=0.05)

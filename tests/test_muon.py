@@ -1,0 +1,299 @@
+"""Muon: each matrix of a stack, of an expert and of a layer's heads by itself, against the algorithm written out."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from models import random_model, small
+from runs import MODEL, assert_bitwise, cheap_compiles, fresh_state, make_run, packed_batch
+
+import dsv3_jax as ds
+from dsv3_jax.config import Layout, Lora, OptimConfig
+from dsv3_jax.kernels import choose
+from dsv3_jax.mesh import sharding
+from dsv3_jax.model.moe import RouterBias
+from dsv3_jax.ops.newton_schulz import orthogonalize
+from dsv3_jax.training import muon, optim
+from dsv3_jax.training.checkpoint import Checkpoints
+from dsv3_jax.training.step import abstract_state, make_step, split_trainable
+
+CFG = OptimConfig(name="muon", learning_rate=0.1, warmup_steps=0, weight_decay=0.25, clip_norm=3.0, eps=1e-3)
+STEPS = 100
+# The axes of each weight that make the rows and the columns of a matrix, counted from the last; others are a batch.
+MATRICES = {
+    "w_q": (1, 2), "w_dq": (1, 1), "w_uq": (1, 2), "w_dkv": (1, 1), "w_uk": (2, 1), "w_uv": (2, 1), "w_o": (2, 1),
+    "w_k": (1, 2), "w_v": (1, 2), "w_gate": (1, 1), "w_up": (1, 1), "w_down": (1, 1), "w_eh": (1, 1), "w": (1, 1),
+}  # fmt: skip
+BY_ADAMW = {"embed", "head", "w_router", "scale"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cheap():
+    with cheap_compiles():
+        yield
+
+
+def newton_schulz(x: np.ndarray) -> np.ndarray:
+    """Jordan's five steps on one matrix, in float64, without the shortcut for tall matrices."""
+    x = x / (np.linalg.norm(x) + 1e-8)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def slow_direction(x: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """0.2 √max(in, out) NewtonSchulz, matrix by matrix in a loop; `rows`, `columns`: numbers of axes."""
+    shape = x.shape[x.ndim - rows - columns :]
+    m, n = np.prod(shape[:rows]), np.prod(shape[rows:])
+    made = [0.2 * np.sqrt(max(m, n)) * newton_schulz(part) for part in x.reshape(-1, m, n)]
+    return np.stack(made).reshape(x.shape)
+
+
+def params_of(**changes) -> nnx.State:
+    return nnx.split(random_model(small(**changes)), nnx.Param, RouterBias)[1]
+
+
+def noise_like(params: nnx.State, seed: int) -> nnx.State:
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), params)
+
+
+def flat(params: nnx.State) -> dict:
+    return {path: np.asarray(v.get_value()) for path, v in nnx.to_flat_state(params)}
+
+
+# the mathematics
+
+
+@pytest.mark.parametrize("shape", [(4, 7), (7, 4), (2, 3, 5, 5)], ids=str)
+def test_singular_values_come_near_one(rng, shape):
+    """And each matrix of a batch is the one that it would be alone, tall ones too."""
+    x = rng.standard_normal(shape)
+    made = np.asarray(jax.jit(orthogonalize)(jnp.asarray(x, jnp.float32)))
+    values = np.linalg.svd(made, compute_uv=False)
+    assert 0.5 < values.min() and values.max() < 1.3
+    slow = np.stack([newton_schulz(part) for part in x.reshape(-1, *shape[-2:])]).reshape(shape)
+    np.testing.assert_allclose(made, slow, rtol=0, atol=2e-5)  # float32 through polynomials of slope 3.4 to the fifth
+    u, _, vt = np.linalg.svd(x, full_matrices=False)
+    assert np.abs(made - u @ vt).max() < 0.35
+
+
+def test_which_weights_are_matrices():
+    params = {**flat(params_of(mtp_depth=1)), **flat(params_of(attention="gqa", num_kv_heads=1, mtp_kind="eagle"))}
+    matrices, rest = muon.split(params_of(mtp_depth=1))
+    assert {path[-1] for path in flat(rest)} == BY_ADAMW
+    assert {path[-1] for path in flat(matrices)} <= MATRICES.keys()
+    assert {path[-1] for path in params} <= MATRICES.keys() | BY_ADAMW
+    assert ("experts", "w_gate") in flat(matrices) and ("mtp", 0, "w_eh") in flat(matrices)
+
+
+@pytest.fixture(scope="module")
+def two_steps():
+    """Parameters before, gradients, and parameters and state after each of two steps."""
+    params = params_of(num_layers=2, mtp_depth=1)
+    optimizer = optim.make(CFG, STEPS)
+    step_fn, found = jax.jit(optimizer.update), [(params, optimizer.init(params))]
+    grads = [noise_like(params, seed) for seed in range(2)]
+    for step, g in enumerate(grads):
+        norm = jnp.asarray([6.0, 2.0][step], jnp.float32)  # taken as given: the first is cut in half
+        found.append(step_fn(jnp.asarray(step, jnp.int32), *found[-1], g, norm, jnp.asarray(True)))
+    return found, grads
+
+
+def test_two_steps_are_the_equations(two_steps):
+    """Every matrix of every stack, expert and head-by-head weight: 2-D, 3-D, 4-D; and AdamW on the rest."""
+    found, grads = two_steps
+    before, after = flat(found[0][0]), [flat(params) for params, _ in found[1:]]
+    grads = [flat(g) for g in grads]
+    plain = optim.make(replace(CFG, name="adamw"), STEPS)
+    p, s = found[0][0], plain.init(found[0][0])
+    for step, norm in enumerate([6.0, 2.0]):
+        args = jnp.asarray(step, jnp.int32), p, s, noise_like(p, step), jnp.asarray(norm, jnp.float32)
+        p, s = jax.jit(plain.update)(*args, jnp.asarray(True))
+    by_adamw = flat(p)
+    dims = set()
+    for path, w in before.items():
+        if path[-1] in BY_ADAMW:
+            np.testing.assert_array_equal(after[1][path], by_adamw[path], str(path))
+            continue
+        w, mean = w.astype(np.float64), np.zeros(w.shape)
+        for step, cut in enumerate([0.5, 1.0]):
+            g = grads[step][path] * cut
+            mean, t = 0.95 * mean + 0.05 * g, step + 1
+            nesterov = 0.95 * mean / (1 - 0.95 ** (t + 1)) + 0.05 * g / (1 - 0.95**t)
+            w = w - 0.1 * (slow_direction(nesterov, *MATRICES[path[-1]]) + 0.25 * w)
+            # float32: 2e-5 of an orthogonal matrix, times 0.1 · 0.2 √20
+            np.testing.assert_allclose(after[step][path], w, rtol=0, atol=3e-6, err_msg=str(path))
+        dims.add((w.ndim, *MATRICES[path[-1]]))
+    assert {(3, 1, 1), (4, 1, 1), (4, 1, 2), (4, 2, 1), (2, 1, 1)} <= dims
+
+
+def test_matrices_move_as_by_optax(two_steps):
+    """`optax.contrib.muon` with dimension numbers written by hand: a second oracle."""
+    found, grads = two_steps
+
+    def numbers(path, x):
+        if path[-1].key in BY_ADAMW:
+            return None
+        rows, columns = MATRICES[path[-1].key]
+        axes = range(x.ndim)
+        return optax.contrib.MuonDimensionNumbers(
+            tuple(axes)[x.ndim - rows - columns : x.ndim - columns], tuple(axes)[-columns:]
+        )
+
+    before = nnx.to_pure_dict(muon.split(found[0][0])[0])
+    dims = jax.tree_util.tree_map_with_path(numbers, before)
+    tx = optax.contrib.muon(0.1, weight_decay=0.25, consistent_rms=0.2, muon_weight_dimension_numbers=dims)
+    with jax.numpy_dtype_promotion("standard"):
+
+        @jax.jit
+        def step(params, state, g, cut):
+            updates, state = tx.update(jax.tree.map(lambda x: x * cut, g), state, params)
+            return optax.apply_updates(params, updates), state
+
+        params, state = before, tx.init(before)
+        for g, cut in zip(grads, (0.5, 1.0), strict=True):
+            params, state = step(params, state, nnx.to_pure_dict(muon.split(g)[0]), cut)
+    want = nnx.traversals.flatten_mapping(params)
+    got = flat(muon.split(found[2][0])[0])
+    assert got.keys() == want.keys()
+    for path, w in got.items():
+        np.testing.assert_allclose(w, want[path], rtol=0, atol=3e-6, err_msg=str(path))
+
+
+def test_experts_and_layers_are_apart():
+    """One expert's gradient moves no other expert, and an expert's move does not depend on the others' gradients."""
+    shape = (2, 4, 3, 5)  # [L, E, D, F]
+    params = nnx.State({"w": nnx.Param(jnp.ones(shape, jnp.float32), axes=("expert", "dim", "hidden"))})
+    grads = noise_like(params, 0)
+    mask = np.zeros(shape, np.float32)
+    mask[1, 3] = 1
+    optimizer = optim.make(replace(CFG, weight_decay=0.0), STEPS)
+
+    @jax.jit
+    def change(grads):
+        args = jnp.asarray(0, jnp.int32), params, optimizer.init(params), grads, jnp.asarray(1.0), jnp.asarray(True)
+        return optimizer.update(*args)[0]["w"].get_value() - params["w"].get_value()
+
+    alone, whole = np.array(change(jax.tree.map(lambda g: g * mask, grads))), np.array(change(grads))
+    np.testing.assert_array_equal(alone[1, 3], whole[1, 3])
+    assert np.abs(alone[1, 3]).min() > 0 and np.abs(whole).min() > 0
+    alone[1, 3] = 0
+    assert not alone.any()
+
+
+def test_a_step_that_is_not_taken_keeps_everything_even_from_nan(two_steps):
+    params, state = two_steps[0][1]
+    bad, nan = jax.tree.map(lambda x: x * jnp.nan, params), jnp.asarray(jnp.nan, jnp.float32)
+    got = jax.jit(optim.make(CFG, STEPS).update)(jnp.asarray(1, jnp.int32), params, state, bad, nan, jnp.asarray(False))
+    assert_bitwise(got, (params, state))
+
+
+def test_means_in_bfloat16():
+    params = nnx.State({"w": nnx.Param(jnp.ones((2, 3)), axes=("dim", "hidden"))})
+    optimizer = optim.make(replace(CFG, moments_dtype="bfloat16"), STEPS)
+    grads = noise_like(params, 0)
+    new, state = optimizer.update(
+        jnp.asarray(0, jnp.int32), params, optimizer.init(params), grads, jnp.asarray(1.0), jnp.asarray(True)
+    )
+    mean = state.momentum["w"].get_value()
+    assert mean.dtype == jnp.bfloat16 and new["w"].get_value().dtype == jnp.float32
+    np.testing.assert_array_equal(mean, (0.05 * grads["w"].get_value()).astype(jnp.bfloat16))
+
+
+# runs
+
+
+@pytest.mark.parametrize("kind", ["lora", "trunk"])
+def test_the_state_is_of_what_trains(kind):
+    """Every adapter is a matrix, so AdamW has nothing to do; on a trunk the heads alone have means."""
+    run = make_run("nowhere", model=MODEL, optim=CFG)
+    run = replace(run, start="x", lora=Lora(2, 4.0)) if kind == "lora" else replace(run, trunk="x")
+    state = abstract_state(run)
+    trained = split_trainable(run, state.params)[0]
+    assert (len(jax.tree.leaves(state.opt.adam)) == 0) == (kind == "lora")
+    count = len(jax.tree.leaves(state.opt.momentum)) + len(jax.tree.leaves(state.opt.adam.mu))
+    assert count == len(jax.tree.leaves(trained)) < len(jax.tree.leaves(state.params))
+
+
+def test_adapters_are_orthogonalised_by_side():
+    """A [in, r] and B [r, out] of a weight with heads are matrices, as LoRA reads them."""
+    params = nnx.State(
+        {
+            "a": nnx.Param(jnp.zeros((3, 2, 4, 5)), axes=("heads", None, None)),  # of w_o: [L, H, V, r]
+            "b": nnx.Param(jnp.zeros((3, 5, 2, 4)), axes=(None, "heads", None)),  # of w_uq: [L, r, H, K]
+        }
+    )
+    grads = noise_like(params, 0)
+    optimizer = optim.make(replace(CFG, muon_beta=0.0), STEPS)
+    args = jnp.asarray(0, jnp.int32), params, optimizer.init(params), grads, jnp.asarray(1.0), jnp.asarray(True)
+    new = optimizer.update(*args)[0]
+    for name, axes in (("a", (2, 1)), ("b", (1, 2))):
+        want = -0.1 * slow_direction(np.asarray(grads[name].get_value(), np.float64), *axes)
+        np.testing.assert_allclose(new[name].get_value(), want, rtol=0, atol=3e-6)
+
+
+BATCH, LENGTH = 16, 12
+RUN = make_run(
+    "nowhere", model=replace(MODEL, num_layers=1, mtp_depth=0), optim=replace(CFG, learning_rate=1e-2, eps=0.1)
+)
+RUN = replace(RUN, data=replace(RUN.data, batch_size=BATCH, seq_len=LENGTH))
+
+
+@pytest.mark.long
+def test_a_step_on_eight_devices_is_a_single_devices():
+    rng = np.random.default_rng(0)
+    batch = packed_batch(rng, np.sort(rng.integers(1, 4, (BATCH, LENGTH)), axis=1))
+    want, _ = jax.device_get(make_step(RUN)(fresh_state(RUN), batch))
+    for sizes, fsdp in (((2, 4, 1), True), ((2, 2, 2), False)):
+        run = replace(RUN, execution=ds.Execution(layout=Layout(fsdp=fsdp)))
+        mesh, state = sharding.make_mesh(*sizes), fresh_state(run)
+        where = sharding.state_sharding(state, mesh, fsdp=fsdp)
+        with jax.set_mesh(mesh):
+            rows = jax.device_put(batch, sharding.batch_sharding(mesh))
+            new, _ = make_step(run, choose.prepare(run.execution, mesh=mesh))(jax.device_put(state, where), rows)
+        for leaf, at in zip(jax.tree.leaves(new), jax.tree.leaves(where), strict=True):
+            assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
+        assert any(not at.is_fully_replicated for at in jax.tree.leaves(where.opt.momentum))
+        for a, b in zip(jax.tree.leaves(jax.device_get(new)), jax.tree.leaves(want), strict=True):
+            # Newton-Schulz makes small singular values, and the rounding in them, up to 3.4^5 = 485 times larger.
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())
+
+
+@pytest.mark.long
+def test_experts_stay_on_their_devices():
+    """No collective of the compiled update is as large as the experts of a layer."""
+    mesh = sharding.make_mesh(1, 8, 1)
+    shape = (2, 8, 32, 48)
+    params = nnx.State({"w": nnx.Param(jnp.ones(shape), axes=("expert", "dim", "hidden"))})
+    optimizer = optim.make(CFG, STEPS)
+    state = optimizer.init(params)
+    where = sharding.state_sharding((params, state), mesh)
+    with jax.set_mesh(mesh):
+        args = jax.device_put((params, state), where)
+        one = jnp.asarray(1.0)
+        text = jax.jit(optimizer.update, out_shardings=where).lower(
+            jnp.asarray(0, jnp.int32), *args, args[0], one, jnp.asarray(True)
+        ).compile().as_text()  # fmt: skip
+    assert "all-gather" not in text and "all-to-all" not in text and "collective-permute" not in text
+
+
+def test_muon_resumes_where_it_stopped(tmp_path):
+    """Three steps are two, a checkpoint, and one; the state's layout survives the checkpoint."""
+    rng = np.random.default_rng(0)
+    batch = packed_batch(rng, np.sort(rng.integers(1, 4, (BATCH, LENGTH)), axis=1))
+    step, state = make_step(RUN), fresh_state(RUN)
+    for _ in range(2):
+        state, _ = step(state, batch)
+    with Checkpoints(tmp_path, RUN) as checkpoints:
+        checkpoints.save(state, {}, wait=True)
+        restored, _ = checkpoints.restore()
+    assert_bitwise(restored, state)
+    assert type(restored.opt) is muon.MuonState
+    (want, _), (got, _) = step(state, batch), step(restored, batch)
+    assert_bitwise(got, want)
