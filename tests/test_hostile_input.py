@@ -501,8 +501,10 @@ def test_devices_are_named():
         ("tests.campaign", "--minutes", "1", "--only", *OTHER_CAMPAIGNS),
         ("tests.campaign.models", "--minutes", "0", "--least", "12"),
         ("tests.campaign.sanitizers", "--minutes", "0.5"),
+        ("tests.campaign.fuzz", "--minutes", "0.3"),
+        ("tests.campaign.cluster", "--minutes", "0"),
     ],
-    ids=["inputs", "others", "models", "sanitizers"],
+    ids=["inputs", "others", "models", "sanitizers", "fuzz", "cluster"],
 )
 def test_a_part_of_the_campaigns(tmp_path, words):
     seed = "7"  # not that of tests/campaign/README.md
