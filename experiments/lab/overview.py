@@ -57,8 +57,8 @@ def title(folder: Path) -> str:
 
 
 def verdict(folder: Path) -> str:
-    """Return the bold text at the start of the section "## Verdict" of a study's README.md."""
+    """Return the bold text at the start of "## Verdict" in a study's README.md, with links from the folder above."""
     page = folder / "README.md"
     text = page.read_text().partition("## Verdict")[2] if page.exists() else ""
     bold = re.match(r"\s*\*\*(.+?)\*\*", text, re.DOTALL)  # it may span lines
-    return " ".join(bold[1].split()).rstrip(".") if bold else "pending"
+    return " ".join(bold[1].split()).rstrip(".").replace("](../", "](") if bold else "pending"
