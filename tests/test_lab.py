@@ -511,8 +511,8 @@ def test_every_study_is_complete(script, monkeypatch):
     assert (overview.verdict(script.parent) == "pending") == (results.recipe is None)  # what has results is answered
 
 
-def test_there_are_fourteen_studies():
-    assert len(SCRIPTS) == 14
+def test_there_are_fifteen_studies():
+    assert len(SCRIPTS) == 15
 
 
 def test_a_base_with_invalid_values_is_rejected():

@@ -56,7 +56,7 @@ STUDY = Study(
     stakes={
         "facts": Stake(
             "no routed expert: dense",
-            lambda results: results.paired(DENSE, FINE_4, unknown),
+            lambda results: results.paired(DENSE, SWITCH, unknown),
             unknown,
             "bits",
             2,
