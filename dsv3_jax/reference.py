@@ -274,7 +274,7 @@ class Losses(NamedTuple):
     main: Array  # cross-entropy of the next token
     mtp: list[Array]  # cross-entropy of each head
     feature: Array  # EAGLE's SmoothL1 distance from h^1 at token i to the trunk's h at token i+1, a constant
-    balance: Array  # over all routers: Σ of α · mean sequence-wise loss + α' · Switch loss + α'' · z-loss
+    balance: Array  # over all routers: Σ of α · mean sequence-wise loss + α' · Switch loss + α'' · z-loss (2202.08906)
 
 
 def losses(ctx: Context, p: dict, tokens: Int[Array, "B T"], mtp_weight: float, stop_gradient=lambda x: x) -> Losses:
@@ -290,7 +290,7 @@ def losses(ctx: Context, p: dict, tokens: Int[Array, "B T"], mtp_weight: float, 
     for r in out.routing:
         sequence = balance_loss(r._replace(expert_ids=top_k(r.scores, cfg.experts_per_token, xp)), xp).mean()
         switch = balance_loss(Routing(*(y.reshape(1, -1, *y.shape[2:]) for y in r)), xp)[0]  # the batch is one row
-        z = (r.log_sums**2 * r.counted).sum() / np.maximum(r.counted.sum(), 1)  # arXiv 2202.08906
+        z = xp.where(r.counted, r.log_sums**2, 0.0).sum() / xp.maximum(xp.where(r.counted, 1.0, 0.0).sum(), 1.0)
         balance += cfg.balance.sequence_alpha * sequence + cfg.balance.switch_alpha * switch + cfg.balance.z_alpha * z
     return Losses(main + mtp_weight * heads + balance, main, mtp, feature, balance)
 

@@ -426,7 +426,8 @@ def test_baseline_attention_equals_the_equations(x64, rng, attention):
         module, cache = nnx.merge(graphdef, state), empty_cache(cfg, 1, 2, 7, "expanded", x.dtype)
         ctx = make_context(cfg, jnp.asarray(positions), jnp.asarray(segments), cache=cache)
         alone = module(x, segment_ids=jnp.asarray(segments), positions=jnp.asarray(positions))
-        return alone, *module.attend(x, ctx)
+        same, ctx = module.attend(x, ctx)
+        return alone, same, ctx.cache
 
     out, same, cache = run(nnx.from_flat_state(flat), jnp.asarray(x))
     freqs = np.array([1.0, cfg.rope_theta ** (-2 / 4)])

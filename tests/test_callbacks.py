@@ -69,6 +69,7 @@ def same_numbers(row):
     return {k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu", "kernels")}
 
 
+@pytest.mark.long
 def test_callbacks_are_called_and_one_that_fails_ends_the_run_after_it_is_saved(whole, tmp_path):
     """It stops after the step that follows, and the other callback is called to the end. The same call resumes."""
     first, broken, second = Recorder(), Broken(), Recorder()

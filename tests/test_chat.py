@@ -475,6 +475,7 @@ def test_chat_without_a_template_or_tokenizer(dsv3, talker, tmp_path):
     assert (code, out) == (2, "") and "is neither a run (no run.json) nor released" in err
 
 
+@pytest.mark.long
 def test_generate_continues_a_released_folder(dsv3, talker, tmp_path):
     """With BOS where the folder asks for it, without it by --raw."""
     text, model = load_text(talker), ds.load_model(talker)

@@ -91,6 +91,7 @@ def test_the_layers_z_loss_and_quantile(rng):
     np.testing.assert_allclose(found.bias_measure, oracles.quantile_target(scores, bias, 3), rtol=1e-5)
 
 
+@pytest.mark.long
 def test_a_step_with_quantile_and_z_loss():
     """Losses are the reference's, and the bias goes half of the way; a step that is not finite moves it nowhere."""
     model = replace(PLAIN, router="sqrtsoftplus", balance=Balance(0.5, 1e-2, 0.0, "quantile", 1e-2))
@@ -113,6 +114,7 @@ def test_a_step_with_quantile_and_z_loss():
     np.testing.assert_array_equal(after.bias["sparse"]["moe"]["bias"][...], bias)
 
 
+@pytest.mark.long
 def test_a_steps_noise_is_of_seed_step_and_row():
     """Two microbatches have the complete batch's noise. Another step has other noise; evaluation has none."""
     run, batch = run_of(replace(PLAIN, router="noisy_topk"), microbatches=2), make_batch()

@@ -136,6 +136,7 @@ def test_a_part_names_its_matrices(part):
     assert adapted == set(matrices(paths, (part,))) != set()
 
 
+@pytest.mark.long
 def test_new_adapters_change_nothing():
     """The merged weights are the start's to the bit. A alone is random, of the variance 1 / (number of inputs)."""
     start = flat(state_of(replace(RUN, lora=Lora())).params)

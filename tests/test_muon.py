@@ -133,6 +133,7 @@ def test_two_steps_are_the_equations(two_steps):
     assert {(3, 1, 1), (4, 1, 1), (4, 1, 2), (4, 2, 1), (2, 1, 1)} <= dims
 
 
+@pytest.mark.long
 def test_matrices_move_as_by_optax(two_steps):
     """`optax.contrib.muon` with dimension numbers written by hand: a second oracle."""
     found, grads = two_steps
@@ -283,6 +284,7 @@ def test_experts_stay_on_their_devices():
     assert "all-gather" not in text and "all-to-all" not in text and "collective-permute" not in text
 
 
+@pytest.mark.long
 def test_muon_resumes_where_it_stopped(tmp_path):
     """Three steps are two, a checkpoint, and one; the state's layout survives the checkpoint."""
     rng = np.random.default_rng(0)

@@ -182,6 +182,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(loop, "_order2", lambda *_: 0.0)
 
 
+@pytest.mark.long
 def test_a_run_with_a_transformation_resumes_bitwise_and_with_no_other(quick, tmp_path):
     text = write_text(tmp_path / "text")
     run = make_run(text, model=PLAIN, steps=4, eval_every=4, save_every=2, eval_batches=1)

@@ -215,8 +215,8 @@ def test_killed_at_any_moment_it_ends_the_same(whole, root, tmp_path):
 def poisoned_at(step: int):
     """Make a compiled step that meets a parameter which is not finite after `step` steps."""
 
-    def make(*args):
-        good = loop.make_step(*args)
+    def make(*args, **settings):
+        good = loop.make_step(*args, **settings)
 
         def poisoned(state, batch, *go):
             if int(state.step) == step:
