@@ -47,7 +47,8 @@ def draw_forest(path: Path, verdicts: Sequence[Verdict], title: str) -> None:
         ax.plot([], [], "D", color="black", fillstyle="none", linestyle="none", label="published")
     for answer in dict.fromkeys(v.answer for v in verdicts):
         ax.plot([], [], "o-", color=ANSWER_COLOURS[answer], label=answer)
-    style_axes(ax, title, f"difference with its 95 % interval{', ' + units.pop() if len(units) == 1 else ''}", "")
+    style_axes(ax, "", f"difference with its 95 % interval{', ' + units.pop() if len(units) == 1 else ''}", "")
+    figure.suptitle(title, fontsize=11)  # as wide as the picture: the claims leave the axes little room
     ax.axvline(0, color="0.5", linewidth=0.8)
     ax.set_yticks(range(len(verdicts)), [v.claim.text for v in verdicts], fontsize=9)
     ax.invert_yaxis()
