@@ -239,8 +239,8 @@ def test_steps_that_are_started_ahead_are_the_same_steps(whole, tmp_path, monkey
     """Stopped and resumed, too. Up to three have started before a row is written, and the program is compiled once."""
     folder, made, open_steps = tmp_path / "run", [], [0]
 
-    def make(*args):
-        made.append(loop.make_step(*args))
+    def make(*args, **settings):
+        made.append(loop.make_step(*args, **settings))
 
         def step(state, batch, go):
             open_steps.append(open_steps[-1] + 1)
@@ -268,8 +268,8 @@ def test_nothing_goes_on_from_a_step_that_is_found_late_not_to_be_finite(whole, 
     """Only step 8 is bad. Two more have started by the time it is looked at, and they change nothing."""
     folder, steps = tmp_path / "run", []
 
-    def make(*args):
-        good = loop.make_step(*args)
+    def make(*args, **settings):
+        good = loop.make_step(*args, **settings)
 
         def step(state, batch, go):
             head = state.params["head"]
