@@ -352,9 +352,9 @@ def test_a_step_on_a_mesh_is_a_single_devices(sizes, fsdp):
         assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
     np.testing.assert_array_equal(metrics_there["load"], metrics["load"])
     np.testing.assert_allclose(metrics_there["loss"], metrics["loss"], rtol=1e-5)
-    # 1e-5 of each tensor's largest entry: sums in another order
+    # 3e-5 of each tensor's largest entry: sums in another order
     for a, b in zip(jax.tree.leaves(got.opt.mu), jax.tree.leaves(want.opt.mu), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+        np.testing.assert_allclose(a, b, rtol=0, atol=3e-5 * np.abs(b).max())
 
 
 @pytest.mark.long

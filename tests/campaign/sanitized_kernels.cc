@@ -352,14 +352,16 @@ std::vector<Array> Texts(Random& rng, int64_t& b, int64_t& t, int64_t& h, int64_
 Call Causal(Random& rng) {
   int64_t b, t, h, k, v;
   const std::vector<Array> args = Texts(rng, b, t, h, k, v);
-  return {"causal attention", Dsv3CausalAttention, args, {Empty({b, t, h, v}), Empty({b, h, t})}, {}, {}, {0, 1}};
+  return {"causal attention", Dsv3CausalAttention, args, {Empty({b, t, h, v}), Empty({b, h, t}), Empty({b, h, t})},
+          {}, {}, {0, 1, 2}};
 }
 
 Call CausalGradients(Random& rng) {
   int64_t b, t, h, k, v;
   std::vector<Array> args = Texts(rng, b, t, h, k, v);
   std::string error;
-  const Call forward{"", Dsv3CausalAttention, args, {Empty({b, t, h, v}), Empty({b, h, t})}, {}, {}, {0, 1}};
+  const Call forward{"", Dsv3CausalAttention, args, {Empty({b, t, h, v}), Empty({b, h, t}), Empty({b, h, t})},
+                     {}, {}, {0, 1, 2}};
   const auto results = Run(rng, forward, 1, error);
   for (int i = 0; i < 2; ++i) args.push_back(forward.rets[i]), args.back().bytes = results[i];
   args.push_back(Floats(rng, {b, t, h, v}));
