@@ -222,7 +222,7 @@ def one_by_one(recipe, x, ids, gates, weights, d_y):
     ids=lambda x: x.name,
 )
 def test_experts_are_products_one_by_one(rng, recipe, inner):
-    """Wgrad's tiles begin anew with each expert; one has more tokens than a tile, one has none."""
+    """Wgrad's tiles restart with each expert; one has more tokens than a tile, one has none."""
     n, dim, hidden, layer = 150, 40, 36, 1
     ids = np.stack([rng.permutation(4)[:2] for _ in range(n)]).astype(np.int32)
     ids[:140, 0] = 0

@@ -281,7 +281,7 @@ def product_by_expert(x: Float[Array, "E m K"], w: Float[Array, "E K N"], *, rec
 def round_tokens_by_group(
     rows: Float[Array, "m c"], counts: Int[Array, " G"], tile: int, *, power_of_two: bool = False
 ) -> Float[Array, "m c"]:
-    """Round columns of sorted rows, in tiles that begin anew with each group, as Wgrad's product of each expert does.
+    """Round columns of sorted rows, in tiles that restart with each group, as Wgrad's product of each expert does.
 
     Args: counts: rows of each group. Rows after the last group are left as they are.
 
