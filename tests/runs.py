@@ -15,13 +15,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from models import DENSE, random_model
 
 from dsv3_jax.config import Balance, DataConfig, ModelConfig, OptimConfig, RunConfig, to_dict
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.presets import recipe
-from dsv3_jax.training import loop
+from dsv3_jax.training import loop, prepare
 from dsv3_jax.training.step import TrainState, init_optimizer
 
 # Two sparse layers and an MTP block, so that every kind of router bias is there; little else, to compile fast.
@@ -143,6 +144,13 @@ def said_by(function, *args) -> tuple[object, str]:
     with contextlib.redirect_stdout(out):
         result = function(*args)
     return result, out.getvalue()
+
+
+def spend_no_seconds(patch: pytest.MonkeyPatch, peak: float = 1e9) -> None:
+    """Let `fit` neither measure the machine's FLOP/s, nor draw pictures, nor fit the order-2 baseline."""
+    patch.setattr(prepare, "gemm_flops", lambda dtype: peak)
+    patch.setattr(loop, "_draw", lambda *_: None)
+    patch.setattr(loop, "_order2", lambda *_: 0.0)
 
 
 def flags(run: RunConfig) -> list[str]:

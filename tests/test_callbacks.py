@@ -5,9 +5,9 @@ import shutil
 
 import jax
 import pytest
-from runs import STEPS, cheap_compiles, finished, rows_of, unhooked
+from runs import STEPS, cheap_compiles, finished, rows_of, spend_no_seconds, unhooked
 
-from dsv3_jax.training import loop, prepare
+from dsv3_jax.training import loop
 from dsv3_jax.training.checkpoint import Checkpoints
 
 
@@ -25,9 +25,7 @@ def whole(root):
 
 @pytest.fixture(autouse=True)
 def _no_seconds_spent_on_the_rest(whole, monkeypatch):
-    monkeypatch.setattr(prepare, "gemm_flops", lambda dtype: 1e9)
-    monkeypatch.setattr(loop, "_draw", lambda *_: None)
-    monkeypatch.setattr(loop, "_order2", lambda *_: 0.0)
+    spend_no_seconds(monkeypatch)
 
 
 class Recorder(loop.Callback):

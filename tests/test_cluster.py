@@ -9,12 +9,12 @@ import jax
 import numpy as np
 import pytest
 from pairs import DSV3, MESH, ends, free_port, pair, pair_run, wait_for_step
-from runs import assert_bitwise, cheap_compiles, flags, fresh_state, rows_of, start
+from runs import assert_bitwise, cheap_compiles, flags, fresh_state, rows_of, spend_no_seconds, start
 
 from dsv3_jax.cluster import processes, supervisor
 from dsv3_jax.config import ConfigError, Layout
 from dsv3_jax.mesh import sharding
-from dsv3_jax.training import loop, prepare
+from dsv3_jax.training import loop
 from dsv3_jax.training.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.long
@@ -38,9 +38,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _skip_slow_parts(monkeypatch):
-    monkeypatch.setattr(prepare, "gemm_flops", lambda dtype: 1e9)
-    monkeypatch.setattr(loop, "_draw", lambda *_: None)
-    monkeypatch.setattr(loop, "_order2", lambda *_: 0.0)
+    spend_no_seconds(monkeypatch)
 
 
 def resumed_from(output: str) -> int:

@@ -19,6 +19,7 @@ from runs import (
     make_run,
     packed_batch,
     rows_of,
+    spend_no_seconds,
     unhooked,
     write_text,
 )
@@ -28,7 +29,7 @@ from dsv3_jax.config import OPTIMIZERS, ConfigError, Layout, Lora, OptimConfig, 
 from dsv3_jax.kernels import choose
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
-from dsv3_jax.training import adamw, from_optax, loop, optim, prepare
+from dsv3_jax.training import adamw, from_optax, optim
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
 from dsv3_jax.training.step import abstract_state, init_optimizer, make_step, split_trainable
 
@@ -177,9 +178,7 @@ def test_the_state_of_adamw_keeps_its_layout():
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(prepare, "gemm_flops", lambda dtype: 1e9)
-    monkeypatch.setattr(loop, "_draw", lambda *_: None)
-    monkeypatch.setattr(loop, "_order2", lambda *_: 0.0)
+    spend_no_seconds(monkeypatch)
 
 
 @pytest.mark.long

@@ -13,7 +13,18 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from models import random_model, small
-from runs import STEPS, assert_bitwise, cheap_compiles, flags, make_run, rows_of, said_by, unhooked_cli, write_text
+from runs import (
+    STEPS,
+    assert_bitwise,
+    cheap_compiles,
+    flags,
+    make_run,
+    rows_of,
+    said_by,
+    spend_no_seconds,
+    unhooked_cli,
+    write_text,
+)
 
 import dsv3_jax as ds
 from dsv3_jax.config import Execution, Layout, RunConfig, run_from_dict
@@ -42,13 +53,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _no_seconds_spent_on_the_rest(monkeypatch):
-    spend_no_seconds(monkeypatch)
-
-
-def spend_no_seconds(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(prepare, "gemm_flops", lambda dtype: PEAK)
-    patch.setattr(loop, "_draw", lambda *_: None)
-    patch.setattr(loop, "_order2", lambda *_: 0.0)
+    spend_no_seconds(monkeypatch, PEAK)
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def made(root) -> Made:
     run = make_run("text")
     run = replace(run, data=replace(run.data, tokenizer="words/tokenizer.json"))
     with pytest.MonkeyPatch.context() as patch:
-        spend_no_seconds(patch)
+        spend_no_seconds(patch, PEAK)
         patch.chdir(home)
         train_tokenizer(Path("words") / TOKENIZER_FILE)
         loop.fit(run, "whole", quiet=True)

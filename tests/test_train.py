@@ -12,7 +12,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import STEPS, assert_bitwise, cheap_compiles, finished, flags, rows_of, said_by, start, unhooked_cli
+from runs import (
+    STEPS,
+    assert_bitwise,
+    cheap_compiles,
+    finished,
+    flags,
+    rows_of,
+    said_by,
+    spend_no_seconds,
+    start,
+    unhooked_cli,
+)
 from tensorboardX.proto.event_pb2 import Event
 
 from dsv3_jax.config import ConfigError
@@ -20,7 +31,7 @@ from dsv3_jax.data import batches
 from dsv3_jax.data.corpus import load_corpus
 from dsv3_jax.data.ngram import order2_bits_per_byte
 from dsv3_jax.data.tokenizer import ByteTokenizer
-from dsv3_jax.training import loop, prepare
+from dsv3_jax.training import loop
 from dsv3_jax.training.checkpoint import Checkpoints
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -41,9 +52,7 @@ def whole(root):
 @pytest.fixture(autouse=True)
 def _no_seconds_spent_on_the_rest(whole, monkeypatch):
     """The run in `whole` measured the machine's peak, drew its pictures and fitted its baseline."""
-    monkeypatch.setattr(prepare, "gemm_flops", lambda dtype: 1e9)
-    monkeypatch.setattr(loop, "_draw", lambda *_: None)
-    monkeypatch.setattr(loop, "_order2", lambda *_: 0.0)
+    spend_no_seconds(monkeypatch)
 
 
 def main(argv: list[str]) -> int:

@@ -8,13 +8,23 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from runs import MODEL, assert_bitwise, cheap_compiles, fresh_state, make_run, packed_batch, rows_of, unhooked_cli
+from runs import (
+    MODEL,
+    assert_bitwise,
+    cheap_compiles,
+    fresh_state,
+    make_run,
+    packed_batch,
+    rows_of,
+    spend_no_seconds,
+    unhooked_cli,
+)
 from runs import write_text as text_in
 
 from dsv3_jax.config import Balance, ConfigError, DataConfig, Execution, Layout, Yarn
 from dsv3_jax.data import tokenizer
 from dsv3_jax.mesh import sharding
-from dsv3_jax.training import loop, prepare, warm_start
+from dsv3_jax.training import loop, warm_start
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
 from dsv3_jax.training.run_folder import claim, read_run
 from dsv3_jax.training.step import first_bad_tensor, make_step
@@ -42,12 +52,6 @@ def root(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _no_seconds_spent_on_the_rest(monkeypatch):
     spend_no_seconds(monkeypatch)
-
-
-def spend_no_seconds(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(prepare, "gemm_flops", lambda dtype: 1e9)
-    patch.setattr(loop, "_draw", lambda *_: None)
-    patch.setattr(loop, "_order2", lambda *_: 0.0)
 
 
 @pytest.fixture(scope="module")
