@@ -50,7 +50,8 @@ class Decode:
     cache_dtype: tuple[CacheDtype, ...] = ()
     """dtypes of cached rows; empty means the compute dtype"""
     draft: tuple[str, ...] = ("none",)
-    """who drafts: none, mtp (the model's own heads), or the folder of another run with the same tokenizer"""
+    """who drafts: none, mtp (the model's own heads), lookup (the text so far), or the folder of another run with the
+    same tokenizer"""
     draft_length: tuple[int, ...] = (1,)
     """numbers of tokens drafted a step"""
     rounds: int = 3
@@ -132,7 +133,7 @@ def decode(options: Decode) -> int:
 
     model, run, step = open_model(options.run, kernels=options.kernels)
     cfg = run.model
-    drafts: dict[str, Any] = {"none": None, "mtp": "mtp"}
+    drafts: dict[str, Any] = {"none": None, "mtp": "mtp", "lookup": "lookup"}
     drafts |= {name: open_draft(name, run, kernels=options.kernels) for name in options.draft if name not in drafts}
     kinds = options.cache or (pick_kind(cfg, None),)
     dtypes = options.cache_dtype or (str(pick_dtype(model.compute_dtype, None)),)

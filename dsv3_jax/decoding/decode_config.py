@@ -11,6 +11,8 @@ from dsv3_jax.model.cache import CACHE_KINDS, pick_dtype
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops.sampling import GREEDY, Sampling
 
+OWN_DRAFTS = ("mtp", "lookup")  # need no other model
+
 
 @dataclass(frozen=True)
 class DecodeConfig:
@@ -31,7 +33,7 @@ class DecodeConfig:
     sampling: Sampling = GREEDY
     cache: str | None = None  # "latent", "expanded" or "none", see model/cache.py; None: the smallest there is
     cache_dtype: Any = None  # "float32", "bfloat16", "int8" or "float8_e4m3"; None: the compute dtype
-    draft: "str | Transformer | None" = None  # None, "mtp" (the model's own heads), or an independent model
+    draft: "str | Transformer | None" = None  # None, "mtp" (own heads), "lookup" (the text), or a model
     draft_length: int = 1  # tokens drafted a step
     stop_tokens: Sequence[int] = ()  # a row ends with the first of them
     seed: int = 0
@@ -59,8 +61,8 @@ class DecodeConfig:
         pick_dtype("float32", self.cache_dtype)
         if self.draft is not None and self.draft_length < 1:
             raise ValueError(f"draft_length={self.draft_length} is below 1")
-        if self.draft not in (None, "mtp") and not isinstance(self.draft, Transformer):
-            raise ValueError(f"draft={self.draft!r} is not None, 'mtp' or a Transformer")
+        if self.draft is not None and self.draft not in OWN_DRAFTS and not isinstance(self.draft, Transformer):
+            raise ValueError(f"draft={self.draft!r} is not None, 'mtp', 'lookup' or a Transformer")
         if not _is_list(self.stop_tokens):
             raise ValueError(f"stop_tokens={self.stop_tokens!r} is not a list of token ids")
         object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
@@ -91,6 +93,8 @@ class DecodeConfig:
                     f"vocab_size={self.draft.cfg.vocab_size} of the draft model is not the model's {cfg.vocab_size}"
                 )
             reach = min(reach, self.draft.cfg.max_positions)
+        elif self.draft == "lookup":
+            pass
         elif not cfg.mtp_depth:
             raise ValueError("draft='mtp' needs multi-token heads, and the model's mtp_depth is 0")
         elif not cfg.head_kind.reads_tokens and self.draft_length > cfg.mtp_depth:

@@ -1,4 +1,4 @@
-"""Who drafts: an independent small model, or the model's own multi-token heads.
+"""Who drafts: an independent small model, the model's own multi-token heads, or the text itself.
 
 A drafter has two methods. `start` makes its state after a prompt. `draft` first reads the tokens that were accepted in
 the last step (`StepResult`), then drafts. Its state is in caches like the model's. Rows that it wrote for drafts are
@@ -23,6 +23,8 @@ from dsv3_jax.model.transformer import DecodeWeights, Transformer
 from dsv3_jax.ops.sampling import Sampling, processed_logits, sample
 from dsv3_jax.ops.verify_drafts import probabilities
 
+LONGEST_MATCH = 8  # tokens that prompt look-up compares
+
 
 class StepResult(NamedTuple):
     """What the last step of the model computed."""
@@ -35,7 +37,7 @@ class StepResult(NamedTuple):
 
 
 class Drafts(NamedTuple):
-    """J drafts a sequence, and the distributions they were drawn from (None at temperature 0)."""
+    """J drafts a sequence, and the laws they were drawn from: None at temperature 0, or if all were certain."""
 
     tokens: Int[Array, "B J"]
     q: Float[Array, "B J W"] | None
@@ -193,20 +195,75 @@ class ParallelDrafter:
         return _concat_drafts(drawn), tuple(caches)
 
 
-Drafter = ModelDrafter | ChainDrafter | ParallelDrafter
+class LookupDrafter:
+    """Prompt look-up: what followed the last tokens where they occurred before, in the prompt or the new text.
+
+    The occurrence of the longest run of last tokens is taken, up to LONGEST_MATCH of them; of several, the latest. The
+    drafts are the tokens after it. Beyond the end of the text come the drafts themselves, so a period goes on. Without
+    any occurrence the newest token is repeated. Each draft is certain: q is 1 at it.
+
+    Source: prompt look-up decoding, as transformers' `prompt_lookup_num_tokens`; LLMA, arXiv 2304.04487.
+    Departs from transformers: it takes the first occurrence, and its drafts end with the text.
+    """
+
+    def start(self, prompt: Prompt) -> Array:
+        text = jnp.zeros((prompt.tokens.shape[0], prompt.capacity), jnp.int32)
+        return text.at[:, : prompt.tokens.shape[1]].set(prompt.tokens)
+
+    def draft(self, state: Array, last: StepResult, count: int, key: Array, sampling: Sampling) -> tuple[Drafts, Array]:
+        text, newest = write_text(state, last), last.start + last.num_valid
+        found, _ = look_up(text, newest)
+        ahead = jnp.arange(count, dtype=jnp.int32)[None] % (newest - found)[:, None]
+        return Drafts(jnp.take_along_axis(text, found[:, None] + 1 + ahead, axis=1), None), text
 
 
-def make_drafter(model: Transformer, draft: Transformer | None, weights: DecodeWeights | None) -> Drafter:
-    """The independent model if there is one, else the model's own heads; `weights`: of the model that drafts.
+def write_text(text: Int[Array, "B S"], last: StepResult) -> Int[Array, "B S"]:
+    """Put the last step's tokens into the text. What is not valid of them will be overwritten."""
+    rows = jnp.arange(text.shape[0], dtype=jnp.int32)[:, None]
+    columns = last.start[:, None] + 1 + jnp.arange(last.tokens.shape[1], dtype=jnp.int32)[None]
+    return constrain(text.at[rows, columns].set(last.tokens, mode="drop"))
+
+
+def look_up(text: Int[Array, "B S"], newest: Int[Array, " B"]) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+    """Find the last tokens of a text earlier in it.
+
+    Args: newest: the position of each text's last token, at least 1; later slots are not read.
+    Returns: (the last position before `newest` where the longest run of the last tokens ends, the run's length).
+
+    Example:
+        >>> look_up(jnp.array([[7, 5, 6, 9, 5, 6, 0, 0]]), jnp.array([5]))  # 5, 6 ends at position 2
+        (Array([2], dtype=int32), Array([2], dtype=int32))
+    """
+    before, slots = LONGEST_MATCH - 1, text.shape[1]
+    padded = jnp.pad(text, ((0, 0), (before, 0)), constant_values=-1)  # no token
+    same = earlier = jnp.arange(slots, dtype=jnp.int32)[None] < newest[:, None]
+    length = jnp.zeros(text.shape, jnp.int32)
+    for back in range(LONGEST_MATCH):
+        wanted = jnp.take_along_axis(padded, newest[:, None] + before - back, axis=1)
+        shifted = padded[:, before - back : before - back + slots]
+        same = same & (shifted == wanted) & (shifted >= 0)
+        length = length + same.astype(jnp.int32)
+    # The longest, and the latest of those.
+    found = slots - 1 - jnp.argmax(jnp.where(earlier, length, -1)[:, ::-1], axis=1).astype(jnp.int32)
+    return found, jnp.take_along_axis(length, found[:, None], axis=1)[:, 0]
+
+
+Drafter = ModelDrafter | ChainDrafter | ParallelDrafter | LookupDrafter
+
+
+def make_drafter(model: Transformer, draft: "str | Transformer", weights: DecodeWeights | None) -> Drafter:
+    """Make the drafter of a request; `weights`: of the model that drafts.
 
     Example:
         >>> from dsv3_jax.model.transformer import abstract
         >>> from dsv3_jax.presets import preset
-        >>> type(make_drafter(abstract(preset("tiny")), None, None)).__name__
+        >>> type(make_drafter(abstract(preset("tiny")), "mtp", None)).__name__
         'ChainDrafter'
     """
-    if draft is not None:
+    if isinstance(draft, Transformer):
         return ModelDrafter(draft, weights)
+    if draft == "lookup":
+        return LookupDrafter()
     return (ChainDrafter if model.cfg.head_kind.reads_tokens else ParallelDrafter)(model, weights)
 
 

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from dsv3_jax.config import CacheKind
-from dsv3_jax.decoding.decode_config import DecodeConfig
+from dsv3_jax.decoding.decode_config import OWN_DRAFTS, DecodeConfig
 from dsv3_jax.decoding.drafters import Drafter, Drafts, Prompt, StepResult, make_drafter, process_by_rows
 from dsv3_jax.mesh import sharding
 from dsv3_jax.mesh.sharding import constrain
@@ -75,7 +75,7 @@ class _Static(NamedTuple):
 
     sampling: Sampling
     draft_length: int  # J; 0 without a draft
-    draft: Any  # None, "mtp", or the graph of a draft model
+    draft: Any  # None, "mtp", "lookup", or the graph of a draft model
     max_new_tokens: int
     capacity: int
     kind: CacheKind
@@ -112,9 +112,9 @@ def generate(
         stop_tokens: a row ends with the first of them.
         cache: "latent", "expanded" or "none", see `model/cache.py`. None means the smallest that the model can use.
         cache_dtype: "float32", "bfloat16", "int8" or "float8_e4m3". None means the model's compute dtype.
-        draft: who drafts: None, "mtp" (the model's own multi-token heads, of any kind) or a smaller Transformer with
-            the same vocabulary, on the same mesh. Text has the same distribution as without, and is the same at
-            temperature 0.
+        draft: who drafts: None, "mtp" (the model's own multi-token heads, of any kind), "lookup" (the text so far: what
+            followed the same tokens before) or a smaller Transformer with the same vocabulary, on the same mesh. Text
+            has the same distribution as without, and is the same at temperature 0.
         draft_length: tokens drafted a step. DeepSeek's and EAGLE heads draft beyond their depth.
         seed: of the random draws.
     Raises: ValueError for an empty prompt or batch, a token outside the vocabulary, a prompt and continuation
@@ -230,8 +230,8 @@ def _round_up(n: int, step: int) -> int:
 def _drafter(model: Transformer, static: _Static, draft_state: Any, weights: Any = (None, None)) -> Drafter | None:
     if static.draft is None:
         return None
-    if static.draft == "mtp":
-        return make_drafter(model, None, weights[0])
+    if static.draft in OWN_DRAFTS:
+        return make_drafter(model, static.draft, weights[0])
     return make_drafter(model, nnx.merge(static.draft, draft_state), weights[1])
 
 
