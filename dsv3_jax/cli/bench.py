@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich import box
@@ -52,8 +52,8 @@ class Decode:
     draft: tuple[str, ...] = ("none",)
     """who drafts: none, mtp (the model's own heads), lookup (the text so far), or the folder of another run with the
     same tokenizer"""
-    draft_length: tuple[int, ...] = (1,)
-    """numbers of tokens drafted a step"""
+    draft_length: tuple[int | Literal["auto"], ...] = (1,)
+    """numbers of tokens drafted a step, or auto"""
     rounds: int = 3
     """number of timed rounds"""
     kernels: str | None = None
@@ -89,7 +89,7 @@ class Cell:
     cache: str
     cache_dtype: str
     draft: str
-    draft_length: int  # 0 without a draft
+    draft_length: int | str  # 0 without a draft
 
     @property
     def cache_text(self) -> str:

@@ -41,6 +41,7 @@ class Drafts(NamedTuple):
 
     tokens: Int[Array, "B J"]
     q: Float[Array, "B J W"] | None
+    confidence: Float[Array, "B J"] | None = None  # the drafter's largest probability before each was drawn
 
 
 class Prompt(NamedTuple):
@@ -57,8 +58,8 @@ class Prompt(NamedTuple):
 class ModelDrafter:
     """An independent model with the target's vocabulary."""
 
-    def __init__(self, model: Transformer, weights: DecodeWeights | None):
-        self.model, self.weights = model, weights
+    def __init__(self, model: Transformer, weights: DecodeWeights | None, *, gaps: bool = False):
+        self.model, self.weights, self.gaps = model, weights, gaps
 
     def start(self, prompt: Prompt) -> Any:
         cfg, batch = self.model.cfg, prompt.tokens.shape[0]
@@ -74,14 +75,19 @@ class ModelDrafter:
         tokens = jnp.take_along_axis(both, index, axis=1)
         newest = last.start + last.num_valid
 
-        def step(carry: tuple[Cache, Array], key: Array) -> tuple[tuple[Cache, Array], tuple[Array, Array | None]]:
+        def step(carry: tuple[Cache, Array], key: Array) -> tuple[tuple[Cache, Array], "_Drawn"]:
             cache, tokens = carry
             x, cache = cache.step(self.model, tokens, self.weights)
-            token, q = _draw(self.model.logits(self.model.norm(x[:, -1])), key, sampling)
-            return (cache.at_lengths(cache.lengths + tokens.shape[1]), token[:, None]), (token, q)
+            drawn = _draw(self.model.logits(self.model.norm(x[:, -1])), key, sampling)
+            return (cache.at_lengths(cache.lengths + tokens.shape[1]), drawn.token[:, None]), drawn
 
         keys = jax.random.split(key, count)
-        carry, first = step((state.at_lengths(newest - 1), tokens), keys[0])
+        if self.gaps:  # after steps without drafts none of them is cached
+            x, cache = state.at_lengths(last.start).step(self.model, both, self.weights)
+            first = _draw(self.model.logits(self.model.norm(_pick(x, last.num_valid))), keys[0], sampling)
+            carry = cache.at_lengths(newest + 1), first.token[:, None]
+        else:
+            carry, first = step((state.at_lengths(newest - 1), tokens), keys[0])
         carry, rest = _repeat(step, carry, keys[1:])
         return _concat_drafts([first], rest), carry[0]
 
@@ -122,7 +128,7 @@ class ChainDrafter:
         start, num_valid, trained = last.start, last.num_valid, min(count, len(self.heads))
         newest, rows = start + num_valid, jnp.arange(start.size, dtype=jnp.int32)
         keys, states = jax.random.split(key, count), list(state)
-        drawn: list[tuple[Array, Array | None]] = []
+        drawn: list[_Drawn] = []
         # Entry j is position start − k + 1 + j of head k. Each draft is put behind the tokens that are in the text.
         h, tokens = last.h, jnp.pad(last.tokens, ((0, 0), (0, trained)))
         for k, head in enumerate(state[:trained], start=1):
@@ -137,17 +143,17 @@ class ChainDrafter:
             states[k - 1] = _ChainState(cache, _pick(out, num_valid - 1))
             h, tokens = (
                 jnp.concatenate([head.last[:, None], out], axis=1),
-                tokens.at[rows, num_valid + k - 1].set(drawn[-1][0]),
+                tokens.at[rows, num_valid + k - 1].set(drawn[-1].token),
             )
 
         def beyond(carry: tuple[Cache, Array, Array], key: Array):
             # The last head reads its own output instead of a predecessor's, one position on.
             cache, h, token = carry
             h, cache = self._continue(-1, token[:, None], h, cache)
-            token, q = _draw(self.model.logits(h[:, 0]), key, sampling)
-            return (cache, h, token), (token, q)
+            one = _draw(self.model.logits(h[:, 0]), key, sampling)
+            return (cache, h, one.token), one
 
-        carry = states[trained - 1].cache.at_lengths(newest), end[:, None], drawn[-1][0]
+        carry = states[trained - 1].cache.at_lengths(newest), end[:, None], drawn[-1].token
         carry, rest = _repeat(beyond, carry, keys[trained:])
         states[trained - 1] = states[trained - 1]._replace(cache=carry[0])
         return _concat_drafts(drawn, rest), tuple(states)
@@ -182,7 +188,7 @@ class ParallelDrafter:
         self, state: tuple[Cache | None, ...], last: StepResult, count: int, key: Array, sampling: Sampling
     ) -> tuple[Drafts, tuple[Cache | None, ...]]:
         caches, keys = list(state), jax.random.split(key, count)
-        drawn: list[tuple[Array, Array | None]] = []
+        drawn: list[_Drawn] = []
         positions = last.start[:, None] + jnp.arange(last.h.shape[1], dtype=jnp.int32)[None]
         tokens = jnp.concatenate([last.previous[:, None], last.tokens[:, :-1]], axis=1)
         for k, head in enumerate(self.heads[:count]):
@@ -212,9 +218,11 @@ class LookupDrafter:
 
     def draft(self, state: Array, last: StepResult, count: int, key: Array, sampling: Sampling) -> tuple[Drafts, Array]:
         text, newest = write_text(state, last), last.start + last.num_valid
-        found, _ = look_up(text, newest)
+        found, length = look_up(text, newest)
         ahead = jnp.arange(count, dtype=jnp.int32)[None] % (newest - found)[:, None]
-        return Drafts(jnp.take_along_axis(text, found[:, None] + 1 + ahead, axis=1), None), text
+        drafts = jnp.take_along_axis(text, found[:, None] + 1 + ahead, axis=1)
+        sure = (length.astype(jnp.float32) + 0.5) / (LONGEST_MATCH + 1)  # a class of its own for each length
+        return Drafts(drafts, None, jnp.broadcast_to(sure[:, None], drafts.shape)), text
 
 
 def write_text(text: Int[Array, "B S"], last: StepResult) -> Int[Array, "B S"]:
@@ -251,8 +259,14 @@ def look_up(text: Int[Array, "B S"], newest: Int[Array, " B"]) -> tuple[Int[Arra
 Drafter = ModelDrafter | ChainDrafter | ParallelDrafter | LookupDrafter
 
 
-def make_drafter(model: Transformer, draft: "str | Transformer", weights: DecodeWeights | None) -> Drafter:
-    """Make the drafter of a request; `weights`: of the model that drafts.
+def make_drafter(
+    model: Transformer, draft: "str | Transformer", weights: DecodeWeights | None, *, gaps: bool = False
+) -> Drafter:
+    """Make the drafter of a request.
+
+    Args:
+        weights: of the model that drafts.
+        gaps: steps without drafts may come between, whose tokens it then reads together.
 
     Example:
         >>> from dsv3_jax.model.transformer import abstract
@@ -261,17 +275,26 @@ def make_drafter(model: Transformer, draft: "str | Transformer", weights: Decode
         'ChainDrafter'
     """
     if isinstance(draft, Transformer):
-        return ModelDrafter(draft, weights)
+        return ModelDrafter(draft, weights, gaps=gaps)
     if draft == "lookup":
         return LookupDrafter()
     return (ChainDrafter if model.cfg.head_kind.reads_tokens else ParallelDrafter)(model, weights)
 
 
-def _draw(logits: Float[Array, "B W"], key: Array, sampling: Sampling) -> tuple[Array, Array | None]:
-    """(token int32 [B], the distribution it was drawn from)."""
+class _Drawn(NamedTuple):
+    token: Array  # int32 [B]
+    q: Array | None  # [B, W]: the law it was drawn from
+    confidence: Array  # [B]: the largest probability
+
+
+def _draw(logits: Float[Array, "B W"], key: Array, sampling: Sampling) -> _Drawn:
     logits, left = process_by_rows(logits, sampling)
     token = constrain(sample(logits, key, **left._asdict()))
-    return token, None if sampling.temperature == 0.0 else probabilities(logits, left)
+    if sampling.temperature == 0.0:
+        largest = logits.max(axis=-1, keepdims=True)
+        return _Drawn(token, None, 1 / jnp.exp(logits - largest).sum(axis=-1))
+    q = probabilities(logits, left)
+    return _Drawn(token, q, q.max(axis=-1))
 
 
 def process_by_rows(logits: Float[Array, "B *F W"], sampling: Sampling) -> tuple[Float[Array, "B *F W"], Sampling]:
@@ -296,18 +319,16 @@ def process_by_rows(logits: Float[Array, "B *F W"], sampling: Sampling) -> tuple
 
 
 def _repeat(step, carry, keys: Array):
-    """`jax.lax.scan` of a step that returns (token, q), so that a long draft compiles as fast as a short one."""
+    """`jax.lax.scan` of a step that returns what it drew, so that a long draft compiles as fast as a short one."""
     return jax.lax.scan(step, carry, keys) if keys.shape[0] else (carry, None)
 
 
-def _concat_drafts(drawn: list[tuple[Array, Array | None]], rest: tuple[Array, Array | None] | None = None) -> Drafts:
+def _concat_drafts(drawn: list[_Drawn], rest: _Drawn | None = None) -> Drafts:
     """Drafts drawn one by one, then the rest, stacked along a leading axis."""
-    tokens = [jnp.stack([token for token, _ in drawn], axis=1)]
-    qs = [q[:, None] for _, q in drawn if q is not None]
+    parts = [jax.tree.map(lambda x: x[:, None], one) for one in drawn]
     if rest is not None:
-        tokens.append(rest[0].swapaxes(0, 1))
-        qs += [] if rest[1] is None else [rest[1].swapaxes(0, 1)]
-    return Drafts(jnp.concatenate(tokens, axis=1), jnp.concatenate(qs, axis=1) if qs else None)
+        parts.append(jax.tree.map(lambda x: x.swapaxes(0, 1), rest))
+    return Drafts(*jax.tree.map(lambda *columns: jnp.concatenate(columns, axis=1), *parts))
 
 
 def _head_cache(model: Transformer, prompt: Prompt) -> Any:
