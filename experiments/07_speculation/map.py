@@ -116,7 +116,7 @@ def draw(maps, path):
             low, high, times = PUBLISHED
             ax.axhspan(low, high, facecolor="none", edgecolor="tab:blue", hatch="///", linewidth=0.8)
             text = f"V3 report: ×{times} with 1 draft, batch not given"
-            ax.text(BATCHES[-1], low - 0.02, text, color="tab:blue", fontsize=7, ha="right", va="top", bbox=PATCH)
+            ax.text(BATCHES[0], 0.03, f"hatched: {text}", color="tab:blue", fontsize=7, bbox=PATCH)
         ax.set_xscale("log", base=2)
         ax.set_title(f"{name}, {chip}", fontsize=11)
         if chip == list(CHIPS)[-1]:
