@@ -26,8 +26,8 @@ PAIRS = 64  # of two layers, where a table of all pairs is too large
 TEXTS, TEXT_TOKENS = 12, 512  # complete texts, and tokens of each, at most
 HISTORY = 60  # steps of the bias
 # Of all layers together: tables with more entries are cut, so that a page of V3's 58 x 256 experts has a few megabytes.
-MOST_PAIRS, MOST_FAVOURITES, MOST_CONTEXTS, MOST_PARTNERS = 150_000, 40_000, 15_000, 60_000
-MOST_HISTORY, MOST_CHOICES = 200_000, 200_000
+MOST_PAIRS, MOST_FAVOURITES, MOST_CONTEXTS, MOST_PARTNERS = 150_000, 30_000, 15_000, 45_000
+MOST_HISTORY, MOST_CHOICES = 200_000, 100_000
 
 # The keys of stats.json, which holds this table too, under "keys".
 KEYS = {
