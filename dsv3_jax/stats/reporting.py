@@ -133,7 +133,7 @@ def report(
     with atomic_folder(out, overwrite=True) as part:
         _draw(drawn, special, log, part, f"{header['run']}, step {step}")
         (part / NUMBERS).write_text(json.dumps({"keys": KEYS} | numbers, allow_nan=False), encoding="utf-8")
-        (part / PAGE).write_text(render_page(shown, part), encoding="utf-8")
+        (part / PAGE).write_text(render_page(shown), encoding="utf-8")
     return out, stats, special
 
 
