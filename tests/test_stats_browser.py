@@ -1,4 +1,4 @@
-"""The page of `dsv3 stats` in a headless Chromium: clicks, keys, search, sorting, addresses, themes, widths and names."""
+"""The page of `dsv3 stats` in a headless Chromium: clicks, keys, search, sorting, addresses, themes, widths, names."""
 
 import re
 
