@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from runs import cheap_compiles, finished, rows_of, unhooked_cli
+from runs import MODEL, cheap_compiles, finished, rows_of, unhooked_cli
 
 from dsv3_jax.report.metrics import Rows, parse_rows, read_rows
 from dsv3_jax.report.run_plots import training_curves
@@ -84,7 +84,7 @@ def reported(root):
     with contextlib.redirect_stdout(out):
         code = unhooked_cli().main(["stats", str(run.folder), "--batches", "3", "--draws", "20"])
     assert code == 0
-    return run, run.folder / "stats", out.getvalue()
+    return run, run.folder / "stats" / "step-12", out.getvalue()
 
 
 def test_the_numbers_of_a_run(reported):
@@ -124,8 +124,16 @@ def test_load_over_time_agrees_with_the_metrics_of_training(reported):
     vio = {row["step"]: row["max_vio"] for row in rows_of(run.folder) if "max_vio" in row}
     assert log.steps.tolist() == sorted(vio)
     np.testing.assert_allclose((log.load.max(-1) / log.load.mean(-1) - 1).mean(-1), list(vio.values()), rtol=1e-5)
-    over_time = json.loads((folder / "stats.json").read_text())["over_time"]
+    numbers = json.loads((folder / "stats.json").read_text())
+    over_time = numbers["over_time"]
     np.testing.assert_allclose(np.mean(over_time["max_vio"], axis=-1), list(vio.values()), rtol=1e-5)
+    # The bias of a row is the one after its step: the last is the checkpoint's, and each moves by the row's load.
+    bias, history = numbers["bias"], numbers["bias"]["history"]
+    assert history["steps"] == log.steps.tolist()
+    np.testing.assert_allclose(history["value"][-1], bias["value"], rtol=1e-5)
+    moved = np.diff(np.array(history["value"]), axis=0, prepend=0)
+    mean = log.load.mean(-1, keepdims=True)
+    np.testing.assert_allclose(moved, MODEL.balance.bias_rate * np.sign(mean - log.load), atol=1e-6)
 
 
 def test_a_folder_is_replaced_in_one_step_or_not_at_all(reported, tmp_path, monkeypatch):
@@ -189,7 +197,16 @@ def test_rows_of_wrong_types_are_no_rows(tmp_path):
     training_curves(rows, tmp_path / "training.png")
     loads = [[[1, 2]], [[1, 2, 3]], [[1], [1, 2]], [[-1, 2]], [1, 2], [[1.5, 2]], [[4, 5]]]
     (tmp_path / "load.jsonl").write_text("".join(json.dumps({"step": 1, "load": load}) + "\n" for load in loads))
-    assert read_load(tmp_path).load.tolist() == [[[1, 2]], [[4, 5]]]
+    log = read_load(tmp_path)
+    assert log.load.tolist() == [[[1, 2]], [[4, 5]]] and log.bias is None and not len(log.bias_steps)
+    biases = [[[0.5, -0.25]], [[0.5]], [["0.5", 1.0]], [[True, 1.0]], "0.5", [[0, 1.5]]]
+    rows = [{"step": i, "load": [[1, 2]], "bias": bias} for i, bias in enumerate(biases)]
+    (tmp_path / "load.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [{"step": 0, "load": [[3, 4]]}, *rows])
+    )
+    log = read_load(tmp_path)
+    assert log.steps.tolist() == [0, 0, 5] and log.bias_steps.tolist() == [0, 5]
+    assert log.bias.tolist() == [[[0.5, -0.25]], [[0, 1.5]]]
 
 
 def test_rows_after_a_step_are_dropped(tmp_path):

@@ -225,16 +225,25 @@ def heads(names: Sequence[str], same: Any, by_chance: Any) -> str:
     )
 
 
-def against(other: str, shared: Any, by_chance: Any) -> str:
-    """Say how many choices another run shares once its experts are matched.
+def against(other: str, shared: Any, by_chance: Any, loss: Any = None, other_loss: Any = None) -> str:
+    """Say how many choices another run shares once its experts are matched, and the losses of both.
 
     Example:
         >>> against("runs/b", [0.5, 0.7], [0.2, 0.2])
         '60 % of the choices go to the matched expert of runs/b; by chance it would be 20 %.'
+        >>> against("runs/b", None, None, 3.4, 3.5)
+        'The experts of runs/b are not matched. The loss is 3.400 here and 3.500 there.'
     """
-    shared, chance = np.nanmean(_array(shared)), np.nanmean(_array(by_chance)) if _known(by_chance) else np.nan
-    end = f"; by chance it would be {percent(chance)}." if np.isfinite(chance) else "."
-    return f"{percent(shared)} of the choices go to the matched expert of " + other + end
+    if _known(shared):
+        sentence = f"{percent(np.nanmean(_array(shared)))} of the choices go to the matched expert of {other}"
+        if _known(by_chance):
+            sentence += f"; by chance it would be {percent(np.nanmean(_array(by_chance)))}"
+    else:
+        sentence = f"The experts of {other} are not matched"
+    losses = (
+        f". The loss is {loss:.3f} here and {other_loss:.3f} there." if _known(loss) and _known(other_loss) else "."
+    )
+    return sentence + losses
 
 
 def entropies(gates: Any, scores: Any, experts_per_token: int, experts: int) -> str:

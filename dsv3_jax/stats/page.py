@@ -125,6 +125,7 @@ def _facts(numbers: dict[str, Any]) -> list[tuple[str, str]]:
     vio = [x for x in numbers["max_vio"] if x is not None]
     known = {
         "loss of this text": fixed("loss", 3) and f"{fixed('loss', 3)} nats a token",
+        "bits a byte": fixed("bits_per_byte", 3),
         "MaxVio of this text": f"{np.mean(vio):.2f}" if vio else None,
         "MaxVio, training mix": fixed("max_vio_training_mix", 2),
         "parameters": parameters,
@@ -259,10 +260,14 @@ def _sections(numbers: dict[str, Any], data: dict[str, Any]) -> list[Section]:
     if other := numbers.get("against"):
         add(
             "against", "Beside another run",
-            findings.against(str(other["run"]), other["shared"], other.get("by_chance")),
-            f"{other['run']}, step {other['step']}, on {'the same' if other.get('same_text') else 'other'} text. Each "
-            f"expert is matched with one expert of the other run, by the tokens that they share."
-            + (f" {other['note']}" if other.get("note") else ""),
+            findings.against(
+                str(other["run"]), other.get("shared"), other.get("by_chance"),
+                (numbers.get("header") or {}).get("loss"), other.get("loss"),
+            ),
+            f"{other['run']}, step {other['step']}, on {'the same' if other.get('same_text') else 'other'} text."
+            + (" Each expert is matched with one of the other run, by the tokens that they share."
+               if other.get("match") else "")
+            + (f" Note: {other['note']}." if other.get("note") else ""),
         )  # fmt: skip
     add(
         "layers", "Layer by layer", _layers_finding(numbers),

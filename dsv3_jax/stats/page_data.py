@@ -36,7 +36,8 @@ def script_data(numbers: dict[str, Any]) -> dict[str, Any]:
     norm, _ = load_norm(ratios)
     peaks = np.where(np.isfinite(ratios), ratios, -np.inf).max(-1)
     matrices = _cells(numbers) <= MATRIX_CELLS
-    together = _pairs(numbers.get("coactivation_lift"), numbers.get("coactivation_top"), matrices)
+    partners = numbers.get("partners")
+    together = _pairs(numbers.get("coactivation_lift"), partners and _pairs_of_partners(partners), matrices)
     return {
         "layers": numbers["layers"],
         "keys": [layer_key(name) for name in numbers["layers"]],
@@ -63,7 +64,9 @@ def script_data(numbers: dict[str, Any]) -> dict[str, Any]:
         "entropies": _entropies(numbers),
         "favourites": _favourites(numbers["favourites"]),
         "contexts": _contexts(numbers["contexts"]),
-        "texts": _texts(numbers.get("texts") or [], len(numbers["layers"]), numbers["experts_per_token"]),
+        "texts": _texts(
+            numbers.get("texts") or [], len(numbers["layers"]), numbers["experts"], numbers["experts_per_token"]
+        ),
     }
 
 
@@ -125,8 +128,12 @@ def _worth(numbers: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _transitions(numbers: dict[str, Any], matrices: bool) -> dict[str, Any] | None:
+    """All pairs of two layers, or those of the largest lift. The largest of all is one that occurs often enough."""
     part = numbers.get("transitions")
-    return None if not part else _pairs(part.get("lift"), part.get("top"), matrices)
+    if not part:
+        return None
+    pairs, top = _pairs(part.get("lift"), part.get("top"), matrices), _pairs(None, part.get("top"), False)
+    return {**pairs, "most": top["most"]} if pairs and top else pairs
 
 
 def _pairs(lift: Any, top: Any, matrices: bool) -> dict[str, Any] | None:
@@ -158,31 +165,53 @@ def largest_pairs(lift: np.ndarray) -> list[tuple[int, int, float]]:
     return [(int(i), int(j), round(float(x), 3)) for i, j, x in rows if x > 0]
 
 
+def _pairs_of_partners(partners: Sequence[Sequence[Sequence]]) -> list[list[tuple]]:
+    """The largest pairs of each layer, from the partners of each of its experts: (expert, expert, lift)."""
+    top = []
+    for layer in partners:
+        found = {(min(i, j), max(i, j)): lift for i, rows in enumerate(layer) for j, lift in rows}
+        top.append(sorted(((i, j, lift) for (i, j), lift in found.items()), key=lambda row: -row[2])[:NUM_PAIRS])
+    return top
+
+
 def _partners(numbers: dict[str, Any]) -> dict[str, Any] | None:
-    """The experts with the largest co-activation lift, of each expert."""
-    lift = numbers.get("coactivation_lift")
-    if lift is None:
-        return None
-    values = np.asarray(lift, np.float64)
-    if not np.isfinite(values).any():
-        return None
-    order = np.argsort(-np.where(np.isfinite(values), values, -1), -1, kind="stable")[..., :NUM_PARTNERS]
-    return {"expert": pack_ids(order), "lift": pack(np.take_along_axis(values, order, -1))}
+    """The experts with the largest co-activation lift, of each expert: E for none."""
+    listed = numbers.get("partners")
+    if listed is None:
+        lifts = numbers.get("coactivation_lift")
+        if lifts is None:
+            return None
+        listed = [
+            [[(j, x) for j, x in sorted(enumerate(row), key=lambda pair: -(pair[1] or 0)) if x] for row in layer]
+            for layer in lifts
+        ]
+    none = (numbers["experts"], None)
+    padded = [[[*rows[:NUM_PARTNERS], *[none] * (NUM_PARTNERS - len(rows))] for rows in layer] for layer in listed]
+    expert = pack_ids([[[pair[0] for pair in rows] for rows in layer] for layer in padded])
+    return {"expert": expert, "lift": pack([[[pair[1] for pair in rows] for rows in layer] for layer in padded])}
 
 
 def _against(numbers: dict[str, Any]) -> dict[str, Any] | None:
+    """The other run by the layers of this one; a layer or expert without a counterpart is missing."""
     other = numbers.get("against")
     if not other:
         return None
     kept = {key: other.get(key) for key in ("run", "step", "same_text", "loss", "note")}
-    kept |= {key: pack(other[key]) for key in ("shared", "by_chance", "max_vio") if other.get(key)}
+    kept |= {key: pack(other[key]) for key in ("shared", "by_chance") if other.get(key)}
+    theirs, experts = other.get("layers") or numbers["layers"], numbers["experts"]
+    place = {name: i for i, name in enumerate(theirs)}
+    if other.get("max_vio"):
+        kept["max_vio"] = pack([other["max_vio"][place[name]] if name in place else None for name in numbers["layers"]])
     if other.get("match"):
-        match = np.asarray(other["match"], np.int64)
-        kept["match"] = pack_ids(np.where(match < 0, numbers["experts"], match))  # E: the expert has no partner
+        match = np.array([[experts if e is None or e < 0 else e for e in row] for row in other["match"]], np.int64)
+        kept["match"] = pack_ids(match)  # E: the expert has no partner
         if other.get("load"):
             ratio = load_over_mean(other["load"], other["run"])
-            padded = np.concatenate([ratio, np.full((len(ratio), 1), np.nan)], axis=1)
-            matched = np.take_along_axis(padded, np.where(match < 0, ratio.shape[1], match), axis=1)
+            matched = np.full(match.shape, np.nan)
+            for layer, name in enumerate(numbers["layers"]):
+                has = match[layer] < experts
+                if name in place:
+                    matched[layer, has] = ratio[place[name], match[layer, has]]
             kept["difference"] = pack(load_over_mean(numbers["load"], "this run") - matched)
     return kept
 
@@ -247,7 +276,12 @@ def _starts(lists: Iterable[Sequence]) -> list[int]:
     return [0, *np.cumsum([len(rows) for rows in lists]).tolist()]
 
 
-def _texts(texts: Sequence[dict], layers: int, experts_per_token: int) -> list[dict[str, Any]]:
+def _filled(rows: Sequence[Sequence[list]], length: int, none: list) -> list[list[list]]:
+    """The first tokens of each layer; a token without a choice, as the last ones of a head, gets `none`."""
+    return [[choices or none for choices in layer[:length]] for layer in rows]
+
+
+def _texts(texts: Sequence[dict], layers: int, experts: int, experts_per_token: int) -> list[dict[str, Any]]:
     """Texts with their routing: the first ones, and the beginnings of long ones, as the budget holds."""
     left = TEXT_SLOTS // max(1, layers * experts_per_token)  # tokens
     shown = []
@@ -262,8 +296,8 @@ def _texts(texts: Sequence[dict], layers: int, experts_per_token: int) -> list[d
                 "total": len(text["tokens"]),
                 "tokens": text["tokens"][:length],
                 "nll": pack(text["nll"][:length]) if text.get("nll") else None,
-                "experts": pack_ids([layer[:length] for layer in text["experts"]]),
-                "gates": pack([layer[:length] for layer in text["gates"]], bits=8),
+                "experts": pack_ids(_filled(text["experts"], length, [experts] * experts_per_token)),
+                "gates": pack(_filled(text["gates"], length, [None] * experts_per_token), bits=8),
             }
         )
     return shown

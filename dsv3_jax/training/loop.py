@@ -1,8 +1,8 @@
 """The training loop: batches in, a run folder out. The same call again resumes where the run stopped.
 
 A run folder holds run.json (the configuration), checkpoints/, metrics.jsonl (a line every `log_every` steps and one
-each evaluation), load.jsonl (each expert's load, at some of those steps), tensorboard/, and two pictures, routing.png
-and training.png. A start takes these steps:
+each evaluation), load.jsonl (each expert's load and bias, at some of those steps), tensorboard/, and two pictures,
+routing.png and training.png. A start takes these steps:
 
     0. several processes (see `cluster`) agree on one run; from here the first alone prints and writes
     1. the folder is claimed, or found to be this run's; another run's is refused (`prepare`). So is one that another
@@ -191,7 +191,7 @@ def fit(
                 metrics.write(row)
                 first_row.clear()  # in the first row of each start
                 if fetched["load"].size and done.step % rows.load_every(run) == 0:
-                    loads.write({"step": done.step, "load": np.asarray(fetched["load"]).astype(int).tolist()})
+                    loads.write(rows.load_row(done.step, fetched))
                 progress.update(done.step, row)
                 hooks.step(row)
 
@@ -215,7 +215,7 @@ def fit(
             last = step == run.steps
             logged = step % run.log_every == 0 or last or stopping or step == 1
             if logged:
-                step_metrics |= rows.measure(step_metrics["load"])
+                step_metrics |= rows.measure(step_metrics["load"]) | rows.biases(run, state.bias)
             started.append(_Started(step, arrays, step_metrics, logged))
             complete = last or stopping or step % run.eval_every == 0 or step % run.save_every == 0
             if ahead and not complete:

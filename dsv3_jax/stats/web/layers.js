@@ -132,7 +132,7 @@ function drawEntropies() {
 
 function drawAgainst() {
   const part = data.against, pair = {colour: "var(--this)", marker: "circle"};
-  layerCurves("against", "Choices that go to the matched expert", {title: "shared choices by layer", y0: 0, share: true}, [
+  if (part.shared) layerCurves("against", "Choices that go to the matched expert", {title: "shared choices by layer", y0: 0, share: true}, [
     {name: "shared", at: reals(part.shared), ...pair}, part.by_chance && {name: "by chance", at: reals(part.by_chance), colour: "var(--chance)", marker: "ring", dash: "4 3"}].filter(Boolean));
   if (part.max_vio) layerCurves("against", "MaxVio of both runs", {title: "MaxVio by layer", y0: 0}, [
     {name: "this run", at: l => maxVio(0, l), ...pair}, {name: part.run, at: reals(part.max_vio), colour: "var(--other)", marker: "diamond", dash: "6 3"}]);

@@ -19,7 +19,7 @@ function nextOf(l, e) {
 }
 /* Partners from the list of each expert, or from the largest pairs of its layer. */
 function partnersOf(l, e) {
-  if (partners) return range(partners.expert.shape[2]).map(i => [partners.expert(l, e, i), partners.lift(l, e, i)]).filter(([, lift]) => Number.isFinite(lift));
+  if (partners) return range(partners.expert.shape[2]).map(i => [partners.expert(l, e, i), partners.lift(l, e, i)]).filter(([other]) => other < E);
   if (!data.together) return [];
   return (data.together.top[l] || []).filter(([i, j]) => i === e || j === e).map(([i, j, lift]) => [i === e ? j : i, lift]).slice(0, 6);
 }

@@ -18,10 +18,11 @@ function drawTexts() {
   host.append(el("div", {class: "row"}, before, select, after, colour, el("label", {class: "dim"}, check, " numbers")), box, note);
 
   const text = () => texts[state.text];
+  const chosen = t => range(K).map(k => text().at(state.layer, t, k)).filter(e => e < E);  // none: a head's last tokens
   const rank = t => range(K).findIndex(k => text().at(state.layer, t, k) === state.expert);
   function tell(t) {
-    const l = state.layer, experts = range(K).map(k => `expert ${text().at(l, t, k)}: gate ${fixed(text().gate(l, t, k))}`);
-    return [`“${text().tokens[t]}”` + (text().loss ? `, loss ${fixed(text().loss(t))} nats` : ""), data.layers[l], ...experts].join("\n");
+    const l = state.layer, experts = chosen(t).map((e, k) => `expert ${e}: gate ${fixed(text().gate(l, t, k))}`);
+    return [`“${text().tokens[t]}”` + (text().loss && Number.isFinite(text().loss(t)) ? `, loss ${fixed(text().loss(t))} nats` : ""), data.layers[l], ...experts].join("\n");
   }
   function build() {
     at = -1;
@@ -41,10 +42,10 @@ function drawTexts() {
     spans.forEach((span, t) => {
       const first = text().at(l, t, 0), place = state.expert < 0 ? -1 : rank(t);
       const strength = colours === "loss" ? text().loss(t) / 8 : place < 0 ? 0 : text().gate(l, t, place);
-      span.style.background = colours === "expert" ? expertColour(first) : diverging(Math.min(strength, 1));
+      span.style.background = colours === "expert" ? first < E ? expertColour(first) : "" : diverging(Math.min(strength, 1));
       span.style.color = colours === "expert" ? "" : inkOn(diverging(Math.min(strength, 1)));
       span.classList.toggle("own", place >= 0);
-      if (numbers) span.lastChild.textContent = first;
+      if (numbers) span.lastChild.textContent = first < E ? first : "";
       own += place >= 0;
     });
     box.classList.toggle("some", state.expert >= 0 && colours === "expert");
@@ -62,7 +63,7 @@ function drawTexts() {
     showTip(now.left, now.bottom - 12, tell(at));
   }
   const tokenOf = event => { const span = event.target.closest("span[data-t]"); return span ? +span.dataset.t : -1; };
-  const open = t => choose({expert: text().at(state.layer, t, 0)});
+  const open = t => { if (chosen(t).length) choose({expert: chosen(t)[0]}); };
   box.addEventListener("pointermove", event => {
     const t = tokenOf(event);
     if (t >= 0) showTip(event.clientX, event.clientY, tell(t)); else hideTip();
