@@ -194,8 +194,8 @@ def _sections(numbers: dict[str, Any], data: dict[str, Any]) -> list[Section]:
             sentence = findings.domains(special["bits"], special["shuffled_95"], layers)
         add(
             "information", "Token against domain", sentence,
-            "Mutual information of one chosen expert, in bits; bars are 95 % intervals by bootstrap over documents. "
-            "The second chart enlarges what concerns the domain."
+            "Mutual information of one chosen expert, in bits, less what chance gives; bars are 95 % intervals by "
+            "bootstrap over documents. The second chart enlarges what concerns the domain."
             if "token" in known
             else "I(expert; domain) in bits. Grey: the same after the domains were shuffled among the documents.",
         )  # fmt: skip

@@ -90,7 +90,7 @@ function drawInformation() {
     : part.bits && {name: "domain", at: reals(part.bits), colour: "var(--domain)", marker: "square"};
   const given = part.domain_given_token && {name: "domain, once the token is known", at: reals(part.domain_given_token),
     colour: "var(--given)", marker: "diamond", ...interval("domain_given_token")};
-  const shuffled = part.shuffled_95 && {name: "domains shuffled, 95 % are below", at: reals(part.shuffled_95), colour: "var(--chance)", marker: "ring", dash: "4 3"};
+  const shuffled = !part.token && part.shuffled_95 && {name: "domains shuffled, 95 % are below", at: reals(part.shuffled_95), colour: "var(--chance)", marker: "ring", dash: "4 3"};
   const bits = x => fixed(x, 3);
   if (part.token) layerCurves("information", "What token and domain tell", {title: "bits about the expert by layer", unit: "bits", y0: 0, format: bits},
     [token, domain, given].filter(Boolean));

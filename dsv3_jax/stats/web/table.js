@@ -46,26 +46,26 @@ function drawTable() {
       bits: top >= 0 && f.bits ? f.bits(top) : NaN, domain: preferred(l, e)};
   });
   const columns = [
-    ["layer", r => r.l, r => data.layers[r.l], "text"], ["expert", r => r.e, r => expertButton(r.l, r.e, String(r.e))],
+    ["layer", r => r.l, r => data.layers[r.l], "name"], ["expert", r => r.e, r => expertButton(r.l, r.e, String(r.e))],
     ["load", r => r.load, r => times(r.load)],
     bias && ["bias", r => r.bias, r => signed(r.bias, 4)],
     worth && ["loss without it", r => r.worth, r => signed(r.worth, 4)],
     ["favourite", r => r.token, r => r.token, "text"],
     f.bits && ["bits", r => r.bits, r => fixed(r.bits, 4)],
-    data.domains.length && ["domain", r => r.domain ? r.domain[1] : NaN, r => r.domain ? `${data.domains[r.domain[0]]} ${times(r.domain[1])}` : "–", "text"],
+    data.domains.length && ["domain", r => r.domain ? r.domain[1] : NaN, r => r.domain ? `${data.domains[r.domain[0]]} ${times(r.domain[1])}` : "–", "name"],
   ].filter(Boolean);
   let sorted = 0, up = true, limit = SHOWN, words = "";
   const filter = el("input", {type: "search", id: "filter", placeholder: "filter: layer 3, a token, a domain", "aria-label": "filter the table",
     oninput: event => { words = event.target.value.toLowerCase(); limit = SHOWN; draw(); }});
   const body = el("tbody"), count = el("span", {class: "dim"}), more = button("show more", () => { limit += 4 * SHOWN; draw(); });
-  const heads = columns.map(([name, , , kind], i) => el("th", {scope: "col", class: kind}, button(name, () => {
-    up = sorted === i ? !up : kind === "text" || i === 1;
+  const heads = columns.map(([name, , , kind], i) => el("th", {scope: "col", class: kind && "name"}, button(name, () => {
+    up = sorted === i ? !up : Boolean(kind) || i === 1;
     sorted = i;
     draw();
   })));
   host.append(el("div", {class: "row"}, filter, count), el("div", {class: "scroll tall", tabindex: 0, role: "region", "aria-label": "table of experts"},
     el("table", {id: "all-experts"}, el("thead", {}, el("tr", {}, heads)), body)), el("div", {class: "row"}, more));
-  const text = r => columns.filter(([, , , kind]) => kind === "text").map(([, , cell]) => cell(r)).join(" ").toLowerCase() + ` expert ${r.e} `;
+  const text = r => columns.filter(([, , , kind]) => kind).map(([, , cell]) => cell(r)).join(" ").toLowerCase() + ` expert ${r.e} `;
   function draw() {
     const value = columns[sorted][1];
     const kept = words ? rows.filter(r => text(r).includes(words)) : rows.slice();
