@@ -145,7 +145,7 @@ def report(
     with atomic_folder(out, overwrite=True) as part:
         _draw(drawn, special, log, part, f"{header['run']}, step {step}")
         (part / NUMBERS).write_text(json.dumps({"keys": KEYS} | numbers, allow_nan=False), encoding="utf-8")
-        (part / PAGE).write_text(render_page(numbers | by_domain(drawn), part), encoding="utf-8")
+        (part / PAGE).write_text(render_page(numbers | by_domain(drawn)), encoding="utf-8")
     return Report(out, stats, special, numbers)
 
 
