@@ -52,7 +52,7 @@ KEYS = {
     "specialisation": "bits: [L] I(expert; domain); share: bits over H(domain) (domain_entropy, bits); shuffled_mean, "
     "shuffled_95: bits after the domains were shuffled among the documents, `draws` times from `seed`; p_value",
     "favourites": f"[L][E] tokens that tell most about the expert, of those that occur {MIN_COUNT} times: token (its "
-    "id), text, count (occurrences that were routed to the expert; num_routed is the same), lift (p(expert | token) / "
+    "id), text, count (occurrences that were routed to the expert), lift (p(expert | token) / "
     "p(expert)), bits (its part of I(expert; token)), margin (mean of score + bias over the best expert not chosen)",
     "contexts": "[L][E] positions of the expert's largest gates, one of a token and of a document: text before, the "
     "routed token, text after, gate, margin, document",
@@ -238,7 +238,6 @@ def _favourites(stats: RoutingStats, tokenizer: Tokenizer) -> list[list[list[dic
                     "token": f.token,
                     "text": shown(f.token),
                     "count": f.num_routed,
-                    "num_routed": f.num_routed,
                     "lift": round(f.lift, 4),
                     "bits": as_lists(f.bits),
                     "margin": as_lists(round(f.margin, 4)),
