@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from routing_reports import HOSTILE, hostile, made_up, version_three
 
+from dsv3_jax.report.run_plots import load_finding
 from dsv3_jax.stats import findings
 from dsv3_jax.stats.packing import pack, pack_ids, unpack, unpack_ids
 from dsv3_jax.stats.page import SCRIPTS, WEB, render_page
@@ -181,7 +182,7 @@ def test_version_three_fits():
 
 def test_findings_of_what_is_missing():
     nan = float("nan")
-    assert findings.load([[0, 0]], ["layer 3"]) == "No token was counted."
+    assert load_finding([[0, 0]], ["layer 3"]) == "No token was counted."
     assert findings.information(None, 0.2, None) == "The domain tells 0.20 bits about the expert."
     assert "not more than chance" in findings.information([1.0], [0.2], [0.01], [-0.02])
     assert findings.worth(2.0, [[nan]], None, None, [[1]], ["layer 3"]) == "No expert was taken out."

@@ -3,32 +3,12 @@
 Each function takes arrays, as the pictures and stats.json have them; None, NaN and absent values are left out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 BITS_OF_NOTE = 0.005  # smaller amounts of information are written as "less than" it
-
-
-def load(counts: Any, layers: Sequence[str]) -> str:
-    """Say which layer and expert are the least even.
-
-    Example:
-        >>> load([[3, 1], [2, 2]], ["layer 3", "layer 4"])
-        'Expert 0 of layer 3 gets 1.50 × the mean load, the most of all; MaxVio is 0.25 in the median layer.'
-    """
-    counts = _array(counts)
-    mean = counts.mean(-1, keepdims=True)
-    ratio = np.divide(counts, mean, out=np.full(counts.shape, np.nan), where=mean > 0)
-    if not np.isfinite(ratio).any():
-        return "No token was counted."
-    layer, expert = _where_largest(ratio)
-    vio = float(np.nanmedian(np.nanmax(ratio[np.isfinite(ratio).any(-1)], -1) - 1))
-    return (
-        f"Expert {expert} of {layers[layer]} gets {ratio[layer, expert]:.2f} × the mean load, the most of all; "
-        f"MaxVio is {vio:.2f} in the median layer."
-    )
 
 
 def max_vio_over_time(steps: Any, max_vio: Any) -> str:
@@ -262,6 +242,21 @@ def entropies(gates: Any, scores: Any, experts_per_token: int, experts: int) -> 
         )
     end = f", and the router scores {experts**scores:.1f} of {experts} experts alike." if np.isfinite(scores) else "."
     return first + end
+
+
+def evenness(overall: Mapping[str, Any]) -> str:
+    """Say how near means over layers of entropies are to their largest value.
+
+    Example:
+        >>> evenness({"Chosen gates": [0.9, 0.92], "Scores of all experts": [0.99, 0.99]})
+        'Means over layers: 91 % of the largest entropy in chosen gates, 99 % in scores of all experts.'
+    """
+    known = {name: np.nanmean(_array(values)) for name, values in overall.items() if _known(values)}
+    parts = [
+        f"{percent(mean)}{' of the largest entropy' if i == 0 else ''} in {name[0].lower()}{name[1:]}"
+        for i, (name, mean) in enumerate(known.items())
+    ]
+    return f"Means over layers: {', '.join(parts)}." if parts else "No entropy is known."
 
 
 def bits_text(bits: int | float) -> str:

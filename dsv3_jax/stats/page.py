@@ -15,6 +15,7 @@ from markupsafe import Markup
 from matplotlib.colors import to_hex
 
 from dsv3_jax.report.colours import MEANINGS, diverging, on_dark, tints
+from dsv3_jax.report.run_plots import load_finding
 from dsv3_jax.stats import findings
 from dsv3_jax.stats.measures import domain_preference
 from dsv3_jax.stats.page_data import script_data
@@ -161,7 +162,7 @@ def _sections(numbers: dict[str, Any], data: dict[str, Any]) -> list[Section]:
         found.append(Section(id, heading, finding, note))
 
     add(
-        "load", "Load by layer and expert", findings.load(numbers["load"], layers),
+        "load", "Load by layer and expert", load_finding(numbers["load"], layers),
         "Assignments of an expert, divided by the mean of its layer. Choose a cell to see its expert. MTP rows are "
         "multi-token prediction heads.",
     )  # fmt: skip
