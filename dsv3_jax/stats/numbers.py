@@ -26,8 +26,8 @@ PAIRS = 64  # of two layers, where a table of all pairs is too large
 TEXTS, TEXT_TOKENS = 12, 512  # complete texts, and tokens of each, at most
 HISTORY = 60  # steps of the bias
 # Of all layers together: tables with more entries are cut, so that a page of V3's 58 x 256 experts has a few megabytes.
-MOST_PAIRS, MOST_FAVOURITES, MOST_CONTEXTS, MOST_PARTNERS = 150_000, 40_000, 15_000, 60_000
-MOST_HISTORY, MOST_CHOICES = 200_000, 200_000
+MOST_PAIRS, MOST_FAVOURITES, MOST_CONTEXTS, MOST_PARTNERS = 150_000, 30_000, 15_000, 45_000
+MOST_HISTORY, MOST_CHOICES = 200_000, 100_000
 
 # The keys of stats.json, which holds this table too, under "keys".
 KEYS = {
@@ -52,7 +52,7 @@ KEYS = {
     "specialisation": "bits: [L] I(expert; domain); share: bits over H(domain) (domain_entropy, bits); shuffled_mean, "
     "shuffled_95: bits after the domains were shuffled among the documents, `draws` times from `seed`; p_value",
     "favourites": f"[L][E] tokens that tell most about the expert, of those that occur {MIN_COUNT} times: token (its "
-    "id), text, count (occurrences that were routed to the expert; num_routed is the same), lift (p(expert | token) / "
+    "id), text, count (occurrences that were routed to the expert), lift (p(expert | token) / "
     "p(expert)), bits (its part of I(expert; token)), margin (mean of score + bias over the best expert not chosen)",
     "contexts": "[L][E] positions of the expert's largest gates, one of a token and of a document: text before, the "
     "routed token, text after, gate, margin, document",
@@ -238,7 +238,6 @@ def _favourites(stats: RoutingStats, tokenizer: Tokenizer) -> list[list[list[dic
                     "token": f.token,
                     "text": shown(f.token),
                     "count": f.num_routed,
-                    "num_routed": f.num_routed,
                     "lift": round(f.lift, 4),
                     "bits": as_lists(f.bits),
                     "margin": as_lists(round(f.margin, 4)),
