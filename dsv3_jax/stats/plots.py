@@ -232,7 +232,7 @@ def information(
         panel.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     known = measured or {}
     figure.suptitle(
-        findings.information(known["token"], known["domain"], known["domain_given_token"])
+        findings.information(*(findings.of_trunk(known[key], layers) for key, *_ in KINDS))
         if known
         else findings.domains(result.bits, result.shuffled_95, layers),
         fontsize=11 if panels > 1 else 8,
