@@ -199,13 +199,13 @@ def test_rows_of_wrong_types_are_no_rows(tmp_path):
     (tmp_path / "load.jsonl").write_text("".join(json.dumps({"step": 1, "load": load}) + "\n" for load in loads))
     log = read_load(tmp_path)
     assert log.load.tolist() == [[[1, 2]], [[4, 5]]] and log.bias is None and not len(log.bias_steps)
-    biases = [[[0.5, -0.25]], [[0.5]], [["0.5", 1.0]], [[True, 1.0]], "0.5", [[0, 1.5]]]
+    biases = [[[0.5, -0.25]], [[0.5]], [["0.5", 1.0]], [[True, 1.0]], "0.5", [], [[0, 1.5]]]
     rows = [{"step": i, "load": [[1, 2]], "bias": bias} for i, bias in enumerate(biases)]
     (tmp_path / "load.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in [{"step": 0, "load": [[3, 4]]}, *rows])
     )
     log = read_load(tmp_path)
-    assert log.steps.tolist() == [0, 0, 5] and log.bias_steps.tolist() == [0, 5]
+    assert log.steps.tolist() == [0, 0, 5, 6] and log.bias_steps.tolist() == [0, 6]
     assert log.bias.tolist() == [[[0.5, -0.25]], [[0, 1.5]]]
 
 

@@ -120,7 +120,9 @@ def files(name: str):
     if name == "load.jsonl":
         counts = st.integers(0, 9) | anything
         matrix = st.lists(st.lists(counts, min_size=2, max_size=2) | st.lists(counts, max_size=3), max_size=2)
-        return st.lists(st.fixed_dictionaries({"step": st.integers(0, 9), "load": matrix | anything}), max_size=4)
+        tables = {"load": matrix | anything}
+        row = st.fixed_dictionaries({"step": st.integers(0, 9)} | tables, optional={"bias": matrix | anything})
+        return st.lists(row, max_size=4)
     return like(good_tokenizer()) | anything
 
 
