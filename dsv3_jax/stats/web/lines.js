@@ -153,6 +153,7 @@ function curves(host, options) {
     else if (options.names && options.pickLayer !== false) choose({layer: i});
   });
   svg.addEventListener("keydown", event => {
+    if (event.key === "Enter" && at >= 0 && options.names) return choose({layer: at});
     const step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
     if (!step || !view || !view.series.length) return;
     at = Math.min(Math.max(at + step, 0), view.places.length - 1);

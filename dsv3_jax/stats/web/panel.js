@@ -9,7 +9,7 @@ const lists = {
     bits: reals(data.favourites.bits),
     margin: reals(data.favourites.margin),
   },
-  contexts: {starts: ids(data.contexts.starts), gate: reals(data.contexts.gate), margin: reals(data.contexts.margin)},
+  contexts: {starts: ids(data.contexts.starts), gate: reals(data.contexts.gate)},
 };
 const rowsOf = (list, l, e) => {
   const cell = l * E + e;
@@ -36,7 +36,7 @@ function partnersOf(l, e) {
   if (partners)
     return range(partners.expert.shape[2])
       .map(i => [partners.expert(l, e, i), partners.lift(l, e, i)])
-      .filter(([other]) => other < E);
+      .filter(([other]) => other !== e);
   if (!data.together) return [];
   return (data.together.top[l] || [])
     .filter(([i, j]) => i === e || j === e)

@@ -60,11 +60,12 @@ function drawTexts() {
   );
 
   const text = () => texts[state.text];
+  // A head has no choice for the last tokens: their gates are missing.
   const chosen = t =>
     range(K)
-      .map(k => text().at(state.layer, t, k))
-      .filter(e => e < E); // none: a head's last tokens
-  const rank = t => range(K).findIndex(k => text().at(state.layer, t, k) === state.expert);
+      .filter(k => Number.isFinite(text().gate(state.layer, t, k)))
+      .map(k => text().at(state.layer, t, k));
+  const rank = t => chosen(t).indexOf(state.expert);
   function tell(t) {
     const l = state.layer,
       experts = chosen(t).map((e, k) => `expert ${e}: gate ${fixed(text().gate(l, t, k))}`);
@@ -92,14 +93,14 @@ function drawTexts() {
     const l = state.layer;
     let own = 0;
     spans.forEach((span, t) => {
-      const first = text().at(l, t, 0),
-        place = state.expert < 0 ? -1 : rank(t);
+      const first = chosen(t)[0],
+        place = rank(t);
       const strength = colours === "loss" ? text().loss(t) / 8 : place < 0 ? 0 : text().gate(l, t, place);
       span.style.background =
-        colours === "expert" ? (first < E ? expertColour(first) : "") : diverging(Math.min(strength, 1));
+        colours === "expert" ? (first === undefined ? "" : expertColour(first)) : diverging(Math.min(strength, 1));
       span.style.color = colours === "expert" ? "" : inkOn(diverging(Math.min(strength, 1)));
       span.classList.toggle("own", place >= 0);
-      if (numbers) span.querySelector("sub").textContent = first < E ? first : "";
+      if (numbers) span.querySelector("sub").textContent = first ?? "";
       own += place >= 0;
     });
     box.classList.toggle("some", state.expert >= 0 && colours === "expert");
