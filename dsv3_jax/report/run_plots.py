@@ -274,7 +274,8 @@ def label_load_bar(bar, norm: TwoSlopeNorm) -> None:
     bar.ax.tick_params(labelsize=8)
     top = float(norm.vmax or 1.0)  # vmax may be None by its type
     ticks = [t for t in MaxNLocator(4).tick_values(1.0, top) if 1.0 < t <= top]
-    bar.set_ticks([0.0, 0.5, 1.0, *ticks])
+    shown = [0.0, 0.5, 1.0, *ticks]
+    bar.set_ticks(shown, labels=[f"{t:g}" for t in shown])
 
 
 def _draw_load(ax, ratio: np.ndarray, norm: TwoSlopeNorm):

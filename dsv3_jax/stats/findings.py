@@ -92,14 +92,14 @@ def domain_preference(ratio: Any, names: Sequence[str], layers: Sequence[str]) -
 
     Example:
         >>> domain_preference([[[1.5, 0.5]], [[0.5, 1.6]]], ["code", "prose"], ["layer 3"])
-        'The strongest preference: prose gives 1.60 × its share of all text to expert 1 of layer 3.'
+        'The strongest preference: domain prose gives 1.60 × its share of all text to expert 1 of layer 3.'
     """
     ratio = _array(ratio)
     if not np.isfinite(ratio).any():
         return "No expert has a load."
     n, layer, expert = _where_largest(ratio)
     return (
-        f"The strongest preference: {names[n]} gives {ratio[n, layer, expert]:.2f} × its share of all text "
+        f"The strongest preference: domain {names[n]} gives {ratio[n, layer, expert]:.2f} × its share of all text "
         f"to expert {expert} of {layers[layer]}."
     )
 
