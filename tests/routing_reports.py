@@ -76,14 +76,20 @@ def made_up(
 
     def text(number):
         ids = np.argsort(rng.random((total, length, experts)), -1)[..., :k]
-        gates = -np.sort(-rng.dirichlet(np.ones(k), (total, length)), -1)
+        gates = np.round(-np.sort(-rng.dirichlet(np.ones(k), (total, length)), -1), 2)
+
+        def listed(values):  # a head has no choice for the last token
+            return [
+                [[] if i >= layers and t == length - 1 else x for t, x in enumerate(of)] for i, of in enumerate(values)
+            ]
+
         return {
             "domain": domains[number % len(domains)],
             "document": number,
             "tokens": vocabulary[rng.integers(len(words), size=length)].tolist(),
             "nll": between(0, 6, length),
-            "experts": ids.tolist(),
-            "gates": np.round(gates, 2).tolist(),
+            "experts": listed(ids.tolist()),
+            "gates": listed(gates.tolist()),
         }
 
     value = rng.normal(0, 0.05, cells)
@@ -92,6 +98,7 @@ def made_up(
         pairs = (pairs + pairs.swapaxes(1, 2)) / 2
         pairs[:, range(experts), range(experts)] = np.nan
     delta = rng.gamma(1.0, 0.004, cells)
+    delta[layers:] = np.nan  # heads are not knocked out
     steps = [100, 200, 300, 400]
     return {
         "run": "made-up",
@@ -114,6 +121,7 @@ def made_up(
         "gate_entropy_by_domain": {name: between(0.85, 0.99, total) for name in domains},
         "score_entropy_by_domain": {name: between(0.9, 0.99, total) for name in domains},
         "coactivation_lift": _rounded(pairs) if pairs is not None else None,
+        "partners": None if full else [[_pairs(rng, experts, 6, e) for e in range(experts)] for _ in range(total)],
         "specialisation": {
             "domain_entropy": [1.9] * total,
             "bits": between(0.05, 0.2, total),
@@ -171,7 +179,7 @@ def made_up(
         else None,
         "transitions": {"lift": between(0.2, 3, total - 1, experts, experts)}
         if full
-        else {"top": [_pairs(rng, experts, 64) for _ in range(total - 1)]},
+        else {"lift": None, "top": [_pairs(rng, experts, 64) for _ in range(total - 1)]},
         "repeats": {"share": between(0.3, 0.4, total), "by_chance": between(0.25, 0.27, total)},
         "saturation": {"steps": steps, "share": [*between(0.4, 0.9, 3, total), [1.0] * total]},
         "groups": {"load": between(0, 900, total, 4)},
@@ -228,8 +236,13 @@ def hostile(numbers: dict) -> dict:
     return numbers
 
 
-def _pairs(rng, experts: int, count: int) -> list[list[float]]:
-    lifts, ids = -np.sort(-rng.uniform(1.5, 9, count)), rng.integers(experts, size=(count, 2))
+def _pairs(rng, experts: int, count: int, of: int | None = None) -> list[list[float]]:
+    """[expert, expert, lift] of the largest pairs; [expert, lift] of one expert's partners."""
+    lifts = -np.sort(-rng.uniform(1.5, 9, count))
+    if of is not None:
+        partners = (of + 1 + rng.choice(experts - 1, count, replace=False)) % experts
+        return [[int(i), round(float(x), 3)] for i, x in zip(partners, lifts, strict=True)]
+    ids = rng.integers(experts, size=(count, 2))
     return [[int(i), int(j), round(float(x), 3)] for (i, j), x in zip(ids, lifts, strict=True)]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from routing_reports import HOSTILE, hostile, made_up, version_three
 
+from dsv3_jax.report.run_plots import load_finding
 from dsv3_jax.stats import findings
 from dsv3_jax.stats.packing import pack, pack_ids, unpack, unpack_ids
 from dsv3_jax.stats.page import SCRIPTS, WEB, render_page
@@ -89,10 +90,13 @@ def test_the_page_holds_the_numbers():
     np.testing.assert_allclose(unpack(data["load"]), load / load.mean(-1, keepdims=True), atol=1e-4)
     np.testing.assert_allclose(unpack(data["bias"]["value"]), numbers["bias"]["value"], atol=1e-5)
     worth = numbers["worth"]
-    np.testing.assert_allclose(unpack(data["worth"]["delta"]), np.array(worth["without"]) - worth["loss"], atol=1e-6)
+    without = np.array(worth["without"], np.float64)
+    np.testing.assert_allclose(unpack(data["worth"]["delta"]), without - worth["loss"], atol=1e-6)
     text = numbers["texts"][1]
-    np.testing.assert_array_equal(unpack_ids(data["texts"][1]["experts"]), text["experts"])
-    np.testing.assert_allclose(unpack(data["texts"][1]["gates"]), text["gates"], atol=2.1e-3)  # 8 bits
+    experts, gates = unpack_ids(data["texts"][1]["experts"]), unpack(data["texts"][1]["gates"])
+    assert experts[:, :-1].tolist() == [of_layer[:-1] for of_layer in text["experts"]]
+    assert np.isnan(gates[3, -1]).all()  # a head has no choice there
+    np.testing.assert_allclose(gates[:3], text["gates"][:3], atol=2.1e-3)  # 8 bits
     starts, favourites = unpack_ids(data["favourites"]["starts"]), numbers["favourites"]
     cell = 2 * 16 + 5
     rows = slice(starts[cell], starts[cell + 1])
@@ -123,6 +127,39 @@ def test_absent_parts_leave_no_hole():
     page = render_page(one)
     assert not {"domains", "information", "bias", "worth", "against", "heads"} & set(sections(page))
     assert data_of(page)["domains"] == []
+
+
+def test_another_run_of_another_shape():
+    """Its layers are found by name; without a match, its MaxVio and its loss are still shown."""
+    numbers = made_up()
+    other = numbers["against"]
+    other |= {"layers": ["layer 3", "layer 1"], "load": [other["load"][2], other["load"][0]], "max_vio": [0.7, 0.5]}
+    other["match"][1] = other["match"][3] = [None] * 16
+    other["shared"][1] = other["shared"][3] = None
+    against = data_of(render_page(numbers))["against"]
+    np.testing.assert_allclose(unpack(against["max_vio"]), [0.5, np.nan, 0.7, np.nan])
+    difference, match = unpack(against["difference"]), unpack_ids(against["match"])
+    assert (match[1] == 16).all() and np.isnan(difference[[1, 3]]).all()
+    load, theirs = np.array(numbers["load"][2], np.float64), np.array(other["load"][0], np.float64)
+    np.testing.assert_allclose(difference[2], load / load.mean() - (theirs / theirs.mean())[match[2]], atol=1e-4)
+    other |= {"match": None, "shared": None, "by_chance": None, "load": [[1, 2]], "note": "2 experts there"}
+    page = render_page(numbers)
+    assert "against" in sections(page) and "difference" not in data_of(page)["against"]
+    assert "The experts of other are not matched. The loss is 3.456 here and 3.400 there." in page
+
+
+def test_pairs_and_partners_of_a_large_model():
+    numbers = made_up(full=False)
+    data = data_of(render_page(numbers))
+    assert data["transitions"]["top"] == numbers["transitions"]["top"]
+    partners, lifts = unpack_ids(data["partners"]["expert"]), unpack(data["partners"]["lift"])
+    assert [[i, pytest.approx(x, abs=1e-3)] for i, x in zip(partners[1, 5], lifts[1, 5], strict=True)] == numbers[
+        "partners"
+    ][1][5]
+    top = data["together"]["top"][1]
+    found = {tuple(sorted((e, i))): x for e, rows in enumerate(numbers["partners"][1]) for i, x in rows}
+    assert [x for *_, x in top] == sorted(found.values(), reverse=True)[:64]
+    assert all(found[i, j] == x for i, j, x in top)
 
 
 def test_a_layer_without_load_and_numbers_that_are_missing():
@@ -181,7 +218,7 @@ def test_version_three_fits():
 
 def test_findings_of_what_is_missing():
     nan = float("nan")
-    assert findings.load([[0, 0]], ["layer 3"]) == "No token was counted."
+    assert load_finding([[0, 0]], ["layer 3"]) == "No token was counted."
     assert findings.information(None, 0.2, None) == "The domain tells 0.20 bits about the expert."
     assert "not more than chance" in findings.information([1.0], [0.2], [0.01], [-0.02])
     assert findings.worth(2.0, [[nan]], None, None, [[1]], ["layer 3"]) == "No expert was taken out."

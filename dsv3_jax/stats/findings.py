@@ -3,32 +3,12 @@
 Each function takes arrays, as the pictures and stats.json have them; None, NaN and absent values are left out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 BITS_OF_NOTE = 0.005  # smaller amounts of information are written as "less than" it
-
-
-def load(counts: Any, layers: Sequence[str]) -> str:
-    """Say which layer and expert are the least even.
-
-    Example:
-        >>> load([[3, 1], [2, 2]], ["layer 3", "layer 4"])
-        'Expert 0 of layer 3 gets 1.50 × the mean load, the most of all; MaxVio is 0.25 in the median layer.'
-    """
-    counts = _array(counts)
-    mean = counts.mean(-1, keepdims=True)
-    ratio = np.divide(counts, mean, out=np.full(counts.shape, np.nan), where=mean > 0)
-    if not np.isfinite(ratio).any():
-        return "No token was counted."
-    layer, expert = _where_largest(ratio)
-    vio = float(np.nanmedian(np.nanmax(ratio[np.isfinite(ratio).any(-1)], -1) - 1))
-    return (
-        f"Expert {expert} of {layers[layer]} gets {ratio[layer, expert]:.2f} × the mean load, the most of all; "
-        f"MaxVio is {vio:.2f} in the median layer."
-    )
 
 
 def max_vio_over_time(steps: Any, max_vio: Any) -> str:
@@ -64,9 +44,9 @@ def bias(changed: Any, max_vio: Any, without: Any) -> str:
     if not np.isfinite(changed).any():
         return "The router adds a bias to each expert's score before it chooses."
     return (
-        f"The bias changes {percent(np.nanmean(changed))} of the choices ({percent(np.nanmin(changed))} to "
-        f"{percent(np.nanmax(changed))} by layer); without it, MaxVio is {np.nanmean(_array(without)):.2f} in place of "
-        f"{np.nanmean(_array(max_vio)):.2f}."
+        f"The bias changes {percent(_mean(changed))} of the choices ({percent(np.nanmin(changed))} to "
+        f"{percent(np.nanmax(changed))} by layer); without it, MaxVio is {_mean(without):.2f} in place of "
+        f"{_mean(max_vio):.2f}."
     )
 
 
@@ -78,7 +58,7 @@ def information(token: Any, domain: Any, given: Any, given_low: Any = None) -> s
         'The token tells 1.30 bits about its expert, 13 times what the domain tells; once the token is known, \
 the domain adds 0.06 bits.'
     """
-    token, domain, given = (float(np.nanmean(_array(x))) if _known(x) else np.nan for x in (token, domain, given))
+    token, domain, given = (_mean(x) if _known(x) else np.nan for x in (token, domain, given))
     if np.isnan(token):
         return f"The domain tells {bits_text(domain)} about the expert."
     sentence = f"The token tells {bits_text(token)} about its expert"
@@ -112,14 +92,14 @@ def domain_preference(ratio: Any, names: Sequence[str], layers: Sequence[str]) -
 
     Example:
         >>> domain_preference([[[1.5, 0.5]], [[0.5, 1.6]]], ["code", "prose"], ["layer 3"])
-        'The strongest preference: prose gives 1.60 × its share of all text to expert 1 of layer 3.'
+        'The strongest preference: domain prose gives 1.60 × its share of all text to expert 1 of layer 3.'
     """
     ratio = _array(ratio)
     if not np.isfinite(ratio).any():
         return "No expert has a load."
     n, layer, expert = _where_largest(ratio)
     return (
-        f"The strongest preference: {names[n]} gives {ratio[n, layer, expert]:.2f} × its share of all text "
+        f"The strongest preference: domain {names[n]} gives {ratio[n, layer, expert]:.2f} × its share of all text "
         f"to expert {expert} of {layers[layer]}."
     )
 
@@ -187,7 +167,7 @@ def repeats(share: Any, by_chance: Any) -> str:
         >>> repeats([0.3, 0.4], [0.25, 0.25])
         "The token before made 35 % of a token's choices too; by chance it would be 25 %."
     """
-    share, chance = np.nanmean(_array(share)), np.nanmean(_array(by_chance))
+    share, chance = _mean(share), _mean(by_chance)
     return f"The token before made {percent(share)} of a token's choices too; by chance it would be {percent(chance)}."
 
 
@@ -203,9 +183,11 @@ def saturation(steps: Sequence[int], share: Any, layers: Sequence[str]) -> str:
     if not earlier:
         return "One checkpoint is kept, so nothing is known about how choices settled."
     row = min(earlier, key=lambda i: abs(steps[i] - steps[-1] / 2))
+    if not _known(share[row]):
+        return "No choice of an earlier checkpoint is known."
     late = int(np.nanargmin(share[row]))
     return (
-        f"At step {steps[row]:,} of {steps[-1]:,}, {percent(np.nanmean(share[row]))} of the last choices "
+        f"At step {steps[row]:,} of {steps[-1]:,}, {percent(_mean(share[row]))} of the last choices "
         f"were made already; "
         f"{layers[late]} settled last ({percent(share[row, late])})."
     )
@@ -235,9 +217,9 @@ def against(other: str, shared: Any, by_chance: Any, loss: Any = None, other_los
         'The experts of runs/b are not matched. The loss is 3.400 here and 3.500 there.'
     """
     if _known(shared):
-        sentence = f"{percent(np.nanmean(_array(shared)))} of the choices go to the matched expert of {other}"
+        sentence = f"{percent(_mean(shared))} of the choices go to the matched expert of {other}"
         if _known(by_chance):
-            sentence += f"; by chance it would be {percent(np.nanmean(_array(by_chance)))}"
+            sentence += f"; by chance it would be {percent(_mean(by_chance))}"
     else:
         sentence = f"The experts of {other} are not matched"
     losses = (
@@ -253,7 +235,9 @@ def entropies(gates: Any, scores: Any, experts_per_token: int, experts: int) -> 
         >>> entropies([0.9, 0.98], [0.99, 0.99], 4, 16)
         'A token weighs its 4 experts as if they were 3.7 equal ones, and the router scores 15.6 of 16 experts alike.'
     """
-    gates, scores = np.nanmean(_array(gates)), np.nanmean(_array(scores)) if _known(scores) else np.nan
+    gates, scores = _mean(gates), _mean(scores) if _known(scores) else np.nan
+    if not np.isfinite(gates):
+        return "No entropy is known."
     if experts_per_token == 1:
         first = "A token has one expert, with all the weight"
     else:
@@ -262,6 +246,21 @@ def entropies(gates: Any, scores: Any, experts_per_token: int, experts: int) -> 
         )
     end = f", and the router scores {experts**scores:.1f} of {experts} experts alike." if np.isfinite(scores) else "."
     return first + end
+
+
+def evenness(overall: Mapping[str, Any]) -> str:
+    """Say how near means over layers of entropies are to their largest value.
+
+    Example:
+        >>> evenness({"Chosen gates": [0.9, 0.92], "Scores of all experts": [0.99, 0.99]})
+        'Means over layers: 91 % of the largest entropy in chosen gates, 99 % in scores of all experts.'
+    """
+    known = {name: _mean(values) for name, values in overall.items() if _known(values)}
+    parts = [
+        f"{percent(mean)}{' of the largest entropy' if i == 0 else ''} in {name[0].lower()}{name[1:]}"
+        for i, (name, mean) in enumerate(known.items())
+    ]
+    return f"Means over layers: {', '.join(parts)}." if parts else "No entropy is known."
 
 
 def bits_text(bits: int | float) -> str:
@@ -274,6 +273,21 @@ def bits_text(bits: int | float) -> str:
     return f"less than {BITS_OF_NOTE} bits" if bits < BITS_OF_NOTE else f"{bits:.2f} bits"
 
 
+def of_trunk(values: Any, layers: Sequence[str]) -> Any:
+    """Leave out the multi-token heads of a list by layer: they are no part of the trunk's mean.
+
+    Returns: all values if there is no other layer; None for None.
+
+    Example:
+        >>> of_trunk([0.1, 0.2, 0.9], ["layer 3", "layer 4", "MTP 1"])
+        [0.1, 0.2]
+    """
+    if values is None:
+        return None
+    kept = [value for value, name in zip(values, layers, strict=True) if not name.startswith("MTP")]
+    return kept or list(values)
+
+
 def percent(share: int | float) -> str:
     """Write a share as whole per cent.
 
@@ -281,7 +295,7 @@ def percent(share: int | float) -> str:
         >>> percent(0.346)
         '35 %'
     """
-    return f"{100 * share:.0f} %"
+    return f"{100 * share:.0f} %" if np.isfinite(share) else "–"
 
 
 def rank_correlation(x: Any, y: Any) -> float:
@@ -320,6 +334,13 @@ def _where_largest(values: np.ndarray) -> tuple[int, ...]:
 
 def _array(values: Any) -> np.ndarray:
     return np.asarray(values, np.float64)
+
+
+def _mean(values: Any) -> float:
+    """Mean of the numbers that are known; NaN without any, and without a warning."""
+    array = _array(values)
+    known = array[np.isfinite(array)]
+    return float(known.mean()) if known.size else float("nan")
 
 
 def _known(values: Any) -> bool:

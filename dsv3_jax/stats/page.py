@@ -15,6 +15,7 @@ from markupsafe import Markup
 from matplotlib.colors import to_hex
 
 from dsv3_jax.report.colours import MEANINGS, diverging, on_dark, tints
+from dsv3_jax.report.run_plots import load_finding
 from dsv3_jax.stats import findings
 from dsv3_jax.stats.measures import domain_preference
 from dsv3_jax.stats.page_data import script_data
@@ -122,7 +123,7 @@ def _facts(numbers: dict[str, Any]) -> list[tuple[str, str]]:
     parameters = count("parameters")
     if parameters and header.get("active_parameters") is not None:
         parameters += f", {count('active_parameters')} active"
-    vio = [x for x in numbers["max_vio"] if x is not None]
+    vio = [x for x in findings.of_trunk(numbers["max_vio"], numbers["layers"]) if x is not None]
     known = {
         "loss of this text": fixed("loss", 3) and f"{fixed('loss', 3)} nats a token",
         "bits a byte": fixed("bits_per_byte", 3),
@@ -157,11 +158,14 @@ def _sections(numbers: dict[str, Any], data: dict[str, Any]) -> list[Section]:
     """The parts that the numbers have, in the page's order."""
     layers, found = numbers["layers"], []
 
+    def trunk(part, key):
+        return findings.of_trunk(part.get(key), layers)
+
     def add(id, heading, finding, note):
         found.append(Section(id, heading, finding, note))
 
     add(
-        "load", "Load by layer and expert", findings.load(numbers["load"], layers),
+        "load", "Load by layer and expert", load_finding(numbers["load"], layers),
         "Assignments of an expert, divided by the mean of its layer. Choose a cell to see its expert. MTP rows are "
         "multi-token prediction heads.",
     )  # fmt: skip
@@ -177,7 +181,7 @@ def _sections(numbers: dict[str, Any], data: dict[str, Any]) -> list[Section]:
     if bias := numbers.get("bias"):
         add(
             "bias", "The bias and its work",
-            findings.bias(bias.get("changed_choices"), bias.get("max_vio"), bias.get("max_vio_without")),
+            findings.bias(trunk(bias, "changed_choices"), trunk(bias, "max_vio"), trunk(bias, "max_vio_without")),
             "The router chooses by score + bias and weighs by the score alone. Only differences within a layer matter, "
             "so the map shows each bias minus its layer's mean.",
         )  # fmt: skip
@@ -229,7 +233,7 @@ def _sections(numbers: dict[str, Any], data: dict[str, Any]) -> list[Section]:
         )  # fmt: skip
     if part := numbers.get("repeats"):
         add(
-            "repeats", "Neighbours", findings.repeats(part["share"], part["by_chance"]),
+            "repeats", "Neighbours", findings.repeats(trunk(part, "share"), trunk(part, "by_chance")),
             "Share of a token's choices that the token before it in its document made too, by layer.",
         )  # fmt: skip
     if data["over_time"]:
@@ -253,7 +257,8 @@ def _sections(numbers: dict[str, Any], data: dict[str, Any]) -> list[Section]:
         add(
             "entropy", "How evenly a token weighs its experts",
             findings.entropies(
-                numbers["gate_entropy"], numbers["score_entropy"], numbers["experts_per_token"], numbers["experts"]
+                trunk(numbers, "gate_entropy"), trunk(numbers, "score_entropy"), numbers["experts_per_token"],
+                numbers["experts"],
             ),
             "Entropies over their largest value: 1 is even, 0 is one expert alone. The axis is whole, from 0 to 1.",
         )  # fmt: skip

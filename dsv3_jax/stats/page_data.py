@@ -16,8 +16,8 @@ from dsv3_jax.stats.packing import pack, pack_ids
 MATRIX_CELLS = 150_000  # of L·E·E; above, each expert has its NUM_PARTNERS and each layer its largest pairs
 NUM_PARTNERS = 6
 NUM_PAIRS = 64
-FAVOURITES = 76_000  # over all experts
-CONTEXT_BYTES = 800_000
+FAVOURITES = 61_000  # over all experts
+CONTEXT_BYTES = 900_000
 TEXT_SLOTS = 350_000  # layers × tokens × experts a token
 LEAST_TEXT = 128  # tokens; fewer texts are shown rather than shorter ones
 HISTORY_CELLS = 200_000  # steps × layers × experts
@@ -64,9 +64,7 @@ def script_data(numbers: dict[str, Any]) -> dict[str, Any]:
         "entropies": _entropies(numbers),
         "favourites": _favourites(numbers["favourites"]),
         "contexts": _contexts(numbers["contexts"]),
-        "texts": _texts(
-            numbers.get("texts") or [], len(numbers["layers"]), numbers["experts"], numbers["experts_per_token"]
-        ),
+        "texts": _texts(numbers.get("texts") or [], len(numbers["layers"]), numbers["experts_per_token"]),
     }
 
 
@@ -175,7 +173,7 @@ def _pairs_of_partners(partners: Sequence[Sequence[Sequence]]) -> list[list[tupl
 
 
 def _partners(numbers: dict[str, Any]) -> dict[str, Any] | None:
-    """The experts with the largest co-activation lift, of each expert: E for none."""
+    """The experts with the largest co-activation lift, of each expert; an expert's own number stands for none."""
     listed = numbers.get("partners")
     if listed is None:
         lifts = numbers.get("coactivation_lift")
@@ -185,8 +183,10 @@ def _partners(numbers: dict[str, Any]) -> dict[str, Any] | None:
             [[(j, x) for j, x in sorted(enumerate(row), key=lambda pair: -(pair[1] or 0)) if x] for row in layer]
             for layer in lifts
         ]
-    none = (numbers["experts"], None)
-    padded = [[[*rows[:NUM_PARTNERS], *[none] * (NUM_PARTNERS - len(rows))] for rows in layer] for layer in listed]
+    padded = [
+        [[*rows[:NUM_PARTNERS], *[(e, None)] * (NUM_PARTNERS - len(rows))] for e, rows in enumerate(layer)]
+        for layer in listed
+    ]
     expert = pack_ids([[[pair[0] for pair in rows] for rows in layer] for layer in padded])
     return {"expert": expert, "lift": pack([[[pair[1] for pair in rows] for rows in layer] for layer in padded])}
 
@@ -249,27 +249,25 @@ def _favourites(favourites: Sequence[Sequence[Sequence[dict]]]) -> dict[str, Any
 def _contexts(contexts: Sequence[Sequence[Sequence[dict]]]) -> dict[str, Any]:
     """Contexts of all experts, as many of each as the budget holds, and shorter ones if it holds few."""
     experts = [rows for layer in contexts for rows in layer]
-    before, after = 10_000, 10_000
-    if sum(_size(row) for rows in experts for row in rows[:2]) > CONTEXT_BYTES:
-        before, after = 24, 10
-    cut = [[(row["before"][-before:], row["token"], row["after"][:after], row) for row in rows[:8]] for rows in experts]
-    most, used = 0, 0
-    for most in range(1, 9):
-        used += sum(len("".join(rows[most - 1][:3]).encode()) + 14 for rows in cut if len(rows) >= most)
-        if used > CONTEXT_BYTES:
-            most -= 1
+    for before, after, least in ((10_000, 10_000, 2), (24, 10, 1), (10, 4, 0)):
+        cut = [
+            [(row["before"][-before:], row["token"][:24], row["after"][:after], row) for row in rows]
+            for rows in experts
+        ]
+        most, used = 0, 0
+        while any(len(rows) > most for rows in cut):
+            used += sum(len("".join(rows[most][:3]).encode()) + 14 for rows in cut if len(rows) > most)
+            if used > CONTEXT_BYTES:
+                break
+            most += 1
+        if most >= min(least, max(map(len, experts))):
             break
-    kept = [rows[: max(1, most)] for rows in cut]
+    kept = [rows[:most] for rows in cut]
     rows = [row for of_expert in kept for row in of_expert]
     parts: dict[str, Any] = {"starts": pack_ids(_starts(kept)), "rows": [row[:3] for row in rows]}
-    for key in ("gate", "margin"):
-        if any(row[3].get(key) is not None for row in rows):
-            parts[key] = pack([row[3].get(key) for row in rows])
+    if any(row[3].get("gate") is not None for row in rows):
+        parts["gate"] = pack([row[3].get("gate") for row in rows])
     return parts
-
-
-def _size(row: dict) -> int:
-    return len((row["before"] + row["token"] + row["after"]).encode()) + 14
 
 
 def _starts(lists: Iterable[Sequence]) -> list[int]:
@@ -281,7 +279,7 @@ def _filled(rows: Sequence[Sequence[list]], length: int, none: list) -> list[lis
     return [[choices or none for choices in layer[:length]] for layer in rows]
 
 
-def _texts(texts: Sequence[dict], layers: int, experts: int, experts_per_token: int) -> list[dict[str, Any]]:
+def _texts(texts: Sequence[dict], layers: int, experts_per_token: int) -> list[dict[str, Any]]:
     """Texts with their routing: the first ones, and the beginnings of long ones, as the budget holds."""
     left = TEXT_SLOTS // max(1, layers * experts_per_token)  # tokens
     shown = []
@@ -296,7 +294,7 @@ def _texts(texts: Sequence[dict], layers: int, experts: int, experts_per_token: 
                 "total": len(text["tokens"]),
                 "tokens": text["tokens"][:length],
                 "nll": pack(text["nll"][:length]) if text.get("nll") else None,
-                "experts": pack_ids(_filled(text["experts"], length, [experts] * experts_per_token)),
+                "experts": pack_ids(_filled(text["experts"], length, [0] * experts_per_token)),
                 "gates": pack(_filled(text["gates"], length, [None] * experts_per_token), bits=8),
             }
         )

@@ -23,10 +23,17 @@ document.addEventListener("scroll", hideTip, {passive: true});
 function readAddress() {
   const words = new URLSearchParams(location.hash.slice(1));
   if (!words.has("layer")) return;
-  const number = (name, count) => { const x = Number(words.get(name) ?? NaN); return Number.isInteger(x) && x >= 0 && x < count ? x : -1; };
+  const number = (name, count) => {
+    const x = Number(words.get(name) ?? NaN);
+    return Number.isInteger(x) && x >= 0 && x < count ? x : -1;
+  };
   const layer = data.keys.indexOf(words.get("layer"));
   if (layer < 0) return;
-  choose({layer, expert: words.get("expert") ? number("expert", E) : -1, text: Math.max(0, number("text", data.texts.length))});
+  choose({
+    layer,
+    expert: words.get("expert") ? number("expert", E) : -1,
+    text: Math.max(0, number("text", data.texts.length)),
+  });
 }
 let writes = false;
 views.push(() => {
@@ -38,13 +45,30 @@ views.push(() => {
 });
 
 const parts = {
-  load: drawLoad, texts: drawTexts, bias: drawBias, information: drawInformation, domains: drawDomains, worth: drawWorth,
-  transitions: drawTransitions, together: drawTogether, repeats: drawRepeats, heads: drawHeads, entropy: drawEntropies, against: drawAgainst, experts: drawTable,
-  "over-time": () => stepCurves("over-time", "MaxVio of training batches", data.over_time.steps, data.over_time.max_vio),
-  saturation: () => stepCurves("saturation", "choices already made", data.saturation.steps, data.saturation.share, {y1: 1.04, share: true}),
+  load: drawLoad,
+  texts: drawTexts,
+  bias: drawBias,
+  information: drawInformation,
+  domains: drawDomains,
+  worth: drawWorth,
+  transitions: drawTransitions,
+  together: drawTogether,
+  repeats: drawRepeats,
+  heads: drawHeads,
+  entropy: drawEntropies,
+  against: drawAgainst,
+  experts: drawTable,
+  "over-time": () =>
+    stepCurves("over-time", "MaxVio of training batches", data.over_time.steps, data.over_time.max_vio),
+  saturation: () =>
+    stepCurves("saturation", "choices already made", data.saturation.steps, data.saturation.share, {
+      y1: 1.04,
+      share: true,
+    }),
 };
 for (const [section, draw] of Object.entries(parts)) if (has(section)) draw();
-for (const section of ["load", "bias", "information", "against"]) if (has(section)) byId(section + "-charts").classList.add("two");
+for (const section of ["load", "bias", "information", "against"])
+  if (has(section)) byId(section + "-charts").classList.add("two");
 drawPanel();
 drawSearch();
 choose({});
