@@ -563,7 +563,8 @@ class OptimConfig:
         2000
     """
 
-    # adamw, or muon, which orthogonalises the updates of matrices and leaves embeddings, router and norms to AdamW
+    # adamw, or muon: it orthogonalises the updates of matrices, LoRA's A and B too, and leaves embeddings, router and
+    # norms to AdamW
     name: str = "adamw"
     # learning rate after the warm-up: report is constant, cosine, constant; wsd is constant, a line down, constant;
     # cosine falls to the last step

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from runs import MODEL, cheap_compiles
 from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.transformer import Transformer, abstract
-from dsv3_jax.stats import RoutingStats, collect, favourites, lift, measures, readable, specialisation
+from dsv3_jax.stats import RoutingStats, collect, decisions, favourites, lift, measures, readable, specialisation
+from dsv3_jax.stats.contexts import TOP
 from dsv3_jax.stats.routing_stats import layer_names
-from dsv3_jax.stats.tokens import AFTER, BEFORE, NEAR, TOP, TokenCounts, context
+from dsv3_jax.stats.text import AFTER, BEFORE, context
+from dsv3_jax.stats.token_counts import TokenCounts
 
 TOKENIZER = ByteTokenizer()
 B, T, E, K = 3, 20, MODEL.num_experts, MODEL.experts_per_token
@@ -131,27 +134,118 @@ def test_score_entropy_equals_the_definition():
     np.testing.assert_allclose(routing.score_entropy[0], -(p * np.log(p)).sum(-1) / np.log(E), rtol=1e-5)
 
 
-def test_contexts_are_the_positions_of_the_largest_gates(counted):
-    model, stats = counted
-    seen: dict = {}  # (layer, expert) → the last NEAR tokens → (gate, window)
+def scored(model):
+    """Yield (batch, row, position, layer, scores of all experts, bias) of each token that is counted."""
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def run(state, batch):
+        out = nnx.merge(graphdef, state).forward_hidden(
+            batch["tokens"], batch["segment_ids"], batch["positions"], keep_scores=True
+        )
+        return out.routing.scores, [head.scores for head in out.mtp_routing]
+
+    biases = np.asarray(decisions.biases(model))
+    of_batch = []
+    for batch in BATCHES:
+        trunk, heads = jax.tree.map(np.asarray, run(state, batch))
+        of_batch.append([*trunk, *heads])
     for batch, b, t, layer, ids, gates in choices(model):
+        scores = of_batch[0 if batch is BATCHES[0] else 1][layer][b, t]
+        yield batch, b, t, layer, ids, gates, scores, biases[layer]
+
+
+def slow_choice(choice: np.ndarray, count: int) -> list[int]:
+    """The largest `choice` scores within the best groups, equations as loops."""
+    size = E // MODEL.num_groups
+    groups = [sum(sorted(choice[g * size : (g + 1) * size])[-2:]) for g in range(MODEL.num_groups)]
+    kept = sorted(range(MODEL.num_groups), key=lambda g: (-groups[g], g))[: MODEL.groups_per_token]
+    allowed = [e for e in range(E) if e // size in kept]
+    return sorted(allowed, key=lambda e: (-choice[e], e))[:count]
+
+
+def test_bias_and_margins_equal_slow_loops(counted):
+    """The bias's work is that of a second choice by the same scores; margins are over the best expert left over."""
+    model, stats = counted
+    changed, without = np.zeros(len(stats.layers), int), np.zeros((len(stats.layers), E), int)
+    margins, sums = [[] for _ in stats.layers], {}
+    for batch, b, t, layer, ids, gates, scores, bias in scored(model):
+        np.testing.assert_allclose(scores[ids] / scores[ids].sum(), gates / gates.sum(), rtol=1e-5)
+        plain = slow_choice(scores, K)
+        assert slow_choice(scores + bias, K) == ids.tolist()
+        runner_up = slow_choice(scores + bias, K + 1)[K]
+        changed[layer] += len(set(ids.tolist()) - set(plain))
+        margin = (scores + bias)[ids] - (scores + bias)[runner_up]
+        margins[layer].append(margin)
+        for e in plain:
+            without[layer, e] += 1
+        for e, m in zip(ids.tolist(), margin.tolist(), strict=True):
+            sums.setdefault((layer, e, int(batch["tokens"][b, t])), []).append(m)
+    assert (changed > 0).all()
+    np.testing.assert_array_equal(stats.bias.changed, changed)
+    np.testing.assert_array_equal(stats.bias.load_without, without)
+    np.testing.assert_allclose(stats.bias.value, np.asarray(decisions.biases(model)))
+    for layer, of_layer in enumerate(margins):
+        np.testing.assert_allclose(stats.rows.margin[layer, stats.rows.counted[layer]], of_layer, atol=1e-6)
+    means = [np.mean(sums[key]) for key in sorted(sums)]
+    np.testing.assert_allclose(stats.token_counts.margin, means, atol=1e-6)
+
+
+def test_rows_are_the_tokens_in_the_order_of_reading(counted):
+    model, stats = counted
+    rows, at = stats.rows, 0
+    taken = np.zeros(len(stats.layers), int)
+    expected = [[] for _ in stats.layers]
+    for _, _, _, layer, ids, gates in choices(model):
+        expected[layer].append((ids, gates))
+    for batch in BATCHES:
+        out = forward(model, batch["tokens"], batch["segment_ids"], batch["positions"])
+        log_p = np.asarray(jax.nn.log_softmax(out.logits))
+        for b in range(B):
+            for t in range(T):
+                if not batch["segment_ids"][b, t]:
+                    continue
+                of_batch = [batch[key][b, t] for key in ("tokens", "positions", "documents", "domains")]
+                assert [rows.token[at], rows.position[at], rows.document[at], rows.domain[at]] == of_batch
+                new = t == 0 or batch["segment_ids"][b, t] != batch["segment_ids"][b, t - 1]
+                assert (at == 0 or rows.segment[at] != rows.segment[at - 1]) == new
+                nll = np.nan if new else -log_p[b, t - 1, batch["tokens"][b, t]]
+                np.testing.assert_allclose(rows.nll[at], nll, rtol=1e-4)
+                for layer in np.flatnonzero(rows.counted[:, at]):
+                    ids, gates = expected[layer][taken[layer]]
+                    np.testing.assert_array_equal(rows.expert_ids[layer, at], ids)
+                    np.testing.assert_allclose(rows.gates[layer, at], gates)
+                    taken[layer] += 1
+                at += 1
+    assert at == len(rows.token) and taken.tolist() == [len(of_layer) for of_layer in expected]
+
+
+def test_contexts_are_the_largest_gates_of_different_tokens_and_documents(counted):
+    model, stats = counted
+    seen: dict = {}  # (layer, expert) → [(gate, order, token, document, window)]
+    for order, (batch, b, t, layer, ids, gates) in enumerate(choices(model)):
         tokens, segment = batch["tokens"][b], batch["segment_ids"][b]
         columns = range(t - BEFORE, t + AFTER + 1)
         window = [int(tokens[i]) if 0 <= i < T and segment[i] == segment[t] else -1 for i in columns]
-        near = tuple(window[BEFORE + 1 - NEAR : BEFORE + 1])
         for e, gate in zip(ids.tolist(), gates.tolist(), strict=True):
-            of_expert = seen.setdefault((layer, e), {})
-            if near not in of_expert or gate > of_expert[near][0]:
-                of_expert[near] = (gate, window)
-    kept: dict = {}
-    for layer, e, gate, window in zip(*(x.tolist() for x in stats.contexts), strict=True):
-        kept.setdefault((layer, e), []).append((gate, window))
-    assert list(kept) == sorted(seen)
-    assert max(map(len, seen.values())) > TOP  # so at least one context was left out
-    for key, of_expert in seen.items():
-        best = sorted((gate for gate, _ in of_expert.values()), reverse=True)[:TOP]
-        assert [gate for gate, _ in kept[key]] == best
-        assert all((gate, window) in of_expert.values() for gate, window in kept[key])
+            found = (gate, order, int(tokens[t]), int(batch["documents"][b, t]), window)
+            seen.setdefault((layer, e), []).append(found)
+    want = []
+    for layer, e in sorted(seen):
+        kept: list = []
+        for gate, _, token, document, window in sorted(seen[layer, e], key=lambda found: (-found[0], found[1])):
+            if len(kept) < TOP and all(token != k[3] and document != k[4] for k in kept):
+                kept.append((layer, e, gate, token, document, window))
+        want += kept
+    contexts = stats.contexts
+    got = [
+        (layer, e, gate, window[BEFORE], document, window)
+        for layer, e, gate, window, document in zip(
+            *(x.tolist() for x in (contexts.layer, contexts.expert, contexts.gate, contexts.tokens, contexts.document)),
+            strict=True,
+        )
+    ]
+    assert got == want and len(want) > len(seen)
 
 
 def slow_information(load_by_domain) -> float:
@@ -239,12 +333,35 @@ def test_favourites_have_the_largest_lift_of_the_frequent_tokens():
     # Tokens 7, 8, 9 occur 10, 4 and 6 times; each expert receives half of all.
     num_routed = np.array([2, 2, 6, 8, 2, 0])
     counts = TokenCounts(np.zeros(6, np.int64), np.repeat([0, 1], 3), np.tile([7, 8, 9], 2), num_routed)
-    counts = TokenCounts(*(column[num_routed > 0] for column in counts))
+    counts = TokenCounts(*(column[num_routed > 0] for column in counts[:4]))
     stats = replace(of_loads(np.array([[[10, 10]]]), [0], 1), token_counts=counts)
-    tuples = [[tuple(f) for f in of_expert] for of_expert in favourites(stats, 0, min_count=5)]
+    tuples = [[tuple(f)[:3] for f in of_expert] for of_expert in favourites(stats, 0, min_count=5)]
     assert tuples == [[(9, 6, 2.0)], [(7, 8, 1.6)]]
     assert favourites(stats, 0, min_count=11) == [[], []]
     assert len(favourites(stats, 0, top=0, min_count=1)[0]) == 0
+
+
+def test_favourites_are_ranked_by_their_part_of_the_information(counted):
+    """The bits of all tokens add up to I(expert; token); a frequent token comes before a rare one of larger lift."""
+    _, stats = counted
+    counts = stats.token_counts
+    for layer in range(len(stats.layers)):
+        here = counts.layer == layer
+        joint = np.zeros((128, 1, E))
+        joint[counts.token[here], 0, counts.expert[here]] = counts.num_routed[here]
+        p = joint[:, 0] / joint.sum()
+        parts = np.where(p > 0, p * np.log2(np.where(p > 0, p, 1) / (p.sum(1)[:, None] * p.sum(0)[None] + 1e-300)), 0)
+        assert parts.sum() == pytest.approx(measures.mutual_information(joint)[0], rel=1e-9)
+        for e, of_expert in enumerate(favourites(stats, layer, top=99, min_count=1)):
+            assert [f.bits for f in of_expert] == sorted((f.bits for f in of_expert), reverse=True)
+            assert len({f.token for f in of_expert}) == len(of_expert) == (parts[:, e] > 0).sum()
+            np.testing.assert_allclose([f.bits for f in of_expert], [parts[f.token, e] for f in of_expert], rtol=1e-9)
+    # Token 7 always goes to expert 0, token 8 in 40 of 50 cases: the second tells more.
+    expert, token, num_routed = np.array([[0, 0, 0, 1, 1], [7, 8, 9, 8, 9], [4, 40, 6, 10, 40]])
+    stats = replace(
+        of_loads(np.array([[[50, 50]]]), [0], 1), token_counts=TokenCounts(0 * expert, expert, token, num_routed)
+    )
+    assert [(f.token, f.lift) for f in favourites(stats, 0, min_count=1)[0]] == [(8, 1.6), (7, 2.0)]
 
 
 def test_readable_text():

@@ -29,6 +29,8 @@ class Context(NamedTuple):
     tokens: Array | None = None  # int32 [B, T]: ids that the router reads, if it reads any
     keys: Array | None = None  # random keys [B], one a row, of the router's noise; None without noise
     watch_logits: bool = False  # measure the largest attention logits, for QK-clip
+    keep_scores: bool = False  # return the scores of all experts with a layer's routing
+    muted: Array | None = None  # int32 [2]: layer and expert whose gate is 0, to measure what the expert is worth
     max_logits: Array | None = None  # float32 [H]: of the layer that has just run, over tokens that are not padding
 
 

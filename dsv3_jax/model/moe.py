@@ -38,6 +38,7 @@ class LayerRouting(NamedTuple):
     dropped: Array  # float32 []: share of assignments dropped; 0 without capacity_factor
     tokens_sent: Array  # float32 []: copies of a token that are sent to another device's experts; 0 without a mesh
     bias_measure: Array | None = None  # float32 [E]: what the bias's rule needs beside the load, see balance.RULES
+    scores: Array | None = None  # float32 [B, T, E]: of all experts, without bias; None if the context keeps none
 
 
 class Experts(nnx.Module):
@@ -141,6 +142,8 @@ class MoE(nnx.Module):
         picked, log_sums = self.route(x, ctx)
         flat, ids, gates, scores = (a.reshape(-1, a.shape[-1]) for a in (x, *picked))
         load, sequence_loss, score_entropy, measure = self._measure(picked, ctx.mask)
+        if ctx.muted is not None:
+            gates = jnp.where((ctx.muted[0] == ctx.layer) & (ctx.muted[1] == ids), 0.0, gates)
         y, stack, dropped, tokens_sent = self._run_experts(flat, ids, gates, stack, ctx.may_drop)
         y = y.reshape(x.shape)
         if self.shared is not None:
@@ -151,8 +154,9 @@ class MoE(nnx.Module):
         if log_sums is not None:
             balance_loss += cfg.balance.z_alpha * balance.z_loss(log_sums, ctx.mask)
         stats = LayerRouting(
-            picked.expert_ids, picked.gates, score_entropy, load, balance_loss, dropped, tokens_sent, measure
-        )
+            picked.expert_ids, picked.gates, score_entropy, load, balance_loss, dropped, tokens_sent, measure,
+            picked.scores if ctx.keep_scores else None,
+        )  # fmt: skip
         return y, stack, stats
 
     @jax.named_scope("experts")

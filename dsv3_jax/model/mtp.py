@@ -255,7 +255,7 @@ def run_heads(
 
         def plain(state, h, part, embedded):
             # Python bools, which jax.checkpoint makes arrays
-            part = part._replace(may_drop=ctx.may_drop, watch_logits=ctx.watch_logits)
+            part = part._replace(may_drop=ctx.may_drop, watch_logits=ctx.watch_logits, keep_scores=ctx.keep_scores)
             h, after, routing = unshard_head(nnx.merge(graphdef, state), unshard)(h, part, embedded)
             return h, routing, after.max_logits
 
@@ -270,7 +270,9 @@ def run_heads(
             if reads_tokens:
                 # A position that reads padding or another document's token is not counted.
                 counted = counted & (segment_ids == ctx.segment_ids[:, k:])
-        part = ctx._replace(cos=ctx.cos[:, :short], sin=ctx.sin[:, :short], segment_ids=segment_ids, mask=counted)
+        part = ctx._replace(
+            cos=ctx.cos[:, :short], sin=ctx.sin[:, :short], segment_ids=segment_ids, mask=counted, muted=None
+        )
         if ctx.tokens is not None:  # a router that reads tokens reads the one that the head does
             part = part._replace(tokens=tokens[:, k:] if reads_tokens else tokens[:, :short])
         if ctx.keys is not None:  # noise of its own, beyond that of the trunk's layers

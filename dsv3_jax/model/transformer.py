@@ -114,6 +114,8 @@ class Transformer(nnx.Module):
         keys: Array | None = None,
         *,
         watch_logits: bool = False,
+        keep_scores: bool = False,
+        muted: Int[Array, "2"] | None = None,
     ) -> ForwardOut:
         """Run trunk and heads up to the unembedding.
 
@@ -121,6 +123,8 @@ class Transformer(nnx.Module):
             tokens, segment_ids, positions: as `__call__`.
             keys: a random key for each row, [B], of the router's noise. None means no noise.
             watch_logits: fill `max_logits`.
+            keep_scores: fill `LayerRouting.scores`.
+            muted: (layer, expert) of the trunk whose output is left out: its gate is 0, and no other is chosen.
         """
         cfg = self.cfg
         batch, length = tokens.shape
@@ -129,7 +133,8 @@ class Transformer(nnx.Module):
         if length <= cfg.mtp_depth:
             raise ValueError(f"length {length} leaves nothing for mtp_depth={cfg.mtp_depth} to read")
         positions = from_zero(batch, length) if positions is None else positions
-        ctx = make_context(cfg, positions, segment_ids, tokens=tokens, keys=keys)._replace(watch_logits=watch_logits)
+        ctx = make_context(cfg, positions, segment_ids, tokens=tokens, keys=keys)
+        ctx = ctx._replace(watch_logits=watch_logits, keep_scores=keep_scores, muted=muted)
         x, _, routing, largest = self._trunk(tokens, ctx)
         h = self.norm(x)
         mtp_h, mtp_routing, of_heads = run_heads(

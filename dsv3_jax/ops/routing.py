@@ -130,7 +130,7 @@ def softmax(
     Source: DeepSeek-V2 report, section 2.2.
     """
     scores = jax.nn.softmax(logits, axis=-1)
-    expert_ids = _choose(jax.lax.stop_gradient(scores), k, groups, groups_kept, group_score)
+    expert_ids = choose(jax.lax.stop_gradient(scores), k, groups, groups_kept, group_score)
     gates = _pick(scores, expert_ids)
     if normalize:
         gates = gates / (gates.sum(-1, keepdims=True) + 1e-20)
@@ -260,7 +260,7 @@ def _biased(
 ) -> Routing:
     """Choose by s + bias within the best groups, with gates from s."""
     choice = jax.lax.stop_gradient(scores + bias.astype(scores.dtype)[None])
-    expert_ids = _choose(choice, k, groups, groups_kept, group_score)
+    expert_ids = choose(choice, k, groups, groups_kept, group_score)
     return Routing(expert_ids, _gates(scores, expert_ids, normalize, scale), scores)
 
 
@@ -281,8 +281,17 @@ def _pick(scores: Float[Array, "n E"], expert_ids: Int[Array, "n K"]) -> Float[A
     return scores.at[rows, expert_ids].get(unique_indices=True, mode="promise_in_bounds")
 
 
-def _choose(choice: Float[Array, "n E"], k: int, groups: int, groups_kept: int, group_score: str) -> Int[Array, "n K"]:
-    """Return the ids of the k largest `choice` scores within the best groups."""
+def choose(
+    choice: Float[Array, "n E"], k: int, groups: int = 1, groups_kept: int = 1, group_score: str = "top2_sum"
+) -> Int[Array, "n K"]:
+    """Return the ids of the k largest `choice` scores within the best groups, the largest first; int32.
+
+    Args: groups, groups_kept, group_score: as in `sigmoid`.
+
+    Example:
+        >>> choose(jnp.array([[0.5, 0.0, 0.4, 0.3]]), 2, groups=2)  # experts 2 and 3 have the larger sum
+        Array([[2, 3]], dtype=int32)
+    """
     if groups_kept < groups:
         n, num_experts = choice.shape
         grouped = choice.reshape(n, groups, num_experts // groups)

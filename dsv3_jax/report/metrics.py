@@ -11,6 +11,7 @@ METRICS_FILE, LOAD_FILE = "metrics.jsonl", "load.jsonl"
 _MAX_FILE = 2 << 30  # bytes
 # Metrics that are lists of numbers, and those that are one number. Others may be anything.
 _LISTS = ("mtp_loss", "mtp_acceptance")
+_MATRICES = ("load", "bias")  # a row a layer: whole numbers, and numbers
 _NUMBERS = (
     *("loss", "feature_loss", "balance_loss", "accuracy", "grad_norm", "lr", "dropped", "tokens_sent", "crossed"),
     *("wire_bytes", "max_vio", "max_vio_global", "load_entropy", "load_gini", "load_min", "load_max"),
@@ -96,7 +97,7 @@ def read_rows(path: Path) -> list[dict]:
 def parse_rows(path: Path) -> tuple[list[dict], list[int]]:
     """Read a file of JSON lines, each an object with a "step" and with metrics of their types.
 
-    Lists, and the matrices of loads, must have the shape of the first ones in the file.
+    Lists, and the matrices of loads and biases, must have the shape of the first ones in the file.
 
     Returns: (the rows, numbers of the other lines from 1). A last line that a crash has cut off is in neither.
     Raises: ValueError for a pipe, a device or a folder of that name, and for more than 2 GiB.
@@ -117,7 +118,7 @@ def parse_rows(path: Path) -> tuple[list[dict], list[int]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for number, line in enumerate(lines, 1):
         row = _parse(line)
-        found = {} if row is None else {key: _shape(row[key]) for key in (*_LISTS, "load") if row.get(key)}
+        found = {} if row is None else {key: _shape(row[key]) for key in (*_LISTS, *_MATRICES) if row.get(key)}
         if row is not None and all(shapes.get(key, shape) == shape for key, shape in found.items()):
             shapes |= found
             rows.append(row)
@@ -155,12 +156,13 @@ def _has_its_type(key: str, value: Any) -> bool:
         return _is_number(value)
     if key in _LISTS:
         return all(map(_is_number, value if isinstance(value, list) else [value]))
-    if key == "load":
+    if key in _MATRICES:
+        right = _is_count if key == "load" else _is_number
         return isinstance(value, list) and all(
             isinstance(layer, list)
             and isinstance(value[0], list)
             and len(layer) == len(value[0])
-            and all(type(count) is int and 0 <= count < 1 << 62 for count in layer)
+            and all(map(right, layer))
             for layer in value
         )
     return True
@@ -168,6 +170,10 @@ def _has_its_type(key: str, value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return type(value) is float or (type(value) is int and abs(value) < 1 << 64)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
 
 
 def _shape(values: Any) -> tuple[int, ...]:

@@ -176,39 +176,45 @@ class Favourite(NamedTuple):
     token: int
     num_routed: int  # occurrences that were routed to the expert
     lift: float  # p(expert | token) / p(expert)
+    bits: float  # its part of I(expert; token)
+    margin: float  # mean of `Choices.margin` over these occurrences; NaN where unknown
 
 
 def favourites(stats: RoutingStats, layer: int, *, top: int = 12, min_count: int = 20) -> list[list[Favourite]]:
-    """List the tokens with the largest lift above 1 for each expert of a layer.
+    """List the tokens that tell most about each expert of a layer, of those with a lift above 1.
 
-    lift = p(expert | token) / p(expert) = (n_et / n_t) / (n_e / n)
+    lift = p(expert | token) / p(expert) = (n_et / n_t) / (n_e / n);  bits = n_et / (n K) · log2 lift
 
-    n counts tokens; 1 is chance. The largest possible lift is n / n_e, which is E/K for an expert of mean load.
+    n counts tokens. The sum of all bits, of lifts below 1 too, is I(expert; token). The largest lift alone says little:
+    n / n_e, which is E/K for an expert of mean load, is that of every token that always goes to the expert.
 
     Args:
         layer: index into `stats.layers`.
         top: tokens for each expert, at most.
         min_count: rarer tokens are left out, because their lift is mostly chance.
-    Returns: a list for each expert, by falling lift; equal lifts by falling num_routed.
+    Returns: a list for each expert, by falling bits; one entry a token.
 
     Example:
         >>> from dataclasses import replace
-        >>> from dsv3_jax.stats.tokens import TokenCounts
+        >>> from dsv3_jax.stats.token_counts import TokenCounts
         >>> stats = RoutingStats.from_loads(np.array([[[3, 5]]]), np.array([0]), ["code"])
         >>> layer, expert, token, num_routed = np.array([[0, 0, 0], [0, 1, 1], [7, 7, 8], [3, 1, 4]])
         >>> stats = replace(stats, token_counts=TokenCounts(layer, expert, token, num_routed))
-        >>> favourites(stats, 0, min_count=4)
-        [[Favourite(token=7, num_routed=3, lift=2.0)], [Favourite(token=8, num_routed=4, lift=1.6)]]
+        >>> [(f.token, f.num_routed, f.lift, round(f.bits, 3)) for [f] in favourites(stats, 0, min_count=4)]
+        [(7, 3, 2.0, 0.375), (8, 4, 1.6, 0.339)]
     """
     counts, load = stats.token_counts, stats.load[layer]
     of_layer = slice(*np.searchsorted(counts.layer, [layer, layer + 1]))
     expert, token, num_routed = counts.expert[of_layer], counts.token[of_layer], counts.num_routed[of_layer]
+    margin = np.full(len(token), np.nan) if counts.margin is None else counts.margin[of_layer]
     occurrences = np.bincount(token, num_routed) / stats.experts_per_token  # n_t
     lift = (num_routed / occurrences[token]) / (load[expert] / stats.tokens[layer])
-    order = np.lexsort((token, -num_routed, -lift, expert))
+    bits = num_routed / max(load.sum(), 1) * np.log2(lift)
+    order = np.lexsort((token, -num_routed, -bits, expert))
     order = order[((occurrences[token] >= min_count) & (lift > 1))[order]]
     borders = np.searchsorted(expert[order], np.arange(len(load) + 1))
+    columns = token, num_routed, lift, bits, margin
     return [
-        [Favourite(int(token[i]), int(num_routed[i]), float(lift[i])) for i in order[start : min(start + top, stop)]]
+        [Favourite(*(column[i].item() for column in columns)) for i in order[start : min(start + top, stop)]]
         for start, stop in zip(borders[:-1], borders[1:], strict=True)
     ]

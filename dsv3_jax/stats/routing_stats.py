@@ -7,23 +7,29 @@ must move all tokens of a document together, because the tokens of one document 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float64, Int32, Int64, Num
+from jaxtyping import Float64, Int64, Num
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.batches import Batch
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.model.moe import LayerRouting
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.ops import balance
-from dsv3_jax.stats.tokens import AFTER, BEFORE, Contexts, TokenCounts, TokenTally
-from dsv3_jax.training.loss import targets
+from dsv3_jax.stats.contexts import Contexts, find_contexts, no_contexts
+from dsv3_jax.stats.decisions import Choices, biases, decide
+from dsv3_jax.stats.token_counts import TokenCounts, TokenTally
+from dsv3_jax.stats.token_rows import RowsTally, TokenRows
+
+
+class BiasWork(NamedTuple):
+    """The routers' biases, and what the same tokens would have chosen by the same scores without them."""
+
+    value: Float64[np.ndarray, "L E"]
+    load_without: Int64[np.ndarray, "L E"]  # assignments
+    changed: Int64[np.ndarray, " L"]  # assignments that differ without the bias
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class RoutingStats:
     one expert. A head's position is counted under its first input token, if its target is in the same document.
     """
 
-    layers: tuple[str, ...]  # "layer 0", … of the trunk's sparse layers, "MTP 1", … of the heads
+    layers: tuple[str, ...]  # of the trunk's sparse layers by their number in the model, "MTP 1", … of the heads
     domains: tuple[str, ...]
     experts_per_token: int  # K
     document_domains: Int64[np.ndarray, " S"]  # index into `domains`
@@ -44,6 +50,8 @@ class RoutingStats:
     coactivation: Int64[np.ndarray, "L E E"]  # tokens that chose both experts; the diagonal is the load
     token_counts: TokenCounts
     contexts: Contexts
+    bias: BiasWork | None = None  # None: the router reads no bias
+    rows: TokenRows | None = None  # of the first tokens, see `token_rows.MOST_CHOICES`
 
     @classmethod
     def from_loads(
@@ -72,7 +80,7 @@ class RoutingStats:
             document_score_entropy=np.full((num_documents, num_layers), np.nan),
             coactivation=load.sum(0)[:, :, None] * np.eye(num_experts, dtype=np.int64)[None],
             token_counts=TokenCounts(none, none, none, none),
-            contexts=Contexts(none, none, np.zeros(0, np.float32), np.zeros((0, BEFORE + 1 + AFTER), np.int32)),
+            contexts=no_contexts(),
         )
 
     @property
@@ -121,27 +129,16 @@ def sum_by_domain(
     return total
 
 
-class Choices(NamedTuple):
-    """Routing decisions of L layers for one batch."""
-
-    expert_ids: Int32[Array, "L B T K"]
-    gates: Float[Array, "L B T K"]
-    gate_entropy: Float[Array, "L B T"]
-    score_entropy: Float[Array, "L B T"]
-    mask: Array  # bool [L, B, T]: positions that are counted
-    coactivation: Float[Array, "L E E"]
-
-
 def layer_names(cfg: ModelConfig) -> tuple[str, ...]:
-    """Name the layers with experts, in the order of `RoutingStats.layers`.
+    """Name the layers with experts, in the order of `RoutingStats.layers`: numbers count dense layers too.
 
     Example:
         >>> from dsv3_jax.presets import preset
         >>> layer_names(preset("tiny"))
-        ('layer 0', 'layer 1', 'layer 2', 'MTP 1')
+        ('layer 1', 'layer 2', 'layer 3', 'MTP 1')
     """
     heads = [f"MTP {k + 1}" for k in range(cfg.num_sparse_heads)]
-    return (*(f"layer {i}" for i in range(cfg.num_sparse_layers)), *heads)
+    return (*(f"layer {i}" for i in range(cfg.num_dense_layers, cfg.num_layers)), *heads)
 
 
 def collect(model: Transformer, batches: Iterable[Batch], tokenizer: Tokenizer, domains: Sequence[str]) -> RoutingStats:
@@ -171,67 +168,70 @@ def collect(model: Transformer, batches: Iterable[Batch], tokenizer: Tokenizer, 
     if not layers:
         raise ValueError(f"the model has no experts to count: all of its {cfg.num_layers} layers are dense")
     graphdef, state = nnx.split(model)
-    documents = _DocumentSums(len(layers), cfg.num_experts)
+    documents, rows = _DocumentSums(len(layers), cfg.num_experts), RowsTally(cfg.num_experts)
     coactivation = np.zeros((len(layers), cfg.num_experts, cfg.num_experts), np.int64)
-    tally = TokenTally(cfg.num_experts, tokenizer.vocab_size)
+    tally, bias = TokenTally(cfg.num_experts, tokenizer.vocab_size), biases(model)
+    load_without, changed = np.zeros((len(layers), cfg.num_experts), np.int64), np.zeros(len(layers), np.int64)
     for batch in batches:
         inputs = {key: batch[key] for key in ("tokens", "segment_ids", "positions")}
-        choices = jax.device_get(_choices(graphdef, state, inputs))
+        choices = jax.device_get(decide(graphdef, state, inputs))
+        if "loss_mask" in batch:
+            choices = choices._replace(nll=np.where(batch["loss_mask"], choices.nll, np.float32(np.nan)))
+        rows.add(batch, choices)
         if not choices.mask.any():
             continue
         documents.add(batch, choices)
         coactivation += choices.coactivation.astype(np.int64)
-        tally.add(batch["tokens"], batch["segment_ids"], choices.expert_ids, choices.gates, choices.mask)
+        tally.add(batch["tokens"], choices.expert_ids, choices.margin, choices.mask)
+        if bias is not None:
+            for layer, (ids, without, mask) in enumerate(
+                zip(choices.expert_ids, choices.without_bias, choices.mask, strict=True)
+            ):
+                load_without[layer] += np.bincount(without[mask].ravel(), minlength=cfg.num_experts)
+                changed[layer] += (ids[mask][:, :, None] != without[mask][:, None]).all(-1).sum()
     if not documents.sums:
         raise ValueError("there is no token to count: the batches are empty or hold padding alone")
-    rows = [documents.sums[document] for document in sorted(documents.sums)]
+    sums, kept = [documents.sums[document] for document in sorted(documents.sums)], rows.rows()
     return RoutingStats(
         layers,
         tuple(domains),
         cfg.experts_per_token,
-        np.array([row.domain for row in rows], np.int64),
-        np.stack([row.load for row in rows]),
-        np.stack([row.gate_entropy for row in rows]),
-        np.stack([row.score_entropy for row in rows]),
+        np.array([row.domain for row in sums], np.int64),
+        np.stack([row.load for row in sums]),
+        np.stack([row.gate_entropy for row in sums]),
+        np.stack([row.score_entropy for row in sums]),
         coactivation,
         tally.counts(),
-        tally.contexts(),
+        no_contexts() if kept is None else find_contexts(kept, cfg.num_experts),
+        None if bias is None else BiasWork(np.asarray(bias, np.float64), load_without, changed),
+        kept,
     )
 
 
-@partial(jax.jit, static_argnames="graphdef")
-def _choices(graphdef, state, batch) -> Choices:
-    model = nnx.merge(graphdef, state)
-    tokens, segment_ids = batch["tokens"], batch["segment_ids"]
-    out = model.forward_hidden(tokens, segment_ids, batch["positions"])
-    parts = []
-    if out.routing is not None:
-        mask = jnp.broadcast_to(segment_ids != 0, out.routing.score_entropy.shape)
-        parts.append((_decisions(out.routing), mask))
-    for k, routing in enumerate(out.mtp_routing, start=1):
-        decisions = jax.tree.map(lambda x: x[None], _decisions(routing))
-        # A head that also reads token t + k counts only where that token is in the same document.
-        reads_tokens = model.cfg.head_kind.reads_tokens
-        mask = targets(tokens, segment_ids, k)[1] if reads_tokens else segment_ids[:, :-k] != 0
-        parts.append(jax.tree.map(lambda x, k=k: jnp.pad(x, _padding(k, x.ndim)), (decisions, mask[None])))
-    (ids, gates, score_entropy), mask = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+def tokens(model: Transformer, batches: Iterable[Batch], tokenizer: Tokenizer, domains: Sequence[str]) -> TokenRows:
+    """Return each token's experts, gates and margins in every layer, as arrays.
 
-    def count_pairs(layer) -> Array:
-        ids, mask = layer
-        chosen = jax.nn.one_hot(ids, model.cfg.num_experts, dtype=jnp.float32).sum(-2) * mask[..., None]
-        return jnp.einsum("bte,btf->ef", chosen, chosen)
+    Args: as `collect`.
+    Raises: ValueError as `collect`.
 
-    coactivation = jax.lax.map(count_pairs, (ids, mask.astype(jnp.float32)))
-    return Choices(ids, gates, balance.entropy(gates), score_entropy, mask, coactivation)
-
-
-def _decisions(routing: LayerRouting) -> tuple[Array, Array, Array]:
-    return routing.expert_ids, routing.gates, routing.score_entropy
-
-
-def _padding(k: int, ndim: int) -> list[tuple[int, int]]:
-    """Pad the third axis, T, by k at its end."""
-    return [(0, k if axis == 2 else 0) for axis in range(ndim)]
+    Example:
+        >>> from dsv3_jax.config import replace
+        >>> from dsv3_jax.data.tokenizer import ByteTokenizer
+        >>> from dsv3_jax.model.transformer import abstract
+        >>> from dsv3_jax.presets import preset
+        >>> cfg = replace(preset("tiny"), num_layers=1, num_dense_layers=0, dim=16, mtp_depth=0)
+        >>> model = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract(cfg))  # all weights are 1
+        >>> ids = np.array([[*b"x = 1"]], np.int32)
+        >>> zeros, positions = np.zeros_like(ids), np.arange(5, dtype=np.int32)[None]
+        >>> batch = {"tokens": ids, "segment_ids": zeros + 1, "positions": positions,
+        ...          "domains": zeros, "documents": zeros}
+        >>> rows = tokens(model, [batch], ByteTokenizer(), ["code"])
+        >>> rows.expert_ids.shape, rows.expert_ids[0, 4].tolist()  # [L, n, K]
+        ((1, 5, 4), [0, 1, 2, 3])
+    """
+    rows = collect(model, batches, tokenizer, domains).rows
+    assert rows is not None
+    return rows
 
 
 class _Sums(NamedTuple):

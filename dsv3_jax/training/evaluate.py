@@ -97,14 +97,32 @@ def evaluate(
         read = {name: part for name, part in zip(domains, np.asarray(domain_load), strict=True) if part.any()}
         result["max_vio_by_domain"] = {name: _max_vio(part) for name, part in read.items()}
         if mix is not None and set(domains) == set(read):
-            # Bytes become tokens by what was read of each domain.
-            tokens_a_byte = {name: read[name][0].sum() / max(by_domain[name][1], 1) for name in domains}
-            weights = {name: mix[name] * tokens_a_byte[name] for name in domains}
-            mixed = sum(weights[name] * read[name] / read[name][0].sum() for name in domains)
-            result["max_vio_training_mix"] = _max_vio(np.asarray(mixed))
+            tokens_a_byte = np.array([read[name][0].sum() / max(by_domain[name][1], 1) for name in domains])
+            mixed = training_mix(np.stack([read[name] for name in domains]), tokens_a_byte, [mix[n] for n in domains])
+            result["max_vio_training_mix"] = mixed
     if domains:
         result["bits_per_byte_by_domain"] = {name: float(n * to_bits / s) for name, (n, s) in by_domain.items() if s}
     return result
+
+
+def training_mix(load: np.ndarray, tokens_a_byte: np.ndarray, mix: Sequence[float]) -> float | None:
+    """MaxVio, mean over layers, of the load of domains as they are mixed in training; None if a domain has no load.
+
+    Args:
+        load: [N, L, E], of what was read of each domain.
+        tokens_a_byte: [N], as it was read: the bytes of training become tokens by it. Any unit that all domains share.
+        mix: [N] bytes of the training text.
+
+    Example:
+        >>> load = np.array([[[3.0, 1.0]], [[0.0, 4.0]]])  # two domains, one layer
+        >>> training_mix(load, np.ones(2), [2.0, 1.0])  # 1.5 to 1.5
+        0.0
+    """
+    sums = load[:, 0].sum(-1)
+    if not sums.all():
+        return None
+    weights = np.asarray(mix) * tokens_a_byte / sums
+    return _max_vio((weights[:, None, None] * load).sum(0))
 
 
 def _max_vio(load: np.ndarray) -> float:

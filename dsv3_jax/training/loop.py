@@ -1,8 +1,8 @@
 """The training loop: batches in, a run folder out. The same call again resumes where the run stopped.
 
 A run folder holds run.json (the configuration), checkpoints/, metrics.jsonl (a line every `log_every` steps and one
-each evaluation), load.jsonl (each expert's load, at some of those steps), tensorboard/, and two pictures, routing.png
-and training.png. A start takes these steps:
+each evaluation), load.jsonl (each expert's load and bias, at some of those steps), tensorboard/, and two pictures,
+routing.png and training.png. A start takes these steps:
 
     0. several processes (see `cluster`) agree on one run; from here the first alone prints and writes
     1. the folder is claimed, or found to be this run's; another run's is refused (`prepare`). So is one that another
@@ -33,7 +33,7 @@ import optax
 from jax.sharding import Mesh
 
 from dsv3_jax.cluster import processes
-from dsv3_jax.config import RunConfig
+from dsv3_jax.config import ModelConfig, RunConfig
 from dsv3_jax.data import batches as data
 from dsv3_jax.data.ngram import Order2
 from dsv3_jax.data.source import Documents, Source, training_bytes
@@ -191,7 +191,7 @@ def fit(
                 metrics.write(row)
                 first_row.clear()  # in the first row of each start
                 if fetched["load"].size and done.step % rows.load_every(run) == 0:
-                    loads.write({"step": done.step, "load": np.asarray(fetched["load"]).astype(int).tolist()})
+                    loads.write(rows.load_row(done.step, fetched))
                 progress.update(done.step, row)
                 hooks.step(row)
 
@@ -215,7 +215,7 @@ def fit(
             last = step == run.steps
             logged = step % run.log_every == 0 or last or stopping or step == 1
             if logged:
-                step_metrics |= rows.measure(step_metrics["load"])
+                step_metrics |= rows.measure(step_metrics["load"]) | rows.biases(run, state.bias)
             started.append(_Started(step, arrays, step_metrics, logged))
             complete = last or stopping or step % run.eval_every == 0 or step % run.save_every == 0
             if ahead and not complete:
@@ -254,7 +254,7 @@ def fit(
         order2 = _order2(ready.source, ready.tokenizer, held_out)
         if processes.is_first():
             lock.check()
-            _draw(out, evaluation, metrics, run.model.num_sparse_heads)
+            _draw(out, evaluation, metrics, run.model)
         metrics.close()
         progress.show_result(evaluation, order2, out)
         result = FitResult(step, True, resumed_from, evaluation, order2)
@@ -349,9 +349,9 @@ def _order2(source: Source, tokenizer: Tokenizer, held_out: list[data.Batch]) ->
     return bits / max(size, 1)
 
 
-def _draw(out: Path, evaluation: dict, metrics: Metrics, mtp_blocks: int) -> None:
+def _draw(out: Path, evaluation: dict, metrics: Metrics, cfg: ModelConfig) -> None:
     load = np.asarray(evaluation["load"])
     if load.size:
-        title = "Load of each expert on held-out text, over the layer's mean"
-        routing_heatmap(load, out / "routing.png", title=title, mtp_blocks=mtp_blocks)
+        path, heads = out / "routing.png", cfg.num_sparse_heads
+        routing_heatmap(load, path, first_layer=cfg.num_dense_layers, mtp_blocks=heads)
     training_curves(metrics.rows(), out / "training.png")

@@ -1,9 +1,11 @@
-"""What the loop notes of a step: a row of metrics as plain numbers, and measures of the load."""
+"""What the loop notes of a step: a row of metrics as plain numbers, measures of the load, and the router's bias."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float
 
 from dsv3_jax.config import RunConfig
@@ -37,11 +39,51 @@ def measure(load: Float[Array, "L E"]) -> dict[str, Array]:
     return dict(zip(OF_LOAD, _of_load(load), strict=True)) if load.shape[0] else {}
 
 
+def biases(run: RunConfig, bias: nnx.State) -> dict[str, Array]:
+    """The routers' biases after a step, in the rows of its load, [L, E], on its devices; empty if nothing moves them.
+
+    They are a copy that is queued behind the step, because the next step takes the state.
+
+    Example:
+        >>> import dsv3_jax as ds
+        >>> from dsv3_jax.training.step import abstract_state
+        >>> run = ds.recipe("tiny")
+        >>> state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_state(run).bias)
+        >>> biases(run, state)["bias"].shape  # three sparse layers and one head
+        (4, 16)
+    """
+    if balance.rule_of(run.model) is None or not run.model.balance.bias_rate:
+        return {}
+    flat = nnx.to_flat_state(bias)
+    heads = [(int(str(path[1])), value[...]) for path, value in flat if path[0] == "mtp"]
+    trunk = [value[...] for path, value in flat if path[0] != "mtp"]
+    return {"bias": _stacked(trunk, [value for _, value in sorted(heads, key=lambda pair: pair[0])])}
+
+
+@jax.jit
+def _stacked(trunk: list[Array], heads: list[Array]) -> Array:
+    return jnp.concatenate([*trunk, *(head[None] for head in heads)])
+
+
 @jax.jit
 def _of_load(load: Array) -> tuple[Array, ...]:
     means = (f(load).mean() for f in (balance.max_vio, balance.entropy, balance.gini))
     low, high = balance.min_max(load)
     return (*means, low.min(), high.max())
+
+
+def load_row(step: int, found: dict[str, Any]) -> dict[str, Any]:
+    """A row of load.jsonl: the load, and the bias after the step where a rule moves it.
+
+    Example:
+        >>> import numpy as np
+        >>> load_row(10, {"load": np.array([[3.0, 1.0]]), "bias": np.array([[-0.001, 0.001]], np.float32)})
+        {'step': 10, 'load': [[3, 1]], 'bias': [[-0.001, 0.001]]}
+    """
+    row: dict[str, Any] = {"step": step, "load": np.asarray(found["load"]).astype(int).tolist()}
+    if "bias" in found:
+        row["bias"] = [[float(f"{x:.6g}") for x in layer] for layer in np.asarray(found["bias"]).tolist()]
+    return row
 
 
 def as_row(step: int, found: dict[str, Any], run: RunConfig) -> dict[str, Any]:

@@ -1,0 +1,164 @@
+"""Token against domain: how many bits the token tells about its expert, and the domain beyond it.
+
+All three measures are of one assignment: a token's occurrence and one of its K experts, drawn at random.
+
+    I(expert; token), I(expert; domain), I(expert; domain | token) = Σ_t p_t I(expert; domain | token = t)
+
+Counts of a finite text show information where there is none. Chance is measured by shuffles, not by a formula: Miller
+and Madow's correction needs many occurrences of each token, and most tokens of a large vocabulary are rare. For the
+token, the occurrences' expert sets are shuffled among all positions. For the domain, the domains are shuffled among the
+documents, because the tokens of one document are alike whatever its domain. The mean of the shuffles is taken off. It
+is what independence gives, so an estimate of a strong dependence is a little too low, and never too high.
+
+Intervals resample documents: tokens of one document are not independent. A resample repeats documents, and so its own
+plug-in information is too high. The interval is therefore the estimate ± 1.96 standard deviations of the resamples.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64
+from scipy import sparse
+
+from dsv3_jax.stats.token_rows import TokenRows
+
+NAMES = ("token", "domain", "domain_given_token")
+WIDE = 1.96  # standard deviations of a 95 % interval
+CELLS = 2**24  # numbers in memory at once
+
+
+class Measured(NamedTuple):
+    """One measure of L layers, in bits."""
+
+    bits: Float64[np.ndarray, " L"]  # less chance; may be a little below 0
+    chance: Float64[np.ndarray, " L"]  # mean of the shuffles
+    low: Float64[np.ndarray, " L"]
+    high: Float64[np.ndarray, " L"]
+
+
+class Information(NamedTuple):
+    """Information about the expert in the token and in the domain, layer by layer."""
+
+    token: Measured
+    domain: Measured
+    domain_given_token: Measured
+    entropy: Float64[np.ndarray, " L"]  # bits of the expert itself
+    tokens: int
+    documents: int
+    draws: int  # shuffles
+    resamples: int  # of the documents
+
+
+def information(
+    rows: TokenRows, num_experts: int, num_domains: int, *, draws: int = 20, resamples: int = 100, seed: int = 0
+) -> Information:
+    """Measure what the token and the domain tell about the expert, layer by layer, corrected for chance.
+
+    Args:
+        draws: shuffles that estimate chance.
+        resamples: of the documents, for the intervals.
+        seed: of both.
+    Raises: ValueError for draws below 1 or resamples below 2.
+
+    Example:
+        >>> from dsv3_jax.stats.token_rows import rows_of
+        >>> experts = np.arange(4000) % 4
+        >>> rows = rows_of(experts[None, :, None], document=np.arange(4000) // 100)
+        >>> rows = rows._replace(token=(experts // 2).astype(np.int32))  # the token tells one bit of two
+        >>> found = information(rows, num_experts=4, num_domains=1)
+        >>> found.entropy.round(2), found.token.bits.round(2), abs(found.domain.bits).round(2)
+        (array([2.]), array([1.]), array([0.]))
+    """
+    if draws < 1:
+        raise ValueError(f"draws={draws} is below 1")
+    if resamples < 2:
+        raise ValueError(f"resamples={resamples} is below 2")
+    rng = np.random.default_rng(seed)
+    documents, document = np.unique(rows.document, return_inverse=True)
+    domain_of = np.zeros(len(documents), np.int64)
+    domain_of[document] = rows.domain
+    token = np.unique(rows.token, return_inverse=True)[1]
+    # The same documents and shuffles in every layer.
+    weights = rng.multinomial(len(documents), np.full(len(documents), 1 / len(documents)), resamples).T  # [S, R]
+    shuffled = np.stack([rng.permutation(domain_of) for _ in range(draws)], axis=1)  # [S, draws]
+    estimates = []
+    for counted, ids in zip(rows.counted, rows.expert_ids, strict=True):
+        counts = _Counts(token[counted], ids[counted], document[counted], num_experts, len(documents))
+        plain = counts.measure(np.ones((len(documents), 1)), domain_of[:, None], num_domains)[:, 0]
+        by_shuffle = np.mean([counts.shuffled_tokens(rng) for _ in range(draws)])
+        once = np.ones((len(documents), draws))
+        chance = np.array([by_shuffle, *counts.measure(once, shuffled, num_domains)[1:].mean(-1)])
+        spread = counts.measure(weights, np.repeat(domain_of[:, None], resamples, 1), num_domains).std(-1, ddof=1)
+        bits = plain - chance
+        estimates.append(np.stack([bits, chance, bits - WIDE * spread, bits + WIDE * spread], axis=1))
+    per_measure = np.moveaxis(np.array(estimates), 0, -1)  # [measure, 4, L]
+    layers = zip(rows.counted, rows.expert_ids, strict=True)
+    load = np.stack([np.bincount(ids[c].ravel(), minlength=num_experts) for c, ids in layers], axis=1)
+    of_token, of_domain, given_token = (Measured(*of) for of in per_measure)
+    return Information(
+        of_token, of_domain, given_token, _entropy(load.astype(np.float64)),
+        len(rows.token), len(documents), draws, resamples,
+    )  # fmt: skip
+
+
+class _Counts:
+    """Assignments of one layer by (token, expert) and document, as a sparse matrix [cells, S]."""
+
+    def __init__(self, token: np.ndarray, ids: np.ndarray, document: np.ndarray, num_experts: int, num_documents: int):
+        self._token, self._ids, self._num_experts = token, ids, num_experts
+        k = ids.shape[1]
+        cells = (token[:, None] * num_experts + ids).ravel()
+        self._cells, row = np.unique(cells, return_inverse=True)
+        ones, column = np.ones(len(row)), np.repeat(document, k)
+        shape = (len(self._cells), num_documents)
+        self._by_document = sparse.csr_matrix((ones, (row.ravel(), column)), shape=shape)
+        self._tokens, of_token = np.unique(self._cells // num_experts, return_inverse=True)
+        where = np.arange(len(self._cells))
+        self._to_token = sparse.csr_matrix(
+            (np.ones(len(where)), (of_token.ravel(), where)), shape=(len(self._tokens), len(where))
+        )
+        self._to_expert = sparse.csr_matrix(
+            (np.ones(len(where)), (self._cells % num_experts, where)), shape=(num_experts, len(where))
+        )
+
+    def measure(self, weights: np.ndarray, domains: np.ndarray, num_domains: int) -> np.ndarray:
+        """The three measures [3, R] of R samples: how often each document counts, and its domain, both [S, R]."""
+        step = max(1, CELLS // (max(len(self._cells), 1) * (num_domains + 1)))
+        parts = [
+            self._measure(weights[:, i : i + step], domains[:, i : i + step], num_domains)
+            for i in range(0, weights.shape[1], step)
+        ]
+        return np.concatenate(parts, axis=1)
+
+    def _measure(self, weights: np.ndarray, domains: np.ndarray, num_domains: int) -> np.ndarray:
+        by_domain = [self._by_document @ (weights * (domains == d)) for d in range(num_domains)]  # each [cells, R]
+        joint = np.concatenate(by_domain)
+        both = sum(by_domain)
+        of_token = self._to_token @ both
+        of_expert = self._to_expert @ both
+        domain_token = np.concatenate([self._to_token @ part for part in by_domain])
+        domain_expert = np.concatenate([self._to_expert @ part for part in by_domain])
+        of_domain = np.stack([part.sum(0) for part in by_domain])
+        h_token_expert, h_token, h_expert = _entropy(both), _entropy(of_token), _entropy(of_expert)
+        return np.stack(
+            [
+                h_expert + h_token - h_token_expert,
+                h_expert + _entropy(of_domain) - _entropy(domain_expert),
+                h_token_expert + _entropy(domain_token) - _entropy(joint) - h_token,
+            ]
+        )
+
+    def shuffled_tokens(self, rng: np.random.Generator) -> float:
+        """I(expert; token) after the occurrences' expert sets were shuffled."""
+        ids = self._ids[rng.permutation(len(self._ids))]
+        size = (int(self._token.max(initial=0)) + 1) * self._num_experts
+        cells = (self._token[:, None] * self._num_experts + ids).ravel()
+        counts = np.bincount(cells, minlength=size).reshape(-1, self._num_experts).astype(np.float64)
+        return float(_entropy(counts.sum(0)) + _entropy(counts.sum(1)) - _entropy(counts.ravel()))
+
+
+def _entropy(counts: np.ndarray) -> np.ndarray:
+    """Bits of counts along the first axis; 0 without any."""
+    total = np.maximum(counts.sum(0), 1e-300)
+    logs = np.log2(np.where(counts > 0, counts, 1.0))
+    return np.where(counts.sum(0) > 0, np.log2(total) - (counts * logs).sum(0) / total, 0.0)

@@ -1,0 +1,391 @@
+"""The numbers of `dsv3 stats` as plain JSON: see `KEYS`. Large models get fewer favourites, contexts and pairs."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.ops import balance
+from dsv3_jax.stats import flow
+from dsv3_jax.stats.bits import NAMES, Measured, information
+from dsv3_jax.stats.knockouts import Worth
+from dsv3_jax.stats.load_log import LoadLog
+from dsv3_jax.stats.measures import Specialisation, domain_entropy, favourites, lift
+from dsv3_jax.stats.routing_stats import RoutingStats
+from dsv3_jax.stats.text import context, readable
+from dsv3_jax.stats.token_rows import TokenRows
+
+MOST_DOMAINS = 24  # in pictures and on the page; stats.json has all of them
+MIN_COUNT = 20  # rarer tokens and pairs have a lift that is mostly chance
+CONTEXTS, FAVOURITES, PARTNERS = 8, 12, 6  # for each expert, at most
+PAIRS = 64  # of two layers, where a table of all pairs is too large
+TEXTS, TEXT_TOKENS = 12, 512  # complete texts, and tokens of each, at most
+HISTORY = 60  # steps of the bias
+# Of all layers together: tables with more entries are cut, so that a page of V3's 58 x 256 experts has a few megabytes.
+MOST_PAIRS, MOST_FAVOURITES, MOST_CONTEXTS, MOST_PARTNERS = 150_000, 30_000, 15_000, 45_000
+MOST_HISTORY, MOST_CHOICES = 200_000, 100_000
+
+# The keys of stats.json, which holds this table too, under "keys".
+KEYS = {
+    "run, step, data": "the run's folder, the checkpoint's step, and the text",
+    "header": "the same, and: preset, parameters, active_parameters, steps, tokens_seen, router, balance_rule, version "
+    "and commit of the training code, loss (nats a token of the text read), bits_per_byte, max_vio_training_mix (mean "
+    "over the trunk's layers, of the domains as they are mixed in training)",
+    "layers": "names of the L layers with experts: the trunk's sparse layers by their number, then multi-token heads",
+    "domains, documents": "names of the text's domains; domain → number of documents",
+    "experts, experts_per_token": "E and K",
+    "tokens": "[L] number of tokens counted",
+    "load": "[L][E] assignments; a token has K",
+    "load_by_domain": "domain → [L][E]",
+    "max_vio, load_entropy, load_gini": "[L] of the load: (largest − mean) / mean; entropy over ln E, 1 is even; "
+    "Gini, 0 is even",
+    "gate_entropy": "[L] mean over tokens: entropy of the K chosen gates over ln K",
+    "score_entropy": "[L] mean over tokens: entropy of the scores of all experts over ln E",
+    "gate_entropy_by_domain, score_entropy_by_domain": "domain → [L]",
+    "coactivation": "[L][E][E] tokens that chose both experts; the diagonal is the load; null if it is large",
+    "coactivation_lift": "[L][E][E] coactivation over chance; null on the diagonal; null if it is large",
+    "partners": f"[L][E] up to {PARTNERS} other experts with the largest coactivation_lift: [expert, lift]",
+    "specialisation": "bits: [L] I(expert; domain); share: bits over H(domain) (domain_entropy, bits); shuffled_mean, "
+    "shuffled_95: bits after the domains were shuffled among the documents, `draws` times from `seed`; p_value",
+    "favourites": f"[L][E] tokens that tell most about the expert, of those that occur {MIN_COUNT} times: token (its "
+    "id), text, count (occurrences that were routed to the expert), lift (p(expert | token) / "
+    "p(expert)), bits (its part of I(expert; token)), margin (mean of score + bias over the best expert not chosen)",
+    "contexts": "[L][E] positions of the expert's largest gates, one of a token and of a document: text before, the "
+    "routed token, text after, gate, margin, document",
+    "max_vio_by_domain": "[L] of each domain's load alone; max_vio mixes the domains as the held-out rows do",
+    "over_time": "null, or steps and max_vio [step][L] of training batches; the run's load.jsonl holds the loads",
+    "bias": "null without a bias, or value [L][E]; history: null, or steps and value [step][L][E]; changed_choices: "
+    "[L] share of the choices that differ by the same scores without the bias; max_vio, max_vio_without: [L] with and "
+    "without it; load_without [L][E]",
+    "information": "null, or bits [L] about one assignment's expert: token is I(expert; token), domain I(expert; "
+    "domain), domain_given_token I(expert; domain | token), each less what chance gives (token_chance, …: `draws` "
+    "shuffles of the tokens, or of the documents' domains), with *_low and *_high, 95 % of `resamples` of documents; "
+    "entropy of the expert; tokens and documents read for it",
+    "worth": "null, or loss, and without: [L][E] the loss without the expert's output (null for multi-token heads), "
+    "low and high of the difference, 95 % of `resamples` of documents; tokens, documents",
+    "transitions": "null, or lift: [L-1][E][E] of expert i in a layer and expert j in the next, same token, null if it "
+    f"is large; top: [L-1] the {PAIRS} pairs [i, j, lift] with the largest lift of those that occur {MIN_COUNT} times",
+    "repeats": "share: [L] of a token's choices that the token before it made too; by_chance: [L]",
+    "saturation": "null, or steps, and share: [step][L] of this checkpoint's choices that an earlier one made already",
+    "groups, devices": "null, or load: [L][G] of the router's groups, and count and load: [L][D] of devices that hold "
+    "consecutive experts",
+    "heads": "null, or of each multi-token head beside the trunk's last layer: layers (names), load_correlation, "
+    "same_expert_number (share of its choices whose number the trunk chose too), by_chance",
+    "against": "null, or the other checkpoint on the same text: run, step, same_text, match [L][E] (its expert by most "
+    "shared tokens, one to one), shared: [L] share of choices that go to the matched expert, by_chance: [L] (matched "
+    "after a shuffle), layers, load [L][E] in its own order, max_vio [L], loss, bits_per_byte, note",
+    "texts": f"up to {TEXTS} pieces of text: domain, document, tokens (text), nll (nats of the token), experts "
+    "[L][T][K] by falling gate, gates [L][T][K]; the text of --text first",
+}
+
+
+def merge_small_domains(stats: RoutingStats) -> RoutingStats:
+    """Keep the domains with the most tokens, and take the others together, for pictures and the page.
+
+    Returns: `stats` itself where there are at most MOST_DOMAINS.
+
+    Example:
+        >>> names = [f"site {i}" for i in range(100)]
+        >>> stats = RoutingStats.from_loads(np.ones((100, 1, 2), np.int64), np.arange(100), names)
+        >>> merge_small_domains(stats).domains[-2:]
+        ('site 22', '77 other domains')
+    """
+    if len(stats.domains) <= MOST_DOMAINS:
+        return stats
+    by_size = np.argsort(-stats.load_by_domain.sum((1, 2)), kind="stable")
+    kept = np.sort(by_size[: MOST_DOMAINS - 1])
+    number = np.full(len(stats.domains), len(kept))
+    number[kept] = np.arange(len(kept))
+    rest = f"{len(stats.domains) - len(kept)} other domains"
+    names = tuple(stats.domains[i] for i in kept)
+    while rest in names:
+        rest += "…"
+    return dataclasses.replace(stats, domains=(*names, rest), document_domains=number[stats.document_domains])
+
+
+def as_json(
+    stats: RoutingStats,
+    special: Specialisation,
+    tokenizer: Tokenizer,
+    log: LoadLog | None,
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the numbers of stats.json, see `KEYS`; NaN becomes None.
+
+    Args: more: keys that need more than the counts: header, information, worth, saturation, against, … They are None
+        where they are absent.
+
+    Example:
+        >>> from dsv3_jax.data.tokenizer import ByteTokenizer
+        >>> from dsv3_jax.stats.measures import specialisation
+        >>> stats = RoutingStats.from_loads(np.array([[[3, 1]], [[0, 4]]]), np.array([0, 1]), ["code", "prose"])
+        >>> numbers = as_json(stats, specialisation(stats, draws=1), ByteTokenizer(), None)
+        >>> numbers["load"], numbers["max_vio"]
+        ([[3, 5]], [0.25])
+    """
+    load = jnp.asarray(stats.load, jnp.float32)
+    return {
+        "layers": list(stats.layers),
+        "experts": stats.load.shape[1],
+        "experts_per_token": stats.experts_per_token,
+        "tokens": stats.tokens.tolist(),
+        "load": stats.load.tolist(),
+        "max_vio": as_lists(balance.max_vio(load)),
+        "load_entropy": as_lists(balance.entropy(load)),
+        "load_gini": as_lists(balance.gini(load)),
+        "gate_entropy": as_lists(stats.gate_entropy),
+        "score_entropy": as_lists(stats.score_entropy),
+        **by_domain(stats),
+        **_coactivation(stats),
+        "specialisation": {
+            "domain_entropy": as_lists(domain_entropy(stats.load_by_domain)),
+            **{name: x if isinstance(x, int) else as_lists(x) for name, x in special._asdict().items()},
+        },
+        "favourites": _favourites(stats, tokenizer),
+        "contexts": _contexts(stats, tokenizer),
+        "over_time": None if log is None else {"steps": log.steps.tolist(), "max_vio": as_lists(_max_vio(log.load))},
+        "bias": _bias(stats, log),
+        **_flow(stats),
+        "texts": None if stats.rows is None else texts(stats.rows, stats.domains, tokenizer),
+        **dict.fromkeys(("header", "information", "worth", "saturation", "groups", "devices", "against")),
+    } | dict(more or {})
+
+
+def by_domain(stats: RoutingStats) -> dict[str, Any]:
+    """Return the keys that depend on how the documents are divided into domains.
+
+    Example:
+        >>> stats = RoutingStats.from_loads(np.array([[[3, 1]], [[0, 4]]]), np.array([0, 1]), ["code", "prose"])
+        >>> by_domain(stats)["documents"]
+        {'code': 1, 'prose': 1}
+    """
+    names, loads = stats.domains, stats.load_by_domain
+    gates = stats.mean_by_domain(stats.document_gate_entropy)
+    scores = stats.mean_by_domain(stats.document_score_entropy)
+    documents = np.bincount(stats.document_domains, minlength=len(names))
+
+    def named(values: Any) -> dict[str, Any]:
+        return dict(zip(names, values, strict=True))
+
+    return {
+        "domains": list(names),
+        "documents": named(documents.tolist()),
+        "load_by_domain": named(loads.tolist()),
+        "max_vio_by_domain": named(as_lists(_max_vio(loads))),
+        "gate_entropy_by_domain": named(as_lists(gates)),
+        "score_entropy_by_domain": named(as_lists(scores)),
+    }
+
+
+def as_lists(values: Any) -> Any:
+    """Convert to nested lists of numbers with six significant digits; NaN and infinity become None.
+
+    Example:
+        >>> as_lists([[1 / 3, float("nan")]])
+        [[0.333333, None]]
+    """
+    values = np.asarray(values, np.float64)
+    if values.ndim > 1:
+        return [as_lists(part) for part in values]
+    listed = [float(f"{x:.6g}") if np.isfinite(x) else None for x in values.ravel().tolist()]
+    return listed if values.ndim else listed[0]
+
+
+def _max_vio(load: np.ndarray) -> np.ndarray:
+    return np.asarray(balance.max_vio(jnp.asarray(load, jnp.float32)))
+
+
+def _budget(most: int, of_all: int, each: int) -> int:
+    """How many of `each` entries fit if there are `of_all` lists; at least 1."""
+    return max(1, min(each, most // max(of_all, 1)))
+
+
+def _coactivation(stats: RoutingStats) -> dict[str, Any]:
+    """All pairs of experts, or of a large model each expert's partners alone."""
+    small = stats.coactivation.size <= MOST_PAIRS
+    lifts = lift(stats.coactivation)
+    known = np.where(np.isnan(lifts), -np.inf, lifts)
+    order = np.argsort(-known, axis=-1, kind="stable")[..., : _budget(MOST_PARTNERS, stats.load.size, PARTNERS)]
+    partners = [
+        [
+            [[int(f), round(row[f].item(), 2)] for f in best if np.isfinite(row[f])]
+            for row, best in zip(*of, strict=True)
+        ]
+        for of in zip(lifts, order, strict=True)
+    ]
+    return {
+        "coactivation": stats.coactivation.tolist() if small else None,
+        "coactivation_lift": as_lists(lifts) if small else None,
+        "partners": partners,
+    }
+
+
+def _favourites(stats: RoutingStats, tokenizer: Tokenizer) -> list[list[list[dict]]]:
+    top = _budget(MOST_FAVOURITES, stats.load.size, FAVOURITES)
+
+    @cache
+    def shown(token: int) -> str:
+        return readable(tokenizer, [token]).replace(" ", "␣")
+
+    return [
+        [
+            [
+                {
+                    "token": f.token,
+                    "text": shown(f.token),
+                    "count": f.num_routed,
+                    "lift": round(f.lift, 4),
+                    "bits": as_lists(f.bits),
+                    "margin": as_lists(round(f.margin, 4)),
+                }
+                for f in of_expert
+            ]
+            for of_expert in favourites(stats, layer, top=top, min_count=MIN_COUNT)
+        ]
+        for layer in range(len(stats.layers))
+    ]
+
+
+def _contexts(stats: RoutingStats, tokenizer: Tokenizer) -> list[list[list[dict]]]:
+    """List the contexts of each expert, the largest gate first."""
+    kept, top = stats.contexts, _budget(MOST_CONTEXTS, stats.load.size, CONTEXTS)
+    num_layers, num_experts = stats.load.shape
+    listed: list[list[list[dict]]] = [[[] for _ in range(num_experts)] for _ in range(num_layers)]
+    for row, (layer, expert) in enumerate(zip(kept.layer.tolist(), kept.expert.tolist(), strict=True)):
+        of_expert = listed[layer][expert]
+        if len(of_expert) < top:
+            of_expert.append(
+                dict(zip(("before", "token", "after"), context(tokenizer, kept.tokens[row]), strict=True))
+                | {
+                    "gate": round(float(kept.gate[row]), 4),
+                    "margin": as_lists(round(float(kept.margin[row]), 4)),
+                    "document": int(kept.document[row]),
+                }
+            )
+    return listed
+
+
+def _bias(stats: RoutingStats, log: LoadLog | None) -> dict[str, Any] | None:
+    """The bias, its history at up to HISTORY steps, and what it changes."""
+    if stats.bias is None:
+        return None
+    value, without, changed = stats.bias
+    history = None
+    if log is not None and log.bias is not None:
+        count = _budget(MOST_HISTORY, value.size, HISTORY)
+        picked = np.unique(np.linspace(0, len(log.bias_steps) - 1, count).round().astype(int))
+        history = {"steps": log.bias_steps[picked].tolist(), "value": as_lists(log.bias[picked])}
+    return {
+        "value": as_lists(value),
+        "history": history,
+        "changed_choices": as_lists(changed / np.maximum(stats.load.sum(-1), 1)),
+        "max_vio": as_lists(_max_vio(stats.load)),
+        "max_vio_without": as_lists(_max_vio(without)),
+        "load_without": without.tolist(),
+    }
+
+
+def _flow(stats: RoutingStats) -> dict[str, Any]:
+    """transitions, repeats and heads."""
+    rows, num_experts = stats.rows, stats.load.shape[1]
+    if rows is None:
+        return dict.fromkeys(("transitions", "repeats", "heads"))
+    pairs, repeated = flow.transitions(rows, num_experts), flow.repeats(rows, num_experts)
+    lifts = flow.transition_lift(pairs)
+    names = [name for name in stats.layers if name.startswith("MTP")]
+    heads = flow.heads_against_trunk(rows, num_experts, len(names))
+    by_fields = {name: as_lists(values) for name, values in heads._asdict().items()} if heads else None
+    return {
+        "transitions": {
+            "lift": as_lists(lifts) if lifts.size <= MOST_PAIRS else None,
+            "top": [_largest_pairs(*of_layer) for of_layer in zip(pairs, lifts, strict=True)],
+        }
+        if len(pairs)
+        else None,
+        "repeats": {name: as_lists(values) for name, values in repeated._asdict().items()},
+        "heads": None if by_fields is None else {"layers": names} | by_fields,
+    }
+
+
+def _largest_pairs(pairs: np.ndarray, lifts: np.ndarray) -> list[list]:
+    """The PAIRS with the largest lift of those that occur often enough: [from, to, lift]."""
+    often = np.where(pairs >= MIN_COUNT, np.nan_to_num(lifts), 0.0)
+    best = np.argsort(-often, axis=None, kind="stable")[:PAIRS]
+    return [[*divmod(int(i), len(pairs)), round(float(often.flat[i]), 2)] for i in best if often.flat[i] > 0]
+
+
+def information_json(rows: TokenRows, num_experts: int, num_domains: int, seed: int = 0) -> dict[str, Any]:
+    """Measure "information" of `KEYS`; `seed`: of its shuffles and resamples."""
+    found = information(rows, num_experts, num_domains, seed=seed)
+    numbers: dict[str, Any] = {}
+    for name in NAMES:
+        measured: Measured = getattr(found, name)
+        numbers |= {name: as_lists(measured.bits), f"{name}_chance": as_lists(measured.chance)}
+        numbers |= {f"{name}_low": as_lists(measured.low), f"{name}_high": as_lists(measured.high)}
+    return numbers | {
+        "entropy": as_lists(found.entropy),
+        **{key: getattr(found, key) for key in ("tokens", "documents", "draws", "resamples")},
+        "correction": "the mean of shuffles is taken off",
+    }
+
+
+def worth_json(found: Worth, num_layers: int) -> dict[str, Any]:
+    """Write "worth" of `KEYS`; multi-token heads, the last of `num_layers`, have no numbers."""
+    num_experts = found.without.shape[1]
+    heads = [[None] * num_experts for _ in range(num_layers - len(found.without))]
+    tables = {name: [*as_lists(getattr(found, name)), *heads] for name in ("without", "low", "high")}
+    counts = {key: getattr(found, key) for key in ("tokens", "documents", "resamples")}
+    return {"loss": as_lists(found.loss)} | tables | counts
+
+
+def texts(rows: TokenRows, domains: Sequence[str], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """List pieces of text with each token's experts: the longest of each domain in turn, each of another document.
+
+    Example:
+        >>> from dsv3_jax.data.tokenizer import ByteTokenizer
+        >>> from dsv3_jax.stats.token_rows import rows_of
+        >>> [text] = texts(rows_of(np.array([[[3], [1]]])), ["code"], ByteTokenizer())
+        >>> text["domain"], text["experts"]
+        ('code', [[[3], [1]]])
+    """
+    count, length = _text_size(rows)
+    starts = np.flatnonzero(np.diff(rows.segment, prepend=-1))
+    sizes = np.minimum(np.append(starts[1:], len(rows.segment)) - starts, length)
+    queues: dict[int, list[int]] = {}
+    seen: set[int] = set()
+    for piece in np.argsort(-sizes, kind="stable").tolist():
+        document = int(rows.document[starts[piece]])
+        if document not in seen:
+            seen.add(document)
+            queues.setdefault(int(rows.domain[starts[piece]]), []).append(piece)
+    turns = sorted((turn, domain, piece) for domain, queue in queues.items() for turn, piece in enumerate(queue))
+    return [text_of(rows, domains, tokenizer, int(starts[i]), int(starts[i] + sizes[i])) for *_, i in turns[:count]]
+
+
+def _text_size(rows: TokenRows) -> tuple[int, int]:
+    """(number of texts, tokens of each): fewer choices of many layers."""
+    most = max(MOST_CHOICES // (len(rows.counted) * rows.expert_ids.shape[-1]), 4 * 32)
+    count = int(np.clip(most // TEXT_TOKENS, 4, TEXTS))
+    return count, min(TEXT_TOKENS, most // count)
+
+
+def text_of(rows: TokenRows, domains: Sequence[str], tokenizer: Tokenizer, start: int, stop: int) -> dict[str, Any]:
+    """One of `texts`: the rows from `start` to `stop`. A position of a head without a choice has no experts."""
+    here = slice(start, stop)
+    order = np.argsort(-rows.gates[:, here], axis=-1, kind="stable")
+    experts, gates = (np.take_along_axis(x[:, here], order, -1) for x in (rows.expert_ids, rows.gates))
+    counted = rows.counted[:, here].tolist()
+    return {
+        "domain": domains[rows.domain[start]],
+        "document": int(rows.document[start]),
+        "tokens": [readable(tokenizer, [int(i)]) for i in rows.token[here]],
+        "nll": [None if np.isnan(x) else round(float(x), 3) for x in rows.nll[here]],
+        **{
+            key: [[x if c else [] for x, c in zip(*of, strict=True)] for of in zip(values, counted, strict=True)]
+            for key, values in (("experts", experts.tolist()), ("gates", np.round(gates.astype(float), 2).tolist()))
+        },
+    }

@@ -1,0 +1,160 @@
+"""The text that a report reads: the run's held-out text, or all of the user's; and one text of the user's own."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from dsv3_jax.config import DataConfig, replace
+from dsv3_jax.data.batches import Batch, Piece, pack, val_batches
+from dsv3_jax.data.corpus import Corpus, read_documents
+from dsv3_jax.data.shards import MANIFEST
+from dsv3_jax.data.source import training_bytes
+from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.files import check_regular
+from dsv3_jax.training.chats import measured_on
+
+BATCHES = 16  # of a run's own held-out text; text that the user names is read to its end
+ALL = 2**31  # batches: to the end
+OWN = "your text"  # the name of the domain of --text
+_MAX_TEXT = 2**24  # bytes of the user's own text
+_MARKS = (("utf-8-sig", b"\xef\xbb\xbf"), ("utf-32", b"\xff\xfe\0\0"), ("utf-32", b"\0\0\xfe\xff"),
+          ("utf-16", b"\xff\xfe"), ("utf-16", b"\xfe\xff"))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Batches to read, and what they are."""
+
+    batches: list[Batch]
+    domains: tuple[str, ...]
+    data: str  # a name for titles
+    mix: dict[str, float] | None  # bytes of the training text by domain, where this is the run's own held-out text
+    own: list[Batch]  # the user's own text, which is shown and not counted
+
+
+def open_text(
+    cfg: DataConfig,
+    folder: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    paths: tuple[str, ...] = (),
+    text: str | None = None,
+    batches: int | None = None,
+) -> Reading:
+    """Open what a report reads.
+
+    Args:
+        cfg: of the model's run.
+        paths: other text, read to its end; of shards and of files of chat examples, the held-out part. Empty means the
+            run's held-out text.
+        text: a sentence, or the path of a file, that is shown token by token.
+        batches: the most to read. None means 16 of the run's own text, and all of `paths`.
+    Raises: ValueError if a text cannot be read, is empty or in no known encoding.
+    """
+    own = [] if text is None else own_batches(read_own(text), tokenizer, cfg)
+    is_shards = len(paths) == 1 and (Path(paths[0]) / MANIFEST).is_file()
+    is_chats = cfg.format == "chat" and any(Path(path).suffix.lower() in (".jsonl", ".parquet") for path in paths)
+    if paths and not is_shards and not is_chats:
+        documents = tuple(read_documents(paths, cfg.text_column))
+        if not documents:
+            raise ValueError(f"paths={' '.join(paths)!r} hold no text")
+        corpus = Corpus((), documents, tuple(dict.fromkeys(d.domain for d in documents)), "")
+        cfg = replace(cfg, paths=paths, format="text", chat_template=None, mixture=(), temperature=1.0, fim_rate=0.0)
+        read = val_batches(corpus, tokenizer, cfg, ALL if batches is None else batches)
+        return Reading(read, corpus.domains, ", ".join(paths), None, own)
+    source = measured_on(cfg, folder, paths)
+    named = ", ".join(map(str, paths or cfg.paths)) or "the text that comes with Python"
+    held_out = source.val_batches((ALL if paths else BATCHES) if batches is None else batches)
+    return Reading(
+        held_out, source.domains, f"held-out part of {named}", None if paths else training_bytes(source), own
+    )
+
+
+def read_own(text: str) -> str:
+    """Return the text of a file if `text` is the path of one, else `text` itself.
+
+    A file is UTF-8, or UTF-16 or UTF-32 with a byte order mark.
+
+    Raises: ValueError for an empty text, and one in no known encoding.
+
+    Example:
+        >>> read_own("a sentence")
+        'a sentence'
+        >>> read_own("caf\\udce9")
+        Traceback (most recent call last):
+            ...
+        ValueError: text='caf\\udce9' is not UTF-8 at character 3
+    """
+    try:
+        is_file = Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a zero in it
+        is_file = False
+    if is_file:
+        path, text = text, decode(text)
+    else:
+        path = text
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:  # words of a command line may be any bytes
+            shown = text if len(text) <= 80 else text[:77] + "…"
+            raise ValueError(f"text={shown!r} is not UTF-8 at character {error.start}") from error
+    if not text.strip():
+        raise ValueError(f"text={path!r} is empty")
+    return text
+
+
+def decode(path: str | Path) -> str:
+    """Read a file of text: UTF-8, or UTF-16 or UTF-32 with a byte order mark.
+
+    Raises: ValueError for another encoding, no file, or more than 16 MiB.
+    """
+    check_regular(path, _MAX_TEXT)
+    data = Path(path).read_bytes()
+    encoding = next((name for name, mark in _MARKS if data.startswith(mark)), "utf-8")
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"text={str(path)!r} is in no known encoding: no byte order mark, and byte {error.start} is not UTF-8"
+            if encoding == "utf-8"
+            else f"text={str(path)!r} is not {encoding.upper()}, as its byte order mark says, at byte {error.start}"
+        ) from error
+
+
+def own_batches(text: str, tokenizer: Tokenizer, cfg: DataConfig) -> list[Batch]:
+    """Cut a text into batches of rows from its beginning; the last rows are padding.
+
+    Example:
+        >>> from dsv3_jax.data.tokenizer import ByteTokenizer
+        >>> batches = own_batches("abc", ByteTokenizer(), DataConfig(seq_len=2, batch_size=3))
+        >>> batches[0]["tokens"].tolist()
+        [[97, 98], [99, 0], [0, 0]]
+    """
+    tokens = tokenizer.encode_array(text)
+    num_rows = -(-len(tokens) // cfg.seq_len)
+    num_rows += -num_rows % cfg.batch_size
+    packed = pack([Piece(tokens, 0, 0)], num_rows, cfg)
+    starts = range(0, num_rows, cfg.batch_size)
+    return [jax.tree.map(lambda x, i=start: x[i : i + cfg.batch_size], packed) for start in starts]
+
+
+def folder_name(step: int, paths: tuple[str, ...], text: str | None) -> str:
+    """Name the folder of a report by the step and by what is read, so that other reports stay.
+
+    Example:
+        >>> folder_name(400, (), None)
+        'step-400'
+        >>> folder_name(400, ("notes/",), None)
+        'step-400-notes-5790af'
+    """
+    name = f"step-{step}"
+    if not paths and text is None:
+        return name
+    word = Path(paths[0]).name if paths else "text"
+    word = re.sub(r"[^A-Za-z0-9._-]+", "-", word).strip("-.")[:24]
+    where = [str(Path(path).absolute()) if Path(path).exists() else path for path in paths]
+    digest = hashlib.blake2b(repr((where, text)).encode("utf-8", "backslashreplace"), digest_size=3).hexdigest()
+    return "-".join(part for part in (name, word, digest) if part)
