@@ -266,7 +266,7 @@ def _sections(numbers: dict[str, Any], data: dict[str, Any]) -> list[Section]:
         add(
             "against", "Beside another run",
             findings.against(
-                f"{other['run']}, step {other['step']}", other.get("shared"), other.get("by_chance"),
+                f"{other['run']} (step {other['step']})", other.get("shared"), other.get("by_chance"),
                 (numbers.get("header") or {}).get("loss"), other.get("loss"),
             ),
             f"Both runs read {'the same' if other.get('same_text') else 'other'} text."
