@@ -101,7 +101,7 @@ def test_numbers_of_v3s_shape_are_few_and_quick(rng):
     """58 layers of 256 experts, 8 a token: no table of E² pairs, and a few megabytes in all."""
     layers, e, k, n = 58, 256, 8, 300
     ids = np.argpartition(rng.random((layers, n, e), dtype=np.float32), k, axis=-1)[..., :k].astype(np.int16)
-    rows = rows_of(ids, document=np.arange(n) // 100)._replace(token=rng.integers(97, 123, n).astype(np.int32))
+    rows = rows_of(ids, document=np.arange(n) // 50)._replace(token=rng.integers(97, 123, n).astype(np.int32))
     load = rng.integers(1000, 3000, (12, layers, e))
     layer, expert, token = (x.ravel() for x in np.indices((layers, e, 40)))
     counts = TokenCounts(layer, expert, token, rng.integers(20, 200, layer.size), rng.random(layer.size))
