@@ -91,6 +91,19 @@ function choose(change) {
   for (const view of views) view(before);
 }
 
+/* Draw once before the next frame, however often the state changes until then: a slider is dragged fast. */
+function later(draw) {
+  let waits = false;
+  return () => {
+    if (waits) return;
+    waits = true;
+    requestAnimationFrame(() => {
+      waits = false;
+      draw();
+    });
+  };
+}
+
 /* Theme: as the system has it, until the button says otherwise. */
 const systemDark = matchMedia("(prefers-color-scheme: dark)");
 const isDark = () => (document.documentElement.dataset.theme || (systemDark.matches ? "dark" : "light")) === "dark";

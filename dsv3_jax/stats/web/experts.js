@@ -67,7 +67,7 @@ function drawWorth() {
           pick: () => choose({layer: l, expert: e}),
         })),
   });
-  views.push(draw);
+  views.push(later(draw));
 }
 
 /* A matrix of the chosen layer, or its largest pairs where matrices would be too large. */

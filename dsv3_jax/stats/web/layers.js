@@ -140,7 +140,7 @@ function drawBias() {
           .sort((a, b) => a.width - b.width);
       },
     });
-    views.push(draw);
+    views.push(later(draw));
   }
 }
 
@@ -245,7 +245,7 @@ function stepCurves(section, title, steps, packed, options) {
         pick: () => choose({layer: l}),
       })),
   });
-  views.push(draw);
+  views.push(later(draw));
 }
 
 function drawHeads() {
