@@ -107,9 +107,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--fresh", action="store_true", help="measure all cells again")
     args = parser.parse_args()
     path = HERE / "check.json"
-    results = json.loads(path.read_text()) if path.exists() else {"cells": {}}
+    results = json.loads(path.read_text()) if path.exists() and not args.fresh else {"cells": {}}
     for name in MODELS:
         for batch in args.batches:
             if f"{name}x{batch}" in results["cells"]:
