@@ -39,7 +39,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 class Browser:
-    """One tab. What a page logs as an error, throws, or asks of the network is kept in `errors` and `requests`."""
+    """One tab. `errors` keeps what a page throws or logs as an error, `requests` what it asks of the network."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
@@ -174,7 +174,7 @@ class Browser:
         return {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
 
     def _next(self) -> dict[str, Any]:
-        """Return the next message, and keep what the page complains of."""
+        """Return the next message, and keep the page's errors and requests."""
         while b"\0" not in self._pending:
             ready, _, _ = select.select([self._read], [], [], PATIENCE)
             part = os.read(self._read, 1 << 20) if ready else b""

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from runs import MODEL, cheap_compiles, finished, make_run, unhooked_cli
+from runs import MODEL, cheap_compiles, finished, fresh_state, make_run, unhooked_cli
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data import tokenizer as tokenizers
@@ -24,8 +24,9 @@ from dsv3_jax.stats.others import read_rows
 from dsv3_jax.stats.text import AFTER, BEFORE
 from dsv3_jax.stats.token_counts import TokenCounts
 from dsv3_jax.stats.token_rows import rows_of
-from dsv3_jax.training import loop
+from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.evaluate import evaluate
+from dsv3_jax.training.run_folder import claim
 
 TOKENIZER, DATA = ByteTokenizer(), DataConfig(seq_len=16, batch_size=4, val_fraction=0.1)
 
@@ -98,9 +99,9 @@ def test_reports_of_other_inputs_have_other_folders(tmp_path):
 @pytest.mark.long
 def test_numbers_of_v3s_shape_are_few_and_quick(rng):
     """58 layers of 256 experts, 8 a token: no table of E² pairs, and a few megabytes in all."""
-    layers, e, k, n = 58, 256, 8, 1000
-    ids = np.argsort(rng.random((layers, n, e), dtype=np.float32), axis=-1)[..., :k].astype(np.int16)
-    rows = rows_of(ids, document=np.arange(n) // 100)._replace(token=rng.integers(97, 123, n).astype(np.int32))
+    layers, e, k, n = 58, 256, 8, 300
+    ids = np.argpartition(rng.random((layers, n, e), dtype=np.float32), k, axis=-1)[..., :k].astype(np.int16)
+    rows = rows_of(ids, document=np.arange(n) // 50)._replace(token=rng.integers(97, 123, n).astype(np.int32))
     load = rng.integers(1000, 3000, (12, layers, e))
     layer, expert, token = (x.ravel() for x in np.indices((layers, e, 40)))
     counts = TokenCounts(layer, expert, token, rng.integers(20, 200, layer.size), rng.random(layer.size))
@@ -205,6 +206,13 @@ def test_a_run_beside_its_earlier_checkpoints_itself_and_without_its_experts(run
         assert words in output
 
 
+def write_untrained(run, folder) -> None:
+    """A run of random weights, without compiling."""
+    claim(folder, run)
+    with Checkpoints(folder, run) as checkpoints:
+        checkpoints.save(fresh_state(run), {}, wait=True)
+
+
 @pytest.mark.long
 def test_what_two_runs_do_not_share_is_said(run, root, tmp_path, monkeypatch):
     monkeypatch.setattr("dsv3_jax.stats.reporting._draw", lambda *args: None)
@@ -213,10 +221,9 @@ def test_what_two_runs_do_not_share_is_said(run, root, tmp_path, monkeypatch):
     bpe = tokenizers.train_bpe(texts, 300, str(tmp_path / "bpe" / "tokenizer.json"))
     assert not bpe.same_ids(TOKENIZER)
     small = replace(MODEL, vocab_size=300, num_layers=1, mtp_depth=0, num_experts=4, num_groups=1, groups_per_token=1)
-    one_step = dict(steps=1, eval_every=1, save_every=1)
-    other = make_run(data.paths[0], model=small, **one_step)
-    loop.fit(replace(other, data=replace(data, tokenizer=str(tmp_path / "bpe"))), tmp_path / "words", quiet=True)
-    loop.fit(other, tmp_path / "bytes", quiet=True)
+    other = make_run(data.paths[0], model=small)
+    write_untrained(replace(other, data=replace(data, tokenizer=str(tmp_path / "bpe"))), tmp_path / "words")
+    write_untrained(other, tmp_path / "bytes")
     for name, why in (("words", "the tokenizers differ"), ("bytes", "num_experts=8 here and 4 there")):
         made = report(run.folder, tmp_path / "out", batches=1, draws=2, against=str(tmp_path / name))
         against = made.numbers["against"]

@@ -145,7 +145,7 @@ def test_another_run_of_another_shape():
     other |= {"match": None, "shared": None, "by_chance": None, "load": [[1, 2]], "note": "2 experts there"}
     page = render_page(numbers)
     assert "against" in sections(page) and "difference" not in data_of(page)["against"]
-    assert "The experts of other are not matched. The loss is 3.456 here and 3.400 there." in page
+    assert "The experts of other (step 400) are not matched. The loss is 3.456 here and 3.400 there." in page
 
 
 def test_pairs_and_partners_of_a_large_model():

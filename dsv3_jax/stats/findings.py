@@ -116,7 +116,7 @@ holds 0.'
     if not np.isfinite(delta).any():
         return "No expert was taken out."
     layer, expert = _where_largest(delta)
-    most = f"{delta[layer, expert]:.3f} nats higher, the most of all"
+    most = f"{delta[layer, expert]:.{3 if delta[layer, expert] >= 0.01 else 4}f} nats higher, the most of all"
     sentence = f"Without expert {expert} of {layers[layer]} the loss is {most}"
     if _known(low) and _known(high):
         known = np.isfinite(delta)

@@ -1,6 +1,7 @@
 """The numbers of `dsv3 stats` as plain JSON: see `KEYS`. Large models get fewer favourites, contexts and pairs."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -191,8 +192,12 @@ def as_lists(values: Any) -> Any:
     values = np.asarray(values, np.float64)
     if values.ndim > 1:
         return [as_lists(part) for part in values]
-    listed = [float(f"{x:.6g}") if np.isfinite(x) else None for x in values.ravel().tolist()]
+    listed = [_rounded(x) for x in values.ravel().tolist()]
     return listed if values.ndim else listed[0]
+
+
+def _rounded(x: float) -> float | None:
+    return float(f"{x:.6g}") if math.isfinite(x) else None
 
 
 def _max_vio(load: np.ndarray) -> np.ndarray:
@@ -239,8 +244,8 @@ def _favourites(stats: RoutingStats, tokenizer: Tokenizer) -> list[list[list[dic
                     "text": shown(f.token),
                     "count": f.num_routed,
                     "lift": round(f.lift, 4),
-                    "bits": as_lists(f.bits),
-                    "margin": as_lists(round(f.margin, 4)),
+                    "bits": _rounded(f.bits),
+                    "margin": _rounded(round(f.margin, 4)),
                 }
                 for f in of_expert
             ]
@@ -262,7 +267,7 @@ def _contexts(stats: RoutingStats, tokenizer: Tokenizer) -> list[list[list[dict]
                 dict(zip(("before", "token", "after"), context(tokenizer, kept.tokens[row]), strict=True))
                 | {
                     "gate": round(float(kept.gate[row]), 4),
-                    "margin": as_lists(round(float(kept.margin[row]), 4)),
+                    "margin": _rounded(round(float(kept.margin[row]), 4)),
                     "document": int(kept.document[row]),
                 }
             )

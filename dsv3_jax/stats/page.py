@@ -189,10 +189,10 @@ def _sections(numbers: dict[str, Any], data: dict[str, Any]) -> list[Section]:
         info, special = numbers.get("information") or {}, numbers.get("specialisation") or {}
         if "token" in known:
             sentence = findings.information(
-                info.get("token"),
-                info.get("domain"),
-                info.get("domain_given_token"),
-                info.get("domain_given_token_low"),
+                trunk(info, "token"),
+                trunk(info, "domain"),
+                trunk(info, "domain_given_token"),
+                trunk(info, "domain_given_token_low"),
             )
         else:
             sentence = findings.domains(special["bits"], special["shuffled_95"], layers)
@@ -266,10 +266,10 @@ def _sections(numbers: dict[str, Any], data: dict[str, Any]) -> list[Section]:
         add(
             "against", "Beside another run",
             findings.against(
-                str(other["run"]), other.get("shared"), other.get("by_chance"),
+                f"{other['run']} (step {other['step']})", other.get("shared"), other.get("by_chance"),
                 (numbers.get("header") or {}).get("loss"), other.get("loss"),
             ),
-            f"{other['run']}, step {other['step']}, on {'the same' if other.get('same_text') else 'other'} text."
+            f"Both runs read {'the same' if other.get('same_text') else 'other'} text."
             + (" Each expert is matched with one of the other run, by the tokens that they share."
                if other.get("match") else "")
             + (f" Note: {other['note']}." if other.get("note") else ""),

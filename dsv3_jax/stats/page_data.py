@@ -1,7 +1,7 @@
 """Choose and pack what the page's script shows, so that the page of a large model stays small.
 
-Arrays are packed (`packing`). Lists of each expert, matrices [E, E] and whole texts are cut to budgets, which bind for
-a model such as DeepSeek-V3 (59 layers, 256 experts) and leave a small model whole.
+Arrays are packed (`packing`). Lists of each expert, matrices [E, E] and texts are cut to budgets. A small model stays
+complete; DeepSeek-V3's 59 layers of 256 experts do not.
 """
 
 from collections.abc import Iterable, Sequence
@@ -173,7 +173,7 @@ def _pairs_of_partners(partners: Sequence[Sequence[Sequence]]) -> list[list[tupl
 
 
 def _partners(numbers: dict[str, Any]) -> dict[str, Any] | None:
-    """The experts with the largest co-activation lift, of each expert; an expert's own number stands for none."""
+    """The experts with the largest co-activation lift, of each expert; its own number means none."""
     listed = numbers.get("partners")
     if listed is None:
         lifts = numbers.get("coactivation_lift")

@@ -54,13 +54,15 @@ def main() -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on" if args.record is not None else "stopped")
     print(table)
-    words = f"`python -m tests.campaign --minutes {args.minutes:g} --seed {args.seed}`"
-    text = f"{words}: {table.spent / 60:.0f} minutes of trials on {os.cpu_count()} CPU cores.\n\n{table}\n"
+    only = "" if args.only == list(CAMPAIGNS) else f" --only {' '.join(args.only)}"
+    words = f"`python -m tests.campaign --minutes {args.minutes:g} --seed {args.seed}{only}`"
+    load = f", at a load of {os.getloadavg()[0]:.0f} at its end" if hasattr(os, "getloadavg") else ""
+    text = f"{words}: {table.spent / 60:.0f} minutes of trials on {os.cpu_count()} CPU cores{load}.\n\n{table}\n"
     if args.record is not None:
         args.record.with_suffix(".md").write_text(text)
     if args.readme:
         pattern = re.escape(BEGIN) + ".*" + re.escape(END)
-        new = re.sub(pattern, lambda _: BEGIN + text + END, README.read_text(), flags=re.DOTALL)
+        new = re.sub(pattern, lambda _: BEGIN + text + "\n" + END, README.read_text(), flags=re.DOTALL)
         README.write_text(new)
     return int(table.fell_short > 0 or table.tried == 0)
 

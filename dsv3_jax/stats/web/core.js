@@ -63,6 +63,8 @@ const percent = x => (Number.isFinite(x) ? fixed(100 * x, 1) + " %" : "–");
 const whole = x => Math.round(x).toLocaleString("en");
 const nameOf = (l, e) => `${data.layers[l]}, expert ${e}`;
 
+const otherRun = data.against ? `${data.against.run}, step ${data.against.step}` : "";
+
 /* Elements: el("td", {class: "text", onclick: f}, "words", child, …). */
 function fill(node, properties, children) {
   for (const [name, value] of Object.entries(properties || {})) {

@@ -35,20 +35,26 @@ function drawWorth() {
       ),
       1e-9,
     );
+  const digits = end < 0.01 ? 4 : 3,
+    layers = range(L).filter(l => known(row(worth, l)).length); // heads are not taken out
   const unsure = (l, e) => worthLow && worthLow(l, e) <= 0 && worthHigh(l, e) >= 0;
   const host = place("worth", "Loss without the expert", {class: "chart wide"});
   expertMap(host, {
     label: "loss without each expert",
     value: worth,
     scale: x => x / end,
-    text: x => signed(x, 3),
+    text: x => signed(x, digits),
     tip: tellExpert,
     faint: unsure,
   });
-  ramp(host, "−" + fixed(end, 3), "+" + fixed(end, 3), "nats a token: without a red expert the loss is higher");
+  ramp(
+    host,
+    "−" + fixed(end, digits),
+    "+" + fixed(end, digits),
+    "nats a token: without a red expert the loss is higher",
+  );
   const plot = place("worth", "Worth against load", {class: "chart wide"});
-  if (L <= 9)
-    plot.append(legend(data.layers.map((name, l) => [name, layerColour(l), {points: true, marker: "circle"}])));
+  if (L <= 9) plot.append(legend(layers.map(l => [data.layers[l], layerColour(l), {points: true, marker: "circle"}])));
   const draw = scatter(plot, {
     title: "worth against load",
     unit: "nats a token",
@@ -92,7 +98,7 @@ function drawPairs(section, part, options) {
       value: (i, j) => at(layerOf(), i, j),
       scale: logScale(4),
       tip: (i, j) =>
-        Number.isFinite(at(layerOf(), i, j)) ? options.tell(layerOf(), i, j, at(layerOf(), i, j)) : "the same expert",
+        Number.isFinite(at(layerOf(), i, j)) ? options.tell(layerOf(), i, j, at(layerOf(), i, j)) : options.none,
       pick: i => choose({layer: layerOf(), expert: i}),
       chosen: () => null,
     });
@@ -146,6 +152,7 @@ function drawPairs(section, part, options) {
 function drawTransitions() {
   drawPairs("transitions", data.transitions, {
     step: 1,
+    none: "no token of these experts",
     label: "paths from experts of a layer to experts of the next",
     columnTitle: "expert of the next layer",
     heads: ["from", "to", "over chance"],
@@ -156,6 +163,7 @@ function drawTransitions() {
 function drawTogether() {
   drawPairs("together", data.together, {
     step: 0,
+    none: "the same expert",
     label: "experts chosen together",
     columnTitle: "expert",
     heads: ["expert", "and", "over chance"],

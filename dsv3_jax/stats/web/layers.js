@@ -335,7 +335,7 @@ function drawAgainst() {
   if (part.max_vio)
     layerCurves("against", "MaxVio of both runs", {title: "MaxVio by layer", y0: 0}, [
       {name: "this run", at: l => maxVio(0, l), ...pair},
-      {name: part.run, at: reals(part.max_vio), colour: "var(--other)", marker: "diamond", dash: "6 3"},
+      {name: otherRun, at: reals(part.max_vio), colour: "var(--other)", marker: "diamond", dash: "6 3"},
     ]);
   if (!part.difference) return;
   const at = reals(part.difference),
@@ -356,7 +356,7 @@ function drawAgainst() {
     tip: (l, e) =>
       match(l, e) === E
         ? `${nameOf(l, e)}\nno match`
-        : `${nameOf(l, e)}\nmatch: expert ${match(l, e)} of ${part.run}\nload ${signed(at(l, e), 2)} × the mean`,
+        : `${nameOf(l, e)}\nmatch: expert ${match(l, e)} of ${otherRun}\nload ${signed(at(l, e), 2)} × the mean`,
   });
   ramp(host, "−" + fixed(end), "+" + fixed(end), "difference of load / mean load");
 }

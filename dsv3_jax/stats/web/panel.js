@@ -93,7 +93,7 @@ function drawPanel() {
         `${signed(worth(l, e), 4)} nats` +
           (worthLow ? ` [${fixed(worthLow(l, e), 4)}, ${fixed(worthHigh(l, e), 4)}]` : ""),
       ]);
-    if (match) facts.push([`in ${data.against.run}`, match(l, e) === E ? "no match" : `expert ${match(l, e)}`]);
+    if (match) facts.push([`in ${otherRun}`, match(l, e) === E ? "no match" : `expert ${match(l, e)}`]);
     const widest = most([1, ...known(data.domains.map((_, d) => load(d + 1, l, e) / load(0, l, e)))]);
     const domains = data.domains
       .map((name, d) => [d, name, load(d + 1, l, e) / load(0, l, e)])
