@@ -133,7 +133,8 @@ def generate(
 
     >>> from flax import nnx
     >>> import dsv3_jax as ds
-    >>> model = ds.Transformer(ds.preset("tiny"), rngs=nnx.Rngs(0))
+    >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, num_dense_layers=1, mtp_depth=0)
+    >>> model = ds.Transformer(cfg, rngs=nnx.Rngs(0))
     >>> result = ds.generate(model, [[1, 2, 3], [4]], 5)
     >>> [len(tokens) for tokens in result.tokens]
     [5, 5]
