@@ -15,7 +15,7 @@ from experiments.lab.claims import Claim, Stake
 
 NONE = Balance(bias_rate=0.0, sequence_alpha=0.0)
 BIAS, UNBALANCED = "loss-free, γ 3e-3", "none"
-METHODS = {BIAS: replace(NONE, bias_rate=3e-3), UNBALANCED: NONE}
+METHODS = {BIAS: replace(NONE, bias_rate=3e-3), UNBALANCED: NONE}  # as in 17_router_life, with the same runs
 SHARES = (0.125, 0.25, 0.5)  # of a layer's experts, that are removed
 WORTH, LOAD, CHANCE, MERGED = "least worth", "least load", "at random", "least worth, merged"
 DRAWS = 3  # of the random choice
@@ -23,7 +23,11 @@ NEVER = -1e4  # a bias with which an expert is never chosen
 
 
 def variants(base):
-    return {name: replace(base, model=replace(base.model, balance=balance)) for name, balance in METHODS.items()}
+    every = max(base.steps // 10, 1)
+    return {
+        name: replace(base, model=replace(base.model, balance=balance), save_every=every, keep=11)
+        for name, balance in METHODS.items()
+    }
 
 
 def measure(trained):
