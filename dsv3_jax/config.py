@@ -245,6 +245,7 @@ class HeadKind(NamedTuple):
     max_depth: int | None = None  # None means any
 
 
+HeadLoss = Literal["ce", "kl", "tv"]
 MtpKind = Literal["deepseek", "meta", "medusa", "eagle"]  # for help texts: HEAD_KINDS says which kinds there are
 HEAD_KINDS: dict[MtpKind, HeadKind] = {
     "deepseek": HeadKind("MTP modules", reads_tokens=True, has_experts=True, reads_raw=True),
@@ -562,7 +563,8 @@ class OptimConfig:
         2000
     """
 
-    # adamw, or muon, which orthogonalises the updates of matrices and leaves embeddings, router and norms to AdamW
+    # adamw, or muon: it orthogonalises the updates of matrices, LoRA's A and B too, and leaves embeddings, router and
+    # norms to AdamW
     name: str = "adamw"
     # learning rate after the warm-up: report is constant, cosine, constant; wsd is constant, a line down, constant;
     # cosine falls to the last step
@@ -663,9 +665,14 @@ class RunConfig:
     trunk: str | None = None  # folder of a run whose trunk is taken over and frozen; only the multi-token heads train
     start: str | None = None  # folder of a run whose last weights training begins with
     lora: Lora = field(default_factory=Lora)  # low-rank adapters, which train in place of the weights of start
+    head_loss: HeadLoss = "ce"  # of heads on a frozen trunk: cross-entropy on the text, or KL or TV to the trunk's law
 
     def __post_init__(self):
         _check_types(self)
+        _require(
+            self.head_loss == "ce" or self.trunk is not None,
+            f"head_loss={self.head_loss!r} compares heads with a frozen trunk, and trunk is None; use 'ce'",
+        )
         for name in ("steps", "eval_every", "eval_batches", "save_every", "keep", "log_every"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} is not positive")
         _require(self.seed >= 0, f"seed={self.seed} is negative")

@@ -2,8 +2,9 @@
 
     python notebooks/execute.py [--to FOLDER] [NOTEBOOK …]
 
-On one machine the outputs are the same each time: times, paths and kernel metadata are not stored. Kernels run on the
-CPU and in an empty folder, so existing runs do not change the outputs, except a run in DSV3_RUN, which 03 reads.
+On one machine the outputs are the same each time, but for the speed that 04 measures. Times, paths and kernel metadata
+are not stored. Kernels run on the CPU and in an empty folder, so existing runs do not change the outputs. A run in
+DSV3_RUN, which 03 reads, does.
 """
 
 import argparse

@@ -351,7 +351,7 @@ def test_bad_input_writes_nothing(answers, place):
         ("train", ["--out", "--steps", "--model.router", "--optim.learning-rate", "--data.paths", "--mesh", "--trunk"]),
         ("train", ["--execution.kernels", "--execution.precision", "--execution.layout.fsdp"]),
         ("eval", ["RUN", "--batches", "--paths", "--kernels"]),
-        ("stats", ["RUN", "--draws", "--kernels"]),
+        ("stats", ["RUN", "--draws", "--kernels", "--text", "--worth", "--against", "--tokens", "--devices"]),
         ("generate", ["MODEL", "--raw", "--prompt", "--temperature", "--top-p", "--mesh", "--kernels"]),
         ("chat", ["MODEL", "--system", "--draft", "--temperature", "/reset", "conversation again"]),
         ("bench", ["dsv3 bench decode RUN"]),

@@ -11,7 +11,8 @@ import jax
 import pytest
 
 from dsv3_jax.config import ConfigError, Execution
-from dsv3_jax.kernels.choose import Target
+from dsv3_jax.kernels import xla_flags
+from dsv3_jax.kernels.choose import Target, platform_of
 from dsv3_jax.kernels.gpu import tokamax_library
 from dsv3_jax.planning import cost as costs
 from dsv3_jax.planning import devices
@@ -157,3 +158,19 @@ def test_decoding_has_no_loop_of_unknown_length(compiled, kind, target):
 @pytest.mark.parametrize("kind, target", steps())
 def test_the_step_fits_in_the_device(compiled, kind, target):
     assert compiled(kind, target).cost.fits(devices.DEVICES[devices.parse_target(target).kind].memory)
+
+
+@pytest.mark.parametrize("target, devices_of_mesh", [("gpu:h100:8", 8), ("tpu:v6e:2x2", 4), ("tpu:v5p:2x2x1", 4)])
+def test_compilers_take_trainings_flags_together(target, devices_of_mesh):
+    """One that a compiler refused would end the training of every user of several such devices."""
+    try:
+        mesh = devices.target_mesh(target, {"data": devices_of_mesh, "expert": 1, "tensor": 1})
+    except ConfigError as error:
+        pytest.skip(str(error))
+    platform = platform_of(mesh)
+    wanted = xla_flags.training_options(platform, Execution(), mesh.size)
+    taken = xla_flags.known(wanted, mesh)
+    # Newer versions pipeline all collectives of a GPU anyway and no longer have flags for it.
+    assert [o for o in wanted if o not in taken and "_enable_pipelined_" not in o[0]] == []
+    assert len(taken) >= 5
+    assert xla_flags.known((taken[0], ("xla_no_such_flag", True), *taken[1:]), mesh) == taken

@@ -2,8 +2,11 @@
 
 import gc
 import json
+import mmap
+import random
 import shutil
 import time
+import zlib
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -94,11 +97,17 @@ def test_a_flipped_bit_is_found_in_every_file(run, at):
 
 
 def test_a_large_file_is_checked_in_pieces(run, monkeypatch):
-    monkeypatch.setattr(checksums, "PIECE", 1000)
-    monkeypatch.setattr(checksums, "_CHUNK", 300)
+    piece = mmap.ALLOCATIONGRANULARITY
+    monkeypatch.setattr(checksums, "PIECE", piece)
+    monkeypatch.setattr(checksums, "_CHUNK", 3000)
     path = last(run) / "state" / "large"
-    path.write_bytes(bytes(range(250)) * 13)
+    content = random.Random(0).randbytes(3 * piece + 250)
+    path.write_bytes(content)
     write_manifest(last(run))
+    # As every version wrote it: zlib's CRC-32 of those of the pieces.
+    crcs = [zlib.crc32(content[at : at + piece]).to_bytes(4, "little") for at in range(0, len(content), piece)]
+    listed = json.loads((last(run) / MANIFEST).read_text())["files"]["state/large"]
+    assert listed == [len(content), zlib.crc32(b"".join(crcs))]
     assert find_damage(last(run)) == []
     for at in (0.0, 0.3, 0.31, 0.62, 1.0):
         flip(path, at)

@@ -62,13 +62,13 @@ def test_drafts_are_those_of_the_full_text(rng, heads):
 
     @partial(jax.jit, compiler_options=QUICK)
     def start(state, tokens, lengths, x):
-        drafter = make_drafter(nnx.merge(graphdef, state), None, None)
+        drafter = make_drafter(nnx.merge(graphdef, state), "mtp", None)
         return drafter.start(Prompt(tokens, lengths, x, 48, kind, jnp.dtype("float32")))
 
     @partial(jax.jit, compiler_options=QUICK)
     def draft(state, remembered, last):
         model = nnx.merge(graphdef, state)
-        drafter = make_drafter(model, None, model.prepare_decode())
+        drafter = make_drafter(model, "mtp", model.prepare_decode())
         return drafter.draft(remembered, last, count, jax.random.key(0), GREEDY)
 
     def arbitrary_beyond(valid, y):

@@ -251,7 +251,7 @@ def test_a_step_on_eight_devices_is_a_single_devices():
     rng = np.random.default_rng(0)
     batch = packed_batch(rng, np.sort(rng.integers(1, 4, (BATCH, LENGTH)), axis=1))
     want, _ = jax.device_get(make_step(RUN)(fresh_state(RUN), batch))
-    for sizes, fsdp in (((2, 4, 1), True), ((2, 2, 2), False)):
+    for sizes, fsdp in (((2, 2, 2), True),):
         run = replace(RUN, execution=ds.Execution(layout=Layout(fsdp=fsdp)))
         mesh, state = sharding.make_mesh(*sizes), fresh_state(run)
         where = sharding.state_sharding(state, mesh, fsdp=fsdp)

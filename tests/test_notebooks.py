@@ -25,8 +25,8 @@ def kinds(path):
     return [[sorted(out.get("data", {out.get("name"): ""})) for out in cell.outputs] for cell in code_cells(path)]
 
 
-def test_there_are_five():
-    assert [path.stem[:2] for path in BOOKS] == ["01", "02", "03", "04", "05"]
+def test_there_are_six():
+    assert [path.stem[:2] for path in BOOKS] == ["01", "02", "03", "04", "05", "06"]
 
 
 @each

@@ -29,7 +29,7 @@ from dsv3_jax.config import OPTIMIZERS, ConfigError, Layout, Lora, OptimConfig, 
 from dsv3_jax.kernels import choose
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
-from dsv3_jax.training import adamw, from_optax, optim
+from dsv3_jax.training import adamw, from_optax, optim, prepare
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
 from dsv3_jax.training.step import abstract_state, init_optimizer, make_step, split_trainable
 
@@ -150,6 +150,16 @@ def test_a_transformation_is_named_by_its_state():
 # settings
 
 
+def test_the_optimizer_that_runs_is_reported():
+    """Only AdamW's update is an op of the table."""
+    kernels = choose.Kernels(choose.Target("cpu", "xla"))
+    for name, said in {"adamw": "xla", "muon": "muon by xla, adamw by xla", "optax:lion": "optax:lion"}.items():
+        run = make_run("nowhere", optim=replace(CFG, name=name))
+        assert prepare.chosen(kernels, run, None)["optimizer"] == said
+        line = kernels.describe(*prepare._conditions(run, None))
+        assert (f"{said}: optimizer" in line) == (name != "adamw"), line
+
+
 def test_unknown_names_are_refused_in_a_sentence():
     with pytest.raises(ConfigError, match="optim name='moun' is not one of adamw, muon; did you mean 'muon'"):
         OptimConfig(name="moun")
@@ -190,7 +200,9 @@ def test_a_run_with_a_transformation_resumes_bitwise_and_with_no_other(quick, tm
     fit(run, tmp_path / "whole", quiet=True, optimizer=tx)
     fit(run, tmp_path / "parts", quiet=True, optimizer=tx, stop_after=2)
     fit(run, tmp_path / "parts", quiet=True, optimizer=tx)
-    held = json.loads((tmp_path / "parts" / "run.json").read_text())["optim"]["name"]
+    content = json.loads((tmp_path / "parts" / "run.json").read_text())
+    held = content["optim"]["name"]
+    assert content["kernels"]["optimizer"] == held
     assert held.startswith("optax:ScaleByLionState+ScaleByScheduleState#")
     named = replace(run, optim=replace(run.optim, name=held))
     states = []
@@ -229,11 +241,11 @@ BATCH, LENGTH = 16, 12
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["optax"])
-def test_a_step_on_eight_devices_is_a_single_devices(name):
+def test_a_step_on_eight_devices_is_a_single_devices():
     """Parameters and state after a step; the state is sharded by the parameters' names, before the step and after."""
     tx = adamw_by_optax(replace(CFG, eps=0.1), STEPS)
-    run = make_run("nowhere", model=PLAIN, optim=replace(CFG, eps=0.1))
+    model = replace(PLAIN, num_layers=1, mtp_depth=0)
+    run = make_run("nowhere", model=model, optim=replace(CFG, eps=0.1))
     run = replace(run, data=replace(run.data, batch_size=BATCH, seq_len=LENGTH))
     rng = np.random.default_rng(0)
     batch = packed_batch(rng, np.sort(rng.integers(1, 4, (BATCH, LENGTH)), axis=1))

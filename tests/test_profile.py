@@ -1,9 +1,10 @@
 """A trace of training steps: its place, its steps, and the names of the model's parts in it."""
 
 import gzip
+from dataclasses import replace
 
 import pytest
-from runs import make_run, write_text
+from runs import MODEL, cheap_compiles, make_run, write_text
 
 from dsv3_jax.training import loop, prepare
 from dsv3_jax.training.profile import FOLDER, parse_steps
@@ -13,8 +14,10 @@ from dsv3_jax.training.profile import FOLDER, parse_steps
 def test_a_trace_holds_its_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "gemm_flops", lambda dtype: 1e9)
     monkeypatch.setattr(loop, "_draw", lambda *_: None)
-    run = make_run(write_text(tmp_path / "text"), steps=5)
-    loop.fit(run, tmp_path / "run", quiet=True, profile=(2, 4))
+    model = replace(MODEL, num_layers=1, mtp_depth=0)
+    run = make_run(write_text(tmp_path / "text"), model=model, steps=5, eval_batches=1)
+    with cheap_compiles():
+        loop.fit(run, tmp_path / "run", quiet=True, profile=(2, 4))
     traces = sorted((tmp_path / "run" / FOLDER).rglob("perfetto_trace.json.gz"))
     assert len(traces) == 1 and list((tmp_path / "run" / FOLDER).rglob("*.xplane.pb"))
     with gzip.open(traces[0], "rt") as file:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import random_model, small, tokens_of
-from runs import make_run
+from runs import cheap_compiles, make_run
 
 from dsv3_jax.config import Execution
 from dsv3_jax.kernels.choose import prepare
@@ -18,6 +18,13 @@ from dsv3_jax.training.loss import compute_loss
 from dsv3_jax.training.step import abstract_state, make_step
 
 pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cheap():
+    with cheap_compiles():
+        yield
+
 
 CFG = small(num_layers=3, num_dense_layers=1, mtp_depth=1)
 BLOCKS = 3  # a scan over dense layers, one over sparse layers, and a head: each calls attention once

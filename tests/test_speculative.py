@@ -221,7 +221,7 @@ TINY = small(num_layers=1, num_dense_layers=1, vocab_size=5)
 DRAWS = 4096
 
 
-@pytest.mark.parametrize("scheme", ["deepseek of 1", "model"])
+@pytest.mark.parametrize("scheme", ["deepseek of 1", "model", "lookup"])
 def test_sampled_speculation_follows_the_model(scheme):
     """Many rows of one prompt, three new tokens each: the first by prefill, the others by accepted and rejected drafts.
 
@@ -230,7 +230,7 @@ def test_sampled_speculation_follows_the_model(scheme):
     sqrt(log(1e9) / 2n) with probability under 1e-9.
     """
     model = random_model(replace(TINY, **HEADS.get(scheme, {})))
-    draft = random_model(TINY, seed=1) if scheme == "model" else "mtp"
+    draft = {"model": random_model(TINY, seed=1), "lookup": "lookup"}.get(scheme, "mtp")
     how = dict(temperature=2.0, top_k=4, top_p=0.95)  # far from the bare logits
     got = generate(model, [[1, 4]] * DRAWS, 3, draft=draft, draft_length=2, seed=2, **how)
     shares = np.zeros((5, 5, 5))

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich import box
@@ -50,9 +50,10 @@ class Decode:
     cache_dtype: tuple[CacheDtype, ...] = ()
     """dtypes of cached rows; empty means the compute dtype"""
     draft: tuple[str, ...] = ("none",)
-    """who drafts: none, mtp (the model's own heads), or the folder of another run with the same tokenizer"""
-    draft_length: tuple[int, ...] = (1,)
-    """numbers of tokens drafted a step"""
+    """who drafts: none, mtp (the model's own heads), lookup (the text so far), or the folder of another run with the
+    same tokenizer"""
+    draft_length: tuple[int | Literal["auto"], ...] = (1,)
+    """numbers of tokens drafted a step, or auto"""
     rounds: int = 3
     """number of timed rounds"""
     kernels: str | None = None
@@ -88,7 +89,7 @@ class Cell:
     cache: str
     cache_dtype: str
     draft: str
-    draft_length: int  # 0 without a draft
+    draft_length: int | str  # 0 without a draft
 
     @property
     def cache_text(self) -> str:
@@ -132,7 +133,7 @@ def decode(options: Decode) -> int:
 
     model, run, step = open_model(options.run, kernels=options.kernels)
     cfg = run.model
-    drafts: dict[str, Any] = {"none": None, "mtp": "mtp"}
+    drafts: dict[str, Any] = {"none": None, "mtp": "mtp", "lookup": "lookup"}
     drafts |= {name: open_draft(name, run, kernels=options.kernels) for name in options.draft if name not in drafts}
     kinds = options.cache or (pick_kind(cfg, None),)
     dtypes = options.cache_dtype or (str(pick_dtype(model.compute_dtype, None)),)

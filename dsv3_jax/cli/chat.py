@@ -69,7 +69,7 @@ def _answer(model: Any, text: Any, messages: list[dict[str, Any]], config: Any) 
 
     ids = text.chat.render(messages, add_generation_prompt=True).ids
     context = model.cfg.max_positions
-    if config.num_drafts and config.draft != "mtp":
+    if config.num_drafts and not isinstance(config.draft, str):
         context = min(context, config.draft.cfg.max_positions)
     room = context - config.num_drafts - len(ids)
     if room < 1:

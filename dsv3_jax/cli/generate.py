@@ -35,9 +35,11 @@ class Decode:
     cache_dtype: CacheDtype | None = None
     """dtype of cached rows; None means the compute dtype"""
     draft: str | None = None
-    """who drafts: mtp (the model's own heads), or the folder of a model with the same tokenizer; None means nobody"""
-    draft_length: int = 1
-    """number of tokens drafted a step; it does not change the distribution of the text"""
+    """who drafts: mtp (the model's own heads), lookup (the text so far: what followed the same tokens before), or the
+    folder of a model with the same tokenizer; None means nobody"""
+    draft_length: int | Literal["auto"] = 1
+    """number of tokens drafted a step, or auto: as many as pay, step by step, by measured costs and the drafter's
+    confidence; it does not change the distribution of the text"""
     seed: int = 0
     """seed of the sampling"""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -92,9 +94,10 @@ def load(args: Decode, text: Any) -> tuple[Any, Any]:
     """Load the model and its draft, on the mesh that is asked for.
 
     Args: text: the model's `TextSettings`.
-    Returns: (model; None, "mtp" or a model that drafts).
+    Returns: (model; None, "mtp", "lookup" or a model that drafts).
     Raises: ValueError as `load_model`, or if the draft's tokenizer gives ids another meaning.
     """
+    from dsv3_jax.decoding.decode_config import OWN_DRAFTS
     from dsv3_jax.hf.open_model import load_text
     from dsv3_jax.loading import load_model
 
@@ -102,7 +105,7 @@ def load(args: Decode, text: Any) -> tuple[Any, Any]:
     model = load_model(
         args.model, mesh, step=args.step, dtype=args.dtype, kernels=args.kernels, mtp=args.draft == "mtp"
     )
-    if args.draft in (None, "mtp"):
+    if args.draft is None or args.draft in OWN_DRAFTS:
         return model, args.draft
     if not text.tokenizer.same_ids(load_text(args.draft).tokenizer):
         raise ValueError(f"draft={args.draft!r} has another tokenizer: its ids mean other text")

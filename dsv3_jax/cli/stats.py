@@ -1,6 +1,6 @@
 """`dsv3 stats RUN`: count which experts held-out text is routed to."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import tyro
 
 from dsv3_jax.cli.common import parse, prepare_process
+
+MOST_LAYERS = 8  # in a sentence
 
 
 @dataclass
@@ -99,23 +101,18 @@ def _sentences(numbers: dict[str, Any]) -> Iterator[str]:
     names, bias, information = numbers["layers"], numbers["bias"], numbers["information"]
     if bias is not None and any(bias["changed_choices"]):
         parts = zip(names, bias["changed_choices"], bias["max_vio_without"], strict=True)
-        each = ", ".join(f"{name} {share:.0%} ({vio:.2f})" for name, share, vio in parts)
+        each = _listed(f"{name} {share:.0%} ({vio:.2f})" for name, share, vio in parts)
         yield f"choices that the bias changes (MaxVio without it): {each}"
     if information is not None:
         for name, kind in (("token", "I(expert; token)"), ("domain_given_token", "I(expert; domain | token)")):
-            each = ", ".join(
-                f"{layer} {bits:.3f} [{low:.3f}, {high:.3f}]"
-                for layer, bits, low, high in zip(
-                    names, *(information[f"{name}{end}"] for end in ("", "_low", "_high")), strict=True
-                )
-            )
+            columns = (information[f"{name}{end}"] for end in ("", "_low", "_high"))
+            parts = zip(names, *columns, strict=True)
+            each = _listed(f"{layer} {bits:.3f} [{low:.3f}, {high:.3f}]" for layer, bits, low, high in parts)
             yield f"{kind}, bits less chance: {each}"
     worth = numbers["worth"]
     if worth is not None:
-        losses = [
-            (loss, i, e) for i, row in enumerate(worth["without"]) for e, loss in enumerate(row) if loss is not None
-        ]
-        loss, i, e = max(losses)
+        rows = enumerate(worth["without"])
+        loss, i, e = max((loss, i, e) for i, row in rows for e, loss in enumerate(row) if loss is not None)
         low, high = worth["low"][i][e], worth["high"][i][e]
         more = f"{loss - worth['loss']:+.4f} nats a token [{low:.4f}, {high:.4f}]"
         yield f"without expert {e} of {names[i]}, the most missed: {more}, on {worth['tokens']:,} tokens"
@@ -124,11 +121,16 @@ def _sentences(numbers: dict[str, Any]) -> Iterator[str]:
         of_both = f"{numbers['header']['bits_per_byte']} bits a byte, {other['bits_per_byte']} of {other['run']}"
         yield f"against {other['run']}, step {other['step']}: {of_both}"
         if other["shared"] is not None:
-            each = ", ".join(
-                f"{name} {share:.0%} (chance {chance:.0%})"
-                for name, share, chance in zip(names, other["shared"], other["by_chance"], strict=True)
-                if share is not None
-            )
+            parts = zip(names, other["shared"], other["by_chance"], strict=True)
+            known = (part for part in parts if part[1] is not None)
+            each = _listed(f"{name} {share:.0%} (chance {chance:.0%})" for name, share, chance in known)
             yield f"choices that go to the matched expert: {each}"
         if other["note"] is not None:
             yield other["note"]
+
+
+def _listed(parts: Iterable[str]) -> str:
+    """The first parts, and how many more there are."""
+    parts = list(parts)
+    more = f", and {len(parts) - MOST_LAYERS} more layers on the page" if len(parts) > MOST_LAYERS else ""
+    return ", ".join(parts[:MOST_LAYERS]) + more

@@ -11,6 +11,9 @@ from dsv3_jax.model.cache import CACHE_KINDS, pick_dtype
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops.sampling import GREEDY, Sampling
 
+OWN_DRAFTS = ("mtp", "lookup")  # need no other model
+UNREAD = 32  # draft_length="auto": positions that plain steps may leave unread by the drafter; beyond, drafting ends
+
 
 @dataclass(frozen=True)
 class DecodeConfig:
@@ -31,15 +34,17 @@ class DecodeConfig:
     sampling: Sampling = GREEDY
     cache: str | None = None  # "latent", "expanded" or "none", see model/cache.py; None: the smallest there is
     cache_dtype: Any = None  # "float32", "bfloat16", "int8" or "float8_e4m3"; None: the compute dtype
-    draft: "str | Transformer | None" = None  # None, "mtp" (the model's own heads), or an independent model
-    draft_length: int = 1  # tokens drafted a step
+    draft: "str | Transformer | None" = None  # None, "mtp" (own heads), "lookup" (the text), or a model
+    draft_length: int | str = 1  # tokens drafted a step, or "auto", see `auto_length`
     stop_tokens: Sequence[int] = ()  # a row ends with the first of them
     seed: int = 0
     pad_prompts_to: int = 0  # tokens at least, with cache slots for them: turns of a chat then share a compilation
 
     def __post_init__(self) -> None:
+        if isinstance(self.draft_length, str) and self.draft_length != "auto":
+            raise ValueError(f"draft_length={self.draft_length!r} is not an int or 'auto'")
         for name in ("max_new_tokens", "draft_length", "seed", "pad_prompts_to"):
-            if not _is_int(getattr(self, name)):
+            if not _is_int(getattr(self, name)) and (name, getattr(self, name)) != ("draft_length", "auto"):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not an int")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} is below 1")
@@ -57,18 +62,20 @@ class DecodeConfig:
         if self.cache not in (None, *CACHE_KINDS):
             raise ValueError(f"cache={self.cache!r} is not one of {', '.join(CACHE_KINDS)}")
         pick_dtype("float32", self.cache_dtype)
-        if self.draft is not None and self.draft_length < 1:
+        if self.draft is not None and self.num_drafts < 1:
             raise ValueError(f"draft_length={self.draft_length} is below 1")
-        if self.draft not in (None, "mtp") and not isinstance(self.draft, Transformer):
-            raise ValueError(f"draft={self.draft!r} is not None, 'mtp' or a Transformer")
+        if self.draft is not None and self.draft not in OWN_DRAFTS and not isinstance(self.draft, Transformer):
+            raise ValueError(f"draft={self.draft!r} is not None, 'mtp', 'lookup' or a Transformer")
         if not _is_list(self.stop_tokens):
             raise ValueError(f"stop_tokens={self.stop_tokens!r} is not a list of token ids")
         object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
 
     @property
     def num_drafts(self) -> int:
-        """J: tokens drafted a step; 0 if nobody drafts."""
-        return 0 if self.draft is None else self.draft_length
+        """J: tokens drafted a step, or the positions that "auto" has in reserve; 0 if nobody drafts."""
+        if self.draft is None:
+            return 0
+        return self.draft_length if isinstance(self.draft_length, int) else UNREAD
 
     def check(self, cfg: ModelConfig, prompts: Sequence[Sequence[int]]) -> None:
         """Check that a model can continue prompts this way.
@@ -91,18 +98,20 @@ class DecodeConfig:
                     f"vocab_size={self.draft.cfg.vocab_size} of the draft model is not the model's {cfg.vocab_size}"
                 )
             reach = min(reach, self.draft.cfg.max_positions)
+        elif self.draft == "lookup":
+            pass
         elif not cfg.mtp_depth:
             raise ValueError("draft='mtp' needs multi-token heads, and the model's mtp_depth is 0")
-        elif not cfg.head_kind.reads_tokens and self.draft_length > cfg.mtp_depth:
+        elif self.draft_length != "auto" and not cfg.head_kind.reads_tokens and self.num_drafts > cfg.mtp_depth:
             raise ValueError(
                 f"draft_length={self.draft_length} is more than mtp_depth={cfg.mtp_depth}: each {cfg.mtp_kind} head "
                 "drafts one token"
             )
         longest = max(map(len, prompts)) + self.max_new_tokens
-        if longest + self.draft_length > reach:
+        if longest + self.num_drafts > reach:
             raise ValueError(
-                f"draft_length={self.draft_length} does not fit: prompt and continuation of {longest} tokens leave "
-                f"{reach - longest} of max_positions={reach}"
+                f"draft_length={self.draft_length!r} does not fit: prompt and continuation of {longest} tokens leave "
+                f"{reach - longest} of max_positions={reach}, and it needs {self.num_drafts}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Who drafts: an independent small model, or the model's own multi-token heads.
+"""Who drafts: an independent small model, the model's own multi-token heads, or the text itself.
 
 A drafter has two methods. `start` makes its state after a prompt. `draft` first reads the tokens that were accepted in
 the last step (`StepResult`), then drafts. Its state is in caches like the model's. Rows that it wrote for drafts are
@@ -23,6 +23,8 @@ from dsv3_jax.model.transformer import DecodeWeights, Transformer
 from dsv3_jax.ops.sampling import Sampling, processed_logits, sample
 from dsv3_jax.ops.verify_drafts import probabilities
 
+LONGEST_MATCH = 8  # tokens that prompt look-up compares
+
 
 class StepResult(NamedTuple):
     """What the last step of the model computed."""
@@ -35,10 +37,11 @@ class StepResult(NamedTuple):
 
 
 class Drafts(NamedTuple):
-    """J drafts a sequence, and the distributions they were drawn from (None at temperature 0)."""
+    """J drafts a sequence, and the laws they were drawn from: None at temperature 0, or if all were certain."""
 
     tokens: Int[Array, "B J"]
     q: Float[Array, "B J W"] | None
+    confidence: Float[Array, "B J"] | None = None  # the drafter's largest probability before each was drawn
 
 
 class Prompt(NamedTuple):
@@ -55,8 +58,8 @@ class Prompt(NamedTuple):
 class ModelDrafter:
     """An independent model with the target's vocabulary."""
 
-    def __init__(self, model: Transformer, weights: DecodeWeights | None):
-        self.model, self.weights = model, weights
+    def __init__(self, model: Transformer, weights: DecodeWeights | None, *, gaps: bool = False):
+        self.model, self.weights, self.gaps = model, weights, gaps
 
     def start(self, prompt: Prompt) -> Any:
         cfg, batch = self.model.cfg, prompt.tokens.shape[0]
@@ -72,14 +75,19 @@ class ModelDrafter:
         tokens = jnp.take_along_axis(both, index, axis=1)
         newest = last.start + last.num_valid
 
-        def step(carry: tuple[Cache, Array], key: Array) -> tuple[tuple[Cache, Array], tuple[Array, Array | None]]:
+        def step(carry: tuple[Cache, Array], key: Array) -> tuple[tuple[Cache, Array], "_Drawn"]:
             cache, tokens = carry
             x, cache = cache.step(self.model, tokens, self.weights)
-            token, q = _draw(self.model.logits(self.model.norm(x[:, -1])), key, sampling)
-            return (cache.at_lengths(cache.lengths + tokens.shape[1]), token[:, None]), (token, q)
+            drawn = _draw(self.model.logits(self.model.norm(x[:, -1])), key, sampling)
+            return (cache.at_lengths(cache.lengths + tokens.shape[1]), drawn.token[:, None]), drawn
 
         keys = jax.random.split(key, count)
-        carry, first = step((state.at_lengths(newest - 1), tokens), keys[0])
+        if self.gaps:  # after steps without drafts none of them is cached
+            x, cache = state.at_lengths(last.start).step(self.model, both, self.weights)
+            first = _draw(self.model.logits(self.model.norm(_pick(x, last.num_valid))), keys[0], sampling)
+            carry = cache.at_lengths(newest + 1), first.token[:, None]
+        else:
+            carry, first = step((state.at_lengths(newest - 1), tokens), keys[0])
         carry, rest = _repeat(step, carry, keys[1:])
         return _concat_drafts([first], rest), carry[0]
 
@@ -120,7 +128,7 @@ class ChainDrafter:
         start, num_valid, trained = last.start, last.num_valid, min(count, len(self.heads))
         newest, rows = start + num_valid, jnp.arange(start.size, dtype=jnp.int32)
         keys, states = jax.random.split(key, count), list(state)
-        drawn: list[tuple[Array, Array | None]] = []
+        drawn: list[_Drawn] = []
         # Entry j is position start − k + 1 + j of head k. Each draft is put behind the tokens that are in the text.
         h, tokens = last.h, jnp.pad(last.tokens, ((0, 0), (0, trained)))
         for k, head in enumerate(state[:trained], start=1):
@@ -135,17 +143,17 @@ class ChainDrafter:
             states[k - 1] = _ChainState(cache, _pick(out, num_valid - 1))
             h, tokens = (
                 jnp.concatenate([head.last[:, None], out], axis=1),
-                tokens.at[rows, num_valid + k - 1].set(drawn[-1][0]),
+                tokens.at[rows, num_valid + k - 1].set(drawn[-1].token),
             )
 
         def beyond(carry: tuple[Cache, Array, Array], key: Array):
             # The last head reads its own output instead of a predecessor's, one position on.
             cache, h, token = carry
             h, cache = self._continue(-1, token[:, None], h, cache)
-            token, q = _draw(self.model.logits(h[:, 0]), key, sampling)
-            return (cache, h, token), (token, q)
+            one = _draw(self.model.logits(h[:, 0]), key, sampling)
+            return (cache, h, one.token), one
 
-        carry = states[trained - 1].cache.at_lengths(newest), end[:, None], drawn[-1][0]
+        carry = states[trained - 1].cache.at_lengths(newest), end[:, None], drawn[-1].token
         carry, rest = _repeat(beyond, carry, keys[trained:])
         states[trained - 1] = states[trained - 1]._replace(cache=carry[0])
         return _concat_drafts(drawn, rest), tuple(states)
@@ -180,7 +188,7 @@ class ParallelDrafter:
         self, state: tuple[Cache | None, ...], last: StepResult, count: int, key: Array, sampling: Sampling
     ) -> tuple[Drafts, tuple[Cache | None, ...]]:
         caches, keys = list(state), jax.random.split(key, count)
-        drawn: list[tuple[Array, Array | None]] = []
+        drawn: list[_Drawn] = []
         positions = last.start[:, None] + jnp.arange(last.h.shape[1], dtype=jnp.int32)[None]
         tokens = jnp.concatenate([last.previous[:, None], last.tokens[:, :-1]], axis=1)
         for k, head in enumerate(self.heads[:count]):
@@ -193,28 +201,100 @@ class ParallelDrafter:
         return _concat_drafts(drawn), tuple(caches)
 
 
-Drafter = ModelDrafter | ChainDrafter | ParallelDrafter
+class LookupDrafter:
+    """Prompt look-up: what followed the last tokens where they occurred before, in the prompt or the new text.
+
+    The occurrence of the longest run of last tokens is taken, up to LONGEST_MATCH of them; of several, the latest. The
+    drafts are the tokens after it. Beyond the end of the text come the drafts themselves, so a period goes on. Without
+    any occurrence the newest token is repeated. Each draft is certain: q is 1 at it.
+
+    Source: prompt look-up decoding, as transformers' `prompt_lookup_num_tokens`; LLMA, arXiv 2304.04487.
+    Departs from transformers: it takes the first occurrence, and its drafts end with the text.
+    """
+
+    def start(self, prompt: Prompt) -> Array:
+        text = jnp.zeros((prompt.tokens.shape[0], prompt.capacity), jnp.int32)
+        return text.at[:, : prompt.tokens.shape[1]].set(prompt.tokens)
+
+    def draft(self, state: Array, last: StepResult, count: int, key: Array, sampling: Sampling) -> tuple[Drafts, Array]:
+        text, newest = write_text(state, last), last.start + last.num_valid
+        found, length = look_up(text, newest)
+        ahead = jnp.arange(count, dtype=jnp.int32)[None] % (newest - found)[:, None]
+        drafts = jnp.take_along_axis(text, found[:, None] + 1 + ahead, axis=1)
+        sure = (length.astype(jnp.float32) + 0.5) / (LONGEST_MATCH + 1)  # a class of its own for each length
+        return Drafts(drafts, None, jnp.broadcast_to(sure[:, None], drafts.shape)), text
 
 
-def make_drafter(model: Transformer, draft: Transformer | None, weights: DecodeWeights | None) -> Drafter:
-    """The independent model if there is one, else the model's own heads; `weights`: of the model that drafts.
+def write_text(text: Int[Array, "B S"], last: StepResult) -> Int[Array, "B S"]:
+    """Put the last step's tokens into the text. What is not valid of them will be overwritten."""
+    rows = jnp.arange(text.shape[0], dtype=jnp.int32)[:, None]
+    columns = last.start[:, None] + 1 + jnp.arange(last.tokens.shape[1], dtype=jnp.int32)[None]
+    return constrain(text.at[rows, columns].set(last.tokens, mode="drop"))
+
+
+def look_up(text: Int[Array, "B S"], newest: Int[Array, " B"]) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+    """Find the last tokens of a text earlier in it.
+
+    Args: newest: the position of each text's last token, at least 1; later slots are not read.
+    Returns: (the last position before `newest` where the longest run of the last tokens ends, the run's length).
+
+    Example:
+        >>> look_up(jnp.array([[7, 5, 6, 9, 5, 6, 0, 0]]), jnp.array([5]))  # 5, 6 ends at position 2
+        (Array([2], dtype=int32), Array([2], dtype=int32))
+    """
+    before, slots = LONGEST_MATCH - 1, text.shape[1]
+    padded = jnp.pad(text, ((0, 0), (before, 0)), constant_values=-1)  # no token
+    same = earlier = jnp.arange(slots, dtype=jnp.int32)[None] < newest[:, None]
+    length = jnp.zeros(text.shape, jnp.int32)
+    for back in range(LONGEST_MATCH):
+        wanted = jnp.take_along_axis(padded, newest[:, None] + before - back, axis=1)
+        shifted = padded[:, before - back : before - back + slots]
+        same = same & (shifted == wanted) & (shifted >= 0)
+        length = length + same.astype(jnp.int32)
+    # The longest, and the latest of those.
+    found = slots - 1 - jnp.argmax(jnp.where(earlier, length, -1)[:, ::-1], axis=1).astype(jnp.int32)
+    return found, jnp.take_along_axis(length, found[:, None], axis=1)[:, 0]
+
+
+Drafter = ModelDrafter | ChainDrafter | ParallelDrafter | LookupDrafter
+
+
+def make_drafter(
+    model: Transformer, draft: "str | Transformer", weights: DecodeWeights | None, *, gaps: bool = False
+) -> Drafter:
+    """Make the drafter of a request.
+
+    Args:
+        weights: of the model that drafts.
+        gaps: steps without drafts may come between, whose tokens it then reads together.
 
     Example:
         >>> from dsv3_jax.model.transformer import abstract
         >>> from dsv3_jax.presets import preset
-        >>> type(make_drafter(abstract(preset("tiny")), None, None)).__name__
+        >>> type(make_drafter(abstract(preset("tiny")), "mtp", None)).__name__
         'ChainDrafter'
     """
-    if draft is not None:
-        return ModelDrafter(draft, weights)
+    if isinstance(draft, Transformer):
+        return ModelDrafter(draft, weights, gaps=gaps)
+    if draft == "lookup":
+        return LookupDrafter()
     return (ChainDrafter if model.cfg.head_kind.reads_tokens else ParallelDrafter)(model, weights)
 
 
-def _draw(logits: Float[Array, "B W"], key: Array, sampling: Sampling) -> tuple[Array, Array | None]:
-    """(token int32 [B], the distribution it was drawn from)."""
+class _Drawn(NamedTuple):
+    token: Array  # int32 [B]
+    q: Array | None  # [B, W]: the law it was drawn from
+    confidence: Array  # [B]: the largest probability
+
+
+def _draw(logits: Float[Array, "B W"], key: Array, sampling: Sampling) -> _Drawn:
     logits, left = process_by_rows(logits, sampling)
     token = constrain(sample(logits, key, **left._asdict()))
-    return token, None if sampling.temperature == 0.0 else probabilities(logits, left)
+    if sampling.temperature == 0.0:
+        largest = logits.max(axis=-1, keepdims=True)
+        return _Drawn(token, None, 1 / jnp.exp(logits - largest).sum(axis=-1))
+    q = probabilities(logits, left)
+    return _Drawn(token, q, q.max(axis=-1))
 
 
 def process_by_rows(logits: Float[Array, "B *F W"], sampling: Sampling) -> tuple[Float[Array, "B *F W"], Sampling]:
@@ -239,18 +319,16 @@ def process_by_rows(logits: Float[Array, "B *F W"], sampling: Sampling) -> tuple
 
 
 def _repeat(step, carry, keys: Array):
-    """`jax.lax.scan` of a step that returns (token, q), so that a long draft compiles as fast as a short one."""
+    """`jax.lax.scan` of a step that returns what it drew, so that a long draft compiles as fast as a short one."""
     return jax.lax.scan(step, carry, keys) if keys.shape[0] else (carry, None)
 
 
-def _concat_drafts(drawn: list[tuple[Array, Array | None]], rest: tuple[Array, Array | None] | None = None) -> Drafts:
+def _concat_drafts(drawn: list[_Drawn], rest: _Drawn | None = None) -> Drafts:
     """Drafts drawn one by one, then the rest, stacked along a leading axis."""
-    tokens = [jnp.stack([token for token, _ in drawn], axis=1)]
-    qs = [q[:, None] for _, q in drawn if q is not None]
+    parts = [jax.tree.map(lambda x: x[:, None], one) for one in drawn]
     if rest is not None:
-        tokens.append(rest[0].swapaxes(0, 1))
-        qs += [] if rest[1] is None else [rest[1].swapaxes(0, 1)]
-    return Drafts(jnp.concatenate(tokens, axis=1), jnp.concatenate(qs, axis=1) if qs else None)
+        parts.append(jax.tree.map(lambda x: x.swapaxes(0, 1), rest))
+    return Drafts(*jax.tree.map(lambda *columns: jnp.concatenate(columns, axis=1), *parts))
 
 
 def _head_cache(model: Transformer, prompt: Prompt) -> Any:

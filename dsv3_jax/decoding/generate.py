@@ -16,7 +16,9 @@ from flax import nnx
 from jaxtyping import Array
 
 from dsv3_jax.config import CacheKind
-from dsv3_jax.decoding.decode_config import DecodeConfig
+from dsv3_jax.decoding import auto_length
+from dsv3_jax.decoding.auto_length import Control, Costs, Options
+from dsv3_jax.decoding.decode_config import OWN_DRAFTS, DecodeConfig
 from dsv3_jax.decoding.drafters import Drafter, Drafts, Prompt, StepResult, make_drafter, process_by_rows
 from dsv3_jax.mesh import sharding
 from dsv3_jax.mesh.sharding import constrain
@@ -39,10 +41,11 @@ class Generated:
     tokens: list[list[int]]  # new tokens only; a stop token is the last of its row
     acceptance: list[float] = field(default_factory=list)  # share of steps that accepted the draft at each position
     steps: int = 0  # forward passes of the model after prefill
-    prefill_seconds: float = 0.0  # with compilation, if these shapes were not run before
+    prefill_seconds: float = 0.0  # with compilation, and the costs of "auto", if these shapes were not run before
     decode_seconds: float = 0.0  # likewise
     cache_bytes: int = 0  # of all slots, free ones too
     cache_bytes_per_token: int = 0
+    steps_by_length: dict[int, int] = field(default_factory=dict)  # draft_length="auto": steps by verified drafts
 
     @property
     def mean_accepted(self) -> float:
@@ -68,18 +71,23 @@ class Loop(NamedTuple):
     steps: Array  # int32 []
     num_accepted: Array  # int32 [J]: accepted drafts, by position
     drafted: Array  # int32 []: steps of rows that were not done
+    tally: Any = None  # what `auto_length` knows
 
 
 class _Static(NamedTuple):
     """What the compiled programs depend on."""
 
     sampling: Sampling
-    draft_length: int  # J; 0 without a draft
-    draft: Any  # None, "mtp", or the graph of a draft model
+    draft_length: int  # J, the largest of "auto"; 0 without a draft
+    draft: Any  # None, "mtp", "lookup", or the graph of a draft model
     max_new_tokens: int
     capacity: int
     kind: CacheKind
     dtype: Any
+    auto: Options | None = None  # None: each step has J drafts
+
+
+_COSTS: dict[Any, Costs] = {}  # of the shapes that have run
 
 
 def generate(
@@ -94,7 +102,7 @@ def generate(
     cache: str | None = None,
     cache_dtype: Any = None,
     draft: "str | Transformer | None" = None,
-    draft_length: int = 1,
+    draft_length: int | str = 1,
     seed: int = 0,
 ) -> Generated:
     """Continue prompts of any lengths.
@@ -112,10 +120,12 @@ def generate(
         stop_tokens: a row ends with the first of them.
         cache: "latent", "expanded" or "none", see `model/cache.py`. None means the smallest that the model can use.
         cache_dtype: "float32", "bfloat16", "int8" or "float8_e4m3". None means the model's compute dtype.
-        draft: who drafts: None, "mtp" (the model's own multi-token heads, of any kind) or a smaller Transformer with
-            the same vocabulary, on the same mesh. Text has the same distribution as without, and is the same at
-            temperature 0.
-        draft_length: tokens drafted a step. DeepSeek's and EAGLE heads draft beyond their depth.
+        draft: who drafts: None, "mtp" (the model's own multi-token heads, of any kind), "lookup" (the text so far: what
+            followed the same tokens before) or a smaller Transformer with the same vocabulary, on the same mesh. Text
+            has the same distribution as without, and is the same at temperature 0.
+        draft_length: tokens drafted a step. DeepSeek's and EAGLE heads draft beyond their depth. "auto" chooses at each
+            step by what drafts cost and how sure the drafter is, and falls back to plain steps; the first request of a
+            shape measures the costs. Sampled text then depends on them, not on the seed alone; its law does not.
         seed: of the random draws.
     Raises: ValueError for an empty prompt or batch, a token outside the vocabulary, a prompt and continuation
         beyond max_positions, settings outside their range, a draft with another vocabulary or on another mesh, or
@@ -184,10 +194,14 @@ def generate_in_parts(
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     graphdef, state = nnx.split(model.in_compute_dtype())
+    auto, draft_length = None, config.num_drafts
+    if config.draft is not None and config.draft_length == "auto":
+        auto = auto_length.make_options(config.draft, cfg, len(prompts), config.max_new_tokens)
+        draft_length = auto.lengths[-1]
     draft: tuple[Any, Any] = config.draft, None
     if isinstance(config.draft, Transformer):
         draft = nnx.split(config.draft.in_compute_dtype())
-    static = _Static(config.sampling, config.num_drafts, draft[0], config.max_new_tokens, capacity, kind, dtype)
+    static = _Static(config.sampling, draft_length, draft[0], config.max_new_tokens, capacity, kind, dtype, auto)
     stops = jnp.asarray(config.stop_tokens, jnp.int32)
     mesh = sharding.mesh_of(state)
     if draft[1] is not None and sharding.mesh_of(draft[1]) != mesh:
@@ -197,30 +211,61 @@ def generate_in_parts(
         key = jax.random.key(config.seed)
         loop = _prefill(graphdef, state, draft[1], jnp.asarray(tokens), jnp.asarray(lengths), key, stops, static=static)
         jax.block_until_ready(loop)
-    prefill_seconds, decode_seconds = time.perf_counter() - start, 0.0
     with sharding.use_mesh(mesh):
         weights = _decode_weights(graphdef, state), None if draft[1] is None else _decode_weights(*draft)
+        programs = [(graphdef, state, draft[1], weights, static)]
+        control, before = None, None
+        if auto is not None and not bool(loop.done.all()):
+            plain = static._replace(draft_length=0, draft=None, auto=None)
+            programs.append((graphdef, state, None, (weights[0], None), plain))
+
+            def run(control: Control | None, steps: int) -> float:
+                copy = jax.tree.map(lambda x: x.copy(), loop)  # buffers are donated
+                copy = jax.block_until_ready(auto_length.to_plain(copy) if control is None else copy)
+                begin = time.perf_counter()
+                until = jnp.asarray(1 + steps, jnp.int32)
+                made = int(_run(programs[control is None], copy, stops, until, control).steps)
+                return (time.perf_counter() - begin) / max(made, 1)
+
+            if (shape := (graphdef, static, len(prompts), mesh)) not in _COSTS:
+                _COSTS[shape] = auto_length.measure_costs(run, auto, most=config.max_new_tokens - 1)
+            minus = jnp.asarray(-1, jnp.int32)
+            control = Control(_COSTS[shape], minus, minus, minus)
+    prefill_seconds, decode_seconds = time.perf_counter() - start, 0.0
     per_token, size = bytes_per_token(cfg, kind, dtype), loop.cache.nbytes
 
     def result(loop: Loop) -> Generated:
-        acceptance = [float(x) for x in np.asarray(loop.num_accepted) / max(int(loop.drafted), 1)]
+        accepted, drafted, by_length = loop.num_accepted, int(loop.drafted), loop.tally and loop.tally.by_length
+        if before is not None:  # a plain step adds a token to each row
+            accepted, by_length, steps, written = before
+            by_length = [by_length[0] + int(loop.steps) - steps, *by_length[1:]]
+            drafted += int(loop.written.sum()) - written.sum()
+        acceptance = [float(x) for x in np.asarray(accepted) / max(drafted, 1)]
         rows = [
             [int(t) for t in row[:n]] for row, n in zip(np.asarray(loop.out), np.asarray(loop.written), strict=True)
         ]
-        return Generated(rows, acceptance, int(loop.steps), prefill_seconds, decode_seconds, size, per_token)
+        steps = {} if auto is None else dict(zip(auto.lengths, np.asarray(by_length).tolist(), strict=True))
+        return Generated(rows, acceptance, int(loop.steps), prefill_seconds, decode_seconds, size, per_token, steps)
 
     yield result(loop)
     while not bool(loop.done.all()):
+        if control and auto and (bool(loop.tally.asleep) or not auto_length.may_pay(control.costs, auto)):
+            before = jax.tree.map(np.array, (loop.num_accepted, loop.tally.by_length, loop.steps, loop.written))
+            loop, control = auto_length.to_plain(loop), None
         # From the shortest row that continues: one that has ended grows no more.
         behind = int(jnp.where(loop.done, config.max_new_tokens, loop.written).min())
         until = config.max_new_tokens if part is None else min(behind + part, config.max_new_tokens)
         start = time.perf_counter()
         with sharding.use_mesh(mesh):
-            until = jnp.asarray(until, jnp.int32)
-            loop = _decode(graphdef, state, draft[1], weights, loop, stops, until, static=static)
+            loop = _run(programs[before is not None], loop, stops, jnp.asarray(until, jnp.int32), control)
             jax.block_until_ready(loop)
         decode_seconds += time.perf_counter() - start
         yield result(loop)
+
+
+def _run(program: tuple, loop: Loop, stops: Array, until: Array, control: Control | None) -> Loop:
+    *args, static = program
+    return _decode(*args, loop, stops, until, control, static=static)
 
 
 def _round_up(n: int, step: int) -> int:
@@ -230,9 +275,10 @@ def _round_up(n: int, step: int) -> int:
 def _drafter(model: Transformer, static: _Static, draft_state: Any, weights: Any = (None, None)) -> Drafter | None:
     if static.draft is None:
         return None
-    if static.draft == "mtp":
-        return make_drafter(model, None, weights[0])
-    return make_drafter(model, nnx.merge(static.draft, draft_state), weights[1])
+    if static.draft in OWN_DRAFTS:
+        return make_drafter(model, static.draft, weights[0])
+    gaps = static.auto is not None
+    return make_drafter(model, nnx.merge(static.draft, draft_state), weights[1], gaps=gaps)
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -257,27 +303,48 @@ def _prefill(graphdef, state, draft_state, tokens, lengths, key, stops, *, stati
     # As if a step had just run over the prompt's last token.
     start = lengths - 1
     last, x = (jnp.take_along_axis(y, start.reshape(-1, *[1] * (y.ndim - 1)), axis=1) for y in (tokens, x))
-    return _advance(model, loop, Drafts(last[:, 1:], None), x, start, last[:, 0], stops, static)
+    loop = _advance(model, loop, Drafts(last[:, 1:], None), x, start, last[:, 0], stops, static)
+    if static.auto is None:
+        return loop
+    return loop._replace(last=auto_length.widen(loop.last), tally=auto_length.new_tally(static.auto))
 
 
 @partial(jax.jit, static_argnames=("graphdef", "static"), donate_argnames=("loop",))
-def _decode(graphdef, state, draft_state, weights, loop: Loop, stops, until, *, static: _Static) -> Loop:
+def _decode(graphdef, state, draft_state, weights, loop: Loop, stops, until, control=None, *, static: _Static) -> Loop:
     model = nnx.merge(graphdef, state)
     drafter = _drafter(model, static, draft_state, weights)
+
+    def verify(loop: Loop, drafts: Drafts, newest: Array) -> Loop:
+        start = loop.cache.lengths
+        x, cache = loop.cache.step(model, jnp.concatenate([newest, drafts.tokens], axis=1), weights[0])
+        loop = loop._replace(cache=cache, steps=loop.steps + 1)
+        return _advance(model, loop, drafts, x, start, newest[:, 0], stops, static)
+
+    def draft(state: Any, last: StepResult, count: int, key: Array) -> tuple[Drafts, Any]:
+        assert drafter is not None
+        return drafter.draft(state, last, count, key, static.sampling)
 
     def step(loop: Loop) -> Loop:
         newest = jnp.take_along_axis(loop.last.tokens, loop.last.num_valid[:, None] - 1, axis=1)
         drafts = Drafts(newest[:, 1:], None)
         if drafter is not None:
             key, draw = jax.random.split(loop.key)
-            drafts, after = drafter.draft(loop.drafter, loop.last, static.draft_length, draw, static.sampling)
+            drafts, after = draft(loop.drafter, loop.last, static.draft_length, draw)
             loop = loop._replace(drafter=after, key=key, drafted=loop.drafted + (~loop.done).sum(dtype=jnp.int32))
-        start = loop.cache.lengths
-        x, cache = loop.cache.step(model, jnp.concatenate([newest, drafts.tokens], axis=1), weights[0])
-        loop = loop._replace(cache=cache, steps=loop.steps + 1)
-        return _advance(model, loop, drafts, x, start, newest[:, 0], stops, static)
+        return verify(loop, drafts, newest)
 
-    return jax.lax.while_loop(lambda s: ((s.written < until) & ~s.done).any(), step, loop)
+    def goes_on(loop: Loop) -> Array:
+        return ((loop.written < until) & ~loop.done).any()
+
+    options = static.auto
+    if options is None:
+        return jax.lax.while_loop(goes_on, step, loop)
+    has_q = static.sampling.temperature > 0 and static.draft != "lookup"
+    return jax.lax.while_loop(
+        lambda loop: jnp.where(control.draft >= 0, loop.steps < control.limit, goes_on(loop) & ~loop.tally.asleep),
+        lambda loop: auto_length.auto_step(loop, control, options, draft, verify, model.cfg.vocab_size, has_q),
+        loop,
+    )
 
 
 def _advance(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from dsv3_jax.config import ConfigError, Execution
+from dsv3_jax.config import OPTAX, ConfigError, Execution
 from dsv3_jax.kernels.cpu import attention as cpu_attention
 from dsv3_jax.kernels.cpu import blocks, calls, library
 from dsv3_jax.kernels.cpu import experts as cpu_experts
@@ -570,10 +570,20 @@ class Kernels:
 
     # Reports
 
-    def chosen(self, dtype: Any = "float32", devices: int = 1, moments: str = "float32") -> dict[str, str]:
+    def chosen(
+        self, dtype: Any = "float32", devices: int = 1, moments: str = "float32", optimizer: str = "adamw"
+    ) -> dict[str, str]:
         """The implementation of each op for large arrays of a dtype on so many devices, by name.
 
-        Args: moments: dtype of the optimizer's means.
+        Args:
+            moments: dtype of the optimizer's means.
+            optimizer: `OptimConfig.name`. The table's op is AdamW's update: Muon leaves some parameters to it, and
+                optax's transformations none.
+
+        Example:
+            >>> kernels = Kernels(Target("cpu", "xla"))
+            >>> [kernels.chosen(optimizer=name)["optimizer"] for name in ("adamw", "muon", "optax:lion")]
+            ['xla', 'muon by xla, adamw by xla', 'optax:lion']
         """
         names, fixed = {}, dict.fromkeys(IN_FLOAT32, "float32") | {"optimizer": moments}
         for op in TABLE:
@@ -584,12 +594,18 @@ class Kernels:
                 if serves and not self.why_not(row):
                     names[op] = row.name
                     break
+        if optimizer == "muon":
+            names["optimizer"] = f"muon by xla, adamw by {names['optimizer']}"
+        elif optimizer.startswith(OPTAX):
+            names["optimizer"] = optimizer
         return names
 
-    def describe(self, dtype: Any = "float32", devices: int = 1, moments: str = "float32") -> str:
+    def describe(
+        self, dtype: Any = "float32", devices: int = 1, moments: str = "float32", optimizer: str = "adamw"
+    ) -> str:
         """One line on what runs, and why others that were wanted do not."""
         by_name: dict[str, list[str]] = {}
-        for op, name in self.chosen(dtype, devices, moments).items():
+        for op, name in self.chosen(dtype, devices, moments, optimizer).items():
             by_name.setdefault(name, []).append(op)
         parts = [f"{name}: {', '.join(ops)}" for name, ops in by_name.items()]
         for op, name in self.chosen(dtype, devices).items():

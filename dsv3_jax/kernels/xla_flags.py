@@ -3,7 +3,8 @@
 A flag that is in the environment (XLA_FLAGS or LIBTPU_INIT_ARGS) is the user's, and is not set here. A flag that this
 version of XLA does not know is left out. A single device gets none: all of them are about collectives.
 
-Not set: `xla_gpu_enable_triton_gemm=false`, which old scripts have. XLA's autotuner times cuBLAS and Triton and takes
+Not set: `xla_tpu_enable_async_collective_fusion_fuse_all_gather`. Beside asynchronous all-gathers, libtpu takes it on
+v5e alone. `xla_gpu_enable_triton_gemm=false`, which old scripts have. XLA's autotuner times cuBLAS and Triton and takes
 the faster. `xla_gpu_deterministic_ops=true`: it turns the autotuner off, and programs here add in one order anyway.
 """
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import Execution
 
@@ -48,7 +50,6 @@ FLAGS = (
     Flag("xla_gpu_all_reduce_combine_threshold_bytes", 128 * MIB, _GPU, _COMBINE, _NVIDIA),
     Flag("xla_enable_async_all_gather", True, _TPU, "all-gathers run beside computation", _MAXTEXT),
     Flag("xla_tpu_enable_async_collective_fusion", True, _TPU, "a product and a collective share a loop", _MAXTEXT),
-    Flag("xla_tpu_enable_async_collective_fusion_fuse_all_gather", True, _TPU, "all-gathers too", _MAXTEXT),
     Flag("xla_tpu_enable_async_collective_fusion_multiple_steps", True, _TPU, "over several products", _MAXTEXT),
     Flag("xla_tpu_overlap_compute_collective_tc", True, _TPU, "collectives run beside the matrix unit", _MAXTEXT),
     Flag("xla_tpu_enable_data_parallel_all_reduce_opt", True, _TPU, "gradients are summed over hosts early", _MAXTEXT),
@@ -70,20 +71,31 @@ def training_options(platform: str, execution: Execution, devices: int) -> Optio
     return tuple((f.name, f.value) for f in FLAGS if platform in f.platforms and f.name not in users)
 
 
-def known(options: Options) -> Options:
-    """Leave out the options that the default device's compiler does not know, by compiling a product of two numbers."""
-    program = jax.jit(lambda x: x * 2).lower(jax.ShapeDtypeStruct((), jnp.float32))
+def known(options: Options, mesh: Mesh | None = None) -> Options:
+    """Leave out the options that the compiler refuses, by compiling a product of two numbers.
+
+    It refuses names that it does not know, and some options beside others.
+
+    Args: mesh: of the devices to compile for. None means the default device.
+    """
+    where = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    program = jax.jit(lambda x: x * 2).lower(jax.ShapeDtypeStruct((), jnp.float32, sharding=where))
 
     def compiles(some: Options) -> bool:
         try:
             program.compile(compiler_options=dict(some))
         except jax.errors.JaxRuntimeError as error:
-            if "No such compile option" not in str(error):
+            if not str(error).startswith(("INVALID_ARGUMENT", "FAILED_PRECONDITION")):
                 raise
             return False
         return True
 
-    return options if not options or compiles(options) else tuple(o for o in options if compiles((o,)))
+    if not options or compiles(options):
+        return options
+    taken: Options = ()
+    for option in options:
+        taken += (option,) if compiles((*taken, option)) else ()
+    return taken
 
 
 def describe(options: Options) -> str:

@@ -33,8 +33,8 @@ def accept(
 
     Args:
         drafts: J drafted tokens a sequence; J may be 0.
-        q: the distributions that they were drawn from; None at temperature 0, where a draft is accepted if it is the
-            target's argmax.
+        q: the distributions that they were drawn from; None means that each draft was certain. At temperature 0 q is
+            not read: a draft is accepted if it is the target's argmax.
         logits: the target's, F = J + 1: at the token before the drafts and at each draft.
         key: for the draws. sampling: how the target chooses.
     Returns: (how many drafts are accepted, int32 [B]; tokens [B, F]: the accepted drafts, then the target's own token;
@@ -53,12 +53,11 @@ def accept(
     p = probabilities(logits, sampling)
     uniform, draw = jax.random.split(key)
     if q is None:
-        q = jnp.zeros_like(p[:, :0])
-    else:
-        index = drafts[..., None]
-        of_p, of_q = (jnp.take_along_axis(x, index, axis=-1)[..., 0] for x in (p[:, :-1], q))
+        q = jax.nn.one_hot(drafts, p.shape[-1], dtype=p.dtype)
     count = jnp.zeros(p.shape[:1], jnp.int32)
     if drafts.shape[1]:
+        index = drafts[..., None]
+        of_p, of_q = (jnp.take_along_axis(x, index, axis=-1)[..., 0] for x in (p[:, :-1], q))
         count = _leading(jax.random.uniform(uniform, drafts.shape) * of_q < of_p)
     rest = jnp.maximum(p - jnp.concatenate([q, jnp.zeros_like(p[:, :1])], axis=1), 0)
     rest, own = (jnp.take_along_axis(x, count[:, None, None], axis=1)[:, 0] for x in (rest, p))

@@ -18,7 +18,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from dsv3_jax.files import write_atomic
-from dsv3_jax.report.colours import DIVERGING
+from dsv3_jax.report.colours import DIVERGING, MEANINGS
 
 DPI = 150
 
@@ -40,6 +40,9 @@ PANELS = (
 )
 # A panel with one of these starts at 0.
 FROM_ZERO = {"max_vio", "lr", "grad_norm", "tokens_per_s", "mtp_acceptance", "tokens_sent"}
+LINES = ("-", "--", ":", "-.")  # of the multi-token heads, one after another
+# A curve's name, or its beginning → its meaning.
+CURVES = {"train, MTP": "heads", "head": "heads", "validation": "validation", "train": "this", "batch": "this"}
 OLD_NAMES = {"tokens_sent": "crossed"}  # of metrics in the rows of older runs
 
 
@@ -47,8 +50,9 @@ def routing_heatmap(
     load,
     path: str | os.PathLike,
     *,
-    title: str = "Routed load",
+    title: str | None = None,
     domain_loads: Mapping | None = None,
+    first_layer: int = 0,
     mtp_blocks: int = 0,
 ) -> Figure:
     """Draw layers × experts, coloured by load / mean load of the layer: white is even, red above, blue below.
@@ -60,8 +64,9 @@ def routing_heatmap(
     Args:
         load: assignments [L, E] of the sparse layers, any real dtype.
         path: the PNG file to write; its folder is created.
-        title: of the picture.
+        title: of the picture; None means a sentence that names the expert with the largest load.
         domain_loads: domain name → assignments [L, E]; each has a small panel with the same colours.
+        first_layer: number of the first row's layer: dense layers before it count.
         mtp_blocks: number of MTP blocks, which are the last rows.
     Returns: the figure; `figure.axes[i].images[0].get_array()` holds the values drawn, the main panel first.
     Raises: ValueError if a load is not [L, E], is negative or not finite, or differs in shape.
@@ -73,7 +78,9 @@ def routing_heatmap(
         >>> figure.axes[0].images[0].get_array().tolist()
         [[1.5, 0.5], [1.0, 1.0]]
     """
-    overall = load_over_mean(load, title)
+    overall = load_over_mean(load, title or "all text")
+    trunk = overall.shape[0] - mtp_blocks
+    names = [f"layer {first_layer + i}" if i < trunk else f"MTP {i - trunk + 1}" for i in range(overall.shape[0])]
     domains = {name: load_over_mean(part, name) for name, part in (domain_loads or {}).items()}
     for name, part in domains.items():
         if part.shape != overall.shape:
@@ -89,9 +96,9 @@ def routing_heatmap(
 
     main = figure.add_subplot(grid[0, :])
     image = _draw_load(main, overall, norm)
-    main.set_title(title, fontsize=11)
+    main.set_title(load_finding(load, names) if title is None else title, fontsize=11)
     _label_axes(main, left=True)
-    main.yaxis.set_major_formatter(lambda y, _: _row_name(y, num_layers - mtp_blocks))
+    main.yaxis.set_major_formatter(lambda y, _: _row_name(y, names))
     beside = main.get_yaxis_transform()  # x in axes, y in layers
     main.text(1.008, 1.0, "MaxVio", transform=main.transAxes, fontsize=7, va="bottom", weight="bold")
     for layer, peak in enumerate(overall.max(-1)):
@@ -104,7 +111,7 @@ def routing_heatmap(
         mean = f"mean MaxVio {np.nanmean(peaks) - 1:.2f}" if np.isfinite(peaks).any() else "no load"
         ax.set_title(f"{shortened(name)} ({mean})", fontsize=9)
         _label_axes(ax, left=i % columns == 0)
-        ax.yaxis.set_major_formatter(lambda y, _: _row_name(y, num_layers - mtp_blocks))
+        ax.yaxis.set_major_formatter(lambda y, _: _row_name(y, names))
     label_load_bar(colour_bar(figure, image, figure.axes, "max" if beyond else "neither"), norm)
     write_png(figure, path)
     return figure
@@ -147,7 +154,18 @@ def training_curves(metrics: Sequence[Mapping], path: str | os.PathLike) -> Figu
         ax = figure.add_subplot(rows, columns, i + 1)
         for j, (label, marker, _, steps, values) in enumerate(drawn):
             marker = "o" if len(steps) == 1 else marker  # a line of one point is invisible
-            ax.plot(steps, values, label=label, marker=marker, markersize=3.5, linewidth=1.2, color=f"C{j}")
+            meaning = next(CURVES[name] for name in CURVES if label.startswith(name))
+            style = LINES[sum(other[0].startswith("train, MTP") for other in drawn[:j]) % len(LINES)]
+            ax.plot(
+                steps,
+                values,
+                label=label,
+                marker=marker,
+                markersize=3.5,
+                linewidth=1.2,
+                color=MEANINGS[meaning][0],
+                linestyle=style if meaning == "heads" else "-",
+            )
         ax.set(title=title, xlabel="step", ylabel=unit)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         margin = max(0.02 * (last - first), 0.5)
@@ -162,8 +180,21 @@ def training_curves(metrics: Sequence[Mapping], path: str | os.PathLike) -> Figu
         ax.spines[["top", "right"]].set_visible(False)
         if len(drawn) > 1:
             ax.legend(frameon=False, fontsize=8)
+    if finding := _last_validation(metrics):
+        figure.suptitle(finding, fontsize=11)
     write_png(figure, path)
     return figure
+
+
+def _last_validation(metrics: Sequence[Mapping]) -> str | None:
+    """Say what the last evaluation measured; None without one."""
+    rows = [row for row in metrics if "step" in row and isinstance(row.get("val_loss"), float)]
+    if not rows:
+        return None
+    row = max(rows, key=lambda row: row["step"])
+    bits = row.get("val_bits_per_byte")
+    measured = f"{row['val_loss']:.3f} nats a token" + (f", {bits:.2f} bits a byte" if isinstance(bits, float) else "")
+    return f"Validation at step {row['step']:,}: {measured}"
 
 
 def shortened(name: str) -> str:
@@ -196,6 +227,26 @@ def load_over_mean(load, name: str) -> np.ndarray:
     return np.divide(load, mean, out=np.full_like(load, np.nan), where=mean > 0)
 
 
+def load_finding(counts, layers: Sequence[str]) -> str:
+    """Say which layer and expert are the least even.
+
+    Args: counts: assignments [L, E]; layers: their names.
+
+    Example:
+        >>> load_finding([[3, 1], [2, 2]], ["layer 3", "layer 4"])
+        'Expert 0 of layer 3 gets 1.50 × the mean load, the most of all; MaxVio is 0.25 in the median layer.'
+    """
+    ratio = load_over_mean(counts, "all text")
+    peaks = ratio.max(-1)  # NaN for a layer without load
+    if np.isnan(peaks).all():
+        return "No token was counted."
+    layer = int(np.nanargmax(peaks))
+    return (
+        f"Expert {ratio[layer].argmax()} of {layers[layer]} gets {peaks[layer]:.2f} × the mean load, the most of all; "
+        f"MaxVio is {np.nanmedian(peaks) - 1:.2f} in the median layer."
+    )
+
+
 def load_norm(ratio: np.ndarray) -> tuple[TwoSlopeNorm, bool]:
     """Return the colour scale of load / mean load, and whether some values exceed it: see `routing_heatmap`.
 
@@ -223,7 +274,8 @@ def label_load_bar(bar, norm: TwoSlopeNorm) -> None:
     bar.ax.tick_params(labelsize=8)
     top = float(norm.vmax or 1.0)  # vmax may be None by its type
     ticks = [t for t in MaxNLocator(4).tick_values(1.0, top) if 1.0 < t <= top]
-    bar.set_ticks([0.0, 0.5, 1.0, *ticks])
+    shown = [0.0, 0.5, 1.0, *ticks]
+    bar.set_ticks(shown, labels=[f"{t:g}" for t in shown])
 
 
 def _draw_load(ax, ratio: np.ndarray, norm: TwoSlopeNorm):
@@ -235,15 +287,15 @@ def _draw_load(ax, ratio: np.ndarray, norm: TwoSlopeNorm):
     return image
 
 
-def _row_name(row: float, trunk: int) -> str:
-    return f"{row:.0f}" if row < trunk else f"MTP {row - trunk + 1:.0f}"
+def _row_name(row: float, names: Sequence[str]) -> str:
+    return names[round(row)].removeprefix("layer ") if 0 <= round(row) < len(names) else ""
 
 
 def _label_axes(ax, *, left: bool) -> None:
     ax.tick_params(labelsize=7)
     ax.set_xlabel("expert", fontsize=8)
     if left:
-        ax.set_ylabel("sparse layer", fontsize=8)
+        ax.set_ylabel("layer", fontsize=8)
 
 
 def _series(metrics: Sequence[Mapping], key: str, label: str) -> Iterator[tuple[str, list[int], list[float]]]:

@@ -14,6 +14,7 @@ from dsv3_jax.stats.measures import (
     permuted_information,
     specialisation,
 )
+from dsv3_jax.stats.others import saturation
 from dsv3_jax.stats.reporting import Report, report
 from dsv3_jax.stats.routing_stats import BiasWork, RoutingStats, collect, tokens
 from dsv3_jax.stats.text import context, readable

@@ -1,4 +1,4 @@
-"""Token against domain: how many bits one tells about an expert, and the other beyond it.
+"""Token against domain: how many bits the token tells about its expert, and the domain beyond it.
 
 All three measures are of one assignment: a token's occurrence and one of its K experts, drawn at random.
 
@@ -37,7 +37,7 @@ class Measured(NamedTuple):
 
 
 class Information(NamedTuple):
-    """What the token and the domain tell about the expert."""
+    """Information about the expert in the token and in the domain, layer by layer."""
 
     token: Measured
     domain: Measured

@@ -36,8 +36,8 @@ def no_contexts() -> Contexts:
 def find_contexts(rows: TokenRows, num_experts: int, *, top: int = TOP) -> Contexts:
     """Find the positions of each expert's largest gates; at most one of a token and of a document.
 
-    The largest gate is taken, then the largest one of another token in another document, and so on. Of equal gates,
-    the one that was read first is taken.
+    The largest gate is taken, then the largest one of another token in another document, and so on. If gates are
+    equal, the one that was read first is taken.
 
     Args: top: contexts for each expert, at most.
     """

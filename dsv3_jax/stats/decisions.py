@@ -1,4 +1,4 @@
-"""What the routers of a model decide for one batch, in one forward pass: the choices, and how close they were."""
+"""Decisions of a model's routers for one batch, in one forward pass: the choices, and how close they were."""
 
 from functools import partial
 from typing import Any, NamedTuple

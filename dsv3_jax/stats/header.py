@@ -1,4 +1,4 @@
-"""What a report is about: the run, its model, its balancing, and how well the checkpoint reads the text."""
+"""The header of a report: the run, its model, its balancing, and how well the checkpoint reads the text."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +32,7 @@ def make_header(
     Args: mix: bytes of the training text by domain; None means unknown.
     """
     is_run = (folder / RUN_FILE).is_file()
-    made = (read_made(folder) if is_run else [])[-1:]
+    made = [one for one in (read_made(folder) if is_run else []) if isinstance(one, dict)][-1:]
     sizes = size(config.model)
     return {
         "run": folder.absolute().name,

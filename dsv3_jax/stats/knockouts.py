@@ -1,7 +1,7 @@
-"""What an expert is worth: the loss without its output, expert by expert.
+"""The worth of an expert: the loss without its output, expert by expert.
 
 The expert's gate is set to 0 wherever it is chosen. No other expert takes its place, and the other gates stay. So this
-is the damage of a missing expert, not what another would have done for it; experts that do the same may each seem to be
+is the damage of a missing expert, not what another would have done for it. Experts that do the same may each seem to be
 worth little.
 """
 

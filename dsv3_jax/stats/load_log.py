@@ -25,13 +25,14 @@ def read_load(run: str | Path) -> LoadLog | None:
         >>> read_load("no/such/run") is None
         True
     """
-    rows = [row for row in read_rows(Path(run) / LOAD_FILE) if "load" in row]
+    rows = [row for row in read_rows(Path(run) / LOAD_FILE) if row.get("load")]
     if not rows:
         return None
-    biased = [row for row in rows if "bias" in row]
+    load = np.array([row["load"] for row in rows])
+    biased = [row for row in rows if "bias" in row and np.shape(row["bias"]) == load.shape[1:]]
     return LoadLog(
         np.array([row["step"] for row in rows]),
-        np.array([row["load"] for row in rows]),
+        load,
         np.array([row["step"] for row in biased], np.int64),
         np.array([row["bias"] for row in biased], np.float64) if biased else None,
     )

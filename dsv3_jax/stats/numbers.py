@@ -1,6 +1,7 @@
 """The numbers of `dsv3 stats` as plain JSON: see `KEYS`. Large models get fewer favourites, contexts and pairs."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -26,8 +27,8 @@ PAIRS = 64  # of two layers, where a table of all pairs is too large
 TEXTS, TEXT_TOKENS = 12, 512  # complete texts, and tokens of each, at most
 HISTORY = 60  # steps of the bias
 # Of all layers together: tables with more entries are cut, so that a page of V3's 58 x 256 experts has a few megabytes.
-MOST_PAIRS, MOST_FAVOURITES, MOST_CONTEXTS, MOST_PARTNERS = 150_000, 40_000, 15_000, 60_000
-MOST_HISTORY, MOST_CHOICES = 200_000, 200_000
+MOST_PAIRS, MOST_FAVOURITES, MOST_CONTEXTS, MOST_PARTNERS = 150_000, 30_000, 15_000, 45_000
+MOST_HISTORY, MOST_CHOICES = 200_000, 100_000
 
 # The keys of stats.json, which holds this table too, under "keys".
 KEYS = {
@@ -52,7 +53,7 @@ KEYS = {
     "specialisation": "bits: [L] I(expert; domain); share: bits over H(domain) (domain_entropy, bits); shuffled_mean, "
     "shuffled_95: bits after the domains were shuffled among the documents, `draws` times from `seed`; p_value",
     "favourites": f"[L][E] tokens that tell most about the expert, of those that occur {MIN_COUNT} times: token (its "
-    "id), text, count (occurrences that were routed to the expert; num_routed is the same), lift (p(expert | token) / "
+    "id), text, count (occurrences that were routed to the expert), lift (p(expert | token) / "
     "p(expert)), bits (its part of I(expert; token)), margin (mean of score + bias over the best expert not chosen)",
     "contexts": "[L][E] positions of the expert's largest gates, one of a token and of a document: text before, the "
     "routed token, text after, gate, margin, document",
@@ -191,8 +192,12 @@ def as_lists(values: Any) -> Any:
     values = np.asarray(values, np.float64)
     if values.ndim > 1:
         return [as_lists(part) for part in values]
-    listed = [float(f"{x:.6g}") if np.isfinite(x) else None for x in values.ravel().tolist()]
+    listed = [_rounded(x) for x in values.ravel().tolist()]
     return listed if values.ndim else listed[0]
+
+
+def _rounded(x: float) -> float | None:
+    return float(f"{x:.6g}") if math.isfinite(x) else None
 
 
 def _max_vio(load: np.ndarray) -> np.ndarray:
@@ -238,10 +243,9 @@ def _favourites(stats: RoutingStats, tokenizer: Tokenizer) -> list[list[list[dic
                     "token": f.token,
                     "text": shown(f.token),
                     "count": f.num_routed,
-                    "num_routed": f.num_routed,
                     "lift": round(f.lift, 4),
-                    "bits": as_lists(f.bits),
-                    "margin": as_lists(round(f.margin, 4)),
+                    "bits": _rounded(f.bits),
+                    "margin": _rounded(round(f.margin, 4)),
                 }
                 for f in of_expert
             ]
@@ -263,7 +267,7 @@ def _contexts(stats: RoutingStats, tokenizer: Tokenizer) -> list[list[list[dict]
                 dict(zip(("before", "token", "after"), context(tokenizer, kept.tokens[row]), strict=True))
                 | {
                     "gate": round(float(kept.gate[row]), 4),
-                    "margin": as_lists(round(float(kept.margin[row]), 4)),
+                    "margin": _rounded(round(float(kept.margin[row]), 4)),
                     "document": int(kept.document[row]),
                 }
             )

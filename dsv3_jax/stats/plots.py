@@ -6,6 +6,7 @@ Ratios to chance have a logarithmic colour scale: half as often is as blue as tw
 import math
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Num
@@ -14,13 +15,20 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from dsv3_jax.report.colours import DIVERGING
+from dsv3_jax.report.colours import DIVERGING, MEANINGS
 from dsv3_jax.report.run_plots import DPI, colour_bar, label_load_bar, load_norm, load_over_mean, shortened, write_png
+from dsv3_jax.stats import findings
 from dsv3_jax.stats.measures import Specialisation, domain_preference
 
 FEW = 8  # up to so many layers are named in the legend and have their numbers written out
 NEVER = 2.0**-20  # drawn in place of 0, which has no logarithm
 NUM_COLOURS = 10  # in Matplotlib's colour cycle: more domains than that are drawn in one grey
+# "information" of stats.json → meaning of its colour, name, and marker.
+KINDS = (
+    ("token", "token", "token", "o"),
+    ("domain", "domain", "domain", "s"),
+    ("domain_given_token", "given", "domain, once the token is known", "D"),
+)
 MOST = 32  # panels in a picture: of a model with more layers, every second, third, … is drawn
 
 
@@ -68,7 +76,7 @@ def load_over_time(
     below.spines[["top", "right"]].set_visible(False)
     below.legend(frameon=False, fontsize=8, ncols=3)
     _label_axes(below, "MaxVio of a batch: (largest load − mean) / mean", "step", "ratio")
-    figure.suptitle("Load of each expert over training", fontsize=11)
+    figure.suptitle(findings.max_vio_over_time(steps, max_vio), fontsize=11)
     write_png(figure, path)
     return figure
 
@@ -96,7 +104,7 @@ def domain_lift(
     for ax, layer in zip(panels, shown, strict=True):
         _label_axes(ax, layers[layer], "expert", "")
         ax.set_yticks(range(len(domains)), [shortened(name) for name in domains])
-    figure.suptitle("Experts that each domain prefers", fontsize=11)
+    figure.suptitle(findings.domain_preference(ratio, domains, layers), fontsize=11)
     write_png(figure, path)
     return figure
 
@@ -121,7 +129,7 @@ def coactivation(lift: Float[np.ndarray, "L E E"], layers: Sequence[str], path: 
         ax.set_aspect("equal")
         ax.yaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
         _label_axes(ax, layers[layer], "expert", "expert")
-    figure.suptitle("Experts chosen for the same token", fontsize=11)
+    figure.suptitle(findings.pair(findings.largest_entry(lift), layers), fontsize=11)
     write_png(figure, path)
     return figure
 
@@ -159,20 +167,28 @@ def entropies(
             overall[title], "_", label="all", color="black", markersize=min(16, 150 / len(layers)), markeredgewidth=2
         )
         _layer_ticks(ax, layers)
-        ax.margins(y=0.15)
+        ax.set_ylim(0, 1.04)  # all of it: a part would make a thousandth look like a finding
         ax.grid(alpha=0.25, linewidth=0.6, axis="y")
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         _label_axes(ax, title, "layer", "entropy / largest possible")
+    figure.suptitle(findings.evenness(overall), fontsize=11)
     write_png(figure, path)
     return figure
 
 
-def information(result: Specialisation, layers: Sequence[str], path: str | os.PathLike) -> Figure:
-    """Draw I(expert; domain) of each layer beside that of shuffled domains.
+def information(
+    result: Specialisation,
+    layers: Sequence[str],
+    path: str | os.PathLike,
+    measured: Mapping[str, Any] | None = None,
+) -> Figure:
+    """Draw I(expert; domain) of each layer beside that of shuffled domains, and beside what the token tells.
 
-    Args: path: the PNG file to write.
-    Returns: the figure; its bars are `result.bits`, then `result.shuffled_mean`.
+    Args:
+        path: the PNG file to write.
+        measured: "information" of stats.json; None draws the domain alone.
+    Returns: the figure; the bars of its first panel are `result.bits`, then `result.shuffled_mean`.
 
     Example:
         >>> import tempfile
@@ -184,41 +200,49 @@ def information(result: Specialisation, layers: Sequence[str], path: str | os.Pa
         >>> [float(bar.get_height()) for bar in figure.axes[0].patches]  # 1 bit, as after any swap of domains
         [1.0, 1.0]
     """
-    figure = Figure(figsize=(min(11.0, 4.4 + 0.55 * len(layers)), 3.2), dpi=DPI, layout="constrained")
-    ax = figure.add_subplot()
+    panels = 1 if measured is None else 2
+    figure = Figure(figsize=(min(11.0, (5.6 + 0.5 * len(layers)) * panels), 3.9), dpi=DPI, layout="constrained")
+    ax = figure.add_subplot(1, panels, 1)
     x = np.arange(len(layers))
-    ax.bar(x - 0.2, result.bits, width=0.4, color="#4477aa", label="measured")
-    ax.bar(x + 0.2, result.shuffled_mean, width=0.4, color="0.75", label="domains shuffled, mean")
-    ax.plot(
-        x + 0.2,
-        result.shuffled_95,
-        "_",
-        color="black",
-        markersize=min(11, 120 / len(layers)),
-        markeredgewidth=1.6,
-        label="their 95 % quantile",
-    )
+    ax.bar(x - 0.2, result.bits, width=0.4, color=_colour("domain"), label="measured; share of H(domain)")
+    ax.bar(x + 0.2, result.shuffled_mean, width=0.4, color=_colour("chance"), label="domains shuffled, mean")
+    size = min(11, 120 / len(layers))
+    ax.plot(x + 0.2, result.shuffled_95, "_", color="black", markersize=size, markeredgewidth=1.6,
+            label="their 95 % quantile")  # fmt: skip
     if len(layers) <= FEW:
         for i, (bits, share) in enumerate(zip(result.bits, result.share, strict=True)):
-            ax.annotate(
-                f"{share:.1%}",
-                (i - 0.2, bits),
-                (0, 2),
-                textcoords="offset points",
-                ha="center",
-                va="bottom",
-                fontsize=7,
-            )
-    _layer_ticks(ax, layers)
+            ax.annotate(f"{share:.1%}", (i - 0.2, bits), (0, 2), textcoords="offset points", ha="center", va="bottom",
+                        fontsize=7)  # fmt: skip
     ax.margins(y=0.12)
-    ax.spines[["top", "right"]].set_visible(False)
-    handles, names = ax.get_legend_handles_labels()
-    order = [names.index(name) for name in ("measured", "domains shuffled, mean", "their 95 % quantile")]
-    ax.legend([handles[i] for i in order], [names[i] for i in order], frameon=False, fontsize=8, loc="upper left",
-              bbox_to_anchor=(1.0, 1.0))  # fmt: skip
-    _label_axes(ax, "I(expert; domain), and its share of H(domain)", "layer", "bits")
+    _label_axes(ax, "What the domain tells about the expert", "layer", "bits")
+    drawn = [ax]
+    if measured is not None:
+        both = figure.add_subplot(1, panels, 2)
+        for shift, (key, meaning, name, marker) in enumerate(KINDS, start=-1):
+            low, high = (np.array(measured[f"{key}_{end}"], np.float64) for end in ("low", "high"))
+            middle = np.array(measured[key], np.float64)
+            both.errorbar(x + 0.15 * shift, middle, np.maximum([middle - low, high - middle], 0), fmt=marker,
+                          color=_colour(meaning), label=name, markersize=4, capsize=2, linewidth=1.2)  # fmt: skip
+        both.set_ylim(bottom=min(0.0, both.get_ylim()[0]))
+        _label_axes(both, "Token and domain, less what chance gives; 95 % of resampled documents", "layer", "bits")
+        drawn.append(both)
+    for panel in drawn:
+        _layer_ticks(panel, layers)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    known = measured or {}
+    figure.suptitle(
+        findings.information(*(findings.of_trunk(known[key], layers) for key, *_ in KINDS))
+        if known
+        else findings.domains(result.bits, result.shuffled_95, layers),
+        fontsize=11 if panels > 1 else 8,
+    )
     write_png(figure, path)
     return figure
+
+
+def _colour(meaning: str) -> str:
+    return MEANINGS[meaning][0]
 
 
 def _shown(layers: Sequence[str]) -> range:

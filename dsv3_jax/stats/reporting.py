@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.files import atomic_folder
 from dsv3_jax.hf.open_model import open_model
@@ -143,9 +144,9 @@ def report(
         _write_tokens(tokens, stats, own, tokenizer)
     drawn = merge_small_domains(stats)
     with atomic_folder(out, overwrite=True) as part:
-        _draw(drawn, special, log, part, f"{header['run']}, step {step}")
+        _draw(drawn, special, log, part, cfg, numbers["information"])
         (part / NUMBERS).write_text(json.dumps({"keys": KEYS} | numbers, allow_nan=False), encoding="utf-8")
-        (part / PAGE).write_text(render_page(numbers | by_domain(drawn), part), encoding="utf-8")
+        (part / PAGE).write_text(render_page(numbers | by_domain(drawn)), encoding="utf-8")
     return Report(out, stats, special, numbers)
 
 
@@ -164,23 +165,30 @@ def _write_tokens(
     write_parquet(path, rows, stats.layers, domains, tokenizer)
 
 
-def _draw(stats: RoutingStats, special: Specialisation, log: LoadLog | None, folder: Path, title: str) -> None:
+def _draw(
+    stats: RoutingStats,
+    special: Specialisation,
+    log: LoadLog | None,
+    folder: Path,
+    cfg: ModelConfig,
+    measured: dict[str, Any] | None,
+) -> None:
     """Write PICTURES, except those without content: no training log, one domain, or one expert a token."""
     load, over_time, domains, information, coactivation, entropy = (folder / name for name in PICTURES)
-    by_domain, num_heads = stats.load_by_domain, sum(name.startswith("MTP") for name in stats.layers)
+    by_domain = stats.load_by_domain
     several_domains = len(stats.domains) > 1
     routing_heatmap(
         stats.load,
         load,
-        title=f"{title}: load of each expert on held-out text, over the layer's mean",
         domain_loads=dict(zip(stats.domains, by_domain, strict=True)) if several_domains else None,
-        mtp_blocks=num_heads,
+        first_layer=cfg.num_dense_layers,
+        mtp_blocks=cfg.num_sparse_heads,
     )
     if log is not None:
         plots.load_over_time(log.steps, log.load, stats.layers, over_time)
     if several_domains:
         plots.domain_lift(by_domain, stats.domains, stats.layers, domains)
-        plots.information(special, stats.layers, information)
+        plots.information(special, stats.layers, information, measured)
     if stats.experts_per_token > 1:
         plots.coactivation(lift(stats.coactivation), stats.layers, coactivation)
     sums = {"Chosen gates": stats.document_gate_entropy, "Scores of all experts": stats.document_score_entropy}

@@ -18,21 +18,22 @@ def readable(tokenizer: Tokenizer, ids: list[int]) -> str:
         >>> readable(ByteTokenizer(), [0x61, 0x0A, 0xC3, 0xA9, 0xC3, 0x00, 256])
         'a↵é\\\\xc3\\\\x00<eos>'
     """
-    parts, text = [], b""
-    for i in [*ids, None]:
-        piece = b"" if i is None else tokenizer.bytes_of([i])
-        text += piece
-        if not piece:  # a special or the end: a character of several ids is complete here
-            parts.append("".join(map(_printable, text.decode("utf-8", "backslashreplace"))))
-            text = b""
-            if i is not None:
-                parts.append("<eos>" if i == tokenizer.eos_id else f"<{i}>")
+    specials = [at for at, length in enumerate(tokenizer.byte_lengths[ids].tolist()) if not length]
+    parts, start = [], 0
+    for at in [*specials, len(ids)]:
+        if at > start:  # a character of several ids is complete before a special or the end
+            parts.append(_printable(tokenizer.bytes_of(ids[start:at]).decode("utf-8", "backslashreplace")))
+        if at < len(ids):
+            parts.append("<eos>" if ids[at] == tokenizer.eos_id else f"<{ids[at]}>")
+        start = at + 1
     return "".join(parts)
 
 
-def _printable(character: str) -> str:
-    sign = character.translate(VISIBLE)
-    return sign if sign.isprintable() else character.encode("unicode_escape").decode("ascii")
+def _printable(text: str) -> str:
+    text = text.translate(VISIBLE)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def context(tokenizer: Tokenizer, window: Int32[np.ndarray, " window"]) -> tuple[str, str, str]:

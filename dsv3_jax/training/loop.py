@@ -33,7 +33,7 @@ import optax
 from jax.sharding import Mesh
 
 from dsv3_jax.cluster import processes
-from dsv3_jax.config import RunConfig
+from dsv3_jax.config import ModelConfig, RunConfig
 from dsv3_jax.data import batches as data
 from dsv3_jax.data.ngram import Order2
 from dsv3_jax.data.source import Documents, Source, training_bytes
@@ -254,7 +254,7 @@ def fit(
         order2 = _order2(ready.source, ready.tokenizer, held_out)
         if processes.is_first():
             lock.check()
-            _draw(out, evaluation, metrics, run.model.num_sparse_heads)
+            _draw(out, evaluation, metrics, run.model)
         metrics.close()
         progress.show_result(evaluation, order2, out)
         result = FitResult(step, True, resumed_from, evaluation, order2)
@@ -349,9 +349,9 @@ def _order2(source: Source, tokenizer: Tokenizer, held_out: list[data.Batch]) ->
     return bits / max(size, 1)
 
 
-def _draw(out: Path, evaluation: dict, metrics: Metrics, mtp_blocks: int) -> None:
+def _draw(out: Path, evaluation: dict, metrics: Metrics, cfg: ModelConfig) -> None:
     load = np.asarray(evaluation["load"])
     if load.size:
-        title = "Load of each expert on held-out text, over the layer's mean"
-        routing_heatmap(load, out / "routing.png", title=title, mtp_blocks=mtp_blocks)
+        path, heads = out / "routing.png", cfg.num_sparse_heads
+        routing_heatmap(load, path, first_layer=cfg.num_dense_layers, mtp_blocks=heads)
     training_curves(metrics.rows(), out / "training.png")

@@ -1,6 +1,7 @@
 """What training minimises: L = L_main + (λ/M)·Σ_k L_k + balance losses, each L a mean over positions with a target.
 
-L_k is the cross-entropy of head k on the text's own tokens, and what else its kind adds (`model.mtp.Head`).
+L_k is the cross-entropy of head k on the text's own tokens, and what else its kind adds (`model.mtp.Head`). On a frozen
+trunk it may be the head's distance to the trunk's own distribution instead (`ops.draft_loss`).
 Source: DeepSeek-V3 report, equations 17-25.
 """
 
@@ -10,11 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dsv3_jax.config import HeadLoss
 from dsv3_jax.mesh.sharding import shard_map_over_batch
 from dsv3_jax.model.moe import LayerRouting
 from dsv3_jax.model.transformer import ForwardOut, Transformer
 from dsv3_jax.ops import balance
 from dsv3_jax.ops.cross_entropy import token_scores
+from dsv3_jax.ops.draft_loss import Distance, summed_distance
 
 
 class Losses(NamedTuple):
@@ -22,7 +25,7 @@ class Losses(NamedTuple):
 
     total: Array
     main: Array  # nats a token
-    mtp: Array  # [M] nats a token
+    mtp: Array  # [M] nats a token; with head_loss="tv" the mean share of drafts that sampling rejects
     feature: Array  # what heads add to their cross-entropy (EAGLE's regression), mean over positions; 0 without
     balance: Array
     accuracy: Array  # share of next tokens that are the argmax
@@ -74,6 +77,7 @@ def compute_loss(
     share: float = 1.0,
     heads_only: bool = False,
     watch_logits: bool = False,
+    head_loss: HeadLoss = "ce",
 ) -> Losses:
     """Compute all losses of a batch.
 
@@ -86,6 +90,7 @@ def compute_loss(
         heads_only: the total has the multi-token heads alone, (1/M)·Σ_k L_k and their balance losses. λ is not used:
             there is no other loss to weigh them against.
         watch_logits: return the largest attention logits too.
+        head_loss: "kl" or "tv": heads learn the trunk's distribution of the drafted token, not the text's token.
 
     Example:
         >>> import dsv3_jax as ds
@@ -112,7 +117,12 @@ def compute_loss(
     nats, correct = [], []
     for ahead, h in enumerate((out.h[:, :-1], *out.mtp_h), start=1):
         wanted, mask = targets(tokens, segment_ids, ahead, loss_mask)
-        (total, right), _ = shard_map_over_batch(cross_entropy, (matrix,), h[:, : wanted.shape[1]], wanted, mask)
+        h = h[:, : wanted.shape[1]]
+        (total, right), _ = shard_map_over_batch(cross_entropy, (matrix,), h, wanted, mask)
+        if ahead > 1 and head_loss != "ce":
+            # The trunk's prediction of the same token, one position before it.
+            own = out.h[:, ahead - 1 : ahead - 1 + wanted.shape[1]]
+            total = _distance(matrix, h, own, mask, head_loss)
         nats.append(total / counts[ahead - 1])
         correct.append(right / counts[ahead - 1])
     main, mtp = nats[0], jnp.stack(nats[1:]) if nats[1:] else jnp.zeros((0,), jnp.float32)
@@ -125,6 +135,15 @@ def compute_loss(
     measure = jnp.concatenate(measures) * share if measures else None
     dropped, sent = dropped * share, sent * share
     return Losses(total, main, mtp, feature, balance, correct[0], load, dropped, sent, measure, out.max_logits)
+
+
+@jax.named_scope("loss")
+def _distance(matrix: Array, h: Array, own: Array, mask: Array, kind: Distance) -> Array:
+    def summed(matrix, h, own, mask):
+        flat = (x.reshape(-1, x.shape[-1]) for x in (h, own))
+        return summed_distance(*flat, matrix, mask.reshape(-1), kind), ()
+
+    return shard_map_over_batch(summed, (matrix,), h, own, mask)[0]
 
 
 def _feature_loss(

@@ -157,7 +157,12 @@ def chosen(kernels: choose.Kernels, run: RunConfig, mesh: Mesh | None) -> dict[s
         >>> chosen(kernels, ds.recipe("tiny"), None)["product"]
         'xla'
     """
-    return kernels.chosen(run.execution.compute_dtype, _devices(mesh), run.optim.moments_dtype)
+    return kernels.chosen(*_conditions(run, mesh))
+
+
+def _conditions(run: RunConfig, mesh: Mesh | None) -> tuple[str, int, str, str]:
+    """The arguments of `Kernels.chosen` and `Kernels.describe`."""
+    return run.execution.compute_dtype, _devices(mesh), run.optim.moments_dtype, run.optim.name
 
 
 def _devices(mesh: Mesh | None) -> int:
@@ -172,7 +177,7 @@ def describe(found: Prepared, step: int, mesh: Mesh | None) -> list[str]:
     """Lines to print before training: the text, the kernels, and how long it may take."""
     run = found.run
     lines = [found.source.describe()]
-    lines.append(found.kernels.describe(run.execution.compute_dtype, _devices(mesh), run.optim.moments_dtype))
+    lines.append(found.kernels.describe(*_conditions(run, mesh)))
     lines.append(xla_flags.describe(found.options))
     lines.append("" if run.optim.name == "adamw" else f"optimizer: {OPTIMIZERS.get(run.optim.name, run.optim.name)}")
     lines.append(lora.describe(run.lora, abstract_state(run).params) if run.lora.rank else "")

@@ -198,7 +198,7 @@ def make_step(
     def part_losses(trained, frozen, bias, batch, weight, counts):
         model = nnx.merge(graph, lora.join(run.lora, nnx.merge_state(trained, frozen)), bias)
         how = {"heads_only": run.trunk is not None, "watch_logits": run.optim.qk_clip is not None}
-        out = compute_loss(model, batch, weight, counts=counts, share=1 / parts, **how)
+        out = compute_loss(model, batch, weight, counts=counts, share=1 / parts, head_loss=run.head_loss, **how)
         return out.total, out
 
     def gradients(trained, frozen, bias, batch: Batch, weight) -> tuple[nnx.State, Losses]:
@@ -319,7 +319,7 @@ def first_bad_tensor(run: RunConfig, state: TrainState, batch: Batch) -> str:
     def total(trained):
         weight = optim.mtp_weight(run.optim, run.steps, state.step)
         model = nnx.merge(graph, lora.join(run.lora, nnx.merge_state(trained, frozen)), state.bias)
-        return compute_loss(model, batch, weight, heads_only=run.trunk is not None).total
+        return compute_loss(model, batch, weight, heads_only=run.trunk is not None, head_loss=run.head_loss).total
 
     def first(kind: str, tree) -> str | None:
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):

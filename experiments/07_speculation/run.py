@@ -21,6 +21,7 @@ from experiments.lab.claims import Claim
 PROMPTS = 32
 BATCH = 8
 ROUNDS = 3
+FACES = {1: None, BATCH: "white"}  # of a batch's marks; None means filled
 
 
 def variants(base):
@@ -198,22 +199,22 @@ def draw(results, path):
         tried = [length for length, *_ in rows]
         middle.plot(tried, [tokens.mean() for _, tokens, _ in rows], "o-", color=color, markersize=4)
         middle.plot(tried, [gain.mean() for *_, gain in rows], "o:", color=color, markersize=4)
-        for batch, line in ((1, "o-"), (BATCH, "o:")):
+        for batch, face in FACES.items():
             gains = [results.values(variant, f"speed/{batch}/times_plain/{length}").mean() for length in tried]
-            right.plot(tried, gains, line, color=color, markersize=4)
+            right.plot(tried, gains, "s-", color=color, markersize=5, markerfacecolor=face or color, linewidth=1)
     drawing.style_axes(left, "Accepted drafts by position", "position in the draft", "% of steps")
     drawing.style_axes(middle, "If a step over the drafts costs a plain step", "drafts per step", "× plain decoding")
     drawing.style_axes(right, "Measured on this machine", "drafts per step", "× plain decoding")
     left.set_ylim(0, 100)
     left.legend(frameon=False, fontsize=8)
-    for ax, full, dotted in (
-        (middle, "drafts are free", "drafts cost their parameters"),
-        (right, "batch 1", f"batch {BATCH}"),
-    ):
+    # Lines tell costs apart, in the middle; squares tell batches apart, at the right.
+    for line, label in (("-", "drafts are free"), (":", "drafts cost their parameters")):
+        middle.plot([], [], line, color="0.4", label=label)
+    for batch, face in FACES.items():
+        right.plot([], [], "s", color="0.4", markerfacecolor=face or "0.4", label=f"batch {batch}")
+    for ax in (middle, right):
         ax.axhline(1, color="0.5", linewidth=0.8)
         ax.set_ylim(bottom=0)
-        ax.plot([], [], "-", color="0.4", label=full)
-        ax.plot([], [], ":", color="0.4", label=dotted)
         ax.legend(frameon=False, fontsize=8)
     write_figure(figure, path)
 

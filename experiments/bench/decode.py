@@ -50,7 +50,8 @@ SIDES = {
 }
 TOGETHER = 8192  # the largest cell, in tokens, whose sides all fit in memory together
 WARM_UP = 16384  # the largest cell, in tokens, that a lone peer runs once uncounted; our worker always does, to compile
-DRAFT_LENGTHS = (1, 2, 3, 4, 8)
+DRAFT_LENGTHS = (1, 2, 3, 4, 8, "auto")
+LOOKUP_LENGTHS = (2, 8, "auto")
 DRAFTED_CONTEXT, DRAFTED_TOKENS = 64, 161  # within the tiny recipe's 256 training positions
 
 
@@ -172,8 +173,9 @@ def speculation(runs: list[str], draft_run: str | None, batch: int, rounds: int)
         kind = f"{cfg.mtp_kind} heads, {cfg.mtp_depth}" if cfg.mtp_depth else "no heads"
         sides.append((run, f"{kind}: plain", {}))
         for length in DRAFT_LENGTHS if cfg.mtp_depth else ():
-            if cfg.head_kind.reads_tokens or length <= cfg.mtp_depth:
+            if length == "auto" or cfg.head_kind.reads_tokens or length <= cfg.mtp_depth:
                 sides.append((run, f"{kind}: draft {length}", {"draft": "mtp", "draft_length": length}))
+        sides += [(run, f"look-up: draft {n}", {"draft": "lookup", "draft_length": n}) for n in LOOKUP_LENGTHS]
     if draft_run:
         layers = read_run(draft_run).model.num_layers
         name = f"a model of {layers} layer{'s' if layers > 1 else ''}"
@@ -200,6 +202,7 @@ def speculation(runs: list[str], draft_run: str | None, batch: int, rounds: int)
             "acceptance": replies[0]["acceptance"],
             "tokens_per_step": replies[0]["tokens_per_step"],
             "step_ms": 1e3 * statistics.median(reply["step_seconds"] for reply in replies),
+            "steps_by_length": replies[0]["steps_by_length"],
         }
     return cell
 

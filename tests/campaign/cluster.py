@@ -15,7 +15,6 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pairs
@@ -28,7 +27,7 @@ from tests.campaign.table import Table
 from tests.campaign.trials import Ended, faults_of, main, report, trials, watch
 from tests.campaign.watch import LIMIT_S
 
-CASES = ("killed", "stopped", "other settings", "killed", "stopped", "stopped for long")
+CASES = ("worker killed", "other settings", "stopped", "supervisor killed", "stopped", "stopped for long")
 STOP_S = 15.0
 # After a loss: PEER_TIMEOUT to notice it, GRACE to end, and the interpreter's own end on a busy machine.
 END_S = supervisor.PEER_TIMEOUT + supervisor.GRACE + LIMIT_S
@@ -97,13 +96,14 @@ def disturb(case: str, victim, other, folder: Path, rng: random.Random) -> str:
         return f"it does not begin to train: {error}"
     time.sleep(rng.uniform(0, 0.3))
     members = family(victim.pid)
-    chosen = members if case != "killed" and rng.random() < 0.5 else [rng.choice(members)]
-    signal_all(chosen, signal.SIGKILL if case == "killed" else signal.SIGSTOP)
-    if case != "killed":
+    killed = {"supervisor killed": members[:1], "worker killed": members[-1:]}.get(case)
+    chosen = killed or (members if rng.random() < 0.5 else [rng.choice(members)])
+    signal_all(chosen, signal.SIGKILL if killed else signal.SIGSTOP)
+    if not killed:
         time.sleep(STOP_S if case == "stopped" else supervisor.PEER_TIMEOUT + 5)
         signal_all(chosen, signal.SIGCONT)
     names = ["supervisor" if pid == victim.pid else "worker" for pid in chosen]
-    return f"{case}: {' and '.join(names)}"
+    return f"{case}: {' and '.join(names)} of process {victim.args[victim.args.index('--process-id') + 1]}"
 
 
 def finish(root: Path, folder: Path, run: RunConfig, limit: float) -> list[str]:
@@ -119,16 +119,16 @@ def finish(root: Path, folder: Path, run: RunConfig, limit: float) -> list[str]:
 
 def run(seconds: float, seed: int, table: Table, least: int = 1) -> None:
     """Disturb clusters for so long."""
+    until = time.monotonic() + seconds
     with tempfile.TemporaryDirectory(prefix="campaign-") as name:
         root = Path(name)
-        made = replace(pairs.pair_run(root / "text"), steps=48)
-        for _ in range(2):  # the second finds its programs compiled
-            begin = time.monotonic()
-            with pairs.pair(root, root / "warm", made) as both:
-                assert [watch(process, 600).code for process in both] == [0, 0]
-            slow = time.monotonic() - begin
-            shutil.rmtree(root / "warm")
-        for number, rng in trials("cluster", seconds, seed, least):
+        made = pairs.pair_run(root / "text")
+        begin = time.monotonic()
+        with pairs.pair(root, root / "warm", made) as both:  # compiles what the others find
+            assert [watch(process, 600).code for process in both] == [0, 0]
+        slow = time.monotonic() - begin
+        shutil.rmtree(root / "warm")
+        for number, rng in trials("cluster", until, seed, table, least):
             case = CASES[number % len(CASES)]
             faults, said = trial(case, root, root / "run", made, rng, slow)
             table.add(f"cluster: {case}", faults)

@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,9 +152,10 @@ def compare(case: str, made: Base, found: dict, folder: Path, kept: dict[str, se
 
 def run(seconds: float, seed: int, table: Table, least: int = 1) -> None:
     """Damage copies of a small run for so long."""
+    until = time.monotonic() + seconds
     made = base()
     with worker(made.root) as ready:
-        for number, rng in trials("damage", seconds, seed, least):
+        for number, rng in trials("damage", until, seed, table, least):
             folder, case = made.root / "damaged", CASES[number % len(CASES)]
             shutil.copytree(made.stopped, folder)
             what = damage(case, folder, rng)

@@ -11,6 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,13 +112,14 @@ def read_only(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tu
 
 def run(seconds: float, seed: int, table: Table, least: int = 1) -> None:
     """Fill disks for so long."""
+    until = time.monotonic() + seconds
     made = base()
     mounts = can_mount(made.root / "disk")
     if not mounts:
         print("disks: full and read-only ones are left out: this user cannot mount a tmpfs")
     functions = {"full disk": full_disk, "file size": file_size, "read-only disk": read_only}
     with worker(made.root) as ready:
-        for number, rng in trials("disks", seconds, seed, least):
+        for number, rng in trials("disks", until, seed, table, least):
             folder, case = made.root / "disk", CASES[number % len(CASES)] if mounts else "file size"
             faults, said = functions[case](made, folder, rng, ready)
             table.add(f"disks: {case}", faults)

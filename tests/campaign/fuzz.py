@@ -30,6 +30,7 @@ from tests.campaign.table import Table
 from tests.campaign.trials import MAX_SENTENCE, main, report, watch
 from tests.campaign.watch import LIMIT_S, ROOT
 
+ROUNDS = 1_000_000  # from the seed of a round to that of the next
 ROUND = 200  # files that Hypothesis makes before it begins again with another seed
 
 
@@ -120,7 +121,9 @@ def files(name: str):
     if name == "load.jsonl":
         counts = st.integers(0, 9) | anything
         matrix = st.lists(st.lists(counts, min_size=2, max_size=2) | st.lists(counts, max_size=3), max_size=2)
-        return st.lists(st.fixed_dictionaries({"step": st.integers(0, 9), "load": matrix | anything}), max_size=4)
+        tables = {"load": matrix | anything}
+        row = st.fixed_dictionaries({"step": st.integers(0, 9)} | tables, optional={"bias": matrix | anything})
+        return st.lists(row, max_size=4)
     return like(good_tokenizer()) | anything
 
 
@@ -147,7 +150,7 @@ def child(name: str, seconds: float, seed: int) -> int:
             max_examples=ROUND, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
         )
         hypothesis.seed(seed)(settings(made))()
-        seed += 1_000_000
+        seed += ROUNDS
     print(f"count {count}")
     return 0
 
@@ -160,15 +163,16 @@ def run(seconds: float, seed: int, table: Table, least: int = 1) -> None:
         return
     for name in READERS:
         share = max(seconds / len(READERS), 1.0)
-        argv = [sys.executable, "-m", "tests.campaign.fuzz", name, str(share), str(seed)]
+        campaign = f"fuzz {name}"
+        table.begin(campaign, table.first(campaign))
+        first = seed + ROUNDS * table.first(campaign)  # other rounds than before
+        argv = [sys.executable, "-m", "tests.campaign.fuzz", name, str(share), str(first)]
         process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         ended = watch(process, 10 * share + 4 * LIMIT_S)  # shrinking takes longer
         counted = [line for line in ended.out.splitlines() if line.startswith("count ")]
         faults = ["hangs"] if ended.code is None else [] if ended.code == 0 else ["tracebacks"]
-        for _ in range(int(counted[-1].split()[1]) - 1 if counted else 0):
-            table.add(f"fuzz: {name}", [])
-        table.add(f"fuzz: {name}", faults)
-        report("fuzz", seed, 0, name, faults, ended.err)
+        table.add(f"fuzz: {name}", faults, max(1, int(counted[-1].split()[1]) if counted else 0))
+        report("fuzz", first, 0, name, faults, ended.err)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ from dsv3_jax.hf.conversion import convert as convert_folder
 from dsv3_jax.hf.table import tensor_table
 from dsv3_jax.presets import preset
 from tests.campaign.table import Table
+from tests.campaign.trials import MAX_SENTENCE, trials
 from tests.campaign.watch import Answer, Worker
 
-MAX_SENTENCE = 500
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 HALF_WRITTEN = (".part", ".part.old")
 NAN, INF = float("nan"), float("inf")
@@ -349,14 +349,14 @@ def faults_of(answer: Answer, folder: Path) -> list[str]:
     return faults
 
 
-def run(seconds: float, seed: int, table: Table, only: int | None = None) -> None:
+def run(seconds: float, seed: int, table: Table, least: int = 1, only: int | None = None) -> None:
     """Run cases for so long, or one of them, and count them in the table."""
     until = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as root, Worker() as worker:
         base, folder = Path(root, "base"), Path(root, "case")
         make_base(base)
-        number = 0 if only is None else only
-        while time.monotonic() < until:
+        numbers = [only] if only is not None else (number for number, _ in trials("inputs", until, seed, table, least))
+        for number in numbers:
             folder.mkdir()
             name, argv = make_case(base, folder, seed, number)
             answer = worker.run(argv)
@@ -367,9 +367,6 @@ def run(seconds: float, seed: int, table: Table, only: int | None = None) -> Non
                 print(f"inputs: seed {seed}, case {number}, {name}: {', '.join(faults)} in {answer.seconds:.1f} s")
                 print(f"  {' '.join(argv)[:300]!r}\n  {end!r}", flush=True)
             shutil.rmtree(folder)
-            number += 1
-            if only is not None:
-                break
 
 
 def main() -> int:
@@ -381,7 +378,7 @@ def main() -> int:
     args = parser.parse_args()
     print(f"hostile inputs: seed {args.seed}, {args.minutes:g} minutes", flush=True)
     table = Table()
-    run(args.minutes * 60, args.seed, table, args.only)
+    run(args.minutes * 60, args.seed, table, only=args.only)
     print(table)
     return int(table.fell_short > 0)
 

@@ -3,7 +3,8 @@
  *   LD_PRELOAD=jumping_clock.so CLOCK_JUMPS=SEED program
  *
  * The offset changes every 0.2 s, to at most a day and mostly backwards. The monotonic clock is left alone, as by an
- * administrator who sets the time. SEED=0 takes ten years away and never jumps.
+ * administrator who sets the time. SEED=0 takes ten years away and never jumps. SEED=back takes another hour away every
+ * second, for three hours of a real clock.
  */
 
 #define _GNU_SOURCE
@@ -16,10 +17,11 @@
 
 static int64_t offset_s(void) {
   const char* text = getenv("CLOCK_JUMPS");
-  const uint64_t seed = text ? strtoull(text, NULL, 10) : 0;
-  if (seed == 0) return -10LL * 365 * 86400;
   struct timespec now;
   syscall(SYS_clock_gettime, CLOCK_MONOTONIC, &now);
+  if (text && text[0] == 'b') return -3600 * (int64_t)(now.tv_sec % 10000);
+  const uint64_t seed = text ? strtoull(text, NULL, 10) : 0;
+  if (seed == 0) return -10LL * 365 * 86400;
   uint64_t bits = seed * 0x9e3779b97f4a7c15u + (uint64_t)now.tv_sec * 5 + (uint64_t)now.tv_nsec / 200000000;
   bits = (bits ^ (bits >> 30)) * 0xbf58476d1ce4e5b9u;
   bits = (bits ^ (bits >> 27)) * 0x94d049bb133111ebu;

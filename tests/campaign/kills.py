@@ -102,9 +102,10 @@ def kill_command(made: Base, case: str, folder: Path, rng: random.Random) -> tup
 
 def run(seconds: float, seed: int, table: Table, least: int = 1) -> None:
     """Kill processes for so long."""
+    until = time.monotonic() + seconds
     made = base()
     with worker(made.root) as ready:
-        for number, rng in trials("kills", seconds, seed, least):
+        for number, rng in trials("kills", until, seed, table, least):
             folder, case = made.root / "killed", CASES[number % len(CASES)]
             folder.mkdir()
             if case == "train":

@@ -70,11 +70,12 @@ def run(seconds: float, seed: int, table: Table, least: int = 1) -> None:
             if isinstance(program, str):
                 print(f"sanitizers: {name} are left out: {program}")
                 continue
-            cases, faults, said = check(program, seconds / len(SANITIZERS), seed, 0)
-            for _ in range(cases - 1):
-                table.add(f"sanitizers: {name}", [])
-            table.add(f"sanitizers: {name}", faults)
-            report("sanitizers", seed, cases - 1, name, faults, said)
+            campaign = f"sanitizers {name}"
+            first = table.first(campaign)
+            table.begin(campaign, first)
+            cases, faults, said = check(program, seconds / len(SANITIZERS), seed, first)
+            table.add(f"sanitizers: {name}", faults, max(1, cases))
+            report("sanitizers", seed, first + cases - 1, name, faults, said)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import random
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from tests.campaign.table import Table
@@ -49,10 +50,11 @@ def faults_of(ended: Ended, allowed: Sequence[int] = (0,)) -> list[str]:
 # Trials
 
 
-def trials(name: str, seconds: float, seed: int, least: int = 1) -> Iterator[tuple[int, random.Random]]:
-    """Yield numbers and their generators for so long, and `least` of them however long they take."""
-    until, number = time.monotonic() + seconds, 0
-    while number < least or time.monotonic() < until:
+def trials(name: str, until: float, seed: int, table: Table, least: int = 1) -> Iterator[tuple[int, random.Random]]:
+    """Yield numbers and their generators until a time of the monotonic clock, and `least` of them in any case."""
+    first = number = table.first(name)
+    while number < first + least or time.monotonic() < until:
+        table.begin(name, number)
         yield number, random.Random(f"{name} {seed} {number}")
         number += 1
 
@@ -65,14 +67,15 @@ def report(name: str, seed: int, number: int, what: str, faults: list[str], said
 
 
 def main(name: str, run: Callable[[float, int, Table, int], None]) -> int:
-    """Run a campaign alone, and print its table."""
+    """Run a campaign alone, and print its table; 1 if it fell short or tried nothing."""
     parser = argparse.ArgumentParser(description=name)
-    parser.add_argument("--minutes", type=float, default=2.0)
+    parser.add_argument("--minutes", type=float, default=2.0, help="with what is done before the first trial")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--least", type=int, default=1, help="trials, however long they take")
+    parser.add_argument("--record", type=Path, help="file of the trials, which another call goes on from")
     args = parser.parse_args()
     print(f"{name}: seed {args.seed}, {args.minutes:g} minutes", flush=True)
-    table = Table()
+    table = Table(args.record, args.seed)
     run(args.minutes * 60, args.seed, table, args.least)
     print(table)
-    return int(table.fell_short > 0)
+    return int(table.fell_short > 0 or table.tried == 0)

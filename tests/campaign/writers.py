@@ -4,7 +4,8 @@
 
 Of two processes in one folder one trains, and the other ends in a sentence. The lock of a dead process is taken over. A
 process whose folder is moved or deleted ends in a sentence and makes no new folder. Training under a clock that jumps
-(jumping_clock.c, compiled here; left out without a compiler) is killed, resumed, and ends as the undisturbed run.
+or goes back (jumping_clock.c, compiled here; left out without a compiler) is killed, resumed, and ends as the
+undisturbed run.
 """
 
 import json
@@ -26,7 +27,18 @@ from tests.campaign.table import Table
 from tests.campaign.trials import faults_of, main, report, trials, watch
 from tests.campaign.watch import Worker
 
-CASES = ("two writers", "locks", "moved", "locks", "clock", "locks", "jumping clock", "locks")
+CASES = (
+    "two writers",
+    "locks",
+    "moved",
+    "locks",
+    "clock",
+    "locks",
+    "jumping clock",
+    "locks",
+    "backward clock",
+    "locks",
+)
 LONG = {"steps": 100_000, "save_every": 1}  # does not end by itself
 
 
@@ -129,6 +141,19 @@ def jumping_clock(made: Base, folder: Path, rng: random.Random, ready: Worker) -
     return faults, ended.err
 
 
+def backward_clock(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tuple[list[str], str]:
+    """Train while the clock goes back by an hour a second, kill it once, and let it end."""
+    argv = [clock_library(made.root), "back", *made.train(folder)]
+    first = runs.start(argv, made.root, ("-c", JUMPING))
+    time.sleep(rng.uniform(0.5, 1.0) * made.seconds)
+    first.kill()
+    watch(first, 30)
+    faults = half_written(folder)
+    ended = watch(runs.start(argv, made.root, ("-c", JUMPING)), limit_of(made))
+    faults += faults_of(ended) or [*half_written(folder), *ends_the_same(ready, made, folder)]
+    return faults, ended.err
+
+
 def moved(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tuple[list[str], str]:
     """Move or delete the folder under a running process."""
     process = runs.start(made.train(folder, **LONG), made.root)
@@ -156,6 +181,7 @@ def moved(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tuple[
 
 def run(seconds: float, seed: int, table: Table, least: int = 1) -> None:
     """Start writers for so long."""
+    until = time.monotonic() + seconds
     made = base()
     functions = {
         "two writers": two_writers,
@@ -163,11 +189,12 @@ def run(seconds: float, seed: int, table: Table, least: int = 1) -> None:
         "moved": moved,
         "clock": clock,
         "jumping clock": jumping_clock,
+        "backward clock": backward_clock,
     }
     with worker(made.root) as ready:
-        for number, rng in trials("writers", seconds, seed, least):
+        for number, rng in trials("writers", until, seed, table, least):
             folder, case = made.root / "writers", CASES[number % len(CASES)]
-            if case == "jumping clock" and not clock_library(made.root):
+            if case in ("jumping clock", "backward clock") and not clock_library(made.root):
                 continue
             folder.mkdir()
             faults, said = functions[case](made, folder / "run", rng, ready)

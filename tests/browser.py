@@ -1,0 +1,194 @@
+"""A headless Chromium for tests of pages: DevTools' protocol over two pipes, so that no package is needed."""
+
+import base64
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
+PATIENCE = 60.0  # seconds, for a start and for each answer, on a busy machine
+
+
+def executable() -> str | None:
+    """Return the browser of CHROMIUM, or the first of NAMES that is on the path."""
+    found = (shutil.which(name) for name in (os.environ.get("CHROMIUM", ""), *NAMES) if name)
+    return next((path for path in found if path), None)
+
+
+needs_browser = pytest.mark.skipif(executable() is None, reason="no Chromium or Chrome on the path (or in $CHROMIUM)")
+
+
+# The browser reads commands from file descriptor 3 and answers on 4.
+LAUNCHER = """
+import os, sys
+reads, writes = (os.dup(int(number)) for number in sys.argv[1:3])
+for number, wanted in ((reads, 3), (writes, 4)):
+    os.dup2(number, wanted)
+    os.set_inheritable(wanted, True)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
+class Browser:
+    """One tab. `errors` keeps what a page throws or logs as an error, `requests` what it asks of the network."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        to_browser, self._write = os.pipe()
+        self._read, from_browser = os.pipe()
+        command = [
+            *(sys.executable, "-c", LAUNCHER, str(to_browser), str(from_browser), executable() or ""),
+            *("--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+            *("--disable-background-networking", "--no-first-run", "--disable-dev-shm-usage"),
+            f"--user-data-dir={self._folder.name}",
+            "about:blank",
+        ]
+        self._process = subprocess.Popen(
+            command, pass_fds=(to_browser, from_browser), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        os.close(to_browser)
+        os.close(from_browser)
+        self._number, self._pending, self._session = 0, b"", None
+        self.errors: list[str] = []
+        self.requests: list[str] = []
+        try:
+            self._attach()
+        except BaseException:
+            self.close()
+            raise
+
+    def _attach(self) -> None:
+        targets = self.send("Target.getTargets")["targetInfos"]
+        page = next(target["targetId"] for target in targets if target["type"] == "page")
+        self._session = self.send("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.send(f"{domain}.enable")
+
+    def __enter__(self) -> "Browser":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the browser and remove its folder."""
+        self._process.kill()
+        self._process.wait()
+        os.close(self._write)
+        os.close(self._read)
+        self._folder.cleanup()
+
+    def send(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Send a command and return its result."""
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": parameters}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._write, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._next()
+            if answer.get("id") == self._number:
+                assert "error" not in answer, (method, answer["error"])
+                return answer["result"]
+
+    def open(self, page: Path, fragment: str = "", *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
+        """Open a file in a window of this size, and wait until it has drawn."""
+        self.errors.clear()
+        self.requests.clear()
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.send(
+            "Emulation.setEmulatedMedia", features=[scheme, {"name": "prefers-reduced-motion", "value": "reduce"}]
+        )
+        self.send("Page.navigate", url="about:blank")
+        self.send("Page.navigate", url=page.absolute().as_uri() + fragment)
+        self.wait_for(
+            f"location.href.startsWith({json.dumps(page.absolute().as_uri())}) && document.readyState === 'complete'"
+        )
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait for two frames: what a change causes is drawn then."""
+        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+    def run(self, expression: str) -> Any:
+        """Evaluate JavaScript and return its JSON value."""
+        result = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in result, (expression, result["exceptionDetails"])
+        return result["result"].get("value")
+
+    def wait_for(self, expression: str) -> None:
+        """Wait until an expression is true."""
+        end = time.monotonic() + PATIENCE
+        while not self.run(expression):
+            assert time.monotonic() < end, expression
+            time.sleep(0.02)
+
+    def click(self, selector: str, x: float | None = None, y: float | None = None) -> None:
+        """Click with the mouse on an element: its middle, or x, y from its corner."""
+        self.run(
+            f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center', behavior: 'instant'}})"
+        )
+        box = self.run(
+            f"(({{left, top, width, height}}) => [left, top, width, height])"
+            f"(document.querySelector({json.dumps(selector)}).getBoundingClientRect())"
+        )
+        place = {
+            "x": box[0] + (box[2] / 2 if x is None else x),
+            "y": box[1] + (box[3] / 2 if y is None else y),
+            "button": "left",
+            "clickCount": 1,
+        }
+        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+            self.send(
+                "Input.dispatchMouseEvent", type=kind, **place | ({"button": "none"} if kind == "mouseMoved" else {})
+            )
+        self.settle()
+
+    def press(self, *keys: str) -> None:
+        """Press keys by name, such as ArrowRight, Enter, Escape."""
+        for key in keys:
+            text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
+            self.send("Input.dispatchKeyEvent", type="keyDown", key=key, text=text)
+            self.send("Input.dispatchKeyEvent", type="keyUp", key=key)
+        self.settle()
+
+    def picture(self, path: Path, *, whole: bool = False) -> None:
+        """Write a picture of the window, or of the whole page, as PNG."""
+        png = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole,
+                        **({"clip": self._page()} if whole else {}))["data"]  # fmt: skip
+        path.write_bytes(base64.b64decode(png))
+
+    def _page(self) -> dict[str, float]:
+        size = self.send("Page.getLayoutMetrics")["cssContentSize"]
+        return {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+
+    def _next(self) -> dict[str, Any]:
+        """Return the next message, and keep the page's errors and requests."""
+        while b"\0" not in self._pending:
+            ready, _, _ = select.select([self._read], [], [], PATIENCE)
+            part = os.read(self._read, 1 << 20) if ready else b""
+            assert part, f"the browser is silent; its exit code: {self._process.poll()}"
+            self._pending += part
+        line, self._pending = self._pending.split(b"\0", 1)
+        message = json.loads(line)
+        what, parameters = message.get("method"), message.get("params", {})
+        if what == "Runtime.exceptionThrown":
+            self.errors.append(str(parameters["exceptionDetails"]))
+        elif what == "Log.entryAdded" and parameters["entry"]["level"] in ("error", "warning"):
+            self.errors.append(str(parameters["entry"]))
+        elif what == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "warning", "assert"):
+            self.errors.append(str(parameters["args"]))
+        elif what == "Network.requestWillBeSent" and not parameters["request"]["url"].startswith(("about:", "data:")):
+            self.requests.append(parameters["request"]["url"])
+        return message
