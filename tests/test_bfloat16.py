@@ -22,6 +22,7 @@ from dsv3_jax.ops import (
     cached_attention,
     cross_entropy,
     dispatch,
+    draft_loss,
     embedding,
     grouped_product,
     mla,
@@ -82,6 +83,12 @@ def nats(h, w, op):
     return op(h, w.astype(h.dtype), TOKENS.reshape(-1), jnp.ones(B * T, bool))[0]
 
 
+def apart(h, w):
+    """From the distribution of other hidden states, whole numbers, which take no gradient."""
+    other = jnp.asarray(np.random.default_rng(3).integers(-2, 3, h.shape), h.dtype)
+    return draft_loss.summed_distance(h, other, w.astype(h.dtype), jnp.ones(B * T, bool), "kl", chunk=5)
+
+
 def attend(op):
     return {"q": (B, T, H, N), "k": (B, T, H, N), "v": (B, T, H, V)}, {}, partial(op, scale=0.3)
 
@@ -120,6 +127,7 @@ OPS = {
     "dispatch.decode_by_products": (
         ROWS, EXPERTS, experts(dispatch.decode_by_products, decode=True, product=grouped_product.ROW_BLOCKS),
     ),
+    "draft_loss.summed_distance": ({"h": (B * T, D)}, {"w": (D, W)}, apart),
     "embedding.look_up": ({}, {"w": (W, D)}, lambda w: embedding.look_up(w, TOKENS)),
     "embedding.look_up_in_order": ({}, {"w": (W, D)}, lambda w: embedding.look_up_in_order(w, TOKENS)),
     "grouped_product.ragged_dot": grouped(grouped_product.ragged_dot, (E, D, F)),
@@ -163,7 +171,8 @@ ELSEWHERE = {
 # Files and functions that read and write float32, whole numbers or settings, whatever the compute dtype.
 NEVER_BFLOAT16 = {
     "balance", "expert_stack", "newton_schulz", "routing", "sampling", "sort_by_expert", "varying", "verify_drafts",
-    "attention.large_block", "cached_attention.write_rows", "cross_entropy.token_scores", "grouped_product.block_size",
+    "attention.large_block", "cached_attention.write_rows", "cross_entropy.token_scores", "draft_loss.distance",
+    "grouped_product.block_size",
     "grouped_product.in_groups", "grouped_product.row_blocks", "grouped_product.take_groups", "grouped_product.wide",
     "quantize.largest", "rope.cos_sin", "rope.frequencies", "rope.mscale", "rope.softmax_scale", "rope.yarn_range",
 }  # fmt: skip
@@ -235,7 +244,7 @@ def test_bfloat16_is_float64_to_its_rounding(found, wanted, name):
     """An operand or a result is rounded by 2⁻⁹ of itself; experts and MLA round four or five times in a row."""
     (y, gradients), (want, want_gradients) = found[name], wanted[name]
     activations, weights, _ = OPS[name]
-    is_wide = name.startswith("cross_entropy") or name.endswith(("_dw", "row_maxima"))
+    is_wide = name.startswith(("cross_entropy", "draft_loss")) or name.endswith(("_dw", "row_maxima"))
     assert y.dtype == (jnp.float32 if is_wide or not activations else jnp.bfloat16)
     assert gradients.keys() == want_gradients.keys()
     assert all(g.dtype == (jnp.float32 if key in weights else jnp.bfloat16) for key, g in gradients.items())

@@ -13,6 +13,7 @@ from runs import MODEL, STEPS, assert_bitwise, cheap_compiles, fresh_state, make
 from dsv3_jax.config import OptimConfig
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.training import step as train_step
+from dsv3_jax.training.rows import biases
 from dsv3_jax.training.step import TrainState, first_bad_tensor, init_state, make_step
 
 B, T = 4, 16
@@ -130,6 +131,12 @@ def test_other_routers_have_no_bias_to_move(plain_step):
     new, metrics = plain_step(state, make_batch())
     assert np.ptp(metrics["load"]) > 0
     assert_bitwise(new.bias, before)
+
+
+def test_load_rows_have_biases_where_something_moves_them():
+    dense = replace(RUN, model=replace(MODEL, num_dense_layers=2, mtp_depth=0))
+    for run, found in ((RUN, {"bias"}), (PLAIN, set()), (dense, set())):
+        assert biases(run, init_state(run).bias).keys() == found
 
 
 def test_the_bias_is_not_the_optimizers():

@@ -54,7 +54,8 @@ def biases(run: RunConfig, bias: nnx.State) -> dict[str, Array]:
     """
     if balance.rule_of(run.model) is None or not run.model.balance.bias_rate:
         return {}
-    flat = nnx.to_flat_state(bias)
+    if not (flat := nnx.to_flat_state(bias)):  # all layers are dense
+        return {}
     heads = [(int(str(path[1])), value[...]) for path, value in flat if path[0] == "mtp"]
     trunk = [value[...] for path, value in flat if path[0] != "mtp"]
     return {"bias": _stacked(trunk, [value for _, value in sorted(heads, key=lambda pair: pair[0])])}
