@@ -113,8 +113,8 @@ def draw(results, path):
         left.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
     early = results.values(BIAS, "early").mean()
     drawing.style_axes(
-        left, f"{100 * early:.0f} % of the last choices are made after {100 * EARLY:.0f} % of training", "step",
-        "share of the last checkpoint's choices; shaded: seeds",
+        left, f"With the bias {100 * early:.0f} % are made after {100 * EARLY:.0f} % of training", "step",
+        "share of the last choices; shaded: seeds",
     )  # fmt: skip
     left.set_ylim(0, 1.02)
     left.legend(frameon=False, fontsize=8, loc="lower right")
@@ -136,11 +136,9 @@ def draw(results, path):
             values = results.values(variant, "max_vio")
             right.plot(steps, values.mean(0), color=drawing.colour_of(results, variant), label=variant)
     with_it, without = (results.values(BIAS, key)[:, -1].mean() for key in ("max_vio", "max_vio_without"))
-    drawing.style_axes(
-        right, f"Without its bias the router has MaxVio {without:.1f}, not {with_it:.1f}", "step", "MaxVio"
-    )
-    right.set_ylim(bottom=0)
-    right.legend(frameon=False, fontsize=8)
+    drawing.style_axes(right, f"Without its bias: MaxVio {without:.1f}, not {with_it:.1f}", "step", "MaxVio")
+    right.set_ylim(0, 1.45 * right.get_ylim()[1])  # space for the legend
+    right.legend(frameon=False, fontsize=8, loc="upper right")
     write_figure(figure, path)
 
 
