@@ -22,7 +22,7 @@ def mean_spread(values: np.ndarray, digits: int = 3, *, sign: bool = False) -> s
     >>> mean_spread(np.array([1.0, 2.0, 3.0]), 2), mean_spread(np.array([-0.5]), 1, sign=True)
     ('2.00 ± 1.00', '−0.5')
     """
-    if not len(values):
+    if not len(values) or np.isnan(values).all():
         return "–"
     spread = f" ± {format_number(float(np.std(values, ddof=1)), digits)}" if len(values) > 1 else ""
     return format_number(float(np.mean(values)), digits, sign=sign) + spread

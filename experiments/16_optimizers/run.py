@@ -1,0 +1,146 @@
+"""AdamW against Muon and Muon with QK-clip: steps to a loss, and the largest attention logit of each head."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from dsv3_jax.config import replace
+from experiments.lab import Column, Study, drawing, write_figure
+from experiments.lab.claims import Claim, Stake
+
+ADAMW, MUON, CLIPPED, FREE = "AdamW", "Muon", "Muon + QK-clip", "AdamW + QK-clip"
+HALF = "Muon, half the steps"
+# Chosen on seed 100 among 3e-3, 6e-3 and 1.2e-2 (README.md).
+RATES = {ADAMW: 6e-3, MUON: 6e-3}
+THRESHOLD = 8.0  # of QK-clip: about half of the largest logit that AdamW reaches here
+EVALUATIONS = 10  # in a run, for the step at which a loss is reached
+
+
+def variants(base):
+    def of(name, clip=None, steps=base.steps):
+        rate = RATES[ADAMW if name == "adamw" else MUON]
+        optim = replace(base.optim, name=name, qk_clip=clip, learning_rate=rate, final_learning_rate=rate / 20)
+        every = max(steps // EVALUATIONS, 1)
+        return replace(base, optim=optim, steps=steps, eval_every=every, save_every=min(base.save_every, steps))
+
+    return {
+        ADAMW: of("adamw"),
+        MUON: of("muon"),
+        HALF: of("muon", steps=max(base.steps // 2, 2)),
+        FREE: of("adamw", THRESHOLD),
+        CLIPPED: of("muon", THRESHOLD),
+    }
+
+
+def measure(trained):
+    """`head_logits`: the largest attention logit of each head on held-out text [L, H]; `max_logit`: of all of them."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    graph, state = nnx.split(trained.model)
+
+    @jax.jit
+    def largest(state, tokens, segment_ids, positions):
+        out = nnx.merge(graph, state).forward_hidden(tokens, segment_ids, positions, watch_logits=True)
+        return {name: logits.reshape(-1, logits.shape[-1]) for name, logits in out.max_logits.items()}
+
+    found = None
+    for batch in trained.held_out(4):
+        rows = [jnp.asarray(batch[name]) for name in ("tokens", "segment_ids", "positions")]
+        logits = jax.tree.map(np.asarray, largest(state, *rows))
+        found = logits if found is None else jax.tree.map(np.maximum, found, logits)
+    heads = np.concatenate([found[name] for name in sorted(found)])  # dense layers come before sparse ones
+    return {"head_logits": heads.tolist(), "max_logit": float(heads.max())}
+
+
+def steps_to(results, variant, target=ADAMW):
+    """Return for each seed the share of the target's steps after which a run is at the target's last loss, else NaN.
+
+    The validation loss is interpolated between evaluations.
+    """
+    seeds = sorted(results.runs[variant].keys() & results.runs[target].keys(), key=int)
+    curves = [[results.runs[name][seed]["curves"]["val_loss"] for name in (variant, target)] for seed in seeds]
+    shares = []
+    for (steps, losses), (target_steps, target_losses) in curves:
+        goal, total = target_losses[-1], target_steps[-1]
+        below = np.flatnonzero(np.array(losses) <= goal)
+        if not len(below):
+            shares.append(np.nan)
+        elif below[0] == 0:
+            shares.append(steps[0] / total)
+        else:
+            i = below[0]
+            part = (losses[i - 1] - goal) / (losses[i - 1] - losses[i])
+            shares.append((steps[i - 1] + part * (steps[i] - steps[i - 1])) / total)
+    return np.array(shares)
+
+
+def log_logit(numbers):
+    """Return the natural logarithm of the largest logit: its noise is then alike in clipped and free runs."""
+    return float(np.log(numbers["max_logit"]))
+
+
+def draw(results, path):
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    drawing.plot_curves(left, results, "val_loss", title(results), "validation loss, nats per token")
+    for variant in results.variants:
+        heads = np.stack([np.sort(np.ravel(h))[::-1] for h in results.values(variant, "head_logits")])
+        colour = drawing.colour_of(results, variant)
+        right.plot(range(1, heads.shape[1] + 1), heads.mean(0), "o-", color=colour, label=variant, markersize=4)
+        right.fill_between(
+            range(1, heads.shape[1] + 1), heads.min(0), heads.max(0), color=colour, alpha=0.15, linewidth=0
+        )
+    right.axhline(THRESHOLD, color="0.4", linewidth=0.8, linestyle="--")
+    drawing.style_axes(
+        right, f"QK-clip keeps the heads near its threshold of {THRESHOLD:g}", "heads of all layers, largest first",
+        "largest attention logit on held-out text",
+    )  # fmt: skip
+    right.legend(frameon=False, fontsize=8)
+    write_figure(figure, path)
+
+
+def title(results):
+    share = steps_to(results, MUON)
+    if np.isnan(share).any():
+        return "Muon does not reach AdamW's loss in every seed"
+    return f"Muon is at AdamW's loss after {100 * share.mean():.0f} % of the steps"
+
+
+STUDY = Study(
+    script=__file__,
+    question="Does Muon reach AdamW's loss in half the steps, and does QK-clip bound logits for nothing?",
+    published="Muon needs 52 % of AdamW's training FLOPs (arXiv 2502.16982); QK-clip at 100 changes no loss (K2)",
+    variants=variants,
+    measure=measure,
+    columns=(
+        Column("validation loss", "val_loss", 4, paired=True, against=(MUON,)),
+        Column("share of AdamW's steps to its loss", steps_to, 2),
+        Column("largest logit of a head", "max_logit", 1),
+        Column("MaxVio, validation set", "max_vio_global", 2),
+    ),
+    draw=draw,
+    claims=(
+        Claim("Muon has a lower loss than AdamW after as many steps", MUON, ADAMW, stake="training"),
+        Claim("Muon is at AdamW's loss after half the steps", HALF, ADAMW, "val_loss", "equal", 0.02, stake="training"),
+        Claim("QK-clip does not change Muon's loss", CLIPPED, MUON, "val_loss", "equal", 0.02, stake="logits"),
+        Claim("QK-clip lowers Muon's largest logit", CLIPPED, MUON, log_logit, unit="ln logit", digits=2),
+        Claim("QK-clip lowers AdamW's largest logit", FREE, ADAMW, log_logit, unit="ln logit", digits=2),
+        Claim("Muon has larger logits than AdamW", MUON, ADAMW, log_logit, "higher", unit="ln logit", digits=2),
+    ),
+    stakes={
+        "training": Stake("half of Muon's training", lambda results: results.paired(HALF, MUON, "val_loss")),
+        "logits": Stake(
+            "logits above the threshold", lambda results: results.values(MUON, log_logit) - np.log(THRESHOLD),
+            log_logit, "ln logit", 2,
+        ),
+    },
+)  # fmt: skip
+
+if __name__ == "__main__":
+    sys.exit(STUDY.main())
