@@ -96,11 +96,12 @@ def draw(results, path):
         right.fill_between(
             range(1, heads.shape[1] + 1), heads.min(0), heads.max(0), color=colour, alpha=0.15, linewidth=0
         )
-    right.axhline(THRESHOLD, color="0.4", linewidth=0.8, linestyle="--")
-    drawing.style_axes(
-        right, f"QK-clip keeps the heads near its threshold of {THRESHOLD:g}", "heads of all layers, largest first",
-        "largest attention logit on held-out text",
-    )  # fmt: skip
+    tops = {name: results.values(name, "max_logit").mean() for name in results.variants}
+    words = f"The largest logit is {tops[MUON]:.0f} with Muon, {tops[ADAMW]:.0f} with AdamW"
+    if CLIPPED in tops:
+        right.axhline(THRESHOLD, color="0.4", linewidth=0.8, linestyle="--")
+        words += f", {tops[CLIPPED]:.0f} with Muon and QK-clip at {THRESHOLD:g}"
+    drawing.style_axes(right, words, "heads of all layers, largest first", "largest attention logit on held-out text")
     right.legend(frameon=False, fontsize=8)
     write_figure(figure, path)
 
