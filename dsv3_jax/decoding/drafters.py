@@ -205,7 +205,7 @@ class LookupDrafter:
     """Prompt look-up: what followed the last tokens where they occurred before, in the prompt or the new text.
 
     The occurrence of the longest run of last tokens is taken, up to LONGEST_MATCH of them; of several, the latest. The
-    drafts are the tokens after it. Beyond the end of the text come the drafts themselves, so a period goes on. Without
+    drafts are the tokens after it. Beyond the end of the text come the drafts themselves, so a period repeats. Without
     any occurrence the newest token is repeated. Each draft is certain: q is 1 at it.
 
     Source: prompt look-up decoding, as transformers' `prompt_lookup_num_tokens`; LLMA, arXiv 2304.04487.

@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=CAMPAIGNS, default=list(CAMPAIGNS), help="these campaigns")
     parser.add_argument("--least", type=int, default=1, help="trials of each campaign, however long they take")
-    parser.add_argument("--record", type=Path, help="file of the trials: a run that was stopped goes on from it")
+    parser.add_argument("--record", type=Path, help="file of the trials: a stopped run resumes from it")
     parser.add_argument("--readme", action="store_true", help="write the table into README.md, too")
     args = parser.parse_args()
     if args.record is not None:
@@ -52,7 +52,7 @@ def main() -> int:
             CAMPAIGNS[name](left, args.seed, table, args.least)
             print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on" if args.record is not None else "stopped")
+        print("stopped; the same command resumes" if args.record is not None else "stopped")
     print(table)
     only = "" if args.only == list(CAMPAIGNS) else f" --only {' '.join(args.only)}"
     words = f"`python -m tests.campaign --minutes {args.minutes:g} --seed {args.seed}{only}`"

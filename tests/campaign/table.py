@@ -23,7 +23,7 @@ class Table:
 
     Args:
         record: a file of JSON lines, one for each `add`. Its lines of the same seed are counted, too, so a campaign
-            that was stopped goes on with its next trial. None means that nothing is kept.
+            that was stopped resumes with its next trial. None means that nothing is kept.
 
     Example:
         >>> table = Table()

@@ -72,7 +72,7 @@ def main(name: str, run: Callable[[float, int, Table, int], None]) -> int:
     parser.add_argument("--minutes", type=float, default=2.0, help="with what is done before the first trial")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--least", type=int, default=1, help="trials, however long they take")
-    parser.add_argument("--record", type=Path, help="file of the trials, which another call goes on from")
+    parser.add_argument("--record", type=Path, help="file of the trials, which another call resumes from")
     args = parser.parse_args()
     print(f"{name}: seed {args.seed}, {args.minutes:g} minutes", flush=True)
     table = Table(args.record, args.seed)
