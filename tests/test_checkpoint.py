@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,8 @@ from dsv3_jax.cluster import processes
 from dsv3_jax.config import ConfigError
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.training import adamw
-from dsv3_jax.training.checkpoint import Checkpoints, load_run
+from dsv3_jax.training.checkpoint import DELETED, Checkpoints, load_run
+from dsv3_jax.training.checksums import find_damage
 from dsv3_jax.training.run_folder import RUN_FILE, claim, read_run, settled
 from dsv3_jax.training.step import TrainState
 
@@ -76,6 +78,24 @@ def test_a_half_written_checkpoint_of_a_dead_run_is_ignored(tmp_path):
         assert checkpoints.latest == 3
         checkpoints.save(make_state(9), PLACE)
     assert steps_in(tmp_path) == {"3", "9"}
+
+
+def test_an_old_checkpoint_is_never_half_deleted(tmp_path, monkeypatch):
+    """A run that dies while it deletes leaves whole checkpoints only, and the next start deletes the rest."""
+
+    def one_file_only(path, **_):
+        for file in Path(path).rglob("_METADATA"):
+            file.unlink()
+
+    monkeypatch.setattr(shutil, "rmtree", one_file_only)
+    save(tmp_path, 3, 5, 7)
+    assert [path.name for path in (tmp_path / "checkpoints" / DELETED).iterdir()] == ["3"]
+    assert find_damage(tmp_path / "checkpoints" / DELETED / "3")
+    assert not any(find_damage(tmp_path / "checkpoints" / step) for step in ("5", "7"))
+    monkeypatch.undo()
+    with Checkpoints(tmp_path, RUN) as checkpoints:
+        assert checkpoints.latest == 7
+    assert steps_in(tmp_path) == {"5", "7"}
 
 
 def test_no_room_leaves_the_checkpoint_before(tmp_path, monkeypatch):

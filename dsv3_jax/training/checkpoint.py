@@ -2,7 +2,8 @@
 
 Each holds the training state (parameters, router bias, optimizer, step), the data position and the run's
 configuration. Orbax writes into a temporary folder and renames it, so a run killed at any moment leaves the checkpoint
-before. Half-written checkpoints of a dead run are deleted at the next start. Checkpoints are independent of the mesh.
+before. It moves an old one into the folder "deleted" before the files go, so none is half there either. What a dead run
+leaves of both is deleted at the next start. Checkpoints are independent of the mesh.
 
 A checkpoint is compared with its checksums (see `checksums`) before it is read. A reader refuses a damaged one, because
 results must be of the step that was asked for. Training resumes from the newest one that is whole (`rewind`).
@@ -11,7 +12,7 @@ results must be of the step that was asked for. Training resumes from the newest
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,8 @@ from dsv3_jax.training.checksums import MARK, has_manifest, write_manifest
 from dsv3_jax.training.run_folder import difference, read_run
 from dsv3_jax.training.step import TrainState, abstract_state, model_of
 from dsv3_jax.training.whole_steps import WholeSteps
+
+DELETED = "deleted"  # subfolder of checkpoints beyond `run.keep`, until their files are deleted
 
 
 class SaveFailed(OSError):
@@ -66,7 +69,7 @@ class Checkpoints:
     ):
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # its errors are raised, too
         self.folder, self.run = Path(folder).absolute() / "checkpoints", run
-        self._optimizer = optimizer
+        self._optimizer, self._read_only = optimizer, read_only
         self._saving: int | None = None  # the step of the last `save`
         self._whole = WholeSteps(self.folder)
         # lightweight_initialize: Orbax would read each checkpoint's metadata, which may be damaged.
@@ -75,8 +78,10 @@ class Checkpoints:
                 read_only=True, save_interval_steps=0, create=False, lightweight_initialize=True
             )
         else:
+            self._delete_old()  # what an earlier process left
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=run.keep,
+                todelete_subdir=DELETED,
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
                 lightweight_initialize=True,
@@ -92,6 +97,7 @@ class Checkpoints:
         try:
             with self._named_errors():
                 self._manager.close()  # waits for the last save
+            self._delete_old(last=True)
         except SaveFailed:
             for part in self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(part, ignore_errors=True)
@@ -112,6 +118,7 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest:
             return
+        self._delete_old()
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         processes.by_first(lambda: self._check_room(size))  # one that refused alone would leave the others waiting
         args = ocp.args.Composite(
@@ -134,6 +141,17 @@ class Checkpoints:
         if not self._manager.is_saving_in_progress():
             with self._named_errors():
                 self._manager.wait_until_finished()
+            self._delete_old()
+
+    def _delete_old(self, *, last: bool = False) -> None:
+        """Delete the checkpoints that Orbax has moved away, and their folder unless it may still move one there."""
+        if self._read_only or jax.process_index() > 0:
+            return
+        for path in self.folder.glob(f"{DELETED}/*"):
+            shutil.rmtree(path, ignore_errors=True)
+        if last:
+            with suppress(OSError):
+                (self.folder / DELETED).rmdir()
 
     def _write_manifest(self) -> None:
         # Another thread of Orbax writes its metadata, which the manifest repeats; no public method waits for it.

@@ -7,6 +7,7 @@ import atexit
 import hashlib
 import json
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -131,7 +132,9 @@ def last_json(out: str) -> dict:
 def half_written(folder: Path) -> list[str]:
     """Name the fault if a checkpoint at its place is not whole."""
     steps = [path for path in (folder / "checkpoints").glob("*") if path.name.isdecimal()]
-    return ["half-written"] if any(find_damage(path) for path in steps) else []
+    damage = [text for path in steps for text in find_damage(path)]
+    print(*damage, sep="\n", end="\n" if damage else "", file=sys.stderr)
+    return ["half-written"] if damage else []
 
 
 def ends_the_same(ready: Worker, made: Base, folder: Path) -> list[str]:
