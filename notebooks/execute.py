@@ -56,6 +56,8 @@ def main() -> None:
     parser.add_argument("--to", type=Path, help="the folder to write to; default: in place")
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if args.to:
+        args.to.mkdir(parents=True, exist_ok=True)
     for notebook in args.notebooks or sorted(HERE.glob("*.ipynb")):
         print(notebook.name, flush=True)
         execute(notebook, args.to or notebook.parent)
