@@ -163,6 +163,10 @@ def test_a_failed_manipulation_check_gives_no_verdict(tmp_path, rng):
     assert "what nobody ran: not measured" in text and "no model: costs 1.003 nats" in text
     kept = as_json(verdicts[1])
     assert kept["difference"] == pytest.approx(0.4967, abs=1e-4) and kept["answer"] == "yes"  # turned: lower is good
+    same = [Claim(name, name, "base", expect="equal", margin=0.6) for name in ("better", "far")]
+    yes, no = map(as_json, judge(results, same, {}, noise_within(results))[0])
+    assert (yes["answer"], no["answer"]) == ("yes", "no")
+    assert yes["difference"] > yes["half"] and no["difference"] < -no["half"]  # of the margin, as the picture has it
 
 
 def test_three_seeds_alone_do_not_tell_apart_what_the_pool_does(tmp_path, rng):

@@ -16,7 +16,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from dsv3_jax.data.tokenizer import _byte_by_character
+from dsv3_jax.data.tokenizer_file import byte_by_character
 
 GOLDEN = Path(__file__).parent / "golden" / "chat.json"
 NOW = datetime(2025, 3, 4, 5, 6)  # what the clock of templates says
@@ -36,7 +36,7 @@ WORDS = (
     "bos",
     "é",
 )
-CHARACTER = {byte: character for character, byte in _byte_by_character().items()}
+CHARACTER = {byte: character for character, byte in byte_by_character().items()}
 
 # As DeepSeek-V3's: system messages are collected first, tokens of the turns are not special, a `</think>` cuts answers.
 V3 = """
@@ -352,6 +352,6 @@ def write_text_files(folder: Path, text: Text) -> Path:
 
 def tiktoken_lines() -> bytes:
     """A `tiktoken.model` of the same merges."""
-    byte_of = _byte_by_character()
+    byte_of = byte_by_character()
     pieces = [bytes([b]) for b in range(256)] + [bytes(byte_of[c] for c in a + b) for a, b in merges()]
     return b"".join(base64.b64encode(piece) + f" {i}\n".encode() for i, piece in enumerate(pieces))

@@ -15,7 +15,6 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from operator import index
 from pathlib import Path
@@ -33,6 +32,16 @@ from dsv3_jax.data.special_tokens import (
     end_ids,
     named_specials,
     read_object,
+)
+from dsv3_jax.data.tokenizer_file import (
+    PROBE,
+    byte_by_character,
+    bytes_by_id,
+    check_ids,
+    is_byte_level,
+    names_of_ids,
+    open_json,
+    sentences,
 )
 from dsv3_jax.files import MAX_JSON, check_regular, write_atomic
 
@@ -179,7 +188,7 @@ class Tokenizer(abc.ABC):
         found = hashlib.blake2b(digest_size=8)
         found.update(self.byte_lengths.tobytes() + b"".join(self._token_bytes))
         found.update(repr((self.eos_id, self._fim_ids, sorted(self.specials.items()))).encode())
-        found.update(self.encode_array(_PROBE).tobytes())
+        found.update(self.encode_array(PROBE).tobytes())
         return found.hexdigest()
 
     def stream(self) -> "StreamDecoder":
@@ -250,34 +259,34 @@ class FileTokenizer(Tokenizer):
         file = Path(path) / JSON_FILE if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise ValueError(f"tokenizer={path!r} is neither 'bytes' nor a {JSON_FILE}; give one of them")
-        inner = _open_json(file)
+        inner = open_json(file)
         inner.encode_special_tokens = True  # text may contain names of specials; only this project adds specials
         inner.no_padding()
         inner.no_truncation()
         eos = _eos_of(file, inner.token_to_id)
-        _check_ids(file, inner.get_vocab(with_added_tokens=True).values(), eos)
-        with _sentences(file, "cannot encode text"):
-            inner.encode(_PROBE, add_special_tokens=False)
+        check_ids(file, inner.get_vocab(with_added_tokens=True).values(), eos)
+        with sentences(file, "cannot encode text"):
+            inner.encode(PROBE, add_special_tokens=False)
         fim = next((ids for names in _FIM if (ids := _ids_of(inner, names))), None)
         self._file, self._inner = file, inner
-        self._byte_level = _is_byte_level(inner)
+        self._byte_level = is_byte_level(inner)
         self.puts_space_before = not self._byte_level
         tokens = inner.get_added_tokens_decoder().items()
         specials = {token.content: i for i, token in tokens if token.special}
         added = {token.content: i for i, token in tokens}
-        super().__init__(_bytes_by_id(inner, self._byte_level, {eos, *(fim or ())}), eos, fim, specials, added)
+        super().__init__(bytes_by_id(inner, self._byte_level, {eos, *(fim or ())}), eos, fim, specials, added)
 
     def encode_array(self, text: str) -> Int32[np.ndarray, " n"]:
-        with _sentences(self._file, "cannot encode this text"):
+        with sentences(self._file, "cannot encode this text"):
             return np.array(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_with_specials(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        with _sentences(self._file, "cannot encode this text"):
+        with sentences(self._file, "cannot encode this text"):
             found = self._with_specials.encode(text, add_special_tokens=False)
         return found.ids, found.offsets
 
     def encode_prompt(self, text: str) -> list[int]:
-        with _sentences(self._file, "cannot encode this text"):
+        with sentences(self._file, "cannot encode this text"):
             return self._with_specials.encode(text, add_special_tokens=True).ids
 
     def encode_plain(self, text: str) -> list[int]:
@@ -324,13 +333,13 @@ class TiktokenTokenizer(Tokenizer):
             ) from error
         ranks = _ranks(file)
         added = read_object(file.parent / CONFIG_FILE).get("added_tokens_decoder") or {}
-        names = _names_of_ids(file.parent / CONFIG_FILE, added)
+        names = names_of_ids(file.parent / CONFIG_FILE, added)
         base = len(ranks)
         end = max([base + 256, *(i + 1 for i in names)])
         specials = {names.get(i, f"<|reserved_token_{i}|>"): i for i in range(base, end)}
         if sorted(ranks.values()) != list(range(base)) or len(specials) != end - base:
             raise ValueError(f"tokenizer={str(file)!r} cannot be read: ids are not 0 … {end - 1}, each once")
-        with _sentences(file, "cannot be read"):
+        with sentences(file, "cannot be read"):
             self._encoding = tiktoken.Encoding(
                 name=file.name, pat_str=KIMI_PATTERN, mergeable_ranks=ranks, special_tokens=specials
             )
@@ -338,7 +347,7 @@ class TiktokenTokenizer(Tokenizer):
         for piece, i in ranks.items():
             table[i] = piece
         eos = _eos_of(file, lambda name: specials.get(name))
-        _check_ids(file, specials.values(), eos)
+        check_ids(file, specials.values(), eos)
         super().__init__(table, eos, None, specials)
 
     def encode_array(self, text: str) -> Int32[np.ndarray, " n"]:
@@ -458,7 +467,7 @@ def keep_copy(spec: str, folder: Path) -> Path:
     if is_tiktoken and said.is_file():
         write_atomic(folder / CONFIG_FILE, said.read_bytes())
     elif not is_tiktoken:
-        inner = _open_json(source)
+        inner = open_json(source)
         eos = _eos_of(source, inner.token_to_id)
         if eos != _known_eos(inner.token_to_id):  # said by a file beside the source
             write_atomic(folder / SPECIALS_FILE, json.dumps({"eos_token": inner.id_to_token(eos)}))
@@ -475,7 +484,7 @@ def byte_tokenizer_json() -> str:
         ...     load(folder).same_ids(ByteTokenizer())
         True
     """
-    character_of = {byte: character for character, byte in _byte_by_character().items()}
+    character_of = {byte: character for character, byte in byte_by_character().items()}
     inner = tokenizers.Tokenizer(tokenizers.models.BPE({character_of[b]: b for b in range(256)}, []))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = tokenizers.decoders.ByteLevel()
@@ -529,50 +538,6 @@ def _cut_runs(text: str) -> Iterator[str]:
     yield piece
 
 
-# Letters, spaces, digits and signs in runs that make an ambiguous pattern search for very long.
-_PROBE = f"to be, or not: é 漢字 🙂\n{'a' * 64}! {' ' * 64}x {'1' * 64}- {'=' * 64}é{'ab ' * 32}\n\n"
-
-
-@contextmanager
-def _sentences(file: Path, what: str) -> Iterator[None]:
-    """Turn what a library raises into a ValueError: bare exceptions, and panics, which are no `Exception`."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
-        raise
-    except BaseException as error:
-        raise ValueError(f"tokenizer={str(file)!r} {what}: {error}") from error
-
-
-def _open_json(file: Path) -> tokenizers.Tokenizer:
-    check_regular(file, MAX_JSON)
-    with _sentences(file, "cannot be read"):
-        return tokenizers.Tokenizer.from_file(str(file))
-
-
-def _check_ids(file: Path, ids: Iterable[int], eos: int) -> None:
-    """Raises: ValueError for ids that a table of all ids would take too much memory for, or an end of document that is
-    none of them."""
-    largest = max(ids, default=-1)
-    if largest >= MAX_IDS:
-        raise ValueError(f"tokenizer={str(file)!r} has id {largest}; ids up to {MAX_IDS - 1} are supported")
-    if eos > largest:
-        raise ValueError(f"tokenizer={str(file)!r} ends documents with id {eos}, but its ids end at {largest}")
-
-
-def _names_of_ids(file: Path, added: object) -> dict[int, str]:
-    """Read `added_tokens_decoder` of a tokenizer_config.json: id → name."""
-    names: dict[int, str] = {}
-    for i, token in added.items() if isinstance(added, dict) else ():
-        name = token.get("content") if isinstance(token, dict) else token
-        if not re.fullmatch(r"[0-9]{1,7}", i) or int(i) >= MAX_IDS or not isinstance(name, str):
-            raise ValueError(
-                f"{file} has added_tokens_decoder[{i!r}]={token!r}, which is no id with the name of a token"
-            )
-        names[int(i)] = name
-    return names
-
-
 def _known_eos(id_of: Callable[[str], int | None]) -> int | None:
     return next((i for name in _EOS if (i := id_of(name)) is not None), None)
 
@@ -583,37 +548,3 @@ def _ids_of(inner: tokenizers.Tokenizer, names: tuple[str, str, str]) -> tuple[i
     if first is None or second is None or third is None:
         return None
     return first, second, third
-
-
-def _is_byte_level(inner: tokenizers.Tokenizer) -> bool:
-    """Say whether tokens represent bytes by GPT-2's characters."""
-    return '"ByteLevel"' in json.dumps(json.loads(inner.to_str())["decoder"])
-
-
-def _bytes_by_id(inner: tokenizers.Tokenizer, byte_level: bool, special_ids: set[int]) -> list[bytes]:
-    """Return the bytes of every id; specials and unused ids have none."""
-    vocab = inner.get_vocab(with_added_tokens=True)
-    table = [b""] * (max(vocab.values()) + 1)
-    added = inner.get_added_tokens_decoder()
-    byte_of = _byte_by_character()
-    for token, i in vocab.items():
-        if i in special_ids or (i in added and added[i].special):
-            continue
-        if i in added:  # an added token is plain text
-            table[i] = token.encode("utf-8")
-        elif byte_level:
-            # As in the library: a token with another character is its own text.
-            known = all(c in byte_of for c in token)
-            table[i] = bytes(byte_of[c] for c in token) if known else token.encode("utf-8")
-        elif match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
-            table[i] = bytes([int(match[1], 16)])
-        else:
-            table[i] = token.replace("▁", " ").encode("utf-8")
-    return table
-
-
-def _byte_by_character() -> dict[str, int]:
-    """Return the byte of each of GPT-2's characters: printable bytes are unchanged, the others start at U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = (b for b in range(256) if b not in printable)
-    return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}

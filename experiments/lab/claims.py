@@ -228,19 +228,25 @@ def format_p(p: float) -> str:
 
 
 def as_json(verdict: Verdict) -> dict:
-    """Return a verdict as results.json keeps it; differences are turned to the direction of the claim.
+    """Return a verdict as results.json keeps it; differences are turned so that what the papers expect is positive.
 
-    A claim of "lower" is multiplied by −1, so that what the papers expect is positive.
+    A claim of "lower" is multiplied by −1. Of "equal" it is what the margin leaves: m − |d|. Then in each case the
+    interval is right of 0 for a yes, and left of it for a no.
     """
-    sign = -1 if verdict.claim.expect == "lower" else 1
-    published = verdict.claim.published
+    claim = verdict.claim
+
+    def turned(difference: float) -> float:
+        if claim.expect == "equal":
+            return claim.margin - abs(difference)
+        return -difference if claim.expect == "lower" else difference
+
     return {
-        "claim": verdict.claim.text,
+        "claim": claim.text,
         "answer": verdict.answer,
-        "difference": sign * verdict.difference.mean,
+        "difference": turned(verdict.difference.mean),
         "half": verdict.difference.half,
-        "unit": verdict.claim.unit,
+        "unit": claim.unit,
         "p": verdict.adjusted_p,
         "visible": verdict.visible,
-        "published": None if published is None else sign * published,
+        "published": None if claim.published is None else turned(claim.published),
     }

@@ -63,8 +63,8 @@ FARTHEST = 8.0  # half intervals; what lies beyond is drawn there as an arrow
 def draw_all_verdicts(by_study: Mapping[str, Sequence[Mapping]], path: Path) -> None:
     """Write a forest plot of the claims of all studies, in units of each one's 95 % interval.
 
-    A claim's difference is turned to the direction that the papers expect, and divided by the half width of its
-    interval. Beyond 1 the interval excludes 0; a bar reaches 1 to each side of its dot.
+    A claim's difference is turned to the direction that the papers expect (see `claims.as_json`), and divided by the
+    half width of its interval. Beyond 1 the interval excludes 0; a bar reaches 1 to each side of its dot.
 
     Args: by_study: verdicts as `claims.as_json` returns them, by study.
     """
