@@ -19,7 +19,7 @@ from dsv3_jax.data.tokenizer import load as load_tokenizer
 
 __all__ = [
     "Batch", "Corpus", "Document", "Piece", "TrainBatches", "check_position", "check_rows", "check_vocab",
-    "held_out_prompts", "load_corpus", "model_inputs", "pack", "train_batches", "val_batches",
+    "held_out_prompts", "load_corpus", "model_inputs", "one_row", "pack", "train_batches", "val_batches",
 ]  # fmt: skip
 
 Tokens = Int32[np.ndarray, "_"]
@@ -56,6 +56,19 @@ def model_inputs(batch: Batch) -> dict[str, np.ndarray]:
     """
     arrays = {"tokens": batch["tokens"], "segment_ids": batch["segment_ids"], "positions": batch["positions"]}
     return arrays | ({"loss_mask": batch["loss_mask"]} if "loss_mask" in batch else {})
+
+
+def one_row(tokens: Sequence[int], domain: int = 0) -> Batch:
+    """Return a batch of one row that holds one document, as the measures of a model take it.
+
+    Example:
+        >>> batch = one_row(b"x = 1")
+        >>> batch["tokens"].tolist(), batch["positions"].tolist()
+        ([[120, 32, 61, 32, 49]], [[0, 1, 2, 3, 4]])
+    """
+    ids = np.array([list(tokens)], np.int32)
+    zeros, positions = np.zeros_like(ids), np.arange(ids.shape[1], dtype=np.int32)[None]
+    return Batch(tokens=ids, segment_ids=zeros + 1, positions=positions, domains=zeros + domain, documents=zeros)
 
 
 def check_rows(rows: np.ndarray, cfg: DataConfig) -> None:

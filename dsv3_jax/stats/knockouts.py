@@ -56,15 +56,12 @@ def worth(
 
     Example:
         >>> from dsv3_jax.config import replace
+        >>> from dsv3_jax.data.batches import one_row
         >>> from dsv3_jax.model.transformer import abstract
         >>> from dsv3_jax.presets import preset
         >>> cfg = replace(preset("tiny"), num_layers=1, num_dense_layers=0, dim=16, mtp_depth=0)
         >>> model = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(cfg))  # all weights are 0
-        >>> ids = np.array([[*b"x = 1"]], np.int32)
-        >>> zeros, positions = np.zeros_like(ids), np.arange(5, dtype=np.int32)[None]
-        >>> batch = {"tokens": ids, "segment_ids": zeros + 1, "positions": positions,
-        ...          "domains": zeros, "documents": zeros}
-        >>> found = worth(model, [batch], resamples=2)
+        >>> found = worth(model, [one_row(b"x = 1")], resamples=2)
         >>> found.tokens, found.without.shape, float(abs(found.without - found.loss).max())
         (4, (1, 16), 0.0)
     """

@@ -152,16 +152,13 @@ def collect(model: Transformer, batches: Iterable[Batch], tokenizer: Tokenizer, 
 
     Example:
         >>> from dsv3_jax.config import replace
+        >>> from dsv3_jax.data.batches import one_row
         >>> from dsv3_jax.data.tokenizer import ByteTokenizer
         >>> from dsv3_jax.model.transformer import abstract
         >>> from dsv3_jax.presets import preset
         >>> cfg = replace(preset("tiny"), num_layers=1, num_dense_layers=0, dim=16, mtp_depth=0)
         >>> model = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract(cfg))  # all weights are 1
-        >>> tokens = np.array([[*b"x = 1"]], np.int32)
-        >>> zeros, positions = np.zeros_like(tokens), np.arange(5, dtype=np.int32)[None]
-        >>> batch = {"tokens": tokens, "segment_ids": zeros + 1, "positions": positions,
-        ...          "domains": zeros, "documents": zeros}
-        >>> collect(model, [batch], ByteTokenizer(), ["code"]).load[0, :6]
+        >>> collect(model, [one_row(b"x = 1")], ByteTokenizer(), ["code"]).load[0, :6]
         array([5, 5, 5, 5, 0, 0])
     """
     cfg, layers = model.cfg, layer_names(model.cfg)
@@ -216,16 +213,13 @@ def tokens(model: Transformer, batches: Iterable[Batch], tokenizer: Tokenizer, d
 
     Example:
         >>> from dsv3_jax.config import replace
+        >>> from dsv3_jax.data.batches import one_row
         >>> from dsv3_jax.data.tokenizer import ByteTokenizer
         >>> from dsv3_jax.model.transformer import abstract
         >>> from dsv3_jax.presets import preset
         >>> cfg = replace(preset("tiny"), num_layers=1, num_dense_layers=0, dim=16, mtp_depth=0)
         >>> model = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract(cfg))  # all weights are 1
-        >>> ids = np.array([[*b"x = 1"]], np.int32)
-        >>> zeros, positions = np.zeros_like(ids), np.arange(5, dtype=np.int32)[None]
-        >>> batch = {"tokens": ids, "segment_ids": zeros + 1, "positions": positions,
-        ...          "domains": zeros, "documents": zeros}
-        >>> rows = tokens(model, [batch], ByteTokenizer(), ["code"])
+        >>> rows = tokens(model, [one_row(b"x = 1")], ByteTokenizer(), ["code"])
         >>> rows.expert_ids.shape, rows.expert_ids[0, 4].tolist()  # [L, n, K]
         ((1, 5, 4), [0, 1, 2, 3])
     """

@@ -53,14 +53,11 @@ def evaluate(
 
     Example:
         >>> import dsv3_jax as ds
+        >>> from dsv3_jax.data.batches import one_row
         >>> from dsv3_jax.model.transformer import abstract
         >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
         >>> model = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract(cfg))  # all weights are 0
-        >>> tokens = np.array([[*b"x = 1"]], np.int32)
-        >>> zeros, positions = np.zeros_like(tokens), np.arange(5, dtype=np.int32)[None]
-        >>> batch = {"tokens": tokens, "segment_ids": zeros + 1, "positions": positions,
-        ...          "domains": zeros, "documents": zeros}
-        >>> result = evaluate(model, [batch], ds.tokenizer.load("bytes"))
+        >>> result = evaluate(model, [one_row(b"x = 1")], ds.tokenizer.load("bytes"))
         >>> round(result["val_bits_per_byte"], 2)  # even odds over 260 tokens: log2 260
         8.02
     """
@@ -154,14 +151,11 @@ def cache_quality(
 
     Example:
         >>> import dsv3_jax as ds
+        >>> from dsv3_jax.data.batches import one_row
         >>> from dsv3_jax.model.transformer import abstract
         >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
         >>> model = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract(cfg))  # all weights are 0
-        >>> tokens = np.array([[*b"x = 1"]], np.int32)
-        >>> zeros, positions = np.zeros_like(tokens), np.arange(5, dtype=np.int32)[None]
-        >>> batch = {"tokens": tokens, "segment_ids": zeros + 1, "positions": positions,
-        ...          "domains": zeros, "documents": zeros}
-        >>> quality = cache_quality(model, [batch], ["int8"])["int8"]
+        >>> quality = cache_quality(model, [one_row(b"x = 1")], ["int8"])["int8"]
         >>> round(quality.val_loss, 2), quality.bytes_per_token  # ln 260; 48 numbers and two float32 scales
         (5.56, 56)
     """
