@@ -539,3 +539,25 @@ def test_a_process_of_its_own_ends_with_the_code(root):
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (2, "")
     assert err.startswith("dsv3: preset 'v9' is not one of tiny") and err.count("\n") == 1
+
+
+def test_absent_devices_are_left_out_where_only_their_compilers_are(monkeypatch):
+    """The CPU is chosen if there is a compiler, no device, and no wish of the user's."""
+    for installed, nodes, wish, chosen in (
+        ("libtpu", [], None, "cpu"),
+        ("jax_cuda13_plugin", [], None, "cpu"),
+        (None, [], None, None),
+        ("libtpu", ["/dev/accel0"], None, None),
+        ("libtpu", [], "tpu", "tpu"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(cli.importlib.util, "find_spec", lambda name, installed=installed: name == installed or None)
+            patch.setattr(cli.glob, "glob", lambda pattern, nodes=nodes: nodes)
+            patch.setattr(cli.sys, "platform", "linux")
+            patch.setattr(cli.sys, "modules", {name: module for name, module in sys.modules.items() if name != "jax"})
+            patch.delenv("JAX_PLATFORMS", raising=False)
+            if wish is not None:
+                patch.setenv("JAX_PLATFORMS", wish)
+            cli.leave_out_absent_devices()
+            assert cli.os.environ.get("JAX_PLATFORMS") == chosen
+            patch.delenv("JAX_PLATFORMS", raising=False)

@@ -10,7 +10,9 @@ Exit codes:
     143  stopped by SIGTERM
 """
 
+import glob
 import importlib
+import importlib.util
 import os
 import signal
 import sys
@@ -56,11 +58,30 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run a command, by default the one of this process's arguments, and return its exit code."""
     given = sys.argv[1:] if argv is None else argv
+    leave_out_absent_devices()
     with handled(_terminate, signal.SIGTERM):  # `dsv3 train` handles it itself while it trains
         code = guarded(lambda: dispatch(list(given)))
     if argv is None and code:
         _end_within(PATIENCE, code)
     return code
+
+
+# Where Linux shows NVIDIA's GPUs (the second: in WSL) and TPUs.
+NODES = ("/dev/nvidia[0-9]*", "/dev/dxg", "/dev/nvhost*", "/dev/accel*", "/dev/vfio/[0-9]*")
+
+
+def leave_out_absent_devices() -> None:
+    """Choose the CPU where the compilers of `dsv3 plan` are installed and their devices are absent.
+
+    JAX would look for the devices at each start, and print pages about what it misses. JAX_PLATFORMS has the last word.
+    """
+    compilers = importlib.util.find_spec("libtpu") or importlib.util.find_spec("jax_cuda13_plugin")
+    if compilers is None or sys.platform != "linux" or any(map(glob.glob, NODES)):
+        return
+    if "JAX_PLATFORMS" not in os.environ:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        if jax := sys.modules.get("jax"):
+            jax.config.update("jax_platforms", "cpu")
 
 
 def _terminate(number: int, frame: object) -> None:
