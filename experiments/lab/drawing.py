@@ -76,7 +76,8 @@ def draw_all_verdicts(by_study: Mapping[str, Sequence[Mapping]], path: Path) -> 
         names.append((row, study, True))
         row += 1
         for verdict in verdicts:
-            place = verdict["difference"] / verdict["half"] if verdict["half"] else 0.0
+            # Without any spread, a difference is beyond all intervals.
+            place = verdict["difference"] / (verdict["half"] or 1e-9)
             colour = ANSWER_COLOURS[verdict["answer"]]
             shown = float(np.clip(place, -FARTHEST, FARTHEST))
             if shown == place:
