@@ -71,6 +71,7 @@ class Checkpoints:
         self.folder, self.run = Path(folder).absolute() / "checkpoints", run
         self._optimizer, self._read_only = optimizer, read_only
         self._saving: int | None = None  # the step of the last `save`
+        self._has_saved = False  # since old checkpoints were last deleted
         self._whole = WholeSteps(self.folder)
         # lightweight_initialize: Orbax would read each checkpoint's metadata, which may be damaged.
         if read_only:
@@ -128,7 +129,7 @@ class Checkpoints:
         )
         with self._named_errors():
             self._manager.wait_until_finished()  # of the save before
-            self._saving = step
+            self._saving, self._has_saved = step, True
             self._manager.save(step, args=args, custom_metadata=MARK)
             if wait:
                 self._manager.wait_until_finished()
@@ -141,7 +142,9 @@ class Checkpoints:
         if not self._manager.is_saving_in_progress():
             with self._named_errors():
                 self._manager.wait_until_finished()
-            self._delete_old()
+            if self._has_saved:  # not at each step: a file system may be far away
+                self._delete_old()
+                self._has_saved = False
 
     def _delete_old(self, *, last: bool = False) -> None:
         """Delete the checkpoints that Orbax has moved away, and their folder unless it may still move one there."""

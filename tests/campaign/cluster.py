@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pairs
@@ -44,10 +45,8 @@ def family(pid: int) -> list[int]:
 
 def signal_all(pids: list[int], number: int) -> None:
     for pid in pids:
-        try:
+        with suppress(ProcessLookupError):
             os.kill(pid, number)
-        except ProcessLookupError:
-            pass
 
 
 def after_fault(ended: Ended) -> list[str]:
