@@ -10,6 +10,7 @@ import tokenizers
 from texts import TEXTS, tiktoken_lines, write_text_files
 
 from dsv3_jax.data import tokenizer as tok
+from dsv3_jax.data.tiktoken_file import bounded
 
 TEXT = "def f(x):\n    return 'naïve €5 🚀' + \"日本語\"  # e\u0301\r\n\t\0 end"
 
@@ -191,12 +192,12 @@ def test_kimis_special_tokens(tiktoken, tmp_path):
 
 
 def test_long_runs_are_cut_as_kimi_cuts_them():
-    assert list(tok._bounded("a b", 400, 25)) == ["a b"] and list(tok._bounded("")) == []
-    assert list(tok._bounded("aaab  c", longest=100, longest_run=2)) == ["aa", "ab  c"]
-    assert list(tok._bounded("aaaa", longest=3, longest_run=9)) == ["aaa", "a"]
+    assert list(bounded("a b", 400, 25)) == ["a b"] and list(bounded("")) == []
+    assert list(bounded("aaab  c", longest=100, longest_run=2)) == ["aa", "ab  c"]
+    assert list(bounded("aaaa", longest=3, longest_run=9)) == ["aaa", "a"]
     text = "ab  c" * 50
-    assert "".join(tok._bounded(text, 7, 1)) == text
-    assert all(len(part) <= 7 for part in tok._bounded(text, 7, 1))
+    assert "".join(bounded(text, 7, 1)) == text
+    assert all(len(part) <= 7 for part in bounded(text, 7, 1))
 
 
 def test_tiktoken_is_an_extra(tmp_path, monkeypatch):

@@ -8,13 +8,11 @@ for text that a person or a chat template wrote for a model: such a name becomes
 """
 
 import abc
-import base64
 import codecs
 import hashlib
-import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from operator import index
 from pathlib import Path
@@ -24,18 +22,18 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int32
 
+from dsv3_jax.data.new_tokenizer import single_bytes, trained_bpe
 from dsv3_jax.data.special_tokens import (
     CONFIG_FILE,
-    MAX_IDS,
     SPECIALS_FILE,
     any_of,
     end_ids,
     named_specials,
     read_object,
 )
+from dsv3_jax.data.tiktoken_file import KIMI_PATTERN, bounded, read_ranks
 from dsv3_jax.data.tokenizer_file import (
     PROBE,
-    byte_by_character,
     bytes_by_id,
     check_ids,
     is_byte_level,
@@ -43,9 +41,8 @@ from dsv3_jax.data.tokenizer_file import (
     open_json,
     sentences,
 )
-from dsv3_jax.files import MAX_JSON, check_regular, write_atomic
+from dsv3_jax.files import write_atomic
 
-_LONG_RUN = re.compile(r"\s{8192}|\S{8192}")
 SPECIALS = ("<eos>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>")
 JSON_FILE, TIKTOKEN_FILE = "tokenizer.json", "tiktoken.model"  # what a folder's tokenizer is read from, in this order
 
@@ -331,7 +328,7 @@ class TiktokenTokenizer(Tokenizer):
             raise ValueError(
                 f"tokenizer={str(file)!r} needs the tiktoken library: pip install 'dsv3-jax[tiktoken]'"
             ) from error
-        ranks = _ranks(file)
+        ranks = read_ranks(file)
         added = read_object(file.parent / CONFIG_FILE).get("added_tokens_decoder") or {}
         names = names_of_ids(file.parent / CONFIG_FILE, added)
         base = len(ranks)
@@ -351,58 +348,8 @@ class TiktokenTokenizer(Tokenizer):
         super().__init__(table, eos, None, specials)
 
     def encode_array(self, text: str) -> Int32[np.ndarray, " n"]:
-        ids = (self._encoding.encode_ordinary(part) for part in _bounded(text))
+        ids = (self._encoding.encode_ordinary(part) for part in bounded(text))
         return np.array([i for part in ids for i in part], np.int32)
-
-
-# One alternative a line: Han; words without Han that begin with capitals, or are capitals; up to three digits;
-# signs; line ends; spaces. Unlike in the patterns of OpenAI, a word has no Han characters.
-_WORD = r"[^\r\n\p{L}\p{N}]?"
-_UPPER, _LOWER = (rf"[{kinds}\p{{Lm}}\p{{Lo}}\p{{M}}&&[^\p{{Han}}]]" for kinds in (r"\p{Lu}\p{Lt}", r"\p{Ll}"))
-_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-KIMI_PATTERN = "|".join([
-    r"[\p{Han}]+",
-    f"{_WORD}{_UPPER}*{_LOWER}+{_ENDING}",
-    f"{_WORD}{_UPPER}+{_LOWER}*{_ENDING}",
-    r"\p{N}{1,3}",
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-    r"\s*[\r\n]+",
-    r"\s+(?!\S)",
-    r"\s+",
-])  # fmt: skip
-
-
-def _ranks(file: Path) -> dict[bytes, int]:
-    """Read the lines of a `tiktoken.model`: base64 of a token's bytes, and its rank."""
-    # Not by the library's reader, which keeps files in a cache by their path and would give back an older one.
-    ranks = {}
-    check_regular(file, MAX_JSON)
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-        if not line:
-            continue
-        try:
-            piece, rank = line.split()
-            ranks[base64.b64decode(piece, validate=True)] = int(rank)
-        except ValueError as error:
-            raise ValueError(
-                f"tokenizer={str(file)!r} cannot be read: line {number} holds no token and rank"
-            ) from error
-    return ranks
-
-
-def _bounded(text: str, longest: int = 400_000, longest_run: int = 25_000) -> Iterator[str]:
-    """Cut a text as Kimi's tokenizer does: after 400,000 characters, and runs with or without spaces after 25,000.
-
-    The library's pattern search needs stack in proportion to a run's length.
-    """
-    for start in range(0, len(text), longest):
-        part, begin, run = text[start : start + longest], 0, 0
-        for i, character in enumerate(part):
-            run = run + 1 if i and character.isspace() == part[i - 1].isspace() else 1
-            if run > longest_run:
-                yield part[begin:i]
-                begin, run = i, 1
-        yield part[begin:]
 
 
 def load(spec: str) -> Tokenizer:
@@ -484,12 +431,7 @@ def byte_tokenizer_json() -> str:
         ...     load(folder).same_ids(ByteTokenizer())
         True
     """
-    character_of = {byte: character for character, byte in byte_by_character().items()}
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE({character_of[b]: b for b in range(256)}, []))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    inner.add_special_tokens(list(SPECIALS))
-    return inner.to_str()
+    return single_bytes(SPECIALS).to_str()
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: str) -> FileTokenizer:
@@ -506,36 +448,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str) -> FileTokenizer
         >>> tokenizer.vocab_size, len(tokenizer.encode("to be"))
         (262, 3)
     """
-    if vocab_size > MAX_IDS:
-        raise ValueError(f"vocab_size={vocab_size} is more than the {MAX_IDS:,} that are supported")
-    if vocab_size < 256 + len(SPECIALS):
-        raise ValueError(
-            f"vocab_size={vocab_size} is below {256 + len(SPECIALS)}, the number of bytes and specials; increase it"
-        )
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIALS),
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    inner.train_from_iterator(itertools.chain.from_iterable(map(_cut_runs, texts)), trainer)
-    write_atomic(path, inner.to_str(pretty=True))
+    write_atomic(path, trained_bpe(texts, vocab_size, SPECIALS).to_str(pretty=True))
     return FileTokenizer(path)
-
-
-def _cut_runs(text: str) -> Iterator[str]:
-    """Cut runs with or without spaces after 8,192 characters: training takes time by the square of a word's length."""
-    piece = ""
-    runs = re.findall(r"\s{1,8192}|\S{1,8192}", text) if _LONG_RUN.search(text) else [text]
-    for run in runs:
-        piece += run
-        if len(run) == 8192:
-            yield piece
-            piece = ""
-    yield piece
 
 
 def _known_eos(id_of: Callable[[str], int | None]) -> int | None:
