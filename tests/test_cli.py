@@ -4,6 +4,7 @@ All commands run in one process of their own without the tests' import hook, whi
 messages before the command line can.
 """
 
+import itertools
 import json
 import re
 import shutil
@@ -386,6 +387,17 @@ def test_every_option_has_a_help_text(answers, command):
         text = re.split(r"\((?:default|required)", text)[0]
         words = re.findall(r"(?<![\w{|\[(,.-])[a-z][a-z']+(?![\w}|.-])", text)
         assert len(words) >= 2, f"{name} has no help text: {text}"
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_a_help_text_is_one_paragraph(answers, command):
+    """A line ends where the next word has no room, and not where the source's line ended."""
+    padded = [line for line in answers[f"help of {command}"][1].splitlines() if len(line) == 80]
+    assert padded or command == "runs check"  # whose texts are short
+    for line, after in itertools.pairwise(padded):
+        inset = len(line) - len(line.lstrip())
+        if inset >= 6 and after[:inset].isspace() and not after[inset].isspace():
+            assert len(line.rstrip()) + 1 + len(after.split()[0]) > 80, (line, after)
 
 
 def test_every_command_is_a_file_and_in_the_usage(answers):

@@ -12,8 +12,10 @@ import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Any
 
+import docstring_parser
 import tyro
 
 from dsv3_jax.config import did_you_mean
@@ -37,7 +39,9 @@ def parse(kind: type, argv: list[str], command: str, default: Any = None) -> Any
 
     Raises: ValueError (one sentence) for arguments that are unknown, missing or of the wrong type.
     """
-    if not {"-h", "--help"} & set(argv):
+    if {"-h", "--help"} & set(argv):
+        _join_lines_of_help(kind)
+    else:
         check_options(argv, options_of(kind), command)
     output = io.StringIO()
     try:
@@ -47,6 +51,19 @@ def parse(kind: type, argv: list[str], command: str, default: Any = None) -> Any
         if not stop.code:
             raise
         raise ValueError(_one_sentence(output.getvalue(), argv)) from None
+
+
+def _join_lines_of_help(kind: Any) -> None:
+    """Let tyro wrap each help text as one paragraph: it keeps the line ends of indented docstrings."""
+    docs = (docstring_parser.parse_from_object(cls) for cls in reversed(kind.__mro__[:-1]))
+    texts = {found.arg_name: found.description for doc in docs for found in doc.params}
+    hints = typing.get_type_hints(kind)
+    for item in dataclasses.fields(kind):
+        text = texts.get(item.name)
+        if text:
+            item.metadata = MappingProxyType({**item.metadata, "help": " ".join(text.split())})
+        if dataclasses.is_dataclass(hints[item.name]):
+            _join_lines_of_help(hints[item.name])
 
 
 def options_of(kind: type) -> dict[str, bool]:

@@ -32,9 +32,11 @@ from dsv3_jax.presets import NEEDS_START, recipe
 class Train:
     """Train a preset. Every setting of the run is an option; its default is the preset's recipe.
 
-    With --start, model and data are those of the run whose weights training begins with. It may be a converted run.
-    `dsv3 train sft --start MODEL --data.paths chats.jsonl` fine-tunes a run or a released model on chats.
-    With --trunk, they are those of the run whose trunk is frozen; --model.mtp-kind and --model.mtp-depth choose heads.
+    With --start, model and data are those of the run whose weights training begins with; it may be a converted run.
+    With --trunk, model and data are those of the run whose trunk is frozen; --model.mtp-kind and --model.mtp-depth
+    choose the heads.
+
+    To fine-tune a run or a released model on chats: `dsv3 train sft --start MODEL --data.paths chats.jsonl`.
 
     On a CPU, the devices of --mesh are simulated, and share the cores. With --cluster, every process runs the same
     command, and OUT is a shared folder; HOST:PORT also needs --processes and --process-id.
