@@ -21,7 +21,7 @@ replace = dataclasses.replace
 # Kinds and dtypes of the cache that decoding keeps; see `model/cache.py`.
 CacheKind = Literal["latent", "expanded", "none"]
 CacheDtype = Literal["float32", "bfloat16", "int8", "float8_e4m3"]
-Precision = Literal["none", "fp8", "mxfp8"]  # of the linear layers' products; see `ops/low_precision.py`
+Precision = Literal["none", "fp8", "fp8_ue8m0", "mxfp8"]  # of the linear layers' products; see `ops/low_precision.py`
 
 
 class ConfigError(ValueError):
@@ -217,8 +217,10 @@ class Execution:
     layout: Layout = field(default_factory=Layout)  # how the model is sharded over a mesh of devices
     # XLA's flags for training on several GPUs or TPUs: auto sets those of kernels/xla_flags.py, none sets none
     xla_flags: Literal["auto", "none"] = "auto"
-    # 8-bit operands for the products of linear layers in training: fp8 is DeepSeek-V3's recipe, mxfp8 that of the MX
-    # formats; none multiplies in compute_dtype. Emulated, so slower: it shows what the rounding does to the loss
+    # 8-bit operands for the products of linear layers in training: fp8 is DeepSeek-V3's recipe, fp8_ue8m0 V3.1's, whose
+    # scales are powers of two, mxfp8 that of the MX formats; none multiplies in compute_dtype. Emulated, so slower: it
+    # shows what the rounding does to the loss. GPUs and TPUs multiply the numbers of fp8_ue8m0 and mxfp8 in bfloat16,
+    # which holds them exactly
     precision: Precision = "none"
 
     def __post_init__(self):

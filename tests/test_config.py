@@ -157,7 +157,7 @@ def test_models_that_are_refused(changes, words):
         (Execution, dict(compute_dtype="float16"), "compute_dtype='float16' 'float32' 'bfloat16'"),
         (Execution, dict(remat=True), "remat=True 'none' 'dots' 'attention' 'full'"),
         (Execution, dict(xla_flags="some"), "xla_flags='some' 'auto' 'none'"),
-        (Execution, dict(precision="fp16"), "precision='fp16' 'none' 'fp8' 'mxfp8'"),
+        (Execution, dict(precision="fp16"), "precision='fp16' 'none' 'fp8' 'fp8_ue8m0' 'mxfp8'"),
         (Execution, dict(layout=None), "layout=None Layout"),
         (Execution, dict(kernels=None), "kernels=None str"),
         *(

@@ -1,5 +1,7 @@
 """Products in 8 bits: bit by bit the numbers of a slow NumPy oracle, and nothing else of the model changes."""
 
+import re
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -12,10 +14,11 @@ from dsv3_jax.ops import dispatch, mla, products
 from dsv3_jax.ops import low_precision as lp
 from dsv3_jax.ops.expert_stack import Experts, close_stack, open_stack
 from dsv3_jax.ops.grouped_product import EVERY_GROUP, ROW_BLOCKS
-from dsv3_jax.ops.low_precision import FP8, MXFP8
+from dsv3_jax.ops.low_precision import FP8, FP8_UE8M0, MXFP8
 
 E4M3 = ml_dtypes.float8_e4m3fn
-RECIPES = pytest.mark.parametrize("recipe", [FP8, MXFP8], ids=lambda r: r.name)
+ALL = (FP8, FP8_UE8M0, MXFP8, FP8_UE8M0.in_bfloat16, MXFP8.in_bfloat16)
+RECIPES = pytest.mark.parametrize("recipe", ALL, ids=lambda r: f"{r.name} {r.operands}")
 
 
 # The oracle: one tile after the other, as the reports say
@@ -54,7 +57,7 @@ def rounded(x, tile, power_of_two):
 def by_oracle(recipe, x, w, dy):
     """(y, dx, dw) of one product, in float64 from rounded operands."""
     t, pow2 = recipe.tile, recipe.power_of_two
-    w_tiles = ((t, t), (t, t)) if recipe is FP8 else ((t, 1), (1, t))
+    w_tiles = ((t, t), (t, t)) if t == 128 else ((t, 1), (1, t))
     q = lambda a, tile: rounded(a, tile, pow2).astype(np.float64)  # noqa: E731
     y = q(x, (1, t)) @ q(w, w_tiles[0])
     dx = q(dy, (1, t)) @ q(w, w_tiles[1]).T
@@ -111,6 +114,15 @@ def test_power_of_two_scales_do_not_clip():
         np.testing.assert_array_equal(np.asarray(scales), x / 448 * factor)
 
 
+def test_bfloat16_holds_the_numbers_whose_scales_are_powers_of_two(rng):
+    x = jnp.asarray(hostile(rng, (150, 161)))
+    for recipe in (FP8, FP8_UE8M0, MXFP8):
+        for tile in ((1, recipe.tile), (recipe.tile, 1), recipe.weight_tile(0)):
+            found = np.asarray(lp.round_to_tiles(x, tile, power_of_two=recipe.power_of_two))
+            same = np.array_equal(found.astype(jnp.bfloat16).astype(np.float32), found)
+            assert same == recipe.power_of_two == (recipe.in_bfloat16.operands == "bfloat16")
+
+
 # One product
 
 
@@ -154,6 +166,15 @@ def test_bfloat16_rows_with_float32_weights(rng, recipe):
     want = by_oracle(recipe, *(np.asarray(a) for a in (x, w, dy)))
     for got, expected, dtype in zip((y, dx, dw), want, (jnp.bfloat16, jnp.bfloat16, np.float32), strict=True):
         close(got, expected, dtype)
+
+
+@RECIPES
+def test_operands_have_the_recipes_dtype_and_sums_are_float32(recipe):
+    x, w, dy = (jnp.zeros(shape, jnp.bfloat16) for shape in ((4, 5), (5, 6), (4, 6)))
+    text = forward_and_back.lower(recipe, x, w, dy).as_text()
+    found = re.findall(r"dot_general.*: \(tensor<[\dx]*(\w+)>, tensor<[\dx]*(\w+)>\) -> tensor<[\dx]*(\w+)>", text)
+    operands = {"float32": "f32", "bfloat16": "bf16"}[recipe.operands]
+    assert found == 3 * [(operands, operands, "f32")]
 
 
 def test_heads_and_swiglu_are_products(rng):
@@ -250,6 +271,34 @@ def test_experts_are_products_one_by_one(rng, recipe, inner):
         difference = np.abs(np.asarray(got, np.float64) - want) / np.abs(want).max()
         assert np.median(difference) < 1e-6 and difference.max() < 1e-2
     assert all(not np.asarray(w[1 - layer]).any() for w in d_stack)
+
+
+@pytest.mark.parametrize("recipe", [FP8_UE8M0, MXFP8], ids=lambda r: r.name)
+def test_grouped_products_of_bfloat16_rows_give_the_backend_bfloat16(rng, recipe):
+    """The backend's float32 products of the same numbers, rounded to bfloat16 once. Rows of float32 stay float32."""
+    seen = []
+
+    def spy(run):
+        return lambda x, w, *rest: seen.append((x.dtype.name, w.dtype.name)) or run(x, w, *rest)
+
+    inner = replace(ROW_BLOCKS, **{name: spy(getattr(ROW_BLOCKS, name)) for name in ("forward", "dx", "dw")})
+    x, dy = (jnp.asarray(rng.standard_normal((150, n)), jnp.bfloat16) for n in (40, 36))
+    w, counts = jnp.asarray(rng.standard_normal((3, 40, 36)), jnp.float32), jnp.asarray([130, 0, 20], jnp.int32)
+    found = {}
+    for name, chosen in (("wide", recipe), ("narrow", recipe.in_bfloat16)):
+        backend = lp.grouped(chosen, inner)
+        run = lambda x, dy, backend=backend: (  # noqa: E731
+            backend.forward(x, w, counts), backend.dx(dy, w, counts), backend.dw(x, dy, counts, jnp.float32)
+        )  # fmt: skip
+        found[name] = jax.jit(run)(x, dy)
+        assert set(seen) == {2 * (chosen.operands,)}
+        seen.clear()
+    y, dx, dw = found["narrow"]
+    assert (y.dtype, dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    for got, want in zip(found["narrow"], found["wide"], strict=True):
+        close(got, np.asarray(want, np.float64), want.dtype)
+    jax.eval_shape(lambda x: lp.grouped(recipe.in_bfloat16, inner).forward(x, w, counts), x.astype(jnp.float32))
+    assert seen == [("float32", "float32")]
 
 
 def test_capacity_runs_the_same_products(rng):

@@ -69,14 +69,31 @@ def test_all_linear_layers_are_rounded_and_nothing_else():
     assert not rounded_shapes(trace(replace(SMALL, mtp_depth=1), Execution()))
 
 
-@pytest.mark.parametrize("name", ["fp8", "mxfp8"])
+NAMES = ("fp8", "fp8_ue8m0", "mxfp8")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_door_gives_8_bits_to_linear_layers_only(name):
     plain, low = (Kernels(Target("cpu", precision=precision), ()) for precision in ("none", name))
     names, others = plain.chosen(), low.chosen()
     assert {op for op in TABLE if others[op] == name} == IN_8_BITS == {op for op in TABLE if names[op] != others[op]}
-    assert low.in_compute_dtype == plain and not {"fp8", "mxfp8"} & set(names.values())
-    for platform in ("cuda", "tpu"):
-        assert Kernels(Target(platform, precision=name), ()).chosen("bfloat16")["grouped_swiglu"] == name
+    assert low.in_compute_dtype == plain and not set(NAMES) & set(names.values())
+    for platform, grouped in (("cuda", "mosaic"), ("tpu", "megablox")):  # of bfloat16
+        target = Target(platform, precision=name)
+        assert Kernels(target, ()).chosen("bfloat16")["grouped_swiglu"] == (name if name == "fp8" else grouped)
+        by_xla = Kernels(target, ()).chosen("float32")
+        assert by_xla.pop("grouped_swiglu") == ("ragged_dot" if platform == "tpu" and name != "fp8" else name)
+        assert {op for op, row in by_xla.items() if row == name} == IN_8_BITS - {"grouped_swiglu"}
+        for op in IN_8_BITS:
+            assert {row.precision for row in target.rows(op)} == {name}
+
+
+def test_a_kernel_of_both_precisions_is_forced_in_the_one_that_is_asked_for():
+    for precision in ("none", "mxfp8"):
+        row = Target("cuda", "grouped_swiglu=mosaic", "9.0", precision).forced("grouped_swiglu")
+        assert (row.name, row.precision) == ("mosaic", precision)
+    with pytest.raises(ConfigError, match="'mosaic' does not compute grouped_swiglu in precision='fp8'"):
+        Target("cuda", "grouped_swiglu=mosaic", "9.0", "fp8")
 
 
 @pytest.mark.parametrize(

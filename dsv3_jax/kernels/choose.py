@@ -142,13 +142,16 @@ _megablox = partial(
     fits=tpu_products.fits,
     alone=True,
 )
+_ragged_on_tpu = partial(Implementation, "ragged_dot", platforms=("tpu",))
 _row_blocks = partial(
     Implementation, "row_blocks", platforms=GPUS, slow="it multiplies one block of rows after the other"
 )
-# Products in 8 bits: on every platform the same numbers, by XLA. XLA can multiply e4m3 numbers as they are for an H100,
-# but a scale for each 128 of them then needs a sum in memory for each: 107 TFLOP/s at most at 3.35 TB/s, by arithmetic,
-# far below bfloat16's. A kernel that scales in registers would be a row before these.
-_RECIPES = (low_precision.FP8, low_precision.MXFP8)
+# Products in 8 bits, by XLA on every platform. Where bfloat16 holds the rounded numbers exactly, GPUs and TPUs multiply
+# it instead of float32. XLA can multiply e4m3 numbers as they are for an H100, but a scale for each 128 of them then
+# needs a sum in memory for each: 107 TFLOP/s at most at 3.35 TB/s, by arithmetic, far below bfloat16's. A kernel that
+# scales in registers would be a row before these.
+_RECIPES = (low_precision.FP8, low_precision.FP8_UE8M0, low_precision.MXFP8)
+_IN_BFLOAT16 = tuple(recipe.in_bfloat16 for recipe in _RECIPES if recipe.in_bfloat16 != recipe)
 
 
 def _low_precision(run: Callable, **by_recipe: Callable[[low_precision.Recipe], Any]) -> tuple[Implementation, ...]:
@@ -158,9 +161,19 @@ def _low_precision(run: Callable, **by_recipe: Callable[[low_precision.Recipe], 
         Implementation(
             recipe.name,
             partial(run, **{name: make(recipe) for name, make in by_recipe.items()}),
+            platforms,
             precision=recipe.name,
         )
-        for recipe in _RECIPES
+        for recipes, platforms in ((_IN_BFLOAT16, ACCELERATORS), (_RECIPES, PLATFORMS))
+        for recipe in recipes
+    )
+
+
+def _rounded_before(row: Callable[..., Implementation], run: Callable, product: Any) -> tuple[Implementation, ...]:
+    """The rows of a grouped product in bfloat16 that multiplies the rounded operands of each recipe."""
+    return tuple(
+        row(partial(run, product=low_precision.grouped(recipe, product)), precision=recipe.name)
+        for recipe in _IN_BFLOAT16
     )
 
 
@@ -230,12 +243,13 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _tokamax(partial(dispatch.grouped_swiglu, product=gpu_products.TOKAMAX)),
         _hopper(partial(dispatch.grouped_swiglu, product=gpu_products.HOPPER_PRODUCTS)),
         _megablox(partial(dispatch.grouped_swiglu, product=tpu_products.MEGABLOX)),
-        Implementation(
-            "ragged_dot", partial(dispatch.grouped_swiglu, product=tpu_products.RAGGED_DOT), platforms=("tpu",)
-        ),
+        _ragged_on_tpu(partial(dispatch.grouped_swiglu, product=tpu_products.RAGGED_DOT)),
         _row_blocks(partial(dispatch.grouped_swiglu, product=grouped_product.ROW_BLOCKS)),
         _every_row(dispatch.grouped_swiglu),
         Implementation("dense", dispatch.dense_swiglu, by_name=True),
+        *_rounded_before(_mosaic, dispatch.grouped_swiglu, gpu_products.MOSAIC),
+        *_rounded_before(_megablox, dispatch.grouped_swiglu, tpu_products.MEGABLOX),
+        *_rounded_before(_ragged_on_tpu, dispatch.grouped_swiglu, tpu_products.RAGGED_DOT),
         *_low_precision(dispatch.grouped_swiglu, product=low_precision.grouped),
     ),
     "open_experts": (_cpp(cpu_experts.open_stack), _xla(expert_stack.open_stack)),
@@ -247,9 +261,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _mosaic(partial(dispatch.decode_by_products, product=gpu_products.MOSAIC)),
         _tokamax(partial(dispatch.decode_by_products, product=gpu_products.TOKAMAX)),
         _hopper(partial(dispatch.decode_by_products, product=gpu_products.HOPPER_PRODUCTS)),
-        Implementation(
-            "ragged_dot", partial(dispatch.decode_by_products, product=tpu_products.RAGGED_DOT), platforms=("tpu",)
-        ),
+        _ragged_on_tpu(partial(dispatch.decode_by_products, product=tpu_products.RAGGED_DOT)),
         _row_blocks(partial(dispatch.decode_by_products, product=grouped_product.ROW_BLOCKS)),
         *_low_precision(dispatch.decode_by_products, product=low_precision.grouped),
     ),
@@ -339,7 +351,9 @@ class Target:
         base, by_op = self.asked
         name = by_op.get(op) or ("" if base == "xla" else base)
         rows = [row for row in TABLE[op] if row.name == name]
-        return next((row for row in rows if self.platform in row.platforms), rows[0] if rows else None)
+        here = [row for row in rows if self.platform in row.platforms]
+        in_precision = [row for row in here if row.precision == self.precision_of(op)]
+        return next(iter([*in_precision, *here, *rows]), None)
 
     def rows(self, op: str) -> list[Implementation]:
         """The rows of an op that may run, in order."""

@@ -5,23 +5,29 @@
     dw = q(x)ᵀ q(dy)   Wgrad: both in tiles of 128 × 1, because this product is contracted over tokens
 
 q(x) rounds each x / s to e4m3, for a scale s of its tile such that the tile's largest magnitude becomes 448. Sums are
-float32. FP8 is DeepSeek-V3's recipe. MXFP8 has tiles of 32 along the contracted axis in all operands, weights too, and
-scales that are powers of two. The linear layers use these products: attention's projections, SwiGLU, experts, and those
-of multi-token heads. Embedding, output head, router, norms, attention itself and the optimizer do not.
+float32. FP8 is DeepSeek-V3's recipe, and FP8_UE8M0 that of V3.1: the same tiles, with scales that are powers of two.
+MXFP8 has tiles of 32 along the contracted axis in all operands, weights too, and such scales. The linear layers use
+these products: attention's projections, SwiGLU, experts, and those of multi-token heads. Embedding, output head,
+router, norms, attention itself and the optimizer do not.
 
 This file emulates the recipe on any device: the operands hold exactly the values of e4m3 numbers times their scales, in
 float32, and one float32 product adds them up. The recipe's own order, one sum for each 128 numbers and then the scales,
 differs by float32 rounding only. On a mesh that shards experts or their tokens, tiles do not cross devices.
 
+Where scales are powers of two, bfloat16 holds each of these values exactly too, because an e4m3 number has four
+significant bits. GPUs and TPUs then multiply in bfloat16 and add in float32 (`in_bfloat16`): the same terms, at the
+speed of bfloat16.
+
 Departs from the paper: nothing is kept in 8 bits. The report caches activations in FP8, and so rounds their scales, and
 those of what it dispatches, to powers of two: a 1 × 128 tile then becomes a 128 × 1 tile without a second rounding.
 Here both come from the same unrounded activations, so all scales are float32. For the same reason no operand needs the
 report's E5M6 format.
-Source: DeepSeek-V3 report, section 3.3; OCP Microscaling Formats v1.0; arXiv 2506.08027 for MXFP8's scales.
+Source: DeepSeek-V3 report, section 3.3; the model card of DeepSeek-V3.1 for UE8M0; OCP Microscaling Formats v1.0;
+arXiv 2506.08027 for the rounding of MXFP8's scales.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -50,14 +56,26 @@ class Recipe:
     tile: int  # numbers along the contracted axis that share a scale
     square_weights: bool  # a weight's tiles are as wide as they are long
     power_of_two: bool  # of scales
+    operands: str = "float32"  # dtype that products read; bfloat16 only where it holds the rounded numbers exactly
 
     def weight_tile(self, contracted: int) -> tuple[int, int]:
         """The tile of a matrix that is contracted over its axis 0 or 1."""
         short = self.tile if self.square_weights else 1
         return (short, self.tile) if contracted else (self.tile, short)
 
+    @property
+    def in_bfloat16(self) -> "Recipe":
+        """The same numbers as bfloat16, for devices that multiply it faster than float32.
+
+        Example:
+            >>> MXFP8.in_bfloat16.operands, FP8.in_bfloat16.operands
+            ('bfloat16', 'float32')
+        """
+        return replace(self, operands="bfloat16") if self.power_of_two else self
+
 
 FP8 = Recipe("fp8", 128, square_weights=True, power_of_two=False)
+FP8_UE8M0 = Recipe("fp8_ue8m0", 128, square_weights=True, power_of_two=True)
 MXFP8 = Recipe("mxfp8", 32, square_weights=False, power_of_two=True)
 
 
@@ -166,18 +184,22 @@ def _spread(scales: Array, tile: tuple[int, int], shape: tuple[int, ...]) -> Arr
 # One product
 
 
+def _operand(recipe: Recipe, x: Array, tile: tuple[int, int]) -> Array:
+    return round_to_tiles(x, tile, power_of_two=recipe.power_of_two).astype(recipe.operands)
+
+
 def _rows(recipe: Recipe, x: Array) -> Array:
     """An operand whose rows are contracted, as x in Fprop and dy in Dgrad."""
-    return round_to_tiles(x, (1, recipe.tile), power_of_two=recipe.power_of_two)
+    return _operand(recipe, x, (1, recipe.tile))
 
 
 def _columns(recipe: Recipe, x: Array) -> Array:
     """An operand whose columns are contracted, as both in Wgrad."""
-    return round_to_tiles(x, (recipe.tile, 1), power_of_two=recipe.power_of_two)
+    return _operand(recipe, x, (recipe.tile, 1))
 
 
 def _weight(recipe: Recipe, w: Array, contracted: int) -> Array:
-    return round_to_tiles(w, recipe.weight_tile(contracted), power_of_two=recipe.power_of_two)
+    return _operand(recipe, w, recipe.weight_tile(contracted))
 
 
 def _dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
@@ -305,7 +327,9 @@ def round_tokens_by_group(
 
 
 def grouped(recipe: Recipe, inner: GroupedProduct = ROW_BLOCKS) -> GroupedProduct:
-    """The grouped products of a recipe: operands are rounded, then multiplied by another backend in float32.
+    """The grouped products of a recipe: operands are rounded, then multiplied by another backend.
+
+    A backend's result has the dtype of its rows, so float32 rows stay float32 for it, whatever `recipe.operands`.
 
     Example:
         >>> backend = grouped(MXFP8)
@@ -313,22 +337,25 @@ def grouped(recipe: Recipe, inner: GroupedProduct = ROW_BLOCKS) -> GroupedProduc
         Array([3., 4.], dtype=float32)
     """
 
+    def of(rows: Array) -> Recipe:
+        return recipe if rows.dtype == recipe.operands else replace(recipe, operands="float32")
+
     def forward(x: Array, w: Array, counts: Array, first: Array | None = None) -> Array:
-        w = _weight(recipe, take_groups(w, counts, first), 0)
+        w = _weight(of(x), take_groups(w, counts, first), 0)
         with jax.default_matmul_precision("highest"):
-            return inner.forward(_rows(recipe, x), w, counts, None).astype(x.dtype)
+            return inner.forward(_rows(of(x), x), w, counts, None).astype(x.dtype)
 
     def dx(dy: Array, w: Array, counts: Array, first: Array | None = None) -> Array:
-        w = _weight(recipe, take_groups(w, counts, first), 1)
+        w = _weight(of(dy), take_groups(w, counts, first), 1)
         with jax.default_matmul_precision("highest"):
-            return inner.dx(_rows(recipe, dy), w, counts, None).astype(dy.dtype)
+            return inner.dx(_rows(of(dy), dy), w, counts, None).astype(dy.dtype)
 
     def dw(x: Array, dy: Array, counts: Array, dtype) -> Array:
-        x, dy = (
-            round_tokens_by_group(a.astype(jnp.float32), counts, recipe.tile, power_of_two=recipe.power_of_two)
-            for a in (x, dy)
+        a, b = (
+            round_tokens_by_group(rows.astype(jnp.float32), counts, recipe.tile, power_of_two=recipe.power_of_two)
+            for rows in (x, dy)
         )
         with jax.default_matmul_precision("highest"):
-            return inner.dw(x, dy, counts, dtype)
+            return inner.dw(a.astype(of(x).operands), b.astype(of(x).operands), counts, dtype)
 
     return GroupedProduct(recipe.name, forward, dx, dw, inner.row_multiple, casts=False)
