@@ -1,13 +1,18 @@
 """Checkpoints are complete or absent, and a run folder belongs to one run."""
 
 import json
+import logging
 import os
 import re
 import shutil
 import subprocess
+import sys
+import threading
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +25,7 @@ from runs import MODEL, assert_bitwise, cheap_compiles, make_run
 from dsv3_jax.cluster import processes
 from dsv3_jax.config import ConfigError
 from dsv3_jax.model.moe import RouterBias
-from dsv3_jax.training import adamw
+from dsv3_jax.training import adamw, checkpoint, orbax_noise
 from dsv3_jax.training.checkpoint import DELETED, Checkpoints, load_run
 from dsv3_jax.training.checksums import find_damage
 from dsv3_jax.training.run_folder import RUN_FILE, claim, read_run, settled
@@ -134,6 +139,45 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tmp_path, monkeypatch
             assert_bitwise(checkpoints.restore()[0], make_state(last))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("beside", ["", "run.json", "checkpoints/9"])
+def test_a_folder_that_was_moved_while_it_saved_is_not_made_anew(tmp_path, monkeypatch, beside):
+    """What Orbax writes at the old place is deleted, late writes too, unless anything else is there."""
+    monkeypatch.setattr(checkpoint, "LATE_WRITES_S", 0.5)
+    folder, part = tmp_path / "run", "checkpoints/4.orbax-checkpoint-tmp/state"
+    with Checkpoints(folder, RUN) as checkpoints:
+        checkpoints.save(make_state(4), PLACE, wait=True)
+        folder.rename(tmp_path / "away")
+        (folder / part).mkdir(parents=True)
+        if beside:
+            (folder / beside).mkdir(parents=True)
+        late = threading.Timer(0.2, lambda: (folder / part).mkdir(parents=True, exist_ok=True))
+        late.start()
+    late.join()
+    assert (folder / part).exists() == folder.exists() == bool(beside)
+    assert steps_in(tmp_path / "away") == {"4"}
+    with Checkpoints(folder := tmp_path / "away", RUN, read_only=True) as checkpoints:
+        folder.rename(tmp_path / "further")
+        (folder / part).mkdir(parents=True)
+    assert folder.exists()  # a reader deletes nothing
+
+
+def test_what_orbax_prints_beside_its_error_is_left_out_and_nothing_else(monkeypatch, caplog):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
+    orbax_noise.silence.__wrapped__()
+    for error in (RuntimeError("Event loop is closed"), RuntimeError("another"), OSError("Event loop is closed")):
+        sys.unraisablehook(SimpleNamespace(exc_type=type(error), exc_value=error))
+    assert [str(found.exc_value) for found in heard] == ["another", "Event loop is closed"]
+    code = compile("raise OSError('full')", "/lib/orbax/checkpoint/serialization.py", "exec")
+    for run in (partial(exec, code), partial(int, "x")):
+        try:
+            run()
+        except (OSError, ValueError):
+            logging.getLogger("asyncio").exception("never retrieved")
+    logging.getLogger("asyncio").error("coro=<write() defined at /lib/orbax/checkpoint/serialization.py>")
+    assert [record.exc_info[0] for record in caplog.records] == [ValueError]
 
 
 def test_a_folder_is_claimed_once(tmp_path):

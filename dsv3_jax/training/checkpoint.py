@@ -9,8 +9,8 @@ A checkpoint is compared with its checksums (see `checksums`) before it is read.
 results must be of the step that was asked for. Training resumes from the newest one that is whole (`rewind`).
 """
 
-import logging
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,15 +28,26 @@ from dsv3_jax.mesh import sharding
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.training import lora
 from dsv3_jax.training.checksums import MARK, has_manifest, write_manifest
+from dsv3_jax.training.orbax_noise import silence
 from dsv3_jax.training.run_folder import difference, read_run
 from dsv3_jax.training.step import TrainState, abstract_state, model_of
 from dsv3_jax.training.whole_steps import WholeSteps
 
+LATE_WRITES_S = 1.0  # TensorStore's threads end their writes after Orbax has given a save up
 DELETED = "deleted"  # subfolder of checkpoints beyond `run.keep`, until their files are deleted
 
 
 class SaveFailed(OSError):
     """A checkpoint could not be written; the ones before are complete."""
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What a folder keeps when it is moved; None if there is none at this place."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 class Checkpoints:
@@ -67,7 +78,7 @@ class Checkpoints:
         read_only: bool = False,
         optimizer: optax.GradientTransformation | None = None,
     ):
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # its errors are raised, too
+        silence()  # Orbax's errors are raised, too
         self.folder, self.run = Path(folder).absolute() / "checkpoints", run
         self._optimizer, self._read_only = optimizer, read_only
         self._saving: int | None = None  # the step of the last `save`
@@ -90,6 +101,7 @@ class Checkpoints:
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
             )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._place = _identity(self.folder)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -104,6 +116,29 @@ class Checkpoints:
                 shutil.rmtree(part, ignore_errors=True)
             if kind is None:  # otherwise the error that ends the run says more
                 raise
+        finally:
+            self._leave_nothing_elsewhere()
+
+    def _leave_nothing_elsewhere(self) -> None:
+        """Delete what Orbax made at the old place of a run folder that was moved or deleted while it saved.
+
+        Only where there is nothing else: somebody may have put another folder there.
+        """
+        if self._read_only or jax.process_index() > 0 or _identity(self.folder) == self._place:
+            return
+        until = time.monotonic() + LATE_WRITES_S
+        while time.monotonic() < until:
+            if self._holds_only_the_last_save():
+                shutil.rmtree(self.folder.parent, ignore_errors=True)
+            time.sleep(0.05)
+
+    def _holds_only_the_last_save(self) -> bool:
+        with suppress(OSError):  # it changes meanwhile
+            known = {self.folder / DELETED, self.folder / str(self._saving)}
+            parts = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+            alone = {*self.folder.parent.iterdir()} <= {self.folder}
+            return alone and {*self.folder.iterdir()} <= known.union(parts)
+        return False
 
     @property
     def latest(self) -> int | None:

@@ -43,6 +43,8 @@ def faults_of(ended: Ended, allowed: Sequence[int] = (0,)) -> list[str]:
         return ["hangs"]
     if ended.code not in allowed:
         return ["not resumed" if ended.code == 2 else "tracebacks"]
+    if "Traceback (most recent call last)" in ended.err:  # beside the sentence, or before a good end
+        return ["tracebacks"]
     sentences = [line for line in ended.err.splitlines() if line.startswith("dsv3: ")]
     return ["sentences"] if ended.code == 2 and (len(sentences) != 1 or len(sentences[0]) > MAX_SENTENCE) else []
 

@@ -1,0 +1,37 @@
+"""Silence for what Orbax prints beside the error that it raises.
+
+When one write of a checkpoint fails, as on a full disk, Orbax raises its error and closes its event loop. TensorStore's
+threads still report the other writes to that loop, a traceback each, and asyncio logs each failed one: pages of text
+around the one sentence that says what happened.
+"""
+
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+
+@cache
+def silence() -> None:
+    """Leave out these messages from now on, and no others. Several calls are as one.
+
+    Example:
+        >>> silence()
+        >>> logging.getLogger("absl").isEnabledFor(logging.ERROR)
+        False
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's own logger
+    logging.getLogger("asyncio").addFilter(lambda record: not _is_of_orbax(record))
+    sys.unraisablehook = partial(_unless_from_a_closed_loop, sys.unraisablehook)
+
+
+def _is_of_orbax(record: logging.LogRecord) -> bool:
+    trace = record.exc_info[2] if record.exc_info else None
+    return "orbax/checkpoint" in record.getMessage() + "".join(traceback.format_tb(trace))
+
+
+def _unless_from_a_closed_loop(hook: Callable[[Any], object], found: Any) -> None:
+    if not (found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"):
+        hook(found)
