@@ -6,6 +6,7 @@ around the one sentence that says what happened.
 """
 
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -28,8 +29,9 @@ def silence() -> None:
 
 
 def _is_of_orbax(record: logging.LogRecord) -> bool:
+    """By a file of its code, in the message or the traceback, or by the temporary folder that it writes to."""
     trace = record.exc_info[2] if record.exc_info else None
-    return "orbax/checkpoint" in record.getMessage() + "".join(traceback.format_tb(trace))
+    return re.search("orbax.checkpoint", record.getMessage() + "".join(traceback.format_tb(trace))) is not None
 
 
 def _unless_from_a_closed_loop(hook: Callable[[Any], object], found: Any) -> None:
