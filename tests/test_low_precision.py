@@ -1,5 +1,6 @@
 """Products in 8 bits: bit by bit the numbers of a slow NumPy oracle, and nothing else of the model changes."""
 
+import contextlib
 import re
 from dataclasses import replace
 from functools import partial
@@ -9,12 +10,18 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from test_grouped_product import gpu_interpreter
 
+from dsv3_jax.config import ConfigError
+from dsv3_jax.kernels.gpu import fp8 as gpu_fp8
+from dsv3_jax.kernels.gpu import hopper_products
 from dsv3_jax.ops import dispatch, mla, products
 from dsv3_jax.ops import low_precision as lp
 from dsv3_jax.ops.expert_stack import Experts, close_stack, open_stack
 from dsv3_jax.ops.grouped_product import EVERY_GROUP, ROW_BLOCKS
 from dsv3_jax.ops.low_precision import FP8, FP8_UE8M0, MXFP8
+from dsv3_jax.planning import devices
+from dsv3_jax.planning.program import read_program
 
 E4M3 = ml_dtypes.float8_e4m3fn
 ALL = (FP8, FP8_UE8M0, MXFP8, FP8_UE8M0.in_bfloat16, MXFP8.in_bfloat16)
@@ -175,6 +182,59 @@ def test_operands_have_the_recipes_dtype_and_sums_are_float32(recipe):
     found = re.findall(r"dot_general.*: \(tensor<[\dx]*(\w+)>, tensor<[\dx]*(\w+)>\) -> tensor<[\dx]*(\w+)>", text)
     operands = {"float32": "f32", "bfloat16": "bf16"}[recipe.operands]
     assert found == 3 * [(operands, operands, "f32")]
+
+
+def by_einsum(a, a_scales, c, c_scales, dtype):
+    """`Recipe.scaled_product` in plain JAX: one sum for each 128 products, then the scales."""
+    assert a.dtype == c.dtype == E4M3
+    a, c = (x.astype(jnp.float32).reshape(x.shape[0], -1, 128) for x in (a, c))
+    return jnp.einsum("mbk,nbk,bm,bn->mn", a, c, a_scales, c_scales, precision="highest").astype(dtype)
+
+
+@pytest.mark.parametrize("recipe", [FP8, FP8_UE8M0], ids=lambda r: r.name)
+@pytest.mark.parametrize("kernel", [by_einsum, pytest.param(gpu_fp8.scaled_product, marks=pytest.mark.long)])
+def test_scaled_products_of_e4m3_numbers_are_the_recipes(rng, monkeypatch, recipe, kernel):
+    """The kernel for Hopper, run by Pallas' interpreter: each core takes several tiles of several steps."""
+    monkeypatch.setattr(hopper_products, "CORES", 2)
+    spread = lambda *shape: rng.standard_normal(shape) * 2.0 ** rng.integers(-9, 9, shape)  # noqa: E731
+    x, w, dy = (a.astype(np.float32) for a in (spread(256, 384), spread(384, 128), spread(256, 128)))
+    with gpu_interpreter() if kernel is gpu_fp8.scaled_product else contextlib.nullcontext():
+        found = forward_and_back(replace(recipe, scaled_product=kernel), *map(jnp.asarray, (x, w, dy)))
+    for got, want in zip(found, by_oracle(recipe, x, w, dy), strict=True):
+        close(got, want)
+
+
+@pytest.mark.long
+def test_products_of_e4m3_numbers_compile_for_hopper():
+    """Three launches of the kernel and no other product, and the master weight's gradient leaves it in float32."""
+    try:
+        mesh = devices.target_mesh("gpu:h100", {"data": 1})
+    except ConfigError as error:
+        pytest.skip(str(error))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shapes = ((1024, 512), jnp.bfloat16), ((512, 384), jnp.float32), ((1024, 384), jnp.bfloat16)
+    arrays = [jax.ShapeDtypeStruct(*shape, sharding=whole) for shape in shapes]
+    recipe = replace(FP8, scaled_product=gpu_fp8.scaled_product)
+    lowered = forward_and_back.lower(recipe, *arrays)
+    assert [a.dtype for a in jax.tree.leaves(lowered.out_info)] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
+    text = lowered.compile().as_text()
+    calls = re.findall(r'custom-call\(.*custom_call_target="([^"]*)"', text)
+    assert len(calls) == 3 and all("mosaic_gpu" in name for name in calls) and not re.search(r" dot\(|cublas", text)
+    assert read_program(text).flops == 3 * 2 * 1024 * 512 * 384
+
+
+def test_the_kernel_for_hopper_takes_products_whose_sizes_tiles_divide():
+    fits = lambda op, *shapes, **settings: gpu_fp8.FITS[op](*map(jnp.zeros, shapes), **settings)  # noqa: E731
+    assert fits("product", (2, 128, 256), (256, 3, 128)) and fits("product", (2, 64, 4, 32), (4, 32, 256), axes=2)
+    assert not fits("product", (2, 100, 256), (256, 3, 128))  # 200 rows
+    assert not fits("product", (2, 128, 100), (100, 3, 128)) and not fits("product", (2, 128, 256), (256, 3, 50))
+    assert fits("swiglu", (256, 128), (128, 384)) and not fits("swiglu", (250, 128), (128, 384))
+    assert not fits("swiglu", (256, 128), (128, 100)) and not fits("swiglu", (256, 100), (100, 128))
+    assert fits("expand", (2, 64, 128), (4, 64, 128), (4, 32, 128))  # four heads of 64 + 32
+    assert not fits("expand", (2, 64, 128), (3, 64, 128), (3, 32, 128))
+    assert not fits("expand", (2, 60, 128), (4, 64, 128), (4, 64, 128)) and not fits(
+        "expand", (2, 64, 100), (4, 64, 100), (4, 64, 100)
+    )
 
 
 def test_heads_and_swiglu_are_products(rng):

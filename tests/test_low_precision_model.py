@@ -88,6 +88,29 @@ def test_the_door_gives_8_bits_to_linear_layers_only(name):
             assert {row.precision for row in target.rows(op)} == {name}
 
 
+def test_hopper_multiplies_e4m3_numbers_where_it_is_asked_to():
+    names = "auto,product=hopper,swiglu=hopper,expand=hopper"
+    for precision in ("fp8", "fp8_ue8m0"):
+        kernels = Kernels(Target("cuda", names, "9.0", precision), ())
+        chosen = kernels.chosen("bfloat16")
+        assert {op for op, name in chosen.items() if name == "hopper"} == {"product", "swiglu", "expand"}
+        assert kernels.in_compute_dtype.target == Target("cuda", "auto", "9.0")
+        assert "hopper" not in Kernels(Target("cuda", "auto", "9.0", precision), ()).chosen("bfloat16").values()
+        few, many, weight = jnp.ones((100, 128)), jnp.ones((256, 128)), jnp.ones((128, 128))
+        assert [kernels.pick("product", x, weight, axes=1).name for x in (few, many)] == [precision, "hopper"]
+    with pytest.raises(ConfigError, match="'hopper' does not compute product in precision='mxfp8'"):
+        Target("cuda", names, "9.0", "mxfp8")
+    with pytest.raises(ConfigError, match="compute capability 9.0"):
+        prepare(Execution("bfloat16", kernels=names, precision="fp8"), platform="cuda", chip="10.0")
+
+
+def test_without_8_bits_kernels_keep_the_names_that_there_are():
+    asked = Target("cuda", "product=hopper,grouped_swiglu=mosaic", "9.0", "fp8_ue8m0")
+    assert asked.in_compute_dtype == Target("cuda", "auto,grouped_swiglu=mosaic", "9.0")
+    assert Target("cpu", "mxfp8", precision="mxfp8").in_compute_dtype == Target("cpu", "auto")
+    assert Target("cpu", "xla", precision="fp8").in_compute_dtype == Target("cpu", "xla")
+
+
 def test_a_kernel_of_both_precisions_is_forced_in_the_one_that_is_asked_for():
     for precision in ("none", "mxfp8"):
         row = Target("cuda", "grouped_swiglu=mosaic", "9.0", precision).forced("grouped_swiglu")

@@ -24,6 +24,7 @@ from dsv3_jax.kernels.cpu import blocks, calls, library
 from dsv3_jax.kernels.cpu import experts as cpu_experts
 from dsv3_jax.kernels.cpu import products as cpu_products
 from dsv3_jax.kernels.gpu import attention as gpu_attention
+from dsv3_jax.kernels.gpu import fp8 as gpu_fp8
 from dsv3_jax.kernels.gpu import grouped_product as gpu_products
 from dsv3_jax.kernels.gpu import latent_attention as gpu_latent_attention
 from dsv3_jax.kernels.gpu import tokamax_library
@@ -148,8 +149,8 @@ _row_blocks = partial(
 )
 # Products in 8 bits, by XLA on every platform. Where bfloat16 holds the rounded numbers exactly, GPUs and TPUs multiply
 # it instead of float32. XLA can multiply e4m3 numbers as they are for an H100, but a scale for each 128 of them then
-# needs a sum in memory for each: 107 TFLOP/s at most at 3.35 TB/s, by arithmetic, far below bfloat16's. A kernel that
-# scales in registers would be a row before these.
+# needs a sum in memory for each: 107 TFLOP/s at most at 3.35 TB/s, by arithmetic, far below bfloat16's. The project's
+# kernel for Hopper scales in registers.
 _RECIPES = (low_precision.FP8, low_precision.FP8_UE8M0, low_precision.MXFP8)
 _IN_BFLOAT16 = tuple(recipe.in_bfloat16 for recipe in _RECIPES if recipe.in_bfloat16 != recipe)
 
@@ -166,6 +167,27 @@ def _low_precision(run: Callable, **by_recipe: Callable[[low_precision.Recipe], 
         )
         for recipes, platforms in ((_IN_BFLOAT16, ACCELERATORS), (_RECIPES, PLATFORMS))
         for recipe in recipes
+    )
+
+
+def _hopper_fp8(op: str, run: Callable) -> tuple[Implementation, ...]:
+    """The rows of an op whose products multiply e4m3 numbers on Hopper."""
+    return tuple(
+        Implementation(
+            "hopper",
+            partial(run, recipe=replace(recipe, scaled_product=gpu_fp8.scaled_product)),
+            ("cuda",),
+            lambda *arrays: _on_one_device(),
+            "for one device",
+            gpu_fp8.FITS[op],
+            by_hand=True,
+            by_name=True,
+            alone=True,
+            precision=recipe.name,
+            why_not=gpu_products.why_not_hopper,
+        )
+        for recipe in _RECIPES
+        if recipe.tile == gpu_fp8.BLOCK
     )
 
 
@@ -267,12 +289,14 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     ),
     "product": (
         _cpp(cpu_products.product, fits=_few_rows),
+        *_hopper_fp8("product", low_precision.product),
         *_low_precision(low_precision.product),
         _xla(products.product),
     ),
     "exact_product": (_cpp(cpu_products.product, fits=_few_rows), _xla(products.exact_product)),
     "swiglu": (
         _cpp(cpu_products.swiglu, fits=_few_rows),
+        *_hopper_fp8("swiglu", low_precision.swiglu),
         *_low_precision(low_precision.swiglu),
         _xla(products.swiglu),
     ),
@@ -283,7 +307,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     ),
     "embedding": (Implementation("in_order", embedding.look_up_in_order, GPUS), _xla(embedding.look_up)),
     "optimizer": (_cpp(calls.adamw, fits=lambda p, *_: p.size >= LARGE_UPDATE), _xla(adamw.adamw_update)),
-    "expand": (*_low_precision(low_precision.expand), _xla(mla.expand)),
+    "expand": (*_hopper_fp8("expand", low_precision.expand), *_low_precision(low_precision.expand), _xla(mla.expand)),
     "capacity_swiglu": (
         *_low_precision(dispatch.capacity_swiglu, product=lambda r: partial(low_precision.product_by_expert, recipe=r)),
         _xla(dispatch.capacity_swiglu),
@@ -355,6 +379,16 @@ class Target:
         in_precision = [row for row in here if row.precision == self.precision_of(op)]
         return next(iter([*in_precision, *here, *rows]), None)
 
+    @property
+    def in_compute_dtype(self) -> "Target":
+        """The same without 8-bit products, and without the names of kernels that compute nothing else."""
+        base, by_op = self.asked
+        if base not in ("auto", "xla"):
+            base, by_op = "auto", dict.fromkeys(TABLE, base) | by_op
+        known = {op: {row.name for row in TABLE[op] if row.precision == "none"} for op in TABLE}
+        names = [f"{op}={name}" for op, name in by_op.items() if name in known[op]]
+        return replace(self, kernels=",".join([base, *names]), precision="none") if self.precision != "none" else self
+
     def rows(self, op: str) -> list[Implementation]:
         """The rows of an op that may run, in order."""
         free = self.asked[0] != "xla" or op in self.asked[1]
@@ -409,7 +443,7 @@ class Kernels:
     @property
     def in_compute_dtype(self) -> "Kernels":
         """The same without 8-bit products: for the output head, and for decoding."""
-        return replace(self, target=replace(self.target, precision="none"))
+        return replace(self, target=self.target.in_compute_dtype)
 
     # Attention
 
@@ -540,7 +574,7 @@ class Kernels:
         w_uv: Float[Array, "H V C"],
     ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H V"]]:
         """See `ops.mla.expand`."""
-        return self.pick("expand", c_kv, w_uk).run(c_kv, k_rope, w_uk, w_uv)
+        return self.pick("expand", c_kv, w_uk, w_uv).run(c_kv, k_rope, w_uk, w_uv)
 
     def exact_product(self, x: Float[Array, "n D"], w: Float[Array, "D N"]) -> Float[Array, "n N"]:
         """See `ops.products.exact_product`."""

@@ -16,7 +16,7 @@ differs by float32 rounding only. On a mesh that shards experts or their tokens,
 
 Where scales are powers of two, bfloat16 holds each of these values exactly too, because an e4m3 number has four
 significant bits. GPUs and TPUs then multiply in bfloat16 and add in float32 (`in_bfloat16`): the same terms, at the
-speed of bfloat16.
+speed of bfloat16. A device with a kernel for e4m3 numbers and their scales multiplies those (`scaled_product`).
 
 Departs from the paper: nothing is kept in 8 bits. The report caches activations in FP8, and so rounds their scales, and
 those of what it dispatches, to powers of two: a 1 × 128 tile then becomes a 128 × 1 tile without a second rounding.
@@ -27,6 +27,7 @@ arXiv 2506.08027 for the rounding of MXFP8's scales.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -57,6 +58,9 @@ class Recipe:
     square_weights: bool  # a weight's tiles are as wide as they are long
     power_of_two: bool  # of scales
     operands: str = "float32"  # dtype that products read; bfloat16 only where it holds the rounded numbers exactly
+    # A device's product of e4m3 numbers, where tiles divide all sizes: (a [m, k], its scales [k / tile, m], c [n, k],
+    # its scales [k / tile, n], dtype) -> a cᵀ. None multiplies the rounded operands.
+    scaled_product: Callable[..., Array] | None = None
 
     def weight_tile(self, contracted: int) -> tuple[int, int]:
         """The tile of a matrix that is contracted over its axis 0 or 1."""
@@ -218,6 +222,9 @@ def matmul(recipe: Recipe, x: Float[Array, "m K"], w: Float[Array, "K N"]) -> Fl
         >>> matmul(MXFP8, jnp.array([[1.0, 1.2]]), jnp.ones((2, 1)))  # 1.2 is rounded to 1.25
         Array([[2.25]], dtype=float32)
     """
+    if recipe.scaled_product is not None:
+        numbers, scales = _quantized_weight(recipe, w)
+        return recipe.scaled_product(*_quantized_rows(recipe, x), numbers.T, scales, x.dtype)
     return _dot(_rows(recipe, x), _weight(recipe, w, 0), (1, 0)).astype(x.dtype)
 
 
@@ -227,12 +234,35 @@ def _matmul_fwd(recipe, x, w):
 
 def _matmul_bwd(recipe, saved, dy):
     x, w = saved
+    if recipe.scaled_product is not None:
+        numbers, scales = _quantized_weight(recipe, w.T)
+        dx = recipe.scaled_product(*_quantized_rows(recipe, dy), numbers.T, scales, x.dtype)
+        return dx, recipe.scaled_product(*_quantized_columns(recipe, x), *_quantized_columns(recipe, dy), w.dtype)
     dx = _dot(_rows(recipe, dy), _weight(recipe, w, 1), (1, 1))
     dw = _dot(_columns(recipe, x), _columns(recipe, dy), (0, 0))
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
 matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+def _quantized_rows(recipe: Recipe, x: Array) -> tuple[Array, Array]:
+    """(numbers [m, k], scales [k / tile, m]) of rows that are contracted."""
+    numbers, scales = quantize(x, (1, recipe.tile), power_of_two=recipe.power_of_two)
+    return numbers, scales.T
+
+
+def _quantized_columns(recipe: Recipe, x: Array) -> tuple[Array, Array]:
+    """(numbers [k, m], scales [m / tile, k]) of columns that are contracted."""
+    numbers, scales = quantize(x, (recipe.tile, 1), power_of_two=recipe.power_of_two)
+    return numbers.T, scales
+
+
+def _quantized_weight(recipe: Recipe, w: Array) -> tuple[Array, Array]:
+    """(numbers [k, n], scales [k / tile, n]) of a weight that is contracted over its first axis."""
+    tile = recipe.weight_tile(0)
+    numbers, scales = quantize(w, tile, power_of_two=recipe.power_of_two)
+    return numbers, jnp.repeat(scales, tile[1], axis=1)
 
 
 def product(x: Float[Array, "..."], w: Float[Array, "..."], axes: int = 1, *, recipe: Recipe) -> Float[Array, "..."]:

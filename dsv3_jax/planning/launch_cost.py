@@ -120,6 +120,8 @@ class LaunchCost:
         arrays = [o.arrays[0] for o in operands if o is not None and o.arrays and o.arrays[0].is_float]
         if _GROUPED.search(name):
             return _grouped_flops(arrays, i.arrays)
+        if (flops := _scaled_flops(arrays, i.arrays)) is not None:
+            return flops
         return _attention_flops(arrays, i.arrays) if _ATTENTION.search(name) else None
 
     # Bytes
@@ -225,6 +227,15 @@ def _grouped_flops(operands: list[Shape], results: list[Shape]) -> float:
         return 0.0  # a table of groups
     out = results[0].dims
     return 2.0 * math.prod(out) * (rows[0].size / out[0]) if len(out) == 2 else 2.0 * out[-1] * rows[0].size
+
+
+def _scaled_flops(operands: list[Shape], results: list[Shape]) -> float | None:
+    """FLOPs of a product of 8-bit matrices with scales, [M, K] by [N, K] into [M, N]; None for other operands."""
+    matrices = [a.dims for a in operands if a.nbytes == a.size]
+    if len(matrices) != 2 or any(len(dims) != 2 for dims in matrices) or matrices[0][1] != matrices[1][1]:
+        return None
+    (m, k), (n, _) = matrices
+    return 2.0 * m * n * k if results[0].dims == (m, n) else None
 
 
 def _attention_flops(operands: list[Shape], results: list[Shape]) -> float | None:

@@ -138,7 +138,7 @@ def product(x: Array, w: Array, counts: Array, first: Array | None = None, *, tr
 
                 def step(_, x_smem, w_smem, sums):
                     own = x_smem.at[pl.ds(wg * WARPGROUP, WARPGROUP)]
-                    plgpu.wgmma(sums, own, _transposed(w_smem) if transposed else w_smem)
+                    plgpu.wgmma(sums, own, swapped(w_smem) if transposed else w_smem)
                     plgpu.wgmma_wait(0)
                     return sums
 
@@ -151,7 +151,7 @@ def product(x: Array, w: Array, counts: Array, first: Array | None = None, *, tr
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    return _run(kernel, jax.ShapeDtypeStruct((m, n), x.dtype), warpgroups)(x, w, *blocks)
+    return run_on_all_cores(kernel, jax.ShapeDtypeStruct((m, n), x.dtype), warpgroups)(x, w, *blocks)
 
 
 def _store_rows(values, out, y, low, high, columns):
@@ -241,7 +241,7 @@ def product_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
                         own[...] = own[...] * inside.astype(own.dtype)
                         plgpu.commit_smem()
 
-                    plgpu.wgmma(sums, _transposed(own), dy_smem)
+                    plgpu.wgmma(sums, swapped(own), dy_smem)
                     plgpu.wgmma_wait(0)
                     return sums
 
@@ -250,14 +250,14 @@ def product_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     out = jax.ShapeDtypeStruct((num_groups, k, n), dtype)
-    return _run(kernel, out, warpgroups)(x, dy, starts, ends, first, steps)
+    return run_on_all_cores(kernel, out, warpgroups)(x, dy, starts, ends, first, steps)
 
 
-def _transposed(ref: Any) -> Any:
+def swapped(ref: Any) -> Any:
     return ref.transpose((1, 0)) if jax.__version_info__ >= (0, 11) else plgpu.transpose_ref(ref, (1, 0))
 
 
-def _run(kernel: Any, out: Any, warpgroups: int) -> Any:
+def run_on_all_cores(kernel: Any, out: Any, warpgroups: int) -> Any:
     return plgpu.kernel(
         kernel,
         out_type=out,
