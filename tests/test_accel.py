@@ -10,15 +10,18 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from dsv3_jax.cli import common, train
 from dsv3_jax.config import ConfigError, replace
 from dsv3_jax.kernels import choose
+from dsv3_jax.ops import low_precision
 from dsv3_jax.presets import recipe
 from dsv3_jax.training import loop
 from dsv3_jax.training.step import abstract_state, make_step
@@ -262,6 +265,27 @@ def test_an_implementation_that_fails_leaves_the_others(monkeypatch):
     figures = [found for found in parts.loss(parts.toy()) if isinstance(found, parts.Figure)]
     assert figures[0].value is None and figures[0].why == "failed: it cannot run"
     assert figures[1].value > 0 and figures[1].ran == {"cross_entropy": "xla"}
+
+
+def test_products_in_8_bits_are_measured_and_compared(monkeypatch):
+    """A kernel that forgets the scales of one operand is far away from the emulation; on a CPU there is none."""
+    figures = [found for found in parts.eight_bits(parts.toy()) if isinstance(found, parts.Figure)]
+    by_name = {figure.name.split("gradients, ")[1]: figure for figure in figures}
+    assert [name for name, figure in by_name.items() if figure.value] == [
+        f"{precision}, auto" for precision in ("none", "fp8", "fp8_ue8m0", "mxfp8")
+    ]
+    assert "'hopper' is not available for cpu" in by_name["fp8, product=hopper"].why
+
+    def wrong(a, a_scales, c, c_scales, dtype):
+        return (a.astype(jnp.float32) @ c.astype(jnp.float32).T * c_scales[:1]).astype(dtype)
+
+    recipe = replace(low_precision.FP8, scaled_product=wrong)
+    row = choose.Implementation("hopper", partial(low_precision.product, recipe=recipe), precision="fp8", by_name=True)
+    rows = [row for row in choose.TABLE["product"] if row.name != "hopper"]
+    monkeypatch.setattr(choose, "TABLE", choose.TABLE | {"product": (row, *rows)})
+    figures = {f.name.split("gradients, ")[1]: f for f in parts.eight_bits(parts.toy()) if isinstance(f, parts.Figure)}
+    found = figures["fp8, product=hopper"]
+    assert found.ran == {"product": "hopper"} and float(found.note.split()[0]) > 0.1
 
 
 def test_an_implementation_that_does_not_fit_gets_no_figure(monkeypatch):

@@ -78,6 +78,7 @@ class Sizes:
     attention: tuple[int, int, int, int, int]  # B, T, H, K, V
     documents: int  # packed in a row of it
     loss: tuple[int, int, int]  # tokens, width, vocabulary
+    eight_bits: tuple[int, int, int]  # tokens, and both widths of a weight
     step: ModelConfig
     step_batch: tuple[int, int]  # B, T
     decode: ModelConfig
@@ -108,6 +109,7 @@ def full() -> Sizes:
         attention=(2, 4096, 128, 192, 128),
         documents=4,
         loss=(8192, v3.dim, v3.vocab_size),
+        eight_bits=(8192, v3.dim, 2 * v3.expert_dim),
         step=replace(lite, num_layers=4),
         step_batch=(8, 4096),
         decode=lite,
@@ -139,6 +141,7 @@ def toy() -> Sizes:
         attention=(1, 64, 2, 24, 16),
         documents=2,
         loss=(64, 32, 100),
+        eight_bits=(128, 128, 128),
         step=plain,
         step_batch=(2, 32),
         decode=plain,
@@ -172,9 +175,9 @@ class Recorder(choose.Kernels):
 RAN: dict[str, str] = {}
 
 
-def kernels_for(dtype: str = "bfloat16", kernels: str = "auto") -> Recorder:
+def kernels_for(dtype: str = "bfloat16", kernels: str = "auto", precision: Any = "none") -> Recorder:
     """The kernels of the default device. Raises: ConfigError where they cannot run."""
-    found = choose.prepare(Execution(compute_dtype=dtype, kernels=kernels))
+    found = choose.prepare(Execution(compute_dtype=dtype, kernels=kernels, precision=precision))
     return Recorder(**{item.name: getattr(found, item.name) for item in dataclasses.fields(found)})
 
 
@@ -460,6 +463,46 @@ def loss(sizes: Sizes) -> Part:
     yield from by_backend("cross_entropy", f"{tokens} tokens, {dim}×{vocab}, with gradients", once, measure)
 
 
+def eight_bits(sizes: Sizes) -> Part:
+    """A linear layer with its gradients in 8 bits, by recipe and implementation, and how far each is from float32's.
+
+    The recipe's rounding is the same for all; sums differ. Hopper's matrix unit keeps about 14 bits of a sum of 128.
+    """
+    tokens, dim, width = sizes.eight_bits
+    key = keys()
+    x, dy = draw(next(key), (tokens, dim)), draw(next(key), (tokens, width))
+    w = draw(next(key), (dim, width), "float32", dim**-0.5)
+
+    def with_gradients(kernels: choose.Kernels, x, w, dy):
+        y, pull_back = jax.vjp(lambda x, w: kernels.product(x, w), x, w)
+        return y, *pull_back(dy)
+
+    for precision in ("none", "fp8", "fp8_ue8m0", "mxfp8"):
+        first: Any = None
+        for names in ("auto", "product=hopper") if precision[:3] == "fp8" else ("auto",):
+            title = f"{tokens} tokens, {dim}×{width}, with gradients, {precision}, {names}"
+            yield title
+            try:
+                kernels = kernels_for(kernels=names, precision=precision)
+                call = jax.jit(partial(with_gradients, kernels))
+                took = seconds_of(lambda call=call: call(x, w, dy), sizes.seconds)
+                found = call(x, w, dy)
+            except Exception as error:  # of a compiler, or a device that has no such kernel
+                yield Figure(title, None, why=sentence(error))
+                continue
+            rate, picked = 6 * tokens * dim * width / took, ran("product")
+            first = found if first is None else first
+            apart = max(float(_relative_distance(a, b)) for a, b in zip(found, first, strict=True))
+            note = f"{apart:.1e} of the largest number away from auto" if names != "auto" else ""
+            yield Figure(title, rate, "FLOP/s", against="product", ran=picked, note=note)
+
+
+@jax.jit
+def _relative_distance(a: jax.Array, b: jax.Array) -> jax.Array:
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.abs(a - b).max() / jnp.abs(b).max()
+
+
 def train_run(cfg: ModelConfig, rows: int, length: int) -> RunConfig:
     """A run of a model, computed as V2-Lite's recipe says, in bfloat16."""
     execution = replace(recipe("v2_lite").execution, compute_dtype="bfloat16")
@@ -672,7 +715,7 @@ def _different_numbers(left: Any, right: Any) -> jax.Array:
 
 PARTS: dict[str, Callable[[Sizes], Part]] = {
     "bounds": bounds, "exact": exact, "layer": layer, "attention": attention, "step": step, "decode": decode,
-    "grouped": grouped, "drafts": drafts, "loss": loss,
+    "grouped": grouped, "drafts": drafts, "loss": loss, "eight_bits": eight_bits,
 }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ from dsv3_jax.planning.devices import DEVICES
 # Parts by value, and seconds below which one is not begun: it would not come far.
 PARTS = {
     "bounds": 10, "exact": 40, "layer": 25, "attention": 40, "step": 40, "decode": 60, "grouped": 60, "drafts": 60,
-    "loss": 20,
+    "loss": 20, "eight_bits": 30,
 }  # fmt: skip
 # of the worker's environment; JAX's own share of the memory, 0.75, leaves no room for the large batches
 SETTINGS = {"TF_CPP_MIN_LOG_LEVEL": "2", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
