@@ -103,7 +103,7 @@ BAD = {
     "kernels": ("train tiny --out {new} --execution.kernels best", "kernels='best' is not one of auto"),
     "kernels of an op": (
         "train tiny --out {new} --execution.kernels product=dense",
-        "'dense' is not one of cpu, fp8_ue8m0, mxfp8, fp8, xla",
+        "'dense' is not one of cpu, hopper, fp8_ue8m0, mxfp8, fp8, xla",
     ),
     "kernels of another device": (
         "CUDA train tiny --out {new} --execution.kernels cpu",

@@ -344,7 +344,7 @@ class Target:
         for op, name in by_op.items():
             if op not in TABLE:
                 raise ConfigError(f"kernels={op}={name}: {op!r} is not one of the ops {', '.join(TABLE)}")
-            if name not in (known := [row.name for row in TABLE[op]]):
+            if name not in (known := dict.fromkeys(row.name for row in TABLE[op])):
                 raise ConfigError(f"kernels={op}={name}: {name!r} is not one of {', '.join(known)}")
         for op in TABLE:
             row = self.forced(op)

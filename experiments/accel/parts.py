@@ -195,7 +195,12 @@ def backends(op: str) -> Iterator[tuple[str, Recorder | str]]:
         try:
             yield name, kernels_for(kernels=f"{op}={name}")
         except ConfigError as error:
-            yield name, f"not available here: {sentence(error).split('; use ')[0]}"
+            yield name, not_available(error)
+
+
+def not_available(error: ConfigError) -> str:
+    """Why there is no figure of kernels that the device does not have."""
+    return f"not available here: {sentence(error).split('; use ')[0]}"
 
 
 def by_backend(
@@ -487,8 +492,11 @@ def eight_bits(sizes: Sizes) -> Part:
                 call = jax.jit(partial(with_gradients, kernels))
                 took = seconds_of(lambda call=call: call(x, w, dy), sizes.seconds)
                 found = call(x, w, dy)
-            except Exception as error:  # of a compiler, or a device that has no such kernel
-                yield Figure(title, None, why=sentence(error))
+            except ConfigError as error:
+                yield Figure(title, None, why=not_available(error))
+                continue
+            except Exception as error:  # of a compiler
+                yield Figure(title, None, why=f"failed: {sentence(error)}")
                 continue
             rate, picked = 6 * tokens * dim * width / took, ran("product")
             first = found if first is None else first
