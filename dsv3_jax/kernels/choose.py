@@ -382,12 +382,14 @@ class Target:
     @property
     def in_compute_dtype(self) -> "Target":
         """The same without 8-bit products, and without the names of kernels that compute nothing else."""
+        if self.precision == "none":
+            return self
         base, by_op = self.asked
         if base not in ("auto", "xla"):
             base, by_op = "auto", dict.fromkeys(TABLE, base) | by_op
         known = {op: {row.name for row in TABLE[op] if row.precision == "none"} for op in TABLE}
         names = [f"{op}={name}" for op, name in by_op.items() if name in known[op]]
-        return replace(self, kernels=",".join([base, *names]), precision="none") if self.precision != "none" else self
+        return replace(self, kernels=",".join([base, *names]), precision="none")
 
     def rows(self, op: str) -> list[Implementation]:
         """The rows of an op that may run, in order."""
