@@ -71,6 +71,7 @@ _MOST = {
     "num_layers": 10_000,
     "num_dense_layers": 10_000,
     "num_experts": 1_000_000,
+    "rope_head_dim": 1_000_000,  # its frequencies are computed before files are compared with the settings
     "mtp_depth": 100,
     "seed": 2**32 - 1,  # JAX keeps 32 bits of a seed
 }

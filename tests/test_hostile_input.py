@@ -77,6 +77,7 @@ def test_every_number_of_a_run_is_finite(value):
         ("model.num_layers", 10**9),
         ("model.num_experts", 10**9),
         ("model.mtp_depth", 10**9),
+        ("model.rope_head_dim", 10**9),
         ("model.dim", 2**40),
         ("model.vocab_size", 2**31),
         ("model.rope_theta", 0.5),
