@@ -301,6 +301,8 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _xla(products.swiglu),
     ),
     "product_by_head": (_cpp(cpu_products.product_by_head, fits=_few_rows), _xla(products.product_by_head)),
+    # tokamax has a kernel for TPUs. It computes the logits twice, these rows once, and it does not tell whether a
+    # target is the argmax, which the metrics count.
     "cross_entropy": (
         Implementation("by_memory", cross_entropy.cross_entropy_by_memory, ACCELERATORS),
         _xla(cross_entropy.chunked_cross_entropy),
