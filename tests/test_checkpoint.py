@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -25,8 +26,8 @@ from runs import MODEL, assert_bitwise, cheap_compiles, make_run
 from dsv3_jax.cluster import processes
 from dsv3_jax.config import ConfigError
 from dsv3_jax.model.moe import RouterBias
-from dsv3_jax.training import adamw, checkpoint, orbax_noise
-from dsv3_jax.training.checkpoint import DELETED, Checkpoints, load_run
+from dsv3_jax.training import adamw, checkpoint, held_save, orbax_noise
+from dsv3_jax.training.checkpoint import DELETED, Checkpoints, SaveFailed, load_run
 from dsv3_jax.training.checksums import find_damage
 from dsv3_jax.training.run_folder import RUN_FILE, claim, read_run, settled
 from dsv3_jax.training.step import TrainState
@@ -161,6 +162,42 @@ def test_a_folder_that_was_moved_while_it_saved_is_not_made_anew(tmp_path, monke
         folder.rename(tmp_path / "further")
         (folder / part).mkdir(parents=True)
     assert folder.exists()  # a reader deletes nothing
+
+
+def test_a_save_that_a_clock_holds_up_ends_in_a_sentence(tmp_path, monkeypatch):
+    """TensorStore starts no thread while the clock is behind; here a barrier stands for it."""
+    real, gone_back, go_on = time.time, [0], threading.Event()
+    monkeypatch.setattr(time, "time", lambda: real() - gone_back[0])
+    monkeypatch.setattr(held_save, "HELD_S", 0.2)
+    monkeypatch.setattr(Checkpoints, "_write_manifest", lambda self: go_on.wait(60))
+    try:
+        with pytest.raises(SaveFailed, match=r"step 1 cannot be written to .*: the clock was set back by 3,600 s"):
+            with Checkpoints(tmp_path, RUN) as checkpoints:
+                gone_back[0] = 3600
+                checkpoints.save(make_state(1), PLACE, wait=True)
+        assert not (tmp_path / "checkpoints" / "1").exists()
+    finally:
+        go_on.set()
+        checkpoints._manager.wait_until_finished()
+
+
+def test_a_save_waits_as_long_as_the_clock_was_not_set_back_or_it_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(held_save, "HELD_S", 0.1)
+    until, real, file = time.monotonic() + 0.5, time.time, tmp_path / "written"
+
+    def is_saving():
+        file.write_bytes(bytes(int(1e4 * max(until - time.monotonic(), 0))))  # another size at each call
+        return time.monotonic() < until
+
+    clock = held_save.Clock()
+    held_save.wait(lambda: time.monotonic() < until, lambda: [file], clock)
+    until = time.monotonic() + 0.5
+    monkeypatch.setattr(time, "time", lambda: real() - 3600)
+    assert 3599 < clock.set_back < 3601
+    held_save.wait(is_saving, lambda: [file], clock)
+    until = time.monotonic() + 60
+    with pytest.raises(TimeoutError, match="set back by 3,600 s"):
+        held_save.wait(lambda: True, lambda: [file], clock)
 
 
 def test_what_orbax_prints_beside_its_error_is_left_out_and_nothing_else(monkeypatch, caplog):

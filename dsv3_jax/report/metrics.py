@@ -1,6 +1,9 @@
 """A run's metrics as JSON lines and for TensorBoard, and each expert's load in a second file of JSON lines."""
 
 import json
+import socket
+import struct
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,25 +66,48 @@ class Metrics(Rows):
 
     def __init__(self, folder: Path, after: int, *, read_only: bool = False):
         super().__init__(folder / METRICS_FILE, after, read_only=read_only)
-        self._board = None
-        if not read_only:
-            from tensorboardX import SummaryWriter  # imported late: it imports torch if torch is installed
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
+        self._board = None if read_only else _Board(folder / "tensorboard", after + 1)
 
     def write(self, row: dict) -> None:
         """Add a row; it must have a "step"."""
         super().write(row)
-        if self._board is None:
-            return
-        for name, value in _flat(row):
-            self._board.add_scalar(name, value, row["step"])
-        self._board.flush()
-
-    def close(self) -> None:
-        """Flush TensorBoard's writer and close it."""
         if self._board is not None:
-            self._board.close()
+            self._board.write(row["step"], _flat(row))
+
+
+class _Board:
+    """A file of events for TensorBoard, in which events from `first_step` on replace those of files before.
+
+    Not by tensorboardX's writer: its thread prints tracebacks when the disk is full.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        from tensorboardX.proto.event_pb2 import SessionLog  # imported late: it imports torch if torch is installed
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}"
+        start = {"session_log": SessionLog(status=SessionLog.START)}
+        self._add({"file_version": "brain.Event:2"}, {"step": first_step} | start)
+
+    def write(self, step: int, numbers: Sequence[tuple[str, float]]) -> None:
+        from tensorboardX.summary import scalar
+
+        self._add(*({"step": step, "summary": scalar(name, value)} for name, value in numbers))
+
+    def _add(self, *events: dict[str, Any]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        now = time.time()
+        with self._path.open("ab") as file:
+            file.write(b"".join(_record(Event(wall_time=now, **event).SerializeToString()) for event in events))
+
+
+def _record(data: bytes) -> bytes:
+    """A record of TensorFlow's file format: length, its checksum, data, their checksum."""
+    from tensorboardX.record_writer import masked_crc32c
+
+    length = struct.pack("<Q", len(data))
+    return length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))
 
 
 def read_rows(path: Path) -> list[dict]:

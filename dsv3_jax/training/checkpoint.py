@@ -26,7 +26,7 @@ from dsv3_jax.config import OPTAX, RunConfig, replace, run_from_dict, to_dict
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.training import lora
+from dsv3_jax.training import held_save, lora
 from dsv3_jax.training.checksums import MARK, has_manifest, write_manifest
 from dsv3_jax.training.orbax_noise import silence
 from dsv3_jax.training.run_folder import difference, read_run
@@ -83,6 +83,7 @@ class Checkpoints:
         self._optimizer, self._read_only = optimizer, read_only
         self._saving: int | None = None  # the step of the last `save`
         self._has_saved = False  # since old checkpoints were last deleted
+        self._clock, self._is_held = held_save.Clock(), False
         self._whole = WholeSteps(self.folder)
         # lightweight_initialize: Orbax would read each checkpoint's metadata, which may be damaged.
         if read_only:
@@ -108,8 +109,10 @@ class Checkpoints:
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:
-            with self._named_errors():
-                self._manager.close()  # waits for the last save
+            if not self._is_held:  # a held save would hold `close`, too
+                with self._named_errors():
+                    self._wait()
+                    self._manager.close()
             self._delete_old(last=True)
         except SaveFailed:
             for part in self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
@@ -163,11 +166,23 @@ class Checkpoints:
             config=ocp.args.JsonSave(to_dict(self.run)),
         )
         with self._named_errors():
-            self._manager.wait_until_finished()  # of the save before
+            self._wait()  # for the save before
             self._saving, self._has_saved = step, True
             self._manager.save(step, args=args, custom_metadata=MARK)
             if wait:
-                self._manager.wait_until_finished()
+                self._wait()
+
+    def _wait(self) -> None:
+        try:
+            held_save.wait(self._manager.is_saving_in_progress, self._parts, self._clock)
+        except TimeoutError:
+            self._is_held = True
+            raise
+        self._manager.wait_until_finished()  # raises its error
+
+    def _parts(self) -> Iterator[Path]:
+        """Files of the checkpoint that is being written."""
+        return self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*/**/*")
 
     def check_save(self) -> None:
         """Raise the error of a save in the background, if it has failed.
@@ -176,7 +191,7 @@ class Checkpoints:
         """
         if not self._manager.is_saving_in_progress():
             with self._named_errors():
-                self._manager.wait_until_finished()
+                self._wait()
             if self._has_saved:  # not at each step: a file system may be far away
                 self._delete_old()
                 self._has_saved = False

@@ -243,7 +243,6 @@ def fit(
                     checkpoints.save(state, feed.position(), wait=last or stopping)
                     hooks.checkpoint(step, checkpoints.folder / str(step))
             if stopping and not last:
-                metrics.close()
                 progress.say(f"stopped and saved at step {step}; the same command resumes from there")
                 result = FitResult(step, False, resumed_from, evaluation, None)
                 hooks.end(result)
@@ -255,7 +254,6 @@ def fit(
         if processes.is_first():
             lock.check()
             _draw(out, evaluation, metrics, run.model)
-        metrics.close()
         progress.show_result(evaluation, order2, out)
         result = FitResult(step, True, resumed_from, evaluation, order2)
         hooks.end(result)

@@ -1,0 +1,60 @@
+"""Saves that a clock holds up because it was set back.
+
+TensorStore starts no thread while the time of day is before the start of its last one. So after somebody, NTP or a
+virtual machine has set the clock back by an hour, a save may write nothing for an hour, and no error is raised.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+HELD_S = 30.0  # seconds without a written byte after which a save counts as held
+
+
+class Clock:
+    """How far the time of day was set back since the object was made.
+
+    Example:
+        >>> Clock().set_back < 1
+        True
+    """
+
+    def __init__(self) -> None:
+        self._latest = _offset()
+
+    @property
+    def set_back(self) -> float:
+        """Seconds; 0 if it was not, or has caught up."""
+        self._latest = max(self._latest, _offset())
+        return self._latest - _offset()
+
+
+def _offset() -> float:
+    return time.time() - time.monotonic()  # changes only when the clock is set
+
+
+def wait(is_saving: Callable[[], bool], files: Callable[[], Iterable[Path]], clock: Clock) -> None:
+    """Wait for a save in the background.
+
+    Args: files: lists what the save has written so far.
+    Raises: TimeoutError if the clock was set back, and the save has written nothing for `HELD_S`.
+    """
+    written, since = -1, time.monotonic()
+    while is_saving():
+        if clock.set_back > 1:
+            if (now := _bytes(files())) != written:
+                written, since = now, time.monotonic()
+            elif time.monotonic() - since > HELD_S:
+                raise TimeoutError(
+                    f"the clock was set back by {clock.set_back:,.0f} s, and TensorStore waits until it has caught up"
+                )
+        time.sleep(0.01)
+
+
+def _bytes(files: Iterable[Path]) -> int:
+    total = 0
+    for path in files:
+        with suppress(OSError):  # it may be renamed meanwhile
+            total += path.stat().st_size
+    return total
