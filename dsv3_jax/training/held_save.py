@@ -13,42 +13,39 @@ HELD_S = 30.0  # seconds without a written byte after which a save counts as hel
 
 
 class Clock:
-    """How far the time of day was set back since the object was made.
+    """How far the time of day is behind the latest one that was seen.
 
     Example:
-        >>> Clock().set_back < 1
-        True
+        >>> Clock().behind()
+        0.0
     """
 
     def __init__(self) -> None:
-        self._latest = _offset()
+        self._latest = time.time()
 
-    @property
-    def set_back(self) -> float:
-        """Seconds; 0 if it was not, or has caught up."""
-        self._latest = max(self._latest, _offset())
-        return self._latest - _offset()
-
-
-def _offset() -> float:
-    return time.time() - time.monotonic()  # changes only when the clock is set
+    def behind(self) -> float:
+        """Seconds; 0 unless the clock was set back and has not caught up."""
+        now = time.time()
+        self._latest = max(self._latest, now)
+        return self._latest - now
 
 
 def wait(is_saving: Callable[[], bool], files: Callable[[], Iterable[Path]], clock: Clock) -> None:
     """Wait for a save in the background.
 
     Args: files: lists what the save has written so far.
-    Raises: TimeoutError if the clock was set back, and the save has written nothing for `HELD_S`.
+    Raises: TimeoutError if the clock is behind, and the save has written nothing for `HELD_S`.
     """
     written, since = -1, time.monotonic()
     while is_saving():
-        if clock.set_back > 1:
-            if (now := _bytes(files())) != written:
-                written, since = now, time.monotonic()
-            elif time.monotonic() - since > HELD_S:
-                raise TimeoutError(
-                    f"the clock was set back by {clock.set_back:,.0f} s, and TensorStore waits until it has caught up"
-                )
+        if (behind := clock.behind()) < 1:
+            written = -1
+        elif (now := _bytes(files())) != written:
+            written, since = now, time.monotonic()
+        elif time.monotonic() - since > HELD_S:
+            raise TimeoutError(
+                f"the clock was set back and is {behind:,.0f} s behind; TensorStore waits until it has caught up"
+            )
         time.sleep(0.01)
 
 

@@ -155,7 +155,7 @@ def backward_clock(made: Base, folder: Path, rng: random.Random, ready: Worker) 
     watch(first, 30)
     faults = half_written(folder)
     ended = watch(runs.start(argv, made.root, ("-c", JUMPING)), HELD_S + PATIENCE + limit_of(made))
-    if ended.code == 2 and "the clock was set back by" in ended.err:
+    if ended.code == 2 and "the clock was set back" in ended.err:
         faults += faults_of(ended, (2,)) + half_written(folder)
         ended = watch(runs.start(made.train(folder), made.root), limit_of(made))
     faults += faults_of(ended) or [*half_written(folder), *ends_the_same(ready, made, folder)]
