@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import struct
+import threading
 import time
 from dataclasses import replace
 from functools import cache
@@ -31,6 +32,7 @@ from dsv3_jax.data import batches
 from dsv3_jax.data.corpus import load_corpus
 from dsv3_jax.data.ngram import order2_bits_per_byte
 from dsv3_jax.data.tokenizer import ByteTokenizer
+from dsv3_jax.report import metrics
 from dsv3_jax.training import loop
 from dsv3_jax.training.checkpoint import Checkpoints
 
@@ -106,6 +108,19 @@ def test_tensorboard_holds_the_same_scalars(whole):
             assert found[row["step"], name] == np.float32(row[name])
         if "mtp_loss" in row:
             assert found[row["step"], "mtp_loss/0"] == np.float32(row["mtp_loss"][0])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+def test_tensorboards_file_that_cannot_grow_is_one_error(tmp_path):
+    """Nothing of it runs in a thread, which would print a traceback of its own."""
+    threads = set(threading.enumerate())
+    rows = metrics.Metrics(tmp_path, after=0)
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    file.unlink()
+    file.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        rows.write({"step": 1, "loss": 2.0})
+    assert set(threading.enumerate()) == threads
 
 
 def test_the_order_2_baseline_is_printed(whole):
