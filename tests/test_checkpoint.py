@@ -165,7 +165,7 @@ def test_a_folder_that_was_moved_while_it_saved_is_not_made_anew(tmp_path, monke
 
 
 def test_a_save_that_a_clock_holds_up_ends_in_a_sentence(tmp_path, monkeypatch):
-    """TensorStore starts no thread while the clock is behind; here a barrier stands for it."""
+    """TensorStore would wait for the clock. In this test the save waits for an event in its place."""
     real, gone_back, go_on = time.time, [0], threading.Event()
     monkeypatch.setattr(time, "time", lambda: real() - gone_back[0])
     monkeypatch.setattr(held_save, "HELD_S", 0.2)

@@ -115,7 +115,7 @@ class Checkpoints:
                     self._manager.close()
             self._delete_old(last=True)
         except SaveFailed:
-            for part in self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+            for part in self._parts():
                 shutil.rmtree(part, ignore_errors=True)
             if kind is None:  # otherwise the error that ends the run says more
                 raise
@@ -138,9 +138,8 @@ class Checkpoints:
     def _holds_only_the_last_save(self) -> bool:
         with suppress(OSError):  # it changes meanwhile
             known = {self.folder / DELETED, self.folder / str(self._saving)}
-            parts = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
             alone = {*self.folder.parent.iterdir()} <= {self.folder}
-            return alone and {*self.folder.iterdir()} <= known.union(parts)
+            return alone and {*self.folder.iterdir()} <= known.union(self._parts())
         return False
 
     @property
@@ -174,15 +173,18 @@ class Checkpoints:
 
     def _wait(self) -> None:
         try:
-            held_save.wait(self._manager.is_saving_in_progress, self._parts, self._clock)
+            held_save.wait(self._manager.is_saving_in_progress, self._written, self._clock)
         except TimeoutError:
             self._is_held = True
             raise
         self._manager.wait_until_finished()  # raises its error
 
     def _parts(self) -> Iterator[Path]:
-        """Files of the checkpoint that is being written."""
-        return self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*/**/*")
+        """The temporary folder of the last save, while it is written."""
+        return self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+
+    def _written(self) -> Iterator[Path]:
+        return (path for part in self._parts() for path in part.rglob("*"))
 
     def check_save(self) -> None:
         """Raise the error of a save in the background, if it has failed.
@@ -209,8 +211,7 @@ class Checkpoints:
     def _write_manifest(self) -> None:
         # Another thread of Orbax writes its metadata, which the manifest repeats; no public method waits for it.
         self._manager._non_blocking_metadata_store.wait_until_finished()
-        parts = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
-        write_manifest(next(parts, self.folder / str(self._saving)))
+        write_manifest(next(self._parts(), self.folder / str(self._saving)))
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
