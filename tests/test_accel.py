@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from runs import environment
 
 from dsv3_jax.cli import common, train
 from dsv3_jax.config import ConfigError, replace
@@ -333,10 +334,7 @@ def test_different_bits_are_counted():
 def measured(tmp_path_factory):
     """All parts at toy sizes, by the command itself: (exit code, what it printed, its file)."""
     folder = tmp_path_factory.mktemp("accel")
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }  # fmt: skip
+    env = environment(tmp_path_factory.getbasetemp()) | {"JAX_NUM_CPU_DEVICES": "1"}
     command = [sys.executable, str(ROOT / "experiments/accel/run.py"), "--out", str(folder / "toy.json")]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
     return done.returncode, done.stdout + done.stderr, json.loads((folder / "toy.json").read_text())

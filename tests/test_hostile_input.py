@@ -498,12 +498,12 @@ def test_devices_are_named():
 
 # Campaign: (seconds, its trials that are made however long they take). A trial that began is let to its end.
 SLICES = {
-    "inputs": (15, 10),
-    "damage kills writers disks": (20, 1),
-    "models": (20, 2),
-    "sanitizers": (5, 1),
-    "fuzz": (5, 5),
-    "cluster": (10, 1),
+    "inputs": (5, 10),
+    "damage kills writers disks": (4, 1),
+    "models": (5, 1),
+    "sanitizers": (1, 1),
+    "fuzz": (2, 5),
+    "cluster": (1, 1),
 }
 
 
