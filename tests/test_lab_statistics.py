@@ -10,7 +10,7 @@ from scipy import stats
 from experiments.lab import Results, claims, fingerprints, statistics, tables
 from experiments.lab import results as results_file
 from experiments.lab.claims import Claim, Stake, answer_to, as_json, judge, noise_within, verdict_table
-from experiments.lab.pooling import recipe_noise
+from experiments.lab.pooling import noise_for, recipe_noise
 from experiments.lab.statistics import (
     Difference,
     Noise,
@@ -187,10 +187,25 @@ def test_a_recipe_s_noise_counts_shared_runs_once(tmp_path):
     first = fill(tmp_path / "01_x" / "results.json", table, base="lab")
     frozen = fill(tmp_path / "02_x" / "results.json", {"a": {0: 1.0}, "head": {0: 1.0, 1: 2.0}}, base="lab")
     other = fill(tmp_path / "03_x" / "results.json", {"c": {0: 1.0, 1: 9.0}, "d": {0: 3.0, 1: 1.0}}, base="tiny")
-    found = recipe_noise([first, frozen, other], "lab", 5)
+    found = recipe_noise([first, frozen, other], "lab", {5})
     assert (found.runs, found.dof, found.sd) == (4, 1, pytest.approx(0.2))
     with pytest.raises(ValueError, match="runs=0"):
-        recipe_noise([first], "lab", 6)
+        recipe_noise([first], "lab", {6})
+
+
+def test_a_variant_that_trains_longer_leaves_the_others_their_pooled_noise(tmp_path):
+    """It adds to the noise as a table of its own, because its seeds' effects are other ones."""
+    table = {"a": {0: 1.0, 1: 2.0}, "b": {0: 1.5, 1: 2.1}}
+    first = fill(tmp_path / "01_x" / "results.json", table, base="lab")
+    rows = {"c": {0: 1.1, 1: 2.3}, "d": {0: 3.0, 1: 4.4}, "e": {0: 2.0, 1: 2.7}}
+    mixed = fill(tmp_path / "02_x" / "results.json", rows, base="lab")
+    assert recipe_noise([first, mixed], "lab", {5}).dof == 4
+    for record in mixed.runs["d"].values():
+        record["steps"] = 9
+    assert recipe_noise([first, mixed], "lab", {5}).dof == 3
+    found = recipe_noise([first, mixed], "lab", {5, 9})
+    assert (found.dof, found.runs) == (3, 10)
+    assert noise_for(mixed, tmp_path)("val_loss") == recipe_noise([mixed], "lab", {5, 9})
 
 
 def test_the_doctests_of_the_lab():

@@ -1,6 +1,6 @@
 """Noise of a recipe's validation loss, pooled over the variants of all studies that use the recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from experiments.lab.claims import NoiseOf, distinct, noise_within
@@ -10,14 +10,14 @@ from experiments.lab.statistics import Noise, Table, pool
 POOLED = "val_loss"
 
 
-def recipe_noise(all_results: Sequence[Results], base: str | None, steps: int) -> Noise:
-    """Pool the noise of the validation loss over all studies with one base and number of steps.
+def recipe_noise(all_results: Sequence[Results], base: str | None, steps: Collection[int]) -> Noise:
+    """Pool the noise of the validation loss over all studies with one base and one of these numbers of steps.
 
-    Runs that studies share count once. Each version of the recipe has its own seed effects.
+    Runs that studies share count once. Each version of the recipe, and each number of steps, has its own seed effects.
 
     Raises: ValueError if no degree of freedom is left.
     """
-    tables: dict[int, dict[str, dict[int, float]]] = {}
+    tables: dict[tuple[int, int], dict[str, dict[int, float]]] = {}
     seen: set[tuple[str, str]] = set()
     for results in all_results:
         if results.about.get("base") != base:
@@ -25,10 +25,10 @@ def recipe_noise(all_results: Sequence[Results], base: str | None, steps: int) -
         for variant, seeds in results.runs.items():
             for seed, record in seeds.items():
                 mark = record.get("config") or record.get("fingerprint") or f"{results.path}: {variant}"
-                if record["steps"] != steps or POOLED not in record["numbers"] or (mark, seed) in seen:
+                if record["steps"] not in steps or POOLED not in record["numbers"] or (mark, seed) in seen:
                     continue
                 seen.add((mark, seed))
-                table = tables.setdefault(record.get("recipe", 1), {})
+                table = tables.setdefault((record.get("recipe", 1), record["steps"]), {})
                 name = f"{results.path.parent.name}: {variant}"
                 table.setdefault(name, {})[int(seed)] = float(record["numbers"][POOLED])
     independent: list[Table] = [distinct(table) for table in tables.values()]
@@ -45,10 +45,10 @@ def noise_for(results: Results, experiments: Path) -> NoiseOf:
     within = noise_within(results)
 
     def noise(key: Key) -> Noise:
-        steps = {r["steps"] for name in results.variants for r in results.records(name)}
-        if key != POOLED or len(steps) != 1:
+        if key != POOLED:
             return within(key)
+        steps = {r["steps"] for name in results.variants for r in results.records(name)}
         others = [r for r in siblings(experiments) if r.path != results.path]
-        return recipe_noise([results, *others], results.about.get("base"), steps.pop())
+        return recipe_noise([results, *others], results.about.get("base"), steps)
 
     return noise
