@@ -368,6 +368,7 @@ def test_bad_input_writes_nothing(answers, place):
 def test_help_lists_options(answers, command, options):
     code, out, err = answers[f"help of {command}"]
     assert (code, err) == (0, "")
+    assert "default: )" not in re.sub(r"[│\s]+", " ", out)
     for option in options:
         assert option in out
 

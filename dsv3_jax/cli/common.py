@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 import docstring_parser
 import tyro
@@ -53,8 +53,14 @@ def parse(kind: type, argv: list[str], command: str, default: Any = None) -> Any
         raise ValueError(_one_sentence(output.getvalue(), argv)) from None
 
 
+_NO_DEFAULT = tyro.conf.arg(help_behavior_hint="")
+
+
 def _join_lines_of_help(kind: Any) -> None:
-    """Let tyro wrap each help text as one paragraph: it keeps the line ends of indented docstrings."""
+    """Let tyro wrap each help text as one paragraph, and name no default of an empty list: the text says what it means.
+
+    It would keep the line ends of indented docstrings, and write "(default: )".
+    """
     docs = (docstring_parser.parse_from_object(cls) for cls in reversed(kind.__mro__[:-1]))
     texts = {found.arg_name: found.description for doc in docs for found in doc.params}
     hints = typing.get_type_hints(kind)
@@ -62,6 +68,9 @@ def _join_lines_of_help(kind: Any) -> None:
         text = texts.get(item.name)
         if text:
             item.metadata = MappingProxyType({**item.metadata, "help": " ".join(text.split())})
+        plain = kind.__annotations__.get(item.name)
+        if item.default == () and plain is not None and typing.get_origin(plain) is not Annotated:
+            kind.__annotations__[item.name] = Annotated[plain, _NO_DEFAULT]
         if dataclasses.is_dataclass(hints[item.name]):
             _join_lines_of_help(hints[item.name])
 

@@ -17,7 +17,9 @@ from dsv3_jax.config import did_you_mean
 class TokenizeArgs:
     """Write shards of token ids for --data.format shards; the same command resumes after an interruption."""
 
-    paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATHS")]
+    paths: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATHS", help_behavior_hint="(required)")
+    ]
     """files or folders: text, source trees, JSONL, Parquet; or hf:NAME[:CONFIG][@SPLIT], a dataset of Hugging Face"""
     out: Path
     """the folder to write"""
