@@ -40,7 +40,7 @@ def parse(kind: type, argv: list[str], command: str, default: Any = None) -> Any
     Raises: ValueError (one sentence) for arguments that are unknown, missing or of the wrong type.
     """
     if {"-h", "--help"} & set(argv):
-        _join_lines_of_help(kind)
+        _mend_help(kind)
     else:
         check_options(argv, options_of(kind), command)
     output = io.StringIO()
@@ -53,14 +53,12 @@ def parse(kind: type, argv: list[str], command: str, default: Any = None) -> Any
         raise ValueError(_one_sentence(output.getvalue(), argv)) from None
 
 
-_NO_DEFAULT = tyro.conf.arg(help_behavior_hint="")
-
-
-def _join_lines_of_help(kind: Any) -> None:
+def _mend_help(kind: Any) -> None:
     """Let tyro wrap each help text as one paragraph, and name no default of an empty list: the text says what it means.
 
     It would keep the line ends of indented docstrings, and write "(default: )".
     """
+    no_default = tyro.conf.arg(help_behavior_hint="")
     docs = (docstring_parser.parse_from_object(cls) for cls in reversed(kind.__mro__[:-1]))
     texts = {found.arg_name: found.description for doc in docs for found in doc.params}
     hints = typing.get_type_hints(kind)
@@ -70,9 +68,9 @@ def _join_lines_of_help(kind: Any) -> None:
             item.metadata = MappingProxyType({**item.metadata, "help": " ".join(text.split())})
         plain = kind.__annotations__.get(item.name)
         if item.default == () and plain is not None and typing.get_origin(plain) is not Annotated:
-            kind.__annotations__[item.name] = Annotated[plain, _NO_DEFAULT]
+            kind.__annotations__[item.name] = Annotated[plain, no_default]
         if dataclasses.is_dataclass(hints[item.name]):
-            _join_lines_of_help(hints[item.name])
+            _mend_help(hints[item.name])
 
 
 def options_of(kind: type) -> dict[str, bool]:
