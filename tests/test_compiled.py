@@ -27,8 +27,6 @@ BFLOAT16 = Execution(compute_dtype="bfloat16")
 # Without its dense layer, whose attention would be compiled once more: 8 sparse layers in a loop, 8 × 512 tokens.
 CFG = replace(recipe("mini").model, num_dense_layers=0)
 RUN = replace(recipe("mini"), model=CFG, execution=BFLOAT16)
-# One TPU's compiler for both kinds of chips: the second is without the head, a block that is compiled once more.
-NO_HEAD = replace(RUN, model=replace(CFG, mtp_depth=0))
 ROWS, CONTEXT = 32, 4096
 GPU, V6E, V5P = "gpu:h100", "tpu:v6e:1x1", "tpu:v5p:2x2x1"  # the smallest topology of v5p; one of its four chips
 LANES = 128  # of a TPU's vector register
@@ -72,7 +70,7 @@ def compile_step(kind: str, target: str) -> Step:
         warnings.simplefilter("ignore")
         patch.setattr(costs, "compile_for_target", record)
         if kind == "train":
-            cost = train_cost(NO_HEAD if target == V5P else RUN, mesh, target=target)
+            cost = train_cost(RUN, mesh, target=target)
         else:
             cost = decode_cost(CFG, BFLOAT16, mesh, ROWS, CONTEXT, target=target)
     return Step(cost, *texts)
