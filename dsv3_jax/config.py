@@ -289,6 +289,7 @@ class ModelConfig:
     # nope_head_dim + rope_head_dim numbers a head
     attention: Literal["mla", "mha", "gqa", "mqa"] = "mla"
     num_kv_heads: int | None = None  # number of heads with keys and values; for attention gqa only
+    qk_norm: bool = False  # norm each head's queries and keys before RoPE; for attention mha, gqa and mqa
     num_groups: int = 1  # number of groups that the experts are divided into (G)
     groups_per_token: int = 1  # number of groups that a token's experts may come from
     # how scores become a choice: sigmoid with a balancing bias (V3), sqrtsoftplus likewise (V4), softmax with balance
@@ -409,6 +410,10 @@ class ModelConfig:
             f"num_kv_heads={count} with attention={self.attention!r}: it is for 'gqa', which needs it",
         )
         _require(count is None or count > 0, f"num_kv_heads={count} is not positive")
+        _require(
+            not self.qk_norm or self.attention != "mla",
+            "qk_norm=True is for attention='mha', 'gqa' and 'mqa'; 'mla' has norms on its latents",
+        )
         _require(
             self.num_heads % self.kv_heads == 0, f"num_kv_heads={count} does not divide num_heads={self.num_heads}"
         )

@@ -38,7 +38,7 @@ class Context(NamedTuple):
     xp: Any = np  # array module: numpy for values, in float64; jax.numpy for gradients
 
 
-def rms_norm(x: Float[Array, "B T D"], p: dict, eps: float = 1e-6) -> Float[Array, "B T D"]:
+def rms_norm(x: Float[Array, "B T *n D"], p: dict, eps: float = 1e-6) -> Float[Array, "B T *n D"]:
     """x / √(mean(x²) + eps) · scale"""
     return x / ((x * x).mean(-1, keepdims=True) + eps) ** 0.5 * p["scale"][None, None]
 
@@ -96,8 +96,7 @@ def attend(ctx: Context, q: Array, k: Array, v: Float[Array, "B T H V"]) -> Floa
     m = 0.1 * yarn.mscale_all_dim * np.log(yarn.factor) + 1  # from YaRN; else 1
     scores = xp.einsum("bthx,bshx->bhts", rotate(ctx, q), rotate(ctx, k)) * q.shape[-1] ** -0.5 * m**2
     mask = (documents[:, :, None] == documents[:, None, :]) & np.tri(q.shape[1], dtype=bool)  # [B,T,S]
-    weights = softmax(xp.where(mask[:, None], scores, -np.inf), xp)
-    return xp.einsum("bhts,bshv->bthv", weights, v)
+    return xp.einsum("bhts,bshv->bthv", softmax(xp.where(mask[:, None], scores, -np.inf), xp), v)
 
 
 def mla(ctx: Context, p: dict, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -112,8 +111,7 @@ def mla(ctx: Context, p: dict, x: Float[Array, "B T D"]) -> Float[Array, "B T D"
     c_q, w_q = (rms_norm(x @ p["w_dq"], p["q_norm"]), p["w_uq"]) if cfg.q_latent_dim else (x, p["w_q"])
     q = xp.einsum("btq,qhx->bthx", c_q, w_q)
     c_kv, k_rope = xp.split(x @ p["w_dkv"], [cfg.kv_latent_dim], axis=-1)
-    c_kv = rms_norm(c_kv, p["kv_norm"])
-    k_rope = xp.repeat(k_rope[:, :, None], cfg.num_heads, axis=2)
+    c_kv, k_rope = rms_norm(c_kv, p["kv_norm"]), xp.repeat(k_rope[:, :, None], cfg.num_heads, axis=2)
     k = xp.concatenate([xp.einsum("btc,hnc->bthn", c_kv, p["w_uk"]), k_rope], axis=-1)
     v = xp.einsum("btc,hvc->bthv", c_kv, p["w_uv"])
     return xp.einsum("bthv,hvd->btd", attend(ctx, q, k, v), p["w_o"])
@@ -122,6 +120,8 @@ def mla(ctx: Context, p: dict, x: Float[Array, "B T D"]) -> Float[Array, "B T D"
 def gqa(ctx: Context, p: dict, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Grouped-query attention (arXiv 2305.13245): q, k, v = x W_q, x W_k, x W_v. kv_heads is H in MHA, 1 in MQA."""
     q, k, v = (ctx.xp.einsum("btd,dhx->bthx", x, p[w]) for w in ("w_q", "w_k", "w_v"))
+    if ctx.cfg.qk_norm:  # in each head, with scales that heads share (arXiv 2302.05442)
+        q, k = (rms_norm(y, p[norm], ctx.cfg.norm_eps) for y, norm in ((q, "q_norm"), (k, "k_norm")))
     k, v = (ctx.xp.repeat(y, ctx.cfg.num_heads // ctx.cfg.kv_heads, axis=2) for y in (k, v))
     return ctx.xp.einsum("bthv,hvd->btd", attend(ctx, q, k, v), p["w_o"])
 

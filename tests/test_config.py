@@ -102,6 +102,7 @@ def test_model_factors_are_positive(name, value):
         (dict(tie_embeddings=1), "tie_embeddings=1 bool"),
         (dict(balance=None), "balance=None Balance"),
         (dict(norm_eps="small"), "norm_eps='small' float"),
+        (dict(qk_norm=True), "qk_norm=True 'mha' 'mla'"),
     ],
 )
 def test_models_that_are_refused(changes, words):

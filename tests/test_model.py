@@ -38,7 +38,7 @@ CASES = {
     "dense": (small(router="dense", experts_per_token=8, **NO_GROUPS), DENSE),
     "gqa": (small(attention="gqa", num_heads=6, num_kv_heads=2, num_shared_experts=0, **NO_GROUPS), AUTO),
     "mqa": (small(attention="mqa", num_heads=4, rope_interleaved=False, **NO_GROUPS), XLA),
-    "mha": (small(attention="mha", yarn=V2.yarn, tie_embeddings=True, **NO_GROUPS), DENSE),
+    "mha": (small(attention="mha", qk_norm=True, yarn=V2.yarn, tie_embeddings=True, **NO_GROUPS), DENSE),
     "capacity for all": (small(capacity_factor=8 / 3 + 0.01, **NO_GROUPS), DENSE),  # E / K: an expert may take all
 }
 

@@ -96,23 +96,34 @@ def test_mla(rng, q_latent_dim, yarn):
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(attention="mha"), dict(attention="gqa", num_kv_heads=2), dict(attention="mqa", yarn=YARN)]
+    "changes",
+    [
+        dict(attention="mha"),
+        dict(attention="gqa", num_kv_heads=2),
+        dict(attention="mqa", yarn=YARN),
+        dict(attention="mha", qk_norm=True, norm_eps=0.1),
+    ],
 )
 def test_gqa(rng, changes):
     """One head and one query at a time; consecutive query heads share a key and a value."""
     cfg = small(num_heads=4, **changes)
     p = draw(rng, w_q=(16, 4, 10), w_k=(16, cfg.kv_heads, 10), w_v=(16, cfg.kv_heads, 5), w_o=(4, 5, 16))
+    p |= {norm: {"scale": rng.standard_normal(10)} for norm in ("q_norm", "k_norm") if cfg.qk_norm}
     x, want = rng.standard_normal((BATCH, LENGTH, 16)), np.zeros((BATCH, LENGTH, 16))
     freqs, yarn = reference.rope_frequencies(cfg), cfg.yarn
+
+    def normed(y, norm):
+        return rms_normed(y, p[norm]["scale"], cfg.norm_eps) if cfg.qk_norm else y
+
     m = oracles.yarn_mscale(yarn.factor, yarn.mscale_all_dim)
     ratio = oracles.yarn_mscale(yarn.factor, yarn.mscale) / m
     mask = oracles.causal_mask(BATCH, LENGTH, SEGMENTS)
     for b, t, h in np.ndindex(BATCH, LENGTH, 4):
         g = h // (4 // cfg.kv_heads)
-        q, seen = x[b, t] @ p["w_q"][:, h], np.flatnonzero(mask[b, t])
+        q, seen = normed(x[b, t] @ p["w_q"][:, h], "q_norm"), np.flatnonzero(mask[b, t])
         scores = []
         for s in seen:
-            k = x[b, s] @ p["w_k"][:, g]
+            k = normed(x[b, s] @ p["w_k"][:, g], "k_norm")
             rope = oracles.rope_score(q[6:], k[6:], POSITIONS[b, t], POSITIONS[b, s], freqs, interleaved=True)
             scores.append((q[:6] @ k[:6] + ratio**2 * rope) * 10**-0.5 * m**2)
         weights = oracles.softmax_probs(np.array(scores))

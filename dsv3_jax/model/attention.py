@@ -142,8 +142,8 @@ class GQA(nnx.Module):
     """Attention with keys and values for each of `kv_heads` heads: MHA has one a query head, MQA a single one.
 
     The baseline for MLA. Heads have MLA's widths: N + R numbers of a query or key, of which R are rotated, and V of a
-    value.
-    Source: arXiv 1706.03762 (MHA), 1911.02150 (MQA), 2305.13245 (GQA).
+    value. With `qk_norm`, q and k are normed in each head before they are rotated; heads share the scales.
+    Source: arXiv 1706.03762 (MHA), 1911.02150 (MQA), 2305.13245 (GQA), 2302.05442 (norms of q and k).
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx
@@ -167,6 +167,8 @@ class GQA(nnx.Module):
         self.w_k = param(rngs, (dim, groups, qk_dim), ("dim", "heads", None), std)
         self.w_v = param(rngs, (dim, groups, cfg.v_head_dim), ("dim", "heads", None), std)
         self.w_o = param(rngs, (heads, cfg.v_head_dim, dim), ("heads", None, "dim"), std)
+        if cfg.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(qk_dim, cfg.norm_eps), RMSNorm(qk_dim, cfg.norm_eps)
         self.cfg, self.kernels = cfg, kernels or prepare(execution)
         self.scale = rope.softmax_scale(qk_dim, cfg.yarn)
 
@@ -185,6 +187,8 @@ class GQA(nnx.Module):
         """Attend to earlier tokens, cached ones first. Returns (output [B, T, D], the context with these tokens)."""
         q, k, v = (self.kernels.product(x, w[...]) for w in (self.w_q, self.w_k, self.w_v))
         q, k, v = (constrain(y, *HEAD_AXES) for y in (q, k, v))
+        if self.cfg.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = (rotate_last(y, ctx, self.cfg) for y in (q, k))
         cache = ctx.cache
         if cache is not None and not cache.is_empty:
