@@ -1,4 +1,4 @@
-"""Balancing methods and none: MaxVio over time and validation loss; bias rates of the loss-free method."""
+"""Rules of balancing at several strengths: curves of MaxVio against loss, on the training mix and by domain."""
 
 import sys
 from pathlib import Path
@@ -15,22 +15,33 @@ from dsv3_jax.model.moe import RouterBias
 from experiments.lab import Column, Study, drawing, write_figure
 from experiments.lab.claims import Claim, Stake
 
-BASELINE = "Switch loss, α 1e-3"  # the loss-free paper's
 NONE = Balance(bias_rate=0.0, sequence_alpha=0.0)
-METHODS = {
-    "none": NONE,
-    BASELINE: replace(NONE, switch_alpha=1e-3),
-    "sequence-wise, α 3e-3": replace(NONE, sequence_alpha=3e-3),  # DeepSeek-V2's
-    "loss-free, γ 3e-3": replace(NONE, bias_rate=3e-3),
-    "loss-free + sequence-wise": replace(NONE, bias_rate=3e-3, sequence_alpha=1e-4),  # DeepSeek-V3's α
+BASELINE = "Switch loss, α 1e-3"  # the loss-free paper's
+BIAS, SEQUENCE, PROPORTIONAL = "loss-free, γ 3e-3", "sequence-wise, α 3e-3", "proportional, γ 1e-2"
+SWITCH = "Switch loss, α 1e-2"  # Switch Transformer's
+RULES = {  # rule → the strengths that it is tried at, by variant
+    "sign of the load's error (loss-free)": {
+        f"loss-free, γ {rate}": replace(NONE, bias_rate=float(rate)) for rate in ("1e-4", "1e-3", "3e-3", "1e-2")
+    },
+    "proportional to the error": {
+        f"proportional, γ {rate}": replace(NONE, bias_rate=float(rate), rule="proportional")
+        for rate in ("3e-3", "1e-2", "3e-2")
+    },
+    "quantile": {f"quantile, γ {rate}": replace(NONE, bias_rate=rate, rule="quantile") for rate in (0.03, 0.1, 0.3)},
+    "batch-wise loss (Switch)": {
+        f"Switch loss, α {alpha}": replace(NONE, switch_alpha=float(alpha)) for alpha in ("1e-3", "1e-2", "1e-1")
+    },
+    "sequence-wise loss": {
+        f"sequence-wise, α {alpha}": replace(NONE, sequence_alpha=float(alpha)) for alpha in ("3e-4", "3e-3", "3e-2")
+    },
 }
-RATES = {f"loss-free, γ {rate}": replace(NONE, bias_rate=float(rate)) for rate in ("1e-4", "1e-3", "1e-2")}
+BOTH = {"loss-free + sequence-wise": replace(NONE, bias_rate=3e-3, sequence_alpha=1e-4)}  # DeepSeek-V3's α
+SHOWN = ("none", SWITCH, SEQUENCE, BIAS, PROPORTIONAL, "quantile, γ 0.1")  # over training
 
 
 def variants(base):
-    return {
-        name: replace(base, model=replace(base.model, balance=balance)) for name, balance in (METHODS | RATES).items()
-    }
+    balances = {"none": NONE} | {name: balance for rule in RULES.values() for name, balance in rule.items()} | BOTH
+    return {name: replace(base, model=replace(base.model, balance=balance)) for name, balance in balances.items()}
 
 
 def measure(trained):
@@ -45,32 +56,74 @@ def late_max_vio(results, variant):
     return values[:, -max(values.shape[1] // 5, 1) :].mean(1)
 
 
-def draw(results, path):
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    (left, right), (below, last) = figure.subplots(2, 2)
-    rates = [name for name in results.variants if name in ("none", "loss-free, γ 3e-3") or name in RATES]
-    drawing.plot_curves(
-        left, results, "max_vio", "MaxVio of a step's tokens, by method", "(max − mean) / mean", METHODS
-    )
-    drawing.plot_curves(right, results, "max_vio", "The same, by bias rate", "(max − mean) / mean", rates)
-    drawing.plot_differences(below, results, "val_loss", "Validation loss against none", "nats per token")
-    drawing.plot_differences(last, results, "max_vio_global", "MaxVio of the validation set against none", "ratio")
-    last.set_yticklabels([])
-    for ax in (left, right):
-        ax.set_ylim(bottom=0)
-    write_figure(figure, path)
+def in_domains(numbers):
+    """Return MaxVio of each domain alone, mean over domains."""
+    return float(np.mean(list(numbers["max_vio_by_domain"].values())))
 
 
 def log_max_vio(numbers):
-    """Return the natural logarithm of MaxVio: its noise is then alike in balanced and unbalanced runs."""
-    return float(np.log(numbers["max_vio_global"]))
+    """Return ln MaxVio of the training mix: its noise is then alike in balanced and unbalanced runs."""
+    return float(np.log(numbers["max_vio_training_mix"]))
 
 
-def balance(text, variant, against, expect="lower", published=None):
-    return Claim(text, variant, against, log_max_vio, expect, unit="ln MaxVio", digits=2, published=published)
+def apart(numbers):
+    """Return ln of MaxVio within domains over that of the mix: how much more a domain is on its own experts."""
+    return float(np.log(in_domains(numbers) / numbers["max_vio_training_mix"]))
 
 
-BIAS = "loss-free, γ 3e-3"
+TICKS = (0.2, 0.5, 1, 2, 5)
+
+
+def draw(results, path):
+    figure = Figure(figsize=(15, 5.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for rule, names in rules(results).items():
+        for name in names:
+            if name not in SHOWN:
+                continue
+            steps, values = results.curve(name, "max_vio")
+            left.plot(steps, values.mean(0), color=COLOURS[rule], linewidth=1.4)
+            left.fill_between(steps, values.min(0), values.max(0), color=COLOURS[rule], alpha=0.15, linewidth=0)
+    drawing.style_axes(left, "MaxVio of a step's tokens, at a middle strength", "step", "(max − mean) / mean")
+    plot_rules(middle, results, "val_loss")
+    drawing.style_axes(
+        middle, "What balance costs: loss by MaxVio, a line per rule", "MaxVio of the training mix", "nats per token"
+    )
+    plot_rules(right, results, in_domains)
+    drawing.style_axes(
+        right, "Balance of the mix and within domains", "MaxVio of the training mix", "MaxVio of a domain, mean"
+    )
+    for axis in (left.yaxis, right.yaxis, middle.xaxis, right.xaxis):
+        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+        axis.set_ticks(TICKS, [str(x) for x in TICKS])
+        axis.set_ticks([], minor=True)
+    low, high = right.get_xlim()
+    right.plot([low, high], [low, high], ":", color="0.5", linewidth=0.8)
+    figure.legend(*middle.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=6, loc="outside lower center")
+    write_figure(figure, path)
+
+
+COLOURS = {"no balance": "0.3"} | {rule: f"C{i}" for i, rule in enumerate(RULES)}
+
+
+def rules(results):
+    """Return rule → its variants with results, weakest first."""
+    names = {"no balance": ("none",)} | {rule: tuple(by_strength) for rule, by_strength in RULES.items()}
+    return {rule: [name for name in found if name in results.variants] for rule, found in names.items()}
+
+
+def plot_rules(ax, results, key):
+    """Plot a line through each rule's strengths, means over seeds; the strongest has the largest marker."""
+    for rule, names in rules(results).items():
+        x = [results.values(name, "max_vio_training_mix").mean() for name in names]
+        y = [results.values(name, key).mean() for name in names]
+        ax.plot(x, y, "-", color=COLOURS[rule], linewidth=1.2)
+        ax.scatter(x, y, 25 * (1 + np.arange(len(x))), color=COLOURS[rule], label=rule)
+
+
+def balance(text, variant, against, expect="lower", key=log_max_vio, unit="ln MaxVio", published=None):
+    return Claim(text, variant, against, key, expect, unit=unit, digits=2, published=published)
+
 
 STUDY = Study(
     script=__file__,
@@ -80,24 +133,44 @@ STUDY = Study(
     measure=measure,
     columns=(
         Column("validation loss", "val_loss", 4, paired=True, against=(BASELINE,)),
-        Column("MaxVio, validation set", "max_vio_global", 2),
+        Column("MaxVio, training mix", "max_vio_training_mix", 2),
+        Column("MaxVio, equal shares of the domains", "max_vio_global", 2),
+        Column("MaxVio of a domain, mean", lambda results, variant: results.values(variant, in_domains), 2),
         Column("MaxVio of a step, last fifth", late_max_vio, 2),
         Column("range of biases", "bias_range", 3),
     ),
     draw=draw,
     claims=(
         balance("the bias balances better than its paper's auxiliary loss", BIAS, BASELINE, published=-2.89),
-        balance("the bias balances better than a sequence-wise loss", BIAS, "sequence-wise, α 3e-3"),
+        balance("the bias balances better than a sequence-wise loss", BIAS, SEQUENCE),
         balance("γ 1e-4 balances worse than 3e-3", "loss-free, γ 1e-4", BIAS, "higher"),
         balance("γ 1e-2 balances worse than 3e-3", "loss-free, γ 1e-2", BIAS, "higher"),
-        Claim("the bias has a lower loss than the auxiliary loss", BIAS, BASELINE, stake="balance", published=-0.0063),
-        Claim(
-            "the bias has a lower loss than a sequence-wise loss",
+        balance("steps in proportion to the error balance better than its sign", PROPORTIONAL, BIAS, published=-0.45),
+        balance("the quantile rule balances better than the sign", "quantile, γ 0.1", BIAS),
+        balance(
+            "the bias leaves domains further from even than a sequence-wise loss does, for the balance of the mix",
             BIAS,
-            "sequence-wise, α 3e-3",
-            stake="balance",
+            SEQUENCE,
+            "higher",
+            apart,
+            "ln ratio",
+        ),
+        balance(
+            "the bias leaves domains further from even than the Switch loss does, for the balance of the mix",
+            BIAS,
+            SWITCH,
+            "higher",
+            apart,
+            "ln ratio",
+        ),
+        Claim(
+            "of equal balance, a batch-wise loss has a lower loss than a sequence-wise one",
+            "Switch loss, α 1e-1",
+            "sequence-wise, α 3e-2",
             published=-0.005,
         ),
+        Claim("the bias has a lower loss than the auxiliary loss", BIAS, BASELINE, stake="balance", published=-0.0063),
+        Claim("the bias has a lower loss than a sequence-wise loss", BIAS, SEQUENCE, stake="balance", published=-0.005),
     ),
     stakes={"balance": Stake("no balance", lambda results: results.paired("none", BIAS, "val_loss"))},
 )
