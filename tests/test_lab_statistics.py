@@ -5,9 +5,10 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats
 
-from experiments.lab import Results, claims, fingerprints, statistics, tables
+from experiments.lab import Results, claims, drawing, fingerprints, statistics, tables
 from experiments.lab import results as results_file
 from experiments.lab.claims import Claim, Stake, answer_to, as_json, judge, noise_within, verdict_table
 from experiments.lab.pooling import noise_for, recipe_noise
@@ -206,6 +207,20 @@ def test_a_variant_that_trains_longer_leaves_the_others_their_pooled_noise(tmp_p
     found = recipe_noise([first, mixed], "lab", {5, 9})
     assert (found.dof, found.runs) == (3, 10)
     assert noise_for(mixed, tmp_path)("val_loss") == recipe_noise([mixed], "lab", {5, 9})
+
+
+def test_a_picture_has_the_intervals_of_the_table(tmp_path):
+    """Its bars are of the noise that the claims are judged by: the recipe's, which other studies add to."""
+    fill(tmp_path / "01_x" / "results.json", {"a": {0: 1.0, 1: 2.0}, "b": {0: 1.5, 1: 2.1}}, base="lab").write()
+    rows = {"c": {0: 1.1, 1: 2.3}, "d": {0: 3.0, 1: 4.4}, "e": {0: 2.0, 1: 2.7}}
+    mine = fill(tmp_path / "02_x" / "results.json", rows, base="lab")
+    ax = Figure().add_subplot()
+    drawing.plot_differences(ax, mine, "val_loss", "", "")
+    noise = noise_for(mine, tmp_path)("val_loss")
+    assert noise.dof == 4 and noise_within(mine)("val_loss").dof == 2
+    [bar] = ax.containers[0][2]  # of "d" against "c"
+    low, high = bar.get_segments()[0][:, 0]
+    assert (high - low) / 2 == pytest.approx(compare(rows["d"], rows["c"], noise).half)
 
 
 def test_the_doctests_of_the_lab():

@@ -8,9 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
-from experiments.lab.claims import Verdict, distinct, table_of
+from experiments.lab.claims import Verdict, table_of
+from experiments.lab.pooling import noise_for
 from experiments.lab.results import Results, write_figure
-from experiments.lab.statistics import Noise, compare, pool
+from experiments.lab.statistics import Noise, compare
 
 
 def style_axes(ax: Axes, title: str, x: str, y: str) -> None:
@@ -113,7 +114,7 @@ def draw_all_verdicts(by_study: Mapping[str, Sequence[Mapping]], path: Path) -> 
 def plot_differences(ax: Axes, results: Results, key: str, title: str, unit: str) -> None:
     """Plot each variant's difference to the first variant: a dot per seed, their mean with its 95 % interval.
 
-    The interval is that of the pooled noise over the study's variants.
+    The interval is that of the noise that the study's claims are judged by.
     """
     first, *others = results.variants
     noise = _noise(results, key)
@@ -134,9 +135,9 @@ def plot_differences(ax: Axes, results: Results, key: str, title: str, unit: str
 
 
 def _noise(results: Results, key: str) -> Noise | None:
-    """Return the noise pooled over the study's variants, or None for one seed or one variant."""
+    """Return the noise that the study's claims are judged by, or None for one seed or one variant."""
     try:
-        noise = pool([distinct(table_of(results, key))])
+        noise = noise_for(results, results.path.parent.parent)(key)
     except ValueError:
         return None
     return noise if noise.dof else None

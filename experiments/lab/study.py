@@ -289,10 +289,10 @@ class Study:
             )
             caption += " study runs again."
         caption += f" {results.describe_others()}".rstrip()
-        print(f"\n{text}\n\n{caption}\n{picture}")
         if out == self.folder:
             replace_block(self.folder / "README.md", f"{text}\n\n{caption}")
             overview.write(self.folder.parent)
+        print(f"\n{text}\n\n{caption}\n{picture}")  # last: a reader that closes the pipe stops nothing
 
 
 def _job(key: tuple[str, int], run: StudyRun, *, alone: bool = False) -> Job:
