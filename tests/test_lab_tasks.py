@@ -1,9 +1,11 @@
 """Tasks: their rows against the equations, their source's resume, and that a tiny model reaches their optimum."""
 
+import importlib.util
 import math
 
 import numpy as np
 import pytest
+from runs import HERE
 
 from dsv3_jax.config import DataConfig, OptimConfig, RunConfig, replace
 from dsv3_jax.data.source import Source
@@ -121,6 +123,12 @@ def test_domains_have_maps_of_their_own_and_noise_of_known_entropy():
     q = 0.75 + 0.25 / 8
     assert task.best_bits == pytest.approx(-q * math.log2(q) - (1 - q) * math.log2((1 - q) / 7))
     assert Domains(noise=0.0).best_bits == 0
+    # A batch of one domain; what is measured has them all.
+    one = replace(task, together=True)
+    batches = [one.sample(np.random.default_rng(seed), 50).domains for seed in range(20)]
+    assert all((domains == domains[0, 0]).all() for domains in batches) and len({d[0, 0] for d in batches}) == 2
+    for rows, others in zip(one.held_out(50), task.held_out(50), strict=True):
+        np.testing.assert_array_equal(rows, others)
 
 
 def test_too_large_an_alphabet_is_refused():
@@ -163,3 +171,13 @@ def test_a_tiny_model_reaches_the_optimum(task, tmp_path):
     bits = result.evaluation["val_loss"] / math.log(2)
     assert task.chance_bits > task.best_bits + 1
     assert task.best_bits - 0.1 < bits < task.best_bits + left
+
+
+def test_a_token_is_sent_once_to_each_other_device_of_its_experts():
+    spec = importlib.util.spec_from_file_location("on_mesh", HERE / "experiments" / "05_groups" / "on_mesh.py")
+    on_mesh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(on_mesh)
+    ids = np.zeros((1, 16, 1, 3), np.int32)  # 8 devices with 2 rows and 4 experts each
+    ids[0, :, 0] = [0, 1, 4]  # on devices 0, 0 and 1
+    ids[0, 15, 0] = [31, 30, 29]  # all on the last device, whose row this is
+    assert on_mesh.copies(ids, 4).ravel().tolist() == [1, 1, 1, 1, *[2] * 11, 0]

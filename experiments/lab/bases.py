@@ -31,7 +31,20 @@ _RETRIEVAL = RunConfig(
     optim=OptimConfig(learning_rate=6e-3, final_learning_rate=3e-4, warmup_steps=20),
     steps=160, eval_every=160, eval_batches=8, save_every=160, keep=1,
 )  # fmt: skip
-OF_TASKS = {"facts": _FACTS, "retrieval": _RETRIEVAL}
+# The same model with 16 keys in a row of 48 tokens. Which step learning begins at differs by seed and variant.
+_MANY_KEYS = replace(
+    _RETRIEVAL, data=DataConfig(seq_len=48, batch_size=32), steps=600, eval_every=600, eval_batches=32, save_every=600,
+)  # fmt: skip
+# One layer that is too small for 16 domains of 224 pairs: 16 experts, one for a token, and no shared one.
+_DOMAINS = replace(
+    _FACTS,
+    model=replace(
+        _FACTS.model, dim=32, num_layers=1, num_experts=16, experts_per_token=1, num_shared_experts=0, expert_dim=4,
+        normalize_gates=False, max_positions=32,
+    ),
+    data=DataConfig(seq_len=17, batch_size=128), steps=800, eval_every=800, save_every=800,
+)  # fmt: skip
+OF_TASKS = {"facts": _FACTS, "retrieval": _RETRIEVAL, "many_keys": _MANY_KEYS, "domains": _DOMAINS}
 
 
 def base_run(name: str, changes: Sequence[str], runs_folder: str) -> RunConfig:
@@ -40,7 +53,7 @@ def base_run(name: str, changes: Sequence[str], runs_folder: str) -> RunConfig:
     A vocabulary that is larger than the byte tokenizer's gets a tokenizer file in `runs_folder`.
 
     Args:
-        name: of the recipe: facts, retrieval, or a preset's.
+        name: of the recipe: a key of OF_TASKS, or a preset's.
         changes: as `model.dim=128`; values are JSON or plain strings.
     Raises: ConfigError for an unknown recipe or an invalid value, ValueError for an unknown key.
     """

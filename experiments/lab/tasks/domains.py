@@ -11,12 +11,12 @@ pairs to know. The optimum is the noise's entropy: with q = 1 − noise + noise/
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
-from experiments.lab.tasks.task import Rows, Task, bits_of, require_alphabet, rows_of
+from experiments.lab.tasks.task import HELD_OUT, Rows, Task, bits_of, require_alphabet, rows_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Domains(Task):
     words: int = 64  # n
     pairs: int = 8  # of a row
     noise: float = 0.0
+    together: bool = False  # in training, all rows of a batch are of one domain
     table_seed: int = 0
 
     def __post_init__(self):
@@ -59,8 +60,13 @@ class Domains(Task):
         """map_d[x], [D, n]."""
         return np.random.default_rng(self.table_seed).integers(self.words, size=(self.count, self.words))
 
+    def held_out(self, count: int) -> Rows:
+        """Return rows of all domains, also where training has one domain a batch."""
+        return replace(self, together=False).sample(np.random.default_rng(HELD_OUT), count)
+
     def sample(self, rng: np.random.Generator, count: int) -> Rows:
-        domain = rng.integers(self.count, size=count)[:, None]
+        domain = rng.integers(self.count, size=1 if self.together else count)
+        domain = np.broadcast_to(domain[:, None], (count, 1))
         x = rng.integers(self.words, size=(count, self.pairs))
         y = self.maps[domain, x]
         y = np.where(rng.random(y.shape) < self.noise, rng.integers(self.words, size=y.shape), y)

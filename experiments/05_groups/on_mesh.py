@@ -1,0 +1,78 @@
+"""Run a trained model on a mesh of 8 CPU devices, one for each group of experts, and count the bytes that it sends.
+
+python experiments/05_groups/on_mesh.py RUN_FOLDER      prints one line of JSON
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
+
+import json
+from functools import partial
+
+import jax
+import numpy as np
+from flax import nnx
+
+from dsv3_jax.config import Layout, replace
+from dsv3_jax.mesh import sharding
+from dsv3_jax.mesh.token_exchange import send_capacity
+from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.planning import devices
+from dsv3_jax.planning.traffic import traffic
+from dsv3_jax.training.checkpoint import load_run
+from experiments.lab.tasks import Facts, TaskSource
+
+DEVICES = 8
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def routing_of(graphdef, state, batch):
+    """Return the experts of each token [L, B, T, K] and the copies of a token that were sent [L], empty slots too."""
+    model = nnx.merge(graphdef, state)
+    routing = model.forward_hidden(batch["tokens"], batch["segment_ids"], batch["positions"]).routing
+    return routing.expert_ids, routing.tokens_sent
+
+
+def measure(folder):
+    """Return, of one layer's forward pass, mean over layers: rounds, copies of a token, and bytes a token."""
+    mesh = sharding.make_mesh(expert=DEVICES)
+    trained, run, _ = load_run(folder, mesh)
+    execution = replace(run.execution, layout=Layout(expert_comm="all_to_all"))
+    model = Transformer(run.model, execution, rngs=nnx.Rngs(0))
+    nnx.update(model, nnx.state(trained))
+    [batch] = TaskSource(Facts(), run.data).val_batches(1)
+    rows = jax.NamedSharding(mesh, jax.P(("data", "expert")))
+    batch = {key: jax.device_put(batch[key], rows) for key in ("tokens", "segment_ids", "positions")}
+    graphdef, state = nnx.split(model)
+    with jax.set_mesh(mesh):
+        program = routing_of.lower(graphdef, state, batch).compile()
+        ids, sent = (np.asarray(x) for x in program(state, batch))
+    tokens = ids[0, :, :, 0].size // DEVICES  # of a device
+    layers, slots = len(sent), send_capacity(run.model, execution.layout, tokens, DEVICES)
+    rounds = sent * tokens / (slots * (DEVICES - 1))
+    np.testing.assert_allclose(rounds, rounds.round(), atol=1e-3)
+    # The program has a layer's first round by itself, and the later ones in a loop of unknown length.
+    found = [c for c in traffic(program, dict(mesh.shape)).collectives if c.kind == "all-to-all"]
+    first, later = (sum(c.wire for c in found if c.known == known) for known in (True, False))
+    nbytes = first + later * (rounds - 1).sum() / layers
+    return {
+        "rounds": float(rounds.mean()),
+        "slots": float(sent.mean()),
+        "copies": float(copies(ids, run.model.num_experts // DEVICES).mean()),
+        "bytes": float(nbytes / layers / tokens),
+    }
+
+
+def copies(ids, held):
+    """Count the other devices that a token's experts are on: ids [L, B, T, K], rows split over devices → [L, B, T]."""
+    home = np.arange(ids.shape[1]) // (ids.shape[1] // DEVICES)
+    reached = (ids // held)[..., None] == np.arange(DEVICES)  # [L, B, T, K, devices]
+    away = np.arange(DEVICES) != home[:, None, None]  # [B, 1, devices]
+    return (reached.any(-2) & away).sum(-1)
+
+
+if __name__ == "__main__":
+    devices.fake_cpus(DEVICES)
+    print(json.dumps(measure(Path(sys.argv[1]))))
