@@ -1,11 +1,9 @@
 """Tasks: their rows against the equations, their source's resume, and that a tiny model reaches their optimum."""
 
-import importlib.util
 import math
 
 import numpy as np
 import pytest
-from runs import HERE
 
 from dsv3_jax.config import DataConfig, OptimConfig, RunConfig, replace
 from dsv3_jax.data.source import Source
@@ -171,13 +169,3 @@ def test_a_tiny_model_reaches_the_optimum(task, tmp_path):
     bits = result.evaluation["val_loss"] / math.log(2)
     assert task.chance_bits > task.best_bits + 1
     assert task.best_bits - 0.1 < bits < task.best_bits + left
-
-
-def test_a_token_is_sent_once_to_each_other_device_of_its_experts():
-    spec = importlib.util.spec_from_file_location("on_mesh", HERE / "experiments" / "05_groups" / "on_mesh.py")
-    on_mesh = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(on_mesh)
-    ids = np.zeros((1, 16, 1, 3), np.int32)  # 8 devices with 2 rows and 4 experts each
-    ids[0, :, 0] = [0, 1, 4]  # on devices 0, 0 and 1
-    ids[0, 15, 0] = [31, 30, 29]  # all on the last device, whose row this is
-    assert on_mesh.copies(ids, 4).ravel().tolist() == [1, 1, 1, 1, *[2] * 11, 0]

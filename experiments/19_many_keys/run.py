@@ -1,0 +1,136 @@
+"""What a cached row must hold: recall of many keys by MLA's widths, its rotated part, and other kinds of attention."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
+
+import math
+
+from matplotlib.figure import Figure
+
+from dsv3_jax.config import replace
+from dsv3_jax.model.cache import elements_per_token
+from experiments.lab import Column, OnTask, Study, drawing, write_figure
+from experiments.lab.claims import Claim, Stake
+from experiments.lab.matching import matched
+from experiments.lab.tasks import ManyKeys
+
+TASK = ManyKeys(planted=16)
+BITS = 1 / math.log(2)
+MARGIN = 0.1  # bits of 2
+MLA, MHA, NORMED, GQA, MQA = "MLA", "MHA", "MHA, QK-norm", "GQA", "MQA"
+ROWS = ((8, 16), (2, 16), (8, 4), (4, 4), (2, 2))  # widths of the latent and of the rotated key; the base has 32, 16
+ROTATED = (28, 4)  # of a head's 32 numbers, with a latent of 32; the base rotates 16
+QUERIES = (16, 4)
+
+
+def row(latent, key):
+    return f"MLA, row of {latent} + {key}"
+
+
+def rotated(width):
+    return f"MLA, {width} rotated"
+
+
+def queries(width):
+    return f"MLA, queries from {width}"
+
+
+def variants(base):
+    mla = base.model
+    mha = replace(mla, attention="mha")
+    head = mla.nope_head_dim + mla.rope_head_dim
+    models = {MLA: mla}
+    models |= {row(c, r): replace(mla, kv_latent_dim=c, rope_head_dim=r, nope_head_dim=head - r) for c, r in ROWS}
+    models |= {rotated(r): replace(mla, rope_head_dim=r, nope_head_dim=head - r) for r in ROTATED}
+    models |= {queries(q): replace(mla, q_latent_dim=q) for q in QUERIES}
+    models |= {MHA: mha, NORMED: replace(mha, qk_norm=True)}
+    models |= {GQA: replace(mha, attention="gqa", num_kv_heads=2), MQA: replace(mha, attention="mqa")}
+    return {name: OnTask(TASK, replace(base, model=matched(model, mha))) for name, model in models.items()}
+
+
+def measure(trained):
+    """Count cached numbers a token and layer, and the steps until half of a value's bits are known in training."""
+    cfg = trained.run.model
+    counts = elements_per_token(cfg)
+    half = TASK.chance_bits / 2 / BITS
+    below = [r["step"] for r in trained.metrics() if r.get("loss", half) < half]
+    return {
+        "cached": (counts["latent"] if cfg.attention == "mla" else counts["expanded"]) / cfg.num_layers,
+        "steps_to_half": min(below, default=trained.run.steps),
+    }
+
+
+def unknown(numbers):
+    """Return the bits of a value that are still unknown, of 2."""
+    return numbers["val_loss"] * BITS
+
+
+def log_steps(numbers):
+    """Return ln of the steps until half of the bits are known; the study's steps if they never are."""
+    return math.log(numbers["steps_to_half"])
+
+
+def draw(results, path):
+    figure = Figure(figsize=(11, 0.9 + 0.34 * len(results.variants)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    names = sorted(results.variants, key=lambda name: -results.values(name, "cached")[0])
+    for key, ax in ((unknown, left), ("steps_to_half", right)):
+        for place, name in enumerate(names):
+            values = results.values(name, key)
+            colour = "C0" if name == MLA or "row" in name else "C1" if name.startswith("MLA") else "C2"
+            ax.plot(values, [place] * len(values), "o", color=colour, alpha=0.45, markersize=5, markeredgewidth=0)
+            ax.plot([values.mean()], [place], "|", color=colour, markersize=14, markeredgewidth=2)
+    labels = [f"{name}: {results.values(name, 'cached')[0]:.0f} numbers" for name in names]
+    left.set_yticks(range(len(names)), labels, fontsize=9)
+    left.invert_yaxis()
+    drawing.style_axes(left, "Recall needs a row of 8 numbers, and 4 are too few", "bits of a value unknown, of 2", "")
+    drawing.style_axes(right, "Kinds without a latent learn it sooner", "steps to half of the bits; 600: never", "")
+    write_figure(figure, path)
+
+
+def claim(text, variant, against, expect="higher", key=unknown, unit="bits", **more):
+    return Claim(text, variant, against, key, expect, unit=unit, digits=2, stake="context", **more)
+
+
+def same(text, variant, against):
+    return claim(f"{text}, within {MARGIN} bits", variant, against, "equal", margin=MARGIN)
+
+
+STUDY = Study(
+    script=__file__,
+    question="What does recall of many keys need of MLA: the latent's width, the rotated part, the queries' width?",
+    published="MLA is at least as good as MHA, and MHA better than GQA and MQA (DeepSeek-V2); no figure for recall",
+    variants=variants,
+    base="many_keys",
+    measure=measure,
+    columns=(
+        Column("numbers cached per token and layer", "cached", 0),
+        Column("bits unknown, of 2", "val_loss", 2, scale=BITS, paired=True, against=(MHA,)),
+        Column("steps to half of the bits", "steps_to_half", 0),
+    ),
+    draw=draw,
+    claims=(
+        same("MLA recalls as much as MHA", MLA, MHA),
+        same("a row of 8 + 4 numbers recalls as much as one of 32 + 16", row(8, 4), MLA),
+        claim("a row of 2 + 2 numbers recalls less", row(2, 2), MLA),
+        same("queries from 16 numbers recall as much as from all 64", queries(16), MLA),
+        claim("a head that is rotated nearly whole recalls less", rotated(28), MLA),
+        claim("MQA recalls less than MHA", MQA, MHA),
+        claim("norms of queries and keys make MHA learn sooner", NORMED, MHA, "lower", log_steps, "ln steps"),
+        claim("MLA learns as soon as MHA or sooner", MLA, MHA, "lower", log_steps, "ln steps"),
+    ),
+    stakes={
+        "context": Stake(
+            "no context: chance",
+            lambda results: TASK.chance_bits - results.values(MLA, unknown),
+            unknown,
+            "bits",
+            2,
+        )
+    },
+)
+
+if __name__ == "__main__":
+    sys.exit(STUDY.main())

@@ -1,0 +1,174 @@
+"""Rules of balancing where the right division of the work is known: 16 domains with nothing in common, 16 experts."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
+
+import math
+from functools import partial
+
+import jax
+import numpy as np
+from flax import nnx
+from matplotlib.figure import Figure
+
+from dsv3_jax import stats
+from dsv3_jax.config import Balance, replace
+from experiments.lab import Column, OnTask, Study, drawing, write_figure
+from experiments.lab.claims import Claim, Stake
+from experiments.lab.tasks import Domains
+
+MIXED = Domains(count=16, words=224)
+TOGETHER = replace(MIXED, together=True)
+BITS = 1 / math.log(2)
+NONE = Balance(bias_rate=0.0, sequence_alpha=0.0)
+RULES = {
+    "bias": {f"bias, γ {g}": replace(NONE, bias_rate=float(g)) for g in ("1e-4", "1e-3", "1e-2")},
+    "batch-wise loss": {f"batch-wise, α {a}": replace(NONE, switch_alpha=float(a)) for a in ("1e-3", "1e-2", "1e-1")},
+    "sequence-wise loss": {
+        f"sequence-wise, α {a}": replace(NONE, sequence_alpha=float(a)) for a in ("1e-3", "1e-2", "1e-1")
+    },
+}
+BIAS, BATCH, SEQUENCE, STRONG = "bias, γ 1e-3", "batch-wise, α 1e-1", "sequence-wise, α 1e-2", "sequence-wise, α 1e-1"
+ONE_DOMAIN = ", batches of one domain"
+
+
+def variants(base):
+    balances = {"none": NONE} | {name: b for rule in RULES.values() for name, b in rule.items()}
+    runs = {name: replace(base, model=replace(base.model, balance=b)) for name, b in balances.items()}
+    apart = {name + ONE_DOMAIN: OnTask(TOGETHER, runs[name]) for name in ("none", BIAS, BATCH, STRONG)}
+    # The feed-forward layer of one expert, which every token uses.
+    cfg = base.model
+    dense = replace(base, model=replace(cfg, num_dense_layers=cfg.num_layers, dense_dim=cfg.expert_dim))
+    return {name: OnTask(MIXED, run) for name, run in runs.items()} | apart | {"dense": OnTask(MIXED, dense)}
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def expert_ids(graphdef, state, batch):
+    model = nnx.merge(graphdef, state)
+    return model.forward_hidden(batch["tokens"], batch["segment_ids"], batch["positions"]).routing.expert_ids
+
+
+def measure(trained):
+    """Measure I(expert; domain) of the tokens x that are to be answered, in bits, and the bits of the expert itself."""
+    cfg = trained.run.model
+    if not cfg.num_sparse_layers:
+        return {}
+    graphdef, state = nnx.split(trained.model)
+    counts = np.zeros((MIXED.count, cfg.num_experts))
+    for batch in trained.held_out():
+        ids = expert_ids(graphdef, state, {k: batch[k] for k in ("tokens", "segment_ids", "positions")})
+        asked = batch["loss_mask"][:, 1:]  # x comes before its answer
+        chosen = np.asarray(ids)[0, :, :-1, 0]
+        np.add.at(counts, (batch["domains"][:, :-1][asked], chosen[asked]), 1)
+    load = counts.sum(0) / counts.sum()
+    return {
+        "information": float(stats.mutual_information(counts)),
+        "entropy": float(-(load[load > 0] * np.log2(load[load > 0])).sum()),
+    }
+
+
+def unknown(numbers):
+    """Return the bits of an answer that are still unknown, of 7.8."""
+    return numbers["val_loss"] * BITS
+
+
+def draw(results, path):
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    names = {"no balance": ("none",)} | {rule: tuple(by_strength) for rule, by_strength in RULES.items()}
+    for i, (rule, strengths) in enumerate(names.items()):
+        colour = f"C{i - 1}" if i else "0.3"
+        for ax, key in ((left, unknown), (right, "information")):
+            line(ax, results, strengths, key, colour, rule)
+        line(right, results, [name + ONE_DOMAIN for name in strengths], "information", colour, "", filled=False)
+    right.scatter([], [], 60, facecolors="none", edgecolors="0.3", label="training batches of one domain")
+    drawing.style_axes(
+        left, "Only a strong sequence-wise loss costs knowledge", "MaxVio", "bits of an answer unknown, of 7.8"
+    )
+    drawing.style_axes(
+        right, "A loss within a domain stops experts from dividing domains", "MaxVio", "I(expert; domain), bits of 4"
+    )
+    for ax in (left, right):
+        ax.set_xscale("log")
+        ax.set_xticks([0.1, 0.2, 0.5, 1], ["0.1", "0.2", "0.5", "1"])
+        ax.minorticks_off()
+    right.set_ylim(bottom=0)
+    figure.legend(*right.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=5, loc="outside lower center")
+    write_figure(figure, path)
+
+
+def line(ax, results, names, key, colour, label, *, filled=True):
+    """Plot a rule's strengths, means over seeds; the strongest has the largest marker."""
+    found = [name for name in names if name in results.variants]
+    x = [results.values(name, "max_vio_global").mean() for name in found]
+    y = [results.values(name, key).mean() for name in found]
+    ax.plot(x, y, color=colour, linewidth=1.2)
+    face = colour if filled else "none"
+    ax.scatter(x, y, 30 * (1 + np.arange(len(x))), facecolors=face, edgecolors=colour, label=label or None)
+
+
+def fewer(text, variant, against, expect="lower"):
+    return Claim(text, variant, against, unknown, expect, unit="bits", digits=2, stake="experts")
+
+
+def divides(text, variant, against):
+    return Claim(text, variant, against, "information", "higher", unit="bits", digits=2)
+
+
+STUDY = Study(
+    script=__file__,
+    question="What does each rule of balancing do to experts whose right division is known?",
+    published="batch-wise loss and bias 2.253, sequence-wise 2.258 (1B, V3 report, section 4.5.3)",
+    variants=variants,
+    base="domains",
+    measure=measure,
+    columns=(
+        Column("bits unknown, of 7.8", "val_loss", 2, scale=BITS, paired=True),
+        Column("I(expert; domain), bits", "information", 2),
+        Column("bits of the expert", "entropy", 2),
+        Column("MaxVio", "max_vio_global", 2),
+    ),
+    draw=draw,
+    claims=(
+        divides("the bias divides the domains more than a sequence-wise loss", BIAS, SEQUENCE),
+        divides("a batch-wise loss divides the domains more than a sequence-wise loss", BATCH, STRONG),
+        fewer("the bias stores more than a sequence-wise loss", BIAS, SEQUENCE),
+        fewer("the bias stores more than a strong sequence-wise loss", BIAS, STRONG),
+        fewer("a batch-wise loss stores more than a sequence-wise loss of the same weight", BATCH, STRONG),
+        fewer("the bias stores more than no balance", BIAS, "none"),
+        divides(
+            "on batches of one domain, the bias divides the domains more than a batch-wise loss",
+            BIAS + ONE_DOMAIN,
+            BATCH + ONE_DOMAIN,
+        ),
+        fewer(
+            "on batches of one domain, the bias stores more than a batch-wise loss",
+            BIAS + ONE_DOMAIN,
+            BATCH + ONE_DOMAIN,
+        ),
+        Claim(
+            "on batches of one domain, a batch-wise loss divides no more than a sequence-wise one, within 0.1 bits",
+            BATCH + ONE_DOMAIN,
+            STRONG + ONE_DOMAIN,
+            "information",
+            "equal",
+            margin=0.1,
+            unit="bits",
+            digits=2,
+        ),
+    ),
+    stakes={
+        "experts": Stake(
+            "one expert for all tokens: dense",
+            lambda results: results.paired("dense", BIAS, unknown),
+            unknown,
+            "bits",
+            2,
+        )
+    },
+)
+
+if __name__ == "__main__":
+    sys.exit(STUDY.main())

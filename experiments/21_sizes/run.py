@@ -1,0 +1,84 @@
+"""Two claims at three sizes: MLA against MHA, and a multi-token module against none, at widths of 48, 96 and 192."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
+
+from matplotlib.figure import Figure
+
+from dsv3_jax.config import replace
+from experiments.lab import Column, Study, drawing, write_figure
+from experiments.lab.claims import Claim
+from experiments.lab.parts import part
+
+FACTORS = {"half": 0.5, "base": 1, "double": 2}  # of the base recipe's widths
+
+
+def name_of(kind, size):
+    return f"{kind}, {size} width"
+
+
+def scaled(cfg, factor):
+    """Scale every width and the number of heads; the heads' own widths and the number of experts stay."""
+    names = ("dim", "dense_dim", "num_heads", "q_latent_dim", "kv_latent_dim", "expert_dim")
+    return replace(cfg, **{name: round(getattr(cfg, name) * factor) for name in names})
+
+
+def variants(base):
+    runs = {}
+    for size, factor in FACTORS.items():
+        rate, last = (r / factor for r in (base.optim.learning_rate, base.optim.final_learning_rate))
+        optim = replace(base.optim, learning_rate=rate, final_learning_rate=last)
+        mla = scaled(base.model, factor)
+        runs[name_of("MLA", size)] = replace(base, model=mla, optim=optim)
+        # MHA learns better at half the rate, see study 01.
+        slower = replace(optim, learning_rate=rate / 2)
+        runs[name_of("MHA", size)] = replace(base, model=replace(mla, attention="mha"), optim=slower)
+        runs[name_of("MLA with a module", size)] = replace(base, model=replace(mla, mtp_depth=1), optim=optim)
+    return runs
+
+
+def draw(results, path):
+    verdicts, _ = STUDY.judge(results)
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    ax = figure.add_subplot()
+    for i, (first, label) in enumerate((("MLA", "MLA against MHA"), ("MLA with a module", "a module against none"))):
+        found = [v for v in verdicts if v.claim.variant.rpartition(",")[0] == first]
+        x = [results.records(v.claim.variant)[0]["parameters"]["total"] / 1e6 * (1 + 0.03 * i) for v in found]
+        means, halves = [v.difference.mean for v in found], [v.difference.half for v in found]
+        ax.errorbar(x, means, yerr=halves, fmt="o-", color=f"C{i}", capsize=4, label=label)
+    ax.axhline(0, color="0.5", linewidth=0.8)
+    ax.set_xscale("log")
+    drawing.style_axes(
+        ax, "Two differences at three sizes", "parameters, millions", "difference of the loss, nats; bars: 95 %"
+    )
+    ax.legend(frameon=False)
+    write_figure(figure, path)
+
+
+STUDY = Study(
+    script=__file__,
+    question="Do MLA's lead over MHA and the module's gain hold at half and at double the width?",
+    published="MLA better than MHA at 16B and 250B (DeepSeek-V2); more tokens ahead cost small models (Gloeckle)",
+    variants=variants,
+    columns=(
+        Column("learning rate", lambda results, variant: results.values(variant, "rate"), 4),
+        Column("validation loss", "val_loss", 4),
+        Column("bits per byte", "val_bits_per_byte", 4),
+    ),
+    measure=lambda trained: {"rate": trained.run.optim.learning_rate},
+    draw=draw,
+    claims=tuple(
+        Claim(f"{text}, at {size} width", name_of(first, size), name_of(second, size), stake=stake)
+        for text, first, second, stake in (
+            ("MLA has a lower loss than MHA with more parameters", "MLA", "MHA", "context"),
+            ("a module lowers the next token's loss", "MLA with a module", "MLA", ""),
+        )
+        for size in FACTORS
+    ),
+    stakes={"context": part("no context but the token before", "context of 2 tokens at most")},
+)
+
+if __name__ == "__main__":
+    sys.exit(STUDY.main())

@@ -1,0 +1,79 @@
+"""The weight λ of the multi-token loss: annealed as in V3, or constant; its effect on the next token and on drafts."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
+
+from matplotlib.figure import Figure
+
+from dsv3_jax.config import replace
+from experiments.lab import Column, Study, drawing, write_figure
+from experiments.lab.claims import Claim, Stake
+
+ANNEALED, OFF = "λ 0.3, then 0.1", "no module"
+CONSTANT = (0.1, 0.3, 1.0)
+
+
+def constantly(weight):
+    return f"λ {weight}"
+
+
+def variants(base):
+    one = replace(base, model=replace(base.model, mtp_depth=1))
+    runs = {constantly(x): replace(one, optim=replace(base.optim, mtp_weight=x, mtp_final_weight=x)) for x in CONSTANT}
+    return {ANNEALED: one, OFF: replace(base, model=replace(base.model, mtp_depth=0))} | runs
+
+
+def accepted(numbers):
+    """Return the share of drafts that are accepted, in %."""
+    return 100 * numbers["mtp_acceptance"][0]
+
+
+def draw(results, path):
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    drawing.plot_differences(left, results, "val_loss", "Loss of the next token against V3's λ", "nats per token")
+    names = [name for name in results.variants if name != OFF]
+    for row, name in enumerate(names):
+        values = results.values(name, accepted)
+        colour = drawing.colour_of(results, name)
+        right.barh([row], [values.mean()], 0.6, color=colour, alpha=0.6)
+        right.plot(values, [row] * len(values), ".", color="0.2", markersize=5)
+    drawing.style_axes(right, "Drafts accepted on held-out text", "%", "")
+    right.set_yticks(range(len(names)), names)
+    right.invert_yaxis()
+    write_figure(figure, path)
+
+
+def drafts(text, variant, against, expect="higher"):
+    return Claim(text, variant, against, accepted, expect, unit="points", digits=1, stake="module")
+
+
+STUDY = Study(
+    script=__file__,
+    question="How much should the multi-token loss weigh, and should its weight fall during training?",
+    published="λ 0.3 for 10T tokens, then 0.1 for 4.8T (DeepSeek-V3); no comparison is published",
+    variants=variants,
+    columns=(
+        Column("validation loss", "val_loss", 4, paired=True),
+        Column("drafts accepted, %", "mtp_acceptance/0", 1, scale=100.0),
+    ),
+    draw=draw,
+    claims=(
+        Claim("λ that falls gives a lower loss than 0.3 throughout", ANNEALED, constantly(0.3)),
+        Claim("λ of 1 gives a higher loss than V3's", constantly(1.0), ANNEALED, expect="higher"),
+        Claim("λ of 0.1 throughout gives a higher loss than V3's", constantly(0.1), ANNEALED, expect="higher"),
+        drafts("λ of 0.3 throughout has more drafts accepted than λ that falls", constantly(0.3), ANNEALED),
+        drafts("λ of 1 has more drafts accepted than V3's", constantly(1.0), ANNEALED),
+        drafts("λ of 0.1 throughout has fewer drafts accepted than V3's", constantly(0.1), ANNEALED, "lower"),
+    ),
+    stakes={
+        "module": Stake(
+            "no module, no draft", lambda results: results.values(ANNEALED, accepted), accepted, "points", 1
+        )
+    },
+)
+
+if __name__ == "__main__":
+    sys.exit(STUDY.main())
