@@ -5,24 +5,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
 
-from dsv3_jax.config import ModelConfig, replace
-from dsv3_jax.model.counting import size
+from dsv3_jax.config import replace
 from experiments.lab import Column, Study, drawing
 from experiments.lab.claims import Claim
+from experiments.lab.matching import matched
 from experiments.lab.parts import part
-
-
-def matched(cfg: ModelConfig, like: ModelConfig) -> ModelConfig:
-    """Return `cfg` with as many parameters as `like`, up to half a column of the dense layers.
-
-    The width of the dense layers makes up for the difference.
-    """
-    column = 3 * cfg.dim * cfg.num_dense_layers
-    missing = size(like).total - size(cfg).total
-    widened = replace(cfg, dense_dim=cfg.dense_dim + round(missing / column))
-    for count in ("total", "active"):
-        assert abs(getattr(size(widened), count) - getattr(size(like), count)) <= column / 2
-    return widened
 
 
 def variants(base):
@@ -30,6 +17,7 @@ def variants(base):
     mha = replace(mla, attention="mha")
     models = {
         "MHA": mha,
+        "MHA, QK-norm": matched(replace(mha, qk_norm=True), mha),
         "GQA": matched(replace(mla, attention="gqa", num_kv_heads=mla.num_heads // 2), mha),
         "MQA": matched(replace(mla, attention="mqa"), mha),
         "MLA": matched(mla, mha),
@@ -41,7 +29,7 @@ def variants(base):
     return runs | {name: replace(runs[name], optim=half) for name in HALF}
 
 
-HALF = ("MHA", "GQA", "MQA")
+HALF = ("MHA", "MHA, QK-norm", "GQA", "MQA")
 
 
 def cache_bytes(results, variant):
@@ -68,6 +56,8 @@ STUDY = Study(
     draw=draw,
     claims=(
         claim("MLA has a lower loss than MHA", "MLA", "MHA"),
+        claim("MLA has a lower loss than MHA with QK-norm", "MLA", "MHA, QK-norm"),
+        claim("QK-norm lowers the loss of MHA", "MHA, QK-norm", "MHA"),
         claim("MLA has a lower loss than GQA", "MLA", "GQA"),
         claim("MLA has a lower loss than MQA", "MLA", "MQA"),
         claim("MLA has a lower loss than MHA with fewer parameters", "MLA, unmatched", "MHA"),
