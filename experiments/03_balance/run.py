@@ -148,7 +148,7 @@ STUDY = Study(
         balance("steps in proportion to the error balance better than its sign", PROPORTIONAL, BIAS, published=-0.45),
         balance("the quantile rule balances better than the sign", "quantile, γ 0.1", BIAS),
         balance(
-            "the bias leaves domains further from even than a sequence-wise loss does, for the balance of the mix",
+            "the bias leaves domains less even than a sequence-wise loss",
             BIAS,
             SEQUENCE,
             "higher",
@@ -156,7 +156,7 @@ STUDY = Study(
             "ln ratio",
         ),
         balance(
-            "the bias leaves domains further from even than the Switch loss does, for the balance of the mix",
+            "the bias leaves domains less even than the Switch loss",
             BIAS,
             SWITCH,
             "higher",
@@ -164,7 +164,7 @@ STUDY = Study(
             "ln ratio",
         ),
         Claim(
-            "of equal balance, a batch-wise loss has a lower loss than a sequence-wise one",
+            "at equal balance, batch-wise has a lower loss than sequence-wise",
             "Switch loss, α 1e-1",
             "sequence-wise, α 3e-2",
             published=-0.005,

@@ -93,10 +93,11 @@ def draw_all_verdicts(by_study: Mapping[str, Sequence[Mapping]], path: Path) -> 
     total = ", ".join(f"{n} {answer}" for answer, n in answers.items())
     style_axes(
         ax,
-        f"{count} claims: {total}",
+        "",
         "← against the papers      half widths of the 95 % interval      as published →",
         "",
     )
+    figure.suptitle(f"{count} claims: {total}", fontsize=12)  # as wide as the picture
     ax.axvline(0, color="0.5", linewidth=0.8)
     ax.set_yticks([r for r, *_ in names], [text for _, text, _ in names], fontsize=8.5)
     for label, (_, _, heading) in zip(ax.get_yticklabels(), names, strict=True):
@@ -107,7 +108,7 @@ def draw_all_verdicts(by_study: Mapping[str, Sequence[Mapping]], path: Path) -> 
     for answer in answers:
         ax.plot([], [], "o-", color=ANSWER_COLOURS[answer], label=answer)
     ax.plot([], [], "D", color="black", fillstyle="none", linestyle="none", label="published value")
-    figure.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=5, loc="outside upper center")
+    figure.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=5, loc="outside lower center")
     write_figure(figure, path)
 
 
