@@ -334,7 +334,7 @@ def test_which_cache():
 ATTENTION = {
     "mha": dict(num_heads=4, attention="mha"),
     "gqa": dict(num_heads=4, attention="gqa", num_kv_heads=2),
-    "mqa": dict(num_heads=4, attention="mqa", qk_norm=True),
+    "mqa": dict(num_heads=4, attention="mqa"),
 }
 NEW = 10
 PROMPTS = [[5], [8, 1, 30, 2, 2], [3 * i % 37 for i in range(20)]]
@@ -389,7 +389,8 @@ def test_accelerators_caches_give_the_same_tokens(platform, kind, dtype):
 
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_baselines_decode_the_tokens_of_their_forward(attention):
-    model = random_model(replace(LIGHT, **ATTENTION[attention]), execution=DENSE)
+    cfg = replace(LIGHT, **ATTENTION[attention], qk_norm=attention == "mqa")
+    model = random_model(cfg, execution=DENSE)
     assert_greedy(model, generate(model, PROMPTS, NEW).tokens)
 
 
@@ -411,7 +412,7 @@ def test_8_bits_choose_tokens_about_as_likely(kind, dtype):
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_baseline_attention_equals_the_equations(x64, rng, attention):
     """One head and one query at a time; a group of query heads shares a key and a value."""
-    cfg = small(**ATTENTION[attention] | {"qk_norm": False}, rope_interleaved=attention != "gqa")
+    cfg = small(**ATTENTION[attention], rope_interleaved=attention != "gqa")
     shapes = dict(w_q=(16, 4, 10), w_k=(16, cfg.kv_heads, 10), w_v=(16, cfg.kv_heads, 5), w_o=(4, 5, 16))
     w = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
     x, positions = rng.standard_normal((2, 7, 16)), np.array([[*range(7)], [*range(4), *range(3)]], np.int32)

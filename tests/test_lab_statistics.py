@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 from scipy import stats
 
-from experiments.lab import Results, claims, drawing, fingerprints, statistics, tables
+from experiments.lab import Results, claims, drawing, fingerprints, measuring, statistics, tables
 from experiments.lab import results as results_file
 from experiments.lab.claims import Claim, Stake, answer_to, as_json, judge, noise_within, verdict_table
 from experiments.lab.pooling import noise_for, recipe_noise
@@ -224,6 +224,13 @@ def test_a_picture_has_the_intervals_of_the_table(tmp_path):
 
 
 def test_the_doctests_of_the_lab():
-    for module, count in ((statistics, 5), (claims, 1), (tables, 2), (fingerprints, 1), (results_file, 0)):
+    for module, count in (
+        (statistics, 5),
+        (claims, 1),
+        (tables, 2),
+        (fingerprints, 1),
+        (measuring, 1),
+        (results_file, 0),
+    ):
         assert doctest.testmod(module).failed == 0
         assert doctest.testmod(module).attempted >= count

@@ -113,12 +113,8 @@ def rules(results):
 
 
 def plot_rules(ax, results, key):
-    """Plot a line through each rule's strengths, means over seeds; the strongest has the largest marker."""
     for rule, names in rules(results).items():
-        x = [results.values(name, "max_vio_training_mix").mean() for name in names]
-        y = [results.values(name, key).mean() for name in names]
-        ax.plot(x, y, "-", color=COLOURS[rule], linewidth=1.2)
-        ax.scatter(x, y, 25 * (1 + np.arange(len(x))), color=COLOURS[rule], label=rule)
+        drawing.plot_strengths(ax, results, names, "max_vio_training_mix", key, COLOURS[rule], rule)
 
 
 def balance(text, variant, against, expect="lower", key=log_max_vio, unit="ln MaxVio", published=None):

@@ -6,26 +6,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
 
 import json
-import math
 import os
 import subprocess
-from functools import partial
 
-import jax
 import numpy as np
-from flax import nnx
 from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
 from dsv3_jax.mesh.token_exchange import mean_reach, wire_bytes
 from experiments.lab import Column, OnTask, Study, drawing, write_figure
 from experiments.lab.claims import Claim, Stake
+from experiments.lab.measuring import BITS, expert_ids, unknown_bits
 from experiments.lab.tasks import Facts
 
 GROUPS = 8
 KEPT = (8, 6, 4, 3, 2, 1)
 MARGIN = 0.15  # bits of 6
-BITS = 1 / math.log(2)
 
 
 def name_of(kept):
@@ -46,12 +42,6 @@ def variants(base):
     return {name: OnTask(Facts(), run) for name, run in runs.items()}
 
 
-@partial(jax.jit, static_argnames="graphdef")
-def expert_ids(graphdef, state, batch):
-    model = nnx.merge(graphdef, state)
-    return model.forward_hidden(batch["tokens"], batch["segment_ids"], batch["positions"]).routing.expert_ids
-
-
 def groups_reached(ids, experts_in_group):
     """Count the groups of a token's experts: ids [..., K] → counts [...]."""
     groups = np.sort(np.asarray(ids) // experts_in_group, axis=-1)
@@ -61,10 +51,9 @@ def groups_reached(ids, experts_in_group):
 def measure(trained):
     """Count groups that tokens reach; then run the model on a mesh of 8 devices, and count what it sends."""
     cfg = trained.run.model
-    graphdef, state = nnx.split(trained.model)
     counts = []
     for batch in trained.held_out():
-        ids = expert_ids(graphdef, state, {k: batch[k] for k in ("tokens", "segment_ids", "positions")})
+        ids = expert_ids(trained.model, batch)
         reached = groups_reached(ids, cfg.num_experts // cfg.num_groups)
         counts.append(reached[:, batch["segment_ids"] != 0])
     numbers = {
@@ -88,23 +77,18 @@ def on_mesh(trained):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def unknown(numbers):
-    """Return the bits of a fact that are still unknown, of 6."""
-    return numbers["val_loss"] * BITS
-
-
 def draw(results, path):
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     names = [name for name in results.variants if len(results.values(name, "mesh_bytes"))]
     for name in names:
         colour = drawing.colour_of(results, name)
-        sent, bits = results.values(name, "mesh_bytes"), results.values(name, unknown)
+        sent, bits = results.values(name, "mesh_bytes"), results.values(name, unknown_bits)
         left.plot(sent, bits, ".", color=colour, alpha=0.6)
         left.plot([sent.mean()], [bits.mean()], "o", color=colour, markersize=9, label=name)
     title = "Facts against traffic"
     if {name_of(4), NO_LIMIT} <= set(names):
-        cost = results.paired(name_of(4), NO_LIMIT, unknown).mean()
+        cost = results.paired(name_of(4), NO_LIMIT, unknown_bits).mean()
         few, all_of_them = (results.values(name, "mesh_copies").mean() for name in (name_of(4), NO_LIMIT))
         title = f"4 of 8 groups cost {cost:.2f} bits and save {1 - few / all_of_them:.0%} of the copies"
     drawing.style_axes(left, title, "bytes sent per token and layer, 8 devices", "bits of a fact unknown, of 6")
@@ -132,7 +116,9 @@ def draw(results, path):
 
 def equal(kept):
     text = f"{name_of(kept)} store as many facts as no limit, within {MARGIN} bits"
-    return Claim(text, name_of(kept), NO_LIMIT, unknown, "equal", margin=MARGIN, unit="bits", digits=2, stake="reach")
+    return Claim(
+        text, name_of(kept), NO_LIMIT, unknown_bits, "equal", margin=MARGIN, unit="bits", digits=2, stake="reach"
+    )
 
 
 STUDY = Study(
@@ -157,8 +143,8 @@ STUDY = Study(
     stakes={
         "reach": Stake(
             f"all experts of a token from 1 of {GROUPS} groups",
-            lambda results: results.paired(name_of(1), NO_LIMIT, unknown),
-            unknown,
+            lambda results: results.paired(name_of(1), NO_LIMIT, unknown_bits),
+            unknown_bits,
             "bits",
             2,
         )

@@ -1,6 +1,5 @@
 """DeepSeekMoE's ladder on a task that needs parameters: 16,384 facts to store, more than the dense model can."""
 
-import math
 import sys
 from pathlib import Path
 
@@ -10,22 +9,16 @@ from dsv3_jax.config import replace
 from experiments.lab import ABOVE, Column, OnTask, Study, drawing
 from experiments.lab.claims import Claim, Stake
 from experiments.lab.ladder import DENSE, FINE_2, FINE_4, GSHARD, SHARED, SWITCH, ladder
+from experiments.lab.measuring import BITS, unknown_bits
 from experiments.lab.tasks import Facts
-
-BITS = 1 / math.log(2)
 
 
 def variants(base):
     return {name: OnTask(Facts(), replace(base, model=model)) for name, model in ladder(base.model).items()}
 
 
-def unknown(numbers):
-    """Return the bits of a fact that are still unknown, of 6."""
-    return numbers["val_loss"] * BITS
-
-
 def claim(text, variant, against):
-    return Claim(text, variant, against, unknown, "lower", unit="bits", digits=2, stake="facts")
+    return Claim(text, variant, against, unknown_bits, "lower", unit="bits", digits=2, stake="facts")
 
 
 def draw(results, path):
@@ -56,8 +49,8 @@ STUDY = Study(
     stakes={
         "facts": Stake(
             "no routed expert: dense",
-            lambda results: results.paired(DENSE, SWITCH, unknown),
-            unknown,
+            lambda results: results.paired(DENSE, SWITCH, unknown_bits),
+            unknown_bits,
             "bits",
             2,
         )

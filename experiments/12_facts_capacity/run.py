@@ -1,6 +1,5 @@
 """Expert capacities on a task that needs the dropped experts: 16,384 facts to store."""
 
-import math
 import sys
 from pathlib import Path
 
@@ -10,9 +9,9 @@ from dsv3_jax.config import Balance, replace
 from experiments.lab import Column, OnTask, Study, drawing
 from experiments.lab.claims import Claim, Stake
 from experiments.lab.ladder import DENSE, FINE_2, ladder
+from experiments.lab.measuring import BITS, unknown_bits
 from experiments.lab.tasks import Facts
 
-BITS = 1 / math.log(2)
 NO_BALANCE = Balance(bias_rate=0.0, sequence_alpha=0.0)
 NO_DROP, UNBALANCED = "no drop", "no balance"
 CAPPED, CAPPED_UNBALANCED = "capacity 1.25", "capacity 1.25, no balance"
@@ -31,11 +30,6 @@ def variants(base):
     return {name: OnTask(Facts(), replace(base, model=model)) for name, model in models.items()}
 
 
-def unknown(numbers):
-    """Return the bits of a fact that are still unknown, of 6."""
-    return numbers["val_loss"] * BITS
-
-
 def late_dropped(results, variant):
     """Return the dropped share of assignments over the last fifth of training, one number per seed."""
     _, shares = results.curve(variant, "dropped")
@@ -43,7 +37,7 @@ def late_dropped(results, variant):
 
 
 def claim(text, variant, against, expect="lower", **more):
-    return Claim(text, variant, against, unknown, expect, unit="bits", digits=2, stake="experts", **more)
+    return Claim(text, variant, against, unknown_bits, expect, unit="bits", digits=2, stake="experts", **more)
 
 
 def draw(results, path):
@@ -72,7 +66,11 @@ STUDY = Study(
     ),
     stakes={
         "experts": Stake(
-            "no routed expert: dense", lambda results: results.paired(DENSE, NO_DROP, unknown), unknown, "bits", 2
+            "no routed expert: dense",
+            lambda results: results.paired(DENSE, NO_DROP, unknown_bits),
+            unknown_bits,
+            "bits",
+            2,
         )
     },
 )

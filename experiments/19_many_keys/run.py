@@ -14,10 +14,10 @@ from dsv3_jax.model.cache import elements_per_token
 from experiments.lab import Column, OnTask, Study, drawing, write_figure
 from experiments.lab.claims import Claim, Stake
 from experiments.lab.matching import matched
+from experiments.lab.measuring import BITS, unknown_bits
 from experiments.lab.tasks import ManyKeys
 
 TASK = ManyKeys(planted=16)
-BITS = 1 / math.log(2)
 MARGIN = 0.1  # bits of 2
 MLA, MHA, NORMED, GQA, MQA = "MLA", "MHA", "MHA, QK-norm", "GQA", "MQA"
 ROWS = ((8, 16), (2, 16), (8, 4), (4, 4), (2, 2))  # widths of the latent and of the rotated key; the base has 32, 16
@@ -62,11 +62,6 @@ def measure(trained):
     }
 
 
-def unknown(numbers):
-    """Return the bits of a value that are still unknown, of 2."""
-    return numbers["val_loss"] * BITS
-
-
 def log_steps(numbers):
     """Return ln of the steps until half of the bits are known; the study's steps if they never are."""
     return math.log(numbers["steps_to_half"])
@@ -76,7 +71,7 @@ def draw(results, path):
     figure = Figure(figsize=(11, 0.9 + 0.34 * len(results.variants)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     names = sorted(results.variants, key=lambda name: -results.values(name, "cached")[0])
-    for key, ax in ((unknown, left), ("steps_to_half", right)):
+    for key, ax in ((unknown_bits, left), ("steps_to_half", right)):
         for place, name in enumerate(names):
             values = results.values(name, key)
             colour = "C0" if name == MLA or "row" in name else "C1" if name.startswith("MLA") else "C2"
@@ -90,7 +85,7 @@ def draw(results, path):
     write_figure(figure, path)
 
 
-def claim(text, variant, against, expect="higher", key=unknown, unit="bits", **more):
+def claim(text, variant, against, expect="higher", key=unknown_bits, unit="bits", **more):
     return Claim(text, variant, against, key, expect, unit=unit, digits=2, stake="context", **more)
 
 
@@ -124,8 +119,8 @@ STUDY = Study(
     stakes={
         "context": Stake(
             "no context: chance",
-            lambda results: TASK.chance_bits - results.values(MLA, unknown),
-            unknown,
+            lambda results: TASK.chance_bits - results.values(MLA, unknown_bits),
+            unknown_bits,
             "bits",
             2,
         )

@@ -5,23 +5,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
 
-import math
-from functools import partial
-
-import jax
 import numpy as np
-from flax import nnx
 from matplotlib.figure import Figure
 
 from dsv3_jax import stats
 from dsv3_jax.config import Balance, replace
 from experiments.lab import Column, OnTask, Study, drawing, write_figure
 from experiments.lab.claims import Claim, Stake
+from experiments.lab.measuring import BITS, expert_ids, unknown_bits
 from experiments.lab.tasks import Domains
 
 MIXED = Domains(count=16, words=224)
 TOGETHER = replace(MIXED, together=True)
-BITS = 1 / math.log(2)
 NONE = Balance(bias_rate=0.0, sequence_alpha=0.0)
 RULES = {
     "bias": {f"bias, γ {g}": replace(NONE, bias_rate=float(g)) for g in ("1e-4", "1e-3", "1e-2")},
@@ -44,21 +39,14 @@ def variants(base):
     return {name: OnTask(MIXED, run) for name, run in runs.items()} | apart | {"dense": OnTask(MIXED, dense)}
 
 
-@partial(jax.jit, static_argnames="graphdef")
-def expert_ids(graphdef, state, batch):
-    model = nnx.merge(graphdef, state)
-    return model.forward_hidden(batch["tokens"], batch["segment_ids"], batch["positions"]).routing.expert_ids
-
-
 def measure(trained):
     """Measure I(expert; domain) of the tokens x that are to be answered, in bits, and the bits of the expert itself."""
     cfg = trained.run.model
     if not cfg.num_sparse_layers:
         return {}
-    graphdef, state = nnx.split(trained.model)
     counts = np.zeros((MIXED.count, cfg.num_experts))
     for batch in trained.held_out():
-        ids = expert_ids(graphdef, state, {k: batch[k] for k in ("tokens", "segment_ids", "positions")})
+        ids = expert_ids(trained.model, batch)
         asked = batch["loss_mask"][:, 1:]  # x comes before its answer
         chosen = np.asarray(ids)[0, :, :-1, 0]
         np.add.at(counts, (batch["domains"][:, :-1][asked], chosen[asked]), 1)
@@ -69,18 +57,13 @@ def measure(trained):
     }
 
 
-def unknown(numbers):
-    """Return the bits of an answer that are still unknown, of 7.8."""
-    return numbers["val_loss"] * BITS
-
-
 def draw(results, path):
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     names = {"no balance": ("none",)} | {rule: tuple(by_strength) for rule, by_strength in RULES.items()}
     for i, (rule, strengths) in enumerate(names.items()):
         colour = f"C{i - 1}" if i else "0.3"
-        for ax, key in ((left, unknown), (right, "information")):
+        for ax, key in ((left, unknown_bits), (right, "information")):
             line(ax, results, strengths, key, colour, rule)
         line(right, results, [name + ONE_DOMAIN for name in strengths], "information", colour, "", filled=False)
     right.scatter([], [], 60, facecolors="none", edgecolors="0.3", label="training batches of one domain")
@@ -99,18 +82,13 @@ def draw(results, path):
     write_figure(figure, path)
 
 
-def line(ax, results, names, key, colour, label, *, filled=True):
-    """Plot a rule's strengths, means over seeds; the strongest has the largest marker."""
+def line(ax, results, names, key, colour, label, **more):
     found = [name for name in names if name in results.variants]
-    x = [results.values(name, "max_vio_global").mean() for name in found]
-    y = [results.values(name, key).mean() for name in found]
-    ax.plot(x, y, color=colour, linewidth=1.2)
-    face = colour if filled else "none"
-    ax.scatter(x, y, 30 * (1 + np.arange(len(x))), facecolors=face, edgecolors=colour, label=label or None)
+    drawing.plot_strengths(ax, results, found, "max_vio_global", key, colour, label, **more)
 
 
 def fewer(text, variant, against, expect="lower"):
-    return Claim(text, variant, against, unknown, expect, unit="bits", digits=2, stake="experts")
+    return Claim(text, variant, against, unknown_bits, expect, unit="bits", digits=2, stake="experts")
 
 
 def divides(text, variant, against):
@@ -162,8 +140,8 @@ STUDY = Study(
     stakes={
         "experts": Stake(
             "one expert for all tokens: dense",
-            lambda results: results.paired("dense", BIAS, unknown),
-            unknown,
+            lambda results: results.paired("dense", BIAS, unknown_bits),
+            unknown_bits,
             "bits",
             2,
         )

@@ -10,7 +10,7 @@ from scipy import stats
 
 from experiments.lab.claims import Verdict, table_of
 from experiments.lab.pooling import noise_for
-from experiments.lab.results import Results, write_figure
+from experiments.lab.results import Key, Results, write_figure
 from experiments.lab.statistics import Noise, compare
 
 
@@ -167,6 +167,16 @@ def plot_curves(
     bottom, top = ax.get_ylim()
     ax.set_ylim(top=top + 0.3 * (top - bottom))  # space for the legend above the curves
     ax.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
+
+
+def plot_strengths(
+    ax: Axes, results: Results, names: Sequence[str], x: Key, y: Key, colour: str, label: str, *, filled: bool = True
+) -> None:
+    """Join the strengths of one rule by a line, means over seeds; the strongest, the last, has the largest dot."""
+    places, heights = ([results.values(name, key).mean() for name in names] for key in (x, y))
+    ax.plot(places, heights, "-", color=colour, linewidth=1.2)
+    sizes, face = 30 * (1 + np.arange(len(names))), colour if filled else "none"
+    ax.scatter(places, heights, sizes, facecolors=face, edgecolors=colour, label=label or None)
 
 
 def draw_loss_by_cost(

@@ -1,0 +1,34 @@
+"""Numbers that several studies measure."""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from dsv3_jax.model.transformer import Transformer
+
+BITS = 1 / math.log(2)  # bits of a nat
+
+
+def unknown_bits(numbers: Mapping[str, Any]) -> float:
+    """Return the bits of an answer of a task that are still unknown.
+
+    >>> round(unknown_bits({"val_loss": math.log(4)}), 3)
+    2.0
+    """
+    return numbers["val_loss"] * BITS
+
+
+def expert_ids(model: Transformer, batch: Mapping[str, Any]) -> np.ndarray:
+    """Return the experts of each token, int32 [L, B, T, K] of the sparse layers."""
+    graphdef, state = nnx.split(model)
+    return np.asarray(_expert_ids(graphdef, state, batch["tokens"], batch["segment_ids"], batch["positions"]))
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _expert_ids(graphdef, state, tokens, segment_ids, positions):
+    return nnx.merge(graphdef, state).forward_hidden(tokens, segment_ids, positions).routing.expert_ids
