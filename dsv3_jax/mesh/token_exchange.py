@@ -5,8 +5,8 @@ however many of its K experts are there: that device adds its experts' weighted 
 node-limited routing these are few devices; see `mean_reach`.
 
 `all_to_all` has static shapes: it sends tokens in rounds, each with the same number of slots for every peer, until all
-are sent. Even load takes one round, uneven load more of them, and no token is ever dropped. `ragged` sends exactly the
-tokens that there are, by the hardware's own collective.
+are sent. Even load takes one round, uneven load further ones, which are smaller, and no token is ever dropped. `ragged`
+sends exactly the tokens that there are, by the hardware's own collective.
 
 This file and expert_parallel.py are the only ones with hand-written collectives.
 """
@@ -57,7 +57,7 @@ def mean_reach(cfg: ModelConfig, peers: int) -> float:
 
 
 def send_capacity(cfg: ModelConfig, layout: Layout, tokens: int, peers: int) -> int:
-    """Slots that `all_to_all` has for each peer in a round: what even load needs times the slack, at most all n.
+    """Slots that `all_to_all` has for each peer in the first round: what even load needs times the slack, at most n.
 
     Example:
         >>> from dsv3_jax.presets import preset
@@ -65,6 +65,16 @@ def send_capacity(cfg: ModelConfig, layout: Layout, tokens: int, peers: int) -> 
         454
     """
     return min(tokens, math.ceil(layout.capacity_slack * tokens * mean_reach(cfg, peers) / peers))
+
+
+def later_slots(slots: int) -> int:
+    """Slots for each peer in each round after the first, for the little that is left: a quarter.
+
+    Example:
+        >>> later_slots(454)
+        114
+    """
+    return -(-slots // 4)
 
 
 def wire_bytes(tokens_sent: float, cfg: ModelConfig, itemsize: int) -> float:
@@ -216,31 +226,33 @@ def all_to_all(
     """Run `Kernels.grouped_swiglu` on this device's tokens with all peers' experts, inside `shard_map`.
 
     All devices go through as many rounds as the one that needs most, along other mesh axes too: a round may hold other
-    collectives. The first round is differentiated as it is. The later ones are a loop of unknown
+    collectives. The first round is differentiated as it is. The later ones, of `later_slots`, are a loop of unknown
     length: their gradient goes through them once more and recomputes each.
 
     Args:
         x, gates: vary along every axis along which the experts do.
-        slots: for each peer in a round.
+        slots: for each peer in the first round.
     Returns: (y, the stack for the next use, copies of a token sent, empty slots included, mean over tokens).
     """
     n = x.shape[0]
     table = peer_table(expert_ids, stack.num_experts, peers)
     args = RoundArgs(expert_ids, table, stack.weights, stack.layer)
-    rounds = jax.lax.pmax(-(-table.counts.max() // slots), tuple(varying(table.counts)))
     y, grad = _round(jnp.zeros((), jnp.int32), x, gates, stack.grad, args, kernels, slots)
+    size, most = later_slots(slots), jax.lax.pmax(table.counts.max(), tuple(varying(table.counts)))
+    later = -(-jnp.maximum(most - slots, 0) // size)  # rounds
     if slots < n:
-        more, grad = _later_rounds(kernels, slots, x, gates, grad, args, rounds)
+        more, grad = _later_rounds(kernels, slots, x, gates, grad, args, later)
         y = y + more
-    sent = rounds.astype(jnp.float32) * (slots * (peers - 1) / n)
+    sent = (slots + later * size).astype(jnp.float32) * ((peers - 1) / n)
     return y, replace(stack, grad=grad), sent
 
 
 def _round(
-    number: Array, x: Array, gates: Array, grad: GradCarry | None, args: RoundArgs, kernels: Kernels, slots: int
+    start: Array, x: Array, gates: Array, grad: GradCarry | None, args: RoundArgs, kernels: Kernels, slots: int
 ) -> tuple[Array, GradCarry | None]:
+    """Send each peer's tokens of the ranks start … start + slots − 1."""
     table, size = args.table, args.table.counts.size * slots
-    rank = table.rank - number * slots
+    rank = table.rank - start
     now = table.first & (rank >= 0) & (rank < slots)
     buffer = _send_buffer(jnp.where(now, table.peer * slots + rank, size), size)
     across = partial(jax.lax.all_to_all, axis_name="expert", split_axis=0, concat_axis=0, tiled=True)
@@ -248,32 +260,34 @@ def _round(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _later_rounds(kernels, slots, x, gates, grad, args, rounds):
-    """(what the rounds after the first add to y, the gradient carry)."""
+def _later_rounds(kernels, first, x, gates, grad, args, rounds):
+    """(what the rounds add to y that follow one of `first` slots, the gradient carry)."""
+    slots = later_slots(first)
 
     def add(number, y):
-        return y + _round(number, x, gates, None, args, kernels, slots)[0]
+        return y + _round(first + number * slots, x, gates, None, args, kernels, slots)[0]
 
-    return jax.lax.fori_loop(1, rounds, add, jnp.zeros_like(x)), grad
-
-
-def _later_rounds_fwd(kernels, slots, *args):
-    return _later_rounds(kernels, slots, *args), args
+    return jax.lax.fori_loop(0, rounds, add, jnp.zeros_like(x)), grad
 
 
-def _later_rounds_bwd(kernels, slots, saved, cotangents):
+def _later_rounds_fwd(kernels, first, *args):
+    return _later_rounds(kernels, first, *args), args
+
+
+def _later_rounds_bwd(kernels, first, saved, cotangents):
+    slots = later_slots(first)
     x, gates, grad, args, rounds = saved
     args = args._replace(layer=jnp.asarray(args.layer))  # under jax.checkpoint a constant comes back as a bare literal
     dy, d_grad = cotangents
 
     def add(number, carry):
         dx, d_gates, d_grad = carry
-        _, transposed = jax.vjp(lambda *a: _round(number, *a, args, kernels, slots), x, gates, grad)
+        _, transposed = jax.vjp(lambda *a: _round(first + number * slots, *a, args, kernels, slots), x, gates, grad)
         more_x, more_gates, d_grad = transposed((dy, d_grad))  # adds the experts' gradient to that of the carry
         return dx + more_x, d_gates + more_gates, d_grad
 
     start = (jnp.zeros_like(x), jnp.zeros_like(gates), d_grad)
-    return *jax.lax.fori_loop(1, rounds, add, start), None, None
+    return *jax.lax.fori_loop(0, rounds, add, start), None, None
 
 
 _later_rounds.defvjp(_later_rounds_fwd, _later_rounds_bwd)

@@ -76,10 +76,16 @@ def measure(name, batch, rounds):
     }
 
 
+def machine_figures(cells):
+    """Return bytes/s and FLOP/s: the best that a cell measured, because other work only lowers them."""
+    return tuple(max(cell[figure] for cell in cells.values()) for figure in ("bandwidth", "peak"))
+
+
 def rows(cells):
+    bandwidth, peak = machine_figures(cells)
+    how = Setting(bandwidth, peak, CONTEXT, weight_bytes=4, cache_dtype="float32")
     for key, cell in cells.items():
         name, batch = key.split("x")
-        how = Setting(cell["bandwidth"], cell["peak"], CONTEXT, weight_bytes=4, cache_dtype="float32")
         for length in LENGTHS[1:]:
             predicted = step_cost(MODELS[name], how, int(batch), length)[0]
             measured = cell["seconds"][str(length)] / cell["seconds"]["0"]
@@ -96,8 +102,10 @@ def table(results):
     errors = {name: [abs(np.log(p / m)) for n, _, _, p, m, _ in found if n == name] for name in MODELS}
     text = ", ".join(f"{name} {np.exp(np.mean(e)) - 1:.0%}" for name, e in errors.items() if e)
     sizes = ", ".join(f"{name} {size(cfg).total / 1e6:.0f}M parameters" for name, cfg in MODELS.items())
+    bandwidth, peak = machine_figures(results["cells"])
     notes = (
         f"Mean error of the ratio: {text}. {sizes}; float32, {CONTEXT} cached tokens. Machine: {results['machine']}. "
+        f"It copies {bandwidth / 1e9:.0f} GB/s and multiplies {peak / 1e9:.0f} GFLOP/s. "
         "The load is the number of processes that want its cores."
     )
     return f"{markdown_table(header, lines)}\n\n{notes}"
