@@ -129,7 +129,7 @@ def plot_differences(ax: Axes, results: Results, key: str, title: str, unit: str
         found = compare(table[variant], table[first], noise) if noise else None
         half = 0.0 if found is None else found.half
         ax.errorbar([values.mean()], [row], xerr=[half], fmt="|", color=colour, markersize=14, linewidth=2, capsize=4)
-    style_axes(ax, title, f"difference to {first}, {unit}; dots: seeds, bars: 95 % interval", "")
+    style_axes(ax, title, f"difference to {first}, {unit}\ndots: seeds, bars: 95 % interval", "")
     ax.axvline(0, color="0.5", linewidth=0.8)
     ax.set_yticks(range(len(others)), others)
     ax.set_ylim(max(len(others), 1) - 0.5, -0.5)
