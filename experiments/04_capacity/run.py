@@ -57,7 +57,9 @@ def draw(results, path):
     left, right = figure.subplots(1, 2)
     title = "With balance and a capacity of 2, dropping nearly stops"
     drawing.plot_curves(left, results, "dropped", title, "dropped share of assignments")
-    drawing.plot_differences(right, results, "val_loss", "Drops cost less than three runs' noise here", "nats per token")
+    drawing.plot_differences(
+        right, results, "val_loss", "Drops cost less than three runs' noise here", "nats per token"
+    )
     write_figure(figure, path)
 
 
