@@ -103,12 +103,9 @@ def draw(results, path):
     ):
         values = [results.values(name, key).mean() for name in names]
         right.bar(place + 0.38 * shift - 0.19, values, 0.36, color=colour, label=label)
-    drawing.style_axes(
-        right,
-        "Empty slots cost more bytes than a limit saves",
-        "groups that a token may reach",
-        "bytes per token and layer",
-    )
+    ratios = [(results.values(n, "mesh_bytes") / results.values(n, "mesh_least_bytes")).mean() for n in names]
+    title = f"Empty slots: {min(ratios):.1f} to {max(ratios):.1f} times the bytes needed" if ratios else ""
+    drawing.style_axes(right, title, "groups that a token may reach", "bytes per token and layer")
     right.set_xticks(place, [name.split()[0] for name in names])
     right.legend(frameon=False, fontsize=9)
     write_figure(figure, path)

@@ -121,6 +121,7 @@ def run_job(job: Job, measure: Callable[[TrainedRun], dict] | None) -> int:
         record = {"numbers": numbers | measure(TrainedRun(folder, run, needed, numbers, task))}
     else:
         with _locked(folder):
+            finished = any(row.get("step") == run.steps for row in read_metrics(folder))
             trained = _train(run, folder, task)
         if trained is None:
             return STOPPED
@@ -133,17 +134,21 @@ def run_job(job: Job, measure: Callable[[TrainedRun], dict] | None) -> int:
             "parameters": _parameters(run),
             "steps": run.steps,
             "seconds": round(seconds, 1),
-        } | _code(folder)
+        } | _code(folder, finished)
     write_atomic(Path(job.record), json.dumps(_jsonable(record)).encode())
     return 0
 
 
-def _code(folder: Path) -> dict:
-    """Return commit and dirty flag of the code that trained the run, of its last start."""
+def _code(folder: Path, finished: bool) -> dict:
+    """Return commit and dirty flag of the code that trained the run.
+
+    Args: finished: the run was finished before, so its last start trained nothing; then those of its first start.
+    """
     from dsv3_jax.training.run_folder import read_made
 
-    last = (read_made(folder) or [{}])[-1]
-    return {"commit": (last.get("commit") or "unknown")[:7], "dirty": bool(last.get("dirty"))}
+    starts = read_made(folder) or [{}]
+    start = starts[0 if finished else -1]
+    return {"commit": (start.get("commit") or "unknown")[:7], "dirty": bool(start.get("dirty"))}
 
 
 def _train(run: RunConfig, folder: Path, task: Task | None) -> tuple[dict, float] | None:
