@@ -202,9 +202,9 @@ def draw(results, path):
         for batch, face in FACES.items():
             gains = [results.values(variant, f"speed/{batch}/times_plain/{length}").mean() for length in tried]
             right.plot(tried, gains, "s-", color=color, markersize=5, markerfacecolor=face or color, linewidth=1)
-    drawing.style_axes(left, "Accepted drafts by position", "position in the draft", "% of steps")
+    drawing.style_axes(left, "EAGLE's drafts are accepted most", "position in the draft", "% of steps")
     drawing.style_axes(middle, "If a step over the drafts costs a plain step", "drafts per step", "× plain decoding")
-    drawing.style_axes(right, "Measured on this machine", "drafts per step", "× plain decoding")
+    drawing.style_axes(right, "Measured here, none is faster", "drafts per step", "× plain decoding")
     left.set_ylim(0, 100)
     left.legend(frameon=False, fontsize=8)
     # Lines tell costs apart, in the middle; squares tell batches apart, at the right.
