@@ -175,7 +175,7 @@ def speculation(runs: list[str], draft_run: str | None, batch: int, rounds: int)
         for length in DRAFT_LENGTHS if cfg.mtp_depth else ():
             if length == "auto" or cfg.head_kind.reads_tokens or length <= cfg.mtp_depth:
                 sides.append((run, f"{kind}: draft {length}", {"draft": "mtp", "draft_length": length}))
-        sides += [(run, f"look-up: draft {n}", {"draft": "lookup", "draft_length": n}) for n in LOOKUP_LENGTHS]
+        sides += [(run, f"{kind}, look-up: draft {n}", {"draft": "lookup", "draft_length": n}) for n in LOOKUP_LENGTHS]
     if draft_run:
         layers = read_run(draft_run).model.num_layers
         name = f"a model of {layers} layer{'s' if layers > 1 else ''}"
