@@ -81,8 +81,7 @@ def machine_figures(cells):
     return tuple(max(cell[figure] for cell in cells.values()) for figure in ("bandwidth", "peak"))
 
 
-def rows(cells):
-    bandwidth, peak = machine_figures(cells)
+def rows(cells, bandwidth, peak):
     how = Setting(bandwidth, peak, CONTEXT, weight_bytes=4, cache_dtype="float32")
     for key, cell in cells.items():
         name, batch = key.split("x")
@@ -94,7 +93,8 @@ def rows(cells):
 
 def table(results):
     header = ["model", "batch", "drafts", "predicted", "measured", "predicted / measured", "load"]
-    found = sorted(rows(results["cells"]), key=lambda row: row[:3])
+    bandwidth, peak = machine_figures(results["cells"])
+    found = sorted(rows(results["cells"], bandwidth, peak), key=lambda row: row[:3])
     lines = [
         [name, str(batch), str(length), f"{p:.2f}", f"{m:.2f}", f"{p / m:.2f}", f"{load:.1f}"]
         for name, batch, length, p, m, load in found
@@ -102,7 +102,6 @@ def table(results):
     errors = {name: [abs(np.log(p / m)) for n, _, _, p, m, _ in found if n == name] for name in MODELS}
     text = ", ".join(f"{name} {np.exp(np.mean(e)) - 1:.0%}" for name, e in errors.items() if e)
     sizes = ", ".join(f"{name} {size(cfg).total / 1e6:.0f}M parameters" for name, cfg in MODELS.items())
-    bandwidth, peak = machine_figures(results["cells"])
     notes = (
         f"Mean error of the ratio: {text}. {sizes}; float32, {CONTEXT} cached tokens. Machine: {results['machine']}. "
         f"It copies {bandwidth / 1e9:.0f} GB/s and multiplies {peak / 1e9:.0f} GFLOP/s. "
