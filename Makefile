@@ -79,13 +79,13 @@ test: $(VENV)/.installed-test
 
 # An older Python with its older JAX must pass these: mathematics, kernels, a training step, decoding.
 CORE := $(addprefix tests/test_,rope.py routing.py balance.py cross_entropy.py attention.py products.py kernels.py \
-  model.py train_step.py generate.py checkpoint.py imports.py)
+  model.py train_step.py generate.py imports.py)
 
 test-core: $(VENV)/.installed-test
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -m "not long and not parity" $(CORE) $(PYTEST_ARGS)
 
 test-long: $(VENV)/.installed-test
-	$(PYTEST) -m "long and not parity" $(PYTEST_ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -m "long and not parity" $(PYTEST_ARGS)
 
 campaign: $(VENV)/.installed-test
 	$(BIN)/python -m tests.campaign --minutes $(or $(MINUTES),120) --seed $(or $(SEED),0) --record runs/campaign.jsonl
@@ -130,14 +130,18 @@ define install
   echo " done in $$SECONDS s"
 endef
 
+define say_compiler
+@for cxx in "$${CXX:-}" c++ g++ clang++; do \
+  if [ -n "$$cxx" ] && command -v "$$cxx" >/dev/null; then found="$$cxx"; break; fi; done; \
+if [ -n "$${found:-}" ]; then \
+  echo "C++ compiler found: $$found; the kernels for the CPU are compiled at their first use"; \
+else \
+  echo "No C++ compiler found (c++, g++, clang++): everything works, but slower on a CPU"; fi
+endef
+
 $(VENV)/.installed: $(INPUTS) | $(BIN)/python
 	$(call install,.)
-	@for cxx in "$${CXX:-}" c++ g++ clang++; do \
-	  if [ -n "$$cxx" ] && command -v "$$cxx" >/dev/null; then found="$$cxx"; break; fi; done; \
-	if [ -n "$${found:-}" ]; then \
-	  echo "C++ compiler found: $$found; the kernels for the CPU are compiled at their first use"; \
-	else \
-	  echo "No C++ compiler found (c++, g++, clang++): everything works, but slower on a CPU"; fi
+	$(say_compiler)
 	@touch $@
 
 # JAX's own extras: the plugin, and with CUDA the libraries that it needs.
@@ -145,9 +149,11 @@ $(ACCELERATORS:%=$(VENV)/.installed-%): $(VENV)/.installed-%: $(VENV)/.installed
 	$(call install,.,jax[$*])
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
+# All of them at once, where nothing is installed yet.
+$(VENV)/.installed-test: $(INPUTS) | $(BIN)/python
 	$(call install,.[test])
-	@touch $@
+	$(say_compiler)
+	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-plan: $(VENV)/.installed-test
 	$(call install,.[test$(comma)plan-gpu$(comma)plan-tpu])

@@ -54,10 +54,12 @@ HERE = Path(__file__).parents[1]
 
 
 def compiled_programs(root: Path) -> Path:
-    """The folder of the session's compiled programs, for all its processes.
+    """The folder of the session's compiled programs, for all its processes; of several sessions if one is named.
 
     `root` here and below is the folder of this process, `tmp_path_factory.getbasetemp()`.
     """
+    if named := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return Path(named)
     return (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "programs"
 
 
