@@ -162,6 +162,27 @@ def test_costs_that_cannot_pay_end_drafting_at_once():
     assert auto_length.may_pay(costs_of([0, 1.2, 2, 3.2, 3], [1, 1.2, 1.4, 1.6]), OPTIONS)
 
 
+@pytest.mark.parametrize("start_s", [0.0, 3e-3])  # as long as 30 plain steps
+def test_costs_are_those_of_steps_not_of_starting_a_program(start_s):
+    """On a clock of our own: a plain step takes 0.1 ms, one of the rule's loop 0.17."""
+    plain, draft, verify = 1e-4, [0.0, 4e-5, 5e-5, 8e-5, 6e-5], [1.7e-4, 1.8e-4, 2e-4, 2.5e-4]
+
+    def run(control, steps):
+        if control is None:
+            return start_s + plain * steps, steps
+        return start_s + (draft[int(control.draft)] + verify[int(control.verify)]) * int(control.limit), steps
+
+    costs = auto_length.measure_costs(run, OPTIONS, most=159)
+    np.testing.assert_allclose(costs.draft, np.array(draft) / plain, rtol=1e-4)
+    np.testing.assert_allclose(costs.verify, np.array(verify) / plain, rtol=1e-4)
+
+
+def test_a_text_that_ends_at_once_has_costs():
+    """Of its only step, with the program's start."""
+    costs = auto_length.measure_costs(lambda control, steps: (2e-3 if control is None else 3e-3, 1), OPTIONS, most=9)
+    assert costs.draft.tolist() == [0] * 5 and costs.verify.tolist() == [1.5] * 4
+
+
 # Text
 
 
@@ -210,7 +231,8 @@ def test_greedy_text_is_that_of_plain_decoding(costs, scheme):
 
 
 @pytest.mark.long
-def test_an_unlucky_drafter_sleeps_and_the_plain_program_goes_on(costs, monkeypatch):
+@pytest.mark.parametrize("part", [None, 7])
+def test_an_unlucky_drafter_sleeps_and_plain_steps_go_on(costs, monkeypatch, part):
     """Drafts that are never right end; the text is the same, and all steps are counted."""
     from test_speculative import drafting
 
@@ -218,7 +240,8 @@ def test_an_unlucky_drafter_sleeps_and_the_plain_program_goes_on(costs, monkeypa
     model, draft = drafting("model")["wrong"]
     prompts = PROMPTS[:2]
     plain = generate(model, prompts, 70, stop_tokens=[7])
-    drafted = generate(model, prompts, 70, stop_tokens=[7], draft=draft, draft_length="auto")
+    config = DecodeConfig(70, draft=draft, draft_length="auto", stop_tokens=[7])
+    *_, drafted = generate_in_parts(model, prompts, config, part=part)
     assert drafted.tokens == plain.tokens and drafted.steps == plain.steps
     assert drafted.acceptance == [0.0] * 4 and drafted.steps_by_length[0] > 40
     assert sum(drafted.steps_by_length.values()) == drafted.steps > drafted.steps_by_length[0]

@@ -32,9 +32,11 @@ POLICIES = ("none", "dots", "attention", "full")
 
 
 def gradient(remat: str):
+    """Of a stack of two sparse layers."""
+    cfg = replace(CFG, num_layers=2, num_dense_layers=0, mtp_depth=0)
     execution = Execution(remat=remat, kernels="xla,grouped_swiglu=dense")
-    graph, state = nnx.split(random_model(CFG, execution=execution))
-    tokens = tokens_of(CFG, 2, 12)
+    graph, state = nnx.split(random_model(cfg, execution=execution))
+    tokens = tokens_of(cfg, 2, 12)
     batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": jnp.arange(12)[None] + 0 * tokens}
     return jax.jit(jax.grad(lambda state: compute_loss(nnx.merge(graph, state), batch, 0.3).total, allow_int=True))(
         state

@@ -14,7 +14,7 @@ Guard: a step drafts only if the time spent stays below (1 + SHARE) × the token
 the tokens asked for, should all its drafts be rejected. Plain decoding takes those tokens' time, so a request takes at
 most 2 SHARE longer, by the measured costs. Drafts that do not seem to pay are tried again within the same share. Where
 even drafts that are all accepted cost more than they bring, or the share is used up, or the drafter has not read UNREAD
-positions, it falls asleep: the plain program decodes the rest.
+positions, it falls asleep: plain steps decode the rest.
 
 Why sampled text keeps its law: how many drafts are made depends on past steps alone. Whether draft j + 1 is verified
 depends on drafts 1 … j, and on the drafter's distribution at j + 1 before it is drawn; never on draft j + 1 itself. So
@@ -25,6 +25,7 @@ Source: renewal reward for ρ. Stops by confidence: SpecDec++, arXiv 2405.19715,
 transformers.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -332,14 +333,29 @@ def to_plain(loop: Any) -> Any:
     return loop._replace(drafter=None, last=result, num_accepted=loop.num_accepted[:0], tally=None)
 
 
+def from_plain(plain: Any, loop: Any) -> Any:
+    """Turn what the plain steps after `to_plain` made of a loop into a loop of its kind: a step adds a token a row."""
+    steps, tokens = plain.steps - loop.steps, (plain.written - loop.written).sum(dtype=jnp.int32)
+    tally = loop.tally._replace(by_length=loop.tally.by_length.at[0].add(steps))
+    return plain._replace(
+        drafter=loop.drafter,
+        last=jax.tree.map(lambda new, old: jnp.where(steps > 0, new, old), widen(plain.last), loop.last),
+        num_accepted=loop.num_accepted,
+        drafted=loop.drafted + tokens,
+        tally=tally,
+    )
+
+
 def measure_costs(
-    run: Callable[[Control | None, int], float], options: Options, *, most: int, rounds: int = 3
+    run: Callable[[Control | None, int], tuple[float, int]], options: Options, *, most: int, rounds: int = 3
 ) -> Costs:
     """Measure what each option and length costs, in steps of the plain program.
 
+    A cell's time is that of many steps less that of one: to start a program takes as long as many a small model's step.
+
     Args:
-        run: (control, steps) → seconds a step. Runs a copy of the request: this loop as the control says, or the plain
-            program without one.
+        run: (control, steps) → (seconds, steps made). Runs a copy of the request: this loop as the control says, or the
+            plain program without one.
         most: steps of the plain program.
         rounds: all are run in turns so often, and the least times count.
     """
@@ -347,19 +363,27 @@ def measure_costs(
     cells = [None, (0, 0), *((i, 0) for i in drafts), *((0, i) for i in longer)]
     unknown = Costs(jnp.zeros((len(options.counts),), jnp.float32), jnp.ones((len(options.lengths),), jnp.float32))
 
-    def seconds(cell: tuple[int, int] | None, steps: int) -> float:
+    def seconds(cell: tuple[int, int] | None, steps: int) -> tuple[float, int]:
         if cell is None:
             return run(None, steps)
         return run(Control(unknown, *(jnp.asarray(x, jnp.int32) for x in (*cell, steps))), steps)
 
     for cell in cells[:2]:
         seconds(cell, 1)  # compiles
-    steps = max(1, min(128, most, round(0.03 / seconds(None, min(most, 4)))))
-    times: list[list[float]] = [[] for _ in cells]
+    once = seconds(None, 1)
+    steps = max(1, min(256, most, round(0.03 / _of_a_step(once, seconds(None, min(most, 16))))))
+    once_of, many_of = ([(math.inf, 1)] * len(cells) for _ in range(2))
     for _ in range(rounds):
-        for cell, found in zip(cells, times, strict=True):
-            found.append(seconds(cell, steps))
-    return costs_of([min(found) for found in times], options)
+        for i, cell in enumerate(cells):
+            once_of[i] = min(once_of[i], seconds(cell, 1))
+            many_of[i] = min(many_of[i], seconds(cell, steps))
+    return costs_of(list(map(_of_a_step, once_of, many_of)), options)
+
+
+def _of_a_step(once: tuple[float, int], many: tuple[float, int]) -> float:
+    """Seconds, from (seconds, steps) of a short and of a long run; of the long one alone if they do not differ."""
+    (less, few), (more, steps) = once, many
+    return (more - less) / (steps - few) if steps > few and more > less else more / max(steps, 1)
 
 
 def costs_of(seconds: Sequence[float], options: Options) -> Costs:

@@ -215,33 +215,33 @@ def generate_in_parts(
     with sharding.use_mesh(mesh):
         weights = _decode_weights(graphdef, state), None if draft[1] is None else _decode_weights(*draft)
         programs = [(graphdef, state, draft[1], weights, static)]
-        control, before = None, None
+        control = None
         if auto is not None and not bool(loop.done.all()):
-            plain = static._replace(draft_length=0, draft=None, auto=None)
-            programs.append((graphdef, state, None, (weights[0], None), plain))
+            programs.append((graphdef, state, None, (weights[0], None), _plain(static)))
 
-            def run(control: Control | None, steps: int) -> float:
+            def run(control: Control | None, steps: int) -> tuple[float, int]:
                 copy = jax.tree.map(lambda x: x.copy(), loop)  # buffers are donated
                 copy = jax.block_until_ready(auto_length.to_plain(copy) if control is None else copy)
                 begin = time.perf_counter()
                 until = jnp.asarray(1 + steps, jnp.int32)
                 made = int(_run(programs[control is None], copy, stops, until, control).steps)
-                return (time.perf_counter() - begin) / max(made, 1)
+                return time.perf_counter() - begin, made
 
             if (shape := (graphdef, static, len(prompts), mesh)) not in _COSTS:
                 _COSTS[shape] = auto_length.measure_costs(run, auto, most=config.max_new_tokens - 1)
             minus = jnp.asarray(-1, jnp.int32)
             control = Control(_COSTS[shape], minus, minus, minus)
+            if not auto_length.may_pay(control.costs, auto):
+                loop, control = auto_length.to_plain(loop), None
     prefill_seconds, decode_seconds = time.perf_counter() - start, 0.0
     per_token, size = bytes_per_token(cfg, kind, dtype), loop.cache.nbytes
 
     def result(loop: Loop) -> Generated:
-        accepted, drafted, by_length = loop.num_accepted, int(loop.drafted), loop.tally and loop.tally.by_length
-        if before is not None:  # a plain step adds a token to each row
-            accepted, by_length, steps, written = before
-            by_length = [by_length[0] + int(loop.steps) - steps, *by_length[1:]]
-            drafted += int(loop.written.sum()) - written.sum()
-        acceptance = [float(x) for x in np.asarray(accepted) / max(drafted, 1)]
+        accepted, by_length = loop.num_accepted, loop.tally and loop.tally.by_length
+        if auto is not None and loop.tally is None:  # of the plain program
+            accepted = np.zeros(draft_length)
+            by_length = [int(loop.steps), *[0] * (len(auto.lengths) - 1)]
+        acceptance = [float(x) for x in np.asarray(accepted) / max(int(loop.drafted), 1)]
         rows = [
             [int(t) for t in row[:n]] for row, n in zip(np.asarray(loop.out), np.asarray(loop.written), strict=True)
         ]
@@ -250,15 +250,13 @@ def generate_in_parts(
 
     yield result(loop)
     while not bool(loop.done.all()):
-        if control and auto and (bool(loop.tally.asleep) or not auto_length.may_pay(control.costs, auto)):
-            before = jax.tree.map(np.array, (loop.num_accepted, loop.tally.by_length, loop.steps, loop.written))
-            loop, control = auto_length.to_plain(loop), None
         # From the shortest row that continues: one that has ended grows no more.
         behind = int(jnp.where(loop.done, config.max_new_tokens, loop.written).min())
         until = config.max_new_tokens if part is None else min(behind + part, config.max_new_tokens)
         start = time.perf_counter()
         with sharding.use_mesh(mesh):
-            loop = _run(programs[before is not None], loop, stops, jnp.asarray(until, jnp.int32), control)
+            program = programs[-1 if loop.tally is None else 0]
+            loop = _run(program, loop, stops, jnp.asarray(until, jnp.int32), control)
             jax.block_until_ready(loop)
         decode_seconds += time.perf_counter() - start
         yield result(loop)
@@ -280,6 +278,10 @@ def _drafter(model: Transformer, static: _Static, draft_state: Any, weights: Any
         return make_drafter(model, static.draft, weights[0])
     gaps = static.auto is not None
     return make_drafter(model, nnx.merge(static.draft, draft_state), weights[1], gaps=gaps)
+
+
+def _plain(static: _Static) -> _Static:
+    return static._replace(draft_length=0, draft=None, auto=None)
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -315,7 +317,7 @@ def _decode(graphdef, state, draft_state, weights, loop: Loop, stops, until, con
     model = nnx.merge(graphdef, state)
     drafter = _drafter(model, static, draft_state, weights)
 
-    def verify(loop: Loop, drafts: Drafts, newest: Array) -> Loop:
+    def verify(loop: Loop, drafts: Drafts, newest: Array, static: _Static = static) -> Loop:
         start = loop.cache.lengths
         x, cache = loop.cache.step(model, jnp.concatenate([newest, drafts.tokens], axis=1), weights[0])
         loop = loop._replace(cache=cache, steps=loop.steps + 1)
@@ -341,11 +343,19 @@ def _decode(graphdef, state, draft_state, weights, loop: Loop, stops, until, con
     if options is None:
         return jax.lax.while_loop(goes_on, step, loop)
     has_q = static.sampling.temperature > 0 and static.draft != "lookup"
-    return jax.lax.while_loop(
+    loop = jax.lax.while_loop(
         lambda loop: jnp.where(control.draft >= 0, loop.steps < control.limit, goes_on(loop) & ~loop.tally.asleep),
         lambda loop: auto_length.auto_step(loop, control, options, draft, verify, model.cfg.vocab_size, has_q),
         loop,
     )
+    # In the same program: to start another one takes as long as some steps of a small model.
+    asleep = loop.tally.asleep & (control.draft < 0)
+    plain = jax.lax.while_loop(
+        lambda plain: goes_on(plain) & asleep,
+        lambda plain: verify(plain, Drafts(plain.last.tokens[:, 1:], None), plain.last.tokens, _plain(static)),
+        auto_length.to_plain(loop),
+    )
+    return auto_length.from_plain(plain, loop)
 
 
 def _advance(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from experiments.lab.tasks.chains import Chains
 from experiments.lab.tasks.domains import Domains
 from experiments.lab.tasks.facts import Facts
 from experiments.lab.tasks.many_keys import ManyKeys
@@ -9,9 +10,9 @@ from experiments.lab.tasks.names import Names
 from experiments.lab.tasks.retrieval import Retrieval
 from experiments.lab.tasks.task import Task, TaskSource
 
-TASKS: dict[str, Any] = {cls.name: cls for cls in (Facts, Retrieval, ManyKeys, Names, Domains)}
+TASKS: dict[str, Any] = {cls.name: cls for cls in (Facts, Retrieval, ManyKeys, Names, Domains, Chains)}
 
-__all__ = ["TASKS", "Domains", "Facts", "ManyKeys", "Names", "Retrieval", "Task", "TaskSource", "from_dict"]
+__all__ = ["TASKS", "Chains", "Domains", "Facts", "ManyKeys", "Names", "Retrieval", "Task", "TaskSource", "from_dict"]
 
 
 def from_dict(values: dict[str, Any]) -> Task:
