@@ -170,7 +170,7 @@ def test_a_process_alone_ends_after_its_timeout(run, root, tmp_path, process_id,
     with start(["train", "tiny", "--out", str(tmp_path / "run"), *argv, *flags(run)], root) as process:
         code, output, errors = ends(process)
     assert (code, output, len(errors)) == (2, "", 1) and errors[0].startswith("dsv3: " + sentence.format(address))
-    assert time.monotonic() - started < 2 + 10  # the interpreter's start on a busy machine
+    assert time.monotonic() - started < 2 + 30  # two interpreters start, on a busy machine
     assert not (tmp_path / "run").exists()
 
 
