@@ -85,7 +85,7 @@ test-core: $(VENV)/.installed-test
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -m "not long and not parity" $(CORE) $(PYTEST_ARGS)
 
 test-long: $(VENV)/.installed-test
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -m "long and not parity" $(PYTEST_ARGS)
+	$(PYTEST) -m "long and not parity" $(PYTEST_ARGS)
 
 campaign: $(VENV)/.installed-test
 	$(BIN)/python -m tests.campaign --minutes $(or $(MINUTES),120) --seed $(or $(SEED),0) --record runs/campaign.jsonl
