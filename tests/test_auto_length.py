@@ -236,7 +236,21 @@ def test_an_unlucky_drafter_sleeps_and_plain_steps_go_on(costs, monkeypatch, par
     """Drafts that are never right end; the text is the same, and all steps are counted."""
     from test_speculative import drafting
 
+    def dear(run, options, *, most):  # a step of the rule's loop costs more than a plain one
+        return Costs(
+            0.05 * jnp.asarray(options.counts, jnp.float32), 1.3 + 0.08 * jnp.asarray(options.lengths, jnp.float32)
+        )
+
+    monkeypatch.setattr(auto_length, "measure_costs", dear)
     monkeypatch.setattr(auto_length, "SHARE", 0.02)
+    slept, from_plain = [], auto_length.from_plain
+
+    def watched(plain, loop):
+        jax.debug.callback(lambda n: slept.append(int(n)), plain.steps - loop.steps)
+        return from_plain(plain, loop)
+
+    monkeypatch.setattr(auto_length, "from_plain", watched)
+    _decode.clear_cache()  # programs that another list watches
     model, draft = drafting("model")["wrong"]
     prompts = PROMPTS[:2]
     plain = generate(model, prompts, 70, stop_tokens=[7])
@@ -245,6 +259,8 @@ def test_an_unlucky_drafter_sleeps_and_plain_steps_go_on(costs, monkeypatch, par
     assert drafted.tokens == plain.tokens and drafted.steps == plain.steps
     assert drafted.acceptance == [0.0] * 4 and drafted.steps_by_length[0] > 40
     assert sum(drafted.steps_by_length.values()) == drafted.steps > drafted.steps_by_length[0]
+    jax.effects_barrier()
+    assert sum(slept) > 30
 
 
 @pytest.mark.long
