@@ -15,6 +15,7 @@ from dsv3_jax.decoding import auto_length
 from dsv3_jax.decoding.auto_length import BINS, SHARE, Control, Costs, Options
 from dsv3_jax.decoding.decode_config import DecodeConfig
 from dsv3_jax.decoding.generate import _COSTS, _decode, _prefill, _Static, generate, generate_in_parts
+from dsv3_jax.mesh import sharding
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.ops.sampling import GREEDY, Sampling
 from dsv3_jax.ops.verify_drafts import accept
@@ -228,6 +229,19 @@ def test_greedy_text_is_that_of_plain_decoding(costs, scheme):
     assert drafted.steps == sum(drafted.steps_by_length.values()) < plain.steps
     assert sum(n > 0 for n in drafted.steps_by_length.values()) >= 2  # several lengths
     assert 0 < drafted.acceptance[0] < 1
+
+
+@pytest.mark.long
+def test_a_mesh_chooses_what_one_device_chooses(costs):
+    """Rows on devices of their own decide together: lengths, trials and text are those of one device."""
+    alone, draft = pair("deepseek of 1")
+    graphdef, state = nnx.split(alone)
+    placed = jax.device_put(state, sharding.state_sharding(state, sharding.make_mesh(2, 2, 2)))
+    settings = dict(draft=draft, draft_length="auto", stop_tokens=[7])
+    expected = generate(alone, PROMPTS, 40, **settings)
+    got = generate(nnx.merge(graphdef, placed), PROMPTS, 40, **settings)
+    assert got.tokens == expected.tokens and got.steps_by_length == expected.steps_by_length
+    assert sum(n > 0 for n in got.steps_by_length.values()) >= 2 and got.acceptance == expected.acceptance
 
 
 @pytest.mark.long
