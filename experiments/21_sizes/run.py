@@ -5,10 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
 
-from matplotlib.figure import Figure
-
 from dsv3_jax.config import replace
-from experiments.lab import Column, Study, drawing, write_figure
+from experiments.lab import Column, Study, drawing
 from experiments.lab.claims import Claim
 from experiments.lab.parts import part
 
@@ -40,27 +38,15 @@ def variants(base):
 
 
 def draw(results, path):
-    verdicts, _ = STUDY.judge(results)
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    ax = figure.add_subplot()
-    for i, (first, label) in enumerate((("MLA", "MLA against MHA"), ("MLA with a module", "a module against none"))):
-        found = [v for v in verdicts if v.claim.variant.rpartition(",")[0] == first]
-        x = [results.records(v.claim.variant)[0]["parameters"]["total"] / 1e6 * (1 + 0.03 * i) for v in found]
-        means, halves = [v.difference.mean for v in found], [v.difference.half for v in found]
-        ax.errorbar(x, means, yerr=halves, fmt="o-", color=f"C{i}", capsize=4, label=label)
-    ax.axhline(0, color="0.5", linewidth=0.8)
-    ax.set_xscale("log")
-    sizes = [results.records(name)[0]["parameters"]["total"] / 1e6 for name in results.variants if "MLA, " in name]
-    ax.set_xticks(sizes, [f"{size:.1f}" for size in sizes])
-    ax.minorticks_off()
-    drawing.style_axes(
-        ax,
+    series = {"MLA against MHA": "MLA,", "a module against none": "MLA with a module,"}
+    drawing.draw_by_size(
+        path,
+        results,
+        STUDY.judge(results)[0],
+        series,
         "MLA leads MHA from the base width on; a module's gain is the same at each",
-        "parameters, millions",
         "difference of the loss, nats; bars: 95 %",
     )
-    ax.legend(frameon=False)
-    write_figure(figure, path)
 
 
 STUDY = Study(

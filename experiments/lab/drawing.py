@@ -112,6 +112,31 @@ def draw_all_verdicts(by_study: Mapping[str, Sequence[Mapping]], path: Path) -> 
     write_figure(figure, path)
 
 
+def draw_by_size(
+    path: Path, results: Results, verdicts: Sequence[Verdict], series: Mapping[str, str], title: str, unit: str
+) -> None:
+    """Write a picture of claims that are made at several sizes: differences with their intervals by total parameters.
+
+    Args: series: how the names of a series' variants begin, by its label.
+    """
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    ax = figure.add_subplot()
+    for i, (label, start) in enumerate(series.items()):
+        found = [v for v in verdicts if v.claim.variant.startswith(start)]
+        sizes = [results.records(v.claim.variant)[0]["parameters"]["total"] / 1e6 for v in found]
+        means, halves = [v.difference.mean for v in found], [v.difference.half for v in found]
+        apart = [size * (1 + 0.03 * i) for size in sizes]
+        ax.errorbar(apart, means, yerr=halves, fmt="o-", color=f"C{i}", capsize=4, label=label)
+        if i == 0:
+            ax.set_xscale("log")
+            ax.set_xticks(sizes, [f"{size:.2g}" for size in sizes])
+            ax.minorticks_off()
+    ax.axhline(0, color="0.5", linewidth=0.8)
+    style_axes(ax, title, "parameters, millions", unit)
+    ax.legend(frameon=False)
+    write_figure(figure, path)
+
+
 def plot_differences(ax: Axes, results: Results, key: str, title: str, unit: str) -> None:
     """Plot each variant's difference to the first variant: a dot per seed, their mean with its 95 % interval.
 

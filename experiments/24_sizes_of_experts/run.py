@@ -1,0 +1,89 @@
+"""Two rungs of the ladder at three sizes: what finer experts and a shared one do at half, base and double width."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
+
+from dsv3_jax.config import replace
+from experiments.lab import Column, OnTask, Study, drawing
+from experiments.lab.claims import Claim, Stake
+from experiments.lab.ladder import DENSE, FINE_4, GSHARD, SHARED, ladder
+from experiments.lab.measuring import BITS, unknown_bits
+from experiments.lab.tasks import Facts
+
+FACTORS = {"half": 0.5, "base": 1, "double": 2}  # of the base recipe's widths
+FACTS = {"half": 64, "base": 128, "double": 192}  # first tokens, and second ones; the ids end at 192
+
+
+def name_of(kind, size):
+    return f"{kind}; {size} width"
+
+
+def scaled(cfg, factor):
+    """Scale every width; the number of experts stays."""
+    names = ("dim", "dense_dim", "kv_latent_dim", "nope_head_dim", "rope_head_dim", "v_head_dim", "expert_dim")
+    return replace(cfg, **{name: round(getattr(cfg, name) * factor) for name in names})
+
+
+def variants(base):
+    runs = {}
+    for size, factor in FACTORS.items():
+        rate, last = (r / factor for r in (base.optim.learning_rate, base.optim.final_learning_rate))
+        optim = replace(base.optim, learning_rate=rate, final_learning_rate=last)
+        models = ladder(scaled(base.model, factor))
+        for kind in (DENSE, GSHARD, SHARED, FINE_4):
+            task = Facts(firsts=FACTS[size], seconds=FACTS[size])
+            runs[name_of(kind, size)] = OnTask(task, replace(base, model=models[kind], optim=optim))
+    return runs
+
+
+def claim(text, first, second, size):
+    names = name_of(first, size), name_of(second, size)
+    return Claim(f"{text}, at {size} width", *names, unknown_bits, "lower", unit="bits", digits=2, stake=size)
+
+
+def stake(size):
+    names = name_of(DENSE, size), name_of(GSHARD, size)
+    return Stake(
+        f"no routed expert: dense, at {size} width",
+        lambda results: results.paired(*names, unknown_bits),
+        unknown_bits,
+        "bits",
+        2,
+    )
+
+
+def draw(results, path):
+    series = {"experts of a quarter against large ones": FINE_4, "a shared expert against none": SHARED}
+    drawing.draw_by_size(
+        path,
+        results,
+        STUDY.judge(results)[0],
+        series,
+        "Finer experts and a shared one at three sizes",
+        "difference of the bits unknown; bars: 95 %",
+    )
+
+
+STUDY = Study(
+    script=__file__,
+    question="Do finer experts store more, and does a shared one cost facts, at half and at double the width?",
+    published="finer and shared experts help from 2B to 145B parameters (DeepSeekMoE)",
+    variants=variants,
+    base="facts",
+    columns=(Column("bits unknown, of 6", "val_loss", 2, scale=BITS), Column("MaxVio", "max_vio_global", 2)),
+    draw=draw,
+    claims=tuple(
+        claim(text, first, second, size)
+        for text, first, second in (
+            ("experts of a quarter of the width store more", FINE_4, SHARED),
+            ("a shared expert stores more than none", SHARED, GSHARD),
+        )
+        for size in FACTORS
+    ),
+    stakes={size: stake(size) for size in FACTORS},
+)
+
+if __name__ == "__main__":
+    sys.exit(STUDY.main())
