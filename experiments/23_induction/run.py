@@ -8,26 +8,22 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `exper
 import itertools
 import math
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
 from experiments.lab import Column, OnTask, Study, drawing, write_figure
 from experiments.lab.claims import Claim, Stake
-from experiments.lab.measuring import BITS, unknown_bits
-from experiments.lab.tasks import Chains, Names
+from experiments.lab.measuring import BITS, first_below, unknown_bits
+from experiments.lab.tasks import Chains
 
 TOKENS = Chains()  # the last token chooses what follows
 TWO = Chains(states=3, order=2, tokens=96)  # the last two tokens do
-NAMES = Names(names=3, tokens=40, share=1.0)  # a name's first token tells its second one
 ADAMW, MUON = "AdamW", "Muon"
 MODULE, PARALLEL = "a module", "two parallel heads"
-OF_TWO, OF_NAMES = ", order 2", ", names"
-NAMES_STEPS = 1200  # names take longer than chains
+OF_TWO = ", order 2"
 FACTORS = {", half width": 0.5, "": 1, ", double width": 2}  # of the base recipe's widths
 WIDTHS = ("dim", "dense_dim", "kv_latent_dim", "nope_head_dim", "rope_head_dim", "v_head_dim")
 RATES = {ADAMW: 6e-3, MUON: 1.2e-2}  # chosen on seed 100, see README.md
-WINDOW = 5  # rows of metrics.jsonl, ten steps each, whose mean is the loss at a step
 
 
 def variants(base):
@@ -36,8 +32,7 @@ def variants(base):
         model |= {name: round(getattr(base.model, name) * factor) for name in WIDTHS}
         optim = replace(base.optim, name=optimizer.lower(), learning_rate=rate, final_learning_rate=rate / 20)
         data = replace(base.data, seq_len=task.length)
-        steps = {"steps": NAMES_STEPS, "eval_every": NAMES_STEPS, "save_every": NAMES_STEPS} if task is NAMES else {}
-        return OnTask(task, replace(base, optim=optim, data=data, model=replace(base.model, **model), **steps))
+        return OnTask(task, replace(base, optim=optim, data=data, model=replace(base.model, **model)))
 
     module, parallel = {"mtp_depth": 1}, {"mtp_depth": 2, "mtp_kind": "meta"}
     made = {}
@@ -52,26 +47,18 @@ def variants(base):
     return made | {
         MUON + OF_TWO: run(MUON, TWO),
         f"{MUON}, {MODULE}{OF_TWO}": run(MUON, TWO, **module),
-        MUON + OF_NAMES: run(MUON, NAMES),
-        f"{MUON}, {MODULE}{OF_NAMES}": run(MUON, NAMES, **module),
-        f"{MUON}, {PARALLEL}{OF_NAMES}": run(MUON, NAMES, **parallel),
     }
 
 
 def measure(trained):
-    """`formed`: the step at which half of what the order is worth is learnt, by the mean of some rows' training losses.
+    """`formed`: the step at which half of what the order is worth is learnt.
 
-    The other half is as far from the bits of a model that looks back one token less, or knows no pair of a name. A run
-    that never learns it has its own number of steps.
+    The other half is as far from the bits of a model that looks back one token less. A run that never learns it has its
+    own number of steps.
     """
     task = trained.task
-    least = task.bits_without_pairs if isinstance(task, Names) else task.bits_of_order(task.order - 1)
-    half = (least + task.best_bits) / 2 / BITS
-    rows = [(row["step"], row["loss"]) for row in trained.metrics() if "loss" in row]
-    means = np.convolve([loss for _, loss in rows], np.ones(WINDOW) / WINDOW, "valid")
-    below = np.flatnonzero(means < half)
-    formed = rows[below[0] + WINDOW - 1][0] if len(below) else trained.run.steps
-    return {"formed": formed, "above": trained.numbers["val_loss"] * BITS - task.best_bits}
+    half = (task.bits_of_order(task.order - 1) + task.best_bits) / 2
+    return {"formed": first_below(trained, half), "above": trained.numbers["val_loss"] * BITS - task.best_bits}
 
 
 def log_formed(numbers):
@@ -120,8 +107,6 @@ STUDY = Study(
         sooner("with Muon, a module brings it forward", f"{MUON}, {MODULE}", MUON),
         sooner("with Muon, two parallel heads bring it forward", f"{MUON}, {PARALLEL}", MUON),
         sooner("with Muon, a module brings order 2 forward", f"{MUON}, {MODULE}{OF_TWO}", MUON + OF_TWO),
-        sooner("with Muon, a module brings names forward", f"{MUON}, {MODULE}{OF_NAMES}", MUON + OF_NAMES),
-        sooner("with Muon, two parallel heads bring names forward", f"{MUON}, {PARALLEL}{OF_NAMES}", MUON + OF_NAMES),
     ),
     stakes={
         "pairs": Stake(

@@ -23,6 +23,20 @@ def unknown_bits(numbers: Mapping[str, Any]) -> float:
     return numbers["val_loss"] * BITS
 
 
+WINDOW = 5  # rows of metrics.jsonl, whose mean is the training loss at a step
+
+
+def first_below(trained: Any, bits: float) -> int:
+    """Return the first step at which the training loss is below `bits` a token; the run's last if it never is.
+
+    Args: trained: what a study's `measure` is given.
+    """
+    rows = [(row["step"], row["loss"]) for row in trained.metrics() if "loss" in row]
+    means = np.convolve([loss for _, loss in rows], np.ones(WINDOW) / WINDOW, "valid")
+    below = np.flatnonzero(means < bits / BITS)
+    return rows[below[0] + WINDOW - 1][0] if len(below) else trained.run.steps
+
+
 def expert_ids(model: Transformer, batch: Mapping[str, Any]) -> np.ndarray:
     """Return the experts of each token, int32 [L, B, T, K] of the sparse layers."""
     graphdef, state = nnx.split(model)

@@ -1,0 +1,104 @@
+"""Two-token names: whether heads that predict more than the next token bring their induction forward."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
+
+import math
+
+from matplotlib.figure import Figure
+
+from dsv3_jax.config import replace
+from experiments.lab import Column, OnTask, Study, drawing, write_figure
+from experiments.lab.claims import Claim, Stake
+from experiments.lab.measuring import BITS, first_below, unknown_bits
+from experiments.lab.tasks import Names
+
+TASK = Names(names=3, tokens=40, share=1.0)
+PLAIN, MODULE, PARALLEL = "next token alone", "a module", "two parallel heads"
+
+
+def variants(base):
+    changes = {PLAIN: {}, MODULE: {"mtp_depth": 1}, PARALLEL: {"mtp_depth": 2, "mtp_kind": "meta"}}
+    return {name: OnTask(TASK, replace(base, model=replace(base.model, **change))) for name, change in changes.items()}
+
+
+def measure(trained):
+    """`formed`: the step at which half of what a row's pairs are worth is learnt."""
+    half = (TASK.bits_without_pairs + TASK.best_bits) / 2
+    return {"formed": first_below(trained, half), "above": trained.numbers["val_loss"] * BITS - TASK.best_bits}
+
+
+def log_formed(numbers):
+    """Return ln of the step at which induction has formed."""
+    return math.log(numbers["formed"])
+
+
+def draw(results, path):
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
+    for place, name in enumerate(results.variants):
+        values, colour = results.values(name, "formed"), drawing.colour_of(results, name)
+        left.plot(values, [place] * len(values), "o", color=colour, alpha=0.45, markersize=6, markeredgewidth=0)
+        left.plot(
+            [math.exp(sum(map(math.log, values)) / len(values))],
+            [place],
+            "|",
+            color=colour,
+            markersize=20,
+            markeredgewidth=2,
+        )
+        steps, losses = results.curve(name, "loss")
+        for loss in losses:
+            right.plot(steps, loss * BITS, color=colour, alpha=0.5, linewidth=1)
+        right.plot([], [], color=colour, label=name)
+    left.set_yticks(range(len(results.variants)), results.variants, fontsize=9)
+    left.set_ylim(len(results.variants) - 0.5, -0.5)
+    left.set_xscale("log")
+    left.set_xticks([100, 200, 400, 800], ["100", "200", "400", "800"])
+    left.minorticks_off()
+    drawing.style_axes(
+        left, "Heads that predict more bring names forward", "step at which half is learnt; bar: geometric mean", ""
+    )
+    right.axhline(TASK.best_bits, color="0.5", linewidth=0.8)
+    right.axhline(TASK.bits_without_pairs, color="0.5", linewidth=0.8, linestyle="--")
+    drawing.style_axes(right, "Each seed's loss; lines: without pairs, and the optimum", "step", "bits a token")
+    right.set_ylim(TASK.best_bits - 0.05, TASK.bits_without_pairs + 0.5)
+    right.legend(frameon=False)
+    write_figure(figure, path)
+
+
+def sooner(text, variant):
+    return Claim(text, variant, PLAIN, log_formed, unit="ln steps", digits=2, stake="pairs")
+
+
+STUDY = Study(
+    script=__file__,
+    question="Do multi-token heads bring the induction of two-token names forward?",
+    published="two-token prediction raises the induction of models up to 30M (arXiv 2404.19737, figure 7)",
+    variants=variants,
+    base="names",
+    measure=measure,
+    columns=(
+        Column("step at which half is learnt", "formed", 0),
+        Column("bits above the optimum", "above", 3, paired=True),
+    ),
+    draw=draw,
+    claims=(
+        sooner("a module brings names forward", MODULE),
+        sooner("two parallel heads bring names forward", PARALLEL),
+    ),
+    stakes={
+        "pairs": Stake(
+            "no pair of a name",
+            lambda results: TASK.bits_without_pairs - results.values(MODULE, unknown_bits),
+            unknown_bits,
+            "bits",
+            2,
+        )
+    },
+)
+
+if __name__ == "__main__":
+    sys.exit(STUDY.main())
