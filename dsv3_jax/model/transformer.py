@@ -63,10 +63,11 @@ class Transformer(nnx.Module):
     >>> import jax.numpy as jnp
     >>> from flax import nnx
     >>> import dsv3_jax as ds
-    >>> model = ds.Transformer(ds.preset("tiny"), rngs=nnx.Rngs(0))
+    >>> cfg = ds.replace(ds.preset("tiny"), num_layers=2, num_dense_layers=0, mtp_kind="meta")
+    >>> model = ds.Transformer(cfg, rngs=nnx.Rngs(0))
     >>> out = model(jnp.ones((1, 8), jnp.int32))
     >>> out.logits.shape, out.mtp_logits[0].shape, out.routing.expert_ids.shape
-    ((1, 8, 260), (1, 7, 260), (3, 1, 8, 4))
+    ((1, 8, 260), (1, 7, 260), (2, 1, 8, 4))
     """
 
     def __init__(

@@ -75,7 +75,8 @@ def init_state(
         return state if trunk is None else replace(state, params=_split(state.params)[0], bias=_split(state.bias)[0])
 
     # A light compilation where it is a matter of the CPU: the many random draws take longer to optimise than to run.
-    options = {"xla_backend_optimization_level": 1} if platform_of(mesh) == "cpu" else None
+    lighter = jax.config.values["jax_disable_most_optimizations"]  # what a user asks for is lighter still
+    options = {"xla_backend_optimization_level": 1} if platform_of(mesh) == "cpu" and not lighter else None
     key = jax.random.key(run.seed)
     fsdp = run.execution.layout.fsdp
     where = None if mesh is None else sharding.state_sharding(jax.eval_shape(make, key), mesh, fsdp=fsdp)

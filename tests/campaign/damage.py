@@ -15,10 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.campaign.inputs import change_json_file, change_jsonl, change_kind
-from tests.campaign.small_runs import LAST, Base, base, last_json, worker
+from tests.campaign.small_runs import LAST, Base, base, last_json
 from tests.campaign.table import Table
 from tests.campaign.trials import main, report, trials
-from tests.campaign.watch import Worker
 
 # Part of a checkpoint: patterns of its files.
 PARTS = {
@@ -116,14 +115,14 @@ def early_rows(path: Path) -> set[str]:
     return {line for line in lines_of(path) if json.loads(line)["step"] <= LAST}
 
 
-def faults_of(case: str, made: Base, folder: Path, ready: Worker) -> tuple[list[str], str]:
+def faults_of(case: str, made: Base, folder: Path) -> tuple[list[str], str]:
     """(What fell short, what was said)."""
-    answers = [ready.run(["load", str(folder)])]
+    answers = [made.ready.run(["load", str(folder)])]
     faults = [answers[0].fault] if answers[0].fault else []
     if answers[0].code == 0 and last_json(answers[0].out) != made.loaded:
         faults.append("silent")
     kept = {name: early_rows(made.stopped / name) & set(lines_of(folder / name)) for name in ROWS}
-    answers.append(ready.run(["resume", str(folder), made.text]))
+    answers.append(made.ready.run(["resume", str(folder), made.text]))
     if answers[1].fault:
         faults.append(answers[1].fault)
     elif answers[1].code == 2:
@@ -154,15 +153,14 @@ def run(seconds: float, seed: int, table: Table, least: int = 1) -> None:
     """Damage copies of a small run for so long."""
     until = time.monotonic() + seconds
     made = base()
-    with worker(made.root) as ready:
-        for number, rng in trials("damage", until, seed, table, least):
-            folder, case = made.root / "damaged", CASES[number % len(CASES)]
-            shutil.copytree(made.stopped, folder)
-            what = damage(case, folder, rng)
-            faults, said = faults_of(case, made, folder, ready)
-            table.add(f"damaged {case}", faults)
-            report("damage", seed, number, what, faults, said)
-            shutil.rmtree(folder)
+    for number, rng in trials("damage", until, seed, table, least):
+        folder, case = made.root / "damaged", CASES[number % len(CASES)]
+        shutil.copytree(made.stopped, folder)
+        what = damage(case, folder, rng)
+        faults, said = faults_of(case, made, folder)
+        table.add(f"damaged {case}", faults)
+        report("damage", seed, number, what, faults, said)
+        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import runs
 
-from tests.campaign.small_runs import Base, base, ends_the_same, half_written, last_json, limit_of, worker
+from tests.campaign.small_runs import Base, base, ends_the_same, half_written, last_json, limit_of
 from tests.campaign.table import Table
 from tests.campaign.trials import faults_of, main, report, trials, watch
-from tests.campaign.watch import Worker
 
 CASES = ("full disk", "file size", "read-only disk")
 # A disk that claims to have room: the write itself fails, and not the test before it.
@@ -65,46 +64,46 @@ def can_mount(folder: Path) -> bool:
         shutil.rmtree(folder)
 
 
-def full_disk(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tuple[list[str], str]:
+def full_disk(made: Base, folder: Path, rng: random.Random) -> tuple[list[str], str]:
     """Train on a disk that fills up; then give it room."""
     with small_disk(folder, rng.randrange(100, 1500) << 10):
         process = runs.start(made.train(folder / "run"), made.root, ("-c", ROOMY))
         ended = watch(process, limit_of(made))
         faults = faults_of(ended, (0, 2)) + half_written(folder / "run")
         remount(folder, "size=64m")
-        return faults + finish(made, folder / "run", ready, ("-c", ROOMY)), ended.err
+        return faults + finish(made, folder / "run", ("-c", ROOMY)), ended.err
 
 
-def file_size(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tuple[list[str], str]:
+def file_size(made: Base, folder: Path, rng: random.Random) -> tuple[list[str], str]:
     """Train where no file may be larger than some bytes; then without that."""
     size = int(10 ** rng.uniform(2, 5.3))
     ended = watch(runs.start([str(size), *made.train(folder / "run")], made.root, ("-c", LIMITED)), limit_of(made))
     faults = faults_of(ended, (0, 2)) + half_written(folder / "run")
-    return faults + finish(made, folder / "run", ready), f"{size} bytes: {ended.err}"
+    return faults + finish(made, folder / "run"), f"{size} bytes: {ended.err}"
 
 
-def finish(made: Base, folder: Path, ready: Worker, program: tuple[str, ...] = ("-m", "dsv3_jax.cli")) -> list[str]:
+def finish(made: Base, folder: Path, program: tuple[str, ...] = ("-m", "dsv3_jax.cli")) -> list[str]:
     """Run the command again, and compare the end."""
     ended = watch(runs.start(made.train(folder), made.root, program), limit_of(made))
     faults = faults_of(ended)
     if faults:
         print(ended.err[-600:])
-    return faults or ends_the_same(ready, made, folder)
+    return faults or ends_the_same(made, folder)
 
 
-def read_only(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tuple[list[str], str]:
+def read_only(made: Base, folder: Path, rng: random.Random) -> tuple[list[str], str]:
     """Load, check and resume a run on a disk that cannot be written."""
     with small_disk(folder, 64 << 20):
         shutil.copytree(made.stopped, folder / "run")
         remount(folder, "ro")
-        loaded = ready.run(["load", str(folder / "run")])
+        loaded = made.ready.run(["load", str(folder / "run")])
         faults = [loaded.fault or "not resumed"] if loaded.code != 0 else []
         if not faults and last_json(loaded.out) != made.loaded:
             faults.append("silent")
-        answers = [ready.run(["runs", "check", str(folder / "run")])]
+        answers = [made.ready.run(["runs", "check", str(folder / "run")])]
         faults += [answers[0].fault or "not resumed"] if answers[0].code != 0 else []
         place = rng.choice(["run", "new/run"])
-        answers.append(ready.run(["resume", str(folder / place), made.text]))
+        answers.append(made.ready.run(["resume", str(folder / place), made.text]))
         if answers[1].code != 2:
             faults.append(answers[1].fault or "silent")
         return faults, loaded.err + "".join(answer.err for answer in answers)
@@ -118,13 +117,12 @@ def run(seconds: float, seed: int, table: Table, least: int = 1) -> None:
     if not mounts:
         print("disks: full and read-only ones are left out: this user cannot mount a tmpfs")
     functions = {"full disk": full_disk, "file size": file_size, "read-only disk": read_only}
-    with worker(made.root) as ready:
-        for number, rng in trials("disks", until, seed, table, least):
-            folder, case = made.root / "disk", CASES[number % len(CASES)] if mounts else "file size"
-            faults, said = functions[case](made, folder, rng, ready)
-            table.add(f"disks: {case}", faults)
-            report("disks", seed, number, case, faults, said)
-            shutil.rmtree(folder, ignore_errors=True)
+    for number, rng in trials("disks", until, seed, table, least):
+        folder, case = made.root / "disk", CASES[number % len(CASES)] if mounts else "file size"
+        faults, said = functions[case](made, folder, rng)
+        table.add(f"disks: {case}", faults)
+        report("disks", seed, number, case, faults, said)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,9 @@ import runs
 
 from dsv3_jax.data.shards import MANIFEST
 from tests.campaign import inputs
-from tests.campaign.small_runs import Base, base, ends_the_same, half_written, limit_of, worker
+from tests.campaign.small_runs import Base, base, ends_the_same, half_written, limit_of
 from tests.campaign.table import Table
 from tests.campaign.trials import Ended, faults_of, main, report, trials, watch
-from tests.campaign.watch import Worker
 
 CASES = ("train", "convert", "tokenizer", "stats", "data tokenize")
 
@@ -35,14 +34,14 @@ def killed(made: Base, argv: list[str], seconds: float, rng: random.Random) -> E
     return watch(process, 30)
 
 
-def kill_training(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tuple[list[str], str]:
+def kill_training(made: Base, folder: Path, rng: random.Random) -> tuple[list[str], str]:
     """Kill training, and resume it to its end."""
     faults = []
     for _ in range(rng.randrange(1, 4)):
         killed(made, made.train(folder), made.seconds, rng)
         faults += half_written(folder)
     ended = watch(runs.start(made.train(folder), made.root), limit_of(made))
-    faults += faults_of(ended) or [*half_written(folder), *ends_the_same(ready, made, folder)]
+    faults += faults_of(ended) or [*half_written(folder), *ends_the_same(made, folder)]
     return faults, ended.err
 
 
@@ -104,17 +103,16 @@ def run(seconds: float, seed: int, table: Table, least: int = 1) -> None:
     """Kill processes for so long."""
     until = time.monotonic() + seconds
     made = base()
-    with worker(made.root) as ready:
-        for number, rng in trials("kills", until, seed, table, least):
-            folder, case = made.root / "killed", CASES[number % len(CASES)]
-            folder.mkdir()
-            if case == "train":
-                faults, said = kill_training(made, folder / "run", rng, ready)
-            else:
-                faults, said = kill_command(made, case, folder, rng)
-            table.add(f"killed: {case}", faults)
-            report("kills", seed, number, case, faults, said)
-            shutil.rmtree(folder)
+    for number, rng in trials("kills", until, seed, table, least):
+        folder, case = made.root / "killed", CASES[number % len(CASES)]
+        folder.mkdir()
+        if case == "train":
+            faults, said = kill_training(made, folder / "run", rng)
+        else:
+            faults, said = kill_command(made, case, folder, rng)
+        table.add(f"killed: {case}", faults)
+        report("kills", seed, number, case, faults, said)
+        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ class Base:
     loaded: dict  # what `load` prints of it
     digest: dict  # of `whole`
     seconds: float  # that a process takes to train it, without compiling
+    ready: Worker  # with the commands above
 
     def train(self, folder: Path, **changes) -> list[str]:
         """The arguments of `dsv3` that train the run, or one with changes, in a folder."""
@@ -103,25 +104,20 @@ def base() -> Base:
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     text = runs.write_text(root / "text")
     run, whole, stopped = make_run(text), root / "whole", root / "stopped"
-    argv = ["train", "tiny", "--out", str(whole), *runs.flags(run)]
-    for _ in range(2):  # the second has no program to compile
-        shutil.rmtree(whole, ignore_errors=True)
-        ended = watch(runs.start(argv, root), 600)
-        assert ended.code == 0, ended.err
+    ready = Worker(__name__, environment=runs.environment(root))
+    atexit.register(ready.stop)
+    compiled = ready.run(["resume", str(root / "first"), text], 600)  # so that no process after it compiles
+    assert compiled.code == 0, compiled.err
+    ended = watch(runs.start(["train", "tiny", "--out", str(whole), *runs.flags(run)], root), 600)
+    assert ended.code == 0, ended.err
     shutil.copytree(whole, stopped)
     shutil.rmtree(stopped / "checkpoints" / "12")
-    with worker(root) as ready:
-        shutil.copytree(stopped, root / "warm")  # the worker compiles the step here, and no trial waits for it
-        warm = ready.run(["resume", str(root / "warm"), text], 600)
-        loaded, wanted = ready.run(["load", str(stopped)]), ready.run(["digest", str(whole), text])
-    assert loaded.code == wanted.code == warm.code == 0, warm.err + loaded.err + wanted.err
-    assert last_json(warm.out) == last_json(wanted.out), "a run that is resumed ends in another state"
-    return Base(root, text, run, whole, stopped, last_json(loaded.out), last_json(wanted.out), ended.seconds)
-
-
-def worker(root: Path) -> Worker:
-    """A worker with the commands above."""
-    return Worker(__name__, environment=runs.environment(root))
+    shutil.copytree(stopped, root / "again")
+    again = ready.run(["resume", str(root / "again"), text], 600)
+    loaded, wanted = ready.run(["load", str(stopped)]), ready.run(["digest", str(whole), text])
+    assert loaded.code == wanted.code == again.code == 0, again.err + loaded.err + wanted.err
+    assert last_json(again.out) == last_json(wanted.out), "a run that is resumed ends in another state"
+    return Base(root, text, run, whole, stopped, last_json(loaded.out), last_json(wanted.out), ended.seconds, ready)
 
 
 def last_json(out: str) -> dict:
@@ -137,9 +133,9 @@ def half_written(folder: Path) -> list[str]:
     return ["half-written"] if damage else []
 
 
-def ends_the_same(ready: Worker, made: Base, folder: Path) -> list[str]:
+def ends_the_same(made: Base, folder: Path) -> list[str]:
     """Compare a finished run with the undisturbed one, bit for bit."""
-    answer = ready.run(["digest", str(folder), made.text])
+    answer = made.ready.run(["digest", str(folder), made.text])
     if answer.code != 0:
         return [answer.fault or "not resumed"]
     return [] if last_json(answer.out) == made.digest else ["silent"]

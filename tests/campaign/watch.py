@@ -80,7 +80,7 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop()
+        self.stop()
 
     def run(self, argv: list[str], limit: float | None = None) -> Answer:
         """Run one command."""
@@ -97,7 +97,7 @@ class Worker:
             elif _resident(process.pid) > self._resident + LIMIT_BYTES:
                 fault = "memory"
             if fault:
-                self._stop()
+                self.stop()
                 return Answer(None, "", "", fault, time.monotonic() - begin)
         line = process.stdout.readline()
         seconds = time.monotonic() - begin
@@ -124,7 +124,8 @@ class Worker:
         self._resident = _resident(process.pid)
         return process
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Kill the process; the next command starts another one."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()

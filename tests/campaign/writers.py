@@ -24,10 +24,9 @@ import runs
 from dsv3_jax.cli.main import PATIENCE
 from dsv3_jax.training.held_save import HELD_S
 from dsv3_jax.training.lock import LOCK_FILE
-from tests.campaign.small_runs import Base, base, ends_the_same, half_written, last_json, limit_of, worker
+from tests.campaign.small_runs import Base, base, ends_the_same, half_written, last_json, limit_of
 from tests.campaign.table import Table
 from tests.campaign.trials import faults_of, main, report, trials, watch
-from tests.campaign.watch import Worker
 
 CASES = (
     "two writers",
@@ -44,7 +43,7 @@ CASES = (
 LONG = {"steps": 100_000, "save_every": 1}  # does not end by itself
 
 
-def two_writers(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tuple[list[str], str]:
+def two_writers(made: Base, folder: Path, rng: random.Random) -> tuple[list[str], str]:
     """Start two processes in one folder."""
     first = runs.start(made.train(folder), made.root)
     time.sleep(rng.choice([0, rng.uniform(0, made.seconds)]))
@@ -55,10 +54,10 @@ def two_writers(made: Base, folder: Path, rng: random.Random, ready: Worker) -> 
         faults.append("not resumed")
     if any(one.code == 2 and "is in use by process" not in one.err for one in ended):
         faults.append("sentences")
-    return faults or ends_the_same(ready, made, folder), "\n".join(one.err[-300:] for one in ended)
+    return faults or ends_the_same(made, folder), "\n".join(one.err[-300:] for one in ended)
 
 
-def locks(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tuple[list[str], str]:
+def locks(made: Base, folder: Path, rng: random.Random) -> tuple[list[str], str]:
     """Leave a lock file as a dead process, another host or a crash would; then resume."""
     shutil.copytree(made.stopped, folder)
     here = {"pid": rng.choice([1, os.getpid(), 2**22 + 9, 10**30]), "host": socket.gethostname()}
@@ -71,7 +70,7 @@ def locks(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tuple[
     if not elsewhere:
         text = rng.choice([text, text, text[: rng.randrange(len(text))], "[" * 9999, "null", "\x00" * 99])
     (folder / LOCK_FILE).write_text(text)
-    answer = ready.run(["resume", str(folder), made.text])
+    answer = made.ready.run(["resume", str(folder), made.text])
     if elsewhere and record["renewed_every"] != 15.0:
         refused = answer.code == 2 and "is in use by process" in answer.err
         return [] if refused else [answer.fault or "silent"], answer.err
@@ -80,7 +79,7 @@ def locks(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tuple[
     return [] if last_json(answer.out) == made.digest else ["silent"], answer.err
 
 
-def clock(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tuple[list[str], str]:
+def clock(made: Base, folder: Path, rng: random.Random) -> tuple[list[str], str]:
     """Resume a run whose files, metrics and checkpoints are of the future, or of 1970."""
     shutil.copytree(made.stopped, folder)
     when = rng.choice([0, 4_000_000_000, time.time() + rng.uniform(0, 1e6)])
@@ -91,9 +90,9 @@ def clock(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tuple[
     values = json.loads(metadata.read_text())
     values["commit_timestamp_nsecs"] = int(when * 1e9)
     metadata.write_text(json.dumps(values))
-    answer = ready.run(["runs", "list", str(folder.parent)])
+    answer = made.ready.run(["runs", "list", str(folder.parent)])
     faults = [answer.fault or "not resumed"] if answer.code != 0 else []
-    answer = ready.run(["resume", str(folder), made.text])
+    answer = made.ready.run(["resume", str(folder), made.text])
     if answer.code != 0:
         return [*faults, answer.fault or "not resumed"], answer.err
     return faults if last_json(answer.out) == made.digest else [*faults, "silent"], answer.err
@@ -123,7 +122,7 @@ os.execve(sys.executable, [sys.executable, "-m", "dsv3_jax.cli", *sys.argv[3:]],
 """
 
 
-def jumping_clock(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tuple[list[str], str]:
+def jumping_clock(made: Base, folder: Path, rng: random.Random) -> tuple[list[str], str]:
     """Train while the clock jumps, kill it, and resume it: by such a clock, one of ten years ago, or the right one."""
     library = clock_library(made.root)
     words = [library, str(rng.randrange(1, 1000))]
@@ -139,11 +138,11 @@ def jumping_clock(made: Base, folder: Path, rng: random.Random, ready: Worker) -
     if ended.code == 2 and program[0] == "-c":  # Orbax limits a save's time by this clock: a jump may end it
         faults += faults_of(ended, (2,)) + half_written(folder)
         ended = watch(runs.start(made.train(folder), made.root), limit_of(made))
-    faults += faults_of(ended) or [*half_written(folder), *ends_the_same(ready, made, folder)]
+    faults += faults_of(ended) or [*half_written(folder), *ends_the_same(made, folder)]
     return faults, ended.err
 
 
-def backward_clock(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tuple[list[str], str]:
+def backward_clock(made: Base, folder: Path, rng: random.Random) -> tuple[list[str], str]:
     """Train while the clock goes back by an hour a second, kill it once, and let it end.
 
     It may end in the sentence that such a clock holds a save up; then it must end by the right clock.
@@ -158,11 +157,11 @@ def backward_clock(made: Base, folder: Path, rng: random.Random, ready: Worker) 
     if ended.code == 2 and "the clock was set back" in ended.err:
         faults += faults_of(ended, (2,)) + half_written(folder)
         ended = watch(runs.start(made.train(folder), made.root), limit_of(made))
-    faults += faults_of(ended) or [*half_written(folder), *ends_the_same(ready, made, folder)]
+    faults += faults_of(ended) or [*half_written(folder), *ends_the_same(made, folder)]
     return faults, ended.err
 
 
-def moved(made: Base, folder: Path, rng: random.Random, ready: Worker) -> tuple[list[str], str]:
+def moved(made: Base, folder: Path, rng: random.Random) -> tuple[list[str], str]:
     """Move or delete the folder under a running process."""
     process = runs.start(made.train(folder, **LONG), made.root)
     until = time.monotonic() + limit_of(made)
@@ -199,16 +198,15 @@ def run(seconds: float, seed: int, table: Table, least: int = 1) -> None:
         "jumping clock": jumping_clock,
         "backward clock": backward_clock,
     }
-    with worker(made.root) as ready:
-        for number, rng in trials("writers", until, seed, table, least):
-            folder, case = made.root / "writers", CASES[number % len(CASES)]
-            if case in ("jumping clock", "backward clock") and not clock_library(made.root):
-                continue
-            folder.mkdir()
-            faults, said = functions[case](made, folder / "run", rng, ready)
-            table.add(f"writers: {case}", faults)
-            report("writers", seed, number, case, faults, said)
-            shutil.rmtree(folder)
+    for number, rng in trials("writers", until, seed, table, least):
+        folder, case = made.root / "writers", CASES[number % len(CASES)]
+        if case in ("jumping clock", "backward clock") and not clock_library(made.root):
+            continue
+        folder.mkdir()
+        faults, said = functions[case](made, folder / "run", rng)
+        table.add(f"writers: {case}", faults)
+        report("writers", seed, number, case, faults, said)
+        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
