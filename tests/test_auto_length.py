@@ -43,7 +43,7 @@ def simulate(costs, true_rates, likely, key, steps=400, options=OPTIONS):
     def step(carry, key):
         tally, tokens, asleep = carry
         classes, passes = jax.random.split(key)
-        choice, trial = auto_length.choose_draft(tally, costs, options, tokens, jnp.asarray(False))
+        choice, trial, over = auto_length.choose_draft(tally, costs, options, tokens, jnp.asarray(False))
         kind = jax.random.categorical(classes, jnp.log(likely), shape=(1, top))
         sure = (kind.astype(jnp.float32) + 0.5) / BINS
         count, active = jnp.asarray(options.counts, jnp.int32)[choice], jnp.ones((1,), bool)
@@ -57,7 +57,7 @@ def simulate(costs, true_rates, likely, key, steps=400, options=OPTIONS):
         plain = tally._replace(spent=tally.spent + 1, gained=tally.gained + 1)  # asleep: the plain program
         tally = jax.tree.map(lambda a, b: jnp.where(asleep, a, b), plain, after)
         tokens = tokens + jnp.where(asleep, 1, new)
-        asleep |= (choice == 0) & (tally.spent > (1 + SHARE) * tokens.astype(jnp.float32) + options.budget)
+        asleep |= over | (choice == 0) & (tally.spent > (1 + SHARE) * tokens.astype(jnp.float32) + options.budget)
         return (tally, tokens, asleep), None
 
     start = auto_length.new_tally(options), jnp.zeros((), jnp.int32), jnp.zeros((), bool)
@@ -113,6 +113,21 @@ def test_which_drafts_are_verified_depends_on_no_draft_itself(rng):
         if index == 0:
             assert int(choose(sure.at[0, 1:].set(1.0))) == 0
     assert {0, 3} <= found and len(found) > 2
+
+
+def test_it_ends_when_no_trial_fits_any_more():
+    """A step with one draft costs 0.9 plain steps more than a plain one: beyond 2 × SHARE of 40 tokens, not of 60."""
+    costs = costs_of([0, 0.5, 0.6, 0.6], [1, 1.4, 1.6])
+    unsure = auto_length.new_tally(TWO)._replace(first=jnp.eye(BINS)[0])  # its drafts are rarely right
+    for tokens, tally, ends in (
+        (40, unsure, True),
+        (60, unsure, False),
+        (60, unsure._replace(lost=jnp.float32(0.5)), True),  # an earlier trial
+        (40, unsure._replace(first=jnp.eye(BINS)[-1]), False),  # drafts seem to pay
+    ):
+        options = TWO._replace(budget=SHARE * tokens)
+        choice, trial, over = auto_length.choose_draft(tally, costs, options, jnp.int32(0), jnp.asarray(False))
+        assert bool(over) == ends and not (bool(over) and (int(choice) or bool(trial)))
 
 
 @pytest.mark.long

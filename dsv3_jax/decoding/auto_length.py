@@ -13,8 +13,8 @@ and C(0) ≈ 1. The costs are measured before the loop (`measure_costs`); the co
 Guard: a step drafts only if the time spent stays below (1 + SHARE) × the tokens of the slowest sequence, plus SHARE ×
 the tokens asked for, should all its drafts be rejected. Plain decoding takes those tokens' time, so a request takes at
 most 2 SHARE longer, by the measured costs. Drafts that do not seem to pay are tried again within the same share. Where
-even drafts that are all accepted cost more than they bring, or the share is used up, or the drafter has not read UNREAD
-positions, it falls asleep: plain steps decode the rest.
+even drafts that are all accepted cost more than they bring, or no further trial fits into the share before the end, or
+the drafter has not read UNREAD positions, it falls asleep: plain steps decode the rest.
 
 Why sampled text keeps its law: how many drafts are made depends on past steps alone. Whether draft j + 1 is verified
 depends on drafts 1 … j, and on the drafter's distribution at j + 1 before it is drawn; never on draft j + 1 itself. So
@@ -128,13 +128,14 @@ def _run(rate: Array, count: int) -> Array:
 
 def choose_draft(
     tally: Tally, costs: Costs, options: Options, written: Int[Array, ""], missed: Bool[Array, ""]
-) -> tuple[Int[Array, ""], Bool[Array, ""]]:
+) -> tuple[Int[Array, ""], Bool[Array, ""], Bool[Array, ""]]:
     """Choose how many tokens a step drafts, from past steps alone.
 
     Args:
         written: tokens of the slowest sequence after its first.
         missed: some positions are not read by the drafter yet, more than a step's: then only the last option drafts.
-    Returns: (the option's index; whether it is a trial, which verifies all its drafts).
+    Returns: (the option's index; whether it is a trial, which verifies all its drafts; whether this request will draft
+        no more, because drafts do not seem to pay and all trials that its share has room for were made).
     """
     rate, rho = rates(tally), price(tally)
     worth = jnp.stack([1 + _run(rate, k) for k in options.lengths], axis=1) - rho * costs.verify[None]  # [BINS, k]
@@ -155,10 +156,13 @@ def choose_draft(
     tokens = written.astype(jnp.float32)
     may = (index == 0) | ((last == missed) & (tally.spent + cost <= (1 + SHARE) * (tokens + 1) + options.budget))
     best = jnp.argmax(jnp.where(may, value, -jnp.inf)).astype(jnp.int32)
-    trial = may & (hope > 1) & (index > 0) & (tally.lost + cost - 1 <= SHARE * tokens + options.budget)
-    hopeful = jnp.argmax(jnp.where(trial, hope, -jnp.inf)).astype(jnp.int32)
+    hopeful = (hope > 1) & (index > 0)
+    loss = tally.lost + cost - 1
+    trial = may & hopeful & (loss <= SHARE * tokens + options.budget)
+    over = (jnp.argmax(value) == 0) & ~(hopeful & (loss <= 2 * options.budget)).any()  # what it will be at the end
     tries = (best == 0) & trial.any()
-    return jnp.where(tries, hopeful, best), tries
+    tried = jnp.argmax(jnp.where(trial, hope, -jnp.inf)).astype(jnp.int32)
+    return jnp.where(tries, tried, best), tries, over
 
 
 def choose_verify(
@@ -281,7 +285,7 @@ def auto_step(
     newest = jnp.take_along_axis(unread.tokens, unread.num_valid[:, None] - 1, axis=1)
     slowest = jnp.where(active, loop.written, jnp.iinfo(jnp.int32).max).min() - 1
     missed = jnp.where(active, unread.num_valid, 0).max() > top + 1
-    choice, trial = choose_draft(tally, costs, options, slowest, missed)
+    choice, trial, over = choose_draft(tally, costs, options, slowest, missed)
     choice = jnp.where(control.draft >= 0, control.draft, choice)
     key, draw = jax.random.split(loop.key)
 
@@ -321,7 +325,7 @@ def auto_step(
     full = jnp.where(active, last.num_valid, 0).max() + top + 1 > UNREAD
     tokens = slowest.astype(jnp.float32) + 1
     broke = (choice == 0) & (tally.spent > (1 + SHARE) * tokens + options.budget)
-    return after._replace(last=last, tally=tally._replace(asleep=full | broke))
+    return after._replace(last=last, tally=tally._replace(asleep=full | broke | over))
 
 
 def to_plain(loop: Any) -> Any:
