@@ -32,7 +32,7 @@ BIN := $(VENV)/bin
 comma := ,
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo demo-short lab notebooks test test-core test-long campaign compilers lint parity clean
+.PHONY: help demo demo-short lab notebooks environment test test-core test-long campaign compilers lint parity clean
 
 help:
 	@echo "make demo        train a small model, evaluate it and let it write: about five minutes on two CPU cores"
@@ -40,6 +40,7 @@ help:
 	@echo "make demo-short  the same with a few steps, to see that everything runs: about a minute"
 	@echo "make lab         run the studies that have no results yet; LAB_ARGS=--fresh runs all of them, in 4 to 5 hours"
 	@echo "make notebooks   execute the notebooks and keep their outputs: some minutes"
+	@echo "make environment install what the tests need, and run nothing"
 	@echo "make test        run the tests: about five minutes; PYTEST_ARGS='-k router' runs some of them"
 	@echo "make test-long   run the long tests: meshes, several processes, all drafts, notebooks"
 	@echo "make campaign    hostile inputs, damage, kills, clusters, sanitizers: two hours; resumes; MINUTES=10, SEED=1"
@@ -71,6 +72,8 @@ lab: $(VENV)/.installed
 
 notebooks: $(VENV)/.installed-notebooks
 	$(BIN)/python notebooks/execute.py
+
+environment: $(VENV)/.installed-test
 
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
