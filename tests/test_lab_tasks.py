@@ -189,10 +189,10 @@ TINY = replace(
 )  # fmt: skip
 REACHED = {  # steps, rows of a step, learning rate, optimizer
     "facts": (200, 32, 1e-2, "adamw"),  # all 32 facts
-    "retrieval": (250, 64, 6e-3, "adamw"),
-    "many_keys": (400, 64, 6e-3, "adamw"),
+    "retrieval": (250, 32, 6e-3, "adamw"),
+    "many_keys": (400, 32, 6e-3, "adamw"),
     "names": (450, 32, 1.2e-2, "muon"),
-    "domains": (400, 64, 1e-2, "adamw"),
+    "domains": (400, 32, 1e-2, "adamw"),
     "chains": (250, 32, 1.2e-2, "muon"),
 }
 REACHING = {task.name: task for task in SMALL} | {
