@@ -61,7 +61,7 @@ def draw(results, path):
         results,
         STUDY.judge(results)[0],
         series,
-        "Finer experts and a shared one at three sizes",
+        "Finer experts store more, and a shared one costs facts, at each size",
         "difference of the bits unknown; bars: 95 %",
     )
 
