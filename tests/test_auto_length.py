@@ -259,6 +259,38 @@ def test_a_mesh_chooses_what_one_device_chooses(costs):
     assert sum(n > 0 for n in got.steps_by_length.values()) >= 2 and got.acceptance == expected.acceptance
 
 
+def watch_sleep(monkeypatch) -> list[int]:
+    """The plain steps of each program after it fell asleep."""
+    slept, from_plain = [], auto_length.from_plain
+
+    def watched(plain, loop):
+        jax.debug.callback(lambda n: slept.append(int(n)), plain.steps - loop.steps)
+        return from_plain(plain, loop)
+
+    monkeypatch.setattr(auto_length, "from_plain", watched)
+    _decode.clear_cache()  # programs that another list watches
+    return slept
+
+
+@pytest.mark.long
+def test_it_sleeps_at_once_where_no_trial_fits(costs, monkeypatch):
+    from test_speculative import drafting
+
+    def dear(run, options, *, most):  # a trial costs 0.9 plain steps more than one, and 60 tokens have room for 0.6
+        return Costs(
+            0.4 * jnp.asarray(options.counts, jnp.float32), 1 + 0.5 * jnp.asarray(options.lengths, jnp.float32)
+        )
+
+    monkeypatch.setattr(auto_length, "measure_costs", dear)
+    monkeypatch.setattr(auto_length, "SHARE", 0.005)
+    slept = watch_sleep(monkeypatch)
+    model, draft = drafting("model")["wrong"]
+    plain = generate(model, PROMPTS[:1], 60)
+    drafted = generate(model, PROMPTS[:1], 60, draft=draft, draft_length="auto")
+    jax.effects_barrier()
+    assert drafted.tokens == plain.tokens and drafted.steps == plain.steps and slept == [plain.steps - 1]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("part", [None, 7])
 def test_an_unlucky_drafter_sleeps_and_plain_steps_go_on(costs, monkeypatch, part):
@@ -272,14 +304,7 @@ def test_an_unlucky_drafter_sleeps_and_plain_steps_go_on(costs, monkeypatch, par
 
     monkeypatch.setattr(auto_length, "measure_costs", dear)
     monkeypatch.setattr(auto_length, "SHARE", 0.02)
-    slept, from_plain = [], auto_length.from_plain
-
-    def watched(plain, loop):
-        jax.debug.callback(lambda n: slept.append(int(n)), plain.steps - loop.steps)
-        return from_plain(plain, loop)
-
-    monkeypatch.setattr(auto_length, "from_plain", watched)
-    _decode.clear_cache()  # programs that another list watches
+    slept = watch_sleep(monkeypatch)
     model, draft = drafting("model")["wrong"]
     prompts = PROMPTS[:2]
     plain = generate(model, prompts, 70, stop_tokens=[7])
