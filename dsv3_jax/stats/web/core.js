@@ -56,7 +56,11 @@ const worthLow = data.worth && reals(data.worth.low),
   worthHigh = data.worth && reals(data.worth.high);
 
 /* Numbers as text. */
-const fixed = (x, digits = 2) => (Number.isFinite(x) ? x.toFixed(digits).replace("-", "−") : "–");
+const fixed = (x, digits = 2) => {
+  if (!Number.isFinite(x)) return "–";
+  const text = x.toFixed(digits);
+  return text.replace("-", Number(text) ? "−" : ""); // no minus before 0.00
+};
 const signed = (x, digits = 3) => (Number.isFinite(x) ? (x > 0 ? "+" : "") + fixed(x, digits) : "–");
 const times = x => (Number.isFinite(x) ? "× " + fixed(x, x < 10 ? 2 : 1) : "–");
 const percent = x => (Number.isFinite(x) ? fixed(100 * x, 1) + " %" : "–");
