@@ -202,16 +202,21 @@ def test_a_text_that_ends_at_once_has_costs():
 # Text
 
 
+def set_costs(monkeypatch, *, share: float, draft: float, step: float, verify: float) -> None:
+    """In plain steps: of a draft, of a step of the rule's loop, and of each draft that it verifies."""
+
+    def fixed(run, options, *, most):
+        counts, lengths = (jnp.asarray(n, jnp.float32) for n in (options.counts, options.lengths))
+        return Costs(draft * counts, step + verify * lengths)
+
+    monkeypatch.setattr(auto_length, "measure_costs", fixed)
+    monkeypatch.setattr(auto_length, "SHARE", share)
+
+
 @pytest.fixture
 def costs(monkeypatch):
     """Every length pays sometimes, and much may be tried; no clock is read."""
-
-    def fixed(run, options, *, most):
-        verify = 1 + 0.08 * jnp.asarray(options.lengths, jnp.float32)
-        return Costs(0.05 * jnp.asarray(options.counts, jnp.float32), verify)
-
-    monkeypatch.setattr(auto_length, "measure_costs", fixed)
-    monkeypatch.setattr(auto_length, "SHARE", 0.2)
+    set_costs(monkeypatch, share=0.2, draft=0.05, step=1.0, verify=0.08)
     _COSTS.clear()
     yield
     _COSTS.clear()
@@ -276,13 +281,8 @@ def watch_sleep(monkeypatch) -> list[int]:
 def test_it_sleeps_at_once_where_no_trial_fits(costs, monkeypatch):
     from test_speculative import drafting
 
-    def dear(run, options, *, most):  # a trial costs 0.9 plain steps more than one, and 60 tokens have room for 0.6
-        return Costs(
-            0.4 * jnp.asarray(options.counts, jnp.float32), 1 + 0.5 * jnp.asarray(options.lengths, jnp.float32)
-        )
-
-    monkeypatch.setattr(auto_length, "measure_costs", dear)
-    monkeypatch.setattr(auto_length, "SHARE", 0.005)
+    # A trial costs 0.9 plain steps more than one, and 60 tokens have room for 0.6.
+    set_costs(monkeypatch, share=0.005, draft=0.4, step=1.0, verify=0.5)
     slept = watch_sleep(monkeypatch)
     model, draft = drafting("model")["wrong"]
     plain = generate(model, PROMPTS[:1], 60)
@@ -297,13 +297,7 @@ def test_an_unlucky_drafter_sleeps_and_plain_steps_go_on(costs, monkeypatch, par
     """Drafts that are never right end; the text is the same, and all steps are counted."""
     from test_speculative import drafting
 
-    def dear(run, options, *, most):  # a step of the rule's loop costs more than a plain one
-        return Costs(
-            0.05 * jnp.asarray(options.counts, jnp.float32), 1.3 + 0.08 * jnp.asarray(options.lengths, jnp.float32)
-        )
-
-    monkeypatch.setattr(auto_length, "measure_costs", dear)
-    monkeypatch.setattr(auto_length, "SHARE", 0.02)
+    set_costs(monkeypatch, share=0.02, draft=0.05, step=1.3, verify=0.08)  # the rule's loop costs more than plain steps
     slept = watch_sleep(monkeypatch)
     model, draft = drafting("model")["wrong"]
     prompts = PROMPTS[:2]

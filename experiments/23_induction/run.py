@@ -43,7 +43,8 @@ def variants(base):
             f"{optimizer}, {PARALLEL}": run(optimizer, **parallel),
         }
     for optimizer, (size, factor) in itertools.product(RATES, FACTORS.items()):
-        made[optimizer + size] = run(optimizer, factor=factor)
+        if size:  # the base width is there
+            made[optimizer + size] = run(optimizer, factor=factor)
     return made | {
         MUON + OF_TWO: run(MUON, TWO),
         f"{MUON}, {MODULE}{OF_TWO}": run(MUON, TWO, **module),
