@@ -5,7 +5,7 @@ import shutil
 
 import jax
 import pytest
-from runs import STEPS, cheap_compiles, finished, rows_of, spend_no_seconds, unhooked
+from runs import STEPS, cheap_compiles, finished, rows_of, unhooked
 
 from dsv3_jax.training import loop
 from dsv3_jax.training.checkpoint import Checkpoints
@@ -21,11 +21,6 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(root):
     return finished(root)
-
-
-@pytest.fixture(autouse=True)
-def _no_seconds_spent_on_the_rest(whole, monkeypatch):
-    spend_no_seconds(monkeypatch)
 
 
 class Recorder(loop.Callback):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from pairs import DSV3, MESH, ends, free_port, pair, pair_run, wait_for_step
-from runs import assert_bitwise, cheap_compiles, flags, fresh_state, rows_of, spend_no_seconds, start
+from runs import assert_bitwise, cheap_compiles, flags, fresh_state, rows_of, start
 
 from dsv3_jax.cluster import processes, supervisor
 from dsv3_jax.config import ConfigError, Layout
@@ -34,11 +34,6 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return pair_run(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(autouse=True)
-def _skip_slow_parts(monkeypatch):
-    spend_no_seconds(monkeypatch)
 
 
 def resumed_from(output: str) -> int:

@@ -17,7 +17,6 @@ from runs import (
     make_run,
     packed_batch,
     rows_of,
-    spend_no_seconds,
     write_text,
 )
 
@@ -150,9 +149,8 @@ def test_a_steps_noise_is_of_seed_step_and_row():
 
 
 @pytest.mark.long
-def test_a_run_with_noise_resumes_bitwise(tmp_path, monkeypatch):
+def test_a_run_with_noise_resumes_bitwise(tmp_path):
     """The noise follows from seed, step and row, so four steps are two, a stop, and two."""
-    spend_no_seconds(monkeypatch)
     model = replace(PLAIN, router="noisy_topk")
     run = make_run(write_text(tmp_path / "text"), model=model, optim=OPTIM, steps=4, eval_every=4, save_every=2)
     loop.fit(run, tmp_path / "whole", quiet=True)

@@ -19,7 +19,6 @@ from runs import (
     make_run,
     packed_batch,
     rows_of,
-    spend_no_seconds,
     unhooked,
     write_text,
 )
@@ -186,13 +185,8 @@ def test_the_state_of_adamw_keeps_its_layout():
 # runs
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    spend_no_seconds(monkeypatch)
-
-
 @pytest.mark.long
-def test_a_run_with_a_transformation_resumes_bitwise_and_with_no_other(quick, tmp_path):
+def test_a_run_with_a_transformation_resumes_bitwise_and_with_no_other(tmp_path):
     text = write_text(tmp_path / "text")
     run = make_run(text, model=PLAIN, steps=4, eval_every=4, save_every=2, eval_batches=1)
     tx = optax.chain(optax.scale_by_lion(), optax.scale_by_schedule(lambda count: -3e-3 / (1 + count)))

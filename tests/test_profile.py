@@ -6,14 +6,12 @@ from dataclasses import replace
 import pytest
 from runs import MODEL, cheap_compiles, make_run, write_text
 
-from dsv3_jax.training import loop, prepare
+from dsv3_jax.training import loop
 from dsv3_jax.training.profile import FOLDER, parse_steps
 
 
 @pytest.mark.long
-def test_a_trace_holds_its_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "gemm_flops", lambda dtype: 1e9)
-    monkeypatch.setattr(loop, "_draw", lambda *_: None)
+def test_a_trace_holds_its_steps(tmp_path):
     model = replace(MODEL, num_layers=1, mtp_depth=0)
     run = make_run(write_text(tmp_path / "text"), model=model, steps=5, eval_batches=1)
     with cheap_compiles():

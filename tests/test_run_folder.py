@@ -21,7 +21,6 @@ from runs import (
     make_run,
     rows_of,
     said_by,
-    spend_no_seconds,
     unhooked_cli,
     write_text,
 )
@@ -52,8 +51,8 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _no_seconds_spent_on_the_rest(monkeypatch):
-    spend_no_seconds(monkeypatch, PEAK)
+def _a_slow_machine(monkeypatch):
+    monkeypatch.setattr(prepare, "gemm_flops", lambda dtype: PEAK)
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def made(root) -> Made:
     run = make_run("text")
     run = replace(run, data=replace(run.data, tokenizer="words/tokenizer.json"))
     with pytest.MonkeyPatch.context() as patch:
-        spend_no_seconds(patch, PEAK)
+        patch.setattr(prepare, "gemm_flops", lambda dtype: PEAK)
         patch.chdir(home)
         train_tokenizer(Path("words") / TOKENIZER_FILE)
         loop.fit(run, "whole", quiet=True)

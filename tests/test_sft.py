@@ -19,7 +19,7 @@ from dsv3_jax.data.text_settings import plain_settings
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.hf.open_model import load_text
 from dsv3_jax.presets import recipe
-from dsv3_jax.training import chats, loop, prepare
+from dsv3_jax.training import chats
 from dsv3_jax.training.checkpoint import load_run
 from dsv3_jax.training.loss import compute_loss, target_counts
 from dsv3_jax.training.run_folder import read_run
@@ -200,9 +200,7 @@ def base(tmp_path_factory):
 def tuned(base, tmp_path_factory):
     start, file = base
     out = tmp_path_factory.mktemp("tuned") / "run"
-    with pytest.MonkeyPatch.context() as patch, cheap_compiles():
-        patch.setattr(prepare, "gemm_flops", lambda dtype: 1e9)
-        patch.setattr(loop, "_draw", lambda *_: None)
+    with cheap_compiles():
         argv = ["train", "sft", "--start", start, "--out", out, "--data.paths", file, "--data.chat-template", "plain"]
         argv += ["--data.seq-len", 48, "--data.batch-size", 2, "--optim.learning-rate", "3e-2", "--epochs", 6]
         argv = [*map(str, argv), "--optim.warmup-steps", "1", "--execution.kernels", "grouped_swiglu=dense"]

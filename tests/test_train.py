@@ -21,7 +21,6 @@ from runs import (
     flags,
     rows_of,
     said_by,
-    spend_no_seconds,
     start,
     unhooked_cli,
 )
@@ -49,12 +48,6 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(root):
     return finished(root)
-
-
-@pytest.fixture(autouse=True)
-def _no_seconds_spent_on_the_rest(whole, monkeypatch):
-    """The run in `whole` measured the machine's peak, drew its pictures and fitted its baseline."""
-    spend_no_seconds(monkeypatch)
 
 
 def main(argv: list[str]) -> int:

@@ -16,7 +16,6 @@ from runs import (
     make_run,
     packed_batch,
     rows_of,
-    spend_no_seconds,
     unhooked_cli,
 )
 from runs import write_text as text_in
@@ -47,11 +46,6 @@ def root(tmp_path_factory):
     root = tmp_path_factory.getbasetemp()
     with cheap_compiles():
         yield root
-
-
-@pytest.fixture(autouse=True)
-def _no_seconds_spent_on_the_rest(monkeypatch):
-    spend_no_seconds(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -200,9 +194,7 @@ def whole(trunk, root):
     mine = root / "frozen" / "copy"
     shutil.copytree(trunk, mine)
     run, folder = run_on(str(mine)), root / "frozen" / "whole"
-    with pytest.MonkeyPatch.context() as patch:
-        spend_no_seconds(patch)
-        assert loop.fit(run, folder, quiet=True).finished
+    assert loop.fit(run, folder, quiet=True).finished
     return run, folder, mine
 
 

@@ -130,19 +130,20 @@ def full() -> Sizes:
 
 def toy() -> Sizes:
     """Sizes at which a CPU runs every part within a minute: they show that the parts work, and nothing else."""
-    cfg = replace(preset("tiny"), num_layers=2, num_experts=8, experts_per_token=2, num_groups=2, groups_per_token=1)
-    plain, headed = replace(cfg, mtp_depth=0), replace(cfg, num_layers=1, num_dense_layers=0)
+    small = dict(num_layers=1, num_dense_layers=0, num_experts=8, experts_per_token=2, num_groups=2, groups_per_token=1)
+    headed = replace(preset("tiny"), **small)  # its step is compiled once, for two parts
+    plain = replace(headed, mtp_depth=0)
     return Sizes(
         gemm=128,
         copied=1 << 16,
-        wide=replace(plain, num_layers=1, num_dense_layers=0),
+        wide=plain,
         layer_batch=(2, 64),
         grouped={"tiny": (plain, 64)},
         attention=(1, 64, 2, 24, 16),
         documents=2,
         loss=(64, 32, 100),
         eight_bits=(128, 128, 128),
-        step=plain,
+        step=headed,
         step_batch=(2, 32),
         decode=plain,
         decode_batches=(1, 2),
