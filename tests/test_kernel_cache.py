@@ -6,6 +6,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,12 @@ def folder(monkeypatch, tmp_path) -> Path:
 
 
 def calls(compiler: list[str]) -> int:
-    return len(Path(compiler[1] + ".log").read_text().splitlines())
+    """How often all was compiled: each source, then the library."""
+    outputs = Counter(Path(line.split()[-1]).name for line in Path(compiler[1] + ".log").read_text().splitlines())
+    objects = [outputs.pop(source.stem + ".o") for source in library.SOURCES]
+    (of_library,) = outputs.values()
+    assert set(objects) == {of_library}
+    return of_library
 
 
 def compiled(compiler, folder) -> Path:

@@ -200,12 +200,10 @@ def expected():
     return of
 
 
-FORCED = "auto,grouped_swiglu="
 CASES = [
     pytest.param(ALL, Execution(), id="all"),
-    pytest.param(ALL, Execution(kernels="xla", remat="full"), id="all, xla, full"),
-    pytest.param(ALL, Execution(kernels=FORCED + "ragged_dot", remat="dots"), id="all, ragged_dot, dots"),
-    pytest.param(ALL[:3], Execution(kernels=FORCED + "blocks", remat="full"), id="not routed, blocks, full"),
+    pytest.param(ALL, Execution(kernels="xla,grouped_swiglu=ragged_dot", remat="dots"), id="all, ragged_dot, dots"),
+    pytest.param(ALL[:3], Execution(kernels="auto,grouped_swiglu=blocks", remat="full"), id="not routed, blocks, full"),
 ]
 
 
