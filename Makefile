@@ -158,9 +158,11 @@ $(VENV)/.installed-test: $(INPUTS) | $(BIN)/python
 	$(say_compiler)
 	@touch $(VENV)/.installed $@
 
-$(VENV)/.installed-plan: $(VENV)/.installed-test
+# With what the tests need, at once too.
+$(VENV)/.installed-plan: $(INPUTS) | $(BIN)/python
 	$(call install,.[test$(comma)plan-gpu$(comma)plan-tpu])
-	@touch $@
+	$(say_compiler)
+	@touch $(VENV)/.installed $(VENV)/.installed-test $@
 
 $(VENV)/.installed-notebooks: $(VENV)/.installed
 	$(call install,.[notebooks])

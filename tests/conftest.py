@@ -81,6 +81,12 @@ def _optimisations_left_out(value: bool):
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.fixture(autouse=True)
+def _long_examples_compile_lightly(request):
+    with _optimisations_left_out(True) if request.node.name in LONG_EXAMPLES else contextlib.nullcontext():
+        yield
+
+
 @pytest.fixture
 def rng():
     """A generator with the same seed for each test, so no test depends on the tests before it."""

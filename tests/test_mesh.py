@@ -77,9 +77,8 @@ RAGGED_DOT = Execution(kernels="grouped_swiglu=ragged_dot")
 QUANTILE = replace(PLAIN, num_groups=1, groups_per_token=1, balance=Balance(0.5, 1e-2, 0.0, "quantile", 1e-2))
 CASES = {  # (data, expert, tensor), model, microbatches, execution
     "8,1,1 fsdp microbatches": ((8, 1, 1), PLAIN, 2, Execution(layout=Layout(fsdp=True))),
-    "1,8,1 all_to_all": ((1, 8, 1), PLAIN, 1, replace(RAGGED_DOT, remat="full", layout=ROUNDS)),
+    "1,8,1 all_to_all microbatches": ((1, 8, 1), PLAIN, 2, replace(RAGGED_DOT, remat="full", layout=ROUNDS)),
     "1,2,2 dense microbatches": ((1, 2, 2), PLAIN, 2, replace(DENSE, layout=GATHER)),
-    "2,4,1 all_to_all microbatches fsdp": ((2, 4, 1), PLAIN, 2, Execution(layout=replace(ROUNDS, fsdp=True))),
     "2,2,2 all_to_all fsdp": ((2, 2, 2), MODEL, 1, Execution(layout=replace(ROUNDS, fsdp=True))),
     "2,2,2 fsdp": ((2, 2, 2), PLAIN, 1, replace(RAGGED_DOT, layout=replace(GATHER, fsdp=True))),
     "2,2,1 noise microbatches": ((2, 2, 1), replace(PLAIN, router="noisy_topk"), 2, Execution(layout=GATHER)),
