@@ -31,7 +31,10 @@ install_import_hook("dsv3_jax", "beartype.beartype")
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_work_is_done_twice(tmp_path_factory):
-    """A fresh `jax.jit` of the same program, or another process of the session, finds it on disk."""
+    """A fresh `jax.jit` of the same program, or another process of the session, finds it on disk.
+
+    `fit` draws no pictures, measures no speed and fits no baseline, but for `runs.finished`.
+    """
     from runs import compiled_programs, spend_no_seconds  # they import the package, after the hook above
 
     spend_no_seconds()
@@ -79,12 +82,6 @@ def _optimisations_left_out(value: bool):
     jax.config.update("jax_disable_most_optimizations", value)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture(autouse=True)
-def _long_examples_compile_lightly(request):
-    with _optimisations_left_out(True) if request.node.name in LONG_EXAMPLES else contextlib.nullcontext():
-        yield
 
 
 @pytest.fixture
