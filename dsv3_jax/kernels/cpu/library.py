@@ -120,7 +120,7 @@ def _compile(compiler: list[str], library: Path) -> Path:
 
     flags = [*(flag for flag in FLAGS if flag != "-shared"), "-isystem", jax.ffi.include_dir(), "-c"]
     objects = [str(library.with_name(source.stem + ".o")) for source in SOURCES]
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda source, to: run(*flags, str(source), "-o", to), SOURCES, objects))
     run(*FLAGS, *objects, "-o", str(library))
     return library
