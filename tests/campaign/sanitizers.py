@@ -25,7 +25,10 @@ SANITIZERS = {"addresses": "address,undefined", "threads": "thread"}
 PROGRAM = Path(__file__).with_name("sanitized_kernels.cc")
 FLAGS = ("-O0", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")  # -O1 compiles three times as long
 # GCC does not align the stack that this option makes to registers of 64 bytes (its bug 110027).
-ENVIRONMENT = os.environ | {"ASAN_OPTIONS": "detect_stack_use_after_return=0", "TSAN_OPTIONS": "halt_on_error=1"}
+ENVIRONMENT = os.environ | {
+    "ASAN_OPTIONS": "detect_stack_use_after_return=0", "TSAN_OPTIONS": "halt_on_error=1",
+    "LD_PRELOAD": "",  # a sanitizer must be loaded first
+}  # fmt: skip
 
 
 def build(folder: Path, sanitizer: str) -> Path | str:
@@ -40,10 +43,14 @@ def build(folder: Path, sanitizer: str) -> Path | str:
     empty.write_text("int main() {}\n")
     for source in ([empty], [PROGRAM, *library.SOURCES]):  # the first tells whether the sanitizer works here
         done = subprocess.run([*command, *map(str, source), "-o", str(program)], capture_output=True, text=True)
-        if source == [empty] and (done.returncode or subprocess.run([program], capture_output=True).returncode):
+        if source == [empty] and (done.returncode or not runs(program)):
             return f"{words} has no -fsanitize={sanitizer}, or its programs do not run"
     assert done.returncode == 0, done.stderr
     return program
+
+
+def runs(program: Path) -> bool:
+    return subprocess.run([program], env=ENVIRONMENT, capture_output=True).returncode == 0
 
 
 def check(program: Path, seconds: float, seed: int, first: int) -> tuple[int, list[str], str]:
