@@ -196,8 +196,21 @@ def environment(root: Path) -> dict[str, str]:
     }
 
 
-def start(argv: list[str], root: Path, program: Sequence[str] = ("-m", "dsv3_jax.cli")) -> subprocess.Popen:
-    """`dsv3 …` in a process of its own, or another Python program with these words."""
+TRAIN = """
+import sys
+from dsv3_jax.cli import main
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def start(argv: list[str], root: Path, program: Sequence[str] | None = None) -> subprocess.Popen:
+    """`dsv3 …` in a process of its own, or another Python program with these words.
+
+    Training in one process leaves out what SPEND_NO_SECONDS does; that of a cluster is in `pairs`.
+    """
+    if program is None:
+        alone = argv[0] == "train" and "--cluster" not in argv
+        program = ("-c", SPEND_NO_SECONDS + TRAIN) if alone else ("-m", "dsv3_jax.cli")
     command = [sys.executable, *program, *argv]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment(root), cwd=HERE, **pipes)

@@ -23,13 +23,13 @@ from tests.campaign.trials import faults_of, main, report, trials, watch
 
 CASES = ("full disk", "file size", "read-only disk")
 # A disk that claims to have room: the write itself fails, and not the test before it.
-ROOMY = """
+ROOMY = f"""{runs.SPEND_NO_SECONDS}
 import shutil, sys
 shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**12, 0, 10**12)
 from dsv3_jax.cli.main import main
 sys.exit(main())
 """
-LIMITED = """
+LIMITED = f"""{runs.SPEND_NO_SECONDS}
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
 del sys.argv[1]
@@ -82,7 +82,7 @@ def file_size(made: Base, folder: Path, rng: random.Random) -> tuple[list[str], 
     return faults + finish(made, folder / "run"), f"{size} bytes: {ended.err}"
 
 
-def finish(made: Base, folder: Path, program: tuple[str, ...] = ("-m", "dsv3_jax.cli")) -> list[str]:
+def finish(made: Base, folder: Path, program: tuple[str, ...] | None = None) -> list[str]:
     """Run the command again, and compare the end."""
     ended = watch(runs.start(made.train(folder), made.root, program), limit_of(made))
     faults = faults_of(ended)
