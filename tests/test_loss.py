@@ -69,7 +69,7 @@ def expected():
             marks=pytest.mark.long,
         ),
         pytest.param(dict(mtp_depth=1), "cpu", "full", marks=pytest.mark.long),
-        pytest.param(dict(mtp_depth=1), "xla", "full", marks=pytest.mark.long),
+        pytest.param(dict(mtp_depth=1), "xla", "attention", marks=pytest.mark.long),
         pytest.param(dict(mtp_depth=1), "auto,grouped_swiglu=ragged_dot", "dots", marks=pytest.mark.long),
         pytest.param(
             dict(num_layers=2, num_dense_layers=0), "xla,grouped_swiglu=dense", "none", marks=pytest.mark.long
