@@ -82,7 +82,7 @@ test: $(VENV)/.installed-test
 
 # An older Python with its older JAX must pass these: mathematics, kernels, a training step, decoding.
 CORE := $(addprefix tests/test_,rope.py routing.py balance.py cross_entropy.py attention.py kernels.py train_step.py \
-  generate.py imports.py)
+  generate.py)
 
 test-core: $(VENV)/.installed-test
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -m "not long and not parity" $(CORE) $(PYTEST_ARGS)

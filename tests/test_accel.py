@@ -363,7 +363,7 @@ def test_each_implementation_and_batch_is_there(measured):
         "dense",
         "(chosen), forward and backward",
         "batch 1, 32 cached",
-        "batch 2, MTP drafts",
+        "batch 3, MTP drafts",
     ):
         assert any(wanted in name for name in names), wanted
     ran = {op for part in measured[2]["parts"].values() for figure in part["figures"] for op in figure.get("ran", ())}

@@ -29,7 +29,7 @@ CFG = replace(recipe("mini").model, num_dense_layers=0)
 RUN = replace(recipe("mini"), model=CFG, execution=BFLOAT16)
 ROWS, CONTEXT = 32, 4096
 GPU, V6E, V5P = "gpu:h100", "tpu:v6e:2x2", "tpu:v5p:2x2x1"  # the programs are one device's
-TRAINED = {GPU: 8, V6E: 2, V5P: 2}  # rows of mini's batch that a GPU, or a chip of a host of four, trains on
+TRAINED = {GPU: 8, V6E: 1, V5P: 1}  # rows of mini's batch that a GPU, or a chip of two hosts of four, trains on
 LANES = 128  # of a TPU's vector register
 # Launches of a step over the number of layers: embedding, loss and optimizer are in it. A TPU's are instructions of one
 # program, which cost less than a GPU's kernels.

@@ -151,9 +151,9 @@ def toy() -> Sizes:
         context=32,
         decode_steps=4,
         drafts=headed,
-        draft_batches=(2,),
-        draft_prompt=16,
-        draft_tokens=8,
+        draft_batches=(3,),  # its programs are those of `exact`
+        draft_prompt=30,
+        draft_tokens=12,
         exact=headed,
         exact_batch=(2, 32),
         exact_tokens=12,
