@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import Array, Float
 
 from dsv3_jax.config import Execution, ModelConfig, RunConfig
@@ -79,7 +79,10 @@ def init_state(
     options = {"xla_backend_optimization_level": 1} if platform_of(mesh) == "cpu" and not lighter else None
     key = jax.random.key(run.seed)
     fsdp = run.execution.layout.fsdp
-    where = None if mesh is None else sharding.state_sharding(jax.eval_shape(make, key), mesh, fsdp=fsdp)
+    # On a device of its own as a restored state is: the step's program is then the same, and is compiled once.
+    where = SingleDeviceSharding(jax.devices()[0])
+    if mesh is not None:
+        where = sharding.state_sharding(jax.eval_shape(make, key), mesh, fsdp=fsdp)
     state = jax.jit(make, compiler_options=options, out_shardings=where)(key)
     if trunk is None:
         return state
