@@ -28,8 +28,8 @@ OPTIONS = Options((0, 1, 2, 4), (0, 1, 2, 4, 1), budget=SHARE * 400, joint=False
 TWO = Options((0, 1, 2), (0, 1, 2, 1), budget=1.0, joint=False)
 
 
-def costs_of(draft, verify):
-    return Costs(jnp.asarray(draft, jnp.float32), jnp.asarray(verify, jnp.float32))
+def costs_of(draft, verify, start=0.0):
+    return Costs(*(jnp.asarray(x, jnp.float32) for x in (draft, verify, start)))
 
 
 # The rule
@@ -57,7 +57,8 @@ def simulate(costs, true_rates, likely, key, steps=400, options=OPTIONS):
         plain = tally._replace(spent=tally.spent + 1, gained=tally.gained + 1)  # asleep: the plain program
         tally = jax.tree.map(lambda a, b: jnp.where(asleep, a, b), plain, after)
         tokens = tokens + jnp.where(asleep, 1, new)
-        asleep |= over | (choice == 0) & (tally.spent > (1 + SHARE) * tokens.astype(jnp.float32) + options.budget)
+        spent = costs.start + tally.spent
+        asleep |= over | (choice == 0) & (spent > (1 + SHARE) * tokens.astype(jnp.float32) + options.budget)
         return (tally, tokens, asleep), None
 
     start = auto_length.new_tally(options), jnp.zeros((), jnp.int32), jnp.zeros((), bool)
@@ -72,6 +73,7 @@ def settings(rng, count):
     costs = costs_of(
         np.concatenate([np.zeros((count, 1)), draft, draft[:, :1] + 0.2], axis=1),
         np.concatenate([rng.uniform(1, 1.02, (count, 1)), verify], axis=1),
+        rng.uniform(0, 2, count),
     )
     true = np.sort(rng.uniform(0, 1, (count, BINS)), axis=1) * rng.choice([0.0, 0.5, 1], (count, 1))
     return costs, jnp.asarray(true, jnp.float32), jnp.asarray(rng.dirichlet(np.ones(BINS), count), jnp.float32)
@@ -83,7 +85,8 @@ def test_never_slower_than_plain_by_more_than_its_share_and_faster_where_drafts_
     costs, true, likely = settings(rng, count)
     keys = jax.random.split(jax.random.key(0), count)
     spent, tokens, by_length = map(np.asarray, jax.vmap(simulate)(costs, true, likely, keys))
-    assert (spent <= (1 + SHARE) * tokens + OPTIONS.budget + 1.1).all()  # a step's own cost, when it falls asleep
+    longest = (1 + SHARE) * tokens + OPTIONS.budget + 1.1  # and a step's own cost, when it falls asleep
+    assert (np.asarray(costs.start) + spent <= longest).all()
     mean = (np.asarray(true) * np.asarray(likely)).sum(1)
     best = np.ones(count)
     for i, k in enumerate(OPTIONS.lengths[1:], start=1):
@@ -117,15 +120,15 @@ def test_which_drafts_are_verified_depends_on_no_draft_itself(rng):
 
 def test_it_ends_when_no_trial_fits_any_more():
     """A step with one draft costs 0.9 plain steps more than a plain one: beyond 2 × SHARE of 40 tokens, not of 60."""
-    costs = costs_of([0, 0.5, 0.6, 0.6], [1, 1.4, 1.6])
     unsure = auto_length.new_tally(TWO)._replace(first=jnp.eye(BINS)[0])  # its drafts are rarely right
-    for tokens, tally, ends in (
-        (40, unsure, True),
-        (60, unsure, False),
-        (60, unsure._replace(lost=jnp.float32(0.5)), True),  # an earlier trial
-        (40, unsure._replace(first=jnp.eye(BINS)[-1]), False),  # drafts seem to pay
+    for tokens, start, tally, ends in (
+        (40, 0.0, unsure, True),
+        (60, 0.0, unsure, False),
+        (60, 0.5, unsure, True),  # the program took so long to start
+        (60, 0.0, unsure._replace(lost=jnp.float32(0.5)), True),  # an earlier trial
+        (40, 0.0, unsure._replace(first=jnp.eye(BINS)[-1]), False),  # drafts seem to pay
     ):
-        options = TWO._replace(budget=SHARE * tokens)
+        options, costs = TWO._replace(budget=SHARE * tokens), costs_of([0, 0.5, 0.6, 0.6], [1, 1.4, 1.6], start)
         choice, trial, over = auto_length.choose_draft(tally, costs, options, jnp.int32(0), jnp.asarray(False))
         assert bool(over) == ends and not (bool(over) and (int(choice) or bool(trial)))
 
@@ -176,27 +179,33 @@ def test_sampled_text_keeps_its_law(reads_the_draft):
 def test_costs_that_cannot_pay_end_drafting_at_once():
     assert not auto_length.may_pay(costs_of([0, 1.2, 2, 3.5, 3], [1, 1.2, 1.4, 1.6]), OPTIONS)
     assert auto_length.may_pay(costs_of([0, 1.2, 2, 3.2, 3], [1, 1.2, 1.4, 1.6]), OPTIONS)
+    # A request may take 8 plain steps longer, and the cheapest trial 0.3.
+    for start, pays in ((7.6, True), (7.8, False)):
+        assert auto_length.may_pay(costs_of([0, 0.1, 0.2, 0.4, 0.3], [1, 1.2, 1.4, 1.8], start), OPTIONS) == pays
 
 
+@pytest.mark.parametrize("longer_s", [0.0, 2e-4])  # as two plain steps
 @pytest.mark.parametrize("start_s", [0.0, 3e-3])  # as long as 30 plain steps
-def test_costs_are_those_of_steps_not_of_starting_a_program(start_s):
-    """On a clock of our own: a plain step takes 0.1 ms, one of the rule's loop 0.17."""
+def test_costs_are_those_of_steps_not_of_starting_a_program(start_s, longer_s):
+    """On a clock of our own: a plain step takes 0.1 ms, one of the rule's loop 0.17. Its program may start later."""
     plain, draft, verify = 1e-4, [0.0, 4e-5, 5e-5, 8e-5, 6e-5], [1.7e-4, 1.8e-4, 2e-4, 2.5e-4]
 
     def run(control, steps):
         if control is None:
             return start_s + plain * steps, steps
-        return start_s + (draft[int(control.draft)] + verify[int(control.verify)]) * int(control.limit), steps
+        a_step = draft[int(control.draft)] + verify[int(control.verify)]
+        return start_s + longer_s + a_step * int(control.limit), steps
 
     costs = auto_length.measure_costs(run, OPTIONS, most=159)
     np.testing.assert_allclose(costs.draft, np.array(draft) / plain, rtol=1e-4)
     np.testing.assert_allclose(costs.verify, np.array(verify) / plain, rtol=1e-4)
+    np.testing.assert_allclose(costs.start, longer_s / plain, rtol=0, atol=1e-3)
 
 
 def test_a_text_that_ends_at_once_has_costs():
     """Of its only step, with the program's start."""
     costs = auto_length.measure_costs(lambda control, steps: (2e-3 if control is None else 3e-3, 1), OPTIONS, most=9)
-    assert costs.draft.tolist() == [0] * 5 and costs.verify.tolist() == [1.5] * 4
+    assert costs.draft.tolist() == [0] * 5 and costs.verify.tolist() == [1.5] * 4 and costs.start == 0
 
 
 # Text
@@ -278,7 +287,7 @@ def watch_sleep(monkeypatch) -> list[int]:
 
 
 @pytest.mark.long
-def test_it_sleeps_at_once_where_no_trial_fits(costs, monkeypatch):
+def test_it_does_not_begin_where_no_trial_fits(costs, monkeypatch):
     from test_speculative import drafting
 
     # A trial costs 0.9 plain steps more than one, and 60 tokens have room for 0.6.
@@ -288,7 +297,8 @@ def test_it_sleeps_at_once_where_no_trial_fits(costs, monkeypatch):
     plain = generate(model, PROMPTS[:1], 60)
     drafted = generate(model, PROMPTS[:1], 60, draft=draft, draft_length="auto")
     jax.effects_barrier()
-    assert drafted.tokens == plain.tokens and drafted.steps == plain.steps and slept == [plain.steps - 1]
+    assert drafted.tokens == plain.tokens and drafted.steps == plain.steps == drafted.steps_by_length[0]
+    assert slept == []  # plain decoding's own program made it
 
 
 @pytest.mark.long

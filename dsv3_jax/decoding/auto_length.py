@@ -1,7 +1,8 @@
 """`draft_length="auto"`: how many drafts a step makes and verifies, chosen while decoding.
 
 All times are in plain steps. A step that drafts J tokens and verifies k ≤ J of them costs d(J) + C(k), with d(0) = 0
-and C(0) ≈ 1. The costs are measured before the loop (`measure_costs`); the compiled program reads no clock.
+and C(0) ≈ 1. The costs are measured before the loop (`measure_costs`); the compiled program reads no clock. To start
+the program of this loop takes s longer than to start that of plain decoding: a small model's request feels it.
 
     r_b      share of accepted drafts among those that the drafter was b-sure of, b one of BINS classes
     E(k)     1 + Σ_{j≤k} Π_{i≤j} r_{b_i}: tokens that a step over k drafts is expected to add to a sequence
@@ -10,11 +11,11 @@ and C(0) ≈ 1. The costs are measured before the loop (`measure_costs`); the co
 
 ρ is the price of time: with it, the largest worth a step is the most tokens a second over many steps.
 
-Guard: a step drafts only if the time spent stays below (1 + SHARE) × the tokens of the slowest sequence, plus SHARE ×
-the tokens asked for, should all its drafts be rejected. Plain decoding takes those tokens' time, so a request takes at
-most 2 SHARE longer, by the measured costs. Drafts that do not seem to pay are tried again within the same share. Where
-even drafts that are all accepted cost more than they bring, or no further trial fits into the share before the end, or
-the drafter has not read UNREAD positions, it falls asleep: plain steps decode the rest.
+Guard: a step drafts only if the time spent, s too, stays below (1 + SHARE) × the tokens of the slowest sequence, plus
+SHARE × the tokens asked for, should all its drafts be rejected. Plain decoding takes those tokens' time, so a request
+takes at most 2 SHARE longer, by the measured costs. Drafts that do not seem to pay are tried again within the same
+share. Where even drafts that are all accepted cost more than they bring, or no further trial fits into the share before
+the end, or the drafter has not read UNREAD positions, it falls asleep: plain steps decode the rest.
 
 Why sampled text keeps its law: how many drafts are made depends on past steps alone. Whether draft j + 1 is verified
 depends on drafts 1 … j, and on the drafter's distribution at j + 1 before it is drawn; never on draft j + 1 itself. So
@@ -31,6 +32,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
@@ -49,6 +51,7 @@ class Costs(NamedTuple):
 
     draft: Float[Array, " options"]  # d; 0 for the option without drafts
     verify: Float[Array, " lengths"]  # C; of length 0, above 1 by the time that the rule takes
+    start: Any = np.float32(0.0)  # s
 
 
 class Control(NamedTuple):
@@ -154,10 +157,11 @@ def choose_draft(
     index = jnp.arange(len(options.counts), dtype=jnp.int32)
     last = index == len(options.counts) - 1
     tokens = written.astype(jnp.float32)
-    may = (index == 0) | ((last == missed) & (tally.spent + cost <= (1 + SHARE) * (tokens + 1) + options.budget))
+    spent = costs.start + tally.spent + cost
+    may = (index == 0) | ((last == missed) & (spent <= (1 + SHARE) * (tokens + 1) + options.budget))
     best = jnp.argmax(jnp.where(may, value, -jnp.inf)).astype(jnp.int32)
     hopeful = (hope > 1) & (index > 0)
-    loss = tally.lost + cost - 1
+    loss = costs.start + tally.lost + cost - 1
     trial = may & hopeful & (loss <= SHARE * tokens + options.budget)
     over = (jnp.argmax(value) == 0) & ~(hopeful & (loss <= 2 * options.budget)).any()  # what it will be at the end
     tries = (best == 0) & trial.any()
@@ -324,7 +328,7 @@ def auto_step(
     last = append(unread, after.last, (choice > 0) | loop.done)
     full = jnp.where(active, last.num_valid, 0).max() + top + 1 > UNREAD
     tokens = slowest.astype(jnp.float32) + 1
-    broke = (choice == 0) & (tally.spent > (1 + SHARE) * tokens + options.budget)
+    broke = (choice == 0) & (costs.start + tally.spent > (1 + SHARE) * tokens + options.budget)
     return after._replace(last=last, tally=tally._replace(asleep=full | broke | over))
 
 
@@ -365,7 +369,8 @@ def measure_costs(
     """
     drafts, longer = range(1, len(options.counts)), range(1, len(options.lengths))
     cells = [None, (0, 0), *((i, 0) for i in drafts), *((0, i) for i in longer)]
-    unknown = Costs(jnp.zeros((len(options.counts),), jnp.float32), jnp.ones((len(options.lengths),), jnp.float32))
+    zeros, ones = jnp.zeros((len(options.counts),), jnp.float32), jnp.ones((len(options.lengths),), jnp.float32)
+    unknown = Costs(zeros, ones, jnp.zeros((), jnp.float32))
 
     def seconds(cell: tuple[int, int] | None, steps: int) -> tuple[float, int]:
         if cell is None:
@@ -381,7 +386,12 @@ def measure_costs(
         for i, cell in enumerate(cells):
             once_of[i] = min(once_of[i], seconds(cell, 1))
             many_of[i] = min(many_of[i], seconds(cell, steps))
-    return costs_of(list(map(_of_a_step, once_of, many_of)), options)
+    for _ in range(3 * rounds):  # their difference is small
+        for i, cell in enumerate(cells[:2]):
+            once_of[i] = min(once_of[i], seconds(cell, 1))
+    each = list(map(_of_a_step, once_of, many_of))
+    plain, ours = (once - steps * a_step for (once, steps), a_step in zip(once_of, each[:2], strict=False))
+    return costs_of(each, options, ours - plain)
 
 
 def _of_a_step(once: tuple[float, int], many: tuple[float, int]) -> float:
@@ -390,22 +400,25 @@ def _of_a_step(once: tuple[float, int], many: tuple[float, int]) -> float:
     return (more - less) / (steps - few) if steps > few and more > less else more / max(steps, 1)
 
 
-def costs_of(seconds: Sequence[float], options: Options) -> Costs:
+def costs_of(seconds: Sequence[float], options: Options, start: float = 0.0) -> Costs:
     """Turn times of a step into costs: the plain program's, then those of `measure_costs`'s cells.
 
     A shorter draft or step costs no more than a longer one: what seems to is noise.
 
+    Args: start: seconds that the loop's program takes longer to start.
+
     Example:
         >>> options = Options((0, 1), (0, 1, 1), 1.0, False)
-        >>> [x.tolist() for x in costs_of([2.0, 2.0, 2.5, 3.0, 4.0], options)]
-        [[0.0, 0.25, 0.5], [1.0, 2.0]]
+        >>> [x.tolist() for x in costs_of([2.0, 2.0, 2.5, 3.0, 4.0], options, start=1.0)]
+        [[0.0, 0.25, 0.5], [1.0, 2.0], 0.5]
     """
     plain, short, *rest = seconds
     drafts = len(options.counts) - 1
     *narrow, wide = (max(t - short, 0.0) / plain for t in rest[:drafts])
     verify = [max(t / plain, 1.0) for t in (short, *rest[drafts:])]
     draft = [0.0, *_least_of_later(narrow), max(wide, narrow[0])]
-    return Costs(jnp.asarray(draft, jnp.float32), jnp.asarray(_least_of_later(verify), jnp.float32))
+    values = draft, _least_of_later(verify), max(start, 0.0) / plain
+    return Costs(*(jnp.asarray(x, jnp.float32) for x in values))
 
 
 def _least_of_later(values: Sequence[float]) -> list[float]:
@@ -413,7 +426,7 @@ def _least_of_later(values: Sequence[float]) -> list[float]:
 
 
 def may_pay(costs: Costs, options: Options) -> bool:
-    """Say whether some drafts, all accepted, bring more than they cost.
+    """Say whether some drafts, all accepted, bring more than they cost, and a trial of them fits into the share.
 
     Example:
         >>> options = Options((0, 1), (0, 1, 1), 1.0, False)
@@ -422,4 +435,6 @@ def may_pay(costs: Costs, options: Options) -> bool:
     """
     verify = dict(zip(options.lengths, costs.verify.tolist(), strict=True))
     pairs = list(zip(options.counts, costs.draft.tolist(), strict=True))[1:-1]
-    return any(k + 1 > draft + verify[k] for count, draft in pairs for k in options.lengths[1:] if k <= count)
+    room = 1 + 2 * options.budget - float(costs.start)
+    steps = ((k, draft + verify[k]) for count, draft in pairs for k in options.lengths[1:] if k <= count)
+    return any(cost < k + 1 and cost <= room for k, cost in steps)
