@@ -34,6 +34,7 @@ from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.report import metrics
 from dsv3_jax.training import loop
 from dsv3_jax.training.checkpoint import Checkpoints
+from dsv3_jax.training.step import init_state
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -86,6 +87,13 @@ def test_a_run_folder_holds_what_it_should(whole):
         assert (whole.folder / name).read_bytes().startswith(PNG)
     assert whole.fitted.finished and whole.fitted.step == STEPS and whole.fitted.resumed_from is None
     assert not list(whole.folder.glob("*.part"))
+
+
+def test_a_fresh_state_is_placed_as_a_resumed_one(whole):
+    """So the step has one program for both, which is compiled once."""
+    fresh, (resumed, _) = init_state(whole.run), last_checkpoint(whole.run, whole.folder)
+    for a, b in zip(jax.tree.leaves(fresh), jax.tree.leaves(resumed), strict=True):
+        assert (a.sharding, a.committed) == (b.sharding, b.committed)
 
 
 def test_tensorboard_holds_the_same_scalars(whole):
