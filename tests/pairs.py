@@ -8,25 +8,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from runs import MODEL, SPEND_NO_SECONDS, flags, make_run, start, write_text
+from runs import MODEL, SPEND_NO_SECONDS, dsv3, flags, make_run, start, write_text
 
 from dsv3_jax.config import OptimConfig, RunConfig
 
 MESH = "data=2"  # one device in each process, which holds half of the batch
 
 
-def dsv3(before: str) -> tuple[str, str]:
+def with_worker(before: str) -> tuple[str, str]:
     """`dsv3` with a worker that first runs `before`."""
-    program = f"""
-import sys
-from dsv3_jax.cli import main, train
-train.WORKER = {before!r} + train.WORKER
-sys.exit(main.main(sys.argv[1:]))
-"""
-    return "-c", program
+    return dsv3(f"from dsv3_jax.cli import train\ntrain.WORKER = {before!r} + train.WORKER")
 
 
-DSV3 = dsv3(SPEND_NO_SECONDS)
+DSV3 = with_worker(SPEND_NO_SECONDS)
 
 
 def pair_run(folder: Path) -> RunConfig:

@@ -196,11 +196,9 @@ def environment(root: Path) -> dict[str, str]:
     }
 
 
-TRAIN = """
-import sys
-from dsv3_jax.cli import main
-sys.exit(main.main(sys.argv[1:]))
-"""
+def dsv3(before: str) -> tuple[str, str]:
+    """The program `dsv3` that first runs `before`."""
+    return "-c", f"{before}\nimport sys\nfrom dsv3_jax.cli import main\nsys.exit(main.main(sys.argv[1:]))\n"
 
 
 def start(argv: list[str], root: Path, program: Sequence[str] | None = None) -> subprocess.Popen:
@@ -210,7 +208,7 @@ def start(argv: list[str], root: Path, program: Sequence[str] | None = None) -> 
     """
     if program is None:
         alone = argv[0] == "train" and "--cluster" not in argv
-        program = ("-c", SPEND_NO_SECONDS + TRAIN) if alone else ("-m", "dsv3_jax.cli")
+        program = dsv3(SPEND_NO_SECONDS) if alone else ("-m", "dsv3_jax.cli")
     command = [sys.executable, *program, *argv]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment(root), cwd=HERE, **pipes)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from pairs import DSV3, MESH, dsv3, ends, free_port, pair, pair_run, wait_for_step
+from pairs import DSV3, MESH, ends, free_port, pair, pair_run, wait_for_step, with_worker
 from runs import SPEND_NO_SECONDS, assert_bitwise, cheap_compiles, flags, fresh_state, rows_of, start
 
 from dsv3_jax.cluster import processes, supervisor
@@ -110,7 +110,7 @@ OTHER_FAILED = "dsv3: process {} of the run ended with an error; see the output 
 def test_a_worker_that_fails_ends_all(run, root, tmp_path, victim, failure, code, last_line, others_code):
     """The others wait for it in a collective. After an error that would occur again, no code says to start again."""
     programs = [DSV3, DSV3]
-    programs[victim] = dsv3(SPEND_NO_SECONDS + FAILING.format(failure))
+    programs[victim] = with_worker(SPEND_NO_SECONDS + FAILING.format(failure))
     with pair(root, tmp_path / "run", run, programs=programs) as both:
         failed = ends(both[victim])  # within 100 s of its start; JAX would wait longer for its peers at exit
         ended = time.monotonic()

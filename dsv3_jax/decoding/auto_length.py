@@ -369,8 +369,7 @@ def measure_costs(
     """
     drafts, longer = range(1, len(options.counts)), range(1, len(options.lengths))
     cells = [None, (0, 0), *((i, 0) for i in drafts), *((0, i) for i in longer)]
-    zeros, ones = jnp.zeros((len(options.counts),), jnp.float32), jnp.ones((len(options.lengths),), jnp.float32)
-    unknown = Costs(zeros, ones, jnp.zeros((), jnp.float32))
+    unknown = Costs(jnp.zeros((len(options.counts),), jnp.float32), jnp.ones((len(options.lengths),), jnp.float32))
 
     def seconds(cell: tuple[int, int] | None, steps: int) -> tuple[float, int]:
         if cell is None:
