@@ -201,7 +201,6 @@ def expected():
 
 
 CASES = [
-    pytest.param(ALL, Execution(), id="all"),
     pytest.param(ALL, Execution(kernels="xla,grouped_swiglu=ragged_dot", remat="dots"), id="all, ragged_dot, dots"),
     pytest.param(ALL[:3], Execution(kernels="auto,grouped_swiglu=blocks", remat="full"), id="not routed, blocks, full"),
 ]

@@ -218,25 +218,6 @@ def test_sigterm_saves_and_the_next_call_resumes(whole, root, tmp_path):
     assert_same_run(run, folder, whole)
 
 
-@pytest.mark.long
-def test_killed_at_any_moment_it_ends_the_same(whole, root, tmp_path):
-    """SIGKILL somewhere between two checkpoints, twice, then once more to the end."""
-    rng = np.random.default_rng()  # another moment each time; whatever it is, the result must hold
-    folder, run, saved = tmp_path / "run", often(whole.run), 0
-    for _ in range(2):
-        process = start(["train", "tiny", "--out", str(folder), *flags(run)], root)
-        wait_for(lambda saved=saved: any(p.name == str(saved + 1) for p in folder.glob("checkpoints/*")), process)
-        time.sleep(rng.uniform(0, 0.3))
-        process.kill()
-        said, _ = process.communicate(timeout=60)
-        with Checkpoints(folder, run, read_only=True) as checkpoints:  # the next start cleans up, alone
-            before, saved = saved, checkpoints.latest
-        assert saved > before
-        assert before == 0 or f"resumed from the checkpoint of step {before}" in said
-    assert loop.fit(run, folder, quiet=True).resumed_from == saved
-    assert_same_run(run, folder, whole)
-
-
 def poisoned_at(step: int):
     """Make a compiled step that meets a parameter which is not finite after `step` steps."""
 

@@ -63,7 +63,7 @@ class Transformer(nnx.Module):
     >>> import jax.numpy as jnp
     >>> from flax import nnx
     >>> import dsv3_jax as ds
-    >>> cfg = ds.replace(ds.preset("tiny"), num_layers=2, num_dense_layers=0, mtp_kind="meta")
+    >>> cfg = ds.replace(ds.preset("tiny"), num_layers=2, num_dense_layers=0, mtp_kind="medusa")
     >>> model = ds.Transformer(cfg, rngs=nnx.Rngs(0))
     >>> out = model(jnp.ones((1, 8), jnp.int32))
     >>> out.logits.shape, out.mtp_logits[0].shape, out.routing.expert_ids.shape

@@ -4,7 +4,7 @@
 
 A reader must accept a file or refuse it with a sentence. What it accepts must be usable: a run is written and read
 again, rows are drawn, and a tokenizer encodes a text. Hypothesis shrinks a file that falls short, and prints it. Where
-it is not installed, the campaign is left out. Each reader runs in a process of its own, because a tokenizer may crash.
+it is not installed, the campaign is left out. The readers run in a process of their own, because a tokenizer may crash.
 """
 
 import importlib.util
@@ -127,8 +127,14 @@ def files(name: str):
     return like(good_tokenizer()) | anything
 
 
-def child(name: str, seconds: float, seed: int) -> int:
-    """Read files for so long, and print how many; an exception where one falls short."""
+def child(names: list[str], seconds: float, firsts: list[int]) -> int:
+    """Read files of each kind for so long, and print how many; an exception where one falls short."""
+    for name, first in zip(names, firsts, strict=True):
+        print(f"count {name} {read_files(name, seconds, first)}", flush=True)
+    return 0
+
+
+def read_files(name: str, seconds: float, seed: int) -> int:
     import hypothesis
 
     count, until = 0, time.monotonic() + seconds
@@ -151,31 +157,37 @@ def child(name: str, seconds: float, seed: int) -> int:
         )
         hypothesis.seed(seed)(settings(made))()
         seed += ROUNDS
-    print(f"count {count}")
-    return 0
+    return count
 
 
 def run(seconds: float, seed: int, table: Table, least: int = 1) -> None:
-    """Read files for so long, an equal time for each kind."""
+    """Read files for so long, an equal time for each kind. After one that falls short a new process reads the rest."""
     del least  # hundreds fit into a second
     if importlib.util.find_spec("hypothesis") is None:
         print("fuzz: left out: the package hypothesis is not installed")
         return
-    for name in READERS:
-        share = max(seconds / len(READERS), 1.0)
-        campaign = f"fuzz {name}"
-        table.begin(campaign, table.first(campaign))
-        first = seed + ROUNDS * table.first(campaign)  # other rounds than before
-        argv = [sys.executable, "-m", "tests.campaign.fuzz", name, str(share), str(first)]
+    share, names = max(seconds / len(READERS), 1.0), list(READERS)
+    firsts = {name: seed + ROUNDS * table.first(f"fuzz {name}") for name in names}  # other rounds than before
+    while names:
+        table.begin(f"fuzz {names[0]}", table.first(f"fuzz {names[0]}"))
+        words = [",".join(names), str(share), ",".join(str(firsts[name]) for name in names)]
+        argv = [sys.executable, "-m", "tests.campaign.fuzz", *words]
         process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        ended = watch(process, 10 * share + 4 * LIMIT_S)  # shrinking takes longer
-        counted = [line for line in ended.out.splitlines() if line.startswith("count ")]
+        ended = watch(process, len(names) * 10 * share + 4 * LIMIT_S)  # shrinking takes longer
+        counted = dict(line.split()[1:] for line in ended.out.splitlines() if line.startswith("count "))
         faults = ["hangs"] if ended.code is None else [] if ended.code == 0 else ["tracebacks"]
-        table.add(f"fuzz: {name}", faults, max(1, int(counted[-1].split()[1]) if counted else 0))
-        report("fuzz", first, 0, name, faults, ended.err)
+        while names and names[0] in counted:  # the seconds of all are counted as those of the first
+            name = names.pop(0)
+            table.add(f"fuzz: {name}", [], max(1, int(counted[name])))
+            if names:
+                table.begin(f"fuzz {names[0]}", table.first(f"fuzz {names[0]}"))
+        if names:
+            name = names.pop(0)
+            table.add(f"fuzz: {name}", faults or ["silent"])
+            report("fuzz", firsts[name], 0, name, faults or ["silent"], ended.err)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 4 and sys.argv[1] in READERS:
-        sys.exit(child(sys.argv[1], float(sys.argv[2]), int(sys.argv[3])))
+    if len(sys.argv) == 4 and set(kinds := sys.argv[1].split(",")) <= set(READERS):
+        sys.exit(child(kinds, float(sys.argv[2]), [int(first) for first in sys.argv[3].split(",")]))
     sys.exit(main("fuzz", run))
