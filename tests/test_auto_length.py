@@ -263,7 +263,7 @@ def test_greedy_text_is_that_of_plain_decoding(costs, scheme):
 @pytest.mark.long
 def test_a_mesh_chooses_what_one_device_chooses(costs):
     """Rows on devices of their own decide together: lengths, trials and text are those of one device."""
-    alone, draft = pair("deepseek of 1")
+    alone, draft = pair("lookup")
     graphdef, state = nnx.split(alone)
     placed = jax.device_put(state, sharding.state_sharding(state, sharding.make_mesh(2, 2, 2)))
     settings = dict(draft=draft, draft_length="auto", stop_tokens=[7])

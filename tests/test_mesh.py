@@ -80,7 +80,6 @@ CASES = {  # (data, expert, tensor), model, microbatches, execution
     "1,8,1 all_to_all microbatches": ((1, 8, 1), PLAIN, 2, replace(RAGGED_DOT, remat="full", layout=ROUNDS)),
     "1,2,2 dense microbatches": ((1, 2, 2), PLAIN, 2, replace(DENSE, layout=GATHER)),
     "2,2,2 all_to_all fsdp": ((2, 2, 2), MODEL, 1, Execution(layout=replace(ROUNDS, fsdp=True))),
-    "2,2,2 fsdp": ((2, 2, 2), PLAIN, 1, replace(RAGGED_DOT, layout=replace(GATHER, fsdp=True))),
     "2,2,1 noise microbatches": ((2, 2, 1), replace(PLAIN, router="noisy_topk"), 2, Execution(layout=GATHER)),
     "2,4,1 quantile": ((2, 4, 1), QUANTILE, 1, Execution(layout=GATHER)),
     "2,2,1 capacity": ((2, 2, 1), replace(PLAIN, capacity_factor=1.25), 1, Execution()),

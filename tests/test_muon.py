@@ -241,29 +241,34 @@ def test_adapters_are_orthogonalised_by_side():
 
 BATCH, LENGTH = 16, 12
 RUN = make_run(
-    "nowhere", model=replace(MODEL, num_layers=1, mtp_depth=0), optim=replace(CFG, learning_rate=1e-2, eps=0.1)
+    "nowhere",
+    model=replace(MODEL, init_std=0.6, num_layers=1, mtp_depth=0),
+    optim=replace(CFG, learning_rate=1e-2, eps=0.1, qk_clip=0.5),
 )
 RUN = replace(RUN, data=replace(RUN.data, batch_size=BATCH, seq_len=LENGTH))
 
 
 @pytest.mark.long
-def test_a_step_on_eight_devices_is_a_single_devices():
+def test_a_clipped_step_of_microbatches_on_eight_devices_is_a_single_devices():
+    """The largest logit is over all devices and parts, and so is the clip that follows."""
     rng = np.random.default_rng(0)
     batch = packed_batch(rng, np.sort(rng.integers(1, 4, (BATCH, LENGTH)), axis=1))
-    want, _ = jax.device_get(make_step(RUN)(fresh_state(RUN), batch))
-    for sizes, fsdp in (((2, 2, 2), True),):
-        run = replace(RUN, execution=ds.Execution(layout=Layout(fsdp=fsdp)))
-        mesh, state = sharding.make_mesh(*sizes), fresh_state(run)
-        where = sharding.state_sharding(state, mesh, fsdp=fsdp)
-        with jax.set_mesh(mesh):
-            rows = jax.device_put(batch, sharding.batch_sharding(mesh))
-            new, _ = make_step(run, choose.prepare(run.execution, mesh=mesh))(jax.device_put(state, where), rows)
-        for leaf, at in zip(jax.tree.leaves(new), jax.tree.leaves(where), strict=True):
-            assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
-        assert any(not at.is_fully_replicated for at in jax.tree.leaves(where.opt.momentum))
-        for a, b in zip(jax.tree.leaves(jax.device_get(new)), jax.tree.leaves(want), strict=True):
-            # Newton-Schulz makes small singular values, and the rounding in them, up to 3.4^5 = 485 times larger.
-            np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())
+    want, alone = jax.device_get(make_step(RUN)(fresh_state(RUN), batch))
+    assert alone["max_logit"] > RUN.optim.qk_clip
+    execution, parts = ds.Execution(layout=Layout(fsdp=True)), replace(RUN.optim, microbatches=2)
+    run, mesh = replace(RUN, execution=execution, optim=parts), sharding.make_mesh(2, 2, 2)
+    state = fresh_state(run)
+    where = sharding.state_sharding(state, mesh, fsdp=True)
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(batch, sharding.batch_sharding(mesh))
+        new, metrics = make_step(run, choose.prepare(execution, mesh=mesh))(jax.device_put(state, where), rows)
+    np.testing.assert_allclose(metrics["max_logit"], alone["max_logit"], rtol=1e-5)
+    for leaf, at in zip(jax.tree.leaves(new), jax.tree.leaves(where), strict=True):
+        assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
+    assert any(not at.is_fully_replicated for at in jax.tree.leaves(where.opt.momentum))
+    for a, b in zip(jax.tree.leaves(jax.device_get(new)), jax.tree.leaves(want), strict=True):
+        # Newton-Schulz makes small singular values, and the rounding in them, up to 3.4^5 = 485 times larger.
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())
 
 
 @pytest.mark.long

@@ -12,10 +12,9 @@ from runs import MODEL, assert_bitwise, cheap_compiles, fresh_state, make_run, p
 
 import dsv3_jax as ds
 from dsv3_jax import reference
-from dsv3_jax.config import ConfigError, Execution, Layout, Lora, OptimConfig
+from dsv3_jax.config import ConfigError, Execution, Lora, OptimConfig
 from dsv3_jax.kernels import choose
 from dsv3_jax.kernels.cpu import library
-from dsv3_jax.mesh import sharding
 from dsv3_jax.model.context import from_zero, make_context
 from dsv3_jax.ops import attention
 from dsv3_jax.training import qk_clip
@@ -198,25 +197,3 @@ def test_what_cannot_be_clipped_is_refused(kind):
     else:
         with pytest.raises(ConfigError, match="qk_clip=0.0 is not positive"):
             OptimConfig(qk_clip=0.0)
-
-
-@pytest.mark.long
-def test_a_mesh_and_microbatches_change_nothing():
-    """The largest logit is over all devices and parts, and the clip that follows is a single device's."""
-    model = replace(MODEL, init_std=0.6, num_layers=1, mtp_depth=0)
-    run = make_run("nowhere", model=model, optim=replace(OPTIM, qk_clip=0.5))
-    run = replace(run, data=replace(run.data, batch_size=16, seq_len=T))
-    batch = batch_of(16)
-    want, alone = jax.device_get(make_step(run)(fresh_state(run), batch))
-    run = replace(run, optim=replace(run.optim, microbatches=2), execution=Execution(layout=Layout(fsdp=True)))
-    mesh, state = sharding.make_mesh(2, 2, 2), fresh_state(run)
-    where = sharding.state_sharding(state, mesh, fsdp=run.execution.layout.fsdp)
-    with jax.set_mesh(mesh):
-        rows = jax.device_put(batch, sharding.batch_sharding(mesh))
-        new, metrics = make_step(run, choose.prepare(run.execution, mesh=mesh))(jax.device_put(state, where), rows)
-    np.testing.assert_allclose(metrics["max_logit"], alone["max_logit"], rtol=1e-5)
-    assert alone["max_logit"] > 0.5
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(jax.device_get(new.params)), jax.tree.leaves(want.params), strict=True
-    ):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7, err_msg=jax.tree_util.keystr(path))
