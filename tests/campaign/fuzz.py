@@ -169,22 +169,20 @@ def run(seconds: float, seed: int, table: Table, least: int = 1) -> None:
     share, names = max(seconds / len(READERS), 1.0), list(READERS)
     firsts = {name: seed + ROUNDS * table.first(f"fuzz {name}") for name in names}  # other rounds than before
     while names:
-        table.begin(f"fuzz {names[0]}", table.first(f"fuzz {names[0]}"))
+        table.begin(f"fuzz {names[0]}", table.first(f"fuzz {names[0]}"))  # the seconds of all are counted as its own
         words = [",".join(names), str(share), ",".join(str(firsts[name]) for name in names)]
         argv = [sys.executable, "-m", "tests.campaign.fuzz", *words]
         process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         ended = watch(process, len(names) * 10 * share + 4 * LIMIT_S)  # shrinking takes longer
         counted = dict(line.split()[1:] for line in ended.out.splitlines() if line.startswith("count "))
-        faults = ["hangs"] if ended.code is None else [] if ended.code == 0 else ["tracebacks"]
-        while names and names[0] in counted:  # the seconds of all are counted as those of the first
+        faults: list[str] = []
+        while names and not faults:
             name = names.pop(0)
-            table.add(f"fuzz: {name}", [], max(1, int(counted[name])))
+            faults = [] if name in counted else ["hangs" if ended.code is None else "tracebacks"]
+            table.add(f"fuzz: {name}", faults, max(1, int(counted.get(name, 0))))
+            report("fuzz", firsts[name], 0, name, faults, ended.err)
             if names:
                 table.begin(f"fuzz {names[0]}", table.first(f"fuzz {names[0]}"))
-        if names:
-            name = names.pop(0)
-            table.add(f"fuzz: {name}", faults or ["silent"])
-            report("fuzz", firsts[name], 0, name, faults or ["silent"], ended.err)
 
 
 if __name__ == "__main__":
