@@ -112,6 +112,18 @@ def called(repo):
     return lines
 
 
+def test_a_picture_whose_runs_are_missing_is_not_drawn_and_the_table_is_there(repo, capsys):
+    """Only the first variant has run: the sentence names what is missing, and nothing fails."""
+
+    def needs_second(results, *_):
+        return str(results.values("second", "val_loss").mean())
+
+    study = make_study(repo, table=needs_second, draw=needs_second)
+    assert study.main(["--seeds", "0", "--only", "first"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.endswith("No picture: no run of 'second'.\n") and "| first | 1,000 (100) |" in printed.out
+
+
 def test_only_missing_runs_are_made_and_failures_are_named(repo, capsys):
     study, folder = make_study(repo), repo / "experiments" / "01_fake"
     assert study.main(["--seeds", "0", "1", "--workers", "1"]) == 1

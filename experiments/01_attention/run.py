@@ -37,7 +37,13 @@ def cache_bytes(results, variant):
 
 
 def draw(results, path):
-    drawing.draw_loss_by_cost(results, path, cache_bytes, "cache, bytes per token", "Loss by cache size")
+    title = drawing.answer(lambda: words(results), "Loss by cache size")
+    drawing.draw_loss_by_cost(results, path, cache_bytes, "cache, bytes per token", title)
+
+
+def words(results):
+    share = cache_bytes(results, "MLA") / cache_bytes(results, "MHA")
+    return f"{drawing.against(results, 'MLA', 'MHA')}, with {100 * share:.0f} % of its cache"
 
 
 def claim(text, variant, against, expect="lower"):

@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
 
 from dsv3_jax.config import replace
-from experiments.lab import ABOVE, Column, Study, drawing, format_number
+from experiments.lab import ABOVE, Column, Study, drawing
 from experiments.lab.claims import Claim, Stake
 from experiments.lab.ladder import DENSE, FINE_2, FINE_4, GSHARD, SHARED, SWITCH, ladder
 
@@ -20,8 +20,10 @@ def claim(text, variant, against, published=None):
 
 
 def draw(results, path):
-    gap = results.paired(FINE_4, DENSE, "val_loss").mean()
-    title = f"Against dense, the finest experts change the loss by {format_number(gap, 3, sign=True)} nats"
+    title = drawing.answer(
+        lambda: f"The finest experts against dense: {drawing.change(results, FINE_4, DENSE)} nats",
+        STUDY.question,
+    )
     drawing.draw_forest(path, STUDY.judge(results)[0], title)
 
 

@@ -61,6 +61,11 @@ def in_domains(numbers):
     return float(np.mean(list(numbers["max_vio_by_domain"].values())))
 
 
+def log_in_domains(numbers):
+    """Return ln of MaxVio of a domain: its noise is then alike in balanced and unbalanced runs."""
+    return float(np.log(in_domains(numbers)))
+
+
 def log_max_vio(numbers):
     """Return ln MaxVio of the training mix: its noise is then alike in balanced and unbalanced runs."""
     return float(np.log(numbers["max_vio_training_mix"]))
@@ -84,23 +89,34 @@ def draw(results, path):
             steps, values = results.curve(name, "max_vio")
             left.plot(steps, values.mean(0), color=COLOURS[rule], linewidth=1.4)
             left.fill_between(steps, values.min(0), values.max(0), color=COLOURS[rule], alpha=0.15, linewidth=0)
-    drawing.style_axes(left, "MaxVio of a step's tokens, at a middle strength", "step", "(max − mean) / mean")
+    title = drawing.answer(lambda: even_words(results), "MaxVio of a step's tokens, at a middle strength")
+    drawing.style_axes(left, title, "step; shaded: seeds", "MaxVio of a step's tokens, at a middle strength")
     plot_rules(middle, results, "val_loss")
-    drawing.style_axes(
-        middle, "What balance costs: loss by MaxVio, a line per rule", "MaxVio of the training mix", "nats per token"
+    title = drawing.answer(
+        lambda: f"No balance against the bias: {drawing.change(results, 'none', BIAS)} nats",
+        "What balance costs: loss by MaxVio",
     )
-    plot_rules(right, results, in_domains)
-    drawing.style_axes(
-        right, "Balance of the mix and within domains", "MaxVio of the training mix", "MaxVio of a domain, mean"
-    )
+    drawing.style_axes(middle, title, "MaxVio of the training mix", "nats per token; bars: 95 % interval")
+    plot_rules(right, results, log_in_domains, shown=np.exp)
+    title = drawing.answer(lambda: domain_words(results), "Balance of the mix and within domains")
+    drawing.style_axes(right, title, "MaxVio of the training mix", "MaxVio of a domain, mean; bars: 95 % interval")
     for axis in (left.yaxis, right.yaxis, middle.xaxis, right.xaxis):
-        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-        axis.set_ticks(TICKS, [str(x) for x in TICKS])
-        axis.set_ticks([], minor=True)
+        drawing.make_logarithmic(axis, TICKS)
     low, high = right.get_xlim()
     right.plot([low, high], [low, high], ":", color="0.5", linewidth=0.8)
     figure.legend(*middle.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=6, loc="outside lower center")
     write_figure(figure, path)
+
+
+def even_words(results):
+    ends = [late_max_vio(results, name).mean() for name in (BIAS, "none")]
+    return "MaxVio ends at {:.1f} with the bias, at {:.1f} without balance".format(*ends)
+
+
+def domain_words(results):
+    """Say how uneven a domain is, as a multiple of the mix; geometric means over seeds."""
+    times = [np.exp(results.values(name, apart).mean()) for name in (BIAS, SEQUENCE)]
+    return "A domain's MaxVio: {:.1f} × the mix's with the bias,\n{:.1f} × with a sequence-wise loss".format(*times)
 
 
 COLOURS = {"no balance": "0.3"} | {rule: f"C{i}" for i, rule in enumerate(RULES)}
@@ -112,9 +128,10 @@ def rules(results):
     return {rule: [name for name in found if name in results.variants] for rule, found in names.items()}
 
 
-def plot_rules(ax, results, key):
+def plot_rules(ax, results, key, **how):
     for rule, names in rules(results).items():
-        drawing.plot_strengths(ax, results, names, "max_vio_training_mix", key, COLOURS[rule], rule)
+        if names:
+            drawing.plot_strengths(ax, results, names, "max_vio_training_mix", key, COLOURS[rule], rule, **how)
 
 
 def balance(text, variant, against, expect="lower", key=log_max_vio, unit="ln MaxVio", published=None):

@@ -81,17 +81,16 @@ def draw(results, path):
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     names = [name for name in results.variants if len(results.values(name, "mesh_bytes"))]
-    for name in names:
+    for name, half in zip(names, drawing.half_intervals(results, names, unknown_bits), strict=True):
         colour = drawing.colour_of(results, name)
         sent, bits = results.values(name, "mesh_bytes"), results.values(name, unknown_bits)
         left.plot(sent, bits, ".", color=colour, alpha=0.6)
-        left.plot([sent.mean()], [bits.mean()], "o", color=colour, markersize=9, label=name)
-    title = "Facts against traffic"
-    if {name_of(4), NO_LIMIT} <= set(names):
-        cost = results.paired(name_of(4), NO_LIMIT, unknown_bits).mean()
-        few, all_of_them = (results.values(name, "mesh_copies").mean() for name in (name_of(4), NO_LIMIT))
-        title = f"4 of 8 groups cost {cost:.2f} bits and save {1 - few / all_of_them:.0%} of the copies"
-    drawing.style_axes(left, title, "bytes sent per token and layer, 8 devices", "bits of a fact unknown, of 6")
+        left.errorbar(
+            [sent.mean()], [bits.mean()], yerr=[half], fmt="o", color=colour, markersize=8, capsize=4, label=name
+        )
+    title = drawing.answer(lambda: words(results), "Facts against traffic")
+    label = "bits of a fact unknown, of 6; bars: 95 % interval"
+    drawing.style_axes(left, title, "bytes sent per token and layer, 8 devices", label)
     left.set_xlim(left=0)
     left.legend(frameon=False, fontsize=9)
     place = np.arange(len(names))
@@ -101,14 +100,22 @@ def draw(results, path):
             ("mesh_least_bytes", "needed: copies of tokens", "C2"),
         ]
     ):
-        values = [results.values(name, key).mean() for name in names]
-        right.bar(place + 0.38 * shift - 0.19, values, 0.36, color=colour, label=label)
+        values, x = [results.values(name, key) for name in names], place + 0.38 * shift - 0.19
+        right.bar(x, [v.mean() for v in values], 0.36, color=colour, label=label)
+        for at, of_seeds in zip(x, values, strict=True):
+            right.plot(np.full(len(of_seeds), at), of_seeds, ".", color="0.2", markersize=4)
     ratios = [(results.values(n, "mesh_bytes") / results.values(n, "mesh_least_bytes")).mean() for n in names]
     title = f"Empty slots: {min(ratios):.1f} to {max(ratios):.1f} times the bytes needed" if ratios else ""
-    drawing.style_axes(right, title, "groups that a token may reach", "bytes per token and layer")
+    drawing.style_axes(right, title, "groups that a token may reach; dots: seeds", "bytes per token and layer")
     right.set_xticks(place, [name.split()[0] for name in names])
     right.legend(frameon=False, fontsize=9)
     write_figure(figure, path)
+
+
+def words(results):
+    cost = results.difference(name_of(4), NO_LIMIT, unknown_bits)
+    few, all_of_them = (results.values(name, "mesh_copies").mean() for name in (name_of(4), NO_LIMIT))
+    return f"4 of 8 groups cost {cost:.2f} bits and save {100 * (1 - few / all_of_them):.0f} % of the copies"
 
 
 def equal(kept):

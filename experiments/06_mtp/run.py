@@ -14,6 +14,7 @@ from experiments.lab import Column, Study, drawing, write_figure
 from experiments.lab.claims import Claim
 
 OFF, ONE, LONGER = "off", "DeepSeek, depth 1", "off, with the FLOPs of depth 1"
+TWO, META = "DeepSeek, depth 2", "Meta, 2 heads"
 
 
 def variants(base):
@@ -21,8 +22,8 @@ def variants(base):
     models = {
         OFF: off,
         ONE: replace(off, mtp_depth=1),
-        "DeepSeek, depth 2": replace(off, mtp_depth=2),
-        "Meta, 2 heads": replace(off, mtp_depth=2, mtp_kind="meta"),
+        TWO: replace(off, mtp_depth=2),
+        META: replace(off, mtp_depth=2, mtp_kind="meta"),
     }
     ratio = train_flops_per_token(models[ONE]) / train_flops_per_token(off)
     steps = round(ratio * base.steps)
@@ -45,23 +46,43 @@ def tokens_per_step(results, variant):
 
 
 def draw(results, path):
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = Figure(figsize=(11, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2)
-    drawing.plot_differences(
-        left, results, "val_loss", "Validation loss of the next token against off", "nats per token"
-    )
-    for i, variant in enumerate(results.variants):
-        acceptance = results.values(variant, "mtp_acceptance") * 100
-        for position, shares in enumerate(acceptance.T):
-            x = position + 0.2 * (i - (len(results.variants) - 1) / 2)
-            label = variant if position == 0 else None
-            right.bar([x], [shares.mean()], 0.18, color=f"C{i % 10}", alpha=0.6, label=label)
+    title = drawing.answer(lambda: loss_words(results), "Validation loss of the next token")
+    published = {claim.variant: claim.published for claim in STUDY.claims if claim.published is not None}
+    drawing.plot_differences(left, results, "val_loss", title, "nats per token", published)
+    for position in (0, 1):
+        names = [name for name in results.variants if results.values(name, "mtp_acceptance").shape[1] > position]
+        halves = drawing.half_intervals(results, names, accepted(position)) if names else []
+        for name, half in zip(names, halves, strict=True):
+            colour, shares = drawing.colour_of(results, name), results.values(name, accepted(position))
+            x = position + 0.2 * (results.variants.index(name) - (len(results.variants) - 1) / 2)
+            label = name if position == 0 else None
+            right.bar([x], [shares.mean()], 0.18, color=colour, alpha=0.6, label=label)
             right.plot(np.full(len(shares), x), shares, ".", color="0.2", markersize=5)
-    drawing.style_axes(right, "Accepted drafts on held-out text", "", "%, if the drafts before were accepted")
+            right.errorbar([x], [shares.mean()], yerr=[half], color="0.2", linewidth=1.2, capsize=4)
+    title = drawing.answer(lambda: draft_words(results), "Accepted drafts on held-out text")
+    drawing.style_axes(right, title, "dots: seeds, bars: 95 % interval", "%, if the drafts before were accepted")
     right.set_ylim(0, 100)
     right.set_xticks([0, 1], ["first draft", "second draft"])
-    right.legend(frameon=False, fontsize=8)
+    if right.containers:
+        right.legend(frameon=False, fontsize=8)
     write_figure(figure, path)
+
+
+def accepted(position):
+    """Return a function of a run's numbers: the accepted share of drafts at a position, %."""
+    return lambda numbers: 100 * numbers["mtp_acceptance"][position]
+
+
+def loss_words(results):
+    changes = (drawing.change(results, name, OFF) for name in (ONE, LONGER))
+    return "One module: {} nats;\nmore steps with its FLOPs: {}".format(*changes)
+
+
+def draft_words(results):
+    shares = [results.values(name, accepted(1)).mean() for name in (TWO, META)]
+    return "Second drafts accepted: {:.0f} % of a chain's,\n{:.0f} % of parallel heads'".format(*shares)
 
 
 STUDY = Study(
@@ -81,14 +102,14 @@ STUDY = Study(
     draw=draw,
     claims=(
         Claim("one module lowers the next token's loss", ONE, OFF, published=0.0),
-        Claim("two modules lower the next token's loss", "DeepSeek, depth 2", OFF),
-        Claim("Meta's heads lower the next token's loss", "Meta, 2 heads", OFF),
+        Claim("two modules lower the next token's loss", TWO, OFF),
+        Claim("Meta's heads lower the next token's loss", META, OFF),
         Claim("one module lowers it more than longer training with its FLOPs", ONE, LONGER),
         Claim(
             "a chain's second draft is accepted more often than a parallel head's",
-            "DeepSeek, depth 2",
-            "Meta, 2 heads",
-            lambda numbers: 100 * numbers["mtp_acceptance"][1],
+            TWO,
+            META,
+            accepted(1),
             "higher",
             unit="points",
             digits=1,

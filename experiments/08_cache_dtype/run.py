@@ -18,7 +18,8 @@ from dsv3_jax.model import cache as cache_file
 from dsv3_jax.model.cache import CACHE_DTYPES
 from dsv3_jax.training.evaluate import cache_quality
 from experiments.lab import Study, drawing, markdown_table, mean_spread, write_figure
-from experiments.lab.claims import Claim, Stake
+from experiments.lab.claims import Claim, Stake, noise_within, table_of
+from experiments.lab.statistics import against_constant
 
 EXACT = CACHE_DTYPES[0]  # float32
 CACHES = {"MLA": ("latent", "expanded"), "MHA": ("expanded",)}
@@ -108,6 +109,14 @@ def table(results):
     return markdown_table([*header, "same most likely token, %"], rows)
 
 
+def half_interval(results, variant, key):
+    """Return half of the 95 % interval of a variant's mean, as the claims are judged; 0 for one seed."""
+    try:
+        return against_constant(table_of(results, key)[variant], 0.0, noise_within(results)(key)).half
+    except ValueError:
+        return 0.0
+
+
 def bits_of(dtype):
     return {"float32": 32, "bfloat16": 16, "int8": 8, "float8_e4m3": 8}.get(dtype) or int(dtype.split()[0])
 
@@ -122,17 +131,20 @@ def draw(results, path):
         rows = [r for r in cells(results) if r[:2] == (variant, kind) and r[2] not in (EXACT, "float8_e4m3")]
         x = np.array([bits_of(dtype) for _, _, dtype, *_ in rows]) + 0.06 * (i - 1)
         y = np.array([changed.mean() for *_, changed in rows])
-        low, high = (np.array([f(changed) for *_, changed in rows]) for f in (np.min, np.max))
+        half = [half_interval(results, variant, change(kind, dtype)) for _, _, dtype, *_ in rows]
+        face = "white" if (variant, kind) == ("MLA", "expanded") else None
         ax.errorbar(
-            x, y, [y - low, high - y], fmt="o-", color=f"C{i}", markersize=5, capsize=3, label=f"{variant}, {kind}"
-        )
+            x, y, half, fmt="o-", color=drawing.colour_of(results, variant), markerfacecolor=face, markersize=5,
+            capsize=3, label=f"{variant}, {kind}",
+        )  # fmt: skip
         if kind == "latent":
             fewest = min((bits_of(d) for _, _, d, _, c in rows if abs(c.mean()) <= MARGIN), default=None)
     ax.axvline(6, color="black", linestyle=":", linewidth=1, label="published: 6 bits on average")
     ax.axhspan(-MARGIN, MARGIN, color="0.9", zorder=0, label=f"within {MARGIN} nats")
     ax.set_yscale("symlog", linthresh=MARGIN)
     answer = "" if fewest is None else f": the latent keeps its loss down to {fewest} bits"
-    drawing.style_axes(ax, f"Loss by bits of a cached number{answer}", "bits; bars: range over seeds", "nats per token")
+    label = "loss against the exact cache, nats per token"
+    drawing.style_axes(ax, f"Loss by bits of a cached number{answer}", "bits; bars: 95 % interval", label)
     ax.set_xscale("log", base=2)
     ticks = sorted({bits_of(dtype) for _, _, dtype, *_ in cells(results) if dtype != EXACT})
     ax.set_xticks(ticks, [str(t) for t in ticks])

@@ -86,28 +86,31 @@ def draw(results, path):
                 ax.set_xlabel("expert, sorted by its favourite domain", fontsize=8)
     bar = figure.colorbar(image, ax=maps, location="bottom", shrink=0.5, aspect=50, extend="max")
     bar.set_label("load of an expert within the domain / even load", fontsize=8)
-    side, below = figure.add_subplot(grid[:-1, len(shown)]), figure.add_subplot(grid[-1, len(shown)])
+    side = figure.add_subplot(grid[:, len(shown)])
     draw_information(side, results, count)
-    below.legend(*side.get_legend_handles_labels(), frameon=False, fontsize=8, loc="center")
-    below.set_axis_off()
+    figure.legend(*side.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=5, loc="outside lower center")
     write_figure(figure, path)
 
 
 def draw_information(ax, results, count):
-    for i, name in enumerate(results.variants):
+    halves = [drawing.half_intervals(results, results.variants, f"bits/{i}") for i in range(count)]
+    for i, (name, half) in enumerate(zip(results.variants, np.transpose(halves), strict=True)):
         bits, chance = results.values(name, "bits"), results.values(name, "shuffled_95")
         positions = np.arange(count) + 0.12 * (i - (len(results.variants) - 1) / 2)
-        ax.plot(positions, bits.mean(0), "_", color=f"C{i}", markersize=11, markeredgewidth=2.5, label=name)
-        ax.plot(np.broadcast_to(positions, bits.shape), bits, ".", color=f"C{i}", alpha=0.6)
-        ax.plot(positions, chance.mean(0), "x", color=f"C{i}", markersize=5)
-    drawing.style_axes(
-        ax,
-        "Experts of the bias tell most of the domain\n×: 95 % of shuffled documents",
-        "sparse layer",
-        "I(expert; domain), bits",
-    )
+        how = {"color": drawing.colour_of(results, name)}
+        ax.errorbar(positions, bits.mean(0), yerr=half, fmt="_", markersize=11, markeredgewidth=2.5, label=name, **how)
+        ax.plot(np.broadcast_to(positions, bits.shape), bits, ".", alpha=0.6, **how)
+        ax.plot(positions, chance.mean(0), "x", markersize=5, **how)
+    title = drawing.answer(lambda: words(results), "What an expert tells of the domain")
+    label = "sparse layer; bars: 95 % interval\n×: 95 % of shuffled documents"
+    drawing.style_axes(ax, title, label, "I(expert; domain), bits")
     ax.set_xticks(range(count))
     ax.set_ylim(bottom=0)
+
+
+def words(results):
+    bias, loss = (results.values(name, "bits").mean() for name in (BIAS, SEQUENCE))
+    return f"{bias:.2f} bits of the domain with the bias,\n{loss:.2f} with a sequence-wise loss"
 
 
 def over_mean(load_by_domain):
@@ -133,7 +136,7 @@ def token_against_domain(numbers):
     return numbers["token"] - numbers["excess_mean"]
 
 
-BIAS = "loss-free, γ 3e-3"
+BIAS, SEQUENCE = "loss-free, γ 3e-3", "sequence-wise, α 3e-3"
 
 STUDY = Study(
     script=__file__,
@@ -142,8 +145,8 @@ STUDY = Study(
     variants=variants,
     measure=measure,
     columns=(
-        Column("bits over chance, mean of layers", "excess_mean", 4, paired=True, against=("sequence-wise, α 3e-3",)),
-        Column("the same, once the token is known", "given", 4, paired=True, against=("sequence-wise, α 3e-3",)),
+        Column("bits over chance, mean of layers", "excess_mean", 4, paired=True, against=(SEQUENCE,)),
+        Column("the same, once the token is known", "given", 4, paired=True, against=(SEQUENCE,)),
         Column("I(expert; token)", "token", 3),
         Column("first layer: bits", layer(0, "bits"), 4),
         Column("shuffled", layer(0, "shuffled"), 4),
@@ -157,13 +160,13 @@ STUDY = Study(
     ),
     draw=draw,
     claims=(
-        more_bits("the bias gives more specialised experts than a sequence-wise loss", BIAS, "sequence-wise, α 3e-3"),
+        more_bits("the bias gives more specialised experts than a sequence-wise loss", BIAS, SEQUENCE),
         more_bits("the bias gives more specialised experts than the Switch loss", BIAS, "Switch loss, α 1e-2"),
         more_bits("the bias gives more specialised experts than no balance", BIAS, "none"),
         more_bits(
             "with the token given, the bias still gives more than a sequence-wise loss",
             BIAS,
-            "sequence-wise, α 3e-3",
+            SEQUENCE,
             "given",
         ),
         more_bits(

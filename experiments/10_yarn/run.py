@@ -202,11 +202,13 @@ def draw(results, path):
         if losses_of(results, variant, how):
             curve(left, contexts, results.values(variant, f"{how}/loss"), line, i)
         curve(right, np.array(DISTANCES) * length, 100 * results.values(variant, f"{how}/retrieved"), line, i)
-    title = "YaRN keeps the loss beyond L"
-    drawing.style_axes(left, title, f"tokens read; the same {length // 2} bytes are scored", "nats per byte")
-    drawing.style_axes(
-        right, "No model finds keys", f"distance to the key, in rows of {FACTOR * length}", "keys found, %"
-    )
+    title = drawing.answer(lambda: loss_words(results), "Loss beyond L")
+    label = f"tokens read; the same {length // 2} bytes are scored; shaded: seeds"
+    drawing.style_axes(left, title, label, "nats per byte")
+    found = [100 * results.values(variant, f"{how}/retrieved").mean() for _, variant, how in shown(results)]
+    title = f"Of keys, {min(found):.0f} to {max(found):.0f} % are found, {100 * planted.CHANCE:.0f} % by chance"
+    label = f"distance to the key, in rows of {FACTOR * length}; shaded: seeds"
+    drawing.style_axes(right, title, label, "keys found, %")
     if not left.lines:
         left.text(0.5, 0.5, "withdrawn: recipe 1 rests on three rows", ha="center", transform=left.transAxes)
     right.axhline(100 * planted.CHANCE, color="0.5", linewidth=0.8, linestyle=":")
@@ -217,6 +219,15 @@ def draw(results, path):
         ax.annotate(" L", (length, 0.99), xycoords=("data", "axes fraction"), va="top", fontsize=9, color="0.4")
     figure.legend(*right.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=3, loc="outside lower center")
     write_figure(figure, path)
+
+
+def loss_words(results):
+    """Say what contexts beyond L cost against those up to L, unchanged and with YaRN."""
+    costs = []
+    for how in ("own", "yarn"):
+        within, beyond = losses_of(results, "L", how) or [np.array(np.nan)] * 2
+        costs.append(drawing.signed(float((beyond - within).mean()), 2))
+    return f"Beyond L: {costs[0]} nats unchanged, {costs[1]} with YaRN alone"
 
 
 def curve(ax, x, values, line, i):

@@ -22,9 +22,14 @@ def claim(text, variant, against):
 
 
 def draw(results, path):
-    drawing.draw_forest(
-        path, STUDY.judge(results)[0], f"{STUDY.question}\nBits of a fact still unknown, lower is better"
-    )
+    title = drawing.answer(lambda: words(results), STUDY.question)
+    drawing.draw_forest(path, STUDY.judge(results)[0], f"{title}\nBits of a fact still unknown, lower is better")
+
+
+def words(results):
+    pairs = (SWITCH, DENSE), (SHARED, GSHARD)
+    changes = (drawing.change(results, *pair, unknown_bits, 2) for pair in pairs)
+    return "One expert of eight against dense: {} bits; a shared one against none: {}".format(*changes)
 
 
 STUDY = Study(

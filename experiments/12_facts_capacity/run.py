@@ -41,9 +41,14 @@ def claim(text, variant, against, expect="lower", **more):
 
 
 def draw(results, path):
-    drawing.draw_forest(
-        path, STUDY.judge(results)[0], f"{STUDY.question}\nBits of a fact still unknown, lower is better"
-    )
+    title = drawing.answer(lambda: words(results), STUDY.question)
+    drawing.draw_forest(path, STUDY.judge(results)[0], f"{title}\nBits of a fact still unknown, lower is better")
+
+
+def words(results):
+    pairs = (CAPPED_UNBALANCED, UNBALANCED), (CAPPED, NO_DROP)
+    changes = (drawing.change(results, *pair, unknown_bits, 2) for pair in pairs)
+    return "Drops without balance: {} bits; with it: {}".format(*changes)
 
 
 STUDY = Study(

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from dsv3_jax.config import Yarn, replace
 from dsv3_jax.model.transformer import Transformer
-from experiments.lab import FollowUp, OnTask, Study, markdown_table, mean_spread, write_figure
+from experiments.lab import FollowUp, OnTask, Study, drawing, markdown_table, mean_spread, write_figure
 from experiments.lab.claims import Claim, Stake
 from experiments.lab.tasks import Retrieval
 
@@ -153,10 +153,14 @@ def draw(results, path):
     axes[0].set_yticks(range(len(DEPTHS)), [f"{d:.0%}" for d in DEPTHS])
     axes[0].set_ylabel("distance to the key, of the row")
     figure.colorbar(image, ax=axes, label="keys found, %")
-    unchanged, yarn = (results.values("L", beyond(how)).mean() for how in ("own", "yarn"))
-    title = f"Of keys farther than L, YaRN alone finds {yarn:.0f} %, the unchanged model {unchanged:.0f} %"
+    title = drawing.answer(lambda: words(results), "Keys found")
     figure.suptitle(f"{title} (mean over {len(results.seeds())} seeds)", fontsize=11)
     write_figure(figure, path)
+
+
+def words(results):
+    unchanged, yarn = (results.values("L", beyond(how)).mean() for how in ("own", "yarn"))
+    return f"Of keys farther than L, YaRN alone finds {yarn:.0f} %, the unchanged model {unchanged:.0f} %"
 
 
 def claim(text, variant, against, key, expect="higher", **more):

@@ -103,7 +103,7 @@ def table(results):
             continue
         error = 100 * results.values(EXACT, f"gradient_error/{variant}")
         for key in ("val_loss", "late_loss"):
-            mean = change(results, variant, key).mean(keepdims=True)
+            mean = np.array([results.difference(variant, EXACT, percent(key))])
             row.append(f"{mean_spread(mean, 3, sign=True)} ± {interval(results, key):.3f}")
         rows.append([*row, mean_spread(error, 2)])
     header = ["variant", "validation loss", "training loss, last quarter", "validation loss against float32, %"]
@@ -113,7 +113,8 @@ def table(results):
 def draw(results, path):
     figure = Figure(figsize=(11, 4.0), layout="constrained")
     left, right = figure.subplots(1, 2)
-    names = [name for name in results.variants if name != EXACT]
+    seeds = results.seeds_of(EXACT)
+    names = [name for name in results.variants if name != EXACT and results.seeds_of(name) == seeds]
     for i, name in enumerate(names):
         steps, values = results.curve(name, "loss")
         exact = results.curve(EXACT, "loss")[1]
@@ -132,13 +133,20 @@ def draw(results, path):
         ax.plot([], [], color="0.3", linewidth=0.8, linestyle="--", label=f"±{BOUND} %, the report's bound")
     right.plot([], [], "o", color="0.4", fillstyle="none", label="validation")
     right.plot([], [], "s", color="0.4", fillstyle="none", label="training, last quarter")
-    drawing.style_axes(left, "Training loss against float32", "step", "%: mean of the seeds, shaded from min to max")
-    drawing.style_axes(right, "Loss at the end against float32", "%: a dot is a seed, a bar the 95 % interval", "")
+    title = drawing.answer(lambda: words(results, "late_loss", "Training"), "Training loss against float32")
+    drawing.style_axes(left, title, "step", "%: mean of the seeds, shaded from min to max")
+    title = drawing.answer(lambda: words(results, "val_loss", "Validation"), "Loss at the end against float32")
+    drawing.style_axes(right, title, "% of float32's loss: a dot is a seed, a bar the 95 % interval", "")
     right.set_yticks(range(len(names)), names)
     right.set_ylim(len(names) - 0.4, -1.1)  # space for the legend
-    for ax in (left, right):
-        ax.legend(frameon=False, fontsize=8, ncols=2)
+    left.legend(frameon=False, fontsize=8, ncols=2)
+    right.legend(framealpha=1, edgecolor="none", fontsize=8, ncols=2)  # no line runs through its text
     write_figure(figure, path)
+
+
+def words(results, key, what):
+    name = "fp8"
+    return f"{what} loss with FP8: {drawing.change(results, name, EXACT, percent(key), 2)} % of float32's"
 
 
 def keeps(variant, key, what):

@@ -63,7 +63,7 @@ def steps_to(results, variant, target=ADAMW):
 
     The validation loss is interpolated between evaluations.
     """
-    seeds = sorted(results.runs[variant].keys() & results.runs[target].keys(), key=int)
+    seeds = results.common_seeds(variant, target)
     curves = [[results.runs[name][seed]["curves"]["val_loss"] for name in (variant, target)] for seed in seeds]
     shares = []
     for (steps, losses), (target_steps, target_losses) in curves:
@@ -88,7 +88,8 @@ def log_logit(numbers):
 def draw(results, path):
     figure = Figure(figsize=(12, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    drawing.plot_curves(left, results, "val_loss", title(results), "validation loss, nats per token")
+    words = drawing.answer(lambda: loss_words(results), "Validation loss by steps")
+    drawing.plot_curves(left, results, "val_loss", words, "validation loss, nats per token")
     for variant in results.variants:
         heads = np.stack([np.sort(np.ravel(h))[::-1] for h in results.values(variant, "head_logits")])
         colour = drawing.colour_of(results, variant)
@@ -96,17 +97,20 @@ def draw(results, path):
         right.fill_between(
             range(1, heads.shape[1] + 1), heads.min(0), heads.max(0), color=colour, alpha=0.15, linewidth=0
         )
-    tops = {name: results.values(name, "max_logit").mean() for name in results.variants}
-    words = f"The largest logit is {tops[MUON]:.0f} with Muon, {tops[ADAMW]:.0f} with AdamW"
-    if CLIPPED in tops:
-        right.axhline(THRESHOLD, color="0.4", linewidth=0.8, linestyle="--")
-        words += f", {tops[CLIPPED]:.0f} with Muon and QK-clip at {THRESHOLD:g}"
-    drawing.style_axes(right, words, "heads of all layers, largest first", "largest attention logit on held-out text")
+    right.axhline(THRESHOLD, color="0.4", linewidth=0.8, linestyle="--")
+    words = drawing.answer(lambda: logit_words(results), "The largest logits")
+    label = "heads of all layers, largest first; shaded: seeds"
+    drawing.style_axes(right, words, label, "largest attention logit on held-out text")
     right.legend(frameon=False, fontsize=8)
     write_figure(figure, path)
 
 
-def title(results):
+def logit_words(results):
+    tops = [results.values(name, "max_logit").mean() for name in (MUON, ADAMW, CLIPPED)]
+    return "The largest logit is {:.0f} with Muon, {:.0f} with AdamW, {:.0f} clipped at {:g}".format(*tops, THRESHOLD)
+
+
+def loss_words(results):
     share = steps_to(results, MUON)
     if np.isnan(share).any():
         return "Muon does not reach AdamW's loss in every seed"

@@ -141,11 +141,13 @@ def draw(results, path):
         ax.axhline(0, color="0.5", linewidth=0.8)
     axes[0].set_ylabel("loss above all experts', nats; shaded: seeds")
     axes[0].legend(frameon=False, fontsize=9)
-    half = results.values(BIAS, cost(WORTH, 0.5)).mean(), results.values(BIAS, cost(CHANCE, 0.5)).mean()
-    figure.suptitle(
-        f"Half of the experts, chosen by worth, cost {half[0]:.3f} nats; at random {half[1]:.3f}", fontsize=11
-    )
+    figure.suptitle(drawing.answer(lambda: words(results), "What removed experts cost"), fontsize=11)
     write_figure(figure, path)
+
+
+def words(results):
+    worth, chance = (results.values(BIAS, cost(way, 0.5)).mean() for way in (WORTH, CHANCE))
+    return f"Half of the experts, chosen by worth, cost {worth:.3f} nats; at random {chance:.3f}"
 
 
 def claim(text, variant, key, expect="higher", stake="experts"):

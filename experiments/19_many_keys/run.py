@@ -7,6 +7,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `exper
 
 import math
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
@@ -71,18 +72,30 @@ def draw(results, path):
     figure = Figure(figsize=(11, 0.9 + 0.34 * len(results.variants)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     names = sorted(results.variants, key=lambda name: -results.values(name, "cached")[0])
-    for key, ax in ((unknown_bits, left), ("steps_to_half", right)):
-        for place, name in enumerate(names):
-            values = results.values(name, key)
-            colour = "C0" if name == MLA or "row" in name else "C1" if name.startswith("MLA") else "C2"
-            ax.plot(values, [place] * len(values), "o", color=colour, alpha=0.45, markersize=5, markeredgewidth=0)
-            ax.plot([values.mean()], [place], "|", color=colour, markersize=14, markeredgewidth=2)
+    drawing.make_logarithmic(right.xaxis, (100, 200, 400, 600))
+    colours = [drawing.colour_of(results, name) for name in names]
+    drawing.plot_rows(left, results, names, unknown_bits, colours)
+    drawing.plot_rows(right, results, names, log_steps, colours, shown=np.exp)
     labels = [f"{name}: {results.values(name, 'cached')[0]:.0f} numbers" for name in names]
     left.set_yticks(range(len(names)), labels, fontsize=9)
     left.invert_yaxis()
-    drawing.style_axes(left, "Recall needs a row of 8 numbers, and 4 are too few", "bits of a value unknown, of 2", "")
-    drawing.style_axes(right, "Kinds without a latent learn it sooner", "steps to half of the bits; 600: never", "")
+    title = f"Recall of {TASK.planted} keys needs a row of {fewest_numbers(results)} numbers"
+    drawing.style_axes(left, title, "bits of a value unknown, of 2; bars: 95 % interval", "")
+    title = drawing.answer(lambda: step_words(results), "Steps to half of the bits")
+    drawing.style_axes(right, title, "steps to half of the bits; 600: never", "")
     write_figure(figure, path)
+
+
+def fewest_numbers(results):
+    """Return how many numbers the smallest row has with which no more than MARGIN bits are unknown."""
+    known = [name for name in results.variants if results.values(name, unknown_bits).mean() <= MARGIN]
+    rows = [results.values(name, "cached")[0] for name in known or results.variants]
+    return f"{min(rows):.0f}" if known else f"more than {max(rows):.0f}"
+
+
+def step_words(results):
+    steps = [np.exp(results.values(name, log_steps).mean()) for name in (MLA, MHA)]
+    return "Half is known after {:.0f} steps of MLA, {:.0f} of MHA".format(*steps)
 
 
 def claim(text, variant, against, expect="higher", key=unknown_bits, unit="bits", **more):

@@ -61,29 +61,39 @@ def draw(results, path):
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     names = {"no balance": ("none",)} | {rule: tuple(by_strength) for rule, by_strength in RULES.items()}
-    for i, (rule, strengths) in enumerate(names.items()):
-        colour = f"C{i - 1}" if i else "0.3"
+    for rule, strengths in names.items():
+        colour = drawing.colour_of(results, strengths[0])
         for ax, key in ((left, unknown_bits), (right, "information")):
             line(ax, results, strengths, key, colour, rule)
         line(right, results, [name + ONE_DOMAIN for name in strengths], "information", colour, "", filled=False)
     right.scatter([], [], 60, facecolors="none", edgecolors="0.3", label="training batches of one domain")
-    drawing.style_axes(
-        left, "Only a strong sequence-wise loss costs knowledge", "MaxVio", "bits of an answer unknown, of 7.8"
-    )
-    drawing.style_axes(
-        right, "A loss within a domain stops experts from dividing domains", "MaxVio", "I(expert; domain), bits of 4"
-    )
+    title = drawing.answer(lambda: cost_words(results), "What balance costs")
+    drawing.style_axes(left, title, "MaxVio", "bits of an answer unknown, of 7.8; bars: 95 % interval")
+    title = drawing.answer(lambda: words(results), "What an expert tells of the domain")
+    drawing.style_axes(right, title, "MaxVio", "I(expert; domain), bits of 4; bars: 95 % interval")
     for ax in (left, right):
-        ax.set_xscale("log")
-        ax.set_xticks([0.1, 0.2, 0.5, 1], ["0.1", "0.2", "0.5", "1"])
-        ax.minorticks_off()
+        drawing.make_logarithmic(ax.xaxis, (0.1, 0.2, 0.5, 1))
     right.set_ylim(bottom=0)
     figure.legend(*right.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=5, loc="outside lower center")
     write_figure(figure, path)
 
 
+def cost_words(results):
+    change = drawing.change(results, STRONG, BIAS, unknown_bits, 2)
+    return f"The strongest sequence-wise loss against the bias: {change} bits"
+
+
+def words(results):
+    bits = [results.values(name, "information").mean() for name in (BIAS, BATCH, STRONG)]
+    return "Experts tell {:.2f} bits of the domain with the bias,\n{:.2f} batch-wise, {:.2f} sequence-wise".format(
+        *bits
+    )
+
+
 def line(ax, results, names, key, colour, label, **more):
     found = [name for name in names if name in results.variants]
+    if not found:
+        return
     drawing.plot_strengths(ax, results, found, "max_vio_global", key, colour, label, **more)
 
 

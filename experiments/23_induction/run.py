@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `exper
 import itertools
 import math
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
@@ -67,22 +68,37 @@ def log_formed(numbers):
     return math.log(numbers["formed"])
 
 
+def log_above(numbers):
+    """Return ln of the bits above the optimum."""
+    return math.log(max(numbers["above"], 1e-4))
+
+
 def draw(results, path):
     figure = Figure(figsize=(11, 0.9 + 0.36 * len(results.variants)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for key, ax in (("formed", left), ("above", right)):
-        for place, name in enumerate(results.variants):
-            values = results.values(name, key)
-            colour = "C1" if name.startswith(MUON) else "C0"
-            ax.plot(values, [place] * len(values), "o", color=colour, alpha=0.45, markersize=5, markeredgewidth=0)
-            ax.plot([values.mean()], [place], "|", color=colour, markersize=14, markeredgewidth=2)
+    drawing.make_logarithmic(left.xaxis, (100, 200, 400))
+    drawing.make_logarithmic(right.xaxis, (0.02, 0.05, 0.1))
+    colours = ["C1" if name.startswith(MUON) else "C0" for name in results.variants]
+    drawing.plot_rows(left, results, results.variants, log_formed, colours, shown=np.exp)
+    drawing.plot_rows(right, results, results.variants, log_above, colours, shown=np.exp)
     left.set_yticks(range(len(results.variants)), results.variants, fontsize=9)
     left.invert_yaxis()
-    means = {name: results.values(name, "formed").mean() for name in results.variants}
-    words = f"Induction forms after {means[MUON]:.0f} steps of Muon, {means[ADAMW]:.0f} of AdamW"
-    drawing.style_axes(left, words, "step at which half of it is learnt", "")
-    drawing.style_axes(right, "What is left at the end", "bits a token above the optimum", "")
+    title = drawing.answer(lambda: words(results, "formed", STEPS), "When induction forms")
+    drawing.style_axes(
+        left, title, "step at which half of it is learnt\nbars: geometric mean with its 95 % interval", ""
+    )
+    title = drawing.answer(lambda: words(results, "above", LEFT), "What is left at the end")
+    drawing.style_axes(right, title, "bits a token above the optimum\nbars: geometric mean with its 95 % interval", "")
     write_figure(figure, path)
+
+
+STEPS = "Induction forms after {:.0f} steps of Muon, {:.0f} of AdamW"
+LEFT = "Muon ends {:.3f} bits above the optimum, AdamW {:.3f}"
+
+
+def words(results, key, text):
+    """Say the means of Muon and AdamW."""
+    return text.format(*(results.values(name, key).mean() for name in (MUON, ADAMW)))
 
 
 def sooner(text, variant, against):

@@ -61,9 +61,15 @@ def draw(results, path):
         results,
         STUDY.judge(results)[0],
         series,
-        "Finer experts store more, and a shared one costs facts, at each size",
+        drawing.answer(lambda: words(results), "Two claims at three sizes"),
         "difference of the bits unknown; bars: 95 %",
     )
+
+
+def words(results):
+    pairs = [(name_of(FINE_4, size), name_of(SHARED, size)) for size in FACTORS]
+    gains = [drawing.change(results, *pair, unknown_bits, 2) for pair in pairs]
+    return f"Finer experts, from half to double width: {', '.join(gains)} bits unknown"
 
 
 STUDY = Study(

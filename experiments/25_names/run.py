@@ -7,6 +7,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `exper
 
 import math
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
@@ -38,35 +39,36 @@ def log_formed(numbers):
 def draw(results, path):
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
-    for place, name in enumerate(results.variants):
-        values, colour = results.values(name, "formed"), drawing.colour_of(results, name)
-        left.plot(values, [place] * len(values), "o", color=colour, alpha=0.45, markersize=6, markeredgewidth=0)
-        left.plot(
-            [math.exp(sum(map(math.log, values)) / len(values))],
-            [place],
-            "|",
-            color=colour,
-            markersize=20,
-            markeredgewidth=2,
-        )
+    drawing.make_logarithmic(left.xaxis, (100, 200, 400, 800))
+    colours = [drawing.colour_of(results, name) for name in results.variants]
+    drawing.plot_rows(left, results, results.variants, log_formed, colours, shown=np.exp)
+    for name, colour in zip(results.variants, colours, strict=True):
         steps, losses = results.curve(name, "loss")
         for loss in losses:
             right.plot(steps, loss * BITS, color=colour, alpha=0.5, linewidth=1)
         right.plot([], [], color=colour, label=name)
     left.set_yticks(range(len(results.variants)), results.variants, fontsize=9)
     left.set_ylim(len(results.variants) - 0.5, -0.5)
-    left.set_xscale("log")
-    left.set_xticks([100, 200, 400, 800], ["100", "200", "400", "800"])
-    left.minorticks_off()
-    ratio = math.exp(results.paired(MODULE, PLAIN, log_formed).mean())
-    words = f"With a module, names form in {100 * ratio:.0f} % of the steps"
-    drawing.style_axes(left, words, "step at which half is learnt; bar: geometric mean", "")
+    title = drawing.answer(lambda: step_words(results), "When names form")
+    drawing.style_axes(left, title, "step at which half is learnt; bars: 95 % interval", "")
     right.axhline(TASK.best_bits, color="0.5", linewidth=0.8)
     right.axhline(TASK.bits_without_pairs, color="0.5", linewidth=0.8, linestyle="--")
-    drawing.style_axes(right, "Each seed's loss; lines: without pairs, and the optimum", "step", "bits a token")
+    title = drawing.answer(lambda: latest_words(results), "Each seed's loss")
+    label = "step; grey lines: without pairs, and the optimum"
+    drawing.style_axes(right, title, label, "each seed's loss, bits a token")
     right.set_ylim(TASK.best_bits - 0.05, TASK.bits_without_pairs + 0.5)
     right.legend(frameon=False)
     write_figure(figure, path)
+
+
+def step_words(results):
+    share = np.exp(results.difference(MODULE, PLAIN, log_formed))
+    return f"With a module, names form in {100 * share:.0f} % of the steps"
+
+
+def latest_words(results):
+    latest = [results.values(name, "formed").max() for name in (MODULE, PLAIN)]
+    return "The last seed finds them at step {:,.0f} with a module, {:,.0f} without".format(*latest)
 
 
 def sooner(text, variant):

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from scipy import stats
 
 from experiments.lab.claims import Verdict, table_of
 from experiments.lab.pooling import noise_for
-from experiments.lab.results import Key, Results, write_figure
+from experiments.lab.results import Key, MissingRuns, Results, write_figure
 from experiments.lab.statistics import Noise, compare
+from experiments.lab.tables import format_number
 
 
 def style_axes(ax: Axes, title: str, x: str, y: str) -> None:
@@ -22,20 +25,70 @@ def style_axes(ax: Axes, title: str, x: str, y: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def draw_differences(results: Results, path: Path, key: str = "val_loss", title: str = "Validation loss") -> None:
-    """Write a picture of each variant's difference to the first variant."""
+def make_logarithmic(axis: Axis, ticks: Sequence[float]) -> None:
+    """Make an axis logarithmic, with these ticks alone.
+
+    Before plotting, where there may be a single number: a logarithmic axis finds no limits for it afterwards.
+    """
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_ticks(ticks, [f"{tick:,.4g}" for tick in ticks])
+    axis.set_ticks([], minor=True)
+
+
+def draw_differences(results: Results, path: Path) -> None:
+    """Write a picture of the difference of each variant's validation loss to the first variant's."""
     figure = Figure(figsize=(7.5, 0.9 + 0.42 * len(results.variants)), layout="constrained")
-    plot_differences(figure.add_subplot(), results, key, f"{title} against {results.variants[0]}", "nats per token")
+    first, *others = results.variants
+    found = [name for name in others if _share_seeds(results, name)]
+    lowest = min(found, key=lambda name: results.difference(name, first, "val_loss"), default=None)
+    title = f"{first} alone" if lowest is None else against(results, lowest, first, "val_loss", "nats")
+    plot_differences(figure.add_subplot(), results, "val_loss", title, "nats per token")
     write_figure(figure, path)
+
+
+def answer(text: Callable[[], str], otherwise: str) -> str:
+    """Return a title that says the answer, or `otherwise` where runs that it needs are missing.
+
+    >>> answer(lambda: "a: 3 bits", "bits"), answer(lambda: f"a: {Results(Path('none')).values('a', 'bits')}", "bits")
+    ('a: 3 bits', 'bits')
+    """
+    try:
+        return text()
+    except MissingRuns:
+        return otherwise
+
+
+def against(results: Results, variant: str, other: str, key: Key = "val_loss", unit: str = "nats", digits: int = 3):
+    """Say a difference, as titles do: "MLA against MHA: −0.080 nats"."""
+    return f"{variant} against {other}: {change(results, variant, other, key, digits)} {unit}"
+
+
+def change(results: Results, variant: str, other: str, key: Key = "val_loss", digits: int = 3) -> str:
+    """Format the difference of two variants, mean over seeds, with its sign. Raises: as `Results.difference`."""
+    return signed(results.difference(variant, other, key), digits)
+
+
+def signed(difference: float, digits: int = 3) -> str:
+    """Format a difference with its sign.
+
+    >>> signed(-0.0804)
+    '−0.080'
+    """
+    return format_number(difference, digits, sign=True)
 
 
 ANSWER_COLOURS = {"yes": "C2", "no": "C3", "too small to tell here": "0.45", "no verdict": "0.75"}
 
 
-def draw_forest(path: Path, verdicts: Sequence[Verdict], title: str) -> None:
-    """Write a picture of a study's claims: each difference with its 95 % interval, and the published value."""
+def draw_forest(path: Path, verdicts: Sequence[Verdict], title: str, linear: float | None = None) -> None:
+    """Write a picture of a study's claims: each difference with its 95 % interval, and the published value.
+
+    Args: linear: differences beyond it are on a logarithmic axis, so that intervals of small and large ones are seen.
+    """
     figure = Figure(figsize=(9.0, 1.6 + 0.4 * max(len(verdicts), 1)), layout="constrained")
     ax = figure.add_subplot()
+    if linear is not None:
+        ax.set_xscale("symlog", linthresh=linear)
     units = {v.claim.unit for v in verdicts}
     for row, v in enumerate(verdicts):
         low, high = v.difference.interval
@@ -137,30 +190,75 @@ def draw_by_size(
     write_figure(figure, path)
 
 
-def plot_differences(ax: Axes, results: Results, key: str, title: str, unit: str) -> None:
+def plot_differences(
+    ax: Axes, results: Results, key: str, title: str, unit: str, published: Mapping[str, float] | None = None
+) -> None:
     """Plot each variant's difference to the first variant: a dot per seed, their mean with its 95 % interval.
 
     The interval is that of the noise that the study's claims are judged by.
+
+    Args: published: the papers' differences, by variant.
     """
     first, *others = results.variants
-    noise = _noise(results, key)
+    noise, table = _noise(results, key), table_of(results, key)
     for row, variant in enumerate(others):
-        values = results.paired(variant, first, key)
-        if not len(values):
+        if not _share_seeds(results, variant):
             continue
-        colour = colour_of(results, variant)
-        ax.plot(values, np.full(len(values), row), "o", color=colour, alpha=0.45, markersize=5, markeredgewidth=0)
-        table = table_of(results, key)
-        found = compare(table[variant], table[first], noise) if noise else None
-        half = 0.0 if found is None else found.half
-        ax.errorbar([values.mean()], [row], xerr=[half], fmt="|", color=colour, markersize=14, linewidth=2, capsize=4)
+        half = compare(table[variant], table[first], noise).half if noise else 0.0
+        plot_row(ax, results.paired(variant, first, key), row, half, colour_of(results, variant))
+        if variant in (published or {}):
+            ax.plot([published[variant]], [row], "D", color="black", markersize=6, fillstyle="none", label="published")
     style_axes(ax, title, f"difference to {first}, {unit}\ndots: seeds, bars: 95 % interval", "")
     ax.axvline(0, color="0.5", linewidth=0.8)
     ax.set_yticks(range(len(others)), others)
     ax.set_ylim(max(len(others), 1) - 0.5, -0.5)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(frameon=False, fontsize=8)
 
 
-def _noise(results: Results, key: str) -> Noise | None:
+def plot_rows(ax: Axes, results: Results, names: Sequence[str], key: Key, colours: Sequence[str], **how: Any) -> None:
+    """Plot variants in rows: a dot per seed, and their mean with its 95 % interval. See `plot_row`."""
+    for row, (name, half) in enumerate(zip(names, half_intervals(results, names, key), strict=True)):
+        plot_row(ax, results.values(name, key), row, half, colours[row], **how)
+
+
+def plot_row(
+    ax: Axes,
+    values: np.ndarray,
+    row: float,
+    half: float,
+    colour: str,
+    shown: Callable[[np.ndarray], np.ndarray] = np.asarray,
+) -> None:
+    """Plot a dot per seed, their mean, and its interval of ± half.
+
+    Args: shown: from the numbers to the axis, as np.exp where the noise is that of logarithms.
+    """
+    mean = values.mean()
+    low, middle, high = shown(np.array([mean - half, mean, mean + half])).tolist()
+    ax.plot(shown(values), np.full(len(values), row), "o", color=colour, alpha=0.45, markersize=5, markeredgewidth=0)
+    ax.plot([middle], [row], "|", color=colour, markersize=14, markeredgewidth=2)
+    ax.errorbar([middle], [row], xerr=[[middle - low], [high - middle]], color=colour, linewidth=2, capsize=4)
+
+
+def half_intervals(results: Results, names: Sequence[str], key: Key) -> np.ndarray:
+    """Return half of the 95 % interval of each variant's mean over seeds; 0 where no noise is known.
+
+    The noise is that of the study's claims. The seeds' common effect is left out, as it is in differences.
+    """
+    noise = _noise(results, key)
+    if noise is None:
+        return np.zeros(len(names))
+    counts = [len(results.records(name)) for name in names]
+    return noise.sd * stats.t.ppf(0.975, noise.dof) / np.sqrt(counts)
+
+
+def _share_seeds(results: Results, variant: str) -> bool:
+    """Whether a variant and the first one have a seed in common."""
+    return bool(results.common_seeds(variant, results.variants[0]))
+
+
+def _noise(results: Results, key: Key) -> Noise | None:
     """Return the noise that the study's claims are judged by, or None for one seed or one variant."""
     try:
         noise = noise_for(results, results.path.parent.parent)(key)
@@ -169,9 +267,32 @@ def _noise(results: Results, key: str) -> Noise | None:
     return noise if noise.dof else None
 
 
+COLOURS = {  # of variants that several studies have, by how their names begin
+    "none": "0.3",
+    "loss-free + ": "C5",
+    "loss-free": "C0",
+    "bias": "C0",
+    "proportional": "C1",
+    "quantile": "C2",
+    "Switch loss": "C3",
+    "batch-wise": "C3",
+    "sequence-wise": "C4",
+    "MHA, QK-norm": "C1",
+    "MHA": "C0",
+    "GQA": "C2",
+    "MQA": "C3",
+    "MLA, unmatched": "C5",
+    "MLA": "C4",
+    "no module": "C0",
+    "λ 0.3, then 0.1": "C1",
+    "two parallel heads": "C3",
+}
+
+
 def colour_of(results: Results, variant: str) -> str:
-    """Return a variant's colour, the same in every picture of its study."""
-    return f"C{results.variants.index(variant) % 10}"
+    """Return a variant's colour, the same in every picture."""
+    named = next((colour for start, colour in COLOURS.items() if variant.startswith(start)), None)
+    return named or f"C{results.variants.index(variant) % 10}"
 
 
 def plot_curves(
@@ -188,20 +309,37 @@ def plot_curves(
         colour = colour_of(results, variant)
         ax.plot(steps, values.mean(0), label=variant, color=colour, linewidth=1.4)
         ax.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
-    style_axes(ax, title, "step", unit)
+    style_axes(ax, title, "step; shaded: seeds", unit)
     bottom, top = ax.get_ylim()
     ax.set_ylim(top=top + 0.3 * (top - bottom))  # space for the legend above the curves
     ax.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
 
 
 def plot_strengths(
-    ax: Axes, results: Results, names: Sequence[str], x: Key, y: Key, colour: str, label: str, *, filled: bool = True
+    ax: Axes,
+    results: Results,
+    names: Sequence[str],
+    x: Key,
+    y: Key,
+    colour: str,
+    label: str,
+    *,
+    filled: bool = True,
+    shown: Callable[[np.ndarray], np.ndarray] = np.asarray,
 ) -> None:
-    """Join the strengths of one rule by a line, means over seeds; the strongest, the last, has the largest dot."""
-    places, heights = ([results.values(name, key).mean() for name in names] for key in (x, y))
-    ax.plot(places, heights, "-", color=colour, linewidth=1.2)
+    """Join the strengths of one rule by a line, means over seeds; the strongest, the last, has the largest dot.
+
+    A bar is the 95 % interval of y.
+
+    Args: shown: from y to the axis, see `plot_row`.
+    """
+    places, heights = (np.array([results.values(name, key).mean() for name in names]) for key in (x, y))
+    half, middle = half_intervals(results, names, y), shown(heights)
+    ax.plot(places, middle, "-", color=colour, linewidth=1.2)
+    ends = [middle - shown(heights - half), shown(heights + half) - middle]
+    ax.errorbar(places, middle, yerr=ends, fmt="none", color=colour, alpha=0.35, linewidth=1)
     sizes, face = 30 * (1 + np.arange(len(names))), colour if filled else "none"
-    ax.scatter(places, heights, sizes, facecolors=face, edgecolors=colour, label=label or None)
+    ax.scatter(places, middle, sizes, facecolors=face, edgecolors=colour, label=label or None)
 
 
 def draw_loss_by_cost(
@@ -215,20 +353,19 @@ def draw_loss_by_cost(
     """
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     ax = figure.add_subplot()
-    costs = []
-    noise = _noise(results, "val_loss")
-    for variant in results.variants:
+    costs: list[float] = []
+    halves = half_intervals(results, results.variants, "val_loss")
+    for variant, half in zip(results.variants, halves, strict=True):
         x = cost(results, variant) if callable(cost) else float(results.values(variant, cost).mean())
         losses = results.values(variant, "val_loss")
         colour = colour_of(results, variant)
-        ax.plot(np.full(len(losses), x), losses, ".", color=colour, alpha=0.6)
-        # Of differences between variants: the seeds' common effect is left out.
-        half = noise.sd * stats.t.ppf(0.975, noise.dof) / np.sqrt(len(losses)) if noise else 0.0
-        ax.errorbar([x], [losses.mean()], yerr=[half], fmt="o", color=colour, markersize=9, capsize=4, label=variant)
+        place = x * 1.03 ** costs.count(x)  # beside another of the same cost
+        ax.plot(np.full(len(losses), place), losses, ".", color=colour, alpha=0.6)
+        ax.errorbar(
+            [place], [losses.mean()], yerr=[half], fmt="o", color=colour, markersize=9, capsize=4, label=variant
+        )
         costs.append(x)
-    style_axes(ax, title, label, "validation loss, nats per token; bars: 95 % interval")
-    ax.set_xscale("log")
-    ax.set_xticks(sorted(set(costs)), [f"{c:,.4g}" for c in sorted(set(costs))])
-    ax.minorticks_off()
+    style_axes(ax, title, label, "validation loss, nats; bars: 95 % interval")
+    make_logarithmic(ax.xaxis, sorted(set(costs)))
     figure.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=4, loc="outside lower center")
     write_figure(figure, path)

@@ -30,6 +30,13 @@ def write_figure(figure: Figure, path: Path) -> None:
 Key = str | Callable[[Mapping], Any]
 
 
+class MissingRuns(KeyError):
+    """A table or a picture needs runs that are not there."""
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
 class Results:
     """The finished runs of a study: `runs[variant][seed]` is a record. Seeds are strings, as JSON keys are.
 
@@ -156,25 +163,43 @@ class Results:
         return list(self.runs)
 
     def records(self, variant: str) -> list[dict]:
-        """Return the records of a variant, by ascending seed."""
-        return [self.runs[variant][seed] for seed in sorted(self.runs[variant], key=int)]
+        """Return the records of a variant, by ascending seed. Raises: MissingRuns."""
+        return [self.runs[variant][seed] for seed in self.seeds_of(variant)]
 
     def values(self, variant: str, key: Key) -> np.ndarray:
         """Return a number over the seeds, float64 [seeds, …].
 
         Args: key: the number's name; `a/b` selects within dicts and lists. Or a function of a record's numbers.
-        Raises: KeyError for a number that was not measured.
+        Raises: KeyError for a number that was not measured; MissingRuns, which is one, for a variant without runs.
         """
         return np.array([lookup(record["numbers"], key) for record in self.records(variant)], np.float64)
 
     def paired(self, variant: str, first: str, key: Key) -> np.ndarray:
         """Return `variant` − `first` for each seed that both have, float64 [seeds].
 
-        The seed's effect on both variants cancels.
+        The seed's effect on both variants cancels. Raises: as `values`.
         """
-        seeds = sorted(self.runs[variant].keys() & self.runs[first].keys(), key=int)
+        seeds = self.common_seeds(variant, first)
         both = [[lookup(self.runs[name][seed]["numbers"], key) for seed in seeds] for name in (variant, first)]
         return np.subtract(*np.array(both, np.float64).reshape(2, len(seeds)))
+
+    def common_seeds(self, variant: str, other: str) -> list[str]:
+        """Return the seeds that two variants both have, ascending. Raises: MissingRuns if a variant has no run."""
+        there = self.seeds_of(other)
+        return [seed for seed in self.seeds_of(variant) if seed in there]
+
+    def difference(self, variant: str, first: str, key: Key) -> float:
+        """Return the mean of `paired`. Raises: as `values`, and MissingRuns without a common seed."""
+        found = self.paired(variant, first, key)
+        if not len(found):
+            raise MissingRuns(f"{variant!r} and {first!r} have no seed in common")
+        return float(found.mean())
+
+    def seeds_of(self, variant: str) -> list[str]:
+        """Return a variant's seeds, ascending. Raises: MissingRuns if it has no run."""
+        if variant not in self.runs:
+            raise MissingRuns(f"no run of {variant!r}")
+        return sorted(self.runs[variant], key=int)
 
     def curve(self, variant: str, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Return (steps [n], values [seeds, n]) of a curve."""

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
@@ -25,7 +26,7 @@ from experiments.lab.claims import Check, Claim, NoiseOf, Stake, Verdict, as_jso
 from experiments.lab.fingerprints import RECIPE, Identity, changed, identify
 from experiments.lab.options import make_parser
 from experiments.lab.pooling import noise_for
-from experiments.lab.results import Results, replace_block
+from experiments.lab.results import MissingRuns, Results, replace_block
 from experiments.lab.runner import run_all
 from experiments.lab.tables import Column, moved, results_table
 from experiments.lab.tasks import Task
@@ -269,16 +270,27 @@ class Study:
         noise = self.noise(results) if self.noise else noise_for(results, self.folder.parent)
         return judge(results, self.claims, self.stakes, noise)
 
+    def make_table(self, results: Results) -> str:
+        """Return the study's table, or that of its columns if runs that its own table needs are missing."""
+        if self.table is not None:
+            with suppress(MissingRuns):
+                return self.table(results)
+        return results_table(results, self.columns)
+
     def _publish(self, results: Results, out: Path) -> None:
         """Print the tables, draw the picture, and update the README.md files."""
         verdicts, checks = self.judge(results)
         results.about["verdicts"] = [as_json(verdict) for verdict in verdicts]
         results.write()
-        text = self.table(results) if self.table else results_table(results, self.columns)
+        text = self.make_table(results)
         if verdicts:
             text = f"{verdict_table(verdicts, checks)}\n\n{text}"
         picture = out / f"{self.folder.name.partition('_')[2]}.png"
-        self.draw(results, picture)
+        try:
+            self.draw(results, picture)
+            drawn = str(picture)
+        except MissingRuns as missing:
+            drawn = f"No picture: {missing}."
         caption = f"Seeds {', '.join(map(str, results.seeds()))}: mean ± sample standard deviation."
         what = "trained" if results.recipe and results.recipe > 1 else "measured"
         caption += f" Run on {results.provenance('date')}, {what} at commit {results.provenance('commit')}."
@@ -292,7 +304,7 @@ class Study:
         if out == self.folder:
             replace_block(self.folder / "README.md", f"{text}\n\n{caption}")
             overview.write(self.folder.parent)
-        print(f"\n{text}\n\n{caption}\n{picture}")  # last: a reader that closes the pipe stops nothing
+        print(f"\n{text}\n\n{caption}\n{drawn}")  # last: a reader that closes the pipe stops nothing
 
 
 def _job(key: tuple[str, int], run: StudyRun, *, alone: bool = False) -> Job:

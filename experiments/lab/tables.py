@@ -56,13 +56,14 @@ def results_table(results: Results, columns: Sequence[Column]) -> str:
 
 
 def _cells(results: Results, variant: str, column: Column) -> Iterator[str]:
-    if callable(column.key):
-        yield mean_spread(column.key(results, variant) * column.scale, column.digits)
-        return
+    key = column.key
     try:
-        yield mean_spread(results.values(variant, column.key) * column.scale, column.digits)
-    except (KeyError, IndexError):  # some variants lack some numbers
+        values = key(results, variant) if callable(key) else results.values(variant, key)
+    except (KeyError, IndexError):  # some variants lack some numbers, or runs that they need
         yield "–"
+        return
+    yield mean_spread(values * column.scale, column.digits)
+    if callable(key):
         return
     above = dict(zip(results.variants[1:], results.variants, strict=False))
     for name in _references(column):
@@ -70,7 +71,7 @@ def _cells(results: Results, variant: str, column: Column) -> Iterator[str]:
         if reference == variant or reference not in results.runs:
             yield ""
             continue
-        yield mean_spread(results.paired(variant, reference, column.key) * column.scale, column.digits, sign=True)
+        yield mean_spread(results.paired(variant, reference, key) * column.scale, column.digits, sign=True)
 
 
 def _references(column: Column) -> tuple[str, ...]:
