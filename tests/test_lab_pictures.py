@@ -43,11 +43,11 @@ def test_the_title_of_a_study_says_a_number(name, load):
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_with_some_of_its_runs_shows_these(name, load):
-    """One variant alone, with one seed: a table, and a picture or a sentence on what it needs."""
+    """The first or the last variant alone, with one seed: a table, and a picture or a sentence on what it needs."""
     study, results, _ = load(name)
     everything = results.runs
-    for variant, seeds in everything.items():
-        results.runs = {variant: dict([min(seeds.items())])}
+    for variant in (list(everything)[0], list(everything)[-1]):
+        results.runs = {variant: dict([min(everything[variant].items())])}
         assert study.make_table(results).startswith("| ")
         try:
             study.draw(results, Path("picture.png"))

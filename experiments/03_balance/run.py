@@ -100,8 +100,8 @@ def draw(results, path):
     plot_rules(right, results, log_in_domains, shown=np.exp)
     title = drawing.answer(lambda: domain_words(results), "Balance of the mix and within domains")
     drawing.style_axes(right, title, "MaxVio of the training mix", "MaxVio of a domain, mean; bars: 95 % interval")
-    for axis in (left.yaxis, right.yaxis, middle.xaxis, right.xaxis):
-        drawing.make_logarithmic(axis, TICKS)
+    for ax, which in ((left, "y"), (middle, "x"), (right, "x"), (right, "y")):
+        drawing.make_logarithmic(ax, which, TICKS)
     low, high = right.get_xlim()
     right.plot([low, high], [low, high], ":", color="0.5", linewidth=0.8)
     figure.legend(*middle.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=6, loc="outside lower center")

@@ -72,7 +72,7 @@ def draw(results, path):
     figure = Figure(figsize=(11, 0.9 + 0.34 * len(results.variants)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     names = sorted(results.variants, key=lambda name: -results.values(name, "cached")[0])
-    drawing.make_logarithmic(right.xaxis, (100, 200, 400, 600))
+    drawing.make_logarithmic(right, "x", (100, 200, 400, 600))
     colours = [drawing.colour_of(results, name) for name in names]
     drawing.plot_rows(left, results, names, unknown_bits, colours)
     drawing.plot_rows(right, results, names, log_steps, colours, shown=np.exp)

@@ -72,7 +72,7 @@ def draw(results, path):
     title = drawing.answer(lambda: words(results), "What an expert tells of the domain")
     drawing.style_axes(right, title, "MaxVio", "I(expert; domain), bits of 4; bars: 95 % interval")
     for ax in (left, right):
-        drawing.make_logarithmic(ax.xaxis, (0.1, 0.2, 0.5, 1))
+        drawing.make_logarithmic(ax, "x", (0.1, 0.2, 0.5, 1))
     right.set_ylim(bottom=0)
     figure.legend(*right.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=5, loc="outside lower center")
     write_figure(figure, path)

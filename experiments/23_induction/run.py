@@ -76,8 +76,8 @@ def log_above(numbers):
 def draw(results, path):
     figure = Figure(figsize=(11, 0.9 + 0.36 * len(results.variants)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    drawing.make_logarithmic(left.xaxis, (100, 200, 400))
-    drawing.make_logarithmic(right.xaxis, (0.02, 0.05, 0.1))
+    drawing.make_logarithmic(left, "x", (100, 200, 400))
+    drawing.make_logarithmic(right, "x", (0.02, 0.05, 0.1))
     colours = ["C1" if name.startswith(MUON) else "C0" for name in results.variants]
     drawing.plot_rows(left, results, results.variants, log_formed, colours, shown=np.exp)
     drawing.plot_rows(right, results, results.variants, log_above, colours, shown=np.exp)

@@ -39,7 +39,7 @@ def log_formed(numbers):
 def draw(results, path):
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
-    drawing.make_logarithmic(left.xaxis, (100, 200, 400, 800))
+    drawing.make_logarithmic(left, "x", (100, 200, 400, 800))
     colours = [drawing.colour_of(results, name) for name in results.variants]
     drawing.plot_rows(left, results, results.variants, log_formed, colours, shown=np.exp)
     for name, colour in zip(results.variants, colours, strict=True):

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -25,12 +24,13 @@ def style_axes(ax: Axes, title: str, x: str, y: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def make_logarithmic(axis: Axis, ticks: Sequence[float]) -> None:
-    """Make an axis logarithmic, with these ticks alone.
+def make_logarithmic(ax: Axes, which: Literal["x", "y"], ticks: Sequence[float]) -> None:
+    """Make the x or y axis logarithmic, with these ticks alone.
 
     Before plotting, where there may be a single number: a logarithmic axis finds no limits for it afterwards.
     """
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    ax.set(**{f"{which}scale": "log"})
+    axis = ax.xaxis if which == "x" else ax.yaxis
     axis.set_ticks(ticks, [f"{tick:,.4g}" for tick in ticks])
     axis.set_ticks([], minor=True)
 
@@ -206,8 +206,9 @@ def plot_differences(
             continue
         half = compare(table[variant], table[first], noise).half if noise else 0.0
         plot_row(ax, results.paired(variant, first, key), row, half, colour_of(results, variant))
-        if variant in (published or {}):
-            ax.plot([published[variant]], [row], "D", color="black", markersize=6, fillstyle="none", label="published")
+        value = (published or {}).get(variant)
+        if value is not None:
+            ax.plot([value], [row], "D", color="black", markersize=6, fillstyle="none", label="published")
     style_axes(ax, title, f"difference to {first}, {unit}\ndots: seeds, bars: 95 % interval", "")
     ax.axvline(0, color="0.5", linewidth=0.8)
     ax.set_yticks(range(len(others)), others)
@@ -366,6 +367,6 @@ def draw_loss_by_cost(
         )
         costs.append(x)
     style_axes(ax, title, label, "validation loss, nats; bars: 95 % interval")
-    make_logarithmic(ax.xaxis, sorted(set(costs)))
+    make_logarithmic(ax, "x", sorted(set(costs)))
     figure.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=4, loc="outside lower center")
     write_figure(figure, path)
