@@ -417,6 +417,49 @@ def test_all_studies_get_the_same_options(tmp_path, capsys):
     assert len((tmp_path / "called").read_text()) == 3 * len("['--seeds', '1', '--redraw']")  # no study was called
 
 
+def test_a_fresh_lab_deletes_first_trains_then_draws_again(tmp_path, capsys):
+    """So a run that studies share is trained once, verdicts have the noise of all runs, and a stop can be resumed."""
+    lines = f"""import sys
+from pathlib import Path
+with Path("{tmp_path}/called").open("a") as file:
+    print(Path(__file__).parent.name, *sys.argv[1:], file=file)
+if sys.argv[-1] == "1" and Path("{tmp_path}/stopped").exists() and "02" in __file__:
+    sys.exit(130)
+if "--forget" not in sys.argv:
+    Path(__file__).with_name("results.json").write_text('{{"question": "A question?", "runs": {{}}}}')
+"""
+    for name in ("01_a", "02_b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.py").write_text(lines)
+    deleted, run, redrawn = (
+        [f"{name} --seeds 1{option}" for name in ("01_a", "02_b")] for option in (" --forget", "", " --redraw")
+    )
+    (tmp_path / "stopped").touch()
+    assert __main__.main(["--fresh", "--seeds", "1"], tmp_path) == 130  # Ctrl-C in the second
+    assert called(tmp_path) == [*deleted, *run] and "without --fresh goes on" in capsys.readouterr().out
+    (tmp_path / "stopped").unlink()
+    assert __main__.main(["--seeds", "1"], tmp_path) == 0
+    assert called(tmp_path) == [*run, *redrawn]
+    assert __main__.main(["--seeds", "1"], tmp_path) == 0
+    assert called(tmp_path) == run  # nothing is new
+
+
+def test_forgetting_deletes_results_and_runs_and_runs_nothing(repo):
+    study, path = make_study(repo), repo / "experiments/01_fake/results.json"
+    (repo / "fixed").touch()
+    assert study.main(["--seeds", "0", "1"]) == 0
+    runs = study.list_runs(bases.base_run("lab", [], RUNS_FOLDER), (0, 1))
+    folders = [repo / runs["second", seed].folder for seed in (0, 1)]
+    for folder in folders:
+        folder.mkdir()
+    called(repo)
+    assert study.main(["--forget", "--only", "second", "--seeds", "1"]) == 0
+    assert called(repo) == [] and [folder.exists() for folder in folders] == [True, False]
+    assert list(Results(path).runs["second"]) == ["0"] and len(Results(path).runs["first"]) == 2
+    with pytest.raises(SystemExit):  # they would delete, then not run
+        study.main(["--fresh", "--redraw"])
+
+
 def test_a_new_study_is_a_folder_that_lists_its_runs(repo, capsys, monkeypatch):
     """Its run.py is complete: variants, claims, a manipulation check. Names that are taken or odd are refused."""
     experiments = repo / "experiments"

@@ -6,6 +6,7 @@ python -m experiments.lab new NAME
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from experiments.lab import new, overview
@@ -16,22 +17,60 @@ PROG = "python -m experiments.lab"
 
 
 def main(argv: list[str], experiments: Path = EXPERIMENTS) -> int:
-    """Run all studies with the same options, then print the overview. Returns the largest exit code."""
+    """Run all studies with the same options, then print the overview. Returns the largest exit code.
+
+    With --fresh, all results and runs are deleted first. So a run that studies share is trained once, and after a stop
+    the command without --fresh goes on.
+    """
     if argv[:1] == ["new"]:
         return _new(argv[1:], experiments)
     description = (
         f"Run every study: train and measure missing runs, then write tables and pictures. Or: {PROG} new NAME"
     )
-    make_parser(PROG, description).parse_args(argv)
-    worst = 0
-    for script in overview.scripts(experiments):
-        print(f"== {script.parent.name}", flush=True)
-        code = subprocess.run([sys.executable, str(script), *argv]).returncode
-        if code == 130:  # Ctrl-C
-            return code
-        worst = max(worst, code)
-    print(f"\n{overview.overview_table(experiments)}")
+    options = make_parser(PROG, description).parse_args(argv)
+    scripts, begun = overview.scripts(experiments), time.monotonic()
+    rest = [word for word in argv if word not in ("--fresh", "--remeasure")]
+    if options.fresh:
+        worst = _each(scripts, [*rest, "--forget"], quiet=True)
+        if worst:
+            return worst
+        argv = rest
+        print("all results and runs are deleted; after a stop, the same command without --fresh goes on", flush=True)
+    before = [_stored(script) for script in scripts]
+    worst = _each(scripts, argv)
+    if worst == STOPPED:
+        return worst
+    if before != [_stored(script) for script in scripts] and not options.redraw:
+        print("== all tables and pictures again, with the noise of all runs", flush=True)
+        worst = max(worst, _each(scripts, [*rest, "--redraw"], quiet=True))
+    print(f"\n{overview.overview_table(experiments)}\n{(time.monotonic() - begun) / 60:.0f} minutes")
     return worst
+
+
+STOPPED = 130  # the exit code after Ctrl-C
+
+
+def _each(scripts: list[Path], argv: list[str], *, quiet: bool = False) -> int:
+    """Run all studies, until one is stopped. Returns the largest exit code, or that of a stop."""
+    worst = 0
+    for script in scripts:
+        begun = time.monotonic()
+        if not quiet:
+            print(f"== {script.parent.name}", flush=True)
+        out = subprocess.DEVNULL if quiet else None
+        code = subprocess.run([sys.executable, str(script), *argv], stdout=out).returncode
+        if code == STOPPED:
+            return code
+        if not quiet:
+            print(f"{script.parent.name}: {(time.monotonic() - begun) / 60:.1f} minutes", flush=True)
+        worst = max(worst, code)
+    return worst
+
+
+def _stored(script: Path) -> bytes:
+    """A study's results as they are stored."""
+    path = script.with_name("results.json")
+    return path.read_bytes() if path.exists() else b""
 
 
 def _new(argv: list[str], experiments: Path) -> int:

@@ -145,7 +145,7 @@ class Study:
             out = self._output_folder(options, Path(temporary))
             results = Results(out / "results.json", self._about(options))
             if not (options.list or options.redraw):
-                self._make_files(base)
+                self._make_files(base)  # also to forget: identities hash them
             runs = self.list_runs(base, sorted({*seeds, *results.seeds()}), runs_folder)
             results.select({key: run.identity for key, run in runs.items()})
             names = list(dict.fromkeys(name for name, _ in runs))
@@ -154,7 +154,8 @@ class Study:
             wanted = {(name, seed) for name in options.only or names for seed in seeds}
             if options.check:
                 return self._check(runs, sorted(wanted, key=list(runs).index), results, options.workers)
-            if options.fresh or options.remeasure:
+            delete = options.fresh or options.forget
+            if delete or options.remeasure:
                 results.forget({key for key in wanted if results.has(*key, runs[key].identity)})
             missing = {key for key in wanted if not results.has(*key, runs[key].identity)}
             if options.list:
@@ -162,9 +163,12 @@ class Study:
                     print(f"{name}, seed {seed}: {'missing' if (name, seed) in missing else 'done'}, {run.folder}")
                 print(results.describe_others())
                 return 0
-            if options.fresh:
+            if delete:
                 for key in sorted(missing):
                     shutil.rmtree(self.root / runs[key].folder, ignore_errors=True)
+            if options.forget:
+                results.write()
+                return 0
             failures = []
             if missing and not options.redraw:
                 failures = self._run_missing(runs, missing, results, options.workers)
