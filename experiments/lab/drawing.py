@@ -41,7 +41,7 @@ def draw_differences(results: Results, path: Path) -> None:
     first, *others = results.variants
     found = [name for name in others if _share_seeds(results, name)]
     lowest = min(found, key=lambda name: results.difference(name, first, "val_loss"), default=None)
-    title = f"{first} alone" if lowest is None else against(results, lowest, first, "val_loss", "nats")
+    title = f"{first} alone" if lowest is None else against(results, lowest, first)
     plot_differences(figure.add_subplot(), results, "val_loss", title, "nats per token")
     write_figure(figure, path)
 
@@ -58,9 +58,9 @@ def answer(text: Callable[[], str], otherwise: str) -> str:
         return otherwise
 
 
-def against(results: Results, variant: str, other: str, key: Key = "val_loss", unit: str = "nats", digits: int = 3):
-    """Say a difference, as titles do: "MLA against MHA: −0.080 nats"."""
-    return f"{variant} against {other}: {change(results, variant, other, key, digits)} {unit}"
+def against(results: Results, variant: str, other: str) -> str:
+    """Say a difference of the validation loss, as titles do: "MLA against MHA: −0.080 nats"."""
+    return f"{variant} against {other}: {change(results, variant, other)} nats"
 
 
 def change(results: Results, variant: str, other: str, key: Key = "val_loss", digits: int = 3) -> str:
