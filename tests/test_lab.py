@@ -436,7 +436,7 @@ if "--forget" not in sys.argv:
     )
     (tmp_path / "stopped").touch()
     assert __main__.main(["--fresh", "--seeds", "1"], tmp_path) == 130  # Ctrl-C in the second
-    assert called(tmp_path) == [*deleted, *run] and "without --fresh goes on" in capsys.readouterr().out
+    assert called(tmp_path) == [*deleted, *run] and "without --fresh to resume" in capsys.readouterr().out
     (tmp_path / "stopped").unlink()
     assert __main__.main(["--seeds", "1"], tmp_path) == 0
     assert called(tmp_path) == [*run, *redrawn]

@@ -228,7 +228,7 @@ def test_the_doctests_of_the_lab():
         (statistics, 5),
         (claims, 1),
         (tables, 2),
-        (drawing, 2),
+        (drawing, 1),
         (fingerprints, 1),
         (measuring, 1),
         (results_file, 0),

@@ -20,11 +20,10 @@ def claim(text, variant, against, published=None):
 
 
 def draw(results, path):
-    title = drawing.answer(
-        lambda: f"The finest experts against dense: {drawing.change(results, FINE_4, DENSE)} nats",
-        STUDY.question,
-    )
-    drawing.draw_forest(path, STUDY.judge(results)[0], title)
+    def words():
+        return f"The finest experts against dense: {drawing.change(results, FINE_4, DENSE)} nats"
+
+    drawing.draw_claims(path, STUDY, results, words)
 
 
 STUDY = Study(

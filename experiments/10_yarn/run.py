@@ -16,7 +16,16 @@ from matplotlib.figure import Figure
 from dsv3_jax.config import Yarn, replace
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops.cross_entropy import token_scores
-from experiments.lab import RUNS_FOLDER, FollowUp, Study, drawing, markdown_table, mean_spread, write_figure
+from experiments.lab import (
+    RUNS_FOLDER,
+    FollowUp,
+    Study,
+    drawing,
+    format_number,
+    markdown_table,
+    mean_spread,
+    write_figure,
+)
 from experiments.lab.claims import Claim, Stake
 
 FACTOR = 4
@@ -226,7 +235,7 @@ def loss_words(results):
     costs = []
     for how in ("own", "yarn"):
         within, beyond = losses_of(results, "L", how) or [np.array(np.nan)] * 2
-        costs.append(drawing.signed(float((beyond - within).mean()), 2))
+        costs.append(format_number(float((beyond - within).mean()), 2, sign=True))
     return f"Beyond L: {costs[0]} nats unchanged, {costs[1]} with YaRN alone"
 
 

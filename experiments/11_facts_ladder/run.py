@@ -22,8 +22,8 @@ def claim(text, variant, against):
 
 
 def draw(results, path):
-    title = drawing.answer(lambda: words(results), STUDY.question)
-    drawing.draw_forest(path, STUDY.judge(results)[0], f"{title}\nBits of a fact still unknown, lower is better")
+    below = "Bits of a fact still unknown, lower is better"
+    drawing.draw_claims(path, STUDY, results, lambda: words(results), below=below)
 
 
 def words(results):

@@ -170,11 +170,13 @@ LABELS = {  # of windows, whose second half is scored
 
 
 def draw(results, path):
-    routed, shared = (
-        results.values("base", cost(f"{part} off")).mean() for part in ("routed experts", "shared expert")
-    )
-    title = f"The routed experts are worth {routed:.3f} nats, the shared one {shared:.3f}"
-    drawing.draw_forest(path, STUDY.judge(results)[0], title, linear=0.01)
+    def words():
+        routed, shared = (
+            results.values("base", cost(f"{part} off")).mean() for part in ("routed experts", "shared expert")
+        )
+        return f"The routed experts are worth {routed:.3f} nats, the shared one {shared:.3f}"
+
+    drawing.draw_claims(path, STUDY, results, words, linear=0.01)
 
 
 def claim(text, name, **more):

@@ -19,8 +19,8 @@ PROG = "python -m experiments.lab"
 def main(argv: list[str], experiments: Path = EXPERIMENTS) -> int:
     """Run all studies with the same options, then print the overview. Returns the largest exit code.
 
-    With --fresh, all results and runs are deleted first. So a run that studies share is trained once, and after a stop
-    the command without --fresh goes on.
+    With --fresh it first deletes all results and runs. So it trains a run that several studies need only once. After a
+    stop, the same command without --fresh makes what is still missing.
     """
     if argv[:1] == ["new"]:
         return _new(argv[1:], experiments)
@@ -35,7 +35,7 @@ def main(argv: list[str], experiments: Path = EXPERIMENTS) -> int:
         if worst:
             return worst
         argv = rest
-        print("all results and runs are deleted; after a stop, the same command without --fresh goes on", flush=True)
+        print("deleted all results and runs; if you stop, run the same command without --fresh to resume", flush=True)
     before = [_stored(script) for script in scripts]
     worst = _each(scripts, argv)
     if worst == STOPPED:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,6 +14,9 @@ from experiments.lab.pooling import noise_for
 from experiments.lab.results import Key, MissingRuns, Results, write_figure
 from experiments.lab.statistics import Noise, compare
 from experiments.lab.tables import format_number
+
+if TYPE_CHECKING:
+    from experiments.lab.study import Study
 
 
 def style_axes(ax: Axes, title: str, x: str, y: str) -> None:
@@ -65,19 +68,27 @@ def against(results: Results, variant: str, other: str) -> str:
 
 def change(results: Results, variant: str, other: str, key: Key = "val_loss", digits: int = 3) -> str:
     """Format the difference of two variants, mean over seeds, with its sign. Raises: as `Results.difference`."""
-    return signed(results.difference(variant, other, key), digits)
-
-
-def signed(difference: float, digits: int = 3) -> str:
-    """Format a difference with its sign.
-
-    >>> signed(-0.0804)
-    '−0.080'
-    """
-    return format_number(difference, digits, sign=True)
+    return format_number(results.difference(variant, other, key), digits, sign=True)
 
 
 ANSWER_COLOURS = {"yes": "C2", "no": "C3", "too small to tell here": "0.45", "no verdict": "0.75"}
+
+
+def draw_claims(
+    path: Path,
+    study: "Study",
+    results: Results,
+    text: Callable[[], str],
+    *,
+    below: str = "",
+    linear: float | None = None,
+) -> None:
+    """Write a picture of a study's claims, whose title is `text()`, or the question where runs are missing.
+
+    Args: below: a second line of the title. linear: see `draw_forest`.
+    """
+    title = answer(text, study.question)
+    draw_forest(path, study.judge(results)[0], f"{title}\n{below}".strip(), linear)
 
 
 def draw_forest(path: Path, verdicts: Sequence[Verdict], title: str, linear: float | None = None) -> None:

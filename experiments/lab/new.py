@@ -30,8 +30,7 @@ def variants(base):
 
 def draw(results, path):
     """Draw the claims. The title says the answer from the results, or the question as long as runs are missing."""
-    title = drawing.answer(lambda: drawing.against(results, "half the rate", "as it is"), STUDY.question)
-    drawing.draw_forest(path, STUDY.judge(results)[0], title)
+    drawing.draw_claims(path, STUDY, results, lambda: drawing.against(results, "half the rate", "as it is"))
 
 
 STUDY = Study(
