@@ -444,6 +444,22 @@ if "--forget" not in sys.argv:
     assert called(tmp_path) == run  # nothing is new
 
 
+def test_a_study_names_its_seeds(repo, capsys):
+    """Without --seeds a run of the study makes all that its page shows; --list names what it would make."""
+    (repo / "fixed").touch()
+    study = make_study(repo, seeds=1, seeds_of={"second": 3})
+    assert study.main(["--only", "first", "second"]) == 0
+    assert sorted(called(repo)) == ["first 0 [] False", *(f"second {seed} [] False" for seed in range(3))]
+    assert study.main(["--seeds", "4", "--only", "first"]) == 0 and called(repo) == ["first 4 [] False"]
+    capsys.readouterr()
+    assert study.main(["--list"]) == 0
+    listed = [line.rpartition(",")[0] for line in capsys.readouterr().out.splitlines() if ", seed " in line]
+    done = ["first, seed 0: done", "first, seed 4: done", *(f"second, seed {seed}: done" for seed in range(3))]
+    assert sorted(listed) == sorted([*done, "bad, seed 0: missing", "heads, seed 0: missing"])
+    assert study.main(["--forget"]) == 0  # all that the study makes, and not the seed that was asked for besides
+    assert Results(repo / "experiments/01_fake/results.json").runs.keys() == {"first"} and called(repo) == []
+
+
 def test_forgetting_deletes_results_and_runs_and_runs_nothing(repo):
     study, path = make_study(repo), repo / "experiments/01_fake/results.json"
     (repo / "fixed").touch()

@@ -42,6 +42,14 @@ def test_the_title_of_a_study_says_a_number(name, load):
 
 
 @pytest.mark.parametrize("name", STUDIES)
+def test_a_study_makes_the_seeds_that_it_shows(name, load):
+    """So `make lab` from nothing gives the kept results again, and no verdict rests on seeds that it does not make."""
+    study, results, _ = load(name)
+    for variant in results.variants:
+        assert results.seeds_of(variant) == [str(seed) for seed in range(study.seeds_of.get(variant, study.seeds))]
+
+
+@pytest.mark.parametrize("name", STUDIES)
 def test_a_study_with_some_of_its_runs_shows_these(name, load):
     """The first or the last variant alone, with one seed: a table, and a picture or a sentence on what it needs."""
     study, results, _ = load(name)

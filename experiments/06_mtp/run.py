@@ -90,6 +90,7 @@ STUDY = Study(
     question="Does predicting several tokens ahead lower the loss of the next token, and how many drafts are accepted?",
     published="equal bits per byte (0.729, 0.729; 0.658, 0.657) and gains on tasks at scale; small models can lose",
     variants=variants,
+    seeds_of={OFF: 10, ONE: 10},
     measure=measure,
     columns=(
         Column("training MFLOPs per token", "train_flops", 2, scale=1e-6),

@@ -188,6 +188,7 @@ STUDY = Study(
     question="What is each part worth to the trained model: experts, their choice, the shared one, the context?",
     published="shared expert off, one more routed: Pile loss 1.808 → 2.414 (DeepSeekMoE, 2B)",
     variants=variants,
+    seeds=10,
     measure=measure,
     noise=noise,
     table=table,

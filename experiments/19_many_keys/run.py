@@ -112,6 +112,7 @@ STUDY = Study(
     published="MLA is at least as good as MHA, and MHA better than GQA and MQA (DeepSeek-V2); no figure for recall",
     variants=variants,
     base="many_keys",
+    seeds=4,
     measure=measure,
     columns=(
         Column("numbers cached per token and layer", "cached", 0),

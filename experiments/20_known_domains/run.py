@@ -111,6 +111,7 @@ STUDY = Study(
     published="batch-wise loss and bias 2.253, sequence-wise 2.258 (1B, V3 report, section 4.5.3)",
     variants=variants,
     base="domains",
+    seeds=5,
     measure=measure,
     columns=(
         Column("bits unknown, of 7.8", "val_loss", 2, scale=BITS, paired=True),

@@ -81,6 +81,7 @@ STUDY = Study(
     published="two-token prediction raises the induction of models up to 30M (arXiv 2404.19737, figure 7)",
     variants=variants,
     base="names",
+    seeds=6,
     measure=measure,
     columns=(
         Column("step at which half is learnt", "formed", 0),

@@ -8,7 +8,7 @@ def make_parser(prog: str | None, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--base", help="the recipe that the variants change: lab, tiny, mini, …; default: the study's")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="change the base, as steps=5000")
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: the study's own, 0 1 2 or more")
     parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="run these variants; default: all")
     parser.add_argument("--workers", type=int, help="runs at a time; default: one per core, or 1 on an accelerator")
     parser.add_argument("--short", action="store_true", help="run a few steps in a temporary folder, as a check")

@@ -74,6 +74,8 @@ class Study:
     published: str  # the papers' figure or direction, in one line
     variants: Callable[[RunConfig], Variants]  # changes of a base recipe; differences refer to the first variant
     base: str = "lab"  # name of the base recipe
+    seeds: int = 3  # each variant is trained from the seeds 0 … seeds − 1
+    seeds_of: Mapping[str, int] = field(default_factory=dict)  # the same for variants that need other numbers
     columns: Sequence[Column] = (Column("validation loss", "val_loss", 4, paired=True),)
     prepare: Callable[[RunConfig, Path], None] | None = None  # (base, repository) → None: writes files that runs read
     measure: Callable[[TrainedRun], dict] | None = None  # more numbers of a run: name → number, list or dict
@@ -141,17 +143,17 @@ class Study:
             runs_folder = temporary if options.short else RUNS_FOLDER
             name = options.base or self.base
             base = short_run(self.base) if options.short else base_run(name, options.set, runs_folder)
-            seeds = options.seeds or ((0,) if options.short else (0, 1, 2))
             out = self._output_folder(options, Path(temporary))
             results = Results(out / "results.json", self._about(options))
             if not (options.list or options.redraw):
                 self._make_files(base)  # also to forget: identities hash them
-            runs = self.list_runs(base, sorted({*seeds, *results.seeds()}), runs_folder)
-            results.select({key: run.identity for key, run in runs.items()})
-            names = list(dict.fromkeys(name for name, _ in runs))
+            names = list(self.variants(base))
             if unknown := set(options.only) - set(names):
                 raise ValueError(f"--only={min(unknown)!r} is not one of {', '.join(names)}")
-            wanted = {(name, seed) for name in options.only or names for seed in seeds}
+            seeds = options.seeds or ((0,) if options.short else None)  # None: the study's own
+            wanted = {(n, s) for n in options.only or names for s in seeds or range(self.seeds_of.get(n, self.seeds))}
+            runs = self.list_runs(base, sorted({*results.seeds()} | {seed for _, seed in wanted}), runs_folder)
+            results.select({key: run.identity for key, run in runs.items()})
             if options.check:
                 return self._check(runs, sorted(wanted, key=list(runs).index), results, options.workers)
             delete = options.fresh or options.forget
@@ -160,7 +162,10 @@ class Study:
             missing = {key for key in wanted if not results.has(*key, runs[key].identity)}
             if options.list:
                 for (name, seed), run in runs.items():
-                    print(f"{name}, seed {seed}: {'missing' if (name, seed) in missing else 'done'}, {run.folder}")
+                    if results.has(name, seed, run.identity):
+                        print(f"{name}, seed {seed}: done, {run.folder}")
+                    elif (name, seed) in wanted:
+                        print(f"{name}, seed {seed}: missing, {run.folder}")
                 print(results.describe_others())
                 return 0
             if delete:
