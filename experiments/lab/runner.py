@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,7 +40,9 @@ def run_all(
     root: Path,
     on_finish: Callable[[Job, dict], None],
 ) -> list[str]:
-    """Run jobs in their order; a job starts only after the jobs that it depends on.
+    """Run jobs seed by seed; a job starts only after the jobs that it depends on.
+
+    Of a seed, the variants that last took longest start first, so that the workers end at nearly the same time.
 
     Args:
         script: the study's run.py, which does a job when called with `--work JOB`.
@@ -65,12 +67,13 @@ def run_all(
     waiting, running, failures = list(jobs), list[_RunningJob](), list[str]()
     failed_folders: set[str] = set()
     seconds: list[float] = []
+    latest: dict[str, float] = {}  # variant → seconds of its last run
     with _sigterm_as_interrupt(), bar:
         total = bar.add_task("runs", total=len(jobs), line="")
         try:
             while waiting or running:
                 unfinished = {job.folder for job in (*waiting, *(r.job for r in running))}
-                while len(running) < workers and (job := _next_ready(waiting, unfinished, failed_folders)):
+                while len(running) < workers and (job := _next_ready(waiting, unfinished, failed_folders, latest)):
                     waiting.remove(job)
                     if missing := [name for name, folder in job.needed_folders.items() if folder in failed_folders]:
                         failures.append(f"{_name(job)} was not run: it depends on {', '.join(missing)}, which failed")
@@ -89,6 +92,7 @@ def run_all(
                     bar.advance(total)
                     if code == 0:
                         seconds.append(time.monotonic() - worker.start)
+                        latest[worker.job.variant] = seconds[-1]
                         on_finish(worker.job, json.loads(Path(root / worker.job.record).read_text()))
                         console.print(f"{_name(worker.job)}: done in {seconds[-1]:.0f} s", markup=False)
                     else:
@@ -101,10 +105,11 @@ def run_all(
     return failures
 
 
-def _next_ready(waiting: list[Job], unfinished: set[str], failed: set[str]) -> Job | None:
-    """Return the first job whose dependencies have finished or failed."""
-    ready = (j for j in waiting if all(f in failed or f not in unfinished for f in j.needed_folders.values()))
-    return next(ready, None)
+def _next_ready(waiting: list[Job], unfinished: set[str], failed: set[str], seconds: Mapping[str, float]) -> Job | None:
+    """Return a job whose dependencies have finished or failed: of the first such seed, the one that took longest."""
+    ready = [j for j in waiting if all(f in failed or f not in unfinished for f in j.needed_folders.values())]
+    of_seed = (job for job in ready if job.seed == ready[0].seed)
+    return max(of_seed, key=lambda job: seconds.get(job.variant, 0.0), default=None)
 
 
 def _name(job: Job) -> str:
