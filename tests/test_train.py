@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from runs import (
+    SECONDS,
     STEPS,
     assert_bitwise,
     cheap_compiles,
@@ -137,9 +138,15 @@ def test_the_order_2_baseline_is_printed(whole):
     assert f"validation bits a byte: {bits:.3f}, against {want:.3f} of an order-2 byte model" in whole.said
 
 
-def test_two_runs_are_one(whole, tmp_path):
-    loop.fit(whole.run, tmp_path / "run", quiet=True)
+def test_two_runs_are_one_and_without_a_report_nothing_is_timed_or_drawn(whole, tmp_path, monkeypatch):
+    for module, name in SECONDS:
+        monkeypatch.setattr(module, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+    fitted, said = said_by(lambda: loop.fit(whole.run, tmp_path / "run", report=False))
     assert_same_run(whole.run, tmp_path / "run", whole)
+    assert fitted.order2_bits_per_byte is None and not list((tmp_path / "run").glob("*.png"))
+    for words in ("MFU ", "estimated from matrix products", "order-2", "pictures: "):
+        assert words in whole.said and words not in said
+    assert " tokens/s" in said and f"\nnumbers: {tmp_path / 'run' / 'metrics.jsonl'}" in said
 
 
 def test_stopped_and_resumed_is_never_stopped(whole, tmp_path):

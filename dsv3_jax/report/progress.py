@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -79,7 +79,9 @@ class Progress:
         if "max_vio" in row:
             line += f"  MaxVio {row['max_vio']:.2f}"
         if "tokens_per_s" in row:
-            line += f"  {row['tokens_per_s']:,.0f} tokens/s  MFU {row['mfu']:.0%}"
+            line += f"  {row['tokens_per_s']:,.0f} tokens/s"
+        if "mfu" in row:
+            line += f"  MFU {row['mfu']:.0%}"
         self._bar.update(self._task, completed=step, line=line)
         if not self._console.is_terminal:
             self.say(f"step {step}  {line}{self._remaining(step)}")
@@ -97,20 +99,22 @@ class Progress:
         """Print the metrics of an evaluation; `row` as in metrics.jsonl."""
         self.say(f"step {step}  validation: " + _format_evaluation(row))
 
-    def show_result(self, evaluation: dict, order2: float | None, out: Path) -> None:
+    def show_result(self, evaluation: dict, order2: float | None, out: Path, pictures: Sequence[Path]) -> None:
         """Print the last lines of a run.
 
         Args:
             evaluation: metrics of the last evaluation.
             order2: bits a byte of an order-2 byte model of the same text. None means that there is none.
             out: the run's folder.
+            pictures: that were drawn.
         """
         bits = evaluation["val_bits_per_byte"]
         against = "" if order2 is None else f", against {order2:.3f} of an order-2 byte model of the same text"
         self.say(f"validation bits a byte: {bits:.3f}{against}")
         for name, value in evaluation.get("bits_per_byte_by_domain", {}).items():
             self.say(f"  {name:10s} {value:.3f}")
-        self.say(f"pictures: {out / 'routing.png'}, {out / 'training.png'}; numbers: {out / 'metrics.jsonl'}")
+        drawn = f"pictures: {', '.join(map(str, pictures))}; " if pictures else ""
+        self.say(f"{drawn}numbers: {out / 'metrics.jsonl'}")
 
 
 class LiveText:

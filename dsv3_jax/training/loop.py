@@ -85,6 +85,7 @@ def fit(
     step: int | None = None,
     stop_after: int | None = None,
     quiet: bool = False,
+    report: bool = True,
     profile: tuple[int, int] | None = None,
     optimizer: optax.GradientTransformation | None = None,
     source: Source | None = None,
@@ -100,6 +101,8 @@ def fit(
         step: resume from the checkpoint of this step, and rename later ones. None means the newest that is whole.
         stop_after: save and return once this step is reached, as after SIGTERM.
         quiet: print nothing.
+        report: False leaves out what only readers need: the estimate of the time and MFU, for which a matrix product is
+            timed, the order-2 model and the pictures. Thus short runs end some seconds earlier.
         profile: (START, STOP): write a trace of these steps into `profile/` of the folder.
         optimizer: any optax transformation, in place of the run's own optimizer. It must not count on more than
             (gradients, state, parameters), and sees nested dicts of arrays, the parameters that train. Learning rate,
@@ -135,7 +138,7 @@ def fit(
     2
     """
     out, hooks = Path(out), Callbacks(callbacks)
-    ready = prepare(run, out, mesh, step, stop_after, optimizer, source)
+    ready = prepare(run, out, mesh, step, stop_after, optimizer, source, time_device=report)
     run, batches, held_out = ready.run, ready.batches, ready.held_out
     mix = training_bytes(ready.source)
     with (
@@ -250,11 +253,12 @@ def fit(
         if evaluation is None:  # the run was finished before this call
             model = model_of(run, state, ready.kernels)
             evaluation = evaluate(model, held_out, ready.tokenizer, ready.source.domains, mesh, mix)
-        order2 = _order2(ready.source, ready.tokenizer, held_out)
-        if processes.is_first():
+        order2 = _order2(ready.source, ready.tokenizer, held_out) if report else None
+        pictures = []
+        if report and processes.is_first():
             lock.check()
-            _draw(out, evaluation, metrics, run.model)
-        progress.show_result(evaluation, order2, out)
+            pictures = _draw(out, evaluation, metrics, run.model)
+        progress.show_result(evaluation, order2, out, pictures)
         result = FitResult(step, True, resumed_from, evaluation, order2)
         hooks.end(result)
         return result
@@ -293,9 +297,9 @@ class _Started(NamedTuple):
 
 
 class _Speed:
-    """Tokens a second and MFU between two reports, without evaluation and saving."""
+    """Tokens a second and MFU between two reports, without evaluation and saving. Without a peak there is no MFU."""
 
-    def __init__(self, run: RunConfig, peak: float):
+    def __init__(self, run: RunConfig, peak: float | None):
         self._tokens = run.data.batch_size * run.data.seq_len
         self._flops, self._peak = flops_per_token(run), peak
         self._since, self._pause = time.perf_counter(), 0.0
@@ -314,7 +318,8 @@ class _Speed:
         if before is None:  # the first report holds the compilation
             return {}
         rate = (step - before) * self._tokens / max(taken, 1e-9)
-        return {"tokens_per_s": rate, "mfu": rate * self._flops / self._peak}
+        mfu = {"mfu": rate * self._flops / self._peak} if self._peak else {}
+        return {"tokens_per_s": rate} | mfu
 
 
 @contextmanager
@@ -347,9 +352,11 @@ def _order2(source: Source, tokenizer: Tokenizer, held_out: list[data.Batch]) ->
     return bits / max(size, 1)
 
 
-def _draw(out: Path, evaluation: dict, metrics: Metrics, cfg: ModelConfig) -> None:
-    load = np.asarray(evaluation["load"])
-    if load.size:
-        path, heads = out / "routing.png", cfg.num_sparse_heads
-        routing_heatmap(load, path, first_layer=cfg.num_dense_layers, mtp_blocks=heads)
-    training_curves(metrics.rows(), out / "training.png")
+def _draw(out: Path, evaluation: dict, metrics: Metrics, cfg: ModelConfig) -> list[Path]:
+    """Draw the routing, if there is any, and the curves of training. Returns the pictures."""
+    load, routing, training = np.asarray(evaluation["load"]), out / "routing.png", out / "training.png"
+    training_curves(metrics.rows(), training)
+    if not load.size:
+        return [training]
+    routing_heatmap(load, routing, first_layer=cfg.num_dense_layers, mtp_blocks=cfg.num_sparse_heads)
+    return [routing, training]

@@ -44,7 +44,7 @@ class Prepared:
     batches: Batches
     held_out: list[Batch]
     rows: np.ndarray | None  # of the global batch that this process holds; None: all
-    peak: float  # FLOP/s of a GEMM on the run's devices
+    peak: float | None  # FLOP/s of a GEMM on the run's devices; None: not measured
     options: xla_flags.Options  # of the training step's compilation
     changed: dict[str, tuple[int, int]]  # settings that differ from those of the run so far: name → (before, now)
 
@@ -57,12 +57,14 @@ def prepare(
     stop_after: int | None = None,
     optimizer: optax.GradientTransformation | None = None,
     source: Source | None = None,
+    *,
+    time_device: bool = True,
 ) -> Prepared:
     """Check a run, read its text and claim its folder. A run that `optimizer` trains is named by it.
 
     Several processes call it together, and are all refused where one is.
 
-    Args: source: data in place of the text that the run names, see `loop.fit`.
+    Args: source: data in place of the text that the run names, see `loop.fit`. time_device: measure a GEMM.
     Raises: as `loop.fit`.
     """
     optim.check(run.optim, optimizer)
@@ -110,7 +112,7 @@ def prepare(
         source.train_batches(rows),
         source.val_batches(run.eval_batches),
         rows,
-        _peak(run, mesh, kernels),
+        _peak(run, mesh, kernels) if time_device else None,
         _options(run, mesh, kernels),
         changed,
     )
@@ -184,7 +186,7 @@ def describe(found: Prepared, step: int, mesh: Mesh | None) -> list[str]:
     lines += [f"{name}={now}, before {before}" for name, (before, now) in found.changed.items()]
     if "steps" in found.changed:
         lines.append("the learning rate's schedule is that of the new number of steps from here on")
-    if step < run.steps:
+    if step < run.steps and found.peak:
         tokens = run.data.batch_size * run.data.seq_len
         flops = flops_per_token(run) * tokens * (run.steps - step)
         slow, fast = (flops / (share * found.peak) for share in EXPECTED_MFU)

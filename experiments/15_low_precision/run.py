@@ -7,11 +7,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `exper
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy import stats
 
 from dsv3_jax.config import Execution, replace
 from experiments.lab import Study, drawing, markdown_table, mean_spread, write_figure
 from experiments.lab.claims import Claim, noise_within
+from experiments.lab.statistics import interval_factor
 
 EXACT = "float32"
 EXECUTIONS = {
@@ -90,7 +90,7 @@ def interval(results, key):
         noise = noise_within(results)(percent(key))
     except ValueError:  # one seed
         return np.nan
-    return stats.t.ppf(0.975, noise.dof) * noise.sd * np.sqrt(2 / len(results.seeds())) if noise.dof else np.nan
+    return interval_factor(noise.dof) * noise.sd * np.sqrt(2 / len(results.seeds())) if noise.dof else np.nan
 
 
 def table(results):

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy import stats
 
 from experiments.lab.claims import Verdict, table_of
 from experiments.lab.pooling import noise_for
 from experiments.lab.results import Key, MissingRuns, Results, write_figure
-from experiments.lab.statistics import Noise, compare
+from experiments.lab.statistics import Noise, compare, interval_factor
 from experiments.lab.tables import format_number
 
 if TYPE_CHECKING:
@@ -262,7 +261,7 @@ def half_intervals(results: Results, names: Sequence[str], key: Key) -> np.ndarr
     if noise is None:
         return np.zeros(len(names))
     counts = [len(results.records(name)) for name in names]
-    return noise.sd * stats.t.ppf(0.975, noise.dof) / np.sqrt(counts)
+    return noise.sd * interval_factor(noise.dof) / np.sqrt(counts)
 
 
 def _share_seeds(results: Results, variant: str) -> bool:

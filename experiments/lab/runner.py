@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from dsv3_jax.signals import handled
 from experiments.lab.work import STOPPED, Job
 
-POLL_SECONDS = 0.5  # between two looks at the workers
+POLL_SECONDS = 0.1  # between two looks at the workers
 STOP_TIMEOUT = 60.0  # seconds that a worker gets to save after a stop request
 
 

@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize, stats
 
 LEVEL = 0.95
 POWER = 0.80
@@ -139,9 +138,22 @@ def against_constant(values: Mapping[int, float], constant: float, noise: Noise)
     return _difference(mean, noise.within_sd / np.sqrt(len(values)), len(values), noise.within_dof)
 
 
+def interval_factor(dof: int) -> float:
+    """Return half of a 95 % interval by Student's t, in standard errors.
+
+    >>> round(interval_factor(2), 2), round(interval_factor(119), 2)
+    (4.3, 1.98)
+    """
+    from scipy import stats  # takes a second to import, and the lab's workers do not need it
+
+    return float(stats.t.ppf((1 + LEVEL) / 2, dof))
+
+
 def _difference(mean: float, error: float, seeds: int, dof: int) -> Difference:
+    from scipy import stats
+
     error = float(error)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, dof)) * error
+    half = interval_factor(dof) * error
     p = float(2 * stats.t.sf(abs(mean) / error, dof)) if error > 0 else float(mean == 0)
     return Difference(mean, half, p, seeds, error, dof)
 
@@ -174,6 +186,8 @@ def smallest_visible(error: float, dof: int, comparisons: int = 1, power: float 
     >>> round(smallest_visible(1.0, dof=10**6), 2)  # 1.96 + 0.84
     2.8
     """
+    from scipy import optimize, stats
+
     critical = stats.t.ppf(1 - (1 - LEVEL) / comparisons / 2, dof)
 
     def missing(shift: float) -> float:

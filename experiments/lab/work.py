@@ -156,12 +156,11 @@ def _train(run: RunConfig, folder: Path, task: Task | None) -> tuple[dict, float
     from dsv3_jax.training.loop import fit
 
     start = time.perf_counter()
-    result = fit(run, folder, source=None if task is None else TaskSource(task, run.data))
+    result = fit(run, folder, report=False, source=None if task is None else TaskSource(task, run.data))
     if not result.finished:
         return None
     assert result.evaluation is not None
-    numbers = _jsonable(result.evaluation) | {"order2_bits_per_byte": result.order2_bits_per_byte}
-    return numbers, time.perf_counter() - start
+    return _jsonable(result.evaluation), time.perf_counter() - start
 
 
 def _parameters(run: RunConfig) -> dict:
