@@ -388,8 +388,11 @@ def test_repeating_some_runs_keeps_the_others(repo, option):
     assert study.main(["--seeds", "0", "1", "3"]) == 0
     called(repo)
     before = Results(path).runs
+    run = study.list_runs(bases.base_run("lab", [], RUNS_FOLDER), [0])["second", 0]
+    (evaluation := repo / run.folder / work.EVALUATION).parent.mkdir()
+    evaluation.touch()  # of the code before
     assert study.main([option, "--only", "second", "--seeds", "0"]) == 0
-    assert called(repo) == ["second 0 [] False"]
+    assert called(repo) == ["second 0 [] False"] and not evaluation.exists()
     after = Results(path)
     assert after.variants == list(before) and after.seeds() == [0, 1, 3] and after.runs == before
 
@@ -536,7 +539,7 @@ def test_thinned_curves_are_means():
     assert curves == {"loss": [[25, 50, 75, 100], [13.0, 38.0, 63.0, 88.0]], "val_loss": [[100], [3.0]]}
 
 
-def test_a_worker_measures_a_finished_run(root, tmp_path):
+def test_a_worker_measures_a_finished_run(root, tmp_path, monkeypatch):
     """In this process, on a copy of a finished run: the worker resumes at the last step."""
     done = finished(root)
     run, folder = done.run, tmp_path / "abc"
@@ -563,6 +566,14 @@ def test_a_worker_measures_a_finished_run(root, tmp_path):
     )
     alone = json.loads((tmp_path / "abc.json").read_text())
     assert alone["numbers"] == record["numbers"] | {"speed": 3}
+
+    # Another study needs the same run: nothing is trained or evaluated again, and its seconds are those of training.
+    monkeypatch.setattr("dsv3_jax.training.loop.fit", lambda *_, **__: pytest.fail("fit was called"))
+    assert work.main(job.to_json(), lambda trained: {"shape": np.shape(trained.numbers["load"])}, None) == 0
+    again = json.loads((tmp_path / "abc.json").read_text())
+    assert again["numbers"].pop("shape") == [3, run.model.num_experts]
+    del record["numbers"]["layers"], record["numbers"]["rows"]
+    assert again == record
 
 
 def test_a_failing_run_prints_one_line(tmp_path, capsys):

@@ -30,7 +30,7 @@ from experiments.lab.results import MissingRuns, Results, replace_block
 from experiments.lab.runner import run_all
 from experiments.lab.tables import Column, moved, results_table
 from experiments.lab.tasks import Task
-from experiments.lab.work import Job, TrainedRun
+from experiments.lab.work import EVALUATION, Job, TrainedRun
 
 RUNS_FOLDER = "runs/lab"  # relative to the repository
 
@@ -171,6 +171,9 @@ class Study:
             if delete:
                 for key in sorted(missing):
                     shutil.rmtree(self.root / runs[key].folder, ignore_errors=True)
+            if options.remeasure:
+                for key in missing:
+                    (self.root / runs[key].folder / EVALUATION).unlink(missing_ok=True)
             if options.forget:
                 results.write()
                 return 0

@@ -19,6 +19,7 @@ from experiments.lab.results import thin_curves
 from experiments.lab.tasks import Task, TaskSource
 
 STOPPED = 75  # exit code of a run that saved after a stop request; the same job resumes it
+EVALUATION = "evaluation.json"  # in a run's folder: the numbers of its last evaluation, and the seconds it took
 CURVES = ("loss", "max_vio", "dropped", "val_loss")
 
 
@@ -152,7 +153,14 @@ def _code(folder: Path, finished: bool) -> dict:
 
 
 def _train(run: RunConfig, folder: Path, task: Task | None) -> tuple[dict, float] | None:
-    """Return (the evaluation's numbers, seconds), or None if the run received a stop request."""
+    """Return (the evaluation's numbers, seconds), or None if the run received a stop request.
+
+    Both are kept in the run's folder, for other studies that need the same run.
+    """
+    if (kept := folder / EVALUATION).exists():
+        numbers, seconds = json.loads(kept.read_text())
+        return numbers, seconds
+
     from dsv3_jax.training.loop import fit
 
     start = time.perf_counter()
@@ -160,7 +168,9 @@ def _train(run: RunConfig, folder: Path, task: Task | None) -> tuple[dict, float
     if not result.finished:
         return None
     assert result.evaluation is not None
-    return _jsonable(result.evaluation), time.perf_counter() - start
+    numbers, seconds = _jsonable(result.evaluation), time.perf_counter() - start
+    write_atomic(kept, json.dumps([numbers, seconds]).encode())
+    return numbers, seconds
 
 
 def _parameters(run: RunConfig) -> dict:
