@@ -19,7 +19,7 @@ from experiments.lab.results import thin_curves
 from experiments.lab.tasks import Task, TaskSource
 
 STOPPED = 75  # exit code of a run that saved after a stop request; the same job resumes it
-EVALUATION = "evaluation.json"  # in a run's folder: the numbers of its last evaluation, and the seconds it took
+EVALUATION = "evaluation.json"  # in a run's folder: the numbers of its last evaluation, and the seconds of its training
 CURVES = ("loss", "max_vio", "dropped", "val_loss")
 
 
