@@ -163,6 +163,7 @@ def loop_layers(
     *,
     layers: list[nnx.State] | None = None,
     remat: str = "none",
+    unroll: bool = False,
     unshard: Callable = lambda layer: layer,
     beside: tuple = (),
 ):
@@ -173,6 +174,8 @@ def loop_layers(
         layers: each module's own arrays, from `unstack`: the loop is unrolled and slices nothing, and `index` is a
             Python number. None means a scan, whose compile time does not grow with depth.
         remat: see `recompute`.
+        unroll: write the scan out layer by layer. Then nothing that the backward pass reads is copied into a stack and
+            out again, and compile time grows with depth.
         unshard: gathers a layer's weights in its turn, see `mesh.sharding.unshard_weights`.
         beside: further arrays in any structure with a leading layer axis; the body takes those of its layer.
     Returns: (carry, ys stacked along a leading layer axis; None without layers, or unrolled).
@@ -199,4 +202,4 @@ def loop_layers(
 
     step = recompute(step, remat)
     count = jax.tree.leaves(state)[0].shape[0]
-    return jax.lax.scan(step, carry, (state, jnp.arange(count, dtype=jnp.int32), beside))
+    return jax.lax.scan(step, carry, (state, jnp.arange(count, dtype=jnp.int32), beside), unroll=unroll)
