@@ -12,9 +12,11 @@ from models import DENSE, QUICK, forward, parameters, random_model, small, token
 import dsv3_jax as ds
 from dsv3_jax import reference
 from dsv3_jax.config import ConfigError, Execution, ModelConfig, Yarn
+from dsv3_jax.model import transformer
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.presets import preset
+from dsv3_jax.training.loss import compute_loss
 
 BATCH, LENGTH = 2, 14
 # Row 0: documents of 6 and 5 tokens, then padding. Row 1: one of 14.
@@ -125,6 +127,31 @@ def test_bfloat16_computes_near_float32(tokens):
     # 8 bits of mantissa: 0.4 % an operation; a token whose routing flips moves farther, so the middle is compared.
     assert 0 < np.median(np.abs(wide.logits - narrow.logits)) < 0.05 * wide.logits.std()
     assert np.mean(wide.routing.expert_ids == narrow.routing.expert_ids) > 0.8
+
+
+@pytest.mark.usefixtures("whole_compiles")
+def test_training_unrolls_few_layers_and_computes_the_same(tokens, monkeypatch):
+    graphdef, params, rest = nnx.split(random_model(small(routed_scale=1.0)), nnx.Param, ...)
+    batch = {"tokens": jnp.asarray(tokens), "segment_ids": jnp.asarray(SEGMENTS), "positions": jnp.asarray(POSITIONS)}
+
+    def loss_and_gradients():
+        def loss(params, batch):
+            return compute_loss(nnx.merge(graphdef, params, rest), batch, 0.3).total
+
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(params, batch).compile()
+        return compiled.as_text().count("while("), compiled(params, batch)
+
+    loops, unrolled = loss_and_gradients()
+    monkeypatch.setattr(transformer, "UNROLLED_IN_TRAINING", 2)  # the model has one dense and two sparse layers
+    more_loops, scanned = loss_and_gradients()
+    assert more_loops == loops + 2  # the sparse layers, forward and backward; a loop over one layer is none
+    # Equal to the last digit where this was written; another compiler may fuse otherwise.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), unrolled, scanned)
+
+
+@pytest.mark.parametrize("changes", [{"compute_dtype": "bfloat16"}, {"remat": "full"}, {"precision": "fp8"}, {}])
+def test_training_unrolls_in_float32_only_and_if_nothing_is_recomputed(changes):
+    assert abstract(V3, Execution(**changes)).trains_unrolled == (not changes)
 
 
 # modules in a model of somebody else
