@@ -228,7 +228,7 @@ class Transformer(nnx.Module):
 
     @property
     def trains_unrolled(self) -> bool:
-        """Whether a pass without a cache unrolls its scans: on one CPU, in float32, where no digit moves by it.
+        """Whether a pass without a cache unrolls its scans: on one CPU, in float32, where hardly a digit moves by it.
 
         In fewer bits XLA rounds inside a fusion or not, and fuses otherwise without the loop.
         """
