@@ -517,6 +517,11 @@ class Kernels:
         """Rows of a cache are padded to a multiple of it: TPUs transpose arrays whose rows do not fill 128 lanes."""
         return 128 if self.target.platform == "tpu" else 1
 
+    @property
+    def scan_copies(self) -> bool:
+        """Whether a scan over layers loses much time in copies, into stacks, of what its backward pass reads."""
+        return self.target.platform == "cpu"
+
     # Routed experts
 
     def open_experts(self, weights: Experts, *, frozen: bool = False) -> ExpertStack:

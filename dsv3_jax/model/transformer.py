@@ -235,7 +235,7 @@ class Transformer(nnx.Module):
         run = self.execution
         exact = run.compute_dtype == "float32" and run.precision == run.remat == "none"
         shallow = self.cfg.num_layers <= UNROLLED_IN_TRAINING
-        return exact and shallow and self.kernels.target.platform == "cpu" and not on_mesh()
+        return exact and shallow and self.kernels.scan_copies and not on_mesh()
 
     def prepare_decode(self) -> DecodeWeights | None:
         """Take each layer's arrays out of the stacks, once a request; None if layers are not unrolled."""
