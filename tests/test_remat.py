@@ -23,7 +23,7 @@ def _cheap():
         yield
 
 
-CFG = small(num_layers=3, num_dense_layers=1, mtp_depth=1)
+CFG = small(num_layers=5, num_dense_layers=1, mtp_depth=1)  # more layers than training unrolls
 BLOCKS = 3  # a scan over dense layers, one over sparse layers, and a head: each calls attention once
 
 
