@@ -19,7 +19,7 @@ from dsv3_jax.model.mtp import make_heads, run_heads
 
 UNROLLED = 16  # most layers that decoding unrolls on the CPU: more take too long to compile
 UNROLLED_BY_LAYER = 64  # where a scan copies each layer out of its stack; 4 of mini compile in 12 s for an H100
-UNROLLED_IN_TRAINING = 4  # most layers that training unrolls on the CPU; 10 to 30 % more tokens a second in the lab
+UNROLLED_IN_TRAINING = 4  # most layers that training unrolls on the CPU; see experiments/bench/README.md
 
 
 class ForwardOut(NamedTuple):
@@ -228,7 +228,7 @@ class Transformer(nnx.Module):
 
     @property
     def trains_unrolled(self) -> bool:
-        """Whether a pass without a cache unrolls its scans: on one CPU, in float32, where hardly a digit moves by it.
+        """Whether a pass without a cache unrolls its scans: on one CPU, in float32, where few digits move by it.
 
         In fewer bits XLA rounds inside a fusion or not, and fuses otherwise without the loop.
         """
