@@ -74,13 +74,16 @@ class Results:
         self.names.setdefault(identity.keys, sorted(identity.settings))
 
     def add(self, variant: str, seed: int, record: dict) -> None:
-        """Add a run, and write the file. Results of another recipe are no longer shown; none is deleted."""
+        """Add a run, and write the file. Results of another recipe are no longer shown; none is deleted.
+
+        Numbers are rounded here, so a table is the same now and after the file is read again.
+        """
         if any(_recipe(shown) != _recipe(record) for name in self.runs for shown in self.records(name)):
             self.others, self.runs = self._all(), {}
         before = self.runs.setdefault(variant, {}).get(str(seed))
         if before is not None:
             self.others.append(_named(variant, str(seed), before))
-        self.runs[variant][str(seed)] = record
+        self.runs[variant][str(seed)] = _rounded(record)
         self.write()
 
     def select(self, asked: Mapping[tuple[str, int], Identity]) -> None:
@@ -150,11 +153,11 @@ class Results:
         )
         variants = []
         for variant, seeds in self.runs.items():
-            records = {seed: json.dumps(_rounded(record), ensure_ascii=False) for seed, record in seeds.items()}
+            records = {seed: json.dumps(record, ensure_ascii=False) for seed, record in seeds.items()}
             lines = (f"   {json.dumps(seed)}: {record}" for seed, record in records.items())
             variants.append(f"  {json.dumps(variant)}: {{\n" + ",\n".join(lines) + "\n  }")
         text = outer.replace('"@"', "{\n" + ",\n".join(variants) + "\n }")
-        others = ",\n".join(f"  {json.dumps(_rounded(record), ensure_ascii=False)}" for record in self.others)
+        others = ",\n".join(f"  {json.dumps(record, ensure_ascii=False)}" for record in self.others)
         write_atomic(self.path, (text.replace('"@@"', f"[\n{others}\n ]") + "\n").encode())
 
     @property
