@@ -164,8 +164,8 @@ class Balance:
     bias_rate: float = 1e-3  # step of the loss-free router bias after each batch (gamma); for quantile at most 1
     sequence_alpha: float = 1e-4  # weight of the sequence-wise balance loss (alpha)
     switch_alpha: float = 0.0  # weight of the batch-wise Switch balance loss
-    # how the bias moves: sign by gamma towards the mean load (V3), proportional by gamma times the distance from it,
-    # quantile the share gamma of the way to the bias with which the batch would have been balanced
+    # how the bias moves. sign: by gamma towards the mean load (V3). proportional: by gamma times the distance from it.
+    # quantile: the share gamma of the way to the bias that would have balanced the batch
     rule: RuleName = "sign"
     z_alpha: float = 0.0  # weight of the z-loss, which keeps the router's logits small
 
@@ -189,8 +189,8 @@ class Layout:
     """
 
     fsdp: bool = False  # shard weights and optimizer state along data too; each layer is gathered when it is computed
-    # how tokens reach the experts of other devices: gather sends all tokens, all_to_all sends a token once to each
-    # device that needs it, ragged does so without padding where the hardware can; auto is the cheaper of the first two
+    # how tokens reach the experts of other devices. gather sends all tokens. all_to_all sends a token once to each
+    # device that needs it. ragged does so without padding where the hardware can. auto is the cheaper of the first two
     expert_comm: Literal["auto", "gather", "all_to_all", "ragged"] = "auto"
     capacity_slack: float = 1.25  # for all_to_all: slots of the first round, over the slots that even load needs
 
@@ -209,8 +209,8 @@ class Execution:
     """
 
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of activations; parameters are always float32
-    # what the backward pass keeps of a layer, most memory first: none recomputes nothing, dots keeps products and
-    # attention, attention keeps its results alone and so computes it once, full keeps nothing
+    # what the backward pass keeps of a layer, most memory first. none recomputes nothing. dots keeps products and
+    # attention. attention keeps its results alone and so computes it once. full keeps nothing
     remat: Literal["none", "dots", "attention", "full"] = "none"
     # which kernels compute: auto takes the fastest, xla those that XLA compiles; `dsv3 info PRESET --kernels` lists
     # other names. OP=NAME forces the kernel of one op; commas join several
@@ -218,10 +218,10 @@ class Execution:
     layout: Layout = field(default_factory=Layout)  # how the model is sharded over a mesh of devices
     # XLA's flags for training on several GPUs or TPUs: auto sets those of kernels/xla_flags.py, none sets none
     xla_flags: Literal["auto", "none"] = "auto"
-    # 8-bit operands for the products of linear layers in training: fp8 is DeepSeek-V3's recipe, fp8_ue8m0 V3.1's, whose
-    # scales are powers of two, mxfp8 that of the MX formats; none multiplies in compute_dtype. Emulated, so slower: it
-    # shows what the rounding does to the loss. GPUs and TPUs multiply the numbers of fp8_ue8m0 and mxfp8 in bfloat16,
-    # which holds them exactly
+    # 8-bit operands for the products of linear layers in training. fp8 is DeepSeek-V3's recipe, fp8_ue8m0 V3.1's, whose
+    # scales are powers of two, and mxfp8 that of the MX formats. none multiplies in compute_dtype. Emulated, so slower:
+    # it shows what the rounding does to the loss. GPUs and TPUs multiply the numbers of fp8_ue8m0 and mxfp8 in
+    # bfloat16, which holds them exactly
     precision: Precision = "none"
 
     def __post_init__(self):
@@ -292,7 +292,7 @@ class ModelConfig:
     qk_norm: bool = False  # norm each head's queries and keys before RoPE; for attention mha, gqa and mqa
     num_groups: int = 1  # number of groups that the experts are divided into (G)
     groups_per_token: int = 1  # number of groups that a token's experts may come from
-    # how scores become a choice: sigmoid with a balancing bias (V3), sqrtsoftplus likewise (V4), softmax with balance
+    # how scores become a choice: sigmoid with a balancing bias (V3), sqrtsoftplus the same (V4), softmax with balance
     # losses (V2), topk takes the softmax over the chosen experts, noisy_topk adds learnt noise in training, dense uses
     # every expert, hash chooses by the token's id
     router: RouterName = "sigmoid"

@@ -10,8 +10,8 @@ from importlib import metadata
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
-# Compiling takes most of the tests' time, so `make test` sets JAX_DISABLE_MOST_OPTIMIZATIONS. jaxlib 0.10 also has an
-# older generator of fused loops, which compiles in a third of the time.
+# Compiling takes most of the tests' time, so `make test` sets JAX_DISABLE_MOST_OPTIMIZATIONS. Besides, jaxlib 0.10 has
+# an older generator of fused loops, which compiles in a third of the time.
 if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") and metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 

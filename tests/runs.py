@@ -151,7 +151,7 @@ def said_by(function, *args) -> tuple[object, str]:
     return result, out.getvalue()
 
 
-# What `fit` spends seconds on, however short the training: the machine's FLOP/s, pictures, the order-2 baseline.
+# `fit` spends seconds on these, however short the training: the machine's FLOP/s, pictures, the order-2 baseline.
 SECONDS = {place: getattr(*place) for place in ((prepare, "gemm_flops"), (loop, "_draw"), (loop, "_order2"))}
 SPEND_NO_SECONDS = """
 from dsv3_jax.training import loop, prepare

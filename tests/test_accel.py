@@ -31,7 +31,7 @@ from experiments.accel import parts, run
 ROOT = Path(__file__).parents[1]
 H100 = "NVIDIA H100 80GB HBM3"
 CARD = {"kind": H100, "platform": "cuda", "versions": {"jax": "0.12"}, "driver": None}
-# What the worker says of each part.
+# The worker's figures of each part.
 FIGURES = {
     "bounds": [
         {"name": "matrix product", "value": 800e12, "unit": "FLOP/s", "against": "sheet flops", "bound": "product"},
@@ -402,7 +402,7 @@ def test_train_without_a_mesh_hands_all_devices_to_fit(monkeypatch, tmp_path, ca
 
 def make(*argv):
     command = ["make", "--dry-run", *argv, f"PYTHON={sys.executable}", "VENV=nowhere"]
-    # Where make runs these tests, it would speak to the inner one through these.
+    # If make runs these tests, these would reach the inner make.
     env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
     return done.returncode, done.stdout, done.stderr

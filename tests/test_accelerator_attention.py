@@ -99,7 +99,7 @@ def test_splash_runs_forward_once_if_its_results_are_kept(rng, sizes, keep, runs
 
 @pytest.mark.parametrize("length", [1, 128, 640, 641, 800, 1024, 1025, 1700, 4096, 5000, 100_000])
 def test_blocks_serve_every_length(length):
-    """Of the sizes that the kernel takes, and with little padding."""
+    """Blocks have sizes that the kernel takes, with little padding."""
     block, at_a_time = tpu_attention.block_sizes(length)
     assert block % at_a_time == 0 and at_a_time % 128 == 0 and block <= tpu_attention.LARGEST_BLOCK
     assert length + -length % block < 1.25 * length + 256

@@ -203,7 +203,7 @@ def test_costs_are_those_of_steps_not_of_starting_a_program(start_s, longer_s):
 
 
 def test_a_text_that_ends_at_once_has_costs():
-    """Of its only step, with the program's start."""
+    """The cost is that of its only step, with the program's start."""
     costs = auto_length.measure_costs(lambda control, steps: (2e-3 if control is None else 3e-3, 1), OPTIONS, most=9)
     assert costs.draft.tolist() == [0] * 5 and costs.verify.tolist() == [1.5] * 4 and costs.start == 0
 

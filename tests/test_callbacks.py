@@ -43,7 +43,7 @@ class Recorder(loop.Callback):
         self.calls.append(("end", result))
 
     def names(self):
-        """Of calls, with their steps."""
+        """The calls, with their steps."""
         return [
             (call[0], call[1]["step"] if isinstance(call[1], dict) else call[-1])
             for call in self.calls

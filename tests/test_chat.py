@@ -224,7 +224,7 @@ REACHES = {
 
 @pytest.mark.parametrize("name", REACHES)
 def test_a_template_reaches_nothing(name):
-    """What the template gives is an error in one sentence, or nothing."""
+    """The template raises an error in one sentence, or writes nothing."""
     template = ChatTemplate("{{ messages[0].content }}" + REACHES[name], ByteTokenizer())
     try:
         found = template.text([USER])

@@ -144,7 +144,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("beside", ["", "run.json", "checkpoints/9"])
 def test_a_folder_that_was_moved_while_it_saved_is_not_made_anew(tmp_path, monkeypatch, beside):
-    """What Orbax writes at the old place is deleted, late writes too, unless anything else is there."""
+    """Orbax's files at the old place are deleted, late ones too, unless anything else is there."""
     monkeypatch.setattr(checkpoint, "LATE_WRITES_S", 0.5)
     folder, part = tmp_path / "run", "checkpoints/4.orbax-checkpoint-tmp/state"
     with Checkpoints(folder, RUN) as checkpoints:

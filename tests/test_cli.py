@@ -315,7 +315,7 @@ def contents(place: Place) -> dict[Path, bytes]:
 
 @pytest.fixture(scope="module")
 def answers(root, place) -> dict[str, tuple[int, str, str]]:
-    """What every command of GOOD and BAD answers, and under "files" what was there before and after."""
+    """The answers to all commands of GOOD and BAD, and under "files" the files before and after."""
     before = contents(place)
     lines = {name: line for name, (line, _) in BAD.items()} | GOOD
     argv = [[word.format(**vars(place)) for word in line.split()] for line in lines.values()]

@@ -1,6 +1,6 @@
 """Mini's steps, compiled for devices that are not here, keep to bars.
 
-An H100 trains and decodes. Of the TPUs v6e trains and v5p decodes: all TPUs run the same kernels.
+An H100 trains and decodes. A TPU v6e trains and a v5p decodes: all TPUs run the same kernels.
 
 The compilers come with the extras plan-gpu and plan-tpu (`make compilers`); without them these tests are skipped.
 Nothing runs: the bars hold of the programs' texts, as `dsv3_jax/planning/program.py` reads them.

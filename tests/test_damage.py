@@ -32,7 +32,7 @@ EARLIER, LAST = 4, 8
 
 @pytest.fixture(autouse=True)
 def _collected():
-    """What Orbax leaves is collected here, and not in a test of another file."""
+    """Collect Orbax's leftovers here, and not in a test of another file."""
     yield
     gc.collect()
 

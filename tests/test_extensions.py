@@ -91,7 +91,7 @@ def test_the_layers_hash_is_of_its_tokens(rng):
 
 
 def test_the_layers_z_loss_and_quantile(rng):
-    """Of the tokens that count. Other losses have weight 0."""
+    """Both are those of the tokens that count. Other losses have weight 0."""
     weights = Balance(0.5, 0.0, 0.0, "quantile", 0.25)
     moe, routed, x, flat = layer_of(rng, router="sqrtsoftplus", balance=weights)
     mask = np.array([[True] * 6, [True] * 3 + [False] * 3])

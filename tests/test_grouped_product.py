@@ -132,7 +132,7 @@ def gpu_interpreter():
 
 @contextmanager
 def tpu_interpreter():
-    """Pallas kernels for TPUs likewise."""
+    """Pallas kernels for TPUs run on the CPU."""
     from jax.experimental.pallas import tpu as pltpu
 
     with pltpu.force_tpu_interpret_mode():

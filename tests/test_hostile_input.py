@@ -441,7 +441,7 @@ def test_names_of_domains_can_be_printed(tmp_path):
     assert load_corpus(DataConfig(paths=(str(tmp_path),))).domains == ("\ufffd[31m\ufffd[/]",)
 
 
-# What is printed and drawn
+# Printed text and drawn pages
 
 
 def test_a_sentence_is_short_and_plain():

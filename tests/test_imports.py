@@ -24,7 +24,7 @@ FLOORS = [
     {"cli"},
     {"__init__", "__main__"},
 ]
-# What a folder or file may import of the package, beside itself; folders that are not named here: see FLOORS.
+# Folder or file → the parts of the package that it may import, beside itself. FLOORS has the other folders.
 MAY_IMPORT = {
     "config": set(),
     "reference": {"config"},

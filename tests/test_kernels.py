@@ -1,4 +1,4 @@
-"""The door: which implementation of an op runs where, what is refused, and what is said."""
+"""The door: which implementation of an op runs where, what is refused, and what is printed."""
 
 import jax
 import jax.numpy as jnp

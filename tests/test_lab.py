@@ -41,7 +41,7 @@ from experiments.lab.tasks import Facts
 
 pytestmark = pytest.mark.long
 
-# Stands in for a study's script, without training: the variant "bad" fails, and each job appends a line to "called".
+# A study's script without training: the variant "bad" fails, and each job appends a line to "called".
 STUB = """
 import json, sys, time
 from pathlib import Path
@@ -306,7 +306,7 @@ def test_a_new_setting_at_its_default_keeps_results(tmp_path, monkeypatch):
         later = values | {"model": values["model"] | {"new": value}}
         monkeypatch.setattr(fingerprints, "to_dict", lambda run, later=later: later)
         assert identify(run, root).matches(old.stored(), names) == matches
-        assert not identify(run, root).matches(old.stored())  # without the names it cannot be told
+        assert not identify(run, root).matches(old.stored())  # without the names the difference is unknown
     changed = values | {"model": values["model"] | {"new": 0, "dim": 48}}
     monkeypatch.setattr(fingerprints, "to_dict", lambda run: changed)
     assert not identify(run, root).matches(old.stored(), names)
@@ -366,7 +366,7 @@ def test_differences_are_paired_by_seed(tmp_path):
     results = Results(tmp_path / "results.json")
     for variant, losses in {"a": {0: 1.0, 1: 11.0, 2: 5.0}, "b": {1: 10.5, 0: 0.7}}.items():
         for seed, loss in losses.items():
-            results.add(variant, seed, {"numbers": {"val_loss": loss, "by": [{"x": loss}]}})
+            results.add(variant, seed, {"numbers": {"val_loss": loss, "by": [{"x": loss}], "long": loss / 3}})
     np.testing.assert_allclose(results.paired("b", "a", "val_loss"), [-0.3, -0.5])
     assert mean_spread(results.paired("b", "a", "val_loss"), 2, sign=True) == "−0.40 ± 0.14"
     again = Results(tmp_path / "results.json")

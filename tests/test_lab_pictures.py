@@ -10,7 +10,7 @@ from experiments.lab.results import MissingRuns
 
 EXPERIMENTS = Path(drawing.__file__).parents[1]
 STUDIES = sorted(path.parent.name for path in EXPERIMENTS.glob("[0-9][0-9]_*/run.py"))
-# What the studies' pictures cannot do without, by the sentence that says so.
+# Study → the sentence that names the run which its picture needs.
 NEEDED = {"15_low_precision": "no run of 'float32'", "17_router_life": "no run of 'loss-free, γ 3e-3'"}
 
 

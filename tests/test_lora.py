@@ -34,7 +34,7 @@ from dsv3_jax.training.step import TrainState, abstract_state, init_optimizer, m
 
 ALL = ("attention", "dense", "shared", "routed")
 RANK, ALPHA = 2, 3.0
-# Of W += (alpha / rank) A B: the axes of A, of B and of W, after those of layers and experts.
+# Weight → axes of A, of B and of W in W += (alpha / rank) A B, after those of layers and experts.
 PRODUCTS = {
     "w_q": ("dr", "rhk", "dhk"),
     "w_k": ("dr", "rhk", "dhk"),
@@ -171,7 +171,7 @@ def test_the_first_loss_is_the_starts():
 
 @partial(jax.jit, static_argnums=0)
 def losses(run: RunConfig, state: TrainState):
-    """Of a batch, as a step computes them."""
+    """The losses of a batch, as a step computes them."""
     return compute_loss(model_of(run, state), batch_of(), run.optim.mtp_weight)
 
 

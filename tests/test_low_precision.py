@@ -325,7 +325,7 @@ def test_experts_are_products_one_by_one(rng, recipe, inner):
     y, pull_back = jax.vjp(jax.jit(run), jnp.asarray(x), Experts(*map(jnp.asarray, stack)))
     d_x, d_stack = pull_back(jnp.asarray(d_y))
     want_y, want_dx, want_dw = one_by_one(recipe, x, ids, gates, [w[layer] for w in stack], d_y)
-    # h and the gradients before silu are rounded from float32 here and from float64 there: a few fall on other e4m3
+    # h and the gradients before silu are rounded from float32 here and from float64 there. A few fall on other e4m3
     # numbers, each a change of 1/16 of itself. Most numbers are equal to float32 rounding, all to 1 %.
     for got, want in zip((y, d_x, *(w[layer] for w in d_stack)), (want_y, want_dx, *want_dw), strict=True):
         difference = np.abs(np.asarray(got, np.float64) - want) / np.abs(want).max()

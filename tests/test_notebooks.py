@@ -47,7 +47,7 @@ def shortened(path, to):
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """(The folder of the notebooks that ran, what was said of one that fails, at which the others end.)"""
+    """Return (the folder of the notebooks that ran, the message on one that fails, at which the others end)."""
     folder = tmp_path_factory.mktemp("notebooks")
     env = environment(tmp_path_factory.getbasetemp()) | {"JAX_NUM_CPU_DEVICES": "1"}
     env.pop("DSV3_RUN", None)

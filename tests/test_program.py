@@ -1,4 +1,4 @@
-"""What a compiled program runs equals counts by hand: FLOPs, launches, copies, loops, bytes."""
+"""Counts of a compiled program equal counts by hand: FLOPs, launches, copies, loops, bytes."""
 
 from dataclasses import replace
 

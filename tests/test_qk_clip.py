@@ -154,7 +154,7 @@ def test_each_head_of_each_layer_is_scaled_by_its_own_logit(monkeypatch):
 
 @pytest.mark.parametrize("compressed", [True, False])
 def test_clipped_logits_are_at_most_the_threshold(rng, compressed):
-    """Of the same input: clipped heads reach the threshold, and the others keep their logits."""
+    """On the same input clipped heads reach the threshold, and the others keep their logits."""
     cfg = small() if compressed else small(q_latent_dim=None)
     module = ds.MLA(replace(cfg, init_std=0.6), rngs=nnx.Rngs(1))
     x = jnp.asarray(rng.standard_normal((2, 9, cfg.dim)), jnp.float32)

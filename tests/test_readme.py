@@ -1,4 +1,4 @@
-"""What the README says of the code: its files are there, and its counts of lines are right to five percent."""
+"""The README is right about the code: its files exist, and its counts of lines are right to five percent."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the backward pass recomputes: attention's forward pass once. test_loss has the gradient under each policy."""
+"""The backward pass recomputes attention's forward pass once. test_loss has the gradient under each policy."""
 
 import re
 from dataclasses import replace

@@ -67,7 +67,7 @@ def assert_equal(left, right):
 
 
 def texts_of(rows):
-    """Document → ids, from rows in any order: pieces of a document are told apart by their places in it."""
+    """Document → ids, from rows in any order: pieces of a document differ by their places in it."""
     found = {}
     for row in rows:
         for segment in range(1, row["segment_ids"].max() + 1):
@@ -161,7 +161,7 @@ def test_records_survive_bytes():
 
 
 def test_interrupted_tokenizing_goes_on(folder, shards, monkeypatch):
-    """What was complete is not written again, half a shard is, and the end is the same as without the interruption."""
+    """Complete shards are not written again, half a shard is, and the end is the same as without the interruption."""
     job = job_of(folder, "interrupted")
     calls = []
 

@@ -1,4 +1,4 @@
-"""What `dsv3 stats` reads, and what it compares: the user's text to its end, another run, earlier checkpoints."""
+"""Inputs and comparisons of `dsv3 stats`: the user's text to its end, another run, earlier checkpoints."""
 
 import contextlib
 import io

@@ -177,7 +177,7 @@ def test_heads_against_the_trunk_equal_slow_loops(rng):
 
 
 def test_matched_experts_share_the_most_choices(rng):
-    """Of all one-to-one maps, tried one by one; and a permutation of the experts is found again."""
+    """The match is the best of all one-to-one maps, tried one by one; a permutation of the experts is found again."""
     rows, others = random_rows(rng, experts=5), random_rows(rng, experts=5)
     others = others._replace(counted=rows.counted)
     found = compare.match_experts(rows, others, 5)

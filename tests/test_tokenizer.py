@@ -309,7 +309,7 @@ def test_errors_name_the_value(tmp_path):
 
 
 def test_a_copy_keeps_the_end_of_a_document(tmp_path):
-    """What a file beside the tokenizer said of it is kept beside the copy, and nothing else."""
+    """A file beside the tokenizer is kept beside the copy as far as it speaks of the tokenizer, and no further."""
     from dsv3_jax.files import write_atomic
 
     inner = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))

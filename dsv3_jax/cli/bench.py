@@ -202,7 +202,7 @@ def timing(
 
     Args:
         bandwidth: of copying, in bytes a second; for the bound.
-        weight_bytes: of a parameter; likewise.
+        weight_bytes: of a parameter; for the bound.
     """
 
     def median(of) -> float:

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-# Where Linux shows NVIDIA's GPUs (the second: in WSL) and TPUs.
+# Linux shows NVIDIA's GPUs (the second: in WSL) and TPUs by these files.
 NODES = ("/dev/nvidia[0-9]*", "/dev/dxg", "/dev/nvhost*", "/dev/accel*", "/dev/vfio/[0-9]*")
 
 

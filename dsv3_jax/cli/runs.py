@@ -110,7 +110,7 @@ def _run_folders(root: Path, depth: int = 3) -> Iterator[Path]:
 
 
 def _summary(folder: Path) -> Summary | None:
-    """A run's line; None for a run.json or metrics.jsonl that cannot be read, which is said on stderr."""
+    """Return a run's line. None means that its run.json or metrics.jsonl cannot be read; a line on stderr says why."""
     from dsv3_jax.model.counting import size
     from dsv3_jax.report.metrics import METRICS_FILE, read_rows
     from dsv3_jax.report.units import format_count

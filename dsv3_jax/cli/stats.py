@@ -97,7 +97,7 @@ def run(argv: list[str]) -> int:
 
 
 def _sentences(numbers: dict[str, Any]) -> Iterator[str]:
-    """What the report measured beside load and domains, a sentence each."""
+    """Return a sentence on each measurement of the report beside load and domains."""
     names, bias, information = numbers["layers"], numbers["bias"], numbers["information"]
     if bias is not None and any(bias["changed_choices"]):
         parts = zip(names, bias["changed_choices"], bias["max_vio_without"], strict=True)

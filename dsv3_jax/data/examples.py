@@ -213,8 +213,8 @@ def load_examples(cfg: DataConfig, text: TextSettings, quiet: bool = True) -> Ex
     Args:
         text: of the model that is fine-tuned: tokenizer, special tokens, chat template.
         quiet: print nothing; otherwise a line every few seconds.
-    Raises: ValueError naming a file and line with a record that is none of those above, or whose messages the chat
-        template refuses; without any example; or when the examples are too few for two sides.
+    Raises: ValueError with the file and line of a record that is none of those above, or whose messages the chat
+        template refuses. Also if there is no example, or too few for two sides.
 
     Example:
         >>> import json, tempfile

@@ -6,10 +6,10 @@
     train-00000.array_record, …      records of the training documents
     val-00000.array_record, …        records of the held-out documents
 
-A record is one long row of R tokens of one domain, the documents one after the other; the last record of a domain in a
+A record is one long row of R tokens of one domain, the documents one after the other. The last record of a domain in a
 file may be shorter. With R a multiple of T, a record has R / T training rows. An epoch is a shuffle of all rows by
-index, so row i of the endless order is found in constant time: a process reads only its rows, and the position of a run
-is one number, which is also valid for another number of processes.
+index, so row i of the endless order is found in constant time. A process reads only its rows. The position of a run is
+one number, which is also valid for another number of processes.
 """
 
 import bisect
@@ -97,7 +97,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of shards holds.
+    """The contents of a folder of shards.
 
     Attributes:
         format: text or chat.
@@ -377,8 +377,8 @@ class ShardBatches(Iterator[Batch]):
 def open_shards(cfg: DataConfig, tokenizer: Tokenizer) -> Shards:
     """Open the folder of shards that `cfg.paths` names.
 
-    Raises: ValueError for shards of another tokenizer, a shard that is missing or torn, a sequence length that does not
-        divide the records, or an unknown domain in the mixture.
+    Raises: ValueError for shards of another tokenizer, a missing or torn shard, a sequence length that does not divide
+        the records, or an unknown domain in the mixture.
 
     Example:
         >>> import tempfile

@@ -1,4 +1,4 @@
-"""Where batches come from: one interface over documents, chat examples and shards."""
+"""Sources of batches: one interface over documents, chat examples and shards."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

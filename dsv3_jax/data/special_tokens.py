@@ -1,4 +1,4 @@
-"""What the small files of a folder say of special tokens: their names by role, and which ids end a text."""
+"""Special tokens by the small files of a folder: their names by role, and the ids that end a text."""
 
 import re
 from collections.abc import Iterable

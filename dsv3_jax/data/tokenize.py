@@ -3,7 +3,7 @@
 One process reads documents and deals them out in groups of some megabytes. A group becomes a shard: a file of training
 records and one of held-out records, see `shards`. Each worker shuffles its group's documents, sorts them by domain and
 joins them to records. When both files of a shard are complete, a file beside them says so, with a hash of the text and
-the settings; the same command passes over such shards.
+the settings. The same command passes over such shards.
 """
 
 import hashlib

@@ -11,16 +11,17 @@ the program of this loop takes s longer than to start that of plain decoding: a 
 
 ρ is the price of time: with it, the largest worth a step is the most tokens a second over many steps.
 
-Guard: a step drafts only if the time spent, s too, stays below (1 + SHARE) × the tokens of the slowest sequence, plus
-SHARE × the tokens asked for, should all its drafts be rejected. Plain decoding takes those tokens' time, so a request
-takes at most 2 SHARE longer, by the measured costs. Drafts that do not seem to pay are tried again within the same
-share. Where even drafts that are all accepted cost more than they bring, or no further trial fits into the share before
-the end, or the drafter has not read UNREAD positions, it falls asleep: plain steps decode the rest.
+Guard: a step drafts only if the time spent stays below (1 + SHARE) × the tokens of the slowest sequence, plus SHARE ×
+the tokens asked for. The time includes s, and counts as if all drafts of the step were rejected. Plain decoding takes
+those tokens' time, so a request takes at most 2 SHARE longer, by the measured costs. Drafts that do not seem to pay are
+tried again within the same share. A request falls asleep, so that plain steps decode the rest, for three reasons: even
+drafts that are all accepted cost more than they bring, no further trial fits into the share before the end, or the
+drafter has not read UNREAD positions.
 
-Why sampled text keeps its law: how many drafts are made depends on past steps alone. Whether draft j + 1 is verified
-depends on drafts 1 … j, and on the drafter's distribution at j + 1 before it is drawn; never on draft j + 1 itself. So
-a verified draft has the law q that `accept` assumes. A rule that reads the drawn token's own probability would bias the
-text: drafts that it lets pass are likelier than q says.
+Why sampled text keeps its law: the number of drafts depends on past steps alone. Whether draft j + 1 is verified
+depends on drafts 1 … j, and on the drafter's distribution at j + 1 before it is drawn. It never depends on draft j + 1
+itself. So a verified draft has the law q that `accept` assumes. A rule that reads the drawn token's own probability
+would bias the text: drafts that it lets pass are likelier than q says.
 
 Source: renewal reward for ρ. Stops by confidence: SpecDec++, arXiv 2405.19715, and `assistant_confidence_threshold` of
 transformers.
@@ -55,16 +56,16 @@ class Costs(NamedTuple):
 
 
 class Control(NamedTuple):
-    """What the host says to the compiled loop."""
+    """The host's instructions to the compiled loop."""
 
     costs: Costs
     draft: Array  # int32: the option to take; -1 means that the rule chooses
-    verify: Array  # int32: likewise, an index of `lengths`
+    verify: Array  # int32: an index of `lengths` too
     limit: Array  # int32: steps after which the loop ends
 
 
 class Tally(NamedTuple):
-    """What the rule knows of the steps so far."""
+    """The rule's record of the steps so far."""
 
     seen: Float[Array, " BINS"]  # verified drafts by class, older ones forgotten
     accepted: Float[Array, " BINS"]
@@ -77,7 +78,7 @@ class Tally(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a step may do; static."""
+    """The choices of a step; static."""
 
     lengths: tuple[int, ...]  # k, from 0
     counts: tuple[int, ...]  # J of each option: 0, some J, and the last: the smallest J after plain steps
@@ -138,7 +139,7 @@ def choose_draft(
         written: tokens of the slowest sequence after its first.
         missed: some positions are not read by the drafter yet, more than a step's: then only the last option drafts.
     Returns: (the option's index; whether it is a trial, which verifies all its drafts; whether this request will draft
-        no more, because drafts do not seem to pay and all trials that its share has room for were made).
+    no more). The last holds if drafts do not seem to pay and all trials that its share has room for were made.
     """
     rate, rho = rates(tally), price(tally)
     worth = jnp.stack([1 + _run(rate, k) for k in options.lengths], axis=1) - rho * costs.verify[None]  # [BINS, k]
@@ -180,7 +181,7 @@ def choose_verify(
     """Choose how many drafts a step verifies: it stops at the first length from which no farther one is worth more.
 
     Args:
-        confidence: the drafter's, of each draft before it is drawn. What is farther than the next draft is not read.
+        confidence: the drafter's, of each draft before it is drawn. Only the next draft's is read.
         count: drafts that were made.
     Returns: the index of the length.
     """

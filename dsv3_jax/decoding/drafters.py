@@ -1,4 +1,4 @@
-"""Who drafts: an independent small model, the model's own multi-token heads, or the text itself.
+"""Drafters: an independent small model, the model's own multi-token heads, or the text itself.
 
 A drafter has two methods. `start` makes its state after a prompt. `draft` first reads the tokens that were accepted in
 the last step (`StepResult`), then drafts. Its state is in caches like the model's. Rows that it wrote for drafts are
@@ -27,7 +27,7 @@ LONGEST_MATCH = 8  # tokens that prompt look-up compares
 
 
 class StepResult(NamedTuple):
-    """What the last step of the model computed."""
+    """The results of the model's last step."""
 
     h: Array  # [B, F, D]: what heads read of the trunk, from position `start` on
     tokens: Array  # int32 [B, F]: the tokens after, so that tokens[:, j] follows h[:, j]
@@ -45,7 +45,7 @@ class Drafts(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """What a drafter may read of a prompt, and the cache that the model itself uses."""
+    """A prompt as a drafter may read it, and the cache that the model itself uses."""
 
     tokens: Array  # int32 [B, T]
     lengths: Array  # int32 [B]
@@ -226,7 +226,7 @@ class LookupDrafter:
 
 
 def write_text(text: Int[Array, "B S"], last: StepResult) -> Int[Array, "B S"]:
-    """Put the last step's tokens into the text. What is not valid of them will be overwritten."""
+    """Put the last step's tokens into the text. Later steps overwrite those that are not valid."""
     rows = jnp.arange(text.shape[0], dtype=jnp.int32)[:, None]
     columns = last.start[:, None] + 1 + jnp.arange(last.tokens.shape[1], dtype=jnp.int32)[None]
     return constrain(text.at[rows, columns].set(last.tokens, mode="drop"))

@@ -59,7 +59,7 @@ class Generated:
 
 
 class Loop(NamedTuple):
-    """What the decoding loop carries. On a mesh, arrays as wide as the model are sharded by rows; others replicated."""
+    """The decoding loop's state. On a mesh, arrays as wide as the model are sharded by rows; others replicated."""
 
     cache: Any  # Cache or NoCache
     drafter: Any  # the drafter's state
@@ -75,7 +75,7 @@ class Loop(NamedTuple):
 
 
 class _Static(NamedTuple):
-    """What the compiled programs depend on."""
+    """The settings that the compiled programs depend on."""
 
     sampling: Sampling
     draft_length: int  # J, the largest of "auto"; 0 without a draft
@@ -107,7 +107,7 @@ def generate(
 ) -> Generated:
     """Continue prompts of any lengths.
 
-    A model on a mesh (`load_model(folder, mesh)`, `hf.load(path, mesh=…)`) decodes there: rows are sharded over "data"
+    A model on a mesh (`load_model(folder, mesh)`, `hf.load(path, mesh=…)`) decodes there. Rows are sharded over "data"
     and "expert" as far as their number divides, and each row's cache stays with its row. The tokens are a single
     device's up to the order of additions: in bfloat16 two tokens about as likely may change places. No token is ever
     dropped, whatever the model's capacity_factor.
@@ -124,11 +124,11 @@ def generate(
             followed the same tokens before) or a smaller Transformer with the same vocabulary, on the same mesh. Text
             has the same distribution as without, and is the same at temperature 0.
         draft_length: tokens drafted a step. DeepSeek's and EAGLE heads draft beyond their depth. "auto" chooses at each
-            step by what drafts cost and how sure the drafter is, and falls back to plain steps; the first request of a
-            shape measures the costs. Sampled text then depends on them, not on the seed alone; its law does not.
+            step by the cost of drafts and by how sure the drafter is, and falls back to plain steps. The first request
+            of a shape measures the costs. Sampled text then depends on them, not on the seed alone; its law does not.
         seed: of the random draws.
-    Raises: ValueError for an empty prompt or batch, a token outside the vocabulary, a prompt and continuation
-        beyond max_positions, settings outside their range, a draft with another vocabulary or on another mesh, or
+    Raises: ValueError for an empty prompt or batch, a token outside the vocabulary, a prompt and continuation beyond
+        max_positions, or settings outside their range. Also for a draft with another vocabulary or on another mesh, or
         heads that the model does not have.
 
     >>> from flax import nnx

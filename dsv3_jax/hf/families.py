@@ -13,7 +13,7 @@ from dsv3_jax.config import ConfigError, did_you_mean
 
 @dataclass(frozen=True)
 class Family:
-    """What a label means where config.json says nothing, and how it spells the rest."""
+    """A label's defaults where config.json says nothing, and its spelling of the rest."""
 
     scoring: str = "sigmoid"  # scores of the router
     methods: tuple[str, ...] = ("noaux_tc",)  # its topk_methods; the first if the key is absent

@@ -1,4 +1,4 @@
-"""Where models lie: a folder, a snapshot of the hub's cache, or a hub id that it holds. Nothing is downloaded."""
+"""Places of models: a folder, a snapshot of the hub's cache, or a hub id that it holds. Nothing is downloaded."""
 
 import re
 from pathlib import Path

@@ -36,7 +36,7 @@ _ALIGNMENT = 64  # bytes
 _MAX_ABSENT = 20_000  # tensors of the model that may be absent: those of its MTP layers, or those that an error counts
 _MAX_LISTED = 20  # wrong tensors that an error names
 _EMBED = "model.embed_tokens.weight"
-# Where a wrapper keeps its language model, and what it has beside it: pictures, which are not read.
+# Prefixes of the language model in a wrapper's names, and names of the wrapper's vision parts, which are not read.
 _PREFIXES = ("", "language_model.")
 _BESIDE = re.compile(r"(model\.)?(vision\w*|mm_projector|multi_modal_projector)\.")
 _BLOCKS = re.compile(r"model\.blocks\.(?=\d)")  # transformers 5.24 saves a wrapper's layers under this name
@@ -197,7 +197,7 @@ class ReleasedFolder:
             raise ValueError(f"{self.path} does not match its {CONFIG}, {len(wrong)} tensors: {listed}{more}")
 
     def _wrong_int4(self, entry: Entry) -> list[str]:
-        """What is wrong with the tensors of a weight of 4 bits."""
+        """Return the faults of a 4-bit weight's tensors; empty if there are none."""
         name, (rows, columns) = entry.name, entry.shape
         packed, scales = self.stored[name + int4.PACKED], self.stored.get(name + int4.SCALE)
         if not entry.quantized:

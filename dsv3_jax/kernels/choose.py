@@ -1,8 +1,8 @@
 """Which implementation of each op runs where: the only file that knows platforms.
 
 An op of `ops/` has several implementations. TABLE lists them in order of preference, and plain XLA comes last and fits
-always. `Kernels` is the table for one target: modules get it once and call its methods, and the first row that serves
-the target, the dtypes and the shapes runs. A new device is a folder beside this file and its rows in TABLE.
+always. `Kernels` is the table for one target. Modules get it once and call its methods. The first row that serves the
+target, the dtypes and the shapes runs. A new device is a folder beside this file and its rows in TABLE.
 
 `prepare` compiles the C++ kernels before anything is traced. While a program is traced nothing is asked of the process,
 except whether a mesh of several devices is in use: the C++ kernels run on one device.
@@ -147,10 +147,10 @@ _ragged_on_tpu = partial(Implementation, "ragged_dot", platforms=("tpu",))
 _row_blocks = partial(
     Implementation, "row_blocks", platforms=GPUS, slow="it multiplies one block of rows after the other"
 )
-# Products in 8 bits, by XLA on every platform. Where bfloat16 holds the rounded numbers exactly, GPUs and TPUs multiply
-# it instead of float32. XLA can multiply e4m3 numbers as they are for an H100, but a scale for each 128 of them then
-# needs a sum in memory for each: 107 TFLOP/s at most at 3.35 TB/s, by arithmetic, far below bfloat16's. The project's
-# kernel for Hopper scales in registers.
+# Products in 8 bits, by XLA on every platform. GPUs and TPUs multiply bfloat16 instead of float32 if it holds the
+# rounded numbers exactly. XLA can multiply e4m3 numbers as they are for an H100. But a scale for each 128 of them then
+# needs a sum in memory for each. By arithmetic that allows at most 107 TFLOP/s at 3.35 TB/s, far below bfloat16's. The
+# project's kernel for Hopper scales in registers.
 _RECIPES = (low_precision.FP8, low_precision.FP8_UE8M0, low_precision.MXFP8)
 _IN_BFLOAT16 = tuple(recipe.in_bfloat16 for recipe in _RECIPES if recipe.in_bfloat16 != recipe)
 
@@ -322,9 +322,9 @@ IN_FLOAT32 = ("embedding", "exact_product", "optimizer")  # ops on float32 array
 
 @dataclass(frozen=True)
 class Target:
-    """What a program is compiled for.
+    """The platform that a program is compiled for, and its kernels.
 
-    Raises: ConfigError for a platform or a kernel that there is not.
+    Raises: ConfigError for an unknown platform or kernel.
 
     Example:
         >>> Target("cpu", "auto,product=xla").forced("product").name

@@ -1,1 +1,1 @@
-"""Where arrays lie on a mesh of devices, and how tokens come to their experts there."""
+"""Sharding of arrays over a mesh of devices, and the way of tokens to their experts on it."""

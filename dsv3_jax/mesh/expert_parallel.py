@@ -63,7 +63,7 @@ def _sharded(tokens: int, experts: Experts, layout: Layout) -> Sharded:
 def pick_expert_comm(
     cfg: ModelConfig, layout: Layout, tokens: int, peers: int
 ) -> Literal["gather", "all_to_all", "ragged"]:
-    """What `Layout.expert_comm` means for so many tokens a device.
+    """Return the method that `Layout.expert_comm` means for so many tokens a device.
 
     Example:
         >>> from dsv3_jax.presets import preset

@@ -313,7 +313,7 @@ _gathered.defvjp(_gathered_fwd, _gathered_bwd)
 def shard_map_over_batch(f: Callable, replicated: Sequence, *batched) -> Any:
     """Call `f(*replicated, *batched)` with each device on its own rows of the batched arrays; without a mesh, once.
 
-    Only the axes of ROWS are manual; along "tensor" the compiler goes on sharding as it does elsewhere.
+    Only the axes of ROWS are manual; the compiler shards along "tensor" as it does elsewhere.
     f returns (sums, rows): arrays that are summed over devices, and arrays that are sharded as the batched ones.
 
     Example:
@@ -353,8 +353,8 @@ def shard_map_by_names(
         names: of each argument's last axes, by which it is sharded; the same for all its arrays.
         like: f returns a tuple of so many results, which are sharded as the arguments of these indices.
         has_kernel: f may call a Pallas kernel of a library. JAX cannot check along which axes its results differ, so
-            the check is left out. f must then have no collectives, and along an axis that does not shard a result
-            no argument may be sharded.
+            the check is left out. Therefore f must have no collectives, and an axis that does not shard a result may
+            shard no argument.
 
     Example:
         >>> rows = ("batch",)  # both arguments are sharded by rows, and the result as argument 0 is

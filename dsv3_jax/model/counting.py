@@ -104,8 +104,8 @@ def train_flops_per_token(
     """FLOPs a trained token: 6 for each active parameter (2 forward, 4 backward). Attention scores are not counted.
 
     With `frozen_trunk` the heads alone are trained: 2 for the trunk's, and 4 for the unembedding that heads share.
-    With `adapted`, low-rank adapters of these parts are trained: 4, and 2 more for the matrices that they change, whose
-    gradient is formed on the way to the adapters'.
+    With `adapted`, low-rank adapters of these parts are trained: 4, and 2 more for the matrices that they change. The
+    gradient of these is formed on the way to the adapters'.
 
     Example:
         >>> from dsv3_jax.presets import preset

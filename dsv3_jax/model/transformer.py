@@ -30,8 +30,8 @@ class ForwardOut(NamedTuple):
     mtp_h: tuple[Array, ...]  # head k (from 0): [B, T-1-k, D], for the shared unembedding; entry i predicts token i+k+2
     routing: LayerRouting | None  # of the trunk's sparse layers, stacked along a leading axis
     mtp_routing: tuple[LayerRouting, ...]  # of the heads that have experts
-    # Of each layer's and head's attention, its heads' largest logits, if they are watched: float32 [L, H] or [H], by
-    # the path of the block in the model, "dense", "sparse" or "mtp.0.block"
+    # the largest attention logit of each head, if they are watched: float32 [L, H] or [H], by the path of the block in
+    # the model: "dense", "sparse" or "mtp.0.block"
     max_logits: dict[str, Array] | None = None
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 RESULTS = "attention"  # name, for `jax.checkpoint`, of what the gradient needs of the forward pass: output, log-sums
 MAX_SCORES = 1 << 21  # numbers in the scores of one pair of blocks: 8 MB in float32
-LARGE_SCORES = 1 << 25  # likewise where memory is large and starting a product costs more: 128 MB in float32
+LARGE_SCORES = 1 << 25  # the same for devices with more memory, where starting a product costs more: 128 MB in float32
 
 
 def causal_attention(

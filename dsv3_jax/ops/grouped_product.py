@@ -183,7 +183,7 @@ class RowBlocks:
 
     @property
     def xs(self) -> tuple[Array, Array, Array]:
-        """What a scan over the blocks reads."""
+        """The blocks as a scan reads them."""
         return self.group, self.start, self.left
 
 
@@ -242,7 +242,7 @@ def _over_blocks(rows: Array, w: Array, counts: Array, first: Array | None, widt
 
 
 def row_blocks_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
-    """`GroupedProduct.dw` likewise: the blocks of a group are added up in order."""
+    """`GroupedProduct.dw` by blocks of rows; the blocks of a group are added up in order."""
     blocks = row_blocks(counts, x.shape[0])
     x, dy = (_pad_rows(a, blocks.size) for a in (x, dy))
 

@@ -14,7 +14,7 @@ This file emulates the recipe on any device: the operands hold exactly the value
 float32, and one float32 product adds them up. The recipe's own order, one sum for each 128 numbers and then the scales,
 differs by float32 rounding only. On a mesh that shards experts or their tokens, tiles do not cross devices.
 
-Where scales are powers of two, bfloat16 holds each of these values exactly too, because an e4m3 number has four
+If scales are powers of two, bfloat16 holds each of these values exactly too, because an e4m3 number has four
 significant bits. GPUs and TPUs then multiply in bfloat16 and add in float32 (`in_bfloat16`): the same terms, at the
 speed of bfloat16. A device with a kernel for e4m3 numbers and their scales multiplies those (`scaled_product`).
 

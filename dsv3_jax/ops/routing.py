@@ -307,7 +307,7 @@ def choose(
 
 
 class Inputs(NamedTuple):
-    """What a router may read of n tokens. `Router` says what it needs beside the logits."""
+    """A router's inputs for n tokens. `Router` says which it needs beside the logits."""
 
     logits: Array  # float32 [n, E]: x W_rᵀ
     bias: Array  # float32 [E]: loss-free correction

@@ -48,7 +48,7 @@ DEVICES = {
     "v5e": Device(16e9, 197e12, 197e12, 0.819e12, None, 200e9, 200e9, clock=1.5e9),
     "v6e": Device(32e9, 918e12, 918e12, 1.64e12, None, 400e9, 400e9, clock=1.75e9),
 }
-# What XLA's compiler for NVIDIA GPUs must know of one. XLA prints this text where the device is.
+# XLA's compiler for NVIDIA GPUs needs this description of one. XLA prints the text on a machine with the device.
 _H100 = """
 gpu_device_info {
   name: "NVIDIA H100 80GB HBM3" device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability 9.0a"

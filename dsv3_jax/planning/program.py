@@ -1,15 +1,15 @@
-"""What a compiled program does when it runs once: its work, kernels, copies and loops, read off its text.
+"""One run of a compiled program: its work, kernels, copies and loops, read off its text.
 
 A launch is one instruction that the device runs by itself: a fusion, a kernel, a copy, a sort. One in a loop counts for
-each iteration, nested loops multiply, and a conditional counts as its longest branch. Of each launch, the text tells
+each iteration, nested loops multiply, and a conditional counts as its longest branch. The text tells of each launch
 
     FLOPs    2 for each multiplication in its matrix products. Kernels that the compiler does not see into count by
              their own estimate, or by their operands if their name says grouped product or causal attention
     bytes    of operands and results in memory; a slice or a gather reads, and an update in place writes, its part alone
     cycles   the TPU compiler's estimate, which it has for most launches
 
-so that a roofline time of the program is the sum, over launches, of the longer of FLOPs and bytes at a device's rates,
-or of the cycles where they are known. The start of a launch takes no time there, and a GPU's cache holds nothing.
+so that a roofline time of the program is a sum over launches. Each adds the longer of FLOPs and bytes at a device's
+rates, or its cycles where they are known. The start of a launch takes no time there, and a GPU's cache holds nothing.
 """
 
 import re
@@ -56,7 +56,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Program:
-    """What a program runs; see the file's docstring."""
+    """The launches of a program; see the file's docstring."""
 
     all_launches: tuple[Launch, ...]
     unknown_loops: tuple[str, ...]  # loops of unknown length, by their operation in the model; each counts once
@@ -133,7 +133,7 @@ class Addition(NamedTuple):
     source: str  # the operation of the model, as JAX names it
     dtype: str  # as HLO names it
     narrow: bool  # narrower than float32: such a sum loses bits at each addition
-    unique: bool  # no two additions meet. Where they may, a GPU adds in any order, and a sum's last bits change
+    unique: bool  # no two additions meet; if they may, a GPU adds in any order, and a sum's last bits change
 
 
 def additions(program: jax.stages.Compiled | str) -> list[Addition]:

@@ -47,7 +47,7 @@ class Part(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What is decoded, and on what."""
+    """A model's decoding on a device."""
 
     bandwidth: float  # bytes/s
     peak: float  # FLOP/s

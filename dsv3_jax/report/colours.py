@@ -3,7 +3,7 @@
 `DIVERGING` is for what is above or below even: blue below, nearly white at even, red above. Lightness and chroma change
 linearly in OKLab from the middle to both ends, and both ends have the same lightness. So equal differences of a value
 look equally large, and the picture is readable in grey too. On a dark page the middle is dark and the ends are light.
-`MEANINGS` names the colours of curves and points. Where several of them meet, they also differ in their markers.
+`MEANINGS` names the colours of curves and points. They also differ in their markers if a picture has several.
 Source of OKLab: Björn Ottosson, "A perceptual color space for image processing", 2020.
 """
 
@@ -21,7 +21,7 @@ DARK_MIDDLE: Polar = (0.30, 0.0, 0.0)
 DARK_BELOW: Polar = (0.74, 0.13, 248.0)
 DARK_ABOVE: Polar = (0.74, 0.15, 30.0)
 
-# What a curve or a point means → its colour on a light and on a dark page.
+# Meaning of a curve or a point → its colour on a light and on a dark page.
 MEANINGS = {
     "this": ("#2a6db0", "#6aa9e8"),  # what was measured of this run, with all its parts
     "chance": ("#868c96", "#8d949f"),

@@ -185,8 +185,8 @@ def favourites(stats: RoutingStats, layer: int, *, top: int = 12, min_count: int
 
     lift = p(expert | token) / p(expert) = (n_et / n_t) / (n_e / n);  bits = n_et / (n K) · log2 lift
 
-    n counts tokens. The sum of all bits, of lifts below 1 too, is I(expert; token). The largest lift alone says little:
-    n / n_e, which is E/K for an expert of mean load, is that of every token that always goes to the expert.
+    n counts tokens. The sum of all bits, of lifts below 1 too, is I(expert; token). The largest lift alone says little.
+    Every token that always goes to the expert has a lift of n / n_e, which is E/K for an expert of mean load.
 
     Args:
         layer: index into `stats.layers`.

@@ -26,7 +26,8 @@ CONTEXTS, FAVOURITES, PARTNERS = 8, 12, 6  # for each expert, at most
 PAIRS = 64  # of two layers, where a table of all pairs is too large
 TEXTS, TEXT_TOKENS = 12, 512  # complete texts, and tokens of each, at most
 HISTORY = 60  # steps of the bias
-# Of all layers together: tables with more entries are cut, so that a page of V3's 58 x 256 experts has a few megabytes.
+# Most entries of a table, all layers together. Larger ones are cut, so that a page of V3's 58 x 256 experts has a few
+# megabytes.
 MOST_PAIRS, MOST_FAVOURITES, MOST_CONTEXTS, MOST_PARTNERS = 150_000, 30_000, 15_000, 45_000
 MOST_HISTORY, MOST_CHOICES = 200_000, 100_000
 

@@ -46,7 +46,7 @@ Follow = Callable[[Iterable[T], int, str], Iterable[T]]  # shows progress; the n
 
 
 class Report(NamedTuple):
-    """What `report` wrote and counted."""
+    """The files that `report` wrote, and its counts."""
 
     folder: Path
     stats: RoutingStats

@@ -47,9 +47,9 @@ def update(
 ) -> tuple[nnx.State, AdamState]:
     """Take one step of AdamW on gradients clipped to a global norm; weight decay on all but the norms' scales.
 
-    The numbers are those of optax.chain(clip_by_global_norm, adamw), in an order that XLA runs in place. optax's writes
-    the clipped gradients out and copies both means: three times the memory traffic, and a gradient's size of temporary
-    memory.
+    The numbers are those of optax.chain(clip_by_global_norm, adamw), in an order that XLA runs in place. That chain
+    writes the clipped gradients out and copies both means: three times the memory traffic, and a gradient's size of
+    temporary memory.
 
     Args:
         step: int32 [], steps taken before this one.

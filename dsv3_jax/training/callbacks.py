@@ -9,9 +9,9 @@ from dsv3_jax.config import RunConfig
 
 
 class Callback:
-    """What `fit` calls while it trains; each method does nothing by default.
+    """The methods that `fit` calls while it trains; each does nothing by default.
 
-    Of several processes the first alone calls them. A callback gets plain numbers and paths, never the state, so it
+    Only the first of several processes calls them. A callback gets plain numbers and paths, never the state, so it
     cannot change the run. It is called between two steps, and training waits for it.
 
     An error in `on_start` ends `fit` before the first step. After an error elsewhere the callback is not called again.

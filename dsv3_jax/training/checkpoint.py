@@ -2,8 +2,8 @@
 
 Each holds the training state (parameters, router bias, optimizer, step), the data position and the run's
 configuration. Orbax writes into a temporary folder and renames it, so a run killed at any moment leaves the checkpoint
-before. It moves an old one into the folder "deleted" before the files go, so none is half there either. What a dead run
-leaves of both is deleted at the next start. Checkpoints are independent of the mesh.
+before. It moves an old one into the folder "deleted" before the files go, so none is half there either. The next
+start deletes the remains of a dead run. Checkpoints are independent of the mesh.
 
 A checkpoint is compared with its checksums (see `checksums`) before it is read. A reader refuses a damaged one, because
 results must be of the step that was asked for. Training resumes from the newest one that is whole (`rewind`).
@@ -42,7 +42,7 @@ class SaveFailed(OSError):
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """What a folder keeps when it is moved; None if there is none at this place."""
+    """Return a folder's identity, which a move keeps. None means that there is no folder at this place."""
     try:
         found = folder.stat()
     except OSError:
@@ -150,8 +150,8 @@ class Checkpoints:
     def save(self, state: TrainState, data: dict[str, Any], *, wait: bool = False) -> None:
         """Save a state and the data position, in the background unless `wait`.
 
-        Raises: OSError if the disk has no room for it or an earlier save failed (the checkpoints before stay); of
-            several processes the first decides, and the others raise its sentence as ValueError.
+        Raises: OSError if the disk has no room for it or an earlier save failed (the checkpoints before stay). The
+            first of several processes decides, and the others raise its sentence as ValueError.
         """
         step = int(state.step)
         if step == self.latest:

@@ -5,7 +5,7 @@ and each burst of up to 32 bits; other damage passes once in 4 billion. It is no
 
 CRC-32 and not a cryptographic hash, for its speed. One core of an Intel Xeon with AVX-512 does 67 GB/s by zlib-ng and
 3.6 by Python's zlib, whose numbers are the same; SHA-256 reaches 1.3 and BLAKE2b 0.6. Copying a file out of the page
-cache takes longer (8.7 GB/s), so a save maps its files. Of the CPU time of a save, checksums take 3.7 % with zlib-ng
+cache takes longer (8.7 GB/s), so a save maps its files. Checksums take 3.7 % of a save's CPU time with zlib-ng
 and 10.5 % without, in the background (experiments/bench/checkpoint.py).
 """
 
@@ -92,7 +92,7 @@ def find_damage(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
 
 
 def _difference(path: Path, expected: list[int], compare_content: bool) -> str:
-    """What is wrong with one file; "" if nothing is."""
+    """Return the fault of one file; "" means that it has none."""
     try:
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode):

@@ -1,7 +1,7 @@
 """Saves that a clock holds up because it was set back.
 
-TensorStore starts no thread while the time of day is before the start of its last one. So after somebody, NTP or a
-virtual machine has set the clock back by an hour, a save may write nothing for an hour, and no error is raised.
+TensorStore starts no thread while the time of day is before the start of its last one. So if somebody, NTP or a virtual
+machine sets the clock back by an hour, a save may write nothing for an hour. No error is raised.
 """
 
 import time

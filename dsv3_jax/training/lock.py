@@ -163,7 +163,7 @@ def _remove_stale(path: Path, say: Callable[[str], None]) -> str:
 
 
 def _signature(path: Path) -> tuple[int, ...] | None:
-    """What changes when a lock is renewed or replaced; None if there is none."""
+    """Return numbers that change when a lock is renewed or replaced. None means that there is no lock."""
     try:
         with path.open("rb") as file:  # opening it makes a network file system ask its server
             status = os.fstat(file.fileno())
@@ -233,7 +233,7 @@ def _own_record() -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a lock file says; empty if it was not written to the end."""
+    """Return the values of a lock file; empty if it was not written to the end."""
     try:
         values = json.loads(path.read_bytes()[:4096])
     except (OSError, ValueError, RecursionError):

@@ -106,9 +106,9 @@ def fit(
         profile: (START, STOP): write a trace of these steps into `profile/` of the folder.
         optimizer: any optax transformation, in place of the run's own optimizer. It must not count on more than
             (gradients, state, parameters), and sees nested dicts of arrays, the parameters that train. Learning rate,
-            schedule and weight decay are its own; the run's `clip_norm` clips the gradients that it gets, and a step
+            schedule and weight decay are its own. The run's `clip_norm` clips the gradients that it gets, and a step
             that is not finite does not change its state. Its checkpoints resume with a transformation whose state has
-            the same types and shapes; learning rate and other numbers are the caller's to keep.
+            the same types and shapes. The caller keeps the learning rate and other numbers.
         source: data to train and to measure on, in place of the text that `run.data` names. A resumed run needs it
             again. Its token ids must be ids of `run.data.tokenizer`. None means the text.
         callbacks: called at the start and the end and for each row of metrics and checkpoint, see `Callback`. If one

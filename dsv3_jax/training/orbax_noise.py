@@ -1,8 +1,8 @@
 """Silence for what Orbax prints beside the error that it raises.
 
 When one write of a checkpoint fails, as on a full disk, Orbax raises its error and closes its event loop. TensorStore's
-threads still report the other writes to that loop, a traceback each, and asyncio logs each failed one: pages of text
-around the one sentence that says what happened.
+threads still report the other writes to that loop, a traceback each, and asyncio logs each failed one. Pages of text
+surround the one sentence that says what happened.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""What a run is trained with, kept in its run.json: the code's commit, the text, the tokenizer, versions."""
+"""The origin of a run, kept in its run.json: the code's commit, the text, the tokenizer, versions."""
 
 import importlib.metadata
 import subprocess

@@ -1,4 +1,4 @@
-"""What the loop notes of a step: a row of metrics as plain numbers, measures of the load, and the router's bias."""
+"""The loop's record of a step: a row of metrics as plain numbers, measures of the load, and the router's bias."""
 
 from typing import Any
 

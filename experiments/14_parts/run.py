@@ -1,4 +1,4 @@
-"""What each part is worth to a trained model: parts are taken away when it is evaluated; nothing is trained again."""
+"""The worth of each part to a trained model: parts are taken away when it is evaluated; nothing is trained again."""
 
 import sys
 from pathlib import Path

@@ -39,7 +39,7 @@ def variants(base):
 
 
 def measure(trained):
-    """`late_loss`: mean training loss of the last quarter. Of float32 runs `gradient_error` too, for each execution:
+    """`late_loss`: mean training loss of the last quarter. For float32 runs also `gradient_error` of each execution:
     ‖g − g₃₂‖ / ‖g₃₂‖ of all parameters together, at the last checkpoint on held-out text."""
     rows = [row for row in trained.metrics() if "loss" in row]
     numbers = {"late_loss": float(np.mean([row["loss"] for row in rows[-max(len(rows) // 4, 1) :]]))}

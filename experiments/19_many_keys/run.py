@@ -1,4 +1,4 @@
-"""What a cached row must hold: recall of many keys by MLA's widths, its rotated part, and other kinds of attention."""
+"""The content of a cached row: recall of many keys by MLA's widths, its rotated part, and other kinds of attention."""
 
 import sys
 from pathlib import Path

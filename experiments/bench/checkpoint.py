@@ -1,4 +1,4 @@
-"""What the checksums of a checkpoint cost: CPU time of a save without them and with each library's, in turns.
+"""The cost of a checkpoint's checksums: CPU time of a save without them and with each library's, in turns.
 
 python experiments/bench/checkpoint.py                  a state of 470 MB, five saves of each kind
 python experiments/bench/checkpoint.py --megabytes 100 --saves 3
@@ -40,7 +40,7 @@ def random_state(run: ds.RunConfig):
 
 
 def libraries() -> dict[str, Callable | None]:
-    """What computes the CRC-32 by the name of its library; None for no checksums."""
+    """Return the functions that compute the CRC-32, by the name of their library. None means no checksums."""
     found: dict[str, Callable | None] = {"none": None, "zlib": zlib.crc32}
     try:
         from zlib_ng import zlib_ng

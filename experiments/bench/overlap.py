@@ -3,10 +3,10 @@
 python experiments/bench/overlap.py                  # two minutes; prints a table and writes overlap_results.json
 python experiments/bench/overlap.py --steps 60 --rounds 10
 
-Both sides are `fit` itself on one run. "In turn" starts a step and waits for it before the next batch is made; "ahead"
-makes the next batch while a step runs, as on accelerators (`training.loop.AHEAD`). The sides take turns in one process.
-Each pipeline delays a batch by a share of the step's own time: "waiting" sleeps, as for a disk or the network;
-"working" computes on one core in Python, as for a slow tokenizer.
+Both sides are `fit` itself on one run. The side "in turn" starts a step and waits for it before the next batch is made.
+The side "ahead" makes the next batch while a step runs, as on accelerators (`training.loop.AHEAD`). The sides take
+turns in one process. Each pipeline delays a batch by a share of the step's own time. The one "waiting" sleeps, as for a
+disk or the network. The one "working" computes on one core in Python, as for a slow tokenizer.
 
 Metrics are written every fourth step only, because that work may overlap with steps, too. A side's time is the median
 of the intervals between its rows, which one disturbance does not move. A comparison is decided if all its rounds are

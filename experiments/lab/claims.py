@@ -171,7 +171,7 @@ def answer_to(claim: Claim, found: Difference, adjusted_p: float) -> Answer:
     """Return yes or no where the difference tells, else "too small to tell here".
 
     A difference in the expected direction is a yes if it is significant after the correction, one in the other
-    direction a no. "equal" is a yes if the 95 % interval is within the margin, and a no if it is outside of it.
+    direction a no. For "equal" the 95 % interval decides: yes within the margin, no outside of it.
     """
     low, high = found.interval
     if claim.expect == "equal":
@@ -230,8 +230,8 @@ def format_p(p: float) -> str:
 def as_json(verdict: Verdict) -> dict:
     """Return a verdict as results.json keeps it; differences are turned so that what the papers expect is positive.
 
-    A claim of "lower" is multiplied by −1. Of "equal" it is what the margin leaves: m − |d|. Then in each case the
-    interval is right of 0 for a yes, and left of it for a no.
+    A claim of "lower" is multiplied by −1. A claim of "equal" has what the margin leaves: m − |d|. Then in each case
+    the interval is right of 0 for a yes, and left of it for a no.
     """
     claim = verdict.claim
 

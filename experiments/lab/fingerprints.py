@@ -1,4 +1,4 @@
-"""What makes two runs the same run: their whole configuration, their text, their tokenizer and the recipe's version."""
+"""The identity of a run: its whole configuration, its text, its tokenizer and the recipe's version."""
 
 import dataclasses
 import hashlib

@@ -42,7 +42,7 @@ def run_all(
 ) -> list[str]:
     """Run jobs seed by seed; a job starts only after the jobs that it depends on.
 
-    Of a seed, the variants that last took longest start first, so that the workers end at nearly the same time.
+    The variants of a seed that last took longest start first, so that the workers end at nearly the same time.
 
     Args:
         script: the study's run.py, which does a job when called with `--work JOB`.

@@ -1,16 +1,16 @@
 """The lab's statistics: a pooled noise model, intervals of differences, Holm's correction, and what could be seen.
 
-A measured number of variant v with seed s is y_vs = μ_v + β_s + ε_vs: the seed's effect β is common to all variants,
-because a seed sets the order of the data for all of them; ε is the noise of one run, with standard deviation σ. σ is
-pooled over all variants of a recipe, because three seeds of one variant say little: with 2 degrees of freedom an
+A measured number of variant v with seed s is y_vs = μ_v + β_s + ε_vs. The seed's effect β is common to all variants,
+because a seed sets the order of the data for all of them. The noise of one run is ε, with standard deviation σ. It is
+pooled over all variants of a recipe, because three seeds of one variant say little. With 2 degrees of freedom an
 interval reaches 4.3 standard errors to each side, with 58 it reaches 2.0.
 
     difference of two variants over n common seeds   d = mean(y_v − y_w),   SE = σ √(2/n)
     one variant against a constant                   SE = τ / √n,   τ² = the variance of a variant over seeds, pooled
     interval                                         d ± t(1 − α/2, dof) · SE
 
-σ is assumed to be the same for all variants. Where one variant is noisier (a rate that is too high), its intervals are
-too short.
+σ is assumed to be the same for all variants. If one variant is noisier (a rate that is too high), its intervals are too
+short.
 """
 
 from collections.abc import Mapping, Sequence

@@ -2,9 +2,10 @@
 
     python -m tests.campaign.fuzz --minutes 5 --seed 0
 
-A reader must accept a file or refuse it with a sentence. What it accepts must be usable: a run is written and read
-again, rows are drawn, and a tokenizer encodes a text. Hypothesis shrinks a file that falls short, and prints it. Where
-it is not installed, the campaign is left out. The readers run in a process of their own, because a tokenizer may crash.
+A reader must accept a file or refuse it with a sentence. An accepted file must be usable: a run is written and read
+again, rows are drawn, and a tokenizer encodes a text. Hypothesis shrinks a file that falls short, and prints it. The
+campaign is left out if Hypothesis is not installed. The readers run in a process of their own, because a tokenizer may
+crash.
 """
 
 import importlib.util

@@ -3,8 +3,8 @@
     python -m tests.campaign.models --minutes 10 --seed 0
 
 A configuration that is refused (ConfigError) is drawn again. For the others a training step must be finite, and greedy
-tokens must be those of the forward pass. Drafts must change no token, nor may other prompts in the batch. Where two
-logits are within rounding, either token passes.
+tokens must be those of the forward pass. Drafts must change no token, nor may other prompts in the batch. Either token
+passes if two logits are within rounding.
 
 Compiling takes nearly all the time, and of it the training step 60 %. So most models have one or two layers and one
 head, and nine of ten get their other batch in the same shape: it needs no new program.

@@ -1,4 +1,4 @@
-"""What campaigns against runs share: a small finished run, and commands of a worker that load and resume copies of it.
+"""Shared by campaigns against runs: a small finished run, and commands of a worker that load and resume copies of it.
 
 The run saves after steps 4, 8 and 12. Its copy without the last checkpoint is `Base.stopped`.
 """

@@ -1,4 +1,4 @@
-"""What campaigns share: trials by number, processes that are watched, and faults that are printed."""
+"""Shared by all campaigns: trials by number, processes that are watched, and faults that are printed."""
 
 import argparse
 import random

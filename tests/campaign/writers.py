@@ -2,7 +2,7 @@
 
     python -m tests.campaign.writers --minutes 5 --seed 0
 
-Of two processes in one folder one trains, and the other ends in a sentence. The lock of a dead process is taken over. A
+One of two processes in a folder trains, and the other ends in a sentence. The lock of a dead process is taken over. A
 process whose folder is moved or deleted ends in a sentence and makes no new folder. Training under a clock that jumps
 or goes back (jumping_clock.c, compiled here; left out without a compiler) is killed, resumed, and ends as the
 undisturbed run.

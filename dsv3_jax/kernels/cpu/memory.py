@@ -35,8 +35,9 @@ def _lay_out_heap(libc: ctypes.CDLL) -> None:
     """Make free holes for small arrays, and ask the kernel for large pages at the heap's end.
 
     Freed temporary memory is at the end of the heap. A small array placed there would leave too little for the next
-    step. The heap would then grow by the same amount again, and every page would be faulted in again. glibc uses the
-    free block that fits best, so small arrays go into the holes. A large page takes one fault where 512 small ones do.
+    step. The heap would then grow by the same amount again, and every page would be faulted in again. But glibc uses
+    the free block that fits best, so small arrays go into the holes. A large page takes one fault where 512 small ones
+    do.
     """
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]

@@ -65,7 +65,7 @@ def _kernels() -> tuple[Any, Any]:
 
     They import JAX's test utilities, which they do not use, and which take over the process's signals: an empty module
     is put in their place. The second asks the process's first device for its cores, but programs are compiled for a
-    target that may not be here: it is given a device with the cores that the first one assumes.
+    target that may not be here. So it is given a device with the cores that the first one assumes.
     """
     folder, utilities = "jax.experimental.pallas.ops.gpu.", "jax._src.test_util"
     absent = utilities not in sys.modules
@@ -141,7 +141,7 @@ def hopper_dx(dy: Array, w: Array, counts: Array, first: Array | None = None) ->
 
 
 def hopper_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
-    """`GroupedProduct.dw` likewise, in the dtype of the gradient."""
+    """`GroupedProduct.dw` by our own kernel, in the dtype of the gradient."""
     return _own().product_dw(x, dy, counts, dtype)
 
 

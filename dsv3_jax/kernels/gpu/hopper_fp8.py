@@ -3,8 +3,8 @@
     y_ij = Σ_b s_bi t_bj Σ_k a_i(128 b + k) c_j(128 b + k)
 
 A tile of 128 rows and 128 columns is computed by two warpgroups of 64 rows each, while a third one fetches the operands
-of the next steps. A step is one block b: its 128 products are added in the matrix unit, in about 14 bits as the V3
-report says, and the sum is scaled and added to float32 registers. Nothing of a block goes through memory.
+of the next steps. A step is one block b. The matrix unit adds its 128 products, in about 14 bits as the V3 report says.
+Then the sum is scaled and added to float32 registers. Nothing of a block goes through memory.
 
 The matrix unit reads 8-bit operands along the contracted axis only, so both are [·, k] here, and whoever quantizes
 writes the transposed ones.

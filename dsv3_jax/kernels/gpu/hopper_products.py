@@ -34,7 +34,7 @@ class Blocks(NamedTuple):
     group: Array  # int32 [J]: matrix
     start: Array  # int32 [J]: first row in memory
     low: Array  # int32 [J]: first row of the group, counted from `start`
-    high: Array  # int32 [J]: row after the last one of the group, likewise
+    high: Array  # int32 [J]: row after the last one of the group, counted from `start`
     used: Array  # int32 [1]
 
 

@@ -1,12 +1,12 @@
 """Attention to a latent cache on Hopper GPUs, in Pallas for Mosaic GPU: each cached row is read once for 64 queries.
 
 A thread block has 64 queries of one sequence and a share of its rows, 64 at a time. One warpgroup copies rows from
-memory, two blocks ahead. Two warpgroups each compute the scores of 32 rows, exchange their maxima and weights, and
-each then adds to one half of the output, since all of it (512 wide in V3) does not fit in one warpgroup's registers.
-The shares of a sequence are combined in plain JAX by their log-sums. Rows beyond a sequence's last are not read.
+memory, two blocks ahead. Two warpgroups each compute the scores of 32 rows, exchange their maxima and weights, and each
+then adds to one half of the output. All of it (512 wide in V3) does not fit in one warpgroup's registers. The shares of
+a sequence are combined in plain JAX by their log-sums. Rows beyond a sequence's last are not read.
 
 It has not run on a GPU yet. Compiled for an H100 at V3's width it spills 276 bytes of registers a thread, or 408 with
-8-bit rows; with 64 or 32 columns at a time, or other shares of registers, more.
+8-bit rows. It spills more with 64 or 32 columns at a time, or with other shares of registers.
 
 8-bit rows are copied as they are, and widened to bfloat16, scales included, in shared memory. With V3's 576 numbers a
 row that takes 225 KB of the 227 KB that a block may use. Fits no library: cuDNN's heads have at most 256 numbers, and

@@ -3,9 +3,9 @@
     RAGGED_DOT  XLA's forward, dx and dw; for dx XLA first writes the experts out transposed
     MEGABLOX    XLA's forward and dw, and megablox's dx, which reads the experts as they are
 
-Forward and dx read a layer's experts in place from the stack of all layers: matrices of other layers have no rows, and
-groups without rows are not read. libtpu chooses the tiles of `ragged_dot` itself: the whole contracted size, few
-columns, and as many rows as VMEM holds on the chip. A tiling that is set here would have to know the chip.
+Forward and dx read a layer's experts in place from the stack of all layers. Matrices of other layers have no rows, and
+groups without rows are not read. The compiler (libtpu) chooses the tiles of `ragged_dot` itself: the whole contracted
+size, few columns, and as many rows as VMEM holds on the chip. A tiling that is set here would have to know the chip.
 """
 
 import importlib

@@ -5,8 +5,8 @@ that of `ops.cached_attention`. Blocks beyond a sequence's last row are neither 
 what each sequence holds. A layer is read in place, out of a stack as well. 8-bit rows are widened in VMEM.
 It compiles for v5p and v6e, and has not run on a TPU yet.
 
-tokamax's MLA kernel is not used: its cache has pages of packed rows, [pages, S / packing, packing, X], so each step
-would copy the cache, and its 8-bit rows have one scale for all.
+tokamax's MLA kernel is not used. Its cache has pages of packed rows, [pages, S / packing, packing, X], so each step
+would copy the cache. And its 8-bit rows have one scale for all.
 
 Pallas is imported when it is used: it takes a second.
 """

@@ -3,8 +3,8 @@
     row   x_1 … x_T,   x_t ~ P(x_{t−m} … x_{t−1}),   each line of P drawn for this row from Dirichlet(α, …, α)
     asked every token after the first m
 
-Nothing of a row's P is in the weights. A model that counts the row's tokens alone stays at `bits_of_order(0)`; one that
-finds where the last token, or the last m tokens, stood before, and counts what came next, can reach the optimum: an
+Nothing of a row's P is in the weights. A model that counts the row's tokens alone stays at `bits_of_order(0)`. To reach
+the optimum, it must find earlier places of the last token, or of the last m tokens, and count what came next. An
 induction head does so. With order m = 2 the last two tokens are a name. The optimum is the mean of the posterior,
 
     p(x_t = j | x_{t−m} … x_{t−1} = c) = (n_cj + α) / (n_c + Sα),   n the counts in the row so far.
@@ -56,7 +56,7 @@ class Chains(Task):
     def bits_of_order(self, order: int) -> float:
         """Mean bits of an asked token for a predictor by counts of what followed the last `order` tokens in the row.
 
-        Of the chain's own order it is the optimum; of a smaller one it has the same α.
+        For the chain's own order it is the optimum; a smaller one has the same α.
         """
         return _bits_of_order(self, order)
 

@@ -2,7 +2,7 @@
 
     row   p(k_1, v_1) … p(k_M, v_M)   q(k_π1) a(v_π1) … q(k_πM) a(v_πM),   π a permutation
 
-As `retrieval`, but all M keys must be told apart at once. So the width of keys, latents and heads matters. The
+As `retrieval`, but a model must tell all M keys apart at once. So the width of keys, latents and heads matters. The
 difficulty is M. The optimum is 0 bits.
 """
 

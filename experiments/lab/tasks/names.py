@@ -5,9 +5,9 @@
     asked  every token after the first
 
 Nothing of a row's pairs is in the weights. A model that knows which names the row has said can tell the next first
-token from words; only one that finds where a first token stood before, and reads what followed, can tell the second
-one: an induction head does. With all tokens asked a small model learns it, with the second ones alone it does not in
-reasonable time. The difficulty is the number of names and of words. The optimum, with s names said before:
+token from words. The second token needs more: a model must find an earlier place of the first one, and read what
+followed. An induction head does so. With all tokens asked a small model learns it, with the second ones alone it does
+not in reasonable time. The difficulty is the number of names and of words. The optimum, with s names said before:
 
     p(w) = (1 − ρ) / W
     p(x) = ρ / N if x was said before, else ρ (N − s) / N / (P − s)
