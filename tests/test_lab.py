@@ -43,21 +43,27 @@ pytestmark = pytest.mark.long
 
 # A study's script without training: the variant "bad" fails, and each job appends a line to "called".
 STUB = """
-import json, sys, time
+import json, os, sys, time
 from pathlib import Path
-job = json.loads(sys.argv[2])
-with open("called", "a") as file:
-    print(job["variant"], job["seed"], sorted(job["needed_folders"]), job["alone"], file=file)
-while Path("wait").exists():
-    time.sleep(0.05)
-if job["variant"] == "bad" and not Path("fixed").exists():
-    sys.exit("Traceback and so on\\nthe loss is not finite")
-numbers = {"val_loss": 1.0 + job["seed"] + {"second": 0.25}.get(job["variant"], 0)}
-if job["alone"]:
-    numbers = json.loads(Path(job["record"]).read_text())["numbers"] | {"speed": 7.0}
-record = {"numbers": numbers, "curves": {}, "steps": 1, "seconds": 1.0, "commit": "0123abc", "dirty": False}
-record["parameters"] = {"total": 1000, "active": 100, "cache_bytes": 8}
-Path(job["record"]).write_text(json.dumps(record))
+answers = os.fdopen(os.dup(1), "w")
+for line in sys.stdin:
+    job = json.loads(line)
+    os.dup2(os.open(job["folder"] + ".log", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), 2)
+    with open("called", "a") as file:
+        print(job["variant"], job["seed"], sorted(job["needed_folders"]), job["alone"], file=file)
+    with open("processes", "a") as file:
+        print(os.getpid(), file=file)
+    while Path("wait").exists():
+        time.sleep(0.05)
+    if job["variant"] == "bad" and not Path("fixed").exists():
+        sys.exit("Traceback and so on\\nthe loss is not finite")
+    numbers = {"val_loss": 1.0 + job["seed"] + {"second": 0.25}.get(job["variant"], 0)}
+    if job["alone"]:
+        numbers = json.loads(Path(job["record"]).read_text())["numbers"] | {"speed": 7.0}
+    record = {"numbers": numbers, "curves": {}, "steps": 1, "seconds": 1.0, "commit": "0123abc", "dirty": False}
+    record["parameters"] = {"total": 1000, "active": 100, "cache_bytes": 8}
+    Path(job["record"]).write_text(json.dumps(record))
+    print(0, file=answers, flush=True)
 """
 PAGE = "# A question?\n\n<!-- results -->\nold\n<!-- /results -->\n\n## Verdict\n\n**Agrees, in\nshort.** It does.\n"
 
@@ -134,6 +140,11 @@ def test_only_missing_runs_are_made_and_failures_are_named(repo, capsys):
     jobs = [f"{name} {seed} [] False" for seed in (0, 1) for name in ("first", "second", "bad")]
     made = called(repo)  # of the second seed in the order of their times
     assert made[:3] == jobs[:3] and sorted(made) == sorted(jobs)
+    # One process does job after job, until one of them ends it. The next job has a new one.
+    ended = [job.startswith("bad") for job in made]
+    numbers = [sum(ended[:i]) for i in range(len(made))]
+    processes = (repo / "processes").read_text().split()
+    assert [sorted(set(processes), key=processes.index).index(p) for p in processes] == numbers
     page = (folder / "README.md").read_text()
     assert "| second | 1,000 (100) | 8 | 1.7500 ± 0.7071 | +0.2500 ± 0.0000 |" in page
     assert "| the second is lower | +0.250 (" in page and "trained at commit 0123abc. Machine: " in page
@@ -180,6 +191,8 @@ def test_timings_come_last(repo):
     assert study.main(["--seeds", "0"]) == 0
     jobs = called(repo)
     assert sorted(jobs[:2]) == ["a 0 [] False", "b 0 [] False"] and jobs[2:] == ["a 0 [] True", "b 0 [] True"]
+    timed = (repo / "processes").read_text().split()[2:]
+    assert timed[0] != timed[1]  # nothing of another job is in a process that is timed
     kept = Results(repo / "experiments/01_fake/results.json")
     assert kept.values("b", "speed").tolist() == [7.0] and kept.values("b", "val_loss").tolist() == [1.0]
 
@@ -554,22 +567,20 @@ def test_a_worker_measures_a_finished_run(root, tmp_path, monkeypatch):
         assert trained.model.cfg == run.model and len(trained.held_out()) == run.eval_batches
         return {"layers": len(trained.numbers["load"]), "rows": len(trained.metrics())}
 
-    assert work.main(job.to_json(), measure, None) == 0
+    assert work.do(job, measure, None) == 0
     record = json.loads((tmp_path / "abc.json").read_text())
     assert record["numbers"]["val_loss"] == pytest.approx(done.fitted.evaluation["val_loss"])
     assert record["numbers"]["layers"] == 3 and record["numbers"]["rows"] >= run.steps
     assert "load" not in record["numbers"] and record["parameters"]["total"] > 0
     assert record["curves"]["loss"][0][-1] == record["steps"] == run.steps
     assert (record["commit"], record["dirty"]) == ("fedcba9", True)
-    assert (
-        work.main(replace(job, alone=True).to_json(), None, lambda trained: {"speed": trained.numbers["layers"]}) == 0
-    )
+    assert work.do(replace(job, alone=True), None, lambda trained: {"speed": trained.numbers["layers"]}) == 0
     alone = json.loads((tmp_path / "abc.json").read_text())
     assert alone["numbers"] == record["numbers"] | {"speed": 3}
 
     # Another study needs the same run: nothing is trained or evaluated again, and its seconds are those of training.
     monkeypatch.setattr("dsv3_jax.training.loop.fit", lambda *_, **__: pytest.fail("fit was called"))
-    assert work.main(job.to_json(), lambda trained: {"shape": np.shape(trained.numbers["load"])}, None) == 0
+    assert work.do(job, lambda trained: {"shape": np.shape(trained.numbers["load"])}, None) == 0
     again = json.loads((tmp_path / "abc.json").read_text())
     assert again["numbers"].pop("shape") == [3, run.model.num_experts]
     del record["numbers"]["layers"], record["numbers"]["rows"]
@@ -579,7 +590,7 @@ def test_a_worker_measures_a_finished_run(root, tmp_path, monkeypatch):
 def test_a_failing_run_prints_one_line(tmp_path, capsys):
     run = make_run(str(tmp_path / "nowhere"))
     job = work.Job("a", 0, to_dict(run), str(tmp_path / "runs/abc"), {}, str(tmp_path / "runs/abc.json"), ())
-    assert work.main(job.to_json(), None, None) == 1
+    assert work.do(job, None, None) == 1
     assert repr(str(tmp_path / "nowhere")) in capsys.readouterr().err.splitlines()[-1]
 
 

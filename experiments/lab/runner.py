@@ -1,14 +1,15 @@
-"""Run many jobs, each in its own process on its own cores, and show a live progress line for each."""
+"""Run many jobs in worker processes, each on its own cores, and show a live progress line for each job."""
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -21,14 +22,61 @@ POLL_SECONDS = 0.1  # between two looks at the workers
 STOP_TIMEOUT = 60.0  # seconds that a worker gets to save after a stop request
 
 
-@dataclass
-class _RunningJob:
-    job: Job
-    process: subprocess.Popen
-    log: Path
-    slot: int
-    task: TaskID
-    start: float = field(default_factory=time.monotonic)
+class _Worker:
+    """A process that does jobs on some cores, one after the other. Its first job starts it.
+
+    So a job after the first one imports nothing, and compiles nothing that an earlier one has compiled.
+    """
+
+    def __init__(self, command: list[str], cores: tuple[int, ...], env: dict[str, str], root: Path):
+        self.command, self.cores, self.env, self.root = command, cores, env, root
+        self.process: subprocess.Popen | None = None
+        self.job: Job | None = None
+        self.start = 0.0  # of the job
+
+    def give(self, job: Job) -> None:
+        """Start a job."""
+        self.job, self.start = replace(job, cores=self.cores), time.monotonic()
+        log = self.root / job.log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if self.process is not None and self.process.poll() is not None:  # killed while it was idle
+            self.end()
+        if self.process is None:
+            with log.open("w") as file:
+                self.process = subprocess.Popen(
+                    self.command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=file,  # of the imports; the process itself opens each job's log
+                    bufsize=0,
+                    cwd=self.root,
+                    env=os.environ | self.env,
+                    start_new_session=True,  # only this process receives Ctrl-C; it then asks each worker to stop
+                )
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # its end is the answer
+            self.process.stdin.write(f"{self.job.to_json()}\n".encode())
+
+    def answer(self) -> int | None:
+        """Return the exit code of the job, or None while it runs."""
+        assert self.process is not None and self.process.stdout is not None and self.job is not None
+        if not select.select([self.process.stdout], [], [], 0)[0]:
+            return None
+        line = self.process.stdout.readline()
+        if line and not self.job.alone:
+            return int(line)
+        code = int(line) if line else self.process.wait() or 1  # without an answer the process has ended
+        self.end()  # a job that is timed has a process of its own
+        return code
+
+    def end(self) -> None:
+        """End the process, which is idle or has ended."""
+        if self.process is not None:
+            assert self.process.stdin is not None and self.process.stdout is not None
+            self.process.stdin.close()
+            self.process.wait()
+            self.process.stdout.close()
+        self.process = None
 
 
 def run_all(
@@ -45,7 +93,7 @@ def run_all(
     The variants of a seed that last took longest start first, so that the workers end at nearly the same time.
 
     Args:
-        script: the study's run.py, which does a job when called with `--work JOB`.
+        script: the study's run.py, which does jobs when called with `--work`.
         workers: the number of jobs at a time.
         cores: the CPU cores of each worker; () means all.
         env: added to this process's environment.
@@ -64,44 +112,52 @@ def run_all(
         console=console,
         disable=not console.is_terminal,
     )
-    waiting, running, failures = list(jobs), list[_RunningJob](), list[str]()
+    pool = [_Worker([sys.executable, str(script), "--work"], cores[i], env, root) for i in range(workers)]
+    waiting, failures = list(jobs), list[str]()
     failed_folders: set[str] = set()
     seconds: list[float] = []
     latest: dict[str, float] = {}  # variant → seconds of its last run
+    lines: dict[_Worker, TaskID] = {}
     with _sigterm_as_interrupt(), bar:
         total = bar.add_task("runs", total=len(jobs), line="")
         try:
-            while waiting or running:
-                unfinished = {job.folder for job in (*waiting, *(r.job for r in running))}
-                while len(running) < workers and (job := _next_ready(waiting, unfinished, failed_folders, latest)):
-                    waiting.remove(job)
-                    if missing := [name for name, folder in job.needed_folders.items() if folder in failed_folders]:
-                        failures.append(f"{_name(job)} was not run: it depends on {', '.join(missing)}, which failed")
-                        failed_folders.add(job.folder)
-                        continue
-                    slot = min(set(range(workers)) - {r.slot for r in running})
-                    running.append(_start(script, replace(job, cores=cores[slot]), slot, env, root, bar))
+            while waiting or any(worker.job for worker in pool):
+                unfinished = {job.folder for job in (*waiting, *(worker.job for worker in pool if worker.job))}
+                for worker in pool:
+                    while worker.job is None and (job := _next_ready(waiting, unfinished, failed_folders, latest)):
+                        waiting.remove(job)
+                        if failed := [name for name, folder in job.needed_folders.items() if folder in failed_folders]:
+                            failures.append(
+                                f"{_name(job)} was not run: it depends on {', '.join(failed)}, which failed"
+                            )
+                            failed_folders.add(job.folder)
+                            continue
+                        worker.give(job)
+                        lines[worker] = bar.add_task(f"  {_name(job)}", total=job.run["steps"], line="starting")
                 time.sleep(POLL_SECONDS)
-                for worker in list(running):
-                    _show_progress(worker, root, bar)
-                    code = worker.process.poll()
+                for worker in pool:
+                    if (job := worker.job) is None:
+                        continue
+                    _show_progress(job, lines[worker], root, bar)
+                    code = worker.answer()
                     if code is None:
                         continue
-                    running.remove(worker)
-                    bar.remove_task(worker.task)
+                    worker.job = None
+                    bar.remove_task(lines.pop(worker))
                     bar.advance(total)
                     if code == 0:
                         seconds.append(time.monotonic() - worker.start)
-                        latest[worker.job.variant] = seconds[-1]
-                        on_finish(worker.job, json.loads(Path(root / worker.job.record).read_text()))
-                        console.print(f"{_name(worker.job)}: done in {seconds[-1]:.0f} s", markup=False)
+                        latest[job.variant] = seconds[-1]
+                        on_finish(job, json.loads(Path(root / job.record).read_text()))
+                        console.print(f"{_name(job)}: done in {seconds[-1]:.0f} s", markup=False)
                     else:
-                        failed_folders.add(worker.job.folder)
-                        failures.append(_failure(worker, code))
+                        failed_folders.add(job.folder)
+                        failures.append(_failure(job, root, code))
                         console.print(failures[-1], markup=False)
-                bar.update(total, line=_time_left(seconds, len(waiting) + len(running), workers))
+                left = len(waiting) + sum(worker.job is not None for worker in pool)
+                bar.update(total, line=_time_left(seconds, left, workers))
         finally:
-            _stop(running)
+            _stop(pool)
     return failures
 
 
@@ -116,27 +172,10 @@ def _name(job: Job) -> str:
     return f"{job.variant}, seed {job.seed}"
 
 
-def _start(script: Path, job: Job, slot: int, env: dict[str, str], root: Path, bar: Progress) -> _RunningJob:
-    log = root / (job.folder + ".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, str(script), "--work", job.to_json()],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            cwd=root,
-            env=os.environ | env,
-            start_new_session=True,  # only this process receives Ctrl-C; it then asks each worker to stop
-        )
-    task = bar.add_task(f"  {_name(job)}", total=job.run["steps"], line="starting")
-    return _RunningJob(job, process, log, slot, task)
-
-
-def _show_progress(worker: _RunningJob, root: Path, bar: Progress) -> None:
+def _show_progress(job: Job, task: TaskID, root: Path, bar: Progress) -> None:
     """Show step and loss from the end of the run's metrics.jsonl."""
-    path = root / worker.job.folder / "metrics.jsonl"
-    if bar.disable or worker.job.alone or not path.exists():
+    path = root / job.folder / "metrics.jsonl"
+    if bar.disable or job.alone or not path.exists():
         return
     with path.open("rb") as file:
         file.seek(max(path.stat().st_size - 4096, 0))
@@ -144,15 +183,16 @@ def _show_progress(worker: _RunningJob, root: Path, bar: Progress) -> None:
     for line in reversed(lines):
         if line.startswith("{") and '"loss"' in line:
             row = json.loads(line)
-            phase = ", measuring" if row["step"] == worker.job.run["steps"] else ""
-            bar.update(worker.task, completed=row["step"], line=f"loss {row['loss']:.3f}{phase}")
+            phase = ", measuring" if row["step"] == job.run["steps"] else ""
+            bar.update(task, completed=row["step"], line=f"loss {row['loss']:.3f}{phase}")
             return
 
 
-def _failure(worker: _RunningJob, code: int) -> str:
-    lines = [line for line in worker.log.read_text(errors="replace").splitlines() if line.strip()]
+def _failure(job: Job, root: Path, code: int) -> str:
+    log = root / job.log
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     reason = "it was stopped" if code == STOPPED else lines[-1] if lines else f"exit code {code}"
-    return f"{_name(worker.job)} failed: {reason} (full log: {worker.log})"
+    return f"{_name(job)} failed: {reason} (full log: {log})"
 
 
 def _time_left(seconds: list[float], jobs: int, workers: int) -> str:
@@ -161,18 +201,20 @@ def _time_left(seconds: list[float], jobs: int, workers: int) -> str:
     return f"about {-(-jobs // workers) * sum(seconds) / len(seconds) / 60:.0f} min left"
 
 
-def _stop(running: list[_RunningJob]) -> None:
-    """Ask all workers to save and stop, and wait for them. A second interrupt kills them."""
-    for worker in running:
-        worker.process.terminate()
+def _stop(pool: Sequence[_Worker]) -> None:
+    """End idle workers, and ask the others to save and stop. A second interrupt kills them."""
+    busy = [worker.process for worker in pool if worker.process is not None and worker.job is not None]
+    for process in busy:
+        process.terminate()
     deadline = time.monotonic() + STOP_TIMEOUT
     try:
-        for worker in running:
-            worker.process.wait(timeout=max(deadline - time.monotonic(), 0.1))
+        for process in busy:
+            process.wait(timeout=max(deadline - time.monotonic(), 0.1))
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        for worker in running:
-            worker.process.kill()
-            worker.process.wait()
+        for process in busy:
+            process.kill()
+    for worker in pool:
+        worker.end()
 
 
 @contextmanager

@@ -127,7 +127,7 @@ class Study:
         """Run the study's command line. Returns the exit code."""
         argv = list(sys.argv[1:] if argv is None else argv)
         if argv[:1] == ["--work"]:
-            return work.main(argv[1], self.measure, self.measure_alone)
+            return work.main(self.measure, self.measure_alone)
         try:
             return self._main(make_parser(None, self.question).parse_args(argv))
         except (ValueError, OSError) as error:

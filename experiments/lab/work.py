@@ -1,5 +1,6 @@
-"""A worker process: train one run of a study (or resume it), measure it, and write its record."""
+"""A worker process: it trains runs of a study (or resumes them), measures them, and writes their records."""
 
+import gc
 import json
 import os
 import sys
@@ -25,7 +26,7 @@ CURVES = ("loss", "max_vio", "dropped", "val_loss")
 
 @dataclass(frozen=True)
 class Job:
-    """The instructions for one worker."""
+    """The instructions for one run."""
 
     variant: str
     seed: int
@@ -37,8 +38,13 @@ class Job:
     task: dict | None = None  # data in place of the text, as `Task.to_dict` returns it
     alone: bool = False  # run `measure_alone` on a finished run, with the machine to itself
 
+    @property
+    def log(self) -> Path:
+        """The file for what the job prints, relative to the worker's directory as `folder` is."""
+        return Path(self.folder + ".log")
+
     def to_json(self) -> str:
-        """Return the job as one argument of a command line."""
+        """Return the job as one line."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -202,11 +208,29 @@ def _locked(folder: Path):
         yield
 
 
-def main(
-    job_json: str, measure: Callable[[TrainedRun], dict] | None, alone: Callable[[TrainedRun], dict] | None
-) -> int:
-    """Do the job of one worker process. An error is one sentence, the last line of stderr."""
-    job = Job.from_json(job_json)
+def main(measure: Callable[[TrainedRun], dict] | None, alone: Callable[[TrainedRun], dict] | None) -> int:
+    """Do the jobs of a worker process: a line of stdin each, until it is closed. Returns the exit code.
+
+    Jobs of one process share its imports and what it has compiled. What a job prints goes to its log; stdout gets a
+    line with its exit code.
+    """
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    for line in sys.stdin:
+        job = Job.from_json(line)
+        with job.log.open("w") as log:
+            os.dup2(log.fileno(), sys.stdout.fileno())
+            os.dup2(log.fileno(), sys.stderr.fileno())
+        code = do(job, measure, alone)
+        sys.stdout.flush()
+        gc.collect()  # a model's parts refer to one another
+        print(code, file=answers, flush=True)
+        if code == STOPPED:
+            return code
+    return 0
+
+
+def do(job: Job, measure: Callable[[TrainedRun], dict] | None, alone: Callable[[TrainedRun], dict] | None) -> int:
+    """Do one job. Returns its exit code. An error is one sentence, the last line of stderr."""
     try:
         return run_job(job, alone if job.alone else measure)
     except (ValueError, OSError) as error:
