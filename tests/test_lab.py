@@ -173,15 +173,17 @@ def test_only_missing_runs_are_made_and_failures_are_named(repo, capsys):
     assert Results(folder / "results.json").values("second", "val_loss").tolist() == [1.25, 2.25, 3.25]
 
 
-def test_the_longest_job_of_a_seed_starts_first(tmp_path):
-    """By the times of the seeds before; a job that waits for others is left out."""
+def test_a_worker_begins_with_variants_that_it_has_done(tmp_path):
+    """Then with the longest, by the times of the seeds before; a job that waits for others is left out."""
     jobs = [work.Job(*key, {}, "-".join(map(str, key)), {}, "", ()) for key in (("a", 1), ("b", 1), ("c", 1), ("b", 2))]
     jobs[1] = replace(jobs[1], needed_folders={"a": "a-1"})
     times = {"a": 1.0, "b": 9.0, "c": 2.0}
-    assert runner._next_ready(jobs, {"a-1"}, set(), times) is jobs[2]
-    assert runner._next_ready(jobs, set(), set(), times) is jobs[1]
-    assert runner._next_ready(jobs, set(), set(), {}) is jobs[0]
-    assert runner._next_ready([jobs[1]], {"a-1"}, set(), times) is None
+    assert runner._next_ready(jobs, {"a-1"}, set(), times, ()) is jobs[2]
+    assert runner._next_ready(jobs, set(), set(), times, ()) is jobs[1]
+    assert runner._next_ready(jobs, set(), set(), times, {"a", "c"}) is jobs[2]
+    assert runner._next_ready(jobs, set(), set(), times, {"a"}) is jobs[0]
+    assert runner._next_ready(jobs, set(), set(), {}, ()) is jobs[0]
+    assert runner._next_ready([jobs[1]], {"a-1"}, set(), times, ()) is None
 
 
 def test_timings_come_last(repo):

@@ -149,6 +149,14 @@ def test_two_runs_are_one_and_without_a_report_nothing_is_timed_or_drawn(whole, 
     assert " tokens/s" in said and f"\nnumbers: {tmp_path / 'run' / 'metrics.jsonl'}" in said
 
 
+def test_runs_that_differ_in_their_seeds_alone_share_a_step(whole):
+    other = replace(whole.run, seed=5, data=replace(whole.run.data, seed=6))
+    assert loop._of_any_seed(other) == loop._of_any_seed(whole.run)
+    noisy = replace(other, model=replace(other.model, router="noisy_topk", num_groups=1, groups_per_token=1))
+    assert loop._of_any_seed(noisy) == noisy  # its step draws by the seed
+    assert loop._of_any_seed(replace(other, steps=9)) != loop._of_any_seed(other)
+
+
 def test_stopped_and_resumed_is_never_stopped(whole, tmp_path):
     """Twice. Rows of metrics after the checkpoint are dropped, also one that is cut short."""
     folder = tmp_path / "run"

@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -25,7 +26,7 @@ STOP_TIMEOUT = 60.0  # seconds that a worker gets to save after a stop request
 class _Worker:
     """A process that does jobs on some cores, one after the other. Its first job starts it.
 
-    So a job after the first one imports nothing, and compiles nothing that an earlier one has compiled.
+    A job after the first one imports nothing, and traces nothing if the process has done its variant.
     """
 
     def __init__(self, command: list[str], cores: tuple[int, ...], env: dict[str, str], root: Path):
@@ -33,10 +34,10 @@ class _Worker:
         self.process: subprocess.Popen | None = None
         self.job: Job | None = None
         self.start = 0.0  # of the job
+        self.variants: set[str] = set()  # that the process has done
 
     def give(self, job: Job) -> None:
         """Start a job."""
-        self.job, self.start = replace(job, cores=self.cores), time.monotonic()
         log = self.root / job.log
         log.parent.mkdir(parents=True, exist_ok=True)
         if self.process is not None and self.process.poll() is not None:  # killed while it was idle
@@ -53,6 +54,8 @@ class _Worker:
                     env=os.environ | self.env,
                     start_new_session=True,  # only this process receives Ctrl-C; it then asks each worker to stop
                 )
+        self.job, self.start = replace(job, cores=self.cores), time.monotonic()
+        self.variants.add(job.variant)
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # its end is the answer
             self.process.stdin.write(f"{self.job.to_json()}\n".encode())
@@ -76,7 +79,7 @@ class _Worker:
             self.process.stdin.close()
             self.process.wait()
             self.process.stdout.close()
-        self.process = None
+        self.process, self.variants = None, set()
 
 
 def run_all(
@@ -90,7 +93,7 @@ def run_all(
 ) -> list[str]:
     """Run jobs seed by seed; a job starts only after the jobs that it depends on.
 
-    The variants of a seed that last took longest start first, so that the workers end at nearly the same time.
+    A worker begins with the variants that it has done, and with those that last took longest.
 
     Args:
         script: the study's run.py, which does jobs when called with `--work`.
@@ -124,7 +127,8 @@ def run_all(
             while waiting or any(worker.job for worker in pool):
                 unfinished = {job.folder for job in (*waiting, *(worker.job for worker in pool if worker.job))}
                 for worker in pool:
-                    while worker.job is None and (job := _next_ready(waiting, unfinished, failed_folders, latest)):
+                    ready = partial(_next_ready, waiting, unfinished, failed_folders, latest, worker.variants)
+                    while worker.job is None and (job := ready()):
                         waiting.remove(job)
                         if failed := [name for name, folder in job.needed_folders.items() if folder in failed_folders]:
                             failures.append(
@@ -161,11 +165,16 @@ def run_all(
     return failures
 
 
-def _next_ready(waiting: list[Job], unfinished: set[str], failed: set[str], seconds: Mapping[str, float]) -> Job | None:
-    """Return a job whose dependencies have finished or failed: of the first such seed, the one that took longest."""
+def _next_ready(
+    waiting: list[Job], unfinished: set[str], failed: set[str], seconds: Mapping[str, float], done: Collection[str]
+) -> Job | None:
+    """Return a job whose dependencies have finished or failed, of the first such seed.
+
+    Variants that the worker has done come first, and of these the one that took longest.
+    """
     ready = [j for j in waiting if all(f in failed or f not in unfinished for f in j.needed_folders.values())]
     of_seed = (job for job in ready if job.seed == ready[0].seed)
-    return max(of_seed, key=lambda job: seconds.get(job.variant, 0.0), default=None)
+    return max(of_seed, key=lambda job: (job.variant in done, seconds.get(job.variant, 0.0)), default=None)
 
 
 def _name(job: Job) -> str:
