@@ -66,10 +66,9 @@ class _Worker:
         if not select.select([self.process.stdout], [], [], 0)[0]:
             return None
         line = self.process.stdout.readline()
-        if line and not self.job.alone:
-            return int(line)
         code = int(line) if line else self.process.wait() or 1  # without an answer the process has ended
-        self.end()  # a job that is timed has a process of its own
+        if not line or self.job.alone:  # a job that is timed has a process of its own
+            self.end()
         return code
 
     def end(self) -> None:
