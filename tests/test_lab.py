@@ -1,122 +1,27 @@
-"""The lab: the runs that a study asks for, skipping finished runs, and statistics and tables of the numbers."""
+"""The lab's commands: the runs that a study asks for, skipping finished ones, and what the options do."""
 
 import importlib.util
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
-import numpy as np
 import pytest
-from runs import HERE, cheap_compiles, finished, make_run
+from lab_stub import called, diffs, fake_repository, make_study
+from runs import HERE
 
-from dsv3_jax.config import ConfigError, Layout, replace, to_dict
+from dsv3_jax.config import ConfigError, replace
 from dsv3_jax.presets import recipe
-from experiments.lab import (
-    ABOVE,
-    RUNS_FOLDER,
-    Column,
-    FollowUp,
-    OnTask,
-    Results,
-    Study,
-    __main__,
-    bases,
-    fingerprints,
-    mean_spread,
-    overview,
-    runner,
-    work,
-)
-from experiments.lab import study as study_file
-from experiments.lab.claims import Claim
-from experiments.lab.fingerprints import RECIPE, identify, settings_of
-from experiments.lab.results import replace_block, thin_curves
-from experiments.lab.tables import results_table
+from experiments.lab import RUNS_FOLDER, FollowUp, OnTask, Results, __main__, bases, overview, work
+from experiments.lab.fingerprints import RECIPE
 from experiments.lab.tasks import Facts
 
 pytestmark = pytest.mark.long
 
-# A study's script without training: the variant "bad" fails, and each job appends a line to "called".
-STUB = """
-import json, os, sys, time
-from pathlib import Path
-answers = os.fdopen(os.dup(1), "w")
-for line in sys.stdin:
-    job = json.loads(line)
-    os.dup2(os.open(job["folder"] + ".log", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), 2)
-    with open("called", "a") as file:
-        print(job["variant"], job["seed"], sorted(job["needed_folders"]), job["alone"], file=file)
-    with open("processes", "a") as file:
-        print(os.getpid(), file=file)
-    while Path("wait").exists():
-        time.sleep(0.05)
-    if job["variant"] == "bad" and not Path("fixed").exists():
-        sys.exit("Traceback and so on\\nthe loss is not finite")
-    numbers = {"val_loss": 1.0 + job["seed"] + {"second": 0.25}.get(job["variant"], 0)}
-    if job["alone"]:
-        numbers = json.loads(Path(job["record"]).read_text())["numbers"] | {"speed": 7.0}
-    record = {"numbers": numbers, "curves": {}, "steps": 1, "seconds": 1.0, "commit": "0123abc", "dirty": False}
-    record["parameters"] = {"total": 1000, "active": 100, "cache_bytes": 8}
-    Path(job["record"]).write_text(json.dumps(record))
-    print(0, file=answers, flush=True)
-"""
-PAGE = "# A question?\n\n<!-- results -->\nold\n<!-- /results -->\n\n## Verdict\n\n**Agrees, in\nshort.** It does.\n"
-
-
-def diffs(base):
-    return {
-        "first": base,
-        "second": replace(base, steps=7),
-        "bad": replace(base, steps=8),
-        "heads": FollowUp(
-            ("bad",), lambda trunk: replace(base, steps=9, model=replace(base.model, mtp_depth=1), trunk=trunk)
-        ),
-    }
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    with cheap_compiles():
-        yield tmp_path_factory.getbasetemp()
-
 
 @pytest.fixture
 def repo(tmp_path, monkeypatch):
-    """A repository with one study, whose jobs the stub does."""
-    folder = tmp_path / "experiments" / "01_fake"
-    folder.mkdir(parents=True)
-    (folder / "run.py").write_text(STUB)
-    (folder / "README.md").write_text(PAGE)
-    (tmp_path / "experiments" / "README.md").write_text("<!-- results -->\n<!-- /results -->\n")
-    (tmp_path / RUNS_FOLDER).mkdir(parents=True)
-    monkeypatch.setattr(study_file, "make_tokenizer", lambda run, root: None)  # the stub reads none
-    monkeypatch.setattr(study_file, "_backend", lambda: "cpu")
-    monkeypatch.setattr(fingerprints, "_corpus_hash", lambda data: "the text")
-    return tmp_path
-
-
-def make_study(repo, **changes):
-    script = str(repo / "experiments" / "01_fake" / "run.py")
-    claims = (Claim("the second is lower", "second", "first"),)
-    settings = {"script": script, "question": "A question?", "published": "yes", "variants": diffs, "claims": claims}
-    return Study(**settings | changes)
-
-
-def settings_hash(*arguments):
-    return str(sorted(settings_of(*arguments).items(), key=str))
-
-
-def called(repo):
-    """Return the jobs since the last call."""
-    path = repo / "called"
-    lines = path.read_text().splitlines() if path.exists() else []
-    path.unlink(missing_ok=True)
-    return lines
+    return fake_repository(tmp_path, monkeypatch)
 
 
 def test_a_picture_whose_runs_are_missing_is_not_drawn_and_the_table_is_there(repo, capsys):
@@ -173,61 +78,6 @@ def test_only_missing_runs_are_made_and_failures_are_named(repo, capsys):
     assert Results(folder / "results.json").values("second", "val_loss").tolist() == [1.25, 2.25, 3.25]
 
 
-def test_a_worker_begins_with_variants_that_it_has_done(tmp_path):
-    """Then with the longest, by the times of the seeds before; a job that waits for others is left out."""
-    jobs = [work.Job(*key, {}, "-".join(map(str, key)), {}, "", ()) for key in (("a", 1), ("b", 1), ("c", 1), ("b", 2))]
-    jobs[1] = replace(jobs[1], needed_folders={"a": "a-1"})
-    times = {"a": 1.0, "b": 9.0, "c": 2.0}
-    assert runner._next_ready(jobs, {"a-1"}, set(), times, ()) is jobs[2]
-    assert runner._next_ready(jobs, set(), set(), times, ()) is jobs[1]
-    assert runner._next_ready(jobs, set(), set(), times, {"a", "c"}) is jobs[2]
-    assert runner._next_ready(jobs, set(), set(), times, {"a"}) is jobs[0]
-    assert runner._next_ready(jobs, set(), set(), {}, ()) is jobs[0]
-    assert runner._next_ready([jobs[1]], {"a-1"}, set(), times, ()) is None
-
-
-def test_timings_come_last(repo):
-    study = make_study(
-        repo, variants=lambda base: {"a": base, "b": replace(base, steps=3)}, measure_alone=lambda trained: {}
-    )
-    assert study.main(["--seeds", "0"]) == 0
-    jobs = called(repo)
-    assert sorted(jobs[:2]) == ["a 0 [] False", "b 0 [] False"] and jobs[2:] == ["a 0 [] True", "b 0 [] True"]
-    timed = (repo / "processes").read_text().split()[2:]
-    assert timed[0] != timed[1]  # nothing of another job is in a process that is timed
-    kept = Results(repo / "experiments/01_fake/results.json")
-    assert kept.values("b", "speed").tolist() == [7.0] and kept.values("b", "val_loss").tolist() == [1.0]
-
-
-def test_an_interrupted_study_resumes(repo):
-    """SIGTERM and Ctrl-C stop the workers. Finished runs are kept."""
-    script = f"""
-import sys
-sys.path.insert(0, {str(HERE / "tests")!r})
-from pathlib import Path
-from test_lab import fingerprints, make_study, study_file
-study_file._backend = lambda: "cpu"
-study_file.make_tokenizer = lambda run, root: None
-fingerprints._corpus_hash = lambda data: "the text"
-sys.exit(make_study(Path({str(repo)!r})).main(["--seeds", "0", "--workers", "2"]))
-"""
-    (repo / "wait").touch()
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not (repo / "called").exists() or len((repo / "called").read_text().splitlines()) < 2:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 130
-    assert process.stderr.read().decode().strip() == "stopped; run the same command again to resume"
-    process.stderr.close()
-    (repo / "wait").unlink()
-    (repo / "fixed").touch()
-    called(repo)
-    assert make_study(repo).main(["--seeds", "0"]) == 0
-    assert len(called(repo)) == 4
-
-
 def test_bad_input_is_one_sentence(repo, capsys):
     study = make_study(repo)
     for argv, sentence in (
@@ -263,93 +113,6 @@ def test_a_follow_up_needs_an_earlier_variant(repo):
         study.list_runs(recipe("lab"), (0,))
 
 
-def test_the_identity_ignores_kernels_and_the_layout_on_devices():
-    """The compute dtype counts, and so do model, seed and steps, the task, and the runs that it starts from."""
-    run = recipe("lab")
-    execution = replace(run.execution, kernels="xla", layout=Layout(fsdp=True))
-    assert settings_hash(run) == settings_hash(replace(run, execution=execution))
-    others = [
-        replace(run, seed=1),
-        replace(run, model=replace(run.model, dim=48)),
-        replace(run, steps=499),
-        replace(run, execution=replace(run.execution, compute_dtype="bfloat16")),
-        replace(run, model=replace(run.model, capacity_factor=1.0)),
-        replace(run, model=replace(run.model, capacity_factor=1.25)),
-    ]
-    assert len({settings_hash(r) for r in (run, *others)}) == 7
-    assert len({settings_hash(run), settings_hash(run, Facts()), settings_hash(run, Facts(bits=5))}) == 3
-    started = replace(run, start="runs/lab/abc")
-    assert settings_hash(started, None, {"runs/lab/abc": "x"}) != settings_hash(started, None, {"runs/lab/abc": "y"})
-
-
-def test_a_changed_default_text_or_tokenizer_is_another_run(tmp_path, monkeypatch):
-    """F6: each of them changed nothing in the old fingerprint, which named paths and left out defaults."""
-    text = tmp_path / "text.jsonl"
-    text.write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n')
-    base = recipe("lab")
-    data = replace(base.data, paths=("text.jsonl",), tokenizer="words.json", val_fraction=0.4)
-    run = replace(base, data=data)
-    assert identify(run, tmp_path).tokenizer is None  # not made yet
-    (tmp_path / "words.json").write_text("first")
-    monkeypatch.setattr(fingerprints, "_tokenizer_hash", lambda name, changed: Path(name).read_text())
-    before = identify(run, tmp_path)
-    assert before == identify(run, tmp_path) and before.matches(before.stored())
-    (tmp_path / "words.json").write_text("second")
-    assert identify(run, tmp_path).mark != before.mark
-    (tmp_path / "words.json").write_text("first")
-    text.write_text('{"text": "one"}\n{"text": "two"}\n{"text": "four"}\n')
-    fingerprints._corpus_hash.cache_clear()
-    assert identify(run, tmp_path).corpus != before.corpus
-    text.write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n')
-    fingerprints._corpus_hash.cache_clear()
-    again = identify(run, tmp_path)
-    assert again.matches(before.stored()) and not replace(again, recipe=RECIPE + 1).matches(before.stored())
-    values = to_dict(run)
-    monkeypatch.setattr(fingerprints, "to_dict", lambda run: values | {"log_every": 7})  # as if its default changed
-    assert not identify(run, tmp_path).matches(before.stored())
-
-
-def test_a_new_setting_at_its_default_keeps_results(tmp_path, monkeypatch):
-    """The house's rule: a new setting's default means what was so before. Any other value is another run."""
-    run, root = recipe("lab"), tmp_path
-    monkeypatch.setattr(fingerprints, "_corpus_hash", lambda data: "a text")
-    old = identify(run, root)
-    names, new = {old.keys: sorted(old.settings)}, fingerprints._defaults() | {"model.new": 0}
-    monkeypatch.setattr(fingerprints, "_defaults", lambda: new)
-    values = to_dict(run)
-    for value, matches in ((0, True), (1, False)):
-        later = values | {"model": values["model"] | {"new": value}}
-        monkeypatch.setattr(fingerprints, "to_dict", lambda run, later=later: later)
-        assert identify(run, root).matches(old.stored(), names) == matches
-        assert not identify(run, root).matches(old.stored())  # without the names the difference is unknown
-    changed = values | {"model": values["model"] | {"new": 0, "dim": 48}}
-    monkeypatch.setattr(fingerprints, "to_dict", lambda run: changed)
-    assert not identify(run, root).matches(old.stored(), names)
-
-
-def test_a_redraw_deletes_nothing_and_results_of_another_recipe_are_named_not_mixed(repo, capsys):
-    """F6: the old --redraw dropped what no longer matched from results.json."""
-    (repo / "fixed").touch()
-    study, path = make_study(repo), repo / "experiments/01_fake/results.json"
-    assert study.main(["--seeds", "0", "1"]) == 0
-    stored = json.loads(path.read_text())
-    for seeds in stored["runs"].values():
-        for record in seeds.values():
-            record["recipe"] = RECIPE - 1
-    path.write_text(json.dumps(stored))
-    assert study.main(["--redraw"]) == 0
-    page = (path.parent / "README.md").read_text()
-    assert f"Recipe {RECIPE - 1}. These are not of the present configuration and text (recipe {RECIPE})" in page
-    assert json.loads(path.read_text())["runs"] == stored["runs"]
-    called(repo)
-    assert study.main(["--seeds", "0", "--only", "first"]) == 0 and len(called(repo)) == 1
-    after = Results(path)
-    assert after.variants == ["first"] and after.seeds() == [0] and len(after.others) == 8
-    page = (path.parent / "README.md").read_text()
-    assert f"Kept but not shown: 8 results of recipe {RECIPE - 1}, text the text." in page
-    assert study.main(["--redraw"]) == 0 and len(Results(path).others) == 8
-
-
 def test_check_trains_one_run_again_and_says_by_how_much_it_moved(repo, capsys):
     study, path = make_study(repo), repo / "experiments/01_fake/results.json"
     assert study.main(["--check"]) == 2 and "--check has no finished run" in capsys.readouterr().err
@@ -376,26 +139,6 @@ def test_a_study_can_name_a_task(repo):
     assert (repo / "experiments/01_fake/results.json").exists()
 
 
-def test_differences_are_paired_by_seed(tmp_path):
-    """By hand: the differences between seeds, 1 and 10, cancel."""
-    results = Results(tmp_path / "results.json")
-    for variant, losses in {"a": {0: 1.0, 1: 11.0, 2: 5.0}, "b": {1: 10.5, 0: 0.7}}.items():
-        for seed, loss in losses.items():
-            results.add(variant, seed, {"numbers": {"val_loss": loss, "by": [{"x": loss}], "long": loss / 3}})
-    np.testing.assert_allclose(results.paired("b", "a", "val_loss"), [-0.3, -0.5])
-    assert mean_spread(results.paired("b", "a", "val_loss"), 2, sign=True) == "−0.40 ± 0.14"
-    again = Results(tmp_path / "results.json")
-    assert again.runs == results.runs and again.values("a", "by/0/x").tolist() == [1.0, 11.0, 5.0]
-    for seeds in again.runs.values():
-        for record in seeds.values():
-            record["parameters"] = {"total": 1, "active": 1, "cache_bytes": 1}
-    columns = [Column("loss", "val_loss", 1, paired=True, against=("b", ABOVE)), Column("speed", "speed")]
-    rows = results_table(again, columns).splitlines()
-    assert rows[0].endswith("| loss | against a, paired | against b, paired | against the row above, paired | speed |")
-    assert rows[2] == "| a | 1 (1) | 1 | 5.7 ± 5.0 |  | +0.4 ± 0.1 |  | – |"
-    assert rows[3] == "| b | 1 (1) | 1 | 5.6 ± 6.9 | −0.4 ± 0.1 |  | −0.4 ± 0.1 | – |"
-
-
 @pytest.mark.parametrize("option", ["--fresh", "--remeasure"])
 def test_repeating_some_runs_keeps_the_others(repo, option):
     study, path = make_study(repo), repo / "experiments/01_fake/results.json"
@@ -410,25 +153,6 @@ def test_repeating_some_runs_keeps_the_others(repo, option):
     assert called(repo) == ["second 0 [] False"] and not evaluation.exists()
     after = Results(path)
     assert after.variants == list(before) and after.seeds() == [0, 1, 3] and after.runs == before
-
-
-def test_results_are_written_atomically(tmp_path, monkeypatch):
-    results = Results(tmp_path / "results.json", {"question": 'why "@"?'})
-    results.add("a", 0, {"numbers": {"x": 1.0}})
-    before = (tmp_path / "results.json").read_text()
-    assert json.loads(before)["question"] == 'why "@"?'
-    monkeypatch.setattr(Path, "write_bytes", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        results.add("a", 1, {"numbers": {"x": 2.0}})
-    assert (tmp_path / "results.json").read_text() == before and len(list(tmp_path.iterdir())) == 1
-
-
-def test_a_page_without_markers_is_rejected(tmp_path):
-    page = tmp_path / "README.md"
-    page.write_text("# nothing\n")
-    with pytest.raises(ValueError, match=f"path='{page}'"):
-        replace_block(page, "x")
-    assert page.read_text() == "# nothing\n"
 
 
 def test_all_studies_get_the_same_options(tmp_path, capsys):
@@ -546,91 +270,6 @@ def test_commands_work_from_any_folder(command, tmp_path):
     done = subprocess.run([sys.executable, *line], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert ("\nMLA, seed 0: " if command[1] == "--list" else "--remeasure") in done.stdout
-
-
-def test_thinned_curves_are_means():
-    rows = [{"step": i, "loss": float(i)} for i in range(1, 101)] + [{"step": 100, "val_loss": 3.0}]
-    curves = thin_curves(rows, ("loss", "val_loss", "absent"), points=4)
-    assert curves == {"loss": [[25, 50, 75, 100], [13.0, 38.0, 63.0, 88.0]], "val_loss": [[100], [3.0]]}
-
-
-def test_a_worker_measures_a_finished_run(root, tmp_path, monkeypatch):
-    """In this process, on a copy of a finished run: the worker resumes at the last step."""
-    done = finished(root)
-    run, folder = done.run, tmp_path / "abc"
-    shutil.copytree(done.folder, folder)
-    saved = json.loads((folder / "run.json").read_text())
-    saved["made"][0] |= {"commit": "fedcba9876543210", "dirty": True}  # of the code that trained it, which is not ours
-    (folder / "run.json").write_text(json.dumps(saved))
-    job = work.Job("a", 0, to_dict(run), str(folder), {}, str(tmp_path / "abc.json"), ())
-    assert work.Job.from_json(job.to_json()).to_json() == job.to_json()
-
-    def measure(trained):
-        assert trained.model.cfg == run.model and len(trained.held_out()) == run.eval_batches
-        return {"layers": len(trained.numbers["load"]), "rows": len(trained.metrics())}
-
-    assert work.do(job, measure, None) == 0
-    record = json.loads((tmp_path / "abc.json").read_text())
-    assert record["numbers"]["val_loss"] == pytest.approx(done.fitted.evaluation["val_loss"])
-    assert record["numbers"]["layers"] == 3 and record["numbers"]["rows"] >= run.steps
-    assert "load" not in record["numbers"] and record["parameters"]["total"] > 0
-    assert record["curves"]["loss"][0][-1] == record["steps"] == run.steps
-    assert (record["commit"], record["dirty"]) == ("fedcba9", True)
-    assert work.do(replace(job, alone=True), None, lambda trained: {"speed": trained.numbers["layers"]}) == 0
-    alone = json.loads((tmp_path / "abc.json").read_text())
-    assert alone["numbers"] == record["numbers"] | {"speed": 3}
-
-    # Another study needs the same run: nothing is trained or evaluated again, and its seconds are those of training.
-    monkeypatch.setattr("dsv3_jax.training.loop.fit", lambda *_, **__: pytest.fail("fit was called"))
-    assert work.do(job, lambda trained: {"shape": np.shape(trained.numbers["load"])}, None) == 0
-    again = json.loads((tmp_path / "abc.json").read_text())
-    assert again["numbers"].pop("shape") == [3, run.model.num_experts]
-    del record["numbers"]["layers"], record["numbers"]["rows"]
-    assert again == record
-
-
-def test_a_failing_run_prints_one_line(tmp_path, capsys):
-    run = make_run(str(tmp_path / "nowhere"))
-    job = work.Job("a", 0, to_dict(run), str(tmp_path / "runs/abc"), {}, str(tmp_path / "runs/abc.json"), ())
-    assert work.do(job, None, None) == 1
-    assert repr(str(tmp_path / "nowhere")) in capsys.readouterr().err.splitlines()[-1]
-
-
-SCRIPTS = sorted((HERE / "experiments").glob("[0-9][0-9]_*/run.py"))
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.parent.name)
-def test_every_study_is_complete(script, monkeypatch):
-    """Its variants are valid, short and as mini; results.json has all runs; README.md has markers and a verdict."""
-    monkeypatch.syspath_prepend(script.parent)
-    spec = importlib.util.spec_from_file_location("a_study", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    study = module.STUDY
-    monkeypatch.setattr(fingerprints, "_corpus_hash", lambda data: "a text")
-    asked = study.list_runs(bases.base_run(study.base, [], RUNS_FOLDER), (0, 1))
-    for base in (bases.short_run(study.base), *([recipe("mini")] if study.base == "lab" else [])):
-        assert list(study.list_runs(base, (0, 1))) == list(asked)
-    results = Results(script.parent / "results.json")
-    assert results.recipe in (1, RECIPE, None) and set(results.variants) <= {name for name, _ in asked}
-    verdicts, _ = study.judge(results)
-    judged = [v.claim.text for v in verdicts]
-    assert study.claims and judged == [v["claim"] for v in results.about.get("verdicts", [])]
-    if results.recipe == RECIPE:  # a key that no result has would leave its claim out
-        assert judged == [claim.text for claim in study.claims]
-    kept = [v["answer"] for v in results.about.get("verdicts", [])]
-    assert [v.answer for v in verdicts] == kept, "studies share their noise: run python -m experiments.lab --redraw"
-    page = (script.parent / "README.md").read_text()
-    assert page.startswith(f"# {study.question}\n") and study.question.endswith("?")
-    assert page.count("<!-- results -->") == page.count("<!-- /results -->") == 1
-    assert (overview.verdict(script.parent) == "pending") == (results.recipe is None)  # what has results is answered
-
-
-def test_studies_are_numbered_and_listed():
-    names = [script.parent.name for script in SCRIPTS]
-    assert [int(name[:2]) for name in names] == list(range(1, len(names) + 1)) and names
-    page = (HERE / "experiments" / "README.md").read_text()
-    assert [name for name in names if f"({name}/README.md)" not in page] == []
 
 
 def test_a_base_with_invalid_values_is_rejected():
