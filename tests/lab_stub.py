@@ -28,6 +28,8 @@ for line in sys.stdin:
     record["parameters"] = {"total": 1000, "active": 100, "cache_bytes": 8}
     Path(job["record"]).write_text(json.dumps(record))
     print(0, file=answers, flush=True)
+while Path("hangs").exists():
+    time.sleep(0.05)
 """
 PAGE = "# A question?\n\n<!-- results -->\nold\n<!-- /results -->\n\n## Verdict\n\n**Agrees, in\nshort.** It does.\n"
 

@@ -55,6 +55,13 @@ def test_timings_come_last(repo):
     assert kept.values("b", "speed").tolist() == [7.0] and kept.values("b", "val_loss").tolist() == [1.0]
 
 
+def test_an_idle_worker_that_hangs_is_killed(repo, monkeypatch):
+    (repo / "hangs").touch()
+    monkeypatch.setattr(runner, "STOP_TIMEOUT", 0.5)
+    assert make_study(repo, measure_alone=lambda trained: {}).main(["--seeds", "0", "--only", "first"]) == 0
+    assert called(repo) == ["first 0 [] False", "first 0 [] True"]
+
+
 def test_an_interrupted_study_resumes(repo):
     """SIGTERM and Ctrl-C stop the workers. Finished runs are kept."""
     script = f"""

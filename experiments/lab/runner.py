@@ -20,7 +20,7 @@ from dsv3_jax.signals import handled
 from experiments.lab.work import STOPPED, Job
 
 POLL_SECONDS = 0.1  # between two looks at the workers
-STOP_TIMEOUT = 60.0  # seconds that a worker gets to save after a stop request
+STOP_TIMEOUT = 60.0  # seconds that a worker gets to save after a stop request, or to end when it is idle
 
 
 class _Worker:
@@ -66,19 +66,25 @@ class _Worker:
         if not select.select([self.process.stdout], [], [], 0)[0]:
             return None
         line = self.process.stdout.readline()
-        code = int(line) if line else self.process.wait() or 1  # without an answer the process has ended
-        if not line or self.job.alone:  # a job that is timed has a process of its own
-            self.end()
-        return code
+        if line and not self.job.alone:
+            return int(line)
+        ended = self.end()  # without an answer it ends now, and a job that is timed has a process of its own
+        return int(line) if line else ended or 1
 
-    def end(self) -> None:
-        """End the process, which is idle or has ended."""
+    def end(self) -> int:
+        """End the process, which is idle or ends now. Returns its exit code. One that hangs is killed."""
+        code = 0
         if self.process is not None:
             assert self.process.stdin is not None and self.process.stdout is not None
             self.process.stdin.close()
-            self.process.wait()
+            try:
+                code = self.process.wait(STOP_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                code = self.process.wait()
             self.process.stdout.close()
         self.process, self.variants = None, set()
+        return code
 
 
 def run_all(
