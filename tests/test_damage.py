@@ -228,7 +228,7 @@ def test_a_save_that_fails_in_the_background_is_named(run, monkeypatch):
         with Checkpoints(run, RUN) as checkpoints:
             checkpoints.save(make_state(9), PLACE)
             while checkpoints._manager.is_saving_in_progress():
-                pass
+                time.sleep(0.01)
             checkpoints.check_save()
             pytest.fail("the failure was not noticed")
     with Checkpoints(run, RUN) as checkpoints:

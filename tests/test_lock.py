@@ -113,8 +113,8 @@ def test_a_folder_that_is_moved_or_deleted_is_noticed(tmp_path, change):
             lock.check()
     assert not folder.exists()
     for moved in tmp_path.iterdir():  # the lock there is a dead one's
-        with acquire(moved):
-            pass
+        with acquire(moved) as taken:
+            taken.check()
 
 
 def test_a_link_of_that_name_is_refused(tmp_path):

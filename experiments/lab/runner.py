@@ -68,23 +68,22 @@ class _Worker:
         line = self.process.stdout.readline()
         if line and not self.job.alone:
             return int(line)
-        ended = self.end()  # without an answer it ends now, and a job that is timed has a process of its own
-        return int(line) if line else ended or 1
+        process = self.process
+        self.end()  # without an answer it ends now, and a job that is timed has a process of its own
+        return int(line) if line else process.returncode or 1
 
-    def end(self) -> int:
-        """End the process, which is idle or ends now. Returns its exit code. One that hangs is killed."""
-        code = 0
+    def end(self) -> None:
+        """End the process, which is idle or ends now. One that hangs is killed."""
         if self.process is not None:
             assert self.process.stdin is not None and self.process.stdout is not None
             self.process.stdin.close()
             try:
-                code = self.process.wait(STOP_TIMEOUT)
+                self.process.wait(STOP_TIMEOUT)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-                code = self.process.wait()
+                self.process.wait()
             self.process.stdout.close()
         self.process, self.variants = None, set()
-        return code
 
 
 def run_all(
