@@ -14,33 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# RoPE and YaRN
-
-
-def yarn_range(rope_dim, theta, original_max_positions, beta_fast, beta_slow):
-    """Return (low, high): pairs up to low keep their frequency; from high on it is divided by the factor."""
-
-    def corr(rotations):
-        return rope_dim * math.log(original_max_positions / (2 * math.pi * rotations)) / (2 * math.log(theta))
-
-    clamp = lambda pair: min(max(pair, 0), rope_dim - 1)  # noqa: E731
-    return clamp(math.floor(corr(beta_fast))), clamp(math.ceil(corr(beta_slow)))
-
-
-def yarn_frequencies(rope_dim, theta, factor, original_max_positions=4096, beta_fast=32.0, beta_slow=1.0):
-    """Return f64[R/2]: radians per position of each pair."""
-    low, high = yarn_range(rope_dim, theta, original_max_positions, beta_fast, beta_slow)
-    freqs = []
-    for pair in range(rope_dim // 2):
-        f = theta ** (-2 * pair / rope_dim)
-        ramp = min(max((pair - low) / (high - low), 0.0), 1.0)
-        freqs.append(f / factor * ramp + f * (1 - ramp))
-    return np.array(freqs)
-
-
-def yarn_mscale(factor, coefficient):
-    """Return YaRN's attention temperature."""
-    return 0.1 * coefficient * math.log(factor) + 1 if factor > 1 else 1.0
+# RoPE
 
 
 def rope_score(q, k, q_position, k_position, freqs, *, interleaved):
@@ -234,13 +208,6 @@ def load(expert_ids, num_experts):
     return np.array(counts, np.float64)
 
 
-def bias_update(bias, counts, rate):
-    """Return b_e + rate * sign(mean(load) - load_e)."""
-    mean = sum(counts) / len(counts)
-    sign = [(count < mean) * 1 - (count > mean) * 1 for count in counts]
-    return np.array([float(b) + rate * s for b, s in zip(bias, sign, strict=True)])
-
-
 def proportional_update(bias, counts, rate):
     """Return b_e + rate * (mean(load) - load_e) / mean(load)."""
     mean = sum(counts) / len(counts)
@@ -254,35 +221,6 @@ def quantile_target(scores, bias, k):
     cuts = [sorted(row + bias)[-k - 1] for row in scores]
     margins = [[row[e] - cut for row, cut in zip(scores, cuts, strict=True)] for e in range(num_experts)]
     return np.array([-sorted(column, reverse=True)[wanted] for column in margins])
-
-
-def sequence_loss(scores, k, mask=None):
-    """Return f64[B]: sum_e f_e P_e of each sequence; f from the top k of the unbiased scores, P from their shares."""
-    losses = []
-    for b, sequence in enumerate(np.asarray(scores, np.float64)):
-        tokens = [s for t, s in enumerate(sequence) if mask is None or mask[b, t]]
-        num_experts = sequence.shape[-1]
-        total = 0.0
-        for e in range(num_experts):
-            f = num_experts / (k * len(tokens)) * sum(e in best(s, k) for s in tokens)
-            p = sum(s[e] / s.sum() for s in tokens) / len(tokens)
-            total += f * p
-        losses.append(total)
-    return np.array(losses)
-
-
-def switch_loss(scores, expert_ids, mask=None):
-    """Return E * sum_e f_e P_e over the batch; f is the share of assignments, which sums to 1."""
-    scores = np.asarray(scores, np.float64)
-    tokens = [t for t in range(len(scores)) if mask is None or mask[t]]
-    num_experts = scores.shape[-1]
-    assigned = [e for t in tokens for e in expert_ids[t]]
-    total = 0.0
-    for e in range(num_experts):
-        f = sum(a == e for a in assigned) / len(assigned)
-        p = sum(scores[t, e] / scores[t].sum() for t in tokens) / len(tokens)
-        total += f * p
-    return num_experts * total
 
 
 def max_vio(counts):
@@ -301,16 +239,6 @@ def gini(counts):
     """Return half the mean absolute difference of two experts' loads, divided by the mean load."""
     n, mean = len(counts), sum(counts) / len(counts)
     return sum(abs(a - b) for a in counts for b in counts) / (2 * n * n * mean)
-
-
-# losses
-
-
-def cross_entropy_jnp(h, w, targets, mask):
-    """Return the sum of nats over rows where mask is True, with all [n, W] logits at once."""
-    logp = jax.nn.log_softmax(h @ w, axis=-1)
-    nats = -jnp.take_along_axis(logp, targets[:, None], axis=-1)[:, 0]
-    return jnp.where(mask, nats, 0.0).sum()
 
 
 # sampling
