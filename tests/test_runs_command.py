@@ -6,7 +6,7 @@ import os
 import pytest
 from runs import make_run, unhooked_cli
 
-from dsv3_jax.training.lock import acquire
+from dsv3_jax.lock import acquire
 from dsv3_jax.training.run_folder import RUN_FILE, claim
 
 

@@ -111,11 +111,11 @@ def _run_folders(root: Path, depth: int = 3) -> Iterator[Path]:
 
 def _summary(folder: Path) -> Summary | None:
     """Return a run's line. None means that its run.json or metrics.jsonl cannot be read; a line on stderr says why."""
+    from dsv3_jax.lock import holder
     from dsv3_jax.model.counting import size
     from dsv3_jax.report.metrics import METRICS_FILE, read_rows
     from dsv3_jax.report.units import format_count
     from dsv3_jax.training.checkpoint import last_step
-    from dsv3_jax.training.lock import holder
     from dsv3_jax.training.run_folder import RUN_FILE, read_run
 
     try:

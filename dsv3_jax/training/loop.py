@@ -20,8 +20,8 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -38,6 +38,7 @@ from dsv3_jax.data import batches as data
 from dsv3_jax.data.ngram import Order2
 from dsv3_jax.data.source import Documents, Source, training_bytes
 from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.lock import FolderLock, acquire
 from dsv3_jax.mesh import sharding
 from dsv3_jax.ops.routing import ROUTERS
 from dsv3_jax.report.metrics import LOAD_FILE, Metrics, Rows
@@ -50,7 +51,6 @@ from dsv3_jax.training.checkpoint import Checkpoints, SaveFailed
 from dsv3_jax.training.evaluate import evaluate
 from dsv3_jax.training.feed import Feed
 from dsv3_jax.training.finite import first_nonfinite
-from dsv3_jax.training.lock import RunLock, acquire
 from dsv3_jax.training.prepare import chosen, describe, flops_per_token, prepare
 from dsv3_jax.training.profile import Profile
 from dsv3_jax.training.run_folder import claim
@@ -149,7 +149,7 @@ def fit(
     mix = training_bytes(ready.source)
     with (
         Progress(run.steps, quiet=quiet or not processes.is_first()) as progress,
-        _only_writer(out, run, progress.say) as lock,
+        _only_writer(out, run) as lock,
         Checkpoints(out, run, optimizer=optimizer) as checkpoints,
         _asked_to_stop() as asked,
         sharding.use_mesh(mesh),
@@ -271,13 +271,13 @@ def fit(
 
 
 @contextmanager
-def _only_writer(out: Path, run: RunConfig, say: Callable[[str], None]) -> Iterator[RunLock]:
+def _only_writer(out: Path, run: RunConfig) -> Iterator[FolderLock]:
     """Lock the run folder: process 0 holds the lock, and the others get one that is always in order."""
     with ExitStack() as stack:
-        held = [RunLock()]
+        held = [FolderLock()]
 
         def lock() -> None:
-            held[0] = stack.enter_context(acquire(out, say))
+            held[0] = stack.enter_context(acquire(out))
             claim(out, run)  # again: two processes may have claimed a new folder at the same time
 
         processes.by_first(lock)
@@ -286,11 +286,6 @@ def _only_writer(out: Path, run: RunConfig, say: Callable[[str], None]) -> Itera
         except SaveFailed:
             held[0].check()  # says more, if the folder is gone
             raise
-        finally:
-            if not held[0].is_in_place():  # Orbax creates folders: what it began to write here is deleted by now
-                with suppress(OSError):
-                    (out / "checkpoints").rmdir()
-                    out.rmdir()
 
 
 class _Started(NamedTuple):

@@ -18,7 +18,7 @@ import numpy as np
 import runs
 
 from dsv3_jax.config import RunConfig
-from dsv3_jax.training import lock, loop
+from dsv3_jax.training import loop
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
 from dsv3_jax.training.checksums import find_damage
 from tests.campaign.trials import watch
@@ -64,7 +64,6 @@ def digest(folder: str, text: str) -> int:
 def resume(folder: str, text: str) -> int:
     """Train a run to its end, without what only takes time, and print its digest."""
     runs.spend_no_seconds()
-    lock.WATCH_S, lock.STALE_S = 0.5, 1.0
     loop.fit(make_run(text), folder)
     return digest(folder, text)
 

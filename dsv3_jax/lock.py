@@ -1,0 +1,165 @@
+"""One writer for a folder: a lock file that is open under `flock`, with a record of the process that holds it.
+
+The system releases `flock` when the process ends, however it ends. A second writer is refused, and the sentence names
+the first. A lock that a dead process left is deleted, and a new one takes its place. Thus a holder that finds no lock,
+or another one, at the place of its own was moved or taken over, and must not write any more.
+
+On most shared file systems `flock` reaches all hosts. Where a file system has none, the record decides: a lock of
+another host, or of a process that lives on this one, is refused.
+"""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from dsv3_jax.files import check_regular, parse_json
+
+LOCK_FILE = "run.lock"
+
+
+class FolderInUse(ValueError):
+    """Another process writes to the folder."""
+
+
+class FolderGone(OSError):
+    """The folder was moved or deleted, or another process has taken it over, while this process writes to it."""
+
+
+class FolderLock:
+    """The right to write to a folder, from `acquire`. Without a path it is a reader's, and `check` passes."""
+
+    def __init__(self, path: Path | None = None, descriptor: int = -1, sentence: str = ""):
+        self._path, self._descriptor = path, descriptor
+        self.sentence = sentence  # to print: whose lock was taken over, or empty
+
+    def check(self) -> None:
+        """Check before a write that this process still is the folder's writer.
+
+        Raises: FolderGone.
+        """
+        if self._path is not None and not _is_open_file(self._path, self._descriptor):
+            raise FolderGone(
+                f"out={str(self._path.parent)!r} was moved or deleted, or another process has taken it over, while this "
+                "process wrote to it; the same command resumes where the folder is now"
+            )
+
+
+@contextmanager
+def acquire(folder: str | Path, name: str = LOCK_FILE) -> Iterator[FolderLock]:
+    """Become the only writer of an existing folder, for the length of a `with` block.
+
+    Args: name: of the lock file in the folder.
+    Raises: FolderInUse, which names the process that holds the lock. ValueError or OSError if something else, such as
+        a pipe, has the file's name.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, acquire(folder):
+        ...     with acquire(folder):  # doctest: +ELLIPSIS
+        ...         pass
+        Traceback (most recent call last):
+            ...
+        dsv3_jax.lock.FolderInUse: out='...' is in use by process ... on ..., which started at ...
+    """
+    path, sentence = Path(folder) / name, ""
+    while True:
+        descriptor = _open_locked(path)
+        before, in_place = _read(descriptor), _is_open_file(path, descriptor)
+        if in_place and not before:
+            break
+        if in_place:  # of a dead process
+            path.unlink()
+            sentence = f"the lock of {_describe(before)} is taken over: it has ended"
+        os.close(descriptor)
+    try:
+        now = datetime.now().astimezone().isoformat(" ", "seconds")
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}).encode(), 0)
+        yield FolderLock(path, descriptor, sentence)
+    finally:
+        if _is_open_file(path, descriptor):
+            path.unlink()
+        os.close(descriptor)
+
+
+def holder(folder: str | Path, name: str = LOCK_FILE) -> str:
+    """Name the process that writes to a folder; "" if none does.
+
+    Example:
+        >>> holder("runs")
+        ''
+    """
+    path = Path(folder) / name
+    try:
+        check_regular(path)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except (OSError, ValueError):
+        return ""
+    record = _read(descriptor)
+    os.close(descriptor)
+    return _describe(record) if _may_live(record) else ""
+
+
+def _open_locked(path: Path) -> int:
+    """Open the lock file, made if absent, under `flock` where the file system has it.
+
+    Raises: FolderInUse if another process holds it.
+    """
+    if path.exists():
+        check_regular(path)
+    # O_NOFOLLOW and O_NONBLOCK: a link is refused, and a pipe that takes the name meanwhile does not block.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    record = _read(descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if isinstance(error, BlockingIOError) or _may_live(record):  # other errors: not supported here
+            os.close(descriptor)
+            raise FolderInUse(
+                f"out={str(path.parent)!r} is in use by {_describe(record)}; wait for it, or stop it; if it has ended, "
+                f"delete {path}"
+            ) from None
+    return descriptor
+
+
+def _is_open_file(path: Path, descriptor: int) -> bool:
+    """Whether the file of that name is the open one."""
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+def _read(descriptor: int) -> dict[str, Any]:
+    """Return a lock's record; empty if it was not written to its end."""
+    try:
+        values = parse_json(os.pread(descriptor, 4096, 0))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) and type(values.get("pid")) is int and values["pid"] > 0 else {}
+
+
+def _may_live(record: dict[str, Any]) -> bool:
+    """Whether the process of a record may still run, by the record alone."""
+    if record.get("host") != socket.gethostname():
+        return bool(record)
+    try:
+        os.kill(record["pid"], 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
+def _describe(record: dict[str, Any]) -> str:
+    if not record:
+        return "another process"
+    host, since = str(record.get("host"))[:80], str(record.get("since"))[:40]
+    return f"process {record['pid']} on {host}, which started at {since}"
