@@ -45,7 +45,7 @@ class FolderLock:
         """
         if self._path is not None and not _is_open_file(self._path, self._descriptor):
             raise FolderGone(
-                f"out={str(self._path.parent)!r} was moved or deleted, or another process has taken it over, while this "
+                f"out={str(self._path.parent)!r} was moved or deleted, or taken over by another process, while this "
                 "process wrote to it; the same command resumes where the folder is now"
             )
 
