@@ -108,7 +108,7 @@ def test_every_combination_runs_once_to_compile_and_once_a_round(options, monkey
     assert bench.decode(options) == 0
     drafts = [(None, 0), ("mtp", 1), ("mtp", 2)]  # no lengths without a draft
     caches = [("latent", "float32"), ("latent", "int8"), ("none", None)]  # no dtypes without a cache
-    once = [(batch, *kind, *draft) for batch in (1, 2) for kind in caches for draft in drafts]
+    once = [(n, *kind, *draft) for n in (1, 2) for kind in caches for draft in (drafts if kind[1] else drafts[:1])]
     assert calls == once * 3
     assert len(json.loads(options.json.read_text())["cells"]) == len(once)
 

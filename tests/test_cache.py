@@ -301,7 +301,7 @@ def test_rows_of_several_heads_go_to_their_slots(rng, platform):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8_e4m3"])
 def test_bytes_a_token_are_those_of_the_arrays(dtype):
     gqa = small(num_heads=6, attention="gqa", num_kv_heads=2)
-    for cfg, kind in ((small(), "latent"), (small(), "expanded"), (gqa, "expanded"), (small(), "none")):
+    for cfg, kind in ((small(), "latent"), (small(), "expanded"), (gqa, "expanded")):
         cache = empty_cache(cfg, cfg.num_layers, 2, 32, kind, pick_dtype("float32", dtype))
         assert cache.capacity == 32
         assert cache.nbytes == 2 * 32 * bytes_per_token(cfg, kind, pick_dtype("float32", dtype))
@@ -313,11 +313,10 @@ def test_bytes_a_token_are_those_of_the_arrays(dtype):
 def test_which_cache():
     mla, mqa = small(), small(attention="mqa")
     assert (pick_kind(mla, None), pick_kind(mqa, None)) == ("latent", "expanded")
-    assert [pick_kind(mla, kind) for kind in ("latent", "expanded", "none")] == ["latent", "expanded", "none"]
-    assert pick_kind(mqa, "none") == "none"
+    assert [pick_kind(mla, kind) for kind in ("latent", "expanded")] == ["latent", "expanded"]
     with pytest.raises(ValueError, match="^cache='latent' needs attention='mla'.*'mqa'"):
         pick_kind(mqa, "latent")
-    with pytest.raises(ValueError, match="^cache='paged' is not one of latent, expanded, none$"):
+    with pytest.raises(ValueError, match="^cache='paged' is not one of latent, expanded$"):
         pick_kind(mla, "paged")
     assert [pick_dtype(dtype, None) for dtype in ("float32", jnp.bfloat16)] == [jnp.float32, jnp.bfloat16]
     for name in ("float8_e4m3", jnp.float8_e4m3fn, jnp.dtype(jnp.float8_e4m3fn)):
@@ -361,8 +360,8 @@ def test_every_cache_of_mla_gives_the_tokens_of_the_forward():
     assert_greedy(model, by_kind["none"].tokens)
     for kind, got in by_kind.items():
         assert got.tokens == by_kind["none"].tokens, kind
-        assert got.cache_bytes_per_token == bytes_per_token(model.cfg, kind, jnp.float32)
-        assert got.cache_bytes == 3 * 32 * got.cache_bytes_per_token
+        assert got.cache_bytes_per_token == (0 if kind == "none" else bytes_per_token(model.cfg, kind, jnp.float32))
+        assert got.cache_bytes == 3 * 32 * got.cache_bytes_per_token and got.steps == NEW - 1
 
 
 ACCELERATORS = [("cuda", "latent", None), ("tpu", "latent", "int8"), ("tpu", "expanded", "float8_e4m3")]

@@ -110,10 +110,10 @@ def test_decoding_drops_no_token(light, cache):
 
 
 def test_parts_and_stream_give_the_tokens_of_generate(model, greedy):
-    for part in (1, 3, 100):
-        config = DecodeConfig(NEW, stop_tokens=(UNUSED,))
-        sizes = [len(got.tokens[0]) for got in generate_in_parts(model, PROMPTS[1:2], config, part=part)]
-        assert sizes == [*range(1, NEW, part), NEW]
+    for cache, part in ((None, 1), (None, 3), (None, 100), ("none", 3), ("none", 100)):
+        config = DecodeConfig(NEW, stop_tokens=(UNUSED,), cache=cache)
+        *_, last = parts = list(generate_in_parts(model, PROMPTS[1:2], config, part=part))
+        assert [len(got.tokens[0]) for got in parts] == [*range(1, NEW, part), NEW] and last.tokens == greedy[1:2]
     assert list(stream(model, PROMPTS[1], config)) == greedy[1]
     stop = greedy[1][4]
     assert list(stream(model, PROMPTS[1], DecodeConfig(NEW, stop_tokens=(stop,)))) == until(greedy[1], stop)
@@ -125,8 +125,8 @@ def until(row, stop):
 
 def test_a_stop_token_ends_its_row_and_no_other(model, greedy):
     shared = [t for t in greedy[0] if sum(t in row for row in greedy) < 3][0]
-    for stop in (greedy[1][3], greedy[2][0], shared):
-        got = generate(model, PROMPTS, NEW, stop_tokens=[stop])
+    for stop, cache in ((greedy[1][3], None), (greedy[2][0], None), (shared, None), (shared, "none")):
+        got = generate(model, PROMPTS, NEW, stop_tokens=[stop], cache=cache)
         assert got.tokens == [until(row, stop) for row in greedy]
         assert (
             got.steps == max(map(len, got.tokens)) - 1
@@ -257,6 +257,7 @@ sys.modules["dsv3_jax.decoding.decode_config"] = hooked
         (dict(draft="mtp", draft_length=0), "draft_length=0 is below 1"),
         (dict(draft="mtp", draft_length=True), "draft_length=True is not an int"),
         (dict(draft="medusa"), "draft='medusa' is not None, 'mtp', 'lookup' or a Transformer"),
+        (dict(draft="mtp", cache="none"), "cache='none' decodes without drafts"),
         (dict(draft=False), "draft=False is not None, 'mtp', 'lookup' or a Transformer"),
         (dict(seed=0.5), "seed=0.5 is not an int"),
         (dict(seed=None), "seed=None is not an int"),

@@ -68,9 +68,7 @@ def test_certain_drafts_are_accepted_as_one_hot_ones(rng):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize(
-    "cache", ["latent", pytest.param("expanded", marks=pytest.mark.long), pytest.param("none", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("cache", ["latent", pytest.param("expanded", marks=pytest.mark.long)])
 def test_greedy_text_is_that_of_plain_decoding(cache):
     """Ragged prompts; some of them, and all texts after a while, repeat themselves."""
     model = random_model(LIGHT, execution=DENSE)

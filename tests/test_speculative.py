@@ -120,7 +120,7 @@ def until(row, stop):
 # Greedy: whatever the drafts, the tokens are those of plain decoding.
 
 CELLS = [  # scheme, draft length, prompts, cache, dtype: each scheme and length, each cache and dtype
-    ("deepseek of 1", 1, 8, "none", None),
+    ("deepseek of 1", 1, 8, "latent", None),
     ("deepseek of 1", 7, 1, "latent", "int8"),
     ("deepseek of 3", 2, 8, "expanded", None),
     ("deepseek of 3", 8, 8, "latent", None),

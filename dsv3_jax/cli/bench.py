@@ -155,6 +155,7 @@ def decode(options: Decode) -> int:
         for batch, context, kind, dtype, draft, length in product(
             options.batch, options.context, kinds, dtypes, options.draft, options.draft_length
         )
+        if kind != "none" or draft == "none"  # without a cache nobody drafts
     ))  # fmt: skip
     console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 160)
     console.print(model.kernels.describe(model.compute_dtype), soft_wrap=True)

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
-from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.cache import CACHE_KINDS, pick_dtype
+from dsv3_jax.config import CacheKind, ModelConfig
+from dsv3_jax.model.cache import pick_dtype
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops.sampling import GREEDY, Sampling
 
@@ -59,13 +59,15 @@ class DecodeConfig:
             raise ValueError(f"top_k={top_k!r} is not an int of 1 or above")
         if top_p is not None and (not _is_float(top_p) or not 0 < top_p <= 1):
             raise ValueError(f"top_p={top_p!r} is not a float within (0, 1]")
-        if self.cache not in (None, *CACHE_KINDS):
-            raise ValueError(f"cache={self.cache!r} is not one of {', '.join(CACHE_KINDS)}")
+        if self.cache not in (None, *get_args(CacheKind)):
+            raise ValueError(f"cache={self.cache!r} is not one of {', '.join(get_args(CacheKind))}")
         pick_dtype("float32", self.cache_dtype)
         if self.draft is not None and self.num_drafts < 1:
             raise ValueError(f"draft_length={self.draft_length} is below 1")
         if self.draft is not None and self.draft not in OWN_DRAFTS and not isinstance(self.draft, Transformer):
             raise ValueError(f"draft={self.draft!r} is not None, 'mtp', 'lookup' or a Transformer")
+        if self.draft is not None and self.cache == "none":
+            raise ValueError("cache='none' decodes without drafts; leave out draft, or cache")
         if not _is_list(self.stop_tokens):
             raise ValueError(f"stop_tokens={self.stop_tokens!r} is not a list of token ids")
         object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))

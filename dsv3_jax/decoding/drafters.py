@@ -332,10 +332,9 @@ def _concat_drafts(drawn: list[_Drawn], rest: _Drawn | None = None) -> Drafts:
 
 
 def _head_cache(model: Transformer, prompt: Prompt) -> Any:
-    """An empty cache of one layer, of the trunk's kind; heads have one even if the trunk has none."""
-    kind = pick_kind(model.cfg, None) if prompt.kind == "none" else prompt.kind
+    """An empty cache of one layer, of the trunk's kind."""
     batch, row_multiple = prompt.tokens.shape[0], model.kernels.cache_row_multiple
-    return empty_cache(model.cfg, 1, batch, prompt.capacity, kind, prompt.dtype, row_multiple=row_multiple)
+    return empty_cache(model.cfg, 1, batch, prompt.capacity, prompt.kind, prompt.dtype, row_multiple=row_multiple)
 
 
 def _pick(h: Float[Array, "B F D"], index: Int[Array, " B"]) -> Float[Array, "B D"]:

@@ -20,6 +20,7 @@ from dsv3_jax.decoding import auto_length
 from dsv3_jax.decoding.auto_length import Control, Costs, Options
 from dsv3_jax.decoding.decode_config import OWN_DRAFTS, DecodeConfig
 from dsv3_jax.decoding.drafters import Drafter, Drafts, Prompt, StepResult, make_drafter, process_by_rows
+from dsv3_jax.decoding.without_cache import decode_without_cache
 from dsv3_jax.mesh import sharding
 from dsv3_jax.mesh.sharding import constrain
 from dsv3_jax.model.cache import bytes_per_token, keep_sharded, pick_dtype, pick_kind
@@ -61,7 +62,7 @@ class Generated:
 class Loop(NamedTuple):
     """The decoding loop's state. On a mesh, arrays as wide as the model are sharded by rows; others replicated."""
 
-    cache: Any  # Cache or NoCache
+    cache: Any
     drafter: Any  # the drafter's state
     last: Any  # StepResult; None before the first step
     done: Array  # bool [B]
@@ -118,7 +119,8 @@ def generate(
         max_new_tokens: at most so many new tokens a prompt.
         temperature, top_k, top_p: see `ops.sampling`; temperature 0 takes the likeliest token.
         stop_tokens: a row ends with the first of them.
-        cache: "latent", "expanded" or "none", see `model/cache.py`. None means the smallest that the model can use.
+        cache: "latent" or "expanded", see `model/cache.py`; "none" recomputes all tokens each step, without drafts.
+            None means the smallest cache that the model can use.
         cache_dtype: "float32", "bfloat16", "int8" or "float8_e4m3". None means the model's compute dtype.
         draft: who drafts: None, "mtp" (the model's own multi-token heads, of any kind), "lookup" (the text so far: what
             followed the same tokens before) or a smaller Transformer with the same vocabulary, on the same mesh. Text
@@ -183,14 +185,15 @@ def generate_in_parts(
         raise ValueError(f"model={model!r} is not a Transformer")
     cfg = model.cfg
     config.check(cfg, prompts)
+    if config.cache == "none":
+        yield from _uncached_in_parts(model, prompts, config, part)
+        return
     kind, dtype = pick_kind(cfg, config.cache), pick_dtype(model.compute_dtype, config.cache_dtype)
     lengths = np.array([len(p) for p in prompts], np.int32)
     # Shapes in steps of 32, so that prompts of nearby lengths share one compilation.
     longest = max(int(lengths.max()), config.pad_prompts_to)
     width = min(_round_up(longest, 32), cfg.max_positions)
     capacity = _round_up(longest + config.max_new_tokens + config.num_drafts, 32)
-    if kind == "none":
-        capacity = min(capacity, cfg.max_positions)  # every step runs the model over all of it
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -260,6 +263,22 @@ def generate_in_parts(
             jax.block_until_ready(loop)
         decode_seconds += time.perf_counter() - start
         yield result(loop)
+
+
+def _uncached_in_parts(
+    model: Transformer, prompts: Sequence[Sequence[int]], config: DecodeConfig, part: int | None
+) -> Iterator[Generated]:
+    start = first = time.perf_counter()
+    for steps, rows in enumerate(decode_without_cache(model, prompts, config)):
+        now = time.perf_counter()
+        first = first if steps else now
+        result = Generated(
+            [list(row) for row in rows], steps=steps, prefill_seconds=first - start, decode_seconds=now - first
+        )
+        if steps % (part or config.max_new_tokens) == 0:
+            yield result
+    if steps % (part or config.max_new_tokens):
+        yield result
 
 
 def _run(program: tuple, loop: Loop, stops: Array, until: Array, control: Control | None) -> Loop:

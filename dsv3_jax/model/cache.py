@@ -2,9 +2,9 @@
 
 latent    MLA's row [c_kv, k_rope] a token and layer, shared by all heads
 expanded  a key and a value for each key-value head: the cache of MHA, GQA and MQA, and MLA's naive one
-none      the tokens alone: every step recomputes all of them. The zero line, to compare
 
-A model reads prompts with `cache.prefill` and further tokens with `cache.step`, whatever the kind.
+A model reads prompts with `cache.prefill` and further tokens with `cache.step`, whatever the kind. "none" is no cache:
+`decoding/without_cache.py` recomputes all tokens each step.
 """
 
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from dsv3_jax.mesh.sharding import constrain
 from dsv3_jax.ops.cached_attention import Stored
 from dsv3_jax.ops.quantize import quantize_rows
 
-CACHE_KINDS: tuple[CacheKind, ...] = get_args(CacheKind)
+CACHE_KINDS: tuple[CacheKind, ...] = ("latent", "expanded")
 CACHE_DTYPES: tuple[str, ...] = get_args(CacheDtype)
 # How a mesh shards rows and scales [L, B, G, S, X]: by sequences, and expanded rows by key-value heads. They stay
 # there: a token's row is written and read on the devices that hold its sequence.
@@ -131,45 +131,6 @@ class Cache:
         return model.run_layers(tokens, self, weights)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["tokens", "lengths"], meta_fields=[])
-@dataclass(frozen=True)
-class NoCache:
-    """No cache, behind the interface of one: it keeps the tokens, and every step recomputes all of them.
-
-    Example:
-        >>> cache = NoCache(tokens=jnp.zeros((2, 8), jnp.int32), lengths=jnp.array([3, 5]))
-        >>> cache.capacity, cache.positions(2).tolist()
-        (8, [[3, 4], [5, 6]])
-    """
-
-    tokens: Any  # int32 [B, S]
-    lengths: Any  # int32 [B]
-    kind = "none"
-    capacity = property(lambda self: self.tokens.shape[1])
-    nbytes = property(lambda self: self.tokens.nbytes)
-
-    def positions(self, count: int) -> Array:
-        """As `Cache.positions`."""
-        return _positions(self.lengths, count)
-
-    def at_lengths(self, lengths: Int[Array, " B"]) -> "NoCache":
-        """The cache with so many tokens a sequence."""
-        return replace(self, lengths=lengths)
-
-    def prefill(self, model: Layers, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]) -> tuple[Array, "NoCache"]:
-        """As `Cache.prefill`."""
-        kept = self.tokens.at[:, : tokens.shape[1]].set(tokens)
-        return model.run_layers(tokens, None)[0], keep_sharded(NoCache(kept, lengths))
-
-    def step(self, model: Layers, tokens: Int[Array, "B T"], weights: Any = None) -> tuple[Array, "NoCache"]:
-        """As `Cache.step`."""
-        slots = self.positions(tokens.shape[1])
-        rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
-        kept = self.tokens.at[rows, slots].set(tokens)
-        x = jnp.take_along_axis(model.run_layers(kept, None)[0], slots[..., None], axis=1)
-        return x, replace(self, tokens=kept)
-
-
 def _positions(lengths: Array, count: int) -> Array:
     return lengths[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
 
@@ -235,7 +196,7 @@ def empty_cache(
     *,
     by_layer: bool = False,
     row_multiple: int = 1,
-) -> Cache | NoCache:
+) -> Cache:
     """An empty cache with `capacity` slots a sequence.
 
     Args:
@@ -249,8 +210,6 @@ def empty_cache(
         ((1, 2, 1, 8, 48), (1, 2, 1, 8, 2))
     """
     lengths = jnp.zeros((batch,), jnp.int32)
-    if kind == "none":
-        return keep_sharded(NoCache(jnp.zeros((batch, capacity), jnp.int32), lengths))
     groups, parts = row_shape(cfg, kind)
     width = -(-sum(parts) // row_multiple) * row_multiple
 
@@ -263,11 +222,9 @@ def empty_cache(
     return keep_sharded(Cache(stored, lengths, kind, parts, is_empty=True))
 
 
-def keep_sharded(cache: Any) -> Any:
+def keep_sharded(cache: Cache) -> Cache:
     """Constrain a cache to its axes' shards. For use under `jax.jit`."""
     cache = replace(cache, lengths=constrain(cache.lengths, "batch"))
-    if isinstance(cache, NoCache):
-        return replace(cache, tokens=constrain(cache.tokens, "batch", None))
     return replace(cache, stored=jax.tree.map(lambda x: constrain(x, *ROW_AXES), cache.stored))
 
 
@@ -298,15 +255,13 @@ def elements_per_token(cfg: ModelConfig) -> dict[str, int]:
 
 
 def bytes_per_token(cfg: ModelConfig, kind: CacheKind, dtype: Any) -> int:
-    """Bytes cached a token over all layers, scales of 8-bit rows included; those of its id if nothing is cached.
+    """Bytes cached a token over all layers, scales of 8-bit rows included.
 
     Example:
         >>> from dsv3_jax.presets import preset
         >>> bytes_per_token(preset("v3"), "latent", "bfloat16")
         70272
     """
-    if kind == "none":
-        return 4
     groups, parts = row_shape(cfg, kind)
     size = jnp.dtype(dtype).itemsize
     return cfg.num_layers * groups * (sum(parts) * size + (8 if size == 1 else 0))

@@ -11,7 +11,7 @@ from dsv3_jax.config import CacheKind, Execution, ModelConfig, replace
 from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.mesh.sharding import on_mesh, shard_map_over_batch, unshard_weights
 from dsv3_jax.model.blocks import DenseBlock, SparseBlock
-from dsv3_jax.model.cache import Cache, NoCache, empty_cache
+from dsv3_jax.model.cache import Cache, empty_cache
 from dsv3_jax.model.context import Context, from_zero, make_context
 from dsv3_jax.model.layers import RMSNorm, loop_layers, merge_frozen, param, stack, unstack
 from dsv3_jax.model.moe import Experts, LayerRouting
@@ -167,7 +167,7 @@ class Transformer(nnx.Module):
     ) -> tuple[Array, Cache | None, LayerRouting | None, dict[str, Array | None]]:
         """(The last layer's output, the cache, what the sparse layers' routers did, largest logits if watched)."""
         first = self.cfg.num_dense_layers
-        if isinstance(ctx.cache, Cache) and ctx.cache.by_layer and weights is None:
+        if ctx.cache is not None and ctx.cache.by_layer and weights is None:
             weights = self.prepare_decode()
         how: dict[str, Any] = {"remat": self.execution.remat, "unshard": self.unshard, "unroll": self.trains_unrolled}
         decoding = ctx.cache is not None
@@ -241,7 +241,7 @@ class Transformer(nnx.Module):
         """Take each layer's arrays out of the stacks, once a request; None if layers are not unrolled."""
         return DecodeWeights(unstack(self.dense), unstack(self.sparse)) if self.unrolls else None
 
-    def empty_cache(self, batch: int, capacity: int, kind: CacheKind, dtype: Any) -> Cache | NoCache:
+    def empty_cache(self, batch: int, capacity: int, kind: CacheKind, dtype: Any) -> Cache:
         """An empty cache of the layers, in the form that the kernels read best. See `model.cache.empty_cache`."""
         kernels = self.kernels
         by_layer, row_multiple = kernels.cache_by_layer and self.unrolls, kernels.cache_row_multiple

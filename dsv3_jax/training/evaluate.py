@@ -160,8 +160,6 @@ def cache_quality(
         (5.56, 56)
     """
     cfg, kind = model.cfg, pick_kind(model.cfg, cache)
-    if kind == "none":
-        raise ValueError("cache='none' holds no rows, so a dtype changes nothing; use 'latent' or 'expanded'")
     graphdef, state = nnx.split(model)
     found: dict[str, CacheQuality] = {}
     exact: list[np.ndarray] = []

@@ -154,7 +154,8 @@ def decoding(cfg: ModelConfig, execution: Execution, cache: str | None, rng: ran
         failed.append("greedy")
     if cfg.mtp_depth:
         length = rng.randrange(1, 5 if cfg.head_kind.reads_tokens else cfg.mtp_depth + 1)
-        agree("drafts", generate(model, prompts, NEW, cache=cache, draft="mtp", draft_length=length).tokens, prompts)
+        kept = None if cache == "none" else cache  # without a cache nobody drafts
+        agree("drafts", generate(model, prompts, NEW, cache=kept, draft="mtp", draft_length=length).tokens, prompts)
     alone = prompts[2:] * (1 if rng.random() < 0.1 else 3)  # a batch of one, or one of the same shape: no other prompts
     agree("single", generate(model, alone, NEW, cache=cache).tokens, alone)
     return failed
