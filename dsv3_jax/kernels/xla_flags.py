@@ -10,7 +10,9 @@ the faster. `xla_gpu_deterministic_ops=true`: it turns the autotuner off, and pr
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +57,18 @@ FLAGS = (
     Flag("xla_tpu_enable_data_parallel_all_reduce_opt", True, _TPU, "gradients are summed over hosts early", _MAXTEXT),
     Flag("xla_tpu_data_parallel_opt_different_sized_ops", True, _TPU, "those of unlike sizes too", _MAXTEXT),
 )
+
+
+def compile_lightly(f: Callable, device: jax.Device, **how: Any) -> Callable:
+    """`jax.jit` for random draws: on a CPU, optimising them takes longer than running them.
+
+    Example:
+        >>> compile_lightly(jnp.square, jax.devices()[0])(3)
+        Array(9, dtype=int32, weak_type=True)
+    """
+    lighter = jax.config.values["jax_disable_most_optimizations"]  # what a user asks for is lighter still
+    options = {"xla_backend_optimization_level": 1} if device.platform == "cpu" and not lighter else None
+    return jax.jit(f, compiler_options=options, **how)
 
 
 def training_options(platform: str, execution: Execution, devices: int) -> Options:

@@ -1,6 +1,11 @@
-"""The small parts: norm, SwiGLU, and layers stacked along a leading axis."""
+"""The small parts: initial parameters, norm, SwiGLU, and layers stacked along a leading axis."""
 
+import math
+from collections import defaultdict
 from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dsv3_jax.kernels.choose import Kernels
+from dsv3_jax.kernels.xla_flags import compile_lightly
 from dsv3_jax.ops.attention import RESULTS
 
 
@@ -28,7 +34,71 @@ def param(
         >>> w.shape, w.get_metadata()["axes"]
         ((2, 3), ('dim', 'hidden'))
     """
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes, exact=exact)
+    draw = Draw(rngs.params(), shape, std)
+    return nnx.Param(draw if _WAITS.get() else draw_all([draw])[0], axes=axes, exact=exact)
+
+
+_WAITS: ContextVar[bool] = ContextVar("whether parameters wait to be drawn together", default=False)
+_DRAWN_ALONE = 2**18  # a larger parameter is drawn alone: with others, it would take its memory twice
+_FEWEST = 2**14  # numbers to draw for a parameter, of which it takes the first: few sizes are few operations
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["key"], meta_fields=["shape", "std"])
+@dataclass(frozen=True)
+class Draw:
+    """The value of a parameter that is not drawn yet. A stack of layers has one of its keys a layer."""
+
+    key: Any  # [*layers]; not annotated more closely, as `Frozen`
+    shape: tuple[int, ...]  # of one layer
+    std: float
+
+
+def draw_all(draws: list[Draw]) -> list[Array]:
+    """Draw parameters, those of about one size in one operation: compile time is a matter of the number of operations.
+
+    A key's first n numbers do not depend on how many are drawn.
+
+    Example:
+        >>> key = jax.random.key(0)
+        >>> a, b = draw_all([Draw(key, (2, 3), 1.0), Draw(key, (7,), 1.0)])
+        >>> bool((a == jax.random.normal(key, (2, 3))).all()), bool((a.reshape(-1) == b[:6]).all())
+        (True, True)
+    """
+    alike: dict[Any, list[int]] = defaultdict(list)
+    sizes = [math.prod(draw.shape) for draw in draws]
+    for i, (draw, size) in enumerate(zip(draws, sizes, strict=True)):
+        padded = max(_FEWEST, 1 << (size - 1).bit_length())
+        alike[(padded, draw.std, None) if size <= _DRAWN_ALONE else (size, draw.std, i)].append(i)
+    drawn: dict[int, Array] = {}
+    for (count, std, _), chosen in alike.items():
+        keys = [draws[i].key.reshape(-1) for i in chosen]
+        normal = std * jax.vmap(lambda key, n=count: jax.random.normal(key, (n,), jnp.float32))(jnp.concatenate(keys))
+        ends = np.cumsum([len(own) for own in keys])
+        for i, own in zip(chosen, jnp.split(normal, ends[:-1]), strict=True):
+            drawn[i] = own[:, : sizes[i]].reshape(draws[i].key.shape + draws[i].shape)
+    return [drawn[i] for i in range(len(draws))]
+
+
+def draws_together(init: Callable) -> Callable:
+    """Decorate a module's `__init__`: its parameters, and those of modules in it, are drawn in one compiled program."""
+
+    @wraps(init)
+    def made(self, *args, **kwargs):
+        if _WAITS.get():
+            return init(self, *args, **kwargs)
+        token = _WAITS.set(True)
+        try:
+            init(self, *args, **kwargs)
+        finally:
+            _WAITS.reset(token)
+        params = [v for _, v in nnx.iter_graph(self) if isinstance(v, nnx.Param) and isinstance(v.get_value(), Draw)]
+        draws, draw = [v.get_value() for v in params], draw_all
+        if not any(isinstance(d.key, jax.core.Tracer) for d in draws):
+            draw = compile_lightly(draw_all, next(iter(draws[0].key.devices())))
+        for v, value in zip(params, draw(draws), strict=True):
+            v.set_value(value)
+
+    return made
 
 
 class Frozen(NamedTuple):

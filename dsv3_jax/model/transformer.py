@@ -13,7 +13,7 @@ from dsv3_jax.mesh.sharding import on_mesh, shard_map_over_batch, unshard_weight
 from dsv3_jax.model.blocks import DenseBlock, SparseBlock
 from dsv3_jax.model.cache import Cache, empty_cache
 from dsv3_jax.model.context import Context, from_zero, make_context
-from dsv3_jax.model.layers import RMSNorm, loop_layers, merge_frozen, param, stack, unstack
+from dsv3_jax.model.layers import RMSNorm, draws_together, loop_layers, merge_frozen, param, stack, unstack
 from dsv3_jax.model.moe import Experts, LayerRouting
 from dsv3_jax.model.mtp import make_heads, run_heads
 
@@ -71,6 +71,7 @@ class Transformer(nnx.Module):
     ((1, 8, 260), (1, 7, 260), (2, 1, 8, 4))
     """
 
+    @draws_together
     def __init__(
         self,
         cfg: ModelConfig,

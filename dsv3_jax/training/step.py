@@ -18,8 +18,8 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import Array, Float
 
 from dsv3_jax.config import Execution, ModelConfig, RunConfig
-from dsv3_jax.kernels.choose import Kernels, platform_of, prepare
-from dsv3_jax.kernels.xla_flags import Options
+from dsv3_jax.kernels.choose import Kernels, prepare
+from dsv3_jax.kernels.xla_flags import Options, compile_lightly
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.mtp import HEADS, Head
@@ -74,16 +74,14 @@ def init_state(
         state = _initialiser(run, optimizer)(key)
         return state if trunk is None else replace(state, params=_split(state.params)[0], bias=_split(state.bias)[0])
 
-    # A light compilation where it is a matter of the CPU: the many random draws take longer to optimise than to run.
-    lighter = jax.config.values["jax_disable_most_optimizations"]  # what a user asks for is lighter still
-    options = {"xla_backend_optimization_level": 1} if platform_of(mesh) == "cpu" and not lighter else None
     key = jax.random.key(run.seed)
     fsdp = run.execution.layout.fsdp
     # On a device of its own as a restored state is: the step's program is then the same, and is compiled once.
-    where = SingleDeviceSharding(jax.devices()[0])
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    where: Any = SingleDeviceSharding(device)
     if mesh is not None:
         where = sharding.state_sharding(jax.eval_shape(make, key), mesh, fsdp=fsdp)
-    state = jax.jit(make, compiler_options=options, out_shardings=where)(key)
+    state = compile_lightly(make, device, out_shardings=where)(key)
     if trunk is None:
         return state
     params, bias = (
