@@ -204,11 +204,10 @@ def dsv3(before: str) -> tuple[str, str]:
 def start(argv: list[str], root: Path, program: Sequence[str] | None = None) -> subprocess.Popen:
     """`dsv3 …` in a process of its own, or another Python program with these words.
 
-    Training in one process leaves out what SPEND_NO_SECONDS does; that of a cluster is in `pairs`.
+    Training leaves out what SPEND_NO_SECONDS does.
     """
     if program is None:
-        alone = argv[0] == "train" and "--cluster" not in argv
-        program = dsv3(SPEND_NO_SECONDS) if alone else ("-m", "dsv3_jax.cli")
+        program = dsv3(SPEND_NO_SECONDS) if argv[0] == "train" else ("-m", "dsv3_jax.cli")
     command = [sys.executable, *program, *argv]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment(root), cwd=HERE, **pipes)

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -391,9 +390,8 @@ def test_train_without_a_mesh_hands_all_devices_to_fit(monkeypatch, tmp_path, ca
     meshes = []
     monkeypatch.setattr(choose, "platform_of", lambda mesh=None: "cuda")
     monkeypatch.setattr(loop, "fit", lambda run, out, mesh, **_: meshes.append(mesh))
-    monkeypatch.setattr(train, "_cluster", lambda args: None)
     for mesh in (None, "data=1"):  # not parsed: the tests' import hook refuses the parser's placeholders
-        args = SimpleNamespace(run=recipe("tiny"), out=tmp_path, mesh=mesh, step=None, profile=None)
+        args = train.Train(run=recipe("tiny"), out=tmp_path, mesh=mesh)
         monkeypatch.setattr(train, "options", lambda argv, args=args: args)
         assert train.run([]) == 0
     assert [mesh.size for mesh in meshes] == [8, 1]

@@ -503,7 +503,6 @@ SLICES = {
     "models": (5, 1),
     "sanitizers": (1, 1),
     "fuzz": (2, 5),
-    "cluster": (1, 1),
 }
 
 

@@ -4,7 +4,7 @@ Exit codes:
     0    done
     1    an error in the program, with a stack trace
     2    bad input, with one sentence on stderr
-    75   another process of the run was lost (`dsv3 train --cluster`); the same command resumes
+    75   another process of the run was lost (`dsv3 train --cluster`), or 134 where JAX ends this one; start all again
     130  interrupted by Ctrl-C
     141  the reader of the output has closed it
     143  stopped by SIGTERM

@@ -5,9 +5,10 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -23,9 +24,10 @@ from dsv3_jax.cli.common import (
     sentence,
     value_of,
 )
-from dsv3_jax.cluster import supervisor
 from dsv3_jax.config import RunConfig, replace
 from dsv3_jax.presets import NEEDS_START, recipe
+
+LOST = 75  # exit code: another process of the run is lost
 
 
 @dataclass
@@ -66,17 +68,22 @@ class Train:
 
 
 def run(argv: list[str]) -> int:
-    """Train; with --cluster a supervisor in this process watches a worker that trains."""
+    """Train, in this process alone or as one process of several."""
     args = options(argv)
-    cluster = _cluster(args)
-    if cluster is not None:
-        return supervisor.run(cluster, lambda line, port: [sys.executable, "-c", WORKER, str(line), str(port), *argv])
     prepare_process()
+    if args.cluster is not None:
+        return _end_alone(lambda: _train_in_cluster(args))
+    if args.processes is not None or args.process_id is not None:
+        raise ValueError("--processes and --process-id need --cluster, which says where process 0 is")
+    mesh = all_devices(args.run) if args.mesh is None else make_mesh(args.mesh)
+    return _fit(args, mesh)
+
+
+def _fit(args: Train, mesh: Any) -> int:
     from dsv3_jax.training.loop import fit
     from dsv3_jax.training.profile import parse_steps
 
     profile = None if args.profile is None else parse_steps(args.profile)
-    mesh = all_devices(args.run) if args.mesh is None else make_mesh(args.mesh)
     prepare_training(mesh)
     fit(args.run, args.out, mesh=mesh, step=args.step, profile=profile)
     return 0
@@ -118,63 +125,33 @@ def _for_epochs(args: Train, steps: str | None) -> RunConfig:
     return replace(args.run, steps=steps_of(args.run, args.out, EPOCHS if args.epochs is None else args.epochs))
 
 
-def _cluster(args: Train) -> supervisor.Cluster | None:
-    if args.cluster is not None:
-        return supervisor.Cluster(args.cluster, args.processes, args.process_id, args.cluster_timeout)
-    if args.processes is not None or args.process_id is not None:
-        raise ValueError("--processes and --process-id need --cluster, which says where process 0 is")
-    return None
+def _train_in_cluster(args: Train) -> int:
+    from dsv3_jax.cluster import processes
+    from dsv3_jax.mesh import sharding
 
-
-# The worker's program. Its arguments: the descriptor of its line to the supervisor, the supervisor's port, `argv`.
-WORKER = (
-    "import sys; from dsv3_jax.cli import train; sys.exit(train.work(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))"
-)
-
-
-def work(line: int, port: int, argv: list[str]) -> int:
-    """Run `dsv3 train … --cluster …` as the worker of a supervisor. Returns 0; with another code it ends here."""
-    supervisor.end_with_supervisor(line)
-    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)  # ours alone: Gloo prints its connections on descriptor 1
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
+    assert args.cluster is not None
+    sizes = sharding.parse_mesh(args.mesh) if args.mesh else None
+    devices = math.prod(sizes.values()) if sizes else None
+    processes.join(args.cluster, args.processes, args.process_id, timeout=args.cluster_timeout, devices=devices)
     try:
-        code = guarded(lambda: _train_in_cluster(line, port, argv))
+        return _fit(args, processes.make_mesh(sizes))
+    except Exception as error:
+        if processes.is_connection_error(error):
+            return fail(f"a process of the run is lost; the same command resumes: {sentence(error)}", LOST)
+        raise
+
+
+def _end_alone(train: Callable[[], int]) -> int:
+    """Run one process of several. After an error it ends at once: JAX's own end would wait minutes for the others."""
+    try:
+        code = guarded(train)
     except Exception:
         traceback.print_exc()
         code = 1
     if code:
-        # At once: at the interpreter's exit JAX waits minutes for its peers, while they wait in a collective for this
-        # process, and no supervisor notices.
+        if code == 2:
+            time.sleep(1)  # every process may have this error, and the end of process 0 would abort the others
         sys.stdout.flush()
         sys.stderr.flush()
-        if code == 2:
-            time.sleep(
-                1
-            )  # process 0 serves JAX's coordination, whose end aborts the others before they give the reason
         os._exit(code)
     return code
-
-
-def _train_in_cluster(line: int, port: int, argv: list[str]) -> int:
-    args = options(argv)
-    cluster = _cluster(args)
-    assert cluster is not None
-    prepare_process()
-    from dsv3_jax.cluster import processes
-    from dsv3_jax.mesh import sharding
-    from dsv3_jax.training.loop import fit
-    from dsv3_jax.training.profile import parse_steps
-
-    profile = None if args.profile is None else parse_steps(args.profile)
-    sizes = sharding.parse_mesh(args.mesh) if args.mesh else None
-    supervisor.report(line, processes.join(cluster, math.prod(sizes.values()) if sizes else None, port))
-    try:
-        mesh = processes.make_mesh(sizes)
-        prepare_training(mesh)
-        fit(args.run, args.out, mesh=mesh, step=args.step, profile=profile)
-    except Exception as error:
-        if processes.is_connection_error(error):
-            return fail(f"the processes lost each other: {sentence(error)}", supervisor.LOST)
-        raise
-    return 0

@@ -6,9 +6,8 @@ With one process they cost nothing and return the answer for one process.
 
 import json
 import re
-import secrets
 import signal
-import socket
+import sys
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -18,60 +17,52 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.cluster.supervisor import Cluster, Rendezvous
 from dsv3_jax.config import ConfigError, Layout, first_difference
 from dsv3_jax.mesh import sharding
 
 T = TypeVar("T")
 
+HEARTBEAT_TIMEOUT = 30  # seconds without a sign of life, until JAX counts a process as lost and ends the others
 
-def join(cluster: Cluster, devices: int | None, port: int) -> Rendezvous:
-    """Join the other processes before the first array is created, and agree on process 0's supervisor.
+
+def join(address: str, count: int | None, index: int | None, *, timeout: int, devices: int | None) -> None:
+    """Join the other processes of a run before the first array is created.
+
+    JAX ends this process with a stack trace if the others do not arrive, and later if one of them is lost.
 
     Args:
+        address: HOST:PORT of process 0; "auto" asks SLURM, Kubernetes, Open MPI or the TPU pod.
+        count: number of processes. None means that "auto" finds it.
+        index: of this process, from 0. None means that "auto" finds it.
+        timeout: seconds to wait for the others.
         devices: of the mesh. On CPU each process creates its share of them. None means one for each process on CPU.
-        port: of this process's supervisor.
-    Raises: ConfigError when the processes cannot share the devices, no cluster is found, or joining it fails.
+    Raises: ConfigError when an argument is not valid, or no cluster is found.
     """
-    if devices is not None and cluster.processes is not None:
-        if devices % cluster.processes:
-            raise ConfigError(
-                f"devices={devices} of the mesh are not divisible by processes={cluster.processes}; change one of them"
-            )
-        jax.config.update("jax_num_cpu_devices", devices // cluster.processes)
+    if address != "auto" and not re.fullmatch(r"([\w.-]+|\[[\da-fA-F:]+\]):[1-9]\d{0,4}", address):
+        raise ConfigError(f"cluster={address!r} is neither auto nor of the form HOST:PORT; use one of them")
+    if timeout < 1:
+        raise ConfigError(f"cluster_timeout={timeout} is below 1; give whole seconds")
+    if devices is not None and count is not None:
+        if count < 1 or devices % count:
+            raise ConfigError(f"devices={devices} of the mesh are not divisible by processes={count}; change one")
+        jax.config.update("jax_num_cpu_devices", devices // count)
+    print(f"joining cluster={address!r}; JAX ends this process after {timeout} seconds alone", file=sys.stderr)
     try:
-        # JAX would end the process after its own timeout, so the supervisor enforces a shorter one.
         jax.distributed.initialize(
-            None if cluster.address == "auto" else cluster.address,
-            cluster.processes,
-            cluster.process_id,
-            initialization_timeout=10 * cluster.timeout,
+            None if address == "auto" else address,
+            count,
+            index,
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
         )
     except (ValueError, RuntimeError) as error:
-        if "should be defined" in str(error) or "must be defined" in str(error):
-            raise ConfigError(
-                "cluster='auto' finds no SLURM, Kubernetes, Open MPI or TPU pod; "
-                "give --cluster HOST:PORT --processes N --process-id I"
-            ) from error
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"process {cluster.process_id} cannot join cluster={cluster.address!r}: {reason}") from error
+        raise ConfigError(
+            f"cluster={address!r}, processes={count}, process_id={index} cannot be used: {error} auto needs SLURM, "
+            "Kubernetes, Open MPI or a TPU pod; elsewhere give --cluster HOST:PORT --processes N --process-id I"
+        ) from error
+    if jax.local_devices()[0].platform == "cpu":  # programs of JAX's cache mix up two collectives' messages
+        jax.config.update("jax_enable_compilation_cache", False)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler only sets a flag that nothing here reads
-    hosts = [cluster.host] if cluster.host else _addresses()
-    rendezvous = Rendezvous(jax.process_index(), jax.process_count(), hosts, port, secrets.token_hex(16))
-    first = json.loads(gather(rendezvous.to_json().encode())[0])
-    return Rendezvous(rendezvous.process_id, rendezvous.processes, first["hosts"], first["port"], first["token"])
-
-
-def _addresses() -> list[str]:
-    """List names under which other hosts may reach this one: the address of its default route, and its name."""
-    names = [socket.gethostname()]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # an address reserved for documentation; nothing is sent
-            names.insert(0, probe.getsockname()[0])
-        except OSError:  # no such route
-            pass
-    return names
 
 
 def is_connection_error(error: Exception) -> bool:

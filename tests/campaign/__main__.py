@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.campaign import cluster, damage, disks, fuzz, inputs, kills, models, sanitizers, writers
+from tests.campaign import damage, disks, fuzz, inputs, kills, models, sanitizers, writers
 from tests.campaign.table import Table
 
 # Name: a function `run(seconds, seed, table, least)`, which prints each fault and counts all trials in the table.
@@ -17,7 +17,6 @@ CAMPAIGNS = {
     "damage": damage.run,
     "kills": kills.run,
     "writers": writers.run,
-    "cluster": cluster.run,
     "disks": disks.run,
     "models": models.run,
     "sanitizers": sanitizers.run,
