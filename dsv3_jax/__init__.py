@@ -29,7 +29,7 @@ except PackageNotFoundError:  # read from a checkout that is not installed
 
 # Imported when they are first used: they bring files, pictures and checkpoints. Name: module, and what of it.
 _LATER = {
-    "train": ("training.loop", None),
+    "train": ("train", None),
     "evaluate": ("training.evaluate", None),
     "hf": ("hf", None),
     "stats": ("stats", None),

@@ -116,7 +116,7 @@ LONGEST = (
 # Examples that compile a complete model run with the long tests.
 LONG_EXAMPLES = (
     "dsv3_jax.model.transformer.Transformer",
-    "dsv3_jax.training.loop.fit",
+    "dsv3_jax.train.fit",
     "dsv3_jax.decoding.generate.generate",
     "dsv3_jax.decoding.generate.generate_in_parts",
     "dsv3_jax.hf.conversion.convert",

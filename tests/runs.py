@@ -23,7 +23,7 @@ from dsv3_jax.config import Balance, DataConfig, ModelConfig, OptimConfig, RunCo
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.presets import recipe
 from dsv3_jax.training import loop, prepare
-from dsv3_jax.training.step import TrainState, init_optimizer
+from dsv3_jax.training.step import Job, TrainState, init_optimizer
 
 # Two sparse layers and an MTP block, so that every kind of router bias is there; little else, to compile fast.
 MODEL = ModelConfig(
@@ -50,6 +50,7 @@ MODEL = ModelConfig(
     init_std=0.2,
 )
 STEPS = 12
+CLOCK = ("tokens_per_s", "mfu", "kernels")  # of a row: they depend on the clock, or on how often the run was started
 HERE = Path(__file__).parents[1]
 
 
@@ -108,7 +109,7 @@ def make_run(text: str, **changes) -> RunConfig:
 def fresh_state(run: RunConfig, step: int = 0) -> TrainState:
     """A new state in each call, since a step donates its state: parameters and signed biases by NumPy."""
     params, bias = nnx.split(random_model(run.model, execution=run.execution), nnx.Param, RouterBias)[1:]
-    opt = init_optimizer(run, params)
+    opt = init_optimizer(Job(run), params)
     return TrainState(params, bias, opt, jnp.asarray(step, jnp.int32))
 
 
@@ -152,10 +153,10 @@ def said_by(function, *args) -> tuple[object, str]:
 
 
 # `fit` spends seconds on these, however short the training: the machine's FLOP/s, pictures, the order-2 baseline.
-SECONDS = {place: getattr(*place) for place in ((prepare, "gemm_flops"), (loop, "_draw"), (loop, "_order2"))}
+SECONDS = {place: getattr(*place) for place in ((prepare, "gemm_flops"), (loop, "draw"), (loop, "order2_of"))}
 SPEND_NO_SECONDS = """
 from dsv3_jax.training import loop, prepare
-prepare.gemm_flops, loop._draw, loop._order2 = lambda dtype: 1e9, lambda *_: [], lambda *_: 0.0
+prepare.gemm_flops, loop.draw, loop.order2_of = lambda dtype: 1e9, lambda *_: [], lambda *_: 0.0
 """
 
 
@@ -236,9 +237,9 @@ def unhooked(module: str, name: str | None = None):
 
 
 def rows_of(folder: Path) -> list[dict]:
-    """Rows of metrics.jsonl without what depends on the clock, or on how often the run was started."""
+    """Rows of metrics.jsonl without `CLOCK`."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu", "kernels")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
 
 
 def assert_bitwise(left, right) -> None:

@@ -23,8 +23,7 @@ from dsv3_jax.config import ConfigError, replace
 from dsv3_jax.kernels import choose
 from dsv3_jax.ops import low_precision
 from dsv3_jax.presets import recipe
-from dsv3_jax.training import loop
-from dsv3_jax.training.step import abstract_state, make_step
+from dsv3_jax.training.step import Job, abstract_state, make_step
 from experiments.accel import parts, run
 
 ROOT = Path(__file__).parents[1]
@@ -312,7 +311,7 @@ def test_a_training_step_can_be_traced_at_its_full_size():
     sizes = parts.full()
     config = parts.train_run(sizes.step, *sizes.step_batch)
     batch = jax.eval_shape(lambda: parts.random_batch(sizes.step, *sizes.step_batch))
-    _, metrics = jax.eval_shape(make_step(config, parts.kernels_for()), abstract_state(config), batch)
+    _, metrics = jax.eval_shape(make_step(Job(config, kernels=parts.kernels_for())), abstract_state(Job(config)), batch)
     assert metrics["loss"].shape == ()
 
 
@@ -389,7 +388,7 @@ def test_training_takes_all_devices_but_a_cpus(monkeypatch, capsys):
 def test_train_without_a_mesh_hands_all_devices_to_fit(monkeypatch, tmp_path, capsys):
     meshes = []
     monkeypatch.setattr(choose, "platform_of", lambda mesh=None: "cuda")
-    monkeypatch.setattr(loop, "fit", lambda run, out, mesh, **_: meshes.append(mesh))
+    monkeypatch.setattr("dsv3_jax.train.fit", lambda run, out, mesh, **_: meshes.append(mesh))
     for mesh in (None, "data=1"):  # not parsed: the tests' import hook refuses the parser's placeholders
         args = train.Train(run=recipe("tiny"), out=tmp_path, mesh=mesh)
         monkeypatch.setattr(train, "options", lambda argv, args=args: args)

@@ -29,7 +29,7 @@ from dsv3_jax.training import loop
 from dsv3_jax.training import step as train_step
 from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.loss import compute_loss
-from dsv3_jax.training.step import make_step
+from dsv3_jax.training.step import Job, make_step
 
 NO_GROUPS = dict(num_groups=1, groups_per_token=1)
 PLAIN = replace(MODEL, num_layers=1, mtp_depth=0, **NO_GROUPS)
@@ -107,7 +107,7 @@ def test_a_step_with_quantile_and_z_loss():
     """Losses are the reference's, and the bias goes half of the way; a step that is not finite moves it nowhere."""
     model = replace(PLAIN, router="sqrtsoftplus", balance=Balance(0.5, 1e-2, 0.0, "quantile", 1e-2))
     run, batch = run_of(model), make_batch()
-    step, before = make_step(run), fresh_state(run)
+    step, before = make_step(Job(run)), fresh_state(run)
     bias, params = np.asarray(before.bias["sparse"]["moe"]["bias"][...]), parameters(random_model(model))
     arrays = jax.tree.map(np.asarray, batch)
     ctx = reference.Context(model, arrays["positions"], arrays["segment_ids"])
@@ -129,11 +129,11 @@ def test_a_step_with_quantile_and_z_loss():
 def test_a_steps_noise_is_of_seed_step_and_row():
     """Two microbatches have the complete batch's noise. Another step has other noise; evaluation has none."""
     run, batch = run_of(replace(PLAIN, router="noisy_topk"), microbatches=2), make_batch()
-    step, state = make_step(run), fresh_state(run)
+    step, state = make_step(Job(run)), fresh_state(run)
 
     @jax.jit
     def losses(state, batch):
-        return compute_loss(train_step.model_of(run, state), batch, 0.0)
+        return compute_loss(train_step.model_of(Job(run), state), batch, 0.0)
 
     keys = [train_step._with_keys(run, batch, jnp.int32(at))["keys"] for at in (0, 1)]
     noisy, other = (losses(state, batch | {"keys": key}) for key in keys)
@@ -184,7 +184,7 @@ def test_a_new_router_and_a_new_rule_are_a_row_each(monkeypatch):
     run, batch = run_of(replace(PLAIN, router="in turn", balance=Balance(rule="noted", bias_rate=0.25))), make_batch()
     before = fresh_state(run)
     bias = np.asarray(before.bias["sparse"]["moe"]["bias"][...])
-    after, metrics = make_step(run)(before, batch)
+    after, metrics = make_step(Job(run))(before, batch)
     tokens = np.asarray(batch["tokens"])[SEGMENTS != 0]
     load = np.bincount(np.concatenate([tokens, tokens + 1]) % 8, minlength=8)
     np.testing.assert_array_equal(metrics["load"][0], load)

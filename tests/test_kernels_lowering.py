@@ -16,7 +16,7 @@ from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.model.cache import empty_cache
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.ops.sampling import GREEDY
-from dsv3_jax.training.step import abstract_state, make_step
+from dsv3_jax.training.step import Job, abstract_state, make_step
 
 pytestmark = pytest.mark.long
 
@@ -58,7 +58,9 @@ def train_step(platform: str, execution: Execution) -> tuple[str, str]:
     run = replace(RUN, execution=execution)
     tokens = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
     batch = {name: tokens for name in ("tokens", "segment_ids", "positions")}
-    return lowered(platform, make_step(run, kernels_for(platform, execution)), abstract_state(run), batch)
+    return lowered(
+        platform, make_step(Job(run, kernels=kernels_for(platform, execution))), abstract_state(Job(run)), batch
+    )
 
 
 def decode_step(platform: str, execution: Execution) -> tuple[str, str]:

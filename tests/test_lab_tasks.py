@@ -8,7 +8,7 @@ import pytest
 from dsv3_jax.config import DataConfig, OptimConfig, RunConfig, replace
 from dsv3_jax.data.source import Source
 from dsv3_jax.presets import recipe
-from dsv3_jax.training.loop import fit
+from dsv3_jax.train import fit
 from experiments.lab.tasks import TASKS, Chains, Domains, Facts, ManyKeys, Names, Retrieval, TaskSource, from_dict
 
 SMALL = [

@@ -118,7 +118,7 @@ def test_a_worker_measures_a_finished_run(root, tmp_path, monkeypatch):
     assert alone["numbers"] == record["numbers"] | {"speed": 3}
 
     # Another study needs the same run: nothing is trained or evaluated again, and its seconds are those of training.
-    monkeypatch.setattr("dsv3_jax.training.loop.fit", lambda *_, **__: pytest.fail("fit was called"))
+    monkeypatch.setattr("dsv3_jax.train.fit", lambda *_, **__: pytest.fail("fit was called"))
     assert work.do(job, lambda trained: {"shape": np.shape(trained.numbers["load"])}, None) == 0
     again = json.loads((tmp_path / "abc.json").read_text())
     assert again["numbers"].pop("shape") == [3, run.model.num_experts]

@@ -3,7 +3,6 @@
 The contractions are written out below for each matrix, where the library reads them off the names of the axes.
 """
 
-import json
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -20,8 +19,7 @@ from test_muon import slow_direction
 
 import dsv3_jax as ds
 from dsv3_jax import reference
-from dsv3_jax.config import ConfigError, Execution, Layout, Lora, OptimConfig, RunConfig, run_from_dict, to_dict
-from dsv3_jax.data.tokenizer import ByteTokenizer
+from dsv3_jax.config import ConfigError, Execution, Layout, Lora, OptimConfig, RunConfig
 from dsv3_jax.hf.conversion import convert
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.counting import train_flops_per_token
@@ -30,7 +28,7 @@ from dsv3_jax.training import adamw, loop, lora, prepare, warm_start
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
 from dsv3_jax.training.loss import compute_loss
 from dsv3_jax.training.run_folder import claim
-from dsv3_jax.training.step import TrainState, abstract_state, init_optimizer, make_step, model_of
+from dsv3_jax.training.step import Job, TrainState, abstract_state, init_optimizer, make_step, model_of
 
 ALL = ("attention", "dense", "shared", "routed")
 RANK, ALPHA = 2, 3.0
@@ -61,7 +59,6 @@ RUN = make_run(
     lora=Lora(RANK, ALPHA, ALL),
 )
 B, T = 4, 10
-TEXT = ByteTokenizer()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,7 +86,7 @@ def state_of(run: RunConfig, step: int = 0) -> TrainState:
         noise = np.random.default_rng(len(adapters)).standard_normal(v.shape)
         adapters[path] = v.replace(jnp.asarray(0.3 * noise, jnp.float32))
     params = nnx.merge_state(params, nnx.from_flat_state(adapters))
-    opt = init_optimizer(run, params)
+    opt = init_optimizer(Job(run), params)
     return TrainState(params, bias, opt, jnp.asarray(step, jnp.int32))
 
 
@@ -133,7 +130,7 @@ def test_each_layer_head_and_expert_gets_its_own_product(attention):
 @pytest.mark.parametrize("part", ALL)
 def test_a_part_names_its_matrices(part):
     """In layers and in the head; a norm or the router is not among them."""
-    params = abstract_state(replace(RUN, lora=Lora(RANK, ALPHA, (part,)))).params
+    params = abstract_state(Job(replace(RUN, lora=Lora(RANK, ALPHA, (part,))))).params
     paths = [path for path, _ in nnx.to_flat_state(params)]
     adapted = {path[1:-1] for path in paths if path[0] == "lora"}
     assert adapted == set(matrices(paths, (part,))) != set()
@@ -172,7 +169,7 @@ def test_the_first_loss_is_the_starts():
 @partial(jax.jit, static_argnums=0)
 def losses(run: RunConfig, state: TrainState):
     """The losses of a batch, as a step computes them."""
-    return compute_loss(model_of(run, state), batch_of(), run.optim.mtp_weight)
+    return compute_loss(model_of(Job(run), state), batch_of(), run.optim.mtp_weight)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +208,7 @@ CASES = [
 def test_a_step_follows_the_gradient_of_the_merged_model(expected, on, execution):
     """dA = s dW B^T and dB = s A^T dW, for each expert too; weights stay, the router bias moves."""
     run = replace(RUN, execution=execution, lora=Lora(RANK, ALPHA, on))
-    old, (new, metrics) = state_of(run), make_step(run)(state_of(run), batch_of())
+    old, (new, metrics) = state_of(run), make_step(Job(run))(state_of(run), batch_of())
     of_merged = expected(old)
     before, after, mean = flat(old.params), flat(new.params), flat(new.opt.mu)
     assert mean.keys() == {path for path in before if path[0] == "lora"}
@@ -233,7 +230,7 @@ def test_a_step_by_muon_orthogonalises_each_adapter(expected):
     """A and B are matrices: [in, r] and [r, out], over all heads, for each layer and expert. Weights stay."""
     optim = replace(RUN.optim, name="muon")
     run = replace(RUN, optim=optim, lora=Lora(RANK, ALPHA, ("attention", "routed")))
-    old, (new, metrics) = state_of(run), make_step(run)(state_of(run), batch_of())
+    old, (new, metrics) = state_of(run), make_step(Job(run))(state_of(run), batch_of())
     of_merged, before, after, means = expected(old), flat(old.params), flat(new.params), flat(new.opt.momentum)
     assert means.keys() == {path for path in before if path[0] == "lora"} and not jax.tree.leaves(new.opt.adam)
     for path, mean in means.items():
@@ -254,6 +251,10 @@ def test_a_step_by_muon_orthogonalises_each_adapter(expected):
 
 
 # readers
+
+
+def begin(run: RunConfig) -> tuple[TrainState, str]:
+    return warm_start.begin(Job(run), warm_start.open_run(run.start))
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +283,7 @@ def test_readers_get_merged_weights(trained, tmp_path):
     released = ds.load_model(tmp_path / "released", kernels=run.execution.kernels)
     np.testing.assert_array_equal(forward(released, tokens).logits, forward(model, tokens).logits)
     next_run = replace(run, start=str(folder), lora=Lora())
-    state, sentence = warm_start.begin(next_run, TEXT)
+    state, sentence = begin(next_run)
     assert_bitwise(state.params, nnx.state(model, nnx.Param))
     assert sentence.startswith("the weights are those of step 7")
 
@@ -298,12 +299,12 @@ def test_a_run_adds_new_adapters_to_its_start(trained):
     """Also to a LoRA run's merged weights. Seeds differ in A."""
     folder, run = trained
     run = replace(run, start=str(folder), lora=Lora(4, 8.0, ("routed",)))
-    state, _ = warm_start.begin(run, TEXT)
+    state, _ = begin(run)
     adapters, weights = lora.split(state.params)
     assert_bitwise(weights, nnx.state(load_run(folder).model, nnx.Param))
-    assert jax.tree.structure(state) == jax.tree.structure(abstract_state(run))
+    assert jax.tree.structure(state) == jax.tree.structure(abstract_state(Job(run)))
     assert jax.tree.structure(state.opt.mu) == jax.tree.structure(adapters)
-    other = lora.split(warm_start.begin(replace(run, seed=1), TEXT)[0].params)[0]
+    other = lora.split(begin(replace(run, seed=1))[0].params)[0]
     assert not np.array_equal(*(flat(s)["lora", "experts", "w_up", "a"] for s in (adapters, other)))
 
 
@@ -332,17 +333,10 @@ def test_bad_settings_are_refused_in_a_sentence(sentence):
     assert str(caught.value).startswith(sentence)
 
 
-def test_older_runs_have_no_adapters():
-    values = json.loads(json.dumps(to_dict(RUN)))
-    assert run_from_dict(values) == RUN
-    del values["lora"]
-    assert run_from_dict(values) == replace(RUN, lora=Lora())
-
-
 def test_what_trains_is_counted(monkeypatch):
     """Memory has weights once, and adapters with gradient and two means; FLOPs have no gradient of frozen matrices."""
     run = replace(RUN, lora=Lora(RANK, ALPHA, ("routed",)))
-    shapes = abstract_state(run).params
+    shapes = abstract_state(Job(run)).params
     experts = sum(v.size for path, v in nnx.to_flat_state(shapes) if path[0] != "lora" and "experts" in path)
     frozen = sum(v.size for path, v in nnx.to_flat_state(shapes) if path[0] != "lora")
     pairs = 3 * CFG.num_experts * (CFG.num_sparse_layers + 1)  # the head has experts, too
@@ -353,10 +347,10 @@ def test_what_trains_is_counted(monkeypatch):
     for memory, fits in ((needed, True), (needed - 1, False)):
         monkeypatch.setattr(prepare.os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": memory}.get)
         if fits:
-            prepare.check_memory(run)
+            prepare.check_memory(Job(run))
         else:
             with pytest.raises(ConfigError, match="does not fit"):
-                prepare.check_memory(run)
+                prepare.check_memory(Job(run))
     used = experts * CFG.experts_per_token // CFG.num_experts
     assert 3 * prepare.flops_per_token(run) == 2 * train_flops_per_token(CFG) + 6 * used
 
@@ -369,12 +363,12 @@ def test_a_step_on_a_mesh_is_a_single_devices():
     """Each of the mesh's axes shards some of the adapters."""
     layout, model = Layout(fsdp=True), replace(CFG, num_layers=2, num_heads=4, mtp_depth=0)
     run = replace(RUN, model=model, execution=Execution(layout=layout))
-    want, metrics = jax.device_get(make_step(run)(state_of(run), batch_of()))
+    want, metrics = jax.device_get(make_step(Job(run))(state_of(run), batch_of()))
     mesh, state = sharding.make_mesh(2, 2, 2), state_of(run)
     where = sharding.state_sharding(state, mesh, fsdp=layout.fsdp)
     with jax.set_mesh(mesh):
         rows = jax.device_put(batch_of(), sharding.batch_sharding(mesh))
-        got, metrics_there = make_step(run)(jax.device_put(state, where), rows)
+        got, metrics_there = make_step(Job(run))(jax.device_put(state, where), rows)
     for leaf, at in zip(jax.tree.leaves(got), jax.tree.leaves(where), strict=True):
         assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
     np.testing.assert_array_equal(metrics_there["load"], metrics["load"])
@@ -389,7 +383,8 @@ def test_a_run_resumes_bitwise_without_its_start(root, tmp_path):
     start = claim(tmp_path / "start", make_run(write_text(tmp_path / "text")))
     with Checkpoints(tmp_path / "start", start) as checkpoints:
         checkpoints.save(fresh_state(start, 7), {}, wait=True)
-    run = warm_start.on_weights(make_run("", eval_every=4, steps=4, save_every=2), tmp_path / "start")
+    run = make_run("", eval_every=4, steps=4, save_every=2)
+    run = warm_start.on_weights(run, warm_start.open_run(str(tmp_path / "start")))
     run = replace(run, lora=Lora(RANK, ALPHA, ("attention", "routed")))
     assert loop.fit(run, tmp_path / "whole", quiet=True).finished
     assert loop.fit(run, tmp_path / "parts", stop_after=2, quiet=True).step == 2

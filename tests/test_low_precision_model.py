@@ -20,7 +20,7 @@ from dsv3_jax.training import loop
 from dsv3_jax.training.checkpoint import load_run
 from dsv3_jax.training.loss import compute_loss
 from dsv3_jax.training.run_folder import difference
-from dsv3_jax.training.step import make_step
+from dsv3_jax.training.step import Job, make_step
 
 FP8, MXFP8 = Execution(precision="fp8"), Execution(precision="mxfp8")
 IN_8_BITS = {"product", "swiglu", "expand", "grouped_swiglu", "decode_experts", "capacity_swiglu"}
@@ -165,7 +165,7 @@ def _cheap(tmp_path_factory):
 
 
 def after_two_steps(run, mesh=None):
-    step, state = make_step(run, prepare(run.execution, mesh=mesh)), fresh_state(run)
+    step, state = make_step(Job(run, kernels=prepare(run.execution, mesh=mesh))), fresh_state(run)
     place = lambda batch: batch  # noqa: E731
     if mesh is not None:
         state = jax.device_put(state, sharding.state_sharding(state, mesh, fsdp=run.execution.layout.fsdp))

@@ -17,7 +17,7 @@ from dsv3_jax.config import Balance, ConfigError, Execution, Layout, OptimConfig
 from dsv3_jax.mesh import sharding
 from dsv3_jax.training import loop
 from dsv3_jax.training.checkpoint import Checkpoints
-from dsv3_jax.training.step import make_step, model_of
+from dsv3_jax.training.step import Job, make_step, model_of
 
 pytestmark = pytest.mark.long
 
@@ -45,10 +45,10 @@ def make_batch() -> dict[str, jax.Array]:
 def run_step(run, mesh=None):
     state, batch = fresh_state(run), make_batch()
     if mesh is None:
-        return jax.device_get(make_step(run)(state, batch))
+        return jax.device_get(make_step(Job(run))(state, batch))
     where = sharding.state_sharding(state, mesh, fsdp=run.execution.layout.fsdp)
     with jax.set_mesh(mesh):
-        new, metrics = make_step(run)(
+        new, metrics = make_step(Job(run))(
             jax.device_put(state, where), jax.device_put(batch, sharding.batch_sharding(mesh))
         )
     for leaf, at in zip(jax.tree.leaves(new), jax.tree.leaves(where), strict=True):
@@ -124,7 +124,7 @@ def test_experts_are_chosen_as_on_a_single_device():
 
     @partial(jax.jit, static_argnums=0)
     def chosen(run, state, tokens):
-        return model_of(run, state)(tokens).routing.expert_ids
+        return model_of(Job(run), state)(tokens).routing.expert_ids
 
     want = np.asarray(chosen(run, state, tokens))
     experts, rest = nnx.split_state(state.params, lambda path, _: "experts" in path, ...)

@@ -19,7 +19,7 @@ from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.ops.newton_schulz import orthogonalize
 from dsv3_jax.training import muon, optim
 from dsv3_jax.training.checkpoint import Checkpoints
-from dsv3_jax.training.step import abstract_state, make_step, split_trainable
+from dsv3_jax.training.step import Job, abstract_state, make_step, split_trainable
 
 CFG = OptimConfig(name="muon", learning_rate=0.1, warmup_steps=0, weight_decay=0.25, clip_norm=3.0, eps=1e-3)
 STEPS = 100
@@ -215,7 +215,7 @@ def test_the_state_is_of_what_trains(kind):
     """Every adapter is a matrix, so AdamW has nothing to do; on a trunk the heads alone have means."""
     run = make_run("nowhere", model=MODEL, optim=CFG)
     run = replace(run, start="x", lora=Lora(2, 4.0)) if kind == "lora" else replace(run, trunk="x")
-    state = abstract_state(run)
+    state = abstract_state(Job(run))
     trained = split_trainable(run, state.params)[0]
     assert (len(jax.tree.leaves(state.opt.adam)) == 0) == (kind == "lora")
     count = len(jax.tree.leaves(state.opt.momentum)) + len(jax.tree.leaves(state.opt.adam.mu))
@@ -253,7 +253,7 @@ def test_a_clipped_step_of_microbatches_on_eight_devices_is_a_single_devices():
     """The largest logit is over all devices and parts, and so is the clip that follows."""
     rng = np.random.default_rng(0)
     batch = packed_batch(rng, np.sort(rng.integers(1, 4, (BATCH, LENGTH)), axis=1))
-    want, alone = jax.device_get(make_step(RUN)(fresh_state(RUN), batch))
+    want, alone = jax.device_get(make_step(Job(RUN))(fresh_state(RUN), batch))
     assert alone["max_logit"] > RUN.optim.qk_clip
     execution, parts = ds.Execution(layout=Layout(fsdp=True)), replace(RUN.optim, microbatches=2)
     run, mesh = replace(RUN, execution=execution, optim=parts), sharding.make_mesh(2, 2, 2)
@@ -261,7 +261,9 @@ def test_a_clipped_step_of_microbatches_on_eight_devices_is_a_single_devices():
     where = sharding.state_sharding(state, mesh, fsdp=True)
     with jax.set_mesh(mesh):
         rows = jax.device_put(batch, sharding.batch_sharding(mesh))
-        new, metrics = make_step(run, choose.prepare(execution, mesh=mesh))(jax.device_put(state, where), rows)
+        new, metrics = make_step(Job(run, kernels=choose.prepare(execution, mesh=mesh)))(
+            jax.device_put(state, where), rows
+        )
     np.testing.assert_allclose(metrics["max_logit"], alone["max_logit"], rtol=1e-5)
     for leaf, at in zip(jax.tree.leaves(new), jax.tree.leaves(where), strict=True):
         assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
@@ -294,7 +296,7 @@ def test_muon_resumes_where_it_stopped(tmp_path):
     """Three steps are two, a checkpoint, and one; the state's layout survives the checkpoint."""
     rng = np.random.default_rng(0)
     batch = packed_batch(rng, np.sort(rng.integers(1, 4, (BATCH, LENGTH)), axis=1))
-    step, state = make_step(RUN), fresh_state(RUN)
+    step, state = make_step(Job(RUN)), fresh_state(RUN)
     for _ in range(2):
         state, _ = step(state, batch)
     with Checkpoints(tmp_path, RUN) as checkpoints:

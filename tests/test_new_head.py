@@ -18,7 +18,7 @@ from dsv3_jax.model import counting
 from dsv3_jax.model.layers import param
 from dsv3_jax.model.mtp import HEADS, Head
 from dsv3_jax.training.evaluate import evaluate
-from dsv3_jax.training.step import make_step
+from dsv3_jax.training.step import Job, make_step
 
 pytestmark = [pytest.mark.usefixtures("light_compiles", "registered"), pytest.mark.long]
 BATCH, LENGTH = 4, 16
@@ -78,7 +78,7 @@ def test_it_trains(cfg):
     state, tokens = fresh_state(run), tokens_of(cfg, BATCH, LENGTH)
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(state.params))["mtp"]
     batch = {"tokens": tokens, "segment_ids": jnp.asarray(SEGMENTS), "positions": jnp.asarray(POSITIONS)}
-    after, metrics = make_step(run)(state, batch)
+    after, metrics = make_step(Job(run))(state, batch)
     _, heads = expected_logits(cfg, parameters(random_model(cfg)), np.asarray(tokens))
     ctx = reference.Context(cfg, POSITIONS, SEGMENTS)
     wanted = [reference.cross_entropy(ctx, y, np.asarray(tokens), k) for k, y in enumerate(heads, start=2)]

@@ -15,11 +15,12 @@ from runs import assert_bitwise, make_run, unhooked_cli, write_text
 
 from dsv3_jax import hf
 from dsv3_jax.config import ConfigError
-from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.hf.open_model import load_text, open_draft, open_model
 from dsv3_jax.loading import load_model
 from dsv3_jax.model.moe import RouterBias
+from dsv3_jax.train import open_start
 from dsv3_jax.training import warm_start
+from dsv3_jax.training.step import Job
 
 pytestmark = pytest.mark.usefixtures("light_compiles")
 
@@ -105,13 +106,14 @@ def test_commands_take_it(folder, tmp_path, command):
 def test_training_starts_from_it(folder, model, tmp_path):
     """The weights and biases are its own, bit by bit; the optimizer is new; data and schedule are the recipe's."""
     recipe = make_run(write_text(tmp_path / "text"))
-    run = warm_start.on_weights(recipe, folder)
+    start = open_start(str(folder))
+    run = warm_start.on_weights(recipe, start)
     assert (run.model, run.start, run.steps) == (hf.load(folder, quiet=True).cfg, str(folder), recipe.steps)
     assert run.data == replace(recipe.data, tokenizer="bytes")
-    state, sentence = warm_start.begin(run, ByteTokenizer())
+    state, sentence = warm_start.begin(Job(run), start)
     assert_bitwise(state.params, nnx.state(model, nnx.Param))
     assert_bitwise(state.bias, nnx.state(model, RouterBias))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves((state.opt.mu, state.opt.nu)))
     assert sentence == f"the weights are those in {folder}"
     with pytest.raises(ConfigError, match="model.dim=12 is not that of start="):
-        warm_start.check(replace(run, model=replace(run.model, dim=12)), ByteTokenizer())
+        warm_start.check(replace(run, model=replace(run.model, dim=12)), start)

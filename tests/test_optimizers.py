@@ -30,7 +30,7 @@ from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.training import adamw, from_optax, optim, prepare
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
-from dsv3_jax.training.step import abstract_state, init_optimizer, make_step, split_trainable
+from dsv3_jax.training.step import Job, abstract_state, init_optimizer, make_step, split_trainable
 
 PLAIN = replace(MODEL, num_layers=1, mtp_depth=0)
 CFG = OptimConfig(learning_rate=1e-2, warmup_steps=3, eps=1e-3, clip_norm=0.5)
@@ -154,8 +154,8 @@ def test_the_optimizer_that_runs_is_reported():
     kernels = choose.Kernels(choose.Target("cpu", "xla"))
     for name, said in {"adamw": "xla", "muon": "muon by xla, adamw by xla", "optax:lion": "optax:lion"}.items():
         run = make_run("nowhere", optim=replace(CFG, name=name))
-        assert prepare.chosen(kernels, run, None)["optimizer"] == said
-        line = kernels.describe(*prepare._conditions(run, None))
+        assert kernels.chosen(*prepare.conditions(Job(run)))["optimizer"] == said
+        line = kernels.describe(*prepare.conditions(Job(run)))
         assert (f"{said}: optimizer" in line) == (name != "adamw"), line
 
 
@@ -177,7 +177,7 @@ def test_old_run_folders_are_adamw():
 
 def test_the_state_of_adamw_keeps_its_layout():
     params = params_of()
-    state = init_optimizer(make_run("text", model=small(mtp_depth=1)), params)
+    state = init_optimizer(Job(make_run("text", model=small(mtp_depth=1))), params)
     assert type(state) is adamw.AdamState and state._fields == ("mu", "nu")
     assert jax.tree.structure(state.mu) == jax.tree.structure(params)
 
@@ -225,8 +225,8 @@ def test_a_transformation_moves_what_trains_alone(kind):
         run = replace(run, start="nowhere", lora=Lora(2, 4.0, ("attention",)))
     else:
         run = replace(run, trunk="nowhere")
-    tx, shapes = optax.lion(1e-2), abstract_state(run).params
-    state = jax.eval_shape(lambda p: init_optimizer(run, p, tx), shapes)
+    tx, shapes = optax.lion(1e-2), abstract_state(Job(run)).params
+    state = jax.eval_shape(lambda p: init_optimizer(Job(run, optimizer=tx), p), shapes)
     trained = split_trainable(run, shapes)[0]
     assert len(jax.tree.leaves(state)) == 1 + len(jax.tree.leaves(trained)) < len(jax.tree.leaves(shapes))
 
@@ -246,16 +246,16 @@ def test_a_step_on_eight_devices_is_a_single_devices():
 
     def state_of(run):
         state = fresh_state(run)
-        return replace(state, opt=init_optimizer(run, state.params, tx))
+        return replace(state, opt=init_optimizer(Job(run, optimizer=tx), state.params))
 
-    want, _ = jax.device_get(make_step(run, optimizer=tx)(state_of(run), batch))
+    want, _ = jax.device_get(make_step(Job(run, optimizer=tx))(state_of(run), batch))
     run = replace(run, execution=ds.Execution(layout=Layout(fsdp=True)))
     mesh = sharding.make_mesh(2, 2, 2)
     state = state_of(run)
     where = sharding.state_sharding(state, mesh, fsdp=True)
     with jax.set_mesh(mesh):
         rows = jax.device_put(batch, sharding.batch_sharding(mesh))
-        step = make_step(run, choose.prepare(run.execution, mesh=mesh), optimizer=tx)
+        step = make_step(Job(run, kernels=choose.prepare(run.execution, mesh=mesh), optimizer=tx))
         new, _ = step(jax.device_put(state, where), rows)
     sharded = 0
     for leaf, at in zip(jax.tree.leaves(new), jax.tree.leaves(where), strict=True):

@@ -18,7 +18,7 @@ from dsv3_jax.kernels.cpu import library
 from dsv3_jax.model.context import from_zero, make_context
 from dsv3_jax.ops import attention
 from dsv3_jax.training import qk_clip
-from dsv3_jax.training.step import make_step
+from dsv3_jax.training.step import Job, make_step
 
 B, T = 4, 12
 # Almost no step of the optimizer, so that what moves is the clip
@@ -126,7 +126,7 @@ def test_each_head_of_each_layer_is_scaled_by_its_own_logit(monkeypatch):
     run = replace(RUN, optim=replace(OPTIM, qk_clip=threshold))
     state = fresh_state(run)
     before = by_layer(state)
-    new, metrics = make_step(run)(state, batch_of())
+    new, metrics = make_step(Job(run))(state, batch_of())
     after, clipped = by_layer(new), 0
     np.testing.assert_allclose(metrics["max_logit"], np.max(want), rtol=1e-5)  # of the forward pass, before the clip
     places = [("dense", 0), ("sparse", 0), ("sparse", 1), ("mtp.0.block", ...)]

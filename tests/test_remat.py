@@ -12,7 +12,7 @@ from runs import cheap_compiles, make_run
 from dsv3_jax.config import Execution
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.kernels.cpu import library
-from dsv3_jax.training.step import abstract_state, make_step
+from dsv3_jax.training.step import Job, abstract_state, make_step
 
 pytestmark = pytest.mark.long
 
@@ -31,7 +31,7 @@ def traced_step(remat: str, platform: str, kernels: str, **changes):
     execution = Execution(remat=remat, kernels=kernels)
     run = make_run("nowhere", model=replace(CFG, **changes), execution=execution)
     batch = {name: jax.ShapeDtypeStruct((2, 16), jnp.int32) for name in ("tokens", "segment_ids", "positions")}
-    return make_step(run, prepare(execution, platform=platform)).trace(abstract_state(run), batch)
+    return make_step(Job(run, kernels=prepare(execution, platform=platform))).trace(abstract_state(Job(run)), batch)
 
 
 PASSES = {"none": 1, "dots": 1, "attention": 1, "full": 2}  # forward passes of attention in a step

@@ -16,7 +16,7 @@ from runs import make_run
 from dsv3_jax.config import Execution
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.ops import embedding
-from dsv3_jax.training.step import abstract_state, make_step
+from dsv3_jax.training.step import Job, abstract_state, make_step
 
 BATCH, LENGTH = 2, 16
 SCATTER = re.compile(r'"stablehlo\.scatter"\(.*?unique_indices = (true|false)\}> \(\{(.*?)\}\) : ', re.DOTALL)
@@ -48,8 +48,8 @@ def test_a_training_step_adds_floats_in_one_order(changes, kernels):
     run = replace(run, optim=replace(run.optim, microbatches=2))
     tokens = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
     batch = {name: tokens for name in ("tokens", "segment_ids", "positions")}
-    step = make_step(run, prepare(execution, platform="cuda"))
-    assert unordered_adds(step, abstract_state(run), batch) == []
+    step = make_step(Job(run, kernels=prepare(execution, platform="cuda")))
+    assert unordered_adds(step, abstract_state(Job(run)), batch) == []
 
 
 @pytest.mark.parametrize(("look_up", "adds"), [(embedding.look_up, 1), (embedding.look_up_in_order, 0)])
@@ -67,8 +67,8 @@ def test_the_routers_product_is_exact(platform):
     execution = Execution("bfloat16", kernels="grouped_swiglu=dense")
     run = make_run("nowhere", model=cfg, execution=execution)
     batch = {name: jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32) for name in ("tokens", "segment_ids", "positions")}
-    step = make_step(run, prepare(execution, platform=platform))
-    text = step.trace(abstract_state(run), batch).lower(lowering_platforms=(platform,)).as_text()
+    step = make_step(Job(run, kernels=prepare(execution, platform=platform)))
+    text = step.trace(abstract_state(Job(run)), batch).lower(lowering_platforms=(platform,)).as_text()
     dots = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
     exact = [line for line in dots if "HIGHEST" in line]
     tokens, dim, experts = BATCH * LENGTH, cfg.dim, cfg.num_experts

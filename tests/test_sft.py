@@ -17,9 +17,9 @@ from dsv3_jax.data.batches import model_inputs
 from dsv3_jax.data.examples import Example, Examples, encode, load_examples
 from dsv3_jax.data.text_settings import plain_settings
 from dsv3_jax.decoding.generate import generate
-from dsv3_jax.hf.open_model import load_text
+from dsv3_jax.hf.open_model import load_text, measured_on
 from dsv3_jax.presets import recipe
-from dsv3_jax.training import chats
+from dsv3_jax.train import fit
 from dsv3_jax.training.checkpoint import load_run
 from dsv3_jax.training.loss import compute_loss, target_counts
 from dsv3_jax.training.run_folder import read_run
@@ -251,11 +251,11 @@ def test_the_same_command_goes_on(tuned):
 @pytest.mark.long
 def test_eval_reads_the_runs_examples_and_other_files(tuned, base, tmp_path):
     out, cfg = tuned[0], read_run(tuned[0]).data
-    own, other = chats.measured_on(cfg, out), chats.measured_on(cfg, out, (base[1],))
+    own, other = measured_on(cfg, out), measured_on(cfg, out, (base[1],))
     assert own.fingerprint == other.fingerprint and "loss_mask" in own.val_batches(1)[0]
     for i in range(4):
         (tmp_path / f"{i}.txt").write_text(f"document {i}")
-    assert "loss_mask" not in chats.measured_on(cfg, out, (str(tmp_path),)).val_batches(1)[0]
+    assert "loss_mask" not in measured_on(cfg, out, (str(tmp_path),)).val_batches(1)[0]
 
 
 @pytest.mark.parametrize(
@@ -284,5 +284,5 @@ def test_settings_that_chats_do_not_have():
         DataConfig(format="chat", separate_documents=False)
     run = RunConfig(MODEL, data=DataConfig(format="chat", paths=("a",), seq_len=32), optim=OptimConfig())
     with pytest.raises(ConfigError, match="name it with start"):
-        chats.text_of(run, "nowhere")
+        fit(run, "nowhere")
     assert recipe("sft").optim.bias_freeze == 0

@@ -1,10 +1,10 @@
 """The training loop: however a run is stopped, the same command ends with the same numbers."""
 
+import gzip
 import json
 import shutil
 import signal
 import struct
-import threading
 import time
 from dataclasses import replace
 from functools import cache
@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from runs import (
+    CLOCK,
     SECONDS,
     STEPS,
     assert_bitwise,
@@ -23,19 +24,21 @@ from runs import (
     rows_of,
     said_by,
     start,
+    unhooked,
     unhooked_cli,
 )
 from tensorboardX.proto.event_pb2 import Event
 
+from dsv3_jax.cli.train import parse_steps
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data import batches
 from dsv3_jax.data.corpus import load_corpus
 from dsv3_jax.data.ngram import order2_bits_per_byte
 from dsv3_jax.data.tokenizer import ByteTokenizer
-from dsv3_jax.report import metrics
 from dsv3_jax.training import loop
+from dsv3_jax.training.callbacks import Callback
 from dsv3_jax.training.checkpoint import Checkpoints
-from dsv3_jax.training.step import init_state
+from dsv3_jax.training.step import Job, init_state
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -92,7 +95,7 @@ def test_a_run_folder_holds_what_it_should(whole):
 
 def test_a_fresh_state_is_placed_as_a_resumed_one(whole):
     """So the step has one program for both, which is compiled once."""
-    fresh, (resumed, _) = init_state(whole.run), last_checkpoint(whole.run, whole.folder)
+    fresh, (resumed, _) = init_state(Job(whole.run)), last_checkpoint(whole.run, whole.folder)
     for a, b in zip(jax.tree.leaves(fresh), jax.tree.leaves(resumed), strict=True):
         assert (a.sharding, a.committed) == (b.sharding, b.committed)
 
@@ -112,19 +115,6 @@ def test_tensorboard_holds_the_same_scalars(whole):
             assert found[row["step"], "mtp_loss/0"] == np.float32(row["mtp_loss"][0])
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
-def test_tensorboards_file_that_cannot_grow_is_one_error(tmp_path):
-    """Nothing of it runs in a thread, which would print a traceback of its own."""
-    threads = set(threading.enumerate())
-    rows = metrics.Metrics(tmp_path, after=0)
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    file.unlink()
-    file.symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left"):
-        rows.write({"step": 1, "loss": 2.0})
-    assert set(threading.enumerate()) == threads
-
-
 def test_the_order_2_baseline_is_printed(whole):
     corpus, words = corpus_of(whole.run), ByteTokenizer()
     rows = [
@@ -134,8 +124,7 @@ def test_the_order_2_baseline_is_printed(whole):
     ]
     want = order2_bits_per_byte((d.text.encode() for d in corpus.train), rows)
     assert whole.fitted.order2_bits_per_byte == pytest.approx(want, rel=1e-12)
-    bits = whole.fitted.evaluation["val_bits_per_byte"]
-    assert f"validation bits a byte: {bits:.3f}, against {want:.3f} of an order-2 byte model" in whole.said
+    assert f", against {want:.3f} of an order-2 byte model" in whole.said
 
 
 def test_two_runs_are_one_and_without_a_report_nothing_is_timed_or_drawn(whole, tmp_path, monkeypatch):
@@ -151,10 +140,10 @@ def test_two_runs_are_one_and_without_a_report_nothing_is_timed_or_drawn(whole, 
 
 def test_runs_that_differ_in_their_seeds_alone_share_a_step(whole):
     other = replace(whole.run, seed=5, data=replace(whole.run.data, seed=6))
-    assert loop._of_any_seed(other) == loop._of_any_seed(whole.run)
-    noisy = replace(other, model=replace(other.model, router="noisy_topk", num_groups=1, groups_per_token=1))
+    assert loop._of_any_seed(Job(other)) == loop._of_any_seed(Job(whole.run))
+    noisy = Job(replace(other, model=replace(other.model, router="noisy_topk", num_groups=1, groups_per_token=1)))
     assert loop._of_any_seed(noisy) == noisy  # its step draws by the seed
-    assert loop._of_any_seed(replace(other, steps=9)) != loop._of_any_seed(other)
+    assert loop._of_any_seed(Job(replace(other, steps=9))) != loop._of_any_seed(Job(other))
 
 
 def test_stopped_and_resumed_is_never_stopped(whole, tmp_path):
@@ -233,18 +222,124 @@ def test_sigterm_saves_and_the_next_call_resumes(whole, root, tmp_path):
     assert_same_run(run, folder, whole)
 
 
-def poisoned_at(step: int):
-    """Make a compiled step that meets a parameter which is not finite after `step` steps."""
+class Recorder(Callback):
+    def __init__(self, breaks_at: int | None = None):
+        self.calls, self.rows, self._breaks_at = [], [], breaks_at
 
-    def make(*args, **settings):
-        good = loop.make_step(*args, **settings)
+    def on_start(self, run, out, step):
+        self.calls.append(("start", step))
 
-        def poisoned(state, batch, *go):
-            if int(state.step) == step:
-                state.params["head"] = state.params["head"].replace(state.params["head"][...].at[0, 0].set(np.inf))
-            return good(state, batch, *go)
+    def on_step(self, row):
+        self.calls.append(("step", row["step"]))
+        self.rows.append(row)
+        if row["step"] == self._breaks_at:
+            raise KeyError("no connection to the tracker")
 
-        return poisoned
+    def on_evaluation(self, row):
+        self.calls.append(("evaluation", row["step"]))
+        self.rows.append(row)
+
+    def on_checkpoint(self, step, folder):
+        assert folder.name == str(step)
+        self.calls.append(("checkpoint", step))
+
+    def on_end(self, result):
+        self.calls.append(("end", result.step))
+
+
+@pytest.mark.long
+def test_a_callback_that_fails_ends_the_run_after_it_is_saved(whole, tmp_path):
+    """It stops after the step that follows, and the other callback is called to the end. The same call resumes."""
+    folder, first, broken, second = tmp_path / "run", Recorder(), Recorder(breaks_at=6), Recorder()
+    with pytest.raises(KeyError, match="no connection to the tracker"):
+        loop.fit(whole.run, folder, quiet=True, callbacks=[broken, first])
+    steps = [("step", step) for step in range(1, STEPS + 1)]
+    want = [("start", 0), *steps[:4], ("checkpoint", 4), *steps[4:6], ("evaluation", 6), steps[6], ("checkpoint", 7)]
+    assert first.calls == want and broken.calls == want[:8]
+    assert loop.fit(whole.run, folder, quiet=True, callbacks=[second]).resumed_from == 7
+    assert second.calls[:3] == [("start", 7), steps[7], ("checkpoint", 8)]
+    assert second.calls[-3:] == [("evaluation", 12), ("checkpoint", 12), ("end", 12)]
+    kept = [{k: v for k, v in row.items() if k not in CLOCK} for row in first.rows + second.rows]
+    assert kept == rows_of(folder) == rows_of(whole.folder)
+
+
+def test_a_callback_that_fails_at_the_end_is_raised(whole, tmp_path):
+    class Last(Callback):
+        def on_end(self, result):
+            raise OSError(f"step {result.step} was not sent")
+
+    with pytest.raises(OSError, match=f"^step {STEPS} was not sent$"):
+        loop.fit(whole.run, shutil.copytree(whole.folder, tmp_path / "run"), quiet=True, callbacks=[Last()])
+    with pytest.raises(ValueError, match=r"^callbacks holds 'wandb', which is no dsv3_jax.train.Callback$"):
+        unhooked("dsv3_jax.training.prepare").Options(callbacks=["wandb"])
+
+
+def test_the_next_batch_is_copied_while_a_step_runs_and_nothing_is_by_accident(whole, tmp_path, monkeypatch, ahead):
+    """JAX refuses transfers that are not asked for, from a batch to the start of a step."""
+    events, put = [], loop.processes.put
+
+    def make(job):
+        step = loop.make_step(job)
+
+        def started(*inputs):
+            events.append(f"start {1 + sum(e.startswith('start') for e in events)}")
+            assert jax.config.jax_transfer_guard_host_to_device == "disallow"
+            return step(*inputs)
+
+        return started
+
+    def noted(*args):
+        events.append(f"put {1 + sum(e.startswith('put') for e in events)}")
+        return put(*args)
+
+    class Noted(Callback):
+        def on_step(self, row):
+            events.append(f"row {row['step']}")
+
+    monkeypatch.setattr(loop, "_compiled_step", make)
+    monkeypatch.setattr(loop.processes, "put", noted)
+    loop.fit(whole.run, tmp_path / "run", stop_after=5, quiet=True, callbacks=[Noted()])
+    # Step 4 is saved: no batch is made ahead of it, so the data position is that of the steps.
+    assert events == [
+        *("put 1", "start 1", "put 2", "start 2", "put 3", "start 3", "put 4", "row 1"),
+        *("start 4", "row 2", "row 3", "row 4", "put 5", "start 5", "row 5"),
+    ]
+    assert rows_of(tmp_path / "run") == rows_of(whole.folder)[:5]
+
+
+@pytest.mark.long
+def test_a_trace_holds_its_steps(whole, tmp_path):
+    loop.fit(whole.run, tmp_path, quiet=True, stop_after=5, profile=(2, 4))
+    (trace,) = (tmp_path / loop.TRACE_FOLDER).rglob("perfetto_trace.json.gz")
+    with gzip.open(trace, "rt") as file:
+        assert file.read().count('"train"') == 2
+
+
+@pytest.mark.parametrize("text", ["3", "5:5", "7:2", "a:b", "-1:3", "1:2:3", ""])
+def test_steps_to_trace_that_are_none(text):
+    with pytest.raises(ValueError, match="is not START:STOP, two steps of which the first is smaller"):
+        parse_steps(text)
+
+
+def poisoned_at(bad: int, steps: list[int]):
+    """Make a compiled step that meets a parameter which is not finite when it is called after `bad` calls."""
+
+    def make(job):
+        good = loop.make_step(job)
+
+        def step(state, batch, *go):
+            with jax.transfer_guard("allow"):
+                head = state.params["head"]
+                sound = np.asarray(head[...])
+                if len(steps) == bad:
+                    state.params["head"] = head.replace(head[...].at[0, 0].set(np.inf))
+                state, metrics = good(state, batch, *go)
+                if len(steps) == bad and go:  # what follows is sound again
+                    state.params["head"] = head.replace(jax.numpy.asarray(sound))
+                steps.append(int(state.step))
+                return state, metrics
+
+        return step
 
     return make
 
@@ -260,8 +355,8 @@ def test_steps_that_are_started_ahead_are_the_same_steps(whole, tmp_path, monkey
     """Stopped and resumed, too. Up to three have started before a row is written, and the program is compiled once."""
     folder, made, open_steps = tmp_path / "run", [], [0]
 
-    def make(*args, **settings):
-        made.append(loop.make_step(*args, **settings))
+    def make(job):
+        made.append(loop.make_step(job))
 
         def step(state, batch, go):
             open_steps.append(open_steps[-1] + 1)
@@ -284,99 +379,43 @@ def test_steps_that_are_started_ahead_are_the_same_steps(whole, tmp_path, monkey
     assert [step._cache_size() for step in made] == [1, 1]
 
 
-@pytest.mark.long
-def test_nothing_goes_on_from_a_step_that_is_found_late_not_to_be_finite(whole, tmp_path, monkeypatch, ahead, capfd):
-    """Only step 8 is bad. Two more have started by the time it is looked at, and they change nothing."""
+@pytest.mark.parametrize("late", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_loss_that_is_not_finite_stops_the_run(whole, tmp_path, monkeypatch, capfd, late):
+    """If steps are started ahead, two more have started by the time the bad one is seen, and they change nothing."""
     folder, steps = tmp_path / "run", []
-
-    def make(*args, **settings):
-        good = loop.make_step(*args, **settings)
-
-        def step(state, batch, go):
-            head = state.params["head"]
-            sound = np.asarray(head[...])
-            if len(steps) == 8:
-                state.params["head"] = head.replace(head[...].at[0, 0].set(np.inf))
-            state, metrics = good(state, batch, go)
-            state.params["head"] = head.replace(
-                jax.numpy.asarray(sound) if len(steps) == 8 else state.params["head"][...]
-            )
-            steps.append(int(state.step))
-            return state, metrics
-
-        return step
-
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_compiled_step", make)
+        if late:
+            patch.setattr(loop, "AHEAD", {})
+        patch.setattr(loop, "_compiled_step", poisoned_at(8, steps))
         assert main(["train", "tiny", "--out", str(folder), *flags(whole.run)]) == 2
-    assert steps == [1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8]
-    said = capfd.readouterr().err.splitlines()
-    assert len(said) == 1 and "step 8 met" in said[0] and "last good checkpoint is step 8" in said[0]
-    assert loop.fit(whole.run, folder, quiet=True).resumed_from == 8
-    assert_same_run(whole.run, folder, whole)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(whole, tmp_path, monkeypatch, capfd):
-    folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "_compiled_step", poisoned_at(4))
-        assert main(["train", "tiny", "--out", str(folder), *flags(whole.run)]) == 2
-    said = capfd.readouterr().err.splitlines()
-    assert len(said) == 1
-    assert "step 4 met" in said[0] and "parameter head" in said[0] and "last good checkpoint is step 4" in said[0]
-    assert loop.fit(whole.run, folder, quiet=True).resumed_from == 4  # without the poison
+    assert steps == [*range(1, 9), *(8,) * (3 if late else 1)]
+    (said,) = capfd.readouterr().err.splitlines()
+    assert "step 8 met" in said and "first bad tensor: " in said and "last good checkpoint is step 8" in said
+    assert ("parameter head" in said) != late
+    assert loop.fit(whole.run, folder, quiet=True).resumed_from == 8  # without the poison
     assert_same_run(whole.run, folder, whole)
 
 
 @pytest.mark.long
-def test_a_run_with_means_in_bfloat16_resumes_as_it_was(whole, tmp_path):
-    """To the last bit; a run with means of another dtype is another run."""
-    plain = replace(whole.run, model=replace(whole.run.model, num_layers=1, mtp_depth=0))  # compiles in a third
-    run = replace(plain, optim=replace(plain.optim, moments_dtype="bfloat16"))
-    loop.fit(run, tmp_path / "whole", quiet=True)
-    loop.fit(run, tmp_path / "stopped", stop_after=5, quiet=True)
-    loop.fit(run, tmp_path / "stopped", quiet=True)
-    want, got = (last_checkpoint(run, tmp_path / name)[0] for name in ("whole", "stopped"))
-    assert_bitwise(got, want)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(got.opt)} == {"bfloat16"}
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(got.params)} == {"float32"}
-    with pytest.raises(ValueError, match=r"^optim\.moments_dtype='bfloat16' is not that of the run in .*, 'float32'"):
-        loop.fit(replace(run, model=whole.run.model), whole.folder)
-    forced = replace(run, execution=replace(run.execution, kernels="optimizer=cpu"))
-    with pytest.raises(
-        ValueError, match=r"^kernels='optimizer=cpu' is for float32 means, not moments_dtype='bfloat16'"
-    ):
-        loop.fit(forced, tmp_path / "forced")
-    assert not (tmp_path / "forced").exists()
-
-
-@pytest.mark.long
-def test_a_full_disk_stops_the_run(whole, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("when", ["no room for a checkpoint", "the disk is full"])
+def test_a_full_disk_stops_the_run_in_a_sentence(whole, tmp_path, monkeypatch, capfd, when):
+    """Before a checkpoint is written, and while a row of metrics is."""
     folder = tmp_path / "run"
     loop.fit(whole.run, folder, stop_after=3, quiet=True)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", str(folder))
+
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+        if when == "the disk is full":
+            patch.setattr(loop.Metrics, "write", full)
+        else:
+            patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
         assert main(["train", "tiny", "--out", str(folder), *flags(whole.run)]) == 2
-    said = capfd.readouterr().err.splitlines()
-    assert len(said) == 1 and "no room for a checkpoint" in said[0]
+    (said,) = capfd.readouterr().err.splitlines()
+    assert when in said and str(folder) in said
     assert loop.fit(whole.run, folder, quiet=True).resumed_from == 3
     assert_same_run(whole.run, folder, whole)
-
-
-@pytest.mark.long
-def test_a_disk_that_fills_up_while_writing_stops_the_run(whole, tmp_path, monkeypatch, capfd):
-    folder = tmp_path / "run"
-    loop.fit(whole.run, folder, stop_after=3, quiet=True)
-    with monkeypatch.context() as patch:
-
-        def fail(*args, **kwargs):
-            raise OSError(28, "No space left on device", str(folder))
-
-        patch.setattr(loop.Metrics, "write", fail)
-        assert main(["train", "tiny", "--out", str(folder), *flags(whole.run)]) == 2
-    said = capfd.readouterr().err.splitlines()
-    assert len(said) == 1 and "the disk is full" in said[0] and str(folder) in said[0]
-    assert loop.fit(whole.run, folder, quiet=True).resumed_from == 3
 
 
 @pytest.mark.long
@@ -390,6 +429,17 @@ def test_a_finished_run_goes_on_for_more_steps(whole, tmp_path, capsys):
     assert [row["step"] for row in rows_of(folder) if "loss" in row] == list(range(1, STEPS + 3))
     with pytest.raises(ConfigError, match=f"steps={STEPS} is below the {STEPS + 2} steps that the run in .* has taken"):
         loop.fit(whole.run, folder, quiet=True)
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(whole, tmp_path):
+    means = replace(whole.run, optim=replace(whole.run.optim, moments_dtype="bfloat16"))
+    forced = replace(means, execution=replace(means.execution, kernels="optimizer=cpu"))
+    with pytest.raises(ConfigError, match=r"^kernels='optimizer=cpu' is for float32 means, not moments_dtype='bfloa"):
+        loop.fit(forced, tmp_path / "new")
+    chats = replace(whole.run, data=replace(whole.run.data, format="chat"))
+    with pytest.raises(ConfigError, match=r"^data.format='chat' needs the examples as source"):
+        loop.fit(chats, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_another_runs_folder_is_left_alone(whole):

@@ -14,7 +14,7 @@ from dsv3_jax.config import OptimConfig
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.training import step as train_step
 from dsv3_jax.training.rows import biases
-from dsv3_jax.training.step import TrainState, first_bad_tensor, init_state, make_step
+from dsv3_jax.training.step import Job, TrainState, first_bad_tensor, init_state, make_step
 
 B, T = 4, 16
 # eps: AdamW then does not turn the rounding of gradients near 0 into whole steps of either sign
@@ -31,12 +31,12 @@ def _cheap():
 
 @pytest.fixture(scope="module")
 def step():
-    return make_step(RUN)
+    return make_step(Job(RUN))
 
 
 @pytest.fixture(scope="module")
 def plain_step():
-    return make_step(PLAIN)
+    return make_step(Job(PLAIN))
 
 
 def make_batch(seed: int = 0) -> dict[str, jax.Array]:
@@ -54,7 +54,7 @@ def copied(tree):
 def test_batches_of_one_shape_are_traced_once(monkeypatch):
     """Documents, loads and schedules change from step to step, and none of them the program."""
     monkeypatch.setattr(train_step, "compute_loss", chex.assert_max_traces(train_step.compute_loss, n=1))
-    step, state = make_step(PLAIN), fresh_state(PLAIN)
+    step, state = make_step(Job(PLAIN)), fresh_state(PLAIN)
     for seed in range(3):
         state, _ = step(state, make_batch(seed))
     assert int(state.step) == 3
@@ -64,7 +64,7 @@ def test_batches_of_one_shape_are_traced_once(monkeypatch):
 @pytest.mark.parametrize(("parts", "run"), [(2, RUN), (4, PLAIN)], ids=["2", "4"])
 def test_microbatches_are_the_whole_batch(step, plain_step, parts, run):
     """Loss, gradient, load and the parameters after the step, though the parts have different numbers of targets."""
-    cut = make_step(replace(run, optim=replace(run.optim, microbatches=parts)))
+    cut = make_step(Job(replace(run, optim=replace(run.optim, microbatches=parts))))
     uncut = step if run is RUN else plain_step
     (whole, want), (pieces, got) = (f(fresh_state(run), make_batch()) for f in (uncut, cut))
     assert got.keys() == want.keys() and float(want["grad_norm"]) > 0.1
@@ -136,7 +136,7 @@ def test_other_routers_have_no_bias_to_move(plain_step):
 def test_load_rows_have_biases_where_something_moves_them():
     dense = replace(RUN, model=replace(MODEL, num_dense_layers=2, mtp_depth=0))
     for run, found in ((RUN, {"bias"}), (PLAIN, set()), (dense, set())):
-        assert biases(run, init_state(run).bias).keys() == found
+        assert biases(run, init_state(Job(run)).bias).keys() == found
 
 
 def test_the_bias_is_not_the_optimizers():
@@ -152,15 +152,15 @@ def test_one_seed_one_run(step):
     """Two runs of three steps: every metric and the state after them, bit by bit; another seed is another model."""
     runs = []
     for _ in range(2):
-        state, rows = init_state(RUN), []
+        state, rows = init_state(Job(RUN)), []
         for i in range(3):
             state, metrics = step(state, make_batch(i))
             rows.append(copied(metrics))
         runs.append((copied(state), rows))
     assert_bitwise(*runs)
     assert int(runs[0][0].step) == 3
-    other = init_state(replace(RUN, seed=1))
-    assert not np.array_equal(other.params["embed"][...], init_state(RUN).params["embed"][...])
+    other = init_state(Job(replace(RUN, seed=1)))
+    assert not np.array_equal(other.params["embed"][...], init_state(Job(RUN)).params["embed"][...])
 
 
 def test_the_state_is_donated(step):
@@ -184,7 +184,7 @@ def test_a_bad_parameter_stops_the_step_and_is_named(step):
     after, metrics = step(state, make_batch())
     assert not bool(metrics["finite"])
     assert_bitwise(after, before)
-    assert first_bad_tensor(RUN, after, make_batch()) == "parameter sparse.moe.w_router"
+    assert first_bad_tensor(Job(RUN), after, make_batch()) == "parameter sparse.moe.w_router"
 
 
 def test_a_bad_gradient_stops_the_step_and_is_named(plain_step):
@@ -196,7 +196,7 @@ def test_a_bad_gradient_stops_the_step_and_is_named(plain_step):
     after, metrics = plain_step(state, make_batch())
     assert not bool(metrics["finite"])
     assert_bitwise(after, before)
-    assert first_bad_tensor(PLAIN, after, make_batch()).startswith("gradient of ")
+    assert first_bad_tensor(Job(PLAIN), after, make_batch()).startswith("gradient of ")
 
 
 def test_a_finite_step_reports_it(step):

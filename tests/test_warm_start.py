@@ -26,7 +26,8 @@ from dsv3_jax.mesh import sharding
 from dsv3_jax.training import loop, warm_start
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
 from dsv3_jax.training.run_folder import claim, read_run
-from dsv3_jax.training.step import first_bad_tensor, make_step
+from dsv3_jax.training.step import Job, first_bad_tensor, make_step
+from dsv3_jax.training.warm_start import on_trunk, on_weights
 
 pytestmark = pytest.mark.long
 
@@ -37,7 +38,6 @@ CASES = {  # a kind: (how many heads, dense layers of the trunk's one)
     "medusa": (2, 1),  # as in the runs below
     "eagle": (1, 1),
 }
-WORDS = tokenizer.ByteTokenizer()
 LONGER = {"yarn": Yarn(factor=4.0, original_max_positions=16), "balance": Balance(bias_rate=3e-3)}
 
 
@@ -79,14 +79,18 @@ RECIPE = dict(eval_every=4, steps=4, save_every=2)
 
 def run_from(other: str, **model):
     """A run of four steps that begins with the other's weights."""
-    run = warm_start.on_weights(make_run("", **RECIPE), other)
+    run = on_weights(make_run("", **RECIPE), warm_start.open_run(other))
     return replace(run, model=replace(run.model, **LONGER | model))
 
 
 def run_on(trunk: str, **model):
     """A run of four steps of Medusa's heads, which compile fastest, and what `model` changes."""
-    run = warm_start.on_trunk(make_run("", **RECIPE), trunk)
+    run = on_trunk(make_run("", **RECIPE), warm_start.open_run(trunk))
     return replace(run, model=replace(run.model, **{"mtp_kind": "medusa", "mtp_depth": 2, **model}))
+
+
+def begin(run, mesh=None):
+    return warm_start.begin(Job(run, mesh), warm_start.open_run(run.start or run.trunk))
 
 
 def cut(state) -> tuple[dict, dict]:
@@ -102,43 +106,58 @@ def assert_sharded(state, mesh, *, fsdp: bool = False) -> None:
         assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
 
 
-# the other's weights
-
-
 def test_weights_and_biases_are_the_others_and_all_else_is_new(other):
+    """On a mesh they are sharded as this run's layout says, whatever the other's was."""
     run = run_from(other)
     assert run.data == read_run(other).data and run.model == replace(MODEL, **LONGER)
     assert run.execution == read_run(other).execution
-    state, sentence = warm_start.begin(run, WORDS)
+    state, sentence = begin(run)
     wanted = fresh_state(read_run(other))
-    assert_bitwise((state.params, state.bias), (wanted.params, wanted.bias))
+    assert_bitwise((state.params, state.bias, state.opt), (wanted.params, wanted.bias, wanted.opt))  # opt: zeros
     assert all(np.asarray(b[...]).any() for _, b in nnx.to_flat_state(state.bias))
-    assert_bitwise(state.opt, wanted.opt)  # zeros
     assert (int(state.step), state.step.dtype) == (0, np.int32)
     assert sentence == f"the weights are those of step 7 in {other}"
+    mesh = sharding.make_mesh(2, 2)
+    there, _ = begin(replace(run, execution=Execution(layout=Layout(fsdp=True))), mesh)
+    assert_sharded(there, mesh, fsdp=True)
+    assert_bitwise(jax.device_get(there), jax.device_get(state))
 
 
-def test_it_resumes_without_the_other(other, tmp_path):
-    """Stopped, the other's folder taken away, resumed: bitwise what an unbroken run gives."""
-    mine = tmp_path / "mine"
-    shutil.copytree(other, mine)
-    run = run_from(str(mine))
+def test_the_trunk_is_the_others_last_checkpoint_with_its_biases(trunk, tmp_path):
+    """Nothing is written there: a half-written checkpoint may be that of a run which is training."""
+    half = Path(trunk) / "checkpoints" / "9.orbax-checkpoint-tmp-1"
+    half.mkdir()
+    run = run_on(trunk, mtp_kind="meta", mtp_depth=1)
+    state, sentence = begin(run)
+    assert half.exists()
+    half.rmdir()
+    assert_bitwise(cut(state)[1], cut(fresh_state(read_run(trunk)))[1])
+    assert sentence.startswith(f"the trunk is that of step 7 in {trunk}; only the multi-token heads")
+    mesh = sharding.make_mesh(1, 2)
+    there, _ = begin(run, mesh)
+    assert_sharded(there, mesh)
+    assert_bitwise(jax.device_get(there), jax.device_get(state))
+    sparse = make_run(read_run(trunk).data.paths[0], model=replace(TRUNK, num_dense_layers=0))
+    frozen = cut(begin(run_on(save(tmp_path / "sparse", sparse)))[0])[1]
+    assert_bitwise(frozen, cut(fresh_state(sparse))[1])
+    assert frozen["sparse", "moe", "bias"].all()
+
+
+@pytest.mark.parametrize("option", ["start", "trunk"])
+def test_it_resumes_without_the_other(other, trunk, tmp_path, option):
+    """Stopped, the other's folder taken away, resumed: bitwise what an unbroken run gives, data position too."""
+    mine = shutil.copytree(other if option == "start" else trunk, tmp_path / "mine")
+    run = (run_from if option == "start" else run_on)(str(mine))
     assert loop.fit(run, tmp_path / "whole", quiet=True).finished
     assert loop.fit(run, tmp_path / "parts", stop_after=2, quiet=True).step == 2
     shutil.rmtree(mine)
     assert loop.fit(run, tmp_path / "parts", quiet=True).resumed_from == 2
-    assert_bitwise(*(last_state(tmp_path / name, run)[0] for name in ("whole", "parts")))
-    assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "parts")
-    assert load_run(tmp_path / "whole").model.cfg.yarn.factor == 4
-
-
-def test_on_a_mesh_the_others_weights_are_sharded(other):
-    """As this run's layout says, whatever the other's was."""
-    run = replace(run_from(other), execution=Execution(layout=Layout(fsdp=True)))
-    mesh = sharding.make_mesh(2, 2)
-    state, _ = warm_start.begin(run, WORDS, mesh)
-    assert_sharded(state, mesh, fsdp=True)
-    assert_bitwise(jax.device_get(state), jax.device_get(warm_start.begin(run_from(other), WORDS)[0]))
+    (whole, position), (parts, again) = (last_state(tmp_path / name, run) for name in ("whole", "parts"))
+    assert_bitwise(parts, whole)
+    assert again == position and rows_of(tmp_path / "whole") == rows_of(tmp_path / "parts")
+    if option == "trunk":
+        assert_bitwise(cut(whole)[1], cut(fresh_state(read_run(trunk)))[1])
+    assert load_run(tmp_path / "whole").model.cfg == run.model
 
 
 def test_a_model_that_does_not_fit_is_refused(other, tmp_path):
@@ -148,19 +167,17 @@ def test_a_model_that_does_not_fit_is_refused(other, tmp_path):
     ):
         with pytest.raises(ConfigError, match=sentence):
             loop.fit(run_from(other, **change), tmp_path / "new", quiet=True)
-    with pytest.raises(ConfigError, match="not with both"):
-        replace(run_from(other), trunk=other)
+    claim(tmp_path / "empty", read_run(other))
+    with pytest.raises(ValueError, match="empty' holds no checkpoint yet"):
+        loop.fit(replace(run_from(other), start=str(tmp_path / "empty")), tmp_path / "new", quiet=True)
     assert not (tmp_path / "new").exists()
-
-
-# heads on the other's trunk
 
 
 @pytest.mark.parametrize("kind", CASES)
 def test_heads_learn_and_the_trunk_is_frozen(trunk, kind):
     depth, dense = CASES[kind]
     run = run_on(trunk, mtp_kind=kind, mtp_depth=depth, num_dense_layers=dense)
-    step, state, rows = make_step(run), fresh_state(run), []
+    step, state, rows = make_step(Job(run)), fresh_state(run), []
     segment_ids = np.sort(np.random.default_rng(1).integers(1, 3, (4, 16)), axis=1)
     batch = packed_batch(np.random.default_rng(0), segment_ids)
     heads, frozen = cut(state)
@@ -175,83 +192,16 @@ def test_heads_learn_and_the_trunk_is_frozen(trunk, kind):
         assert rows[-1]["feature_loss"] < rows[0]["feature_loss"]
     after, now = cut(state)
     assert_bitwise(now, frozen)
-    routed = 0
     for path, before in heads.items():
         assert (after[path] != before).any(), f"{path} did not move"
         if path[-1] == "bias":  # follows the load of its own head
-            routed += 1
             for row in rows:
                 load = row["load"][1 - dense + path[1]]
                 before = before + np.float32(1e-2) * np.sign(load.mean() - load)
             np.testing.assert_array_equal(after[path], before)
+    routed = sum(path[-1] == "bias" for path in heads)
     assert rows[0]["load"].shape[0] - (1 - dense) == routed == (depth if kind in ("deepseek", "meta") else 0)
-    assert first_bad_tensor(run, state, batch) == "the loss"  # all is finite
-
-
-@pytest.fixture(scope="module")
-def whole(trunk, root):
-    """Trained without a stop, on a copy of the trunk, so that the copy may be taken away."""
-    mine = root / "frozen" / "copy"
-    shutil.copytree(trunk, mine)
-    run, folder = run_on(str(mine)), root / "frozen" / "whole"
-    assert loop.fit(run, folder, quiet=True).finished
-    return run, folder, mine
-
-
-def test_the_trunk_is_its_last_checkpoint_and_stays_so(whole, trunk):
-    run, folder, _ = whole
-    wanted = cut(last_state(trunk, read_run(trunk))[0])[1]
-    assert_bitwise(cut(last_state(folder, run)[0])[1], wanted)
-    state, sentence = warm_start.begin(run, WORDS)
-    heads, frozen = cut(state)
-    assert_bitwise(frozen, wanted)
-    assert sentence.startswith(f"the trunk is that of step 7 in {run.trunk}")
-    assert all((a != b).any() for a, b in zip(heads.values(), cut(last_state(folder, run)[0])[0].values(), strict=True))
-
-
-def test_heads_resume_without_the_trunk(whole, tmp_path):
-    run, folder, mine = whole
-    first = loop.fit(run, tmp_path / "run", stop_after=2, quiet=True)
-    assert (first.step, first.resumed_from) == (2, None)
-    mine.rename(tmp_path / "away")
-    try:
-        second = loop.fit(run, tmp_path / "run", quiet=True)
-        assert (second.step, second.resumed_from) == (4, 2)
-        state, position = last_state(tmp_path / "run", run)
-        wanted, wanted_position = last_state(folder, run)
-        assert_bitwise(state, wanted)
-        assert position == wanted_position and rows_of(tmp_path / "run") == rows_of(folder)
-        model, _, step = load_run(tmp_path / "run")
-        assert (model.cfg, step, len(model.mtp)) == (run.model, 4, 2)
-    finally:
-        (tmp_path / "away").rename(mine)
-
-
-def test_heads_on_a_mesh_are_a_single_devices(whole, trunk, tmp_path):
-    run, folder, _ = whole
-    mesh, experts = sharding.make_mesh(1, 2), run_on(trunk, mtp_kind="meta", mtp_depth=1)
-    state, _ = warm_start.begin(experts, WORDS, mesh)
-    assert_sharded(state, mesh)
-    assert_bitwise(jax.device_get(state), jax.device_get(warm_start.begin(experts, WORDS)[0]))
-    loop.fit(run, tmp_path / "run", mesh=mesh, stop_after=2, quiet=True)
-    for got, wanted in zip(rows_of(tmp_path / "run"), rows_of(folder)[:2], strict=True):
-        np.testing.assert_allclose(got["mtp_loss"], wanted["mtp_loss"], rtol=1e-5)  # sums in another order
-
-
-def test_the_trunks_biases_are_taken(trunk, tmp_path):
-    run = make_run(read_run(trunk).data.paths[0], model=replace(TRUNK, num_dense_layers=0))
-    frozen = cut(warm_start.begin(run_on(save(tmp_path / "sparse", run)), WORDS)[0])[1]
-    assert_bitwise(frozen, cut(fresh_state(run))[1])
-    assert frozen["sparse", "moe", "bias"].all()
-
-
-def test_nothing_is_written_into_the_trunk(trunk):
-    """A half-written checkpoint there may be that of a run which is training: it is not deleted."""
-    half = Path(trunk) / "checkpoints" / "9.orbax-checkpoint-tmp-1"
-    half.mkdir()
-    warm_start.begin(run_on(trunk), WORDS)
-    assert half.exists()
-    half.rmdir()
+    assert first_bad_tensor(Job(run), state, batch) == "the loss"  # all is finite
 
 
 # the command line
@@ -290,4 +240,7 @@ def test_the_command_line_takes_model_text_and_tokenizer_from_the_other(trunk, t
     assert "resumed from the checkpoint of step 2" in capfd.readouterr().out
     assert tokenizer.load(run.data.tokenizer).vocab_size == 260
     assert cli.main(["train", "tiny", "--out", str(tmp_path / "new"), f"--{option}", str(mine)]) == 2
-    assert "mine' holds no run" in capfd.readouterr().err and not (tmp_path / "new").exists()
+    assert (
+        "mine' is neither a run (no run.json) nor released" in capfd.readouterr().err
+        and not (tmp_path / "new").exists()
+    )

@@ -60,8 +60,8 @@ def demo(out: Path, *, short: bool = False) -> int:
     from dsv3_jax.data.corpus import load_corpus
     from dsv3_jax.decoding.generate import generate
     from dsv3_jax.report.progress import text_console
+    from dsv3_jax.train import fit
     from dsv3_jax.training.checkpoint import load_run
-    from dsv3_jax.training.loop import fit
     from dsv3_jax.training.run_folder import TOKENIZER_FILE
 
     console = text_console()

@@ -36,9 +36,8 @@ def run(argv: list[str]) -> int:
     prepare_process()
     from dsv3_jax.data import tokenizer
     from dsv3_jax.data.source import training_bytes
-    from dsv3_jax.hf.open_model import open_model
+    from dsv3_jax.hf.open_model import measured_on, open_model
     from dsv3_jax.report.progress import text_console
-    from dsv3_jax.training.chats import measured_on
     from dsv3_jax.training.evaluate import cache_quality, evaluate
 
     model, run, step = open_model(args.run, step=args.step, kernels=args.kernels)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import sys
 import time
 import traceback
@@ -80,8 +81,7 @@ def run(argv: list[str]) -> int:
 
 
 def _fit(args: Train, mesh: Any) -> int:
-    from dsv3_jax.training.loop import fit
-    from dsv3_jax.training.profile import parse_steps
+    from dsv3_jax.train import fit
 
     profile = None if args.profile is None else parse_steps(args.profile)
     prepare_training(mesh)
@@ -94,13 +94,15 @@ def options(argv: list[str]) -> Train:
     --trunk."""
     run, rest = named_preset(argv, "train", recipe)
     if trunk := value_of(rest, "--trunk"):
+        from dsv3_jax.train import open_start
         from dsv3_jax.training.warm_start import on_trunk
 
-        run = on_trunk(run, trunk, value_of(rest, "--out"))
+        run = on_trunk(run, open_start(trunk, value_of(rest, "--out")))
     elif start := value_of(rest, "--start"):
+        from dsv3_jax.train import open_start
         from dsv3_jax.training.warm_start import on_weights
 
-        run = on_weights(run, start, value_of(rest, "--out"))
+        run = on_weights(run, open_start(start, value_of(rest, "--out")))
     elif argv and argv[0] in NEEDS_START and not {"-h", "--help"} & set(rest):
         raise ValueError(f"preset {argv[0]!r} fine-tunes a model: name a run or a released model by --start MODEL")
     args = parse(Train, rest, "train PRESET", default=Train(out=tyro.MISSING, run=run))
@@ -111,9 +113,24 @@ def options(argv: list[str]) -> Train:
     return args
 
 
+def parse_steps(text: str) -> tuple[int, int]:
+    """Read START:STOP.
+
+    Raises: ValueError when it is none, or no step is between them.
+
+    Example:
+        >>> parse_steps("10:13")
+        (10, 13)
+    """
+    match = re.fullmatch(r"(\d{1,12}):(\d{1,12})", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise ValueError(f"profile={text!r} is not START:STOP, two steps of which the first is smaller, as 10:13")
+    return int(match[1]), int(match[2])
+
+
 def _for_epochs(args: Train, steps: str | None) -> RunConfig:
     """Set the steps of a run on chats, which a run that has begun knows already."""
-    from dsv3_jax.training.chats import EPOCHS, steps_of
+    from dsv3_jax.train import EPOCHS, steps_of
     from dsv3_jax.training.run_folder import RUN_FILE, read_run
 
     if steps is not None:

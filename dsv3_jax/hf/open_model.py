@@ -9,8 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dsv3_jax.config import DataConfig, ModelConfig, RunConfig
+from dsv3_jax.config import DataConfig, ModelConfig, RunConfig, replace
 from dsv3_jax.data import text_settings, tokenizer
+from dsv3_jax.data.shards import MANIFEST
+from dsv3_jax.data.source import Source, open_source
 from dsv3_jax.data.special_tokens import read_object
 from dsv3_jax.data.text_settings import TEMPLATES_FOLDER, TEXT_FILES, TextSettings
 from dsv3_jax.data.tokenizer import SPECIALS, TIKTOKEN_FILE, ByteTokenizer
@@ -168,3 +170,24 @@ def load_text(folder: str | Path) -> TextSettings:
     if not tokenizer.file_of(str(place)).is_file():
         return text_settings.read_run_folder(place, "bytes")
     return text_settings.read_released(place)
+
+
+def measured_on(cfg: DataConfig, folder: str | Path, paths: tuple[str, ...] = ()) -> Source:
+    """Open the data that a model in a folder is measured on.
+
+    Args:
+        cfg: of the model's run.
+        paths: other data. Files of chat examples are read as such if the run was trained on chats.
+    Raises: ValueError as `open_source`.
+    """
+    if paths:
+        is_shards = len(paths) == 1 and (Path(paths[0]) / MANIFEST).is_file()
+        if not is_shards and cfg.format == "shards":
+            cfg = replace(cfg, format="text", mixture=(), temperature=1.0)
+        cfg = replace(cfg, paths=paths)
+        if is_shards:
+            cfg = replace(cfg, format="shards", chat_template=None, mixture=(), max_documents=None, fim_rate=0.0)
+        elif not any(Path(path).suffix.lower() in (".jsonl", ".parquet") for path in paths):
+            cfg = replace(cfg, format="text", chat_template=None)
+    text = load_text(folder) if cfg.format == "chat" else None
+    return open_source(cfg, tokenizer.load(cfg.tokenizer), text)

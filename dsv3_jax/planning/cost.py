@@ -38,7 +38,7 @@ from dsv3_jax.planning.devices import Device
 from dsv3_jax.planning.hlo import compile_for_target, compile_with_hlo
 from dsv3_jax.planning.program import Program, read_program
 from dsv3_jax.planning.traffic import Traffic, traffic
-from dsv3_jax.training.step import abstract_state, make_step, split_trainable
+from dsv3_jax.training.step import Job, abstract_state, make_step, split_trainable
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def train_cost(run: RunConfig, mesh: Mesh, *, target: str | None = None) -> Cost
     sharding.check(mesh, run)
     kernels = choose_kernels(run.execution, mesh)
     fsdp = run.execution.layout.fsdp
-    state = _with_shardings(shapes := abstract_state(run), sharding.state_sharding(shapes, mesh, fsdp=fsdp))
+    state = _with_shardings(shapes := abstract_state(Job(run)), sharding.state_sharding(shapes, mesh, fsdp=fsdp))
     tokens = jax.ShapeDtypeStruct(
         (run.data.batch_size, run.data.seq_len), jnp.int32, sharding=sharding.batch_sharding(mesh)
     )
@@ -123,7 +123,7 @@ def train_cost(run: RunConfig, mesh: Mesh, *, target: str | None = None) -> Cost
         options = xla_flags.known(options, mesh)
     flops = _train_flops(run.model, run.execution, run.data.seq_len) * count / mesh.size
     return _compile_cost(
-        "training step", mesh, target, make_step(run, kernels, options=options), (state, batch),
+        "training step", mesh, target, make_step(Job(run, mesh, kernels, options=options)), (state, batch),
         tokens=count, persistent=persistent, transient={"gradients": gradients}, flops=flops, bytes_read=0.0,
         notes=[line] if (line := xla_flags.describe(options)) else [],
     )  # fmt: skip

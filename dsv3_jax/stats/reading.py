@@ -14,7 +14,7 @@ from dsv3_jax.data.shards import MANIFEST
 from dsv3_jax.data.source import training_bytes
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.files import check_regular
-from dsv3_jax.training.chats import measured_on
+from dsv3_jax.hf.open_model import measured_on
 
 BATCHES = 16  # of a run's own held-out text; text that the user names is read to its end
 ALL = 2**31  # batches: to the end

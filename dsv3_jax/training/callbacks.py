@@ -1,10 +1,8 @@
 """Callbacks: what else happens while a run trains, for example a tracker that gets its metrics."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv3_jax.cluster import processes
 from dsv3_jax.config import RunConfig
 
 
@@ -48,56 +46,3 @@ class Callback:
 
     def on_end(self, result: Any) -> None:
         """`fit` is about to return this `FitResult`. Not called if it raises."""
-
-
-class Callbacks:
-    """Calls callbacks in their order, and keeps the first error.
-
-    Raises: ValueError for an object that is no `Callback`.
-    """
-
-    def __init__(self, callbacks: Sequence[Callback]):
-        for callback in callbacks:
-            if not isinstance(callback, Callback):
-                raise ValueError(f"callbacks holds {callback!r}, which is no dsv3_jax.train.Callback")
-        self._callbacks = list(callbacks) if processes.is_first() else []
-        self._stop: Callable[[], None] = lambda: None
-        self.error: Exception | None = None
-
-    def start(self, run: RunConfig, out: Path, step: int, stop: Callable[[], None]) -> None:
-        """Call `on_start`.
-
-        Args: stop: is called after an error of a later call, to ask the loop to save and to stop.
-        Raises: the error of `on_start`.
-        """
-        self._stop = stop
-        for callback in self._callbacks:
-            callback.on_start(run, out, step)
-
-    def step(self, row: dict[str, Any]) -> None:
-        """Call `on_step`."""
-        self._call(lambda callback: callback.on_step(dict(row)))
-
-    def evaluation(self, row: dict[str, Any]) -> None:
-        """Call `on_evaluation`."""
-        self._call(lambda callback: callback.on_evaluation(dict(row)))
-
-    def checkpoint(self, step: int, folder: Path) -> None:
-        """Call `on_checkpoint`."""
-        self._call(lambda callback: callback.on_checkpoint(step, folder))
-
-    def end(self, result: Any) -> None:
-        """Raise the first error of a callback, if there is one; else call `on_end`. Raises: its error, too."""
-        if self.error is None:
-            self._call(lambda callback: callback.on_end(result))
-        if self.error is not None:
-            raise self.error
-
-    def _call(self, call: Callable[[Callback], None]) -> None:
-        for callback in list(self._callbacks):
-            try:
-                call(callback)
-            except Exception as error:
-                self._callbacks.remove(callback)
-                self.error = self.error or error
-                self._stop()

@@ -30,7 +30,7 @@ from dsv3_jax.training import held_save, lora
 from dsv3_jax.training.checksums import MARK, has_manifest, write_manifest
 from dsv3_jax.training.orbax_noise import silence
 from dsv3_jax.training.run_folder import difference, read_run
-from dsv3_jax.training.step import TrainState, abstract_state, model_of
+from dsv3_jax.training.step import Job, TrainState, abstract_state, model_of
 from dsv3_jax.training.whole_steps import WholeSteps
 
 LATE_WRITES_S = 1.0  # TensorStore's threads end their writes after Orbax has given a save up
@@ -61,7 +61,7 @@ class Checkpoints:
         >>> import tempfile
         >>> import dsv3_jax as ds
         >>> run = ds.replace(ds.recipe("tiny"), model=ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0))
-        >>> state = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), abstract_state(run))
+        >>> state = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), abstract_state(Job(run)))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with Checkpoints(folder, run) as checkpoints:
         ...         checkpoints.save(state, {"piece": 0}, wait=True)
@@ -265,7 +265,7 @@ class Checkpoints:
             return None
         step = self._whole.require(self.latest if step is None else step, self._manager.all_steps())
         self._check_config(step)
-        target = abstract_state(self.run, optimizer=self._optimizer)
+        target = abstract_state(Job(self.run, optimizer=self._optimizer))
         where = sharding.state_sharding(target, mesh, fsdp=self.run.execution.layout.fsdp)
         target = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), target, where)
         if not optimizer:
@@ -350,7 +350,7 @@ def load_run(
         >>> import dsv3_jax as ds
         >>> from dsv3_jax.training.run_folder import claim
         >>> run = ds.replace(ds.recipe("tiny"), model=ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0))
-        >>> state = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), abstract_state(run))
+        >>> state = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), abstract_state(Job(run)))
         >>> with tempfile.TemporaryDirectory() as folder:  # what `ds.train.fit` writes
         ...     _ = claim(folder, run)
         ...     with Checkpoints(folder, run) as checkpoints:
@@ -370,4 +370,4 @@ def load_run(
     if found is None:
         raise ValueError(f"folder={str(folder)!r} holds no checkpoint yet; training writes the first")
     state, _ = found
-    return Loaded(model_of(run, state, prepared), run, int(state.step))
+    return Loaded(model_of(Job(run, mesh, prepared), state), run, int(state.step))

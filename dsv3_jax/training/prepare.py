@@ -1,7 +1,8 @@
-"""Before the first step: settings are checked, text is read, and the folder is claimed."""
+"""Before the first step, in three phases: the processes agree, the run is checked, and what it needs is read."""
 
 import importlib.metadata
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,8 @@ from jax.sharding import Mesh
 from dsv3_jax.cluster import processes
 from dsv3_jax.config import OPTIMIZERS, ConfigError, RunConfig, replace, to_dict
 from dsv3_jax.data import tokenizer
-from dsv3_jax.data.batches import Batch, check_vocab
-from dsv3_jax.data.source import Batches, Source, open_source
-from dsv3_jax.data.text_settings import TextSettings
+from dsv3_jax.data.batches import check_vocab
+from dsv3_jax.data.source import Source, open_source
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.kernels import choose, xla_flags
 from dsv3_jax.mesh import sharding
@@ -24,175 +24,193 @@ from dsv3_jax.model.counting import train_flops_per_token
 from dsv3_jax.ops import balance
 from dsv3_jax.report.speed import gemm_flops
 from dsv3_jax.report.units import format_bytes, format_duration
-from dsv3_jax.training import chats, from_optax, lora, optim, warm_start
+from dsv3_jax.training import from_optax, lora, optim, run_folder, warm_start
+from dsv3_jax.training.callbacks import Callback
 from dsv3_jax.training.checkpoint import last_step
 from dsv3_jax.training.provenance import made_from
-from dsv3_jax.training.run_folder import RUN_FILE, changes, claim, own_tokenizer, read_run, settled
-from dsv3_jax.training.step import abstract_state, split_trainable
+from dsv3_jax.training.run_folder import RUN_FILE
+from dsv3_jax.training.step import Job, abstract_state, split_trainable
 
 EXPECTED_MFU = (0.3, 0.6)  # shares of the GEMM peak that training reaches, for the estimate of its time
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """All that the loop needs beside the state."""
+class Options:
+    """How a call of `fit` trains a run; `dsv3_jax.train.fit` says what each means."""
 
-    run: RunConfig
-    kernels: choose.Kernels
+    mesh: Mesh | None = None
+    step: int | None = None
+    stop_after: int | None = None
+    quiet: bool = False
+    report: bool = True
+    profile: tuple[int, int] | None = None
+    optimizer: optax.GradientTransformation | None = None
+    source: Source | None = None
+    callbacks: Sequence[Callback] = ()
+    open_start: warm_start.Open = warm_start.open_run
+
+    def __post_init__(self):
+        for callback in self.callbacks:
+            if not isinstance(callback, Callback):
+                raise ValueError(f"callbacks holds {callback!r}, which is no dsv3_jax.train.Callback")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that may train in its folder, and what was read for it."""
+
+    job: Job
     tokenizer: Tokenizer
     source: Source
-    batches: Batches
-    held_out: list[Batch]
+    start: warm_start.Start | None  # what the run begins with; None: nothing, or it has a checkpoint
     rows: np.ndarray | None  # of the global batch that this process holds; None: all
-    peak: float | None  # FLOP/s of a GEMM on the run's devices; None: not measured
-    options: xla_flags.Options  # of the training step's compilation
     changed: dict[str, tuple[int, int]]  # settings that differ from those of the run so far: name → (before, now)
+    peak: float | None  # FLOP/s of a GEMM on the run's devices; None: not measured
 
 
-def prepare(
-    run: RunConfig,
-    out: Path,
-    mesh: Mesh | None,
-    step: int | None = None,
-    stop_after: int | None = None,
-    optimizer: optax.GradientTransformation | None = None,
-    source: Source | None = None,
-    *,
-    time_device: bool = True,
-) -> Prepared:
+def prepare(run: RunConfig, out: Path, options: Options) -> Prepared:
     """Check a run, read its text and claim its folder. A run that `optimizer` trains is named by it.
 
     Several processes call it together, and are all refused where one is.
 
-    Args: source: data in place of the text that the run names, see `loop.fit`. time_device: measure a GEMM.
-    Raises: as `loop.fit`.
+    Raises: as `dsv3_jax.train.fit`.
     """
+    job = agree(run, options)  # what comes after it is alike in all processes
+    check(job)
+    return read(job, out, options)
+
+
+def agree(run: RunConfig, options: Options) -> Job:
+    """Choose the kernels, and check that all processes train the same run from and to the same step.
+
+    Raises: ConfigError.
+    """
+    mesh, optimizer = options.mesh, options.optimizer
     optim.check(run.optim, optimizer)
     if optimizer is not None:
-        name = from_optax.name_of(optimizer, split_trainable(run, abstract_state(run).params)[0])
+        name = from_optax.name_of(optimizer, split_trainable(run, abstract_state(Job(run)).params)[0])
         run = replace(run, optim=replace(run.optim, name=name))
     kernels = processes.by_each(lambda: choose.prepare(run.execution, mesh=mesh))
-    # First: what is checked from here on then comes out alike in all processes.
-    _agree(run, mesh, (step, stop_after), chosen(kernels, run, mesh))
+    devices = 1 if mesh is None else mesh.size
+    flags = xla_flags.known(xla_flags.training_options(kernels.target.platform, run.execution, devices))
+    job = Job(run, mesh, kernels, optimizer, flags)
+    facts: dict[str, Any] = {
+        "run": to_dict(run),
+        "mesh": mesh and dict(mesh.shape),
+        "kernels": kernels.chosen(*conditions(job)),
+    }
+    facts |= {"step": options.step, "stop_after": options.stop_after}
+    processes.agree(facts | {"versions": {name: importlib.metadata.version(name) for name in ("dsv3-jax", "jax")}})
+    return job
+
+
+def check(job: Job) -> None:
+    """Check that the devices and this host's memory can train a run.
+
+    Raises: ConfigError.
+    """
+    run, target = job.run, job.chosen().target
     balance.rule_of(run.model)  # refuses one that the router cannot have
-    if mesh is not None:
-        sharding.check(mesh, run)
+    if job.mesh is not None:
+        sharding.check(job.mesh, run)
         processes.check_layout(run.execution.layout)
-    forced = kernels.target.forced("optimizer")
+    forced = target.forced("optimizer")
     if run.optim.moments_dtype != "float32" and forced is not None and forced.name == "cpu":
         raise ConfigError(
             f"kernels={run.execution.kernels!r} is for float32 means, not moments_dtype={run.optim.moments_dtype!r}; "
             "use 'auto' or 'xla'"
         )
-    if kernels.target.platform == "cpu":
-        processes.by_each(lambda: check_memory(run, jax.process_count(), optimizer))
-    own = own_tokenizer(out)  # of a run that has begun: the file it was made from may be gone
-    begun = (out / RUN_FILE).exists()
-    given = run.data.tokenizer
-    if begun and given != "bytes" and own.exists() and not Path(given).exists():
+    if target.platform == "cpu":
+        processes.by_each(lambda: check_memory(job, jax.process_count()))
+
+
+def read(job: Job, out: Path, options: Options) -> Prepared:
+    """Read the tokenizer, the run to begin with and the text; then claim the folder.
+
+    Raises: ValueError.
+    """
+    run, begun = job.run, (out / RUN_FILE).exists()
+    own = run_folder.own_tokenizer(out)  # the file that it was copied from may be gone
+    if begun and run.data.tokenizer != "bytes" and own.exists() and not Path(run.data.tokenizer).exists():
         run = replace(run, data=replace(run.data, tokenizer=str(own)))
     words = processes.by_each(lambda: tokenizer.load(run.data.tokenizer))
-    changed = processes.by_each(lambda: changes(read_run(out), run) if begun else {})
-    if not begun:  # before anything is written
-        warm_start.check(run, words)
-    elif (taken := last_step(out) if step is None else step) > run.steps:
+    changed = processes.by_each(lambda: run_folder.changes(run_folder.read_run(out), run) if begun else {})
+    taken = last_step(out) if options.step is None else options.step
+    if begun and taken > run.steps:
         raise ConfigError(f"steps={run.steps} is below the {taken} steps that the run in {out} has taken")
-    text = processes.by_each(lambda: chats.text_of(run, out))
-    source = processes.by_each(lambda: _read(run, words, text, source))
+
+    def other() -> warm_start.Start | None:
+        place = run.trunk or run.start
+        if place is None or (begun and taken):
+            return None
+        start = options.open_start(place)
+        warm_start.check(run, start)
+        return start
+
+    start = processes.by_each(other)
+    check_vocab(words, run.model.vocab_size)
+    if options.source is None and run.data.format == "chat":
+        raise ConfigError("data.format='chat' needs the examples as source; dsv3_jax.train.fit opens them")
+    source = options.source or processes.by_each(lambda: open_source(run.data, words))
     processes.agree({"text": source.fingerprint})
-    rows = None if mesh is None else processes.rows_held(mesh, run.data.batch_size)
-    made = made_from(source, words)
-    processes.by_first(lambda: _claim(out, run, chosen(kernels, run, mesh), text, made))
-    run = settled(run, out)
-    return Prepared(
-        run,
-        kernels,
-        words,
-        source,
-        source.train_batches(rows),
-        source.val_batches(run.eval_batches),
-        rows,
-        _peak(run, mesh, kernels) if time_device else None,
-        _options(run, mesh, kernels),
-        changed,
-    )
+
+    def claim() -> None:
+        run_folder.claim(out, run, job.chosen().chosen(*conditions(job)), made_from(source, words))
+
+    processes.by_first(claim)
+    job = replace(job, run=run_folder.settled(run, out))
+    rows = None if job.mesh is None else processes.rows_held(job.mesh, run.data.batch_size)
+    return Prepared(job, words, source, start, rows, changed, _peak(job) if options.report else None)
 
 
-def check_memory(run: RunConfig, hosts: int = 1, optimizer: optax.GradientTransformation | None = None) -> None:
-    """Check that this host's memory can hold its part of parameters and gradients, in float32, and optimizer state.
+def check_memory(job: Job, hosts: int = 1) -> None:
+    """Check that a host's memory holds its share of the training state and a step's gradients.
 
-    Without the check, the system ends this process, and maybe others, when memory runs out.
+    On a CPU these are in the host's memory, on however many devices. Without the check the process is killed.
 
-    Raises: ConfigError with both sizes.
+    Raises: ConfigError.
 
     Example:
         >>> import dsv3_jax as ds
-        >>> check_memory(ds.recipe("v3"))  # doctest: +ELLIPSIS
+        >>> check_memory(Job(ds.recipe("v3")))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
         dsv3_jax.config.ConfigError: dim=7168 and num_layers=61 are too large: ...
     """
-    state = abstract_state(run, optimizer=optimizer)
-    gradients = split_trainable(run, state.params)[0]
+    state = abstract_state(job)
+    gradients = split_trainable(job.run, state.params)[0]
     needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.params, gradients, state.opt))) / hosts
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
     if needed > memory:
         raise ConfigError(
-            f"dim={run.model.dim} and num_layers={run.model.num_layers} are too large: the training state of "
+            f"dim={job.run.model.dim} and num_layers={job.run.model.num_layers} are too large: the training state of "
             f"{format_bytes(needed)} does not fit in this host's memory of {format_bytes(memory)}; "
             "`dsv3 plan` shows what a mesh would hold"
         )
 
 
-def _claim(out: Path, run: RunConfig, kernels: dict[str, str], text: TextSettings | None, made: dict[str, Any]) -> None:
-    claim(out, run, kernels, made)
-    if text is not None:
-        chats.keep(run, out, text)
-
-
-def chosen(kernels: choose.Kernels, run: RunConfig, mesh: Mesh | None) -> dict[str, str]:
-    """The implementation of each op that a run uses.
-
-    Example:
-        >>> import dsv3_jax as ds
-        >>> kernels = choose.Kernels(choose.Target("cpu", "xla"))
-        >>> chosen(kernels, ds.recipe("tiny"), None)["product"]
-        'xla'
-    """
-    return kernels.chosen(*_conditions(run, mesh))
-
-
-def _conditions(run: RunConfig, mesh: Mesh | None) -> tuple[str, int, str, str]:
+def conditions(job: Job) -> tuple[str, int, str, str]:
     """The arguments of `Kernels.chosen` and `Kernels.describe`."""
-    return run.execution.compute_dtype, _devices(mesh), run.optim.moments_dtype, run.optim.name
+    run, devices = job.run, 1 if job.mesh is None else job.mesh.size
+    return run.execution.compute_dtype, devices, run.optim.moments_dtype, run.optim.name
 
 
-def _devices(mesh: Mesh | None) -> int:
-    return 1 if mesh is None else mesh.size
-
-
-def _options(run: RunConfig, mesh: Mesh | None, kernels: choose.Kernels) -> xla_flags.Options:
-    return xla_flags.known(xla_flags.training_options(kernels.target.platform, run.execution, _devices(mesh)))
-
-
-def describe(found: Prepared, step: int, mesh: Mesh | None) -> list[str]:
+def describe(ready: Prepared, step: int) -> list[str]:
     """Lines to print before training: the text, the kernels, and how long it may take."""
-    run = found.run
-    lines = [found.source.describe()]
-    lines.append(found.kernels.describe(*_conditions(run, mesh)))
-    lines.append(xla_flags.describe(found.options))
+    run, kernels = ready.job.run, ready.job.chosen()
+    lines = [ready.source.describe(), kernels.describe(*conditions(ready.job)), xla_flags.describe(ready.job.options)]
     lines.append("" if run.optim.name == "adamw" else f"optimizer: {OPTIMIZERS.get(run.optim.name, run.optim.name)}")
-    lines.append(lora.describe(run.lora, abstract_state(run).params) if run.lora.rank else "")
-    lines += [f"{name}={now}, before {before}" for name, (before, now) in found.changed.items()]
-    if "steps" in found.changed:
+    lines.append(lora.describe(run.lora, abstract_state(Job(run)).params) if run.lora.rank else "")
+    lines += [f"{name}={now}, before {before}" for name, (before, now) in ready.changed.items()]
+    if "steps" in ready.changed:
         lines.append("the learning rate's schedule is that of the new number of steps from here on")
-    if step < run.steps and found.peak:
+    if step < run.steps and ready.peak:
         tokens = run.data.batch_size * run.data.seq_len
         flops = flops_per_token(run) * tokens * (run.steps - step)
-        slow, fast = (flops / (share * found.peak) for share in EXPECTED_MFU)
+        slow, fast = (format_duration(flops / (share * ready.peak)) for share in EXPECTED_MFU)
         lines.append(
-            f"{run.steps - step:,} steps of {tokens:,} tokens: between {format_duration(fast)} and "
-            f"{format_duration(slow)}, estimated from matrix products at {found.peak / 1e9:,.0f} GFLOP/s here"
+            f"{run.steps - step:,} steps of {tokens:,} tokens: between {fast} and {slow}, "
+            f"estimated from matrix products at {ready.peak / 1e9:,.0f} GFLOP/s here"
         )
     return lines
 
@@ -209,23 +227,7 @@ def flops_per_token(run: RunConfig) -> int:
     return train_flops_per_token(run.model, frozen_trunk=run.trunk is not None, adapted=adapted)
 
 
-def _read(run: RunConfig, words: Tokenizer, text: TextSettings | None, source: Source | None) -> Source:
-    """Raises: ValueError for a tokenizer larger than the vocabulary, or text that cannot be read."""
-    check_vocab(words, run.model.vocab_size)
-    if source is not None:
-        return source
-    return open_source(run.data, words, text, quiet=not processes.is_first())
-
-
-def _agree(run: RunConfig, mesh: Mesh | None, steps: tuple[int | None, int | None], kernels: dict[str, str]) -> None:
-    """Raises: ConfigError if another process has another run, first or last step, version or kernels."""
-    facts: dict[str, Any] = {"run": to_dict(run), "mesh": mesh and dict(mesh.shape), "kernels": kernels}
-    facts |= {"step": steps[0], "stop_after": steps[1]}
-    versions = {name: importlib.metadata.version(name) for name in ("dsv3-jax", "jax")}
-    processes.agree(facts | {"versions": versions})
-
-
-def _peak(run: RunConfig, mesh: Mesh | None, kernels: choose.Kernels) -> float:
+def _peak(job: Job) -> float:
     """FLOP/s of a GEMM on the run's devices: a machine's CPU devices share its cores, others add up."""
-    devices = jax.process_count() if mesh is None or kernels.target.platform == "cpu" else mesh.size
-    return devices * gemm_flops(run.execution.compute_dtype)
+    devices = jax.process_count() if job.mesh is None or job.chosen().target.platform == "cpu" else job.mesh.size
+    return devices * gemm_flops(job.run.execution.compute_dtype)

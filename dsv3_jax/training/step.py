@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import Array, Float
 
-from dsv3_jax.config import Execution, ModelConfig, RunConfig
+from dsv3_jax.config import RunConfig
 from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.kernels.xla_flags import Options, compile_lightly
 from dsv3_jax.mesh import sharding
@@ -41,39 +41,47 @@ class TrainState:
     step: Any  # int32 []: optimizer steps taken
 
 
+@dataclass(frozen=True)
+class Job:
+    """A run on its devices: all that its state and its compiled step depend on."""
+
+    run: RunConfig
+    mesh: Mesh | None = None  # None: a single device
+    kernels: Kernels | None = None  # from `kernels.choose.prepare`; None: those of the default device
+    optimizer: optax.GradientTransformation | None = None  # in place of the run's own, see `optim.make`
+    options: Options = ()  # of the compiler, see `kernels.xla_flags`
+
+    def chosen(self) -> Kernels:
+        """The kernels."""
+        return self.kernels or prepare(self.run.execution, mesh=self.mesh)
+
+
 Batch = dict[str, Array]
 Step = Callable[..., tuple[TrainState, dict[str, Array]]]
 
 
-def graph_of(cfg: ModelConfig, execution: Execution | None = None, kernels: Kernels | None = None) -> nnx.GraphDef:
-    """The model's structure without its arrays; `kernels` as in `Transformer`."""
-    return nnx.split(abstract(cfg, execution, kernels), nnx.Param, RouterBias)[0]
+def graph_of(job: Job) -> nnx.GraphDef:
+    """The model's structure without its arrays."""
+    return nnx.split(abstract(job.run.model, job.run.execution, job.kernels), nnx.Param, RouterBias)[0]
 
 
-def init_state(
-    run: RunConfig,
-    mesh: Mesh | None = None,
-    trunk: TrainState | None = None,
-    *,
-    optimizer: optax.GradientTransformation | None = None,
-) -> TrainState:
+def init_state(job: Job, trunk: tuple[nnx.State, nnx.State] | None = None) -> TrainState:
     """Make a fresh state from the run's seed in one compiled program, sharded over the mesh.
 
-    Args:
-        trunk: a state from which everything but the multi-token heads is taken.
-        optimizer: as in `make_step`.
+    Args: trunk: parameters and router biases from which everything but the multi-token heads is taken.
 
     Example:
         >>> import dsv3_jax as ds
-        >>> state = init_state(ds.recipe("tiny"))  # doctest: +SKIP
+        >>> state = init_state(Job(ds.recipe("tiny")))  # doctest: +SKIP
         >>> state.params["embed"].shape, int(state.step)  # doctest: +SKIP
         ((260, 128), 0)
     """
 
     def make(key: Array) -> TrainState:
-        state = _initialiser(run, optimizer)(key)
+        state = _initialiser(job)(key)
         return state if trunk is None else replace(state, params=_split(state.params)[0], bias=_split(state.bias)[0])
 
+    run, mesh = job.run, job.mesh
     key = jax.random.key(run.seed)
     fsdp = run.execution.layout.fsdp
     # On a device of its own as a restored state is: the step's program is then the same, and is compiled once.
@@ -84,44 +92,44 @@ def init_state(
     state = compile_lightly(make, device, out_shardings=where)(key)
     if trunk is None:
         return state
-    params, bias = (
-        nnx.merge_state(_split(t)[1], h) for t, h in ((trunk.params, state.params), (trunk.bias, state.bias))
-    )
+    params, bias = (nnx.merge_state(_split(t)[1], h) for t, h in zip(trunk, (state.params, state.bias), strict=True))
     return replace(state, params=params, bias=bias)
 
 
-def abstract_state(run: RunConfig, *, optimizer: optax.GradientTransformation | None = None) -> TrainState:
-    """The shapes of a run's state: nothing is allocated. Args: optimizer: as in `make_step`.
+def abstract_state(job: Job) -> TrainState:
+    """The shapes of a run's state: nothing is allocated.
 
     Example:
         >>> import dsv3_jax as ds
-        >>> abstract_state(ds.recipe("v3")).params["embed"].shape
+        >>> abstract_state(Job(ds.recipe("v3"))).params["embed"].shape
         (129280, 7168)
     """
-    return jax.eval_shape(_initialiser(run, optimizer), jax.random.key(run.seed))
+    return jax.eval_shape(_initialiser(job), jax.random.key(job.run.seed))
 
 
-def _initialiser(run: RunConfig, optimizer: optax.GradientTransformation | None) -> Callable[[Array], TrainState]:
+def _initialiser(job: Job) -> Callable[[Array], TrainState]:
     def make(key: Array) -> TrainState:
+        run = job.run
         model = Transformer(run.model, rngs=nnx.Rngs(key), kernels=optim.XLA)
         params, bias = nnx.state(model, nnx.Param), nnx.state(model, RouterBias)
         params = nnx.merge_state(params, lora.init(run.lora, params, key))
-        opt = init_optimizer(run, params, optimizer)
+        opt = init_optimizer(job, params)
         return TrainState(params, bias, opt, jnp.zeros((), jnp.int32))
 
     return make
 
 
-def init_optimizer(run: RunConfig, params: nnx.State, optimizer: optax.GradientTransformation | None = None) -> Any:
-    """The optimizer's state at step 0; `optimizer` as in `make_step`.
+def init_optimizer(job: Job, params: nnx.State) -> Any:
+    """The optimizer's state at step 0.
 
     Example:
         >>> import dsv3_jax as ds
-        >>> run = ds.recipe("tiny")
-        >>> jax.eval_shape(lambda params: init_optimizer(run, params), abstract_state(run).params).mu["embed"].shape
+        >>> job = Job(ds.recipe("tiny"))
+        >>> jax.eval_shape(lambda params: init_optimizer(job, params), abstract_state(job).params).mu["embed"].shape
         (260, 128)
     """
-    return optim.make(run.optim, run.steps, transformation=optimizer).init(split_trainable(run, params)[0])
+    run = job.run
+    return optim.make(run.optim, run.steps, transformation=job.optimizer).init(split_trainable(run, params)[0])
 
 
 def split_trainable(run: RunConfig, params: nnx.State) -> tuple[nnx.State, nnx.State]:
@@ -130,7 +138,7 @@ def split_trainable(run: RunConfig, params: nnx.State) -> tuple[nnx.State, nnx.S
     Example:
         >>> import dsv3_jax as ds
         >>> run = ds.recipe("tiny")
-        >>> trained, frozen = split_trainable(ds.replace(run, trunk="runs/demo"), abstract_state(run).params)
+        >>> trained, frozen = split_trainable(ds.replace(run, trunk="runs/demo"), abstract_state(Job(run)).params)
         >>> list(trained), "mtp" in frozen
         (['mtp'], False)
     """
@@ -148,26 +156,20 @@ def _split(variables: nnx.State) -> tuple[nnx.State, nnx.State]:
     return heads, trunk
 
 
-def model_of(run: RunConfig, state: TrainState, kernels: Kernels | None = None) -> Transformer:
-    """The model that a state of a run holds; `kernels` as in `Transformer`.
+def model_of(job: Job, state: TrainState) -> Transformer:
+    """The model that a state of a run holds.
 
     Example:
         >>> import dsv3_jax as ds
-        >>> run = ds.recipe("tiny")
-        >>> model = model_of(run, abstract_state(run))  # of shapes alone
+        >>> job = Job(ds.recipe("tiny"))
+        >>> model = model_of(job, abstract_state(job))  # of shapes alone
         >>> model.embed.shape
         (260, 128)
     """
-    return nnx.merge(graph_of(run.model, run.execution, kernels), lora.join(run.lora, state.params), state.bias)
+    return nnx.merge(graph_of(job), lora.join(job.run.lora, state.params), state.bias)
 
 
-def make_step(
-    run: RunConfig,
-    kernels: Kernels | None = None,
-    options: Options = (),
-    *,
-    optimizer: optax.GradientTransformation | None = None,
-) -> Step:
+def make_step(job: Job) -> Step:
     """Make the compiled step of a run, `step(state, batch, go=True)`; the state it is given is donated.
 
     The gradient of a batch split in microbatches is that of the complete batch: sums are divided by the complete
@@ -177,25 +179,21 @@ def make_step(
     a gradient is not finite, or `go` is False, the state does not change, and `finite` in the metrics is False. Given
     the last step's `finite` as `go`, a step may start before that is known, and changes nothing after a bad one.
 
-    Args:
-        kernels: from `kernels.choose.prepare`. None chooses those of the default device.
-        options: of the compiler, see `kernels.xla_flags`.
-        optimizer: takes the place of the run's own, see `optim.make`.
-
     Example:
         >>> import dsv3_jax as ds
-        >>> run = ds.recipe("tiny")
-        >>> state, step = init_state(run), make_step(run)  # doctest: +SKIP
+        >>> job = Job(ds.recipe("tiny"))
+        >>> state, step = init_state(job), make_step(job)  # doctest: +SKIP
         >>> one = jnp.ones((8, 256), jnp.int32)  # B and T of the recipe
         >>> batch = {"tokens": one, "segment_ids": one, "positions": one.cumsum(1) - 1}
         >>> state, metrics = step(state, batch)  # doctest: +SKIP
         >>> int(state.step), bool(metrics["finite"])  # doctest: +SKIP
         (1, True)
     """
-    kernels = kernels or prepare(run.execution)
-    graph, parts = graph_of(run.model, run.execution, kernels), run.optim.microbatches
+    run = job.run
+    job = replace(job, kernels=job.chosen())
+    graph, parts = graph_of(job), run.optim.microbatches
     constrain = partial(sharding.constrain_state, fsdp=run.execution.layout.fsdp)
-    move = optim.make(run.optim, run.steps, kernels, optimizer).update
+    move = optim.make(run.optim, run.steps, job.chosen(), job.optimizer).update
 
     def part_losses(trained, frozen, bias, batch, weight, counts):
         model = nnx.merge(graph, lora.join(run.lora, nnx.merge_state(trained, frozen)), bias)
@@ -220,7 +218,7 @@ def make_step(
         none = jax.tree.map(lambda x: jnp.full_like(x, -jnp.inf), out.max_logits)
         return jax.lax.scan(add, (grads, out._replace(max_logits=none)), split)[0]
 
-    @partial(jax.jit, donate_argnums=0, compiler_options=dict(options) or None)
+    @partial(jax.jit, donate_argnums=0, compiler_options=dict(job.options) or None)
     def step(state: TrainState, batch: Batch, go: Array | bool = True):
         weight = optim.mtp_weight(run.optim, run.steps, state.step)
         batch = _with_keys(run, batch, state.step)
@@ -254,7 +252,7 @@ def make_step(
         }
         if out.max_logits is not None:
             metrics["max_logit"] = jnp.stack([top.max() for top in out.max_logits.values()]).max()
-        if optimizer is None:  # a transformation has a schedule of its own
+        if job.optimizer is None:  # a transformation has a schedule of its own
             metrics["lr"] = optim.learning_rate(run.optim, run.steps, state.step)
         if run.model.mtp_depth and HEADS[run.model.mtp_kind].feature_loss is not Head.feature_loss:
             metrics["feature_loss"] = out.feature
@@ -304,17 +302,17 @@ def updated_bias(
     return nnx.from_flat_state(flat)
 
 
-def first_bad_tensor(run: RunConfig, state: TrainState, batch: Batch) -> str:
+def first_bad_tensor(job: Job, state: TrainState, batch: Batch) -> str:
     """Name the first tensor that is not finite: a parameter, else a gradient of this batch, else the loss itself.
 
     Example:
         >>> import dsv3_jax as ds
         >>> run = ds.replace(ds.recipe("tiny"), model=ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0))
-        >>> state = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), abstract_state(run))
-        >>> first_bad_tensor(run, state, batch={})  # no gradient is computed: a parameter is bad
+        >>> state = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), abstract_state(Job(run)))
+        >>> first_bad_tensor(Job(run), state, batch={})  # no gradient is computed: a parameter is bad
         'parameter dense.attn.kv_norm.scale'
     """
-    graph = graph_of(run.model, run.execution)
+    run, graph = job.run, graph_of(Job(job.run))
     trained, frozen = split_trainable(run, state.params)
     batch = _with_keys(run, batch, state.step)
 

@@ -20,8 +20,8 @@ from dsv3_jax.data.batches import held_out_prompts
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.files import write_atomic
 from dsv3_jax.presets import recipe
+from dsv3_jax.train import fit, open_start
 from dsv3_jax.training.checkpoint import load_run
-from dsv3_jax.training.loop import fit
 from dsv3_jax.training.run_folder import read_run
 from dsv3_jax.training.warm_start import on_trunk
 from experiments.lab import markdown_table, mean_spread
@@ -34,7 +34,9 @@ PROMPTS, NEW = 32, 96
 
 def measure(trunk, loss, seed, steps):
     """Train a head, and return the share of its drafts that are accepted, by temperature."""
-    base = on_trunk(replace(recipe("lab"), steps=steps, eval_every=steps, save_every=steps, seed=seed), trunk)
+    base = on_trunk(
+        replace(recipe("lab"), steps=steps, eval_every=steps, save_every=steps, seed=seed), open_start(trunk)
+    )
     run = replace(base, head_loss=loss)
     out = Path("runs/lab/head-losses") / f"{loss}-{seed}-{steps}"
     fit(run, out)

@@ -40,7 +40,7 @@ from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.ops.cached_attention import Stored
 from dsv3_jax.ops.expert_stack import Experts, read_only
 from dsv3_jax.presets import preset, recipe
-from dsv3_jax.training.step import init_state, make_step
+from dsv3_jax.training.step import Job, init_state, make_step
 
 PACKAGES = ("dsv3-jax", "jax", "jaxlib", "flax", "libtpu", "tokamax", "jax-cuda13-plugin", "jax-cuda12-plugin",
             "jax-rocm7-plugin")  # fmt: skip
@@ -545,9 +545,9 @@ def _step(sizes: Sizes, rows: int, length: int, first: bool) -> Part:
     run, batch = train_run(cfg, rows, length), random_batch(cfg, rows, length)
     label = f"{cfg.num_layers} layers, {rows}×{length} tokens"
     yield f"{label}: compile"
-    state = jax.block_until_ready(init_state(run))
+    state = jax.block_until_ready(init_state(Job(run)))
     held = sum(x.nbytes for x in jax.tree.leaves((state, batch)))
-    compiled = make_step(run, kernels).lower(state, batch).compile()
+    compiled = make_step(Job(run, kernels=kernels)).lower(state, batch).compile()
     chosen = ran()
     planned = held + compiled.memory_analysis().temp_size_in_bytes
     yield f"{label}: run"
@@ -694,10 +694,10 @@ def exact(sizes: Sizes) -> Part:
     rows, length = sizes.exact_batch
     run, batch = train_run(cfg, rows, length), random_batch(cfg, rows, length)
     yield "the same bits twice: training"
-    advance = make_step(run, kernels_for())
+    advance = make_step(Job(run, kernels=kernels_for()))
 
     def trained():
-        state = init_state(run)
+        state = init_state(Job(run))
         for _ in range(3):
             state, _ = advance(state, batch)
         return state

@@ -24,7 +24,7 @@ import numpy as np
 
 import dsv3_jax as ds
 from dsv3_jax.training import checkpoint, checksums
-from dsv3_jax.training.step import abstract_state
+from dsv3_jax.training.step import Job, abstract_state
 
 
 def random_state(run: ds.RunConfig):
@@ -36,7 +36,7 @@ def random_state(run: ds.RunConfig):
             return jnp.asarray(rng.standard_normal(like.shape, np.float32), like.dtype)
         return jnp.zeros(like.shape, like.dtype)
 
-    return jax.tree.map(fill, abstract_state(run))
+    return jax.tree.map(fill, abstract_state(Job(run)))
 
 
 def libraries() -> dict[str, Callable | None]:

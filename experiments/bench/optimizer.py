@@ -18,7 +18,7 @@ from dsv3_jax.config import RunConfig, replace
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.presets import recipe
 from dsv3_jax.training import optim
-from dsv3_jax.training.step import init_state, make_step, split_trainable
+from dsv3_jax.training.step import Job, init_state, make_step, split_trainable
 
 CHAIN = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(2.2e-4, 0.9, 0.95, weight_decay=0.1))
 SIDES: dict[str, tuple[dict, optax.GradientTransformation | None]] = {
@@ -44,8 +44,9 @@ class Side:
 
     def __init__(self, run: RunConfig, tx: optax.GradientTransformation | None, batch: dict):
         kernels = prepare(run.execution)
-        self.state, self.batch = init_state(run, optimizer=tx), batch
-        self.step_fn = make_step(run, kernels, optimizer=tx)
+        job = Job(run, kernels=kernels, optimizer=tx)
+        self.state, self.batch = init_state(job), batch
+        self.step_fn = make_step(job)
         update = optim.make(run.optim, run.steps, kernels, tx).update
         self.update_fn = jax.jit(update, donate_argnums=(1, 2))
         self.params = jax.tree.map(jnp.copy, split_trainable(run, self.state.params)[0])

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import dsv3_jax as ds
 from dsv3_jax.config import RunConfig
 from dsv3_jax.training import loop, warm_start
-from dsv3_jax.training.step import init_state
+from dsv3_jax.training.step import Job, init_state
 
 CELLS = ((0.0, "waiting"), (0.5, "waiting"), (1.0, "waiting"), (1.0, "working"))  # share of the step's time, and how
 EVERY = 4  # steps between rows of metrics
@@ -38,13 +38,16 @@ SIDES = {"in turn": 0, "ahead": 2}  # steps that are started before the oldest o
 
 
 class Slow:
-    """Batches that take longer: `seconds` each, waiting or working."""
+    """A source whose batches take longer: `seconds` each, waiting or working. Also those batches."""
 
-    def __init__(self, batches, seconds: float, kind: str):
-        self._batches, self._seconds, self._kind = batches, seconds, kind
+    def __init__(self, source, seconds: float, kind: str):
+        self._source, self._seconds, self._kind = source, seconds, kind
 
     def __getattr__(self, name: str):
-        return getattr(self._batches, name)
+        return getattr(self._source, name)
+
+    def train_batches(self, rows=None):
+        return Slow(self._source.train_batches(rows), self._seconds, self._kind)
 
     def __next__(self):
         end = time.perf_counter() + self._seconds
@@ -52,7 +55,7 @@ class Slow:
             time.sleep(self._seconds)
         while time.perf_counter() < end:
             sum(range(2000))
-        return next(self._batches)
+        return next(self._source)
 
 
 class Clock(loop.Callback):
@@ -72,7 +75,7 @@ class Clock(loop.Callback):
 @cache
 def first_state(run: RunConfig):
     """The initial state, on the host."""
-    return jax.device_get(init_state(run))
+    return jax.device_get(init_state(Job(run)))
 
 
 def run_of(steps: int) -> RunConfig:
@@ -90,14 +93,14 @@ def measure(run: RunConfig, side: str, seconds: float, kind: str) -> float:
 
     def slowed(*args, **kwargs):
         ready = prepare(*args, **kwargs)
-        return ds.replace(ready, batches=Slow(ready.batches, seconds, kind))
+        return ds.replace(ready, source=Slow(ready.source, seconds, kind))
 
     ahead = {jax.default_backend(): SIDES[side]}
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(loop, "AHEAD", ahead),
         mock.patch.object(loop, "prepare", slowed),
-        mock.patch.object(warm_start, "init_state", lambda run, *_, **__: jax.tree.map(jnp.array, first_state(run))),
+        mock.patch.object(warm_start, "init_state", lambda job: jax.tree.map(jnp.array, first_state(job.run))),
     ):
         loop.fit(run, Path(folder, "run"), quiet=True, report=False, callbacks=[clock])
     return clock.step_seconds()

@@ -60,7 +60,7 @@ def _trainer(args) -> tuple[dict, Callable[[str], dict]]:
     from dsv3_jax.config import DataConfig, Execution, ModelConfig, OptimConfig, RunConfig, from_dict
     from dsv3_jax.kernels.choose import prepare
     from dsv3_jax.mesh.sharding import batch_sharding, check, make_mesh, parse_mesh, use_mesh
-    from dsv3_jax.training.step import init_state, make_step
+    from dsv3_jax.training.step import Job, init_state, make_step
 
     cfg = from_dict(ModelConfig, json.loads(args.config))
     run = RunConfig(
@@ -79,11 +79,11 @@ def _trainer(args) -> tuple[dict, Callable[[str], dict]]:
         mesh = make_mesh(**parse_mesh(args.mesh))
         check(mesh, run)
         batch = jax.device_put(batch, batch_sharding(mesh))
-    kernels = prepare(run.execution, mesh=mesh)  # compiles the C++ kernels, which is not compile_seconds
-    state = jax.block_until_ready(init_state(run, mesh))
+    job = Job(run, mesh, prepare(run.execution, mesh=mesh))  # compiles the C++ kernels, which is not compile_seconds
+    state = jax.block_until_ready(init_state(job))
     start = time.perf_counter()
     with use_mesh(mesh):
-        step = make_step(run, kernels).lower(state, batch).compile()
+        step = make_step(job).lower(state, batch).compile()
     memory = step.memory_analysis()
     info = {
         "compile_seconds": time.perf_counter() - start,

@@ -167,7 +167,7 @@ def _train(run: RunConfig, folder: Path, task: Task | None) -> tuple[dict, float
         numbers, seconds = json.loads(kept.read_text())
         return numbers, seconds
 
-    from dsv3_jax.training.loop import fit
+    from dsv3_jax.train import fit
 
     start = time.perf_counter()
     result = fit(run, folder, report=False, source=None if task is None else TaskSource(task, run.data))

@@ -29,7 +29,7 @@ from models import random_model
 from dsv3_jax.config import HEAD_KINDS, Balance, ConfigError, Execution, ModelConfig, OptimConfig, Yarn
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.model.transformer import abstract
-from dsv3_jax.training.step import make_step
+from dsv3_jax.training.step import Job, make_step
 from tests.campaign.small_runs import last_json
 from tests.campaign.table import Table
 from tests.campaign.trials import main, report, trials
@@ -119,7 +119,7 @@ def is_finite(cfg: ModelConfig, execution: Execution, rng: random.Random) -> boo
     values = np.random.default_rng(rng.randrange(2**32))
     batch = runs.packed_batch(values, np.sort(values.integers(1, 4, (4, 16)), axis=1))
     batch["tokens"] = batch["tokens"] % cfg.vocab_size
-    state, metrics = make_step(run)(runs.fresh_state(run), batch)
+    state, metrics = make_step(Job(run))(runs.fresh_state(run), batch)
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state.params)]
     return bool(metrics["finite"]) and all(np.isfinite(leaf).all() for leaf in leaves)
 
