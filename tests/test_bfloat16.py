@@ -64,19 +64,15 @@ def rotated(x, interleaved):
     return rope.rotate(x, cos[:, :, None], sin[:, :, None], interleaved=interleaved)
 
 
-def over_cache(q, rows):
-    stored = cached_attention.Stored(rows[None, :, None], None)
-    q = q.reshape(B, 1, T * H, C + R)
-    last = jnp.repeat(LAST, H, axis=1)
-    run = cached_attention.cached_attention
-    return run(q, stored, jnp.int32(0), last, parts=(C, R), shared=True, scale=0.3)
+def over_cache(q, rows, run):
+    stored, last = cached_attention.Stored(rows[:, None], None), jnp.repeat(LAST, H, axis=1)
+    return run([q.reshape(B, 1, T * H, C)], [stored], stored, last, scale=0.3)
 
 
 def absorbed(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv):
-    rows = jnp.concatenate([c_kv, k_rope], axis=-1)
-    stored = cached_attention.Stored(rows[None, :, None], None)
-    w_uk, w_uv = w_uk.astype(rows.dtype), w_uv.astype(rows.dtype)
-    return mla.absorbed(q_nope, q_rope, stored, jnp.int32(0), LAST, w_uk, w_uv, scale=0.3)
+    latents, rotated = (cached_attention.Stored(x[:, None], None) for x in (c_kv, k_rope))
+    w_uk, w_uv = w_uk.astype(c_kv.dtype), w_uv.astype(c_kv.dtype)
+    return mla.absorbed(q_nope, q_rope, latents, rotated, LAST, w_uk, w_uv, scale=0.3)
 
 
 def nats(h, w, op):
@@ -112,7 +108,13 @@ OPS = {
     ),
     "attention.repeat_heads": ({"k": (B, T, 1, N)}, {}, lambda k: attention.repeat_heads(k, H)),
     "attention.scaled": ({"q": (B, T, H, N)}, {}, partial(attention.scaled, scale=0.3)),
-    "cached_attention.cached_attention": ({"q": (B, T, H, C + R), "rows": (B, T, C + R)}, {}, over_cache),
+    "cached_attention.cached_attention": (
+        {"q": (B, T, H, C), "rows": (B, T, C)}, {}, partial(over_cache, run=cached_attention.cached_attention),
+    ),
+    "cached_attention.cached_attention_in_blocks": (
+        {"q": (B, T, H, C), "rows": (B, T, C)}, {},
+        partial(over_cache, run=partial(cached_attention.cached_attention_in_blocks, block=3)),
+    ),
     "cross_entropy.chunked_cross_entropy": (
         {"h": (B * T, D)}, {"w": (D, W)}, partial(nats, op=partial(cross_entropy.chunked_cross_entropy, chunk=5)),
     ),
@@ -141,9 +143,6 @@ OPS = {
     "grouped_product.row_blocks_dw": over_rows(grouped_product.row_blocks_dw),
     "mla.expand": (LATENT, UP, lambda *a: jnp.concatenate(mla.expand(*a), axis=-1)),
     "mla.join_keys": ({"k_nope": (B, T, H, N), "k_rope": (B, T, R)}, {}, mla.join_keys),
-    "mla.concat_scores": (HEADS | {"k_nope": (B, T, H, N), "k_rope": (B, T, R)}, {}, mla.concat_scores),
-    "mla.summed_scores": (HEADS | {"k_nope": (B, T, H, N), "k_rope": (B, T, R)}, {}, mla.summed_scores),
-    "mla.absorb_query": (HEADS, {"w_uk": (H, N, C)}, mla.absorb_query),
     "mla.expanded": (HEADS | LATENT, UP, partial(mla.expanded, scale=0.3)),
     "mla.absorbed": (HEADS | LATENT, UP, absorbed),
     "products.product": ({"x": (B, T, D)}, {"w": (D, H, N)}, products.product),
@@ -154,9 +153,12 @@ OPS = {
     "products.product_by_head": ({"x": (B, T, H, N)}, {"w": (H, N, V)}, products.product_by_head),
     "rope.rotate": ({"x": (B, T, H, R)}, {}, lambda x: jnp.concatenate([rotated(x, True), rotated(x, False)], axis=-1)),
 }  # fmt: skip
-FORWARD_ONLY = {"attention.row_maxima", "cached_attention.cached_attention", "mla.absorbed"} | {
-    name for name in OPS if name.startswith(("dispatch.decode", "grouped_product."))
-}
+FORWARD_ONLY = {
+    "attention.row_maxima",
+    "cached_attention.cached_attention",
+    "cached_attention.cached_attention_in_blocks",
+    "mla.absorbed",
+} | {name for name in OPS if name.startswith(("dispatch.decode", "grouped_product."))}
 # Ops that are held to float64 in bfloat16 elsewhere.
 ELSEWHERE = {
     "adamw.adamw_update": "test_optim.py",

@@ -110,8 +110,8 @@ def test_neither_cache_nor_experts_are_sent(monkeypatch):
     ((cache, text),) = compiled
     largest, rows = max(sent(text)), len(PROMPTS)
     assert rows // 4 * 3 * CFG.dim <= largest < CFG.dim * CFG.expert_dim  # a token's width, but no expert's matrix
-    shard = cache.stored.rows.addressable_shards[0].data
-    assert shard.shape[1] == rows // 4 and largest < shard.size
+    shards = [x.addressable_shards[0].data for x in jax.tree.leaves(cache.parts)]
+    assert {x.shape[1] for x in shards} == {rows // 4} and largest < sum(x.size for x in shards)
 
 
 def test_a_model_that_does_not_fit_the_mesh_is_refused(tmp_path, capsys):

@@ -26,7 +26,6 @@ from dsv3_jax.decoding.generate import (
 from dsv3_jax.kernels import choose
 from dsv3_jax.kernels.cpu import library
 from dsv3_jax.model import transformer
-from dsv3_jax.model.cache import bytes_per_token, elements_per_token, empty_cache
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.ops.sampling import GREEDY, Sampling
 
@@ -163,28 +162,6 @@ def test_bfloat16_chooses_tokens_about_as_likely(light, compute_dtype, cache_dty
     assert np.mean(np.concatenate(lost) == 0) > 0.6
 
 
-def test_the_cache_holds_rows_of_its_dtype():
-    for dtype, scales in ((jnp.float32, None), (jnp.bfloat16, None), (jnp.int8, (3, 2, 1, 32, 2))):
-        cache = empty_cache(CFG, 3, 2, 32, "latent", dtype)
-        assert cache.stored.rows.dtype == dtype
-        assert cache.stored.rows.shape == (3, 2, 1, 32, 10 + 4) and cache.capacity == 32
-        assert (cache.stored.scales is None) if scales is None else (cache.stored.scales.shape == scales)
-        assert cache.lengths.tolist() == [0, 0]
-        assert cache.nbytes == 2 * 32 * bytes_per_token(CFG, "latent", dtype)
-    assert empty_cache(CFG, 3, 2, 32, "expanded", jnp.float32).stored.rows.shape == (3, 2, 3, 32, 10 + 5)
-    assert elements_per_token(CFG) == {"latent": 3 * (10 + 4), "expanded": 3 * 3 * 15, "mha": 3 * 3 * (6 + 4 + 5)}
-    v3 = elements_per_token(replace(CFG, **V3_HEADS))
-    assert (v3["latent"], v3["mha"]) == (576, 40960)  # a layer's, as published
-    gqa = replace(CFG, num_heads=6, attention="gqa", num_kv_heads=2)
-    assert elements_per_token(gqa) == {"expanded": 3 * 2 * 15, "mha": 3 * 6 * 15}
-
-
-V3_HEADS = dict(
-    num_layers=1, num_dense_layers=0, num_heads=128, kv_latent_dim=512, nope_head_dim=128, rope_head_dim=64,
-    v_head_dim=128,
-)  # fmt: skip
-
-
 # sampling
 
 
@@ -222,7 +199,7 @@ def test_decoding_copies_neither_experts_nor_cache(whole_compiles):
         max_positions=4096,
     )  # fmt: skip
     model, batch = random_model(cfg), 2
-    cache = empty_cache(cfg, 4, batch, 4096, "latent", jnp.float32)
+    cache = model.empty_cache(batch, 4096, "latent", jnp.float32)
     none, zero = jnp.zeros(batch, jnp.int32), jnp.zeros((), jnp.int32)
     last = StepResult(jnp.zeros((batch, 1, cfg.dim)), none[:, None], none + 1, none, none)
     loop = Loop(

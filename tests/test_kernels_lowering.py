@@ -13,7 +13,6 @@ from runs import make_run
 from dsv3_jax.config import Execution
 from dsv3_jax.decoding import generate
 from dsv3_jax.kernels.choose import Kernels, prepare
-from dsv3_jax.model.cache import empty_cache
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.ops.sampling import GREEDY
 from dsv3_jax.training.step import Job, abstract_state, make_step
@@ -67,17 +66,15 @@ def decode_step(platform: str, execution: Execution) -> tuple[str, str]:
     """A step over one token for each sequence."""
     graphdef, state = nnx.split(abstract(CFG, execution, kernels_for(platform, execution)))
 
-    def filled():
-        cache = empty_cache(CFG, CFG.num_layers, BATCH, LENGTH, "latent", jnp.dtype(execution.compute_dtype))
-        return cache.at_lengths(cache.lengths)
-
     def step(state, cache, tokens):
         model = nnx.merge(graphdef, state)
-        x, cache = cache.step(model, tokens)
+        x, cache = model.run_layers(tokens, cache)
         return model.logits(model.norm(x)), cache
 
     tokens = jax.ShapeDtypeStruct((BATCH, 1), jnp.int32)
-    return lowered(platform, jax.jit(step), state, jax.eval_shape(filled), tokens)
+    dtype = jnp.dtype(execution.compute_dtype)
+    cache = jax.eval_shape(lambda: nnx.merge(graphdef, state).empty_cache(BATCH, LENGTH, "latent", dtype))
+    return lowered(platform, jax.jit(step), state, cache, tokens)
 
 
 def decode_loop(platform: str, execution: Execution) -> tuple[str, str]:

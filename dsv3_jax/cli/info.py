@@ -8,8 +8,8 @@ import tyro
 
 from dsv3_jax.cli.common import named_preset, parse, prepare_process
 from dsv3_jax.config import Execution, ModelConfig
-from dsv3_jax.model.cache import bytes_per_token, pick_kind
-from dsv3_jax.model.counting import size
+from dsv3_jax.model.cache import pick_kind
+from dsv3_jax.model.counting import bytes_per_token, size
 from dsv3_jax.presets import recipe_with_model
 from dsv3_jax.report.units import format_count
 

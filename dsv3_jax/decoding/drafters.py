@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import CacheKind
 from dsv3_jax.mesh.sharding import constrain, shard_map_over_batch
-from dsv3_jax.model.cache import Cache, empty_cache, pick_kind
+from dsv3_jax.model.cache import Cache, pick_kind
 from dsv3_jax.model.context import from_zero, make_context
 from dsv3_jax.model.mtp import unshard_head
 from dsv3_jax.model.transformer import DecodeWeights, Transformer
@@ -66,7 +66,7 @@ class ModelDrafter:
         cache = self.model.empty_cache(batch, prompt.capacity, pick_kind(cfg, None), prompt.dtype)
         # The prompts fit, but the target may have padded them beyond what a shorter draft model can read.
         tokens = prompt.tokens[:, : cfg.max_positions]
-        return cache.prefill(self.model, tokens, prompt.lengths)[1]
+        return self.model.prefill(tokens, prompt.lengths, cache)[1]
 
     def draft(self, state: Cache, last: StepResult, count: int, key: Array, sampling: Sampling) -> tuple[Drafts, Cache]:
         # One of the last two tokens may be cached already: if every draft was accepted, the last of them is not.
@@ -77,13 +77,13 @@ class ModelDrafter:
 
         def step(carry: tuple[Cache, Array], key: Array) -> tuple[tuple[Cache, Array], "_Drawn"]:
             cache, tokens = carry
-            x, cache = cache.step(self.model, tokens, self.weights)
+            x, cache = self.model.run_layers(tokens, cache, self.weights)
             drawn = _draw(self.model.logits(self.model.norm(x[:, -1])), key, sampling)
             return (cache.at_lengths(cache.lengths + tokens.shape[1]), drawn.token[:, None]), drawn
 
         keys = jax.random.split(key, count)
         if self.gaps:  # after steps without drafts none of them is cached
-            x, cache = state.at_lengths(last.start).step(self.model, both, self.weights)
+            x, cache = self.model.run_layers(both, state.at_lengths(last.start), self.weights)
             first = _draw(self.model.logits(self.model.norm(_pick(x, last.num_valid))), keys[0], sampling)
             carry = cache.at_lengths(newest + 1), first.token[:, None]
         else:
@@ -114,12 +114,11 @@ class ChainDrafter:
         cfg, h, states = self.model.cfg, self.model.read_by_heads(prompt.x), []
         batch, length = prompt.tokens.shape
         for k, head in enumerate(self.heads, start=1):
-            cache = _head_cache(self.model, prompt)
             tokens = prompt.tokens[:, k:]
-            ctx = make_context(cfg, from_zero(batch, length - k), tokens=tokens, cache=cache, may_drop=False)
+            ctx = make_context(cfg, from_zero(batch, length - k), tokens=tokens, may_drop=False)
             h, ctx, _ = head(h[:, : length - k], ctx, self.model.embedding(tokens))
             read = jnp.maximum(prompt.lengths - k, 0)
-            states.append(_ChainState(ctx.cache.at_lengths(read), _pick(h, read - 1)))
+            states.append(_ChainState(_head_cache(self.model, prompt, ctx.rows, read), _pick(h, read - 1)))
         return tuple(states)
 
     def draft(
@@ -176,10 +175,9 @@ class ParallelDrafter:
         caches: list[Cache | None] = []
         for head in self.heads:
             if head.remembers:
-                positions, cache = from_zero(*prompt.tokens.shape), _head_cache(self.model, prompt)
-                ctx = make_context(cfg, positions, tokens=prompt.tokens, cache=cache, may_drop=False)
+                ctx = make_context(cfg, from_zero(*prompt.tokens.shape), tokens=prompt.tokens, may_drop=False)
                 # All but the prompt's last position, which the first step reads.
-                caches.append(head(h, ctx)[1].cache.at_lengths(prompt.lengths - 1))
+                caches.append(_head_cache(self.model, prompt, head(h, ctx)[1].rows, prompt.lengths - 1))
             else:
                 caches.append(None)
         return tuple(caches)
@@ -331,10 +329,10 @@ def _concat_drafts(drawn: list[_Drawn], rest: _Drawn | None = None) -> Drafts:
     return Drafts(*jax.tree.map(lambda *columns: jnp.concatenate(columns, axis=1), *parts))
 
 
-def _head_cache(model: Transformer, prompt: Prompt) -> Any:
-    """An empty cache of one layer, of the trunk's kind."""
-    batch, row_multiple = prompt.tokens.shape[0], model.kernels.cache_row_multiple
-    return empty_cache(model.cfg, 1, batch, prompt.capacity, prompt.kind, prompt.dtype, row_multiple=row_multiple)
+def _head_cache(model: Transformer, prompt: Prompt, rows: dict[str, Array], lengths: Array) -> Cache:
+    """The cache of a head, of the trunk's kind, with the rows that it made of the prompt."""
+    cache = model.empty_cache(prompt.tokens.shape[0], prompt.capacity, prompt.kind, prompt.dtype, layers=1)
+    return cache.fill({name: x[None] for name, x in rows.items()}, lengths)
 
 
 def _pick(h: Float[Array, "B F D"], index: Int[Array, " B"]) -> Float[Array, "B D"]:

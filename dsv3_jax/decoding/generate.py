@@ -23,7 +23,8 @@ from dsv3_jax.decoding.drafters import Drafter, Drafts, Prompt, StepResult, make
 from dsv3_jax.decoding.without_cache import decode_without_cache
 from dsv3_jax.mesh import sharding
 from dsv3_jax.mesh.sharding import constrain
-from dsv3_jax.model.cache import bytes_per_token, keep_sharded, pick_dtype, pick_kind
+from dsv3_jax.model.cache import keep_sharded, pick_dtype, pick_kind
+from dsv3_jax.model.counting import bytes_per_token
 from dsv3_jax.model.transformer import DecodeWeights, Transformer
 from dsv3_jax.ops.sampling import Sampling
 from dsv3_jax.ops.verify_drafts import accept
@@ -313,7 +314,7 @@ def _prefill(graphdef, state, draft_state, tokens, lengths, key, stops, *, stati
     model, tokens = nnx.merge(graphdef, state), constrain(tokens, "batch", None)
     batch = tokens.shape[0]
     cache = model.empty_cache(batch, static.capacity, static.kind, static.dtype)
-    x, cache = cache.prefill(model, tokens, lengths)
+    x, cache = model.prefill(tokens, lengths, cache)
     drafter = _drafter(model, static, draft_state)
     prompt = Prompt(tokens, lengths, x, static.capacity, static.kind, static.dtype)
     drafter_state = None if drafter is None else drafter.start(prompt)
@@ -338,7 +339,7 @@ def _decode(graphdef, state, draft_state, weights, loop: Loop, stops, until, con
 
     def verify(loop: Loop, drafts: Drafts, newest: Array, static: _Static = static) -> Loop:
         start = loop.cache.lengths
-        x, cache = loop.cache.step(model, jnp.concatenate([newest, drafts.tokens], axis=1), weights[0])
+        x, cache = model.run_layers(jnp.concatenate([newest, drafts.tokens], axis=1), loop.cache, weights[0])
         loop = loop._replace(cache=cache, steps=loop.steps + 1)
         return _advance(model, loop, drafts, x, start, newest[:, 0], stops, static)
 

@@ -8,7 +8,7 @@ target, the dtypes and the shapes runs. A new device is a folder beside this fil
 except whether a mesh of several devices is in use: the C++ kernels run on one device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,12 +26,10 @@ from dsv3_jax.kernels.cpu import products as cpu_products
 from dsv3_jax.kernels.gpu import attention as gpu_attention
 from dsv3_jax.kernels.gpu import fp8 as gpu_fp8
 from dsv3_jax.kernels.gpu import grouped_product as gpu_products
-from dsv3_jax.kernels.gpu import latent_attention as gpu_latent_attention
 from dsv3_jax.kernels.gpu import tokamax_library
 from dsv3_jax.kernels.tpu import attention as tpu_attention
 from dsv3_jax.kernels.tpu import cache_rows as tpu_cache_rows
 from dsv3_jax.kernels.tpu import grouped_product as tpu_products
-from dsv3_jax.kernels.tpu import latent_attention as tpu_latent_attention
 from dsv3_jax.ops import (
     adamw,
     attention,
@@ -230,27 +228,8 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _xla(attention.causal_attention, with_maxima=attention.attention_and_maxima),
     ),
     "cached_attention": (
-        _cpp(cpu_attention.cached_attention, serves=_cached),
+        _cpp(calls.cached_attention, serves=_cached),
         _loops(cpu_attention.cached_attention_in_blocks),
-        Implementation(
-            "pallas_gpu",
-            gpu_latent_attention.latent_attention,
-            platforms=("cuda",),
-            by_name=True,
-            serves=gpu_latent_attention.serves,
-            made_for="for bfloat16 queries and rows of bfloat16 or 8 bits",
-            fits=gpu_latent_attention.fits,
-            why_not=gpu_latent_attention.why_not,
-        ),
-        Implementation(
-            "pallas_tpu",
-            tpu_latent_attention.latent_attention,
-            platforms=("tpu",),
-            by_name=True,
-            serves=tpu_latent_attention.serves,
-            made_for="for float32 and bfloat16 queries",
-            fits=lambda q, rows, shared: shared and rows.shape[2] == 1,
-        ),
         _xla(cached_attention.cached_attention),
     ),
     "write_rows": (
@@ -487,30 +466,20 @@ class Kernels:
 
     def cached_attention(
         self,
-        q: Float[Array, "B G Q K"],
-        stored: Stored,
-        layer: Int[Array, ""],
+        queries: Sequence[Float[Array, "B G Q _"]],
+        keys: Sequence[Stored],
+        values: Stored,
         last: Int[Array, "B Q"],
         *,
-        parts: tuple[int, int],
-        shared: bool,
         scale: float,
     ) -> Float[Array, "B G Q V"]:
         """See `ops.cached_attention.cached_attention`."""
-        run = self.pick("cached_attention", q, stored.rows, shared=shared).run
-        return run(q, stored, layer, last, parts=parts, shared=shared, scale=scale)
+        run = self.pick("cached_attention", queries[0], values.rows).run
+        return run(queries, keys, values, last, scale=scale)
 
-    def write_rows(self, stored: Stored, new: Stored, layer: Int[Array, ""], first: Int[Array, " B"]) -> Stored:
+    def write_rows(self, stored: Any, new: Any, layer: Int[Array, ""], first: Int[Array, " B"]) -> Any:
         """See `ops.cached_attention.write_rows`."""
-        return self.pick("write_rows", new.rows).run(stored, new, layer, first)
-
-    @property
-    def cache_by_layer(self) -> bool:
-        """Whether each layer's cache has arrays of its own: XLA copies a stack's layer before it is multiplied.
-
-        The CPU's kernels read it in place.
-        """
-        return self.target.platform != "cpu"
+        return self.pick("write_rows", first).run(stored, new, layer, first)
 
     @property
     def cache_row_multiple(self) -> int:

@@ -1,13 +1,16 @@
-"""Attention as modules: multi-head latent attention, and the plain attention that it is compared with."""
+"""Attention as modules: multi-head latent attention, and the plain attention that it is compared with.
 
-from dataclasses import replace
+A kind of attention defines its weights, its queries and rows, and which rows a cache keeps. The rest is shared.
+"""
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.config import Execution, ModelConfig
+from dsv3_jax.config import CacheKind, Execution, ModelConfig
 from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.mesh.sharding import constrain, shard_map_by_names, shards_alike
 from dsv3_jax.model.cache import ROW_AXES, Cache
@@ -18,23 +21,13 @@ from dsv3_jax.ops.attention import repeat_heads
 
 LATENT_NORM_EPS = 1e-6  # whatever norm_eps says, as in the reference implementations
 HEAD_AXES = ("batch", None, "heads", None)  # how a mesh shards arrays with heads
+Rows = Mapping[str, Float[Array, "B T _ _"]]  # by name, what may be cached of each token: G key-value heads
 
 
-class MLA(nnx.Module):
-    """Multi-head latent attention.
-
-    c_q = norm(x W_dq), q = c_q W_uq;  [c_kv, k_rope] = x W_dkv, c_kv = norm(c_kv);  k = c_kv W_uk, v = c_kv W_uv.
-    Source: DeepSeek-V2 report, section 2.1.
-    Departs from the paper: no extra scaling at the bottlenecks; the released code has none either.
+class Attention(nnx.Module):
+    """What all kinds share. Usable alone: `attention(x)`.
 
     Args: execution, kernels: how to compute; `kernels` defaults to the best of the default device.
-
-    >>> import jax.numpy as jnp
-    >>> from flax import nnx
-    >>> import dsv3_jax as ds
-    >>> attention = ds.MLA(ds.preset("tiny"), rngs=nnx.Rngs(0))
-    >>> attention(jnp.ones((2, 8, 128))).shape
-    (2, 8, 128)
     """
 
     def __init__(
@@ -45,6 +38,83 @@ class MLA(nnx.Module):
         rngs: nnx.Rngs,
         kernels: Kernels | None = None,
     ):
+        self.make_weights(cfg, rngs)
+        self.w_o = param(rngs, (cfg.num_heads, cfg.v_head_dim, cfg.dim), ("heads", None, "dim"), cfg.init_std)
+        self.cfg, self.kernels = cfg, kernels or prepare(execution)
+        self.scale = rope.softmax_scale(cfg.nope_head_dim + cfg.rope_head_dim, cfg.yarn)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Attend to earlier tokens of the same segment. Positions default to 0, 1, …"""
+        positions = from_zero(*x.shape[:2]) if positions is None else positions
+        return self.attend(x, make_context(self.cfg, positions, segment_ids))[0]
+
+    def attend(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Context]:
+        """Attend to earlier tokens: to those of x, or to those of the context's cache and of x.
+
+        Returns: (output [B, T, D], the context with the cache, or with the rows of these tokens for a cache).
+        """
+        with jax.named_scope(type(self).__name__):
+            q, rows = self.project(x, ctx)
+            if ctx.cache is None:
+                rows = {**rows, **self.expand(rows)}
+                out, ctx = attend_causally(self, q, rows["k"], rows["v"], ctx)
+                ctx = ctx._replace(rows=rows)
+            else:
+                out, cache = self.attend_to_cache(q, rows, ctx)
+                ctx = ctx._replace(cache=cache)
+            return self.kernels.product(constrain(out, *HEAD_AXES), self.w_o[...], 2), ctx
+
+    @classmethod
+    def cache_rows(cls, cfg: ModelConfig, kind: CacheKind) -> dict[str, tuple[int, int]]:
+        """(Key-value heads, numbers a row) of each array that a cache of this kind keeps, by the names of the rows."""
+        return {"k": (cfg.kv_heads, cfg.nope_head_dim + cfg.rope_head_dim), "v": (cfg.kv_heads, cfg.v_head_dim)}
+
+    def make_weights(self, cfg: ModelConfig, rngs: nnx.Rngs) -> None:
+        """Draw all weights but w_o."""
+        raise NotImplementedError
+
+    def project(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Float[Array, "B T H K"], Rows]:
+        """(Queries, the rows of each token)."""
+        raise NotImplementedError
+
+    def expand(self, rows: Rows) -> Rows:
+        """The keys "k" and values "v" of each token, where its rows are others."""
+        return {}
+
+    def attend_to_cache(self, q: Float[Array, "B T H K"], rows: Rows, ctx: Context) -> tuple[Array, Cache]:
+        """(Output [B, T, H, V], the context's cache with these tokens' rows)."""
+        return attend_to_rows(self, {"k": q}, "v", {**rows, **self.expand(rows)}, ctx)
+
+
+class MLA(Attention):
+    """Multi-head latent attention.
+
+    c_q = norm(x W_dq), q = c_q W_uq;  [c_kv, k_rope] = x W_dkv, c_kv = norm(c_kv);  k = c_kv W_uk, v = c_kv W_uv.
+    With a latent cache, W_uk is absorbed into the queries and W_uv into the output, see `ops/mla.py`.
+    Source: DeepSeek-V2 report, section 2.1.
+    Departs from the paper: no extra scaling at the bottlenecks; the released code has none either.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> import dsv3_jax as ds
+    >>> attention = ds.MLA(ds.preset("tiny"), rngs=nnx.Rngs(0))
+    >>> attention(jnp.ones((2, 8, 128))).shape
+    (2, 8, 128)
+    """
+
+    @classmethod
+    def cache_rows(cls, cfg: ModelConfig, kind: CacheKind) -> dict[str, tuple[int, int]]:
+        if kind == "latent":
+            return {"latent": (1, cfg.kv_latent_dim), "k_rope": (1, cfg.rope_head_dim)}
+        return super().cache_rows(cfg, kind)
+
+    def make_weights(self, cfg: ModelConfig, rngs: nnx.Rngs) -> None:
         dim, heads, std = cfg.dim, cfg.num_heads, cfg.init_std
         qk_dim = cfg.nope_head_dim + cfg.rope_head_dim
         if cfg.q_latent_dim is None:
@@ -57,88 +127,32 @@ class MLA(nnx.Module):
         self.kv_norm = RMSNorm(cfg.kv_latent_dim, LATENT_NORM_EPS)
         self.w_uk = param(rngs, (heads, cfg.nope_head_dim, cfg.kv_latent_dim), ("heads", None, "latent"), std)
         self.w_uv = param(rngs, (heads, cfg.v_head_dim, cfg.kv_latent_dim), ("heads", None, "latent"), std)
-        self.w_o = param(rngs, (heads, cfg.v_head_dim, dim), ("heads", None, "dim"), std)
-        self.cfg, self.kernels = cfg, kernels or prepare(execution)
-        self.scale = rope.softmax_scale(qk_dim, cfg.yarn)
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        *,
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T D"]:
-        """Attend to earlier tokens of the same segment. Positions default to 0, 1, …"""
-        return self.attend(x, _context(self.cfg, x, segment_ids, positions))[0]
-
-    @jax.named_scope("MLA")
-    def attend(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Context]:
-        """Attend to earlier tokens, cached ones first. Returns (output [B, T, D], the context with these tokens)."""
-        q_nope, q_rope = self._queries(x, ctx)
-        row, cache = self._row(x, ctx), ctx.cache
-        if cache is not None and not cache.is_empty and cache.kind == "latent":
-            w_uk, w_uv = self.w_uk[...].astype(x.dtype), self.w_uv[...].astype(x.dtype)
-            out, cache = self._absorbed(q_nope, q_rope, row, w_uk, w_uv, cache, ctx.layer)
-            return project_out(self, out), ctx._replace(cache=cache)
-        q = jnp.concatenate([q_nope, q_rope], axis=-1)
-        c_kv, k_rope = jnp.split(row, [self.cfg.kv_latent_dim], axis=-1)
-        k, v = self.kernels.expand(c_kv, k_rope, self.w_uk[...], self.w_uv[...])
-        if cache is None or cache.is_empty:
-            out, ctx = attend_causally(self, q, k, v, ctx)
-            if cache is not None:
-                cache = cache.write(
-                    row[:, None] if cache.kind == "latent" else concat_kv(k, v), ctx.layer, self.kernels
-                )
-        else:
-            out, cache = attend_to_heads(self, q, k, v, cache, ctx.layer)
-        return project_out(self, out), ctx._replace(cache=cache)
-
-    def _absorbed(self, q_nope, q_rope, row, w_uk, w_uv, cache: Cache, layer: Array | int) -> tuple[Array, Cache]:
-        """`ops.mla.absorbed` over the cache with these tokens' rows, sharded by sequences and heads."""
-
-        part, index = cache.take(layer)
-
-        def attend(q_nope, q_rope, w_uk, w_uv, row, stored, lengths, layer):
-            held = replace(part, stored=stored, lengths=lengths).write(row[:, None], layer, self.kernels)
-            batch, length, heads, _ = q_nope.shape
-            q = jnp.concatenate([self.kernels.product_by_head(q_nope, w_uk), q_rope], axis=-1)
-            out = self.kernels.cached_attention(
-                q.reshape(batch, 1, length * heads, -1),
-                held.stored,
-                layer,
-                jnp.repeat(held.positions(length), heads, axis=1),
-                parts=cache.parts,
-                shared=True,
-                scale=self.scale,
-            )
-            out = out.reshape(batch, length, heads, -1)
-            return self.kernels.product_by_head(out, w_uv, transposed=True), held.stored
-
-        up = ("heads", None, None)
-        names = (HEAD_AXES, HEAD_AXES, up, up, ("batch", None, None), ROW_AXES, ("batch",), ())
-        args = (q_nope, q_rope, w_uk, w_uv, row, part.stored, cache.lengths, index)
-        out, stored = shard_map_by_names(attend, names, (0, 5), *args)
-        return out, cache.put(stored, layer)
-
-    def _row(self, x: Float[Array, "B T D"], ctx: Context) -> Float[Array, "B T CR"]:
-        """The row that may be cached of each token, [normed c_kv, rotated k_rope]."""
-        down = self.kernels.product(x, self.w_dkv[...])
-        c_kv, k_rope = jnp.split(down, [self.cfg.kv_latent_dim], axis=-1)
-        k_rope = rope.rotate(k_rope, ctx.cos, ctx.sin, interleaved=self.cfg.rope_interleaved)
-        return jnp.concatenate([self.kv_norm(c_kv), k_rope], axis=-1)
-
-    def _queries(self, x: Array, ctx: Context) -> tuple[Array, Array]:
-        product = self.kernels.product
-        if self.cfg.q_latent_dim is None:
+    def project(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Float[Array, "B T H K"], Rows]:
+        product, cfg = self.kernels.product, self.cfg
+        if cfg.q_latent_dim is None:
             q = product(x, self.w_q[...])
         else:
             q = product(self.q_norm(product(x, self.w_dq[...])), self.w_uq[...])
-        q_nope, q_rope = jnp.split(constrain(q, *HEAD_AXES), [self.cfg.nope_head_dim], axis=-1)
-        cos, sin = ctx.cos[:, :, None], ctx.sin[:, :, None]
-        return q_nope, rope.rotate(q_rope, cos, sin, interleaved=self.cfg.rope_interleaved)
+        c_kv, k_rope = jnp.split(product(x, self.w_dkv[...])[:, :, None], [cfg.kv_latent_dim], axis=-1)
+        rows = {"latent": self.kv_norm(c_kv), "k_rope": rotate_last(k_rope, ctx, cfg)}
+        return rotate_last(constrain(q, *HEAD_AXES), ctx, cfg), rows
+
+    def expand(self, rows: Rows) -> Rows:
+        latent, k_rope = rows["latent"][:, :, 0], rows["k_rope"][:, :, 0]
+        return dict(zip("kv", self.kernels.expand(latent, k_rope, self.w_uk[...], self.w_uv[...]), strict=True))
+
+    def attend_to_cache(self, q: Float[Array, "B T H K"], rows: Rows, ctx: Context) -> tuple[Array, Cache]:
+        if "latent" not in ctx.cache:
+            return super().attend_to_cache(q, rows, ctx)
+        by_head = self.kernels.product_by_head
+        w_uk, w_uv = self.w_uk[...].astype(q.dtype), self.w_uv[...].astype(q.dtype)
+        q_nope, q_rope = jnp.split(q, [self.cfg.nope_head_dim], axis=-1)
+        out, cache = attend_to_rows(self, {"latent": by_head(q_nope, w_uk), "k_rope": q_rope}, "latent", rows, ctx)
+        return by_head(out, w_uv, transposed=True), cache
 
 
-class GQA(nnx.Module):
+class GQA(Attention):
     """Attention with keys and values for each of `kv_heads` heads: MHA has one a query head, MQA a single one.
 
     The baseline for MLA. Heads have MLA's widths: N + R numbers of a query or key, of which R are rotated, and V of a
@@ -153,69 +167,23 @@ class GQA(nnx.Module):
     (2, 8, 128)
     """
 
-    def __init__(
-        self,
-        cfg: ModelConfig,
-        execution: Execution | None = None,
-        *,
-        rngs: nnx.Rngs,
-        kernels: Kernels | None = None,
-    ):
-        dim, heads, groups, std = cfg.dim, cfg.num_heads, cfg.kv_heads, cfg.init_std
-        qk_dim = cfg.nope_head_dim + cfg.rope_head_dim
-        self.w_q = param(rngs, (dim, heads, qk_dim), ("dim", "heads", None), std)
-        self.w_k = param(rngs, (dim, groups, qk_dim), ("dim", "heads", None), std)
-        self.w_v = param(rngs, (dim, groups, cfg.v_head_dim), ("dim", "heads", None), std)
-        self.w_o = param(rngs, (heads, cfg.v_head_dim, dim), ("heads", None, "dim"), std)
+    def make_weights(self, cfg: ModelConfig, rngs: nnx.Rngs) -> None:
+        qk_dim, axes, std = cfg.nope_head_dim + cfg.rope_head_dim, ("dim", "heads", None), cfg.init_std
+        self.w_q = param(rngs, (cfg.dim, cfg.num_heads, qk_dim), axes, std)
+        self.w_k = param(rngs, (cfg.dim, cfg.kv_heads, qk_dim), axes, std)
+        self.w_v = param(rngs, (cfg.dim, cfg.kv_heads, cfg.v_head_dim), axes, std)
         if cfg.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(qk_dim, cfg.norm_eps), RMSNorm(qk_dim, cfg.norm_eps)
-        self.cfg, self.kernels = cfg, kernels or prepare(execution)
-        self.scale = rope.softmax_scale(qk_dim, cfg.yarn)
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        *,
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T D"]:
-        """Attend to earlier tokens of the same segment. Positions default to 0, 1, …"""
-        return self.attend(x, _context(self.cfg, x, segment_ids, positions))[0]
-
-    @jax.named_scope("GQA")
-    def attend(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Context]:
-        """Attend to earlier tokens, cached ones first. Returns (output [B, T, D], the context with these tokens)."""
+    def project(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Float[Array, "B T H K"], Rows]:
         q, k, v = (self.kernels.product(x, w[...]) for w in (self.w_q, self.w_k, self.w_v))
         q, k, v = (constrain(y, *HEAD_AXES) for y in (q, k, v))
         if self.cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (rotate_last(y, ctx, self.cfg) for y in (q, k))
-        cache = ctx.cache
-        if cache is not None and not cache.is_empty:
-            out, cache = attend_to_heads(self, q, k, v, cache, ctx.layer)
-            return project_out(self, out), ctx._replace(cache=cache)
-        out, ctx = attend_causally(self, q, k, v, ctx)
-        if cache is not None:
-            cache = cache.write(concat_kv(k, v), ctx.layer, self.kernels)
-        return project_out(self, out), ctx._replace(cache=cache)
+        return rotate_last(q, ctx, self.cfg), {"k": rotate_last(k, ctx, self.cfg), "v": v}
 
 
-def make_attention(cfg: ModelConfig, *, rngs: nnx.Rngs, kernels: Kernels) -> MLA | GQA:
-    """The attention that a configuration asks for.
-
-    Example:
-        >>> from dsv3_jax.presets import preset
-        >>> cfg = replace(preset("tiny"), attention="mha")
-        >>> attention = nnx.eval_shape(lambda: make_attention(cfg, rngs=nnx.Rngs(0), kernels=prepare()))
-        >>> type(attention).__name__, attention.w_k.shape
-        ('GQA', (128, 4, 48))
-    """
-    return (MLA if cfg.attention == "mla" else GQA)(cfg, rngs=rngs, kernels=kernels)
-
-
-def project_out(module: MLA | GQA, out: Float[Array, "B T H V"]) -> Float[Array, "B T D"]:
-    """Combine the heads by w_o."""
-    return module.kernels.product(constrain(out, *HEAD_AXES), module.w_o[...], 2)
+ATTENTION: dict[str, type[Attention]] = {"mla": MLA, "mha": GQA, "gqa": GQA, "mqa": GQA}
 
 
 def rotate_last(x: Float[Array, "B T H K"], ctx: Context, cfg: ModelConfig) -> Float[Array, "B T H K"]:
@@ -227,13 +195,13 @@ def rotate_last(x: Float[Array, "B T H K"], ctx: Context, cfg: ModelConfig) -> F
         >>> (rotate_last(x, make_context(cfg, from_zero(1, 2)), cfg) == x).sum(-1).ravel().tolist()  # position 0 stays
         [48, 32]
     """
-    nope, rotated = jnp.split(x, [cfg.nope_head_dim], axis=-1)
+    rest, rotated = jnp.split(x, [x.shape[-1] - cfg.rope_head_dim], axis=-1)
     rotated = rope.rotate(rotated, ctx.cos[:, :, None], ctx.sin[:, :, None], interleaved=cfg.rope_interleaved)
-    return jnp.concatenate([nope, rotated], axis=-1)
+    return jnp.concatenate([rest, rotated], axis=-1)
 
 
 def attend_causally(
-    module: MLA | GQA,
+    module: Attention,
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T G V"],
@@ -264,46 +232,37 @@ def attend_causally(
     return out, ctx
 
 
-def concat_kv(k: Float[Array, "B T G K"], v: Float[Array, "B T G V"]) -> Float[Array, "B G T KV"]:
-    """The rows of an expanded cache: [key, value].
-
-    Example:
-        >>> concat_kv(jnp.array([[[[1.0, 2.0]]]]), jnp.array([[[[3.0]]]]))
-        Array([[[[1., 2., 3.]]]], dtype=float32)
-    """
-    return jnp.concatenate([k, v], axis=-1).swapaxes(1, 2)
-
-
-def attend_to_heads(
-    module: MLA | GQA,
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G V"],
-    cache: Cache,
-    layer: Array | int,
+def attend_to_rows(
+    module: Attention, queries: Mapping[str, Float[Array, "B T H _"]], values: str, rows: Rows, ctx: Context
 ) -> tuple[Float[Array, "B T H V"], Cache]:
-    """Cache T tokens' keys and values, then let each query head attend to its key-value head's rows."""
-    batch, length, heads, _ = q.shape
-    groups = k.shape[2]
-    part, index = cache.take(layer)
+    """Cache T tokens' rows, then attend to the cache. On a mesh, each device does so for its own sequences and heads.
 
-    def attend(q, rows, stored, lengths, layer):
-        held = replace(part, stored=stored, lengths=lengths).write(rows, layer, module.kernels)
-        local_groups, each = q.shape[2:4]  # key-value heads on this device, and query heads of each
-        last = jnp.repeat(held.positions(length), each, axis=1)
-        q = q.swapaxes(1, 2).reshape(q.shape[0], local_groups, length * each, -1)
-        out = module.kernels.cached_attention(
-            q, held.stored, layer, last, parts=cache.parts, shared=False, scale=module.scale
-        )
-        return out.reshape(q.shape[0], local_groups, length, each, -1).swapaxes(1, 2), held.stored
+    Args:
+        queries: by the name of the cached array that they are multiplied with; scores are summed.
+        values: the name of the array of values.
+        rows: of these tokens.
+    Returns: (the result, the context's cache with the rows).
+    """
+    cache, kernels = ctx.cache, module.kernels
+    part, index = cache.place(ctx.layer)
+    batch, length, heads, _ = next(iter(queries.values())).shape
+    groups, width = rows[values].shape[2:]
+    kept = {name: rows[name] for name in cache.parts[part]}
 
-    # Query heads are grouped by key-value head, so a mesh shards both alike, or neither.
-    q = q.reshape(batch, length, groups, heads // groups, -1)
-    names = ((*HEAD_AXES, None), ROW_AXES, ROW_AXES, ("batch",), ())
-    out, stored = shard_map_by_names(attend, names, (0, 2), q, concat_kv(k, v), part.stored, cache.lengths, index)
-    return out.reshape(batch, length, heads, -1), cache.put(stored, layer)
+    def attend(stored, kept, lengths, index, *queries_of):
+        local = Cache([stored], lengths).write(kept, index, kernels)
+        arrays = local.read(index)
+        some, _, own_groups, each, _ = queries_of[0].shape  # sequences and heads of this device
+        by_group = [q.swapaxes(1, 2).reshape(some, own_groups, length * each, -1) for q in queries_of]
+        last = jnp.repeat(local.positions(length), each, axis=1)
+        keys = [arrays[name] for name in queries]
+        out = kernels.cached_attention(by_group, keys, arrays[values], last, scale=module.scale)[..., :width]
+        return local.parts[0], out.reshape(some, own_groups, length, each, width).swapaxes(1, 2)
 
-
-def _context(cfg: ModelConfig, x: Array, segment_ids: Array | None, positions: Array | None) -> Context:
-    """The context of a module that is used alone."""
-    return make_context(cfg, from_zero(*x.shape[:2]) if positions is None else positions, segment_ids)
+    # Query heads are grouped by key-value head. A mesh shards both alike; or the queries of a single group.
+    axes = ("batch", None, "heads", None, None) if groups > 1 else ("batch", None, None, "heads", None)
+    grouped = [q.reshape(batch, length, groups, heads // groups, -1) for q in queries.values()]
+    names = (ROW_AXES, HEAD_AXES, ("batch",), (), *[axes] * len(grouped))
+    stored, out = shard_map_by_names(attend, names, (0, 4), cache.parts[part], kept, cache.lengths, index, *grouped)
+    cache = Cache([stored if i == part else other for i, other in enumerate(cache.parts)], cache.lengths)
+    return out.reshape(batch, length, heads, width), cache

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 from dsv3_jax.config import Execution, ModelConfig
 from dsv3_jax.kernels.choose import Kernels
 from dsv3_jax.mesh.sharding import constrain
-from dsv3_jax.model.attention import make_attention
+from dsv3_jax.model.attention import ATTENTION
 from dsv3_jax.model.context import Context
 from dsv3_jax.model.layers import RMSNorm, SwiGLU
 from dsv3_jax.model.moe import LayerRouting, MoE
@@ -26,7 +26,7 @@ class DenseBlock(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, execution: Execution, *, rngs: nnx.Rngs, kernels: Kernels):
         self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.attn = make_attention(cfg, rngs=rngs, kernels=kernels)
+        self.attn = ATTENTION[cfg.attention](cfg, rngs=rngs, kernels=kernels)
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.ffn = SwiGLU(cfg.dim, cfg.dense_dim, cfg.init_std, rngs=rngs, kernels=kernels)
 
@@ -52,7 +52,7 @@ class SparseBlock(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, execution: Execution, *, rngs: nnx.Rngs, kernels: Kernels):
         self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.attn = make_attention(cfg, rngs=rngs, kernels=kernels)
+        self.attn = ATTENTION[cfg.attention](cfg, rngs=rngs, kernels=kernels)
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.moe = MoE(cfg, execution, rngs=rngs, kernels=kernels, stacked=True)
 

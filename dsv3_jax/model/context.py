@@ -15,7 +15,7 @@ from dsv3_jax.ops.routing import ROUTERS
 class Context(NamedTuple):
     """Goes into every layer. A layer returns it with the cache and the expert stack that the next layer needs.
 
-    Training has no cache. Prefill has an empty one, and decoding one that holds tokens.
+    Training and prefill have no cache. Prefill keeps each layer's rows.
     """
 
     cos: Array  # float32 [B, T, R/2]
@@ -23,7 +23,7 @@ class Context(NamedTuple):
     segment_ids: Array | None  # int32 [B, T]: a token sees its own segment only; None means one segment a row
     mask: Array  # bool [B, T]: tokens that count for load and balance losses
     layer: Array | int  # int32 []: which layer of the cache; a Python number where layers are unrolled
-    cache: Any = None  # Cache of all layers, or None
+    cache: Any = None  # Cache of all layers, that holds earlier tokens, or None
     experts: ExpertStack | None = None  # at this layer
     may_drop: bool = True  # False: no token is dropped, whatever capacity_factor says
     tokens: Array | None = None  # int32 [B, T]: ids that the router reads, if it reads any
@@ -31,6 +31,9 @@ class Context(NamedTuple):
     watch_logits: bool = False  # measure the largest attention logits, for QK-clip
     keep_scores: bool = False  # return the scores of all experts with a layer's routing
     muted: Array | None = None  # int32 [2]: layer and expert whose gate is 0, to measure what the expert is worth
+    rows: Any = (
+        None  # of the layer that has just run without a cache: arrays [B, T, G, X] that a cache may keep, by name
+    )
     max_logits: Array | None = None  # float32 [H]: of the layer that has just run, over tokens that are not padding
 
 

@@ -2,13 +2,15 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from dsv3_jax.config import LoraPart, ModelConfig
+from dsv3_jax.config import CacheKind, LoraPart, ModelConfig
 from dsv3_jax.kernels.choose import Kernels, Target
-from dsv3_jax.model.cache import elements_per_token
+from dsv3_jax.model.attention import ATTENTION
 from dsv3_jax.model.transformer import abstract
 
 
@@ -139,6 +141,33 @@ def distinct_experts(cfg: ModelConfig, tokens: int) -> float:
         (8.0, 163)
     """
     return cfg.num_experts * (1 - (1 - cfg.experts_per_token / cfg.num_experts) ** tokens)
+
+
+def elements_per_token(cfg: ModelConfig) -> dict[str, int]:
+    """Numbers cached a token over all layers, by kind, and `mha`: a key and a value for each of the model's heads.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> elements_per_token(preset("v3"))  # 61 layers of 512 + 64, and of 128 · (192 + 128)
+        {'latent': 35136, 'expanded': 2498560, 'mha': 2498560}
+    """
+    kinds: tuple[CacheKind, ...] = ("latent", "expanded") if cfg.attention == "mla" else ("expanded",)
+    rows = {kind: ATTENTION[cfg.attention].cache_rows(cfg, kind).values() for kind in kinds}
+    counts: dict[str, int] = {kind: sum(heads * width for heads, width in of) for kind, of in rows.items()}
+    counts["mha"] = cfg.num_heads * (cfg.nope_head_dim + cfg.rope_head_dim + cfg.v_head_dim)
+    return {name: cfg.num_layers * count for name, count in counts.items()}
+
+
+def bytes_per_token(cfg: ModelConfig, kind: CacheKind, dtype: Any) -> int:
+    """Bytes cached a token over all layers, scales of 8-bit rows included.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> bytes_per_token(preset("v3"), "latent", "bfloat16")
+        70272
+    """
+    size, rows = jnp.dtype(dtype).itemsize, ATTENTION[cfg.attention].cache_rows(cfg, kind)
+    return cfg.num_layers * sum(heads * (width * size + (4 if size == 1 else 0)) for heads, width in rows.values())
 
 
 def decode_bytes(

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import CacheKind, Execution, ModelConfig, replace
 from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.mesh.sharding import on_mesh, shard_map_over_batch, unshard_weights
+from dsv3_jax.model.attention import ATTENTION
 from dsv3_jax.model.blocks import DenseBlock, SparseBlock
 from dsv3_jax.model.cache import Cache, empty_cache
 from dsv3_jax.model.context import Context, from_zero, make_context
@@ -150,40 +151,57 @@ class Transformer(nnx.Module):
 
     def run_layers(
         self, tokens: Int[Array, "B T"], cache: Cache | None, weights: DecodeWeights | None = None
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Run the trunk for decoding: over a prompt, or over tokens that follow what the cache holds.
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Run the trunk for decoding, over tokens that follow what the cache holds.
 
         Args:
-            cache: an empty one for a prompt. None has no cache: the tokens are all there are.
+            cache: None means that the tokens are all there are.
             weights: from `prepare_decode`, made outside the loop over tokens.
-        Returns: (the last layer's output before the final norm, the cache with the tokens' rows). Lengths stay.
+        Returns: (the last layer's output before the final norm, the cache with the tokens' rows). Lengths stay: the
+            caller knows how many of the tokens will count.
         """
         positions = from_zero(*tokens.shape) if cache is None else cache.positions(tokens.shape[1])
         ctx = make_context(self.cfg, positions, tokens=tokens, cache=cache, may_drop=False)
         x, cache, *_ = self._trunk(tokens, ctx, weights)
         return x, cache
 
+    def prefill(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: Cache
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Read prompts, whose first `lengths` tokens count, into an empty cache.
+
+        Returns: (the last layer's output before the final norm, the filled cache).
+        """
+        ctx = make_context(self.cfg, from_zero(*tokens.shape), tokens=tokens, may_drop=False)
+        x, rows, *_ = self._trunk(tokens, ctx, keep=tuple(cache.parts[0]))
+        return x, cache.fill(rows, lengths)
+
     def _trunk(
-        self, tokens: Array, ctx: Context, weights: DecodeWeights | None = None
-    ) -> tuple[Array, Cache | None, LayerRouting | None, dict[str, Array | None]]:
-        """(The last layer's output, the cache, what the sparse layers' routers did, largest logits if watched)."""
+        self, tokens: Array, ctx: Context, weights: DecodeWeights | None = None, keep: tuple[str, ...] = ()
+    ) -> tuple[Array, Any, LayerRouting | None, dict[str, Array | None]]:
+        """Run all layers.
+
+        Args: keep: names of the rows that are returned in place of the cache, stacked by layer.
+        Returns: (the last layer's output, the cache, what the sparse layers' routers did, largest logits if watched).
+        """
         first = self.cfg.num_dense_layers
-        if ctx.cache is not None and ctx.cache.by_layer and weights is None:
+        if ctx.cache is not None and weights is None:
             weights = self.prepare_decode()
         how: dict[str, Any] = {"remat": self.execution.remat, "unshard": self.unshard, "unroll": self.trains_unrolled}
-        decoding = ctx.cache is not None
+        decoding = ctx.cache is not None or bool(keep)
         if decoding:
             how |= {"remat": "none", "unroll": False}
 
         def dense_layer(block, carry, index):
             x, cache = carry
             x, after, _ = block(x, ctx._replace(cache=cache, layer=index))
-            return (x, after.cache), after.max_logits
+            return (x, after.cache), (after.max_logits, {name: after.rows[name] for name in keep})
 
         carry = self.embedding(tokens), ctx.cache
-        (x, cache), of_dense = loop_layers(self.dense, dense_layer, carry, layers=weights and weights.dense, **how)
+        (x, cache), found = loop_layers(self.dense, dense_layer, carry, layers=weights and weights.dense, **how)
+        of_dense, kept_of_dense = found or (None, None)
         if self.experts is None:
-            return x, cache, None, {"dense": of_dense}
+            return x, kept_of_dense if keep else cache, None, {"dense": of_dense}
         if self.experts.adapted and not decoding:
             x, routing = self._adapted_layers(x, ctx, how)
             return x, cache, routing, {}
@@ -193,7 +211,8 @@ class Transformer(nnx.Module):
             x, cache, grad = carry
             layer = ctx._replace(cache=cache, layer=first + index, experts=experts.at(index, grad))
             x, after, routing = block(x, layer)
-            return (x, after.cache, after.experts.grad), None if decoding else (routing, after.max_logits)
+            kept = {name: after.rows[name] for name in keep}
+            return (x, after.cache, after.experts.grad), (None if decoding else (routing, after.max_logits), kept)
 
         carry = x, cache, experts.grad
         (x, cache, grad), found = loop_layers(
@@ -201,7 +220,11 @@ class Transformer(nnx.Module):
         )
         if not decoding:
             x = self.kernels.close_experts(x, experts.at(0, grad))
-        routing, of_sparse = (None, None) if found is None else found
+        if keep:
+            assert found is not None
+            kept = [rows for rows in (kept_of_dense, found[1]) if rows is not None]
+            return x, jax.tree.map(lambda *rows: jnp.concatenate(rows), *kept), None, {}
+        routing, of_sparse = (found and found[0]) or (None, None)
         return x, cache, routing, {"dense": of_dense, "sparse": of_sparse}
 
     def _adapted_layers(self, x: Array, ctx: Context, how: dict[str, Any]) -> tuple[Array, LayerRouting]:
@@ -224,7 +247,7 @@ class Transformer(nnx.Module):
     @property
     def unrolls(self) -> bool:
         """Whether decoding unrolls the layers; not on a mesh, and not in very deep models."""
-        most = UNROLLED_BY_LAYER if self.kernels.cache_by_layer else UNROLLED
+        most = UNROLLED if self.kernels.scan_copies else UNROLLED_BY_LAYER
         return not on_mesh() and self.cfg.num_layers <= most
 
     @property
@@ -242,12 +265,13 @@ class Transformer(nnx.Module):
         """Take each layer's arrays out of the stacks, once a request; None if layers are not unrolled."""
         return DecodeWeights(unstack(self.dense), unstack(self.sparse)) if self.unrolls else None
 
-    def empty_cache(self, batch: int, capacity: int, kind: CacheKind, dtype: Any) -> Cache:
-        """An empty cache of the layers, in the form that the kernels read best. See `model.cache.empty_cache`."""
-        kernels = self.kernels
-        by_layer, row_multiple = kernels.cache_by_layer and self.unrolls, kernels.cache_row_multiple
-        how: dict[str, Any] = {"by_layer": by_layer, "row_multiple": row_multiple}
-        return empty_cache(self.cfg, self.cfg.num_layers, batch, capacity, kind, dtype, **how)
+    def empty_cache(
+        self, batch: int, capacity: int, kind: CacheKind, dtype: Any, *, layers: int | None = None
+    ) -> Cache:
+        """An empty cache of the trunk, or of so many layers. See `model.cache.empty_cache`."""
+        rows, layers = ATTENTION[self.cfg.attention].cache_rows(self.cfg, kind), layers or self.cfg.num_layers
+        how: dict[str, Any] = {"by_layer": self.unrolls, "row_multiple": self.kernels.cache_row_multiple}
+        return empty_cache(rows, layers, batch, capacity, dtype, **how)
 
     def read_by_heads(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The multi-token heads' input: the trunk's output, normed if `mtp_input` says so."""

@@ -42,52 +42,6 @@ def join_keys(k_nope: Float[Array, "B T H N"], k_rope: Float[Array, "B T R"]) ->
     return jnp.concatenate([k_nope, k_heads], axis=-1)
 
 
-def concat_scores(
-    q_nope: Float[Array, "B T H N"],
-    q_rope: Float[Array, "B T H R"],
-    k_nope: Float[Array, "B S H N"],
-    k_rope: Float[Array, "B S R"],
-) -> Float[Array, "B H T S"]:
-    """Score with one product of concatenated halves: [q_nope, q_rope] · [k_nope, k_rope]. All fast paths do so.
-
-    Example:
-        >>> one = jnp.ones((1, 1, 1, 1))
-        >>> concat_scores(2 * one, 3 * one, 4 * one, 5 * one[0])  # 2 · 4 + 3 · 5
-        Array([[[[23.]]]], dtype=float32)
-    """
-    q = jnp.concatenate([q_nope, q_rope], axis=-1)
-    return jnp.einsum("bthk,bshk->bhts", q, join_keys(k_nope, k_rope))
-
-
-def summed_scores(
-    q_nope: Float[Array, "B T H N"],
-    q_rope: Float[Array, "B T H R"],
-    k_nope: Float[Array, "B S H N"],
-    k_rope: Float[Array, "B S R"],
-) -> Float[Array, "B H T S"]:
-    """Score with the report's sum of two products, q_nope · k_nope + q_rope · k_rope. Equals `concat_scores`.
-
-    Example:
-        >>> one = jnp.ones((1, 1, 1, 1))
-        >>> summed_scores(2 * one, 3 * one, 4 * one, 5 * one[0])  # 2 · 4 + 3 · 5
-        Array([[[[23.]]]], dtype=float32)
-    """
-    return jnp.einsum("bthn,bshn->bhts", q_nope, k_nope) + jnp.einsum("bthr,bsr->bhts", q_rope, k_rope)
-
-
-def absorb_query(
-    q_nope: Float[Array, "B T H N"], q_rope: Float[Array, "B T H R"], w_uk: Float[Array, "H N C"]
-) -> Float[Array, "B T H CR"]:
-    """Turn queries into latent space: [q_nope W_uk, q_rope], to be multiplied with rows [c_kv, k_rope].
-
-    Example:
-        >>> one = jnp.ones((1, 1, 1, 1))
-        >>> absorb_query(2 * one, 3 * one, w_uk=jnp.array([[[4.0, 5.0]]]))  # [2 · 4, 2 · 5, 3]
-        Array([[[[ 8., 10.,  3.]]]], dtype=float32)
-    """
-    return jnp.concatenate([product_by_head(q_nope, w_uk), q_rope], axis=-1)
-
-
 def expanded(
     q_nope: Float[Array, "B T H N"],
     q_rope: Float[Array, "B T H R"],
@@ -119,33 +73,31 @@ def expanded(
 def absorbed(
     q_nope: Float[Array, "B T H N"],
     q_rope: Float[Array, "B T H R"],
-    stored: Stored,
-    layer: Int[Array, ""],
+    latents: Stored,
+    k_rope: Stored,
     last: Int[Array, "B T"],
     w_uk: Float[Array, "H N C"],
     w_uv: Float[Array, "H V C"],
     *,
     scale: float,
-    block: int | None = None,
 ) -> Float[Array, "B T H V"]:
     """MLA in latent space; keys and values for each head are never formed.
 
-    scores = [q_nope W_uk, q_rope] · [c_kv, k_rope];  out = (softmax(scale · scores) · c_kv) W_uvᵀ
+    scores = q_nope W_uk · c_kv + q_rope · k_rope;  out = (softmax(scale · scores) · c_kv) W_uvᵀ
 
     Args:
         q_nope, q_rope: queries of T tokens.
-        stored, layer: the cache, G = 1 and rows [c_kv, k_rope] with those of the T tokens; which layer of it.
+        latents, k_rope: the cache, with one head; it has the rows of the T tokens too.
         last: the last cached row that each query may see.
-        scale, block: see `cached_attention`.
+        scale: see `cached_attention`.
 
     Example:
-        >>> rows = jnp.array([[1.0, 0.0], [3.0, 0.0]])  # [c_kv, k_rope] of two tokens
-        >>> stored, q, one = Stored(rows[None, None, None], None), jnp.zeros((1, 1, 1, 1)), jnp.ones((1, 1, 1))
-        >>> absorbed(q, q, stored, jnp.int32(0), jnp.array([[1]]), one, one, scale=1.0)  # equal scores: the mean
+        >>> rows = jnp.array([1.0, 3.0]).reshape(1, 1, 2, 1)  # c_kv of two tokens
+        >>> q, one = jnp.zeros((1, 1, 1, 1)), jnp.ones((1, 1, 1))
+        >>> absorbed(q, q, Stored(rows, None), Stored(rows, None), jnp.array([[1]]), one, one, scale=1.0)  # the mean
         Array([[[[2.]]]], dtype=float32)
     """
     batch, length, heads, _ = q_nope.shape
-    q = absorb_query(q_nope, q_rope, w_uk).reshape(batch, 1, length * heads, -1)
-    last, parts = jnp.repeat(last, heads, axis=1), (w_uk.shape[-1], q_rope.shape[-1])
-    out = cached_attention(q, stored, layer, last, parts=parts, shared=True, scale=scale, block=block)
+    queries = [q.reshape(batch, 1, length * heads, -1) for q in (product_by_head(q_nope, w_uk), q_rope)]
+    out = cached_attention(queries, [latents, k_rope], latents, jnp.repeat(last, heads, axis=1), scale=scale)
     return product_by_head(out.reshape(batch, length, heads, -1), w_uv, transposed=True)

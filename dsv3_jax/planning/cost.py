@@ -30,7 +30,7 @@ from dsv3_jax.config import ConfigError, Execution, ModelConfig, RunConfig
 from dsv3_jax.kernels import xla_flags
 from dsv3_jax.kernels.choose import Kernels, Target, platform_of, prepare
 from dsv3_jax.mesh import sharding
-from dsv3_jax.model.cache import pick_kind
+from dsv3_jax.model.cache import Cache, pick_kind
 from dsv3_jax.model.counting import distinct_experts, size, train_flops_per_token
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import abstract
@@ -204,20 +204,19 @@ def decode_cost(
     by_layer = _with_shardings(by_layer, jax.tree.map(lambda _: NamedSharding(mesh, P()), by_layer))
     kind = pick_kind(cfg, None)
 
-    def filled(params, bias) -> Any:
-        cache = nnx.merge(graph, params, bias).empty_cache(batch, context, kind, compute_dtype)
-        return cache.at_lengths(cache.lengths)
+    def empty(params, bias) -> Any:
+        return nnx.merge(graph, params, bias).empty_cache(batch, context, kind, compute_dtype)
 
     with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(filled, params, bias)
+        shapes = jax.eval_shape(empty, params, bias)
     stored = NamedSharding(mesh, P(None, *rows.spec))
-    shardings = replace(shapes, stored=jax.tree.map(lambda _: stored, shapes.stored), lengths=rows)
+    shardings = Cache(jax.tree.map(lambda _: stored, shapes.parts), rows)
     cache = _with_shardings(shapes, shardings)
     tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32, sharding=rows)
 
     def step(params, bias, by_layer, cache, tokens):
         model = nnx.merge(graph, params, bias)
-        x, cache = cache.step(model, tokens, by_layer)
+        x, cache = model.run_layers(tokens, cache, by_layer)
         logits = model.logits(model.norm(x))
         cache = cache.at_lengths(cache.lengths + 1)
         next_tokens = jax.lax.with_sharding_constraint(jnp.argmax(logits, axis=-1), rows)

@@ -26,8 +26,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dsv3_jax.config import ModelConfig, replace
-from dsv3_jax.model.cache import bytes_per_token, pick_kind
-from dsv3_jax.model.counting import distinct_experts, size
+from dsv3_jax.model.cache import pick_kind
+from dsv3_jax.model.counting import bytes_per_token, distinct_experts, size
 
 Union = Callable[[ModelConfig, int], float]  # (model, tokens) → distinct experts of a layer
 

@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from dsv3_jax.cluster import processes
 from dsv3_jax.data.batches import Batch, model_inputs
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.model.cache import bytes_per_token, pick_dtype, pick_kind
+from dsv3_jax.model.cache import pick_dtype, pick_kind
+from dsv3_jax.model.counting import bytes_per_token
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops import balance
 from dsv3_jax.ops.cross_entropy import token_scores
@@ -191,11 +192,10 @@ def _through_cache(graphdef, state, tokens, *, kind, dtype):
     batch, length = tokens.shape
     steps = -(-length // STEP)
     padded = jnp.pad(tokens, ((0, 0), (0, steps * STEP - length)))
-    start = model.empty_cache(batch, steps * STEP, kind, dtype)
-    start = start.at_lengths(start.lengths)
+    start, weights = model.empty_cache(batch, steps * STEP, kind, dtype), model.prepare_decode()
 
     def read(cache, part):
-        x, cache = cache.step(model, part)
+        x, cache = model.run_layers(part, cache, weights)
         return cache.at_lengths(cache.lengths + STEP), model.norm(x)
 
     _, h = jax.lax.scan(read, start, padded.reshape(batch, steps, STEP).swapaxes(0, 1))

@@ -55,8 +55,8 @@ def loss_at_bits(model, batches, kind, bits):
     """Return the loss through a float32 cache whose rows are rounded to so many bits as they are written."""
     store = cache_file._as_stored
 
-    def rounded(part, rows):
-        return store(part, round_to_bits(rows, part.parts, bits))
+    def rounded(rows, like):
+        return store(round_to_bits(rows, bits), like)
 
     jax.clear_caches()  # or a program that was compiled without the rounding would run
     with mock.patch.object(cache_file, "_as_stored", rounded):
@@ -65,18 +65,13 @@ def loss_at_bits(model, batches, kind, bits):
     return quality.val_loss
 
 
-def round_to_bits(rows, parts, bits):
-    """Round each part of a row to 2^bits − 1 even steps around 0, with one scale for each part, as int8 does.
+def round_to_bits(rows, bits):
+    """Round rows to 2^bits − 1 even steps around 0, with one scale for each row of an array, as int8 does.
 
-    scale = max|part| / (2^(bits−1) − 1);   rounded = scale · round(part / scale)
+    scale = max|row| / (2^(bits−1) − 1);   rounded = scale · round(row / scale)
     """
-    most, done, start = 2 ** (bits - 1) - 1, [], 0
-    for width in parts:
-        part = rows[..., start : start + width]
-        scale = jnp.abs(part).max(axis=-1, keepdims=True) / most
-        done.append(jnp.where(scale > 0, jnp.round(part / jnp.where(scale > 0, scale, 1)) * scale, 0))
-        start += width
-    return jnp.concatenate(done, axis=-1)
+    scale = jnp.abs(rows).max(axis=-1, keepdims=True) / (2 ** (bits - 1) - 1)
+    return jnp.where(scale > 0, jnp.round(rows / jnp.where(scale > 0, scale, 1)) * scale, 0)
 
 
 def change(kind, dtype):

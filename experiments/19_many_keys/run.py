@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
-from dsv3_jax.model.cache import elements_per_token
+from dsv3_jax.model.counting import elements_per_token
 from experiments.lab import Column, OnTask, Study, drawing, write_figure
 from experiments.lab.claims import Claim, Stake
 from experiments.lab.matching import matched

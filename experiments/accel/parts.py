@@ -33,11 +33,10 @@ from flax import nnx
 from dsv3_jax.config import ConfigError, DataConfig, Execution, ModelConfig, RunConfig, replace
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.kernels import choose
-from dsv3_jax.model.cache import bytes_per_token, empty_cache, pick_kind
-from dsv3_jax.model.counting import decode_bytes, train_flops_per_token
+from dsv3_jax.model.cache import pick_kind
+from dsv3_jax.model.counting import bytes_per_token, decode_bytes, train_flops_per_token
 from dsv3_jax.model.moe import MoE, RouterBias
 from dsv3_jax.model.transformer import Transformer, abstract
-from dsv3_jax.ops.cached_attention import Stored
 from dsv3_jax.ops.expert_stack import Experts, read_only
 from dsv3_jax.presets import preset, recipe
 from dsv3_jax.training.step import Job, init_state, make_step
@@ -600,7 +599,7 @@ def decode(sizes: Sizes) -> Part:
         def one(carry, tokens):
             cache, last = carry
             tokens = (tokens + last) % cfg.vocab_size  # each step needs the one before
-            x, cache = cache.step(model, tokens[:, None], weights)
+            x, cache = model.run_layers(tokens[:, None], cache, weights)
             last = jnp.argmax(model.logits(model.norm(x))[:, 0], axis=-1).astype(jnp.int32)
             return (cache.at_lengths(cache.lengths + 1), last), None
 
@@ -611,10 +610,10 @@ def decode(sizes: Sizes) -> Part:
         label = f"{cfg.num_layers} layers, batch {batch}, {sizes.context} cached"
         yield label
         RAN.clear()
-        cache = empty_cache(cfg, cfg.num_layers, batch, sizes.context + sizes.decode_steps, kind, jnp.bfloat16)
-        shape = cache.stored.rows.shape
-        cache = dataclasses.replace(cache, stored=None)  # frees the empty rows
-        cache = dataclasses.replace(cache, stored=Stored(draw(next(key), shape), None))
+        slots = sizes.context + sizes.decode_steps
+        model = nnx.merge(graph, state)
+        shapes = jax.eval_shape(partial(model.empty_cache, batch, slots, kind, jnp.bfloat16))
+        cache = jax.tree.map(lambda x: draw(next(key), x.shape) if x.ndim > 1 else jnp.zeros(x.shape, x.dtype), shapes)
         drawn = jax.random.randint(next(key), (sizes.decode_steps, batch), 0, cfg.vocab_size, jnp.int32)
 
         def at_context(cache, batch=batch):

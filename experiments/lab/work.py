@@ -180,8 +180,8 @@ def _train(run: RunConfig, folder: Path, task: Task | None) -> tuple[dict, float
 
 
 def _parameters(run: RunConfig) -> dict:
-    from dsv3_jax.model.cache import bytes_per_token, pick_dtype, pick_kind
-    from dsv3_jax.model.counting import size
+    from dsv3_jax.model.cache import pick_dtype, pick_kind
+    from dsv3_jax.model.counting import bytes_per_token, size
 
     counted, cfg = size(run.model), run.model
     cache = bytes_per_token(cfg, pick_kind(cfg, None), pick_dtype(run.execution.compute_dtype, None))

@@ -1,6 +1,7 @@
 """Attention on the CPU: the C++ kernels, and block sizes for the XLA loops."""
 
-from functools import partial
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,32 +64,16 @@ def _attend_bwd(saved, d_results):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def cached_attention(
-    q: Float[Array, "B G Q K"],
-    stored: Stored,
-    layer: Int[Array, ""],
-    last: Int[Array, "B Q"],
-    *,
-    parts: tuple[int, int],
-    shared: bool,
-    scale: float,
-) -> Float[Array, "B G Q V"]:
-    """Compute `ops.cached_attention.cached_attention` with float32 queries, by the C++ kernel."""
-    q, values = scaled(q, scale), (0, parts[0]) if shared else parts
-    return calls.cached_attention(q, *stored, layer, last, values=values, first_part=parts[0])
-
-
-def cached_attention_in_blocks(
-    q: Float[Array, "B G Q K"], stored: Stored, layer: Int[Array, ""], last: Int[Array, "B Q"], **settings
-) -> Float[Array, "B G Q V"]:
+def cached_attention_in_blocks(queries: Sequence[Array], keys: Sequence[Stored], values: Stored, *args, **settings):
     """Compute `ops.cached_attention.cached_attention` in blocks that stay in a core's cache."""
-    _, batch, groups, _, width = stored.rows.shape
+    width = sum(stored.rows.shape[-1] for stored in {id(x.rows): x for x in (*keys, values)}.values())
+    batch, groups = values.rows.shape[:2]
     rows = max(BLOCK_ELEMENTS // (batch * groups * width), 1)
     block = max(1 << (rows.bit_length() - 1), 64)
-    return partial(op.cached_attention, block=block)(q, stored, layer, last, **settings)
+    return op.cached_attention_in_blocks(queries, keys, values, *args, block=block, **settings)
 
 
-def write_rows(stored: Stored, new: Stored, layer: Int[Array, ""], first: Int[Array, " B"]) -> Stored:
+def write_rows(stored: Any, new: Any, layer: Int[Array, ""], first: Int[Array, " B"]) -> Any:
     """Compute `ops.cached_attention.write_rows` sequence by sequence.
 
     XLA's scatter works in place too, but takes 1.5 µs for 32 rows of 160 numbers; this loop takes 0.7, on two cores.

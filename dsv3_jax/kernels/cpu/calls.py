@@ -17,7 +17,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.ops.cached_attention import Stored
 
 CACHE_DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")  # dtypes of the rows that `cached_attention` reads
 
@@ -78,32 +80,30 @@ def decode_experts(
 
 
 def cached_attention(
-    q: Float[Array, "B G Q K"],
-    rows: Shaped[Array, "L B G S X"],
-    scales: Float[Array, "L B G S 2"] | None,
-    layer: Int[Array, ""],
+    queries: Sequence[Float[Array, "B G Q _"]],
+    keys: Sequence[Stored],
+    values: Stored,
     last: Int[Array, "B Q"],
     *,
-    values: tuple[int, int],
-    first_part: int,
+    scale: float,
 ) -> Float[Array, "B G Q V"]:
-    """Compute softmax(q · keys) values over rows 0 … last of a cache; see `ops.cached_attention`.
+    """Compute `ops.cached_attention.cached_attention` with float32 queries.
 
     A query's result does not depend on the other queries. Takes no gradient.
 
     Args:
-        q: scaled queries.
-        rows: the cache, in a dtype from CACHE_DTYPES. A row's key is its first K numbers.
-        scales: for 8-bit rows, one scale for a row's first `first_part` numbers and one for the others; else None.
-        layer: int32, which layer of the cache.
-        last: the last row that each query sees, in 0 … S - 1.
-        values: where in a row the value begins, and its width V.
-        first_part: how many numbers of a row have the first scale.
+        queries: for each array of keys; a row's key is its first numbers.
+        keys, values: in dtypes from CACHE_DTYPES. An array that has both is read once.
+        last: in 0 … S - 1.
     """
-    shape = jax.ShapeDtypeStruct((*q.shape[:3], values[1]), q.dtype)
+
+    def arrays(stored: Stored) -> tuple[Array, Array]:
+        return stored.rows, jnp.zeros((0,), jnp.float32) if stored.scales is None else stored.scales
+
+    shape = jax.ShapeDtypeStruct((*queries[0].shape[:3], values.rows.shape[-1]), queries[0].dtype)
     call = jax.ffi.ffi_call("dsv3_cached_attention", shape)
-    scales = jnp.zeros((0,), jnp.float32) if scales is None else scales
-    return call(q, rows, scales, layer, last, value_at=np.int64(values[0]), first_part=np.int64(first_part))
+    of_keys = [x for q, key in zip(queries, keys, strict=True) for x in (q, *arrays(key))]
+    return call(*arrays(values), last, *of_keys, scale=np.float32(scale))
 
 
 def experts_swiglu(

@@ -1,7 +1,7 @@
 // The operations of a decoding step, for a few tokens:
 //   - products with a weight, SwiGLU, and products with one matrix a head;
 //   - the routed experts, from their stack [L, E, D, F];
-//   - attention over the rows of a cache [L, B, G, S, X].
+//   - attention over the rows of a layer's cached arrays [B, G, S, X].
 //
 // A decoding step is limited by memory bandwidth, so weights and cache are read once and in place. Threads share strips
 // of a weight's columns, heads, chosen experts, or parts of the cache. Scratch memory holds rows of a few tokens, and
@@ -91,34 +91,41 @@ void Product(const std::vector<const float*>& x, const float* w, int64_t depth, 
   }
 }
 
-// y[r, j] = x[r] · k[j] for R rows of x and `count` rows of k. Rows have `width` numbers; those of k are `step` apart.
+// Rows of x and rows of k to be multiplied. Rows have `width` numbers; those of k are `step` apart.
+struct Factors {
+  std::vector<const float*> x;
+  const float* k;
+  int64_t width, step;
+};
+
+// y[r, j] = Σ x[r] · k[j] over all factors, for R rows of x from `first` on and `count` rows of k.
 template <int R>
-void Dots(const float* const* x, const float* k, int64_t count, int64_t width, int64_t step, float* const* y) {
+void Dots(const std::vector<Factors>& factors, int64_t first, int64_t count, float* const* y) {
   for (int64_t j = 0; j < count; ++j) {
-    const float* row = k + j * step;
     Vec sum[R] = {};
-    int64_t n = 0;
-    for (; n + kLanes <= width; n += kLanes) {
-      if (n % kLine == 0) __builtin_prefetch(row + n + kAhead, 0, 2);
-      const Vec part = Load(row + n);
-      for (int r = 0; r < R; ++r) sum[r] = Add(sum[r], Load(x[r] + n), part);
+    float rest[R] = {};
+    for (const Factors& f : factors) {
+      const float *row = f.k + j * f.step, *const* x = &f.x[first];
+      int64_t n = 0;
+      for (; n + kLanes <= f.width; n += kLanes) {
+        if (n % kLine == 0) __builtin_prefetch(row + n + kAhead, 0, 2);
+        const Vec part = Load(row + n);
+        for (int r = 0; r < R; ++r) sum[r] = Add(sum[r], Load(x[r] + n), part);
+      }
+      for (; n < f.width; ++n)
+        for (int r = 0; r < R; ++r) rest[r] += x[r][n] * row[n];
     }
-    for (int r = 0; r < R; ++r) {
-      float rest = 0;
-      for (int64_t m = n; m < width; ++m) rest += x[r][m] * row[m];
-      y[r][j] = Sum(sum[r]) + rest;
-    }
+    for (int r = 0; r < R; ++r) y[first + r][j] = Sum(sum[r]) + rest[r];
   }
 }
 
 // Dots for any number of rows of x.
-void AllDots(const std::vector<const float*>& x, const float* k, int64_t count, int64_t width, int64_t step,
-             const std::vector<float*>& y) {
-  const int64_t rows = static_cast<int64_t>(x.size());
+void AllDots(const std::vector<Factors>& factors, int64_t count, const std::vector<float*>& y) {
+  const int64_t rows = static_cast<int64_t>(y.size());
   int64_t r = 0;
-  for (; r + 8 <= rows; r += 8) Dots<8>(&x[r], k, count, width, step, &y[r]);
-  for (; r + 4 <= rows; r += 4) Dots<4>(&x[r], k, count, width, step, &y[r]);
-  for (; r < rows; ++r) Dots<1>(&x[r], k, count, width, step, &y[r]);
+  for (; r + 8 <= rows; r += 8) Dots<8>(factors, r, count, y.data());
+  for (; r + 4 <= rows; r += 4) Dots<4>(factors, r, count, y.data());
+  for (; r < rows; ++r) Dots<1>(factors, r, count, y.data());
 }
 
 // y = x w, or y = silu(x w) ⊙ (x w_up) if w_up is given. A unit of work is a strip of columns.
@@ -183,7 +190,7 @@ struct Heads : Work {
     std::vector<float*> to(count);
     for (int64_t r = 0; r < count; ++r) rows[r] = x + (r * heads + h) * depth, to[r] = y + (r * heads + h) * width;
     const float* matrix = w + h * depth * width;
-    transposed ? AllDots(rows, matrix, width, depth, depth, to) : Product(rows, matrix, depth, width, width, to);
+    transposed ? AllDots({{rows, matrix, depth, depth}}, width, to) : Product(rows, matrix, depth, width, width, to);
   }
 };
 
@@ -305,12 +312,26 @@ void Widen(const void* stored, int64_t count, float scale, float* to) {
   std::memcpy(to + j, &rest, (count - j) * sizeof(float));
 }
 
-// One layer's rows of a cache, [B · G, S, X]. A row has two parts; in 8-bit formats each part has its own scale.
-struct CacheRows {
-  const uint8_t* at;                 // the first row
-  const float* scales;               // [B · G, S, 2], or null
-  int64_t width, first_part, bytes;  // X, numbers in the first part, bytes of a stored number
+// One of a layer's cached arrays, [B · G, S, X]. In 8-bit formats each row has a scale.
+struct Stored {
+  const uint8_t* at;     // the first row
+  const float* scales;   // [B · G, S], or null
+  int64_t width, bytes;  // X, bytes of a stored number
   void (*widen)(const void*, int64_t, float, float*);  // converts stored numbers; null for float32
+
+  // Returns what is wrong with the arrays, or null.
+  const char* Set(ffi::AnyBuffer rows, Floats row_scales) {
+    at = static_cast<const uint8_t*>(rows.untyped_data()), width = rows.dimensions()[3];
+    scales = row_scales.element_count() > 0 ? row_scales.typed_data() : nullptr;
+    switch (rows.element_type()) {
+      case ffi::F32: bytes = 4, widen = nullptr; break;
+      case ffi::BF16: bytes = 2, widen = Widen<Bfloat16>; break;
+      case ffi::S8: bytes = 1, widen = Widen<Int8>; break;
+      case ffi::F8E4M3FN: bytes = 1, widen = Widen<Float8E4m3>; break;
+      default: return "a cache of numbers that are not served";
+    }
+    return bytes == 1 && rows.element_count() > 0 && !scales ? "8-bit rows without scales" : nullptr;
+  }
 
   // Returns `count` rows from `first` on as floats. float32 rows are not copied; others are converted into `scratch`.
   const float* Read(int64_t first, int64_t count, std::vector<float>& scratch) const {
@@ -318,26 +339,30 @@ struct CacheRows {
     if (!widen) return reinterpret_cast<const float*>(from);
     if (static_cast<int64_t>(scratch.size()) < count * width) scratch.resize(count * width);
     float* to = scratch.data();
-    for (int64_t j = 0; j < count; ++j, to += width, from += width * bytes) {
-      const float* scale = scales ? scales + (first + j) * 2 : nullptr;
-      widen(from, first_part, scale ? scale[0] : 1.0f, to);
-      widen(from + first_part * bytes, width - first_part, scale ? scale[1] : 1.0f, to + first_part);
-    }
+    for (int64_t j = 0; j < count; ++j, to += width, from += width * bytes)
+      widen(from, width, scales ? scales[first + j] : 1.0f, to);
     return scratch.data();
   }
 };
 
-// softmax(q · keys) values over the first rows of a cache. A unit of work is kPart rows of one sequence and group.
+// One array of keys, and the queries for it.
+struct Keys {
+  const float* q;  // [B · G, Q, K]
+  int64_t width;   // K: a row's first numbers
+  Stored rows;
+};
+
+// softmax(scale · Σ q · keys) values over the first rows of a cache. A unit of work is kPart rows of one sequence and group.
 // Combine then merges the parts.
 struct Attention : Work {
-  const float* q;                            // [B · G, Q, K]
-  CacheRows rows;                            // this layer's [B · G, S, X]
+  std::vector<Keys> keys;
+  Stored values;
   const int32_t* last;                       // [B, Q]: the last row that a query sees
   int64_t pairs, groups, queries, capacity;  // B · G, G, Q, S
-  int64_t key_width, value_at, value_width;  // K, where in a row the value begins, V
   int64_t parts;                             // parts of S
+  float scale;                               // of the scores
   std::vector<float> top, total;             // [B · G, parts, Q]: largest score, Σ exp
-  std::vector<float> out;                    // [B · G, parts, Q, V]: Σ exp · value
+  std::vector<float> out;                    // [B · G, parts, Q, X]: Σ exp · value
 
   int64_t units() const override { return pairs * parts; }
 
@@ -348,30 +373,40 @@ struct Attention : Work {
     const int64_t count = end - first;
     std::fill_n(&top[i * queries], queries, -INFINITY);
     if (count <= 0) return;
-    static thread_local std::vector<float> scratch;
-    const float* from = rows.Read(pair * capacity + first, count, scratch);
+    const int64_t value_width = values.width, row = pair * capacity + first;
     std::vector<float> scores(queries * count);  // [Q, count]
-    std::vector<const float*> x(queries), weights(queries);
+    std::vector<const float*> weights(queries);
     std::vector<float*> y(queries), to(queries);
     for (int64_t r = 0; r < queries; ++r) {
-      x[r] = q + (pair * queries + r) * key_width;
       weights[r] = y[r] = &scores[r * count];
       to[r] = &out[(i * queries + r) * value_width];
     }
-    AllDots(x, from, count, key_width, rows.width, y);
+    static thread_local std::vector<std::vector<float>> scratch;  // of each array
+    scratch.resize(std::max(scratch.size(), keys.size() + 1));
+    const float* value = nullptr;
+    std::vector<Factors> factors(keys.size());
+    for (size_t n = 0; n < keys.size(); ++n) {
+      const Keys& key = keys[n];
+      factors[n] = {std::vector<const float*>(queries), key.rows.Read(row, count, scratch[n]), key.width, key.rows.width};
+      for (int64_t r = 0; r < queries; ++r) factors[n].x[r] = key.q + (pair * queries + r) * key.width;
+      if (key.rows.at == values.at) value = factors[n].k;  // these keys are the values too
+    }
+    if (!value) value = values.Read(row, count, scratch.back());
+    AllDots(factors, count, y);
     for (int64_t r = 0; r < queries; ++r) {
       const int64_t visible = std::min<int64_t>(count, seen[r] + 1 - first);  // later rows are masked
       float* s = y[r];
       const float most = Largest(s, visible, -INFINITY);
-      ByLanes(visible, [&](int64_t j, auto zero) { Store(s + j, Exp(Load(s + j, zero) - most)); });
+      ByLanes(visible, [&](int64_t j, auto zero) { Store(s + j, Exp(scale * (Load(s + j, zero) - most))); });
       std::fill(s + std::max<int64_t>(visible, 0), s + count, 0.0f);
-      top[i * queries + r] = most, total[i * queries + r] = Total(s, visible);
+      top[i * queries + r] = scale * most, total[i * queries + r] = Total(s, visible);
     }
-    Product(weights, from + value_at, count, value_width, rows.width, to);
+    Product(weights, value, count, value_width, value_width, to);
   }
 
-  // Merges the parts of each query: to [B · G, Q, V].
+  // Merges the parts of each query: to [B · G, Q, X].
   void Combine(float* to) const {
+    const int64_t value_width = values.width;
     for (int64_t pair = 0; pair < pairs; ++pair)
       for (int64_t r = 0; r < queries; ++r, to += value_width) {
         float most = -INFINITY, sum = 0;
@@ -389,40 +424,33 @@ struct Attention : Work {
   }
 };
 
-// Kernel: attention of a few queries to one layer of a cache.
-ffi::Error CachedAttention(ffi::ThreadPool pool, Floats q, ffi::AnyBuffer rows, Floats scales, Ints layer, Ints last,
-                           ffi::ResultBuffer<ffi::F32> out, int64_t value_at, int64_t first_part) {
-  const auto q_dims = q.dimensions(), rows_dims = rows.dimensions();  // [B, G, Q, K], [L, B, G, S, X]
-  const int64_t at = layer.typed_data()[0], layers = rows_dims[0];
-  if (at < 0 || at >= layers) return ffi::Error::InvalidArgument("layer outside the cache");
+// Kernel: attention of a few queries to one layer of a cache. `keys` are queries, rows and scales of each array of keys.
+ffi::Error CachedAttention(ffi::ThreadPool pool, ffi::AnyBuffer values, Floats scales, Ints last,
+                           ffi::RemainingArgs keys, ffi::ResultBuffer<ffi::F32> out, float scale) {
+  const auto values_dims = values.dimensions(), out_dims = out->dimensions();  // [B, G, S, X], [B, G, Q, X]
   auto work = std::make_shared<Attention>();
-  work->groups = q_dims[1], work->pairs = q_dims[0] * q_dims[1], work->queries = q_dims[2], work->key_width = q_dims[3];
-  work->capacity = rows_dims[3];
-  work->value_at = value_at, work->value_width = out->dimensions()[3];
-  work->q = q.typed_data(), work->last = last.typed_data();
-  CacheRows& cached = work->rows;
-  cached.width = rows_dims[4], cached.first_part = first_part;
-  switch (rows.element_type()) {
-    case ffi::F32: cached.bytes = 4, cached.widen = nullptr; break;
-    case ffi::BF16: cached.bytes = 2, cached.widen = Widen<Bfloat16>; break;
-    case ffi::S8: cached.bytes = 1, cached.widen = Widen<Int8>; break;
-    case ffi::F8E4M3FN: cached.bytes = 1, cached.widen = Widen<Float8E4m3>; break;
-    default: return ffi::Error::InvalidArgument("a cache of numbers that are not served");
+  work->groups = out_dims[1], work->pairs = out_dims[0] * out_dims[1], work->queries = out_dims[2];
+  work->capacity = values_dims[2], work->last = last.typed_data(), work->scale = scale;
+  if (const char* wrong = work->values.Set(values, scales)) return ffi::Error::InvalidArgument(wrong);
+  int64_t width = values_dims[3];
+  for (size_t i = 0; i < keys.size(); i += 3) {
+    const auto q = keys.get<Floats>(i), key_scales = keys.get<Floats>(i + 2);
+    const auto rows = keys.get<ffi::AnyBuffer>(i + 1);
+    if (!q || !rows || !key_scales) return ffi::Error::InvalidArgument("keys that are not served");
+    Keys& key = work->keys.emplace_back();
+    key.q = q->typed_data(), key.width = q->dimensions()[3], width += key.width;
+    if (const char* wrong = key.rows.Set(*rows, *key_scales)) return ffi::Error::InvalidArgument(wrong);
   }
-  const int64_t before = at * work->pairs * work->capacity;  // rows in the layers before this one
-  cached.at = static_cast<const uint8_t*>(rows.untyped_data()) + before * cached.width * cached.bytes;
-  cached.scales = scales.element_count() > 0 ? scales.typed_data() + before * 2 : nullptr;
-  if (cached.bytes == 1 && !cached.scales) return ffi::Error::InvalidArgument("8-bit rows without scales");
   int64_t most = 0;
-  for (int64_t i = 0; i < q_dims[0] * q_dims[2]; ++i) {
+  for (int64_t i = 0; i < out_dims[0] * out_dims[2]; ++i) {
     const int64_t seen = work->last[i];
     if (seen < 0 || seen >= work->capacity) return ffi::Error::InvalidArgument("a row outside the cache");
     most = std::max(most, seen);
   }
   work->parts = most / kPart + 1;
   const int64_t results = work->units() * work->queries;
-  work->top.resize(results), work->total.resize(results), work->out.resize(results * work->value_width);
-  Share(work, pool, work->pairs * (most + 1) * cached.width * static_cast<int64_t>(sizeof(float)));
+  work->top.resize(results), work->total.resize(results), work->out.resize(results * values_dims[3]);
+  Share(work, pool, work->pairs * (most + 1) * width * static_cast<int64_t>(sizeof(float)));
   work->Combine(out->typed_data());
   return ffi::Error::Success();
 }
@@ -468,13 +496,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3DecodeExperts, DecodeExperts,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3CachedAttention, CachedAttention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()                  // q [B, G, Q, K], scaled
-                                  .Arg<ffi::AnyBuffer>()          // rows [L, B, G, S, X]
-                                  .Arg<Floats>()                  // scales [L, B, G, S, 2], or [0]
-                                  .Arg<Ints>()                    // layer []
+                                  .Arg<ffi::AnyBuffer>()          // rows of the values [B, G, S, X]
+                                  .Arg<Floats>()                  // their scales [B, G, S, 1], or [0]
                                   .Arg<Ints>()                    // last [B, Q]
-                                  .Ret<Floats>()                  // out [B, G, Q, V]
-                                  .Attr<int64_t>("value_at")      // where in a row the value begins
-                                  .Attr<int64_t>("first_part"));  // numbers of a row that have the first scale
+                                  .RemainingArgs()                // q [B, G, Q, K], rows and scales of each array of keys
+                                  .Ret<Floats>()                  // out [B, G, Q, X]
+                                  .Attr<float>("scale"));         // of the scores
 
 }  // namespace dsv3

@@ -17,44 +17,36 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.ops.cached_attention import Stored, scaled
+from dsv3_jax.ops.attention import scaled
+from experiments.accel.kernels.packed import Packed
 
 BLOCK = 512  # rows of a grid step: 655 KB of V3's in bfloat16, twice for double buffering
 LANES = 128
 
 
-def serves(q: Array, rows: Array) -> bool:
-    """Whether the kernel has the dtypes."""
-    return q.dtype in (jnp.float32, jnp.bfloat16)
-
-
 def latent_attention(
     q: Float[Array, "B 1 Q K"],
-    stored: Stored,
+    stored: Packed,
     layer: Int[Array, ""],
     last: Int[Array, "B Q"],
     *,
     parts: tuple[int, int],
-    shared: bool = True,
     scale: float,
     block: int = BLOCK,
     interpret: bool = False,
 ) -> Float[Array, "B 1 Q V"]:
-    """Compute `ops.cached_attention.cached_attention` for latent rows, `shared` with one head.
+    """Compute `cached_attention` for packed rows: the keys, whose first `parts[0]` are the values.
 
     Takes no gradient.
 
     Args:
         block: rows of a grid step, a multiple of 128 or all of the cache's.
         interpret: run on the CPU, to test.
-    Raises: ValueError for rows that are not latent.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
-    _, batch, groups, capacity, width = stored.rows.shape
-    if not shared or groups != 1:
-        raise ValueError(f"shared={shared}, heads={groups}: the kernel reads latent rows, shared by all queries")
+    _, batch, _, capacity, width = stored.rows.shape
     queries, block = q.shape[2], min(block, capacity)
     q = jnp.pad(scaled(q[:, 0], scale), ((0, 0), (0, 0), (0, width - q.shape[-1])))
     ends = last.max(axis=1) + 1  # rows of each sequence that some query sees

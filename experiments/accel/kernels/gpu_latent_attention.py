@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.ops.cached_attention import Stored, scaled
+from dsv3_jax.ops.attention import scaled
+from experiments.accel.kernels.packed import Packed
 
 TILE = 64  # queries of a thread block, and rows that it visits at a time
 BUFFERS = 2  # blocks of rows in shared memory
@@ -49,16 +50,11 @@ def why_not(target: Any) -> str:
     return ""
 
 
-def serves(q: Array, rows: Array) -> bool:
-    """Whether the kernel has the dtypes."""
-    return q.dtype == jnp.bfloat16 and rows.dtype.name in ("bfloat16", "int8", "float8_e4m3fn")
-
-
-def fits(q: Array, rows: Array, shared: bool = True) -> bool:
+def fits(rows: Array) -> bool:
     """Whether the kernel has the shapes: latent rows of 64 slots or more, in shared memory."""
     _, _, groups, capacity, width = rows.shape
     small = _shared_bytes(width, rows.dtype) < MOST_SHARED
-    return shared and groups == 1 and capacity >= TILE and width % 16 == 0 and small
+    return groups == 1 and capacity >= TILE and width % 16 == 0 and small
 
 
 def _shared_bytes(width: int, dtype: Any) -> int:
@@ -69,16 +65,15 @@ def _shared_bytes(width: int, dtype: Any) -> int:
 
 def latent_attention(
     q: Float[Array, "B 1 Q K"],
-    stored: Stored,
+    stored: Packed,
     layer: Int[Array, ""],
     last: Int[Array, "B Q"],
     *,
     parts: tuple[int, int],
-    shared: bool = True,
     scale: float,
     splits: int | None = None,
 ) -> Float[Array, "B 1 Q V"]:
-    """Compute `ops.cached_attention.cached_attention` for latent rows, `shared` with one head, in bfloat16.
+    """Compute `cached_attention` in bfloat16 for packed rows, whose first `parts[0]` are the values.
 
     Takes no gradient. A test runs it on the CPU under `plgpu.force_gpu_interpret_mode`.
 
@@ -87,8 +82,8 @@ def latent_attention(
     Raises: ValueError for rows that are not latent or do not fit.
     """
     _, plgpu = _pallas()
-    if not fits(q, stored.rows, shared):
-        raise ValueError(f"shared={shared}, rows={stored.rows.shape}: the kernel reads latent rows, 64 or more")
+    if not fits(stored.rows):
+        raise ValueError(f"rows={stored.rows.shape}: the kernel reads latent rows, 64 or more")
     _, batch, _, capacity, width = stored.rows.shape
     queries = q.shape[2]
     tiles = -(-queries // TILE)
