@@ -7,10 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from dsv3_jax.chat.examples import load_examples
+from dsv3_jax.chat.text_settings import TEMPLATE_FILE, TextSettings, copy_to_run, with_template
 from dsv3_jax.cluster import processes
 from dsv3_jax.config import ConfigError, RunConfig, to_dict
-from dsv3_jax.data.examples import Examples, load_examples
-from dsv3_jax.data.text_settings import TEMPLATE_FILE, TextSettings, copy_to_run, with_template
+from dsv3_jax.data.batches import Source
 from dsv3_jax.hf import files, reading
 from dsv3_jax.hf.conversion import keep_origin
 from dsv3_jax.hf.open_model import find_released, load_text, released_run
@@ -105,7 +106,7 @@ def open_start(place: str, out: str | Path | None = None) -> warm_start.Start:
     return warm_start.Start(str(folder.path), run, True, load)
 
 
-def open_chats(run: RunConfig, out: str | Path, quiet: bool = True) -> tuple[TextSettings, Examples]:
+def open_chats(run: RunConfig, out: str | Path, quiet: bool = True) -> tuple[TextSettings, Source]:
     """Read how a run reads chats, and its examples: by its own files once it has begun, else by those of its start.
 
     Raises: ConfigError without a start; ValueError when there is no template, or a file cannot be read.

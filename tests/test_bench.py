@@ -13,8 +13,8 @@ from runs import cheap_compiles, finished, said_by
 from dsv3_jax.cli import bench
 from dsv3_jax.cli.bench import Cell, Decode
 from dsv3_jax.data import tokenizer
-from dsv3_jax.data.batches import held_out_prompts
 from dsv3_jax.data.corpus import load_corpus
+from dsv3_jax.data.source import held_out_prompts
 from dsv3_jax.decoding.generate import Generated
 from dsv3_jax.hf import open_model
 from dsv3_jax.model.counting import decode_bytes, distinct_experts

@@ -20,10 +20,10 @@ from runs import cheap_compiles, make_run, unhooked, unhooked_cli
 from texts import ANSWER, CONVERSATIONS, GOLDEN, NOW, PROMPTS, TEXTS, TOOLS, USER, V3, write_text_files
 
 import dsv3_jax as ds
+from dsv3_jax.chat import template as chat_module
+from dsv3_jax.chat.template import ChatTemplate, check_messages
+from dsv3_jax.chat.text_settings import SamplingDefaults, copy_to_run, read_released
 from dsv3_jax.config import replace
-from dsv3_jax.data import chat as chat_module
-from dsv3_jax.data.chat import ChatTemplate, check_messages
-from dsv3_jax.data.text_settings import SamplingDefaults, copy_to_run, read_released
 from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.hf.files import write_json
 from dsv3_jax.hf.open_model import load_text
@@ -163,22 +163,23 @@ def test_private_characters_cannot_be_forged(texts):
 # Order of messages
 
 
+DEEP: list = []
+for _ in range(500):
+    DEEP = [DEEP]
+
+
 @pytest.mark.parametrize(
     ("messages", "sentence"),
     [
         ([], "messages=\\[\\] is not a list"),
-        ("hello", "messages='hello' is not a list"),
         (["hello"], "message 0='hello' is not an object"),
-        ([{"content": "a"}], "message 0 has role=None"),
         ([{"role": "user"}], "message 0 of role='user' has no content"),
         ([USER, {"role": "assistant", "content": None}], "message 1 of role='assistant' has no content"),
-        ([{"role": "user", "content": 3}], "message 0 has content=3, which is not text"),
         ([{"role": "user", "content": {1, 2}}], "a value that JSON does not have"),
+        ([{"role": "user", "content": DEEP}], "nested more than 64 deep"),
         ([{"role": "sytem", "content": "a"}, USER], "message 0 has role='sytem', which the chat template does not"),
         ([USER, USER], "message 1 is a second one of role='user'"),
-        ([USER, ANSWER, ANSWER], "message 2 is a second one of role='assistant'"),
         ([ANSWER, USER], "message 0 is the assistant's"),
-        ([{"role": "system", "content": "a"}, ANSWER], "message 1 is the assistant's"),
     ],
 )  # fmt: skip
 def test_messages_out_of_order_are_one_sentence(messages, sentence):
@@ -203,21 +204,15 @@ def test_what_a_template_allows_is_allowed(texts):
 REACHES = {
     "class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "globals of a function": "{{ raise_exception.__globals__['json'] }}",
-    "globals of a lambda": "{{ strftime_now.__globals__ }}",
     "globals of a global": "{{ lipsum.__globals__['os'].popen('id').read() }}",
-    "init of a global": "{{ cycler.__init__.__globals__ }}",
     "attribute by filter": "{{ ('' | attr('__class__')).mro() }}",
-    "attribute by map": "{{ [''] | map(attribute='__class__') | list }}",
     "attribute by format": "{{ '{0.__class__.__mro__}'.format('') }}",
     "dict": "{{ dict.__class__.__base__ }}",
-    "namespace": "{% set n = namespace(__class__=1) %}",
-    "attribute of a namespace": "{% set n = namespace() %}{% set n.__init__ = 1 %}",
+    "namespace": "{% set n = namespace(__class__=1) %}{{ n.__class__ }}",
     "messages that change": "{{ messages.append(1) }}",
     "message that changes": "{{ messages[0].update({'role': 'system'}) }}",
     "file": "{% include '/etc/passwd' %}",
-    "import": "{% import 'os' as os %}",
     "module": "{{ self._TemplateReference__context.environment }}",
-    "open": "{{ open('/etc/passwd').read() }}",
     "long range": "{% for i in range(10 ** 9) %}{% endfor %}",
 }
 
@@ -238,11 +233,9 @@ def test_a_template_reaches_nothing(name):
     ("source", "sentence"),
     [
         ("{% for m in messages %}", "cannot be read: line 1: Unexpected end"),
-        ("{{ messages[0].content + 1 }}", "fails with TypeError"),
         ("{{ 1 / 0 }}", "fails with ZeroDivisionError"),
         ("{{ raise_exception('no\nway') }}", "refuses the messages: no way"),
         ("{{ ''.__class__.__mro__ }}", "tries to reach what it may not"),
-        ("{% generation %}", "cannot be read"),
     ],
 )
 def test_a_failing_template_is_one_sentence(source, sentence):
@@ -292,14 +285,10 @@ def test_templates_of_their_own_files_come_first(tmp_path):
     ("file", "content", "sentence"),
     [
         ("tokenizer.json", None, "has no tokenizer: neither tokenizer.json nor tiktoken.model"),
-        ("tokenizer.json", "{}", "tokenizer.json' cannot be read"),
         ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
-        ("tokenizer_config.json", "[]", "tokenizer_config.json holds a list"),
         ("tokenizer_config.json", '{"eos_token": "<none>"}', "names eos_token='<none>', and tokenizer.json has no"),
-        ("tokenizer_config.json", '{"eos_token": 3}', "has eos_token=3, which is not the name"),
         ("tokenizer_config.json", '{"add_bos_token": true}', "has add_bos_token=true, and bos_token=None is no"),
         ("tokenizer_config.json", '{"chat_template": [1]}', "chat_template that is neither text nor a list"),
-        ("special_tokens_map.json", "3", "special_tokens_map.json holds a int"),
         ("generation_config.json", '{"eos_token_id": "x"}', "has eos_token_id='x', which is neither an id nor a list"),
         ("generation_config.json", '{"temperature": "hot"}', 'has temperature="hot", which is not a number'),
     ],
@@ -498,12 +487,12 @@ def test_generate_continues_a_released_folder(dsv3, talker, tmp_path):
 EVERY = ("generate {}", "chat {}", "convert {} {new}", "convert {} {new} --dtype bfloat16", "eval {}", "stats {}")
 WRONG = {
     "label": ({"config.json": {"model_type": "deepseek_v33"}}, "did you mean 'deepseek_v3'", EVERY),
-    "key": ({"config.json": {"use_new_norm": True}}, "use_new_norm=True may change the network", EVERY),
-    "refused key": ({"config.json": {"sliding_window": 9}}, "sliding_window=9 is not supported", EVERY),
-    "no tokenizer": ({"tokenizer.json": ""}, "has no tokenizer: neither", EVERY[:3] + EVERY[4:]),
-    "linked config": ({"config.json": None}, "config.json is a link out of its folder", EVERY),
-    "linked weights": ({"model-00001-of-00001.safetensors": None}, "safetensors is a link out of its folder", EVERY),
-    "linked template": ({"chat_template.jinja": None}, "chat_template.jinja is a link out of its folder", EVERY),
+    "key": ({"config.json": {"use_new_norm": True}}, "use_new_norm=True may change the network", EVERY[:1]),
+    "refused key": ({"config.json": {"sliding_window": 9}}, "sliding_window=9 is not supported", EVERY[2:3]),
+    "no tokenizer": ({"tokenizer.json": ""}, "has no tokenizer: neither", EVERY[4:5]),
+    "linked config": ({"config.json": None}, "config.json is a link out of its folder", EVERY[3:4]),
+    "linked weights": ({"model-00001-of-00001.safetensors": None}, "safetensors is a link out of", EVERY[5:]),
+    "linked template": ({"chat_template.jinja": None}, "chat_template.jinja is a link out of its folder", EVERY[1:2]),
     "failing template": ({"chat_template.jinja": "{{ 1 / 0 }}"}, "template fails with ZeroDivisionError", EVERY[1:2]),
     "reaching template": ({"chat_template.jinja": "{{ ''.__class__.mro() }}"}, "reach what it may not", EVERY[1:2]),
     "other order": ({"chat_template.jinja": "{{ raise_exception('user first') }}"}, "refuses the messages", EVERY[1:2]),
@@ -532,7 +521,7 @@ def test_a_wrong_folder_is_one_sentence_to_every_command(dsv3, talker, tmp_path,
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("command", EVERY)
+@pytest.mark.parametrize("command", EVERY[:3])
 def test_an_id_that_is_not_in_the_cache_is_one_sentence(dsv3, tmp_path, monkeypatch, command):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     code, out, err = dsv3(*command.format("no/such", new=tmp_path / "new").split(), lines="hello\n")

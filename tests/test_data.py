@@ -1,17 +1,24 @@
-"""Packed batches contain every document exactly once an epoch, and a run resumes at its position."""
+"""One source of rows: documents, chats and shards are packed, ordered, split among processes and resumed alike."""
 
 import json
-import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from dsv3_jax.chat.examples import load_examples
+from dsv3_jax.chat.text_settings import plain_settings
 from dsv3_jax.config import DataConfig
-from dsv3_jax.data import batches as data
-from dsv3_jax.data import corpus as corpora
+from dsv3_jax.data.batches import Batches
+from dsv3_jax.data.corpus import Corpus, Document
+from dsv3_jax.data.packing import Packed, Piece, Record
+from dsv3_jax.data.shards import open_shards
+from dsv3_jax.data.source import check_vocab, from_corpus, open_source
+from dsv3_jax.data.tokenize import Tokenize, text_encoder, tokenize
 from dsv3_jax.data.tokenizer import ByteTokenizer, FileTokenizer
 
+BYTES = ByteTokenizer()
 EOS, PREFIX, SUFFIX, MIDDLE = 256, 257, 258, 259
 CFG = DataConfig(seq_len=16, batch_size=4, seed=3)
 
@@ -20,137 +27,162 @@ def make_corpus(train=30, val=12):
     """Make documents of two domains and lengths 1 … 40 that begin with their number."""
     lengths = np.random.default_rng(1).integers(1, 41, size=train + val)
     documents = [
-        corpora.Document(f"{i:02d}{'é' if i % 2 else 'xyz' * 20}"[: max(2, n)], "ab"[i % 2])
-        for i, n in enumerate(lengths)
+        Document(f"{i:02d}{'é' if i % 2 else 'xyz' * 20}"[: max(2, n)], "ab"[i % 2]) for i, n in enumerate(lengths)
     ]
-    return corpora.Corpus(tuple(documents[:train]), tuple(documents[train:]), ("a", "b"), "print")
+    return Corpus(tuple(documents[:train]), tuple(documents[train:]), ("a", "b"), "print")
 
 
-def take(iterator, count):
-    return [next(iterator) for _ in range(count)]
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A source of each kind."""
+    root = tmp_path_factory.mktemp("data")
+    lines = [{"prompt": f"{i}+1=", "completion": "x" * (i % 9), "domain": "ab"[i % 2]} for i in range(80)]
+    (root / "chats.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    lines = [{"text": f"{i}: {'xyz' * (i % 25)}", "domain": "ab"[i % 2]} for i in range(40)]
+    (root / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    job = Tokenize((str(root / "text.jsonl"),), root / "shards", row_tokens=32, val_fraction=0.2, shard_bytes=400)
+    tokenize(job, text_encoder)
+    shards = replace(CFG, paths=(str(job.out),), format="shards")
+    chats = replace(CFG, paths=(str(root / "chats.jsonl"),), format="chat", val_fraction=0.3)
+    return {
+        "text": from_corpus(make_corpus(), BYTES, CFG),
+        "fim": from_corpus(make_corpus(), BYTES, replace(CFG, fim_rate=0.5)),
+        "chats": load_examples(chats, plain_settings()),
+        "shards": open_shards(shards, BYTES),
+        "mixed": open_shards(replace(shards, mixture=("a=2", "b=1")), BYTES),
+    }
+
+
+KINDS = ("text", "fim", "chats", "shards", "mixed")
+
+
+def take(batches, count):
+    return [next(batches) for _ in range(count)]
+
+
+def epoch(source):
+    """A pass, as rows in their order."""
+    return take(Batches(source.train_batches()._order, 1), source.rows_per_epoch())
 
 
 def assert_same(left, right):
-    assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            np.testing.assert_array_equal(a[name], b[name])
+        assert a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
 
 
-def documents_of(batches):
-    """Split batches into complete documents, each with its eos, and the sets of their domains."""
-    stream = np.concatenate([b["tokens"].ravel() for b in batches])
-    domains = np.concatenate([b["domains"].ravel() for b in batches])
-    ends = np.flatnonzero(stream == EOS) + 1
-    return np.split(stream, ends)[:-1], [set(d) for d in np.split(domains, ends)[:-1]]
+@pytest.mark.parametrize("kind", KINDS)
+def test_stop_and_resume_continues_the_same_rows_on_any_number_of_processes(sources, kind):
+    """From any position, through JSON, over the end of a pass; reading the position changes nothing."""
+    source = sources[kind]
+    whole = take(source.train_batches(), 12)
+    parts = [source.train_batches(rows) for rows in ([0, 3], [1], [2])]
+    for n in range(12):
+        position = json.dumps(parts[0].get_state())
+        assert json.loads(position)["row"] == 4 * n and all(part.get_state() == json.loads(position) for part in parts)
+        resumed = source.train_batches()
+        take(resumed, n % 3)  # a used iterator resumes as exactly as a new one
+        resumed.set_state(json.loads(position))
+        assert_same(take(resumed, min(2, 12 - n)), whole[n : n + 2])
+        a, b, c = (next(part) for part in parts)
+        assert_same([{k: np.stack([a[k][0], b[k][0], c[k][0], a[k][1]]) for k in a}], [whole[n]])
 
 
-def test_an_epoch_is_every_document_once_in_a_new_order():
-    corpus, tokenizer = make_corpus(), ByteTokenizer()
-    expected = Counter((d.text, d.domain) for d in corpus.train)
-    documents, domains = documents_of(take(data.train_batches(corpus, tokenizer, CFG), 60))
-    decoded = [(tokenizer.decode(t), "ab"[d.pop()]) for t, d in zip(documents, domains, strict=True) if len(d) == 1]
-    assert len(decoded) == len(documents) > 60  # no token has another document's domain
-    indices = np.concatenate([b["documents"].ravel() for b in take(data.train_batches(corpus, tokenizer, CFG), 60)])
-    for document, i in zip(documents, indices[np.cumsum([len(t) for t in documents]) - 1], strict=True):
-        assert tokenizer.decode(document) == corpus.train[i].text
-    epochs = [decoded[:30], decoded[30:60]]
-    assert Counter(epochs[0]) == Counter(epochs[1]) == expected
-    texts = list(expected)
-    assert texts != epochs[0] != epochs[1]
-    other, _ = documents_of(take(data.train_batches(corpus, tokenizer, DataConfig(seq_len=16, batch_size=4)), 30))
-    assert [tokenizer.decode(d) for d in other[:30]] != [text for text, _ in epochs[0]]
+def test_only_a_position_of_the_same_data_is_taken(sources):
+    batches = sources["text"].train_batches()
+    for old in ({}, {"piece": 3, "offset": 7, "corpus": "print"}, {"corpus": "print", "row": 3, "seed": 0}):
+        with pytest.raises(ValueError, match="is not one row number; resume with the older version"):
+            batches.set_state(old)
+    with pytest.raises(ValueError, match="corpus='print' differs from corpus='other'"):
+        batches.set_state({"corpus": "other", "row": 4})
+    with pytest.raises(ValueError, match=r"rows=\[0, 4\] are not all in the batch"):
+        sources["text"].train_batches([0, 4])
 
 
-def test_segments_and_positions_from_the_tokens():
-    """A slow version, token by token: a new segment begins at a row's start and after each eos."""
-    for batch in take(data.train_batches(make_corpus(), ByteTokenizer(), CFG), 20):
-        assert all(a.shape == (4, 16) and a.dtype == np.int32 for a in batch.values())
+@pytest.mark.parametrize("kind", KINDS)
+def test_packing_never_mixes_segments(sources, kind):
+    """A slow version, token by token: a segment is of one document, begins at position 0 and is followed by padding."""
+    for batch in take(sources[kind].train_batches(), 8) + sources[kind].val_batches(100):
+        assert all(a.shape == (4, 16) for a in batch.values())
         for row in range(4):
-            segment, position = 1, 0
+            segment = 0
             for column in range(16):
-                assert (batch["segment_ids"][row, column], batch["positions"][row, column]) == (segment, position)
-                ends = batch["tokens"][row, column] == EOS
-                segment, position = segment + ends, 0 if ends else position + 1
+                now = batch["segment_ids"][row, column]
+                assert now == 0 or now == segment + 1 or (now == segment and column)
+                if now == 0:
+                    assert not batch["segment_ids"][row, column:].any() and not batch["tokens"][row, column:].any()
+                    assert "loss_mask" not in batch or not batch["loss_mask"][row, column:].any()
+                    break
+                if now == segment + 1:
+                    segment, begin, document = now, column, batch["documents"][row, column]
+                assert batch["positions"][row, column] == column - begin
+                assert batch["documents"][row, column] == document
+                if batch["tokens"][row, column] == EOS and column < 15:
+                    assert batch["segment_ids"][row, column + 1] in (0, segment + 1)
+
+
+def test_rows_are_the_oracles_in_a_new_order_each_pass(sources):
+    """The oracle: documents in one long list of tokens, which is cut into rows."""
+    source, corpus = sources["text"], make_corpus()
+    order = np.random.default_rng(CFG.seed).permutation(len(corpus.train))
+    stream = [(t, int(i)) for i in order for t in [*corpus.train[i].text.encode(), EOS]]
+    stream += [(0, 0)] * (-len(stream) % 16)
+    expected = Counter(tuple(stream[i : i + 16]) for i in range(0, len(stream), 16))
+    rows = [
+        tuple(zip(batch["tokens"][0].tolist(), batch["documents"][0].tolist(), strict=True))
+        for batch in take(Batches(source.train_batches()._order, 1), 2 * source.rows_per_epoch())
+    ]
+    first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    assert Counter(first) == Counter(second) == expected and first != second
+    other = from_corpus(corpus, BYTES, replace(CFG, seed=4))
+    assert epoch(other)[0]["tokens"].tolist() != [[t for t, _ in first[0]]]
 
 
 def test_joined_documents_differ_only_in_segment_ids_and_positions():
-    apart = take(data.train_batches(make_corpus(), ByteTokenizer(), CFG), 5)
-    joined_cfg = DataConfig(seq_len=16, batch_size=4, seed=3, separate_documents=False)
-    for a, b in zip(apart, take(data.train_batches(make_corpus(), ByteTokenizer(), joined_cfg), 5), strict=True):
+    joined = from_corpus(make_corpus(), BYTES, replace(CFG, separate_documents=False))
+    for a, b in zip(epoch(from_corpus(make_corpus(), BYTES, CFG)), epoch(joined), strict=True):
+        real = a["segment_ids"] > 0
         np.testing.assert_array_equal(a["tokens"], b["tokens"])
-        np.testing.assert_array_equal(b["segment_ids"], np.ones((4, 16)))
-        np.testing.assert_array_equal(b["positions"], np.tile(np.arange(16), (4, 1)))
+        np.testing.assert_array_equal(b["segment_ids"], real)
+        np.testing.assert_array_equal(b["positions"], np.where(real, np.arange(16), 0))
 
 
-@pytest.mark.parametrize("fim_rate", [0.0, 0.5])
-def test_resuming_is_bitwise(fim_rate):
-    """From any position, through JSON, over an epoch's end; reading the state changes nothing."""
-    corpus, cfg = make_corpus(), DataConfig(seq_len=16, batch_size=4, fim_rate=fim_rate)
-    expected = take(data.train_batches(corpus, ByteTokenizer(), cfg), 19)
-    one = data.train_batches(corpus, ByteTokenizer(), cfg)
-    for step in range(16):
-        saved = json.dumps(one.get_state())
-        assert len(saved) < 200
-        two = data.train_batches(corpus, ByteTokenizer(), cfg)
-        take(two, step % 3)  # a used iterator resumes as exactly as a new one
-        two.set_state(json.loads(saved))
-        assert_same(take(two, 3), expected[step : step + 3])
-        assert_same([next(one)], [expected[step]])
-
-
-def test_a_state_of_other_data_is_rejected():
-    state = data.train_batches(make_corpus(), ByteTokenizer(), CFG).get_state()
-    with pytest.raises(ValueError, match="seed=0 differs from seed=3"):
-        data.train_batches(make_corpus(), ByteTokenizer(), DataConfig()).set_state(state)
-    with pytest.raises(ValueError, match="corpus='print' differs from corpus='other'"):
-        data.train_batches(make_corpus(), ByteTokenizer(), CFG).set_state(state | {"corpus": "other"})
-
-
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_rows_are_the_global_batch(count):
-    corpus = make_corpus()
-    global_batches = data.train_batches(corpus, ByteTokenizer(), CFG)
-    rows = np.arange(4).reshape(-1, count).T  # a process's rows are not adjacent
-    shards = [data.train_batches(corpus, ByteTokenizer(), CFG, process_rows) for process_rows in rows]
-    for _ in range(10):
-        parts = [next(s) for s in shards]
-        assert all(p["tokens"].shape == (4 // count, 16) for p in parts)
-        assert_same([{k: np.stack([p[k] for p in parts], 1).reshape(4, 16) for k in parts[0]}], [next(global_batches)])
-    assert all(s.get_state() == global_batches.get_state() for s in shards)
-
-
-def test_rows_outside_the_batch_are_rejected():
-    for rows in ([0, 4], [-1]):
-        with pytest.raises(ValueError, match=f"rows={re.escape(str(rows))} are not all in the batch"):
-            data.train_batches(make_corpus(), ByteTokenizer(), CFG, rows)
+def test_chats_are_whole_and_their_mask_is_the_templates(sources, tmp_path):
+    source, seen = sources["chats"], Counter()
+    for row in epoch(source):
+        for segment in range(1, row["segment_ids"].max() + 1):
+            here = row["segment_ids"] == segment
+            text = bytes(i for i in row["tokens"][here] if i < EOS).decode()
+            assert row["tokens"][here][-1] == EOS
+            assert row["loss_mask"][here].tolist() == [False] * (text.index("=") + 1) + [True] * (text.count("x") + 1)
+            seen[text] += 1
+    assert max(seen.values()) == 1 and 40 < len(seen) < 80
+    assert source.rows_per_epoch() < len(seen)  # packed
 
 
 def unfold(ids):
     """Decode a document and undo its fill-in-the-middle."""
-    ids = ids.tolist()
     if ids[0] != PREFIX:
         return bytes(ids[:-1]).decode()
     suffix, middle = ids.index(SUFFIX), ids.index(MIDDLE)
     return bytes(ids[1:suffix] + ids[middle + 1 : -1] + ids[suffix + 1 : middle]).decode()
 
 
-def test_fill_in_the_middle_keeps_the_text():
-    """Cuts are between characters; the rate is by document; each epoch chooses again."""
-    corpus = make_corpus()
+def test_fill_in_the_middle_keeps_the_text_and_the_rate():
+    corpus = Corpus(tuple(Document(f"{i:04d}é" + "x" * (i % 40), "a") for i in range(400)), (), ("a",), "")
     for rate in (0.3, 1.0):
-        cfg = DataConfig(seq_len=64, batch_size=8, fim_rate=rate)
-        documents, _ = documents_of(take(data.train_batches(corpus, ByteTokenizer(), cfg), 20))
-        texts = [unfold(ids) for ids in documents]
-        assert Counter(texts[:30]) == Counter(d.text for d in corpus.train)
+        source = from_corpus(corpus, BYTES, replace(CFG, seq_len=64, fim_rate=rate))
+        order = source.train()[0]
+        stream = np.concatenate([order[i]["tokens"] for i in range(len(order))])
+        documents = [part.tolist() for part in np.split(stream, np.flatnonzero(stream == EOS) + 1)[:-1]]
+        assert Counter(map(unfold, documents)) == Counter(d.text for d in corpus.train)
         share = np.mean([ids[0] == PREFIX for ids in documents])
-        # five standard deviations of a mean of as many coin flips
-        assert abs(share - rate) <= 5 * (rate * (1 - rate) / len(documents)) ** 0.5
-        assert len({ids.tobytes() for ids in documents}) > 60
+        assert abs(share - rate) <= 5 * (rate * (1 - rate) / 400) ** 0.5  # five standard deviations
+    long = Corpus((Document("line\n" * 900, "a"),), (), ("a",), "")  # is rearranged in parts of a few rows
+    rows = epoch(from_corpus(long, BYTES, replace(CFG, seq_len=64, fim_rate=1.0)))
+    assert sum((row["tokens"] == PREFIX).sum() for row in rows) > 10
 
 
-def test_fim_needs_its_specials(tmp_path):
+def test_a_tokenizer_without_specials_or_too_large_is_refused(tmp_path):
     import tokenizers
 
     inner = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
@@ -158,38 +190,41 @@ def test_fim_needs_its_specials(tmp_path):
     inner.save(str(tmp_path / "tokenizer.json"))
     tokenizer = FileTokenizer(str(tmp_path))
     with pytest.raises(ValueError, match="vocab_size=2 has no fill-in-the-middle"):
-        data.train_batches(make_corpus(), tokenizer, DataConfig(fim_rate=0.1))
-    data.train_batches(make_corpus(), tokenizer, DataConfig())
+        from_corpus(make_corpus(), tokenizer, DataConfig(fim_rate=0.1))
     with pytest.raises(ValueError, match="vocab_size=1 is below the tokenizer's 2 ids"):
-        data.check_vocab(tokenizer, 1)
-    data.check_vocab(tokenizer, 2)
+        check_vocab(tokenizer, 1)
+    with pytest.raises(ValueError, match="needs a model's template"):
+        open_source(DataConfig(paths=("a",), format="chat"), BYTES)
 
 
-def test_validation_is_fixed_balanced_and_without_repetition():
-    corpus, cfg = make_corpus(), DataConfig(seq_len=8, batch_size=2, fim_rate=1.0)
-    everything = data.val_batches(corpus, ByteTokenizer(), cfg, 1000)
-    assert_same(
-        everything, data.val_batches(corpus, ByteTokenizer(), DataConfig(seq_len=8, batch_size=2, seed=9), 1000)
-    )
-    assert_same(everything[:2], data.val_batches(corpus, ByteTokenizer(), cfg, 2))
-    for batch in everything[:2]:
-        np.testing.assert_array_equal(batch["domains"], [[0] * 8, [1] * 8])
-    odd = data.val_batches(corpus, ByteTokenizer(), DataConfig(seq_len=8, batch_size=7), 1000)
-    assert len(odd) > 1 and all(a.shape == (7, 8) for batch in odd for a in batch.values())
-    # Every token of every document occurs once; the rest is padding at the ends of rows.
-    tokens, segments = (np.concatenate([b[k] for b in everything]) for k in ("tokens", "segment_ids"))
-    expected = Counter(t for d in corpus.val for t in [*d.text.encode(), EOS])
-    assert Counter(tokens[segments > 0].tolist()) == expected
-    # Each token has the index of its document.
-    indices = np.concatenate([b["documents"] for b in everything])
+@pytest.mark.parametrize("kind", KINDS)
+def test_held_out_rows_are_fixed_and_have_as_much_of_each_domain(sources, kind):
+    source = sources[kind]
+    everything = source.val_batches(1000)
+    assert_same(everything[:1], source.val_batches(1))
+    domains = [int(batch["domains"][row, 0]) for batch in everything for row in range(4)]
+    assert domains[:4] == [0, 1, 0, 1]
+
+
+def test_held_out_rows_have_every_token_once_and_begin_with_a_window_of_each_document():
+    corpus, cfg = make_corpus(), replace(CFG, seq_len=8, batch_size=2, fim_rate=1.0)
+    everything = from_corpus(corpus, BYTES, cfg).val_batches(1000)
+    assert_same(everything, from_corpus(corpus, BYTES, replace(cfg, seed=9)).val_batches(1000))
+    tokens, real, numbers = (np.concatenate([b[k] for b in everything]) for k in ("tokens", "segment_ids", "documents"))
     for i, document in enumerate(corpus.val):
-        assert sorted(tokens[(segments > 0) & (indices == i)].tolist()) == sorted([*document.text.encode(), EOS])
-    assert (np.diff((segments > 0).astype(int), axis=1) <= 0).all() and not tokens[segments == 0].any()
+        assert sorted(tokens[(real > 0) & (numbers == i)].tolist()) == sorted([*document.text.encode(), EOS])
+    texts = tuple(Document(f"{chr(97 + i)}" * 100, "a") for i in range(6))
+    source = from_corpus(Corpus((), texts, ("a",), ""), BYTES, replace(CFG, seq_len=4, batch_size=6))
+    assert {chr(c) for c in source.val_batches(1)[0]["tokens"][:, 0]} == set("abcdef")
 
 
-def test_validation_begins_with_one_window_of_each_document():
-    """A batch of as many rows as there are long documents has a row of each."""
-    texts = [f"{chr(97 + i)}" * 100 for i in range(6)]
-    corpus = corpora.Corpus(tuple(), tuple(corpora.Document(t, "a") for t in texts), ("a",), "")
-    batch, *_ = data.val_batches(corpus, ByteTokenizer(), DataConfig(seq_len=4, batch_size=6), 1)
-    assert {chr(c) for c in batch["tokens"][:, 0]} == set("abcdef")
+def test_records_survive_bytes():
+    """A record on disk gives the rows that it gives in memory."""
+    rng = np.random.default_rng(0)
+    pieces = [Piece(rng.integers(9, size=n).astype(np.int32), 2, n, rng.random(n) < 0.5) for n in (3, 1, 7)]
+    record = Record.of(pieces)
+    back, packed = Record.from_bytes(record.to_bytes()), Packed(pieces, 4)
+    assert_same([back.row(i, i + 4, 4) for i in (0, 4, 8)], [packed[i] for i in range(3)])
+    assert packed[0]["documents"].tolist() == [3, 3, 3, 1] and packed[2]["loss_mask"][3] == 0
+    with pytest.raises(IndexError):
+        packed[3]

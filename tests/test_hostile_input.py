@@ -16,10 +16,11 @@ import pytest
 import tokenizers
 from runs import environment
 
+from dsv3_jax.chat import text_settings
 from dsv3_jax.cli import common
 from dsv3_jax.cli import main as cli
 from dsv3_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, Yarn, from_dict, replace, to_dict
-from dsv3_jax.data import special_tokens, text_settings, tokenizer
+from dsv3_jax.data import special_tokens, tokenizer
 from dsv3_jax.data.corpus import load_corpus
 from dsv3_jax.files import atomic_folder, check_regular, parse_json, read_json
 from dsv3_jax.hf import files

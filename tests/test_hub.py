@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
+from dsv3_jax.chat.examples import records_of
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.corpus import read_documents
-from dsv3_jax.data.examples import records_of
 from dsv3_jax.data.hub import parts_of
 from dsv3_jax.data.shards import open_shards
 from dsv3_jax.data.tokenize import Tokenize, text_encoder, tokenize

@@ -19,7 +19,9 @@ FLOORS = [
     {"kernels"},
     {"mesh"},
     {"model"},
-    {"cluster", "data", "decoding", "report", "training"},
+    {"data"},
+    {"chat"},
+    {"cluster", "decoding", "report", "training"},
     {"hf", "planning", "stats"},
     {"loading", "train"},
     {"cli"},
@@ -33,6 +35,8 @@ MAY_IMPORT = {
     "kernels": {"config", "ops"},
     "mesh": {"config", "ops", "kernels"},
     "model": {"config", "ops", "kernels", "mesh"},
+    "data": {"config", "files", "lock"},
+    "chat": {"config", "files", "data"},
     "decoding": {"config", "ops", "kernels", "mesh", "model"},
 }
 FLOOR = {name: height for height, floor in enumerate(FLOORS) for name in floor}

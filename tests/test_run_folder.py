@@ -27,9 +27,7 @@ from runs import (
 
 import dsv3_jax as ds
 from dsv3_jax.config import Execution, Layout, RunConfig, run_from_dict
-from dsv3_jax.data import tokenizer
-from dsv3_jax.data.batches import val_batches
-from dsv3_jax.data.corpus import load_corpus
+from dsv3_jax.data import open_source, tokenizer
 from dsv3_jax.kernels import choose
 from dsv3_jax.model.counting import train_flops_per_token
 from dsv3_jax.training import loop, prepare
@@ -110,9 +108,9 @@ def train_tokenizer(path: Path, *, swapped: bool = False) -> str:
 
 def evaluated(folder: str | Path, paths: tuple[str, ...] | None = None) -> dict:
     model, run, _ = load_run(folder)
-    corpus, words = load_corpus(run.data if paths is None else replace(run.data, paths=paths)), run.data.tokenizer
-    words = tokenizer.load(words)
-    return evaluate(model, val_batches(corpus, words, run.data, 2), words, corpus.domains)
+    words = tokenizer.load(run.data.tokenizer)
+    source = open_source(run.data if paths is None else replace(run.data, paths=paths), words)
+    return evaluate(model, source.val_batches(2), words, source.domains)
 
 
 def output_of(*argv: str) -> str:

@@ -1,6 +1,7 @@
 """Fine-tuning on chats: which tokens are targets, how examples are packed, and that a run answers as it was trained."""
 
 import json
+import re
 from functools import partial
 
 import jax
@@ -11,11 +12,12 @@ from models import DENSE, LIGHT, QUICK, parameters, random_model
 from runs import MODEL, cheap_compiles, rows_of, said_by, unhooked_cli
 
 from dsv3_jax import reference
+from dsv3_jax.chat.examples import encode, load_examples
+from dsv3_jax.chat.text_settings import plain_settings
 from dsv3_jax.config import ConfigError, DataConfig, OptimConfig, RunConfig, replace
-from dsv3_jax.data import text_settings
-from dsv3_jax.data.batches import model_inputs
-from dsv3_jax.data.examples import Example, Examples, encode, load_examples
-from dsv3_jax.data.text_settings import plain_settings
+from dsv3_jax.data.batches import model_inputs, stack
+from dsv3_jax.data.packing import Packed, Piece
+from dsv3_jax.data.tokenizer import byte_tokenizer_json
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.hf.open_model import load_text, measured_on
 from dsv3_jax.presets import recipe
@@ -96,58 +98,12 @@ def test_what_is_too_long_or_has_no_answer_is_counted(tmp_path):
     records = [{"text": "x" * 100}, {"messages": HELLO[:1]}, *({"messages": chat(i)} for i in range(9))]
     cfg = DataConfig(paths=(write(tmp_path, records),), format="chat", seq_len=64, val_fraction=0.3)
     examples = load_examples(cfg, PLAIN)
-    assert (examples.too_long, examples.without_target) == (1, 1)
-    assert len(examples.train) + len(examples.val) == 9 and examples.val and examples.domains == ("chats",)
-    assert "left out: 1 longer than seq_len=64, 1 without an assistant's turn" in examples.describe()
+    assert examples.domains == ("chats",) and examples.rows_per_epoch() > 0
+    assert "left out: 1 longer than seq_len=64, 1 without an assistant's turn" in examples.summary
+    train, held_out = (int(n) for n in re.findall(r"(\d+) (?:to train on|held out)", examples.summary))
+    assert train + held_out == 9 and held_out
     with pytest.raises(ValueError, match="give no example to train on: 11 are longer than seq_len=4, 0 have no"):
         load_examples(replace(cfg, seq_len=4), PLAIN)
-
-
-# Rows
-
-
-def make_examples(lengths, **changes):
-    rng = np.random.default_rng(0)
-    made = tuple(Example(rng.integers(260, size=n).astype(np.int32), rng.random(n) < 0.5, domain=0) for n in lengths)
-    cfg = DataConfig(format="chat", paths=("a",), seq_len=16, batch_size=2)
-    return Examples(made, made[:1], ("chats",), "", 0, 0, replace(cfg, **changes))
-
-
-def test_a_pass_has_every_example_once_and_whole():
-    examples = make_examples([5, 9, 16, 3, 7, 2, 11, 4])
-    batches, seen, orders = examples.train_batches(), [], []
-    for epoch in range(3):
-        rows = 0
-        while batches.get_state()["epoch"] == epoch and rows < 20:
-            batch, rows = next(batches), rows + 2
-            for row in range(2):
-                for segment in range(1, batch["segment_ids"][row].max(initial=0) + 1):
-                    here = batch["segment_ids"][row] == segment
-                    i = int(batch["documents"][row][here][0])
-                    np.testing.assert_array_equal(batch["tokens"][row][here], examples.train[i].tokens)
-                    np.testing.assert_array_equal(batch["loss_mask"][row][here], examples.train[i].loss_mask)
-                    np.testing.assert_array_equal(batch["positions"][row][here], np.arange(here.sum()))
-                    seen.append(i)
-            assert not batch["loss_mask"][batch["segment_ids"] == 0].any()
-    orders = [tuple(seen[i : i + 8]) for i in range(0, 24, 8)]
-    assert all(sorted(order) == list(range(8)) for order in orders[:2]) and orders[0] != orders[1]
-
-
-def test_batches_resume_where_they_were_and_rows_are_shares_of_one_batch():
-    examples = make_examples([5, 9, 16, 3, 7, 2, 11, 4])
-    batches = examples.train_batches()
-    for _ in range(4):
-        next(batches)
-    state, want = json.loads(json.dumps(batches.get_state())), next(batches)
-    again, second = examples.train_batches(), examples.train_batches(rows=[1])
-    again.set_state(state)
-    second.set_state(state)
-    half = next(second)
-    for key, array in next(again).items():
-        np.testing.assert_array_equal(array, want[key])
-        np.testing.assert_array_equal(half[key], want[key][1:])
-    with pytest.raises(ValueError, match="seq_len=32 differs from seq_len=16 of the saved data position"):
-        make_examples([5], seq_len=32).train_batches().set_state(state)
 
 
 # The loss
@@ -163,11 +119,14 @@ def test_the_packed_loss_is_that_of_each_example_alone():
     """Sums over packed rows against the reference page in float64, one example after another, unpacked."""
     cfg = replace(LIGHT, mtp_depth=1)
     model = random_model(cfg, execution=DENSE)
-    examples = make_examples([5, 9, 3, 7])
-    examples = replace(examples, train=tuple(e._replace(tokens=e.tokens % cfg.vocab_size) for e in examples.train))
-    main, mtp, counts = masked_losses(*nnx.split(model), model_inputs(next(examples.train_batches())))
+    rng = np.random.default_rng(0)
+    pieces = [
+        Piece(rng.integers(cfg.vocab_size, size=n).astype(np.int32), 0, n, rng.random(n) < 0.5) for n in (5, 9, 3, 7)
+    ]
+    batch = stack(list(Packed(pieces, 16, whole=True)))
+    main, mtp, counts = masked_losses(*nnx.split(model), model_inputs(batch))
     params, sums, wanted = parameters(model), np.zeros(2), np.zeros(2)
-    for tokens, mask, _ in examples.train:
+    for tokens, _, _, mask in pieces:
         n = len(tokens)
         ctx = reference.Context(cfg, np.arange(n)[None], np.ones((1, n), int))
         out = reference.transformer(ctx, params, tokens[None])
@@ -192,7 +151,7 @@ def base(tmp_path_factory):
     root = tmp_path_factory.mktemp("sft")
     model = random_model(replace(MODEL, max_positions=48), execution=DENSE)
     hf.save(model, root / "base", quiet=True)
-    (root / "base" / "tokenizer.json").write_text(text_settings.tokenizers.byte_tokenizer_json(), encoding="utf-8")
+    (root / "base" / "tokenizer.json").write_text(byte_tokenizer_json(), encoding="utf-8")
     return root / "base", write(root, [{"messages": chat(i)} for i in range(24)])
 
 

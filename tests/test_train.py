@@ -31,10 +31,10 @@ from tensorboardX.proto.event_pb2 import Event
 
 from dsv3_jax.cli.train import parse_steps
 from dsv3_jax.config import ConfigError
-from dsv3_jax.data import batches
+from dsv3_jax.data import from_corpus
 from dsv3_jax.data.corpus import load_corpus
-from dsv3_jax.data.ngram import order2_bits_per_byte
 from dsv3_jax.data.tokenizer import ByteTokenizer
+from dsv3_jax.report.ngram import order2_bits_per_byte
 from dsv3_jax.training import loop
 from dsv3_jax.training.callbacks import Callback
 from dsv3_jax.training.checkpoint import Checkpoints
@@ -74,7 +74,7 @@ def assert_same_run(run, folder: Path, whole) -> None:
     (state, place), (want, want_place) = last_checkpoint(run, folder), last_checkpoint(whole.run, whole.folder)
     assert int(state.step) == STEPS
     assert_bitwise(state, want)
-    assert place == want_place != batches.train_batches(corpus_of(run), ByteTokenizer(), run.data).get_state()
+    assert place == want_place != from_corpus(corpus_of(run), ByteTokenizer(), run.data).train_batches().get_state()
     assert rows_of(folder) == rows_of(whole.folder)
     assert (folder / "load.jsonl").read_text() == (whole.folder / "load.jsonl").read_text()
 
@@ -119,7 +119,7 @@ def test_the_order_2_baseline_is_printed(whole):
     corpus, words = corpus_of(whole.run), ByteTokenizer()
     rows = [
         words.bytes_of(row[segments > 0].tolist())
-        for batch in batches.val_batches(corpus, words, whole.run.data, whole.run.eval_batches)
+        for batch in from_corpus(corpus, words, whole.run.data).val_batches(whole.run.eval_batches)
         for row, segments in zip(batch["tokens"], batch["segment_ids"], strict=True)
     ]
     want = order2_bits_per_byte((d.text.encode() for d in corpus.train), rows)

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from dsv3_jax.cli.common import parse, prepare_process
 from dsv3_jax.config import CacheDtype, CacheKind, ModelConfig, did_you_mean
-from dsv3_jax.data.batches import held_out_prompts
+from dsv3_jax.data.source import held_out_prompts
 from dsv3_jax.decoding.generate import Generated, generate
 from dsv3_jax.files import write_atomic
 from dsv3_jax.model.cache import pick_dtype, pick_kind

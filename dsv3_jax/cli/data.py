@@ -61,32 +61,38 @@ def tokenize(argv: list[str]) -> int:
         )
 
     make_encoder: Callable[[], data.Encoder] = partial(data.text_encoder, args.tokenizer)
-    template = None
+    template, read = None, data.texts
     if args.format == "chat":
+        from dsv3_jax.chat.examples import contents
+
         make_encoder = partial(_chat_encoder, args.tokenizer, args.start, args.chat_template)
-        template = make_encoder().text.chat.source
+        template, read = _chat_text(args.tokenizer, args.start, args.chat_template).chat.source, contents
     elif args.start is not None or args.chat_template is not None:
         raise ValueError(f"start={args.start!r} and chat_template={args.chat_template!r} are for format='chat'")
     job = data.Tokenize(
         args.paths, args.out, args.row_tokens, args.val_fraction, args.format, args.text_column,
         int(args.shard_mb * 1e6), args.workers, template,
     )  # fmt: skip
-    manifest = data.tokenize(job, make_encoder, say)
+    manifest = data.tokenize(job, make_encoder, say, read)
     print(f"{args.out}: {', '.join(manifest.domains)}; train on it by --data.format shards --data.paths {args.out}")
     return 0
 
 
-def _chat_encoder(tokenizer: str, start: str | None, template: str | None) -> Any:
-    """The encoder of chats, made in each worker."""
-    from dsv3_jax.data.text_settings import plain_settings, with_template
-    from dsv3_jax.data.tokenize import ChatEncoder
+def _chat_text(tokenizer: str, start: str | None, template: str | None) -> Any:
+    """How chats are read: by a model to start with, or by a tokenizer and a template."""
+    from dsv3_jax.chat.text_settings import plain_settings, with_template
     from dsv3_jax.hf.open_model import load_text
 
-    if start is not None:
-        return ChatEncoder(with_template(load_text(start), template))
-    if template is None:
+    if start is None and template is None:
         raise ValueError("format='chat' needs a template; name a model by --start, or give --chat-template plain")
-    return ChatEncoder(with_template(plain_settings(tokenizer), template))
+    return with_template(plain_settings(tokenizer) if start is None else load_text(start), template)
+
+
+def _chat_encoder(*how: Any) -> Any:
+    """The encoder of chats, made in each worker."""
+    from dsv3_jax.chat.examples import chat_encoder
+
+    return chat_encoder(_chat_text(*how))
 
 
 @dataclass

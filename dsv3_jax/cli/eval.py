@@ -35,7 +35,6 @@ def run(argv: list[str]) -> int:
         raise ValueError(f"batches={args.batches} is below 1")
     prepare_process()
     from dsv3_jax.data import tokenizer
-    from dsv3_jax.data.source import training_bytes
     from dsv3_jax.hf.open_model import measured_on, open_model
     from dsv3_jax.report.progress import text_console
     from dsv3_jax.training.evaluate import cache_quality, evaluate
@@ -43,7 +42,7 @@ def run(argv: list[str]) -> int:
     model, run, step = open_model(args.run, step=args.step, kernels=args.kernels)
     source, text = measured_on(run.data, args.run, args.paths), tokenizer.load(run.data.tokenizer)
     batches = source.val_batches(args.batches)
-    measures = evaluate(model, batches, text, source.domains, mix=None if args.paths else training_bytes(source))
+    measures = evaluate(model, batches, text, source.domains, mix=None if args.paths else source.training_bytes)
     console = text_console()
     console.print(f"step {step}")
     for name, value in measures.items():

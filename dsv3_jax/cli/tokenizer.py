@@ -29,10 +29,10 @@ def run(argv: list[str]) -> int:
     args = parse(TokenizerArgs, argv, "tokenizer")
     if args.out.exists() and not args.force:
         raise ValueError(f"out={str(args.out)!r} exists already; --force overwrites it")
-    from dsv3_jax.data import batches as data
     from dsv3_jax.data import tokenizer
+    from dsv3_jax.data.corpus import load_corpus
 
-    corpus = data.load_corpus(DataConfig(paths=args.paths))
+    corpus = load_corpus(DataConfig(paths=args.paths))
     trained = tokenizer.train_bpe((d.text for d in corpus.train), args.vocab_size, str(args.out))
     sample = "".join(d.text for d in corpus.val)[:200_000]
     ratio = len(sample.encode()) / max(len(trained.encode(sample)), 1)

@@ -1,4 +1,4 @@
-"""Shards of token ids on disk, and batches from them: a `Source` whose memory does not depend on the corpus.
+"""Shards of token ids on disk, read row by row: the memory does not depend on the corpus.
 
 `dsv3 data tokenize` writes a folder (see `tokenize`):
 
@@ -7,15 +7,13 @@
     val-00000.array_record, …        records of the held-out documents
 
 A record is one long row of R tokens of one domain, the documents one after the other. The last record of a domain in a
-file may be shorter. With R a multiple of T, a record has R / T training rows. An epoch is a shuffle of all rows by
-index, so row i of the endless order is found in constant time. A process reads only its rows. The position of a run is
-one number, which is also valid for another number of processes.
+file may be shorter. With R a multiple of T, a record has R / T training rows.
 """
 
 import bisect
 import hashlib
 import itertools
-import sys
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,66 +22,19 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
-from jaxtyping import Bool, Int32
 
 from dsv3_jax.config import DataConfig, did_you_mean
-from dsv3_jax.data.batches import Batch, Piece, check_position, check_rows, pack
+from dsv3_jax.data.batches import Row, Source
 from dsv3_jax.data.corpus import fingerprint_of
+from dsv3_jax.data.packing import Record
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.files import read_json
 
 MANIFEST = "manifest.json"
 VERSION = 1
 SIDES = ("train", "val")
+FORMATS = ("text", "chat")
 _READER = "readahead_buffer_size:0,max_parallelism:0"  # reads no record that is not asked for
-_THREADS, _AHEAD = 2, 2  # that read batches, and the batches that are read before they are asked for
-
-
-class Record(NamedTuple):
-    """Up to R tokens of documents of one domain.
-
-    Attributes:
-        starts: index of the first token of each document, or of what this record has of it.
-        documents: number of each document in the corpus.
-        loss_mask: tokens that are targets. None means all.
-
-    Example:
-        >>> tokens, number = np.array([104, 105, 256], np.int32), np.array([7], np.int32)
-        >>> record = Record(0, number * 0, number, tokens, None)
-        >>> Record.from_bytes(record.to_bytes()).tokens.tolist()
-        [104, 105, 256]
-    """
-
-    domain: int
-    starts: Int32[np.ndarray, " d"]
-    documents: Int32[np.ndarray, " d"]
-    tokens: Int32[np.ndarray, " n"]
-    loss_mask: Bool[np.ndarray, " n"] | None
-
-    def to_bytes(self) -> bytes:
-        """Return three int32 (domain, d, n), starts, documents and tokens in int32, and the loss mask in bytes."""
-        head = np.array([self.domain, len(self.starts), len(self.tokens)], np.int32)
-        ids = np.concatenate([head, self.starts, self.documents, self.tokens]).astype("<i4")
-        return ids.tobytes() + (b"" if self.loss_mask is None else self.loss_mask.tobytes())
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> "Record":
-        """Read what `to_bytes` returns."""
-        domain, d, n = np.frombuffer(data, "<i4", 3).tolist()
-        ids = np.frombuffer(data, "<i4", 2 * d + n, offset=12).astype(np.int32, copy=False)
-        mask = np.frombuffer(data, bool, offset=12 + ids.nbytes) if len(data) > 12 + ids.nbytes else None
-        return cls(domain, ids[:d], ids[d : 2 * d], ids[2 * d :], mask)
-
-    def part(self, first: int, length: int) -> tuple[list[Piece], Bool[np.ndarray, " m"] | None]:
-        """Return the documents of `length` tokens, or of as many as there are, and their loss mask."""
-        stop = min(first + length, len(self.tokens))
-        ends = [*self.starts[1:].tolist(), len(self.tokens)]
-        pieces = [
-            Piece(self.tokens[max(start, first) : min(end, stop)], self.domain, document)
-            for start, end, document in zip(self.starts.tolist(), ends, self.documents.tolist(), strict=True)
-            if start < stop and end > first
-        ]
-        return pieces, None if self.loss_mask is None else self.loss_mask[first:stop]
 
 
 class Part(NamedTuple):
@@ -106,13 +57,14 @@ class Manifest:
         domains: names that records number.
         documents: number of documents on both sides.
         train, val: for each domain, where its records are.
-        files: name → bytes, records and hash.
+        files: name → side, bytes, records, hash, and domains: lists of domain, records and tokens.
     """
 
     folder: Path
     format: str
     row_tokens: int
     tokenizer: str
+    vocab_size: int
     domains: tuple[str, ...]
     documents: int
     train: tuple[tuple[Part, ...], ...]
@@ -123,7 +75,7 @@ class Manifest:
 def read_manifest(folder: str | Path) -> Manifest:
     """Read the manifest of a folder of shards.
 
-    Raises: ValueError when the folder has none, or it is damaged.
+    Raises: ValueError when the folder has none, or a field of it is damaged.
     """
     file = Path(folder) / MANIFEST
     if not file.is_file():
@@ -131,24 +83,58 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"shards={str(folder)!r} has no {MANIFEST}; write them, or finish them, by: dsv3 data tokenize PATHS --out "
             f"{folder}"
         )
-    values = read_json(file)
-    try:
-        if values["version"] != VERSION:
-            raise ValueError(f"{file} has version={values['version']!r}; version {VERSION} is supported")
-        domains, files = tuple(values["domains"]), dict(values["files"])
-        parts: dict[str, list[list[Part]]] = {side: [[] for _ in domains] for side in SIDES}
-        for name, facts in files.items():
-            skip = 0
-            for domain, records, tokens in facts["domains"]:
-                parts[facts["side"]][domain].append(Part(name, skip, records, tokens))
-                skip += records
-        train, val = (tuple(map(tuple, parts[side])) for side in SIDES)
-        facts = (values["format"], values["row_tokens"], values["tokenizer"], domains, values["documents"])
-        return Manifest(Path(folder), *facts, train, val, files)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(
-            f"{file} is not a manifest of shards: {error!r}; tokenize again into an empty folder"
-        ) from error
+    values: Any = read_json(file)
+    values = values if isinstance(values, dict) else {}
+    if values.get("version") != VERSION:
+        raise ValueError(f"{file} has version={values.get('version')!r}; version {VERSION} is supported")
+    fields: Any = {name: values.get(name) for name in ("format", "row_tokens", "tokenizer", "vocab_size", "documents")}
+    domains: Any = values.get("domains")
+    files: Any = values.get("files")
+    good = {
+        "format": fields["format"] in FORMATS,
+        "row_tokens": is_count(fields["row_tokens"], least=2),
+        "tokenizer": isinstance(fields["tokenizer"], str),
+        "vocab_size": is_count(fields["vocab_size"]),
+        "documents": is_count(fields["documents"]),
+        "domains": isinstance(domains, list)
+        and all(isinstance(name, str) and name.isprintable() for name in domains)
+        and 0 < len(set(domains)) == len(domains),
+        "files": isinstance(files, dict) and {f.get("side") for f in files.values() if isinstance(f, dict)} == {*SIDES},
+    }
+    bad = [name for name, fine in good.items() if not fine]
+    bad += [] if bad else [f"files[{name!r:.80}]" for name in files if not is_shard(name, files[name], len(domains))]
+    if bad:
+        raise ValueError(f"{file} is damaged: {bad[0]} is missing or wrong; tokenize again into an empty folder")
+    parts: dict[str, list[list[Part]]] = {side: [[] for _ in domains] for side in SIDES}
+    for name, facts in files.items():
+        skip = 0
+        for domain, records, tokens in facts["domains"]:
+            parts[facts["side"]][domain].append(Part(name, skip, records, tokens))
+            skip += records
+    train, val = (tuple(map(tuple, parts[side])) for side in SIDES)
+    return Manifest(folder=Path(folder), domains=tuple(domains), train=train, val=val, files=files, **fields)
+
+
+def is_count(value: Any, least: int = 1) -> bool:
+    """Whether a value of JSON is an integer that is not too small, and not beyond what arrays have."""
+    return type(value) is int and least <= value < 2**31
+
+
+def is_shard(name: Any, facts: Any, num_domains: int) -> bool:
+    """Whether the facts of a shard, from a manifest or mark, have their types, and its name is one of this folder."""
+    if not (isinstance(name, str) and re.fullmatch(r"(train|val)-\d+\.array_record", name) and isinstance(facts, dict)):
+        return False
+    domains = facts.get("domains")
+    return (
+        facts.get("side") == name.split("-")[0]
+        and all(type(facts.get(key)) is int and facts[key] > 0 for key in ("bytes", "records", "tokens", "documents"))
+        and isinstance(facts.get("hash"), str)
+        and re.fullmatch("[0-9a-f]{32}", facts["hash"]) is not None
+        and isinstance(domains, list)
+        and all(isinstance(part, list) and len(part) == 3 and all(type(x) is int for x in part) for part in domains)
+        and all(0 <= domain < num_domains and records > 0 and tokens > 0 for domain, records, tokens in domains)
+        and sum(records for _, records, _ in domains) == facts["records"]
+    )
 
 
 def check_files(manifest: Manifest, hashes: bool = False) -> Iterator[str]:
@@ -177,205 +163,90 @@ def file_hash(path: Path) -> str:
 def _records_of(path: Path) -> int | None:
     """Number of records by a file's own index; None when it cannot be read."""
     try:
-        reader = ArrayRecordReader(str(path), _READER)
-        try:
-            return reader.num_records()
-        finally:
-            reader.close()
+        return ArrayRecordReader(str(path), _READER).num_records()
     except (RuntimeError, ValueError):
         return None
 
 
-@dataclass(frozen=True)
-class _Slice:
-    """Records of a file, as ArrayRecord's data source takes them."""
+class ShardRows:
+    """`Rows` of T tokens of some parts of shards.
 
-    filename: str
-    skip: int
-    take: int
-    examples_in_shard: int
+    Args: parts: in their order; each has the rows of one domain in one file.
+    """
 
-
-class _Rows:
-    """Rows of T tokens of one domain by index: pairs of documents and loss mask."""
-
-    def __init__(self, manifest: Manifest, parts: Sequence[Part], seq_len: int):
-        slices = [
-            _Slice(str(manifest.folder / p.file), p.skip, p.records, manifest.files[p.file]["records"]) for p in parts
-        ]
-        self._records = grain.sources.ArrayRecordDataSource(slices)
-        self._per_record, self._seq_len = manifest.row_tokens // seq_len, seq_len
-        rows = [p.records if self._per_record == 1 else -(-p.tokens // seq_len) for p in parts]
-        self._ends = list(itertools.accumulate(rows))
-        self._first_row = [0, *self._ends]
-        self._first_record = [0, *itertools.accumulate(p.records for p in parts)]
+    def __init__(self, manifest: Manifest, parts: Sequence[Part], cfg: DataConfig):
+        self._manifest, self._parts, self._cfg = manifest, parts, cfg
+        self._per_record = manifest.row_tokens // cfg.seq_len
+        rows = (p.records if self._per_record == 1 else -(-p.tokens // cfg.seq_len) for p in parts)
+        self._first = [0, *itertools.accumulate(rows)]
+        self._readers: dict[str, ArrayRecordReader] = {}
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._first[-1]
 
-    def __getitem__(self, row: int) -> tuple[list[Piece], Bool[np.ndarray, " m"] | None]:
-        part = bisect.bisect_right(self._ends, row)
-        record, i = divmod(row - self._first_row[part], self._per_record)
-        data = self._records[self._first_record[part] + record]
-        return Record.from_bytes(data).part(i * self._seq_len, self._seq_len)
+    def __getitem__(self, row: int) -> Row:
+        """Read a row. Raises: ValueError that names a damaged shard."""
+        part = bisect.bisect_right(self._first, row) - 1
+        file, skip = self._parts[part][:2]
+        record, i = divmod(row - self._first[part], self._per_record)
+        path = self._manifest.folder / file
+        try:
+            if file not in self._readers:
+                self._readers[file] = ArrayRecordReader(str(path), _READER)
+            found = Record.from_bytes(self._readers[file].read([skip + record])[0])
+            self._check(found, i * self._cfg.seq_len)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ValueError(
+                f"shard {str(path)!r} is damaged in record {skip + record}: {str(error).splitlines()[0]:.200}; see "
+                f"dsv3 data check {self._manifest.folder}, delete the shard and tokenize again"
+            ) from error
+        first = i * self._cfg.seq_len
+        return found.row(first, first + self._cfg.seq_len, self._cfg.seq_len, self._cfg.separate_documents)
+
+    def _check(self, record: Record, first: int) -> None:
+        """Raises: ValueError for a record that no tokenizing wrote."""
+        starts, tokens, mask = record.starts, record.tokens, record.loss_mask
+        if not (
+            first < len(tokens)
+            and (0 <= tokens.min() and tokens.max() < self._manifest.vocab_size)
+            and (len(starts) > 0 and starts[0] == 0 and (np.diff(starts) > 0).all() and starts[-1] < len(tokens))
+            and 0 <= record.domains[0] < len(self._manifest.domains)
+            and (mask is None or len(mask) == len(tokens))
+        ):
+            raise ValueError("its ids, starts or domain are not possible")
 
 
-class _AllRows:
-    """Rows of several domains by one index."""
+def proportions(sizes: dict[str, int], cfg: DataConfig) -> dict[str, float]:
+    """Return each domain's share of the training rows: in proportion to weight^(1 / temperature).
 
-    def __init__(self, domains: Sequence[_Rows]):
-        self._domains, self._ends = domains, list(itertools.accumulate(map(len, domains)))
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def __getitem__(self, row: int) -> tuple[list[Piece], Bool[np.ndarray, " m"] | None]:
-        domain = bisect.bisect_right(self._ends, row)
-        return self._domains[domain][row - (self._ends[domain] - len(self._domains[domain]))]
-
-
-@dataclass(frozen=True)
-class Shards:
-    """A folder of shards: a `Source`. A row has documents of one domain.
-
-    Every row occurs once in each epoch. Without a mixture an epoch is all rows. With one, each domain has epochs of its
-    own, and rows are taken from the domains in proportion to weight^(1 / temperature).
-
+    Args: sizes: training tokens by domain; they are the weights of a run without a mixture.
+    Raises: ValueError for a mixture of a domain that has no training rows.
     Source: temperature-scaled mixing of T5 (arXiv 1910.10683), section 3.5.2.
+
+    Example:
+        >>> cfg = DataConfig(("shards",), format="shards", mixture=("code=8", "English=2"), temperature=2.0)
+        >>> shares = proportions({"code": 100, "C": 100, "English": 50}, cfg)
+        >>> {name: round(share, 3) for name, share in shares.items()}
+        {'code': 0.667, 'English': 0.333}
     """
-
-    manifest: Manifest
-    cfg: DataConfig
-
-    @property
-    def domains(self) -> tuple[str, ...]:
-        return self.manifest.domains
-
-    @property
-    def fingerprint(self) -> str:
-        files = self.manifest.files.values()
-        return fingerprint_of(bytes.fromhex(facts["hash"]) for facts in files if facts["side"] == "train")
-
-    def describe(self) -> str:
-        """Return a line on the shards, their domains and what is held out."""
-        sizes = self.tokens("train")
-        parts = ", ".join(f"{name} {count:,}" for name, count in sizes.items())
-        return (
-            f"shards: {len(self.manifest.files):,} files, {self.manifest.documents:,} documents, "
-            f"{sum(sizes.values()):,} tokens ({parts}); {sum(self.tokens('val').values()):,} held out"
-        )
-
-    def tokens(self, side: str) -> dict[str, int]:
-        """Return the number of tokens by domain. Args: side: train or val."""
-        parts = getattr(self.manifest, side)
-        return {name: sum(p.tokens for p in found) for name, found in zip(self.domains, parts, strict=True)}
-
-    def proportions(self) -> dict[str, float]:
-        """Return each domain's share of the training rows.
-
-        Raises: ValueError for a mixture of a domain that has no training rows.
-        """
-        sizes = {name: float(count) for name, count in self.tokens("train").items() if count}
-        weights = self.cfg.weights() or sizes
-        for name, weight in weights.items():
-            if weight and name not in sizes:
-                raise ValueError(
-                    f"mixture={self.cfg.mixture} names domain {name!r}, and the shards have "
-                    f"{', '.join(sizes)}{did_you_mean(name, sizes)}"
-                )
-        most = max(weights.values())
-        scaled = {name: (weight / most) ** (1 / self.cfg.temperature) for name, weight in weights.items() if weight}
-        return {name: weight / sum(scaled.values()) for name, weight in scaled.items()}
-
-    def train_batches(self, rows: Sequence[int] | np.ndarray | None = None) -> "ShardBatches":
-        """Iterate over endless training batches. Args: rows: as in `batches.train_batches`."""
-        return ShardBatches(self, np.arange(self.cfg.batch_size) if rows is None else np.asarray(rows))
-
-    def val_batches(self, num_batches: int) -> list[Batch]:
-        """Return held-out rows that alternate between domains, at most `num_batches`; the last may end in padding."""
-        size = self.cfg.batch_size
-        streams = [iter(grain.MapDataset.source(rows).seed(0).shuffle()) for rows in self.rows("val").values()]
-        rounds = itertools.zip_longest(*streams)
-        found = itertools.islice((row for r in rounds for row in r if row is not None), num_batches * size)
-        rows = list(found)
-        rows += [([], None)] * (-len(rows) % size)
-        return [self.batch(rows[i : i + size]) for i in range(0, len(rows), size)]
-
-    def rows(self, side: str) -> dict[str, _Rows]:
-        """Return the rows of each domain that has some. Args: side: train or val."""
-        parts = zip(self.domains, getattr(self.manifest, side), strict=True)
-        return {name: _Rows(self.manifest, found, self.cfg.seq_len) for name, found in parts if found}
-
-    def batch(self, rows: Sequence[tuple[list[Piece], Bool[np.ndarray, " m"] | None]]) -> Batch:
-        """Join rows into a batch."""
-        packed = [pack(pieces, 1, self.cfg) for pieces, _ in rows]
-        batch: Any = {key: np.concatenate([row[key] for row in packed]) for key in packed[0]}  # type: ignore[literal-required]
-        if self.manifest.format == "chat":
-            batch["loss_mask"] = np.zeros((len(rows), self.cfg.seq_len), bool)
-            for i, (_, mask) in enumerate(rows):
-                if mask is not None:
-                    batch["loss_mask"][i, : len(mask)] = mask
-        return batch
+    sizes = {name: size for name, size in sizes.items() if size}
+    weights = cfg.weights() or {name: float(size) for name, size in sizes.items()}
+    for name, weight in weights.items():
+        if weight and name not in sizes:
+            raise ValueError(
+                f"mixture={cfg.mixture} names domain {name!r}, and the shards have "
+                f"{', '.join(sizes)}{did_you_mean(name, sizes)}"
+            )
+    most = max(weights.values())
+    scaled = {name: (weight / most) ** (1 / cfg.temperature) for name, weight in weights.items() if weight}
+    return {name: weight / sum(scaled.values()) for name, weight in scaled.items()}
 
 
-class ShardBatches(Iterator[Batch]):
-    """Iterator of `Shards.train_batches`. Its state is the number of rows before the next global batch.
-
-    Grain gives the order and the mixture, both by index, and threads that read batches ahead.
-    """
-
-    def __init__(self, shards: Shards, rows: np.ndarray):
-        cfg = shards.cfg
-        check_rows(rows, cfg)
-        self._shards, self._rows, self._batch_size = shards, rows, cfg.batch_size
-        self._source: dict[str, Any] = {
-            "corpus": shards.fingerprint, "seed": cfg.seed, "seq_len": cfg.seq_len, "mixture": list(cfg.mixture),
-            "temperature": cfg.temperature,
-        }  # fmt: skip
-        proportions, domains = shards.proportions(), shards.rows("train")
-        sources = [domains[name] for name in proportions] if cfg.mixture or cfg.temperature != 1 else None
-        endless = [
-            grain.MapDataset.source(source).seed((cfg.seed + i) % 2**32).shuffle().repeat()
-            for i, source in enumerate(sources or [_AllRows(list(domains.values()))])
-        ]
-        self._order = grain.MapDataset.mix(endless, list(proportions.values())) if sources else endless[0]
-        self._reader: Any = None
-        self._row = 0
-
-    def __next__(self) -> Batch:
-        if self._reader is None:
-            starts = grain.MapDataset.range(self._row, sys.maxsize - self._batch_size, self._batch_size)
-            ahead = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
-            self._reader = iter(starts.map(self._read).to_iter_dataset(ahead))
-        batch = next(self._reader)
-        self._row += self._batch_size
-        return batch
-
-    def _read(self, start: int) -> Batch:
-        return self._shards.batch([self._order[int(start + row)] for row in self._rows])
-
-    def get_state(self) -> dict[str, Any]:
-        """Return the position of the next batch as plain JSON."""
-        return {**self._source, "row": self._row}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Resume from a state of `get_state`, in constant time.
-
-        Raises: ValueError when the state belongs to other shards, another seed, sequence length or mixture.
-        """
-        check_position(self._source, state)
-        self.close()
-        self._row = state["row"]
-
-    def close(self) -> None:
-        """End the threads that read ahead. The next batch starts them again."""
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
-
-
-def open_shards(cfg: DataConfig, tokenizer: Tokenizer) -> Shards:
+def open_shards(cfg: DataConfig, tokenizer: Tokenizer) -> Source:
     """Open the folder of shards that `cfg.paths` names.
+
+    Every row occurs once in each pass. Without a mixture a pass is over all rows. With one, each domain has passes of
+    its own.
 
     Raises: ValueError for shards of another tokenizer, a missing or torn shard, a sequence length that does not divide
         the records, or an unknown domain in the mixture.
@@ -389,9 +260,7 @@ def open_shards(cfg: DataConfig, tokenizer: Tokenizer) -> Shards:
         ...     job = Tokenize((folder,), Path(folder, "shards"), row_tokens=8, val_fraction=0.3)
         ...     _ = tokenize(job, text_encoder)
         ...     cfg = DataConfig((str(job.out),), seq_len=8, batch_size=1, format="shards")
-        ...     batches = open_shards(cfg, text_encoder().tokenizer).train_batches()
-        ...     shape = next(batches)["tokens"].shape
-        ...     batches.close()
+        ...     shape = next(open_shards(cfg, text_encoder().tokenizer).train_batches())["tokens"].shape
         >>> shape
         (1, 8)
     """
@@ -414,6 +283,18 @@ def open_shards(cfg: DataConfig, tokenizer: Tokenizer) -> Shards:
         )
     for damage in check_files(manifest):
         raise ValueError(f"{damage}; run dsv3 data tokenize again, which writes only what is absent")
-    shards = Shards(manifest, cfg)
-    shards.proportions()
-    return shards
+    train, val = (dict(zip(manifest.domains, side, strict=True)) for side in (manifest.train, manifest.val))
+    sizes = {name: sum(part.tokens for part in parts) for name, parts in train.items()}
+    shares = proportions(sizes, cfg)
+    mixed = [train[name] for name in shares] if cfg.mixture or cfg.temperature != 1 else [sum(train.values(), ())]
+    held_out = sum(part.tokens for parts in val.values() for part in parts)
+    return Source(
+        cfg,
+        manifest.domains,
+        fingerprint_of(bytes.fromhex(f["hash"]) for f in manifest.files.values() if f["side"] == "train"),
+        f"shards: {len(manifest.files):,} files, {manifest.documents:,} documents, {sum(sizes.values()):,} tokens "
+        f"({', '.join(f'{name} {size:,}' for name, size in sizes.items())}); {held_out:,} held out",
+        lambda: [ShardRows(manifest, parts, cfg) for parts in mixed],
+        lambda: [grain.MapDataset.source(ShardRows(manifest, p, cfg)).seed(0).shuffle() for p in val.values() if p],
+        weights=tuple(shares.values()),
+    )

@@ -1,120 +1,27 @@
-"""Sources of batches: one interface over documents, chat examples and shards."""
+"""Open the data of a run: documents, which are packed in memory, or shards on disk."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+import itertools
+from collections.abc import Iterator
 
 import numpy as np
+from jaxtyping import Integer
 
-from dsv3_jax.config import DataConfig
-from dsv3_jax.data import batches
-from dsv3_jax.data.batches import Batch
+from dsv3_jax.config import ConfigError, DataConfig, replace
+from dsv3_jax.data.batches import Rows, Source
 from dsv3_jax.data.corpus import Corpus, load_corpus
-from dsv3_jax.data.examples import load_examples
+from dsv3_jax.data.packing import Packed, Piece
 from dsv3_jax.data.shards import open_shards
-from dsv3_jax.data.text_settings import TextSettings
 from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.data.tokenizer import load as load_tokenizer
+
+Tokens = Integer[np.ndarray, " n"]
+_FIM_ROWS = 4  # characters of a part that fill-in-the-middle rearranges, in units of T
 
 
-@runtime_checkable  # tests check signatures when functions are called
-class Batches(Iterator[Batch], Protocol):
-    """Endless training batches that resume from a position."""
+def open_source(cfg: DataConfig, tokenizer: Tokenizer) -> Source:
+    """Read the text or open the shards of a run. Chats need a template, see `chat.examples.load_examples`.
 
-    def get_state(self) -> dict[str, Any]:
-        """Return the position of the next batch as plain JSON."""
-        ...
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Resume from a position. Raises: ValueError when it belongs to other data."""
-        ...
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Data to train and to measure on.
-
-    Attributes:
-        domains: names that `Batch.domains` indexes.
-        fingerprint: a hash of what is trained on.
-    """
-
-    @property
-    def domains(self) -> tuple[str, ...]: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def describe(self) -> str:
-        """Return one line on what there is."""
-        ...
-
-    def train_batches(self, rows: Sequence[int] | np.ndarray | None = None) -> Batches:
-        """Iterate over training batches. Args: rows: of each global batch that this process holds; None means all."""
-        ...
-
-    def val_batches(self, num_batches: int) -> list[Batch]:
-        """Return held-out batches, at most `num_batches`."""
-        ...
-
-
-@dataclass(frozen=True)
-class Documents:
-    """A corpus with its tokenizer: a `Source` in which every token is a target.
-
-    Example:
-        >>> from dsv3_jax.data.corpus import Document
-        >>> from dsv3_jax.data.tokenizer import ByteTokenizer
-        >>> corpus = Corpus((Document("ab", "text"),), (Document("c", "text"),), ("text",), "")
-        >>> Documents(corpus, ByteTokenizer(), DataConfig()).describe()
-        'text: text 0.0 MB; 0.00 MB of it held out'
-    """
-
-    corpus: Corpus
-    tokenizer: Tokenizer
-    cfg: DataConfig
-
-    @property
-    def domains(self) -> tuple[str, ...]:
-        return self.corpus.domains
-
-    @property
-    def fingerprint(self) -> str:
-        return self.corpus.fingerprint
-
-    def describe(self) -> str:
-        sizes = self.corpus.sizes()
-        parts = ", ".join(f"{name} {(train + val) / 1e6:.1f} MB" for name, (train, val) in sizes.items())
-        return f"text: {parts}; {sum(val for _, val in sizes.values()) / 1e6:.2f} MB of it held out"
-
-    def train_batches(self, rows: Sequence[int] | np.ndarray | None = None) -> Batches:
-        return batches.train_batches(self.corpus, self.tokenizer, self.cfg, rows)
-
-    def val_batches(self, num_batches: int) -> list[Batch]:
-        return batches.val_batches(self.corpus, self.tokenizer, self.cfg, num_batches)
-
-
-def training_bytes(source: Source) -> dict[str, float] | None:
-    """Return the bytes of the training text by domain, or None where only the source knows its mix.
-
-    Example:
-        >>> from dsv3_jax.data.corpus import Document
-        >>> from dsv3_jax.data.tokenizer import ByteTokenizer
-        >>> corpus = Corpus((Document("ab", "text"),), (Document("c", "text"),), ("text",), "")
-        >>> training_bytes(Documents(corpus, ByteTokenizer(), DataConfig()))
-        {'text': 2.0}
-    """
-    if not isinstance(source, Documents):
-        return None
-    return {name: float(train) for name, (train, _) in source.corpus.sizes().items()}
-
-
-def open_source(cfg: DataConfig, tokenizer: Tokenizer, text: TextSettings | None = None, quiet: bool = True) -> Source:
-    """Read the data of a run.
-
-    Args:
-        text: how the model reads chats, needed for format="chat".
-        quiet: print nothing while examples are encoded.
-    Raises: ValueError as `load_corpus`, `load_examples` and `open_shards`.
+    Raises: ValueError as `load_corpus` and `open_shards`; ConfigError for chats.
 
     Example:
         >>> from dsv3_jax.data.tokenizer import ByteTokenizer
@@ -122,9 +29,165 @@ def open_source(cfg: DataConfig, tokenizer: Tokenizer, text: TextSettings | None
         >>> source.domains[:2]
         ('code', 'tests')
     """
+    if cfg.format == "chat":
+        raise ConfigError("data.format='chat' needs a model's template; pass source=chat.examples.load_examples(…)")
     if cfg.format == "shards":
         return open_shards(cfg, tokenizer)
-    if cfg.format == "text":
-        return Documents(load_corpus(cfg), tokenizer, cfg)
-    assert text is not None
-    return load_examples(cfg, text, quiet)
+    return from_corpus(load_corpus(cfg), tokenizer, cfg)
+
+
+def from_corpus(corpus: Corpus, tokenizer: Tokenizer, cfg: DataConfig) -> Source:
+    """Pack documents in memory; every token is a target.
+
+    Rows are cut once, from the documents in an order that depends on the seed. A document's tokens end in eos.
+
+    Raises: ValueError when `fim_rate` needs specials that the tokenizer lacks.
+
+    Example:
+        >>> from dsv3_jax.data.corpus import Document
+        >>> from dsv3_jax.data.tokenizer import ByteTokenizer
+        >>> corpus = Corpus((Document("ab", "text"),), (Document("c", "text"),), ("text",), "")
+        >>> source = from_corpus(corpus, ByteTokenizer(), DataConfig(seq_len=4, batch_size=2))
+        >>> next(source.train_batches())["tokens"].tolist(), source.val_batches(1)[0]["segment_ids"].tolist()
+        ([[97, 98, 256, 0], [97, 98, 256, 0]], [[1, 1, 0, 0], [0, 0, 0, 0]])
+        >>> source.summary
+        'text: text 0.0 MB; 0.00 MB of it held out'
+    """
+    fim_ids = tokenizer.fim_ids if cfg.fim_rate else None
+    number = {domain: i for i, domain in enumerate(corpus.domains)}
+
+    def pieces() -> Iterator[Piece]:
+        rng = np.random.default_rng(cfg.seed)
+        for i in rng.permutation(len(corpus.train)).tolist():
+            text, domain = corpus.train[i]
+            if fim_ids:
+                for part in _rearranged(text, tokenizer, cfg, rng):
+                    yield Piece(_small(part, tokenizer), number[domain], i)
+            else:
+                yield Piece(_small(_encode(text, tokenizer), tokenizer), number[domain], i)
+
+    def held_out(domain: str) -> Rows:
+        texts = {i: text for i, (text, name) in enumerate(corpus.val) if name == domain}
+        windows = _windows(texts, tokenizer, cfg.seq_len)
+        found = (Piece(window, number[domain], i) for i, window in windows)
+        return Packed(found, cfg.seq_len, separate=cfg.separate_documents)
+
+    sizes = corpus.sizes()
+    parts = ", ".join(f"{name} {(train + val) / 1e6:.1f} MB" for name, (train, val) in sizes.items())
+    return Source(
+        cfg,
+        corpus.domains,
+        corpus.fingerprint,
+        f"text: {parts}; {sum(val for _, val in sizes.values()) / 1e6:.2f} MB of it held out",
+        lambda: [Packed(pieces(), cfg.seq_len, separate=cfg.separate_documents)],
+        lambda: [held_out(domain) for domain in corpus.domains],
+        corpus=corpus,
+        training_bytes={name: float(train) for name, (train, _) in sizes.items()},
+    )
+
+
+def _encode(text: str, tokenizer: Tokenizer) -> Tokens:
+    return np.append(tokenizer.encode_array(text), np.int32(tokenizer.eos_id))
+
+
+def _small(tokens: Tokens, tokenizer: Tokenizer) -> Tokens:
+    """Store ids in 16 bits where they fit: a corpus is kept in memory."""
+    return tokens.astype(np.uint16) if tokenizer.vocab_size <= 2**16 else tokens
+
+
+def _windows(texts: dict[int, str], tokenizer: Tokenizer, length: int) -> Iterator[tuple[int, Tokens]]:
+    """Yield (key, window) until every token of every text was in one window of `length` tokens.
+
+    Each round yields one window of each text that has more, the first at a random place from a fixed seed. A few rows
+    then represent all documents.
+    """
+    rng = np.random.default_rng(0)
+    keys, remaining = list(texts), []  # (key, windows, index of the first one)
+    for i in rng.permutation(len(texts)):
+        tokens = _encode(texts[keys[i]], tokenizer)
+        windows = [tokens[start : start + length] for start in range(0, len(tokens), length)]
+        first = int(rng.integers(len(windows)))
+        yield keys[i], windows[first]
+        remaining.append((keys[i], windows, first))
+    for num_yielded in itertools.count(1):
+        remaining = [text for text in remaining if len(text[1]) > num_yielded]
+        if not remaining:
+            return
+        for key, windows, first in remaining:
+            yield key, windows[(first + num_yielded) % len(windows)]
+
+
+def _rearranged(text: str, tokenizer: Tokenizer, cfg: DataConfig, rng: np.random.Generator) -> Iterator[Tokens]:
+    """Cut a text at line ends into parts of a few rows, and rearrange some for fill-in-the-middle (PSM).
+
+    A rearranged part is <prefix> pre <suffix> suf <middle> mid <eos>, cut at two uniformly random characters.
+
+    Source: prefix-suffix-middle order of arXiv 2207.14255.
+    """
+    size, begin = _FIM_ROWS * cfg.seq_len, 0
+    while begin < len(text):
+        stop = len(text)
+        if stop - begin > 1.5 * size:
+            stop = text.rfind("\n", begin + size // 2, begin + size) + 1 or begin + size
+        part, begin = text[begin:stop], stop
+        if rng.random() < cfg.fim_rate:
+            a, b = sorted(rng.integers(0, len(part) + 1, size=2).tolist())
+            ids = (
+                np.append(np.int32(special), tokenizer.encode_array(piece))
+                for special, piece in zip(tokenizer.fim_ids, (part[:a], part[b:], part[a:b]), strict=True)
+            )
+            yield np.append(np.concatenate(list(ids)), np.int32(tokenizer.eos_id))
+        else:
+            yield _encode(part, tokenizer) if stop == len(text) else tokenizer.encode_array(part)
+
+
+def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Check that a model of `vocab_size` has every id of the tokenizer.
+
+    Raises: ValueError when it does not.
+
+    Example:
+        >>> check_vocab(load_tokenizer("bytes"), vocab_size=256)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: vocab_size=256 is below the tokenizer's 260 ids; ...
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"vocab_size={vocab_size} is below the tokenizer's {tokenizer.vocab_size} ids; increase the model's "
+            "vocab_size or choose another tokenizer"
+        )
+
+
+def held_out_prompts(cfg: DataConfig, batch: int, context: int) -> list[list[int]]:
+    """Cut prompts of `context` tokens from held-out text; each starts with another document if there are enough.
+
+    A document that is too short continues with the next one. For chats and shards the default text is read.
+
+    Raises: ValueError if the held-out text has fewer tokens than one prompt.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for i in range(4):
+        ...         _ = pathlib.Path(folder, f"{i}.txt").write_text(f"document {i}")
+        ...     [prompt] = held_out_prompts(DataConfig(paths=(folder,)), batch=1, context=8)
+        >>> load_tokenizer("bytes").decode(prompt)
+        'document'
+    """
+    if cfg.format != "text":
+        cfg = replace(cfg, paths=(), format="text", chat_template=None, mixture=(), temperature=1.0)
+    documents, tokenizer = load_corpus(cfg).val, load_tokenizer(cfg.tokenizer)
+    prompts = []
+    for i in range(batch):
+        first, tokens = i * len(documents) // batch, []
+        for document in [*documents[first:], *documents[:first]]:
+            tokens += _encode(document.text, tokenizer).tolist()
+            if len(tokens) >= context:
+                break
+        if len(tokens) < context:
+            raise ValueError(
+                f"context={context} is more than the {len(tokens)} tokens of the held-out text; use a shorter context"
+            )
+        prompts.append(tokens[:context])
+    return prompts

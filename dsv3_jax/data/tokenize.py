@@ -2,34 +2,38 @@
 
 One process reads documents and deals them out in groups of some megabytes. A group becomes a shard: a file of training
 records and one of held-out records, see `shards`. Each worker shuffles its group's documents, sorts them by domain and
-joins them to records. When both files of a shard are complete, a file beside them says so, with a hash of the text and
-the settings. The same command passes over such shards.
+joins them to records. When both files of a shard are complete, a mark beside them has a hash of the text and the
+settings. The same command passes over such shards.
 """
 
 import hashlib
 import itertools
 import json
 import multiprocessing
+import os
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from dsv3_jax.data.corpus import read_documents
-from dsv3_jax.data.examples import encode, records_of
-from dsv3_jax.data.shards import MANIFEST, SIDES, VERSION, Manifest, Record, file_hash, read_manifest
-from dsv3_jax.data.text_settings import TextSettings
+from dsv3_jax.data.packing import Piece, Record, fill
+from dsv3_jax.data.shards import MANIFEST, SIDES, VERSION, Manifest, file_hash, is_count, is_shard, read_manifest
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.data.tokenizer import load as load_tokenizer
 from dsv3_jax.files import PART, read_json, write_atomic
+from dsv3_jax.lock import acquire
 
-SETTINGS = "settings.json"
+SETTINGS, LOCK = "settings.json", "tokenize.lock"
 _SAY_EVERY = 5.0  # seconds
 
 
@@ -42,68 +46,30 @@ class Item(NamedTuple):
     location: str  # for errors
 
 
-@runtime_checkable  # tests check signatures when functions are called
-class Encoder(Protocol):
-    """Turns a document into ids.
+@dataclass(frozen=True)
+class Encoder:
+    """Turns documents into ids.
 
     Attributes:
-        tokenizer: whose ids they are.
+        encode: from (content, location for errors) to ids and the loss mask. No mask means that all ids are targets.
         whole: no document is cut. Else it may continue in the next record.
     """
 
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-    @property
-    def whole(self) -> bool: ...
-
-    def __call__(self, content: Any, location: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return ids, and the loss mask. None means that all ids are targets."""
-        ...
-
-
-@dataclass(frozen=True)
-class TextEncoder:
-    """Encodes a text and the end of its document."""
-
     tokenizer: Tokenizer
+    encode: Callable[[Any, str], tuple[np.ndarray, np.ndarray | None]]
     whole: bool = False
 
-    def __call__(self, content: Any, location: str) -> tuple[np.ndarray, np.ndarray | None]:
-        return np.append(self.tokenizer.encode_array(content), np.int32(self.tokenizer.eos_id)), None
 
-
-def text_encoder(spec: str = "bytes") -> TextEncoder:
-    """Return the encoder of text by a tokenizer that `tokenizer.load` knows.
+def text_encoder(spec: str = "bytes") -> Encoder:
+    """Return the encoder of text and the end of its document, by a tokenizer that `tokenizer.load` knows.
 
     Example:
-        >>> text_encoder()("hi", "here")[0].tolist()
+        >>> text_encoder().encode("hi", "here")[0].tolist()
         [104, 105, 256]
     """
-    return TextEncoder(load_tokenizer(spec))
-
-
-@dataclass(frozen=True)
-class ChatEncoder:
-    """Encodes a chat example as a model reads chats; an assistant's tokens are targets.
-
-    Example:
-        >>> from dsv3_jax.data.text_settings import plain_settings
-        >>> ids, mask = ChatEncoder(plain_settings())({"prompt": "1+1=", "completion": "2"}, "here")
-        >>> ids.tolist(), mask.astype(int).tolist()
-        ([49, 43, 49, 61, 50, 256], [0, 0, 0, 0, 1, 1])
-    """
-
-    text: TextSettings
-    whole: bool = True
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.text.tokenizer
-
-    def __call__(self, content: Any, location: str) -> tuple[np.ndarray, np.ndarray | None]:
-        ids, mask = encode(content, self.text, location)
-        return np.array(ids, np.int32), np.array(mask, bool)
+    tokenizer = load_tokenizer(spec)
+    end = np.array([tokenizer.eos_id], np.int32)
+    return Encoder(tokenizer, lambda text, where: (np.concatenate([tokenizer.encode_array(text), end]), None))
 
 
 @dataclass(frozen=True)
@@ -113,9 +79,10 @@ class Tokenize:
     Attributes:
         row_tokens: the most tokens of a record; the sequence length of training must divide it.
         val_fraction: share of documents that are held out, chosen by their hash.
-        format: text, or chat for the examples that `examples.encode` reads.
+        format: text, or chat for examples that must stay whole.
         shard_bytes: UTF-8 bytes of text of a shard.
         workers: number of processes that encode. 1 means this one.
+        chat_template: the source of the template that chats are encoded with.
     """
 
     paths: tuple[str, ...]
@@ -126,14 +93,12 @@ class Tokenize:
     text_column: str = "text"
     shard_bytes: int = 64_000_000
     workers: int = 1
-    chat_template: str | None = None  # the source of the template that chats are encoded with
+    chat_template: str | None = None
 
     def __post_init__(self):
-        for name in ("row_tokens", "shard_bytes", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not positive")
-        if self.row_tokens < 2:
-            raise ValueError(f"row_tokens={self.row_tokens} is below 2")
+        for name, least in (("row_tokens", 2), ("shard_bytes", 1), ("workers", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} is below {least}")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction} is outside (0, 1)")
 
@@ -147,8 +112,20 @@ class Done(NamedTuple):
     seconds: float
 
 
+Read = Callable[[tuple[str, ...], str], Iterable[tuple[Any, str, str]]]
+
+
+def texts(paths: tuple[str, ...], text_column: str) -> Iterator[tuple[Any, str, str]]:
+    """Yield (text, domain, location) of the documents of some paths."""
+    for i, (text, domain) in enumerate(read_documents(paths, text_column)):
+        yield text, domain, f"document {i}"
+
+
 def tokenize(
-    job: Tokenize, make_encoder: Callable[[], Encoder], say: Callable[[Done], None] = lambda done: None
+    job: Tokenize,
+    make_encoder: Callable[[], Encoder],
+    say: Callable[[Done], None] = lambda done: None,
+    read: Read = texts,
 ) -> Manifest:
     """Write the shards of a job that are not there yet, and the manifest.
 
@@ -156,43 +133,45 @@ def tokenize(
         make_encoder: a function that each worker calls once; with several workers it is a module's own function, or a
             `functools.partial` of one.
         say: called every few seconds, and at the end.
-    Raises: ValueError as `corpus.read_documents`; for a folder with shards of other settings; for documents of which
-        none is held out, or all are.
+        read: yields (content, domain, location) from the job's paths and text column; `texts`, or `examples.contents`.
+    Raises: ValueError as `corpus.read_documents`; for a folder with shards of other settings, or that another process
+        writes; for documents of which none is held out, or all are.
     """
     encoder = make_encoder()
-    settings = asdict(job) | {"tokenizer": encoder.tokenizer.fingerprint, "version": VERSION}
+    settings = asdict(job) | {"tokenizer": encoder.tokenizer.fingerprint, "version": VERSION, "paths": list(job.paths)}
     for name in ("out", "workers"):
         del settings[name]
-    settings["paths"] = list(job.paths)
-    _claim(job.out, settings)
-    domains: dict[str, int] = {}
-    began = said = time.monotonic()
-    found: dict[int, dict[str, Any]] = {}
-    for number, facts in _run(job, encoder, make_encoder, _groups(job, domains), json.dumps(settings, sort_keys=True)):
-        found[number] = facts
-        if time.monotonic() - said > _SAY_EVERY:
-            said = time.monotonic()
-            say(_done(found, said - began))
-    files = {name: facts for number in sorted(found) for name, facts in found[number]["files"].items()}
-    for side, what in zip(SIDES, ("leaves no document for training", "holds no document out"), strict=True):
-        if not any(facts["side"] == side for facts in files.values()):
-            raise ValueError(
-                f"val_fraction={job.val_fraction} {what}; there are {_done(found, 0.0).documents} documents"
-            )
-    values = {
-        "version": VERSION, "format": job.format, "row_tokens": job.row_tokens, "val_fraction": job.val_fraction,
-        "tokenizer": encoder.tokenizer.fingerprint, "vocab_size": encoder.tokenizer.vocab_size,
-        "domains": list(domains), "documents": sum(f["documents"] for f in files.values()),
-        "tokens": sum(f["tokens"] for f in files.values()), "left_out": sum(f["left_out"] for f in found.values()),
-        "files": files,
-    }  # fmt: skip
-    write_atomic(job.out / MANIFEST, json.dumps(values, indent=1))
-    say(_done(found, time.monotonic() - began))
+    job.out.mkdir(parents=True, exist_ok=True)
+    with acquire(job.out, LOCK) as lock:
+        _claim(job.out, settings)
+        domains: dict[str, int] = {}
+        began = said = time.monotonic()
+        found: list[dict[str, Any]] = []
+        write = partial(_shard, job.out, job.row_tokens, job.val_fraction, json.dumps(settings, sort_keys=True))
+        for facts in _each(job.workers, write, encoder, make_encoder, _groups(job, read, domains)):
+            found.append(facts)
+            lock.check()
+            if time.monotonic() - said > _SAY_EVERY:
+                said = time.monotonic()
+                say(_done(found, said - began))
+        files = {name: facts for shard in found for name, facts in shard["files"].items()}
+        total = _done(found, time.monotonic() - began)
+        for side, what in zip(SIDES, ("leaves no document for training", "holds no document out"), strict=True):
+            if not any(facts["side"] == side for facts in files.values()):
+                raise ValueError(f"val_fraction={job.val_fraction} {what}; there are {total.documents} documents")
+        values = {
+            "version": VERSION, "format": job.format, "row_tokens": job.row_tokens, "val_fraction": job.val_fraction,
+            "tokenizer": encoder.tokenizer.fingerprint, "vocab_size": encoder.tokenizer.vocab_size,
+            "domains": list(domains), "documents": total.documents, "tokens": total.tokens,
+            "left_out": sum(shard["left_out"] for shard in found), "files": files,
+        }  # fmt: skip
+        write_atomic(job.out / MANIFEST, json.dumps(values, indent=1))
+    say(total)
     return read_manifest(job.out)
 
 
-def _done(found: dict[int, dict[str, Any]], seconds: float) -> Done:
-    files = [facts for shard in found.values() for facts in shard["files"].values()]
+def _done(found: list[dict[str, Any]], seconds: float) -> Done:
+    files = [facts for shard in found for facts in shard["files"].values()]
     return Done(len(found), sum(f["documents"] for f in files), sum(f["tokens"] for f in files), seconds)
 
 
@@ -204,23 +183,25 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     file = out / SETTINGS
     if file.is_file():
         before = read_json(file)
+        before = before if isinstance(before, dict) else {}
         for name, value in settings.items():
-            if not isinstance(before, dict) or before.get(name) != value:
-                old = before.get(name) if isinstance(before, dict) else None
-                raise ValueError(f"{name}={value!r} differs from {name}={old!r} of the shards in out={str(out)!r}; "
-                                 "choose another folder")  # fmt: skip
-    elif out.is_dir() and any(out.iterdir()):
+            if before.get(name) != value:
+                raise ValueError(
+                    f"{name}={value!r} differs from {name}={before.get(name)!r} of the shards in out={str(out)!r}; "
+                    "choose another folder"
+                )
+    elif any(path.name != LOCK for path in out.iterdir()):
         raise ValueError(f"out={str(out)!r} holds other files; choose an empty folder")
     write_atomic(file, json.dumps(settings, indent=1))
 
 
-def _groups(job: Tokenize, domains: dict[str, int]) -> Iterator[list[Item]]:
+def _groups(job: Tokenize, read: Read, domains: dict[str, int]) -> Iterator[list[Item]]:
     """Yield the documents of each shard, and number the domains by first appearance."""
     group: list[Item] = []
     size = 0
-    for number, (content, domain, text, location) in enumerate(_contents(job)):
+    for number, (content, domain, location) in enumerate(read(job.paths, job.text_column)):
         group.append(Item(content, domains.setdefault(domain, len(domains)), number, location))
-        size += len(text.encode())
+        size += len(_bytes_of(content))
         if size >= job.shard_bytes:
             yield group
             group, size = [], 0
@@ -228,47 +209,52 @@ def _groups(job: Tokenize, domains: dict[str, int]) -> Iterator[list[Item]]:
         yield group
 
 
-def _contents(job: Tokenize) -> Iterator[tuple[Any, str, str, str]]:
-    """Yield (content, domain, text that its size is measured by, location)."""
-    if job.format == "chat":
-        found = (records_of(path, job.text_column) for path in job.paths)
-        for location, record, name in itertools.chain.from_iterable(found):
-            text = json.dumps(record, sort_keys=True)
-            yield record, record.get("domain") or name, text, location
-        return
-    for i, (text, domain) in enumerate(read_documents(job.paths, job.text_column)):
-        yield text, domain, text, f"document {i}"
+def _bytes_of(content: Any) -> bytes:
+    text = content if isinstance(content, str) else json.dumps(content, sort_keys=True)
+    return text.encode("utf-8", "surrogatepass")
 
 
-def _run(
-    job: Tokenize, encoder: Encoder, make_encoder: Callable[[], Encoder], groups: Iterable[list[Item]], settings: str
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Make each group a shard, here or in processes, with at most one group waiting for each process."""
-    write = partial(_shard, job.out, job.row_tokens, job.val_fraction, settings)
-    if job.workers == 1:
-        for number, group in enumerate(groups):
-            yield number, write(encoder, number, group)
+def _each(
+    workers: int,
+    write: Callable[..., dict[str, Any]],
+    encoder: Encoder,
+    make_encoder: Callable[[], Encoder],
+    groups: Iterable[list[Item]],
+) -> Iterator[dict[str, Any]]:
+    """Make each group a shard, here or in processes, with at most one group waiting."""
+    if workers == 1:
+        yield from (write(encoder, number, group) for number, group in enumerate(groups))
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(job.workers, context, initializer=_begin, initargs=(make_encoder,)) as pool:
-        waiting: dict[Future, int] = {}
+    with ProcessPoolExecutor(workers, context, _begin, (make_encoder, os.getpid())) as pool:
+        waiting: deque[Future] = deque()
         try:
             for number, group in enumerate(groups):
-                waiting[pool.submit(_in_worker, write, number, group)] = number
-                if len(waiting) > job.workers:
-                    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                        yield waiting.pop(future), future.result()
-            for future in list(waiting):
-                yield waiting.pop(future), future.result()
+                waiting.append(pool.submit(_in_worker, write, number, group))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            yield from (future.result() for future in waiting)
+        except BrokenProcessPool as error:
+            raise ValueError(
+                f"workers={workers}: one was ended, maybe for lack of memory; use fewer, or a smaller --shard-mb"
+            ) from error
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
 _ENCODER: list[Encoder] = []  # of a worker's process
 
 
-def _begin(make_encoder: Callable[[], Encoder]) -> None:
+def _begin(make_encoder: Callable[[], Encoder], parent: int) -> None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _ENCODER[:] = [make_encoder()]
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent ends: a killed parent cannot end its workers."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _in_worker(write: Callable[..., dict[str, Any]], number: int, group: list[Item]) -> dict[str, Any]:
@@ -282,103 +268,78 @@ def _shard(
     digest = hashlib.blake2b(settings.encode(), digest_size=16)
     items: dict[str, list[Item]] = {side: [] for side in SIDES}
     for item in group:
-        content = item.content if isinstance(item.content, str) else json.dumps(item.content, sort_keys=True)
-        mark = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        mark = hashlib.blake2b(_bytes_of(item.content), digest_size=8).digest()
         digest.update(mark + repr(item[1:3]).encode())
         items["val" if int.from_bytes(mark) < int(val_fraction * 2**64) else "train"].append(item)
     done = out / f"shard-{number:05d}.json"
-    if done.is_file():
-        before = read_json(done)
-        if before["input"] == digest.hexdigest() and all(
-            (out / name).is_file() and (out / name).stat().st_size == f["bytes"] for name, f in before["files"].items()
-        ):
-            return before
-        done.unlink()
+    before = _complete(done, digest.hexdigest())
+    if before is not None:
+        return before
+    done.unlink(missing_ok=True)
     facts: dict[str, Any] = {"input": digest.hexdigest(), "files": {}, "left_out": 0}
     for side, own in items.items():
         order = np.random.default_rng(number).permutation(len(own))
         own = sorted((own[i] for i in order), key=lambda item: item.domain)
         name = f"{side}-{number:05d}.array_record"
-        written = _write(out / name, own, encoder, row_tokens)
-        facts["left_out"] += written.pop("left_out")
+        written, left_out = _write(out / name, own, encoder, row_tokens)
+        facts["left_out"] += left_out
         if written["records"]:
             facts["files"][name] = {"side": side} | written
     write_atomic(done, json.dumps(facts))
     return facts
 
 
-def _write(path: Path, items: list[Item], encoder: Encoder, row_tokens: int) -> dict[str, Any]:
-    """Write a file of records under a temporary name, then rename it. Without a record there is no file."""
+def _complete(mark: Path, digest: str) -> dict[str, Any] | None:
+    """Return the facts of a shard that is complete; None if it must be written, as after damage."""
+    try:
+        facts = read_json(mark)
+    except (OSError, ValueError):
+        return None
+    if not (isinstance(facts, dict) and facts.get("input") == digest and is_count(facts.get("left_out"), least=0)):
+        return None
+    files = facts.get("files")
+    if not isinstance(files, dict) or not all(is_shard(name, found, 2**31) for name, found in files.items()):
+        return None
+    paths = {mark.with_name(name): found["bytes"] for name, found in files.items()}
+    return facts if all(path.is_file() and path.stat().st_size == size for path, size in paths.items()) else None
+
+
+def _write(path: Path, items: list[Item], encoder: Encoder, row_tokens: int) -> tuple[dict[str, Any], int]:
+    """Write a file of records under a temporary name, then rename it. Without a record there is no file.
+
+    Returns: (its facts, the number of examples that are left out).
+    """
     part = path.with_name(f".{path.name}{PART}")
-    by_domain: list[list[int]] = []
-    left_out = documents = 0
+    part.unlink(missing_ok=True)  # it may be a link
+    used: list[bool] = []
+
+    def pieces(items: Iterable[Item]) -> Iterator[Piece]:
+        for item in items:
+            ids, mask = encoder.encode(item.content, item.location)
+            used.append(not encoder.whole or (len(ids) <= row_tokens and mask is not None and bool(mask[1:].any())))
+            if used[-1]:
+                yield Piece(ids, item.domain, item.document, mask)
+
+    domains: list[list[int]] = []
     try:
         writer = ArrayRecordWriter(str(part), "group_size:1")
         try:
             for domain, of_domain in itertools.groupby(items, key=lambda item: item.domain):
                 records = tokens = 0
-                rows = _Rows(domain, row_tokens, encoder.whole)
-                for item in of_domain:
-                    ids, mask = encoder(item.content, item.location)
-                    if encoder.whole and (len(ids) > row_tokens or mask is None or not mask[1:].any()):
-                        left_out += 1
-                        continue
-                    documents += 1
-                    for record in rows.add(ids, mask, item.document):
-                        writer.write(record.to_bytes())
-                        records, tokens = records + 1, tokens + len(record.tokens)
-                for record in rows.rest():
+                for row in fill(pieces(of_domain), row_tokens, encoder.whole):
+                    record = Record.of(row)
                     writer.write(record.to_bytes())
                     records, tokens = records + 1, tokens + len(record.tokens)
-                if records:
-                    by_domain.append([domain, records, tokens])
+                domains += [[domain, records, tokens]] if records else []
         finally:
             writer.close()
         facts = {
-            "records": sum(records for _, records, _ in by_domain), "tokens": sum(tokens for *_, tokens in by_domain),
-            "documents": documents, "domains": by_domain, "left_out": left_out,
+            "records": sum(records for _, records, _ in domains), "tokens": sum(tokens for *_, tokens in domains),
+            "documents": sum(used), "domains": domains,
         }  # fmt: skip
-        if by_domain:
+        if domains:
             facts |= {"bytes": part.stat().st_size, "hash": file_hash(part)}
             part.replace(path)
-        return facts
+        return facts, len(used) - sum(used)
     finally:
         part.unlink(missing_ok=True)
-
-
-class _Rows:
-    """Joins documents of one domain to records."""
-
-    def __init__(self, domain: int, size: int, whole: bool):
-        self._domain, self._size, self._whole = domain, size, whole
-        self._pieces: list[tuple[np.ndarray, np.ndarray | None, int]] = []
-        self._filled = 0
-
-    def add(self, ids: np.ndarray, mask: np.ndarray | None, document: int) -> Iterator[Record]:
-        """Yield the records that a document fills."""
-        if self._whole and self._filled + len(ids) > self._size:
-            yield from self.rest()
-        first = 0
-        while first < len(ids):
-            stop = min(len(ids), first + self._size - self._filled)
-            self._pieces.append((ids[first:stop], None if mask is None else mask[first:stop], document))
-            self._filled += stop - first
-            first = stop
-            if self._filled == self._size:
-                yield from self.rest()
-
-    def rest(self) -> Iterator[Record]:
-        """Yield the record that is being filled, if it holds anything."""
-        if not self._pieces:
-            return
-        lengths = [len(ids) for ids, _, _ in self._pieces]
-        starts = np.array([0, *itertools.accumulate(lengths[:-1])], np.int32)
-        masks = [mask for _, mask, _ in self._pieces if mask is not None]
-        yield Record(
-            self._domain,
-            starts,
-            np.array([document for _, _, document in self._pieces], np.int32),
-            np.concatenate([ids for ids, _, _ in self._pieces]).astype(np.int32),
-            np.concatenate(masks) if masks else None,
-        )
-        self._pieces, self._filled = [], 0

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv3_jax.data import text_settings, tokenizer
+from dsv3_jax.chat import text_settings
+from dsv3_jax.data import tokenizer
 from dsv3_jax.data.special_tokens import end_ids, read_object
 from dsv3_jax.data.tokenizer import TIKTOKEN_FILE
 from dsv3_jax.hf import files

@@ -9,12 +9,15 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from dsv3_jax.chat import text_settings
+from dsv3_jax.chat.examples import load_examples
+from dsv3_jax.chat.text_settings import TEMPLATES_FOLDER, TEXT_FILES, TextSettings
 from dsv3_jax.config import DataConfig, ModelConfig, RunConfig, replace
-from dsv3_jax.data import text_settings, tokenizer
+from dsv3_jax.data import tokenizer
+from dsv3_jax.data.batches import Source
 from dsv3_jax.data.shards import MANIFEST
-from dsv3_jax.data.source import Source, open_source
+from dsv3_jax.data.source import open_source
 from dsv3_jax.data.special_tokens import read_object
-from dsv3_jax.data.text_settings import TEMPLATES_FOLDER, TEXT_FILES, TextSettings
 from dsv3_jax.data.tokenizer import SPECIALS, TIKTOKEN_FILE, ByteTokenizer
 from dsv3_jax.files import MAX_JSON, check_regular
 from dsv3_jax.hf import files, reading
@@ -178,7 +181,7 @@ def measured_on(cfg: DataConfig, folder: str | Path, paths: tuple[str, ...] = ()
     Args:
         cfg: of the model's run.
         paths: other data. Files of chat examples are read as such if the run was trained on chats.
-    Raises: ValueError as `open_source`.
+    Raises: ValueError as `open_source` and `load_examples`.
     """
     if paths:
         is_shards = len(paths) == 1 and (Path(paths[0]) / MANIFEST).is_file()
@@ -189,5 +192,6 @@ def measured_on(cfg: DataConfig, folder: str | Path, paths: tuple[str, ...] = ()
             cfg = replace(cfg, format="shards", chat_template=None, mixture=(), max_documents=None, fim_rate=0.0)
         elif not any(Path(path).suffix.lower() in (".jsonl", ".parquet") for path in paths):
             cfg = replace(cfg, format="text", chat_template=None)
-    text = load_text(folder) if cfg.format == "chat" else None
-    return open_source(cfg, tokenizer.load(cfg.tokenizer), text)
+    if cfg.format == "chat":
+        return load_examples(cfg, load_text(folder))
+    return open_source(cfg, tokenizer.load(cfg.tokenizer))

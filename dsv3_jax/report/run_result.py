@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.data.batches import Batch
-from dsv3_jax.data.ngram import Order2
-from dsv3_jax.data.source import Documents, Source
+from dsv3_jax.data.batches import Batch, Source
 from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.report.ngram import Order2
 from dsv3_jax.report.run_plots import routing_heatmap, training_curves
 
 
@@ -19,7 +18,7 @@ def order2_of(source: Source, tokenizer: Tokenizer, held_out: Sequence[Batch]) -
 
     None for chat examples, which it would have to answer without a context.
     """
-    if not isinstance(source, Documents):
+    if source.corpus is None:
         return None
     rows = [
         tokenizer.bytes_of(row[real].tolist())

@@ -5,13 +5,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
-
 from dsv3_jax.config import DataConfig, replace
-from dsv3_jax.data.batches import Batch, Piece, pack, val_batches
+from dsv3_jax.data.batches import Batch, alternate
 from dsv3_jax.data.corpus import Corpus, read_documents
+from dsv3_jax.data.packing import Packed, Piece
 from dsv3_jax.data.shards import MANIFEST
-from dsv3_jax.data.source import training_bytes
+from dsv3_jax.data.source import from_corpus
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.files import check_regular
 from dsv3_jax.hf.open_model import measured_on
@@ -63,14 +62,12 @@ def open_text(
             raise ValueError(f"paths={' '.join(paths)!r} hold no text")
         corpus = Corpus((), documents, tuple(dict.fromkeys(d.domain for d in documents)), "")
         cfg = replace(cfg, paths=paths, format="text", chat_template=None, mixture=(), temperature=1.0, fim_rate=0.0)
-        read = val_batches(corpus, tokenizer, cfg, ALL if batches is None else batches)
+        read = from_corpus(corpus, tokenizer, cfg).val_batches(ALL if batches is None else batches)
         return Reading(read, corpus.domains, ", ".join(paths), None, own)
     source = measured_on(cfg, folder, paths)
     named = ", ".join(map(str, paths or cfg.paths)) or "the text that comes with Python"
     held_out = source.val_batches((ALL if paths else BATCHES) if batches is None else batches)
-    return Reading(
-        held_out, source.domains, f"held-out part of {named}", None if paths else training_bytes(source), own
-    )
+    return Reading(held_out, source.domains, f"held-out part of {named}", None if paths else source.training_bytes, own)
 
 
 def read_own(text: str) -> str:
@@ -134,11 +131,8 @@ def own_batches(text: str, tokenizer: Tokenizer, cfg: DataConfig) -> list[Batch]
         [[97, 98], [99, 0], [0, 0]]
     """
     tokens = tokenizer.encode_array(text)
-    num_rows = -(-len(tokens) // cfg.seq_len)
-    num_rows += -num_rows % cfg.batch_size
-    packed = pack([Piece(tokens, 0, 0)], num_rows, cfg)
-    starts = range(0, num_rows, cfg.batch_size)
-    return [jax.tree.map(lambda x, i=start: x[i : i + cfg.batch_size], packed) for start in starts]
+    rows = Packed([Piece(tokens, 0, 0)], cfg.seq_len, separate=cfg.separate_documents)
+    return alternate([rows], cfg.batch_size, ALL)
 
 
 def folder_name(step: int, paths: tuple[str, ...], text: str | None) -> str:

@@ -45,7 +45,7 @@ def evaluate(
     another mix of domains. `max_vio_training_mix` weights each domain's load by its share of the training tokens, and
     `max_vio_by_domain` is that of each domain alone.
 
-    Args: mix: bytes of the training text by domain, see `source.training_bytes`. None means unknown.
+    Args: mix: bytes of the training text by domain, see `Source.training_bytes`. None means unknown.
     Returns: val_loss (nats a token), val_bits_per_byte, mtp_acceptance (list, a share a depth), load ([L, E] float
     array: the trunk's sparse layers, then the heads with experts), and bits_per_byte_by_domain where `domains` names
     them. MaxVio, each the mean over layers: max_vio_global of all rows, max_vio_by_domain and max_vio_training_mix of

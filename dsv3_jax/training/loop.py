@@ -33,7 +33,6 @@ import jax
 from dsv3_jax.cluster import processes
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.batches import model_inputs
-from dsv3_jax.data.source import training_bytes
 from dsv3_jax.lock import FolderLock, acquire
 from dsv3_jax.mesh import sharding
 from dsv3_jax.ops.routing import ROUTERS
@@ -247,7 +246,7 @@ class Training:
 
     def _measured(self) -> dict[str, Any]:
         source, model = self.ready.source, model_of(self.job, self.state)
-        mix = training_bytes(source)
+        mix = source.training_bytes
         return evaluate(model, self.held_out, self.ready.tokenizer, source.domains, self.job.mesh, mix)
 
     def save(self) -> None:

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from dsv3_jax.cluster import processes
 from dsv3_jax.config import OPTIMIZERS, ConfigError, RunConfig, replace, to_dict
 from dsv3_jax.data import tokenizer
-from dsv3_jax.data.batches import check_vocab
-from dsv3_jax.data.source import Source, open_source
+from dsv3_jax.data.batches import Source
+from dsv3_jax.data.source import check_vocab, open_source
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.kernels import choose, xla_flags
 from dsv3_jax.mesh import sharding
@@ -198,7 +198,7 @@ def conditions(job: Job) -> tuple[str, int, str, str]:
 def describe(ready: Prepared, step: int) -> list[str]:
     """Lines to print before training: the text, the kernels, and how long it may take."""
     run, kernels = ready.job.run, ready.job.chosen()
-    lines = [ready.source.describe(), kernels.describe(*conditions(ready.job)), xla_flags.describe(ready.job.options)]
+    lines = [ready.source.summary, kernels.describe(*conditions(ready.job)), xla_flags.describe(ready.job.options)]
     lines.append("" if run.optim.name == "adamw" else f"optimizer: {OPTIMIZERS.get(run.optim.name, run.optim.name)}")
     lines.append(lora.describe(run.lora, abstract_state(Job(run)).params) if run.lora.rank else "")
     lines += [f"{name}={now}, before {before}" for name, (before, now) in ready.changed.items()]

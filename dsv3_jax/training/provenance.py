@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dsv3_jax.data.source import Source
+from dsv3_jax.data.batches import Source
 from dsv3_jax.data.tokenizer import Tokenizer
 
 PACKAGE = Path(__file__).resolve().parents[1]

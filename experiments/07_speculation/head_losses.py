@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `exper
 import numpy as np
 
 from dsv3_jax.config import replace
-from dsv3_jax.data.batches import held_out_prompts
+from dsv3_jax.data.source import held_out_prompts
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.files import write_atomic
 from dsv3_jax.presets import recipe

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
-from dsv3_jax.data.batches import held_out_prompts
+from dsv3_jax.data.source import held_out_prompts
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.model.counting import size
 from dsv3_jax.training.checkpoint import load_run

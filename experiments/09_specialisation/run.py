@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from dsv3_jax import stats
 from dsv3_jax.config import Balance, replace
-from dsv3_jax.data.batches import load_corpus, val_batches
+from dsv3_jax.data.source import open_source
 from experiments.lab import Column, Study, drawing, write_figure
 from experiments.lab.claims import Claim, Stake
 
@@ -37,9 +37,9 @@ def measure(trained):
     # The validation set has few English documents, so this reads half of all documents. Training has not read most of
     # them.
     cfg = replace(trained.run.data, val_fraction=0.5, seed=0)
-    corpus = load_corpus(cfg)
-    batches = val_batches(corpus, trained.tokenizer, cfg, trained.run.eval_batches)
-    counts = stats.collect(trained.model, batches, trained.tokenizer, corpus.domains)
+    source = open_source(cfg, trained.tokenizer)
+    batches = source.val_batches(trained.run.eval_batches)
+    counts = stats.collect(trained.model, batches, trained.tokenizer, source.domains)
     special = stats.specialisation(counts)
     excess = special.bits - special.shuffled_mean
     # Shuffles for chance alone: intervals come from the seeds here.

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.data.batches import load_corpus
+from dsv3_jax.data.corpus import load_corpus
 from dsv3_jax.files import write_atomic
 
 SIGNS = string.ascii_uppercase + string.digits

@@ -27,8 +27,7 @@ from peer_decode import PeerDecodeWorker
 from process import KEEP_MEMORY, OutOfMemory
 
 from dsv3_jax.config import replace
-from dsv3_jax.data import batches as data
-from dsv3_jax.data import tokenizer
+from dsv3_jax.data import open_source, tokenizer
 from dsv3_jax.model.cache import CACHE_DTYPES
 from dsv3_jax.model.counting import decode_bytes
 from dsv3_jax.presets import preset
@@ -225,8 +224,7 @@ def speculation_table(cells: dict) -> str:
 def quality(run: str, batches: int = 8) -> dict:
     """Evaluate held-out text through caches of every kind and dtype."""
     model, trained, _ = load_run(run)
-    corpus, text_tokenizer = data.load_corpus(trained.data), tokenizer.load(trained.data.tokenizer)
-    held_out = data.val_batches(corpus, text_tokenizer, trained.data, batches)
+    held_out = open_source(trained.data, tokenizer.load(trained.data.tokenizer)).val_batches(batches)
     kinds = ("latent", "expanded") if model.cfg.attention == "mla" else ("expanded",)
     return {
         kind: {k: asdict(v) for k, v in cache_quality(model, held_out, CACHE_DTYPES, kind).items()} for kind in kinds

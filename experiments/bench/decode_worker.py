@@ -83,7 +83,7 @@ def _decoder(args) -> tuple[dict, Callable[[str], dict]]:
     from flax import nnx
 
     from dsv3_jax.config import ModelConfig, from_dict
-    from dsv3_jax.data.batches import held_out_prompts
+    from dsv3_jax.data.source import held_out_prompts
     from dsv3_jax.decoding.generate import generate
     from dsv3_jax.hf.open_model import open_draft
     from dsv3_jax.training.checkpoint import load_run

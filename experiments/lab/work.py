@@ -81,7 +81,7 @@ class TrainedRun:
     @cached_property
     def corpus(self):
         """The documents for training and validation."""
-        from dsv3_jax.data.batches import load_corpus
+        from dsv3_jax.data.corpus import load_corpus
 
         return load_corpus(self.run.data)
 
@@ -90,12 +90,12 @@ class TrainedRun:
 
         Args: batches: how many; None means the run's `eval_batches`.
         """
-        from dsv3_jax.data.batches import val_batches
+        from dsv3_jax.data.source import from_corpus
 
         count = batches or self.run.eval_batches
         if self.task is not None:
             return TaskSource(self.task, self.run.data).val_batches(count)
-        return val_batches(self.corpus, self.tokenizer, self.run.data, count)
+        return from_corpus(self.corpus, self.tokenizer, self.run.data).val_batches(count)
 
     def metrics(self) -> list[dict]:
         """Return the rows of the run's metrics.jsonl."""

@@ -5,8 +5,8 @@ import json
 import pytest
 from texts import GOLDEN, PROMPTS, TEXTS, tiktoken_lines, write_text_files
 
+from dsv3_jax.chat.text_settings import read_released
 from dsv3_jax.config import replace
-from dsv3_jax.data.text_settings import read_released
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]  # torch and transformers warn
 

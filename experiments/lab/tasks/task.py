@@ -8,16 +8,16 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.data.batches import Batch, check_position, check_rows
-from dsv3_jax.data.tokenizer import ByteTokenizer, Tokenizer
+from dsv3_jax.data.batches import Batch, Batches, Row, Source, alternate
 
 VOCAB = 256  # ids that a task may use: those of bytes
 HELD_OUT = 10**6  # seed of held-out rows; seeds of runs are far below
@@ -97,8 +97,7 @@ def require_alphabet(**counts: int) -> None:
         raise ValueError(f"{parts}: {total} tokens are not 1 … {VOCAB}; make the task smaller")
 
 
-@dataclass(frozen=True)
-class TaskSource:
+class TaskSource(Source):
     """A task as a `Source`. Batch i of seed s depends on (s, i) alone, so a position is one number.
 
     Example:
@@ -108,79 +107,51 @@ class TaskSource:
         (2, 3)
     """
 
-    task: Any  # a Task
-    cfg: DataConfig
+    def __init__(self, task: Any, cfg: DataConfig):
+        if cfg.seq_len != task.length:
+            raise ValueError(f"seq_len={cfg.seq_len} is not the length of the rows of {task.name}, {task.length}")
+        fields = ", ".join(f"{k}={v}" for k, v in task.to_dict().items() if k != "task")
+        bits = f"{task.chance_bits:.2f} bits by chance, {task.best_bits:.2f} at best"
+        summary = f"task {task.name}: {fields}; {bits}"
+        self.task: Any
+        super().__init__(cfg, task.domains, task.fingerprint, summary, lambda: [TaskRows(task, cfg)], lambda: [])
+        object.__setattr__(self, "task", task)  # the base is frozen
 
-    def __post_init__(self):
-        if self.cfg.seq_len != self.task.length:
-            raise ValueError(
-                f"seq_len={self.cfg.seq_len} is not the length of the rows of {self.task.name}, {self.task.length}"
-            )
-
-    @property
-    def domains(self) -> tuple[str, ...]:
-        return self.task.domains
-
-    @property
-    def fingerprint(self) -> str:
-        return self.task.fingerprint
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the ids belong to."""
-        return ByteTokenizer()
-
-    def describe(self) -> str:
-        """Return one line on the task."""
-        fields = ", ".join(f"{k}={v}" for k, v in self.task.to_dict().items() if k != "task")
-        bits = f"{self.task.chance_bits:.2f} bits by chance, {self.task.best_bits:.2f} at best"
-        return f"task {self.task.name}: {fields}; {bits}"
-
-    def train_batches(self, rows: Sequence[int] | np.ndarray | None = None) -> "TaskBatches":
-        """Iterate over endless batches."""
-        return TaskBatches(self, np.arange(self.cfg.batch_size) if rows is None else np.asarray(rows))
+    def train_batches(self, rows: Sequence[int] | np.ndarray | None = None) -> Batches:
+        """Iterate over endless batches, which are drawn in their order."""
+        return Batches(self.train()[0], self.cfg.batch_size, rows, f"{self.fingerprint}-{self.cfg.seed}")
 
     def val_batches(self, num_batches: int) -> list[Batch]:
         """Return held-out batches."""
         size = self.cfg.batch_size
         rows = self.task.held_out(num_batches * size)
-        starts = range(0, len(rows.tokens) - size + 1, size)
-        return [_batch(Rows(*(part[i : i + size] for part in rows))) for i in starts]
+        return alternate([[_row(rows, i, i % size) for i in range(len(rows.tokens))]], size, num_batches)
 
 
-class TaskBatches(Iterator[Batch]):
-    """Training batches of a task."""
+class TaskRows:
+    """Endless rows of a task: those of batch i are drawn together, from the run's seed and i."""
 
-    def __init__(self, source: TaskSource, rows: np.ndarray):
-        check_rows(rows, source.cfg)
-        self._task, self._cfg, self._rows, self._next = source.task, source.cfg, rows, 0
-        self._source = {"task": source.fingerprint, "seed": source.cfg.seed, "batch_size": source.cfg.batch_size}
+    def __init__(self, task: Any, cfg: DataConfig):
+        self._task, self._cfg = task, cfg
+        self._draw = lru_cache(maxsize=1)(lambda i: task.sample(np.random.default_rng([cfg.seed, i]), cfg.batch_size))
 
-    def __next__(self) -> Batch:
-        rng = np.random.default_rng([self._cfg.seed, self._next])
-        self._next += 1
-        drawn = self._task.sample(rng, self._cfg.batch_size)
-        return _batch(Rows(*(part[self._rows] for part in drawn)))
+    def __len__(self) -> int:
+        return sys.maxsize
 
-    def get_state(self) -> dict[str, Any]:
-        """Return the position of the next batch."""
-        return {**self._source, "batch": self._next}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Resume from a position. Raises: ValueError when it belongs to another task or seed."""
-        check_position(self._source, state)
-        self._next = state["batch"]
+    def __getitem__(self, index: int) -> Row:
+        batch, i = divmod(index, self._cfg.batch_size)
+        return _row(self._draw(batch), i, i)
 
 
-def _batch(rows: Rows) -> Batch:
-    count, length = rows.tokens.shape
-    return Batch(
-        tokens=rows.tokens,
-        segment_ids=np.ones((count, length), np.int32),
-        positions=np.tile(np.arange(length, dtype=np.int32), (count, 1)),
-        domains=rows.domains,
-        documents=np.tile(np.arange(count, dtype=np.int32)[:, None], (1, length)),
-        loss_mask=rows.answers,
+def _row(rows: Rows, i: int, document: int) -> Row:
+    length = rows.tokens.shape[1]
+    return Row(
+        tokens=rows.tokens[i],
+        segment_ids=np.ones(length, np.int32),
+        positions=np.arange(length, dtype=np.int32),
+        domains=rows.domains[i],
+        documents=np.full(length, document, np.int32),
+        loss_mask=rows.answers[i],
     )
 
 

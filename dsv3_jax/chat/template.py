@@ -17,10 +17,10 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
-from jinja2.utils import Namespace
 
 from dsv3_jax.data.special_tokens import any_of
 from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.files import parse_json
 
 Message = dict[str, Any]
 Spans = list[tuple[int, int]]
@@ -90,7 +90,7 @@ class ChatTemplate:
             anything outside.
         """
         messages = check_messages(messages, self.source, any_order=any_order)
-        return self._run(messages, add_generation_prompt, tools)[0]
+        return self._run(messages, add_generation_prompt, _plain(tools, "tools"))[0]
 
     def render(
         self,
@@ -122,7 +122,7 @@ class ChatTemplate:
         Raises: ValueError as `text`, or when the mask is asked for and the template, without `{% generation %}`, writes
             earlier turns in another way when later ones follow.
         """
-        messages = check_messages(messages, self.source, any_order=any_order)
+        messages, tools = check_messages(messages, self.source, any_order=any_order), _plain(tools, "tools")
         if not specials_in_messages:
             messages, tools = self._quoted(messages), self._quoted(tools)
         text, spans = self._run(messages, add_generation_prompt, tools)
@@ -137,8 +137,7 @@ class ChatTemplate:
     def _run(self, messages: list[Message], add_generation_prompt: bool, tools: Any) -> tuple[str, Spans]:
         """Run the template. Returns: (text, the characters of its generation blocks)."""
         with _one_sentence("the chat template"), self._tracker.collect() as (blocks, spans):
-            values = {"messages": messages, "tools": tools, "documents": None}
-            values = json.loads(json.dumps(self.special_tokens | values))  # plain data alone, and a copy
+            values = self.special_tokens | {"messages": messages, "tools": tools, "documents": None}
             for block in self._template.generate(**values, add_generation_prompt=add_generation_prompt):
                 blocks.append(block)
         return "".join(blocks), spans
@@ -214,10 +213,7 @@ def check_messages(messages: Any, source: str = "", *, any_order: bool = False) 
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise ValueError(f"messages={messages!r} is not a list of messages; give at least one")
-    try:
-        copied = json.loads(json.dumps(list(messages)))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"messages hold a value that JSON does not have: {error}") from error
+    copied = _plain(list(messages), "messages")
     checked: list[Message] = []
     before = None
     for i, message in enumerate(copied):
@@ -241,6 +237,14 @@ def check_messages(messages: Any, source: str = "", *, any_order: bool = False) 
             message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
         checked.append(message)
     return checked
+
+
+def _plain(value: Any, what: str) -> Any:
+    """Copy a value by JSON, so that templates get plain data of a bounded depth."""
+    try:
+        return parse_json(json.dumps(value))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{what} hold a value that JSON does not have: {error}") from error
 
 
 def _check_order(i: int, role: str, before: str | None, source: str) -> None:
@@ -299,44 +303,12 @@ class _Generation(Extension):
         yield self._blocks, self._spans
 
 
-class _PlainNamespace(Namespace):
-    """Jinja's namespace without names that begin with an underscore, which might reach Python's own attributes."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        self, *rest = args
-        values = dict(*rest, **kwargs)
-        for name in values:
-            _refuse_underscore(name)
-        Namespace.__init__(self, values)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_underscore(name)
-        super().__setitem__(name, value)
-
-
-def _refuse_underscore(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"a namespace has no attribute {name!r}")
-
-
-class _Dict:
-    """The function `dict` of a template: it is not Python's class."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict:
-        return dict.fromkeys(*args)
-
-
 def _environment() -> ImmutableSandboxedEnvironment:
     made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     made.filters["tojson"] = _to_json
     made.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": lambda form: datetime.now().strftime(form),
-        "dict": _Dict(),
-        "namespace": _PlainNamespace,
     }
     return made
 

@@ -12,17 +12,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dsv3_jax.chat.template import ChatTemplate
 from dsv3_jax.data import tokenizer as tokenizers
-from dsv3_jax.data.chat import ChatTemplate
 from dsv3_jax.data.special_tokens import CONFIG_FILE, SPECIALS_FILE, end_ids, named_specials, read_object
 from dsv3_jax.data.tokenizer import JSON_FILE, TIKTOKEN_FILE, FileTokenizer, Tokenizer
 from dsv3_jax.files import MAX_JSON, check_regular, write_atomic
 
-TEMPLATE_FILE, GENERATION_FILE, TEMPLATES_FOLDER = (
-    "chat_template.jinja",
-    "generation_config.json",
-    "additional_chat_templates",
-)
+TEMPLATE_FILE, TEMPLATES_FOLDER = "chat_template.jinja", "additional_chat_templates"
+GENERATION_FILE = "generation_config.json"
 # For models that come without a template: the role on a line of its own, the content, the end of a document.
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{{ m.role + '\n' }}{% if m.role == 'assistant' %}"
@@ -181,24 +178,15 @@ def copy_to_run(folder: str | Path, run: str | Path, text: TextSettings | None =
 def _read(folder: Path, tokenizer: Tokenizer, *, released: bool) -> TextSettings:
     config, names = read_object(folder / CONFIG_FILE), named_specials(folder)
     stops = [*(end_ids(folder, GENERATION_FILE) or end_ids(folder, "config.json")), tokenizer.eos_id]
-    add_bos = released and config.get("add_bos_token") is True and not _adds_specials(tokenizer)
+    adds_specials = isinstance(tokenizer, FileTokenizer) and tokenizer.encode_prompt("") != []
+    add_bos = released and config.get("add_bos_token") is True and not adds_specials
     bos = names.get("bos_token")
     if add_bos and bos not in tokenizer.specials:
         raise ValueError(f"{folder / CONFIG_FILE} has add_bos_token=true, and bos_token={bos!r} is no special token")
+    templates, sampling = _templates(folder, config), _sampling(folder)
     return TextSettings(
-        name=str(folder),
-        tokenizer=tokenizer,
-        special_tokens=names,
-        stop_ids=tuple(dict.fromkeys(stops)),
-        templates=_templates(folder, config),
-        sampling=_sampling(folder),
-        add_bos=add_bos,
-        released=released,
+        str(folder), tokenizer, names, tuple(dict.fromkeys(stops)), templates, sampling, add_bos, released
     )
-
-
-def _adds_specials(tokenizer: Tokenizer) -> bool:
-    return isinstance(tokenizer, FileTokenizer) and tokenizer.encode_prompt("") != []
 
 
 def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
@@ -229,18 +217,11 @@ def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
 
 def _sampling(folder: Path) -> SamplingDefaults:
     said = read_object(folder / GENERATION_FILE)
-    values: dict[str, Any] = {}
-    for key, kind in (("temperature", float), ("top_p", float), ("top_k", int)):
-        value = said.get(key)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    values = {key: said[key] for key in ("temperature", "top_p", "top_k") if said.get(key) is not None}
+    for key, value in values.items():
+        if type(value) not in (int, float) or not math.isfinite(value) or (key == "top_k" and value != int(value)):
             raise ValueError(f"{folder / GENERATION_FILE} has {key}={json.dumps(value)}, which is not a number")
-        if kind is int and value != int(value):
-            raise ValueError(f"{folder / GENERATION_FILE} has {key}={value}, which is not a whole number")
-        values[key] = kind(value)
-    if not values.get("top_k"):
-        values.pop("top_k", None)  # 0 means all
     if said.get("do_sample") is False:
-        values = {"temperature": 0.0}
-    return SamplingDefaults(**values)
+        return SamplingDefaults(temperature=0.0)
+    temperature, top_p = (float(values[key]) if key in values else None for key in ("temperature", "top_p"))
+    return SamplingDefaults(temperature, top_p, int(values.get("top_k", 0)) or None)  # 0 means all

@@ -1,0 +1,170 @@
+"""Documents, whole or cut, to rows of T tokens. Documents in memory and shards on disk have the same records."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Integer
+
+from dsv3_jax.data.batches import Row
+
+_OPEN_ROWS = 64  # rows that whole documents may still fill: more waste less padding, and search longer
+
+
+class Piece(NamedTuple):
+    """Tokens of one document, or of a part of it.
+
+    Attributes:
+        document: its number in the corpus.
+        loss_mask: tokens that are targets. None means all.
+    """
+
+    tokens: Integer[np.ndarray, " n"]
+    domain: int
+    document: int
+    loss_mask: Bool[np.ndarray, " n"] | None = None
+
+    def split(self, size: int) -> tuple["Piece", "Piece"]:
+        """Return the first `size` tokens, and the rest."""
+        return tuple(  # type: ignore[return-value]
+            self._replace(tokens=self.tokens[part], loss_mask=None if self.loss_mask is None else self.loss_mask[part])
+            for part in (slice(size), slice(size, None))
+        )
+
+
+def fill(pieces: Iterable[Piece], size: int, whole: bool) -> Iterator[list[Piece]]:
+    """Yield the pieces of each row of `size` tokens.
+
+    Args: whole: put each piece uncut into the first open row that has room. Otherwise pieces follow one another, and
+        one that does not fit continues in the next row.
+
+    Example:
+        >>> pieces = [Piece(np.arange(n), 0, i) for i, n in enumerate((3, 2, 1))]
+        >>> [[(p.document, len(p.tokens)) for p in row] for row in fill(pieces, 4, whole=True)]
+        [[(0, 3), (2, 1)], [(1, 2)]]
+        >>> [[(p.document, len(p.tokens)) for p in row] for row in fill(pieces, 4, whole=False)]
+        [[(0, 3), (1, 1)], [(1, 1), (2, 1)]]
+    """
+    rows: list[list[Piece]] = []
+    room: list[int] = []
+    for piece in pieces:
+        while len(piece.tokens):
+            least = len(piece.tokens) if whole else 1
+            row = next((i for i, left in enumerate(room) if left >= least), None)
+            if row is None:
+                if len(rows) == (_OPEN_ROWS if whole else 1):
+                    room.pop(0)
+                    yield rows.pop(0)
+                row = len(rows)
+                rows.append([])
+                room.append(size)
+            part, piece = piece.split(room[row])
+            rows[row].append(part)
+            room[row] -= len(part.tokens)
+    yield from rows
+
+
+class Record(NamedTuple):
+    """Tokens of documents, one after the other.
+
+    Attributes:
+        starts: index of the first token of each document, or of what this record has of it.
+        domains, documents: numbers of each document's domain, and of it in the corpus.
+        loss_mask: tokens that are targets. None means all.
+
+    Example:
+        >>> record = Record.of([Piece(np.array([104, 105, 256]), domain=0, document=7)])
+        >>> Record.from_bytes(record.to_bytes()).tokens.tolist()
+        [104, 105, 256]
+        >>> record.row(1, 3, seq_len=4)["segment_ids"].tolist()
+        [1, 1, 0, 0]
+    """
+
+    starts: Integer[np.ndarray, " d"]
+    domains: Integer[np.ndarray, " d"]
+    documents: Integer[np.ndarray, " d"]
+    tokens: Integer[np.ndarray, " n"]
+    loss_mask: Bool[np.ndarray, " n"] | None
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece]) -> "Record":
+        """Join pieces."""
+        ends = np.cumsum([0, *(len(piece.tokens) for piece in pieces)])
+        masks = [piece.loss_mask for piece in pieces if piece.loss_mask is not None]
+        return cls(
+            ends[:-1],
+            np.array([piece.domain for piece in pieces], np.int32),
+            np.array([piece.document for piece in pieces], np.int32),
+            np.concatenate([piece.tokens for piece in pieces]) if pieces else np.zeros(0, np.int32),
+            np.concatenate(masks) if masks else None,
+        )
+
+    def to_bytes(self) -> bytes:
+        """Return three int32 (domain, d, n), starts, documents and tokens in int32, and the loss mask in bytes.
+
+        All documents are of one domain.
+        """
+        head = np.array([self.domains[0], len(self.starts), len(self.tokens)])
+        ids = np.concatenate([head, self.starts, self.documents, self.tokens]).astype("<i4")
+        return ids.tobytes() + (b"" if self.loss_mask is None else self.loss_mask.tobytes())
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Record":
+        """Read what `to_bytes` returns."""
+        domain, d, n = np.frombuffer(data, "<i4", 3).tolist()
+        ids = np.frombuffer(data, "<i4", 2 * d + n, offset=12).astype(np.int32, copy=False)
+        mask = np.frombuffer(data, bool, offset=12 + ids.nbytes) if len(data) > 12 + ids.nbytes else None
+        return cls(ids[:d], np.full(d, domain, np.int32), ids[d : 2 * d], ids[2 * d :], mask)
+
+    def row(self, first: int, stop: int, seq_len: int, separate: bool = True) -> Row:
+        """Return the tokens from `first` to `stop` as a row, with padding after them.
+
+        Args: separate: as `DataConfig.separate_documents`.
+        """
+        stop = min(stop, len(self.tokens))
+        n = stop - first
+        a, b = np.searchsorted(self.starts, [first, stop - 1], side="right") - [1, 0]  # documents a to b-1 are in it
+        begins = np.maximum(self.starts[a:b] - first, 0)
+        segment = np.repeat(np.arange(b - a), np.diff([*begins, n]))
+        names = ("tokens", "segment_ids", "positions", "domains", "documents")
+        row: dict[str, np.ndarray] = {name: np.zeros(seq_len, np.int32) for name in names}
+        row["tokens"][:n] = self.tokens[first:stop]
+        row["segment_ids"][:n] = segment + 1 if separate else 1
+        row["positions"][:n] = np.arange(n) - (begins[segment] if separate else 0)
+        row["domains"][:n], row["documents"][:n] = self.domains[a:b][segment], self.documents[a:b][segment]
+        if self.loss_mask is not None:
+            row["loss_mask"] = np.zeros(seq_len, bool)
+            row["loss_mask"][:n] = self.loss_mask[first:stop]
+        return row  # type: ignore[return-value]
+
+
+class Packed:
+    """`Rows` of pieces in memory.
+
+    Args:
+        seq_len: tokens of a row (T).
+        whole: as in `fill`. Without it only the last row has padding.
+        separate: as `DataConfig.separate_documents`.
+
+    Example:
+        >>> rows = Packed([Piece(np.arange(n), domain=0, document=n) for n in (3, 2)], seq_len=4)
+        >>> [row["segment_ids"].tolist() for row in rows]
+        [[1, 1, 1, 2], [1, 0, 0, 0]]
+    """
+
+    def __init__(self, pieces: Iterable[Piece], seq_len: int, *, whole: bool = False, separate: bool = True):
+        if whole:
+            filled = list(fill(pieces, seq_len, whole))
+            pieces = [piece for row in filled for piece in row]
+            bounds = np.cumsum([0, *(sum(len(piece.tokens) for piece in row) for row in filled)])
+        self._record, self._seq_len, self._separate = Record.of(list(pieces)), seq_len, separate
+        self._bounds = bounds if whole else np.arange(0, len(self._record.tokens) + seq_len, seq_len)
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, row: int) -> Row:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row={row} is not below {len(self)}")
+        first, stop = self._bounds[row : row + 2].tolist()
+        return self._record.row(first, stop, self._seq_len, self._separate)
