@@ -59,8 +59,7 @@ def fit(run: RunConfig, out: str | Path, **options: Any) -> FitResult:
             that disagree on what to train.
         FolderInUse (a ValueError): another process trains in the folder.
         DamagedCheckpoint (a ValueError): the checkpoint of `step`, or every one, is damaged.
-        OSError: no room for a checkpoint, or it cannot be written; the ones before stay. Or the folder was moved or
-            deleted.
+        OSError: a checkpoint cannot be written; the ones before stay. Or the folder was moved or deleted.
 
     >>> import pathlib, tempfile
     >>> import dsv3_jax as ds

@@ -28,21 +28,20 @@ def check(argv: list[str]) -> int:
     args = parse(Check, argv, "runs check")
     from dsv3_jax.report.metrics import LOAD_FILE, METRICS_FILE, describe_bad, parse_rows
     from dsv3_jax.report.units import format_bytes
-    from dsv3_jax.training.checksums import find_damage, has_manifest
+    from dsv3_jax.training.checkpoint import find_damage, steps_of
     from dsv3_jax.training.run_folder import read_run
 
     read_run(args.run)
-    found = [path for path in (args.run / "checkpoints").glob("[0-9]*") if path.name.isdecimal() and path.is_dir()]
-    damaged = 0
-    for folder in sorted(found, key=lambda path: int(path.name)):
+    damaged, steps = 0, steps_of(args.run / "checkpoints")
+    for step in steps:
+        folder = args.run / "checkpoints" / str(step)
         damage = find_damage(folder)
         damaged += bool(damage)
         size = sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
-        state = "whole" if has_manifest(folder) else "not checked: an older version wrote it, without checksums"
-        print(f"step {folder.name}: {'damaged' if damage else state}, {format_bytes(size)}")
-        for what in damage:
-            print(f"  {what}")
-    if not found:
+        print(f"step {step}: {'damaged' if damage else 'whole'}, {format_bytes(size)}")
+        if damage:
+            print(f"  {damage}")
+    if not steps:
         print("no checkpoint")
     for name in (METRICS_FILE, LOAD_FILE):
         rows, bad = parse_rows(args.run / name)

@@ -2,17 +2,22 @@
 
 Each holds the training state (parameters, router bias, optimizer, step), the data position and the run's
 configuration. Orbax writes into a temporary folder and renames it, so a run killed at any moment leaves the checkpoint
-before. It moves an old one into the folder "deleted" before the files go, so none is half there either. The next
-start deletes the remains of a dead run. Checkpoints are independent of the mesh.
+before. An old one is renamed before its files are deleted, so none is half there either. The next start deletes the
+remains of a dead run. Checkpoints are independent of the mesh.
 
-A checkpoint is compared with its checksums (see `checksums`) before it is read. A reader refuses a damaged one, because
-results must be of the step that was asked for. Training resumes from the newest one that is whole (`rewind`).
+The file checksums.json of a checkpoint lists the size and CRC-32 of all others, and is complete before the rename. A
+checkpoint is compared with it before it is read. A reader refuses a damaged one, because results must be of the step
+that was asked for. Training resumes from the newest one that is whole (`Checkpoints.rewind`). A CRC-32 finds each
+flipped bit and each burst of up to 32 bits; other damage passes once in 4 billion. It does not stop an attacker.
 """
 
+import json
 import shutil
-import time
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,32 +27,79 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from dsv3_jax.cluster import processes
-from dsv3_jax.config import OPTAX, RunConfig, replace, run_from_dict, to_dict
+from dsv3_jax.config import RunConfig, replace, run_from_dict, to_dict
+from dsv3_jax.files import check_regular, read_json
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.training import held_save, lora
-from dsv3_jax.training.checksums import MARK, has_manifest, write_manifest
+from dsv3_jax.training import lora
 from dsv3_jax.training.orbax_noise import silence
 from dsv3_jax.training.run_folder import difference, read_run
 from dsv3_jax.training.step import Job, TrainState, abstract_state, model_of
-from dsv3_jax.training.whole_steps import WholeSteps
 
-LATE_WRITES_S = 1.0  # TensorStore's threads end their writes after Orbax has given a save up
-DELETED = "deleted"  # subfolder of checkpoints beyond `run.keep`, until their files are deleted
+MANIFEST = "checksums.json"
+LATE = (MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax completes its two later; nothing reads them
+PART = ".orbax-checkpoint-tmp"  # in the name of a checkpoint's folder until it is complete
+REMAINS = (f"*{PART}*", "*.deleted")  # of a save that failed; of checkpoints beyond `run.keep`
+READS = 5  # checkpoints that a reader tries, if a trainer deletes each one while it is read
 
 
 class SaveFailed(OSError):
     """A checkpoint could not be written; the ones before are complete."""
 
 
-def _identity(folder: Path) -> tuple[int, int] | None:
-    """Return a folder's identity, which a move keeps. None means that there is no folder at this place."""
+class DamagedCheckpoint(ValueError):
+    """A checkpoint's files are not as they were written; the message names the first bad file."""
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the manifest of a checkpoint's folder whose other files are complete."""
+    (folder / MANIFEST).write_text(json.dumps(_checksums(folder), indent=0) + "\n")
+
+
+def find_damage(folder: Path) -> str:
+    """Describe the first file of a checkpoint that is not as it was written; "" if all are.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as name:
+        ...     folder = Path(name)
+        ...     _ = (folder / "data").write_text("0123")
+        ...     write_manifest(folder)
+        ...     _ = find_damage(folder) == "", (folder / "data").write_text("0124")
+        ...     find_damage(folder).replace(name, "8")
+        "file='8/data' is damaged: its size or checksum is not the one that was written"
+    """
     try:
-        found = folder.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
+        expected, found = read_json(folder / MANIFEST), _checksums(folder)
+    except (OSError, ValueError) as error:
+        return f"a file is not readable: {error}"
+    expected = expected if isinstance(expected, dict) else {}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            what = "damaged: its size or checksum is not the one that was written" if name in found else "absent"
+            return f"file={str(folder / name)!r} is {what}"
+    return ""
+
+
+def _checksums(folder: Path) -> dict[str, list[int]]:
+    """Name → [size, CRC-32] of a checkpoint's files.
+
+    Names that begin with a dot are other programs', as those of a file server.
+    """
+    paths = (path for path in folder.rglob("*") if not path.is_dir() and not path.name.startswith("."))
+    names = sorted({path.relative_to(folder).as_posix() for path in paths}.difference(LATE))
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(lambda name: _size_and_crc32(folder / name), names), strict=True))
+
+
+def _size_and_crc32(path: Path) -> list[int]:
+    check_regular(path)
+    size = crc = 0
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(1 << 20):
+            size, crc = size + len(piece), zlib.crc32(piece, crc)
+    return [size, crc]
 
 
 class Checkpoints:
@@ -81,137 +133,78 @@ class Checkpoints:
         silence()  # Orbax's errors are raised, too
         self.folder, self.run = Path(folder).absolute() / "checkpoints", run
         self._optimizer, self._read_only = optimizer, read_only
+        # Process 0 calls back when all files of all processes are complete, before the folder is renamed.
+        options = ocp.AsyncOptions(post_finalization_callback=self._write_manifest)
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
         self._saving: int | None = None  # the step of the last `save`
-        self._has_saved = False  # since old checkpoints were last deleted
-        self._clock, self._is_held = held_save.Clock(), False
-        self._whole = WholeSteps(self.folder)
-        # lightweight_initialize: Orbax would read each checkpoint's metadata, which may be damaged.
-        if read_only:
-            options = ocp.CheckpointManagerOptions(
-                read_only=True, save_interval_steps=0, create=False, lightweight_initialize=True
-            )
-        else:
-            self._delete_old()  # what an earlier process left
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=run.keep,
-                todelete_subdir=DELETED,
-                cleanup_tmp_directories=True,
-                enable_async_checkpointing=True,
-                lightweight_initialize=True,
-                # Process 0 calls it when all files of all processes are complete, before the folder is renamed.
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
-            )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
-        self._place = _identity(self.folder)
+        self._damage = cache(self._find_damage)  # the files of a checkpoint are read once
+        if not read_only:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._delete_remains()  # of an earlier process
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:
-            if not self._is_held:  # a held save would hold `close`, too
-                with self._named_errors():
-                    self._wait()
-                    self._manager.close()
-            self._delete_old(last=True)
+            with self._named_errors():
+                self._orbax.close()
+            self._delete_old()
         except SaveFailed:
-            for part in self._parts():
-                shutil.rmtree(part, ignore_errors=True)
             if kind is None:  # otherwise the error that ends the run says more
                 raise
         finally:
-            self._leave_nothing_elsewhere()
-
-    def _leave_nothing_elsewhere(self) -> None:
-        """Delete what Orbax made at the old place of a run folder that was moved or deleted while it saved.
-
-        Only where there is nothing else: somebody may have put another folder there.
-        """
-        if self._read_only or jax.process_index() > 0 or _identity(self.folder) == self._place:
-            return
-        until = time.monotonic() + LATE_WRITES_S
-        while time.monotonic() < until:
-            if self._holds_only_the_last_save():
-                shutil.rmtree(self.folder.parent, ignore_errors=True)
-            time.sleep(0.05)
-
-    def _holds_only_the_last_save(self) -> bool:
-        with suppress(OSError):  # it changes meanwhile
-            known = {self.folder / DELETED, self.folder / str(self._saving)}
-            alone = {*self.folder.parent.iterdir()} <= {self.folder}
-            return alone and {*self.folder.iterdir()} <= known.union(self._parts())
-        return False
+            self._delete_remains()
 
     @property
     def latest(self) -> int | None:
-        """Step of the last complete checkpoint; None before the first."""
-        return self._manager.latest_step()
+        """Step of the last checkpoint; None before the first. Waits for one that is being written."""
+        with self._named_errors():
+            self._orbax.wait_until_finished()
+        return max(steps_of(self.folder), default=None)
 
     def save(self, state: TrainState, data: dict[str, Any], *, wait: bool = False) -> None:
-        """Save a state and the data position, in the background unless `wait`.
+        """Save a state and the data position, in the background unless `wait`. Checkpoints beyond `keep` are deleted.
 
-        Raises: OSError if the disk has no room for it or an earlier save failed (the checkpoints before stay). The
-            first of several processes decides, and the others raise its sentence as ValueError.
+        Raises: SaveFailed if it cannot be written, for want of room too, or an earlier save failed; the checkpoints
+            before stay.
         """
-        step = int(state.step)
-        if step == self.latest:
-            return
-        self._delete_old()
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        processes.by_first(lambda: self._check_room(size))  # one that refused alone would leave the others waiting
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
             data=ocp.args.JsonSave(data),
             config=ocp.args.JsonSave(to_dict(self.run)),
         )
         with self._named_errors():
-            self._wait()  # for the save before
-            self._saving, self._has_saved = step, True
-            self._manager.save(step, args=args, custom_metadata=MARK)
+            self._orbax.wait_until_finished()  # raises the error of the save before
+            self._delete_old()
+            self._saving = int(state.step)
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+            processes.by_first(lambda: self._check_room(size))  # one that refused alone would leave the others waiting
+            self._orbax.save(self.folder / str(self._saving), args=args)
             if wait:
-                self._wait()
-
-    def _wait(self) -> None:
-        try:
-            held_save.wait(self._manager.is_saving_in_progress, self._written, self._clock)
-        except TimeoutError:
-            self._is_held = True
-            raise
-        self._manager.wait_until_finished()  # raises its error
-
-    def _parts(self) -> Iterator[Path]:
-        """The temporary folder of the last save, while it is written."""
-        return self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
-
-    def _written(self) -> Iterator[Path]:
-        return (path for part in self._parts() for path in part.rglob("*"))
+                self._orbax.wait_until_finished()
 
     def check_save(self) -> None:
         """Raise the error of a save in the background, if it has failed.
 
         Raises: SaveFailed.
         """
-        if not self._manager.is_saving_in_progress():
-            with self._named_errors():
-                self._wait()
-            if self._has_saved:  # not at each step: a file system may be far away
-                self._delete_old()
-                self._has_saved = False
-
-    def _delete_old(self, *, last: bool = False) -> None:
-        """Delete the checkpoints that Orbax has moved away, and their folder unless it may still move one there."""
-        if self._read_only or jax.process_index() > 0:
-            return
-        for path in self.folder.glob(f"{DELETED}/*"):
-            shutil.rmtree(path, ignore_errors=True)
-        if last:
-            with suppress(OSError):
-                (self.folder / DELETED).rmdir()
+        with self._named_errors():
+            self._orbax.check_for_errors()
 
     def _write_manifest(self) -> None:
-        # Another thread of Orbax writes its metadata, which the manifest repeats; no public method waits for it.
-        self._manager._non_blocking_metadata_store.wait_until_finished()
-        write_manifest(next(self._parts(), self.folder / str(self._saving)))
+        write_manifest(next(self.folder.glob(f"{self._saving}{PART}*"), self.folder / str(self._saving)))
+
+    def _delete_old(self) -> None:
+        if not self._read_only and processes.is_first():
+            for step in steps_of(self.folder)[: -self.run.keep]:
+                (self.folder / str(step)).rename(self.folder / f"{step}.deleted")  # so that none is half there
+            self._delete_remains()
+
+    def _delete_remains(self) -> None:
+        if not self._read_only and processes.is_first():
+            for path in (path for pattern in REMAINS for path in self.folder.glob(pattern)):
+                shutil.rmtree(path, ignore_errors=True)
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
@@ -230,9 +223,7 @@ class Checkpoints:
     def _check_room(self, size: int) -> None:
         free = shutil.disk_usage(self.folder).free
         if free < size + (64 << 20):
-            raise OSError(
-                f"no room for a checkpoint of {size / 1e6:.0f} MB in {self.folder}: {free / 1e6:.0f} MB are free"
-            )
+            raise OSError(f"no room for its {size / 1e6:.0f} MB: {free / 1e6:.0f} MB are free")
 
     def rewind(self, step: int | None = None) -> list[str]:
         """Choose the checkpoint that training resumes from, and rename all later ones.
@@ -243,10 +234,45 @@ class Checkpoints:
         Returns: sentences to print; none if the last checkpoint is chosen.
         Raises: ValueError if `step` has no checkpoint or a damaged one, or no checkpoint is whole.
         """
-        sentences = self._whole.rewind(self._manager.all_steps(), step)
-        if sentences:
-            self._manager.reload()
+        steps, sentences = steps_of(self.folder), []
+        chosen = self._newest_whole(steps) if step is None else self._require(step, steps)
+        if chosen is None and steps:
+            raise DamagedCheckpoint(
+                f"{self._damage(steps[-1])}, and no other checkpoint in {self.folder} is whole; move the damaged "
+                "folders away to train from the start"
+            )
+        for later in steps[steps.index(chosen) + 1 :] if chosen is not None else ():
+            reason = self._damage(later) if step is None else f"training resumes from step {step}"
+            aside = f"{later}.{'damaged' if step is None else 'superseded'}"
+            processes.by_first(partial(self._rename, str(later), aside))
+            sentences.append(f"the checkpoint of step {later} is kept as {aside}: {reason}")
         return sentences
+
+    def _rename(self, name: str, aside: str) -> None:
+        shutil.rmtree(self.folder / aside, ignore_errors=True)
+        (self.folder / name).rename(self.folder / aside)
+
+    def _find_damage(self, step: int) -> str:
+        """As `find_damage`. Process 0 reads the files, and all processes get its answer."""
+        found = find_damage(self.folder / str(step)) if processes.is_first() else ""
+        return processes.gather(found.encode())[0].decode()
+
+    def _newest_whole(self, steps: list[int]) -> int | None:
+        return next((step for step in reversed(steps) if not self._damage(step)), None)
+
+    def _require(self, step: int, steps: list[int]) -> int:
+        """Return `step`.
+
+        Raises: ValueError if it is none of the steps that have a checkpoint; DamagedCheckpoint if it is not whole.
+        """
+        if step not in steps:
+            kept = ", ".join(map(str, steps)) or "no step"
+            raise ValueError(f"step={step} has no checkpoint in {self.folder}; there are those of {kept}")
+        if damage := self._damage(step):
+            whole = self._newest_whole(steps)
+            remedy = "no other checkpoint is whole" if whole is None else f"step {whole} is whole: use --step {whole}"
+            raise DamagedCheckpoint(f"step={step}: {damage}; {remedy}")
+        return step
 
     def restore(
         self, mesh: Mesh | None = None, step: int | None = None, *, optimizer: bool = True
@@ -255,51 +281,56 @@ class Checkpoints:
 
         Args:
             mesh: shards the state, whatever mesh it was saved on. None means a single device.
-            step: None means the last.
-            optimizer: False is for readers. It leaves the optimizer's state out, whose arrays are placeholders, and
-                merges LoRA's adapters into the weights.
+            step: None means the last; if a trainer deletes it while it is read, the last of then.
+            optimizer: False is for readers. It leaves the optimizer's state out, and merges LoRA's adapters into the
+                weights.
         Raises: ValueError if the checkpoint is damaged (DamagedCheckpoint), does not fit the run's configuration, or
             there is none of `step`.
         """
-        if self.latest is None:
-            return None
-        step = self._whole.require(self.latest if step is None else step, self._manager.all_steps())
+        for _ in range(READS):
+            steps = steps_of(self.folder)
+            if not steps:
+                return None
+            chosen = steps[-1] if step is None else step
+            try:
+                found = self._read_state(self._require(chosen, steps), mesh, optimizer)
+                if (self.folder / str(chosen)).exists():  # otherwise some of its files may have been absent
+                    return found
+            except Exception:
+                if chosen not in steps or (self.folder / str(chosen)).exists():
+                    raise
+        raise ValueError(
+            f"folder={str(self.folder)!r}: {READS} checkpoints were deleted while they were read; train with a larger "
+            "--keep or --save-every"
+        )
+
+    def _read_state(self, step: int, mesh: Mesh | None, optimizer: bool) -> tuple[TrainState, dict[str, Any]]:
         self._check_config(step)
         target = abstract_state(Job(self.run, optimizer=self._optimizer))
         where = sharding.state_sharding(target, mesh, fsdp=self.run.execution.layout.fsdp)
         target = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), target, where)
-        if not optimizer:
-            target = replace(target, opt=jax.tree.map(lambda _: ocp.PLACEHOLDER, target.opt))
-        # A reader does not know the state of a transformation, and leaves it out.
-        unknown = not optimizer and self.run.optim.name.startswith(OPTAX)
-        item: Any = {"params": target.params, "bias": target.bias, "step": target.step} if unknown else target
-        # Not StandardRestore, which refuses placeholders; and a manager takes one kind of arguments for an item.
+        # A reader leaves out the optimizer's state, whose types it may not know.
+        item = target if optimizer else {"params": target.params, "bias": target.bias, "step": target.step}
+        # Not StandardRestore, which reads no part of a tree.
         state = ocp.args.PyTreeRestore(
-            item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=unknown
+            item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=not optimizer
         )
         found = self._read(step, state=state, data=ocp.args.JsonRestore())
         if optimizer:
             return found.state, found.data
-        held = TrainState(**found.state, opt=()) if unknown else found.state
-        return replace(held, params=lora.merge(self.run.lora, held.params)), found.data
+        params = lora.merge(self.run.lora, found.state.pop("params"))
+        return TrainState(params, opt=(), **found.state), found.data
 
     def _read(self, step: int, **items: Any) -> Any:
-        """Read items of a checkpoint.
+        """Read items of a checkpoint whose files are whole.
 
-        Raises: ValueError. The cause is the configuration if the checkpoint has checksums, because they were compared.
+        Raises: ValueError if they do not fit the configuration.
         """
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:
-            checked = has_manifest(self.folder / str(step))
-            if checked and not isinstance(error, ValueError | KeyError | TypeError):
-                raise
-            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-                raise
-            damaged = "" if checked else ", or is damaged: it has no checksums"
+            return self._orbax.restore(self.folder / str(step), args=ocp.args.Composite(**items))
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"step={step}: the checkpoint in {self.folder} is not of the model that its configuration describes"
-                f"{damaged}"
             ) from error
 
     def _check_config(self, step: int) -> None:
@@ -314,6 +345,16 @@ class Checkpoints:
             raise ValueError(f"{key}={b!r} is not that of the checkpoint of step {step} in {self.folder}, {a!r}")
 
 
+def steps_of(folder: Path) -> list[int]:
+    """The steps in a folder of checkpoints, in order, by their names.
+
+    Example:
+        >>> steps_of(Path("nowhere"))
+        []
+    """
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isascii() and path.name.isdigit())
+
+
 def last_step(folder: str | Path) -> int:
     """The step of the last checkpoint in a run's folder, by its name; 0 without one.
 
@@ -321,8 +362,7 @@ def last_step(folder: str | Path) -> int:
         >>> last_step("nowhere")
         0
     """
-    names = (path.name for path in (Path(folder) / "checkpoints").glob("*"))
-    return max((int(name) for name in names if name.isascii() and name.isdigit()), default=0)
+    return max(steps_of(Path(folder) / "checkpoints"), default=0)
 
 
 class Loaded(NamedTuple):

@@ -1,38 +1,41 @@
-"""A test of the state before it is saved: the step's own test looks at the loss and the gradient, not at the update."""
+"""A test of arrays before they are saved: the step's own test looks at the loss and the gradient, not at the update."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dsv3_jax.cluster import processes
-from dsv3_jax.training.step import TrainState
 
 
-def first_nonfinite(state: TrainState, mesh: Mesh | None = None) -> str:
-    """Name the first parameter or router bias whose norm is not finite in float32; "" if all are.
+def first_nonfinite(trees: dict[str, Any], mesh: Mesh | None = None) -> str:
+    """Name the first array whose norm is not finite in float32, by the name of its tree; "" if all are.
 
-    The norm and not each number: a parameter of 1e30 is finite, but no product of it is.
+    The norm and not each number: a parameter of 1e30 is finite, but no product of it is. Single numbers count only if
+    they are NaN, because optax begins some at infinity.
 
     Example:
-        >>> import dsv3_jax as ds
-        >>> from dsv3_jax.training.step import abstract_state
-        >>> run = ds.replace(ds.recipe("tiny"), model=ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0))
-        >>> state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_state(run))
-        >>> first_nonfinite(state)
+        >>> trees = {"parameter": {"attn": {"w_o": jnp.ones((2, 3))}}, "optimizer state": (jnp.inf,)}
+        >>> first_nonfinite(trees)
         ''
-        >>> first_nonfinite(ds.replace(state, params=jax.tree.map(lambda x: x + 1e30, state.params)))
-        'parameter dense.attn.kv_norm.scale'
+        >>> first_nonfinite(jax.tree.map(lambda x: x * 1e30, trees))
+        'parameter attn.w_o'
     """
-    trees = {"parameter": state.params, "router bias": state.bias}
     finite = processes.fetch(_finite(trees), mesh)
     for kind in trees:
         for path, good in jax.tree_util.tree_leaves_with_path(finite[kind]):
             if not good:
-                return f"{kind} {'.'.join(str(key.key) for key in path if hasattr(key, 'key'))}"
+                names = (getattr(key, "key", getattr(key, "name", None)) for key in path)
+                return " ".join((kind, ".".join(str(name) for name in names if name not in (None, "value"))))
     return ""
 
 
 @jax.jit
 def _finite(trees):
-    """Whether the sum of squares of each array is finite."""
-    return jax.tree.map(lambda x: jnp.isfinite(jnp.sum(jnp.square(x.astype(jnp.float32)))), trees)
+    def finite(x):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return True
+        return jnp.isfinite(jnp.sum(jnp.square(x.astype(jnp.float32)))) if x.ndim else ~jnp.isnan(x)
+
+    return jax.tree.map(finite, trees)

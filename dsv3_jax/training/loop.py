@@ -252,7 +252,9 @@ class Training:
     def save(self) -> None:
         """Save the state and the data position; in the background unless the run ends here."""
         with self.speed.paused():
-            if bad := first_nonfinite(self.state, self.job.mesh):
+            state = self.state
+            trees = {"parameter": state.params, "router bias": state.bias, "optimizer state": state.opt}
+            if bad := first_nonfinite(trees, self.job.mesh):
                 what = f"step {self.step} made {bad}, whose norm is not finite"
                 raise self._not_good(f"{what}; a smaller learning rate may help")
             self.lock.check()

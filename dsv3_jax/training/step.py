@@ -26,6 +26,7 @@ from dsv3_jax.model.mtp import HEADS, Head
 from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.ops import balance, routing
 from dsv3_jax.training import lora, optim, qk_clip
+from dsv3_jax.training.finite import first_nonfinite
 from dsv3_jax.training.loss import Losses, add_parts, compute_loss, target_counts
 
 
@@ -321,11 +322,5 @@ def first_bad_tensor(job: Job, state: TrainState, batch: Batch) -> str:
         model = nnx.merge(graph, lora.join(run.lora, nnx.merge_state(trained, frozen)), state.bias)
         return compute_loss(model, batch, weight, heads_only=run.trunk is not None, head_loss=run.head_loss).total
 
-    def first(kind: str, tree) -> str | None:
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            if not bool(jnp.isfinite(leaf).all()):
-                return f"{kind} {'.'.join(str(k.key) for k in path if hasattr(k, 'key'))}"
-        return None
-
-    bad = first("parameter", state.params)
-    return bad or first("gradient of", jax.jit(jax.grad(total))(trained)) or "the loss"
+    bad = first_nonfinite({"parameter": state.params})
+    return bad or first_nonfinite({"gradient of": jax.jit(jax.grad(total))(trained)}) or "the loss"

@@ -19,8 +19,7 @@ import runs
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.training import loop
-from dsv3_jax.training.checkpoint import Checkpoints, load_run
-from dsv3_jax.training.checksums import find_damage
+from dsv3_jax.training.checkpoint import Checkpoints, find_damage, load_run, steps_of
 from tests.campaign.trials import watch
 from tests.campaign.watch import LIMIT_S, Worker
 
@@ -124,8 +123,8 @@ def last_json(out: str) -> dict:
 
 def half_written(folder: Path) -> list[str]:
     """Name the fault if a checkpoint at its place is not whole."""
-    steps = [path for path in (folder / "checkpoints").glob("*") if path.name.isdecimal()]
-    damage = [text for path in steps for text in find_damage(path)]
+    folders = (folder / "checkpoints" / str(step) for step in steps_of(folder / "checkpoints"))
+    damage = [text for path in folders if (text := find_damage(path))]
     print(*damage, sep="\n", end="\n" if damage else "", file=sys.stderr)
     return ["half-written"] if damage else []
 
