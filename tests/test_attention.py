@@ -143,7 +143,7 @@ def test_gradient_memory_grows_with_length_not_its_square():
 @pytest.mark.parametrize("products, length", [(1, 100), (2, 1000), (64, 4096), (8192, 8192)])
 def test_large_blocks_are_bounded_by_memory(products, length):
     """At least 128 rows; beyond, no more scores than the bound, and no more rows than the length needs."""
-    block = attention.large_block(products, length)
+    block = attention.block_size(products, length, large=True)
     assert block == 128 or (block < 2 * length and products * block**2 <= attention.LARGE_SCORES)
     assert block >= length or products * (2 * block) ** 2 > attention.LARGE_SCORES
 
@@ -151,7 +151,7 @@ def test_large_blocks_are_bounded_by_memory(products, length):
 def test_large_blocks_change_nothing_but_rounding(x64, rng, monkeypatch):
     monkeypatch.setattr(attention, "LARGE_SCORES", 1 << 17)  # blocks of 256
     arrays = draw(rng, (1, 700, 2, 6), (1, 700, 1, 6), (1, 700, 1, 3))
-    large = attention.causal_attention_in_large_blocks(*arrays, scale=0.4)
+    large = causal_attention(*arrays, scale=0.4, large=True)
     np.testing.assert_allclose(large, causal_attention(*arrays, scale=0.4), atol=1e-12)
 
 

@@ -100,9 +100,7 @@ def grouped(op, w):
 # Op → (activations, in bfloat16; weights, in float32; function of both). Ops without weights have all in bfloat16.
 OPS = {
     "attention.causal_attention": attend(attention.causal_attention),
-    "attention.causal_attention_in_large_blocks": attend(attention.causal_attention_in_large_blocks),
     "attention.attention_and_maxima": attend(lambda *a, scale: attention.attention_and_maxima(*a, scale=scale)[0]),
-    "attention.maxima_in_large_blocks": attend(lambda *a, scale: attention.maxima_in_large_blocks(*a, scale=scale)[0]),
     "attention.row_maxima": (
         {"q": (B, T, H, N), "k": (B, T, H, N)}, {}, lambda q, k: attention.row_maxima(q, k, scale=0.3),
     ),
@@ -173,8 +171,8 @@ ELSEWHERE = {
 # Files and functions that read and write float32, whole numbers or settings, whatever the compute dtype.
 NEVER_BFLOAT16 = {
     "balance", "expert_stack", "newton_schulz", "routing", "sampling", "sort_by_expert", "varying", "verify_drafts",
-    "attention.large_block", "cached_attention.write_rows", "cross_entropy.token_scores", "draft_loss.distance",
-    "grouped_product.block_size",
+    "attention.block_size", "attention.softmax_step", "cached_attention.write_rows", "cross_entropy.token_scores",
+    "draft_loss.distance", "grouped_product.block_size",
     "grouped_product.in_groups", "grouped_product.row_blocks", "grouped_product.take_groups", "grouped_product.wide",
     "quantize.largest", "rope.cos_sin", "rope.frequencies", "rope.mscale", "rope.softmax_scale", "rope.yarn_range",
 }  # fmt: skip

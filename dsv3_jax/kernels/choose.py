@@ -221,9 +221,9 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         ),
         Implementation(
             "large_blocks",
-            attention.causal_attention_in_large_blocks,
+            partial(attention.causal_attention, large=True),
             platforms=ACCELERATORS,
-            with_maxima=attention.maxima_in_large_blocks,
+            with_maxima=partial(attention.attention_and_maxima, large=True),
         ),
         _xla(attention.causal_attention, with_maxima=attention.attention_and_maxima),
     ),
@@ -460,8 +460,7 @@ class Kernels:
         row = self.pick("causal_attention", q, k, v, packed=segment_ids is not None)
         if row.with_maxima is not None:
             return row.with_maxima(q, k, v, scale=scale, segment_ids=segment_ids)
-        block = attention.large_block(q.shape[0] * q.shape[2], q.shape[1])
-        maxima = attention.row_maxima(q, k, scale=scale, segment_ids=segment_ids, block=block)
+        maxima = attention.row_maxima(q, k, scale=scale, segment_ids=segment_ids, large=True)
         return row.run(q, k, v, scale=scale, segment_ids=segment_ids), maxima
 
     def cached_attention(

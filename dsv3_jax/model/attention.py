@@ -31,12 +31,7 @@ class Attention(nnx.Module):
     """
 
     def __init__(
-        self,
-        cfg: ModelConfig,
-        execution: Execution | None = None,
-        *,
-        rngs: nnx.Rngs,
-        kernels: Kernels | None = None,
+        self, cfg: ModelConfig, execution: Execution | None = None, *, rngs: nnx.Rngs, kernels: Kernels | None = None
     ):
         self.make_weights(cfg, rngs)
         self.w_o = param(rngs, (cfg.num_heads, cfg.v_head_dim, cfg.dim), ("heads", None, "dim"), cfg.init_std)
@@ -201,11 +196,7 @@ def rotate_last(x: Float[Array, "B T H K"], ctx: Context, cfg: ModelConfig) -> F
 
 
 def attend_causally(
-    module: Attention,
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G V"],
-    ctx: Context,
+    module: Attention, q: Float[Array, "B T H K"], k: Float[Array, "B T G K"], v: Float[Array, "B T G V"], ctx: Context
 ) -> tuple[Float[Array, "B T H V"], Context]:
     """`ops.attention.causal_attention`; on a mesh, each device attends for its own sequences and heads.
 

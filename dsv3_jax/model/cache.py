@@ -7,7 +7,7 @@ The names and widths come from the attention's `cache_rows`; nothing here knows 
 cache: `decoding/without_cache.py` recomputes all tokens each step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, get_args
@@ -35,7 +35,7 @@ class Cache:
     """The rows of a batch. Sequence b holds `lengths[b]` tokens; slots beyond are not read.
 
     Example:
-        >>> cache = empty_cache({"k": (2, 48), "v": (2, 32)}, layers=1, batch=2, capacity=8, dtype="float32")
+        >>> cache = empty_cache({"k": (2, 48), "v": (2, 32)}, [1], batch=2, capacity=8, dtype="float32")
         >>> cache.capacity, cache.positions(3).tolist(), "latent" in cache
         (8, [[0, 1, 2], [0, 1, 2]], False)
     """
@@ -100,34 +100,26 @@ class Cache:
 
 
 def empty_cache(
-    rows: Mapping[str, tuple[int, int]],
-    layers: int,
-    batch: int,
-    capacity: int,
-    dtype: Any,
-    *,
-    by_layer: bool = False,
-    row_multiple: int = 1,
+    rows: Mapping[str, tuple[int, int]], sizes: Sequence[int], batch: int, capacity: int, dtype: Any
 ) -> Cache:
     """An empty cache with `capacity` slots a sequence.
 
     Args:
         rows: for each array (key-value heads, numbers a row), as an attention's `cache_rows` declares them.
-        by_layer: each layer has arrays of its own, for layers that are unrolled; else one stack has all layers.
-        row_multiple: rows are padded with zeros to a multiple of it.
+        sizes: layers of each part. [L] is one stack, for a scan; [1, 1, …] gives each layer its arrays, for layers that
+            are unrolled: they are then read without a copy.
 
     Example:
-        >>> cache = empty_cache({"latent": (1, 32), "k_rope": (1, 16)}, layers=3, batch=2, capacity=8, dtype="int8")
+        >>> cache = empty_cache({"latent": (1, 32), "k_rope": (1, 16)}, [3], batch=2, capacity=8, dtype="int8")
         >>> {name: (x.rows.shape, x.scales.shape) for name, x in cache.parts[0].items()}["k_rope"]
         ((3, 2, 1, 8, 16), (3, 2, 1, 8, 1))
     """
 
     def one(layers: int, heads: int, width: int) -> Stored:
-        shape = (layers, batch, heads, capacity, -(-width // row_multiple) * row_multiple)
-        scales = jnp.ones((*shape[:-1], 1), jnp.float32) if jnp.dtype(dtype).itemsize == 1 else None
-        return Stored(jnp.zeros(shape, dtype), scales)
+        shape = layers, batch, heads, capacity
+        scales = jnp.ones((*shape, 1), jnp.float32) if jnp.dtype(dtype).itemsize == 1 else None
+        return Stored(jnp.zeros((*shape, width), dtype), scales)
 
-    sizes = [1] * layers if by_layer else [layers]
     parts = [{name: one(size, *shape) for name, shape in rows.items()} for size in sizes]
     return keep_sharded(Cache(parts, jnp.zeros((batch,), jnp.int32)))
 
@@ -146,7 +138,7 @@ def _as_stored(x: Array, like: Stored) -> Stored:
     return Stored(jnp.pad(rows, [(0, 0)] * (x.ndim - 1) + [(0, padding)]), scales)
 
 
-def pick_kind(cfg: ModelConfig, kind: str | None) -> CacheKind:
+def pick_kind(cfg: ModelConfig, kind: Any) -> CacheKind:
     """Choose the cache of a model. None means the smallest that the model can use.
 
     Raises: ValueError for another kind, or a latent cache of a model that has no latent.
@@ -157,13 +149,12 @@ def pick_kind(cfg: ModelConfig, kind: str | None) -> CacheKind:
         ('latent', 'expanded')
     """
     if kind is None:
-        return "latent" if cfg.attention == "mla" else "expanded"
+        kind = "latent" if cfg.attention == "mla" else "expanded"
+    if kind not in CACHE_KINDS:
+        raise ValueError(f"cache={kind!r} is not one of {', '.join(CACHE_KINDS)}")
     if kind == "latent" and cfg.attention != "mla":
         raise ValueError(f"cache='latent' needs attention='mla', and the model has {cfg.attention!r}")
-    for known in CACHE_KINDS:
-        if kind == known:
-            return known
-    raise ValueError(f"cache={kind!r} is not one of {', '.join(CACHE_KINDS)}")
+    return kind
 
 
 def pick_dtype(compute_dtype: Any, dtype: Any) -> jnp.dtype:

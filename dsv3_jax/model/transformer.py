@@ -269,9 +269,10 @@ class Transformer(nnx.Module):
         self, batch: int, capacity: int, kind: CacheKind, dtype: Any, *, layers: int | None = None
     ) -> Cache:
         """An empty cache of the trunk, or of so many layers. See `model.cache.empty_cache`."""
-        rows, layers = ATTENTION[self.cfg.attention].cache_rows(self.cfg, kind), layers or self.cfg.num_layers
-        how: dict[str, Any] = {"by_layer": self.unrolls, "row_multiple": self.kernels.cache_row_multiple}
-        return empty_cache(rows, layers, batch, capacity, dtype, **how)
+        layers, multiple = layers or self.cfg.num_layers, self.kernels.cache_row_multiple
+        rows = ATTENTION[self.cfg.attention].cache_rows(self.cfg, kind)
+        rows = {name: (heads, -(-width // multiple) * multiple) for name, (heads, width) in rows.items()}
+        return empty_cache(rows, [1] * layers if self.unrolls else [layers], batch, capacity, dtype)
 
     def read_by_heads(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The multi-token heads' input: the trunk's output, normed if `mtp_input` says so."""

@@ -6,6 +6,7 @@ live for one step of a loop. Running maxima and sums put a row's softmax togethe
 as in MLA (192 and 128 in V3).
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -27,6 +28,7 @@ def causal_attention(
     scale: float,
     segment_ids: Int[Array, "B T"] | None = None,
     block: int | None = None,
+    large: bool = False,
 ) -> Float[Array, "B T H V"]:
     """Attend to earlier tokens of the same segment: softmax(scale · q kᵀ) v, softmax in float32 (float64 stays).
 
@@ -35,7 +37,8 @@ def causal_attention(
         k, v: keys and values of G heads; H is a multiple of G, and each serves H / G query heads in a row.
         scale: factor of the scores, see `scaled`.
         segment_ids: a token sees its own segment only; None means one segment.
-        block: rows and columns visited at a time. None means 128, and more in long texts with few heads and sequences.
+        block: rows and columns visited at a time. None means `block_size`.
+        large: in few large steps, for devices where it costs more to start a product; see `block_size`.
     Returns: [B, T, H, V] in v's dtype.
 
     Example:
@@ -43,7 +46,7 @@ def causal_attention(
         >>> causal_attention(q, q, v, scale=1.0).ravel()  # equal scores: means of the values so far
         Array([0., 1., 3.], dtype=float32)
     """
-    return attention_and_maxima(q, k, v, scale=scale, segment_ids=segment_ids, block=block)[0]
+    return attention_and_maxima(q, k, v, scale=scale, segment_ids=segment_ids, block=block, large=large)[0]
 
 
 def attention_and_maxima(
@@ -54,6 +57,7 @@ def attention_and_maxima(
     scale: float,
     segment_ids: Int[Array, "B T"] | None = None,
     block: int | None = None,
+    large: bool = False,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """Attend as `causal_attention`, and return each row's largest score too, which the softmax has kept anyway.
 
@@ -65,7 +69,7 @@ def attention_and_maxima(
         Array([ 5., 10.], dtype=float32)
     """
     length, heads = q.shape[1:3]
-    q, k, segment_ids, block = _in_blocks(q, k, scale, segment_ids, block)
+    q, k, segment_ids, block = _in_blocks(q, k, scale, segment_ids, block, large)
     out, top = _attend(q, k, _heads_first(repeat_heads(v, heads), block), segment_ids, block)
     return out.swapaxes(1, 2)[:, :length], jax.lax.stop_gradient(top).swapaxes(1, 2)[:, :length]
 
@@ -77,6 +81,7 @@ def row_maxima(
     scale: float,
     segment_ids: Int[Array, "B T"] | None = None,
     block: int | None = None,
+    large: bool = False,
 ) -> Float[Array, "B T H"]:
     """Compute each row's largest score by a product of its own, a third of attention's forward FLOPs or more.
 
@@ -88,25 +93,24 @@ def row_maxima(
         Array([ 5., 10.], dtype=float32)
     """
     batch, length, heads, _ = q.shape
-    q, k, seg, block = _in_blocks(*jax.lax.stop_gradient((q, k)), scale, segment_ids, block)
+    q, k, seg, block = _in_blocks(*jax.lax.stop_gradient((q, k)), scale, segment_ids, block, large)
 
     def visit(top, pair):
-        i, j = pair
-        q_i, k_j, seg_i, seg_j = (_rows(x, n, block, a) for x, n, a in ((q, i, 2), (k, j, 2), (seg, i, 1), (seg, j, 1)))
-        new = jnp.maximum(_rows(top, i, block, 2), _scores(q_i, k_j, seg_i, seg_j, i, j, block).max(-1))
-        return jax.lax.dynamic_update_slice_in_dim(top, new, i * block, 2), None
+        i = pair[0] * block
+        new = jnp.maximum(_rows(top, i, block), _scores(q, k, seg, pair, block).max(-1))
+        return jax.lax.dynamic_update_slice_in_dim(top, new, i, 2), None
 
     top = jnp.full((batch, heads, q.shape[2]), -jnp.inf, np.promote_types(q.dtype, np.float32))
     top, _ = jax.lax.scan(visit, top, _pairs(q.shape[2] // block))
     return top.swapaxes(1, 2)[:, :length]
 
 
-def _in_blocks(q, k, scale, segment_ids, block):
+def _in_blocks(q, k, scale, segment_ids, block, large):
     """(Scaled queries and keys [B, H, T, K], segments [B, T], the block), padded to whole blocks."""
     batch, length, heads, _ = q.shape
     if segment_ids is None:
         segment_ids = jnp.ones((batch, length), jnp.int32)
-    block = min(block or _block(batch * heads, length), length)
+    block = min(block or block_size(batch * heads, length, large=large), length)
     segment_ids = jnp.pad(segment_ids, ((0, 0), (0, -length % block)), constant_values=-1)
     return _heads_first(scaled(q, scale), block), _heads_first(repeat_heads(k, heads), block), segment_ids, block
 
@@ -115,39 +119,14 @@ def _heads_first(x, block):
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0))).swapaxes(1, 2)
 
 
-def causal_attention_in_large_blocks(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G V"],
-    *,
-    scale: float,
-    segment_ids: Int[Array, "B T"] | None = None,
-) -> Float[Array, "B T H V"]:
-    """Compute `causal_attention` in few large steps: as many rows a block as LARGE_SCORES allows.
+def block_size(products: int, length: int, *, large: bool = False) -> int:
+    """Rows of a block: 128, and more in long texts as long as the scores of one visit, in so many products, stay few.
 
-    The gradient has about four arrays of that size at a time.
+    At most MAX_SCORES, and a sixteenth of the text, so that few scores beyond the diagonal are computed. If `large`, at
+    most LARGE_SCORES.
     """
-    return maxima_in_large_blocks(q, k, v, scale=scale, segment_ids=segment_ids)[0]
-
-
-def maxima_in_large_blocks(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G V"],
-    *,
-    scale: float,
-    segment_ids: Int[Array, "B T"] | None = None,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
-    """Compute `attention_and_maxima` in few large steps, as `causal_attention_in_large_blocks`."""
-    batch, length, heads, _ = q.shape
-    block = large_block(batch * heads, length)
-    return attention_and_maxima(q, k, v, scale=scale, segment_ids=segment_ids, block=block)
-
-
-def large_block(products: int, length: int) -> int:
-    """Rows of a block whose scores, in so many products, are at most LARGE_SCORES numbers; at least 128."""
-    block = 128
-    while block < length and products * (2 * block) ** 2 <= LARGE_SCORES:
+    block, most = 128, LARGE_SCORES if large else MAX_SCORES
+    while (block < length if large else 16 * block <= length) and products * (2 * block) ** 2 <= most:
         block *= 2
     return block
 
@@ -167,14 +146,6 @@ def repeat_heads(x: Float[Array, "B T G _"], heads: int) -> Float[Array, "B T H 
     return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
-def _block(products: int, length: int) -> int:
-    """Rows of a block. Larger blocks multiply faster, as long as one visit's scores stay small."""
-    block = 128
-    while 16 * block <= length and products * (2 * block) ** 2 <= MAX_SCORES:
-        block *= 2
-    return block
-
-
 def _pairs(blocks: int) -> tuple[np.ndarray, np.ndarray]:
     """Block pairs (query, key) on and below the diagonal; a query's diagonal pair comes first.
 
@@ -184,18 +155,33 @@ def _pairs(blocks: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array([p[0] for p in pairs], np.int32), np.array([p[1] for p in pairs], np.int32)
 
 
-def _rows(x: Array, index, block: int, axis: int) -> Array:
-    return jax.lax.dynamic_slice_in_dim(x, index * block, block, axis)
+def _rows(x: Array, start: Array, block: int, axis: int = 2) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, block, axis)
 
 
-def _scores(q, k, seg_q, seg_k, i, j, block):
-    """Masked scores [B, H, block, block] of one pair, in float32 or wider."""
+def _scores(q, k, seg, pair, block):
+    """Masked scores [B, H, block, block] of one pair of blocks, in float32 or wider."""
+    i, j = (n * block for n in pair)
     wide = np.promote_types(q.dtype, np.float32)
-    s = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=wide)
-    t = i * block + jnp.arange(block, dtype=jnp.int32)
-    u = j * block + jnp.arange(block, dtype=jnp.int32)
-    seen = (t[:, None] >= u[None, :])[None] & (seg_q[:, :, None] == seg_k[:, None, :])
-    return jnp.where(seen[:, None], s, -jnp.inf)
+    s = jnp.einsum("bhtd,bhsd->bhts", _rows(q, i, block), _rows(k, j, block), preferred_element_type=wide)
+    t, u = (start + jnp.arange(block, dtype=jnp.int32) for start in (i, j))
+    same = _rows(seg, i, block, 1)[:, :, None] == _rows(seg, j, block, 1)[:, None, :]
+    return jnp.where(((t[:, None] >= u[None, :])[None] & same)[:, None], s, -jnp.inf)
+
+
+def softmax_step(carry: tuple, s: Array, weighted: Callable[[Array], Array]) -> tuple:
+    """Add a block of scores to a running softmax.
+
+    Args:
+        carry: (sum of weighted values [*n, V], largest score [*n], sum of weights [*n]) of the blocks so far.
+        s: scores [*n, S]; a row's largest so far must be finite, or become so.
+        weighted: the sum of the block's values by weights [*n, S].
+    """
+    out, top, total = carry
+    new_top = jnp.maximum(top, s.max(-1))
+    p = jnp.exp(s - new_top[..., None])
+    keep = jnp.exp(top - new_top)
+    return out * keep[..., None] + weighted(p), new_top, total * keep + p.sum(-1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -204,34 +190,19 @@ def _attend(q, k, v, seg, block):
 
 
 def _attend_fwd(q, k, v, seg, block):
-    batch, heads, length, _ = q.shape
-    wide = np.promote_types(q.dtype, np.float32)
-    out = jnp.zeros((batch, heads, length, v.shape[-1]), wide)
-    top = jnp.full((batch, heads, length), -jnp.inf, wide)
-    total = jnp.zeros((batch, heads, length), wide)
+    shape, wide = q.shape[:3], np.promote_types(q.dtype, np.float32)
 
     def visit(carry, pair):
-        out, top, total = carry
-        i, j = pair
-        s = _scores(
-            _rows(q, i, block, 2), _rows(k, j, block, 2), _rows(seg, i, block, 1), _rows(seg, j, block, 1), i, j, block
-        )
-        old_top = _rows(top, i, block, 2)
-        new_top = jnp.maximum(old_top, s.max(-1))
-        p = jnp.exp(s - new_top[..., None])
-        keep = jnp.exp(old_top - new_top)
-        o = _rows(out, i, block, 2) * keep[..., None] + jnp.einsum(
-            "bhts,bhsv->bhtv", p.astype(v.dtype), _rows(v, j, block, 2), preferred_element_type=wide
-        )
-        t = _rows(total, i, block, 2) * keep + p.sum(-1)
-        start = i * block
-        return (
-            jax.lax.dynamic_update_slice_in_dim(out, o, start, 2),
-            jax.lax.dynamic_update_slice_in_dim(top, new_top, start, 2),
-            jax.lax.dynamic_update_slice_in_dim(total, t, start, 2),
-        ), None
+        i, j = (n * block for n in pair)
 
-    (out, top, total), _ = jax.lax.scan(visit, (out, top, total), _pairs(length // block))
+        def weighted(p):
+            return jnp.einsum("bhts,bhsv->bhtv", p.astype(v.dtype), _rows(v, j, block), preferred_element_type=wide)
+
+        new = softmax_step(tuple(_rows(x, i, block) for x in carry), _scores(q, k, seg, pair, block), weighted)
+        return tuple(jax.lax.dynamic_update_slice_in_dim(x, y, i, 2) for x, y in zip(carry, new, strict=True)), None
+
+    start = jnp.zeros((*shape, v.shape[-1]), wide), jnp.full(shape, -jnp.inf, wide), jnp.zeros(shape, wide)
+    (out, top, total), _ = jax.lax.scan(visit, start, _pairs(shape[2] // block))
     out, lse = checkpoint_name(((out / total[..., None]).astype(v.dtype), top + jnp.log(total)), RESULTS)
     return (out, top), (q, k, v, seg, out, lse)
 
@@ -241,27 +212,25 @@ def _attend_bwd(block, saved, d_results):
     d_out, _ = d_results  # the maxima take no gradient
     wide = np.promote_types(q.dtype, np.float32)
     delta = (d_out.astype(wide) * out.astype(wide)).sum(-1)  # the softmax's own term, a number a row
-    start = tuple(jnp.zeros(x.shape, wide) for x in (q, k, v))
 
     def visit(grads, pair):
         dq, dk, dv = grads
-        i, j = pair
-        q_i, do_i, k_j, v_j = (_rows(x, n, block, 2) for x, n in ((q, i), (d_out, i), (k, j), (v, j)))
-        s = _scores(q_i, k_j, _rows(seg, i, block, 1), _rows(seg, j, block, 1), i, j, block)
-        p = jnp.exp(s - _rows(lse, i, block, 2)[..., None])
+        i, j = (n * block for n in pair)
+        q_i, do_i, k_j, v_j = (_rows(x, start, block) for x, start in ((q, i), (d_out, i), (k, j), (v, j)))
+        p = jnp.exp(_scores(q, k, seg, pair, block) - _rows(lse, i, block)[..., None])
         dp = jnp.einsum("bhtv,bhsv->bhts", do_i, v_j, preferred_element_type=wide)
-        ds = (p * (dp - _rows(delta, i, block, 2)[..., None])).astype(q.dtype)
-        p = p.astype(v.dtype)
+        ds = (p * (dp - _rows(delta, i, block)[..., None])).astype(q.dtype)
 
-        def add(total, index, spec, a, b):
-            part = _rows(total, index, block, 2) + jnp.einsum(spec, a, b, preferred_element_type=wide)
-            return jax.lax.dynamic_update_slice_in_dim(total, part, index * block, 2)
+        def add(total, start, spec, a, b):
+            part = _rows(total, start, block) + jnp.einsum(spec, a, b, preferred_element_type=wide)
+            return jax.lax.dynamic_update_slice_in_dim(total, part, start, 2)
 
         dq = add(dq, i, "bhts,bhsd->bhtd", ds, k_j)
         dk = add(dk, j, "bhts,bhtd->bhsd", ds, q_i)
-        dv = add(dv, j, "bhts,bhtv->bhsv", p, do_i)
+        dv = add(dv, j, "bhts,bhtv->bhsv", p.astype(v.dtype), do_i)
         return (dq, dk, dv), None
 
+    start = tuple(jnp.zeros(x.shape, wide) for x in (q, k, v))
     grads, _ = jax.lax.scan(visit, start, _pairs(q.shape[2] // block))
     return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), None
 

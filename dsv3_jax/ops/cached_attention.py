@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.ops.attention import scaled
+from dsv3_jax.ops.attention import scaled, softmax_step
 from dsv3_jax.ops.varying import as_varying
 
 
@@ -88,24 +88,17 @@ def cached_attention_in_blocks(
     block: int,
 ) -> Float[Array, "B G Q V"]:
     """Compute `cached_attention`, `block` rows at a time."""
-    capacity, width = values.rows.shape[2:]
-    block = min(block, capacity)
-    dtype = queries[0].dtype
-    wide = np.promote_types(dtype, np.float32)
+    (capacity, width), dtype = values.rows.shape[2:], queries[0].dtype
+    block, wide = min(block, capacity), np.promote_types(dtype, np.float32)
 
     def visit(i, carry):
-        out, top, total = carry
         first = i.astype(jnp.int32) * block
         start = jnp.minimum(first, capacity - block)  # the last block overlaps the one before
         some_keys, some_values = jax.tree.map(
             lambda x: jax.lax.dynamic_slice_in_dim(x, start, block, 2), (list(keys), values)
         )
         s = _scores(queries, some_keys, first - start, last - start, scale)
-        new_top = jnp.maximum(top, s.max(-1))
-        p = jnp.exp(s - new_top[..., None])
-        keep = jnp.exp(top - new_top)
-        part = _weighted(p, some_values, dtype, wide)
-        return out * keep[..., None] + part, new_top, total * keep + p.sum(-1)
+        return softmax_step(carry, s, lambda p: _weighted(p, some_values, dtype, wide))
 
     shape = queries[0].shape[:3]
     # Every query sees row 0, so maxima are finite from the first block on.
