@@ -11,17 +11,19 @@ import json
 import math
 import re
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, Literal, NamedTuple
-
-replace = dataclasses.replace
+from typing import Any, Literal, NamedTuple, TypeVar
 
 # Kinds and dtypes of the cache that decoding keeps; see `model/cache.py`.
 CacheKind = Literal["latent", "expanded", "none"]
 CacheDtype = Literal["float32", "bfloat16", "int8", "float8_e4m3"]
 Precision = Literal["none", "fp8", "fp8_ue8m0", "mxfp8"]  # of the linear layers' products; see `ops/low_precision.py`
+HeadLoss = Literal["ce", "kl", "tv"]
+LoraPart = Literal["attention", "dense", "shared", "routed"]
+
+V = TypeVar("V")
 
 
 class ConfigError(ValueError):
@@ -31,53 +33,95 @@ class ConfigError(ValueError):
         >>> DataConfig(seq_len=1)
         Traceback (most recent call last):
             ...
-        dsv3_jax.config.ConfigError: seq_len=1 is below 2
+        dsv3_jax.config.ConfigError: seq_len=1 is outside [2, 2147483648)
     """
 
 
-def _require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise ConfigError(sentence)
+class Table(dict[str, V]):
+    """Things by name, to which anyone may add: a name that it does not have raises ConfigError.
 
-
-def _check_types(config, **tables: dict[Any, Any]) -> None:
-    """Refuse values of another type, NaN, infinity and absurd sizes at once, where the message can still name the key.
-
-    Args: tables: for a key whose values are the keys of a table, that table.
+    Example:
+        >>> Table("router", {"sigmoid": 1})["sigmiod"]
+        Traceback (most recent call last):
+            ...
+        dsv3_jax.config.ConfigError: router='sigmiod' is not one of sigmoid; did you mean 'sigmoid'?
     """
-    hints = typing.get_type_hints(type(config)) | {name: Literal[tuple(table)] for name, table in tables.items()}
+
+    def __init__(self, setting: str, rows: Mapping[str, V]):
+        super().__init__(rows)
+        self.setting = setting
+
+    def __missing__(self, name: str) -> V:
+        near = did_you_mean(name, self)
+        raise ConfigError(f"{self.setting}={_short(name)} is not one of {', '.join(self)}{near}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown word: the nearest known one, or nothing if none is near.
+
+    Example:
+        >>> did_you_mean("trian", ["train", "eval"])
+        "; did you mean 'train'?"
+    """
+    near = get_close_matches(str(word), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _require(rules: dict[str, bool]) -> None:
+    """Raise the first sentence that does not hold."""
+    for sentence, holds in rules.items():
+        if not holds:
+            raise ConfigError(sentence)
+
+
+# The rules of single fields, of whatever configuration: an interval, and who has to lie in it. A number far above any
+# model that was trained is a mistake, and would be allocated or counted to.
+_MOST = {int: str(2**31), float: "3.4e38"}  # in place of inf
+_INTERVALS = {
+    "[1, inf)": "vocab_size dim dense_dim num_heads num_kv_heads q_latent_dim kv_latent_dim nope_head_dim v_head_dim "
+    "experts_per_token expert_dim num_groups groups_per_token max_positions original_max_positions batch_size "
+    "max_documents steps eval_every eval_batches save_every keep log_every microbatches rope_theta factor",
+    "[2, inf)": "seq_len",
+    "[1, 10000]": "num_layers",
+    "[1, 1000000]": "num_experts rope_head_dim capacity_slack",  # rotary frequencies are computed early
+    "[0, 10000]": "num_dense_layers",
+    "[0, inf)": "num_shared_experts bias_rate sequence_alpha switch_alpha z_alpha final_learning_rate warmup_steps "
+    "weight_decay mtp_weight mtp_final_weight rank",
+    "[0, 4294967295]": "seed",  # JAX keeps 32 bits of a seed
+    "(0, inf)": "capacity_factor temperature learning_rate eps clip_norm qk_clip alpha beta_fast beta_slow",
+    "[0, 1]": "fim_rate decay_start decay_end bias_freeze",
+    "[0, 1)": "beta1 beta2 muon_beta",
+    "(0, 1)": "val_fraction",
+    "[0, 100]": "mtp_depth mscale mscale_all_dim",
+    "[1e-30, 1]": "norm_eps",
+    "(0, 1000]": "init_std",
+    "[-1e6, 1e6]": "routed_scale",
+}
+_INTERVAL_OF = {name: interval for interval, names in _INTERVALS.items() for name in names.split()}
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control codes; bytes of a name that are not UTF-8
+
+
+def _check_fields(config, prefix: str = "") -> None:
+    """Refuse values of another type or outside their interval, at once, where the message can still name the key."""
+    hints = typing.get_type_hints(type(config))
     for item in dataclasses.fields(config):
-        value, hint = getattr(config, item.name), hints[item.name]
-        if type(value) is int and (hint is float or hint == float | None) and abs(value) <= _LARGEST_FLOAT:
+        value, hint, name = getattr(config, item.name), hints[item.name], prefix + item.name
+        if type(value) is int and (hint is float or hint == float | None) and abs(value) < 2**127:
             value = float(value)
             object.__setattr__(config, item.name, value)
-        elif not _matches(value, hint):
-            raise ConfigError(f"{item.name}={_short(value)} is not of type {_spell(hint)}")
-        if type(value) is int:
-            most = _MOST.get(item.name, _LARGEST_INT)
-            _require(abs(value) <= most, f"{item.name}={_short(value)} is outside what is supported, {most:,} at most")
-        elif type(value) is float:
-            _require(abs(value) <= _LARGEST_FLOAT, f"{item.name}={value!r} is not a finite float32")
-        elif type(value) is str:
-            _require(not _CONTROL.search(value), f"{item.name}={_short(value)} holds a control character")
-        elif type(value) is tuple:
-            for text in value:
-                _require(not _CONTROL.search(text), f"{item.name} holds {_short(text)}, with a control character")
+        if not _matches(value, hint):
+            raise ConfigError(f"{name}={_short(value)} is not of type {_spell(hint)}")
+        interval = _INTERVAL_OF.get(item.name, "(-inf, inf)").replace("inf", _MOST.get(type(value), ""))
+        if type(value) in _MOST and not _inside(value, interval):
+            raise ConfigError(f"{name}={_short(value)} is outside {interval}")
+        for text in value if type(value) is tuple else (value,):
+            if type(text) is str and _CONTROL.search(text):
+                raise ConfigError(f"{name}={_short(text)} holds a control character")
 
 
-# Far above any model that was trained; a number beyond them is a mistake, and would be allocated or counted to.
-_LARGEST_INT, _LARGEST_FLOAT = 2**31 - 1, 3.4e38
-_MOST = {
-    "num_layers": 10_000,
-    "num_dense_layers": 10_000,
-    "num_experts": 1_000_000,
-    "rope_head_dim": 1_000_000,  # its frequencies are computed before files are compared with the settings
-    "mtp_depth": 100,
-    "seed": 2**32 - 1,  # JAX keeps 32 bits of a seed
-}
-_MOST_PARAMETERS = 10**15  # of one kind of weight in all layers
-_MOST_TOKENS = 2**30  # of a batch
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control codes; bytes of a name that are not UTF-8
+def _inside(value: int | float, interval: str) -> bool:
+    low, high = (float(end) for end in interval[1:-1].split(", "))
+    return low < value < high or (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
 
 
 def _short(value: Any) -> str:
@@ -93,8 +137,6 @@ def _matches(value, hint) -> bool:
         return isinstance(value, tuple) and all(_matches(v, args[0]) for v in value)
     if args:  # a union
         return any(_matches(value, a) for a in args)
-    if hint is type(None):
-        return value is None
     return type(value) is hint if hint in (int, float, bool, str) else isinstance(value, hint)
 
 
@@ -104,15 +146,24 @@ def _spell(hint) -> str:
     return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown word: the nearest known one, or nothing if none is near.
+def replace(config: V, **changes: Any) -> V:
+    """Make a configuration that differs in some fields.
+
+    Raises: ConfigError naming a field that it does not have, or a value that it refuses.
 
     Example:
-        >>> did_you_mean("trian", ["train", "eval"])
-        "; did you mean 'train'?"
+        >>> replace(Layout(), fsdp=True)
+        Layout(fsdp=True, expert_comm='auto', capacity_slack=1.25)
     """
-    near = get_close_matches(str(word), known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    _check_names(type(config), changes)
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+def _check_names(kind: type, names: Iterable[str]) -> None:
+    known = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{_short(name)} is not a key of {kind.__name__}{did_you_mean(name, known)}")
 
 
 @dataclass(frozen=True)
@@ -132,21 +183,7 @@ class Yarn:
     mscale_all_dim: float = 1.0  # weight of the temperature of all features, which scales the scores; 0 turns it off
 
     def __post_init__(self):
-        _check_types(self)
-        _require(self.factor >= 1.0, f"yarn factor={self.factor} is below 1")
-        _require(
-            self.original_max_positions > 0,
-            f"yarn original_max_positions={self.original_max_positions} is not positive",
-        )
-        for name in ("beta_fast", "beta_slow"):
-            _require(getattr(self, name) > 0, f"yarn {name}={getattr(self, name)} is not positive")
-        for name in ("mscale", "mscale_all_dim"):
-            _require(0 <= getattr(self, name) <= 100, f"yarn {name}={getattr(self, name)} is outside [0, 100]")
-
-
-# Names of `ops.routing.ROUTERS` and of `ops.balance.RULES`, which say what each is; a test holds them equal.
-RouterName = Literal["sigmoid", "sqrtsoftplus", "softmax", "topk", "noisy_topk", "dense", "hash"]
-RuleName = Literal["sign", "proportional", "quantile"]
+        _check_fields(self, "yarn ")
 
 
 @dataclass(frozen=True)
@@ -164,19 +201,15 @@ class Balance:
     bias_rate: float = 1e-3  # step of the loss-free router bias after each batch (gamma); for quantile at most 1
     sequence_alpha: float = 1e-4  # weight of the sequence-wise balance loss (alpha)
     switch_alpha: float = 0.0  # weight of the batch-wise Switch balance loss
-    # how the bias moves. sign: by gamma towards the mean load (V3). proportional: by gamma times the distance from it.
-    # quantile: the share gamma of the way to the bias that would have balanced the batch
-    rule: RuleName = "sign"
+    # how the bias moves (ops.balance.RULES). sign: by gamma towards the mean load (V3). proportional: by gamma times
+    # the distance from it. quantile: the share gamma of the way to the bias that would have balanced the batch
+    rule: str = "sign"
     z_alpha: float = 0.0  # weight of the z-loss, which keeps the router's logits small
 
     def __post_init__(self):
-        _check_types(self)
-        for name in ("bias_rate", "sequence_alpha", "switch_alpha", "z_alpha"):
-            _require(getattr(self, name) >= 0, f"balance {name}={getattr(self, name)} is negative")
-        _require(
-            self.rule != "quantile" or self.bias_rate <= 1,
-            f"balance bias_rate={self.bias_rate} is over 1, the complete way to the bias of rule='quantile'",
-        )
+        _check_fields(self, "balance ")
+        most = 1 if self.rule == "quantile" else math.inf
+        _require({f"balance bias_rate={self.bias_rate} is over 1 with rule={self.rule!r}": self.bias_rate <= most})
 
 
 @dataclass(frozen=True)
@@ -195,8 +228,7 @@ class Layout:
     capacity_slack: float = 1.25  # for all_to_all: slots of the first round, over the slots that even load needs
 
     def __post_init__(self):
-        _check_types(self)
-        _require(1 <= self.capacity_slack <= 1e6, f"layout capacity_slack={self.capacity_slack} is outside [1, 1e6]")
+        _check_fields(self, "layout ")
 
 
 @dataclass(frozen=True)
@@ -225,11 +257,9 @@ class Execution:
     precision: Precision = "none"
 
     def __post_init__(self):
-        _check_types(self)
-        _require(
-            re.fullmatch(r"\w+(=\w+)?(,\w+=\w+)*", self.kernels) is not None,
-            f"kernels={self.kernels!r} is not of the form NAME, OP=NAME or NAME,OP=NAME",
-        )
+        _check_fields(self)
+        form = re.fullmatch(r"\w+(=\w+)?(,\w+=\w+)*", self.kernels)
+        _require({f"kernels={self.kernels!r} is not of the form NAME, OP=NAME or NAME,OP=NAME": form is not None})
 
 
 class HeadKind(NamedTuple):
@@ -248,14 +278,12 @@ class HeadKind(NamedTuple):
     max_depth: int | None = None  # None means any
 
 
-HeadLoss = Literal["ce", "kl", "tv"]
-MtpKind = Literal["deepseek", "meta", "medusa", "eagle"]  # for help texts: HEAD_KINDS says which kinds there are
-HEAD_KINDS: dict[MtpKind, HeadKind] = {
+HEAD_KINDS: Table[HeadKind] = Table("mtp_kind", {
     "deepseek": HeadKind("MTP modules", reads_tokens=True, has_experts=True, reads_raw=True),
     "meta": HeadKind("Meta heads", reads_tokens=False, has_experts=True, reads_raw=True),
     "medusa": HeadKind("Medusa heads", reads_tokens=False, has_experts=False, reads_raw=False),
     "eagle": HeadKind("EAGLE head", reads_tokens=True, has_experts=False, reads_raw=False, max_depth=1),
-}
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -292,10 +320,11 @@ class ModelConfig:
     qk_norm: bool = False  # norm each head's queries and keys before RoPE; for attention mha, gqa and mqa
     num_groups: int = 1  # number of groups that the experts are divided into (G)
     groups_per_token: int = 1  # number of groups that a token's experts may come from
-    # how scores become a choice: sigmoid with a balancing bias (V3), sqrtsoftplus the same (V4), softmax with balance
+    # how scores become a choice (ops.routing.ROUTERS): sigmoid with a balancing bias (V3), sqrtsoftplus the same (V4),
+    # softmax with balance
     # losses (V2), topk takes the softmax over the chosen experts, noisy_topk adds learnt noise in training, dense uses
     # every expert, hash chooses by the token's id
-    router: RouterName = "sigmoid"
+    router: str = "sigmoid"
     group_score: Literal["top2_sum", "max"] = "top2_sum"  # score of a group: sum of its two best experts, or the best
     normalize_gates: bool = True  # divide a token's gates by their sum
     routed_scale: float = 1.0  # factor on the output of the routed experts
@@ -310,8 +339,8 @@ class ModelConfig:
     max_positions: int = 4096  # longest sequence in tokens
     # multi-token prediction
     mtp_depth: int = 0  # number of multi-token heads (M)
-    # kind of multi-token heads: DeepSeek's causal chain, Meta's or Medusa's parallel heads, or one EAGLE head
-    mtp_kind: MtpKind = "deepseek"
+    # kind of multi-token heads, of HEAD_KINDS: deepseek's causal chain, meta's and medusa's parallel heads, eagle
+    mtp_kind: str = "deepseek"
     mtp_input: Literal["normed", "raw"] = "normed"  # heads read the trunk's output after or before the final norm (h^0)
     # the rest
     norm_eps: float = 1e-6  # epsilon of RMSNorm
@@ -319,120 +348,20 @@ class ModelConfig:
     init_std: float = 0.006  # standard deviation of the initial weights
 
     def __post_init__(self):
-        _check_types(self, mtp_kind=HEAD_KINDS)
-        for name in (
-            "vocab_size", "dim", "num_layers", "dense_dim", "num_heads", "kv_latent_dim", "nope_head_dim",
-            "rope_head_dim", "v_head_dim", "num_experts", "experts_per_token", "expert_dim", "num_groups",
-            "groups_per_token", "max_positions",
-        ):  # fmt: skip
-            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} is not positive")
-        for name in ("num_dense_layers", "num_shared_experts", "mtp_depth"):
-            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} is negative")
-        _require(
-            self.q_latent_dim is None or self.q_latent_dim > 0, f"q_latent_dim={self.q_latent_dim} is not positive"
-        )
-        _require(
-            self.num_dense_layers <= self.num_layers,
-            f"num_dense_layers={self.num_dense_layers} is more than num_layers={self.num_layers}",
-        )
-        _require(
-            self.experts_per_token <= self.num_experts,
-            f"experts_per_token={self.experts_per_token} is more than num_experts={self.num_experts}",
-        )
-        _require(
-            self.num_experts % self.num_groups == 0,
-            f"num_groups={self.num_groups} does not divide num_experts={self.num_experts}",
-        )
-        _require(
-            self.groups_per_token <= self.num_groups,
-            f"groups_per_token={self.groups_per_token} is more than num_groups={self.num_groups}",
-        )
-        _require(
-            self.experts_per_token <= self.groups_per_token * (self.num_experts // self.num_groups),
-            f"experts_per_token={self.experts_per_token} does not fit in groups_per_token={self.groups_per_token} "
-            f"groups of {self.num_experts // self.num_groups} experts",
-        )
-        _require(
-            self.num_groups == 1 or self.group_score == "max" or self.num_experts // self.num_groups >= 2,
-            f"group_score='top2_sum' needs 2 experts a group, num_groups={self.num_groups} leaves "
-            f"{self.num_experts // self.num_groups}",
-        )
-        _require(
-            self.router != "dense" or self.experts_per_token == self.num_experts,
-            f"router='dense' takes every expert: experts_per_token={self.experts_per_token} must be "
-            f"num_experts={self.num_experts}",
-        )
-        self._check_kv_heads()
-        self._check_heads()
-        _require(self.rope_head_dim % 2 == 0, f"rope_head_dim={self.rope_head_dim} is odd")
-        _require(
-            self.capacity_factor is None or self.capacity_factor > 0,
-            f"capacity_factor={self.capacity_factor} is not positive",
-        )
-        _require(self.rope_theta >= 1, f"rope_theta={self.rope_theta} is below 1")
-        # YaRN counts turns by the logarithm of the base.
-        _require(
-            self.yarn.factor == 1.0 or self.rope_theta > 1,
-            f"rope_theta={self.rope_theta} does not go with YaRN's factor={self.yarn.factor}; use a base above 1",
-        )
-        _require(1e-30 <= self.norm_eps <= 1, f"norm_eps={self.norm_eps} is outside [1e-30, 1]")
-        _require(0 < self.init_std <= 1e3, f"init_std={self.init_std} is outside (0, 1000]")
-        _require(abs(self.routed_scale) <= 1e6, f"routed_scale={self.routed_scale} is outside [-1e6, 1e6]")
-        self._check_size()
-        reach = self.yarn.original_max_positions
-        _require(
-            self.yarn.factor == 1.0 or self.max_positions <= reach * self.yarn.factor,
-            f"max_positions={self.max_positions} is beyond YaRN's reach of {reach} x {self.yarn.factor:g}",
-        )
-
-    def _check_size(self) -> None:
-        """Refuse sizes that overflow 64-bit counts, and would be multiplied before memory is asked for."""
-        qk, layers = self.nope_head_dim + self.rope_head_dim, self.num_layers + self.mtp_depth
-        latents = self.kv_latent_dim + (self.q_latent_dim or 0)
-        products = {
-            "vocab_size x dim": self.vocab_size * self.dim,
-            "num_layers x dim x dense_dim": layers * self.dim * self.dense_dim,
-            "num_layers x num_experts x dim x expert_dim": layers * self.num_experts * self.dim * self.expert_dim,
-            "num_layers x num_shared_experts x dim x expert_dim": (
-                layers * self.num_shared_experts * self.dim * self.expert_dim
-            ),
-            "num_layers x num_heads x head dims x widths": (
-                layers * self.num_heads * (qk + self.v_head_dim) * (self.dim + latents)
-            ),
-        }
-        for names, count in products.items():
-            _require(count <= _MOST_PARAMETERS, f"{names} = {count:,} parameters are more than {_MOST_PARAMETERS:,}")
-
-    def _check_kv_heads(self) -> None:
-        count, gqa = self.num_kv_heads, self.attention == "gqa"
-        _require(
-            gqa == (count is not None),
-            f"num_kv_heads={count} with attention={self.attention!r}: it is for 'gqa', which needs it",
-        )
-        _require(count is None or count > 0, f"num_kv_heads={count} is not positive")
-        _require(
-            not self.qk_norm or self.attention != "mla",
-            "qk_norm=True is for attention='mha', 'gqa' and 'mqa'; 'mla' has norms on its latents",
-        )
-        _require(
-            self.num_heads % self.kv_heads == 0, f"num_kv_heads={count} does not divide num_heads={self.num_heads}"
-        )
+        _check_fields(self)
+        _check_experts(self)
+        _check_attention(self)
+        kind, depth = self.head_kind, self.mtp_depth
+        most, raw = kind.max_depth, self.mtp_input == "raw" and depth > 0
+        _require({
+            f"mtp_depth={depth} is more than the {most} of mtp_kind={self.mtp_kind!r}": most is None or depth <= most,
+            f"mtp_input='raw' needs a norm in the head: mtp_kind={self.mtp_kind!r} has none": kind.reads_raw or not raw,
+        })  # fmt: skip
 
     @property
     def kv_heads(self) -> int:
         """Number of heads with keys and values of their own; MLA forms them for every head."""
         return self.num_kv_heads or (1 if self.attention == "mqa" else self.num_heads)
-
-    def _check_heads(self) -> None:
-        most = self.head_kind.max_depth
-        _require(
-            most is None or self.mtp_depth <= most,
-            f"mtp_depth={self.mtp_depth} is more than the {most} of mtp_kind={self.mtp_kind!r}",
-        )
-        _require(
-            self.mtp_input == "normed" or self.head_kind.reads_raw or self.mtp_depth == 0,
-            f"mtp_input={self.mtp_input!r} needs a head with a norm of its own: mtp_kind={self.mtp_kind!r} has none",
-        )
 
     @property
     def head_kind(self) -> HeadKind:
@@ -448,6 +377,44 @@ class ModelConfig:
     def num_sparse_heads(self) -> int:
         """Number of the multi-token heads that have experts."""
         return self.mtp_depth if self.head_kind.has_experts else 0
+
+
+def _check_experts(c: ModelConfig) -> None:
+    experts, chosen, groups = f"num_experts={c.num_experts}", f"experts_per_token={c.experts_per_token}", c.num_groups
+    pairs = ("num_dense_layers", "num_layers"), ("experts_per_token", "num_experts"), ("groups_per_token", "num_groups")
+    for small, large in pairs:
+        a, b = getattr(c, small), getattr(c, large)
+        _require({f"{small}={a} is more than {large}={b}": a <= b})
+    _require({f"num_groups={groups} does not divide {experts}": c.num_experts % groups == 0})
+    size = c.num_experts // groups
+    fits = c.experts_per_token <= c.groups_per_token * size
+    all_chosen, enough = c.experts_per_token == c.num_experts, groups == 1 or c.group_score == "max" or size >= 2
+    _require({
+        f"{chosen} does not fit in groups_per_token={c.groups_per_token} groups of {size}": fits,
+        f"group_score='top2_sum' needs 2 experts a group, num_groups={groups} leaves {size}": enough,
+        f"router='dense' takes every expert: {chosen} must be {experts}": c.router != "dense" or all_chosen,
+    })  # fmt: skip
+
+
+def _check_attention(c: ModelConfig) -> None:
+    count, kind, mla = c.num_kv_heads, f"attention={c.attention!r}", c.attention == "mla"
+    reach, plain = c.yarn.original_max_positions * c.yarn.factor, c.yarn.factor == 1
+    _require({
+        f"rope_head_dim={c.rope_head_dim} is odd": c.rope_head_dim % 2 == 0,
+        f"num_kv_heads={count} with {kind}: it is for 'gqa', which needs it": (c.attention == "gqa") == bool(count),
+        "qk_norm=True is for attention='mha', 'gqa' and 'mqa'; 'mla' has norms on its latents": not (c.qk_norm and mla),
+        f"num_kv_heads={count} does not divide num_heads={c.num_heads}": c.num_heads % c.kv_heads == 0,
+        # YaRN counts turns by the logarithm of the base.
+        f"rope_theta={c.rope_theta} is not above 1, as YaRN's factor={c.yarn.factor} needs": plain or c.rope_theta > 1,
+        f"max_positions={c.max_positions} is beyond YaRN's reach of {reach:g}": plain or c.max_positions <= reach,
+    })  # fmt: skip
+
+
+# Settings of `DataConfig` that are for some formats; others leave them at their default.
+_ONLY_FOR = {
+    "mixture": ("shards",), "temperature": ("shards",), "max_documents": ("text", "chat"), "chat_template": ("chat",),
+    "fim_rate": ("text",), "separate_documents": ("text", "shards"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -485,49 +452,17 @@ class DataConfig:
     temperature: float = 1.0  # for shards: weights are raised to the power 1 / temperature; above 1 they are more equal
 
     def __post_init__(self):
-        _check_types(self)
+        _check_fields(self)
+        for name, formats in _ONLY_FOR.items():
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            fits, either = value == default or self.format in formats, " or ".join(map(repr, formats))
+            _require({f"{name}={value!r} is for format={either}, not {self.format!r}": fits})
         self.weights()  # refuses a mixture that is none
-        _require(
-            self.format == "shards" or not self.mixture,
-            f"mixture={self.mixture} is for format='shards', not {self.format!r}",
-        )
-        _require(0 < self.temperature < math.inf, f"temperature={self.temperature} is not a positive number")
-        _require(
-            self.format == "shards" or self.temperature == 1,
-            f"temperature={self.temperature} is for format='shards', not {self.format!r}",
-        )
-        _require(
-            self.format != "shards" or len(self.paths) == 1,
-            f"paths={self.paths} is not one folder of shards; name what `dsv3 data tokenize` wrote",
-        )
-        _require(
-            self.format != "shards" or self.max_documents is None,
-            f"max_documents={self.max_documents} is for text and chats; shards are complete",
-        )
-        _require(
-            self.chat_template is None or self.format == "chat",
-            f"chat_template={self.chat_template!r} is for format='chat', not {self.format!r}",
-        )
-        _require(
-            self.format != "chat" or self.separate_documents,
-            f"separate_documents={self.separate_documents} is for format='text': chat examples never see one another",
-        )
-        _require(
-            self.format == "text" or self.fim_rate == 0,
-            f"fim_rate={self.fim_rate} is for format='text', not {self.format!r}",
-        )
-        _require(self.seq_len >= 2, f"seq_len={self.seq_len} is below 2")
-        _require(self.batch_size > 0, f"batch_size={self.batch_size} is not positive")
-        _require(
-            self.batch_size * self.seq_len <= _MOST_TOKENS,
-            f"batch_size={self.batch_size} x seq_len={self.seq_len} is more than {_MOST_TOKENS:,} tokens",
-        )
-        _require(self.seed >= 0, f"seed={self.seed} is negative")
-        _require(0.0 <= self.fim_rate <= 1.0, f"fim_rate={self.fim_rate} is outside [0, 1]")
-        _require(0.0 < self.val_fraction < 1.0, f"val_fraction={self.val_fraction} is outside (0, 1)")
-        _require(
-            self.max_documents is None or self.max_documents > 0, f"max_documents={self.max_documents} is not positive"
-        )
+        few, folder = self.batch_size * self.seq_len <= 2**30, self.format != "shards" or len(self.paths) == 1
+        _require({
+            f"paths={self.paths} is not one folder of shards; name what `dsv3 data tokenize` wrote": folder,
+            f"batch_size={self.batch_size} x seq_len={self.seq_len} is over 2^30 tokens": few,
+        })  # fmt: skip
 
     def weights(self) -> dict[str, float]:
         """Return the weights of `mixture` by domain.
@@ -543,22 +478,22 @@ class DataConfig:
         for entry in self.mixture:
             name, _, number = entry.rpartition("=")
             try:
-                weight = float(number)
+                weights[name] = float(number)
             except ValueError:
-                weight = math.nan
-            _require(
-                bool(name) and 0 <= weight < math.inf, f"mixture={entry!r} is not DOMAIN=WEIGHT, a weight from 0 up"
-            )
-            _require(name not in weights, f"mixture={self.mixture} names domain {name!r} twice")
-            weights[name] = weight
-        _require(
-            not weights or sum(weights.values()) > 0,
-            f"mixture={self.mixture} has weights that sum to 0; give a domain a positive weight",
-        )
+                weights[name] = math.nan
+            usable = bool(name) and 0 <= weights[name] < math.inf
+            _require({f"mixture={entry!r} is not DOMAIN=WEIGHT, a weight from 0 up": usable})
+        _require({
+            f"mixture={self.mixture} names a domain twice": len(weights) == len(self.mixture),
+            f"mixture={self.mixture} has weights that sum to 0; give a domain a positive weight": (
+                not weights or sum(weights.values()) > 0
+            ),
+        })  # fmt: skip
         return weights
 
 
-OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon for matrices, AdamW for the rest"}  # made by training/optim.py
+# made by training/optim.py
+OPTIMIZERS = Table("optim name", {"adamw": "AdamW", "muon": "Muon for matrices, AdamW for the rest"})
 OPTAX = "optax:"  # begins the name that `ds.train.fit(…, optimizer=tx)` gives a run
 
 
@@ -598,30 +533,16 @@ class OptimConfig:
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        _check_types(self)
-        for name in ("learning_rate", "eps", "clip_norm", "microbatches"):
-            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} is not positive")
-        for name in ("final_learning_rate", "warmup_steps", "weight_decay", "mtp_weight", "mtp_final_weight"):
-            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} is negative")
-        if self.name not in OPTIMIZERS and not self.name.startswith(OPTAX):
-            near = did_you_mean(self.name, OPTIMIZERS)
-            raise ConfigError(f"optim name={_short(self.name)} is not one of {', '.join(OPTIMIZERS)}{near}")
+        _check_fields(self)
+        if not self.name.startswith(OPTAX):
+            OPTIMIZERS[self.name]  # refuses a name that it does not have
+        # A bfloat16 has 8 bits: a step of less than 2^-9 of a mean is rounded away, and a mean could not decay.
+        most, dtype = 0.99 if self.moments_dtype == "bfloat16" else 1, self.moments_dtype
+        start, end = self.decay_start, self.decay_end
         for name in ("beta1", "beta2", "muon_beta"):
-            _require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} is outside [0, 1)")
-            # A bfloat16 has 8 bits: a step of less than 2^-9 of a mean is rounded away, and a mean could not decay.
-            _require(
-                self.moments_dtype == "float32" or getattr(self, name) <= 0.99,
-                f"{name}={getattr(self, name)} is over 0.99, too slow for moments_dtype='bfloat16'; use 'float32'",
-            )
-        _require(self.qk_clip is None or self.qk_clip > 0, f"qk_clip={self.qk_clip} is not positive")
-        _require(
-            0 <= self.decay_start <= self.decay_end <= 1,
-            f"decay_start={self.decay_start} and decay_end={self.decay_end} are not in order within [0, 1]",
-        )
-        _require(0 <= self.bias_freeze <= 1, f"bias_freeze={self.bias_freeze} is outside [0, 1]")
-
-
-LoraPart = Literal["attention", "dense", "shared", "routed"]
+            beta = getattr(self, name)
+            _require({f"{name}={beta} is over 0.99, too slow for moments_dtype={dtype!r}; use 'float32'": beta <= most})
+        _require({f"decay_start={start} is after decay_end={end}": start <= end})
 
 
 @dataclass(frozen=True)
@@ -642,11 +563,11 @@ class Lora:
     on: tuple[LoraPart, ...] = ("attention",)
 
     def __post_init__(self):
-        _check_types(self)
-        _require(self.rank >= 0, f"lora rank={self.rank} is negative")
-        _require(self.alpha > 0, f"lora alpha={self.alpha} is not positive")
-        _require(len(self.on) > 0, "lora on=() names no matrices; use rank=0 to train without adapters")
-        _require(len(set(self.on)) == len(self.on), f"lora on={self.on} names one part twice")
+        _check_fields(self, "lora ")
+        _require({
+            "lora on=() names no matrices; use rank=0 to train without adapters": len(self.on) > 0,
+            f"lora on={self.on} names one part twice": len(set(self.on)) == len(self.on),
+        })  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -676,62 +597,34 @@ class RunConfig:
     head_loss: HeadLoss = "ce"  # of heads on a frozen trunk: cross-entropy on the text, or KL or TV to the trunk's law
 
     def __post_init__(self):
-        _check_types(self)
-        _require(
-            self.head_loss == "ce" or self.trunk is not None,
-            f"head_loss={self.head_loss!r} compares heads with a frozen trunk, and trunk is None; use 'ce'",
-        )
-        for name in ("steps", "eval_every", "eval_batches", "save_every", "keep", "log_every"):
-            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} is not positive")
-        _require(self.seed >= 0, f"seed={self.seed} is negative")
-        _require(
-            self.data.batch_size % self.optim.microbatches == 0,
-            f"microbatches={self.optim.microbatches} does not divide batch_size={self.data.batch_size}",
-        )
-        _require(
-            self.data.seq_len <= self.model.max_positions,
-            f"seq_len={self.data.seq_len} is more than the model's max_positions={self.model.max_positions}",
-        )
-        _require(
-            self.data.seq_len > self.model.mtp_depth + 1,
-            f"seq_len={self.data.seq_len} leaves no target for mtp_depth={self.model.mtp_depth}",
-        )
-        _require(
-            self.trunk is None or self.model.mtp_depth > 0,
-            f"mtp_depth={self.model.mtp_depth} leaves nothing to train on the frozen trunk {self.trunk!r}",
-        )
-        _require(
-            self.trunk is None or self.start is None,
-            f"a run begins with start={self.start!r} or on trunk={self.trunk!r}, not with both",
-        )
-        clip, attention = self.optim.qk_clip, self.model.attention
-        _require(clip is None or attention == "mla", f"optim.qk_clip={clip} is for attention='mla', not {attention!r}")
-        _require(
-            clip is None or self.lora.rank == 0,
-            f"optim.qk_clip={clip} is not supported with lora rank={self.lora.rank}: it scales weights, not adapters",
-        )
+        _check_fields(self)
+        d, m, on, clip = self.data, self.model, self.trunk, self.optim.qk_clip
+        parts, loss, attention = self.optim.microbatches, self.head_loss, f"attention='mla', not {m.attention!r}"
+        fits = d.seq_len <= m.max_positions
+        _require({
+            f"head_loss={loss!r} compares heads with a frozen trunk; trunk=None needs 'ce'": loss == "ce" or bool(on),
+            f"microbatches={parts} does not divide batch_size={d.batch_size}": d.batch_size % parts == 0,
+            f"seq_len={d.seq_len} is more than the model's max_positions={m.max_positions}": fits,
+            f"seq_len={d.seq_len} leaves no target for mtp_depth={m.mtp_depth}": d.seq_len > m.mtp_depth + 1,
+            f"mtp_depth={m.mtp_depth} leaves nothing to train on the frozen trunk {on!r}": not on or m.mtp_depth > 0,
+            f"a run begins with start={self.start!r} or on trunk={on!r}, not with both": not (on and self.start),
+            f"optim.qk_clip={clip} is for {attention}": clip is None or m.attention == "mla",
+        })  # fmt: skip
         if self.lora.rank:
-            self._check_lora()
+            _check_lora(self)
 
-    def _check_lora(self) -> None:
-        lora, model = self.lora, self.model
-        _require(
-            self.trunk is None,
-            f"lora rank={lora.rank} is not supported on a frozen trunk={self.trunk!r}; use start",
-        )
-        _require(
-            self.start is not None,
-            f"lora rank={lora.rank} needs start: adapters change given weights, and those of start=None are random",
-        )
-        sparse = model.num_sparse_layers + model.num_sparse_heads > 0
-        there = {
-            "attention": True,
-            "dense": model.num_dense_layers > 0 or (model.mtp_kind == "eagle" and model.mtp_depth > 0),
-            "shared": sparse and model.num_shared_experts > 0,
-            "routed": sparse,
-        }
-        for part in lora.on:
-            _require(there[part], f"lora on={part!r} names matrices that the model does not have")
+
+def _check_lora(run: RunConfig) -> None:
+    m, rank, on, clip = run.model, f"lora rank={run.lora.rank}", run.trunk, run.optim.qk_clip
+    _require({
+        f"{rank} is not supported on a frozen trunk={on!r}; use start": on is None,
+        f"{rank} changes given weights, and those of start=None are random; give start": run.start is not None,
+        f"{rank} is not supported with optim.qk_clip={clip}, which scales weights, not adapters": clip is None,
+    })  # fmt: skip
+    sparse = m.num_sparse_layers + m.num_sparse_heads > 0
+    dense = m.num_dense_layers > 0 or (m.mtp_kind == "eagle" and m.mtp_depth > 0)
+    there = {"attention": True, "dense": dense, "shared": sparse and m.num_shared_experts > 0, "routed": sparse}
+    _require({f"lora on={part!r} names matrices that the model does not have": there[part] for part in run.lora.on})
 
 
 def to_dict(config) -> dict:
@@ -753,10 +646,8 @@ def from_dict(kind, values: dict):
         >>> from_dict(Layout, {"fsdp": True})
         Layout(fsdp=True, expert_comm='auto', capacity_slack=1.25)
     """
+    _check_names(kind, values)
     hints = typing.get_type_hints(kind)
-    known = {f.name for f in dataclasses.fields(kind)}
-    for key in values:
-        _require(key in known, f"{_short(key)} is not a key of {kind.__name__}")
     made = {}
     for key, value in values.items():
         if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):

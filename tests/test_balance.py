@@ -1,7 +1,5 @@
 """Loads, the loss-free bias, both balance losses and the measures of imbalance equal the page and the oracles."""
 
-from typing import get_args
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import oracles
 import pytest
 
 from dsv3_jax import reference
-from dsv3_jax.config import Balance, ConfigError, RuleName, replace
+from dsv3_jax.config import Balance, ConfigError, replace
 from dsv3_jax.ops import balance
 from dsv3_jax.presets import preset
 
@@ -46,8 +44,10 @@ def test_bias_update_of_stacked_layers(rng):
     np.testing.assert_allclose(got, expected, atol=1e-7)
 
 
-def test_the_registry_has_the_configurations_names():
-    assert set(balance.RULES) == set(get_args(RuleName))
+def test_names_that_no_table_has_are_refused():
+    for changes in (dict(router="softmoe"), dict(balance=Balance(rule="sing"))):
+        with pytest.raises(ConfigError, match="(router='softmoe' .*softmax|rule='sing' .*did you mean 'sign')"):
+            balance.rule_of(replace(preset("tiny"), **changes))
 
 
 @pytest.mark.parametrize("changes", [dict(router="softmax"), dict(num_groups=4, groups_per_token=2)])

@@ -132,9 +132,10 @@ BAD = {
     ),
     "type": ("train tiny --out {new} --steps abc", "option '--steps': 'abc' is not a whole number"),
     "number": ("train tiny --out {new} --optim.eps abc", "option '--optim.eps': 'abc' is not a number"),
-    "choice": ("train tiny --out {new} --model.router best", "option '--model.router': 'best' is not one of sigmoid"),
-    "near choice": ("train tiny --out {new} --model.router sigmod", "did you mean 'sigmoid'?"),
-    "long value": ("train tiny --out {new} --model.router " + "x" * 200, "'" + "x" * 200 + "'"),
+    "choice": ("train tiny --out {new} --model.attention best", "option '--model.attention': 'best' is not one of mla"),
+    "near choice": ("train tiny --out {new} --execution.remat ful", "did you mean 'full'?"),
+    "router": ("train tiny --out {new} --model.router sigmod", "router='sigmod' is not one of sigmoid"),
+    "long value": ("train tiny --out {new} --model.attention " + "x" * 200, "'" + "x" * 200 + "'"),
     "no value": ("train tiny --out {new} --data.paths --steps 3", "option '--data.paths' needs a value"),
     "too many experts": ("train tiny --out {new} --model.experts-per-token 99", "experts_per_token=99"),
     "groups": ("train tiny --out {new} --model.num-groups 3", "num_groups=3 does not divide num_experts=16"),
@@ -176,7 +177,7 @@ BAD = {
         "model.dim=12 is not that of start='{run}', 8",
     ),
     "start and trunk": ("train tiny --out {new} --start {run} --trunk {run}", "start='{run}' or on trunk='{run}'"),
-    "learning rate": ("train tiny --out {new} --optim.learning-rate inf", "learning_rate=inf is not a finite float32"),
+    "learning rate": ("train tiny --out {new} --optim.learning-rate inf", "learning_rate=inf is outside"),
     "two EAGLE heads": (
         "info tiny --mtp-kind eagle --mtp-depth 2",
         "mtp_depth=2 is more than the 1 of mtp_kind='eagle'",
@@ -551,7 +552,7 @@ def test_a_process_of_its_own_ends_with_the_code(root):
     process = start(["info", "v9"], root)
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (2, "")
-    assert err.startswith("dsv3: preset 'v9' is not one of tiny") and err.count("\n") == 1
+    assert err.startswith("dsv3: preset='v9' is not one of tiny") and err.count("\n") == 1
 
 
 def test_absent_devices_are_left_out_where_only_their_compilers_are(monkeypatch):

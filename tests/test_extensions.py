@@ -178,9 +178,6 @@ def test_a_new_router_and_a_new_rule_are_a_row_each(monkeypatch):
 
     monkeypatch.setitem(routing.ROUTERS, "in turn", routing.Router(in_turn, reads_bias=True, reads_tokens=True))
     monkeypatch.setitem(balance.RULES, "noted", balance.Rule(lambda bias, load, _, rate: bias + rate * load))
-    for kind in (ModelConfig, Balance):  # the tests' import hook checks the names, as `config` does from its Literals
-        monkeypatch.setattr(kind, "__init__", kind.__init__.__wrapped__)
-    monkeypatch.setattr("dsv3_jax.config._check_types", lambda *_, **__: None)
     run, batch = run_of(replace(PLAIN, router="in turn", balance=Balance(rule="noted", bias_rate=0.25))), make_batch()
     before = fresh_state(run)
     bias = np.asarray(before.bias["sparse"]["moe"]["bias"][...])

@@ -104,7 +104,7 @@ def test_numbers_and_names_out_of_range(path, value):
 
 def test_yarn_needs_a_base_above_1():
     assert replace(TINY, rope_theta=1.0).rope_theta == 1
-    with pytest.raises(ConfigError, match="rope_theta=1.0 does not go with YaRN"):
+    with pytest.raises(ConfigError, match="rope_theta=1.0 is not above 1"):
         replace(TINY, rope_theta=1.0, yarn=Yarn(factor=2.0))
 
 

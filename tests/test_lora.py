@@ -312,11 +312,11 @@ def test_a_run_adds_new_adapters_to_its_start(trained):
 
 
 REFUSED = {
-    "lora rank=-1 is negative": lambda: Lora(rank=-1),
-    "lora alpha=0.0 is not positive": lambda: Lora(alpha=0.0),
+    "lora rank=-1 is outside": lambda: Lora(rank=-1),
+    "lora alpha=0.0 is outside": lambda: Lora(alpha=0.0),
     "lora on=() names no matrices": lambda: Lora(on=()),
     "lora on=('routed', 'routed') names one part twice": lambda: Lora(on=("routed", "routed")),
-    "lora rank=2 needs start": lambda: replace(RUN, start=None),
+    "lora rank=2 changes given weights": lambda: replace(RUN, start=None),
     "lora rank=2 is not supported on a frozen trunk='there'": lambda: replace(RUN, start=None, trunk="there"),
     "lora on='dense' names matrices": lambda: replace(RUN, model=replace(CFG, num_dense_layers=0)),
     "lora on='shared' names matrices": lambda: replace(RUN, model=replace(CFG, num_shared_experts=0)),

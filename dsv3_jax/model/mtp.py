@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.config import Execution, ModelConfig, MtpKind
+from dsv3_jax.config import Execution, ModelConfig
 from dsv3_jax.kernels.choose import Kernels
 from dsv3_jax.model.blocks import DenseBlock, SparseBlock
 from dsv3_jax.model.context import Context
@@ -175,7 +175,7 @@ class EagleHead(Head):
         return smooth_l1(h, target)
 
 
-HEADS: dict[MtpKind, type[Head]] = {
+HEADS: dict[str, type[Head]] = {
     "deepseek": MTPModule,
     "meta": MetaHead,
     "medusa": MedusaHead,

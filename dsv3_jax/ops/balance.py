@@ -4,7 +4,7 @@ Methods: the loss-free bias (no gradient), which moves by one of `RULES`, V3's l
 for the batch. The z-loss keeps logits small. Four measures of a load [..., E]: MaxVio, entropy, Gini coefficient, and
 the smallest and largest load.
 
-A new rule is a function and a row of `RULES` here, and its name in `config.RuleName`.
+A new rule is a function and a row of `RULES`, here or in a notebook.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dsv3_jax.config import ConfigError, ModelConfig, RuleName
+from dsv3_jax.config import ConfigError, ModelConfig, Table
 from dsv3_jax.ops.routing import ROUTERS
 
 
@@ -167,13 +167,13 @@ class Rule(NamedTuple):
     of_batch: Callable[[Array, Array, Array, int], Array] | None = None  # (those [*n, E], mask [*n], bias, K) → [E]
 
 
-RULES: dict[RuleName, Rule] = {
+RULES: Table[Rule] = Table("balance rule", {
     "sign": Rule(lambda bias, load, _, rate: bias_update(bias, load, rate)),
     "proportional": Rule(lambda bias, load, _, rate: proportional_update(bias, load, rate)),
     "quantile": Rule(
         lambda bias, _, target, rate: quantile_update(bias, target, rate), quantile_margins, quantile_target
     ),
-}
+})  # fmt: skip
 
 
 def rule_of(cfg: ModelConfig) -> Rule | None:

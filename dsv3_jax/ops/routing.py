@@ -2,7 +2,7 @@
 
 `ROUTERS` lists them all: V3's sigmoid with a correction bias and a group limit, the same with V4's scores, V2's
 softmax, top-k without and with noise, the dense softmax over all experts, and a hash of the token's id. A new router is
-a function and a row of `ROUTERS` here, and its name in `config.RouterName`.
+a function and a row of `ROUTERS`, here or in a notebook.
 
 Gates and scores have the dtype of the logits, which is float32 in the models. If scores are equal, the lower expert id
 is chosen first.
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.config import ModelConfig, RouterName
+from dsv3_jax.config import ModelConfig, Table
 
 
 class Routing(NamedTuple):
@@ -334,7 +334,7 @@ def _grouped(cfg: ModelConfig) -> dict[str, Any]:
     return _gated(cfg) | dict(groups=cfg.num_groups, groups_kept=cfg.groups_per_token, group_score=cfg.group_score)
 
 
-ROUTERS: dict[RouterName, Router] = {
+ROUTERS: Table[Router] = Table("router", {
     "sigmoid": Router(lambda x, cfg: sigmoid(x.logits, x.bias, **_grouped(cfg)), reads_bias=True, has_groups=True),
     "sqrtsoftplus": Router(
         lambda x, cfg: sqrtsoftplus(x.logits, x.bias, **_grouped(cfg)), reads_bias=True, has_groups=True
@@ -346,7 +346,7 @@ ROUTERS: dict[RouterName, Router] = {
     ),
     "dense": Router(lambda x, cfg: dense(x.logits)),
     "hash": Router(lambda x, cfg: hash_tokens(x.logits, x.tokens, **_gated(cfg)), reads_tokens=True),
-}
+})  # fmt: skip
 
 
 def route(logits: Float[Array, "n E"], bias: Float[Array, " E"], cfg: ModelConfig, **needs: Array | None) -> Routing:
