@@ -5,6 +5,7 @@ tokens and a few functions, and nothing else of the process. Templates find the 
 Source: transformers, `apply_chat_template` and `utils/chat_template_utils.py`.
 """
 
+import itertools
 import json
 import os
 import re
@@ -136,11 +137,15 @@ class ChatTemplate:
 
     def _run(self, messages: list[Message], add_generation_prompt: bool, tools: Any) -> tuple[str, Spans]:
         """Run the template. Returns: (text, the characters of its generation blocks)."""
-        with _one_sentence("the chat template"), self._tracker.collect() as (blocks, spans):
+        blocks: list[str] = []
+        found: list[tuple[int, int]] = []
+        self._tracker.blocks, self._tracker.found = blocks, found
+        with _one_sentence("the chat template"):
             values = self.special_tokens | {"messages": messages, "tools": tools, "documents": None}
             for block in self._template.generate(**values, add_generation_prompt=add_generation_prompt):
                 blocks.append(block)
-        return "".join(blocks), spans
+        starts = [0, *itertools.accumulate(map(len, blocks))]
+        return "".join(blocks), [(starts[i], starts[i] + length) for i, length in found]
 
     def _spans_by_prefix(self, messages: list[Message], text: str, tools: Any) -> Spans:
         spans = []
@@ -276,14 +281,16 @@ def _overlaps(characters: Spans, spans: Spans) -> list[bool]:
 
 
 class _Generation(Extension):
-    """`{% generation %} … {% endgeneration %}`: notes where its text is in the output."""
+    """`{% generation %} … {% endgeneration %}`: notes where its text is in the output.
+
+    Attributes:
+        blocks: what the template has written, which its caller appends.
+        found: for each generation block, the number of `blocks` before it, and its characters.
+    """
 
     tags = {"generation"}
-
-    def __init__(self, environment: jinja2.Environment):
-        super().__init__(environment)
-        self._blocks: list[str] = []
-        self._spans: Spans = []
+    blocks: list[str]
+    found: list[tuple[int, int]]
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -292,15 +299,8 @@ class _Generation(Extension):
 
     def _note(self, caller: Any) -> str:
         text = str(caller())
-        start = sum(map(len, self._blocks))  # of what the template has yielded before
-        self._spans.append((start, start + len(text)))
+        self.found.append((len(self.blocks), len(text)))
         return text
-
-    @contextmanager
-    def collect(self) -> Iterator[tuple[list[str], Spans]]:
-        """Begin a rendering. Returns: (blocks, to which its caller adds; spans, which fill meanwhile)."""
-        self._blocks, self._spans = [], []
-        yield self._blocks, self._spans
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

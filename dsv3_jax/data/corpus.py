@@ -6,7 +6,6 @@ The default corpus is the text that this Python installation contains, so no dow
 import hashlib
 import importlib.util
 import itertools
-import json
 import os
 import reprlib
 import sys
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.hub import dataset_rows, is_dataset, parts_of
-from dsv3_jax.files import check_regular
+from dsv3_jax.files import check_regular, parse_json
 
 _MAX_CHARACTERS = 2**18  # longer texts are cut, so that tokenising one, or resuming in it, takes little time
 _MAX_TEXT_BYTES = 2**31  # of a file that is one text
@@ -301,8 +300,8 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             if not text.strip():
                 continue
             try:
-                record = json.loads(text)
-            except (ValueError, RecursionError) as error:  # numbers of thousands of digits, and deep lists, too
+                record = parse_json(text)
+            except ValueError as error:
                 raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
             yield f"{path}, line {number}", record
 

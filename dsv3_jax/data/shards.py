@@ -56,7 +56,6 @@ class Manifest:
         tokenizer: its fingerprint.
         domains: names that records number.
         documents: number of documents on both sides.
-        train, val: for each domain, where its records are.
         files: name → side, bytes, records, hash, and domains: lists of domain, records and tokens.
     """
 
@@ -67,9 +66,17 @@ class Manifest:
     vocab_size: int
     domains: tuple[str, ...]
     documents: int
-    train: tuple[tuple[Part, ...], ...]
-    val: tuple[tuple[Part, ...], ...]
     files: dict[str, dict[str, Any]]
+
+    def parts(self, side: str) -> dict[str, list[Part]]:
+        """Return where the records of each domain are. Args: side: train or val."""
+        found: dict[str, list[Part]] = {name: [] for name in self.domains}
+        for name, facts in self.files.items():
+            skip = 0
+            for domain, records, tokens in facts["domains"] if facts["side"] == side else ():
+                found[self.domains[domain]].append(Part(name, skip, records, tokens))
+                skip += records
+        return found
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -105,14 +112,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     bad += [] if bad else [f"files[{name!r:.80}]" for name in files if not is_shard(name, files[name], len(domains))]
     if bad:
         raise ValueError(f"{file} is damaged: {bad[0]} is missing or wrong; tokenize again into an empty folder")
-    parts: dict[str, list[list[Part]]] = {side: [[] for _ in domains] for side in SIDES}
-    for name, facts in files.items():
-        skip = 0
-        for domain, records, tokens in facts["domains"]:
-            parts[facts["side"]][domain].append(Part(name, skip, records, tokens))
-            skip += records
-    train, val = (tuple(map(tuple, parts[side])) for side in SIDES)
-    return Manifest(folder=Path(folder), domains=tuple(domains), train=train, val=val, files=files, **fields)
+    return Manifest(folder=Path(folder), domains=tuple(domains), files=files, **fields)
 
 
 def is_count(value: Any, least: int = 1) -> bool:
@@ -283,10 +283,10 @@ def open_shards(cfg: DataConfig, tokenizer: Tokenizer) -> Source:
         )
     for damage in check_files(manifest):
         raise ValueError(f"{damage}; run dsv3 data tokenize again, which writes only what is absent")
-    train, val = (dict(zip(manifest.domains, side, strict=True)) for side in (manifest.train, manifest.val))
+    train, val = manifest.parts("train"), manifest.parts("val")
     sizes = {name: sum(part.tokens for part in parts) for name, parts in train.items()}
     shares = proportions(sizes, cfg)
-    mixed = [train[name] for name in shares] if cfg.mixture or cfg.temperature != 1 else [sum(train.values(), ())]
+    mixed = [train[name] for name in shares] if cfg.mixture or cfg.temperature != 1 else [sum(train.values(), [])]
     held_out = sum(part.tokens for parts in val.values() for part in parts)
     return Source(
         cfg,

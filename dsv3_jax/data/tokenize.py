@@ -147,7 +147,7 @@ def tokenize(
         domains: dict[str, int] = {}
         began = said = time.monotonic()
         found: list[dict[str, Any]] = []
-        write = partial(_shard, job.out, job.row_tokens, job.val_fraction, json.dumps(settings, sort_keys=True))
+        write = partial(_shard, job, json.dumps(settings, sort_keys=True))
         for facts in _each(job.workers, write, encoder, make_encoder, _groups(job, read, domains)):
             found.append(facts)
             lock.check()
@@ -261,17 +261,15 @@ def _in_worker(write: Callable[..., dict[str, Any]], number: int, group: list[It
     return write(_ENCODER[0], number, group)
 
 
-def _shard(
-    out: Path, row_tokens: int, val_fraction: float, settings: str, encoder: Encoder, number: int, group: list[Item]
-) -> dict[str, Any]:
+def _shard(job: Tokenize, settings: str, encoder: Encoder, number: int, group: list[Item]) -> dict[str, Any]:
     """Write one shard unless it is complete, and return its facts."""
     digest = hashlib.blake2b(settings.encode(), digest_size=16)
     items: dict[str, list[Item]] = {side: [] for side in SIDES}
     for item in group:
         mark = hashlib.blake2b(_bytes_of(item.content), digest_size=8).digest()
         digest.update(mark + repr(item[1:3]).encode())
-        items["val" if int.from_bytes(mark) < int(val_fraction * 2**64) else "train"].append(item)
-    done = out / f"shard-{number:05d}.json"
+        items["val" if int.from_bytes(mark) < int(job.val_fraction * 2**64) else "train"].append(item)
+    done = job.out / f"shard-{number:05d}.json"
     before = _complete(done, digest.hexdigest())
     if before is not None:
         return before
@@ -281,7 +279,7 @@ def _shard(
         order = np.random.default_rng(number).permutation(len(own))
         own = sorted((own[i] for i in order), key=lambda item: item.domain)
         name = f"{side}-{number:05d}.array_record"
-        written, left_out = _write(out / name, own, encoder, row_tokens)
+        written, left_out = _write(job.out / name, own, encoder, job.row_tokens)
         facts["left_out"] += left_out
         if written["records"]:
             facts["files"][name] = {"side": side} | written
@@ -298,10 +296,13 @@ def _complete(mark: Path, digest: str) -> dict[str, Any] | None:
     if not (isinstance(facts, dict) and facts.get("input") == digest and is_count(facts.get("left_out"), least=0)):
         return None
     files = facts.get("files")
-    if not isinstance(files, dict) or not all(is_shard(name, found, 2**31) for name, found in files.items()):
-        return None
-    paths = {mark.with_name(name): found["bytes"] for name, found in files.items()}
-    return facts if all(path.is_file() and path.stat().st_size == size for path, size in paths.items()) else None
+    whole = isinstance(files, dict) and all(
+        is_shard(name, found, 2**31)
+        and mark.with_name(name).is_file()
+        and mark.with_name(name).stat().st_size == found["bytes"]
+        for name, found in files.items()
+    )
+    return facts if whole else None
 
 
 def _write(path: Path, items: list[Item], encoder: Encoder, row_tokens: int) -> tuple[dict[str, Any], int]:
@@ -320,23 +321,21 @@ def _write(path: Path, items: list[Item], encoder: Encoder, row_tokens: int) -> 
             if used[-1]:
                 yield Piece(ids, item.domain, item.document, mask)
 
-    domains: list[list[int]] = []
+    domains: dict[int, list[int]] = {}  # domain → records and tokens
     try:
         writer = ArrayRecordWriter(str(part), "group_size:1")
         try:
             for domain, of_domain in itertools.groupby(items, key=lambda item: item.domain):
-                records = tokens = 0
                 for row in fill(pieces(of_domain), row_tokens, encoder.whole):
                     record = Record.of(row)
                     writer.write(record.to_bytes())
-                    records, tokens = records + 1, tokens + len(record.tokens)
-                domains += [[domain, records, tokens]] if records else []
+                    records, tokens = domains.get(domain, (0, 0))
+                    domains[domain] = [records + 1, tokens + len(record.tokens)]
         finally:
             writer.close()
-        facts = {
-            "records": sum(records for _, records, _ in domains), "tokens": sum(tokens for *_, tokens in domains),
-            "documents": sum(used), "domains": domains,
-        }  # fmt: skip
+        records, tokens = (sum(counts[i] for counts in domains.values()) for i in (0, 1))
+        facts = {"records": records, "tokens": tokens, "documents": sum(used),
+                 "domains": [[domain, *counts] for domain, counts in domains.items()]}  # fmt: skip
         if domains:
             facts |= {"bytes": part.stat().st_size, "hash": file_hash(part)}
             part.replace(path)
