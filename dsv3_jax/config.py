@@ -659,41 +659,6 @@ def from_dict(kind, values: dict):
         raise ConfigError(f"{kind.__name__}: {str(error).split('__init__() ')[-1]}") from error
 
 
-# Keys that moved: a run.json older than `Execution` has them in its model.
-_MOVED = {"compute_dtype": "compute_dtype", "remat": "remat"}
-_MOVED_LAYOUT = {"exchange": "expert_comm", "slack": "capacity_slack"}
-
-
-def run_from_dict(values: dict) -> RunConfig:
-    """Make a run from plain JSON values, those of older run folders too.
-
-    Older folders keep the settings of `execution` inside the model. There, `dispatch` names a kernel, or drops tokens.
-
-    Raises: ConfigError as `from_dict`.
-
-    Example:
-        >>> from dsv3_jax.presets import recipe
-        >>> run_from_dict(to_dict(recipe("tiny"))) == recipe("tiny")
-        True
-    """
-    model = values.get("model")
-    if "execution" in values or not isinstance(model, dict):
-        return from_dict(RunConfig, values)
-    model = dict(model)
-    execution: dict[str, Any] = {new: model.pop(old) for old, new in _MOVED.items() if old in model}
-    layout = model.pop("layout", {})
-    renamed = isinstance(layout, dict) and {_MOVED_LAYOUT.get(key, key): value for key, value in layout.items()}
-    execution["layout"] = renamed or layout
-    dispatch = model.pop("dispatch", "auto")
-    if dispatch == "capacity":
-        model.setdefault("capacity_factor", 1.25)
-    else:
-        model.pop("capacity_factor", None)
-        if dispatch != "auto":
-            execution["kernels"] = f"auto,grouped_swiglu={dispatch}"
-    return from_dict(RunConfig, values | {"model": model, "execution": execution})
-
-
 def first_difference(a: dict, b: dict, prefix: str = "") -> tuple[str, Any, Any] | None:
     """Find the first key, in alphabetical order, whose values differ: (key, value in a, value in b).
 

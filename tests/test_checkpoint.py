@@ -222,10 +222,13 @@ def test_what_is_not_a_run_is_refused(tmp_path):
         load_run(tmp_path / "run")
     file = tmp_path / "run" / RUN_FILE
     values = json.loads(file.read_text())
-    file.write_text(json.dumps(values | {"colour": 3}))
+    file.write_text(json.dumps(values | {"run": values["run"] | {"colour": 3}}))
     with pytest.raises(ConfigError, match="'colour' is not a key of RunConfig"):
         load_run(tmp_path / "run")
-    for text, sentence in ((json.dumps(values)[:100], "run.json is not JSON"), ("[]", "run.json' holds no run: list")):
+    for text, sentence in (
+        (json.dumps(values)[:100], "run.json is not JSON"),
+        ("[]", "has a run of format=None, not 2"),
+    ):
         file.write_text(text)
         with pytest.raises(ValueError, match=sentence):
             load_run(tmp_path / "run")
@@ -246,7 +249,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, change):
     save(tmp_path / "run", 4)
     file = tmp_path / "run" / RUN_FILE
     values = json.loads(file.read_text())
-    file.write_text(json.dumps(values | {"model": values["model"] | change}))
+    file.write_text(json.dumps(values | {"run": values["run"] | {"model": values["run"]["model"] | change}}))
     with pytest.raises(ValueError, match="checkpoint") as caught:
         load_run(tmp_path / "run")
     said = str(caught.value)

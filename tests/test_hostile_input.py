@@ -395,7 +395,7 @@ def test_a_run_json_with_nan(tmp_path):
     claim(tmp_path, recipe("tiny"))
     path = tmp_path / "run.json"
     path.write_text(
-        json.dumps(changed(json.loads(path.read_text()), ("optim", "learning_rate"), 7)).replace("7", "1e999")
+        json.dumps(changed(json.loads(path.read_text()), ("run", "optim", "learning_rate"), 7)).replace("7", "1e999")
     )
     with pytest.raises(ConfigError, match="learning_rate=inf is not a finite"):
         read_run(tmp_path)

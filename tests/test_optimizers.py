@@ -24,7 +24,7 @@ from runs import (
 )
 
 import dsv3_jax as ds
-from dsv3_jax.config import OPTIMIZERS, ConfigError, Layout, Lora, OptimConfig, run_from_dict, to_dict
+from dsv3_jax.config import OPTIMIZERS, ConfigError, Layout, Lora, OptimConfig
 from dsv3_jax.kernels import choose
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
@@ -168,13 +168,6 @@ def test_unknown_names_are_refused_in_a_sentence():
         unhooked("dsv3_jax.training.optim").check(OptimConfig(), "adam")
 
 
-def test_old_run_folders_are_adamw():
-    values = to_dict(make_run("text"))
-    for key in ("name", "schedule", "muon_beta"):
-        del values["optim"][key]
-    assert run_from_dict(values) == make_run("text")
-
-
 def test_the_state_of_adamw_keeps_its_layout():
     params = params_of()
     state = init_optimizer(Job(make_run("text", model=small(mtp_depth=1))), params)
@@ -195,7 +188,7 @@ def test_a_run_with_a_transformation_resumes_bitwise_and_with_no_other(tmp_path)
     fit(run, tmp_path / "parts", quiet=True, optimizer=tx, stop_after=2)
     fit(run, tmp_path / "parts", quiet=True, optimizer=tx)
     content = json.loads((tmp_path / "parts" / "run.json").read_text())
-    held = content["optim"]["name"]
+    held = content["run"]["optim"]["name"]
     assert content["kernels"]["optimizer"] == held
     assert held.startswith("optax:ScaleByLionState+ScaleByScheduleState#")
     named = replace(run, optim=replace(run.optim, name=held))

@@ -1,4 +1,4 @@
-"""A run folder is copied, renamed and used from any directory; older folders too; and it remains one run's."""
+"""A run folder is copied, renamed and used from any directory, and remains one run's; another version's is refused."""
 
 import contextlib
 import io
@@ -26,7 +26,7 @@ from runs import (
 )
 
 import dsv3_jax as ds
-from dsv3_jax.config import Execution, Layout, RunConfig, run_from_dict
+from dsv3_jax.config import Execution, Layout, RunConfig
 from dsv3_jax.data import open_source, tokenizer
 from dsv3_jax.kernels import choose
 from dsv3_jax.model.counting import train_flops_per_token
@@ -132,26 +132,13 @@ def assert_same_end(run: RunConfig, folder: Path, made: Made) -> None:
     assert position == wanted_position and rows_of(folder) == rows_of(made.whole)
 
 
-def as_older_code_wrote(values: dict, tokenizer: str, dispatch: str = "dense") -> dict:
-    """A run's JSON as it was before `Execution`: how it is computed is in the model, and there are no kernels."""
-    values = {key: value for key, value in values.items() if key not in ("kernels", "execution")}
-    model = values["model"] | {
-        "compute_dtype": "float32",
-        "remat": "none",
-        "dispatch": dispatch,
-        "capacity_factor": 1.25,
-        "layout": {"fsdp": False, "exchange": "auto", "slack": 1.25},
-    }
-    return values | {"model": model, "data": values["data"] | {"paths": ["text"], "tokenizer": tokenizer}}
-
-
 # moved
 
 
 def test_a_folder_names_what_is_inside_it_by_its_name_and_text_by_its_place(made):
     written = json.loads((made.folder / RUN_FILE).read_text())
-    assert written["data"]["tokenizer"] == TOKENIZER_FILE
-    assert written["data"]["paths"] == [str(made.home / "text")]
+    assert written["run"]["data"]["tokenizer"] == TOKENIZER_FILE
+    assert written["run"]["data"]["paths"] == [str(made.home / "text")]
     assert read_run(made.folder).data.tokenizer == str(made.folder / TOKENIZER_FILE)
 
 
@@ -175,19 +162,19 @@ def test_a_moved_folder_resumes_as_if_it_were_never_moved(made, moved):
     assert_same_end(run, moved, made)
 
 
-@pytest.mark.parametrize("dispatch, kernels, capacity_factor", [
-    ("auto", "auto", None),
-    ("ragged_dot", "auto,grouped_swiglu=ragged_dot", None),
-    ("blocks", "auto,grouped_swiglu=blocks", None),
-    ("capacity", "auto", 1.25),
-])  # fmt: skip
-def test_how_older_runs_reached_their_experts(dispatch, kernels, capacity_factor):
-    values = as_older_code_wrote(ds.config.to_dict(make_run("text")), "bytes", dispatch)
-    values["model"] |= {"remat": "dots", "layout": {"fsdp": True, "exchange": "gather", "slack": 2.0}}
-    run = run_from_dict(values)
-    layout = Layout(fsdp=True, expert_comm="gather", capacity_slack=2.0)
-    assert run.execution == Execution(remat="dots", kernels=kernels, layout=layout)
-    assert run.model.capacity_factor == capacity_factor
+@pytest.mark.parametrize("found, reader", [(None, "dsv3-jax 0.1.0"), (3, "the version that wrote it")])
+def test_a_folder_of_another_format_names_the_version_that_reads_it(made, moved, found, reader):
+    """In one sentence, wherever it is given; nothing in it changes."""
+    values = json.loads((moved / RUN_FILE).read_text()) | {"format": found}
+    if found is None:  # as 0.1.0 wrote it
+        values = values["run"] | {"kernels": {}}
+    (moved / RUN_FILE).write_text(json.dumps(values))
+    before = {path: path.stat().st_mtime_ns for path in moved.rglob("*")}
+    sentence = f"^folder='renamed' has a run of format={found}, not 2: {reader} reads it$"
+    for use in (ds.load_model, ds.read_run, lambda place: loop.fit(made.run, place)):
+        with pytest.raises(ValueError, match=sentence):
+            use(moved)
+    assert {path: path.stat().st_mtime_ns for path in moved.rglob("*")} == before
 
 
 # one run
@@ -226,7 +213,7 @@ def test_another_execution_is_the_same_run(made, moved):
     assert first == choose.prepare(made.run.execution).chosen() and first["grouped_swiglu"] == "dense"
     assert second == choose.prepare(OTHER_EXECUTION).chosen("bfloat16") and second["grouped_swiglu"] != "dense"
     written = json.loads((moved / RUN_FILE).read_text())
-    assert written["kernels"] == first and written["execution"]["compute_dtype"] == "float32"
+    assert written["kernels"] == first and written["run"]["execution"]["compute_dtype"] == "float32"
     unstopped = {row["step"]: row["loss"] for row in rows_of(made.whole) if "loss" in row}
     for row in rows[STOP:]:  # bfloat16 has 8 bits
         assert row["loss"] != unstopped[row["step"]] and row["loss"] == pytest.approx(unstopped[row["step"]], rel=0.02)

@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from dsv3_jax.cluster import processes
-from dsv3_jax.config import RunConfig, replace, run_from_dict, to_dict
+from dsv3_jax.config import RunConfig, from_dict, replace, to_dict
 from dsv3_jax.files import check_regular, read_json
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.mesh import sharding
@@ -335,7 +335,7 @@ class Checkpoints:
 
     def _check_config(self, step: int) -> None:
         # First: a restore of other shapes fails half-way and leaves Orbax's tasks behind.
-        saved = run_from_dict(self._read(step, config=ocp.args.JsonRestore()).config)
+        saved = from_dict(RunConfig, self._read(step, config=ocp.args.JsonRestore()).config)
         if "bytes" not in (saved.data.tokenizer, self.run.data.tokenizer):
             # The folder has one tokenizer, but may have been elsewhere when this was saved.
             saved = replace(saved, data=replace(saved.data, tokenizer=self.run.data.tokenizer))

@@ -27,7 +27,6 @@ from dsv3_jax.report.units import format_bytes, format_duration
 from dsv3_jax.training import from_optax, lora, optim, run_folder, warm_start
 from dsv3_jax.training.callbacks import Callback
 from dsv3_jax.training.checkpoint import last_step
-from dsv3_jax.training.provenance import made_from
 from dsv3_jax.training.run_folder import RUN_FILE
 from dsv3_jax.training.step import Job, abstract_state, split_trainable
 
@@ -155,7 +154,8 @@ def read(job: Job, out: Path, options: Options) -> Prepared:
     processes.agree({"text": source.fingerprint})
 
     def claim() -> None:
-        run_folder.claim(out, run, job.chosen().chosen(*conditions(job)), made_from(source, words))
+        made = run_folder.made_from(source.fingerprint, words.fingerprint)
+        run_folder.claim(out, run, job.chosen().chosen(*conditions(job)), made)
 
     processes.by_first(claim)
     job = replace(job, run=run_folder.settled(run, out))

@@ -4,19 +4,23 @@ A folder can be copied, renamed and used from any directory: what is inside it i
 copy of its tokenizer. The text that it was trained on stays where it is.
 """
 
+import importlib.metadata
 import json
 import os
+import subprocess
 from datetime import UTC, datetime
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from dsv3_jax.config import Execution, RunConfig, first_difference, replace, run_from_dict, to_dict
+from dsv3_jax.config import Execution, RunConfig, first_difference, from_dict, replace, to_dict
 from dsv3_jax.data import hub, tokenizer
 from dsv3_jax.files import PART, read_json, write_atomic
 
 RUN_FILE, TOKENIZER_FILE = "run.json", "tokenizer.json"
+FORMAT = 2  # of run folders: raised when parameters or data positions change so that older ones cannot be read
+OLDER = "dsv3-jax 0.1.0"  # reads run folders without a format
 # Settings that may change when a run is resumed. The learning rate's schedule is a function of steps.
-BESIDE = ("kernels", "history", "made")  # keys of run.json that are not of the configuration
 MAY_CHANGE = ("steps", "eval_every", "eval_batches", "save_every", "keep", "log_every")
 _MAX_RUN = 8_000_000  # bytes of a run.json
 
@@ -24,7 +28,7 @@ _MAX_RUN = 8_000_000  # bytes of a run.json
 def read_run(folder: str | Path) -> RunConfig:
     """Read the configuration of a run folder; the path of its tokenizer is that of its own copy, if it has one.
 
-    Raises: ValueError if the folder holds no run, or its configuration cannot be read.
+    Raises: ValueError if the folder holds no run or one of another format, or its configuration cannot be read.
 
     Example:
         >>> import tempfile
@@ -34,13 +38,7 @@ def read_run(folder: str | Path) -> RunConfig:
         ...     read_run(folder) == recipe("tiny")
         True
     """
-    path = Path(folder) / RUN_FILE
-    if not path.is_file():
-        raise ValueError(f"folder={str(folder)!r} holds no run: there is no {RUN_FILE} in it")
-    values = read_json(path, _MAX_RUN)
-    if not isinstance(values, dict):
-        raise ValueError(f"file={str(path)!r} holds no run: {type(values).__name__} is not an object")
-    run = run_from_dict({key: value for key, value in values.items() if key not in BESIDE})
+    run = from_dict(RunConfig, _read(folder)["run"])
     own = own_tokenizer(folder)
     if run.data.tokenizer != "bytes" and own.is_file():
         run = replace(run, data=replace(run.data, tokenizer=str(own)))
@@ -48,7 +46,7 @@ def read_run(folder: str | Path) -> RunConfig:
 
 
 def read_made(folder: str | Path) -> list[dict[str, Any]]:
-    """Return what a run was trained with, one entry for each distinct start; older folders have none.
+    """Return what a run was trained with, one entry for each distinct start.
 
     Example:
         >>> import tempfile
@@ -58,8 +56,22 @@ def read_made(folder: str | Path) -> list[dict[str, Any]]:
         ...     read_made(folder)
         [{'commit': '0123abc'}]
     """
-    made = read_json(Path(folder) / RUN_FILE, _MAX_RUN).get("made")
-    return made if isinstance(made, list) else []
+    return _read(folder)["made"]
+
+
+def _read(folder: str | Path) -> dict[str, Any]:
+    path = Path(folder) / RUN_FILE
+    if not path.is_file():
+        raise ValueError(f"folder={str(folder)!r} holds no run: there is no {RUN_FILE} in it")
+    values = read_json(path, _MAX_RUN)
+    found = values.get("format") if isinstance(values, dict) else None
+    if found != FORMAT:
+        reader = OLDER if found is None else "the version that wrote it"
+        raise ValueError(f"folder={str(folder)!r} has a run of format={found!s:.20}, not {FORMAT}: {reader} reads it")
+    kinds = {"run": dict, "kernels": dict, "made": list, "history": list}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(values.get(name), kind)]:
+        raise ValueError(f"file={str(path)!r} is damaged: it has no {wrong[0]!r}")
+    return values
 
 
 def own_tokenizer(folder: str | Path) -> Path:
@@ -77,8 +89,8 @@ def claim(
 
     Args:
         kernels: the implementation chosen for each op, to be recorded.
-        made: what the run is trained with, see `provenance.made_from`. The file keeps one of each distinct start in
-            its list `made`, so that a run that resumes with other code or another text says so.
+        made: what the run is trained with, see `made_from`. The file keeps one of each distinct start in its list
+            `made`, so that a run that resumes with other code or another text says so.
     Returns: `settled`.
     Raises: ValueError if the folder is another run's, or holds other files.
 
@@ -99,7 +111,7 @@ def claim(
         if different:
             key, a, b = different
             raise ValueError(f"{key}={b!r} is not that of the run in {folder}, {a!r}; choose another --out")
-        _record(folder / RUN_FILE, changes(held, run), made)
+        _record(folder, changes(held, run), made)
         return settled(run, folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out={str(folder)!r} is a file, not a folder for a run")
@@ -112,11 +124,9 @@ def claim(
         own = tokenizer.keep_copy(run.data.tokenizer, folder)
     run = settled(run, folder)
     name = own.name if run.data.tokenizer == str(own) else run.data.tokenizer
-    written = to_dict(replace(run, data=replace(run.data, tokenizer=name)))
-    write_atomic(
-        folder / RUN_FILE,
-        json.dumps(written | {"kernels": kernels or {}} | ({"made": [made]} if made else {}), indent=1) + "\n",
-    )
+    written = {"format": FORMAT, "run": to_dict(replace(run, data=replace(run.data, tokenizer=name)))}
+    written |= {"kernels": kernels or {}, "made": [made] if made else [], "history": []}
+    write_atomic(folder / RUN_FILE, json.dumps(written, indent=1) + "\n")
     return run
 
 
@@ -132,25 +142,46 @@ def changes(held: RunConfig, run: RunConfig) -> dict[str, tuple[int, int]]:
     return {name: (before, now) for name, (before, now) in pairs.items() if before != now}
 
 
-def _record(file: Path, changed: dict[str, tuple[int, int]], made: dict[str, Any] | None) -> None:
-    """Write changed settings into a run's file and add them to its history; add a start to `made` if it is new."""
-    values = json.loads(file.read_text())
-    before = values.get("made")
-    starts = before if isinstance(before, list) else []
-    if made and made not in starts:
-        values["made"] = [*starts, made]
-    elif not changed:
-        return
+def _record(folder: Path, changed: dict[str, tuple[int, int]], made: dict[str, Any] | None) -> None:
+    """Write changed settings into run.json and its history, and a start into `made` if it is new."""
+    values = _read(folder)
+    is_new = bool(made) and made not in values["made"]
+    if is_new:
+        values["made"].append(made)
     if changed:
-        _add_to_history(values, changed)
-    write_atomic(file, json.dumps(values, indent=1) + "\n")
+        values["history"].append({"time": datetime.now(UTC).isoformat(timespec="seconds"), "changed": changed})
+        values["run"] |= {name: now for name, (_, now) in changed.items()}
+    if is_new or changed:
+        write_atomic(folder / RUN_FILE, json.dumps(values, indent=1) + "\n")
 
 
-def _add_to_history(values: dict[str, Any], changed: dict[str, tuple[int, int]]) -> None:
-    entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "changed": changed}
-    history = values.get("history")
-    values["history"] = [*(history if isinstance(history, list) else []), entry]
-    values |= {name: now for name, (_, now) in changed.items()}
+def made_from(data: str, words: str) -> dict[str, Any]:
+    """Return the code's commit, versions, and the fingerprints of the training data and of the tokenizer.
+
+    `commit` and `dirty` are None for a package that git does not track. `dirty` says that tracked files of the package
+    differ from the commit.
+
+    Example:
+        >>> list(made_from("0123", "4567"))
+        ['commit', 'dirty', 'version', 'jax', 'corpus', 'tokenizer']
+    """
+    commit, dirty = _commit()
+    versions = {"version": importlib.metadata.version("dsv3-jax"), "jax": importlib.metadata.version("jax")}
+    return {"commit": commit, "dirty": dirty} | versions | {"corpus": data, "tokenizer": words}
+
+
+@lru_cache
+def _commit() -> tuple[str | None, bool | None]:
+    def git(*words: str) -> str:
+        run = partial(subprocess.run, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=20)
+        try:
+            return run(["git", *words], check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return ""
+
+    if not git("ls-files", "--", "."):
+        return None, None
+    return git("rev-parse", "HEAD") or None, bool(git("status", "--porcelain", "--untracked-files=no", "--", "."))
 
 
 def settled(run: RunConfig, folder: str | Path) -> RunConfig:
@@ -175,22 +206,22 @@ def absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
         >>> absolute(("books",)) == (os.path.join(os.getcwd(), "books"),)
         True
     """
-    return tuple(map(_absolute, paths))
-
-
-def _absolute(path: str) -> str:
-    if not hub.is_dataset(path):
-        return os.path.abspath(path)
-    name = hub.parts_of(path)[0]
-    place = os.path.abspath(name) if os.path.exists(name) else name  # a folder, or a name of the hub
-    return hub.PREFIX + place + path.removeprefix(hub.PREFIX + name)
+    found = []
+    for path in paths:
+        name = hub.parts_of(path)[0] if hub.is_dataset(path) else path
+        if name == path:
+            found.append(os.path.abspath(path))
+        else:  # a folder, or a name of the hub
+            place = os.path.abspath(name) if os.path.exists(name) else name
+            found.append(hub.PREFIX + place + path.removeprefix(hub.PREFIX + name))
+    return tuple(found)
 
 
 def difference(a: RunConfig, b: RunConfig) -> tuple[str, Any, Any] | None:
     """As `first_difference`, of what makes a run this one.
 
-    How it is computed does not, nor from where its text and its other run are named, nor `MAY_CHANGE`. Tokenizers are
-    compared by their ids, as far as both can be read.
+    Not compared: execution, how paths of the text and of the other run are written, and `MAY_CHANGE`. Tokenizers are
+    compared by their ids.
 
     Example:
         >>> from dsv3_jax.presets import recipe
@@ -212,7 +243,7 @@ def difference(a: RunConfig, b: RunConfig) -> tuple[str, Any, Any] | None:
 
 
 def same_tokenizer(a: str, b: str) -> bool:
-    """Whether two tokenizers give ids the same meaning; a file that is gone is given the benefit of the doubt.
+    """Whether two tokenizers give ids the same meaning; a missing file counts as equal.
 
     Example:
         >>> same_tokenizer("bytes", "bytes"), same_tokenizer("bytes", "tokenizer.json")

@@ -19,14 +19,14 @@ from pathlib import Path
 
 import tokenizers
 
-from dsv3_jax.config import to_dict
+from dsv3_jax.config import RunConfig, to_dict
 from dsv3_jax.data import tokenizer
 from dsv3_jax.hf.config_json import config_from_dict, config_to_dict
 from dsv3_jax.presets import preset, recipe
 from dsv3_jax.report.metrics import LOAD_FILE, METRICS_FILE, parse_rows
 from dsv3_jax.report.run_plots import PANELS, _series
 from dsv3_jax.stats.load_log import read_load
-from dsv3_jax.training.run_folder import RUN_FILE, read_run
+from dsv3_jax.training.run_folder import FORMAT, RUN_FILE, read_run
 from tests.campaign.table import Table
 from tests.campaign.trials import MAX_SENTENCE, main, report, watch
 from tests.campaign.watch import LIMIT_S, ROOT
@@ -43,10 +43,14 @@ def read_config(folder: Path, values: object) -> None:
     assert json.dumps(to_dict(cfg)) and cfg.num_layers >= 1
 
 
+def run_file(run: RunConfig) -> dict:
+    return {"format": FORMAT, "run": to_dict(run), "kernels": {}, "made": [], "history": []}
+
+
 def read_run_file(folder: Path, values: object) -> None:
     (folder / RUN_FILE).write_text(json.dumps(values))
     run = read_run(folder)
-    (folder / RUN_FILE).write_text(json.dumps(to_dict(run)))
+    (folder / RUN_FILE).write_text(json.dumps(run_file(run)))
     assert read_run(folder) == run
 
 
@@ -116,7 +120,7 @@ def files(name: str):
         good["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
         return like(good) | anything
     if name == "run.json":
-        return like(to_dict(recipe("tiny"))) | anything
+        return like(run_file(recipe("tiny"))) | anything
     if name == "metrics.jsonl":
         return st.lists(like(ROW) | anything, max_size=5)
     if name == "load.jsonl":
