@@ -3,7 +3,7 @@
 An H100 trains and decodes. A TPU v6e trains and a v5p decodes: all TPUs run the same kernels.
 
 The compilers come with the extras plan-gpu and plan-tpu (`make compilers`); without them these tests are skipped.
-Nothing runs: the bars hold of the programs' texts, as `dsv3_jax/planning/program.py` reads them.
+Nothing runs: the bars hold of the programs' texts, as `experiments/accel/program.py` reads them.
 """
 
 import warnings
@@ -16,12 +16,10 @@ from dsv3_jax.config import ConfigError, Execution
 from dsv3_jax.kernels import xla_flags
 from dsv3_jax.kernels.choose import Target, platform_of
 from dsv3_jax.kernels.gpu import tokamax_library
-from dsv3_jax.planning import cost as costs
 from dsv3_jax.planning import devices
 from dsv3_jax.planning.cost import Cost, decode_cost, train_cost
-from dsv3_jax.planning.hlo import compile_for_target
-from dsv3_jax.planning.program import additions, products
 from dsv3_jax.presets import recipe
+from experiments.accel.program import Program, additions, products, read_program
 
 pytestmark = pytest.mark.long
 
@@ -44,12 +42,7 @@ LAYER_CACHE = ROWS * CONTEXT * (CFG.kv_latent_dim + CFG.rope_head_dim) * 2
 class Step:
     cost: Cost
     lowered: str  # the text that the compiler was given
-    text: str  # and the one that it made
-
-    @property
-    def program(self):
-        assert self.cost.compiled is not None, self.cost.compile_error
-        return self.cost.compiled
+    program: Program  # and the one that it made
 
 
 def compile_step(kind: str, target: str) -> Step:
@@ -59,21 +52,21 @@ def compile_step(kind: str, target: str) -> Step:
         pytest.skip(str(error))
     texts = []
 
-    def record(lowered):
-        compiled, text = compile_for_target(lowered)
-        texts.extend((lowered.as_text(dialect="hlo"), text))
-        return compiled, text
+    def record(lowered, *options, compile=jax.stages.Lowered.compile):
+        texts.append(lowered.as_text(dialect="hlo"))
+        return compile(lowered, *options)
 
     # Libraries' kernels promote, and warn, as they like; so does a bfloat16 router.
     promote = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), promote[0], promote[1]:
         warnings.simplefilter("ignore")
-        patch.setattr(costs, "compile_for_target", record)
+        patch.setattr(jax.stages.Lowered, "compile", record)
         if kind == "train":
             cost = train_cost(replace(RUN, data=replace(RUN.data, batch_size=TRAINED[target])), mesh, target=target)
         else:
             cost = decode_cost(CFG, BFLOAT16, mesh, ROWS, CONTEXT, target=target)
-    return Step(cost, *texts)
+    assert cost.text, cost.compile_error
+    return Step(cost, texts[-1], read_program(cost.text))
 
 
 @pytest.fixture(scope="module")
@@ -124,14 +117,14 @@ def test_launches_of_a_layer(compiled, kind, target):
 def test_no_addition_loses_bits(compiled, kind, target):
     """Scatters add in no float narrower than float32, neither as asked for nor as compiled."""
     step = compiled(kind, target)
-    assert [a for text in (step.lowered, step.text) for a in additions(text) if a.narrow] == []
+    assert [a for text in (step.lowered, step.cost.text) for a in additions(text) if a.narrow] == []
 
 
 @pytest.mark.parametrize("kind", ["train", "decode"])
 def test_a_gpu_adds_in_one_order(compiled, kind):
     """So two runs of one seed give the same bits."""
     step = compiled(kind, GPU)
-    assert [a for text in (step.lowered, step.text) for a in additions(text) if not a.unique] == []
+    assert [a for text in (step.lowered, step.cost.text) for a in additions(text) if not a.unique] == []
 
 
 @pytest.mark.parametrize("kind, target", steps())

@@ -21,7 +21,7 @@ from dsv3_jax.ops.expert_stack import Experts, close_stack, open_stack
 from dsv3_jax.ops.grouped_product import EVERY_GROUP, ROW_BLOCKS
 from dsv3_jax.ops.low_precision import FP8, FP8_UE8M0, MXFP8
 from dsv3_jax.planning import devices
-from dsv3_jax.planning.program import read_program
+from experiments.accel.program import read_program
 
 E4M3 = ml_dtypes.float8_e4m3fn
 ALL = (FP8, FP8_UE8M0, MXFP8, FP8_UE8M0.in_bfloat16, MXFP8.in_bfloat16)

@@ -4,7 +4,6 @@ Lowers and compiles the training step and the decoding step from shapes; no weig
 
     persistent    exact: the shards of parameters, optimizer state and cache
     FLOPs         by formula: 2 a parameter and token forward, 4 backward, and the scores of attention
-    compiled      for a target: the work, the launches, the kernels and the copies of its program (`program.py`)
     sent          every collective of the program, once for each iteration of its loops, by ring formulas (`hlo.py`).
                   Loops whose length depends on the data, as further rounds of an all-to-all, are counted apart.
     temporaries   the compiler's sum of all other memory at the worst moment
@@ -35,9 +34,7 @@ from dsv3_jax.model.counting import distinct_experts, size, train_flops_per_toke
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.planning.devices import Device
-from dsv3_jax.planning.hlo import compile_for_target, compile_with_hlo
-from dsv3_jax.planning.program import Program, read_program
-from dsv3_jax.planning.traffic import Traffic, traffic
+from dsv3_jax.planning.hlo import Traffic, compile_with_hlo, traffic
 from dsv3_jax.training.step import Job, abstract_state, make_step, split_trainable
 
 
@@ -57,7 +54,7 @@ class Cost:
     seconds: float  # to lower and compile
     compile_error: str = ""  # the compiler's reason for running out of memory
     notes: list[str] = field(default_factory=list)
-    compiled: Program | None = None  # what the target's program runs; None without a target, or if compiling failed
+    text: str = field(default="", repr=False)  # of the compiled program; "" if compiling failed
 
     @property
     def total(self) -> int:
@@ -117,10 +114,8 @@ def train_cost(run: RunConfig, mesh: Mesh, *, target: str | None = None) -> Cost
     }
     gradients = _shard_bytes(split_trainable(run, state.params)[0]) * (2 if run.optim.microbatches > 1 else 1)
     count = run.data.batch_size * run.data.seq_len
-    options: xla_flags.Options = ()
-    if target is not None:
-        options = xla_flags.training_options(platform_of(mesh), run.execution, mesh.size)
-        options = xla_flags.known(options, mesh)
+    wanted = () if target is None else xla_flags.training_options(platform_of(mesh), run.execution, mesh.size)
+    options = xla_flags.known(wanted, mesh) if wanted else ()
     flops = _train_flops(run.model, run.execution, run.data.seq_len) * count / mesh.size
     return _compile_cost(
         "training step", mesh, target, make_step(Job(run, mesh, kernels, options=options)), (state, batch),
@@ -245,15 +240,15 @@ def _compile_cost(
 ) -> Cost:
     """Compile a function for a mesh and return its cost; `known` are the fields that need no compiler."""
     start = time.perf_counter()
-    compile_error, temporaries, sent, read = "", None, Traffic([], 0), None
+    compile_error, temporaries, sent, text = "", None, Traffic([], 0), ""
     with jax.set_mesh(mesh):
         lowered = function.lower(*args)
     try:
         if target is None:
             compiled, text = compile_with_hlo(lowered)
         else:
-            compiled, text = compile_for_target(lowered)
-            read = read_program(text)
+            compiled = lowered.compile()
+            text = compiled.as_text() or ""
         analysis: Any = compiled.memory_analysis()
         temporaries, sent = analysis.temp_size_in_bytes, traffic(text, mesh.shape)
     except jax.errors.JaxRuntimeError as error:
@@ -262,10 +257,9 @@ def _compile_cost(
         compile_error = " ".join(str(error).split("See https")[0].split())
     if target is None:
         notes = [*notes, "compiled for CPU: temporaries hold bfloat16 as float32, and experts run in blocks"]
-    seconds = time.perf_counter() - start
     return Cost(
-        program, dict(mesh.shape), temporaries=temporaries, sent=sent, seconds=seconds, compile_error=compile_error,
-        notes=notes, compiled=read, **known,
+        program, dict(mesh.shape), temporaries=temporaries, sent=sent, seconds=time.perf_counter() - start,
+        compile_error=compile_error, notes=notes, text=text, **known,
     )  # fmt: skip
 
 

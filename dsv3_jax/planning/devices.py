@@ -10,7 +10,7 @@ import os
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -100,7 +100,7 @@ class Target(NamedTuple):
     """Devices to compile for that need not exist."""
 
     text: str  # as the user wrote it
-    platform: Literal["gpu", "tpu"]
+    platform: str  # gpu or tpu
     kind: str  # a name in DEVICES
     shape: str  # a number of GPUs, or a TPU topology such as 2x2x1
 
@@ -124,9 +124,7 @@ def parse_target(text: str) -> Target:
     known = list(GPUS) if platform == "gpu" else [name for name, device in DEVICES.items() if device.clock]
     if kind not in known:
         raise ConfigError(f"target={text!r}: {kind!r} is not one of {', '.join(known)}")
-    if platform == "gpu":
-        return Target(text, "gpu", kind, match[3] or "1")
-    return Target(text, "tpu", kind, match[6])
+    return Target(text, platform, kind, match[3] or match[6] or "1")
 
 
 def target_mesh(text: str, sizes: dict[str, int]) -> Mesh:
@@ -135,8 +133,7 @@ def target_mesh(text: str, sizes: dict[str, int]) -> Mesh:
     Args:
         text: see `parse_target`.
         sizes: of the mesh's axes, in order. A mesh smaller than the target uses its first devices.
-    Raises: ConfigError for another form of target, a compiler that is missing or in use, or a mesh larger than the
-        target.
+    Raises: ConfigError for another form of target, a compiler that is missing, or a mesh larger than the target.
 
     Example:
         >>> target_mesh("gpu:a100", {"data": 1})
@@ -145,7 +142,7 @@ def target_mesh(text: str, sizes: dict[str, int]) -> Mesh:
         dsv3_jax.config.ConfigError: target='gpu:a100': 'a100' is not one of h100
     """
     target = parse_target(text)
-    devices = _gpus(target) if target.platform == "gpu" else _tpus(target)
+    devices = _devices(target)
     needed = math.prod(sizes.values())
     if len(devices) < needed:
         mesh = ",".join(f"{axis}={size}" for axis, size in sizes.items())
@@ -162,49 +159,33 @@ def target_mesh(text: str, sizes: dict[str, int]) -> Mesh:
     return Mesh(np.array(devices[:needed]).reshape(shape), tuple(sizes), axis_types=kinds)
 
 
-def _gpus(target: Target) -> list[Any]:
+def _devices(target: Target) -> list[Any]:
+    """Return the devices of a target, as its compiler describes them."""
     from jax.experimental import topologies
 
-    count = int(target.shape)
-    nodes = -(-count // _GPUS_A_NODE)
-    layout = f"1x{nodes}x{_GPUS_A_NODE if nodes > 1 else count}"  # slices × nodes × GPUs
+    if target.platform == "gpu":
+        count = int(target.shape)
+        nodes = -(-count // _GPUS_A_NODE)
+        layout = f"1x{nodes}x{_GPUS_A_NODE if nodes > 1 else count}"  # slices × nodes × GPUs
+        topology = {"platform": "cuda", "target_config": GPUS[target.kind], "topology": layout}
+        compiler, extra = "JAX's CUDA plugin", "plan-gpu"
+    else:
+        # Without the first three libtpu asks the network for minutes which TPU it is on, and warns that there is none.
+        # It uses no TPU here, so another process may have loaded it too.
+        offline = {
+            "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        }  # fmt: skip
+        for name, value in offline.items():
+            os.environ.setdefault(name, value)
+        topology = {"platform": "tpu", "topology_name": f"{target.kind}:{target.shape}"}
+        compiler, extra = "libtpu", "plan-tpu"
     try:
-        topology = topologies.get_topology_desc(platform="cuda", target_config=GPUS[target.kind], topology=layout)
-    except Exception as error:  # the plugin and JAX raise several types
+        return topologies.get_topology_desc(**topology).devices
+    except Exception as error:  # the plugins and JAX raise several types
+        reason = " ".join(str(error).split())[:200]
+        if find_spec("libtpu") is not None and "INVALID_ARGUMENT" in reason:
+            raise ConfigError(f"target={target.text!r} is not a topology of {target.kind} ({reason})") from error
         raise ConfigError(
-            f"target={target.text!r} needs JAX's CUDA plugin to compile; run pip install 'dsv3-jax[plan-gpu]' "
-            f"({_reason(error)})"
+            f"target={target.text!r} needs {compiler} to compile; run pip install 'dsv3-jax[{extra}]' ({reason})"
         ) from error
-    return topology.devices
-
-
-def _tpus(target: Target) -> list[Any]:
-    # Without the first three libtpu asks the network for minutes which TPU it is on, and warns that there is none. It
-    # uses no TPU here, so another process may have loaded it too.
-    offline = {
-        "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }  # fmt: skip
-    for name, value in offline.items():
-        os.environ.setdefault(name, value)
-    from jax.experimental import topologies
-
-    try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{target.kind}:{target.shape}")
-    except Exception as error:  # libtpu and JAX raise several types
-        reason = _reason(error)
-        if "lockfile" in reason or "in use" in reason:
-            raise ConfigError(
-                f"target={target.text!r}: another process uses libtpu; wait for its end, or set "
-                f"ALLOW_MULTIPLE_LIBTPU_LOAD=1 ({reason})"
-            ) from error
-        if find_spec("libtpu") is None or "INVALID_ARGUMENT" not in reason:
-            raise ConfigError(
-                f"target={target.text!r} needs libtpu to compile; run pip install 'dsv3-jax[plan-tpu]' ({reason})"
-            ) from error
-        raise ConfigError(f"target={target.text!r} is not a topology of {target.kind} ({reason})") from error
-    return topology.devices
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -1,21 +1,31 @@
-"""Read the text of a compiled program: its computations, their instructions, and how often a loop runs.
+"""Read the text of a compiled program (HLO): its collectives, how often they run, and the bytes that they send.
 
-The text is HLO: `compiled.as_text()`, or what the compiler dumped between its passes. `traffic.py` finds the
-collectives in it, and `program.py` the work, the kernels and the copies.
+A collective in a loop counts once for each iteration, and nested loops multiply. A conditional counts as the branch
+that sends most. Bytes on the wire are those that one device sends by the formulas of ring algorithms, for n devices in
+a group:
+
+    all-gather, all-to-all   (n-1)/n of the result       all-reduce           2 (n-1)/n of the result
+    reduce-scatter           (n-1)/n of the operand      collective-permute   all of the result
 """
 
 import contextlib
 import math
 import re
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+SAME_VALUE = ("bitcast", "copy", "reshape", "convert")  # operations that keep an array's numbers
+CALLS = ("call", "fusion", "async-start", "call-start", "fusion-start")  # operations that run another computation once
 
 
 def compile_with_hlo(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
@@ -43,12 +53,6 @@ def compile_with_hlo(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, 
         return compiled, dumps[-1].read_text() if dumps else compiled.as_text() or ""
 
 
-def compile_for_target(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
-    """Compile for the devices of the program's mesh; return the program and its text."""
-    compiled = lowered.compile()
-    return compiled, compiled.as_text() or ""
-
-
 @contextlib.contextmanager
 def _without_cache() -> Iterator[None]:
     """Disable the cache of compiled programs: a cached program dumps no HLO."""
@@ -65,11 +69,87 @@ def _without_cache() -> Iterator[None]:
         enable(before)
 
 
-_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
-_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-#]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
-SAME_VALUE = ("bitcast", "copy", "reshape", "convert")  # operations that keep an array's numbers
-CALLS = ("call", "fusion", "async-start", "call-start", "fusion-start")  # operations that run another computation once
+@dataclass(frozen=True)
+class Collective:
+    """One collective of a program, as one device runs it.
+
+    Example:
+        >>> gather = Collective("all-gather", 800, devices=(0, 1, 2, 3), axes=("data",), runs=2, known=True, source="")
+        >>> gather.wire  # 2 · 800 · 3/4
+        1200.0
+    """
+
+    kind: str  # one of COLLECTIVES
+    nbytes: int  # of its result
+    devices: tuple[int, ...]  # positions in the mesh of the n devices in its first group
+    axes: tuple[str, ...]  # mesh axes along which a group extends; empty without a mesh
+    runs: int  # times that the program runs it
+    known: bool  # False in a loop of unknown length, of which `runs` counts one iteration
+    source: str  # the operation of the model, as JAX names it
+
+    @property
+    def wire(self) -> float:
+        """Bytes that a device sends in all runs. A ragged all-to-all counts as full, since its load is data."""
+        n = len(self.devices)
+        share = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1.0, "collective-permute": 1.0}
+        return self.nbytes * self.runs * share.get(self.kind, (n - 1) / n)
+
+
+class Traffic(NamedTuple):
+    """All collectives of a program.
+
+    Example:
+        >>> gather = Collective("all-gather", 800, devices=(0, 1, 2, 3), axes=("data",), runs=2, known=True, source="")
+        >>> Traffic([gather], unknown_loops=0).by_axes()
+        {('data',): 1200.0}
+    """
+
+    collectives: list[Collective]
+    unknown_loops: int  # loops of unknown length that contain collectives; each counts as one iteration
+
+    def known(self) -> "Traffic":
+        """Return the traffic outside loops of unknown length."""
+        return Traffic([c for c in self.collectives if c.known], 0)
+
+    @property
+    def wire(self) -> float:
+        """Bytes that a device sends."""
+        return sum((c.wire for c in self.collectives), 0.0)
+
+    def by_kind(self) -> dict[str, float]:
+        """Return the bytes that a device sends by each kind of collective."""
+        return _sums((c.kind, c.wire) for c in self.collectives)
+
+    def by_axes(self) -> dict[tuple[str, ...], float]:
+        """Return the bytes that a device sends along each set of mesh axes."""
+        return _sums((c.axes, c.wire) for c in self.collectives)
+
+
+def _sums(pairs: Iterable[tuple]) -> dict:
+    total: dict = defaultdict(float)
+    for key, amount in pairs:
+        total[key] += amount
+    return dict(total)
+
+
+def traffic(program: jax.stages.Compiled | str, axes: Mapping[str, int] | None = None) -> Traffic:
+    """Find the collectives of a compiled program.
+
+    An all-reduce whose result is only sliced counts as a reduce-scatter. Compilers for GPU and TPU make one of it, and
+    the CPU's compiler does not.
+
+    Args:
+        program: the result of `jax.jit(…).lower(…).compile()`, or HLO text after partitioning.
+        axes: sizes of the mesh's axes in order, as `mesh.shape`.
+    Raises: ValueError for text that is not HLO, or for groups of devices in an unknown form.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> traffic(jax.jit(jnp.sin).lower(jnp.zeros(4)).compile()).wire
+        0.0
+    """
+    module = Module(program)
+    return module.traffic(module.entry, dict(axes or {}))
 
 
 class Shape(NamedTuple):
@@ -77,7 +157,7 @@ class Shape(NamedTuple):
 
     dtype: str  # as HLO names it: bf16, f32, s32, pred
     dims: tuple[int, ...]
-    layout: str  # "1,0:T(8,128)S(1)"; memory space 1 of a tiled layout is a TPU's VMEM
+    layout: str  # "1,0:T(8,128)S(1)"
 
     @property
     def size(self) -> int:
@@ -89,16 +169,6 @@ class Shape(NamedTuple):
         """Bytes of all elements; those of a token are 0."""
         bits = 8 if self.dtype == "pred" else int((re.search(r"\d+", self.dtype) or ["0"])[0])
         return self.size * bits / 8
-
-    @property
-    def is_float(self) -> bool:
-        """Say whether the elements are floating-point numbers."""
-        return re.match(r"b?f\d", self.dtype) is not None
-
-    @property
-    def on_chip(self) -> bool:
-        """Say whether the array is in a TPU's own memory, so that reading it needs no HBM."""
-        return "T(" in self.layout and re.search(r"S\([1-9]", self.layout) is not None
 
 
 @dataclass(frozen=True)
@@ -112,37 +182,22 @@ class Instruction:
     root: bool
 
     @cached_property
-    def _end(self) -> int:
-        """Position of the parenthesis that closes the operands."""
+    def operands(self) -> list[str]:
+        """Names of the operands; a constant's operand is its value, a parameter's its number."""
         depth = 1
         for match in re.finditer(r"[()]", self.rest):
             depth += 1 if match[0] == "(" else -1
             if depth == 0:
-                return match.start()
-        return 0
-
-    @cached_property
-    def operands(self) -> list[str]:
-        """Names of the operands; a constant's operand is its value, a parameter's its number."""
-        return re.findall(r"(?:^|[ ,%])([\w.\-#]+)(?=,|$)", self.rest[: self._end])
-
-    @cached_property
-    def attributes(self) -> str:
-        """Text of the attributes, without kernels' code."""
-        return re.sub(r'("(?:body|module)\\?"?\s*[:=]\s*\\?")[^"]{200,}', r"\1", self.rest[self._end :])
+                return re.findall(r"(?:^|[ ,%])([\w.\-#]+)(?=,|$)", self.rest[: match.start()])
+        return []
 
     @cached_property
     def arrays(self) -> list[Shape]:
         """The arrays of the result."""
         return [
             Shape(dtype, tuple(int(d.removeprefix("<=")) for d in dims.split(",") if d), layout)
-            for dtype, dims, layout in _ARRAY.findall(self.shape)
+            for dtype, dims, layout in re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?", self.shape)
         ]
-
-    @cached_property
-    def nbytes(self) -> float:
-        """Bytes of the result."""
-        return sum((a.nbytes for a in self.arrays), 0.0)
 
     @cached_property
     def source(self) -> str:
@@ -150,64 +205,50 @@ class Instruction:
         match = re.search(r'op_name="([^"]*)"', self.rest)
         return match[1] if match else ""
 
-    def called(self, attribute: str) -> list[str]:
-        """Return the names of the computations in an attribute: one, or a list in braces."""
-        match = re.search(r"\b" + attribute + r"=(?:\{([^}]*)\}|%?([\w.\-]+))", self.rest[self._end :])
-        return re.findall(r"[\w.\-]+", match[1] or match[2]) if match else []
-
-    def numbers(self, attribute: str) -> tuple[int, ...]:
-        """Return the numbers of an attribute such as `lhs_contracting_dims={1,2}`."""
-        match = re.search(r"\b" + attribute + r"=\{([\d,]*)\}", self.rest[self._end :])
-        return tuple(int(n) for n in match[1].split(",") if n) if match else ()
+    def called(self, *attributes: str) -> list[str]:
+        """Return the names of the computations in these attributes: each has one, or a list in braces."""
+        found = re.findall(rf"\b(?:{'|'.join(attributes)})=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.rest)
+        return [name for several, one in found for name in re.findall(r"[\w.\-]+", several or one)]
 
 
 class Module:
-    """The computations of a program: lists of instructions that call each other.
+    """The computations of a program: instructions by name, which call each other.
 
     Raises: ValueError for text that is not HLO.
     """
 
-    def __init__(self, text: str):
-        self.computations: dict[str, list[Instruction]] = {}
-        entry = None
-        devices = re.search(r"num_partitions=(\d+)", text)
+    def __init__(self, program: jax.stages.Compiled | str):
+        self.text = program if isinstance(program, str) else program.as_text() or ""
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        devices = re.search(r"num_partitions=(\d+)", self.text)
         self.num_devices = int(devices[1]) if devices else 1
-        current: list[Instruction] = []
-        lines = text.split("\n")
-        for line in lines:
-            if match := _COMPUTATION.match(line):
-                current = self.computations[match[2]] = []
-                if match[1]:
-                    entry = match[2]
-            elif match := _INSTRUCTION.match(line):
-                current.append(Instruction(match[2], match[3], match[4], match[5], bool(match[1])))
-        if entry is None:
-            raise ValueError(f"program={text[:40]!r} is not HLO; give the text of a compiled program")
-        self.entry = entry
-        self._lines = lines
-        self._by_name: dict[str, dict[str, Instruction]] = {}
+        self.entry, current = "", {}
+        for line in self.text.split("\n"):
+            if match := re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$", line):
+                current = self.computations[match[2]] = {}
+                self.entry = match[2] if match[1] else self.entry
+            elif match := re.match(r"\s+(ROOT )?%?([\w.\-#]+) = (.+?) ([a-z][\w\-]*)\((.*)$", line):
+                current[match[2]] = Instruction(match[2], match[3], match[4], match[5], bool(match[1]))
+        if not self.entry:
+            raise ValueError(f"program={self.text[:40]!r} is not HLO; give the text of a compiled program")
         self._users_of: dict[str, dict[str, list[Instruction]]] = {}
-
-    def find(self, computation: str, name: str) -> Instruction | None:
-        """Return an instruction of a computation by its name."""
-        if computation not in self._by_name:
-            self._by_name[computation] = {i.name: i for i in self.computations[computation]}
-        return self._by_name[computation].get(name)
+        self._traffic: dict[str, Traffic] = {}
 
     def operand(self, computation: str, instruction: Instruction, index: int) -> Instruction | None:
         """Return the instruction that makes an operand."""
         names = instruction.operands
-        return self.find(computation, names[index]) if index < len(names) else None
+        return self.computations[computation].get(names[index]) if index < len(names) else None
 
     def root(self, computation: str) -> Instruction:
         """Return the instruction that makes a computation's result."""
-        return next((i for i in self.computations[computation] if i.root), self.computations[computation][-1])
+        instructions = list(self.computations[computation].values())
+        return next((i for i in instructions if i.root), instructions[-1])
 
     def users(self, computation: str) -> dict[str, list[Instruction]]:
         """Return the instructions of a computation by the names of their operands."""
         if computation not in self._users_of:
             users = self._users_of[computation] = {}
-            for instruction in self.computations[computation]:
+            for instruction in self.computations[computation].values():
                 for name in dict.fromkeys(instruction.operands):
                     users.setdefault(name, []).append(instruction)
         return self._users_of[computation]
@@ -223,61 +264,120 @@ class Module:
         compare = self.root(condition)
         if compare.opcode != "compare" or "direction=LT" not in compare.rest:
             return None
-        counter, limit = (self._known_value(computation, loop, condition, compare, i) for i in (0, 1))
+        counter, limit = (self._first_value(computation, loop, condition, compare, i) for i in (0, 1))
         return None if limit is None else limit - (counter or 0)
 
-    def _known_value(
+    def _first_value(
         self, computation: str, loop: Instruction, condition: str, compare: Instruction, index: int
     ) -> int | None:
         """Return the first value of an operand of a loop's condition; None if it is not a constant."""
-        value, where = self.operand(condition, compare, index), condition
-        while value is not None and value.opcode != "constant":
-            if value.opcode == "get-tuple-element" and where == condition:  # what the loop began with
-                place = re.search(r"\bindex=(\d+)", value.rest)
-                init = self.operand(computation, loop, 0)
-                if place is None or init is None or init.opcode != "tuple":
-                    return None
-                if index == 1 and not self._is_kept(loop, int(place[1])):
-                    return None
-                value, where = self.operand(computation, init, int(place[1])), computation
-            elif value.opcode in SAME_VALUE:
-                value = self.operand(where, value, 0)
-            else:
+        value, where = self._source(condition, self.operand(condition, compare, index)), condition
+        if value is not None and value.opcode == "get-tuple-element":  # what the loop began with
+            place = re.search(r"\bindex=(\d+)", value.rest)
+            init = self.operand(computation, loop, 0)
+            if place is None or init is None or init.opcode != "tuple":
                 return None
-        return int(value.operands[0]) if value is not None else None
+            if index == 1:  # the limit must stay the same
+                body = loop.called("body")[0]
+                kept = self._source(body, self.operand(body, self.root(body), int(place[1])))
+                if kept is None or kept.opcode != "get-tuple-element" or not re.search(rf"\b{place[0]}\b", kept.rest):
+                    return None
+            value, where = self.operand(computation, init, int(place[1])), computation
+        value = self._source(where, value)
+        return int(value.operands[0]) if value is not None and value.opcode == "constant" else None
 
-    def _is_kept(self, loop: Instruction, place: int) -> bool:
-        """Say whether a loop's body returns an element of its tuple as it was."""
-        body = loop.called("body")[0]
-        kept = self.operand(body, self.root(body), place)
-        while kept is not None and kept.opcode in SAME_VALUE:
-            kept = self.operand(body, kept, 0)
-        return (
-            kept is not None and kept.opcode == "get-tuple-element" and f"index={place}" in re.split(r"[, ]", kept.rest)
-        )
+    def _source(self, computation: str, value: Instruction | None) -> Instruction | None:
+        """Return the instruction that made a value's numbers."""
+        while value is not None and value.opcode in SAME_VALUE:
+            value = self.operand(computation, value, 0)
+        return value
 
-    @cached_property
-    def _tables(self) -> dict[str, dict[int, str]]:
-        """The tables before the first computation, by title: number → line."""
-        tables: dict[str, dict[int, str]] = {}
-        title = ""
-        for line in self._lines:
-            if _COMPUTATION.match(line):
-                break
-            if re.fullmatch(r"[A-Z]\w+", line):
-                title = line
-            elif match := re.match(r"(\d+) (.*)", line):
-                tables.setdefault(title, {})[int(match[1])] = match[2]
-        return tables
+    def traffic(self, computation: str, axes: dict[str, int]) -> Traffic:
+        """Return the traffic of a computation and of those that it calls, on a mesh of these axes."""
+        if computation not in self._traffic:
+            parts = [self._part(computation, i, axes) for i in self.computations[computation].values()]
+            self._traffic[computation] = Traffic(
+                [c for part in parts for c in part.collectives], sum(part.unknown_loops for part in parts)
+            )
+        return self._traffic[computation]
 
-    def function(self, instruction: Instruction) -> str:
-        """Return the name of the Python function that made an instruction; "" if unknown."""
-        frame = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
-        tables = self._tables
-        place = (
-            re.search(r"file_location_id=(\d+)", tables.get("StackFrames", {}).get(int(frame[1]), ""))
-            if frame
-            else None
-        )
-        name = place and re.search(r"function_name_id=(\d+)", tables.get("FileLocations", {}).get(int(place[1]), ""))
-        return tables.get("FunctionNames", {}).get(int(name[1]), "").strip('"') if name else ""
+    def _part(self, computation: str, i: Instruction, axes: dict[str, int]) -> Traffic:
+        if i.opcode.removesuffix("-start") in COLLECTIVES:
+            return Traffic([self._collective(computation, i, axes)], 0)
+        if i.opcode == "while":
+            body, trips = self.traffic(i.called("body")[0], axes), self.trip_count(computation, i)
+            known, trips = trips is not None, 1 if trips is None else trips
+            collectives = [replace(c, runs=c.runs * trips, known=c.known and known) for c in body.collectives]
+            return Traffic(collectives, body.unknown_loops + (not known and bool(collectives)))
+        if i.opcode == "conditional":
+            branches = i.called("branch_computations", "true_computation", "false_computation")
+            return max((self.traffic(name, axes) for name in branches), key=lambda branch: branch.wire)
+        if i.opcode in CALLS:
+            return self.traffic(i.called("calls", "to_apply")[0], axes)
+        return Traffic([], 0)
+
+    def _collective(self, computation: str, i: Instruction, axes: dict[str, int]) -> Collective:
+        kind, arrays = i.opcode.removesuffix("-start"), i.arrays
+        if i.opcode != kind and kind != "all-reduce":  # asynchronous: operands precede the results
+            arrays = arrays[len(i.operands) : 2 * len(i.operands)]
+        group, nbytes = first_group(i.rest, self.num_devices), math.ceil(sum(a.nbytes for a in arrays))
+        if kind == "all-reduce" and self._is_sliced(computation, i, len(group)):
+            kind, nbytes = "reduce-scatter", nbytes // len(group)
+        along: tuple[str, ...] = ()
+        if axes:  # those along which the devices of the group differ
+            places = np.unravel_index(np.array(group), tuple(axes.values()))
+            along = tuple(axis for axis, place in zip(axes, places, strict=True) if len(set(place.tolist())) > 1)
+        return Collective(kind, nbytes, tuple(group), along, 1, True, i.source)
+
+    def _is_sliced(self, computation: str, all_reduce: Instruction, n: int) -> bool:
+        """Say whether an all-reduce's result is used only by a slice to one of n parts."""
+        size, current = sum(a.size for a in all_reduce.arrays), all_reduce
+        while True:
+            users = self.users(computation).get(current.name, [])
+            if len(users) != 1 or current.root:
+                return False
+            current = users[0]
+            if current.opcode == "dynamic-slice":
+                return n > 1 and sum(a.size for a in current.arrays) * n == size
+            if current.opcode not in SAME_VALUE:
+                return False
+
+
+def first_group(attributes: str, num_devices: int) -> list[int]:
+    """Parse the first group of a collective's devices, in any of HLO's forms.
+
+    Raises: ValueError for an unknown form.
+
+    Example:
+        >>> first_group("replica_groups={{0,2},{1,3}}", 4)
+        [0, 2]
+        >>> first_group("replica_groups=[2,2]<=[2,2]T(1,0)", 4)
+        [0, 2]
+        >>> first_group("replica_groups=mesh['data'=2,'expert'=2] {'data'}", 4)
+        [0, 2]
+        >>> first_group("replica_groups={}", 4)
+        [0, 1, 2, 3]
+    """
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", attributes):
+        return [int(i) for i in match[1].split(",")]
+    if "source_target_pairs={}" in attributes:
+        return [0]
+    if "replica_groups={}" in attributes or "replica_groups" not in attributes:
+        return list(range(num_devices))
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        return _iota(match[2], match[3])[: int(match[1])].tolist()
+    mesh = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+    if match := re.search(mesh, attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        ids = _iota(match[2] or str(math.prod(sizes.values())), match[3]).reshape(tuple(sizes.values()))
+        axes = re.findall(r"'(\w+)'", match[4])
+        return ids[tuple(slice(None) if name in axes else 0 for name in sizes)].reshape(-1).tolist()
+    groups = attributes[attributes.index("replica_groups") :][:80]
+    raise ValueError(f"{groups} has an unknown form of device groups")
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    """Evaluate `[2,4]T(1,0)`: numbers from 0 in that shape, with axes in that order, flattened."""
+    shape = [int(i) for i in dims.split(",")]
+    axes = [int(i) for i in order.split(",")] if order else list(range(len(shape)))
+    return np.arange(math.prod(shape)).reshape(shape).transpose(axes).reshape(-1)

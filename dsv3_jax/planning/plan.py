@@ -1,7 +1,7 @@
 """`dsv3 plan`: print the predicted cost of a model on a mesh. `cost.py` explains the figures."""
 
 import math
-import re
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,11 +15,7 @@ from dsv3_jax.mesh import sharding
 from dsv3_jax.planning import devices
 from dsv3_jax.planning.cost import Cost, batch_parts, check_decode, choose_kernels, decode_cost, train_cost
 from dsv3_jax.planning.devices import DEVICES, Device
-from dsv3_jax.planning.program import Program
-from dsv3_jax.planning.traffic import Traffic
 from dsv3_jax.report.units import format_bytes, format_count, format_seconds
-
-_COPIES_SHOWN = 3  # of a program's, the largest
 
 
 @dataclass
@@ -69,17 +65,9 @@ def plan(options: PlanOptions, run: RunConfig, name: str) -> int:
     Returns: the exit code.
     Raises: ConfigError before anything is compiled.
     """
-    target = devices.parse_target(options.target) if options.target else None
-    kind = options.device or (target.kind if target else None)
-    device = DEVICES[kind] if kind else None
+    device = device_of(options)
     memory = devices.parse_bytes(options.memory) if options.memory else device.memory if device else None
-    train_sizes = sharding.parse_mesh(options.mesh)
-    decode_sizes = sharding.parse_mesh(options.decode_mesh or options.mesh)
-    sizes = {"train": train_sizes, "decode": decode_sizes}
-    steps = [step for step in sizes if options.only in (None, step)]
-    # A target's program is compiled by this process too, which needs no device of its own.
-    devices.fake_cpus(1 if target else max(math.prod(sizes[step].values()) for step in steps))
-    jobs = [_job(step, options, run, sizes[step]) for step in steps]
+    jobs = jobs_of(options, run)
     print_row("model", name)
     for rows, length, compute_cost in jobs:
         with Console(stderr=True).status("compiling"):
@@ -89,8 +77,26 @@ def plan(options: PlanOptions, run: RunConfig, name: str) -> int:
     return 0
 
 
+def device_of(options: PlanOptions) -> Device | None:
+    """Return the device that options name; None if they name none."""
+    kind = options.device or (devices.parse_target(options.target).kind if options.target else None)
+    return DEVICES[kind] if kind else None
+
+
+def jobs_of(options: PlanOptions, run: RunConfig) -> list[tuple[int, int, Callable[[], Cost]]]:
+    """Check the steps; return (sequences, tokens of each, function that computes the cost) of each step.
+
+    Raises: ConfigError before anything is compiled.
+    """
+    sizes = {step: sharding.parse_mesh(options.mesh) for step in ("train", "decode") if options.only in (None, step)}
+    if "decode" in sizes and options.decode_mesh:
+        sizes["decode"] = sharding.parse_mesh(options.decode_mesh)
+    # A target's program is compiled by this process too, which needs no device of its own.
+    devices.fake_cpus(1 if options.target else max(math.prod(size.values()) for size in sizes.values()))
+    return [_job(step, options, run, size) for step, size in sizes.items()]
+
+
 def _job(step: str, options: PlanOptions, run: RunConfig, sizes: dict[str, int]) -> tuple[int, int, Callable[[], Cost]]:
-    """Check a step; return (sequences, tokens of each, function that computes its cost)."""
     mesh = devices.target_mesh(options.target, sizes) if options.target else sharding.make_mesh(**sizes)
     choose_kernels(options.execution, mesh)  # raises here what would else be raised after the first lines are printed
     parts = batch_parts(mesh)
@@ -139,20 +145,16 @@ def describe(cost: Cost, rows: int, length: int, memory: float | None, device: D
     elif memory is not None:
         verdict = f": {'fits' if cost.fits(memory) else 'does not fit'} in {format_bytes(memory)}"
     lines.append(("  in all", format_bytes(cost.total) + verdict))
-    lines.append(
-        (
-            "  computed",
-            f"{format_count(cost.flops)}FLOP, {format_count(cost.flops / (cost.tokens / count))}FLOP a token",
-        )
-    )
+    work = f"{format_count(cost.flops)}FLOP, {format_count(cost.flops / (cost.tokens / count))}FLOP a token"
+    lines.append(("  computed", work))
     if not cost.compile_error:
         known = cost.sent.known()
         lines.append(("  sent", format_bytes(known.wire)))
-        lines += [
-            (f"    {kind}", f"{format_bytes(amount)} along {axes}")
-            for (kind, axes), amount in _largest(known)
-            if amount
-        ]
+        total: dict[tuple[str, str], float] = defaultdict(float)
+        for c in known.collectives:
+            total[c.kind, "+".join(c.axes)] += c.wire
+        for (kind, axes), amount in sorted(total.items(), key=lambda item: -item[1]):
+            lines += [(f"    {kind}", f"{format_bytes(amount)} along {axes}")] if amount else []
         if cost.sent.unknown_loops:
             iteration = format_bytes(cost.sent.wire - known.wire)
             loops = f"{iteration} in each iteration of loops of unknown length ({cost.sent.unknown_loops})"
@@ -161,56 +163,4 @@ def describe(cost: Cost, rows: int, length: int, memory: float | None, device: D
         least = cost.least_seconds(device)
         by_resource = ", ".join(f"{format_seconds(s)} for {resource}" for resource, s in least.items() if s)
         lines.append(("  a step takes at least", f"{format_seconds(max(least.values()))}: {by_resource}"))
-    if cost.compiled is not None:
-        lines += _describe_program(cost.compiled, cost.flops, device)
     return lines + [("  note", note) for note in cost.notes] + [("  compiled in", f"{cost.seconds:.1f} s")]
-
-
-def _describe_program(program: Program, formula: float, device: Device | None) -> list[tuple[str, str]]:
-    """Return the lines of what a target's program runs."""
-    work = f"{format_count(program.flops)}FLOP of products and kernels, {program.flops / formula:.3g} × the formula"
-    unknown = program.unknown_work()
-    if unknown:
-        work += f"; unknown, and counted as 0: {_list_counts(unknown)}"
-    lines = [
-        ("  the program computes", work),
-        ("  moves", f"{format_bytes(program.nbytes)} in memory"),
-        ("  launches", f"{program.launches:,} in a step"),
-        ("  kernels", _list_counts(program.kernels()) or "none that the compiler does not see into"),
-    ]
-    names = dict.fromkeys(_short(name) for name in program.unknown_loops)
-    loops = f"{len(program.unknown_loops)}, each counted once: {', '.join(names)}" if names else "none"
-    lines.append(("  loops of unknown length", loops))
-    copies: dict[tuple[str, str], int] = {}
-    for copy in program.copies():
-        key = format_bytes(copy.moved), _short(copy.source) or re.sub(r"[.\d]+$", "", copy.name)
-        copies[key] = copies.get(key, 0) + copy.runs
-    lines += [("  copies", f"{runs} × {size}: {name}") for (size, name), runs in list(copies.items())[:_COPIES_SHOWN]]
-    if device is not None:
-        compute, memory = program.roofline(device)
-        bound = "FLOPs" if compute >= memory else "memory"
-        parts = f"{format_seconds(compute)} bound by FLOPs, {format_seconds(memory)} by memory"
-        lines.append(("  the program's roofline", f"{format_seconds(compute + memory)}, mostly {bound}: {parts}"))
-        if device.clock:
-            least = format_seconds(sum(program.roofline(device, use_cycles=False)))
-            lines.append(("    without cycles", f"{least}, by FLOPs and bytes alone"))
-    return lines
-
-
-def _list_counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} × {runs:,}" for name, runs in counts.items())
-
-
-def _short(source: str) -> str:
-    """Return the last parts of an operation's name, without those that JAX adds."""
-    parts = [p for p in source.split("/") if not re.fullmatch(r"jit\(.*\)|eval_jaxpr|body|closed_call|while|cond", p)]
-    return "/".join(parts[-2:]) or source
-
-
-def _largest(sent: Traffic) -> list[tuple[tuple[str, str], float]]:
-    """Return the bytes sent by kind and axes, the largest first."""
-    total: dict[tuple[str, str], float] = {}
-    for c in sent.collectives:
-        key = c.kind, "+".join(c.axes)
-        total[key] = total.get(key, 0.0) + c.wire
-    return sorted(total.items(), key=lambda item: -item[1])

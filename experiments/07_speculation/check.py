@@ -23,12 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from decode_worker import random_model
 from flax import nnx
+from model_of_time import Setting, step_cost
 
 from dsv3_jax.config import replace
 from dsv3_jax.files import write_atomic
 from dsv3_jax.model.cache import pick_kind
 from dsv3_jax.model.counting import size
-from dsv3_jax.planning.speculation import Setting, step_cost
 from dsv3_jax.presets import preset
 from dsv3_jax.report.speed import copy_bandwidth, gemm_flops
 from experiments.lab import markdown_table

@@ -11,10 +11,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `exper
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from model_of_time import Setting, best_length, expected_tokens, step_cost
 
 from dsv3_jax.config import replace
 from dsv3_jax.planning.devices import DEVICES
-from dsv3_jax.planning.speculation import Setting, best_length, expected_tokens, step_cost
 from dsv3_jax.presets import preset
 from experiments.lab import markdown_table, write_figure
 from experiments.lab.results import replace_block

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from model_of_time import measured_union
 
 from dsv3_jax.data.source import held_out_prompts
 from dsv3_jax.model.counting import distinct_experts
-from dsv3_jax.planning.speculation import measured_union
 from dsv3_jax.training.checkpoint import load_run
 from experiments.lab import markdown_table
 

@@ -41,11 +41,11 @@ class LaunchCost:
         target = call_target(i)
         if target not in _FOREIGN:
             return target
-        if match := re.search(r'kernel_name\\?"?\s*[:=]\s*\\?"([^"\\]+)', i.attributes):
+        if match := re.search(r'kernel_name\\?"?\s*[:=]\s*\\?"([^"\\]+)', attributes(i)):
             return match[1]
         name = re.sub(r"(\.\w+)*$", "", i.name)
         if re.fullmatch(_UNNAMED, name):
-            name = self.module.function(i)
+            name = function_of(self.module, i)
         return name or target
 
     # FLOPs
@@ -53,21 +53,21 @@ class LaunchCost:
     def _inside(self, computation: str) -> tuple[float, float]:
         """FLOPs of a fused computation: (all, those in float32 or more)."""
         if computation not in self._flops:
-            parts = [self.work(computation, i) for i in self.module.computations[computation]]
+            parts = [self.work(computation, i) for i in self.module.computations[computation].values()]
             self._flops[computation] = sum((p[0] for p in parts), 0.0), sum((p[1] for p in parts), 0.0)
         return self._flops[computation]
 
     def work(self, computation: str, i: Instruction) -> tuple[float, float, bool]:
         """(FLOPs of an instruction, those in float32 or more, whether they are known)."""
         if i.opcode in CALLS:
-            return *self._inside((i.called("calls") or i.called("to_apply"))[0]), True
+            return *self._inside(i.called("calls", "to_apply")[0]), True
         if i.opcode == "custom-call":
             flops = self._kernel_flops(computation, i)
             wide = self._is_wide(computation, i) and call_target(i).startswith("__cublas")
             return flops or 0.0, (flops or 0.0) if wide else 0.0, flops is not None
         flops = 0.0
         if i.opcode == "dot":
-            flops = 2.0 * i.arrays[0].size * self._contracted(computation, i, i.numbers("lhs_contracting_dims"))
+            flops = 2.0 * i.arrays[0].size * self._contracted(computation, i, numbers(i, "lhs_contracting_dims"))
         elif i.opcode == "convolution":
             flops = self._convolution_flops(computation, i)
         return flops, flops if self._is_wide(computation, i) else 0.0, True
@@ -87,16 +87,16 @@ class LaunchCost:
 
     def _convolution_flops(self, computation: str, i: Instruction) -> float:
         """The TPU's compiler writes products as convolutions; batches are windows, most of whose places are padding."""
-        labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
+        labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes(i))
         assert labels is not None, f"{i.name} has no dim_labels"
         left, right, out = (
             s.dims for s in (self._shape(computation, i, 0), self._shape(computation, i, 1), i.arrays[0])
         )
         where = [{letter: place for place, letter in enumerate(labels[n])} for n in (1, 2, 3)]
-        groups = re.search(r"batch_group_count=(\d+)", i.attributes)
+        groups = re.search(r"batch_group_count=(\d+)", attributes(i))
         batch = left[where[0]["b"]] // (int(groups[1]) if groups else 1)
         flops = 2.0 * batch * right[where[1]["i"]] * right[where[1]["o"]]
-        window = _window(i.attributes)
+        window = _window(attributes(i))
         for n, letter in enumerate(sorted(x for x in where[0] if x.isdigit())):
             sizes = (left[where[0][letter]], right[where[1][letter]], out[where[2][letter]])
             flops *= _places(*sizes, {name: values[n] for name, values in window.items()})
@@ -104,10 +104,10 @@ class LaunchCost:
 
     def _kernel_flops(self, computation: str, i: Instruction) -> float | None:
         """FLOPs of a kernel: by its own estimate, by its operands, or None if neither tells."""
-        if match := re.search(r"cost_estimate.{0,20}?flops\W*?(?:22)?\W*?:\W*?(\d+)", i.attributes):
+        if match := re.search(r"cost_estimate.{0,20}?flops\W*?(?:22)?\W*?:\W*?(\d+)", attributes(i)):
             return float(match[1])
         if call_target(i).startswith("__cublas"):
-            axes = re.search(r'lhs_contracting_dimensions"?:\s*\[([^\]]*)\]', i.attributes)
+            axes = re.search(r'lhs_contracting_dimensions"?:\s*\[([^\]]*)\]', attributes(i))
             if axes is None:
                 return None
             return (
@@ -116,8 +116,8 @@ class LaunchCost:
                 * self._contracted(computation, i, tuple(int(n) for n in re.findall(r"\d+", axes[1])))
             )
         name = self.kernel_name(i)
-        operands = [self.module.find(computation, name) for name in i.operands]
-        arrays = [o.arrays[0] for o in operands if o is not None and o.arrays and o.arrays[0].is_float]
+        operands = [self.module.computations[computation].get(name) for name in i.operands]
+        arrays = [o.arrays[0] for o in operands if o is not None and o.arrays and is_float(o.arrays[0])]
         if _GROUPED.search(name):
             return _grouped_flops(arrays, i.arrays)
         if (flops := _scaled_flops(arrays, i.arrays)) is not None:
@@ -128,31 +128,32 @@ class LaunchCost:
 
     def traffic(self, computation: str, i: Instruction) -> float:
         """Bytes that a launch reads and writes in memory."""
-        if match := re.search(r"cost_estimate.{0,200}?bytes_accessed\W*?(?:22)?\W*?:\W*?(\d+)", i.attributes):
+        if match := re.search(r"cost_estimate.{0,200}?bytes_accessed\W*?(?:22)?\W*?:\W*?(\d+)", attributes(i)):
             return float(match[1])
         if i.opcode == "copy-start":  # (result, operand, context); a TPU's prefetch has one of them on the chip
-            return sum((a.nbytes for a in i.arrays[:2] if not a.on_chip), 0.0)
+            return sum((a.nbytes for a in i.arrays[:2] if not on_chip(a)), 0.0)
         if i.opcode.endswith("-start") and "fusion" not in i.opcode:
             return 2 * i.arrays[0].nbytes
         if i.opcode in _SLICES:
-            return 2 * i.nbytes
+            return 2 * result_bytes(i)
         if i.opcode in _UPDATES:
             return 2 * self._shape(computation, i, _UPDATES[i.opcode]).nbytes
         if i.opcode not in CALLS:
             return self._whole(computation, i)
         inner = i.called("calls")[0]
-        parameters = {int(p.operands[0]): p for p in self.module.computations[inner] if p.opcode == "parameter"}
+        inside = self.module.computations[inner].values()
+        parameters = {int(p.operands[0]): p for p in inside if p.opcode == "parameter"}
         total = self._written(inner, self.module.root(inner), i)
         for n, name in enumerate(i.operands):
-            operand = self.module.find(computation, name)
-            if operand is not None and n in parameters and not (operand.arrays and operand.arrays[0].on_chip):
+            operand = self.module.computations[computation].get(name)
+            if operand is not None and n in parameters and not (operand.arrays and on_chip(operand.arrays[0])):
                 total += self._read(inner, parameters[n])
         return total
 
     def _whole(self, computation: str, i: Instruction) -> float:
-        operands = (self.module.find(computation, name) for name in dict.fromkeys(i.operands))
+        operands = (self.module.computations[computation].get(name) for name in dict.fromkeys(i.operands))
         arrays = [a for o in operands if o is not None for a in o.arrays]
-        return sum((a.nbytes for a in [*arrays, *i.arrays] if not a.on_chip), 0.0)
+        return sum((a.nbytes for a in [*arrays, *i.arrays] if not on_chip(a)), 0.0)
 
     def _read(self, computation: str, i: Instruction) -> float:
         """Bytes of an array that a fused computation reads: of a slice, its part; of one updated in place, none."""
@@ -160,26 +161,26 @@ class LaunchCost:
         for user in self.module.users(computation).get(i.name, []):
             first = user.operands[0] == i.name
             if user.opcode in _SLICES and first:
-                total += user.nbytes
+                total += result_bytes(user)
             elif user.opcode in _UPDATES and first:
                 continue
             elif user.opcode in _ELEMENTWISE:
-                total += self._read(computation, user) if not user.root else i.nbytes
+                total += self._read(computation, user) if not user.root else result_bytes(i)
             elif user.opcode == "fusion":
                 inner = user.called("calls")[0]
-                for p in self.module.computations[inner]:
+                for p in self.module.computations[inner].values():
                     if p.opcode == "parameter" and user.operands[int(p.operands[0])] == i.name:
                         total += self._read(inner, p)
             elif user.opcode == "tuple":
                 continue  # handed on
             else:
-                return i.nbytes
-        return min(total, i.nbytes)
+                return result_bytes(i)
+        return min(total, result_bytes(i))
 
     def _written(self, computation: str, i: Instruction, launch: Instruction) -> float:
         """Bytes of a fused computation's result that are written: of an update in place, the update's."""
         if i.opcode == "tuple":
-            parts = (self.module.find(computation, name) for name in i.operands)
+            parts = (self.module.computations[computation].get(name) for name in i.operands)
             return sum((self._written(computation, p, launch) for p in parts if p is not None), 0.0)
         if i.opcode in _UPDATES:
             return self._shape(computation, i, _UPDATES[i.opcode]).nbytes
@@ -187,21 +188,21 @@ class LaunchCost:
             return 0.0
         if i.opcode == "bitcast":
             operand = self.module.operand(computation, i, 0)
-            return self._written(computation, operand, launch) if operand is not None else i.nbytes
+            return self._written(computation, operand, launch) if operand is not None else result_bytes(i)
         if i.opcode == "fusion":
             inner = i.called("calls")[0]
             return self._written(inner, self.module.root(inner), launch)
-        return 0.0 if launch.arrays and all(a.on_chip for a in launch.arrays) else i.nbytes
+        return 0.0 if launch.arrays and all(on_chip(a) for a in launch.arrays) else result_bytes(i)
 
     def moved(self, computation: str, i: Instruction) -> float:
         """Bytes that a launch writes if it only moves or converts numbers, else 0.
 
         A TPU's compiler moves arrays into its own memory and back, ahead of their use; this does not count.
         """
-        if not self._only_moves(i) or any(a.on_chip for a in i.arrays[:2]):
+        if not self._only_moves(i) or any(on_chip(a) for a in i.arrays[:2]):
             return 0.0
         if i.opcode in CALLS:
-            inner = (i.called("calls") or i.called("to_apply"))[0]
+            inner = i.called("calls", "to_apply")[0]
             return self._written(inner, self.module.root(inner), i)
         return i.arrays[0].nbytes if i.opcode.endswith("-start") else self._written(computation, i, i)
 
@@ -209,21 +210,61 @@ class LaunchCost:
         """Say whether a launch, with all that is fused into it, only moves or converts numbers of an array."""
         if i.opcode not in CALLS:
             return i.opcode in _MOVES
-        inside = self.module.computations[(i.called("calls") or i.called("to_apply"))[0]]
+        inside = self.module.computations[i.called("calls", "to_apply")[0]].values()
         work = [x for x in inside if x.opcode not in FREE and x.arrays and x.arrays[0].dims]  # scalars are indices
         return bool(work) and all(self._only_moves(x) for x in work)
 
 
+def attributes(i: Instruction) -> str:
+    """Text of an instruction's attributes, without kernels' code."""
+    return re.sub(r'("(?:body|module)\\?"?\s*[:=]\s*\\?")[^"]{200,}', r"\1", i.rest)
+
+
+def numbers(i: Instruction, attribute: str) -> tuple[int, ...]:
+    """The numbers of an attribute such as `lhs_contracting_dims={1,2}`."""
+    match = re.search(r"\b" + attribute + r"=\{([\d,]*)\}", i.rest)
+    return tuple(int(n) for n in match[1].split(",") if n) if match else ()
+
+
+def result_bytes(i: Instruction) -> float:
+    """Bytes of an instruction's result."""
+    return sum((a.nbytes for a in i.arrays), 0.0)
+
+
+def is_float(a: Shape) -> bool:
+    """Say whether the elements are floating-point numbers."""
+    return re.match(r"b?f\d", a.dtype) is not None
+
+
+def on_chip(a: Shape) -> bool:
+    """Say whether an array is in a TPU's own memory (memory space 1 of a tiled layout), so reading needs no HBM."""
+    return "T(" in a.layout and re.search(r"S\([1-9]", a.layout) is not None
+
+
+def function_of(module: Module, i: Instruction) -> str:
+    """The name of the Python function that made an instruction, by the tables before the program; "" if unknown."""
+
+    def row(title: str, number: str, field: str) -> str:
+        table = re.search(rf"^{title}\n((?:\d+ .*\n)*)", module.text, re.MULTILINE)
+        line = re.search(rf"^{number} (.*)$", table[1], re.MULTILINE) if table and number else None
+        found = re.search(field, line[1]) if line else None
+        return found[1] if found else ""
+
+    frame = re.search(r"stack_frame_id=(\d+)", i.rest)
+    place = row("StackFrames", frame[1] if frame else "", r"file_location_id=(\d+)")
+    return row("FunctionNames", row("FileLocations", place, r"function_name_id=(\d+)"), r'"?([^"]*)"?')
+
+
 def call_target(i: Instruction) -> str:
     """The name by which the compiler knows a custom call."""
-    match = re.search(r'custom_call_target="([^"]*)"', i.attributes) if i.opcode.startswith("custom-call") else None
+    match = re.search(r'custom_call_target="([^"]*)"', attributes(i)) if i.opcode.startswith("custom-call") else None
     return match[1] if match else ""
 
 
 def _grouped_flops(operands: list[Shape], results: list[Shape]) -> float:
     """FLOPs of a product of rows by groups: [M, K] by [G, K, N] into [M, N], or [M, K] by [M, N] into [G, K, N]."""
     rows = [a for a in operands if len(a.dims) == 2]
-    if not rows or not results[0].is_float:
+    if not rows or not is_float(results[0]):
         return 0.0  # a table of groups
     out = results[0].dims
     return 2.0 * math.prod(out) * (rows[0].size / out[0]) if len(out) == 2 else 2.0 * out[-1] * rows[0].size

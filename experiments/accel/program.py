@@ -1,5 +1,7 @@
 """One run of a compiled program: its work, kernels, copies and loops, read off its text.
 
+python experiments/accel/program.py v2_lite --target gpu:h100:8 --mesh data=8 --only train    # options of `dsv3 plan`
+
 A launch is one instruction that the device runs by itself: a fusion, a kernel, a copy, a sort. One in a loop counts for
 each iteration, nested loops multiply, and a conditional counts as its longest branch. The text tells of each launch
 
@@ -13,17 +15,25 @@ rates, or its cycles where they are known. The start of a launch takes no time t
 """
 
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.accel`
 
 import jax
 
+from dsv3_jax.cli import plan as command
 from dsv3_jax.planning.devices import Device
 from dsv3_jax.planning.hlo import CALLS, Instruction, Module
-from dsv3_jax.planning.launch_cost import FREE, LaunchCost, call_target
+from dsv3_jax.planning.plan import describe, device_of, jobs_of, print_row
+from dsv3_jax.report.units import format_bytes, format_count, format_seconds
+from experiments.accel.launch_cost import FREE, LaunchCost, attributes, call_target, is_float
 
 # Custom calls that run nothing.
+COPIES_SHOWN = 3  # of a program's, the largest
 _NO_KERNELS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding"}
 
 
@@ -114,17 +124,9 @@ def read_program(program: jax.stages.Compiled | str) -> Program:
         >>> read_program(jax.jit(lambda x: x @ x.T).lower(x).compile()).flops  # 2 · 8 · 16 · 8
         2048.0
     """
-    module = program_module(program)
+    module = Module(program)
     launches, loops = _Reader(module).launches(module.entry)
     return Program(tuple(launches), tuple(loops))
-
-
-def program_module(program: jax.stages.Compiled | str) -> Module:
-    """Parse a compiled program, or its text.
-
-    Raises: ValueError for text that is not HLO.
-    """
-    return Module(program if isinstance(program, str) else program.as_text() or "")
 
 
 class Addition(NamedTuple):
@@ -138,14 +140,14 @@ class Addition(NamedTuple):
 
 def additions(program: jax.stages.Compiled | str) -> list[Addition]:
     """Find the scatters of a program that add floating-point numbers, each once."""
-    module = program_module(program)
+    module = Module(program)
     found = []
     for instructions in module.computations.values():
-        for i in instructions:
-            if i.opcode == "scatter" and any(a.is_float for a in i.arrays):
-                if "add" in {c.opcode for c in module.computations[i.called("to_apply")[0]]}:
-                    narrow = any(a.is_float and a.nbytes < 4 * a.size for a in i.arrays)
-                    unique = "unique_indices=true" in i.attributes
+        for i in instructions.values():
+            if i.opcode == "scatter" and any(is_float(a) for a in i.arrays):
+                if "add" in {c.opcode for c in module.computations[i.called("to_apply")[0]].values()}:
+                    narrow = any(is_float(a) and a.nbytes < 4 * a.size for a in i.arrays)
+                    unique = "unique_indices=true" in attributes(i)
                     found.append(Addition(i.source or i.name, i.arrays[0].dtype, narrow, unique))
     return found
 
@@ -161,12 +163,12 @@ class Product(NamedTuple):
 
 def products(program: jax.stages.Compiled | str) -> list[Product]:
     """Find the matrix products of a program, each once."""
-    module = program_module(program)
+    module = Module(program)
     found = []
     for computation, instructions in module.computations.items():
-        for i in instructions:
+        for i in instructions.values():
             if i.opcode in ("dot", "convolution"):
-                precision = re.search(r"operand_precision=\{([^}]*)\}", i.attributes)
+                precision = re.search(r"operand_precision=\{([^}]*)\}", attributes(i))
                 first = module.operand(computation, i, 0)
                 dtype = first.arrays[0].dtype if first is not None else ""
                 found.append(Product(i.source, i.arrays[0].dims, dtype, precision[1] if precision else ""))
@@ -193,7 +195,7 @@ class _Reader:
         if computation not in self._launches:
             launches: list[Launch] = []
             loops: list[str] = []
-            for instruction in self.module.computations[computation]:
+            for instruction in self.module.computations[computation].values():
                 found, unknown = self._parts(computation, instruction)
                 launches += found
                 loops += unknown
@@ -209,11 +211,11 @@ class _Reader:
                 return [replace(x, known=False) for x in [*launches, *tests]], [*loops, i.source or i.name]
             return [replace(x, runs=x.runs * trips) for x in launches], loops
         if i.opcode == "conditional":
-            attributes = ("branch_computations", "true_computation", "false_computation")
-            branches = [self.launches(name) for attribute in attributes for name in i.called(attribute)]
+            names = i.called("branch_computations", "true_computation", "false_computation")
+            branches = [self.launches(name) for name in names]
             return max(branches, key=lambda branch: sum((x.flops + x.nbytes) * x.runs for x in branch[0]))
         if i.opcode in CALLS and "fusion" not in i.opcode:
-            return self.launches((i.called("calls") or i.called("to_apply"))[0])
+            return self.launches(i.called("calls", "to_apply")[0])
         if i.opcode in FREE or i.opcode.endswith(("-done", "-update")) or call_target(i) in _NO_KERNELS:
             return [], []
         if all(not a.dims and "T(" in a.layout for a in i.arrays) and i.opcode not in CALLS:
@@ -224,7 +226,7 @@ class _Reader:
         kind = i.opcode.removesuffix("-start")
         is_kernel = kind == "custom-call"
         flops, wide, known = self.cost.work(computation, i)
-        cycles = re.search(r'"estimated_cycles":"(\d{1,18})"', i.attributes)
+        cycles = re.search(r'"estimated_cycles":"(\d{1,18})"', attributes(i))
         return Launch(
             name=i.name,
             kind=self.cost.kernel_name(i) if is_kernel else kind,
@@ -239,3 +241,61 @@ class _Reader:
             is_kernel=is_kernel,
             is_estimated=known,
         )
+
+
+def describe_program(program: Program, formula: float, device: Device | None) -> list[tuple[str, str]]:
+    """Return the lines of what a target's program runs; `formula`: the FLOPs of the step."""
+    work = f"{format_count(program.flops)}FLOP of products and kernels, {program.flops / formula:.3g} × the formula"
+    if unknown := program.unknown_work():
+        work += f"; unknown, and counted as 0: {_list_counts(unknown)}"
+    lines = [
+        ("  the program computes", work),
+        ("  moves", f"{format_bytes(program.nbytes)} in memory"),
+        ("  launches", f"{program.launches:,} in a step"),
+        ("  kernels", _list_counts(program.kernels()) or "none that the compiler does not see into"),
+    ]
+    names = dict.fromkeys(_short(name) for name in program.unknown_loops)
+    loops = f"{len(program.unknown_loops)}, each counted once: {', '.join(names)}" if names else "none"
+    lines.append(("  loops of unknown length", loops))
+    copies: dict[tuple[str, str], int] = {}
+    for copy in program.copies():
+        key = format_bytes(copy.moved), _short(copy.source) or re.sub(r"[.\d]+$", "", copy.name)
+        copies[key] = copies.get(key, 0) + copy.runs
+    lines += [("  copies", f"{runs} × {size}: {name}") for (size, name), runs in list(copies.items())[:COPIES_SHOWN]]
+    if device is not None:
+        compute, memory = program.roofline(device)
+        bound = "FLOPs" if compute >= memory else "memory"
+        parts = f"{format_seconds(compute)} bound by FLOPs, {format_seconds(memory)} by memory"
+        lines.append(("  the program's roofline", f"{format_seconds(compute + memory)}, mostly {bound}: {parts}"))
+        if device.clock:
+            least = format_seconds(sum(program.roofline(device, use_cycles=False)))
+            lines.append(("    without cycles", f"{least}, by FLOPs and bytes alone"))
+    return lines
+
+
+def _list_counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} × {runs:,}" for name, runs in counts.items())
+
+
+def _short(source: str) -> str:
+    """Return the last parts of an operation's name, without those that JAX adds."""
+    parts = [p for p in source.split("/") if not re.fullmatch(r"jit\(.*\)|eval_jaxpr|body|closed_call|while|cond", p)]
+    return "/".join(parts[-2:]) or source
+
+
+def main(argv: list[str]) -> None:
+    """Print the plan of each step, and what its compiled program runs."""
+    options, run, name = command.options(argv)
+    device, jobs = device_of(options), jobs_of(options, run)
+    print_row("model", name)
+    for rows, length, compute_cost in jobs:
+        cost = compute_cost()
+        lines = describe(cost, rows, length, device and device.memory, device)
+        if cost.text:
+            lines += describe_program(read_program(cost.text), cost.flops, device)
+        for label, value in lines:
+            print_row(label, value)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
