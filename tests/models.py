@@ -9,8 +9,10 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax.config import Balance, Execution, ModelConfig
+from dsv3_jax.decoding.generate import Job, _prefill
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer, abstract
+from dsv3_jax.ops.sampling import GREEDY
 
 # No two sizes are alike, so that no axis can pass for another.
 SMALL = ModelConfig(
@@ -77,6 +79,16 @@ def random_model(cfg: ModelConfig, seed: int = 0, execution: Execution | None = 
 def parameters(model: Transformer) -> dict:
     """All variables of a model in float64, as the nested dicts that `dsv3_jax.reference` reads."""
     return jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(nnx.state(model)))
+
+
+def decode_program(model, draft=None, lengths=(0,), batch=2, width=32, new=16, capacity=4096, dtype="float32"):
+    """(The job, its loop after the prompt) of a request, as shapes; `draft` may be a model."""
+    (graphdef, state), draft_state = nnx.split(model), None
+    if isinstance(draft, Transformer):
+        draft, draft_state = nnx.split(draft)
+    tokens, rows, stops = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, width), (batch,), (1,)))
+    job = Job(state, draft_state, stops, graphdef, draft, lengths, GREEDY, new, capacity, "latent", jnp.dtype(dtype))
+    return job, jax.eval_shape(_prefill, job, tokens, rows, jax.ShapeDtypeStruct((), jnp.uint32))
 
 
 def tokens_of(cfg: ModelConfig, batch: int, length: int, seed: int = 0) -> jax.Array:

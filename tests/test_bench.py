@@ -135,10 +135,10 @@ def test_a_run_is_timed(options, tmp_path):
         ({"batch": (1, 0)}, "batch=0 is below 1"),
         ({"rounds": 0}, "rounds=0 is below 1"),
         ({"context": ()}, "context is empty"),
-        ({"context": (60,)}, "prompt 0 of 60 tokens and max_new_tokens=6 are more than"),
+        ({"context": (60,)}, "max_new_tokens=6 does not fit: the longest prompt has 60"),
         ({"context": (99_999,)}, "context=99999 is more than the"),
         ({"draft": ("nowhere",)}, "folder='nowhere' is neither a run"),
-        ({"draft": ("mtp",), "draft_length": (0,)}, "draft_length=0 is below 1"),
+        ({"draft": ("mtp",), "draft_length": (0,)}, "draft_length=0 is not an int of 1 or above"),
     ],
 )
 def test_bad_options_are_refused(options, changes, sentence):

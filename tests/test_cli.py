@@ -213,8 +213,14 @@ BAD = {
     "top p": ("generate {run} --max-new-tokens 4 --top-p 0", "top_p=0.0 is not"),
     "no cache": ("generate {run} --max-new-tokens 4 --cache best", "best"),
     "no cache dtype": ("generate {run} --max-new-tokens 4 --cache-dtype int3", "int3"),
-    "no draft length": ("generate {run} --max-new-tokens 4 --draft mtp --draft-length 0", "draft_length=0 is below 1"),
-    "long draft": ("generate {run} --max-new-tokens 4 --draft mtp --draft-length 99", "draft_length=99 does not fit"),
+    "no draft length": (
+        "generate {run} --max-new-tokens 4 --draft mtp --draft-length 0",
+        "draft_length=0 is not an int of 1 or above",
+    ),
+    "long draft": (
+        "generate {run} --max-new-tokens 4 --draft mtp --draft-length 99",
+        "draft_length=99 of up to 99 tokens does not fit",
+    ),
     "draft of nothing": ("generate {run} --max-new-tokens 4 --draft {absent}", "folder='{absent}' is neither a run"),
     "no benchmark": ("bench", "the name of a benchmark is missing"),
     "benchmark": ("bench fly {run}", "benchmark 'fly' is not one of decode"),

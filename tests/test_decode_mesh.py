@@ -101,7 +101,7 @@ def test_neither_cache_nor_experts_are_sent(monkeypatch):
     decode = module._decode
 
     def look(*args, **kwargs):
-        compiled.append((args[4].cache, decode.lower(*args, **kwargs).compile().as_text()))
+        compiled.append((args[1].cache, decode.lower(*args, **kwargs).compile().as_text()))
         raise InterruptedError
 
     monkeypatch.setattr(module, "_decode", look)

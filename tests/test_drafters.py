@@ -57,19 +57,19 @@ def test_drafts_are_those_of_the_full_text(rng, heads):
     kind = "expanded" if heads in ("meta", "eagle") else "latent"
     graphdef, state = nnx.split(model)
     lengths, batch = np.array([1, 1, 2, 3, 7, 4], np.int32), np.arange(6)
-    text = rng.integers(cfg.vocab_size, size=(6, 48)).astype(np.int32)
+    text = rng.integers(cfg.vocab_size, size=(6, 80)).astype(np.int32)
     x, h = map(np.asarray, full_pass(graphdef, state, jnp.asarray(text))[:2])
 
     @partial(jax.jit, compiler_options=QUICK)
     def start(state, tokens, lengths, x):
         drafter = make_drafter(nnx.merge(graphdef, state), "mtp", None)
-        return drafter.start(Prompt(tokens, lengths, x, 48, kind, jnp.dtype("float32")))
+        return drafter.start(Prompt(tokens, lengths, x, 96, kind, jnp.dtype("float32")))
 
     @partial(jax.jit, compiler_options=QUICK)
     def draft(state, remembered, last):
         model = nnx.merge(graphdef, state)
         drafter = make_drafter(model, "mtp", model.prepare_decode())
-        return drafter.draft(remembered, last, count, jax.random.key(0), GREEDY)
+        return drafter.draft(remembered, last, jax.random.split(jax.random.key(0), (count, 6)), GREEDY)
 
     def arbitrary_beyond(valid, y):
         noise = rng.integers(cfg.vocab_size, size=y.shape) if y.dtype == np.int32 else 3 * rng.standard_normal(y.shape)
@@ -80,13 +80,16 @@ def test_drafts_are_those_of_the_full_text(rng, heads):
         state, arbitrary_beyond(prompt, text[:, :32]), jnp.asarray(lengths), arbitrary_beyond(prompt, x[:, :32])
     )
     begin, num_valid = lengths - 1, np.ones(6, np.int32)  # as prefill leaves them
-    for _ in range(6):
-        valid = np.arange(count + 1)[None] < num_valid[:, None]
-        pos = begin[:, None] + np.arange(count + 1)
-        last_h, last_tokens = (
-            arbitrary_beyond(valid, y) for y in (h[batch[:, None], pos], text[batch[:, None], pos + 1])
-        )
-        last = StepResult(last_h, last_tokens, *map(jnp.asarray, (num_valid, begin, text[batch, begin])))
+    for plain_steps in (0, 0, 9, 0, 1, 0, 0):  # after which the drafter reads all but the newest position first
+        num_valid, width = num_valid + plain_steps, count + 1 + plain_steps
+        pos = begin[:, None] + np.arange(width + 1)
+        known = np.arange(width + 1)[None] <= num_valid[:, None]
+        last_h = arbitrary_beyond(known[:, 1:], h[batch[:, None], pos[:, :-1]])
+        last_text = arbitrary_beyond(known, text[batch[:, None], pos])
+        last = StepResult(last_h, last_text, *map(jnp.asarray, (num_valid.astype(np.int32), begin)))
+        if plain_steps:
+            _, remembered = draft(state, remembered, last._replace(num_valid=last.num_valid - 1))
+            last, begin, num_valid = last.newest().resize(count + 1), begin + num_valid - 1, np.ones(6, np.int32)
         drafts, remembered = draft(state, remembered, last)
         begin = begin + num_valid
         rows = text.copy()

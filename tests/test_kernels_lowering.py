@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from models import small
+from models import decode_program, small
 from runs import make_run
 
 from dsv3_jax.config import Execution
 from dsv3_jax.decoding import generate
 from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.model.transformer import abstract
-from dsv3_jax.ops.sampling import GREEDY
 from dsv3_jax.training.step import Job, abstract_state, make_step
 
 pytestmark = pytest.mark.long
@@ -79,14 +78,11 @@ def decode_step(platform: str, execution: Execution) -> tuple[str, str]:
 
 def decode_loop(platform: str, execution: Execution) -> tuple[str, str]:
     """All of a request after the prompt, with the model's own heads as drafters."""
-    graphdef, state = nnx.split(abstract(CFG, execution, kernels_for(platform, execution)))
-    static = generate._Static(GREEDY, 2, "mtp", 5, 32, "latent", jnp.dtype(execution.compute_dtype))
-    tokens, lengths, one = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((BATCH, LENGTH), (BATCH,), ()))
-    key, stops = jax.eval_shape(jax.random.key, 0), jax.ShapeDtypeStruct((1,), jnp.int32)
-    prefill = partial(generate._prefill, graphdef, static=static)
-    loop = jax.eval_shape(prefill, state, None, tokens, lengths, key, stops)
-    weights = jax.eval_shape(partial(generate._decode_weights, graphdef), state), None
-    return lowered(platform, generate._decode, graphdef, state, None, weights, loop, stops, one, static=static)
+    model = abstract(CFG, execution, kernels_for(platform, execution))
+    job, loop = decode_program(model, "mtp", (2,), BATCH, LENGTH, 5, 32, execution.compute_dtype)
+    weights = jax.eval_shape(partial(generate._decode_weights, job.graphdef), job.state)
+    until = jax.ShapeDtypeStruct((), jnp.int32)
+    return lowered(platform, generate._decode, replace(job, weights=weights), loop, until, length=2)
 
 
 PROGRAMS = {"training step": train_step, "decoding step": decode_step, "decoding loop": decode_loop}

@@ -6,18 +6,17 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
 from flax import nnx
-from models import DENSE, HEADS, LIGHT, forward, random_model, small, tokens_of
+from models import DENSE, HEADS, LIGHT, decode_program, forward, random_model, small, tokens_of
 
+from dsv3_jax.decoding import auto_length
 from dsv3_jax.decoding.decode_config import DecodeConfig
-from dsv3_jax.decoding.generate import _decode, _prefill, _Static, generate, generate_in_parts, stream
+from dsv3_jax.decoding.generate import _decode, _prefill, generate, generate_in_parts
 from dsv3_jax.model.transformer import abstract
-from dsv3_jax.ops.sampling import GREEDY
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("light_compiles")]
 
@@ -197,13 +196,6 @@ def test_parts_grow_to_the_same_tokens():
             assert b[: len(a)] == a
 
 
-def test_stream_drafts():
-    model, draft = drafting("deepseek of 1")["partly"]
-    want = plain("deepseek of 1", "partly", "int8")[6]
-    config = DecodeConfig(NEW, stop_tokens=(UNUSED,), cache_dtype="int8", draft=draft, draft_length=7)  # compiled above
-    assert list(stream(model, PROMPTS[6], config)) == want
-
-
 def test_one_compilation_a_shape():
     """Other prompts of nearby lengths, seeds, stop tokens, chunks and parameters compile nothing."""
     model, _ = drafting(SHAPE[0])["right"]
@@ -221,8 +213,8 @@ TINY = small(num_layers=1, num_dense_layers=1, vocab_size=5)
 DRAWS = 4096
 
 
-@pytest.mark.parametrize("scheme", ["deepseek of 1", "model", "lookup"])
-def test_sampled_speculation_follows_the_model(scheme):
+@pytest.mark.parametrize("scheme", ["deepseek of 1", "model", "lookup", "auto"])
+def test_sampled_speculation_follows_the_model(scheme, monkeypatch):
     """Many rows of one prompt, three new tokens each: the first by prefill, the others by accepted and rejected drafts.
 
     The distance of shares from probabilities is half the sum of differences. Its mean is under half the sum of
@@ -232,7 +224,11 @@ def test_sampled_speculation_follows_the_model(scheme):
     model = random_model(replace(TINY, **HEADS.get(scheme, {})))
     draft = {"model": random_model(TINY, seed=1), "lookup": "lookup"}.get(scheme, "mtp")
     how = dict(temperature=2.0, top_k=4, top_p=0.95)  # far from the bare logits
-    got = generate(model, [[1, 4]] * DRAWS, 3, draft=draft, draft_length=2, seed=2, **how)
+    length: int | str = 2
+    if scheme == "auto":
+        monkeypatch.setattr(auto_length, "choose", lambda past, lengths: (0 if len(past) % 2 else 2, 1))
+        draft, length = random_model(TINY, seed=1), "auto"
+    got = generate(model, [[1, 4]] * DRAWS, 3, draft=draft, draft_length=length, seed=2, **how)
     shares = np.zeros((5, 5, 5))
     np.add.at(shares, tuple(np.array(got.tokens).T), 1 / DRAWS)
     law = three_tokens(model, [1, 4], how)
@@ -256,25 +252,17 @@ def three_tokens(model, prompt, how):
 # Memory
 
 
-@pytest.mark.parametrize("scheme", ["deepseek", "model"])
-def test_speculation_copies_no_cache(whole_compiles, scheme):
+@pytest.mark.parametrize("scheme, lengths", [("deepseek", (4,)), ("model", (4,)), ("deepseek", (0, 2, 4))])
+def test_speculation_copies_no_cache(whole_compiles, scheme, lengths):
     cfg = small(num_layers=1, num_dense_layers=1, **(dict(mtp_depth=2) if scheme == "deepseek" else {}))
-    graphdef, state = nnx.split(abstract(cfg))
-    batch, capacity = 2, 1 << 15
-    draft, draft_state = ("mtp", None) if scheme == "deepseek" else (graphdef, state)
-    static = _Static(GREEDY, 4, draft, 16, capacity, "latent", jnp.dtype("float32"))
-    none, stops = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
-    loop = jax.eval_shape(
-        lambda *args: _prefill(graphdef, *args, static=static),
-        state, draft_state, jax.ShapeDtypeStruct((batch, 32), jnp.int32), none, jax.random.key(0), stops,
-    )  # fmt: skip
-    until = jnp.asarray(16, jnp.int32)
-    lowered = _decode.lower(graphdef, state, draft_state, (None, None), loop, stops, until, static=static)
-    memory = lowered.compile().memory_analysis()
-    a_layer = batch * capacity * (cfg.kv_latent_dim + cfg.rope_head_dim) * 4
+    model, capacity = abstract(cfg), 1 << 15
+    job, loop = decode_program(model, "mtp" if scheme == "deepseek" else model, lengths, capacity=capacity)
+    a_layer = 2 * capacity * (cfg.kv_latent_dim + cfg.rope_head_dim) * 4
     caches = 3 if scheme == "deepseek" else 2  # a layer each: the model's, and its two heads' or the draft model's
-    assert memory.alias_size_in_bytes >= caches * a_layer
-    assert memory.temp_size_in_bytes < a_layer
+    for length in lengths:
+        memory = _decode.lower(job, loop, 16, length=length).compile().memory_analysis()
+        assert memory.alias_size_in_bytes >= caches * a_layer
+        assert memory.temp_size_in_bytes < 1.5 * a_layer  # rows may be read out once
 
 
 # Requests
@@ -305,8 +293,18 @@ def test_drafts_that_do_not_fit_are_refused():
         (model, other, 1, "vocab_size=38 of the draft model is not the model's 37"),
         (model, "mtp", 1, "draft='mtp' needs multi-token heads, and the model's mtp_depth is 0"),
         (medusa, "mtp", 5, "draft_length=5 is more than mtp_depth=4"),
-        (heads, "mtp", 9, "draft_length=9 does not fit: .* 120 tokens leave 8 of max_positions=128"),
-        (model, short, 5, "draft_length=5 does not fit: .* 120 tokens leave 4 of max_positions=124"),
+        (
+            heads,
+            "mtp",
+            9,
+            "max_new_tokens=100 and draft_length=9 of up to 9 tokens does not fit: .* 20, and max_positions=128",
+        ),
+        (
+            model,
+            short,
+            5,
+            "max_new_tokens=100 and draft_length=5 of up to 5 tokens does not fit: .* 20, and max_positions=124",
+        ),
     ]
     for target, draft, length, sentence in wrong:
         with pytest.raises(ValueError, match=f"^{sentence}"):

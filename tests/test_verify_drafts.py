@@ -18,6 +18,10 @@ DRAWS = 40_000
 FALSE_ALARM = 1e-9
 
 
+def keys_of(seed, shape):
+    return jax.random.split(jax.random.key(seed), shape)
+
+
 def within(shares, law, draws=DRAWS):
     """Whether chance allows the distance between shares and law, half the sum of differences.
 
@@ -33,7 +37,7 @@ def test_greedy_by_hand():
     best = np.array([[3, 1, 4, 2], [3, 1, 4, 2], [3, 1, 4, 2], [3, 1, 4, 2]])
     logits = jax.nn.one_hot(best, W)
     drafts = jnp.array([[3, 1, 4], [3, 1, 0], [0, 1, 4], [3, 0, 4]], jnp.int32)
-    count, tokens = accept(drafts, None, logits, jax.random.key(0), GREEDY)
+    count, tokens = accept(drafts, None, logits, keys_of(0, (4, 4)), GREEDY)
     assert count.tolist() == [3, 2, 0, 1]
     assert [t[: n + 1] for t, n in zip(tokens.tolist(), count.tolist(), strict=True)] == [
         [3, 1, 4, 2], [3, 1, 4], [3], [3, 1],
@@ -43,21 +47,21 @@ def test_greedy_by_hand():
 def test_without_drafts_the_target_chooses():
     logits = jnp.asarray([[[0.0, 5.0, 1.0]], [[2.0, 0.0, 1.0]]])
     none = jnp.zeros((2, 0), jnp.int32)
-    count, tokens = accept(none, None, logits, jax.random.key(0), GREEDY)
+    count, tokens = accept(none, None, logits, keys_of(0, (2, 1)), GREEDY)
     assert count.tolist() == [0, 0] and tokens.tolist() == [[1], [0]]
     logits = jnp.broadcast_to(jnp.log(jnp.array([0.5, 0.2, 0.3])), (DRAWS, 1, 3))
-    count, tokens = accept(jnp.zeros((DRAWS, 0), jnp.int32), None, logits, jax.random.key(1), Sampling(1.0))
+    count, tokens = accept(jnp.zeros((DRAWS, 0), jnp.int32), None, logits, keys_of(1, (DRAWS, 1)), Sampling(1.0))
     assert not count.any()
     assert within(np.bincount(tokens[:, 0], minlength=3) / DRAWS, np.array([0.5, 0.2, 0.3]))
 
 
-@partial(jax.jit, static_argnames="sampling")
-def drawn(p_logits, q, key, sampling):
+@partial(jax.jit, static_argnames=("sampling", "certain"))
+def drawn(p_logits, q, key, sampling, certain=False):
     """DRAWS rounds of two drafts, as a decoding step has them: (drafts, how many are accepted, tokens)."""
     draw, decide = jax.random.split(key)
     drafts = jax.random.categorical(draw, jnp.log(q), axis=-1, shape=(DRAWS, 2)).astype(jnp.int32)
-    rows = [jnp.broadcast_to(x, (DRAWS, *x.shape)) for x in (q, p_logits)]
-    return drafts, *accept(drafts, *rows, decide, sampling)
+    rows, logits = (jnp.broadcast_to(x, (DRAWS, *x.shape)) for x in (q, p_logits))
+    return drafts, *accept(drafts, None if certain else rows, logits, jax.random.split(decide, (DRAWS, 3)), sampling)
 
 
 def laws(case, sampling):
@@ -69,7 +73,7 @@ def laws(case, sampling):
         q = np.array([oracles.sampling_probs(row, **sampling._asdict()) for row in rng.normal(0, 1.5, (2, W))])
     elif case == "apart":  # only tokens that the target never chooses
         q = (p[:2] == 0) / (p[:2] == 0).sum(-1, keepdims=True)
-    elif case == "one token":
+    elif case in ("one token", "certain"):
         q = np.eye(W)[[2, 5]]
     else:
         q = p[:2]
@@ -83,15 +87,15 @@ def laws(case, sampling):
         pytest.param("other", Sampling(0.7, top_k=4), marks=pytest.mark.long),
         pytest.param("other", Sampling(1.3, top_p=0.8), marks=pytest.mark.long),
         ("one token", Sampling(1.0)),
+        ("certain", Sampling(0.7, top_k=4)),
         pytest.param("apart", Sampling(0.7, top_k=4), marks=pytest.mark.long),
         ("same", Sampling(1.3, top_p=0.8)),
     ],
 )
 def test_sampled_tokens_follow_the_target(case, sampling):
     logits, p, q = laws(case, sampling)
-    drafts, count, tokens = (
-        np.asarray(x) for x in drawn(jnp.asarray(logits), jnp.asarray(q, jnp.float32), jax.random.key(5), sampling)
-    )
+    args = jnp.asarray(logits), jnp.asarray(q, jnp.float32), jax.random.key(5), sampling, case == "certain"
+    drafts, count, tokens = map(np.asarray, drawn(*args))
     np.testing.assert_allclose(probabilities(jnp.asarray(logits), sampling), p, atol=1e-6)
 
     # Accepted with probability min(1, p / q): sum of min(p, q), and the second only after the first.

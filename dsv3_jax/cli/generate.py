@@ -38,8 +38,8 @@ class Decode:
     """who drafts: mtp (the model's own heads), lookup (the text so far: what followed the same tokens before), or the
     folder of a model with the same tokenizer; None means nobody"""
     draft_length: int | Literal["auto"] = 1
-    """number of tokens drafted a step, or auto: as many as pay, step by step, by measured costs and the drafter's
-    confidence; it does not change the distribution of the text"""
+    """number of tokens drafted a step, or auto: as many as pay, by the tokens a second of the parts before; it does not
+    change the distribution of the text"""
     seed: int = 0
     """seed of the sampling"""
     dtype: Literal["float32", "bfloat16"] | None = None

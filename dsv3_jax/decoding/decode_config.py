@@ -1,7 +1,7 @@
-"""A request: how to decode, and the checks of what is asked for."""
+"""A request: how to decode, the checks of what is asked for, and the answer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import numpy as np
@@ -12,7 +12,6 @@ from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops.sampling import GREEDY, Sampling
 
 OWN_DRAFTS = ("mtp", "lookup")  # need no other model
-UNREAD = 32  # draft_length="auto": positions that plain steps may leave unread by the drafter; beyond, drafting ends
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class DecodeConfig:
         >>> DecodeConfig(max_new_tokens=0)
         Traceback (most recent call last):
             ...
-        ValueError: max_new_tokens=0 is below 1
+        ValueError: max_new_tokens=0 is not an int of 1 or above
     """
 
     max_new_tokens: int  # a prompt
@@ -41,43 +40,43 @@ class DecodeConfig:
     pad_prompts_to: int = 0  # tokens at least, with cache slots for them: turns of a chat then share a compilation
 
     def __post_init__(self) -> None:
-        if isinstance(self.draft_length, str) and self.draft_length != "auto":
-            raise ValueError(f"draft_length={self.draft_length!r} is not an int or 'auto'")
-        for name in ("max_new_tokens", "draft_length", "seed", "pad_prompts_to"):
-            if not _is_int(getattr(self, name)) and (name, getattr(self, name)) != ("draft_length", "auto"):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not an int")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens} is below 1")
-        if not 0 <= self.seed < 1 << 32:
-            raise ValueError(f"seed={self.seed} is outside [0, 2**32): JAX keeps 32 bits of a seed")
-        if not isinstance(self.sampling, Sampling):
-            raise ValueError(f"sampling={self.sampling!r} is not a Sampling")
+        def need(right: bool, name: str, value: Any, what: str) -> None:
+            if not right:
+                raise ValueError(f"{name}={value!r} is not {what}")
+
+        def count(name: str, least: int, optional: str | None = None) -> None:
+            value, more = getattr(self, name), f" or {optional!r}" if optional else ""
+            right = _is_int(value) and value >= least
+            need(
+                right or (value == optional and optional is not None), name, value, f"an int of {least} or above{more}"
+            )
+
+        count("max_new_tokens", 1)
+        count("draft_length", 0 if self.draft is None else 1, "auto")
+        count("pad_prompts_to", 0)
+        right = _is_int(self.seed) and 0 <= self.seed < 1 << 32
+        need(right, "seed", self.seed, "an int within [0, 2**32): JAX keeps 32 bits of a seed")
+        need(isinstance(self.sampling, Sampling), "sampling", self.sampling, "a Sampling")
         temperature, top_k, top_p = self.sampling
-        if not _is_float(temperature) or not temperature >= 0:
-            raise ValueError(f"temperature={temperature!r} is not a float of 0 or above")
-        if top_k is not None and (not _is_int(top_k) or top_k < 1):
-            raise ValueError(f"top_k={top_k!r} is not an int of 1 or above")
-        if top_p is not None and (not _is_float(top_p) or not 0 < top_p <= 1):
-            raise ValueError(f"top_p={top_p!r} is not a float within (0, 1]")
-        if self.cache not in (None, *get_args(CacheKind)):
-            raise ValueError(f"cache={self.cache!r} is not one of {', '.join(get_args(CacheKind))}")
+        need(_is_float(temperature) and temperature >= 0, "temperature", temperature, "a float of 0 or above")
+        need(top_k is None or (_is_int(top_k) and top_k >= 1), "top_k", top_k, "an int of 1 or above")
+        need(top_p is None or (_is_float(top_p) and 0 < top_p <= 1), "top_p", top_p, "a float within (0, 1]")
+        kinds = get_args(CacheKind)
+        need(self.cache in (None, *kinds), "cache", self.cache, f"one of {', '.join(kinds)}")
         pick_dtype("float32", self.cache_dtype)
-        if self.draft is not None and self.num_drafts < 1:
-            raise ValueError(f"draft_length={self.draft_length} is below 1")
-        if self.draft is not None and self.draft not in OWN_DRAFTS and not isinstance(self.draft, Transformer):
-            raise ValueError(f"draft={self.draft!r} is not None, 'mtp', 'lookup' or a Transformer")
+        drafts = self.draft in (None, *OWN_DRAFTS) or isinstance(self.draft, Transformer)
+        need(drafts, "draft", self.draft, "None, 'mtp', 'lookup' or a Transformer")
         if self.draft is not None and self.cache == "none":
             raise ValueError("cache='none' decodes without drafts; leave out draft, or cache")
-        if not _is_list(self.stop_tokens):
-            raise ValueError(f"stop_tokens={self.stop_tokens!r} is not a list of token ids")
+        need(_is_list(self.stop_tokens), "stop_tokens", self.stop_tokens, "a list of token ids")
         object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
 
     @property
     def num_drafts(self) -> int:
-        """J: tokens drafted a step, or the positions that "auto" has in reserve; 0 if nobody drafts."""
+        """J: tokens drafted a step, at most; 0 if nobody drafts."""
         if self.draft is None:
             return 0
-        return self.draft_length if isinstance(self.draft_length, int) else UNREAD
+        return self.draft_length if isinstance(self.draft_length, int) else 8 if self.draft == "lookup" else 4
 
     def check(self, cfg: ModelConfig, prompts: Sequence[Sequence[int]]) -> None:
         """Check that a model can continue prompts this way.
@@ -85,36 +84,60 @@ class DecodeConfig:
         Raises: ValueError, one sentence with the offending value.
         """
         _check_tokens(cfg, prompts, self.stop_tokens)
-        for i, prompt in enumerate(prompts):
-            if len(prompt) + self.max_new_tokens > cfg.max_positions:
-                raise ValueError(
-                    f"prompt {i} of {len(prompt)} tokens and max_new_tokens={self.max_new_tokens} are more than the "
-                    f"model's max_positions={cfg.max_positions}"
-                )
-        if self.draft is None:
-            return
-        reach = cfg.max_positions
+        reach, depth = cfg.max_positions, cfg.mtp_depth
         if isinstance(self.draft, Transformer):
             if self.draft.cfg.vocab_size != cfg.vocab_size:
                 raise ValueError(
                     f"vocab_size={self.draft.cfg.vocab_size} of the draft model is not the model's {cfg.vocab_size}"
                 )
             reach = min(reach, self.draft.cfg.max_positions)
-        elif self.draft == "lookup":
-            pass
-        elif not cfg.mtp_depth:
+        elif self.draft == "mtp" and not depth:
             raise ValueError("draft='mtp' needs multi-token heads, and the model's mtp_depth is 0")
-        elif self.draft_length != "auto" and not cfg.head_kind.reads_tokens and self.num_drafts > cfg.mtp_depth:
+        elif (
+            self.draft == "mtp"
+            and not cfg.head_kind.reads_tokens
+            and self.draft_length not in ("auto", *range(depth + 1))
+        ):
             raise ValueError(
-                f"draft_length={self.draft_length} is more than mtp_depth={cfg.mtp_depth}: each {cfg.mtp_kind} head "
-                "drafts one token"
+                f"draft_length={self.draft_length} is more than mtp_depth={depth}: a {cfg.mtp_kind} head drafts one"
             )
-        longest = max(map(len, prompts)) + self.max_new_tokens
-        if longest + self.num_drafts > reach:
+        longest, drafts = max(map(len, prompts)), self.num_drafts
+        if longest + self.max_new_tokens + drafts > reach:
+            more = f" and draft_length={self.draft_length!r} of up to {drafts} tokens" if drafts else ""
             raise ValueError(
-                f"draft_length={self.draft_length!r} does not fit: prompt and continuation of {longest} tokens leave "
-                f"{reach - longest} of max_positions={reach}, and it needs {self.num_drafts}"
+                f"max_new_tokens={self.max_new_tokens}{more} does not fit: the longest prompt has {longest}, and "
+                f"max_positions={reach}"
             )
+
+
+@dataclass
+class Generated:
+    """What `generate` returns.
+
+    Example:
+        >>> result = Generated([[1, 2, 3]], acceptance=[0.5, 0.25], decode_seconds=0.5)
+        >>> result.mean_accepted, result.tokens_per_s
+        (1.75, 4.0)
+    """
+
+    tokens: list[list[int]]  # new tokens only; a stop token is the last of its row
+    acceptance: list[float] = field(default_factory=list)  # share of steps that accepted the draft at each position
+    steps: int = 0  # forward passes of the model after prefill
+    prefill_seconds: float = 0.0  # with compilation if these shapes were not run before
+    decode_seconds: float = 0.0  # likewise
+    cache_bytes: int = 0  # of all slots, free ones too
+    cache_bytes_per_token: int = 0
+    steps_by_length: dict[int, int] = field(default_factory=dict)  # draft_length="auto": steps by verified drafts
+
+    @property
+    def mean_accepted(self) -> float:
+        """Tokens that a step adds to a sequence, before its end: 1 and the accepted drafts."""
+        return 1.0 + sum(self.acceptance)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens after each row's first, a second of decoding."""
+        return sum(len(row) - 1 for row in self.tokens) / max(self.decode_seconds, 1e-9)
 
 
 def _check_tokens(cfg: ModelConfig, prompts: Sequence[Sequence[int]], stop_tokens: Sequence[int]) -> None:
@@ -127,17 +150,12 @@ def _check_tokens(cfg: ModelConfig, prompts: Sequence[Sequence[int]], stop_token
             raise ValueError(f"prompt {i}={prompt!r} is not a list of token ids; encode text with a tokenizer first")
         if not len(prompt):
             raise ValueError(f"prompt {i} is empty; give at least one token")
-        for token in prompt:
-            _check_token(cfg, f"prompt {i} holds token", token)
-    for token in stop_tokens:
-        _check_token(cfg, "stop_tokens holds token", token)
-
-
-def _check_token(cfg: ModelConfig, what: str, token: Any) -> None:
-    if not _is_int(token) and not isinstance(token, np.integer):
-        raise ValueError(f"{what} {token!r}, which is not a token id")
-    if not 0 <= token < cfg.vocab_size:
-        raise ValueError(f"{what} {token}, outside the vocabulary of {cfg.vocab_size}")
+    named = [(f"prompt {i}", token) for i, prompt in enumerate(prompts) for token in prompt]
+    for what, token in [*named, *(("stop_tokens", token) for token in stop_tokens)]:
+        if not _is_int(token) and not isinstance(token, np.integer):
+            raise ValueError(f"{what} holds token {token!r}, which is not a token id")
+        if not 0 <= token < cfg.vocab_size:
+            raise ValueError(f"{what} holds token {token}, outside the vocabulary of {cfg.vocab_size}")
 
 
 def _is_int(value: Any) -> bool:

@@ -1,8 +1,9 @@
 """Drafters: an independent small model, the model's own multi-token heads, or the text itself.
 
 A drafter has two methods. `start` makes its state after a prompt. `draft` first reads the tokens that were accepted in
-the last step (`StepResult`), then drafts. Its state is in caches like the model's. Rows that it wrote for drafts are
-beyond the cache's lengths and will be overwritten, so nothing is copied or undone.
+the last step (`StepResult`; after plain steps, in all of them), then drafts a token with each of the keys [J, B]. Its
+state is in caches like the model's. Rows that it wrote for drafts are beyond the cache's lengths and will be
+overwritten, so nothing is copied or undone.
 
 Letters: B sequences, J drafts a step, F = J + 1, D width, W vocabulary, M heads. t_m is the newest token; the trunk's
 hidden states are known up to position m − 1.
@@ -27,21 +28,40 @@ LONGEST_MATCH = 8  # tokens that prompt look-up compares
 
 
 class StepResult(NamedTuple):
-    """The results of the model's last step."""
+    """The results of the model's last step, or of several plain ones."""
 
     h: Array  # [B, F, D]: what heads read of the trunk, from position `start` on
-    tokens: Array  # int32 [B, F]: the tokens after, so that tokens[:, j] follows h[:, j]
-    num_valid: Array  # int32 [B]: how many of them are in the text, at least 1
+    text: Array  # int32 [B, F + 1]: the token at `start` and those after, so that text[:, j + 1] follows h[:, j]
+    num_valid: Array  # int32 [B]: how many of h are of the text, at least 1
     start: Array  # int32 [B]
-    previous: Array  # int32 [B]: the token at `start`
+
+    def resize(self, width: int) -> "StepResult":
+        """The same with F = width: what is beyond is not valid."""
+
+        def some(x: Array, width: int) -> Array:
+            return jnp.pad(x[:, :width], [(0, 0), (0, max(width - x.shape[1], 0)), *[(0, 0)] * (x.ndim - 2)])
+
+        return self._replace(h=some(self.h, width), text=some(self.text, width + 1))
+
+    def append(self, step: "StepResult") -> "StepResult":
+        """With the next plain step behind it."""
+        rows = jnp.arange(self.num_valid.size, dtype=jnp.int32)
+        h = self.h.at[rows, self.num_valid].set(step.h[:, 0])
+        return StepResult(
+            h, self.text.at[rows, self.num_valid + 1].set(step.text[:, 1]), self.num_valid + 1, self.start
+        )
+
+    def newest(self) -> "StepResult":
+        """Its last valid position alone."""
+        index = self.num_valid - 1
+        return StepResult(_shift(self.h, index), _shift(self.text, index), jnp.ones_like(index), self.start + index)
 
 
 class Drafts(NamedTuple):
-    """J drafts a sequence, and the laws they were drawn from: None at temperature 0, or if all were certain."""
+    """J drafts a sequence, and the distributions they were drawn from: None at temperature 0, or if each is certain."""
 
     tokens: Int[Array, "B J"]
     q: Float[Array, "B J W"] | None
-    confidence: Float[Array, "B J"] | None = None  # the drafter's largest probability before each was drawn
 
 
 class Prompt(NamedTuple):
@@ -58,8 +78,8 @@ class Prompt(NamedTuple):
 class ModelDrafter:
     """An independent model with the target's vocabulary."""
 
-    def __init__(self, model: Transformer, weights: DecodeWeights | None, *, gaps: bool = False):
-        self.model, self.weights, self.gaps = model, weights, gaps
+    def __init__(self, model: Transformer, weights: DecodeWeights | None):
+        self.model, self.weights = model, weights
 
     def start(self, prompt: Prompt) -> Any:
         cfg, batch = self.model.cfg, prompt.tokens.shape[0]
@@ -68,28 +88,28 @@ class ModelDrafter:
         tokens = prompt.tokens[:, : cfg.max_positions]
         return self.model.prefill(tokens, prompt.lengths, cache)[1]
 
-    def draft(self, state: Cache, last: StepResult, count: int, key: Array, sampling: Sampling) -> tuple[Drafts, Cache]:
-        # One of the last two tokens may be cached already: if every draft was accepted, the last of them is not.
-        both = jnp.concatenate([last.previous[:, None], last.tokens], axis=1)
-        index = last.num_valid[:, None] - 1 + jnp.arange(2, dtype=jnp.int32)[None]
-        tokens = jnp.take_along_axis(both, index, axis=1)
-        newest = last.start + last.num_valid
+    def draft(self, state: Cache, last: StepResult, keys: Array, sampling: Sampling) -> tuple[Drafts, Cache]:
+        # After its own drafts two tokens may not be cached: the newest, and before it a draft that ended a step. After
+        # plain steps it reads all.
+        wide = last.h.shape[1] > keys.shape[0] + 1
+        first = jnp.zeros_like(last.num_valid) if wide else last.num_valid - 1
+        index = first[:, None] + jnp.arange(last.text.shape[1] if wide else 2, dtype=jnp.int32)[None]
+        tokens = jnp.take_along_axis(last.text, index, axis=1)
+        x, cache = self.model.run_layers(tokens, state.at_lengths(last.start + first), self.weights)
 
-        def step(carry: tuple[Cache, Array], key: Array) -> tuple[tuple[Cache, Array], "_Drawn"]:
-            cache, tokens = carry
-            x, cache = self.model.run_layers(tokens, cache, self.weights)
-            drawn = _draw(self.model.logits(self.model.norm(x[:, -1])), key, sampling)
-            return (cache.at_lengths(cache.lengths + tokens.shape[1]), drawn.token[:, None]), drawn
+        def draw(h: Array, key: Array) -> Drafts:
+            return _draw(self.model.logits(self.model.norm(h)), key, sampling)
 
-        keys = jax.random.split(key, count)
-        if self.gaps:  # after steps without drafts none of them is cached
-            x, cache = self.model.run_layers(both, state.at_lengths(last.start), self.weights)
-            first = _draw(self.model.logits(self.model.norm(_pick(x, last.num_valid))), keys[0], sampling)
-            carry = cache.at_lengths(newest + 1), first.token[:, None]
-        else:
-            carry, first = step((state.at_lengths(newest - 1), tokens), keys[0])
-        carry, rest = _repeat(step, carry, keys[1:])
-        return _concat_drafts([first], rest), carry[0]
+        def step(carry: tuple[Cache, Array], key: Array) -> tuple[tuple[Cache, Array], Drafts]:
+            cache, token = carry
+            x, cache = self.model.run_layers(token[:, None], cache, self.weights)
+            drawn = draw(x[:, 0], key)
+            return (cache.at_lengths(cache.lengths + 1), drawn.tokens), drawn
+
+        one = draw(_pick(x, last.num_valid - first), keys[0])
+        cache = cache.at_lengths(last.start + last.num_valid + 1)
+        carry, rest = _repeat(step, (cache, one.tokens), keys[1:])
+        return _concat_drafts([one], rest), carry[0]
 
 
 class _ChainState(NamedTuple):
@@ -122,14 +142,13 @@ class ChainDrafter:
         return tuple(states)
 
     def draft(
-        self, state: tuple[_ChainState, ...], last: StepResult, count: int, key: Array, sampling: Sampling
+        self, state: tuple[_ChainState, ...], last: StepResult, keys: Array, sampling: Sampling
     ) -> tuple[Drafts, tuple[_ChainState, ...]]:
-        start, num_valid, trained = last.start, last.num_valid, min(count, len(self.heads))
+        start, num_valid, trained = last.start, last.num_valid, min(keys.shape[0], len(self.heads))
         newest, rows = start + num_valid, jnp.arange(start.size, dtype=jnp.int32)
-        keys, states = jax.random.split(key, count), list(state)
-        drawn: list[_Drawn] = []
+        states, drawn = list(state), list[Drafts]()
         # Entry j is position start − k + 1 + j of head k. Each draft is put behind the tokens that are in the text.
-        h, tokens = last.h, jnp.pad(last.tokens, ((0, 0), (0, trained)))
+        h, tokens = last.h, jnp.pad(last.text[:, 1:], ((0, 0), (0, trained)))
         for k, head in enumerate(state[:trained], start=1):
             # Positions before 0, if the text is shorter than the chain, are skipped.
             skipped = jnp.maximum(k - 1 - start, 0)
@@ -142,7 +161,7 @@ class ChainDrafter:
             states[k - 1] = _ChainState(cache, _pick(out, num_valid - 1))
             h, tokens = (
                 jnp.concatenate([head.last[:, None], out], axis=1),
-                tokens.at[rows, num_valid + k - 1].set(drawn[-1].token),
+                tokens.at[rows, num_valid + k - 1].set(drawn[-1].tokens),
             )
 
         def beyond(carry: tuple[Cache, Array, Array], key: Array):
@@ -150,9 +169,9 @@ class ChainDrafter:
             cache, h, token = carry
             h, cache = self._continue(-1, token[:, None], h, cache)
             one = _draw(self.model.logits(h[:, 0]), key, sampling)
-            return (cache, h, one.token), one
+            return (cache, h, one.tokens), one
 
-        carry = states[trained - 1].cache.at_lengths(newest), end[:, None], drawn[-1].token
+        carry = states[trained - 1].cache.at_lengths(newest), end[:, None], drawn[-1].tokens
         carry, rest = _repeat(beyond, carry, keys[trained:])
         states[trained - 1] = states[trained - 1]._replace(cache=carry[0])
         return _concat_drafts(drawn, rest), tuple(states)
@@ -183,16 +202,14 @@ class ParallelDrafter:
         return tuple(caches)
 
     def draft(
-        self, state: tuple[Cache | None, ...], last: StepResult, count: int, key: Array, sampling: Sampling
+        self, state: tuple[Cache | None, ...], last: StepResult, keys: Array, sampling: Sampling
     ) -> tuple[Drafts, tuple[Cache | None, ...]]:
-        caches, keys = list(state), jax.random.split(key, count)
-        drawn: list[_Drawn] = []
+        caches, drawn = list(state), list[Drafts]()
         positions = last.start[:, None] + jnp.arange(last.h.shape[1], dtype=jnp.int32)[None]
-        tokens = jnp.concatenate([last.previous[:, None], last.tokens[:, :-1]], axis=1)
-        for k, head in enumerate(self.heads[:count]):
+        for k, head in enumerate(self.heads[: keys.shape[0]]):
             cache = state[k]
             cache = None if cache is None else cache.at_lengths(last.start)
-            ctx = make_context(self.model.cfg, positions, tokens=tokens, cache=cache, may_drop=False)
+            ctx = make_context(self.model.cfg, positions, tokens=last.text[:, :-1], cache=cache, may_drop=False)
             h, ctx, _ = head(last.h, ctx)
             caches[k] = ctx.cache
             drawn.append(_draw(self.model.logits(_pick(h, last.num_valid - 1)), keys[k], sampling))
@@ -214,31 +231,30 @@ class LookupDrafter:
         text = jnp.zeros((prompt.tokens.shape[0], prompt.capacity), jnp.int32)
         return text.at[:, : prompt.tokens.shape[1]].set(prompt.tokens)
 
-    def draft(self, state: Array, last: StepResult, count: int, key: Array, sampling: Sampling) -> tuple[Drafts, Array]:
+    def draft(self, state: Array, last: StepResult, keys: Array, sampling: Sampling) -> tuple[Drafts, Array]:
         text, newest = write_text(state, last), last.start + last.num_valid
-        found, length = look_up(text, newest)
-        ahead = jnp.arange(count, dtype=jnp.int32)[None] % (newest - found)[:, None]
+        found = look_up(text, newest)
+        ahead = jnp.arange(keys.shape[0], dtype=jnp.int32)[None] % (newest - found)[:, None]
         drafts = jnp.take_along_axis(text, found[:, None] + 1 + ahead, axis=1)
-        sure = (length.astype(jnp.float32) + 0.5) / (LONGEST_MATCH + 1)  # a class of its own for each length
-        return Drafts(drafts, None, jnp.broadcast_to(sure[:, None], drafts.shape)), text
+        return Drafts(drafts, None), text
 
 
 def write_text(text: Int[Array, "B S"], last: StepResult) -> Int[Array, "B S"]:
     """Put the last step's tokens into the text. Later steps overwrite those that are not valid."""
     rows = jnp.arange(text.shape[0], dtype=jnp.int32)[:, None]
-    columns = last.start[:, None] + 1 + jnp.arange(last.tokens.shape[1], dtype=jnp.int32)[None]
-    return constrain(text.at[rows, columns].set(last.tokens, mode="drop"))
+    columns = last.start[:, None] + jnp.arange(last.text.shape[1], dtype=jnp.int32)[None]
+    return constrain(text.at[rows, columns].set(last.text, mode="drop"))
 
 
-def look_up(text: Int[Array, "B S"], newest: Int[Array, " B"]) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+def look_up(text: Int[Array, "B S"], newest: Int[Array, " B"]) -> Int[Array, " B"]:
     """Find the last tokens of a text earlier in it.
 
     Args: newest: the position of each text's last token, at least 1; later slots are not read.
-    Returns: (the last position before `newest` where the longest run of the last tokens ends, the run's length).
+    Returns: the last position before `newest` where the longest run of the last tokens ends.
 
     Example:
         >>> look_up(jnp.array([[7, 5, 6, 9, 5, 6, 0, 0]]), jnp.array([5]))  # 5, 6 ends at position 2
-        (Array([2], dtype=int32), Array([2], dtype=int32))
+        Array([2], dtype=int32)
     """
     before, slots = LONGEST_MATCH - 1, text.shape[1]
     padded = jnp.pad(text, ((0, 0), (before, 0)), constant_values=-1)  # no token
@@ -250,21 +266,14 @@ def look_up(text: Int[Array, "B S"], newest: Int[Array, " B"]) -> tuple[Int[Arra
         same = same & (shifted == wanted) & (shifted >= 0)
         length = length + same.astype(jnp.int32)
     # The longest, and the latest of those.
-    found = slots - 1 - jnp.argmax(jnp.where(earlier, length, -1)[:, ::-1], axis=1).astype(jnp.int32)
-    return found, jnp.take_along_axis(length, found[:, None], axis=1)[:, 0]
+    return slots - 1 - jnp.argmax(jnp.where(earlier, length, -1)[:, ::-1], axis=1).astype(jnp.int32)
 
 
 Drafter = ModelDrafter | ChainDrafter | ParallelDrafter | LookupDrafter
 
 
-def make_drafter(
-    model: Transformer, draft: "str | Transformer", weights: DecodeWeights | None, *, gaps: bool = False
-) -> Drafter:
-    """Make the drafter of a request.
-
-    Args:
-        weights: of the model that drafts.
-        gaps: steps without drafts may come between, whose tokens it then reads together.
+def make_drafter(model: Transformer, draft: "str | Transformer", weights: DecodeWeights | None) -> Drafter:
+    """Make the drafter of a request; `weights` are of the model that drafts.
 
     Example:
         >>> from dsv3_jax.model.transformer import abstract
@@ -273,26 +282,17 @@ def make_drafter(
         'ChainDrafter'
     """
     if isinstance(draft, Transformer):
-        return ModelDrafter(draft, weights, gaps=gaps)
+        return ModelDrafter(draft, weights)
     if draft == "lookup":
         return LookupDrafter()
     return (ChainDrafter if model.cfg.head_kind.reads_tokens else ParallelDrafter)(model, weights)
 
 
-class _Drawn(NamedTuple):
-    token: Array  # int32 [B]
-    q: Array | None  # [B, W]: the law it was drawn from
-    confidence: Array  # [B]: the largest probability
-
-
-def _draw(logits: Float[Array, "B W"], key: Array, sampling: Sampling) -> _Drawn:
+def _draw(logits: Float[Array, "B W"], keys: Array, sampling: Sampling) -> Drafts:
+    """One draft a sequence, without the axis of drafts; keys [B]."""
     logits, left = process_by_rows(logits, sampling)
-    token = constrain(sample(logits, key, **left._asdict()))
-    if sampling.temperature == 0.0:
-        largest = logits.max(axis=-1, keepdims=True)
-        return _Drawn(token, None, 1 / jnp.exp(logits - largest).sum(axis=-1))
-    q = probabilities(logits, left)
-    return _Drawn(token, q, q.max(axis=-1))
+    token = constrain(sample(logits, keys, **left._asdict()))
+    return Drafts(token, probabilities(logits, left) if sampling.temperature else None)
 
 
 def process_by_rows(logits: Float[Array, "B *F W"], sampling: Sampling) -> tuple[Float[Array, "B *F W"], Sampling]:
@@ -321,12 +321,12 @@ def _repeat(step, carry, keys: Array):
     return jax.lax.scan(step, carry, keys) if keys.shape[0] else (carry, None)
 
 
-def _concat_drafts(drawn: list[_Drawn], rest: _Drawn | None = None) -> Drafts:
+def _concat_drafts(drawn: list[Drafts], rest: Drafts | None = None) -> Drafts:
     """Drafts drawn one by one, then the rest, stacked along a leading axis."""
     parts = [jax.tree.map(lambda x: x[:, None], one) for one in drawn]
     if rest is not None:
         parts.append(jax.tree.map(lambda x: x.swapaxes(0, 1), rest))
-    return Drafts(*jax.tree.map(lambda *columns: jnp.concatenate(columns, axis=1), *parts))
+    return jax.tree.map(lambda *columns: jnp.concatenate(columns, axis=1), *parts)
 
 
 def _head_cache(model: Transformer, prompt: Prompt, rows: dict[str, Array], lengths: Array) -> Cache:

@@ -1,11 +1,12 @@
-"""From prompts to text: expanded prefill, then one compiled loop of { draft → a step over the drafts → accept by row }.
+"""From prompts to text: expanded prefill, then compiled parts of { draft → a step over the drafts → accept by row }.
 
 Plain decoding is that loop without drafts. Each sequence advances by its own count in its own cache rows; none waits.
 """
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,47 +18,19 @@ from jaxtyping import Array
 
 from dsv3_jax.config import CacheKind
 from dsv3_jax.decoding import auto_length
-from dsv3_jax.decoding.auto_length import Control, Costs, Options
-from dsv3_jax.decoding.decode_config import OWN_DRAFTS, DecodeConfig
-from dsv3_jax.decoding.drafters import Drafter, Drafts, Prompt, StepResult, make_drafter, process_by_rows
+from dsv3_jax.decoding.auto_length import Part
+from dsv3_jax.decoding.decode_config import DecodeConfig, Generated
+from dsv3_jax.decoding.drafters import Drafts, Prompt, StepResult, make_drafter, process_by_rows
 from dsv3_jax.decoding.without_cache import decode_without_cache
 from dsv3_jax.mesh import sharding
 from dsv3_jax.mesh.sharding import constrain
 from dsv3_jax.model.cache import keep_sharded, pick_dtype, pick_kind
 from dsv3_jax.model.counting import bytes_per_token
 from dsv3_jax.model.transformer import DecodeWeights, Transformer
-from dsv3_jax.ops.sampling import Sampling
+from dsv3_jax.ops.sampling import GREEDY, Sampling, keys_at, row_keys
 from dsv3_jax.ops.verify_drafts import accept
 
-
-@dataclass
-class Generated:
-    """What `generate` returns.
-
-    Example:
-        >>> result = Generated([[1, 2, 3]], acceptance=[0.5, 0.25], decode_seconds=0.5)
-        >>> result.mean_accepted, result.tokens_per_s
-        (1.75, 4.0)
-    """
-
-    tokens: list[list[int]]  # new tokens only; a stop token is the last of its row
-    acceptance: list[float] = field(default_factory=list)  # share of steps that accepted the draft at each position
-    steps: int = 0  # forward passes of the model after prefill
-    prefill_seconds: float = 0.0  # with compilation, and the costs of "auto", if these shapes were not run before
-    decode_seconds: float = 0.0  # likewise
-    cache_bytes: int = 0  # of all slots, free ones too
-    cache_bytes_per_token: int = 0
-    steps_by_length: dict[int, int] = field(default_factory=dict)  # draft_length="auto": steps by verified drafts
-
-    @property
-    def mean_accepted(self) -> float:
-        """Tokens that a step adds to a sequence, before its end: 1 and the accepted drafts."""
-        return 1.0 + sum(self.acceptance)
-
-    @property
-    def tokens_per_s(self) -> float:
-        """New tokens after each row's first, a second of decoding."""
-        return sum(len(row) - 1 for row in self.tokens) / max(self.decode_seconds, 1e-9)
+UNREAD = auto_length.LONGEST + 16  # draft_length="auto": positions that a drafter can leave unread in plain steps
 
 
 class Loop(NamedTuple):
@@ -65,31 +38,54 @@ class Loop(NamedTuple):
 
     cache: Any
     drafter: Any  # the drafter's state
-    last: Any  # StepResult; None before the first step
+    last: Any  # a StepResult: what the drafter has not read; None if nobody drafts
+    keys: Array  # [B, 2]: of each row's draws, and of its drafts'
     done: Array  # bool [B]
-    key: Array
     out: Array  # int32 [B, max_new_tokens], -1 beyond what is written
     written: Array  # int32 [B]: tokens in each row of `out`
     steps: Array  # int32 []
+    rows: Array  # int32 []: steps of rows that were not done
     num_accepted: Array  # int32 [J]: accepted drafts, by position
-    drafted: Array  # int32 []: steps of rows that were not done
-    tally: Any = None  # what `auto_length` knows
 
 
-class _Static(NamedTuple):
-    """The settings that the compiled programs depend on."""
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["state", "draft_state", "stops", "weights", "draft_weights"],
+    meta_fields=["graphdef", "draft", "lengths", "sampling", "max_new_tokens", "capacity", "kind", "dtype"],
+)
+@dataclass(frozen=True)
+class Job:
+    """What the compiled programs of a request read, and the settings that they depend on."""
 
-    sampling: Sampling
-    draft_length: int  # J, the largest of "auto"; 0 without a draft
+    state: Any
+    draft_state: Any  # of a draft model
+    stops: Any  # int32 [n]
+    graphdef: Any
     draft: Any  # None, "mtp", "lookup", or the graph of a draft model
+    lengths: tuple[int, ...]  # drafts a step: one length, or those of "auto"
+    sampling: Sampling
     max_new_tokens: int
     capacity: int
     kind: CacheKind
     dtype: Any
-    auto: Options | None = None  # None: each step has J drafts
+    weights: Any = None  # DecodeWeights, once the prompt is read
+    draft_weights: Any = None
+
+    @property
+    def unread(self) -> int:
+        """Positions that a drafter can leave unread between parts."""
+        return self.lengths[0] + 1 if len(self.lengths) == 1 else UNREAD
+
+    def merge(self) -> tuple[Transformer, Any]:
+        """(The model, its drafter or None.)"""
+        model, draft, weights = nnx.merge(self.graphdef, self.state), self.draft, self.weights
+        if self.draft_state is not None:
+            draft, weights = nnx.merge(draft, self.draft_state), self.draft_weights
+        return model, draft and make_drafter(model, draft, weights)
 
 
-_COSTS: dict[Any, Costs] = {}  # of the shapes that have run
+# Of each shape, from requests before: (its last parts; the seconds of a part without steps, by length).
+_PAST: dict[Any, tuple[deque[Part], dict[int, float]]] = {}
 
 
 def generate(
@@ -126,10 +122,11 @@ def generate(
         draft: who drafts: None, "mtp" (the model's own multi-token heads, of any kind), "lookup" (the text so far: what
             followed the same tokens before) or a smaller Transformer with the same vocabulary, on the same mesh. Text
             has the same distribution as without, and is the same at temperature 0.
-        draft_length: tokens drafted a step. DeepSeek's and EAGLE heads draft beyond their depth. "auto" chooses at each
-            step by the cost of drafts and by how sure the drafter is, and falls back to plain steps. The first request
-            of a shape measures the costs. Sampled text then depends on them, not on the seed alone; its law does not.
-        seed: of the random draws.
+        draft_length: tokens drafted a step. DeepSeek's and EAGLE heads draft beyond their depth. "auto" chooses
+            between parts of the text by the tokens a second of the parts before, and falls back to plain steps. Heads'
+            or a model's drafts then make sampled text depend on these times too; its distribution does not.
+        seed: of the random draws. Each depends on the seed, the row and its place in the text, so without drafts and
+            with "lookup" a seed's text is the same, whatever the draft_length.
     Raises: ValueError for an empty prompt or batch, a token outside the vocabulary, a prompt and continuation beyond
         max_positions, or settings outside their range. Also for a draft with another vocabulary or on another mesh, or
         heads that the model does not have.
@@ -150,23 +147,6 @@ def generate(
     return last
 
 
-def stream(model: Transformer, prompt: Sequence[int], config: DecodeConfig) -> Iterator[int]:
-    """Yield the tokens of `generate_in_parts` for one prompt as they come.
-
-    Example:
-        >>> import dsv3_jax as ds
-        >>> from dsv3_jax.model.transformer import abstract
-        >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
-        >>> model = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract(cfg))  # all weights are 0
-        >>> list(stream(model, [1, 2, 3], DecodeConfig(max_new_tokens=4)))
-        [0, 0, 0, 0]
-    """
-    seen = 0
-    for result in generate_in_parts(model, [prompt], config):
-        yield from result.tokens[0][seen:]
-        seen = len(result.tokens[0])
-
-
 def generate_in_parts(
     model: Transformer, prompts: Sequence[Sequence[int]], config: DecodeConfig, *, part: int | None = 8
 ) -> Iterator[Generated]:
@@ -184,124 +164,106 @@ def generate_in_parts(
     """
     if not isinstance(model, Transformer):
         raise ValueError(f"model={model!r} is not a Transformer")
-    cfg = model.cfg
-    config.check(cfg, prompts)
+    config.check(model.cfg, prompts)
+    part = part or config.max_new_tokens
     if config.cache == "none":
-        yield from _uncached_in_parts(model, prompts, config, part)
+        yield from decode_without_cache(model, prompts, config, part)
         return
-    kind, dtype = pick_kind(cfg, config.cache), pick_dtype(model.compute_dtype, config.cache_dtype)
-    lengths = np.array([len(p) for p in prompts], np.int32)
-    # Shapes in steps of 32, so that prompts of nearby lengths share one compilation.
-    longest = max(int(lengths.max()), config.pad_prompts_to)
-    width = min(_round_up(longest, 32), cfg.max_positions)
-    capacity = _round_up(longest + config.max_new_tokens + config.num_drafts, 32)
-    tokens = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    graphdef, state = nnx.split(model.in_compute_dtype())
-    auto, draft_length = None, config.num_drafts
-    if config.draft is not None and config.draft_length == "auto":
-        auto = auto_length.make_options(config.draft, cfg, len(prompts), config.max_new_tokens)
-        draft_length = auto.lengths[-1]
-    draft: tuple[Any, Any] = config.draft, None
-    if isinstance(config.draft, Transformer):
-        draft = nnx.split(config.draft.in_compute_dtype())
-    static = _Static(config.sampling, draft_length, draft[0], config.max_new_tokens, capacity, kind, dtype, auto)
-    stops = jnp.asarray(config.stop_tokens, jnp.int32)
-    mesh = sharding.mesh_of(state)
-    if draft[1] is not None and sharding.mesh_of(draft[1]) != mesh:
-        raise ValueError("draft is not on the mesh of the model; load both with the same mesh")
-    start = time.perf_counter()
-    with sharding.use_mesh(mesh):  # and never while this generator waits: the mesh in use is the caller's, too
-        key = jax.random.key(config.seed)
-        loop = _prefill(graphdef, state, draft[1], jnp.asarray(tokens), jnp.asarray(lengths), key, stops, static=static)
-        jax.block_until_ready(loop)
-    with sharding.use_mesh(mesh):
-        weights = _decode_weights(graphdef, state), None if draft[1] is None else _decode_weights(*draft)
-        programs = [(graphdef, state, draft[1], weights, static)]
-        control = None
-        if auto is not None and not bool(loop.done.all()):
-            programs.append((graphdef, state, None, (weights[0], None), _plain(static)))
-
-            def run(control: Control | None, steps: int) -> tuple[float, int]:
-                copy = jax.tree.map(lambda x: x.copy(), loop)  # buffers are donated
-                copy = jax.block_until_ready(auto_length.to_plain(copy) if control is None else copy)
-                begin = time.perf_counter()
-                until = jnp.asarray(1 + steps, jnp.int32)
-                made = int(_run(programs[control is None], copy, stops, until, control).steps)
-                return time.perf_counter() - begin, made
-
-            if (shape := (graphdef, static, len(prompts), mesh)) not in _COSTS:
-                _COSTS[shape] = auto_length.measure_costs(run, auto, most=config.max_new_tokens - 1)
-            minus = jnp.asarray(-1, jnp.int32)
-            control = Control(_COSTS[shape], minus, minus, minus)
-            if not auto_length.may_pay(control.costs, auto):
-                loop, control = auto_length.to_plain(loop), None
-    prefill_seconds, decode_seconds = time.perf_counter() - start, 0.0
-    per_token, size = bytes_per_token(cfg, kind, dtype), loop.cache.nbytes
-
-    def result(loop: Loop) -> Generated:
-        accepted, by_length = loop.num_accepted, loop.tally and loop.tally.by_length
-        if auto is not None and loop.tally is None:  # of the plain program
-            accepted = np.zeros(draft_length)
-            by_length = [int(loop.steps), *[0] * (len(auto.lengths) - 1)]
-        acceptance = [float(x) for x in np.asarray(accepted) / max(int(loop.drafted), 1)]
-        rows = [
-            [int(t) for t in row[:n]] for row, n in zip(np.asarray(loop.out), np.asarray(loop.written), strict=True)
-        ]
-        steps = {} if auto is None else dict(zip(auto.lengths, np.asarray(by_length).tolist(), strict=True))
-        return Generated(rows, acceptance, int(loop.steps), prefill_seconds, decode_seconds, size, per_token, steps)
-
-    yield result(loop)
-    while not bool(loop.done.all()):
-        # From the shortest row that continues: one that has ended grows no more.
-        behind = int(jnp.where(loop.done, config.max_new_tokens, loop.written).min())
-        until = config.max_new_tokens if part is None else min(behind + part, config.max_new_tokens)
-        start = time.perf_counter()
-        with sharding.use_mesh(mesh):
-            program = programs[-1 if loop.tally is None else 0]
-            loop = _run(program, loop, stops, jnp.asarray(until, jnp.int32), control)
-            jax.block_until_ready(loop)
-        decode_seconds += time.perf_counter() - start
-        yield result(loop)
+    request = _Request(model, prompts, config)
+    yield request.result()
+    while request.behind < config.max_new_tokens:
+        request.decode(part)
+        yield request.result()
 
 
-def _uncached_in_parts(
-    model: Transformer, prompts: Sequence[Sequence[int]], config: DecodeConfig, part: int | None
-) -> Iterator[Generated]:
-    start = first = time.perf_counter()
-    for steps, rows in enumerate(decode_without_cache(model, prompts, config)):
-        now = time.perf_counter()
-        first = first if steps else now
-        result = Generated(
-            [list(row) for row in rows], steps=steps, prefill_seconds=first - start, decode_seconds=now - first
+class _Request:
+    """A request on its devices: what the compiled programs read and made so far, and the host's clock."""
+
+    def __init__(self, model: Transformer, prompts: Sequence[Sequence[int]], config: DecodeConfig):
+        cfg, draft, draft_state, lengths = model.cfg, config.draft, None, (config.num_drafts,)
+        kind, dtype = pick_kind(cfg, config.cache), pick_dtype(model.compute_dtype, config.cache_dtype)
+        graphdef, state = nnx.split(model.in_compute_dtype())
+        self.mesh = sharding.mesh_of(state)
+        if draft and config.draft_length == "auto":
+            lengths = auto_length.draft_lengths(draft, cfg)
+        if isinstance(draft, Transformer):
+            draft, draft_state = nnx.split(draft.in_compute_dtype())
+            if sharding.mesh_of(draft_state) != self.mesh:
+                raise ValueError("draft is not on the mesh of the model; load both with the same mesh")
+        # Shapes in steps of 32, so that prompts of nearby lengths share one compilation.
+        longest = max(*map(len, prompts), config.pad_prompts_to)
+        capacity = _round_up(longest + config.max_new_tokens + config.num_drafts)
+        stops, how = np.asarray(config.stop_tokens, np.int32), (config.sampling, config.max_new_tokens)
+        job = Job(state, draft_state, stops, graphdef, draft, lengths, *how, capacity, kind, dtype)
+        start, lengths = time.perf_counter(), np.array([len(p) for p in prompts], np.int32)
+        tokens = np.zeros((len(prompts), min(_round_up(longest), cfg.max_positions)), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        with sharding.use_mesh(self.mesh):  # never while a generator waits: the mesh in use is the caller's, too
+            self.loop = jax.block_until_ready(_prefill(job, tokens, lengths, np.uint32(config.seed)))
+            weights = _decode_weights(graphdef, state), draft_state and _decode_weights(draft, draft_state)
+        self.job = replace(job, weights=weights[0], draft_weights=weights[1])
+        self.prefill_seconds, self.decode_seconds = time.perf_counter() - start, 0.0
+        self.bytes_per_token, self.steps = bytes_per_token(cfg, kind, dtype), dict.fromkeys(job.lengths, 0)
+        self.past, self.start_seconds = _PAST.setdefault(
+            (jax.tree.structure(job), len(prompts), self.mesh), (deque(maxlen=256), {})
         )
-        if steps % (part or config.max_new_tokens) == 0:
-            yield result
-    if steps % (part or config.max_new_tokens):
-        yield result
+
+    @property
+    def behind(self) -> int:
+        """Tokens of the shortest row that continues; all if none does, for a row that has ended grows no more."""
+        return int(np.where(self.loop.done, self.job.max_new_tokens, self.loop.written).min())
+
+    def decode(self, tokens: int) -> None:
+        """Run until every row has so many more tokens than the shortest, or is done."""
+        until, lengths = min(self.behind + tokens, self.job.max_new_tokens), self.job.lengths
+        while (behind := self.behind) < until:
+            if len(lengths) == 1:
+                self._run(_decode, until, length=lengths[0])
+                continue
+            length, more = auto_length.choose(self.past, lengths)
+            if int(self.loop.last.num_valid.max()) > (length + 1 if length else UNREAD - more):
+                self._run_part(0, behind + 1)  # every row that continues then has two positions to read
+                self._run(_read)
+            self._run_part(length, min(self.behind + more, until))
+
+    def _run_part(self, length: int, until: int) -> None:
+        """Run a part for "auto", and remember it; before the first of a length, compile its program."""
+
+        def counts() -> list:
+            return jax.device_get([self.loop.steps, self.loop.rows, self.loop.num_accepted])
+
+        if length not in self.start_seconds:
+            for _ in range(3):
+                self.start_seconds[length] = self._run(_decode, 0, length=length)
+        before = counts()
+        seconds = self._run(_decode, until, length=length)
+        steps, rows, accepted = (after - old for after, old in zip(counts(), before, strict=True))
+        if steps:
+            own = max(seconds - self.start_seconds[length], seconds / 10)  # the start may have been slow when measured
+            self.past.append(Part(length, int(steps), int(rows), accepted.tolist(), own))
+            self.steps[length] += int(steps)
+
+    def _run(self, program: Any, *args: int, **static: int) -> float:
+        """Run a program on the loop. Returns: its seconds."""
+        start = time.perf_counter()
+        with sharding.use_mesh(self.mesh):
+            self.loop = jax.block_until_ready(program(self.job, self.loop, *args, **static))
+        seconds = time.perf_counter() - start
+        self.decode_seconds += seconds
+        return seconds
+
+    def result(self) -> Generated:
+        """The result so far."""
+        loop, size = jax.device_get(self.loop._replace(cache=None, drafter=None, last=None)), self.loop.cache.nbytes
+        rows = [row[:n].tolist() for row, n in zip(loop.out, loop.written, strict=True)]
+        acceptance = (loop.num_accepted / max(int(loop.rows), 1)).tolist()
+        times, steps = (self.prefill_seconds, self.decode_seconds), self.steps if len(self.steps) > 1 else {}
+        return Generated(rows, acceptance, int(loop.steps), *times, size, self.bytes_per_token, dict(steps))
 
 
-def _run(program: tuple, loop: Loop, stops: Array, until: Array, control: Control | None) -> Loop:
-    *args, static = program
-    return _decode(*args, loop, stops, until, control, static=static)
-
-
-def _round_up(n: int, step: int) -> int:
-    return -(-n // step) * step
-
-
-def _drafter(model: Transformer, static: _Static, draft_state: Any, weights: Any = (None, None)) -> Drafter | None:
-    if static.draft is None:
-        return None
-    if static.draft in OWN_DRAFTS:
-        return make_drafter(model, static.draft, weights[0])
-    gaps = static.auto is not None
-    return make_drafter(model, nnx.merge(static.draft, draft_state), weights[1], gaps=gaps)
-
-
-def _plain(static: _Static) -> _Static:
-    return static._replace(draft_length=0, draft=None, auto=None)
+def _round_up(n: int) -> int:
+    return -(-n // 32) * 32
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -309,120 +271,83 @@ def _decode_weights(graphdef, state) -> DecodeWeights | None:
     return nnx.merge(graphdef, state).prepare_decode()
 
 
-@partial(jax.jit, static_argnames=("graphdef", "static"))
-def _prefill(graphdef, state, draft_state, tokens, lengths, key, stops, *, static: _Static) -> Loop:
-    model, tokens = nnx.merge(graphdef, state), constrain(tokens, "batch", None)
-    batch = tokens.shape[0]
-    cache = model.empty_cache(batch, static.capacity, static.kind, static.dtype)
+@jax.jit
+def _prefill(job: Job, tokens: Array, lengths: Array, seed: Array) -> Loop:
+    """Read the prompts, and draw each row's first token, as if a step had just run over the prompt's last."""
+    (model, drafter), tokens, batch = job.merge(), constrain(tokens, "batch", None), tokens.shape[0]
+    cache = model.empty_cache(batch, job.capacity, job.kind, job.dtype)
     x, cache = model.prefill(tokens, lengths, cache)
-    drafter = _drafter(model, static, draft_state)
-    prompt = Prompt(tokens, lengths, x, static.capacity, static.kind, static.dtype)
-    drafter_state = None if drafter is None else drafter.start(prompt)
-    rows = jnp.zeros((batch,), jnp.int32)
+    # With room for all that a drafter writes when it reads what it can leave unread.
+    prompt = Prompt(tokens, lengths, x, job.capacity + job.unread, job.kind, job.dtype)
+    rows, zero = jnp.zeros((batch,), jnp.int32), jnp.zeros((), jnp.int32)
     loop = Loop(
-        cache, drafter_state, None, rows > 0, key, jnp.full((batch, static.max_new_tokens), -1, jnp.int32), rows,
-        jnp.zeros((), jnp.int32), jnp.zeros((static.draft_length,), jnp.int32), jnp.zeros((), jnp.int32),
+        cache.at_lengths(lengths - 1), drafter and drafter.start(prompt), None, row_keys(seed, batch), rows > 0,
+        jnp.full((batch, job.max_new_tokens), -1, jnp.int32), rows, zero, zero,
+        jnp.zeros((job.lengths[-1],), jnp.int32),
     )  # fmt: skip
-    # As if a step had just run over the prompt's last token.
-    start = lengths - 1
-    last, x = (jnp.take_along_axis(y, start.reshape(-1, *[1] * (y.ndim - 1)), axis=1) for y in (tokens, x))
-    loop = _advance(model, loop, Drafts(last[:, 1:], None), x, start, last[:, 0], stops, static)
-    if static.auto is None:
-        return loop
-    return loop._replace(last=auto_length.widen(loop.last), tally=auto_length.new_tally(static.auto))
+    newest, x = (jnp.take_along_axis(y, (lengths - 1).reshape(-1, *[1] * (y.ndim - 1)), axis=1) for y in (tokens, x))
+    loop, last = _advance(job, model, loop, Drafts(newest[:, 1:], None), newest, x)
+    return loop._replace(last=drafter and last.resize(job.unread), rows=zero, steps=zero)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "static"), donate_argnames=("loop",))
-def _decode(graphdef, state, draft_state, weights, loop: Loop, stops, until, control=None, *, static: _Static) -> Loop:
-    model = nnx.merge(graphdef, state)
-    drafter = _drafter(model, static, draft_state, weights)
-
-    def verify(loop: Loop, drafts: Drafts, newest: Array, static: _Static = static) -> Loop:
-        start = loop.cache.lengths
-        x, cache = model.run_layers(jnp.concatenate([newest, drafts.tokens], axis=1), loop.cache, weights[0])
-        loop = loop._replace(cache=cache, steps=loop.steps + 1)
-        return _advance(model, loop, drafts, x, start, newest[:, 0], stops, static)
-
-    def draft(state: Any, last: StepResult, count: int, key: Array) -> tuple[Drafts, Any]:
-        assert drafter is not None
-        return drafter.draft(state, last, count, key, static.sampling)
+@partial(jax.jit, static_argnames="length", donate_argnames="loop")
+def _decode(job: Job, loop: Loop, until: Array, *, length: int) -> Loop:
+    """Run steps of `length` drafts until every row has `until` tokens, or is done."""
+    model, drafter = job.merge()
 
     def step(loop: Loop) -> Loop:
-        newest = jnp.take_along_axis(loop.last.tokens, loop.last.num_valid[:, None] - 1, axis=1)
-        drafts = Drafts(newest[:, 1:], None)
-        if drafter is not None:
-            key, draw = jax.random.split(loop.key)
-            drafts, after = draft(loop.drafter, loop.last, static.draft_length, draw)
-            loop = loop._replace(drafter=after, key=key, drafted=loop.drafted + (~loop.done).sum(dtype=jnp.int32))
-        return verify(loop, drafts, newest)
+        newest = jnp.take_along_axis(loop.out, loop.written[:, None] - 1, axis=1)
+        drafts, state = Drafts(newest[:, 1:], None), loop.drafter
+        if length:
+            keys = keys_at(loop.keys[:, 1], loop.written[:, None] + jnp.arange(length, dtype=jnp.int32)[None])
+            drafts, state = drafter.draft(state, loop.last, keys.swapaxes(0, 1), job.sampling)
+        x, cache = model.run_layers(jnp.concatenate([newest, drafts.tokens], axis=1), loop.cache, job.weights)
+        after, last = _advance(job, model, loop._replace(cache=cache), drafts, newest, x)
+        return after._replace(drafter=state, last=last if length else drafter and loop.last.append(last))
 
-    def goes_on(loop: Loop) -> Array:
-        return ((loop.written < until) & ~loop.done).any()
+    if length:
+        loop = loop._replace(last=loop.last.resize(length + 1))
+    loop = jax.lax.while_loop(lambda loop: ((loop.written < until) & ~loop.done).any(), step, loop)
+    return loop._replace(last=drafter and loop.last.resize(job.unread))
 
-    options = static.auto
-    if options is None:
-        return jax.lax.while_loop(goes_on, step, loop)
-    has_q = static.sampling.temperature > 0 and static.draft != "lookup"
-    loop = jax.lax.while_loop(
-        lambda loop: jnp.where(control.draft >= 0, loop.steps < control.limit, goes_on(loop) & ~loop.tally.asleep),
-        lambda loop: auto_length.auto_step(loop, control, options, draft, verify, model.cfg.vocab_size, has_q),
-        loop,
-    )
-    # In the same program: to start another one takes as long as some steps of a small model.
-    asleep = loop.tally.asleep & (control.draft < 0)
-    plain = jax.lax.while_loop(
-        lambda plain: goes_on(plain) & asleep,
-        lambda plain: verify(plain, Drafts(plain.last.tokens[:, 1:], None), plain.last.tokens, _plain(static)),
-        auto_length.to_plain(loop),
-    )
-    return auto_length.from_plain(plain, loop)
+
+@partial(jax.jit, donate_argnames="loop")
+def _read(job: Job, loop: Loop) -> Loop:
+    """Let the drafter read all that plain steps have left but the newest position, which its next drafts follow."""
+    last, drafter = loop.last, job.merge()[1]
+    keys = jax.random.split(jax.random.key(0), (job.lengths[1], last.start.size))  # its drafts are for nothing
+    earlier = last._replace(num_valid=jnp.maximum(last.num_valid - 1, 1))
+    return loop._replace(drafter=drafter.draft(loop.drafter, earlier, keys, GREEDY)[1], last=last.newest())
 
 
 def _advance(
-    model: Transformer,
-    loop: Loop,
-    drafts: Drafts,
-    x: Array,
-    start: Array,
-    previous: Array,
-    stops: Array,
-    static: _Static,
-) -> Loop:
+    job: Job, model: Transformer, loop: Loop, drafts: Drafts, newest: Array, x: Array
+) -> tuple[Loop, StepResult]:
     """Accept or reject drafts, write the tokens, and move each row on by its own count.
 
-    Args: x [B, F, D], the trunk's output at token `previous`, whose position is `start`, and at each draft.
+    Args: newest [B, 1], the last token before the drafts; x [B, F, D], the trunk's output at it and at each draft.
     """
-    key, draw = jax.random.split(loop.key)
-    logits, left = process_by_rows(model.logits(model.norm(x)), static.sampling)
-    num_accepted, tokens = map(constrain, accept(drafts.tokens, drafts.q, logits, draw, left))
-    index = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-    count = jnp.minimum(num_accepted + 1, loop.out.shape[1] - loop.written)
-    ends = (tokens[..., None] == stops[None, None]).any(-1) & (index < count[:, None])
+    start, index = loop.cache.lengths, jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    logits, left = process_by_rows(model.logits(model.norm(x)), job.sampling)
+    keys = keys_at(loop.keys[:, 0], loop.written[:, None] + index)
+    num_accepted, tokens = map(constrain, accept(drafts.tokens, drafts.q, logits, keys, left))
+    count = jnp.minimum(num_accepted + 1, job.max_new_tokens - loop.written)
+    ends = (tokens[..., None] == job.stops[None, None]).any(-1) & (index < count[:, None])
     ended = ends.any(axis=1)
     count = jnp.where(ended, jnp.argmax(ends, axis=1).astype(jnp.int32) + 1, count)
-    count = jnp.where(loop.done, 0, count)
-    column = jnp.where(
-        index < count[:, None], loop.written[:, None] + index, loop.out.shape[1]
-    )  # past the end: dropped
+    count = jnp.where(loop.done, 0, count)  # such a row does not move; its numbers are computed and ignored
+    column = jnp.where(index < count[:, None], loop.written[:, None] + index, job.max_new_tokens)  # past it: dropped
     rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
     written = loop.written + count
-    # A row that is done does not move; its numbers are computed and ignored.
-    lengths = jnp.where(loop.done, loop.cache.lengths, start + count)
-    pad = static.draft_length + 1 - x.shape[1]
-    h = jnp.pad(model.read_by_heads(x), ((0, 0), (0, pad), (0, 0)))
-    accepted = (index[:, : drafts.tokens.shape[1]] < num_accepted[:, None]) & ~loop.done[:, None]
+    accepted = (index[:, :-1] < num_accepted[:, None]) & ~loop.done[:, None]
+    h = constrain(model.read_by_heads(x), "batch", None, None)
+    last = StepResult(h, jnp.concatenate([newest, tokens], axis=1), jnp.maximum(count, 1), start)
     return loop._replace(
-        cache=keep_sharded(loop.cache.at_lengths(lengths)),
-        last=StepResult(
-            constrain(h, "batch", None, None),
-            jnp.pad(tokens, ((0, 0), (0, pad))),
-            jnp.maximum(count, 1),
-            start,
-            previous,
-        ),
-        key=key,
+        cache=keep_sharded(loop.cache.at_lengths(start + count)),
+        done=constrain(loop.done | ended | (written == job.max_new_tokens)),
         out=constrain(loop.out.at[rows, column].set(tokens, mode="drop")),
         written=constrain(written),
-        done=constrain(loop.done | ended | (written == loop.out.shape[1])),
-        num_accepted=loop.num_accepted + jnp.pad(accepted.sum(axis=0, dtype=jnp.int32), (0, pad)),
-    )
+        steps=loop.steps + 1,
+        rows=loop.rows + (~loop.done).sum(dtype=jnp.int32),
+        num_accepted=loop.num_accepted.at[: accepted.shape[1]].add(accepted.sum(axis=0, dtype=jnp.int32)),
+    ), last

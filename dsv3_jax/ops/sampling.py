@@ -1,5 +1,6 @@
 """Sampling of the next token from logits: greedy, temperature, top-k, top-p."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -53,6 +54,29 @@ def processed_logits(
     return logits
 
 
+def row_keys(seed: Array | int, rows: int) -> Array:
+    """Two keys [B, 2] for each row of a batch: of its draws, and of its drafts'.
+
+    Example:
+        >>> row_keys(0, 3).shape
+        (3, 2)
+    """
+    return jax.vmap(lambda row: jax.random.split(jax.random.fold_in(jax.random.key(seed), row)))(
+        jnp.arange(rows, dtype=jnp.int32)
+    )
+
+
+def keys_at(keys: Array, positions: Int[Array, "B F"]) -> Array:
+    """A key [B, F] for each position of each row, of the rows' keys [B]: a draw depends on seed, row and position.
+
+    Example:
+        >>> keys = keys_at(jax.random.split(jax.random.key(0), 2), jnp.array([[3, 4], [4, 5]]))
+        >>> keys.shape, bool(keys[0, 1] == keys[1, 0])
+        ((2, 2), False)
+    """
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, positions)
+
+
 def sample(
     logits: Float[Array, "*n W"],
     key: Array,
@@ -65,7 +89,7 @@ def sample(
 
     Args:
         logits: float32, W tokens in the last axis.
-        key: of `jax.random.key`; unused at temperature 0.
+        key: of `jax.random.key`, or an array of them, of one a row or of fewer axes; unused at temperature 0.
         temperature: 0 takes the largest logit; then top_k and top_p have no effect.
         top_k, top_p: as in `processed_logits`.
     Returns: int32 tokens.
@@ -80,4 +104,7 @@ def sample(
     if temperature == 0.0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     kept = processed_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-    return jax.random.categorical(key, kept, axis=-1).astype(jnp.int32)
+    draw = partial(jax.random.categorical, axis=-1)
+    for _ in range(key.ndim):
+        draw = jax.vmap(draw)
+    return draw(key, kept).astype(jnp.int32)
