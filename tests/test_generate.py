@@ -15,7 +15,6 @@ from dsv3_jax.config import Execution
 from dsv3_jax.decoding.decode_config import DecodeConfig
 from dsv3_jax.decoding.generate import _decode, _prefill, generate, generate_in_parts
 from dsv3_jax.kernels import choose
-from dsv3_jax.kernels.cpu import library
 from dsv3_jax.model import transformer
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.ops.sampling import Sampling
@@ -53,36 +52,27 @@ def greedy(model):
 
 
 def test_cached_greedy_decoding_equals_the_teacher_forced_forward(model, greedy):
-    assert not any(UNUSED in row for row in greedy)
-    assert [len(row) for row in greedy] == [NEW] * 3
+    """And each prompt alone gives the same."""
+    assert [len(row) for row in greedy] == [NEW] * 3 and not any(UNUSED in row for row in greedy)
     assert len({*greedy[0], *greedy[1], *greedy[2]}) > 5  # a model that repeats one token could not fail
     for logits, row in zip(teacher_logits(model, PROMPTS, greedy), greedy, strict=True):
         assert logits.argmax(-1).tolist() == row
-
-
-def test_each_prompt_alone_gives_the_same(model, greedy):
     for prompt, row in zip(PROMPTS[:2], greedy, strict=False):
         assert generate(model, [prompt], NEW, stop_tokens=[UNUSED]).tokens == [row]
 
 
 @pytest.mark.long
-def test_kernels_of_xla_give_the_same_tokens(model, greedy):
-    other = nnx.merge(nnx.graphdef(abstract(CFG, Execution(kernels="xla"))), nnx.state(model))
-    assert "cpu" not in other.kernels.chosen().values()
-    assert library.why_not() or model.kernels.chosen()["cached_attention"] == "cpu"
-    assert generate(other, PROMPTS, NEW, stop_tokens=[UNUSED]).tokens == greedy
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("module, name", [(choose, "LARGE_WEIGHT"), (transformer, "UNROLLED")])
-def test_layers_and_weights_are_read_in_any_way(model, greedy, monkeypatch, module, name):
-    """Every weight by the C++ kernels, for a single row too; and a scan over layers in place of an unrolled loop."""
-    if module is choose and (why := library.why_not()):
-        pytest.skip(why)
-    monkeypatch.setattr(module, name, 0)
-    cfg = replace(CFG, init_std=0.1 if module is choose else 0.2)  # a graph of its own: programs are compiled again
-    other = nnx.merge(nnx.graphdef(abstract(cfg)), nnx.state(model))
-    assert (other.prepare_decode() is None) == (name == "UNROLLED")
+@pytest.mark.parametrize("how", ["xla", "LARGE_WEIGHT", "UNROLLED"])
+def test_layers_and_weights_are_read_in_any_way(model, greedy, monkeypatch, how):
+    """By XLA; every weight by C++, for a single row too; and a scan over layers, with one stack of caches."""
+    if how != "xla":
+        monkeypatch.setattr(choose if how == "LARGE_WEIGHT" else transformer, how, 0)
+    cfg = replace(CFG, init_std={"xla": 0.3, "LARGE_WEIGHT": 0.1, "UNROLLED": 0.2}[how])  # a graph of its own
+    execution = Execution(kernels="xla" if how == "xla" else "auto")
+    other = nnx.merge(nnx.graphdef(abstract(cfg, execution)), nnx.state(model))
+    assert how != "xla" or "cpu" not in other.kernels.chosen().values()
+    parts = jax.eval_shape(lambda: other.empty_cache(1, 8, "latent", jnp.float32)).parts
+    assert (other.prepare_decode() is None) == (how == "UNROLLED") == (len(parts) == 1)
     assert generate(other, PROMPTS, NEW, stop_tokens=[UNUSED]).tokens == greedy
 
 
@@ -115,9 +105,7 @@ def test_a_stop_token_ends_its_row_and_no_other(model, greedy):
     for stop, cache in ((greedy[1][3], None), (greedy[2][0], None), (shared, None), (shared, "none")):
         got = generate(model, PROMPTS, NEW, stop_tokens=[stop], cache=cache)
         assert got.tokens == [until(row, stop) for row in greedy]
-        assert (
-            got.steps == max(map(len, got.tokens)) - 1
-        )  # the first token is prefill's; the loop ends with the last row
+        assert got.steps == max(map(len, got.tokens)) - 1  # the first token is prefill's
     assert any(len(until(row, shared)) == NEW for row in greedy)
 
 
@@ -197,8 +185,7 @@ def test_decoding_copies_neither_experts_nor_cache(whole_compiles):
     memory = _decode.lower(job, loop, 16, length=0).compile().memory_analysis()
     one_layers_experts = sum(4 * w.size // w.shape[0] for w in jax.tree.leaves(nnx.state(model.experts)))
     assert memory.temp_size_in_bytes < one_layers_experts
-    # A layer's rows may be read out once (and its scores formed); the cache is updated in place.
-    assert memory.temp_size_in_bytes < cache_bytes
+    assert memory.temp_size_in_bytes < cache_bytes / cfg.num_layers  # it is updated and read in place
     assert memory.alias_size_in_bytes >= cache_bytes
 
 
@@ -214,28 +201,25 @@ sys.modules["dsv3_jax.decoding.decode_config"] = hooked
     "changes, sentence",
     [
         (dict(max_new_tokens=0), "max_new_tokens=0 is not an int of 1 or above"),
-        *((dict(max_new_tokens=n), f"max_new_tokens={n!r} is not an int") for n in (5.0, None, True, "5")),
+        *((dict(max_new_tokens=n), f"max_new_tokens={n!r} is not an int") for n in (5.0, None, True)),
         (dict(draft_length=2.0), "draft_length=2.0 is not an int"),
         (dict(draft="mtp", draft_length=0), "draft_length=0 is not an int of 1 or above or 'auto'"),
-        (dict(draft="mtp", draft_length=True), "draft_length=True is not an int"),
         (dict(draft="medusa"), "draft='medusa' is not None, 'mtp', 'lookup' or a Transformer"),
         (dict(draft="mtp", cache="none"), "cache='none' decodes without drafts"),
-        (dict(draft=False), "draft=False is not None, 'mtp', 'lookup' or a Transformer"),
-        (dict(seed=0.5), "seed=0.5 is not an int"),
         (dict(seed=None), "seed=None is not an int"),
         *((dict(seed=n), f"seed={n} is not an int within [0, 2**32)") for n in (-1, 1 << 32)),
         *(
             (dict(temperature=t), f"temperature={t!r} is not a float of 0 or above")
-            for t in (-0.5, float("nan"), None, True, "warm")
+            for t in (-0.5, float("nan"), None, True)
         ),
-        *((dict(top_k=k), f"top_k={k!r} is not an int of 1 or above") for k in (0, -1, 2.0, True)),
-        *((dict(top_p=p), f"top_p={p!r} is not a float within (0, 1]") for p in (0.0, 1.5, True, "all")),
-        *((dict(cache=c), f"cache={c!r} is not one of latent, expanded, none") for c in ("paged", 3, False)),
+        *((dict(top_k=k), f"top_k={k!r} is not an int of 1 or above") for k in (0, 2.0, True)),
+        *((dict(top_p=p), f"top_p={p!r} is not a float within (0, 1]") for p in (0.0, 1.5, "all")),
+        *((dict(cache=c), f"cache={c!r} is not one of latent, expanded, none") for c in ("paged", 3)),
         *(
             (dict(cache_dtype=d), f"cache_dtype={d!r} is not one of float32, bfloat16, int8, float8_e4m3")
-            for d in ("int4", 8, np.float64)
+            for d in ("int4", np.float64)
         ),
-        *((dict(stop_tokens=s), f"stop_tokens={s!r} is not a list of token ids") for s in (None, 3, "ab")),
+        *((dict(stop_tokens=s), f"stop_tokens={s!r} is not a list of token ids") for s in (None, "ab")),
     ],
 )
 def test_settings_are_refused_at_creation(light, changes, sentence):
@@ -262,7 +246,6 @@ def test_sampling_must_be_one():
     [
         ("Hello", "prompts='Hello' is not a list of prompts"),
         (None, "prompts=None is not a list of prompts"),
-        (5, "prompts=5 is not a list of prompts"),
         ([], "prompts is empty; give at least one"),
         (["Hello"], "prompt 0='Hello' is not a list of token ids; encode text with a tokenizer first"),
         ([1, 2, 3], "prompt 0=1 is not a list of token ids"),
@@ -270,7 +253,6 @@ def test_sampling_must_be_one():
         ([[1], []], "prompt 1 is empty; give at least one token"),
         ([[1, 2.0]], "prompt 0 holds token 2.0, which is not a token id"),
         ([[True]], "prompt 0 holds token True, which is not a token id"),
-        ([["a"]], "prompt 0 holds token 'a', which is not a token id"),
         (np.array([[0.5]]), "prompt 0 holds token np.float64(0.5), which is not a token id"),
         ([[1], [2, 37]], "prompt 1 holds token 37, outside the vocabulary of 37"),
         ([[-1]], "prompt 0 holds token -1, outside the vocabulary of 37"),
