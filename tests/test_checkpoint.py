@@ -147,6 +147,7 @@ def test_what_orbax_prints_beside_its_error_is_left_out_and_nothing_else(monkeyp
     for message in (
         "coro=<write() defined at /lib/orbax/checkpoint/serialization.py>",
         "run/4.orbax-checkpoint-tmp/d/5",
+        "ValueError('NOT_FOUND: in OCDBT database at local file \"4/state/\" [tensorstore_spec={}]')",
     ):
         logging.getLogger("asyncio").error(message)
     assert [record.exc_info[0] for record in caplog.records] == [ValueError]

@@ -1,8 +1,8 @@
 """Silence for what Orbax prints beside the error that it raises.
 
-When one write of a checkpoint fails, as on a full disk, Orbax raises its error and closes its event loop. TensorStore's
-threads still report the other writes to that loop, a traceback each, and asyncio logs each failed one. Pages of text
-surround the one sentence that says what happened.
+When one write or read of a checkpoint fails, as on a full disk, Orbax raises its error and closes its event loop.
+TensorStore's threads still report the others to that loop, a traceback each, and asyncio logs each failed one. Pages of
+text surround the one sentence that says what happened.
 """
 
 import logging
@@ -16,7 +16,7 @@ from typing import Any
 
 @cache
 def silence() -> None:
-    """Leave out these messages from now on, and no others. Several calls are as one.
+    """Suppress only these messages. Safe to call more than once.
 
     Example:
         >>> silence()
@@ -29,9 +29,9 @@ def silence() -> None:
 
 
 def _is_of_orbax(record: logging.LogRecord) -> bool:
-    """By a file of its code, in the message or the traceback, or by the temporary folder that it writes to."""
-    trace = record.exc_info[2] if record.exc_info else None
-    return re.search("orbax.checkpoint", record.getMessage() + "".join(traceback.format_tb(trace))) is not None
+    """By a file of its code or its temporary folder, in the message or the traceback, or by TensorStore's words."""
+    trace = traceback.format_tb(record.exc_info[2]) if record.exc_info else []
+    return re.search("orbax.checkpoint|tensorstore_spec", record.getMessage() + "".join(trace)) is not None
 
 
 def _unless_from_a_closed_loop(hook: Callable[[Any], object], found: Any) -> None:
