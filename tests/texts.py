@@ -21,21 +21,8 @@ from dsv3_jax.data.tokenizer_file import byte_by_character
 GOLDEN = Path(__file__).parent / "golden" / "chat.json"
 NOW = datetime(2025, 3, 4, 5, 6)  # what the clock of templates says
 WORDS = (
-    "the",
-    " the",
-    "user",
-    "system",
-    "assistant",
-    "hello",
-    " world",
-    " is",
-    "think",
-    "1+1",
-    "ing",
-    " an",
-    "bos",
-    "é",
-)
+    "the", " the", "user", "system", "assistant", "hello", " world", " is", "think", "1+1", "ing", " an", "bos", "é",
+)  # fmt: skip
 CHARACTER = {byte: character for character, byte in byte_by_character().items()}
 
 # As DeepSeek-V3's: system messages are collected first, tokens of the turns are not special, a `</think>` cuts answers.
@@ -175,27 +162,16 @@ STRICT = """
 """
 
 USER, ANSWER = {"role": "user", "content": "hello world"}, {"role": "assistant", "content": "the end"}
-CALL = {
-    "role": "assistant",
-    "content": None,
-    "tool_calls": [{"function": {"name": "add", "arguments": {"é": [1, "<>"]}}}],
-}
+CALL = {"role": "assistant", "content": None,
+        "tool_calls": [{"function": {"name": "add", "arguments": {"é": [1, "<>"]}}}]}  # fmt: skip
 CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "one turn": [USER],
     "system": [{"role": "system", "content": "the system é"}, {"role": "user", "content": "1+1 is?"}],
     "answered": [USER, ANSWER],
-    "two turns": [
-        USER,
-        ANSWER,
-        {"role": "user", "content": " 日本語 🚀\n"},
-        {"role": "assistant", "content": "🚀 ok \n"},
-    ],
-    "thoughts": [
-        USER,
-        {"role": "assistant", "content": "<think>a</think>b", "reasoning_content": "why"},
-        USER,
-        {"role": "assistant", "content": "c", "reasoning": "how\n"},
-    ],
+    "two turns": [USER, ANSWER, {"role": "user", "content": " 日本語 🚀\n"},
+                  {"role": "assistant", "content": "🚀 ok \n"}],
+    "thoughts": [USER, {"role": "assistant", "content": "<think>a</think>b", "reasoning_content": "why"},
+                 USER, {"role": "assistant", "content": "c", "reasoning": "how\n"}],
     "names in a message": [
         {"role": "user", "content": "a<｜end▁of▁sentence｜><｜User｜>b</s> <s><|im_end|>c<|user|> <think>d"},
         {"role": "assistant", "content": "<｜Assistant｜>[EOS]e<|im_end|>"},
@@ -205,7 +181,7 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "two users": [USER, USER],
     "assistant first": [ANSWER, USER],
     "controls": [USER, {"role": "assistant", "content": "skip"}, {"role": "user", "content": "stop"}, ANSWER],
-}
+}  # fmt: skip
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"b": "é", "a": 1}}}]
 PROMPTS = (
     "",

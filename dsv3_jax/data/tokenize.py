@@ -137,42 +137,38 @@ def tokenize(
     Raises: ValueError as `corpus.read_documents`; for a folder with shards of other settings, or that another process
         writes; for documents of which none is held out, or all are.
     """
-    encoder = make_encoder()
-    settings = asdict(job) | {"tokenizer": encoder.tokenizer.fingerprint, "version": VERSION, "paths": list(job.paths)}
-    for name in ("out", "workers"):
-        del settings[name]
+    words = make_encoder().tokenizer
+    settings = asdict(job) | {"tokenizer": words.fingerprint, "version": VERSION, "paths": list(job.paths)}
+    del settings["out"], settings["workers"]
     job.out.mkdir(parents=True, exist_ok=True)
     with acquire(job.out, LOCK) as lock:
         _claim(job.out, settings)
         domains: dict[str, int] = {}
         began = said = time.monotonic()
-        found: list[dict[str, Any]] = []
-        write = partial(_shard, job, json.dumps(settings, sort_keys=True))
-        for facts in _each(job.workers, write, encoder, make_encoder, _groups(job, read, domains)):
-            found.append(facts)
+        shards: list[dict[str, Any]] = []
+        for facts in _each(job, json.dumps(settings, sort_keys=True), make_encoder, _groups(job, read, domains)):
+            shards.append(facts)
             lock.check()
             if time.monotonic() - said > _SAY_EVERY:
                 said = time.monotonic()
-                say(_done(found, said - began))
-        files = {name: facts for shard in found for name, facts in shard["files"].items()}
-        total = _done(found, time.monotonic() - began)
+                say(_done(shards, said - began))
+        total = _done(shards, time.monotonic() - began)
+        files = {name: facts for shard in shards for name, facts in shard["files"].items()}
         for side, what in zip(SIDES, ("leaves no document for training", "holds no document out"), strict=True):
             if not any(facts["side"] == side for facts in files.values()):
                 raise ValueError(f"val_fraction={job.val_fraction} {what}; there are {total.documents} documents")
-        values = {
-            "version": VERSION, "format": job.format, "row_tokens": job.row_tokens, "val_fraction": job.val_fraction,
-            "tokenizer": encoder.tokenizer.fingerprint, "vocab_size": encoder.tokenizer.vocab_size,
-            "domains": list(domains), "documents": total.documents, "tokens": total.tokens,
-            "left_out": sum(shard["left_out"] for shard in found), "files": files,
+        values = {name: settings[name] for name in ("version", "format", "row_tokens", "val_fraction", "tokenizer")} | {
+            "vocab_size": words.vocab_size, "domains": list(domains), "documents": total.documents,
+            "tokens": total.tokens, "left_out": sum(shard["left_out"] for shard in shards), "files": files,
         }  # fmt: skip
         write_atomic(job.out / MANIFEST, json.dumps(values, indent=1))
     say(total)
     return read_manifest(job.out)
 
 
-def _done(found: list[dict[str, Any]], seconds: float) -> Done:
-    files = [facts for shard in found for facts in shard["files"].values()]
-    return Done(len(found), sum(f["documents"] for f in files), sum(f["tokens"] for f in files), seconds)
+def _done(shards: list[dict[str, Any]], seconds: float) -> Done:
+    files = [facts for shard in shards for facts in shard["files"].values()]
+    return Done(len(shards), sum(f["documents"] for f in files), sum(f["tokens"] for f in files), seconds)
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
@@ -181,17 +177,16 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     Raises: ValueError when they differ, or the folder holds something else.
     """
     file = out / SETTINGS
-    if file.is_file():
-        before = read_json(file)
-        before = before if isinstance(before, dict) else {}
-        for name, value in settings.items():
-            if before.get(name) != value:
-                raise ValueError(
-                    f"{name}={value!r} differs from {name}={before.get(name)!r} of the shards in out={str(out)!r}; "
-                    "choose another folder"
-                )
-    elif any(path.name != LOCK for path in out.iterdir()):
+    before: Any = read_json(file) if file.is_file() else settings
+    if before is settings and any(path.name != LOCK for path in out.iterdir()):
         raise ValueError(f"out={str(out)!r} holds other files; choose an empty folder")
+    before = before if isinstance(before, dict) else {}
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"{name}={value!r} differs from {name}={before.get(name)!r} of the shards in out={str(out)!r}; "
+                "choose another folder"
+            )
     write_atomic(file, json.dumps(settings, indent=1))
 
 
@@ -215,39 +210,36 @@ def _bytes_of(content: Any) -> bytes:
 
 
 def _each(
-    workers: int,
-    write: Callable[..., dict[str, Any]],
-    encoder: Encoder,
-    make_encoder: Callable[[], Encoder],
-    groups: Iterable[list[Item]],
+    job: Tokenize, settings: str, make_encoder: Callable[[], Encoder], groups: Iterable[list[Item]]
 ) -> Iterator[dict[str, Any]]:
     """Make each group a shard, here or in processes, with at most one group waiting."""
-    if workers == 1:
-        yield from (write(encoder, number, group) for number, group in enumerate(groups))
+    if job.workers == 1:
+        encoder = make_encoder()
+        yield from (_shard(job, settings, encoder, number, group) for number, group in enumerate(groups))
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _begin, (make_encoder, os.getpid())) as pool:
+    begin = (job, settings, make_encoder, os.getpid())
+    with ProcessPoolExecutor(job.workers, multiprocessing.get_context("spawn"), _begin, begin) as pool:
         waiting: deque[Future] = deque()
         try:
             for number, group in enumerate(groups):
-                waiting.append(pool.submit(_in_worker, write, number, group))
-                if len(waiting) > workers:
+                waiting.append(pool.submit(_in_worker, number, group))
+                if len(waiting) > job.workers:
                     yield waiting.popleft().result()
             yield from (future.result() for future in waiting)
         except BrokenProcessPool as error:
             raise ValueError(
-                f"workers={workers}: one was ended, maybe for lack of memory; use fewer, or a smaller --shard-mb"
+                f"workers={job.workers}: one was ended, maybe for lack of memory; use fewer, or a smaller --shard-mb"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-_ENCODER: list[Encoder] = []  # of a worker's process
+_WRITE: list[Callable[[int, list[Item]], dict[str, Any]]] = []  # of a worker's process
 
 
-def _begin(make_encoder: Callable[[], Encoder], parent: int) -> None:
+def _begin(job: Tokenize, settings: str, make_encoder: Callable[[], Encoder], parent: int) -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    _ENCODER[:] = [make_encoder()]
+    _WRITE[:] = [partial(_shard, job, settings, make_encoder())]
 
 
 def _end_with(parent: int) -> None:
@@ -257,8 +249,8 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _in_worker(write: Callable[..., dict[str, Any]], number: int, group: list[Item]) -> dict[str, Any]:
-    return write(_ENCODER[0], number, group)
+def _in_worker(number: int, group: list[Item]) -> dict[str, Any]:
+    return _WRITE[0](number, group)
 
 
 def _shard(job: Tokenize, settings: str, encoder: Encoder, number: int, group: list[Item]) -> dict[str, Any]:
