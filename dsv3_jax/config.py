@@ -146,7 +146,7 @@ def _spell(hint) -> str:
     return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
 
 
-def replace(config: V, **changes: Any) -> V:
+def replace(config: V, /, **changes: Any) -> V:
     """Make a configuration that differs in some fields.
 
     Raises: ConfigError naming a field that it does not have, or a value that it refuses.
