@@ -7,9 +7,9 @@ Letters: B batch, T tokens, D width, H heads, N nope dim, R rope dim, V value di
 E experts, K experts per token, G groups, F expert width, L layers, W vocabulary, M multi-token heads (MTP).
 
 Parameters `p` are nested dicts, named as in `model.Transformer`:
-    model   embed [W,D]; dense, sparse and experts, each stacked along layers; norm; head [D,W] unless tied; M heads mtp
-    block   attn_norm, attn, ffn_norm, then ffn (dense) or moe (sparse): w_router [D,E], bias [E] and shared, an ffn
-    ffn     w_gate [D,F], w_up [D,F], w_down [F,D]; the routed experts have the same names and a leading axis [E]
+    model   embed [W,D]; dense and sparse, each stacked along layers; norm; head [D,W] unless tied; M heads mtp
+    block   attn_norm, attn, ffn_norm, then ffn (dense) or moe (sparse): w_router [D,E], bias [E], shared and experts
+    ffn     w_gate [D,F], w_up [D,F], w_down [F,D], as shared has; those of experts have a leading axis [E]
 
 >>> import jax, numpy as np, flax.nnx as nnx, dsv3_jax as ds
 >>> model = ds.Transformer(ds.replace(ds.preset("tiny"), num_layers=2, mtp_depth=0), rngs=nnx.Rngs(0))
@@ -163,21 +163,21 @@ def route(ctx: Context, p: dict, x: Float[Array, "B T D"]) -> Routing:
     return Routing(expert_ids, gates * (cfg.routed_scale if limited else 1), scores, log_sums, ctx.segment_ids != 0)
 
 
-def moe(ctx: Context, p: dict, experts: dict, x: Float[Array, "B T D"]) -> tuple[Array, Routing]:
+def moe(ctx: Context, p: dict, x: Float[Array, "B T D"]) -> tuple[Array, Routing]:
     """y = Σ_chosen g_e FFN_e(x) + FFN_shared(x). Source: DeepSeekMoE, arXiv 2401.06066."""
     xp, routing = ctx.xp, route(ctx, p, x)
     gates = (xp.eye(ctx.cfg.num_experts)[routing.expert_ids] * routing.gates[..., None]).sum(-2)  # [B,T,E]
-    outputs = swiglu(x[None], {name: w[:, None] for name, w in experts.items()}, xp)  # [E,B,T,D]
+    outputs = swiglu(x[None], {name: w[:, None] for name, w in p["experts"].items()}, xp)  # [E,B,T,D]
     y = xp.einsum("bte,ebtd->btd", gates, outputs)
     return y + swiglu(x, p["shared"], xp) if ctx.cfg.num_shared_experts else y, routing
 
 
-def block(ctx: Context, p: dict, x: Float[Array, "B T D"], experts: dict | None = None) -> tuple[Array, Any]:
-    """x ← x + Attention(norm(x));  x ← x + FFN(norm(x)). The FFN is MoE if experts are given, else SwiGLU."""
+def block(ctx: Context, p: dict, x: Float[Array, "B T D"]) -> tuple[Array, Any]:
+    """x ← x + Attention(norm(x));  x ← x + FFN(norm(x)). The FFN is MoE or SwiGLU, by its parameters."""
     cfg, attention = ctx.cfg, mla if ctx.cfg.attention == "mla" else gqa
     x = x + attention(ctx, p["attn"], rms_norm(x, p["attn_norm"], cfg.norm_eps))
     y = rms_norm(x, p["ffn_norm"], cfg.norm_eps)
-    y, routing = moe(ctx, p["moe"], experts, y) if experts else (swiglu(y, p["ffn"], ctx.xp), None)
+    y, routing = moe(ctx, p["moe"], y) if "moe" in p else (swiglu(y, p["ffn"], ctx.xp), None)
     return x + y, routing
 
 
@@ -202,7 +202,7 @@ def transformer(ctx: Context, p: dict, tokens: Int[Array, "B T"]) -> Output:
     for layer in range(cfg.num_dense_layers):
         x, _ = block(ctx, layer_of(p["dense"], layer), x)
     for layer in range(cfg.num_sparse_layers):
-        x, routed = block(ctx, layer_of(p["sparse"], layer), x, layer_of(p["experts"], layer))
+        x, routed = block(ctx, layer_of(p["sparse"], layer), x)
         routing.append(routed)
     h = rms_norm(x, p["norm"], cfg.norm_eps)
     mtp_hidden, mtp_routing = mtp_heads(ctx, p, h if cfg.mtp_input == "normed" else x, tokens)
@@ -233,7 +233,7 @@ def mtp_heads(ctx: Context, p: dict, h: Float[Array, "B T D"], tokens: Int[Array
             if cfg.mtp_kind == "deepseek":
                 e, x = rms_norm(e, head["embed_norm"], cfg.norm_eps), rms_norm(x, head["hidden_norm"], cfg.norm_eps)
                 x = xp.concatenate([e, x], axis=-1) @ head["w_eh"]
-            x, routed = block(short, head["block"], x, layer_of(head["experts"], 0))
+            x, routed = block(short, head["block"], x)
             x = rms_norm(x, head["norm"], cfg.norm_eps)
             if cfg.mtp_kind == "deepseek":  # the next depth reads x; an e of another document is not counted
                 h, routed = x, routed._replace(counted=same_document(ctx, k))

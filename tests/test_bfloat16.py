@@ -29,7 +29,6 @@ from dsv3_jax.ops import (
     products,
     rope,
 )
-from dsv3_jax.ops.expert_stack import Experts, close_stack, open_stack, read_only
 
 B, T, H, D, C, N, R, V, E, F, W = 2, 6, 3, 12, 10, 8, 4, 5, 4, 7, 19
 IDS = jnp.asarray(np.random.default_rng(1).permuted(np.tile(np.arange(E), (B * T, 1)), axis=1)[:, :2], jnp.int32)
@@ -41,20 +40,16 @@ ANGLES = rope.frequencies(R, 1e4, YARN)
 HEADS = {"q_nope": (B, T, H, N), "q_rope": (B, T, H, R)}
 LATENT = {"c_kv": (B, T, C), "k_rope": (B, T, R)}
 UP = {"w_uk": (H, N, C), "w_uv": (H, V, C)}
-EXPERTS = {"w_gate": (1, E, D, F), "w_up": (1, E, D, F), "w_down": (1, E, F, D)}
+EXPERTS = {"w_gate": (E, D, F), "w_up": (E, D, F), "w_down": (E, F, D)}
 ROWS = {"x": (B * T, D), "gates": (B * T, 2)}
 
 
-def experts(op, *, decode=False, **settings):
-    """An op of the routed experts as a function of arrays; its gradient passes through the stack."""
+def experts(op, **settings):
+    """An op of the routed experts as a function of arrays."""
 
     def run(x, gates, w_gate, w_up, w_down):
-        weights = Experts(w_gate, w_up, w_down)
-        if decode:
-            return op(x, IDS, gates, read_only(weights), **settings)
-        stack = open_stack(weights)
-        y, after, *_ = op(x, IDS, gates, stack.at(0, stack.grad), **settings)
-        return close_stack(y, after)
+        y = op(x, IDS, gates, w_gate, w_up, w_down, **settings)
+        return y[0] if isinstance(y, tuple) else y
 
     return run
 
@@ -94,7 +89,7 @@ def over_rows(op):
 
 
 def grouped(op, w):
-    return {"x": (B * T, D)}, {"w": w}, lambda x, w: op(x, w.astype(x.dtype), COUNTS, None)
+    return {"x": (B * T, D)}, {"w": w}, lambda x, w: op(x, w.astype(x.dtype), COUNTS)
 
 
 # Op → (activations, in bfloat16; weights, in float32; function of both). Ops without weights have all in bfloat16.
@@ -122,10 +117,10 @@ OPS = {
     "dispatch.dense_swiglu": (ROWS, EXPERTS, experts(dispatch.dense_swiglu)),
     "dispatch.grouped_swiglu": (ROWS, EXPERTS, experts(dispatch.grouped_swiglu)),
     "dispatch.capacity_swiglu": (ROWS, EXPERTS, experts(dispatch.capacity_swiglu, factor=0.8)),
-    "dispatch.decode_experts": (ROWS, EXPERTS, experts(dispatch.decode_experts, decode=True)),
-    "dispatch.decode_by_row": (ROWS, EXPERTS, experts(dispatch.decode_by_row, decode=True)),
+    "dispatch.decode_experts": (ROWS, EXPERTS, experts(dispatch.decode_experts)),
+    "dispatch.decode_by_row": (ROWS, EXPERTS, experts(dispatch.decode_by_row)),
     "dispatch.decode_by_products": (
-        ROWS, EXPERTS, experts(dispatch.decode_by_products, decode=True, product=grouped_product.ROW_BLOCKS),
+        ROWS, EXPERTS, experts(dispatch.decode_by_products, product=grouped_product.ROW_BLOCKS),
     ),
     "draft_loss.summed_distance": ({"h": (B * T, D)}, {"w": (D, W)}, apart),
     "embedding.look_up": ({}, {"w": (W, D)}, lambda w: embedding.look_up(w, TOKENS)),
@@ -170,10 +165,10 @@ ELSEWHERE = {
 }  # fmt: skip
 # Files and functions that read and write float32, whole numbers or settings, whatever the compute dtype.
 NEVER_BFLOAT16 = {
-    "balance", "expert_stack", "newton_schulz", "routing", "sampling", "sort_by_expert", "varying", "verify_drafts",
+    "balance", "newton_schulz", "routing", "sampling", "sort_by_expert", "varying", "verify_drafts",
     "attention.block_size", "attention.softmax_step", "cached_attention.write_rows", "cross_entropy.token_scores",
     "draft_loss.distance", "grouped_product.block_size",
-    "grouped_product.in_groups", "grouped_product.row_blocks", "grouped_product.take_groups", "grouped_product.wide",
+    "grouped_product.in_groups", "grouped_product.row_blocks", "grouped_product.wide",
     "quantize.largest", "rope.cos_sin", "rope.frequencies", "rope.mscale", "rope.softmax_scale", "rope.yarn_range",
 }  # fmt: skip
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from test_dispatch import case, on_one_layer, value_and_gradients
+from test_dispatch import case, value_and_gradients
 
 from dsv3_jax.kernels.cpu import calls, library
-from dsv3_jax.kernels.cpu import experts as cpu_experts
+from dsv3_jax.kernels.cpu.experts import grouped_swiglu
 from dsv3_jax.ops.sort_by_expert import sort_by_expert
 
 # The widths are below, at and above a register's 16 floats and a panel's 64. With n=900 an expert has more rows than
@@ -30,10 +30,6 @@ def kernels():
         pytest.skip(why)
 
 
-def grouped(*arrays):
-    return on_one_layer(cpu_experts.grouped_swiglu, *arrays)
-
-
 def float32(arrays):
     """Convert floating arrays to float32; int32 arrays stay."""
     return [a if a.dtype == jnp.int32 else a.astype(jnp.float32) for a in map(jnp.asarray, arrays)]
@@ -51,32 +47,21 @@ def close(ours, theirs):
 def test_experts_and_their_gradients_equal_dense(kernels, rng, choose, sizes):
     arrays = float32(case(rng, choose, **sizes))
     weight = jnp.asarray(rng.standard_normal(arrays[0].shape), jnp.float32)
-    ours = value_and_gradients(lambda *a: grouped(*a), weight, *arrays)  # a new lambda, so it is traced again
+    ours = value_and_gradients(lambda *a: grouped_swiglu(*a), weight, *arrays)  # a new lambda, so it is traced again
     with jax.enable_x64(True):
         wide = [jnp.asarray(a, jnp.float64) if a.dtype == jnp.float32 else a for a in (weight, *arrays)]
         theirs = value_and_gradients(oracles.routed_swiglu_jnp, *wide)
     close(ours, theirs)
 
 
-def test_uninitialized_like_copies_shapes_and_dtypes(kernels):
-    arrays = calls.uninitialized_like(jnp.zeros((2, 3)), jnp.zeros((5,)))
-    assert [(a.shape, a.dtype) for a in arrays] == [((2, 3), jnp.float32), ((5,), jnp.float32)]
-
-
-def test_zero_unwritten_fills_only_unwritten_layers(kernels):
-    gradient = [jnp.full((3, 2, *shape), jnp.nan).at[1].set(5.0) for shape in ((4, 6), (4, 6), (6, 4))]
-    for part in calls.zero_unwritten(tuple(gradient), jnp.asarray([0.0, 1.0, 0.0])):
-        assert (part[1] == 5).all() and (part[0] == 0).all() and (part[2] == 0).all()
-
-
 def test_a_token_does_not_depend_on_other_tokens(kernels, rng):
     x, ids, gates, *weights = float32(case(rng, "any", n=200, d=48, f=80))
-    run = jax.jit(lambda *a: grouped(*a))
+    run = jax.jit(lambda *a: grouped_swiglu(*a))
     together = np.asarray(run(x, ids, gates, *weights))
     for first, count in ((0, 1), (7, 5), (30, 170)):
         part = slice(first, first + count)
         np.testing.assert_array_equal(run(x[part], ids[part], gates[part], *weights), together[part])
-    decoded = calls.decode_experts(x, ids, gates, *(w[None] for w in weights), jnp.int32(0))
+    decoded = calls.decode_experts(x, ids, gates, *weights)
     np.testing.assert_allclose(decoded, together, rtol=1e-5, atol=1e-5 * np.abs(together).max())
 
 
@@ -84,23 +69,21 @@ def test_gradients_are_deterministic(kernels, rng):
     """They are bitwise equal in every run, although threads take the experts in any order."""
     arrays = float32(case(rng, "uneven", n=400, d=64, f=64))
     weight = jnp.ones_like(arrays[0])
-    first = jax.tree.leaves(value_and_gradients(grouped, weight, *arrays))
+    first = jax.tree.leaves(value_and_gradients(grouped_swiglu, weight, *arrays))
     for _ in range(20):
-        for a, b in zip(first, jax.tree.leaves(value_and_gradients(grouped, weight, *arrays)), strict=True):
+        for a, b in zip(first, jax.tree.leaves(value_and_gradients(grouped_swiglu, weight, *arrays)), strict=True):
             np.testing.assert_array_equal(a, b)
 
 
-def test_wrong_layers_counts_and_rows_are_rejected(kernels, rng):
+def test_wrong_counts_and_rows_are_rejected(kernels, rng):
     x, ids, gates, *weights = float32(case(rng, "any"))
-    stack, p = tuple(w[None] for w in weights), sort_by_expert(ids, 6)
-    run = jax.jit(lambda p, layer: calls.experts_swiglu(x, gates, *p[:3], stack, layer, keep=False)[0])
-    jax.block_until_ready(run(p, jnp.int32(0)))
-    for wrong, layer, message in (
-        (p, 1, "layer outside"),
-        (p, -1, "layer outside"),
-        (p._replace(counts=p.counts + 1), 0, "counts are not those of all rows"),
-        (p._replace(order=p.order.at[3].set(99)), 0, "row outside"),
-        (p._replace(row=p.row.at[3].set(-1)), 0, "row outside"),
+    p = sort_by_expert(ids, 6)
+    run = jax.jit(lambda p: calls.experts_swiglu(x, gates, *p[:3], tuple(weights), keep=False)[0])
+    jax.block_until_ready(run(p))
+    for wrong, message in (
+        (p._replace(counts=p.counts + 1), "counts are not those of all rows"),
+        (p._replace(order=p.order.at[3].set(99)), "row outside"),
+        (p._replace(row=p.row.at[3].set(-1)), "row outside"),
     ):
         with pytest.raises(Exception, match=message):
-            jax.block_until_ready(run(wrong, jnp.int32(layer)))
+            jax.block_until_ready(run(wrong))

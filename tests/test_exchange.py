@@ -15,11 +15,10 @@ from runs import make_run
 from dsv3_jax.config import ConfigError, Execution, Layout
 from dsv3_jax.kernels.choose import Kernels, Target
 from dsv3_jax.mesh import expert_parallel, sharding, token_exchange
-from dsv3_jax.ops.expert_stack import Experts, open_stack
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("x64", "light_compiles")]
 
-E, K, D, F, LAYERS = 16, 2, 4, 6, 2
+E, K, D, F = 16, 2, 4, 6
 CFG = small(num_experts=E, experts_per_token=K, num_groups=8, groups_per_token=2, dim=D, expert_dim=F)
 LOADS = ("even", "random", "one device", "idle")
 
@@ -37,29 +36,22 @@ def choices(load, rng, tokens):
 
 
 def arrays(rng, tokens):
-    shapes = (tokens, D), (tokens, K), (tokens, D), (LAYERS, E, D, F), (LAYERS, E, D, F), (LAYERS, E, F, D)
-    x, gates, weight, *stack = (jnp.asarray(rng.standard_normal(shape)) for shape in shapes)
-    return x, gates, weight, Experts(*stack)
-
-
-LAYER = 1
-OTHER = 0.5  # the carry's cotangent as later layers left it
-WRITTEN = (jnp.array([1.0, 1.0], jnp.float32), jnp.array([1.0, 0.0], jnp.float32))  # of the two layers: LAYER or not
+    shapes = (tokens, D), (tokens, K), (tokens, D), (E, D, F), (E, D, F), (E, F, D)
+    x, gates, weight, *experts = (jnp.asarray(rng.standard_normal(shape)) for shape in shapes)
+    return x, gates, weight, tuple(experts)
 
 
 def sharded(cfg, layout, mesh, backend):
     """Compile one layer for a mesh, as a training step has it. Returns: (y, copies of a token sent, gradients)."""
     kernels = Kernels(Target("cpu", f"grouped_swiglu={backend}"))
 
-    def loss(x, gates, experts, ids, weight, written):
-        stack = open_stack(experts)
-        stack = stack.at(LAYER, stack.grad)
-        y, stack, sent = expert_parallel.grouped_swiglu(x, ids, gates, stack, kernels, cfg, layout)
-        later = OTHER * sum(w.sum() for w in stack.grad.carry)
-        return (weight * y).sum() + later + (written * stack.grad.written).sum().astype(x.dtype), (y, sent)
+    def loss(x, gates, experts, ids, weight):
+        how = dict(kernels=kernels, cfg=cfg, layout=layout)
+        y, sent = expert_parallel.grouped_swiglu(x, ids, gates, *experts, **how)
+        return (weight * y).sum(), (y, sent)
 
     place = [
-        jax.NamedSharding(mesh, sharding.spec(names, (LAYERS, E, *(D, F)), mesh, fsdp=layout.fsdp))
+        jax.NamedSharding(mesh, sharding.spec(names, (E, D, F), mesh, fsdp=layout.fsdp))
         for names in expert_parallel.AXIS_NAMES
     ]
 
@@ -70,7 +62,7 @@ def sharded(cfg, layout, mesh, backend):
         return y, sent, grads
 
     def on_mesh(x, gates, experts, *args):
-        experts = Experts(*(jax.device_put(w, at) for w, at in zip(experts, place, strict=True)))
+        experts = tuple(jax.device_put(w, at) for w, at in zip(experts, place, strict=True))
         with jax.set_mesh(mesh):
             return jax.device_get(run(x, gates, experts, *args))
 
@@ -78,13 +70,12 @@ def sharded(cfg, layout, mesh, backend):
 
 
 @jax.jit
-def alone(x, gates, experts, ids, weight, written):
-    """(y, gradients): a layer adds to the carry's cotangent that holds numbers, and overwrites one that does not."""
+def alone(x, gates, experts, ids, weight):
+    """(y, gradients) of one device."""
 
     def loss(x, gates, experts):
-        y = oracles.routed_swiglu_jnp(x, ids, gates, *(w[LAYER] for w in experts))
-        kept = written.astype(x.dtype)[:, None, None, None]
-        return (weight * y).sum() + OTHER * sum((kept * w).sum() for w in experts), y
+        y = oracles.routed_swiglu_jnp(x, ids, gates, *experts)
+        return (weight * y).sum(), y
 
     (_, y), grads = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(x, gates, experts)
     return y, grads
@@ -129,8 +120,8 @@ def test_every_load_is_a_single_devices(rng, sizes, tokens, backend, layout, exp
     slots, later, worst = expected
     assert slots == token_exchange.send_capacity(CFG, layout, n, peers)
     rounds = {}
-    for load, written in itertools.product(LOADS, WRITTEN):
-        args = (x, gates, experts, choices(load, rng, tokens), weight, written)
+    for load in LOADS:
+        args = (x, gates, experts, choices(load, rng, tokens), weight)
         got = run(*args)
         assert_same(got, alone(*args))
         left = max(0, count_sent(args[3], sizes[0], peers)[1] - slots)
@@ -159,8 +150,8 @@ def test_every_load_is_a_single_devices_ragged(rng, monkeypatch, sizes, backend,
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)
     run = sharded(CFG, Layout(expert_comm="ragged", fsdp=fsdp), sharding.make_mesh(*sizes), backend)
     x, gates, weight, experts = arrays(rng, 48)
-    for load, written in itertools.product(LOADS, WRITTEN):
-        args = (x, gates, experts, choices(load, rng, 48), weight, written)
+    for load in LOADS:
+        args = (x, gates, experts, choices(load, rng, 48), weight)
         got = run(*args)
         assert_same(got, alone(*args))
         assert got[1] == pytest.approx(count_sent(args[3], *sizes[:2])[0], rel=1e-6), load
@@ -173,7 +164,7 @@ def test_ragged_lowers_for_the_accelerators(rng, platform):
     layout, kernels = Layout(expert_comm="ragged"), Kernels(Target(platform))
 
     def run(x, ids, gates, experts):
-        return expert_parallel.grouped_swiglu(x, ids, gates, open_stack(experts), kernels, CFG, layout)
+        return expert_parallel.grouped_swiglu(x, ids, gates, *experts, kernels=kernels, cfg=CFG, layout=layout)
 
     args = jax.tree.map(lambda a: a.astype(jnp.float32), (x, gates, experts))
     with jax.set_mesh(sharding.make_mesh(1, 8)):

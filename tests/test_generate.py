@@ -29,7 +29,7 @@ UNUSED = 36  # a stop token that no model below generates: with one, all request
 
 @pytest.fixture(scope="module")
 def model():
-    return random_model(CFG)
+    return random_model(CFG, seed=2)
 
 
 @pytest.fixture(scope="module")
@@ -181,12 +181,19 @@ def test_decoding_copies_neither_experts_nor_cache(whole_compiles):
         max_positions=4096,
     )  # fmt: skip
     job, loop = decode_program(model := abstract(cfg))
+    job = replace(job, weights=jax.eval_shape(lambda state: nnx.merge(job.graphdef, state).prepare_decode(), job.state))
     cache_bytes = sum(x.size * 4 for x in jax.tree.leaves(loop.cache))
     memory = _decode.lower(job, loop, 16, length=0).compile().memory_analysis()
-    one_layers_experts = sum(4 * w.size // w.shape[0] for w in jax.tree.leaves(nnx.state(model.experts)))
+    one_layers_experts = sum(4 * w.size // w.shape[0] for w in jax.tree.leaves(nnx.state(model.sparse.moe.experts)))
     assert memory.temp_size_in_bytes < one_layers_experts
     assert memory.temp_size_in_bytes < cache_bytes / cfg.num_layers  # it is updated and read in place
     assert memory.alias_size_in_bytes >= cache_bytes
+
+
+def test_a_cpu_decodes_views_of_the_stacks(model):
+    weights, stacks = model.prepare_decode(), dict(nnx.to_flat_state(nnx.state(model.sparse)))
+    for path, view in nnx.to_flat_state(weights.sparse[0]):
+        assert view[...].unsafe_buffer_pointer() == stacks[path][...].unsafe_buffer_pointer(), path
 
 
 # requests: what is refused, of wrong types too; without the tests' import hook, which would refuse types before

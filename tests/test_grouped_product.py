@@ -20,7 +20,6 @@ from dsv3_jax.kernels.gpu import hopper_products, tokamax_library
 from dsv3_jax.kernels.tpu import grouped_product as tpu
 from dsv3_jax.ops import dispatch
 from dsv3_jax.ops import grouped_product as ops
-from dsv3_jax.ops.expert_stack import Experts, close_stack, open_stack, read_only
 from dsv3_jax.ops.grouped_product import GroupedProduct
 from dsv3_jax.planning import devices
 
@@ -90,28 +89,12 @@ def test_blocks_do_little_in_vain():
         assert blocks.group.size * blocks.size <= max(3 * rows, 16 * (min(rows, groups) + rows // 16))
 
 
-@pytest.mark.parametrize("backend", [*XLA, "ragged_dot of a TPU"])
-def test_a_layer_is_read_from_the_stack_of_all(x64, rng, backend):
-    """`first` says where a layer's matrices begin; those of other layers are not finite here, so reading one shows."""
-    backend = XLA.get(backend, tpu.RAGGED_DOT)
-    x, w = draw(rng, 50, 5, 7, 6, jnp.float64)
-    counts = jnp.asarray(COUNTS["uneven"], jnp.int32)
-    y, dx, _ = by_loop(x, w, np.asarray(counts))
-    # On a CPU `ragged_dot` multiplies every row with every matrix and masks the result: no infinities for it.
-    other = jnp.full_like(w, 1e3 if backend is tpu.RAGGED_DOT else jnp.nan)
-    stack = jnp.concatenate([other, w, other])
-    got = jax.jit(backend.forward)(x, stack, counts, jnp.int32(6))
-    np.testing.assert_allclose(got, y, atol=1e-12)
-    got = jax.jit(backend.dx)(jnp.sin(y), stack, counts, jnp.int32(6))
-    np.testing.assert_allclose(got, dx, atol=1e-12)
-
-
 @pytest.mark.parametrize("backend", XLA)
 def test_sums_of_bfloat16_are_accumulated_in_float32(rng, backend):
     """4,096 products of ones: a sum in bfloat16 would stop at 256. The gradient reaches float32 without rounding."""
     backend, counts = XLA[backend], jnp.asarray([4099, 0], jnp.int32)
     ones = lambda *shape: jnp.ones(shape, jnp.bfloat16)  # noqa: E731
-    y = backend.forward(ones(32, 4096), ones(2, 4096, 8), jnp.asarray([30, 2], jnp.int32), None)
+    y = backend.forward(ones(32, 4096), ones(2, 4096, 8), jnp.asarray([30, 2], jnp.int32))
     assert y.dtype == jnp.bfloat16 and (y == 4096).all()
     dw = backend.dw(ones(4099, 8), ones(4099, 8), counts, jnp.float32)
     assert dw.dtype == jnp.float32 and (dw[0] == 4099).all() and (dw[1] == 0).all()
@@ -163,16 +146,15 @@ def test_kernels_equal_a_loop_over_groups(rng, monkeypatch, name, counts):
 
 
 @pytest.mark.long
-def test_the_hopper_kernel_reads_a_layer_in_place_and_keeps_float32(rng, monkeypatch):
+def test_the_hopper_kernel_keeps_float32(rng, monkeypatch):
     """With few rows a block has 64, and several steps are in flight; dw leaves the kernel without a rounding."""
     monkeypatch.setattr(hopper_products, "CORES", 3)
     x, w = draw(rng, 128, 384, 128, 4, jnp.bfloat16)
     counts = jnp.asarray([0, 9, 1, 110], jnp.int32)
-    stack = jnp.concatenate([jnp.full_like(w, jnp.nan), w, jnp.full_like(w, jnp.nan)])
     dy = jnp.asarray(rng.standard_normal((128, 128)), jnp.bfloat16)
     with gpu_interpreter():
-        y = jax.jit(gpu.hopper)(x, stack, counts, jnp.int32(4))
-        dx = jax.jit(gpu.hopper_dx)(dy, stack, counts, jnp.int32(4))
+        y = jax.jit(gpu.hopper)(x, w, counts)
+        dx = jax.jit(gpu.hopper_dx)(dy, w, counts)
         dw = jax.jit(partial(gpu.hopper_dw, dtype=jnp.float32))(x, dy, counts)
     wide = [np.asarray(a, np.float64) for a in (x, w, dy)]
     own = np.repeat(np.arange(4), counts)
@@ -246,9 +228,9 @@ def test_an_op_without_a_backend_is_ragged_dot(x64, rng):
 def test_rows_are_padded_to_what_a_backend_wants(x64, rng):
     wanted = []
 
-    def forward(x, w, counts, first):
+    def forward(x, w, counts):
         wanted.append(x.shape[0])
-        return ops.ragged_dot(x, w, counts, first)
+        return ops.ragged_dot(x, w, counts)
 
     backend = GroupedProduct("padded", forward, ops.ragged_dot_dx, ops.ragged_dot_dw, row_multiple=32)
     check(backend, *draw(rng, 50, 5, 7, 6, jnp.float64), COUNTS["uneven"], 1e-12)
@@ -257,12 +239,12 @@ def test_rows_are_padded_to_what_a_backend_wants(x64, rng):
 
 # Programs compiled for chips that are not here
 
-TOKENS, DIM, WIDTH, EXPERTS, LAYERS = 512, 256, 128, 8, 3
+TOKENS, DIM, WIDTH, EXPERTS = 512, 256, 128, 8
 A_LAYER = rf"bf16\[(1,)?{EXPERTS},({DIM},{WIDTH}|{WIDTH},{DIM})\]"  # one matrix of all of a layer's experts
 
 
 def compiled_for(target, function, few=False):
-    """The program of a function of (x, ids, gates, weights [LAYERS, EXPERTS, …], layer), and its temporary bytes."""
+    """The program of a function of (x, ids, gates, *weights), and its temporary bytes."""
     if not hasattr(devices, "target_mesh"):
         pytest.skip("this version does not compile for GPUs that are not here")
     try:
@@ -271,31 +253,25 @@ def compiled_for(target, function, few=False):
         pytest.skip(str(error))
     n, dtype = (8, jnp.bfloat16) if few else (TOKENS, jnp.float32)
     shapes = [((n, DIM), jnp.bfloat16), ((n, 2), jnp.int32), ((n, 2), jnp.bfloat16)]
-    shapes += [((LAYERS, EXPERTS, *s), dtype) for s in ((DIM, WIDTH), (DIM, WIDTH), (WIDTH, DIM))] + [((), jnp.int32)]
+    shapes += [((EXPERTS, *s), dtype) for s in ((DIM, WIDTH), (DIM, WIDTH), (WIDTH, DIM))]
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=whole) for shape, dtype in shapes]
     # Libraries' kernels promote, and warn, as they like.
     promote = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
     with warnings.catch_warnings(), promote[0], promote[1]:
         warnings.simplefilter("ignore")
-        program = jax.jit(lambda x, i, g, a, b, c, at: function(x, i, g, Experts(a, b, c), at)).lower(*arrays).compile()
+        program = jax.jit(function).lower(*arrays).compile()
     return program.as_text(), program.memory_analysis().temp_size_in_bytes
 
 
 def trained(product):
-    def gradient(x, ids, gates, weights, layer):
+    def gradient(x, ids, gates, *weights):
         def loss(x, gates, weights):
-            stack = open_stack(weights)
-            y, stack = dispatch.grouped_swiglu(x, ids, gates, stack.at(layer, stack.grad), product=product)
-            return close_stack(y, stack).astype(jnp.float32).sum()
+            return dispatch.grouped_swiglu(x, ids, gates, *weights, product=product).astype(jnp.float32).sum()
 
         return jax.value_and_grad(loss, argnums=(0, 1, 2))(x, gates, weights)
 
     return gradient
-
-
-def decoded(run):
-    return lambda x, ids, gates, weights, layer: run(x, ids, gates, read_only(weights).at(layer))
 
 
 def kernels_in(text):
@@ -312,10 +288,10 @@ def test_training_on_an_h100_is_six_kernels(product):
 
 @pytest.mark.long
 def test_decoding_on_an_h100_copies_no_weights():
-    text, temporary = compiled_for("gpu:h100", decoded(dispatch.decode_by_row), few=True)
+    text, temporary = compiled_for("gpu:h100", dispatch.decode_by_row, few=True)
     assert kernels_in(text) == 0 and " while(" not in text
     assert temporary < DIM * WIDTH * 2  # bytes of one matrix of one expert
-    one_launch = decoded(partial(dispatch.decode_by_products, product=gpu.HOPPER_PRODUCTS))
+    one_launch = partial(dispatch.decode_by_products, product=gpu.HOPPER_PRODUCTS)
     text, _ = compiled_for("gpu:h100", one_launch, few=True)
     assert kernels_in(text) == 3 and " while(" not in text and not re.search(A_LAYER, text)
 
@@ -323,7 +299,7 @@ def test_decoding_on_an_h100_copies_no_weights():
 @pytest.mark.long
 @pytest.mark.parametrize("target", ["tpu:v5p:1x1x1", "tpu:v6e:1x1"])
 def test_decoding_on_a_tpu_copies_no_weights(target):
-    text, _ = compiled_for(target, decoded(partial(dispatch.decode_by_products, product=tpu.RAGGED_DOT)), few=True)
+    text, _ = compiled_for(target, partial(dispatch.decode_by_products, product=tpu.RAGGED_DOT), few=True)
     assert kernels_in(text) >= 3 and " while(" not in text and not re.search(A_LAYER, text)
 
 

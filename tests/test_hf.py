@@ -119,7 +119,7 @@ def test_a_mesh_changes_no_number(folders, tmp_path):
     mesh = make_mesh(2, 4)
     model = hf.load(folders["groups"], mesh=mesh)
     assert_bitwise(state_of(model), state_of(hf.load(folders["groups"])))
-    w_gate = model.experts.w_gate[...]
+    w_gate = model.sparse.moe.experts.w_gate[...]
     assert w_gate.addressable_shards[0].data.shape[1] == GRID["groups"].cfg.num_experts // 4
     hf.save(model, tmp_path / "out")
     hf.save(hf.load(folders["groups"]), tmp_path / "one")
@@ -132,7 +132,7 @@ def test_a_host_reads_only_its_shards(folders, monkeypatch):
     folder = hf.reading.ReleasedFolder(folders["groups"])
     monkeypatch.setattr(folder, "read", lambda e, dtype: names.append(e.name) or np.zeros(e.shape, dtype))
     cfg = GRID["groups"].cfg
-    w_up = ("experts", "w_up")
+    w_up = ("sparse", "moe", "experts", "w_up")
     sources = [(e, i) for e in folder.entries.values() for i, s in enumerate(e.slices) if s.path == w_up]
     shard = (slice(None), slice(2, 4), slice(None), slice(None))
     shape = (cfg.num_sparse_layers, cfg.num_experts, cfg.dim, cfg.expert_dim)

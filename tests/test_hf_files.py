@@ -251,7 +251,7 @@ def test_missing_mtp_layers_are_left_out_with_a_line(folder, capfd):
 def test_allow_nonfinite_accepts_nan(folder):
     edit_tensors(folder, poison(np.nan))
     loaded = hf.load(folder, allow_nonfinite=True)
-    assert np.isnan(np.asarray(loaded.experts.w_up[...])).sum() == 1
+    assert np.isnan(np.asarray(loaded.sparse.moe.experts.w_up[...])).sum() == 1
     with pytest.raises(ValueError, match=f"{UP} holds NaN or Inf"):
         hf.save(loaded, folder.parent / "out")
     with pytest.raises(ValueError, match="which FP8 cannot"):

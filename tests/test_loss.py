@@ -11,7 +11,7 @@ from models import DENSE, QUICK, parameters, random_model, small, tokens_of
 
 from dsv3_jax import reference
 from dsv3_jax.config import Balance, Execution
-from dsv3_jax.kernels.cpu import calls, library
+from dsv3_jax.kernels.cpu import library
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.training import loss
 
@@ -77,15 +77,10 @@ def expected():
         pytest.param(dict(num_layers=1, mtp_kind="eagle", mtp_depth=1), "auto", "none", marks=pytest.mark.long),
     ],
 )
-def test_losses_and_gradients_equal_the_reference(expected, monkeypatch, changes, kernels, remat):
+def test_losses_and_gradients_equal_the_reference(expected, changes, kernels, remat):
     """In C++, in plain XLA's loops, with `ragged_dot`, and with every expert on every token."""
     if kernels == "cpu" and (why := library.why_not()):
         pytest.skip(why)
-
-    def all_nan(*like):
-        return [jnp.full_like(a, jnp.nan) for a in like]
-
-    monkeypatch.setattr(calls, "uninitialized_like", all_nan)  # each number will be overwritten
     cfg = small(**changes)
     model = random_model(cfg, execution=Execution(kernels=kernels, remat=remat))
     gradients, out = losses_and_gradients(*nnx.split(model), batch_of(tokens_of(cfg, BATCH, LENGTH)))
@@ -171,7 +166,7 @@ def test_parts_with_the_whole_batchs_counts_add_up_to_it():
 def test_scores_equal_log_probabilities_and_a_walk_along_the_drafts():
     cfg = LIGHT
     model = random_model(
-        cfg, seed=2, execution=DENSE
+        cfg, seed=4, execution=DENSE
     )  # seeds with which both depths draft some tokens right and some wrong
     tokens = np.asarray(tokens_of(cfg, BATCH, LENGTH, seed=8))
     logits, mtp_logits, *_ = reference.transformer(

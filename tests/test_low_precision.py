@@ -17,7 +17,6 @@ from dsv3_jax.kernels.gpu import fp8 as gpu_fp8
 from dsv3_jax.kernels.gpu import hopper_products
 from dsv3_jax.ops import dispatch, mla, products
 from dsv3_jax.ops import low_precision as lp
-from dsv3_jax.ops.expert_stack import Experts, close_stack, open_stack
 from dsv3_jax.ops.grouped_product import EVERY_GROUP, ROW_BLOCKS
 from dsv3_jax.ops.low_precision import FP8, FP8_UE8M0, MXFP8
 from dsv3_jax.planning import devices
@@ -304,7 +303,7 @@ def one_by_one(recipe, x, ids, gates, weights, d_y):
 )
 def test_experts_are_products_one_by_one(rng, recipe, inner):
     """Wgrad's tiles restart with each expert; one has more tokens than a tile, one has none."""
-    n, dim, hidden, layer = 150, 40, 36, 1
+    n, dim, hidden = 150, 40, 36
     ids = np.stack([rng.permutation(4)[:2] for _ in range(n)]).astype(np.int32)
     ids[:140, 0] = 0
     ids[:, 1] = np.where(ids[:, 0] == 3, 1, 3)
@@ -313,24 +312,20 @@ def test_experts_are_products_one_by_one(rng, recipe, inner):
     x, d_y = (rng.standard_normal((n, dim)).astype(np.float32) for _ in range(2))
     gates = rng.uniform(0.2, 1, ids.shape).astype(np.float32)
     shapes = (dim, hidden), (dim, hidden), (hidden, dim)
-    stack = [rng.standard_normal((2, 4, *s)).astype(np.float32) / 6 for s in shapes]
+    weights = [rng.standard_normal((4, *s)).astype(np.float32) / 6 for s in shapes]
 
-    def run(x, weights):
-        opened = open_stack(weights)
-        y, after = dispatch.grouped_swiglu(
-            x, jnp.asarray(ids), jnp.asarray(gates), opened.at(layer, opened.grad), product=lp.grouped(recipe, inner)
-        )
-        return close_stack(y, after)
+    def run(x, *weights):
+        product = lp.grouped(recipe, inner)
+        return dispatch.grouped_swiglu(x, jnp.asarray(ids), jnp.asarray(gates), *weights, product=product)
 
-    y, pull_back = jax.vjp(jax.jit(run), jnp.asarray(x), Experts(*map(jnp.asarray, stack)))
-    d_x, d_stack = pull_back(jnp.asarray(d_y))
-    want_y, want_dx, want_dw = one_by_one(recipe, x, ids, gates, [w[layer] for w in stack], d_y)
+    y, pull_back = jax.vjp(jax.jit(run), jnp.asarray(x), *map(jnp.asarray, weights))
+    d_x, *d_weights = pull_back(jnp.asarray(d_y))
+    want_y, want_dx, want_dw = one_by_one(recipe, x, ids, gates, weights, d_y)
     # h and the gradients before silu are rounded from float32 here and from float64 there. A few fall on other e4m3
     # numbers, each a change of 1/16 of itself. Most numbers are equal to float32 rounding, all to 1 %.
-    for got, want in zip((y, d_x, *(w[layer] for w in d_stack)), (want_y, want_dx, *want_dw), strict=True):
+    for got, want in zip((y, d_x, *d_weights), (want_y, want_dx, *want_dw), strict=True):
         difference = np.abs(np.asarray(got, np.float64) - want) / np.abs(want).max()
         assert np.median(difference) < 1e-6 and difference.max() < 1e-2
-    assert all(not np.asarray(w[1 - layer]).any() for w in d_stack)
 
 
 @pytest.mark.parametrize("recipe", [FP8_UE8M0, MXFP8], ids=lambda r: r.name)
@@ -364,14 +359,13 @@ def test_grouped_products_of_bfloat16_rows_give_the_backend_bfloat16(rng, recipe
 def test_capacity_runs_the_same_products(rng):
     """With room for all tokens, the forward pass is that of the grouped products."""
     x, ids = jnp.asarray(rng.standard_normal((6, 8)), jnp.float32), jnp.asarray([[0], [1], [1], [0], [2], [1]])
-    w = Experts(*(jnp.asarray(rng.standard_normal((1, 3, *s)), jnp.float32) for s in ((8, 5), (8, 5), (5, 8))))
+    w = [jnp.asarray(rng.standard_normal((3, *s)), jnp.float32) for s in ((8, 5), (8, 5), (5, 8))]
     gates, by_expert = jnp.ones((6, 1)), partial(lp.product_by_expert, recipe=FP8)
 
     @jax.jit
     def both(w):
-        one, other = (stack.at(0, stack.grad) for stack in (open_stack(w), open_stack(w)))
-        y, _, dropped = dispatch.capacity_swiglu(x, ids, gates, one, factor=3.0, product=by_expert)
-        return y, dropped, dispatch.grouped_swiglu(x, ids, gates, other, product=lp.grouped(FP8))[0]
+        y, dropped = dispatch.capacity_swiglu(x, ids, gates, *w, factor=3.0, product=by_expert)
+        return y, dropped, dispatch.grouped_swiglu(x, ids, gates, *w, product=lp.grouped(FP8))
 
     y, dropped, same = both(w)
     assert float(dropped) == 0

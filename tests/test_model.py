@@ -194,9 +194,8 @@ def their_reference(ctx, p, x):
     """(what attention adds, what the experts make of it, and of that; the first router's decisions)."""
     h = x @ p["read"]["kernel"] + p["read"]["bias"][None, None]
     attended = (reference.mla if ctx.cfg.attention == "mla" else reference.gqa)(ctx, p["attention"], h)
-    experts = reference.layer_of(p["moe"]["experts"], 0)
-    y, routing = reference.moe(ctx, p["moe"], experts, h + attended)
-    return attended, y, reference.moe(ctx, p["moe"], experts, y)[0], routing
+    y, routing = reference.moe(ctx, p["moe"], h + attended)
+    return attended, y, reference.moe(ctx, p["moe"], y)[0], routing
 
 
 THEIRS = {

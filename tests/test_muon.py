@@ -89,7 +89,7 @@ def test_which_weights_are_matrices():
     assert {path[-1] for path in flat(rest)} == BY_ADAMW
     assert {path[-1] for path in flat(matrices)} <= MATRICES.keys()
     assert {path[-1] for path in params} <= MATRICES.keys() | BY_ADAMW
-    assert ("experts", "w_gate") in flat(matrices) and ("mtp", 0, "w_eh") in flat(matrices)
+    assert ("sparse", "moe", "experts", "w_gate") in flat(matrices) and ("mtp", 0, "w_eh") in flat(matrices)
 
 
 @pytest.fixture(scope="module")

@@ -266,7 +266,6 @@ def _round_up(n: int) -> int:
     return -(-n // 32) * 32
 
 
-@partial(jax.jit, static_argnames="graphdef")
 def _decode_weights(graphdef, state) -> DecodeWeights | None:
     return nnx.merge(graphdef, state).prepare_decode()
 

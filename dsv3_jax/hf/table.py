@@ -161,7 +161,7 @@ def entries(cfg: ModelConfig) -> Iterator[Entry]:
         dense = layer < cfg.num_dense_layers
         index = layer if dense else layer - cfg.num_dense_layers
         stack = ("dense",) if dense else ("sparse",)
-        yield from _block(cfg, f"model.layers.{layer}", stack, (index,), dense, ("experts",), index)
+        yield from _block(cfg, f"model.layers.{layer}", stack, (index,), dense)
     yield _norm("model.norm", cfg.dim, ("norm",), ())
     head = replace(embed, name="lm_head.weight", copy_of=embed.name)
     if not cfg.tie_embeddings:
@@ -179,21 +179,18 @@ def _mtp_layer(cfg: ModelConfig, k: int, embed: Entry, head: Entry) -> Iterator[
     yield _norm(f"{name}.hnorm", cfg.dim, (*path, "hidden_norm"), ())
     # A linear weight that the released FP8 checkpoint does not quantize.
     yield Entry(f"{name}.eh_proj.weight", (cfg.dim, 2 * cfg.dim), (ParamSlice((*path, "w_eh"), ()),))
-    yield from _block(cfg, name, (*path, "block"), (), False, (*path, "experts"), 0)
+    yield from _block(cfg, name, (*path, "block"), (), False)
     yield _norm(f"{name}.shared_head.norm", cfg.dim, (*path, "norm"), ())
     source = head.copy_of or head.name  # a tied head is the embedding
     yield replace(head, name=f"{name}.shared_head.head.weight", copy_of=source)
 
 
-def _block(
-    cfg: ModelConfig, name: str, path: Path, index: Shape, dense: bool, experts: Path, sparse_layer: int
-) -> Iterator[Entry]:
+def _block(cfg: ModelConfig, name: str, path: Path, index: Shape, dense: bool) -> Iterator[Entry]:
     """List a transformer block's tensors.
 
     Args:
         name: prefix of the released names.
         path, index: our parameters of the block.
-        experts, sparse_layer: path and layer index of our routed experts.
     """
     yield _norm(f"{name}.input_layernorm", cfg.dim, (*path, "attn_norm"), index)
     yield from _attention(cfg, f"{name}.self_attn", (*path, "attn"), index)
@@ -209,7 +206,7 @@ def _block(
         bias_name = f"{name}.mlp.gate.e_score_correction_bias"
         yield Entry(bias_name, (cfg.num_experts,), bias, SAME_LAYOUT, always_float32=True)
     for e in range(cfg.num_experts):
-        yield from _swiglu(cfg.dim, cfg.expert_dim, f"{name}.mlp.experts.{e}", experts, (sparse_layer, e))
+        yield from _swiglu(cfg.dim, cfg.expert_dim, f"{name}.mlp.experts.{e}", (*moe, "experts"), (*index, e))
     if cfg.num_shared_experts:
         shared = cfg.num_shared_experts * cfg.expert_dim
         yield from _swiglu(cfg.dim, shared, f"{name}.mlp.shared_experts", (*moe, "shared"), index)

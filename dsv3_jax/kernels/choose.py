@@ -37,14 +37,12 @@ from dsv3_jax.ops import (
     cross_entropy,
     dispatch,
     embedding,
-    expert_stack,
     grouped_product,
     low_precision,
     mla,
     products,
 )
 from dsv3_jax.ops.cached_attention import Stored
-from dsv3_jax.ops.expert_stack import Experts, ExpertStack
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 GPUS, ACCELERATORS = ("cuda", "rocm"), ("cuda", "rocm", "tpu")
@@ -102,7 +100,7 @@ def _few_rows(x: Array, w: Array, axes: int = 1) -> bool:
 
 
 def _few_choices(gates: Array, w_gate: Array) -> bool:
-    return gates.size <= ROWS_OF_AN_EXPERT * w_gate.shape[1]
+    return gates.size <= ROWS_OF_AN_EXPERT * w_gate.shape[0]
 
 
 def _size(shape: tuple[int, ...]) -> int:
@@ -253,8 +251,6 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         *_rounded_before(_ragged_on_tpu, dispatch.grouped_swiglu, tpu_products.RAGGED_DOT),
         *_low_precision(dispatch.grouped_swiglu, product=low_precision.grouped),
     ),
-    "open_experts": (_cpp(cpu_experts.open_stack), _xla(expert_stack.open_stack)),
-    "close_experts": (_cpp(cpu_experts.close_stack), _xla(expert_stack.close_stack)),
     "decode_experts": (
         _cpp(cpu_experts.decode_experts),
         _xla(dispatch.decode_experts, platforms=("cpu",)),
@@ -486,52 +482,60 @@ class Kernels:
         return 128 if self.target.platform == "tpu" else 1
 
     @property
+    def slices_experts(self) -> bool:
+        """Whether XLA reads the chosen experts of a layer out of the stack of all, without a copy of the layer."""
+        return self.target.platform != "cpu"
+
+    @property
     def scan_copies(self) -> bool:
         """Whether a scan over layers loses much time in copies, into stacks, of what its backward pass reads."""
         return self.target.platform == "cpu"
 
     # Routed experts
 
-    def open_experts(self, weights: Experts, *, frozen: bool = False) -> ExpertStack:
-        """See `ops.expert_stack.open_stack`."""
-        return self.pick("open_experts", weights.w_gate).run(weights, frozen=frozen)
-
-    def close_experts(self, x: Float[Array, "*n D"], stack: ExpertStack) -> Float[Array, "*n D"]:
-        """See `ops.expert_stack.close_stack`."""
-        return self.pick("close_experts", x, stack.weights.w_gate).run(x, stack)
-
     def grouped_swiglu(
-        self, x: Float[Array, "n D"], expert_ids: Int[Array, "n K"], gates: Float[Array, "n K"], stack: ExpertStack
-    ) -> tuple[Float[Array, "n D"], ExpertStack]:
+        self,
+        x: Float[Array, "n D"],
+        expert_ids: Int[Array, "n K"],
+        gates: Float[Array, "n K"],
+        w_gate: Float[Array, "E D F"],
+        w_up: Float[Array, "E D F"],
+        w_down: Float[Array, "E F D"],
+    ) -> Float[Array, "n D"]:
         """See `ops.dispatch.grouped_swiglu`."""
-        gates = gates.astype(x.dtype)
-        return self.pick("grouped_swiglu", x, stack.weights.w_gate).run(x, expert_ids, gates, stack)
+        run = self.pick("grouped_swiglu", x, w_gate).run
+        return run(x, expert_ids, gates.astype(x.dtype), w_gate, w_up, w_down)
 
     def capacity_swiglu(
         self,
         x: Float[Array, "n D"],
         expert_ids: Int[Array, "n K"],
         gates: Float[Array, "n K"],
-        stack: ExpertStack,
+        w_gate: Float[Array, "E D F"],
+        w_up: Float[Array, "E D F"],
+        w_down: Float[Array, "E F D"],
         *,
         factor: float,
-    ) -> tuple[Float[Array, "n D"], ExpertStack, Float[Array, ""]]:
+    ) -> tuple[Float[Array, "n D"], Float[Array, ""]]:
         """See `ops.dispatch.capacity_swiglu`."""
-        run = self.pick("capacity_swiglu", x, stack.weights.w_gate).run
-        return run(x, expert_ids, gates, stack, factor=factor)
+        run = self.pick("capacity_swiglu", x, w_gate).run
+        return run(x, expert_ids, gates, w_gate, w_up, w_down, factor=factor)
 
     def decode_experts(
         self,
         x: Float[Array, "n D"],
         expert_ids: Int[Array, "n K"],
         gates: Float[Array, "n K"],
-        stack: ExpertStack,
+        w_gate: Float[Array, "E D F"],
+        w_up: Float[Array, "E D F"],
+        w_down: Float[Array, "E F D"],
         *,
         local: bool = True,
     ) -> Float[Array, "n D"]:
         """See `ops.dispatch.decode_experts`."""
-        run = self.pick("decode_experts", gates.astype(x.dtype), stack.weights.w_gate).run
-        return run(x, expert_ids, gates.astype(x.dtype), stack, **({} if local else {"local": False}))
+        gates = gates.astype(x.dtype)
+        run = self.pick("decode_experts", gates, w_gate).run
+        return run(x, expert_ids, gates, w_gate, w_up, w_down, **({} if local else {"local": False}))
 
     # Products with a weight
 

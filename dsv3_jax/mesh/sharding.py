@@ -272,6 +272,8 @@ def constrain_state(state, *, fsdp: bool = False):
 def unshard_weights(v, *, fsdp: bool, dtype: Any):
     """Gather weights (variables in any structure) along "data" for use, if fsdp shards them. Under `jax.jit`.
 
+    Routed experts stay sharded: `expert_parallel` gathers them.
+
     They are cast to `dtype` first, except those that `model.layers.param` marks as exact. Their gradients are summed
     along "data" and sharded again in that dtype, then cast back: a bfloat16 run sums them in bfloat16. No device ever
     holds all of the layers' gradients. It does hold those of the embedding and the head: `shard_map_over_batch` takes
@@ -283,6 +285,8 @@ def unshard_weights(v, *, fsdp: bool, dtype: Any):
 
     def gather(v):
         names, exact = names_of(v), v.get_metadata().get("exact", False)
+        if "expert" in names:
+            return v
 
         def of(x):
             used, kept = spec(names, x.shape, mesh), spec(names, x.shape, mesh, fsdp=True)

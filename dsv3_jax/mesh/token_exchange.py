@@ -13,9 +13,8 @@ This file and expert_parallel.py are the only ones with hand-written collectives
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,6 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import Layout, ModelConfig
 from dsv3_jax.kernels.choose import Kernels
-from dsv3_jax.ops.expert_stack import ExpertStack, GradCarry
 from dsv3_jax.ops.routing import ROUTERS
 from dsv3_jax.ops.varying import varying, zeros
 
@@ -179,35 +177,18 @@ def to_local_ids(ids: Array, gates: Array, held: int) -> tuple[Array, Array]:
     return jnp.where(here, ids, held), jnp.where(here, gates, 0)
 
 
-class RoundArgs(NamedTuple):
-    """Arguments of a round that take no gradient."""
-
-    ids: Array  # int32 [n, K]
-    table: PeerTable
-    weights: Any  # Experts of this device
-    layer: Array
-
-
 Exchange = Callable[[Array], Array]
 
 
 def _at_their_experts(
-    x: Array,
-    gates: Array,
-    grad: GradCarry | None,
-    args: RoundArgs,
-    buffer: SendBuffer,
-    there: Exchange,
-    back: Exchange,
-    kernels: Kernels,
-) -> tuple[Array, GradCarry | None]:
-    """Send the tokens that have a slot to their experts, and the sums back. Returns (y [n, D], the gradient carry)."""
+    args: tuple[Array, ...], buffer: SendBuffer, there: Exchange, back: Exchange, kernels: Kernels
+) -> Array:
+    """Send the tokens that have a slot to their experts, and the sums back. Args: (x, ids, gates, *experts)."""
+    x, ids, gates, *experts = args
     rows, row_gates = there(to_slots(x, buffer)), there(to_slots(gates, buffer))
-    row_ids = there(_fetch(args.ids + 1, buffer.token)) - 1  # an empty slot has the expert -1, which no device holds
-    stack = ExpertStack(args.weights, grad, args.layer)
-    row_ids, row_gates = to_local_ids(row_ids, row_gates, stack.num_experts)
-    sums, stack = kernels.grouped_swiglu(rows, row_ids, row_gates, stack)
-    return from_slots(back(sums), buffer), stack.grad
+    row_ids = there(_fetch(ids + 1, buffer.token)) - 1  # an empty slot has the expert -1, which no device holds
+    row_ids, row_gates = to_local_ids(row_ids, row_gates, experts[0].shape[0])
+    return from_slots(back(kernels.grouped_swiglu(rows, row_ids, row_gates, *experts)), buffer)
 
 
 # All to all, in rounds
@@ -217,12 +198,14 @@ def all_to_all(
     x: Float[Array, "n D"],
     expert_ids: Int[Array, "n K"],
     gates: Float[Array, "n K"],
-    stack: ExpertStack,
-    kernels: Kernels,
+    w_gate: Float[Array, "E D F"],
+    w_up: Float[Array, "E D F"],
+    w_down: Float[Array, "E F D"],
     *,
+    kernels: Kernels,
     peers: int,
     slots: int,
-) -> tuple[Float[Array, "n D"], ExpertStack, Float[Array, ""]]:
+) -> tuple[Float[Array, "n D"], Float[Array, ""]]:
     """Run `Kernels.grouped_swiglu` on this device's tokens with all peers' experts, inside `shard_map`.
 
     All devices go through as many rounds as the one that needs most, along other mesh axes too: a round may hold other
@@ -230,64 +213,56 @@ def all_to_all(
     length: their gradient goes through them once more and recomputes each.
 
     Args:
-        x, gates: vary along every axis along which the experts do.
+        x, gates: vary along every axis along which the experts do, and the experts along theirs.
         slots: for each peer in the first round.
-    Returns: (y, the stack for the next use, copies of a token sent, empty slots included, mean over tokens).
+    Returns: (y, copies of a token sent, empty slots included, mean over tokens).
     """
     n = x.shape[0]
-    table = peer_table(expert_ids, stack.num_experts, peers)
-    args = RoundArgs(expert_ids, table, stack.weights, stack.layer)
-    y, grad = _round(jnp.zeros((), jnp.int32), x, gates, stack.grad, args, kernels, slots)
+    args, table = (x, expert_ids, gates, w_gate, w_up, w_down), peer_table(expert_ids, w_gate.shape[0], peers)
+    y = _round(jnp.zeros((), jnp.int32), args, table, kernels, slots)
     size, most = later_slots(slots), jax.lax.pmax(table.counts.max(), tuple(varying(table.counts)))
     later = -(-jnp.maximum(most - slots, 0) // size)  # rounds
     if slots < n:
-        more, grad = _later_rounds(kernels, slots, x, gates, grad, args, later)
-        y = y + more
-    sent = (slots + later * size).astype(jnp.float32) * ((peers - 1) / n)
-    return y, replace(stack, grad=grad), sent
+        y = y + _later_rounds(kernels, slots, args, table, later)
+    return y, (slots + later * size).astype(jnp.float32) * ((peers - 1) / n)
 
 
-def _round(
-    start: Array, x: Array, gates: Array, grad: GradCarry | None, args: RoundArgs, kernels: Kernels, slots: int
-) -> tuple[Array, GradCarry | None]:
+def _round(start: Array, args: tuple[Array, ...], table: PeerTable, kernels: Kernels, slots: int) -> Array:
     """Send each peer's tokens of the ranks start … start + slots − 1."""
-    table, size = args.table, args.table.counts.size * slots
-    rank = table.rank - start
+    size, rank = table.counts.size * slots, table.rank - start
     now = table.first & (rank >= 0) & (rank < slots)
     buffer = _send_buffer(jnp.where(now, table.peer * slots + rank, size), size)
     across = partial(jax.lax.all_to_all, axis_name="expert", split_axis=0, concat_axis=0, tiled=True)
-    return _at_their_experts(x, gates, grad, args, buffer, across, across, kernels)
+    return _at_their_experts(args, buffer, across, across, kernels)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _later_rounds(kernels, first, x, gates, grad, args, rounds):
-    """(what the rounds add to y that follow one of `first` slots, the gradient carry)."""
+def _later_rounds(kernels, first, args, table, rounds):
+    """What the rounds add to y that follow one of `first` slots."""
     slots = later_slots(first)
 
     def add(number, y):
-        return y + _round(first + number * slots, x, gates, None, args, kernels, slots)[0]
+        return y + _round(first + number * slots, args, table, kernels, slots)
 
-    return jax.lax.fori_loop(0, rounds, add, jnp.zeros_like(x)), grad
+    return jax.lax.fori_loop(0, rounds, add, jnp.zeros_like(args[0]))
 
 
 def _later_rounds_fwd(kernels, first, *args):
     return _later_rounds(kernels, first, *args), args
 
 
-def _later_rounds_bwd(kernels, first, saved, cotangents):
+def _later_rounds_bwd(kernels, first, saved, dy):
     slots = later_slots(first)
-    x, gates, grad, args, rounds = saved
-    args = args._replace(layer=jnp.asarray(args.layer))  # under jax.checkpoint a constant comes back as a bare literal
-    dy, d_grad = cotangents
+    (x, ids, *rest), table, rounds = saved
 
-    def add(number, carry):
-        dx, d_gates, d_grad = carry
-        _, transposed = jax.vjp(lambda *a: _round(first + number * slots, *a, args, kernels, slots), x, gates, grad)
-        more_x, more_gates, d_grad = transposed((dy, d_grad))  # adds the experts' gradient to that of the carry
-        return dx + more_x, d_gates + more_gates, d_grad
+    def add(number, total):
+        def one(x, *rest):
+            return _round(first + number * slots, (x, ids, *rest), table, kernels, slots)
 
-    start = (jnp.zeros_like(x), jnp.zeros_like(gates), d_grad)
-    return *jax.lax.fori_loop(0, rounds, add, start), None, None
+        return jax.tree.map(jnp.add, total, jax.vjp(one, x, *rest)[1](dy))
+
+    d_x, *d_rest = jax.lax.fori_loop(0, rounds, add, tuple(zeros(a.shape, a) for a in (x, *rest)))
+    return (d_x, None, *d_rest), None, None
 
 
 _later_rounds.defvjp(_later_rounds_fwd, _later_rounds_bwd)
@@ -309,18 +284,20 @@ def ragged(
     x: Float[Array, "n D"],
     expert_ids: Int[Array, "n K"],
     gates: Float[Array, "n K"],
-    stack: ExpertStack,
-    kernels: Kernels,
+    w_gate: Float[Array, "E D F"],
+    w_up: Float[Array, "E D F"],
+    w_down: Float[Array, "E F D"],
     *,
+    kernels: Kernels,
     peers: int,
-) -> tuple[Float[Array, "n D"], ExpertStack, Float[Array, ""]]:
+) -> tuple[Float[Array, "n D"], Float[Array, ""]]:
     """`all_to_all` without empty slots on the wire. JAX has it for GPU and TPU.
 
     A device has slots for every token of all its peers, as with `gather`.
     Returns: as there; exactly the copies that had to be sent.
     """
     n, me = x.shape[0], jax.lax.axis_index("expert")
-    table = peer_table(expert_ids, stack.num_experts, peers)
+    table = peer_table(expert_ids, w_gate.shape[0], peers)
     counts = jax.lax.all_gather(table.counts, "expert")  # [from, to]
     starts = jnp.cumsum(counts, axis=1, dtype=jnp.int32) - counts  # in the sender's buffer
     lands = jnp.cumsum(counts, axis=0, dtype=jnp.int32) - counts  # in the receiver's
@@ -332,10 +309,9 @@ def ragged(
         (lambda rows: _exchange(received, size, rows, out, home)),
         (lambda rows: _exchange(size, received, rows, home, out)),
     )
-    args = RoundArgs(expert_ids, table, stack.weights, stack.layer)
-    y, grad = _at_their_experts(x, gates, stack.grad, args, buffer, there, back, kernels)
+    y = _at_their_experts((x, expert_ids, gates, w_gate, w_up, w_down), buffer, there, back, kernels)
     sent = (table.counts.sum(dtype=jnp.int32) - table.counts[me]).astype(jnp.float32) / n
-    return y, replace(stack, grad=grad), jax.lax.pmean(sent, tuple(varying(sent)))
+    return y, jax.lax.pmean(sent, tuple(varying(sent)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -39,7 +39,7 @@ class DenseBlock(nnx.Module):
 
 
 class SparseBlock(nnx.Module):
-    """x + attention, then + a mixture of experts, whose matrices are in the context's stack.
+    """x + attention, then + a mixture of experts.
 
     Example:
         >>> from dsv3_jax.kernels.choose import prepare
@@ -54,11 +54,11 @@ class SparseBlock(nnx.Module):
         self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.attn = ATTENTION[cfg.attention](cfg, rngs=rngs, kernels=kernels)
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.moe = MoE(cfg, execution, rngs=rngs, kernels=kernels, stacked=True)
+        self.moe = MoE(cfg, execution, rngs=rngs, kernels=kernels)
 
     def __call__(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Context, LayerRouting]:
         """As DenseBlock's. Returns (x, the context for the next layer, what the router did)."""
         y, ctx = self.attn.attend(self.attn_norm(x), ctx)
         x = constrain(x + y, "batch", None, None)
-        y, experts, routing = self.moe.mix(self.ffn_norm(x), ctx)
-        return constrain(x + y, "batch", None, None), ctx._replace(experts=experts), routing
+        y, routing = self.moe.mix(self.ffn_norm(x), ctx)
+        return constrain(x + y, "batch", None, None), ctx, routing

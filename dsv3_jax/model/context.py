@@ -1,4 +1,4 @@
-"""The context of a layer: positions, documents, what a router reads beside x, cache and experts."""
+"""The context of a layer: positions, documents, what a router reads beside x, and the cache."""
 
 from typing import Any, NamedTuple
 
@@ -8,12 +8,11 @@ from jaxtyping import Array
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.cache import Cache
 from dsv3_jax.ops import rope
-from dsv3_jax.ops.expert_stack import ExpertStack
 from dsv3_jax.ops.routing import ROUTERS
 
 
 class Context(NamedTuple):
-    """Goes into every layer. A layer returns it with the cache and the expert stack that the next layer needs.
+    """Goes into every layer. A layer returns it with the cache that the next layer needs.
 
     Training and prefill have no cache. Prefill keeps each layer's rows.
     """
@@ -24,7 +23,6 @@ class Context(NamedTuple):
     mask: Array  # bool [B, T]: tokens that count for load and balance losses
     layer: Array | int  # int32 []: which layer of the cache; a Python number where layers are unrolled
     cache: Any = None  # Cache of all layers, that holds earlier tokens, or None
-    experts: ExpertStack | None = None  # at this layer
     may_drop: bool = True  # False: no token is dropped, whatever capacity_factor says
     tokens: Array | None = None  # int32 [B, T]: ids that the router reads, if it reads any
     keys: Array | None = None  # random keys [B], one a row, of the router's noise; None without noise

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dsv3_jax.kernels.choose import Kernels
+from dsv3_jax.kernels.cpu.memory import views
 from dsv3_jax.kernels.xla_flags import compile_lightly
 from dsv3_jax.ops.attention import RESULTS
 
@@ -105,13 +106,13 @@ class Frozen(NamedTuple):
     """The value of a parameter that is frozen in training, and how low-rank adapters change it: w + left right.
 
     The sum is formed where it is used, see `training.lora`. Leading axes are a batch: each layer and each expert has a
-    pair of its own. Without a pair, w is used as it is.
+    pair of its own.
     """
 
     # Not annotated more closely: JAX rebuilds it with shapes and shardings in its places.
     w: Any  # [*batch, *m, *n]
-    left: Any = None  # [*batch, *m, r]
-    right: Any = None  # [*batch, r, *n]
+    left: Any  # [*batch, *m, r]
+    right: Any  # [*batch, r, *n]
 
     def merge(self) -> Array:
         """The matrix in use.
@@ -121,8 +122,6 @@ class Frozen(NamedTuple):
             Array([[3., 4.],
                    [6., 8.]], dtype=float32)
         """
-        if self.left is None:
-            return self.w
         batch = tuple(range(self.left.ndim + self.right.ndim - 2 - self.w.ndim))
         dims = ((self.left.ndim - 1,), (len(batch),)), (batch, batch)
         return self.w + jax.lax.dot_general(self.left, self.right, dims, precision=jax.lax.Precision.HIGHEST)
@@ -194,8 +193,10 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
     return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
 
 
-def unstack(stacked: nnx.Module | None) -> list[nnx.State]:
-    """The arrays of each of the modules that `stack` made one.
+def unstack(stacked: nnx.Module | None, *, experts: bool = True) -> list[nnx.State]:
+    """The arrays of each of the modules that `stack` made one, as views of its memory if they can be.
+
+    Args: experts: with the routed experts. False leaves them out, for `loop_layers` to slice them where they are read.
 
     Example:
         >>> layers = unstack(stack(lambda rngs: RMSNorm(4, eps=1e-6), 3, nnx.Rngs(0)))
@@ -204,9 +205,9 @@ def unstack(stacked: nnx.Module | None) -> list[nnx.State]:
     """
     if stacked is None:
         return []
-    state = nnx.state(stacked)
-    count = jax.tree.leaves(state)[0].shape[0]
-    return [jax.tree.map(lambda x, i=i: x[i], state) for i in range(count)]
+    _, kept = nnx.split_state(nnx.state(stacked), lambda path, _: not experts and "experts" in path, ...)
+    leaves, treedef = jax.tree.flatten(kept)
+    return [jax.tree.unflatten(treedef, parts) for parts in zip(*map(views, leaves), strict=True)]
 
 
 def recompute(f: Callable, remat: str) -> Callable:
@@ -235,19 +236,17 @@ def loop_layers(
     remat: str = "none",
     unroll: bool = False,
     unshard: Callable = lambda layer: layer,
-    beside: tuple = (),
 ):
-    """Run `carry, y = body(module, carry, index, *beside)` for each module of a stack in turn.
+    """Run `carry, y = body(module, carry, index)` for each module of a stack in turn.
 
     Args:
         stacked: what `stack` made; None has no layers.
-        layers: each module's own arrays, from `unstack`: the loop is unrolled and slices nothing, and `index` is a
-            Python number. None means a scan, whose compile time does not grow with depth.
+        layers: each module's own arrays, from `unstack`: the loop is unrolled, slices only arrays that are not there,
+            and `index` is a Python number. None means a scan, whose compile time does not grow with depth.
         remat: see `recompute`.
         unroll: write the scan out layer by layer. Then nothing that the backward pass reads is copied into a stack and
             out again, and compile time grows with depth.
         unshard: gathers a layer's weights in its turn, see `mesh.sharding.unshard_weights`.
-        beside: further arrays in any structure with a leading layer axis; the body takes those of its layer.
     Returns: (carry, ys stacked along a leading layer axis; None without layers, or unrolled).
 
     Example:
@@ -262,14 +261,14 @@ def loop_layers(
     graphdef, state = nnx.split(stacked)
     if layers is not None:
         for index, layer in enumerate(layers):
-            own = jax.tree.map(lambda x, i=index: x[i], beside)
-            carry, _ = body(nnx.merge(graphdef, layer), carry, index, *own)
+            sliced = jax.tree.map(lambda x, i=index: x[i], state)
+            carry, _ = body(nnx.merge(graphdef, nnx.merge_state(sliced, layer)), carry, index)
         return carry, None
 
     def step(carry, xs):
-        layer, index, own = xs
-        return body(nnx.merge(graphdef, unshard(layer)), carry, index, *own)
+        layer, index = xs
+        return body(nnx.merge(graphdef, unshard(layer)), carry, index)
 
     step = recompute(step, remat)
     count = jax.tree.leaves(state)[0].shape[0]
-    return jax.lax.scan(step, carry, (state, jnp.arange(count, dtype=jnp.int32), beside), unroll=unroll)
+    return jax.lax.scan(step, carry, (state, jnp.arange(count, dtype=jnp.int32)), unroll=unroll)

@@ -1,9 +1,4 @@
-"""The DeepSeekMoE layer: router, routed experts, shared experts, and what is counted of them.
-
-The routed experts' matrices of all layers are in one `Experts` module beside the layers, not inside them. A loop over
-layers then reads expert `[layer, e]` in place and never copies all of a layer's experts. A MoE that is used alone owns
-its experts.
-"""
+"""The DeepSeekMoE layer: router, routed experts, shared experts, and what is counted of them."""
 
 from typing import NamedTuple
 
@@ -17,9 +12,8 @@ from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.mesh import expert_parallel
 from dsv3_jax.mesh.sharding import on_mesh, shard_map_over_batch
 from dsv3_jax.model.context import Context, from_zero, make_context
-from dsv3_jax.model.layers import Frozen, SwiGLU, merge_frozen, param
-from dsv3_jax.ops import balance, dispatch, expert_stack, routing
-from dsv3_jax.ops.expert_stack import ExpertStack
+from dsv3_jax.model.layers import SwiGLU, param
+from dsv3_jax.ops import balance, dispatch, routing
 from dsv3_jax.ops.varying import as_varying
 
 
@@ -42,32 +36,20 @@ class LayerRouting(NamedTuple):
 
 
 class Experts(nnx.Module):
-    """The routed experts' matrices of `layers` layers: [L, E, D, F] twice and [L, E, F, D].
+    """The routed experts' matrices: [E, D, F] twice and [E, F, D], or with `layers` such a stack, drawn at once.
 
     Example:
         >>> from dsv3_jax.presets import preset
-        >>> Experts(preset("tiny"), layers=3, rngs=nnx.Rngs(0)).w_gate.shape  # [L, E, D, F]
-        (3, 16, 128, 64)
+        >>> Experts(preset("tiny"), rngs=nnx.Rngs(0)).w_gate.shape  # [E, D, F]
+        (16, 128, 64)
     """
 
-    def __init__(self, cfg: ModelConfig, layers: int, *, rngs: nnx.Rngs):
-        lead = (layers, cfg.num_experts)
+    def __init__(self, cfg: ModelConfig, layers: int | None = None, *, rngs: nnx.Rngs):
+        lead = (cfg.num_experts,) if layers is None else (layers, cfg.num_experts)
         gate, up, down = expert_parallel.AXIS_NAMES
         self.w_gate = param(rngs, (*lead, cfg.dim, cfg.expert_dim), gate, cfg.init_std)
         self.w_up = param(rngs, (*lead, cfg.dim, cfg.expert_dim), up, cfg.init_std)
         self.w_down = param(rngs, (*lead, cfg.expert_dim, cfg.dim), down, cfg.init_std)
-
-    @property
-    def adapted(self) -> bool:
-        """Whether low-rank adapters change the matrices, see `training.lora`."""
-        value = self.w_gate.get_value()
-        return isinstance(value, Frozen) and value.left is not None
-
-    def open(self, kernels: Kernels, *, train: bool) -> ExpertStack:
-        """The matrices as a stack: one that takes a gradient, to be closed after its last layer, or a read-only one."""
-        weights = expert_stack.Experts(*(merge_frozen(w)[...] for w in (self.w_gate, self.w_up, self.w_down)))
-        frozen = isinstance(self.w_gate.get_value(), Frozen) and not self.adapted
-        return kernels.open_experts(weights, frozen=frozen) if train else expert_stack.read_only(weights)
 
 
 class MoE(nnx.Module):
@@ -77,7 +59,6 @@ class MoE(nnx.Module):
 
     Args:
         execution, kernels: how to compute; `kernels` defaults to the best of the default device.
-        stacked: the experts' matrices are in the context's stack. False: the module owns those of one layer.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx
@@ -95,7 +76,6 @@ class MoE(nnx.Module):
         *,
         rngs: nnx.Rngs,
         kernels: Kernels | None = None,
-        stacked: bool = False,
     ):
         self.w_router = param(rngs, (cfg.dim, cfg.num_experts), ("dim", None), cfg.init_std, exact=True)
         self.bias = RouterBias(jnp.zeros((cfg.num_experts,), jnp.float32))
@@ -106,7 +86,7 @@ class MoE(nnx.Module):
         self.layout = (execution or Execution()).layout
         shared = cfg.num_shared_experts * cfg.expert_dim
         self.shared = SwiGLU(cfg.dim, shared, cfg.init_std, rngs=rngs, kernels=self.kernels) if shared else None
-        self.experts = None if stacked else Experts(cfg, 1, rngs=rngs)
+        self.experts = Experts(cfg, rngs=rngs)
 
     def __call__(
         self,
@@ -116,35 +96,27 @@ class MoE(nnx.Module):
         tokens: Int[Array, "B T"] | None = None,
         keys: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerRouting]:
-        """Mix the experts that the module owns.
+        """Mix the experts, for training.
 
         Args:
             mask: tokens that count for load and balance losses. None means all.
             tokens: ids, for router "hash".
             keys: a random key for each row, for the noise of router "noisy_topk". None means no noise.
         Returns: (y, what the router did).
-        Raises: ValueError if the module owns no experts, or the router needs tokens and gets none.
+        Raises: ValueError if the router needs tokens and gets none.
         """
-        if self.experts is None:
-            raise ValueError("stacked=True: this MoE owns no experts; call `mix` with a stack in the context")
         ctx = make_context(self.cfg, from_zero(*x.shape[:2]), tokens=tokens, keys=keys)
-        stack = self.experts.open(self.kernels, train=True)
-        y, stack, routing = self.mix(x, ctx._replace(experts=stack, mask=ctx.mask if mask is None else mask))
-        return self.kernels.close_experts(y, stack), routing
+        return self.mix(x, ctx if mask is None else ctx._replace(mask=mask))
 
-    def mix(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, ExpertStack, LayerRouting]:
-        """Mix the experts of the context's stack.
-
-        Returns: (y [B, T, D], the stack for the next layer, what the router did).
-        """
-        cfg, stack = self.cfg, ctx.experts
-        assert stack is not None
+    def mix(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, LayerRouting]:
+        """Training, prefill or decoding, by the context. Returns (y [B, T, D], what the router did)."""
+        cfg = self.cfg
         picked, log_sums = self.route(x, ctx)
         flat, ids, gates, scores = (a.reshape(-1, a.shape[-1]) for a in (x, *picked))
         load, sequence_loss, score_entropy, measure = self._measure(picked, ctx.mask)
         if ctx.muted is not None:
             gates = jnp.where((ctx.muted[0] == ctx.layer) & (ctx.muted[1] == ids), 0.0, gates)
-        y, stack, dropped, tokens_sent = self._run_experts(flat, ids, gates, stack, ctx.may_drop)
+        y, dropped, tokens_sent = self._run_experts(flat, ids, gates, ctx)
         y = y.reshape(x.shape)
         if self.shared is not None:
             y = y + self.shared(x)
@@ -157,27 +129,22 @@ class MoE(nnx.Module):
             picked.expert_ids, picked.gates, score_entropy, load, balance_loss, dropped, tokens_sent, measure,
             picked.scores if ctx.keep_scores else None,
         )  # fmt: skip
-        return y, stack, stats
+        return y, stats
 
     @jax.named_scope("experts")
-    def _run_experts(
-        self, x: Array, ids: Array, gates: Array, stack: ExpertStack, may_drop: bool
-    ) -> tuple[Array, ExpertStack, Array, Array]:
-        """Returns: (y [tokens, D], the stack for the next layer, share of assignments dropped, copies sent away)."""
-        none = jnp.zeros((), jnp.float32)
-        few = stack.grad is None and gates.size <= dispatch.FEW_CHOICES * self.cfg.num_experts
-        if self.cfg.capacity_factor is not None and may_drop and stack.grad is not None:
-            factor = self.cfg.capacity_factor
-            y, stack, dropped = self.kernels.capacity_swiglu(x, ids, gates, stack, factor=factor)
-            return y, stack, dropped, none
-        if on_mesh() and few:
-            return expert_parallel.decode_experts(x, ids, gates, stack, self.kernels, self.layout), stack, none, none
+    def _run_experts(self, x: Array, ids: Array, gates: Array, ctx: Context) -> tuple[Array, Array, Array]:
+        """Returns: (y [tokens, D], share of assignments dropped, copies of a token that are sent away)."""
+        none, kernels = jnp.zeros((), jnp.float32), self.kernels
+        args = x, ids, gates, self.experts.w_gate[...], self.experts.w_up[...], self.experts.w_down[...]
+        if self.cfg.capacity_factor is not None and ctx.may_drop:
+            return *kernels.capacity_swiglu(*args, factor=self.cfg.capacity_factor), none
+        decode = not ctx.may_drop and gates.size <= dispatch.FEW_CHOICES * self.cfg.num_experts
+        if on_mesh() and decode:
+            return expert_parallel.decode_experts(*args, kernels=kernels, layout=self.layout), none, none
         if on_mesh():
-            y, stack, sent = expert_parallel.grouped_swiglu(x, ids, gates, stack, self.kernels, self.cfg, self.layout)
-            return y, stack, none, sent
-        if few:
-            return self.kernels.decode_experts(x, ids, gates, stack), stack, none, none
-        return *self.kernels.grouped_swiglu(x, ids, gates, stack), none, none
+            y, sent = expert_parallel.grouped_swiglu(*args, kernels=kernels, cfg=self.cfg, layout=self.layout)
+            return y, none, sent
+        return (kernels.decode_experts if decode else kernels.grouped_swiglu)(*args), none, none
 
     @jax.named_scope("router")
     def route(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[routing.Routing, Array | None]:

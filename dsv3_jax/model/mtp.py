@@ -21,7 +21,7 @@ from dsv3_jax.kernels.choose import Kernels
 from dsv3_jax.model.blocks import DenseBlock, SparseBlock
 from dsv3_jax.model.context import Context
 from dsv3_jax.model.layers import RMSNorm, param, recompute
-from dsv3_jax.model.moe import Experts, LayerRouting
+from dsv3_jax.model.moe import LayerRouting
 
 
 class Head(nnx.Module):
@@ -72,7 +72,6 @@ class MTPModule(Head):
         self.hidden_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.w_eh = param(rngs, (2 * cfg.dim, cfg.dim), ("dim", None), cfg.init_std)
         self.block = SparseBlock(cfg, execution, rngs=rngs, kernels=kernels)
-        self.experts = Experts(cfg, 1, rngs=rngs)
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
 
     def __call__(
@@ -80,7 +79,8 @@ class MTPModule(Head):
     ) -> tuple[Array, Context, LayerRouting]:
         assert embedded is not None
         both = jnp.concatenate([self.embed_norm(embedded), self.hidden_norm(h)], axis=-1)
-        return run_sparse_block(self, self.kernels.product(both, self.w_eh[...]), ctx)
+        x, ctx, routing = self.block(self.kernels.product(both, self.w_eh[...]), ctx)
+        return self.norm(x), ctx, routing
 
 
 class MetaHead(Head):
@@ -95,20 +95,20 @@ class MetaHead(Head):
         >>> from dsv3_jax.presets import preset
         >>> cfg, kernels = preset("tiny"), prepare()
         >>> head = nnx.eval_shape(lambda: MetaHead(cfg, Execution(), rngs=nnx.Rngs(0), kernels=kernels))
-        >>> head.experts.w_gate.shape  # one layer of experts of its own
-        (1, 16, 128, 64)
+        >>> head.block.moe.experts.w_gate.shape  # experts of its own
+        (16, 128, 64)
     """
 
     def __init__(self, cfg: ModelConfig, execution: Execution, *, rngs: nnx.Rngs, kernels: Kernels):
         super().__init__(cfg, execution, rngs=rngs, kernels=kernels)
         self.block = SparseBlock(cfg, execution, rngs=rngs, kernels=kernels)
-        self.experts = Experts(cfg, 1, rngs=rngs)
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
 
     def __call__(
         self, h: Float[Array, "B T D"], ctx: Context, embedded: Float[Array, "B T D"] | None = None
     ) -> tuple[Array, Context, LayerRouting]:
-        return run_sparse_block(self, h, ctx)
+        x, ctx, routing = self.block(h, ctx)
+        return self.norm(x), ctx, routing
 
 
 class MedusaHead(Head):
@@ -209,20 +209,10 @@ def smooth_l1(x: Float[Array, "*n D"], target: Float[Array, "*n D"]) -> Float[Ar
     return jnp.where(d < 1, 0.5 * d * d, d - 0.5).mean(-1)
 
 
-def run_sparse_block(head: MTPModule | MetaHead, x: Array, ctx: Context) -> tuple[Array, Context, LayerRouting]:
-    """A head's sparse block and norm; its experts are a stack of one layer."""
-    stack = head.experts.open(head.kernels, train=ctx.cache is None)
-    x, ctx, routing = head.block(x, ctx._replace(experts=stack))
-    assert ctx.experts is not None
-    x = head.kernels.close_experts(x, ctx.experts) if ctx.cache is None else x
-    return head.norm(x), ctx._replace(experts=None), routing
-
-
 def unshard_head(head: Head, unshard: Callable) -> Head:
-    """A head with its weights gathered, except its experts'; see `mesh.sharding.unshard_weights`."""
+    """A head with its weights gathered; see `mesh.sharding.unshard_weights`."""
     graphdef, state = nnx.split(head)
-    experts, rest = nnx.split_state(state, lambda path, _: path[0] == "experts", ...)
-    return nnx.merge(graphdef, experts, unshard(rest))
+    return nnx.merge(graphdef, unshard(state))
 
 
 @jax.named_scope("heads")

@@ -18,8 +18,7 @@ from dsv3_jax.model.layers import RMSNorm, draws_together, loop_layers, merge_fr
 from dsv3_jax.model.moe import Experts, LayerRouting
 from dsv3_jax.model.mtp import make_heads, run_heads
 
-UNROLLED = 16  # most layers that decoding unrolls on the CPU: more take too long to compile
-UNROLLED_BY_LAYER = 64  # where a scan copies each layer out of its stack; 4 of mini compile in 12 s for an H100
+UNROLLED = 64  # most layers that decoding unrolls: a scan copies each layer out of its stack, experts too
 UNROLLED_IN_TRAINING = 4  # most layers that training unrolls on the CPU; see experiments/bench/README.md
 
 
@@ -85,8 +84,10 @@ class Transformer(nnx.Module):
         kernels = kernels or prepare(execution)
         self.embed = param(rngs, (cfg.vocab_size, cfg.dim), ("vocab", "dim"), cfg.init_std, exact=True)
         self.dense = stack(lambda r: DenseBlock(cfg, execution, rngs=r, kernels=kernels), cfg.num_dense_layers, rngs)
-        self.sparse = stack(lambda r: SparseBlock(cfg, execution, rngs=r, kernels=kernels), cfg.num_sparse_layers, rngs)
-        self.experts = Experts(cfg, cfg.num_sparse_layers, rngs=rngs) if cfg.num_sparse_layers else None
+        sparse: Any = stack(lambda r: SparseBlock(cfg, execution, rngs=r, kernels=kernels), cfg.num_sparse_layers, rngs)
+        if sparse is not None:
+            sparse.moe.experts = Experts(cfg, cfg.num_sparse_layers, rngs=rngs)  # one draw of all layers
+        self.sparse = sparse
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         head = None if cfg.tie_embeddings else param(rngs, (cfg.dim, cfg.vocab_size), ("dim", "vocab"), cfg.init_std)
         self.head = head
@@ -200,55 +201,25 @@ class Transformer(nnx.Module):
         carry = self.embedding(tokens), ctx.cache
         (x, cache), found = loop_layers(self.dense, dense_layer, carry, layers=weights and weights.dense, **how)
         of_dense, kept_of_dense = found or (None, None)
-        if self.experts is None:
-            return x, kept_of_dense if keep else cache, None, {"dense": of_dense}
-        if self.experts.adapted and not decoding:
-            x, routing = self._adapted_layers(x, ctx, how)
-            return x, cache, routing, {}
-        experts = self.experts.open(self.kernels, train=not decoding)
 
         def sparse_layer(block, carry, index):
-            x, cache, grad = carry
-            layer = ctx._replace(cache=cache, layer=first + index, experts=experts.at(index, grad))
-            x, after, routing = block(x, layer)
+            x, cache = carry
+            x, after, routing = block(x, ctx._replace(cache=cache, layer=first + index))
             kept = {name: after.rows[name] for name in keep}
-            return (x, after.cache, after.experts.grad), (None if decoding else (routing, after.max_logits), kept)
+            return (x, after.cache), (None if decoding else (routing, after.max_logits), kept)
 
-        carry = x, cache, experts.grad
-        (x, cache, grad), found = loop_layers(
-            self.sparse, sparse_layer, carry, layers=weights and weights.sparse, **how
-        )
-        if not decoding:
-            x = self.kernels.close_experts(x, experts.at(0, grad))
+        carry = x, cache
+        (x, cache), found = loop_layers(self.sparse, sparse_layer, carry, layers=weights and weights.sparse, **how)
         if keep:
-            assert found is not None
-            kept = [rows for rows in (kept_of_dense, found[1]) if rows is not None]
+            kept = [rows for rows in (kept_of_dense, found and found[1]) if rows is not None]
             return x, jax.tree.map(lambda *rows: jnp.concatenate(rows), *kept), None, {}
         routing, of_sparse = (found and found[0]) or (None, None)
         return x, cache, routing, {"dense": of_dense, "sparse": of_sparse}
 
-    def _adapted_layers(self, x: Array, ctx: Context, how: dict[str, Any]) -> tuple[Array, LayerRouting]:
-        """The sparse layers in training, where low-rank adapters change the experts.
-
-        Each layer forms its own experts, as a stack of one layer, and their gradient ends there too: only that of the
-        adapters is kept for all layers.
-        """
-        assert self.experts is not None
-        graphdef, state = nnx.split(self.experts)
-
-        def layer(block, x, index, own):
-            experts = nnx.merge(graphdef, own).open(self.kernels, train=True)
-            ctx_here = ctx._replace(layer=self.cfg.num_dense_layers + index, experts=experts)
-            x, after, routing = block(x, ctx_here)
-            return self.kernels.close_experts(x, after.experts), routing
-
-        return loop_layers(self.sparse, layer, x, beside=(jax.tree.map(lambda w: w[:, None], state),), **how)
-
     @property
     def unrolls(self) -> bool:
         """Whether decoding unrolls the layers; not on a mesh, and not in very deep models."""
-        most = UNROLLED if self.kernels.scan_copies else UNROLLED_BY_LAYER
-        return not on_mesh() and self.cfg.num_layers <= most
+        return not on_mesh() and self.cfg.num_layers <= UNROLLED
 
     @property
     def trains_unrolled(self) -> bool:
@@ -262,8 +233,13 @@ class Transformer(nnx.Module):
         return exact and shallow and self.kernels.scan_copies and not on_mesh()
 
     def prepare_decode(self) -> DecodeWeights | None:
-        """Take each layer's arrays out of the stacks, once a request; None if layers are not unrolled."""
-        return DecodeWeights(unstack(self.dense), unstack(self.sparse)) if self.unrolls else None
+        """Take each layer's arrays out of the stacks, once a request; None if layers are not unrolled.
+
+        Outside `jax.jit` a CPU copies nothing. An accelerator copies all but the experts, which its kernels can slice.
+        """
+        if not self.unrolls:
+            return None
+        return DecodeWeights(unstack(self.dense), unstack(self.sparse, experts=not self.kernels.slices_experts))
 
     def empty_cache(
         self, batch: int, capacity: int, kind: CacheKind, dtype: Any, *, layers: int | None = None
@@ -327,7 +303,7 @@ def abstract(cfg: ModelConfig, execution: Execution | None = None, kernels: Kern
 
     Example:
         >>> from dsv3_jax.presets import preset
-        >>> abstract(preset("v3")).experts.w_gate.shape  # [L, E, D, F]
+        >>> abstract(preset("v3")).sparse.moe.experts.w_gate.shape  # [L, E, D, F]
         (58, 256, 7168, 2048)
     """
     return nnx.eval_shape(lambda: Transformer(cfg, execution, rngs=nnx.Rngs(0), kernels=kernels))

@@ -15,7 +15,6 @@ additions meet in an order that changes from run to run.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -23,7 +22,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.ops.expert_stack import Experts, ExpertStack, GradCarry, add_layer, mark_written, take_layer
 from dsv3_jax.ops.grouped_product import RAGGED_DOT, GroupedProduct, wide
 from dsv3_jax.ops.sort_by_expert import SortedRows, sort_by_expert
 from dsv3_jax.ops.varying import zeros
@@ -32,72 +30,69 @@ FEW_CHOICES = 32  # assignments for each expert up to which `decode_experts` is 
 
 
 def dense_swiglu(
-    x: Float[Array, "n D"], expert_ids: Int[Array, "n K"], gates: Float[Array, "n K"], stack: ExpertStack
-) -> tuple[Float[Array, "n D"], ExpertStack]:
-    """Run every expert of the stack's layer on every token, weighted by the gates.
+    x: Float[Array, "n D"],
+    expert_ids: Int[Array, "n K"],
+    gates: Float[Array, "n K"],
+    w_gate: Float[Array, "E D F"],
+    w_up: Float[Array, "E D F"],
+    w_down: Float[Array, "E F D"],
+) -> Float[Array, "n D"]:
+    """Run every expert on every token, weighted by the gates.
 
     Args: as `grouped_swiglu`. Returns: likewise.
 
     Example:
-        >>> one = jnp.ones((1, 2, 1, 1))  # one layer, two experts, D = F = 1
-        >>> weights = Experts(9 * one, one / 9, jnp.array([[[[2.0]], [[5.0]]]]))  # on 1 they give 2 and 5: silu(9) is 9
-        >>> stack = ExpertStack(weights, None, jnp.int32(0))
-        >>> y, _ = dense_swiglu(jnp.ones((1, 1)), jnp.array([[1, 0]]), jnp.array([[0.9, 0.1]]), stack)
-        >>> y.round(2)  # 0.9 · 5 + 0.1 · 2
+        >>> one = jnp.ones((2, 1, 1))  # two experts, D = F = 1
+        >>> weights = 9 * one, one / 9, jnp.array([[[2.0]], [[5.0]]])  # on 1 they give 2 and 5: silu(9) is 9
+        >>> dense_swiglu(jnp.ones((1, 1)), jnp.array([[1, 0]]), jnp.array([[0.9, 0.1]]), *weights).round(2)
         Array([[4.7]], dtype=float32)
     """
-    w, stack = _layer_in(x, stack)
-    hot = jax.nn.one_hot(expert_ids, w.w_gate.shape[0], dtype=x.dtype)
+    w_gate, w_up, w_down = (w.astype(x.dtype) for w in (w_gate, w_up, w_down))
+    hot = jax.nn.one_hot(expert_ids, w_gate.shape[0], dtype=x.dtype)
     weight = jnp.einsum("nke,nk->ne", hot, gates.astype(x.dtype))
-    h = jax.nn.silu(jnp.einsum("nd,edf->nef", x, w.w_gate)) * jnp.einsum("nd,edf->nef", x, w.w_up)
-    return jnp.einsum("nef,efd,ne->nd", h, w.w_down, weight), stack
+    h = jax.nn.silu(jnp.einsum("nd,edf->nef", x, w_gate)) * jnp.einsum("nd,edf->nef", x, w_up)
+    return jnp.einsum("nef,efd,ne->nd", h, w_down, weight)
 
 
 def grouped_swiglu(
     x: Float[Array, "n D"],
     expert_ids: Int[Array, "n K"],
     gates: Float[Array, "n K"],
-    stack: ExpertStack,
+    w_gate: Float[Array, "E D F"],
+    w_up: Float[Array, "E D F"],
+    w_down: Float[Array, "E F D"],
     *,
     product: GroupedProduct = RAGGED_DOT,
-) -> tuple[Float[Array, "n D"], ExpertStack]:
-    """Compute Σ_k gates_k · (silu(x w_gate) ⊙ (x w_up)) w_down over the chosen experts of the stack's layer.
+) -> Float[Array, "n D"]:
+    """Compute Σ_k gates_k · (silu(x w_gate) ⊙ (x w_up)) w_down over the chosen experts.
 
     Sums over D, F and K are accumulated in float32. The gradient keeps a = x w_gate and b = x w_up, and nothing else of
-    the rows' size.
+    the rows' size. The experts' gradients have the dtype of the experts.
 
     Args:
         x: tokens.
         expert_ids, gates: the router's choice; gates are cast to x's dtype. An id of E counts as no expert.
-        stack: weights and gradient carry, at the layer to use.
+        w_gate, w_up, w_down: the experts' matrices, cast to x's dtype for use.
         product: the backend of the grouped products.
-    Returns: (y [n, D], the stack for the next use).
 
     Example:
-        >>> one = jnp.ones((1, 2, 1, 1))  # one layer, two experts, D = F = 1
-        >>> weights = Experts(9 * one, one / 9, jnp.array([[[[2.0]], [[5.0]]]]))  # on 1 they give 2 and 5: silu(9) is 9
-        >>> stack = ExpertStack(weights, None, jnp.int32(0))
-        >>> y, _ = grouped_swiglu(jnp.ones((1, 1)), jnp.array([[1, 0]]), jnp.array([[0.9, 0.1]]), stack)
-        >>> y.round(2)  # 0.9 · 5 + 0.1 · 2
+        >>> one = jnp.ones((2, 1, 1))  # two experts, D = F = 1
+        >>> weights = 9 * one, one / 9, jnp.array([[[2.0]], [[5.0]]])  # on 1 they give 2 and 5: silu(9) is 9
+        >>> grouped_swiglu(jnp.ones((1, 1)), jnp.array([[1, 0]]), jnp.array([[0.9, 0.1]]), *weights).round(2)
         Array([[4.7]], dtype=float32)
     """
-    gates = gates.astype(x.dtype)
-    p = sort_by_expert(expert_ids, stack.num_experts)
-    if stack.grad is None:
-        return _forward(product, x, gates, stack.weights, p, stack.layer)[0], stack
-    grad = stack.grad.consume()
-    y, carry, written = _grouped(product, x, gates, stack.weights, grad.carry, grad.written, p, stack.layer)
-    return y, replace(stack, grad=GradCarry(carry, written))
+    p = sort_by_expert(expert_ids, w_gate.shape[0])
+    return _grouped(product, x, gates.astype(x.dtype), (w_gate, w_up, w_down), p)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(product, x, gates, weights, carry, written, p: SortedRows, layer):
-    return _forward(product, x, gates, weights, p, layer)[0], carry, written
+def _grouped(product, x, gates, weights, p: SortedRows):
+    return _forward(product, x, gates, weights, p)[0]
 
 
-def _grouped_fwd(product, x, gates, weights, carry, written, p, layer):
-    y, inner = _forward(product, x, gates, weights, p, layer)
-    return (y, carry, written), (x, gates, weights, p, layer, inner)
+def _grouped_fwd(product, x, gates, weights, p):
+    y, inner = _forward(product, x, gates, weights, p)
+    return y, (x, gates, weights, p, inner)
 
 
 class _Rows(NamedTuple):
@@ -116,63 +111,52 @@ def _sorted_rows(product: GroupedProduct, gates: Array, p: SortedRows) -> _Rows:
     return _Rows(order // gates.shape[1], gate[:, None], in_expert[:, None])
 
 
-def _forward(product, x, gates, weights: Experts, p: SortedRows, layer) -> tuple[Array, tuple[Array, ...]]:
+def _forward(product, x, gates, weights, p: SortedRows) -> tuple[Array, tuple[Array, ...]]:
     """(y, what the products before silu gave: (a | b,) side by side, or (a, b))."""
-    w_in, w_down, first = _matrices(product, weights, layer, x.dtype)
+    w_in, w_down = _matrices(product, weights, x.dtype)
     rows = _sorted_rows(product, gates, p)
     x_rows = _take(x, rows.token)
-    inner = tuple(product.forward(x_rows, w, p.counts, first) for w in w_in)
+    inner = tuple(product.forward(x_rows, w, p.counts) for w in w_in)
     a, b = _gate_and_up(inner)
     h = _rounded(jax.nn.silu(a) * b * rows.gate, rows, x.dtype)
-    return _sum_choices((product.forward(h, w_down, p.counts, first),), p), inner
+    return _sum_choices((product.forward(h, w_down, p.counts),), p), inner
 
 
-def _grouped_bwd(product, saved, cotangents):
-    x, gates, weights, p, layer, inner = saved
-    dy, d_carry, d_written = cotangents
-    layer = jnp.asarray(layer)  # under jax.checkpoint a constant comes back as a bare literal
-    w_in, w_down, first = _matrices(product, weights, layer, x.dtype)
+def _grouped_bwd(product, saved, dy):
+    x, gates, weights, p, inner = saved
+    w_in, w_down = _matrices(product, weights, x.dtype)
     rows = _sorted_rows(product, gates, p)
     x_rows, dy_rows = _take(x, rows.token), _take(dy, rows.token)
     a, b = _gate_and_up(inner)
     sig = jax.nn.sigmoid(a)
     silu = a * sig
     h = _rounded(silu * b * rows.gate, rows, x.dtype)
-    d_h = product.dx(dy_rows, w_down, p.counts, first).astype(a.dtype)
+    d_h = product.dx(dy_rows, w_down, p.counts).astype(a.dtype)
     d_gates = jnp.where(rows.in_expert[:, 0], (d_h * silu * b).sum(-1), 0)
     d_h = d_h * rows.gate
     d_inner = [_rounded(d, rows, x.dtype) for d in (d_h * b * (sig + silu * (1 - sig)), d_h * silu)]
     if len(w_in) == 1:
         d_inner = [jnp.concatenate(d_inner, axis=1)]
-    dx = _sum_choices(tuple(product.dx(d, w, p.counts, first) for d, w in zip(d_inner, w_in, strict=True)), p)
-    dtype = d_carry.w_gate.dtype
-    dw = [product.dw(x_rows, d, p.counts, dtype) for d in d_inner]
+    dx = _sum_choices(tuple(product.dx(d, w, p.counts) for d, w in zip(d_inner, w_in, strict=True)), p)
+    dw = [product.dw(x_rows, d, p.counts, weights[0].dtype) for d in d_inner]
     if len(dw) == 1:
         dw = jnp.split(dw[0], 2, axis=2)
-    dw = Experts(*dw, product.dw(h, dy_rows, p.counts, dtype))
-    d_gates = _take(d_gates, jnp.minimum(p.row, d_gates.size - 1)).astype(gates.dtype)
-    return dx, d_gates, None, add_layer(d_carry, dw, d_written, layer), mark_written(d_written, layer), None, None
+    dw = (*dw, product.dw(h, dy_rows, p.counts, weights[2].dtype))
+    return dx, _take(d_gates, jnp.minimum(p.row, d_gates.size - 1)).astype(gates.dtype), dw, None
 
 
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)
 
 
-def _matrices(
-    product: GroupedProduct, weights: Experts, layer: Array, dtype
-) -> tuple[tuple[Array, ...], Array, Array | None]:
-    """((w_gate | w_up,) or (w_gate, w_up), w_down, the first matrix of the layer).
+def _matrices(product: GroupedProduct, weights, dtype) -> tuple[tuple[Array, ...], Array]:
+    """((w_gate | w_up,) or (w_gate, w_up), w_down).
 
-    If the weights are cast, the layer's experts are written out in any case, and may be written side by side for one
-    product in place of two. Otherwise no expert is copied: the products read the stack of all layers as [L·E, …].
+    Matrices that are cast are written out in any case, so they may be written side by side, for one product of two.
     """
-    num_layers, num_experts = weights.w_gate.shape[:2]
-    if weights.w_gate.dtype == dtype or not product.casts:
-        flat = [w.reshape(num_layers * num_experts, *w.shape[2:]) for w in weights]
-        first = None if num_layers == 1 else layer.astype(jnp.int32) * num_experts
-        return (flat[0], flat[1]), flat[2], first
-    one = Experts(*(jax.lax.dynamic_index_in_dim(w, layer, 0, keepdims=False).astype(dtype) for w in weights))
-    w_in = (jnp.concatenate(one[:2], axis=2),) if product.joins else one[:2]
-    return w_in, one.w_down, None
+    if weights[0].dtype == dtype or not product.casts:
+        return weights[:2], weights[2]
+    w_gate, w_up, w_down = (w.astype(dtype) for w in weights)
+    return ((jnp.concatenate([w_gate, w_up], axis=2),) if product.joins else (w_gate, w_up)), w_down
 
 
 def _gate_and_up(inner: tuple[Array, ...]) -> list[Array]:
@@ -203,11 +187,6 @@ def _take(x: Array, rows: Array) -> Array:
     return x.at[rows].get(mode="promise_in_bounds")
 
 
-def _layer_in(x: Array, stack: ExpertStack) -> tuple[Experts, ExpertStack]:
-    one, stack = take_layer(stack)
-    return Experts(*(w.astype(x.dtype) for w in one)), stack
-
-
 def _product_by_expert(x: Float[Array, "E m K"], w: Float[Array, "E K N"]) -> Float[Array, "E m N"]:
     return jnp.einsum("ecd,edf->ecf", x, w)
 
@@ -216,11 +195,13 @@ def capacity_swiglu(
     x: Float[Array, "n D"],
     expert_ids: Int[Array, "n K"],
     gates: Float[Array, "n K"],
-    stack: ExpertStack,
+    w_gate: Float[Array, "E D F"],
+    w_up: Float[Array, "E D F"],
+    w_down: Float[Array, "E F D"],
     *,
     factor: float,
     product: Callable[[Array, Array], Array] = _product_by_expert,
-) -> tuple[Float[Array, "n D"], ExpertStack, Float[Array, ""]]:
+) -> tuple[Float[Array, "n D"], Float[Array, ""]]:
     """Drop tokens: each expert takes at most ceil(factor·n·K/E) assignments, earlier tokens first.
 
     A dropped assignment contributes nothing, so its token passes by the residual alone.
@@ -228,21 +209,21 @@ def capacity_swiglu(
     Args:
         factor: capacity of an expert, over its even share.
         product: of each expert's rows with its matrix.
-    Returns: (y [n, D], the stack for the next use, share of assignments dropped, float32).
+    Returns: (y, share of assignments dropped).
     Source: GShard (arXiv 2006.16668), Switch Transformer (arXiv 2101.03961).
 
     Example:
-        >>> one = jnp.ones((1, 2, 1, 1))  # one layer, two experts, D = F = 1
-        >>> stack = ExpertStack(Experts(9 * one, one / 9, 2 * one), None, jnp.int32(0))  # on 1 they give 2
+        >>> one = jnp.ones((2, 1, 1))  # two experts, D = F = 1
+        >>> weights = 9 * one, one / 9, 2 * one  # on 1 they give 2
         >>> x, ids, gates = jnp.ones((2, 1)), jnp.zeros((2, 1), jnp.int32), jnp.ones((2, 1))
-        >>> y, _, dropped = capacity_swiglu(x, ids, gates, stack, factor=1.0)
+        >>> y, dropped = capacity_swiglu(x, ids, gates, *weights, factor=1.0)
         >>> y.round(2), dropped  # both tokens choose expert 0, which takes one of them
         (Array([[2.],
                [0.]], dtype=float32), Array(0.5, dtype=float32))
     """
-    w, stack = _layer_in(x, stack)
+    w_gate, w_up, w_down = (w.astype(x.dtype) for w in (w_gate, w_up, w_down))
     n, num_choices = expert_ids.shape
-    num_experts = w.w_gate.shape[0]
+    num_experts = w_gate.shape[0]
     capacity = min(-int(-factor * n * num_choices // num_experts), n)
     p = sort_by_expert(expert_ids, num_experts)
     slot = p.row - p.starts[expert_ids]  # a choice's rank at its expert
@@ -250,24 +231,26 @@ def capacity_swiglu(
     rows = p.starts[:, None] + jnp.arange(capacity, dtype=jnp.int32)[None]
     tokens = p.order[jnp.minimum(rows, p.order.size - 1)] // num_choices  # [E, capacity]
     x_rows = x[tokens]
-    out = product(jax.nn.silu(product(x_rows, w.w_gate)) * product(x_rows, w.w_up), w.w_down)
+    out = product(jax.nn.silu(product(x_rows, w_gate)) * product(x_rows, w_up), w_down)
     picked = out[expert_ids, jnp.minimum(slot, capacity - 1)]  # [n, K, D]
     y = (picked * jnp.where(kept, gates.astype(x.dtype), 0)[..., None]).sum(axis=1)
-    return y, stack, (~kept).mean(dtype=jnp.float32)
+    return y, (~kept).mean(dtype=jnp.float32)
 
 
 def decode_experts(
     x: Float[Array, "n D"],
     expert_ids: Int[Array, "n K"],
     gates: Float[Array, "n K"],
-    stack: ExpertStack,
+    w_gate: Float[Array, "E D F"],
+    w_up: Float[Array, "E D F"],
+    w_down: Float[Array, "E F D"],
     *,
     rows: int | None = None,
     local: bool = True,
 ) -> Float[Array, "n D"]:
     """Compute the same for a few tokens, whose time goes into reading weights: a loop over the chosen experts alone.
 
-    A visit reads one expert from the stack and multiplies it with `rows` rows. If the expert has fewer, rows of the
+    A visit reads one expert's matrices and multiplies them with `rows` rows. If the expert has fewer, rows of the
     next one go along: a product of a few rows costs little more than one of a single row. An expert with more is
     visited again. Takes no gradient.
 
@@ -276,30 +259,25 @@ def decode_experts(
         local: every expert is on this device. Otherwise id E marks an expert elsewhere: its gate must be 0.
 
     Example:
-        >>> one = jnp.ones((1, 2, 1, 1))  # one layer, two experts, D = F = 1
-        >>> weights = Experts(9 * one, one / 9, jnp.array([[[[2.0]], [[5.0]]]]))  # on 1 they give 2 and 5: silu(9) is 9
-        >>> stack = ExpertStack(weights, None, jnp.int32(0))
-        >>> decode_experts(jnp.ones((1, 1)), jnp.array([[1, 0]]), jnp.array([[0.9, 0.1]]), stack).round(2)
+        >>> one = jnp.ones((2, 1, 1))  # two experts, D = F = 1
+        >>> weights = 9 * one, one / 9, jnp.array([[[2.0]], [[5.0]]])  # on 1 they give 2 and 5: silu(9) is 9
+        >>> decode_experts(jnp.ones((1, 1)), jnp.array([[1, 0]]), jnp.array([[0.9, 0.1]]), *weights).round(2)
         Array([[4.7]], dtype=float32)
     """
     n, num_choices = expert_ids.shape
-    experts, layer = stack.weights, stack.layer
-    num_experts = stack.num_experts
+    num_experts = w_gate.shape[0]
     zero = jnp.zeros((), jnp.int32)
 
     def visit(expert: Array, local_rows: Array) -> Array:
-        w_gate, w_up, w_down = (
-            jax.lax.dynamic_slice(w, (layer, expert, zero, zero), (1, 1, *w.shape[2:]))
-            .reshape(w.shape[2:])
-            .astype(x.dtype)
-            for w in experts
+        gate, up, down = (
+            jax.lax.dynamic_index_in_dim(w, expert, 0, keepdims=False).astype(x.dtype) for w in (w_gate, w_up, w_down)
         )
-        return (jax.nn.silu(local_rows @ w_gate) * (local_rows @ w_up)) @ w_down
+        return (jax.nn.silu(local_rows @ gate) * (local_rows @ up)) @ down
 
     gates = gates.astype(x.dtype)
     if n == 1 and local:  # nothing to sort
         return jax.lax.fori_loop(
-            0, num_choices, lambda k, y: y + gates[0, k] * visit(expert_ids[0, k], x), zeros(x.shape, x, experts.w_gate)
+            0, num_choices, lambda k, y: y + gates[0, k] * visit(expert_ids[0, k], x), zeros(x.shape, x, w_gate)
         )
     rows = rows or (4 if n * num_choices < 8 * num_experts else 8)
     p = sort_by_expert(expert_ids, num_experts)
@@ -316,7 +294,7 @@ def decode_experts(
         # A visit also writes rows of the next expert; the next visit overwrites them.
         return jax.lax.dynamic_update_slice(out, visit(expert[i], local_rows), (first[i], zero))
 
-    out = zeros((n * num_choices + rows, x.shape[1]), x, experts.w_gate)
+    out = zeros((n * num_choices + rows, x.shape[1]), x, w_gate)
     out = jax.lax.fori_loop(0, ends[-1], add_visit, out)
     return (out[p.row] * gates[..., None]).sum(axis=1)
 
@@ -325,7 +303,9 @@ def decode_by_row(
     x: Float[Array, "n D"],
     expert_ids: Int[Array, "n K"],
     gates: Float[Array, "n K"],
-    stack: ExpertStack,
+    w_gate: Float[Array, "E D F"],
+    w_up: Float[Array, "E D F"],
+    w_down: Float[Array, "E F D"],
     *,
     local: bool = True,
 ) -> Float[Array, "n D"]:
@@ -338,19 +318,18 @@ def decode_by_row(
     Args: as `decode_experts`.
     """
     n, num_choices = expert_ids.shape
-    group = jnp.minimum(expert_ids.reshape(-1), stack.num_experts - 1)  # elsewhere: the gate is 0
+    group = jnp.minimum(expert_ids.reshape(-1), w_gate.shape[0] - 1)  # elsewhere: the gate is 0
     rows, row = jnp.repeat(x, num_choices, axis=0), None
     if n > 1:
-        p = sort_by_expert(expert_ids, stack.num_experts)
+        p = sort_by_expert(expert_ids, w_gate.shape[0])
         group, rows, row = _take(group, p.order), _take(x, p.order // num_choices), p.row
 
     def product(rows: Array, w: Array) -> Array:
-        one = w.at[stack.layer, group].get(mode="promise_in_bounds")
+        one = _take(w, group)
         return (rows.astype(wide(x.dtype))[:, :, None] * one.astype(wide(x.dtype))).sum(axis=1)
 
-    w = stack.weights
-    h = (jax.nn.silu(product(rows, w.w_gate)) * product(rows, w.w_up)).astype(x.dtype)
-    out = product(h, w.w_down)
+    h = (jax.nn.silu(product(rows, w_gate)) * product(rows, w_up)).astype(x.dtype)
+    out = product(h, w_down)
     out = out.reshape(n, num_choices, -1) if row is None else _take(out, row)
     return (out * gates.astype(out.dtype)[..., None]).sum(axis=1).astype(x.dtype)
 
@@ -359,7 +338,9 @@ def decode_by_products(
     x: Float[Array, "n D"],
     expert_ids: Int[Array, "n K"],
     gates: Float[Array, "n K"],
-    stack: ExpertStack,
+    w_gate: Float[Array, "E D F"],
+    w_up: Float[Array, "E D F"],
+    w_down: Float[Array, "E F D"],
     *,
     product: GroupedProduct,
     local: bool = True,
@@ -368,4 +349,4 @@ def decode_by_products(
 
     Args: as `decode_experts`, and the backend of the products.
     """
-    return grouped_swiglu(x, expert_ids, gates, stack, product=product)[0]
+    return grouped_swiglu(x, expert_ids, gates, w_gate, w_up, w_down, product=product)

@@ -8,9 +8,8 @@ functions, the product and its two gradients, because a kernel for one is no ker
     dw       w' [G, K, N] = xᵀ y' over each group's rows
 
 A backend does the work of the rows that there are, up to a part of a block for each group. RAGGED_DOT off TPUs and
-EVERY_GROUP do it once for each group. `w` may hold more matrices than there are groups: group g then uses
-`w[first + g]`, so a layer's experts are read in place from the stack of all layers. Rows after the last group belong to
-no group. A backend leaves their results undefined, and their inputs must be finite; `grouped_product` returns zeros.
+EVERY_GROUP do it once for each group. Rows after the last group belong to no group. A backend leaves their results
+undefined, and their inputs must be finite; `grouped_product` returns zeros.
 
     RAGGED_DOT   `jax.lax.ragged_dot`: a grouped kernel on TPU; every group multiplies every row on other platforms
     ROW_BLOCKS   a scan over blocks of rows, of static length: runs anywhere at any dtype, one product after another
@@ -33,11 +32,11 @@ LARGEST_BLOCK = 512  # rows: beyond it, a product on a GPU's or TPU's matrix uni
 
 @dataclass(frozen=True)
 class GroupedProduct:
-    """A backend: the product and its gradients. In each, `first` is int32 [], or None for 0."""
+    """A backend: the product and its gradients."""
 
     name: str
-    forward: Callable[..., Array]  # (x [m, K], w [*, K, N], counts [G], first) -> [m, N] in x's dtype
-    dx: Callable[..., Array]  # (dy [m, N], w [*, K, N], counts [G], first) -> [m, K] in dy's dtype
+    forward: Callable[..., Array]  # (x [m, K], w [G, K, N], counts [G]) -> [m, N] in x's dtype
+    dx: Callable[..., Array]  # (dy [m, N], w [G, K, N], counts [G]) -> [m, K] in dy's dtype
     dw: Callable[..., Array]  # (x [m, K], dy [m, N], counts [G], dtype) -> [G, K, N], accumulated in float32
     row_multiple: int = 1  # m must be a multiple of it
     joins: bool = False  # where two matrices of one group are cast, they are written side by side, for one product
@@ -64,7 +63,7 @@ def grouped_product(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_product(backend, x, w, counts):
-    return in_groups(backend.forward(x, w, counts, None), counts)
+    return in_groups(backend.forward(x, w, counts), counts)
 
 
 def _grouped_product_fwd(backend, x, w, counts):
@@ -74,7 +73,7 @@ def _grouped_product_fwd(backend, x, w, counts):
 def _grouped_product_bwd(backend, saved, dy):
     x, w, counts = saved
     x, dy = in_groups(x, counts), in_groups(dy, counts)
-    dx = in_groups(backend.dx(dy, w, counts, None), counts)
+    dx = in_groups(backend.dx(dy, w, counts), counts)
     return dx, backend.dw(x, dy, counts, w.dtype), None
 
 
@@ -90,13 +89,6 @@ def in_groups(rows: Float[Array, "m _"], counts: Int[Array, " G"]) -> Float[Arra
 def wide(dtype: Any) -> Any:
     """The dtype of sums: float32, or the dtype if it is wider."""
     return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.float32
-
-
-def take_groups(w: Array, counts: Array, first: Array | None) -> Array:
-    """The matrices of the groups, copied out of w if it holds more; for backends that cannot read them in place."""
-    if first is None:
-        return w
-    return jax.lax.dynamic_slice_in_dim(w, first, counts.shape[0], 0)
 
 
 def _pad_rows(x: Array, rows: int) -> Array:
@@ -115,14 +107,14 @@ _DX = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,))
 _DW = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
 
 
-def ragged_dot(x: Array, w: Array, counts: Array, first: Array | None = None) -> Array:
+def ragged_dot(x: Array, w: Array, counts: Array) -> Array:
     """`GroupedProduct.forward` by `jax.lax.ragged_dot_general`."""
-    return _ragged(x, take_groups(w, counts, first), counts, _FORWARD, x.dtype)
+    return _ragged(x, w, counts, _FORWARD, x.dtype)
 
 
-def ragged_dot_dx(dy: Array, w: Array, counts: Array, first: Array | None = None) -> Array:
+def ragged_dot_dx(dy: Array, w: Array, counts: Array) -> Array:
     """`GroupedProduct.dx` likewise."""
-    return _ragged(dy, take_groups(w, counts, first), counts, _DX, dy.dtype)
+    return _ragged(dy, w, counts, _DX, dy.dtype)
 
 
 def ragged_dot_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
@@ -140,14 +132,14 @@ RAGGED_DOT = GroupedProduct("ragged_dot", ragged_dot, ragged_dot_dx, ragged_dot_
 # Every group on every row
 
 
-def every_group(x: Array, w: Array, counts: Array, first: Array | None = None) -> Array:
+def every_group(x: Array, w: Array, counts: Array) -> Array:
     """`GroupedProduct.forward` with G times the work."""
-    return jnp.einsum("mk,gkn,mg->mn", x, take_groups(w, counts, first), _membership(x, counts))
+    return jnp.einsum("mk,gkn,mg->mn", x, w, _membership(x, counts))
 
 
-def every_group_dx(dy: Array, w: Array, counts: Array, first: Array | None = None) -> Array:
+def every_group_dx(dy: Array, w: Array, counts: Array) -> Array:
     """`GroupedProduct.dx` likewise."""
-    return jnp.einsum("mn,gkn,mg->mk", dy, take_groups(w, counts, first), _membership(dy, counts))
+    return jnp.einsum("mn,gkn,mg->mk", dy, w, _membership(dy, counts))
 
 
 def every_group_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
@@ -213,27 +205,26 @@ def block_size(num_rows: int, num_groups: int) -> int:
     return min(max(1 << (mean - 1).bit_length(), 16), LARGEST_BLOCK)
 
 
-def row_blocks_product(x: Array, w: Array, counts: Array, first: Array | None = None) -> Array:
+def row_blocks_product(x: Array, w: Array, counts: Array) -> Array:
     """`GroupedProduct.forward` by a scan over blocks, in order: the next group's block overwrites what one wrote too
     much.
     """
-    return _over_blocks(x, w, counts, first, w.shape[2], lambda rows, one: rows @ one)
+    return _over_blocks(x, w, counts, w.shape[2], lambda rows, one: rows @ one)
 
 
-def row_blocks_dx(dy: Array, w: Array, counts: Array, first: Array | None = None) -> Array:
+def row_blocks_dx(dy: Array, w: Array, counts: Array) -> Array:
     """`GroupedProduct.dx` likewise."""
-    return _over_blocks(dy, w, counts, first, w.shape[1], lambda rows, one: rows @ one.T)
+    return _over_blocks(dy, w, counts, w.shape[1], lambda rows, one: rows @ one.T)
 
 
-def _over_blocks(rows: Array, w: Array, counts: Array, first: Array | None, width: int, product: Callable) -> Array:
+def _over_blocks(rows: Array, w: Array, counts: Array, width: int, product: Callable) -> Array:
     m = rows.shape[0]
     blocks = row_blocks(counts, m)
     padded = _pad_rows(rows, blocks.size)
-    offset = jnp.zeros((), jnp.int32) if first is None else first
 
     def visit(out, block):
         group, start, _ = block
-        one = jax.lax.dynamic_index_in_dim(w, offset + group, 0, keepdims=False)
+        one = jax.lax.dynamic_index_in_dim(w, group, 0, keepdims=False)
         y = product(jax.lax.dynamic_slice_in_dim(padded, start, blocks.size, 0), one)
         return jax.lax.dynamic_update_slice_in_dim(out, y, start, 0), None
 

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.ops import mla
-from dsv3_jax.ops.grouped_product import ROW_BLOCKS, GroupedProduct, row_blocks, take_groups
+from dsv3_jax.ops.grouped_product import ROW_BLOCKS, GroupedProduct, row_blocks
 
 E4M3 = jnp.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
@@ -370,15 +370,15 @@ def grouped(recipe: Recipe, inner: GroupedProduct = ROW_BLOCKS) -> GroupedProduc
     def of(rows: Array) -> Recipe:
         return recipe if rows.dtype == recipe.operands else replace(recipe, operands="float32")
 
-    def forward(x: Array, w: Array, counts: Array, first: Array | None = None) -> Array:
-        w = _weight(of(x), take_groups(w, counts, first), 0)
+    def forward(x: Array, w: Array, counts: Array) -> Array:
+        w = _weight(of(x), w, 0)
         with jax.default_matmul_precision("highest"):
-            return inner.forward(_rows(of(x), x), w, counts, None).astype(x.dtype)
+            return inner.forward(_rows(of(x), x), w, counts).astype(x.dtype)
 
-    def dx(dy: Array, w: Array, counts: Array, first: Array | None = None) -> Array:
-        w = _weight(of(dy), take_groups(w, counts, first), 1)
+    def dx(dy: Array, w: Array, counts: Array) -> Array:
+        w = _weight(of(dy), w, 1)
         with jax.default_matmul_precision("highest"):
-            return inner.dx(_rows(of(dy), dy), w, counts, None).astype(dy.dtype)
+            return inner.dx(_rows(of(dy), dy), w, counts).astype(dy.dtype)
 
     def dw(x: Array, dy: Array, counts: Array, dtype) -> Array:
         a, b = (

@@ -108,7 +108,7 @@ def split(params: nnx.State) -> tuple[nnx.State, nnx.State]:
 def join(cfg: Lora, params: nnx.State) -> nnx.State:
     """Give each weight its adapters, as a `Frozen` value: what a model holds in training.
 
-    Experts without adapters become frozen ones, so that no gradient of them is formed. All else stays as it is.
+    All else stays as it is.
 
     Example:
         >>> w = nnx.Param(jnp.zeros((1, 1)), axes=("dim", "hidden"))
@@ -123,7 +123,7 @@ def join(cfg: Lora, params: nnx.State) -> nnx.State:
     def used(path: tuple, v: nnx.Variable) -> nnx.Variable:
         w, a, b = v.get_value(), *(found.get((NAME, *path, side)) for side in "ab")
         if a is None or b is None:
-            return v.replace(Frozen(w)) if found and "experts" in path else v
+            return v
         factors = a.get_value(), cfg.alpha / cfg.rank * b.get_value()
         return v.replace(Frozen(w, *(reversed(factors) if sides(names_of(v)).input_is_right else factors)))
 

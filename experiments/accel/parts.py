@@ -37,7 +37,6 @@ from dsv3_jax.model.cache import pick_kind
 from dsv3_jax.model.counting import bytes_per_token, decode_bytes, train_flops_per_token
 from dsv3_jax.model.moe import MoE, RouterBias
 from dsv3_jax.model.transformer import Transformer, abstract
-from dsv3_jax.ops.expert_stack import Experts, read_only
 from dsv3_jax.presets import preset, recipe
 from dsv3_jax.training.step import Job, init_state, make_step
 
@@ -363,29 +362,23 @@ def grouped(sizes: Sizes) -> Part:
     for name, (cfg, tokens) in sizes.grouped.items():
         key, (experts, dim, hidden) = keys(), (cfg.num_experts, cfg.dim, cfg.expert_dim)
         x, dy = draw(next(key), (tokens, dim)), draw(next(key), (tokens, dim))
-        weights = Experts(
-            *(
-                draw(next(key), (1, experts, *shape), std=0.02)
-                for shape in ((dim, hidden), (dim, hidden), (hidden, dim))
-            )
-        )
+        shapes = (dim, hidden), (dim, hidden), (hidden, dim)
+        weights = [draw(next(key), (experts, *shape), std=0.02) for shape in shapes]
         gates, ids = jax.lax.top_k(jax.random.uniform(next(key), (tokens, experts)), cfg.experts_per_token)
         gates, ids = gates.astype(jnp.bfloat16), ids.astype(jnp.int32)
         flops = 6 * tokens * cfg.experts_per_token * dim * hidden
 
         def once(kernels: Recorder, x=x, ids=ids, gates=gates, weights=weights):
-            return kernels.grouped_swiglu(x, ids, gates, read_only(weights))[0]
+            return kernels.grouped_swiglu(x, ids, gates, *weights)
 
         def measure(
             kernels: Recorder, title: str, chosen: bool, x=x, dy=dy, ids=ids, gates=gates, weights=weights, flops=flops
         ) -> Part:
             def apply(x, gates, weights):
-                stack = kernels.open_experts(weights)
-                y, stack = kernels.grouped_swiglu(x, ids, gates, stack)
-                return kernels.close_experts(y, stack)
+                return kernels.grouped_swiglu(x, ids, gates, *weights)
 
             yield f"{title}: forward"
-            forward = jax.jit(lambda x, gates, w: kernels.grouped_swiglu(x, ids, gates, read_only(w))[0])
+            forward = jax.jit(lambda x, gates, w: kernels.grouped_swiglu(x, ids, gates, *w))
             took = seconds_of(lambda: forward(x, gates, weights), sizes.seconds)
             yield Figure(f"{title}, forward", flops / took, "FLOP/s", against="product", ran=ran("grouped_swiglu"))
             yield f"{title}: forward and backward"

@@ -1,7 +1,7 @@
 """Grouped SwiGLU in plain XLA loops for the CPU: over experts, and inside over blocks of rows, with its own gradient.
 
 XLA's CPU backend multiplies every row with every expert in `ragged_dot`, and a batched product needs experts of equal
-load. A loop does exactly the work there is. It copies one expert's three matrices out of the stack, then multiplies
+load. A loop does exactly the work there is. It copies one expert's three matrices, then multiplies
 blocks of that expert's rows, which stay in cache through the three products.
 
 A loop writes whole blocks, even if an expert's last block reaches into the next expert's rows. Experts come in order,
@@ -12,31 +12,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.ops.expert_stack import Experts, ExpertStack, GradCarry, mark_written, so_far
 from dsv3_jax.ops.sort_by_expert import SortedRows, sort_by_expert
-from dsv3_jax.ops.varying import varying, zeros
+from dsv3_jax.ops.varying import zeros
 
 
 def blocks_swiglu(
-    x: Float[Array, "n D"], expert_ids: Int[Array, "n K"], gates: Float[Array, "n K"], stack: ExpertStack
-) -> tuple[Float[Array, "n D"], ExpertStack]:
-    """Compute `ops.dispatch.grouped_swiglu` block by block. Arguments and results as there.
+    x: Float[Array, "n D"],
+    expert_ids: Int[Array, "n K"],
+    gates: Float[Array, "n K"],
+    w_gate: Float[Array, "E D F"],
+    w_up: Float[Array, "E D F"],
+    w_down: Float[Array, "E F D"],
+) -> Float[Array, "n D"]:
+    """Compute `ops.dispatch.grouped_swiglu` block by block. Arguments and result as there.
 
     Example:
-        >>> one = jnp.ones((1, 2, 1, 1))  # one layer, two experts, D = F = 1
-        >>> weights = Experts(9 * one, one / 9, jnp.array([[[[2.0]], [[5.0]]]]))  # on 1 they give 2 and 5: silu(9) is 9
-        >>> stack = ExpertStack(weights, None, jnp.int32(0))
-        >>> y, _ = blocks_swiglu(jnp.ones((1, 1)), jnp.array([[1, 0]]), jnp.array([[0.9, 0.1]]), stack)
+        >>> one = jnp.ones((2, 1, 1))  # two experts, D = F = 1
+        >>> weights = 9 * one, one / 9, jnp.array([[[2.0]], [[5.0]]])  # on 1 they give 2 and 5: silu(9) is 9
+        >>> y = blocks_swiglu(jnp.ones((1, 1)), jnp.array([[1, 0]]), jnp.array([[0.9, 0.1]]), *weights)
         >>> round(float(y[0, 0]), 2)  # 0.9 · 5 + 0.1 · 2
         4.7
     """
-    p = sort_by_expert(expert_ids, stack.num_experts)
-    gates = gates.astype(x.dtype)
-    if stack.grad is None:
-        return _forward(x, gates, stack.weights, p, stack.layer, keep=False)[0], stack
-    grad = stack.grad.consume()
-    y, carry, written = _blocks(x, gates, stack.weights, grad.carry, grad.written, p, stack.layer)
-    return y, ExpertStack(stack.weights, GradCarry(carry, written), stack.layer)
+    p = sort_by_expert(expert_ids, w_gate.shape[0])
+    return _blocks(x, gates.astype(x.dtype), (w_gate, w_up, w_down), p)
 
 
 def block_sizes(rows: int, num_experts: int, dim: int, width: int) -> tuple[int, ...]:
@@ -56,24 +54,24 @@ def block_sizes(rows: int, num_experts: int, dim: int, width: int) -> tuple[int,
 
 
 @jax.custom_vjp
-def _blocks(x, gates, weights, carry, written, p: SortedRows, layer):
-    return _forward(x, gates, weights, p, layer, keep=False)[0], carry, written
+def _blocks(x, gates, weights, p: SortedRows):
+    return _forward(x, gates, weights, p, keep=False)[0]
 
 
-def _fwd(x, gates, weights, carry, written, p, layer):
-    y, kept = _forward(x, gates, weights, p, layer, keep=True)
-    return (y, carry, written), (x, gates, weights, p, layer, kept)
+def _fwd(x, gates, weights, p):
+    y, kept = _forward(x, gates, weights, p, keep=True)
+    return y, (x, gates, weights, p, kept)
 
 
-def _forward(x, gates, weights: Experts, p: SortedRows, layer, keep: bool):
-    num_experts, _, width = weights.w_gate.shape[1:]
+def _forward(x, gates, weights, p: SortedRows, keep: bool):
+    num_experts, _, width = weights[0].shape
     sizes = block_sizes(gates.size, num_experts, x.shape[1], width)
     tokens, row_gates = _sorted_rows(p, gates, sizes[0])
     out = zeros((tokens.shape[0], x.shape[1]), x)
     kept = tuple(zeros((tokens.shape[0], width), x) for _ in range(2)) if keep else ()
 
     def expert(e, carry):
-        w_gate, w_up, w_down = (_expert(w, layer, e, x.dtype) for w in weights)
+        w_gate, w_up, w_down = (_expert(w, e, x.dtype) for w in weights)
 
         def block(carry, row, left, size):
             out, kept = carry
@@ -90,24 +88,15 @@ def _forward(x, gates, weights: Experts, p: SortedRows, layer, keep: bool):
     return _gather_sum(out, p.row), kept
 
 
-def _bwd(saved, cotangents):
-    x, gates, weights, p, layer, (kept_a, kept_b) = saved
-    dy, d_carry, d_written = cotangents
-    layer = jnp.asarray(layer)  # under jax.checkpoint a constant comes back as a bare literal
-    num_experts, dim, width = weights.w_gate.shape[1:]
+def _bwd(saved, dy):
+    x, gates, weights, p, (kept_a, kept_b) = saved
+    num_experts, dim, width = weights[0].shape
     sizes = block_sizes(gates.size, num_experts, dim, width)
     tokens, row_gates = _sorted_rows(p, gates, sizes[0])
-    # On a mesh that shards the batch further than the experts, each device has a part of this layer's gradient.
-    summed_over = varying(x) - varying(d_carry.w_gate)
-    frozen = d_carry.w_gate.shape[0] == 0  # see `expert_stack.open_stack`; the compiler drops what is not returned
-    stack, index = d_carry, layer
-    if apart := bool(summed_over) or frozen:
-        stack = Experts(*(zeros((1, *d.shape[1:]), d, x) for d in d_carry))
-        index = jnp.zeros_like(layer)
 
     def expert(e, carry):
-        dx_rows, d_gates, stack = carry
-        w_gate, w_up, w_down = (_expert(w, layer, e, x.dtype) for w in weights)
+        dx_rows, d_gates, d_weights = carry
+        w_gate, w_up, w_down = (_expert(w, e, x.dtype) for w in weights)
 
         def block(carry, row, left, size):
             dx_rows, d_gates, (dw_gate, dw_up, dw_down) = carry
@@ -126,35 +115,16 @@ def _bwd(saved, cotangents):
             dw = (_add(dw_gate, x_t, d_a), _add(dw_up, x_t, d_b), _add(dw_down, h_t, dy_b))
             return _put(dx_rows, d_a @ w_gate.T + d_b @ w_up.T, row), d_gates, dw
 
-        dw = tuple(_expert(d, index, e, d.dtype) for d in stack)
-        if not apart:
-            dw = tuple(so_far(d, d_written, layer) for d in dw)
+        dw = tuple(zeros(d.shape[1:], d, x) for d in d_weights)
         dx_rows, d_gates, dw = _for_blocks(p.starts[e], p.counts[e], sizes, block, (dx_rows, d_gates, dw))
-        corner = _corner(index, e)
-        stack = Experts(
-            *(jax.lax.dynamic_update_slice(d, w[None, None], corner) for d, w in zip(stack, dw, strict=True))
-        )
-        return dx_rows, d_gates, stack
+        return dx_rows, d_gates, tuple(_put(d, w[None], e) for d, w in zip(d_weights, dw, strict=True))
 
-    start = (zeros((tokens.size, dim), x), zeros(row_gates.shape, x), stack)
-    dx_rows, d_gates, stack = jax.lax.fori_loop(0, num_experts, expert, start)
-    if frozen:
-        stack = d_carry
-    elif summed_over:
-        stack = Experts(
-            *(_add_layer(d, part, d_written, layer, summed_over) for d, part in zip(d_carry, stack, strict=True))
-        )
-    dx, d_gates = _gather_sum(dx_rows, p.row), _take(d_gates, p.row)
-    return dx, d_gates, None, stack, mark_written(d_written, layer), None, None
+    start = (zeros((tokens.size, dim), x), zeros(row_gates.shape, x), tuple(zeros(w.shape, w, x) for w in weights))
+    dx_rows, d_gates, d_weights = jax.lax.fori_loop(0, num_experts, expert, start)
+    return _gather_sum(dx_rows, p.row), _take(d_gates, p.row), d_weights, None
 
 
 _blocks.defvjp(_fwd, _bwd)
-
-
-def _add_layer(stack, part, d_written, layer, axes):
-    corner = _corner(layer, jnp.zeros_like(layer))
-    before = so_far(jax.lax.dynamic_slice(stack, corner, part.shape), d_written, layer)
-    return jax.lax.dynamic_update_slice(stack, jax.lax.psum(part, tuple(axes)) + before, corner)
 
 
 def _sorted_rows(p: SortedRows, gates: Array, pad: int) -> tuple[Array, Array]:
@@ -200,10 +170,5 @@ def _add(total: Array, a: Array, b: Array) -> Array:
     return total + jnp.dot(a, b, preferred_element_type=total.dtype)
 
 
-def _corner(layer: Array, e: Array) -> tuple[Array, ...]:
-    return tuple(jnp.asarray(i, jnp.int32) for i in (layer, e, 0, 0))  # all of one type, with 64-bit types on too
-
-
-def _expert(w: Array, layer: Array, e: Array, dtype) -> Array:
-    one = jax.lax.dynamic_slice(w, _corner(layer, e), (1, 1, *w.shape[2:]))
-    return one.reshape(w.shape[2:]).astype(dtype)
+def _expert(w: Array, e: Array, dtype) -> Array:
+    return jax.lax.dynamic_index_in_dim(w, e, 0, keepdims=False).astype(dtype)

@@ -59,12 +59,11 @@ def decode_experts(
     x: Float[Array, "n D"],
     expert_ids: Int[Array, "n K"],
     gates: Float[Array, "n K"],
-    w_gate: Float[Array, "L E D F"],
-    w_up: Float[Array, "L E D F"],
-    w_down: Float[Array, "L E F D"],
-    layer: Int[Array, ""],
+    w_gate: Float[Array, "E D F"],
+    w_up: Float[Array, "E D F"],
+    w_down: Float[Array, "E F D"],
 ) -> Float[Array, "n D"]:
-    """Compute Σ_k gates_k · (silu(x w_gate) ⊙ (x w_up)) w_down over the chosen experts of one layer.
+    """Compute Σ_k gates_k · (silu(x w_gate) ⊙ (x w_up)) w_down over the chosen experts.
 
     A row's result does not depend on the other rows or on the number of threads, to the last bit. Takes no gradient.
 
@@ -72,11 +71,9 @@ def decode_experts(
         x: tokens.
         expert_ids: the chosen experts, each in 0 … E - 1.
         gates: their weights.
-        w_gate, w_up, w_down: the stacks of all layers.
-        layer: int32, which layer of the stacks.
     """
     call = jax.ffi.ffi_call("dsv3_decode_experts", jax.ShapeDtypeStruct(x.shape, x.dtype))
-    return call(x, expert_ids, gates, w_gate, w_up, w_down, layer)
+    return call(x, expert_ids, gates, w_gate, w_up, w_down)
 
 
 def cached_attention(
@@ -113,11 +110,10 @@ def experts_swiglu(
     row: Int[Array, "n K"],
     counts: Int[Array, " E"],
     experts: tuple[Array, Array, Array],
-    layer: Int[Array, ""],
     *,
     keep: bool,
 ) -> tuple[Float[Array, "n D"], Float[Array, "kept F"], Float[Array, "kept F"]]:
-    """Compute Σ_k gates_k · (silu(x w_gate) ⊙ (x w_up)) w_down over the chosen experts of one layer.
+    """Compute Σ_k gates_k · (silu(x w_gate) ⊙ (x w_up)) w_down over the chosen experts.
 
     Takes no gradient; see `experts_swiglu_gradients`.
 
@@ -125,16 +121,15 @@ def experts_swiglu(
         x: tokens.
         gates: weight of each assignment.
         order, row, counts: the assignments sorted by expert; see `ops.sort_by_expert.SortedRows`.
-        experts: w_gate [L, E, D, F], w_up [L, E, D, F] and w_down [L, E, F, D].
-        layer: int32, which layer of the stacks.
+        experts: w_gate [E, D, F], w_up [E, D, F] and w_down [E, F, D].
         keep: return x w_gate and x w_up of the sorted rows, which the gradient needs. Otherwise these two are [0, F].
     Returns: (y, x w_gate, x w_up).
     """
-    rows, (dim, width) = gates.size, experts[0].shape[2:]
+    rows, (dim, width) = gates.size, experts[0].shape[1:]
     kept = jax.ShapeDtypeStruct((rows if keep else 0, width), x.dtype)
     shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype), kept, kept, jax.ShapeDtypeStruct((rows, dim), x.dtype))
     call = jax.ffi.ffi_call("dsv3_experts_swiglu", shapes)
-    y, a, b, _ = call(x, gates, order, row, counts, *experts, layer)
+    y, a, b, _ = call(x, gates, order, row, counts, *experts)
     return y, a, b
 
 
@@ -145,45 +140,26 @@ def experts_swiglu_gradients(
     row: Int[Array, "n K"],
     counts: Int[Array, " E"],
     experts: tuple[Array, Array, Array],
-    layer: Int[Array, ""],
     kept: tuple[Array, Array],
     dy: Float[Array, "n D"],
-    so_far: tuple[Array, Array, Array],
-    written: Float[Array, " L"],
+    *,
+    frozen: bool,
 ) -> tuple[Float[Array, "n D"], Float[Array, "n K"], tuple[Array, Array, Array]]:
-    """Compute the gradients of `experts_swiglu` with respect to x, the gates and the three stacks.
+    """Compute the gradients of `experts_swiglu` with respect to x, the gates and the experts.
 
     Args:
-        x, gates, order, row, counts, experts, layer: as in `experts_swiglu`.
+        x, gates, order, row, counts, experts: as in `experts_swiglu`.
         kept: x w_gate and x w_up from the forward pass, [n K, F] each.
         dy: gradient of the result y.
-        so_far: the gradients of the three stacks. This layer's gradient is added to them in place. Stacks of 0 layers
-            are of frozen experts: their gradients are not computed.
-        written: a flag for each layer. If it is 0, the layer's gradient is overwritten instead of added to.
-    Returns: (dx, d_gates, the gradients of the three stacks).
+        frozen: the experts' gradients are not computed, and are returned empty, [0, …].
+    Returns: (dx, d_gates, the gradients of the experts).
     """
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, gates, *so_far)]
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, gates)]
+    shapes += [jax.ShapeDtypeStruct((0 if frozen else w.shape[0], *w.shape[1:]), w.dtype) for w in experts]
     shapes.append(jax.ShapeDtypeStruct((gates.size, x.shape[1]), x.dtype))
-    call = jax.ffi.ffi_call("dsv3_experts_swiglu_gradients", shapes, input_output_aliases={12: 2, 13: 3, 14: 4})
-    operands = (x, gates, order, row, counts, *experts, layer, dy, *kept, *so_far, written)
-    dx, d_gates, d_gate, d_up, d_down, _ = call(*operands)
+    call = jax.ffi.ffi_call("dsv3_experts_swiglu_gradients", shapes)
+    dx, d_gates, d_gate, d_up, d_down, _ = call(x, gates, order, row, counts, *experts, dy, *kept)
     return dx, d_gates, (d_gate, d_up, d_down)
-
-
-def uninitialized_like(*arrays: Array) -> Sequence[Array]:
-    """Return arrays of the same shapes and dtypes whose contents are uninitialised."""
-    return jax.ffi.ffi_call("dsv3_uninitialized", [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays])()
-
-
-def zero_unwritten(gradient: tuple[Array, Array, Array], written: Float[Array, " L"]) -> tuple[Array, Array, Array]:
-    """Write zeros, in place, to the layers of a stack's gradient whose flag in `written` is 0.
-
-    Args: gradient: of w_gate [L, E, D, F], w_up [L, E, D, F] and w_down [L, E, F, D].
-    """
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in gradient]
-    call = jax.ffi.ffi_call("dsv3_zero_unwritten", shapes, input_output_aliases={0: 0, 1: 1, 2: 2})
-    gate, up, down = call(*gradient, written)
-    return gate, up, down
 
 
 def causal_attention(

@@ -1,8 +1,8 @@
 // The routed experts on many tokens, for training and prefill, and their gradient.
 //
 // Assignments arrive sorted by expert. A unit of work is one expert; in the forward pass it may be a chunk of the
-// expert's rows. A thread copies the tokens' rows into its scratch and multiplies them with the expert's matrices. The
-// matrices are read in place from the stack [L, E, D, F]. Only rows that exist are multiplied.
+// expert's rows. A thread copies the tokens' rows into its scratch and multiplies them with the expert's matrices. Only
+// rows that exist are multiplied.
 //
 // The results of the sorted rows go to a buffer [n · K, D], and `AddUp` sums them by token. A single thread sums an
 // expert's gradient, or a token's output, in the order of the rows. So results do not depend on the number of threads,
@@ -23,11 +23,11 @@ namespace {
 constexpr int64_t kChunk = 256;  // most rows of an expert multiplied at a time
 constexpr int64_t kTokens = 64;  // tokens in one unit of AddUp
 
-// The inputs of one layer: tokens, their assignments sorted by expert, and the layer's matrices.
+// The inputs: tokens, their assignments sorted by expert, and the experts' matrices.
 struct Routed {
   const float *x, *gates;               // [n, D], [n, K]
   const int32_t *order, *place;         // [n · K]: assignment (token · K + choice) of a sorted row; [n, K]: its inverse
-  const float *w_gate, *w_up, *w_down;  // this layer's [E, D, F], [E, D, F], [E, F, D]
+  const float *w_gate, *w_up, *w_down;  // [E, D, F], [E, D, F], [E, F, D]
   int64_t tokens, choices, num, dim, hidden;  // n, K, E, D, F
   std::vector<int64_t> starts;                // [E + 1]: an expert's first sorted row; the last entry is n · K
 
@@ -77,8 +77,7 @@ struct Backward : Work {
   Routed routed;
   const float *dy, *kept_a, *kept_b;    // [n, D], [n · K, F], [n · K, F]
   float *dx_rows, *d_gates;             // [n · K, D], [n, K]
-  float *d_w_gate, *d_w_up, *d_w_down;  // this layer's [E, D, F], [E, D, F], [E, F, D]
-  bool overwrite;                       // overwrite these three instead of adding to them
+  float *d_w_gate, *d_w_up, *d_w_down;  // [E, D, F], [E, D, F], [E, F, D]
   bool frozen;                          // these three are not computed
   std::vector<int64_t> experts;         // those with the most rows first
 
@@ -86,10 +85,10 @@ struct Backward : Work {
 
   void Unit(int64_t i) override {
     const int64_t e = experts[i], first = routed.starts[e], end = routed.starts[e + 1];
-    if (overwrite && !frozen && first == end)
+    if (!frozen && first == end)
       for (float* d_w : {d_w_gate, d_w_up, d_w_down}) std::fill_n(d_w + e * routed.matrix(), routed.matrix(), 0.0f);
     for (int64_t row = first; row < end; row += kChunk)
-      Rows(e, row, std::min(kChunk, end - row), !overwrite || row > first);
+      Rows(e, row, std::min(kChunk, end - row), row > first);
   }
 
   // Computes the gradients of `count` rows of expert e. Adds to its matrices' gradients if `add`, else overwrites them.
@@ -163,18 +162,16 @@ void ShareAddUp(ffi::ThreadPool& pool, const Routed& routed, const float* rows, 
   Share(work, pool, routed.tokens * routed.choices * routed.dim * static_cast<int64_t>(sizeof(float)));
 }
 
-// Fills `routed` from the arguments. Checks that layer and row indices are in range and that counts sum to n · K.
+// Fills `routed` from the arguments. Checks that row indices are in range and that counts sum to n · K.
 ffi::Error ReadRouted(Floats x, Floats gates, Ints order, Ints place, Ints counts, Floats w_gate, Floats w_up,
-                      Floats w_down, int64_t layer, Routed& routed) {
-  const auto stack = w_gate.dimensions();  // [L, E, D, F]
-  routed.num = stack[1], routed.dim = stack[2], routed.hidden = stack[3];
+                      Floats w_down, Routed& routed) {
+  const auto shape = w_gate.dimensions();  // [E, D, F]
+  routed.num = shape[0], routed.dim = shape[1], routed.hidden = shape[2];
   routed.tokens = gates.dimensions()[0], routed.choices = gates.dimensions()[1];
-  if (layer < 0 || layer >= stack[0]) return ffi::Error::InvalidArgument("layer outside the stack of experts");
   routed.x = x.typed_data(), routed.gates = gates.typed_data();
   routed.order = order.typed_data(), routed.place = place.typed_data();
-  const int64_t at = layer * routed.num * routed.matrix(), rows = routed.tokens * routed.choices;
-  routed.w_gate = w_gate.typed_data() + at, routed.w_up = w_up.typed_data() + at;
-  routed.w_down = w_down.typed_data() + at;
+  routed.w_gate = w_gate.typed_data(), routed.w_up = w_up.typed_data(), routed.w_down = w_down.typed_data();
+  const int64_t rows = routed.tokens * routed.choices;
   routed.starts.assign(routed.num + 1, 0);
   for (int64_t e = 0; e < routed.num; ++e)
     routed.starts[e + 1] = routed.starts[e] + std::max(counts.typed_data()[e], 0);
@@ -188,12 +185,12 @@ ffi::Error ReadRouted(Floats x, Floats gates, Ints order, Ints place, Ints count
 
 // Kernel: y = Σ_k gates_k · FFN of expert k, for many tokens.
 ffi::Error ExpertsSwiglu(ffi::ThreadPool pool, Floats x, Floats gates, Ints order, Ints place, Ints counts,
-                         Floats w_gate, Floats w_up, Floats w_down, Ints layer, ffi::ResultBuffer<ffi::F32> y,
+                         Floats w_gate, Floats w_up, Floats w_down, ffi::ResultBuffer<ffi::F32> y,
                          ffi::ResultBuffer<ffi::F32> a, ffi::ResultBuffer<ffi::F32> b,
                          ffi::ResultBuffer<ffi::F32> rows) {
   auto work = std::make_shared<Forward>();
   Routed& routed = work->routed;
-  const auto error = ReadRouted(x, gates, order, place, counts, w_gate, w_up, w_down, layer.typed_data()[0], routed);
+  const auto error = ReadRouted(x, gates, order, place, counts, w_gate, w_up, w_down, routed);
   if (error.failure()) return error;
   const bool keep = a->dimensions()[0] > 0;
   work->out = rows->typed_data();
@@ -212,27 +209,21 @@ ffi::Error ExpertsSwiglu(ffi::ThreadPool pool, Floats x, Floats gates, Ints orde
   return ffi::Error::Success();
 }
 
-// Kernel: the gradients of ExpertsSwiglu. Those of the matrices are written to the stacks' gradients in place; they are
-// not computed if these stacks have no layers.
+// Kernel: the gradients of ExpertsSwiglu. Those of the matrices are not computed if the results for them are empty.
 ffi::Error ExpertsSwigluGradients(ffi::ThreadPool pool, Floats x, Floats gates, Ints order, Ints place, Ints counts,
-                                  Floats w_gate, Floats w_up, Floats w_down, Ints layer, Floats dy, Floats a, Floats b,
-                                  Floats, Floats, Floats, Floats written, ffi::ResultBuffer<ffi::F32> dx,
-                                  ffi::ResultBuffer<ffi::F32> d_gates, ffi::ResultBuffer<ffi::F32> d_w_gate,
-                                  ffi::ResultBuffer<ffi::F32> d_w_up, ffi::ResultBuffer<ffi::F32> d_w_down,
-                                  ffi::ResultBuffer<ffi::F32> rows) {
+                                  Floats w_gate, Floats w_up, Floats w_down, Floats dy, Floats a, Floats b,
+                                  ffi::ResultBuffer<ffi::F32> dx, ffi::ResultBuffer<ffi::F32> d_gates,
+                                  ffi::ResultBuffer<ffi::F32> d_w_gate, ffi::ResultBuffer<ffi::F32> d_w_up,
+                                  ffi::ResultBuffer<ffi::F32> d_w_down, ffi::ResultBuffer<ffi::F32> rows) {
   auto work = std::make_shared<Backward>();
   Routed& routed = work->routed;
-  const auto error = ReadRouted(x, gates, order, place, counts, w_gate, w_up, w_down, layer.typed_data()[0], routed);
+  const auto error = ReadRouted(x, gates, order, place, counts, w_gate, w_up, w_down, routed);
   if (error.failure()) return error;
   work->dy = dy.typed_data(), work->kept_a = a.typed_data(), work->kept_b = b.typed_data();
   work->dx_rows = rows->typed_data(), work->d_gates = d_gates->typed_data();
-  const int64_t at = layer.typed_data()[0] * routed.num * routed.matrix();
   work->frozen = d_w_gate->dimensions()[0] == 0;
-  if (!work->frozen) {
-    work->d_w_gate = d_w_gate->typed_data() + at, work->d_w_up = d_w_up->typed_data() + at;
-    work->d_w_down = d_w_down->typed_data() + at;
-  }
-  work->overwrite = written.typed_data()[layer.typed_data()[0]] == 0.0f;
+  work->d_w_gate = d_w_gate->typed_data(), work->d_w_up = d_w_up->typed_data();
+  work->d_w_down = d_w_down->typed_data();
   work->experts.resize(routed.num);
   std::iota(work->experts.begin(), work->experts.end(), 0);
   std::stable_sort(work->experts.begin(), work->experts.end(), [&](int64_t i, int64_t j) {
@@ -240,21 +231,6 @@ ffi::Error ExpertsSwigluGradients(ffi::ThreadPool pool, Floats x, Floats gates, 
   });
   Share(work, pool, work->units() * routed.matrix() * 6 * static_cast<int64_t>(sizeof(float)));
   ShareAddUp(pool, routed, rows->typed_data(), dx->typed_data());
-  return ffi::Error::Success();
-}
-
-// Kernel: uninitialised arrays.
-ffi::Error Uninitialized(ffi::RemainingRets) { return ffi::Error::Success(); }
-
-// Kernel: writes zeros, in place, to the layers of the stacks' gradients whose flag in `written` is 0.
-ffi::Error ZeroUnwritten(Floats d_w_gate, Floats, Floats, Floats written, ffi::ResultBuffer<ffi::F32> gate,
-                         ffi::ResultBuffer<ffi::F32> up, ffi::ResultBuffer<ffi::F32> down) {
-  const auto stack = d_w_gate.dimensions();  // [L, E, D, F]
-  const int64_t layer_size = stack[1] * stack[2] * stack[3];
-  for (int64_t layer = 0; layer < stack[0]; ++layer)
-    if (written.typed_data()[layer] == 0.0f)
-      for (float* d_w : {gate->typed_data(), up->typed_data(), down->typed_data()})
-        std::fill_n(d_w + layer * layer_size, layer_size, 0.0f);
   return ffi::Error::Success();
 }
 
@@ -267,10 +243,9 @@ auto BindRouted() {
       .Arg<Ints>()    // order [n · K]
       .Arg<Ints>()    // place [n, K]
       .Arg<Ints>()    // counts [E]
-      .Arg<Floats>()  // w_gate [L, E, D, F]
-      .Arg<Floats>()  // w_up [L, E, D, F]
-      .Arg<Floats>()  // w_down [L, E, F, D]
-      .Arg<Ints>();   // layer []
+      .Arg<Floats>()   // w_gate [E, D, F]
+      .Arg<Floats>()   // w_up [E, D, F]
+      .Arg<Floats>();  // w_down [E, F, D]
 }
 
 }  // namespace
@@ -287,27 +262,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3ExpertsSwigluGradients, ExpertsSwigluGradients
                                   .Arg<Floats>()                    // dy [n, D]
                                   .Arg<Floats>()                    // x w_gate of the sorted rows [n · K, F]
                                   .Arg<Floats>()                    // x w_up of the sorted rows [n · K, F]
-                                  .Arg<Floats>()                    // gradient of w_gate so far [L, E, D, F]
-                                  .Arg<Floats>()                    // gradient of w_up so far [L, E, D, F]
-                                  .Arg<Floats>()                    // gradient of w_down so far [L, E, F, D]
-                                  .Arg<Floats>()                    // written [L]: 0 for layers still uninitialised
                                   .Ret<Floats>()                    // dx [n, D]
                                   .Ret<Floats>()                    // d_gates [n, K]
-                                  .Ret<Floats>()                    // gradient of w_gate with this layer's, in place
-                                  .Ret<Floats>()                    // gradient of w_up with this layer's, in place
-                                  .Ret<Floats>()                    // gradient of w_down with this layer's, in place
+                                  .Ret<Floats>()                    // gradient of w_gate, or empty
+                                  .Ret<Floats>()                    // gradient of w_up, or empty
+                                  .Ret<Floats>()                    // gradient of w_down, or empty
                                   .Ret<Floats>());                  // scratch for the sorted rows [n · K, D]
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3Uninitialized, Uninitialized, ffi::Ffi::Bind().RemainingRets());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3ZeroUnwritten, ZeroUnwritten,
-                              ffi::Ffi::Bind()
-                                  .Arg<Floats>()    // gradient of w_gate [L, E, D, F]
-                                  .Arg<Floats>()    // gradient of w_up [L, E, D, F]
-                                  .Arg<Floats>()    // gradient of w_down [L, E, F, D]
-                                  .Arg<Floats>()    // written [L]
-                                  .Ret<Floats>()    // gradient of w_gate, in place
-                                  .Ret<Floats>()    // gradient of w_up, in place
-                                  .Ret<Floats>());  // gradient of w_down, in place
 
 }  // namespace dsv3

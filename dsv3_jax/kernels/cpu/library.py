@@ -30,8 +30,6 @@ TARGETS = {
     "dsv3_cached_attention": "Dsv3CachedAttention",
     "dsv3_experts_swiglu": "Dsv3ExpertsSwiglu",
     "dsv3_experts_swiglu_gradients": "Dsv3ExpertsSwigluGradients",
-    "dsv3_uninitialized": "Dsv3Uninitialized",
-    "dsv3_zero_unwritten": "Dsv3ZeroUnwritten",
     "dsv3_causal_attention": "Dsv3CausalAttention",
     "dsv3_causal_attention_gradients": "Dsv3CausalAttentionGradients",
     "dsv3_adamw": "Dsv3Adamw",

@@ -5,6 +5,10 @@ import functools
 import os
 import platform
 
+import jax
+import numpy as np
+from jax import Array
+
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # glibc's malloc.h
 _MADV_HUGEPAGE = 14  # Linux' mman.h
 _HOLES, _HOLE, _LARGE_PAGE = 128, 1 << 20, 2 << 20  # count, bytes, bytes
@@ -29,6 +33,24 @@ def keep_memory() -> bool:
         return False
     _lay_out_heap(libc)
     return True
+
+
+def views(x: Array) -> list[Array]:
+    """The parts of an array along its first axis, as views of its memory if they can be: on one CPU, outside `jax.jit`.
+
+    Elsewhere they are copies.
+
+    Example:
+        >>> x = jax.numpy.arange(64.0).reshape(2, 32)
+        >>> [view.unsafe_buffer_pointer() - x.unsafe_buffer_pointer() for view in views(x)]
+        [0, 128]
+    """
+    if isinstance(x, jax.core.Tracer) or {d.platform for d in x.devices()} != {"cpu"} or len(x.devices()) > 1:
+        return _parts(x)
+    return [jax.device_put(part, next(iter(x.devices()))) for part in np.asarray(x)]
+
+
+_parts = jax.jit(list)
 
 
 def _lay_out_heap(libc: ctypes.CDLL) -> None:

@@ -1,6 +1,6 @@
 // The operations of a decoding step, for a few tokens:
 //   - products with a weight, SwiGLU, and products with one matrix a head;
-//   - the routed experts, from their stack [L, E, D, F];
+//   - the routed experts [E, D, F];
 //   - attention over the rows of a layer's cached arrays [B, G, S, X].
 //
 // A decoding step is limited by memory bandwidth, so weights and cache are read once and in place. Threads share strips
@@ -208,7 +208,7 @@ ffi::Error SmallBatchByHead(ffi::ThreadPool pool, Floats x, Floats w, ffi::Resul
 
 // out[assignment] = (silu(x w_gate) ⊙ (x w_up)) w_down for every assignment. A unit of work is a chosen expert.
 struct Experts : Work {
-  const float *x, *w_gate, *w_up, *w_down;        // [n, D]; this layer's [E, D, F], [E, D, F], [E, F, D]
+  const float *x, *w_gate, *w_up, *w_down;        // [n, D], [E, D, F], [E, D, F], [E, F, D]
   int64_t choices, dim, hidden;                   // K, D, F
   std::vector<int32_t> experts;                   // the ids that some token chose
   std::vector<std::vector<int32_t>> assignments;  // those of each chosen expert, as token · K + choice
@@ -236,25 +236,20 @@ struct Experts : Work {
 
 // Kernel: y = Σ_k gates_k · FFN of expert k. Only the chosen experts' matrices are read, each once.
 ffi::Error DecodeExperts(ffi::ThreadPool pool, Floats x, Ints expert_ids, Floats gates, Floats w_gate, Floats w_up,
-                         Floats w_down, Ints layer, ffi::ResultBuffer<ffi::F32> y) {
-  const auto stack = w_gate.dimensions();  // [L, E, D, F]
-  const int64_t layers = stack[0], num = stack[1], dim = stack[2], hidden = stack[3];
+                         Floats w_down, ffi::ResultBuffer<ffi::F32> y) {
+  const auto shape = w_gate.dimensions();  // [E, D, F]
+  const int64_t num = shape[0], dim = shape[1], hidden = shape[2];
   const int64_t tokens = expert_ids.dimensions()[0], choices = expert_ids.dimensions()[1];
-  const int64_t at = layer.typed_data()[0];
-  if (at < 0 || at >= layers) return ffi::Error::InvalidArgument("layer outside the stack of experts");
 
   auto work = std::make_shared<Experts>();
-  const int64_t size = num * dim * hidden;
   work->x = x.typed_data();
-  work->w_gate = w_gate.typed_data() + at * size;
-  work->w_up = w_up.typed_data() + at * size;
-  work->w_down = w_down.typed_data() + at * size;
+  work->w_gate = w_gate.typed_data(), work->w_up = w_up.typed_data(), work->w_down = w_down.typed_data();
   work->choices = choices, work->dim = dim, work->hidden = hidden;
   work->out.resize(tokens * choices * dim);
   std::vector<int32_t> slot(num, -1);  // [E]: an expert's index in work->experts, -1 if it is not chosen
   const int32_t* ids = expert_ids.typed_data();
   for (int64_t i = 0; i < tokens * choices; ++i) {
-    if (ids[i] < 0 || ids[i] >= num) return ffi::Error::InvalidArgument("an expert id outside the stack of experts");
+    if (ids[i] < 0 || ids[i] >= num) return ffi::Error::InvalidArgument("an expert id outside the experts");
     if (slot[ids[i]] < 0) {
       slot[ids[i]] = static_cast<int32_t>(work->experts.size());
       work->experts.push_back(ids[i]);
@@ -487,10 +482,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3DecodeExperts, DecodeExperts,
                                   .Arg<Floats>()                  // x [n, D]
                                   .Arg<Ints>()                    // expert_ids [n, K]
                                   .Arg<Floats>()                  // gates [n, K]
-                                  .Arg<Floats>()                  // w_gate [L, E, D, F]
-                                  .Arg<Floats>()                  // w_up [L, E, D, F]
-                                  .Arg<Floats>()                  // w_down [L, E, F, D]
-                                  .Arg<Ints>()                    // layer []
+                                  .Arg<Floats>()                  // w_gate [E, D, F]
+                                  .Arg<Floats>()                  // w_up [E, D, F]
+                                  .Arg<Floats>()                  // w_down [E, F, D]
                                   .Ret<Floats>());                // y [n, D]
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3CachedAttention, CachedAttention,

@@ -4,8 +4,7 @@
     TOKAMAX          tokamax's forward, which also skips groups without rows; JAX's dx and dw
     HOPPER_PRODUCTS  this project's kernels, see hopper_products.py; asked for by name
 
-The first two round each expert's gradient to bfloat16 once, after a sum in float32. They read the experts of one layer:
-if the stack holds more layers, and its weights need no cast, the layer is copied out first.
+The first two round each expert's gradient to bfloat16 once, after a sum in float32.
 """
 
 import importlib
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from dsv3_jax.kernels.gpu import tokamax_library
-from dsv3_jax.ops.grouped_product import GroupedProduct, take_groups
+from dsv3_jax.ops.grouped_product import GroupedProduct
 
 HOPPER = ("9.0", "9.0a")  # compute capability: the kernels use its matrix instructions, and no later chip has them
 CORES = 132  # of an H100 SXM, as JAX's kernels have it; a chip with fewer runs them in turns
@@ -91,14 +90,13 @@ def _tiles(columns: int, rows: int = ROWS) -> dict[str, int]:
     return dict(block_m=rows, block_n=block, block_k=STEP, max_concurrent_steps=4, grid_block_n=wide)
 
 
-def mosaic(x: Array, w: Array, counts: Array, first: Array | None = None) -> Array:
+def mosaic(x: Array, w: Array, counts: Array) -> Array:
     """`GroupedProduct.forward` by JAX's ragged_dot."""
-    return _kernels()[0](x, take_groups(w, counts, first), group_sizes=counts, **_tiles(w.shape[2]))
+    return _kernels()[0](x, w, group_sizes=counts, **_tiles(w.shape[2]))
 
 
-def mosaic_dx(dy: Array, w: Array, counts: Array, first: Array | None = None) -> Array:
+def mosaic_dx(dy: Array, w: Array, counts: Array) -> Array:
     """`GroupedProduct.dx` by JAX's ragged_dot, which reads w transposed: no copy of the experts."""
-    w = take_groups(w, counts, first)
     return _kernels()[0](dy, w, group_sizes=counts, transpose_rhs=True, **_tiles(w.shape[1]))
 
 
@@ -111,7 +109,7 @@ def mosaic_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
 MOSAIC = GroupedProduct("mosaic", mosaic, mosaic_dx, mosaic_dw, row_multiple=ROWS, joins=True)
 
 
-def tokamax(x: Array, w: Array, counts: Array, first: Array | None = None) -> Array:
+def tokamax(x: Array, w: Array, counts: Array) -> Array:
     """`GroupedProduct.forward` by tokamax's kernel, at the tiles that its authors found fastest on an H100."""
     kernel, settings = tokamax_library.ragged_dot()
     few = x.shape[0] <= 64 * counts.shape[0]  # rows: an expert's are one small tile
@@ -124,20 +122,20 @@ def tokamax(x: Array, w: Array, counts: Array, first: Array | None = None) -> Ar
         persistent=False,
         grid_minor_dim=settings.MatmulDimension.M,
     )
-    return kernel(x, take_groups(w, counts, first), counts, x.dtype, config)
+    return kernel(x, w, counts, x.dtype, config)
 
 
 TOKAMAX = GroupedProduct("tokamax", tokamax, mosaic_dx, mosaic_dw, row_multiple=ROWS, joins=True)
 
 
-def hopper(x: Array, w: Array, counts: Array, first: Array | None = None) -> Array:
+def hopper(x: Array, w: Array, counts: Array) -> Array:
     """`GroupedProduct.forward` by this project's kernel."""
-    return _own().product(x, w, counts, first)
+    return _own().product(x, w, counts)
 
 
-def hopper_dx(dy: Array, w: Array, counts: Array, first: Array | None = None) -> Array:
+def hopper_dx(dy: Array, w: Array, counts: Array) -> Array:
     """`GroupedProduct.dx` likewise."""
-    return _own().product(dy, w, counts, first, transposed=True)
+    return _own().product(dy, w, counts, transposed=True)
 
 
 def hopper_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:

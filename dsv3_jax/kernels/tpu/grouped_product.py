@@ -3,20 +3,17 @@
     RAGGED_DOT  XLA's forward, dx and dw; for dx XLA first writes the experts out transposed
     MEGABLOX    XLA's forward and dw, and megablox's dx, which reads the experts as they are
 
-Forward and dx read a layer's experts in place from the stack of all layers. Matrices of other layers have no rows, and
-groups without rows are not read. The compiler (libtpu) chooses the tiles of `ragged_dot` itself: the whole contracted
+The compiler (libtpu) chooses the tiles of `ragged_dot` itself: the whole contracted
 size, few columns, and as many rows as VMEM holds on the chip. A tiling that is set here would have to know the chip.
 """
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from dsv3_jax.ops import grouped_product
-from dsv3_jax.ops.grouped_product import GroupedProduct
 
 ROWS = 128  # of a tile; libtpu refuses a number of rows that its tiles do not divide
 LANES = 128  # columns of a register
@@ -42,29 +39,11 @@ def _divisor(size: int, limit: int) -> int:
     return next(whole, min(size, LANES))
 
 
-def place(counts: Array, first: Array | None, groups: int) -> Array:
-    """The counts of all matrices in w: zero for those of other layers."""
-    if first is None:
-        return counts
-    return jax.lax.dynamic_update_slice_in_dim(jnp.zeros(groups, counts.dtype), counts, first, 0)
+RAGGED_DOT = replace(grouped_product.RAGGED_DOT, row_multiple=ROWS)
 
 
-def ragged_dot(x: Array, w: Array, counts: Array, first: Array | None = None) -> Array:
-    """`GroupedProduct.forward` by `jax.lax.ragged_dot`."""
-    return grouped_product.ragged_dot(x, w, place(counts, first, w.shape[0]))
-
-
-def ragged_dot_dx(dy: Array, w: Array, counts: Array, first: Array | None = None) -> Array:
-    """`GroupedProduct.dx` likewise."""
-    return grouped_product.ragged_dot_dx(dy, w, place(counts, first, w.shape[0]))
-
-
-RAGGED_DOT = GroupedProduct("ragged_dot", ragged_dot, ragged_dot_dx, grouped_product.ragged_dot_dw, row_multiple=ROWS)
-
-
-def megablox_dx(dy: Array, w: Array, counts: Array, first: Array | None = None) -> Array:
+def megablox_dx(dy: Array, w: Array, counts: Array) -> Array:
     """`GroupedProduct.dx` by megablox."""
-    counts = place(counts, first, w.shape[0])
     return _megablox().gmm(dy, w, counts, dy.dtype, tiles(dy.shape[1], w.shape[1]), transpose_rhs=True)
 
 
@@ -73,7 +52,7 @@ def _megablox() -> Any:
     return importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
 
 
-MEGABLOX = GroupedProduct("megablox", ragged_dot, megablox_dx, grouped_product.ragged_dot_dw, row_multiple=ROWS)
+MEGABLOX = replace(RAGGED_DOT, name="megablox", dx=megablox_dx)
 
 
 def fits(x: Array, w_gate: Array) -> bool:
