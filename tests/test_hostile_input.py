@@ -437,7 +437,7 @@ def test_lines_of_jsonl(tmp_path, line):
 
 
 def test_names_of_domains_can_be_printed(tmp_path):
-    rows = [{"text": f"text {i}", "domain": "\x1b[31m\ud800[/]"} for i in range(4)]
+    rows = [{"text": f"text {i}", "domain": "\x1b[31m\u202e[/]"} for i in range(4)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert load_corpus(DataConfig(paths=(str(tmp_path),))).domains == ("\ufffd[31m\ufffd[/]",)
 
