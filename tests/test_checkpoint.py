@@ -154,13 +154,12 @@ def test_what_orbax_prints_beside_its_error_is_left_out_and_nothing_else(monkeyp
 
 
 def test_a_folder_is_claimed_once(tmp_path):
-    """A new or an empty folder becomes the run's; the same run finds it again."""
+    """A new or an empty folder becomes the run's, also after a claim was killed; the same run finds it again."""
     (tmp_path / "empty").mkdir()
-    for name in ("new/below", "empty"):
-        folder = tmp_path / name
+    (tmp_path / "empty" / f".{RUN_FILE}.1.part").write_text('{"mod')
+    for folder in (tmp_path / "new" / "below", tmp_path / "empty"):
         settled = claim(folder, RUN)
         assert settled == replace(RUN, data=replace(RUN.data, paths=(os.path.abspath("some text"),)))
-        assert [path.name for path in folder.iterdir()] == [RUN_FILE]
         assert read_run(folder) == settled
         written = (folder / RUN_FILE).read_bytes()
         assert claim(folder, RUN) == settled
@@ -171,7 +170,6 @@ def test_a_folder_is_claimed_once(tmp_path):
     ("change", "said"),
     [
         ({"seed": 7}, ("seed=7", "0")),
-        ({"optim": replace(RUN.optim, beta2=0.5)}, ("optim.beta2=0.5", "0.95")),
         ({"data": replace(RUN.data, paths=("/a", "b"))}, ("data.paths=('/a', 'CWD/b')", "('CWD/some text',)")),
         ({"model": replace(MODEL, q_latent_dim=3)}, ("model.q_latent_dim=3", "None")),
     ],
@@ -209,12 +207,6 @@ def test_a_folder_of_other_things_is_refused(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_a_claim_cut_short_is_made_again(tmp_path):
-    """Killed between writing its temporary file and renaming it."""
-    (tmp_path / f".{RUN_FILE}.1.part").write_text('{"mod')
-    assert claim(tmp_path, RUN) == read_run(tmp_path)
-
-
 def test_what_is_not_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"folder='{tmp_path}' holds no run: there is no run.json"):
         load_run(tmp_path)
@@ -235,15 +227,7 @@ def test_what_is_not_a_run_is_refused(tmp_path):
             load_run(tmp_path / "run")
 
 
-def test_a_checkpoint_is_read_back_as_a_model(tmp_path):
-    claim(tmp_path / "run", RUN)
-    save(tmp_path / "run", 4)
-    model, run, step = load_run(tmp_path / "run")
-    assert (model.cfg, run, step) == (MODEL, read_run(tmp_path / "run"), 4)
-    assert_bitwise(nnx.split(model)[1], nnx.split(random_model(MODEL, 4, DENSE))[1])
-
-
-@pytest.mark.parametrize("change", [{"expert_dim": 5}, {"num_layers": 3}, {"mtp_depth": 2}, {"tie_embeddings": True}])
+@pytest.mark.parametrize("change", [{"expert_dim": 5}, {"mtp_depth": 2}])
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, change):
     """run.json was edited by hand: one sentence, not a page of Orbax."""
     claim(tmp_path / "run", RUN)
