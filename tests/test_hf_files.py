@@ -125,6 +125,17 @@ def overlap(header):
                 return
 
 
+def name_twice(folder):
+    """The second has the first one's bytes and another dtype: safetensors would take it in silence."""
+    raw = some_shard(folder).read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    name = first_name(header)
+    again = json.dumps({name: header[name] | {"dtype": "I32"}})
+    new = (json.dumps(header)[:-1] + "," + again[1:]).encode()
+    some_shard(folder).write_bytes(len(new).to_bytes(8, "little") + new + raw[8 + length :])
+
+
 def index(folder):
     return folder / files.INDEX
 
@@ -146,44 +157,27 @@ def fp8_without_scale(folder):
 BAD = {
     "no folder": (shutil.rmtree, ["is not a folder"]),
     "no config": (lambda f: (f / "config.json").unlink(), ["has no config.json"]),
-    "config is no JSON": (lambda f: (f / "config.json").write_text("{,"), ["config.json is not JSON"]),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), ["config.json holds a list"]),
     "config has a key twice": (lambda f: (f / "config.json").write_text('{"a":1,"a":2}'), ["key 'a'"]),
     "scoring": (lambda f: edit_json(f / "config.json", set_to("scoring_func", "x")), ["config.json: scoring_func='x'"]),
     "no weights": (lambda f: index(f).unlink(), ["has neither model.safetensors nor model.safetensors.index.json"]),
     "no shard": (lambda f: some_shard(f).unlink(), ["has no " + SHARD]),
-    "index is no JSON": (lambda f: index(f).write_text("x"), ["index.json is not JSON"]),
     "index without a map": (lambda f: index(f).write_text("{}"), ["has no weight_map"]),
     "index names a path": (
         lambda f: edit_json(index(f), lambda v: v["weight_map"].__setitem__(UP, "../x.safetensors")),
         ["file '../x.safetensors'"],
-    ),
-    "index names an absolute path": (
-        lambda f: edit_json(index(f), lambda v: v["weight_map"].__setitem__(UP, "/etc/passwd")),
-        ["file '/etc/passwd'"],
     ),
     "index names an absent tensor": (
         lambda f: edit_json(index(f), lambda v: v["weight_map"].__setitem__("model.ghost", SHARD)),
         [SHARD + " does not hold model.ghost"],
     ),
     "link out of the folder": (link_out, [SHARD + " is a link out of its folder"]),
-    "truncated": (lambda f: some_shard(f).write_bytes(some_shard(f).read_bytes()[:-5]), [SHARD]),
-    "truncated in the header": (
-        lambda f: some_shard(f).write_bytes(some_shard(f).read_bytes()[:40]),
-        [SHARD + " is truncated"],
-    ),
-    "empty file": (lambda f: some_shard(f).write_bytes(b""), [SHARD + " is truncated or no safetensors file"]),
-    "longer": (lambda f: some_shard(f).write_bytes(some_shard(f).read_bytes() + b"12"), [SHARD + " has"]),
-    "header is no JSON": (lambda f: some_shard(f).write_bytes(b"\2" + b"\0" * 7 + b"{,"), ["header that is not JSON"]),
-    "unknown dtype": (lambda f: edit_header(some_shard(f), misdescribe("dtype", "F13")), [SHARD, "describes ", "F13"]),
-    "negative shape": (lambda f: edit_header(some_shard(f), misdescribe("shape", [-1, -4])), [SHARD, "describes "]),
-    "wrong shape": (lambda f: edit_header(some_shard(f), misdescribe("shape", [1 << 40, 2])), [SHARD, "describes "]),
-    "wrong offsets": (
-        lambda f: edit_header(some_shard(f), misdescribe("data_offsets", [4, 1 << 50])),
-        [SHARD, "describes "],
-    ),
-    "overlap": (lambda f: edit_header(some_shard(f), overlap), [SHARD, " begins at byte "]),
-    "no offsets": (lambda f: edit_header(some_shard(f), lambda h: h[first_name(h)].pop("data_offsets")), [SHARD]),
+    "truncated": (lambda f: some_shard(f).write_bytes(some_shard(f).read_bytes()[:-5]), [SHARD, "is damaged"]),
+    "empty file": (lambda f: some_shard(f).write_bytes(b""), [SHARD, "is damaged"]),
+    "longer": (lambda f: some_shard(f).write_bytes(some_shard(f).read_bytes() + b"12"), [SHARD, "is damaged"]),
+    "unsupported dtype": (lambda f: edit_header(some_shard(f), misdescribe("dtype", "C64")), [SHARD, "is damaged"]),
+    "overlap": (lambda f: edit_header(some_shard(f), overlap), [SHARD, "is damaged"]),
+    "a name twice": (name_twice, [SHARD, "is damaged", "occurs twice"]),
     "missing": (lambda f: edit_tensors(f, without(UP)), [UP + " is missing", "1 tensors"]),
     "extra": (lambda f: edit_tensors(f, set_to("model.more", np.zeros(2, np.float32))), ["model.more in model.safe"]),
     "misshapen": (lambda f: edit_tensors(f, set_to(UP, np.zeros((2, 3), np.float32))), [UP + " in model", "[2, 3]"]),
@@ -200,7 +194,6 @@ BAD = {
     ),
     "4 bits of a norm": (lambda f: edit_tensors(f, pack(ROUTER)), [ROUTER + " in", "packed in 4 bits"]),
     "NaN": (lambda f: edit_tensors(f, poison(np.nan)), ["model.safetensors holds 1 NaN or Inf in " + UP]),
-    "Inf": (lambda f: edit_tensors(f, poison(-np.inf)), ["model.safetensors holds 1 NaN or Inf in " + UP]),
     "another embedding in the MTP layer": (
         lambda f: edit_tensors(f, set_to("model.layers.2.embed_tokens.weight", np.ones((260, 16), np.float32))),
         ["model.layers.2.embed_tokens.weight that differs from model.embed_tokens.weight"],
@@ -336,16 +329,6 @@ def test_convert_between_dtypes(good, tmp_path):
     assert all((tmp_path / "fp8" / n).read_bytes() == (tmp_path / "again" / n).read_bytes() for n in names)
 
 
-@pytest.mark.long
-def test_a_failed_command_prints_one_sentence(root, folder, tmp_path):
-    edit_tensors(folder, poison(np.nan))
-    for args in (["--to", "run"], ["--dtype", "bfloat16"]):
-        done = command(root, folder, tmp_path / "out", *args)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith("dsv3: ") and done.stderr.count("\n") == 1 and UP in done.stderr
-        assert [p.name for p in tmp_path.iterdir()] == ["folder"]
-
-
 def test_convert_rejects_what_it_cannot_do(good, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
@@ -396,7 +379,7 @@ def test_a_hub_cache_is_read_by_path_and_by_id(cached, good):
         assert load_text(place).templates == {"rag": "{{ 'other' }}"}
 
 
-@pytest.mark.parametrize("text", ["", "main", COMMIT + "0", "../../secret", "0123", COMMIT.upper(), "\0" * 40])
+@pytest.mark.parametrize("text", ["", COMMIT + "0", "../../secret"])
 def test_the_name_of_main_is_a_commit(cached, text):
     (cached / "refs" / "main").write_text(text)
     with pytest.raises(ValueError, match="refs/main' holds .* not a commit"):
@@ -409,15 +392,6 @@ def test_an_id_that_is_not_in_the_cache_is_one_sentence(cached):
             ValueError, match=f"model='{place}' is no folder, and the hub's cache .* hf download {how}$"
         ):
             hf.load(place)
-
-
-def test_links_out_of_the_repository_are_refused(cached, tmp_path):
-    config = cached / "snapshots" / COMMIT / "config.json"
-    (tmp_path / "elsewhere.json").write_text(config.read_text())
-    config.unlink()
-    config.symlink_to(tmp_path / "elsewhere.json")
-    with pytest.raises(ValueError, match="config.json is a link out of its folder"):
-        hf.load(cached)
 
 
 def test_a_template_that_is_a_link_out_of_the_repository_is_refused(cached, tmp_path):

@@ -275,22 +275,12 @@ def config_to_dict(cfg: ModelConfig, *, fp8: bool = False, dtype: str = "bfloat1
     }
     if cfg.yarn.factor > 1:
         yarn = cfg.yarn
-        config["rope_scaling"] = {
-            "type": "yarn",
-            "factor": yarn.factor,
-            "original_max_position_embeddings": yarn.original_max_positions,
-            "beta_fast": yarn.beta_fast,
-            "beta_slow": yarn.beta_slow,
-            "mscale": yarn.mscale,
-            "mscale_all_dim": yarn.mscale_all_dim,
-        }
+        scaling = {key: getattr(yarn, key) for key in ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")}
+        original = {"original_max_position_embeddings": yarn.original_max_positions}
+        config["rope_scaling"] = {"type": "yarn"} | scaling | original
     if fp8:
-        config["quantization_config"] = {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            "weight_block_size": _BLOCK_SIZE,
-        }
+        method = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+        config["quantization_config"] = method | {"weight_block_size": _BLOCK_SIZE}
     restored = config_from_dict(config)
     expected = _expressible(cfg, restored)
     if restored != expected:
