@@ -151,8 +151,8 @@ BAD = {
     "mesh of plan": ("plan tiny --mesh rows=2", "mesh='rows=2' is not of the form data=N,expert=N"),
     "memory": ("plan tiny --memory 80", "memory='80'"),
     "device": ("plan tiny --device abacus", "abacus"),
-    "no trunk": ("train tiny --out {new} --trunk {absent}", "folder='{absent}' holds no run"),
-    "trunk without checkpoint": ("train tiny --out {new} --trunk {claimed}", "trunk='{claimed}' holds no checkpoint"),
+    "no trunk": ("train tiny --out {new} --trunk {absent}", "folder='{absent}' is neither a run"),
+    "trunk without checkpoint": ("train tiny --out {new} --trunk {claimed}", "folder='{claimed}' holds no checkpoint"),
     "another trunk": (
         "train tiny --out {new} --trunk={run} --model.num-heads 4",
         "model.num_heads=4 is not that of trunk='{run}', 2",
@@ -170,8 +170,8 @@ BAD = {
         "mtp_depth=0 leaves nothing to train on the frozen trunk '{run}'",
     ),
     "option without value": ("train tiny --out {new} --trunk", "option '--trunk' needs a value"),
-    "no start": ("train tiny --out {new} --start {absent}", "folder='{absent}' holds no run"),
-    "start without checkpoint": ("train tiny --out {new} --start {claimed}", "start='{claimed}' holds no checkpoint"),
+    "no start": ("train tiny --out {new} --start {absent}", "folder='{absent}' is neither a run"),
+    "start without checkpoint": ("train tiny --out {new} --start {claimed}", "folder='{claimed}' holds no checkpoint"),
     "start of another model": (
         "train tiny --out {new} --start={run} --model.dim 12",
         "model.dim=12 is not that of start='{run}', 8",
@@ -206,7 +206,7 @@ BAD = {
     "generate from no checkpoint": ("generate {claimed}", "folder='{claimed}' holds no checkpoint"),
     "long prompt": (
         "generate {run} --prompt " + "x" * 70,
-        "prompt 0 of 70 tokens and max_new_tokens=256 are more than",
+        "max_new_tokens=256 does not fit: the longest prompt has 70",
     ),
     "no prompt": ("generate {run} --prompt=", "prompt 0 is empty"),
     "temperature": ("generate {run} --max-new-tokens 4 --temperature -1", "temperature=-1.0"),

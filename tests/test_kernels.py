@@ -11,7 +11,7 @@ from dsv3_jax.kernels.cpu import library
 from dsv3_jax.mesh import sharding
 
 X, W = jnp.ones((8, 4)), jnp.ones((4, 4))
-STACK = jnp.ones((2, 3, 4, 5))
+STACK = jnp.ones((3, 4, 5))
 
 
 def picked(kernels, op, *arrays, **settings):
@@ -120,11 +120,11 @@ def test_what_is_no_choice_of_kernels_is_refused(kernels):
 def test_who_multiplies_experts_on_each_chip(platform, chip, dtype, training, few, many):
     """No row that multiplies every row with every expert, and no loop of unknown length on accelerators."""
     kernels = prepare(Execution(compute_dtype=dtype), platform=platform, chip=chip)
-    x, stack = jnp.ones((8, 128), dtype), jnp.ones((2, 4, 128, 256))
+    x, stack = jnp.ones((8, 128), dtype), jnp.ones((4, 128, 256))
     assert picked(kernels, "grouped_swiglu", x, stack) == training == kernels.chosen(dtype)["grouped_swiglu"]
     assert picked(kernels, "decode_experts", jnp.ones((8, 2), dtype), stack) == few
     assert picked(kernels, "decode_experts", jnp.ones((9, 2), dtype), stack) == many
-    odd = jnp.ones((2, 4, 128, 100))  # a width that no tile divides
+    odd = jnp.ones((4, 128, 100))  # a width that no tile divides
     fallback = {"cuda": "row_blocks", "rocm": "row_blocks", "tpu": "ragged_dot", "cpu": "blocks"}[platform]
     assert picked(kernels, "grouped_swiglu", x, odd) == fallback
     line = kernels.describe(dtype)
@@ -133,7 +133,7 @@ def test_who_multiplies_experts_on_each_chip(platform, chip, dtype, training, fe
 
 def test_megablox_is_for_one_device():
     kernels = prepare(platform="tpu", chip="TPU v5p")
-    x, stack = jnp.ones((8, 128), jnp.bfloat16), jnp.ones((2, 4, 128, 256))
+    x, stack = jnp.ones((8, 128), jnp.bfloat16), jnp.ones((4, 128, 256))
     with sharding.use_mesh(sharding.make_mesh(data=2)):
         assert picked(kernels, "grouped_swiglu", x, stack) == "ragged_dot"
     assert kernels.chosen("bfloat16", devices=2)["grouped_swiglu"] == "ragged_dot"

@@ -187,6 +187,8 @@ def test_a_recipe_s_noise_counts_shared_runs_once(tmp_path):
     table = {"a": {0: 1.0, 1: 2.0}, "b": {0: 1.5, 1: 2.1}}
     first = fill(tmp_path / "01_x" / "results.json", table, base="lab")
     frozen = fill(tmp_path / "02_x" / "results.json", {"a": {0: 1.0}, "head": {0: 1.0, 1: 2.0}}, base="lab")
+    for record in frozen.runs["a"].values():
+        record["config"] = "the hash of the same run by a version with more settings"
     other = fill(tmp_path / "03_x" / "results.json", {"c": {0: 1.0, 1: 9.0}, "d": {0: 3.0, 1: 1.0}}, base="tiny")
     found = recipe_noise([first, frozen, other], "lab", {5})
     assert (found.runs, found.dof, found.sd) == (4, 1, pytest.approx(0.2))

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from experiments.lab.claims import NoiseOf, distinct, noise_within
+from experiments.lab.claims import NoiseOf, noise_within
 from experiments.lab.results import Key, Results
 from experiments.lab.statistics import Noise, Table, pool
 
@@ -13,25 +13,25 @@ POOLED = "val_loss"
 def recipe_noise(all_results: Sequence[Results], base: str | None, steps: Collection[int]) -> Noise:
     """Pool the noise of the validation loss over all studies with one base and one of these numbers of steps.
 
-    Runs that studies share count once. Each version of the recipe, and each number of steps, has its own seed effects.
+    Runs that studies share count once: runs of one seed with equal losses are one run, whatever settings a later
+    version has added. Each version of the recipe, and each number of steps, has its own seed effects.
 
     Raises: ValueError if no degree of freedom is left.
     """
     tables: dict[tuple[int, int], dict[str, dict[int, float]]] = {}
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, float]] = set()
     for results in all_results:
         if results.about.get("base") != base:
             continue
         for variant, seeds in results.runs.items():
             for seed, record in seeds.items():
-                mark = record.get("config") or record.get("fingerprint") or f"{results.path}: {variant}"
-                if record["steps"] not in steps or POOLED not in record["numbers"] or (mark, seed) in seen:
+                loss = record["numbers"].get(POOLED)
+                if record["steps"] not in steps or loss is None or (seed, loss) in seen:
                     continue
-                seen.add((mark, seed))
+                seen.add((seed, loss))
                 table = tables.setdefault((record.get("recipe", 1), record["steps"]), {})
-                name = f"{results.path.parent.name}: {variant}"
-                table.setdefault(name, {})[int(seed)] = float(record["numbers"][POOLED])
-    independent: list[Table] = [distinct(table) for table in tables.values()]
+                table.setdefault(f"{results.path.parent.name}: {variant}", {})[int(seed)] = float(loss)
+    independent: list[Table] = list(tables.values())
     return pool(independent)
 
 
