@@ -9,7 +9,8 @@ from runs import MODEL, cheap_compiles
 
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.model.transformer import abstract
-from dsv3_jax.training.evaluate import cache_quality, evaluate
+from dsv3_jax.stats.cache_quality import cache_quality
+from dsv3_jax.training.evaluate import evaluate
 
 # Few tokens, so that drafts are often right; of 0 to 3 bytes, so that bytes and tokens differ in number.
 

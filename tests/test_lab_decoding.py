@@ -12,7 +12,7 @@ from dsv3_jax.config import replace
 from dsv3_jax.model.counting import size
 from dsv3_jax.ops.quantize import dequantize_rows, quantize_rows
 from dsv3_jax.presets import recipe
-from dsv3_jax.training.evaluate import cache_quality
+from dsv3_jax.stats.cache_quality import cache_quality
 from experiments.lab import Results
 from experiments.lab.tables import results_table
 

@@ -37,7 +37,8 @@ def run(argv: list[str]) -> int:
     from dsv3_jax.data import tokenizer
     from dsv3_jax.hf.open_model import measured_on, open_model
     from dsv3_jax.report.progress import text_console
-    from dsv3_jax.training.evaluate import cache_quality, evaluate
+    from dsv3_jax.stats.cache_quality import cache_quality
+    from dsv3_jax.training.evaluate import evaluate
 
     model, run, step = open_model(args.run, step=args.step, kernels=args.kernels)
     source, text = measured_on(run.data, args.run, args.paths), tokenizer.load(run.data.tokenizer)

@@ -32,8 +32,8 @@ from dsv3_jax.model.cache import CACHE_DTYPES
 from dsv3_jax.model.counting import decode_bytes
 from dsv3_jax.presets import preset
 from dsv3_jax.report.speed import copy_bandwidth
+from dsv3_jax.stats.cache_quality import cache_quality
 from dsv3_jax.training.checkpoint import load_run
-from dsv3_jax.training.evaluate import cache_quality
 from dsv3_jax.training.run_folder import read_run
 
 CONTEXTS, BATCHES = (1024, 4096, 16384), (1, 8)

@@ -1,0 +1,93 @@
+"""The cost of a cache in quality: the same text read through caches of several dtypes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsv3_jax.data.batches import Batch
+from dsv3_jax.model.cache import pick_dtype, pick_kind
+from dsv3_jax.model.counting import bytes_per_token
+from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.ops.cross_entropy import token_scores
+from dsv3_jax.training.loss import targets
+
+
+@dataclass(frozen=True)
+class CacheQuality:
+    """A model's quality when it reads through a cache of some dtype."""
+
+    val_loss: float  # nats a token
+    agreement: float  # share of tokens whose likeliest successor is the exact cache's
+    bytes_per_token: int
+
+
+STEP = 16  # tokens read at a time: each attends to cached rows alone, its own too, as in decoding
+
+
+def cache_quality(
+    model: Transformer, batches: Sequence[Batch], dtypes: Sequence[str], cache: str | None = None
+) -> dict[str, CacheQuality]:
+    """Read held-out rows through caches, each row as one text: its documents see one another.
+
+    Args:
+        dtypes: of cached rows; all are compared with the first, which should be the exact one, "float32".
+        cache: "latent" or "expanded". None means the model's own.
+    Raises: ValueError for an unknown kind or dtype.
+
+    Example:
+        >>> import dsv3_jax as ds
+        >>> from dsv3_jax.data.batches import one_row
+        >>> from dsv3_jax.model.transformer import abstract
+        >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
+        >>> model = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract(cfg))  # all weights are 0
+        >>> quality = cache_quality(model, [one_row(b"x = 1")], ["int8"])["int8"]
+        >>> round(quality.val_loss, 2), quality.bytes_per_token  # ln 260; 48 numbers and two float32 scales
+        (5.56, 56)
+    """
+    cfg, kind = model.cfg, pick_kind(model.cfg, cache)
+    graphdef, state = nnx.split(model)
+    found: dict[str, CacheQuality] = {}
+    exact: list[np.ndarray] = []
+    for name in dtypes:
+        nats, same, count = 0.0, 0.0, 0.0
+        for i, batch in enumerate(batches):
+            tokens, segment_ids = (jnp.asarray(batch[key]) for key in ("tokens", "segment_ids"))
+            read = _through_cache(graphdef, state, tokens, kind=kind, dtype=pick_dtype(model.compute_dtype, name))
+            nll, best = (np.asarray(x) for x in read)
+            if len(exact) == i:
+                exact.append(best)
+            loss_mask = jnp.asarray(batch["loss_mask"]) if "loss_mask" in batch else None
+            mask = np.asarray(targets(tokens, segment_ids, 1, loss_mask)[1])
+            nats, count = nats + nll.astype(np.float64)[mask].sum(), count + mask.sum()
+            same += (best == exact[i])[mask].sum()
+        dtype = pick_dtype(model.compute_dtype, name)
+        found[name] = CacheQuality(
+            float(nats / max(count, 1)),
+            float(same / max(count, 1)),
+            bytes_per_token(cfg, kind, dtype),
+        )
+    return found
+
+
+@partial(jax.jit, static_argnames=("graphdef", "kind", "dtype"))
+def _through_cache(graphdef, state, tokens, *, kind, dtype):
+    """(negative log-likelihood of each next token, the likeliest one), both [B, T - 1]."""
+    model = nnx.merge(graphdef, state)
+    batch, length = tokens.shape
+    steps = -(-length // STEP)
+    padded = jnp.pad(tokens, ((0, 0), (0, steps * STEP - length)))
+    start, weights = model.empty_cache(batch, steps * STEP, kind, dtype), model.prepare_decode()
+
+    def read(cache, part):
+        x, cache = model.run_layers(part, cache, weights)
+        return cache.at_lengths(cache.lengths + STEP), model.norm(x)
+
+    _, h = jax.lax.scan(read, start, padded.reshape(batch, steps, STEP).swapaxes(0, 1))
+    h = h.swapaxes(0, 1).reshape(batch, steps * STEP, -1)[:, : length - 1]
+    scored = token_scores(h.reshape(-1, h.shape[-1]), model.head_matrix(), tokens[:, 1:].reshape(-1))
+    return tuple(x.reshape(batch, length - 1) for x in scored)
