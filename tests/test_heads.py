@@ -83,7 +83,7 @@ def test_heads_equal_the_reference(model, kind):
 
 @partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def losses_of(graphdef, state):
-    return [loss.compute_loss(nnx.merge(graphdef, state), ARRAYS, 0.3, heads_only=only) for only in (False, True)]
+    return [loss.compute_loss(nnx.merge(graphdef, state), ARRAYS, 0.3, loss.Objective(only)) for only in (False, True)]
 
 
 def test_losses_equal_the_reference(model, kind):

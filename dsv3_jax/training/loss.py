@@ -20,6 +20,19 @@ from dsv3_jax.ops.cross_entropy import token_scores
 from dsv3_jax.ops.draft_loss import Distance, summed_distance
 
 
+class Objective(NamedTuple):
+    """Which losses are summed."""
+
+    # The total has the multi-token heads alone, (1/M)·Σ_k L_k and their balance losses; λ has no other loss to weigh
+    # them against, and is not used.
+    heads_only: bool = False
+    head_loss: HeadLoss = "ce"  # "kl" or "tv": heads learn the trunk's distribution of a token, not the text's token
+    watch_logits: bool = False  # return the largest attention logits too
+
+
+ON_TEXT = Objective()
+
+
 class Losses(NamedTuple):
     """One batch's losses; float32 scalars, and load [L, E]: the trunk's sparse layers, then the heads with experts."""
 
@@ -72,12 +85,10 @@ def compute_loss(
     model: Transformer,
     batch: dict[str, Array],
     mtp_weight: Float[Array, ""] | float,
+    objective: Objective = ON_TEXT,
     *,
     counts: Float[Array, " depths"] | None = None,
     share: float = 1.0,
-    heads_only: bool = False,
-    watch_logits: bool = False,
-    head_loss: HeadLoss = "ce",
 ) -> Losses:
     """Compute all losses of a batch.
 
@@ -87,10 +98,6 @@ def compute_loss(
         mtp_weight: λ.
         counts: divisors of the sums, from `target_counts`: of the complete batch if this is a part of one.
         share: of the complete batch that this part is: the weight of its balance losses.
-        heads_only: the total has the multi-token heads alone, (1/M)·Σ_k L_k and their balance losses. λ is not used:
-            there is no other loss to weigh them against.
-        watch_logits: return the largest attention logits too.
-        head_loss: "kl" or "tv": heads learn the trunk's distribution of the drafted token, not the text's token.
 
     Example:
         >>> import dsv3_jax as ds
@@ -104,9 +111,27 @@ def compute_loss(
         5.56
     """
     tokens, segment_ids, loss_mask = batch["tokens"], batch["segment_ids"], batch.get("loss_mask")
-    out = model.forward_hidden(tokens, segment_ids, batch["positions"], batch.get("keys"), watch_logits=watch_logits)
+    watch = objective.watch_logits
+    out = model.forward_hidden(tokens, segment_ids, batch["positions"], batch.get("keys"), watch_logits=watch)
     if counts is None:
         counts = target_counts(segment_ids, 1 + len(out.mtp_h), loss_mask)
+    nats, correct = _cross_entropies(model, out, batch, counts, objective.head_loss)
+    main, mtp = nats[0], jnp.stack(nats[1:]) if nats[1:] else jnp.zeros((0,), jnp.float32)
+    feature = _feature_loss(model, out, segment_ids, loss_mask, counts)
+    heads = feature + model.mtp[0].token_weight * mtp.mean() if nats[1:] else jnp.zeros((), jnp.float32)
+    balance = _balance(out, objective.heads_only) * share
+    load, dropped, sent = _load(out)
+    measures = [r.bias_measure for r in _routings(out) if r.bias_measure is not None]
+    total = heads + balance if objective.heads_only else main + balance + mtp_weight * heads
+    measure = jnp.concatenate(measures) * share if measures else None
+    dropped, sent = dropped * share, sent * share
+    return Losses(total, main, mtp, feature, balance, correct[0], load, dropped, sent, measure, out.max_logits)
+
+
+def _cross_entropies(
+    model: Transformer, out: ForwardOut, batch: dict[str, Array], counts: Array, head_loss: HeadLoss
+) -> tuple[list[Array], list[Array]]:
+    """(Mean loss, share of targets that are the argmax) of the trunk, then of each head."""
     matrix = model.head_matrix()
 
     @jax.named_scope("loss")
@@ -116,7 +141,7 @@ def compute_loss(
 
     nats, correct = [], []
     for ahead, h in enumerate((out.h[:, :-1], *out.mtp_h), start=1):
-        wanted, mask = targets(tokens, segment_ids, ahead, loss_mask)
+        wanted, mask = targets(batch["tokens"], batch["segment_ids"], ahead, batch.get("loss_mask"))
         h = h[:, : wanted.shape[1]]
         (total, right), _ = shard_map_over_batch(cross_entropy, (matrix,), h, wanted, mask)
         if ahead > 1 and head_loss != "ce":
@@ -125,16 +150,7 @@ def compute_loss(
             total = _distance(matrix, h, own, mask, head_loss)
         nats.append(total / counts[ahead - 1])
         correct.append(right / counts[ahead - 1])
-    main, mtp = nats[0], jnp.stack(nats[1:]) if nats[1:] else jnp.zeros((0,), jnp.float32)
-    feature = _feature_loss(model, out, segment_ids, loss_mask, counts)
-    heads = feature + model.mtp[0].token_weight * mtp.mean() if nats[1:] else jnp.zeros((), jnp.float32)
-    balance = _balance(out, heads_only) * share
-    load, dropped, sent = _load(out)
-    measures = [r.bias_measure for r in _routings(out) if r.bias_measure is not None]
-    total = heads + balance if heads_only else main + balance + mtp_weight * heads
-    measure = jnp.concatenate(measures) * share if measures else None
-    dropped, sent = dropped * share, sent * share
-    return Losses(total, main, mtp, feature, balance, correct[0], load, dropped, sent, measure, out.max_logits)
+    return nats, correct
 
 
 @jax.named_scope("loss")

@@ -27,7 +27,7 @@ from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.ops import balance, routing
 from dsv3_jax.training import lora, optim, qk_clip
 from dsv3_jax.training.finite import first_nonfinite
-from dsv3_jax.training.loss import Losses, add_parts, compute_loss, target_counts
+from dsv3_jax.training.loss import Losses, Objective, add_parts, compute_loss, target_counts
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "bias", "opt", "step"], meta_fields=[])
@@ -190,76 +190,98 @@ def make_step(job: Job) -> Step:
         >>> int(state.step), bool(metrics["finite"])  # doctest: +SKIP
         (1, True)
     """
-    run = job.run
     job = replace(job, kernels=job.chosen())
-    graph, parts = graph_of(job), run.optim.microbatches
-    constrain = partial(sharding.constrain_state, fsdp=run.execution.layout.fsdp)
-    move = optim.make(run.optim, run.steps, job.chosen(), job.optimizer).update
-
-    def part_losses(trained, frozen, bias, batch, weight, counts):
-        model = nnx.merge(graph, lora.join(run.lora, nnx.merge_state(trained, frozen)), bias)
-        how = {"heads_only": run.trunk is not None, "watch_logits": run.optim.qk_clip is not None}
-        out = compute_loss(model, batch, weight, counts=counts, share=1 / parts, head_loss=run.head_loss, **how)
-        return out.total, out
-
-    def gradients(trained, frozen, bias, batch: Batch, weight) -> tuple[nnx.State, Losses]:
-        counts = target_counts(batch["segment_ids"], 1 + run.model.mtp_depth, batch.get("loss_mask"))
-        grad = jax.grad(part_losses, has_aux=True)
-        if parts == 1:
-            grads, out = grad(trained, frozen, bias, batch, weight, counts)
-            return constrain(grads), out
-
-        def add(total, part):
-            grads, out = grad(trained, frozen, bias, part, weight, counts)
-            return (constrain(jax.tree.map(jnp.add, total[0], grads)), add_parts(total[1], out)), None
-
-        split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-        shapes = jax.eval_shape(grad, trained, frozen, bias, jax.tree.map(lambda x: x[0], split), weight, counts)
-        grads, out = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        none = jax.tree.map(lambda x: jnp.full_like(x, -jnp.inf), out.max_logits)
-        return jax.lax.scan(add, (grads, out._replace(max_logits=none)), split)[0]
+    graph = graph_of(job)
 
     @partial(jax.jit, donate_argnums=0, compiler_options=dict(job.options) or None)
     def step(state: TrainState, batch: Batch, go: Array | bool = True):
-        weight = optim.mtp_weight(run.optim, run.steps, state.step)
-        batch = _with_keys(run, batch, state.step)
-        trained, frozen = split_trainable(run, state.params)
-        grads, out = gradients(trained, frozen, state.bias, batch, weight)
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(out.total) & jnp.isfinite(norm)
-        if go is not True:
-            finite &= go
-        params, opt = move(state.step, trained, state.opt, grads, norm, finite)
-        if run.optim.qk_clip is not None and out.max_logits is not None:
-            params = qk_clip.clip(params, out.max_logits, run.optim.qk_clip, run.model.nope_head_dim, finite)
-        bias, rule = state.bias, balance.rule_of(run.model)
-        if rule is not None:
-            gamma = optim.bias_rate(run.optim, run.model.balance.bias_rate, run.steps, state.step)
-            updated, fixed = _split_moving(run, bias)
-            moved = updated_bias(updated, out.load, jnp.where(finite, gamma, 0.0), rule, out.bias_measure)
-            bias = nnx.merge_state(moved, fixed)
-        params = nnx.merge_state(params, frozen)
-        new = constrain(TrainState(params, bias, opt, state.step + finite.astype(jnp.int32)))
-        metrics = {
-            "loss": out.main,
-            "mtp_loss": out.mtp,
-            "balance_loss": out.balance,
-            "accuracy": out.accuracy,
-            "grad_norm": norm,
-            "load": out.load,
-            "dropped": out.dropped,
-            "tokens_sent": out.tokens_sent,
-            "finite": finite,
-        }
-        if out.max_logits is not None:
-            metrics["max_logit"] = jnp.stack([top.max() for top in out.max_logits.values()]).max()
-        if job.optimizer is None:  # a transformation has a schedule of its own
-            metrics["lr"] = optim.learning_rate(run.optim, run.steps, state.step)
-        if run.model.mtp_depth and HEADS[run.model.mtp_kind].feature_loss is not Head.feature_loss:
-            metrics["feature_loss"] = out.feature
-        return new, metrics
+        return _step(job, graph, state, batch, go)
 
     return step
+
+
+def _step(job: Job, graph: nnx.GraphDef, state: TrainState, batch: Batch, go: Array | bool):
+    run, cfg = job.run, job.run.optim
+    batch = _with_keys(run, batch, state.step)
+    trained, frozen = split_trainable(run, state.params)
+    grads, out = _gradients(job, graph, trained, frozen, state, batch)
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(out.total) & jnp.isfinite(norm)
+    if go is not True:
+        finite &= go
+    move = optim.make(cfg, run.steps, job.chosen(), job.optimizer).update
+    params, opt = move(state.step, trained, state.opt, grads, norm, finite)
+    if cfg.qk_clip is not None and out.max_logits is not None:
+        params = qk_clip.clip(params, out.max_logits, cfg.qk_clip, run.model.nope_head_dim, finite)
+    bias, rule = state.bias, balance.rule_of(run.model)
+    if rule is not None:
+        gamma = optim.bias_rate(cfg, run.model.balance.bias_rate, run.steps, state.step)
+        updated, fixed = _split_moving(run, bias)
+        moved = updated_bias(updated, out.load, jnp.where(finite, gamma, 0.0), rule, out.bias_measure)
+        bias = nnx.merge_state(moved, fixed)
+    params = nnx.merge_state(params, frozen)
+    new = TrainState(params, bias, opt, state.step + finite.astype(jnp.int32))
+    return _constrain(job, new), _metrics(job, state, out) | {"grad_norm": norm, "finite": finite}
+
+
+def _metrics(job: Job, state: TrainState, out: Losses) -> dict[str, Array]:
+    run = job.run
+    metrics = {
+        "loss": out.main,
+        "mtp_loss": out.mtp,
+        "balance_loss": out.balance,
+        "accuracy": out.accuracy,
+        "load": out.load,
+        "dropped": out.dropped,
+        "tokens_sent": out.tokens_sent,
+    }
+    if out.max_logits is not None:
+        metrics["max_logit"] = jnp.stack([top.max() for top in out.max_logits.values()]).max()
+    if job.optimizer is None:  # a transformation has a schedule of its own
+        metrics["lr"] = optim.learning_rate(run.optim, run.steps, state.step)
+    if run.model.mtp_depth and HEADS[run.model.mtp_kind].feature_loss is not Head.feature_loss:
+        metrics["feature_loss"] = out.feature
+    return metrics
+
+
+def _constrain(job: Job, tree: Any) -> Any:
+    return sharding.constrain_state(tree, fsdp=job.run.execution.layout.fsdp)
+
+
+def _losses(job: Job, graph: nnx.GraphDef, frozen: nnx.State, state: TrainState, counts: Array | None = None):
+    """Make the loss that a step minimises: (parameters that train, batch) → (total, `Losses`)."""
+    run = job.run
+    weight = optim.mtp_weight(run.optim, run.steps, state.step)
+    objective = Objective(run.trunk is not None, run.head_loss, run.optim.qk_clip is not None)
+
+    def losses(trained: nnx.State, batch: Batch) -> tuple[Array, Losses]:
+        model = nnx.merge(graph, lora.join(run.lora, nnx.merge_state(trained, frozen)), state.bias)
+        out = compute_loss(model, batch, weight, objective, counts=counts, share=1 / run.optim.microbatches)
+        return out.total, out
+
+    return losses
+
+
+def _gradients(
+    job: Job, graph: nnx.GraphDef, trained: nnx.State, frozen: nnx.State, state: TrainState, batch: Batch
+) -> tuple[nnx.State, Losses]:
+    """The gradient of a batch, whose microbatches are read one after the other."""
+    parts = job.run.optim.microbatches
+    counts = target_counts(batch["segment_ids"], 1 + job.run.model.mtp_depth, batch.get("loss_mask"))
+    grad = jax.grad(_losses(job, graph, frozen, state, counts), has_aux=True)
+    if parts == 1:
+        grads, out = grad(trained, batch)
+        return _constrain(job, grads), out
+
+    def add(total, part):
+        grads, out = grad(trained, part)
+        return (_constrain(job, jax.tree.map(jnp.add, total[0], grads)), add_parts(total[1], out)), None
+
+    split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    shapes = jax.eval_shape(grad, trained, jax.tree.map(lambda x: x[0], split))
+    grads, out = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    none = jax.tree.map(lambda x: jnp.full_like(x, -jnp.inf), out.max_logits)
+    return jax.lax.scan(add, (grads, out._replace(max_logits=none)), split)[0]
 
 
 def _with_keys(run: RunConfig, batch: Batch, step: Array) -> Batch:
@@ -313,14 +335,9 @@ def first_bad_tensor(job: Job, state: TrainState, batch: Batch) -> str:
         >>> first_bad_tensor(Job(run), state, batch={})  # no gradient is computed: a parameter is bad
         'parameter dense.attn.kv_norm.scale'
     """
-    run, graph = job.run, graph_of(Job(job.run))
-    trained, frozen = split_trainable(run, state.params)
-    batch = _with_keys(run, batch, state.step)
-
-    def total(trained):
-        weight = optim.mtp_weight(run.optim, run.steps, state.step)
-        model = nnx.merge(graph, lora.join(run.lora, nnx.merge_state(trained, frozen)), state.bias)
-        return compute_loss(model, batch, weight, heads_only=run.trunk is not None, head_loss=run.head_loss).total
-
-    bad = first_nonfinite({"parameter": state.params})
-    return bad or first_nonfinite({"gradient of": jax.jit(jax.grad(total))(trained)}) or "the loss"
+    trained, frozen = split_trainable(job.run, state.params)
+    batch, job = _with_keys(job.run, batch, state.step), Job(job.run)
+    if bad := first_nonfinite({"parameter": state.params}):
+        return bad
+    grads, _ = jax.jit(jax.grad(_losses(job, graph_of(job), frozen, state), has_aux=True))(trained, batch)
+    return first_nonfinite({"gradient of": grads}) or "the loss"
