@@ -24,7 +24,7 @@ from runs import MODEL, assert_bitwise, cheap_compiles, make_run
 from dsv3_jax.cluster import processes
 from dsv3_jax.config import ConfigError
 from dsv3_jax.model.moe import RouterBias
-from dsv3_jax.training import adamw, orbax_noise
+from dsv3_jax.training import optim, orbax_noise
 from dsv3_jax.training.checkpoint import Checkpoints, SaveFailed, find_damage, load_run
 from dsv3_jax.training.run_folder import RUN_FILE, claim, read_run, settled
 from dsv3_jax.training.step import TrainState
@@ -44,7 +44,7 @@ def make_state(step: int) -> TrainState:
     parts = [
         nnx.split(random_model(MODEL, seed, DENSE), nnx.Param, RouterBias)[1:] for seed in (step, step + 1, step + 2)
     ]
-    return TrainState(*parts[0], adamw.AdamState(parts[1][0], parts[2][0]), jnp.asarray(step, jnp.int32))
+    return TrainState(*parts[0], optim.AdamState(parts[1][0], parts[2][0]), jnp.asarray(step, jnp.int32))
 
 
 def save(folder, *steps, run=RUN):

@@ -8,7 +8,7 @@ import numpy as np
 import oracles
 import pytest
 from flax import nnx
-from models import DENSE, LIGHT, parameters, random_model, tokens_of
+from models import DENSE, LIGHT, parameters, random_model
 from runs import (
     MODEL,
     assert_bitwise,
@@ -79,15 +79,6 @@ def test_the_layers_noise_is_the_equations(rng):
         np.testing.assert_array_equal(sets_of(found.expert_ids), np.sort(ids))
         np.testing.assert_allclose(np.sort(found.gates.reshape(12, -1)), np.sort(gates), rtol=1e-5)
     assert (sets_of(found.expert_ids) != np.sort(oracles.topk_route(noisy, k=3)[0])).any()
-
-
-def test_the_layers_hash_is_of_its_tokens(rng):
-    _, routed, x, _ = layer_of(rng, router="hash")
-    tokens = rng.integers(0, 37, (2, 6))
-    found = routed(x, tokens=jnp.asarray(tokens, jnp.int32))
-    np.testing.assert_array_equal(found.expert_ids.reshape(12, -1), oracles.hash_route(tokens.ravel(), 8, 3))
-    with pytest.raises(ValueError, match="^tokens=None: router='hash' chooses by token ids"):
-        routed(x)
 
 
 def test_the_layers_z_loss_and_quantile(rng):
@@ -200,13 +191,3 @@ def test_drafts_of_a_model_that_routes_by_hash_change_no_text(kind):
     whole = [*prompts[1], *plain.tokens[1]]
     logits = np.asarray(model(jnp.asarray([whole], jnp.int32)).logits[0])
     assert logits[len(prompts[1]) - 1 : -1].argmax(-1).tolist() == plain.tokens[1]
-
-
-@pytest.mark.long
-def test_a_model_with_noise_is_the_references_outside_training():
-    cfg = replace(LIGHT, router="noisy_topk", mtp_depth=1, mtp_kind="meta", **NO_GROUPS)
-    model, tokens = random_model(cfg, execution=DENSE), tokens_of(cfg, 2, 9)
-    ctx = reference.Context(cfg, np.arange(9)[None].repeat(2, 0), np.ones((2, 9), int))
-    want = reference.transformer(ctx, parameters(model), np.asarray(tokens))
-    got = jax.jit(lambda tokens: model(tokens))(tokens)
-    np.testing.assert_allclose(got.logits, want.logits, atol=2e-5)

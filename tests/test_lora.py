@@ -24,7 +24,7 @@ from dsv3_jax.hf.conversion import convert
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.counting import train_flops_per_token
 from dsv3_jax.model.moe import RouterBias
-from dsv3_jax.training import adamw, loop, lora, prepare, warm_start
+from dsv3_jax.training import loop, lora, optim, prepare, warm_start
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
 from dsv3_jax.training.loss import compute_loss
 from dsv3_jax.training.run_folder import claim
@@ -156,7 +156,9 @@ def test_new_adapters_change_nothing():
 def new_adapters() -> TrainState:
     start = state_of(replace(RUN, lora=Lora()))
     adapters = lora.init(RUN.lora, start.params, jax.random.key(0))
-    return replace(start, params=nnx.merge_state(start.params, adapters), opt=adamw.init(adapters))
+    return replace(
+        start, params=nnx.merge_state(start.params, adapters), opt=optim.make(RUN.optim, RUN.steps).init(adapters)
+    )
 
 
 @pytest.mark.long

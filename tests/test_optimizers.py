@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +23,11 @@ from runs import (
 )
 
 import dsv3_jax as ds
-from dsv3_jax.config import OPTIMIZERS, ConfigError, Layout, Lora, OptimConfig
+from dsv3_jax.config import ConfigError, Layout, Lora, OptimConfig
 from dsv3_jax.kernels import choose
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
-from dsv3_jax.training import adamw, from_optax, optim, prepare
+from dsv3_jax.training import optim, prepare
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
 from dsv3_jax.training.step import Job, abstract_state, init_optimizer, make_step, split_trainable
 
@@ -57,6 +56,10 @@ def params_of(cfg=None) -> nnx.State:
     return nnx.split(random_model(cfg or small(mtp_depth=1)), nnx.Param, RouterBias)[1]
 
 
+def init_of(tx):
+    return optim.make(CFG, STEPS, transformation=tx).init
+
+
 def has_spec(x) -> bool:
     return hasattr(x, "spec")
 
@@ -74,10 +77,6 @@ def noise_like(params: nnx.State, seed: int) -> nnx.State:
 
 
 # the protocol
-
-
-def test_every_name_has_a_maker():
-    assert set(optim.MAKERS) == set(OPTIMIZERS)
 
 
 def test_a_chain_of_optax_is_adamw():
@@ -120,30 +119,21 @@ def test_the_state_is_sharded_like_the_parameters_that_it_mirrors():
     assert len(sharded) > 10
     masked = optax.masked(optax.trace(0.9), lambda p: jax.tree.map(lambda _: True, p))
     for tx, copies in ((optax.adam(1e-3), 2), (optax.chain(optax.clip(1.0), masked), 1)):
-        found = sharding.state_sharding(jax.eval_shape(partial(from_optax.init, tx), params), mesh, fsdp=True)
+        found = sharding.state_sharding(jax.eval_shape(init_of(tx), params), mesh, fsdp=True)
         by_path: dict = {}
         for path, at in jax.tree_util.tree_leaves_with_path(found, is_leaf=has_spec):
             keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
             by_path.setdefault(keys, []).append(at.spec)
         for path in sharded:
             assert by_path[path] == [want[path].spec] * copies
-    factored = jax.eval_shape(partial(from_optax.init, optax.scale_by_factored_rms(min_dim_size_to_factor=2)), params)
+    factored = jax.eval_shape(init_of(optax.scale_by_factored_rms(min_dim_size_to_factor=2)), params)
     found = sharding.state_sharding(factored, mesh, fsdp=True)
     assert not any(any(at.spec) for at in jax.tree.leaves((found.v_row, found.v_col), is_leaf=has_spec))
 
 
-def test_a_transformation_is_named_by_its_state():
-    params = params_of(small())
-    names = {
-        from_optax.name_of(tx, params)
-        for tx in (
-            optax.adam(1e-3), optax.adam(1e-3, mu_dtype=jnp.bfloat16), optax.adam(optax.constant_schedule(1e-3)),
-            optax.sgd(1.0, momentum=0.9), optax.lion(1e-3), optax.chain(optax.clip(1.0), optax.lion(1e-3)),
-        )
-    }  # fmt: skip
-    assert len(names) == 6
-    assert from_optax.name_of(optax.adam(1e-3), params) == from_optax.name_of(optax.adam(1e-2, b1=0.5), params)
-    assert "optax:ScaleByAdamState+ScaleByScheduleState#" in " ".join(names)
+def test_a_transformation_is_named_by_the_types_of_its_state():
+    tx = optax.chain(optax.clip(1.0), optax.adam(optax.constant_schedule(1e-3)))
+    assert optim.name_of(tx, few_params()) == "optax:ScaleByAdamState+ScaleByScheduleState"
 
 
 # settings
@@ -168,13 +158,6 @@ def test_unknown_names_are_refused_in_a_sentence():
         unhooked("dsv3_jax.training.optim").check(OptimConfig(), "adam")
 
 
-def test_the_state_of_adamw_keeps_its_layout():
-    params = params_of()
-    state = init_optimizer(Job(make_run("text", model=small(mtp_depth=1))), params)
-    assert type(state) is adamw.AdamState and state._fields == ("mu", "nu")
-    assert jax.tree.structure(state.mu) == jax.tree.structure(params)
-
-
 # runs
 
 
@@ -190,7 +173,7 @@ def test_a_run_with_a_transformation_resumes_bitwise_and_with_no_other(tmp_path)
     content = json.loads((tmp_path / "parts" / "run.json").read_text())
     held = content["run"]["optim"]["name"]
     assert content["kernels"]["optimizer"] == held
-    assert held.startswith("optax:ScaleByLionState+ScaleByScheduleState#")
+    assert held == "optax:ScaleByLionState+ScaleByScheduleState"
     named = replace(run, optim=replace(run.optim, name=held))
     states = []
     for folder in ("whole", "parts"):

@@ -23,8 +23,8 @@ from dsv3_jax.hf.table import tensor_table
 from dsv3_jax.hf.writing import DTYPES, SHARD_BYTES, CastTensors, folder_tensors, prepare, write_released
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.signals import STOP, deferred
-from dsv3_jax.training.adamw import AdamState
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
+from dsv3_jax.training.optim import AdamState
 from dsv3_jax.training.run_folder import RUN_FILE, TOKENIZER_FILE, claim
 from dsv3_jax.training.step import TrainState
 

@@ -18,35 +18,23 @@ all but norms; and the batch axes stay apart, so that a mesh shards experts whil
 
 import math
 from functools import partial
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dsv3_jax.config import OptimConfig
-from dsv3_jax.kernels.choose import Kernels
 from dsv3_jax.mesh.sharding import names_of
 from dsv3_jax.ops.newton_schulz import orthogonalize
-from dsv3_jax.training import adamw
 from dsv3_jax.training.lora import sides
-from dsv3_jax.training.schedules import learning_rate
 
 RMS = 0.2  # of an update, as AdamW's usually is; arXiv 2502.16982, section 2.2
-
-
-class MuonState(NamedTuple):
-    """The matrices' running mean of the gradient, and AdamW's state of the rest."""
-
-    momentum: nnx.State
-    adam: adamw.AdamState
 
 
 def split(params: nnx.State) -> tuple[nnx.State, nnx.State]:
     """Split parameters, or gradients, into (matrices, the rest).
 
     Example:
+        >>> import jax.numpy as jnp
         >>> w = nnx.Param(jnp.ones((2, 3)), axes=("dim", "hidden"))
         >>> matrices, rest = split(nnx.State({"w": w, "embed": nnx.Param(jnp.ones((9, 2)), axes=("vocab", "dim"))}))
         >>> list(matrices), list(rest)
@@ -60,46 +48,6 @@ def _is_matrix(v: nnx.Variable) -> bool:
     """Whether Muon updates it: not a norm's scale, embedding, unembedding or router."""
     names = names_of(v)
     return bool(names) and "vocab" not in names and not v.get_metadata().get("exact", False)
-
-
-def init(params: nnx.State, dtype: str = "float32") -> MuonState:
-    """Means of 0. Args: dtype: as `OptimConfig.moments_dtype`.
-
-    Example:
-        >>> w = nnx.Param(jnp.ones((1, 2)), axes=("dim", "hidden"))
-        >>> init(nnx.State({"w": w})).momentum["w"][...]
-        Array([[0., 0.]], dtype=float32)
-    """
-    matrices, rest = split(params)
-    return MuonState(adamw.init(matrices, dtype).mu, adamw.init(rest, dtype))
-
-
-@jax.named_scope("optimizer")
-def update(
-    cfg: OptimConfig,
-    steps: int,
-    kernels: Kernels,
-    step: Array,
-    params: nnx.State,
-    state: MuonState,
-    grads: nnx.State,
-    norm: Array,
-    keep: Array,
-) -> tuple[nnx.State, MuonState]:
-    """Take one step on clipped gradients; arguments as `optim.Optimizer`."""
-    (matrices, rest), (of_matrices, of_rest) = split(params), split(grads)
-    others, adam = adamw.update(cfg, steps, kernels, step, rest, state.adam, of_rest, norm, keep)
-    rate, clip = learning_rate(cfg, steps, step), adamw.clip_factor(cfg, norm)
-    flat, means = dict(nnx.to_flat_state(of_matrices)), dict(nnx.to_flat_state(state.momentum))
-    moved = {}
-    for path, v in nnx.to_flat_state(matrices):
-        w, mean, kept_dtype = v.get_value(), means[path].get_value(), means[path].get_value().dtype
-        g = flat[path].get_value() * clip
-        new, move = direction(mean.astype(g.dtype), g, step, names_of(v), cfg.muon_beta)
-        w = jnp.where(keep, w - rate * (move + cfg.weight_decay * w), w)
-        moved[path] = v.replace(w)
-        means[path] = means[path].replace(jnp.where(keep, new.astype(kept_dtype), mean))
-    return nnx.merge_state(nnx.from_flat_state(moved), others), MuonState(nnx.from_flat_state(means), adam)
 
 
 def direction(

@@ -1,46 +1,280 @@
-"""Optimizers by name: AdamW, Muon, or any optax transformation, each with the same two functions.
+"""How parameters move: the schedules, and the optimizers AdamW, Muon, and any optax transformation.
 
-`make` gives the optimizer of a run. It is made from `OptimConfig.name`, which MAKERS lists. A transformation that is
+`make` gives the optimizer of a run, by `OptimConfig.name`, of which MAKERS has the classes. A transformation that is
 given to `ds.train.fit(…, optimizer=tx)` comes before that name.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jaxtyping import Array
 
 from dsv3_jax.config import OPTAX, ConfigError, OptimConfig
 from dsv3_jax.kernels.choose import Kernels, Target
-from dsv3_jax.training import adamw, from_optax, muon
-from dsv3_jax.training.adamw import AdamState
-from dsv3_jax.training.schedules import bias_rate, learning_rate, mtp_weight
-
-__all__ = ["MAKERS", "XLA", "AdamState", "Optimizer", "bias_rate", "learning_rate", "make", "mtp_weight"]
+from dsv3_jax.mesh.sharding import names_of
+from dsv3_jax.training import muon
 
 XLA = Kernels(Target("cpu", "xla"))  # for structures that compute nothing
 
 
-class Optimizer(NamedTuple):
+@runtime_checkable
+class Optimizer(Protocol):
     """How parameters move. Both functions are pure, and run under `jax.jit`."""
 
-    init: Callable[[nnx.State], Any]  # parameters → the state of step 0, any tree of arrays or variables
-    # (step, params, state, grads, norm, keep) → (params, state). step: int32 [], steps taken before this one. norm: of
-    # all gradients, which are clipped to `clip_norm`. keep: bool [], False changes nothing, whatever the gradients are.
-    update: Callable[[Array, nnx.State, Any, nnx.State, Array, Array], tuple[nnx.State, Any]]
+    def init(self, params: nnx.State) -> Any:
+        """The state of step 0, any tree of arrays or variables."""
+
+    def update(
+        self, step: Array, params: nnx.State, state: Any, grads: nnx.State, norm: Array, keep: Array
+    ) -> tuple[nnx.State, Any]:
+        """Take one step on gradients that are clipped to `clip_norm`.
+
+        Args:
+            step: int32 [], steps taken before this one.
+            norm: of all gradients.
+            keep: bool []: take the step; False changes nothing, whatever the gradients are.
+        Returns: (params, state).
+        """
 
 
-def _adamw(cfg: OptimConfig, steps: int, kernels: Kernels) -> Optimizer:
-    return Optimizer(partial(adamw.init, dtype=cfg.moments_dtype), partial(adamw.update, cfg, steps, kernels))
+def learning_rate(cfg: OptimConfig, steps: int, step: Array) -> Array:
+    """Rise linearly for `warmup_steps`, then follow `cfg.schedule`; float32.
+
+    report   constant to `decay_start`, a cosine to `decay_end`, then constant (DeepSeek-V3 report, section 4.2)
+    wsd      constant to `decay_start`, a straight line to `decay_end`, then constant (arXiv 2404.06395, 2405.18392)
+    cosine   a cosine from the end of the warm-up to the last step (arXiv 1608.03983, without restarts)
+
+    Example:
+        >>> cfg = OptimConfig(
+        ...     learning_rate=1.0, final_learning_rate=0.2, warmup_steps=10, decay_start=0.5, decay_end=0.9
+        ... )
+        >>> [round(float(x), 2) for x in learning_rate(cfg, 100, jnp.array([0, 9, 50, 70, 99]))]
+        [0.1, 1.0, 1.0, 0.6, 0.2]
+    """
+    step = jnp.asarray(step, jnp.float32)
+    warm = jnp.minimum(1.0, (step + 1) / max(cfg.warmup_steps, 1))
+    start, end = cfg.decay_start * steps, cfg.decay_end * steps
+    if cfg.schedule == "cosine":
+        start, end = float(cfg.warmup_steps), float(steps)
+    along = jnp.clip((step - start) / max(end - start, 1.0), 0.0, 1.0)
+    low, high = cfg.final_learning_rate, cfg.learning_rate
+    if cfg.schedule == "wsd":
+        return warm * (high + (low - high) * along)
+    return warm * (low + (high - low) * 0.5 * (1 + jnp.cos(jnp.pi * along)))
 
 
-def _muon(cfg: OptimConfig, steps: int, kernels: Kernels) -> Optimizer:
-    return Optimizer(partial(muon.init, dtype=cfg.moments_dtype), partial(muon.update, cfg, steps, kernels))
+def mtp_weight(cfg: OptimConfig, steps: int, step: Array) -> Array:
+    """λ: the weight of the MTP losses, lowered once the cosine begins; float32.
+
+    Example:
+        >>> mtp_weight(OptimConfig(decay_start=0.5), 100, jnp.array([49, 50]))
+        Array([0.3, 0.1], dtype=float32)
+    """
+    early = jnp.asarray(step, jnp.float32) < cfg.decay_start * steps
+    return jnp.where(early, cfg.mtp_weight, cfg.mtp_final_weight).astype(jnp.float32)
 
 
-MAKERS: dict[str, Callable[[OptimConfig, int, Kernels], Optimizer]] = {"adamw": _adamw, "muon": _muon}
+def bias_rate(cfg: OptimConfig, rate: float, steps: int, step: Array) -> Array:
+    """γ: the step of the loss-free bias, 0 at the end of training; float32.
+
+    Example:
+        >>> bias_rate(OptimConfig(bias_freeze=0.5), 1e-3, 100, jnp.array([49, 50]))
+        Array([0.001, 0.   ], dtype=float32)
+    """
+    return jnp.where(jnp.asarray(step, jnp.float32) < cfg.bias_freeze * steps, rate, 0.0).astype(jnp.float32)
+
+
+class AdamState(NamedTuple):
+    """Running means of the gradient and of its square, in the parameters' structure."""
+
+    mu: nnx.State
+    nu: nnx.State
+
+
+@dataclass(frozen=True, eq=False)
+class AdamW:
+    """AdamW in one fused pass; weight decay on all but the norms' scales. Source: arXiv 1711.05101.
+
+    The numbers are those of optax.chain(clip_by_global_norm, adamw), in an order that XLA runs in place. That chain
+    writes the clipped gradients out and copies both means: three times the memory traffic, and a gradient's size of
+    temporary memory.
+
+    Example:
+        >>> optimizer = AdamW(OptimConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.0), 100, XLA)
+        >>> params, step, one = nnx.State({"w": nnx.Param(jnp.array([1.0]))}), jnp.int32(0), jnp.float32(1)
+        >>> state, gradient = optimizer.init(params), params
+        >>> new, _ = optimizer.update(step, params, state, gradient, one, jnp.bool_(True))
+        >>> round(float(new["w"][0]), 3)
+        0.9
+    """
+
+    cfg: OptimConfig
+    steps: int  # length of the run, for the schedule
+    kernels: Kernels
+
+    def init(self, params: nnx.State) -> Any:
+        def zeros() -> nnx.State:
+            return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=self.cfg.moments_dtype), params)
+
+        return AdamState(zeros(), zeros())
+
+    @jax.named_scope("optimizer")
+    def update(
+        self, step: Array, params: nnx.State, state: Any, grads: nnx.State, norm: Array, keep: Array
+    ) -> tuple[nnx.State, Any]:
+        cfg, count = self.cfg, (step + 1).astype(jnp.float32)
+        clip, rate = clip_factor(cfg, norm), learning_rate(cfg, self.steps, step)
+        to_mean, to_square = 1 / (1 - cfg.beta1**count), 1 / (1 - cfg.beta2**count)
+        numbers = jnp.stack([clip, to_mean, to_square, rate, keep.astype(jnp.float32)])
+        settings = {"beta1": cfg.beta1, "beta2": cfg.beta2, "eps": cfg.eps}
+
+        def leaf(p, mu, nu, g, decays):
+            decay = cfg.weight_decay if decays else 0.0
+            return self.kernels.adamw_update(p, mu, nu, g, numbers, **settings, decay=decay)
+
+        leaves, tree = jax.tree.flatten(params)
+        rest = (jax.tree.leaves(t) for t in (state.mu, state.nu, grads, decays(params)))
+        new = [leaf(*x) for x in zip(leaves, *rest, strict=True)]
+        p, mu, nu = (jax.tree.unflatten(tree, [x[i] for x in new]) for i in range(3))
+        return p, AdamState(mu, nu)
+
+
+def clip_factor(cfg: OptimConfig, norm: Array) -> Array:
+    """The factor that scales gradients of this global norm down to `clip_norm`; 1 for smaller ones.
+
+    Example:
+        >>> clip_factor(OptimConfig(clip_norm=2.0), jnp.array([1.0, 8.0])).tolist()
+        [1.0, 0.25]
+    """
+    return jnp.where(norm < cfg.clip_norm, 1.0, cfg.clip_norm / norm)
+
+
+def decays(params: nnx.State) -> nnx.State:
+    """Which leaves take weight decay, in the parameters' structure: all but the norms' scales.
+
+    Example:
+        >>> params = nnx.State({"w": nnx.Param(jnp.ones(2)), "scale": nnx.Param(jnp.ones(2), decay=False)})
+        >>> nnx.to_pure_dict(decays(params))
+        {'scale': False, 'w': True}
+    """
+
+    def mark(v):
+        return jax.tree.map(lambda _: v.get_metadata().get("decay", True), v)
+
+    return jax.tree.map(mark, params, is_leaf=_is_variable)
+
+
+class MuonState(NamedTuple):
+    """The matrices' running mean of the gradient, and AdamW's state of the rest."""
+
+    momentum: nnx.State
+    adam: AdamState
+
+
+class Muon(AdamW):
+    """W ← W − η (0.2 √max(in, out) · O + decay · W) for matrices, with O of `muon.direction`; AdamW for the rest.
+
+    Example:
+        >>> w = nnx.Param(jnp.ones((1, 2)), axes=("dim", "hidden"))
+        >>> Muon(OptimConfig(), 100, XLA).init(nnx.State({"w": w})).momentum["w"][...]
+        Array([[0., 0.]], dtype=float32)
+    """
+
+    def init(self, params: nnx.State) -> Any:
+        matrices, rest = muon.split(params)
+        return MuonState(super().init(matrices).mu, super().init(rest))
+
+    @jax.named_scope("optimizer")
+    def update(
+        self, step: Array, params: nnx.State, state: Any, grads: nnx.State, norm: Array, keep: Array
+    ) -> tuple[nnx.State, Any]:
+        cfg, (matrices, rest), (of_matrices, of_rest) = self.cfg, muon.split(params), muon.split(grads)
+        others, adam = super().update(step, rest, state.adam, of_rest, norm, keep)
+        rate, clip = learning_rate(cfg, self.steps, step), clip_factor(cfg, norm)
+        flat, means = dict(nnx.to_flat_state(of_matrices)), dict(nnx.to_flat_state(state.momentum))
+        moved = {}
+        for path, v in nnx.to_flat_state(matrices):
+            w, mean, kept_dtype = v.get_value(), means[path].get_value(), means[path].get_value().dtype
+            g = flat[path].get_value() * clip
+            new, move = muon.direction(mean.astype(g.dtype), g, step, names_of(v), cfg.muon_beta)
+            w = jnp.where(keep, w - rate * (move + cfg.weight_decay * w), w)
+            moved[path] = v.replace(w)
+            means[path] = means[path].replace(jnp.where(keep, new.astype(kept_dtype), mean))
+        return nnx.merge_state(nnx.from_flat_state(moved), others), MuonState(nnx.from_flat_state(means), adam)
+
+
+@dataclass(frozen=True, eq=False)
+class Optax:
+    """Any optax transformation on clipped gradients; it counts its own steps, and one that is not kept does not count.
+
+    It sees parameters and gradients as nested dicts of arrays, {"sparse": {"attn": {"w_uq": …}}, …}, so its masks and
+    labels are functions of such dicts. Leaves of its state with the path and the shape of a parameter get that
+    parameter's axis names, by which a mesh shards them; all others are replicated.
+
+    Example:
+        >>> params = nnx.State({"w": nnx.Param(jnp.ones(2), axes=("heads",))})
+        >>> names_of(Optax(OptimConfig(), optax.trace(0.9)).init(params).trace["w"])
+        ('heads',)
+    """
+
+    cfg: OptimConfig
+    tx: optax.GradientTransformation | None  # None: the state is empty, for readers, and there is no update
+
+    def init(self, params: nnx.State) -> Any:
+        if self.tx is None:
+            return ()
+        with _promoting():
+            return _named(self.tx.init(nnx.to_pure_dict(params)), params)
+
+    def update(
+        self, step: Array, params: nnx.State, state: Any, grads: nnx.State, norm: Array, keep: Array
+    ) -> tuple[nnx.State, Any]:
+        check(self.cfg, self.tx)
+        assert self.tx is not None
+        clip, old = clip_factor(self.cfg, norm), nnx.to_pure_dict(params)
+        before = jax.tree.map(lambda v: v.get_value() if _is_variable(v) else v, state, is_leaf=_is_variable)
+        clipped = nnx.to_pure_dict(jax.tree.map(lambda g: g * clip, grads))
+        with _promoting():
+            updates, after = self.tx.update(clipped, before, old)
+            new = optax.apply_updates(old, updates)
+        new, after = jax.tree.map(lambda a, b: jnp.where(keep, a, b), (new, after), (old, before))
+        flat = nnx.traversals.flatten_mapping(new)
+        moved = nnx.from_flat_state([(path, v.replace(flat[path])) for path, v in nnx.to_flat_state(params)])
+        return moved, _named(after, params)
+
+
+@contextmanager
+def _promoting() -> Iterator[None]:
+    """optax mixes dtypes, such as a count and a decay, also where the caller has JAX refuse that."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def _is_variable(x: object) -> bool:
+    return isinstance(x, nnx.Variable)
+
+
+def _named(state: Any, params: nnx.State) -> Any:
+    """A state whose leaves are variables with axis names, where they mirror a parameter."""
+    flat = dict(nnx.to_flat_state(params))
+
+    def of(path: tuple, leaf: Array) -> Any:
+        keys = [key.key if isinstance(key, jax.tree_util.DictKey) else None for key in path]
+        suffixes = (tuple(keys[start:]) for start in range(len(keys)))
+        v = next((flat[keys] for keys in suffixes if keys in flat), None)
+        mirrors = v is not None and v.shape == leaf.shape and names_of(v)
+        return nnx.Variable(leaf, axes=names_of(v)) if mirrors else leaf
+
+    return jax.tree_util.tree_map_with_path(of, state)
+
+
+MAKERS = {"adamw": AdamW, "muon": Muon}
 
 
 def make(
@@ -53,22 +287,18 @@ def make(
         kernels: run AdamW's update.
         transformation: takes the place of `cfg.name`. Clipping and steps that are not taken stay `cfg`'s and the
             step's; learning rate, schedule and weight decay are its own.
-    Without the transformation of a run that one trains, the state is empty, and an update raises ConfigError: readers
-    need neither.
+    Without the transformation of a run that one trains, the state is empty, and an update raises ConfigError.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> optimizer = make(OptimConfig(), 100, transformation=optax.sgd(0.5, momentum=0.9))
         >>> params, one = nnx.State({"w": nnx.Param(jnp.array([1.0]))}), jnp.float32(1)
         >>> state = optimizer.init(params)
         >>> optimizer.update(jnp.int32(0), params, state, params, one, jnp.bool_(True))[0]["w"][...]  # gradient: 1
         Array([0.5], dtype=float32)
     """
-    if transformation is not None:
-        return Optimizer(partial(from_optax.init, transformation), partial(from_optax.update, cfg, transformation))
-    if not cfg.name.startswith(OPTAX):
+    if transformation is None and cfg.name in MAKERS:
         return MAKERS[cfg.name](cfg, steps, kernels)
-    return Optimizer(lambda _: (), lambda *_: check(cfg, None))  # type: ignore[arg-type]
+    return Optax(cfg, transformation)
 
 
 def check(cfg: OptimConfig, transformation: object) -> None:
@@ -84,3 +314,27 @@ def check(cfg: OptimConfig, transformation: object) -> None:
         raise ConfigError(f"optim.name={cfg.name!r} is a transformation: give it by ds.train.fit(…, optimizer=tx)")
     if not isinstance(transformation, optax.GradientTransformation | None):
         raise ConfigError(f"optimizer={transformation!r} is not an optax transformation, such as optax.lion(1e-4)")
+
+
+def name_of(tx: optax.GradientTransformation, params: nnx.State) -> str:
+    """Name a transformation by the types of its state, for `OptimConfig.name`; it has no other name.
+
+    Args: params: or their shapes.
+
+    Example:
+        >>> params = nnx.State({"w": nnx.Param(jnp.ones(2))})
+        >>> name_of(optax.adam(1e-3), params), name_of(optax.sgd(1e-3), params)
+        ('optax:ScaleByAdamState', 'optax:no state')
+    """
+    with _promoting():
+        state = jax.eval_shape(tx.init, nnx.to_pure_dict(params))
+    return f"{OPTAX}{'+'.join(dict.fromkeys(_types(state))) or 'no state'}"
+
+
+def _types(tree: Any) -> list[str]:
+    """Names of the named tuples in a state that hold arrays themselves, and not by further named tuples."""
+    if not jax.tree.leaves(tree):
+        return []
+    parts = list(tree.values()) if isinstance(tree, dict) else list(tree) if isinstance(tree, tuple) else []
+    inner = [name for part in parts for name in _types(part)]
+    return inner or ([type(tree).__name__] if hasattr(tree, "_fields") else [])

@@ -24,7 +24,7 @@ from dsv3_jax.model.counting import train_flops_per_token
 from dsv3_jax.ops import balance
 from dsv3_jax.report.speed import gemm_flops
 from dsv3_jax.report.units import format_bytes, format_duration
-from dsv3_jax.training import from_optax, lora, optim, run_folder, warm_start
+from dsv3_jax.training import lora, optim, run_folder, warm_start
 from dsv3_jax.training.callbacks import Callback
 from dsv3_jax.training.checkpoint import last_step
 from dsv3_jax.training.run_folder import RUN_FILE
@@ -87,7 +87,7 @@ def agree(run: RunConfig, options: Options) -> Job:
     mesh, optimizer = options.mesh, options.optimizer
     optim.check(run.optim, optimizer)
     if optimizer is not None:
-        name = from_optax.name_of(optimizer, split_trainable(run, abstract_state(Job(run)).params)[0])
+        name = optim.name_of(optimizer, split_trainable(run, abstract_state(Job(run)).params)[0])
         run = replace(run, optim=replace(run.optim, name=name))
     kernels = processes.by_each(lambda: choose.prepare(run.execution, mesh=mesh))
     devices = 1 if mesh is None else mesh.size
