@@ -10,7 +10,6 @@ import tokenizers
 from texts import TEXTS, tiktoken_lines, write_text_files
 
 from dsv3_jax.data import tokenizer as tok
-from dsv3_jax.data.tiktoken_file import bounded
 
 TEXT = "def f(x):\n    return 'naïve €5 🚀' + \"日本語\"  # e\u0301\r\n\t\0 end"
 
@@ -185,19 +184,10 @@ def test_kimis_special_tokens(tiktoken, tmp_path):
         tiktoken.specials["<|im_end|>"] == BASE + 2 and tiktoken.specials[f"<|reserved_token_{BASE + 4}|>"] == BASE + 4
     )
     assert tiktoken.encode_with_specials("the<|im_user|>")[0] == [*tiktoken.encode("the"), BASE + 3]
-    folder = kimi_folder(tmp_path, added_tokens_decoder={str(BASE + 300): "[EOS]"})
+    folder = kimi_folder(tmp_path, added_tokens_decoder={str(BASE + 300): {"content": "[EOS]"}})
     assert tok.load(str(folder / "tiktoken.model")).vocab_size == BASE + 301
     with pytest.raises(ValueError, match="has no fill-in-the-middle"):
         _ = tiktoken.fim_ids
-
-
-def test_long_runs_are_cut_as_kimi_cuts_them():
-    assert list(bounded("a b", 400, 25)) == ["a b"] and list(bounded("")) == []
-    assert list(bounded("aaab  c", longest=100, longest_run=2)) == ["aa", "ab  c"]
-    assert list(bounded("aaaa", longest=3, longest_run=9)) == ["aaa", "a"]
-    text = "ab  c" * 50
-    assert "".join(bounded(text, 7, 1)) == text
-    assert all(len(part) <= 7 for part in bounded(text, 7, 1))
 
 
 def test_tiktoken_is_an_extra(tmp_path, monkeypatch):
@@ -206,20 +196,12 @@ def test_tiktoken_is_an_extra(tmp_path, monkeypatch):
         tok.load(str(kimi_folder(tmp_path)))
 
 
-@pytest.mark.parametrize(
-    ("lines", "sentence"),
-    [
-        (b"YQ== 0\nYg==\n", "line 2 holds no token and rank"),
-        (b"YQ== x\n", "line 1 holds"),
-        (b"!! 0\n", "line 1 holds"),
-        (b"YQ== 0\nYg== 2\n", "ids are not 0 … 257, each once"),
-    ],
-)
-def test_a_damaged_tiktoken_model(tmp_path, lines, sentence):
+@pytest.mark.parametrize("lines", [b"YQ== 0\nYg==\n", b"!! 0\n", b"YQ== 0\nYg== 2\n"])
+def test_a_damaged_tiktoken_model(tmp_path, lines):
     pytest.importorskip("tiktoken")
     folder = kimi_folder(tmp_path, added_tokens_decoder={})
     (folder / "tiktoken.model").write_bytes(lines)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=r"tiktoken\.model' .*cannot be read"):
         tok.load(str(folder))
 
 
@@ -258,11 +240,6 @@ def test_the_files_beside_a_tokenizer_name_the_end(tmp_path):
 def test_a_released_folder_gives_its_names(tmp_path):
     folder = write_text_files(tmp_path, TEXTS["GLM"])
     assert tok.named_specials(folder) == {"eos_token": "<|endoftext|>", "image_token": "<|image|>"}
-
-
-def test_a_vocabulary_without_fim_specials(sentencepiece):
-    with pytest.raises(ValueError, match="vocab_size=264 has no fill-in-the-middle"):
-        _ = sentencepiece.fim_ids
 
 
 def test_deepseek_names(tmp_path):

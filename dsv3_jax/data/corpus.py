@@ -4,7 +4,6 @@ The default corpus is the text that this Python installation contains, so no dow
 """
 
 import hashlib
-import importlib.util
 import itertools
 import os
 import reprlib
@@ -24,7 +23,6 @@ _MAX_TEXT_BYTES = 2**31  # of a file that is one text
 _MAX_LINE_BYTES = 2**28  # of a line of JSONL
 _MAX_DOMAIN = 200  # characters of a domain's name
 _MAX_INSTALLED_BYTES = 2**18  # larger installed files are left out: most of them are tables
-_MIN_INSTALLED_FILES = 100  # of a domain; below it other packages' files are added: Debian moves headers and tests away
 
 
 class Document(NamedTuple):
@@ -73,8 +71,8 @@ def load_corpus(cfg: DataConfig) -> Corpus:
 
     Without paths the default corpus is read. It alternates between four domains:
         code: the standard library.
-        tests: its tests; if they are not installed, those of NumPy and SciPy.
-        C: Python's headers; if they are not installed, those of NumPy and jaxlib.
+        tests: its tests, if they are installed.
+        C: Python's headers, if they are installed.
         English: the language reference in `pydoc_data.topics`, one document a topic.
     It leaves out character tables (`encodings`, `html/entities.py`), build settings, files above 256 KiB, and files
     that are not UTF-8.
@@ -165,29 +163,18 @@ def _installed_documents() -> Iterator[Document]:
 def _python_files(tests: bool) -> Iterator[Document]:
     """Yield the standard library's sources, or its tests."""
     tables = {"encodings", "pydoc_data", "entities.py"}
-    count = 0
     root = Path(sysconfig.get_path("stdlib"))
     for path in files_below(root, skip=("site-packages", "dist-packages")):
         names = set(path.relative_to(root).parts)
         if path.suffix == ".py" and bool(names & {"test", "tests", "idle_test"}) == tests and not names & tables:
             if not path.name.startswith("_sysconfigdata"):
-                for document in _installed_file(path, "tests" if tests else "code"):
-                    count += 1
-                    yield document
-    if tests and count < _MIN_INSTALLED_FILES:
-        for path in itertools.chain.from_iterable(map(_package_files, ("numpy", "scipy"))):
-            if path.suffix == ".py" and "tests" in path.parts:
-                yield from _installed_file(path, "tests")
+                yield from _installed_file(path, "tests" if tests else "code")
 
 
 def _c_headers() -> Iterator[Document]:
-    include = Path(sysconfig.get_path("include"))
-    headers = [path for path in files_below(include) if path.suffix == ".h"]
-    if len(headers) < _MIN_INSTALLED_FILES:
-        packages = itertools.chain.from_iterable(map(_package_files, ("numpy", "jaxlib")))
-        headers += [path for path in packages if path.suffix in (".h", ".hpp")]
-    for path in headers:
-        yield from _installed_file(path, "C")
+    for path in files_below(Path(sysconfig.get_path("include"))):
+        if path.suffix == ".h":
+            yield from _installed_file(path, "C")
 
 
 def _language_reference() -> Iterator[Document]:
@@ -209,13 +196,6 @@ def _installed_file(path: Path, domain: str) -> Iterator[Document]:
         yield Document(text, domain)
 
 
-def _package_files(name: str) -> Iterator[Path]:
-    """Yield the files of an installed package without importing it."""
-    spec = importlib.util.find_spec(name)
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        yield from files_below(Path(folder))
-
-
 def files_below(root: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:
     """Yield files below `root` in order of name, without hidden files, compiled caches and folders named in `skip`."""
 
@@ -233,55 +213,44 @@ def files_below(root: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:
 
 def _documents_of(path: str, column: str) -> Iterator[Document]:
     """Yield the documents of one of `DataConfig.paths`."""
-    if is_dataset(path):
-        return (yield from _documents_of_dataset(path, column))
+    empty = True
+    for text, domain in _texts_of_dataset(path, column) if is_dataset(path) else _texts_of(path, column):
+        for part in _split_long(text):
+            empty = False
+            yield Document(part, _printable(domain))
+    if empty:
+        raise ValueError(f"path={path!r} holds no text")
+
+
+def _texts_of(path: str, column: str) -> Iterator[tuple[str, str]]:
     root = Path(path)
     if not root.exists():
         raise ValueError(f"path={path!r} does not exist")
-    empty = True
+    wanted = {"needed": (column,), "also": ("domain",)}
     for file in user_files(root) if root.is_dir() else (root,):
         check_regular(file)
         parts = file.relative_to(root).parts if root.is_dir() else ()
-        default_domain = parts[0] if len(parts) > 1 else file.suffix[1:].lower() or "text"
-        reader = {".jsonl": _jsonl, ".parquet": _parquet}.get(file.suffix.lower(), _text)
+        domain, suffix = parts[0] if len(parts) > 1 else file.suffix[1:].lower() or "text", file.suffix.lower()
         try:
-            for text, domain in reader(file, column, skip_binary=root.is_dir()):
-                for part in _split_long(text):
-                    empty = False
-                    yield Document(part, _printable(domain or default_domain))
+            if suffix in (".jsonl", ".parquet"):
+                for location, row in json_lines(file) if suffix == ".jsonl" else parquet_rows(file, **wanted):
+                    yield _checked(row, column, domain, location)
+            elif not root.is_dir() or not _is_binary(file):
+                check_regular(file, _MAX_TEXT_BYTES)
+                yield _utf8(file.read_bytes(), file), domain
         except OSError as error:
             raise ValueError(f"{file} cannot be read: {error.strerror}") from error
-    if empty:
-        raise ValueError(f"path={path!r} holds no text")
 
 
-def _documents_of_dataset(path: str, column: str) -> Iterator[Document]:
-    default_domain = Path(parts_of(path)[0]).name
-    empty = True
+def _texts_of_dataset(path: str, column: str) -> Iterator[tuple[str, str]]:
+    domain = Path(parts_of(path)[0]).name
     for location, row in dataset_rows(path, needed=(column,), also=("domain",)):
-        text, domain = _checked_record(row.get(column), column, row.get("domain"), location)
-        for part in _split_long(text):
-            empty = False
-            yield Document(part, _printable(domain or default_domain))
-    if empty:
-        raise ValueError(f"path={path!r} holds no text")
+        yield _checked(row, column, domain, location)
 
 
-def _text(path: Path, column: str, skip_binary: bool) -> Iterator[tuple[str, str | None]]:
+def _is_binary(path: Path) -> bool:
     with path.open("rb") as file:
-        if skip_binary and b"\0" in file.read(8192):  # git's rule for binary files
-            return
-    check_regular(path, _MAX_TEXT_BYTES)
-    data = path.read_bytes()
-    yield _utf8(data, path), None
-
-
-def _jsonl(path: Path, column: str, skip_binary: bool) -> Iterator[tuple[str, str | None]]:
-    for location, record in json_lines(path):
-        if not isinstance(record, dict) or column not in record:
-            found = f"; it has {reprlib.repr(sorted(record))}" if isinstance(record, dict) else ""
-            raise ValueError(f'{location}, is not an object with "{column}"{found}')
-        yield _checked_record(record[column], column, record.get("domain"), location)
+        return b"\0" in file.read(8192)  # git's rule for binary files
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -304,11 +273,6 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
             yield f"{path}, line {number}", record
-
-
-def _parquet(path: Path, column: str, skip_binary: bool) -> Iterator[tuple[str, str | None]]:
-    for location, record in parquet_rows(path, needed=(column,), also=("domain",)):
-        yield _checked_record(record[column], column, record.get("domain"), location)
 
 
 def parquet_rows(path: Path, needed: Sequence[str], also: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -339,16 +303,17 @@ def parquet_rows(path: Path, needed: Sequence[str], also: Sequence[str]) -> Iter
         raise ValueError(f"{path} is not a Parquet file: {error}") from error
 
 
-def _checked_record(text: object, column: str, domain: object, location: str) -> tuple[str, str | None]:
+def _checked(row: Any, column: str, default: str, location: str) -> tuple[str, str]:
+    """A row's text and domain."""
+    if not isinstance(row, dict) or column not in row:
+        found = f"; it has {reprlib.repr(sorted(row))}" if isinstance(row, dict) else ""
+        raise ValueError(f'{location}, is not an object with "{column}"{found}')
+    text, domain = row[column], row.get("domain")
     if not isinstance(text, str):
         raise ValueError(f'{location}: "{column}" is {reprlib.repr(text)}, not a string')
     if domain is not None and (not isinstance(domain, str) or len(domain) > _MAX_DOMAIN):
         raise ValueError(f'{location}: "domain" is {reprlib.repr(domain)}, not a string of {_MAX_DOMAIN} or less')
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can contain half a surrogate pair
-        raise ValueError(f'{location}: "{column}" is not UTF-8 at character {error.start}') from error
-    return text, domain
+    return text, domain or default
 
 
 def user_files(root: Path) -> Iterator[Path]:

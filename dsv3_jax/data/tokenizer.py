@@ -8,6 +8,7 @@ for text that a person or a chat template wrote for a model: such a name becomes
 """
 
 import abc
+import base64
 import codecs
 import hashlib
 import json
@@ -22,26 +23,17 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int32
 
-from dsv3_jax.data.new_tokenizer import single_bytes, trained_bpe
+from dsv3_jax.data.kimi_pattern import KIMI_PATTERN
 from dsv3_jax.data.special_tokens import (
     CONFIG_FILE,
+    MAX_IDS,
     SPECIALS_FILE,
     any_of,
     end_ids,
     named_specials,
     read_object,
 )
-from dsv3_jax.data.tiktoken_file import KIMI_PATTERN, bounded, read_ranks
-from dsv3_jax.data.tokenizer_file import (
-    PROBE,
-    bytes_by_id,
-    check_ids,
-    is_byte_level,
-    names_of_ids,
-    open_json,
-    sentences,
-)
-from dsv3_jax.files import write_atomic
+from dsv3_jax.files import MAX_JSON, check_regular, write_atomic
 
 SPECIALS = ("<eos>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>")
 JSON_FILE, TIKTOKEN_FILE = "tokenizer.json", "tiktoken.model"  # what a folder's tokenizer is read from, in this order
@@ -54,6 +46,8 @@ _FIM = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
     ("▁<PRE>", "▁<SUF>", "▁<MID>"),
 )
+# A text that tokenizers split in different ways, for the fingerprint.
+_PROBE = f"to be, or not: é 漢字 🙂\n{'a' * 64}! {' ' * 64}x {'1' * 64}- {'=' * 64}é{'ab ' * 32}\n\n"
 
 
 class Tokenizer(abc.ABC):
@@ -185,7 +179,7 @@ class Tokenizer(abc.ABC):
         found = hashlib.blake2b(digest_size=8)
         found.update(self.byte_lengths.tobytes() + b"".join(self._token_bytes))
         found.update(repr((self.eos_id, self._fim_ids, sorted(self.specials.items()))).encode())
-        found.update(self.encode_array(PROBE).tobytes())
+        found.update(self.encode_array(_PROBE).tobytes())
         return found.hexdigest()
 
     def stream(self) -> "StreamDecoder":
@@ -256,35 +250,34 @@ class FileTokenizer(Tokenizer):
         file = Path(path) / JSON_FILE if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise ValueError(f"tokenizer={path!r} is neither 'bytes' nor a {JSON_FILE}; give one of them")
-        inner = open_json(file)
+        inner = _open_json(file)
         inner.encode_special_tokens = True  # text may contain names of specials; only this project adds specials
         inner.no_padding()
         inner.no_truncation()
         eos = _eos_of(file, inner.token_to_id)
-        check_ids(file, inner.get_vocab(with_added_tokens=True).values(), eos)
-        with sentences(file, "cannot encode text"):
-            inner.encode(PROBE, add_special_tokens=False)
-        fim = next((ids for names in _FIM if (ids := _ids_of(inner, names))), None)
-        self._file, self._inner = file, inner
-        self._byte_level = is_byte_level(inner)
+        found = ([i for name in names if (i := inner.token_to_id(name)) is not None] for names in _FIM)
+        fim = next(((a, b, c) for a, b, c in (ids for ids in found if len(ids) == 3)), None)
+        self._inner, self._byte_level = inner, '"ByteLevel"' in json.dumps(json.loads(inner.to_str())["decoder"])
         self.puts_space_before = not self._byte_level
         tokens = inner.get_added_tokens_decoder().items()
         specials = {token.content: i for i, token in tokens if token.special}
         added = {token.content: i for i, token in tokens}
-        super().__init__(bytes_by_id(inner, self._byte_level, {eos, *(fim or ())}), eos, fim, specials, added)
+        table = _bytes_by_id(inner, self._byte_level, {eos, *(fim or ())})
+        if eos >= len(table):
+            raise ValueError(
+                f"tokenizer={str(file)!r} ends documents with id {eos}, but its ids end at {len(table) - 1}"
+            )
+        super().__init__(table, eos, fim, specials, added)
 
     def encode_array(self, text: str) -> Int32[np.ndarray, " n"]:
-        with sentences(self._file, "cannot encode this text"):
-            return np.array(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
+        return np.array(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_with_specials(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        with sentences(self._file, "cannot encode this text"):
-            found = self._with_specials.encode(text, add_special_tokens=False)
+        found = self._with_specials.encode(text, add_special_tokens=False)
         return found.ids, found.offsets
 
     def encode_prompt(self, text: str) -> list[int]:
-        with sentences(self._file, "cannot encode this text"):
-            return self._with_specials.encode(text, add_special_tokens=True).ids
+        return self._with_specials.encode(text, add_special_tokens=True).ids
 
     def encode_plain(self, text: str) -> list[int]:
         # Step by step: the library's encoder always finds added tokens that are not special.
@@ -314,42 +307,77 @@ class TiktokenTokenizer(Tokenizer):
     The file holds ranks only. The pattern that splits a text is Kimi's. Special tokens follow the ranks: 256 ids, or as
     many as `added_tokens_decoder` of tokenizer_config.json needs, which names some of them.
 
-    Args: path: the file, or a folder that contains it.
-    Raises: ValueError when the library or the file is absent, a line of it is damaged, or nothing ends a document.
+    Raises: ValueError when the library is absent, the file is damaged, or nothing ends a document.
 
     Source: the tokenizer's code in the released folders of Moonlight-16B-A3B and Kimi-K2.
+    Departs from it: runs of over 25,000 characters with or without spaces are not cut.
     """
 
-    def __init__(self, path: str):
-        file = Path(path) / TIKTOKEN_FILE if Path(path).is_dir() else Path(path)
+    def __init__(self, file: Path):
         try:
             import tiktoken
         except ImportError as error:
             raise ValueError(
                 f"tokenizer={str(file)!r} needs the tiktoken library: pip install 'dsv3-jax[tiktoken]'"
             ) from error
-        ranks = read_ranks(file)
+        check_regular(file, MAX_JSON)
         added = read_object(file.parent / CONFIG_FILE).get("added_tokens_decoder") or {}
-        names = names_of_ids(file.parent / CONFIG_FILE, added)
+        try:  # not by the library's reader, which keeps files by their path and would give back an older one
+            pairs = [line.split() for line in file.read_bytes().splitlines() if line]
+            ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in pairs}
+            names = {int(i): token["content"] for i, token in added.items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"tokenizer={str(file)!r} or {CONFIG_FILE} beside it cannot be read: {error}") from error
         base = len(ranks)
         end = max([base + 256, *(i + 1 for i in names)])
-        specials = {names.get(i, f"<|reserved_token_{i}|>"): i for i in range(base, end)}
+        specials = {names.get(i, f"<|reserved_token_{i}|>"): i for i in range(base, min(end, MAX_IDS))}
         if sorted(ranks.values()) != list(range(base)) or len(specials) != end - base:
             raise ValueError(f"tokenizer={str(file)!r} cannot be read: ids are not 0 … {end - 1}, each once")
-        with sentences(file, "cannot be read"):
-            self._encoding = tiktoken.Encoding(
-                name=file.name, pat_str=KIMI_PATTERN, mergeable_ranks=ranks, special_tokens=specials
-            )
-        table = [b""] * end
-        for piece, i in ranks.items():
-            table[i] = piece
-        eos = _eos_of(file, lambda name: specials.get(name))
-        check_ids(file, specials.values(), eos)
-        super().__init__(table, eos, None, specials)
+        self._encoding = tiktoken.Encoding(
+            name=file.name, pat_str=KIMI_PATTERN, mergeable_ranks=ranks, special_tokens=specials
+        )
+        table = [*sorted(ranks, key=ranks.__getitem__), *[b""] * (end - base)]
+        super().__init__(table, _eos_of(file, specials.get), None, specials)
 
     def encode_array(self, text: str) -> Int32[np.ndarray, " n"]:
-        ids = (self._encoding.encode_ordinary(part) for part in bounded(text))
-        return np.array([i for part in ids for i in part], np.int32)
+        return np.array(self._encoding.encode_ordinary(text), np.int32)
+
+
+def _open_json(file: Path) -> tokenizers.Tokenizer:
+    check_regular(file, MAX_JSON)
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no other kind
+        raise ValueError(f"tokenizer={str(file)!r} cannot be read: {error}") from error
+
+
+def _bytes_by_id(inner: tokenizers.Tokenizer, byte_level: bool, special_ids: set[int]) -> list[bytes]:
+    """Return the bytes of every id; specials and unused ids have none."""
+    vocab = inner.get_vocab(with_added_tokens=True)
+    table = [b""] * (max(vocab.values()) + 1)
+    added = inner.get_added_tokens_decoder()
+    byte_of = _byte_by_character()
+    for token, i in vocab.items():
+        if i in special_ids or (i in added and added[i].special):
+            continue
+        if i in added:  # an added token is plain text
+            table[i] = token.encode("utf-8")
+        elif byte_level:
+            # As in the library: a token with another character is its own text.
+            known = all(c in byte_of for c in token)
+            table[i] = bytes(byte_of[c] for c in token) if known else token.encode("utf-8")
+        elif match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
+            table[i] = bytes([int(match[1], 16)])
+        else:
+            table[i] = token.replace("▁", " ").encode("utf-8")
+    return table
+
+
+def _byte_by_character() -> dict[str, int]:
+    """Return the byte of each of GPT-2's characters: printable bytes are unchanged, the others start at U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (b for b in range(256) if b not in printable)
+    return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}
 
 
 def load(spec: str) -> Tokenizer:
@@ -364,11 +392,8 @@ def load(spec: str) -> Tokenizer:
     """
     if spec == "bytes":
         return ByteTokenizer()
-    path = Path(spec)
-    in_folder = (path / TIKTOKEN_FILE).is_file() and not (path / JSON_FILE).exists()
-    return (
-        TiktokenTokenizer(spec) if in_folder or path.name == TIKTOKEN_FILE and path.is_file() else FileTokenizer(spec)
-    )
+    file = file_of(spec)
+    return TiktokenTokenizer(file) if file.name == TIKTOKEN_FILE and file.is_file() else FileTokenizer(spec)
 
 
 def _eos_of(file: Path, id_of: Callable[[str], int | None]) -> int:
@@ -414,7 +439,7 @@ def keep_copy(spec: str, folder: Path) -> Path:
     if is_tiktoken and said.is_file():
         write_atomic(folder / CONFIG_FILE, said.read_bytes())
     elif not is_tiktoken:
-        inner = open_json(source)
+        inner = _open_json(source)
         eos = _eos_of(source, inner.token_to_id)
         if eos != _known_eos(inner.token_to_id):  # said by a file beside the source
             write_atomic(folder / SPECIALS_FILE, json.dumps({"eos_token": inner.id_to_token(eos)}))
@@ -431,7 +456,12 @@ def byte_tokenizer_json() -> str:
         ...     load(folder).same_ids(ByteTokenizer())
         True
     """
-    return single_bytes(SPECIALS).to_str()
+    character_of = {byte: character for character, byte in _byte_by_character().items()}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({character_of[b]: b for b in range(256)}, []))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.add_special_tokens(list(SPECIALS))
+    return inner.to_str()
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: str) -> FileTokenizer:
@@ -448,17 +478,22 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str) -> FileTokenizer
         >>> tokenizer.vocab_size, len(tokenizer.encode("to be"))
         (262, 3)
     """
-    write_atomic(path, trained_bpe(texts, vocab_size, SPECIALS).to_str(pretty=True))
+    least = 256 + len(SPECIALS)
+    if not least <= vocab_size <= MAX_IDS:
+        raise ValueError(f"vocab_size={vocab_size} is not from {least}, bytes and specials, to {MAX_IDS}")
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    write_atomic(path, inner.to_str(pretty=True))
     return FileTokenizer(path)
 
 
 def _known_eos(id_of: Callable[[str], int | None]) -> int | None:
     return next((i for name in _EOS if (i := id_of(name)) is not None), None)
-
-
-def _ids_of(inner: tokenizers.Tokenizer, names: tuple[str, str, str]) -> tuple[int, int, int] | None:
-    """Return the ids of three names; None if the vocabulary lacks one."""
-    first, second, third = map(inner.token_to_id, names)
-    if first is None or second is None or third is None:
-        return None
-    return first, second, third
