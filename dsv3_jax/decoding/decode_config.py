@@ -40,35 +40,28 @@ class DecodeConfig:
     pad_prompts_to: int = 0  # tokens at least, with cache slots for them: turns of a chat then share a compilation
 
     def __post_init__(self) -> None:
-        def need(right: bool, name: str, value: Any, what: str) -> None:
+        temperature, top_k, top_p = self.sampling if isinstance(self.sampling, Sampling) else GREEDY
+        least, kinds = 0 if self.draft is None else 1, get_args(CacheKind)
+        drafts = self.draft in (None, *OWN_DRAFTS) or isinstance(self.draft, Transformer)
+        auto_or_int = self.draft_length == "auto" or _is_int(self.draft_length, least)
+        for right, name, value, what in (
+            (_is_int(self.max_new_tokens, 1), "max_new_tokens", self.max_new_tokens, "an int of 1 or above"),
+            (auto_or_int, "draft_length", self.draft_length, f"an int of {least} or above or 'auto'"),
+            (_is_int(self.pad_prompts_to, 0), "pad_prompts_to", self.pad_prompts_to, "an int of 0 or above"),
+            (_is_int(self.seed, 0) and self.seed < 1 << 32, "seed", self.seed, "an int within [0, 2**32)"),
+            (isinstance(self.sampling, Sampling), "sampling", self.sampling, "a Sampling"),
+            (_is_float(temperature) and temperature >= 0, "temperature", temperature, "a float of 0 or above"),
+            (top_k is None or _is_int(top_k, 1), "top_k", top_k, "an int of 1 or above"),
+            (top_p is None or (_is_float(top_p) and 0 < top_p <= 1), "top_p", top_p, "a float within (0, 1]"),
+            (self.cache in (None, *kinds), "cache", self.cache, f"one of {', '.join(kinds)}"),
+            (drafts, "draft", self.draft, "None, 'mtp', 'lookup' or a Transformer"),
+            (_is_list(self.stop_tokens), "stop_tokens", self.stop_tokens, "a list of token ids"),
+        ):
             if not right:
                 raise ValueError(f"{name}={value!r} is not {what}")
-
-        def count(name: str, least: int, optional: str | None = None) -> None:
-            value, more = getattr(self, name), f" or {optional!r}" if optional else ""
-            right = _is_int(value) and value >= least
-            need(
-                right or (value == optional and optional is not None), name, value, f"an int of {least} or above{more}"
-            )
-
-        count("max_new_tokens", 1)
-        count("draft_length", 0 if self.draft is None else 1, "auto")
-        count("pad_prompts_to", 0)
-        right = _is_int(self.seed) and 0 <= self.seed < 1 << 32
-        need(right, "seed", self.seed, "an int within [0, 2**32): JAX keeps 32 bits of a seed")
-        need(isinstance(self.sampling, Sampling), "sampling", self.sampling, "a Sampling")
-        temperature, top_k, top_p = self.sampling
-        need(_is_float(temperature) and temperature >= 0, "temperature", temperature, "a float of 0 or above")
-        need(top_k is None or (_is_int(top_k) and top_k >= 1), "top_k", top_k, "an int of 1 or above")
-        need(top_p is None or (_is_float(top_p) and 0 < top_p <= 1), "top_p", top_p, "a float within (0, 1]")
-        kinds = get_args(CacheKind)
-        need(self.cache in (None, *kinds), "cache", self.cache, f"one of {', '.join(kinds)}")
         pick_dtype("float32", self.cache_dtype)
-        drafts = self.draft in (None, *OWN_DRAFTS) or isinstance(self.draft, Transformer)
-        need(drafts, "draft", self.draft, "None, 'mtp', 'lookup' or a Transformer")
         if self.draft is not None and self.cache == "none":
             raise ValueError("cache='none' decodes without drafts; leave out draft, or cache")
-        need(_is_list(self.stop_tokens), "stop_tokens", self.stop_tokens, "a list of token ids")
         object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
 
     @property
@@ -150,20 +143,25 @@ def _check_tokens(cfg: ModelConfig, prompts: Sequence[Sequence[int]], stop_token
             raise ValueError(f"prompt {i}={prompt!r} is not a list of token ids; encode text with a tokenizer first")
         if not len(prompt):
             raise ValueError(f"prompt {i} is empty; give at least one token")
-    named = [(f"prompt {i}", token) for i, prompt in enumerate(prompts) for token in prompt]
-    for what, token in [*named, *(("stop_tokens", token) for token in stop_tokens)]:
-        if not _is_int(token) and not isinstance(token, np.integer):
-            raise ValueError(f"{what} holds token {token!r}, which is not a token id")
-        if not 0 <= token < cfg.vocab_size:
-            raise ValueError(f"{what} holds token {token}, outside the vocabulary of {cfg.vocab_size}")
+        for token in prompt:
+            _check_token(cfg, f"prompt {i}", token)
+    for token in stop_tokens:
+        _check_token(cfg, "stop_tokens", token)
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _check_token(cfg: ModelConfig, what: str, token: Any) -> None:
+    if not isinstance(token, int | np.integer) or isinstance(token, bool):
+        raise ValueError(f"{what} holds token {token!r}, which is not a token id")
+    if not 0 <= token < cfg.vocab_size:
+        raise ValueError(f"{what} holds token {token}, outside the vocabulary of {cfg.vocab_size}")
+
+
+def _is_int(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _is_float(value: Any) -> bool:
-    return isinstance(value, float) or _is_int(value)
+    return isinstance(value, float) or _is_int(value, 0)
 
 
 def _is_list(value: Any) -> bool:

@@ -21,13 +21,12 @@ from dsv3_jax.decoding import auto_length
 from dsv3_jax.decoding.auto_length import Part
 from dsv3_jax.decoding.decode_config import DecodeConfig, Generated
 from dsv3_jax.decoding.drafters import Drafts, Prompt, StepResult, make_drafter, process_by_rows
-from dsv3_jax.decoding.without_cache import decode_without_cache
 from dsv3_jax.mesh import sharding
 from dsv3_jax.mesh.sharding import constrain
 from dsv3_jax.model.cache import keep_sharded, pick_dtype, pick_kind
 from dsv3_jax.model.counting import bytes_per_token
 from dsv3_jax.model.transformer import DecodeWeights, Transformer
-from dsv3_jax.ops.sampling import GREEDY, Sampling, keys_at, row_keys
+from dsv3_jax.ops.sampling import GREEDY, Sampling, keys_at, row_keys, sample
 from dsv3_jax.ops.verify_drafts import accept
 
 UNREAD = auto_length.LONGEST + 16  # draft_length="auto": positions that a drafter can leave unread in plain steps
@@ -167,7 +166,7 @@ def generate_in_parts(
     config.check(model.cfg, prompts)
     part = part or config.max_new_tokens
     if config.cache == "none":
-        yield from decode_without_cache(model, prompts, config, part)
+        yield from _without_cache(model, prompts, config, part)
         return
     request = _Request(model, prompts, config)
     yield request.result()
@@ -195,10 +194,7 @@ class _Request:
         capacity = _round_up(longest + config.max_new_tokens + config.num_drafts)
         stops, how = np.asarray(config.stop_tokens, np.int32), (config.sampling, config.max_new_tokens)
         job = Job(state, draft_state, stops, graphdef, draft, lengths, *how, capacity, kind, dtype)
-        start, lengths = time.perf_counter(), np.array([len(p) for p in prompts], np.int32)
-        tokens = np.zeros((len(prompts), min(_round_up(longest), cfg.max_positions)), np.int32)
-        for row, prompt in zip(tokens, prompts, strict=True):
-            row[: len(prompt)] = prompt
+        start, (tokens, lengths) = time.perf_counter(), _pad(prompts, min(_round_up(longest), cfg.max_positions))
         with sharding.use_mesh(self.mesh):  # never while a generator waits: the mesh in use is the caller's, too
             self.loop = jax.block_until_ready(_prefill(job, tokens, lengths, np.uint32(config.seed)))
             weights = _decode_weights(graphdef, state), draft_state and _decode_weights(draft, draft_state)
@@ -260,6 +256,47 @@ class _Request:
         acceptance = (loop.num_accepted / max(int(loop.rows), 1)).tolist()
         times, steps = (self.prefill_seconds, self.decode_seconds), self.steps if len(self.steps) > 1 else {}
         return Generated(rows, acceptance, int(loop.steps), *times, size, self.bytes_per_token, dict(steps))
+
+
+def _without_cache(
+    model: Transformer, prompts: Sequence[Sequence[int]], config: DecodeConfig, part: int
+) -> Iterator[Generated]:
+    """As `generate_in_parts`, with the model over all tokens so far at each step: slow and obvious, to compare with."""
+    start, (graphdef, state) = time.perf_counter(), nnx.split(model.in_compute_dtype())
+    longest = max(*map(len, prompts), config.pad_prompts_to) + config.max_new_tokens
+    tokens, lengths = _pad(prompts, min(_round_up(longest), model.cfg.max_positions))
+    first, steps, prompt, going = start, 0, lengths.copy(), lengths > 0
+    while going.any():
+        with sharding.use_mesh(sharding.mesh_of(state)):
+            now = tokens, lengths, lengths - prompt, np.uint32(config.seed)
+            drawn = np.asarray(_next_tokens(graphdef, state, *now, sampling=config.sampling))
+        tokens[going, lengths[going]] = drawn[going]
+        lengths[going] += 1
+        going &= (lengths - prompt < config.max_new_tokens) & ~np.isin(drawn, config.stop_tokens)
+        end = time.perf_counter()
+        first = first if steps else end
+        if steps % part == 0 or not going.any():
+            rows = [row[a:b].tolist() for row, a, b in zip(tokens, prompt, lengths, strict=True)]
+            yield Generated(rows, steps=steps, prefill_seconds=first - start, decode_seconds=end - first)
+        steps += 1
+
+
+@partial(jax.jit, static_argnames=("graphdef", "sampling"))
+def _next_tokens(graphdef, state, tokens, lengths, written, seed, *, sampling: Sampling):
+    """The token after the first `lengths` of each row, int32 [B]. No token sees those after it."""
+    model = nnx.merge(graphdef, state)
+    x, _ = model.run_layers(constrain(tokens, "batch", None), None)
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    keys = keys_at(row_keys(seed, lengths.size)[:, 0], written[:, None])[:, 0]
+    return sample(model.logits(model.norm(last)), keys, **sampling._asdict())
+
+
+def _pad(prompts: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """(Tokens [B, width], lengths [B].)"""
+    tokens = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return tokens, np.array([len(p) for p in prompts], np.int32)
 
 
 def _round_up(n: int) -> int:
