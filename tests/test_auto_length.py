@@ -66,9 +66,9 @@ def test_it_is_near_the_best_fixed_length_after_256_tokens(rng):
     assert 20 < useless.sum() < count - 20
     for kind in (useless, ~useless):
         assert later[kind].mean() > 0.97
-        assert first[kind].mean() > 0.95
-    assert later[useless].min() > 0.95  # never much slower than plain
-    assert later.min() > 0.9
+        assert first[kind].mean() > 0.92
+    assert later[useless].min() > 0.95 and first[useless].mean() > 0.95  # never much slower than plain
+    assert later.min() > 0.88
 
 
 def test_it_follows_the_text(rng):
@@ -85,14 +85,14 @@ def test_it_follows_the_text(rng):
 
 
 def test_a_delay_of_the_machine_changes_little():
-    """One slow part of three is left out."""
+    """One slow part of five is left out, and three are not."""
 
     def part(length, seconds):
         return Part(length, 4, 4, [4] * length, 4 * seconds)
 
     usual = [part(1, 1.2), part(0, 1.0)] * 3
     assert choose(usual, (0, 1))[0] == choose([*usual, part(1, 50.0)], (0, 1))[0] == 1
-    assert choose([*usual, part(1, 50.0), part(1, 50.0)], (0, 1))[0] == 0
+    assert choose([*usual, *[part(1, 50.0)] * 3], (0, 1))[0] == 0
 
 
 def test_the_lengths():
@@ -115,6 +115,7 @@ def any_length(monkeypatch):
         auto_length, "choose", lambda past, lengths: (rng.choice(lengths).item(), rng.integers(1, 9).item())
     )
     monkeypatch.setattr("dsv3_jax.decoding.generate.UNREAD", 24)
+    monkeypatch.setattr("dsv3_jax.decoding.generate.MOST_READING", 1e9)
 
 
 @lru_cache

@@ -65,12 +65,12 @@ def choose(parts: Sequence[Part], lengths: Sequence[int]) -> tuple[int, int]:
         >>> choose([], (0, 1, 2)), choose([right], (0, 1, 2)), choose([right, plain], (0, 1, 2))
         ((1, 4), (0, 4), (2, 4))
     """
-    seconds: dict[int, list[float]] = {}
+    timed: dict[int, list[Part]] = {}
     ran, age = dict.fromkeys(lengths, 0.0), 0.0
     accepted, tried = np.ones(lengths[-1]), np.ones(lengths[-1])
     for part in reversed(parts):
         weight = 0.5 ** (age / HALF_LIFE)
-        seconds.setdefault(part.length, []).append(part.seconds / part.steps)
+        timed.setdefault(part.length, []).append(part)
         accepted[: part.length] += weight * np.asarray(part.accepted[: part.length])
         tried[: part.length] += weight * part.rows
         ran[part.length] += weight * part.tokens
@@ -80,11 +80,20 @@ def choose(parts: Sequence[Part], lengths: Sequence[int]) -> tuple[int, int]:
     expected = np.cumsum([1.0, *np.minimum.accumulate(accepted / tried)])
     worth, cost = {}, 0.0
     for length in lengths:
-        if known := sorted(seconds.get(length, ())[:3]):
-            cost = known[(len(known) - 1) // 2]  # a delay of the machine is left out
+        if length in timed:
+            cost = _median([(part.seconds / part.steps, part.steps) for part in timed[length][:5]])
         worth[length] = expected[length] / max(cost, 1e-9)
-        if not known and length:
+        if length and length not in timed:
             break
-    first = [length for length in (lengths[1], 0) if length not in seconds]
+    # A short measurement may be slow by chance. Plain steps, the safe choice, are measured longer before they lose.
+    worth[0] *= 1 + SHORTEST / max(ran[0], SHORTEST)
+    first = [length for length in (lengths[1], 0) if length not in timed]
     best = first[0] if first else max(worth, key=worth.__getitem__)
     return best, int(np.clip(ran[best], SHORTEST, LONGEST))
+
+
+def _median(weighted: list[tuple[float, int]]) -> float:
+    """Of values with weights: a machine's delay in one of five parts is left out."""
+    ordered = sorted(weighted)
+    total = np.cumsum([weight for _, weight in ordered])
+    return ordered[int(np.searchsorted(total, total[-1] / 2))][0]

@@ -190,16 +190,15 @@ class ParallelDrafter:
         self.model, self.heads = model, [unshard_head(head, model.unshard) for head in model.mtp]
 
     def start(self, prompt: Prompt) -> tuple[Cache | None, ...]:
-        cfg, h = self.model.cfg, self.model.read_by_heads(prompt.x)
-        caches: list[Cache | None] = []
-        for head in self.heads:
-            if head.remembers:
-                ctx = make_context(cfg, from_zero(*prompt.tokens.shape), tokens=prompt.tokens, may_drop=False)
-                # All but the prompt's last position, which the first step reads.
-                caches.append(_head_cache(self.model, prompt, head(h, ctx)[1].rows, prompt.lengths - 1))
-            else:
-                caches.append(None)
-        return tuple(caches)
+        ctx = make_context(self.model.cfg, from_zero(*prompt.tokens.shape), tokens=prompt.tokens, may_drop=False)
+        h, read = (
+            self.model.read_by_heads(prompt.x),
+            prompt.lengths - 1,
+        )  # the first step reads the prompt's last position
+        return tuple(
+            _head_cache(self.model, prompt, head(h, ctx)[1].rows, read) if head.remembers else None
+            for head in self.heads
+        )
 
     def draft(
         self, state: tuple[Cache | None, ...], last: StepResult, keys: Array, sampling: Sampling
@@ -207,8 +206,7 @@ class ParallelDrafter:
         caches, drawn = list(state), list[Drafts]()
         positions = last.start[:, None] + jnp.arange(last.h.shape[1], dtype=jnp.int32)[None]
         for k, head in enumerate(self.heads[: keys.shape[0]]):
-            cache = state[k]
-            cache = None if cache is None else cache.at_lengths(last.start)
+            cache = None if (cache := state[k]) is None else cache.at_lengths(last.start)
             ctx = make_context(self.model.cfg, positions, tokens=last.text[:, :-1], cache=cache, may_drop=False)
             h, ctx, _ = head(last.h, ctx)
             caches[k] = ctx.cache
@@ -232,18 +230,13 @@ class LookupDrafter:
         return text.at[:, : prompt.tokens.shape[1]].set(prompt.tokens)
 
     def draft(self, state: Array, last: StepResult, keys: Array, sampling: Sampling) -> tuple[Drafts, Array]:
-        text, newest = write_text(state, last), last.start + last.num_valid
+        rows, newest = jnp.arange(state.shape[0], dtype=jnp.int32)[:, None], last.start + last.num_valid
+        columns = last.start[:, None] + jnp.arange(last.text.shape[1], dtype=jnp.int32)[None]
+        text = constrain(state.at[rows, columns].set(last.text, mode="drop"))  # what is not valid is overwritten later
         found = look_up(text, newest)
         ahead = jnp.arange(keys.shape[0], dtype=jnp.int32)[None] % (newest - found)[:, None]
         drafts = jnp.take_along_axis(text, found[:, None] + 1 + ahead, axis=1)
         return Drafts(drafts, None), text
-
-
-def write_text(text: Int[Array, "B S"], last: StepResult) -> Int[Array, "B S"]:
-    """Put the last step's tokens into the text. Later steps overwrite those that are not valid."""
-    rows = jnp.arange(text.shape[0], dtype=jnp.int32)[:, None]
-    columns = last.start[:, None] + jnp.arange(last.text.shape[1], dtype=jnp.int32)[None]
-    return constrain(text.at[rows, columns].set(last.text, mode="drop"))
 
 
 def look_up(text: Int[Array, "B S"], newest: Int[Array, " B"]) -> Int[Array, " B"]:

@@ -30,6 +30,7 @@ from dsv3_jax.ops.sampling import GREEDY, Sampling, keys_at, row_keys, sample
 from dsv3_jax.ops.verify_drafts import accept
 
 UNREAD = auto_length.LONGEST + 16  # draft_length="auto": positions that a drafter can leave unread in plain steps
+MOST_READING = 0.02  # share of plain steps' time that a drafter may read where they go on; else drafts end
 
 
 class Loop(NamedTuple):
@@ -218,27 +219,32 @@ class _Request:
                 self._run(_decode, until, length=lengths[0])
                 continue
             length, more = auto_length.choose(self.past, lengths)
-            if int(self.loop.last.num_valid.max()) > (length + 1 if length else UNREAD - more):
+            unread = int(self.loop.last.num_valid.max())
+            if unread > UNREAD:  # the drafter has missed some
+                length, more = 0, auto_length.LONGEST
+            elif unread > (length + 1 if length else UNREAD - more):
                 self._run_part(0, behind + 1)  # every row that continues then has two positions to read
-                self._run(_read)
+                plain = [part.seconds / part.steps for part in self.past if not part.length]
+                if length or self.start_seconds.get(-1, 0.0) < MOST_READING * UNREAD * (plain or [0.0])[-1]:
+                    seconds = self._run(_read)
+                    self.start_seconds[-1] = seconds if -1 in self.start_seconds else 0.0  # the first one compiles
             self._run_part(length, min(self.behind + more, until))
 
     def _run_part(self, length: int, until: int) -> None:
-        """Run a part for "auto", and remember it; before the first of a length, compile its program."""
+        """Run a part for "auto", and remember it; not the first of a length, which compiles and finds caches cold."""
 
         def counts() -> list:
             return jax.device_get([self.loop.steps, self.loop.rows, self.loop.num_accepted])
 
-        if length not in self.start_seconds:
-            for _ in range(3):
-                self.start_seconds[length] = self._run(_decode, 0, length=length)
         before = counts()
         seconds = self._run(_decode, until, length=length)
         steps, rows, accepted = (after - old for after, old in zip(counts(), before, strict=True))
-        if steps:
-            own = max(seconds - self.start_seconds[length], seconds / 10)  # the start may have been slow when measured
-            self.past.append(Part(length, int(steps), int(rows), accepted.tolist(), own))
-            self.steps[length] += int(steps)
+        self.steps[length] += int(steps)
+        if length not in self.start_seconds:
+            self.start_seconds[length] = min(self._run(_decode, 0, length=length) for _ in range(3))
+        elif steps:
+            own = seconds - 1.5 * self.start_seconds[length]  # a short part's first step is slow
+            self.past.append(Part(length, int(steps), int(rows), accepted.tolist(), max(own, seconds / 10)))
 
     def _run(self, program: Any, *args: int, **static: int) -> float:
         """Run a program on the loop. Returns: its seconds."""
