@@ -114,7 +114,7 @@ def _summary(folder: Path) -> Summary | None:
     from dsv3_jax.model.counting import size
     from dsv3_jax.report.metrics import METRICS_FILE, read_rows
     from dsv3_jax.report.units import format_count
-    from dsv3_jax.training.checkpoint import last_step
+    from dsv3_jax.training.checkpoint import steps_of
     from dsv3_jax.training.run_folder import RUN_FILE, read_run
 
     try:
@@ -127,8 +127,9 @@ def _summary(folder: Path) -> Summary | None:
         values = [row[key] for row in rows if isinstance(row.get(key), int | float)]
         return form.format(values[-1]) if values else ""
 
-    step = max(last_step(folder), max((row["step"] for row in rows), default=0))
-    state = "training" if holder(folder) else "finished" if last_step(folder) >= run.steps else "stopped"
+    last_step = max(steps_of(folder / "checkpoints"), default=0)
+    step = max(last_step, max((row["step"] for row in rows), default=0))
+    state = "training" if holder(folder) else "finished" if last_step >= run.steps else "stopped"
     count = size(run.model)
     files = [path for name in (RUN_FILE, METRICS_FILE) if (path := folder / name).exists()]
     cells = (

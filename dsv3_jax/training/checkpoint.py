@@ -299,10 +299,7 @@ class Checkpoints:
             except Exception:
                 if chosen not in steps or (self.folder / str(chosen)).exists():
                     raise
-        raise ValueError(
-            f"folder={str(self.folder)!r}: {READS} checkpoints were deleted while they were read; train with a larger "
-            "--keep or --save-every"
-        )
+        raise ValueError(f"folder={str(self.folder)!r}: {READS} checkpoints were deleted while read; raise --keep")
 
     def _read_state(self, step: int, mesh: Mesh | None, optimizer: bool) -> tuple[TrainState, dict[str, Any]]:
         self._check_config(step)
@@ -318,8 +315,7 @@ class Checkpoints:
         found = self._read(step, state=state, data=ocp.args.JsonRestore())
         if optimizer:
             return found.state, found.data
-        params = lora.merge(self.run.lora, found.state.pop("params"))
-        return TrainState(params, opt=(), **found.state), found.data
+        return TrainState(lora.merge(self.run.lora, found.state.pop("params")), opt=(), **found.state), found.data
 
     def _read(self, step: int, **items: Any) -> Any:
         """Read items of a checkpoint whose files are whole.
@@ -339,8 +335,7 @@ class Checkpoints:
         if "bytes" not in (saved.data.tokenizer, self.run.data.tokenizer):
             # The folder has one tokenizer, but may have been elsewhere when this was saved.
             saved = replace(saved, data=replace(saved.data, tokenizer=self.run.data.tokenizer))
-        different = difference(saved, self.run)
-        if different:
+        if different := difference(saved, self.run):
             key, a, b = different
             raise ValueError(f"{key}={b!r} is not that of the checkpoint of step {step} in {self.folder}, {a!r}")
 
@@ -353,16 +348,6 @@ def steps_of(folder: Path) -> list[int]:
         []
     """
     return sorted(int(path.name) for path in folder.glob("*") if path.name.isascii() and path.name.isdigit())
-
-
-def last_step(folder: str | Path) -> int:
-    """The step of the last checkpoint in a run's folder, by its name; 0 without one.
-
-    Example:
-        >>> last_step("nowhere")
-        0
-    """
-    return max(steps_of(Path(folder) / "checkpoints"), default=0)
 
 
 class Loaded(NamedTuple):
@@ -409,5 +394,4 @@ def load_run(
         found = checkpoints.restore(mesh, step, optimizer=False)
     if found is None:
         raise ValueError(f"folder={str(folder)!r} holds no checkpoint yet; training writes the first")
-    state, _ = found
-    return Loaded(model_of(Job(run, mesh, prepared), state), run, int(state.step))
+    return Loaded(model_of(Job(run, mesh, prepared), found[0]), run, int(found[0].step))

@@ -26,7 +26,7 @@ from dsv3_jax.report.speed import gemm_flops
 from dsv3_jax.report.units import format_bytes, format_duration
 from dsv3_jax.training import lora, optim, run_folder, warm_start
 from dsv3_jax.training.callbacks import Callback
-from dsv3_jax.training.checkpoint import last_step
+from dsv3_jax.training.checkpoint import steps_of
 from dsv3_jax.training.run_folder import RUN_FILE
 from dsv3_jax.training.step import Job, abstract_state, split_trainable
 
@@ -134,7 +134,7 @@ def read(job: Job, out: Path, options: Options) -> Prepared:
         run = replace(run, data=replace(run.data, tokenizer=str(own)))
     words = processes.by_each(lambda: tokenizer.load(run.data.tokenizer))
     changed = processes.by_each(lambda: run_folder.changes(run_folder.read_run(out), run) if begun else {})
-    taken = last_step(out) if options.step is None else options.step
+    taken = max(steps_of(out / "checkpoints"), default=0) if options.step is None else options.step
     if begun and taken > run.steps:
         raise ConfigError(f"steps={run.steps} is below the {taken} steps that the run in {out} has taken")
 
