@@ -38,7 +38,7 @@ class HydraHead(Head):
 
     def __call__(self, h, ctx, embedded=None):
         hidden = self.kernels.product(jnp.concatenate([embedded, h], axis=-1), self.w_1[...])
-        return h + self.kernels.product(jax.nn.silu(hidden), self.w_2[...]), ctx, None
+        return h + self.kernels.product(jax.nn.silu(hidden), self.w_2[...]), ctx, {}
 
 
 @pytest.fixture

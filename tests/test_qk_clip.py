@@ -15,7 +15,7 @@ from dsv3_jax import reference
 from dsv3_jax.config import ConfigError, Execution, Lora, OptimConfig
 from dsv3_jax.kernels import choose
 from dsv3_jax.kernels.cpu import library
-from dsv3_jax.model.context import from_zero, make_context
+from dsv3_jax.model.context import Options, from_zero, make_context
 from dsv3_jax.ops import attention
 from dsv3_jax.training import qk_clip
 from dsv3_jax.training.step import Job, make_step
@@ -162,8 +162,8 @@ def test_clipped_logits_are_at_most_the_threshold(rng, compressed):
 
     @jax.jit
     def maxima(state):
-        ctx = make_context(cfg, from_zero(2, 9))
-        return nnx.merge(graph, state).attend(x, ctx._replace(watch_logits=True))[1].max_logits
+        ctx = make_context(cfg, from_zero(2, 9), options=Options(watch=frozenset(["max_logit"])))
+        return nnx.merge(graph, state).attend(x, ctx)[1].max_logits
 
     before = np.asarray(maxima(state))
     threshold = float(np.sort(before)[1])  # of three heads: one is above

@@ -141,7 +141,7 @@ def scored(model):
     @jax.jit
     def run(state, batch):
         out = nnx.merge(graphdef, state).forward_hidden(
-            batch["tokens"], batch["segment_ids"], batch["positions"], keep_scores=True
+            batch["tokens"], batch["segment_ids"], batch["positions"], watch=("scores",)
         )
         return out.routing.scores, [head.scores for head in out.mtp_routing]
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import CacheKind
 from dsv3_jax.mesh.sharding import constrain, shard_map_over_batch
 from dsv3_jax.model.cache import Cache, pick_kind
-from dsv3_jax.model.context import from_zero, make_context
+from dsv3_jax.model.context import DECODING, from_zero, make_context
 from dsv3_jax.model.mtp import unshard_head
 from dsv3_jax.model.transformer import DecodeWeights, Transformer
 from dsv3_jax.ops.sampling import Sampling, processed_logits, sample
@@ -135,7 +135,7 @@ class ChainDrafter:
         batch, length = prompt.tokens.shape
         for k, head in enumerate(self.heads, start=1):
             tokens = prompt.tokens[:, k:]
-            ctx = make_context(cfg, from_zero(batch, length - k), tokens=tokens, may_drop=False)
+            ctx = make_context(cfg, from_zero(batch, length - k), tokens=tokens, options=DECODING)
             h, ctx, _ = head(h[:, : length - k], ctx, self.model.embedding(tokens))
             read = jnp.maximum(prompt.lengths - k, 0)
             states.append(_ChainState(_head_cache(self.model, prompt, ctx.rows, read), _pick(h, read - 1)))
@@ -178,7 +178,7 @@ class ChainDrafter:
 
     def _continue(self, head: int, tokens: Array, h: Array, cache: Cache) -> tuple[Array, Cache]:
         count = tokens.shape[1]
-        ctx = make_context(self.model.cfg, cache.positions(count), tokens=tokens, cache=cache, may_drop=False)
+        ctx = make_context(self.model.cfg, cache.positions(count), tokens=tokens, cache=cache, options=DECODING)
         h, ctx, _ = self.heads[head](h, ctx, self.model.embedding(tokens))
         return h, ctx.cache.at_lengths(cache.lengths + count)
 
@@ -190,7 +190,7 @@ class ParallelDrafter:
         self.model, self.heads = model, [unshard_head(head, model.unshard) for head in model.mtp]
 
     def start(self, prompt: Prompt) -> tuple[Cache | None, ...]:
-        ctx = make_context(self.model.cfg, from_zero(*prompt.tokens.shape), tokens=prompt.tokens, may_drop=False)
+        ctx = make_context(self.model.cfg, from_zero(*prompt.tokens.shape), tokens=prompt.tokens, options=DECODING)
         h, read = (
             self.model.read_by_heads(prompt.x),
             prompt.lengths - 1,
@@ -207,7 +207,7 @@ class ParallelDrafter:
         positions = last.start[:, None] + jnp.arange(last.h.shape[1], dtype=jnp.int32)[None]
         for k, head in enumerate(self.heads[: keys.shape[0]]):
             cache = None if (cache := state[k]) is None else cache.at_lengths(last.start)
-            ctx = make_context(self.model.cfg, positions, tokens=last.text[:, :-1], cache=cache, may_drop=False)
+            ctx = make_context(self.model.cfg, positions, tokens=last.text[:, :-1], cache=cache, options=DECODING)
             h, ctx, _ = head(last.h, ctx)
             caches[k] = ctx.cache
             drawn.append(_draw(self.model.logits(_pick(h, last.num_valid - 1)), keys[k], sampling))

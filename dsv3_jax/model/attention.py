@@ -203,9 +203,10 @@ def attend_causally(
     Returns: (the result, the context with each head's largest logit if it watches them).
     """
     segment_ids, how = ctx.segment_ids, {"scale": module.scale}
+    watched = "max_logit" in ctx.options.watch
 
     def attend(q, k, v, segment_ids=None):
-        if not ctx.watch_logits:
+        if not watched:
             return (module.kernels.causal_attention(q, k, v, **how, segment_ids=segment_ids),)
         out, maxima = module.kernels.attention_and_maxima(q, k, v, **how, segment_ids=segment_ids)
         return out, maxima[..., None]
@@ -215,7 +216,7 @@ def attend_causally(
     names, args = [HEAD_AXES] * 3, [q, k, v]
     if segment_ids is not None:
         names, args = [*names, ("batch", None)], [*args, segment_ids]
-    out, *maxima = shard_map_by_names(attend, names, (0, 0)[: 1 + ctx.watch_logits], *args, has_kernel=True)
+    out, *maxima = shard_map_by_names(attend, names, (0, 0)[: 1 + watched], *args, has_kernel=True)
     if maxima:
         if segment_ids is not None:  # tokens of segment 0 are padding
             maxima = [jnp.where((segment_ids != 0)[:, :, None, None], maxima[0], -jnp.inf)]

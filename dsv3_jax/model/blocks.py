@@ -1,5 +1,7 @@
 """The two kinds of layer: attention, then one wide SwiGLU or a mixture of experts."""
 
+from typing import Any
+
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -9,7 +11,7 @@ from dsv3_jax.mesh.sharding import constrain
 from dsv3_jax.model.attention import ATTENTION
 from dsv3_jax.model.context import Context
 from dsv3_jax.model.layers import RMSNorm, SwiGLU
-from dsv3_jax.model.moe import LayerRouting, MoE
+from dsv3_jax.model.moe import MoE
 
 
 class DenseBlock(nnx.Module):
@@ -30,12 +32,12 @@ class DenseBlock(nnx.Module):
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.ffn = SwiGLU(cfg.dim, cfg.dense_dim, cfg.init_std, rngs=rngs, kernels=kernels)
 
-    def __call__(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Context, None]:
-        """Training, prefill or decoding, by the context. Returns (x, the context for the next layer, no routing)."""
+    def __call__(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Context, dict[str, Any]]:
+        """Training, prefill or decoding, by the context. Returns (x, the context for the next layer, metrics)."""
         y, ctx = self.attn.attend(self.attn_norm(x), ctx)
         x = constrain(x + y, "batch", None, None)
         x = constrain(x + self.ffn(self.ffn_norm(x)), "batch", None, None)
-        return x, ctx, None
+        return x, ctx, _of_attention(ctx)
 
 
 class SparseBlock(nnx.Module):
@@ -56,9 +58,13 @@ class SparseBlock(nnx.Module):
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.moe = MoE(cfg, execution, rngs=rngs, kernels=kernels)
 
-    def __call__(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Context, LayerRouting]:
-        """As DenseBlock's. Returns (x, the context for the next layer, what the router did)."""
+    def __call__(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Context, dict[str, Any]]:
+        """As DenseBlock's; the router's decisions are among the metrics, as "routing"."""
         y, ctx = self.attn.attend(self.attn_norm(x), ctx)
         x = constrain(x + y, "batch", None, None)
-        y, routing = self.moe.mix(self.ffn_norm(x), ctx)
-        return constrain(x + y, "batch", None, None), ctx, routing
+        y, routing, metrics = self.moe.mix(self.ffn_norm(x), ctx)
+        return constrain(x + y, "batch", None, None), ctx, {"routing": routing, **metrics, **_of_attention(ctx)}
+
+
+def _of_attention(ctx: Context) -> dict[str, Array]:
+    return {} if ctx.max_logits is None else {"max_logit": ctx.max_logits}

@@ -1,7 +1,10 @@
 """The context of a layer: positions, documents, what a router reads beside x, and the cache."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -9,6 +12,19 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.cache import Cache
 from dsv3_jax.ops import rope
 from dsv3_jax.ops.routing import ROUTERS
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Options:
+    """What a forward pass does besides, fixed when it is traced."""
+
+    may_drop: bool = True  # False: decoding, which drops no token, whatever capacity_factor says
+    watch: frozenset[str] = frozenset()  # "max_logit": each head's largest logit; "scores": those of all experts
+    edit_gates: Callable | None = None  # (layer, expert_ids, gates) → gates, of the trunk
+
+
+DECODING = Options(may_drop=False)
 
 
 class Context(NamedTuple):
@@ -23,12 +39,9 @@ class Context(NamedTuple):
     mask: Array  # bool [B, T]: tokens that count for load and balance losses
     layer: Array | int  # int32 []: which layer of the cache; a Python number where layers are unrolled
     cache: Any = None  # Cache of all layers, that holds earlier tokens, or None
-    may_drop: bool = True  # False: no token is dropped, whatever capacity_factor says
+    options: Options = Options()
     tokens: Array | None = None  # int32 [B, T]: ids that the router reads, if it reads any
     keys: Array | None = None  # random keys [B], one a row, of the router's noise; None without noise
-    watch_logits: bool = False  # measure the largest attention logits, for QK-clip
-    keep_scores: bool = False  # return the scores of all experts with a layer's routing
-    muted: Array | None = None  # int32 [2]: layer and expert whose gate is 0, to measure what the expert is worth
     rows: Any = (
         None  # of the layer that has just run without a cache: arrays [B, T, G, X] that a cache may keep, by name
     )
@@ -43,7 +56,7 @@ def make_context(
     tokens: Array | None = None,
     keys: Array | None = None,
     cache: Cache | None = None,
-    may_drop: bool = True,
+    options: Options = Options(),
 ) -> Context:
     """The context of tokens at int32 positions [B, T]; tokens of segment 0 are padding.
 
@@ -60,7 +73,7 @@ def make_context(
     zero = jnp.zeros((), jnp.int32)
     router = ROUTERS[cfg.router]
     return Context(
-        *rope.cos_sin(positions, freqs, cfg.yarn), segment_ids, mask, zero, cache, may_drop=may_drop,
+        *rope.cos_sin(positions, freqs, cfg.yarn), segment_ids, mask, zero, cache, options=options,
         tokens=tokens if router.reads_tokens else None, keys=keys if router.has_noise else None,
     )  # fmt: skip
 

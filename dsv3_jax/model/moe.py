@@ -29,10 +29,8 @@ class LayerRouting(NamedTuple):
     score_entropy: Array  # float32 [B, T]: of the scores of all experts; 1 is even, see balance.entropy
     load: Array  # float32 [E]: assignments of tokens that count
     balance_loss: Array  # float32 []: weighted, averaged over sequences
-    dropped: Array  # float32 []: share of assignments dropped; 0 without capacity_factor
-    tokens_sent: Array  # float32 []: copies of a token that are sent to another device's experts; 0 without a mesh
     bias_measure: Array | None = None  # float32 [E]: what the bias's rule needs beside the load, see balance.RULES
-    scores: Array | None = None  # float32 [B, T, E]: of all experts, without bias; None if the context keeps none
+    scores: Array | None = None  # float32 [B, T, E]: of all experts, without bias; None if nobody watches them
 
 
 class Experts(nnx.Module):
@@ -106,16 +104,16 @@ class MoE(nnx.Module):
         Raises: ValueError if the router needs tokens and gets none.
         """
         ctx = make_context(self.cfg, from_zero(*x.shape[:2]), tokens=tokens, keys=keys)
-        return self.mix(x, ctx if mask is None else ctx._replace(mask=mask))
+        return self.mix(x, ctx if mask is None else ctx._replace(mask=mask))[:2]
 
-    def mix(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, LayerRouting]:
-        """Training, prefill or decoding, by the context. Returns (y [B, T, D], what the router did)."""
+    def mix(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, LayerRouting, dict[str, Array]]:
+        """Training, prefill or decoding, by the context. Returns (y [B, T, D], what the router did, metrics)."""
         cfg = self.cfg
         picked, log_sums = self.route(x, ctx)
         flat, ids, gates, scores = (a.reshape(-1, a.shape[-1]) for a in (x, *picked))
         load, sequence_loss, score_entropy, measure = self._measure(picked, ctx.mask)
-        if ctx.muted is not None:
-            gates = jnp.where((ctx.muted[0] == ctx.layer) & (ctx.muted[1] == ids), 0.0, gates)
+        if ctx.options.edit_gates is not None:
+            gates = ctx.options.edit_gates(ctx.layer, ids, gates)
         y, dropped, tokens_sent = self._run_experts(flat, ids, gates, ctx)
         y = y.reshape(x.shape)
         if self.shared is not None:
@@ -125,20 +123,22 @@ class MoE(nnx.Module):
             balance_loss += cfg.balance.switch_alpha * balance.switch_loss(scores, ids, ctx.mask.reshape(-1))
         if log_sums is not None:
             balance_loss += cfg.balance.z_alpha * balance.z_loss(log_sums, ctx.mask)
-        stats = LayerRouting(
-            picked.expert_ids, picked.gates, score_entropy, load, balance_loss, dropped, tokens_sent, measure,
-            picked.scores if ctx.keep_scores else None,
-        )  # fmt: skip
-        return y, stats
+        kept = picked.scores if "scores" in ctx.options.watch else None
+        stats = LayerRouting(picked.expert_ids, picked.gates, score_entropy, load, balance_loss, measure, kept)
+        metrics = {  # see `training.metrics`
+            "dropped": dropped,  # share of assignments; 0 without capacity_factor
+            "tokens_sent": tokens_sent,  # copies of a token that go to another device's experts; 0 without a mesh
+        }
+        return y, stats, metrics
 
     @jax.named_scope("experts")
     def _run_experts(self, x: Array, ids: Array, gates: Array, ctx: Context) -> tuple[Array, Array, Array]:
         """Returns: (y [tokens, D], share of assignments dropped, copies of a token that are sent away)."""
         none, kernels = jnp.zeros((), jnp.float32), self.kernels
         args = x, ids, gates, self.experts.w_gate[...], self.experts.w_up[...], self.experts.w_down[...]
-        if self.cfg.capacity_factor is not None and ctx.may_drop:
+        if self.cfg.capacity_factor is not None and ctx.options.may_drop:
             return *kernels.capacity_swiglu(*args, factor=self.cfg.capacity_factor), none
-        decode = not ctx.may_drop and gates.size <= dispatch.FEW_CHOICES * self.cfg.num_experts
+        decode = not ctx.options.may_drop and gates.size <= dispatch.FEW_CHOICES * self.cfg.num_experts
         if on_mesh() and decode:
             return expert_parallel.decode_experts(*args, kernels=kernels, layout=self.layout), none, none
         if on_mesh():

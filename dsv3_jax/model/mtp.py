@@ -9,6 +9,8 @@ what these declare.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,6 @@ from dsv3_jax.kernels.choose import Kernels
 from dsv3_jax.model.blocks import DenseBlock, SparseBlock
 from dsv3_jax.model.context import Context
 from dsv3_jax.model.layers import RMSNorm, param, recompute
-from dsv3_jax.model.moe import LayerRouting
 
 
 class Head(nnx.Module):
@@ -35,14 +36,14 @@ class Head(nnx.Module):
 
     def __call__(
         self, h: Float[Array, "B T D"], ctx: Context, embedded: Float[Array, "B T D"] | None = None
-    ) -> tuple[Array, Context, LayerRouting | None]:
+    ) -> tuple[Array, Context, dict[str, Any]]:
         """Turn hidden states into those that the unembedding reads.
 
         Args:
             h: the trunk's output, or what the head before returned.
             ctx: positions; a cache of one layer while decoding.
             embedded: of the token that the head continues, k positions later; None if it reads none.
-        Returns: (hidden states [B, T, D], the context with the head's cache, what its router did if it has one).
+        Returns: (hidden states [B, T, D], the context with the head's cache, metrics of its block).
         """
         raise ValueError(f"{type(self).__name__} must define __call__")
 
@@ -76,11 +77,11 @@ class MTPModule(Head):
 
     def __call__(
         self, h: Float[Array, "B T D"], ctx: Context, embedded: Float[Array, "B T D"] | None = None
-    ) -> tuple[Array, Context, LayerRouting]:
+    ) -> tuple[Array, Context, dict[str, Any]]:
         assert embedded is not None
         both = jnp.concatenate([self.embed_norm(embedded), self.hidden_norm(h)], axis=-1)
-        x, ctx, routing = self.block(self.kernels.product(both, self.w_eh[...]), ctx)
-        return self.norm(x), ctx, routing
+        x, ctx, metrics = self.block(self.kernels.product(both, self.w_eh[...]), ctx)
+        return self.norm(x), ctx, metrics
 
 
 class MetaHead(Head):
@@ -106,9 +107,9 @@ class MetaHead(Head):
 
     def __call__(
         self, h: Float[Array, "B T D"], ctx: Context, embedded: Float[Array, "B T D"] | None = None
-    ) -> tuple[Array, Context, LayerRouting]:
-        x, ctx, routing = self.block(h, ctx)
-        return self.norm(x), ctx, routing
+    ) -> tuple[Array, Context, dict[str, Any]]:
+        x, ctx, metrics = self.block(h, ctx)
+        return self.norm(x), ctx, metrics
 
 
 class MedusaHead(Head):
@@ -136,8 +137,8 @@ class MedusaHead(Head):
 
     def __call__(
         self, h: Float[Array, "B T D"], ctx: Context, embedded: Float[Array, "B T D"] | None = None
-    ) -> tuple[Array, Context, None]:
-        return h + jax.nn.silu(self.kernels.product(h, self.w[...])), ctx, None
+    ) -> tuple[Array, Context, dict[str, Any]]:
+        return h + jax.nn.silu(self.kernels.product(h, self.w[...])), ctx, {}
 
 
 class EagleHead(Head):
@@ -166,7 +167,7 @@ class EagleHead(Head):
 
     def __call__(
         self, h: Float[Array, "B T D"], ctx: Context, embedded: Float[Array, "B T D"] | None = None
-    ) -> tuple[Array, Context, None]:
+    ) -> tuple[Array, Context, dict[str, Any]]:
         assert embedded is not None
         both = jnp.concatenate([embedded, h], axis=-1)
         return self.block(self.kernels.product(both, self.w_eh[...]), ctx)
@@ -226,7 +227,7 @@ def run_heads(
     *,
     remat: str = "none",
     unshard: Callable = lambda state: state,
-) -> tuple[tuple[Array, ...], tuple[LayerRouting, ...], tuple[Array | None, ...]]:
+) -> tuple[tuple[Array, ...], tuple[dict[str, Any], ...]]:
     """Run all heads over complete rows, for training.
 
     Args:
@@ -234,24 +235,21 @@ def run_heads(
         h: the trunk's output, as `mtp_input` has it.
         remat: what the backward pass keeps of each head, see `layers.recompute`.
         unshard: as in `loop_layers`.
-    Returns: (hidden states, head k's (from 0) [B, T-1-k, D]; routing of the heads that have experts; largest attention
-        logits of each, as `Context.max_logits`).
+    Returns: (hidden states, head k's (from 0) [B, T-1-k, D]; the metrics of each).
     """
     reads_tokens = cfg.head_kind.reads_tokens
 
-    def run(head, h, part, embedded) -> tuple[Array, LayerRouting | None, Array | None]:
+    def run(head, h, part, embedded) -> tuple[Array, dict[str, Any]]:
         # Split and merged, as in loop_layers: nnx.remat would write to variables that an outer trace holds.
         graphdef, state = nnx.split(head)
 
         def plain(state, h, part, embedded):
-            # Python bools, which jax.checkpoint makes arrays
-            part = part._replace(may_drop=ctx.may_drop, watch_logits=ctx.watch_logits, keep_scores=ctx.keep_scores)
-            h, after, routing = unshard_head(nnx.merge(graphdef, state), unshard)(h, part, embedded)
-            return h, routing, after.max_logits
+            h, _, metrics = unshard_head(nnx.merge(graphdef, state), unshard)(h, part, embedded)
+            return h, metrics
 
         return recompute(plain, remat)(state, h, part, embedded)
 
-    hidden, routings, max_logits = [], [], []
+    hidden, metrics, options = [], [], replace(ctx.options, edit_gates=None)
     for k, head in enumerate(heads, start=1):
         short = tokens.shape[1] - k  # later positions have no token k positions on
         segment_ids, counted = None, ctx.mask[:, :short]
@@ -261,17 +259,15 @@ def run_heads(
                 # A position that reads padding or another document's token is not counted.
                 counted = counted & (segment_ids == ctx.segment_ids[:, k:])
         part = ctx._replace(
-            cos=ctx.cos[:, :short], sin=ctx.sin[:, :short], segment_ids=segment_ids, mask=counted, muted=None
+            cos=ctx.cos[:, :short], sin=ctx.sin[:, :short], segment_ids=segment_ids, mask=counted, options=options
         )
         if ctx.tokens is not None:  # a router that reads tokens reads the one that the head does
             part = part._replace(tokens=tokens[:, k:] if reads_tokens else tokens[:, :short])
         if ctx.keys is not None:  # noise of its own, beyond that of the trunk's layers
             part = part._replace(layer=jnp.int32(cfg.num_layers + k))
-        made, routing, largest = run(head, h[:, :short], part, embedding(tokens[:, k:]) if reads_tokens else None)
+        made, of_head = run(head, h[:, :short], part, embedding(tokens[:, k:]) if reads_tokens else None)
         if reads_tokens:
             h = made
         hidden.append(made)
-        max_logits.append(largest)
-        if routing is not None:
-            routings.append(routing)
-    return tuple(hidden), tuple(routings), tuple(max_logits)
+        metrics.append(of_head)
+    return tuple(hidden), tuple(metrics)

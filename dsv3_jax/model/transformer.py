@@ -1,5 +1,6 @@
 """The whole model: embedding, dense layers, sparse layers, norm, head, and the multi-token heads on the side."""
 
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from dsv3_jax.mesh.sharding import on_mesh, shard_map_over_batch, unshard_weight
 from dsv3_jax.model.attention import ATTENTION
 from dsv3_jax.model.blocks import DenseBlock, SparseBlock
 from dsv3_jax.model.cache import Cache, empty_cache
-from dsv3_jax.model.context import Context, from_zero, make_context
+from dsv3_jax.model.context import DECODING, Context, Options, from_zero, make_context
 from dsv3_jax.model.layers import RMSNorm, draws_together, loop_layers, merge_frozen, param, stack, unstack
 from dsv3_jax.model.moe import Experts, LayerRouting
 from dsv3_jax.model.mtp import make_heads, run_heads
@@ -30,9 +31,8 @@ class ForwardOut(NamedTuple):
     mtp_h: tuple[Array, ...]  # head k (from 0): [B, T-1-k, D], for the shared unembedding; entry i predicts token i+k+2
     routing: LayerRouting | None  # of the trunk's sparse layers, stacked along a leading axis
     mtp_routing: tuple[LayerRouting, ...]  # of the heads that have experts
-    # the largest attention logit of each head, if they are watched: float32 [L, H] or [H], by the path of the block in
-    # the model: "dense", "sparse" or "mtp.0.block"
-    max_logits: dict[str, Array] | None = None
+    # by the path of the blocks in the model ("dense", "sparse" or "mtp.0.block") and by name: [L, …], or […] of one
+    metrics: dict[str, dict[str, Array]]
 
 
 class DecodeWeights(NamedTuple):
@@ -118,18 +118,15 @@ class Transformer(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         keys: Array | None = None,
         *,
-        watch_logits: bool = False,
-        keep_scores: bool = False,
-        muted: Int[Array, "2"] | None = None,
+        watch: Iterable[str] = (),
+        edit_gates: Callable | None = None,
     ) -> ForwardOut:
         """Run trunk and heads up to the unembedding.
 
         Args:
             tokens, segment_ids, positions: as `__call__`.
             keys: a random key for each row, [B], of the router's noise. None means no noise.
-            watch_logits: fill `max_logits`.
-            keep_scores: fill `LayerRouting.scores`.
-            muted: (layer, expert) of the trunk whose output is left out: its gate is 0, and no other is chosen.
+            watch, edit_gates: see `context.Options`.
         """
         cfg = self.cfg
         batch, length = tokens.shape
@@ -138,17 +135,18 @@ class Transformer(nnx.Module):
         if length <= cfg.mtp_depth:
             raise ValueError(f"length {length} leaves nothing for mtp_depth={cfg.mtp_depth} to read")
         positions = from_zero(batch, length) if positions is None else positions
-        ctx = make_context(cfg, positions, segment_ids, tokens=tokens, keys=keys)
-        ctx = ctx._replace(watch_logits=watch_logits, keep_scores=keep_scores, muted=muted)
-        x, _, routing, largest = self._trunk(tokens, ctx)
+        options = Options(watch=frozenset(watch), edit_gates=edit_gates)
+        ctx = make_context(cfg, positions, segment_ids, tokens=tokens, keys=keys, options=options)
+        x, _, metrics = self._trunk(tokens, ctx)
         h = self.norm(x)
-        mtp_h, mtp_routing, of_heads = run_heads(
+        mtp_h, of_heads = run_heads(
             self.mtp, cfg, self.embedding, h if cfg.mtp_input == "normed" else x, tokens, ctx,
             remat=self.execution.remat, unshard=self.unshard,
         )  # fmt: skip
-        largest |= {f"mtp.{k}.block": top for k, top in enumerate(of_heads)}
-        held = {name: top for name, top in largest.items() if top is not None}
-        return ForwardOut(x, h, mtp_h, routing, mtp_routing, held if watch_logits else None)
+        metrics |= {f"mtp.{k}.block": of_head for k, of_head in enumerate(of_heads)}
+        routing = {path: of_block.pop("routing") for path, of_block in metrics.items() if "routing" in of_block}
+        trunk = routing.pop("sparse", None)
+        return ForwardOut(x, h, mtp_h, trunk, tuple(routing.values()), metrics)
 
     def run_layers(
         self, tokens: Int[Array, "B T"], cache: Cache | None, weights: DecodeWeights | None = None
@@ -162,7 +160,7 @@ class Transformer(nnx.Module):
             caller knows how many of the tokens will count.
         """
         positions = from_zero(*tokens.shape) if cache is None else cache.positions(tokens.shape[1])
-        ctx = make_context(self.cfg, positions, tokens=tokens, cache=cache, may_drop=False)
+        ctx = make_context(self.cfg, positions, tokens=tokens, cache=cache, options=DECODING)
         x, cache, *_ = self._trunk(tokens, ctx, weights)
         return x, cache
 
@@ -173,17 +171,17 @@ class Transformer(nnx.Module):
 
         Returns: (the last layer's output before the final norm, the filled cache).
         """
-        ctx = make_context(self.cfg, from_zero(*tokens.shape), tokens=tokens, may_drop=False)
+        ctx = make_context(self.cfg, from_zero(*tokens.shape), tokens=tokens, options=DECODING)
         x, rows, *_ = self._trunk(tokens, ctx, keep=tuple(cache.parts[0]))
         return x, cache.fill(rows, lengths)
 
     def _trunk(
         self, tokens: Array, ctx: Context, weights: DecodeWeights | None = None, keep: tuple[str, ...] = ()
-    ) -> tuple[Array, Any, LayerRouting | None, dict[str, Array | None]]:
+    ) -> tuple[Array, Any, dict[str, Any]]:
         """Run all layers.
 
         Args: keep: names of the rows that are returned in place of the cache, stacked by layer.
-        Returns: (the last layer's output, the cache, what the sparse layers' routers did, largest logits if watched).
+        Returns: (the last layer's output, the cache, metrics of "dense" and "sparse" layers, unless they decode).
         """
         first = self.cfg.num_dense_layers
         if ctx.cache is not None and weights is None:
@@ -195,26 +193,25 @@ class Transformer(nnx.Module):
 
         def dense_layer(block, carry, index):
             x, cache = carry
-            x, after, _ = block(x, ctx._replace(cache=cache, layer=index))
-            return (x, after.cache), (after.max_logits, {name: after.rows[name] for name in keep})
+            x, after, metrics = block(x, ctx._replace(cache=cache, layer=index))
+            return (x, after.cache), (metrics, {name: after.rows[name] for name in keep})
 
         carry = self.embedding(tokens), ctx.cache
         (x, cache), found = loop_layers(self.dense, dense_layer, carry, layers=weights and weights.dense, **how)
-        of_dense, kept_of_dense = found or (None, None)
+        of_dense, kept_of_dense = found or ({}, None)
 
         def sparse_layer(block, carry, index):
             x, cache = carry
-            x, after, routing = block(x, ctx._replace(cache=cache, layer=first + index))
+            x, after, metrics = block(x, ctx._replace(cache=cache, layer=first + index))
             kept = {name: after.rows[name] for name in keep}
-            return (x, after.cache), (None if decoding else (routing, after.max_logits), kept)
+            return (x, after.cache), ({} if decoding else metrics, kept)
 
         carry = x, cache
         (x, cache), found = loop_layers(self.sparse, sparse_layer, carry, layers=weights and weights.sparse, **how)
         if keep:
             kept = [rows for rows in (kept_of_dense, found and found[1]) if rows is not None]
-            return x, jax.tree.map(lambda *rows: jnp.concatenate(rows), *kept), None, {}
-        routing, of_sparse = (found and found[0]) or (None, None)
-        return x, cache, routing, {"dense": of_dense, "sparse": of_sparse}
+            return x, jax.tree.map(lambda *rows: jnp.concatenate(rows), *kept), {}
+        return x, cache, {"dense": of_dense, "sparse": found[0] if found else {}}
 
     @property
     def unrolls(self) -> bool:

@@ -40,6 +40,11 @@ PANELS = (
 )
 # A panel with one of these starts at 0.
 FROM_ZERO = {"max_vio", "lr", "grad_norm", "tokens_per_s", "mtp_acceptance", "tokens_sent"}
+# Not drawn. Any other number in a row, such as a new metric of layers, has a panel of its own.
+NOT_DRAWN = {
+    "step", "feature_loss", "balance_loss", "accuracy", "dropped", "crossed", "wire_bytes", "load_entropy", "load_gini",
+    "load_min", "load_max", "mfu",
+}  # fmt: skip
 LINES = ("-", "--", ":", "-.")  # of the multi-token heads, one after another
 # A curve's name, or its beginning → its meaning.
 CURVES = {"train, MTP": "heads", "head": "heads", "validation": "validation", "train": "this", "batch": "this"}
@@ -135,7 +140,9 @@ def training_curves(metrics: Sequence[Mapping], path: str | os.PathLike) -> Figu
         ['Loss']
     """
     panels = []
-    for title, unit, curves in PANELS:
+    known = NOT_DRAWN | {key for _, _, curves in PANELS for key, *_ in curves}
+    new = dict.fromkeys(key for row in metrics for key, x in row.items() if key not in known and type(x) is float)
+    for title, unit, curves in (*PANELS, *((key, "", ((key, "train", ""),)) for key in new)):
         drawn = [
             (name, marker, key, steps, values)
             for key, label, marker in curves

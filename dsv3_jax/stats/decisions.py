@@ -67,7 +67,7 @@ def decide(graphdef: nnx.GraphDef, state: nnx.State, batch: dict[str, Array]) ->
     """
     model = nnx.merge(graphdef, state)
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
-    out = model.forward_hidden(tokens, segment_ids, batch["positions"], keep_scores=True)
+    out = model.forward_hidden(tokens, segment_ids, batch["positions"], watch=("scores",))
     bias, parts = biases(model), []
     trunk = model.cfg.num_sparse_layers
     if out.routing is not None:

@@ -115,5 +115,9 @@ def _nll(
     graphdef: nnx.GraphDef, state: nnx.State, batch: dict[str, Array], muted: Int[Array, "2"]
 ) -> Float[Array, "B T"]:
     model = nnx.merge(graphdef, state)
-    out = model.forward_hidden(batch["tokens"], batch["segment_ids"], batch["positions"], muted=muted)
+
+    def mute(layer, ids, gates):
+        return jnp.where((muted[0] == layer) & (muted[1] == ids), 0.0, gates)
+
+    out = model.forward_hidden(batch["tokens"], batch["segment_ids"], batch["positions"], edit_gates=mute)
     return token_nll(model, out.h, batch["tokens"], batch["segment_ids"])

@@ -18,6 +18,8 @@ from dsv3_jax.model.transformer import ForwardOut, Transformer
 from dsv3_jax.ops import balance
 from dsv3_jax.ops.cross_entropy import token_scores
 from dsv3_jax.ops.draft_loss import Distance, summed_distance
+from dsv3_jax.training import metrics
+from dsv3_jax.training.metrics import Metrics
 
 
 class Objective(NamedTuple):
@@ -27,7 +29,7 @@ class Objective(NamedTuple):
     # them against, and is not used.
     heads_only: bool = False
     head_loss: HeadLoss = "ce"  # "kl" or "tv": heads learn the trunk's distribution of a token, not the text's token
-    watch_logits: bool = False  # return the largest attention logits too
+    watch: tuple[str, ...] = ()  # see `model.context.Options`
 
 
 ON_TEXT = Objective()
@@ -43,10 +45,8 @@ class Losses(NamedTuple):
     balance: Array
     accuracy: Array  # share of next tokens that are the argmax
     load: Array
-    dropped: Array  # share of assignments dropped, mean over layers
-    tokens_sent: Array  # copies of a token that are sent to another device's experts, mean over layers
+    metrics: Metrics  # of blocks
     bias_measure: Array | None = None  # [L, E]: what the bias's rule needs beside the load; rows as of load
-    max_logits: dict[str, Array] | None = None  # as `ForwardOut.max_logits`, if they are watched
 
 
 def targets(
@@ -111,8 +111,7 @@ def compute_loss(
         5.56
     """
     tokens, segment_ids, loss_mask = batch["tokens"], batch["segment_ids"], batch.get("loss_mask")
-    watch = objective.watch_logits
-    out = model.forward_hidden(tokens, segment_ids, batch["positions"], batch.get("keys"), watch_logits=watch)
+    out = model.forward_hidden(tokens, segment_ids, batch["positions"], batch.get("keys"), watch=objective.watch)
     if counts is None:
         counts = target_counts(segment_ids, 1 + len(out.mtp_h), loss_mask)
     nats, correct = _cross_entropies(model, out, batch, counts, objective.head_loss)
@@ -120,12 +119,11 @@ def compute_loss(
     feature = _feature_loss(model, out, segment_ids, loss_mask, counts)
     heads = feature + model.mtp[0].token_weight * mtp.mean() if nats[1:] else jnp.zeros((), jnp.float32)
     balance = _balance(out, objective.heads_only) * share
-    load, dropped, sent = _load(out)
     measures = [r.bias_measure for r in _routings(out) if r.bias_measure is not None]
     total = heads + balance if objective.heads_only else main + balance + mtp_weight * heads
     measure = jnp.concatenate(measures) * share if measures else None
-    dropped, sent = dropped * share, sent * share
-    return Losses(total, main, mtp, feature, balance, correct[0], load, dropped, sent, measure, out.max_logits)
+    found = metrics.weighted(out.metrics, share)
+    return Losses(total, main, mtp, feature, balance, correct[0], _load(out), found, measure)
 
 
 def _cross_entropies(
@@ -186,28 +184,23 @@ def _balance(out: ForwardOut, heads_only: bool = False) -> Array:
     return sum((r.balance_loss.sum() for r in _routings(out, heads_only)), jnp.zeros((), jnp.float32))
 
 
-def _load(out: ForwardOut) -> tuple[Array, Array, Array]:
-    """(load [L, E]; means over layers: share of assignments dropped, copies of a token that are sent)."""
+def _load(out: ForwardOut) -> Array:
+    """The load, [L, E]."""
     routings = _routings(out)
-    if not routings:
-        return jnp.zeros((0, 1), jnp.float32), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
-    load, dropped, sent = (
-        jnp.concatenate(parts) for parts in zip(*((r.load, r.dropped, r.tokens_sent) for r in routings), strict=True)
-    )
-    return load, dropped.mean(), sent.mean()
+    return jnp.concatenate([r.load for r in routings]) if routings else jnp.zeros((0, 1), jnp.float32)
 
 
 def add_parts(a: Losses, b: Losses) -> Losses:
-    """Add the losses of two parts of a batch; of their largest logits, take the larger ones.
+    """Add the losses of two parts of a batch, and their metrics by their rules.
 
     Example:
-        >>> one = Losses(*[jnp.ones(())] * 9, max_logits={"dense": jnp.array([1.0, 7.0])})
-        >>> both = add_parts(one, one._replace(max_logits={"dense": jnp.array([2.0, 3.0])}))
-        >>> both.main, both.max_logits["dense"]
+        >>> one = Losses(*[jnp.ones(())] * 7, metrics={"dense": {"max_logit": jnp.array([1.0, 7.0])}})
+        >>> both = add_parts(one, one._replace(metrics={"dense": {"max_logit": jnp.array([2.0, 3.0])}}))
+        >>> both.main, both.metrics["dense"]["max_logit"]
         (Array(2., dtype=float32), Array([2., 7.], dtype=float32))
     """
-    total = jax.tree.map(jnp.add, a, b)
-    return total._replace(max_logits=jax.tree.map(jnp.maximum, a.max_logits, b.max_logits))
+    total = jax.tree.map(jnp.add, a._replace(metrics={}), b._replace(metrics={}))
+    return total._replace(metrics=metrics.add(a.metrics, b.metrics))
 
 
 class Scores(NamedTuple):
@@ -270,7 +263,7 @@ def score_tokens(model: Transformer, batch: dict[str, Array], num_domains: int =
     none = jnp.zeros((0,), jnp.float32)
     by_domain = _domain_load(out, segment_ids != 0, batch.get("domains"), num_domains, model.cfg.num_experts)
     agreed, counted = (jnp.stack(x) if x else none for x in (agree, drafted))
-    return Scores(nll, mask, agreed, counted, _load(out)[0], by_domain)
+    return Scores(nll, mask, agreed, counted, _load(out), by_domain)
 
 
 def _score(h: Array, matrix: Array, wanted: Array) -> tuple[Array, Array]:

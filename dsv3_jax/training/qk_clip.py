@@ -31,7 +31,7 @@ def clip(
 
     Args:
         params: those that train, with the optimizer's step taken.
-        max_logits: as `ForwardOut.max_logits`.
+        max_logits: the largest logit of each head, [L, H] or [H], by the path of the block in the model.
         nope_head_dim: numbers of a head's queries without positions (N).
         keep: bool []: False changes nothing.
 

@@ -13,6 +13,7 @@ from dsv3_jax.mesh.token_exchange import wire_bytes
 from dsv3_jax.ops import balance
 
 LOAD_ROWS = 1000  # about so many steps of a run log their load: a large model's is tens of kilobytes
+NOT_NUMBERS = ("mtp_loss", "load", "bias", "finite")  # of a step's metrics
 OF_LOAD = ("max_vio", "load_entropy", "load_gini", "load_min", "load_max")
 
 
@@ -100,11 +101,10 @@ def as_row(step: int, found: dict[str, Any], run: RunConfig) -> dict[str, Any]:
     row: dict[str, Any] = {"step": step, "loss": float(found["loss"])}
     if found["mtp_loss"].size:
         row["mtp_loss"] = [float(x) for x in found["mtp_loss"]]
-    for key in ("feature_loss", "balance_loss", "accuracy", "grad_norm", "lr", "dropped", "max_logit"):
-        if key in found:
-            row[key] = float(found[key])
-    if found["tokens_sent"]:
-        row["tokens_sent"] = float(found["tokens_sent"])
+    row |= {key: float(x) for key, x in found.items() if key not in (*row, *NOT_NUMBERS)}
+    if not row.get("tokens_sent"):
+        row.pop("tokens_sent", None)
+    else:
         itemsize = jnp.dtype(run.execution.compute_dtype).itemsize
         row["wire_bytes"] = wire_bytes(row["tokens_sent"], run.model, itemsize)
-    return row | {key: float(found[key]) for key in OF_LOAD if key in found}
+    return row

@@ -28,6 +28,7 @@ from dsv3_jax.ops import balance, routing
 from dsv3_jax.training import lora, optim, qk_clip
 from dsv3_jax.training.finite import first_nonfinite
 from dsv3_jax.training.loss import Losses, Objective, add_parts, compute_loss, target_counts
+from dsv3_jax.training.metrics import empty, logged
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "bias", "opt", "step"], meta_fields=[])
@@ -211,8 +212,9 @@ def _step(job: Job, graph: nnx.GraphDef, state: TrainState, batch: Batch, go: Ar
         finite &= go
     move = optim.make(cfg, run.steps, job.chosen(), job.optimizer).update
     params, opt = move(state.step, trained, state.opt, grads, norm, finite)
-    if cfg.qk_clip is not None and out.max_logits is not None:
-        params = qk_clip.clip(params, out.max_logits, cfg.qk_clip, run.model.nope_head_dim, finite)
+    if cfg.qk_clip is not None:
+        largest = {path: of["max_logit"] for path, of in out.metrics.items() if "max_logit" in of}
+        params = qk_clip.clip(params, largest, cfg.qk_clip, run.model.nope_head_dim, finite)
     bias, rule = state.bias, balance.rule_of(run.model)
     if rule is not None:
         gamma = optim.bias_rate(cfg, run.model.balance.bias_rate, run.steps, state.step)
@@ -232,11 +234,8 @@ def _metrics(job: Job, state: TrainState, out: Losses) -> dict[str, Array]:
         "balance_loss": out.balance,
         "accuracy": out.accuracy,
         "load": out.load,
-        "dropped": out.dropped,
-        "tokens_sent": out.tokens_sent,
+        **logged(out.metrics),
     }
-    if out.max_logits is not None:
-        metrics["max_logit"] = jnp.stack([top.max() for top in out.max_logits.values()]).max()
     if job.optimizer is None:  # a transformation has a schedule of its own
         metrics["lr"] = optim.learning_rate(run.optim, run.steps, state.step)
     if run.model.mtp_depth and HEADS[run.model.mtp_kind].feature_loss is not Head.feature_loss:
@@ -252,7 +251,8 @@ def _losses(job: Job, graph: nnx.GraphDef, frozen: nnx.State, state: TrainState,
     """Make the loss that a step minimises: (parameters that train, batch) → (total, `Losses`)."""
     run = job.run
     weight = optim.mtp_weight(run.optim, run.steps, state.step)
-    objective = Objective(run.trunk is not None, run.head_loss, run.optim.qk_clip is not None)
+    watch = () if run.optim.qk_clip is None else ("max_logit",)
+    objective = Objective(run.trunk is not None, run.head_loss, watch)
 
     def losses(trained: nnx.State, batch: Batch) -> tuple[Array, Losses]:
         model = nnx.merge(graph, lora.join(run.lora, nnx.merge_state(trained, frozen)), state.bias)
@@ -280,8 +280,7 @@ def _gradients(
     split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
     shapes = jax.eval_shape(grad, trained, jax.tree.map(lambda x: x[0], split))
     grads, out = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    none = jax.tree.map(lambda x: jnp.full_like(x, -jnp.inf), out.max_logits)
-    return jax.lax.scan(add, (grads, out._replace(max_logits=none)), split)[0]
+    return jax.lax.scan(add, (grads, out._replace(metrics=empty(out.metrics))), split)[0]
 
 
 def _with_keys(run: RunConfig, batch: Batch, step: Array) -> Batch:

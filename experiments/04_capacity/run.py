@@ -43,7 +43,7 @@ def measure(trained):
 @partial(jax.jit, static_argnames="graphdef")
 def dropped_share(graphdef, state, tokens, segment_ids):
     """Return the dropped share of a batch's assignments, mean over layers."""
-    return nnx.merge(graphdef, state).forward_hidden(tokens, segment_ids).routing.dropped.mean()
+    return nnx.merge(graphdef, state).forward_hidden(tokens, segment_ids).metrics["sparse"]["dropped"].mean()
 
 
 def dropped_in_training(results, variant):

@@ -31,8 +31,8 @@ DEVICES = 8
 def routing_of(graphdef, state, batch):
     """Return the experts of each token [L, B, T, K] and the copies of a token that were sent [L], empty slots too."""
     model = nnx.merge(graphdef, state)
-    routing = model.forward_hidden(batch["tokens"], batch["segment_ids"], batch["positions"]).routing
-    return routing.expert_ids, routing.tokens_sent
+    out = model.forward_hidden(batch["tokens"], batch["segment_ids"], batch["positions"])
+    return out.routing.expert_ids, out.metrics["sparse"]["tokens_sent"]
 
 
 def measure(folder):

@@ -46,8 +46,9 @@ def measure(trained):
 
     @jax.jit
     def largest(state, tokens, segment_ids, positions):
-        out = nnx.merge(graph, state).forward_hidden(tokens, segment_ids, positions, watch_logits=True)
-        return {name: logits.reshape(-1, logits.shape[-1]) for name, logits in out.max_logits.items()}
+        out = nnx.merge(graph, state).forward_hidden(tokens, segment_ids, positions, watch=("max_logit",))
+        largest = {path: of["max_logit"] for path, of in out.metrics.items() if "max_logit" in of}
+        return {path: logits.reshape(-1, logits.shape[-1]) for path, logits in largest.items()}
 
     found = None
     for batch in trained.held_out(4):
