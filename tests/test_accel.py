@@ -20,8 +20,7 @@ from runs import environment
 
 from dsv3_jax.cli import common, train
 from dsv3_jax.config import ConfigError, replace
-from dsv3_jax.kernels import choose
-from dsv3_jax.ops import low_precision
+from dsv3_jax.kernels import choose, low_precision
 from dsv3_jax.presets import recipe
 from dsv3_jax.training.step import Job, abstract_state, make_step
 from experiments.accel import parts, run

@@ -158,10 +158,6 @@ ELSEWHERE = {
     "grouped_product.grouped_product": "test_grouped_product.py",
     "quantize.quantize_rows": "test_cache.py",
     "quantize.dequantize_rows": "test_cache.py",
-    **{f"low_precision.{name}": "test_low_precision.py" for name in (
-        "expand", "grouped", "matmul", "product", "product_by_expert", "quantize", "round_to_e4m3", "round_to_tiles",
-        "round_tokens_by_group", "swiglu", "tile_scales",
-    )},
 }  # fmt: skip
 # Files and functions that read and write float32, whole numbers or settings, whatever the compute dtype.
 NEVER_BFLOAT16 = {

@@ -13,12 +13,12 @@ import pytest
 from test_grouped_product import gpu_interpreter
 
 from dsv3_jax.config import ConfigError
+from dsv3_jax.kernels import low_precision as lp
 from dsv3_jax.kernels.gpu import fp8 as gpu_fp8
 from dsv3_jax.kernels.gpu import hopper_products
+from dsv3_jax.kernels.low_precision import FP8, FP8_UE8M0, MXFP8
 from dsv3_jax.ops import dispatch, mla, products
-from dsv3_jax.ops import low_precision as lp
 from dsv3_jax.ops.grouped_product import EVERY_GROUP, ROW_BLOCKS
-from dsv3_jax.ops.low_precision import FP8, FP8_UE8M0, MXFP8
 from dsv3_jax.planning import devices
 from experiments.accel.program import read_program
 

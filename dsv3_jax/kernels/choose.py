@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import OPTAX, ConfigError, Execution
+from dsv3_jax.kernels import low_precision
 from dsv3_jax.kernels.cpu import attention as cpu_attention
 from dsv3_jax.kernels.cpu import blocks, calls, library
 from dsv3_jax.kernels.cpu import experts as cpu_experts
@@ -38,7 +39,6 @@ from dsv3_jax.ops import (
     dispatch,
     embedding,
     grouped_product,
-    low_precision,
     mla,
     products,
 )
