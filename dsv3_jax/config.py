@@ -19,9 +19,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 # Kinds and dtypes of the cache that decoding keeps; see `model/cache.py`.
 CacheKind = Literal["latent", "expanded", "none"]
 CacheDtype = Literal["float32", "bfloat16", "int8", "float8_e4m3"]
-Precision = Literal[
-    "none", "fp8", "fp8_ue8m0", "mxfp8"
-]  # of linear layers; see `kernels/low_precision.py`
+Precision = Literal["none", "fp8", "fp8_ue8m0", "mxfp8"]  # of linear layers; see `kernels/low_precision.py`
 HeadLoss = Literal["ce", "kl", "tv"]
 LoraPart = Literal["attention", "dense", "shared", "routed"]
 

@@ -12,7 +12,7 @@ from models import DENSE, QUICK, forward, parameters, random_model, small, token
 import dsv3_jax as ds
 from dsv3_jax import reference
 from dsv3_jax.config import ConfigError, Execution, ModelConfig, Yarn, replace
-from dsv3_jax.model import transformer
+from dsv3_jax.model import moe, transformer
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.presets import preset
@@ -411,3 +411,14 @@ def test_bad_configuration_is_refused_before_anything_is_made():
 def test_a_row_too_short_for_the_mtp_chain_is_refused(v3):
     with pytest.raises(ValueError, match=f"length {V3.mtp_depth} leaves nothing for mtp_depth={V3.mtp_depth}"):
         v3(jnp.ones((1, V3.mtp_depth), jnp.int32))
+
+
+def test_near_ties_are_counted_among_the_allowed_experts():
+    """Of three tokens one has its second and third score 0.0005 apart; a nearer one is in a group that is left out."""
+    cfg = small(num_experts=6, experts_per_token=2, num_groups=2, groups_per_token=1)
+    scores = jnp.asarray(
+        [[[0.9, 0.5, 0.4, 0.4999, 0.1, 0.1], [0.9, 0.5, 0.4995, 0.1, 0.1, 0.1], [0.9, 0.6, 0.4, 0.6, 0.0, 0.0]]]
+    )
+    bias = jnp.zeros(6)
+    assert float(moe.near_ties(scores, bias, cfg)) == pytest.approx(1 / 3)
+    assert float(moe.near_ties(scores, bias.at[1].set(0.01), cfg)) == 0  # of the scores that choose

@@ -128,6 +128,7 @@ class MoE(nnx.Module):
         metrics = {  # see `training.metrics`
             "dropped": dropped,  # share of assignments; 0 without capacity_factor
             "tokens_sent": tokens_sent,  # copies of a token that go to another device's experts; 0 without a mesh
+            "near_ties": near_ties(picked.scores, self.bias[...], cfg),  # share of tokens
         }
         return y, stats, metrics
 
@@ -195,3 +196,22 @@ class MoE(nnx.Module):
         (load, total), (entropy, tokens) = shard_map_over_batch(local, (bias if of_tokens else None,), picked, mask)
         measure = of_batch(tokens, mask, bias, cfg.experts_per_token) if of_batch else None
         return load, total / mask.shape[0], entropy, measure
+
+
+NEAR = 1e-3  # scores that rounding to bfloat16 may reorder
+
+
+def near_ties(scores: Float[Array, "B T E"], bias: Float[Array, " E"], cfg: ModelConfig) -> Float[Array, ""]:
+    """Share of tokens whose K-th and (K+1)-th score for the choice are nearer than NEAR; 0 if none is left over."""
+    k, router = cfg.experts_per_token, routing.ROUTERS[cfg.router]
+    groups, kept = (cfg.num_groups, cfg.groups_per_token) if router.has_groups else (1, 1)
+    if k == cfg.num_experts // groups * kept or router.reads_tokens:
+        return jnp.zeros((), jnp.float32)
+
+    def local(bias: Array, scores: Array) -> tuple[tuple[()], Array]:
+        choice = (jax.lax.stop_gradient(scores) + bias[None, None]).reshape(-1, cfg.num_experts)
+        ids = routing.choose(choice, k + 1, groups, kept, cfg.group_score)[:, -2:]
+        two = jnp.take_along_axis(choice, ids, axis=-1)
+        return (), (two[:, 0] - two[:, 1] < NEAR).reshape(scores.shape[:2])
+
+    return shard_map_over_batch(local, (bias,), scores)[1].mean(dtype=jnp.float32)
