@@ -234,7 +234,7 @@ def test_a_muted_expert_is_one_without_weights(model):
     assert found.loss == pytest.approx(base.sum() / counts.sum(), rel=1e-5) and found.tokens == counts.sum()
     assert found.documents == (counts > 0).sum() <= len(documents)
     graphdef, state = nnx.split(model)
-    down = state["experts"]["w_down"]
+    down = state["sparse"]["moe"]["experts"]["w_down"]
     for layer, expert in ((0, 1), (1, 6)):
         weights = down[...].at[layer, expert].set(0.0)
         changed = nnx.merge(graphdef, nnx.merge_state(state, nnx.State({"experts": {"w_down": down.replace(weights)}})))
