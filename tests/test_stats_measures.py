@@ -237,7 +237,10 @@ def test_a_muted_expert_is_one_without_weights(model):
     down = state["sparse"]["moe"]["experts"]["w_down"]
     for layer, expert in ((0, 1), (1, 6)):
         weights = down[...].at[layer, expert].set(0.0)
-        changed = nnx.merge(graphdef, nnx.merge_state(state, nnx.State({"experts": {"w_down": down.replace(weights)}})))
+        changed = nnx.merge(
+            graphdef,
+            nnx.merge_state(state, nnx.State({"sparse": {"moe": {"experts": {"w_down": down.replace(weights)}}}})),
+        )
         sums, _ = slow(changed)
         assert found.without[layer, expert] == pytest.approx(sums.sum() / counts.sum(), rel=1e-5)
     assert np.abs(found.without - found.loss).max() > 1e-3  # the experts matter here
