@@ -25,7 +25,7 @@ extern "C" {
 XLA_FFI_Error *Dsv3SmallBatchMatmul(XLA_FFI_CallFrame*), *Dsv3SmallBatchSwiglu(XLA_FFI_CallFrame*),
     *Dsv3SmallBatchByHead(XLA_FFI_CallFrame*), *Dsv3DecodeExperts(XLA_FFI_CallFrame*),
     *Dsv3CachedAttention(XLA_FFI_CallFrame*), *Dsv3ExpertsSwiglu(XLA_FFI_CallFrame*),
-    *Dsv3ExpertsSwigluGradients(XLA_FFI_CallFrame*), *Dsv3ZeroUnwritten(XLA_FFI_CallFrame*),
+    *Dsv3ExpertsSwigluGradients(XLA_FFI_CallFrame*),
     *Dsv3CausalAttention(XLA_FFI_CallFrame*), *Dsv3CausalAttentionGradients(XLA_FFI_CallFrame*),
     *Dsv3Adamw(XLA_FFI_CallFrame*);
 }
@@ -232,54 +232,61 @@ Call ByHead(Random& rng) {
 }
 
 Call Decode(Random& rng) {
-  const int64_t n = Rows(rng), layers = Draw(rng, 1, 3), e = Size(rng, 16), d = Size(rng, 100), f = Size(rng, 100);
-  const int64_t k = Draw(rng, 1, std::min<int64_t>(e, 4)), wrong = Draw(rng, 0, 19);
+  const int64_t n = Rows(rng), e = Size(rng, 16), d = Size(rng, 100), f = Size(rng, 100);
+  const int64_t k = Draw(rng, 1, std::min<int64_t>(e, 4));
+  const bool wrong = Draw(rng, 0, 19) == 0 && n > 0;
   std::vector<int32_t> ids = Indices(rng, n * k, e - 1);
-  if (wrong == 0 && n > 0) ids[Draw(rng, 0, n * k - 1)] = Draw(rng, 0, 1) ? -1 : static_cast<int32_t>(e);
-  const int32_t layer = static_cast<int32_t>(wrong == 1 ? layers : Draw(rng, 0, layers - 1));
+  if (wrong) ids[Draw(rng, 0, n * k - 1)] = Draw(rng, 0, 1) ? -1 : static_cast<int32_t>(e);
   Call call{"decode experts", Dsv3DecodeExperts,
-            {Floats(rng, {n, d}), Ints(ids, {n, k}), Floats(rng, {n, k}), Floats(rng, {layers, e, d, f}, 0.1f),
-             Floats(rng, {layers, e, d, f}, 0.1f), Floats(rng, {layers, e, f, d}, 0.1f), Ints({layer}, {})},
+            {Floats(rng, {n, d}), Ints(ids, {n, k}), Floats(rng, {n, k}), Floats(rng, {e, d, f}, 0.1f),
+             Floats(rng, {e, d, f}, 0.1f), Floats(rng, {e, f, d}, 0.1f)},
             {Empty({n, d})}, {}, {}, {0}};
-  call.refused = (wrong == 0 && n > 0) || wrong == 1;
+  call.refused = wrong;
   return call;
 }
 
 Call Cached(Random& rng) {
-  const int64_t layers = Draw(rng, 1, 3), b = Draw(rng, 1, 3), g = Draw(rng, 1, 3), q = Size(rng, 12);
-  const int64_t s = Size(rng, 700), x = Size(rng, 80), k = Draw(rng, 1, x), v = Draw(rng, 1, x);
-  const int64_t at = Draw(rng, 0, x - v), first = Draw(rng, 0, x), wrong = Draw(rng, 0, 19);
+  const int64_t b = Draw(rng, 1, 3), g = Draw(rng, 1, 3), q = Size(rng, 12), s = Size(rng, 700);
+  const int64_t others = Draw(rng, 0, 2), wrong = Draw(rng, 0, 19);
   const XLA_FFI_DataType types[] = {XLA_FFI_DataType_F32, XLA_FFI_DataType_BF16, XLA_FFI_DataType_S8,
                                     XLA_FFI_DataType_F8E4M3FN};
   const XLA_FFI_DataType type = types[Draw(rng, 0, 3)];
-  Array rows = type == XLA_FFI_DataType_F32 ? Floats(rng, {layers, b, g, s, x}) : Empty({layers, b, g, s, x}, type);
-  if (type != XLA_FFI_DataType_F32)
+  const auto rows_of = [&](int64_t x) {
+    if (type == XLA_FFI_DataType_F32) return Floats(rng, {b, g, s, x});
+    Array rows = Empty({b, g, s, x}, type);
     for (uint8_t& byte : rows.bytes) byte = static_cast<uint8_t>(Draw(rng, 0, 0x7d) & 0x3f);  // finite in each format
-  const bool scaled = rows.width() == 1;
+    return rows;
+  };
+  const int64_t v = Size(rng, 80);
+  const Array values = rows_of(v);
+  const bool scaled = values.width() == 1;
+  const auto scales_of = [&] { return scaled ? Floats(rng, {b, g, s, 1}, 0.1f) : Empty({0}); };
   std::vector<int32_t> last = Indices(rng, b * q, s - 1);
   if (wrong == 0) last[Draw(rng, 0, b * q - 1)] = Draw(rng, 0, 1) ? -1 : static_cast<int32_t>(s);
-  Array scales = scaled && wrong != 1 ? Floats(rng, {layers, b, g, s, 2}, 0.1f) : Empty({0});
-  Call call{"cached attention", Dsv3CachedAttention,
-            {Floats(rng, {b, g, q, k}, 0.3f), rows, scales,
-             Ints({static_cast<int32_t>(Draw(rng, 0, layers - 1))}, {}), Ints(last, {b, q})},
-            {Empty({b, g, q, v})},
-            {{"value_at", Whole(at)}, {"first_part", Whole(first)}}, {}, {0}};
+  const Array scales = wrong == 1 ? Empty({0}) : scales_of();
+  std::vector<Array> args = {values, scales, Ints(last, {b, q})};
+  for (int64_t i = 0; i <= others; ++i) {  // the first array of keys is often the values'
+    const bool shared = i == 0 && Draw(rng, 0, 2) > 0;
+    const int64_t x = shared ? v : Size(rng, 80);
+    args.push_back(Floats(rng, {b, g, q, Draw(rng, 1, x)}, 0.3f));
+    args.push_back(shared ? values : rows_of(x)), args.push_back(shared ? scales : scales_of());
+  }
+  Call call{"cached attention", Dsv3CachedAttention, args, {Empty({b, g, q, v})}, {{"scale", Real(0.5f)}}, {}, {0}};
   call.refused = wrong == 0 || (wrong == 1 && scaled);
   return call;
 }
 
 // The shared arguments of the experts' kernels: n tokens that chose k of e experts.
 struct Routing {
-  int64_t n, layers, e, d, f, k;
+  int64_t n, e, d, f, k;
   std::vector<Array> args;
   bool refused;
-  int64_t layer;
 };
 
 Routing Route(Random& rng) {
   Routing made{};
   made.n = Draw(rng, 0, 9) == 0 ? 0 : Size(rng, Draw(rng, 0, 19) == 0 ? 700 : 90);
-  made.layers = Draw(rng, 1, 3), made.e = Size(rng, 12), made.d = Size(rng, 100), made.f = Size(rng, 100);
+  made.e = Size(rng, 12), made.d = Size(rng, 100), made.f = Size(rng, 100);
   made.k = Draw(rng, 1, std::min<int64_t>(made.e, 4));
   const int64_t rows = made.n * made.k, wrong = Draw(rng, 0, 29);
   const std::vector<int32_t> ids = Indices(rng, rows, Draw(rng, 0, 3) ? made.e - 1 : 0);
@@ -290,13 +297,11 @@ Routing Route(Random& rng) {
   if (wrong == 0) counts[0] += 1;
   if (wrong == 1 && rows > 0) order[0] = static_cast<int32_t>(rows);
   if (wrong == 2 && rows > 0) place[rows - 1] = -1;
-  made.layer = wrong == 3 ? -1 : Draw(rng, 0, made.layers - 1);
-  made.refused = wrong == 0 || wrong == 3 || (rows > 0 && (wrong == 1 || wrong == 2));
+  made.refused = wrong == 0 || (rows > 0 && (wrong == 1 || wrong == 2));
   made.args = {Floats(rng, {made.n, made.d}), Floats(rng, {made.n, made.k}), Ints(order, {rows}),
                Ints(place, {made.n, made.k}), Ints(counts, {made.e})};
   for (int i = 0; i < 3; ++i)
-    made.args.push_back(Floats(rng, {made.layers, made.e, i < 2 ? made.d : made.f, i < 2 ? made.f : made.d}, 0.1f));
-  made.args.push_back(Ints({static_cast<int32_t>(made.layer)}, {}));
+    made.args.push_back(Floats(rng, {made.e, i < 2 ? made.d : made.f, i < 2 ? made.f : made.d}, 0.1f));
   return made;
 }
 
@@ -312,31 +317,16 @@ Call Experts(Random& rng) {
 
 Call ExpertsGradients(Random& rng) {
   const Routing made = Route(rng);
-  const int64_t rows = made.n * made.k, layers = Draw(rng, 0, 3) ? made.layers : 0;  // 0: frozen
+  const int64_t rows = made.n * made.k, trained = Draw(rng, 0, 3) ? made.e : 0;  // 0: frozen
   std::vector<Array> args = made.args;
   args.push_back(Floats(rng, {made.n, made.d}));
   args.push_back(Floats(rng, {rows, made.f})), args.push_back(Floats(rng, {rows, made.f}));
-  for (int i = 0; i < 3; ++i)
-    args.push_back(Floats(rng, {layers, made.e, i < 2 ? made.d : made.f, i < 2 ? made.f : made.d}));
-  std::vector<float> written(made.layers);
-  for (float& flag : written) flag = static_cast<float>(Draw(rng, 0, 1));
-  args.push_back(Constant(written));
   Call call{"experts' gradients", Dsv3ExpertsSwigluGradients, args,
-            {Empty({made.n, made.d}), Empty({made.n, made.k}), args[12], args[13], args[14], Empty({rows, made.d})},
-            {}, {{2, 12}, {3, 13}, {4, 14}}, {0, 1, 2, 3, 4}};
+            {Empty({made.n, made.d}), Empty({made.n, made.k}), Empty({trained, made.d, made.f}),
+             Empty({trained, made.d, made.f}), Empty({trained, made.f, made.d}), Empty({rows, made.d})},
+            {}, {}, {0, 1, 2, 3, 4}};
   call.refused = made.refused;
   return call;
-}
-
-Call ZeroUnwritten(Random& rng) {
-  const int64_t layers = Draw(rng, 0, 3), e = Size(rng, 9), d = Size(rng, 40), f = Size(rng, 40);
-  std::vector<Array> args = {Floats(rng, {layers, e, d, f}), Floats(rng, {layers, e, d, f}),
-                             Floats(rng, {layers, e, f, d})};
-  std::vector<float> written(layers);
-  for (float& flag : written) flag = static_cast<float>(Draw(rng, 0, 1));
-  args.push_back(Constant(written));
-  return {"zero unwritten", Dsv3ZeroUnwritten, args, {args[0], args[1], args[2]}, {}, {{0, 0}, {1, 1}, {2, 2}},
-          {0, 1, 2}};
 }
 
 // The shared arguments of the causal kernels: q, k, v and the segments.
@@ -393,7 +383,7 @@ bool Finite(const std::vector<uint8_t>& bytes) {
 int main(int argc, char** argv) {
   if (argc != 4) return 2;
   Call (*const kinds[])(Random&) = {Matmul,  Swiglu,           ByHead,        Decode, Cached,          Experts,
-                                    ExpertsGradients, ZeroUnwritten, Causal, CausalGradients, Adamw};
+                                    ExpertsGradients, Causal, CausalGradients, Adamw};
   const auto begin = std::chrono::steady_clock::now();
   const std::chrono::duration<double> limit(std::atof(argv[3]));
   for (int64_t number = std::atoll(argv[2]);; ++number) {
