@@ -86,7 +86,7 @@ class ModelDrafter:
         cache = self.model.empty_cache(batch, prompt.capacity, pick_kind(cfg, None), prompt.dtype)
         # The prompts fit, but the target may have padded them beyond what a shorter draft model can read.
         tokens = prompt.tokens[:, : cfg.max_positions]
-        return self.model.prefill(tokens, prompt.lengths, cache)[1]
+        return self.model.prefill(tokens, prompt.lengths, cache, self.weights)[1]
 
     def draft(self, state: Cache, last: StepResult, keys: Array, sampling: Sampling) -> tuple[Drafts, Cache]:
         # After its own drafts two tokens may not be cached: the newest, and before it a draft that ended a step. After

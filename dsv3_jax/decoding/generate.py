@@ -68,7 +68,7 @@ class Job:
     capacity: int
     kind: CacheKind
     dtype: Any
-    weights: Any = None  # DecodeWeights, once the prompt is read
+    weights: Any = None  # DecodeWeights
     draft_weights: Any = None
 
     @property
@@ -197,9 +197,9 @@ class _Request:
         job = Job(state, draft_state, stops, graphdef, draft, lengths, *how, capacity, kind, dtype)
         start, (tokens, lengths) = time.perf_counter(), _pad(prompts, min(_round_up(longest), cfg.max_positions))
         with sharding.use_mesh(self.mesh):  # never while a generator waits: the mesh in use is the caller's, too
-            self.loop = jax.block_until_ready(_prefill(job, tokens, lengths, np.uint32(config.seed)))
             weights = _decode_weights(graphdef, state), draft_state and _decode_weights(draft, draft_state)
-        self.job = replace(job, weights=weights[0], draft_weights=weights[1])
+            self.job = replace(job, weights=weights[0], draft_weights=weights[1])
+            self.loop = jax.block_until_ready(_prefill(self.job, tokens, lengths, np.uint32(config.seed)))
         self.prefill_seconds, self.decode_seconds = time.perf_counter() - start, 0.0
         self.bytes_per_token, self.steps = bytes_per_token(cfg, kind, dtype), dict.fromkeys(job.lengths, 0)
         self.past, self.start_seconds = _PAST.setdefault(
@@ -318,7 +318,7 @@ def _prefill(job: Job, tokens: Array, lengths: Array, seed: Array) -> Loop:
     """Read the prompts, and draw each row's first token, as if a step had just run over the prompt's last."""
     (model, drafter), tokens, batch = job.merge(), constrain(tokens, "batch", None), tokens.shape[0]
     cache = model.empty_cache(batch, job.capacity, job.kind, job.dtype)
-    x, cache = model.prefill(tokens, lengths, cache)
+    x, cache = model.prefill(tokens, lengths, cache, job.weights)
     # With room for all that a drafter writes when it reads what it can leave unread.
     prompt = Prompt(tokens, lengths, x, job.capacity + job.unread, job.kind, job.dtype)
     rows, zero = jnp.zeros((batch,), jnp.int32), jnp.zeros((), jnp.int32)

@@ -247,7 +247,7 @@ def loop_layers(
         unroll: write the scan out layer by layer. Then nothing that the backward pass reads is copied into a stack and
             out again, and compile time grows with depth.
         unshard: gathers a layer's weights in its turn, see `mesh.sharding.unshard_weights`.
-    Returns: (carry, ys stacked along a leading layer axis; None without layers, or unrolled).
+    Returns: (carry, ys stacked along a leading layer axis; None without layers).
 
     Example:
         >>> norms = stack(lambda rngs: RMSNorm(2, eps=0.0), 3, nnx.Rngs(0))
@@ -260,10 +260,12 @@ def loop_layers(
     # Plain lax.scan over split state: nnx.scan has had silent faults with memory and sharding.
     graphdef, state = nnx.split(stacked)
     if layers is not None:
+        ys = []
         for index, layer in enumerate(layers):
             sliced = jax.tree.map(lambda x, i=index: x[i], state)
-            carry, _ = body(nnx.merge(graphdef, nnx.merge_state(sliced, layer)), carry, index)
-        return carry, None
+            carry, y = body(nnx.merge(graphdef, nnx.merge_state(sliced, layer)), carry, index)
+            ys.append(y)
+        return carry, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *ys)
 
     def step(carry, xs):
         layer, index = xs

@@ -20,6 +20,7 @@ from dsv3_jax.model.moe import Experts, LayerRouting
 from dsv3_jax.model.mtp import make_heads, run_heads
 
 UNROLLED = 64  # most layers that decoding unrolls: a scan copies each layer out of its stack, experts too
+UNROLLED_PREFILL = 16  # most layers that reading prompts unrolls on the CPU
 UNROLLED_IN_TRAINING = 4  # most layers that training unrolls on the CPU; see experiments/bench/README.md
 
 
@@ -165,14 +166,21 @@ class Transformer(nnx.Module):
         return x, cache
 
     def prefill(
-        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: Cache
+        self,
+        tokens: Int[Array, "B T"],
+        lengths: Int[Array, " B"],
+        cache: Cache,
+        weights: DecodeWeights | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Read prompts, whose first `lengths` tokens count, into an empty cache.
 
+        Args: weights: from `prepare_decode`, used where a scan would copy each layer's experts and the model is not so
+            deep that it takes long to compile.
         Returns: (the last layer's output before the final norm, the filled cache).
         """
         ctx = make_context(self.cfg, from_zero(*tokens.shape), tokens=tokens, options=DECODING)
-        x, rows, *_ = self._trunk(tokens, ctx, keep=tuple(cache.parts[0]))
+        weights = weights if self.kernels.scan_copies and self.cfg.num_layers <= UNROLLED_PREFILL else None
+        x, rows, *_ = self._trunk(tokens, ctx, weights, keep=tuple(cache.parts[0]))
         return x, cache.fill(rows, lengths)
 
     def _trunk(
