@@ -135,7 +135,7 @@ def test_greedy_text_is_that_of_plain_decoding(scheme):
     config = DecodeConfig(60, draft=draft, draft_length="auto", stop_tokens=[7])
     *_, drafted = generate_in_parts(model, PROMPTS, config, part=17)
     assert drafted.tokens == plain.tokens
-    assert drafted.steps == sum(drafted.steps_by_length.values()) < plain.steps
+    assert drafted.steps == sum(drafted.steps_by_length.values()) <= plain.steps  # the slowest row's
     assert min(drafted.steps_by_length.values()) > 0 and 0 < drafted.acceptance[0] < 1
 
 
