@@ -85,7 +85,7 @@ CORE := $(addprefix tests/test_,rope.py routing.py balance.py cross_entropy.py k
   attention.py::test_expanded_equals_absorbed \
   train_step.py::test_the_bias_follows_the_load_of_the_batch \
   generate.py::test_cached_greedy_decoding_equals_the_teacher_forced_forward \
-  generate.py::test_parts_and_stream_give_the_tokens_of_generate)
+  generate.py::test_parts_give_the_tokens_of_generate)
 
 test-core: $(VENV)/.installed-test
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -m "not long and not parity" $(CORE) $(PYTEST_ARGS)

@@ -240,7 +240,8 @@ def test_rows_are_padded_to_what_a_backend_wants(x64, rng):
 # Programs compiled for chips that are not here
 
 TOKENS, DIM, WIDTH, EXPERTS = 512, 256, 128, 8
-A_LAYER = rf"bf16\[(1,)?{EXPERTS},({DIM},{WIDTH}|{WIDTH},{DIM})\]"  # one matrix of all of a layer's experts
+# An instruction that writes one matrix of all of a layer's experts.
+A_LAYER = rf" = bf16\[(1,)?{EXPERTS},({DIM},{WIDTH}|{WIDTH},{DIM})\]\S* (copy|transpose|slice|dynamic-slice|fusion)\("
 
 
 def compiled_for(target, function, few=False):

@@ -483,8 +483,11 @@ class Kernels:
 
     @property
     def slices_experts(self) -> bool:
-        """Whether XLA reads the chosen experts of a layer out of the stack of all, without a copy of the layer."""
-        return self.target.platform != "cpu"
+        """Whether XLA reads the chosen experts of a layer out of the stack of all, without a copy of the layer.
+
+        On a TPU the grouped product wants an array of its own.
+        """
+        return self.target.platform in GPUS
 
     @property
     def scan_copies(self) -> bool:

@@ -240,7 +240,7 @@ class Transformer(nnx.Module):
     def prepare_decode(self) -> DecodeWeights | None:
         """Take each layer's arrays out of the stacks, once a request; None if layers are not unrolled.
 
-        Outside `jax.jit` a CPU copies nothing. An accelerator copies all but the experts, which its kernels can slice.
+        Outside `jax.jit` a CPU copies nothing. A GPU copies all but the experts, which XLA can slice; a TPU copies all.
         """
         if not self.unrolls:
             return None
