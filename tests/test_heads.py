@@ -163,7 +163,7 @@ def test_the_regression_moves_the_head_and_not_its_target(rng):
 
     def feature(h, target):
         made, *_ = run_heads(model.mtp, model.cfg, model.embedding, h, ARRAYS["tokens"], ctx)
-        return loss._feature_loss(model, ForwardOut(target, target, made, None, ()), segment_ids, None, counts)
+        return loss._feature_loss(model, ForwardOut(target, target, made, None, (), {}), segment_ids, None, counts)
 
     h = jnp.asarray(rng.standard_normal((BATCH, LENGTH, 16)), jnp.float32)
     both = jax.jit(jax.grad(lambda h: feature(h, h)), compiler_options=QUICK)(h)
