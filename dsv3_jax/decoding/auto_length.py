@@ -61,7 +61,7 @@ def choose(parts: Sequence[Part], lengths: Sequence[int]) -> tuple[int, int]:
     """Choose the next part from those before: (its drafts a step, its tokens).
 
     Example:
-        >>> right, plain = Part(1, 2, 2, [2], seconds=0.3), Part(0, 4, 4, [], seconds=0.4)
+        >>> right, plain = Part(1, 2, 2, [2], seconds=0.3), Part(0, 4, 4, [], seconds=0.8)
         >>> choose([], (0, 1, 2)), choose([right], (0, 1, 2)), choose([right, plain], (0, 1, 2))
         ((1, 4), (0, 4), (2, 4))
     """

@@ -5,11 +5,12 @@ all of them, any other a mean. A new metric is one entry where its block makes i
 """
 
 from collections import defaultdict
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
-Metrics = dict[str, dict[str, Array]]  # by the block's path and by name, as `ForwardOut.metrics`
+Metrics = dict[str, dict[str, Any]]  # arrays by the block's path and by name, as `ForwardOut.metrics`
 
 
 def is_max(name: str) -> bool:

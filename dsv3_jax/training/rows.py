@@ -47,9 +47,9 @@ def biases(run: RunConfig, bias: nnx.State) -> dict[str, Array]:
 
     Example:
         >>> import dsv3_jax as ds
-        >>> from dsv3_jax.training.step import abstract_state
+        >>> from dsv3_jax.training.step import Job, abstract_state
         >>> run = ds.recipe("tiny")
-        >>> state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_state(run).bias)
+        >>> state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_state(Job(run)).bias)
         >>> biases(run, state)["bias"].shape  # three sparse layers and one head
         (4, 16)
     """
