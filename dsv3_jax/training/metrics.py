@@ -38,7 +38,7 @@ def add(a: Metrics, b: Metrics) -> Metrics:
 
     Example:
         >>> both = add({"": {"dropped": 0.25, "max_logit": 3.0}}, {"": {"dropped": 0.5, "max_logit": 2.0}})
-        >>> both[""]["dropped"], float(both[""]["max_logit"])
+        >>> float(both[""]["dropped"]), float(both[""]["max_logit"])
         (0.75, 3.0)
     """
     return {
