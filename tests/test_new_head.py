@@ -107,7 +107,7 @@ def test_its_acceptance_is_measured(cfg):
 
 def test_it_drafts(cfg):
     """Greedy text stays the same. The last head drafts beyond its depth."""
-    model, prompts = random_model(cfg, execution=DENSE), [[1], [2, 3, 0, 1, 1], [0, 3]]
+    model, prompts = random_model(cfg, seed=2, execution=DENSE), [[1], [2, 3, 0, 1, 1], [0, 3]]
     plain = generate(model, prompts, 20)
     drafted = generate(model, prompts, 20, draft="mtp", draft_length=3)
     assert drafted.tokens == plain.tokens

@@ -322,9 +322,11 @@ def _concat_drafts(drawn: list[Drafts], rest: Drafts | None = None) -> Drafts:
     return jax.tree.map(lambda *columns: jnp.concatenate(columns, axis=1), *parts)
 
 
-def _head_cache(model: Transformer, prompt: Prompt, rows: dict[str, Array], lengths: Array) -> Cache:
-    """The cache of a head, of the trunk's kind, with the rows that it made of the prompt."""
+def _head_cache(model: Transformer, prompt: Prompt, rows: dict[str, Array] | None, lengths: Array) -> Cache:
+    """The cache of a head, of the trunk's kind, with the rows that it made of the prompt: none without attention."""
     cache = model.empty_cache(prompt.tokens.shape[0], prompt.capacity, prompt.kind, prompt.dtype, layers=1)
+    if rows is None:
+        return cache.at_lengths(lengths)
     return cache.fill({name: x[None] for name, x in rows.items()}, lengths)
 
 
