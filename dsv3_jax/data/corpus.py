@@ -4,6 +4,7 @@ The default corpus is the text that this Python installation contains, so no dow
 """
 
 import hashlib
+import importlib.util
 import itertools
 import os
 import reprlib
@@ -22,6 +23,7 @@ _MAX_CHARACTERS = 2**18  # longer texts are cut, so that tokenising one, or resu
 _MAX_TEXT_BYTES = 2**31  # of a file that is one text
 _MAX_LINE_BYTES = 2**28  # of a line of JSONL
 _MAX_DOMAIN = 200  # characters of a domain's name
+_MIN_INSTALLED_FILES = 100  # of a domain; below it other packages' files are added: Debian moves headers and tests away
 _MAX_INSTALLED_BYTES = 2**18  # larger installed files are left out: most of them are tables
 
 
@@ -71,8 +73,8 @@ def load_corpus(cfg: DataConfig) -> Corpus:
 
     Without paths the default corpus is read. It alternates between four domains:
         code: the standard library.
-        tests: its tests, if they are installed.
-        C: Python's headers, if they are installed.
+        tests: its tests; if they are not installed, those of NumPy and SciPy.
+        C: Python's headers; if they are not installed, those of NumPy and jaxlib.
         English: the language reference in `pydoc_data.topics`, one document a topic.
     It leaves out character tables (`encodings`, `html/entities.py`), build settings, files above 256 KiB, and files
     that are not UTF-8.
@@ -163,18 +165,28 @@ def _installed_documents() -> Iterator[Document]:
 def _python_files(tests: bool) -> Iterator[Document]:
     """Yield the standard library's sources, or its tests."""
     tables = {"encodings", "pydoc_data", "entities.py"}
+    count = 0
     root = Path(sysconfig.get_path("stdlib"))
     for path in files_below(root, skip=("site-packages", "dist-packages")):
         names = set(path.relative_to(root).parts)
         if path.suffix == ".py" and bool(names & {"test", "tests", "idle_test"}) == tests and not names & tables:
             if not path.name.startswith("_sysconfigdata"):
-                yield from _installed_file(path, "tests" if tests else "code")
+                for document in _installed_file(path, "tests" if tests else "code"):
+                    count += 1
+                    yield document
+    if tests and count < _MIN_INSTALLED_FILES:
+        for path in itertools.chain.from_iterable(map(_package_files, ("numpy", "scipy"))):
+            if path.suffix == ".py" and "tests" in path.parts:
+                yield from _installed_file(path, "tests")
 
 
 def _c_headers() -> Iterator[Document]:
-    for path in files_below(Path(sysconfig.get_path("include"))):
-        if path.suffix == ".h":
-            yield from _installed_file(path, "C")
+    headers = [path for path in files_below(Path(sysconfig.get_path("include"))) if path.suffix == ".h"]
+    if len(headers) < _MIN_INSTALLED_FILES:
+        packages = itertools.chain.from_iterable(map(_package_files, ("numpy", "jaxlib")))
+        headers += [path for path in packages if path.suffix in (".h", ".hpp")]
+    for path in headers:
+        yield from _installed_file(path, "C")
 
 
 def _language_reference() -> Iterator[Document]:
@@ -184,6 +196,13 @@ def _language_reference() -> Iterator[Document]:
         return
     for name in sorted(topics):
         yield Document(topics[name], "English")
+
+
+def _package_files(name: str) -> Iterator[Path]:
+    """Yield the files of an installed package without importing it."""
+    spec = importlib.util.find_spec(name)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        yield from files_below(Path(folder))
 
 
 def _installed_file(path: Path, domain: str) -> Iterator[Document]:
