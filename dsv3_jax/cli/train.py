@@ -69,7 +69,7 @@ class Train:
 
 
 def run(argv: list[str]) -> int:
-    """Train, in this process alone or as one process of several."""
+    """Train in this process, which may be one of several."""
     args = options(argv)
     prepare_process()
     if args.cluster is not None:

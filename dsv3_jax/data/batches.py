@@ -142,7 +142,7 @@ class Batches(Iterator[Batch]):
 
 
 def endless(parts: Sequence[Rows], seed: int, weights: Sequence[float] = (1.0,)) -> Rows:
-    """Order rows without end: each part is shuffled anew in each pass over it, and parts are mixed by weight.
+    """Order rows without end: each pass over a part has its own shuffle, and parts are mixed by weight.
 
     Row i of the order is found in constant time.
 

@@ -55,7 +55,7 @@ class Draw:
 
 
 def draw_all(draws: list[Draw]) -> list[Array]:
-    """Draw parameters, those of about one size in one operation: compile time is a matter of the number of operations.
+    """Draw parameters, those of about one size in one operation: compile time grows with the number of operations.
 
     A key's first n numbers do not depend on how many are drawn.
 

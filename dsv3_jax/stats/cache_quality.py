@@ -32,7 +32,7 @@ STEP = 16  # tokens read at a time: each attends to cached rows alone, its own t
 def cache_quality(
     model: Transformer, batches: Sequence[Batch], dtypes: Sequence[str], cache: str | None = None
 ) -> dict[str, CacheQuality]:
-    """Read held-out rows through caches, each row as one text: its documents see one another.
+    """Read held-out rows through caches. Each row is one text, whose documents see one another.
 
     Args:
         dtypes: of cached rows; all are compared with the first, which should be the exact one, "float32".
