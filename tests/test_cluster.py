@@ -80,7 +80,7 @@ Checkpoints.save = save_or_die
 
 @pytest.mark.long
 def test_two_processes_train_as_one(run, root, tmp_path):
-    """One process begins, two continue until one is killed, and one resumes. The result is that of one process alone."""
+    """One begins, two continue until one is killed, one resumes. The result is that of one process alone."""
     folder, alone = tmp_path / "run", tmp_path / "alone"
     loop.fit(run, folder, stop_after=2, quiet=True)
     rounds = ("--execution.layout.expert-comm", "all_to_all", "--execution.layout.capacity-slack", "1")
