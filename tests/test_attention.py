@@ -10,7 +10,7 @@ import pytest
 
 from dsv3_jax.kernels.cpu import attention as cpu_attention
 from dsv3_jax.kernels.cpu import library
-from dsv3_jax.ops import attention, mla
+from dsv3_jax.ops import attention
 from dsv3_jax.ops.attention import causal_attention
 from dsv3_jax.ops.cached_attention import Stored, cached_attention
 
@@ -181,24 +181,3 @@ def test_attention_in_bfloat16_is_not_biased(rng, path):
     odds, exact_odds = np.log(out[seen, 0] / out[seen, 1]), exact[seen, 0] - exact[seen, 1]
     bias = (odds * exact_odds).sum() / (exact_odds**2).sum() - 1
     assert abs(bias) < (1e-4 if path == "causal" else 5e-4), bias
-
-
-def test_expanded_equals_absorbed(x64, rng):
-    """Also the two ways of scoring: one product of concatenated halves, and the report's sum of two products.
-
-    The cache has free slots, which hold garbage.
-    """
-    batch, length, heads, n, r, c, v = 2, 11, 3, 6, 4, 10, 5
-    shapes = ((batch, length, heads, n), (batch, length, heads, r), (batch, length, c), (batch, length, r))
-    q_nope, q_rope, c_kv, k_rope, w_uk, w_uv = draw(rng, *shapes, (heads, n, c), (heads, v, c))
-    expanded = mla.expanded(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, scale=0.37)
-    latents, rotated = (
-        Stored(jnp.pad(x, ((0, 0), (0, 5), (0, 0)), constant_values=1e3)[:, None], None) for x in (c_kv, k_rope)
-    )
-    last = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    absorbed = mla.absorbed(q_nope, q_rope, latents, rotated, last, w_uk, w_uv, scale=0.37)
-    np.testing.assert_allclose(absorbed, expanded, atol=1e-9)
-    by_heads = oracles.mla(
-        *map(np.asarray, (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv)), oracles.causal_mask(batch, length), scale=0.37
-    )
-    np.testing.assert_allclose(expanded, by_heads, atol=1e-9)

@@ -37,7 +37,6 @@ COUNTS = jnp.asarray([5, 0, 4, 3], jnp.int32)
 LAST = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
 YARN = Yarn()
 ANGLES = rope.frequencies(R, 1e4, YARN)
-HEADS = {"q_nope": (B, T, H, N), "q_rope": (B, T, H, R)}
 LATENT = {"c_kv": (B, T, C), "k_rope": (B, T, R)}
 UP = {"w_uk": (H, N, C), "w_uv": (H, V, C)}
 EXPERTS = {"w_gate": (E, D, F), "w_up": (E, D, F), "w_down": (E, F, D)}
@@ -62,12 +61,6 @@ def rotated(x, interleaved):
 def over_cache(q, rows, run):
     stored, last = cached_attention.Stored(rows[:, None], None), jnp.repeat(LAST, H, axis=1)
     return run([q.reshape(B, 1, T * H, C)], [stored], stored, last, scale=0.3)
-
-
-def absorbed(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv):
-    latents, rotated = (cached_attention.Stored(x[:, None], None) for x in (c_kv, k_rope))
-    w_uk, w_uv = w_uk.astype(c_kv.dtype), w_uv.astype(c_kv.dtype)
-    return mla.absorbed(q_nope, q_rope, latents, rotated, LAST, w_uk, w_uv, scale=0.3)
 
 
 def nats(h, w, op):
@@ -119,25 +112,17 @@ OPS = {
     "dispatch.capacity_swiglu": (ROWS, EXPERTS, experts(dispatch.capacity_swiglu, factor=0.8)),
     "dispatch.decode_experts": (ROWS, EXPERTS, experts(dispatch.decode_experts)),
     "dispatch.decode_by_row": (ROWS, EXPERTS, experts(dispatch.decode_by_row)),
-    "dispatch.decode_by_products": (
-        ROWS, EXPERTS, experts(dispatch.decode_by_products, product=grouped_product.ROW_BLOCKS),
-    ),
     "draft_loss.summed_distance": ({"h": (B * T, D)}, {"w": (D, W)}, apart),
     "embedding.look_up": ({}, {"w": (W, D)}, lambda w: embedding.look_up(w, TOKENS)),
     "embedding.look_up_in_order": ({}, {"w": (W, D)}, lambda w: embedding.look_up_in_order(w, TOKENS)),
     "grouped_product.ragged_dot": grouped(grouped_product.ragged_dot, (E, D, F)),
     "grouped_product.ragged_dot_dx": grouped(grouped_product.ragged_dot_dx, (E, F, D)),
     "grouped_product.ragged_dot_dw": over_rows(grouped_product.ragged_dot_dw),
-    "grouped_product.every_group": grouped(grouped_product.every_group, (E, D, F)),
-    "grouped_product.every_group_dx": grouped(grouped_product.every_group_dx, (E, F, D)),
-    "grouped_product.every_group_dw": over_rows(grouped_product.every_group_dw),
     "grouped_product.row_blocks_product": grouped(grouped_product.row_blocks_product, (E, D, F)),
     "grouped_product.row_blocks_dx": grouped(grouped_product.row_blocks_dx, (E, F, D)),
     "grouped_product.row_blocks_dw": over_rows(grouped_product.row_blocks_dw),
     "mla.expand": (LATENT, UP, lambda *a: jnp.concatenate(mla.expand(*a), axis=-1)),
     "mla.join_keys": ({"k_nope": (B, T, H, N), "k_rope": (B, T, R)}, {}, mla.join_keys),
-    "mla.expanded": (HEADS | LATENT, UP, partial(mla.expanded, scale=0.3)),
-    "mla.absorbed": (HEADS | LATENT, UP, absorbed),
     "products.product": ({"x": (B, T, D)}, {"w": (D, H, N)}, products.product),
     "products.exact_product": ({"x": (B * T, D)}, {"w": (D, E)}, products.exact_product),
     "products.swiglu": (
@@ -150,12 +135,10 @@ FORWARD_ONLY = {
     "attention.row_maxima",
     "cached_attention.cached_attention",
     "cached_attention.cached_attention_in_blocks",
-    "mla.absorbed",
 } | {name for name in OPS if name.startswith(("dispatch.decode", "grouped_product."))}
 # Ops that are held to float64 in bfloat16 elsewhere.
 ELSEWHERE = {
     "adamw.adamw_update": "test_optim.py",
-    "grouped_product.grouped_product": "test_grouped_product.py",
     "quantize.quantize_rows": "test_cache.py",
     "quantize.dequantize_rows": "test_cache.py",
 }  # fmt: skip
@@ -163,8 +146,7 @@ ELSEWHERE = {
 NEVER_BFLOAT16 = {
     "balance", "newton_schulz", "routing", "sampling", "sort_by_expert", "varying", "verify_drafts",
     "attention.block_size", "attention.softmax_step", "cached_attention.write_rows", "cross_entropy.token_scores",
-    "draft_loss.distance", "grouped_product.block_size",
-    "grouped_product.in_groups", "grouped_product.row_blocks", "grouped_product.wide",
+    "draft_loss.distance", "grouped_product.block_size", "grouped_product.row_blocks", "grouped_product.wide",
     "quantize.largest", "rope.cos_sin", "rope.frequencies", "rope.mscale", "rope.softmax_scale", "rope.yarn_range",
 }  # fmt: skip
 

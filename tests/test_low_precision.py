@@ -18,7 +18,7 @@ from dsv3_jax.kernels.gpu import fp8 as gpu_fp8
 from dsv3_jax.kernels.gpu import hopper_products
 from dsv3_jax.kernels.low_precision import FP8, FP8_UE8M0, MXFP8
 from dsv3_jax.ops import dispatch, mla, products
-from dsv3_jax.ops.grouped_product import EVERY_GROUP, ROW_BLOCKS
+from dsv3_jax.ops.grouped_product import ROW_BLOCKS
 from dsv3_jax.planning import devices
 from experiments.accel.program import read_program
 
@@ -297,7 +297,6 @@ def one_by_one(recipe, x, ids, gates, weights, d_y):
     [
         (FP8, ROW_BLOCKS),
         pytest.param(MXFP8, ROW_BLOCKS, marks=pytest.mark.long),
-        pytest.param(FP8, EVERY_GROUP, marks=pytest.mark.long),
     ],
     ids=lambda x: x.name,
 )

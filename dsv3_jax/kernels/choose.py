@@ -255,12 +255,12 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _cpp(cpu_experts.decode_experts),
         _xla(dispatch.decode_experts, platforms=("cpu",)),
         Implementation("by_row", dispatch.decode_by_row, platforms=GPUS, fits=_few_choices),
-        _mosaic(partial(dispatch.decode_by_products, product=gpu_products.MOSAIC)),
-        _tokamax(partial(dispatch.decode_by_products, product=gpu_products.TOKAMAX)),
-        _hopper(partial(dispatch.decode_by_products, product=gpu_products.HOPPER_PRODUCTS)),
-        _ragged_on_tpu(partial(dispatch.decode_by_products, product=tpu_products.RAGGED_DOT)),
-        _row_blocks(partial(dispatch.decode_by_products, product=grouped_product.ROW_BLOCKS)),
-        *_low_precision(dispatch.decode_by_products, product=low_precision.grouped),
+        _mosaic(partial(dispatch.grouped_swiglu, product=gpu_products.MOSAIC)),
+        _tokamax(partial(dispatch.grouped_swiglu, product=gpu_products.TOKAMAX)),
+        _hopper(partial(dispatch.grouped_swiglu, product=gpu_products.HOPPER_PRODUCTS)),
+        _ragged_on_tpu(partial(dispatch.grouped_swiglu, product=tpu_products.RAGGED_DOT)),
+        _row_blocks(partial(dispatch.grouped_swiglu, product=grouped_product.ROW_BLOCKS)),
+        *_low_precision(dispatch.grouped_swiglu, product=low_precision.grouped),
     ),
     "product": (
         _cpp(cpu_products.product, fits=_few_rows),
@@ -532,13 +532,11 @@ class Kernels:
         w_gate: Float[Array, "E D F"],
         w_up: Float[Array, "E D F"],
         w_down: Float[Array, "E F D"],
-        *,
-        local: bool = True,
     ) -> Float[Array, "n D"]:
         """See `ops.dispatch.decode_experts`."""
         gates = gates.astype(x.dtype)
         run = self.pick("decode_experts", gates, w_gate).run
-        return run(x, expert_ids, gates, w_gate, w_up, w_down, **({} if local else {"local": False}))
+        return run(x, expert_ids, gates, w_gate, w_up, w_down)
 
     # Products with a weight
 

@@ -17,7 +17,6 @@ with hand-written collectives.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -115,7 +114,7 @@ def decode_experts(
     """Run `Kernels.decode_experts` on the mesh of the context: each device reads only experts that it holds."""
 
     def meet(how: Sharded, *args: Array) -> tuple[Array, Array]:
-        return _gathered(partial(kernels.decode_experts, local=how.peers == 1), how, *args)
+        return _gathered(kernels.decode_experts, how, *args)
 
     return _on_shards(meet, layout, x, expert_ids, gates, w_gate, w_up, w_down)[0]
 

@@ -246,7 +246,6 @@ def decode_experts(
     w_down: Float[Array, "E F D"],
     *,
     rows: int | None = None,
-    local: bool = True,
 ) -> Float[Array, "n D"]:
     """Compute the same for a few tokens, whose time goes into reading weights: a loop over the chosen experts alone.
 
@@ -255,8 +254,8 @@ def decode_experts(
     visited again. Takes no gradient.
 
     Args:
+        expert_ids: an id of E marks an expert of another device; its gate must be 0.
         rows: rows of a visit. None means 4, or 8 if experts have that many.
-        local: every expert is on this device. Otherwise id E marks an expert elsewhere: its gate must be 0.
 
     Example:
         >>> one = jnp.ones((2, 1, 1))  # two experts, D = F = 1
@@ -275,7 +274,7 @@ def decode_experts(
         return (jax.nn.silu(local_rows @ gate) * (local_rows @ up)) @ down
 
     gates = gates.astype(x.dtype)
-    if n == 1 and local:  # nothing to sort
+    if n == 1:  # nothing to sort; an id of E reads the last expert
         return jax.lax.fori_loop(
             0, num_choices, lambda k, y: y + gates[0, k] * visit(expert_ids[0, k], x), zeros(x.shape, x, w_gate)
         )
@@ -306,8 +305,6 @@ def decode_by_row(
     w_gate: Float[Array, "E D F"],
     w_up: Float[Array, "E D F"],
     w_down: Float[Array, "E F D"],
-    *,
-    local: bool = True,
 ) -> Float[Array, "n D"]:
     """Compute the same without a loop: three sums for each assignment, in float32. Takes no gradient.
 
@@ -332,21 +329,3 @@ def decode_by_row(
     out = product(h, w_down)
     out = out.reshape(n, num_choices, -1) if row is None else _take(out, row)
     return (out * gates.astype(out.dtype)[..., None]).sum(axis=1).astype(x.dtype)
-
-
-def decode_by_products(
-    x: Float[Array, "n D"],
-    expert_ids: Int[Array, "n K"],
-    gates: Float[Array, "n K"],
-    w_gate: Float[Array, "E D F"],
-    w_up: Float[Array, "E D F"],
-    w_down: Float[Array, "E F D"],
-    *,
-    product: GroupedProduct,
-    local: bool = True,
-) -> Float[Array, "n D"]:
-    """Compute the same by grouped products. Takes no gradient.
-
-    Args: as `decode_experts`, and the backend of the products.
-    """
-    return grouped_swiglu(x, expert_ids, gates, w_gate, w_up, w_down, product=product)

@@ -7,23 +7,21 @@ functions, the product and its two gradients, because a kernel for one is no ker
     dx       x' [m, K] = y' [m, N] · wᵀ
     dw       w' [G, K, N] = xᵀ y' over each group's rows
 
-A backend does the work of the rows that there are, up to a part of a block for each group. RAGGED_DOT off TPUs and
-EVERY_GROUP do it once for each group. Rows after the last group belong to no group. A backend leaves their results
-undefined, and their inputs must be finite; `grouped_product` returns zeros.
+A backend does the work of the rows that there are, up to a part of a block for each group; RAGGED_DOT off TPUs does it
+once for each group. Rows after the last group belong to no group. A backend leaves their results undefined, and their
+inputs must be finite.
 
-    RAGGED_DOT   `jax.lax.ragged_dot`: a grouped kernel on TPU; every group multiplies every row on other platforms
-    ROW_BLOCKS   a scan over blocks of rows, of static length: runs anywhere at any dtype, one product after another
-    EVERY_GROUP  every group multiplies every row: the oracle
+    RAGGED_DOT  `jax.lax.ragged_dot`: a grouped kernel on TPU; every group multiplies every row on other platforms
+    ROW_BLOCKS  a scan over blocks of rows, of static length: runs anywhere at any dtype, one product after another
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from dsv3_jax.ops.varying import as_varying, zeros
 
@@ -43,61 +41,9 @@ class GroupedProduct:
     casts: bool = True  # w must have the rows' dtype; False: it is taken in its own
 
 
-def grouped_product(
-    x: Float[Array, "m K"], w: Float[Array, "G K N"], counts: Int[Array, " G"], backend: "GroupedProduct | None" = None
-) -> Float[Array, "m N"]:
-    """Multiply each group's rows with the group's matrix.
-
-    Args:
-        x: rows sorted by group, bfloat16 or float32; sums are accumulated in float32.
-        w: one matrix for each group, in x's dtype.
-        counts: int32, rows of each group; at most m in all.
-        backend: None means RAGGED_DOT.
-    Returns: y, in x's dtype; zeros in rows after the last group.
-    """
-    backend = backend or RAGGED_DOT
-    m = x.shape[0]
-    x = _pad_rows(x, -m % backend.row_multiple)
-    return _grouped_product(backend, *_same_type(x, w), counts)[:m]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_product(backend, x, w, counts):
-    return in_groups(backend.forward(x, w, counts), counts)
-
-
-def _grouped_product_fwd(backend, x, w, counts):
-    return _grouped_product(backend, x, w, counts), (x, w, counts)
-
-
-def _grouped_product_bwd(backend, saved, dy):
-    x, w, counts = saved
-    x, dy = in_groups(x, counts), in_groups(dy, counts)
-    dx = in_groups(backend.dx(dy, w, counts), counts)
-    return dx, backend.dw(x, dy, counts, w.dtype), None
-
-
-_grouped_product.defvjp(_grouped_product_fwd, _grouped_product_bwd)
-
-
-def in_groups(rows: Float[Array, "m _"], counts: Int[Array, " G"]) -> Float[Array, "m _"]:
-    """The rows that belong to a group, and zeros in those after the last one."""
-    row = jnp.arange(rows.shape[0], dtype=jnp.int32)
-    return jnp.where((row < counts.sum(dtype=jnp.int32))[:, None], rows, jnp.zeros((), rows.dtype))
-
-
 def wide(dtype: Any) -> Any:
     """The dtype of sums: float32, or the dtype if it is wider."""
     return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.float32
-
-
-def _pad_rows(x: Array, rows: int) -> Array:
-    return jnp.pad(x, ((0, rows), (0, 0))) if rows else x
-
-
-def _same_type(*arrays: Array) -> list[Array]:
-    """Inside `shard_map`, arrays that all differ between the same devices."""
-    return [as_varying(a, *arrays) for a in arrays]
 
 
 # XLA's ragged_dot
@@ -129,39 +75,10 @@ def _ragged(a: Array, b: Array, counts: Array, numbers: Any, dtype: Any) -> Arra
 RAGGED_DOT = GroupedProduct("ragged_dot", ragged_dot, ragged_dot_dx, ragged_dot_dw)
 
 
-# Every group on every row
-
-
-def every_group(x: Array, w: Array, counts: Array) -> Array:
-    """`GroupedProduct.forward` with G times the work."""
-    return jnp.einsum("mk,gkn,mg->mn", x, w, _membership(x, counts))
-
-
-def every_group_dx(dy: Array, w: Array, counts: Array) -> Array:
-    """`GroupedProduct.dx` likewise."""
-    return jnp.einsum("mn,gkn,mg->mk", dy, w, _membership(dy, counts))
-
-
-def every_group_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
-    """`GroupedProduct.dw` likewise."""
-    return jnp.einsum("mk,mn,mg->gkn", x, dy, _membership(x, counts), preferred_element_type=dtype)
-
-
-def _membership(rows: Array, counts: Array) -> Array:
-    """[m, G]: 1 where a row belongs to a group."""
-    ends = jnp.cumsum(counts, dtype=jnp.int32)[None]
-    row = jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None]
-    return ((row < ends) & (row >= ends - counts[None])).astype(rows.dtype)
-
-
-EVERY_GROUP = GroupedProduct("every_group", every_group, every_group_dx, every_group_dw)
-
-
 # A scan over blocks of rows
 
 
-@dataclass(frozen=True)
-class RowBlocks:
+class RowBlocks(NamedTuple):
     """Blocks of rows, each of one group: a number of blocks that is known when the program is compiled.
 
     A group's last block may reach into the next group's rows. `left` says how many of a block's rows are its own. The
@@ -171,22 +88,11 @@ class RowBlocks:
     group: Array  # int32 [J]
     start: Array  # int32 [J]: first row
     left: Array  # int32 [J]: rows from `start` to the group's end
-    size: int
-
-    @property
-    def xs(self) -> tuple[Array, Array, Array]:
-        """The blocks as a scan reads them."""
-        return self.group, self.start, self.left
 
 
-def row_blocks(counts: Int[Array, " G"], num_rows: int, size: int | None = None) -> RowBlocks:
-    """Cut each group's rows into blocks.
-
-    Args: size: rows of a block. None means a power of two near a group's mean rows, so that at most about as many rows
-        are computed in vain as there are.
-    """
+def row_blocks(counts: Int[Array, " G"], num_rows: int, size: int) -> RowBlocks:
+    """Cut each group's rows into blocks of `size` rows."""
     num_groups = counts.shape[0]
-    size = size or block_size(num_rows, num_groups)
     num_blocks = num_rows // size + min(num_groups, num_rows)  # Σ ceil(count / size) is never larger
     blocks = -(-counts // size)
     ends, starts = jnp.cumsum(blocks, dtype=jnp.int32), jnp.cumsum(counts, dtype=jnp.int32) - counts
@@ -196,11 +102,14 @@ def row_blocks(counts: Int[Array, " G"], num_rows: int, size: int | None = None)
     before = (j - (ends - blocks)[group]) * size
     needed = j < ends[-1]
     start = jnp.where(needed, starts[group] + before, num_rows)
-    return RowBlocks(group, start, jnp.where(needed, counts[group] - before, 0), size)
+    return RowBlocks(group, start, jnp.where(needed, counts[group] - before, 0))
 
 
 def block_size(num_rows: int, num_groups: int) -> int:
-    """Rows of a block for groups of equal rows: a power of two from 16 to LARGEST_BLOCK."""
+    """Rows of a block: a power of two near a group's mean rows, from 16 to LARGEST_BLOCK.
+
+    At most about as many rows are then computed in vain as there are.
+    """
     mean = max(num_rows // num_groups, 1)
     return min(max(1 << (mean - 1).bit_length(), 16), LARGEST_BLOCK)
 
@@ -218,35 +127,34 @@ def row_blocks_dx(dy: Array, w: Array, counts: Array) -> Array:
 
 
 def _over_blocks(rows: Array, w: Array, counts: Array, width: int, product: Callable) -> Array:
-    m = rows.shape[0]
-    blocks = row_blocks(counts, m)
-    padded = _pad_rows(rows, blocks.size)
+    m, size = rows.shape[0], block_size(rows.shape[0], counts.shape[0])
+    padded = jnp.pad(rows, ((0, size), (0, 0)))
 
     def visit(out, block):
         group, start, _ = block
         one = jax.lax.dynamic_index_in_dim(w, group, 0, keepdims=False)
-        y = product(jax.lax.dynamic_slice_in_dim(padded, start, blocks.size, 0), one)
+        y = product(jax.lax.dynamic_slice_in_dim(padded, start, size, 0), one)
         return jax.lax.dynamic_update_slice_in_dim(out, y, start, 0), None
 
-    start = zeros((m + blocks.size, width), rows, w, counts)
-    return jax.lax.scan(visit, start, blocks.xs)[0][:m]
+    start = zeros((m + size, width), rows, w, counts)
+    return jax.lax.scan(visit, start, row_blocks(counts, m, size))[0][:m]
 
 
 def row_blocks_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
     """`GroupedProduct.dw` by blocks of rows; the blocks of a group are added up in order."""
-    blocks = row_blocks(counts, x.shape[0])
-    x, dy = (_pad_rows(a, blocks.size) for a in (x, dy))
+    m, size = x.shape[0], block_size(x.shape[0], counts.shape[0])
+    x, dy = (jnp.pad(a, ((0, size), (0, 0))) for a in (x, dy))
 
     def visit(dw, block):
         group, start, left = block
-        own = (jnp.arange(blocks.size, dtype=jnp.int32) < left)[:, None]
-        x_b, dy_b = (jax.lax.dynamic_slice_in_dim(a, start, blocks.size, 0) for a in (x, dy))
+        own = (jnp.arange(size, dtype=jnp.int32) < left)[:, None]
+        x_b, dy_b = (jax.lax.dynamic_slice_in_dim(a, start, size, 0) for a in (x, dy))
         part = jnp.dot(jnp.where(own, x_b, 0).T, dy_b, preferred_element_type=dw.dtype)
         before = jax.lax.dynamic_index_in_dim(dw, group, 0, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(dw, before + part, group, 0), None
 
     start = as_varying(jnp.zeros((counts.shape[0], x.shape[1], dy.shape[1]), wide(dtype)), x, dy, counts)
-    return jax.lax.scan(visit, start, blocks.xs)[0].astype(dtype)
+    return jax.lax.scan(visit, start, row_blocks(counts, m, size))[0].astype(dtype)
 
 
 ROW_BLOCKS = GroupedProduct("row_blocks", row_blocks_product, row_blocks_dx, row_blocks_dw)

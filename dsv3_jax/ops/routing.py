@@ -28,15 +28,7 @@ class Routing(NamedTuple):
 
 
 def sigmoid(
-    logits: Float[Array, "n E"],
-    bias: Float[Array, " E"],
-    *,
-    k: int,
-    groups: int = 1,
-    groups_kept: int = 1,
-    group_score: str = "top2_sum",
-    normalize: bool = True,
-    scale: float = 1.0,
+    logits: Float[Array, "n E"], bias: Float[Array, " E"], *, normalize: bool = True, scale: float = 1.0, **limits: Any
 ) -> Routing:
     """Route with V3's sigmoid router: the bias affects which experts are chosen, and never their gates.
 
@@ -45,12 +37,9 @@ def sigmoid(
     Args:
         logits: x W_rᵀ, float32.
         bias: loss-free correction of each expert, float32. It takes no gradient.
-        k: K, experts for each token.
-        groups: number of groups of consecutive experts; it divides E.
-        groups_kept: a token's experts come from this many groups. With groups_kept = groups there is no limit.
-        group_score: a group's score is the sum of its two largest s + bias ("top2_sum", V3) or the largest ("max", V2).
         normalize: divide the gates of a token by their sum.
         scale: factor of the gates.
+        limits: k, groups, groups_kept and group_score, see `choose`.
     Returns: Routing: expert_ids int32 [n, K], gates [n, K] and scores s [n, E].
 
     Example:
@@ -63,19 +52,11 @@ def sigmoid(
 
     Source: DeepSeek-V3 report, section 2.1.2; arXiv 2408.15664.
     """
-    return _biased(jax.nn.sigmoid(logits), bias, k, groups, groups_kept, group_score, normalize, scale)
+    return _biased(jax.nn.sigmoid(logits), bias, normalize, scale, limits)
 
 
 def sqrtsoftplus(
-    logits: Float[Array, "n E"],
-    bias: Float[Array, " E"],
-    *,
-    k: int,
-    groups: int = 1,
-    groups_kept: int = 1,
-    group_score: str = "top2_sum",
-    normalize: bool = True,
-    scale: float = 1.0,
+    logits: Float[Array, "n E"], bias: Float[Array, " E"], *, normalize: bool = True, scale: float = 1.0, **limits: Any
 ) -> Routing:
     """Route as `sigmoid`, with scores that are not bounded by 1.
 
@@ -96,19 +77,10 @@ def sqrtsoftplus(
     far = jnp.log(jnp.finfo(logits.dtype).eps).astype(logits.dtype)
     near = jnp.sqrt(jax.nn.softplus(jnp.maximum(logits, far)))
     scores = jnp.where(logits > far, near, jnp.exp(jnp.minimum(logits, far) / 2))
-    return _biased(scores, bias, k, groups, groups_kept, group_score, normalize, scale)
+    return _biased(scores, bias, normalize, scale, limits)
 
 
-def softmax(
-    logits: Float[Array, "n E"],
-    *,
-    k: int,
-    groups: int = 1,
-    groups_kept: int = 1,
-    group_score: str = "max",
-    normalize: bool = False,
-    scale: float = 1.0,
-) -> Routing:
+def softmax(logits: Float[Array, "n E"], *, normalize: bool = False, scale: float = 1.0, **limits: Any) -> Routing:
     """Route with V2's softmax router: the K largest probabilities within the best groups.
 
     s = softmax(logits);  ids = topk(s) within the best groups;  g = scale · s[ids]
@@ -117,9 +89,7 @@ def softmax(
 
     Args:
         logits: x W_rᵀ, float32.
-        k, groups, groups_kept, scale: as in `sigmoid`.
-        group_score: a group's score is its largest s ("max", V2) or the sum of its two largest ("top2_sum").
-        normalize: divide the gates of a token by their sum.
+        normalize, scale, limits: as in `sigmoid`; V2's groups are scored by their largest s, group_score="max".
     Returns: Routing: expert_ids int32 [n, K], gates [n, K] and scores s [n, E].
 
     Example:
@@ -130,7 +100,7 @@ def softmax(
     Source: DeepSeek-V2 report, section 2.2.
     """
     scores = jax.nn.softmax(logits, axis=-1)
-    expert_ids = choose(jax.lax.stop_gradient(scores), k, groups, groups_kept, group_score)
+    expert_ids = choose(jax.lax.stop_gradient(scores), **limits)
     gates = _pick(scores, expert_ids)
     if normalize:
         gates = gates / (gates.sum(-1, keepdims=True) + 1e-20)
@@ -231,7 +201,8 @@ def hash_tokens(
     Args:
         logits: x W_rᵀ, float32: for the gates.
         tokens: ids.
-        k, normalize, scale: as in `sigmoid`.
+        k: K, experts for each token.
+        normalize, scale: as in `sigmoid`.
     Returns: Routing: expert_ids int32 [n, K], gates [n, K] and scores s [n, E].
 
     Example:
@@ -255,12 +226,9 @@ def hash_tokens(
     return Routing(expert_ids, _gates(scores, expert_ids, normalize, scale), scores)
 
 
-def _biased(
-    scores: Array, bias: Array, k: int, groups: int, groups_kept: int, group_score: str, normalize: bool, scale: float
-) -> Routing:
+def _biased(scores: Array, bias: Array, normalize: bool, scale: float, limits: dict[str, Any]) -> Routing:
     """Choose by s + bias within the best groups, with gates from s."""
-    choice = jax.lax.stop_gradient(scores + bias.astype(scores.dtype)[None])
-    expert_ids = choose(choice, k, groups, groups_kept, group_score)
+    expert_ids = choose(jax.lax.stop_gradient(scores + bias.astype(scores.dtype)[None]), **limits)
     return Routing(expert_ids, _gates(scores, expert_ids, normalize, scale), scores)
 
 
@@ -286,7 +254,10 @@ def choose(
 ) -> Int[Array, "n K"]:
     """Return the ids of the k largest `choice` scores within the best groups, the largest first; int32.
 
-    Args: groups, groups_kept, group_score: as in `sigmoid`.
+    Args:
+        groups: number of groups of consecutive experts; it divides E.
+        groups_kept: a token's experts come from this many groups. With groups_kept = groups there is no limit.
+        group_score: a group's score is the sum of its two largest scores ("top2_sum", V3) or the largest ("max", V2).
 
     Example:
         >>> choose(jnp.array([[0.5, 0.0, 0.4, 0.3]]), 2, groups=2)  # experts 2 and 3 have the larger sum
@@ -336,9 +307,7 @@ def _grouped(cfg: ModelConfig) -> dict[str, Any]:
 
 ROUTERS: Table[Router] = Table("router", {
     "sigmoid": Router(lambda x, cfg: sigmoid(x.logits, x.bias, **_grouped(cfg)), reads_bias=True, has_groups=True),
-    "sqrtsoftplus": Router(
-        lambda x, cfg: sqrtsoftplus(x.logits, x.bias, **_grouped(cfg)), reads_bias=True, has_groups=True
-    ),
+    "sqrtsoftplus": Router(lambda x, cfg: sqrtsoftplus(x.logits, x.bias, **_grouped(cfg)), True, has_groups=True),
     "softmax": Router(lambda x, cfg: softmax(x.logits, **_grouped(cfg)), has_groups=True),
     "topk": Router(lambda x, cfg: topk(x.logits, k=cfg.experts_per_token)),
     "noisy_topk": Router(
