@@ -9,13 +9,13 @@ import pytest
 
 from dsv3_jax.chat.examples import load_examples
 from dsv3_jax.chat.text_settings import plain_settings
+from dsv3_jax.cli.tokenize import Tokenize, tokenize
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.batches import Batches
 from dsv3_jax.data.corpus import Corpus, Document
 from dsv3_jax.data.packing import Packed, Piece, Record
 from dsv3_jax.data.shards import open_shards
 from dsv3_jax.data.source import check_vocab, from_corpus, open_source
-from dsv3_jax.data.tokenize import Tokenize, text_encoder, tokenize
 from dsv3_jax.data.tokenizer import ByteTokenizer, FileTokenizer
 
 BYTES = ByteTokenizer()
@@ -40,8 +40,8 @@ def sources(tmp_path_factory):
     (root / "chats.jsonl").write_text("\n".join(map(json.dumps, lines)))
     lines = [{"text": f"{i}: {'xyz' * (i % 25)}", "domain": "ab"[i % 2]} for i in range(40)]
     (root / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    job = Tokenize((str(root / "text.jsonl"),), root / "shards", row_tokens=32, val_fraction=0.2, shard_bytes=400)
-    tokenize(job, text_encoder)
+    job = Tokenize((str(root / "text.jsonl"),), root / "shards", "bytes", row_tokens=32, val_fraction=0.2, workers=1)
+    tokenize(replace(job, shard_mb=0.0004))
     shards = replace(CFG, paths=(str(job.out),), format="shards")
     chats = replace(CFG, paths=(str(root / "chats.jsonl"),), format="chat", val_fraction=0.3)
     return {

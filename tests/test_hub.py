@@ -6,11 +6,11 @@ import sys
 import pytest
 
 from dsv3_jax.chat.examples import records_of
+from dsv3_jax.cli.tokenize import Tokenize, tokenize
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.corpus import read_documents
 from dsv3_jax.data.hub import parts_of
 from dsv3_jax.data.shards import open_shards
-from dsv3_jax.data.tokenize import Tokenize, text_encoder, tokenize
 from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.training.run_folder import absolute
 
@@ -40,8 +40,8 @@ def test_a_dataset_has_the_documents_of_its_rows(saved):
 def test_a_dataset_becomes_the_shards_of_its_rows(saved, tmp_path):
     bytes_of = {}
     for name, path in (("a", saved / "rows"), ("b", f"hf:{saved / 'one'}")):
-        job = Tokenize((str(path),), tmp_path / name, row_tokens=32, val_fraction=0.2, text_column="body")
-        tokenize(job, text_encoder)
+        job = Tokenize((str(path),), tmp_path / name, row_tokens=32, val_fraction=0.2, text_column="body", workers=1)
+        tokenize(job)
         bytes_of[name] = [path.read_bytes() for path in sorted((tmp_path / name).glob("*.array_record"))]
     assert bytes_of["a"] == bytes_of["b"] and len(bytes_of["a"]) == 2
     cfg = DataConfig(paths=(str(tmp_path / "b"),), format="shards", seq_len=16, batch_size=2)

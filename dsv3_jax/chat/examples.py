@@ -25,29 +25,11 @@ from dsv3_jax.data.batches import Source
 from dsv3_jax.data.corpus import fingerprint_of, held_out, json_lines, parquet_rows, user_files
 from dsv3_jax.data.hub import dataset_rows, is_dataset, parts_of
 from dsv3_jax.data.packing import Packed, Piece
-from dsv3_jax.data.tokenize import Encoder
 from dsv3_jax.files import check_regular
 
 KEYS = ("messages", "prompt", "completion", "text")
 _MAX_DOMAIN = 200  # characters of a domain's name
 _SAY_EVERY = 5.0  # seconds
-
-
-def chat_encoder(text: TextSettings) -> Encoder:
-    """Return the encoder of chat examples as a model reads chats; an assistant's tokens are targets. None is cut.
-
-    Example:
-        >>> from dsv3_jax.chat.text_settings import plain_settings
-        >>> ids, mask = chat_encoder(plain_settings()).encode({"prompt": "1+1=", "completion": "2"}, "here")
-        >>> ids.tolist(), mask.astype(int).tolist()
-        ([49, 43, 49, 61, 50, 256], [0, 0, 0, 0, 1, 1])
-    """
-
-    def arrays(record: dict[str, Any], location: str) -> tuple[np.ndarray, np.ndarray]:
-        ids, mask = encode(record, text, location)
-        return np.array(ids, np.int32), np.array(mask, bool)
-
-    return Encoder(text.tokenizer, arrays, whole=True)
 
 
 def load_examples(cfg: DataConfig, text: TextSettings, quiet: bool = True) -> Source:
@@ -171,7 +153,7 @@ def _completion(prompt: Any, completion: Any, tools: Any, text: TextSettings) ->
 
 
 def contents(paths: tuple[str, ...], text_column: str) -> Iterator[tuple[Any, str, str]]:
-    """Yield (record, domain, location) of the examples of some paths, as `tokenize.tokenize` reads them."""
+    """Yield (record, domain, location) of the examples of some paths, as `dsv3 data tokenize` reads them."""
     for location, record, name in itertools.chain.from_iterable(records_of(path, text_column) for path in paths):
         domain = record.get("domain") or name
         yield record, "".join(c if c.isprintable() else "\ufffd" for c in domain), location

@@ -1,6 +1,6 @@
 """Shards of token ids on disk, read row by row: the memory does not depend on the corpus.
 
-`dsv3 data tokenize` writes a folder (see `tokenize`):
+`dsv3 data tokenize` writes a folder (see `cli.tokenize`):
 
     manifest.json                    what there is: `Manifest`
     train-00000.array_record, …      records of the training documents
@@ -11,11 +11,14 @@ file may be shorter. With R a multiple of T, a record has R / T training rows.
 """
 
 import bisect
+import contextlib
 import hashlib
 import itertools
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,9 +34,9 @@ from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.files import read_json
 
 MANIFEST = "manifest.json"
-VERSION = 1
+VERSION = 2
 SIDES = ("train", "val")
-FORMATS = ("text", "chat")
+_NAME = r"(train|val)-\d+\.array_record"  # of a shard, which is never outside the folder
 _READER = "readahead_buffer_size:0,max_parallelism:0"  # reads no record that is not asked for
 
 
@@ -82,7 +85,7 @@ class Manifest:
 def read_manifest(folder: str | Path) -> Manifest:
     """Read the manifest of a folder of shards.
 
-    Raises: ValueError when the folder has none, or a field of it is damaged.
+    Raises: ValueError when the folder has none, or it is damaged or of another version.
     """
     file = Path(folder) / MANIFEST
     if not file.is_file():
@@ -90,57 +93,36 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"shards={str(folder)!r} has no {MANIFEST}; write them, or finish them, by: dsv3 data tokenize PATHS --out "
             f"{folder}"
         )
+    values = read_sealed(file)
+    if values.pop("version", None) != VERSION or not all(re.fullmatch(_NAME, name) for name in values["files"]):
+        raise ValueError(f"{file} is not of version {VERSION}; tokenize again into an empty folder")
+    return Manifest(folder=Path(folder), **values | {"domains": tuple(values["domains"])})
+
+
+def sealed(values: dict[str, Any]) -> str:
+    """Return the JSON of a manifest or mark, with a hash of its content."""
+    return json.dumps(values | {"seal": _seal(values)}, indent=1)
+
+
+def read_sealed(file: Path) -> dict[str, Any]:
+    """Read what `sealed` returned.
+
+    Raises: ValueError that names the file, if any byte of the content has changed.
+    """
     values: Any = read_json(file)
-    values = values if isinstance(values, dict) else {}
-    if values.get("version") != VERSION:
-        raise ValueError(f"{file} has version={values.get('version')!r}; version {VERSION} is supported")
-    fields: Any = {name: values.get(name) for name in ("format", "row_tokens", "tokenizer", "vocab_size", "documents")}
-    domains: Any = values.get("domains")
-    files: Any = values.get("files")
-    good = {
-        "format": fields["format"] in FORMATS,
-        "row_tokens": is_count(fields["row_tokens"], least=2),
-        "tokenizer": isinstance(fields["tokenizer"], str),
-        "vocab_size": is_count(fields["vocab_size"]),
-        "documents": is_count(fields["documents"]),
-        "domains": isinstance(domains, list)
-        and all(isinstance(name, str) and name.isprintable() for name in domains)
-        and 0 < len(set(domains)) == len(domains),
-        "files": isinstance(files, dict) and {f.get("side") for f in files.values() if isinstance(f, dict)} == {*SIDES},
-    }
-    bad = [name for name, fine in good.items() if not fine]
-    bad += [] if bad else [f"files[{name!r:.80}]" for name in files if not is_shard(name, files[name], len(domains))]
-    if bad:
-        raise ValueError(f"{file} is damaged: {bad[0]} is missing or wrong; tokenize again into an empty folder")
-    return Manifest(folder=Path(folder), domains=tuple(domains), files=files, **fields)
+    if not isinstance(values, dict) or values.pop("seal", None) != _seal(values):
+        raise ValueError(f"{file} is damaged, or of another version; run dsv3 data tokenize again")
+    return values
 
 
-def is_count(value: Any, least: int = 1) -> bool:
-    """Whether a value of JSON is an integer that is not too small, and not beyond what arrays have."""
-    return type(value) is int and least <= value < 2**31
+def _seal(values: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def is_shard(name: Any, facts: Any, num_domains: int) -> bool:
-    """Whether the facts of a shard, from a manifest or mark, have their types, and its name is one of this folder."""
-    if not (isinstance(name, str) and re.fullmatch(r"(train|val)-\d+\.array_record", name) and isinstance(facts, dict)):
-        return False
-    domains = facts.get("domains")
-    return (
-        facts.get("side") == name.split("-")[0]
-        and all(type(facts.get(key)) is int and facts[key] > 0 for key in ("bytes", "records", "tokens", "documents"))
-        and isinstance(facts.get("hash"), str)
-        and re.fullmatch("[0-9a-f]{32}", facts["hash"]) is not None
-        and isinstance(domains, list)
-        and all(isinstance(part, list) and len(part) == 3 and all(type(x) is int for x in part) for part in domains)
-        and all(0 <= domain < num_domains and records > 0 and tokens > 0 for domain, records, tokens in domains)
-        and sum(records for _, records, _ in domains) == facts["records"]
-    )
+def check_files(manifest: Manifest, wholly: bool = False) -> Iterator[str]:
+    """Yield a sentence on each shard that is missing or damaged.
 
-
-def check_files(manifest: Manifest, hashes: bool = False) -> Iterator[str]:
-    """Yield a sentence on each shard that is missing or torn.
-
-    Args: hashes: read every byte and compare hashes too.
+    Args: wholly: read every byte, compare hashes, and check every record. Otherwise the first record is checked.
     """
     for name, facts in manifest.files.items():
         path = manifest.folder / name
@@ -148,10 +130,15 @@ def check_files(manifest: Manifest, hashes: bool = False) -> Iterator[str]:
             yield f"shard {str(path)!r} is missing"
         elif path.stat().st_size != facts["bytes"]:
             yield f"shard {str(path)!r} has {path.stat().st_size:,} bytes of {facts['bytes']:,}"
-        elif hashes and file_hash(path) != facts["hash"]:
+        elif wholly and file_hash(path) != facts["hash"]:
             yield f"shard {str(path)!r} has other bytes than when it was written"
-        elif _records_of(path) != facts["records"]:
-            yield f"shard {str(path)!r} is damaged: its index does not have {facts['records']:,} records"
+        else:
+            try:
+                shard = Shard(manifest, name)
+                for record in range(facts["records"] if wholly else 1):
+                    shard.read(record)
+            except ValueError as error:
+                yield str(error)
 
 
 def file_hash(path: Path) -> str:
@@ -160,12 +147,39 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def _records_of(path: Path) -> int | None:
-    """Number of records by a file's own index; None when it cannot be read."""
-    try:
-        return ArrayRecordReader(str(path), _READER).num_records()
-    except (RuntimeError, ValueError):
-        return None
+class Shard:
+    """The records of a file. Every read is checked. Raises: ValueError that names a damaged shard."""
+
+    def __init__(self, manifest: Manifest, name: str):
+        self._manifest, self._path = manifest, manifest.folder / name
+        with self._named("the index"):
+            self._reader = ArrayRecordReader(str(self._path), _READER)
+            if self._reader.num_records() != manifest.files[name]["records"]:
+                raise ValueError(f"it has {self._reader.num_records():,} records")
+
+    def read(self, number: int) -> Record:
+        """Return a record."""
+        with self._named(f"record {number}"):
+            record = Record.from_bytes(self._reader.read([number])[0])
+            starts, tokens, mask = record.starts, record.tokens, record.loss_mask
+            if not (
+                (0 <= tokens.min() and tokens.max() < self._manifest.vocab_size)
+                and (starts[0] == 0 and (np.diff(starts) > 0).all() and starts[-1] < len(tokens))
+                and 0 <= record.domains[0] < len(self._manifest.domains)
+                and (mask is None or len(mask) == len(tokens))
+            ):
+                raise ValueError("its ids, starts or domain are not possible")
+            return record
+
+    @contextlib.contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ValueError(
+                f"shard {str(self._path)!r} is damaged in {what}: {str(error).splitlines()[0]:.200}; see dsv3 data "
+                f"check {self._manifest.folder}, delete the shard and tokenize again"
+            ) from error
 
 
 class ShardRows:
@@ -175,45 +189,20 @@ class ShardRows:
     """
 
     def __init__(self, manifest: Manifest, parts: Sequence[Part], cfg: DataConfig):
-        self._manifest, self._parts, self._cfg = manifest, parts, cfg
-        self._per_record = manifest.row_tokens // cfg.seq_len
+        self._parts, self._cfg, self._per_record = parts, cfg, manifest.row_tokens // cfg.seq_len
         rows = (p.records if self._per_record == 1 else -(-p.tokens // cfg.seq_len) for p in parts)
         self._first = [0, *itertools.accumulate(rows)]
-        self._readers: dict[str, ArrayRecordReader] = {}
+        self._shard = cache(partial(Shard, manifest))
 
     def __len__(self) -> int:
         return self._first[-1]
 
     def __getitem__(self, row: int) -> Row:
-        """Read a row. Raises: ValueError that names a damaged shard."""
         part = bisect.bisect_right(self._first, row) - 1
         file, skip = self._parts[part][:2]
         record, i = divmod(row - self._first[part], self._per_record)
-        path = self._manifest.folder / file
-        try:
-            if file not in self._readers:
-                self._readers[file] = ArrayRecordReader(str(path), _READER)
-            found = Record.from_bytes(self._readers[file].read([skip + record])[0])
-            self._check(found, i * self._cfg.seq_len)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise ValueError(
-                f"shard {str(path)!r} is damaged in record {skip + record}: {str(error).splitlines()[0]:.200}; see "
-                f"dsv3 data check {self._manifest.folder}, delete the shard and tokenize again"
-            ) from error
-        first = i * self._cfg.seq_len
-        return found.row(first, first + self._cfg.seq_len, self._cfg.seq_len, self._cfg.separate_documents)
-
-    def _check(self, record: Record, first: int) -> None:
-        """Raises: ValueError for a record that no tokenizing wrote."""
-        starts, tokens, mask = record.starts, record.tokens, record.loss_mask
-        if not (
-            first < len(tokens)
-            and (0 <= tokens.min() and tokens.max() < self._manifest.vocab_size)
-            and (len(starts) > 0 and starts[0] == 0 and (np.diff(starts) > 0).all() and starts[-1] < len(tokens))
-            and 0 <= record.domains[0] < len(self._manifest.domains)
-            and (mask is None or len(mask) == len(tokens))
-        ):
-            raise ValueError("its ids, starts or domain are not possible")
+        first, stop = i * self._cfg.seq_len, (i + 1) * self._cfg.seq_len
+        return self._shard(file).read(skip + record).row(first, stop, self._cfg.seq_len, self._cfg.separate_documents)
 
 
 def proportions(sizes: dict[str, int], cfg: DataConfig) -> dict[str, float]:
@@ -253,14 +242,16 @@ def open_shards(cfg: DataConfig, tokenizer: Tokenizer) -> Source:
 
     Example:
         >>> import tempfile
-        >>> from dsv3_jax.data.tokenize import Tokenize, text_encoder, tokenize
+        >>> from dsv3_jax.cli.tokenize import Tokenize, tokenize
+        >>> from dsv3_jax.data.tokenizer import ByteTokenizer
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     for i in range(9):
-        ...         _ = Path(folder, f"{i}.txt").write_text(f"document {i}")
-        ...     job = Tokenize((folder,), Path(folder, "shards"), row_tokens=8, val_fraction=0.3)
-        ...     _ = tokenize(job, text_encoder)
+        ...     file = Path(folder, "text.jsonl")
+        ...     _ = file.write_text("\\n".join(f'{{"text": "document {i}"}}' for i in range(9)))
+        ...     job = Tokenize((str(file),), Path(folder, "shards"), row_tokens=8, val_fraction=0.3, workers=1)
+        ...     _ = tokenize(job)  # doctest: +ELLIPSIS
         ...     cfg = DataConfig((str(job.out),), seq_len=8, batch_size=1, format="shards")
-        ...     shape = next(open_shards(cfg, text_encoder().tokenizer).train_batches())["tokens"].shape
+        ...     shape = next(open_shards(cfg, ByteTokenizer()).train_batches())["tokens"].shape
+        1 shards, 9 documents, ... tokens, ... tokens/s
         >>> shape
         (1, 8)
     """

@@ -53,18 +53,20 @@ def from_corpus(corpus: Corpus, tokenizer: Tokenizer, cfg: DataConfig) -> Source
         >>> source.summary
         'text: text 0.0 MB; 0.00 MB of it held out'
     """
-    fim_ids = tokenizer.fim_ids if cfg.fim_rate else None
+    if cfg.fim_rate:
+        _ = tokenizer.fim_ids  # refuses
     number = {domain: i for i, domain in enumerate(corpus.domains)}
 
     def pieces() -> Iterator[Piece]:
         rng = np.random.default_rng(cfg.seed)
-        for i in rng.permutation(len(corpus.train)).tolist():
-            text, domain = corpus.train[i]
-            if fim_ids:
-                for part in _rearranged(text, tokenizer, cfg, rng):
-                    yield Piece(_small(part, tokenizer), number[domain], i)
-            else:
-                yield Piece(_small(_encode(text, tokenizer), tokenizer), number[domain], i)
+        order = rng.permutation(len(corpus.train)).tolist()
+        if cfg.fim_rate:
+            parts = ((i, part) for i in order for part in _rearranged(corpus.train[i].text, tokenizer, cfg, rng))
+        else:
+            encoded = tokenizer.encode_arrays([corpus.train[i].text for i in order])
+            parts = ((i, np.append(ids, np.int32(tokenizer.eos_id))) for i, ids in zip(order, encoded, strict=True))
+        for i, ids in parts:
+            yield Piece(_small(ids, tokenizer), number[corpus.train[i].domain], i)
 
     def held_out(domain: str) -> Rows:
         texts = {i: text for i, (text, name) in enumerate(corpus.val) if name == domain}

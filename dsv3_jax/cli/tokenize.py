@@ -1,0 +1,326 @@
+"""Documents to shards of token ids: in several processes, in memory that does not depend on the corpus, resumable.
+
+One process reads documents and deals them out in groups of some megabytes. A group becomes a shard: a file of training
+records and one of held-out records, see `data.shards`. Each worker shuffles its group's documents, sorts them by domain
+and joins them to records. When both files of a shard are complete, a mark beside them has a hash of the text and the
+settings. The same command passes over such shards.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import tyro
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from dsv3_jax.data.corpus import read_documents
+from dsv3_jax.data.packing import Piece, Record, fill
+from dsv3_jax.data.shards import MANIFEST, SIDES, VERSION, Manifest, file_hash, read_manifest, read_sealed, sealed
+from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.data.tokenizer import load as load_tokenizer
+from dsv3_jax.files import PART, read_json, write_atomic
+from dsv3_jax.lock import acquire
+
+SETTINGS, LOCK = "settings.json", "tokenize.lock"
+_SAY_EVERY = 5.0  # seconds
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Write shards of token ids for --data.format shards; the same command resumes after an interruption."""
+
+    paths: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATHS", help_behavior_hint="(required)")
+    ]
+    """files or folders: text, source trees, JSONL, Parquet; or hf:NAME[:CONFIG][@SPLIT], a dataset of Hugging Face"""
+    out: Path
+    """the folder to write"""
+    tokenizer: str = "bytes"
+    """bytes, or the path of a tokenizer.json"""
+    format: Literal["text", "chat"] = "text"
+    """text, every token of which is a target; or chat examples, of which the assistant's tokens are"""
+    start: str | None = None
+    """for chat: the run or released model whose tokenizer and template encode the examples"""
+    chat_template: str | None = None
+    """for chat: the file of a Jinja template, or plain; None means the template of --start"""
+    row_tokens: int = 4096
+    """tokens of a record; the sequence length of training must divide it"""
+    val_fraction: float = 0.01
+    """share of documents that are held out for validation, chosen by their hash"""
+    text_column: str = "text"
+    """key of JSONL and column of Parquet or a dataset that holds the text; for chat, the messages"""
+    workers: int = os.cpu_count() or 1
+    """number of processes that encode"""
+    shard_mb: float = 64.0
+    """megabytes of text of a shard; a process holds a few of them in memory"""
+
+
+class Item(NamedTuple):
+    """A document or chat example that a worker encodes."""
+
+    content: Any  # str, or the record of a chat
+    domain: int
+    document: int
+    location: str  # for errors
+
+
+class Encoder(NamedTuple):
+    """Turns items into pairs of ids and loss mask. No mask means that all ids are targets."""
+
+    tokenizer: Tokenizer
+    template: str | None  # the source of the chat template
+    encode: Callable[[Sequence[Item]], Iterable[tuple[np.ndarray, np.ndarray | None]]]
+
+
+def encoder_of(job: Tokenize) -> Encoder:
+    """Return the encoder of a job's documents or chat examples.
+
+    Example:
+        >>> encoder = encoder_of(Tokenize((), Path("shards")))
+        >>> [ids.tolist() for ids, _ in encoder.encode([Item("hi", 0, 0, "here")])]
+        [[104, 105, 256]]
+    """
+    if job.format == "chat":
+        from dsv3_jax.chat.examples import encode
+        from dsv3_jax.chat.text_settings import plain_settings, with_template
+        from dsv3_jax.hf.open_model import load_text
+
+        if job.start is None and job.chat_template is None:
+            raise ValueError("format='chat' needs a template; name a model by --start, or give --chat-template plain")
+        text = plain_settings(job.tokenizer) if job.start is None else load_text(job.start)
+        text = with_template(text, job.chat_template)
+
+        def chats(items: Sequence[Item]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for item in items:
+                ids, mask = encode(item.content, text, item.location)
+                yield np.array(ids, np.int32), np.array(mask, bool)
+
+        return Encoder(text.tokenizer, text.chat.source, chats)
+    if job.start is not None or job.chat_template is not None:
+        raise ValueError(f"start={job.start!r} and chat_template={job.chat_template!r} are for format='chat'")
+    words = load_tokenizer(job.tokenizer)
+    end = np.int32(words.eos_id)
+
+    def texts(items: Sequence[Item]) -> Iterator[tuple[np.ndarray, None]]:
+        for ids in words.encode_arrays([item.content for item in items]):
+            yield np.append(ids, end), None
+
+    return Encoder(words, None, texts)
+
+
+def tokenize(job: Tokenize) -> Manifest:
+    """Write the shards of a job that are not there yet, and the manifest. Print a line every few seconds.
+
+    Raises: ValueError as `corpus.read_documents`; for a folder with shards of other settings, or that another process
+        writes; for documents of which none is held out, or all are.
+    """
+    for name, least in (("row_tokens", 2), ("shard_mb", 1e-6), ("workers", 1)):
+        if not getattr(job, name) >= least:
+            raise ValueError(f"{name}={getattr(job, name)} is below {least}")
+    if not 0 < job.val_fraction < 1:
+        raise ValueError(f"val_fraction={job.val_fraction} is outside (0, 1)")
+    words, template, _ = encoder_of(job)
+    names = ("format", "row_tokens", "val_fraction", "text_column", "shard_mb")
+    settings: dict[str, Any] = {name: getattr(job, name) for name in names} | {
+        "version": VERSION, "tokenizer": words.fingerprint, "chat_template": template, "paths": list(job.paths)
+    }  # fmt: skip
+    job.out.mkdir(parents=True, exist_ok=True)
+    with acquire(job.out, LOCK) as lock:
+        _claim(job.out, settings)
+        domains: dict[str, int] = {}
+        began = said = time.monotonic()
+        shards: list[dict[str, Any]] = []
+        for facts in _each(job, json.dumps(settings, sort_keys=True), _groups(job, domains)):
+            shards.append(facts)
+            lock.check()
+            if time.monotonic() - said > _SAY_EVERY:
+                said = time.monotonic()
+                _say(shards, said - began)
+        files = {name: facts for shard in shards for name, facts in shard["files"].items()}
+        documents = sum(facts["documents"] for facts in files.values())
+        for side, what in zip(SIDES, ("leaves no document for training", "holds no document out"), strict=True):
+            if not any(facts["side"] == side for facts in files.values()):
+                raise ValueError(f"val_fraction={job.val_fraction} {what}; there are {documents} documents")
+        values = {name: settings[name] for name in ("version", "format", "row_tokens", "tokenizer")} | {
+            "vocab_size": words.vocab_size, "domains": list(domains), "documents": documents, "files": files,
+        }  # fmt: skip
+        write_atomic(job.out / MANIFEST, sealed(values))
+    _say(shards, time.monotonic() - began)
+    return read_manifest(job.out)
+
+
+def _say(shards: list[dict[str, Any]], seconds: float) -> None:
+    files = [facts for shard in shards for facts in shard["files"].values()]
+    documents, tokens = (sum(facts[key] for facts in files) for key in ("documents", "tokens"))
+    left_out, speed = sum(shard["left_out"] for shard in shards), tokens / max(seconds, 1e-9)
+    print(
+        f"{len(shards):,} shards, {documents:,} documents, {tokens:,} tokens, {speed:,.0f} tokens/s"
+        + (f"; left out: {left_out:,} without an assistant's turn or too long" if left_out else ""),
+        flush=True,
+    )
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Write the settings into a new folder, or compare with those that are there.
+
+    Raises: ValueError when they differ, or the folder holds something else.
+    """
+    file = out / SETTINGS
+    if not file.is_file():
+        if any(path.name != LOCK for path in out.iterdir()):
+            raise ValueError(f"out={str(out)!r} holds other files; choose an empty folder")
+        write_atomic(file, json.dumps(settings, indent=1))
+    before: Any = read_json(file)
+    for name, value in settings.items():
+        if not isinstance(before, dict) or before.get(name) != value:
+            raise ValueError(
+                f"{name}={value!r:.200} is not what {file} has, with which shards were written; choose another folder"
+            )
+
+
+def _groups(job: Tokenize, domains: dict[str, int]) -> Iterator[list[Item]]:
+    """Yield the documents of each shard, and number the domains by first appearance."""
+    if job.format == "chat":
+        from dsv3_jax.chat.examples import contents
+
+        found = contents(job.paths, job.text_column)
+    else:
+        documents = enumerate(read_documents(job.paths, job.text_column))
+        found = ((text, domain, f"document {i}") for i, (text, domain) in documents)
+    group: list[Item] = []
+    size = 0
+    for number, (content, domain, location) in enumerate(found):
+        group.append(Item(content, domains.setdefault(domain, len(domains)), number, location))
+        size += len(_bytes_of(content))
+        if size >= job.shard_mb * 1e6:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _bytes_of(content: Any) -> bytes:
+    return (content if isinstance(content, str) else json.dumps(content, sort_keys=True)).encode()
+
+
+def _each(job: Tokenize, settings: str, groups: Iterable[list[Item]]) -> Iterator[dict[str, Any]]:
+    """Make each group a shard, here or in processes, with at most one group waiting."""
+    if job.workers == 1:
+        encoder = encoder_of(job)
+        yield from (_shard(job, settings, encoder, number, group) for number, group in enumerate(groups))
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(job.workers, context, _begin, (job, settings)) as pool:
+        waiting: deque[Future] = deque()
+        try:
+            for number, group in enumerate(groups):
+                waiting.append(pool.submit(_in_worker, number, group))
+                if len(waiting) > job.workers:
+                    yield waiting.popleft().result()
+            yield from (future.result() for future in waiting)
+        except BrokenProcessPool as error:
+            raise ValueError(
+                f"workers={job.workers}: one was ended, maybe for lack of memory; use fewer, or a smaller --shard-mb"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_WRITE: list[Callable[[int, list[Item]], dict[str, Any]]] = []  # of a worker's process
+
+
+def _begin(job: Tokenize, settings: str) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers use all cores already
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _WRITE[:] = [partial(_shard, job, settings, encoder_of(job))]
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot end its workers."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _in_worker(number: int, group: list[Item]) -> dict[str, Any]:
+    return _WRITE[0](number, group)
+
+
+def _shard(job: Tokenize, settings: str, encoder: Encoder, number: int, group: list[Item]) -> dict[str, Any]:
+    """Write one shard unless it is complete, and return its facts."""
+    digest = hashlib.blake2b(settings.encode(), digest_size=16)
+    items: dict[str, list[Item]] = {side: [] for side in SIDES}
+    for item in group:
+        mark = hashlib.blake2b(_bytes_of(item.content), digest_size=8).digest()
+        digest.update(mark + repr(item[1:3]).encode())
+        items["val" if int.from_bytes(mark) < int(job.val_fraction * 2**64) else "train"].append(item)
+    done = job.out / f"shard-{number:05d}.json"
+    with contextlib.suppress(OSError, ValueError):  # a mark that cannot be read counts as absent
+        before = read_sealed(done)
+        sizes = {job.out / name: found["bytes"] for name, found in before["files"].items()}
+        if before["input"] == digest.hexdigest() and all(path.stat().st_size == sizes[path] for path in sizes):
+            return before
+    done.unlink(missing_ok=True)
+    facts: dict[str, Any] = {"input": digest.hexdigest(), "files": {}, "left_out": 0}
+    for side, own in items.items():
+        order = np.random.default_rng(number).permutation(len(own))
+        own = sorted((own[i] for i in order), key=lambda item: item.domain)
+        name = f"{side}-{number:05d}.array_record"
+        written, left_out = _write(job.out / name, own, encoder, job)
+        facts["left_out"] += left_out
+        if written:
+            facts["files"][name] = {"side": side} | written
+    write_atomic(done, sealed(facts))
+    return facts
+
+
+def _write(path: Path, items: list[Item], encoder: Encoder, job: Tokenize) -> tuple[dict[str, Any], int]:
+    """Write a file of records under a temporary name, then rename it. Without a record there is no file.
+
+    Returns: (its facts, the number of chat examples that are left out: longer than a record, or without a target).
+    """
+    part = path.with_name(f".{path.name}{PART}")
+    part.unlink(missing_ok=True)  # it may be a link
+    whole, used = job.format == "chat", Counter[bool]()
+
+    def pieces(items: list[Item]) -> Iterator[Piece]:
+        for item, (ids, mask) in zip(items, encoder.encode(items), strict=True):
+            fits = mask is None or (len(ids) <= job.row_tokens and bool(mask[1:].any()))
+            used[fits] += 1
+            if fits:
+                yield Piece(ids, item.domain, item.document, mask)
+
+    domains: list[list[int]] = []  # each with its records and tokens
+    try:
+        with contextlib.closing(ArrayRecordWriter(str(part), "group_size:1")) as writer:
+            for domain, of_domain in itertools.groupby(items, key=lambda item: item.domain):
+                lengths = []
+                for row in fill(pieces(list(of_domain)), job.row_tokens, whole):
+                    record = Record.of(row)
+                    writer.write(record.to_bytes())
+                    lengths.append(len(record.tokens))
+                domains += [[domain, len(lengths), sum(lengths)]] if lengths else []
+        if not domains:
+            return {}, used[False]
+        records, tokens = (sum(counts[i] for counts in domains) for i in (1, 2))
+        facts = {"records": records, "tokens": tokens, "documents": used[True], "domains": domains,
+                 "bytes": part.stat().st_size, "hash": file_hash(part)}  # fmt: skip
+        part.replace(path)
+        return facts, used[False]
+    finally:
+        part.unlink(missing_ok=True)
