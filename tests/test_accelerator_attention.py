@@ -112,12 +112,14 @@ def test_a_kernel_on_a_mesh_is_a_single_devices(rng, monkeypatch, groups):
     cfg = small(attention="gqa", num_heads=4, num_kv_heads=groups, nope_head_dim=48, rope_head_dim=16, v_head_dim=64)
     seen = []
 
-    def spy(self, q, k, v, **settings):
+    def spy(q, k, v, **settings):
         seen.append((q.shape, k.shape))
         return interpreted(q, k, v, **settings)
 
-    monkeypatch.setattr(Kernels, "causal_attention", spy)
-    graphdef, state = nnx.split(GQA(cfg, rngs=nnx.Rngs(0), kernels=Kernels(Target("cpu", "xla"), ())))
+    monkeypatch.setitem(choose.TABLE, "causal_attention", choose.TABLE["causal_attention"])
+    choose.add("causal_attention", choose.Implementation("spy", spy))
+    kernels = Kernels(Target("cpu", "xla,causal_attention=spy"))
+    graphdef, state = nnx.split(GQA(cfg, rngs=nnx.Rngs(0), kernels=kernels))
     x = jnp.asarray(rng.standard_normal((2, 128, cfg.dim)), jnp.float32)
     segment_ids = jnp.asarray(np.repeat([[1, 2], [1, 0]], 64, axis=1), jnp.int32)
 
@@ -171,7 +173,7 @@ def test_why_a_library_is_not_in_use(monkeypatch):
     assert gpu_attention.why_not_cudnn(Target("cuda", chip="8.0")).endswith("9.0 or newer, and the chip has 8.0")
     with pytest.raises(ConfigError, match="kernels='causal_attention=tokamax' is not available here: its kernels need"):
         prepare(Execution(kernels="causal_attention=tokamax"), platform="cuda", chip="8.0")
-    assert "not tokamax, its kernels need" in prepare(platform="cuda", chip="8.0").describe("bfloat16")
+    assert "; without tokamax, cudnn, mosaic: see" in prepare(platform="cuda", chip="8.0").describe("bfloat16")
 
 
 # The table
@@ -179,7 +181,9 @@ def test_why_a_library_is_not_in_use(monkeypatch):
 
 def picked(platform, length, widths, dtype=jnp.bfloat16, packed=True, kernels="auto"):
     q, v = (jnp.zeros((1, length, 1, width), dtype) for width in widths)
-    return Kernels(Target(platform, kernels, "9.0"), ()).pick("causal_attention", q, q, v, packed=packed).name
+    segments = jnp.ones((1, length), jnp.int32) if packed else None
+    kernels = Kernels(Target(platform, kernels, "9.0"))
+    return kernels.pick("causal_attention", q, q, v, scale=1.0, segment_ids=segments).name
 
 
 def test_who_attends():
@@ -251,6 +255,6 @@ def test_tokamax_compiles_for_hopper(shape):
 @pytest.mark.long
 def test_large_blocks_compile_for_hopper_without_a_loop():
     """So few scores are one visit; the loops over pairs of small blocks are two."""
-    large = prepare(platform="rocm").pick("causal_attention", jnp.ones(1), jnp.ones(1), jnp.ones(1)).run
+    large = partial(prepare(platform="rocm"), "causal_attention")
     assert " while(" not in compiled("gpu:h100:1", large, SHAPES[0])[0]
     assert " while(" in compiled("gpu:h100:1", causal_attention, SHAPES[0])[0]

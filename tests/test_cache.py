@@ -302,7 +302,7 @@ class Indexed(MLA):
 
     def project(self, x, ctx):
         q, rows = super().project(x, ctx)
-        return q, {**rows, "index_key": self.kernels.product(x, self.w_index[...])[:, :, None]}
+        return q, {**rows, "index_key": self.kernels("product", x, self.w_index[...])[:, :, None]}
 
     def attend_to_cache(self, q, rows, ctx):
         out, cache = super().attend_to_cache(q, rows, ctx)

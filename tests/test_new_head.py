@@ -37,8 +37,8 @@ class HydraHead(Head):
         self.w_2 = param(rngs, (cfg.dim, cfg.dim), ("dim", None), cfg.init_std)
 
     def __call__(self, h, ctx, embedded=None):
-        hidden = self.kernels.product(jnp.concatenate([embedded, h], axis=-1), self.w_1[...])
-        return h + self.kernels.product(jax.nn.silu(hidden), self.w_2[...]), ctx, {}
+        hidden = self.kernels("product", jnp.concatenate([embedded, h], axis=-1), self.w_1[...])
+        return h + self.kernels("product", jax.nn.silu(hidden), self.w_2[...]), ctx, {}
 
 
 @pytest.fixture

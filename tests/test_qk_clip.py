@@ -1,6 +1,7 @@
 """QK-clip: the largest logits are the reference's, and a clipped head's logits are at most the threshold."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -82,19 +83,20 @@ def test_row_maxima_are_those_of_the_scores(rng, name, length):
         got = jax.jit(lambda q, k: attention.row_maxima(q, k, scale=0.7, segment_ids=segments))(q, k)
     else:
         kernels = choose.prepare(Execution(kernels=f"causal_attention={name}"))
-        out, got = jax.jit(lambda *x: kernels.attention_and_maxima(*x, scale=0.7, segment_ids=segments))(q, k, v)
-        plain = jax.jit(lambda *x: kernels.causal_attention(*x, scale=0.7, segment_ids=segments))(q, k, v)
+        attend = partial(kernels, "causal_attention", scale=0.7, segment_ids=segments)
+        out, got = jax.jit(partial(attend, maxima=True))(q, k, v)
+        plain = jax.jit(attend)(q, k, v)
         np.testing.assert_array_equal(out, plain)
     np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6)  # float32
 
 
 def test_a_kernel_that_keeps_its_maxima_to_itself_gets_a_product_beside_it(rng, monkeypatch):
     q, k, v = (jnp.asarray(rng.standard_normal((1, 9, 2, 4)), jnp.float32) for _ in range(3))
-    mute = choose.Implementation("mute", attention.causal_attention)
-    monkeypatch.setitem(choose.TABLE, "causal_attention", (mute,))
-    kernels = choose.Kernels(choose.Target("cpu", "xla"))
+    monkeypatch.setitem(choose.TABLE, "causal_attention", choose.TABLE["causal_attention"])
+    choose.add("causal_attention", choose.Implementation("mute", choose.kept_maxima(attention.causal_attention)))
+    kernels = choose.Kernels(choose.Target("cpu", "causal_attention=mute"))
     want = attention.attention_and_maxima(q, k, v, scale=0.5)
-    for a, b in zip(kernels.attention_and_maxima(q, k, v, scale=0.5), want, strict=True):
+    for a, b in zip(kernels("causal_attention", q, k, v, scale=0.5, maxima=True), want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
@@ -105,7 +107,7 @@ def test_the_maxima_take_no_gradient(rng, name):
 
     def total(weight: float):
         def f(*x):
-            out, maxima = kernels.attention_and_maxima(*x, scale=1.0)
+            out, maxima = kernels("causal_attention", *x, scale=1.0, maxima=True)
             return out.sum() + weight * maxima.sum()
 
         return jax.jit(jax.grad(f, (0, 1, 2)))(q, k, v)

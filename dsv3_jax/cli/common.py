@@ -249,7 +249,7 @@ def all_devices(run: Any) -> Any:
     count, platform = jax.local_device_count(), choose.platform_of()
     if count == 1 or platform == "cpu":
         return None
-    choose.Target(platform, run.execution.kernels)  # refuses kernels that are not there, before anything is printed
+    choose.prepare(run.execution)  # refuses kernels that are not there, before anything is printed
     if (rows := run.data.batch_size // run.optim.microbatches) % count:
         raise ConfigError(
             f"batch_size/microbatches={rows} rows are not divisible by the {count} devices here; use a multiple, or "

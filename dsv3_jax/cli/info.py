@@ -43,7 +43,7 @@ def run(argv: list[str]) -> int:
 
 
 def describe_kernels(execution: Execution) -> list[str]:
-    """List each op's implementations in their order, with their platforms, and which would run here on one device.
+    """List each op's implementations here in their order, and which would run on one device.
 
     Example:
         >>> describe_kernels(Execution(kernels="xla"))[2].split()[:2]
@@ -53,31 +53,17 @@ def describe_kernels(execution: Execution) -> list[str]:
 
     kernels = choose.prepare(execution)
     chosen = kernels.chosen(execution.compute_dtype)
-    platform = kernels.target.platform
-    lines = [
-        f"kernels={execution.kernels!r} on {platform}, {execution.compute_dtype}, one device; "
-        "implementations in order of preference",
-        f"{'op':18s} {'runs here':13s} implementations",
-    ]
-    for op, rows in choose.TABLE.items():
-        names = (
-            f"{row.name} ({'all' if row.platforms == choose.PLATFORMS else ', '.join(row.platforms)}"
-            f"{'; only if named' if row.by_name else ''})"
-            for row in rows
-        )
-        lines.append(f"{op:18s} {chosen[op]:13s} {', '.join(names)}")
+    title = f"kernels={execution.kernels!r} on {kernels.target.platform}, {execution.compute_dtype}, one device"
+    lines = [title, f"{'op':18s} {'runs here':13s} implementations in order of preference; by name only"]
+    for op, name in chosen.items():
+        free, here = ([row.name for row in rows(op)] for rows in (kernels.target.rows, kernels.target.here))
+        named = ", ".join(name for name in dict.fromkeys(here) if name not in free)
+        lines.append(f"{op:18s} {name:13s} {', '.join(free)}{named and '; '}{named}")
     lines.append("An implementation that does not serve the arrays' dtypes or shapes leaves them to the next one.")
-    rows = {row.name: row for rows in choose.TABLE.values() for row in rows if row.why_not is not None}
-    wanted = {row.name for op in choose.TABLE for row in kernels.target.rows(op)}
+    rows = {row.name: row for op in chosen for row in kernels.target.rows(op) if row.dtypes}
+    missing = dict(kernels.missing)
     for name, row in rows.items():
-        if platform not in row.platforms:
-            state = f"not used: the device is {platform}"
-        elif name not in wanted:
-            state = f"not used: kernels={execution.kernels!r} leaves them out"
-        elif reason := kernels.why_not(row):
-            state = f"not available: {reason}"
-        else:
-            state = f"ready; they are {row.made_for}"
+        state = f"not available: {missing[name]}" if name in missing else f"ready; they are {row.made_for}"
         lines.append(f"The {'C++ ' if name == 'cpu' else ''}kernels ({name}) are {state}.")
     return lines
 

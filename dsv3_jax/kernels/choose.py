@@ -1,14 +1,16 @@
 """Which implementation of each op runs where: the only file that knows platforms.
 
-An op of `ops/` has several implementations. TABLE lists them in order of preference, and plain XLA comes last and fits
-always. `Kernels` is the table for one target. Modules get it once and call its methods. The first row that serves the
-target, the dtypes and the shapes runs. A new device is a folder beside this file and its rows in TABLE.
+An op of `ops/` has several implementations, the rows of TABLE, in order of preference. `Kernels` is the table for one
+target: `kernels("product", x, w)` runs the first row that serves the platform, the dtype, the mesh and the shapes. A
+row of plain XLA serves all of them, and rows after it run only if they are named. A new device is a folder beside this
+file and its rows in TABLE. Kernels that are elsewhere enter it by `add`.
 
 `prepare` compiles the C++ kernels before anything is traced. While a program is traced nothing is asked of the process,
-except whether a mesh of several devices is in use: the C++ kernels run on one device.
+except whether a mesh of several devices is in use: some kernels run on one device.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,9 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array
 
-from dsv3_jax.config import OPTAX, ConfigError, Execution
+from dsv3_jax.config import ConfigError, Execution
 from dsv3_jax.kernels import low_precision
 from dsv3_jax.kernels.cpu import attention as cpu_attention
 from dsv3_jax.kernels.cpu import blocks, calls, library
@@ -42,7 +44,6 @@ from dsv3_jax.ops import (
     mla,
     products,
 )
-from dsv3_jax.ops.cached_attention import Stored
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 GPUS, ACCELERATORS = ("cuda", "rocm"), ("cuda", "rocm", "tpu")
@@ -50,10 +51,7 @@ SMALL_BATCH = 64  # rows beyond which a CPU product costs more than reading its 
 LARGE_WEIGHT = 1 << 18  # bytes of a weight below which XLA multiplies a single row faster, on two AVX2 cores
 ROWS_OF_AN_EXPERT = 4  # on average, up to which a GPU reads an expert's weights for each row by itself
 LARGE_UPDATE = 1 << 16  # numbers of an array from which the C++ optimizer, on all threads, is faster than XLA
-
-
-def _always(*arrays: Array, **settings: Any) -> bool:
-    return True
+IN_FLOAT32 = ("embedding", "exact_product", "optimizer")  # ops on float32 arrays, whatever the compute dtype
 
 
 @dataclass(frozen=True)
@@ -61,88 +59,80 @@ class Implementation:
     """One row of the table."""
 
     name: str
-    run: Callable
+    run: Callable  # with the op's signature
     platforms: tuple[str, ...] = PLATFORMS
-    serves: Callable[..., bool] = _always  # the arrays' dtypes? If not, forcing this row is an error
-    made_for: str = "for other arrays"  # what `serves` asks, in words: "for float32 on one device"
-    fits: Callable[..., bool] = _always  # the arrays' shapes? If not, the next row is taken
-    by_hand: bool = False  # not compiled by XLA: left out by kernels="xla"
-    by_name: bool = False  # never chosen by "auto"
-    precision: str = "none"  # Execution.precision that it computes in
+    dtypes: tuple[str, ...] = ()  # of the op's first array, in a kernel that is written by hand; (): any, in XLA
+    one_device: bool = False  # not on a mesh of several
+    fits: Callable[..., bool] | None = None  # the op's arguments? None: all. If not, the next row is taken
     why_not: Callable[["Target"], str] | None = None  # a library, a compiler or a chip that is missing; "" if none is
-    only: str = ""  # the one compute dtype that it serves, for reports; "" means any, or C++
-    alone: bool = False  # it serves one device, for reports
-    slow: str = ""  # why it is slow on GPUs, in words
-    with_maxima: Callable | None = None  # of attention: the same, and each row's largest score at no further product
+    precision: str = "none"  # Execution.precision that it computes in
+
+    def serves(self, dtype: str, devices: int) -> bool:
+        """Whether it computes in a dtype on so many devices."""
+        return (not self.dtypes or dtype in self.dtypes) and (devices == 1 or not self.one_device)
+
+    @property
+    def made_for(self) -> str:
+        """What `serves` asks, in words."""
+        return f"for {' or '.join(self.dtypes) or 'any dtype'}{' on one device' if self.one_device else ''}"
 
 
-def _on_one_device() -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or mesh.size == 1
+def _all_float32(*arrays: Any, **settings: Any) -> bool:
+    floats = (a for a in jax.tree.leaves(arrays) if jnp.issubdtype(a.dtype, jnp.floating))
+    return all(a.dtype == jnp.float32 for a in floats)
 
 
-def _float32_on_one_device(*arrays: Array) -> bool:
-    return all(a.dtype == jnp.float32 for a in arrays) and _on_one_device()
+def _cached(queries: Any, keys: Any, values: Any, *others: Any, **settings: Any) -> bool:
+    return all(stored.rows.dtype.name in calls.CACHE_DTYPES for stored in (*keys, values))
 
 
-def _bfloat16_on_one_device(x: Array, *weights: Array) -> bool:
-    """megablox does not say which of a mesh's axes its results vary along, so `shard_map` refuses it."""
-    return x.dtype == jnp.bfloat16 and _on_one_device()
+def _few_rows(x: Array, *weights: Array, axes: int = 1, **settings: Any) -> bool:
+    rows = x.size // max(math.prod(x.shape[x.ndim - axes :]), 1)
+    few = rows <= SMALL_BATCH and (rows > 1 or weights[0].nbytes >= LARGE_WEIGHT)
+    return few and _all_float32(x, *weights)
 
 
-def _cached(q: Array, rows: Array) -> bool:
-    return _float32_on_one_device(q) and rows.dtype.name in calls.CACHE_DTYPES
+def _few_choices(x: Array, expert_ids: Array, gates: Array, w_gate: Array, *others: Array, **settings: Any) -> bool:
+    return expert_ids.size <= ROWS_OF_AN_EXPERT * w_gate.shape[0]
 
 
-def _few_rows(x: Array, w: Array, axes: int = 1) -> bool:
-    rows = x.size // max(_size(x.shape[x.ndim - axes :]), 1)
-    return rows <= SMALL_BATCH and (rows > 1 or w.nbytes >= LARGE_WEIGHT)
+def _attend(*qkv: Array, maxima: bool = False, **settings: Any) -> Any:
+    """Plain XLA's attention. With `maxima`: as `ops.attention.attention_and_maxima`."""
+    both = attention.attention_and_maxima(*qkv, **settings)
+    return both if maxima else both[0]
 
 
-def _few_choices(gates: Array, w_gate: Array) -> bool:
-    return gates.size <= ROWS_OF_AN_EXPERT * w_gate.shape[0]
+def kept_maxima(run: Callable) -> Callable:
+    """A library's attention, which keeps its maxima to itself: beside it one more product of queries and keys runs."""
 
+    def attend(q: Array, k: Array, v: Array, *, maxima: bool = False, **settings: Any) -> Any:
+        out = run(q, k, v, **settings)
+        return (out, attention.row_maxima(q, k, **settings, large=True)) if maxima else out
 
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
+    return attend
 
 
 _cpp = partial(
     Implementation,
     "cpu",
     platforms=("cpu",),
-    serves=_float32_on_one_device,
-    made_for="for float32 on one device",
-    by_hand=True,
+    dtypes=("float32",),
+    one_device=True,
+    fits=_all_float32,
     why_not=lambda target: library.why_not(),
 )
-_loops = partial(Implementation, "blocks", platforms=("cpu",))
 _xla = partial(Implementation, "xla")
-
-_in_bfloat16 = partial(
-    Implementation, serves=gpu_products.in_bfloat16, made_for="for bfloat16", only="bfloat16", by_hand=True
-)
-_attention = partial(_in_bfloat16, platforms=("cuda",), serves=gpu_attention.in_bfloat16)
-_on_hopper = partial(_in_bfloat16, platforms=("cuda",), fits=gpu_products.fits)
-_mosaic = partial(_on_hopper, "mosaic", why_not=gpu_products.why_not)
-_tokamax = partial(_on_hopper, "tokamax", by_name=True, why_not=tokamax_library.why_not)
-_hopper = partial(_on_hopper, "hopper", by_name=True, why_not=gpu_products.why_not_hopper)
+_loops = partial(Implementation, "blocks", platforms=("cpu",))
+_cuda = partial(Implementation, platforms=("cuda",), dtypes=("bfloat16",))
+_mosaic = partial(_cuda, "mosaic", fits=gpu_products.fits, why_not=gpu_products.why_not)
+_tokamax = partial(_cuda, "tokamax", fits=gpu_products.fits, why_not=tokamax_library.why_not)
+_hopper = partial(_cuda, "hopper", fits=gpu_products.fits, why_not=gpu_products.why_not_hopper)
+# megablox does not say which of a mesh's axes its results vary along, so `shard_map` refuses it.
 _megablox = partial(
-    _in_bfloat16,
-    "megablox",
-    platforms=("tpu",),
-    serves=_bfloat16_on_one_device,
-    made_for="for bfloat16 on one device",
-    fits=tpu_products.fits,
-    alone=True,
+    Implementation, "megablox", platforms=("tpu",), dtypes=("bfloat16",), one_device=True, fits=tpu_products.fits
 )
 _ragged_on_tpu = partial(Implementation, "ragged_dot", platforms=("tpu",))
-_row_blocks = partial(
-    Implementation, "row_blocks", platforms=GPUS, slow="it multiplies one block of rows after the other"
-)
+_row_blocks = partial(Implementation, "row_blocks", platforms=GPUS)
 # Products in 8 bits, by XLA on every platform. GPUs and TPUs multiply bfloat16 instead of float32 if it holds the
 # rounded numbers exactly. XLA can multiply e4m3 numbers as they are for an H100. But a scale for each 128 of them then
 # needs a sum in memory for each. By arithmetic that allows at most 107 TFLOP/s at 3.35 TB/s, far below bfloat16's. The
@@ -151,16 +141,10 @@ _RECIPES = (low_precision.FP8, low_precision.FP8_UE8M0, low_precision.MXFP8)
 _IN_BFLOAT16 = tuple(recipe.in_bfloat16 for recipe in _RECIPES if recipe.in_bfloat16 != recipe)
 
 
-def _low_precision(run: Callable, **by_recipe: Callable[[low_precision.Recipe], Any]) -> tuple[Implementation, ...]:
-    """The rows of an op's recipes. Args: by_recipe: makes an argument of `run`; none means `recipe` itself."""
-    by_recipe = by_recipe or {"recipe": lambda recipe: recipe}
+def _low_precision(run: Callable, argument: str = "recipe", make: Callable = lambda recipe: recipe) -> tuple:
+    """The rows of an op's recipes. Args: make: of a recipe, gives `argument` of `run`."""
     return tuple(
-        Implementation(
-            recipe.name,
-            partial(run, **{name: make(recipe) for name, make in by_recipe.items()}),
-            platforms,
-            precision=recipe.name,
-        )
+        Implementation(recipe.name, partial(run, **{argument: make(recipe)}), platforms, precision=recipe.name)
         for recipes, platforms in ((_IN_BFLOAT16, ACCELERATORS), (_RECIPES, PLATFORMS))
         for recipe in recipes
     )
@@ -173,12 +157,9 @@ def _hopper_fp8(op: str, run: Callable) -> tuple[Implementation, ...]:
             "hopper",
             partial(run, recipe=replace(recipe, scaled_product=gpu_fp8.scaled_product)),
             ("cuda",),
-            lambda *arrays: _on_one_device(),
-            "for one device",
-            gpu_fp8.FITS[op],
-            by_hand=True,
-            by_name=True,
-            alone=True,
+            ("float32", "bfloat16"),
+            one_device=True,
+            fits=gpu_fp8.FITS[op],
             precision=recipe.name,
             why_not=gpu_products.why_not_hopper,
         )
@@ -187,95 +168,96 @@ def _hopper_fp8(op: str, run: Callable) -> tuple[Implementation, ...]:
     )
 
 
-def _rounded_before(row: Callable[..., Implementation], run: Callable, product: Any) -> tuple[Implementation, ...]:
+def _rounded_before(row: Callable[..., Implementation], product: Any) -> tuple[Implementation, ...]:
     """The rows of a grouped product in bfloat16 that multiplies the rounded operands of each recipe."""
     return tuple(
-        row(partial(run, product=low_precision.grouped(recipe, product)), precision=recipe.name)
+        row(
+            partial(dispatch.grouped_swiglu, product=low_precision.grouped(recipe, product)),
+            precision=recipe.name,
+        )
         for recipe in _IN_BFLOAT16
     )
 
 
-_every_row = partial(
-    Implementation, "ragged_dot", by_name=True, slow="XLA multiplies every row with every expert there"
-)
-
 TABLE: dict[str, tuple[Implementation, ...]] = {
     "causal_attention": (
-        _cpp(cpu_attention.causal_attention, with_maxima=cpu_attention.attention_and_maxima),
+        _cpp(cpu_attention.causal_attention),
         Implementation(
             "splash",
-            tpu_attention.causal_attention,
+            kept_maxima(tpu_attention.causal_attention),
             platforms=("tpu",),
-            serves=tpu_attention.serves,
-            made_for="for float32 or bfloat16",
+            dtypes=("float32", "bfloat16"),
             fits=tpu_attention.fits,
-            by_hand=True,
         ),
-        _attention(
-            "tokamax", gpu_attention.tokamax_attention, fits=gpu_attention.fits, why_not=tokamax_library.why_not
+        _cuda(
+            "tokamax",
+            kept_maxima(gpu_attention.tokamax_attention),
+            fits=gpu_attention.fits,
+            why_not=tokamax_library.why_not,
         ),
-        _attention(
-            "cudnn", gpu_attention.cudnn_attention, fits=gpu_attention.fits_cudnn, why_not=gpu_attention.why_not_cudnn
+        _cuda(
+            "cudnn",
+            kept_maxima(gpu_attention.cudnn_attention),
+            fits=gpu_attention.fits_cudnn,
+            why_not=gpu_attention.why_not_cudnn,
         ),
-        Implementation(
-            "large_blocks",
-            partial(attention.causal_attention, large=True),
-            platforms=ACCELERATORS,
-            with_maxima=partial(attention.attention_and_maxima, large=True),
-        ),
-        _xla(attention.causal_attention, with_maxima=attention.attention_and_maxima),
+        Implementation("large_blocks", partial(_attend, large=True), ACCELERATORS),
+        _xla(_attend),
     ),
     "cached_attention": (
-        _cpp(calls.cached_attention, serves=_cached),
+        _cpp(calls.cached_attention, fits=_cached),
         _loops(cpu_attention.cached_attention_in_blocks),
         _xla(cached_attention.cached_attention),
     ),
     "write_rows": (
         _loops(cpu_attention.write_rows),
-        Implementation("select", tpu_cache_rows.write_rows, platforms=("tpu",)),
+        Implementation("select", tpu_cache_rows.write_rows, ("tpu",)),
         _xla(cached_attention.write_rows),
     ),
     "grouped_swiglu": (
         _cpp(cpu_experts.grouped_swiglu),
-        _loops(blocks.blocks_swiglu),
         _mosaic(partial(dispatch.grouped_swiglu, product=gpu_products.MOSAIC)),
-        _tokamax(partial(dispatch.grouped_swiglu, product=gpu_products.TOKAMAX)),
-        _hopper(partial(dispatch.grouped_swiglu, product=gpu_products.HOPPER_PRODUCTS)),
         _megablox(partial(dispatch.grouped_swiglu, product=tpu_products.MEGABLOX)),
+        _loops(blocks.blocks_swiglu),
         _ragged_on_tpu(partial(dispatch.grouped_swiglu, product=tpu_products.RAGGED_DOT)),
         _row_blocks(partial(dispatch.grouped_swiglu, product=grouped_product.ROW_BLOCKS)),
-        _every_row(dispatch.grouped_swiglu),
-        Implementation("dense", dispatch.dense_swiglu, by_name=True),
-        *_rounded_before(_mosaic, dispatch.grouped_swiglu, gpu_products.MOSAIC),
-        *_rounded_before(_megablox, dispatch.grouped_swiglu, tpu_products.MEGABLOX),
-        *_rounded_before(_ragged_on_tpu, dispatch.grouped_swiglu, tpu_products.RAGGED_DOT),
-        *_low_precision(dispatch.grouped_swiglu, product=low_precision.grouped),
+        _tokamax(partial(dispatch.grouped_swiglu, product=gpu_products.TOKAMAX)),
+        _hopper(partial(dispatch.grouped_swiglu, product=gpu_products.HOPPER_PRODUCTS)),
+        Implementation("ragged_dot", dispatch.grouped_swiglu),
+        Implementation("dense", dispatch.dense_swiglu),
+        *_rounded_before(_mosaic, gpu_products.MOSAIC),
+        *_rounded_before(_megablox, tpu_products.MEGABLOX),
+        *_rounded_before(_ragged_on_tpu, tpu_products.RAGGED_DOT),
+        *_low_precision(dispatch.grouped_swiglu, "product", low_precision.grouped),
     ),
     "decode_experts": (
         _cpp(cpu_experts.decode_experts),
-        _xla(dispatch.decode_experts, platforms=("cpu",)),
-        Implementation("by_row", dispatch.decode_by_row, platforms=GPUS, fits=_few_choices),
+        _xla(dispatch.decode_experts, ("cpu",)),
+        Implementation("by_row", dispatch.decode_by_row, GPUS, fits=_few_choices),
         _mosaic(partial(dispatch.grouped_swiglu, product=gpu_products.MOSAIC)),
-        _tokamax(partial(dispatch.grouped_swiglu, product=gpu_products.TOKAMAX)),
-        _hopper(partial(dispatch.grouped_swiglu, product=gpu_products.HOPPER_PRODUCTS)),
         _ragged_on_tpu(partial(dispatch.grouped_swiglu, product=tpu_products.RAGGED_DOT)),
         _row_blocks(partial(dispatch.grouped_swiglu, product=grouped_product.ROW_BLOCKS)),
-        *_low_precision(dispatch.grouped_swiglu, product=low_precision.grouped),
+        _tokamax(partial(dispatch.grouped_swiglu, product=gpu_products.TOKAMAX)),
+        _hopper(partial(dispatch.grouped_swiglu, product=gpu_products.HOPPER_PRODUCTS)),
+        *_low_precision(dispatch.grouped_swiglu, "product", low_precision.grouped),
     ),
     "product": (
         _cpp(cpu_products.product, fits=_few_rows),
-        *_hopper_fp8("product", low_precision.product),
-        *_low_precision(low_precision.product),
         _xla(products.product),
+        *_low_precision(low_precision.product),
+        *_hopper_fp8("product", low_precision.product),
     ),
     "exact_product": (_cpp(cpu_products.product, fits=_few_rows), _xla(products.exact_product)),
     "swiglu": (
         _cpp(cpu_products.swiglu, fits=_few_rows),
-        *_hopper_fp8("swiglu", low_precision.swiglu),
-        *_low_precision(low_precision.swiglu),
         _xla(products.swiglu),
+        *_low_precision(low_precision.swiglu),
+        *_hopper_fp8("swiglu", low_precision.swiglu),
     ),
-    "product_by_head": (_cpp(cpu_products.product_by_head, fits=_few_rows), _xla(products.product_by_head)),
+    "product_by_head": (
+        _cpp(cpu_products.product_by_head, fits=partial(_few_rows, axes=2)),
+        _xla(products.product_by_head),
+    ),
     # tokamax has a kernel for TPUs. It computes the logits twice, these rows once, and it does not tell whether a
     # target is the argmax, which the metrics count.
     "cross_entropy": (
@@ -283,16 +265,30 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _xla(cross_entropy.chunked_cross_entropy),
     ),
     "embedding": (Implementation("in_order", embedding.look_up_in_order, GPUS), _xla(embedding.look_up)),
-    "optimizer": (_cpp(calls.adamw, fits=lambda p, *_: p.size >= LARGE_UPDATE), _xla(adamw.adamw_update)),
-    "expand": (*_hopper_fp8("expand", low_precision.expand), *_low_precision(low_precision.expand), _xla(mla.expand)),
+    "optimizer": (
+        _cpp(calls.adamw, fits=lambda p, *rest, **settings: p.size >= LARGE_UPDATE and _all_float32(p, *rest)),
+        _xla(adamw.adamw_update),
+    ),
+    "expand": (_xla(mla.expand), *_low_precision(low_precision.expand), *_hopper_fp8("expand", low_precision.expand)),
     "capacity_swiglu": (
-        *_low_precision(dispatch.capacity_swiglu, product=lambda r: partial(low_precision.product_by_expert, recipe=r)),
         _xla(dispatch.capacity_swiglu),
+        *_low_precision(
+            dispatch.capacity_swiglu, "product", lambda recipe: partial(low_precision.product_by_expert, recipe=recipe)
+        ),
     ),
 }
 
 
-IN_FLOAT32 = ("embedding", "exact_product", "optimizer")  # ops on float32 arrays, whatever the compute dtype
+def add(op: str, row: Implementation) -> None:
+    """Add a row to an op, after all others, so that it runs only if it is named.
+
+    Example:
+        >>> add("product", Implementation("mine", products.product))
+        >>> Kernels(Target("cpu", "product=mine"))("product", jnp.ones(2), jnp.ones(2)).item()
+        2.0
+        >>> TABLE["product"] = TABLE["product"][:-1]
+    """
+    TABLE[op] += (row,)
 
 
 @dataclass(frozen=True)
@@ -315,30 +311,14 @@ class Target:
         if self.platform not in PLATFORMS:
             raise ConfigError(f"platform={self.platform!r} is not one of {', '.join(PLATFORMS)}")
         base, by_op = self.asked
-        names = {row.name for rows in TABLE.values() for row in rows}
-        if base not in ("auto", *names):
-            raise ConfigError(f"kernels={base!r} is not one of auto, {', '.join(sorted(names))}")
+        names = {op: dict.fromkeys(row.name for row in rows) for op, rows in TABLE.items()}
+        if base not in (known := {"auto", *(name for of_op in names.values() for name in of_op)}):
+            raise ConfigError(f"kernels={base!r} is not one of {', '.join(sorted(known))}")
         for op, name in by_op.items():
             if op not in TABLE:
                 raise ConfigError(f"kernels={op}={name}: {op!r} is not one of the ops {', '.join(TABLE)}")
-            if name not in (known := dict.fromkeys(row.name for row in TABLE[op])):
-                raise ConfigError(f"kernels={op}={name}: {name!r} is not one of {', '.join(known)}")
-        for op in TABLE:
-            row = self.forced(op)
-            if row is not None and self.platform not in row.platforms:
-                raise ConfigError(
-                    f"kernels={row.name!r} is not available for {self.platform}: {op} has it for "
-                    f"{', '.join(row.platforms)} only; use 'auto' or 'xla'"
-                )
-            if row is not None and row.precision != self.precision_of(op):
-                raise ConfigError(
-                    f"kernels={row.name!r} does not compute {op} in precision={self.precision_of(op)!r}; "
-                    f"use 'auto' or 'xla'"
-                )
-
-    def precision_of(self, op: str) -> str:
-        """The precision that an op is computed in: "none" for ops that stay in the compute dtype or wider."""
-        return self.precision if any(row.precision == self.precision for row in TABLE[op]) else "none"
+            if name not in names[op]:
+                raise ConfigError(f"kernels={op}={name}: {name!r} is not one of {', '.join(names[op])}")
 
     @property
     def asked(self) -> tuple[str, dict[str, str]]:
@@ -347,134 +327,82 @@ class Target:
         base = "auto" if "=" in words[0] else words.pop(0)
         return base, dict(word.split("=") for word in words)
 
-    def forced(self, op: str) -> Implementation | None:
-        """The row of an op that is asked for by name; None if the choice is free."""
+    def name_of(self, op: str) -> str:
+        """The row of an op that is asked for by name; "" if the choice is free, or the op has no row of the name."""
         base, by_op = self.asked
         name = by_op.get(op) or ("" if base == "xla" else base)
-        rows = [row for row in TABLE[op] if row.name == name]
-        here = [row for row in rows if self.platform in row.platforms]
-        in_precision = [row for row in here if row.precision == self.precision_of(op)]
-        return next(iter([*in_precision, *here, *rows]), None)
+        return name if any(row.name == name for row in TABLE[op]) else ""
 
-    @property
-    def in_compute_dtype(self) -> "Target":
-        """The same without 8-bit products, and without the names of kernels that compute nothing else."""
-        if self.precision == "none":
-            return self
-        base, by_op = self.asked
-        if base not in ("auto", "xla"):
-            base, by_op = "auto", dict.fromkeys(TABLE, base) | by_op
-        known = {op: {row.name for row in TABLE[op] if row.precision == "none"} for op in TABLE}
-        names = [f"{op}={name}" for op, name in by_op.items() if name in known[op]]
-        return replace(self, kernels=",".join([base, *names]), precision="none")
+    def here(self, op: str) -> list[Implementation]:
+        """The rows of an op for the platform and the precision. Ops that stay in the compute dtype have only those."""
+        precision = self.precision if any(row.precision == self.precision for row in TABLE[op]) else "none"
+        return [row for row in TABLE[op] if self.platform in row.platforms and row.precision == precision]
+
+    def forced(self, op: str) -> Implementation | None:
+        """The row of `here` that is asked for by name; None if the choice is free."""
+        return next((row for row in self.here(op) if row.name == self.name_of(op)), None)
 
     def rows(self, op: str) -> list[Implementation]:
-        """The rows of an op that may run, in order."""
-        free = self.asked[0] != "xla" or op in self.asked[1]
-        precision = self.precision_of(op)
-        rows = [row for row in TABLE[op] if self.platform in row.platforms and row.precision == precision]
-        rows = [row for row in rows if not row.by_name and (free or not row.by_hand)]
-        forced = self.forced(op)
-        return rows if forced is None else [forced, *(row for row in rows if row is not forced)]
+        """The rows of an op that may run, in order: to the first that serves everything."""
+        xla_only = self.asked[0] == "xla" and not self.name_of(op)
+        rows, forced = [row for row in self.here(op) if not (xla_only and row.dtypes)], self.forced(op)
+        last = next(i for i, row in enumerate(rows) if not row.dtypes and row.fits is None)
+        return ([] if forced is None else [forced]) + [row for row in rows[: last + 1] if row is not forced]
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The ops of a target: each method is an op of `ops/`, run by the first row of TABLE that serves its arguments.
+    """The ops of a target. Call it with an op of TABLE and the op's own arguments, see `ops/`.
 
     Hashable, so modules hold it as a static value. Made by `prepare`.
 
     Example:
-        >>> Kernels(Target("cpu", "xla")).chosen()["product"]
-        'xla'
+        >>> Kernels(Target("cpu", "xla"))("product", jnp.ones(2), jnp.ones(2)).item()
+        2.0
     """
 
     target: Target
-    missing: tuple[tuple[str, str], ...] | None = None  # (implementation, why it cannot run); None: nobody has asked
+    missing: tuple[tuple[str, str], ...] = ()  # (implementation, why it cannot run here)
 
-    def why_not(self, row: Implementation) -> str:
-        """Why an implementation cannot run here, in words; "" if it can."""
-        if row.why_not is None:
-            return ""
-        return "prepare() was not called" if self.missing is None else dict(self.missing).get(row.name, "")
+    def __call__(self, op: str, *args: Any, **settings: Any) -> Any:
+        return self.pick(op, *args, **settings).run(*args, **settings)
 
-    def pick(self, op: str, *arrays: Array, **settings: Any) -> Implementation:
-        """The row that runs an op for arrays of those dtypes and shapes.
+    def pick(self, op: str, *args: Any, **settings: Any) -> Implementation:
+        """The row that runs an op for these arguments.
 
-        Raises: ValueError if a row was asked for by name and does not serve the dtypes.
+        Raises: ConfigError if a row was asked for by name and does not serve the dtype or the mesh.
         """
-        forced = self.target.forced(op)
-        for row in self.target.rows(op):
-            if self.why_not(row):
-                continue
-            if not row.serves(*arrays):
-                if row is forced:
-                    dtypes = ", ".join(dict.fromkeys(str(a.dtype) for a in arrays))
-                    raise ValueError(
-                        f"kernels={row.name!r} does not serve {op} in {dtypes} here: it is {row.made_for}; "
-                        f"use 'auto' or 'xla'"
-                    )
-                continue
-            if row.fits(*arrays, **settings):
+        mesh = jax.sharding.get_abstract_mesh()
+        dtype, devices = jax.tree.leaves(args)[0].dtype.name, 1 if mesh.empty else mesh.size
+        self._check(op, dtype, devices)
+        for row in self._available(op):
+            if row.serves(dtype, devices) and (row.fits is None or row.fits(*args, **settings)):
                 return row
         raise AssertionError(f"{op} has no row that always fits")
+
+    def _available(self, op: str) -> list[Implementation]:
+        return [row for row in self.target.rows(op) if row.name not in dict(self.missing)]
+
+    def _check(self, op: str, dtype: str, devices: int) -> None:
+        """Refuse a row that is asked for by name, where it cannot run."""
+        target, name, row = self.target, self.target.name_of(op), self.target.forced(op)
+        if not name:
+            return
+        if row is None:
+            rows = ", ".join(dict.fromkeys(row.name for row in target.here(op)))
+            reason = f"is not available on {target.platform} in precision={target.precision!r}: {op} has {rows}"
+        elif name in dict(self.missing):
+            reason = f"is not available here: {dict(self.missing)[name]}"
+        elif not row.serves(dtype, devices):
+            reason = f"does not serve {op} in {dtype} with devices={devices}: it is {row.made_for}"
+        else:
+            return
+        raise ConfigError(f"kernels={target.kernels!r} {reason}; use 'auto' or 'xla'")
 
     @property
     def in_compute_dtype(self) -> "Kernels":
         """The same without 8-bit products: for the output head, and for decoding."""
-        return replace(self, target=self.target.in_compute_dtype)
-
-    # Attention
-
-    def causal_attention(
-        self,
-        q: Float[Array, "B T H K"],
-        k: Float[Array, "B T G K"],
-        v: Float[Array, "B T G V"],
-        *,
-        scale: float,
-        segment_ids: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T H V"]:
-        """See `ops.attention.causal_attention`."""
-        run = self.pick("causal_attention", q, k, v, packed=segment_ids is not None).run
-        return run(q, k, v, scale=scale, segment_ids=segment_ids)
-
-    def attention_and_maxima(
-        self,
-        q: Float[Array, "B T H K"],
-        k: Float[Array, "B T G K"],
-        v: Float[Array, "B T G V"],
-        *,
-        scale: float,
-        segment_ids: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
-        """See `ops.attention.attention_and_maxima`.
-
-        Libraries' kernels keep the maxima to themselves. Beside them `ops.attention.row_maxima` runs: one more product
-        of queries and keys, in plain XLA.
-        """
-        row = self.pick("causal_attention", q, k, v, packed=segment_ids is not None)
-        if row.with_maxima is not None:
-            return row.with_maxima(q, k, v, scale=scale, segment_ids=segment_ids)
-        maxima = attention.row_maxima(q, k, scale=scale, segment_ids=segment_ids, large=True)
-        return row.run(q, k, v, scale=scale, segment_ids=segment_ids), maxima
-
-    def cached_attention(
-        self,
-        queries: Sequence[Float[Array, "B G Q _"]],
-        keys: Sequence[Stored],
-        values: Stored,
-        last: Int[Array, "B Q"],
-        *,
-        scale: float,
-    ) -> Float[Array, "B G Q V"]:
-        """See `ops.cached_attention.cached_attention`."""
-        run = self.pick("cached_attention", queries[0], values.rows).run
-        return run(queries, keys, values, last, scale=scale)
-
-    def write_rows(self, stored: Any, new: Any, layer: Int[Array, ""], first: Int[Array, " B"]) -> Any:
-        """See `ops.cached_attention.write_rows`."""
-        return self.pick("write_rows", first).run(stored, new, layer, first)
+        return replace(self, target=replace(self.target, precision="none"))
 
     @property
     def cache_row_multiple(self) -> int:
@@ -494,159 +422,27 @@ class Kernels:
         """Whether a scan over layers loses much time in copies, into stacks, of what its backward pass reads."""
         return self.target.platform == "cpu"
 
-    # Routed experts
-
-    def grouped_swiglu(
-        self,
-        x: Float[Array, "n D"],
-        expert_ids: Int[Array, "n K"],
-        gates: Float[Array, "n K"],
-        w_gate: Float[Array, "E D F"],
-        w_up: Float[Array, "E D F"],
-        w_down: Float[Array, "E F D"],
-    ) -> Float[Array, "n D"]:
-        """See `ops.dispatch.grouped_swiglu`."""
-        run = self.pick("grouped_swiglu", x, w_gate).run
-        return run(x, expert_ids, gates.astype(x.dtype), w_gate, w_up, w_down)
-
-    def capacity_swiglu(
-        self,
-        x: Float[Array, "n D"],
-        expert_ids: Int[Array, "n K"],
-        gates: Float[Array, "n K"],
-        w_gate: Float[Array, "E D F"],
-        w_up: Float[Array, "E D F"],
-        w_down: Float[Array, "E F D"],
-        *,
-        factor: float,
-    ) -> tuple[Float[Array, "n D"], Float[Array, ""]]:
-        """See `ops.dispatch.capacity_swiglu`."""
-        run = self.pick("capacity_swiglu", x, w_gate).run
-        return run(x, expert_ids, gates, w_gate, w_up, w_down, factor=factor)
-
-    def decode_experts(
-        self,
-        x: Float[Array, "n D"],
-        expert_ids: Int[Array, "n K"],
-        gates: Float[Array, "n K"],
-        w_gate: Float[Array, "E D F"],
-        w_up: Float[Array, "E D F"],
-        w_down: Float[Array, "E F D"],
-    ) -> Float[Array, "n D"]:
-        """See `ops.dispatch.decode_experts`."""
-        gates = gates.astype(x.dtype)
-        run = self.pick("decode_experts", gates, w_gate).run
-        return run(x, expert_ids, gates, w_gate, w_up, w_down)
-
-    # Products with a weight
-
-    def embedding(self, table: Float[Array, "W D"], tokens: Int[Array, "*n"]) -> Float[Array, "*n D"]:
-        """See `ops.embedding.look_up`."""
-        return self.pick("embedding", table, tokens).run(table, tokens)
-
-    def product(self, x: Float[Array, "..."], w: Float[Array, "..."], axes: int = 1) -> Float[Array, "..."]:
-        """See `ops.products.product`."""
-        return self.pick("product", x, w, axes=axes).run(x, w, axes)
-
-    def expand(
-        self,
-        c_kv: Float[Array, "B T C"],
-        k_rope: Float[Array, "B T R"],
-        w_uk: Float[Array, "H N C"],
-        w_uv: Float[Array, "H V C"],
-    ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H V"]]:
-        """See `ops.mla.expand`."""
-        return self.pick("expand", c_kv, w_uk, w_uv).run(c_kv, k_rope, w_uk, w_uv)
-
-    def exact_product(self, x: Float[Array, "n D"], w: Float[Array, "D N"]) -> Float[Array, "n N"]:
-        """See `ops.products.exact_product`."""
-        return self.pick("exact_product", x, w).run(x, w)
-
-    def swiglu(
-        self,
-        x: Float[Array, "*n D"],
-        w_gate: Float[Array, "D F"],
-        w_up: Float[Array, "D F"],
-        w_down: Float[Array, "F D"],
-    ) -> Float[Array, "*n D"]:
-        """See `ops.products.swiglu`."""
-        return self.pick("swiglu", x, w_gate).run(x, w_gate, w_up, w_down)
-
-    def product_by_head(
-        self, x: Float[Array, "*n H K"], w: Float[Array, "H _ _"], *, transposed: bool = False
-    ) -> Float[Array, "*n H N"]:
-        """See `ops.products.product_by_head`."""
-        return self.pick("product_by_head", x, w, axes=2).run(x, w, transposed=transposed)
-
-    # Training
-
-    def cross_entropy(
-        self, h: Float[Array, "n D"], w: Float[Array, "D W"], targets: Int[Array, " n"], mask: Bool[Array, " n"]
-    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """See `ops.cross_entropy.chunked_cross_entropy`."""
-        return self.pick("cross_entropy", h, w).run(h, w, targets, mask)
-
-    def adamw_update(
-        self,
-        p: Float[Array, "*n"],
-        mu: Float[Array, "*n"],
-        nu: Float[Array, "*n"],
-        g: Float[Array, "*n"],
-        numbers: Float[Array, "5"],
-        **settings: float,
-    ) -> tuple[Float[Array, "*n"], Float[Array, "*n"], Float[Array, "*n"]]:
-        """See `ops.adamw.adamw_update`."""
-        return self.pick("optimizer", p, mu, nu, g).run(p, mu, nu, g, numbers, **settings)
-
-    # Reports
-
-    def chosen(
-        self, dtype: Any = "float32", devices: int = 1, moments: str = "float32", optimizer: str = "adamw"
-    ) -> dict[str, str]:
+    def chosen(self, dtype: Any = "float32", devices: int = 1) -> dict[str, str]:
         """The implementation of each op for large arrays of a dtype on so many devices, by name.
 
-        Args:
-            moments: dtype of the optimizer's means.
-            optimizer: `OptimConfig.name`. The table's op is AdamW's update: Muon leaves some parameters to it, and
-                optax's transformations none.
+        Example:
+            >>> Kernels(Target("cpu", "xla")).chosen()["product"]
+            'xla'
+        """
+        dtypes = {op: "float32" if op in IN_FLOAT32 else jnp.dtype(dtype).name for op in TABLE}
+        return {op: next(r.name for r in self._available(op) if r.serves(dtypes[op], devices)) for op in TABLE}
+
+    def describe(self, dtype: Any = "float32", devices: int = 1) -> str:
+        """One short line on what runs; `dsv3 info PRESET --kernels` lists it by op.
 
         Example:
-            >>> kernels = Kernels(Target("cpu", "xla"))
-            >>> [kernels.chosen(optimizer=name)["optimizer"] for name in ("adamw", "muon", "optax:lion")]
-            ['xla', 'muon by xla, adamw by xla', 'optax:lion']
+            >>> Kernels(Target("cuda", "xla"), (("tokamax", "it is not installed"),)).describe()
+            'kernels for cuda: large_blocks, xla, row_blocks, by_row, by_memory, in_order'
         """
-        names, fixed = {}, dict.fromkeys(IN_FLOAT32, "float32") | {"optimizer": moments}
-        for op in TABLE:
-            float32 = jnp.dtype(fixed.get(op, dtype)) == jnp.float32
-            for row in self.target.rows(op):
-                serves = row.only in ("", jnp.dtype(dtype).name) and (devices == 1 or not row.alone)
-                serves = serves and (row.name != "cpu" or (float32 and devices == 1))
-                if serves and not self.why_not(row):
-                    names[op] = row.name
-                    break
-        if optimizer == "muon":
-            names["optimizer"] = f"muon by xla, adamw by {names['optimizer']}"
-        elif optimizer.startswith(OPTAX):
-            names["optimizer"] = optimizer
-        return names
-
-    def describe(
-        self, dtype: Any = "float32", devices: int = 1, moments: str = "float32", optimizer: str = "adamw"
-    ) -> str:
-        """One line on what runs, and why others that were wanted do not."""
-        by_name: dict[str, list[str]] = {}
-        for op, name in self.chosen(dtype, devices, moments, optimizer).items():
-            by_name.setdefault(name, []).append(op)
-        parts = [f"{name}: {', '.join(ops)}" for name, ops in by_name.items()]
-        for op, name in self.chosen(dtype, devices).items():
-            row = next(row for row in self.target.rows(op) if row.name == name)
-            if row.slow and self.target.platform in GPUS:
-                parts.append(f"{op} is slow by {name}: {row.slow}")
-        wanted = {row.name: row for op in TABLE for row in self.target.rows(op)}
-        for name, row in wanted.items():
-            if reason := self.why_not(row):
-                parts.append(f"no C++ kernels, {reason}" if name == "cpu" else f"not {name}, {reason}")
-        return f"kernels for {self.target.platform}: " + "; ".join(parts)
+        line = f"kernels for {self.target.platform}: {', '.join(dict.fromkeys(self.chosen(dtype, devices).values()))}"
+        wanted = {row.name for op in TABLE for row in self.target.rows(op)}
+        lacking = [name for name, _ in self.missing if name in wanted]
+        return f"{line}; without {', '.join(lacking)}: see `dsv3 info tiny --kernels`" if lacking else line
 
 
 def platform_of(mesh: Mesh | None = None) -> str:
@@ -680,22 +476,6 @@ def _platform_name(device: Any) -> str:
     return "rocm" if "rocm" in getattr(device.client, "platform_version", "").lower() else "cuda"
 
 
-def _check_cpp(target: Target, dtype: str, devices: int) -> None:
-    """Refuse C++ kernels that are asked for by name, where they cannot run."""
-    for op in TABLE:
-        row = target.forced(op)
-        if row is None or row.name != "cpu":
-            continue
-        if devices > 1:
-            raise ConfigError(
-                f"kernels={target.kernels!r} is for one device, and the mesh has {devices}; use 'auto' or 'xla'"
-            )
-        if dtype != "float32" and op not in IN_FLOAT32:
-            raise ConfigError(
-                f"kernels={target.kernels!r} is for compute_dtype='float32', not {dtype!r}; use 'auto' or 'xla'"
-            )
-
-
 def prepare(
     execution: Execution | None = None, *, platform: str | None = None, chip: str = "", mesh: Mesh | None = None
 ) -> Kernels:
@@ -715,13 +495,10 @@ def prepare(
     if platform is None:
         platform, chip = platform_of(mesh), _chip_of(_device_of(mesh))
     target = Target(platform, execution.kernels, chip, execution.precision)
-    _check_cpp(target, execution.compute_dtype, 1 if mesh is None else mesh.size)
-    rows = {row.name: row for op in TABLE for row in target.rows(op) if row.why_not is not None}
-    missing = {name: reason for name, row in rows.items() if row.why_not and (reason := row.why_not(target))}
+    rows = {row.name: row.why_not for op in TABLE for row in target.rows(op) if row.why_not is not None}
+    missing = tuple((name, reason) for name, why_not in rows.items() if (reason := why_not(target)))
+    kernels = Kernels(target, missing)
     for op in TABLE:
-        row = target.forced(op)
-        if row is not None and row.name in missing:
-            raise ConfigError(
-                f"kernels={target.kernels!r} is not available here: {missing[row.name]}; use 'auto' or 'xla'"
-            )
-    return Kernels(target, tuple(missing.items()))
+        dtype = "float32" if op in IN_FLOAT32 else execution.compute_dtype
+        kernels._check(op, dtype, 1 if mesh is None else mesh.size)
+    return kernels

@@ -17,6 +17,7 @@ with hand-written collectives.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -80,7 +81,7 @@ def grouped_swiglu(
     cfg: ModelConfig,
     layout: Layout,
 ) -> tuple[Float[Array, "n D"], Float[Array, ""]]:
-    """Run `Kernels.grouped_swiglu` on the mesh of the context.
+    """Run `ops.dispatch.grouped_swiglu` on the mesh of the context.
 
     Returns: (y, copies of a token sent to another device, mean over tokens).
     """
@@ -89,7 +90,7 @@ def grouped_swiglu(
         n, apart = args[0].shape[0], how.peers > 1 and "expert" in how.rows
         comm = pick_expert_comm(cfg, layout, n, how.peers) if apart else "gather"
         if comm == "gather":
-            return _gathered(kernels.grouped_swiglu, how, *args)
+            return _gathered(partial(kernels, "grouped_swiglu"), how, *args)
         if comm == "all_to_all":
             slots = send_capacity(cfg, layout, n, how.peers)
             y, sent = all_to_all(*args, kernels=kernels, peers=how.peers, slots=slots)
@@ -111,10 +112,10 @@ def decode_experts(
     kernels: Kernels,
     layout: Layout,
 ) -> Float[Array, "n D"]:
-    """Run `Kernels.decode_experts` on the mesh of the context: each device reads only experts that it holds."""
+    """Run `ops.dispatch.decode_experts` on the mesh of the context: each device reads only experts that it holds."""
 
     def meet(how: Sharded, *args: Array) -> tuple[Array, Array]:
-        return _gathered(kernels.decode_experts, how, *args)
+        return _gathered(partial(kernels, "decode_experts"), how, *args)
 
     return _on_shards(meet, layout, x, expert_ids, gates, w_gate, w_up, w_down)[0]
 

@@ -188,7 +188,7 @@ def _at_their_experts(
     rows, row_gates = there(to_slots(x, buffer)), there(to_slots(gates, buffer))
     row_ids = there(_fetch(ids + 1, buffer.token)) - 1  # an empty slot has the expert -1, which no device holds
     row_ids, row_gates = to_local_ids(row_ids, row_gates, experts[0].shape[0])
-    return from_slots(back(kernels.grouped_swiglu(rows, row_ids, row_gates, *experts)), buffer)
+    return from_slots(back(kernels("grouped_swiglu", rows, row_ids, row_gates, *experts)), buffer)
 
 
 # All to all, in rounds

@@ -4,6 +4,7 @@ A kind of attention defines its weights, its queries and rows, and which rows a 
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ class Attention(nnx.Module):
             else:
                 out, cache = self.attend_to_cache(q, rows, ctx)
                 ctx = ctx._replace(cache=cache)
-            return self.kernels.product(constrain(out, *HEAD_AXES), self.w_o[...], 2), ctx
+            return self.kernels("product", constrain(out, *HEAD_AXES), self.w_o[...], axes=2), ctx
 
     @classmethod
     def cache_rows(cls, cfg: ModelConfig, kind: CacheKind) -> dict[str, tuple[int, int]]:
@@ -124,7 +125,7 @@ class MLA(Attention):
         self.w_uv = param(rngs, (heads, cfg.v_head_dim, cfg.kv_latent_dim), ("heads", None, "latent"), std)
 
     def project(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Float[Array, "B T H K"], Rows]:
-        product, cfg = self.kernels.product, self.cfg
+        product, cfg = partial(self.kernels, "product"), self.cfg
         if cfg.q_latent_dim is None:
             q = product(x, self.w_q[...])
         else:
@@ -135,12 +136,13 @@ class MLA(Attention):
 
     def expand(self, rows: Rows) -> Rows:
         latent, k_rope = rows["latent"][:, :, 0], rows["k_rope"][:, :, 0]
-        return dict(zip("kv", self.kernels.expand(latent, k_rope, self.w_uk[...], self.w_uv[...]), strict=True))
+        expanded = self.kernels("expand", latent, k_rope, self.w_uk[...], self.w_uv[...])
+        return dict(zip("kv", expanded, strict=True))
 
     def attend_to_cache(self, q: Float[Array, "B T H K"], rows: Rows, ctx: Context) -> tuple[Array, Cache]:
         if "latent" not in ctx.cache:
             return super().attend_to_cache(q, rows, ctx)
-        by_head = self.kernels.product_by_head
+        by_head = partial(self.kernels, "product_by_head")
         w_uk, w_uv = self.w_uk[...].astype(q.dtype), self.w_uv[...].astype(q.dtype)
         q_nope, q_rope = jnp.split(q, [self.cfg.nope_head_dim], axis=-1)
         out, cache = attend_to_rows(self, {"latent": by_head(q_nope, w_uk), "k_rope": q_rope}, "latent", rows, ctx)
@@ -171,7 +173,7 @@ class GQA(Attention):
             self.q_norm, self.k_norm = RMSNorm(qk_dim, cfg.norm_eps), RMSNorm(qk_dim, cfg.norm_eps)
 
     def project(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Float[Array, "B T H K"], Rows]:
-        q, k, v = (self.kernels.product(x, w[...]) for w in (self.w_q, self.w_k, self.w_v))
+        q, k, v = (self.kernels("product", x, w[...]) for w in (self.w_q, self.w_k, self.w_v))
         q, k, v = (constrain(y, *HEAD_AXES) for y in (q, k, v))
         if self.cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -202,13 +204,13 @@ def attend_causally(
 
     Returns: (the result, the context with each head's largest logit if it watches them).
     """
-    segment_ids, how = ctx.segment_ids, {"scale": module.scale}
-    watched = "max_logit" in ctx.options.watch
+    segment_ids, watched = ctx.segment_ids, "max_logit" in ctx.options.watch
+    kernel = partial(module.kernels, "causal_attention", scale=module.scale)
 
     def attend(q, k, v, segment_ids=None):
         if not watched:
-            return (module.kernels.causal_attention(q, k, v, **how, segment_ids=segment_ids),)
-        out, maxima = module.kernels.attention_and_maxima(q, k, v, **how, segment_ids=segment_ids)
+            return (kernel(q, k, v, segment_ids=segment_ids),)
+        out, maxima = kernel(q, k, v, segment_ids=segment_ids, maxima=True)
         return out, maxima[..., None]
 
     if not shards_alike(HEAD_AXES, q.shape, k.shape):
@@ -248,7 +250,7 @@ def attend_to_rows(
         by_group = [q.swapaxes(1, 2).reshape(some, own_groups, length * each, -1) for q in queries_of]
         last = jnp.repeat(local.positions(length), each, axis=1)
         keys = [arrays[name] for name in queries]
-        out = kernels.cached_attention(by_group, keys, arrays[values], last, scale=module.scale)[..., :width]
+        out = kernels("cached_attention", by_group, keys, arrays[values], last, scale=module.scale)[..., :width]
         return local.parts[0], out.reshape(some, own_groups, length, each, width).swapaxes(1, 2)
 
     # Query heads are grouped by key-value head. A mesh shards both alike; or the queries of a single group.

@@ -79,7 +79,7 @@ class Cache:
         i, index = self.place(layer)
         part = self.parts[i]
         new = {name: _as_stored(rows[name].swapaxes(1, 2), like) for name, like in part.items()}
-        written = kernels.write_rows(part, new, index, self.lengths)
+        written = kernels("write_rows", part, new, index, self.lengths)
         return replace(self, parts=[*self.parts[:i], written, *self.parts[i + 1 :]])
 
     def read(self, layer: Array | int) -> dict[str, Stored]:

@@ -178,7 +178,7 @@ class SwiGLU(nnx.Module):
         self.kernels = kernels
 
     def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
-        return self.kernels.swiglu(x, self.w_gate[...], self.w_up[...], self.w_down[...])
+        return self.kernels("swiglu", x, self.w_gate[...], self.w_up[...], self.w_down[...])
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module | None:

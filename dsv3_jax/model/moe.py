@@ -138,14 +138,14 @@ class MoE(nnx.Module):
         none, kernels = jnp.zeros((), jnp.float32), self.kernels
         args = x, ids, gates, self.experts.w_gate[...], self.experts.w_up[...], self.experts.w_down[...]
         if self.cfg.capacity_factor is not None and ctx.options.may_drop:
-            return *kernels.capacity_swiglu(*args, factor=self.cfg.capacity_factor), none
+            return *kernels("capacity_swiglu", *args, factor=self.cfg.capacity_factor), none
         decode = not ctx.options.may_drop and gates.size <= dispatch.FEW_CHOICES * self.cfg.num_experts
         if on_mesh() and decode:
             return expert_parallel.decode_experts(*args, kernels=kernels, layout=self.layout), none, none
         if on_mesh():
             y, sent = expert_parallel.grouped_swiglu(*args, kernels=kernels, cfg=self.cfg, layout=self.layout)
             return y, none, sent
-        return (kernels.decode_experts if decode else kernels.grouped_swiglu)(*args), none, none
+        return kernels("decode_experts" if decode else "grouped_swiglu", *args), none, none
 
     @jax.named_scope("router")
     def route(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[routing.Routing, Array | None]:
@@ -160,11 +160,11 @@ class MoE(nnx.Module):
 
         def local(w_router, bias, w_noise, layer, x, tokens, keys):
             flat, needs = x.reshape(-1, x.shape[-1]).astype(jnp.float32), {}
-            logits = self.kernels.exact_product(flat, w_router)
+            logits = self.kernels("exact_product", flat, w_router)
             if tokens is not None:
                 needs["tokens"] = tokens.reshape(-1)
             if keys is not None:
-                needs["spread"] = self.kernels.exact_product(flat, w_noise)
+                needs["spread"] = self.kernels("exact_product", flat, w_noise)
                 needs["normal"] = routing.noise(keys, layer, x.shape[1], self.cfg.num_experts).reshape(logits.shape)
             picked = routing.route(logits, bias, self.cfg, **needs)
             log_sums = jax.nn.logsumexp(logits, axis=-1).reshape(x.shape[:2]) if self.cfg.balance.z_alpha else None

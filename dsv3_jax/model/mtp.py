@@ -80,7 +80,7 @@ class MTPModule(Head):
     ) -> tuple[Array, Context, dict[str, Any]]:
         assert embedded is not None
         both = jnp.concatenate([self.embed_norm(embedded), self.hidden_norm(h)], axis=-1)
-        x, ctx, metrics = self.block(self.kernels.product(both, self.w_eh[...]), ctx)
+        x, ctx, metrics = self.block(self.kernels("product", both, self.w_eh[...]), ctx)
         return self.norm(x), ctx, metrics
 
 
@@ -138,7 +138,7 @@ class MedusaHead(Head):
     def __call__(
         self, h: Float[Array, "B T D"], ctx: Context, embedded: Float[Array, "B T D"] | None = None
     ) -> tuple[Array, Context, dict[str, Any]]:
-        return h + jax.nn.silu(self.kernels.product(h, self.w[...])), ctx, {}
+        return h + jax.nn.silu(self.kernels("product", h, self.w[...])), ctx, {}
 
 
 class EagleHead(Head):
@@ -170,7 +170,7 @@ class EagleHead(Head):
     ) -> tuple[Array, Context, dict[str, Any]]:
         assert embedded is not None
         both = jnp.concatenate([embedded, h], axis=-1)
-        return self.block(self.kernels.product(both, self.w_eh[...]), ctx)
+        return self.block(self.kernels("product", both, self.w_eh[...]), ctx)
 
     def feature_loss(self, h: Float[Array, "B T D"], target: Float[Array, "B T D"]) -> Float[Array, "B T"]:
         return smooth_l1(h, target)

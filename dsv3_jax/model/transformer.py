@@ -264,7 +264,7 @@ class Transformer(nnx.Module):
         table = self.unshard(self.embed)[...]
 
         def local(table, tokens):
-            return (), self.kernels.embedding(table, tokens).astype(self.compute_dtype)
+            return (), self.kernels("embedding", table, tokens).astype(self.compute_dtype)
 
         return shard_map_over_batch(local, (table,), tokens)[1]
 
@@ -277,7 +277,7 @@ class Transformer(nnx.Module):
         """Compute float32 logits of normed hidden states."""
         if self.head is None or h.dtype != jnp.float32:  # a transposed table would first be copied for a kernel
             return jnp.dot(h, self.head_matrix(), preferred_element_type=jnp.float32)
-        return self.kernels.in_compute_dtype.product(h, self.head_matrix())
+        return self.kernels.in_compute_dtype("product", h, self.head_matrix())
 
     def unshard(self, v: Any) -> Any:
         """Prepare weights for use: merge low-rank adapters, and gather what a mesh shards (`unshard_weights`)."""

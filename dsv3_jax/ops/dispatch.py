@@ -328,4 +328,4 @@ def decode_by_row(
     h = (jax.nn.silu(product(rows, w_gate)) * product(rows, w_up)).astype(x.dtype)
     out = product(h, w_down)
     out = out.reshape(n, num_choices, -1) if row is None else _take(out, row)
-    return (out * gates.astype(out.dtype)[..., None]).sum(axis=1).astype(x.dtype)
+    return (out * gates.astype(x.dtype).astype(out.dtype)[..., None]).sum(axis=1).astype(x.dtype)

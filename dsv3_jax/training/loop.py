@@ -44,7 +44,7 @@ from dsv3_jax.training import rows
 from dsv3_jax.training.checkpoint import Checkpoints, SaveFailed
 from dsv3_jax.training.evaluate import evaluate
 from dsv3_jax.training.finite import first_nonfinite
-from dsv3_jax.training.prepare import Options, Prepared, conditions, describe, flops_per_token, prepare
+from dsv3_jax.training.prepare import Options, Prepared, describe, flops_per_token, kernels_of, prepare
 from dsv3_jax.training.run_folder import claim
 from dsv3_jax.training.step import Batch, Job, first_bad_tensor, make_step, model_of
 from dsv3_jax.training.warm_start import begin
@@ -150,7 +150,7 @@ class Training:
         for line in filter(None, [*describe(self.ready, self.step), *sentences]):
             self.progress.say(line)
         self.speed = _Speed(self.ready)
-        self.first_row = {"kernels": self.job.chosen().chosen(*conditions(self.job))}  # more for it, at each start
+        self.first_row = {"kernels": kernels_of(self.job)}  # more for it, at each start
         self.callbacks = list(self.options.callbacks) if first else []
         for callback in self.callbacks:
             callback.on_start(run, self.out, self.step)

@@ -135,7 +135,7 @@ def _cross_entropies(
     @jax.named_scope("loss")
     def cross_entropy(matrix, h, wanted, mask):
         flat = h.reshape(-1, h.shape[-1]), matrix, wanted.reshape(-1), mask.reshape(-1)
-        return model.kernels.cross_entropy(*flat), ()
+        return model.kernels("cross_entropy", *flat), ()
 
     nats, correct = [], []
     for ahead, h in enumerate((out.h[:, :-1], *out.mtp_h), start=1):

@@ -136,7 +136,7 @@ class AdamW:
 
         def leaf(p, mu, nu, g, decays):
             decay = cfg.weight_decay if decays else 0.0
-            return self.kernels.adamw_update(p, mu, nu, g, numbers, **settings, decay=decay)
+            return self.kernels("optimizer", p, mu, nu, g, numbers, **settings, decay=decay)
 
         leaves, tree = jax.tree.flatten(params)
         rest = (jax.tree.leaves(t) for t in (state.mu, state.nu, grads, decays(params)))

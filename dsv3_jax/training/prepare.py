@@ -96,7 +96,7 @@ def agree(run: RunConfig, options: Options) -> Job:
     facts: dict[str, Any] = {
         "run": to_dict(run),
         "mesh": mesh and dict(mesh.shape),
-        "kernels": kernels.chosen(*conditions(job)),
+        "kernels": kernels_of(job),
     }
     facts |= {"step": options.step, "stop_after": options.stop_after}
     processes.agree(facts | {"versions": {name: importlib.metadata.version(name) for name in ("dsv3-jax", "jax")}})
@@ -113,8 +113,7 @@ def check(job: Job) -> None:
     if job.mesh is not None:
         sharding.check(job.mesh, run)
         processes.check_layout(run.execution.layout)
-    forced = target.forced("optimizer")
-    if run.optim.moments_dtype != "float32" and forced is not None and forced.name == "cpu":
+    if run.optim.moments_dtype != "float32" and target.name_of("optimizer") == "cpu":
         raise ConfigError(
             f"kernels={run.execution.kernels!r} is for float32 means, not moments_dtype={run.optim.moments_dtype!r}; "
             "use 'auto' or 'xla'"
@@ -155,7 +154,7 @@ def read(job: Job, out: Path, options: Options) -> Prepared:
 
     def claim() -> None:
         made = run_folder.made_from(source.fingerprint, words.fingerprint)
-        run_folder.claim(out, run, job.chosen().chosen(*conditions(job)), made)
+        run_folder.claim(out, run, kernels_of(job), made)
 
     processes.by_first(claim)
     job = replace(job, run=run_folder.settled(run, out))
@@ -189,16 +188,27 @@ def check_memory(job: Job, hosts: int = 1) -> None:
         )
 
 
-def conditions(job: Job) -> tuple[str, int, str, str]:
-    """The arguments of `Kernels.chosen` and `Kernels.describe`."""
-    run, devices = job.run, 1 if job.mesh is None else job.mesh.size
-    return run.execution.compute_dtype, devices, run.optim.moments_dtype, run.optim.name
+def kernels_of(job: Job) -> dict[str, str]:
+    """The implementation of each op, by name. The table's optimizer is AdamW's update, for float32 means in C++.
+
+    Example:
+        >>> import dsv3_jax as ds
+        >>> run = ds.recipe("tiny")
+        >>> kernels_of(Job(ds.replace(run, optim=ds.replace(run.optim, name="optax:lion"))))["optimizer"]
+        'optax:lion'
+    """
+    run = job.run
+    names = job.chosen().chosen(run.execution.compute_dtype, 1 if job.mesh is None else job.mesh.size)
+    adamw = names["optimizer"] if run.optim.moments_dtype == "float32" else "xla"
+    others = {"adamw": adamw, "muon": f"muon by xla, adamw by {adamw}"}
+    return names | {"optimizer": others.get(run.optim.name, run.optim.name)}
 
 
 def describe(ready: Prepared, step: int) -> list[str]:
     """Lines to print before training: the text, the kernels, and how long it may take."""
-    run, kernels = ready.job.run, ready.job.chosen()
-    lines = [ready.source.summary, kernels.describe(*conditions(ready.job)), xla_flags.describe(ready.job.options)]
+    run, mesh = ready.job.run, ready.job.mesh
+    kernels = ready.job.chosen().describe(run.execution.compute_dtype, 1 if mesh is None else mesh.size)
+    lines = [ready.source.summary, kernels, xla_flags.describe(ready.job.options)]
     lines.append("" if run.optim.name == "adamw" else f"optimizer: {OPTIMIZERS.get(run.optim.name, run.optim.name)}")
     lines.append(lora.describe(run.lora, abstract_state(Job(run)).params) if run.lora.rank else "")
     lines += [f"{name}={now}, before {before}" for name, (before, now) in ready.changed.items()]

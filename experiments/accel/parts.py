@@ -369,16 +369,16 @@ def grouped(sizes: Sizes) -> Part:
         flops = 6 * tokens * cfg.experts_per_token * dim * hidden
 
         def once(kernels: Recorder, x=x, ids=ids, gates=gates, weights=weights):
-            return kernels.grouped_swiglu(x, ids, gates, *weights)
+            return kernels("grouped_swiglu", x, ids, gates, *weights)
 
         def measure(
             kernels: Recorder, title: str, chosen: bool, x=x, dy=dy, ids=ids, gates=gates, weights=weights, flops=flops
         ) -> Part:
             def apply(x, gates, weights):
-                return kernels.grouped_swiglu(x, ids, gates, *weights)
+                return kernels("grouped_swiglu", x, ids, gates, *weights)
 
             yield f"{title}: forward"
-            forward = jax.jit(lambda x, gates, w: kernels.grouped_swiglu(x, ids, gates, *w))
+            forward = jax.jit(lambda x, gates, w: kernels("grouped_swiglu", x, ids, gates, *w))
             took = seconds_of(lambda: forward(x, gates, weights), sizes.seconds)
             yield Figure(f"{title}, forward", flops / took, "FLOP/s", against="product", ran=ran("grouped_swiglu"))
             yield f"{title}: forward and backward"
@@ -406,7 +406,7 @@ def attention(sizes: Sizes) -> Part:
 
     def measure(kernels: Recorder, title: str, chosen: bool) -> Part:
         def apply(q, k, v, segment_ids=None):
-            return kernels.causal_attention(q, k, v, scale=k_dim**-0.5, segment_ids=segment_ids)
+            return kernels("causal_attention", q, k, v, scale=k_dim**-0.5, segment_ids=segment_ids)
 
         def gradients(q, k, v, dy, segment_ids=None):
             return jax.vjp(partial(apply, segment_ids=segment_ids), q, k, v)[1](dy)
@@ -435,7 +435,7 @@ def attention(sizes: Sizes) -> Part:
             )  # fmt: skip
 
     def once(kernels: Recorder):
-        return kernels.causal_attention(q, k, v, scale=k_dim**-0.5)
+        return kernels("causal_attention", q, k, v, scale=k_dim**-0.5)
 
     yield from by_backend("causal_attention", f"{batch}×{length}, {heads} heads of {k_dim}/{v_dim}", once, measure)
 
@@ -449,11 +449,11 @@ def loss(sizes: Sizes) -> Part:
     mask = jnp.ones((tokens,), bool)
 
     def once(kernels: Recorder):
-        return kernels.cross_entropy(h, w, targets, mask)[0]
+        return kernels("cross_entropy", h, w, targets, mask)[0]
 
     def measure(kernels: Recorder, title: str, chosen: bool) -> Part:
         yield title
-        both = jax.jit(jax.grad(lambda h, w: kernels.cross_entropy(h, w, targets, mask)[0], argnums=(0, 1)))
+        both = jax.jit(jax.grad(lambda h, w: kernels("cross_entropy", h, w, targets, mask)[0], argnums=(0, 1)))
         took = seconds_of(lambda: both(h, w), sizes.seconds)
         rate = 6 * tokens * dim * vocab / took
         yield Figure(title, rate, "FLOP/s", against="product", ran=ran("cross_entropy"))
@@ -472,7 +472,7 @@ def eight_bits(sizes: Sizes) -> Part:
     w = draw(next(key), (dim, width), "float32", dim**-0.5)
 
     def with_gradients(kernels: choose.Kernels, x, w, dy):
-        y, pull_back = jax.vjp(lambda x, w: kernels.product(x, w), x, w)
+        y, pull_back = jax.vjp(lambda x, w: kernels("product", x, w), x, w)
         return y, *pull_back(dy)
 
     for precision in ("none", "fp8", "fp8_ue8m0", "mxfp8"):

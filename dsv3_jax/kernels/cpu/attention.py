@@ -23,25 +23,14 @@ def causal_attention(
     *,
     scale: float,
     segment_ids: Int[Array, "B T"] | None = None,
-) -> Float[Array, "B T H V"]:
-    """Compute `ops.attention.causal_attention` in float32, by the C++ kernel."""
-    return attention_and_maxima(q, k, v, scale=scale, segment_ids=segment_ids)[0]
-
-
-def attention_and_maxima(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G V"],
-    *,
-    scale: float,
-    segment_ids: Int[Array, "B T"] | None = None,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
-    """Compute `ops.attention.attention_and_maxima` in float32, by the C++ kernel."""
+    maxima: bool = False,
+) -> Float[Array, "B T H V"] | tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+    """Compute `ops.attention.causal_attention` in float32, by the C++ kernel; `maxima`: `attention_and_maxima`."""
     if segment_ids is None:
         segment_ids = jnp.ones(q.shape[:2], jnp.int32)
     k, v = (repeat_heads(x, q.shape[2]) for x in (k, v))
     out, largest = _attend(scaled(q, scale), k, v, segment_ids)
-    return out, jax.lax.stop_gradient(largest).swapaxes(1, 2)
+    return (out, jax.lax.stop_gradient(largest).swapaxes(1, 2)) if maxima else out
 
 
 @jax.custom_vjp

@@ -22,15 +22,11 @@ MIN_WIDTH = 64  # of a head: below, most of a product's columns are padding
 MIN_LENGTH = 128  # of a sequence: below, most of a block's rows are padding
 
 
-def in_bfloat16(*arrays: Array) -> bool:
-    """Whether all arrays are bfloat16. The kernels would round float32 to it."""
-    return all(a.dtype == jnp.bfloat16 for a in arrays)
-
-
 def fits(q: Array, k: Array, v: Array, **settings) -> bool:
     """Whether heads are wide and sequences long enough that the kernel is faster than XLA."""
     widths = (q.shape[-1], v.shape[-1])
-    return min(widths) >= MIN_WIDTH and all(n % 8 == 0 for n in widths) and q.shape[1] >= MIN_LENGTH
+    alike = q.dtype == k.dtype == v.dtype
+    return alike and min(widths) >= MIN_WIDTH and all(n % 8 == 0 for n in widths) and q.shape[1] >= MIN_LENGTH
 
 
 def first_of_segment(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -172,9 +168,9 @@ def why_not_cudnn(target: Any) -> str:
     return ""
 
 
-def fits_cudnn(q: Array, k: Array, v: Array, *, packed: bool = False, **settings) -> bool:
+def fits_cudnn(q: Array, k: Array, v: Array, *, segment_ids: Array | None = None, **settings) -> bool:
     """As `fits`, for rows of one document, and heads of at most 256 numbers."""
-    return fits(q, k, v) and not packed and max(q.shape[-1], v.shape[-1]) <= 256
+    return fits(q, k, v) and segment_ids is None and max(q.shape[-1], v.shape[-1]) <= 256
 
 
 def cudnn_attention(

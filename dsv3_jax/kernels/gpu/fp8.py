@@ -29,7 +29,7 @@ def _swiglu(x: Array, w_gate: Array, *others: Array) -> bool:
     return _divided(x.size // x.shape[-1], *w_gate.shape)
 
 
-def _expand(c_kv: Array, w_uk: Array, w_uv: Array) -> bool:
+def _expand(c_kv: Array, k_rope: Array, w_uk: Array, w_uv: Array) -> bool:
     rows, latent = c_kv.size // c_kv.shape[-1], c_kv.shape[-1]
     return _divided(rows, latent, w_uk.shape[0] * (w_uk.shape[1] + w_uv.shape[1]))
 

@@ -14,7 +14,6 @@ from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from dsv3_jax.kernels.gpu import tokamax_library
@@ -48,12 +47,7 @@ def why_not(target: Any) -> str:
     return ""
 
 
-def in_bfloat16(x: Array, *weights: Array) -> bool:
-    """Whether rows are bfloat16. The kernels do not multiply float32; weights are cast."""
-    return x.dtype == jnp.bfloat16
-
-
-def fits(x: Array, w_gate: Array) -> bool:
+def fits(x: Array, expert_ids: Array, gates: Array, w_gate: Array, *others: Array, **settings) -> bool:
     """Whether both widths of the experts are multiples of a tile's columns."""
     return all(size % STEP == 0 for size in w_gate.shape[-2:])
 

@@ -16,14 +16,10 @@ MIN_WIDTH = 64  # of a head: below, most of a product's 128 columns are padding
 MIN_LENGTH = 128  # of a sequence: a block of fewer rows would be mostly padding
 
 
-def serves(*arrays: Array) -> bool:
-    """Whether the kernel computes in these arrays' dtypes: float32 or bfloat16, all alike."""
-    return len({a.dtype for a in arrays}) == 1 and arrays[0].dtype in (jnp.float32, jnp.bfloat16)
-
-
 def fits(q: Array, k: Array, v: Array, **settings) -> bool:
     """Whether heads are wide and sequences long enough that the kernel is faster than XLA."""
-    return min(q.shape[-1], v.shape[-1]) >= MIN_WIDTH and q.shape[1] >= MIN_LENGTH
+    alike = q.dtype == k.dtype == v.dtype
+    return alike and min(q.shape[-1], v.shape[-1]) >= MIN_WIDTH and q.shape[1] >= MIN_LENGTH
 
 
 def causal_attention(

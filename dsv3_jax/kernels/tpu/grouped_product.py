@@ -55,6 +55,6 @@ def _megablox() -> Any:
 MEGABLOX = replace(RAGGED_DOT, name="megablox", dx=megablox_dx)
 
 
-def fits(x: Array, w_gate: Array) -> bool:
+def fits(x: Array, expert_ids: Array, gates: Array, w_gate: Array, *others: Array, **settings) -> bool:
     """Whether both widths of the experts are multiples of a register's columns."""
     return all(size % LANES == 0 for size in w_gate.shape[-2:])
