@@ -1,6 +1,5 @@
 """A headless Chromium for tests of pages: DevTools' protocol over two pipes, so that no package is needed."""
 
-import base64
 import json
 import os
 import select
@@ -49,30 +48,24 @@ class Browser:
             *(sys.executable, "-c", LAUNCHER, str(to_browser), str(from_browser), executable() or ""),
             *("--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
             *("--disable-background-networking", "--no-first-run", "--disable-dev-shm-usage"),
-            f"--user-data-dir={self._folder.name}",
-            "about:blank",
+            *(f"--user-data-dir={self._folder.name}", "about:blank"),
         ]
-        self._process = subprocess.Popen(
-            command, pass_fds=(to_browser, from_browser), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen(command, pass_fds=(to_browser, from_browser), **quiet)
         os.close(to_browser)
         os.close(from_browser)
         self._number, self._pending, self._session = 0, b"", None
         self.errors: list[str] = []
         self.requests: list[str] = []
         try:
-            self._attach()
+            targets = self.send("Target.getTargets")["targetInfos"]
+            page = next(target["targetId"] for target in targets if target["type"] == "page")
+            self._session = self.send("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
+            for domain in ("Page", "Runtime", "Log", "Network"):
+                self.send(f"{domain}.enable")
         except BaseException:
             self.close()
             raise
-
-    def _attach(self) -> None:
-        targets = self.send("Target.getTargets")["targetInfos"]
-        page = next(target["targetId"] for target in targets if target["type"] == "page")
-        self._session = self.send("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.send(f"{domain}.enable")
 
     def __enter__(self) -> "Browser":
         return self
@@ -101,20 +94,18 @@ class Browser:
                 assert "error" not in answer, (method, answer["error"])
                 return answer["result"]
 
-    def open(self, page: Path, fragment: str = "", *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        """Open a file in a window of this size, and wait until it has drawn."""
+    def open(self, page: Path, fragment: str = "", *, width: int = 1280, dark: bool = False) -> None:
+        """Open a file in a window of this width, and wait until it has drawn."""
         self.errors.clear()
         self.requests.clear()
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.send(
-            "Emulation.setEmulatedMedia", features=[scheme, {"name": "prefers-reduced-motion", "value": "reduce"}]
-        )
+        still = {"name": "prefers-reduced-motion", "value": "reduce"}
+        self.send("Emulation.setEmulatedMedia", features=[scheme, still])
+        address = page.absolute().as_uri()
         self.send("Page.navigate", url="about:blank")
-        self.send("Page.navigate", url=page.absolute().as_uri() + fragment)
-        self.wait_for(
-            f"location.href.startsWith({json.dumps(page.absolute().as_uri())}) && document.readyState === 'complete'"
-        )
+        self.send("Page.navigate", url=address + fragment)
+        self.wait_for(f"location.href.startsWith({json.dumps(address)}) && document.readyState === 'complete'")
         self.settle()
 
     def settle(self) -> None:
@@ -127,6 +118,20 @@ class Browser:
         assert "exceptionDetails" not in result, (expression, result["exceptionDetails"])
         return result["result"].get("value")
 
+    def text(self, selector: str) -> str:
+        """Return the text of the first element."""
+        return self.run(f"document.querySelector({json.dumps(selector)}).textContent")
+
+    def texts(self, selector: str) -> list[str]:
+        """Return the texts of all elements."""
+        return self.run(f"[...document.querySelectorAll({json.dumps(selector)})].map(e => e.textContent)")
+
+    def type(self, selector: str, text: str) -> None:
+        """Write into a field, as its user does."""
+        field = f"document.querySelector({json.dumps(selector)})"
+        self.run(f"{field}.value = {json.dumps(text)}; {field}.dispatchEvent(new Event('input'))")
+        self.settle()
+
     def wait_for(self, expression: str) -> None:
         """Wait until an expression is true."""
         end = time.monotonic() + PATIENCE
@@ -136,42 +141,27 @@ class Browser:
 
     def click(self, selector: str, x: float | None = None, y: float | None = None) -> None:
         """Click with the mouse on an element: its middle, or x, y from its corner."""
-        self.run(
-            f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center', behavior: 'instant'}})"
-        )
-        box = self.run(
-            f"(({{left, top, width, height}}) => [left, top, width, height])"
-            f"(document.querySelector({json.dumps(selector)}).getBoundingClientRect())"
-        )
-        place = {
+        element = f"document.querySelector({json.dumps(selector)})"
+        self.run(f"{element}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
+        box = self.run(f"(b => [b.left, b.top, b.width, b.height])({element}.getBoundingClientRect())")
+        at = {
             "x": box[0] + (box[2] / 2 if x is None else x),
             "y": box[1] + (box[3] / 2 if y is None else y),
-            "button": "left",
             "clickCount": 1,
         }
-        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
-            self.send(
-                "Input.dispatchMouseEvent", type=kind, **place | ({"button": "none"} if kind == "mouseMoved" else {})
-            )
+        for kind, button in (("mouseMoved", "none"), ("mousePressed", "left"), ("mouseReleased", "left")):
+            self.send("Input.dispatchMouseEvent", type=kind, button=button, **at)
         self.settle()
 
     def press(self, *keys: str) -> None:
         """Press keys by name, such as ArrowRight, Enter, Escape."""
+        codes = {"ArrowLeft": 37, "ArrowRight": 39}  # a slider listens to these
         for key in keys:
             text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
-            self.send("Input.dispatchKeyEvent", type="keyDown", key=key, text=text)
-            self.send("Input.dispatchKeyEvent", type="keyUp", key=key)
+            more = {"windowsVirtualKeyCode": codes[key]} if key in codes else {}
+            self.send("Input.dispatchKeyEvent", type="keyDown", key=key, text=text, **more)
+            self.send("Input.dispatchKeyEvent", type="keyUp", key=key, **more)
         self.settle()
-
-    def picture(self, path: Path, *, whole: bool = False) -> None:
-        """Write a picture of the window, or of the whole page, as PNG."""
-        png = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole,
-                        **({"clip": self._page()} if whole else {}))["data"]  # fmt: skip
-        path.write_bytes(base64.b64decode(png))
-
-    def _page(self) -> dict[str, float]:
-        size = self.send("Page.getLayoutMetrics")["cssContentSize"]
-        return {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
 
     def _next(self) -> dict[str, Any]:
         """Return the next message, and keep the page's errors and requests."""

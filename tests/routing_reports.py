@@ -1,11 +1,17 @@
-"""Made-up numbers in the shape of stats.json, for tests of the page: any layers, experts, domains and parts."""
+"""Numbers of made-up runs, for tests of the page: random choices, counted and cut by the package itself."""
 
 import copy
+import json
+from dataclasses import replace
 
 import numpy as np
 
+from dsv3_jax.data.tokenizer import ByteTokenizer
+from dsv3_jax.stats import BiasWork, LoadLog, RoutingStats, Worth, specialisation
+from dsv3_jax.stats.numbers import as_json, by_domain, information_json, merge_small_domains, worth_json
+from dsv3_jax.stats.token_rows import AFTER, BEFORE, Contexts, TokenCounts, rows_of
+
 HOSTILE = '</script><b onclick="x()">&\'"'
-WORDS = ("def", "␣return", "␣the", "␣of", "(", ")", "↵", "␣self", ".", "#", "␣include", "␣is", "␣x", "=", "␣0", "s")
 
 
 def made_up(
@@ -16,239 +22,87 @@ def made_up(
     first: int = 1,
     heads: int = 1,
     domains: tuple[str, ...] = ("code", "tests", "C", "English"),
-    words: tuple[str, ...] = WORDS,
-    top: int = 12,
-    contexts: int = 8,
-    texts: int = 3,
-    length: int = 64,
-    bias: bool = True,
-    worth: bool = True,
-    against: bool = True,
-    full: bool | None = None,
-    seed: int = 0,
+    measured: bool = True,
 ) -> dict:
-    """Return numbers with every part that stats.json may have; `full`: matrices [E, E] in place of top lists."""
-    rng = np.random.default_rng(seed)
-    total, k, vocabulary = layers + heads, experts_per_token, np.array(words, dtype=object)
+    """Return the page's numbers; `measured`: with a bias, a training log, worth, checkpoints and another run too."""
+    rng, k, n = np.random.default_rng(0), experts_per_token, 480
+    total = layers + heads
     names = [f"layer {first + i}" for i in range(layers)] + [f"MTP {i + 1}" for i in range(heads)]
-    full = total * experts**2 <= 100_000 if full is None else full
-    cells = (total, experts)
-    by_domain = {name: rng.integers(50, 400, cells) for name in domains}
-    load = np.sum(list(by_domain.values()), axis=0)
-    tokens = load.sum(-1) // k
-
-    def vio(x):
-        return _rounded(np.max(x, -1) / np.mean(x, -1) - 1)
-
-    def between(low, high, *shape):
-        return _rounded(rng.uniform(low, high, shape))
-
-    def interval(name, low, high):
-        middle = rng.uniform(low, high, total)
-        return {name: _rounded(middle), f"{name}_low": _rounded(middle * 0.8), f"{name}_high": _rounded(middle * 1.2)}
-
-    def lists(make, count):
-        pool = [make() for _ in range(min(400, count * experts * total))]  # of a large model, many are alike
-        picks = rng.integers(len(pool), size=(total, experts, count)).tolist() if count else [[[]] * experts] * total
-        return [[[pool[i] for i in of_expert] for of_expert in layer] for layer in picks]
-
-    def favourite():
-        token = int(rng.integers(len(words)))
-        return {
-            "token": token,
-            "text": words[token],
-            "count": int(rng.integers(20, 900)),
-            "lift": round(float(rng.uniform(1, 5)), 3),
-            "bits": round(float(rng.uniform(0, 0.05)), 4),
-            "margin": round(float(rng.uniform(0, 0.4)), 3),
+    ids = np.argpartition(rng.random((total, n, experts), dtype=np.float32), k, axis=-1)[..., :k].astype(np.int16)
+    document = np.arange(n) // 40
+    counted = np.ones((total, n), bool)
+    counted[layers:, 39::40] = False  # a head has no choice for the last token of a text
+    rows = rows_of(ids, document)._replace(
+        token=rng.integers(97, 123, n).astype(np.int32),
+        domain=(document % len(domains)).astype(np.int32),
+        nll=rng.uniform(0, 6, n).astype(np.float32),
+        gates=rng.dirichlet(np.ones(k), (total, n)).astype(np.float32),
+        counted=counted,
+    )
+    cells, steps = (total, experts), np.arange(10, 410, 10)
+    document_load = rng.integers(50, 400, (60, *cells))
+    layer, expert, token = np.indices((*cells, 14)).reshape(3, -1)
+    where = np.indices((*cells, 8)).reshape(3, -1)[:2]
+    windows = rng.integers(97, 123, (where.shape[1], BEFORE + 1 + AFTER)).astype(np.int32)
+    gate = rng.uniform(0.2, 0.9, where.shape[1]).astype(np.float32)
+    pairs = rng.integers(1, 99, (total, experts, experts))
+    pairs += pairs.swapaxes(1, 2)
+    if k == 1:
+        pairs *= np.eye(experts, dtype=pairs.dtype)
+    stats = replace(
+        RoutingStats.from_loads(document_load, np.arange(60) % len(domains), domains),
+        layers=tuple(names),
+        experts_per_token=k,
+        document_score_entropy=rng.uniform(0.9, 1, (60, total)) * document_load.sum(-1) / k,
+        document_gate_entropy=rng.uniform(0.8, 1, (60, total)) * document_load.sum(-1) / k,
+        coactivation=pairs,
+        token_counts=TokenCounts(layer, expert, token + 97, rng.integers(20, 99, layer.size), rng.random(layer.size)),
+        contexts=Contexts(*where, gate, windows, gate / 2, np.arange(gate.size, dtype=np.int32) % 50),
+        bias=BiasWork(rng.normal(0, 0.05, cells), rng.integers(9, 99, cells), rng.integers(99, 999, total)),
+        rows=rows,
+    )
+    header = {"preset": "tiny", "parameters": 1_234_567, "active_parameters": 654_321, "steps": 400}
+    header |= {"tokens_seen": 1_638_400, "router": "sigmoid", "balance_rule": "sign", "version": "0.1.0"}
+    header |= {"commit": "0" * 40, "loss": 3.456, "bits_per_byte": 2.1, "max_vio_training_mix": 0.5}
+    more = {"run": "made-up", "step": 400, "data": "made-up text", "header": header}
+    more["information"] = information_json(rows, experts, len(domains))
+    log = None
+    if measured:
+        log = LoadLog(steps, rng.integers(1, 9, (40, *cells)), steps, rng.normal(0, 0.1, (40, *cells)))
+        delta = rng.gamma(1.0, 0.004, (layers, experts))
+        worth = Worth(3.0, 3.0 + delta, delta - 0.002, delta + 0.002, 20_000, 80, 100)
+        found = {"match": [rng.permutation(experts).tolist() for _ in names]}
+        found |= {key: rng.uniform(0.2, 0.8, total).tolist() for key in ("shared", "by_chance")}
+        more |= {
+            "worth": worth_json(worth, total),
+            "saturation": {"steps": [100, 200, 400], "share": [*rng.uniform(0.4, 1, (2, total)).tolist(), [1] * total]},
+            "groups": {"load": rng.integers(1, 900, (total, 4)).tolist()},
+            "devices": {"count": 8, "load": rng.integers(1, 900, (total, 8)).tolist()},
+            "against": {"run": "other", "step": 300, "same_text": True, "layers": names, **found}
+            | {"load": rng.integers(200, 1600, cells).tolist(), "max_vio": rng.uniform(0.2, 0.9, total).tolist()}
+            | {"loss": 3.4, "bits_per_byte": 2.0, "note": None},
         }
-
-    def context():
-        before, after = ("".join(vocabulary[rng.integers(len(words), size=n)]) for n in (8, 4))
-        return {
-            "before": before,
-            "token": words[int(rng.integers(len(words)))],
-            "after": after,
-            "gate": round(float(rng.uniform(0.2, 0.9)), 3),
-            "margin": round(float(rng.uniform(0, 0.4)), 3),
-            "document": int(rng.integers(50)),
-        }
-
-    def text(number):
-        ids = np.argsort(rng.random((total, length, experts)), -1)[..., :k]
-        gates = np.round(-np.sort(-rng.dirichlet(np.ones(k), (total, length)), -1), 2)
-
-        def listed(values):  # a head has no choice for the last token
-            return [
-                [[] if i >= layers and t == length - 1 else x for t, x in enumerate(of)] for i, of in enumerate(values)
-            ]
-
-        return {
-            "domain": domains[number % len(domains)],
-            "document": number,
-            "tokens": vocabulary[rng.integers(len(words), size=length)].tolist(),
-            "nll": between(0, 6, length),
-            "experts": listed(ids.tolist()),
-            "gates": listed(gates.tolist()),
-        }
-
-    value = rng.normal(0, 0.05, cells)
-    pairs = np.exp(rng.normal(0, 0.5, (total, experts, experts))) if full else None
-    if pairs is not None:
-        pairs = (pairs + pairs.swapaxes(1, 2)) / 2
-        pairs[:, range(experts), range(experts)] = np.nan
-    delta = rng.gamma(1.0, 0.004, cells)
-    delta[layers:] = np.nan  # heads are not knocked out
-    steps = [100, 200, 300, 400]
-    return {
-        "run": "made-up",
-        "step": 400,
-        "data": "made-up text",
-        "layers": names,
-        "domains": list(domains),
-        "documents": {name: 20 for name in domains},
-        "experts": experts,
-        "experts_per_token": k,
-        "tokens": tokens.tolist(),
-        "load": load.tolist(),
-        "load_by_domain": {name: x.tolist() for name, x in by_domain.items()},
-        "max_vio": vio(load),
-        "max_vio_by_domain": {name: vio(x) for name, x in by_domain.items()},
-        "load_entropy": between(0.9, 1, total),
-        "load_gini": between(0, 0.3, total),
-        "gate_entropy": between(0.85, 0.99, total),
-        "score_entropy": between(0.9, 0.99, total),
-        "gate_entropy_by_domain": {name: between(0.85, 0.99, total) for name in domains},
-        "score_entropy_by_domain": {name: between(0.9, 0.99, total) for name in domains},
-        "coactivation_lift": _rounded(pairs) if pairs is not None else None,
-        "partners": None if full else [[_pairs(rng, experts, 6, e) for e in range(experts)] for _ in range(total)],
-        "specialisation": {
-            "domain_entropy": [1.9] * total,
-            "bits": between(0.05, 0.2, total),
-            "share": between(0.02, 0.1, total),
-            "shuffled_mean": between(0.01, 0.02, total),
-            "shuffled_95": between(0.02, 0.03, total),
-            "p_value": [0.005] * total,
-            "draws": 200,
-            "seed": 0,
-        },
-        "favourites": lists(favourite, top),
-        "contexts": lists(context, contexts),
-        "over_time": {"steps": list(range(10, 410, 10)), "max_vio": between(0.2, 2, 40, total)},
-        "header": {
-            "run": "made-up",
-            "step": 400,
-            "data": "made-up text",
-            "preset": "tiny",
-            "parameters": 1_234_567,
-            "active_parameters": 654_321,
-            "steps": 400,
-            "tokens_seen": 1_638_400,
-            "router": "sigmoid",
-            "balance_rule": "sign",
-            "version": "0.1.0",
-            "commit": None,
-            "loss": 3.456,
-            "max_vio_training_mix": 0.12,
-        },
-        "bias": {
-            "value": _rounded(value),
-            "history": {"steps": steps, "value": _rounded(np.stack([value * s / 400 for s in steps]))},
-            "changed_choices": between(0.19, 0.38, total),
-            "max_vio": vio(load),
-            "max_vio_without": between(1.5, 3, total),
-            "load_without": (load * rng.uniform(0.2, 3, cells)).astype(int).tolist(),
-        }
-        if bias
-        else None,
-        "information": {
-            **interval("token", 1.1, 1.5),
-            **interval("domain", 0.05, 0.1),
-            **interval("domain_given_token", 0.09, 0.17),
-            "entropy": between(3.9, 4.0, total),
-        },
-        "worth": {
-            "loss": 3.456,
-            "without": _rounded(3.456 + delta),
-            "tokens": 20_000,
-            "documents": 80,
-            "low": _rounded(delta - 0.002),
-            "high": _rounded(delta + 0.002),
-        }
-        if worth
-        else None,
-        "transitions": {"lift": between(0.2, 3, total - 1, experts, experts)}
-        if full
-        else {"lift": None, "top": [_pairs(rng, experts, 64) for _ in range(total - 1)]},
-        "repeats": {"share": between(0.3, 0.4, total), "by_chance": between(0.25, 0.27, total)},
-        "saturation": {"steps": steps, "share": [*between(0.4, 0.9, 3, total), [1.0] * total]},
-        "groups": {"load": between(0, 900, total, 4)},
-        "devices": {"count": 8, "load": between(0, 900, total, 8)},
-        "heads": {
-            "layers": names[layers:],
-            "load_correlation": between(0, 1, heads),
-            "same_expert_number": between(0.1, 0.3, heads),
-            "by_chance": between(0.2, 0.3, heads),
-        }
-        if heads
-        else None,
-        "against": {
-            "run": "other",
-            "step": 400,
-            "same_text": True,
-            "match": [rng.permutation(experts).tolist() for _ in range(total)],
-            "shared": between(0.4, 0.8, total),
-            "by_chance": between(0.2, 0.3, total),
-            "load": rng.integers(200, 1600, cells).tolist(),
-            "max_vio": between(0.2, 0.9, total),
-            "loss": 3.4,
-            "note": None,
-        }
-        if against
-        else None,
-        "texts": [text(i) for i in range(texts)],
-    }
+    else:
+        stats = replace(stats, bias=None)
+    numbers = as_json(stats, specialisation(stats, draws=2), ByteTokenizer(), log, more)
+    return numbers | by_domain(merge_small_domains(stats))
 
 
-def version_three(**options) -> dict:
+def version_three(domains: int = 4) -> dict:
     """Return numbers in the shape of DeepSeek-V3: 58 sparse layers and one head, 256 experts, 8 a token."""
-    return made_up(58, 256, 8, first=3, heads=1, texts=12, length=512, **options)
+    return made_up(58, 256, 8, first=3, domains=tuple(f"domain {i}" for i in range(domains)))
 
 
 def hostile(numbers: dict) -> dict:
     """Put hostile text wherever a run can bring text in."""
     numbers = copy.deepcopy(numbers)
     old = numbers["domains"][0]
-    numbers["run"] = numbers["data"] = numbers["domains"][0] = numbers["against"]["run"] = numbers["against"][
-        "note"
-    ] = HOSTILE
-    for key in ("documents", "load_by_domain", "max_vio_by_domain"):
-        numbers[key][HOSTILE] = numbers[key].pop(old)
-    numbers["documents"] = {name: numbers["documents"][name] for name in numbers["domains"]}
-    numbers["header"] |= dict.fromkeys(
-        ("run", "data", "preset", "router", "balance_rule", "version", "commit"), HOSTILE
-    )
-    for layer in numbers["favourites"]:
-        layer[0][0]["text"] = HOSTILE
-    for layer in numbers["contexts"]:
-        layer[0][0] |= {"before": HOSTILE, "token": HOSTILE, "after": HOSTILE}
-    numbers["texts"][0] |= {"domain": HOSTILE, "tokens": [HOSTILE] * len(numbers["texts"][0]["tokens"])}
+    numbers = json.loads(json.dumps(numbers).replace(json.dumps(old), json.dumps(HOSTILE)))
+    numbers["run"] = numbers["data"] = numbers["against"]["run"] = numbers["against"]["note"] = HOSTILE
+    words = ("preset", "router", "balance_rule", "version", "commit")
+    numbers["header"] |= dict.fromkeys(words, HOSTILE)
+    for layer in range(len(numbers["layers"])):
+        numbers["favourites"][layer][0][0][1] = HOSTILE
+        numbers["contexts"][layer][0][0][:3] = [HOSTILE] * 3
+    numbers["texts"][0]["tokens"] = [HOSTILE] * len(numbers["texts"][0]["tokens"])
     return numbers
-
-
-def _pairs(rng, experts: int, count: int, of: int | None = None) -> list[list[float]]:
-    """[expert, expert, lift] of the largest pairs; [expert, lift] of one expert's partners."""
-    lifts = -np.sort(-rng.uniform(1.5, 9, count))
-    if of is not None:
-        partners = (of + 1 + rng.choice(experts - 1, count, replace=False)) % experts
-        return [[int(i), round(float(x), 3)] for i, x in zip(partners, lifts, strict=True)]
-    ids = rng.integers(experts, size=(count, 2))
-    return [[int(i), int(j), round(float(x), 3)] for (i, j), x in zip(ids, lifts, strict=True)]
-
-
-def _rounded(values):
-    """Nested lists of numbers with six significant digits; NaN is None."""
-    values = np.asarray(values, np.float64)
-    if values.ndim:
-        return [_rounded(part) for part in values]
-    return float(f"{values:.6g}") if np.isfinite(values) else None

@@ -46,18 +46,18 @@ def test_heatmap_of_a_layer_without_load(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("load", "message"),
-    [([1.0, 2.0], r"\(2,\)"), ([[], []], r"\(2, 0\)"), ([[1.0, -2.0]], "-2.0"), ([[1.0, np.nan]], "nan")],
+    ("load", "domain", "message"),
+    [
+        ([1.0, 2.0], [[1]], r"\(2,\)"),
+        ([[1.0, -2.0]], [[1, 1]], "-2.0"),
+        ([[1.0, np.nan]], [[1, 1]], "nan"),
+        ([[1, 1]], np.ones((1, 4)), r"'C' has shape \(1, 4\)"),
+    ],
 )
-def test_heatmap_refuses_an_invalid_load(tmp_path, load, message):
+def test_heatmap_refuses_an_invalid_load(tmp_path, load, domain, message):
     with pytest.raises(ValueError, match=message):
-        run_plots.routing_heatmap(load, tmp_path / "load.png")
+        run_plots.routing_heatmap(load, tmp_path / "load.png", domain_loads={"C": domain})
     assert not list(tmp_path.iterdir())
-
-
-def test_heatmap_refuses_a_domain_of_another_shape(tmp_path):
-    with pytest.raises(ValueError, match=r"'C' has shape \(1, 4\)"):
-        run_plots.routing_heatmap(np.ones((1, 2)), tmp_path / "load.png", domain_loads={"C": np.ones((1, 4))})
 
 
 def test_curves_draw_each_metric_at_its_steps(tmp_path):

@@ -15,10 +15,8 @@ from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.stats import RoutingStats, collect, decisions, favourites, lift, measures, readable, specialisation
-from dsv3_jax.stats.contexts import TOP
 from dsv3_jax.stats.routing_stats import layer_names
-from dsv3_jax.stats.text import AFTER, BEFORE, context
-from dsv3_jax.stats.token_counts import TokenCounts
+from dsv3_jax.stats.token_rows import AFTER, BEFORE, TOP, TokenCounts, context
 
 TOKENIZER = ByteTokenizer()
 B, T, E, K = 3, 20, MODEL.num_experts, MODEL.experts_per_token
@@ -101,27 +99,10 @@ def test_counts_equal_slow_loops(counted):
     keys = zip(counts.layer.tolist(), counts.expert.tolist(), counts.token.tolist(), strict=True)
     assert list(zip(keys, counts.num_routed.tolist(), strict=True)) == sorted(pairs.items())
     assert stats.layers == layer_names(model.cfg)
-
-
-def test_sums_agree_with_each_other_and_with_the_model(counted):
-    model, stats = counted
-    model_load = sum(
-        np.concatenate([out.routing.load, *(r.load[None] for r in out.mtp_routing)])
-        for out in (forward(model, b["tokens"], b["segment_ids"], b["positions"]) for b in BATCHES)
-    )
-    np.testing.assert_array_equal(stats.load, model_load)
-    np.testing.assert_array_equal(stats.load_by_domain.sum(0), stats.load)
-    np.testing.assert_array_equal(stats.load.sum(-1), stats.tokens * K)
-    np.testing.assert_array_equal(stats.coactivation, stats.coactivation.swapaxes(1, 2))
-    np.testing.assert_array_equal(np.diagonal(stats.coactivation, axis1=1, axis2=2), stats.load)
-    np.testing.assert_array_equal(stats.coactivation.sum(-1), stats.load * K)  # itself and K - 1 others for each token
     weights = stats.load_by_domain.sum(-1) / stats.load.sum(-1)
-    for sums, mean in (
-        (stats.document_gate_entropy, stats.gate_entropy),
-        (stats.document_score_entropy, stats.score_entropy),
-    ):
+    gates, scores = stats.document_gate_entropy, stats.document_score_entropy
+    for sums, mean in ((gates, stats.gate_entropy), (scores, stats.score_entropy)):
         np.testing.assert_allclose((weights * stats.mean_by_domain(sums)).sum(0), mean, rtol=1e-12)
-        assert ((0 < mean) & (mean < 1)).all()
 
 
 def test_score_entropy_equals_the_definition():
@@ -248,23 +229,6 @@ def test_contexts_are_the_largest_gates_of_different_tokens_and_documents(counte
     assert got == want and len(want) > len(seen)
 
 
-def slow_information(load_by_domain) -> float:
-    joint = load_by_domain / load_by_domain.sum()
-    total = 0.0
-    for row in joint:
-        for e, p in enumerate(row):
-            if p:
-                total += p * np.log2(p / (row.sum() * joint[:, e].sum()))
-    return total
-
-
-def test_information_equals_the_definition(rng):
-    loads = rng.integers(0, 9, (3, 2, 5))
-    bits = measures.mutual_information(loads)
-    np.testing.assert_allclose(bits, [slow_information(loads[:, layer]) for layer in (0, 1)], rtol=1e-12)
-    np.testing.assert_array_equal(measures.mutual_information(np.zeros((3, 2, 5))), [0, 0])
-
-
 def of_loads(document_load, document_domains, num_domains) -> RoutingStats:
     return RoutingStats.from_loads(document_load, np.asarray(document_domains), tuple("abcdefgh"[:num_domains]))
 
@@ -329,18 +293,6 @@ def test_lift_of_experts_chosen_together():
     assert np.isnan(lift(np.diag([3, 4])[None])).all()  # no pairs with one expert a token
 
 
-def test_favourites_have_the_largest_lift_of_the_frequent_tokens():
-    # Tokens 7, 8, 9 occur 10, 4 and 6 times; each expert receives half of all.
-    num_routed = np.array([2, 2, 6, 8, 2, 0])
-    counts = TokenCounts(np.zeros(6, np.int64), np.repeat([0, 1], 3), np.tile([7, 8, 9], 2), num_routed)
-    counts = TokenCounts(*(column[num_routed > 0] for column in counts[:4]))
-    stats = replace(of_loads(np.array([[[10, 10]]]), [0], 1), token_counts=counts)
-    tuples = [[tuple(f)[:3] for f in of_expert] for of_expert in favourites(stats, 0, min_count=5)]
-    assert tuples == [[(9, 6, 2.0)], [(7, 8, 1.6)]]
-    assert favourites(stats, 0, min_count=11) == [[], []]
-    assert len(favourites(stats, 0, top=0, min_count=1)[0]) == 0
-
-
 def test_favourites_are_ranked_by_their_part_of_the_information(counted):
     """The bits of all tokens add up to I(expert; token); a frequent token comes before a rare one of larger lift."""
     _, stats = counted
@@ -356,12 +308,13 @@ def test_favourites_are_ranked_by_their_part_of_the_information(counted):
             assert [f.bits for f in of_expert] == sorted((f.bits for f in of_expert), reverse=True)
             assert len({f.token for f in of_expert}) == len(of_expert) == (parts[:, e] > 0).sum()
             np.testing.assert_allclose([f.bits for f in of_expert], [parts[f.token, e] for f in of_expert], rtol=1e-9)
-    # Token 7 always goes to expert 0, token 8 in 40 of 50 cases: the second tells more.
+    # Token 7 always goes to expert 0, token 8 in 40 of 50 cases: the second tells more. Tokens 7 and 9 are rarer.
     expert, token, num_routed = np.array([[0, 0, 0, 1, 1], [7, 8, 9, 8, 9], [4, 40, 6, 10, 40]])
     stats = replace(
         of_loads(np.array([[[50, 50]]]), [0], 1), token_counts=TokenCounts(0 * expert, expert, token, num_routed)
     )
     assert [(f.token, f.lift) for f in favourites(stats, 0, min_count=1)[0]] == [(8, 1.6), (7, 2.0)]
+    assert [f.token for f in favourites(stats, 0, min_count=50)[0]] == [8]
 
 
 def test_readable_text():

@@ -12,9 +12,9 @@ from runs import MODEL, cheap_compiles
 from test_stats import BATCHES
 
 from dsv3_jax.data.tokenizer import ByteTokenizer
-from dsv3_jax.stats import compare, flow, information, knockouts, worth, write_parquet
+from dsv3_jax.stats import agreement, flow, information, knockouts, match_experts, mutual_information, worth
 from dsv3_jax.stats.bits import WIDE
-from dsv3_jax.stats.token_rows import TokenRows, first_rows, rows_of
+from dsv3_jax.stats.token_rows import TokenRows, first_rows, rows_of, write_parquet
 
 E, K, N = 6, 2, 400
 
@@ -69,7 +69,10 @@ def test_information_equals_the_definitions(rng):
         ]
         parts = (found.token, found.domain, found.domain_given_token)
         np.testing.assert_allclose([p.bits[layer] + p.chance[layer] for p in parts], slow_bits(triples), rtol=1e-9)
-        load = np.bincount([e for e, _, _ in triples]) / len(triples)
+        joint = np.zeros((2, E))
+        np.add.at(joint, tuple(np.array([(d, e) for e, _, d in triples]).T), 1)
+        assert mutual_information(joint[:, None])[0] == pytest.approx(slow_bits(triples)[1], rel=1e-9)
+        load = joint.sum(0) / joint.sum()
         assert found.entropy[layer] == pytest.approx(-(load * np.log2(load)).sum())
 
 
@@ -180,7 +183,7 @@ def test_matched_experts_share_the_most_choices(rng):
     """The match is the best of all one-to-one maps, tried one by one; a permutation of the experts is found again."""
     rows, others = random_rows(rng, experts=5), random_rows(rng, experts=5)
     others = others._replace(counted=rows.counted)
-    found = compare.match_experts(rows, others, 5)
+    found = match_experts(rows, others, 5)
     for layer in (0, 1):
         shared = np.zeros((5, 5))
         for i in np.flatnonzero(rows.counted[layer]):
@@ -192,11 +195,11 @@ def test_matched_experts_share_the_most_choices(rng):
         assert sum(shared[a, b] for a, b in enumerate(found.match[layer])) == best
     assert np.abs(found.shared - found.by_chance).max() < 0.05  # these two are unrelated
     order = rng.permutation(5)
-    renamed = compare.match_experts(rows, rows._replace(expert_ids=order[rows.expert_ids]), 5)
+    renamed = match_experts(rows, rows._replace(expert_ids=order[rows.expert_ids]), 5)
     assert renamed.match.tolist() == [order.tolist()] * 2 and renamed.shared.tolist() == [1, 1]
     half = rows.expert_ids.copy()
     half[:, ::2] = others.expert_ids[:, ::2]
-    shares = compare.agreement(rows, rows._replace(expert_ids=half))
+    shares = agreement(rows, rows._replace(expert_ids=half))
     for layer in (0, 1):
         kept = np.flatnonzero(rows.counted[layer])
         hits = [len(set(rows.expert_ids[layer, i].tolist()) & set(half[layer, i].tolist())) for i in kept]
@@ -251,17 +254,8 @@ def test_a_muted_expert_is_one_without_weights(model):
 
 @pytest.mark.long
 def test_knock_outs_compile_once_and_read_no_more_than_asked(model):
-    read, names = [], []
-
-    def follow(items, count, name):
-        names.append((count, name))
-        for item in items:
-            read.append(item)
-            yield item
-
     before = knockouts._nll._cache_size()
-    small = worth(model, BATCHES, tokens=1, resamples=2, follow=follow)
-    assert names == [(2 * MODEL.num_experts, "experts")] and read == list(np.ndindex(2, MODEL.num_experts))
+    small = worth(model, BATCHES, tokens=1, resamples=2)
     assert small.tokens < worth(model, BATCHES, resamples=2).tokens
     assert knockouts._nll._cache_size() - before <= 1
     with pytest.raises(ValueError, match="worth_tokens=0 is below 1"):

@@ -1,21 +1,30 @@
-"""`dsv3 stats`: pictures draw the numbers, the page needs no other file, and a folder is replaced in one step."""
+"""`dsv3 stats`: its inputs, its numbers beside the model's own, other checkpoints, a folder replaced in one step."""
 
 import contextlib
 import io
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from runs import MODEL, cheap_compiles, finished, rows_of, unhooked_cli
+from runs import MODEL, cheap_compiles, finished, fresh_state, make_run, rows_of, unhooked_cli
 
+from dsv3_jax.config import DataConfig
+from dsv3_jax.data import tokenizer as tokenizers
+from dsv3_jax.data.tokenizer import ByteTokenizer
+from dsv3_jax.hf.open_model import open_model
+from dsv3_jax.model.counting import size
 from dsv3_jax.report.metrics import Rows, parse_rows, read_rows
 from dsv3_jax.report.run_plots import training_curves
-from dsv3_jax.stats import RoutingStats, plots, read_load, report, specialisation
-from dsv3_jax.stats.packing import unpack, unpack_ids
-from dsv3_jax.stats.reporting import PICTURES
+from dsv3_jax.stats import ReportOptions, agreement, others, read_load, reading, report
+from dsv3_jax.stats.numbers import name_of
+from dsv3_jax.training.checkpoint import Checkpoints
+from dsv3_jax.training.evaluate import evaluate
+from dsv3_jax.training.run_folder import claim
 
-pytestmark = pytest.mark.long
+TOKENIZER, DATA = ByteTokenizer(), DataConfig(seq_len=16, batch_size=4, val_fraction=0.1)
+TEXT = "def f(x): return x, a sentence"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,189 +33,74 @@ def root(tmp_path_factory):
         yield tmp_path_factory.getbasetemp()
 
 
-# Pictures
+# What is read
 
 
-def drawn(figure) -> list[np.ndarray]:
-    """Return the values of each panel of a heat map, in order."""
-    panels = [ax for ax in figure.axes if ax.images]
-    return [np.ma.filled(ax.images[0].get_array(), np.nan) for ax in panels]
+def test_the_users_text_is_read_to_its_end(tmp_path):
+    texts = {"a/one.txt": "first text, " * 9, "a/two.txt": "x", "b/three.txt": "é second\n" * 20}
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+
+    def read(path, **more):
+        return reading.open_text(DATA, tmp_path, TOKENIZER, paths=(str(path),), **more)
+
+    def tokens_of(batches):
+        tokens = np.concatenate([batch["tokens"][batch["segment_ids"] > 0] for batch in batches])
+        return sorted(tokens[tokens != TOKENIZER.eos_id].tolist())
+
+    whole = read(tmp_path)
+    assert tokens_of(whole.batches) == sorted("".join(texts.values()).encode())
+    assert whole.domains == ("a", "b") and whole.mix is None
+    assert len(read(tmp_path, batches=2).batches) == 2 < len(whole.batches)
+    assert tokens_of(read(tmp_path / "a/two.txt").batches) == [ord("x")]  # one document is enough
 
 
-def test_pictures_draw_the_numbers(tmp_path, rng):
-    names = ("layer 0", "MTP 1")
-    load = rng.integers(1, 50, (6, 2, 4))
-    steps = np.array([1, 2, 4, 8, 16, 32])
-    figure = plots.load_over_time(steps, load, names, tmp_path / "time.png")
-    for layer in (0, 1):
-        values = np.asarray(figure.axes[layer].collections[0].get_array())
-        np.testing.assert_allclose(values, (load[:, layer] / load[:, layer].mean(-1, keepdims=True)).T)
-    vio = load.max(-1) / load.mean(-1) - 1
-    lines = {line.get_label(): line.get_ydata() for line in figure.axes[2].lines}
-    np.testing.assert_allclose([lines["layer 0"], lines["MTP 1"], lines["mean"]], [*vio.T, vio.mean(-1)])
-
-    figure = plots.domain_lift(load[:3], ("a", "b", "c"), names, tmp_path / "domains.png")
-    for layer, values in enumerate(drawn(figure)):
-        by_domain, total = load[:3, layer], load[:3, layer].sum(0)
-        want = (by_domain / by_domain.sum(-1, keepdims=True)) / (total / total.sum())
-        np.testing.assert_allclose(2.0**values, want)
-    ratios = np.exp(rng.standard_normal((2, 4, 4)))
-    ratios[0, 1, 2] = 0  # experts that are never chosen together must be drawn too
-    ratios[:, range(4), range(4)] = np.nan
-    for values, want in zip(drawn(plots.coactivation(ratios, names, tmp_path / "pairs.png")), ratios, strict=True):
-        np.testing.assert_allclose(2.0**values, np.maximum(want, plots.NEVER))
-
-    special = specialisation(RoutingStats.from_loads(load, np.arange(6) % 2, ("a", "b")), draws=5)
-    ax = plots.information(special, names, tmp_path / "information.png").axes[0]
-    heights = [patch.get_height() for patch in ax.patches]
-    np.testing.assert_allclose(heights, [*special.bits, *special.shuffled_mean])
-    overall, by_domain = {"gates": np.array([0.5, 0.6])}, {"gates": np.array([[0.4, 0.5], [0.6, np.nan]])}
-    ax = plots.entropies(overall, by_domain, ("a", "b"), names, tmp_path / "entropy.png").axes[0]
-    assert {line.get_label(): line.get_ydata().tolist() for line in ax.lines}["all"] == [0.5, 0.6]
-    assert ax.get_xlabel() == "layer" and ax.get_ylabel()
+def test_a_text_is_a_sentence_or_a_file(tmp_path):
+    text = "café\nof 20 letters ,"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
+        (tmp_path / encoding).write_text(text, encoding=encoding)
+        assert reading.read_own(str(tmp_path / encoding)) == text
+    assert reading.read_own(text) == text and reading.read_own("x" * 5000) == "x" * 5000
+    batches = reading.own_batches(text, TOKENIZER, DATA)
+    assert batches[0]["tokens"].ravel()[:21].tolist() == list(text.encode())
+    assert batches[0]["positions"].ravel()[:21].tolist() == [*range(16), *range(5)]
+    (tmp_path / "latin").write_bytes(text.encode("latin-1"))
+    (tmp_path / "cut").write_bytes(text.encode("utf-16")[:-1])
+    for place, sentence in (
+        (str(tmp_path / "latin"), "latin' is in no known encoding: no byte order mark, and byte 3 is not UTF-8"),
+        (str(tmp_path / "cut"), "cut' is not UTF-16"),
+        ("", "text='' is empty"),
+        ("caf\udce9", "is not UTF-8 at character 3"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            reading.read_own(place)
 
 
-def test_pictures_of_one_step_and_of_many_layers(tmp_path, rng, monkeypatch):
-    plots.load_over_time(np.array([7]), rng.integers(1, 9, (1, 2, 4)), ("layer 0", "layer 1"), tmp_path / "one.png")
-    monkeypatch.setattr(plots, "MOST", 4)
-    names = tuple(f"layer {i}" for i in range(10))
-    figure = plots.domain_lift(rng.integers(1, 9, (2, 10, 4)), ("a", "b" * 30), names, tmp_path / "many.png")
-    assert [ax.get_title() for ax in figure.axes if ax.images] == ["layer 0", "layer 3", "layer 6", "layer 9"]
-
-
-# The command, its page and its folder
-
-
-@pytest.fixture(scope="module")
-def reported(root):
-    """The finished run, the folder of its statistics, and what `dsv3 stats` printed."""
-    run, out = finished(root), io.StringIO()
-    with contextlib.redirect_stdout(out):
-        code = unhooked_cli().main(["stats", str(run.folder), "--batches", "3", "--draws", "20"])
-    assert code == 0
-    return run, run.folder / "stats" / "step-12", out.getvalue()
-
-
-def test_the_numbers_of_a_run(reported):
-    _, folder, output = reported
-    numbers = json.loads((folder / "stats.json").read_text())
-    documented = {key for keys in numbers["keys"] for key in keys.split(", ")}
-    assert documented == numbers.keys() - {"keys"}
-    assert (numbers["step"], numbers["layers"]) == (12, ["layer 0", "layer 1", "MTP 1"])
-    assert (numbers["specialisation"]["draws"], numbers["specialisation"]["seed"]) == (20, 0)
-    load = np.array(numbers["load"])
-    np.testing.assert_array_equal(np.sum([numbers["load_by_domain"][d] for d in numbers["domains"]], axis=0), load)
-    np.testing.assert_array_equal([np.diag(pairs) for pairs in numbers["coactivation"]], load)
-    np.testing.assert_allclose(numbers["max_vio"], load.max(-1) / load.mean(-1) - 1, rtol=1e-5)  # six digits
-    for layer, vio in zip(numbers["layers"], numbers["max_vio"], strict=True):
-        assert re.search(rf"{layer} +MaxVio {vio:.2f}", output)
-    assert f"{max(numbers['tokens']):,} tokens of {sum(numbers['documents'].values())} documents" in output
-    assert str(folder / "index.html") in output
-
-
-def test_the_page_shows_the_numbers_of_the_run(reported):
-    _, folder, _ = reported
-    text = (folder / "index.html").read_text()
-    data, numbers = (
-        json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1]),
-        json.loads((folder / "stats.json").read_text()),
-    )
-    load = np.array([numbers["load"], *(numbers["load_by_domain"][name] for name in numbers["domains"])])
-    np.testing.assert_allclose(unpack(data["load"]), load / load.mean(-1, keepdims=True), atol=5e-4)  # 16 bits
-    assert unpack_ids(data["contexts"]["starts"])[-1] == len(data["contexts"]["rows"])
-    assert len(data["contexts"]["rows"]) == sum(len(rows) for layer in numbers["contexts"] for rows in layer)
-    assert {p.name for p in folder.iterdir()} == {"stats.json", "index.html", *PICTURES}
-
-
-def test_load_over_time_agrees_with_the_metrics_of_training(reported):
-    run, folder, _ = reported
-    log = read_load(run.folder)
-    vio = {row["step"]: row["max_vio"] for row in rows_of(run.folder) if "max_vio" in row}
-    assert log.steps.tolist() == sorted(vio)
-    np.testing.assert_allclose((log.load.max(-1) / log.load.mean(-1) - 1).mean(-1), list(vio.values()), rtol=1e-5)
-    numbers = json.loads((folder / "stats.json").read_text())
-    over_time = numbers["over_time"]
-    np.testing.assert_allclose(np.mean(over_time["max_vio"], axis=-1), list(vio.values()), rtol=1e-5)
-    # The bias of a row is the one after its step: the last is the checkpoint's, and each moves by the row's load.
-    bias, history = numbers["bias"], numbers["bias"]["history"]
-    assert history["steps"] == log.steps.tolist()
-    np.testing.assert_allclose(history["value"][-1], bias["value"], rtol=1e-5)
-    moved = np.diff(np.array(history["value"]), axis=0, prepend=0)
-    mean = log.load.mean(-1, keepdims=True)
-    np.testing.assert_allclose(moved, MODEL.balance.bias_rate * np.sign(mean - log.load), atol=1e-6)
-
-
-def test_a_folder_is_replaced_in_one_step_or_not_at_all(reported, tmp_path, monkeypatch):
-    run, _, _ = reported
-    out = tmp_path / "stats"
-    monkeypatch.setattr("dsv3_jax.stats.reporting._draw", lambda *args: None)  # the pictures have their own test
-    first = report(run.folder, out, batches=1, draws=2)
-    assert first[0] == out
-    before = {p.name: p.read_bytes() for p in out.iterdir()}
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("dsv3_jax.stats.reporting.render_page", fail)
-        with pytest.raises(OSError, match="disk full"):
-            report(run.folder, out, batches=1, draws=2)
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
-    assert list(tmp_path.iterdir()) == [out]
-    (out / "load.png").write_text("of the earlier statistics")
-    report(run.folder, out, step=8, batches=1, draws=2, paths=(run.run.data.paths[0],))
-    assert json.loads((out / "stats.json").read_text())["step"] == 8
-    assert {p.name for p in out.iterdir()} == before.keys() and list(tmp_path.iterdir()) == [out]
-    (out / "notes.txt").write_text("notes")
-    with pytest.raises(ValueError, match=r"out='.*stats' holds other files .*notes\.txt"):
-        report(run.folder, out, batches=1)
-    with pytest.raises(ValueError, match=r"out='.*notes\.txt' is a file"):
-        report(run.folder, out / "notes.txt", batches=1)
-
-
-@pytest.mark.parametrize(
-    ("argv", "sentence"),
-    [
-        (["nowhere"], "folder='nowhere' is neither a run"),
-        (["RUN", "--batches", "0"], "batches=0 is below 1"),
-        (["RUN", "--step", "3"], "step=3 has no checkpoint"),
-        (["RUN", "--draws", "0"], "draws=0 is below 1"),
-        (["RUN", "--paths", "nothing"], "path='nothing' does not exist"),
-    ],
-)
-def test_errors_are_a_sentence(reported, capsys, tmp_path, argv, sentence):
-    run, _, _ = reported
-    argv = [str(run.folder) if argument == "RUN" else argument for argument in argv]
-    assert unhooked_cli().main(["stats", *argv, "--out", str(tmp_path / "out")]) == 2
-    errors = capsys.readouterr().err
-    assert errors.startswith("dsv3: ") and sentence in errors and errors.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+def test_reports_of_other_inputs_have_other_folders(tmp_path):
+    inputs = [((), None), (("notes",), None), (("notes/",), "a"), (("other notes",), None), ((), "a"), ((), "b")]
+    inputs += [((str(tmp_path),), None)]
+    names = [reading.folder_name(7, *of) for of in inputs]
+    assert len(set(names)) == len(names) and names[0] == "step-7"
+    assert all(re.fullmatch(r"step-7[^/ ]*", name) for name in names)
 
 
 def test_rows_of_wrong_types_are_no_rows(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    good = [
-        {"step": 1, "loss": 2.0, "mtp_loss": [1.0, 2.0], "kernels": {"product": "cpu"}},
-        {"step": 2, "loss": float("nan")},
-    ]
-    changes = [{"loss": "2"}, {"loss": None}, {"loss": [2.0]}, {"lr": True}, {"mtp_loss": 2.0}, {"mtp_loss": [1.0]},
-               {"mtp_loss": [None, 1.0]}, {"step": 2**63}, {"loss": 10**30}]  # fmt: skip
+    good = [{"step": 1, "loss": 2.0, "mtp_loss": [1.0, 2.0], "kernels": {}}, {"step": 2, "loss": float("nan")}]
+    changes = [{"loss": "2"}, {"loss": None}, {"lr": True}, {"mtp_loss": 2.0}, {"mtp_loss": [1.0]}, {"step": 2**63}]
     path.write_text("".join(json.dumps(row) + "\n" for row in (*good, *({"step": 3} | change for change in changes))))
     rows, bad = parse_rows(path)
     assert len(rows) == 2 and bad == list(range(3, 3 + len(changes)))
     training_curves(rows, tmp_path / "training.png")
-    loads = [[[1, 2]], [[1, 2, 3]], [[1], [1, 2]], [[-1, 2]], [1, 2], [[1.5, 2]], [[4, 5]]]
-    (tmp_path / "load.jsonl").write_text("".join(json.dumps({"step": 1, "load": load}) + "\n" for load in loads))
-    log = read_load(tmp_path)
-    assert log.load.tolist() == [[[1, 2]], [[4, 5]]] and log.bias is None and not len(log.bias_steps)
+    loads = [[[1, 2]], [[1, 2, 3]], [[1], [1, 2]], [[-1, 2]], [1, 2], [[1.5, 2]]]
     biases = [[[0.5, -0.25]], [[0.5]], [["0.5", 1.0]], [[True, 1.0]], "0.5", [], [[0, 1.5]]]
-    rows = [{"step": i, "load": [[1, 2]], "bias": bias} for i, bias in enumerate(biases)]
-    (tmp_path / "load.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in [{"step": 0, "load": [[3, 4]]}, *rows])
-    )
+    wrong = [{"step": 0, "load": load} for load in loads]
+    wrong += [{"step": i, "load": [[1, 2]], "bias": bias} for i, bias in enumerate(biases)]
+    (tmp_path / "load.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wrong))
     log = read_load(tmp_path)
     assert log.steps.tolist() == [0, 0, 5, 6] and log.bias_steps.tolist() == [0, 6]
-    assert log.bias.tolist() == [[[0.5, -0.25]], [[0, 1.5]]]
+    assert log.load.tolist() == [[[1, 2]]] * 4 and log.bias.tolist() == [[[0.5, -0.25]], [[0, 1.5]]]
 
 
 def test_rows_after_a_step_are_dropped(tmp_path):
@@ -222,3 +116,181 @@ def test_rows_after_a_step_are_dropped(tmp_path):
     log = read_load(tmp_path)
     assert log.steps.tolist() == [1, 2, 3] and log.load[:, 0, 0].tolist() == [1, 2, 9]
     assert again.rows() == read_rows(path)
+
+
+# The command, its numbers and its folder
+
+
+@pytest.fixture(scope="module")
+def run(root):
+    return finished(root)
+
+
+@pytest.fixture(scope="module")
+def reported(run, tmp_path_factory):
+    """A report with everything: its folder, its numbers, the table of tokens, and what was printed."""
+    out, folder = io.StringIO(), tmp_path_factory.mktemp("report")
+    argv = [str(run.folder), "--batches", "2", "--draws", "20", "--text", TEXT, "--worth", "--devices", "4"]
+    argv += ["--against", f"{run.folder}:8", "--out", str(folder / "out")]
+    with contextlib.redirect_stdout(out):
+        assert unhooked_cli().main(["stats", *argv, "--tokens", str(folder / "tokens.parquet")]) == 0
+    return folder / "out", json.loads((folder / "out" / "stats.json").read_text()), out.getvalue()
+
+
+@pytest.mark.long
+def test_the_numbers_agree_with_each_other_with_the_page_and_with_what_is_printed(reported):
+    folder, numbers, output = reported
+    keys = numbers.pop("keys")
+    assert {key for names in keys for key in names.split(", ")} == numbers.keys()
+    assert {path.name for path in folder.iterdir()} == {"stats.json", "index.html", "load.png"}
+    page = json.loads(re.search(r'id="data">(.*?)</script>', (folder / "index.html").read_text(), re.S)[1])
+    assert page.items() >= numbers.items()
+    assert (numbers["step"], numbers["layers"]) == (12, ["layer 0", "layer 1", "MTP 1"])
+    assert (numbers["specialisation"]["draws"], numbers["specialisation"]["seed"]) == (20, 0)
+    load = np.array(numbers["load"])
+    np.testing.assert_array_equal(np.sum([numbers["load_by_domain"][d] for d in numbers["domains"]], axis=0), load)
+    np.testing.assert_array_equal([np.diag(pairs) for pairs in numbers["coactivation"]], load)
+    np.testing.assert_allclose(numbers["max_vio"], load.max(-1) / load.mean(-1) - 1, rtol=1e-5)  # six digits
+    assert numbers["groups"]["load"] == load.reshape(3, 2, 4).sum(-1).tolist()
+    assert numbers["devices"] == {"count": 4, "load": load.reshape(3, 4, 2).sum(-1).tolist()}
+    for layer, vio in zip(numbers["layers"], numbers["max_vio"], strict=True):
+        assert re.search(rf"{layer} +MaxVio {vio:.2f}", output)
+    assert f"{max(numbers['tokens']):,} tokens of {sum(numbers['documents'].values())} documents" in output
+    assert str(folder / "index.html") in output
+    for words in ("The bias changes", "The token tells", "Without expert", "go to the matched expert"):
+        assert words in output
+
+
+@pytest.mark.long
+def test_the_header_agrees_with_eval_and_worth_is_of_the_trunk(run, reported):
+    _, numbers, _ = reported
+    header = numbers["header"]
+    model, config, step = open_model(run.folder)
+    batches = reading.open_text(config.data, run.folder, TOKENIZER, batches=2)
+    measured = evaluate(model, batches.batches, TOKENIZER, batches.domains, mix=batches.mix)
+    names = {"loss": "val_loss", "bits_per_byte": "val_bits_per_byte", "max_vio_training_mix": "max_vio_training_mix"}
+    for name, metric in names.items():
+        assert header[name] == pytest.approx(measured[metric], rel=1e-5)
+    assert (header["step"], header["steps"], header["tokens_seen"]) == (step, 12, 12 * 4 * 16) and step == 12
+    assert (header["parameters"], header["router"], header["preset"]) == (size(MODEL).total, "sigmoid", name_of(MODEL))
+    assert np.isfinite(numbers["worth"]["without"][:2]).all() and numbers["worth"]["without"][2] == [None] * 8
+
+
+@pytest.mark.long
+def test_the_users_text_is_shown_and_not_counted(run, reported):
+    folder, numbers, _ = reported
+    first = numbers["texts"][0]
+    assert "".join(first["tokens"]) == TEXT and first["domain"] == "your text"
+    assert numbers["domains"] == ["code", "prose"]
+    model, config, _ = open_model(run.folder)
+    rows = others.read_rows(model, reading.own_batches(TEXT, TOKENIZER, config.data))
+    for layer in range(2):
+        for t, (experts, gates) in enumerate(zip(first["experts"][layer], first["gates"][layer], strict=True)):
+            assert set(experts) == set(rows.expert_ids[layer, t].tolist()) and gates == sorted(gates, reverse=True)
+    pyarrow = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.read_table(folder.parent / "tokens.parquet").to_pylist()
+    assert len(table) == sum(numbers["tokens"]) + rows.counted.sum()
+    assert "".join(row["text"] for row in table if row["document"] == -1 and row["layer"] == "layer 0") == TEXT
+
+
+@pytest.mark.long
+def test_an_earlier_checkpoint_shares_what_its_rows_share(run, reported):
+    _, numbers, _ = reported
+    batches = reading.open_text(run.run.data, run.folder, TOKENIZER, batches=2).batches
+    now, earlier = (others.read_rows(open_model(run.folder, step=step)[0], batches) for step in (12, 8))
+    shares = agreement(now, earlier)
+    assert numbers["saturation"]["steps"] == [8, 12]
+    np.testing.assert_allclose(numbers["saturation"]["share"], [shares, [1, 1, 1]], rtol=1e-5)
+    other = numbers["against"]
+    assert (other["step"], other["note"], other["layers"]) == (8, None, numbers["layers"])
+    assert (np.array(other["shared"]) >= shares - 1e-5).all()  # the best match is no worse than the same numbers
+    assert [sorted(of_layer) for of_layer in other["match"]] == [list(range(8))] * 3
+
+
+@pytest.mark.long
+def test_load_over_time_agrees_with_the_metrics_of_training(run, reported):
+    _, numbers, _ = reported
+    log = read_load(run.folder)
+    vio = {row["step"]: row["max_vio"] for row in rows_of(run.folder) if "max_vio" in row}
+    assert log.steps.tolist() == sorted(vio)
+    np.testing.assert_allclose(np.mean(numbers["over_time"]["max_vio"], axis=-1), list(vio.values()), rtol=1e-5)
+    # The bias of a row is the one after its step: the last is the checkpoint's, and each moves by the row's load.
+    bias, history = numbers["bias"], numbers["bias"]["history"]
+    assert history["steps"] == log.steps.tolist()
+    np.testing.assert_allclose(history["value"][-1], bias["value"], rtol=1e-5)
+    moved = np.diff(np.array(history["value"]), axis=0, prepend=0)
+    mean = log.load.mean(-1, keepdims=True)
+    np.testing.assert_allclose(moved, MODEL.balance.bias_rate * np.sign(mean - log.load), atol=1e-6)
+
+
+@pytest.mark.long
+def test_what_two_runs_do_not_share_is_said(run, tmp_path):
+    data = run.run.data
+    bpe = tokenizers.train_bpe(["def return x y = 2 for in range(9): prose and code"] * 40, 300,
+                               str(tmp_path / "bpe" / "tokenizer.json"))  # fmt: skip
+    assert not bpe.same_ids(TOKENIZER)
+    small = replace(MODEL, vocab_size=300, num_layers=1, mtp_depth=0, num_experts=4, num_groups=1, groups_per_token=1)
+    other = make_run(data.paths[0], model=small)
+    runs = {"words": replace(other, data=replace(data, tokenizer=str(tmp_path / "bpe"))), "bytes": other}
+    for name, why in (("words", "the tokenizers differ"), ("bytes", "num_experts=8 here and 4 there")):
+        claim(tmp_path / name, runs[name])
+        with Checkpoints(tmp_path / name, runs[name]) as checkpoints:  # random weights, without compiling
+            checkpoints.save(fresh_state(runs[name]), {}, wait=True)
+        options = ReportOptions(batches=1, draws=2, against=str(tmp_path / name))
+        against = report(run.folder, tmp_path / "out", options).numbers["against"]
+        assert why in against["note"] and against["match"] is None and against["shared"] is None
+        model, config, _ = open_model(tmp_path / name)
+        tokenizer = tokenizers.load(config.data.tokenizer)
+        read = reading.open_text(replace(data, tokenizer=config.data.tokenizer), tmp_path / name, tokenizer, batches=1)
+        measured = evaluate(model, read.batches, tokenizer, read.domains)
+        assert against["bits_per_byte"] == pytest.approx(measured["val_bits_per_byte"], rel=1e-5)
+        np.testing.assert_array_equal(against["load"], measured["load"])
+        assert against["layers"] == ["layer 0"]
+
+
+@pytest.mark.long
+def test_a_folder_is_replaced_in_one_step_or_not_at_all(run, tmp_path, monkeypatch):
+    out, options = tmp_path / "stats", ReportOptions(batches=1, draws=2)
+    assert report(run.folder, out, options).folder == out
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dsv3_jax.stats.reporting.render_page", fail)
+        with pytest.raises(OSError, match="disk full"):
+            report(run.folder, out, options)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    report(run.folder, out, replace(options, step=8, paths=(run.run.data.paths[0],)))
+    assert json.loads((out / "stats.json").read_text())["step"] == 8
+    assert {p.name for p in out.iterdir()} == before.keys() and list(tmp_path.iterdir()) == [out]
+    (out / "notes.txt").write_text("notes")
+    with pytest.raises(ValueError, match=r"out='.*stats' holds other files .*notes\.txt"):
+        report(run.folder, out, options)
+    with pytest.raises(ValueError, match=r"out='.*notes\.txt' is a file"):
+        report(run.folder, out / "notes.txt", options)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["nowhere"], "folder='nowhere' is neither a run"),
+        (["RUN", "--batches", "0"], "batches=0 is below 1"),
+        (["RUN", "--step", "3"], "step=3 has no checkpoint"),
+        (["RUN", "--paths", "nothing"], "path='nothing' does not exist"),
+        (["RUN", "--text", ""], "text='' is empty"),
+        (["RUN", "--devices", "3"], "devices=3 does not divide the 8 experts"),
+        (["RUN", "--worth", "--worth-tokens", "0"], "worth_tokens=0 is below 1"),
+        (["RUN", "--against", "RUN:3"], "step=3 has no checkpoint"),
+    ],
+)
+def test_errors_are_a_sentence(run, capsys, tmp_path, argv, sentence):
+    places = {"RUN": str(run.folder), "RUN:3": f"{run.folder}:3"}
+    assert (
+        unhooked_cli().main(["stats", *(places.get(word, word) for word in argv), "--out", str(tmp_path / "out")]) == 2
+    )
+    errors = capsys.readouterr().err
+    assert errors.startswith("dsv3: ") and sentence in errors and errors.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -30,7 +30,7 @@ COMMANDS = {
     "demo": ("", "train a small model on the text that this Python carries, stop, resume, evaluate and generate"),
     "train": ("PRESET", "train a model; the same command resumes a run that was stopped"),
     "eval": ("RUN", "measure a run's last checkpoint on held-out text"),
-    "stats": ("RUN", "count which experts held-out text is routed to: numbers, pictures and a page"),
+    "stats": ("RUN", "count which experts held-out text is routed to: numbers, a picture and a page"),
     "generate": ("MODEL", "continue a prompt with a run's last checkpoint or a released folder"),
     "chat": ("MODEL", "talk with a model that has a chat template"),
     "bench": ("decode RUN", "time the decoding of a run's last checkpoint, by cache, batch, context and draft"),

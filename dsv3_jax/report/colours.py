@@ -7,8 +7,6 @@ look equally large, and the picture is readable in grey too. On a dark page the 
 Source of OKLab: Björn Ottosson, "A perceptual color space for image processing", 2020.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 from jaxtyping import Float
 from matplotlib.colors import ListedColormap
@@ -72,29 +70,6 @@ def diverging(steps: int = 128, middle: Polar = MIDDLE, below: Polar = BELOW, ab
     away = np.linspace(0, 1, steps + 1)[:, None]
     arms = [oklab_to_srgb(_lab(middle)[None] * (1 - away) + _lab(end)[None] * away) for end in (below, above)]
     return ListedColormap(np.concatenate([arms[0][::-1], arms[1][1:]]), name="below_above")
-
-
-def on_dark(steps: int = 128) -> ListedColormap:
-    """The map for a dark page: dark at even, light and saturated at both ends.
-
-    Example:
-        >>> from matplotlib.colors import to_hex
-        >>> to_hex(on_dark(steps=2).colors[2])
-        '#2e2e2e'
-    """
-    return diverging(steps, DARK_MIDDLE, DARK_BELOW, DARK_ABOVE)
-
-
-def tints(count: int, lightness: Sequence[float], chroma: float) -> Float[np.ndarray, "n 3"]:
-    """Colours to tell `count` things apart: hues in equal steps, lightness in turns, so that neighbours differ in grey.
-
-    Example:
-        >>> tints(4, (0.9, 0.8), 0.08).shape
-        (4, 3)
-    """
-    angle = 2 * np.pi * np.arange(count) / count
-    light = np.resize(np.asarray(lightness, np.float64), count)
-    return oklab_to_srgb(np.stack([light, chroma * np.cos(angle), chroma * np.sin(angle)], axis=-1))
 
 
 DIVERGING = diverging()

@@ -1,10 +1,8 @@
-"""Routing statistics of a model on text: counts, measures of these counts, pictures, and a page."""
+"""Routing statistics of a model on text: counts, measures of these counts, and a page that draws them."""
 
 from dsv3_jax.stats.bits import Information, information
-from dsv3_jax.stats.compare import agreement, match_experts
 from dsv3_jax.stats.flow import repeats, transition_lift, transitions
 from dsv3_jax.stats.knockouts import Worth, worth
-from dsv3_jax.stats.load_log import LoadLog, read_load
 from dsv3_jax.stats.measures import (
     Specialisation,
     domain_preference,
@@ -14,8 +12,8 @@ from dsv3_jax.stats.measures import (
     permuted_information,
     specialisation,
 )
-from dsv3_jax.stats.others import saturation
-from dsv3_jax.stats.reporting import Report, report
+from dsv3_jax.stats.others import agreement, match_experts, saturation
+from dsv3_jax.stats.reading import LoadLog, read_load
+from dsv3_jax.stats.reporting import Report, ReportOptions, report
 from dsv3_jax.stats.routing_stats import BiasWork, RoutingStats, collect, tokens
-from dsv3_jax.stats.text import context, readable
-from dsv3_jax.stats.token_rows import TokenRows, write_parquet
+from dsv3_jax.stats.token_rows import TokenRows, context, readable, write_parquet

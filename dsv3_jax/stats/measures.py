@@ -196,7 +196,7 @@ def favourites(stats: RoutingStats, layer: int, *, top: int = 12, min_count: int
 
     Example:
         >>> from dataclasses import replace
-        >>> from dsv3_jax.stats.token_counts import TokenCounts
+        >>> from dsv3_jax.stats.token_rows import TokenCounts
         >>> stats = RoutingStats.from_loads(np.array([[[3, 5]]]), np.array([0]), ["code"])
         >>> layer, expert, token, num_routed = np.array([[0, 0, 0], [0, 1, 1], [7, 7, 8], [3, 1, 4]])
         >>> stats = replace(stats, token_counts=TokenCounts(layer, expert, token, num_routed))

@@ -1,35 +1,40 @@
-"""The numbers of `dsv3 stats` as plain JSON: see `KEYS`. Large models get fewer favourites, contexts and pairs."""
+"""The numbers of `dsv3 stats` as plain JSON: see `KEYS`. Tables that grow with the model are cut here."""
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from dsv3_jax.config import ModelConfig, RunConfig, replace
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.ops import balance
+from dsv3_jax.model.counting import size
+from dsv3_jax.ops import balance, routing
+from dsv3_jax.presets import MODELS
 from dsv3_jax.stats import flow
 from dsv3_jax.stats.bits import NAMES, Measured, information
 from dsv3_jax.stats.knockouts import Worth
-from dsv3_jax.stats.load_log import LoadLog
 from dsv3_jax.stats.measures import Specialisation, domain_entropy, favourites, lift
+from dsv3_jax.stats.reading import LoadLog
 from dsv3_jax.stats.routing_stats import RoutingStats
-from dsv3_jax.stats.text import context, readable
-from dsv3_jax.stats.token_rows import TokenRows
+from dsv3_jax.stats.token_rows import TokenRows, context, readable
+from dsv3_jax.training.evaluate import training_mix
+from dsv3_jax.training.run_folder import RUN_FILE, read_made
 
-MOST_DOMAINS = 24  # in pictures and on the page; stats.json has all of them
 MIN_COUNT = 20  # rarer tokens and pairs have a lift that is mostly chance
 CONTEXTS, FAVOURITES, PARTNERS = 8, 12, 6  # for each expert, at most
-PAIRS = 64  # of two layers, where a table of all pairs is too large
+PAIRS = 64  # of two layers
+DOMAINS = 24  # on the page; stats.json has all of them
 TEXTS, TEXT_TOKENS = 12, 512  # complete texts, and tokens of each, at most
 HISTORY = 60  # steps of the bias
-# Most entries of a table, all layers together. Larger ones are cut, so that a page of V3's 58 x 256 experts has a few
-# megabytes.
-MOST_PAIRS, MOST_FAVOURITES, MOST_CONTEXTS, MOST_PARTNERS = 150_000, 30_000, 15_000, 45_000
-MOST_HISTORY, MOST_CHOICES = 200_000, 100_000
+# Most entries of a table, all layers together, so that the page of V3's 59 × 256 experts stays below 5 MB.
+MOST_PAIRS, MOST_FAVOURITES, MOST_PARTNERS = 150_000, 30_000, 45_000
+MOST_CONTEXTS, MOST_LETTERS = 6_000, 450_000
+MOST_LOADS, MOST_HISTORY, MOST_CHOICES, MOST_CURVES = 120_000, 60_000, 60_000, 30_000
 
 # The keys of stats.json, which holds this table too, under "keys".
 KEYS = {
@@ -53,11 +58,11 @@ KEYS = {
     "partners": f"[L][E] up to {PARTNERS} other experts with the largest coactivation_lift: [expert, lift]",
     "specialisation": "bits: [L] I(expert; domain); share: bits over H(domain) (domain_entropy, bits); shuffled_mean, "
     "shuffled_95: bits after the domains were shuffled among the documents, `draws` times from `seed`; p_value",
-    "favourites": f"[L][E] tokens that tell most about the expert, of those that occur {MIN_COUNT} times: token (its "
-    "id), text, count (occurrences that were routed to the expert), lift (p(expert | token) / "
-    "p(expert)), bits (its part of I(expert; token)), margin (mean of score + bias over the best expert not chosen)",
-    "contexts": "[L][E] positions of the expert's largest gates, one of a token and of a document: text before, the "
-    "routed token, text after, gate, margin, document",
+    "favourites": f"[L][E] tokens that tell most about the expert, of those that occur {MIN_COUNT} times: [token (its "
+    "id), text, count (occurrences that were routed to the expert), lift (p(expert | token) / p(expert)), bits (its "
+    "part of I(expert; token)), margin (mean of score + bias over the best expert not chosen)]",
+    "contexts": "[L][E] positions of the expert's largest gates, one of a token and of a document: [text before, the "
+    "routed token, text after, gate, margin, document]",
     "max_vio_by_domain": "[L] of each domain's load alone; max_vio mixes the domains as the held-out rows do",
     "over_time": "null, or steps and max_vio [step][L] of training batches; the run's load.jsonl holds the loads",
     "bias": "null without a bias, or value [L][E]; history: null, or steps and value [step][L][E]; changed_choices: "
@@ -88,18 +93,17 @@ KEYS = {
 def merge_small_domains(stats: RoutingStats) -> RoutingStats:
     """Keep the domains with the most tokens, and take the others together, for pictures and the page.
 
-    Returns: `stats` itself where there are at most MOST_DOMAINS.
-
     Example:
         >>> names = [f"site {i}" for i in range(100)]
         >>> stats = RoutingStats.from_loads(np.ones((100, 1, 2), np.int64), np.arange(100), names)
         >>> merge_small_domains(stats).domains[-2:]
         ('site 22', '77 other domains')
     """
-    if len(stats.domains) <= MOST_DOMAINS:
+    most = max(4, _budget(MOST_LOADS, stats.load.size, DOMAINS))
+    if len(stats.domains) <= most:
         return stats
     by_size = np.argsort(-stats.load_by_domain.sum((1, 2)), kind="stable")
-    kept = np.sort(by_size[: MOST_DOMAINS - 1])
+    kept = np.sort(by_size[: most - 1])
     number = np.full(len(stats.domains), len(kept))
     number[kept] = np.arange(len(kept))
     rest = f"{len(stats.domains) - len(kept)} other domains"
@@ -149,7 +153,7 @@ def as_json(
         },
         "favourites": _favourites(stats, tokenizer),
         "contexts": _contexts(stats, tokenizer),
-        "over_time": None if log is None else {"steps": log.steps.tolist(), "max_vio": as_lists(_max_vio(log.load))},
+        "over_time": None if log is None else _over_time(log),
         "bias": _bias(stats, log),
         **_flow(stats),
         "texts": None if stats.rows is None else texts(stats.rows, stats.domains, tokenizer),
@@ -230,7 +234,7 @@ def _coactivation(stats: RoutingStats) -> dict[str, Any]:
     }
 
 
-def _favourites(stats: RoutingStats, tokenizer: Tokenizer) -> list[list[list[dict]]]:
+def _favourites(stats: RoutingStats, tokenizer: Tokenizer) -> list[list[list[list]]]:
     top = _budget(MOST_FAVOURITES, stats.load.size, FAVOURITES)
 
     @cache
@@ -240,14 +244,14 @@ def _favourites(stats: RoutingStats, tokenizer: Tokenizer) -> list[list[list[dic
     return [
         [
             [
-                {
-                    "token": f.token,
-                    "text": shown(f.token),
-                    "count": f.num_routed,
-                    "lift": round(f.lift, 4),
-                    "bits": _rounded(f.bits),
-                    "margin": _rounded(round(f.margin, 4)),
-                }
+                [
+                    f.token,
+                    shown(f.token),
+                    f.num_routed,
+                    round(f.lift, 4),
+                    _rounded(f.bits),
+                    _rounded(round(f.margin, 4)),
+                ]
                 for f in of_expert
             ]
             for of_expert in favourites(stats, layer, top=top, min_count=MIN_COUNT)
@@ -256,23 +260,28 @@ def _favourites(stats: RoutingStats, tokenizer: Tokenizer) -> list[list[list[dic
     ]
 
 
-def _contexts(stats: RoutingStats, tokenizer: Tokenizer) -> list[list[list[dict]]]:
-    """List the contexts of each expert, the largest gate first."""
+def _contexts(stats: RoutingStats, tokenizer: Tokenizer) -> list[list[list[list]]]:
+    """List the contexts of each expert, the largest gate first; of many experts, shorter ones."""
     kept, top = stats.contexts, _budget(MOST_CONTEXTS, stats.load.size, CONTEXTS)
-    num_layers, num_experts = stats.load.shape
-    listed: list[list[list[dict]]] = [[[] for _ in range(num_experts)] for _ in range(num_layers)]
+    letters = MOST_LETTERS // (3 * top * stats.load.size) + 1
+    listed: list[list[list[list]]] = [[[] for _ in of_layer] for of_layer in stats.load]
     for row, (layer, expert) in enumerate(zip(kept.layer.tolist(), kept.expert.tolist(), strict=True)):
-        of_expert = listed[layer][expert]
-        if len(of_expert) < top:
-            of_expert.append(
-                dict(zip(("before", "token", "after"), context(tokenizer, kept.tokens[row]), strict=True))
-                | {
-                    "gate": round(float(kept.gate[row]), 4),
-                    "margin": _rounded(round(float(kept.margin[row]), 4)),
-                    "document": int(kept.document[row]),
-                }
-            )
+        if len(listed[layer][expert]) < top:
+            before, token, after = context(tokenizer, kept.tokens[row])
+            numbers = round(float(kept.gate[row]), 4), _rounded(round(float(kept.margin[row]), 4))
+            text = before[-2 * letters :], token[: 2 * letters], after[:letters]
+            listed[layer][expert].append([*text, *numbers, int(kept.document[row])])
     return listed
+
+
+def _evenly(count: int, most: int) -> np.ndarray:
+    """At most so many of `count` indices, evenly spaced, with the first and the last."""
+    return np.unique(np.linspace(0, count - 1, max(2, most)).round().astype(int))
+
+
+def _over_time(log: LoadLog) -> dict[str, Any]:
+    picked = _evenly(len(log.steps), MOST_CURVES // log.load.shape[1])
+    return {"steps": log.steps[picked].tolist(), "max_vio": as_lists(_max_vio(log.load[picked]))}
 
 
 def _bias(stats: RoutingStats, log: LoadLog | None) -> dict[str, Any] | None:
@@ -282,8 +291,7 @@ def _bias(stats: RoutingStats, log: LoadLog | None) -> dict[str, Any] | None:
     value, without, changed = stats.bias
     history = None
     if log is not None and log.bias is not None:
-        count = _budget(MOST_HISTORY, value.size, HISTORY)
-        picked = np.unique(np.linspace(0, len(log.bias_steps) - 1, count).round().astype(int))
+        picked = _evenly(len(log.bias_steps), _budget(MOST_HISTORY, value.size, HISTORY))
         history = {"steps": log.bias_steps[picked].tolist(), "value": as_lists(log.bias[picked])}
     return {
         "value": as_lists(value),
@@ -373,10 +381,10 @@ def texts(rows: TokenRows, domains: Sequence[str], tokenizer: Tokenizer) -> list
 
 
 def _text_size(rows: TokenRows) -> tuple[int, int]:
-    """(number of texts, tokens of each): fewer choices of many layers."""
-    most = max(MOST_CHOICES // (len(rows.counted) * rows.expert_ids.shape[-1]), 4 * 32)
-    count = int(np.clip(most // TEXT_TOKENS, 4, TEXTS))
-    return count, min(TEXT_TOKENS, most // count)
+    """(number of texts, tokens of each): fewer and shorter ones of many layers."""
+    most = MOST_CHOICES // (len(rows.counted) * rows.expert_ids.shape[-1])
+    count = int(np.clip(most // 128, 2, TEXTS))
+    return count, min(TEXT_TOKENS, max(32, most // count))
 
 
 def text_of(rows: TokenRows, domains: Sequence[str], tokenizer: Tokenizer, start: int, stop: int) -> dict[str, Any]:
@@ -395,3 +403,98 @@ def text_of(rows: TokenRows, domains: Sequence[str], tokenizer: Tokenizer, start
             for key, values in (("experts", experts.tolist()), ("gates", np.round(gates.astype(float), 2).tolist()))
         },
     }
+
+
+def make_header(
+    folder: Path,
+    config: RunConfig,
+    step: int,
+    data: str,
+    stats: RoutingStats,
+    tokenizer: Tokenizer,
+    mix: Mapping[str, float] | None,
+) -> dict[str, Any]:
+    """Describe a run's checkpoint and the text that it read; see "header" in `numbers.KEYS`.
+
+    Args: mix: bytes of the training text by domain; None means unknown.
+    """
+    is_run = (folder / RUN_FILE).is_file()
+    made = [one for one in (read_made(folder) if is_run else []) if isinstance(one, dict)][-1:]
+    sizes = size(config.model)
+    return {
+        "run": folder.absolute().name,
+        "step": step,
+        "data": data,
+        "preset": name_of(config.model),
+        "parameters": sizes.total,
+        "active_parameters": sizes.active,
+        "steps": config.steps if is_run else None,
+        "tokens_seen": step * config.data.batch_size * config.data.seq_len if is_run else None,
+        "router": config.model.router,
+        "balance_rule": describe_balance(config.model),
+        "version": made[0].get("version") if made else None,
+        "commit": made[0].get("commit") if made else None,
+        "loss": None if stats.rows is None else as_lists(stats.rows.loss),
+        "bits_per_byte": None if stats.rows is None else as_lists(bits_per_byte(stats.rows, tokenizer)),
+        "max_vio_training_mix": _mixed(stats, config.model, tokenizer, mix),
+    }
+
+
+def name_of(cfg: ModelConfig) -> str | None:
+    """The preset that a model is, whatever its vocabulary and balancing; None if it is none.
+
+    Example:
+        >>> name_of(replace(MODELS["tiny"], vocab_size=1024)), name_of(replace(MODELS["tiny"], dim=64))
+        ('tiny', None)
+    """
+    own = dict(vocab_size=cfg.vocab_size, balance=cfg.balance)
+    return next((name for name, model in MODELS.items() if replace(model, **own) == cfg), None)
+
+
+def describe_balance(cfg: ModelConfig) -> str:
+    """Name the methods that balance the load, with their rates.
+
+    Example:
+        >>> describe_balance(MODELS["tiny"])
+        'bias by rule sign, rate 0.003; sequence-wise loss, weight 0.0001'
+    """
+    balance, parts = cfg.balance, []
+    if routing.ROUTERS[cfg.router].reads_bias and balance.bias_rate:
+        parts.append(f"bias by rule {balance.rule}, rate {balance.bias_rate:g}")
+    for name, weight in (
+        ("sequence-wise loss", balance.sequence_alpha),
+        ("Switch loss", balance.switch_alpha),
+        ("z-loss", balance.z_alpha),
+    ):
+        if weight:
+            parts.append(f"{name}, weight {weight:g}")
+    return "; ".join(parts) or "none"
+
+
+def bits_per_byte(rows: TokenRows, tokenizer: Tokenizer) -> float:
+    """Divide the bits of all tokens that have a loss by their bytes; special tokens have none. NaN without bytes.
+
+    Example:
+        >>> from dsv3_jax.data.tokenizer import ByteTokenizer
+        >>> from dsv3_jax.stats.token_rows import rows_of
+        >>> rows = rows_of(np.zeros((1, 2, 1), int))._replace(nll=np.array([np.nan, np.log(4)], np.float32))
+        >>> round(bits_per_byte(rows, ByteTokenizer()), 3)
+        2.0
+    """
+    known = ~np.isnan(rows.nll)
+    count = tokenizer.byte_lengths[rows.token[known]].sum()
+    return float(rows.nll[known].astype(np.float64).sum() / np.log(2) / count) if count else float("nan")
+
+
+def _mixed(
+    stats: RoutingStats, cfg: ModelConfig, tokenizer: Tokenizer, mix: Mapping[str, float] | None
+) -> float | None:
+    """MaxVio of the trunk's layers with the domains as they are mixed in training."""
+    trunk, rows = stats.load_by_domain[:, : cfg.num_sparse_layers], stats.rows
+    if mix is None or rows is None or not cfg.num_sparse_layers or set(mix) != set(stats.domains):
+        return None
+    known = ~np.isnan(rows.nll)
+    bytes_ = np.bincount(rows.domain[known], tokenizer.byte_lengths[rows.token[known]], len(stats.domains))
+    read = np.bincount(rows.domain, minlength=len(stats.domains)) * stats.experts_per_token
+    found = training_mix(trunk.astype(np.float64), read / np.maximum(bytes_, 1), [mix[name] for name in stats.domains])
+    return None if found is None else as_lists(found)

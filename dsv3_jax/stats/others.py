@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Float64, Int64
+from scipy.optimize import linear_sum_assignment
 
 from dsv3_jax.config import replace
 from dsv3_jax.data import tokenizer as tokenizers
@@ -16,10 +18,8 @@ from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.hf.open_model import open_model
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops import balance
-from dsv3_jax.stats.compare import agreement, match_experts
 from dsv3_jax.stats.decisions import decide
-from dsv3_jax.stats.header import bits_per_byte
-from dsv3_jax.stats.numbers import as_lists
+from dsv3_jax.stats.numbers import as_lists, bits_per_byte
 from dsv3_jax.stats.reading import Reading, open_text
 from dsv3_jax.stats.routing_stats import RoutingStats, collect
 from dsv3_jax.stats.token_rows import RowsTally, TokenRows, first_rows
@@ -27,6 +27,60 @@ from dsv3_jax.training.checkpoint import Loaded, load_run
 from dsv3_jax.training.run_folder import RUN_FILE
 
 SATURATION_TOKENS = 16_384  # read by each earlier checkpoint, at most
+SHUFFLES = 5  # of the tokens, which estimate what a match of unrelated experts shares
+
+
+class Match(NamedTuple):
+    """Experts of another model matched to those of this one, layer by layer, one to one."""
+
+    match: Int64[np.ndarray, "L E"]  # this model's expert → the other's
+    shared: Float64[np.ndarray, " L"]  # share of this model's choices whose token the other sends to the matched expert
+    by_chance: Float64[np.ndarray, " L"]  # the same where the other's tokens are shuffled, and matched again
+
+
+def agreement(rows: TokenRows, earlier: TokenRows) -> Float64[np.ndarray, " L"]:
+    """Share of choices that an earlier checkpoint made already, for the same tokens and the same experts.
+
+    Example:
+        >>> from dsv3_jax.stats.token_rows import rows_of
+        >>> agreement(rows_of(np.array([[[0, 1], [2, 3]]])), rows_of(np.array([[[1, 2], [0, 1]]])))
+        array([0.25])
+    """
+    layers = zip(rows.counted, rows.expert_ids, earlier.expert_ids, strict=True)
+    return np.array([_share((ids[c][:, :, None] == other[c][:, None]).any(-1)) for c, ids, other in layers])
+
+
+def match_experts(rows: TokenRows, others: TokenRows, num_experts: int, *, seed: int = 0) -> Match:
+    """Match experts by the tokens they share: the matching with the most shared choices, found exactly.
+
+    Args: others: the rows of another model with as many layers and experts, of the same tokens; seed: of the shuffles.
+
+    Example:
+        >>> from dsv3_jax.stats.token_rows import rows_of
+        >>> found = match_experts(rows_of(np.array([[[0], [0], [1]]])), rows_of(np.array([[[1], [1], [0]]])), 2)
+        >>> found.match.tolist(), found.shared.tolist()
+        ([[1, 0]], [1.0])
+    """
+    rng, found = np.random.default_rng(seed), []
+    for counted, ids, other in zip(rows.counted, rows.expert_ids, others.expert_ids, strict=True):
+        here, there = ids[counted].astype(np.int64), other[counted].astype(np.int64)
+        match, shared = _matched(here, there, num_experts)
+        chance = [_matched(here, rng.permutation(there), num_experts)[1] for _ in range(SHUFFLES)]
+        found.append((match, shared, np.mean(chance)))
+    match, shared, chance = zip(*found, strict=True)
+    return Match(np.stack(match), np.array(shared), np.array(chance))
+
+
+def _matched(here: np.ndarray, there: np.ndarray, num_experts: int) -> tuple[np.ndarray, float]:
+    """(The best matching, its share of the choices [n, K] of `here`)."""
+    cells = (here[:, :, None] * num_experts + there[:, None]).ravel()
+    tokens = np.bincount(cells, minlength=num_experts**2).reshape(num_experts, num_experts)
+    experts, match = linear_sum_assignment(tokens, maximize=True)
+    return match, float(tokens[experts, match].sum() / max(here.size, 1))
+
+
+def _share(hits: np.ndarray) -> float:
+    return float(hits.mean()) if hits.size else float("nan")
 
 
 def read_rows(model: Transformer, batches: Iterable[Batch]) -> TokenRows | None:
@@ -129,52 +183,43 @@ def against(
     Returns: "against" of `numbers.KEYS`.
     """
     model, run, step = other.loaded
-    same_ids, cfg, own_cfg = tokenizer.same_ids(other.tokenizer), run.model, own.run.model
-    if same_ids:
-        batches, domains = reading.batches, reading.domains
-    else:
-        length = min(own.run.data.seq_len, cfg.max_positions)
+    same_ids, here, there = tokenizer.same_ids(other.tokenizer), own.run.model.num_experts, run.model.num_experts
+    if not same_ids:
+        length = min(own.run.data.seq_len, run.model.max_positions)
         data = replace(own.run.data, tokenizer=run.data.tokenizer, seq_len=length)
-        again = open_text(data, folder, other.tokenizer, **text)
-        batches, domains = again.batches, again.domains
-    found = collect(model, batches, other.tokenizer, domains)
+        reading = open_text(data, folder, other.tokenizer, **text)
+    found = collect(model, reading.batches, other.tokenizer, reading.domains)
     assert found.rows is not None and stats.rows is not None
-    load = jax.numpy.asarray(found.load, jax.numpy.float32)
     result: dict[str, Any] = {
         "run": other.name,
         "step": step,
         "same_text": True,
-        **dict.fromkeys(("match", "shared", "by_chance")),
+        **dict.fromkeys(("match", "shared", "by_chance", "note")),
         "layers": list(found.layers),
         "load": found.load.tolist(),
-        "max_vio": as_lists(balance.max_vio(load)),
+        "max_vio": as_lists(balance.max_vio(jax.numpy.asarray(found.load, jax.numpy.float32))),
         "loss": as_lists(found.rows.loss),
         "bits_per_byte": as_lists(bits_per_byte(found.rows, other.tokenizer)),
-        "note": None,
     }
     common = [name for name in stats.layers if name in found.layers]
     if not same_ids:
-        why = "the tokenizers differ, so no token is the same"
-    elif cfg.num_experts != own_cfg.num_experts:
-        why = f"num_experts={own_cfg.num_experts} here and {cfg.num_experts} there"
-    elif not common:
-        why = "no layer with experts has the same number in both"
-    else:
-        here, there = ([names.index(name) for name in common] for names in (stats.layers, found.layers))
-        matched = match_experts(_layers(stats.rows, here), _layers(found.rows, there), own_cfg.num_experts, seed=seed)
-        for key, values in matched._asdict().items():
-            by_name = dict(zip(common, as_lists(values) if key != "match" else values.tolist(), strict=True))
-            none = [None] * own_cfg.num_experts if key == "match" else None
-            result[key] = [by_name.get(name, none) for name in stats.layers]
-        missing = [name for name in stats.layers if name not in common]
-        if missing:
-            result["note"] = f"{', '.join(missing)} is not in {other.name}, so its experts are not matched"
-        return result
-    result["note"] = f"experts are not matched: {why}; compare loads, MaxVio and bits a byte"
+        return result | {"note": "experts are not matched: the tokenizers differ, so no token is the same"}
+    if here != there:
+        return result | {"note": f"experts are not matched: num_experts={here} here and {there} there"}
+    if not common:
+        return result | {"note": "experts are not matched: no layer with experts has the same number in both"}
+    rows, others = (_layers(of.rows, [of.layers.index(name) for name in common]) for of in (stats, found))
+    matched = match_experts(rows, others, here, seed=seed)
+    for key, values in matched._asdict().items():
+        by_name = dict(zip(common, values.tolist() if key == "match" else as_lists(values), strict=True))
+        result[key] = [by_name.get(name, [None] * here if key == "match" else None) for name in stats.layers]
+    if missing := [name for name in stats.layers if name not in common]:
+        result["note"] = f"{', '.join(missing)} is not in {other.name}, so its experts are not matched"
     return result
 
 
-def _layers(rows: TokenRows, layers: Sequence[int]) -> TokenRows:
+def _layers(rows: TokenRows | None, layers: Sequence[int]) -> TokenRows:
     """The rows of some layers alone."""
+    assert rows is not None
     names = ("counted", "expert_ids", "gates", "margin")
     return rows._replace(**{name: getattr(rows, name)[list(layers)] for name in names})

@@ -1,9 +1,13 @@
-"""The text that a report reads: the run's held-out text, or all of the user's; and one text of the user's own."""
+"""What a report reads: held-out text, or all of the user's; a text of the user's own; loads that training wrote."""
 
 import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64, Int64
 
 from dsv3_jax.config import DataConfig, replace
 from dsv3_jax.data.batches import Batch, alternate
@@ -14,6 +18,7 @@ from dsv3_jax.data.source import from_corpus
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.files import check_regular
 from dsv3_jax.hf.open_model import measured_on
+from dsv3_jax.report.metrics import LOAD_FILE, read_rows
 
 BATCHES = 16  # of a run's own held-out text; text that the user names is read to its end
 ALL = 2**31  # batches: to the end
@@ -152,3 +157,32 @@ def folder_name(step: int, paths: tuple[str, ...], text: str | None) -> str:
     where = [str(Path(path).absolute()) if Path(path).exists() else path for path in paths]
     digest = hashlib.blake2b(repr((where, text)).encode("utf-8", "backslashreplace"), digest_size=3).hexdigest()
     return "-".join(part for part in (name, word, digest) if part)
+
+
+class LoadLog(NamedTuple):
+    """Loads of training batches, and the routers' biases after these steps."""
+
+    steps: Int64[np.ndarray, " S"]  # ascending
+    load: Int64[np.ndarray, "S L E"]  # assignments
+    bias_steps: Int64[np.ndarray, " P"]  # the steps that have a bias: none in older runs
+    bias: Float64[np.ndarray, "P L E"] | None
+
+
+def read_load(run: str | Path) -> LoadLog | None:
+    """Read the loads and biases that training wrote; None for a run without them, such as a converted one.
+
+    Example:
+        >>> read_load("no/such/run") is None
+        True
+    """
+    rows = [row for row in read_rows(Path(run) / LOAD_FILE) if row.get("load")]
+    if not rows:
+        return None
+    load = np.array([row["load"] for row in rows])
+    biased = [row for row in rows if "bias" in row and np.shape(row["bias"]) == load.shape[1:]]
+    return LoadLog(
+        np.array([row["step"] for row in rows]),
+        load,
+        np.array([row["step"] for row in biased], np.int64),
+        np.array([row["bias"] for row in biased], np.float64) if biased else None,
+    )

@@ -18,10 +18,16 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.batches import Batch
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.stats.contexts import Contexts, find_contexts, no_contexts
 from dsv3_jax.stats.decisions import Choices, biases, decide
-from dsv3_jax.stats.token_counts import TokenCounts, TokenTally
-from dsv3_jax.stats.token_rows import RowsTally, TokenRows
+from dsv3_jax.stats.token_rows import (
+    Contexts,
+    RowsTally,
+    TokenCounts,
+    TokenRows,
+    TokenTally,
+    find_contexts,
+    no_contexts,
+)
 
 
 class BiasWork(NamedTuple):

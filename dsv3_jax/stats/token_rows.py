@@ -1,6 +1,7 @@
-"""Every token that was read, with its experts, gates and margins: arrays, and a Parquet file of them.
+"""Every token that was read, with its experts, gates and margins; what these rows say of each expert.
 
-Measures that need neighbours, documents or layers together are functions of these rows.
+`TokenRows` holds the choices, and `write_parquet` writes them to a file. `find_contexts` finds the text around an
+expert's largest gates. `TokenCounts` says how often each expert received each token.
 """
 
 from collections.abc import Sequence
@@ -8,15 +9,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int, Int32
+from jaxtyping import Bool, Float, Float32, Float64, Int, Int32, Int64
 
 from dsv3_jax.data.batches import Batch
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.files import write_atomic
 from dsv3_jax.stats.decisions import Choices
-from dsv3_jax.stats.text import readable
 
 MOST_CHOICES = 2**26  # L · n · K that are kept: some 700 MB; tokens beyond are counted, and have no row
+TOP = 8  # contexts kept for each expert
+BEFORE, AFTER = 32, 12  # tokens of a context
+VISIBLE = str.maketrans({"\n": "↵", "\t": "⇥", "\r": "␍"})
 
 
 class TokenRows(NamedTuple):
@@ -191,3 +194,171 @@ def write_parquet(
     pyarrow.parquet.write_table(table, sink)
     write_atomic(path, sink.getvalue().to_pybytes())
     return table.num_rows
+
+
+class Contexts(NamedTuple):
+    """Positions with the largest gates, in order of (layer, expert), the largest gate first."""
+
+    layer: Int64[np.ndarray, " n"]
+    expert: Int64[np.ndarray, " n"]
+    gate: Float32[np.ndarray, " n"]
+    tokens: Int32[np.ndarray, "n window"]  # BEFORE tokens, the routed token, AFTER tokens; -1 outside the piece
+    margin: Float32[np.ndarray, " n"]  # as `Choices.margin`
+    document: Int32[np.ndarray, " n"]
+
+
+def no_contexts() -> Contexts:
+    """Return contexts of no text.
+
+    Example:
+        >>> no_contexts().tokens.shape
+        (0, 45)
+    """
+    none, zeros = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    return Contexts(none, none, zeros, np.zeros((0, BEFORE + 1 + AFTER), np.int32), zeros, none.astype(np.int32))
+
+
+def find_contexts(rows: TokenRows, num_experts: int, *, top: int = TOP) -> Contexts:
+    """Find the positions of each expert's largest gates; at most one of a token and of a document.
+
+    The largest gate is taken, then the largest one of another token in another document, and so on. If gates are
+    equal, the one that was read first is taken.
+
+    Args: top: contexts for each expert, at most.
+    """
+    parts = [np.zeros((0, 4), np.int64)]
+    gates, margins = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
+    size = rows.expert_ids.shape[-1]
+    for layer, counted in enumerate(rows.counted):
+        position = np.repeat(np.flatnonzero(counted), size)
+        expert, gate = rows.expert_ids[layer, counted].ravel().astype(np.int64), rows.gates[layer, counted].ravel()
+        slot = np.tile(np.arange(size), int(counted.sum()))
+        alive = np.lexsort((-gate, expert))
+        for rank in range(top):
+            if not len(alive):
+                break
+            # np.unique gives the first of each expert, which has the largest gate.
+            experts, first = np.unique(expert[alive], return_index=True)
+            best = alive[first]
+            where = np.full(num_experts, -1)
+            where[experts] = position[best]
+            parts.append(
+                np.stack([np.full(len(best), layer), experts, np.full(len(best), rank), position[best]], axis=1)
+            )
+            gates.append(gate[best])
+            margins.append(rows.margin[layer, position[best], slot[best]])
+            of_best, here = where[expert[alive]], position[alive]
+            other = (rows.token[of_best] != rows.token[here]) & (rows.document[of_best] != rows.document[here])
+            alive = alive[other]
+    found = np.concatenate(parts)
+    order = np.lexsort((found[:, 2], found[:, 1], found[:, 0]))
+    layers, experts, _, positions = found[order].T
+    return Contexts(
+        layers,
+        experts,
+        np.concatenate(gates)[order],
+        _windows(rows, positions),
+        np.concatenate(margins)[order],
+        rows.document[positions],
+    )
+
+
+def _windows(rows: TokenRows, positions: np.ndarray) -> np.ndarray:
+    """Cut out the tokens around n rows: int32 [n, BEFORE + 1 + AFTER], -1 outside the row's piece."""
+    window = positions[:, None] + np.arange(-BEFORE, AFTER + 1)[None]
+    inside = (window >= 0) & (window < len(rows.token))
+    window = np.where(inside, window, 0)
+    same = rows.segment[window] == rows.segment[positions][:, None]
+    return np.where(inside & same, rows.token[window], np.int32(-1))
+
+
+class TokenCounts(NamedTuple):
+    """Pairs of expert and token that occurred, in order of (layer, expert, token)."""
+
+    layer: Int64[np.ndarray, " n"]
+    expert: Int64[np.ndarray, " n"]
+    token: Int64[np.ndarray, " n"]
+    num_routed: Int64[np.ndarray, " n"]  # occurrences of the token that were routed to the expert, at least 1
+    margin: Float64[np.ndarray, " n"] | None = None  # mean of `Choices.margin` over them; NaN where there is none
+
+
+class TokenTally:
+    """Sums of expert by token over the batches so far.
+
+    Example:
+        >>> tally = TokenTally(num_experts=2, vocab_size=10)
+        >>> tokens, one = np.array([[7, 7]], np.int32), np.ones((1, 1, 2, 1), np.int32)  # both tokens go to expert 1
+        >>> tally.add(tokens, one, one.astype(np.float32), one[..., 0] > 0)
+        >>> counts = tally.counts()
+        >>> counts.expert.tolist(), counts.token.tolist(), counts.num_routed.tolist(), counts.margin.tolist()
+        ([1], [7], [2], [1.0])
+    """
+
+    def __init__(self, num_experts: int, vocab_size: int):
+        self._num_experts, self._vocab_size = num_experts, vocab_size
+        self._keys, self._counts = np.zeros((2, 0), np.int64)
+        self._margins = np.zeros(0)
+
+    def add(
+        self,
+        tokens: Int32[np.ndarray, "B T"],
+        expert_ids: Int32[np.ndarray, "L B T K"],
+        margin: Float[np.ndarray, "L B T K"],
+        mask: Bool[np.ndarray, "L B T"],
+    ) -> None:
+        """Add a batch; `mask` selects the positions that are counted."""
+        layer, b, t = np.nonzero(mask)
+        groups = layer[:, None] * self._num_experts + expert_ids[mask]  # [n, K]
+        cells = groups * self._vocab_size + tokens[b, t][:, None]
+        keys, inverse, counts = np.unique(cells, return_inverse=True, return_counts=True)
+        margins = np.bincount(inverse.ravel(), margin[mask].ravel(), len(keys))
+        self._keys, index = np.unique(np.concatenate([self._keys, keys]), return_inverse=True)
+        self._counts = np.bincount(index, np.concatenate([self._counts, counts])).astype(np.int64)
+        self._margins = np.bincount(index, np.concatenate([self._margins, margins]))
+
+    def counts(self) -> TokenCounts:
+        """Return the counts of all batches so far."""
+        group, token = np.divmod(self._keys, self._vocab_size)
+        layer, expert = np.divmod(group, self._num_experts)
+        return TokenCounts(layer, expert, token, self._counts, self._margins / np.maximum(self._counts, 1))
+
+
+def readable(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """Decode ids to printable text: signs for line ends and tabs, \\x.. for broken UTF-8, <eos> and <id> for specials.
+
+    Example:
+        >>> from dsv3_jax.data.tokenizer import ByteTokenizer
+        >>> readable(ByteTokenizer(), [0x61, 0x0A, 0xC3, 0xA9, 0xC3, 0x00, 256])
+        'a↵é\\\\xc3\\\\x00<eos>'
+    """
+    specials = [at for at, length in enumerate(tokenizer.byte_lengths[ids].tolist()) if not length]
+    parts, start = [], 0
+    for at in [*specials, len(ids)]:
+        if at > start:  # a character of several ids is complete before a special or the end
+            parts.append(_printable(tokenizer.bytes_of(ids[start:at]).decode("utf-8", "backslashreplace")))
+        if at < len(ids):
+            parts.append("<eos>" if ids[at] == tokenizer.eos_id else f"<{ids[at]}>")
+        start = at + 1
+    return "".join(parts)
+
+
+def _printable(text: str) -> str:
+    text = text.translate(VISIBLE)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def context(tokenizer: Tokenizer, window: Int32[np.ndarray, " window"]) -> tuple[str, str, str]:
+    """Decode a row of `Contexts.tokens` to readable text: (before, the routed token, after).
+
+    Example:
+        >>> from dsv3_jax.data.tokenizer import ByteTokenizer
+        >>> window = np.full(BEFORE + 1 + AFTER, -1, np.int32)
+        >>> window[BEFORE - 1 : BEFORE + 2] = [*b"x=1"]
+        >>> context(ByteTokenizer(), window)
+        ('x', '=', '1')
+    """
+    before, token, after = window[:BEFORE], window[BEFORE : BEFORE + 1], window[BEFORE + 1 :]
+    texts = [readable(tokenizer, part[part >= 0].tolist()) for part in (before, token, after)]
+    return texts[0], texts[1], texts[2]

@@ -25,7 +25,7 @@ from dsv3_jax.hf.config_json import config_from_dict, config_to_dict
 from dsv3_jax.presets import preset, recipe
 from dsv3_jax.report.metrics import LOAD_FILE, METRICS_FILE, parse_rows
 from dsv3_jax.report.run_plots import PANELS, _series
-from dsv3_jax.stats.load_log import read_load
+from dsv3_jax.stats import read_load
 from dsv3_jax.training.run_folder import FORMAT, RUN_FILE, read_run
 from tests.campaign.table import Table
 from tests.campaign.trials import MAX_SENTENCE, main, report, watch

@@ -1,44 +1,16 @@
 "use strict";
 /* Numbers, state, colours and small tools. All text goes into the page as text, never as markup. */
 
-const data = JSON.parse(document.getElementById("data").textContent);
+const byId = id => document.getElementById(id);
+const data = JSON.parse(byId("data").textContent); // stats.json, and the colours
 const L = data.layers.length,
   E = data.experts,
   K = data.experts_per_token;
+const domains = data.domains.length > 1 ? data.domains : [];
 
-/* packing.py: codes of 8, 16 or 32 bits in base64; the last code of real numbers is "missing". */
-function codes(packed) {
-  const bytes = Uint8Array.from(atob(packed.codes), c => c.charCodeAt(0));
-  return packed.bits === 8 ? bytes : packed.bits === 16 ? new Uint16Array(bytes.buffer) : new Uint32Array(bytes.buffer);
-}
-function indexer(shape) {
-  const strides = shape.map((_, axis) => shape.slice(axis + 1).reduce((a, b) => a * b, 1));
-  return indices => indices.reduce((sum, index, axis) => sum + index * strides[axis], 0);
-}
-/* A function of indices: at(layer, expert) → number, NaN where it is missing. */
-function reals(packed) {
-  if (!packed) return null;
-  const values = codes(packed),
-    last = 2 ** packed.bits - 1,
-    index = indexer(packed.shape);
-  const size = (packed.high - packed.low) / (last - 1);
-  const at = (...i) => {
-    const code = values[index(i)];
-    return code === last ? NaN : packed.low + code * size;
-  };
-  at.shape = packed.shape;
-  return at;
-}
-function ids(packed) {
-  if (!packed) return null;
-  const values = codes(packed),
-    index = indexer(packed.shape);
-  const at = (...i) => values[index(i)];
-  at.shape = packed.shape;
-  return at;
-}
+/* A function of indices: at(layer, expert) → number, NaN where it is missing; null of a table that is missing. */
+const reals = table => table && ((...indices) => indices.reduce((part, i) => part?.[i], table) ?? NaN);
 const range = n => Array.from({length: n}, (_, i) => i);
-const row = (at, ...before) => range(at.shape[before.length]).map(i => at(...before, i));
 const known = values => values.filter(Number.isFinite);
 const most = values => values.reduce((a, b) => (b > a ? b : a), -Infinity);
 const least = values => values.reduce((a, b) => (b < a ? b : a), Infinity);
@@ -48,12 +20,22 @@ function quantile(values, q) {
   return sorted.length ? sorted[Math.min(sorted.length - 1, Math.floor(q * sorted.length))] : NaN;
 }
 
-const load = reals(data.load),
-  maxVio = reals(data.max_vio); // [1 + domains][L][E] over the layer's mean; [..][L]
-const bias = data.bias && reals(data.bias.value),
-  worth = data.worth && reals(data.worth.delta);
+const overMean = rows =>
+  rows.map(row => {
+    const even = mean(row);
+    return row.map(x => (even > 0 ? x / even : NaN));
+  });
+const loads = [data.load, ...domains.map(name => data.load_by_domain[name])].map(overMean);
+const load = reals(loads), // (0 for all text, or 1 + domain; layer; expert) over the layer's mean
+  maxVio = reals([data.max_vio, ...domains.map(name => data.max_vio_by_domain[name])]);
+const loadEnd = Math.max(2, quantile(loads.flat(2), 0.99));
+const bias = data.bias && reals(data.bias.value);
+const without = data.worth && reals(data.worth.without),
+  worth = data.worth && ((l, e) => without(l, e) - data.worth.loss);
 const worthLow = data.worth && reals(data.worth.low),
   worthHigh = data.worth && reals(data.worth.high);
+/* p(expert | domain) / p(expert). */
+const preference = (d, l, e) => load(d + 1, l, e) / load(0, l, e);
 
 /* Numbers as text. */
 const fixed = (x, digits = 2) => {
@@ -67,6 +49,7 @@ const percent = x => (Number.isFinite(x) ? fixed(100 * x, 1) + " %" : "–");
 const whole = x => Math.round(x).toLocaleString("en");
 const nameOf = (l, e) => `${data.layers[l]}, expert ${e}`;
 
+const match = data.against && reals(data.against.match);
 const otherRun = data.against ? `${data.against.run}, step ${data.against.step}` : "";
 
 /* Elements: el("td", {class: "text", onclick: f}, "words", child, …). */
@@ -77,14 +60,22 @@ function fill(node, properties, children) {
     else if (value !== false && value !== null && value !== undefined)
       node.setAttribute(name, value === true ? "" : value);
   }
-  node.append(...children.flat().filter(child => child !== null && child !== undefined));
+  node.append(...children.flat().filter(child => child !== null && child !== undefined && child !== false));
   return node;
 }
 const el = (tag, properties, ...children) => fill(document.createElement(tag), properties, children);
 const drawn = (tag, properties, ...children) =>
   fill(document.createElementNS("http" + ":/" + "/www.w3.org/2000/svg", tag), properties, children);
-const byId = id => document.getElementById(id);
 const button = (text, onclick, properties) => el("button", {type: "button", onclick, ...properties}, text);
+const table = (heads, rows, properties) =>
+  el(
+    "table",
+    properties,
+    heads && el("thead", {}, el("tr", {}, heads.map(name => el("th", {scope: "col"}, name)))),
+    el("tbody", {}, rows.map(cells => el("tr", {}, cells.map(cell => (cell.tagName === "TD" ? cell : el("td", {}, cell)))))),
+  );
+const scrolled = (label, child) =>
+  el("div", {class: "scroll tall", tabindex: 0, role: "region", "aria-label": label}, child);
 const expertButton = (l, e, text) =>
   button(text || `expert ${e}`, () => choose({layer: l, expert: e}), {class: "plain"});
 
@@ -120,33 +111,25 @@ const colourOf = name =>
 const redraws = [];
 const redraw = () => redraws.forEach(draw => draw());
 
-const channels = hex => [1, 3, 5].map(i => parseInt(hex.slice(i, i + 2), 16));
-/* 257 colours of each theme, between the stops that the page has. */
-const tables = Object.fromEntries(
-  Object.entries(data.colours.diverging).map(([theme, stops]) => [
-    theme,
-    range(257).map(code => {
-      const place = (code / 256) * (stops.length - 1),
-        i = Math.min(Math.floor(place), stops.length - 2);
-      const [from, to] = [channels(stops[i]), channels(stops[i + 1])];
-      return `rgb(${from.map((c, j) => Math.round(c + (to[j] - c) * (place - i))).join(" ")})`;
-    }),
-  ]),
-);
-/* −1 … 1 → a colour: below even, even, above even. */
-function diverging(x) {
-  if (!Number.isFinite(x)) return colourOf("none");
-  return tables[isDark() ? "dark" : "light"][Math.round((Math.min(Math.max(x, -1), 1) + 1) * 128)];
+/* −1 … 1 → a colour: below even, even, above even. Lightness and chroma change evenly in OKLab (report/colours.py). */
+function mixed(x) {
+  const [[middle], below, above] = data.colours[isDark() ? "dark" : "light"],
+    [lightness, chroma, hue] = x < 0 ? below : above,
+    part = Math.min(Math.abs(x), 1);
+  return [middle + part * (lightness - middle), part * chroma, hue];
 }
+const diverging = x =>
+  Number.isFinite(x) ? `oklch(${mixed(x).map(part => part.toFixed(4)).join(" ")})` : colourOf("none");
 /* Dark ink on a pale cell, or the reverse. */
-function inkOn(colour) {
-  const [r, g, b] = colour.startsWith("#") ? channels(colour) : colour.match(/\d+/g).map(Number);
-  return 0.3 * r + 0.59 * g + 0.11 * b > 140 ? "#1c1e21" : "#ffffff";
-}
-const expertColour = e => data.colours.experts[isDark() ? "dark" : "light"][e];
+const inkOn = x => (!Number.isFinite(x) ? colourOf("text") : mixed(x)[0] > 0.62 ? "#1c1e21" : "#ffffff");
+/* Hues in equal steps; neighbours differ in lightness too. */
+const expertColour = e =>
+  isDark()
+    ? `oklch(${e % 2 ? 0.46 : 0.36} 0.08 ${(360 * e) / E})`
+    : `oklch(${e % 2 ? 0.83 : 0.91} 0.075 ${(360 * e) / E})`;
 /* Ratios on a logarithmic scale: half is as blue as twice is red; `end` is the ratio of full colour. */
 const logScale = end => x => (Number.isNaN(x) ? NaN : Math.log2(Math.max(x, 1e-6)) / Math.log2(end));
-const loadScale = x => (x <= 1 ? x - 1 : (x - 1) / (data.load_end - 1));
+const loadScale = x => (x <= 1 ? x - 1 : (x - 1) / (loadEnd - 1));
 /* Layers from the first to the last. */
 const layerColour = l => {
   const t = L > 1 ? l / (L - 1) : 0;

@@ -3,12 +3,11 @@
 function drawDomains() {
   const host = place("domains"),
     heading = host.appendChild(el("h3"));
-  /* p(expert | domain) / p(expert): each is E × load over mean. */
-  const value = (d, e) => load(d + 1, state.layer, e) / load(0, state.layer, e);
+  const value = (d, e) => preference(d, state.layer, e);
   const {draw} = map(host, {
     rows: () => {
       heading.textContent = data.layers[state.layer];
-      return data.domains.map(name => (name.length > 16 ? name.slice(0, 15) + "…" : name));
+      return domains.map(name => (name.length > 16 ? name.slice(0, 15) + "…" : name));
     },
     columns: E,
     columnTitle: "expert",
@@ -16,7 +15,7 @@ function drawDomains() {
     value,
     scale: logScale(2),
     text: x => fixed(x),
-    tip: (d, e) => `${data.domains[d]}, ${nameOf(state.layer, e)}\n${times(value(d, e))} its share of all text`,
+    tip: (d, e) => `${domains[d]}, ${nameOf(state.layer, e)}\n${times(value(d, e))} its share of all text`,
     pick: (_, e) => choose({expert: e}),
     chosen: () => null,
   });
@@ -28,16 +27,10 @@ function drawDomains() {
 
 function drawWorth() {
   const all = range(L).flatMap(l => range(E).map(e => [l, e])),
-    end = Math.max(
-      quantile(
-        all.map(([l, e]) => Math.abs(worth(l, e))),
-        0.99,
-      ),
-      1e-9,
-    );
+    end = scaleEnd(all.map(([l, e]) => worth(l, e)));
   const digits = end < 0.01 ? 4 : 3,
-    layers = range(L).filter(l => known(row(worth, l)).length); // heads are not taken out
-  const unsure = (l, e) => worthLow && worthLow(l, e) <= 0 && worthHigh(l, e) >= 0;
+    layers = range(L).filter(l => Number.isFinite(worth(l, 0))); // heads are not taken out
+  const unsure = (l, e) => worthLow(l, e) <= 0 && worthHigh(l, e) >= 0;
   const host = place("worth", "Loss without the expert", {class: "chart wide"});
   expertMap(host, {
     label: "loss without each expert",
@@ -65,8 +58,8 @@ function drawWorth() {
         .map(([l, e]) => ({
           x: load(0, l, e),
           y: worth(l, e),
-          low: worthLow ? worthLow(l, e) : undefined,
-          high: worthHigh ? worthHigh(l, e) : undefined,
+          low: worthLow(l, e),
+          high: worthHigh(l, e),
           name: tellExpert(l, e),
           colour: layerColour(l),
           chosen: l === state.layer && e === state.expert,
@@ -76,17 +69,16 @@ function drawWorth() {
   views.push(later(draw));
 }
 
-/* A matrix of the chosen layer, or its largest pairs where matrices would be too large. */
-function drawPairs(section, part, options) {
+/* The lifts of all pairs of the chosen layer, or the largest ones of a large model. */
+function drawPairs(section, lifts, top, options) {
   const host = place(section),
     heading = host.appendChild(el("h3")),
-    layers = part.lift ? part.lift.shape[0] : part.top.length;
-  const layerOf = () => Math.min(state.layer, layers - 1),
-    last = l => Math.min(l + options.step, L - 1);
-  const title = l => (options.step ? `from ${data.layers[l]} to ${data.layers[last(l)]}` : data.layers[l]);
-  if (part.lift) {
-    const at = reals(part.lift);
-    const {draw} = map(host, {
+    layerOf = () => Math.min(state.layer, (lifts || top).length - 1);
+  const title = l => (options.step ? `from ${data.layers[l]} to ${data.layers[l + 1]}` : data.layers[l]);
+  let draw;
+  if (lifts) {
+    const at = reals(lifts);
+    ({draw} = map(host, {
       rows: () => {
         heading.textContent = title(layerOf());
         return range(E).map(String);
@@ -97,76 +89,53 @@ function drawPairs(section, part, options) {
       label: options.label,
       value: (i, j) => at(layerOf(), i, j),
       scale: logScale(4),
-      tip: (i, j) =>
-        Number.isFinite(at(layerOf(), i, j)) ? options.tell(layerOf(), i, j, at(layerOf(), i, j)) : options.none,
+      tip: (i, j) => {
+        const l = layerOf(),
+          lift = at(l, i, j);
+        return Number.isFinite(lift) ? `${options.tell(l, i, j)}\n${times(lift)} chance` : options.none;
+      },
       pick: i => choose({layer: layerOf(), expert: i}),
       chosen: () => null,
-    });
+    }));
     ramp(host, "× 0.25", "× 4", "over chance");
-    views.push(before => {
-      if (before.layer !== state.layer) draw();
-    });
-    return;
+  } else {
+    const box = host.appendChild(scrolled(options.label, ""));
+    draw = () => {
+      const l = layerOf();
+      heading.textContent = title(l) + ": the pairs furthest above chance";
+      const rows = top[l].map(([i, j, lift]) => [expertButton(l, i), expertButton(l + options.step, j), times(lift)]);
+      box.replaceChildren(table(options.heads, rows));
+    };
+    draw();
   }
-  const box = host.appendChild(
-    el("div", {class: "scroll tall", tabindex: 0, role: "region", "aria-label": options.label}),
-  );
-  const draw = () => {
-    const l = layerOf();
-    heading.textContent = title(l) + ": the pairs furthest above chance";
-    box.replaceChildren(
-      el(
-        "table",
-        {},
-        el(
-          "thead",
-          {},
-          el(
-            "tr",
-            {},
-            options.heads.map(name => el("th", {scope: "col"}, name)),
-          ),
-        ),
-        el(
-          "tbody",
-          {},
-          part.top[l].map(([i, j, lift]) =>
-            el(
-              "tr",
-              {},
-              el("td", {}, expertButton(l, i)),
-              el("td", {}, expertButton(last(l), j)),
-              el("td", {}, times(lift)),
-            ),
-          ),
-        ),
-      ),
-    );
-  };
   views.push(before => {
     if (before.layer !== state.layer) draw();
   });
-  draw();
 }
 
 function drawTransitions() {
-  drawPairs("transitions", data.transitions, {
+  drawPairs("transitions", data.transitions.lift, data.transitions.top, {
     step: 1,
     none: "no token of these experts",
     label: "paths from experts of a layer to experts of the next",
     columnTitle: "expert of the next layer",
     heads: ["from", "to", "over chance"],
-    tell: (l, i, j, x) =>
-      `expert ${i} of ${data.layers[l]} →\nexpert ${j} of ${data.layers[l + 1]}\n${times(x)} chance`,
+    tell: (l, i, j) => `expert ${i} of ${data.layers[l]} →\nexpert ${j} of ${data.layers[l + 1]}`,
   });
 }
 function drawTogether() {
-  drawPairs("together", data.together, {
+  /* The pairs of all partners, each once. */
+  const top = data.partners.map(layer => {
+    const pairs = layer.flatMap((rows, i) => rows.map(([j, lift]) => [Math.min(i, j), Math.max(i, j), lift]));
+    const each = new Map(pairs.map(pair => [pair[0] * E + pair[1], pair]));
+    return [...each.values()].sort((a, b) => b[2] - a[2]).slice(0, 64);
+  });
+  drawPairs("partners", data.coactivation_lift, top, {
     step: 0,
     none: "the same expert",
     label: "experts chosen together",
     columnTitle: "expert",
     heads: ["expert", "and", "over chance"],
-    tell: (l, i, j, x) => `${data.layers[l]}: experts ${i} and ${j}\n${times(x)} chance`,
+    tell: (l, i, j) => `${data.layers[l]}: experts ${i} and ${j}`,
   });
 }

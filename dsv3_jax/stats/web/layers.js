@@ -1,43 +1,86 @@
-/* Charts by layer or step: load, bias, information, neighbours, training, heads, entropies, another run. */
+/* Facts of the run, and charts by layer or step: load, bias, information, neighbours, training, entropies, another run. */
+
+const trunkMean = values => {
+  const trunk = known(values.filter((_, l) => !isHead(l)));
+  return mean(trunk.length ? trunk : values);
+};
+/* The end of a scale that is symmetric around 0. */
+const scaleEnd = values => Math.max(quantile(values.map(Math.abs), 0.99), 1e-9);
+
+function drawHeader() {
+  const run = data.header || {},
+    documents = Object.entries(data.documents),
+    short = new Intl.NumberFormat("en", {notation: "compact", maximumSignificantDigits: 3});
+  byId("about").textContent =
+    `${whole(most(data.tokens))} tokens of ${whole(documents.reduce((sum, [, n]) => sum + n, 0))} documents ` +
+    `(${documents.map(([name, n]) => `${name} ${whole(n)}`).join(", ")}): ${data.data}. ` +
+    `${K} of ${E} experts a token in ${L} layers.`;
+  const facts = {
+    "loss of this text": run.loss && `${fixed(run.loss, 3)} nats a token`,
+    "bits a byte": run.bits_per_byte && fixed(run.bits_per_byte, 3),
+    "MaxVio of this text": fixed(trunkMean(data.max_vio)),
+    "MaxVio, training mix": run.max_vio_training_mix && fixed(run.max_vio_training_mix),
+    parameters: run.parameters && `${short.format(run.parameters)}, ${short.format(run.active_parameters)} active`,
+    trained: run.steps && `${whole(run.steps)} steps, ${short.format(run.tokens_seen)} tokens`,
+    recipe: run.preset,
+    router: run.router,
+    balance: run.balance_rule,
+    version: run.version && run.version + (run.commit ? `, ${run.commit.slice(0, 10)}` : ""),
+  };
+  byId("facts").append(
+    ...Object.entries(facts)
+      .filter(([, value]) => value)
+      .map(([name, value]) =>
+        el("div", {class: value.length > 30 ? "long" : null}, el("dt", {}, name), el("dd", {}, value)),
+      ),
+  );
+}
+
+function drawLayers() {
+  const special = data.specialisation,
+    four = values => values.map(x => fixed(x ?? NaN, 4));
+  const columns = {
+    layer: data.layers,
+    tokens: data.tokens.map(whole),
+    MaxVio: data.max_vio.map(x => fixed(x ?? NaN)),
+    "entropy of load": four(data.load_entropy),
+    "Gini of load": four(data.load_gini),
+    "entropy of gates": four(data.gate_entropy),
+    "entropy of scores": four(data.score_entropy),
+    ...(domains.length && {
+      "I(expert; domain), bits": four(special.bits),
+      "shuffled: mean": four(special.shuffled_mean),
+      "shuffled: 95 %": four(special.shuffled_95),
+      "share of H(domain)": special.share.map(percent),
+      "p value": four(special.p_value),
+    }),
+  };
+  const rows = range(L).map(l => Object.values(columns).map(column => column[l]));
+  place("layers").append(scrolled("table of layers", table(Object.keys(columns), rows)));
+}
 
 const has = section => byId(section + "-charts") !== null;
 const tellLoad = (l, e, d = 0) => (Number.isFinite(load(d, l, e)) ? `${times(load(d, l, e))} mean load` : "no load");
+const tellWorth = (l, e) =>
+  `${signed(worth(l, e), 4)} nats [${fixed(worthLow(l, e), 4)}, ${fixed(worthHigh(l, e), 4)}]`;
 const tellExpert = (l, e) =>
   [
     nameOf(l, e),
     tellLoad(l, e),
     bias && `bias ${signed(bias(l, e), 4)}`,
-    worth &&
-      `without it: ${signed(worth(l, e), 4)} nats` +
-        (worthLow ? ` [${fixed(worthLow(l, e), 4)}, ${fixed(worthHigh(l, e), 4)}]` : ""),
+    worth && `without it: ${tellWorth(l, e)}`,
   ]
     .filter(Boolean)
     .join("\n");
 
 function drawLoad() {
   const host = place("load", null, {class: "chart wide"});
-  let show = () => {};
-  if (data.domains.length) {
-    const names = ["all text", ...data.domains];
-    if (names.length <= 9) {
-      const buttons = names.map((name, d) =>
-        button(name, () => choose({domain: d}), {"aria-pressed": String(d === 0), "data-domain": d}),
-      );
-      host.append(el("div", {class: "row"}, buttons));
-      show = () => buttons.forEach((b, d) => b.setAttribute("aria-pressed", String(d === state.domain)));
-    } else
-      host.append(
-        el(
-          "div",
-          {class: "row"},
-          el(
-            "select",
-            {"aria-label": "domain", onchange: event => choose({domain: +event.target.value})},
-            names.map((name, d) => el("option", {value: d}, name)),
-          ),
-        ),
-      );
-    views.push(show);
+  if (domains.length) {
+    const buttons = ["all text", ...domains].map((name, d) =>
+      button(name, () => choose({domain: d}), {"aria-pressed": String(d === 0), "data-domain": d}),
+    );
+    host.append(el("div", {class: "row"}, buttons));
+    views.push(() => buttons.forEach((b, d) => b.setAttribute("aria-pressed", String(d === state.domain))));
   }
   expertMap(host, {
     label: "load of each expert by layer",
@@ -51,20 +94,19 @@ function drawLoad() {
       state.domain
         ? [
             nameOf(l, e),
-            data.domains[state.domain - 1] + ": " + tellLoad(l, e, state.domain),
+            domains[state.domain - 1] + ": " + tellLoad(l, e, state.domain),
             "all text: " + tellLoad(l, e),
           ].join("\n")
         : tellExpert(l, e),
-    groups: data.groups ? E / data.groups.load.shape[1] : 0,
+    groups: data.groups ? E / data.groups.load[0].length : 0,
   });
-  ramp(host, "0", "× " + fixed(data.load_end, 1), "load / mean load of the layer; the middle is even");
-  if (data.groups && data.groups.load.shape[1] > 1) shares("by group", data.groups.load, "group");
-  if (data.devices && data.devices.load) shares("by device", data.devices.load, "device");
+  ramp(host, "0", "× " + fixed(loadEnd, 1), "load / mean load of the layer; the middle is even");
+  if (data.groups) shares("by group", data.groups.load, "group");
+  if (data.devices) shares("by device", data.devices.load, "device");
 
-  function shares(heading, packed, name) {
-    const at = reals(packed),
-      count = at.shape[1];
-    const ratio = (l, g) => at(l, g) / mean(row(at, l));
+  function shares(heading, loads, name) {
+    const ratio = reals(overMean(loads)),
+      count = loads[0].length;
     const host = place("load", "Load " + heading);
     map(host, {
       rows: () => data.layers,
@@ -82,14 +124,8 @@ function drawLoad() {
 }
 
 function drawBias() {
-  const centre = range(L).map(l => mean(row(bias, l)));
-  const end = Math.max(
-    quantile(
-      range(L).flatMap(l => row(bias, l).map(x => Math.abs(x - centre[l]))),
-      0.99,
-    ),
-    1e-9,
-  );
+  const centre = data.bias.value.map(mean),
+    end = scaleEnd(range(L).flatMap(l => data.bias.value[l].map(x => x - centre[l])));
   const host = place("bias", null, {class: "chart wide"});
   expertMap(host, {
     label: "bias of each expert by layer",
@@ -100,19 +136,19 @@ function drawBias() {
       `${nameOf(l, e)}\nbias ${signed(bias(l, e), 4)}, ${signed(bias(l, e) - centre[l], 4)} from the layer's mean\n${tellLoad(l, e)}`,
   });
   ramp(host, "−" + fixed(end, 3), "+" + fixed(end, 3), "bias − mean of the layer: red experts are helped");
-  const {changed_choices: changed, max_vio: withBias, max_vio_without: without} = data.bias;
-  if (withBias && without)
-    layerCurves("bias", "MaxVio with and without the bias", {title: "MaxVio by layer", y0: 0}, [
-      {name: "without the bias", at: reals(without), colour: "var(--without)", marker: "square", dash: "5 3"},
-      {name: "with the bias", at: reals(withBias), colour: "var(--this)", marker: "circle"},
-    ]);
-  if (changed)
-    layerCurves(
-      "bias",
-      "Choices that the bias changes",
-      {title: "share of changed choices by layer", y0: 0, share: true},
-      [{name: "changed", at: reals(changed), colour: "var(--this)", marker: "circle"}],
-    );
+  layerCurves("bias", "MaxVio with and without the bias", {title: "MaxVio by layer"}, [
+    {
+      name: "without the bias",
+      at: reals(data.bias.max_vio_without),
+      colour: "var(--without)",
+      marker: "square",
+      dash: "5 3",
+    },
+    {name: "with the bias", at: reals(data.bias.max_vio), colour: "var(--this)", marker: "circle"},
+  ]);
+  layerCurves("bias", "Choices that the bias changes", {title: "share of changed choices by layer", share: true}, [
+    {name: "changed", at: reals(data.bias.changed_choices), colour: "var(--this)", marker: "circle"},
+  ]);
   if (data.bias.history) {
     const at = reals(data.bias.history.value),
       steps = data.bias.history.steps,
@@ -165,47 +201,28 @@ function layerCurves(section, heading, options, series, properties) {
 
 function drawInformation() {
   const part = data.information,
-    interval = key => ({low: reals(part[key + "_low"]), high: reals(part[key + "_high"])});
-  const token = {name: "token", at: reals(part.token), colour: "var(--token)", marker: "circle", ...interval("token")};
-  const domain = part.domain
-    ? {name: "domain", at: reals(part.domain), colour: "var(--domain)", marker: "square", ...interval("domain")}
-    : part.bits && {name: "domain", at: reals(part.bits), colour: "var(--domain)", marker: "square"};
-  const given = part.domain_given_token && {
-    name: "domain, once the token is known",
-    at: reals(part.domain_given_token),
-    colour: "var(--given)",
-    marker: "diamond",
-    ...interval("domain_given_token"),
-  };
-  const shuffled = !part.token &&
-    part.shuffled_95 && {
-      name: "domains shuffled, 95 % are below",
-      at: reals(part.shuffled_95),
-      colour: "var(--chance)",
-      marker: "ring",
-      dash: "4 3",
+    of = key => ({at: reals(part[key]), low: reals(part[key + "_low"]), high: reals(part[key + "_high"])});
+  const token = {name: "token", colour: "var(--token)", marker: "circle", ...of("token")},
+    domain = {name: "domain", colour: "var(--domain)", marker: "square", ...of("domain")},
+    given = {
+      name: "domain, once the token is known",
+      colour: "var(--given)",
+      marker: "diamond",
+      ...of("domain_given_token"),
     };
-  const bits = x => fixed(x, 3);
-  if (part.token)
-    layerCurves(
-      "information",
-      "What token and domain tell",
-      {title: "bits about the expert by layer", unit: "bits", y0: 0, format: bits},
-      [token, domain, given].filter(Boolean),
-    );
-  layerCurves(
-    "information",
-    part.token ? "The domain, enlarged" : "What the domain tells",
-    {title: "bits of the domain by layer", unit: "bits", y0: 0, format: bits},
-    [domain, given, shuffled].filter(Boolean),
-  );
+  const options = {title: "bits about the expert by layer", unit: "bits", format: x => fixed(x, 3)};
+  layerCurves("information", "What token and domain tell", options, [token, domain, given]);
+  layerCurves("information", "The domain, enlarged", {...options, title: "bits of the domain by layer"}, [
+    domain,
+    given,
+  ]);
 }
 
 function drawRepeats() {
   layerCurves(
     "repeats",
     "",
-    {title: "share of repeated choices by layer", y0: 0, share: true},
+    {title: "share of repeated choices by layer", share: true},
     [
       {name: "shared with the token before", at: reals(data.repeats.share), colour: "var(--this)", marker: "circle"},
       {name: "by chance", at: reals(data.repeats.by_chance), colour: "var(--chance)", marker: "ring", dash: "4 3"},
@@ -215,13 +232,11 @@ function drawRepeats() {
 }
 
 /* One curve a layer over steps. */
-function stepCurves(section, title, steps, packed, options) {
-  const at = reals(packed),
+function stepCurves(section, title, steps, values, options) {
+  const at = reals(values),
     host = place(section, "", {class: "chart wide"});
-  if (at.shape[1] <= 9)
-    host.append(
-      legend(range(at.shape[1]).map(l => [data.layers[l], layerColour(l), {dash: isHead(l) ? "6 3" : undefined}])),
-    );
+  if (L <= 9)
+    host.append(legend(range(L).map(l => [data.layers[l], layerColour(l), {dash: isHead(l) ? "6 3" : undefined}])));
   else
     host.append(
       el(
@@ -233,10 +248,9 @@ function stepCurves(section, title, steps, packed, options) {
   const draw = curves(host, {
     x: steps,
     title,
-    y0: 0,
     ...options,
     series: () =>
-      range(at.shape[1]).map(l => ({
+      range(L).map(l => ({
         name: data.layers[l],
         values: range(steps.length).map(s => at(s, l)),
         colour: layerColour(l),
@@ -250,44 +264,14 @@ function stepCurves(section, title, steps, packed, options) {
 
 function drawHeads() {
   const part = data.heads,
-    rows = part.layers.map((name, i) => [
-      name,
-      percent(part.same_expert_number[i]),
-      percent(part.by_chance[i]),
-      part.load_correlation ? fixed(part.load_correlation[i]) : "–",
-    ]);
-  place("heads").append(
-    el(
-      "div",
-      {class: "scroll"},
-      el(
-        "table",
-        {},
-        el(
-          "thead",
-          {},
-          el(
-            "tr",
-            {},
-            ["head", "same expert numbers as the trunk's last layer", "by chance", "correlation of loads"].map(name =>
-              el("th", {scope: "col"}, name),
-            ),
-          ),
-        ),
-        el(
-          "tbody",
-          {},
-          rows.map(cells =>
-            el(
-              "tr",
-              {},
-              cells.map((cell, i) => el(i ? "td" : "th", i ? {} : {scope: "row"}, cell)),
-            ),
-          ),
-        ),
-      ),
-    ),
-  );
+    heads = ["head", "same expert numbers as the trunk's last layer", "by chance", "correlation of loads"];
+  const rows = part.layers.map((name, i) => [
+    name,
+    percent(part.same_expert_number[i]),
+    percent(part.by_chance[i]),
+    fixed(part.load_correlation[i] ?? NaN),
+  ]);
+  place("heads").append(el("div", {class: "scroll"}, table(heads, rows)));
 }
 
 function drawEntropies() {
@@ -297,66 +281,58 @@ function drawEntropies() {
     load_entropy: ["load", "ring", "2 3"],
   };
   layerCurves(
-    "entropy",
+    "gate_entropy",
     "",
-    {title: "entropies by layer", y0: 0, y1: 1.04, format: x => fixed(x, 4)},
-    Object.entries(names)
-      .filter(([key]) => data.entropies[key])
-      .map(([key, [name, marker, dash]]) => ({
-        name,
-        at: reals(data.entropies[key]),
-        marker,
-        dash,
-        colour: "var(--this)",
-      })),
+    {title: "entropies by layer", y1: 1.04, format: x => fixed(x, 4)},
+    Object.entries(names).map(([key, [name, marker, dash]]) => ({
+      name,
+      at: reals(data[key]),
+      marker,
+      dash,
+      colour: "var(--this)",
+    })),
     {class: "chart wide"},
   );
 }
 
 function drawAgainst() {
   const part = data.against,
+    there = data.layers.map(name => part.layers.indexOf(name)), // a layer of the same name, or −1
+    theirs = reals(overMean(part.load)),
     pair = {colour: "var(--this)", marker: "circle"};
   if (part.shared)
     layerCurves(
       "against",
       "Choices that go to the matched expert",
-      {title: "shared choices by layer", y0: 0, share: true},
+      {title: "shared choices by layer", share: true},
       [
         {name: "shared", at: reals(part.shared), ...pair},
-        part.by_chance && {
-          name: "by chance",
-          at: reals(part.by_chance),
-          colour: "var(--chance)",
-          marker: "ring",
-          dash: "4 3",
-        },
-      ].filter(Boolean),
+        {name: "by chance", at: reals(part.by_chance), colour: "var(--chance)", marker: "ring", dash: "4 3"},
+      ],
     );
-  if (part.max_vio)
-    layerCurves("against", "MaxVio of both runs", {title: "MaxVio by layer", y0: 0}, [
-      {name: "this run", at: l => maxVio(0, l), ...pair},
-      {name: otherRun, at: reals(part.max_vio), colour: "var(--other)", marker: "diamond", dash: "6 3"},
-    ]);
-  if (!part.difference) return;
-  const at = reals(part.difference),
-    match = ids(part.match),
+  layerCurves("against", "MaxVio of both runs", {title: "MaxVio by layer"}, [
+    {name: "this run", at: l => maxVio(0, l), ...pair},
+    {
+      name: otherRun,
+      at: l => part.max_vio[there[l]] ?? NaN,
+      colour: "var(--other)",
+      marker: "diamond",
+      dash: "6 3",
+    },
+  ]);
+  if (!match) return;
+  const difference = (l, e) => load(0, l, e) - theirs(there[l], match(l, e)),
+    end = scaleEnd(range(L).flatMap(l => range(E).map(e => difference(l, e)))),
     host = place("against", "Load of each expert minus that of its match", {class: "chart wide"});
-  const end = Math.max(
-    quantile(
-      range(L).flatMap(l => row(at, l).map(Math.abs)),
-      0.99,
-    ),
-    1e-9,
-  );
   expertMap(host, {
     label: "difference of load",
-    value: at,
+    value: difference,
     scale: x => x / end,
     text: x => signed(x, 2),
     tip: (l, e) =>
-      match(l, e) === E
-        ? `${nameOf(l, e)}\nno match`
-        : `${nameOf(l, e)}\nmatch: expert ${match(l, e)} of ${otherRun}\nload ${signed(at(l, e), 2)} × the mean`,
+      Number.isFinite(match(l, e))
+        ? `${nameOf(l, e)}\nmatch: expert ${match(l, e)} of ${otherRun}\nload ${signed(difference(l, e), 2)} × the mean`
+        : `${nameOf(l, e)}\nno match`,
   });
   ramp(host, "−" + fixed(end), "+" + fixed(end), "difference of load / mean load");
 }

@@ -1,7 +1,7 @@
-/* Curves over layers or steps, and a scatter of points. The y axis of a share or a ratio begins at 0. */
+/* Curves over layers or steps, and a scatter of points. */
 
 /* options: x (numbers, or names of layers), names (true: x are names), series: [{name, values, colour, dash, marker,
-   low, high, width}], y0, y1, unit, format, title, log. */
+   low, high, width}], y1, unit, format, title. The y axis goes down to 0 at least. */
 function curves(host, options) {
   const svg = drawn("svg", {tabindex: 0, role: "img", "aria-label": options.title + "; arrow keys read the values"});
   host.append(svg);
@@ -14,9 +14,9 @@ function curves(host, options) {
       xs = options.x,
       wide = Math.max(host.clientWidth, 240),
       tall = options.tall || 230;
-    const values = known(series.flatMap(s => [...s.values, ...(s.high || [])]));
-    const low = options.y0 ?? least([0, ...known(series.flatMap(s => [...s.values, ...(s.low || [])]))]);
-    const high = options.y1 ?? (values.length ? most(values) : 1),
+    const values = known(series.flatMap(s => [...s.values, ...(s.low || []), ...(s.high || [])]));
+    const low = least([0, ...values]),
+      high = options.y1 ?? (values.length ? most(values) : 1),
       ticks = niceTicks(low, high || 1, tall < 180 ? 3 : 5);
     const y1 = options.y1 ?? Math.max(high, ticks[ticks.length - 1]) * 1.04;
     const box = {left: 46, right: wide - 10, top: 10, bottom: tall - 34};
@@ -209,9 +209,9 @@ function scatter(host, options) {
     const few = points.length <= 400,
       ys = points.flatMap(p => (few && p.low !== undefined ? [p.y, p.low, p.high] : [p.y]));
     const [y0, y1] = [Math.min(0, least(known(ys))), Math.max(1e-9, most(known(ys)))],
-      x1 = most(points.map(p => p.x)) * 1.03;
+      [x0, x1] = [least(points.map(p => p.x)) * 0.97, most(points.map(p => p.x)) * 1.03];
     const box = {left: 54, right: wide - 10, top: 10, bottom: tall - 36};
-    const x = v => box.left + (v / x1) * (box.right - box.left);
+    const x = v => box.left + ((v - x0) / (x1 - x0)) * (box.right - box.left);
     const y = v => box.bottom - ((v - y0) / (y1 - y0)) * (box.bottom - box.top);
     context.font = "12px system-ui, sans-serif";
     const ticks = niceTicks(y0, y1, 5);
@@ -222,7 +222,7 @@ function scatter(host, options) {
       context.textAlign = "right";
       context.fillText(tickText(t, ticks), box.left - 6, y(t) + 4);
     }
-    const xt = niceTicks(0, x1, 5);
+    const xt = niceTicks(x0, x1, 5);
     context.textAlign = "center";
     for (const t of xt) context.fillText(tickText(t, xt), x(t), tall - 20);
     context.textAlign = "right";

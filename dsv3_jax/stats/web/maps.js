@@ -66,15 +66,15 @@ function map(host, options) {
     for (let r = 0; r < rows.length; r++)
       for (let c = 0; c < columns; c++) {
         const value = options.value(r, c),
-          fill = diverging(options.scale(value));
+          scaled = options.scale(value);
         const x = c * width,
           y = top + r * height;
         context.globalAlpha = options.faint && options.faint(r, c) ? 0.35 : 1;
-        context.fillStyle = fill;
+        context.fillStyle = diverging(scaled);
         context.fillRect(x, y, Math.max(width - gap, width > 8 ? 1 : width + 0.3), height - (height > 8 ? 1 : 0));
         context.globalAlpha = 1;
         if (options.text && width >= 36 && height >= 20) {
-          context.fillStyle = options.faint && options.faint(r, c) ? text : inkOn(fill);
+          context.fillStyle = options.faint && options.faint(r, c) ? text : inkOn(scaled);
           context.textAlign = "center";
           context.font = "11px system-ui, sans-serif";
           context.fillText(options.text(value), x + (width - gap) / 2, y + height / 2);

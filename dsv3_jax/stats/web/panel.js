@@ -1,46 +1,15 @@
 /* One expert: what it receives, what it is worth, its tokens, contexts, partners, and where its tokens go next. */
 
-const lists = {
-  favourites: {
-    starts: ids(data.favourites.starts),
-    text: ids(data.favourites.text),
-    count: ids(data.favourites.count),
-    lift: reals(data.favourites.lift),
-    bits: reals(data.favourites.bits),
-    margin: reals(data.favourites.margin),
-  },
-  contexts: {starts: ids(data.contexts.starts), gate: reals(data.contexts.gate)},
-};
-const rowsOf = (list, l, e) => {
-  const cell = l * E + e;
-  return range(list.starts(cell + 1) - list.starts(cell)).map(i => list.starts(cell) + i);
-};
-const favouriteText = i => data.favourites.texts[lists.favourites.text(i)];
-const partners = data.partners && {expert: ids(data.partners.expert), lift: reals(data.partners.lift)};
-const paths = data.transitions && data.transitions.lift && reals(data.transitions.lift);
-const match = data.against && data.against.match && ids(data.against.match);
-
 /* Experts of the next layer that receive this expert's tokens more often than chance. */
 function nextOf(l, e) {
   if (!data.transitions || l >= L - 1) return [];
-  const all = paths
-    ? range(E).map(j => [j, paths(l, e, j)])
-    : (data.transitions.top[l] || []).filter(([i]) => i === e).map(([, j, lift]) => [j, lift]);
+  const {lift, top} = data.transitions;
+  const all = lift
+    ? lift[l][e].map((x, j) => [j, x])
+    : top[l].filter(([i]) => i === e).map(([, j, x]) => [j, x]);
   return all
-    .filter(([, lift]) => lift > 1)
+    .filter(([, x]) => x > 1)
     .sort((a, b) => b[1] - a[1])
-    .slice(0, 6);
-}
-/* Partners from the list of each expert, or from the largest pairs of its layer. */
-function partnersOf(l, e) {
-  if (partners)
-    return range(partners.expert.shape[2])
-      .map(i => [partners.expert(l, e, i), partners.lift(l, e, i)])
-      .filter(([other]) => other !== e);
-  if (!data.together) return [];
-  return (data.together.top[l] || [])
-    .filter(([i, j]) => i === e || j === e)
-    .map(([i, j, lift]) => [i === e ? j : i, lift])
     .slice(0, 6);
 }
 
@@ -51,60 +20,32 @@ function drawPanel() {
     choose({expert: -1});
     if (opener && opener.isConnected) opener.focus({preventScroll: true});
   }
-  const section = (heading, ...children) => [el("h3", {}, heading), ...children.filter(Boolean)];
-  const table = (heads, rows) =>
-    el(
-      "table",
-      {},
-      heads
-        ? el(
-            "thead",
-            {},
-            el(
-              "tr",
-              {},
-              heads.map(name => el("th", {scope: "col"}, name)),
-            ),
-          )
-        : null,
-      el(
-        "tbody",
-        {},
-        rows.map(cells =>
-          el(
-            "tr",
-            {},
-            cells.map(cell => el("td", {}, cell)),
-          ),
-        ),
-      ),
-    );
-  const mono = text => el("span", {class: "text"}, text);
+  const section = (heading, content, otherwise) => [
+    el("h3", {}, heading),
+    content || el("p", {class: "dim"}, otherwise),
+  ];
+  const move = (by, key, count) => choose({[key]: (state[key] + by + count) % count});
 
   function show() {
     const {layer: l, expert: e} = state,
-      f = lists.favourites,
-      c = lists.contexts;
+      favourites = data.favourites[l][e],
+      contexts = data.contexts[l][e],
+      together = data.partners[l][e],
+      next = nextOf(l, e);
     const facts = [["load", tellLoad(l, e)]];
     if (bias) facts.push(["bias", signed(bias(l, e), 4)]);
-    if (worth)
-      facts.push([
-        "loss without it",
-        `${signed(worth(l, e), 4)} nats` +
-          (worthLow ? ` [${fixed(worthLow(l, e), 4)}, ${fixed(worthHigh(l, e), 4)}]` : ""),
-      ]);
-    if (match) facts.push([`in ${otherRun}`, match(l, e) === E ? "no match" : `expert ${match(l, e)}`]);
-    const widest = most([1, ...known(data.domains.map((_, d) => load(d + 1, l, e) / load(0, l, e)))]);
-    const domains = data.domains
-      .map((name, d) => [d, name, load(d + 1, l, e) / load(0, l, e)])
-      .sort((a, b) => b[2] - a[2])
+    if (worth) facts.push(["loss without it", tellWorth(l, e)]);
+    if (match) facts.push([`in ${otherRun}`, Number.isFinite(match(l, e)) ? `expert ${match(l, e)}` : "no match"]);
+    const preferred = domains
+      .map((name, d) => [name, preference(d, l, e)])
+      .sort((a, b) => b[1] - a[1])
       .slice(0, 8);
-    const favourites = rowsOf(f, l, e),
-      contexts = rowsOf(c, l, e),
-      next = nextOf(l, e),
-      together = partnersOf(l, e);
-    const move = (by, key, count) => ({[key]: (state[key] + by + count) % count});
-    const heads = ["token", "count", "lift", f.bits && "bits", f.margin && "margin"].filter(Boolean);
+    const widest = most([1, ...known(preferred.map(([, x]) => x))]);
+    const bar = x =>
+      el("span", {
+        class: "bar",
+        style: {width: Number.isFinite(x) ? `${(6 * x) / widest}rem` : "0", background: diverging(logScale(2)(x))},
+      });
     panel.replaceChildren(
       el(
         "div",
@@ -115,10 +56,10 @@ function drawPanel() {
       el(
         "div",
         {class: "row"},
-        button("‹ expert", () => choose(move(-1, "expert", E)), {"aria-label": "previous expert", id: "panel-before"}),
-        button("expert ›", () => choose(move(1, "expert", E)), {"aria-label": "next expert", id: "panel-after"}),
-        button("↑ layer", () => choose(move(-1, "layer", L)), {"aria-label": "layer before", id: "panel-up"}),
-        button("↓ layer", () => choose(move(1, "layer", L)), {"aria-label": "layer after", id: "panel-down"}),
+        button("‹ expert", () => move(-1, "expert", E), {"aria-label": "previous expert", id: "panel-before"}),
+        button("expert ›", () => move(1, "expert", E), {"aria-label": "next expert", id: "panel-after"}),
+        button("↑ layer", () => move(-1, "layer", L), {"aria-label": "layer before", id: "panel-up"}),
+        button("↓ layer", () => move(1, "layer", L), {"aria-label": "layer after", id: "panel-down"}),
       ),
       table(null, facts),
       ...(domains.length
@@ -126,48 +67,43 @@ function drawPanel() {
             "Domains: share over share of all text",
             table(
               null,
-              domains.map(([, name, x]) => [
-                name,
-                el("span", {
-                  class: "bar",
-                  style: {
-                    width: Number.isFinite(x) ? `${(6 * x) / widest}rem` : "0",
-                    background: diverging(logScale(2)(x)),
-                  },
-                }),
-                times(x),
-              ]),
+              preferred.map(([name, x]) => [name, bar(x), times(x)]),
             ),
           )
         : []),
       ...section(
         "Favourite tokens",
-        favourites.length
-          ? table(
-              heads,
-              favourites.map(i => [
-                mono(favouriteText(i)),
-                whole(f.count(i)),
-                times(f.lift(i)),
-                ...[f.bits && fixed(f.bits(i), 4), f.margin && fixed(f.margin(i))].filter(x => x !== null),
-              ]),
-            )
-          : el("p", {class: "dim"}, "No frequent token comes here more often than chance."),
+        favourites.length &&
+          table(
+            ["token", "count", "lift", "bits", "margin"],
+            favourites.map(([, text, count, lift, bits, margin]) => [
+              el("span", {class: "text"}, text),
+              whole(count),
+              times(lift),
+              fixed(bits, 4),
+              fixed(margin ?? NaN),
+            ]),
+          ),
+        "No frequent token comes here more often than chance.",
       ),
       ...section(
         "Contexts with large gates",
-        ...contexts.map(i => {
-          const [before, token, after] = data.contexts.rows[i];
-          return el(
+        contexts.length &&
+          el(
             "div",
-            {class: "context text"},
-            el("b", {title: "gate"}, c.gate ? fixed(c.gate(i)) : ""),
-            before,
-            el("mark", {}, token),
-            after,
-          );
-        }),
-        contexts.length ? null : el("p", {class: "dim"}, "No token was routed to this expert."),
+            {},
+            contexts.map(([before, token, after, gate]) =>
+              el(
+                "div",
+                {class: "context text"},
+                el("b", {title: "gate"}, fixed(gate)),
+                before,
+                el("mark", {}, token),
+                after,
+              ),
+            ),
+          ),
+        "No token was routed to this expert.",
       ),
       ...(together.length
         ? section(

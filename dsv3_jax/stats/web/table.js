@@ -4,72 +4,42 @@ const SHOWN = 50;
 
 function drawSearch() {
   const input = byId("search"),
-    found = byId("found"),
-    f = lists.favourites;
-  const owner = new Uint32Array(f.text.shape[0]);
-  for (let cell = 0; cell < L * E; cell++) for (let i = f.starts(cell); i < f.starts(cell + 1); i++) owner[i] = cell;
+    found = byId("found");
+  const all = data.favourites.flatMap((layer, l) => layer.flatMap((rows, e) => rows.map(row => ({l, e, row}))));
   const readable = text => text.replaceAll("␣", " ").toLowerCase();
   function search() {
     const wanted = readable(input.value);
     found.hidden = !wanted;
     if (!wanted) return;
-    const matches = data.favourites.texts.map(text => {
-      const plain = readable(text);
-      return plain.trim() === wanted.trim() ? 2 : plain.includes(wanted) ? 1 : 0;
-    });
-    const rows = range(owner.length).filter(i => matches[f.text(i)]);
-    const weight = i => (f.bits ? f.bits(i) : f.lift(i));
-    rows.sort((a, b) => matches[f.text(b)] - matches[f.text(a)] || weight(b) - weight(a));
-    const heads = ["token", "layer", "expert", "count", "lift", f.bits && "bits", f.margin && "margin"].filter(Boolean);
+    const fit = text => (text.trim() === wanted.trim() ? 2 : text.includes(wanted) ? 1 : 0);
+    const kept = all
+      .map(one => ({...one, fits: fit(readable(one.row[1]))}))
+      .filter(one => one.fits)
+      .sort((a, b) => b.fits - a.fits || b.row[4] - a.row[4]);
+    const rows = kept
+      .slice(0, SHOWN)
+      .map(({l, e, row: [, text, count, lift, bits, margin]}) => [
+        el("td", {class: "text"}, text),
+        data.layers[l],
+        expertButton(l, e),
+        whole(count),
+        times(lift),
+        fixed(bits, 4),
+        fixed(margin ?? NaN),
+      ]);
     found.replaceChildren(
       el("h2", {}, `Experts that favour “${input.value}”`),
       el(
         "p",
         {class: "finding"},
-        rows.length
-          ? `${whole(rows.length)} lists of favourites hold it` +
-              (rows.length > SHOWN ? `; the first ${SHOWN} are here.` : ".")
-          : "No expert's list of favourites holds it.",
+        kept.length
+          ? `${whole(kept.length)} lists of favourites contain it` +
+              (kept.length > SHOWN ? `; the first ${SHOWN} are here.` : ".")
+          : "No expert's list of favourites contains it.",
       ),
-      rows.length
-        ? el(
-            "div",
-            {class: "scroll tall"},
-            el(
-              "table",
-              {},
-              el(
-                "thead",
-                {},
-                el(
-                  "tr",
-                  {},
-                  heads.map(name => el("th", {scope: "col"}, name)),
-                ),
-              ),
-              el(
-                "tbody",
-                {},
-                rows.slice(0, SHOWN).map(i => {
-                  const l = Math.floor(owner[i] / E),
-                    e = owner[i] % E;
-                  return el(
-                    "tr",
-                    {},
-                    el("td", {class: "text"}, favouriteText(i)),
-                    el("td", {}, data.layers[l]),
-                    el("td", {}, expertButton(l, e)),
-                    el("td", {}, whole(f.count(i))),
-                    el("td", {}, times(f.lift(i))),
-                    f.bits ? el("td", {}, fixed(f.bits(i), 4)) : null,
-                    f.margin ? el("td", {}, fixed(f.margin(i))) : null,
-                  );
-                }),
-              ),
-            ),
-          )
-        : null,
     );
+    const heads = ["token", "layer", "expert", "count", "lift", "bits", "margin"];
+    if (rows.length) found.append(scrolled("experts found", table(heads, rows)));
   }
   input.addEventListener("input", search);
   input.addEventListener("keydown", event => {
@@ -83,30 +53,24 @@ function drawSearch() {
 }
 
 function drawTable() {
-  const host = place("experts"),
-    f = lists.favourites;
-  const best = (l, e) => {
-    const rows = rowsOf(f, l, e);
-    return rows.length ? rows[0] : -1;
-  };
+  const host = place("favourites");
   const preferred = (l, e) => {
-    const ratios = data.domains.map((_, d) => load(d + 1, l, e) / load(0, l, e));
+    const ratios = domains.map((_, d) => preference(d, l, e));
     const d = ratios.reduce((a, x, i) => (x > (ratios[a] ?? -1) ? i : a), -1);
     return d < 0 ? null : [d, ratios[d]];
   };
   const rows = range(L * E).map(cell => {
     const l = Math.floor(cell / E),
       e = cell % E,
-      top = best(l, e);
+      [, token = "", , , bits = NaN] = data.favourites[l][e][0] || [];
     return {
       l,
       e,
       load: load(0, l, e),
       bias: bias ? bias(l, e) : NaN,
       worth: worth ? worth(l, e) : NaN,
-      top,
-      token: top < 0 ? "" : favouriteText(top),
-      bits: top >= 0 && f.bits ? f.bits(top) : NaN,
+      token,
+      bits,
       domain: preferred(l, e),
     };
   });
@@ -117,11 +81,11 @@ function drawTable() {
     bias && ["bias", r => r.bias, r => signed(r.bias, 4)],
     worth && ["loss without it", r => r.worth, r => signed(r.worth, 4)],
     ["favourite", r => r.token, r => r.token, "text"],
-    f.bits && ["bits", r => r.bits, r => fixed(r.bits, 4)],
-    data.domains.length && [
+    ["bits", r => r.bits, r => fixed(r.bits, 4)],
+    domains.length && [
       "domain",
       r => (r.domain ? r.domain[1] : NaN),
-      r => (r.domain ? `${data.domains[r.domain[0]]} ${times(r.domain[1])}` : "–"),
+      r => (r.domain ? `${domains[r.domain[0]]} ${times(r.domain[1])}` : "–"),
       "name",
     ],
   ].filter(Boolean);

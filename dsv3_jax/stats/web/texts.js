@@ -2,12 +2,7 @@
 
 function drawTexts() {
   const host = place("texts");
-  const texts = data.texts.map(text => ({
-    ...text,
-    at: ids(text.experts),
-    gate: reals(text.gates),
-    loss: reals(text.nll),
-  }));
+  const texts = data.texts.map(text => ({...text, gate: reals(text.gates), loss: reals(text.nll)}));
   let colours = "expert",
     numbers = E <= 64,
     at = -1,
@@ -22,11 +17,7 @@ function drawTexts() {
   const step = by => choose({text: Math.min(Math.max(state.text + by, 0), texts.length - 1)});
   const before = button("‹ previous", () => step(-1)),
     after = button("next ›", () => step(1));
-  const modes = [
-    ["expert", "first expert"],
-    ["loss", "loss"],
-    ["gate", "gate of the open expert"],
-  ].filter(([key]) => key !== "loss" || texts[0].loss);
+  const modes = {expert: "first expert", loss: "loss", gate: "gate of the open expert"};
   const colour = el(
     "select",
     {
@@ -36,7 +27,7 @@ function drawTexts() {
         paint();
       },
     },
-    modes.map(([value, name]) => el("option", {value}, "colour: " + name)),
+    Object.entries(modes).map(([value, name]) => el("option", {value}, "colour: " + name)),
   );
   const check = el("input", {
     type: "checkbox",
@@ -60,18 +51,14 @@ function drawTexts() {
   );
 
   const text = () => texts[state.text];
-  // A head has no choice for the last tokens: their gates are missing.
-  const chosen = t =>
-    range(K)
-      .filter(k => Number.isFinite(text().gate(state.layer, t, k)))
-      .map(k => text().at(state.layer, t, k));
+  const chosen = t => text().experts[state.layer][t]; // a head has no choice for the last tokens
   const rank = t => chosen(t).indexOf(state.expert);
   function tell(t) {
     const l = state.layer,
       experts = chosen(t).map((e, k) => `expert ${e}: gate ${fixed(text().gate(l, t, k))}`);
     return [
       `“${text().tokens[t]}”` +
-        (text().loss && Number.isFinite(text().loss(t)) ? `, loss ${fixed(text().loss(t))} nats` : ""),
+        (Number.isFinite(text().loss(t)) ? `, loss ${fixed(text().loss(t))} nats` : ""),
       data.layers[l],
       ...experts,
     ].join("\n");
@@ -97,19 +84,17 @@ function drawTexts() {
         place = rank(t);
       const strength = colours === "loss" ? text().loss(t) / 8 : place < 0 ? 0 : text().gate(l, t, place);
       span.style.background =
-        colours === "expert" ? (first === undefined ? "" : expertColour(first)) : diverging(Math.min(strength, 1));
-      span.style.color = colours === "expert" ? "" : inkOn(diverging(Math.min(strength, 1)));
+        colours === "expert" ? (first === undefined ? "" : expertColour(first)) : diverging(strength);
+      span.style.color = colours === "expert" ? "" : inkOn(strength);
       span.classList.toggle("own", place >= 0);
       if (numbers) span.querySelector("sub").textContent = first ?? "";
       own += place >= 0;
     });
     box.classList.toggle("some", state.expert >= 0 && colours === "expert");
-    const cut =
-      text().tokens.length < text().total ? ` The first ${text().tokens.length} of ${text().total} tokens.` : "";
     note.textContent =
-      (state.expert >= 0
+      state.expert >= 0
         ? `Expert ${state.expert} of ${data.layers[l]} receives ${own} of these ${spans.length} tokens.`
-        : `Colours: first expert in ${data.layers[l]}.`) + cut;
+        : `Colours: first expert in ${data.layers[l]}.`;
   }
   function move(to) {
     if (spans[at]) spans[at].classList.remove("at");
