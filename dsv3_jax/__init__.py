@@ -39,7 +39,7 @@ _LATER = {
     "data": ("data", None),
     "sharding": ("mesh.sharding", None),
     "plots": ("report.run_plots", None),
-    "load_model": ("loading", "load_model"),
+    "load_model": ("hf.open_model", "load_model"),
     "load_text": ("hf.open_model", "load_text"),
     "load_run": ("training.checkpoint", "load_run"),
     "read_run": ("training.run_folder", "read_run"),

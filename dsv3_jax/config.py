@@ -411,7 +411,7 @@ def _check_attention(c: ModelConfig) -> None:
 
 
 # Settings of `DataConfig` that are for some formats; others leave them at their default.
-_ONLY_FOR = {
+ONLY_FOR = {
     "mixture": ("shards",), "temperature": ("shards",), "max_documents": ("text", "chat"), "chat_template": ("chat",),
     "fim_rate": ("text",), "separate_documents": ("text", "shards"),
 }  # fmt: skip
@@ -453,7 +453,7 @@ class DataConfig:
 
     def __post_init__(self):
         _check_fields(self)
-        for name, formats in _ONLY_FOR.items():
+        for name, formats in ONLY_FOR.items():
             value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
             fits, either = value == default or self.format in formats, " or ".join(map(repr, formats))
             _require({f"{name}={value!r} is for format={either}, not {self.format!r}": fits})

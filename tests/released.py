@@ -272,7 +272,7 @@ def hand_written(path: Path, arrays: dict[str, np.ndarray]) -> None:
     from dsv3_jax.hf.files import write_shards
 
     table = {k: (v.shape, v.dtype.name) for k, v in arrays.items()}
-    write_shards(path.parent, table, 1 << 40, arrays.__getitem__)
+    write_shards(path.parent, table, 1 << 40, arrays.values())
     (path.parent / "model-00001-of-00001.safetensors").rename(path)
     (path.parent / "model.safetensors.index.json").unlink()
 
@@ -338,7 +338,7 @@ def released(cfg: ModelConfig, params: nnx.State) -> dict[str, np.ndarray]:
     """Convert arrays of our parameters' shapes to released names and layouts, without copies and the bias."""
     flat = {path: np.asarray(v.get_value()) for path, v in nnx.to_flat_state(params)}
     return {
-        e.name: e.layout.join([flat[s.path][s.indices] for s in e.slices])
+        e.name: e.join([flat[s.path][s.indices] for s in e.slices])
         for e in entries(cfg)
         if not e.copy_of and not e.always_float32
     }

@@ -16,11 +16,9 @@ from dsv3_jax.data import tokenizer
 from dsv3_jax.data.corpus import load_corpus
 from dsv3_jax.data.source import held_out_prompts
 from dsv3_jax.decoding.generate import Generated
-from dsv3_jax.hf import open_model
 from dsv3_jax.model.counting import decode_bytes, distinct_experts
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.report.speed import copy_bandwidth
-from dsv3_jax.training import checkpoint
 
 pytestmark = pytest.mark.long
 
@@ -145,13 +143,3 @@ def test_bad_options_are_refused(options, changes, sentence):
     with pytest.raises(ValueError, match=sentence) as raised:
         bench.decode(replace(options, **changes))
     assert "\n" not in str(raised.value)
-
-
-def test_a_draft_run_must_have_the_same_tokenizer(whole, monkeypatch, tmp_path):
-    path, model = tmp_path / "tokenizer.json", abstract(whole.run.model)
-    tokenizer.train_bpe(["the same words, the same words " * 9], 280, str(path))
-    other = replace(whole.run, data=replace(whole.run.data, tokenizer=str(path)))
-    monkeypatch.setattr(open_model, "open_model", lambda *_, **__: checkpoint.Loaded(model, other, 12))
-    assert open_model.open_draft("other", other) is model
-    with pytest.raises(ValueError, match="^draft='other' has another tokenizer"):
-        open_model.open_draft("other", whole.run)

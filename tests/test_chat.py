@@ -23,8 +23,9 @@ import dsv3_jax as ds
 from dsv3_jax.chat import template as chat_module
 from dsv3_jax.chat.template import ChatTemplate, check_messages
 from dsv3_jax.chat.text_settings import SamplingDefaults, copy_to_run, read_released
-from dsv3_jax.config import replace
+from dsv3_jax.config import DataConfig, RunConfig, replace
 from dsv3_jax.data.tokenizer import ByteTokenizer
+from dsv3_jax.hf import conversion
 from dsv3_jax.hf.files import write_json
 from dsv3_jax.hf.open_model import load_text
 from dsv3_jax.training.run_folder import claim
@@ -580,12 +581,11 @@ def test_a_converted_folder_keeps_its_text(talker, tmp_path):
     assert written == json.loads((talker / "generation_config.json").read_text())
 
 
-def test_a_run_of_bytes_gets_a_tokenizer_file(tmp_path):
-    cfg = replace(SMALL, vocab_size=260, mtp_depth=0)
-    ds.hf.save(random_model(cfg), tmp_path / "released", quiet=True)
-    config = json.loads((tmp_path / "released" / "config.json").read_text())
-    (tmp_path / "released" / "config.json").write_text(json.dumps(config | {"eos_token_id": 256}))
-    ds.hf.convert(tmp_path / "released", tmp_path / "run", quiet=True)
+def test_a_run_of_bytes_gets_a_tokenizer_file(tmp_path, monkeypatch):
+    released = tmp_path / "released"
+    ds.hf.save(random_model(replace(SMALL, vocab_size=260, mtp_depth=0)), released, quiet=True)
+    monkeypatch.setattr(conversion, "released_run", lambda _, cfg: RunConfig(model=cfg, data=DataConfig(seq_len=8)))
+    ds.hf.convert(released, tmp_path / "run", quiet=True)
     ds.hf.convert(tmp_path / "run", tmp_path / "back", quiet=True)
     assert load_text(tmp_path / "back").tokenizer.same_ids(ByteTokenizer())
     assert load_text(tmp_path / "back").stop_ids == (256,)

@@ -126,7 +126,7 @@ def test_a_model_of_more_tensors_than_there_are(tmp_path):
     """Its tensors are not listed: they would be 30,000 million."""
     sizes = {"num_hidden_layers": 9_000, "n_routed_experts": 10**6, "hidden_size": 1}
     files.write_json(tmp_path / files.CONFIG, config_to_dict(TINY) | sizes)
-    files.write_shards(tmp_path, {"a": ((1,), "float32")}, 1000, lambda name: np.zeros(1, "float32"))
+    files.write_shards(tmp_path, {"a": ((1,), "float32")}, 1000, [np.zeros(1, "float32")])
     begin = time.process_time()
     with pytest.raises(ValueError, match=r"config.json.* num_layers=9000, num_experts=1000000"):
         ReleasedFolder(tmp_path)
@@ -136,7 +136,7 @@ def test_a_model_of_more_tensors_than_there_are(tmp_path):
 def test_changed_headers_are_refused(tmp_path):
     """Nothing of a header that was changed at random is read as something else, but for names."""
     table = {"a": ((2, 3), "float32"), "b": ((5,), "bfloat16"), "c": ((128, 2), "float8_e4m3fn")}
-    files.write_shards(tmp_path, table, 10**9, lambda n: np.zeros(table[n][0], table[n][1]))
+    files.write_shards(tmp_path, table, 10**9, [np.zeros(*row) for row in table.values()])
     [path] = tmp_path.glob("*.safetensors")
     raw, good, rng = path.read_bytes(), files.read_header(path), np.random.default_rng(0)
     assert good["c"].dtype.name == "float8_e4m3fn" and good["b"].start == good["a"].start + 24

@@ -23,7 +23,7 @@ FLOORS = [
     {"chat"},
     {"cluster", "decoding", "report", "training"},
     {"hf", "planning", "stats"},
-    {"loading", "train"},
+    {"train"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from dsv3_jax.cli.common import parse, prepare_process
 from dsv3_jax.config import CacheDtype, CacheKind, ModelConfig, did_you_mean
+from dsv3_jax.data import tokenizer
 from dsv3_jax.data.source import held_out_prompts
 from dsv3_jax.decoding.generate import Generated, generate
 from dsv3_jax.files import write_atomic
@@ -134,7 +135,8 @@ def decode(options: Decode) -> int:
     model, run, step = open_model(options.run, kernels=options.kernels)
     cfg = run.model
     drafts: dict[str, Any] = {"none": None, "mtp": "mtp", "lookup": "lookup"}
-    drafts |= {name: open_draft(name, run, kernels=options.kernels) for name in options.draft if name not in drafts}
+    own = tokenizer.load(run.data.tokenizer)
+    drafts |= {name: open_draft(name, own, kernels=options.kernels) for name in options.draft if name not in drafts}
     kinds = options.cache or (pick_kind(cfg, None),)
     dtypes = options.cache_dtype or (str(pick_dtype(model.compute_dtype, None)),)
     prompts = cache(lambda batch, context: held_out_prompts(run.data, batch, context))

@@ -17,15 +17,11 @@ class Convert:
     """a released folder (config.json and safetensors), a hub id in the local cache, or one that `dsv3 train` wrote"""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """the folder to create; a failure leaves nothing of it"""
-    to: Literal["run", "hf"] | None = None
-    """what to create; None means hf for a run or if --dtype is given, else run"""
     step: int | None = None
     """step of a run's checkpoint; None means the last"""
     dtype: Literal["float32", "bfloat16", "fp8"] | None = None
-    """dtype of the weights in Hugging Face format; None means the source's: bfloat16 for FP8, and for a run that of the
+    """dtype of the weights in Hugging Face format; None makes a run of released weights, and gives a run that of the
     released folder that it was made of, else float32"""
-    shard_mb: int = 5000
-    """size of a safetensors file in megabytes, at most"""
     mtp: bool = True
     """convert the multi-token prediction layers too"""
     allow_nonfinite: bool = False
@@ -44,10 +40,8 @@ def run(argv: list[str]) -> int:
         hf.convert(
             args.folder,
             args.out,
-            to=args.to,
             step=args.step,
             dtype=args.dtype,
-            shard_bytes=args.shard_mb * 1_000_000,
             mtp=args.mtp,
             allow_nonfinite=args.allow_nonfinite,
             allow_unknown_keys=args.allow_unknown_keys,

@@ -98,8 +98,7 @@ def load(args: Decode, text: Any) -> tuple[Any, Any]:
     Raises: ValueError as `load_model`, or if the draft's tokenizer gives ids another meaning.
     """
     from dsv3_jax.decoding.decode_config import OWN_DRAFTS
-    from dsv3_jax.hf.open_model import load_text
-    from dsv3_jax.loading import load_model
+    from dsv3_jax.hf.open_model import load_model, open_draft
 
     mesh = make_mesh(args.mesh)
     model = load_model(
@@ -107,9 +106,7 @@ def load(args: Decode, text: Any) -> tuple[Any, Any]:
     )
     if args.draft is None or args.draft in OWN_DRAFTS:
         return model, args.draft
-    if not text.tokenizer.same_ids(load_text(args.draft).tokenizer):
-        raise ValueError(f"draft={args.draft!r} has another tokenizer: its ids mean other text")
-    return model, load_model(args.draft, mesh, dtype=args.dtype, kernels=args.kernels, mtp=False)
+    return model, open_draft(args.draft, text.tokenizer, mesh, kernels=args.kernels, dtype=args.dtype)
 
 
 def decode_config(args: Decode, text: Any, draft: Any, max_new_tokens: int) -> Any:

@@ -47,7 +47,7 @@ _ROPE_KEYS = frozenset(
 )
 _BLOCK_SIZE = [BLOCK, BLOCK]
 _HINTS = typing.get_type_hints(ModelConfig)
-_YARN_DEFAULTS = (("beta_fast", 32.0), ("beta_slow", 1.0))
+_REQUIRED = object()  # the default of a key that must be there
 
 
 def config_from_dict(values: dict[str, Any], *, allow_unknown_keys: bool = False) -> ModelConfig:
@@ -85,47 +85,43 @@ def config_from_dict(values: dict[str, Any], *, allow_unknown_keys: bool = False
         if name == "num_dense_layers" and "mlp_layer_types" in values:
             fields[name] = _dense_prefix(values)
         elif family.experts or name not in _OF_EXPERTS:
-            fields[name] = _typed(key, _required(values, key), _HINTS[name])
+            fields[name] = _value(values, key, _HINTS[name])
     for name, (key, default) in _WITH_DEFAULT.items():
-        fields[name] = _typed(key, values.get(key, default), _HINTS[name])
+        fields[name] = _value(values, key, _HINTS[name], default)
     kv_heads = values.get("num_key_value_heads", fields["num_heads"])
     if kv_heads != fields["num_heads"]:
         raise ConfigError(f"num_key_value_heads={kv_heads!r} differs from num_attention_heads={fields['num_heads']!r}")
-    fields["mtp_depth"] = next((_typed(k, values[k], int) for k in _MTP_KEYS if k in values), 0)
+    fields["mtp_depth"] = next((_value(values, key, int) for key in _MTP_KEYS if key in values), 0)
     if family.experts:
-        fields["num_shared_experts"] = _typed("n_shared_experts", _required(values, "n_shared_experts") or 0, int)
+        fields["num_shared_experts"] = _value(values, "n_shared_experts", int | None) or 0
         fields.update(_router(family, values))
     else:  # a single expert that no layer has
         fields |= {"num_dense_layers": fields["num_layers"], "num_experts": 1, "experts_per_token": 1, "expert_dim": 1}
         fields |= {"num_shared_experts": 0, "num_groups": 1, "groups_per_token": 1}
     fields.update(_rope(family, values, fields["max_positions"], allow_unknown_keys))
     if family.indexer:
-        fields["max_positions"] = min(
-            fields["max_positions"], _typed("index_topk", _required(values, "index_topk"), int)
-        )
+        fields["max_positions"] = min(fields["max_positions"], _value(values, "index_topk", int))
     return ModelConfig(**fields)
 
 
 def _dense_prefix(values: dict[str, Any]) -> int:
     """The number of dense layers before the sparse ones, from `mlp_layer_types`."""
-    kinds = values["mlp_layer_types"]
-    if not isinstance(kinds, list):
-        raise ConfigError(f"mlp_layer_types={kinds!r} is not a list")
-    dense = kinds.index("sparse") if "sparse" in kinds else len(kinds)
-    layers = values.get("num_hidden_layers")
-    if kinds != ["dense"] * dense + ["sparse"] * (len(kinds) - dense) or len(kinds) != layers:
+    kinds, layers = values["mlp_layer_types"], values["num_hidden_layers"]
+    complete = isinstance(kinds, list) and len(kinds) == layers
+    dense = kinds.count("dense") if complete else 0
+    if not complete or kinds != ["dense"] * dense + ["sparse"] * (layers - dense):
         raise ConfigError(f"mlp_layer_types={kinds!r} is not 'dense' layers before 'sparse' ones, {layers!r} in all")
     return dense
 
 
-def _required(values: dict[str, Any], key: str) -> Any:
-    if key not in values:  # implementations assume different defaults
+def _value(values: dict[str, Any], key: str, hint: Any, default: Any = _REQUIRED) -> Any:
+    """Return a key's value in our field's type; JSON may write 40 for 40.0.
+
+    Raises: ConfigError for another type, or for an absent key without a default, as implementations assume several.
+    """
+    value = values.get(key, default)
+    if value is _REQUIRED:
         raise ConfigError(f"{key!r} is not in config.json; add it")
-    return values[key]
-
-
-def _typed(key: str, value: Any, hint: Any) -> Any:
-    """Return a value in our field's type; JSON may write 40 for 40.0."""
     if hint is float and type(value) is int and abs(value) < 1 << 64:
         return float(value)
     kinds = typing.get_args(hint) or (hint,)
@@ -150,8 +146,9 @@ def check_quantization(values: dict[str, Any]) -> None:
         return
     if not isinstance(config, dict):
         raise ConfigError(f"quantization_config={config!r} is not an object")
-    if config.get("quant_method") == "compressed-tensors":
-        return int4.check(config)
+    if config.get("quant_method") == int4.METHOD:
+        int4.group_size(config)
+        return
     method, fmt = config.get("quant_method"), config.get("fmt", "e4m3")
     size = config.get("weight_block_size", _BLOCK_SIZE)
     if method != "fp8" or fmt != "e4m3" or size != _BLOCK_SIZE:
@@ -169,9 +166,8 @@ def _router(family: Family, values: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"scoring_func={scoring!r} is not supported for {label}; use {family.scoring!r}")
     if method not in methods:
         raise ConfigError(f"topk_method={method!r} is not supported for {label}; use {' or '.join(methods)}")
-    limit = (_typed(key, _required(values, key), int) for key in ("n_group", "topk_group"))
-    groups = (1, 1) if method == "greedy" else tuple(limit)
-    normalize = _typed("norm_topk_prob", _required(values, "norm_topk_prob"), bool)
+    groups = (1, 1) if method == "greedy" else [_value(values, key, int) for key in ("n_group", "topk_group")]
+    normalize = _value(values, "norm_topk_prob", bool)
     if label == "deepseek_v2" and normalize:
         # The released code then ignores the scale, and transformers ignores the normalisation.
         raise ConfigError("norm_topk_prob=True is not supported for deepseek_v2: its implementations disagree on it")
@@ -191,16 +187,16 @@ def _rope(family: Family, values: dict[str, Any], max_positions: int, allow_unkn
         if value is not None and not isinstance(value, dict):
             raise ConfigError(f"{key}={value!r} is not an object")
     scaling = {k: v for k, v in {**(old or {}), **(new or {})}.items() if v is not None}
-    theta = scaling.get("rope_theta", values.get("rope_theta", 1e4))
     fields: dict[str, Any] = {
-        "rope_theta": _typed("rope_theta", theta, float),
-        "rope_interleaved": _typed("rope_interleave", values.get("rope_interleave", True), bool),
+        "rope_theta": _value(scaling if "rope_theta" in scaling else values, "rope_theta", float, 1e4),
+        "rope_interleaved": _value(values, "rope_interleave", bool, True),
     }
     label = values["model_type"]
-    if (label == "deepseek_v2" or family.indexer) and fields["rope_interleaved"] is not True:
+    if (label == "deepseek_v2" or family.indexer) and not fields["rope_interleaved"]:
         raise ConfigError(f"rope_interleave=False is not supported for {label}: its rotary pairs are interleaved")
-    if scaling.get("partial_rotary_factor", 1) != 1:
-        raise ConfigError(f"partial_rotary_factor={scaling['partial_rotary_factor']!r} is not supported; use 1")
+    for key, supported in (("partial_rotary_factor", 1), ("truncate", True), ("attention_factor", None)):
+        if scaling.get(key, supported) != supported:
+            raise ConfigError(f"{key}={scaling[key]!r} is not supported in rope scaling; use {supported!r}")
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     if rope_type not in ("default", "yarn", "deepseek_yarn"):
         raise ConfigError(f"rope_type={rope_type!r} is not supported; use 'yarn' or 'default'")
@@ -208,23 +204,18 @@ def _rope(family: Family, values: dict[str, Any], max_positions: int, allow_unkn
         check_known(scaling, _ROPE_KEYS, "RoPE scaling")
     if rope_type == "default":
         return fields
-    if "factor" not in scaling:
-        raise ConfigError("rope_type='yarn' has no 'factor'; add it to the rope scaling")
-    mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
-    if not all_dim and mscale in (None, 1):
-        mscale, all_dim = 1.0, 0.0  # the reference's values where both are absent
+    mscale, all_dim = (_value(scaling, key, float, 0.0) for key in ("mscale", "mscale_all_dim"))
+    if not all_dim and mscale in (0, 1):
+        mscale = 1.0  # the reference's value where both are absent
     elif not mscale or not all_dim:
         raise ConfigError(f"mscale={mscale!r} does not go with mscale_all_dim={all_dim!r}; give both or neither")
-    for key, supported in (("truncate", True), ("attention_factor", None)):
-        if scaling.get(key, supported) != supported:
-            raise ConfigError(f"{key}={scaling[key]!r} is not supported in rope scaling; use {supported!r}")
-    numbers = {"mscale": mscale, "mscale_all_dim": all_dim}
-    numbers |= {key: scaling.get(key, default) for key, default in _YARN_DEFAULTS}
-    numbers["factor"] = scaling["factor"]
-    original = scaling.get("original_max_position_embeddings", max_positions)
     fields["yarn"] = Yarn(
-        original_max_positions=_typed("original_max_position_embeddings", original, int),
-        **{key: _typed(key, value, float) for key, value in numbers.items()},
+        factor=_value(scaling, "factor", float),
+        original_max_positions=_value(scaling, "original_max_position_embeddings", int, max_positions),
+        beta_fast=_value(scaling, "beta_fast", float, 32.0),
+        beta_slow=_value(scaling, "beta_slow", float, 1.0),
+        mscale=mscale,
+        mscale_all_dim=all_dim,
     )
     return fields
 

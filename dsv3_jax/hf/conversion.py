@@ -13,6 +13,7 @@ from dsv3_jax.chat import text_settings
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.special_tokens import end_ids, read_object
 from dsv3_jax.data.tokenizer import TIKTOKEN_FILE
+from dsv3_jax.files import atomic_folder
 from dsv3_jax.hf import files
 from dsv3_jax.hf.config_json import config_to_dict
 from dsv3_jax.hf.families import text_config
@@ -20,8 +21,9 @@ from dsv3_jax.hf.open_model import check_text, released_run, text_files
 from dsv3_jax.hf.places import find
 from dsv3_jax.hf.reading import ReleasedFolder, load
 from dsv3_jax.hf.table import tensor_table
-from dsv3_jax.hf.writing import DTYPES, SHARD_BYTES, CastTensors, folder_tensors, prepare, write_released
+from dsv3_jax.hf.writing import DTYPES, cast, folder_tensors, prepare, write_released
 from dsv3_jax.model.moe import RouterBias
+from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.signals import STOP, deferred
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
 from dsv3_jax.training.optim import AdamState
@@ -36,25 +38,22 @@ def convert(
     source: str | Path,
     out: str | Path,
     *,
-    to: Literal["run", "hf"] | None = None,
     step: int | None = None,
     dtype: DType | None = None,
-    shard_bytes: int = SHARD_BYTES,
     mtp: bool = True,
     allow_nonfinite: bool = False,
     allow_unknown_keys: bool = False,
     quiet: bool = False,
 ) -> str:
-    """Convert a run folder or a released folder; a failure leaves no folder.
+    """Convert a run to the released format, or a released folder to a run or another dtype; a failure leaves no folder.
 
     Args:
         source: a run folder or a released folder.
         out: the folder to create.
-        to: "run" or "hf", the released format. Default: "hf" for a run or where `dtype` is given, else "run".
         step: of a run's checkpoint. None means the last.
-        dtype: of the released folder's weights. Default: the source's, and bfloat16 for FP8. A run has the dtype of the
-            released folder that it was made of, else float32.
-        shard_bytes, mtp, allow_nonfinite, allow_unknown_keys, quiet: as `save` and `load`.
+        dtype: of a released folder's weights. None makes a run of a released folder. A run is written in the dtype of
+            the released folder that it was made of, else float32.
+        mtp, allow_nonfinite, allow_unknown_keys, quiet: as `save` and `load`.
     Returns: a sentence about the new folder.
     Raises: ValueError (ConfigError) as `load`, `save` and `checkpoint.load_run`.
 
@@ -75,49 +74,38 @@ def convert(
         raise ValueError(f"step={step} is for runs, and folder={str(source)!r} is a released one")
     if not from_run and not (source / files.CONFIG).exists():
         raise ValueError(f"{source} is neither a run (no {RUN_FILE}) nor a released folder (no {files.CONFIG})")
-    to = to or ("hf" if from_run or dtype else "run")
-    if to == "run" and from_run:
-        raise ValueError(f"to='run' changes nothing: {source} is a run already; use to='hf'")
-    if to == "run" and dtype not in (None, "float32"):
-        raise ValueError(f"dtype={dtype} is not supported for to='run': a run's weights are float32; leave it out")
     if from_run and not mtp:
         raise ValueError("mtp=False is not supported for a run, which is written with its MTP layers; leave it out")
     files.check_new(out, 0)
-    if to == "run":
-        return _released_to_run(source, out, mtp, allow_nonfinite, allow_unknown_keys, quiet)
     if from_run:
-        return _run_to_released(source, out, step, dtype, shard_bytes, allow_nonfinite, quiet)
-    folder = ReleasedFolder(source, mtp=mtp, allow_nonfinite=allow_nonfinite, allow_unknown_keys=allow_unknown_keys)
-    return _released_to_dtype(folder, out, dtype, shard_bytes, quiet)
+        return _run_to_released(source, out, step, dtype, allow_nonfinite, quiet)
+    accept = {"mtp": mtp, "allow_nonfinite": allow_nonfinite, "allow_unknown_keys": allow_unknown_keys}
+    if dtype is None:
+        return _released_to_run(source, out, load(source, jnp.float32, quiet=quiet, **accept))
+    return _released_to_dtype(ReleasedFolder(source, **accept), out, dtype, quiet)
 
 
 def _run_to_released(
-    source: Path,
-    out: Path,
-    step: int | None,
-    dtype: DType | None,
-    shard_bytes: int,
-    allow_nonfinite: bool,
-    quiet: bool,
+    source: Path, out: Path, step: int | None, dtype: DType | None, allow_nonfinite: bool, quiet: bool
 ) -> str:
     """Convert a run's checkpoint, with its tokenizer and the other files of its text."""
     model, run, step = load_run(source, step=step, kernels="auto")  # the run's own may be of other devices
     origin = read_object(files.file_inside(source, ORIGIN))
     kept_dtype = origin.get("dtype", origin.get("torch_dtype"))
     fp8, name = dtype == "fp8", next((d for d in (dtype, kept_dtype) if d in DTYPES), None)
-    config, table, tensors = prepare(model, fp8, name, allow_nonfinite)
+    config, table, read = prepare(model, fp8, name)
     ids = {"eos_token_id": tokenizer.load(run.data.tokenizer).eos_id}
     config |= ids | {k: origin[k] for k in ("bos_token_id", "eos_token_id") if origin.get(k) is not None}
-    extra_files = text_files(source)
-    if run.data.tokenizer != "bytes" and (file := tokenizer.file_of(run.data.tokenizer)) not in extra_files.values():
-        extra_files[TIKTOKEN_FILE if file.name == TIKTOKEN_FILE else TOKENIZER_FILE] = file
-    texts = {TOKENIZER_FILE: tokenizer.byte_tokenizer_json()} if run.data.tokenizer == "bytes" else {}
-    write_released(out, config, table, tensors, shard_bytes, quiet=quiet, extra_files=extra_files, texts=texts)
+    texts = {name: file.read_bytes() for name, file in text_files(source).items()}
+    if run.data.tokenizer == "bytes":
+        texts[TOKENIZER_FILE] = tokenizer.byte_tokenizer_json().encode()
+    tensors = cast(read, table, allow_nonfinite=allow_nonfinite)
+    write_released(out, config, table, tensors, quiet=quiet, texts=texts)
     written = "fp8" if fp8 else config["torch_dtype"]
     return f"{out}: the checkpoint of step {step}, {len(table)} tensors in {written}, in Hugging Face format"
 
 
-def _released_to_dtype(folder: ReleasedFolder, out: Path, dtype: DType | None, shard_bytes: int, quiet: bool) -> str:
+def _released_to_dtype(folder: ReleasedFolder, out: Path, dtype: DType, quiet: bool) -> str:
     """Convert to another dtype with one tensor in memory at a time."""
     embed, fp8 = folder.stored["model.embed_tokens.weight"].dtype.name, dtype == "fp8"
     name = next(d for d in (dtype, embed, "float32") if d in DTYPES)
@@ -126,43 +114,30 @@ def _released_to_dtype(folder: ReleasedFolder, out: Path, dtype: DType | None, s
     for key in ("bos_token_id", "eos_token_id"):
         end_ids(folder.path, files.CONFIG, key)  # refuses what is no id
         config[key] = folder.config.get(key)
-    extra_files = text_files(folder.path)
-    has_json = (folder.path / TOKENIZER_FILE).is_file()
-    if has_json or ((folder.path / TIKTOKEN_FILE).is_file() and find_spec("tiktoken")):
+    texts = {name: file.read_bytes() for name, file in text_files(folder.path).items()}
+    if TOKENIZER_FILE in texts or (TIKTOKEN_FILE in texts and find_spec("tiktoken")):
         check_text(folder.path, folder.cfg)
-    tensors = CastTensors(folder_tensors(folder), table, folder.allow_nonfinite)
-    write_released(out, config, table, tensors, shard_bytes, quiet=quiet, extra_files=extra_files)
-    return f"{out}: {len(table)} tensors in {dtype or name}, in Hugging Face format"
+    tensors = cast(folder_tensors(folder), table, allow_nonfinite=folder.allow_nonfinite)
+    write_released(out, config, table, tensors, quiet=quiet, texts=texts)
+    return f"{out}: {len(table)} tensors in {dtype}, in Hugging Face format"
 
 
-def _released_to_run(
-    source: Path, out: Path, mtp: bool, allow_nonfinite: bool, allow_unknown_keys: bool, quiet: bool
-) -> str:
+def _released_to_run(source: Path, out: Path, model: Transformer) -> str:
     """Convert to a run at step 0 with a new optimizer state, as `dsv3 generate` and `dsv3 eval` read it."""
-    model = load(
-        source,
-        jnp.float32,
-        mtp=mtp,
-        allow_nonfinite=allow_nonfinite,
-        allow_unknown_keys=allow_unknown_keys,
-        quiet=quiet,
-    )
     run = released_run(source, model.cfg)
     params, bias = nnx.state(model, nnx.Param), nnx.state(model, RouterBias)
     zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), params)  # untouched pages take no memory
     state = TrainState(params, bias, AdamState(zeros, zeros), jnp.zeros((), jnp.int32))
-    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    with files.new_folder(out, nbytes) as folder:
+    files.check_new(out, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+    with atomic_folder(out) as folder:
         run = claim(folder, run)
         text_files(source)  # none is a link out of the folder
         keep_origin(source, folder)
-        if run.data.tokenizer != "bytes":
-            text_settings.copy_to_run(source, folder)
+        text_settings.copy_to_run(source, folder)
         # Orbax writes in threads: they would go on while the folder is deleted.
         with deferred(*STOP), Checkpoints(folder, run) as checkpoints:
             checkpoints.save(state, {}, wait=True)
-    kind = "bytes" if run.data.tokenizer == "bytes" else tokenizer.file_of(run.data.tokenizer).name
-    return f"{out}: a run at step 0, its tokenizer {kind}"
+    return f"{out}: a run at step 0, its tokenizer {Path(run.data.tokenizer).name}"
 
 
 def keep_origin(source: Path, run: str | Path) -> None:

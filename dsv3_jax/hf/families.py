@@ -149,13 +149,8 @@ def check_known(values: dict[str, Any], known: Collection[str], where: str) -> N
         dsv3_jax.config.ConfigError: low_freq_factor=1 may change the network and is not known for RoPE scaling; ...
     """
     if unknown := sorted(values.keys() - known):
-        listed = ", ".join(f"{key}={_short(values[key])}" for key in unknown)
+        listed = ", ".join(f"{key}={values[key]!r:.60}" for key in unknown)
         raise ConfigError(
             f"{listed} may change the network and is not known for {where}; "
             "dsv3 convert --allow-unknown-keys (allow_unknown_keys=True) leaves it out"
         )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"

@@ -1,15 +1,14 @@
 """Folders of safetensors files: read by memory map after a check of their headers, written one tensor at a time.
 
 The safetensors package checks the headers. It cannot read FP8 into NumPy, and writing with it holds a complete shard in
-memory, so this module maps and writes the bytes. Nothing is ever unpickled.
+memory, so this module maps and writes the bytes. Nothing is unpickled.
 Source: the safetensors format's description (a header of names, dtypes, shapes and offsets that leave no hole).
 """
 
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,22 +17,19 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dsv3_jax import files
-from dsv3_jax.files import MAX_JSON, atomic_folder, parse_json
+from dsv3_jax.files import MAX_JSON, parse_json
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 STORED_DTYPES = {  # the format's name → NumPy's dtype
-    "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    **{f"{kind}{size}": np.dtype(f"{kind.lower()}{size // 8}") for kind in "IU" for size in (8, 16, 32, 64)},
-    "BOOL": np.dtype(bool),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
 }
-FORMAT_NAMES = {dtype.name: name for name, dtype in STORED_DTYPES.items()}  # NumPy's name → the format's name
+_FORMAT_NAMES = {dtype.name: name for name, dtype in STORED_DTYPES.items()}  # NumPy's name → the format's name
 MAX_CONFIG = 8_000_000  # bytes of config.json; lists of layers that are not quantized take half a megabyte
-_MAX_MAPPED = 256 << 20  # bytes read through one map before it is opened again, which frees its pages
 
 
 class StoredTensor(NamedTuple):
@@ -105,7 +101,7 @@ def open_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, StoredTen
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_json(Path(folder, CONFIG), {"hidden_size": 2})
-        ...     write_shards(Path(folder), {"norm": ((2,), "float32")}, 1000, lambda name: np.ones(2, np.float32))
+        ...     write_shards(Path(folder), {"norm": ((2,), "float32")}, 1000, [np.ones(2, np.float32)])
         ...     config, stored = open_folder(folder)
         >>> config, stored["norm"].shape
         ({'hidden_size': 2}, (2,))
@@ -149,7 +145,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_shards(Path(folder), {"norm": ((2,), "float32")}, 1000, lambda name: np.ones(2, np.float32))
+        ...     write_shards(Path(folder), {"norm": ((2,), "float32")}, 1000, [np.ones(2, np.float32)])
         ...     stored = read_header(Path(folder, "model-00001-of-00001.safetensors"))["norm"]
         >>> stored.dtype, stored.shape, stored.nbytes
         (dtype('float32'), (2,), 8)
@@ -174,56 +170,26 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-class TensorReader:
-    """Reads tensors of checked files by memory map. One file is open at a time.
+def read_tensor(stored: StoredTensor) -> np.ndarray:
+    """Map a tensor of a checked file, read-only, in its stored dtype. Bytes are read when they are used.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_shards(Path(folder), {"norm": ((2,), "float32")}, 1000, lambda name: np.ones(2, np.float32))
-        ...     stored = read_header(Path(folder, "model-00001-of-00001.safetensors"))["norm"]
-        ...     TensorReader()(stored).tolist()
+        ...     write_shards(Path(folder), {"norm": ((2,), "float32")}, 1000, [np.ones(2, np.float32)])
+        ...     read_tensor(read_header(Path(folder, "model-00001-of-00001.safetensors"))["norm"]).tolist()
         [1.0, 1.0]
     """
-
-    def __init__(self) -> None:
-        self._path: Path | None = None
-        self._bytes, self._num_read = np.empty(0, np.uint8), 0
-
-    def __call__(self, stored: StoredTensor) -> np.ndarray:
-        """Return the tensor, read-only, in its stored dtype. Bytes are read when they are used."""
-        if stored.nbytes == 0:
-            return np.empty(stored.shape, stored.dtype)
-        if stored.file != self._path or self._num_read > _MAX_MAPPED:
-            self._path, self._num_read = stored.file, 0
-            self._bytes = np.memmap(stored.file, np.uint8, mode="r")
-        self._num_read += stored.nbytes
-        raw = self._bytes[stored.start : stored.start + stored.nbytes]
-        return np.asarray(raw).view(stored.dtype).reshape(stored.shape)
-
-
-@contextmanager
-def new_folder(path: str | Path, nbytes: int) -> Iterator[Path]:
-    """Fill a temporary folder that becomes `path` at the end; a failure deletes it.
-
-    Raises: ValueError when `path` exists and is not an empty folder, its parent is absent, or the disk has no room for
-        `nbytes`.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as root:
-        ...     with new_folder(Path(root, "v3"), nbytes=0) as folder:
-        ...         write_json(folder / CONFIG, {"hidden_size": 7168})
-        ...     Path(root, "v3", CONFIG).exists()
-        True
-    """
-    check_new(Path(path), nbytes)
-    with atomic_folder(path) as part:
-        yield part
+    if stored.nbytes == 0:  # no map is empty
+        return np.empty(stored.shape, stored.dtype)
+    raw = np.memmap(stored.file, np.uint8, "r", stored.start, stored.nbytes)
+    return np.asarray(raw).view(stored.dtype).reshape(stored.shape)
 
 
 def check_new(path: Path, nbytes: int) -> None:
-    """Check that a folder of `nbytes` can be created. Raises: ValueError as `new_folder` does.
+    """Check that a folder of `nbytes` can be created.
+
+    Raises: ValueError when `path` exists and is not an empty folder, its parent is absent, or the disk has no room.
 
     Example:
         >>> check_new(Path("no/such/v3"), nbytes=0)
@@ -250,22 +216,22 @@ def table_bytes(table: Table) -> int:
         >>> table_bytes({"a": ((2, 3), "float32"), "b": ((4,), "bfloat16")})
         32
     """
-    return sum(math.prod(shape) * STORED_DTYPES[FORMAT_NAMES[dtype]].itemsize for shape, dtype in table.values())
+    return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in table.values())
 
 
-def write_shards(folder: Path, table: Table, shard_bytes: int, read: Callable[[str], np.ndarray]) -> None:
+def write_shards(folder: Path, table: Table, shard_bytes: int, tensors: Iterable[np.ndarray]) -> None:
     """Write every tensor of a table into shards, with their index.
 
     Args:
         table: name → (shape, dtype name).
         shard_bytes: a shard holds at most so many bytes of tensors, or one tensor.
-        read: returns the tensor of a name in the table's shape and dtype; called once for each, in the table's order.
+        tensors: those of the table, in its order; one is in memory at a time.
 
     Example:
         >>> import tempfile
         >>> table = {"a": ((2,), "float32"), "b": ((2,), "float32")}
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_shards(Path(folder), table, shard_bytes=8, read=lambda name: np.ones(2, np.float32))
+        ...     write_shards(Path(folder), table, shard_bytes=8, tensors=[np.ones(2, np.float32)] * 2)
         ...     [file.name for file in sorted(Path(folder).glob("*.safetensors"))]
         ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
     """
@@ -278,31 +244,28 @@ def write_shards(folder: Path, table: Table, shard_bytes: int, read: Callable[[s
             shard_size = 0
         shards[-1][name] = (shape, dtype)
         shard_size += nbytes
-    file_of = {}
+    file_of, remaining = {}, iter(tensors)
     for i, shard in enumerate(shards, start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         file_of.update(dict.fromkeys(shard, file))
-        _write_file(folder / file, shard, read)
+        _write_file(folder / file, shard, remaining)
     write_json(folder / INDEX, {"metadata": {"total_size": table_bytes(table)}, "weight_map": file_of})
 
 
-def _write_file(path: Path, shard: Table, read: Callable[[str], np.ndarray]) -> None:
-    # The widest dtypes first, so that every tensor begins at a multiple of its item size.
-    itemsize = {name: STORED_DTYPES[FORMAT_NAMES[dtype]].itemsize for name, (_, dtype) in shard.items()}
-    order = sorted(shard, key=lambda name: -itemsize[name])  # stable: layers keep their order
+def _write_file(path: Path, shard: Table, tensors: Iterator[np.ndarray]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name in order:
-        shape, dtype = shard[name]
-        start, end = end, end + math.prod(shape) * itemsize[name]
-        header[name] = {"dtype": FORMAT_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    # The widest dtypes first, so that every tensor begins at a multiple of its item size.
+    for name, (shape, dtype) in sorted(shard.items(), key=lambda row: -np.dtype(row[1][1]).itemsize):
+        start, end = end, end + table_bytes({name: (shape, dtype)})
+        header[name] = {"dtype": _FORMAT_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
-        for name in shard:
-            tensor = np.ascontiguousarray(read(name))
-            assert (tensor.shape, tensor.dtype.name) == shard[name], name
+        for name, row in shard.items():
+            tensor = np.ascontiguousarray(next(tensors))
+            assert (tensor.shape, tensor.dtype.name) == row, name
             file.seek(8 + len(raw) + header[name]["data_offsets"][0])
             file.write(tensor.reshape(-1).view(np.uint8).data)
 

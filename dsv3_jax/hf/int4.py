@@ -11,50 +11,68 @@ import numpy as np
 
 from dsv3_jax.config import ConfigError
 
+METHOD = "compressed-tensors"
 PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"  # suffixes of the three tensors that replace a weight
 IN_ONE = 8  # numbers in an int32
 
 
-def unpack(packed: np.ndarray, scales: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def shapes(shape: tuple[int, ...], group: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of the packed numbers and of the scales of a weight [out, in].
+
+    Example:
+        >>> shapes((2, 64), group=32)
+        ((2, 8), (2, 2))
+    """
+    rows, columns = shape
+    return (rows, -(-columns // IN_ONE)), (rows, -(-columns // group))
+
+
+def unpack(packed: np.ndarray, scales: np.ndarray, shape: tuple[int, ...], group: int) -> np.ndarray:
     """Return the weight of 4-bit numbers.
 
     Args:
-        packed: int32 [out, ceil(in / 8)].
-        scales: float [out, in / group].
+        packed: int32 [out, ⌈in / 8⌉].
+        scales: float [out, ⌈in / group⌉].
         shape: (out, in).
+        group: numbers with one scale.
     Returns: float32 [out, in].
 
     Example:
         >>> numbers = np.array([[0x76543210]], np.int32)  # stored with 8 added: -8, -7, … -1
-        >>> unpack(numbers, np.array([[0.5, 2.0]]), (1, 8)).astype(int).tolist()
+        >>> unpack(numbers, np.array([[0.5, 2.0]]), (1, 8), group=4).astype(int).tolist()
         [[-4, -3, -3, -2, -8, -6, -4, -2]]
     """
     bits = packed.view(np.uint32)[:, :, None] >> (4 * np.arange(IN_ONE, dtype=np.uint32))
-    numbers = (bits & 15).astype(np.int8).reshape(len(packed), -1)[:, : shape[1]] - np.int8(8)
-    group = shape[1] // scales.shape[1]
-    grouped = numbers.reshape(shape[0], scales.shape[1], group).astype(np.float32)
-    return (grouped * scales.astype(np.float32)[..., None]).reshape(shape)
+    numbers = (bits & 15).astype(np.float32).reshape(len(packed), -1)[:, : shape[1]] - 8
+    return numbers * np.repeat(scales.astype(np.float32), group, axis=1)[:, : shape[1]]
 
 
-def check(config: dict[str, Any]) -> None:
-    """Check that a quantization_config of compressed-tensors is of this form.
+def group_size(config: dict[str, Any]) -> int:
+    """Return how many numbers share a scale, by a quantization_config of compressed-tensors.
 
-    Raises: ConfigError naming what is not.
+    Raises: ConfigError when it is of another form.
+
+    Example:
+        >>> weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+        >>> group_size({"format": "pack-quantized", "config_groups": {"group_0": {"weights": weights}}})
+        32
     """
     groups = config.get("config_groups")
-    if config.get("format") != "pack-quantized" or not isinstance(groups, dict) or not groups:
+    if config.get("format") != "pack-quantized" or not isinstance(groups, dict) or len(groups) != 1:
         raise ConfigError(
-            f"quantization_config with format={config.get('format')!r} is not supported for compressed-tensors; "
-            "use 'pack-quantized' with config_groups"
+            f"quantization_config with format={config.get('format')!r} and config_groups={groups!r:.60} is not "
+            "supported for compressed-tensors; use 'pack-quantized' with one group"
         )
-    for name, group in groups.items():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        weights = weights if isinstance(weights, dict) else {}
-        wanted = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
-        for key, value in wanted.items():
-            if weights.get(key) != value:
-                raise ConfigError(
-                    f"quantization_config.config_groups.{name}.weights has {key}={weights.get(key)!r}; use {value!r}"
-                )
-        if group.get("input_activations"):
-            raise ConfigError(f"quantization_config.config_groups.{name} quantizes activations, which is not supported")
+    [group] = groups.values()
+    weights = group.get("weights") if isinstance(group, dict) else None
+    weights = weights if isinstance(weights, dict) else {}
+    size = weights.get("group_size")
+    wanted = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": size or 32}
+    for key, value in wanted.items():
+        if weights.get(key) != value:
+            raise ConfigError(f"quantization_config has {key}={weights.get(key)!r} of weights; use {value!r}")
+    if group.get("input_activations"):
+        raise ConfigError("quantization_config quantizes input_activations, which is not supported; use null")
+    if type(size) is not int or size < 1:
+        raise ConfigError(f"quantization_config has group_size={size!r}, which is not a positive number; use 32")
+    return size

@@ -12,13 +12,12 @@ from jax.sharding import Mesh
 from dsv3_jax.chat import text_settings
 from dsv3_jax.chat.examples import load_examples
 from dsv3_jax.chat.text_settings import TEMPLATES_FOLDER, TEXT_FILES, TextSettings
-from dsv3_jax.config import DataConfig, ModelConfig, RunConfig, replace
+from dsv3_jax.config import ONLY_FOR, DataConfig, ModelConfig, RunConfig, replace
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.batches import Source
 from dsv3_jax.data.shards import MANIFEST
 from dsv3_jax.data.source import open_source
-from dsv3_jax.data.special_tokens import read_object
-from dsv3_jax.data.tokenizer import SPECIALS, TIKTOKEN_FILE, ByteTokenizer
+from dsv3_jax.data.tokenizer import TIKTOKEN_FILE, Tokenizer
 from dsv3_jax.files import MAX_JSON, check_regular
 from dsv3_jax.hf import files, reading
 from dsv3_jax.hf.places import find
@@ -51,20 +50,48 @@ def open_model(
     """
     if (Path(place) / RUN_FILE).is_file():
         return load_run(place, mesh, step=step, kernels=kernels)
-    if step is not None:
-        raise ValueError(f"step={step} is for runs, and folder={str(place)!r} is a released one")
-    model = load_released(place, mesh, dtype=dtype, kernels=kernels)
+    model = load_model(place, mesh, step=step, dtype=dtype, kernels=kernels)
     return Loaded(model, released_run(find_released(place), model.cfg), 0)
 
 
-def load_released(
-    place: str | Path, mesh: Mesh | None = None, *, dtype: Any = None, kernels: str | None = None, mtp: bool = True
+def load_model(
+    folder: str | Path,
+    mesh: Mesh | None = None,
+    *,
+    step: int | None = None,
+    dtype: Any = None,
+    kernels: str | None = None,
+    mtp: bool = True,
 ) -> Transformer:
-    """Load a released model. Arguments and errors as `open_model` and `hf.load`, but no tokenizer is needed."""
-    folder = find_released(place)
+    """Load a model from a run or a released folder, without optimizer state. It needs no tokenizer.
+
+    Args:
+        folder: a folder that `dsv3 train` made, one with config.json and safetensors, or a hub id in the local cache.
+        mesh: shards the model. None means a single device.
+        step: of a run's checkpoint. None means the last.
+        dtype: of a released model's parameters, float32 or bfloat16. None means float32 on a CPU, else bfloat16. A
+            run's are float32.
+        kernels: as `Execution.kernels`. None means the run's own, and "auto" for a released folder.
+        mtp: False leaves the MTP layers of a released model out, and so their memory. A run's are always loaded.
+    Raises: ValueError if the folder holds neither, or as `load_run` and `hf.load`.
+
+    Example:
+        >>> import tempfile
+        >>> from flax import nnx
+        >>> import dsv3_jax as ds
+        >>> model = ds.Transformer(ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0), rngs=nnx.Rngs(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ds.hf.save(model, folder, quiet=True)
+        ...     ds.load_model(folder).cfg.num_layers
+        1
+    """
+    if (Path(folder) / RUN_FILE).is_file():
+        return load_run(folder, mesh, step=step, kernels=kernels).model
+    if step is not None:
+        raise ValueError(f"step={step} is for runs, and folder={str(folder)!r} is a released one")
     if dtype is None:
         dtype = jnp.float32 if platform_of(mesh) == "cpu" else jnp.bfloat16
-    return reading.load(folder, dtype, mesh, mtp=mtp, kernels=kernels or "auto")
+    return reading.load(find_released(folder), dtype, mesh, mtp=mtp, kernels=kernels or "auto")
 
 
 def find_released(place: str | Path) -> Path:
@@ -81,39 +108,11 @@ def find_released(place: str | Path) -> Path:
 def released_run(folder: Path, cfg: ModelConfig) -> RunConfig:
     """The settings of a released model: its tokenizer, and the default corpus.
 
-    Raises: ValueError as `check_tokenizer` and `check_text`.
+    Raises: ValueError when it has no tokenizer, or as `check_text`.
     """
-    check_tokenizer(folder)
-    file = tokenizer.file_of(str(folder))
-    name = str(file) if file.is_file() else "bytes"
-    if name != "bytes":
-        check_text(folder, cfg)
+    check_text(folder, cfg)
+    name = str(tokenizer.file_of(str(folder)))
     return RunConfig(model=cfg, data=DataConfig(tokenizer=name, seq_len=min(SEQ_LEN, cfg.max_positions)))
-
-
-def check_tokenizer(folder: Path) -> None:
-    """Check that a released folder has a tokenizer, or that its tokens are known to be bytes.
-
-    Raises: ValueError when neither holds, or the tokenizer is a link out of the folder.
-    """
-    if text_files(folder).keys() & {TOKENIZER_FILE, TIKTOKEN_FILE} or is_byte_export(folder):
-        return
-    also = next((f.name for f in sorted(folder.glob("*.model"))), None)
-    other = f"; the format of {also} is not supported" if also else ""
-    size, eos = 256 + len(SPECIALS), ByteTokenizer().eos_id
-    if read_object(folder / files.CONFIG).get("vocab_size") == size:
-        other += f'; if its tokens are bytes, write "eos_token_id": {eos} into its {files.CONFIG}'
-    raise ValueError(f"{folder} has no tokenizer: neither {TOKENIZER_FILE} nor {TIKTOKEN_FILE} is in it{other}")
-
-
-def is_byte_export(folder: Path) -> bool:
-    """Whether a released folder without a tokenizer is a run of bytes as earlier versions of `dsv3 convert` wrote it.
-
-    Both numbers together tell: the smallest vocabulary of a trained BPE has as many ids, but its end of document is 0.
-    """
-    config = read_object(files.file_inside(folder, files.CONFIG))
-    ours = config.get("vocab_size") == 256 + len(SPECIALS) and config.get("eos_token_id") == ByteTokenizer().eos_id
-    return ours and not any(folder.glob("*.model"))
 
 
 def text_files(folder: Path) -> dict[str, Path]:
@@ -133,27 +132,23 @@ def text_files(folder: Path) -> dict[str, Path]:
 def check_text(folder: Path, cfg: ModelConfig) -> None:
     """Check the files that say how a released folder's text is read and ended, against each other and the model.
 
-    Raises: ValueError as `read_released`, and when the tokenizer has more ids than the model.
+    Raises: ValueError as `load_text`, and when the tokenizer has more ids than the model.
     """
-    text = text_settings.read_released(folder)
-    if (size := text.tokenizer.vocab_size) > cfg.vocab_size:
-        raise ValueError(
-            f"{files.file_inside(folder, tokenizer.file_of(str(folder)).name)} has vocab_size={size}, more than the "
-            f"model's vocab_size={cfg.vocab_size}"
-        )
+    if (size := load_text(folder).tokenizer.vocab_size) > cfg.vocab_size:
+        file = tokenizer.file_of(str(folder))
+        raise ValueError(f"{file} has vocab_size={size}, more than the model's vocab_size={cfg.vocab_size}")
 
 
 def open_draft(
-    place: str | Path, run: RunConfig, mesh: Mesh | None = None, *, kernels: str | None = None
+    place: str | Path, own: Tokenizer, mesh: Mesh | None = None, *, kernels: str | None = None, dtype: Any = None
 ) -> Transformer:
-    """Load a model to draft for a model of `run`, on the same mesh.
+    """Load a model to draft for a model with tokenizer `own`, on the same mesh.
 
-    Raises: ValueError as `open_model`, and if its tokenizer gives ids another meaning.
+    Raises: ValueError as `load_model` and `load_text`, and if its tokenizer gives ids another meaning.
     """
-    model, other, _ = open_model(place, mesh, kernels=kernels)
-    if not tokenizer.load(run.data.tokenizer).same_ids(tokenizer.load(other.data.tokenizer)):
+    if not own.same_ids(load_text(place).tokenizer):
         raise ValueError(f"draft={str(place)!r} has another tokenizer: its ids mean other text")
-    return model
+    return load_model(place, mesh, dtype=dtype, kernels=kernels, mtp=False)
 
 
 def load_text(folder: str | Path) -> TextSettings:
@@ -166,12 +161,11 @@ def load_text(folder: str | Path) -> TextSettings:
     is_run = (place / RUN_FILE).is_file()
     place = place if is_run else find_released(folder)
     files.file_inside(place, files.CONFIG)  # an absent file passes
-    text_files(place)
+    names = text_files(place)
     if is_run:
         return text_settings.read_run_folder(place, read_run(place).data.tokenizer)
-    check_tokenizer(place)
-    if not tokenizer.file_of(str(place)).is_file():
-        return text_settings.read_run_folder(place, "bytes")
+    if not names.keys() & {TOKENIZER_FILE, TIKTOKEN_FILE}:
+        raise ValueError(f"{place} has no tokenizer: neither {TOKENIZER_FILE} nor {TIKTOKEN_FILE} is in it")
     return text_settings.read_released(place)
 
 
@@ -184,14 +178,12 @@ def measured_on(cfg: DataConfig, folder: str | Path, paths: tuple[str, ...] = ()
     Raises: ValueError as `open_source` and `load_examples`.
     """
     if paths:
-        is_shards = len(paths) == 1 and (Path(paths[0]) / MANIFEST).is_file()
-        if not is_shards and cfg.format == "shards":
-            cfg = replace(cfg, format="text", mixture=(), temperature=1.0)
-        cfg = replace(cfg, paths=paths)
-        if is_shards:
-            cfg = replace(cfg, format="shards", chat_template=None, mixture=(), max_documents=None, fim_rate=0.0)
-        elif not any(Path(path).suffix.lower() in (".jsonl", ".parquet") for path in paths):
-            cfg = replace(cfg, format="text", chat_template=None)
+        chats = cfg.format == "chat" and any(Path(path).suffix.lower() in (".jsonl", ".parquet") for path in paths)
+        shards = len(paths) == 1 and (Path(paths[0]) / MANIFEST).is_file()
+        format = "shards" if shards else "chat" if chats else "text"
+        defaults = vars(DataConfig())
+        others = {name: defaults[name] for name, formats in ONLY_FOR.items() if format not in formats}
+        cfg = replace(cfg, paths=paths, format=format, **others)
     if cfg.format == "chat":
         return load_examples(cfg, load_text(folder))
     return open_source(cfg, tokenizer.load(cfg.tokenizer))

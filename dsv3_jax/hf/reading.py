@@ -19,7 +19,7 @@ from dsv3_jax.config import ConfigError, Execution, ModelConfig, replace
 from dsv3_jax.hf import int4
 from dsv3_jax.hf.config_json import config_from_dict
 from dsv3_jax.hf.families import WRAPPERS, family_of, text_config
-from dsv3_jax.hf.files import CONFIG, StoredTensor, TensorReader, open_folder
+from dsv3_jax.hf.files import CONFIG, StoredTensor, open_folder, read_tensor
 from dsv3_jax.hf.fp8 import E4M3, dequantize
 from dsv3_jax.hf.places import find
 from dsv3_jax.hf.table import SCALE_SUFFIX, Entry, entries
@@ -27,7 +27,6 @@ from dsv3_jax.kernels import choose
 from dsv3_jax.mesh.sharding import state_sharding
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer, abstract
-from dsv3_jax.ops import rope
 from dsv3_jax.report.progress import transfer
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -40,8 +39,9 @@ _EMBED = "model.embed_tokens.weight"
 _PREFIXES = ("", "language_model.")
 _BESIDE = re.compile(r"(model\.)?(vision\w*|mm_projector|multi_modal_projector)\.")
 _BLOCKS = re.compile(r"model\.blocks\.(?=\d)")  # transformers 5.24 saves a wrapper's layers under this name
-_INV_FREQ = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _INDEXER = re.compile(r"model\.layers\.\d+\.self_attn\.indexer\.")
+# Old files repeat what rope_theta gives; transformers does not read it either.
+_INV_FREQ = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 class ReleasedFolder:
@@ -64,8 +64,8 @@ class ReleasedFolder:
         >>> with tempfile.TemporaryDirectory() as path:
         ...     ds.hf.save(model, path, fp8=True, quiet=True)
         ...     folder = ReleasedFolder(path)
-        >>> folder.cfg.dim, folder.is_fp8, folder.stored["model.norm.weight"].shape
-        (128, True, (128,))
+        >>> folder.cfg.dim, folder.stored["model.norm.weight"].shape
+        (128, (128,))
     """
 
     def __init__(
@@ -78,8 +78,10 @@ class ReleasedFolder:
             cfg = config_from_dict(self.config, allow_unknown_keys=allow_unknown_keys)
         except ConfigError as error:
             raise ConfigError(f"{self.path / CONFIG}: {error}") from error
-        self._tensor = TensorReader()
         self.stored = self._of_the_language_model(stored, cfg)
+        quantization = text_config(self.config).get("quantization_config") or {}
+        packed = quantization.get("quant_method") == int4.METHOD
+        self._group = int4.group_size(quantization) if packed else 0  # numbers of a 4-bit weight with one scale
         # A model that needs far more tensors than there are is refused before they are listed: numbers of layers and
         # experts may be anything.
         most = len(self.stored) + _MAX_ABSENT
@@ -89,37 +91,25 @@ class ReleasedFolder:
                 f"{self.path} does not match its {CONFIG}: the files hold {len(self.stored)} tensors, and num_layers="
                 f"{cfg.num_layers}, num_experts={cfg.num_experts}, mtp_depth={cfg.mtp_depth} need more than {most}"
             )
-        needed = [e.name for e in all_entries if e.mtp and not e.copy_of]
-        if mtp and needed and not any(name in self.stored or name + int4.PACKED in self.stored for name in needed):
+        heads = [e for e in all_entries if e.mtp and not e.copy_of]
+        if mtp and heads and not any(self.stored.keys() & self._wanted(e).keys() for e in heads):
             mtp = False
-            layers = f"{cfg.mtp_depth} MTP layer{'s' if cfg.mtp_depth > 1 else ''}"
-            self.notes.append(f"{CONFIG} names {layers}, and the files have none: loaded without")
+            self.notes.append(f"{CONFIG} names {cfg.mtp_depth} MTP layers, and the files have none: loaded without")
         self.entries = {e.name: e for e in all_entries if mtp or not e.mtp}
         self.cfg = cfg if mtp else replace(cfg, mtp_depth=0)
-        self._left_out = set() if mtp else {e.name for e in all_entries if e.mtp}
-        self._check_tensors()
+        self._check_tensors(all_entries)
         self._check_copies()
 
     def _of_the_language_model(self, stored: dict[str, StoredTensor], cfg: ModelConfig) -> dict[str, StoredTensor]:
-        """The tensors by DeepSeek's names, without those that are not part of this model's computation.
-
-        Raises: ValueError when stored rotary frequencies are not those of config.json.
-        """
+        """The tensors by DeepSeek's names, without those that are not part of this model's computation."""
         prefix = next((p for p in _PREFIXES if p + _EMBED in stored), "")
         named = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if not _BESIDE.match(name)}
         if self.config.get("model_type") in WRAPPERS:
             named = {_BLOCKS.sub("model.layers.", name): tensor for name, tensor in named.items()}
         if len(named) < len(stored):
             self.notes.append(f"{len(stored) - len(named)} tensors of pictures are not read")
-        own = rope.frequencies(cfg.rope_head_dim, cfg.rope_theta, cfg.yarn)
-        for name in [name for name in named if _INV_FREQ.fullmatch(name)]:
-            tensor = named.pop(name)
-            # Files round them to their own dtype.
-            rtol = 1e-2 if tensor.dtype == BF16 else 1e-4
-            if tensor.shape != own.shape or not np.allclose(self._tensor(tensor).astype(np.float32), own, rtol=rtol):
-                raise ValueError(f"{tensor.file} holds {name}, which is not what rope_theta={cfg.rope_theta} gives")
-        family = family_of(text_config(self.config))
-        if family.indexer:
+        named = {name: tensor for name, tensor in named.items() if not _INV_FREQ.fullmatch(name)}
+        if family_of(text_config(self.config)).indexer:
             named = {name: tensor for name, tensor in named.items() if not _INDEXER.match(name)}
             self.notes.append(
                 f"index_topk={cfg.max_positions}: exact in texts of up to {cfg.max_positions:,} tokens; longer ones "
@@ -127,127 +117,64 @@ class ReleasedFolder:
             )
         return named
 
-    @property
-    def nbytes(self) -> int:
-        return sum(stored.nbytes for stored in self.stored.values())
-
-    @property
-    def is_fp8(self) -> bool:
-        return any(stored.dtype == E4M3 for stored in self.stored.values())
-
     def read(self, entry: Entry, dtype: np.dtype) -> np.ndarray:
         """Read one released tensor, dequantized, in `dtype` (float32 or bfloat16).
 
         Raises: ValueError naming file and tensor for NaN or Inf.
         """
-        if entry.name + int4.PACKED in self.stored:
-            packed, scales = (np.array(self._tensor(self.stored[entry.name + s])) for s in (int4.PACKED, int4.SCALE))
-            self._check_finite(entry, scales)
-            rows, columns = entry.shape
-            return int4.unpack(packed, scales, (rows, columns)).astype(dtype)
-        stored = self.stored[entry.name]
-        raw = self._tensor(stored)
-        if stored.dtype == E4M3:
-            scales = np.array(self._tensor(self.stored[entry.name + SCALE_SUFFIX]))
-            value = dequantize(raw, scales)
-            # Checking before the cast suffices: bfloat16 has float32's range.
-            self._check_finite(entry, value)
-            return value.astype(dtype)
-        self._check_finite(entry, raw)
-        if stored.dtype == BF16 and dtype == np.float32:  # float32 is bfloat16 followed by 16 zero bits
-            return np.left_shift(raw.view(np.uint16), 16, dtype=np.uint32).view(np.float32)
-        return raw.astype(dtype, copy=False)
+        name, *rest = self._wanted(entry)
+        stored = self.stored[name]
+        value = read_tensor(stored)
+        if rest:
+            scales = np.array(read_tensor(self.stored[rest[0]]))
+            fp8 = stored.dtype == E4M3
+            value = dequantize(value, scales) if fp8 else int4.unpack(value, scales, entry.shape, self._group)
+        if not self.allow_nonfinite and not (finite := np.isfinite(value)).all():
+            raise ValueError(f"{stored.file} holds {np.sum(~finite)} NaN or Inf in {entry.name}")
+        return value.astype(dtype, copy=False)
 
-    def _check_finite(self, entry: Entry, value: np.ndarray) -> None:
-        if self.allow_nonfinite or is_finite(value):
-            return
-        count = int(np.sum(~np.isfinite(value.astype(np.float32))))
-        file = (self.stored.get(entry.name) or self.stored[entry.name + int4.SCALE]).file
-        raise ValueError(f"{file} holds {count} NaN or Inf in {entry.name}")
+    def _wanted(self, entry: Entry) -> dict[str, tuple[tuple[int, ...], tuple[np.dtype, ...]]]:
+        """The one or two tensors that store a released tensor: name → (shape, possible dtypes)."""
+        name, stored = entry.name, self.stored.get(entry.name)
+        if entry.quantized and stored is not None and stored.dtype == E4M3:
+            return {name: (entry.shape, (E4M3,)), name + SCALE_SUFFIX: (entry.scale_shape, READABLE_DTYPES[:1])}
+        if entry.quantized and self._group and name + int4.PACKED in self.stored:
+            packed, scales = int4.shapes(entry.shape, self._group)
+            return {name + int4.PACKED: (packed, (np.dtype(np.int32),)), name + int4.SCALE: (scales, READABLE_DTYPES)}
+        return {name: (entry.shape, READABLE_DTYPES)}
 
-    def _check_tensors(self) -> None:
+    def _check_tensors(self, all_entries: list[Entry]) -> None:
         """Raises: ValueError that lists all tensors that are missing, unknown, or of a wrong shape or dtype."""
-        wrong, known = [], set(self._left_out) | {name + SCALE_SUFFIX for name in self._left_out}
-        for entry in self.entries.values():
-            stored = self.stored.get(entry.name)
-            known.add(entry.name)
-            if entry.name + int4.PACKED in self.stored:
-                known |= {entry.name + suffix for suffix in (int4.PACKED, int4.SCALE, int4.SHAPE)}
-                wrong += self._wrong_int4(entry)
-                continue
-            if stored is None:
-                if entry.copy_of is None:
-                    wrong.append(f"{entry.name} is missing")
-                continue
-            dtypes = READABLE_DTYPES if not entry.quantized else (*READABLE_DTYPES, E4M3)
-            if stored.shape != entry.shape or stored.dtype not in dtypes:
-                wrong.append(f"{_describe(stored, entry.name)}, not {list(entry.shape)}")
-            elif stored.dtype == E4M3:
-                known.add(entry.name + SCALE_SUFFIX)
-                scale = self.stored.get(entry.name + SCALE_SUFFIX)
-                if scale is None:
-                    wrong.append(f"{entry.name + SCALE_SUFFIX} is missing")
-                elif (scale.shape, scale.dtype) != (entry.scale_shape, np.float32):
-                    description = _describe(scale, entry.name + SCALE_SUFFIX)
-                    wrong.append(f"{description}, not float32 {list(entry.scale_shape)}")
+        wrong, known = [], set()
+        for entry in all_entries:
+            wanted = self._wanted(entry)
+            known |= {*wanted, entry.name + int4.SHAPE}
+            for name, (shape, dtypes) in wanted.items() if entry.name in self.entries else ():
+                stored = self.stored.get(name)
+                if stored is None:
+                    wrong += [] if entry.copy_of else [f"{name} is missing"]
+                elif stored.shape != shape or stored.dtype not in dtypes:
+                    actual = f"{name} in {stored.file.name} is {stored.dtype.name} {list(stored.shape)}"
+                    wrong.append(f"{actual}, not {dtypes[0].name} {list(shape)}")
         wrong += [f"{name} in {self.stored[name].file.name} is unknown" for name in self.stored.keys() - known]
         if wrong:
             more = f" and {len(wrong) - _MAX_LISTED} more" if len(wrong) > _MAX_LISTED else ""
             listed = "; ".join(sorted(wrong)[:_MAX_LISTED])
             raise ValueError(f"{self.path} does not match its {CONFIG}, {len(wrong)} tensors: {listed}{more}")
 
-    def _wrong_int4(self, entry: Entry) -> list[str]:
-        """Return the faults of a 4-bit weight's tensors; empty if there are none."""
-        name, (rows, columns) = entry.name, entry.shape
-        packed, scales = self.stored[name + int4.PACKED], self.stored.get(name + int4.SCALE)
-        if not entry.quantized:
-            return [f"{name} in {packed.file.name} is packed in 4 bits, but is no linear weight"]
-        if scales is None:
-            return [f"{name + int4.SCALE} is missing"]
-        wrong = []
-        if (packed.shape, packed.dtype) != ((rows, -(-columns // int4.IN_ONE)), np.int32):
-            wrong.append(_describe(packed, name + int4.PACKED) + f", not int32 for {list(entry.shape)}")
-        if (
-            scales.dtype not in READABLE_DTYPES
-            or len(scales.shape) != 2
-            or scales.shape[0] != rows
-            or not scales.shape[1]
-            or columns % scales.shape[1]
-        ):
-            wrong.append(_describe(scales, name + int4.SCALE) + f", not scales of groups of {list(entry.shape)}")
-        return wrong
-
     def _check_copies(self) -> None:
         """Raises: ValueError when a tensor differs from the one that it repeats: this model has only one of them."""
         for entry in self.entries.values():
             if entry.copy_of is None or entry.name not in self.stored:
                 continue
-            original = self.entries[entry.copy_of]
-            for start in range(0, entry.shape[0], 4096):  # by rows: no second array of the tensor's size
-                rows = slice(start, start + 4096)
-                left, right = (self._tensor(self.stored[n])[rows] for n in (entry.name, original.name))
-                if not np.array_equal(left.astype(np.float32), right.astype(np.float32), equal_nan=True):
+            copy, original = (read_tensor(self.stored[name]) for name in (entry.name, entry.copy_of))
+            for start in range(0, len(copy), 4096):  # by rows: no second array of the tensor's size
+                left, right = (tensor[start : start + 4096].astype(np.float32) for tensor in (copy, original))
+                if not np.array_equal(left, right, equal_nan=True):
                     raise ValueError(
-                        f"{self.stored[entry.name].file} holds {entry.name} that differs from {original.name}, "
-                        f"but this model uses one tensor for both"
+                        f"{self.stored[entry.name].file} holds {entry.name} that differs from {entry.copy_of}, "
+                        "but this model uses one tensor for both"
                     )
-
-
-def _describe(stored: StoredTensor, name: str) -> str:
-    return f"{name} in {stored.file.name} is {stored.dtype.name} {list(stored.shape)}"
-
-
-def is_finite(value: np.ndarray) -> bool:
-    """Say whether no number is NaN or Inf.
-
-    Example:
-        >>> is_finite(np.array([1.0, 2.0])), is_finite(np.array([1.0, np.nan]))
-        (True, False)
-    """
-    if value.dtype == BF16:  # bits of the exponent: much faster than the dtype's own functions
-        bits = value.view(np.uint16)
-        return not bool(((bits & np.uint16(0x7F80)) == 0x7F80).any())
-    return bool(np.isfinite(value).all())
 
 
 def load(
@@ -347,7 +274,7 @@ def _read_shard(
     for entry, part in sources:
         indices = entry.slices[part].indices
         if all(i in r for i, r in zip(indices, ranges, strict=False)):
-            value = entry.layout.split(folder.read(entry, dtype))[part]
+            value = entry.split(folder.read(entry, dtype))[part]
             out[tuple(i - r.start for i, r in zip(indices, ranges, strict=False))] = value[shard[len(indices) :]]
     return out
 

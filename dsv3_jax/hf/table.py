@@ -7,7 +7,7 @@ Source: the released index files of DeepSeek-V2, V2-Lite and V3, and the referen
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,102 +28,8 @@ class ParamSlice(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SameLayout:
-    """The same numbers in the same order; base of the other layouts.
-
-    Example:
-        >>> SameLayout().split(np.array([[1, 2]]))[0].tolist()
-        [[1, 2]]
-    """
-
-    def split(self, released: np.ndarray) -> list[np.ndarray]:
-        """Convert a released tensor to ours, one array for each slice; views where possible."""
-        return [released]
-
-    def join(self, ours: list[np.ndarray]) -> np.ndarray:
-        """Convert our arrays to the released tensor; the inverse of `split`."""
-        return ours[0]
-
-
-@dataclass(frozen=True)
-class Transposed(SameLayout):
-    """[out, in] ↔ [in, out].
-
-    Example:
-        >>> Transposed().split(np.array([[1, 2]]))[0].tolist()
-        [[1], [2]]
-    """
-
-    def split(self, released: np.ndarray) -> list[np.ndarray]:
-        return [released.T]
-
-    def join(self, ours: list[np.ndarray]) -> np.ndarray:
-        return ours[0].T
-
-
-@dataclass(frozen=True)
-class OutputHeads(SameLayout):
-    """[H·a, in] ↔ [in, H, a], for a = `head_dim`.
-
-    Example:
-        >>> OutputHeads(head_dim=2).split(np.array([[1], [2], [3], [4]]))[0].tolist()  # two heads of one input
-        [[[1, 2], [3, 4]]]
-    """
-
-    head_dim: int
-
-    def split(self, released: np.ndarray) -> list[np.ndarray]:
-        return [released.reshape(-1, self.head_dim, released.shape[1]).transpose(2, 0, 1)]
-
-    def join(self, ours: list[np.ndarray]) -> np.ndarray:
-        rows = ours[0].transpose(1, 2, 0)
-        return rows.reshape(-1, rows.shape[-1])
-
-
-@dataclass(frozen=True)
-class FusedHeads(SameLayout):
-    """[H·(a + b + …), in] ↔ [H, a, in], [H, b, in], …, for (a, b, …) = `head_dims`; rows keep their order.
-
-    Example:
-        >>> [part.tolist() for part in FusedHeads((1, 1)).split(np.array([[1], [2], [3], [4]]))]  # two heads of [k, v]
-        [[[[1]], [[3]]], [[[2]], [[4]]]]
-    """
-
-    head_dims: Shape
-
-    def split(self, released: np.ndarray) -> list[np.ndarray]:
-        rows = released.reshape(-1, sum(self.head_dims), released.shape[1])
-        return np.split(rows, np.cumsum(self.head_dims)[:-1], axis=1)
-
-    def join(self, ours: list[np.ndarray]) -> np.ndarray:
-        rows = np.concatenate(ours, axis=1)
-        return rows.reshape(-1, rows.shape[-1])
-
-
-@dataclass(frozen=True)
-class InputHeads(SameLayout):
-    """[out, H·a] ↔ [H, a, out], for a = `head_dim`.
-
-    Example:
-        >>> InputHeads(head_dim=2).split(np.array([[1, 2, 3, 4]]))[0].tolist()  # two heads to one output
-        [[[1], [2]], [[3], [4]]]
-    """
-
-    head_dim: int
-
-    def split(self, released: np.ndarray) -> list[np.ndarray]:
-        return [released.T.reshape(-1, self.head_dim, released.shape[0])]
-
-    def join(self, ours: list[np.ndarray]) -> np.ndarray:
-        return ours[0].reshape(-1, ours[0].shape[-1]).T
-
-
-SAME_LAYOUT, TRANSPOSED = SameLayout(), Transposed()
-
-
-@dataclass(frozen=True)
 class Entry:
-    """One released tensor.
+    """One released tensor, and how our parameters are made of it: reshape, transpose, then split along axis 1.
 
     Example:
         >>> from dsv3_jax.presets import preset
@@ -134,8 +40,10 @@ class Entry:
 
     name: str
     shape: Shape
-    slices: tuple[ParamSlice, ...]  # one for each array of `layout.split`
-    layout: SameLayout = TRANSPOSED
+    slices: tuple[ParamSlice, ...]  # one for each of our arrays
+    order: Shape = (1, 0)  # our order of the axes: [out, in] becomes [in, out]
+    heads: Shape = ()  # the shape with an axis of heads; empty if it has none
+    parts: Shape = ()  # rows of a head in each of our arrays; empty for one array
     quantized: bool = False  # FP8 in an FP8 checkpoint
     always_float32: bool = False  # in every checkpoint
     copy_of: str | None = None  # name of the tensor that this one repeats; it may be absent but must not differ
@@ -146,6 +54,22 @@ class Entry:
         """Shape of an FP8 weight's scales; the last blocks may be partial."""
         return tuple(-(-n // BLOCK) for n in self.shape)
 
+    def split(self, released: np.ndarray) -> list[np.ndarray]:
+        """Convert the released tensor to ours, one array for each slice; views where possible.
+
+        Example:
+            >>> two_heads = Entry("kv", (4, 1), (), order=(0, 1, 2), heads=(2, 2, 1), parts=(1, 1))
+            >>> [part.tolist() for part in two_heads.split(np.array([[1], [2], [3], [4]]))]
+            [[[[1]], [[3]]], [[[2]], [[4]]]]
+        """
+        ours = released.reshape(self.heads or self.shape).transpose(self.order)
+        return np.split(ours, np.cumsum(self.parts)[:-1], axis=1) if self.parts else [ours]
+
+    def join(self, ours: list[np.ndarray]) -> np.ndarray:
+        """Convert our arrays to the released tensor; the inverse of `split`."""
+        whole = np.concatenate(ours, axis=1) if self.parts else ours[0]
+        return whole.transpose(np.argsort(self.order)).reshape(self.shape)
+
 
 def entries(cfg: ModelConfig) -> Iterator[Entry]:
     """List every released tensor of a model in layer order. With tied embeddings the head is a copy.
@@ -155,7 +79,7 @@ def entries(cfg: ModelConfig) -> Iterator[Entry]:
         >>> [entry.name for entry in entries(preset("tiny"))][:2]
         ['model.embed_tokens.weight', 'model.layers.0.input_layernorm.weight']
     """
-    embed = Entry("model.embed_tokens.weight", (cfg.vocab_size, cfg.dim), (ParamSlice(("embed",), ()),), SAME_LAYOUT)
+    embed = _same("model.embed_tokens.weight", (cfg.vocab_size, cfg.dim), ("embed",), ())
     yield embed
     for layer in range(cfg.num_layers):
         dense = layer < cfg.num_dense_layers
@@ -165,7 +89,7 @@ def entries(cfg: ModelConfig) -> Iterator[Entry]:
     yield _norm("model.norm", cfg.dim, ("norm",), ())
     head = replace(embed, name="lm_head.weight", copy_of=embed.name)
     if not cfg.tie_embeddings:
-        head = replace(head, slices=(ParamSlice(("head",), ()),), layout=TRANSPOSED, copy_of=None)
+        head = replace(head, slices=(ParamSlice(("head",), ()),), order=(1, 0), copy_of=None)
     yield head
     for k in range(cfg.mtp_depth):
         for entry in _mtp_layer(cfg, k, embed, head):
@@ -202,9 +126,8 @@ def _block(cfg: ModelConfig, name: str, path: Path, index: Shape, dense: bool) -
     router = (cfg.num_experts, cfg.dim)
     yield Entry(f"{name}.mlp.gate.weight", router, (ParamSlice((*moe, "w_router"), index),))
     if cfg.router == "sigmoid":
-        bias = (ParamSlice((*moe, "bias"), index),)
-        bias_name = f"{name}.mlp.gate.e_score_correction_bias"
-        yield Entry(bias_name, (cfg.num_experts,), bias, SAME_LAYOUT, always_float32=True)
+        bias = _same(f"{name}.mlp.gate.e_score_correction_bias", (cfg.num_experts,), (*moe, "bias"), index)
+        yield replace(bias, always_float32=True)
     for e in range(cfg.num_experts):
         yield from _swiglu(cfg.dim, cfg.expert_dim, f"{name}.mlp.experts.{e}", (*moe, "experts"), (*index, e))
     if cfg.num_shared_experts:
@@ -213,24 +136,27 @@ def _block(cfg: ModelConfig, name: str, path: Path, index: Shape, dense: bool) -
 
 
 def _attention(cfg: ModelConfig, name: str, path: Path, index: Shape) -> Iterator[Entry]:
-    heads, qk = cfg.num_heads, cfg.nope_head_dim + cfg.rope_head_dim
+    h, qk, v = cfg.num_heads, cfg.nope_head_dim + cfg.rope_head_dim, cfg.v_head_dim
 
-    def linear(part: str, shape: Shape, layout: SameLayout, *ours: str) -> Entry:
+    def linear(part: str, shape: Shape, *ours: str, **layout: Any) -> Entry:
         slices = tuple(ParamSlice((*path, w), index) for w in ours)
-        return Entry(f"{name}.{part}.weight", shape, slices, layout, quantized=True)
+        return Entry(f"{name}.{part}.weight", shape, slices, quantized=True, **layout)
+
+    def queries(part: str, width: int, ours: str) -> Entry:
+        return linear(part, (h * qk, width), ours, order=(2, 0, 1), heads=(h, qk, width))
 
     if cfg.q_latent_dim is None:
-        yield linear("q_proj", (heads * qk, cfg.dim), OutputHeads(qk), "w_q")
+        yield queries("q_proj", cfg.dim, "w_q")
     else:
-        yield linear("q_a_proj", (cfg.q_latent_dim, cfg.dim), TRANSPOSED, "w_dq")
+        yield linear("q_a_proj", (cfg.q_latent_dim, cfg.dim), "w_dq")
         yield _norm(f"{name}.q_a_layernorm", cfg.q_latent_dim, (*path, "q_norm"), index)
-        yield linear("q_b_proj", (heads * qk, cfg.q_latent_dim), OutputHeads(qk), "w_uq")
-    row = cfg.kv_latent_dim + cfg.rope_head_dim
-    yield linear("kv_a_proj_with_mqa", (row, cfg.dim), TRANSPOSED, "w_dkv")
-    yield _norm(f"{name}.kv_a_layernorm", cfg.kv_latent_dim, (*path, "kv_norm"), index)
-    head_dims = (cfg.nope_head_dim, cfg.v_head_dim)
-    yield linear("kv_b_proj", (heads * sum(head_dims), cfg.kv_latent_dim), FusedHeads(head_dims), "w_uk", "w_uv")
-    yield linear("o_proj", (cfg.dim, heads * cfg.v_head_dim), InputHeads(cfg.v_head_dim), "w_o")
+        yield queries("q_b_proj", cfg.q_latent_dim, "w_uq")
+    latent, parts = cfg.kv_latent_dim, (cfg.nope_head_dim, v)
+    yield linear("kv_a_proj_with_mqa", (latent + cfg.rope_head_dim, cfg.dim), "w_dkv")
+    yield _norm(f"{name}.kv_a_layernorm", latent, (*path, "kv_norm"), index)
+    both, heads = (h * sum(parts), latent), (h, sum(parts), latent)
+    yield linear("kv_b_proj", both, "w_uk", "w_uv", order=(0, 1, 2), heads=heads, parts=parts)
+    yield linear("o_proj", (cfg.dim, h * v), "w_o", order=(1, 2, 0), heads=(cfg.dim, h, v))
 
 
 def _swiglu(dim: int, hidden: int, name: str, path: Path, index: Shape) -> Iterator[Entry]:
@@ -243,20 +169,12 @@ def _swiglu(dim: int, hidden: int, name: str, path: Path, index: Shape) -> Itera
 
 
 def _norm(name: str, dim: int, path: Path, index: Shape) -> Entry:
-    return Entry(f"{name}.weight", (dim,), (ParamSlice((*path, "scale"), index),), SAME_LAYOUT)
+    return _same(f"{name}.weight", (dim,), (*path, "scale"), index)
 
 
-def dtype_of(entry: Entry, dtype: str, fp8: bool) -> str:
-    """Name the dtype of a tensor in a checkpoint of `dtype`.
-
-    Example:
-        >>> from dsv3_jax.presets import preset
-        >>> [dtype_of(entry, "bfloat16", fp8=True) for entry in entries(preset("v3"))][1:3]  # a norm, and a projection
-        ['bfloat16', 'float8_e4m3fn']
-    """
-    if entry.always_float32:
-        return "float32"
-    return "float8_e4m3fn" if fp8 and entry.quantized else dtype
+def _same(name: str, shape: Shape, path: Path, index: Shape) -> Entry:
+    """A tensor whose layout is ours."""
+    return Entry(name, shape, (ParamSlice(path, index),), order=tuple(range(len(shape))))
 
 
 def tensor_table(cfg: ModelConfig, fp8: bool = False, *, dtype: str = "bfloat16") -> dict[str, tuple[Shape, str]]:
@@ -284,9 +202,11 @@ def tensor_table(cfg: ModelConfig, fp8: bool = False, *, dtype: str = "bfloat16"
     for entry in entries(cfg):
         if cfg.tie_embeddings and entry.copy_of and not entry.mtp:
             continue  # transformers ties the head without a tensor
-        table[entry.name] = (entry.shape, dtype_of(entry, dtype, fp8))
         if fp8 and entry.quantized:
+            table[entry.name] = (entry.shape, "float8_e4m3fn")
             table[entry.name + SCALE_SUFFIX] = (entry.scale_shape, "float32")
+        else:
+            table[entry.name] = (entry.shape, "float32" if entry.always_float32 else dtype)
     return table
 
 

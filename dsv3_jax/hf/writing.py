@@ -1,17 +1,17 @@
 """Save a model as a released folder that `transformers` loads, one tensor at a time; a failure leaves no folder."""
 
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
+from dsv3_jax.files import atomic_folder
 from dsv3_jax.hf import files
 from dsv3_jax.hf.config_json import config_to_dict
 from dsv3_jax.hf.fp8 import quantize
-from dsv3_jax.hf.reading import BF16, ReleasedFolder, is_finite
+from dsv3_jax.hf.reading import BF16, ReleasedFolder
 from dsv3_jax.hf.table import SCALE_SUFFIX, entries, tensor_table
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.report.progress import transfer
@@ -23,46 +23,31 @@ DTYPES = ("float32", "bfloat16")
 ReadTensor = Callable[[str], np.ndarray]  # a released tensor by name, in the released layout and any float dtype
 
 
-class CastTensors:
-    """Released tensors by name in a table's dtypes.
+def cast(read: ReadTensor, table: files.Table, *, allow_nonfinite: bool) -> Iterator[np.ndarray]:
+    """Read the tensors of a table, in its order and its dtypes; an FP8 tensor's scales come after it.
 
     Args:
         read: reads a tensor in any float dtype.
         table: name → (shape, dtype name), as `tensor_table`.
         allow_nonfinite: accept NaN and Inf, except in FP8.
+    Raises: ValueError naming a tensor that holds NaN or Inf.
 
     Example:
-        >>> table = {"norm": ((2,), "bfloat16")}
-        >>> tensors = CastTensors(lambda name: np.ones(2, np.float32), table, allow_nonfinite=False)
-        >>> tensors("norm").dtype.name
-        'bfloat16'
+        >>> tensors = cast(lambda name: np.ones(2, np.float32), {"norm": ((2,), "bfloat16")}, allow_nonfinite=False)
+        >>> [tensor.dtype.name for tensor in tensors]
+        ['bfloat16']
     """
-
-    def __init__(self, read: ReadTensor, table: files.Table, allow_nonfinite: bool):
-        self._read, self._table, self._allow_nonfinite = read, table, allow_nonfinite
-        self._last_scale: tuple[str, np.ndarray] = ("", np.empty(0))
-
-    def __call__(self, name: str) -> np.ndarray:
-        """Return a tensor in the table's dtype; the scales of an FP8 tensor only directly after that tensor.
-
-        Raises: ValueError naming a tensor that holds NaN or Inf.
-        """
-        if name == self._last_scale[0]:
-            return self._last_scale[1]
-        dtype = self._table[name][1]
-        value = self._read(name)
-        fp8 = dtype not in DTYPES
-        if (fp8 or not self._allow_nonfinite) and not is_finite(value):
+    for name, (_, dtype) in table.items():
+        if name.endswith(SCALE_SUFFIX):
+            continue  # written with its tensor
+        value, fp8 = read(name), dtype not in DTYPES
+        if (fp8 or not allow_nonfinite) and not np.isfinite(value).all():
             reason = ", which FP8 cannot represent" if fp8 else "; allow_nonfinite=True accepts it"
             raise ValueError(f"{name} holds NaN or Inf{reason}")
-        if not fp8:
-            value = value.astype(np.float32 if dtype == "float32" else BF16, copy=False)
-            if not self._allow_nonfinite and not is_finite(value):
-                raise ValueError(f"{name} does not fit in dtype={dtype}: it becomes Inf; use float32")
-            return value
-        numbers, scales = quantize(value.astype(np.float32, copy=False))
-        self._last_scale = (name + SCALE_SUFFIX, scales)
-        return numbers
+        if fp8:
+            yield from quantize(value.astype(np.float32, copy=False))
+        else:
+            yield value.astype(dtype, copy=False)
 
 
 def model_tensors(model: Transformer) -> ReadTensor:
@@ -85,20 +70,17 @@ def model_tensors(model: Transformer) -> ReadTensor:
     for path, array in arrays.items():
         if not array.is_fully_addressable:
             raise ValueError(f"parameter {'.'.join(map(str, path))} is sharded over hosts; gather it before saving")
-    on_cpu: dict[tuple, np.ndarray] = {}
 
     def part(path: tuple, index: tuple[int, ...]) -> np.ndarray:
         array = arrays[path]
-        devices = array.devices()
-        if len(devices) > 1 or next(iter(devices)).platform != "cpu":
+        [device, *others] = array.devices()
+        if others or device.platform != "cpu":
             return np.asarray(array[index])
-        if path not in on_cpu:
-            on_cpu[path] = np.asarray(array)  # a view of the CPU's memory
-        return on_cpu[path][index]
+        return np.asarray(array)[index]  # a view of the CPU's memory
 
     def read(name: str) -> np.ndarray:
         entry = entry_of[name]
-        return entry.layout.join([part(*param_slice) for param_slice in entry.slices])
+        return entry.join([part(*param_slice) for param_slice in entry.slices])
 
     return read
 
@@ -111,8 +93,7 @@ def folder_tensors(folder: ReleasedFolder) -> ReadTensor:
         if name not in folder.stored and entry.copy_of:
             entry = folder.entries[entry.copy_of]
         stored = folder.stored.get(entry.name)  # None: of 4 bits
-        dtype = stored.dtype if stored is not None and stored.dtype == BF16 else np.dtype(np.float32)
-        return folder.read(entry, dtype)
+        return folder.read(entry, BF16 if stored is not None and stored.dtype == BF16 else np.dtype(np.float32))
 
     return read
 
@@ -156,13 +137,13 @@ def save(
         model-00001-of-00001.safetensors
         model.safetensors.index.json
     """
-    write_released(path, *prepare(model, fp8, dtype, allow_nonfinite), shard_bytes, quiet=quiet)
+    config, table, read = prepare(model, fp8, dtype)
+    tensors = cast(read, table, allow_nonfinite=allow_nonfinite)
+    write_released(path, config, table, tensors, shard_bytes, quiet=quiet)
 
 
-def prepare(
-    model: Transformer, fp8: bool, dtype: Any, allow_nonfinite: bool
-) -> tuple[dict[str, Any], files.Table, CastTensors]:
-    """Return config.json, table and tensors of a model for `write_released`. Arguments and errors as `save`.
+def prepare(model: Transformer, fp8: bool, dtype: Any) -> tuple[dict[str, Any], files.Table, ReadTensor]:
+    """Return config.json, the table, and a function that reads a tensor of a model. Arguments and errors as `save`.
 
     Example:
         >>> import jax
@@ -170,47 +151,44 @@ def prepare(
         >>> from dsv3_jax.model.transformer import abstract
         >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
         >>> model = jax.tree.map(lambda x: jax.numpy.ones(x.shape, x.dtype), abstract(cfg))  # all weights are 1
-        >>> config, table, tensors = prepare(model, fp8=False, dtype=None, allow_nonfinite=False)
-        >>> config["hidden_size"], table["model.norm.weight"], tensors("model.norm.weight").shape
+        >>> config, table, read = prepare(model, fp8=False, dtype=None)
+        >>> config["hidden_size"], table["model.norm.weight"], read("model.norm.weight").shape
         (128, ((128,), 'float32'), (128,))
     """
     name = np.dtype(dtype or ("bfloat16" if fp8 else model.embed[...].dtype)).name
-    table = tensor_table(model.cfg, fp8, dtype=name)
-    tensors = CastTensors(model_tensors(model), table, allow_nonfinite)
-    return config_to_dict(model.cfg, fp8=fp8, dtype=name), table, tensors
+    if name not in DTYPES:
+        raise ValueError(f"dtype={name} is not supported; use {' or '.join(DTYPES)}")
+    config = config_to_dict(model.cfg, fp8=fp8, dtype=name)
+    return config, tensor_table(model.cfg, fp8, dtype=name), model_tensors(model)
 
 
 def write_released(
     path: str | Path,
     config: dict[str, Any],
     table: files.Table,
-    tensors: CastTensors,
-    shard_bytes: int,
+    tensors: Iterable[np.ndarray],
+    shard_bytes: int = SHARD_BYTES,
     *,
     quiet: bool,
-    extra_files: Mapping[str, Path] | None = None,
-    texts: Mapping[str, str] | None = None,
+    texts: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write a released folder of a table's tensors, with copies of `extra_files`, and files of `texts`, both by name.
+    """Write a released folder of a table's tensors, and the files of `texts` by name.
 
     Raises: ValueError as `save`.
     """
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes={shard_bytes} is below 1; give the bytes that a shard may hold")
-    if config["torch_dtype"] not in DTYPES:
-        raise ValueError(f"dtype={config['torch_dtype']} is not supported; use {' or '.join(DTYPES)}")
     total = files.table_bytes(table)
-    with files.new_folder(path, total) as folder, transfer("saving", total, quiet=quiet) as advance:
+    files.check_new(Path(path), total)
+    with atomic_folder(path) as folder, transfer("saving", total, quiet=quiet) as advance:
 
-        def read(name: str) -> np.ndarray:
-            tensor = tensors(name)
-            advance(tensor.nbytes)
-            return tensor
+        def counted() -> Iterator[np.ndarray]:
+            for tensor in tensors:
+                advance(tensor.nbytes)
+                yield tensor
 
-        files.write_shards(folder, table, shard_bytes, read)
+        files.write_shards(folder, table, shard_bytes, counted())
         files.write_json(folder / files.CONFIG, config)
-        for name, file in (extra_files or {}).items():
+        for name, content in (texts or {}).items():
             (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, folder / name)
-        for name, text in (texts or {}).items():
-            (folder / name).write_text(text, encoding="utf-8")
+            (folder / name).write_bytes(content)

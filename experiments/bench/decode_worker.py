@@ -83,6 +83,7 @@ def _decoder(args) -> tuple[dict, Callable[[str], dict]]:
     from flax import nnx
 
     from dsv3_jax.config import ModelConfig, from_dict
+    from dsv3_jax.data import tokenizer
     from dsv3_jax.data.source import held_out_prompts
     from dsv3_jax.decoding.generate import generate
     from dsv3_jax.hf.open_model import open_draft
@@ -93,7 +94,9 @@ def _decoder(args) -> tuple[dict, Callable[[str], dict]]:
         model, run, _ = load_run(args.run)
     else:
         model = random_model(from_dict(ModelConfig, json.loads(args.config)), args.seed)
-    drafts = {"run": open_draft(args.draft_run, run) if args.draft_run and run else None}
+    drafts = {}
+    if args.draft_run and run:
+        drafts["run"] = open_draft(args.draft_run, tokenizer.load(run.data.tokenizer))
     ran: set[str] = set()
 
     def handle(line: str) -> dict:

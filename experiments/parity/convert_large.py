@@ -64,7 +64,7 @@ def make(folder: Path) -> tuple[float, float]:
         return value.astype(BF16 if dtype == "bfloat16" else dtype)
 
     folder.mkdir()
-    write_shards(folder, table, 500_000_000, random)
+    write_shards(folder, table, 500_000_000, map(random, table))
     write_json(folder / CONFIG, config_to_dict(cfg))
     stack = cfg.num_sparse_layers * cfg.num_experts * cfg.dim * cfg.expert_dim * 4
     return table_bytes(table) / 1e9, stack / 1e9

@@ -225,14 +225,11 @@ def make_base(root: Path) -> None:
     files.write_json(released / files.CONFIG, config)
     values = np.random.default_rng(0)
 
-    def tensor(name: str) -> np.ndarray:
-        shape, dtype = table[name]
-        return values.normal(size=shape).astype(files.STORED_DTYPES[files.FORMAT_NAMES[dtype]])
-
     table = tensor_table(cfg)
     copies = ("embed_tokens.weight", "shared_head.head.weight")
     table = {name: row for name, row in table.items() if not (name.endswith(copies) and ".layers." in name)}
-    files.write_shards(released, table, 20_000, tensor)
+    tensors = (values.normal(size=shape).astype(dtype) for shape, dtype in table.values())
+    files.write_shards(released, table, 20_000, tensors)
     texts = ["to be or not to be, that is the question", "x = 1\ny = x + 2", "une île était là", "[1, 2, 3]"] * 4
     train_bpe(texts, 300, str(released / "tokenizer.json"))
     special = {"content": "<eos>", "special": True}

@@ -17,8 +17,7 @@ from dsv3_jax.config import replace
 from dsv3_jax.decoding.decode_config import DecodeConfig
 from dsv3_jax.decoding.generate import Sampling, generate_in_parts
 from dsv3_jax.hf.files import read_json, write_json
-from dsv3_jax.hf.open_model import load_text
-from dsv3_jax.loading import load_model
+from dsv3_jax.hf.open_model import load_model, load_text
 
 pytestmark = [
     pytest.mark.parity,
