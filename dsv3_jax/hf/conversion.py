@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ def convert(
     files.check_new(out, 0)
     if from_run:
         return _run_to_released(source, out, step, dtype, allow_nonfinite, quiet)
-    accept = {"mtp": mtp, "allow_nonfinite": allow_nonfinite, "allow_unknown_keys": allow_unknown_keys}
+    accept: dict[str, Any] = {"mtp": mtp, "allow_nonfinite": allow_nonfinite, "allow_unknown_keys": allow_unknown_keys}
     if dtype is None:
         return _released_to_run(source, out, load(source, jnp.float32, quiet=quiet, **accept))
     return _released_to_dtype(ReleasedFolder(source, **accept), out, dtype, quiet)
