@@ -68,7 +68,7 @@ endef
 endif
 
 lab: $(VENV)/.installed
-	$(BIN)/python -m experiments.lab $(LAB_ARGS)
+	$(BIN)/python -m experiments.lab run all $(LAB_ARGS)
 
 notebooks: $(VENV)/.installed-notebooks
 	$(BIN)/python notebooks/execute.py

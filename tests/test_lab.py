@@ -1,277 +1,307 @@
-"""The lab's commands: the runs that a study asks for, skipping finished ones, and what the options do."""
+"""The lab's commands: which runs they make, what options do, what a worker writes, which results count."""
 
-import importlib.util
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
+import lab_worker
+import numpy as np
 import pytest
-from lab_stub import called, diffs, fake_repository, make_study
-from runs import HERE
+from runs import HERE, cheap_compiles, finished
 
-from dsv3_jax.config import ConfigError, replace
+from dsv3_jax.config import Layout, replace
 from dsv3_jax.presets import recipe
-from experiments.lab import RUNS_FOLDER, FollowUp, OnTask, Results, __main__, bases, overview, work
-from experiments.lab.fingerprints import RECIPE
+from experiments.lab import (
+    ABOVE,
+    RUNS_FOLDER,
+    Column,
+    FollowUp,
+    Results,
+    fingerprints,
+    mean_spread,
+    overview,
+    running,
+    work,
+)
+from experiments.lab.__main__ import main
+from experiments.lab.bases import base_run
+from experiments.lab.fingerprints import RECIPE, identify, settings_of
+from experiments.lab.results import replace_block, thin_curves
+from experiments.lab.study import load
+from experiments.lab.tables import results_table
 from experiments.lab.tasks import Facts
 
-pytestmark = pytest.mark.long
+STUDY = """
+from dsv3_jax.config import replace
+from experiments.lab import FollowUp, Study
+from experiments.lab.claims import Claim
+
+def variants(base):
+    heads = lambda trunk: replace(base, steps=9, model=replace(base.model, mtp_depth=1), trunk=trunk)
+    return {"first": base, "second": replace(base, steps=7), "bad": replace(base, steps=8),
+            "heads": FollowUp(("bad",), heads)}
+
+STUDY = Study("A question?", "yes", variants, claims=(Claim("the second is lower", "second", "first"),))
+"""
+PAGE = "# A question?\n\n<!-- results -->\nold\n<!-- /results -->\n\n## Verdict\n\n**Agrees, in\nshort.** It does.\n"
 
 
 @pytest.fixture
-def repo(tmp_path, monkeypatch):
-    return fake_repository(tmp_path, monkeypatch)
+def lab(tmp_path, monkeypatch):
+    """Return a function (arguments of `run 1`) → (exit code, jobs that it did), in a repository with one study."""
+    folder = tmp_path / "experiments" / "01_fake"
+    folder.mkdir(parents=True)
+    (tmp_path / "runs/lab").mkdir(parents=True)
+    (folder / "study.py").write_text(STUDY)
+    (folder / "README.md").write_text(PAGE)
+    (folder.parent / "README.md").write_text("<!-- results -->\n<!-- /results -->\n")
+    monkeypatch.setattr(work, "serve", lab_worker.serve)
+    monkeypatch.setattr(running, "make_tokenizer", lambda run, root: None)
+    monkeypatch.setattr(running, "_backend", lambda: "cpu")
+    monkeypatch.setattr(fingerprints, "_corpus_hash", lambda data: "the text")
+    environment = dict(os.environ)
+
+    def lab(*arguments):
+        code = main(["run", "1", *arguments], folder.parent)
+        called = tmp_path / "called"
+        jobs = [line.rpartition(" ") for line in called.read_text().splitlines()] if called.exists() else []
+        called.unlink(missing_ok=True)
+        lab.processes = [process for *_, process in jobs]
+        return code, [job for job, *_ in jobs]
+
+    lab.root, lab.folder, lab.results = tmp_path, folder, lambda: Results(folder / "results.json")
+    yield lab
+    os.environ.clear()
+    os.environ.update(environment)
 
 
-def test_a_picture_whose_runs_are_missing_is_not_drawn_and_the_table_is_there(repo, capsys):
-    """Only the first variant has run: the sentence names what is missing, and nothing fails."""
-
-    def needs_second(results, *_):
-        return str(results.values("second", "val_loss").mean())
-
-    study = make_study(repo, table=needs_second, draw=needs_second)
-    assert study.main(["--seeds", "0", "--only", "first"]) == 0
-    printed = capsys.readouterr()
-    assert printed.out.endswith("No picture: no run of 'second'.\n") and "| first | 1,000 (100) |" in printed.out
-
-
-def test_only_missing_runs_are_made_and_failures_are_named(repo, capsys):
-    study, folder = make_study(repo), repo / "experiments" / "01_fake"
-    assert study.main(["--seeds", "0", "1", "--workers", "1"]) == 1
+def test_only_missing_runs_are_made_and_failures_are_named(lab, capsys):
+    """Then: a page, a picture, a line of the overview; the fixed variant alone is made; a changed variant again."""
+    code, made = lab("--seeds", "0", "1", "--workers", "1")
     errors = capsys.readouterr().err
-    assert "bad, seed 0 failed: the loss is not finite" in errors and "bad, seed 1 failed" in errors
+    assert code == 1 and "bad, seed 0 failed: the loss is not finite" in errors
     assert "heads, seed 0 was not run: it depends on bad" in errors
-    jobs = [f"{name} {seed} [] False" for seed in (0, 1) for name in ("first", "second", "bad")]
-    made = called(repo)  # of the second seed in the order of their times
-    assert made[:3] == jobs[:3] and sorted(made) == sorted(jobs)
+    assert sorted(made) == sorted(f"{name} {seed} [] False" for seed in (0, 1) for name in ("first", "second", "bad"))
     # One process does job after job, until one of them ends it. The next job has a new one.
     ended = [job.startswith("bad") for job in made]
-    numbers = [sum(ended[:i]) for i in range(len(made))]
-    processes = (repo / "processes").read_text().split()
-    assert [sorted(set(processes), key=processes.index).index(p) for p in processes] == numbers
-    page = (folder / "README.md").read_text()
+    order = [sorted(set(lab.processes), key=lab.processes.index).index(p) for p in lab.processes]
+    assert order == [sum(ended[:i]) for i in range(len(made))]
+    page = (lab.folder / "README.md").read_text()
     assert "| second | 1,000 (100) | 8 | 1.7500 ± 0.7071 | +0.2500 ± 0.0000 |" in page
     assert "| the second is lower | +0.250 (" in page and "trained at commit 0123abc. Machine: " in page
-    assert f"Recipe {RECIPE}." in page and "These are not" not in page
     assert "\nold\n" not in page and page.startswith("# A question?") and page.endswith("It does.\n")
-    assert (folder / "fake.png").read_bytes()[:4] == b"\x89PNG"
+    assert (lab.folder / "fake.png").read_bytes()[:4] == b"\x89PNG"
     row = f"| [01 fake](01_fake/README.md) | A question? | Agrees, in short | {RECIPE} |"
-    assert row in (folder.parent / "README.md").read_text()
-    assert (folder.parent / overview.PICTURE).read_bytes()[:4] == b"\x89PNG"
+    assert row in (lab.folder.parent / "README.md").read_text()
 
-    (repo / "fixed").touch()
-    assert study.main(["--seeds", "0", "1", "--workers", "1"]) == 0
-    assert called(repo) == [f"{job} False" for s in (0, 1) for job in (f"bad {s} []", f"heads {s} ['bad']")]
-    kept = Results(folder / "results.json")
-    assert kept.variants == ["first", "second", "bad", "heads"] and kept.seeds() == [0, 1]
-    assert study.main([]) == 0  # seed 2 of all
-    assert len(called(repo)) == 4
-    assert study.main([]) == 0 and not called(repo)
-
-    # A variant that changes is run again, and so are the variants that depend on it. The others stay.
-    changed = make_study(repo, variants=lambda base: diffs(base) | {"bad": replace(base, steps=80)})
-    assert changed.main(["--only", "bad", "--seeds", "0"]) == 0 and called(repo) == ["bad 0 [] False"]
-    assert changed.main(["--seeds", "0"]) == 0
-    # The stub wrote no checkpoint, so the trunk's folder is not a finished run, and it is trained first.
-    assert called(repo) == ["bad 0 [] False", "heads 0 ['bad'] False"]
-    assert Results(folder / "results.json").values("second", "val_loss").tolist() == [1.25, 2.25, 3.25]
+    (lab.root / "fixed").touch()
+    code, made = lab("--seeds", "0", "1", "--workers", "1")
+    assert code == 0 and made == [f"{job} False" for s in (0, 1) for job in (f"bad {s} []", f"heads {s} ['bad']")]
+    assert lab.results().variants == ["first", "second", "bad", "heads"] and lab.results().seeds() == [0, 1]
+    assert len(lab()[1]) == 4 and lab() == (0, [])  # seed 2 of all, then nothing
+    (lab.folder / "study.py").write_text(STUDY.replace("steps=8", "steps=80"))
+    assert lab("--only", "bad", "--seeds", "0") == (0, ["bad 0 [] False"])
+    # The worker wrote no checkpoint, so the trunk's folder is not a finished run, and it is trained first.
+    assert lab("--seeds", "0") == (0, ["bad 0 [] False", "heads 0 ['bad'] False"])
+    capsys.readouterr()
+    assert lab("--list") == (0, []) and "bad, seed 1: missing, runs/lab/" in capsys.readouterr().out
 
 
-def test_bad_input_is_one_sentence(repo, capsys):
-    study = make_study(repo)
+def test_fresh_and_remeasure_delete_what_they_make_again_and_keep_the_rest(lab):
+    (lab.root / "fixed").touch()
+    assert lab("--seeds", "0", "1", "3")[0] == 0
+    before = lab.results().runs
+    for option in ("--fresh", "--remeasure"):
+        run = load(lab.folder).list_runs(base_run("lab", [], RUNS_FOLDER), [0])["second", 0]
+        (evaluation := lab.root / run.folder / work.EVALUATION).parent.mkdir(exist_ok=True)
+        evaluation.touch()
+        assert lab(option, "--only", "second", "--seeds", "0") == (0, ["second 0 [] False"])
+        assert not evaluation.exists() and evaluation.parent.exists() == (option == "--remeasure")
+        assert lab.results().seeds() == [0, 1, 3] and lab.results().runs == before
+    with pytest.raises(SystemExit):
+        lab("--fresh", "--redraw")
+
+
+def test_a_redraw_deletes_nothing_and_results_of_another_recipe_are_not_mixed(lab):
+    (lab.root / "fixed").touch()
+    assert lab("--seeds", "0", "1")[0] == 0
+    path = lab.folder / "results.json"
+    stored = json.loads(path.read_text())
+    for seeds in stored["runs"].values():
+        for record in seeds.values():
+            record["recipe"] = RECIPE - 1
+    path.write_text(json.dumps(stored))
+    assert lab("--redraw") == (0, [])
+    page = (lab.folder / "README.md").read_text()
+    assert f"Recipe {RECIPE - 1}. These are not of the present configuration and text (recipe {RECIPE})" in page
+    assert json.loads(path.read_text())["runs"] == stored["runs"]
+    assert lab("--seeds", "0", "--only", "first") == (0, ["first 0 [] False"])
+    page = (lab.folder / "README.md").read_text()
+    assert "| first | 1,000" in page and "| second | 1,000" not in page
+    assert len(json.loads(path.read_text())["runs"]["second"]) == 2  # kept, not shown
+
+
+def test_bad_input_is_one_sentence(lab, capsys):
     for argv, sentence in (
         (["--base", "huge"], "'huge' is not one of"),
         (["--set", "model.dimm=3"], "--set='model.dimm=3'"),
         (["--set", "model.dim=-3"], "dim=-3"),
         (["--only", "third"], "--only='third' is not one of first, second, bad, heads"),
+        (["9"], "study='9' is not one of 01, or all"),
     ):
-        assert study.main(argv) == 2
+        assert lab(*argv) == (2, [])
         error = capsys.readouterr().err
-        assert error.startswith("01_fake: ") and sentence in error and error.count("\n") == 1
-    assert not (repo / "experiments/01_fake/results.json").exists() and not called(repo)
+        assert sentence in error and error.count("\n") == 1
+    assert not (lab.folder / "results.json").exists()
 
 
-def test_another_base_has_separate_results(repo):
-    study = make_study(repo, variants=lambda base: {"a": base})
-    assert study.main(["--base", "tiny", "--set", "steps=5", "--seeds", "0"]) == 0
-    assert (repo / "runs/lab/01_fake-tiny-steps=5/results.json").exists()
-    assert not (repo / "experiments/01_fake/results.json").exists()
-
-
-def test_a_seed_sets_parameters_and_data_order_of_all_variants(repo):
-    runs = make_study(repo).list_runs(recipe("lab"), (0, 3))
+def test_another_base_has_separate_results_and_seeds_set_parameters_and_data(lab):
+    lab("--base", "tiny", "--set", "steps=5", "--seeds", "0", "--only", "first")
+    assert (lab.root / "runs/lab/01_fake-tiny-steps=5/results.json").exists()
+    assert not (lab.folder / "results.json").exists()
+    runs = load(lab.folder).list_runs(recipe("lab"), (0, 3))
     assert list(runs)[:2] == [("first", 0), ("second", 0)]  # one seed after the other
     assert all(r.run.seed == r.run.data.seed == seed for (_, seed), r in runs.items())
     assert runs["heads", 3].run.trunk == runs["heads", 3].needed_folders["bad"] == runs["bad", 3].folder
     assert len({r.folder for r in runs.values()}) == len(runs)
-
-
-def test_a_follow_up_needs_an_earlier_variant(repo):
-    study = make_study(repo, variants=lambda base: {"heads": FollowUp(("absent",), lambda folder: base)})
+    study = replace(load(lab.folder), variants=lambda base: {"heads": FollowUp(("absent",), lambda folder: base)})
     with pytest.raises(ValueError, match="'heads' needs='absent'"):
         study.list_runs(recipe("lab"), (0,))
 
 
-def test_check_trains_one_run_again_and_says_by_how_much_it_moved(repo, capsys):
-    study, path = make_study(repo), repo / "experiments/01_fake/results.json"
-    assert study.main(["--check"]) == 2 and "--check has no finished run" in capsys.readouterr().err
-    (repo / "fixed").touch()
-    assert study.main(["--seeds", "0"]) == 0
-    stored = json.loads(path.read_text())
-    stored["runs"]["second"]["0"]["numbers"]["val_loss"] = 1.5
-    path.write_text(json.dumps(stored))
-    called(repo), capsys.readouterr()
-    assert study.main(["--check", "--only", "second", "--seeds", "0"]) == 0
-    assert called(repo) == ["second 0 [] False"]
-    assert "second, seed 0, trained again:\n  val_loss 1.5 → 1.25 (−0.25)" in capsys.readouterr().out
-    assert json.loads(path.read_text()) == stored  # a check changes no result
+def test_timings_come_last_in_processes_of_their_own(lab):
+    (lab.folder / "study.py").write_text(STUDY.replace('"yes", variants', '"yes", variants, measure_alone=len'))
+    code, jobs = lab("--seeds", "0", "--only", "first", "second")
+    assert code == 0 and jobs[2:] == ["first 0 [] True", "second 0 [] True"]
+    assert len({*lab.processes[2:]}) == 2
+    assert lab.results().values("second", "speed").tolist() == [7.0]
 
 
-def test_a_study_can_name_a_task(repo):
-    task = Facts(bits=4)
-    study = make_study(repo, variants=lambda base: {"first": OnTask(task, base), "second": base}, base="facts")
-    runs = study.list_runs(bases.short_run("facts"), (0,))
-    assert runs["first", 0].task == task and runs["second", 0].task is None
-    assert runs["first", 0].identity.corpus == task.fingerprint != runs["second", 0].identity.corpus
-    assert runs["first", 0].folder != runs["second", 0].folder
-    assert study.main(["--seeds", "0"]) == 0 and len(called(repo)) == 2
-    assert (repo / "experiments/01_fake/results.json").exists()
-
-
-@pytest.mark.parametrize("option", ["--fresh", "--remeasure"])
-def test_repeating_some_runs_keeps_the_others(repo, option):
-    study, path = make_study(repo), repo / "experiments/01_fake/results.json"
-    (repo / "fixed").touch()
-    assert study.main(["--seeds", "0", "1", "3"]) == 0
-    called(repo)
-    before = Results(path).runs
-    run = study.list_runs(bases.base_run("lab", [], RUNS_FOLDER), [0])["second", 0]
-    (evaluation := repo / run.folder / work.EVALUATION).parent.mkdir()
-    evaluation.touch()  # of the code before
-    assert study.main([option, "--only", "second", "--seeds", "0"]) == 0
-    assert called(repo) == ["second 0 [] False"] and not evaluation.exists()
-    after = Results(path)
-    assert after.variants == list(before) and after.seeds() == [0, 1, 3] and after.runs == before
-
-
-def test_all_studies_get_the_same_options(tmp_path, capsys):
-    """`python -m experiments.lab`: each study runs once with the options; the exit code is the largest one."""
-    assert __main__.EXPERIMENTS == HERE / "experiments"  # whatever the working directory
-    for name, code in (("01_a", 0), ("02_b", 3), ("03_c", 1)):
-        (tmp_path / name).mkdir()
-        line = f'Path("{tmp_path}/called").open("a").write(repr(sys.argv[1:]))'
-        (tmp_path / name / "run.py").write_text(f"import sys\nfrom pathlib import Path\n{line}\nsys.exit({code})\n")
-    assert __main__.main(["--seeds", "1", "--redraw"], tmp_path) == 3
-    assert (tmp_path / "called").read_text() == 3 * "['--seeds', '1', '--redraw']"
-    assert "| [02 b](02_b/README.md) |  | not run yet |" in capsys.readouterr().out
-    for argv, code in ((["--help"], 0), (["--redrew"], 2)):
-        with pytest.raises(SystemExit) as ended:
-            __main__.main(argv, tmp_path)
-        assert ended.value.code == code
-    assert len((tmp_path / "called").read_text()) == 3 * len("['--seeds', '1', '--redraw']")  # no study was called
-
-
-def test_a_fresh_lab_deletes_first_trains_then_draws_again(tmp_path, capsys):
-    """So a run that studies share is trained once, verdicts have the noise of all runs, and a stop can be resumed."""
-    lines = f"""import sys
-from pathlib import Path
-with Path("{tmp_path}/called").open("a") as file:
-    print(Path(__file__).parent.name, *sys.argv[1:], file=file)
-if sys.argv[-1] == "1" and Path("{tmp_path}/stopped").exists() and "02" in __file__:
-    sys.exit(130)
-if "--forget" not in sys.argv:
-    Path(__file__).with_name("results.json").write_text('{{"question": "A question?", "runs": {{}}}}')
-"""
-    for name in ("01_a", "02_b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "run.py").write_text(lines)
-    deleted, run, redrawn = (
-        [f"{name} --seeds 1{option}" for name in ("01_a", "02_b")] for option in (" --forget", "", " --redraw")
-    )
-    (tmp_path / "stopped").touch()
-    assert __main__.main(["--fresh", "--seeds", "1"], tmp_path) == 130  # Ctrl-C in the second
-    assert called(tmp_path) == [*deleted, *run] and "without --fresh to resume" in capsys.readouterr().out
-    (tmp_path / "stopped").unlink()
-    assert __main__.main(["--seeds", "1"], tmp_path) == 0
-    assert called(tmp_path) == [*run, *redrawn]
-    assert __main__.main(["--seeds", "1"], tmp_path) == 0
-    assert called(tmp_path) == run  # nothing is new
-
-
-def test_a_study_names_its_seeds(repo, capsys):
-    """Without --seeds a run of the study makes all that its page shows; --list names what it would make."""
-    (repo / "fixed").touch()
-    study = make_study(repo, seeds=1, seeds_of={"second": 3})
-    assert study.main(["--only", "first", "second"]) == 0
-    assert sorted(called(repo)) == ["first 0 [] False", *(f"second {seed} [] False" for seed in range(3))]
-    assert study.main(["--seeds", "4", "--only", "first"]) == 0 and called(repo) == ["first 4 [] False"]
-    capsys.readouterr()
-    assert study.main(["--list"]) == 0
-    listed = [line.rpartition(",")[0] for line in capsys.readouterr().out.splitlines() if ", seed " in line]
-    done = ["first, seed 0: done", "first, seed 4: done", *(f"second, seed {seed}: done" for seed in range(3))]
-    assert sorted(listed) == sorted([*done, "bad, seed 0: missing", "heads, seed 0: missing"])
-    assert study.main(["--forget"]) == 0  # all that the study makes, and not the seed that was asked for besides
-    assert Results(repo / "experiments/01_fake/results.json").runs.keys() == {"first"} and called(repo) == []
-
-
-def test_forgetting_deletes_results_and_runs_and_runs_nothing(repo):
-    study, path = make_study(repo), repo / "experiments/01_fake/results.json"
-    (repo / "fixed").touch()
-    assert study.main(["--seeds", "0", "1"]) == 0
-    runs = study.list_runs(bases.base_run("lab", [], RUNS_FOLDER), (0, 1))
-    folders = [repo / runs["second", seed].folder for seed in (0, 1)]
-    for folder in folders:
-        folder.mkdir()
-    called(repo)
-    assert study.main(["--forget", "--only", "second", "--seeds", "1"]) == 0
-    assert called(repo) == [] and [folder.exists() for folder in folders] == [True, False]
-    assert list(Results(path).runs["second"]) == ["0"] and len(Results(path).runs["first"]) == 2
-    with pytest.raises(SystemExit):  # they would delete, then not run
-        study.main(["--fresh", "--redraw"])
-
-
-def test_a_new_study_is_a_folder_that_lists_its_runs(repo, capsys, monkeypatch):
-    """Its run.py is complete: variants, claims, a manipulation check. Names that are taken or odd are refused."""
-    experiments = repo / "experiments"
-    assert __main__.main(["new", "my_question"], experiments) == 0
-    folder = experiments / "02_my_question"
-    assert str(folder) in capsys.readouterr().out and sorted(p.name for p in folder.iterdir()) == [
-        "README.md",
-        "run.py",
-    ]
-    spec = importlib.util.spec_from_file_location("a_new_study", folder / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    study = module.STUDY
-    names = {name for name, _ in study.list_runs(bases.short_run(), (0,))}
+def test_a_new_study_is_a_folder_that_lists_its_runs(lab, capsys):
+    """Its study.py is complete: variants, claims, a manipulation check. Names that are taken or odd are refused."""
+    assert main(["new", "my_question"], lab.folder.parent) == 0
+    study = load(folder := lab.folder.parent / "02_my_question")
+    names = {name for name, _ in study.list_runs(recipe("lab"), (0,))}
     assert {c.variant for c in study.claims} | {c.against for c in study.claims} <= names and study.stakes
     assert (folder / "README.md").read_text().startswith(f"# {study.question}\n")
     assert overview.verdict(folder) == "pending"
-    for argv, sentence in (
-        (["new", "my_question"], "name='my_question' is taken by 02_my_question"),
-        (["new", "../x"], "name='../x' is not a short word"),
-        (["new"], "new takes one name"),
-        (["new", "a", "b"], "not 'a b'"),
-    ):
-        assert __main__.main(argv, experiments) == 2
-        error = capsys.readouterr().err
-        assert sentence in error and error.count("\n") == 1
-    assert len(list(experiments.iterdir())) == 3  # two studies and README.md
+    for name, sentence in (("my_question", "is taken by 02_my_question"), ("../x", "is not a short word")):
+        capsys.readouterr()
+        assert main(["new", name], lab.folder.parent) == 2 and sentence in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "command", [["experiments/01_attention/run.py", "--list"], ["-m", "experiments.lab", "--help"]]
-)
-def test_commands_work_from_any_folder(command, tmp_path):
-    path = HERE / command[0]
-    line = [str(path), *command[1:]] if path.exists() else command
-    env = os.environ | {"PYTHONPATH": str(HERE)} if line[0] == "-m" else os.environ
-    done = subprocess.run([sys.executable, *line], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert ("\nMLA, seed 0: " if command[1] == "--list" else "--remeasure") in done.stdout
+@pytest.mark.long
+def test_a_study_trains_is_interrupted_and_resumes(tmp_path):
+    """The real worker: SIGTERM stops it, finished runs are kept, and the same command makes the rest."""
+    shutil.copytree(HERE / "experiments" / "lab", tmp_path / "experiments" / "lab")
+    (tmp_path / "experiments" / "__init__.py").touch()
+    folder = tmp_path / "experiments" / "01_one"
+    folder.mkdir()
+    (folder / "study.py").write_text(
+        "from dsv3_jax.config import replace\nfrom experiments.lab import OnTask, Study\n"
+        "from experiments.lab.tasks import Facts\n"
+        "def variants(base):\n    base = replace(base, steps=40, save_every=20, eval_every=40, eval_batches=1)\n"
+        "    return {'a': OnTask(Facts(), base), 'b': OnTask(Facts(bits=4), replace(base, steps=600))}\n"
+        "STUDY = Study('Why?', 'x', variants, base='facts', measure=lambda run: {'rows': len(run.metrics())})\n"
+    )
+    (folder / "README.md").write_text("<!-- results -->\n<!-- /results -->\n")
+    command = [sys.executable, "-m", "experiments.lab", "run", "1", "--seeds", "0", "--workers", "1"]
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{HERE}"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not (folder / "results.json").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=120)[1].decode().strip().endswith("without --fresh, to resume")
+    assert process.returncode == 130
+    assert subprocess.run(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL).returncode == 0
+    results = Results(folder / "results.json")
+    assert results.variants == ["a", "b"] and results.values("b", "rows") > 0
 
 
-def test_a_base_with_invalid_values_is_rejected():
-    with pytest.raises(ConfigError, match="steps=0"):
-        bases.base_run("lab", ["steps=0"], RUNS_FOLDER)
+@pytest.mark.long
+def test_a_worker_measures_a_finished_run(tmp_path_factory, tmp_path, monkeypatch):
+    """It resumes a copy of a finished run at the last step. A second study trains and evaluates nothing."""
+    with cheap_compiles():
+        done = finished(tmp_path_factory.getbasetemp())
+    shutil.copytree(done.folder, tmp_path / "abc")
+    job = work.Job("a", 0, done.run, str(tmp_path / "abc"), {})
+    record = tmp_path / "abc.json"
+
+    def measure(trained):
+        assert trained.model.cfg == done.run.model and len(trained.held_out()) == done.run.eval_batches
+        return {"layers": len(trained.numbers["load"]), "rows": len(trained.metrics())}
+
+    assert work.do(job, measure) == 0
+    first = json.loads(record.read_text())
+    assert first["numbers"]["val_loss"] == pytest.approx(done.fitted.evaluation["val_loss"])
+    assert first["numbers"]["layers"] == 3 and "load" not in first["numbers"] and first["parameters"]["total"] > 0
+    assert first["curves"]["loss"][0][-1] == first["steps"] == done.run.steps
+    assert work.do(replace(job, alone=True), lambda trained: {"speed": trained.numbers["layers"]}) == 0
+    assert json.loads(record.read_text())["numbers"] == first["numbers"] | {"speed": 3}
+    monkeypatch.setattr("dsv3_jax.train.fit", lambda *_, **__: pytest.fail("fit was called"))
+    assert work.do(job, measure) == 0 and json.loads(record.read_text()) == first
+
+
+def settings_hash(*arguments):
+    return str(sorted(settings_of(*arguments).items(), key=str))
+
+
+def test_the_identity_of_a_run(tmp_path, monkeypatch):
+    """Kernels and layout do not count. Model, steps, task, start, text and tokenizer do.
+
+    A setting that a later version adds keeps old results if it is at its default.
+    """
+    run = recipe("lab")
+    execution = replace(run.execution, kernels="xla", layout=Layout(fsdp=True))
+    assert settings_hash(run) == settings_hash(replace(run, execution=execution))
+    others = [replace(run, seed=1), replace(run, model=replace(run.model, dim=48)), replace(run, steps=499)]
+    others += [replace(run, execution=replace(run.execution, compute_dtype="bfloat16"))]
+    assert len({settings_hash(r) for r in (run, *others)} | {settings_hash(run, Facts())}) == 6
+    started = replace(run, start="runs/lab/abc")
+    assert settings_hash(started, None, {"runs/lab/abc": "x"}) != settings_hash(started, None, {"runs/lab/abc": "y"})
+    monkeypatch.setattr(fingerprints, "_corpus_hash", lambda data: "a text")
+    old = identify(run, tmp_path)
+    assert old.matches(old.stored()) and not replace(old, corpus="other").matches(old.stored())
+    assert not replace(old, tokenizer="x").matches(replace(old, tokenizer="y").stored())
+    assert not replace(old, recipe=RECIPE + 1).matches(old.stored())
+    names, values = {old.keys: sorted(old.settings)}, fingerprints.to_dict(run)
+    new = fingerprints._defaults() | {"model.new": 0}
+    monkeypatch.setattr(fingerprints, "_defaults", lambda: new)
+    for changed, matches in (({"new": 0}, True), ({"new": 1}, False), ({"new": 0, "dim": 48}, False)):
+        later = values | {"model": values["model"] | changed}
+        monkeypatch.setattr(fingerprints, "to_dict", lambda run, later=later: later)
+        assert identify(run, tmp_path).matches(old.stored(), names) == matches
+        assert not identify(run, tmp_path).matches(old.stored())  # without the names the difference is unknown
+
+
+def test_differences_are_paired_by_seed(tmp_path):
+    """By hand: the differences between seeds, 1 and 10, cancel. The file gives the same numbers again."""
+    results = Results(tmp_path / "results.json", {"question": 'why "@"?'})
+    for variant, losses in {"a": {0: 1.0, 1: 11.0, 2: 5.0}, "b": {1: 10.5, 0: 0.7}}.items():
+        for seed, loss in losses.items():
+            record = {"numbers": {"val_loss": loss, "by": [{"x": loss}], "long": loss / 3}}
+            results.add(variant, seed, record | {"parameters": {"total": 1, "active": 1, "cache_bytes": 1}})
+    np.testing.assert_allclose(results.paired("b", "a", "val_loss"), [-0.3, -0.5])
+    assert mean_spread(results.paired("b", "a", "val_loss"), 2, sign=True) == "−0.40 ± 0.14"
+    again = Results(tmp_path / "results.json")
+    assert again.runs == results.runs and again.values("a", "by/0/x").tolist() == [1.0, 11.0, 5.0]
+    assert again.about["question"] == 'why "@"?'
+    columns = [Column("loss", "val_loss", 1, paired=True, against=("b", ABOVE)), Column("speed", "speed")]
+    rows = results_table(again, columns).splitlines()
+    assert rows[2] == "| a | 1 (1) | 1 | 5.7 ± 5.0 |  | +0.4 ± 0.1 |  | – |"
+    assert rows[3] == "| b | 1 (1) | 1 | 5.6 ± 6.9 | −0.4 ± 0.1 |  | −0.4 ± 0.1 | – |"
+
+
+def test_curves_and_pages(tmp_path):
+    rows = [{"step": i, "loss": float(i)} for i in range(1, 101)] + [{"step": 100, "val_loss": 3.0}]
+    curves = thin_curves(rows, ("loss", "val_loss", "absent"), points=4)
+    assert curves == {"loss": [[25, 50, 75, 100], [13.0, 38.0, 63.0, 88.0]], "val_loss": [[100], [3.0]]}
+    (page := tmp_path / "README.md").write_text("# nothing\n")
+    with pytest.raises(ValueError, match=f"path='{page}'"):
+        replace_block(page, "x")
+    assert page.read_text() == "# nothing\n"

@@ -5,11 +5,9 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from scipy import stats
 
 from experiments.lab import Results, claims, drawing, fingerprints, measuring, statistics, tables
-from experiments.lab import results as results_file
 from experiments.lab.claims import Claim, Stake, answer_to, as_json, judge, noise_within, verdict_table
 from experiments.lab.pooling import noise_for, recipe_noise
 from experiments.lab.statistics import (
@@ -19,7 +17,6 @@ from experiments.lab.statistics import (
     compare,
     holm,
     pool,
-    seeds_needed,
     smallest_visible,
 )
 
@@ -108,7 +105,6 @@ def test_the_smallest_visible_difference_is_seen_in_80_of_100_studies(rng):
     assert (np.abs(t) > critical).mean() == pytest.approx(0.8, abs=4 * np.sqrt(0.16 / draws))
     normal = NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)
     assert smallest_visible(2.0, dof=10**7) == pytest.approx(2 * normal, rel=1e-3)
-    assert seeds_needed(0.01, NOISE) == 33 and seeds_needed(1e-5, NOISE, most=50) is None
 
 
 def found(mean, half=1.0):
@@ -170,18 +166,6 @@ def test_a_failed_manipulation_check_gives_no_verdict(tmp_path, rng):
     assert yes["difference"] > yes["half"] and no["difference"] < -no["half"]  # of the margin, as the picture has it
 
 
-def test_three_seeds_alone_do_not_tell_apart_what_the_pool_does(tmp_path, rng):
-    """F3: with 2 degrees of freedom a paired difference of 3 SE is missed; with the recipe's pool it is seen."""
-    noise_sd = 0.0141
-    others = simulated(rng, 29, 3, noise_sd, 0.013)
-    pair = {"a": [3.70, 3.71, 3.68], "b": [3.655, 3.68, 3.655]}
-    difference = np.subtract(pair["b"], pair["a"])
-    assert stats.ttest_1samp(difference, 0).pvalue > 0.03
-    noise = pool([others | {name: dict(enumerate(row)) for name, row in pair.items()}])
-    assert noise.dof == 60 and noise.sd == pytest.approx(noise_sd, rel=0.3)
-    assert compare(dict(enumerate(pair["b"])), dict(enumerate(pair["a"])), noise).p < 0.02
-
-
 def test_a_recipe_s_noise_counts_shared_runs_once(tmp_path):
     """Runs of another base or length stay out, and so do heads on one frozen trunk, whose loss is the trunk's."""
     table = {"a": {0: 1.0, 1: 2.0}, "b": {0: 1.5, 1: 2.1}}
@@ -211,29 +195,7 @@ def test_a_variant_that_trains_longer_leaves_the_others_their_pooled_noise(tmp_p
     assert noise_for(mixed, tmp_path)("val_loss") == recipe_noise([mixed], "lab", {5, 9})
 
 
-def test_a_picture_has_the_intervals_of_the_table(tmp_path):
-    """Its bars are of the noise that the claims are judged by: the recipe's, which other studies add to."""
-    fill(tmp_path / "01_x" / "results.json", {"a": {0: 1.0, 1: 2.0}, "b": {0: 1.5, 1: 2.1}}, base="lab").write()
-    rows = {"c": {0: 1.1, 1: 2.3}, "d": {0: 3.0, 1: 4.4}, "e": {0: 2.0, 1: 2.7}}
-    mine = fill(tmp_path / "02_x" / "results.json", rows, base="lab")
-    ax = Figure().add_subplot()
-    drawing.plot_differences(ax, mine, "val_loss", "", "")
-    noise = noise_for(mine, tmp_path)("val_loss")
-    assert noise.dof == 4 and noise_within(mine)("val_loss").dof == 2
-    [bar] = ax.containers[0][2]  # of "d" against "c"
-    low, high = bar.get_segments()[0][:, 0]
-    assert (high - low) / 2 == pytest.approx(compare(rows["d"], rows["c"], noise).half)
-
-
 def test_the_doctests_of_the_lab():
-    for module, count in (
-        (statistics, 5),
-        (claims, 1),
-        (tables, 2),
-        (drawing, 1),
-        (fingerprints, 1),
-        (measuring, 1),
-        (results_file, 0),
-    ):
-        assert doctest.testmod(module).failed == 0
-        assert doctest.testmod(module).attempted >= count
+    for module in (statistics, claims, tables, drawing, fingerprints, measuring):
+        done = doctest.testmod(module)
+        assert done.failed == 0 < done.attempted

@@ -1,6 +1,6 @@
 """The lab: train variants of one recipe from several seeds, then write the table and picture that answer a question.
 
-A study is a folder of `experiments/` with a `run.py` that lists its variants as changes of a base recipe. Running it
+A study is a folder of `experiments/` with a `study.py` that lists its variants as changes of a base recipe. Running it
 trains the missing runs, measures them, and writes results.json, the picture and the table in README.md.
 """
 

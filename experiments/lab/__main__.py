@@ -1,88 +1,87 @@
-"""Run every study of `experiments/`, one after the other, or begin a new one.
+"""The lab's commands: run studies, or begin a new one.
 
-python -m experiments.lab [OPTIONS]
-python -m experiments.lab new NAME
+python -m experiments.lab run 21 03      # studies by number; all: every study
+python -m experiments.lab new my_question
 """
 
-import subprocess
+import argparse
 import sys
 import time
 from pathlib import Path
 
-from experiments.lab import new, overview
-from experiments.lab.options import make_parser
+from experiments.lab import new, overview, running
+from experiments.lab.study import load
 
 EXPERIMENTS = Path(__file__).resolve().parents[1]
-PROG = "python -m experiments.lab"
 
 
 def main(argv: list[str], experiments: Path = EXPERIMENTS) -> int:
-    """Run all studies with the same options, then print the overview. Returns the largest exit code.
+    """Do a command. Returns the exit code: 2 for bad input, 130 after Ctrl-C, else the largest of the studies'."""
+    options = _parser().parse_args(argv)
+    try:
+        if options.command == "new":
+            folder = new.make(options.name, experiments)
+            print(f"wrote {folder}; try: python -m experiments.lab run {folder.name[:2]} --short")
+            return 0
+        return _run(options, experiments)
+    except (ValueError, OSError) as error:
+        print(f"lab: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; run the same command, without --fresh, to resume", file=sys.stderr)
+        return 130
 
-    With --fresh it first deletes all results and runs. So it trains a run that several studies need only once. After a
-    stop, the same command without --fresh makes what is still missing.
+
+def _run(options: argparse.Namespace, experiments: Path) -> int:
+    """Run the studies. After several, draw all again: verdicts then have the noise of all runs.
+
+    --fresh and --remeasure first delete the results of all, so that a run which several studies need is made once.
     """
-    if argv[:1] == ["new"]:
-        return _new(argv[1:], experiments)
-    description = (
-        f"Run every study: train and measure missing runs, then write tables and pictures. Or: {PROG} new NAME"
-    )
-    options = make_parser(PROG, description).parse_args(argv)
-    scripts, begun = overview.scripts(experiments), time.monotonic()
-    rest = [word for word in argv if word not in ("--fresh", "--remeasure")]
-    if options.fresh:
-        worst = _each(scripts, [*rest, "--forget"], quiet=True)
-        if worst:
-            return worst
-        argv = rest
-        print("deleted all results and runs; if you stop, run the same command without --fresh to resume", flush=True)
-    before = [_stored(script) for script in scripts]
-    worst = _each(scripts, argv)
-    if worst == STOPPED:
-        return worst
-    if before != [_stored(script) for script in scripts] and not options.redraw:
-        print("== all tables and pictures again, with the noise of all runs", flush=True)
-        worst = max(worst, _each(scripts, [*rest, "--redraw"], quiet=True))
-    print(f"\n{overview.overview_table(experiments)}\n{(time.monotonic() - begun) / 60:.0f} minutes")
+    every, begun = {path.name[:2]: path for path in overview.folders(experiments)}, time.monotonic()
+    if unknown := [number for number in options.studies if number.zfill(2) not in every and number != "all"]:
+        raise ValueError(f"study={unknown[0]!r} is not one of {', '.join(every)}, or all")
+    chosen = every if "all" in options.studies else [number.zfill(2) for number in options.studies]
+    studies = [load(every[number]) for number in chosen]
+    if options.fresh or options.remeasure:
+        for study in studies:
+            running.forget(study, options)
+    before, worst = [_stored(study) for study in studies], 0
+    for study in studies:
+        print(f"== {study.folder.name}", flush=True)
+        worst = max(worst, running.run(study, options))
+    if len(studies) > 1:
+        if before != [_stored(study) for study in studies] and not options.short:
+            for study in studies:
+                running.run(study, argparse.Namespace(**vars(options) | {"redraw": True}))
+        print(f"\n{overview.overview_table(experiments)}\n{(time.monotonic() - begun) / 60:.0f} minutes")
     return worst
 
 
-STOPPED = 130  # the exit code after Ctrl-C
-
-
-def _each(scripts: list[Path], argv: list[str], *, quiet: bool = False) -> int:
-    """Run all studies, until one is stopped. Returns the largest exit code, or that of a stop."""
-    worst = 0
-    for script in scripts:
-        begun = time.monotonic()
-        if not quiet:
-            print(f"== {script.parent.name}", flush=True)
-        out = subprocess.DEVNULL if quiet else None
-        code = subprocess.run([sys.executable, str(script), *argv], stdout=out).returncode
-        if code == STOPPED:
-            return code
-        if not quiet:
-            print(f"{script.parent.name}: {(time.monotonic() - begun) / 60:.1f} minutes", flush=True)
-        worst = max(worst, code)
-    return worst
-
-
-def _stored(script: Path) -> bytes:
-    """A study's results as they are stored."""
-    path = script.with_name("results.json")
+def _stored(study) -> bytes:
+    path = study.folder / "results.json"
     return path.read_bytes() if path.exists() else b""
 
 
-def _new(argv: list[str], experiments: Path) -> int:
-    try:
-        if len(argv) != 1 or argv[0].startswith("-"):
-            raise ValueError(f"new takes one name, not {' '.join(argv)!r}; write {PROG} new my_question")
-        folder = new.make(argv[0], experiments)
-    except (ValueError, OSError) as error:
-        print(f"{PROG}: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {folder}; try: python {folder / 'run.py'} --short")
-    return 0
+def _parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(prog="python -m experiments.lab", description="Run studies, or begin a new one.")
+    commands = root.add_subparsers(dest="command", required=True)
+    make = commands.add_parser("new", help="make a folder for a study of your own, which runs as it is")
+    make.add_argument("name", help="a short word, as my_question")
+    text = "Train and measure the runs that results.json lacks, then write tables and pictures."
+    parser = commands.add_parser("run", help=text, description=text, allow_abbrev=False)
+    parser.add_argument("studies", nargs="+", metavar="STUDY", help="numbers of studies, as 21; or all")
+    parser.add_argument("--base", help="the recipe that the variants change: lab, tiny, mini, …; default: the study's")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="change the base, as steps=5000")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: the study's own, 0 1 2 or more")
+    parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="run these variants; default: all")
+    parser.add_argument("--workers", type=int, help="runs at a time; default: one per core, or 1 on an accelerator")
+    parser.add_argument("--short", action="store_true", help="run a few steps in a temporary folder, as a check")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--fresh", action="store_true", help="delete results and runs, then train and measure again")
+    one.add_argument("--remeasure", action="store_true", help="delete results, then measure the existing runs again")
+    one.add_argument("--redraw", action="store_true", help="run nothing; rewrite the table and the picture")
+    one.add_argument("--list", action="store_true", help="run nothing; list which runs are done or missing")
+    return root
 
 
 if __name__ == "__main__":

@@ -2,20 +2,16 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.lab.claims import Verdict, table_of
-from experiments.lab.pooling import noise_for
+from experiments.lab.claims import Verdict, noise_within, table_of
 from experiments.lab.results import Key, MissingRuns, Results, write_figure
 from experiments.lab.statistics import Noise, compare, interval_factor
 from experiments.lab.tables import format_number
-
-if TYPE_CHECKING:
-    from experiments.lab.study import Study
 
 
 def style_axes(ax: Axes, title: str, x: str, y: str) -> None:
@@ -74,27 +70,18 @@ ANSWER_COLOURS = {"yes": "C2", "no": "C3", "too small to tell here": "0.45", "no
 
 
 def draw_claims(
-    path: Path,
-    study: "Study",
-    results: Results,
-    text: Callable[[], str],
-    *,
-    below: str = "",
-    linear: float | None = None,
+    path: Path, results: Results, text: Callable[[], str], *, below: str = "", linear: float | None = None
 ) -> None:
-    """Write a picture of a study's claims, whose title is `text()`, or the question where runs are missing.
-
-    Args: below: a second line of the title. linear: see `draw_forest`.
-    """
-    title = answer(text, study.question)
-    draw_forest(path, study.judge(results)[0], f"{title}\n{below}".strip(), linear)
-
-
-def draw_forest(path: Path, verdicts: Sequence[Verdict], title: str, linear: float | None = None) -> None:
     """Write a picture of a study's claims: each difference with its 95 % interval, and the published value.
 
-    Args: linear: differences beyond it are on a logarithmic axis, so that intervals of small and large ones are seen.
+    The title is `text()`, or the question where runs are missing.
+
+    Args:
+        below: a second line of the title.
+        linear: differences beyond it are on a logarithmic axis, so that intervals of small and large ones are seen.
     """
+    verdicts: Sequence[Verdict] = results.verdicts
+    title = f"{answer(text, results.about['question'])}\n{below}".strip()
     figure = Figure(figsize=(9.0, 1.6 + 0.4 * max(len(verdicts), 1)), layout="constrained")
     ax = figure.add_subplot()
     if linear is not None:
@@ -109,8 +96,8 @@ def draw_forest(path: Path, verdicts: Sequence[Verdict], title: str, linear: flo
             ax.plot([v.claim.published], [row], "D", color="black", markersize=5, fillstyle="none")
     if any(v.claim.published is not None for v in verdicts):
         ax.plot([], [], "D", color="black", fillstyle="none", linestyle="none", label="published")
-    for answer in dict.fromkeys(v.answer for v in verdicts):
-        ax.plot([], [], "o-", color=ANSWER_COLOURS[answer], label=answer)
+    for given in dict.fromkeys(v.answer for v in verdicts):
+        ax.plot([], [], "o-", color=ANSWER_COLOURS[given], label=given)
     style_axes(ax, "", f"difference with its 95 % interval{', ' + units.pop() if len(units) == 1 else ''}", "")
     figure.suptitle(title, fontsize=11)  # as wide as the picture: the claims leave the axes little room
     ax.axvline(0, color="0.5", linewidth=0.8)
@@ -118,85 +105,6 @@ def draw_forest(path: Path, verdicts: Sequence[Verdict], title: str, linear: flo
     ax.invert_yaxis()
     if verdicts:
         figure.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=5, loc="outside lower center")
-    write_figure(figure, path)
-
-
-FARTHEST = 8.0  # half intervals; what lies beyond is drawn there as an arrow
-
-
-def draw_all_verdicts(by_study: Mapping[str, Sequence[Mapping]], path: Path) -> None:
-    """Write a forest plot of the claims of all studies, in units of each one's 95 % interval.
-
-    A claim's difference is turned to the direction that the papers expect (see `claims.as_json`), and divided by the
-    half width of its interval. Beyond 1 the interval excludes 0; a bar reaches 1 to each side of its dot.
-
-    Args: by_study: verdicts as `claims.as_json` returns them, by study.
-    """
-    count = sum(len(verdicts) for verdicts in by_study.values())
-    figure = Figure(figsize=(10.5, 1.5 + 0.27 * (count + len(by_study))), layout="constrained")
-    ax = figure.add_subplot()
-    row, names, answers = 0, list[tuple[int, str, bool]](), dict[str, int]()
-    for study, verdicts in by_study.items():
-        names.append((row, study, True))
-        row += 1
-        for verdict in verdicts:
-            # Without any spread, a difference is beyond all intervals.
-            place = verdict["difference"] / (verdict["half"] or 1e-9)
-            colour = ANSWER_COLOURS[verdict["answer"]]
-            shown = float(np.clip(place, -FARTHEST, FARTHEST))
-            if shown == place:
-                ax.plot([place - 1, place + 1], [row, row], color=colour, linewidth=2)
-            ax.plot([shown], [row], "o" if shown == place else "<>"[place > 0], color=colour, markersize=6)
-            if verdict["published"] is not None and verdict["half"]:
-                published = np.clip(verdict["published"] / verdict["half"], -FARTHEST, FARTHEST)
-                ax.plot([published], [row], "D", color="black", markersize=4.5, fillstyle="none")
-            names.append((row, verdict["claim"], False))
-            answers[verdict["answer"]] = answers.get(verdict["answer"], 0) + 1
-            row += 1
-    total = ", ".join(f"{n} {answer}" for answer, n in answers.items())
-    style_axes(
-        ax,
-        "",
-        "← against the papers      half widths of the 95 % interval      as published →",
-        "",
-    )
-    figure.suptitle(f"{count} claims: {total}", fontsize=12)  # as wide as the picture
-    ax.axvline(0, color="0.5", linewidth=0.8)
-    ax.set_yticks([r for r, *_ in names], [text for _, text, _ in names], fontsize=8.5)
-    for label, (_, _, heading) in zip(ax.get_yticklabels(), names, strict=True):
-        label.set_fontweight("bold" if heading else "normal")
-    ax.tick_params(axis="y", length=0)
-    ax.set_ylim(row - 0.4, -0.6)
-    ax.set_xlim(-FARTHEST - 0.5, FARTHEST + 0.5)
-    for answer in answers:
-        ax.plot([], [], "o-", color=ANSWER_COLOURS[answer], label=answer)
-    ax.plot([], [], "D", color="black", fillstyle="none", linestyle="none", label="published value")
-    figure.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=5, loc="outside lower center")
-    write_figure(figure, path)
-
-
-def draw_by_size(
-    path: Path, results: Results, verdicts: Sequence[Verdict], series: Mapping[str, str], title: str, unit: str
-) -> None:
-    """Write a picture of claims that are made at several sizes: differences with their intervals by total parameters.
-
-    Args: series: how the names of a series' variants begin, by its label.
-    """
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    ax = figure.add_subplot()
-    for i, (label, start) in enumerate(series.items()):
-        found = [v for v in verdicts if v.claim.variant.startswith(start)]
-        sizes = [results.records(v.claim.variant)[0]["parameters"]["total"] / 1e6 for v in found]
-        means, halves = [v.difference.mean for v in found], [v.difference.half for v in found]
-        apart = [size * (1 + 0.03 * i) for size in sizes]
-        ax.errorbar(apart, means, yerr=halves, fmt="o-", color=f"C{i}", capsize=4, label=label)
-        if i == 0:
-            ax.set_xscale("log")
-            ax.set_xticks(sizes, [f"{size:.2g}" for size in sizes])
-            ax.minorticks_off()
-    ax.axhline(0, color="0.5", linewidth=0.8)
-    style_axes(ax, title, "parameters, millions", unit)
-    ax.legend(frameon=False)
     write_figure(figure, path)
 
 
@@ -272,7 +180,7 @@ def _share_seeds(results: Results, variant: str) -> bool:
 def _noise(results: Results, key: Key) -> Noise | None:
     """Return the noise that the study's claims are judged by, or None for one seed or one variant."""
     try:
-        noise = noise_for(results, results.path.parent.parent)(key)
+        noise = (results.noise or noise_within(results))(key)
     except ValueError:
         return None
     return noise if noise.dof else None
@@ -351,32 +259,3 @@ def plot_strengths(
     ax.errorbar(places, middle, yerr=ends, fmt="none", color=colour, alpha=0.35, linewidth=1)
     sizes, face = 30 * (1 + np.arange(len(names))), colour if filled else "none"
     ax.scatter(places, middle, sizes, facecolors=face, edgecolors=colour, label=label or None)
-
-
-def draw_loss_by_cost(
-    results: Results, path: Path, cost: str | Callable[[Results, str], float], label: str, title: str
-) -> None:
-    """Write a picture of validation loss against a cost on a logarithmic axis: dots are seeds, a circle their mean.
-
-    Args:
-        cost: the key of a measured number, averaged over seeds; or a function (results, variant) → number.
-        label: of the cost's axis.
-    """
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
-    ax = figure.add_subplot()
-    costs: list[float] = []
-    halves = half_intervals(results, results.variants, "val_loss")
-    for variant, half in zip(results.variants, halves, strict=True):
-        x = cost(results, variant) if callable(cost) else float(results.values(variant, cost).mean())
-        losses = results.values(variant, "val_loss")
-        colour = colour_of(results, variant)
-        place = x * 1.03 ** costs.count(x)  # beside another of the same cost
-        ax.plot(np.full(len(losses), place), losses, ".", color=colour, alpha=0.6)
-        ax.errorbar(
-            [place], [losses.mean()], yerr=[half], fmt="o", color=colour, markersize=9, capsize=4, label=variant
-        )
-        costs.append(x)
-    style_axes(ax, title, label, "validation loss, nats; bars: 95 % interval")
-    make_logarithmic(ax, "x", sorted(set(costs)))
-    figure.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=4, loc="outside lower center")
-    write_figure(figure, path)

@@ -5,12 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-RUN = '''"""Say in one line what is varied and what is measured."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
+STUDY = '''"""Say in one line what is varied and what is measured."""
 
 from dsv3_jax.config import replace
 from experiments.lab import Column, Study, drawing
@@ -30,11 +25,10 @@ def variants(base):
 
 def draw(results, path):
     """Draw the claims. The title says the answer from the results, or the question as long as runs are missing."""
-    drawing.draw_claims(path, STUDY, results, lambda: drawing.against(results, "half the rate", "as it is"))
+    drawing.draw_claims(path, results, lambda: drawing.against(results, "half the rate", "as it is"))
 
 
 STUDY = Study(
-    script=__file__,
     question="Does half the learning rate lower the loss?",
     published="the papers' figure, in one line",
     variants=variants,
@@ -49,9 +43,6 @@ STUDY = Study(
         )
     },
 )
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())
 '''
 README = """# Does half the learning rate lower the loss?
 
@@ -60,8 +51,8 @@ Published: what the papers report, with its size and source.
 What is varied, what stays equal, and what is measured.
 
 ```bash
-python experiments/{folder}/run.py --short   # a few steps, to check that it works
-python experiments/{folder}/run.py
+python -m experiments.lab run {number:02d} --short   # a few steps, to check that it works
+python -m experiments.lab run {number:02d}
 ```
 
 <!-- results -->
@@ -74,7 +65,7 @@ Not run yet. The answer goes here, in bold, as its first sentence.
 
 
 def make(name: str, experiments: Path) -> Path:
-    """Write run.py and README.md of a study with the next free number. Returns its folder.
+    """Write study.py and README.md of a study with the next free number. Returns its folder.
 
     Raises: ValueError for a name that is not one word, or is taken.
     """
@@ -90,7 +81,7 @@ def make(name: str, experiments: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=experiments, prefix=".new-") as temporary:
         part = Path(temporary) / folder.name
         part.mkdir()
-        (part / "run.py").write_text(RUN)
-        (part / "README.md").write_text(README.format(folder=folder.name))
+        (part / "study.py").write_text(STUDY)
+        (part / "README.md").write_text(README.format(number=number))
         shutil.move(part, folder)
     return folder

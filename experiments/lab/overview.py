@@ -1,40 +1,23 @@
-"""The page of all studies, experiments/README.md: a forest plot of all claims and a table of verdicts."""
+"""The page of all studies, experiments/README.md: a table of their verdicts."""
 
 import re
 from pathlib import Path
 
-from experiments.lab import drawing
 from experiments.lab.results import BEGIN, Results, replace_block
 from experiments.lab.tables import markdown_table
 
-PICTURE = "verdicts.png"
-
 
 def write(experiments: Path) -> None:
-    """Rewrite picture and table of README.md, if the file exists and has the markers."""
+    """Rewrite the table of README.md, if the file exists and has the markers."""
     page = experiments / "README.md"
     if page.exists() and BEGIN in page.read_text():
-        drawing.draw_all_verdicts(all_verdicts(experiments), experiments / PICTURE)
-        replace_block(
-            page, f"![Every claim, in the direction of the papers]({PICTURE})\n\n{overview_table(experiments)}"
-        )
-
-
-def all_verdicts(experiments: Path) -> dict[str, list[dict]]:
-    """Return each study's verdicts as results.json keeps them, by the name of its folder."""
-    found = {}
-    for script in scripts(experiments):
-        path = script.parent / "results.json"
-        if path.exists() and (verdicts := Results(path).about.get("verdicts")):
-            found[script.parent.name.replace("_", " ")] = verdicts
-    return found
+        replace_block(page, overview_table(experiments))
 
 
 def overview_table(experiments: Path) -> str:
     """Return a Markdown table with a row for each study; studies without results are marked "not run yet"."""
     rows = []
-    for script in scripts(experiments):
-        folder = script.parent
+    for folder in folders(experiments):
         link = f"[{folder.name.replace('_', ' ')}]({folder.name}/README.md)"
         path = folder / "results.json"
         if not path.exists():
@@ -45,9 +28,9 @@ def overview_table(experiments: Path) -> str:
     return markdown_table(["study", "question", "verdict", "recipe"], rows)
 
 
-def scripts(experiments: Path) -> list[Path]:
-    """Return the run.py of all studies."""
-    return sorted(experiments.glob("[0-9][0-9]_*/run.py"))
+def folders(experiments: Path) -> list[Path]:
+    """Return the folders of all studies, in their order."""
+    return sorted(path.parent for path in experiments.glob("[0-9][0-9]_*/study.py"))
 
 
 def title(folder: Path) -> str:

@@ -1,8 +1,8 @@
 """Results of a study: results.json, and text of numbers.
 
 results.json holds, by variant and seed, the numbers of a finished run and the run's identity (`fingerprints`). A run is
-missing, and is made, if no result has the identity that the study asks for. Results of another identity are kept under
-"others": they are named and never mixed with those that are shown.
+missing, and is made, if its result does not have the identity that the study asks for. Results of different identities
+are never shown together.
 """
 
 import io
@@ -45,88 +45,62 @@ class Results:
     and `dirty` of the training code, `machine`. Records without `recipe` are of recipe 1.
 
     Attributes:
-        runs: what is shown: results of the asked identities, or of an older recipe while there are none.
-        others: kept, not shown: records with `variant` and `seed`.
+        stored: all that results.json holds, one record for a variant and seed.
+        runs: what is shown: results of the asked identities, or all while there are none of these.
         names: hash `keys` of records → names of their settings.
         is_current: whether `runs` are of the identities that `select` was asked for.
+        noise, verdicts: what `Study.judge` judged by, and found; pictures show them.
     """
 
     def __init__(self, path: Path, about: Mapping | None = None):
         self.path = path
-        stored = json.loads(path.read_text()) if path.exists() else {}
-        self.runs: dict[str, dict[str, dict]] = stored.pop("runs", {})
-        self.others: list[dict] = stored.pop("others", [])
-        self.names: dict[str, list[str]] = {keys: names.split() for keys, names in stored.pop("settings", {}).items()}
+        values = json.loads(path.read_text()) if path.exists() else {}
+        self.stored: dict[str, dict[str, dict]] = values.pop("runs", {})
+        self.names: dict[str, list[str]] = {keys: names.split() for keys, names in values.pop("settings", {}).items()}
+        self.runs = self.stored
         self.is_current = False
-        self.about = stored | dict(about or {})
+        self.about = values | dict(about or {})
+        self.noise: Callable[[Key], Any] | None = None
+        self.verdicts: Sequence[Any] = ()
 
     @property
     def recipe(self) -> int | None:
         """The recipe of the results that are shown."""
-        return max((_recipe(record) for name in self.runs for record in self.records(name)), default=None)
+        records = (record for name in self.runs for record in self.records(name))
+        return max((record.get("recipe", 1) for record in records), default=None)
 
     def has(self, variant: str, seed: int, identity: Identity) -> bool:
         """Return whether the run exists and is the asked one."""
-        return identity.matches(self.runs.get(variant, {}).get(str(seed), {}), self.names)
+        return identity.matches(self.stored.get(variant, {}).get(str(seed), {}), self.names)
 
     def remember(self, identity: Identity) -> None:
         """Keep the names of an identity's settings, so that a later version can compare its results."""
         self.names.setdefault(identity.keys, sorted(identity.settings))
 
     def add(self, variant: str, seed: int, record: dict) -> None:
-        """Add a run, and write the file. Results of another recipe are no longer shown; none is deleted.
+        """Add a run in the place of an older one, and write the file.
 
         Numbers are rounded here, so a table is the same now and after the file is read again.
         """
-        if any(_recipe(shown) != _recipe(record) for name in self.runs for shown in self.records(name)):
-            self.others, self.runs = self._all(), {}
-        before = self.runs.setdefault(variant, {}).get(str(seed))
-        if before is not None:
-            self.others.append(_named(variant, str(seed), before))
-        self.runs[variant][str(seed)] = _rounded(record)
+        self.stored.setdefault(variant, {})[str(seed)] = _rounded(record)
         self.write()
 
     def select(self, asked: Mapping[tuple[str, int], Identity]) -> None:
-        """Show the results of the asked identities, in their order. Without any, show those of the newest recipe."""
-        everything, chosen = self._all(), dict[tuple[str, int], dict]()
-        for key, identity in asked.items():
-            named = [r for r in everything if (r["variant"], int(r["seed"])) == key and identity.matches(r, self.names)]
-            if named:
-                chosen[key] = named[0]
-        self.is_current = bool(chosen)
-        if not chosen:
-            newest = max(map(_recipe, everything), default=0)
-            for record in everything:
-                if _recipe(record) == newest:
-                    chosen.setdefault((record["variant"], int(record["seed"])), record)
-        shown = {id(record) for record in chosen.values()}
-        self.others = [record for record in everything if id(record) not in shown]
-        self.runs = {}
-        for variant in dict.fromkeys([*(name for name, _ in asked), *(name for name, _ in chosen)]):
-            for (name, seed), record in chosen.items():
-                if name == variant:
-                    bare = {key: value for key, value in record.items() if key not in ("variant", "seed")}
-                    self.runs.setdefault(variant, {})[str(seed)] = bare
-
-    def describe_others(self) -> str:
-        """Return a sentence on the results that are not shown; empty if there are none."""
-        if not self.others:
-            return ""
-        kinds: dict[str, int] = {}
-        for record in self.others:
-            kind = f"recipe {_recipe(record)}, text {record.get('corpus', 'not recorded')}"
-            kinds[kind] = kinds.get(kind, 0) + 1
-        return "Kept but not shown: " + "; ".join(f"{n} results of {kind}" for kind, n in kinds.items()) + "."
-
-    def _all(self) -> list[dict]:
-        shown = [_named(name, seed, r) for name, seeds in self.runs.items() for seed, r in seeds.items()]
-        return shown + self.others
+        """Show the results of the asked identities, in their order. Without any, show all that are stored."""
+        runs: dict[str, dict[str, dict]] = {name: {} for name, _ in asked}
+        for (name, seed), identity in asked.items():
+            if self.has(name, seed, identity):
+                runs[name][str(seed)] = self.stored[name][str(seed)]
+        runs = {name: seeds for name, seeds in runs.items() if seeds}
+        self.is_current = bool(runs)
+        self.runs = runs or self.stored
 
     def forget(self, keys: Collection[tuple[str, int]]) -> None:
-        """Drop the runs of these (variant, seed). The next `add` writes the file."""
+        """Drop the runs of these (variant, seed), and write the file."""
         for variant, seed in keys:
-            self.runs.get(variant, {}).pop(str(seed), None)
-        self.runs = {variant: seeds for variant, seeds in self.runs.items() if seeds}
+            self.stored.get(variant, {}).pop(str(seed), None)
+        self.stored = {variant: seeds for variant, seeds in self.stored.items() if seeds}
+        self.write()
 
     def provenance(self, key: str) -> str:
         """Return all distinct values of the records' `date`, `commit` or `machine`, sorted."""
@@ -143,22 +117,14 @@ class Results:
 
     def write(self) -> None:
         """Write the file with one line per run, so that its diff is readable."""
-        outer = json.dumps(
-            self.about
-            | ({"settings": {keys: " ".join(names) for keys, names in self.names.items()}} if self.names else {})
-            | {"runs": "@"}
-            | ({"others": "@@"} if self.others else {}),
-            indent=1,
-            ensure_ascii=False,
-        )
+        settings = {"settings": {keys: " ".join(names) for keys, names in self.names.items()}} if self.names else {}
+        outer = json.dumps(self.about | settings | {"runs": "@"}, indent=1, ensure_ascii=False)
         variants = []
-        for variant, seeds in self.runs.items():
-            records = {seed: json.dumps(record, ensure_ascii=False) for seed, record in seeds.items()}
-            lines = (f"   {json.dumps(seed)}: {record}" for seed, record in records.items())
+        for variant, seeds in self.stored.items():
+            lines = (f"   {json.dumps(s)}: {json.dumps(r, ensure_ascii=False)}" for s, r in seeds.items())
             variants.append(f"  {json.dumps(variant)}: {{\n" + ",\n".join(lines) + "\n  }")
-        text = outer.replace('"@"', "{\n" + ",\n".join(variants) + "\n }")
-        others = ",\n".join(f"  {json.dumps(record, ensure_ascii=False)}" for record in self.others)
-        write_atomic(self.path, (text.replace('"@@"', f"[\n{others}\n ]") + "\n").encode())
+        head, _, tail = outer.rpartition('"@"')
+        write_atomic(self.path, (head + "{\n" + ",\n".join(variants) + "\n }" + tail + "\n").encode())
 
     @property
     def variants(self) -> list[str]:
@@ -217,14 +183,6 @@ def lookup(numbers, key: Key):
     for part in key.split("/"):
         numbers = numbers[int(part)] if isinstance(numbers, list) else numbers[part]
     return numbers
-
-
-def _recipe(record: Mapping) -> int:
-    return record.get("recipe", 1)
-
-
-def _named(variant: str, seed: str, record: dict) -> dict:
-    return {"variant": variant, "seed": seed} | record
 
 
 def _rounded(value):

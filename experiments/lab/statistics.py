@@ -197,16 +197,3 @@ def smallest_visible(error: float, dof: int, comparisons: int = 1, power: float 
         return float(stats.nct.sf(critical, dof, shift)) + wrong_side - power
 
     return error * float(optimize.brentq(missing, 0.0, 2 * critical + 4))
-
-
-def seeds_needed(difference: float, noise: Noise, comparisons: int = 1, most: int = 1000) -> int | None:
-    """Return how many seeds would show a difference with 80 % power; None if more than `most`.
-
-    >>> noise = Noise(sd=0.0141, dof=58, seed_sd=0.013, within_sd=0.019, within_dof=60, variants=30, runs=90)
-    >>> seeds_needed(0.01, noise), seeds_needed(0.02, noise)
-    (33, 9)
-    """
-    for count in range(2, most + 1):
-        if smallest_visible(noise.sd * float(np.sqrt(2 / count)), noise.dof, comparisons) <= abs(difference):
-            return count
-    return None

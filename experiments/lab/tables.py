@@ -83,19 +83,3 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def moved(before: dict, after: dict, key: tuple[str, int]) -> list[str]:
-    """Return lines that compare two records of one run, number by number.
-
-    >>> before, after = {"val_loss": 3.5, "formed": 90}, {"val_loss": 3.625, "formed": 90, "x": {}}
-    >>> moved({"numbers": before}, {"numbers": after}, ("MLA", 0))
-    ['MLA, seed 0, trained again:', '  val_loss 3.5 → 3.625 (+0.125)', '  formed 90 → 90 (+0)']
-    """
-    lines = [f"{key[0]}, seed {key[1]}, trained again:"]
-    for name, first in before["numbers"].items():
-        second = after["numbers"].get(name)
-        if isinstance(first, int | float) and isinstance(second, int | float):
-            change = f"{second - first:+.6g}".replace("-", "−")
-            lines.append(f"  {name} {first:.6g} → {second:.6g} ({change})")
-    return lines

@@ -3,19 +3,20 @@
 import gc
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cached_property
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 
-from dsv3_jax.config import RunConfig, from_dict
+from dsv3_jax.config import RunConfig
 from dsv3_jax.files import write_atomic
-from experiments.lab import tasks
 from experiments.lab.results import thin_curves
 from experiments.lab.tasks import Task, TaskSource
 
@@ -26,32 +27,30 @@ CURVES = ("loss", "max_vio", "dropped", "val_loss")
 
 @dataclass(frozen=True)
 class Job:
-    """The instructions for one run."""
+    """The instructions for one run. Paths are relative to the repository."""
 
     variant: str
     seed: int
-    run: dict  # the configuration, as `to_dict` returns it
+    run: RunConfig
     folder: str  # run folder
     needed_folders: dict[str, str]  # run folders of the variants that this one depends on, same seed
-    record: str  # path of the JSON file that the worker writes
-    cores: tuple[int, ...]  # CPU cores to use; empty means all
-    task: dict | None = None  # data in place of the text, as `Task.to_dict` returns it
+    task: Task | None = None  # data in place of the text
     alone: bool = False  # run `measure_alone` on a finished run, with the machine to itself
 
     @property
-    def log(self) -> Path:
-        """The file for what the job prints, relative to the worker's directory as `folder` is."""
-        return Path(self.folder + ".log")
+    def name(self) -> str:
+        """Variant and seed, as messages say them."""
+        return f"{self.variant}, seed {self.seed}"
 
-    def to_json(self) -> str:
-        """Return the job as one line."""
-        return json.dumps(asdict(self))
+    @property
+    def log(self) -> str:
+        """The file for what the job prints."""
+        return self.folder + ".log"
 
-    @classmethod
-    def from_json(cls, text: str) -> "Job":
-        """Return the job that `to_json` wrote."""
-        values = json.loads(text)
-        return cls(**values | {"cores": tuple(values["cores"])})
+    @property
+    def record(self) -> str:
+        """The JSON file that the worker writes."""
+        return self.folder + ".json"
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,9 @@ class TrainedRun:
         return read_metrics(self.folder)
 
 
+Measure = Callable[[TrainedRun], dict]
+
+
 def read_metrics(folder: Path) -> list[dict]:
     """Return the rows of a run's metrics.jsonl, without a last line that is not complete yet."""
     path = folder / "metrics.jsonl"
@@ -109,40 +111,34 @@ def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def run_job(job: Job, measure: Callable[[TrainedRun], dict] | None) -> int:
+def run_job(job: Job, measure: Measure | None) -> int:
     """Train and measure one run, and write its record. Returns the exit code.
 
     Args: measure: the study's `measure`, or its `measure_alone` for a job with `alone`.
     """
-    if job.cores and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, job.cores)  # before XLA sizes its thread pool by the number of cores
-    from dsv3_jax.kernels.cpu.memory import keep_memory
-
-    keep_memory()
-    run, folder = from_dict(RunConfig, job.run), Path(job.folder)
-    task = None if job.task is None else tasks.from_dict(job.task)
+    run, folder, record = job.run, Path(job.folder), Path(job.record)
     needed = {name: Path(path) for name, path in job.needed_folders.items()}
     if job.alone:
         assert measure is not None
-        numbers = json.loads(Path(job.record).read_text())["numbers"]
-        record = {"numbers": numbers | measure(TrainedRun(folder, run, needed, numbers, task))}
+        numbers = json.loads(record.read_text())["numbers"]
+        found = {"numbers": numbers | measure(TrainedRun(folder, run, needed, numbers, job.task))}
     else:
         with _locked(folder):
             finished = any(row.get("step") == run.steps for row in read_metrics(folder))
-            trained = _train(run, folder, task)
+            trained = _train(run, folder, job.task)
         if trained is None:
             return STOPPED
         numbers, seconds = trained
-        measured = measure(TrainedRun(folder, run, needed, numbers, task)) if measure else {}
+        measured = measure(TrainedRun(folder, run, needed, numbers, job.task)) if measure else {}
         numbers.pop("load")
-        record = {
+        found = {
             "numbers": numbers | measured,
             "curves": thin_curves(read_metrics(folder), CURVES),
             "parameters": _parameters(run),
             "steps": run.steps,
             "seconds": round(seconds, 1),
         } | _code(folder, finished)
-    write_atomic(Path(job.record), json.dumps(_jsonable(record)).encode())
+    write_atomic(record, json.dumps(_jsonable(found)).encode())
     return 0
 
 
@@ -208,31 +204,40 @@ def _locked(folder: Path):
         yield
 
 
-def main(measure: Callable[[TrainedRun], dict] | None, alone: Callable[[TrainedRun], dict] | None) -> int:
-    """Do the jobs of a worker process: a line of stdin each, until it is closed. Returns the exit code.
+def serve(pipe: Connection, folder: Path, cores: tuple[int, ...]) -> None:
+    """Do the jobs that come through a pipe, for the study in a folder, until the other end is closed.
 
-    Jobs of one process share its imports and what it has compiled. What a job prints goes to its log; stdout gets a
-    line with its exit code.
+    Jobs of one process share its imports and what it has compiled. What a job prints goes to its log, and its exit code
+    through the pipe.
+
+    Args: cores: the CPU cores to use; () means all.
     """
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    for line in sys.stdin:
-        job = Job.from_json(line)
-        with job.log.open("w") as log:
-            os.dup2(log.fileno(), sys.stdout.fileno())
-            os.dup2(log.fileno(), sys.stderr.fileno())
-        code = do(job, measure, alone)
-        sys.stdout.flush()
-        gc.collect()  # a model's parts refer to one another
-        print(code, file=answers, flush=True)
-        if code == STOPPED:
-            return code
-    return 0
+    from dsv3_jax.kernels.cpu.memory import keep_memory
+    from experiments.lab.study import load
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C, and asks this process to save by SIGTERM
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)  # before XLA sizes its thread pool by the number of cores
+    keep_memory()
+    os.chdir(folder.parent.parent)
+    study = load(folder)
+    with suppress(EOFError):
+        while True:
+            job = pipe.recv()
+            Path(job.log).parent.mkdir(parents=True, exist_ok=True)
+            with open(job.log, "w") as log:
+                os.dup2(log.fileno(), sys.stdout.fileno())
+                os.dup2(log.fileno(), sys.stderr.fileno())
+            code = do(job, study.measure_alone if job.alone else study.measure)
+            sys.stdout.flush()
+            gc.collect()  # a model's parts refer to one another
+            pipe.send(code)
 
 
-def do(job: Job, measure: Callable[[TrainedRun], dict] | None, alone: Callable[[TrainedRun], dict] | None) -> int:
+def do(job: Job, measure: Measure | None) -> int:
     """Do one job. Returns its exit code. An error is one sentence, the last line of stderr."""
     try:
-        return run_job(job, alone if job.alone else measure)
+        return run_job(job, measure)
     except (ValueError, OSError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 1

@@ -1,10 +1,5 @@
 """The weight λ of the multi-token loss: annealed as in V3, or constant; its effect on the next token and on drafts."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
@@ -55,7 +50,6 @@ def drafts(text, variant, against, expect="higher"):
 
 
 STUDY = Study(
-    script=__file__,
     question="How much should the multi-token loss weigh, and should its weight fall during training?",
     published="λ 0.3 for 10T tokens, then 0.1 for 4.8T (DeepSeek-V3); no comparison is published",
     variants=variants,
@@ -78,6 +72,3 @@ STUDY = Study(
         )
     },
 )
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())

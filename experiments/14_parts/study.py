@@ -1,10 +1,5 @@
 """The worth of each part to a trained model: parts are taken away when it is evaluated; nothing is trained again."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 from functools import partial
 from unittest import mock
 
@@ -176,7 +171,7 @@ def draw(results, path):
         )
         return f"The routed experts are worth {routed:.3f} nats, the shared one {shared:.3f}"
 
-    drawing.draw_claims(path, STUDY, results, words, linear=0.01)
+    drawing.draw_claims(path, results, words, linear=0.01)
 
 
 def claim(text, name, **more):
@@ -184,7 +179,6 @@ def claim(text, name, **more):
 
 
 STUDY = Study(
-    script=__file__,
     question="What is each part worth to the trained model: experts, their choice, the shared one, the context?",
     published="shared expert off, one more routed: Pile loss 1.808 → 2.414 (DeepSeekMoE, 2B)",
     variants=variants,
@@ -209,6 +203,3 @@ STUDY = Study(
         claim("context beyond 32 tokens is needed", "context of 32 tokens at most"),
     ),
 )
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())

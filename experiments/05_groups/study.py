@@ -1,13 +1,10 @@
 """Group-limited routing on facts: what is learnt, and the bytes sent, by how many groups a token may reach."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 import json
 import os
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -126,7 +123,6 @@ def equal(kept):
 
 
 STUDY = Study(
-    script=__file__,
     question="How much does it cost to limit a token to a few groups of experts, and what traffic does it save?",
     published="DeepSeek-V2: 3 of 8 devices is nearly as good as no limit; V3 uses 4 of 8 groups",
     variants=variants,
@@ -154,6 +150,3 @@ STUDY = Study(
         )
     },
 )
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())

@@ -1,10 +1,5 @@
 """Dropless routing against fixed expert capacities: the share of dropped tokens and the loss."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 from functools import partial
 
 import jax
@@ -78,7 +73,6 @@ def costs(text, variant):
 
 
 STUDY = Study(
-    script=__file__,
     question="What do dropped tokens cost, and does good balance make dropping unnecessary?",
     published="DeepSeek-V3 drops no token in training or inference, thanks to its balance; no figure is given",
     variants=variants,
@@ -109,6 +103,3 @@ STUDY = Study(
         "drops": Stake("most assignments dropped", lambda results: results.paired(UNBALANCED, "no drop", "val_loss"))
     },
 )
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())

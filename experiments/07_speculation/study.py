@@ -1,10 +1,5 @@
 """Speculative decoding: the acceptance of several drafters for the same model, and their speed on this machine."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 import statistics
 
 import numpy as np
@@ -253,7 +248,6 @@ def faster(text, variant, published):
 
 
 STUDY = Study(
-    script=__file__,
     question="Which drafts are accepted, and is speculative decoding faster than plain decoding?",
     published="V3's second token: 85–90 % accepted, × 1.8; Medusa × 2.2, EAGLE × 2.7 and more, independent × 2–3",
     variants=variants,
@@ -271,6 +265,3 @@ STUDY = Study(
         faster("Medusa is faster than plain decoding here", MEDUSA, 1.2),
     ),
 )
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())

@@ -1,10 +1,5 @@
 """The content of a cached row: recall of many keys by MLA's widths, its rotated part, and other kinds of attention."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 import math
 
 import numpy as np
@@ -107,7 +102,6 @@ def same(text, variant, against):
 
 
 STUDY = Study(
-    script=__file__,
     question="What does recall of many keys need of MLA: the latent's width, the rotated part, the queries' width?",
     published="MLA is at least as good as MHA, and MHA better than GQA and MQA (DeepSeek-V2); no figure for recall",
     variants=variants,
@@ -140,6 +134,3 @@ STUDY = Study(
         )
     },
 )
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())

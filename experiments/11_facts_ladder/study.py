@@ -1,10 +1,5 @@
 """DeepSeekMoE's ladder on a task that needs parameters: 16,384 facts to store, more than the dense model can."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 from dsv3_jax.config import replace
 from experiments.lab import ABOVE, Column, OnTask, Study, drawing
 from experiments.lab.claims import Claim, Stake
@@ -23,7 +18,7 @@ def claim(text, variant, against):
 
 def draw(results, path):
     below = "Bits of a fact still unknown, lower is better"
-    drawing.draw_claims(path, STUDY, results, lambda: words(results), below=below)
+    drawing.draw_claims(path, results, lambda: words(results), below=below)
 
 
 def words(results):
@@ -33,7 +28,6 @@ def words(results):
 
 
 STUDY = Study(
-    script=__file__,
     question="Do shared and finer experts store more facts at equal total and active parameters?",
     published="dense 2.060, Switch 1.881, GShard 1.867, DeepSeekMoE 1.808 (2B, Pile); every rung of the ladder helps",
     variants=variants,
@@ -61,6 +55,3 @@ STUDY = Study(
         )
     },
 )
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())

@@ -1,10 +1,5 @@
 """YaRN on one-hop retrieval: a model trained at L answers questions up to 16L away. L is the base's row length."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 from functools import partial
 
 import jax
@@ -168,7 +163,6 @@ def claim(text, variant, against, key, expect="higher", **more):
 
 
 STUDY = Study(
-    script=__file__,
     question="Does YaRN let a model find keys at up to 16 times its training length?",
     published="4K → 128K in two short phases, every needle found (V3 report, figure 8); 99 % of passkeys (YaRN)",
     variants=variants,
@@ -214,6 +208,3 @@ STUDY = Study(
         )
     },
 )
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())

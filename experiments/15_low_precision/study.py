@@ -1,10 +1,5 @@
 """Training in 8 bits: the loss of bfloat16, two kinds of FP8, and MXFP8 against float32, on the same data."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -155,7 +150,6 @@ def keeps(variant, key, what):
 
 
 STUDY = Study(
-    script=__file__,
     question="Does training in 8 bits change the loss by less than the report's 0.25 %?",
     published="FP8 against BF16 at 16B and 230B parameters: less than 0.25 % of the loss (V3 report, section 3.3)",
     variants=variants,
@@ -170,6 +164,3 @@ STUDY = Study(
         if variant != EXACT
     ),
 )
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())

@@ -1,10 +1,5 @@
 """Expert capacities on a task that needs the dropped experts: 16,384 facts to store."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 from dsv3_jax.config import Balance, replace
 from experiments.lab import Column, OnTask, Study, drawing
 from experiments.lab.claims import Claim, Stake
@@ -42,7 +37,7 @@ def claim(text, variant, against, expect="lower", **more):
 
 def draw(results, path):
     below = "Bits of a fact still unknown, lower is better"
-    drawing.draw_claims(path, STUDY, results, lambda: words(results), below=below)
+    drawing.draw_claims(path, results, lambda: words(results), below=below)
 
 
 def words(results):
@@ -52,7 +47,6 @@ def words(results):
 
 
 STUDY = Study(
-    script=__file__,
     question="What do dropped tokens cost where the experts' knowledge is needed, and does good balance prevent it?",
     published="DeepSeek-V3 drops no token in training or inference, thanks to its balance; no figure is given",
     variants=variants,
@@ -79,6 +73,3 @@ STUDY = Study(
         )
     },
 )
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())

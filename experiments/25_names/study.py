@@ -1,10 +1,5 @@
 """Two-token names: whether heads that predict more than the next token bring their induction forward."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 import math
 
 import numpy as np
@@ -76,7 +71,6 @@ def sooner(text, variant):
 
 
 STUDY = Study(
-    script=__file__,
     question="Do multi-token heads bring the induction of two-token names forward?",
     published="two-token prediction raises the induction of models up to 30M (arXiv 2404.19737, figure 7)",
     variants=variants,
@@ -102,6 +96,3 @@ STUDY = Study(
         )
     },
 )
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())

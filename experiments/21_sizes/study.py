@@ -1,10 +1,5 @@
 """Two claims at three sizes: MLA against MHA, and a multi-token module against none, at widths of 48, 96 and 192."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 from dsv3_jax.config import replace
 from experiments.lab import Column, Study, drawing
 from experiments.lab.claims import Claim
@@ -38,15 +33,7 @@ def variants(base):
 
 
 def draw(results, path):
-    series = {"MLA against MHA": "MLA,", "a module against none": "MLA with a module,"}
-    drawing.draw_by_size(
-        path,
-        results,
-        STUDY.judge(results)[0],
-        series,
-        drawing.answer(lambda: words(results), "Two claims at three sizes"),
-        "difference of the loss, nats; bars: 95 %",
-    )
+    drawing.draw_claims(path, results, lambda: words(results))
 
 
 def words(results):
@@ -55,7 +42,6 @@ def words(results):
 
 
 STUDY = Study(
-    script=__file__,
     question="Do MLA's lead over MHA and the module's gain hold at half and at double the width?",
     published="MLA better than MHA at 16B and 250B (DeepSeek-V2); more tokens ahead cost small models (Gloeckle)",
     variants=variants,
@@ -76,6 +62,3 @@ STUDY = Study(
     ),
     stakes={"context": part("no context but the token before", "context of 2 tokens at most")},
 )
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())

@@ -1,10 +1,5 @@
 """Specialisation of experts by domain: load by domain and layer, loss-free against an auxiliary loss."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
@@ -139,7 +134,6 @@ def token_against_domain(numbers):
 BIAS, SEQUENCE = "loss-free, γ 3e-3", "sequence-wise, α 3e-3"
 
 STUDY = Study(
-    script=__file__,
     question="Do experts specialise by domain, and more so without an auxiliary loss?",
     published="the loss-free model's experts specialise more than the auxiliary-loss model's (V3 report, figure 9)",
     variants=variants,
@@ -180,6 +174,3 @@ STUDY = Study(
         )
     },
 )
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())

@@ -1,12 +1,10 @@
 """MLA against MHA, GQA and MQA: validation loss and cache bytes per token, at equal parameters."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
+import numpy as np
+from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
-from experiments.lab import Column, Study, drawing
+from experiments.lab import Column, Study, drawing, write_figure
 from experiments.lab.claims import Claim
 from experiments.lab.matching import matched
 from experiments.lab.parts import part
@@ -37,8 +35,21 @@ def cache_bytes(results, variant):
 
 
 def draw(results, path):
+    """Draw the loss against the bytes of a cached token: dots are seeds, a circle their mean."""
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    ax, sizes = figure.add_subplot(), []
+    halves = drawing.half_intervals(results, results.variants, "val_loss")
+    for variant, half in zip(results.variants, halves, strict=True):
+        size, losses = cache_bytes(results, variant), results.values(variant, "val_loss")
+        x, colour = size * 1.03 ** sizes.count(size), drawing.colour_of(results, variant)
+        ax.plot(np.full(len(losses), x), losses, ".", color=colour, alpha=0.6)
+        ax.errorbar([x], [losses.mean()], [half], fmt="o", color=colour, markersize=9, capsize=4, label=variant)
+        sizes.append(size)
     title = drawing.answer(lambda: words(results), "Loss by cache size")
-    drawing.draw_loss_by_cost(results, path, cache_bytes, "cache, bytes per token", title)
+    drawing.style_axes(ax, title, "cache, bytes per token", "validation loss, nats; bars: 95 % interval")
+    drawing.make_logarithmic(ax, "x", sorted(set(sizes)))
+    figure.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=4, loc="outside lower center")
+    write_figure(figure, path)
 
 
 def words(results):
@@ -51,7 +62,6 @@ def claim(text, variant, against, expect="lower"):
 
 
 STUDY = Study(
-    script=__file__,
     question="Does MLA reach the loss of MHA with a cache as small as MQA's?",
     published="15.6K cached numbers per token against MHA's 110.6K, at equal or better quality (DeepSeek-V2 report)",
     variants=variants,
@@ -72,6 +82,3 @@ STUDY = Study(
     ),
     stakes={"context": part("no context but the token before", "context of 2 tokens at most")},
 )
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())

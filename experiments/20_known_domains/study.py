@@ -1,10 +1,5 @@
 """Rules of balancing where the right division of the work is known: 16 domains with nothing in common, 16 experts."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -106,7 +101,6 @@ def divides(text, variant, against):
 
 
 STUDY = Study(
-    script=__file__,
     question="What does each rule of balancing do to experts whose right division is known?",
     published="batch-wise loss and bias 2.253, sequence-wise 2.258 (1B, V3 report, section 4.5.3)",
     variants=variants,
@@ -158,6 +152,3 @@ STUDY = Study(
         )
     },
 )
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())

@@ -1,10 +1,5 @@
 """Rules of balancing at several strengths: curves of MaxVio against loss, on the training mix and by domain."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 import jax
 import numpy as np
 from flax import nnx
@@ -139,7 +134,6 @@ def balance(text, variant, against, expect="lower", key=log_max_vio, unit="ln Ma
 
 
 STUDY = Study(
-    script=__file__,
     question="Does the loss-free bias balance experts better than an auxiliary loss, and at a lower loss?",
     published="MaxVio 0.72 → 0.04, perplexity 9.56 → 9.50 (1B, auxiliary loss → loss-free); γ 1e-4 slow, 1e-2 unstable",
     variants=variants,
@@ -187,6 +181,3 @@ STUDY = Study(
     ),
     stakes={"balance": Stake("no balance", lambda results: results.paired("none", BIAS, "val_loss"))},
 )
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())

@@ -1,10 +1,5 @@
 """Multi-token prediction: its effect on the next token's loss, and the acceptance of its drafts."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -86,7 +81,6 @@ def draft_words(results):
 
 
 STUDY = Study(
-    script=__file__,
     question="Does predicting several tokens ahead lower the loss of the next token, and how many drafts are accepted?",
     published="equal bits per byte (0.729, 0.729; 0.658, 0.657) and gains on tasks at scale; small models can lose",
     variants=variants,
@@ -117,6 +111,3 @@ STUDY = Study(
         ),
     ),
 )
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())

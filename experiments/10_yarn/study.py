@@ -1,10 +1,5 @@
 """A four times longer context by YaRN: loss by position and retrieval by distance. L is the base's sequence length."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 from functools import partial
 
 import jax
@@ -271,7 +266,6 @@ def retrieved_beyond(numbers):
 
 
 STUDY = Study(
-    script=__file__,
     question="Does YaRN extend a model to four times its training length?",
     published="4K → 128K in two short phases, every needle found (V3 report, figure 8); 99 % of passkeys (YaRN)",
     variants=variants,
@@ -312,6 +306,3 @@ STUDY = Study(
         )
     },
 )
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())

@@ -1,10 +1,6 @@
 """A router's life: when its choices settle, what the bias changes, how biases drift, and what two seeds share."""
 
-import sys
 from itertools import combinations
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -147,7 +143,6 @@ def log_vio(numbers):
 
 
 STUDY = Study(
-    script=__file__,
     question="When do a router's choices settle, and what does the bias do?",
     published="60 % of OLMoE's choices are made after 1 % of training, 80 % after 40 % (arXiv 2409.02060, section 5.1)",
     variants=variants,
@@ -176,6 +171,3 @@ STUDY = Study(
         )
     },
 )
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())

@@ -1,10 +1,5 @@
 """DeepSeekMoE's ladder: dense, one large expert, two, a shared one, finer ones; equal total and active parameters."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 from dsv3_jax.config import replace
 from experiments.lab import ABOVE, Column, Study, drawing
 from experiments.lab.claims import Claim, Stake
@@ -23,11 +18,10 @@ def draw(results, path):
     def words():
         return f"The finest experts against dense: {drawing.change(results, FINE_4, DENSE)} nats"
 
-    drawing.draw_claims(path, STUDY, results, words)
+    drawing.draw_claims(path, results, words)
 
 
 STUDY = Study(
-    script=__file__,
     question="Do shared and finer experts lower the loss at equal total and active parameters?",
     published="dense 2.060, Switch 1.881, GShard 1.867, DeepSeekMoE 1.808 (2B, Pile); every rung of the ladder helps",
     variants=variants,
@@ -49,6 +43,3 @@ STUDY = Study(
         Column("MaxVio", "max_vio_global", 2),
     ),
 )
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())

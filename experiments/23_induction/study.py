@@ -1,10 +1,5 @@
 """When induction forms: by the optimizer, and with multi-token heads that predict more than the next token."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 import itertools
 import math
 
@@ -106,7 +101,6 @@ def sooner(text, variant, against):
 
 
 STUDY = Study(
-    script=__file__,
     question="When does induction form, and do multi-token heads or Muon bring it forward?",
     published="two-token prediction raises the induction of models up to 30M (arXiv 2404.19737, figure 7)",
     variants=variants,
@@ -135,6 +129,3 @@ STUDY = Study(
         )
     },
 )
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())

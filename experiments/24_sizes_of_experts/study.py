@@ -1,10 +1,5 @@
 """Two rungs of the ladder at three sizes: what finer experts and a shared one do at half, base and double width."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 from dsv3_jax.config import replace
 from experiments.lab import Column, OnTask, Study, drawing
 from experiments.lab.claims import Claim, Stake
@@ -55,15 +50,7 @@ def stake(size):
 
 
 def draw(results, path):
-    series = {"experts of a quarter against large ones": FINE_4, "a shared expert against none": SHARED}
-    drawing.draw_by_size(
-        path,
-        results,
-        STUDY.judge(results)[0],
-        series,
-        drawing.answer(lambda: words(results), "Two claims at three sizes"),
-        "difference of the bits unknown; bars: 95 %",
-    )
+    drawing.draw_claims(path, results, lambda: words(results))
 
 
 def words(results):
@@ -73,7 +60,6 @@ def words(results):
 
 
 STUDY = Study(
-    script=__file__,
     question="Do finer experts store more, and does a shared one cost facts, at half and at double the width?",
     published="finer and shared experts help from 2B to 145B parameters (DeepSeekMoE)",
     variants=variants,
@@ -90,6 +76,3 @@ STUDY = Study(
     ),
     stakes={size: stake(size) for size in FACTORS},
 )
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())

@@ -1,10 +1,5 @@
 """Pruning and merging experts by their worth, their load, or at random: the loss with half of the experts."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -155,7 +150,6 @@ def claim(text, variant, key, expect="higher", stake="experts"):
 
 
 STUDY = Study(
-    script=__file__,
     question="Which experts can a model do without: those with the least worth, or the least load?",
     published="pruning by error beats pruning by load and at random (2402.14800), pruning beats merging (2510.13999)",
     variants=variants,
@@ -175,6 +169,3 @@ STUDY = Study(
         )
     },
 )
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())

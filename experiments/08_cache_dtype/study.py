@@ -1,10 +1,5 @@
 """Cache dtypes: loss by bytes per token, for MLA's latent cache and for per-head keys and values."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 from dataclasses import asdict
 from unittest import mock
 
@@ -172,7 +167,6 @@ def more_than_keys(dtype):
 
 
 STUDY = Study(
-    script=__file__,
     question="How many bits does each cached number need, and does MLA's latent need more than keys and values?",
     published="DeepSeek-V2 is served with 6 bits per element on average; no loss is given",
     variants=variants,
@@ -182,6 +176,3 @@ STUDY = Study(
     claims=(keeps("int8"), keeps("6 bits"), keeps("4 bits"), more_than_keys("int8"), more_than_keys("3 bits")),
     stakes={"bits": Stake("2 bits a number", lambda results: results.values("MLA", change("latent", "2 bits")))},
 )
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())

@@ -1,10 +1,5 @@
 """AdamW against Muon and Muon with QK-clip: steps to a loss, and the largest attention logit of each head."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -119,7 +114,6 @@ def loss_words(results):
 
 
 STUDY = Study(
-    script=__file__,
     question="Does Muon reach AdamW's loss in half the steps, and does QK-clip bound logits for nothing?",
     published="Muon needs 52 % of AdamW's training FLOPs (arXiv 2502.16982); QK-clip at 100 changes no loss (K2)",
     variants=variants,
@@ -147,6 +141,3 @@ STUDY = Study(
         ),
     },
 )  # fmt: skip
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())

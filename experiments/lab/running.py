@@ -1,0 +1,166 @@
+"""Run a study: train and measure the runs that results.json lacks, then write its picture and README.md's table."""
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+from experiments.lab import overview
+from experiments.lab.bases import base_run, make_tokenizer, short_run
+from experiments.lab.claims import as_json, verdict_table
+from experiments.lab.fingerprints import RECIPE
+from experiments.lab.results import MissingRuns, Results, replace_block
+from experiments.lab.runner import run_all
+from experiments.lab.study import RUNS_FOLDER, Study, StudyRun
+from experiments.lab.work import EVALUATION, Job
+
+Key = tuple[str, int]  # variant, seed
+
+
+def run(study: Study, options: argparse.Namespace) -> int:
+    """Run a study. Returns the exit code: 1 if a run failed. Raises: ValueError for options that do not fit it."""
+    print(study.question)
+    with _asked(study, options) as (results, runs, wanted):
+        missing = {key for key in wanted if not results.has(*key, runs[key].identity)}
+        if options.list:
+            for (name, seed), one in runs.items():
+                state = "missing" if (name, seed) in missing else "done"
+                if state == "missing" or results.has(name, seed, one.identity):
+                    print(f"{name}, seed {seed}: {state}, {one.folder}")
+            return 0
+        failures = []
+        if missing and not options.redraw:
+            failures = _run_missing(study, runs, missing, results, options.workers)
+            results.select({key: run.identity for key, run in runs.items()})
+        if results.runs:
+            _publish(study, results)
+        else:
+            print("no results yet")
+        for failure in failures:
+            print(failure, file=sys.stderr)
+        return 1 if failures else 0
+
+
+def forget(study: Study, options: argparse.Namespace) -> None:
+    """Delete the results that the options name, with --fresh their runs too, with --remeasure their evaluations."""
+    with _asked(study, options) as (results, runs, wanted):
+        results.forget({key for key in wanted if results.has(*key, runs[key].identity)})
+        for key in wanted:
+            folder = study.root / runs[key].folder
+            if options.fresh:
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                (folder / EVALUATION).unlink(missing_ok=True)
+
+
+@contextmanager
+def _asked(study: Study, options: argparse.Namespace):
+    """Yield (results, all runs by key, the keys that the options ask for); --short has a temporary folder for all."""
+    with tempfile.TemporaryDirectory(prefix="lab-") as temporary:
+        name = options.base or study.base
+        if options.short:
+            base, runs_folder, out = short_run(study.base), temporary, Path(temporary)
+        else:
+            base, runs_folder, out = base_run(name, options.set, RUNS_FOLDER), RUNS_FOLDER, study.folder
+            if name != study.base or options.set:  # the study's own folder has results of its own base alone
+                changes = "".join(f"-{change.replace('/', '_')}" for change in options.set)
+                out = study.root / RUNS_FOLDER / f"{study.folder.name}-{name}{changes}"
+        about = {"question": study.question, "published": study.published, "base": " ".join([name, *options.set])}
+        results = Results(out / "results.json", about)
+        if not (options.list or options.redraw):  # identities hash these files
+            make_tokenizer(base, study.root)
+            if study.prepare is not None:
+                study.prepare(base, study.root)
+        names = list(study.variants(base))
+        if unknown := set(options.only) - set(names):
+            raise ValueError(f"--only={min(unknown)!r} is not one of {', '.join(names)}")
+        seeds = options.seeds or ((0,) if options.short else None)  # None: the study's own
+        wanted = {(n, s) for n in options.only or names for s in seeds or range(study.seeds_of.get(n, study.seeds))}
+        runs = study.list_runs(base, sorted({*results.seeds()} | {seed for _, seed in wanted}), runs_folder)
+        results.select({key: run.identity for key, run in runs.items()})
+        yield results, runs, wanted
+
+
+def _run_missing(
+    study: Study, runs: dict[Key, StudyRun], missing: set[Key], results: Results, workers: int | None
+) -> list[str]:
+    """Train and measure the missing runs, and the runs that they depend on if those are not finished."""
+    wanted = set(missing)
+    for key in reversed(runs):  # dependencies come before the runs that need them
+        if key in wanted:
+            for name in runs[key].needed_folders:
+                needed = runs[name, key[1]]
+                if not (study.root / needed.folder / "checkpoints" / str(needed.run.steps)).is_dir():
+                    wanted.add((name, key[1]))
+    on_cpu = _backend() == "cpu"
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    workers = workers or (len(cores) if on_cpu else 1)
+    count = max(len(cores) // workers, 1)
+    cores_by_worker = [tuple(cores[i * count : (i + 1) * count]) if on_cpu else () for i in range(workers)]
+    machine = f"{os.cpu_count()} × {platform.machine()}, Python {platform.python_version()}, JAX {version('jax')}"
+    provenance = {"date": date.today().isoformat(), "machine": machine}
+    pending: dict[Key, dict] = {}
+
+    def add_trained(job: Job, record: dict) -> None:
+        key = job.variant, job.seed
+        record = runs[key].identity.stored() | record | provenance
+        results.remember(runs[key].identity)
+        if study.measure_alone is None:
+            results.add(*key, record)
+        else:
+            pending[key] = record
+
+    def add_timed(job: Job, record: dict) -> None:
+        results.add(job.variant, job.seed, pending[job.variant, job.seed] | record)
+
+    jobs = [_job(key, runs[key]) for key in runs if key in wanted]
+    failures = run_all(study.folder, jobs, cores_by_worker, add_trained)
+    if pending:
+        print("timing, one run at a time: leave the machine idle")
+        failures += run_all(study.folder, [_job(key, runs[key], alone=True) for key in pending], [()], add_timed)
+    return failures
+
+
+def _job(key: Key, run: StudyRun, *, alone: bool = False) -> Job:
+    return Job(*key, run.run, run.folder, run.needed_folders, run.task, alone)
+
+
+def _backend() -> str:
+    """Return the workers' JAX backend. A subprocess looks it up, so that this process takes no accelerator memory."""
+    look_up = "import jax; print(jax.default_backend())"
+    return subprocess.run([sys.executable, "-c", look_up], capture_output=True, text=True).stdout.strip() or "cpu"
+
+
+def _publish(study: Study, results: Results) -> None:
+    """Print the tables, draw the picture, and update the README.md files."""
+    verdicts, checks = study.judge(results)
+    results.about["verdicts"] = [as_json(verdict) for verdict in verdicts]
+    results.write()
+    text = study.make_table(results)
+    if verdicts:
+        text = f"{verdict_table(verdicts, checks)}\n\n{text}"
+    picture = results.path.with_name(f"{study.folder.name.partition('_')[2]}.png")
+    try:
+        study.draw(results, picture)
+        drawn = str(picture)
+    except MissingRuns as missing:
+        drawn = f"No picture: {missing}."
+    what = "trained" if results.recipe and results.recipe > 1 else "measured"
+    caption = (
+        f"Seeds {', '.join(map(str, results.seeds()))}: mean ± sample standard deviation."
+        f" Run on {results.provenance('date')}, {what} at commit {results.provenance('commit')}."
+        f" Machine: {results.provenance('machine')}. Recipe {results.recipe}."
+    )
+    if not results.is_current:
+        caption += f" These are not of the present configuration and text (recipe {RECIPE}); run the study again."
+    if results.path.parent == study.folder:
+        replace_block(study.folder / "README.md", f"{text}\n\n{caption}")
+        overview.write(study.folder.parent)
+    print(f"\n{text}\n\n{caption}\n{drawn}")  # last: a reader that closes the pipe stops nothing
