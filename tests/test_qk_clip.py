@@ -165,7 +165,7 @@ def test_clipped_logits_are_at_most_the_threshold(rng, compressed):
     @jax.jit
     def maxima(state):
         ctx = make_context(cfg, from_zero(2, 9), options=Options(watch=frozenset(["max_logit"])))
-        return nnx.merge(graph, state).attend(x, ctx)[1].max_logits
+        return nnx.merge(graph, state).attend(x, ctx)[2]["max_logit"]
 
     before = np.asarray(maxima(state))
     threshold = float(np.sort(before)[1])  # of three heads: one is above

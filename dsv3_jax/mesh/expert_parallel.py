@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import Layout, ModelConfig
 from dsv3_jax.kernels.choose import Kernels
 from dsv3_jax.mesh.sharding import row_axes, spec
-from dsv3_jax.mesh.token_exchange import all_to_all, ragged, send_capacity, to_local_ids
+from dsv3_jax.mesh.token_exchange import Experts, all_to_all, ragged, send_capacity, to_local_ids
 from dsv3_jax.ops.varying import as_varying
 
 # Names of the axes of w_gate, w_up and w_down, by which `sharding.RULES` shards them.
@@ -39,7 +39,7 @@ class Sharded(NamedTuple):
     """How the mesh shards the tokens and experts of one call."""
 
     rows: tuple[str, ...]  # axes along which each device has tokens of its own
-    experts: tuple[P, P, P]  # of w_gate, w_up and w_down
+    experts: tuple[P, ...]  # of w_gate, w_up and w_down
     peers: int  # devices along "expert" that share the experts out; 1: each has all
 
     @property
@@ -73,9 +73,7 @@ def grouped_swiglu(
     x: Float[Array, "n D"],
     expert_ids: Int[Array, "n K"],
     gates: Float[Array, "n K"],
-    w_gate: Float[Array, "E D F"],
-    w_up: Float[Array, "E D F"],
-    w_down: Float[Array, "E F D"],
+    experts: Experts,
     *,
     kernels: Kernels,
     cfg: ModelConfig,
@@ -86,61 +84,54 @@ def grouped_swiglu(
     Returns: (y, copies of a token sent to another device, mean over tokens).
     """
 
-    def meet(how: Sharded, *args: Array) -> tuple[Array, Array]:
+    def meet(how: Sharded, *args) -> tuple[Array, Array]:
         n, apart = args[0].shape[0], how.peers > 1 and "expert" in how.rows
         comm = pick_expert_comm(cfg, layout, n, how.peers) if apart else "gather"
         if comm == "gather":
             return _gathered(partial(kernels, "grouped_swiglu"), how, *args)
         if comm == "all_to_all":
-            slots = send_capacity(cfg, layout, n, how.peers)
-            y, sent = all_to_all(*args, kernels=kernels, peers=how.peers, slots=slots)
+            y, sent = all_to_all(*args, kernels=kernels, slots=send_capacity(cfg, layout, n, how.peers))
         else:
-            y, sent = ragged(*args, kernels=kernels, peers=how.peers)
+            y, sent = ragged(*args, kernels=kernels)
         return (jax.lax.psum(y, "tensor") if how.hidden else y), sent
 
-    return _on_shards(meet, layout, x, expert_ids, gates, w_gate, w_up, w_down)
+    return _on_shards(meet, layout, x, expert_ids, gates, experts)
 
 
 def decode_experts(
     x: Float[Array, "n D"],
     expert_ids: Int[Array, "n K"],
     gates: Float[Array, "n K"],
-    w_gate: Float[Array, "E D F"],
-    w_up: Float[Array, "E D F"],
-    w_down: Float[Array, "E F D"],
+    experts: Experts,
     *,
     kernels: Kernels,
     layout: Layout,
 ) -> Float[Array, "n D"]:
     """Run `ops.dispatch.decode_experts` on the mesh of the context: each device reads only experts that it holds."""
 
-    def meet(how: Sharded, *args: Array) -> tuple[Array, Array]:
-        return _gathered(partial(kernels, "decode_experts"), how, *args)
-
-    return _on_shards(meet, layout, x, expert_ids, gates, w_gate, w_up, w_down)[0]
+    return _on_shards(partial(_gathered, partial(kernels, "decode_experts")), layout, x, expert_ids, gates, experts)[0]
 
 
-def _on_shards(meet: Callable, layout: Layout, *args: Array) -> tuple[Array, Array]:
-    """Call `meet(how, x, ids, gates, *experts)` on each device: its tokens, its experts with their complete width D."""
-    mesh, rows = jax.sharding.get_abstract_mesh(), row_axes(args[0].shape[0])
-    w_gate, w_up, w_down = (
-        spec(names, w.shape, mesh, fsdp=layout.fsdp) for names, w in zip(AXIS_NAMES, args[3:], strict=True)
-    )
-    how = Sharded(rows, (w_gate, w_up, w_down), mesh.shape["expert"] if w_gate[0] else 1)
+def _on_shards(meet: Callable, layout: Layout, x: Array, ids: Array, gates: Array, experts: Experts):
+    """Call `meet(how, x, ids, gates, experts)` on each device: its tokens, its experts with their complete width D."""
+    mesh, rows = jax.sharding.get_abstract_mesh(), row_axes(x.shape[0])
+    specs = tuple(spec(of, w.shape, mesh, fsdp=layout.fsdp) for of, w in zip(AXIS_NAMES, experts, strict=True))
+    how = Sharded(rows, specs, mesh.shape["expert"] if specs[0][0] else 1)
 
-    def local(x: Array, ids: Array, gates: Array, *experts: Array) -> tuple[Array, Array]:
+    def local(x: Array, ids: Array, gates: Array, experts: Experts) -> tuple[Array, Array]:
         if how.width:
             experts = _gather_width(experts, how, x.dtype)
         # All of one type, so that the gradients of experts are summed over devices here, once.
         experts = tuple(as_varying(w, x) for w in experts)
         x, gates = (as_varying(a, experts[0]) for a in (x, gates))
-        return meet(how, x, ids, gates, *experts)
+        return meet(how, x, ids, gates, experts)
 
     tokens = P(rows)
-    return jax.shard_map(local, in_specs=(tokens, tokens, tokens, *how.experts), out_specs=(tokens, P()))(*args)
+    in_specs = tokens, tokens, tokens, specs
+    return jax.shard_map(local, in_specs=in_specs, out_specs=(tokens, P()))(x, ids, gates, experts)
 
 
-def _gathered(run: Callable, how: Sharded, x: Array, ids: Array, gates: Array, *experts: Array) -> tuple[Array, Array]:
+def _gathered(run: Callable, how: Sharded, x: Array, ids: Array, gates: Array, experts: Experts) -> tuple[Array, Array]:
     """(y of this device's tokens, copies of a token sent), by `run` on the tokens of all peers."""
     shared, sent = how.peers > 1, 0.0
     if shared and "expert" in how.rows:
@@ -158,7 +149,7 @@ def _gathered(run: Callable, how: Sharded, x: Array, ids: Array, gates: Array, *
     return y, jnp.asarray(sent, jnp.float32)
 
 
-def _gather_width(experts: tuple[Array, ...], how: Sharded, dtype) -> tuple[Array, ...]:
+def _gather_width(experts: Experts, how: Sharded, dtype) -> Experts:
     """The experts [E, …] cast, and gathered along "data", which shards their width D."""
     # If "data" does not shard the tokens, its devices all do the same with them, and JAX must know.
     to = "varying" if "data" in how.rows else "invarying"

@@ -177,14 +177,13 @@ def to_local_ids(ids: Array, gates: Array, held: int) -> tuple[Array, Array]:
     return jnp.where(here, ids, held), jnp.where(here, gates, 0)
 
 
-Exchange = Callable[[Array], Array]
+Experts = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]  # w_gate, w_up, w_down
+Args = tuple[Array, Array, Array, Experts]  # x, expert_ids, gates and this device's experts
 
 
-def _at_their_experts(
-    args: tuple[Array, ...], buffer: SendBuffer, there: Exchange, back: Exchange, kernels: Kernels
-) -> Array:
-    """Send the tokens that have a slot to their experts, and the sums back. Args: (x, ids, gates, *experts)."""
-    x, ids, gates, *experts = args
+def _at_their_experts(args: Args, buffer: SendBuffer, there: Callable, back: Callable, kernels: Kernels) -> Array:
+    """Send the tokens that have a slot to their experts, and the sums back."""
+    x, ids, gates, experts = args
     rows, row_gates = there(to_slots(x, buffer)), there(to_slots(gates, buffer))
     row_ids = there(_fetch(ids + 1, buffer.token)) - 1  # an empty slot has the expert -1, which no device holds
     row_ids, row_gates = to_local_ids(row_ids, row_gates, experts[0].shape[0])
@@ -198,12 +197,9 @@ def all_to_all(
     x: Float[Array, "n D"],
     expert_ids: Int[Array, "n K"],
     gates: Float[Array, "n K"],
-    w_gate: Float[Array, "E D F"],
-    w_up: Float[Array, "E D F"],
-    w_down: Float[Array, "E F D"],
+    experts: Experts,
     *,
     kernels: Kernels,
-    peers: int,
     slots: int,
 ) -> tuple[Float[Array, "n D"], Float[Array, ""]]:
     """Run `Kernels.grouped_swiglu` on this device's tokens with all peers' experts, inside `shard_map`.
@@ -217,8 +213,8 @@ def all_to_all(
         slots: for each peer in the first round.
     Returns: (y, copies of a token sent, empty slots included, mean over tokens).
     """
-    n = x.shape[0]
-    args, table = (x, expert_ids, gates, w_gate, w_up, w_down), peer_table(expert_ids, w_gate.shape[0], peers)
+    n, peers = x.shape[0], jax.lax.axis_size("expert")
+    args, table = (x, expert_ids, gates, experts), peer_table(expert_ids, experts[0].shape[0], peers)
     y = _round(jnp.zeros((), jnp.int32), args, table, kernels, slots)
     size, most = later_slots(slots), jax.lax.pmax(table.counts.max(), tuple(varying(table.counts)))
     later = -(-jnp.maximum(most - slots, 0) // size)  # rounds
@@ -227,7 +223,7 @@ def all_to_all(
     return y, (slots + later * size).astype(jnp.float32) * ((peers - 1) / n)
 
 
-def _round(start: Array, args: tuple[Array, ...], table: PeerTable, kernels: Kernels, slots: int) -> Array:
+def _round(start: Array, args: Args, table: PeerTable, kernels: Kernels, slots: int) -> Array:
     """Send each peer's tokens of the ranks start … start + slots − 1."""
     size, rank = table.counts.size * slots, table.rank - start
     now = table.first & (rank >= 0) & (rank < slots)
@@ -261,7 +257,8 @@ def _later_rounds_bwd(kernels, first, saved, dy):
 
         return jax.tree.map(jnp.add, total, jax.vjp(one, x, *rest)[1](dy))
 
-    d_x, *d_rest = jax.lax.fori_loop(0, rounds, add, tuple(zeros(a.shape, a) for a in (x, *rest)))
+    zero = jax.tree.map(lambda a: zeros(a.shape, a), (x, *rest))
+    d_x, *d_rest = jax.lax.fori_loop(0, rounds, add, zero)
     return (d_x, None, *d_rest), None, None
 
 
@@ -271,51 +268,47 @@ _later_rounds.defvjp(_later_rounds_fwd, _later_rounds_bwd)
 # Ragged
 
 
-class RaggedOffsets(NamedTuple):
-    """One way of a ragged exchange; int32 [P], one number a peer. See `jax.lax.ragged_all_to_all`."""
-
-    starts: Array  # where the rows for a peer start here
-    sends: Array  # how many they are
-    lands: Array  # where they land there
-    receives: Array  # how many rows come from it
+# One way, int32 [P] each: where the rows for a peer start here, how many they are, where they land there, and how many
+# rows come from it. See `jax.lax.ragged_all_to_all`.
+Way = tuple[Array, Array, Array, Array]
 
 
 def ragged(
     x: Float[Array, "n D"],
     expert_ids: Int[Array, "n K"],
     gates: Float[Array, "n K"],
-    w_gate: Float[Array, "E D F"],
-    w_up: Float[Array, "E D F"],
-    w_down: Float[Array, "E F D"],
+    experts: Experts,
     *,
     kernels: Kernels,
-    peers: int,
 ) -> tuple[Float[Array, "n D"], Float[Array, ""]]:
     """`all_to_all` without empty slots on the wire. JAX has it for GPU and TPU.
 
     A device has slots for every token of all its peers, as with `gather`.
     Returns: as there; exactly the copies that had to be sent.
     """
-    n, me = x.shape[0], jax.lax.axis_index("expert")
-    table = peer_table(expert_ids, w_gate.shape[0], peers)
+    n, me, peers = x.shape[0], jax.lax.axis_index("expert"), jax.lax.axis_size("expert")
+    table = peer_table(expert_ids, experts[0].shape[0], peers)
     counts = jax.lax.all_gather(table.counts, "expert")  # [from, to]
     starts = jnp.cumsum(counts, axis=1, dtype=jnp.int32) - counts  # in the sender's buffer
     lands = jnp.cumsum(counts, axis=0, dtype=jnp.int32) - counts  # in the receiver's
-    out = RaggedOffsets(starts[me], counts[me], lands[me], counts[:, me])
-    home = RaggedOffsets(lands[:, me], counts[:, me], starts[:, me], counts[me])
+    out = starts[me], counts[me], lands[me], counts[:, me]
+    home = lands[:, me], counts[:, me], starts[:, me], counts[me]
     size, received = n * min(expert_ids.shape[1], peers), n * peers  # whatever the router does
     buffer = _send_buffer(jnp.where(table.first, starts[me][table.peer] + table.rank, size), size)
-    there, back = (
-        (lambda rows: _exchange(received, size, rows, out, home)),
-        (lambda rows: _exchange(size, received, rows, home, out)),
-    )
-    y = _at_their_experts((x, expert_ids, gates, w_gate, w_up, w_down), buffer, there, back, kernels)
+
+    def there(rows):
+        return _exchange(received, size, rows, out, home)
+
+    def back(rows):
+        return _exchange(size, received, rows, home, out)
+
+    y = _at_their_experts((x, expert_ids, gates, experts), buffer, there, back, kernels)
     sent = (table.counts.sum(dtype=jnp.int32) - table.counts[me]).astype(jnp.float32) / n
     return y, jax.lax.pmean(sent, tuple(varying(sent)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _exchange(received: int, size: int, rows: Array, there: RaggedOffsets, home: RaggedOffsets) -> Array:
+def _exchange(received: int, size: int, rows: Array, there: Way, home: Way) -> Array:
     """[size, …] here to [received, …] there, zeros where nothing lands; `home` is the way back, and the gradient's."""
     return jax.lax.ragged_all_to_all(rows, zeros((received, *rows.shape[1:]), rows), *there, axis_name="expert")
 

@@ -50,21 +50,22 @@ class Attention(nnx.Module):
         positions = from_zero(*x.shape[:2]) if positions is None else positions
         return self.attend(x, make_context(self.cfg, positions, segment_ids))[0]
 
-    def attend(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Context]:
+    def attend(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Context, dict[str, Array]]:
         """Attend to earlier tokens: to those of x, or to those of the context's cache and of x.
 
-        Returns: (output [B, T, D], the context with the cache, or with the rows of these tokens for a cache).
+        Returns: (output [B, T, D], the context with the cache, or with the rows of these tokens for a cache; metrics).
         """
         with jax.named_scope(type(self).__name__):
             q, rows = self.project(x, ctx)
+            metrics: dict[str, Array] = {}
             if ctx.cache is None:
                 rows = {**rows, **self.expand(rows)}
-                out, ctx = attend_causally(self, q, rows["k"], rows["v"], ctx)
+                out, metrics = attend_causally(self, q, rows["k"], rows["v"], ctx)
                 ctx = ctx._replace(rows=rows)
             else:
                 out, cache = self.attend_to_cache(q, rows, ctx)
                 ctx = ctx._replace(cache=cache)
-            return self.kernels("product", constrain(out, *HEAD_AXES), self.w_o[...], axes=2), ctx
+            return self.kernels("product", constrain(out, *HEAD_AXES), self.w_o[...], axes=2), ctx, metrics
 
     @classmethod
     def cache_rows(cls, cfg: ModelConfig, kind: CacheKind) -> dict[str, tuple[int, int]]:
@@ -199,10 +200,10 @@ def rotate_last(x: Float[Array, "B T H K"], ctx: Context, cfg: ModelConfig) -> F
 
 def attend_causally(
     module: Attention, q: Float[Array, "B T H K"], k: Float[Array, "B T G K"], v: Float[Array, "B T G V"], ctx: Context
-) -> tuple[Float[Array, "B T H V"], Context]:
+) -> tuple[Float[Array, "B T H V"], dict[str, Array]]:
     """`ops.attention.causal_attention`; on a mesh, each device attends for its own sequences and heads.
 
-    Returns: (the result, the context with each head's largest logit if it watches them).
+    Returns: (the result, metrics: each head's largest logit, [H], if the context watches them).
     """
     segment_ids, watched = ctx.segment_ids, "max_logit" in ctx.options.watch
     kernel = partial(module.kernels, "causal_attention", scale=module.scale)
@@ -219,11 +220,9 @@ def attend_causally(
     if segment_ids is not None:
         names, args = [*names, ("batch", None)], [*args, segment_ids]
     out, *maxima = shard_map_by_names(attend, names, (0, 0)[: 1 + watched], *args, has_kernel=True)
-    if maxima:
-        if segment_ids is not None:  # tokens of segment 0 are padding
-            maxima = [jnp.where((segment_ids != 0)[:, :, None, None], maxima[0], -jnp.inf)]
-        ctx = ctx._replace(max_logits=maxima[0].max((0, 1, 3)))
-    return out, ctx
+    if segment_ids is not None:  # tokens of segment 0 are padding
+        maxima = [jnp.where((segment_ids != 0)[:, :, None, None], x, -jnp.inf) for x in maxima]
+    return out, {"max_logit": maxima[0].max((0, 1, 3))} if maxima else {}
 
 
 def attend_to_rows(

@@ -14,8 +14,28 @@ from dsv3_jax.model.layers import RMSNorm, SwiGLU
 from dsv3_jax.model.moe import MoE
 
 
-class DenseBlock(nnx.Module):
-    """x + attention, then + one wide SwiGLU.
+class Block(nnx.Module):
+    """x + attention, then + the feed-forward part that a kind of block defines."""
+
+    def __init__(self, cfg: ModelConfig, execution: Execution, *, rngs: nnx.Rngs, kernels: Kernels):
+        self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.attn = ATTENTION[cfg.attention](cfg, rngs=rngs, kernels=kernels)
+        self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+
+    def __call__(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Context, dict[str, Any]]:
+        """Training, prefill or decoding, by the context. Returns (x, the context for the next layer, metrics)."""
+        y, ctx, of_attention = self.attn.attend(self.attn_norm(x), ctx)
+        x = constrain(x + y, "batch", None, None)
+        y, metrics = self.feed_forward(self.ffn_norm(x), ctx)
+        return constrain(x + y, "batch", None, None), ctx, metrics | of_attention
+
+    def feed_forward(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, dict[str, Any]]:
+        """(What is added to x, metrics)."""
+        raise NotImplementedError
+
+
+class DenseBlock(Block):
+    """A block with one wide SwiGLU.
 
     Example:
         >>> from dsv3_jax.kernels.choose import prepare
@@ -27,21 +47,15 @@ class DenseBlock(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, execution: Execution, *, rngs: nnx.Rngs, kernels: Kernels):
-        self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.attn = ATTENTION[cfg.attention](cfg, rngs=rngs, kernels=kernels)
-        self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        super().__init__(cfg, execution, rngs=rngs, kernels=kernels)
         self.ffn = SwiGLU(cfg.dim, cfg.dense_dim, cfg.init_std, rngs=rngs, kernels=kernels)
 
-    def __call__(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Context, dict[str, Any]]:
-        """Training, prefill or decoding, by the context. Returns (x, the context for the next layer, metrics)."""
-        y, ctx = self.attn.attend(self.attn_norm(x), ctx)
-        x = constrain(x + y, "batch", None, None)
-        x = constrain(x + self.ffn(self.ffn_norm(x)), "batch", None, None)
-        return x, ctx, _of_attention(ctx)
+    def feed_forward(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, dict[str, Any]]:
+        return self.ffn(x), {}
 
 
-class SparseBlock(nnx.Module):
-    """x + attention, then + a mixture of experts.
+class SparseBlock(Block):
+    """A block with a mixture of experts. The router's decisions are among its metrics, as "routing".
 
     Example:
         >>> from dsv3_jax.kernels.choose import prepare
@@ -53,18 +67,9 @@ class SparseBlock(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, execution: Execution, *, rngs: nnx.Rngs, kernels: Kernels):
-        self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.attn = ATTENTION[cfg.attention](cfg, rngs=rngs, kernels=kernels)
-        self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        super().__init__(cfg, execution, rngs=rngs, kernels=kernels)
         self.moe = MoE(cfg, execution, rngs=rngs, kernels=kernels)
 
-    def __call__(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Context, dict[str, Any]]:
-        """As DenseBlock's; the router's decisions are among the metrics, as "routing"."""
-        y, ctx = self.attn.attend(self.attn_norm(x), ctx)
-        x = constrain(x + y, "batch", None, None)
-        y, routing, metrics = self.moe.mix(self.ffn_norm(x), ctx)
-        return constrain(x + y, "batch", None, None), ctx, {"routing": routing, **metrics, **_of_attention(ctx)}
-
-
-def _of_attention(ctx: Context) -> dict[str, Array]:
-    return {} if ctx.max_logits is None else {"max_logit": ctx.max_logits}
+    def feed_forward(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, dict[str, Any]]:
+        y, routing, metrics = self.moe.mix(x, ctx)
+        return y, {"routing": routing, **metrics}

@@ -42,10 +42,8 @@ class Context(NamedTuple):
     options: Options = Options()
     tokens: Array | None = None  # int32 [B, T]: ids that the router reads, if it reads any
     keys: Array | None = None  # random keys [B], one a row, of the router's noise; None without noise
-    rows: Any = (
-        None  # of the layer that has just run without a cache: arrays [B, T, G, X] that a cache may keep, by name
-    )
-    max_logits: Array | None = None  # float32 [H]: of the layer that has just run, over tokens that are not padding
+    # of the layer that has just run without a cache: arrays [B, T, G, X] that a cache may keep, by name
+    rows: Any = None
 
 
 def make_context(

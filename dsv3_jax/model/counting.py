@@ -46,7 +46,7 @@ def size(cfg: ModelConfig, context: int | None = None) -> Size:
         if "experts" in path:
             routed[where] += count
         if where == "trunk":
-            kind = _kind(path)
+            kind = next((kind for name, kind in KINDS.items() if name in path), "router and norms")
             parts[kind] = parts.get(kind, 0) + count
     idle = 1 - cfg.experts_per_token / cfg.num_experts
     looked_up = cfg.vocab_size * cfg.dim if not cfg.tie_embeddings else 0
@@ -73,27 +73,17 @@ def _counts(cfg: ModelConfig) -> dict[tuple[str, ...], int]:
     }
 
 
-def _kind(path: tuple[str, ...]) -> str:
-    if path[0] in ("embed", "head"):
-        return "embedding and head"
-    if "experts" in path:
-        return "routed experts"
-    if "shared" in path:
-        return "shared experts"
-    if "attn" in path:
-        return "attention"
-    if "ffn" in path:
-        return "dense feed-forward"
-    return "router and norms"
-
-
-# Kinds of parameters that low-rank adapters may change.
-ADAPTED: dict[LoraPart, str] = {
-    "attention": "attention",
-    "dense": "dense feed-forward",
+# The kind of a parameter, by the first of these names that is in its path.
+KINDS = {
+    "experts": "routed experts",
     "shared": "shared experts",
-    "routed": "routed experts",
+    "attn": "attention",
+    "ffn": "dense feed-forward",
+    "embed": "embedding and head",
+    "head": "embedding and head",
 }
+# Names of the parameters that low-rank adapters may change.
+ADAPTED: dict[LoraPart, str] = {"attention": "attn", "dense": "ffn", "shared": "shared", "routed": "experts"}
 
 
 def train_flops_per_token(
@@ -124,7 +114,7 @@ def train_flops_per_token(
     changed = sum(
         count * (share if "experts" in path else 1)
         for path, count in _counts(cfg).items()
-        if _kind(path) in {ADAPTED[part] for part in adapted} and (with_mtp or path[0] != "mtp")
+        if any(ADAPTED[part] in path for part in adapted) and (with_mtp or path[0] != "mtp")
     )
     return 4 * active + round(2 * changed)
 

@@ -108,110 +108,94 @@ class MoE(nnx.Module):
 
     def mix(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, LayerRouting, dict[str, Array]]:
         """Training, prefill or decoding, by the context. Returns (y [B, T, D], what the router did, metrics)."""
-        cfg = self.cfg
-        picked, log_sums = self.route(x, ctx)
-        flat, ids, gates, scores = (a.reshape(-1, a.shape[-1]) for a in (x, *picked))
-        load, sequence_loss, score_entropy, measure = self._measure(picked, ctx.mask)
+        routed, metrics = self.route(x, ctx)
+        flat, ids, gates = (a.reshape(-1, a.shape[-1]) for a in (x, routed.expert_ids, routed.gates))
         if ctx.options.edit_gates is not None:
             gates = ctx.options.edit_gates(ctx.layer, ids, gates)
         y, dropped, tokens_sent = self._run_experts(flat, ids, gates, ctx)
         y = y.reshape(x.shape)
         if self.shared is not None:
             y = y + self.shared(x)
-        balance_loss = cfg.balance.sequence_alpha * sequence_loss
-        if cfg.balance.switch_alpha:
-            balance_loss += cfg.balance.switch_alpha * balance.switch_loss(scores, ids, ctx.mask.reshape(-1))
-        if log_sums is not None:
-            balance_loss += cfg.balance.z_alpha * balance.z_loss(log_sums, ctx.mask)
-        kept = picked.scores if "scores" in ctx.options.watch else None
-        stats = LayerRouting(picked.expert_ids, picked.gates, score_entropy, load, balance_loss, measure, kept)
-        metrics = {  # see `training.metrics`
-            "dropped": dropped,  # share of assignments; 0 without capacity_factor
-            "tokens_sent": tokens_sent,  # copies of a token that go to another device's experts; 0 without a mesh
-            "near_ties": near_ties(picked.scores, self.bias[...], cfg),  # share of tokens
-        }
-        return y, stats, metrics
+        metrics["dropped"] = dropped  # share of assignments; 0 without capacity_factor
+        metrics["tokens_sent"] = tokens_sent  # copies of a token that go to another device's experts; 0 without a mesh
+        return y, routed, metrics
 
     @jax.named_scope("experts")
     def _run_experts(self, x: Array, ids: Array, gates: Array, ctx: Context) -> tuple[Array, Array, Array]:
         """Returns: (y [tokens, D], share of assignments dropped, copies of a token that are sent away)."""
         none, kernels = jnp.zeros((), jnp.float32), self.kernels
-        args = x, ids, gates, self.experts.w_gate[...], self.experts.w_up[...], self.experts.w_down[...]
+        experts = self.experts.w_gate[...], self.experts.w_up[...], self.experts.w_down[...]
+        args = x, ids, gates, *experts
         if self.cfg.capacity_factor is not None and ctx.options.may_drop:
             return *kernels("capacity_swiglu", *args, factor=self.cfg.capacity_factor), none
         decode = not ctx.options.may_drop and gates.size <= dispatch.FEW_CHOICES * self.cfg.num_experts
         if on_mesh() and decode:
-            return expert_parallel.decode_experts(*args, kernels=kernels, layout=self.layout), none, none
+            return expert_parallel.decode_experts(*args[:3], experts, kernels=kernels, layout=self.layout), none, none
         if on_mesh():
-            y, sent = expert_parallel.grouped_swiglu(*args, kernels=kernels, cfg=self.cfg, layout=self.layout)
+            how = {"kernels": kernels, "cfg": self.cfg, "layout": self.layout}
+            y, sent = expert_parallel.grouped_swiglu(*args[:3], experts, **how)
             return y, none, sent
         return kernels("decode_experts" if decode else "grouped_swiglu", *args), none, none
 
     @jax.named_scope("router")
-    def route(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[routing.Routing, Array | None]:
-        """Choose each token's experts; logits and all that follows in float32, as the reference does.
+    def route(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[LayerRouting, dict[str, Array]]:
+        """Choose each token's experts, and measure the choice; in float32 from the logits on, as the reference does.
 
-        Returns: (choice, [B, T, …]; ln Σ exp of each token's logits, [B, T], if the z-loss needs it).
+        Returns: (what the router did, metrics).
         """
         if self.router.reads_tokens and ctx.tokens is None:
             raise ValueError(f"tokens=None: router={self.cfg.router!r} chooses by token ids; give tokens [B, T]")
-        keys = ctx.keys
+        cfg, rule, keys, bias = self.cfg, self.rule, ctx.keys, self.bias[...]
         noisy = (None, None) if keys is None or self.w_noise is None else (self.w_noise[...], jnp.asarray(ctx.layer))
 
-        def local(w_router, bias, w_noise, layer, x, tokens, keys):
+        def local(w_router, bias, w_noise, layer, x, mask, tokens, keys):
             flat, needs = x.reshape(-1, x.shape[-1]).astype(jnp.float32), {}
             logits = self.kernels("exact_product", flat, w_router)
             if tokens is not None:
                 needs["tokens"] = tokens.reshape(-1)
             if keys is not None:
                 needs["spread"] = self.kernels("exact_product", flat, w_noise)
-                needs["normal"] = routing.noise(keys, layer, x.shape[1], self.cfg.num_experts).reshape(logits.shape)
-            picked = routing.route(logits, bias, self.cfg, **needs)
-            log_sums = jax.nn.logsumexp(logits, axis=-1).reshape(x.shape[:2]) if self.cfg.balance.z_alpha else None
-            return (), (jax.tree.map(lambda a: a.reshape(*x.shape[:2], -1), picked), log_sums)
-
-        # Each device its own rows: the compiler would gather the scores of all tokens to find each one's largest.
-        weights = (self.w_router[...], self.bias[...], *noisy)
-        return shard_map_over_batch(local, weights, x, ctx.tokens, keys)[1]
-
-    def _measure(self, picked: routing.Routing, mask: Bool[Array, "B T"]) -> tuple[Array, Array, Array, Array | None]:
-        """(load [E]; sequence-wise loss without its weight, mean over sequences, 0 if it has none; each token's entropy
-        of scores [B, T]; what the bias's rule needs beside the load [E])."""
-        cfg, of_tokens, of_batch = self.cfg, self.rule and self.rule.of_tokens, self.rule and self.rule.of_batch
-
-        def local(bias, picked, mask):
-            load = balance.load(picked.expert_ids, cfg.num_experts, mask)
-            total = jnp.zeros((), jnp.float32)
+                needs["normal"] = routing.noise(keys, layer, x.shape[1], cfg.num_experts).reshape(logits.shape)
+            flat = routing.route(logits, bias, cfg, **needs)
+            picked = jax.tree.map(lambda a: a.reshape(*x.shape[:2], -1), flat)
+            load, sequence_loss = balance.load(picked.expert_ids, cfg.num_experts, mask), jnp.zeros((), jnp.float32)
             if cfg.balance.sequence_alpha:
-                total = balance.sequence_loss(picked.scores, cfg.experts_per_token, mask).sum()
+                sequence_loss = balance.sequence_loss(picked.scores, cfg.experts_per_token, mask).sum()
+            log_sums = jax.nn.logsumexp(logits, axis=-1).reshape(x.shape[:2]) if cfg.balance.z_alpha else None
             # Metric only; stop_gradient skips a gradient that is always zero.
             entropy = balance.entropy(jax.lax.stop_gradient(picked.scores))
-            tokens = None
-            if of_tokens:
-                flat = of_tokens(picked.scores.reshape(-1, cfg.num_experts), bias, cfg.experts_per_token)
-                tokens = flat.reshape(picked.scores.shape)
-            return (load, as_varying(total, load)), (entropy, tokens)
+            of_tokens = None
+            if rule and rule.of_tokens:
+                of_tokens = rule.of_tokens(flat.scores, bias, cfg.experts_per_token).reshape(picked.scores.shape)
+            near = near_ties(flat.scores, bias, cfg).reshape(x.shape[:2])
+            return (load, as_varying(sequence_loss, load)), (picked, log_sums, entropy, of_tokens, near)
 
-        bias = self.bias[...]
-        (load, total), (entropy, tokens) = shard_map_over_batch(local, (bias if of_tokens else None,), picked, mask)
-        measure = of_batch(tokens, mask, bias, cfg.experts_per_token) if of_batch else None
-        return load, total / mask.shape[0], entropy, measure
+        # Each device its own rows: the compiler would gather the scores of all tokens to find each one's largest.
+        weights = (self.w_router[...], bias, *noisy)
+        sums, rows = shard_map_over_batch(local, weights, x, ctx.mask, ctx.tokens, keys)
+        (load, sequence_loss), (picked, log_sums, entropy, of_tokens, near) = sums, rows
+        loss = cfg.balance.sequence_alpha * (sequence_loss / len(x))
+        if cfg.balance.switch_alpha:
+            scores, ids = (a.reshape(-1, a.shape[-1]) for a in (picked.scores, picked.expert_ids))
+            loss += cfg.balance.switch_alpha * balance.switch_loss(scores, ids, ctx.mask.reshape(-1))
+        if log_sums is not None:
+            loss += cfg.balance.z_alpha * balance.z_loss(log_sums, ctx.mask)
+        measure = rule.of_batch(of_tokens, ctx.mask, bias, cfg.experts_per_token) if rule and rule.of_batch else None
+        kept = picked.scores if "scores" in ctx.options.watch else None
+        routed = LayerRouting(picked.expert_ids, picked.gates, entropy, load, loss, measure, kept)
+        return routed, {"near_ties": near.mean(dtype=jnp.float32)}
 
 
 NEAR = 1e-3  # scores that rounding to bfloat16 may reorder
 
 
-def near_ties(scores: Float[Array, "B T E"], bias: Float[Array, " E"], cfg: ModelConfig) -> Float[Array, ""]:
-    """Share of tokens whose K-th and (K+1)-th score for the choice are nearer than NEAR; 0 if none is left over."""
+def near_ties(scores: Float[Array, "n E"], bias: Float[Array, " E"], cfg: ModelConfig) -> Bool[Array, " n"]:
+    """Whether a token's K-th and (K+1)-th score for the choice are nearer than NEAR; False if none is left over."""
     k, router = cfg.experts_per_token, routing.ROUTERS[cfg.router]
     groups, kept = (cfg.num_groups, cfg.groups_per_token) if router.has_groups else (1, 1)
     if k == cfg.num_experts // groups * kept or router.reads_tokens:
-        return jnp.zeros((), jnp.float32)
-
-    def local(bias: Array, scores: Array) -> tuple[tuple[()], Array]:
-        choice = (jax.lax.stop_gradient(scores) + bias[None, None]).reshape(-1, cfg.num_experts)
-        ids = routing.choose(choice, k + 1, groups, kept, cfg.group_score)[:, -2:]
-        two = jnp.take_along_axis(choice, ids, axis=-1)
-        return (), (two[:, 0] - two[:, 1] < NEAR).reshape(scores.shape[:2])
-
-    return shard_map_over_batch(local, (bias,), scores)[1].mean(dtype=jnp.float32)
+        return jnp.zeros_like(scores[:, 0], jnp.bool_)
+    choice = jax.lax.stop_gradient(scores) + bias[None]
+    ids = routing.choose(choice, k + 1, groups, kept, cfg.group_score)[:, -2:]
+    two = jnp.take_along_axis(choice, ids, axis=-1)
+    return two[:, 0] - two[:, 1] < NEAR

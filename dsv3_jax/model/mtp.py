@@ -52,38 +52,6 @@ class Head(nnx.Module):
         return None
 
 
-class MTPModule(Head):
-    """One depth of DeepSeek's causal chain: h^k_i = Block(W_eh [norm(Emb(t_{i+k})); norm(h^{k-1}_i)]), normed.
-
-    The next depth reads the normed h^k. Source: DeepSeek-V3 report, section 2.2.
-    Departs from the paper: the embedding comes first, then the hidden state, as in the released weights.
-
-    Example:
-        >>> from dsv3_jax.kernels.choose import prepare
-        >>> from dsv3_jax.presets import preset
-        >>> cfg, kernels = preset("tiny"), prepare()
-        >>> head = nnx.eval_shape(lambda: MTPModule(cfg, Execution(), rngs=nnx.Rngs(0), kernels=kernels))
-        >>> head.w_eh.shape  # of [norm(e), norm(h)] to D
-        (256, 128)
-    """
-
-    def __init__(self, cfg: ModelConfig, execution: Execution, *, rngs: nnx.Rngs, kernels: Kernels):
-        super().__init__(cfg, execution, rngs=rngs, kernels=kernels)
-        self.embed_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.hidden_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.w_eh = param(rngs, (2 * cfg.dim, cfg.dim), ("dim", None), cfg.init_std)
-        self.block = SparseBlock(cfg, execution, rngs=rngs, kernels=kernels)
-        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
-
-    def __call__(
-        self, h: Float[Array, "B T D"], ctx: Context, embedded: Float[Array, "B T D"] | None = None
-    ) -> tuple[Array, Context, dict[str, Any]]:
-        assert embedded is not None
-        both = jnp.concatenate([self.embed_norm(embedded), self.hidden_norm(h)], axis=-1)
-        x, ctx, metrics = self.block(self.kernels("product", both, self.w_eh[...]), ctx)
-        return self.norm(x), ctx, metrics
-
-
 class MetaHead(Head):
     """One of Meta's parallel heads: h^k = norm(Block_k(h)), each with a block and a norm of its own.
 
@@ -110,6 +78,36 @@ class MetaHead(Head):
     ) -> tuple[Array, Context, dict[str, Any]]:
         x, ctx, metrics = self.block(h, ctx)
         return self.norm(x), ctx, metrics
+
+
+class MTPModule(MetaHead):
+    """One depth of DeepSeek's causal chain: h^k_i = norm(Block(W_eh [norm(Emb(t_{i+k})); norm(h^{k-1}_i)])).
+
+    It is a Meta head that reads the joined token and hidden state. The next depth reads the normed h^k.
+    Source: DeepSeek-V3 report, section 2.2.
+    Departs from the paper: the embedding comes first, then the hidden state, as in the released weights.
+
+    Example:
+        >>> from dsv3_jax.kernels.choose import prepare
+        >>> from dsv3_jax.presets import preset
+        >>> cfg, kernels = preset("tiny"), prepare()
+        >>> head = nnx.eval_shape(lambda: MTPModule(cfg, Execution(), rngs=nnx.Rngs(0), kernels=kernels))
+        >>> head.w_eh.shape  # of [norm(e), norm(h)] to D
+        (256, 128)
+    """
+
+    def __init__(self, cfg: ModelConfig, execution: Execution, *, rngs: nnx.Rngs, kernels: Kernels):
+        self.embed_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.hidden_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.w_eh = param(rngs, (2 * cfg.dim, cfg.dim), ("dim", None), cfg.init_std)
+        super().__init__(cfg, execution, rngs=rngs, kernels=kernels)
+
+    def __call__(
+        self, h: Float[Array, "B T D"], ctx: Context, embedded: Float[Array, "B T D"] | None = None
+    ) -> tuple[Array, Context, dict[str, Any]]:
+        assert embedded is not None
+        both = jnp.concatenate([self.embed_norm(embedded), self.hidden_norm(h)], axis=-1)
+        return super().__call__(self.kernels("product", both, self.w_eh[...]), ctx)
 
 
 class MedusaHead(Head):
@@ -244,7 +242,7 @@ def run_heads(
         graphdef, state = nnx.split(head)
 
         def plain(state, h, part, embedded):
-            h, _, metrics = unshard_head(nnx.merge(graphdef, state), unshard)(h, part, embedded)
+            h, _, metrics = nnx.merge(graphdef, unshard(state))(h, part, embedded)
             return h, metrics
 
         return recompute(plain, remat)(state, h, part, embedded)

@@ -191,35 +191,26 @@ class Transformer(nnx.Module):
         Args: keep: names of the rows that are returned in place of the cache, stacked by layer.
         Returns: (the last layer's output, the cache, metrics of "dense" and "sparse" layers, unless they decode).
         """
-        first = self.cfg.num_dense_layers
         if ctx.cache is not None and weights is None:
             weights = self.prepare_decode()
-        how: dict[str, Any] = {"remat": self.execution.remat, "unshard": self.unshard, "unroll": self.trains_unrolled}
         decoding = ctx.cache is not None or bool(keep)
-        if decoding:
-            how |= {"remat": "none", "unroll": False}
+        how: dict[str, Any] = {} if decoding else {"remat": self.execution.remat, "unroll": self.trains_unrolled}
 
-        def dense_layer(block, carry, index):
-            x, cache = carry
-            x, after, metrics = block(x, ctx._replace(cache=cache, layer=index))
-            return (x, after.cache), (metrics, {name: after.rows[name] for name in keep})
+        def run(stacked, first, layers, carry):
+            def layer(block, carry, index):
+                x, cache = carry
+                x, after, metrics = block(x, ctx._replace(cache=cache, layer=first + index))
+                return (x, after.cache), ({} if decoding else metrics, {name: after.rows[name] for name in keep})
+
+            return loop_layers(stacked, layer, carry, layers=layers, unshard=self.unshard, **how)
 
         carry = self.embedding(tokens), ctx.cache
-        (x, cache), found = loop_layers(self.dense, dense_layer, carry, layers=weights and weights.dense, **how)
-        of_dense, kept_of_dense = found or ({}, None)
-
-        def sparse_layer(block, carry, index):
-            x, cache = carry
-            x, after, metrics = block(x, ctx._replace(cache=cache, layer=first + index))
-            kept = {name: after.rows[name] for name in keep}
-            return (x, after.cache), ({} if decoding else metrics, kept)
-
-        carry = x, cache
-        (x, cache), found = loop_layers(self.sparse, sparse_layer, carry, layers=weights and weights.sparse, **how)
+        carry, dense = run(self.dense, 0, weights and weights.dense, carry)
+        (x, cache), sparse = run(self.sparse, self.cfg.num_dense_layers, weights and weights.sparse, carry)
+        found = {path: of for path, of in (("dense", dense), ("sparse", sparse)) if of is not None}
         if keep:
-            kept = [rows for rows in (kept_of_dense, found and found[1]) if rows is not None]
-            return x, jax.tree.map(lambda *rows: jnp.concatenate(rows), *kept), {}
-        return x, cache, {"dense": of_dense, "sparse": found[0] if found else {}}
+            return x, jax.tree.map(lambda *rows: jnp.concatenate(rows), *(rows for _, rows in found.values())), {}
+        return x, cache, {path: metrics for path, (metrics, _) in found.items()}
 
     @property
     def unrolls(self) -> bool:
