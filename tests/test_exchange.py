@@ -47,7 +47,7 @@ def sharded(cfg, layout, mesh, backend):
 
     def loss(x, gates, experts, ids, weight):
         how = dict(kernels=kernels, cfg=cfg, layout=layout)
-        y, sent = expert_parallel.grouped_swiglu(x, ids, gates, *experts, **how)
+        y, sent = expert_parallel.grouped_swiglu(x, ids, gates, experts, **how)
         return (weight * y).sum(), (y, sent)
 
     place = [
@@ -164,7 +164,7 @@ def test_ragged_lowers_for_the_accelerators(rng, platform):
     layout, kernels = Layout(expert_comm="ragged"), Kernels(Target(platform))
 
     def run(x, ids, gates, experts):
-        return expert_parallel.grouped_swiglu(x, ids, gates, *experts, kernels=kernels, cfg=CFG, layout=layout)
+        return expert_parallel.grouped_swiglu(x, ids, gates, experts, kernels=kernels, cfg=CFG, layout=layout)
 
     args = jax.tree.map(lambda a: a.astype(jnp.float32), (x, gates, experts))
     with jax.set_mesh(sharding.make_mesh(1, 8)):

@@ -15,7 +15,7 @@ from dsv3_jax.config import CacheKind, Execution, ModelConfig
 from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.mesh.sharding import constrain, shard_map_by_names, shards_alike
 from dsv3_jax.model.cache import ROW_AXES, Cache
-from dsv3_jax.model.context import Context, from_zero, make_context
+from dsv3_jax.model.context import Context, LayerResult, from_zero, make_context
 from dsv3_jax.model.layers import RMSNorm, param
 from dsv3_jax.ops import rope
 from dsv3_jax.ops.attention import repeat_heads
@@ -50,7 +50,7 @@ class Attention(nnx.Module):
         positions = from_zero(*x.shape[:2]) if positions is None else positions
         return self.attend(x, make_context(self.cfg, positions, segment_ids))[0]
 
-    def attend(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Context, dict[str, Array]]:
+    def attend(self, x: Float[Array, "B T D"], ctx: Context) -> LayerResult:
         """Attend to earlier tokens: to those of x, or to those of the context's cache and of x.
 
         Returns: (output [B, T, D], the context with the cache, or with the rows of these tokens for a cache; metrics).

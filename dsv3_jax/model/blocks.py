@@ -9,7 +9,7 @@ from dsv3_jax.config import Execution, ModelConfig
 from dsv3_jax.kernels.choose import Kernels
 from dsv3_jax.mesh.sharding import constrain
 from dsv3_jax.model.attention import ATTENTION
-from dsv3_jax.model.context import Context
+from dsv3_jax.model.context import Context, LayerResult
 from dsv3_jax.model.layers import RMSNorm, SwiGLU
 from dsv3_jax.model.moe import MoE
 
@@ -22,7 +22,7 @@ class Block(nnx.Module):
         self.attn = ATTENTION[cfg.attention](cfg, rngs=rngs, kernels=kernels)
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
 
-    def __call__(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Context, dict[str, Any]]:
+    def __call__(self, x: Float[Array, "B T D"], ctx: Context) -> LayerResult:
         """Training, prefill or decoding, by the context. Returns (x, the context for the next layer, metrics)."""
         y, ctx, of_attention = self.attn.attend(self.attn_norm(x), ctx)
         x = constrain(x + y, "batch", None, None)

@@ -46,6 +46,9 @@ class Context(NamedTuple):
     rows: Any = None
 
 
+LayerResult = tuple[Array, Context, dict[str, Any]]  # (x, the context for the next layer, metrics)
+
+
 def make_context(
     cfg: ModelConfig,
     positions: Array,

@@ -21,8 +21,10 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import Execution, ModelConfig
 from dsv3_jax.kernels.choose import Kernels
 from dsv3_jax.model.blocks import DenseBlock, SparseBlock
-from dsv3_jax.model.context import Context
+from dsv3_jax.model.context import Context, LayerResult
 from dsv3_jax.model.layers import RMSNorm, param, recompute
+
+Hidden = Float[Array, "B T D"]
 
 
 class Head(nnx.Module):
@@ -34,9 +36,7 @@ class Head(nnx.Module):
     def __init__(self, cfg: ModelConfig, execution: Execution, *, rngs: nnx.Rngs, kernels: Kernels):
         self.kernels = kernels
 
-    def __call__(
-        self, h: Float[Array, "B T D"], ctx: Context, embedded: Float[Array, "B T D"] | None = None
-    ) -> tuple[Array, Context, dict[str, Any]]:
+    def __call__(self, h: Hidden, ctx: Context, embedded: Hidden | None = None) -> LayerResult:
         """Turn hidden states into those that the unembedding reads.
 
         Args:
@@ -47,7 +47,7 @@ class Head(nnx.Module):
         """
         raise ValueError(f"{type(self).__name__} must define __call__")
 
-    def feature_loss(self, h: Float[Array, "B T D"], target: Float[Array, "B T D"]) -> Float[Array, "B T"] | None:
+    def feature_loss(self, h: Hidden, target: Hidden) -> Float[Array, "B T"] | None:
         """Loss of each position against the trunk's hidden state one position later; None if the head has none."""
         return None
 
@@ -73,9 +73,7 @@ class MetaHead(Head):
         self.block = SparseBlock(cfg, execution, rngs=rngs, kernels=kernels)
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
 
-    def __call__(
-        self, h: Float[Array, "B T D"], ctx: Context, embedded: Float[Array, "B T D"] | None = None
-    ) -> tuple[Array, Context, dict[str, Any]]:
+    def __call__(self, h: Hidden, ctx: Context, embedded: Hidden | None = None) -> LayerResult:
         x, ctx, metrics = self.block(h, ctx)
         return self.norm(x), ctx, metrics
 
@@ -102,9 +100,7 @@ class MTPModule(MetaHead):
         self.w_eh = param(rngs, (2 * cfg.dim, cfg.dim), ("dim", None), cfg.init_std)
         super().__init__(cfg, execution, rngs=rngs, kernels=kernels)
 
-    def __call__(
-        self, h: Float[Array, "B T D"], ctx: Context, embedded: Float[Array, "B T D"] | None = None
-    ) -> tuple[Array, Context, dict[str, Any]]:
+    def __call__(self, h: Hidden, ctx: Context, embedded: Hidden | None = None) -> LayerResult:
         assert embedded is not None
         both = jnp.concatenate([self.embed_norm(embedded), self.hidden_norm(h)], axis=-1)
         return super().__call__(self.kernels("product", both, self.w_eh[...]), ctx)
@@ -133,9 +129,7 @@ class MedusaHead(Head):
         super().__init__(cfg, execution, rngs=rngs, kernels=kernels)
         self.w = nnx.Param(jnp.zeros((cfg.dim, cfg.dim), jnp.float32), axes=("dim", None))
 
-    def __call__(
-        self, h: Float[Array, "B T D"], ctx: Context, embedded: Float[Array, "B T D"] | None = None
-    ) -> tuple[Array, Context, dict[str, Any]]:
+    def __call__(self, h: Hidden, ctx: Context, embedded: Hidden | None = None) -> LayerResult:
         return h + jax.nn.silu(self.kernels("product", h, self.w[...])), ctx, {}
 
 
@@ -163,14 +157,12 @@ class EagleHead(Head):
         self.w_eh = param(rngs, (2 * cfg.dim, cfg.dim), ("dim", None), cfg.init_std)
         self.block = DenseBlock(cfg, execution, rngs=rngs, kernels=kernels)
 
-    def __call__(
-        self, h: Float[Array, "B T D"], ctx: Context, embedded: Float[Array, "B T D"] | None = None
-    ) -> tuple[Array, Context, dict[str, Any]]:
+    def __call__(self, h: Hidden, ctx: Context, embedded: Hidden | None = None) -> LayerResult:
         assert embedded is not None
         both = jnp.concatenate([embedded, h], axis=-1)
         return self.block(self.kernels("product", both, self.w_eh[...]), ctx)
 
-    def feature_loss(self, h: Float[Array, "B T D"], target: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+    def feature_loss(self, h: Hidden, target: Hidden) -> Float[Array, "B T"]:
         return smooth_l1(h, target)
 
 
