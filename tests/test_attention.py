@@ -1,4 +1,4 @@
-"""Attention: the block-wise op, the C++ kernel and the two forms of MLA equal the full score matrix."""
+"""Attention: the block-wise op and the C++ kernel equal the full score matrix, and MLA's two forms each other."""
 
 from functools import partial
 
@@ -7,9 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from flax import nnx
+from models import small
 
+import dsv3_jax as ds
+from dsv3_jax.config import Execution
 from dsv3_jax.kernels.cpu import attention as cpu_attention
 from dsv3_jax.kernels.cpu import library
+from dsv3_jax.model.cache import Cache, empty_cache
+from dsv3_jax.model.context import from_zero, make_context
 from dsv3_jax.ops import attention
 from dsv3_jax.ops.attention import causal_attention
 from dsv3_jax.ops.cached_attention import Stored, cached_attention
@@ -69,17 +75,15 @@ def test_attention_and_its_gradients_equal_the_full_score_matrix(x64, rng, lengt
 
 
 # The lengths are below, at and above the kernel's blocks of 64 queries and 256 keys; the widths test partial registers.
-@pytest.mark.parametrize("length, key, value", [(1, 6, 3), (64, 16, 64), (150, 96, 64), (257, 21, 70), (700, 8, 5)])
-@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
-def test_the_kernel_and_its_gradients_equal_the_full_score_matrix(rng, length, key, value, packed):
+@pytest.mark.parametrize("length, key, value", [(1, 6, 3), (64, 16, 64), (257, 21, 70), (700, 8, 5)])
+def test_the_kernel_and_its_gradients_equal_the_full_score_matrix(rng, length, key, value):
     """The kernel runs in float32, whose unit roundoff is 6e-8; the oracle runs in float64."""
     if why := library.why_not():
         pytest.skip(why)
     q, k, v, weight = (rng.standard_normal((2, length, 3, n)).astype(np.float32) for n in (key, key, value, value))
-    ids = np.ones((2, length), np.int32)
-    if packed:  # a few documents a row, some with one token, then padding
-        ids = np.cumsum(rng.random((2, length)) < 4 / length, axis=1, dtype=np.int32) + 1
-        ids[:, length - length // 8 :] = 0
+    # a few documents a row, some with one token, then padding
+    ids = np.cumsum(rng.random((2, length)) < 4 / length, axis=1, dtype=np.int32) + 1
+    ids[:, length - length // 8 :] = 0
     real = ids > 0
     weight = np.where(real[..., None, None], weight, 0)
 
@@ -140,16 +144,9 @@ def test_gradient_memory_grows_with_length_not_its_square():
     assert four < 6 * one and four < 4096 * 4096 * 4 / 4  # a quarter of one score matrix
 
 
-@pytest.mark.parametrize("products, length", [(1, 100), (2, 1000), (64, 4096), (8192, 8192)])
-def test_large_blocks_are_bounded_by_memory(products, length):
-    """At least 128 rows; beyond, no more scores than the bound, and no more rows than the length needs."""
-    block = attention.block_size(products, length, large=True)
-    assert block == 128 or (block < 2 * length and products * block**2 <= attention.LARGE_SCORES)
-    assert block >= length or products * (2 * block) ** 2 > attention.LARGE_SCORES
-
-
 def test_large_blocks_change_nothing_but_rounding(x64, rng, monkeypatch):
-    monkeypatch.setattr(attention, "LARGE_SCORES", 1 << 17)  # blocks of 256
+    monkeypatch.setattr(attention, "LARGE_SCORES", 1 << 17)
+    assert attention.block_size(2, 700, large=True) == 256 and attention.block_size(2, 700) == 128
     arrays = draw(rng, (1, 700, 2, 6), (1, 700, 1, 6), (1, 700, 1, 3))
     large = causal_attention(*arrays, scale=0.4, large=True)
     np.testing.assert_allclose(large, causal_attention(*arrays, scale=0.4), atol=1e-12)
@@ -158,8 +155,7 @@ def test_large_blocks_change_nothing_but_rounding(x64, rng, monkeypatch):
 V3_SCALE = 0.1352337788608801  # in bfloat16 it is 0.134766: 0.35 % less
 
 
-@pytest.mark.parametrize("path", ["causal", "cached"])
-def test_attention_in_bfloat16_is_not_biased(rng, path):
+def test_attention_in_bfloat16_is_not_biased(rng):
     """One-hot values of two keys read the difference of their scores off the output: log of the odds.
 
     Rounding a query's number changes it by about 2^-9/sqrt(3) of itself, and the mean of all scores by far less. A
@@ -170,14 +166,26 @@ def test_attention_in_bfloat16_is_not_biased(rng, path):
     exact_q, exact_k = (np.asarray(x.astype(jnp.float32), np.float64) for x in (q, k))
     v = jnp.broadcast_to(jnp.eye(2, dtype=jnp.float32)[None, :, None], (rows, 2, 1, 2))
     exact = V3_SCALE * np.einsum("bthk,bshk->bs", exact_q, exact_k)
-    if path == "causal":
-        q = jnp.concatenate([q, q], axis=1)  # the first query sees one key only
-        out = causal_attention(q, k, v, scale=V3_SCALE)[:, 1, 0]
-    else:
-        keys, values = (Stored(x.astype(q.dtype).swapaxes(1, 2), None) for x in (k, v))
-        out = cached_attention([q], [keys], values, jnp.ones((rows, 1), jnp.int32), scale=V3_SCALE)[:, 0, 0]
-    out = np.asarray(out.astype(jnp.float32), np.float64)
-    seen = (out > 0.02).all(axis=1)  # a small weight has lost its digits
-    odds, exact_odds = np.log(out[seen, 0] / out[seen, 1]), exact[seen, 0] - exact[seen, 1]
-    bias = (odds * exact_odds).sum() / (exact_odds**2).sum() - 1
-    assert abs(bias) < (1e-4 if path == "causal" else 5e-4), bias
+    keys, values = (Stored(x.astype(q.dtype).swapaxes(1, 2), None) for x in (k, v))
+    causal = causal_attention(jnp.concatenate([q, q], axis=1), k, v, scale=V3_SCALE)[:, 1, 0]
+    cached = cached_attention([q], [keys], values, jnp.ones((rows, 1), jnp.int32), scale=V3_SCALE)[:, 0, 0]
+    for out, bound in ((causal, 1e-4), (cached, 5e-4)):
+        out = np.asarray(out.astype(jnp.float32), np.float64)
+        seen = (out > 0.02).all(axis=1)  # a small weight has lost its digits
+        odds, exact_odds = np.log(out[seen, 0] / out[seen, 1]), exact[seen, 0] - exact[seen, 1]
+        bias = (odds * exact_odds).sum() / (exact_odds**2).sum() - 1
+        assert abs(bias) < bound, bias
+
+
+def test_expanded_equals_absorbed(x64, rng):
+    """MLA over complete rows, and over a cache of latents whose free slots hold garbage."""
+    cfg = small()
+    make = partial(ds.MLA, cfg, Execution(kernels="xla"))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+    module = nnx.merge(graphdef, jax.tree.map(lambda w: jnp.asarray(rng.standard_normal(w.shape)), state))
+    x, positions = jnp.asarray(rng.standard_normal((2, 11, cfg.dim))), from_zero(2, 11)
+    cache = empty_cache(ds.MLA.cache_rows(cfg, "latent"), [1], 2, 16, jnp.float64)
+    cache = Cache(jax.tree.map(lambda rows: rows + 1e3, cache.parts), cache.lengths)
+    expanded, absorbed = (module.attend(x, make_context(cfg, positions, cache=c))[0] for c in (None, cache))
+    assert expanded.dtype == jnp.float64 and np.abs(expanded).max() > 1
+    np.testing.assert_allclose(absorbed, expanded, atol=1e-9 * np.abs(expanded).max())

@@ -69,16 +69,17 @@ def sets_of(ids):
 def test_the_layers_noise_is_the_equations(rng):
     """With keys the experts are those of the noisy logits, in each row its own; without keys those of the logits."""
     moe, routed, x, flat = layer_of(rng, router="noisy_topk")
+    plain = replace(moe.cfg, router="topk")
     keys = jax.random.split(jax.random.key(1), 2)
     logits, spread = (flat @ np.asarray(w[...], np.float64) for w in (moe.w_router, moe.w_noise))
     draws = [jax.random.normal(jax.random.fold_in(key, 0), (6, 8)) for key in keys]
     noisy = logits + np.concatenate(draws) * np.logaddexp(0, spread)
     for given, h in ((keys, noisy), (None, logits)):
-        ids, gates = oracles.topk_route(h, k=3)
+        ids, gates, _ = oracles.route(h, None, plain)
         found = routed(x, keys=given)
         np.testing.assert_array_equal(sets_of(found.expert_ids), np.sort(ids))
         np.testing.assert_allclose(np.sort(found.gates.reshape(12, -1)), np.sort(gates), rtol=1e-5)
-    assert (sets_of(found.expert_ids) != np.sort(oracles.topk_route(noisy, k=3)[0])).any()
+    assert (sets_of(found.expert_ids) != np.sort(oracles.route(noisy, None, plain)[0])).any()
 
 
 def test_the_layers_z_loss_and_quantile(rng):
@@ -89,7 +90,7 @@ def test_the_layers_z_loss_and_quantile(rng):
     found = routed(x, jnp.asarray(mask))
     logits = flat[mask.ravel()] @ np.asarray(moe.w_router[...], np.float64)
     assert found.balance_loss == pytest.approx(0.25 * np.mean(np.log(np.exp(logits).sum(-1)) ** 2), rel=1e-5)
-    scores, bias = oracles.sqrtsoftplus_scores(logits), np.asarray(moe.bias[...], np.float64)
+    scores, bias = oracles.SCORES["sqrtsoftplus"](logits), np.asarray(moe.bias[...], np.float64)
     np.testing.assert_allclose(found.bias_measure, oracles.quantile_target(scores, bias, 3), rtol=1e-5)
 
 

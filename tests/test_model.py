@@ -1,4 +1,4 @@
-"""The model and its modules against the reference page, and which outputs may depend on which inputs."""
+"""The model, its heads and its modules against the reference page, and which outputs may depend on which inputs."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from models import DENSE, QUICK, forward, parameters, random_model, small, token
 
 import dsv3_jax as ds
 from dsv3_jax import reference
-from dsv3_jax.config import ConfigError, Execution, ModelConfig, Yarn, replace
+from dsv3_jax.config import Execution, ModelConfig, Yarn, replace
 from dsv3_jax.model import moe, transformer
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer, abstract
@@ -22,10 +22,11 @@ BATCH, LENGTH = 2, 14
 # Row 0: documents of 6 and 5 tokens, then padding. Row 1: one of 14.
 SEGMENTS = np.array([[1] * 6 + [2] * 5 + [0] * 3, [1] * 14], np.int32)
 POSITIONS = np.array([[*range(6), *range(5), *range(3)], [*range(14)]], np.int32)
+ONES, PLACES = np.ones_like(SEGMENTS), np.broadcast_to(np.arange(LENGTH, dtype=np.int32), SEGMENTS.shape)
+TOKENS = np.asarray(tokens_of(small(), BATCH, LENGTH))
 
 pytestmark = pytest.mark.usefixtures("light_compiles")
 
-V3 = small(mtp_depth=2)
 V2 = small(
     router="softmax", group_score="max", normalize_gates=False, routed_scale=4.0, num_shared_experts=2,
     q_latent_dim=None, rope_interleaved=False, tie_embeddings=True, mtp_depth=1, mtp_input="raw",
@@ -33,8 +34,13 @@ V2 = small(
 )  # fmt: skip
 NO_GROUPS = dict(num_dense_layers=0, num_layers=1, num_groups=1, groups_per_token=1)
 AUTO, XLA = Execution(), Execution(kernels="xla")
-CASES = {
-    "v3": (V3, AUTO),
+HEADS = {  # of each kind: the model and how it is computed
+    "deepseek": (small(mtp_depth=2), AUTO),
+    "meta": (small(mtp_kind="meta", mtp_depth=2, mtp_input="raw", num_layers=2), DENSE),
+    "medusa": (small(mtp_kind="medusa", mtp_depth=3, num_layers=1), AUTO),
+    "eagle": (small(mtp_kind="eagle", mtp_depth=1, num_layers=1), AUTO),
+}
+CASES = HEADS | {
     "v2": (V2, Execution(kernels="xla,grouped_swiglu=ragged_dot")),
     "topk": (small(router="topk", **NO_GROUPS), DENSE),
     "dense": (small(router="dense", experts_per_token=8, **NO_GROUPS), DENSE),
@@ -45,83 +51,78 @@ CASES = {
 }
 
 
-def run(model, tokens, segment_ids=SEGMENTS, positions=POSITIONS):
+def run(model, tokens=TOKENS, segment_ids=SEGMENTS, positions=POSITIONS):
     return forward(model, jnp.asarray(tokens), jnp.asarray(segment_ids), jnp.asarray(positions))
 
 
-@pytest.fixture(scope="module")
-def v3():
-    return random_model(V3)
+def other_at(places) -> np.ndarray:
+    """TOKENS with all those at `places` changed."""
+    other = TOKENS.copy()
+    other[places] = (other[places] + 1) % small().vocab_size
+    return other
 
 
-@pytest.fixture(scope="module")
-def tokens():
-    return np.asarray(tokens_of(V3, BATCH, LENGTH))
+@pytest.fixture(scope="module", params=HEADS)
+def model(request):
+    cfg, execution = HEADS[request.param]
+    return random_model(cfg, execution=execution)
 
 
 def pairs(a, b):
-    """The logits of both, the model's own first, then those of each MTP depth."""
+    """The logits of both, the model's own first, then those of each head."""
     return zip((a.logits, *a.mtp_logits), (b.logits, *b.mtp_logits), strict=True)
+
+
+def read_by(model, k: int) -> int:
+    """Tokens that head k reads beyond those of the model's own head, which is 0 here."""
+    return k if model.cfg.head_kind.reads_tokens else 0
 
 
 # values
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_model_equals_the_reference(name, tokens):
+def test_model_equals_the_reference(name):
     cfg, execution = CASES[name]
     model = random_model(cfg, execution=execution)
-    out = run(model, tokens)
-    expected = reference.transformer(reference.Context(cfg, POSITIONS, SEGMENTS), parameters(model), tokens)
+    out = run(model)
+    expected = reference.transformer(reference.Context(cfg, POSITIONS, SEGMENTS), parameters(model), TOKENS)
     assert len(out.mtp_logits) == cfg.mtp_depth
     for k, (got, want) in enumerate(pairs(out, expected)):
         assert got.dtype == jnp.float32
         assert got.shape == (BATCH, LENGTH - k, cfg.vocab_size)
         # float32 against float64: some hundred roundings of 6e-8 of values as large as a logit.
         np.testing.assert_allclose(got, want, rtol=0, atol=3e-5 * want.std())
-    layers = cfg.num_sparse_layers
-    assert out.routing.expert_ids.shape == out.routing.gates.shape == (layers, BATCH, LENGTH, cfg.experts_per_token)
-    assert out.routing.load.shape == (layers, cfg.num_experts)
-    trunk = [jax.tree.map(lambda a, i=i: a[i], out.routing) for i in range(layers)]
-    for got, want in zip((*trunk, *out.mtp_routing), expected.routing, strict=True):
+        assert k == 0 or np.abs(want - expected.logits[:, : LENGTH - k]).max() > 0.1  # no copy of the trunk's own
+    layers, trunk = cfg.num_sparse_layers, []
+    if layers:
+        assert out.routing.expert_ids.shape == out.routing.gates.shape == (layers, BATCH, LENGTH, cfg.experts_per_token)
+        assert out.routing.load.shape == (layers, cfg.num_experts)
+        trunk = [jax.tree.map(lambda a, i=i: a[i], out.routing) for i in range(layers)]
+    assert len(out.mtp_routing) == cfg.num_sparse_heads
+    for k, (got, want) in enumerate(zip((*trunk, *out.mtp_routing), expected.routing, strict=True), start=1 - layers):
         ids, gates = want.expert_ids, want.gates
         if cfg.router == "dense":  # the model lists all experts by id, the reference by score
             gates, ids = np.take_along_axis(gates, ids.argsort(-1), axis=-1), np.sort(ids, axis=-1)
         np.testing.assert_array_equal(got.expert_ids, ids)
         np.testing.assert_allclose(got.gates, gates, rtol=1e-4)
-        here, read = SEGMENTS[:, : ids.shape[1]], SEGMENTS[:, LENGTH - ids.shape[1] :]
+        here, read = SEGMENTS[:, : ids.shape[1]], SEGMENTS[:, read_by(model, max(k, 0)) :][:, : ids.shape[1]]
         counted = (here != 0) & (here == read)
         np.testing.assert_array_equal(want.counted, counted)
         np.testing.assert_array_equal(got.load, np.bincount(ids[counted].ravel(), minlength=cfg.num_experts))
-        assert got.load.sum() == counted.sum() * cfg.experts_per_token
 
 
-def test_mtp_input_matters(tokens):
-    """The test above can tell the two inputs apart."""
-    params = parameters(random_model(V3))
-    normed, raw = (
-        reference.transformer(
-            reference.Context(small(mtp_depth=2, mtp_input=which), POSITIONS, SEGMENTS), params, tokens
-        )
-        for which in ("normed", "raw")
-    )
-    np.testing.assert_array_equal(normed.logits, raw.logits)
-    assert np.abs(normed.mtp_logits[0] - raw.mtp_logits[0]).max() > 0.1
-    assert np.abs(normed.mtp_logits[1] - raw.mtp_logits[1]).max() > 0.01
-
-
-def test_segments_and_positions_default_to_one_document_from_0(tokens):
+def test_segments_and_positions_default_to_one_document_from_0():
     model = random_model(small(mtp_depth=1, routed_scale=1.0, **NO_GROUPS), execution=DENSE)
-    ones, places = np.ones_like(SEGMENTS), np.broadcast_to(np.arange(LENGTH, dtype=np.int32), SEGMENTS.shape)
-    bare, full = forward(model, jnp.asarray(tokens)), run(model, tokens, ones, places)
+    bare, full = forward(model, jnp.asarray(TOKENS)), run(model, TOKENS, ONES, PLACES)
     # Two programs: constants are folded in one of them.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), bare, full)
 
 
-def test_bfloat16_computes_near_float32(tokens):
+def test_bfloat16_computes_near_float32():
     gentle = small(mtp_depth=1, routed_scale=1.0, **NO_GROUPS)
-    wide = run(random_model(gentle, execution=DENSE), tokens)
-    narrow = run(random_model(gentle, execution=Execution(compute_dtype="bfloat16")), tokens)
+    wide = run(random_model(gentle, execution=DENSE))
+    narrow = run(random_model(gentle, execution=Execution(compute_dtype="bfloat16")))
     assert narrow.logits.dtype == narrow.mtp_logits[0].dtype == narrow.routing.gates.dtype == np.float32
     # 8 bits of mantissa: 0.4 % an operation; a token whose routing flips moves farther, so the middle is compared.
     assert 0 < np.median(np.abs(wide.logits - narrow.logits)) < 0.05 * wide.logits.std()
@@ -129,9 +130,10 @@ def test_bfloat16_computes_near_float32(tokens):
 
 
 @pytest.mark.usefixtures("whole_compiles")
-def test_training_unrolls_few_layers_and_computes_the_same(tokens, monkeypatch):
+def test_training_unrolls_few_layers_and_computes_the_same(monkeypatch):
     graphdef, params, rest = nnx.split(random_model(small(routed_scale=1.0)), nnx.Param, ...)
-    batch = {"tokens": jnp.asarray(tokens), "segment_ids": jnp.asarray(SEGMENTS), "positions": jnp.asarray(POSITIONS)}
+    batch = {"tokens": TOKENS, "segment_ids": SEGMENTS, "positions": POSITIONS}
+    batch = jax.tree.map(jnp.asarray, batch)
 
     def loss_and_gradients():
         def loss(params, batch):
@@ -146,11 +148,6 @@ def test_training_unrolls_few_layers_and_computes_the_same(tokens, monkeypatch):
     assert more_loops == loops + 2  # the sparse layers, forward and backward; a loop over one layer is none
     # Equal to the last digit where this was written; another compiler may fuse otherwise.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), unrolled, scanned)
-
-
-@pytest.mark.parametrize("changes", [{"compute_dtype": "bfloat16"}, {"remat": "full"}, {"precision": "fp8"}, {}])
-def test_training_unrolls_in_float32_only_and_if_nothing_is_recomputed(changes):
-    assert abstract(V3, Execution(**changes)).trains_unrolled == (not changes)
 
 
 # modules in a model of somebody else
@@ -279,85 +276,49 @@ def test_modules_in_linen(theirs):
 # what depends on what
 
 
-@pytest.mark.parametrize("changed", [3, 8, 13])
-def test_later_tokens_change_no_earlier_logits(v3, tokens, changed):
-    ones, places = np.ones_like(SEGMENTS), np.broadcast_to(np.arange(LENGTH, dtype=np.int32), SEGMENTS.shape)
-    other = tokens.copy()
-    other[:, changed] = (other[:, changed] + 1) % V3.vocab_size
-    a, b = run(v3, tokens, ones, places), run(v3, other, ones, places)
-    # Depth k reads k tokens more than the model itself, which is depth 0 here.
-    for k, (left, right) in enumerate(pairs(a, b)):
-        np.testing.assert_array_equal(left[:, : changed - k], right[:, : changed - k])
-        assert (left[:, changed - k] != right[:, changed - k]).any(axis=-1).all()
+@pytest.mark.parametrize("changed", [3, 13])
+def test_later_tokens_change_no_earlier_logits(model, changed):
+    both = [run(model, tokens, ONES, PLACES) for tokens in (TOKENS, other_at(np.s_[:, changed]))]
+    for k, (left, right) in enumerate(pairs(*both)):
+        first = changed - read_by(model, k)  # the first entry that reads the token
+        np.testing.assert_array_equal(left[:, :first], right[:, :first])
+        assert first >= left.shape[1] or (left[:, first] != right[:, first]).any(axis=-1).all()
 
 
-def test_a_segment_sees_itself_alone(v3, tokens):
-    """Other documents and padding change nothing, of MTP in the entries whose next tokens are of the segment."""
-    base = run(v3, tokens)
-    for theirs in (slice(0, 6), slice(6, 11), slice(11, 14)):
-        other = tokens.copy()
-        other[0, theirs] = (other[0, theirs] + 1) % V3.vocab_size
-        out = run(v3, other)
-        for k, (left, right) in enumerate(
-            zip((base.logits, *base.mtp_logits), (out.logits, *out.mtp_logits), strict=True)
-        ):
-            for start, end in ((0, 6), (6, 11)):
-                same = np.array_equal(left[0][start : end - k], right[0][start : end - k])
-                assert same == ((theirs.start, theirs.stop) != (start, end)), (k, theirs, start)
+def test_a_segment_sees_itself_alone(model):
+    """Other documents and padding change no entry whose tokens, with those that it reads, are of the segment."""
+    base = run(model)
+    for theirs in ((0, 6), (6, 11), (11, 14)):
+        for k, (left, right) in enumerate(pairs(base, run(model, other_at(np.s_[0, slice(*theirs)])))):
+            for own in ((0, 6), (6, 11)):
+                whole = slice(own[0], own[1] - read_by(model, k))
+                assert np.array_equal(left[0, whole], right[0, whole]) == (theirs != own), (k, theirs, own)
             np.testing.assert_array_equal(left[1], right[1])
 
 
-def test_padding_is_not_counted(v3, tokens):
-    other = tokens.copy()
-    other[0, 11:] = (other[0, 11:] + 5) % V3.vocab_size
-    a, b = run(v3, tokens), run(v3, other)
-    assert not np.array_equal(a.routing.expert_ids, b.routing.expert_ids)
-    np.testing.assert_array_equal(a.routing.load, b.routing.load)
-    np.testing.assert_array_equal(a.routing.balance_loss, b.routing.balance_loss)
-
-
-def test_packed_documents_equal_each_alone(v3, tokens):
-    packed = run(v3, tokens)
-    places = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), SEGMENTS.shape)
+def test_packed_documents_equal_each_alone(model):
+    packed = run(model)
     for start, end in ((0, 6), (6, 11)):
-        alone = np.zeros_like(tokens)
-        alone[0, : end - start] = tokens[0, start:end]
+        alone = np.zeros_like(TOKENS)
+        alone[0, : end - start] = TOKENS[0, start:end]
         segments = (np.arange(LENGTH)[None] < np.array([[end - start], [0]])).astype(np.int32)
-        out = run(v3, alone, segments, places)
-        for k, (left, right) in enumerate(
-            zip((packed.logits, *packed.mtp_logits), (out.logits, *out.mtp_logits), strict=True)
-        ):
+        for k, (left, right) in enumerate(pairs(packed, run(model, alone, segments, PLACES))):
+            length = min(end - start - read_by(model, k), left.shape[1])
             # Not exact: attention's blocks then hold other columns, and sums run in another order.
-            np.testing.assert_allclose(
-                left[0][start : end - k], right[0][: end - start - k], rtol=0, atol=1e-5 * np.std(left)
-            )
+            of_packed, of_alone = left[0, start : start + length], right[0, :length]
+            np.testing.assert_allclose(of_packed, of_alone, rtol=0, atol=1e-5 * np.std(left))
 
 
-def test_length_over_max_positions_is_refused():
-    model = abstract(small(max_positions=13))
-    with pytest.raises(ValueError, match="^length 14 is over the model's max_positions=13$"):
-        model(jnp.zeros((1, 14), jnp.int32))
+@pytest.mark.parametrize(
+    "length, words",
+    [(129, "length 129 is over the model's max_positions=128"), (2, "length 2 leaves nothing for mtp_depth=2")],
+)
+def test_rows_of_other_lengths_are_refused(length, words):
+    with pytest.raises(ValueError, match=f"^{words}"):
+        abstract(small(mtp_depth=2))(jnp.zeros((1, length), jnp.int32))
 
 
 # parameters
-
-
-def count(cfg, *, mtp):
-    state = nnx.state(abstract(cfg), nnx.Param)
-    if not mtp:
-        state.pop("mtp", None)
-    return sum(a.size for a in jax.tree.leaves(state))
-
-
-@pytest.mark.parametrize("name, billions", [("v3", 671.0), ("v2", 235.7), ("v2_lite", 15.7), ("mini", 0.1961)])
-def test_presets_have_the_published_number_of_parameters(name, billions):
-    assert count(preset(name), mtp=False) / 1e9 == pytest.approx(billions, abs=0.05 if billions > 1 else 5e-5)
-
-
-def test_v3s_mtp_module_adds_its_block():
-    cfg = preset("v3")
-    added = count(cfg, mtp=True) - count(cfg, mtp=False)
-    assert added / 1e9 == pytest.approx(11.6, abs=0.05)  # the published 14B hold copies of embedding and head
 
 
 def test_new_parameters_are_drawn_as_the_configuration_and_the_seed_say():
@@ -371,7 +332,7 @@ def test_new_parameters_are_drawn_as_the_configuration_and_the_seed_say():
     for path, variable in nnx.to_flat_state(state):
         value = np.asarray(variable[...])
         assert value.dtype == np.float32
-        if is_scale(variable):
+        if not variable.get_metadata().get("decay", True):  # a norm's scale
             assert (value == 1).all()
         elif isinstance(variable, RouterBias):
             assert (value == 0).all()
@@ -382,7 +343,8 @@ def test_new_parameters_are_drawn_as_the_configuration_and_the_seed_say():
     assert len(set(starts)) == len(starts)  # no two from one key
 
 
-def test_a_model_is_drawn_by_one_program_and_the_same_inside_another():
+@pytest.mark.parametrize("make", [Transformer, ds.MLA, ds.MoE])
+def test_parameters_are_drawn_by_one_program_and_the_same_inside_another(make):
     cfg, compiled = replace(preset("tiny"), dim=136), []
 
     def listen(name, _, **how):
@@ -390,27 +352,12 @@ def test_a_model_is_drawn_by_one_program_and_the_same_inside_another():
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        state = nnx.state(Transformer(cfg, rngs=nnx.Rngs(0)))
+        state = nnx.state(make(cfg, rngs=nnx.Rngs(0)))
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert compiled.count("jit(draw_all)") == 1 and not any("normal" in name for name in compiled)
-    inside = jax.jit(lambda: nnx.state(Transformer(cfg, rngs=nnx.Rngs(0))))()
+    inside = jax.jit(lambda: nnx.state(make(cfg, rngs=nnx.Rngs(0))))()
     jax.tree.map(np.testing.assert_array_equal, state, inside)
-
-
-def is_scale(variable: nnx.Variable) -> bool:
-    """Whether a parameter is a norm's scale, which takes no weight decay."""
-    return not variable.get_metadata().get("decay", True)
-
-
-def test_bad_configuration_is_refused_before_anything_is_made():
-    with pytest.raises(ConfigError, match="num_heads=0"):
-        Transformer(small(num_heads=0), rngs=nnx.Rngs(0))
-
-
-def test_a_row_too_short_for_the_mtp_chain_is_refused(v3):
-    with pytest.raises(ValueError, match=f"length {V3.mtp_depth} leaves nothing for mtp_depth={V3.mtp_depth}"):
-        v3(jnp.ones((1, V3.mtp_depth), jnp.int32))
 
 
 def test_near_ties_are_counted_among_the_allowed_experts():

@@ -1,7 +1,7 @@
-"""The reference page's routers and losses against loops, in float64.
+"""The reference page's losses against loops, in float64.
 
-test_model, test_heads and test_loss compare the whole page with the models of the package, and tests/golden compares
-those with transformers.
+test_routing has its routers. test_model and test_loss compare the whole page with the models of the package, and
+tests/golden compares those with transformers.
 """
 
 import numpy as np
@@ -20,58 +20,6 @@ POSITIONS = np.array([[*range(4), *range(3), *range(2)], [*range(9)]])
 
 def context_of(cfg, xp=np):
     return reference.Context(cfg, POSITIONS, SEGMENTS, xp)
-
-
-NO_GROUPS = dict(num_groups=1, groups_per_token=1)
-ROUTERS = {
-    "V3": dict(),
-    "V3, best groups by maximum": dict(group_score="max"),
-    "V3, gates not normalised": dict(normalize_gates=False, groups_per_token=3),
-    "V3, no groups": NO_GROUPS,
-    "V2": dict(router="softmax", group_score="max", normalize_gates=False, routed_scale=16.0),
-    "V2, gates normalised": dict(router="softmax", group_score="top2_sum"),
-    "V2-Lite": dict(router="softmax", normalize_gates=False, routed_scale=1.0, **NO_GROUPS),
-    "V4": dict(router="sqrtsoftplus"),
-    "topk": dict(router="topk", normalize_gates=False),
-    "dense": dict(router="dense", experts_per_token=16, **NO_GROUPS),
-}
-
-
-def route_by_loops(cfg, logits, bias):
-    """(expert_ids, gates, scores) of n tokens."""
-    k = cfg.experts_per_token
-    rules = dict(
-        k=k, groups=cfg.num_groups, groups_kept=cfg.groups_per_token, group_score=cfg.group_score,
-        normalize=cfg.normalize_gates, scale=cfg.routed_scale,
-    )  # fmt: skip
-    if cfg.router == "sigmoid":
-        return oracles.sigmoid_route(logits, bias, **rules)
-    if cfg.router == "sqrtsoftplus":
-        return oracles.sigmoid_route(logits, bias, **rules, score=oracles.sqrtsoftplus_scores)
-    if cfg.router == "softmax":
-        return oracles.softmax_route(logits, **rules)
-    return *oracles.topk_route(logits, k=k), np.array([oracles.softmax_probs(row) for row in logits])
-
-
-def by_id(expert_ids, gates):
-    """Both in the order of ids: a router chooses a set."""
-    order = np.argsort(expert_ids, axis=-1)
-    return np.take_along_axis(expert_ids, order, axis=-1), np.take_along_axis(gates, order, axis=-1)
-
-
-@pytest.mark.parametrize("biases", [(-0.9, -0.1), (-0.4, 0.4)])
-@pytest.mark.parametrize("router", ROUTERS)
-def test_route(rng, router, biases):
-    """Chosen sets are exact, with biases that are all negative, too."""
-    cfg = small(**{"num_experts": 16, "experts_per_token": 4, **ROUTERS[router]})
-    p = dict(w_router=rng.standard_normal((16, 16)), bias=rng.uniform(*biases, 16))
-    x, one = rng.standard_normal((1, 200, 16)), np.ones((1, 200), int)
-    got = reference.route(reference.Context(cfg, one, one), p, x)
-    *want, scores = route_by_loops(cfg, x[0] @ p["w_router"], p["bias"])
-    (ids, gates), (want_ids, want_gates) = by_id(got.expert_ids[0], got.gates[0]), by_id(*want)
-    np.testing.assert_array_equal(ids, want_ids)
-    np.testing.assert_allclose(gates, want_gates, rtol=1e-12)
-    np.testing.assert_allclose(got.scores[0], scores, rtol=1e-12)
 
 
 def test_underflowing_sigmoids_stay_finite():

@@ -18,7 +18,7 @@ with hand-written collectives.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -149,7 +149,7 @@ def _gathered(run: Callable, how: Sharded, x: Array, ids: Array, gates: Array, e
     return y, jnp.asarray(sent, jnp.float32)
 
 
-def _gather_width(experts: Experts, how: Sharded, dtype) -> Experts:
+def _gather_width(experts: tuple[Array, ...], how: Sharded, dtype: Any) -> tuple[Array, ...]:
     """The experts [E, …] cast, and gathered along "data", which shards their width D."""
     # If "data" does not shard the tokens, its devices all do the same with them, and JAX must know.
     to = "varying" if "data" in how.rows else "invarying"

@@ -16,7 +16,7 @@ from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.mesh.sharding import constrain, shard_map_by_names, shards_alike
 from dsv3_jax.model.cache import ROW_AXES, Cache
 from dsv3_jax.model.context import Context, LayerResult, from_zero, make_context
-from dsv3_jax.model.layers import RMSNorm, param
+from dsv3_jax.model.layers import RMSNorm, draws_together, param
 from dsv3_jax.ops import rope
 from dsv3_jax.ops.attention import repeat_heads
 
@@ -31,6 +31,7 @@ class Attention(nnx.Module):
     Args: execution, kernels: how to compute; `kernels` defaults to the best of the default device.
     """
 
+    @draws_together
     def __init__(
         self, cfg: ModelConfig, execution: Execution | None = None, *, rngs: nnx.Rngs, kernels: Kernels | None = None
     ):

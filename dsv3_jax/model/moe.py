@@ -12,7 +12,7 @@ from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.mesh import expert_parallel
 from dsv3_jax.mesh.sharding import on_mesh, shard_map_over_batch
 from dsv3_jax.model.context import Context, from_zero, make_context
-from dsv3_jax.model.layers import SwiGLU, param
+from dsv3_jax.model.layers import SwiGLU, draws_together, param
 from dsv3_jax.ops import balance, dispatch, routing
 from dsv3_jax.ops.varying import as_varying
 
@@ -67,6 +67,7 @@ class MoE(nnx.Module):
     ((2, 8, 128), Array(64., dtype=float32))
     """
 
+    @draws_together
     def __init__(
         self,
         cfg: ModelConfig,
