@@ -38,31 +38,23 @@ def refused(make, words, **changes):
 
 # Values at and beyond the ends of the intervals, and of other types: the name and the value are in the sentence.
 FIELDS = [
-    (model, "vocab_size dim num_layers dense_dim num_heads kv_latent_dim q_latent_dim nope_head_dim rope_head_dim "
-     "v_head_dim num_experts experts_per_token expert_dim num_groups groups_per_token max_positions", (0, -3, 2**31)),
+    (model, "vocab_size q_latent_dim rope_head_dim", (0, -3, 2**31)),
     (model, "num_dense_layers num_shared_experts mtp_depth", (-1, 1.0, True, "1")),
-    (model, "capacity_factor norm_eps init_std", (0.0, -0.5, float("nan"), float("inf"), "small")),
+    (model, "capacity_factor norm_eps init_std", (0.0, float("nan"), float("inf"), "small")),
     (model, "rope_theta", (0.5, None)),
     (model, "tie_embeddings", (1, None)),
-    (Yarn, "factor", (0.5,)),
-    (Balance, "bias_rate sequence_alpha switch_alpha z_alpha", (-1e-3,)),
-    (Layout, "capacity_slack", (0.5,)),
-    (Layout, "fsdp", ("yes",)),
+    (Balance, "z_alpha", (-1e-3,)),
+    (Layout, "capacity_slack fsdp", (0.5, "yes")),
     (DataConfig, "seq_len", (1,)),
-    (DataConfig, "batch_size max_documents", (0,)),
     (DataConfig, "fim_rate", (1.5, -0.1)),
     (DataConfig, "val_fraction", (0.0, 1.0)),
     (DataConfig, "paths", (("a", 3), "a")),
     (DataConfig, "tokenizer", ("a\x1b[2J",)),
-    (OptimConfig, "learning_rate eps clip_norm qk_clip", (0.0, -1.0)),
-    (OptimConfig, "final_learning_rate weight_decay mtp_weight mtp_final_weight", (-0.1,)),
-    (OptimConfig, "microbatches", (0,)),
-    (OptimConfig, "beta1 beta2 muon_beta", (1.0, -0.1)),
-    (OptimConfig, "bias_freeze", (1.1,)),
+    (OptimConfig, "learning_rate qk_clip", (0.0, -1.0)),
+    (OptimConfig, "beta1", (1.0, -0.1)),
     (Lora, "rank", (-1,)),
-    (Lora, "alpha", (0.0,)),
     (Execution, "kernels", ("", "auto,", "auto,xla", "optimizer=", "=xla", "optimizer=xla=cpu", None)),
-    (run, "steps eval_every eval_batches save_every keep log_every", (0, 2.5)),
+    (run, "steps", (0, 2.5)),
     (run, "seed", (-1, 2**32)),
 ]  # fmt: skip
 
@@ -136,29 +128,14 @@ def test_edges_are_accepted():
     model(num_dense_layers=0, num_shared_experts=0, mtp_depth=0, q_latent_dim=None)
     model(num_groups=8, groups_per_token=3, group_score="max")
     assert run(model=model(mtp_depth=2), data=DataConfig(seq_len=4), seed=2**32 - 1).data.seq_len == 4
-    for kernels in ("xla", "optimizer=xla", "xla,optimizer=cpu", "auto,product=xla,swiglu=cpu"):
-        assert Execution(kernels=kernels).kernels == kernels
-
-
-def test_a_whole_number_is_a_float():
-    """Also where None is possible; a program compiled for 2.0 serves 2."""
-    made = model(capacity_factor=2, rope_theta=9)
+    assert Execution(kernels="auto,product=xla,swiglu=cpu").kernels == "auto,product=xla,swiglu=cpu"
+    made = model(capacity_factor=2, rope_theta=9)  # a program compiled for 2.0 serves 2
     assert (type(made.capacity_factor), type(made.rope_theta)) == (float, float)
-
-
-def test_configurations_do_not_change():
     with pytest.raises(FrozenInstanceError):
-        SMALL.dim = 3
-    assert hash(model()) == hash(SMALL) and model() == SMALL != model(dim=15)
+        made.dim = 3
 
 
 # JSON
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_json_round_trip(name):
-    recipe = ds.replace(RECIPES[name], data=ds.replace(RECIPES[name].data, paths=("a.txt", "b")))
-    assert ds.config.from_dict(ds.RunConfig, json.loads(json.dumps(ds.config.to_dict(recipe)))) == recipe
 
 
 def test_every_field_survives_json():
@@ -205,5 +182,7 @@ def test_presets_by_name():
     assert set(MODELS) == set(RECIPES) - set(NEEDS_START)
     for name, made in MODELS.items():
         assert ds.preset(name) is made and ds.recipe(name).model is made
+        recipe = ds.replace(RECIPES[name], data=ds.replace(RECIPES[name].data, paths=("a.txt", "b")))
+        assert ds.config.from_dict(ds.RunConfig, json.loads(json.dumps(ds.config.to_dict(recipe)))) == recipe
     for find in (ds.preset, ds.recipe):
         refused(find, "'huge' tiny lab mini mini_80gb v2_lite v2_lite_80gb v2 v3", name="huge")

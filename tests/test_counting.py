@@ -23,7 +23,9 @@ from dsv3_jax.presets import preset
         ("mini", 196e6, 32e6, 1e6),
     ],
 )
-def test_sizes_of_the_reports(name, total, active, digit):
+def test_sizes_of_the_reports(monkeypatch, name, total, active, digit):
+    """No device is started: a study lists its runs in a process that must not take an accelerator's memory."""
+    monkeypatch.setattr(transformer, "prepare", lambda *_: pytest.fail("asked for the default device's kernels"))
     gc.collect()
     arrays = len(jax.live_arrays())
     found = counting.size(preset(name))
@@ -31,12 +33,6 @@ def test_sizes_of_the_reports(name, total, active, digit):
     assert abs(found.total - total) < 0.6 * digit
     assert abs(found.active - active) < 0.6 * digit
     assert len(jax.live_arrays()) == arrays  # 671 billion would not have fitted anyway
-
-
-def test_counting_starts_no_device_and_compiles_nothing(monkeypatch):
-    """A study lists its runs in a process that must not take an accelerator's memory."""
-    monkeypatch.setattr(transformer, "prepare", lambda *_: pytest.fail("asked for the default device's kernels"))
-    assert counting.size(small(mtp_depth=1)).mtp > 0
 
 
 def slow_size(cfg: ModelConfig) -> tuple[int, int, int, int]:
@@ -70,15 +66,12 @@ def slow_size(cfg: ModelConfig) -> tuple[int, int, int, int]:
 @pytest.mark.parametrize(
     "cfg",
     [
-        preset("tiny"),
-        preset("v3"),
-        preset("v2_lite"),
         small(mtp_depth=2),
         small(tie_embeddings=True, num_dense_layers=0, num_shared_experts=3),
         small(num_dense_layers=3, q_latent_dim=None),
         *(small(mtp_kind=kind, mtp_depth=1 if kind == "eagle" else 3) for kind in ("meta", "medusa", "eagle")),
     ],
-    ids=["tiny", "v3", "v2_lite", "two depths", "tied", "all dense", "meta", "medusa", "eagle"],
+    ids=["two depths", "tied", "all dense", "meta", "medusa", "eagle"],
 )
 def test_sizes_are_the_arithmetic(cfg):
     found = counting.size(cfg)
@@ -89,14 +82,12 @@ def test_sizes_are_the_arithmetic(cfg):
 def test_cache_elements():
     v3 = counting.size(preset("v3")).cache_elements
     assert v3["latent"] == 35_136 == 61 * 576
-    assert v3["mha"] == 61 * 40_960  # NUMERICS: expanded keys and values a layer
-    assert counting.size(preset("v2_lite")).cache_elements["latent"] == 27 * 576
+    assert v3["mha"] == 61 * 40_960  # expanded keys and values of a layer
 
 
 def test_flops():
-    mini = preset("mini")
+    mini, tiny = preset("mini"), preset("tiny")
     assert f"{counting.train_flops_per_token(mini) / 1e6:.1f}" == "193.7"
-    tiny = preset("tiny")
     with_mtp, without = (counting.train_flops_per_token(tiny, with_mtp=w) for w in (True, False))
     assert with_mtp - without == 6 * counting.size(tiny).mtp_active > 0
     # On a frozen trunk: forward through it, and no gradient of the unembedding.

@@ -10,7 +10,6 @@ import oracles
 import pytest
 
 from dsv3_jax.kernels.cpu import blocks, calls, library
-from dsv3_jax.kernels.cpu import experts as cpu_experts
 from dsv3_jax.ops import dispatch, grouped_product
 
 BACKENDS = {
@@ -72,43 +71,6 @@ def test_backend_and_its_gradients_equal_dense(x64, rng, backend, choose, sizes)
     weight = jnp.asarray(rng.standard_normal(arrays[0].shape))
     got = value_and_gradients(BACKENDS[backend], weight, *arrays)
     assert_equal(got, value_and_gradients(oracles.routed_swiglu_jnp, weight, *arrays), atol=1e-9)  # hundreds of terms
-
-
-@pytest.mark.parametrize("backend", ["ragged_dot", "cpu"])
-def test_layers_in_a_scan_that_are_called_twice(rng, backend):
-    """Gradients of a loop's layers, each called twice and recomputed, are the oracle's; frozen experts change none."""
-    run = BACKENDS.get(backend, cpu_experts.grouped_swiglu)
-    if backend not in BACKENDS and (why := library.why_not()):
-        pytest.skip(why)
-    x, ids, gates, *_ = case(rng, "two take all")
-    shapes = ((2, 6, 5, 7), (2, 6, 5, 7), (2, 6, 7, 5))
-    x, gates, *weights = (
-        jnp.asarray(a, jnp.float32) for a in (x, gates, *(0.1 * rng.standard_normal(shape) for shape in shapes))
-    )
-
-    def ours(x, gates, weights):
-        @jax.checkpoint
-        def layer(x, w):
-            for _ in range(2):
-                x = x + run(x, ids, gates, *w)
-            return x, None
-
-        return jnp.sin(jax.lax.scan(layer, x, weights)[0]).sum()
-
-    def theirs(x, gates, weights):
-        for *layer, _ in zip(*weights, range(2), strict=True):
-            for _ in range(2):
-                x = x + oracles.routed_swiglu_jnp(x, ids, gates, *layer)
-        return jnp.sin(x).sum()
-
-    got = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2)))(x, gates, weights)
-    frozen = jax.jit(jax.grad(ours, argnums=(0, 1)))(x, gates, weights)
-    jax.tree.map(np.testing.assert_array_equal, frozen, got[1][:2])
-    with jax.enable_x64(True):
-        wide = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (x, gates, weights))
-        expected = jax.jit(jax.value_and_grad(theirs, argnums=(0, 1, 2)))(*wide)
-    # float32, whose unit roundoff is 6e-8, in sums of some hundred products
-    jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, atol=2e-5 * np.abs(e).max()), got, expected)
 
 
 DECODING = {

@@ -104,9 +104,7 @@ MANY = Layout(expert_comm="all_to_all", capacity_slack=1.0)
 CASES = {  # (data, expert, tensor), tokens, kernel, layout, slots of a round, of a later one, later ones at most
     "1,8,1": ((1, 8, 1), 192, "blocks", MANY, (6, 2, 9)),  # all of a device's 24 tokens go to one peer
     "1,8,1 few tokens": ((1, 8, 1), 8, "ragged_dot", Layout(expert_comm="all_to_all"), (1, 1, 0)),  # one a device
-    "2,4,1": ((2, 4, 1), 48, "ragged_dot", MANY, (3, 1, 3)),
     "2,4,1 fsdp": ((2, 4, 1), 48, "blocks", replace(MANY, fsdp=True), (3, 1, 3)),
-    "2,2,2": ((2, 2, 2), 96, "blocks", MANY, (17, 5, 2)),
     "2,2,2 fsdp": ((2, 2, 2), 48, "ragged_dot", replace(MANY, fsdp=True), (9, 3, 1)),
 }
 
@@ -173,24 +171,8 @@ def test_ragged_lowers_for_the_accelerators(rng, platform):
     assert text.count("@ragged_all_to_all") == 4
 
 
-def test_a_token_goes_to_a_device_once(rng):
-    """Each device of a token's experts has it in one slot, and no other device has it."""
-    ids, held, peers = choices("random", rng, 40), 4, 4
-    table = jax.tree.map(np.asarray, token_exchange.peer_table(ids, held, peers))
-    counts = [0] * peers
-    for token, chosen in enumerate(np.asarray(ids)):
-        for k, expert in enumerate(chosen):
-            there = int(expert) // held
-            again = there in {int(e) // held for e in chosen[:k]}
-            counts[there] += not again
-            assert table.peer[token, k] == there and table.first[token, k] != again
-            assert table.rank[token, k] == counts[there] - 1  # the earlier choice's, if there is one
-    assert list(table.counts) == counts
-
-
 SHAPES = [  # experts, groups, groups a token, experts a token, peers
-    (16, 8, 2, 2, 8), (16, 8, 2, 2, 4), (16, 8, 2, 2, 2), (16, 4, 2, 3, 8), (16, 4, 3, 5, 16), (12, 1, 1, 4, 6),
-    (12, 2, 1, 4, 6), (6, 1, 1, 6, 3),
+    (16, 8, 2, 2, 8), (16, 8, 2, 2, 2), (16, 4, 3, 5, 16), (12, 1, 1, 4, 6), (12, 2, 1, 4, 6),
 ]  # fmt: skip
 
 

@@ -11,13 +11,10 @@ from flax import nnx
 from models import DENSE, LIGHT, parameters, random_model
 from runs import (
     MODEL,
-    assert_bitwise,
     cheap_compiles,
     fresh_state,
     make_run,
     packed_batch,
-    rows_of,
-    write_text,
 )
 
 from dsv3_jax import reference
@@ -25,9 +22,7 @@ from dsv3_jax.config import Balance, ModelConfig, OptimConfig
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.ops import balance, routing
-from dsv3_jax.training import loop
 from dsv3_jax.training import step as train_step
-from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.loss import compute_loss
 from dsv3_jax.training.step import Job, make_step
 
@@ -82,18 +77,6 @@ def test_the_layers_noise_is_the_equations(rng):
     assert (sets_of(found.expert_ids) != np.sort(oracles.route(noisy, None, plain)[0])).any()
 
 
-def test_the_layers_z_loss_and_quantile(rng):
-    """Both are those of the tokens that count. Other losses have weight 0."""
-    weights = Balance(0.5, 0.0, 0.0, "quantile", 0.25)
-    moe, routed, x, flat = layer_of(rng, router="sqrtsoftplus", balance=weights)
-    mask = np.array([[True] * 6, [True] * 3 + [False] * 3])
-    found = routed(x, jnp.asarray(mask))
-    logits = flat[mask.ravel()] @ np.asarray(moe.w_router[...], np.float64)
-    assert found.balance_loss == pytest.approx(0.25 * np.mean(np.log(np.exp(logits).sum(-1)) ** 2), rel=1e-5)
-    scores, bias = oracles.SCORES["sqrtsoftplus"](logits), np.asarray(moe.bias[...], np.float64)
-    np.testing.assert_allclose(found.bias_measure, oracles.quantile_target(scores, bias, 3), rtol=1e-5)
-
-
 @pytest.mark.long
 def test_a_step_with_quantile_and_z_loss():
     """Losses are the reference's, and the bias goes half of the way; a step that is not finite moves it nowhere."""
@@ -138,25 +121,6 @@ def test_a_steps_noise_is_of_seed_step_and_row():
     np.testing.assert_array_equal(again[1]["load"], noisy.load)
     np.testing.assert_array_equal(at_step_1[1]["load"], other.load)
     assert "keys" not in train_step._with_keys(run_of(PLAIN), batch, jnp.int32(0))
-
-
-@pytest.mark.long
-def test_a_run_with_noise_resumes_bitwise(tmp_path):
-    """The noise follows from seed, step and row, so four steps are two, a stop, and two."""
-    model = replace(PLAIN, router="noisy_topk")
-    run = make_run(write_text(tmp_path / "text"), model=model, optim=OPTIM, steps=4, eval_every=4, save_every=2)
-    loop.fit(run, tmp_path / "whole", quiet=True)
-    assert loop.fit(run, tmp_path / "parts", quiet=True, stop_after=2).step == 2
-    loop.fit(run, tmp_path / "parts", quiet=True)
-    states = []
-    for folder in ("whole", "parts"):
-        with Checkpoints(tmp_path / folder, run, read_only=True) as checkpoints:
-            states.append(checkpoints.restore())
-    assert_bitwise(states[0][0], states[1][0])
-    assert states[0][1] == states[1][1] and int(states[0][0].step) == 4
-    assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "parts")
-    noise = dict(nnx.to_flat_state(states[0][0].params))["sparse", "moe", "w_noise"][...]
-    assert np.abs(noise).max() > 0  # it has been learnt, so the steps had noise
 
 
 @pytest.mark.long

@@ -1,6 +1,5 @@
 """A mesh changes nothing but speed: one step's loss, gradient, load and bias are a single device's on every mesh."""
 
-import math
 from dataclasses import replace
 from functools import partial
 
@@ -159,29 +158,24 @@ def test_a_run_resumes_on_another_mesh(tmp_path):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("text", ["", "data", "data=0", "data=-1", "model=2", "data=2 expert=2", "data=2,,expert=1"])
-def test_a_mesh_that_cannot_be_read_is_refused(text):
-    with pytest.raises(ConfigError, match="is not of the form data=N,expert=N,tensor=N"):
-        sharding.parse_mesh(text)
-
-
 @pytest.mark.parametrize(
     "text, why",
     [
-        ("data=100000000000", "more than 65,536 devices"),
-        ("data=256,expert=257", "more than 65,536 devices"),
-        ("data=2,expert=2,data=4", "data twice"),
+        *(
+            (text, "is not of the form data=N,expert=N,tensor=N")
+            for text in ("", "data=0", "model=2", "data=2 expert=2")
+        ),
+        ("data=256,expert=257", "has more than 65,536 devices"),
+        ("data=2,expert=2,data=4", "names data twice"),
     ],
 )
 def test_a_mesh_that_cannot_be_meant_is_refused(text, why):
-    with pytest.raises(ConfigError, match=f"^mesh={text!r} .*{why}$"):
+    with pytest.raises(ConfigError, match=f"^mesh={text!r} {why}$"):
         sharding.parse_mesh(text)
 
 
 def test_meshes_are_read():
-    assert math.prod(sharding.parse_mesh("data=256,expert=256").values()) == 65536
     assert sharding.parse_mesh("expert=4, data=2") == {"data": 2, "expert": 4, "tensor": 1}
-    assert sharding.parse_mesh("expert=2") == {"data": 1, "expert": 2, "tensor": 1}
     mesh = sharding.make_mesh(2, 1, 4)
     assert sharding.parse_mesh(sharding.format_mesh(mesh)) == dict(mesh.shape)
 

@@ -1,12 +1,10 @@
 """The model, its heads and its modules against the reference page, and which outputs may depend on which inputs."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen, nnx
+from flax import nnx
 from models import DENSE, QUICK, forward, parameters, random_model, small, tokens_of
 
 import dsv3_jax as ds
@@ -168,24 +166,6 @@ class Theirs(nnx.Module):
         return attended, y, self.moe(y)[0], routing
 
 
-class LinenTheirs(linen.Module):
-    """The same in Flax Linen."""
-
-    cfg: ModelConfig
-    execution: Execution
-
-    @linen.compact
-    def __call__(self, x, segment_ids, positions):
-        h = linen.Dense(self.cfg.dim, name="read")(x)
-        attention = ds.MLA if self.cfg.attention == "mla" else ds.GQA
-        attended = nnx.bridge.to_linen(attention, self.cfg, self.execution, name="attention")(
-            h, segment_ids=segment_ids, positions=positions
-        )
-        moe = nnx.bridge.to_linen(ds.MoE, self.cfg, self.execution, name="moe")
-        y, routing = moe(h + attended, segment_ids != 0)
-        return attended, y, moe(y)[0], routing
-
-
 def their_reference(ctx, p, x):
     """(what attention adds, what the experts make of it, and of that; the first router's decisions)."""
     h = x @ p["read"]["kernel"] + p["read"]["bias"][None, None]
@@ -245,32 +225,6 @@ def test_modules_alone_equal_the_reference(theirs):
             value = value[name]
         assert np.abs(value).max() > 0, path
         np.testing.assert_allclose(variable[...], value, rtol=0, atol=3e-5 * np.abs(value).max(), err_msg=str(path))
-
-
-@pytest.mark.long
-def test_modules_in_linen(theirs):
-    """The same parameters in the collection of that name; the same outputs and gradients."""
-    cfg, execution, model, x, weight = theirs
-    linen_model, args = LinenTheirs(cfg, execution), tuple(map(jnp.asarray, (x, SEGMENTS, POSITIONS)))
-    variables = linen.meta.unbox(jax.jit(linen_model.init, compiler_options=QUICK)(jax.random.key(0), *args))
-    graphdef, params, bias = nnx.split(model, nnx.Param, RouterBias)
-    pure = {"params": nnx.to_pure_dict(params), "RouterBias": nnx.to_pure_dict(bias)}
-    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, pure)
-    assert jnp.std(variables["params"]["attention"]["w_o"]) == pytest.approx(cfg.init_std, rel=0.2)  # drawn
-
-    def loss(out):
-        return (out[2] * weight).sum(), out
-
-    @partial(jax.jit, compiler_options=QUICK)
-    def in_linen(params, rest):
-        return jax.grad(lambda p: loss(linen_model.apply({"params": p} | rest, *args)), has_aux=True)(params)
-
-    @partial(jax.jit, compiler_options=QUICK)
-    def in_nnx(params, bias):
-        return jax.grad(lambda p: loss(nnx.merge(graphdef, p, bias)(*args)), has_aux=True)(params)
-
-    got, want = in_linen(pure.pop("params"), pure), in_nnx(params, bias)
-    jax.tree.map(np.testing.assert_array_equal, got, (nnx.to_pure_dict(want[0]), want[1]))
 
 
 # what depends on what

@@ -39,21 +39,11 @@ PASSES = {"none": 1, "dots": 1, "attention": 1, "full": 2}  # forward passes of 
 
 @pytest.mark.parametrize("remat", PASSES)
 def test_attention_runs_forward_once_unless_everything_is_recomputed(remat):
-    """Counted in the program for CPUs, where attention is a call."""
-    if why := library.why_not():
-        pytest.skip(why)
-    text = traced_step(remat, "cpu", "auto,grouped_swiglu=dense").lower(lowering_platforms=("cpu",)).as_text()
-    assert text.count("@dsv3_causal_attention_gradients(") == BLOCKS
-    assert text.count("@dsv3_causal_attention(") == PASSES[remat] * BLOCKS
-
-
-@pytest.mark.parametrize("remat", PASSES)
-def test_so_it_does_in_plain_xla(remat):
     """Counted by the division [B, H, T, V] by the rows' sums, which ends a forward pass. A head has 15 positions."""
     text = traced_step(remat, "cuda", "xla,grouped_swiglu=dense").lower(lowering_platforms=("cuda",)).as_text()
     ends = re.findall(rf"stablehlo\.divide .* : tensor<2x{CFG.num_heads}x1[56]x{CFG.v_head_dim}xf32>", text)
     assert len(ends) == PASSES[remat] * BLOCKS
-
-
-def test_heads_with_a_capacity_are_recomputed():
-    assert traced_step("full", "cpu", "xla,grouped_swiglu=dense", capacity_factor=1.25).jaxpr
+    if not library.why_not():  # on the CPU attention is a call
+        text = traced_step(remat, "cpu", "auto,grouped_swiglu=dense").lower(lowering_platforms=("cpu",)).as_text()
+        assert text.count("@dsv3_causal_attention_gradients(") == BLOCKS
+        assert text.count("@dsv3_causal_attention(") == PASSES[remat] * BLOCKS

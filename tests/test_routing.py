@@ -1,4 +1,4 @@
-"""Routers equal the oracles: chosen sets exactly, gates and scores up to rounding. So do those of the reference page."""
+"""Routers equal the oracles: chosen sets exactly, gates and scores up to rounding. The reference page does, too."""
 
 from functools import partial
 
