@@ -345,11 +345,7 @@ def shards_alike(names: Sequence[str | None], *shapes: Sequence[int]) -> bool:
 
 
 def shard_map_by_names(
-    f: Callable,
-    names: Sequence[Sequence[str | None]],
-    like: Sequence[int],
-    *args: Any,
-    has_kernel: bool = False,
+    f: Callable, names: Sequence[Sequence[str | None]], like: Sequence[int], *args: Any, has_kernel: bool = False
 ) -> Any:
     """Call `f(*args)` with each device on its own shard of every argument; without a mesh, once.
 

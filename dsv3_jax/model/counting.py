@@ -87,11 +87,7 @@ ADAPTED: dict[LoraPart, str] = {"attention": "attn", "dense": "ffn", "shared": "
 
 
 def train_flops_per_token(
-    cfg: ModelConfig,
-    *,
-    with_mtp: bool = True,
-    frozen_trunk: bool = False,
-    adapted: tuple[LoraPart, ...] = (),
+    cfg: ModelConfig, *, with_mtp: bool = True, frozen_trunk: bool = False, adapted: tuple[LoraPart, ...] = ()
 ) -> int:
     """FLOPs a trained token: 6 for each active parameter (2 forward, 4 backward). Attention scores are not counted.
 

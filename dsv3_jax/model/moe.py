@@ -69,12 +69,7 @@ class MoE(nnx.Module):
 
     @draws_together
     def __init__(
-        self,
-        cfg: ModelConfig,
-        execution: Execution | None = None,
-        *,
-        rngs: nnx.Rngs,
-        kernels: Kernels | None = None,
+        self, cfg: ModelConfig, execution: Execution | None = None, *, rngs: nnx.Rngs, kernels: Kernels | None = None
     ):
         self.w_router = param(rngs, (cfg.dim, cfg.num_experts), ("dim", None), cfg.init_std, exact=True)
         self.bias = RouterBias(jnp.zeros((cfg.num_experts,), jnp.float32))

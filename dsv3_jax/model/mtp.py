@@ -166,12 +166,7 @@ class EagleHead(Head):
         return smooth_l1(h, target)
 
 
-HEADS: dict[str, type[Head]] = {
-    "deepseek": MTPModule,
-    "meta": MetaHead,
-    "medusa": MedusaHead,
-    "eagle": EagleHead,
-}
+HEADS: dict[str, type[Head]] = {"deepseek": MTPModule, "meta": MetaHead, "medusa": MedusaHead, "eagle": EagleHead}
 
 
 def make_heads(cfg: ModelConfig, execution: Execution, rngs: nnx.Rngs, kernels: Kernels) -> list[Head]:

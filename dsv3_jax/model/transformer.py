@@ -74,12 +74,7 @@ class Transformer(nnx.Module):
 
     @draws_together
     def __init__(
-        self,
-        cfg: ModelConfig,
-        execution: Execution | None = None,
-        *,
-        rngs: nnx.Rngs,
-        kernels: Kernels | None = None,
+        self, cfg: ModelConfig, execution: Execution | None = None, *, rngs: nnx.Rngs, kernels: Kernels | None = None
     ):
         execution = execution or Execution()
         kernels = kernels or prepare(execution)
@@ -166,11 +161,7 @@ class Transformer(nnx.Module):
         return x, cache
 
     def prefill(
-        self,
-        tokens: Int[Array, "B T"],
-        lengths: Int[Array, " B"],
-        cache: Cache,
-        weights: DecodeWeights | None = None,
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: Cache, weights: DecodeWeights | None = None
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Read prompts, whose first `lengths` tokens count, into an empty cache.
 
