@@ -190,5 +190,9 @@ def test_what_cannot_be_sharded_is_refused():
         sharding.check(mesh, replace(RUN, model=replace(MODEL, num_experts=12)))
     with pytest.raises(ConfigError, match="num_heads=2 is not divisible by mesh data=1,expert=1,tensor=4"):
         sharding.check(sharding.make_mesh(1, 1, 4), RUN)
+    ragged = replace(RUN, execution=Execution(layout=Layout(expert_comm="ragged")))
+    with pytest.raises(ConfigError, match="expert_comm='ragged' .* cpu"):
+        sharding.check(sharding.make_mesh(1, 2), ragged)
+    sharding.check(sharding.make_mesh(2, 1), ragged)  # nothing to exchange
     with pytest.raises(ConfigError, match="num_experts=12"):  # before anything is read or written
         loop.fit(replace(RUN, model=replace(MODEL, num_experts=12)), "nowhere", mesh=mesh, quiet=True)

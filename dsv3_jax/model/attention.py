@@ -142,7 +142,7 @@ class MLA(Attention):
         return dict(zip("kv", expanded, strict=True))
 
     def attend_to_cache(self, q: Float[Array, "B T H K"], rows: Rows, ctx: Context) -> tuple[Array, Cache]:
-        if "latent" not in ctx.cache:
+        if "latent" not in ctx.cache.parts[0]:
             return super().attend_to_cache(q, rows, ctx)
         by_head = partial(self.kernels, "product_by_head")
         w_uk, w_uv = self.w_uk[...].astype(q.dtype), self.w_uv[...].astype(q.dtype)

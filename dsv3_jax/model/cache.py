@@ -36,8 +36,8 @@ class Cache:
 
     Example:
         >>> cache = empty_cache({"k": (2, 48), "v": (2, 32)}, [1], batch=2, capacity=8, dtype="float32")
-        >>> cache.capacity, cache.positions(3).tolist(), "latent" in cache
-        (8, [[0, 1, 2], [0, 1, 2]], False)
+        >>> list(cache.parts[0]), cache.positions(3).tolist()
+        (['k', 'v'], [[0, 1, 2], [0, 1, 2]])
     """
 
     # Not annotated more closely: JAX rebuilds it with shapes and placeholders.
@@ -45,17 +45,9 @@ class Cache:
     lengths: Any  # int32 [B]
 
     @property
-    def capacity(self) -> int:
-        """S: tokens of a sequence that it has slots for."""
-        return jax.tree.leaves(self.parts)[0].shape[3]
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all slots, free ones too."""
         return sum(x.nbytes for x in jax.tree.leaves(self.parts))
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.parts[0]
 
     def positions(self, count: int) -> Int[Array, "B count"]:
         """Positions of the next `count` tokens; each also is the last slot that its token sees."""
