@@ -11,7 +11,7 @@ from flax import nnx
 from models import small
 
 import dsv3_jax as ds
-from dsv3_jax.config import Execution
+from dsv3_jax.kernels.choose import Kernels, Target
 from dsv3_jax.kernels.cpu import attention as cpu_attention
 from dsv3_jax.kernels.cpu import library
 from dsv3_jax.model.cache import Cache, empty_cache
@@ -180,7 +180,7 @@ def test_attention_in_bfloat16_is_not_biased(rng):
 def test_expanded_equals_absorbed(x64, rng):
     """MLA over complete rows, and over a cache of latents whose free slots hold garbage."""
     cfg = small()
-    make = partial(ds.MLA, cfg, Execution(kernels="xla"))
+    make = partial(ds.MLA, cfg, kernels=Kernels(Target("cuda", "xla")))  # plain XLA, which runs in float64 too
     graphdef, state = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
     module = nnx.merge(graphdef, jax.tree.map(lambda w: jnp.asarray(rng.standard_normal(w.shape)), state))
     x, positions = jnp.asarray(rng.standard_normal((2, 11, cfg.dim))), from_zero(2, 11)
