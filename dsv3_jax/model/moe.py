@@ -121,17 +121,18 @@ class MoE(nnx.Module):
         """Returns: (y [tokens, D], share of assignments dropped, copies of a token that are sent away)."""
         none, kernels = jnp.zeros((), jnp.float32), self.kernels
         experts = self.experts.w_gate[...], self.experts.w_up[...], self.experts.w_down[...]
-        args = x, ids, gates, *experts
         if self.cfg.capacity_factor is not None and ctx.options.may_drop:
-            return *kernels("capacity_swiglu", *args, factor=self.cfg.capacity_factor), none
+            return *kernels("capacity_swiglu", x, ids, gates, *experts, factor=self.cfg.capacity_factor), none
         decode = not ctx.options.may_drop and gates.size <= dispatch.FEW_CHOICES * self.cfg.num_experts
-        if on_mesh() and decode:
-            return expert_parallel.decode_experts(*args[:3], experts, kernels=kernels, layout=self.layout), none, none
-        if on_mesh():
-            how = {"kernels": kernels, "cfg": self.cfg, "layout": self.layout}
-            y, sent = expert_parallel.grouped_swiglu(*args[:3], experts, **how)
-            return y, none, sent
-        return kernels("decode_experts" if decode else "grouped_swiglu", *args), none, none
+        if not on_mesh():
+            return kernels("decode_experts" if decode else "grouped_swiglu", x, ids, gates, *experts), none, none
+        if decode:
+            y = expert_parallel.decode_experts(x, ids, gates, experts, kernels=kernels, layout=self.layout)
+            return y, none, none
+        y, sent = expert_parallel.grouped_swiglu(
+            x, ids, gates, experts, kernels=kernels, cfg=self.cfg, layout=self.layout
+        )
+        return y, none, sent
 
     @jax.named_scope("router")
     def route(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[LayerRouting, dict[str, Array]]:
