@@ -132,7 +132,7 @@ def expected_tokens(acceptance: float, drafts: int) -> float:
 
 
 def speed_up(cfg: ModelConfig, setting: Setting, batch: int, drafts: int, acceptance: float) -> float:
-    """Return tokens a second over those of plain decoding; 1 without drafts."""
+    """Return tokens a second relative to plain decoding; 1 without drafts."""
     return expected_tokens(acceptance, drafts) / sum(step_cost(cfg, setting, batch, drafts))
 
 

@@ -30,7 +30,7 @@ _ATTENTION = re.compile(r"attention|flash|splash|mha", re.IGNORECASE)
 
 
 class LaunchCost:
-    """The costs of a module's instructions; those of a fused computation are worked out once."""
+    """The costs of a module's instructions; a fused computation is worked out once."""
 
     def __init__(self, module: Module):
         self.module = module

@@ -4,7 +4,7 @@ python experiments/bench/pipeline.py                        100 MB and 1 GB of t
 python experiments/bench/pipeline.py --megabytes 100 5000   other sizes
 python experiments/bench/pipeline.py --tokenizer bpe        a byte-level BPE of 4,096 tokens, trained on the same text
 
-The text is the standard library's sources, over and over, each copy with a number of its own, as JSONL. One process
+The text is the standard library's sources, over and over, each copy with a number, as JSONL. One process
 tokenizes; one process reads batches as training does. CPU seconds are of all its threads, so a busy machine counts less
 than it does by the clock.
 """

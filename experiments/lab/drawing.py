@@ -33,17 +33,6 @@ def make_logarithmic(ax: Axes, which: Literal["x", "y"], ticks: Sequence[float])
     axis.set_ticks([], minor=True)
 
 
-def draw_differences(results: Results, path: Path) -> None:
-    """Write a picture of the difference of each variant's validation loss to the first variant's."""
-    figure = Figure(figsize=(7.5, 0.9 + 0.42 * len(results.variants)), layout="constrained")
-    first, *others = results.variants
-    found = [name for name in others if _share_seeds(results, name)]
-    lowest = min(found, key=lambda name: results.difference(name, first, "val_loss"), default=None)
-    title = f"{first} alone" if lowest is None else against(results, lowest, first)
-    plot_differences(figure.add_subplot(), results, "val_loss", title, "nats per token")
-    write_figure(figure, path)
-
-
 def answer(text: Callable[[], str], otherwise: str) -> str:
     """Return a title that says the answer, or `otherwise` where runs that it needs are missing.
 
@@ -106,6 +95,11 @@ def draw_claims(
     if verdicts:
         figure.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=5, loc="outside lower center")
     write_figure(figure, path)
+
+
+def draw_verdicts(results: Results, path: Path) -> None:
+    """Write a picture of a study's claims under its question: see `draw_claims`."""
+    draw_claims(path, results, lambda: results.about["question"])
 
 
 def plot_differences(

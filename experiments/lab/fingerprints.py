@@ -12,8 +12,8 @@ from typing import Any
 from dsv3_jax.config import DataConfig, ModelConfig, RunConfig, replace, to_dict
 from experiments.lab.tasks import Task
 
-# Raised when results change although no setting does: other code of training or of measuring. 1: results without
-# hashes of their text and tokenizer, and MaxVio of equal shares of the domains alone.
+# Raise this when results change although no setting does, as by other code. Results of recipe 1 have no hashes of their
+# text and tokenizer, and only MaxVio of equal shares of the domains.
 RECIPE = 2
 
 

@@ -69,7 +69,7 @@ def _asked(study: Study, options: argparse.Namespace):
             base, runs_folder, out = short_run(study.base), temporary, Path(temporary)
         else:
             base, runs_folder, out = base_run(name, options.set, RUNS_FOLDER), RUNS_FOLDER, study.folder
-            if name != study.base or options.set:  # the study's own folder has results of its own base alone
+            if name != study.base or options.set:  # the study's folder has results of the study's base alone
                 changes = "".join(f"-{change.replace('/', '_')}" for change in options.set)
                 out = study.root / RUNS_FOLDER / f"{study.folder.name}-{name}{changes}"
         about = {"question": study.question, "published": study.published, "base": " ".join([name, *options.set])}

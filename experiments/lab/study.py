@@ -69,7 +69,7 @@ class Study:
     measure: Callable[[TrainedRun], dict] | None = None  # more numbers of a run: name → number, list or dict
     measure_alone: Callable[[TrainedRun], dict] | None = None  # the same for timings: one run at a time, on all cores
     table: Callable[[Results], str] | None = None  # Markdown that replaces the table of `columns`
-    draw: Callable[[Results, Path], None] = drawing.draw_differences
+    draw: Callable[[Results, Path], None] = drawing.draw_verdicts
     claims: tuple[Claim, ...] = ()  # what the papers claim, judged by `claims.judge`
     noise: Callable[[Results], NoiseOf] | None = None  # pools noise otherwise than over variants, see `claims.judge`
     stakes: Mapping[str, Stake] = field(default_factory=dict)  # manipulation checks that claims refer to by name

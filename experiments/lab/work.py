@@ -207,7 +207,7 @@ def _locked(folder: Path):
 def serve(pipe: Connection, folder: Path, cores: tuple[int, ...]) -> None:
     """Do the jobs that come through a pipe, for the study in a folder, until the other end is closed.
 
-    Jobs of one process share its imports and what it has compiled. What a job prints goes to its log, and its exit code
+    Jobs of one process share its imports and what it has compiled. A job prints to its log, and its exit code goes
     through the pipe.
 
     Args: cores: the CPU cores to use; () means all.

@@ -2,8 +2,8 @@
 
 python experiments/parity/convert_large.py
 
-Each step runs in its own process, which reports its peak resident memory minus that of a process that only imports the
-package. Pages that a memory map has read count as resident until the map is closed.
+Each step runs in its own process. It reports its peak resident memory, less what importing the package takes. Pages
+that a memory map has read count as resident until the map is closed.
 """
 
 import argparse
