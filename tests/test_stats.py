@@ -1,9 +1,9 @@
 """Routing statistics equal slow loops over tokens, and their measures equal the definitions."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import some_long
@@ -12,11 +12,10 @@ from models import DENSE, forward, random_model
 from runs import MODEL, cheap_compiles
 
 from dsv3_jax.data.tokenizer import ByteTokenizer
-from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.transformer import Transformer, abstract
-from dsv3_jax.stats import RoutingStats, collect, decisions, favourites, lift, measures, readable, specialisation
+from dsv3_jax.stats import RoutingStats, collect, decisions, favourites, lift, measures, specialisation
 from dsv3_jax.stats.routing_stats import layer_names
-from dsv3_jax.stats.token_rows import AFTER, BEFORE, TOP, TokenCounts, context
+from dsv3_jax.stats.token_rows import AFTER, BEFORE, TOP, TokenCounts
 
 TOKENIZER = ByteTokenizer()
 B, T, E, K = 3, 20, MODEL.num_experts, MODEL.experts_per_token
@@ -51,38 +50,57 @@ BATCHES = [make_batch(1), make_batch(2)]
 CHANGES = {"deepseek": dict(mtp_depth=2), "meta": dict(mtp_depth=1, mtp_kind="meta", num_layers=1)}
 
 
+class Seen(NamedTuple):
+    """A token that is counted, in one layer."""
+
+    batch: dict
+    b: int
+    t: int
+    layer: int
+    ids: np.ndarray
+    gates: np.ndarray
+    scores: np.ndarray  # of all experts
+    bias: np.ndarray
+
+
 @pytest.fixture(scope="module", params=some_long(CHANGES.keys(), "deepseek"))
-def counted(request) -> tuple[Transformer, RoutingStats]:
+def counted(request) -> tuple[Transformer, RoutingStats, list[Seen]]:
     model = random_model(replace(MODEL, **CHANGES[request.param]), seed=2, execution=DENSE)
     empty = BATCHES[0] | {"segment_ids": np.zeros((B, T), np.int32)}
-    return model, collect(model, [BATCHES[0], empty, BATCHES[1]], TOKENIZER, DOMAINS)
+    return model, collect(model, [BATCHES[0], empty, BATCHES[1]], TOKENIZER, DOMAINS), list(choices(model))
 
 
 def choices(model):
-    """Yield (batch, row, position, layer, ids, gates) of each token that is counted."""
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def run(state, inputs):
+        out = nnx.merge(graphdef, state).forward_hidden(*inputs, watch=("scores",))
+        return [*out.routing.scores, *(head.scores for head in out.mtp_routing)]
+
+    biases = np.asarray(decisions.biases(model))
     for batch in BATCHES:
-        out = forward(model, batch["tokens"], batch["segment_ids"], batch["positions"])
-        layers = [
-            *zip(out.routing.expert_ids, out.routing.gates, strict=True),
-            *((r.expert_ids, r.gates) for r in out.mtp_routing),
-        ]
+        inputs = [batch[key] for key in ("tokens", "segment_ids", "positions")]
+        out, scores = forward(model, *inputs), jax.tree.map(np.asarray, run(state, inputs))
+        layers = [*zip(out.routing.expert_ids, out.routing.gates, strict=True)]
+        layers += [(r.expert_ids, r.gates) for r in out.mtp_routing]
         for layer, (ids, gates) in enumerate(layers):
-            for b in range(B):
-                for t in range(ids.shape[1]):
-                    segment, read = batch["segment_ids"][b], t + (T - ids.shape[1])
-                    if segment[t] and (model.cfg.mtp_kind == "meta" or segment[read] == segment[t]):
-                        yield batch, b, t, layer, ids[b, t], gates[b, t]
+            for b, t in np.ndindex(B, ids.shape[1]):
+                segment, read = batch["segment_ids"][b], t + (T - ids.shape[1])
+                if segment[t] and (model.cfg.mtp_kind == "meta" or segment[read] == segment[t]):
+                    yield Seen(batch, b, t, layer, ids[b, t], gates[b, t], scores[layer][b, t], biases[layer])
 
 
 def test_counts_equal_slow_loops(counted):
-    model, stats = counted
+    model, stats, seen_tokens = counted
     shape = (7, len(stats.layers), E)
     load, coactivation = np.zeros(shape, int), np.zeros((*shape[1:], E), int)
-    entropy, pairs = np.zeros(shape[:2]), {}
-    for batch, b, t, layer, ids, gates in choices(model):
+    entropies, pairs = np.zeros((2, *shape[:2])), {}
+    for batch, b, t, layer, ids, gates, scores, _ in seen_tokens:
         document = batch["documents"][b, t]
-        p = gates.astype(np.float64) / gates.sum()
-        entropy[document, layer] -= (p * np.log(p)).sum() / np.log(K)
+        for i, weights in enumerate((gates, scores)):
+            p = weights.astype(np.float64) / weights.sum()
+            entropies[i, document, layer] -= (p * np.log(p)).sum() / np.log(len(p))
         for e in ids:
             load[document, layer, e] += 1
             key = (layer, int(e), int(batch["tokens"][b, t]))
@@ -94,46 +112,15 @@ def test_counts_equal_slow_loops(counted):
     np.testing.assert_array_equal(stats.document_load, load[seen])
     np.testing.assert_array_equal(stats.document_domains, np.flatnonzero(seen) % 2)
     np.testing.assert_array_equal(stats.coactivation, coactivation)
-    np.testing.assert_allclose(stats.document_gate_entropy, entropy[seen], rtol=1e-5)  # the model's float32
+    found = stats.document_gate_entropy, stats.document_score_entropy
+    np.testing.assert_allclose(found, entropies[:, seen], rtol=1e-5)  # the model's float32
     counts = stats.token_counts
     keys = zip(counts.layer.tolist(), counts.expert.tolist(), counts.token.tolist(), strict=True)
     assert list(zip(keys, counts.num_routed.tolist(), strict=True)) == sorted(pairs.items())
     assert stats.layers == layer_names(model.cfg)
     weights = stats.load_by_domain.sum(-1) / stats.load.sum(-1)
-    gates, scores = stats.document_gate_entropy, stats.document_score_entropy
-    for sums, mean in ((gates, stats.gate_entropy), (scores, stats.score_entropy)):
+    for sums, mean in zip(found, (stats.gate_entropy, stats.score_entropy), strict=True):
         np.testing.assert_allclose((weights * stats.mean_by_domain(sums)).sum(0), mean, rtol=1e-12)
-
-
-def test_score_entropy_equals_the_definition():
-    moe = MoE(MODEL, DENSE, rngs=nnx.Rngs(1))
-    h = np.random.default_rng(0).standard_normal((1, 5, MODEL.dim)).astype(np.float32)
-    routing = nnx.jit(lambda moe, h: moe(h)[1])(moe, jnp.asarray(h))
-    logits = h[0].astype(np.float64) @ np.asarray(moe.w_router[...], np.float64)
-    scores = 1 / (1 + np.exp(-logits))
-    p = scores / scores.sum(-1, keepdims=True)
-    np.testing.assert_allclose(routing.score_entropy[0], -(p * np.log(p)).sum(-1) / np.log(E), rtol=1e-5)
-
-
-def scored(model):
-    """Yield (batch, row, position, layer, scores of all experts, bias) of each token that is counted."""
-    graphdef, state = nnx.split(model)
-
-    @jax.jit
-    def run(state, batch):
-        out = nnx.merge(graphdef, state).forward_hidden(
-            batch["tokens"], batch["segment_ids"], batch["positions"], watch=("scores",)
-        )
-        return out.routing.scores, [head.scores for head in out.mtp_routing]
-
-    biases = np.asarray(decisions.biases(model))
-    of_batch = []
-    for batch in BATCHES:
-        trunk, heads = jax.tree.map(np.asarray, run(state, batch))
-        of_batch.append([*trunk, *heads])
-    for batch, b, t, layer, ids, gates in choices(model):
-        scores = of_batch[0 if batch is BATCHES[0] else 1][layer][b, t]
-        yield batch, b, t, layer, ids, gates, scores, biases[layer]
 
 
 def slow_choice(choice: np.ndarray, count: int) -> list[int]:
@@ -147,10 +134,10 @@ def slow_choice(choice: np.ndarray, count: int) -> list[int]:
 
 def test_bias_and_margins_equal_slow_loops(counted):
     """The bias's work is that of a second choice by the same scores; margins are over the best expert left over."""
-    model, stats = counted
+    model, stats, seen_tokens = counted
     changed, without = np.zeros(len(stats.layers), int), np.zeros((len(stats.layers), E), int)
     margins, sums = [[] for _ in stats.layers], {}
-    for batch, b, t, layer, ids, gates, scores, bias in scored(model):
+    for batch, b, t, layer, ids, gates, scores, bias in seen_tokens:
         np.testing.assert_allclose(scores[ids] / scores[ids].sum(), gates / gates.sum(), rtol=1e-5)
         plain = slow_choice(scores, K)
         assert slow_choice(scores + bias, K) == ids.tolist()
@@ -173,38 +160,33 @@ def test_bias_and_margins_equal_slow_loops(counted):
 
 
 def test_rows_are_the_tokens_in_the_order_of_reading(counted):
-    model, stats = counted
+    model, stats, seen_tokens = counted
     rows, at = stats.rows, 0
     taken = np.zeros(len(stats.layers), int)
-    expected = [[] for _ in stats.layers]
-    for _, _, _, layer, ids, gates in choices(model):
-        expected[layer].append((ids, gates))
+    expected = [[(one.ids, one.gates) for one in seen_tokens if one.layer == i] for i in range(len(stats.layers))]
     for batch in BATCHES:
         out = forward(model, batch["tokens"], batch["segment_ids"], batch["positions"])
         log_p = np.asarray(jax.nn.log_softmax(out.logits))
-        for b in range(B):
-            for t in range(T):
-                if not batch["segment_ids"][b, t]:
-                    continue
-                of_batch = [batch[key][b, t] for key in ("tokens", "positions", "documents", "domains")]
-                assert [rows.token[at], rows.position[at], rows.document[at], rows.domain[at]] == of_batch
-                new = t == 0 or batch["segment_ids"][b, t] != batch["segment_ids"][b, t - 1]
-                assert (at == 0 or rows.segment[at] != rows.segment[at - 1]) == new
-                nll = np.nan if new else -log_p[b, t - 1, batch["tokens"][b, t]]
-                np.testing.assert_allclose(rows.nll[at], nll, rtol=1e-4)
-                for layer in np.flatnonzero(rows.counted[:, at]):
-                    ids, gates = expected[layer][taken[layer]]
-                    np.testing.assert_array_equal(rows.expert_ids[layer, at], ids)
-                    np.testing.assert_allclose(rows.gates[layer, at], gates)
-                    taken[layer] += 1
-                at += 1
+        for b, t in zip(*np.nonzero(batch["segment_ids"]), strict=True):
+            of_batch = [batch[key][b, t] for key in ("tokens", "positions", "documents", "domains")]
+            assert [rows.token[at], rows.position[at], rows.document[at], rows.domain[at]] == of_batch
+            new = t == 0 or batch["segment_ids"][b, t] != batch["segment_ids"][b, t - 1]
+            assert (at == 0 or rows.segment[at] != rows.segment[at - 1]) == new
+            nll = np.nan if new else -log_p[b, t - 1, batch["tokens"][b, t]]
+            np.testing.assert_allclose(rows.nll[at], nll, rtol=1e-4)
+            for layer in np.flatnonzero(rows.counted[:, at]):
+                ids, gates = expected[layer][taken[layer]]
+                np.testing.assert_array_equal(rows.expert_ids[layer, at], ids)
+                np.testing.assert_allclose(rows.gates[layer, at], gates)
+                taken[layer] += 1
+            at += 1
     assert at == len(rows.token) and taken.tolist() == [len(of_layer) for of_layer in expected]
 
 
 def test_contexts_are_the_largest_gates_of_different_tokens_and_documents(counted):
-    model, stats = counted
+    _, stats, seen_tokens = counted
     seen: dict = {}  # (layer, expert) → [(gate, order, token, document, window)]
-    for order, (batch, b, t, layer, ids, gates) in enumerate(choices(model)):
+    for order, (batch, b, t, layer, ids, gates, *_) in enumerate(seen_tokens):
         tokens, segment = batch["tokens"][b], batch["segment_ids"][b]
         columns = range(t - BEFORE, t + AFTER + 1)
         window = [int(tokens[i]) if 0 <= i < T and segment[i] == segment[t] else -1 for i in columns]
@@ -218,14 +200,9 @@ def test_contexts_are_the_largest_gates_of_different_tokens_and_documents(counte
             if len(kept) < TOP and all(token != k[3] and document != k[4] for k in kept):
                 kept.append((layer, e, gate, token, document, window))
         want += kept
-    contexts = stats.contexts
-    got = [
-        (layer, e, gate, window[BEFORE], document, window)
-        for layer, e, gate, window, document in zip(
-            *(x.tolist() for x in (contexts.layer, contexts.expert, contexts.gate, contexts.tokens, contexts.document)),
-            strict=True,
-        )
-    ]
+    found = stats.contexts
+    columns = found.layer, found.expert, found.gate, found.tokens[:, BEFORE], found.document, found.tokens
+    got = list(zip(*(column.tolist() for column in columns), strict=True))
     assert got == want and len(want) > len(seen)
 
 
@@ -295,7 +272,7 @@ def test_lift_of_experts_chosen_together():
 
 def test_favourites_are_ranked_by_their_part_of_the_information(counted):
     """The bits of all tokens add up to I(expert; token); a frequent token comes before a rare one of larger lift."""
-    _, stats = counted
+    stats = counted[1]
     counts = stats.token_counts
     for layer in range(len(stats.layers)):
         here = counts.layer == layer
@@ -315,13 +292,6 @@ def test_favourites_are_ranked_by_their_part_of_the_information(counted):
     )
     assert [(f.token, f.lift) for f in favourites(stats, 0, min_count=1)[0]] == [(8, 1.6), (7, 2.0)]
     assert [f.token for f in favourites(stats, 0, min_count=50)[0]] == [8]
-
-
-def test_readable_text():
-    assert readable(TOKENIZER, [*"é\u202e\t".encode(), 0xC3, 256, 258]) == "é\\u202e⇥\\xc3<eos><258>"
-    window = np.full(BEFORE + 1 + AFTER, -1, np.int32)
-    window[BEFORE - 1 : BEFORE + 2] = [10, 97, 98]
-    assert context(TOKENIZER, window) == ("↵", "a", "b")
 
 
 def test_refuses_models_without_experts_and_batches_without_tokens():
