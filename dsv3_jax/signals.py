@@ -48,3 +48,24 @@ def deferred(*numbers: signal.Signals) -> Iterator[None]:
         yield
     if received:
         signal.raise_signal(received[0])
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[threading.Event]:
+    """An event that SIGTERM or SIGINT sets within the context; a second SIGINT interrupts at once.
+
+    Example:
+        >>> with asked_to_stop() as asked:
+        ...     signal.raise_signal(signal.SIGTERM)
+        ...     asked.is_set()
+        True
+    """
+    asked = threading.Event()
+
+    def note(number: int, frame: Any) -> None:
+        if asked.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.set()
+
+    with handled(note, *STOP):
+        yield asked

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 
 from dsv3_jax.chat.examples import load_examples
 from dsv3_jax.chat.text_settings import TEMPLATE_FILE, TextSettings, copy_to_run, with_template
@@ -16,10 +15,10 @@ from dsv3_jax.hf import files, reading
 from dsv3_jax.hf.conversion import keep_origin
 from dsv3_jax.hf.open_model import find_released, load_text, released_run
 from dsv3_jax.hf.places import find
-from dsv3_jax.model.moe import RouterBias
+from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.training import loop, warm_start
-from dsv3_jax.training.callbacks import Callback
 from dsv3_jax.training.loop import FitResult, NonFiniteLoss
+from dsv3_jax.training.prepare import Callback
 from dsv3_jax.training.run_folder import RUN_FILE, read_run
 from dsv3_jax.training.step import Job
 
@@ -39,8 +38,8 @@ def fit(run: RunConfig, out: str | Path, **options: Any) -> FitResult:
         step: resume from the checkpoint of this step, and rename later ones. None means the newest that is whole.
         stop_after: save and return once this step is reached, as after SIGTERM.
         quiet: True prints nothing.
-        report: False leaves out what only readers need: the estimate of the time and MFU, for which a matrix product is
-            timed, the order-2 model and the pictures. Thus short runs end some seconds earlier.
+        report: False leaves out what only readers need: MFU, for which a matrix product is timed, the order-2 model and
+            the pictures. Thus short runs end some seconds earlier.
         profile: (START, STOP): write a trace of these steps into `profile/` of the folder, which TensorBoard (XProf)
             and Perfetto open. The parts of a step have names: MLA or GQA, router, experts, heads, loss, optimizer.
         optimizer: any optax transformation, in place of the run's own optimizer. It must not count on more than
@@ -98,9 +97,8 @@ def open_start(place: str, out: str | Path | None = None) -> warm_start.Start:
             raise
         return warm_start.Start(str(place), read_run(out), False, lambda job: open_start(place).load(job))
 
-    def load(job: Job) -> tuple[nnx.State, nnx.State, str]:
-        model = reading.load(folder.path, jnp.float32, job.mesh)
-        return nnx.state(model, nnx.Param), nnx.state(model, RouterBias), ""
+    def load(job: Job) -> tuple[Transformer, str]:
+        return reading.load(folder.path, jnp.float32, job.mesh), ""
 
     return warm_start.Start(str(folder.path), run, True, load)
 

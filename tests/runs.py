@@ -22,7 +22,7 @@ from models import DENSE, random_model
 from dsv3_jax.config import Balance, DataConfig, ModelConfig, OptimConfig, RunConfig, to_dict
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.presets import recipe
-from dsv3_jax.training import loop, prepare
+from dsv3_jax.training import loop
 from dsv3_jax.training.step import Job, TrainState, init_optimizer
 
 # Two sparse layers and an MTP block, so that every kind of router bias is there; little else, to compile fast.
@@ -50,7 +50,7 @@ MODEL = ModelConfig(
     init_std=0.2,
 )
 STEPS = 12
-CLOCK = ("tokens_per_s", "mfu", "kernels")  # of a row: they depend on the clock, or on how often the run was started
+CLOCK = ("tokens_per_s", "mfu")  # of a row
 HERE = Path(__file__).parents[1]
 
 
@@ -153,10 +153,10 @@ def said_by(function, *args) -> tuple[object, str]:
 
 
 # `fit` spends seconds on these, however short the training: the machine's FLOP/s, pictures, the order-2 baseline.
-SECONDS = {place: getattr(*place) for place in ((prepare, "gemm_flops"), (loop, "draw"), (loop, "order2_of"))}
+SECONDS = {place: getattr(*place) for place in ((loop, "gemm_flops"), (loop, "draw"), (loop, "order2_of"))}
 SPEND_NO_SECONDS = """
-from dsv3_jax.training import loop, prepare
-prepare.gemm_flops, loop.draw, loop.order2_of = lambda dtype: 1e9, lambda *_: [], lambda *_: 0.0
+from dsv3_jax.training import loop
+loop.gemm_flops, loop.draw, loop.order2_of = lambda dtype: 1e9, lambda *_: [], lambda *_: 0.0
 """
 
 

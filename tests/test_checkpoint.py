@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -21,8 +20,6 @@ from flax import nnx
 from models import DENSE, random_model
 from runs import MODEL, assert_bitwise, cheap_compiles, make_run
 
-from dsv3_jax.cluster import processes
-from dsv3_jax.config import ConfigError
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.training import optim, orbax_noise
 from dsv3_jax.training.checkpoint import Checkpoints, SaveFailed, find_damage, load_run
@@ -70,18 +67,8 @@ def test_what_is_restored_is_what_was_saved(tmp_path):
     assert all(np.any(leaf) for leaf in jax.tree.leaves(state))
 
 
-def test_a_half_written_checkpoint_of_a_dead_run_is_ignored(tmp_path):
-    save(tmp_path, 3)
-    half = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp-123"
-    shutil.copytree(tmp_path / "checkpoints" / "3", half)
-    with Checkpoints(tmp_path, RUN) as checkpoints:
-        assert checkpoints.latest == 3
-        checkpoints.save(make_state(9), PLACE)
-    assert steps_in(tmp_path) == {"3", "9"}
-
-
-def test_an_old_checkpoint_is_never_half_deleted(tmp_path, monkeypatch):
-    """A run that dies while it deletes leaves whole checkpoints only, and the next start deletes the rest."""
+def test_a_checkpoint_is_never_half_there(tmp_path, monkeypatch):
+    """A run that dies while it writes or deletes leaves whole checkpoints only, and the next start deletes the rest."""
 
     def one_file_only(path, **_):
         for file in Path(path).rglob("_METADATA"):
@@ -89,40 +76,27 @@ def test_an_old_checkpoint_is_never_half_deleted(tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "rmtree", one_file_only)
     save(tmp_path, 3, 5, 7)
-    assert steps_in(tmp_path) == {"3.deleted", "5", "7"}
+    monkeypatch.undo()
+    shutil.copytree(tmp_path / "checkpoints" / "7", tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp-123")
+    assert steps_in(tmp_path) == {"3.deleted", "5", "7", "9.orbax-checkpoint-tmp-123"}
     assert find_damage(tmp_path / "checkpoints" / "3.deleted")
     assert not any(find_damage(tmp_path / "checkpoints" / step) for step in ("5", "7"))
-    monkeypatch.undo()
     with Checkpoints(tmp_path, RUN) as checkpoints:
         assert checkpoints.latest == 7
     assert steps_in(tmp_path) == {"5", "7"}
 
 
-def test_no_room_leaves_the_checkpoint_before(tmp_path, monkeypatch):
-    save(tmp_path, 3)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
-    sentence = r"^the checkpoint of step 5 cannot be written to .*: no room for its 0 MB: 1 MB are free;"
-    with pytest.raises(SaveFailed, match=sentence):
-        save(tmp_path, 5)
-    assert steps_in(tmp_path) == {"3"}
-    monkeypatch.setattr(processes, "is_first", lambda: False)  # of several processes the first decides
-    save(tmp_path, 5)
-    assert steps_in(tmp_path) == {"3", "5"}
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves the other writes pending
-def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tmp_path, monkeypatch):
-    """A real disk of half a megabyte that claims to have room: the write itself fails."""
+def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tmp_path):
+    """A real disk of half a megabyte."""
     disk, run = tmp_path / "disk", replace(RUN, keep=20)
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root can mount a small disk")
     try:
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 10**9))
-        with pytest.raises(Exception, match="No space left|RESOURCE_EXHAUSTED"):
+        with pytest.raises(SaveFailed, match="cannot be written to .*(No space left|RESOURCE_EXHAUSTED)"):
             save(disk, *range(1, 20), run=run)
-        monkeypatch.undo()
         with Checkpoints(disk, run) as checkpoints:
             last = checkpoints.latest
             assert last >= 1
@@ -144,44 +118,27 @@ def test_what_orbax_prints_beside_its_error_is_left_out_and_nothing_else(monkeyp
             run()
         except (OSError, ValueError):
             logging.getLogger("asyncio").exception("never retrieved")
-    for message in (
-        "coro=<write() defined at /lib/orbax/checkpoint/serialization.py>",
-        "run/4.orbax-checkpoint-tmp/d/5",
-        "ValueError('NOT_FOUND: in OCDBT database at local file \"4/state/\" [tensorstore_spec={}]')",
-    ):
+    for message in ("run/4.orbax-checkpoint-tmp/d/5", "NOT_FOUND: in OCDBT database [tensorstore_spec={}]"):
         logging.getLogger("asyncio").error(message)
     assert [record.exc_info[0] for record in caplog.records] == [ValueError]
 
 
 def test_a_folder_is_claimed_once(tmp_path):
-    """A new or an empty folder becomes the run's, also after a claim was killed; the same run finds it again."""
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / f".{RUN_FILE}.1.part").write_text('{"mod')
-    for folder in (tmp_path / "new" / "below", tmp_path / "empty"):
-        settled = claim(folder, RUN)
-        assert settled == replace(RUN, data=replace(RUN.data, paths=(os.path.abspath("some text"),)))
-        assert read_run(folder) == settled
-        written = (folder / RUN_FILE).read_bytes()
-        assert claim(folder, RUN) == settled
-        assert (folder / RUN_FILE).read_bytes() == written
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"seed": 7}, ("seed=7", "0")),
-        ({"data": replace(RUN.data, paths=("/a", "b"))}, ("data.paths=('/a', 'CWD/b')", "('CWD/some text',)")),
-        ({"model": replace(MODEL, q_latent_dim=3)}, ("model.q_latent_dim=3", "None")),
-    ],
-)
-def test_another_runs_folder_is_refused_by_the_key(tmp_path, change, said):
-    claim(tmp_path / "run", RUN)
-    written = (tmp_path / "run" / RUN_FILE).read_bytes()
-    given, held = (text.replace("CWD", os.getcwd()) for text in said)
-    sentence = f"{given} is not that of the run in {tmp_path / 'run'}, {held}; choose another --out"
-    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
-        claim(tmp_path / "run", replace(RUN, **change))
-    assert (tmp_path / "run" / RUN_FILE).read_bytes() == written
+    """An empty folder becomes the run's, also after a claim was killed; only the same run finds it again."""
+    (tmp_path / f".{RUN_FILE}.1.part").write_text('{"mod')
+    settled = claim(tmp_path, RUN)
+    assert settled == replace(RUN, data=replace(RUN.data, paths=(os.path.abspath("some text"),)))
+    assert read_run(tmp_path) == settled
+    written = (tmp_path / RUN_FILE).read_bytes()
+    assert claim(tmp_path, RUN) == settled
+    for change, key in (
+        ({"seed": 7}, "seed=7 is not that of the run in .*, 0"),
+        ({"data": replace(RUN.data, paths=("/a", "b"))}, r"data.paths=\('/a', '.*/b'\) is not .*/some text',\)"),
+        ({"model": replace(MODEL, q_latent_dim=3)}, "model.q_latent_dim=3 is not that of the run in .*, None"),
+    ):
+        with pytest.raises(ValueError, match=f"^{key}; choose another --out$"):
+            claim(tmp_path, replace(RUN, **change))
+    assert (tmp_path / RUN_FILE).read_bytes() == written
 
 
 def test_how_long_a_run_goes_and_how_often_it_reports_may_change(tmp_path):
@@ -210,21 +167,18 @@ def test_a_folder_of_other_things_is_refused(tmp_path):
 def test_what_is_not_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"folder='{tmp_path}' holds no run: there is no run.json"):
         load_run(tmp_path)
-    claim(tmp_path / "run", RUN)
-    with pytest.raises(ValueError, match="run' holds no checkpoint yet"):
-        load_run(tmp_path / "run")
-    file = tmp_path / "run" / RUN_FILE
-    values = json.loads(file.read_text())
-    file.write_text(json.dumps(values | {"run": values["run"] | {"colour": 3}}))
-    with pytest.raises(ConfigError, match="'colour' is not a key of RunConfig"):
-        load_run(tmp_path / "run")
+    claim(tmp_path, RUN)
+    with pytest.raises(ValueError, match="holds no checkpoint yet"):
+        load_run(tmp_path)
+    values = json.loads((tmp_path / RUN_FILE).read_text())
     for text, sentence in (
+        (json.dumps(values | {"run": values["run"] | {"colour": 3}}), "'colour' is not a key of RunConfig"),
         (json.dumps(values)[:100], "run.json is not JSON"),
-        ("[]", "has a run of format=None, not 2"),
+        ("[]", "has a run of format=None, not 2: dsv3-jax 0.1.0 reads it"),
     ):
-        file.write_text(text)
+        (tmp_path / RUN_FILE).write_text(text)
         with pytest.raises(ValueError, match=sentence):
-            load_run(tmp_path / "run")
+            load_run(tmp_path)
 
 
 @pytest.mark.parametrize("change", [{"expert_dim": 5}, {"mtp_depth": 2}])

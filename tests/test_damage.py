@@ -16,7 +16,6 @@ from runs import assert_bitwise
 from test_checkpoint import PLACE, RUN, make_state, save, steps_in
 
 from dsv3_jax.config import replace
-from dsv3_jax.lock import FolderGone
 from dsv3_jax.training import checkpoint
 from dsv3_jax.training.checkpoint import (
     LATE,
@@ -26,11 +25,9 @@ from dsv3_jax.training.checkpoint import (
     SaveFailed,
     find_damage,
     load_run,
-    write_manifest,
 )
-from dsv3_jax.training.finite import first_nonfinite
-from dsv3_jax.training.loop import _only_writer
 from dsv3_jax.training.run_folder import claim
+from dsv3_jax.training.step import first_nonfinite
 
 # A save or restore that fails inside Orbax leaves its event loop open.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -127,7 +124,7 @@ def test_damage_is_named_by_file(run, name):
 @pytest.mark.parametrize("name", some_long(["bit of an array", "an empty folder"], "bit of an array"))
 def test_damage_is_refused_by_readers_and_passed_over_by_training(run, name):
     DAMAGE[name](last(run))
-    with pytest.raises(DamagedCheckpoint, match=rf"^step=8: .*{last(run)}.*; step 4 is whole: use --step 4$"):
+    with pytest.raises(DamagedCheckpoint, match=rf"^step=8: .*{last(run)}.*; `dsv3 runs check` says"):
         load_run(run)
     assert load_run(run, step=EARLIER).step == EARLIER
     with Checkpoints(run, RUN) as checkpoints:
@@ -210,29 +207,12 @@ def test_a_save_that_fails_in_the_background_is_named(run, monkeypatch):
     with pytest.raises(SaveFailed, match=r"^the checkpoint of step 9 cannot be written to .*: the disk is gone;"):
         with Checkpoints(run, RUN) as checkpoints:
             checkpoints.save(make_state(9), PLACE)
-            while True:
-                checkpoints.check_save()
     assert steps_in(run) == {"4", "8"}
 
 
-def test_a_folder_that_is_moved_during_a_save_is_named(run, monkeypatch):
-    def move(folder):
-        run.rename(run.with_name("moved"))
-        write_manifest(folder)
-
-    monkeypatch.setattr(checkpoint, "write_manifest", move)
-    with pytest.raises(FolderGone, match=f"^out='{run}' was moved or deleted"), _only_writer(run, RUN):
-        with Checkpoints(run, RUN) as checkpoints:
-            checkpoints.save(make_state(9), PLACE)
-    assert load_run(run.with_name("moved")).step == LAST
-
-
 @pytest.mark.parametrize("value", [np.nan, 1e30])
-@pytest.mark.parametrize("name", ["parameter head", "optimizer state nu.head"])
-def test_what_an_update_made_is_tested_before_it_is_saved(value, name):
-    state = make_state(3)
-    trees = {"parameter": state.params, "optimizer state": state.opt}
-    assert first_nonfinite(trees) == ""
-    tree = state.opt.nu if "nu" in name else state.params
-    tree["head"] = tree["head"].replace(jnp.full_like(tree["head"][...], value))
-    assert first_nonfinite(trees) == name
+def test_what_an_update_made_is_tested_before_it_is_saved(value):
+    params = make_state(3).params
+    assert first_nonfinite("parameter", params) == ""
+    params["head"] = params["head"].replace(jnp.full_like(params["head"][...], value))
+    assert first_nonfinite("parameter", params) == "parameter head"

@@ -11,7 +11,7 @@ from dsv3_jax.config import replace
 from dsv3_jax.ops.draft_loss import distance, summed_distance
 from dsv3_jax.ops.sampling import Sampling
 from dsv3_jax.ops.verify_drafts import accept
-from dsv3_jax.training.loss import Objective, compute_loss
+from dsv3_jax.training.loss import compute_loss
 
 
 def by_hand(kind, target, drafter):
@@ -64,7 +64,7 @@ def test_heads_are_compared_with_the_trunk_at_the_position_before_their_token(li
     out = forward(model, tokens, segment_ids, positions)
     batch = {"tokens": tokens, "segment_ids": segment_ids, "positions": positions}
     for kind in ("kl", "tv"):
-        found = jax.jit(lambda kind=kind: compute_loss(model, batch, 0.3, Objective(True, kind)).mtp)()
+        found = jax.jit(lambda kind=kind: compute_loss(model, batch, 0.3, heads_only=True, head_loss=kind).mtp)()
         for k in (1, 2):
             places = [(b, i) for b, i in np.ndindex(2, 8 - k) if segment_ids[b, i] == segment_ids[b, i + k + 1]]
             pairs = [(out.logits[b, i + k][None], out.mtp_logits[k - 1][b, i][None]) for b, i in places]

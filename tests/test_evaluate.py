@@ -8,7 +8,6 @@ from models import DENSE, forward, random_model
 from runs import MODEL, cheap_compiles
 
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.model.transformer import abstract
 from dsv3_jax.stats.cache_quality import cache_quality
 from dsv3_jax.training.evaluate import evaluate
 
@@ -140,23 +139,6 @@ def test_measures_are_the_slow_loops(kind, request):
     assert found["max_vio_global"] != pytest.approx(np.mean(apart), rel=1e-3)
 
 
-def test_padding_counts_nothing(model):
-    found = evaluate(model, BATCHES, WORDS, ("even", "odd"))
-    other = []
-    for batch in BATCHES:
-        padding = batch["segment_ids"] == 0
-        other.append(batch | {"tokens": np.where(padding, np.int32(3), batch["tokens"])})
-        assert (other[-1]["tokens"] != batch["tokens"]).any()
-    empty = make_batch(3) | {"segment_ids": np.zeros((B, T), np.int32)}
-    again = evaluate(model, [*other, empty], WORDS, ("even", "odd"))
-    np.testing.assert_array_equal(found.pop("load"), again.pop("load"))
-    assert found == again
-
-
-def test_no_domains_no_measure_by_domain(model):
-    assert "bits_per_byte_by_domain" not in evaluate(model, BATCHES, WORDS)
-
-
 @pytest.mark.parametrize("cache", ["latent", "expanded"])
 def test_cache_quality_of_an_exact_cache_is_that_of_the_forward(cache):
     """Rows of one document are read 16 tokens at a time, the last part padded; 8-bit rows lose a little."""
@@ -170,8 +152,3 @@ def test_cache_quality_of_an_exact_cache_is_that_of_the_forward(cache):
     assert rounded.val_loss != exact.val_loss == pytest.approx(rounded.val_loss, rel=0.02)
     per_layer = {"latent": (7 * 4, 7 + 8), "expanded": (2 * 9 * 4, 2 * (9 + 8))}[cache]  # C + R; H rows of N + R + V
     assert (exact.bytes_per_token, rounded.bytes_per_token) == tuple(2 * n for n in per_layer)
-
-
-def test_cache_quality_needs_a_cache():
-    with pytest.raises(ValueError, match="^cache='none'"):
-        cache_quality(abstract(CFG), [], ("float32",), "none")

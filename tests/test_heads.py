@@ -47,7 +47,7 @@ def model(kind):
 
 @partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def losses_of(graphdef, state):
-    return [loss.compute_loss(nnx.merge(graphdef, state), ARRAYS, 0.3, loss.Objective(only)) for only in (False, True)]
+    return [loss.compute_loss(nnx.merge(graphdef, state), ARRAYS, 0.3, heads_only=only) for only in (False, True)]
 
 
 def test_losses_equal_the_reference(model, kind):
@@ -92,7 +92,8 @@ def test_the_regression_moves_the_head_and_not_its_target(rng):
 
     def feature(h, target):
         made, *_ = run_heads(model.mtp, model.cfg, model.embedding, h, ARRAYS["tokens"], ctx)
-        return loss._feature_loss(model, ForwardOut(target, target, made, None, (), {}), segment_ids, None, counts)
+        out = ForwardOut(target, target, made, None, (), {})
+        return loss._token_losses(model, out, ARRAYS, counts, "ce")[2]
 
     h = jnp.asarray(rng.standard_normal((BATCH, LENGTH, 16)), jnp.float32)
     both = jax.jit(jax.grad(lambda h: feature(h, h)), compiler_options=QUICK)(h)

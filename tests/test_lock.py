@@ -55,12 +55,6 @@ def test_the_second_writer_is_refused_and_takes_over_when_the_first_is_dead(othe
         lock.check()
 
 
-def test_a_lock_that_is_released_leaves_nothing(tmp_path):
-    with acquire(tmp_path, "another.lock") as lock:
-        assert lock.sentence == "" and [path.name for path in tmp_path.iterdir()] == ["another.lock"]
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(
     ("changes", "refused"),
     [({}, True), ({"host": "elsewhere"}, True), ({"pid": 2**22 + 9}, False), ({"pid": 10**30}, False)],
@@ -83,11 +77,12 @@ def test_the_record_decides_where_flock_is_not_supported(tmp_path, monkeypatch, 
             assert "has ended" in lock.sentence and record_of(tmp_path)["pid"] == os.getpid()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": "7"}', "[" * 3000])
+@pytest.mark.parametrize("text", ["", "{", '{"pid": "7"}'])
 def test_a_lock_that_was_not_written_to_its_end_is_taken_over(tmp_path, text):
     (tmp_path / LOCK_FILE).write_text(text)
     with acquire(tmp_path):
         assert record_of(tmp_path)["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
 
 
 def take_over(folder):
@@ -112,7 +107,6 @@ def test_a_folder_that_is_moved_deleted_or_taken_over_is_noticed(tmp_path, chang
     ("make", "sentence"),
     [
         (os.mkfifo, f"{LOCK_FILE} is a pipe, not a file"),
-        (os.mkdir, f"{LOCK_FILE} is a folder, not a file"),
         (lambda path: path.symlink_to(path.with_name("mine")), "symbolic links"),
     ],
 )

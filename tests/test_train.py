@@ -1,13 +1,10 @@
 """The training loop: however a run is stopped, the same command ends with the same numbers."""
 
-import gzip
 import json
 import shutil
 import signal
 import struct
-import time
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import jax
@@ -23,22 +20,14 @@ from runs import (
     flags,
     rows_of,
     said_by,
-    start,
-    unhooked,
     unhooked_cli,
 )
 from tensorboardX.proto.event_pb2 import Event
 
-from dsv3_jax.cli.train import parse_steps
 from dsv3_jax.config import ConfigError
-from dsv3_jax.data import from_corpus
-from dsv3_jax.data.corpus import load_corpus
-from dsv3_jax.data.tokenizer import ByteTokenizer
-from dsv3_jax.report.ngram import order2_bits_per_byte
 from dsv3_jax.training import loop
-from dsv3_jax.training.callbacks import Callback
 from dsv3_jax.training.checkpoint import Checkpoints
-from dsv3_jax.training.step import Job, init_state
+from dsv3_jax.training.prepare import Callback
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -59,11 +48,6 @@ def main(argv: list[str]) -> int:
     return unhooked_cli().main(argv)
 
 
-@cache
-def corpus_of(run):
-    return load_corpus(run.data)
-
-
 def last_checkpoint(run, folder: Path):
     with Checkpoints(folder, run) as checkpoints:
         return checkpoints.restore()
@@ -74,7 +58,7 @@ def assert_same_run(run, folder: Path, whole) -> None:
     (state, place), (want, want_place) = last_checkpoint(run, folder), last_checkpoint(whole.run, whole.folder)
     assert int(state.step) == STEPS
     assert_bitwise(state, want)
-    assert place == want_place != from_corpus(corpus_of(run), ByteTokenizer(), run.data).train_batches().get_state()
+    assert place == want_place
     assert rows_of(folder) == rows_of(whole.folder)
     assert (folder / "load.jsonl").read_text() == (whole.folder / "load.jsonl").read_text()
 
@@ -90,14 +74,7 @@ def test_a_run_folder_holds_what_it_should(whole):
     for name in ("routing.png", "training.png"):
         assert (whole.folder / name).read_bytes().startswith(PNG)
     assert whole.fitted.finished and whole.fitted.step == STEPS and whole.fitted.resumed_from is None
-    assert not list(whole.folder.glob("*.part"))
-
-
-def test_a_fresh_state_is_placed_as_a_resumed_one(whole):
-    """So the step has one program for both, which is compiled once."""
-    fresh, (resumed, _) = init_state(Job(whole.run)), last_checkpoint(whole.run, whole.folder)
-    for a, b in zip(jax.tree.leaves(fresh), jax.tree.leaves(resumed), strict=True):
-        assert (a.sharding, a.committed) == (b.sharding, b.committed)
+    assert f", against {whole.fitted.order2_bits_per_byte:.3f} of an order-2 byte model" in whole.said
 
 
 def test_tensorboard_holds_the_same_scalars(whole):
@@ -115,53 +92,25 @@ def test_tensorboard_holds_the_same_scalars(whole):
             assert found[row["step"], "mtp_loss/0"] == np.float32(row["mtp_loss"][0])
 
 
-def test_the_order_2_baseline_is_printed(whole):
-    corpus, words = corpus_of(whole.run), ByteTokenizer()
-    rows = [
-        words.bytes_of(row[segments > 0].tolist())
-        for batch in from_corpus(corpus, words, whole.run.data).val_batches(whole.run.eval_batches)
-        for row, segments in zip(batch["tokens"], batch["segment_ids"], strict=True)
-    ]
-    want = order2_bits_per_byte((d.text.encode() for d in corpus.train), rows)
-    assert whole.fitted.order2_bits_per_byte == pytest.approx(want, rel=1e-12)
-    assert f", against {want:.3f} of an order-2 byte model" in whole.said
-
-
-def test_two_runs_are_one_and_without_a_report_nothing_is_timed_or_drawn(whole, tmp_path, monkeypatch):
+def test_stopped_and_resumed_is_never_stopped(whole, tmp_path, monkeypatch):
+    """Twice, and without a report. Rows of metrics after the checkpoint are dropped, also one that is cut short."""
+    folder = tmp_path / "run"
     for module, name in SECONDS:
         monkeypatch.setattr(module, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
-    fitted, said = said_by(lambda: loop.fit(whole.run, tmp_path / "run", report=False))
-    assert_same_run(whole.run, tmp_path / "run", whole)
-    assert fitted.order2_bits_per_byte is None and not list((tmp_path / "run").glob("*.png"))
-    for words in ("MFU ", "estimated from matrix products", "order-2", "pictures: "):
-        assert words in whole.said and words not in said
-    assert " tokens/s" in said and f"\nnumbers: {tmp_path / 'run' / 'metrics.jsonl'}" in said
-
-
-def test_runs_that_differ_in_their_seeds_alone_share_a_step(whole):
-    other = replace(whole.run, seed=5, data=replace(whole.run.data, seed=6))
-    assert loop._of_any_seed(Job(other)) == loop._of_any_seed(Job(whole.run))
-    noisy = Job(replace(other, model=replace(other.model, router="noisy_topk", num_groups=1, groups_per_token=1)))
-    assert loop._of_any_seed(noisy) == noisy  # its step draws by the seed
-    assert loop._of_any_seed(Job(replace(other, steps=9))) != loop._of_any_seed(Job(other))
-
-
-def test_stopped_and_resumed_is_never_stopped(whole, tmp_path):
-    """Twice. Rows of metrics after the checkpoint are dropped, also one that is cut short."""
-    folder = tmp_path / "run"
-    first, said = said_by(lambda: loop.fit(whole.run, folder, stop_after=5))
+    first, said = said_by(lambda: loop.fit(whole.run, folder, stop_after=5, report=False))
     assert (first.step, first.finished, first.resumed_from) == (5, False, None)
-    assert "stopped and saved at step 5" in said
+    assert "stopped and saved at step 5" in said and " tokens/s" in said and "MFU" in whole.said and "MFU" not in said
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 6, "loss": 0.0}) + "\n" + '{"step": 7, "lo')
-    second = loop.fit(whole.run, folder, stop_after=7, quiet=True)
+    second = loop.fit(whole.run, folder, stop_after=7, quiet=True, report=False)
     assert (second.step, second.finished, second.resumed_from) == (7, False, 5)
-    third, said = said_by(loop.fit, whole.run, folder)
+    third, said = said_by(lambda: loop.fit(whole.run, folder, report=False))
     assert (third.step, third.finished, third.resumed_from) == (STEPS, True, 7)
     assert "resumed from the checkpoint of step 7" in said
     assert_same_run(whole.run, folder, whole)
     assert third.evaluation["val_loss"] == whole.fitted.evaluation["val_loss"]
-    again = loop.fit(whole.run, folder, quiet=True)  # a finished run is only looked at
+    assert third.order2_bits_per_byte is None and not list(folder.glob("*.png"))
+    again = loop.fit(whole.run, folder, quiet=True, report=False)  # a finished run is only looked at
     assert (again.step, again.finished, again.resumed_from) == (STEPS, True, STEPS)
     assert_same_run(whole.run, folder, whole)
 
@@ -184,42 +133,27 @@ def test_a_run_with_a_damaged_checkpoint_and_damaged_metrics_ends_the_same(whole
 
 
 def test_what_an_update_spoiled_is_not_saved(whole, tmp_path, monkeypatch, capfd):
-    folder, answers = tmp_path / "run", iter(["", "parameter head"])
+    folder = tmp_path / "run"
+
+    def make(job):
+        good = loop.make_step(job)
+
+        def step(state, batch, go):
+            state, metrics = good(state, batch, go)
+            with jax.transfer_guard("allow"):
+                if state.step == 8:
+                    state.params["head"] = state.params["head"].replace(state.params["head"][...] * 1e30)
+            return state, metrics
+
+        return step
+
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "first_nonfinite", lambda trees, mesh: next(answers))
+        patch.setattr(loop, "_compiled_step", make)
         assert main(["train", "tiny", "--out", str(folder), *flags(whole.run)]) == 2
     (said,) = capfd.readouterr().err.splitlines()
     assert "step 8 made parameter head, whose norm is not finite" in said
     assert f"the last good checkpoint is step 4 in {folder}" in said
     assert loop.fit(whole.run, folder, quiet=True).resumed_from == 4
-
-
-def often(run):
-    """Change the run to save after every step, which slows it down enough to be stopped half-way."""
-    return replace(run, save_every=1)
-
-
-def wait_for(condition, process, seconds=60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-@pytest.mark.long
-def test_sigterm_saves_and_the_next_call_resumes(whole, root, tmp_path):
-    folder, run = tmp_path / "run", often(whole.run)
-    process = start(["train", "tiny", "--out", str(folder), *flags(run)], root)
-    wait_for(lambda: (folder / "checkpoints" / "1").exists(), process)
-    process.send_signal(signal.SIGTERM)
-    said, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    state, _ = last_checkpoint(run, folder)
-    step = int(state.step)
-    assert 1 <= step < STEPS and f"stopped and saved at step {step}" in said
-    assert loop.fit(run, folder, quiet=True).resumed_from == step
-    assert_same_run(run, folder, whole)
 
 
 class Recorder(Callback):
@@ -247,7 +181,18 @@ class Recorder(Callback):
         self.calls.append(("end", result.step))
 
 
-@pytest.mark.long
+def test_sigterm_saves_and_the_next_call_resumes(whole, tmp_path):
+    class Stop(Callback):
+        def on_step(self, row):
+            if row["step"] == 2:
+                signal.raise_signal(signal.SIGTERM)
+
+    stopped = loop.fit(whole.run, tmp_path / "run", quiet=True, callbacks=[Stop()])
+    assert (stopped.step, stopped.finished) == (3, False)
+    assert loop.fit(whole.run, tmp_path / "run", quiet=True).resumed_from == 3
+    assert_same_run(whole.run, tmp_path / "run", whole)
+
+
 def test_a_callback_that_fails_ends_the_run_after_it_is_saved(whole, tmp_path):
     """It stops after the step that follows, and the other callback is called to the end. The same call resumes."""
     folder, first, broken, second = tmp_path / "run", Recorder(), Recorder(breaks_at=6), Recorder()
@@ -261,17 +206,6 @@ def test_a_callback_that_fails_ends_the_run_after_it_is_saved(whole, tmp_path):
     assert second.calls[-3:] == [("evaluation", 12), ("checkpoint", 12), ("end", 12)]
     kept = [{k: v for k, v in row.items() if k not in CLOCK} for row in first.rows + second.rows]
     assert kept == rows_of(folder) == rows_of(whole.folder)
-
-
-def test_a_callback_that_fails_at_the_end_is_raised(whole, tmp_path):
-    class Last(Callback):
-        def on_end(self, result):
-            raise OSError(f"step {result.step} was not sent")
-
-    with pytest.raises(OSError, match=f"^step {STEPS} was not sent$"):
-        loop.fit(whole.run, shutil.copytree(whole.folder, tmp_path / "run"), quiet=True, callbacks=[Last()])
-    with pytest.raises(ValueError, match=r"^callbacks holds 'wandb', which is no dsv3_jax.train.Callback$"):
-        unhooked("dsv3_jax.training.prepare").Options(callbacks=["wandb"])
 
 
 def test_the_next_batch_is_copied_while_a_step_runs_and_nothing_is_by_accident(whole, tmp_path, monkeypatch, ahead):
@@ -307,34 +241,20 @@ def test_the_next_batch_is_copied_while_a_step_runs_and_nothing_is_by_accident(w
     assert rows_of(tmp_path / "run") == rows_of(whole.folder)[:5]
 
 
-@pytest.mark.long
-def test_a_trace_holds_its_steps(whole, tmp_path):
-    loop.fit(whole.run, tmp_path, quiet=True, stop_after=5, profile=(2, 4))
-    (trace,) = (tmp_path / loop.TRACE_FOLDER).rglob("perfetto_trace.json.gz")
-    with gzip.open(trace, "rt") as file:
-        assert file.read().count('"train"') == 2
-
-
-@pytest.mark.parametrize("text", ["3", "5:5", "7:2", "a:b", "-1:3", "1:2:3", ""])
-def test_steps_to_trace_that_are_none(text):
-    with pytest.raises(ValueError, match="is not START:STOP, two steps of which the first is smaller"):
-        parse_steps(text)
-
-
-def poisoned_at(bad: int, steps: list[int]):
+def poisoned_at(bad: int, steps: list[int], late: bool):
     """Make a compiled step that meets a parameter which is not finite when it is called after `bad` calls."""
 
     def make(job):
         good = loop.make_step(job)
 
-        def step(state, batch, *go):
+        def step(state, batch, go):
             with jax.transfer_guard("allow"):
                 head = state.params["head"]
                 sound = np.asarray(head[...])
                 if len(steps) == bad:
                     state.params["head"] = head.replace(head[...].at[0, 0].set(np.inf))
-                state, metrics = good(state, batch, *go)
-                if len(steps) == bad and go:  # what follows is sound again
+                state, metrics = good(state, batch, go)
+                if len(steps) == bad and late:  # what follows is sound again
                     state.params["head"] = head.replace(jax.numpy.asarray(sound))
                 steps.append(int(state.step))
                 return state, metrics
@@ -350,35 +270,6 @@ def ahead(monkeypatch):
     monkeypatch.setattr(loop, "AHEAD", {})
 
 
-@pytest.mark.long
-def test_steps_that_are_started_ahead_are_the_same_steps(whole, tmp_path, monkeypatch, ahead):
-    """Stopped and resumed, too. Up to three have started before a row is written, and the program is compiled once."""
-    folder, made, open_steps = tmp_path / "run", [], [0]
-
-    def make(job):
-        made.append(loop.make_step(job))
-
-        def step(state, batch, go):
-            open_steps.append(open_steps[-1] + 1)
-            return made[-1](state, batch, go)
-
-        return step
-
-    def write(metrics, row):
-        if "loss" in row:
-            open_steps.append(open_steps[-1] - 1)
-        loop.Rows.write(metrics, row)
-
-    monkeypatch.setattr(loop.Metrics, "write", write)
-    monkeypatch.setattr(loop, "_compiled_step", make)
-    loop.fit(whole.run, folder, stop_after=5, quiet=True)
-    assert open_steps[-1] == 0
-    loop.fit(whole.run, folder, quiet=True)
-    assert_same_run(whole.run, folder, whole)
-    assert (open_steps[-1], max(open_steps)) == (0, 3)
-    assert [step._cache_size() for step in made] == [1, 1]
-
-
 @pytest.mark.parametrize("late", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_loss_that_is_not_finite_stops_the_run(whole, tmp_path, monkeypatch, capfd, late):
     """If steps are started ahead, two more have started by the time the bad one is seen, and they change nothing."""
@@ -386,7 +277,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(whole, tmp_path, monkeypatch, c
     with monkeypatch.context() as patch:
         if late:
             patch.setattr(loop, "AHEAD", {})
-        patch.setattr(loop, "_compiled_step", poisoned_at(8, steps))
+        patch.setattr(loop, "_compiled_step", poisoned_at(8, steps, late))
         assert main(["train", "tiny", "--out", str(folder), *flags(whole.run)]) == 2
     assert steps == [*range(1, 9), *(8,) * (3 if late else 1)]
     (said,) = capfd.readouterr().err.splitlines()
@@ -397,55 +288,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(whole, tmp_path, monkeypatch, c
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("when", ["no room for its ", "the disk is full"])
-def test_a_full_disk_stops_the_run_in_a_sentence(whole, tmp_path, monkeypatch, capfd, when):
-    """Before a checkpoint is written, and while a row of metrics is."""
-    folder = tmp_path / "run"
-    loop.fit(whole.run, folder, stop_after=3, quiet=True)
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device", str(folder))
-
-    with monkeypatch.context() as patch:
-        if when == "the disk is full":
-            patch.setattr(loop.Metrics, "write", full)
-        else:
-            patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
-        assert main(["train", "tiny", "--out", str(folder), *flags(whole.run)]) == 2
-    (said,) = capfd.readouterr().err.splitlines()
-    assert when in said and str(folder) in said
-    assert loop.fit(whole.run, folder, quiet=True).resumed_from == 3
-    assert_same_run(whole.run, folder, whole)
-
-
-@pytest.mark.long
-def test_a_finished_run_goes_on_for_more_steps(whole, tmp_path, capsys):
+def test_a_finished_run_goes_on_for_more_steps(whole, tmp_path):
     folder = Path(shutil.copytree(whole.folder, tmp_path / "run"))
     longer = replace(whole.run, steps=STEPS + 2, eval_every=9)
-    result = loop.fit(longer, folder)
-    said = capsys.readouterr().out
+    result = loop.fit(longer, folder, quiet=True)
     assert (result.resumed_from, result.step, result.finished) == (STEPS, STEPS + 2, True)
-    assert f"steps={STEPS + 2}, before {STEPS}" in said and "schedule is that of the new number of steps" in said
     assert [row["step"] for row in rows_of(folder) if "loss" in row] == list(range(1, STEPS + 3))
     with pytest.raises(ConfigError, match=f"steps={STEPS} is below the {STEPS + 2} steps that the run in .* has taken"):
         loop.fit(whole.run, folder, quiet=True)
-
-
-def test_what_cannot_be_trained_is_refused_before_anything_is_written(whole, tmp_path):
-    means = replace(whole.run, optim=replace(whole.run.optim, moments_dtype="bfloat16"))
-    forced = replace(means, execution=replace(means.execution, kernels="optimizer=cpu"))
-    with pytest.raises(ConfigError, match=r"^kernels='optimizer=cpu' is for float32 means, not moments_dtype='bfloa"):
-        loop.fit(forced, tmp_path / "new")
-    chats = replace(whole.run, data=replace(whole.run.data, format="chat"))
-    with pytest.raises(ConfigError, match=r"^data.format='chat' needs the examples as source"):
-        loop.fit(chats, tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-
-
-def test_another_runs_folder_is_left_alone(whole):
-    before = {path: path.stat().st_mtime_ns for path in whole.folder.rglob("*")}
-    with pytest.raises(
-        ValueError, match=r"^optim\.beta1=0\.8 is not that of the run in .*, 0\.9; choose another --out$"
-    ):
-        loop.fit(replace(whole.run, optim=replace(whole.run.optim, beta1=0.8)), whole.folder)
-    assert {path: path.stat().st_mtime_ns for path in whole.folder.rglob("*")} == before

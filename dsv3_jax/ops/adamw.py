@@ -11,8 +11,7 @@ def adamw_update(
     g: Float[Array, "*n"],
     numbers: Float[Array, "5"],
     *,
-    beta1: float,
-    beta2: float,
+    betas: tuple[float, float],
     eps: float,
     decay: float,
 ) -> tuple[Float[Array, "*n"], Float[Array, "*n"], Float[Array, "*n"]]:
@@ -24,16 +23,18 @@ def adamw_update(
     Args:
         p, mu, nu, g: parameter, running means of the gradient and of its square, gradient.
         numbers: factor of g (clipping), 1 / (1 − β₁ᵗ), 1 / (1 − β₂ᵗ), learning rate η, and 0 to change nothing.
+        betas: β₁, β₂.
     Returns: (p, mu, nu).
 
     Example:
         >>> p, zero, g = jnp.array([1.0]), jnp.zeros(1), jnp.array([0.5])
         >>> numbers = jnp.array([1.0, 10.0, 20.0, 0.1, 1.0])  # first step: 1 / (1 − β₁), 1 / (1 − β₂); η = 0.1
-        >>> p, _, _ = adamw_update(p, zero, zero, g, numbers, beta1=0.9, beta2=0.95, eps=0.0, decay=0.0)
+        >>> p, _, _ = adamw_update(p, zero, zero, g, numbers, betas=(0.9, 0.95), eps=0.0, decay=0.0)
         >>> p.round(4)  # the first step has the length η, whatever the gradient
         Array([0.9], dtype=float32)
     """
     clip, to_mean, to_square, rate, keep = numbers
+    beta1, beta2 = betas
     keep = keep > 0
     g, kept_dtype = g * clip, mu.dtype
     mu, nu = mu.astype(g.dtype), nu.astype(g.dtype)

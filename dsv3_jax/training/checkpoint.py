@@ -22,26 +22,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from dsv3_jax.cluster import processes
-from dsv3_jax.config import RunConfig, from_dict, replace, to_dict
+from dsv3_jax.config import RunConfig, first_difference, from_dict, replace, to_dict
 from dsv3_jax.files import check_regular, read_json
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.training import lora
+from dsv3_jax.training.optim import Transform
 from dsv3_jax.training.orbax_noise import silence
-from dsv3_jax.training.run_folder import difference, read_run
+from dsv3_jax.training.run_folder import read_run
 from dsv3_jax.training.step import Job, TrainState, abstract_state, model_of
 
 MANIFEST = "checksums.json"
 LATE = (MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax completes its two later; nothing reads them
 PART = ".orbax-checkpoint-tmp"  # in the name of a checkpoint's folder until it is complete
 REMAINS = (f"*{PART}*", "*.deleted")  # of a save that failed; of checkpoints beyond `run.keep`
-READS = 5  # checkpoints that a reader tries, if a trainer deletes each one while it is read
+SHAPES = ("model", "lora")  # settings of a run that say which arrays it has
 
 
 class SaveFailed(OSError):
@@ -122,14 +122,7 @@ class Checkpoints:
         (0, {'piece': 0})
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        run: RunConfig,
-        *,
-        read_only: bool = False,
-        optimizer: optax.GradientTransformation | None = None,
-    ):
+    def __init__(self, folder: str | Path, run: RunConfig, *, read_only: bool = False, optimizer: Transform = None):
         silence()  # Orbax's errors are raised, too
         self.folder, self.run = Path(folder).absolute() / "checkpoints", run
         self._optimizer, self._read_only = optimizer, read_only
@@ -140,7 +133,7 @@ class Checkpoints:
         self._damage = cache(self._find_damage)  # the files of a checkpoint are read once
         if not read_only:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._delete_remains()  # of an earlier process
+            self._tidy()  # after an earlier process
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -149,12 +142,12 @@ class Checkpoints:
         try:
             with self._named_errors():
                 self._orbax.close()
-            self._delete_old()
+            self._tidy(self.run.keep)
         except SaveFailed:
             if kind is None:  # otherwise the error that ends the run says more
                 raise
         finally:
-            self._delete_remains()
+            self._tidy()
 
     @property
     def latest(self) -> int | None:
@@ -176,34 +169,23 @@ class Checkpoints:
         )
         with self._named_errors():
             self._orbax.wait_until_finished()  # raises the error of the save before
-            self._delete_old()
+            self._tidy(self.run.keep)
             self._saving = int(state.step)
-            size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-            processes.by_first(lambda: self._check_room(size))  # one that refused alone would leave the others waiting
             self._orbax.save(self.folder / str(self._saving), args=args)
             if wait:
                 self._orbax.wait_until_finished()
 
-    def check_save(self) -> None:
-        """Raise the error of a save in the background, if it has failed.
-
-        Raises: SaveFailed.
-        """
-        with self._named_errors():
-            self._orbax.check_for_errors()
-
     def _write_manifest(self) -> None:
         write_manifest(next(self.folder.glob(f"{self._saving}{PART}*"), self.folder / str(self._saving)))
 
-    def _delete_old(self) -> None:
-        if not self._read_only and processes.is_first():
-            for step in steps_of(self.folder)[: -self.run.keep]:
-                (self.folder / str(step)).rename(self.folder / f"{step}.deleted")  # so that none is half there
-            self._delete_remains()
-
-    def _delete_remains(self) -> None:
-        if not self._read_only and processes.is_first():
-            for path in (path for pattern in REMAINS for path in self.folder.glob(pattern)):
+    def _tidy(self, keep: int | None = None) -> None:
+        """Delete the remains of saves that failed, and all but the last `keep` checkpoints; None keeps all."""
+        if self._read_only or not processes.is_first():
+            return
+        for step in [] if keep is None else steps_of(self.folder)[:-keep]:
+            (self.folder / str(step)).rename(self.folder / f"{step}.deleted")  # so that none is half there
+        for pattern in REMAINS:
+            for path in self.folder.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
 
     @contextmanager
@@ -220,11 +202,6 @@ class Checkpoints:
                 "before are complete"
             ) from error
 
-    def _check_room(self, size: int) -> None:
-        free = shutil.disk_usage(self.folder).free
-        if free < size + (64 << 20):
-            raise OSError(f"no room for its {size / 1e6:.0f} MB: {free / 1e6:.0f} MB are free")
-
     def rewind(self, step: int | None = None) -> list[str]:
         """Choose the checkpoint that training resumes from, and rename all later ones.
 
@@ -235,7 +212,10 @@ class Checkpoints:
         Raises: ValueError if `step` has no checkpoint or a damaged one, or no checkpoint is whole.
         """
         steps, sentences = steps_of(self.folder), []
-        chosen = self._newest_whole(steps) if step is None else self._require(step, steps)
+        if step is None:
+            chosen = next((step for step in reversed(steps) if not self._damage(step)), None)
+        else:
+            chosen = self._require(step, steps)
         if chosen is None and steps:
             raise DamagedCheckpoint(
                 f"{self._damage(steps[-1])}, and no other checkpoint in {self.folder} is whole; move the damaged "
@@ -257,9 +237,6 @@ class Checkpoints:
         found = find_damage(self.folder / str(step)) if processes.is_first() else ""
         return processes.gather(found.encode())[0].decode()
 
-    def _newest_whole(self, steps: list[int]) -> int | None:
-        return next((step for step in reversed(steps) if not self._damage(step)), None)
-
     def _require(self, step: int, steps: list[int]) -> int:
         """Return `step`.
 
@@ -269,9 +246,7 @@ class Checkpoints:
             kept = ", ".join(map(str, steps)) or "no step"
             raise ValueError(f"step={step} has no checkpoint in {self.folder}; there are those of {kept}")
         if damage := self._damage(step):
-            whole = self._newest_whole(steps)
-            remedy = "no other checkpoint is whole" if whole is None else f"step {whole} is whole: use --step {whole}"
-            raise DamagedCheckpoint(f"step={step}: {damage}; {remedy}")
+            raise DamagedCheckpoint(f"step={step}: {damage}; `dsv3 runs check` says which checkpoints are whole")
         return step
 
     def restore(
@@ -287,22 +262,26 @@ class Checkpoints:
         Raises: ValueError if the checkpoint is damaged (DamagedCheckpoint), does not fit the run's configuration, or
             there is none of `step`.
         """
-        for _ in range(READS):
-            steps = steps_of(self.folder)
-            if not steps:
-                return None
+        while steps := steps_of(self.folder):
             chosen = steps[-1] if step is None else step
             try:
                 found = self._read_state(self._require(chosen, steps), mesh, optimizer)
-                if (self.folder / str(chosen)).exists():  # otherwise some of its files may have been absent
-                    return found
             except Exception:
                 if chosen not in steps or (self.folder / str(chosen)).exists():
                     raise
-        raise ValueError(f"folder={str(self.folder)!r}: {READS} checkpoints were deleted while read; raise --keep")
+            else:
+                if (self.folder / str(chosen)).exists():  # otherwise some of its files may have been absent
+                    return found
+        return None
 
     def _read_state(self, step: int, mesh: Mesh | None, optimizer: bool) -> tuple[TrainState, dict[str, Any]]:
-        self._check_config(step)
+        folder = self.folder / str(step)
+        # First: a restore of other shapes fails half-way and leaves Orbax's tasks behind.
+        saved = self._orbax.restore(folder, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+        theirs, ours = ({key: to_dict(run)[key] for key in SHAPES} for run in (from_dict(RunConfig, saved), self.run))
+        if different := first_difference(theirs, ours):
+            key, a, b = different
+            raise ValueError(f"{key}={b!r} is not that of the checkpoint of step {step} in {self.folder}, {a!r}")
         target = abstract_state(Job(self.run, optimizer=self._optimizer))
         where = sharding.state_sharding(target, mesh, fsdp=self.run.execution.layout.fsdp)
         target = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), target, where)
@@ -312,32 +291,13 @@ class Checkpoints:
         state = ocp.args.PyTreeRestore(
             item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=not optimizer
         )
-        found = self._read(step, state=state, data=ocp.args.JsonRestore())
+        try:
+            found = self._orbax.restore(folder, args=ocp.args.Composite(state=state, data=ocp.args.JsonRestore()))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"step={step}: the checkpoint in {self.folder} does not fit the optimizer") from error
         if optimizer:
             return found.state, found.data
         return TrainState(lora.merge(self.run.lora, found.state.pop("params")), opt=(), **found.state), found.data
-
-    def _read(self, step: int, **items: Any) -> Any:
-        """Read items of a checkpoint whose files are whole.
-
-        Raises: ValueError if they do not fit the configuration.
-        """
-        try:
-            return self._orbax.restore(self.folder / str(step), args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"step={step}: the checkpoint in {self.folder} is not of the model that its configuration describes"
-            ) from error
-
-    def _check_config(self, step: int) -> None:
-        # First: a restore of other shapes fails half-way and leaves Orbax's tasks behind.
-        saved = from_dict(RunConfig, self._read(step, config=ocp.args.JsonRestore()).config)
-        if "bytes" not in (saved.data.tokenizer, self.run.data.tokenizer):
-            # The folder has one tokenizer, but may have been elsewhere when this was saved.
-            saved = replace(saved, data=replace(saved.data, tokenizer=self.run.data.tokenizer))
-        if different := difference(saved, self.run):
-            key, a, b = different
-            raise ValueError(f"{key}={b!r} is not that of the checkpoint of step {step} in {self.folder}, {a!r}")
 
 
 def steps_of(folder: Path) -> list[int]:

@@ -14,7 +14,7 @@ from dsv3_jax.data.batches import Batch, model_inputs
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops import balance
-from dsv3_jax.training.loss import Scores, score_tokens
+from dsv3_jax.training.loss import score_tokens
 
 MOST_DOMAINS = 32  # whose load is counted apart
 
@@ -55,58 +55,46 @@ def evaluate(
         >>> round(result["val_bits_per_byte"], 2)  # even odds over 260 tokens: log2 260
         8.02
     """
-    graphdef, state = nnx.split(model)
-    sums = _Sums(tokenizer, domains, model.cfg.num_sparse_layers, mix)
+    (graphdef, state), layers = nnx.split(model), model.cfg.num_sparse_layers
+    apart = 1 < len(domains) <= MOST_DOMAINS and layers > 0  # whether load is counted by domain
+    sums: dict[str, np.ndarray] = {}
     for batch in batches:
-        inputs = model_inputs(batch) | ({"domains": batch["domains"]} if sums.apart else {})
+        inputs = model_inputs(batch) | ({"domains": batch["domains"]} if apart else {})
         placed = processes.put(inputs, mesh, len(batch["tokens"]))
-        found = _scores(graphdef, state, placed, len(domains) if sums.apart else 0)
-        sums.add(batch, processes.fetch(found, mesh))
-    return sums.result()
-
-
-class _Sums:
-    """Sums over batches: nats and bytes by domain, drafts, and load."""
-
-    def __init__(self, tokenizer: Tokenizer, domains: Sequence[str], layers: int, mix: Mapping[str, float] | None):
-        self._byte_lengths, self._domains, self._layers, self._mix = tokenizer.byte_lengths, domains, layers, mix
-        self.apart = 1 < len(domains) <= MOST_DOMAINS and layers > 0  # whether load is counted by domain
-        self._all, self._by_domain = np.zeros(3), np.zeros((len(domains), 2))  # nats, bytes and tokens; nats and bytes
-        self._agree, self._drafted, self._load, self._domain_load = np.zeros((4, 1, 1))
-
-    def add(self, batch: Batch, out: Scores) -> None:
-        nats = np.where(out.mask, out.nll, 0).astype(np.float64)
-        size = np.where(out.mask, self._byte_lengths[batch["tokens"][:, 1:]], 0)
-        self._all += nats.sum(), size.sum(), out.mask.sum()
-        for i, sums in enumerate(self._by_domain):
-            here = batch["domains"][:, 1:] == i
-            sums += nats[here].sum(), size[here].sum()
-        self._agree, self._drafted = self._agree + out.agree, self._drafted + out.drafted
-        self._load, self._domain_load = self._load + out.load, self._domain_load + out.domain_load
-
-    def result(self) -> dict[str, object]:
-        (nats, size, tokens), layers = self._all, self._layers
-        result: dict[str, object] = {
-            "val_loss": float(nats / max(tokens, 1)),
-            "val_bits_per_byte": float(nats / np.log(2) / max(size, 1)),
-            "mtp_acceptance": (self._agree / np.maximum(self._drafted, 1)).ravel().tolist(),
-            "load": self._load,
+        found = processes.fetch(_scores(graphdef, state, placed, len(domains) if apart else 0), mesh)
+        nats = np.where(found.mask, found.nll, 0).astype(np.float64)
+        size = np.where(found.mask, tokenizer.byte_lengths[batch["tokens"][:, 1:]], 0)
+        here = batch["domains"][:, 1:]
+        new = {
+            "all": np.array([nats.sum(), size.sum(), found.mask.sum()]),
+            "by_domain": np.array([[x[here == i].sum() for i in range(len(domains))] for x in (nats, size)]),
+            "drafts": np.array([found.agree, found.drafted], np.float64),
+            "load": found.load.astype(np.float64),
+            "domain_load": found.domain_load.astype(np.float64),
         }
-        if layers:
-            result["max_vio_global"] = _max_vio(self._load[:layers])
-        if len(self._load) > layers:
-            result["max_vio_mtp"] = _max_vio(self._load[layers:])
-        if self.apart:
-            read = {name: load for name, load in zip(self._domains, self._domain_load, strict=True) if load.any()}
-            result["max_vio_by_domain"] = {name: _max_vio(load) for name, load in read.items()}
-            if self._mix is not None and len(read) == len(self._domains):
-                tokens_a_byte = self._domain_load[:, 0].sum(-1) / np.maximum(self._by_domain[:, 1], 1)
-                shares = [self._mix[name] for name in self._domains]
-                result["max_vio_training_mix"] = training_mix(self._domain_load, tokens_a_byte, shares)
-        if self._domains:
-            pairs = zip(self._domains, self._by_domain, strict=True)
-            result["bits_per_byte_by_domain"] = {name: float(n / np.log(2) / s) for name, (n, s) in pairs if s}
-        return result
+        sums = {name: x + sums.get(name, 0) for name, x in new.items()}
+    (nats, size, tokens), (domain_nats, domain_bytes), load = sums["all"], sums["by_domain"], sums["load"]
+    result: dict[str, object] = {
+        "val_loss": float(nats / max(tokens, 1)),
+        "val_bits_per_byte": float(nats / np.log(2) / max(size, 1)),
+        "mtp_acceptance": (sums["drafts"][0] / np.maximum(sums["drafts"][1], 1)).tolist(),
+        "load": load,
+    }
+    if layers:
+        result["max_vio_global"] = _max_vio(load[:layers])
+    if len(load) > layers:
+        result["max_vio_mtp"] = _max_vio(load[layers:])
+    if apart:
+        by_domain = dict(zip(domains, sums["domain_load"], strict=True))
+        result["max_vio_by_domain"] = {name: _max_vio(load) for name, load in by_domain.items() if load.any()}
+        if mix is not None and all(load.any() for load in by_domain.values()):
+            tokens_a_byte = sums["domain_load"][:, 0].sum(-1) / np.maximum(domain_bytes, 1)
+            mixed = training_mix(sums["domain_load"], tokens_a_byte, [mix[name] for name in domains])
+            result["max_vio_training_mix"] = mixed
+    if domains:
+        bits = zip(domains, domain_nats / np.log(2), domain_bytes, strict=True)
+        result["bits_per_byte_by_domain"] = {name: float(n / s) for name, n, s in bits if s}
+    return result
 
 
 def training_mix(load: np.ndarray, tokens_a_byte: np.ndarray, mix: Sequence[float]) -> float | None:

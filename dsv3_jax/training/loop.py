@@ -16,38 +16,42 @@ routing.png and training.png. A start takes these steps:
 """
 
 import math
-import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import optax
 
 from dsv3_jax.cluster import processes
 from dsv3_jax.config import RunConfig
-from dsv3_jax.data.batches import model_inputs
+from dsv3_jax.data.batches import Source, model_inputs
+from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.kernels import xla_flags
 from dsv3_jax.lock import FolderLock, acquire
 from dsv3_jax.mesh import sharding
+from dsv3_jax.model.counting import train_flops_per_token
 from dsv3_jax.ops.routing import ROUTERS
 from dsv3_jax.report.metrics import LOAD_FILE, Metrics, Rows
 from dsv3_jax.report.progress import Progress
 from dsv3_jax.report.run_result import draw, order2_of
-from dsv3_jax.signals import STOP, handled
-from dsv3_jax.training import rows
-from dsv3_jax.training.checkpoint import Checkpoints, SaveFailed
+from dsv3_jax.report.speed import gemm_flops
+from dsv3_jax.signals import asked_to_stop
+from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.evaluate import evaluate
-from dsv3_jax.training.finite import first_nonfinite
-from dsv3_jax.training.prepare import Options, Prepared, describe, flops_per_token, kernels_of, prepare
-from dsv3_jax.training.run_folder import claim
-from dsv3_jax.training.step import Batch, Job, first_bad_tensor, make_step, model_of
-from dsv3_jax.training.warm_start import begin
+from dsv3_jax.training.metrics import as_row, load_every, load_row
+from dsv3_jax.training.prepare import Options, kernels_of, prepare
+from dsv3_jax.training.run_folder import claim, made_from
+from dsv3_jax.training.step import Batch, Job, first_bad_tensor, first_nonfinite, make_step, model_of
+from dsv3_jax.training.warm_start import Start, begin
 
 # Steps started before the oldest one is looked at. If above 0, the next batch is copied while a step runs. On a CPU the
 # step needs all cores.
@@ -102,41 +106,48 @@ def fit(run: RunConfig, out: str | Path, **options: Any) -> FitResult:
 @contextmanager
 def open_run(run: RunConfig, out: Path, options: Options) -> Iterator["Training"]:
     """Prepare a run, lock its folder, and restore its last checkpoint or make a new state."""
-    ready = prepare(run, out, options)
-    run = ready.job.run
+    job, words, source, start = prepare(run, out, options)
     with (
         Progress(run.steps, quiet=options.quiet or not processes.is_first()) as progress,
-        _only_writer(out, run) as lock,
-        Checkpoints(out, run, optimizer=options.optimizer) as checkpoints,
-        _asked_to_stop() as asked,
+        _only_writer(job, out, made_from(source.fingerprint, words.fingerprint)) as lock,
+        Checkpoints(out, job.run, optimizer=options.optimizer) as checkpoints,
+        asked_to_stop() as asked,
         sharding.use_mesh(options.mesh),
     ):
-        yield Training(ready, options, out, lock, checkpoints, progress, asked)
+        yield Training(job, options, out, words, source, lock, checkpoints, progress, asked, start)
 
 
 @dataclass
 class Training:
     """An open run: its state, its batches, and the files that it writes."""
 
-    ready: Prepared
+    job: Job
     options: Options
     out: Path
+    tokenizer: Tokenizer
+    source: Source
     lock: FolderLock
     checkpoints: Checkpoints
     progress: Progress
     asked: threading.Event  # to stop
+    start: InitVar[Start | None]
 
-    def __post_init__(self) -> None:
-        self.job, run = self.ready.job, self.ready.job.run
-        self.batches = self.ready.source.train_batches(self.ready.rows)
-        self.held_out = self.ready.source.val_batches(run.eval_batches)
+    def __post_init__(self, start: Start | None) -> None:
+        run, mesh, kernels = self.job.run, self.job.mesh, self.job.chosen()
+        # Rows of the global batch that this process holds; None means all.
+        self.rows = None if mesh is None else processes.rows_held(mesh, run.data.batch_size)
+        self.batches = self.source.train_batches(self.rows)
+        self.held_out = self.source.val_batches(run.eval_batches)
+        # A machine's CPU devices share its cores, others add up.
+        devices = jax.process_count() if mesh is None or kernels.target.platform == "cpu" else mesh.size
+        self.peak = devices * gemm_flops(run.execution.compute_dtype) if self.options.report else None
         self.stopped = False
         self.evaluation: dict[str, Any] | None = None
         self.error: Exception | None = None  # the first of a callback
         sentences = [self.lock.sentence, *self.checkpoints.rewind(self.options.step)]
         found = self.checkpoints.restore(self.job.mesh)
         if found is None:
-            self.state, sentence = begin(self.job, self.ready.start)
+            self.state, sentence = begin(self.job, start)
         else:
             self.state, position = found
             self.batches.set_state(position)
@@ -147,10 +158,12 @@ class Training:
         self.metrics = Metrics(self.out, self.step, read_only=not first)
         self.loads = Rows(self.out / LOAD_FILE, self.step, read_only=not first)
         sentences += [self.metrics.sentence, self.loads.sentence, sentence]
-        for line in filter(None, [*describe(self.ready, self.step), *sentences]):
+        chosen = kernels.describe(run.execution.compute_dtype, 1 if mesh is None else mesh.size)
+        lines = self.source.summary, chosen, xla_flags.describe(self.job.options)
+        for line in filter(None, [*lines, *sentences]):
             self.progress.say(line)
-        self.speed = _Speed(self.ready)
-        self.first_row = {"kernels": kernels_of(self.job)}  # more for it, at each start
+        self.row_at: tuple[int, float] | None = None  # step and time of the last row
+        self.away = 0.0  # seconds of evaluating and saving
         self.callbacks = list(self.options.callbacks) if first else []
         for callback in self.callbacks:
             callback.on_start(run, self.out, self.step)
@@ -164,7 +177,7 @@ class Training:
         step_fn = _compiled_step(_of_any_seed(self.job))
         ahead = AHEAD.get(self.job.chosen().target.platform, AHEAD_ELSEWHERE)
         # Whether a step may change the state; made of the state, to be on its devices as the steps' own flags are.
-        go = (self.state.step >= 0,) if ahead else ()
+        go = self.state.step >= 0
         started, batch, traces = deque[Done](), None, processes.is_first()
         if self.step < steps:
             self.progress.say("compiling the training step" + (" …" if self.step == 0 else " (again) …"))
@@ -176,20 +189,22 @@ class Training:
                 with jax.transfer_guard("disallow"):
                     arrays = self._next_batch() if batch is None else batch
                     with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
-                        self.state, metrics = step_fn(self.state, arrays, *go)
-                    go = (metrics["finite"],) if ahead else ()
-                    self.step += 1
+                        self.state, metrics = step_fn(self.state, arrays, go)
+                    self.step, go = self.step + 1, metrics["finite"]
                     started.append(self._started(arrays, metrics, ask_often=not ahead))
                     waits = started[-1].evaluate or started[-1].save or self.step == end
                     batch = self._next_batch() if ahead and not waits else None
                 while len(started) > (0 if waits else ahead):
-                    yield self._settled(started.popleft())
+                    settled, since = self._settled(started.popleft()), time.perf_counter()
+                    yield settled
+                    if waits:
+                        self.away += time.perf_counter() - since
                 if self.step == end:
                     trace.close()
 
     def _next_batch(self) -> Batch:
-        run, rows = self.job.run, self.ready.rows
-        return processes.put(model_inputs(next(self.batches)), self.job.mesh, run.data.batch_size, rows)
+        size = self.job.run.data.batch_size
+        return processes.put(model_inputs(next(self.batches)), self.job.mesh, size, self.rows)
 
     def _started(self, batch: Batch, metrics: dict[str, Any], *, ask_often: bool) -> Done:
         """Decide what follows a step that was started."""
@@ -200,8 +215,6 @@ class Training:
             self.stopped |= processes.any_of(self.asked.is_set())
         last = step == run.steps
         logged |= last or self.stopped or step == 1
-        if logged:
-            metrics |= rows.measure(metrics["load"]) | rows.biases(run, self.state.bias)
         saves = step % run.save_every == 0 or last or self.stopped
         return Done(step, batch, metrics, logged, step % run.eval_every == 0 or last, saves)
 
@@ -210,8 +223,9 @@ class Training:
         if not jax.device_get(done.metrics["finite"]):
             # The steps after it changed nothing: the state is still the one that it met.
             bad = first_bad_tensor(self.job, self.state, done.batch)
-            met = f"step {done.step - 1} met a loss or gradient that is not finite"
-            raise self._not_good(f"{met}; first bad tensor: {bad}")
+            raise self._not_good(
+                f"step {done.step - 1} met a loss or gradient that is not finite; first bad tensor: {bad}"
+            )
         return done
 
     def _not_good(self, what: str) -> NonFiniteLoss:
@@ -222,45 +236,51 @@ class Training:
     def log(self, done: Done) -> None:
         """Write a step's row of metrics, and at some steps its load."""
         found = processes.fetch(done.metrics, self.job.mesh)
-        row = rows.as_row(done.step, found, self.job.run) | self.speed.since_last(done.step) | self.first_row
-        self.first_row = {}
+        row = as_row(done.step, found, self.job.run) | self._speed(done.step)
         self.lock.check()
-        self.checkpoints.check_save()
         self.metrics.write(row)
-        if found["load"].size and done.step % rows.load_every(self.job.run) == 0:
-            self.loads.write(rows.load_row(done.step, found))
+        if found["load"].size and done.step % load_every(self.job.run) == 0:
+            self.loads.write(load_row(done.step, found))
         self.progress.update(done.step, row)
         self._call("on_step", row)
 
+    def _speed(self, step: int) -> dict[str, float]:
+        """Tokens a second and MFU since the last row, without evaluation and saving. Without a peak there is no MFU."""
+        before, now = self.row_at, time.perf_counter() - self.away
+        self.row_at = step, now
+        if before is None:  # the first row holds the compilation
+            return {}
+        run, peak = self.job.run, self.peak
+        adapted = run.lora.on if run.lora.rank else ()
+        flops = train_flops_per_token(run.model, frozen_trunk=run.trunk is not None, adapted=adapted)
+        rate = (step - before[0]) * run.data.batch_size * run.data.seq_len / max(now - before[1], 1e-9)
+        return {"tokens_per_s": rate} | ({"mfu": rate * flops / peak} if peak else {})
+
     def evaluate(self) -> None:
         """Measure the model on the held-out rows, and write the measures."""
-        with self.speed.paused():
-            self.evaluation = found = self._measured()
-            if not math.isfinite(found["val_loss"]):
-                raise self._not_good(f"step {self.step} has a validation loss that is not finite")
-            row = {"step": self.step} | {k: v for k, v in found.items() if k != "load"}
-            self.lock.check()
-            self.metrics.write(row)
-            self.progress.show_evaluation(self.step, row)
-            self._call("on_evaluation", row)
+        self.evaluation = found = self._measured()
+        if not math.isfinite(found["val_loss"]):
+            raise self._not_good(f"step {self.step} has a validation loss that is not finite")
+        row = {"step": self.step} | {k: v for k, v in found.items() if k != "load"}
+        self.lock.check()
+        self.metrics.write(row)
+        self.progress.show_evaluation(self.step, row)
+        self._call("on_evaluation", row)
 
     def _measured(self) -> dict[str, Any]:
-        source, model = self.ready.source, model_of(self.job, self.state)
-        mix = source.training_bytes
-        return evaluate(model, self.held_out, self.ready.tokenizer, source.domains, self.job.mesh, mix)
+        model, about = model_of(self.job, self.state), (self.source.domains, self.job.mesh, self.source.training_bytes)
+        return evaluate(model, self.held_out, self.tokenizer, *about)
 
     def save(self) -> None:
         """Save the state and the data position; in the background unless the run ends here."""
-        with self.speed.paused():
-            state = self.state
-            trees = {"parameter": state.params, "router bias": state.bias, "optimizer state": state.opt}
-            if bad := first_nonfinite(trees, self.job.mesh):
-                what = f"step {self.step} made {bad}, whose norm is not finite"
-                raise self._not_good(f"{what}; a smaller learning rate may help")
-            self.lock.check()
-            ends = self.stopped or self.step == self.job.run.steps
-            self.checkpoints.save(self.state, self.batches.get_state(), wait=ends)
-            self._call("on_checkpoint", self.step, self.checkpoints.folder / str(self.step))
+        if not jnp.isfinite(jax.jit(optax.tree.norm)(self.state.params)):
+            bad = first_nonfinite("parameter", self.state.params) or "parameters"
+            what = f"step {self.step} made {bad}, whose norm is not finite"
+            raise self._not_good(f"{what}; a smaller learning rate may help")
+        self.lock.check()
+        ends = self.stopped or self.step == self.job.run.steps
+        self.checkpoints.save(self.state, self.batches.get_state(), wait=ends)
+        self._call("on_checkpoint", self.step, self.checkpoints.folder / str(self.step))
 
     def finish(self) -> FitResult:
         """Print and draw how the run ended. Raises: the first error of a callback."""
@@ -268,7 +288,7 @@ class Training:
         if finished:
             evaluation = self.evaluation = self.evaluation or self._measured()  # it may have been finished before
             if self.options.report:
-                order2 = order2_of(self.ready.source, self.ready.tokenizer, self.held_out)
+                order2 = order2_of(self.source, self.tokenizer, self.held_out)
             if self.options.report and processes.is_first():
                 self.lock.check()
                 pictures = draw(self.out, evaluation, self.metrics.rows(), self.job.run.model)
@@ -302,56 +322,15 @@ def _of_any_seed(job: Job) -> Job:
 
 
 @contextmanager
-def _only_writer(out: Path, run: RunConfig) -> Iterator[FolderLock]:
-    """Lock the run folder: process 0 holds the lock, and the others get one that is always in order."""
+def _only_writer(job: Job, out: Path, made: dict[str, Any]) -> Iterator[FolderLock]:
+    """Lock and claim the run folder: process 0 holds the lock, and the others get one that is always in order."""
+    locks = [FolderLock()]
+
+    def lock() -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        locks.append(stack.enter_context(acquire(out)))
+        claim(out, job.run, kernels_of(job), made)
+
     with ExitStack() as stack:
-        held = [FolderLock()]
-
-        def lock() -> None:
-            held[0] = stack.enter_context(acquire(out))
-            claim(out, run)  # again: two processes may have claimed a new folder at the same time
-
         processes.by_first(lock)
-        try:
-            yield held[0]
-        except SaveFailed:
-            held[0].check()  # says more, if the folder is gone
-            raise
-
-
-class _Speed:
-    """Tokens a second and MFU between two rows, without evaluation and saving. Without a peak there is no MFU."""
-
-    def __init__(self, ready: Prepared):
-        run = ready.job.run
-        self._tokens, self._flops, self._peak = run.data.batch_size * run.data.seq_len, flops_per_token(run), ready.peak
-        self._since = time.perf_counter()
-        self._step: int | None = None
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - start
-
-    def since_last(self, step: int) -> dict[str, float]:
-        since, before = self._since, self._step
-        self._since, self._step = time.perf_counter(), step
-        if before is None:  # the first row holds the compilation
-            return {}
-        rate = (step - before) * self._tokens / max(self._since - since, 1e-9)
-        return {"tokens_per_s": rate} | ({"mfu": rate * self._flops / self._peak} if self._peak else {})
-
-
-@contextmanager
-def _asked_to_stop() -> Iterator[threading.Event]:
-    """An event that SIGTERM or SIGINT sets; a second SIGINT interrupts at once."""
-    asked = threading.Event()
-
-    def note(number, frame):
-        if asked.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.set()
-
-    with handled(note, *STOP):
-        yield asked
+        yield locks[-1]

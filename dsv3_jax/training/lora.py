@@ -22,7 +22,6 @@ This costs the products of a training step without LoRA; what it saves is the op
 
 import math
 import zlib
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,32 +36,21 @@ NAME = "lora"  # of the adapters in a state's parameters
 MODULES: dict[LoraPart, str] = {"attention": "attn", "dense": "ffn", "shared": "shared", "routed": "experts"}
 
 
-class Sides(NamedTuple):
-    """How the axes of a parameter make matrices. Each field but the last holds names of axes.
-
-    Leading axes without names, a stack's layers, are a batch too.
-    """
-
-    batch: tuple[str | None, ...]  # a matrix for each
-    left: tuple[str | None, ...]
-    right: tuple[str | None, ...]
-    input_is_right: bool  # inputs are the right axes, outputs the left ones
-
-
-def sides(names: tuple[str | None, ...]) -> Sides:
-    """Read a matrix's sides off the names of its axes.
+def sides(names: tuple[str | None, ...]) -> tuple[int, int, bool]:
+    """Read off the names of a parameter's axes how they make matrices: a batch, left axes, right axes.
 
     Heads and the axis after them are one side. Inputs come first, but in w_uk and w_uv, which end in the latent that
-    they read.
+    they read. Leading axes without names, a stack's layers, are a batch too.
+
+    Returns: (the first left axis, the first right axis, whether the right ones are inputs).
 
     Example:
-        >>> sides(("latent", "heads", None)).right, sides(("expert", "dim", "hidden")).batch
-        (('heads', None), ('expert',))
+        >>> sides(("latent", "heads", None)), sides(("expert", "dim", "hidden"))
+        ((0, 1, False), (1, 2, False))
     """
-    batch = names[:1] if names[0] == "expert" else ()
-    rest = names[len(batch) :]
-    cut = 2 if rest[0] == "heads" else 1
-    return Sides(batch, rest[:cut], rest[cut:], rest[cut:] == ("latent",))
+    left = 1 if names[0] == "expert" else 0
+    right = left + (2 if names[left] == "heads" else 1)
+    return left, right, names[right:] == ("latent",)
 
 
 def init(cfg: Lora, weights: nnx.State, key: Array) -> nnx.State:
@@ -78,16 +66,17 @@ def init(cfg: Lora, weights: nnx.State, key: Array) -> nnx.State:
     """
     made = {}
     for path, v in nnx.to_flat_state(weights) if cfg.rank else ():
-        if not any(MODULES[part] in path for part in cfg.on) or not names_of(v):  # a norm's scale has no names
+        names = names_of(v)
+        if not any(MODULES[part] in path for part in cfg.on) or not names:  # a norm's scale has no names
             continue
-        side = sides(names_of(v))
-        start = len(v.shape) - len(side.left) - len(side.right)
-        lead, left, right = v.shape[:start], v.shape[start:][: len(side.left)], v.shape[start + len(side.left) :]
-        shapes = (*lead, *left, cfg.rank), (*lead, cfg.rank, *right)
-        axes = (*side.batch, *side.left, None), (*side.batch, None, *side.right)
-        a, b = (1, 0) if side.input_is_right else (0, 1)
+        left, right, input_is_right = sides(names)
+        layers = len(v.shape) - len(names)
+        of_left, of_right = v.shape[layers + left : layers + right], v.shape[layers + right :]
+        shapes = (*v.shape[: layers + right], cfg.rank), (*v.shape[: layers + left], cfg.rank, *of_right)
+        axes = (*names[:right], None), (*names[:left], None, *names[right:])
+        a, b = (1, 0) if input_is_right else (0, 1)
         own = jax.random.fold_in(key, zlib.crc32(repr(path).encode()))
-        std = 1 / math.sqrt(math.prod(right if side.input_is_right else left))
+        std = 1 / math.sqrt(math.prod(of_right if input_is_right else of_left))
         made[NAME, *path, "a"] = nnx.Param(std * jax.random.normal(own, shapes[a], jnp.float32), axes=axes[a])
         made[NAME, *path, "b"] = nnx.Param(jnp.zeros(shapes[b], jnp.float32), axes=axes[b])
     return nnx.from_flat_state(made)
@@ -125,7 +114,7 @@ def join(cfg: Lora, params: nnx.State) -> nnx.State:
         if a is None or b is None:
             return v
         factors = a.get_value(), cfg.alpha / cfg.rank * b.get_value()
-        return v.replace(Frozen(w, *(reversed(factors) if sides(names_of(v)).input_is_right else factors)))
+        return v.replace(Frozen(w, *(reversed(factors) if sides(names_of(v))[2] else factors)))
 
     return nnx.from_flat_state({path: used(path, v) for path, v in nnx.to_flat_state(weights)})
 
@@ -139,28 +128,14 @@ def merge(cfg: Lora, params: nnx.State) -> nnx.State:
         >>> merge(Lora(rank=1, alpha=10.0), nnx.State({"w": w, "lora": {"w": {"a": a, "b": b}}}))["w"][...]
         Array([[60.]], dtype=float32)
     """
-    joined = dict(nnx.to_flat_state(join(cfg, params)))
-    changed = {path: v.get_value() for path, v in joined.items() if isinstance(v.get_value(), Frozen)}
-    pairs = [(value.left, value.right) for value in changed.values()]
-    weights = [value.w for value in changed.values()]
+    adapters, weights = split(params)
+    if not adapters:
+        return weights
 
-    def merged(weights, pairs):
-        return [Frozen(w, *pair).merge() for w, pair in zip(weights, pairs, strict=True)]
+    def merged(weights: nnx.State, adapters: nnx.State) -> nnx.State:
+        joined = nnx.to_flat_state(join(cfg, nnx.merge_state(weights, adapters)))
+        pairs = ((path, v, v.get_value()) for path, v in joined)
+        return nnx.from_flat_state((path, v.replace(x.merge()) if isinstance(x, Frozen) else v) for path, v, x in pairs)
 
-    into = [w.sharding for w in weights]
-    results = jax.jit(merged, donate_argnums=0, out_shardings=into)(weights, pairs)
-    for path, result in zip(changed, results, strict=True):
-        joined[path] = joined[path].replace(result)
-    return nnx.from_flat_state(joined)
-
-
-def describe(cfg: Lora, params: nnx.State) -> str:
-    """Say how many parameters train.
-
-    Example:
-        >>> a, w = nnx.Param(jnp.ones(2)), nnx.Param(jnp.ones(9))
-        >>> describe(Lora(rank=4, on=("attention", "routed")), nnx.State({"lora": {"w": {"a": a}}, "w": w}))
-        'training 2 of 11 parameters: LoRA of rank 4 on attention, routed'
-    """
-    trained, frozen = (sum(x.size for x in jax.tree.leaves(part)) for part in split(params))
-    return f"training {trained:,} of {trained + frozen:,} parameters: LoRA of rank {cfg.rank} on {', '.join(cfg.on)}"
+    where = jax.tree.map(lambda x: x.sharding, weights)
+    return jax.jit(merged, donate_argnums=0, out_shardings=where)(weights, adapters)

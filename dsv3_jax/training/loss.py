@@ -5,7 +5,8 @@ trunk it may be the head's distance to the trunk's own distribution instead (`op
 Source: DeepSeek-V3 report, equations 17-25.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,22 +18,9 @@ from dsv3_jax.model.moe import LayerRouting
 from dsv3_jax.model.transformer import ForwardOut, Transformer
 from dsv3_jax.ops import balance
 from dsv3_jax.ops.cross_entropy import token_scores
-from dsv3_jax.ops.draft_loss import Distance, summed_distance
+from dsv3_jax.ops.draft_loss import summed_distance
 from dsv3_jax.training import metrics
 from dsv3_jax.training.metrics import Metrics
-
-
-class Objective(NamedTuple):
-    """Which losses are summed."""
-
-    # The total has the multi-token heads alone, (1/M)·Σ_k L_k and their balance losses; λ has no other loss to weigh
-    # them against, and is not used.
-    heads_only: bool = False
-    head_loss: HeadLoss = "ce"  # "kl" or "tv": heads learn the trunk's distribution of a token, not the text's token
-    watch: tuple[str, ...] = ()  # see `model.context.Options`
-
-
-ON_TEXT = Objective()
 
 
 class Losses(NamedTuple):
@@ -85,8 +73,10 @@ def compute_loss(
     model: Transformer,
     batch: dict[str, Array],
     mtp_weight: Float[Array, ""] | float,
-    objective: Objective = ON_TEXT,
     *,
+    heads_only: bool = False,
+    head_loss: HeadLoss = "ce",
+    watch: tuple[str, ...] = (),
     counts: Float[Array, " depths"] | None = None,
     share: float = 1.0,
 ) -> Losses:
@@ -96,6 +86,10 @@ def compute_loss(
         batch: tokens, segment_ids, positions, int32 [B, T]; loss_mask, bool [B, T], if not all tokens are targets;
             keys, a random key for each row, [B], for a router with noise.
         mtp_weight: λ.
+        heads_only: the total has the multi-token heads alone, (1/M)·Σ_k L_k and their balance losses. λ has no other
+            loss to weigh them against, and is not used.
+        head_loss: "kl" or "tv": heads learn the trunk's distribution of a token, not the text's token.
+        watch: see `model.context.Options`.
         counts: divisors of the sums, from `target_counts`: of the complete batch if this is a part of one.
         share: of the complete batch that this part is: the weight of its balance losses.
 
@@ -111,67 +105,60 @@ def compute_loss(
         5.56
     """
     tokens, segment_ids, loss_mask = batch["tokens"], batch["segment_ids"], batch.get("loss_mask")
-    out = model.forward_hidden(tokens, segment_ids, batch["positions"], batch.get("keys"), watch=objective.watch)
+    out = model.forward_hidden(tokens, segment_ids, batch["positions"], batch.get("keys"), watch=watch)
     if counts is None:
         counts = target_counts(segment_ids, 1 + len(out.mtp_h), loss_mask)
-    nats, correct = _cross_entropies(model, out, batch, counts, objective.head_loss)
-    main, mtp = nats[0], jnp.stack(nats[1:]) if nats[1:] else jnp.zeros((0,), jnp.float32)
-    feature = _feature_loss(model, out, segment_ids, loss_mask, counts)
-    heads = feature + model.mtp[0].token_weight * mtp.mean() if nats[1:] else jnp.zeros((), jnp.float32)
-    balance = _balance(out, objective.heads_only) * share
+    (main, *nats), accuracy, feature = _token_losses(model, out, batch, counts, head_loss)
+    mtp = jnp.stack(nats) if nats else jnp.zeros((0,), jnp.float32)
+    heads = feature + model.mtp[0].token_weight * mtp.mean() if nats else jnp.zeros((), jnp.float32)
+    balance = _balance(out, heads_only) * share
     measures = [r.bias_measure for r in _routings(out) if r.bias_measure is not None]
-    total = heads + balance if objective.heads_only else main + balance + mtp_weight * heads
+    total = heads + balance if heads_only else main + balance + mtp_weight * heads
     measure = jnp.concatenate(measures) * share if measures else None
-    found = metrics.weighted(out.metrics, share)
-    return Losses(total, main, mtp, feature, balance, correct[0], _load(out), found, measure)
+    return Losses(total, main, mtp, feature, balance, accuracy, _load(out), out.metrics, measure)
 
 
-def _cross_entropies(
+def _token_losses(
     model: Transformer, out: ForwardOut, batch: dict[str, Array], counts: Array, head_loss: HeadLoss
-) -> tuple[list[Array], list[Array]]:
-    """(Mean loss, share of targets that are the argmax) of the trunk, then of each head."""
+) -> tuple[list[Array], Array, Array]:
+    """(Mean loss of the trunk, then of each head; the trunk's accuracy; what heads add to their cross-entropy.)"""
     matrix = model.head_matrix()
 
-    @jax.named_scope("loss")
-    def cross_entropy(matrix, h, wanted, mask):
-        flat = h.reshape(-1, h.shape[-1]), matrix, wanted.reshape(-1), mask.reshape(-1)
-        return model.kernels("cross_entropy", *flat), ()
+    def summed(score: Callable, *rows: Array) -> Any:
+        """`score(*rows, matrix)`, added up over the devices; rows are tokens."""
 
-    nats, correct = [], []
-    for ahead, h in enumerate((out.h[:, :-1], *out.mtp_h), start=1):
-        wanted, mask = targets(batch["tokens"], batch["segment_ids"], ahead, batch.get("loss_mask"))
-        h = h[:, : wanted.shape[1]]
-        (total, right), _ = shard_map_over_batch(cross_entropy, (matrix,), h, wanted, mask)
-        if ahead > 1 and head_loss != "ce":
-            # The trunk's prediction of the same token, one position before it.
-            own = out.h[:, ahead - 1 : ahead - 1 + wanted.shape[1]]
-            total = _distance(matrix, h, own, mask, head_loss)
-        nats.append(total / counts[ahead - 1])
-        correct.append(right / counts[ahead - 1])
-    return nats, correct
+        @jax.named_scope("loss")
+        def local(matrix, *rows):
+            return score(*(x.reshape(-1, *x.shape[2:]) for x in rows), matrix), ()
 
+        return shard_map_over_batch(local, (matrix,), *rows)[0]
 
-@jax.named_scope("loss")
-def _distance(matrix: Array, h: Array, own: Array, mask: Array, kind: Distance) -> Array:
-    def summed(matrix, h, own, mask):
-        flat = (x.reshape(-1, x.shape[-1]) for x in (h, own))
-        return summed_distance(*flat, matrix, mask.reshape(-1), kind), ()
+    def cross_entropy(h, wanted, mask, matrix):
+        return model.kernels("cross_entropy", h, matrix, wanted, mask)
 
-    return shard_map_over_batch(summed, (matrix,), h, own, mask)[0]
+    def distance(h, trunk, mask, matrix):
+        return summed_distance(h, trunk, matrix, mask, head_loss)
 
-
-def _feature_loss(
-    model: Transformer, out: ForwardOut, segment_ids: Array, loss_mask: Array | None, counts: Array
-) -> Array:
-    """The loss that heads add to their cross-entropy, mean over positions with a target and over heads."""
-    total = jnp.zeros((), jnp.float32)
-    for k, (head, h) in enumerate(zip(model.mtp, out.mtp_h, strict=True), start=1):
-        mask = targets(segment_ids, segment_ids, k + 1, loss_mask)[1]
-        wanted = jax.lax.stop_gradient(out.h[:, k:-1])
-        loss = head.feature_loss(h[:, : mask.shape[1]], wanted)
+    nats, accuracy, feature = [], jnp.zeros(()), jnp.zeros((), jnp.float32)
+    for k, h, wanted, mask in _by_depth(out, batch):
+        trunk = out.h[:, k:-1]  # from these it predicts the same tokens
+        if k and head_loss != "ce":
+            total = summed(distance, h, trunk, mask)
+        else:
+            total, right = summed(cross_entropy, h, wanted, mask)
+            accuracy = accuracy if k else right / counts[0]
+        nats.append(total / counts[k])
+        loss = model.mtp[k - 1].feature_loss(h, jax.lax.stop_gradient(trunk)) if k else None
         if loss is not None:
-            total += (loss * mask.astype(jnp.float32)).sum() / counts[k] / len(out.mtp_h)
-    return total
+            feature += (loss * mask.astype(jnp.float32)).sum() / counts[k] / len(out.mtp_h)
+    return nats, accuracy, feature
+
+
+def _by_depth(out: ForwardOut, batch: dict[str, Array]) -> Iterator[tuple[int, Array, Array, Array]]:
+    """0 for the trunk, then a head's number from 1; its rows that predict tokens of the text, these tokens, mask."""
+    for k, h in enumerate((out.h, *out.mtp_h)):
+        wanted, mask = targets(batch["tokens"], batch["segment_ids"], k + 1, batch.get("loss_mask"))
+        yield k, h[:, : wanted.shape[1]], wanted, mask
 
 
 def _routings(out: ForwardOut, heads_only: bool = False) -> list[LayerRouting]:
@@ -190,17 +177,17 @@ def _load(out: ForwardOut) -> Array:
     return jnp.concatenate([r.load for r in routings]) if routings else jnp.zeros((0, 1), jnp.float32)
 
 
-def add_parts(a: Losses, b: Losses) -> Losses:
-    """Add the losses of two parts of a batch, and their metrics by their rules.
+def over_parts(parts: Losses) -> Losses:
+    """The losses of a batch, from those of its parts, which are stacked: sums, and metrics by their rules.
 
     Example:
-        >>> one = Losses(*[jnp.ones(())] * 7, metrics={"dense": {"max_logit": jnp.array([1.0, 7.0])}})
-        >>> both = add_parts(one, one._replace(metrics={"dense": {"max_logit": jnp.array([2.0, 3.0])}}))
-        >>> both.main, both.metrics["dense"]["max_logit"]
+        >>> parts = Losses(*[jnp.ones(2)] * 7, metrics={"dense": {"max_logit": jnp.array([[1.0, 7.0], [2.0, 3.0]])}})
+        >>> batch = over_parts(parts)
+        >>> batch.main, batch.metrics["dense"]["max_logit"]
         (Array(2., dtype=float32), Array([2., 7.], dtype=float32))
     """
-    total = jax.tree.map(jnp.add, a._replace(metrics={}), b._replace(metrics={}))
-    return total._replace(metrics=metrics.add(a.metrics, b.metrics))
+    total = jax.tree.map(lambda x: x.sum(0), parts._replace(metrics={}))
+    return total._replace(metrics=metrics.over_parts(parts.metrics))
 
 
 class Scores(NamedTuple):
@@ -244,25 +231,20 @@ def score_tokens(model: Transformer, batch: dict[str, Array], num_domains: int =
         >>> nll.shape, round(float(nll[0, 0]), 2)  # even odds over 260 tokens: ln 260
         ((1, 3), 5.56)
     """
-    tokens, segment_ids, loss_mask = batch["tokens"], batch["segment_ids"], batch.get("loss_mask")
-    out = model.forward_hidden(tokens, segment_ids, batch["positions"])
-    matrix = model.head_matrix()
-    wanted, mask = targets(tokens, segment_ids, 1, loss_mask)
-    nll, own = _score(out.h[:, :-1], matrix, wanted)
-    agree, drafted = [], []
-    alive = mask
-    for ahead, h in enumerate(out.mtp_h, start=2):
-        length = tokens.shape[1] - ahead
-        wanted, mask_k = targets(tokens, segment_ids, ahead, loss_mask)
-        _, draft = _score(h[:, :length], matrix, wanted)
-        alive = alive[:, :length] & mask_k
-        same = draft == own[:, ahead - 1 : ahead - 1 + length]
+    segment_ids, matrix = batch["segment_ids"], model.head_matrix()
+    out = model.forward_hidden(batch["tokens"], segment_ids, batch["positions"])
+    (_, h, wanted, mask), *heads = _by_depth(out, batch)
+    nll, own = _score(h, matrix, wanted)
+    agree, drafted, alive = [], [], mask
+    for k, h, wanted, is_target in heads:
+        length = wanted.shape[1]
+        _, draft = _score(h, matrix, wanted)
+        alive = alive[:, :length] & is_target
         drafted.append(alive.sum(dtype=jnp.float32))
-        alive = alive & same
+        alive = alive & (draft == own[:, k : k + length])
         agree.append(alive.sum(dtype=jnp.float32))
-    none = jnp.zeros((0,), jnp.float32)
     by_domain = _domain_load(out, segment_ids != 0, batch.get("domains"), num_domains, model.cfg.num_experts)
-    agreed, counted = (jnp.stack(x) if x else none for x in (agree, drafted))
+    agreed, counted = (jnp.array(x, jnp.float32) for x in (agree, drafted))
     return Scores(nll, mask, agreed, counted, _load(out), by_domain)
 
 

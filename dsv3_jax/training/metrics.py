@@ -1,70 +1,45 @@
-"""Metrics of layers: how layers, parts of a batch and devices become one logged number.
+"""What is logged of a step: metrics of layers and of the experts' load, as a row of plain numbers.
 
 A block returns its metrics by name. One rule holds for each name: a name that begins with "max_" is a maximum over
-all of them, any other a mean. A new metric is one entry where its block makes it, in `model/moe.py` for a sparse one.
+layers, parts of a batch and devices, any other a mean. A new metric is one entry where its block makes it, in
+`model/moe.py` for a sparse one.
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
+from jaxtyping import Array, Float
+
+from dsv3_jax.config import RunConfig
+from dsv3_jax.mesh.token_exchange import wire_bytes
+from dsv3_jax.ops import balance
 
 Metrics = dict[str, dict[str, Any]]  # arrays by the block's path and by name, as `ForwardOut.metrics`
+LOAD_ROWS = 1000  # about so many steps of a run log their load: a large model's is tens of kilobytes
 
 
-def is_max(name: str) -> bool:
-    """Whether a metric's rule is the maximum.
-
-    Example:
-        >>> is_max("max_logit"), is_max("dropped")
-        (True, False)
-    """
-    return name.startswith("max_")
+def _rule(name: str) -> Callable[..., Array]:
+    return jnp.max if name.startswith("max_") else jnp.mean
 
 
-def weighted(metrics: Metrics, share: float) -> Metrics:
-    """The metrics of a part that is such a share of its batch, to be added by `add`.
+def over_parts(metrics: Metrics) -> Metrics:
+    """Metrics of a batch, from those of its parts, which are stacked.
 
     Example:
-        >>> weighted({"sparse": {"dropped": 0.5, "max_logit": 3.0}}, share=0.5)
-        {'sparse': {'dropped': 0.25, 'max_logit': 3.0}}
+        >>> over_parts({"": {"dropped": jnp.array([0.5, 1.0]), "max_logit": jnp.array([3.0, 2.0])}})
+        {'': {'dropped': Array(0.75, dtype=float32), 'max_logit': Array(3., dtype=float32)}}
     """
-    return {path: {name: x if is_max(name) else x * share for name, x in of.items()} for path, of in metrics.items()}
+    return {path: {name: _rule(name)(x, axis=0) for name, x in of.items()} for path, of in metrics.items()}
 
 
-def add(a: Metrics, b: Metrics) -> Metrics:
-    """Add two parts of a batch.
-
-    Example:
-        >>> both = add({"": {"dropped": 0.25, "max_logit": 3.0}}, {"": {"dropped": 0.5, "max_logit": 2.0}})
-        >>> float(both[""]["dropped"]), float(both[""]["max_logit"])
-        (0.75, 3.0)
-    """
-    return {
-        path: {name: (jnp.maximum if is_max(name) else jnp.add)(x, b[path][name]) for name, x in of.items()}
-        for path, of in a.items()
-    }
-
-
-def empty(metrics: Metrics) -> Metrics:
-    """What `add` starts from, in the shapes of these.
-
-    Example:
-        >>> empty({"": {"dropped": jnp.ones(1), "max_logit": jnp.ones(1)}})
-        {'': {'dropped': Array([0.], dtype=float32), 'max_logit': Array([-inf], dtype=float32)}}
-    """
-    return {
-        path: {name: jnp.full_like(x, -jnp.inf if is_max(name) else 0) for name, x in of.items()}
-        for path, of in metrics.items()
-    }
-
-
-def logged(metrics: Metrics) -> dict[str, Array]:
+def over_layers(metrics: Metrics) -> dict[str, Array]:
     """One number for each name, over all blocks.
 
     Example:
-        >>> found = logged({"sparse": {"dropped": jnp.array([0.0, 0.5])}, "mtp.0.block": {"dropped": jnp.array(1.0)}})
+        >>> found = over_layers({"sparse": {"dropped": jnp.array([0.0, 0.5])}, "mtp.0": {"dropped": jnp.ones(())}})
         >>> float(found["dropped"])
         0.5
     """
@@ -72,4 +47,61 @@ def logged(metrics: Metrics) -> dict[str, Array]:
     for of in metrics.values():
         for name, x in of.items():
             by_name[name].append(x.reshape(-1))
-    return {name: (jnp.max if is_max(name) else jnp.mean)(jnp.concatenate(xs)) for name, xs in by_name.items()}
+    return {name: _rule(name)(jnp.concatenate(xs)) for name, xs in by_name.items()}
+
+
+def of_load(load: Float[Array, "L E"]) -> dict[str, Array]:
+    """Measures of a step's load: means over layers, and the extremes. Empty without layers.
+
+    Example:
+        >>> float(of_load(jnp.array([[6.0, 2.0, 2.0, 2.0]]))["max_vio"])
+        1.0
+    """
+    if not load.shape[0]:
+        return {}
+    measures = {"max_vio": balance.max_vio, "load_entropy": balance.entropy, "load_gini": balance.gini}
+    low, high = balance.min_max(load)
+    return {name: f(load).mean() for name, f in measures.items()} | {"load_min": low.min(), "load_max": high.max()}
+
+
+def as_row(step: int, found: dict[str, Any], run: RunConfig) -> dict[str, Any]:
+    """A row of metrics.jsonl: the numbers among a step's metrics.
+
+    Example:
+        >>> import dsv3_jax as ds
+        >>> found = {"loss": np.float32(5.5), "mtp_loss": np.zeros(0), "tokens_sent": np.float32(0)}
+        >>> as_row(10, found, ds.recipe("tiny"))
+        {'step': 10, 'loss': 5.5}
+    """
+    row: dict[str, Any] = {"step": step, "loss": float(found["loss"])}
+    if found["mtp_loss"].size:
+        row["mtp_loss"] = [float(x) for x in found["mtp_loss"]]
+    row |= {key: float(x) for key, x in found.items() if np.ndim(x) == 0 and key != "finite"}
+    if sent := row.pop("tokens_sent", 0.0):
+        itemsize = jnp.dtype(run.execution.compute_dtype).itemsize
+        row |= {"tokens_sent": sent, "wire_bytes": wire_bytes(sent, run.model, itemsize)}
+    return row
+
+
+def load_every(run: RunConfig) -> int:
+    """Steps between two rows of load.jsonl: a multiple of `log_every`.
+
+    Example:
+        >>> import dsv3_jax as ds
+        >>> load_every(ds.replace(ds.recipe("tiny"), steps=50_000, log_every=20))
+        40
+    """
+    return run.log_every * max(1, run.steps // (LOAD_ROWS * run.log_every))
+
+
+def load_row(step: int, found: dict[str, Any]) -> dict[str, Any]:
+    """A row of load.jsonl: the load, and the bias after the step where a rule moves it.
+
+    Example:
+        >>> load_row(10, {"load": np.array([[3.0, 1.0]]), "bias": np.array([[-0.001, 0.001]], np.float32)})
+        {'step': 10, 'load': [[3, 1]], 'bias': [[-0.001, 0.001]]}
+    """
+    row: dict[str, Any] = {"step": step, "load": np.asarray(found["load"]).astype(int).tolist()}
+    if "bias" in found:
+        row["bias"] = [[float(f"{x:.6g}") for x in layer] for layer in np.asarray(found["bias"]).tolist()]
+    return row

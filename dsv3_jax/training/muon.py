@@ -69,9 +69,7 @@ def direction(
 
 def _orthogonal(x: Float[Array, "*n"], names: tuple[str | None, ...]) -> Float[Array, "*n"]:
     """0.2 √max(in, out) · NewtonSchulz of one layer's weight."""
-    side = sides(names)
-    batch, left = x.shape[: len(side.batch)], x.shape[len(side.batch) :][: len(side.left)]
-    right = x.shape[len(batch) + len(left) :]
-    rows, columns = math.prod(left), math.prod(right)
-    made = orthogonalize(x.reshape(*batch, rows, columns))
+    left, right, _ = sides(names)
+    rows, columns = math.prod(x.shape[left:right]), math.prod(x.shape[right:])
+    made = orthogonalize(x.reshape(*x.shape[:left], rows, columns))
     return (RMS * math.sqrt(max(rows, columns)) * made).reshape(x.shape)

@@ -1,13 +1,15 @@
 """How parameters move: the schedules, and the optimizers AdamW, Muon, and any optax transformation.
 
 `make` gives the optimizer of a run, by `OptimConfig.name`, of which MAKERS has the classes. A transformation that is
-given to `ds.train.fit(…, optimizer=tx)` comes before that name.
+given to `ds.train.fit(…, optimizer=tx)` comes before that name. The functions of an optimizer are pure, and run under
+`jax.jit`: `init` makes the state of step 0, any tree of arrays or variables; `update` takes a step, see `AdamW`.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,27 +22,8 @@ from dsv3_jax.kernels.choose import Kernels, Target
 from dsv3_jax.mesh.sharding import names_of
 from dsv3_jax.training import muon
 
+Transform: TypeAlias = optax.GradientTransformation | None
 XLA = Kernels(Target("cpu", "xla"))  # for structures that compute nothing
-
-
-@runtime_checkable
-class Optimizer(Protocol):
-    """How parameters move. Both functions are pure, and run under `jax.jit`."""
-
-    def init(self, params: nnx.State) -> Any:
-        """The state of step 0, any tree of arrays or variables."""
-
-    def update(
-        self, step: Array, params: nnx.State, state: Any, grads: nnx.State, norm: Array, keep: Array
-    ) -> tuple[nnx.State, Any]:
-        """Take one step on gradients that are clipped to `clip_norm`.
-
-        Args:
-            step: int32 [], steps taken before this one.
-            norm: of all gradients.
-            keep: bool []: take the step; False changes nothing, whatever the gradients are.
-        Returns: (params, state).
-        """
 
 
 def learning_rate(cfg: OptimConfig, steps: int, step: Array) -> Array:
@@ -128,20 +111,24 @@ class AdamW:
     def update(
         self, step: Array, params: nnx.State, state: Any, grads: nnx.State, norm: Array, keep: Array
     ) -> tuple[nnx.State, Any]:
+        """Take one step on gradients that are clipped to `clip_norm`.
+
+        Args:
+            step: int32 [], steps taken before this one.
+            norm: of all gradients.
+            keep: bool []: take the step; False changes nothing, whatever the gradients are.
+        Returns: (params, state).
+        """
         cfg, count = self.cfg, (step + 1).astype(jnp.float32)
         clip, rate = clip_factor(cfg, norm), learning_rate(cfg, self.steps, step)
         to_mean, to_square = 1 / (1 - cfg.beta1**count), 1 / (1 - cfg.beta2**count)
         numbers = jnp.stack([clip, to_mean, to_square, rate, keep.astype(jnp.float32)])
-        settings = {"beta1": cfg.beta1, "beta2": cfg.beta2, "eps": cfg.eps}
-
-        def leaf(p, mu, nu, g, decays):
-            decay = cfg.weight_decay if decays else 0.0
-            return self.kernels("optimizer", p, mu, nu, g, numbers, **settings, decay=decay)
-
-        leaves, tree = jax.tree.flatten(params)
-        rest = (jax.tree.leaves(t) for t in (state.mu, state.nu, grads, decays(params)))
-        new = [leaf(*x) for x in zip(leaves, *rest, strict=True)]
-        p, mu, nu = (jax.tree.unflatten(tree, [x[i] for x in new]) for i in range(3))
+        settings: dict[str, Any] = {"betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps}
+        variables = jax.tree.leaves(params, is_leaf=_is_variable)  # each has one leaf
+        decays = [cfg.weight_decay if v.get_metadata().get("decay", True) else 0.0 for v in variables]
+        leaves = zip(*map(jax.tree.leaves, (params, state.mu, state.nu, grads)), decays, strict=True)
+        new = [self.kernels("optimizer", *x, numbers, **settings, decay=decay) for *x, decay in leaves]
+        p, mu, nu = (jax.tree.unflatten(jax.tree.structure(params), [x[i] for x in new]) for i in range(3))
         return p, AdamState(mu, nu)
 
 
@@ -153,21 +140,6 @@ def clip_factor(cfg: OptimConfig, norm: Array) -> Array:
         [1.0, 0.25]
     """
     return jnp.where(norm < cfg.clip_norm, 1.0, cfg.clip_norm / norm)
-
-
-def decays(params: nnx.State) -> nnx.State:
-    """Which leaves take weight decay, in the parameters' structure: all but the norms' scales.
-
-    Example:
-        >>> params = nnx.State({"w": nnx.Param(jnp.ones(2)), "scale": nnx.Param(jnp.ones(2), decay=False)})
-        >>> nnx.to_pure_dict(decays(params))
-        {'scale': False, 'w': True}
-    """
-
-    def mark(v):
-        return jax.tree.map(lambda _: v.get_metadata().get("decay", True), v)
-
-    return jax.tree.map(mark, params, is_leaf=_is_variable)
 
 
 class MuonState(NamedTuple):
@@ -224,7 +196,7 @@ class Optax:
     """
 
     cfg: OptimConfig
-    tx: optax.GradientTransformation | None  # None: the state is empty, for readers, and there is no update
+    tx: Transform  # None: the state is empty, for readers, and there is no update
 
     def init(self, params: nnx.State) -> Any:
         if self.tx is None:
@@ -265,9 +237,8 @@ def _named(state: Any, params: nnx.State) -> Any:
     flat = dict(nnx.to_flat_state(params))
 
     def of(path: tuple, leaf: Array) -> Any:
-        keys = [key.key if isinstance(key, jax.tree_util.DictKey) else None for key in path]
-        suffixes = (tuple(keys[start:]) for start in range(len(keys)))
-        v = next((flat[keys] for keys in suffixes if keys in flat), None)
+        keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        v = next((flat[keys[start:]] for start in range(len(keys)) if keys[start:] in flat), None)
         mirrors = v is not None and v.shape == leaf.shape and names_of(v)
         return nnx.Variable(leaf, axes=names_of(v)) if mirrors else leaf
 
@@ -277,9 +248,7 @@ def _named(state: Any, params: nnx.State) -> Any:
 MAKERS = {"adamw": AdamW, "muon": Muon}
 
 
-def make(
-    cfg: OptimConfig, steps: int, kernels: Kernels = XLA, transformation: optax.GradientTransformation | None = None
-) -> Optimizer:
+def make(cfg: OptimConfig, steps: int, kernels: Kernels = XLA, transformation: Transform = None) -> AdamW | Optax:
     """Make the optimizer of a run.
 
     Args:
@@ -328,13 +297,5 @@ def name_of(tx: optax.GradientTransformation, params: nnx.State) -> str:
     """
     with _promoting():
         state = jax.eval_shape(tx.init, nnx.to_pure_dict(params))
-    return f"{OPTAX}{'+'.join(dict.fromkeys(_types(state))) or 'no state'}"
-
-
-def _types(tree: Any) -> list[str]:
-    """Names of the named tuples in a state that hold arrays themselves, and not by further named tuples."""
-    if not jax.tree.leaves(tree):
-        return []
-    parts = list(tree.values()) if isinstance(tree, dict) else list(tree) if isinstance(tree, tuple) else []
-    inner = [name for part in parts for name in _types(part)]
-    return inner or ([type(tree).__name__] if hasattr(tree, "_fields") else [])
+    types = dict.fromkeys(re.findall(r"namedtuple\[(\w+)\]", str(jax.tree.structure(state))))
+    return OPTAX + ("+".join(name for name in types if name != "EmptyState") or "no state")

@@ -9,9 +9,7 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Callable
-from functools import cache, partial
-from typing import Any
+from functools import cache
 
 
 @cache
@@ -25,15 +23,11 @@ def silence() -> None:
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's own logger
     logging.getLogger("asyncio").addFilter(lambda record: not _is_of_orbax(record))
-    sys.unraisablehook = partial(_unless_from_a_closed_loop, sys.unraisablehook)
+    hook, closed = sys.unraisablehook, "RuntimeError('Event loop is closed')"
+    sys.unraisablehook = lambda found: None if repr(found.exc_value) == closed else hook(found)
 
 
 def _is_of_orbax(record: logging.LogRecord) -> bool:
     """By a file of its code or its temporary folder, in the message or the traceback, or by TensorStore's words."""
     trace = traceback.format_tb(record.exc_info[2]) if record.exc_info else []
     return re.search("orbax.checkpoint|tensorstore_spec", record.getMessage() + "".join(trace)) is not None
-
-
-def _unless_from_a_closed_loop(hook: Callable[[Any], object], found: Any) -> None:
-    if not (found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"):
-        hook(found)

@@ -1,4 +1,4 @@
-"""Before the first step, in three phases: the processes agree, the run is checked, and what it needs is read."""
+"""Before the first step: the options of `fit`; then the processes agree, the run is checked, and its text is read."""
 
 import importlib.metadata
 import os
@@ -8,29 +8,63 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from dsv3_jax.cluster import processes
-from dsv3_jax.config import OPTIMIZERS, ConfigError, RunConfig, replace, to_dict
+from dsv3_jax.config import ConfigError, RunConfig, replace, to_dict
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.batches import Source
 from dsv3_jax.data.source import check_vocab, open_source
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.kernels import choose, xla_flags
 from dsv3_jax.mesh import sharding
-from dsv3_jax.model.counting import train_flops_per_token
-from dsv3_jax.ops import balance
-from dsv3_jax.report.speed import gemm_flops
-from dsv3_jax.report.units import format_bytes, format_duration
-from dsv3_jax.training import lora, optim, run_folder, warm_start
-from dsv3_jax.training.callbacks import Callback
+from dsv3_jax.report.units import format_bytes
+from dsv3_jax.training import optim, run_folder, warm_start
 from dsv3_jax.training.checkpoint import steps_of
 from dsv3_jax.training.run_folder import RUN_FILE
 from dsv3_jax.training.step import Job, abstract_state, split_trainable
 
-EXPECTED_MFU = (0.3, 0.6)  # shares of the GEMM peak that training reaches, for the estimate of its time
+
+class Callback:
+    """The methods that `fit` calls while it trains; each does nothing by default.
+
+    Only the first of several processes calls them. A callback gets plain numbers and paths, never the state, so it
+    cannot change the run. It is called between two steps, and training waits for it.
+
+    An error in `on_start` ends `fit` before the first step. After an error elsewhere the callback is not called again.
+    Training stops as after SIGTERM: the step that runs is completed and saved. Then `fit` raises the error, and the
+    same call resumes.
+
+    Example:
+        >>> class Losses(Callback):
+        ...     def __init__(self):
+        ...         self.seen = []
+        ...
+        ...     def on_step(self, row):
+        ...         self.seen.append((row["step"], row["loss"]))
+        >>> losses = Losses()
+        >>> losses.on_step({"step": 10, "loss": 5.5, "lr": 1e-3})  # `fit(run, out, callbacks=[losses])` does this
+        >>> losses.seen
+        [(10, 5.5)]
+    """
+
+    def on_start(self, run: RunConfig, out: Path, step: int) -> None:
+        """Training begins or resumes after `step` steps, in folder `out`."""
+
+    def on_step(self, row: dict[str, Any]) -> None:
+        """A row of training metrics was written, see metrics.jsonl: every `log_every` steps, in their order.
+
+        On accelerators later steps may have started by then.
+        """
+
+    def on_evaluation(self, row: dict[str, Any]) -> None:
+        """A row of validation metrics was written."""
+
+    def on_checkpoint(self, step: int, folder: Path) -> None:
+        """The state after `step` steps is being saved into `folder`. It is complete before the next one begins."""
+
+    def on_end(self, result: Any) -> None:
+        """`fit` is about to return this `FitResult`. Not called if it raises."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +77,7 @@ class Options:
     quiet: bool = False
     report: bool = True
     profile: tuple[int, int] | None = None
-    optimizer: optax.GradientTransformation | None = None
+    optimizer: optim.Transform = None
     source: Source | None = None
     callbacks: Sequence[Callback] = ()
     open_start: warm_start.Open = warm_start.open_run
@@ -54,21 +88,11 @@ class Options:
                 raise ValueError(f"callbacks holds {callback!r}, which is no dsv3_jax.train.Callback")
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A run that may train in its folder, and what was read for it."""
-
-    job: Job
-    tokenizer: Tokenizer
-    source: Source
-    start: warm_start.Start | None  # what the run begins with; None: nothing, or it has a checkpoint
-    rows: np.ndarray | None  # of the global batch that this process holds; None: all
-    changed: dict[str, tuple[int, int]]  # settings that differ from those of the run so far: name → (before, now)
-    peak: float | None  # FLOP/s of a GEMM on the run's devices; None: not measured
+Prepared = tuple[Job, Tokenizer, Source, warm_start.Start | None]  # no start: nothing to begin with, or a checkpoint
 
 
 def prepare(run: RunConfig, out: Path, options: Options) -> Prepared:
-    """Check a run, read its text and claim its folder. A run that `optimizer` trains is named by it.
+    """Check a run and read its text. A run that `optimizer` trains is named by it.
 
     Several processes call it together, and are all refused where one is.
 
@@ -93,13 +117,14 @@ def agree(run: RunConfig, options: Options) -> Job:
     devices = 1 if mesh is None else mesh.size
     flags = xla_flags.known(xla_flags.training_options(kernels.target.platform, run.execution, devices))
     job = Job(run, mesh, kernels, optimizer, flags)
-    facts: dict[str, Any] = {
+    processes.agree({
         "run": to_dict(run),
         "mesh": mesh and dict(mesh.shape),
         "kernels": kernels_of(job),
-    }
-    facts |= {"step": options.step, "stop_after": options.stop_after}
-    processes.agree(facts | {"versions": {name: importlib.metadata.version(name) for name in ("dsv3-jax", "jax")}})
+        "step": options.step,
+        "stop_after": options.stop_after,
+        "versions": {name: importlib.metadata.version(name) for name in ("dsv3-jax", "jax")},
+    })  # fmt: skip
     return job
 
 
@@ -108,31 +133,21 @@ def check(job: Job) -> None:
 
     Raises: ConfigError.
     """
-    run, target = job.run, job.chosen().target
-    balance.rule_of(run.model)  # refuses one that the router cannot have
     if job.mesh is not None:
-        sharding.check(job.mesh, run)
-        processes.check_layout(run.execution.layout)
-    if run.optim.moments_dtype != "float32" and target.name_of("optimizer") == "cpu":
-        raise ConfigError(
-            f"kernels={run.execution.kernels!r} is for float32 means, not moments_dtype={run.optim.moments_dtype!r}; "
-            "use 'auto' or 'xla'"
-        )
-    if target.platform == "cpu":
+        sharding.check(job.mesh, job.run)
+        processes.check_layout(job.run.execution.layout)
+    if job.chosen().target.platform == "cpu":
         processes.by_each(lambda: check_memory(job, jax.process_count()))
 
 
 def read(job: Job, out: Path, options: Options) -> Prepared:
-    """Read the tokenizer, the run to begin with and the text; then claim the folder.
+    """Read the tokenizer, the run to begin with and the text.
 
     Raises: ValueError.
     """
     run, begun = job.run, (out / RUN_FILE).exists()
-    own = run_folder.own_tokenizer(out)  # the file that it was copied from may be gone
-    if begun and run.data.tokenizer != "bytes" and own.exists() and not Path(run.data.tokenizer).exists():
-        run = replace(run, data=replace(run.data, tokenizer=str(own)))
-    words = processes.by_each(lambda: tokenizer.load(run.data.tokenizer))
-    changed = processes.by_each(lambda: run_folder.changes(run_folder.read_run(out), run) if begun else {})
+    own = run_folder.settled(run, out) if begun else run  # the tokenizer's first file may be gone
+    words = processes.by_each(lambda: tokenizer.load(own.data.tokenizer))
     taken = max(steps_of(out / "checkpoints"), default=0) if options.step is None else options.step
     if begun and taken > run.steps:
         raise ConfigError(f"steps={run.steps} is below the {taken} steps that the run in {out} has taken")
@@ -152,14 +167,7 @@ def read(job: Job, out: Path, options: Options) -> Prepared:
     source = options.source or processes.by_each(lambda: open_source(run.data, words))
     processes.agree({"text": source.fingerprint})
 
-    def claim() -> None:
-        made = run_folder.made_from(source.fingerprint, words.fingerprint)
-        run_folder.claim(out, run, kernels_of(job), made)
-
-    processes.by_first(claim)
-    job = replace(job, run=run_folder.settled(run, out))
-    rows = None if job.mesh is None else processes.rows_held(job.mesh, run.data.batch_size)
-    return Prepared(job, words, source, start, rows, changed, _peak(job) if options.report else None)
+    return job, words, source, start
 
 
 def check_memory(job: Job, hosts: int = 1) -> None:
@@ -179,7 +187,7 @@ def check_memory(job: Job, hosts: int = 1) -> None:
     state = abstract_state(job)
     gradients = split_trainable(job.run, state.params)[0]
     needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.params, gradients, state.opt))) / hosts
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise ConfigError(
             f"dim={job.run.model.dim} and num_layers={job.run.model.num_layers} are too large: the training state of "
@@ -202,42 +210,3 @@ def kernels_of(job: Job) -> dict[str, str]:
     adamw = names["optimizer"] if run.optim.moments_dtype == "float32" else "xla"
     others = {"adamw": adamw, "muon": f"muon by xla, adamw by {adamw}"}
     return names | {"optimizer": others.get(run.optim.name, run.optim.name)}
-
-
-def describe(ready: Prepared, step: int) -> list[str]:
-    """Lines to print before training: the text, the kernels, and how long it may take."""
-    run, mesh = ready.job.run, ready.job.mesh
-    kernels = ready.job.chosen().describe(run.execution.compute_dtype, 1 if mesh is None else mesh.size)
-    lines = [ready.source.summary, kernels, xla_flags.describe(ready.job.options)]
-    lines.append("" if run.optim.name == "adamw" else f"optimizer: {OPTIMIZERS.get(run.optim.name, run.optim.name)}")
-    lines.append(lora.describe(run.lora, abstract_state(Job(run)).params) if run.lora.rank else "")
-    lines += [f"{name}={now}, before {before}" for name, (before, now) in ready.changed.items()]
-    if "steps" in ready.changed:
-        lines.append("the learning rate's schedule is that of the new number of steps from here on")
-    if step < run.steps and ready.peak:
-        tokens = run.data.batch_size * run.data.seq_len
-        flops = flops_per_token(run) * tokens * (run.steps - step)
-        slow, fast = (format_duration(flops / (share * ready.peak)) for share in EXPECTED_MFU)
-        lines.append(
-            f"{run.steps - step:,} steps of {tokens:,} tokens: between {fast} and {slow}, "
-            f"estimated from matrix products at {ready.peak / 1e9:,.0f} GFLOP/s here"
-        )
-    return lines
-
-
-def flops_per_token(run: RunConfig) -> int:
-    """FLOPs of a trained token of a run, see `counting.train_flops_per_token`.
-
-    Example:
-        >>> import dsv3_jax as ds
-        >>> flops_per_token(ds.recipe("tiny")) == train_flops_per_token(ds.preset("tiny"))
-        True
-    """
-    adapted = run.lora.on if run.lora.rank else ()
-    return train_flops_per_token(run.model, frozen_trunk=run.trunk is not None, adapted=adapted)
-
-
-def _peak(job: Job) -> float:
-    """FLOP/s of a GEMM on the run's devices: a machine's CPU devices share its cores, others add up."""
-    devices = jax.process_count() if job.mesh is None or job.chosen().target.platform == "cpu" else job.mesh.size
-    return devices * gemm_flops(job.run.execution.compute_dtype)

@@ -9,13 +9,14 @@ import json
 import os
 import subprocess
 from datetime import UTC, datetime
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from dsv3_jax.config import Execution, RunConfig, first_difference, from_dict, replace, to_dict
 from dsv3_jax.data import hub, tokenizer
 from dsv3_jax.files import PART, read_json, write_atomic
+from dsv3_jax.lock import LOCK_FILE
 
 RUN_FILE, TOKENIZER_FILE = "run.json", "tokenizer.json"
 FORMAT = 2  # of run folders: raised when parameters or data positions change so that older ones cannot be read
@@ -39,10 +40,7 @@ def read_run(folder: str | Path) -> RunConfig:
         True
     """
     run = from_dict(RunConfig, _read(folder)["run"])
-    own = own_tokenizer(folder)
-    if run.data.tokenizer != "bytes" and own.is_file():
-        run = replace(run, data=replace(run.data, tokenizer=str(own)))
-    return run
+    return _with_own_tokenizer(run, folder)
 
 
 def read_made(folder: str | Path) -> list[dict[str, Any]]:
@@ -74,11 +72,6 @@ def _read(folder: str | Path) -> dict[str, Any]:
     return values
 
 
-def own_tokenizer(folder: str | Path) -> Path:
-    """The file of a run folder's own tokenizer; it may be absent."""
-    return tokenizer.file_of(str(folder)) if Path(folder).is_dir() else Path(folder) / TOKENIZER_FILE
-
-
 def claim(
     folder: str | Path, run: RunConfig, kernels: dict[str, str] | None = None, made: dict[str, Any] | None = None
 ) -> RunConfig:
@@ -107,52 +100,36 @@ def claim(
     folder = Path(folder)
     if (folder / RUN_FILE).exists():
         held = read_run(folder)
-        different = difference(held, run)
-        if different:
+        if different := difference(held, run):
             key, a, b = different
             raise ValueError(f"{key}={b!r} is not that of the run in {folder}, {a!r}; choose another --out")
-        _record(folder, changes(held, run), made)
+        _record(folder, held, run, made)
         return settled(run, folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out={str(folder)!r} is a file, not a folder for a run")
-    of_tokenizer = (TOKENIZER_FILE, tokenizer.TIKTOKEN_FILE, tokenizer.CONFIG_FILE, tokenizer.SPECIALS_FILE)
-    if folder.exists() and any(path.name not in of_tokenizer and path.suffix != PART for path in folder.iterdir()):
+    may_be_there = (LOCK_FILE, TOKENIZER_FILE, tokenizer.TIKTOKEN_FILE, tokenizer.CONFIG_FILE, tokenizer.SPECIALS_FILE)
+    if folder.exists() and any(path.name not in may_be_there and path.suffix != PART for path in folder.iterdir()):
         raise ValueError(f"out={str(folder)!r} holds other files and no {RUN_FILE}; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    own = own_tokenizer(folder)
     if run.data.tokenizer != "bytes":
-        own = tokenizer.keep_copy(run.data.tokenizer, folder)
+        tokenizer.keep_copy(run.data.tokenizer, folder)
     run = settled(run, folder)
-    name = own.name if run.data.tokenizer == str(own) else run.data.tokenizer
-    written = {"format": FORMAT, "run": to_dict(replace(run, data=replace(run.data, tokenizer=name)))}
+    inside = replace(run, data=replace(run.data, tokenizer=Path(run.data.tokenizer).name))
+    written = {"format": FORMAT, "run": to_dict(inside)}
     written |= {"kernels": kernels or {}, "made": [made] if made else [], "history": []}
     write_atomic(folder / RUN_FILE, json.dumps(written, indent=1) + "\n")
     return run
 
 
-def changes(held: RunConfig, run: RunConfig) -> dict[str, tuple[int, int]]:
-    """The settings of `MAY_CHANGE` that differ: name → (value before, value now).
-
-    Example:
-        >>> from dsv3_jax.presets import recipe
-        >>> changes(recipe("tiny"), replace(recipe("tiny"), steps=800))
-        {'steps': (400, 800)}
-    """
-    pairs = {name: (getattr(held, name), getattr(run, name)) for name in MAY_CHANGE}
-    return {name: (before, now) for name, (before, now) in pairs.items() if before != now}
-
-
-def _record(folder: Path, changed: dict[str, tuple[int, int]], made: dict[str, Any] | None) -> None:
+def _record(folder: Path, held: RunConfig, run: RunConfig, made: dict[str, Any] | None) -> None:
     """Write changed settings into run.json and its history, and a start into `made` if it is new."""
-    values = _read(folder)
-    is_new = bool(made) and made not in values["made"]
-    if is_new:
+    values, pairs = _read(folder), {name: (getattr(held, name), getattr(run, name)) for name in MAY_CHANGE}
+    if made and made not in values["made"]:
         values["made"].append(made)
-    if changed:
+    if changed := {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}:
         values["history"].append({"time": datetime.now(UTC).isoformat(timespec="seconds"), "changed": changed})
         values["run"] |= {name: now for name, (_, now) in changed.items()}
-    if is_new or changed:
-        write_atomic(folder / RUN_FILE, json.dumps(values, indent=1) + "\n")
+    write_atomic(folder / RUN_FILE, json.dumps(values, indent=1) + "\n")
 
 
 def made_from(data: str, words: str) -> dict[str, Any]:
@@ -173,15 +150,15 @@ def made_from(data: str, words: str) -> dict[str, Any]:
 @lru_cache
 def _commit() -> tuple[str | None, bool | None]:
     def git(*words: str) -> str:
-        run = partial(subprocess.run, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=20)
-        try:
-            return run(["git", *words], check=True).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            return ""
+        how: dict[str, Any] = {"cwd": Path(__file__).parents[1], "capture_output": True, "text": True, "timeout": 20}
+        return subprocess.run(["git", *words], check=True, **how).stdout.strip()
 
-    if not git("ls-files", "--", "."):
-        return None, None
-    return git("rev-parse", "HEAD") or None, bool(git("status", "--porcelain", "--untracked-files=no", "--", "."))
+    try:
+        if git("ls-files", "--", "."):
+            return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no", "--", "."))
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return None, None
 
 
 def settled(run: RunConfig, folder: str | Path) -> RunConfig:
@@ -194,9 +171,15 @@ def settled(run: RunConfig, folder: str | Path) -> RunConfig:
         >>> settled(run, "runs/demo").data.paths == (os.path.abspath("books"),)
         True
     """
-    own = own_tokenizer(folder)
-    tokenizer = str(own) if run.data.tokenizer != "bytes" and own.exists() else run.data.tokenizer
-    return replace(run, data=replace(run.data, tokenizer=tokenizer, paths=absolute(run.data.paths)))
+    run = _with_own_tokenizer(run, folder)
+    return replace(run, data=replace(run.data, paths=absolute(run.data.paths)))
+
+
+def _with_own_tokenizer(run: RunConfig, folder: str | Path) -> RunConfig:
+    own = tokenizer.file_of(str(folder))
+    if run.data.tokenizer == "bytes" or not own.is_file():
+        return run
+    return replace(run, data=replace(run.data, tokenizer=str(own)))
 
 
 def absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
@@ -206,15 +189,15 @@ def absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
         >>> absolute(("books",)) == (os.path.join(os.getcwd(), "books"),)
         True
     """
-    found = []
-    for path in paths:
-        name = hub.parts_of(path)[0] if hub.is_dataset(path) else path
-        if name == path:
-            found.append(os.path.abspath(path))
-        else:  # a folder, or a name of the hub
-            place = os.path.abspath(name) if os.path.exists(name) else name
-            found.append(hub.PREFIX + place + path.removeprefix(hub.PREFIX + name))
-    return tuple(found)
+
+    def of(path: str) -> str:
+        if not hub.is_dataset(path):
+            return os.path.abspath(path)
+        name = hub.parts_of(path)[0]  # a folder, or a name of the hub
+        place = os.path.abspath(name) if os.path.exists(name) else name
+        return hub.PREFIX + place + path.removeprefix(hub.PREFIX + name)
+
+    return tuple(map(of, paths))
 
 
 def difference(a: RunConfig, b: RunConfig) -> tuple[str, Any, Any] | None:

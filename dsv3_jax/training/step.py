@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from dsv3_jax.config import RunConfig
@@ -26,9 +26,8 @@ from dsv3_jax.model.mtp import HEADS, Head
 from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.ops import balance, routing
 from dsv3_jax.training import lora, optim, qk_clip
-from dsv3_jax.training.finite import first_nonfinite
-from dsv3_jax.training.loss import Losses, Objective, add_parts, compute_loss, target_counts
-from dsv3_jax.training.metrics import empty, logged
+from dsv3_jax.training.loss import Losses, compute_loss, over_parts, target_counts
+from dsv3_jax.training.metrics import of_load, over_layers
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "bias", "opt", "step"], meta_fields=[])
@@ -39,7 +38,7 @@ class TrainState:
     # Not annotated more closely: JAX and Orbax rebuild it with shapes, shardings and placeholders in its places.
     params: Any  # nnx.State; with LoRA, the adapters are beside the weights that they change, see `lora`
     bias: Any  # nnx.State: the router's correction biases
-    opt: Any  # the optimizer's, of the parameters that train; see `optim.Optimizer.init`
+    opt: Any  # the optimizer's, of the parameters that train; see `optim`
     step: Any  # int32 []: optimizer steps taken
 
 
@@ -50,7 +49,7 @@ class Job:
     run: RunConfig
     mesh: Mesh | None = None  # None: a single device
     kernels: Kernels | None = None  # from `kernels.choose.prepare`; None: those of the default device
-    optimizer: optax.GradientTransformation | None = None  # in place of the run's own, see `optim.make`
+    optimizer: optim.Transform = None  # in place of the run's own, see `optim.make`
     options: Options = ()  # of the compiler, see `kernels.xla_flags`
 
     def chosen(self) -> Kernels:
@@ -59,7 +58,6 @@ class Job:
 
 
 Batch = dict[str, Array]
-Step = Callable[..., tuple[TrainState, dict[str, Array]]]
 
 
 def graph_of(job: Job) -> nnx.GraphDef:
@@ -67,10 +65,10 @@ def graph_of(job: Job) -> nnx.GraphDef:
     return nnx.split(abstract(job.run.model, job.run.execution, job.kernels), nnx.Param, RouterBias)[0]
 
 
-def init_state(job: Job, trunk: tuple[nnx.State, nnx.State] | None = None) -> TrainState:
-    """Make a fresh state from the run's seed in one compiled program, sharded over the mesh.
+def init_state(job: Job, params: nnx.State | None = None, bias: nnx.State | None = None) -> TrainState:
+    """Make the state of step 0 in one compiled program, sharded over the mesh.
 
-    Args: trunk: parameters and router biases from which everything but the multi-token heads is taken.
+    Args: params, bias: parameters and router biases of another run, donated; all others are drawn by the run's seed.
 
     Example:
         >>> import dsv3_jax as ds
@@ -78,24 +76,13 @@ def init_state(job: Job, trunk: tuple[nnx.State, nnx.State] | None = None) -> Tr
         >>> state.params["embed"].shape, int(state.step)  # doctest: +SKIP
         ((260, 128), 0)
     """
-
-    def make(key: Array) -> TrainState:
-        state = _initialiser(job)(key)
-        return state if trunk is None else replace(state, params=_split(state.params)[0], bias=_split(state.bias)[0])
-
-    run, mesh = job.run, job.mesh
-    key = jax.random.key(run.seed)
-    fsdp = run.execution.layout.fsdp
-    # On a device of its own as a restored state is: the step's program is then the same, and is compiled once.
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    where: Any = SingleDeviceSharding(device)
-    if mesh is not None:
-        where = sharding.state_sharding(jax.eval_shape(make, key), mesh, fsdp=fsdp)
-    state = compile_lightly(make, device, out_shardings=where)(key)
-    if trunk is None:
-        return state
-    params, bias = (nnx.merge_state(_split(t)[1], h) for t, h in zip(trunk, (state.params, state.bias), strict=True))
-    return replace(state, params=params, bias=bias)
+    make, key = partial(_make_state, job), jax.random.key(job.run.seed)
+    given = params or nnx.State({}), bias or nnx.State({})
+    # Without a mesh committed to one device, as a restored state is, so that both use one compiled step.
+    of = partial(sharding.state_sharding, mesh=job.mesh, fsdp=job.run.execution.layout.fsdp)
+    given, where = jax.device_put(given, of(given), donate=True), of(jax.eval_shape(make, key, *given))
+    device = jax.devices()[0] if job.mesh is None else job.mesh.devices.flat[0]
+    return compile_lightly(make, device, out_shardings=where, donate_argnums=(1, 2))(key, *given)
 
 
 def abstract_state(job: Job) -> TrainState:
@@ -106,19 +93,15 @@ def abstract_state(job: Job) -> TrainState:
         >>> abstract_state(Job(ds.recipe("v3"))).params["embed"].shape
         (129280, 7168)
     """
-    return jax.eval_shape(_initialiser(job), jax.random.key(job.run.seed))
+    return jax.eval_shape(partial(_make_state, job), jax.random.key(job.run.seed), nnx.State({}), nnx.State({}))
 
 
-def _initialiser(job: Job) -> Callable[[Array], TrainState]:
-    def make(key: Array) -> TrainState:
-        run = job.run
-        model = Transformer(run.model, rngs=nnx.Rngs(key), kernels=optim.XLA)
-        params, bias = nnx.state(model, nnx.Param), nnx.state(model, RouterBias)
-        params = nnx.merge_state(params, lora.init(run.lora, params, key))
-        opt = init_optimizer(job, params)
-        return TrainState(params, bias, opt, jnp.zeros((), jnp.int32))
-
-    return make
+def _make_state(job: Job, key: Array, params: nnx.State, bias: nnx.State) -> TrainState:
+    model = Transformer(job.run.model, rngs=nnx.Rngs(key), kernels=optim.XLA)
+    params = nnx.merge_state(nnx.state(model, nnx.Param), params)
+    params = nnx.merge_state(params, lora.init(job.run.lora, params, key))
+    bias = nnx.merge_state(nnx.state(model, RouterBias), bias)
+    return TrainState(params, bias, init_optimizer(job, params), jnp.zeros((), jnp.int32))
 
 
 def init_optimizer(job: Job, params: nnx.State) -> Any:
@@ -149,10 +132,10 @@ def split_trainable(run: RunConfig, params: nnx.State) -> tuple[nnx.State, nnx.S
 
 def _split_moving(run: RunConfig, variables: nnx.State) -> tuple[nnx.State, nnx.State]:
     """Split variables into those that a run without adapters may change and those of a frozen trunk."""
-    return (variables, nnx.State({})) if run.trunk is None else _split(variables)
+    return (variables, nnx.State({})) if run.trunk is None else split_heads(variables)
 
 
-def _split(variables: nnx.State) -> tuple[nnx.State, nnx.State]:
+def split_heads(variables: nnx.State) -> tuple[nnx.State, nnx.State]:
     """Those of the multi-token heads, and all others."""
     heads, trunk = nnx.split_state(variables, lambda path, _: path[0] == "mtp", ...)
     return heads, trunk
@@ -171,7 +154,7 @@ def model_of(job: Job, state: TrainState) -> Transformer:
     return nnx.merge(graph_of(job), lora.join(job.run.lora, state.params), state.bias)
 
 
-def make_step(job: Job) -> Step:
+def make_step(job: Job) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Make the compiled step of a run, `step(state, batch, go=True)`; the state it is given is donated.
 
     The gradient of a batch split in microbatches is that of the complete batch: sums are divided by the complete
@@ -192,24 +175,17 @@ def make_step(job: Job) -> Step:
         (1, True)
     """
     job = replace(job, kernels=job.chosen())
-    graph = graph_of(job)
-
-    @partial(jax.jit, donate_argnums=0, compiler_options=dict(job.options) or None)
-    def step(state: TrainState, batch: Batch, go: Array | bool = True):
-        return _step(job, graph, state, batch, go)
-
-    return step
+    step = partial(_step, job, graph_of(job))
+    return jax.jit(step, donate_argnums=0, compiler_options=dict(job.options) or None)
 
 
-def _step(job: Job, graph: nnx.GraphDef, state: TrainState, batch: Batch, go: Array | bool):
+def _step(job: Job, graph: nnx.GraphDef, state: TrainState, batch: Batch, go: Array | bool = True):
     run, cfg = job.run, job.run.optim
     batch = _with_keys(run, batch, state.step)
     trained, frozen = split_trainable(run, state.params)
     grads, out = _gradients(job, graph, trained, frozen, state, batch)
     norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(out.total) & jnp.isfinite(norm)
-    if go is not True:
-        finite &= go
+    finite = jnp.isfinite(out.total) & jnp.isfinite(norm) & go
     move = optim.make(cfg, run.steps, job.chosen(), job.optimizer).update
     params, opt = move(state.step, trained, state.opt, grads, norm, finite)
     if cfg.qk_clip is not None:
@@ -218,15 +194,14 @@ def _step(job: Job, graph: nnx.GraphDef, state: TrainState, batch: Batch, go: Ar
     bias, rule = state.bias, balance.rule_of(run.model)
     if rule is not None:
         gamma = optim.bias_rate(cfg, run.model.balance.bias_rate, run.steps, state.step)
-        updated, fixed = _split_moving(run, bias)
-        moved = updated_bias(updated, out.load, jnp.where(finite, gamma, 0.0), rule, out.bias_measure)
-        bias = nnx.merge_state(moved, fixed)
+        moved = updated_bias(bias, out.load, jnp.where(finite, gamma, 0.0), rule, out.bias_measure)
+        bias = nnx.merge_state(moved, _split_moving(run, bias)[1])
     params = nnx.merge_state(params, frozen)
     new = TrainState(params, bias, opt, state.step + finite.astype(jnp.int32))
-    return _constrain(job, new), _metrics(job, state, out) | {"grad_norm": norm, "finite": finite}
+    return _constrain(job, new), _metrics(job, state, out, bias) | {"grad_norm": norm, "finite": finite}
 
 
-def _metrics(job: Job, state: TrainState, out: Losses) -> dict[str, Array]:
+def _metrics(job: Job, state: TrainState, out: Losses, bias: nnx.State) -> dict[str, Array]:
     run = job.run
     metrics = {
         "loss": out.main,
@@ -234,12 +209,15 @@ def _metrics(job: Job, state: TrainState, out: Losses) -> dict[str, Array]:
         "balance_loss": out.balance,
         "accuracy": out.accuracy,
         "load": out.load,
-        **logged(out.metrics),
+        **over_layers(out.metrics),
+        **of_load(out.load),
     }
     if job.optimizer is None:  # a transformation has a schedule of its own
         metrics["lr"] = optim.learning_rate(run.optim, run.steps, state.step)
     if run.model.mtp_depth and HEADS[run.model.mtp_kind].feature_loss is not Head.feature_loss:
         metrics["feature_loss"] = out.feature
+    if out.load.shape[0] and balance.rule_of(run.model) is not None and run.model.balance.bias_rate:
+        metrics["bias"] = jnp.concatenate([jnp.atleast_2d(v[...]) for _, v in _in_rows(bias)])
     return metrics
 
 
@@ -247,40 +225,32 @@ def _constrain(job: Job, tree: Any) -> Any:
     return sharding.constrain_state(tree, fsdp=job.run.execution.layout.fsdp)
 
 
-def _losses(job: Job, graph: nnx.GraphDef, frozen: nnx.State, state: TrainState, counts: Array | None = None):
-    """Make the loss that a step minimises: (parameters that train, batch) → (total, `Losses`)."""
-    run = job.run
-    weight = optim.mtp_weight(run.optim, run.steps, state.step)
-    watch = () if run.optim.qk_clip is None else ("max_logit",)
-    objective = Objective(run.trunk is not None, run.head_loss, watch)
-
-    def losses(trained: nnx.State, batch: Batch) -> tuple[Array, Losses]:
-        model = nnx.merge(graph, lora.join(run.lora, nnx.merge_state(trained, frozen)), state.bias)
-        out = compute_loss(model, batch, weight, objective, counts=counts, share=1 / run.optim.microbatches)
-        return out.total, out
-
-    return losses
-
-
 def _gradients(
     job: Job, graph: nnx.GraphDef, trained: nnx.State, frozen: nnx.State, state: TrainState, batch: Batch
 ) -> tuple[nnx.State, Losses]:
-    """The gradient of a batch, whose microbatches are read one after the other."""
-    parts = job.run.optim.microbatches
-    counts = target_counts(batch["segment_ids"], 1 + job.run.model.mtp_depth, batch.get("loss_mask"))
-    grad = jax.grad(_losses(job, graph, frozen, state, counts), has_aux=True)
+    """The gradient of a batch with respect to what trains; its microbatches are read one after the other."""
+    run, parts = job.run, job.run.optim.microbatches
+    counts = target_counts(batch["segment_ids"], 1 + run.model.mtp_depth, batch.get("loss_mask"))
+    weight = optim.mtp_weight(run.optim, run.steps, state.step)
+    watch = () if run.optim.qk_clip is None else ("max_logit",)
+    how: dict[str, Any] = {"heads_only": run.trunk is not None, "head_loss": run.head_loss, "watch": watch}
+
+    def losses(trained: nnx.State, batch: Batch) -> tuple[Array, Losses]:
+        model = nnx.merge(graph, lora.join(run.lora, nnx.merge_state(trained, frozen)), state.bias)
+        out = compute_loss(model, batch, weight, **how, counts=counts, share=1 / parts)
+        return out.total, out
+
+    def add(total: nnx.State, part: Batch) -> tuple[nnx.State, Losses]:
+        grads, out = grad(trained, part)
+        return _constrain(job, jax.tree.map(jnp.add, total, grads)), out
+
+    grad = jax.grad(losses, has_aux=True)
     if parts == 1:
         grads, out = grad(trained, batch)
         return _constrain(job, grads), out
-
-    def add(total, part):
-        grads, out = grad(trained, part)
-        return (_constrain(job, jax.tree.map(jnp.add, total[0], grads)), add_parts(total[1], out)), None
-
     split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-    shapes = jax.eval_shape(grad, trained, jax.tree.map(lambda x: x[0], split))
-    grads, out = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(add, (grads, out._replace(metrics=empty(out.metrics))), split)[0]
+    grads, outs = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trained), split)
+    return grads, over_parts(outs)
 
 
 def _with_keys(run: RunConfig, batch: Batch, step: Array) -> Batch:
@@ -298,7 +268,7 @@ def updated_bias(
     bias: nnx.State,
     load: Float[Array, "L E"],
     rate: Array,
-    rule: balance.Rule = balance.RULES["sign"],
+    rule: balance.Rule,
     measure: Float[Array, "L E"] | None = None,
 ) -> nnx.State:
     """Update every router's loss-free bias by a rule.
@@ -311,17 +281,22 @@ def updated_bias(
     Example:
         >>> bias = nnx.State({"sparse": {"bias": RouterBias(jnp.zeros((1, 3)))}})  # one layer, three experts
         >>> load = jnp.array([[3.0, 2.0, 1.0]])
-        >>> updated_bias(bias, load, jnp.float32(0.5))["sparse"]["bias"][...]
+        >>> updated_bias(bias, load, jnp.float32(0.5), balance.RULES["sign"])["sparse"]["bias"][...]
         Array([[-0.5,  0. ,  0.5]], dtype=float32)
     """
-    trunk = load.shape[0]
-    flat = dict(nnx.to_flat_state(bias))
-    trunk -= sum(path[0] == "mtp" for path in flat)
-    for path, variable in flat.items():
-        rows = trunk + int(str(path[1])) if path[0] == "mtp" else slice(trunk)
+    moved, first = [], 0
+    for path, variable in _in_rows(bias):
+        before = jnp.atleast_2d(variable[...])
+        rows = slice(first, first := first + len(before))
         own = None if measure is None else measure[rows]
-        flat[path] = variable.replace(rule.update(variable[...], load[rows], own, rate))
-    return nnx.from_flat_state(flat)
+        after = rule.update(before, load[rows], own, rate)
+        moved.append((path, variable.replace(after.reshape(variable.shape))))
+    return nnx.from_flat_state(moved)
+
+
+def _in_rows(bias: nnx.State) -> list[tuple[tuple, nnx.Variable]]:
+    """The routers' biases in the order of the load's rows: the trunk's sparse layers, then the heads."""
+    return sorted(nnx.to_flat_state(bias), key=lambda item: int(item[0][1]) if item[0][0] == "mtp" else -1)
 
 
 def first_bad_tensor(job: Job, state: TrainState, batch: Batch) -> str:
@@ -334,9 +309,25 @@ def first_bad_tensor(job: Job, state: TrainState, batch: Batch) -> str:
         >>> first_bad_tensor(Job(run), state, batch={})  # no gradient is computed: a parameter is bad
         'parameter dense.attn.kv_norm.scale'
     """
-    trained, frozen = split_trainable(job.run, state.params)
-    batch, job = _with_keys(job.run, batch, state.step), Job(job.run)
-    if bad := first_nonfinite({"parameter": state.params}):
+    run, job = job.run, Job(job.run)
+    if bad := first_nonfinite("parameter", state.params):
         return bad
-    grads, _ = jax.jit(jax.grad(_losses(job, graph_of(job), frozen, state), has_aux=True))(trained, batch)
-    return first_nonfinite({"gradient of": grads}) or "the loss"
+    parts = *split_trainable(run, state.params), state, _with_keys(run, batch, state.step)
+    grads, _ = jax.jit(partial(_gradients, job, graph_of(job)))(*parts)
+    return first_nonfinite("gradient of", grads) or "the loss"
+
+
+def first_nonfinite(kind: str, tree: nnx.State) -> str:
+    """Name the first array whose norm is not finite in float32; "" if all are.
+
+    The norm and not each number: a parameter of 1e30 is finite, but no product of it is.
+
+    Example:
+        >>> params = nnx.State({"attn": {"w_o": nnx.Param(jnp.full((2, 3), 1e30))}})
+        >>> first_nonfinite("parameter", params)
+        'parameter attn.w_o'
+    """
+    for path, x in nnx.to_flat_state(tree):
+        if not jnp.isfinite(optax.tree.norm(x)):
+            return f"{kind} {'.'.join(map(str, path))}"
+    return ""

@@ -10,18 +10,16 @@ The other run is opened once, before the first step, and not again: a run that h
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from dsv3_jax.config import ConfigError, RunConfig, first_difference, replace, to_dict
-from dsv3_jax.mesh import sharding
-from dsv3_jax.training import lora
-from dsv3_jax.training.checkpoint import Checkpoints
+from dsv3_jax.model.moe import RouterBias
+from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.training.checkpoint import load_run, steps_of
 from dsv3_jax.training.run_folder import read_run, same_tokenizer
-from dsv3_jax.training.step import Job, TrainState, abstract_state, init_optimizer, init_state
+from dsv3_jax.training.step import Job, TrainState, init_state, split_heads
 
 # Keys of a model that may differ from the other run's.
 START_KEYS = ("yarn", "max_positions", "rope_theta", "balance", "capacity_factor", "init_std")
@@ -35,7 +33,7 @@ class Start:
     place: str  # its folder
     run: RunConfig  # its model, and what its tokens mean
     released: bool  # then data and execution of `run` mean nothing
-    load: Callable[[Job], tuple[nnx.State, nnx.State, str]]  # (parameters, router biases, which they are)
+    load: Callable[[Job], tuple[Transformer, str]]  # (the model, sharded over the job's mesh; which it is)
 
 
 Open = Callable[[str], Start]  # Raises: ValueError where there is nothing to begin with
@@ -47,16 +45,12 @@ def open_run(place: str) -> Start:
     Raises: ValueError if it holds no run or no checkpoint.
     """
     run = read_run(place)
-    with Checkpoints(place, run, read_only=True) as checkpoints:
-        if checkpoints.latest is None:
-            raise ValueError(f"folder={place!r} holds no checkpoint yet; training writes the first")
+    if not steps_of(Path(place, "checkpoints")):
+        raise ValueError(f"folder={place!r} holds no checkpoint yet; training writes the first")
 
-    def load(job: Job) -> tuple[nnx.State, nnx.State, str]:
-        here = replace(run, execution=job.run.execution)  # sharded as the new run says
-        with Checkpoints(place, here, read_only=True) as checkpoints:
-            found = checkpoints.restore(job.mesh, optimizer=False)
-        assert found is not None
-        return found[0].params, found[0].bias, f"of step {int(found[0].step)} "
+    def load(job: Job) -> tuple[Transformer, str]:
+        model, _, step = load_run(place, job.mesh, kernels=job.run.execution.kernels)
+        return model, f"of step {step} "
 
     return Start(place, run, False, load)
 
@@ -123,15 +117,9 @@ def begin(job: Job, start: Start | None) -> tuple[TrainState, str]:
     """
     if start is None:
         return init_state(job), ""
-    params, bias, which = start.load(job)
-    if job.run.trunk is not None:
-        sentence = f"the trunk is that {which}in {start.place}; only the multi-token heads are trained"
-        return init_state(job, trunk=(params, bias)), sentence
-    shapes = abstract_state(job)
-    where = sharding.state_sharding(shapes, job.mesh, fsdp=job.run.execution.layout.fsdp)
-    new = partial(lora.init, job.run.lora, lora.split(shapes.params)[1])
-    adapters = jax.jit(new, out_shardings=lora.split(where.params)[0])(jax.random.key(job.run.seed))
-    params = nnx.merge_state(params, adapters)
-    opt = jax.jit(partial(init_optimizer, job), out_shardings=where.opt)(params)
-    step = jax.device_put(jnp.zeros((), jnp.int32), where.step)
-    return TrainState(params, bias, opt, step), f"the weights are those {which}in {start.place}"
+    model, which = start.load(job)
+    params, bias = nnx.state(model, nnx.Param), nnx.state(model, RouterBias)
+    if job.run.trunk is None:
+        return init_state(job, params, bias), f"the weights are those {which}in {start.place}"
+    sentence = f"the trunk is that {which}in {start.place}; only the multi-token heads are trained"
+    return init_state(job, split_heads(params)[1], split_heads(bias)[1]), sentence

@@ -92,8 +92,8 @@ def measure(run: RunConfig, side: str, seconds: float, kind: str) -> float:
     prepare, clock = loop.prepare, Clock()
 
     def slowed(*args, **kwargs):
-        ready = prepare(*args, **kwargs)
-        return ds.replace(ready, source=Slow(ready.source, seconds, kind))
+        job, words, source, start = prepare(*args, **kwargs)
+        return job, words, Slow(source, seconds, kind), start
 
     ahead = {jax.default_backend(): SIDES[side]}
     with (

@@ -206,8 +206,7 @@ def adamw(
     g: Float[Array, "*n"],
     numbers: Float[Array, "5"],
     *,
-    beta1: float,
-    beta2: float,
+    betas: tuple[float, float],
     eps: float,
     decay: float,
 ) -> tuple[Float[Array, "*n"], Float[Array, "*n"], Float[Array, "*n"]]:
@@ -216,11 +215,11 @@ def adamw(
     Args:
         p, mu, nu, g: parameter, running means of the gradient and of its square, gradient.
         numbers: factor of g, 1 / (1 − β₁ᵗ), 1 / (1 − β₂ᵗ), the learning rate, and a flag: 0 changes nothing.
-        beta1, beta2, eps, decay: AdamW's settings.
+        betas, eps, decay: AdamW's settings.
     Returns: (p, mu, nu).
     """
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (p, mu, nu)]
     call = jax.ffi.ffi_call("dsv3_adamw", shapes, input_output_aliases={0: 0, 1: 1, 2: 2})
-    settings = {"beta1": beta1, "beta2": beta2, "eps": eps, "decay": decay}
+    settings = {"beta1": betas[0], "beta2": betas[1], "eps": eps, "decay": decay}
     p, mu, nu = call(p, mu, nu, g, numbers, **{name: np.float32(x) for name, x in settings.items()})
     return p, mu, nu
