@@ -189,10 +189,9 @@ def packed_int4(weight: np.ndarray) -> dict[str, np.ndarray]:
 
 def dequantized_int4(parts: dict[str, np.ndarray]) -> np.ndarray:
     """Dequantize a weight of 4 bits, number by number."""
-    rows, columns = parts["_shape"]
     scales = parts["_scale"].astype(np.float32)
-    out = np.zeros((rows, columns), np.float32)
-    for i, j in np.ndindex(rows, columns):
+    out = np.zeros(parts["_shape"], np.float32)
+    for i, j in np.ndindex(*out.shape):
         number = (int(parts["_packed"].view(np.uint32)[i, j // 8]) >> (4 * (j % 8)) & 15) - 8
         out[i, j] = number * scales[i, j // _INT4_GROUP]
     return out
@@ -260,21 +259,8 @@ def write_folder(folder: Path, cell: Cell) -> Path:
         config = change(config | {"model_type": label})
         del config["architectures" if "architectures" in config else "vision_config"]
     write_json(folder / CONFIG, config)
-    if fp8:
-        hand_written(folder / SINGLE, stored(cell))
-    else:
-        save_file(as_labelled(cell), folder / SINGLE, metadata={"format": "pt"})
+    save_file(as_labelled(cell), folder / SINGLE, metadata={"format": "pt"})
     return folder
-
-
-def hand_written(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write one file by our writer, for dtypes that the safetensors package does not accept from NumPy."""
-    from dsv3_jax.hf.files import write_shards
-
-    table = {k: (v.shape, v.dtype.name) for k, v in arrays.items()}
-    write_shards(path.parent, table, 1 << 40, arrays.values())
-    (path.parent / "model-00001-of-00001.safetensors").rename(path)
-    (path.parent / "model.safetensors.index.json").unlink()
 
 
 def tokens(cfg: ModelConfig) -> np.ndarray:
@@ -301,26 +287,14 @@ def _gradients(graphdef, params, rest, batch):
     return jax.value_and_grad(lambda p: compute_loss(nnx.merge(graphdef, p, rest), batch, MTP_WEIGHT).total)(params)
 
 
-def batch_of(cfg: ModelConfig) -> dict[str, jax.Array]:
-    shape = (BATCH, LENGTH)
-    return {
-        "tokens": jnp.asarray(tokens(cfg)),
-        "segment_ids": jnp.ones(shape, jnp.int32),
-        "positions": jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), shape),
-    }
-
-
-def without_balance(model):
-    """Remove a model's balance losses, which config.json cannot express."""
-    cfg = replace(model.cfg, balance=Balance(0.0, 0.0, 0.0))
-    return nnx.merge(nnx.split(abstract(cfg, model.execution, model.kernels))[0], nnx.state(model))
-
-
 def ours(model, *, gradients: bool = True, greedy: bool = True) -> dict[str, np.ndarray]:
     """Compute our model's results on the grid's tokens, under the names of `parity_reference.theirs`."""
-    model, batch = without_balance(model), batch_of(model.cfg)
-    graphdef, state = nnx.split(model)
-    logits, mtp, ids, mtp_ids = jax.tree.map(np.asarray, _outputs(graphdef, state, batch))
+    # Without balance losses, which config.json cannot express.
+    cfg = replace(model.cfg, balance=Balance(0.0, 0.0, 0.0))
+    model = nnx.merge(nnx.split(abstract(cfg, model.execution, model.kernels))[0], nnx.state(model))
+    one = jnp.ones((BATCH, LENGTH), jnp.int32)
+    batch = {"tokens": jnp.asarray(tokens(cfg)), "segment_ids": one, "positions": jnp.cumsum(one, axis=1) - 1}
+    logits, mtp, ids, mtp_ids = jax.tree.map(np.asarray, _outputs(*nnx.split(model), batch))
     results = {"logits": logits, "expert_ids": np.sort(ids, axis=-1)}
     for k in range(model.cfg.mtp_depth):
         results |= {f"mtp_logits.{k}": mtp[k], f"mtp_expert_ids.{k}": np.sort(mtp_ids[k], axis=-1)}

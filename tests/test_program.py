@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from dsv3_jax.planning.devices import DEVICES
-from experiments.accel.program import Launch, Program, additions, describe_program, products, read_program
+from experiments.accel.program import additions, products, read_program
 
 pytestmark = pytest.mark.usefixtures("whole_compiles")
 S = jax.ShapeDtypeStruct
@@ -26,27 +26,18 @@ def test_products_count_two_flops_a_multiplication():
     x, w = S((3, N, D), jnp.float32), S((3, D, 8), jnp.float32)
     assert read(lambda x, w: x @ w, x, w).flops == 2 * 3 * N * D * 8
     assert read(lambda x: jnp.einsum("bnd,bmd->bnm", x, x), x).flops == 2 * 3 * N * N * D
-    assert read(lambda x: jnp.exp(x), x).flops == 0
 
 
 def test_loops_multiply_and_unknown_ones_count_once():
     def inner(x, w):
         return jnp.tanh(x @ w), None
 
-    def nested(x, w):
-        return jax.lax.scan(lambda x, _: jax.lax.scan(inner, x, w), x, None, length=5)[0]
-
-    x, w = S((N, D), jnp.float32), S((3, D, D), jnp.float32)
-    once = 2 * N * D * D
-    program = read(nested, x, w)
-    assert program.flops == 15 * once and program.unknown_loops == ()
-
     def until(x, w):
+        x = jax.lax.scan(inner, x, w)[0]
         return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: jnp.tanh(x @ w[0]), x)
 
-    program = read(until, x, w)
-    assert program.flops == once and len(program.unknown_loops) == 1
-    assert "while" in program.unknown_loops[0]
+    program = read(until, S((N, D), jnp.float32), S((3, D, D), jnp.float32))
+    assert program.flops == 4 * 2 * N * D * D and len(program.unknown_loops) == 1
     assert any(launch.flops and not launch.known for launch in program.all_launches)
 
 
@@ -128,33 +119,6 @@ def test_a_gpus_program():
     assert program.launches == 4 * 3 + 3
 
 
-ATTENTION = """HloModule m
-
-ENTRY %main (q: bf16[2,64,4,24], k: bf16[2,64,4,24], v: bf16[2,64,4,16], l: f32[2,4,64]) -> bf16[2,64,4,24] {
-  %q = bf16[2,64,4,24]{3,2,1,0} parameter(0)
-  %k = bf16[2,64,4,24]{3,2,1,0} parameter(1)
-  %v = bf16[2,64,4,16]{3,2,1,0} parameter(2)
-  %l = f32[2,4,64]{2,1,0} parameter(3)
-  %flash_fwd.1 = (bf16[2,64,4,16]{3,2,1,0}, f32[2,4,64]{2,1,0}) custom-call(%q, %k, %v), \
-custom_call_target="mosaic_gpu_v2"
-  %o = bf16[2,64,4,16]{3,2,1,0} get-tuple-element(%flash_fwd.1), index=0
-  %flash_dkv.2 = (bf16[2,64,4,24]{3,2,1,0}, bf16[2,64,4,16]{3,2,1,0}) custom-call(%q, %k, %v, %o, %l), \
-custom_call_target="mosaic_gpu_v2"
-  ROOT %flash_dq.3 = bf16[2,64,4,24]{3,2,1,0} custom-call(%q, %k, %v, %o, %l), custom_call_target="mosaic_gpu_v2"
-}
-""".replace("\\\n", "")
-
-
-def test_attention_counts_half_of_the_pairs():
-    pairs = 2 * 4 * 64 * 64 / 2
-    flops = {launch.kind: launch.flops for launch in read_program(ATTENTION).all_launches}
-    assert flops == {
-        "flash_fwd": 2 * pairs * (24 + 16),
-        "flash_dkv": 2 * pairs * (24 + 16 + 16 + 24),  # scores again, d_p, d_v, d_k
-        "flash_dq": 2 * pairs * (24 + 16 + 24),
-    }
-
-
 TPU = (
     HEAD
     + """
@@ -219,26 +183,3 @@ def test_additions_are_found_with_their_dtype_and_order():
     assert [a[1:] for a in additions(lowered.as_text(dialect="hlo"))] == [("f32", False, True)]
     lowered = jax.jit(lambda x, ids, rows: x.at[ids].set(rows)).lower(S((N, D), jnp.bfloat16), ids, narrow)
     assert additions(lowered.as_text(dialect="hlo")) == []
-
-
-def launch(**changes) -> Launch:
-    one = Launch("fusion.1", "fusion", "jit(step)/while/body/mul", 3, True, 0.0, 0.0, 0.0, 0, 0.0, False, True)
-    return replace(one, **changes)
-
-
-def test_a_program_is_described():
-    program = Program(
-        (
-            launch(kind="ragged_dot", flops=989e9, is_kernel=True),  # 3 ms
-            launch(nbytes=3.35e9, moved=2e9, runs=2),  # 2 ms
-            launch(kind="mystery", runs=1, is_kernel=True, is_estimated=False),
-        ),
-        ("jit(step)/closed_call/while",),
-    )
-    lines = dict(describe_program(program, 2 * 2.967e12, DEVICES["h100"]))
-    assert lines["  the program computes"].startswith("2.967TFLOP of products and kernels, 0.5 × the formula")
-    assert lines["  launches"] == "6 in a step" and lines["  kernels"] == "ragged_dot × 3, mystery × 1"
-    assert lines["  copies"] == "2 × 2 GB: mul"
-    assert lines["  the program's roofline"] == "5 ms, mostly FLOPs: 3 ms bound by FLOPs, 2 ms by memory"
-    cycles = Program((launch(cycles=1_750_000, flops=45.9e9),), ())
-    assert cycles.roofline(DEVICES["v5p"]) == pytest.approx((3e-3, 0))  # a TPU's are in place of FLOPs

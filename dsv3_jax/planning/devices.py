@@ -9,7 +9,6 @@ import math
 import os
 import re
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import jax
@@ -184,8 +183,7 @@ def _devices(target: Target) -> list[Any]:
         return topologies.get_topology_desc(**topology).devices
     except Exception as error:  # the plugins and JAX raise several types
         reason = " ".join(str(error).split())[:200]
-        if find_spec("libtpu") is not None and "INVALID_ARGUMENT" in reason:
-            raise ConfigError(f"target={target.text!r} is not a topology of {target.kind} ({reason})") from error
         raise ConfigError(
-            f"target={target.text!r} needs {compiler} to compile; run pip install 'dsv3-jax[{extra}]' ({reason})"
+            f"target={target.text!r} needs {compiler}, from pip install 'dsv3-jax[{extra}]', and a shape that it knows: "
+            f"{reason}"
         ) from error

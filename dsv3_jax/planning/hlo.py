@@ -13,11 +13,12 @@ import math
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -74,7 +75,7 @@ class Collective:
     """One collective of a program, as one device runs it.
 
     Example:
-        >>> gather = Collective("all-gather", 800, devices=(0, 1, 2, 3), axes=("data",), runs=2, known=True, source="")
+        >>> gather = Collective("all-gather", 800, devices=(0, 1, 2, 3), axes=("data",), runs=2, known=True)
         >>> gather.wire  # 2 · 800 · 3/4
         1200.0
     """
@@ -85,7 +86,6 @@ class Collective:
     axes: tuple[str, ...]  # mesh axes along which a group extends; empty without a mesh
     runs: int  # times that the program runs it
     known: bool  # False in a loop of unknown length, of which `runs` counts one iteration
-    source: str  # the operation of the model, as JAX names it
 
     @property
     def wire(self) -> float:
@@ -99,8 +99,8 @@ class Traffic(NamedTuple):
     """All collectives of a program.
 
     Example:
-        >>> gather = Collective("all-gather", 800, devices=(0, 1, 2, 3), axes=("data",), runs=2, known=True, source="")
-        >>> Traffic([gather], unknown_loops=0).by_axes()
+        >>> gather = Collective("all-gather", 800, devices=(0, 1, 2, 3), axes=("data",), runs=2, known=True)
+        >>> Traffic([gather], unknown_loops=0).by("axes")
         {('data',): 1200.0}
     """
 
@@ -116,20 +116,12 @@ class Traffic(NamedTuple):
         """Bytes that a device sends."""
         return sum((c.wire for c in self.collectives), 0.0)
 
-    def by_kind(self) -> dict[str, float]:
-        """Return the bytes that a device sends by each kind of collective."""
-        return _sums((c.kind, c.wire) for c in self.collectives)
-
-    def by_axes(self) -> dict[tuple[str, ...], float]:
-        """Return the bytes that a device sends along each set of mesh axes."""
-        return _sums((c.axes, c.wire) for c in self.collectives)
-
-
-def _sums(pairs: Iterable[tuple]) -> dict:
-    total: dict = defaultdict(float)
-    for key, amount in pairs:
-        total[key] += amount
-    return dict(total)
+    def by(self, *names: str) -> dict[Any, float]:
+        """Return the bytes that a device sends by fields of `Collective`, as "kind" or "axes"."""
+        total: dict[Any, float] = defaultdict(float)
+        for collective in self.collectives:
+            total[attrgetter(*names)(collective)] += collective.wire
+        return dict(total)
 
 
 def traffic(program: jax.stages.Compiled | str, axes: Mapping[str, int] | None = None) -> Traffic:
@@ -198,12 +190,6 @@ class Instruction:
             Shape(dtype, tuple(int(d.removeprefix("<=")) for d in dims.split(",") if d), layout)
             for dtype, dims, layout in re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?", self.shape)
         ]
-
-    @cached_property
-    def source(self) -> str:
-        """The operation of the model, as JAX names it: "jit(step)/while/body/dot_general"; "" if unknown."""
-        match = re.search(r'op_name="([^"]*)"', self.rest)
-        return match[1] if match else ""
 
     def called(self, *attributes: str) -> list[str]:
         """Return the names of the computations in these attributes: each has one, or a list in braces."""
@@ -327,7 +313,7 @@ class Module:
         if axes:  # those along which the devices of the group differ
             places = np.unravel_index(np.array(group), tuple(axes.values()))
             along = tuple(axis for axis, place in zip(axes, places, strict=True) if len(set(place.tolist())) > 1)
-        return Collective(kind, nbytes, tuple(group), along, 1, True, i.source)
+        return Collective(kind, nbytes, tuple(group), along, 1, True)
 
     def _is_sliced(self, computation: str, all_reduce: Instruction, n: int) -> bool:
         """Say whether an all-reduce's result is used only by a slice to one of n parts."""

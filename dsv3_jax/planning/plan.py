@@ -1,7 +1,6 @@
 """`dsv3 plan`: print the predicted cost of a model on a mesh. `cost.py` explains the figures."""
 
 import math
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -150,11 +149,8 @@ def describe(cost: Cost, rows: int, length: int, memory: float | None, device: D
     if not cost.compile_error:
         known = cost.sent.known()
         lines.append(("  sent", format_bytes(known.wire)))
-        total: dict[tuple[str, str], float] = defaultdict(float)
-        for c in known.collectives:
-            total[c.kind, "+".join(c.axes)] += c.wire
-        for (kind, axes), amount in sorted(total.items(), key=lambda item: -item[1]):
-            lines += [(f"    {kind}", f"{format_bytes(amount)} along {axes}")] if amount else []
+        for (kind, axes), amount in sorted(known.by("kind", "axes").items(), key=lambda item: -item[1]):
+            lines += [(f"    {kind}", f"{format_bytes(amount)} along {'+'.join(axes)}")] if amount else []
         if cost.sent.unknown_loops:
             iteration = format_bytes(cost.sent.wire - known.wire)
             loops = f"{iteration} in each iteration of loops of unknown length ({cost.sent.unknown_loops})"

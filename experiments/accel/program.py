@@ -148,7 +148,7 @@ def additions(program: jax.stages.Compiled | str) -> list[Addition]:
                 if "add" in {c.opcode for c in module.computations[i.called("to_apply")[0]].values()}:
                     narrow = any(is_float(a) and a.nbytes < 4 * a.size for a in i.arrays)
                     unique = "unique_indices=true" in attributes(i)
-                    found.append(Addition(i.source or i.name, i.arrays[0].dtype, narrow, unique))
+                    found.append(Addition(source_of(i) or i.name, i.arrays[0].dtype, narrow, unique))
     return found
 
 
@@ -171,7 +171,7 @@ def products(program: jax.stages.Compiled | str) -> list[Product]:
                 precision = re.search(r"operand_precision=\{([^}]*)\}", attributes(i))
                 first = module.operand(computation, i, 0)
                 dtype = first.arrays[0].dtype if first is not None else ""
-                found.append(Product(i.source, i.arrays[0].dims, dtype, precision[1] if precision else ""))
+                found.append(Product(source_of(i), i.arrays[0].dims, dtype, precision[1] if precision else ""))
     return found
 
 
@@ -180,6 +180,12 @@ def _count(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
     for name, runs in pairs:
         total[name] = total.get(name, 0) + runs
     return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+
+def source_of(i: Instruction) -> str:
+    """The operation of the model, as JAX names it: "jit(step)/while/body/dot_general"; "" if unknown."""
+    match = re.search(r'op_name="([^"]*)"', i.rest)
+    return match[1] if match else ""
 
 
 class _Reader:
@@ -208,7 +214,7 @@ class _Reader:
             trips = self.module.trip_count(computation, i)
             if trips is None:
                 tests, _ = self.launches(i.called("condition")[0])  # the host or the device decides in each iteration
-                return [replace(x, known=False) for x in [*launches, *tests]], [*loops, i.source or i.name]
+                return [replace(x, known=False) for x in [*launches, *tests]], [*loops, source_of(i) or i.name]
             return [replace(x, runs=x.runs * trips) for x in launches], loops
         if i.opcode == "conditional":
             names = i.called("branch_computations", "true_computation", "false_computation")
@@ -230,7 +236,7 @@ class _Reader:
         return Launch(
             name=i.name,
             kind=self.cost.kernel_name(i) if is_kernel else kind,
-            source=i.source,
+            source=source_of(i),
             runs=1,
             known=True,
             flops=flops,

@@ -46,11 +46,11 @@ def case(axis: str, devices: int, layout: dict, changes: dict) -> dict:
     run = replace(run, model=model, execution=execution, data=replace(run.data, batch_size=devices))
     compiled = cost.train_cost(run, mesh)
     known = compiled.sent.known()
-    kinds = known.by_kind()
+    kinds = known.by("kind")
     return {
         "sent": known.wire,
         "by_kind": kinds,
-        "by_axes": {"+".join(axes): amount for axes, amount in known.by_axes().items()},
+        "by_axes": {"+".join(axes): amount for axes, amount in known.by("axes").items()},
         # Along "expert" the all-reduces are the gradients of replicated parameters.
         "sent_but_for_all_reduce": known.wire - kinds.get("all-reduce", 0.0),
         "held": sum(compiled.persistent.values()),
