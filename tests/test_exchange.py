@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from cases import some_long
 from models import small
 
 from dsv3_jax.config import Layout
 from dsv3_jax.kernels.choose import Kernels, Target
 from dsv3_jax.mesh import expert_parallel, sharding, token_exchange
 
-pytestmark = [pytest.mark.long, pytest.mark.usefixtures("x64", "light_compiles")]
+pytestmark = pytest.mark.usefixtures("x64", "light_compiles")
 
 E, K, D, F = 16, 2, 4, 6
 CFG = small(num_experts=E, experts_per_token=K, num_groups=8, groups_per_token=2, dim=D, expert_dim=F)
@@ -108,7 +109,7 @@ CASES = {  # (data, expert, tensor), tokens, kernel, layout, slots of a round, o
 }
 
 
-@pytest.mark.parametrize("sizes, tokens, backend, layout, expected", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("sizes, tokens, backend, layout, expected", some_long(CASES, "1,8,1 few tokens"))
 def test_every_load_is_a_single_devices(rng, sizes, tokens, backend, layout, expected):
     _, peers, _ = sizes
     run = sharded(CFG, layout, sharding.make_mesh(*sizes), backend)
@@ -142,6 +143,7 @@ def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_si
     return output
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sizes, backend, fsdp", [((1, 8, 1), "blocks", False), ((2, 2, 2), "ragged_dot", True)])
 def test_every_load_is_a_single_devices_ragged(rng, monkeypatch, sizes, backend, fsdp):
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)
@@ -154,6 +156,7 @@ def test_every_load_is_a_single_devices_ragged(rng, monkeypatch, sizes, backend,
         assert got[1] == pytest.approx(count_sent(args[3], *sizes[:2])[0], rel=1e-6), load
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_ragged_lowers_for_the_accelerators(rng, platform):
     """There it is one call of the compiler's for each of rows, gates and ids, and one for the way back."""
