@@ -192,7 +192,7 @@ def test_a_target_needs_its_compiler(monkeypatch):
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
     for target, needs in (
-        ("gpu:h100", "JAX's CUDA plugin, .*plan-gpu.* for cuda"),
+        ("gpu:h100", "JAX's CUDA plugin .*plan-gpu.* for cuda"),
         ("tpu:v5p:2x2x1", "libtpu, .*plan-tpu"),
     ):
         with pytest.raises(ConfigError, match=f"target='{target}' needs {needs}"):

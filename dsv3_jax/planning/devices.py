@@ -184,6 +184,5 @@ def _devices(target: Target) -> list[Any]:
     except Exception as error:  # the plugins and JAX raise several types
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"target={target.text!r} needs {compiler}, from pip install 'dsv3-jax[{extra}]', and a shape that it knows: "
-            f"{reason}"
+            f"target={target.text!r} needs {compiler} (pip install 'dsv3-jax[{extra}]') for a known shape: {reason}"
         ) from error
