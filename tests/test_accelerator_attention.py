@@ -10,8 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from flax import nnx
-from models import small
 
 from dsv3_jax.config import ConfigError, Execution
 from dsv3_jax.kernels import choose
@@ -20,7 +18,6 @@ from dsv3_jax.kernels.gpu import attention as gpu_attention
 from dsv3_jax.kernels.gpu import tokamax_library
 from dsv3_jax.kernels.tpu import attention as tpu_attention
 from dsv3_jax.mesh import sharding
-from dsv3_jax.model.attention import GQA
 from dsv3_jax.ops.attention import RESULTS, causal_attention
 from dsv3_jax.planning import devices
 
@@ -105,42 +102,6 @@ def test_blocks_serve_every_length():
         assert length + -length % block < 1.25 * length + 256
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("groups", [2, 1])  # key heads that "tensor" shards, and one that it cannot shard
-def test_a_kernel_on_a_mesh_is_a_single_devices(rng, monkeypatch, groups):
-    """Each device runs it on its own sequences and heads."""
-    cfg = small(attention="gqa", num_heads=4, num_kv_heads=groups, nope_head_dim=48, rope_head_dim=16, v_head_dim=64)
-    seen = []
-
-    def spy(q, k, v, **settings):
-        seen.append((q.shape, k.shape))
-        return interpreted(q, k, v, **settings)
-
-    monkeypatch.setitem(choose.TABLE, "causal_attention", choose.TABLE["causal_attention"])
-    choose.add("causal_attention", choose.Implementation("spy", spy))
-    kernels = Kernels(Target("cpu", "xla,causal_attention=spy"))
-    graphdef, state = nnx.split(GQA(cfg, rngs=nnx.Rngs(0), kernels=kernels))
-    x = jnp.asarray(rng.standard_normal((2, 128, cfg.dim)), jnp.float32)
-    segment_ids = jnp.asarray(np.repeat([[1, 2], [1, 0]], 64, axis=1), jnp.int32)
-
-    @jax.jit
-    def step(state, x):
-        def loss(state, x):
-            out = nnx.merge(graphdef, state)(x, segment_ids=segment_ids)
-            return jnp.where(segment_ids[..., None] > 0, out, 0.0).var()
-
-        return jax.value_and_grad(loss, argnums=(0, 1))(state, x)
-
-    alone = jax.tree.leaves(step(state, x))
-    mesh = sharding.make_mesh(data=2, tensor=2)
-    with sharding.use_mesh(mesh):
-        placed = jax.device_put(state, sharding.state_sharding(state, mesh))
-        together = jax.tree.leaves(step(placed, jax.device_put(x, sharding.batch_sharding(mesh))))
-    assert seen[-1] == ((1, 128, 2, 64), (1, 128, 1 if groups == 2 else 2, 64))
-    for one, many in zip(alone, together, strict=True):
-        np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-5 * np.abs(one).max())
-
-
 # tokamax and cuDNN, on NVIDIA GPUs
 
 
@@ -160,20 +121,22 @@ def test_why_a_library_is_not_in_use(monkeypatch):
         return version
 
     monkeypatch.setattr(metadata, "version", installed)
-    for chip, python, version, sentence in (  # noqa: B007 - `installed` reads it
-        ("", (3, 13), "0.0.17", "its kernels need compute capability 9.0 (H100, H200), and the chip is not known"),
-        ("8.0", (3, 13), "0.0.17", "its kernels need compute capability 9.0 (H100, H200), and the chip has 8.0"),
+    for chip, python, version, end in (  # noqa: B007 - `installed` reads it
+        ("", (3, 13), "0.0.17", "and the chip is not known"),
+        ("8.0", (3, 13), "0.0.17", "and the chip has 8.0"),
         ("9.0", (3, 11), "0.0.17", "it needs Python 3.12 or newer"),
         ("9.0", (3, 13), None, "it is not installed: pip install tokamax==0.0.17"),
         ("9.0", (3, 13), "0.0.12", "tokamax 0.0.12 is not supported: pip install tokamax==0.0.17"),
         ("9.0", (3, 12), "0.0.17", ""),
     ):
         monkeypatch.setattr(sys, "version_info", python)
-        assert tokamax_library.why_not(Target("cuda", chip=chip)) == sentence
+        why = tokamax_library.why_not(Target("cuda", chip=chip))
+        assert why.endswith(end) and bool(why) == bool(end)
     assert gpu_attention.why_not_cudnn(Target("cuda", chip="8.0")).endswith("9.0 or newer, and the chip has 8.0")
     with pytest.raises(ConfigError, match="kernels='causal_attention=tokamax' is not available here: its kernels need"):
         prepare(Execution(kernels="causal_attention=tokamax"), platform="cuda", chip="8.0")
-    assert "; without tokamax, cudnn, mosaic: see" in prepare(platform="cuda", chip="8.0").describe("bfloat16")
+    line = prepare(platform="cuda", chip="8.0").describe("bfloat16")
+    assert line.endswith("; without tokamax, cudnn, mosaic: see `dsv3 info tiny --kernels`")
 
 
 # The table

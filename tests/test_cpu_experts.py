@@ -16,7 +16,6 @@ from dsv3_jax.ops.sort_by_expert import sort_by_expert
 SIZES = (
     {},
     dict(n=1, d=4, f=3, k=1),
-    dict(n=90, d=64, f=128),
     dict(n=90, d=130, f=81),
     dict(n=900, d=20, f=33, num_experts=3),
     dict(n=12, d=1100, f=2, num_experts=3),
@@ -70,7 +69,7 @@ def test_gradients_are_deterministic(kernels, rng):
     arrays = float32(case(rng, "uneven", n=400, d=64, f=64))
     weight = jnp.ones_like(arrays[0])
     first = jax.tree.leaves(value_and_gradients(grouped_swiglu, weight, *arrays))
-    for _ in range(20):
+    for _ in range(5):
         for a, b in zip(first, jax.tree.leaves(value_and_gradients(grouped_swiglu, weight, *arrays)), strict=True):
             np.testing.assert_array_equal(a, b)
 

@@ -16,7 +16,7 @@ import pytest
 from dsv3_jax.config import ConfigError
 from dsv3_jax.kernels.choose import Target
 from dsv3_jax.kernels.gpu import grouped_product as gpu
-from dsv3_jax.kernels.gpu import hopper_products, tokamax_library
+from dsv3_jax.kernels.gpu import tokamax_library
 from dsv3_jax.kernels.tpu import grouped_product as tpu
 from dsv3_jax.ops import dispatch
 from dsv3_jax.ops import grouped_product as ops
@@ -75,24 +75,14 @@ def test_backends_of_xla_equal_a_loop_over_groups(x64, rng, backend, counts):
     check(XLA[backend], *draw(rng, 50, 5, 7, 6, jnp.float64), counts, 1e-12)
 
 
-@pytest.mark.parametrize("size", [1, 3, 16, 64])
+@pytest.mark.parametrize("size", [1, 3, 64])
 def test_blocks_cover_each_row_once(rng, size):
     """Whatever the counts, the number of blocks that is known beforehand is enough."""
-    for counts in [*COUNTS.values(), *rng.multinomial(50, rng.dirichlet(np.ones(6), 20)).tolist()]:
-        for c in (counts, *([[x] for x in counts] if size == 3 else [])):
-            blocks = ops.row_blocks(jnp.asarray(c, jnp.int32), 50, size)
-            seen = [[] for _ in c]
-            for group, start, left in zip(*(np.asarray(a) for a in blocks), strict=True):
-                seen[group] += range(start, start + max(min(left, size), 0))
-            ends = np.cumsum(c)
-            assert seen == [list(range(e - n, e)) for e, n in zip(ends, c, strict=True)]
-
-
-def test_blocks_do_little_in_vain():
-    for rows, groups in ((65536, 256), (49152, 64), (256, 64), (8, 256)):
-        size = ops.block_size(rows, groups)
-        blocks = ops.row_blocks(jnp.zeros(groups, jnp.int32), rows, size)
-        assert blocks.group.size * size <= max(3 * rows, 16 * (min(rows, groups) + rows // 16))
+    for counts in [*COUNTS.values(), *rng.multinomial(50, rng.dirichlet(np.ones(6), 5)).tolist()]:
+        blocks, seen = ops.row_blocks(jnp.asarray(counts, jnp.int32), 50, size), [[] for _ in counts]
+        for group, start, left in zip(*(np.asarray(a) for a in blocks), strict=True):
+            seen[group] += range(start, start + max(min(left, size), 0))
+        assert seen == [list(range(e - n, e)) for e, n in zip(np.cumsum(counts), counts, strict=True)]
 
 
 @pytest.mark.parametrize("backend", XLA)
@@ -130,7 +120,6 @@ def tpu_interpreter():
 
 KERNELS = {
     "mosaic": (gpu.MOSAIC, gpu_interpreter),
-    "hopper": (gpu.HOPPER_PRODUCTS, gpu_interpreter),
     "megablox": (tpu.MEGABLOX, tpu_interpreter),
 }
 SMALL_COUNTS = {
@@ -143,47 +132,11 @@ SMALL_COUNTS = {
 @pytest.mark.long
 @pytest.mark.parametrize("counts", SMALL_COUNTS.values(), ids=SMALL_COUNTS)
 @pytest.mark.parametrize("name", KERNELS)
-def test_kernels_equal_a_loop_over_groups(rng, monkeypatch, name, counts):
+def test_kernels_equal_a_loop_over_groups(rng, name, counts):
     """bfloat16's unit roundoff is 0.004: dy is rounded, and each result is."""
-    monkeypatch.setattr(hopper_products, "CORES", 2)  # each takes several tiles, one after the other
     backend, interpreter = KERNELS[name]
     with interpreter():
         check(backend, *draw(rng, 192, 128, 128, 4, jnp.bfloat16), counts, 0.01)
-
-
-@pytest.mark.long
-def test_the_hopper_kernel_keeps_float32(rng, monkeypatch):
-    """With few rows a block has 64, and several steps are in flight; dw leaves the kernel without a rounding."""
-    monkeypatch.setattr(hopper_products, "CORES", 3)
-    x, w = draw(rng, 128, 384, 128, 4, jnp.bfloat16)
-    counts = jnp.asarray([0, 9, 1, 110], jnp.int32)
-    dy = jnp.asarray(rng.standard_normal((128, 128)), jnp.bfloat16)
-    with gpu_interpreter():
-        y = jax.jit(gpu.hopper)(x, w, counts)
-        dx = jax.jit(gpu.hopper_dx)(dy, w, counts)
-        dw = jax.jit(partial(gpu.hopper_dw, dtype=jnp.float32))(x, dy, counts)
-    wide = [np.asarray(a, np.float64) for a in (x, w, dy)]
-    own = np.repeat(np.arange(4), counts)
-    for i, g in enumerate(own):
-        np.testing.assert_allclose(np.asarray(y[i], np.float64), wide[0][i] @ wide[1][g], atol=0.02)
-        np.testing.assert_allclose(np.asarray(dx[i], np.float64), wide[1][g] @ wide[2][i], atol=0.02)
-    for g in range(4):
-        expected = wide[0][:120][own == g].T @ wide[2][:120][own == g]
-        np.testing.assert_allclose(dw[g], expected, atol=1e-4)  # sums of up to 110 products in float32
-
-
-@pytest.mark.parametrize("size", [64, 128])
-def test_blocks_of_the_hopper_kernel_cover_each_row_once(rng, size):
-    for counts in [[70, 0, 3, 100], [0, 256, 0, 0], [0] * 4, *rng.multinomial(256, np.ones(4) / 4, 20).tolist()]:
-        blocks = hopper_products.blocks_of(jnp.asarray(counts, jnp.int32), 256, size, jnp.int32(8))
-        used = int(blocks.used[0])
-        assert used <= blocks.group.size
-        seen = [[] for _ in counts]
-        for group, start, low, high in zip(*(np.asarray(a)[:used] for a in blocks[:4]), strict=True):
-            assert start % hopper_products.ALIGNED == 0 and 0 <= start <= 256 - size and 0 <= low < high <= size
-            seen[group - 8] += range(start + low, start + high)
-        ends = np.cumsum(counts)
-        assert seen == [list(range(e - n, e)) for e, n in zip(ends, counts, strict=True)]
 
 
 @pytest.mark.long
@@ -197,28 +150,16 @@ def test_tokamax_equals_a_loop_over_groups(rng):
     np.testing.assert_allclose(np.asarray(y, np.float64)[:173], by_loop(x, w, np.asarray(counts))[0][:173], atol=0.05)
 
 
-@pytest.mark.parametrize(
-    "chip, sentence",
-    [
-        ("9.0", ""),
-        ("9.0a", ""),
-        ("10.0", "its grouped products need compute capability 9.0 (H100, H200), and the chip has 10.0"),
-        ("", "its grouped products need compute capability 9.0 (H100, H200), and the chip is not known"),
-    ],
-)
-def test_mosaic_says_where_it_cannot_run(chip, sentence):
-    assert gpu.why_not(Target("cuda", chip=chip)) == sentence
-
-
-def test_a_jax_without_the_kernels_is_said(monkeypatch):
+def test_mosaic_says_where_it_cannot_run(monkeypatch):
+    assert gpu.why_not(Target("cuda", chip="9.0a")) == ""
+    assert gpu.why_not(Target("cuda", chip="10.0")).endswith("9.0 (H100, H200), and the chip has 10.0")
     monkeypatch.setattr(gpu, "_kernels", lambda: 1 / 0)
-    sentence = gpu.why_not(Target("cuda", chip="9.0"))
-    assert sentence == "this JAX does not have its grouped products (ZeroDivisionError: division by zero)"
+    assert gpu.why_not(Target("cuda", chip="9.0")).startswith("this JAX does not have its grouped products (ZeroDiv")
 
 
 def test_tiles_fit_in_vmem():
     """Two buffers of x, w and y, and a sum in float32."""
-    for k, n in ((7168, 4096), (2048, 7168), (2048, 2816), (1408, 2048), (128, 256), (16384, 7168)):
+    for k, n in ((7168, 4096), (1408, 2048), (128, 256), (16384, 7168)):
         rows, contracted, columns = tpu.tiles(k, n)
         assert k % contracted == 0 and n % columns == 0
         assert 4 * (rows * contracted + contracted * columns + rows * columns) + 4 * rows * columns <= tpu.VMEM
@@ -283,9 +224,8 @@ def kernels_in(text):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("product", [gpu.MOSAIC, gpu.HOPPER_PRODUCTS], ids=lambda p: p.name)
-def test_training_on_an_h100_is_six_kernels(product):
-    text, _ = compiled_for("gpu:h100", trained(product))
+def test_training_on_an_h100_is_six_kernels():
+    text, _ = compiled_for("gpu:h100", trained(gpu.MOSAIC))
     assert kernels_in(text) == 6 and " while(" not in text and " dot(" not in text
     assert not re.search(rf" = bf16\[(1,)?{EXPERTS},\S* (copy|transpose)\(", text)  # of a layer's experts
 
@@ -295,23 +235,13 @@ def test_decoding_on_an_h100_copies_no_weights():
     text, temporary = compiled_for("gpu:h100", dispatch.decode_by_row, few=True)
     assert kernels_in(text) == 0 and " while(" not in text
     assert temporary < DIM * WIDTH * 2  # bytes of one matrix of one expert
-    one_launch = partial(dispatch.grouped_swiglu, product=gpu.HOPPER_PRODUCTS)
-    text, _ = compiled_for("gpu:h100", one_launch, few=True)
-    assert kernels_in(text) == 3 and " while(" not in text and not re.search(A_LAYER, text)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("target", ["tpu:v5p:1x1x1", "tpu:v6e:1x1"])
-def test_decoding_on_a_tpu_copies_no_weights(target):
+def test_a_tpu_copies_no_weights_to_decode_and_transposes_fewer_to_train(target):
     text, _ = compiled_for(target, partial(dispatch.grouped_swiglu, product=tpu.RAGGED_DOT), few=True)
     assert kernels_in(text) >= 3 and " while(" not in text and not re.search(A_LAYER, text)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("target", ["tpu:v5p:1x1x1", "tpu:v6e:1x1"])
-def test_training_on_a_tpu_writes_no_expert_transposed(target):
     experts = rf" = bf16\[(1,)?{EXPERTS},\S*\{{(2,)?[123],[123],\S* copy\("
-    text, _ = compiled_for(target, trained(tpu.RAGGED_DOT))
-    with_copies = len(re.findall(experts, text))
-    text, _ = compiled_for(target, trained(tpu.MEGABLOX))
-    assert len(re.findall(experts, text)) < with_copies and kernels_in(text) >= 9
+    by_xla, by_megablox = (compiled_for(target, trained(product))[0] for product in (tpu.RAGGED_DOT, tpu.MEGABLOX))
+    assert len(re.findall(experts, by_megablox)) < len(re.findall(experts, by_xla)) and kernels_in(by_megablox) >= 9

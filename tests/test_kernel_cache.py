@@ -2,149 +2,118 @@
 
 import ctypes
 import os
-import shutil
 import stat
-import subprocess
-import sys
-from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from runs import HERE
 
-from dsv3_jax.kernels.cpu import library, private_cache
+from dsv3_jax.kernels.cpu import library
 
 COMPILER = """#!/bin/sh
+sleep 0.02
 echo "$@" >> "$0.log"
 while [ "$1" != -o ]; do shift; done
 echo library > "$2"
 """
 
 
-@pytest.fixture
-def compiler(tmp_path) -> list[str]:
-    """A compiler that writes a file of one line, called by two words, and keeps a log of its calls."""
-    path = tmp_path / "compiler"
-    path.write_text(COMPILER)
-    path.chmod(0o700)
-    return ["sh", str(path)]
+class Cache:
+    """A cache folder, and a compiler that writes a file of one line, called by two words; it keeps a log."""
+
+    def __init__(self, root: Path):
+        self.folder, self.loaded = root / "dsv3_jax", []
+        script = root / "compiler"
+        script.write_text(COMPILER)
+        self.compiler = ["sh", str(script)]
+        self.log = Path(f"{script}.log")
+
+    def load(self, *more: str) -> Path:
+        library.load([*self.compiler, *more])
+        return self.loaded[-1]
+
+    def compiled(self) -> int:
+        """How often all was compiled: each source, and the library."""
+        times, rest = divmod(len(self.log.read_text().splitlines()), len(library.SOURCES) + 1)
+        assert rest == 0
+        return times
 
 
 @pytest.fixture
-def folder(monkeypatch, tmp_path) -> Path:
-    """The cache folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return private_cache.cache_folder()
+def cache(monkeypatch, tmp_path) -> Cache:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache, process = Cache(tmp_path), ctypes.CDLL(None)
+
+    def load(path):
+        assert Path(path).read_text() == "library\n"
+        cache.loaded.append(Path(path))
+        return process
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    return cache
 
 
-def calls(compiler: list[str]) -> int:
-    """How often all was compiled: each source, then the library."""
-    outputs = Counter(Path(line.split()[-1]).name for line in Path(compiler[1] + ".log").read_text().splitlines())
-    objects = [outputs.pop(source.stem + ".o") for source in library.SOURCES]
-    (of_library,) = outputs.values()
-    assert set(objects) == {of_library}
-    return of_library
-
-
-def compiled(compiler, folder) -> Path:
-    return library._compiled(compiler, folder, "for this test")
-
-
-def test_what_is_compiled_is_kept_in_a_private_folder(compiler, folder, capfd):
-    path = compiled(compiler, folder)
-    assert path.read_text() == "library\n"
-    assert {file.name for file in folder.iterdir()} == {path.name, path.name + ".json", "build.lock"}
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and stat.S_IMODE(path.stat().st_mode) == 0o600
+def test_what_is_compiled_is_kept_in_a_private_folder(cache, monkeypatch, capfd):
+    path = cache.load()
+    assert {file.name for file in cache.folder.iterdir()} == {path.name, "build.lock"}
+    assert stat.S_IMODE(cache.folder.stat().st_mode) == 0o700 and stat.S_IMODE(path.stat().st_mode) == 0o600
     said = capfd.readouterr().err
-    assert said.startswith(f"compiling the CPU kernels with sh {compiler[1]} (for this test)") and "compiled in" in said
-    assert compiled(compiler, folder) == path and calls(compiler) == 1
-    assert capfd.readouterr().err == ""
+    assert said.startswith(f"compiling the CPU kernels with sh {cache.compiler[1]} (once for this machine)")
+    assert cache.load() == path and cache.compiled() == 1 and capfd.readouterr().err == ""
+    assert cache.load("-g") != path
+    monkeypatch.setattr(library, "_processor", lambda: "another")
+    assert cache.load() != path
+
+
+def test_of_several_first_runs_at_once_one_compiles(cache):
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(lambda _: cache.load(), range(4)))) == 1
+    assert cache.compiled() == 1
 
 
 @pytest.mark.parametrize("damage", [
     lambda path: path.write_text("lib"),
-    lambda path: path.write_bytes(bytes(8)),
-    lambda path: path.write_text(""),
     lambda path: path.unlink(),
-    lambda path: path.with_name(path.name + ".json").unlink(),
-    lambda path: path.with_name(path.name + ".json").write_text('{"sha'),
-    lambda path: path.with_name(path.name + ".json").write_text("[]"),
     lambda path: path.chmod(0o666),
     lambda path: (path.rename(path.with_name("moved")), path.symlink_to(path.with_name("moved"))),
+    pytest.param(lambda path: os.chown(path, 12345, 12345),
+                 marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a file to another user")),
 ])  # fmt: skip
-def test_what_is_not_whole_or_not_ours_is_compiled_again(compiler, folder, damage):
-    damage(compiled(compiler, folder))
-    path = compiled(compiler, folder)
-    assert calls(compiler) == 2
-    assert path.read_text() == "library\n" and private_cache.find_whole(folder, path.name) == path
+def test_what_is_not_whole_or_not_ours_is_compiled_again(cache, damage):
+    damage(cache.load())
+    path = cache.load()
+    assert cache.compiled() == 2 and path.read_text() == "library\n"
+    assert cache.load() == path and cache.compiled() == 2
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
-def test_another_users_files_are_not_loaded(compiler, folder):
-    path = compiled(compiler, folder)
-    os.chown(path, 12345, 12345)
-    assert private_cache.find_whole(folder, path.name) is None
-    os.chown(folder, 12345, 12345)
-    with pytest.raises(private_cache.NotPrivate, match="belongs to another user"):
-        private_cache.cache_folder()
-
-
-def test_a_folder_that_others_can_write_to_is_refused(folder):
-    folder.chmod(0o777)
-    with pytest.raises(private_cache.NotPrivate, match="can be written by others"):
-        private_cache.cache_folder()
-    folder.chmod(0o755)
-    assert private_cache.cache_folder() == folder and stat.S_IMODE(folder.stat().st_mode) == 0o700
-
-
-def test_another_processor_or_compiler_has_another_library(compiler, folder, monkeypatch):
-    path = compiled(compiler, folder)
-    assert compiled([*compiler, "-g"], folder) != path
-    monkeypatch.setattr(library, "_processor", lambda: "another")
-    assert compiled(compiler, folder) != path
-
-
-def test_folders_of_killed_builds_are_deleted(compiler, folder):
-    (folder / "build-dead").mkdir()
-    compiled(compiler, folder)
-    assert not (folder / "build-dead").exists()
-
-
-@pytest.mark.parametrize("home", ["a file", "no user"])
-def test_without_a_cache_the_library_is_compiled_for_the_process(compiler, monkeypatch, tmp_path, capfd, home):
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("HOME", str(tmp_path / "file" / "below"))
-    if home == "no user":
+@pytest.mark.parametrize("folder", ["writable by others", "a file", "no home"])
+def test_without_a_private_folder_the_library_is_compiled_for_the_process(cache, monkeypatch, capfd, folder):
+    if folder == "writable by others":
+        cache.load()
+        cache.folder.chmod(0o777)
+    elif folder == "a file":
+        cache.folder.write_text("")
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home")))
-    loaded, process = [], ctypes.CDLL(None)
-    monkeypatch.setattr(ctypes, "CDLL", lambda path: loaded.append(Path(path).read_text()) or process)
-    assert library._load(compiler) is process and loaded == ["library\n"]
-    assert "for this process alone, because there is no cache folder: " in capfd.readouterr().err
-    assert not list(Path(tmp_path).glob("*/kernels*"))
+    path = cache.load()
+    assert path.parent != cache.folder and not path.exists()
+    assert "(there is no private cache folder)" in capfd.readouterr().err
 
 
-def test_a_library_without_the_symbols_is_said(compiler, folder, monkeypatch):
-    monkeypatch.setenv("CXX", " ".join(compiler))
-    process = ctypes.CDLL(None)
-    monkeypatch.setattr(ctypes, "CDLL", lambda path: process)
-    assert "undefined symbol: Dsv3" in library.why_not.__wrapped__()
+def test_why_there_are_no_kernels(monkeypatch, tmp_path):
+    why_not = library.why_not.__wrapped__
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")
+    assert why_not() == "false does not compile the kernels: exit code 1"
+    assert [path.name for path in tmp_path.glob("*/*")] == ["build.lock"]  # nothing half-written
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert why_not().startswith("the kernels cannot be compiled or loaded: ")
     monkeypatch.setenv("CXX", "g++ 'unclosed")
-    assert library.why_not.__wrapped__() == "the kernels cannot be compiled or loaded: No closing quotation"
-
-
-@pytest.mark.long
-def test_four_first_runs_at_once_compile_once(tmp_path):
-    if not any(map(shutil.which, library.COMPILERS)):
-        pytest.skip("there is no C++ compiler")
-    program = "from dsv3_jax.kernels.cpu import library; assert not library.why_not(), library.why_not()"
-    compiler = tmp_path / "c++"  # it does not optimise, which takes half of the time
-    compiler.write_text(f'#!/bin/sh\nexec {next(filter(shutil.which, library.COMPILERS))} "$@" -O0\n')
-    compiler.chmod(0o700)
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE)}
-    environment["CXX"] = str(compiler)
-    command = [sys.executable, "-c", program]
-    running = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(4)]
-    said = [process.communicate()[1] for process in running]
-    assert [process.returncode for process in running] == [0] * 4, said
-    assert "".join(said).count("compiling the CPU kernels") == 1
+    assert why_not() == "the kernels cannot be compiled or loaded: No closing quotation"
+    monkeypatch.setattr(library, "load", lambda words: ctypes.CDLL(None))
+    monkeypatch.setenv("CXX", "g++")
+    assert "undefined symbol: Dsv3" in why_not()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert why_not() == "there is no C++ compiler (c++, g++, clang++)"

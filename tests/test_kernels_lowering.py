@@ -6,7 +6,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 from models import decode_program, small
 from runs import make_run
 
@@ -61,21 +60,6 @@ def train_step(platform: str, execution: Execution) -> tuple[str, str]:
     )
 
 
-def decode_step(platform: str, execution: Execution) -> tuple[str, str]:
-    """A step over one token for each sequence."""
-    graphdef, state = nnx.split(abstract(CFG, execution, kernels_for(platform, execution)))
-
-    def step(state, cache, tokens):
-        model = nnx.merge(graphdef, state)
-        x, cache = model.run_layers(tokens, cache)
-        return model.logits(model.norm(x)), cache
-
-    tokens = jax.ShapeDtypeStruct((BATCH, 1), jnp.int32)
-    dtype = jnp.dtype(execution.compute_dtype)
-    cache = jax.eval_shape(lambda: nnx.merge(graphdef, state).empty_cache(BATCH, LENGTH, "latent", dtype))
-    return lowered(platform, jax.jit(step), state, cache, tokens)
-
-
 def decode_loop(platform: str, execution: Execution) -> tuple[str, str]:
     """All of a request after the prompt, with the model's own heads as drafters."""
     model = abstract(CFG, execution, kernels_for(platform, execution))
@@ -85,7 +69,7 @@ def decode_loop(platform: str, execution: Execution) -> tuple[str, str]:
     return lowered(platform, generate._decode, replace(job, weights=weights), loop, until, length=2)
 
 
-PROGRAMS = {"training step": train_step, "decoding step": decode_step, "decoding loop": decode_loop}
+PROGRAMS = {"training step": train_step, "decoding loop": decode_loop}
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -111,7 +95,6 @@ def test_accelerators_run_plain_xla(rows, program, platform, execution):
 
 EXPECTED = {
     "training step": ("causal_attention_gradients", "experts_swiglu_gradients"),
-    "decoding step": ("cached_attention", "decode_experts", "small_batch_matmul", "small_batch_by_head"),
     "decoding loop": ("cached_attention", "decode_experts", "small_batch_matmul", "small_batch_by_head"),
 }
 

@@ -15,8 +15,8 @@ assert keep_memory()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.memset.argtypes, libc.free.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], [ctypes.c_void_p]
-large, places, small = 300 << 20, set(), []
-for step in range(5):
+large, places, small = 100 << 20, set(), []
+for step in range(3):
     places.add(program := libc.malloc(large))
     libc.memset(program, 1, large)
     libc.free(program)

@@ -6,7 +6,6 @@ import pytest
 
 from dsv3_jax.config import Execution
 from dsv3_jax.kernels import xla_flags
-from dsv3_jax.kernels.choose import PLATFORMS
 
 
 @pytest.fixture(autouse=True)
@@ -19,34 +18,19 @@ def names(platform: str, devices: int, execution: Execution | None = None) -> li
     return [name for name, _ in xla_flags.training_options(platform, execution or Execution(), devices)]
 
 
-def test_flags_are_for_several_accelerators():
-    for platform in PLATFORMS:
-        assert names(platform, 1) == names(platform, 8, Execution(xla_flags="none")) == []
-    assert names("cpu", 8) == []
-    assert names("cuda", 8) == names("rocm", 8) and len(names("cuda", 8)) > 3
-    assert all(name.startswith("xla_gpu_") for name in names("cuda", 8))
-    assert not any("gpu" in name for name in names("tpu", 8)) and len(names("tpu", 8)) > 3
-
-
-def test_the_users_own_win(monkeypatch):
+def test_flags_are_for_several_accelerators_and_the_users_own_win(monkeypatch):
+    assert names("cuda", 1) == names("cpu", 8) == names("tpu", 8, Execution(xla_flags="none")) == []
+    assert len(names("cuda", 8)) > 3 and all(name.startswith("xla_gpu_") for name in names("cuda", 8))
+    assert len(names("tpu", 8)) > 3 and not any("gpu" in name for name in names("tpu", 8))
     first, second, *rest = names("cuda", 8)
     monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=there --{first}=false")
-    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{names('tpu', 8)[0]}=false")
     assert names("cuda", 8) == [second, *rest]
-    assert names("tpu", 8) == [flag.name for flag in xla_flags.FLAGS if "tpu" in flag.platforms][1:]
-
-
-def test_each_has_a_reason_and_a_source():
-    assert len({flag.name for flag in xla_flags.FLAGS}) == len(xla_flags.FLAGS)
-    assert all(flag.why and "." in flag.source for flag in xla_flags.FLAGS)
 
 
 def test_flags_that_this_xla_does_not_know_are_left_out():
     """XLA reads those of GPUs on any host; those of TPUs only where libtpu is."""
     latency = ("xla_gpu_enable_latency_hiding_scheduler", True)
     assert xla_flags.known((("xla_no_such_flag", True), latency)) == (latency,)
-    assert xla_flags.known((latency,)) == (latency,)
-    assert xla_flags.known(()) == ()
     gpu = xla_flags.known(xla_flags.training_options("cuda", Execution(), 8))
     assert len(gpu) >= 5
     assert jax.jit(lambda x: x + 1, compiler_options=dict(gpu))(jnp.zeros(())) == 1
@@ -54,6 +38,5 @@ def test_flags_that_this_xla_does_not_know_are_left_out():
 
 def test_what_is_set_is_said():
     assert xla_flags.describe(()) == ""
-    assert xla_flags.describe((("a_flag", True), ("another", 128))) == (
-        "XLA flags: a_flag=true another=128; --execution.xla-flags none leaves them out"
-    )
+    line = "XLA flags: a_flag=true another=128; --execution.xla-flags none leaves them out"
+    assert xla_flags.describe((("a_flag", True), ("another", 128))) == line

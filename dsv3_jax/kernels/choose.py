@@ -27,7 +27,6 @@ from dsv3_jax.kernels.cpu import blocks, calls, library
 from dsv3_jax.kernels.cpu import experts as cpu_experts
 from dsv3_jax.kernels.cpu import products as cpu_products
 from dsv3_jax.kernels.gpu import attention as gpu_attention
-from dsv3_jax.kernels.gpu import fp8 as gpu_fp8
 from dsv3_jax.kernels.gpu import grouped_product as gpu_products
 from dsv3_jax.kernels.gpu import tokamax_library
 from dsv3_jax.kernels.tpu import attention as tpu_attention
@@ -126,7 +125,6 @@ _loops = partial(Implementation, "blocks", platforms=("cpu",))
 _cuda = partial(Implementation, platforms=("cuda",), dtypes=("bfloat16",))
 _mosaic = partial(_cuda, "mosaic", fits=gpu_products.fits, why_not=gpu_products.why_not)
 _tokamax = partial(_cuda, "tokamax", fits=gpu_products.fits, why_not=tokamax_library.why_not)
-_hopper = partial(_cuda, "hopper", fits=gpu_products.fits, why_not=gpu_products.why_not_hopper)
 # megablox does not say which of a mesh's axes its results vary along, so `shard_map` refuses it.
 _megablox = partial(
     Implementation, "megablox", platforms=("tpu",), dtypes=("bfloat16",), one_device=True, fits=tpu_products.fits
@@ -135,8 +133,7 @@ _ragged_on_tpu = partial(Implementation, "ragged_dot", platforms=("tpu",))
 _row_blocks = partial(Implementation, "row_blocks", platforms=GPUS)
 # Products in 8 bits, by XLA on every platform. GPUs and TPUs multiply bfloat16 instead of float32 if it holds the
 # rounded numbers exactly. XLA can multiply e4m3 numbers as they are for an H100. But a scale for each 128 of them then
-# needs a sum in memory for each. By arithmetic that allows at most 107 TFLOP/s at 3.35 TB/s, far below bfloat16's. The
-# project's kernel for Hopper scales in registers.
+# needs a sum in memory for each. By arithmetic that allows at most 107 TFLOP/s at 3.35 TB/s, far below bfloat16's.
 _RECIPES = (low_precision.FP8, low_precision.FP8_UE8M0, low_precision.MXFP8)
 _IN_BFLOAT16 = tuple(recipe.in_bfloat16 for recipe in _RECIPES if recipe.in_bfloat16 != recipe)
 
@@ -147,24 +144,6 @@ def _low_precision(run: Callable, argument: str = "recipe", make: Callable = lam
         Implementation(recipe.name, partial(run, **{argument: make(recipe)}), platforms, precision=recipe.name)
         for recipes, platforms in ((_IN_BFLOAT16, ACCELERATORS), (_RECIPES, PLATFORMS))
         for recipe in recipes
-    )
-
-
-def _hopper_fp8(op: str, run: Callable) -> tuple[Implementation, ...]:
-    """The rows of an op whose products multiply e4m3 numbers on Hopper."""
-    return tuple(
-        Implementation(
-            "hopper",
-            partial(run, recipe=replace(recipe, scaled_product=gpu_fp8.scaled_product)),
-            ("cuda",),
-            ("float32", "bfloat16"),
-            one_device=True,
-            fits=gpu_fp8.FITS[op],
-            precision=recipe.name,
-            why_not=gpu_products.why_not_hopper,
-        )
-        for recipe in _RECIPES
-        if recipe.tile == gpu_fp8.BLOCK
     )
 
 
@@ -222,7 +201,6 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _ragged_on_tpu(partial(dispatch.grouped_swiglu, product=tpu_products.RAGGED_DOT)),
         _row_blocks(partial(dispatch.grouped_swiglu, product=grouped_product.ROW_BLOCKS)),
         _tokamax(partial(dispatch.grouped_swiglu, product=gpu_products.TOKAMAX)),
-        _hopper(partial(dispatch.grouped_swiglu, product=gpu_products.HOPPER_PRODUCTS)),
         Implementation("ragged_dot", dispatch.grouped_swiglu),
         Implementation("dense", dispatch.dense_swiglu),
         *_rounded_before(_mosaic, gpu_products.MOSAIC),
@@ -238,21 +216,18 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _ragged_on_tpu(partial(dispatch.grouped_swiglu, product=tpu_products.RAGGED_DOT)),
         _row_blocks(partial(dispatch.grouped_swiglu, product=grouped_product.ROW_BLOCKS)),
         _tokamax(partial(dispatch.grouped_swiglu, product=gpu_products.TOKAMAX)),
-        _hopper(partial(dispatch.grouped_swiglu, product=gpu_products.HOPPER_PRODUCTS)),
         *_low_precision(dispatch.grouped_swiglu, "product", low_precision.grouped),
     ),
     "product": (
         _cpp(cpu_products.product, fits=_few_rows),
         _xla(products.product),
         *_low_precision(low_precision.product),
-        *_hopper_fp8("product", low_precision.product),
     ),
     "exact_product": (_cpp(cpu_products.product, fits=_few_rows), _xla(products.exact_product)),
     "swiglu": (
         _cpp(cpu_products.swiglu, fits=_few_rows),
         _xla(products.swiglu),
         *_low_precision(low_precision.swiglu),
-        *_hopper_fp8("swiglu", low_precision.swiglu),
     ),
     "product_by_head": (
         _cpp(cpu_products.product_by_head, fits=partial(_few_rows, axes=2)),
@@ -269,7 +244,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _cpp(calls.adamw, fits=lambda p, *rest, **settings: p.size >= LARGE_UPDATE and _all_float32(p, *rest)),
         _xla(adamw.adamw_update),
     ),
-    "expand": (_xla(mla.expand), *_low_precision(low_precision.expand), *_hopper_fp8("expand", low_precision.expand)),
+    "expand": (_xla(mla.expand), *_low_precision(low_precision.expand)),
     "capacity_swiglu": (
         _xla(dispatch.capacity_swiglu),
         *_low_precision(
@@ -346,7 +321,7 @@ class Target:
         """The rows of an op that may run, in order: to the first that serves everything."""
         xla_only = self.asked[0] == "xla" and not self.name_of(op)
         rows, forced = [row for row in self.here(op) if not (xla_only and row.dtypes)], self.forced(op)
-        last = next(i for i, row in enumerate(rows) if not row.dtypes and row.fits is None)
+        last = next(i for i, row in enumerate(rows) if not (row.dtypes or row.fits or row.why_not))
         return ([] if forced is None else [forced]) + [row for row in rows[: last + 1] if row is not forced]
 
 

@@ -16,7 +16,7 @@ differs by float32 rounding only. On a mesh that shards experts or their tokens,
 
 If scales are powers of two, bfloat16 holds each of these values exactly too, because an e4m3 number has four
 significant bits. GPUs and TPUs then multiply in bfloat16 and add in float32 (`in_bfloat16`): the same terms, at the
-speed of bfloat16. A device with a kernel for e4m3 numbers and their scales multiplies those (`scaled_product`).
+speed of bfloat16. A kernel for e4m3 numbers and their scales is a recipe with another `matmul`.
 
 Departs from the paper: nothing is kept in 8 bits. The report caches activations in FP8, and so rounds their scales, and
 those of what it dispatches, to powers of two: a 1 × 128 tile then becomes a 128 × 1 tile without a second rounding.
@@ -27,7 +27,6 @@ arXiv 2506.08027 for the rounding of MXFP8's scales.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -38,7 +37,6 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.ops import mla
 from dsv3_jax.ops.grouped_product import ROW_BLOCKS, GroupedProduct, row_blocks
 
-E4M3 = jnp.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 SMALLEST_NORMAL = 2.0**-6  # of e4m3; below it numbers are multiples of 2⁻⁹
 SMALLEST_SCALE = 2.0**-100  # no e4m3 number times it is subnormal in float32, which devices flush to 0
@@ -58,14 +56,15 @@ class Recipe:
     square_weights: bool  # a weight's tiles are as wide as they are long
     power_of_two: bool  # of scales
     operands: str = "float32"  # dtype that products read; bfloat16 only where it holds the rounded numbers exactly
-    # A device's product of e4m3 numbers, where tiles divide all sizes: (a [m, k], its scales [k / tile, m], c [n, k],
-    # its scales [k / tile, n], dtype) -> a cᵀ. None multiplies the rounded operands.
-    scaled_product: Callable[..., Array] | None = None
 
     def weight_tile(self, contracted: int) -> tuple[int, int]:
         """The tile of a matrix that is contracted over its axis 0 or 1."""
         short = self.tile if self.square_weights else 1
         return (short, self.tile) if contracted else (self.tile, short)
+
+    def matmul(self, x: Float[Array, "m K"], w: Float[Array, "K N"]) -> Float[Array, "m N"]:
+        """Multiply x with w, see the function of this name."""
+        return matmul(self, x, w)
 
     @property
     def in_bfloat16(self) -> "Recipe":
@@ -129,34 +128,19 @@ def _power_of_two_over_448(x: Array) -> Array:
     return jnp.where(jnp.isfinite(x), scale, x)
 
 
-def quantize(
-    x: Float[Array, "*n r c"], tile: tuple[int, int], *, power_of_two: bool = False
-) -> tuple[Array, Float[Array, "*n R C"]]:
-    """Round to e4m3 numbers and the scales of their tiles; value = number · scale.
-
-    Args: as `tile_scales`.
-    Returns: (float8_e4m3fn numbers in x's shape, float32 scales).
-
-    Example:
-        >>> numbers, scales = quantize(jnp.array([[896.0, -2.1]]), (1, 128))
-        >>> numbers.astype(jnp.float32), scales
-        (Array([[448.,  -1.]], dtype=float32), Array([[2.]], dtype=float32))
-    """
-    scales = tile_scales(x, tile, power_of_two=power_of_two)
-    return _scaled(x, scales, tile).astype(E4M3), scales
-
-
 def round_to_tiles(
     x: Float[Array, "*n r c"], tile: tuple[int, int], *, power_of_two: bool = False
 ) -> Float[Array, "*n r c"]:
-    """Round to what `quantize` represents: number · scale, in float32.
+    """Round to e4m3 numbers times the scales of their tiles, in float32. Args: as `tile_scales`.
 
     Example:
         >>> round_to_tiles(jnp.array([[896.0, -2.1]]), (1, 128))
         Array([[896.,  -2.]], dtype=float32)
     """
     scales = tile_scales(x, tile, power_of_two=power_of_two)
-    return round_to_e4m3(_scaled(x, scales, tile)) * _spread(scales, tile, x.shape)
+    scale = spread(scales, tile, x.shape)
+    # A quotient may exceed 448 by rounding; e4m3 still rounds it to 448.
+    return round_to_e4m3(x.astype(jnp.float32) / scale) * scale
 
 
 def round_to_e4m3(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
@@ -171,12 +155,7 @@ def round_to_e4m3(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
     return jnp.where(jnp.abs(x) < SMALLEST_NORMAL, small, jax.lax.reduce_precision(x, 8, 3))
 
 
-def _scaled(x: Array, scales: Array, tile: tuple[int, int]) -> Array:
-    """x / scale in float32. A quotient may exceed 448 by rounding; e4m3 still rounds it to 448."""
-    return x.astype(jnp.float32) / _spread(scales, tile, x.shape)
-
-
-def _spread(scales: Array, tile: tuple[int, int], shape: tuple[int, ...]) -> Array:
+def spread(scales: Array, tile: tuple[int, int], shape: tuple[int, ...]) -> Array:
     """Each number's scale; an axis with a single tile is left to broadcast."""
     for axis, size in zip((-2, -1), tile, strict=True):
         if size > 1 and scales.shape[axis] > 1:
@@ -222,9 +201,6 @@ def matmul(recipe: Recipe, x: Float[Array, "m K"], w: Float[Array, "K N"]) -> Fl
         >>> matmul(MXFP8, jnp.array([[1.0, 1.2]]), jnp.ones((2, 1)))  # 1.2 is rounded to 1.25
         Array([[2.25]], dtype=float32)
     """
-    if recipe.scaled_product is not None:
-        numbers, scales = _quantized_weight(recipe, w)
-        return recipe.scaled_product(*_quantized_rows(recipe, x), numbers.T, scales, x.dtype)
     return _dot(_rows(recipe, x), _weight(recipe, w, 0), (1, 0)).astype(x.dtype)
 
 
@@ -234,35 +210,12 @@ def _matmul_fwd(recipe, x, w):
 
 def _matmul_bwd(recipe, saved, dy):
     x, w = saved
-    if recipe.scaled_product is not None:
-        numbers, scales = _quantized_weight(recipe, w.T)
-        dx = recipe.scaled_product(*_quantized_rows(recipe, dy), numbers.T, scales, x.dtype)
-        return dx, recipe.scaled_product(*_quantized_columns(recipe, x), *_quantized_columns(recipe, dy), w.dtype)
     dx = _dot(_rows(recipe, dy), _weight(recipe, w, 1), (1, 1))
     dw = _dot(_columns(recipe, x), _columns(recipe, dy), (0, 0))
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
 matmul.defvjp(_matmul_fwd, _matmul_bwd)
-
-
-def _quantized_rows(recipe: Recipe, x: Array) -> tuple[Array, Array]:
-    """(numbers [m, k], scales [k / tile, m]) of rows that are contracted."""
-    numbers, scales = quantize(x, (1, recipe.tile), power_of_two=recipe.power_of_two)
-    return numbers, scales.T
-
-
-def _quantized_columns(recipe: Recipe, x: Array) -> tuple[Array, Array]:
-    """(numbers [k, m], scales [m / tile, k]) of columns that are contracted."""
-    numbers, scales = quantize(x, (recipe.tile, 1), power_of_two=recipe.power_of_two)
-    return numbers.T, scales
-
-
-def _quantized_weight(recipe: Recipe, w: Array) -> tuple[Array, Array]:
-    """(numbers [k, n], scales [k / tile, n]) of a weight that is contracted over its first axis."""
-    tile = recipe.weight_tile(0)
-    numbers, scales = quantize(w, tile, power_of_two=recipe.power_of_two)
-    return numbers, jnp.repeat(scales, tile[1], axis=1)
 
 
 def product(x: Float[Array, "..."], w: Float[Array, "..."], axes: int = 1, *, recipe: Recipe) -> Float[Array, "..."]:
@@ -273,7 +226,7 @@ def product(x: Float[Array, "..."], w: Float[Array, "..."], axes: int = 1, *, re
         Array([[2., 2., 2.]], dtype=float32)
     """
     depth = math.prod(w.shape[:axes])
-    y = matmul(recipe, x.reshape(-1, depth), w.reshape(depth, -1))
+    y = recipe.matmul(x.reshape(-1, depth), w.reshape(depth, -1))
     return y.reshape(*x.shape[: x.ndim - axes], *w.shape[axes:])
 
 

@@ -39,6 +39,7 @@ from dsv3_jax.model.moe import MoE, RouterBias
 from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.presets import preset, recipe
 from dsv3_jax.training.step import Job, init_state, make_step
+from experiments.accel.kernels import hopper_fp8, hopper_products
 
 PACKAGES = ("dsv3-jax", "jax", "jaxlib", "flax", "libtpu", "tokamax", "jax-cuda13-plugin", "jax-cuda12-plugin",
             "jax-rocm7-plugin")  # fmt: skip
@@ -748,6 +749,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The worker of run.py, which measures the parts that its input names.")
     parser.add_argument("--toy", action="store_true")
     args = parser.parse_args()
+    hopper_products.add()
+    hopper_fp8.add()
     # Libraries print on descriptor 1 too: the replies get one of their own.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

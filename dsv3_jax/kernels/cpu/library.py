@@ -1,23 +1,28 @@
-"""The C++ kernels as a shared library: compiled once on each machine, then loaded and registered with JAX."""
+"""The C++ kernels as a shared library: compiled once on each machine, then loaded and registered with JAX.
 
+A library is code that runs with the user's rights. So it is kept in a folder that others may not write to, and is
+compared with the SHA-256 in its name before it is loaded. One that was cut, emptied or replaced is compiled again.
+"""
+
+import contextlib
 import ctypes
+import fcntl
 import hashlib
-import json
 import os
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
 import jax
 import jaxlib.version
-
-from dsv3_jax.kernels.cpu import private_cache
 
 FOLDER = Path(__file__).parent
 SOURCES = tuple(FOLDER / f"{name}.cc" for name in ("small_batch", "experts", "attention", "adamw"))
@@ -45,8 +50,8 @@ COMPILERS = ("c++", "g++", "clang++")
 def why_not() -> str:
     """Load the kernels, and compile them first if this machine has no whole compiled library of this user yet.
 
-    Compiling takes some seconds and is reported on stderr. The library is kept in the user's cache folder; without a
-    private one it is compiled in each process. Call this before the first program is traced.
+    Compiling takes some seconds and is reported on stderr. Without a private cache folder each process compiles for
+    itself. Call this before the first program is traced.
 
     Returns: an empty string if the kernels can be used in this process; otherwise the reason, without a full stop.
     """
@@ -54,7 +59,7 @@ def why_not() -> str:
     if words is None:
         return f"there is no C++ compiler ({', '.join(COMPILERS)})"
     try:
-        library = _load(shlex.split(words))
+        library = load(shlex.split(words))
         symbols = {name: getattr(library, symbol) for name, symbol in TARGETS.items()}
     except subprocess.CalledProcessError as error:
         line = next((line for line in error.stderr.splitlines() if "error" in line), f"exit code {error.returncode}")
@@ -66,62 +71,79 @@ def why_not() -> str:
     return ""
 
 
-def _load(compiler: list[str]) -> ctypes.CDLL:
-    """Load the library from the cache folder, or from a folder of this process if there is no private one.
+def load(compiler: list[str]) -> ctypes.CDLL:
+    """Load the library of the cache folder. If it is absent or not whole, one process compiles it.
 
     Args: compiler: the words of its command, as in ["ccache", "g++"].
     Raises: OSError, or CalledProcessError if the compiler fails.
     """
+    with contextlib.ExitStack() as stack:
+        folder, why = private_folder(), "once for this machine"
+        if folder is None:  # a loaded library needs no file
+            folder, why = Path(stack.enter_context(tempfile.TemporaryDirectory())), "there is no private cache folder"
+        lock = stack.enter_context((folder / "build.lock").open("a"))
+        with contextlib.suppress(OSError):  # a file system without locks: two processes may compile the same
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        name = _name(compiler)
+        path = next((path for path in folder.glob(f"{name}-*.so") if _is_whole(path)), None)
+        if path is None:
+            start = time.perf_counter()
+            print(f"compiling the CPU kernels with {shlex.join(compiler)} ({why}) …", file=sys.stderr, flush=True)
+            path = _compile(compiler, folder, name)
+            print(f"compiled in {time.perf_counter() - start:.0f} s: {path}", file=sys.stderr, flush=True)
+        return ctypes.CDLL(str(path))
+
+
+def private_folder() -> Path | None:
+    """The user's cache folder; None if it cannot be created or written to, or others own it or may write to it."""
     try:
-        return ctypes.CDLL(str(_compiled(compiler, private_cache.cache_folder(), "once for this machine")))
-    except private_cache.NotPrivate as error:
-        reason = str(error)
-    with tempfile.TemporaryDirectory(prefix="dsv3_jax-") as folder:  # the library stays loaded without its file
-        return ctypes.CDLL(str(_compiled(compiler, Path(folder), f"for this process alone, because {reason}")))
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv3_jax"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private = _is_ours(folder, stat.S_ISDIR) and os.access(folder, os.W_OK | os.X_OK)
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home
+        return None
+    return folder if private else None
 
 
-def _compiled(compiler: list[str], folder: Path, why: str) -> Path:
-    """Return the library's path in a private folder, and compile it if it is absent or not whole.
-
-    The file name is a hash of the sources, compiler, flags, jaxlib version and processor.
-
-    Args: why: it is compiled, to be printed.
-    Raises: NotPrivate if the folder is read-only, OSError, or CalledProcessError if the compiler fails.
-    """
-    sources = "\0".join(path.read_text() for path in (*SOURCES, *HEADERS))
-    facts = {
-        "sources": hashlib.sha256(sources.encode()).hexdigest(),
-        "processor": hashlib.sha256(_processor().encode()).hexdigest(),
-        "compiler": shlex.join([*compiler, *FLAGS]),
-        "jaxlib": jaxlib.version.__version__,
-    }
-    name = f"kernels-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.so"
-    if found := private_cache.find_whole(folder, name):
-        return found
-    with private_cache.build_folder(folder) as temporary:
-        if found := private_cache.find_whole(folder, name):  # another process has just compiled it
-            return found
-        start = time.perf_counter()
-        words = shlex.join(compiler)
-        print(f"compiling the CPU kernels with {words} ({why}) …", file=sys.stderr, flush=True)
-        path = private_cache.keep(_compile(compiler, temporary / name), folder, name, facts)
-    print(f"compiled in {time.perf_counter() - start:.0f} s: {path}", file=sys.stderr, flush=True)
-    return path
+def _is_ours(path: Path, kind: Callable[[int], bool]) -> bool:
+    status = path.lstat()
+    return kind(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
-def _compile(compiler: list[str], library: Path) -> Path:
-    """Compile each source on a core of its own, and link them. Returns: `library`."""
+def _is_whole(path: Path) -> bool:
+    """Whether a library is this user's, and has the content that its name says."""
+    try:
+        return _is_ours(path, stat.S_ISREG) and path.stem.endswith(_digest(path.read_bytes()))
+    except OSError:
+        return False
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _name(compiler: list[str]) -> str:
+    """The first part of a library's name: a hash of all that its content depends on."""
+    sources = (path.read_text() for path in (*SOURCES, *HEADERS))
+    facts = "\0".join([*sources, *compiler, *FLAGS, jaxlib.version.__version__, _processor()])
+    return f"kernels-{_digest(facts.encode())[:16]}"
+
+
+def _compile(compiler: list[str], folder: Path, name: str) -> Path:
+    """Compile each source on a core of its own, and link them. Returns: the library, complete under its name."""
 
     def run(*words: str) -> None:
         command = [*compiler, *words]
         subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=TIMEOUT)
 
     flags = [*(flag for flag in FLAGS if flag != "-shared"), "-isystem", jax.ffi.include_dir(), "-c"]
-    objects = [str(library.with_name(source.stem + ".o")) for source in SOURCES]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda source, to: run(*flags, str(source), "-o", to), SOURCES, objects))
-    run(*FLAGS, *objects, "-o", str(library))
-    return library
+    with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as build:
+        library, objects = Path(build) / "kernels.so", [f"{build}/{source.stem}.o" for source in SOURCES]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda source, to: run(*flags, str(source), "-o", to), SOURCES, objects))
+        run(*FLAGS, *objects, "-o", str(library))
+        library.chmod(0o600)
+        return library.replace(folder / f"{name}-{_digest(library.read_bytes())}.so")
 
 
 def _processor() -> str:

@@ -1,10 +1,9 @@
-"""Grouped products on Hopper (H100, H200) in bfloat16, by kernels that their authors run there, and by our own.
+"""Grouped products on Hopper (H100, H200) in bfloat16, by kernels that their authors run there.
 
-    MOSAIC           JAX's own Mosaic kernels, which come with its wheel: forward, dx and dw
-    TOKAMAX          tokamax's forward, which also skips groups without rows; JAX's dx and dw
-    HOPPER_PRODUCTS  this project's kernels, see hopper_products.py; asked for by name
+    MOSAIC   JAX's own Mosaic kernels, which come with its wheel: forward, dx and dw
+    TOKAMAX  tokamax's forward, which also skips groups without rows; JAX's dx and dw
 
-The first two round each expert's gradient to bfloat16 once, after a sum in float32.
+Both round each expert's gradient to bfloat16 once, after a sum in float32.
 """
 
 import importlib
@@ -120,28 +119,3 @@ def tokamax(x: Array, w: Array, counts: Array) -> Array:
 
 
 TOKAMAX = GroupedProduct("tokamax", tokamax, mosaic_dx, mosaic_dw, row_multiple=ROWS, joins=True)
-
-
-def hopper(x: Array, w: Array, counts: Array) -> Array:
-    """`GroupedProduct.forward` by this project's kernel."""
-    return _own().product(x, w, counts)
-
-
-def hopper_dx(dy: Array, w: Array, counts: Array) -> Array:
-    """`GroupedProduct.dx` likewise."""
-    return _own().product(dy, w, counts, transposed=True)
-
-
-def hopper_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
-    """`GroupedProduct.dw` by our own kernel, in the dtype of the gradient."""
-    return _own().product_dw(x, dy, counts, dtype)
-
-
-def _own() -> Any:
-    """The module, imported when it is used: Pallas takes a second."""
-    from dsv3_jax.kernels.gpu import hopper_products
-
-    return hopper_products
-
-
-HOPPER_PRODUCTS = GroupedProduct("hopper", hopper, hopper_dx, hopper_dw, row_multiple=ROWS, joins=True)

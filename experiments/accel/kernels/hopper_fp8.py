@@ -1,4 +1,4 @@
-"""Products of e4m3 numbers on Hopper (H100, H200), with a scale for each 128 contracted numbers. Asked for by name.
+"""Products of e4m3 numbers on Hopper (H100, H200), with a scale for each 128 contracted numbers.
 
     y_ij = Σ_b s_bi t_bj Σ_k a_i(128 b + k) c_j(128 b + k)
 
@@ -13,6 +13,8 @@ Not yet run on a chip: held to the op in Pallas' interpret mode, and compiled fo
 Source: DeepSeek-V3 report, section 3.3.2, figure 7b.
 """
 
+import math
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -20,10 +22,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from dsv3_jax.kernels.gpu.hopper_products import WARPGROUP, run_on_all_cores, swapped
+from dsv3_jax.kernels import choose
+from dsv3_jax.kernels.gpu.grouped_product import why_not_hopper
+from dsv3_jax.kernels.low_precision import FP8, FP8_UE8M0, Recipe, expand, product, spread, swiglu, tile_scales
+from experiments.accel.kernels.hopper_products import WARPGROUP, run_on_all_cores, swapped
 
+BLOCK = 128  # numbers that share a scale, and the step of every size
 COLUMNS = 128  # of a tile: its sums, and those of a block beside them, take half of a warpgroup's registers
 WARPGROUPS = 2
 ROWS = WARPGROUP * WARPGROUPS
@@ -110,3 +116,94 @@ def scaled_product(a: Array, a_scales: Array, c: Array, c_scales: Array, dtype: 
 
     out = jax.ShapeDtypeStruct((m, n), dtype)
     return run_on_all_cores(kernel, out, WARPGROUPS)(a, a_scales, c, c_scales)
+
+
+class OnHopper(Recipe):
+    """A recipe whose products multiply the e4m3 numbers themselves."""
+
+    def matmul(self, x: Float[Array, "m K"], w: Float[Array, "K N"]) -> Float[Array, "m N"]:
+        return _matmul(self, x, w)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(recipe, x, w):
+    return scaled_product(*_rows(recipe, x), *_weight(recipe, w), x.dtype)
+
+
+def _fwd(recipe, x, w):
+    return _matmul(recipe, x, w), (x, w)
+
+
+def _bwd(recipe, saved, dy):
+    x, w = saved
+    dx = scaled_product(*_rows(recipe, dy), *_weight(recipe, w.T), x.dtype)
+    return dx, scaled_product(*_columns(recipe, x), *_columns(recipe, dy), w.dtype)
+
+
+_matmul.defvjp(_fwd, _bwd)
+
+
+def quantize(
+    x: Float[Array, "r c"], tile: tuple[int, int], *, power_of_two: bool = False
+) -> tuple[Array, Float[Array, "R C"]]:
+    """(e4m3 numbers, float32 scales of their tiles); value = number · scale."""
+    scales = tile_scales(x, tile, power_of_two=power_of_two)
+    return (x.astype(jnp.float32) / spread(scales, tile, x.shape)).astype(jnp.float8_e4m3fn), scales
+
+
+def _rows(recipe: Recipe, x: Array) -> tuple[Array, Array]:
+    """(numbers [m, k], scales [k / tile, m]) of rows that are contracted."""
+    numbers, scales = quantize(x, (1, recipe.tile), power_of_two=recipe.power_of_two)
+    return numbers, scales.T
+
+
+def _columns(recipe: Recipe, x: Array) -> tuple[Array, Array]:
+    """(numbers [m, k], scales [k / tile, m]) of columns that are contracted: x is [k, m]."""
+    numbers, scales = quantize(x, (recipe.tile, 1), power_of_two=recipe.power_of_two)
+    return numbers.T, scales
+
+
+def _weight(recipe: Recipe, w: Array) -> tuple[Array, Array]:
+    """(numbers [n, k], scales [k / tile, n]) of a weight [k, n] that is contracted over its first axis."""
+    tile = recipe.weight_tile(0)
+    numbers, scales = quantize(w, tile, power_of_two=recipe.power_of_two)
+    return numbers.T, jnp.repeat(scales, tile[1], axis=1)
+
+
+def _divided(*sizes: int) -> bool:
+    return all(size % BLOCK == 0 for size in sizes)
+
+
+def _fits_product(x: Array, w: Array, axes: int = 1) -> bool:
+    depth = math.prod(w.shape[:axes])
+    return _divided(x.size // depth, depth, w.size // depth)
+
+
+def _fits_swiglu(x: Array, w_gate: Array, *others: Array) -> bool:
+    return _divided(x.size // x.shape[-1], *w_gate.shape)
+
+
+def _fits_expand(c_kv: Array, k_rope: Array, w_uk: Array, w_uv: Array) -> bool:
+    rows, latent = c_kv.size // c_kv.shape[-1], c_kv.shape[-1]
+    return _divided(rows, latent, w_uk.shape[0] * (w_uk.shape[1] + w_uv.shape[1]))
+
+
+# Each op, and whether its products and their gradients have whole tiles only: each size is contracted once.
+OPS = {"product": (product, _fits_product), "swiglu": (swiglu, _fits_swiglu), "expand": (expand, _fits_expand)}
+
+
+def add() -> None:
+    """Enter the table as "hopper", for the recipes whose tiles are the kernel's."""
+    for recipe in (FP8, FP8_UE8M0):
+        for op, (run, fits) in OPS.items():
+            row = choose.Implementation(
+                "hopper",
+                partial(run, recipe=OnHopper(**asdict(recipe))),
+                ("cuda",),
+                ("float32", "bfloat16"),
+                one_device=True,
+                fits=fits,
+                why_not=why_not_hopper,
+                precision=recipe.name,
+            )
+            choose.add(op, row)

@@ -1,4 +1,4 @@
-"""Grouped products on Hopper (H100, H200) in bfloat16: kernels of this project, in Pallas. Asked for by name.
+"""Grouped products on Hopper (H100, H200) in bfloat16: kernels of this project, in Pallas.
 
 A tile of 128 rows and 256 columns is computed by two warpgroups of 64 rows each, while a third one fetches the operands
 of the next steps. A block of rows begins where its group begins, rounded down to 8 rows, so a group wastes part of its
@@ -18,6 +18,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
+
+from dsv3_jax.kernels import choose
+from dsv3_jax.kernels.gpu.grouped_product import ROWS, fits, why_not_hopper
+from dsv3_jax.ops import dispatch
+from dsv3_jax.ops.grouped_product import GroupedProduct
 
 CORES = 132  # of an H100 SXM: each runs one program, which takes tile after tile
 ALIGNED = 8  # rows: where a block may begin in memory
@@ -267,3 +272,17 @@ def run_on_all_cores(kernel: Any, out: Any, warpgroups: int) -> Any:
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
+
+
+HOPPER_PRODUCTS = GroupedProduct(
+    "hopper", product, partial(product, transposed=True), product_dw, row_multiple=ROWS, joins=True
+)
+
+
+def add() -> None:
+    """Enter the table as "hopper"."""
+    run = partial(dispatch.grouped_swiglu, product=HOPPER_PRODUCTS)
+    for op in ("grouped_swiglu", "decode_experts"):
+        choose.add(
+            op, choose.Implementation("hopper", run, ("cuda",), ("bfloat16",), fits=fits, why_not=why_not_hopper)
+        )

@@ -1,0 +1,104 @@
+"""The kernels for Hopper that wait for a chip equal the op: in Pallas' interpreter; and compile for an H100."""
+
+import re
+from dataclasses import asdict
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_grouped_product import SMALL_COUNTS, check, compiled_for, draw, gpu_interpreter, kernels_in, trained
+from test_low_precision import by_oracle, close, forward_and_back
+
+from dsv3_jax.config import ConfigError, Execution
+from dsv3_jax.kernels import choose
+from dsv3_jax.kernels.choose import Kernels, Target, prepare
+from dsv3_jax.kernels.low_precision import FP8, FP8_UE8M0
+from dsv3_jax.planning import devices
+from experiments.accel.kernels import hopper_fp8, hopper_products
+from experiments.accel.kernels.hopper_fp8 import OnHopper
+from experiments.accel.program import read_program
+
+RECIPES = pytest.mark.parametrize("recipe", [FP8, FP8_UE8M0], ids=lambda recipe: recipe.name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("counts", SMALL_COUNTS.values(), ids=SMALL_COUNTS)
+def test_grouped_products_equal_a_loop_over_groups(rng, monkeypatch, counts):
+    monkeypatch.setattr(hopper_products, "CORES", 2)  # each takes several tiles, one after the other
+    with gpu_interpreter():
+        check(hopper_products.HOPPER_PRODUCTS, *draw(rng, 192, 128, 128, 4, jnp.bfloat16), counts, 0.01)
+
+
+@pytest.mark.long
+def test_with_few_rows_several_steps_are_in_flight_and_dw_is_not_rounded(rng, monkeypatch):
+    monkeypatch.setattr(hopper_products, "CORES", 3)
+    x, w = draw(rng, 128, 384, 128, 4, jnp.bfloat16)
+    counts, dy = [0, 9, 1, 110], jnp.asarray(rng.standard_normal((128, 128)), jnp.bfloat16)
+    with gpu_interpreter():
+        check(hopper_products.HOPPER_PRODUCTS, x, w, counts, 0.01)
+        dw = jax.jit(partial(hopper_products.product_dw, dtype=jnp.float32))(x, dy, jnp.asarray(counts, jnp.int32))
+    ends = np.cumsum(counts)
+    for g, rows in enumerate(map(slice, ends - counts, ends)):
+        expected = np.asarray(x[rows], np.float64).T @ np.asarray(dy[rows], np.float64)
+        np.testing.assert_allclose(dw[g], expected, atol=1e-4)  # sums of up to 110 products in float32
+
+
+@pytest.mark.long
+@RECIPES
+def test_products_of_e4m3_numbers_are_the_recipes(rng, monkeypatch, recipe):
+    """Each core takes several tiles of several steps."""
+    monkeypatch.setattr(hopper_products, "CORES", 2)
+    spread = lambda *shape: rng.standard_normal(shape) * 2.0 ** rng.integers(-9, 9, shape)  # noqa: E731
+    x, w, dy = (a.astype(np.float32) for a in (spread(256, 384), spread(384, 128), spread(256, 128)))
+    with gpu_interpreter():
+        found = forward_and_back(OnHopper(**asdict(recipe)), *map(jnp.asarray, (x, w, dy)))
+    for got, want in zip(found, by_oracle(recipe, x, w, dy), strict=True):
+        close(got, want)
+
+
+@pytest.mark.long
+def test_they_compile_for_an_h100():
+    """Experts are six launches, without a copy of a layer's. A linear layer is three, and no other product."""
+    text, _ = compiled_for("gpu:h100", trained(hopper_products.HOPPER_PRODUCTS))
+    assert kernels_in(text) == 6 and " while(" not in text and " dot(" not in text
+    place = jax.sharding.NamedSharding(devices.target_mesh("gpu:h100", {"data": 1}), jax.sharding.PartitionSpec())
+    shapes = ((1024, 512), jnp.bfloat16), ((512, 384), jnp.float32), ((1024, 384), jnp.bfloat16)
+    lowered = forward_and_back.lower(
+        OnHopper(**asdict(FP8)), *(jax.ShapeDtypeStruct(*shape, sharding=place) for shape in shapes)
+    )
+    assert [a.dtype for a in jax.tree.leaves(lowered.out_info)] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
+    text = lowered.compile().as_text()
+    assert kernels_in(text) == 3 and not re.search(r" dot\(|cublas", text)
+    assert read_program(text).flops == 3 * 2 * 1024 * 512 * 384
+
+
+def test_sizes_that_tiles_divide_fit():
+    fits = lambda op, *shapes, **settings: hopper_fp8.OPS[op][1](*map(jnp.zeros, shapes), **settings)  # noqa: E731
+    assert fits("product", (2, 128, 256), (256, 3, 128)) and fits("product", (2, 64, 4, 32), (4, 32, 256), axes=2)
+    for x, w in (((2, 100, 256), (256, 3, 128)), ((2, 128, 100), (100, 3, 128)), ((2, 128, 256), (256, 3, 50))):
+        assert not fits("product", x, w)
+    assert fits("swiglu", (256, 128), (128, 384)) and not fits("swiglu", (256, 128), (128, 100))
+    assert fits("expand", (2, 64, 128), (2, 64, 4), (4, 64, 128), (4, 32, 128))  # four heads of 64 + 32
+    assert not fits("expand", (2, 64, 128), (2, 64, 4), (3, 64, 128), (3, 32, 128))
+
+
+def test_they_enter_the_table_and_run_by_name(monkeypatch):
+    monkeypatch.setattr(choose, "TABLE", dict(choose.TABLE))
+    hopper_products.add()
+    hopper_fp8.add()
+    names = "product=hopper,swiglu=hopper,expand=hopper,grouped_swiglu=mosaic"
+    for precision in ("fp8_ue8m0", "none"):
+        by_name = Kernels(Target("cuda", "hopper", "9.0", precision)).chosen("bfloat16")
+        named = {op for op, name in by_name.items() if name == "hopper"}
+        assert named == (
+            {"grouped_swiglu", "decode_experts"} if precision == "none" else {"product", "swiglu", "expand"}
+        )
+        assert "hopper" not in Kernels(Target("cuda", "auto", "9.0", precision)).chosen("bfloat16").values()
+    kernels = Kernels(Target("cuda", names, "9.0", "fp8_ue8m0"))
+    few, many, weight = jnp.ones((100, 128)), jnp.ones((256, 128)), jnp.ones((128, 128))
+    assert [kernels.pick("product", x, weight).name for x in (few, many)] == ["fp8_ue8m0", "hopper"]
+    assert "hopper" not in kernels.in_compute_dtype.chosen("bfloat16").values()
+    with pytest.raises(ConfigError, match="compute capability 9.0"):
+        prepare(Execution("bfloat16", kernels="product=hopper", precision="fp8"), platform="cuda", chip="10.0")
