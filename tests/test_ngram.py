@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dsv3_jax.report.ngram import Order2, order2_bits_per_byte
+from dsv3_jax.report.ngram import Order2
 
 TRAIN = [b"the cat sat on the mat. " * 3, b"", b"a", "naïve café\n".encode() * 4]
 
@@ -48,11 +48,10 @@ def test_documents_are_scored_independently():
     np.testing.assert_allclose(together[0], sum(bits for bits, _ in apart), rtol=1e-12)  # order of a sum
 
 
-def test_known_values():
-    """Noise costs 8 bits and up to one more, because a byte seen once gets half the weight."""
+def test_noise_costs_8_bits():
+    """And up to one more, because a byte seen once gets half the weight."""
     noise = np.random.default_rng(0).integers(256, size=(2, 50_000), dtype=np.uint8)
-    assert 8.0 < order2_bits_per_byte([noise[0].tobytes()], [noise[1].tobytes()]) < 9.0
+    bits, size = Order2([noise[0].tobytes()]).bits([noise[1].tobytes()])
+    assert 8.0 < bits / size < 9.0
     with pytest.raises(ValueError, match="no training bytes"):
-        order2_bits_per_byte([], [b"a"])
-    with pytest.raises(ValueError, match="no bytes to score"):
-        order2_bits_per_byte([b"a"], [b""])
+        Order2([])

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import time
 
 import pytest
 from runs import make_run, unhooked_cli
@@ -39,8 +41,8 @@ def test_runs_are_listed_the_last_changed_first(folder, capsys):
     with acquire(folder / "group" / "[b]"):
         code, lines, err = listed(folder, capsys)
     assert code == 0 and [line[0] for line in lines] == ["run", "first", "group/[b]", "new"]
-    assert lines[1][2:6] == ["12/12", "finished", "-2.000", "1,234"]
-    assert lines[2][2:5] == ["5/12", "training", "5.000"] and lines[3][2:5] == ["0/12", "not", "begun"]
+    assert lines[1][1:5] == ["12/12", "finished", "-2.000", "1,234"]
+    assert lines[2][1:4] == ["5/12", "training", "5.000"] and lines[3][1:4] == ["0/12", "not", "begun"]
     assert err.startswith("dsv3: passed over: ") and "run.json is not JSON" in err and len(err.splitlines()) == 1
     assert "stopped" in listed(folder, capsys)[1][2]
 
@@ -50,3 +52,10 @@ def test_folders_without_runs(folder, capsys):
     assert capsys.readouterr().out == f"no run in {folder / 'notes'}\n"
     assert unhooked_cli().main(["runs", "list", str(folder / "absent")]) == 2
     assert "does not exist; name a folder with runs" in capsys.readouterr().err
+
+
+def test_many_runs_are_listed_without_making_a_model(folder, capsys):
+    for i in range(200):
+        shutil.copytree(folder / "first", folder / "more" / str(i))
+    begin = time.process_time()
+    assert len(listed(folder, capsys)[1]) == 204 and time.process_time() - begin < 2

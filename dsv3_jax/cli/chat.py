@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dsv3_jax.cli.common import parse, prepare_process, sentence
-from dsv3_jax.cli.generate import Decode, decode_config, load, show_kernels
+from dsv3_jax.cli.generate import Decode, decode_config, load, print_parts, show_kernels
 
 
 @dataclass
@@ -65,7 +65,6 @@ def _answer(model: Any, text: Any, messages: list[dict[str, Any]], config: Any) 
     Raises: ValueError when the template refuses the messages, or they fill the context.
     """
     from dsv3_jax.decoding.generate import generate_in_parts
-    from dsv3_jax.report.progress import LiveText
 
     ids = text.chat.render(messages, add_generation_prompt=True).ids
     context = model.cfg.max_positions
@@ -81,21 +80,13 @@ def _answer(model: Any, text: Any, messages: list[dict[str, Any]], config: Any) 
     padded = min(max(256, 1 << (len(ids) - 1).bit_length()), len(ids) + room - most)
     config = replace(config, max_new_tokens=most, pad_prompts_to=padded)
     tokens: list[int] = []
-    pieces, stopped = text.tokenizer.stream(), False
-    with LiveText("") as live:
-        try:
-            for result in generate_in_parts(model, [ids], config):
-                new, tokens = result.tokens[0][len(tokens) :], result.tokens[0]
-                live.append(pieces.push(t for t in new if t not in text.stop_ids))
-                live.show_speed(result.acceptance, result.mean_accepted, result.tokens_per_s, result.steps)
-        except KeyboardInterrupt:
-            stopped = True
-        live.append(pieces.finish())
-    if stopped:
+    try:
+        print_parts(generate_in_parts(model, [ids], config), text, tokens)
+        if tokens[-1] not in text.stop_ids:
+            full = f"the context of {context} tokens is full"
+            _say(f"the answer ends here: {full if room == len(tokens) else f'max_new_tokens={len(tokens)}'}")
+    except KeyboardInterrupt:
         _say("stopped")
-    elif tokens[-1] not in text.stop_ids:
-        limit = f"the context of {context} tokens is full" if room == len(tokens) else f"max_new_tokens={len(tokens)}"
-        _say(f"the answer ends here: {limit}")
     return text.tokenizer.decode(t for t in tokens if t not in text.stop_ids)
 
 

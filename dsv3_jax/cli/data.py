@@ -6,8 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from dsv3_jax.cli.common import parse
-from dsv3_jax.config import did_you_mean
+from dsv3_jax.cli.common import parse, run_subcommand
+from dsv3_jax.report.progress import text_console
 
 
 def tokenize(argv: list[str]) -> int:
@@ -21,7 +21,8 @@ def tokenize(argv: list[str]) -> int:
     if not job.paths:
         raise ValueError("argument PATHS is missing: name files or folders of documents")
     manifest = work.tokenize(job)
-    print(f"{job.out}: {', '.join(manifest.domains)}; train on it by --data.format shards --data.paths {job.out}")
+    how = f"train on it by --data.format shards --data.paths {job.out}"
+    text_console().print(f"{job.out}: {', '.join(manifest.domains)}; {how}")
     return 0
 
 
@@ -44,14 +45,13 @@ def check(argv: list[str]) -> int:
     manifest = read_manifest(args.folder)
     damages = list(check_files(manifest, wholly=True))
     for damage in damages:
-        print(damage)
+        text_console().print(damage)
     if damages:
         raise ValueError(f"shards={str(args.folder)!r} has {len(damages)} damaged shards; tokenize again")
     print(f"{args.folder}: {len(manifest.files):,} shards are whole")
     return 0
 
 
-# Subcommand: its function of the arguments, and its line in the help text.
 SUBCOMMANDS = {
     "tokenize": (tokenize, "PATHS --out FOLDER", "write shards of token ids"),
     "check": (check, "FOLDER", "compare every shard with its hash"),
@@ -60,11 +60,4 @@ SUBCOMMANDS = {
 
 def run(argv: list[str]) -> int:
     """Run the subcommand that the first argument names."""
-    if not argv or argv[0] in ("-h", "--help"):
-        lines = [f"  {f'{name} {arguments}':<28} {what}" for name, (_, arguments, what) in SUBCOMMANDS.items()]
-        print("\n".join(["usage: dsv3 data SUBCOMMAND …", "", *lines]))
-        return 0
-    if argv[0] not in SUBCOMMANDS:
-        near = did_you_mean(argv[0], SUBCOMMANDS)
-        raise ValueError(f"subcommand {argv[0]!r} is not one of {', '.join(SUBCOMMANDS)}{near}")
-    return SUBCOMMANDS[argv[0]][0](argv[1:])
+    return run_subcommand("data", SUBCOMMANDS, argv)

@@ -1,4 +1,4 @@
-"""`dsv3 demo`: train a small DeepSeek-V3 on real text, stop, resume, evaluate, and generate."""
+"""`dsv3 demo`: train a small DeepSeek-V3 on real text, and let it write."""
 
 import time
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ PROMPTS = ("def ", "class ", "#include ", "The ")
 
 @dataclass
 class Demo:
-    """Train a small model on the text that this Python carries, stop half-way, resume, evaluate and generate.
+    """Train a small model on the text that this Python carries, evaluate it, and let it write.
 
-    It takes about five minutes on two CPU cores. The same command resumes a demo that was stopped.
+    It takes about five minutes on two CPU cores. Ctrl-C stops it, and the same command resumes.
     """
 
     out: Path = Path("runs/demo")
@@ -74,9 +74,6 @@ def demo(out: Path, *, short: bool = False) -> int:
         # Every fourth document of the default text: enough for so few merges.
         documents = load_corpus(replace(run.data, tokenizer="bytes")).train[:: 1 if short else 4]
         tokenizer.train_bpe((d.text for d in documents), VOCAB_SIZE, str(tokenizer_path))
-    half = run.steps // 2 // run.save_every * run.save_every or run.save_every
-    # Stop half-way and resume from the checkpoint, as an interrupted run would.
-    fit(run, out, stop_after=half)
     result = fit(run, out)
     model = load_run(out).model
     text = tokenizer.load(run.data.tokenizer)
@@ -88,9 +85,8 @@ def demo(out: Path, *, short: bool = False) -> int:
         top_p=0.95,
         stop_tokens=(text.eos_id,),
     )
-    console.print("\ngenerated from the latent cache, at temperature 0.5:")
     for prompt, tokens in zip(PROMPTS, generated.tokens, strict=True):
-        console.rule(prompt.strip(), style="dim", characters="-")
+        console.rule(f"after {prompt.strip()!r}", style="dim", characters="-")
         console.print(prompt + text.decode(tokens))
     console.rule(style="dim", characters="-")
     minutes = (time.perf_counter() - start) / 60

@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,35 +20,31 @@ class Decode:
     """Options of the commands that generate text."""
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """a run, which `dsv3 train` or `dsv3 convert` wrote, a released folder, or a hub id that is in the local cache"""
+    """a run, a released folder, or a hub id that is in the local cache"""
     step: int | None = None
     """step of a run's checkpoint; None means the last"""
     temperature: float | None = None
-    """temperature of the sampling; 0 takes the most likely token each time; None means the folder's
-    generation_config.json, else 0.8"""
+    """0 takes the most likely token; None means the folder's generation_config.json, else 0.8"""
     top_k: int | None = None
     """sample among so many of the most likely tokens; None means generation_config.json, else all"""
     top_p: float | None = None
-    """sample among the most likely tokens whose probabilities reach this sum, 1 for all; None means
-    generation_config.json, else 0.95"""
+    """sample among the likeliest tokens up to this sum of probability; None means generation_config.json, else 0.95"""
     cache: CacheKind | None = None
-    """what is cached of each token: latent rows, expanded keys and values, or none; without it, the model's smallest"""
+    """what is cached of each token; None means the smallest that the model has"""
     cache_dtype: CacheDtype | None = None
     """dtype of cached rows; None means the compute dtype"""
     draft: str | None = None
-    """who drafts: mtp (the model's own heads), lookup (the text so far: what followed the same tokens before), or the
-    folder of a model with the same tokenizer; None means nobody"""
+    """who drafts: mtp (the model's heads), lookup (the text so far), or a model's folder with the same tokenizer"""
     draft_length: int | Literal["auto"] = 1
-    """number of tokens drafted a step, or auto: as many as pay, by the tokens a second of the parts before; it does not
-    change the distribution of the text"""
+    """number of tokens drafted a step, or auto: as many as pay; it does not change the distribution of the text"""
     seed: int = 0
     """seed of the sampling"""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """dtype of a released model in memory and of its computation; None means float32 on a CPU, else bfloat16"""
+    """dtype of a released model in memory; None means float32 on a CPU, else bfloat16"""
     mesh: str | None = None
-    """devices to shard the model over, as data=N,expert=N,tensor=N; None means one device. The text is the same"""
+    """devices to shard the model over, as data=N,expert=N,tensor=N; None means one device"""
     kernels: str | None = None
-    """kernels to compute with: auto, xla, or a name from `dsv3 info PRESET --kernels`; None means the run's own"""
+    """kernels to compute with: see `dsv3 info PRESET --kernels`; None means the run's own"""
 
 
 @dataclass
@@ -72,7 +69,7 @@ def run(argv: list[str]) -> int:
     prepare_process()
     from dsv3_jax.decoding.generate import generate_in_parts
     from dsv3_jax.hf.open_model import load_text
-    from dsv3_jax.report.progress import LiveText
+    from dsv3_jax.report.progress import say
 
     text = load_text(args.model)
     model, draft = load(args, text)
@@ -80,14 +77,30 @@ def run(argv: list[str]) -> int:
     parts = generate_in_parts(model, [text.encode(args.prompt, raw=args.raw)], config)
     first = next(parts)  # bad requests end here, before anything is printed
     show_kernels(model)
-    pieces, seen = text.tokenizer.stream(), 0
-    with LiveText(args.prompt) as live:
-        for result in itertools.chain([first], parts):
-            live.append(pieces.push(t for t in result.tokens[0][seen:] if t not in text.stop_ids))
-            live.show_speed(result.acceptance, result.mean_accepted, result.tokens_per_s, result.steps)
-            seen = len(result.tokens[0])
-        live.append(pieces.finish())
+    say(args.prompt)
+    print_parts(itertools.chain([first], parts), text, [])
     return 0
+
+
+def print_parts(parts: Iterable[Any], text: Any, tokens: list[int]) -> None:
+    """Print the text of a request as it comes, and at the end its speed and accepted drafts on stderr.
+
+    Args: parts: of `generate_in_parts`, with one prompt; text: its `TextSettings`; tokens: new tokens are added to it.
+    """
+    from dsv3_jax.report.progress import say
+
+    pieces, result = text.tokenizer.stream(), None
+    try:
+        for result in parts:
+            new = result.tokens[0][len(tokens) :]
+            tokens += new
+            say(pieces.push(token for token in new if token not in text.stop_ids))
+    finally:
+        say(pieces.finish() + "\n")
+    if result is not None and result.acceptance:
+        shares = " ".join(f"{share:.0%}" for share in result.acceptance)
+        speed = f"{result.mean_accepted:.2f} tokens a step, {result.tokens_per_s:,.0f} tokens/s"
+        print(f"drafts accepted: {shares}; {speed}", file=sys.stderr)
 
 
 def load(args: Decode, text: Any) -> tuple[Any, Any]:

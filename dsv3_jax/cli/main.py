@@ -18,8 +18,8 @@ import signal
 import sys
 import threading
 import time
-from importlib.metadata import PackageNotFoundError, version
 
+from dsv3_jax import __version__
 from dsv3_jax.cli.common import guarded
 from dsv3_jax.config import did_you_mean
 from dsv3_jax.presets import MODELS
@@ -27,7 +27,7 @@ from dsv3_jax.signals import handled
 
 # Command: its arguments, and what it does. Each is a file beside this one, with a function `run(argv) -> exit code`.
 COMMANDS = {
-    "demo": ("", "train a small model on the text that this Python carries, stop, resume, evaluate and generate"),
+    "demo": ("", "train a small model on the text that this Python carries, and let it write"),
     "train": ("PRESET", "train a model; the same command resumes a run that was stopped"),
     "eval": ("RUN", "measure a run's last checkpoint on held-out text"),
     "stats": ("RUN", "count which experts held-out text is routed to: numbers, a picture and a page"),
@@ -58,6 +58,9 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run a command, by default the one of this process's arguments, and return its exit code."""
     given = sys.argv[1:] if argv is None else argv
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as by `>&-`
+            setattr(sys, name, open(os.devnull, mode))
     leave_out_absent_devices()
     with handled(_terminate, signal.SIGTERM):  # `dsv3 train` handles it itself while it trains
         code = guarded(lambda: dispatch(list(given)))
@@ -111,10 +114,7 @@ def dispatch(argv: list[str]) -> int:
         return 0
     name, *rest = argv
     if name == "--version":
-        try:
-            print(version("dsv3-jax"))
-        except PackageNotFoundError:
-            print("0+unknown")
+        print(__version__)
         return 0
     if name not in COMMANDS:
         raise ValueError(f"command {name!r} is not one of {', '.join(COMMANDS)}{did_you_mean(name, COMMANDS)}")

@@ -4,12 +4,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import tyro
+from rich.table import Table
 
-from dsv3_jax.cli.common import fail, parse, sentence
-from dsv3_jax.config import did_you_mean
+from dsv3_jax.cli.common import fail, parse, run_subcommand, sentence
+from dsv3_jax.lock import holder
+from dsv3_jax.report.metrics import LOAD_FILE, METRICS_FILE, describe_bad, parse_rows, read_rows
+from dsv3_jax.report.progress import text_console
+from dsv3_jax.report.units import format_bytes, format_duration
+from dsv3_jax.training.checkpoint import find_damage, steps_of
+from dsv3_jax.training.run_folder import RUN_FILE, read_run
 
 
 @dataclass
@@ -26,11 +32,6 @@ def check(argv: list[str]) -> int:
     Raises: ValueError if the folder holds no run, or something in it is damaged.
     """
     args = parse(Check, argv, "runs check")
-    from dsv3_jax.report.metrics import LOAD_FILE, METRICS_FILE, describe_bad, parse_rows
-    from dsv3_jax.report.units import format_bytes
-    from dsv3_jax.training.checkpoint import find_damage, steps_of
-    from dsv3_jax.training.run_folder import read_run
-
     read_run(args.run)
     damaged, steps = 0, steps_of(args.run / "checkpoints")
     for step in steps:
@@ -40,13 +41,13 @@ def check(argv: list[str]) -> int:
         size = sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
         print(f"step {step}: {'damaged' if damage else 'whole'}, {format_bytes(size)}")
         if damage:
-            print(f"  {damage}")
+            text_console().print(f"  {damage}")
     if not steps:
         print("no checkpoint")
     for name in (METRICS_FILE, LOAD_FILE):
         rows, bad = parse_rows(args.run / name)
         damaged += bool(bad)
-        print(describe_bad(args.run / name, bad, len(rows)) or f"{name}: {len(rows)} rows")
+        text_console().print(describe_bad(args.run / name, bad, len(rows)) or f"{name}: {len(rows)} rows")
     if damaged:
         raise ValueError(f"run={str(args.run)!r} has {damaged} damaged checkpoints or files; training passes over them")
     return 0
@@ -68,21 +69,15 @@ def list_runs(argv: list[str]) -> int:
     args = parse(List, argv, "runs list")
     if not args.folder.is_dir():
         raise ValueError(f"folder={str(args.folder)!r} does not exist; name a folder with runs: dsv3 runs list FOLDER")
-    from rich.table import Table
-
-    from dsv3_jax.report.progress import text_console
-    from dsv3_jax.report.units import format_duration
-
-    found = [summary for folder in _run_folders(args.folder) if (summary := _summary(folder)) is not None]
+    found = [line for folder in _run_folders(args.folder) if (line := _line(folder)) is not None]
     if not found:
-        print(f"no run in {args.folder}")
+        text_console().print(f"no run in {args.folder}")
         return 0
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("run", "parameters", "step", "state", "loss", "held out", "tokens/s", "changed"):
+    for name in ("run", "step", "state", "loss", "held out", "tokens/s", "changed"):
         table.add_column(name, justify="left" if name in ("run", "state") else "right", overflow="fold")
-    for summary in sorted(found, key=lambda s: -s.changed):
-        ago = f"{format_duration(max(time.time() - summary.changed, 1))} ago"
-        table.add_row(*summary.cells, ago)
+    for changed, cells in sorted(found, reverse=True):
+        table.add_row(*cells, f"{format_duration(max(time.time() - changed, 1))} ago")
     console = text_console()
     if not console.is_terminal:
         console.width = 1000  # nothing is folded for another program
@@ -90,16 +85,7 @@ def list_runs(argv: list[str]) -> int:
     return 0
 
 
-class Summary(NamedTuple):
-    """A run in a line of the table."""
-
-    cells: tuple[str, ...]
-    changed: float  # seconds, as `time.time`
-
-
 def _run_folders(root: Path, depth: int = 3) -> Iterator[Path]:
-    from dsv3_jax.training.run_folder import RUN_FILE
-
     if (root / RUN_FILE).is_file():
         yield root
     elif depth:
@@ -108,15 +94,8 @@ def _run_folders(root: Path, depth: int = 3) -> Iterator[Path]:
                 yield from _run_folders(folder, depth - 1)
 
 
-def _summary(folder: Path) -> Summary | None:
-    """Return a run's line. None means that its run.json or metrics.jsonl cannot be read; a line on stderr says why."""
-    from dsv3_jax.lock import holder
-    from dsv3_jax.model.counting import size
-    from dsv3_jax.report.metrics import METRICS_FILE, read_rows
-    from dsv3_jax.report.units import format_count
-    from dsv3_jax.training.checkpoint import steps_of
-    from dsv3_jax.training.run_folder import RUN_FILE, read_run
-
+def _line(folder: Path) -> tuple[float, tuple[str, ...]] | None:
+    """A run's last change, and its cells. None means that it cannot be read; a line on stderr says why."""
     try:
         run, rows = read_run(folder), read_rows(folder / METRICS_FILE)
     except (ValueError, OSError) as error:
@@ -124,27 +103,22 @@ def _summary(folder: Path) -> Summary | None:
         return None
 
     def last(key: str, form: str) -> str:
-        values = [row[key] for row in rows if isinstance(row.get(key), int | float)]
-        return form.format(values[-1]) if values else ""
+        return next((form.format(row[key]) for row in reversed(rows) if key in row), "")
 
     last_step = max(steps_of(folder / "checkpoints"), default=0)
     step = max(last_step, max((row["step"] for row in rows), default=0))
     state = "training" if holder(folder) else "finished" if last_step >= run.steps else "stopped"
-    count = size(run.model)
     files = [path for name in (RUN_FILE, METRICS_FILE) if (path := folder / name).exists()]
-    cells = (
+    return max(path.stat().st_mtime for path in files), (
         str(folder),
-        format_count(count.total + count.mtp),
         f"{step:,}/{run.steps:,}",
         state if step else "not begun" if state == "stopped" else state,
         last("loss", "{:.3f}"),
         last("val_loss", "{:.3f}"),
         last("tokens_per_s", "{:,.0f}"),
     )
-    return Summary(cells, max(path.stat().st_mtime for path in files))
 
 
-# Subcommand: its function of the arguments, and its line in the help text.
 SUBCOMMANDS = {
     "list": (list_runs, "[FOLDER]", "list the runs in a folder, by default runs/"),
     "check": (check, "RUN", "compare every checkpoint of a run with its checksums"),
@@ -153,13 +127,4 @@ SUBCOMMANDS = {
 
 def run(argv: list[str]) -> int:
     """Run the subcommand that the first argument names; without one, list the runs in runs/."""
-    if argv and argv[0] in ("-h", "--help"):
-        lines = [f"  {f'{name} {arguments}':<16} {what}" for name, (_, arguments, what) in SUBCOMMANDS.items()]
-        print("\n".join(["usage: dsv3 runs [SUBCOMMAND …]", "", *lines]))
-        return 0
-    if not argv:
-        return list_runs(argv)
-    if argv[0] not in SUBCOMMANDS:
-        near = did_you_mean(argv[0], SUBCOMMANDS)
-        raise ValueError(f"subcommand {argv[0]!r} is not one of {', '.join(SUBCOMMANDS)}{near}")
-    return SUBCOMMANDS[argv[0]][0](argv[1:])
+    return run_subcommand("runs", SUBCOMMANDS, argv or ["list"])

@@ -36,8 +36,7 @@ class Train:
     """Train a preset. Every setting of the run is an option; its default is the preset's recipe.
 
     With --start, model and data are those of the run whose weights training begins with; it may be a converted run.
-    With --trunk, model and data are those of the run whose trunk is frozen; --model.mtp-kind and --model.mtp-depth
-    choose the heads.
+    With --trunk, they are those of the run whose trunk is frozen; --model.mtp-kind and --model.mtp-depth choose heads.
 
     To fine-tune a run or a released model on chats: `dsv3 train sft --start MODEL --data.paths chats.jsonl`.
 
@@ -49,11 +48,9 @@ class Train:
     """folder of the run: run.json, checkpoints, metrics, pictures"""
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
     step: int | None = None
-    """resume from the checkpoint of this step, each time the command runs; later ones are kept as STEP.superseded. None
-    means the newest checkpoint that is whole"""
+    """resume from this step's checkpoint, and keep later ones as STEP.superseded; None means the newest whole one"""
     mesh: str | None = None
-    """devices to shard over, as data=N,expert=N,tensor=N; None means all GPUs or TPUs here along data, or one CPU
-    device; with --cluster, the devices of all processes along data"""
+    """devices to shard over, as data=N,expert=N,tensor=N; None means all GPUs or TPUs along data, or one CPU device"""
     cluster: str | None = None
     """train in several processes: HOST:PORT of process 0, or auto on SLURM, Kubernetes, Open MPI and TPU pods"""
     processes: int | None = None

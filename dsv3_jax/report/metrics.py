@@ -8,18 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dsv3_jax.files import check_regular, write_atomic
 
 METRICS_FILE, LOAD_FILE = "metrics.jsonl", "load.jsonl"
 _MAX_FILE = 2 << 30  # bytes
-# Metrics that are lists of numbers, and those that are one number. Others may be anything.
-_LISTS = ("mtp_loss", "mtp_acceptance")
 _MATRICES = ("load", "bias")  # a row a layer: whole numbers, and numbers
-_NUMBERS = (
-    *("loss", "feature_loss", "balance_loss", "accuracy", "grad_norm", "lr", "dropped", "tokens_sent", "crossed"),
-    *("wire_bytes", "max_vio", "max_vio_global", "load_entropy", "load_gini", "load_min", "load_max"),
-    *("tokens_per_s", "mfu", "val_loss", "val_bits_per_byte"),
-)
 
 
 class Rows:
@@ -89,10 +84,10 @@ class _Board:
         start = {"session_log": SessionLog(status=SessionLog.START)}
         self._add({"file_version": "brain.Event:2"}, {"step": first_step} | start)
 
-    def write(self, step: int, numbers: Sequence[tuple[str, float]]) -> None:
+    def write(self, step: int, numbers: dict[str, float]) -> None:
         from tensorboardX.summary import scalar
 
-        self._add(*({"step": step, "summary": scalar(name, value)} for name, value in numbers))
+        self._add(*({"step": step, "summary": scalar(name, value)} for name, value in numbers.items()))
 
     def _add(self, *events: dict[str, Any]) -> None:
         from tensorboardX.proto.event_pb2 import Event
@@ -143,11 +138,10 @@ def parse_rows(path: Path) -> tuple[list[dict], list[int]]:
     rows, bad = [], []
     shapes: dict[str, tuple[int, ...]] = {}
     for number, line in enumerate(lines, 1):
-        row = _parse(line)
-        found = {} if row is None else {key: _shape(row[key]) for key in (*_LISTS, *_MATRICES) if row.get(key)}
-        if row is not None and all(shapes.get(key, shape) == shape for key, shape in found.items()):
-            shapes |= found
-            rows.append(row)
+        found = _parse(line)
+        if found is not None and all(shapes.get(key, shape) == shape for key, shape in found[1].items()):
+            shapes |= found[1]
+            rows.append(found[0])
         elif number < len(lines):  # the last is cut off, or empty
             bad.append(number)
     return rows, bad
@@ -167,57 +161,39 @@ def describe_bad(path: Path, bad: Sequence[int], rows: int) -> str:
     return f"file={path}: {lines} passed over; the other {rows} are kept"
 
 
-def _parse(line: bytes) -> dict | None:
-    """A line's row; None if it holds none."""
+def _parse(line: bytes) -> tuple[dict, dict[str, tuple[int, ...]]] | None:
+    """A line's row, and the shapes of its lists; None if it holds no row."""
     try:
         row = json.loads(line)
+        if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] < 1 << 63:
+            return None
+        return row, {key: shape for key, value in row.items() if (shape := _shape(key, value))}
     except (ValueError, RecursionError):
         return None
-    is_row = isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < 1 << 63
-    return row if is_row and all(_has_its_type(key, value) for key, value in row.items()) else None
 
 
-def _has_its_type(key: str, value: Any) -> bool:
-    if key in _NUMBERS:
-        return _is_number(value)
-    if key in _LISTS:
-        return all(map(_is_number, value if isinstance(value, list) else [value]))
-    if key in _MATRICES:
-        right = _is_count if key == "load" else _is_number
-        return isinstance(value, list) and all(
-            isinstance(layer, list)
-            and isinstance(value[0], list)
-            and len(layer) == len(value[0])
-            and all(map(right, layer))
-            for layer in value
-        )
-    return True
+def _shape(key: str, value: Any) -> tuple[int, ...]:
+    """The shape of a list or matrix of numbers; () of a number, an empty list, or an object of anything.
+
+    Raises: ValueError for something else.
+    """
+    if type(value) is float or isinstance(value, dict):
+        return ()
+    array = np.array(value)
+    if not array.size and isinstance(value, list):
+        return ()
+    matrix, count = key in _MATRICES, key == "load"
+    if array.dtype.kind not in ("iu" if count else "iuf") or (array.ndim == 2) != matrix or array.ndim > 2:
+        raise ValueError(f"{key} is no metric")
+    if count and array.min() < 0:
+        raise ValueError(f"{key} is negative")
+    return array.shape
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) is float or (type(value) is int and abs(value) < 1 << 64)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 62
-
-
-def _shape(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, list):
-        return (1,)
-    return (len(values), *((len(values[0]),) if isinstance(values[0], list) else ()))
-
-
-def _flat(row: dict, prefix: str = "") -> list[tuple[str, float]]:
-    """List a row's numbers by name, with names such as "mtp_loss/0" for the parts of a list or dictionary."""
-    flat = []
+def _flat(row: dict) -> dict[str, float]:
+    """A row's numbers by name, with names such as "mtp_loss/0" for the parts of a list or an object."""
+    flat: dict[str, Any] = {}
     for key, value in row.items():
-        if key == "step":
-            continue
-        if isinstance(value, dict):
-            flat += _flat(value, f"{prefix}{key}/")
-        elif isinstance(value, list):
-            flat += [(f"{prefix}{key}/{i}", v) for i, v in enumerate(value)]
-        else:
-            flat.append((prefix + key, value))
-    return [(name, value) for name, value in flat if not isinstance(value, str)]
+        parts = dict(enumerate(value)) if isinstance(value, list) else value
+        flat |= {f"{key}/{part}": x for part, x in parts.items()} if isinstance(parts, dict) else {key: parts}
+    return {name: x for name, x in flat.items() if name != "step" and type(x) in (int, float)}

@@ -53,23 +53,6 @@ class Order2:
         return -float(np.log2(self.probabilities(grams)).sum()), len(grams)
 
 
-def order2_bits_per_byte(train: Iterable[bytes], val: Iterable[bytes]) -> float:
-    """Return the cost of `val` in bits a byte under `Order2` fitted on `train`.
-
-    Args: train, val: the documents' bytes.
-    Raises: ValueError when either is empty.
-
-    Example:
-        >>> documents = [b"abcdefgh" * 1000]
-        >>> order2_bits_per_byte(documents, documents) < 0.02
-        True
-    """
-    bits, num_bytes = Order2(train).bits(val)
-    if not num_bytes:
-        raise ValueError("the order-2 model has no bytes to score; give it a validation document that is not empty")
-    return bits / num_bytes
-
-
 def _trigrams(documents: Iterable[bytes]) -> Int[np.ndarray, " n"]:
     """Return a·256² + b·256 + c for each byte c of each document and the two bytes before it."""
     documents = list(documents)

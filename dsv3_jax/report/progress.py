@@ -1,18 +1,18 @@
-"""Progress of a run, a generation or a conversion: a live line on a terminal, plain lines elsewhere."""
+"""Progress of a run or a conversion: a live line on a terminal, plain lines elsewhere."""
 
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     MofNCompleteColumn,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -20,19 +20,39 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from dsv3_jax.report.units import format_duration
+from dsv3_jax.report.units import format_duration, visible
 
 T = TypeVar("T")
 
 
+class _Console(Console):
+    def render_str(self, text: str, **options: Any) -> Text:  # of `print` and of a table's cells
+        return super().render_str(visible(text) if self.file.isatty() else text, **options)
+
+    def on_broken_pipe(self) -> None:  # rich would end the process with code 1
+        raise BrokenPipeError
+
+
 def text_console(*, quiet: bool = False, stderr: bool = False) -> Console:
-    """A terminal on which text appears as it is: `[b]` is no markup, `:smile:` no picture, and numbers have no colour.
+    """Where text appears as it is: `[b]` is no markup, `:smile:` no picture, and numbers have no colour.
+
+    On a terminal, control codes in it are visible and do nothing.
 
     Example:
         >>> text_console().print("[b] :smile: 1")
         [b] :smile: 1
     """
-    return Console(quiet=quiet, stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return _Console(quiet=quiet, stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """Write text to stdout at once, without a line end; on a terminal its control codes are visible.
+
+    Example:
+        >>> say("to be")
+        to be
+    """
+    print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 class Progress:
@@ -117,68 +137,6 @@ class Progress:
         self.say(f"{drawn}numbers: {out / 'metrics.jsonl'}")
 
 
-class LiveText:
-    """Generated text as it arrives, with a live line of decoding speed. Use it in a `with` statement.
-
-    On a terminal the line is below the text. Elsewhere the text goes to stdout, and the acceptance of drafts to stderr.
-
-    Args: prompt: the text that is shown first.
-
-    Example:
-        >>> with LiveText("To be") as live:  # on no terminal
-        ...     live.append(" or not to be")
-        To be or not to be
-    """
-
-    def __init__(self, prompt: str):
-        self._console, self._text, self._line = text_console(), prompt, ""
-        self._has_drafts = False
-        self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="visible")
-        if not self._console.is_terminal:
-            print(prompt, end="", flush=True)
-
-    def __enter__(self) -> "LiveText":
-        if self._console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._console.is_terminal:
-            self._live.stop()
-            return
-        print(flush=True)
-        if self._has_drafts:
-            print(self._line, file=sys.stderr)
-
-    def append(self, text: str) -> None:
-        """Show the next part of the text."""
-        self._text += text
-        self._show(text)
-
-    def show_speed(self, acceptance: list[float], tokens_a_step: float, tokens_per_s: float, steps: int) -> None:
-        """Update the live line.
-
-        Args:
-            acceptance: share of accepted drafts by draft position; empty without drafts.
-            tokens_a_step: mean over the decoding steps.
-            steps: decoding steps so far; 0 shows nothing.
-        """
-        if not steps:
-            return
-        self._has_drafts = bool(acceptance)
-        self._line = f"{tokens_per_s:,.0f} tokens/s"
-        if acceptance:
-            shares = " ".join(f"{a:.0%}" for a in acceptance)
-            self._line = f"drafts accepted: {shares}; {tokens_a_step:.2f} tokens a step, {self._line}"
-        self._show("")
-
-    def _show(self, text: str) -> None:
-        if self._console.is_terminal:
-            self._live.update(Group(Text(self._text), Text(self._line, style="dim")), refresh=True)
-        else:
-            print(text, end="", flush=True)
-
-
 def _format_evaluation(row: dict) -> str:
     text = f"loss {row['val_loss']:.3f}, {row['val_bits_per_byte']:.3f} bits a byte"
     if "max_vio_global" in row:
@@ -199,9 +157,7 @@ def track(items: Iterable[T], total: int, name: str) -> Iterator[T]:
         >>> list(track("abc", 3, "letters"))
         ['a', 'b', 'c']
     """
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=20), TimeRemainingColumn())
-    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
+    with _bar(MofNCompleteColumn()) as bar:
         yield from bar.track(items, total, description=name)
 
 
@@ -216,16 +172,13 @@ def transfer(name: str, total: int, *, quiet: bool = False) -> Iterator[Callable
         >>> with transfer("saving", 1000) as advance:
         ...     advance(400)
     """
-    console = Console(stderr=True)
-    bar = Bar(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=quiet or not console.is_terminal,
-    )
-    with bar:
+    with _bar(DownloadColumn(), TransferSpeedColumn(), quiet=quiet) as bar:
         task = bar.add_task(name, total=total)
         yield lambda count: bar.advance(task, count)
+
+
+def _bar(*columns: ProgressColumn, quiet: bool = False) -> Bar:
+    console = text_console(stderr=True)
+    text = TextColumn("{task.description}", markup=False)
+    shown = (text, BarColumn(bar_width=20), *columns, TimeRemainingColumn())
+    return Bar(*shown, console=console, disable=quiet or not console.is_terminal)

@@ -1,9 +1,11 @@
-"""Numbers as people read them: counts, bytes and seconds with decimal units."""
+"""Numbers and text as people read them: decimal units, and control codes that are visible."""
 
+import re
 from collections.abc import Sequence
 
 COUNTS = (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3), ("", 1.0))
 BYTES = ((" TB", 1e12), (" GB", 1e9), (" MB", 1e6), (" KB", 1e3), (" B", 1.0))
+_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 SECONDS = ((" s", 1.0), (" ms", 1e-3), (" µs", 1e-6))
 
 
@@ -57,3 +59,15 @@ def _format(value: int | float, units: Sequence[tuple[str, float]], digits: int)
     """Divide by the largest unit that does not exceed the value; a smaller value takes the last unit."""
     unit, scale = next((pair for pair in units if value >= pair[1]), units[-1])
     return f"{value / scale:.{digits}g}{unit}"
+
+
+def visible(text: str) -> str:
+    """Write out the codes that would steer a terminal or reorder a line: C0, C1, surrogates and bidi marks.
+
+    Line ends and tabs stay.
+
+    Example:
+        >>> visible("é\\x1b[31m \\u202e\\n")
+        'é\\\\x1b[31m \\\\u202e\\n'
+    """
+    return _CODES.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

@@ -6,6 +6,7 @@ Case number n of a seed is the same in every run. `--only n` runs one case and p
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import random
@@ -15,15 +16,16 @@ import socket
 import sys
 import tempfile
 import time
+import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tyro
 
 from dsv3_jax.cli import convert, generate, info, stats, tokenizer, train
-from dsv3_jax.cli.common import options_of
 from dsv3_jax.config import replace
 from dsv3_jax.data.tokenizer import train_bpe
 from dsv3_jax.hf import files
@@ -290,6 +292,29 @@ VALUES = [*map(str, NUMBERS), *(text for text in TEXTS if "\0" not in text and "
           "１", "--seed", "None", "true", "data=0", "data=99999999999", "a" * 1000]  # fmt: skip
 
 
+def options_of(kind: type) -> dict[str, bool]:
+    """The options of a dataclass, nested ones too: name → whether it is a switch, which takes no value."""
+    return dict(_options(kind, ""))
+
+
+def _options(kind: Any, prefix: str) -> Iterator[tuple[str, bool]]:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for item in dataclasses.fields(kind):
+        hint, name = hints[item.name], item.name.replace("_", "-")
+        marks = typing.get_args(hint)[1:] if typing.get_origin(hint) is typing.Annotated else ()
+        if tyro.conf.Positional in marks:
+            continue
+        if marks:
+            hint = typing.get_args(hint)[0]
+        if dataclasses.is_dataclass(hint):
+            flat = any(getattr(mark, "name", None) == "" for mark in marks)
+            yield from _options(hint, prefix if flat else f"{prefix}{name}.")
+            continue
+        yield f"--{prefix}{name}", hint is bool
+        if hint is bool:
+            yield f"--{prefix}no-{name}", True
+
+
 def make_case(base: Path, folder: Path, seed: int, number: int) -> tuple[str, list[str]]:
     """Write a case's input into an empty folder.
 
@@ -336,7 +361,7 @@ def faults_of(answer: Answer, folder: Path) -> list[str]:
     if answer.code == 0 and any(name.endswith(HALF_WRITTEN) for name in left):
         faults.append("half-written")
     if answer.code == 2:
-        sentences = [line for line in answer.err.splitlines() if line.startswith("dsv3: ")]
+        sentences = [line for line in answer.err.splitlines() if line.startswith(("dsv3: ", "╭", "+-"))]
         if len(sentences) != 1 or len(sentences[0]) > MAX_SENTENCE or CONTROL.search(answer.err + answer.out):
             faults.append("sentences")
     elif answer.code not in (0, None):
