@@ -43,7 +43,7 @@ help:
 	@echo "make environment install what the tests need, and run nothing"
 	@echo "make test        run the tests: about five minutes; PYTEST_ARGS='-k router' runs some of them"
 	@echo "make test-long   run the long tests: meshes, several processes, all drafts, notebooks"
-	@echo "make campaign    hostile inputs, damage, kills, sanitizers: two hours; resumes; MINUTES=10, SEED=1"
+	@echo "make campaign    hostile inputs, damage, kills, sanitizers: two hours; MINUTES=10, SEED=1"
 	@echo "make compilers   install the compilers for GPUs and TPUs (360 MB), which the long tests use if they are there"
 	@echo "make lint        check style, format and types"
 	@echo "make parity      compare with torch and transformers, which this installs"
@@ -94,7 +94,7 @@ test-long: $(VENV)/.installed-test
 	$(PYTEST) -m "long and not parity" $(PYTEST_ARGS)
 
 campaign: $(VENV)/.installed-test
-	$(BIN)/python -m tests.campaign --minutes $(or $(MINUTES),120) --seed $(or $(SEED),0) --record runs/campaign.jsonl
+	$(BIN)/python -m tests.campaign --minutes $(or $(MINUTES),120) --seed $(or $(SEED),0)
 
 # The compilers for GPUs and TPUs, 360 MB: with them the long tests compile for devices that are not here.
 compilers: $(VENV)/.installed-plan

@@ -14,7 +14,9 @@ from dsv3_jax.files import check_regular, write_atomic
 
 METRICS_FILE, LOAD_FILE = "metrics.jsonl", "load.jsonl"
 _MAX_FILE = 2 << 30  # bytes
+_LISTS = ("mtp_loss", "mtp_acceptance")
 _MATRICES = ("load", "bias")  # a row a layer: whole numbers, and numbers
+_OBJECTS = ("kernels", "bits_per_byte_by_domain", "max_vio_by_domain")
 
 
 class Rows:
@@ -173,20 +175,19 @@ def _parse(line: bytes) -> tuple[dict, dict[str, tuple[int, ...]]] | None:
 
 
 def _shape(key: str, value: Any) -> tuple[int, ...]:
-    """The shape of a list or matrix of numbers; () of a number, an empty list, or an object of anything.
+    """The shape of a metric as a list or matrix; () of an empty list or an object.
 
-    Raises: ValueError for something else.
+    Raises: ValueError for something else than the numbers that a metric of this name has.
     """
-    if type(value) is float or isinstance(value, dict):
+    if key in _OBJECTS and isinstance(value, dict):
         return ()
-    array = np.array(value)
-    if not array.size and isinstance(value, list):
+    array = np.atleast_1d(np.array(value)) if key in _LISTS else np.array(value)
+    if not array.size and key in (*_LISTS, *_MATRICES):
         return ()
-    matrix, count = key in _MATRICES, key == "load"
-    if array.dtype.kind not in ("iu" if count else "iuf") or (array.ndim == 2) != matrix or array.ndim > 2:
+    num_axes = 1 if key in _LISTS else 2 if key in _MATRICES else 0
+    right = array.dtype.kind in ("iu" if key == "load" else "iuf") and (key != "load" or array.min() >= 0)
+    if array.ndim != num_axes or not right:
         raise ValueError(f"{key} is no metric")
-    if count and array.min() < 0:
-        raise ValueError(f"{key} is negative")
     return array.shape
 
 

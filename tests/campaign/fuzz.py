@@ -1,7 +1,5 @@
 """JSON that Hypothesis makes: config.json, run.json, metrics.jsonl, load.jsonl and tokenizer.json of any values.
 
-    python -m tests.campaign.fuzz --minutes 5 --seed 0
-
 A reader must accept a file or refuse it with a sentence. An accepted file must be usable: a run is written and read
 again, rows are drawn, and a tokenizer encodes a text. Hypothesis shrinks a file that falls short, and prints it. The
 campaign is left out if Hypothesis is not installed. The readers run in a process of their own, because a tokenizer may
@@ -10,6 +8,7 @@ crash.
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,8 +26,7 @@ from dsv3_jax.report.metrics import LOAD_FILE, METRICS_FILE, parse_rows
 from dsv3_jax.report.run_plots import PANELS, _series
 from dsv3_jax.stats import read_load
 from dsv3_jax.training.run_folder import FORMAT, RUN_FILE, read_run
-from tests.campaign.table import Table
-from tests.campaign.trials import MAX_SENTENCE, main, report, watch
+from tests.campaign.trials import MAX_SENTENCE, Table, report, watch
 from tests.campaign.watch import LIMIT_S, ROOT
 
 ROUNDS = 1_000_000  # from the seed of a round to that of the next
@@ -132,14 +130,8 @@ def files(name: str):
     return like(good_tokenizer()) | anything
 
 
-def child(names: list[str], seconds: float, firsts: list[int]) -> int:
-    """Read files of each kind for so long, and print how many; an exception where one falls short."""
-    for name, first in zip(names, firsts, strict=True):
-        print(f"count {name} {read_files(name, seconds, first)}", flush=True)
-    return 0
-
-
-def read_files(name: str, seconds: float, seed: int) -> int:
+def read_files(name: str, seconds: float, seed: int) -> None:
+    """Read files of a kind for so long, and print how many; an exception where one falls short."""
     import hypothesis
 
     count, until = 0, time.monotonic() + seconds
@@ -162,35 +154,24 @@ def read_files(name: str, seconds: float, seed: int) -> int:
         )
         hypothesis.seed(seed)(settings(made))()
         seed += ROUNDS
-    return count
+    print(f"count {count}", file=sys.stderr)
 
 
-def run(seconds: float, seed: int, table: Table, least: int = 1) -> None:
-    """Read files for so long, an equal time for each kind. After one that falls short a new process reads the rest."""
-    del least  # hundreds fit into a second
+def run(until: float, seed: int, table: Table, least: int) -> None:
+    """Read files until a time, an equal time for each kind, each in a process of its own."""
     if importlib.util.find_spec("hypothesis") is None:
         print("fuzz: left out: the package hypothesis is not installed")
         return
-    share, names = max(seconds / len(READERS), 1.0), list(READERS)
-    firsts = {name: seed + ROUNDS * table.first(f"fuzz {name}") for name in names}  # other rounds than before
-    while names:
-        table.begin(f"fuzz {names[0]}", table.first(f"fuzz {names[0]}"))  # the seconds of all are counted as its own
-        words = [",".join(names), str(share), ",".join(str(firsts[name]) for name in names)]
-        argv = [sys.executable, "-m", "tests.campaign.fuzz", *words]
-        process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        ended = watch(process, len(names) * 10 * share + 4 * LIMIT_S)  # shrinking takes longer
-        counted = dict(line.split()[1:] for line in ended.out.splitlines() if line.startswith("count "))
-        faults: list[str] = []
-        while names and not faults:
-            name = names.pop(0)
-            faults = [] if name in counted else ["hangs" if ended.code is None else "tracebacks"]
-            table.add(f"fuzz: {name}", faults, max(1, int(counted.get(name, 0))))
-            report("fuzz", firsts[name], 0, name, faults, ended.err)
-            if names:
-                table.begin(f"fuzz {names[0]}", table.first(f"fuzz {names[0]}"))
+    for i, name in enumerate(READERS):
+        seconds = max((until - time.monotonic()) / (len(READERS) - i), 1.0)
+        argv = [sys.executable, "-m", "tests.campaign.fuzz", name, str(seconds), str(seed)]
+        process = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        ended = watch(process, 10 * seconds + 4 * LIMIT_S)  # shrinking takes longer
+        counted = re.findall(r"^count (\d+)$", ended.err, re.MULTILINE)
+        faults = [] if counted else ["hangs" if ended.code is None else "tracebacks"]
+        table.add(f"fuzz: {name}", faults, max(1, *map(int, counted)) if counted else 1)
+        report("fuzz", seed, 0, name, faults, ended.err)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 4 and set(kinds := sys.argv[1].split(",")) <= set(READERS):
-        sys.exit(child(kinds, float(sys.argv[2]), [int(first) for first in sys.argv[3].split(",")]))
-    sys.exit(main("fuzz", run))
+    read_files(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))

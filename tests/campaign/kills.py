@@ -1,7 +1,5 @@
 """Processes killed at random moments by SIGKILL: training, `stats`, `convert`, `tokenizer` and `data tokenize`.
 
-    python -m tests.campaign.kills --minutes 5 --seed 0
-
 Training that is killed one to three times and then resumed must end bit for bit as the undisturbed run. The others must
 leave their whole result or nothing at its place, and the same command must then succeed. `data tokenize` may leave some
 of its shards; no reader takes them for all, because the manifest is written last.
@@ -10,7 +8,6 @@ of its shards; no reader takes them for all, because the manifest is written las
 import hashlib
 import random
 import shutil
-import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -20,8 +17,7 @@ import runs
 from dsv3_jax.data.shards import MANIFEST
 from tests.campaign import inputs
 from tests.campaign.small_runs import Base, base, ends_the_same, half_written, limit_of
-from tests.campaign.table import Table
-from tests.campaign.trials import Ended, faults_of, main, report, trials, watch
+from tests.campaign.trials import Ended, Table, faults_of, report, trials, watch
 
 CASES = ("train", "convert", "tokenizer", "stats", "data tokenize")
 
@@ -99,11 +95,10 @@ def kill_command(made: Base, case: str, folder: Path, rng: random.Random) -> tup
     return faults, ended.err
 
 
-def run(seconds: float, seed: int, table: Table, least: int = 1) -> None:
-    """Kill processes for so long."""
-    until = time.monotonic() + seconds
+def run(until: float, seed: int, table: Table, least: int) -> None:
+    """Kill processes until a time."""
     made = base()
-    for number, rng in trials("kills", until, seed, table, least):
+    for number, rng in trials("kills", until, seed, least):
         folder, case = made.root / "killed", CASES[number % len(CASES)]
         folder.mkdir()
         if case == "train":
@@ -113,7 +108,3 @@ def run(seconds: float, seed: int, table: Table, least: int = 1) -> None:
         table.add(f"killed: {case}", faults)
         report("kills", seed, number, case, faults, said)
         shutil.rmtree(folder)
-
-
-if __name__ == "__main__":
-    sys.exit(main("kills", run))

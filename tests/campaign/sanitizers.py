@@ -1,7 +1,5 @@
 """The C++ kernels under the compiler's sanitizers, on random shapes: 0 rows, 1 row, and addresses that XLA never gives.
 
-    python -m tests.campaign.sanitizers --minutes 5 --seed 0
-
 The kernels and a program that calls them (sanitized_kernels.cc) are compiled twice: for addresses and undefined
 behaviour, and for threads. Each report is a fault, and so is a result that depends on the number of threads.
 """
@@ -11,15 +9,14 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
+import time
 from pathlib import Path
 
 import jax
 
 from dsv3_jax.kernels.cpu import library
-from tests.campaign.table import Table
-from tests.campaign.trials import main, report, watch
+from tests.campaign.trials import Table, report, watch
 
 SANITIZERS = {"addresses": "address,undefined", "threads": "thread"}
 PROGRAM = Path(__file__).with_name("sanitized_kernels.cc")
@@ -53,37 +50,20 @@ def runs(program: Path) -> bool:
     return subprocess.run([program], env=ENVIRONMENT, capture_output=True).returncode == 0
 
 
-def check(program: Path, seconds: float, seed: int, first: int) -> tuple[int, list[str], str]:
-    """Run cases from number `first` on.
-
-    Returns: (number of cases, faults of the last, what was printed).
-    """
-    argv = [str(program), str(seed), str(first), str(seconds)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    ended = watch(subprocess.Popen(argv, env=ENVIRONMENT, **pipes), seconds + 60)
-    cases = len(re.findall(r"^\d+ ", ended.out, re.MULTILINE))
-    if ended.code == 0:
-        return cases, [], ""
-    faults = ["hangs"] if ended.code is None else ["silent"] if ended.code == 3 else ["tracebacks"]
-    return cases, faults, "\n".join([*ended.out.splitlines()[-2:], ended.err[:2000]])
-
-
-def run(seconds: float, seed: int, table: Table, least: int = 1) -> None:
-    """Call the kernels for so long, half of it under each sanitizer."""
-    del least  # many more fit into a second
+def run(until: float, seed: int, table: Table, least: int) -> None:
+    """Call the kernels until a time, half of it under each sanitizer."""
     with tempfile.TemporaryDirectory() as root:
-        for name, sanitizer in SANITIZERS.items():
+        for i, (name, sanitizer) in enumerate(SANITIZERS.items()):
             program = build(Path(root), sanitizer)
             if isinstance(program, str):
                 print(f"sanitizers: {name} are left out: {program}")
                 continue
-            campaign = f"sanitizers {name}"
-            first = table.first(campaign)
-            table.begin(campaign, first)
-            cases, faults, said = check(program, seconds / len(SANITIZERS), seed, first)
-            table.add(f"sanitizers: {name}", faults, max(1, cases))
-            report("sanitizers", seed, first + cases - 1, name, faults, said)
-
-
-if __name__ == "__main__":
-    sys.exit(main("sanitizers", run))
+            seconds = max((until - time.monotonic()) / (len(SANITIZERS) - i), 1.0)
+            argv, log = [str(program), str(seed), "0", str(seconds)], Path(root, name)
+            with log.open("w") as out:
+                process = subprocess.Popen(argv, env=ENVIRONMENT, stdout=out, stderr=subprocess.PIPE, text=True)
+                ended = watch(process, seconds + 60)
+            cases = re.findall(r"^\d+ .*", log.read_text(), re.MULTILINE)
+            what = {0: [], None: ["hangs"], 3: ["silent"]}.get(ended.code, ["tracebacks"])
+            table.add(f"sanitizers: {name}", what, max(1, len(cases)))
+            report("sanitizers", seed, len(cases) - 1, f"{name} {cases[-1:]}", what, ended.err)

@@ -13,26 +13,16 @@ ROOT = Path(__file__).parents[2]
 LIMIT_S = 30.0  # a command without an answer for so long hangs
 LIMIT_BYTES = 2 << 30  # resident memory above that at the start
 
-# The worker: reads a JSON list of arguments a line, answers with [exit code or null, stdout, stderr] a line. Two
-# commands are not the command line's own: they stop before a model is compiled. A module can add others, by its
-# `COMMANDS`: name → function of the arguments.
+# Reads a JSON list of arguments a line, answers with [exit code or null, stdout, stderr] a line. A module can
+# add commands by its `COMMANDS`: name → function of the arguments.
 WORKER = """
 import contextlib, importlib, io, json, os, sys, traceback
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 from dsv3_jax import hf
-from dsv3_jax.cli import common, main, train
-from dsv3_jax.hf.open_model import load_text
+from dsv3_jax.cli import common, main
 
-def encode(folder, text):
-    load_text(folder).encode(text)
-    return 0
-
-def options(*argv):
-    train.options(list(argv))
-    return 0
-
-OWN = {"encode": encode, "options": options}
+OWN = {}
 for module in sys.argv[1:]:
     OWN |= importlib.import_module(module).COMMANDS
 for line in sys.stdin:
@@ -44,8 +34,6 @@ for line in sys.stdin:
                 code = common.guarded(lambda: OWN[argv[0]](*argv[1:]))
             else:
                 code = main.main(argv)
-        except SystemExit as stop:
-            code = stop.code or 0
         except BaseException:
             code = None
             traceback.print_exc()
