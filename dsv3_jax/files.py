@@ -19,13 +19,6 @@ PART = ".part"  # end of every temporary name
 MAX_JSON = 100_000_000  # bytes of a JSON file; the index of the largest released models has 25 MB
 _MAX_DEPTH = 64  # of lists and objects: Python's recursion ends at some hundreds
 _MAX_DIGITS = 100  # transformers writes 10^30 for "no limit"
-_KINDS = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
 
 
 def check_regular(path: str | os.PathLike, limit: int | None = None) -> None:
@@ -38,12 +31,11 @@ def check_regular(path: str | os.PathLike, limit: int | None = None) -> None:
         >>> check_regular(os.devnull)
         Traceback (most recent call last):
             ...
-        ValueError: /dev/null is a device, not a file
+        ValueError: /dev/null is not a file but a folder, pipe, socket or device
     """
     status = os.stat(path)
-    kind = next((name for test, name in _KINDS if test(status.st_mode)), None)
-    if kind is not None:
-        raise ValueError(f"{os.fspath(path)} is {kind}, not a file")
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{os.fspath(path)} is not a file but a folder, pipe, socket or device")
     if limit is not None and status.st_size > limit:
         raise ValueError(f"{os.fspath(path)} has {status.st_size:,} bytes, more than the {limit:,} that are supported")
 
@@ -150,6 +142,7 @@ def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}{PART}")
+    part.unlink(missing_ok=True)  # of a killed process, or a link that somebody put there
     try:
         part.write_bytes(content)
         part.replace(path)

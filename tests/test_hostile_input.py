@@ -27,7 +27,6 @@ from dsv3_jax.hf.open_model import released_run
 from dsv3_jax.hf.reading import ReleasedFolder
 from dsv3_jax.presets import preset, recipe
 from dsv3_jax.report.metrics import METRICS_FILE, parse_rows
-from dsv3_jax.training.run_folder import read_run
 
 TINY = preset("tiny")
 RUN = to_dict(recipe("tiny"))
@@ -64,7 +63,7 @@ def test_every_number_of_a_run_is_finite(value):
             from_dict(RunConfig, changed(RUN, path, value))
 
 
-@pytest.mark.parametrize("value", [float("nan"), HUGE, -1, [], {}, "1", True], ids=lambda x: repr(x)[:9])
+@pytest.mark.parametrize("value", [float("nan"), HUGE, -1, [], "1"], ids=lambda x: repr(x)[:9])
 def test_every_key_of_a_config_json(value):
     """No value is a crash, and none becomes a model with another number than the file's."""
     for path in places(RELEASED, (int, float, str, bool, type(None))):
@@ -143,16 +142,13 @@ def test_changed_headers_are_refused(tmp_path):
 # Tokenizers
 
 
-def write_tokenizer(folder: Path, change=lambda values: None) -> Path:
-    """A tokenizer.json of whole words, changed."""
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer.json of three words."""
     words = {"<eos>": 0, "to": 1, "be": 2}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="be"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     inner.add_special_tokens(["<eos>"])
-    values = json.loads(inner.to_str())
-    change(values)
-    (folder / "tokenizer.json").write_text(json.dumps(values))
-    return folder
+    inner.save(str(folder / "tokenizer.json"))
 
 
 @pytest.mark.parametrize("text", ["{}", "[" * 10**5])
@@ -166,6 +162,7 @@ def test_a_tokenizer_that_is_none(tmp_path, text):
 
 def test_a_tokenizer_of_more_ids_than_the_model(tmp_path):
     write_tokenizer(tmp_path)
+    files.write_json(tmp_path / files.CONFIG, config_to_dict(TINY))
     assert Path(released_run(tmp_path, TINY).data.tokenizer).name == "tokenizer.json"
     with pytest.raises(ValueError, match=r"tokenizer.json has vocab_size=3, more than the model's vocab_size=2"):
         released_run(tmp_path, replace(TINY, vocab_size=2))
@@ -179,13 +176,6 @@ def test_sampling_defaults(tmp_path):
 
 
 # Runs and texts
-
-
-@pytest.mark.parametrize("text", ["null", "[" * 10**5, "{}", '{"model": null}', '{"a": 1, "a": 2}', "NaN"])
-def test_run_json(tmp_path, text):
-    (tmp_path / "run.json").write_text(text)
-    with pytest.raises(ValueError):
-        read_run(tmp_path)
 
 
 def test_links_that_lead_nowhere_are_passed_over(tmp_path, capsys):

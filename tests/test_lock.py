@@ -106,7 +106,7 @@ def test_a_folder_that_is_moved_deleted_or_taken_over_is_noticed(tmp_path, chang
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (os.mkfifo, f"{LOCK_FILE} is a pipe, not a file"),
+        (os.mkfifo, f"{LOCK_FILE} is not a file"),
         (lambda path: path.symlink_to(path.with_name("mine")), "symbolic links"),
     ],
 )

@@ -135,9 +135,7 @@ def by_first(work: Callable[[], None]) -> None:
         >>> by_first(lambda: print("done once"))
         done once
     """
-    _, errors = _with_errors(lambda: work() if is_first() else None)
-    if errors[0]:
-        raise ValueError(errors[0])
+    by_each(lambda: work() if is_first() else None)
 
 
 def by_each(work: Callable[[], T]) -> T:
@@ -151,21 +149,16 @@ def by_each(work: Callable[[], T]) -> T:
         >>> by_each(lambda: 2 + 3)
         5
     """
-    result, errors = _with_errors(work)
-    for i, sentence in enumerate(errors):
-        if sentence:
-            raise ConfigError(f"process {i} of {len(errors)}: {sentence}")
-    return result
-
-
-def _with_errors(work: Callable[[], T]) -> tuple[T, list[str]]:
-    """Return (the result of `work`, each process's error or ""). Raises: this process's error."""
     try:
         result = work()
     except (ValueError, OSError) as error:
-        gather((str(error) or type(error).__name__).encode())
+        gather((str(error) or type(error).__name__).encode(errors="backslashreplace"))
         raise
-    return result, [message.decode() for message in gather(b"")]
+    errors = gather(b"")
+    for i, sentence in enumerate(errors):
+        if sentence:
+            raise ConfigError(f"process {i} of {len(errors)}: {sentence.decode()}")
+    return result
 
 
 def agree(facts: Mapping[str, Any]) -> None:

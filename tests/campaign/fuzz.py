@@ -23,7 +23,7 @@ from dsv3_jax.data import tokenizer
 from dsv3_jax.hf.config_json import config_from_dict, config_to_dict
 from dsv3_jax.presets import preset, recipe
 from dsv3_jax.report.metrics import LOAD_FILE, METRICS_FILE, parse_rows
-from dsv3_jax.report.run_plots import PANELS, _series
+from dsv3_jax.report.run_plots import PANELS, _curves
 from dsv3_jax.stats import read_load
 from dsv3_jax.training.run_folder import FORMAT, RUN_FILE, read_run
 from tests.campaign.trials import MAX_SENTENCE, Table, report, watch
@@ -58,8 +58,8 @@ def read_metrics(folder: Path, rows: list) -> None:
     found, bad = parse_rows(path)
     assert len(found) + len(bad) == len(rows)
     for _, _, curves in PANELS:
-        for key, label, _ in curves:
-            list(_series(found, key, label))
+        for curve in curves:
+            list(_curves(found, *curve))
 
 
 def read_loads(folder: Path, rows: list) -> None:

@@ -16,15 +16,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from models import random_model
 
+from dsv3_jax import hf
 from dsv3_jax.config import replace
 from dsv3_jax.data.tokenizer import train_bpe
 from dsv3_jax.hf import files
 from dsv3_jax.hf.config_json import config_to_dict
 from dsv3_jax.hf.conversion import convert as convert_folder
 from dsv3_jax.hf.open_model import load_text
-from dsv3_jax.hf.table import tensor_table
 from dsv3_jax.presets import preset
 from tests.campaign.trials import MAX_SENTENCE, Table, report, trials
 from tests.campaign.watch import Answer, Worker
@@ -189,17 +189,11 @@ def make_base(root: Path) -> None:
         expert_dim=8, num_groups=1, groups_per_token=1, mtp_depth=1, vocab_size=300, max_positions=128,
     )  # fmt: skip
     released = root / "released"
-    released.mkdir(parents=True)
+    root.mkdir()
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 32, "beta_slow": 1}
-    config = config_to_dict(cfg) | {"eos_token_id": 0, "rope_scaling": yarn | {"mscale": 1.0, "mscale_all_dim": 1.0}}
-    files.write_json(released / files.CONFIG, config)
-    values = np.random.default_rng(0)
-
-    table = tensor_table(cfg)
-    copies = ("embed_tokens.weight", "shared_head.head.weight")
-    table = {name: row for name, row in table.items() if not (name.endswith(copies) and ".layers." in name)}
-    tensors = (values.normal(size=shape).astype(dtype) for shape, dtype in table.values())
-    files.write_shards(released, table, 20_000, tensors)
+    more = {"eos_token_id": 0, "rope_scaling": yarn | {"mscale": 1.0, "mscale_all_dim": 1.0}}
+    hf.save(random_model(cfg), released, shard_bytes=20_000, quiet=True)
+    files.write_json(released / files.CONFIG, config_to_dict(cfg) | more)
     texts = ["to be or not to be, that is the question", "x = 1\ny = x + 2", "une île était là", "[1, 2, 3]"] * 4
     train_bpe(texts, 300, str(released / "tokenizer.json"))
     special = {"content": "<eos>", "special": True}
