@@ -11,7 +11,7 @@ import sys
 import textwrap
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -36,9 +36,9 @@ def _short_help(kind: Any, command: str, default: Any) -> None:
     hints = typing.get_type_hints(kind, include_extras=True)
     settings = [item.name for item in dataclasses.fields(kind) if dataclasses.is_dataclass(getattr(default, item.name))]
     own = dataclasses.make_dataclass(
-        kind.__name__, [(name, tyro.conf.Suppress[Any]) for name in settings], bases=(kind,)
+        kind.__name__, [(name, Annotated[Any, tyro.conf.Suppress]) for name in settings], bases=(kind,)
     )
-    words = []
+    words: list[str] = []
     for name in settings:
         unnamed = any(getattr(mark, "name", None) == "" for mark in getattr(hints[name], "__metadata__", ()))
         words += _settings(getattr(default, name), "" if unnamed else f"{name}.")
