@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dsv3_jax.cli.common import parse, prepare_process
+from dsv3_jax.cli.common import parse
 from dsv3_jax.config import CacheDtype, CacheKind, ModelConfig, did_you_mean
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.source import held_out_prompts
@@ -77,7 +77,6 @@ def run(argv: list[str]) -> int:
         near = did_you_mean(argv[0], BENCHMARKS)
         raise ValueError(f"benchmark {argv[0]!r} is not one of {', '.join(BENCHMARKS)}{near}")
     args = parse(Decode, argv[1:], "bench decode")
-    prepare_process()
     return decode(args)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dsv3_jax.cli.common import parse, prepare_process, sentence
+from dsv3_jax.cli.common import parse, sentence
 from dsv3_jax.cli.generate import Decode, decode_config, load, print_parts, show_kernels
 
 
@@ -14,10 +14,9 @@ from dsv3_jax.cli.generate import Decode, decode_config, load, print_parts, show
 class Chat(Decode):
     """Talk with a model in turns. A line is a turn; the answer is printed as it comes, everything else on stderr.
 
-    /reset begins a new conversation; /exit or the end of the input ends. Ctrl-C stops an answer, and what came of it
-    stays in the conversation. Without a terminal, each line of stdin is a turn. Each turn fills the cache with the
-    conversation again. No turn is ever dropped: if the conversation fills the model's context, a sentence says so. The
-    names of special tokens in a turn are text.
+    The line /reset begins a new conversation; /exit or the end of the input ends. Ctrl-C stops an answer, and keeps
+    what came of it. Without a terminal, each line of stdin is a turn. No turn is ever dropped: if the conversation
+    fills the model's context, a sentence says so. The names of special tokens in a turn are text.
     """
 
     system: str | None = None
@@ -29,7 +28,6 @@ class Chat(Decode):
 def run(argv: list[str]) -> int:
     """Read turns from stdin and print answers."""
     args = parse(Chat, argv, "chat")
-    prepare_process()
     from dsv3_jax.hf.open_model import load_text
 
     text = load_text(args.model)

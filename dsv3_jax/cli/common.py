@@ -98,11 +98,6 @@ def value_of(argv: list[str], option: str) -> str | None:
 # The process
 
 
-def prepare_process() -> None:
-    """Set the level of XLA's messages. Call it before JAX is imported."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
-
 def prepare_training(mesh: Any = None) -> None:
     """Set the allocator for training on CPU. Call it before JAX makes an array."""
     from dsv3_jax.kernels.choose import platform_of

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dsv3_jax.cli.common import parse, prepare_process
+from dsv3_jax.cli.common import parse
 
 
 @dataclass
@@ -33,7 +33,6 @@ class Convert:
 def run(argv: list[str]) -> int:
     """Convert, and print a sentence about the new folder."""
     args = parse(Convert, argv, "convert")
-    prepare_process()
     from dsv3_jax import hf
 
     print(

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv3_jax.cli.common import parse, prepare_process, prepare_training
+from dsv3_jax.cli.common import parse, prepare_training
 from dsv3_jax.config import RunConfig, replace
 from dsv3_jax.presets import recipe
 
@@ -28,7 +28,6 @@ class Demo:
 def run(argv: list[str]) -> int:
     """Run the demo."""
     args = parse(Demo, argv, "demo")
-    prepare_process()
     prepare_training()
     return demo(args.out, short=args.short)
 

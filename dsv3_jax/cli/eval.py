@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from dsv3_jax.cli.common import parse, prepare_process
+from dsv3_jax.cli.common import parse
 from dsv3_jax.config import CacheDtype
 
 
@@ -33,7 +33,6 @@ def run(argv: list[str]) -> int:
     args = parse(Eval, argv, "eval")
     if args.batches < 1:
         raise ValueError(f"batches={args.batches} is below 1")
-    prepare_process()
     from dsv3_jax.data import tokenizer
     from dsv3_jax.hf.open_model import measured_on, open_model
     from dsv3_jax.report.progress import text_console

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dsv3_jax.cli.common import make_mesh, parse, prepare_process
+from dsv3_jax.cli.common import make_mesh, parse
 from dsv3_jax.config import CacheDtype, CacheKind
 
 TEMPERATURE, TOP_P = 0.8, 0.95  # where the folder's generation_config.json says nothing
@@ -66,7 +66,6 @@ class Generate(Decode):
 def run(argv: list[str]) -> int:
     """Print the prompt and its continuation."""
     args = parse(Generate, argv, "generate")
-    prepare_process()
     from dsv3_jax.decoding.generate import generate_in_parts
     from dsv3_jax.hf.open_model import load_text
     from dsv3_jax.report.progress import say

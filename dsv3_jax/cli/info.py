@@ -6,7 +6,7 @@ from typing import Annotated
 import jax.numpy as jnp
 import tyro
 
-from dsv3_jax.cli.common import named_preset, parse, prepare_process
+from dsv3_jax.cli.common import named_preset, parse
 from dsv3_jax.config import Execution, ModelConfig
 from dsv3_jax.model.cache import pick_kind
 from dsv3_jax.model.counting import bytes_per_token, size
@@ -32,13 +32,12 @@ def run(argv: list[str]) -> int:
     run, rest = named_preset(argv, "info", recipe_with_model)
     args = parse(Info, rest, "info PRESET", default=Info(run.model, run.execution))
     if args.kernels:
-        prepare_process()
-        lines = describe_kernels(args.execution)
-    else:
-        changed = (args.model, args.execution) != (run.model, run.execution)
-        name = f"{argv[0]}, changed" if changed else argv[0]
-        lines = [f"{what:22s} {amount}" for what, amount in describe(args.model, name, args.execution.compute_dtype)]
-    print(*lines, sep="\n")
+        print(*describe_kernels(args.execution), sep="\n")
+        return 0
+    changed = (args.model, args.execution) != (run.model, run.execution)
+    name = f"{argv[0]}, changed" if changed else argv[0]
+    for what, amount in describe(args.model, name, args.execution.compute_dtype):
+        print(f"{what:22s} {amount}")
     return 0
 
 

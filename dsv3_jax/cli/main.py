@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed, as by `>&-`
             setattr(sys, name, open(os.devnull, mode))
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of XLA's messages, which it reads with the first device
     leave_out_absent_devices()
     with handled(_terminate, signal.SIGTERM):  # `dsv3 train` handles it itself while it trains
         code = guarded(lambda: dispatch(list(given)))

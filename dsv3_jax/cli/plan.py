@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from dsv3_jax.cli.common import named_preset, parse, prepare_process
+from dsv3_jax.cli.common import named_preset, parse
 from dsv3_jax.config import RunConfig
 from dsv3_jax.presets import recipe_with_model
 
@@ -18,8 +18,7 @@ def run(argv: list[str]) -> int:
 def options(argv: list[str]) -> tuple[Any, RunConfig, str]:
     """Read the options; return (them, the preset's recipe, the model's name)."""
     if any(word.startswith("--target") for word in argv):
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the compiler regrets at length that there is no GPU here
-    prepare_process()
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # the compiler regrets at length that there is no GPU here
     from dsv3_jax.planning.plan import PlanOptions
 
     run, rest = named_preset(argv, "plan", recipe_with_model)

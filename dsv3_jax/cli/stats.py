@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from dsv3_jax.cli.common import parse, prepare_process
+from dsv3_jax.cli.common import parse
 
 MOST_DOMAINS = 8  # in a line
 
@@ -49,7 +49,6 @@ class Stats:
 def run(argv: list[str]) -> int:
     """Write the report, and print a line for each layer and a sentence on each other measurement."""
     args = parse(Stats, argv, "stats")
-    prepare_process()
     from dsv3_jax.report.progress import text_console, track
     from dsv3_jax.stats.page import findings
     from dsv3_jax.stats.reporting import PAGE, ReportOptions, report

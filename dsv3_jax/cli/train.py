@@ -20,7 +20,6 @@ from dsv3_jax.cli.common import (
     make_mesh,
     named_preset,
     parse,
-    prepare_process,
     prepare_training,
     sentence,
     value_of,
@@ -68,7 +67,6 @@ class Train:
 def run(argv: list[str]) -> int:
     """Train in this process, which may be one of several."""
     args = options(argv)
-    prepare_process()
     if args.cluster is not None:
         return _end_alone(lambda: _train_in_cluster(args))
     if args.processes is not None or args.process_id is not None:
