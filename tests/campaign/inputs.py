@@ -303,7 +303,7 @@ def faults_of(name: str, answer: Answer, folder: Path) -> list[str]:
         faults.append("half-written")
     if answer.code == 0 and any(name.endswith(HALF_WRITTEN) for name in left):
         faults.append("half-written")
-    if answer.code == 2 and name == "options" and re.search("^(╭|\\+-)", answer.err):  # tyro's box
+    if answer.code == 2 and name == "options" and "For full helptext" in answer.err:  # tyro's words
         return faults
     if answer.code == 2:
         sentences = [line for line in answer.err.splitlines() if line.startswith("dsv3: ")]
