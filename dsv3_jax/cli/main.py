@@ -19,7 +19,6 @@ import sys
 import threading
 import time
 
-from dsv3_jax import __version__
 from dsv3_jax.cli.common import guarded
 from dsv3_jax.config import did_you_mean
 from dsv3_jax.presets import MODELS
@@ -115,7 +114,7 @@ def dispatch(argv: list[str]) -> int:
         return 0
     name, *rest = argv
     if name == "--version":
-        print(__version__)
+        print(importlib.import_module("dsv3_jax").__version__)
         return 0
     if name not in COMMANDS:
         raise ValueError(f"command {name!r} is not one of {', '.join(COMMANDS)}{did_you_mean(name, COMMANDS)}")
