@@ -14,8 +14,6 @@ from dsv3_jax.lock import holder
 from dsv3_jax.report.metrics import LOAD_FILE, METRICS_FILE, describe_bad, parse_rows, read_rows
 from dsv3_jax.report.progress import text_console
 from dsv3_jax.report.units import format_bytes, format_duration
-from dsv3_jax.training.checkpoint import find_damage, steps_of
-from dsv3_jax.training.run_folder import RUN_FILE, read_run
 
 
 @dataclass
@@ -32,6 +30,9 @@ def check(argv: list[str]) -> int:
     Raises: ValueError if the folder holds no run, or something in it is damaged.
     """
     args = parse(Check, argv, "runs check")
+    from dsv3_jax.training.checkpoint import find_damage, steps_of
+    from dsv3_jax.training.run_folder import read_run
+
     read_run(args.run)
     damaged, steps = 0, steps_of(args.run / "checkpoints")
     for step in steps:
@@ -86,6 +87,8 @@ def list_runs(argv: list[str]) -> int:
 
 
 def _run_folders(root: Path, depth: int = 3) -> Iterator[Path]:
+    from dsv3_jax.training.run_folder import RUN_FILE
+
     if (root / RUN_FILE).is_file():
         yield root
     elif depth:
@@ -96,6 +99,9 @@ def _run_folders(root: Path, depth: int = 3) -> Iterator[Path]:
 
 def _line(folder: Path) -> tuple[float, tuple[str, ...]] | None:
     """A run's last change, and its cells. None means that it cannot be read; a line on stderr says why."""
+    from dsv3_jax.training.checkpoint import steps_of
+    from dsv3_jax.training.run_folder import RUN_FILE, read_run
+
     try:
         run, rows = read_run(folder), read_rows(folder / METRICS_FILE)
     except (ValueError, OSError) as error:
