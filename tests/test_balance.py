@@ -116,15 +116,6 @@ def test_sequence_and_switch_loss(x64, rng, masked):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), got, want)
 
 
-def test_losses_of_even_routing_are_one_and_of_one_expert_e():
-    scores = jnp.asarray(0.1 + 0.8 * np.eye(6)[None], jnp.float32)
-    np.testing.assert_allclose(balance.sequence_loss(scores, 1), [1.0], rtol=1e-6)
-    ids = jnp.arange(8, dtype=jnp.int32).reshape(4, 2)
-    assert balance.switch_loss(jnp.full((4, 8), 0.3), ids) == pytest.approx(1.0, rel=1e-6)
-    scores = jnp.asarray(np.tile(np.eye(8)[5], (4, 1)), jnp.float32)
-    assert balance.switch_loss(scores, jnp.full((4, 1), 5, jnp.int32)) == pytest.approx(8.0, rel=1e-6)
-
-
 def test_losses_and_gradients_are_finite_if_every_token_is_masked(rng):
     scores = jnp.asarray(rng.uniform(0.05, 1.0, (2, 5, 4)), jnp.float32)
     mask, ids = jnp.array([[True] * 5, [False] * 5]), jnp.zeros((5, 2), jnp.int32)

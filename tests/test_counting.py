@@ -79,12 +79,6 @@ def test_sizes_are_the_arithmetic(cfg):
     assert sum(found.parts.values()) == found.total
 
 
-def test_cache_elements():
-    v3 = counting.size(preset("v3")).cache_elements
-    assert v3["latent"] == 35_136 == 61 * 576
-    assert v3["mha"] == 61 * 40_960  # expanded keys and values of a layer
-
-
 def test_flops():
     mini, tiny = preset("mini"), preset("tiny")
     assert f"{counting.train_flops_per_token(mini) / 1e6:.1f}" == "193.7"

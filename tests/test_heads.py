@@ -14,7 +14,7 @@ from dsv3_jax import reference
 from dsv3_jax.config import Execution
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.model.context import make_context
-from dsv3_jax.model.mtp import make_heads, run_heads, smooth_l1
+from dsv3_jax.model.mtp import make_heads, run_heads
 from dsv3_jax.model.transformer import ForwardOut
 from dsv3_jax.training import loss
 
@@ -101,9 +101,3 @@ def test_the_regression_moves_the_head_and_not_its_target(rng):
     np.testing.assert_array_equal(both, reading)
     mask = loss.targets(ARRAYS["tokens"], segment_ids, 2)[1]
     assert (np.abs(both[:, :-2]).max(-1) > 1e-3)[np.asarray(mask)].all()
-
-
-def test_smooth_l1():
-    d = np.array([[0.0, 0.5, -0.5, 1.0], [-1.0, 2.0, -3.0, 0.25]], np.float32)
-    want = [[0.0, 0.125, 0.125, 0.5], [0.5, 1.5, 2.5, 0.03125]]
-    np.testing.assert_allclose(smooth_l1(jnp.asarray(d + 7), jnp.full_like(d, 7.0)), np.mean(want, -1), rtol=1e-6)

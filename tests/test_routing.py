@@ -149,3 +149,13 @@ def test_gates_and_gradients_are_finite_if_all_sigmoids_underflow():
         assert np.isfinite(gates).all() and np.isfinite(grad).all()
         assert np.abs(grad).max() <= 2.5  # the derivative of a gate is at most its scale
         np.testing.assert_allclose(gates, oracles.route(logits, np.zeros(16), config())[1], rtol=1e-5, atol=1e-15)
+
+
+def test_the_pages_sigmoids_underflow_too():
+    """sigmoid(-800) is 0 in float64."""
+    cfg, one = config(), np.ones((2, 9), int)
+    params = dict(w_router=np.full((1, 16), -800.0), bias=np.linspace(-0.3, 0.2, 16))
+    with np.errstate(over="ignore"):  # of e^800
+        got = reference.route(reference.Context(cfg, one, one), params, np.ones((2, 9, 1)))
+    assert not got.scores.any() and not got.gates.any()
+    assert not reference.balance_loss(got, np).any()

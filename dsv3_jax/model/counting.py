@@ -24,7 +24,6 @@ class Size:
     mtp_active: int  # with the shared unembedding, once a head
     parts: dict[str, int]  # total, by kind
     attention_flops: int  # score and value products of one token over a full context, forward
-    cache_elements: dict[str, int]
 
 
 def size(cfg: ModelConfig, context: int | None = None) -> Size:
@@ -59,7 +58,6 @@ def size(cfg: ModelConfig, context: int | None = None) -> Size:
         mtp_active=round(counted["mtp"] - routed["mtp"] * idle + head),
         parts=parts,
         attention_flops=2 * cfg.num_layers * cfg.num_heads * (qk + v) * context,
-        cache_elements=elements_per_token(cfg),
     )
 
 
