@@ -63,10 +63,7 @@ def summed_distance(
 
     @jax.checkpoint  # the logits of a chunk are computed again, not kept
     def one(h, target_h):
-        log_q, log_p = (
-            jax.nn.log_softmax(jnp.dot(x, w, preferred_element_type=wide), axis=-1)
-            for x in (h, jax.lax.stop_gradient(target_h))
-        )
+        log_q, log_p = (jax.nn.log_softmax(jnp.dot(x, w, preferred_element_type=wide), axis=-1) for x in (h, target_h))
         return distance(jax.lax.stop_gradient(log_p), log_q, kind)
 
     found = jax.lax.map(lambda both: one(*both), tuple(parts)).reshape(-1)[: h.shape[0]]
