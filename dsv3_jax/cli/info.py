@@ -9,7 +9,7 @@ import tyro
 from dsv3_jax.cli.common import named_preset, parse
 from dsv3_jax.config import Execution, ModelConfig
 from dsv3_jax.model.cache import pick_kind
-from dsv3_jax.model.counting import bytes_per_token, size
+from dsv3_jax.model.counting import bytes_per_token, elements_per_token, size
 from dsv3_jax.presets import recipe_with_model
 from dsv3_jax.report.units import format_count
 
@@ -84,7 +84,7 @@ def describe(cfg: ModelConfig, name: str, compute_dtype: str = "float32") -> lis
     context = min(4096, cfg.max_positions)
     itemsize = jnp.dtype(compute_dtype).itemsize
     kind = pick_kind(cfg, None)
-    elements, mha_elements = counts.cache_elements[kind], counts.cache_elements["mha"]
+    elements, mha_elements = (elements_per_token(cfg)[name] for name in (kind, "mha"))
     forward, scores = format_count(2 * counts.active), format_count(counts.attention_flops)
     lines = [
         ("model", name),
