@@ -99,28 +99,6 @@ def test_bad_input_is_exit_code_2(worker, tmp_path, argv):
     assert code == 2 and printed.splitlines()[-1].startswith("run.py: ")
 
 
-def test_a_worker_that_takes_too_long_or_dies_is_replaced(tmp_path, monkeypatch):
-    """A real process, whose program answers one part, hangs in the next and dies in a third."""
-    (tmp_path / "parts.py").write_text(
-        "import json, os, sys, time\n"
-        "print(json.dumps({'card': {}, 'toy': True}), flush=True)\n"
-        "for line in sys.stdin:\n"
-        "    if 'exact' in line: time.sleep(60)\n"
-        "    if 'layer' in line: os._exit(7)\n"
-        "    print(json.dumps({'figure': {'process': os.getpid()}}), flush=True)\n"
-        "    print(json.dumps({'done': True}), flush=True)\n"
-    )
-    monkeypatch.setattr(run, "HERE", tmp_path)
-    with contextlib.closing(run.Worker(toy=True)) as worker:
-        first = list(worker.measure("bounds", 60))
-        with pytest.raises(run.Failed, match="the time was over"):
-            list(worker.measure("exact", 0.6))
-        second = list(worker.measure("bounds", 60))
-        with pytest.raises(run.Failed, match="the process ended with code 7"):
-            list(worker.measure("layer", 60))
-        assert first != second != list(worker.measure("bounds", 60))
-
-
 def test_each_implementation_has_a_figure_or_a_reason(monkeypatch):
     rows = (
         choose.Implementation("absent", lambda: None, why_not=lambda target: "there is no such chip"),

@@ -124,13 +124,11 @@ _xla = partial(Implementation, "xla")
 _loops = partial(Implementation, "blocks", platforms=("cpu",))
 _cuda = partial(Implementation, platforms=("cuda",), dtypes=("bfloat16",))
 _mosaic = partial(_cuda, "mosaic", fits=gpu_products.fits, why_not=gpu_products.why_not)
-_tokamax = partial(_cuda, "tokamax", fits=gpu_products.fits, why_not=tokamax_library.why_not)
 # megablox does not say which of a mesh's axes its results vary along, so `shard_map` refuses it.
 _megablox = partial(
     Implementation, "megablox", platforms=("tpu",), dtypes=("bfloat16",), one_device=True, fits=tpu_products.fits
 )
 _ragged_on_tpu = partial(Implementation, "ragged_dot", platforms=("tpu",))
-_row_blocks = partial(Implementation, "row_blocks", platforms=GPUS)
 # Products in 8 bits, by XLA on every platform. GPUs and TPUs multiply bfloat16 instead of float32 if it holds the
 # rounded numbers exactly. XLA can multiply e4m3 numbers as they are for an H100. But a scale for each 128 of them then
 # needs a sum in memory for each. By arithmetic that allows at most 107 TFLOP/s at 3.35 TB/s, far below bfloat16's.
@@ -150,13 +148,22 @@ def _low_precision(run: Callable, argument: str = "recipe", make: Callable = lam
 def _rounded_before(row: Callable[..., Implementation], product: Any) -> tuple[Implementation, ...]:
     """The rows of a grouped product in bfloat16 that multiplies the rounded operands of each recipe."""
     return tuple(
-        row(
-            partial(dispatch.grouped_swiglu, product=low_precision.grouped(recipe, product)),
-            precision=recipe.name,
-        )
+        row(partial(dispatch.grouped_swiglu, product=low_precision.grouped(recipe, product)), precision=recipe.name)
         for recipe in _IN_BFLOAT16
     )
 
+
+_BY_PRODUCTS = (
+    _mosaic(partial(dispatch.grouped_swiglu, product=gpu_products.MOSAIC)),
+    _ragged_on_tpu(partial(dispatch.grouped_swiglu, product=tpu_products.RAGGED_DOT)),
+    Implementation("row_blocks", partial(dispatch.grouped_swiglu, product=grouped_product.ROW_BLOCKS), GPUS),
+    _cuda(
+        "tokamax",
+        partial(dispatch.grouped_swiglu, product=gpu_products.TOKAMAX),
+        fits=gpu_products.fits,
+        why_not=tokamax_library.why_not,
+    ),
+)
 
 TABLE: dict[str, tuple[Implementation, ...]] = {
     "causal_attention": (
@@ -195,12 +202,9 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     ),
     "grouped_swiglu": (
         _cpp(cpu_experts.grouped_swiglu),
-        _mosaic(partial(dispatch.grouped_swiglu, product=gpu_products.MOSAIC)),
-        _megablox(partial(dispatch.grouped_swiglu, product=tpu_products.MEGABLOX)),
         _loops(blocks.blocks_swiglu),
-        _ragged_on_tpu(partial(dispatch.grouped_swiglu, product=tpu_products.RAGGED_DOT)),
-        _row_blocks(partial(dispatch.grouped_swiglu, product=grouped_product.ROW_BLOCKS)),
-        _tokamax(partial(dispatch.grouped_swiglu, product=gpu_products.TOKAMAX)),
+        _megablox(partial(dispatch.grouped_swiglu, product=tpu_products.MEGABLOX)),
+        *_BY_PRODUCTS,
         Implementation("ragged_dot", dispatch.grouped_swiglu),
         Implementation("dense", dispatch.dense_swiglu),
         *_rounded_before(_mosaic, gpu_products.MOSAIC),
@@ -212,10 +216,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _cpp(cpu_experts.decode_experts),
         _xla(dispatch.decode_experts, ("cpu",)),
         Implementation("by_row", dispatch.decode_by_row, GPUS, fits=_few_choices),
-        _mosaic(partial(dispatch.grouped_swiglu, product=gpu_products.MOSAIC)),
-        _ragged_on_tpu(partial(dispatch.grouped_swiglu, product=tpu_products.RAGGED_DOT)),
-        _row_blocks(partial(dispatch.grouped_swiglu, product=grouped_product.ROW_BLOCKS)),
-        _tokamax(partial(dispatch.grouped_swiglu, product=gpu_products.TOKAMAX)),
+        *_BY_PRODUCTS,
         *_low_precision(dispatch.grouped_swiglu, "product", low_precision.grouped),
     ),
     "product": (
@@ -349,7 +350,8 @@ class Kernels:
         """
         mesh = jax.sharding.get_abstract_mesh()
         dtype, devices = jax.tree.leaves(args)[0].dtype.name, 1 if mesh.empty else mesh.size
-        self._check(op, dtype, devices)
+        if self.target.forced(op) is not None:
+            self._check(op, dtype, devices)
         for row in self._available(op):
             if row.serves(dtype, devices) and (row.fits is None or row.fits(*args, **settings)):
                 return row
