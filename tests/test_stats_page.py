@@ -2,40 +2,12 @@
 
 import json
 import re
-from collections import defaultdict
-from html.parser import HTMLParser
 
 import pytest
+from markupsafe import escape
 from routing_reports import HOSTILE, hostile, made_up, version_three
 
 from dsv3_jax.stats.page import SCRIPTS, SECTIONS, WEB, findings, render_page
-
-
-class Reader(HTMLParser):
-    """Ids, links and text of a page; each element that opens must close."""
-
-    VOID = {"meta", "input"}
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open, self.ids, self.addresses, self.texts, self.tags = [], [], [], defaultdict(list), set()
-        self.feed(text)
-        self.close()
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        if tag not in self.VOID:
-            self.open.append(tag)
-        self.ids += [value for name, value in attributes if name == "id"]
-        self.addresses += [v for k, v in attributes if k in ("src", "href", "action", "data")]
-        assert not any(name.startswith("on") for name, _ in attributes), attributes
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, (tag, self.getpos())
-
-    def handle_data(self, text):
-        self.texts[self.open[-1] if self.open else ""].append(text)
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +25,9 @@ def sections(page: str) -> list[str]:
 
 def test_the_page_needs_no_other_file_and_holds_the_numbers(numbers):
     page = render_page(numbers)
-    reader = Reader(page)
-    assert len(set(reader.ids)) == len(reader.ids)
-    assert {address.removeprefix("#") for address in reader.addresses} == set(sections(page))
-    assert reader.tags.isdisjoint({"img", "link", "iframe", "form", "base"})
+    ids, links = re.findall(r' id="([^"]*)"', page), re.findall(r'(?:src|href|action)="([^"]*)"', page)
+    assert len(set(ids)) == len(ids) and {link.removeprefix("#") for link in links} == set(sections(page))
+    assert not re.search(r"<(img|link|iframe|form|base|object)\b| on[a-z]+=", page)
     assert "://" not in page and "url(" not in page and "@import" not in page
     assert "default-src 'none'" in page and "'unsafe-inline'; script-src 'sha256-" in page
     for name in SCRIPTS:  # text goes into the page as text alone
@@ -74,7 +45,7 @@ def test_a_part_is_shown_where_the_numbers_have_it(numbers):
     page = render_page(bare)
     assert sections(page) == ["load", "texts", "information", "transitions", "repeats", "gate_entropy", "layers",
                               "favourites"]  # fmt: skip
-    assert "None" not in "".join(Reader(page).texts["p"]) and findings(bare).keys() == {"load", "information"}
+    assert not re.search("<p.*(None|nan)", page) and findings(bare).keys() == {"load", "information"}
     unmatched = numbers | {"against": numbers["against"] | dict.fromkeys(("match", "shared", "by_chance"))}
     sentence = "The experts of other, step 300 are not matched. Bits a byte: 2.100 here, 2.000 there."
     assert findings(unmatched)["against"] == sentence
@@ -82,9 +53,8 @@ def test_a_part_is_shown_where_the_numbers_have_it(numbers):
 
 def test_text_never_becomes_markup(numbers):
     page = render_page(hostile(numbers))
-    reader = Reader(page)
     assert "<b" not in page.replace("<body", "").replace("<button", "") and page.count("</script>") == 2
-    assert reader.texts["h1"] == [f"Where tokens go: {HOSTILE}, step 400"]
+    assert f"<h1>Where tokens go: {escape(HOSTILE)}, step 400</h1>" in page
     data = data_of(page)
     assert data["domains"][0] == data["texts"][0]["tokens"][0] == data["favourites"][0][0][0][1] == HOSTILE
 

@@ -244,15 +244,8 @@ def _favourites(stats: RoutingStats, tokenizer: Tokenizer) -> list[list[list[lis
     return [
         [
             [
-                [
-                    f.token,
-                    shown(f.token),
-                    f.num_routed,
-                    round(f.lift, 4),
-                    _rounded(f.bits),
-                    _rounded(round(f.margin, 4)),
-                ]
-                for f in of_expert
+                [token, shown(token), count, round(ratio, 4), _rounded(bits), _rounded(round(margin, 4))]
+                for token, count, ratio, bits, margin in of_expert
             ]
             for of_expert in favourites(stats, layer, top=top, min_count=MIN_COUNT)
         ]
@@ -366,7 +359,7 @@ def texts(rows: TokenRows, domains: Sequence[str], tokenizer: Tokenizer) -> list
         >>> text["domain"], text["experts"]
         ('code', [[[3], [1]]])
     """
-    count, length = _text_size(rows)
+    count, length = text_size(rows)
     starts = np.flatnonzero(np.diff(rows.segment, prepend=-1))
     sizes = np.minimum(np.append(starts[1:], len(rows.segment)) - starts, length)
     queues: dict[int, list[int]] = {}
@@ -380,7 +373,7 @@ def texts(rows: TokenRows, domains: Sequence[str], tokenizer: Tokenizer) -> list
     return [text_of(rows, domains, tokenizer, int(starts[i]), int(starts[i] + sizes[i])) for *_, i in turns[:count]]
 
 
-def _text_size(rows: TokenRows) -> tuple[int, int]:
+def text_size(rows: TokenRows) -> tuple[int, int]:
     """(number of texts, tokens of each): fewer and shorter ones of many layers."""
     most = MOST_CHOICES // (len(rows.counted) * rows.expert_ids.shape[-1])
     count = int(np.clip(most // 128, 2, TEXTS))

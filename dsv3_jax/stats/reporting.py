@@ -22,7 +22,6 @@ from dsv3_jax.stats.knockouts import worth as measure_worth
 from dsv3_jax.stats.measures import check_draws, specialisation
 from dsv3_jax.stats.numbers import (
     KEYS,
-    TEXT_TOKENS,
     TEXTS,
     as_json,
     by_domain,
@@ -30,6 +29,7 @@ from dsv3_jax.stats.numbers import (
     make_header,
     merge_small_domains,
     text_of,
+    text_size,
     worth_json,
 )
 from dsv3_jax.stats.others import read_rows
@@ -139,7 +139,7 @@ def report(
     special = specialisation(stats, draws=options.draws, seed=seed)
     numbers = as_json(stats, special, tokenizer, read_load(run), more)
     if own is not None:
-        first = text_of(own, (OWN,), tokenizer, 0, min(len(own.token), TEXT_TOKENS))
+        first = text_of(own, (OWN,), tokenizer, 0, min(len(own.token), text_size(own)[1]))
         numbers["texts"] = [first, *numbers["texts"]][:TEXTS]
     if options.tokens is not None:
         _write_tokens(options.tokens, stats, own, tokenizer)
