@@ -3,12 +3,14 @@
 import copy
 import json
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 
 from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.stats import BiasWork, LoadLog, RoutingStats, Worth, specialisation
-from dsv3_jax.stats.numbers import as_json, by_domain, information_json, merge_small_domains, worth_json
+from dsv3_jax.stats.bits import NAMES
+from dsv3_jax.stats.numbers import as_json, as_lists, by_domain, merge_small_domains, worth_json
 from dsv3_jax.stats.token_rows import AFTER, BEFORE, Contexts, TokenCounts, rows_of
 
 HOSTILE = '</script><b onclick="x()">&\'"'
@@ -65,7 +67,9 @@ def made_up(
     header |= {"tokens_seen": 1_638_400, "router": "sigmoid", "balance_rule": "sign", "version": "0.1.0"}
     header |= {"commit": "0" * 40, "loss": 3.456, "bits_per_byte": 2.1, "max_vio_training_mix": 0.5}
     more = {"run": "made-up", "step": 400, "data": "made-up text", "header": header}
-    more["information"] = information_json(rows, experts, len(domains))
+    bits = {name: rng.uniform(0.1, 1.5, total) for name in NAMES}
+    ends = {"": 1.0, "_low": 0.8, "_high": 1.2, "_chance": 0.5}
+    more["information"] = {name + end: as_lists(x * bits[name]) for name in NAMES for end, x in ends.items()}
     log = None
     if measured:
         log = LoadLog(steps, rng.integers(1, 9, (40, *cells)), steps, rng.normal(0, 0.1, (40, *cells)))
@@ -88,9 +92,10 @@ def made_up(
     return numbers | by_domain(merge_small_domains(stats))
 
 
-def version_three(domains: int = 4) -> dict:
-    """Return numbers in the shape of DeepSeek-V3: 58 sparse layers and one head, 256 experts, 8 a token."""
-    return made_up(58, 256, 8, first=3, domains=tuple(f"domain {i}" for i in range(domains)))
+@cache
+def version_three() -> dict:
+    """Return numbers in the shape of DeepSeek-V3: 58 sparse layers and one head, 256 experts, 8 a token; 24 domains."""
+    return made_up(58, 256, 8, first=3, domains=tuple(f"domain {i}" for i in range(24)))
 
 
 def hostile(numbers: dict) -> dict:

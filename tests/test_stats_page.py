@@ -62,7 +62,7 @@ def test_text_never_becomes_markup(numbers):
 @pytest.mark.long
 def test_version_three_fits():
     """59 layers of 256 experts: no table of E² pairs, every list is there, and a page below 5 MB."""
-    numbers = version_three(domains=24)
+    numbers = version_three()
     assert len(render_page(numbers).encode()) < 5_000_000
     assert numbers["coactivation"] is None and numbers["transitions"]["lift"] is None
     assert len(numbers["transitions"]["top"]) == 58 and len(numbers["domains"]) == 7
