@@ -124,7 +124,7 @@ def vio(load):
     return np.mean([row.max() / row.mean() - 1 for row in load])
 
 
-@pytest.mark.parametrize("kind", ["model", "parallel"])
+@pytest.mark.parametrize("kind", ["model", pytest.param("parallel", marks=pytest.mark.long)])
 def test_measures_are_the_slow_loops(kind, request):
     model = request.getfixturevalue(kind)
     found, want = evaluate(model, BATCHES, WORDS, ("even", "odd"), mix=MIX), slow_measures(model)

@@ -24,7 +24,7 @@ from dsv3_jax.training.step import Job, make_step
 B, T = 4, 12
 # Almost no step of the optimizer, so that what moves is the clip
 OPTIM = OptimConfig(learning_rate=1e-20, final_learning_rate=0.0, warmup_steps=0, weight_decay=0.0, qk_clip=1e9)
-CFG = small(num_layers=3, mtp_depth=1, vocab_size=260, init_std=0.5)  # a dense layer, two sparse ones, and a head
+CFG = small(num_layers=2, num_dense_layers=0, mtp_depth=1, vocab_size=260, init_std=0.5)  # a stack of two, and a head
 RUN = make_run("nowhere", model=CFG, optim=OPTIM)
 
 
@@ -115,7 +115,7 @@ def test_each_head_of_each_layer_is_scaled_by_its_own_logit(monkeypatch):
     new, metrics = make_step(Job(run))(state, batch_of())
     after, clipped = by_layer(new), 0
     np.testing.assert_allclose(metrics["max_logit"], np.max(want), rtol=1e-5)  # of the forward pass, before the clip
-    places = [("dense", 0), ("sparse", 0), ("sparse", 1), ("mtp.0.block", ...)]
+    places = [("sparse", 0), ("sparse", 1), ("mtp.0.block", ...)]
     nope = CFG.nope_head_dim
     for (block, layer), largest in zip(places, want, strict=True):
         gamma = np.where(largest > threshold, threshold / largest, 1.0)
