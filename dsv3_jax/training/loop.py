@@ -4,8 +4,9 @@ A run folder holds run.json (the configuration), checkpoints/, metrics.jsonl (a 
 each evaluation), load.jsonl (each expert's load and bias, at some of those steps), tensorboard/, and two pictures,
 routing.png and training.png. A start takes these steps:
 
-    0. several processes (see `cluster`) agree on one run; from here the first alone prints and writes
-    1. the folder is claimed, or found to be this run's; another run's is refused (`prepare`). So is one that another
+    0. several processes (see `cluster`) agree on one run, and its text is read (`prepare`); from here the first alone
+       prints and writes
+    1. the folder is locked and claimed, or found to be this run's; another run's is refused, and one that another
        process writes to (`lock`)
     2. the last whole checkpoint is restored, or that of a given step: parameters, optimizer, router bias, step and
        data position. Later checkpoints are renamed (`Checkpoints.rewind`)
@@ -48,7 +49,7 @@ from dsv3_jax.signals import asked_to_stop
 from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.evaluate import evaluate
 from dsv3_jax.training.metrics import as_row, load_every, load_row
-from dsv3_jax.training.prepare import Options, kernels_of, prepare
+from dsv3_jax.training.prepare import Options, agree, check, kernels_of, read
 from dsv3_jax.training.run_folder import claim, made_from
 from dsv3_jax.training.step import Batch, Job, first_bad_tensor, first_nonfinite, make_step, model_of
 from dsv3_jax.training.warm_start import Start, begin
@@ -106,7 +107,9 @@ def fit(run: RunConfig, out: str | Path, **options: Any) -> FitResult:
 @contextmanager
 def open_run(run: RunConfig, out: Path, options: Options) -> Iterator["Training"]:
     """Prepare a run, lock its folder, and restore its last checkpoint or make a new state."""
-    job, words, source, start = prepare(run, out, options)
+    job = agree(run, options)
+    check(job)
+    words, source, start = read(job, out, options)
     with (
         Progress(run.steps, quiet=options.quiet or not processes.is_first()) as progress,
         _only_writer(job, out, made_from(source.fingerprint, words.fingerprint)) as lock,

@@ -88,23 +88,10 @@ class Options:
                 raise ValueError(f"callbacks holds {callback!r}, which is no dsv3_jax.train.Callback")
 
 
-Prepared = tuple[Job, Tokenizer, Source, warm_start.Start | None]  # no start: nothing to begin with, or a checkpoint
-
-
-def prepare(run: RunConfig, out: Path, options: Options) -> Prepared:
-    """Check a run and read its text. A run that `optimizer` trains is named by it.
-
-    Several processes call it together, and are all refused where one is.
-
-    Raises: as `dsv3_jax.train.fit`.
-    """
-    job = agree(run, options)  # what comes after it is alike in all processes
-    check(job)
-    return read(job, out, options)
-
-
 def agree(run: RunConfig, options: Options) -> Job:
     """Choose the kernels, and check that all processes train the same run from and to the same step.
+
+    A run that `optimizer` trains is named by it. What comes after this is alike in all processes.
 
     Raises: ConfigError.
     """
@@ -140,8 +127,8 @@ def check(job: Job) -> None:
         processes.by_each(lambda: check_memory(job, jax.process_count()))
 
 
-def read(job: Job, out: Path, options: Options) -> Prepared:
-    """Read the tokenizer, the run to begin with and the text.
+def read(job: Job, out: Path, options: Options) -> tuple[Tokenizer, Source, warm_start.Start | None]:
+    """Read the tokenizer, the text, and the run to begin with; a run that has a checkpoint needs none.
 
     Raises: ValueError.
     """
@@ -167,7 +154,7 @@ def read(job: Job, out: Path, options: Options) -> Prepared:
     source = options.source or processes.by_each(lambda: open_source(run.data, words))
     processes.agree({"text": source.fingerprint})
 
-    return job, words, source, start
+    return words, source, start
 
 
 def check_memory(job: Job, hosts: int = 1) -> None:

@@ -89,17 +89,17 @@ def run_of(steps: int) -> RunConfig:
 
 def measure(run: RunConfig, side: str, seconds: float, kind: str) -> float:
     """Seconds a step of a new run of `fit`."""
-    prepare, clock = loop.prepare, Clock()
+    read, clock = loop.read, Clock()
 
     def slowed(*args, **kwargs):
-        job, words, source, start = prepare(*args, **kwargs)
-        return job, words, Slow(source, seconds, kind), start
+        words, source, start = read(*args, **kwargs)
+        return words, Slow(source, seconds, kind), start
 
     ahead = {jax.default_backend(): SIDES[side]}
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(loop, "AHEAD", ahead),
-        mock.patch.object(loop, "prepare", slowed),
+        mock.patch.object(loop, "read", slowed),
         mock.patch.object(warm_start, "init_state", lambda job: jax.tree.map(jnp.array, first_state(job.run))),
     ):
         loop.fit(run, Path(folder, "run"), quiet=True, report=False, callbacks=[clock])
