@@ -30,7 +30,7 @@ from dsv3_jax.kernels.cpu import library
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.ops.newton_schulz import orthogonalize
-from dsv3_jax.training import muon, optim
+from dsv3_jax.training import optim
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
 from dsv3_jax.training.step import Job, make_step
 
@@ -168,7 +168,7 @@ def test_singular_values_come_near_one(rng, shape):
 
 def test_which_weights_are_matrices():
     params = {**flat(params_of(mtp_depth=1)), **flat(params_of(attention="gqa", num_kv_heads=1, mtp_kind="eagle"))}
-    matrices, rest = muon.split(params_of(mtp_depth=1))
+    matrices, rest = optim.split_matrices(params_of(mtp_depth=1))
     assert {path[-1] for path in flat(rest)} == BY_ADAMW
     assert {path[-1] for path in flat(matrices)} <= MATRICES.keys()
     assert {path[-1] for path in params} <= MATRICES.keys() | BY_ADAMW

@@ -5,23 +5,27 @@ given to `ds.train.fit(…, optimizer=tx)` comes before that name. The functions
 `jax.jit`: `init` makes the state of step 0, any tree of arrays or variables; `update` takes a step, see `AdamW`.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from dsv3_jax.config import OPTAX, ConfigError, OptimConfig
 from dsv3_jax.kernels.choose import Kernels, Target
 from dsv3_jax.mesh.sharding import names_of
-from dsv3_jax.training import muon
+from dsv3_jax.ops.newton_schulz import orthogonalize
+from dsv3_jax.training.lora import sides
 
+RMS = 0.2  # of an update by Muon, as AdamW's usually is; arXiv 2502.16982, section 2.2
 Transform: TypeAlias = optax.GradientTransformation | None
 XLA = Kernels(Target("cpu", "xla"))  # for structures that compute nothing
 
@@ -150,7 +154,21 @@ class MuonState(NamedTuple):
 
 
 class Muon(AdamW):
-    """W ← W − η (0.2 √max(in, out) · O + decay · W) for matrices, with O of `muon.direction`; AdamW for the rest.
+    """Muon: the updates of matrices are orthogonalised, and AdamW updates the rest.
+
+        M ← β M + (1−β) G;   O = NewtonSchulz(β M̂ + (1−β) Ĝ);   W ← W − η (0.2 √max(in, out) · O + decay · W)
+
+    M̂ and Ĝ are corrected for the first steps, as optax.contrib.muon does. The factor gives an update the root mean
+    square of AdamW's, so both take the same learning rate η and weight decay.
+
+    Which axes make a matrix follows from the names of a parameter's axes (`lora.sides`). Layers and experts are a
+    batch: each has a matrix of its own. The heads of w_uq, w_uk, w_uv and w_o are one matrix, as in Moonlight and Kimi
+    K2, whose factor and learning rates then hold here: w_uq is [Q, H·(N+R)], w_uk [H·N, C], w_uv [H·V, C], w_o
+    [H·V, D]. AdamW updates embedding, unembedding, router and the norms' scales. LoRA's A and B are matrices.
+
+    Source: Jordan et al., Muon (kellerjordan.github.io/posts/muon); Moonlight (arXiv 2502.16982), section 2.2.
+    Departs from optax.contrib.muon, which it equals on matrices: the rest has AdamW without Nesterov, with weight decay
+    on all but norms; and the batch axes stay apart, so that a mesh shards experts while they are orthogonalised.
 
     Example:
         >>> w = nnx.Param(jnp.ones((1, 2)), axes=("dim", "hidden"))
@@ -159,14 +177,14 @@ class Muon(AdamW):
     """
 
     def init(self, params: nnx.State) -> Any:
-        matrices, rest = muon.split(params)
+        matrices, rest = split_matrices(params)
         return MuonState(super().init(matrices).mu, super().init(rest))
 
     @jax.named_scope("optimizer")
     def update(
         self, step: Array, params: nnx.State, state: Any, grads: nnx.State, norm: Array, keep: Array
     ) -> tuple[nnx.State, Any]:
-        cfg, (matrices, rest), (of_matrices, of_rest) = self.cfg, muon.split(params), muon.split(grads)
+        cfg, (matrices, rest), (of_matrices, of_rest) = self.cfg, split_matrices(params), split_matrices(grads)
         others, adam = super().update(step, rest, state.adam, of_rest, norm, keep)
         rate, clip = learning_rate(cfg, self.steps, step), clip_factor(cfg, norm)
         flat, means = dict(nnx.to_flat_state(of_matrices)), dict(nnx.to_flat_state(state.momentum))
@@ -174,11 +192,56 @@ class Muon(AdamW):
         for path, v in nnx.to_flat_state(matrices):
             w, mean, kept_dtype = v.get_value(), means[path].get_value(), means[path].get_value().dtype
             g = flat[path].get_value() * clip
-            new, move = muon.direction(mean.astype(g.dtype), g, step, names_of(v), cfg.muon_beta)
+            new, move = direction(mean.astype(g.dtype), g, step, names_of(v), cfg.muon_beta)
             w = jnp.where(keep, w - rate * (move + cfg.weight_decay * w), w)
             moved[path] = v.replace(w)
             means[path] = means[path].replace(jnp.where(keep, new.astype(kept_dtype), mean))
         return nnx.merge_state(nnx.from_flat_state(moved), others), MuonState(nnx.from_flat_state(means), adam)
+
+
+def split_matrices(params: nnx.State) -> tuple[nnx.State, nnx.State]:
+    """Split parameters, or gradients, into (matrices, the rest).
+
+    Example:
+        >>> w = nnx.Param(jnp.ones((2, 3)), axes=("dim", "hidden"))
+        >>> embed = nnx.Param(jnp.ones((9, 2)), axes=("vocab", "dim"))
+        >>> matrices, rest = split_matrices(nnx.State({"w": w, "embed": embed}))
+        >>> list(matrices), list(rest)
+        (['w'], ['embed'])
+    """
+    matrices, rest = nnx.split_state(params, lambda _, v: _is_matrix(v), ...)
+    return matrices, rest
+
+
+def _is_matrix(v: nnx.Variable) -> bool:
+    """Whether Muon updates it: not a norm's scale, embedding, unembedding or router."""
+    names = names_of(v)
+    return bool(names) and "vocab" not in names and not v.get_metadata().get("exact", False)
+
+
+def direction(
+    mean: Float[Array, "*n"], g: Float[Array, "*n"], step: Array, names: tuple[str | None, ...], beta: float
+) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
+    """(The new running mean, the orthogonalised and scaled direction.)
+
+    Stacked layers are computed one after the other, so that temporary arrays have the size of one layer.
+
+    Args: names: of the last axes; see `lora.sides`.
+    """
+    count = (step + 1).astype(g.dtype)
+    mean = beta * mean + (1 - beta) * g
+    nesterov = beta * mean / (1 - beta ** (count + 1)) + (1 - beta) * g / (1 - beta**count)
+    orthogonal = partial(_orthogonal, names=names)
+    stacked = g.ndim > len(names)
+    return mean, jax.lax.map(orthogonal, nesterov) if stacked else orthogonal(nesterov)
+
+
+def _orthogonal(x: Float[Array, "*n"], names: tuple[str | None, ...]) -> Float[Array, "*n"]:
+    """0.2 √max(in, out) · NewtonSchulz of one layer's weight."""
+    left, right, _ = sides(names)
+    rows, columns = math.prod(x.shape[left:right]), math.prod(x.shape[right:])
+    made = orthogonalize(x.reshape(*x.shape[:left], rows, columns))
+    return (RMS * math.sqrt(max(rows, columns)) * made).reshape(x.shape)
 
 
 @dataclass(frozen=True, eq=False)
