@@ -76,7 +76,7 @@ def fit(run: RunConfig, out: str | Path, **options: Any) -> FitResult:
     """
     if run.data.format == "chat" and options.get("source") is None:
         processes.agree({"run": to_dict(run)})
-        text, examples = processes.by_each(lambda: open_chats(run, out, options.get("quiet", False)))
+        text, examples = processes.by_each(lambda: open_chats(run, out))
         options |= {"source": examples, "callbacks": [KeepText(text), *options.get("callbacks", ())]}
     return loop.fit(run, out, **{"open_start": open_start} | options)
 
@@ -103,7 +103,7 @@ def open_start(place: str, out: str | Path | None = None) -> warm_start.Start:
     return warm_start.Start(str(folder.path), run, True, load)
 
 
-def open_chats(run: RunConfig, out: str | Path, quiet: bool = True) -> tuple[TextSettings, Source]:
+def open_chats(run: RunConfig, out: str | Path) -> tuple[TextSettings, Source]:
     """Read how a run reads chats, and its examples: by its own files once it has begun, else by those of its start.
 
     Raises: ConfigError without a start; ValueError when there is no template, or a file cannot be read.
@@ -114,7 +114,7 @@ def open_chats(run: RunConfig, out: str | Path, quiet: bool = True) -> tuple[Tex
         raise ConfigError("data.format='chat' fine-tunes a model: name it with start, as in --start MODEL")
     else:
         text = with_template(load_text(run.start), run.data.chat_template)
-    return text, load_examples(run.data, text, quiet or not processes.is_first())
+    return text, load_examples(run.data, text)
 
 
 class KeepText(Callback):

@@ -28,8 +28,7 @@ def test_folder_of_files(tmp_path):
     ])  # fmt: skip
     _, documents = read(tmp_path / "src/a.py", tmp_path / "README.md")
     assert documents == [("a = 1\r\n", "py"), ("readme", "md")]
-    _, documents = read(tmp_path, max_documents=2)
-    assert len(documents) == 2
+    assert len(read(tmp_path, max_documents=2)[1]) == 2
 
 
 @pytest.mark.parametrize(
@@ -38,53 +37,40 @@ def test_folder_of_files(tmp_path):
         ("a.txt", b"", "a.txt' holds no text"),
         ("a.txt", b"abc\xff", "a.txt is not UTF-8: byte 3 is 0xff"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, line 2, is not JSON"),
-        ("a.jsonl", b'{"text": "a"}\n["text"]\n', 'a.jsonl, line 2, is not an object with "text"'),
-        ("a.jsonl", b'{"txt": "a"}\n', 'a.jsonl, line 1, is not an object with "text"'),
-        ("a.jsonl", b'{"text": 7}\n', 'a.jsonl, line 1: "text" is 7, not a string'),
+        ("a.jsonl", b'{"text": "a"}\n["text"]\n', "a.jsonl, line 2, is not an object"),
+        ("a.jsonl", b'{"txt": "a"}\n', 'a.jsonl, line 1: "text" is None, not a string, of .*txt'),
         ("a.jsonl", b'{"text": "a", "domain": 7}\n', 'a.jsonl, line 1: "domain" is 7, not a string'),
         ("a.jsonl", b'{"text": "a\\ud800"}\n', "a.jsonl, line 1, is not JSON: .* holds half a surrogate pair"),
-        ("a.jsonl", b'{"text": "a"}\n"\xff"\n', "a.jsonl is not UTF-8: byte 15 is 0xff"),
+        ("a.jsonl", b'{"text": "a"}\n"\xff"\n', "a.jsonl, line 2, is not JSON: .* byte 0xff"),
         ("a.txt", b"one text", "val_fraction=0.5 leaves no text for training: there are 1 document"),
+        ("b.txt", b"", "path='.*a.txt' does not exist"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        read(tmp_path / name)
+        read(tmp_path / name.replace("b", "a"))
 
 
-def test_bad_paths_are_named(tmp_path):
-    with pytest.raises(ValueError, match="path='.*nowhere' does not exist"):
-        read(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=f"{tmp_path.name}' holds no text"):
-        read(tmp_path)
-    (tmp_path / "latin1.txt").write_bytes("café, written long ago".encode("latin-1"))
-    with pytest.raises(ValueError, match="latin1.txt is not UTF-8: byte 3 is 0xe9"):
-        read(tmp_path)
-
-
-def test_parquet_without_pyarrow(tmp_path, monkeypatch):
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=r"a\.parquet needs pyarrow.*dsv3-jax\[parquet\]"):
-        read(tmp_path / "a.parquet")
-
-
-def test_parquet(tmp_path):
+def test_parquet(tmp_path, monkeypatch):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table({"text": ["p1", "p2"], "domain": ["web", None], "n": [1, 2]}), tmp_path / "a.parquet")
-    assert read(tmp_path / "a.parquet")[1] == [("p1", "web"), ("p2", "parquet")]
-    pq.write_table(pa.table({"body": ["p1"]}), tmp_path / "b.parquet")
-    with pytest.raises(ValueError, match=r"b\.parquet has no column \"text\" among \['body'\]"):
-        read(tmp_path / "b.parquet")
-    pq.write_table(pa.table({"text": ["p1", None]}), tmp_path / "c.parquet")
-    with pytest.raises(ValueError, match=r'c\.parquet, row 2: "text" is None'):
-        read(tmp_path / "c.parquet")
-    (tmp_path / "d.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match=r"d\.parquet is not a Parquet file"):
-        read(tmp_path / "d.parquet")
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["p1", "p2"], "domain": ["web", None], "n": [1, 2]}), file)
+    assert read(file)[1] == [("p1", "web"), ("p2", "parquet")]
+    pq.write_table(pa.table({"body": ["p1"]}), file)
+    with pytest.raises(ValueError, match=r"a\.parquet has no column \"text\" among \['body'\]"):
+        read(file)
+    pq.write_table(pa.table({"text": ["p1", None]}), file)
+    with pytest.raises(ValueError, match=r'a\.parquet, row 2: "text" is None'):
+        read(file)
+    file.write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"a\.parquet is not a Parquet file"):
+        read(file)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"a\.parquet needs pyarrow.*dsv3-jax\[parquet\]"):
+        read(file)
 
 
 def test_split_is_by_text(tmp_path):
@@ -105,17 +91,15 @@ def test_split_is_by_text(tmp_path):
 def test_long_texts_are_cut_at_line_ends(tmp_path):
     text = "".join(f"line {i} of a long text\n" for i in range(40_000))
     (tmp_path / "a.txt").write_text(text + "x" * 300_000)
-    corpus, documents = read(tmp_path / "a.txt", val_fraction=0.05)
+    _, documents = read(tmp_path / "a.txt", val_fraction=0.05)
     assert all(len(d.text) <= 2**18 for d in documents)
     assert sum(len(d.text) for d in documents) == len(text) + 300_000
     assert sum(d.text.endswith("text\n") for d in documents) >= 3
-    assert corpus.train and corpus.val
 
 
 def test_default_corpus_has_its_domains():
     corpus = load_corpus(DataConfig(max_documents=200))
-    again = load_corpus(DataConfig(max_documents=200))
-    assert corpus == again and len(corpus.train) + len(corpus.val) == 200
+    assert corpus == load_corpus(DataConfig(max_documents=200)) and len(corpus.train) + len(corpus.val) == 200
     assert corpus.domains == ("code", "tests", "C", "English")
     sizes = corpus.sizes()
     assert sum(map(sum, sizes.values())) == sum(len(d.text.encode()) for d in corpus.train + corpus.val)

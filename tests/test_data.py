@@ -85,17 +85,8 @@ def test_stop_and_resume_continues_the_same_rows_on_any_number_of_processes(sour
         assert_same(take(resumed, min(2, 12 - n)), whole[n : n + 2])
         a, b, c = (next(part) for part in parts)
         assert_same([{k: np.stack([a[k][0], b[k][0], c[k][0], a[k][1]]) for k in a}], [whole[n]])
-
-
-def test_only_a_position_of_the_same_data_is_taken(sources):
-    batches = sources["text"].train_batches()
-    for old in ({}, {"piece": 3, "offset": 7, "corpus": "print"}, {"corpus": "print", "row": 3, "seed": 0}):
-        with pytest.raises(ValueError, match="is not one row number; resume with the older version"):
-            batches.set_state(old)
-    with pytest.raises(ValueError, match="corpus='print' differs from corpus='other'"):
-        batches.set_state({"corpus": "other", "row": 4})
-    with pytest.raises(ValueError, match=r"rows=\[0, 4\] are not all in the batch"):
-        sources["text"].train_batches([0, 4])
+    with pytest.raises(ValueError, match=r"corpus=.* differs from corpus='other'"):
+        resumed.set_state({"corpus": "other", "row": 4})
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -185,7 +185,7 @@ def test_links_that_lead_nowhere_are_passed_over(tmp_path, capsys):
     (tmp_path / "self.txt").symlink_to("self.txt")
     corpus = load_corpus(DataConfig(paths=(str(tmp_path),)))
     assert len(corpus.train + corpus.val) == 4
-    assert "passed over 2 links that lead nowhere, such as 'gone.txt'" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("a link that leads nowhere") == 2
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 The default corpus is the text that this Python installation contains, so no download is needed.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import itertools
@@ -157,36 +158,27 @@ def fingerprint_of(digests: Iterable[bytes]) -> str:
 
 def _installed_documents() -> Iterator[Document]:
     """Alternate between the domains, so that `max_documents` keeps some of each."""
-    domains = (_python_files(tests=False), _python_files(tests=True), _c_headers(), _language_reference())
-    for one_of_each in itertools.zip_longest(*domains):
+    tests = _python_files(tests=True)
+    if len(tests) < _MIN_INSTALLED_FILES:
+        tests += [path for path in _package_files("numpy", "scipy") if path.suffix == ".py" and "tests" in path.parts]
+    headers = [path for path in files_below(Path(sysconfig.get_path("include"))) if path.suffix == ".h"]
+    if len(headers) < _MIN_INSTALLED_FILES:
+        headers += [path for path in _package_files("numpy", "jaxlib") if path.suffix in (".h", ".hpp")]
+    domains = {"code": _python_files(tests=False), "tests": tests, "C": headers}
+    found = (_installed_files(paths, domain) for domain, paths in domains.items())
+    for one_of_each in itertools.zip_longest(*found, _language_reference()):
         yield from (document for document in one_of_each if document is not None)
 
 
-def _python_files(tests: bool) -> Iterator[Document]:
-    """Yield the standard library's sources, or its tests."""
-    tables = {"encodings", "pydoc_data", "entities.py"}
-    count = 0
+def _python_files(tests: bool) -> list[Path]:
+    """The standard library's sources, or its tests."""
+    tables, found = {"encodings", "pydoc_data", "entities.py"}, []
     root = Path(sysconfig.get_path("stdlib"))
     for path in files_below(root, skip=("site-packages", "dist-packages")):
         names = set(path.relative_to(root).parts)
         if path.suffix == ".py" and bool(names & {"test", "tests", "idle_test"}) == tests and not names & tables:
-            if not path.name.startswith("_sysconfigdata"):
-                for document in _installed_file(path, "tests" if tests else "code"):
-                    count += 1
-                    yield document
-    if tests and count < _MIN_INSTALLED_FILES:
-        for path in itertools.chain.from_iterable(map(_package_files, ("numpy", "scipy"))):
-            if path.suffix == ".py" and "tests" in path.parts:
-                yield from _installed_file(path, "tests")
-
-
-def _c_headers() -> Iterator[Document]:
-    headers = [path for path in files_below(Path(sysconfig.get_path("include"))) if path.suffix == ".h"]
-    if len(headers) < _MIN_INSTALLED_FILES:
-        packages = itertools.chain.from_iterable(map(_package_files, ("numpy", "jaxlib")))
-        headers += [path for path in packages if path.suffix in (".h", ".hpp")]
-    for path in headers:
-        yield from _installed_file(path, "C")
+            found.append(path)
+    return [path for path in found if not path.name.startswith("_sysconfigdata")]
 
 
 def _language_reference() -> Iterator[Document]:
@@ -198,21 +190,20 @@ def _language_reference() -> Iterator[Document]:
         yield Document(topics[name], "English")
 
 
-def _package_files(name: str) -> Iterator[Path]:
-    """Yield the files of an installed package without importing it."""
-    spec = importlib.util.find_spec(name)
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        yield from files_below(Path(folder))
+def _package_files(*names: str) -> Iterator[Path]:
+    """Yield the files of installed packages without importing them."""
+    for spec in map(importlib.util.find_spec, names):
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            yield from files_below(Path(folder))
 
 
-def _installed_file(path: Path, domain: str) -> Iterator[Document]:
-    """Yield the file as a document unless it is large, empty or not UTF-8; tests of codecs contain broken files."""
-    try:
-        text = path.read_bytes().decode("utf-8") if path.stat().st_size <= _MAX_INSTALLED_BYTES else ""
-    except (OSError, UnicodeDecodeError):
-        return
-    if text.strip():
-        yield Document(text, domain)
+def _installed_files(paths: Iterable[Path], domain: str) -> Iterator[Document]:
+    """Yield the files that are neither large, empty nor other than UTF-8; tests of codecs contain broken files."""
+    for path in paths:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            text = path.read_bytes().decode("utf-8") if path.stat().st_size <= _MAX_INSTALLED_BYTES else ""
+            if text.strip():
+                yield Document(text, domain)
 
 
 def files_below(root: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:
@@ -233,38 +224,67 @@ def files_below(root: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:
 def _documents_of(path: str, column: str) -> Iterator[Document]:
     """Yield the documents of one of `DataConfig.paths`."""
     empty = True
-    for text, domain in _texts_of_dataset(path, column) if is_dataset(path) else _texts_of(path, column):
+    for location, row, domain in rows_of(path, (column,)):
+        text = row.get(column)
+        if not isinstance(text, str):
+            raise ValueError(f'{location}: "{column}" is {reprlib.repr(text)}, not a string, of {sorted(row)!r:.200}')
         for part in _split_long(text):
             empty = False
-            yield Document(part, _printable(domain))
+            yield Document(part, domain)
     if empty:
         raise ValueError(f"path={path!r} holds no text")
 
 
-def _texts_of(path: str, column: str) -> Iterator[tuple[str, str]]:
-    root = Path(path)
+def rows_of(path: str, needed: Sequence[str], chats: bool = False) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Read the rows of one of `DataConfig.paths`: of JSONL, Parquet, a dataset, and other files, each one text.
+
+    Args:
+        needed: keys; Parquet and datasets must have one of them. The first one is that of a file's text.
+        chats: read `tools`, too; pass over files other than JSONL and Parquet.
+    Returns: triples of where the row is, for errors, the row, and its domain. That is the one that it states, else the
+        first folder below the path or the file's suffix, for chats the file's name.
+    Raises: ValueError that names the path, file or row.
+    """
+    also = ("domain", "tools") if chats else ("domain",)
+    if is_dataset(path):
+        name = Path(parts_of(path)[0]).name
+        found = ((location, row, name) for location, row in dataset_rows(path, needed, also))
+    else:
+        found = _rows_of_files(Path(path), needed, also, chats)
+    for location, row, domain in found:
+        if not isinstance(row, dict):
+            raise ValueError(f"{location}, is not an object")
+        own = row.get("domain")
+        if own is not None and (not isinstance(own, str) or len(own) > _MAX_DOMAIN):
+            raise ValueError(f'{location}: "domain" is {reprlib.repr(own)}, not a string of {_MAX_DOMAIN} or less')
+        # For terminals, pictures and JSON: names may hold control codes and broken UTF-8.
+        yield location, row, "".join(c if c.isprintable() else "\ufffd" for c in own or domain)
+
+
+def _rows_of_files(
+    root: Path, needed: Sequence[str], also: Sequence[str], chats: bool
+) -> Iterator[tuple[str, Any, str]]:
     if not root.exists():
-        raise ValueError(f"path={path!r} does not exist")
-    wanted = {"needed": (column,), "also": ("domain",)}
-    for file in user_files(root) if root.is_dir() else (root,):
-        check_regular(file)
-        parts = file.relative_to(root).parts if root.is_dir() else ()
-        domain, suffix = parts[0] if len(parts) > 1 else file.suffix[1:].lower() or "text", file.suffix.lower()
+        raise ValueError(f"path={str(root)!r} does not exist")
+    for file in files_below(root) if root.is_dir() else (root,):
+        if not file.exists():
+            print(f"passed over {file}: a link that leads nowhere", file=sys.stderr)
+            continue
+        suffix, folders = file.suffix.lower(), file.relative_to(root).parts[:-1]
+        rows: Iterable[tuple[str, Any]] = ()
         try:
-            if suffix in (".jsonl", ".parquet"):
-                for location, row in json_lines(file) if suffix == ".jsonl" else parquet_rows(file, **wanted):
-                    yield _checked(row, column, domain, location)
-            elif not root.is_dir() or not _is_binary(file):
+            check_regular(file)
+            if suffix == ".jsonl":
+                rows = json_lines(file)
+            elif suffix == ".parquet":
+                rows = parquet_rows(file, needed, also)
+            elif not chats and not (root.is_dir() and _is_binary(file)):
                 check_regular(file, _MAX_TEXT_BYTES)
-                yield _utf8(file.read_bytes(), file), domain
+                rows = [(str(file), {needed[0]: _utf8(file.read_bytes(), file)})]
+            for location, row in rows:
+                yield location, row, file.stem if chats else folders[0] if folders else suffix[1:] or "text"
         except OSError as error:
             raise ValueError(f"{file} cannot be read: {error.strerror}") from error
-
-
-def _texts_of_dataset(path: str, column: str) -> Iterator[tuple[str, str]]:
-    domain = Path(parts_of(path)[0]).name
-    for location, row in dataset_rows(path, needed=(column,), also=("domain",)):
-        yield _checked(row, column, domain, location)
 
 
 def _is_binary(path: Path) -> bool:
@@ -278,20 +298,15 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     Returns: pairs of a value and where it is, for errors: (`FILE, line N`, value).
     Raises: ValueError for a line that is not UTF-8 or not JSON.
     """
-    offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE_BYTES + 1), b""), 1):
             if len(line) > _MAX_LINE_BYTES:
                 raise ValueError(f"{path}, line {number}, is longer than {_MAX_LINE_BYTES:,} bytes")
-            text = _utf8(line, path, offset)
-            offset += len(line)
-            if not text.strip():
-                continue
             try:
-                record = parse_json(text)
+                if line.strip():
+                    yield f"{path}, line {number}", parse_json(line)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
-            yield f"{path}, line {number}", record
 
 
 def parquet_rows(path: Path, needed: Sequence[str], also: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -313,54 +328,18 @@ def parquet_rows(path: Path, needed: Sequence[str], also: Sequence[str]) -> Iter
             names = set(file.schema_arrow.names)
             if not names & set(needed):
                 raise ValueError(f'{path} has no column "{needed[0]}" among {sorted(names)}')
-            row = 0
-            for batch in file.iter_batches(columns=sorted(names & {*needed, *also})):
-                for record in batch.to_pylist():
-                    row += 1
-                    yield f"{path}, row {row}", record
+            batches = file.iter_batches(columns=sorted(names & {*needed, *also}))
+            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+                yield f"{path}, row {number}", row
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is not a Parquet file: {error}") from error
 
 
-def _checked(row: Any, column: str, default: str, location: str) -> tuple[str, str]:
-    """A row's text and domain."""
-    if not isinstance(row, dict) or column not in row:
-        found = f"; it has {reprlib.repr(sorted(row))}" if isinstance(row, dict) else ""
-        raise ValueError(f'{location}, is not an object with "{column}"{found}')
-    text, domain = row[column], row.get("domain")
-    if not isinstance(text, str):
-        raise ValueError(f'{location}: "{column}" is {reprlib.repr(text)}, not a string')
-    if domain is not None and (not isinstance(domain, str) or len(domain) > _MAX_DOMAIN):
-        raise ValueError(f'{location}: "domain" is {reprlib.repr(domain)}, not a string of {_MAX_DOMAIN} or less')
-    return text, domain or default
-
-
-def user_files(root: Path) -> Iterator[Path]:
-    """Yield the files of a folder, and say on stderr which links lead nowhere."""
-    dangling = []
-    for file in files_below(root):
-        if file.is_symlink() and not file.exists():
-            dangling.append(file)
-        else:
-            yield file
-    if dangling:
-        print(
-            f"path={str(root)!r}: passed over {len(dangling)} links that lead nowhere, such as {dangling[0].name!r}",
-            file=sys.stderr,
-        )
-
-
-def _printable(domain: str) -> str:
-    """A domain's name on a terminal, in pictures and in JSON: file names may hold control codes and broken UTF-8."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in domain)
-
-
-def _utf8(data: bytes, path: Path, offset: int = 0) -> str:
+def _utf8(data: bytes, path: Path) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        position = offset + error.start
-        raise ValueError(f"{path} is not UTF-8: byte {position} is 0x{data[error.start]:02x}") from error
+        raise ValueError(f"{path} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}") from error
 
 
 def _split_long(text: str) -> Iterable[str]:

@@ -8,7 +8,6 @@
 Rows come one by one, so memory does not depend on their number. The package `datasets` is the extra of that name.
 """
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,8 @@ def dataset_rows(path: str, needed: Sequence[str], also: Sequence[str]) -> Itera
         raise ValueError(
             f"path={path!r} needs datasets, which is not installed; run pip install 'dsv3-jax[datasets]'"
         ) from error
-    with _errors_named(path):
+    number = 0
+    try:
         if any((Path(name) / file).is_file() for file in SAVED):
             found = datasets.load_from_disk(name)
             if isinstance(found, datasets.DatasetDict):
@@ -72,22 +72,8 @@ def dataset_rows(path: str, needed: Sequence[str], also: Sequence[str]) -> Itera
             if not set(columns) & set(needed):
                 raise ValueError(f"there is no column {needed[0]!r} among {sorted(columns)}")
             found = found.select_columns([column for column in columns if column in {*needed, *also}])
-        rows = iter(found)
-    number = 0
-    while True:
-        with _errors_named(f"{path}, row {number + 1}"):
-            row = next(rows, None)
-        if row is None:
-            return
-        number += 1
-        yield f"{path}, row {number}", row
-
-
-@contextlib.contextmanager
-def _errors_named(where: str) -> Iterator[None]:
-    """Turn any error of the library, which has many kinds, into a sentence that names the dataset."""
-    try:
-        yield
-    except Exception as error:
+        for number, row in enumerate(found, 1):
+            yield f"{path}, row {number}", row
+    except Exception as error:  # the library's have many kinds
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"{where} cannot be read: {reason}") from error
+        raise ValueError(f"{path} cannot be read after row {number}: {reason}") from error

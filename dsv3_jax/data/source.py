@@ -70,8 +70,7 @@ def from_corpus(corpus: Corpus, tokenizer: Tokenizer, cfg: DataConfig) -> Source
 
     def held_out(domain: str) -> Rows:
         texts = {i: text for i, (text, name) in enumerate(corpus.val) if name == domain}
-        windows = _windows(texts, tokenizer, cfg.seq_len)
-        found = (Piece(window, number[domain], i) for i, window in windows)
+        found = (Piece(window, number[domain], i) for i, window in _windows(texts, tokenizer, cfg.seq_len))
         return Packed(found, cfg.seq_len, separate=cfg.separate_documents)
 
     sizes = corpus.sizes()
@@ -180,16 +179,11 @@ def held_out_prompts(cfg: DataConfig, batch: int, context: int) -> list[list[int
     if cfg.format != "text":
         cfg = replace(cfg, paths=(), format="text", chat_template=None, mixture=(), temperature=1.0)
     documents, tokenizer = load_corpus(cfg).val, load_tokenizer(cfg.tokenizer)
-    prompts = []
-    for i in range(batch):
-        first, tokens = i * len(documents) // batch, []
-        for document in [*documents[first:], *documents[:first]]:
-            tokens += _encode(document.text, tokenizer).tolist()
-            if len(tokens) >= context:
-                break
-        if len(tokens) < context:
-            raise ValueError(
-                f"context={context} is more than the {len(tokens)} tokens of the held-out text; use a shorter context"
-            )
-        prompts.append(tokens[:context])
-    return prompts
+    encoded = [_encode(document.text, tokenizer) for document in documents]
+    size = sum(map(len, encoded))
+    if size < context:
+        raise ValueError(
+            f"context={context} is more than the {size} tokens of the held-out text; use a shorter context"
+        )
+    firsts = [i * len(encoded) // batch for i in range(batch)]
+    return [np.concatenate(encoded[first:] + encoded[:first])[:context].tolist() for first in firsts]
