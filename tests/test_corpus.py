@@ -35,7 +35,7 @@ def test_folder_of_files(tmp_path):
     ("name", "content", "message"),
     [
         ("a.txt", b"", "a.txt' holds no text"),
-        ("a.txt", b"abc\xff", "a.txt is not UTF-8: byte 3 is 0xff"),
+        ("a.txt", b"abc\xff", "a.txt is not UTF-8: .*0xff in position 3"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, line 2, is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n["text"]\n', "a.jsonl, line 2, is not an object"),
         ("a.jsonl", b'{"txt": "a"}\n', 'a.jsonl, line 1: "text" is None, not a string, of .*txt'),

@@ -29,15 +29,9 @@ CHARACTER = {byte: character for character, byte in byte_by_character().items()}
 V3 = """
 {%- if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif -%}
 {%- set ns = namespace(system='', first=true, tool=false) -%}
-{%- for message in messages -%}
-  {%- if message['role'] == 'system' -%}
-    {%- if ns.first -%}
-      {%- set ns.system = ns.system + message['content'] -%}
-      {%- set ns.first = false -%}
-    {%- else -%}
-      {%- set ns.system = ns.system + '\\n\\n' + message['content'] -%}
-    {%- endif -%}
-  {%- endif -%}
+{%- for message in messages if message['role'] == 'system' -%}
+  {%- set ns.system = ns.system + ('' if ns.first else '\\n\\n') + message['content'] -%}
+  {%- set ns.first = false -%}
 {%- endfor -%}
 {{- bos_token }}{{ ns.system }}
 {%- for message in messages -%}
@@ -51,8 +45,7 @@ V3 = """
     {%- endfor -%}
     {{- eos_token -}}
   {%- elif message['role'] == 'assistant' -%}
-    {%- set content = message['content'] -%}
-    {%- if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif -%}
+    {%- set content = message['content'].split('</think>')[-1] -%}
     {{- '<｜Assistant｜>' + content + eos_token -}}
   {%- elif message['role'] == 'tool' -%}
     {%- set ns.tool = false -%}
@@ -98,12 +91,8 @@ GLM = """[gMASK]<sop>
 {%- macro visible(content) -%}
     {%- if content is string -%}
         {{- content }}
-    {%- elif content is iterable and content is not mapping -%}
-        {%- for item in content -%}
-            {%- if item is mapping and item.type == 'text' -%}
-                {{- item.text }}
-            {%- endif -%}
-        {%- endfor -%}
+    {%- else -%}
+        {%- for item in content if item is mapping and item.type == 'text' -%}{{- item.text }}{%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
 {%- set ns = namespace(last_user=-1) %}
@@ -184,13 +173,8 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
 }  # fmt: skip
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"b": "é", "a": 1}}}]
 PROMPTS = (
-    "",
-    "hello world",
-    " the user é日🚀\n\n1+1",
-    "<s>a</s>",
-    "x<｜User｜>y<｜begin▁of▁sentence｜>",
-    "[BOS]<|im_user|>z",
-)
+    "", "hello world", " the user é日🚀\n\n1+1", "<s>a</s>", "x<｜User｜>y<｜begin▁of▁sentence｜>", "[BOS]<|im_user|>z",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -208,8 +192,8 @@ class Text:
 
 
 def _token(name: str) -> dict[str, Any]:
-    return {"__type": "AddedToken", "content": name, "lstrip": False, "normalized": True, "rstrip": False,
-            "single_word": False}  # fmt: skip
+    plain = dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
+    return {"__type": "AddedToken", "content": name, "normalized": True} | plain
 
 
 _V3_BOS, _V3_EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -232,8 +216,7 @@ TEXTS = {
         _V3_ADDED[:2],
         {"chat_template": [{"name": "default", "template": V2}, {"name": "tool_use", "template": V2_TOOLS}]},
         bos=_V3_BOS,
-        specials_map={"bos_token": _V3_BOS, "eos_token": {"content": _V3_EOS, "lstrip": False, "normalized": True,
-                                                          "rstrip": False, "single_word": False}},
+        specials_map={"bos_token": _V3_BOS, "eos_token": _token(_V3_EOS)},
     ),
     "Kimi": Text(
         _KIMI_ADDED,

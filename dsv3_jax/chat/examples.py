@@ -39,6 +39,7 @@ def load_examples(cfg: DataConfig, text: TextSettings) -> Source:
 
     Example:
         >>> import json, tempfile
+        >>> from pathlib import Path
         >>> from dsv3_jax.chat.text_settings import plain_settings
         >>> records = [{"prompt": "1+1=", "completion": c} for c in "23"]
         >>> with tempfile.TemporaryDirectory() as folder:

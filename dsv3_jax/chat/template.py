@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from dsv3_jax.data.special_tokens import any_of
-from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.data.tokenizer import Tokenizer, any_of
 from dsv3_jax.files import parse_json
 
 Message = dict[str, Any]
@@ -60,7 +59,7 @@ class ChatTemplate:
     def __init__(self, source: str, tokenizer: Tokenizer, special_tokens: dict[str, str] | None = None):
         self.source, self.tokenizer, self.special_tokens = source, tokenizer, dict(special_tokens or {})
         self._environment = _environment()
-        with _one_sentence("the chat template cannot be read"):
+        with _one_sentence():
             self._template = self._environment.from_string(source)
         self._tracker: Any = self._environment.extensions[_Generation.identifier]
         program = self._environment.parse(source)
@@ -140,7 +139,7 @@ class ChatTemplate:
         blocks: list[str] = []
         found: list[tuple[int, int]] = []
         self._tracker.blocks, self._tracker.found = blocks, found
-        with _one_sentence("the chat template"):
+        with _one_sentence():
             values = self.special_tokens | {"messages": messages, "tools": tools, "documents": None}
             for block in self._template.generate(**values, add_generation_prompt=add_generation_prompt):
                 blocks.append(block)
@@ -328,18 +327,10 @@ def _to_json(
 
 
 @contextmanager
-def _one_sentence(what: str) -> Iterator[None]:
+def _one_sentence() -> Iterator[None]:
     """Turn whatever a template raises into a ValueError: it is a program of someone else's."""
     try:
         yield
     except Exception as error:
-        said = " ".join(str(error).split())
-        if isinstance(error, _Refused):
-            reason = f" refuses the messages: {said}"
-        elif isinstance(error, SecurityError):
-            reason = f" tries to reach what it may not: {said}"
-        elif isinstance(error, jinja2.TemplateSyntaxError):
-            reason = f": line {error.lineno}: {said}"
-        else:
-            reason = f" fails with {type(error).__name__}: {said}"
-        raise ValueError(what + reason) from error
+        reason = "refuses the messages" if isinstance(error, _Refused) else f"fails with {type(error).__name__}"
+        raise ValueError(f"the chat template {reason}: {' '.join(str(error).split())}") from error

@@ -280,11 +280,13 @@ def _rows_of_files(
                 rows = parquet_rows(file, needed, also)
             elif not chats and not (root.is_dir() and _is_binary(file)):
                 check_regular(file, _MAX_TEXT_BYTES)
-                rows = [(str(file), {needed[0]: _utf8(file.read_bytes(), file)})]
+                rows = [(str(file), {needed[0]: file.read_bytes().decode("utf-8")})]
             for location, row in rows:
                 yield location, row, file.stem if chats else folders[0] if folders else suffix[1:] or "text"
         except OSError as error:
             raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8: {error}") from error
 
 
 def _is_binary(path: Path) -> bool:
@@ -333,13 +335,6 @@ def parquet_rows(path: Path, needed: Sequence[str], also: Sequence[str]) -> Iter
                 yield f"{path}, row {number}", row
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is not a Parquet file: {error}") from error
-
-
-def _utf8(data: bytes, path: Path) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}") from error
 
 
 def _split_long(text: str) -> Iterable[str]:

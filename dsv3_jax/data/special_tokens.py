@@ -1,7 +1,5 @@
 """Special tokens by the small files of a folder: their names by role, and the ids that end a text."""
 
-import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +8,6 @@ from dsv3_jax.files import read_json
 CONFIG_FILE, SPECIALS_FILE = "tokenizer_config.json", "special_tokens_map.json"  # settings beside a tokenizer
 MAX_IDS = 2**22  # of a tokenizer; the largest released one has 262,144
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
-
-def any_of(names: Iterable[str]) -> re.Pattern[str]:
-    """Return a pattern that matches any of some names, the longest first, in one group.
-
-    Example:
-        >>> any_of(["<a>", "<a><b>"]).split("1<a><b>2<a>")
-        ['1', '<a><b>', '2', '<a>', '']
-    """
-    longest_first = sorted(names, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")  # (?!) matches nothing
 
 
 def named_specials(folder: Path) -> dict[str, str]:

@@ -24,15 +24,7 @@ import tokenizers
 from jaxtyping import Int32
 
 from dsv3_jax.data.kimi_pattern import KIMI_PATTERN
-from dsv3_jax.data.special_tokens import (
-    CONFIG_FILE,
-    MAX_IDS,
-    SPECIALS_FILE,
-    any_of,
-    end_ids,
-    named_specials,
-    read_object,
-)
+from dsv3_jax.data.special_tokens import CONFIG_FILE, MAX_IDS, SPECIALS_FILE, end_ids, named_specials, read_object
 from dsv3_jax.files import MAX_JSON, check_regular, write_atomic
 
 SPECIALS = ("<eos>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>")
@@ -49,6 +41,17 @@ _FIM = (
 _BATCH = 64  # texts that are encoded at once: the library keeps 100 bytes a token meanwhile
 # A text that tokenizers split in different ways, for the fingerprint.
 _PROBE = f"to be, or not: é 漢字 🙂\n{'a' * 64}! {' ' * 64}x {'1' * 64}- {'=' * 64}é{'ab ' * 32}\n\n"
+
+
+def any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern that matches any of some names, the longest first, in one group.
+
+    Example:
+        >>> any_of(["<a>", "<a><b>"]).split("1<a><b>2<a>")
+        ['1', '<a><b>', '2', '<a>', '']
+    """
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")  # (?!) matches nothing
 
 
 class Tokenizer(abc.ABC):
@@ -255,23 +258,25 @@ class FileTokenizer(Tokenizer):
         file = Path(path) / JSON_FILE if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise ValueError(f"tokenizer={path!r} is neither 'bytes' nor a {JSON_FILE}; give one of them")
-        inner = _open_json(file)
+        check_regular(file, MAX_JSON)
+        try:
+            inner = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises no other kind
+            raise ValueError(f"tokenizer={str(file)!r} cannot be read: {error}") from error
         inner.encode_special_tokens = True  # text may contain names of specials; only this project adds specials
         inner.no_padding()
         inner.no_truncation()
         eos = _eos_of(file, inner.token_to_id)
         found = ([i for name in names if (i := inner.token_to_id(name)) is not None] for names in _FIM)
         fim = next(((a, b, c) for a, b, c in (ids for ids in found if len(ids) == 3)), None)
-        self._inner, self._byte_level = inner, '"ByteLevel"' in json.dumps(json.loads(inner.to_str())["decoder"])
+        self.inner, self._byte_level = inner, '"ByteLevel"' in json.dumps(json.loads(inner.to_str())["decoder"])
         self.puts_space_before = not self._byte_level
         tokens = inner.get_added_tokens_decoder().items()
         specials = {token.content: i for i, token in tokens if token.special}
         added = {token.content: i for i, token in tokens}
         table = _bytes_by_id(inner, self._byte_level, {eos, *(fim or ())})
         if eos >= len(table):
-            raise ValueError(
-                f"tokenizer={str(file)!r} ends documents with id {eos}, but its ids end at {len(table) - 1}"
-            )
+            raise ValueError(f"tokenizer={str(file)!r} ends documents with id {eos}, and has no such id")
         super().__init__(table, eos, fim, specials, added)
 
     def encode_array(self, text: str) -> Int32[np.ndarray, " n"]:
@@ -280,7 +285,7 @@ class FileTokenizer(Tokenizer):
     def encode_arrays(self, texts: Sequence[str]) -> Iterator[Int32[np.ndarray, " n"]]:
         for first in range(0, len(texts), _BATCH):
             # It leaves out the offsets, and uses all cores.
-            for found in self._inner.encode_batch_fast(texts[first : first + _BATCH], add_special_tokens=False):
+            for found in self.inner.encode_batch_fast(texts[first : first + _BATCH], add_special_tokens=False):
                 yield np.array(found.ids, np.int32)
 
     def encode_with_specials(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -292,24 +297,24 @@ class FileTokenizer(Tokenizer):
 
     def encode_plain(self, text: str) -> list[int]:
         # Step by step: the library's encoder always finds added tokens that are not special.
-        if self._inner.normalizer is not None:
-            text = self._inner.normalizer.normalize_str(text)
+        if self.inner.normalizer is not None:
+            text = self.inner.normalizer.normalize_str(text)
         pieces = [text]
-        if self._inner.pre_tokenizer is not None:
-            pieces = [piece for piece, _ in self._inner.pre_tokenizer.pre_tokenize_str(text)]
-        return [token.id for piece in pieces for token in self._inner.model.tokenize(piece)]
+        if self.inner.pre_tokenizer is not None:
+            pieces = [piece for piece, _ in self.inner.pre_tokenizer.pre_tokenize_str(text)]
+        return [token.id for piece in pieces for token in self.inner.model.tokenize(piece)]
 
     @cached_property
     def _with_specials(self) -> tokenizers.Tokenizer:
         """A copy, because the switch belongs to the object, and the other one may be in use by a loader's thread."""
-        inner = tokenizers.Tokenizer.from_str(self._inner.to_str())
+        inner = tokenizers.Tokenizer.from_str(self.inner.to_str())
         inner.encode_special_tokens = False
         return inner
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         if self._byte_level:
             return super().decode(ids)
-        return self._inner.decode([i for i in map(index, ids) if 0 <= i < self.vocab_size])
+        return self.inner.decode([i for i in map(index, ids) if 0 <= i < self.vocab_size])
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -354,14 +359,6 @@ class TiktokenTokenizer(Tokenizer):
         return np.array(self._encoding.encode_ordinary(text), np.int32)
 
 
-def _open_json(file: Path) -> tokenizers.Tokenizer:
-    check_regular(file, MAX_JSON)
-    try:
-        return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises no other kind
-        raise ValueError(f"tokenizer={str(file)!r} cannot be read: {error}") from error
-
-
 def _bytes_by_id(inner: tokenizers.Tokenizer, byte_level: bool, special_ids: set[int]) -> list[bytes]:
     """Return the bytes of every id; specials and unused ids have none."""
     vocab = inner.get_vocab(with_added_tokens=True)
@@ -371,12 +368,10 @@ def _bytes_by_id(inner: tokenizers.Tokenizer, byte_level: bool, special_ids: set
     for token, i in vocab.items():
         if i in special_ids or (i in added and added[i].special):
             continue
-        if i in added:  # an added token is plain text
+        if i in added or (byte_level and not byte_of.keys() >= set(token)):  # plain text, as in the library
             table[i] = token.encode("utf-8")
         elif byte_level:
-            # As in the library: a token with another character is its own text.
-            known = all(c in byte_of for c in token)
-            table[i] = bytes(byte_of[c] for c in token) if known else token.encode("utf-8")
+            table[i] = bytes(byte_of[c] for c in token)
         elif match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
             table[i] = bytes([int(match[1], 16)])
         else:
@@ -440,20 +435,16 @@ def keep_copy(spec: str, folder: Path) -> Path:
     Raises: ValueError as `load`; OSError when it cannot be written.
     """
     source = file_of(spec)
-    is_tiktoken = source.name == TIKTOKEN_FILE
-    own = folder / (TIKTOKEN_FILE if is_tiktoken else JSON_FILE)
+    own = folder / (TIKTOKEN_FILE if source.name == TIKTOKEN_FILE else JSON_FILE)
     if own.exists() and own.samefile(source):
         return own
-    load(str(source))  # refuses a file that is no tokenizer
+    words, config = load(str(source)), source.parent / CONFIG_FILE
     write_atomic(own, source.read_bytes())
-    said = source.parent / CONFIG_FILE
-    if is_tiktoken and said.is_file():
-        write_atomic(folder / CONFIG_FILE, said.read_bytes())
-    elif not is_tiktoken:
-        inner = _open_json(source)
-        eos = _eos_of(source, inner.token_to_id)
-        if eos != _known_eos(inner.token_to_id):  # said by a file beside the source
-            write_atomic(folder / SPECIALS_FILE, json.dumps({"eos_token": inner.id_to_token(eos)}))
+    if not isinstance(words, FileTokenizer):
+        if config.is_file():
+            write_atomic(folder / CONFIG_FILE, config.read_bytes())
+    elif words.eos_id != _known_eos(words.inner.token_to_id):  # a file beside the source names it
+        write_atomic(folder / SPECIALS_FILE, json.dumps({"eos_token": words.inner.id_to_token(words.eos_id)}))
     return own
 
 
