@@ -69,6 +69,21 @@ def light_compiles():
         yield
 
 
+@pytest.fixture(scope="module")
+def cheap():
+    """`runs.cheap_compiles` for a module: runs that another module trained have the same numbers."""
+    from runs import cheap_compiles
+
+    with cheap_compiles():
+        yield
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    """The folder of this process, see `runs.compiled_programs`."""
+    return tmp_path_factory.getbasetemp()
+
+
 @pytest.fixture
 def whole_compiles():
     """Compile with all of XLA's optimisations, for tests that inspect the compiled program."""

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import DENSE, random_model
-from runs import MODEL, assert_bitwise, cheap_compiles, make_run
+from runs import MODEL, assert_bitwise, make_run
 
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.training import optim, orbax_noise
@@ -26,14 +26,10 @@ from dsv3_jax.training.checkpoint import Checkpoints, SaveFailed, find_damage, l
 from dsv3_jax.training.run_folder import RUN_FILE, claim, read_run, settled
 from dsv3_jax.training.step import TrainState
 
+pytestmark = pytest.mark.usefixtures("cheap")
+
 RUN = make_run("some text", keep=2)
 PLACE = {"corpus": "abc", "seed": 0, "document": 3, "offset": 7}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap():
-    with cheap_compiles():
-        yield
 
 
 def make_state(step: int) -> TrainState:

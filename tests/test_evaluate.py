@@ -5,11 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from models import DENSE, forward, random_model
-from runs import MODEL, cheap_compiles
+from runs import MODEL
 
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.stats.cache_quality import cache_quality
 from dsv3_jax.training.evaluate import evaluate
+
+pytestmark = pytest.mark.usefixtures("cheap")
 
 # Few tokens, so that drafts are often right; of 0 to 3 bytes, so that bytes and tokens differ in number.
 
@@ -24,12 +26,6 @@ class Table(Tokenizer):
 WORDS = Table([b"a", b"bc", b"", b"xyz", "é".encode()], 2, None)
 CFG = replace(MODEL, vocab_size=5, mtp_depth=2, init_std=0.5)
 B, T = 3, 12
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap():
-    with cheap_compiles():
-        yield
 
 
 def make_batch(seed: int) -> dict[str, np.ndarray]:

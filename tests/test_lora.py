@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import QUICK, forward, parameters, random_model, small, tokens_of
-from runs import MODEL, assert_bitwise, cheap_compiles, make_run, packed_batch, write_text
+from runs import MODEL, assert_bitwise, make_run, packed_batch, write_text
 
 import dsv3_jax as ds
 from dsv3_jax import reference
@@ -24,6 +24,8 @@ from dsv3_jax.training import lora, warm_start
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
 from dsv3_jax.training.run_folder import claim
 from dsv3_jax.training.step import Job, TrainState, abstract_state, init_optimizer, make_step
+
+pytestmark = pytest.mark.usefixtures("cheap")
 
 ALL = ("attention", "dense", "shared", "routed")
 RANK, ALPHA = 2, 3.0
@@ -54,13 +56,6 @@ RUN = make_run(
     lora=Lora(RANK, ALPHA, ALL),
 )
 B, T = 4, 10
-
-
-@pytest.fixture(scope="module", autouse=True)
-def root(tmp_path_factory):
-    root = tmp_path_factory.getbasetemp()
-    with cheap_compiles():
-        yield root
 
 
 def matrices(params: dict, on: tuple[str, ...]) -> list[tuple]:

@@ -14,7 +14,6 @@ from models import random_model, small
 from runs import (
     MODEL,
     assert_bitwise,
-    cheap_compiles,
     fresh_state,
     make_run,
     packed_batch,
@@ -34,14 +33,10 @@ from dsv3_jax.training import optim
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
 from dsv3_jax.training.step import Job, make_step
 
+pytestmark = pytest.mark.usefixtures("cheap")
+
 STEPS = 100
 TRUE, FALSE = np.True_, np.False_
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap():
-    with cheap_compiles():
-        yield
 
 
 def params_of(**changes) -> nnx.State:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import parameters, random_model, small
-from runs import cheap_compiles, fresh_state, make_run, packed_batch
+from runs import fresh_state, make_run, packed_batch
 
 import dsv3_jax as ds
 from dsv3_jax import reference
@@ -21,17 +21,13 @@ from dsv3_jax.ops import attention
 from dsv3_jax.training import qk_clip
 from dsv3_jax.training.step import Job, make_step
 
+pytestmark = pytest.mark.usefixtures("cheap")
+
 B, T = 4, 12
 # Almost no step of the optimizer, so that what moves is the clip
 OPTIM = OptimConfig(learning_rate=1e-20, final_learning_rate=0.0, warmup_steps=0, weight_decay=0.0, qk_clip=1e9)
 CFG = small(num_layers=2, num_dense_layers=0, mtp_depth=1, vocab_size=260, init_std=0.5)  # a stack of two, and a head
 RUN = make_run("nowhere", model=CFG, optim=OPTIM)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap():
-    with cheap_compiles():
-        yield
 
 
 def batch_of(rows: int = B) -> dict[str, jax.Array]:

@@ -11,7 +11,6 @@ from flax import nnx
 from models import random_model, small
 from runs import (
     assert_bitwise,
-    cheap_compiles,
     make_run,
     rows_of,
     write_text,
@@ -24,15 +23,10 @@ from dsv3_jax.training import loop
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
 from dsv3_jax.training.run_folder import RUN_FILE, TOKENIZER_FILE, claim, read_run
 
+pytestmark = pytest.mark.usefixtures("cheap")
+
 STOP = 5  # the step that the folders below have come to
 OTHER_EXECUTION = Execution(compute_dtype="bfloat16", kernels="xla", layout=Layout(fsdp=True))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def root(tmp_path_factory):
-    root = tmp_path_factory.getbasetemp()
-    with cheap_compiles():
-        yield root
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from runs import (
     SECONDS,
     STEPS,
     assert_bitwise,
-    cheap_compiles,
     finished,
     flags,
     rows_of,
@@ -29,14 +28,9 @@ from dsv3_jax.training import loop
 from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.prepare import Callback
 
+pytestmark = pytest.mark.usefixtures("cheap")
+
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def root(tmp_path_factory):
-    root = tmp_path_factory.getbasetemp()
-    with cheap_compiles():
-        yield root
 
 
 @pytest.fixture(scope="module")

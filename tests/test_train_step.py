@@ -7,22 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from runs import MODEL, STEPS, assert_bitwise, cheap_compiles, fresh_state, make_run, packed_batch
+from runs import MODEL, STEPS, assert_bitwise, fresh_state, make_run, packed_batch
 
 from dsv3_jax.config import OptimConfig
 from dsv3_jax.ops import balance
 from dsv3_jax.training import step as train_step
 from dsv3_jax.training.step import Job, TrainState, first_bad_tensor, init_state, make_step
 
+pytestmark = pytest.mark.usefixtures("cheap")
+
 B, T = 4, 16
 # eps: AdamW then does not turn the rounding of gradients near 0 into whole steps of either sign
 RUN = make_run("nowhere", optim=OptimConfig(learning_rate=1e-2, warmup_steps=2, eps=0.1, bias_freeze=0.5))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap():
-    with cheap_compiles():
-        yield
 
 
 @pytest.fixture(scope="module")

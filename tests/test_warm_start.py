@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from runs import MODEL, assert_bitwise, cheap_compiles, fresh_state, make_run, packed_batch, rows_of, unhooked_cli
+from runs import MODEL, assert_bitwise, fresh_state, make_run, packed_batch, rows_of, unhooked_cli
 from runs import write_text as text_in
 
 from dsv3_jax.config import Balance, ConfigError, DataConfig, Execution, Layout, Lora, Yarn
@@ -20,7 +20,7 @@ from dsv3_jax.training.run_folder import claim, read_run
 from dsv3_jax.training.step import Job, first_bad_tensor, make_step
 from dsv3_jax.training.warm_start import on_trunk, on_weights
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("cheap")]
 
 TRUNK = replace(MODEL, num_layers=1, num_dense_layers=1)  # compiles fastest
 CASES = {  # a kind: (how many heads, dense layers of the trunk's one)
@@ -30,13 +30,6 @@ CASES = {  # a kind: (how many heads, dense layers of the trunk's one)
     "eagle": (1, 1),
 }
 LONGER = {"yarn": Yarn(factor=4.0, original_max_positions=16), "balance": Balance(bias_rate=3e-3)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def root(tmp_path_factory):
-    root = tmp_path_factory.getbasetemp()
-    with cheap_compiles():
-        yield root
 
 
 @pytest.fixture(scope="module")
