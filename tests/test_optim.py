@@ -289,25 +289,18 @@ def test_a_run_with_a_transformation_resumes_bitwise_and_with_no_other(tmp_path)
     fit(run, tmp_path / "parts", quiet=True, optimizer=tx)
     content = json.loads((tmp_path / "parts" / "run.json").read_text())
     held = content["run"]["optim"]["name"]
-    assert content["kernels"]["optimizer"] == held
-    assert held == "optax:ScaleByLionState+ScaleByScheduleState"
-    named = replace(run, optim=replace(run.optim, name=held))
-    states = []
+    assert content["kernels"]["optimizer"] == held == "optax:ScaleByLionState+ScaleByScheduleState"
+    named, states = replace(run, optim=replace(run.optim, name=held)), []
     for folder in ("whole", "parts"):
         with Checkpoints(tmp_path / folder, named, optimizer=tx) as checkpoints:
             states.append(checkpoints.restore()[0])
     assert_bitwise(*states)
-    assert int(states[0].opt[0].count) == 4 and int(states[0].step) == 4
     rows = rows_of(tmp_path / "whole")
-    assert rows == rows_of(tmp_path / "parts")
-    assert len(rows) == 5 and "lr" not in rows[0]
+    assert rows == rows_of(tmp_path / "parts") and "lr" not in rows[0]
     for other in (None, optax.adam(1e-2)):
         with pytest.raises(ValueError, match=r"optim.name='.*' is not that of the run in .*, 'optax:ScaleByLionState"):
             fit(run, tmp_path / "parts", quiet=True, optimizer=other)
-    with pytest.raises(ConfigError, match="is a transformation: give it by"):
-        fit(named, tmp_path / "parts", quiet=True)
-    model, _, step = load_run(tmp_path / "parts")  # a reader needs no transformation
-    assert step == 4
+    model = load_run(tmp_path / "parts").model  # a reader needs no transformation
     np.testing.assert_array_equal(model.embed[...], states[0].params["embed"][...])
 
 
@@ -347,14 +340,3 @@ def test_a_clipped_step_of_microbatches_on_eight_devices_is_a_single_devices():
     for a, b in zip(jax.tree.leaves(jax.device_get(new)), jax.tree.leaves(want), strict=True):
         # Newton-Schulz makes small singular values, and the rounding in them, up to 3.4^5 = 485 times larger.
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())
-
-
-@pytest.mark.long
-def test_muon_resumes_where_it_stopped(tmp_path):
-    """The state's layout survives a checkpoint."""
-    state = make_step(Job(RUN))(fresh_state(RUN), batch_of())[0]
-    with Checkpoints(tmp_path, RUN) as checkpoints:
-        checkpoints.save(state, {}, wait=True)
-        restored, _ = checkpoints.restore()
-    assert_bitwise(restored, state)
-    assert type(restored.opt) is optim.MuonState

@@ -150,9 +150,13 @@ def test_what_an_update_spoiled_is_not_saved(whole, tmp_path, monkeypatch, capfd
     assert loop.fit(whole.run, folder, quiet=True).resumed_from == 4
 
 
+def no_connection():
+    raise KeyError("no connection to the tracker")
+
+
 class Recorder(Callback):
-    def __init__(self, breaks_at: int | None = None):
-        self.calls, self.rows, self._breaks_at = [], [], breaks_at
+    def __init__(self, breaks_at=None, how=no_connection):
+        self.calls, self.rows, self._breaks_at, self._break = [], [], breaks_at, how
 
     def on_start(self, run, out, step):
         self.calls.append(("start", step))
@@ -161,7 +165,7 @@ class Recorder(Callback):
         self.calls.append(("step", row["step"]))
         self.rows.append(row)
         if row["step"] == self._breaks_at:
-            raise KeyError("no connection to the tracker")
+            self._break()
 
     def on_evaluation(self, row):
         self.calls.append(("evaluation", row["step"]))
@@ -173,18 +177,6 @@ class Recorder(Callback):
 
     def on_end(self, result):
         self.calls.append(("end", result.step))
-
-
-def test_sigterm_saves_and_the_next_call_resumes(whole, tmp_path):
-    class Stop(Callback):
-        def on_step(self, row):
-            if row["step"] == 2:
-                signal.raise_signal(signal.SIGTERM)
-
-    stopped = loop.fit(whole.run, tmp_path / "run", quiet=True, callbacks=[Stop()])
-    assert (stopped.step, stopped.finished) == (3, False)
-    assert loop.fit(whole.run, tmp_path / "run", quiet=True).resumed_from == 3
-    assert_same_run(whole.run, tmp_path / "run", whole)
 
 
 def test_a_callback_that_fails_ends_the_run_after_it_is_saved(whole, tmp_path):
@@ -200,6 +192,14 @@ def test_a_callback_that_fails_ends_the_run_after_it_is_saved(whole, tmp_path):
     assert second.calls[-3:] == [("evaluation", 12), ("checkpoint", 12), ("end", 12)]
     kept = [{k: v for k, v in row.items() if k not in CLOCK} for row in first.rows + second.rows]
     assert kept == rows_of(folder) == rows_of(whole.folder)
+
+
+def test_sigterm_saves_and_the_next_call_resumes(whole, tmp_path):
+    stop = Recorder(breaks_at=2, how=lambda: signal.raise_signal(signal.SIGTERM))
+    stopped = loop.fit(whole.run, tmp_path / "run", quiet=True, callbacks=[stop])
+    assert (stopped.step, stopped.finished) == (3, False)
+    assert loop.fit(whole.run, tmp_path / "run", quiet=True).resumed_from == 3
+    assert_same_run(whole.run, tmp_path / "run", whole)
 
 
 def test_the_next_batch_is_copied_while_a_step_runs_and_nothing_is_by_accident(whole, tmp_path, monkeypatch, ahead):

@@ -107,24 +107,21 @@ def test_weights_and_biases_are_the_others_and_all_else_is_new(other):
     assert_bitwise(jax.device_get(there), jax.device_get(state))
 
 
-def test_the_trunk_is_the_others_last_checkpoint_with_its_biases(trunk, tmp_path):
+def test_the_trunk_is_the_others_last_checkpoint_with_its_biases(tmp_path):
     """Nothing is written there: a half-written checkpoint may be that of a run which is training."""
+    sparse = make_run(text_in(tmp_path / "text"), model=replace(TRUNK, num_dense_layers=0))
+    trunk = save(tmp_path / "sparse", sparse)
     half = Path(trunk) / "checkpoints" / "9.orbax-checkpoint-tmp-1"
     half.mkdir()
-    run = run_on(trunk, mtp_kind="meta", mtp_depth=1)
-    state, sentence = begin(run)
-    assert half.exists()
-    half.rmdir()
-    assert_bitwise(cut(state)[1], cut(fresh_state(read_run(trunk)))[1])
-    assert sentence.startswith(f"the trunk is that of step 7 in {trunk}; only the multi-token heads")
-    mesh = sharding.make_mesh(1, 2)
-    there, _ = begin(run, mesh)
-    assert_sharded(there, mesh)
-    assert_bitwise(jax.device_get(there), jax.device_get(state))
-    sparse = make_run(read_run(trunk).data.paths[0], model=replace(TRUNK, num_dense_layers=0))
-    frozen = cut(begin(run_on(save(tmp_path / "sparse", sparse)))[0])[1]
+    state, sentence = begin(run_on(trunk))
+    assert half.exists() and sentence.startswith(f"the trunk is that of step 7 in {trunk}; only the multi-token heads")
+    frozen = cut(state)[1]
     assert_bitwise(frozen, cut(fresh_state(sparse))[1])
     assert frozen["sparse", "moe", "bias"].all()
+    mesh = sharding.make_mesh(1, 2)
+    there, _ = begin(run_on(trunk), mesh)
+    assert_sharded(there, mesh)
+    assert_bitwise(jax.device_get(there), jax.device_get(state))
 
 
 @pytest.mark.parametrize("option", ["start", "trunk", "lora"])
