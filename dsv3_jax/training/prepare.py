@@ -153,7 +153,6 @@ def read(job: Job, out: Path, options: Options) -> tuple[Tokenizer, Source, warm
         raise ConfigError("data.format='chat' needs the examples as source; dsv3_jax.train.fit opens them")
     source = options.source or processes.by_each(lambda: open_source(run.data, words))
     processes.agree({"text": source.fingerprint})
-
     return words, source, start
 
 
