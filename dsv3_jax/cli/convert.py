@@ -7,13 +7,14 @@ from typing import Annotated, Literal
 import tyro
 
 from dsv3_jax.cli.common import parse
+from dsv3_jax.report.progress import text_console
 
 
 @dataclass
 class Convert:
     """Convert released weights (Hugging Face format) into a run, a run into them, or them into another dtype."""
 
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """a released folder (config.json and safetensors), a hub id in the local cache, or one that `dsv3 train` wrote"""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """the folder to create; a failure leaves nothing of it"""
@@ -35,15 +36,5 @@ def run(argv: list[str]) -> int:
     args = parse(Convert, argv, "convert")
     from dsv3_jax import hf
 
-    print(
-        hf.convert(
-            args.folder,
-            args.out,
-            step=args.step,
-            dtype=args.dtype,
-            mtp=args.mtp,
-            allow_nonfinite=args.allow_nonfinite,
-            allow_unknown_keys=args.allow_unknown_keys,
-        )
-    )
+    text_console().print(hf.convert(**vars(args)))
     return 0
