@@ -96,10 +96,10 @@ def print_parts(parts: Iterable[Any], text: Any, tokens: list[int]) -> None:
             say(pieces.push(token for token in new if token not in text.stop_ids))
     finally:
         say(pieces.finish() + "\n")
-    if result is not None and result.acceptance:
+    if result is not None and (result.acceptance or sys.stdout.isatty()):
         shares = " ".join(f"{share:.0%}" for share in result.acceptance)
-        speed = f"{result.mean_accepted:.2f} tokens a step, {result.tokens_per_s:,.0f} tokens/s"
-        print(f"drafts accepted: {shares}; {speed}", file=sys.stderr)
+        drafts = f"drafts accepted: {shares}; {result.mean_accepted:.2f} tokens a step, " if shares else ""
+        print(f"{drafts}{result.tokens_per_s:,.0f} tokens/s", file=sys.stderr)
 
 
 def load(args: Decode, text: Any) -> tuple[Any, Any]:
