@@ -109,7 +109,7 @@ def _line(folder: Path) -> tuple[float, tuple[str, ...]] | None:
         return None
 
     def last(key: str, form: str) -> str:
-        return next((form.format(row[key]) for row in reversed(rows) if key in row), "")
+        return next((form.format(row[key]) for row in reversed(rows) if row.get(key) is not None), "")
 
     last_step = max(steps_of(folder / "checkpoints"), default=0)
     step = max(last_step, max((row["step"] for row in rows), default=0))

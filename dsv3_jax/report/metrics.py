@@ -175,11 +175,11 @@ def _parse(line: bytes) -> tuple[dict, dict[str, tuple[int, ...]]] | None:
 
 
 def _shape(key: str, value: Any) -> tuple[int, ...]:
-    """The shape of a metric as a list or matrix; () of an empty list or an object.
+    """The shape of a metric as a list or matrix; () of an empty list, an object or nothing.
 
     Raises: ValueError for something else than the numbers that a metric of this name has.
     """
-    if key in _OBJECTS and isinstance(value, dict):
+    if value is None or (key in _OBJECTS and isinstance(value, dict)):
         return ()
     array = np.atleast_1d(np.array(value)) if key in _LISTS else np.array(value)
     if not array.size and key in (*_LISTS, *_MATRICES):
