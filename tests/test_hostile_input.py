@@ -178,43 +178,29 @@ def test_sampling_defaults(tmp_path):
 # Runs and texts
 
 
-def test_links_that_lead_nowhere_are_passed_over(tmp_path, capsys):
-    for i in range(4):
-        (tmp_path / f"{i}.txt").write_text(f"text {i}")
+def test_links_that_lead_nowhere_are_passed_over_and_names_of_domains_can_be_printed(tmp_path, capsys):
+    rows = [{"text": f"text {i}", "domain": "\x1b[31m[/]"} for i in range(4)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "gone.txt").symlink_to("nowhere")
     (tmp_path / "self.txt").symlink_to("self.txt")
     corpus = load_corpus(DataConfig(paths=(str(tmp_path),)))
-    assert len(corpus.train + corpus.val) == 4
+    assert len(corpus.train + corpus.val) == 4 and corpus.domains == ("\ufffd[31m[/]",)
     assert capsys.readouterr().err.count("a link that leads nowhere") == 2
 
 
 @pytest.mark.parametrize(
-    "line",
-    ["[" * 10**5, '{"text": ' + "[" * 500 + "]" * 500 + "}", '{"text": "a", "n": ' + "9" * 5000 + "}",
-     '{"text": "a", "domain": "' + "d" * 201 + '"}'],
-    ids=["deep", "deep text", "digits", "domain"],
-)  # fmt: skip
+    "line", ['{"text": ' + "[" * 500 + "]" * 500 + "}", '{"text": "a", "domain": "' + "d" * 201 + '"}']
+)
 def test_lines_of_jsonl(tmp_path, line):
     (tmp_path / "a.jsonl").write_text(f'{{"text": "b"}}\n{line}\n')
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2"):
         load_corpus(DataConfig(paths=(str(tmp_path / "a.jsonl"),)))
 
 
-def test_names_of_domains_can_be_printed(tmp_path):
-    rows = [{"text": f"text {i}", "domain": "\x1b[31m[/]"} for i in range(4)]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert load_corpus(DataConfig(paths=(str(tmp_path),))).domains == ("\ufffd[31m[/]",)
-
-
-# Printed text and drawn pages
-
-
 def test_a_sentence_is_short_and_plain():
     long = common.sentence(ValueError("begin " + "x" * 10**6 + " end"))
     assert len(long) <= common.MAX_SENTENCE and long.startswith("begin x")
     assert common.sentence(ValueError("a\x1b[31m\ud800\u202e é\n漢")) == "a\\x1b[31m\\ud800\\u202e é 漢"
-    middle = common.sentence(ValueError("a" * 400 + "b" * 400 + "c" * 90))
-    assert len(middle) <= common.MAX_SENTENCE and middle.startswith("a" * 300) and middle.endswith("c" * 90)
 
 
 # Signals
