@@ -175,20 +175,26 @@ def _parse(line: bytes) -> tuple[dict, dict[str, tuple[int, ...]]] | None:
 
 
 def _shape(key: str, value: Any) -> tuple[int, ...]:
-    """The shape of a metric as a list or matrix; () of an empty list, an object or nothing.
+    """The shape of a metric as a list or matrix; () of an empty list or an object.
 
     Raises: ValueError for something else than the numbers that a metric of this name has.
     """
-    if value is None or (key in _OBJECTS and isinstance(value, dict)):
+    if key in _OBJECTS and isinstance(value, dict):
         return ()
-    array = np.atleast_1d(np.array(value)) if key in _LISTS else np.array(value)
+    array = np.array([value] if key in _LISTS and not isinstance(value, list) else value, object)
     if not array.size and key in (*_LISTS, *_MATRICES):
         return ()
     num_axes = 1 if key in _LISTS else 2 if key in _MATRICES else 0
-    right = array.dtype.kind in ("iu" if key == "load" else "iuf") and (key != "load" or array.min() >= 0)
-    if array.ndim != num_axes or not right:
+    if array.ndim != num_axes or not all(_is_number(x, count=key == "load") for x in array.flat):
         raise ValueError(f"{key} is no metric")
     return array.shape
+
+
+def _is_number(value: Any, *, count: bool) -> bool:
+    """Say whether a value is an integer that int64 holds, and if it counts nothing, whether it is any number."""
+    if type(value) is float:
+        return not count
+    return type(value) is int and (0 if count else -(1 << 63)) <= value < 1 << 63
 
 
 def _flat(row: dict) -> dict[str, float]:
