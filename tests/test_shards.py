@@ -206,7 +206,7 @@ def test_records_that_no_tokenizer_wrote(folder, tmp_path, monkeypatch, change):
 
 def test_refusals(folder, shards, tmp_path):
     other = train_bpe(["to be or not to be"] * 2, 262, str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="another tokenizer than tokenizer='bytes'"):
+    with pytest.raises(ValueError, match="tokenizer='bytes' is not that of shards="):
         open_shards(config(shards), other)
     with pytest.raises(ValueError, match=f"seq_len=12 does not divide the {R} tokens"):
         open_shards(config(shards, seq_len=12), BYTES)

@@ -165,7 +165,7 @@ def test_kimis_special_tokens(tiktoken, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"tiktoken\.model' .*cannot be read"):
             tok.load(str(folder))
     monkeypatch.setitem(sys.modules, "tiktoken", None)
-    with pytest.raises(ValueError, match=r"tiktoken\.model' needs the tiktoken library: pip install"):
+    with pytest.raises(ValueError, match=r"tiktoken\.model' needs tiktoken: pip install"):
         tok.load(str(folder))
 
 

@@ -187,9 +187,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     before: Any = read_json(file)
     for name, value in settings.items():
         if not isinstance(before, dict) or before.get(name) != value:
-            raise ValueError(
-                f"{name}={value!r:.200} is not what {file} has, with which shards were written; choose another folder"
-            )
+            raise ValueError(f"{name}={value!r:.200} is not what {file} has; choose another folder")
 
 
 def _groups(job: Tokenize, domains: dict[str, int]) -> Iterator[list[Item]]:
@@ -233,9 +231,7 @@ def _each(job: Tokenize, settings: str, groups: Iterable[list[Item]]) -> Iterato
                     yield waiting.popleft().result()
             yield from (future.result() for future in waiting)
         except BrokenProcessPool as error:
-            raise ValueError(
-                f"workers={job.workers}: one was ended, maybe for lack of memory; use fewer, or a smaller --shard-mb"
-            ) from error
+            raise ValueError(f"workers={job.workers}: one was ended; use fewer, or a smaller --shard-mb") from error
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -127,10 +127,8 @@ class Batches(Iterator[Batch]):
         Raises: ValueError when it belongs to other data.
         """
         if state["corpus"] != self._fingerprint:
-            raise ValueError(
-                f"corpus={self._fingerprint!r} differs from corpus={state['corpus']!r} of the saved data position; "
-                "resume with the same data"
-            )
+            saved = state["corpus"]
+            raise ValueError(f"corpus={self._fingerprint!r} is not the saved one, {saved!r}; resume with the same data")
         self._row = state["row"]
 
 

@@ -322,9 +322,7 @@ def parquet_rows(path: Path, needed: Sequence[str], also: Sequence[str]) -> Iter
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError(
-            f"{path} needs pyarrow, which is not installed; run pip install 'dsv3-jax[parquet]'"
-        ) from error
+        raise ValueError(f"{path} needs pyarrow: pip install 'dsv3-jax[parquet]'") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = set(file.schema_arrow.names)

@@ -54,9 +54,7 @@ def dataset_rows(path: str, needed: Sequence[str], also: Sequence[str]) -> Itera
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(
-            f"path={path!r} needs datasets, which is not installed; run pip install 'dsv3-jax[datasets]'"
-        ) from error
+        raise ValueError(f"path={path!r} needs datasets: pip install 'dsv3-jax[datasets]'") from error
     number = 0
     try:
         if any((Path(name) / file).is_file() for file in SAVED):

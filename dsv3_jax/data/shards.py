@@ -89,10 +89,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     file = Path(folder) / MANIFEST
     if not file.is_file():
-        raise ValueError(
-            f"shards={str(folder)!r} has no {MANIFEST}; write them, or finish them, by: dsv3 data tokenize PATHS --out "
-            f"{folder}"
-        )
+        raise ValueError(f"shards={str(folder)!r} has no {MANIFEST}; run dsv3 data tokenize PATHS --out {folder}")
     values = read_sealed(file)
     if values.pop("version", None) != VERSION or not all(re.fullmatch(_NAME, name) for name in values["files"]):
         raise ValueError(f"{file} is not of version {VERSION}; tokenize again into an empty folder")
@@ -222,10 +219,8 @@ def proportions(sizes: dict[str, int], cfg: DataConfig) -> dict[str, float]:
     weights = cfg.weights() or {name: float(size) for name, size in sizes.items()}
     for name, weight in weights.items():
         if weight and name not in sizes:
-            raise ValueError(
-                f"mixture={cfg.mixture} names domain {name!r}, and the shards have "
-                f"{', '.join(sizes)}{did_you_mean(name, sizes)}"
-            )
+            known = ", ".join(sizes) + did_you_mean(name, sizes)
+            raise ValueError(f"mixture={cfg.mixture} names domain {name!r}, and the shards have {known}")
     most = max(weights.values())
     scaled = {name: (weight / most) ** (1 / cfg.temperature) for name, weight in weights.items() if weight}
     return {name: weight / sum(scaled.values()) for name, weight in scaled.items()}
@@ -258,10 +253,7 @@ def open_shards(cfg: DataConfig, tokenizer: Tokenizer) -> Source:
     folder = cfg.paths[0]
     manifest = read_manifest(folder)
     if manifest.tokenizer != tokenizer.fingerprint:
-        raise ValueError(
-            f"shards={folder!r} were written by another tokenizer than tokenizer={cfg.tokenizer!r}; name theirs, or "
-            "tokenize again"
-        )
+        raise ValueError(f"tokenizer={cfg.tokenizer!r} is not that of shards={folder!r}; name theirs")
     if manifest.row_tokens % cfg.seq_len or (manifest.format == "chat" and manifest.row_tokens != cfg.seq_len):
         whole = " equal" if manifest.format == "chat" else " divide"
         raise ValueError(
@@ -269,9 +261,7 @@ def open_shards(cfg: DataConfig, tokenizer: Tokenizer) -> Source:
             "change seq_len, or tokenize with another --row-tokens"
         )
     if manifest.format == "chat" and not cfg.separate_documents:
-        raise ValueError(
-            f"separate_documents={cfg.separate_documents} is for text: chat examples never see one another"
-        )
+        raise ValueError("separate_documents=False is for text: chat examples never see one another")
     for damage in check_files(manifest):
         raise ValueError(f"{damage}; run dsv3 data tokenize again, which writes only what is absent")
     train, val = manifest.parts("train"), manifest.parts("val")

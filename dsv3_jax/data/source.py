@@ -66,7 +66,8 @@ def from_corpus(corpus: Corpus, tokenizer: Tokenizer, cfg: DataConfig) -> Source
             encoded = tokenizer.encode_arrays([corpus.train[i].text for i in order])
             parts = ((i, np.append(ids, np.int32(tokenizer.eos_id))) for i, ids in zip(order, encoded, strict=True))
         for i, ids in parts:
-            yield Piece(_small(ids, tokenizer), number[corpus.train[i].domain], i)
+            small = ids.astype(np.uint16) if tokenizer.vocab_size <= 2**16 else ids  # they are kept in memory
+            yield Piece(small, number[corpus.train[i].domain], i)
 
     def held_out(domain: str) -> Rows:
         texts = {i: text for i, (text, name) in enumerate(corpus.val) if name == domain}
@@ -89,11 +90,6 @@ def from_corpus(corpus: Corpus, tokenizer: Tokenizer, cfg: DataConfig) -> Source
 
 def _encode(text: str, tokenizer: Tokenizer) -> Tokens:
     return np.append(tokenizer.encode_array(text), np.int32(tokenizer.eos_id))
-
-
-def _small(tokens: Tokens, tokenizer: Tokenizer) -> Tokens:
-    """Store ids in 16 bits where they fit: a corpus is kept in memory."""
-    return tokens.astype(np.uint16) if tokenizer.vocab_size <= 2**16 else tokens
 
 
 def _windows(texts: dict[int, str], tokenizer: Tokenizer, length: int) -> Iterator[tuple[int, Tokens]]:
@@ -154,10 +150,7 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
         ValueError: vocab_size=256 is below the tokenizer's 260 ids; ...
     """
     if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f"vocab_size={vocab_size} is below the tokenizer's {tokenizer.vocab_size} ids; increase the model's "
-            "vocab_size or choose another tokenizer"
-        )
+        raise ValueError(f"vocab_size={vocab_size} is below the tokenizer's {tokenizer.vocab_size} ids; increase it")
 
 
 def held_out_prompts(cfg: DataConfig, batch: int, context: int) -> list[list[int]]:

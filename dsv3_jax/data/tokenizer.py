@@ -90,9 +90,7 @@ class Tokenizer(abc.ABC):
     def fim_ids(self) -> tuple[int, int, int]:
         """Ids before prefix, suffix and middle. Raises: ValueError when the vocabulary has none."""
         if self._fim_ids is None:
-            raise ValueError(
-                f"a tokenizer of vocab_size={self.vocab_size} has no fill-in-the-middle specials; use fim_rate=0"
-            )
+            raise ValueError(f"vocab_size={self.vocab_size} has no fill-in-the-middle specials; use fim_rate=0")
         return self._fim_ids
 
     @abc.abstractmethod
@@ -333,9 +331,7 @@ class TiktokenTokenizer(Tokenizer):
         try:
             import tiktoken
         except ImportError as error:
-            raise ValueError(
-                f"tokenizer={str(file)!r} needs the tiktoken library: pip install 'dsv3-jax[tiktoken]'"
-            ) from error
+            raise ValueError(f"tokenizer={str(file)!r} needs tiktoken: pip install 'dsv3-jax[tiktoken]'") from error
         check_regular(file, MAX_JSON)
         added = read_object(file.parent / CONFIG_FILE).get("added_tokens_decoder") or {}
         try:  # not by the library's reader, which keeps files by their path and would give back an older one
