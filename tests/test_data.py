@@ -137,19 +137,6 @@ def test_joined_documents_differ_only_in_segment_ids_and_positions():
         np.testing.assert_array_equal(b["positions"], np.where(real, np.arange(16), 0))
 
 
-def test_chats_are_whole_and_their_mask_is_the_templates(sources, tmp_path):
-    source, seen = sources["chats"], Counter()
-    for row in epoch(source):
-        for segment in range(1, row["segment_ids"].max() + 1):
-            here = row["segment_ids"] == segment
-            text = bytes(i for i in row["tokens"][here] if i < EOS).decode()
-            assert row["tokens"][here][-1] == EOS
-            assert row["loss_mask"][here].tolist() == [False] * (text.index("=") + 1) + [True] * (text.count("x") + 1)
-            seen[text] += 1
-    assert max(seen.values()) == 1 and 40 < len(seen) < 80
-    assert source.rows_per_epoch() < len(seen)  # packed
-
-
 def unfold(ids):
     """Decode a document and undo its fill-in-the-middle."""
     if ids[0] != PREFIX:
