@@ -5,29 +5,17 @@ run did, from the checkpoint before. Rows that are whole must stay.
 """
 
 import json
+import os
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
-from tests.campaign.inputs import change_json_file, change_jsonl, change_kind
+from tests.campaign.inputs import change_json_file, change_jsonl, change_text
 from tests.campaign.small_runs import LAST, Base, base, last_json
 from tests.campaign.trials import MAX_SENTENCE, Table, report, trials
 
-# Part of a checkpoint: patterns of its files.
-PARTS = {
-    "array files": ("state/**/d/*",),
-    "data position": ("data/*",),
-    "manifests": ("checksums.json", "state/**/manifest.ocdbt", "state/_METADATA", "state/_sharding"),
-    "metadata": ("_CHECKPOINT_METADATA", "commit_success.txt", "config/*"),
-}
 ROWS = ("metrics.jsonl", "load.jsonl")
-CASES = (*(f"checkpoint: {part}" for part in PARTS), "checkpoint: folder", *ROWS, "run.json")
-
-
-def cut(path: Path, rng: random.Random) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[: rng.randrange(max(len(content), 1))])
+CASES = ("file of a checkpoint", "folder of a checkpoint", *ROWS, "file of a checkpoint", "run.json")
 
 
 def flip_bits(path: Path, rng: random.Random) -> None:
@@ -37,64 +25,36 @@ def flip_bits(path: Path, rng: random.Random) -> None:
     path.write_bytes(content)
 
 
-def insert(path: Path, rng: random.Random) -> None:
-    content = path.read_bytes()
-    at = rng.randrange(len(content) + 1)
-    path.write_bytes(content[:at] + rng.randbytes(rng.randrange(1, 9)) + content[at:])
-
-
 def delete(path: Path, rng: random.Random) -> None:
     path.unlink()
 
 
-DAMAGES: tuple[Callable[[Path, random.Random], None], ...] = (cut, flip_bits, flip_bits, insert, delete, change_kind)
-
-
-def damage_folder(folder: Path, rng: random.Random) -> str:
-    """Damage a checkpoint as a whole: empty it, delete a folder of it, or exchange it with the one before."""
-    kind = rng.choice(["empty", "part", "mixed"])
-    inside = rng.choice(["state", "data", "config"])
-    if kind == "mixed":
-        other = folder.with_name(str(LAST // 2)) / inside
-        shutil.rmtree(folder / inside)
-        shutil.copytree(other, folder / inside)
-    else:
-        shutil.rmtree(folder if kind == "empty" else folder / inside)
-        folder.mkdir(exist_ok=True)
-    return f"{kind} {inside}"
-
-
 def damage(case: str, folder: Path, rng: random.Random) -> str:
     """Damage a part of a run; return what was done."""
-    checkpoint = folder / "checkpoints" / str(LAST)
-    if case == "checkpoint: folder":
-        return damage_folder(checkpoint, rng)
-    if case == "run.json":
-        change_json_file(folder / case, rng)
-        return case
-    if case in ROWS and rng.random() < 0.5:
-        change_jsonl(folder / case, rng)
-        return case
-    if case in ROWS:
-        path = folder / case
+    checkpoint, path = folder / "checkpoints" / str(LAST), folder / case
+    changes = [flip_bits, change_text, delete]
+    if case == "folder of a checkpoint":  # absent, or that of the checkpoint before
+        inside, instead = rng.choice(["state", "data", "config"]), rng.random() < 0.5
+        shutil.rmtree(checkpoint / inside)
+        if instead:
+            shutil.copytree(checkpoint.with_name(str(LAST // 2)) / inside, checkpoint / inside)
+        return f"{inside}, {instead=}"
+    if case == "file of a checkpoint":
+        kind = rng.choice(["*", "config/*", "data/*", "state/**/*", "state/**/d/*"])
+        path = rng.choice(sorted(path for path in checkpoint.glob(kind) if path.is_file()))
+    elif case in ROWS:
+        changes.append(change_jsonl)
     else:
-        found = [path for pattern in PARTS[case.partition(": ")[2]] for path in checkpoint.glob(pattern)]
-        path = rng.choice(sorted(path for path in found if path.is_file()))
-    change = rng.choice(DAMAGES)
+        changes = [change_json_file]
+    change = rng.choice(changes)
     change(path, rng)
     return f"{change.__name__} {path.relative_to(folder)}"
 
 
 def lines_of(path: Path) -> list[str]:
     """Lines of a file; none if it is no regular file."""
-    return (
-        path.read_bytes().decode(errors="replace").splitlines() if path.is_file() and path.stat().st_size < 1e7 else []
-    )
-
-
-def early_rows(path: Path) -> set[str]:
-    """Lines of a whole file that a run resumed from `LAST` keeps."""
-    return {line for line in lines_of(path) if json.loads(line)["step"] <= LAST}
+    small = path.is_file() and path.stat().st_size < 1e7
+    return path.read_bytes().decode(errors="replace").splitlines() if small else []
 
 
 def faults_of(case: str, made: Base, folder: Path) -> tuple[list[str], str]:
@@ -103,12 +63,14 @@ def faults_of(case: str, made: Base, folder: Path) -> tuple[list[str], str]:
     faults = [answers[0].fault] if answers[0].fault else []
     if answers[0].code == 0 and last_json(answers[0].out) != made.loaded:
         faults.append("silent")
-    kept = {name: early_rows(made.stopped / name) & set(lines_of(folder / name)) for name in ROWS}
+    early = {name: [x for x in lines_of(made.stopped / name) if json.loads(x)["step"] <= LAST] for name in ROWS}
+    kept = {name: set(lines) & set(lines_of(folder / name)) for name, lines in early.items()}
     answers.append(made.ready.run(["resume", str(folder), made.text]))
     if answers[1].fault:
         faults.append(answers[1].fault)
     elif answers[1].code == 2:
-        refused = case == "run.json" or any(not is_regular(folder / name) for name in ROWS)
+        others = [path for path in map(folder.joinpath, ROWS) if os.path.lexists(path) and not path.is_file()]
+        refused = case == "run.json" or others
         faults += [] if refused else ["not resumed"]
     else:
         faults += compare(case, made, last_json(answers[1].out), folder, kept)
@@ -116,10 +78,6 @@ def faults_of(case: str, made: Base, folder: Path) -> tuple[list[str], str]:
     if any(len(line) > MAX_SENTENCE for line in sentences):
         faults.append("sentences")
     return faults, "\n".join(answer.err[-1000:] for answer in answers)
-
-
-def is_regular(path: Path) -> bool:
-    return path.is_file() or not (path.exists() or path.is_symlink())
 
 
 def compare(case: str, made: Base, found: dict, folder: Path, kept: dict[str, set[str]]) -> list[str]:

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 LIMIT_S = 30.0  # a command without an answer for so long hangs
 LIMIT_BYTES = 2 << 30  # resident memory above that at the start
 
-# Reads a JSON list of arguments a line, answers with [exit code or null, stdout, stderr] a line. A module can
-# add commands by its `COMMANDS`: name → function of the arguments.
+# Reads a JSON list of arguments a line, answers with [exit code or null, stdout, stderr] a line. A module
+# adds commands by its `COMMANDS`: name → function of the arguments.
 WORKER = """
 import contextlib, importlib, io, json, os, sys, traceback
 answers = os.fdopen(os.dup(1), "w")
@@ -22,9 +22,7 @@ os.dup2(2, 1)
 from dsv3_jax import hf
 from dsv3_jax.cli import common, main
 
-OWN = {}
-for module in sys.argv[1:]:
-    OWN |= importlib.import_module(module).COMMANDS
+OWN = importlib.import_module(sys.argv[1]).COMMANDS
 for line in sys.stdin:
     argv = json.loads(line)
     out, err = io.StringIO(), io.StringIO()
@@ -47,22 +45,19 @@ class Answer(NamedTuple):
     code: int | None  # None: an exception, a crash, or it was stopped
     out: str
     err: str
-    fault: str | None  # "tracebacks", "hangs" or "memory", as in `table.COLUMNS`
+    fault: str | None  # "tracebacks", "hangs" or "memory", as in `trials.COLUMNS`
     seconds: float
 
 
 class Worker:
     """Runs commands in another process, which is started again after a hang or a crash.
 
-    Args:
-        modules: have more commands, in `COMMANDS`.
-        limit: seconds after which a command hangs.
-        environment: variables to add to this process's.
+    Args: module: has more commands, in `COMMANDS`; environment: variables to add to this process's.
     """
 
-    def __init__(self, *modules: str, limit: float = LIMIT_S, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, module: str, environment: dict[str, str] | None = None) -> None:
         self._process: subprocess.Popen | None = None
-        self._modules, self._limit, self._environment = modules, limit, environment or {}
+        self._module, self._environment = module, environment or {}
 
     def __enter__(self) -> "Worker":
         return self
@@ -70,9 +65,8 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def run(self, argv: list[str], limit: float | None = None) -> Answer:
+    def run(self, argv: list[str], limit: float = LIMIT_S) -> Answer:
         """Run one command."""
-        limit = limit or self._limit
         process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None
         begin = time.monotonic()
@@ -99,7 +93,7 @@ class Worker:
     def _start(self) -> subprocess.Popen:
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"} | self._environment
         process = subprocess.Popen(
-            [sys.executable, "-c", WORKER, *self._modules],
+            [sys.executable, "-c", WORKER, self._module],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,
@@ -122,7 +116,5 @@ class Worker:
 
 def _resident(pid: int) -> int:
     """Resident memory of a process in bytes; 0 where the system does not tell."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError):
-        return 0
+    path = Path(f"/proc/{pid}/statm")
+    return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else 0
