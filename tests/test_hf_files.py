@@ -190,13 +190,6 @@ def test_saving_needs_a_new_folder_and_room(model, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
 
 
-def test_a_failure_half_way_leaves_no_files(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space"):
-        hf.save(model, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
 # the command
 
 
