@@ -282,8 +282,11 @@ class FileTokenizer(Tokenizer):
 
     def encode_arrays(self, texts: Sequence[str]) -> Iterator[Int32[np.ndarray, " n"]]:
         for first in range(0, len(texts), _BATCH):
-            # It leaves out the offsets, and uses all cores.
-            for found in self.inner.encode_batch_fast(texts[first : first + _BATCH], add_special_tokens=False):
+            try:  # it leaves out the offsets, and uses all cores
+                batch = self.inner.encode_batch_fast(texts[first : first + _BATCH], add_special_tokens=False)
+            except Exception as error:  # the library raises no other kind
+                raise ValueError(f"the tokenizer cannot encode this text: {error}") from error
+            for found in batch:
                 yield np.array(found.ids, np.int32)
 
     def encode_with_specials(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:

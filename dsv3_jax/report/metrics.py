@@ -182,7 +182,7 @@ def _shape(key: str, value: Any) -> tuple[int, ...]:
     if key in _OBJECTS and isinstance(value, dict):
         return ()
     array = np.array([value] if key in _LISTS and not isinstance(value, list) else value, object)
-    if not array.size and key in (*_LISTS, *_MATRICES):
+    if value == [] and key in (*_LISTS, *_MATRICES):
         return ()
     num_axes = 1 if key in _LISTS else 2 if key in _MATRICES else 0
     if array.ndim != num_axes or not all(_is_number(x, count=key == "load") for x in array.flat):
