@@ -22,6 +22,7 @@ from models import DENSE, random_model
 from dsv3_jax.config import Balance, DataConfig, ModelConfig, OptimConfig, RunConfig, to_dict
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.presets import recipe
+from dsv3_jax.report import speed
 from dsv3_jax.training import loop
 from dsv3_jax.training.step import Job, TrainState, init_optimizer
 
@@ -153,10 +154,11 @@ def said_by(function, *args) -> tuple[object, str]:
 
 
 # `fit` spends seconds on these, however short the training: the machine's FLOP/s, pictures, the order-2 baseline.
-SECONDS = {place: getattr(*place) for place in ((loop, "gemm_flops"), (loop, "draw"), (loop, "order2_of"))}
+SECONDS = {place: getattr(*place) for place in ((speed, "gemm_flops"), (loop, "draw"), (loop, "order2_of"))}
 SPEND_NO_SECONDS = """
+from dsv3_jax.report import speed
 from dsv3_jax.training import loop
-loop.gemm_flops, loop.draw, loop.order2_of = lambda dtype: 1e9, lambda *_: [], lambda *_: 0.0
+speed.gemm_flops, loop.draw, loop.order2_of = lambda dtype: 1e9, lambda *_: [], lambda *_: 0.0
 """
 
 

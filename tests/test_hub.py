@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from dsv3_jax.chat.examples import contents
+from dsv3_jax.data import hub
 from dsv3_jax.data.corpus import read_documents
 from dsv3_jax.data.hub import parts_of
-from dsv3_jax.training.run_folder import absolute
 
 ROWS = [{"body": f"text {i} " * (1 + i % 5), "domain": ("web", "code")[i % 2], "n": i} for i in range(40)]
 
@@ -61,7 +61,7 @@ def test_names(tmp_path, monkeypatch):
             parts_of(path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "saved").mkdir()
-    assert absolute(("hf:allenai/c4:en@train", "hf:saved@test", "books")) == (
+    assert tuple(map(hub.absolute, ("hf:allenai/c4:en@train", "hf:saved@test", "books"))) == (
         "hf:allenai/c4:en@train",
         f"hf:{tmp_path}/saved@test",
         f"{tmp_path}/books",

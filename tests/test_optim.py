@@ -29,6 +29,7 @@ from dsv3_jax.kernels.cpu import library
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.ops.newton_schulz import orthogonalize
+from dsv3_jax.ops.schedules import learning_rate
 from dsv3_jax.training import optim
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
 from dsv3_jax.training.step import Job, make_step
@@ -60,7 +61,7 @@ def test_the_learning_rate_rises_stays_and_falls(name, start, end):
     cfg = OptimConfig(
         schedule=name, learning_rate=3e-2, final_learning_rate=3e-3, warmup_steps=10, decay_start=0.5, decay_end=0.9
     )
-    found = np.asarray(jax.vmap(lambda step: optim.learning_rate(cfg, STEPS, step))(jnp.arange(STEPS + 20)))
+    found = np.asarray(jax.vmap(lambda step: learning_rate(cfg, STEPS, step))(jnp.arange(STEPS + 20)))
     for step, rate in enumerate(found):
         along = min(max((step - start) / (end - start), 0), 1)
         fall = along if name == "wsd" else (1 - math.cos(math.pi * along)) / 2
@@ -207,7 +208,7 @@ def adamw_by_optax(cfg: OptimConfig, steps: int) -> optax.GradientTransformation
     """The default optimizer as a chain of optax's; its own count is the step."""
     mask = lambda p: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", p)  # noqa: E731
     return optax.adamw(
-        lambda count: optim.learning_rate(cfg, steps, count),
+        lambda count: learning_rate(cfg, steps, count),
         cfg.beta1, cfg.beta2, cfg.eps, weight_decay=cfg.weight_decay, mask=mask,
     )  # fmt: skip
 

@@ -8,6 +8,7 @@
 Rows come one by one, so memory does not depend on their number. The package `datasets` is the extra of that name.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,3 +76,17 @@ def dataset_rows(path: str, needed: Sequence[str], also: Sequence[str]) -> Itera
     except Exception as error:  # the library's have many kinds
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"{path} cannot be read after row {number}: {reason}") from error
+
+
+def absolute(path: str) -> str:
+    """A path of files or a dataset that does not depend on the current directory.
+
+    Example:
+        >>> absolute("books") == os.path.join(os.getcwd(), "books"), absolute("hf:owner/name")
+        (True, 'hf:owner/name')
+    """
+    if not is_dataset(path):
+        return os.path.abspath(path)
+    name = parts_of(path)[0]  # a folder, or a name of the hub
+    place = os.path.abspath(name) if os.path.exists(name) else name
+    return PREFIX + place + path.removeprefix(PREFIX + name)

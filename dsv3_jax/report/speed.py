@@ -1,4 +1,4 @@
-"""Speed of this machine, measured now: FLOP/s of a matrix product, and bytes/s of copying."""
+"""Speed: tokens a second of a run; of this machine now, FLOP/s of a matrix product and bytes/s of copying."""
 
 import os
 import time
@@ -9,6 +9,39 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from dsv3_jax.config import RunConfig
+from dsv3_jax.model.counting import train_flops_per_token
+
+
+class Speed:
+    """Tokens a second and MFU of training between two rows of metrics.
+
+    Args: devices: whose measured FLOP/s add up to the peak of MFU; 0 leaves MFU out.
+
+    Example:
+        >>> from dsv3_jax.presets import recipe
+        >>> speed = Speed(recipe("tiny"), devices=0)
+        >>> speed.since_last(10), list(speed.since_last(20))
+        ({}, ['tokens_per_s'])
+    """
+
+    def __init__(self, run: RunConfig, devices: int):
+        adapted = run.lora.on if run.lora.rank else ()
+        self.flops = train_flops_per_token(run.model, frozen_trunk=run.trunk is not None, adapted=adapted)
+        self.tokens = run.data.batch_size * run.data.seq_len
+        self.peak = devices * gemm_flops(run.execution.compute_dtype) if devices else None
+        self.last: tuple[int, float] | None = None  # step and time of the last row
+        self.away = 0.0  # seconds in which no step ran
+
+    def since_last(self, step: int) -> dict[str, float]:
+        """The measures since the last row; none at the first, which holds the compilation."""
+        before, now = self.last, time.perf_counter() - self.away
+        self.last = step, now
+        if before is None:
+            return {}
+        rate = (step - before[0]) * self.tokens / max(now - before[1], 1e-9)
+        return {"tokens_per_s": rate} | ({"mfu": rate * self.flops / self.peak} if self.peak else {})
 
 
 def gemm_flops(dtype="float32", size: int | None = None, seconds: float = 0.5) -> float:

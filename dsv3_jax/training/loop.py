@@ -39,12 +39,11 @@ from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.kernels import xla_flags
 from dsv3_jax.lock import FolderLock, acquire
 from dsv3_jax.mesh import sharding
-from dsv3_jax.model.counting import train_flops_per_token
 from dsv3_jax.ops.routing import ROUTERS
 from dsv3_jax.report.metrics import LOAD_FILE, Metrics, Rows
 from dsv3_jax.report.progress import Progress
 from dsv3_jax.report.run_result import draw, order2_of
-from dsv3_jax.report.speed import gemm_flops
+from dsv3_jax.report.speed import Speed
 from dsv3_jax.signals import asked_to_stop
 from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.evaluate import evaluate
@@ -143,7 +142,7 @@ class Training:
         self.held_out = self.source.val_batches(run.eval_batches)
         # A machine's CPU devices share its cores, others add up.
         devices = jax.process_count() if mesh is None or kernels.target.platform == "cpu" else mesh.size
-        self.peak = devices * gemm_flops(run.execution.compute_dtype) if self.options.report else None
+        self.speed = Speed(run, devices if self.options.report else 0)
         self.stopped = False
         self.evaluation: dict[str, Any] | None = None
         self.error: Exception | None = None  # the first of a callback
@@ -165,8 +164,6 @@ class Training:
         lines = self.source.summary, chosen, xla_flags.describe(self.job.options)
         for line in filter(None, [*lines, *sentences]):
             self.progress.say(line)
-        self.row_at: tuple[int, float] | None = None  # step and time of the last row
-        self.away = 0.0  # seconds of evaluating and saving
         self.callbacks = list(self.options.callbacks) if first else []
         for callback in self.callbacks:
             callback.on_start(run, self.out, self.step)
@@ -201,7 +198,7 @@ class Training:
                     settled, since = self._settled(started.popleft()), time.perf_counter()
                     yield settled
                     if waits:
-                        self.away += time.perf_counter() - since
+                        self.speed.away += time.perf_counter() - since
                 if self.step == end:
                     trace.close()
 
@@ -239,25 +236,13 @@ class Training:
     def log(self, done: Done) -> None:
         """Write a step's row of metrics, and at some steps its load."""
         found = processes.fetch(done.metrics, self.job.mesh)
-        row = as_row(done.step, found, self.job.run) | self._speed(done.step)
+        row = as_row(done.step, found, self.job.run) | self.speed.since_last(done.step)
         self.lock.check()
         self.metrics.write(row)
         if found["load"].size and done.step % load_every(self.job.run) == 0:
             self.loads.write(load_row(done.step, found))
         self.progress.update(done.step, row)
         self._call("on_step", row)
-
-    def _speed(self, step: int) -> dict[str, float]:
-        """Tokens a second and MFU since the last row, without evaluation and saving. Without a peak there is no MFU."""
-        before, now = self.row_at, time.perf_counter() - self.away
-        self.row_at = step, now
-        if before is None:  # the first row holds the compilation
-            return {}
-        run, peak = self.job.run, self.peak
-        adapted = run.lora.on if run.lora.rank else ()
-        flops = train_flops_per_token(run.model, frozen_trunk=run.trunk is not None, adapted=adapted)
-        rate = (step - before[0]) * run.data.batch_size * run.data.seq_len / max(now - before[1], 1e-9)
-        return {"tokens_per_s": rate} | ({"mfu": rate * flops / peak} if peak else {})
 
     def evaluate(self) -> None:
         """Measure the model on the held-out rows, and write the measures."""

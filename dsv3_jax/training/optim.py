@@ -1,4 +1,4 @@
-"""How parameters move: the schedules, and the optimizers AdamW, Muon, and any optax transformation.
+"""How parameters move: the optimizers AdamW, Muon, and any optax transformation.
 
 `make` gives the optimizer of a run, by `OptimConfig.name`, of which MAKERS has the classes. A transformation that is
 given to `ds.train.fit(…, optimizer=tx)` comes before that name. The functions of an optimizer are pure, and run under
@@ -23,58 +23,12 @@ from dsv3_jax.config import OPTAX, ConfigError, OptimConfig
 from dsv3_jax.kernels.choose import Kernels, Target
 from dsv3_jax.mesh.sharding import names_of
 from dsv3_jax.ops.newton_schulz import orthogonalize
+from dsv3_jax.ops.schedules import learning_rate
 from dsv3_jax.training.lora import sides
 
 RMS = 0.2  # of an update by Muon, as AdamW's usually is; arXiv 2502.16982, section 2.2
 Transform: TypeAlias = optax.GradientTransformation | None
 XLA = Kernels(Target("cpu", "xla"))  # for structures that compute nothing
-
-
-def learning_rate(cfg: OptimConfig, steps: int, step: Array) -> Array:
-    """Rise linearly for `warmup_steps`, then follow `cfg.schedule`; float32.
-
-    report   constant to `decay_start`, a cosine to `decay_end`, then constant (DeepSeek-V3 report, section 4.2)
-    wsd      constant to `decay_start`, a straight line to `decay_end`, then constant (arXiv 2404.06395, 2405.18392)
-    cosine   a cosine from the end of the warm-up to the last step (arXiv 1608.03983, without restarts)
-
-    Example:
-        >>> cfg = OptimConfig(
-        ...     learning_rate=1.0, final_learning_rate=0.2, warmup_steps=10, decay_start=0.5, decay_end=0.9
-        ... )
-        >>> [round(float(x), 2) for x in learning_rate(cfg, 100, jnp.array([0, 9, 50, 70, 99]))]
-        [0.1, 1.0, 1.0, 0.6, 0.2]
-    """
-    step = jnp.asarray(step, jnp.float32)
-    warm = jnp.minimum(1.0, (step + 1) / max(cfg.warmup_steps, 1))
-    start, end = cfg.decay_start * steps, cfg.decay_end * steps
-    if cfg.schedule == "cosine":
-        start, end = float(cfg.warmup_steps), float(steps)
-    along = jnp.clip((step - start) / max(end - start, 1.0), 0.0, 1.0)
-    low, high = cfg.final_learning_rate, cfg.learning_rate
-    if cfg.schedule == "wsd":
-        return warm * (high + (low - high) * along)
-    return warm * (low + (high - low) * 0.5 * (1 + jnp.cos(jnp.pi * along)))
-
-
-def mtp_weight(cfg: OptimConfig, steps: int, step: Array) -> Array:
-    """λ: the weight of the MTP losses, lowered once the cosine begins; float32.
-
-    Example:
-        >>> mtp_weight(OptimConfig(decay_start=0.5), 100, jnp.array([49, 50]))
-        Array([0.3, 0.1], dtype=float32)
-    """
-    early = jnp.asarray(step, jnp.float32) < cfg.decay_start * steps
-    return jnp.where(early, cfg.mtp_weight, cfg.mtp_final_weight).astype(jnp.float32)
-
-
-def bias_rate(cfg: OptimConfig, rate: float, steps: int, step: Array) -> Array:
-    """γ: the step of the loss-free bias, 0 at the end of training; float32.
-
-    Example:
-        >>> bias_rate(OptimConfig(bias_freeze=0.5), 1e-3, 100, jnp.array([49, 50]))
-        Array([0.001, 0.   ], dtype=float32)
-    """
-    return jnp.where(jnp.asarray(step, jnp.float32) < cfg.bias_freeze * steps, rate, 0.0).astype(jnp.float32)
 
 
 class AdamState(NamedTuple):

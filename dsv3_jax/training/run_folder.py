@@ -172,7 +172,7 @@ def settled(run: RunConfig, folder: str | Path) -> RunConfig:
         True
     """
     run = _with_own_tokenizer(run, folder)
-    return replace(run, data=replace(run.data, paths=absolute(run.data.paths)))
+    return replace(run, data=replace(run.data, paths=tuple(map(hub.absolute, run.data.paths))))
 
 
 def _with_own_tokenizer(run: RunConfig, folder: str | Path) -> RunConfig:
@@ -180,24 +180,6 @@ def _with_own_tokenizer(run: RunConfig, folder: str | Path) -> RunConfig:
     if run.data.tokenizer == "bytes" or not own.is_file():
         return run
     return replace(run, data=replace(run.data, tokenizer=str(own)))
-
-
-def absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
-    """Paths that do not depend on the current directory.
-
-    Example:
-        >>> absolute(("books",)) == (os.path.join(os.getcwd(), "books"),)
-        True
-    """
-
-    def of(path: str) -> str:
-        if not hub.is_dataset(path):
-            return os.path.abspath(path)
-        name = hub.parts_of(path)[0]  # a folder, or a name of the hub
-        place = os.path.abspath(name) if os.path.exists(name) else name
-        return hub.PREFIX + place + path.removeprefix(hub.PREFIX + name)
-
-    return tuple(map(of, paths))
 
 
 def difference(a: RunConfig, b: RunConfig) -> tuple[str, Any, Any] | None:
@@ -214,7 +196,7 @@ def difference(a: RunConfig, b: RunConfig) -> tuple[str, Any, Any] | None:
     """
 
     def identity(run: RunConfig) -> dict:
-        data = replace(run.data, paths=absolute(run.data.paths), tokenizer="bytes")
+        data = replace(run.data, paths=tuple(map(hub.absolute, run.data.paths)), tokenizer="bytes")
         others = {key: value and os.path.abspath(value) for key, value in (("trunk", run.trunk), ("start", run.start))}
         values = to_dict(replace(run, execution=Execution(), data=data, **others))
         return {key: value for key, value in values.items() if key not in MAY_CHANGE}

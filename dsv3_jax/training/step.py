@@ -24,7 +24,7 @@ from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.mtp import HEADS, Head
 from dsv3_jax.model.transformer import Transformer, abstract
-from dsv3_jax.ops import balance, routing
+from dsv3_jax.ops import balance, routing, schedules
 from dsv3_jax.training import lora, optim, qk_clip
 from dsv3_jax.training.loss import Losses, compute_loss, over_parts, target_counts
 from dsv3_jax.training.metrics import of_load, over_layers
@@ -193,7 +193,7 @@ def _step(job: Job, graph: nnx.GraphDef, state: TrainState, batch: Batch, go: Ar
         params = qk_clip.clip(params, largest, cfg.qk_clip, run.model.nope_head_dim, finite)
     bias, rule = state.bias, balance.rule_of(run.model)
     if rule is not None:
-        gamma = optim.bias_rate(cfg, run.model.balance.bias_rate, run.steps, state.step)
+        gamma = schedules.bias_rate(cfg, run.model.balance.bias_rate, run.steps, state.step)
         moved = updated_bias(bias, out.load, jnp.where(finite, gamma, 0.0), rule, out.bias_measure)
         bias = nnx.merge_state(moved, _split_moving(run, bias)[1])
     params = nnx.merge_state(params, frozen)
@@ -213,7 +213,7 @@ def _metrics(job: Job, state: TrainState, out: Losses, bias: nnx.State) -> dict[
         **of_load(out.load),
     }
     if job.optimizer is None:  # a transformation has a schedule of its own
-        metrics["lr"] = optim.learning_rate(run.optim, run.steps, state.step)
+        metrics["lr"] = schedules.learning_rate(run.optim, run.steps, state.step)
     if run.model.mtp_depth and HEADS[run.model.mtp_kind].feature_loss is not Head.feature_loss:
         metrics["feature_loss"] = out.feature
     if out.load.shape[0] and balance.rule_of(run.model) is not None and run.model.balance.bias_rate:
@@ -231,7 +231,7 @@ def _gradients(
     """The gradient of a batch with respect to what trains; its microbatches are read one after the other."""
     run, parts = job.run, job.run.optim.microbatches
     counts = target_counts(batch["segment_ids"], 1 + run.model.mtp_depth, batch.get("loss_mask"))
-    weight = optim.mtp_weight(run.optim, run.steps, state.step)
+    weight = schedules.mtp_weight(run.optim, run.steps, state.step)
     watch = () if run.optim.qk_clip is None else ("max_logit",)
     how: dict[str, Any] = {"heads_only": run.trunk is not None, "head_loss": run.head_loss, "watch": watch}
 
