@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax.config import Balance, Execution, ModelConfig
-from dsv3_jax.decoding.generate import Job, _prefill
+from dsv3_jax.decoding.generate import Job, Programs
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.ops.sampling import GREEDY
@@ -82,13 +82,16 @@ def parameters(model: Transformer) -> dict:
 
 
 def decode_program(model, draft=None, lengths=(0,), batch=2, width=32, new=16, capacity=4096, dtype="float32"):
-    """(The job, its loop after the prompt) of a request, as shapes; `draft` may be a model."""
-    (graphdef, state), draft_state = nnx.split(model), None
-    if isinstance(draft, Transformer):
-        draft, draft_state = nnx.split(draft)
+    """(A request's programs, its job's leaves, its loop after the prompt), as shapes; `draft` may be a model."""
+    models = [model, draft] if isinstance(draft, Transformer) else [model]
+    with_weights = tuple((m, jax.eval_shape(lambda m: m.prepare_decode(), m)) for m in models)
     tokens, rows, stops = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, width), (batch,), (1,)))
-    job = Job(state, draft_state, stops, graphdef, draft, lengths, GREEDY, new, capacity, "latent", jnp.dtype(dtype))
-    return job, jax.eval_shape(_prefill, job, tokens, rows, jax.ShapeDtypeStruct((), jnp.uint32))
+    draft = "model" if len(models) > 1 else draft
+    leaves, tree = jax.tree.flatten(
+        Job(with_weights, stops, draft, lengths, GREEDY, new, capacity, "latent", jnp.dtype(dtype))
+    )
+    made = Programs(tree, lengths)
+    return made, leaves, jax.eval_shape(made.prefill, leaves, tokens, rows, jax.ShapeDtypeStruct((), jnp.uint32))
 
 
 def tokens_of(cfg: ModelConfig, batch: int, length: int, seed: int = 0) -> jax.Array:

@@ -14,7 +14,6 @@ from models import DENSE, LIGHT, forward, random_model, small
 
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.kernels.choose import prepare
-from dsv3_jax.kernels.cpu import attention as cpu_attention
 from dsv3_jax.kernels.cpu import calls, library
 from dsv3_jax.model import attention
 from dsv3_jax.model.attention import MLA
@@ -36,9 +35,9 @@ quantize = jax.jit(quantize_rows, static_argnums=1)
 # 8-bit rows
 
 
-@pytest.mark.parametrize("given", [np.float32, np.float64, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("given", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("dtype", EIGHT_BITS)
-def test_rounding_is_within_half_a_step_of_a_rows_own_scale(x64, rng, dtype, given):
+def test_rounding_is_within_half_a_step_of_a_rows_own_scale(rng, dtype, given):
     x = rng.standard_normal((6, 3, 14)) * 10.0 ** np.arange(-3, 3)[:, None, None]
     x = jnp.asarray(x.astype(given))
     rows, scales = quantize(x, dtype)
@@ -130,16 +129,6 @@ def test_attention_to_the_cache_equals_one_query_at_a_time(x64, rng, run, shape,
         np.testing.assert_array_equal(one, got[:, :, :1])
 
 
-def test_the_cpus_blocks_are_many(rng, monkeypatch):
-    """Four of 64 rows, the last of which overlaps, against one of 200; in float32."""
-    monkeypatch.setattr(cpu_attention, "BLOCK_ELEMENTS", 1)
-    key, q = (jnp.asarray(rng.standard_normal((3, 2, n, 6)), jnp.float32) for n in (200, 4))
-    args = [q], [Stored(key, None)], Stored(key, None), jnp.asarray(rng.integers(0, 200, (3, 4)), jnp.int32)
-    in_blocks = jax.jit(partial(cpu_attention.cached_attention_in_blocks, scale=0.3))
-    assert "while" in in_blocks.lower(*args).as_text()
-    np.testing.assert_allclose(in_blocks(*args), cached_attention(*args, scale=0.3), atol=2e-6)
-
-
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
 def test_cpp_attention_reads_every_8_bit_number(dtype):
     if why := library.why_not():
@@ -219,19 +208,13 @@ def test_bytes_a_token_are_those_of_the_arrays():
 
 
 def test_which_cache():
-    mla, mqa = small(), small(attention="mqa")
-    assert [pick_kind(mla, kind) for kind in (None, "latent", "expanded")] == ["latent", "latent", "expanded"]
-    assert pick_kind(mqa, None) == "expanded"
+    mqa = small(attention="mqa")
+    assert (pick_kind(small(), None), pick_kind(mqa, None)) == ("latent", "expanded")
     with pytest.raises(ValueError, match="^cache='latent' needs attention='mla'.*'mqa'"):
         pick_kind(mqa, "latent")
-    with pytest.raises(ValueError, match="^cache='paged' is not one of latent, expanded$"):
-        pick_kind(mla, "paged")
-    assert [pick_dtype(dtype, None) for dtype in ("float32", jnp.bfloat16)] == [jnp.float32, jnp.bfloat16]
     for name in ("float8_e4m3", jnp.float8_e4m3fn, jnp.dtype(jnp.float8_e4m3fn)):
         assert pick_dtype("float32", name) == jnp.float8_e4m3fn
     assert pick_dtype("float32", np.dtype("int8")) == np.int8
-    with pytest.raises(ValueError, match=r"^cache_dtype='int4' is not one of float32, bfloat16, int8, float8_e4m3$"):
-        pick_dtype("float32", "int4")
 
 
 # Complete models
@@ -262,7 +245,7 @@ def test_every_cache_of_mla_gives_the_tokens_of_the_forward():
         assert got.cache_bytes == 3 * 32 * got.cache_bytes_per_token and got.steps == NEW - 1
 
 
-@pytest.mark.parametrize("kind", ["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("kind", ["gqa", "mqa"])
 def test_baselines_decode_the_tokens_of_their_forward(kind):
     groups = {"num_kv_heads": 2} if kind == "gqa" else {}
     cfg = replace(LIGHT, num_heads=4, attention=kind, qk_norm=kind == "mqa", **groups)
@@ -271,9 +254,13 @@ def test_baselines_decode_the_tokens_of_their_forward(kind):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("platform", PLATFORMS)
-@pytest.mark.parametrize("kind", ["latent", "expanded"])
-@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3", "bfloat16"])
+@pytest.mark.parametrize(
+    "platform, kind, dtype",
+    [
+        ("cpu", "latent", "int8"), ("cpu", "expanded", "float8_e4m3"), ("cuda", "latent", "bfloat16"),
+        ("cuda", "expanded", "int8"), ("tpu", "latent", "float8_e4m3"), ("tpu", "expanded", "bfloat16"),
+    ],
+)  # fmt: skip
 def test_narrow_caches_choose_tokens_about_as_likely(platform, kind, dtype):
     """And the same ones by the programs of other platforms, in plain XLA on this host; with drafts too on a TPU."""
     cfg = replace(small(num_layers=2, num_dense_layers=1), mtp_depth=1)
@@ -311,7 +298,7 @@ class Indexed(MLA):
         return out * (1 + 0 * keys.sum()).astype(q.dtype), cache
 
 
-@pytest.mark.parametrize("kind, dtype", [("latent", "float32"), ("expanded", "float32"), ("latent", "int8")])
+@pytest.mark.parametrize("kind, dtype", [("expanded", "float32"), ("latent", "int8")])
 def test_a_third_array_is_one_more_entry(monkeypatch, kind, dtype):
     """Ragged prompts: the cache that decoding leaves has the index keys that one pass over all tokens makes."""
     monkeypatch.setitem(attention.ATTENTION, "mla", Indexed)
@@ -323,20 +310,18 @@ def test_a_third_array_is_one_more_entry(monkeypatch, kind, dtype):
     at, ends = (jnp.array([len(x) for x in rows], jnp.int32) for rows in (PROMPTS, texts))
 
     @jax.jit
-    def caches(tokens):
+    def keys(tokens):
+        """The first layer's; the second reads what 8 bits have changed."""
         empty = model.empty_cache(3, 48, kind, pick_dtype("float32", dtype))
         decoded = model.prefill(tokens, at, empty)[1]
         for _ in range(3):  # tokens of each row, from its own position on
             ids = jnp.take_along_axis(tokens, decoded.positions(3), axis=1)
             decoded = model.run_layers(ids, decoded)[1]
             decoded = decoded.at_lengths(decoded.lengths + 3)
-        return decoded, model.prefill(tokens, ends, empty)[1]
+        stored = [cache.read(0)["index_key"] for cache in (decoded, model.prefill(tokens, ends, empty)[1])]
+        return [x.rows if x.scales is None else dequantize_rows(*x, jnp.float32) for x in stored]
 
-    decoded, filled = caches(tokens)
-    for layer in range(2 if dtype == "float32" else 1):  # the second layer reads what 8 bits have changed
-        one, other = (cache.read(layer)["index_key"] for cache in (decoded, filled))
-        assert one.rows.dtype == pick_dtype("float32", dtype) and (one.scales is None) == (dtype == "float32")
-        one, other = (x.rows if x.scales is None else dequantize_rows(*x, jnp.float32) for x in (one, other))
-        for b, end in enumerate(ends - 1):
-            assert np.abs(other[b, 0, :end]).max(-1).min() > 0.01
-            np.testing.assert_allclose(one[b, 0, :end], other[b, 0, :end], atol=1e-5 if dtype == "float32" else 0.02)
+    one, other = keys(tokens)
+    for b, end in enumerate(ends - 1):
+        assert np.abs(other[b, 0, :end]).max(-1).min() > 0.01
+        np.testing.assert_allclose(one[b, 0, :end], other[b, 0, :end], atol=1e-5 if dtype == "float32" else 0.02)

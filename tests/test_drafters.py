@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from models import DENSE, HEADS, LIGHT, QUICK, random_model
 
-from dsv3_jax.decoding.drafters import Prompt, StepResult, make_drafter
+from dsv3_jax.decoding.drafters import READ, Prompt, Unread, make_drafter
 from dsv3_jax.model.context import from_zero, make_context
 from dsv3_jax.ops.sampling import GREEDY
 
@@ -55,45 +55,48 @@ def test_drafts_are_those_of_the_full_text(rng, heads):
     cfg = replace(LIGHT, mtp_input=reads, **HEADS[heads])
     model, count = random_model(cfg, execution=DENSE), 3 if heads in ("meta", "medusa") else 5
     kind = "expanded" if heads in ("meta", "eagle") else "latent"
-    graphdef, state = nnx.split(model)
     lengths, batch = np.array([1, 1, 2, 3, 7, 4], np.int32), np.arange(6)
-    text = rng.integers(cfg.vocab_size, size=(6, 80)).astype(np.int32)
-    x, h = map(np.asarray, full_pass(graphdef, state, jnp.asarray(text))[:2])
+    text = rng.integers(cfg.vocab_size, size=(6, 128)).astype(np.int32)
+    x, h = map(np.asarray, full_pass(*nnx.split(model), jnp.asarray(text))[:2])
+    drafter, weights = partial(make_drafter, "mtp"), model.prepare_decode()
 
     @partial(jax.jit, compiler_options=QUICK)
-    def start(state, tokens, lengths, x):
-        drafter = make_drafter(nnx.merge(graphdef, state), "mtp", None)
-        return drafter.start(Prompt(tokens, lengths, x, 96, kind, jnp.dtype("float32")))
+    def start(model, tokens, lengths, x):
+        return drafter(model, weights).start(Prompt(tokens, lengths, x, 160, kind, jnp.dtype("float32")))
 
     @partial(jax.jit, compiler_options=QUICK)
-    def draft(state, remembered, last):
-        model = nnx.merge(graphdef, state)
-        drafter = make_drafter(model, "mtp", model.prepare_decode())
-        return drafter.draft(remembered, last, jax.random.split(jax.random.key(0), (count, 6)), GREEDY)
+    def draft(model, state, unread):
+        keys = jax.random.split(jax.random.key(0), (count, 6))
+        return drafter(model, weights).draft(state, unread, keys, GREEDY)
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def read(model, state, unread):
+        return drafter(model, weights).read(state, unread)
 
     def arbitrary_beyond(valid, y):
         noise = rng.integers(cfg.vocab_size, size=y.shape) if y.dtype == np.int32 else 3 * rng.standard_normal(y.shape)
         return jnp.asarray(np.where(valid.reshape(*valid.shape, *[1] * (y.ndim - 2)), y, noise).astype(y.dtype))
 
+    def unread(begin, many, width):
+        known = np.arange(width)[None] < many[:, None]
+        at = np.minimum(begin[:, None] + np.arange(width), text.shape[1] - 1)
+        so_far = arbitrary_beyond(np.arange(text.shape[1])[None] <= (begin + many)[:, None], text)
+        return Unread(arbitrary_beyond(known, h[batch[:, None], at]), so_far, jnp.asarray(many), jnp.asarray(begin))
+
     prompt = np.arange(32)[None] < lengths[:, None]
-    remembered = start(
-        state, arbitrary_beyond(prompt, text[:, :32]), jnp.asarray(lengths), arbitrary_beyond(prompt, x[:, :32])
+    state = start(
+        model, arbitrary_beyond(prompt, text[:, :32]), jnp.asarray(lengths), arbitrary_beyond(prompt, x[:, :32])
     )
-    begin, num_valid = lengths - 1, np.ones(6, np.int32)  # as prefill leaves them
-    for plain_steps in (0, 0, 9, 0, 1, 0, 0):  # after which the drafter reads all but the newest position first
-        num_valid, width = num_valid + plain_steps, count + 1 + plain_steps
-        pos = begin[:, None] + np.arange(width + 1)
-        known = np.arange(width + 1)[None] <= num_valid[:, None]
-        last_h = arbitrary_beyond(known[:, 1:], h[batch[:, None], pos[:, :-1]])
-        last_text = arbitrary_beyond(known, text[batch[:, None], pos])
-        last = StepResult(last_h, last_text, *map(jnp.asarray, (num_valid.astype(np.int32), begin)))
-        if plain_steps:
-            _, remembered = draft(state, remembered, last._replace(num_valid=last.num_valid - 1))
-            last, begin, num_valid = last.newest().resize(count + 1), begin + num_valid - 1, np.ones(6, np.int32)
-        drafts, remembered = draft(state, remembered, last)
-        begin = begin + num_valid
+    begin, many = lengths - 1, np.ones(6, np.int32)  # as prefill leaves them
+    for plain_steps in (0, 0, 40, 0, 1, 0, 0):  # after which the drafter reads all but the newest position first
+        many = many + np.int32(plain_steps)
+        while plain_steps and many.max() > 1:  # rows that have read all wait
+            some = np.minimum(many - 1, READ).astype(np.int32)
+            state, begin, many = read(model, state, unread(begin, some, READ)), begin + some, many - some
+        drafts, state = draft(model, state, unread(begin, many, count + 1))
+        begin = begin + many
         rows = text.copy()
         for row, newest, drafted in zip(rows, begin, np.asarray(drafts.tokens), strict=True):
             row[newest + 1 : newest + 1 + count] = drafted
         np.testing.assert_array_equal(drafts.tokens, teacher_drafts(model, rows, begin, count))
-        num_valid = rng.integers(1, count + 2, size=6).astype(np.int32)
+        many = rng.integers(1, count + 2, size=6).astype(np.int32)

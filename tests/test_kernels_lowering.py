@@ -1,7 +1,6 @@
 """Programs for accelerators, lowered on this host: only plain XLA in them, while programs for the CPU call the C++."""
 
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,6 @@ from models import decode_program, small
 from runs import make_run
 
 from dsv3_jax.config import Execution
-from dsv3_jax.decoding import generate
 from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.training.step import Job, abstract_state, make_step
@@ -63,10 +61,8 @@ def train_step(platform: str, execution: Execution) -> tuple[str, str]:
 def decode_loop(platform: str, execution: Execution) -> tuple[str, str]:
     """All of a request after the prompt, with the model's own heads as drafters."""
     model = abstract(CFG, execution, kernels_for(platform, execution))
-    job, loop = decode_program(model, "mtp", (2,), BATCH, LENGTH, 5, 32, execution.compute_dtype)
-    weights = jax.eval_shape(partial(generate._decode_weights, job.graphdef), job.state)
-    until = jax.ShapeDtypeStruct((), jnp.int32)
-    return lowered(platform, generate._decode, replace(job, weights=weights), loop, until, length=2)
+    made, leaves, loop = decode_program(model, "mtp", (2,), BATCH, LENGTH, 5, 32, execution.compute_dtype)
+    return lowered(platform, made.decode, leaves, loop, jax.ShapeDtypeStruct((), jnp.int32), length=2)
 
 
 PROGRAMS = {"training step": train_step, "decoding loop": decode_loop}

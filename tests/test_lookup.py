@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from models import DENSE, LIGHT, random_model, tokens_of
 
-from dsv3_jax.decoding.drafters import LONGEST_MATCH, LookupDrafter, Prompt, StepResult
+from dsv3_jax.decoding.drafters import LONGEST_MATCH, LookupDrafter, Unread
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.ops.sampling import GREEDY
 
@@ -30,41 +30,28 @@ def drafts_by_hand(text, count):
 
 
 def test_drafts_are_those_of_a_search_by_hand(rng):
-    """Each step accepts a random number of the text's tokens; slots beyond them hold arbitrary numbers."""
-    batch, count, prompt_slots, slots = np.arange(9), 5, 16, 64
+    """Slots beyond the newest token hold arbitrary numbers."""
+    count, slots = 5, 64
     text = rng.integers(3, size=(9, slots)).astype(np.int32)  # three tokens: long runs occur, and ties
     text[0] = np.arange(slots)  # nothing occurs twice
     text[1] = np.tile([4, 5, 6, 7], slots // 4)  # a period
     text[2] = np.tile(np.arange(LONGEST_MATCH + 3), 9)[:slots]  # runs beyond the longest match
-    lengths = np.array([1, 2, 16, 5, 1, 9, 16, 3, 12], np.int32)
-    drafter = LookupDrafter()
-
-    def noisy_beyond(valid, y):
-        return jnp.asarray(np.where(valid, y, rng.integers(3, size=y.shape)).astype(np.int32))
-
-    tokens = noisy_beyond(np.arange(prompt_slots)[None] < lengths[:, None], text[:, :prompt_slots])
-    state = drafter.start(Prompt(tokens, jnp.asarray(lengths), None, slots, "latent", None))
-    draft = jax.jit(
-        lambda state, last: drafter.draft(state, last, jax.random.split(jax.random.key(0), (count, 9)), GREEDY)
-    )
-    start, num_valid = lengths - 1, np.ones(9, np.int32)  # as prefill leaves them
-    while (start + num_valid).max() < slots - 2 * count:
-        after = start[:, None] + np.arange(count + 2)
-        read = noisy_beyond(np.arange(count + 2)[None] <= num_valid[:, None], text[batch[:, None], after])
-        drafts, state = draft(state, StepResult(None, read, *map(jnp.asarray, (num_valid, start))))
-        start = start + num_valid
-        want = [drafts_by_hand(row[: newest + 1].tolist(), count) for row, newest in zip(text, start, strict=True)]
+    keys = jax.random.split(jax.random.key(0), (count, 9))
+    draft = jax.jit(lambda unread: LookupDrafter().draft(None, unread, keys, GREEDY)[0])
+    newest = np.array([1, 2, 16, 5, 1, 9, 16, 3, 12], np.int32)
+    while newest.max() < slots - 2 * count:
+        so_far = np.where(np.arange(slots)[None] <= newest[:, None], text, rng.integers(3, size=text.shape))
+        drafts = draft(Unread(None, jnp.asarray(so_far, jnp.int32), jnp.ones(9, jnp.int32), jnp.asarray(newest - 1)))
+        want = [drafts_by_hand(row[: n + 1].tolist(), count) for row, n in zip(text, newest, strict=True)]
         assert drafts.tokens.tolist() == want and drafts.q is None
-        num_valid = rng.integers(1, count + 2, size=9).astype(np.int32)
+        newest += rng.integers(1, count + 2, size=9).astype(np.int32)
 
 
-@pytest.mark.parametrize("cache", ["latent", pytest.param("expanded", marks=pytest.mark.long)])
-def test_greedy_text_is_that_of_plain_decoding(cache):
+def test_greedy_text_is_that_of_plain_decoding():
     """Ragged prompts; some of them, and all texts after a while, repeat themselves."""
     model = random_model(LIGHT, execution=DENSE)
     prompts = [tokens_of(LIGHT, 1, n, seed=n)[0].tolist() for n in (1, 3, 21)] + [[5, 9, 2, 7] * 6]
-    how = dict(cache=cache, stop_tokens=[7])
-    drafted = generate(model, prompts, 48, draft="lookup", draft_length=4, **how)
-    plain = generate(model, prompts, 48, **how)
+    drafted = generate(model, prompts, 48, draft="lookup", draft_length=4, stop_tokens=[7])
+    plain = generate(model, prompts, 48, stop_tokens=[7])
     assert drafted.tokens == plain.tokens
     assert 0 < drafted.acceptance[3] <= drafted.acceptance[0] < 1 and drafted.steps < plain.steps

@@ -2,16 +2,15 @@
 
 import sys
 
-import numpy as np
 import pytest
 from runs import HERE
 
 from dsv3_jax.config import replace
-from dsv3_jax.model.counting import decode_bytes, size
+from dsv3_jax.model.counting import decode_bytes
 from dsv3_jax.presets import preset
 
 sys.path.insert(0, str(HERE / "experiments" / "07_speculation"))
-from model_of_time import Setting, best_length, draft_parts, measured_union, speed_up, step_cost, verify_parts
+from model_of_time import Setting, best_length, speed_up, step_cost, verify_parts
 
 V3 = preset("v3")
 MEMORY = Setting(bandwidth=1.0, peak=1e30, weight_bytes=1)  # only reading takes time
@@ -28,14 +27,6 @@ def test_a_plain_step_reads_what_decode_bytes_counts():
         )
 
 
-def test_a_head_reads_its_active_parameters():
-    parts = draft_parts(V3, MEMORY, batch=1)
-    assert parts["dense"].bytes + parts["experts"].bytes == pytest.approx(size(V3).mtp_active, rel=1e-9)
-    full = draft_parts(V3, MEMORY, batch=10_000)  # all experts, and the unembedding
-    head = V3.vocab_size * V3.dim
-    assert full["dense"].bytes + full["experts"].bytes == pytest.approx(size(V3).mtp + head, rel=1e-6)
-
-
 def test_a_dense_trunk_that_waits_for_memory_verifies_for_nothing():
     assert step_cost(DENSE, MEMORY, 1, 4)[0] == pytest.approx(1, abs=1e-12)
     assert speed_up(replace(DENSE, mtp_depth=0), MEMORY, 1, 4, 1.0) == pytest.approx(5)
@@ -48,20 +39,9 @@ def test_where_products_take_the_time_every_draft_costs_a_token():
         assert verify == pytest.approx(4, rel=1e-6) and draft > 0
         assert speed_up(V3, PRODUCTS, batch, 3, 1.0) < 1
         assert best_length(V3, PRODUCTS, batch, 1.0, (1, 2, 4)) == (0, 1.0)
-    real = Setting(3.35e12, 989e12, weight_bytes=1, context=1)
-    assert step_cost(V3, real, 10**5, 1)[0] == pytest.approx(2, rel=0.02)
-    # Latent rows are read once for both tokens, and absorbed attention still waits for them on an H100.
-    assert step_cost(V3, real._replace(context=4096), 10**5, 1)[0] < 1.85
 
 
 def test_experts_of_a_first_draft_cost_most_between_one_token_and_all():
     """At batch 1 a second token brings new experts; at batches that reach all of them it brings none."""
     few, some, many = (step_cost(V3, MEMORY, batch, 1)[0] for batch in (1, 16, 4096))
     assert some > few > many and many == pytest.approx(1, abs=1e-6)
-
-
-def test_measured_union_by_hand():
-    ids = np.array([[[0, 1], [1, 2], [2, 3], [0, 1]], [[5, 6]] * 4])
-    assert measured_union(ids, 1) == 2
-    assert measured_union(ids, 2) == np.mean([3, 3, 4, 2, 2, 2])
-    assert np.isnan(measured_union(ids, 5))

@@ -1,10 +1,9 @@
 """Speculative decoding against plain decoding."""
 
 import math
-import os
 from dataclasses import replace
 from functools import lru_cache
-from itertools import islice
+from itertools import cycle, islice
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,16 +12,14 @@ import pytest
 from flax import nnx
 from models import DENSE, HEADS, LIGHT, decode_program, forward, random_model, small, tokens_of
 
-from dsv3_jax.decoding import auto_length
+from dsv3_jax.decoding.auto_length import LengthChoice
 from dsv3_jax.decoding.decode_config import DecodeConfig
-from dsv3_jax.decoding.generate import _decode, _prefill, generate, generate_in_parts
+from dsv3_jax.decoding.generate import generate, generate_in_parts
 from dsv3_jax.model.transformer import abstract
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("light_compiles")]
 
-NEW = (
-    14  # 13 after the first: runs of 2 to 9 tokens do not divide it, so drafts that are always right are cut at the end
-)
+NEW = 14  # 13 after the first: runs of 2 to 9 tokens do not divide it, so right drafts are cut at the end
 LENGTHS = (1, 2, 3, 5, 9, 1, 21, 4)
 PROMPTS = [tokens_of(LIGHT, 1, n, seed=i)[0].tolist() for i, n in enumerate(LENGTHS)]
 UNUSED = 7  # a stop token that no model below generates: with one, all requests share a compilation
@@ -128,18 +125,9 @@ CELLS = [  # scheme, draft length, prompts, cache, dtype: each scheme and length
     ("medusa", 4, 1, "latent", None),
     ("model", 6, 8, "latent", "int8"),
 ]
-FULL_GRID = [  # SPECULATIVE_GRID=1 JAX_DISABLE_MOST_OPTIMIZATIONS=1 pytest -n 2 tests/test_speculative.py: minutes
-    (scheme, length, batch, "latent", dtype)
-    for scheme in (*HEADS, "model")
-    for length in range(1, HEADS[scheme]["mtp_depth"] + 1 if scheme in ("meta", "medusa") else 9)
-    for batch in (8, 1)
-    for dtype in (None, "int8")
-]
 
 
-@pytest.mark.parametrize(
-    "scheme, length, batch, cache, dtype", FULL_GRID if "SPECULATIVE_GRID" in os.environ else CELLS
-)
+@pytest.mark.parametrize("scheme, length, batch, cache, dtype", CELLS)
 def test_greedy_speculation_gives_the_tokens_of_plain_decoding(scheme, length, batch, cache, dtype):
     settings = dict(stop_tokens=[UNUSED], cache=cache, cache_dtype=dtype, draft_length=length)
     rows = slice(0, 8) if batch == 8 else slice(6, 7)
@@ -196,17 +184,6 @@ def test_parts_grow_to_the_same_tokens():
             assert b[: len(a)] == a
 
 
-def test_one_compilation_a_shape():
-    """Other prompts of nearby lengths, seeds, stop tokens, chunks and parameters compile nothing."""
-    model, _ = drafting(SHAPE[0])["right"]
-    speculate(model)
-    before = _prefill._cache_size(), _decode._cache_size()
-    speculate(random_model(model.cfg, seed=9, execution=DENSE), prompts=[[t] * 20 for t in range(8)], stop=3, seed=4)
-    config = DecodeConfig(NEW, stop_tokens=(1,), draft="mtp", draft_length=8)
-    list(generate_in_parts(model, PROMPTS, config, part=5))
-    assert (_prefill._cache_size(), _decode._cache_size()) == before
-
-
 # Sampled: the tokens follow the model's distribution.
 
 TINY = small(num_layers=1, num_dense_layers=1, vocab_size=5)
@@ -226,7 +203,8 @@ def test_sampled_speculation_follows_the_model(scheme, monkeypatch):
     how = dict(temperature=2.0, top_k=4, top_p=0.95)  # far from the bare logits
     length: int | str = 2
     if scheme == "auto":
-        monkeypatch.setattr(auto_length, "choose", lambda past, lengths: (0 if len(past) % 2 else 2, 1))
+        turns = cycle([(2, 1), (0, 1)])
+        monkeypatch.setattr(LengthChoice, "next", lambda choice: next(turns))
         draft, length = random_model(TINY, seed=1), "auto"
     got = generate(model, [[1, 4]] * DRAWS, 3, draft=draft, draft_length=length, seed=2, **how)
     shares = np.zeros((5, 5, 5))
@@ -256,11 +234,11 @@ def three_tokens(model, prompt, how):
 def test_speculation_copies_no_cache(whole_compiles, scheme, lengths):
     cfg = small(num_layers=1, num_dense_layers=1, **(dict(mtp_depth=2) if scheme == "deepseek" else {}))
     model, capacity = abstract(cfg), 1 << 15
-    job, loop = decode_program(model, "mtp" if scheme == "deepseek" else model, lengths, capacity=capacity)
+    made, leaves, loop = decode_program(model, "mtp" if scheme == "deepseek" else model, lengths, capacity=capacity)
     a_layer = 2 * capacity * (cfg.kv_latent_dim + cfg.rope_head_dim) * 4
     caches = 3 if scheme == "deepseek" else 2  # a layer each: the model's, and its two heads' or the draft model's
     for length in lengths:
-        memory = _decode.lower(job, loop, 16, length=length).compile().memory_analysis()
+        memory = made.decode.lower(leaves, loop, 16, length=length).compile().memory_analysis()
         assert memory.alias_size_in_bytes >= caches * a_layer
         assert memory.temp_size_in_bytes < 1.5 * a_layer  # rows may be read out once
 
@@ -289,22 +267,13 @@ def test_drafts_that_do_not_fit_are_refused():
     assert check(model, None, 0) == check(model, None, 7) == 0
     assert check(model, model, 8) == check(heads, "mtp", 8) == 8  # up to the last position
     other, short = abstract(replace(LIGHT, vocab_size=38)), abstract(replace(LIGHT, max_positions=124))
+    long = "max_new_tokens=100 and draft_length={0} of up to {0} tokens does not fit: .* 20, and max_positions={1}"
     wrong = [
         (model, other, 1, "vocab_size=38 of the draft model is not the model's 37"),
         (model, "mtp", 1, "draft='mtp' needs multi-token heads, and the model's mtp_depth is 0"),
         (medusa, "mtp", 5, "draft_length=5 is more than mtp_depth=4"),
-        (
-            heads,
-            "mtp",
-            9,
-            "max_new_tokens=100 and draft_length=9 of up to 9 tokens does not fit: .* 20, and max_positions=128",
-        ),
-        (
-            model,
-            short,
-            5,
-            "max_new_tokens=100 and draft_length=5 of up to 5 tokens does not fit: .* 20, and max_positions=124",
-        ),
+        (heads, "mtp", 9, long.format(9, 128)),
+        (model, short, 5, long.format(5, 124)),
     ]
     for target, draft, length, sentence in wrong:
         with pytest.raises(ValueError, match=f"^{sentence}"):

@@ -1,43 +1,29 @@
 """`draft_length="auto"`: the host chooses how many drafts a step makes, between compiled parts of some tokens.
 
-    A_p      share of steps that accept draft p in recent parts, with one more that accepts all: what is not tried pays
-    E(J)     1 + A_1 + … + A_J, tokens of a step
-    t(J)     seconds of a step; until J has run, those of the next shorter length
+    A_p   share of tried drafts p that were accepted, with one more that is: lengths that are little tried are tried
+    E(J)  1 + A_1 + … + A_J, tokens of a step
+    t(J)  seconds of a step, the median of its last parts; until J has run, those of the next shorter length
 
-The largest E(J) / t(J) is chosen. Lengths are tried in their order, each after the one before. Older parts weigh less,
-so that a length that did not pay is tried again when little is known of it. A trial costs about one plain step, for it
-ends when even one more accepted step would not pay.
+The largest E(J) / t(J) is chosen. What was accepted is forgotten slowly, so that a length that lost is tried again. The
+longer a length has run, the longer are its parts.
 
 The choice depends on past parts alone, so sampled text keeps its distribution. With a drafter that samples, a seed's
 text depends on the choices, and these on the clock.
 """
 
+from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from statistics import median
+from typing import Any
 
 import numpy as np
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.mtp import HEADS
 
-SHORTEST, LONGEST = 4, 128  # tokens of a part
-HALF_LIFE = 256  # tokens after which a part weighs half
-FORGOTTEN = 4 * HALF_LIFE
-
-
-class Part(NamedTuple):
-    """Some steps of one length."""
-
-    length: int
-    steps: int
-    rows: int  # steps of sequences that were not done
-    accepted: Sequence[int]  # drafts, by position
-    seconds: float
-
-    @property
-    def tokens(self) -> float:
-        """Of a sequence, mean."""
-        return self.steps * (1 + sum(self.accepted) / max(self.rows, 1))
+SHORTEST, LONGEST = 8, 128  # tokens of a part
+HALF_LIFE = 1024  # tokens after which a tried draft weighs half
+OTHER_TEXTS = 16  # tried drafts that earlier requests weigh, at most
 
 
 def draft_lengths(draft: Any, cfg: ModelConfig) -> tuple[int, ...]:
@@ -57,43 +43,59 @@ def draft_lengths(draft: Any, cfg: ModelConfig) -> tuple[int, ...]:
     return tuple(sorted({0, least, *(n for n in (1, 2, 4) if least <= n <= most)}))
 
 
-def choose(parts: Sequence[Part], lengths: Sequence[int]) -> tuple[int, int]:
-    """Choose the next part from those before: (its drafts a step, its tokens).
+class LengthChoice:
+    """What parts of each length have shown, and the choice of the next.
 
     Example:
-        >>> right, plain = Part(1, 2, 2, [2], seconds=0.3), Part(0, 4, 4, [], seconds=0.8)
-        >>> choose([], (0, 1, 2)), choose([right], (0, 1, 2)), choose([right, plain], (0, 1, 2))
-        ((1, 4), (0, 4), (2, 4))
+        >>> choice = LengthChoice((0, 1, 2))
+        >>> choice.next()  # drafts a step, tokens
+        (1, 8)
+        >>> choice.add(1, steps=4, rows=4, accepted=[4], seconds=0.6)
+        >>> choice.next()
+        (0, 8)
+        >>> choice.add(0, steps=8, rows=8, accepted=[], seconds=0.8)
+        >>> choice.next()
+        (2, 8)
     """
-    timed: dict[int, list[Part]] = {}
-    ran, age = dict.fromkeys(lengths, 0.0), 0.0
-    accepted, tried = np.ones(lengths[-1]), np.ones(lengths[-1])
-    for part in reversed(parts):
-        weight = 0.5 ** (age / HALF_LIFE)
-        timed.setdefault(part.length, []).append(part)
-        accepted[: part.length] += weight * np.asarray(part.accepted[: part.length])
-        tried[: part.length] += weight * part.rows
-        ran[part.length] += weight * part.tokens
-        age += part.tokens
-        if age > FORGOTTEN:
-            break
-    expected = np.cumsum([1.0, *np.minimum.accumulate(accepted / tried)])
-    worth, cost = {}, 0.0
-    for length in lengths:
-        if length in timed:
-            cost = _median([(part.seconds / part.steps, part.steps) for part in timed[length][:5]])
-        worth[length] = expected[length] / max(cost, 1e-9)
-        if length and length not in timed:
-            break
-    # A short measurement may be slow by chance. Plain steps, the safe choice, are measured longer before they lose.
-    worth[0] *= 1 + SHORTEST / max(ran[0], SHORTEST)
-    first = [length for length in (lengths[1], 0) if length not in timed]
-    best = first[0] if first else max(worth, key=worth.__getitem__)
-    return best, int(np.clip(ran[best], SHORTEST, LONGEST))
 
+    def __init__(self, lengths: Sequence[int]):
+        self.lengths = lengths
+        self.seconds = {length: deque[float](maxlen=5) for length in lengths}  # of a step
+        self.accepted, self.tried = np.zeros((2, lengths[-1]))
+        self.tokens = dict.fromkeys(lengths, 0.0)
 
-def _median(weighted: list[tuple[float, int]]) -> float:
-    """Of values with weights: a machine's delay in one of five parts is left out."""
-    ordered = sorted(weighted)
-    total = np.cumsum([weight for _, weight in ordered])
-    return ordered[int(np.searchsorted(total, total[-1] / 2))][0]
+    def next(self) -> tuple[int, int]:
+        """(Drafts a step, tokens) of the next part."""
+        expected = np.cumsum([1.0, *np.minimum.accumulate((self.accepted + 1) / (self.tried + 1))])
+        worth, cost = {}, 0.0
+        for length in self.lengths:
+            cost = median(self.seconds[length] or [cost])
+            worth[length] = expected[length] / max(cost, 1e-9)
+            if length and not self.seconds[length]:
+                break
+        best = max(worth, key=worth.__getitem__)
+        for length in (0, self.lengths[1]):
+            if not self.seconds[length]:
+                best = length
+        return best, int(np.clip(self.tokens[best], SHORTEST, LONGEST))
+
+    def add(self, length: int, steps: int, rows: int, accepted: np.ndarray | Sequence[int], seconds: float) -> None:
+        """Remember a part of at least one step.
+
+        Args: rows: steps of sequences that were not done. accepted: drafts, by position.
+        """
+        tokens = steps * (1 + sum(accepted) / max(rows, 1))
+        self._fade(0.5 ** (tokens / HALF_LIFE))
+        self.seconds[length].append(seconds / steps)
+        self.accepted[:length] += accepted[:length]
+        self.tried[:length] += rows
+        self.tokens[length] += tokens
+
+    def begin_text(self) -> None:
+        """Let the texts before weigh little in the next."""
+        self._fade(min(1.0, OTHER_TEXTS / max(*self.tried, 1.0)))
+
+    def _fade(self, factor: float) -> None:
+        self.accepted *= factor
+        self.tried *= factor
+        self.tokens = {length: factor * tokens for length, tokens in self.tokens.items()}

@@ -1,9 +1,9 @@
 """Drafters: an independent small model, the model's own multi-token heads, or the text itself.
 
-A drafter has two methods. `start` makes its state after a prompt. `draft` first reads the tokens that were accepted in
-the last step (`StepResult`; after plain steps, in all of them), then drafts a token with each of the keys [J, B]. Its
-state is in caches like the model's. Rows that it wrote for drafts are beyond the cache's lengths and will be
-overwritten, so nothing is copied or undone.
+A drafter has three methods. `start` makes its state after a prompt. `draft` first reads what the last step accepted
+(`Unread`), then drafts a token with each of the keys [J, B]. `read` only reads: what plain steps have left. Its state
+is in caches like the model's. Rows that it wrote for drafts are beyond the cache's lengths and will be overwritten, so
+nothing is copied or undone.
 
 Letters: B sequences, J drafts a step, F = J + 1, D width, W vocabulary, M heads. t_m is the newest token; the trunk's
 hidden states are known up to position m − 1.
@@ -21,40 +21,20 @@ from dsv3_jax.model.cache import Cache, pick_kind
 from dsv3_jax.model.context import DECODING, from_zero, make_context
 from dsv3_jax.model.mtp import unshard_head
 from dsv3_jax.model.transformer import DecodeWeights, Transformer
-from dsv3_jax.ops.sampling import Sampling, processed_logits, sample
+from dsv3_jax.ops.sampling import GREEDY, Sampling, processed_logits, sample
 from dsv3_jax.ops.verify_drafts import probabilities
 
 LONGEST_MATCH = 8  # tokens that prompt look-up compares
+READ = 32  # positions that a drafter reads at once if it has left out many
 
 
-class StepResult(NamedTuple):
-    """The results of the model's last step, or of several plain ones."""
+class Unread(NamedTuple):
+    """The end of a text that a drafter has not read: positions from `start` on, up to the newest token's."""
 
-    h: Array  # [B, F, D]: what heads read of the trunk, from position `start` on
-    text: Array  # int32 [B, F + 1]: the token at `start` and those after, so that text[:, j + 1] follows h[:, j]
-    num_valid: Array  # int32 [B]: how many of h are of the text, at least 1
+    h: Array | None  # [B, F, D]: what heads read of the trunk at these positions; None if other drafters draft
+    text: Array  # int32 [B, S]: the complete text; beyond its newest token the numbers are arbitrary
+    count: Array  # int32 [B]: how many positions, at most F; the newest token is at start + count
     start: Array  # int32 [B]
-
-    def resize(self, width: int) -> "StepResult":
-        """The same with F = width: what is beyond is not valid."""
-
-        def some(x: Array, width: int) -> Array:
-            return jnp.pad(x[:, :width], [(0, 0), (0, max(width - x.shape[1], 0)), *[(0, 0)] * (x.ndim - 2)])
-
-        return self._replace(h=some(self.h, width), text=some(self.text, width + 1))
-
-    def append(self, step: "StepResult") -> "StepResult":
-        """With the next plain step behind it."""
-        rows = jnp.arange(self.num_valid.size, dtype=jnp.int32)
-        h = self.h.at[rows, self.num_valid].set(step.h[:, 0])
-        return StepResult(
-            h, self.text.at[rows, self.num_valid + 1].set(step.text[:, 1]), self.num_valid + 1, self.start
-        )
-
-    def newest(self) -> "StepResult":
-        """Its last valid position alone."""
-        index = self.num_valid - 1
-        return StepResult(_shift(self.h, index), _shift(self.text, index), jnp.ones_like(index), self.start + index)
 
 
 class Drafts(NamedTuple):
@@ -88,14 +68,14 @@ class ModelDrafter:
         tokens = prompt.tokens[:, : cfg.max_positions]
         return self.model.prefill(tokens, prompt.lengths, cache, self.weights)[1]
 
-    def draft(self, state: Cache, last: StepResult, keys: Array, sampling: Sampling) -> tuple[Drafts, Cache]:
-        # After its own drafts two tokens may not be cached: the newest, and before it a draft that ended a step. After
-        # plain steps it reads all.
-        wide = last.h.shape[1] > keys.shape[0] + 1
-        first = jnp.zeros_like(last.num_valid) if wide else last.num_valid - 1
-        index = first[:, None] + jnp.arange(last.text.shape[1] if wide else 2, dtype=jnp.int32)[None]
-        tokens = jnp.take_along_axis(last.text, index, axis=1)
-        x, cache = self.model.run_layers(tokens, state.at_lengths(last.start + first), self.weights)
+    def read(self, state: Cache, unread: Unread) -> Cache:
+        tokens = window(unread.text, unread.start, READ)
+        return self.model.run_layers(tokens, state.at_lengths(unread.start), self.weights)[1]
+
+    def draft(self, state: Cache, unread: Unread, keys: Array, sampling: Sampling) -> tuple[Drafts, Cache]:
+        # Two tokens may not be cached: the newest, and before it a draft that ended a step.
+        first = unread.start + unread.count - 1
+        x, cache = self.model.run_layers(window(unread.text, first, 2), state.at_lengths(first), self.weights)
 
         def draw(h: Array, key: Array) -> Drafts:
             return _draw(self.model.logits(self.model.norm(h)), key, sampling)
@@ -106,29 +86,36 @@ class ModelDrafter:
             drawn = draw(x[:, 0], key)
             return (cache.at_lengths(cache.lengths + 1), drawn.tokens), drawn
 
-        one = draw(_pick(x, last.num_valid - first), keys[0])
-        cache = cache.at_lengths(last.start + last.num_valid + 1)
-        carry, rest = _repeat(step, (cache, one.tokens), keys[1:])
+        one = draw(x[:, 1], keys[0])
+        carry, rest = _repeat(step, (cache.at_lengths(first + 2), one.tokens), keys[1:])
         return _concat_drafts([one], rest), carry[0]
 
 
 class _ChainState(NamedTuple):
     """A chained head's state: its cache, and its output at the last position that is in the text."""
 
-    cache: Cache  # of one layer; `StepResult` says where it continues, not its lengths
+    cache: Cache  # of one layer; `Unread` says where it continues, not its lengths
     last: Array  # [B, D]
 
 
-class ChainDrafter:
+class _Heads:
+    """The model's own heads."""
+
+    def __init__(self, model: Transformer, weights: DecodeWeights | None):
+        self.model, self.heads = model, [unshard_head(head, model.unshard) for head in model.mtp]
+
+    def read(self, state: Any, unread: Unread) -> Any:
+        keys = jax.random.split(jax.random.key(0), (len(self.heads), unread.start.size))  # of drafts that nobody uses
+        return self.draft(state, unread, keys, GREEDY)[1]
+
+
+class ChainDrafter(_Heads):
     """Heads that read the token before: DeepSeek's modules, one a draft, and then the last of them again and again.
 
     Head k at position i reads its predecessor's output at i and token i + k, and drafts token i + k + 1. All tokens up
     to m are in the text, so what head k reads up to position m − k is kept. To draft token m + k it continues to
     position m − 1 in the same pass, over the drafts before. An EAGLE head is a chain of one.
     """
-
-    def __init__(self, model: Transformer, weights: DecodeWeights | None):
-        self.model, self.heads = model, [unshard_head(head, model.unshard) for head in model.mtp]
 
     def start(self, prompt: Prompt) -> tuple[_ChainState, ...]:
         cfg, h, states = self.model.cfg, self.model.read_by_heads(prompt.x), []
@@ -142,27 +129,26 @@ class ChainDrafter:
         return tuple(states)
 
     def draft(
-        self, state: tuple[_ChainState, ...], last: StepResult, keys: Array, sampling: Sampling
+        self, state: tuple[_ChainState, ...], unread: Unread, keys: Array, sampling: Sampling
     ) -> tuple[Drafts, tuple[_ChainState, ...]]:
-        start, num_valid, trained = last.start, last.num_valid, min(keys.shape[0], len(self.heads))
-        newest, rows = start + num_valid, jnp.arange(start.size, dtype=jnp.int32)
+        h, text, count, start = unread
+        assert h is not None
+        trained, rows = min(keys.shape[0], len(self.heads)), jnp.arange(start.size, dtype=jnp.int32)
         states, drawn = list(state), list[Drafts]()
         # Entry j is position start − k + 1 + j of head k. Each draft is put behind the tokens that are in the text.
-        h, tokens = last.h, jnp.pad(last.text[:, 1:], ((0, 0), (0, trained)))
+        tokens = window(text, start + 1, h.shape[1] + trained)
         for k, head in enumerate(state[:trained], start=1):
             # Positions before 0, if the text is shorter than the chain, are skipped.
             skipped = jnp.maximum(k - 1 - start, 0)
             cache = head.cache.at_lengths(start - k + 1 + skipped)
-            read = _shift(tokens[:, : h.shape[1]], skipped)
-            out, cache = self._continue(k - 1, read, _shift(h, skipped), cache)
-            out = _shift(out, -skipped)
-            end = _pick(out, num_valid + k - 2)  # at position m − 1
+            read, width = window(tokens, skipped, h.shape[1]), h.shape[1]
+            out, cache = self._continue(k - 1, read, window(h, skipped, width), cache)
+            out = window(out, -skipped, width)
+            end = _pick(out, count + k - 2)  # at position m − 1
             drawn.append(_draw(self.model.logits(end), keys[k - 1], sampling))
-            states[k - 1] = _ChainState(cache, _pick(out, num_valid - 1))
-            h, tokens = (
-                jnp.concatenate([head.last[:, None], out], axis=1),
-                tokens.at[rows, num_valid + k - 1].set(drawn[-1].tokens),
-            )
+            states[k - 1] = _ChainState(cache, jnp.where(count[:, None] > 0, _pick(out, count - 1), head.last))
+            h = jnp.concatenate([head.last[:, None], out], axis=1)
+            tokens = tokens.at[rows, count + k - 1].set(drawn[-1].tokens)
 
         def beyond(carry: tuple[Cache, Array, Array], key: Array):
             # The last head reads its own output instead of a predecessor's, one position on.
@@ -171,7 +157,7 @@ class ChainDrafter:
             one = _draw(self.model.logits(h[:, 0]), key, sampling)
             return (cache, h, one.tokens), one
 
-        carry = states[trained - 1].cache.at_lengths(newest), end[:, None], drawn[-1].tokens
+        carry = states[trained - 1].cache.at_lengths(start + count), end[:, None], drawn[-1].tokens
         carry, rest = _repeat(beyond, carry, keys[trained:])
         states[trained - 1] = states[trained - 1]._replace(cache=carry[0])
         return _concat_drafts(drawn, rest), tuple(states)
@@ -183,34 +169,30 @@ class ChainDrafter:
         return h, ctx.cache.at_lengths(cache.lengths + count)
 
 
-class ParallelDrafter:
+class ParallelDrafter(_Heads):
     """Heads that read the trunk's output alone, one draft each."""
-
-    def __init__(self, model: Transformer, weights: DecodeWeights | None):
-        self.model, self.heads = model, [unshard_head(head, model.unshard) for head in model.mtp]
 
     def start(self, prompt: Prompt) -> tuple[Cache | None, ...]:
         ctx = make_context(self.model.cfg, from_zero(*prompt.tokens.shape), tokens=prompt.tokens, options=DECODING)
-        h, read = (
-            self.model.read_by_heads(prompt.x),
-            prompt.lengths - 1,
-        )  # the first step reads the prompt's last position
+        h, read = self.model.read_by_heads(prompt.x), prompt.lengths - 1  # the first step reads the last position
         return tuple(
             _head_cache(self.model, prompt, head(h, ctx)[1].rows, read) if head.remembers else None
             for head in self.heads
         )
 
     def draft(
-        self, state: tuple[Cache | None, ...], last: StepResult, keys: Array, sampling: Sampling
+        self, state: tuple[Cache | None, ...], unread: Unread, keys: Array, sampling: Sampling
     ) -> tuple[Drafts, tuple[Cache | None, ...]]:
-        caches, drawn = list(state), list[Drafts]()
-        positions = last.start[:, None] + jnp.arange(last.h.shape[1], dtype=jnp.int32)[None]
+        assert unread.h is not None
+        caches, drawn, width = list(state), list[Drafts](), unread.h.shape[1]
+        tokens = window(unread.text, unread.start, width)
+        positions = unread.start[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
         for k, head in enumerate(self.heads[: keys.shape[0]]):
-            cache = None if (cache := state[k]) is None else cache.at_lengths(last.start)
-            ctx = make_context(self.model.cfg, positions, tokens=last.text[:, :-1], cache=cache, options=DECODING)
-            h, ctx, _ = head(last.h, ctx)
+            cache = None if (cache := state[k]) is None else cache.at_lengths(unread.start)
+            ctx = make_context(self.model.cfg, positions, tokens=tokens, cache=cache, options=DECODING)
+            h, ctx, _ = head(unread.h, ctx)
             caches[k] = ctx.cache
-            drawn.append(_draw(self.model.logits(_pick(h, last.num_valid - 1)), keys[k], sampling))
+            drawn.append(_draw(self.model.logits(_pick(h, unread.count - 1)), keys[k], sampling))
         return _concat_drafts(drawn), tuple(caches)
 
 
@@ -225,18 +207,20 @@ class LookupDrafter:
     Departs from transformers: it takes the first occurrence, and its drafts end with the text.
     """
 
-    def start(self, prompt: Prompt) -> Array:
-        text = jnp.zeros((prompt.tokens.shape[0], prompt.capacity), jnp.int32)
-        return text.at[:, : prompt.tokens.shape[1]].set(prompt.tokens)
+    def __init__(self, *_: Any):
+        pass  # it needs no model
 
-    def draft(self, state: Array, last: StepResult, keys: Array, sampling: Sampling) -> tuple[Drafts, Array]:
-        rows, newest = jnp.arange(state.shape[0], dtype=jnp.int32)[:, None], last.start + last.num_valid
-        columns = last.start[:, None] + jnp.arange(last.text.shape[1], dtype=jnp.int32)[None]
-        text = constrain(state.at[rows, columns].set(last.text, mode="drop"))  # what is not valid is overwritten later
-        found = look_up(text, newest)
+    def start(self, prompt: Prompt) -> None:
+        return None
+
+    def read(self, state: None, unread: Unread) -> None:
+        return None
+
+    def draft(self, state: None, unread: Unread, keys: Array, sampling: Sampling) -> tuple[Drafts, None]:
+        newest = unread.start + unread.count
+        found = look_up(unread.text, newest)
         ahead = jnp.arange(keys.shape[0], dtype=jnp.int32)[None] % (newest - found)[:, None]
-        drafts = jnp.take_along_axis(text, found[:, None] + 1 + ahead, axis=1)
-        return Drafts(drafts, None), text
+        return Drafts(jnp.take_along_axis(unread.text, found[:, None] + 1 + ahead, axis=1), None), None
 
 
 def look_up(text: Int[Array, "B S"], newest: Int[Array, " B"]) -> Int[Array, " B"]:
@@ -265,20 +249,19 @@ def look_up(text: Int[Array, "B S"], newest: Int[Array, " B"]) -> Int[Array, " B
 Drafter = ModelDrafter | ChainDrafter | ParallelDrafter | LookupDrafter
 
 
-def make_drafter(model: Transformer, draft: "str | Transformer", weights: DecodeWeights | None) -> Drafter:
-    """Make the drafter of a request; `weights` are of the model that drafts.
+def make_drafter(draft: str, model: Transformer, weights: DecodeWeights | None) -> Drafter:
+    """Make the drafter of a request.
+
+    Args: draft: "mtp", "lookup", or "model". model, weights: the model that drafts.
 
     Example:
         >>> from dsv3_jax.model.transformer import abstract
         >>> from dsv3_jax.presets import preset
-        >>> type(make_drafter(abstract(preset("tiny")), "mtp", None)).__name__
+        >>> type(make_drafter("mtp", abstract(preset("tiny")), None)).__name__
         'ChainDrafter'
     """
-    if isinstance(draft, Transformer):
-        return ModelDrafter(draft, weights)
-    if draft == "lookup":
-        return LookupDrafter()
-    return (ChainDrafter if model.cfg.head_kind.reads_tokens else ParallelDrafter)(model, weights)
+    heads = ChainDrafter if model.cfg.head_kind.reads_tokens else ParallelDrafter
+    return {"model": ModelDrafter, "lookup": LookupDrafter, "mtp": heads}[draft](model, weights)
 
 
 def _draw(logits: Float[Array, "B W"], keys: Array, sampling: Sampling) -> Drafts:
@@ -335,8 +318,7 @@ def _pick(h: Float[Array, "B F D"], index: Int[Array, " B"]) -> Float[Array, "B 
     return jnp.take_along_axis(h, jnp.maximum(index, 0)[:, None, None], axis=1)[:, 0]
 
 
-def _shift(x: Array, first: Int[Array, " B"]) -> Array:
-    """Each row of [B, F, …] from its own index on; entries from outside are arbitrary."""
-    index = first[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-    index = jnp.clip(index, 0, x.shape[1] - 1).reshape(*index.shape, *[1] * (x.ndim - 2))
-    return jnp.take_along_axis(x, index, axis=1)
+def window(x: Array, first: Int[Array, " B"], width: int) -> Array:
+    """Entries of each row of [B, S, …] from its own index on; those from outside are arbitrary."""
+    index = jnp.clip(first[:, None] + jnp.arange(width, dtype=jnp.int32)[None], 0, x.shape[1] - 1)
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)

@@ -4,45 +4,40 @@ Plain decoding is that loop without drafts. Each sequence advances by its own co
 """
 
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial, wraps
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array
 
 from dsv3_jax.config import CacheKind
-from dsv3_jax.decoding import auto_length
-from dsv3_jax.decoding.auto_length import Part
+from dsv3_jax.decoding.auto_length import LengthChoice, draft_lengths
 from dsv3_jax.decoding.decode_config import DecodeConfig, Generated
-from dsv3_jax.decoding.drafters import Drafts, Prompt, StepResult, make_drafter, process_by_rows
+from dsv3_jax.decoding.drafters import READ, Drafter, Drafts, Prompt, Unread, make_drafter, process_by_rows, window
 from dsv3_jax.mesh import sharding
 from dsv3_jax.mesh.sharding import constrain
 from dsv3_jax.model.cache import keep_sharded, pick_dtype, pick_kind
 from dsv3_jax.model.counting import bytes_per_token
 from dsv3_jax.model.transformer import DecodeWeights, Transformer
-from dsv3_jax.ops.sampling import GREEDY, Sampling, keys_at, row_keys, sample
+from dsv3_jax.ops.sampling import Sampling, keys_at, row_keys, sample
 from dsv3_jax.ops.verify_drafts import accept
-
-UNREAD = auto_length.LONGEST + 16  # draft_length="auto": positions that a drafter can leave unread in plain steps
-MOST_READING = 0.02  # share of plain steps' time that a drafter may read where they go on; else drafts end
 
 
 class Loop(NamedTuple):
     """The decoding loop's state. On a mesh, arrays as wide as the model are sharded by rows; others replicated."""
 
-    cache: Any
+    cache: Any  # of the tokens before the newest
     drafter: Any  # the drafter's state
-    last: Any  # a StepResult: what the drafter has not read; None if nobody drafts
+    h: Any  # [B, N, D]: what heads read of the trunk at unread positions; None if no head drafts
+    unread: Array  # int32 [B]: positions before the newest that the drafter has not read
     keys: Array  # [B, 2]: of each row's draws, and of its drafts'
     done: Array  # bool [B]
-    out: Array  # int32 [B, max_new_tokens], -1 beyond what is written
-    written: Array  # int32 [B]: tokens in each row of `out`
+    text: Array  # int32 [B, S]: each prompt and its new tokens
+    written: Array  # int32 [B]: new tokens of each row
     steps: Array  # int32 []
     rows: Array  # int32 []: steps of rows that were not done
     num_accepted: Array  # int32 [J]: accepted drafts, by position
@@ -50,42 +45,49 @@ class Loop(NamedTuple):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["state", "draft_state", "stops", "weights", "draft_weights"],
-    meta_fields=["graphdef", "draft", "lengths", "sampling", "max_new_tokens", "capacity", "kind", "dtype"],
+    data_fields=["models", "stops"],
+    meta_fields=["draft", "lengths", "sampling", "max_new_tokens", "capacity", "kind", "dtype"],
 )
 @dataclass(frozen=True)
 class Job:
     """What the compiled programs of a request read, and the settings that they depend on."""
 
-    state: Any
-    draft_state: Any  # of a draft model
+    models: tuple[tuple[Transformer, DecodeWeights | None], ...]  # the model, and one that drafts
     stops: Any  # int32 [n]
-    graphdef: Any
-    draft: Any  # None, "mtp", "lookup", or the graph of a draft model
+    draft: str | None  # None, "mtp", "lookup" or "model"
     lengths: tuple[int, ...]  # drafts a step: one length, or those of "auto"
     sampling: Sampling
     max_new_tokens: int
     capacity: int
     kind: CacheKind
     dtype: Any
-    weights: Any = None  # DecodeWeights
-    draft_weights: Any = None
 
     @property
-    def unread(self) -> int:
-        """Positions that a drafter can leave unread between parts."""
-        return self.lengths[0] + 1 if len(self.lengths) == 1 else UNREAD
-
-    def merge(self) -> tuple[Transformer, Any]:
-        """(The model, its drafter or None.)"""
-        model, draft, weights = nnx.merge(self.graphdef, self.state), self.draft, self.weights
-        if self.draft_state is not None:
-            draft, weights = nnx.merge(draft, self.draft_state), self.draft_weights
-        return model, draft and make_drafter(model, draft, weights)
+    def drafter(self) -> Drafter | None:
+        return make_drafter(self.draft, *self.models[-1]) if self.draft else None
 
 
-# Of each shape, from requests before: (its last parts; the seconds of a part without steps, by length).
-_PAST: dict[Any, tuple[deque[Part], dict[int, float]]] = {}
+class Programs:
+    """The compiled programs of all requests of one form, and what "auto" has learnt from them.
+
+    They take a Job's leaves: to flatten it each time would take the host as long as a step of a small model.
+    """
+
+    def __init__(self, form: Any, lengths: tuple[int, ...], *times_depend_on: Any):
+        def compiled(program: Callable, **how: Any) -> Callable:
+            @wraps(program)
+            def run(leaves, *args, **static):
+                return program(jax.tree.unflatten(form, leaves), *args, **static)
+
+            return jax.jit(run, **how)
+
+        self.prefill = compiled(_prefill)
+        self.decode = compiled(_decode, static_argnames="length", donate_argnums=1)
+        self.read = compiled(_read, donate_argnums=1)
+        self.choice = LengthChoice(lengths) if len(lengths) > 1 else None
+
+
+programs = lru_cache(maxsize=64)(Programs)
 
 
 def generate(
@@ -172,7 +174,7 @@ def generate_in_parts(
     request = _Request(model, prompts, config)
     yield request.result()
     while request.behind < config.max_new_tokens:
-        request.decode(part)
+        request.decode(min(request.behind + part, config.max_new_tokens))
         yield request.result()
 
 
@@ -180,117 +182,106 @@ class _Request:
     """A request on its devices: what the compiled programs read and made so far, and the host's clock."""
 
     def __init__(self, model: Transformer, prompts: Sequence[Sequence[int]], config: DecodeConfig):
-        cfg, draft, draft_state, lengths = model.cfg, config.draft, None, (config.num_drafts,)
+        cfg, draft, lengths, models = model.cfg, config.draft, (config.num_drafts,), [model.in_compute_dtype()]
         kind, dtype = pick_kind(cfg, config.cache), pick_dtype(model.compute_dtype, config.cache_dtype)
-        graphdef, state = nnx.split(model.in_compute_dtype())
-        self.mesh = sharding.mesh_of(state)
+        self.mesh = sharding.mesh_of(models)
         if draft and config.draft_length == "auto":
-            lengths = auto_length.draft_lengths(draft, cfg)
+            lengths = draft_lengths(draft, cfg)
         if isinstance(draft, Transformer):
-            draft, draft_state = nnx.split(draft.in_compute_dtype())
-            if sharding.mesh_of(draft_state) != self.mesh:
+            models.append(draft.in_compute_dtype())
+            if sharding.mesh_of(models[1]) != self.mesh:
                 raise ValueError("draft is not on the mesh of the model; load both with the same mesh")
+            draft = "model"
         # Shapes in steps of 32, so that prompts of nearby lengths share one compilation.
-        longest = max(*map(len, prompts), config.pad_prompts_to)
+        longest, self.max_new_tokens = max(*map(len, prompts), config.pad_prompts_to), config.max_new_tokens
         capacity = _round_up(longest + config.max_new_tokens + config.num_drafts)
-        stops, how = np.asarray(config.stop_tokens, np.int32), (config.sampling, config.max_new_tokens)
-        job = Job(state, draft_state, stops, graphdef, draft, lengths, *how, capacity, kind, dtype)
-        start, (tokens, lengths) = time.perf_counter(), _pad(prompts, min(_round_up(longest), cfg.max_positions))
+        start = time.perf_counter()
+        tokens, self.prompt_lengths = _pad(prompts, min(_round_up(longest), cfg.max_positions))
         with sharding.use_mesh(self.mesh):  # never while a generator waits: the mesh in use is the caller's, too
-            weights = _decode_weights(graphdef, state), draft_state and _decode_weights(draft, draft_state)
-            self.job = replace(job, weights=weights[0], draft_weights=weights[1])
-            self.loop = jax.block_until_ready(_prefill(self.job, tokens, lengths, np.uint32(config.seed)))
+            job = Job(
+                tuple((model, model.prepare_decode()) for model in models), np.asarray(config.stop_tokens, np.int32),
+                draft, lengths, config.sampling, config.max_new_tokens, capacity, kind, dtype,
+            )  # fmt: skip
+            self.leaves, tree = jax.tree.flatten(job)
+            self.programs = programs(tree, lengths, len(prompts), self.mesh)
+            self.loop = self.programs.prefill(self.leaves, tokens, self.prompt_lengths, np.uint32(config.seed))
+        self.seen = self._look()
         self.prefill_seconds, self.decode_seconds = time.perf_counter() - start, 0.0
-        self.bytes_per_token, self.steps = bytes_per_token(cfg, kind, dtype), dict.fromkeys(job.lengths, 0)
-        self.past, self.start_seconds = _PAST.setdefault(
-            (jax.tree.structure(job), len(prompts), self.mesh), (deque(maxlen=256), {})
-        )
+        self.length, self.choice, self.steps = lengths[0], self.programs.choice, dict.fromkeys(lengths, 0)
+        self.bytes_per_token = bytes_per_token(cfg, kind, dtype)
+        if self.choice:
+            self.choice.begin_text()
+
+    def _look(self) -> Loop:
+        """Wait for the last program, and fetch the loop's small arrays."""
+        return jax.device_get(self.loop._replace(cache=None, drafter=None, h=None, keys=None, text=None))
 
     @property
     def behind(self) -> int:
         """Tokens of the shortest row that continues; all if none does, for a row that has ended grows no more."""
-        return int(np.where(self.loop.done, self.job.max_new_tokens, self.loop.written).min())
+        return int(np.where(self.seen.done, self.max_new_tokens, self.seen.written).min())
 
-    def decode(self, tokens: int) -> None:
-        """Run until every row has so many more tokens than the shortest, or is done."""
-        until, lengths = min(self.behind + tokens, self.job.max_new_tokens), self.job.lengths
+    def decode(self, until: int) -> None:
+        """Run until every row has so many tokens, or is done."""
         while (behind := self.behind) < until:
-            if len(lengths) == 1:
-                self._run(_decode, until, length=lengths[0])
+            if self.choice is None:
+                self._run(self.programs.decode, until, length=self.length)
                 continue
-            length, more = auto_length.choose(self.past, lengths)
-            unread = int(self.loop.last.num_valid.max())
-            if unread > UNREAD:  # the drafter has missed some
-                length, more = 0, auto_length.LONGEST
-            elif unread > (length + 1 if length else UNREAD - more):
-                self._run_part(0, behind + 1)  # every row that continues then has two positions to read
-                plain = [part.seconds / part.steps for part in self.past if not part.length]
-                if length or self.start_seconds.get(-1, 0.0) < MOST_READING * UNREAD * (plain or [0.0])[-1]:
-                    seconds = self._run(_read)
-                    self.start_seconds[-1] = seconds if -1 in self.start_seconds else 0.0  # the first one compiles
-            self._run_part(length, min(self.behind + more, until))
+            length, more = self.choice.next()
+            if length and np.where(self.seen.done, 0, self.seen.unread).max() > length + 1:
+                self._run(self.programs.read)
+            if not self.choice.seconds[length]:
+                self._run(self.programs.decode, 0, length=length)  # no step: it compiles
+            before = self.seen
+            seconds = self._run(self.programs.decode, min(behind + more, until), length=length)
+            new = [int(x - y) for x, y in ((self.seen.steps, before.steps), (self.seen.rows, before.rows))]
+            self.choice.add(length, *new, self.seen.num_accepted - before.num_accepted, seconds)
+            self.steps[length] += new[0]
 
-    def _run_part(self, length: int, until: int) -> None:
-        """Run a part for "auto", and remember it; not the first of a length, which compiles and finds caches cold."""
-
-        def counts() -> list:
-            return jax.device_get([self.loop.steps, self.loop.rows, self.loop.num_accepted])
-
-        before = counts()
-        seconds = self._run(_decode, until, length=length)
-        steps, rows, accepted = (after - old for after, old in zip(counts(), before, strict=True))
-        self.steps[length] += int(steps)
-        if length not in self.start_seconds:
-            self.start_seconds[length] = min(self._run(_decode, 0, length=length) for _ in range(3))
-        elif steps:
-            own = seconds - 1.5 * self.start_seconds[length]  # a short part's first step is slow
-            self.past.append(Part(length, int(steps), int(rows), accepted.tolist(), max(own, seconds / 10)))
-
-    def _run(self, program: Any, *args: int, **static: int) -> float:
+    def _run(self, program: Callable, *args: int, **static: int) -> float:
         """Run a program on the loop. Returns: its seconds."""
         start = time.perf_counter()
         with sharding.use_mesh(self.mesh):
-            self.loop = jax.block_until_ready(program(self.job, self.loop, *args, **static))
+            self.loop = program(self.leaves, self.loop, *args, **static)
+        self.seen = self._look()
         seconds = time.perf_counter() - start
         self.decode_seconds += seconds
         return seconds
 
     def result(self) -> Generated:
         """The result so far."""
-        loop, size = jax.device_get(self.loop._replace(cache=None, drafter=None, last=None)), self.loop.cache.nbytes
-        rows = [row[:n].tolist() for row, n in zip(loop.out, loop.written, strict=True)]
-        acceptance = (loop.num_accepted / max(int(loop.rows), 1)).tolist()
-        times, steps = (self.prefill_seconds, self.decode_seconds), self.steps if len(self.steps) > 1 else {}
-        return Generated(rows, acceptance, int(loop.steps), *times, size, self.bytes_per_token, dict(steps))
+        seen, text, ends = self.seen, np.asarray(self.loop.text), self.prompt_lengths + self.seen.written
+        rows = [row[a:b].tolist() for row, a, b in zip(text, self.prompt_lengths, ends, strict=True)]
+        acceptance = (seen.num_accepted / max(int(seen.rows), 1)).tolist()
+        times, steps = (self.prefill_seconds, self.decode_seconds), dict(self.steps) if self.choice else {}
+        return Generated(rows, acceptance, int(seen.steps), *times, self.loop.cache.nbytes, self.bytes_per_token, steps)
 
 
 def _without_cache(
     model: Transformer, prompts: Sequence[Sequence[int]], config: DecodeConfig, part: int
 ) -> Iterator[Generated]:
     """As `generate_in_parts`, with the model over all tokens so far at each step: slow and obvious, to compare with."""
-    start, (graphdef, state) = time.perf_counter(), nnx.split(model.in_compute_dtype())
+    clock, model = [time.perf_counter()], model.in_compute_dtype()
     longest = max(*map(len, prompts), config.pad_prompts_to) + config.max_new_tokens
     tokens, lengths = _pad(prompts, min(_round_up(longest), model.cfg.max_positions))
-    first, steps, prompt, going = start, 0, lengths.copy(), lengths > 0
+    prompt, going, steps = lengths.copy(), lengths > 0, 0
     while going.any():
-        with sharding.use_mesh(sharding.mesh_of(state)):
+        with sharding.use_mesh(sharding.mesh_of(model)):
             now = tokens, lengths, lengths - prompt, np.uint32(config.seed)
-            drawn = np.asarray(_next_tokens(graphdef, state, *now, sampling=config.sampling))
+            drawn = np.asarray(_next_tokens(model, *now, sampling=config.sampling))
         tokens[going, lengths[going]] = drawn[going]
         lengths[going] += 1
         going &= (lengths - prompt < config.max_new_tokens) & ~np.isin(drawn, config.stop_tokens)
-        end = time.perf_counter()
-        first = first if steps else end
+        clock.append(time.perf_counter())
         if steps % part == 0 or not going.any():
             rows = [row[a:b].tolist() for row, a, b in zip(tokens, prompt, lengths, strict=True)]
-            yield Generated(rows, steps=steps, prefill_seconds=first - start, decode_seconds=end - first)
+            yield Generated(rows, steps=steps, prefill_seconds=clock[1] - clock[0], decode_seconds=clock[-1] - clock[1])
         steps += 1
 
 
-@partial(jax.jit, static_argnames=("graphdef", "sampling"))
-def _next_tokens(graphdef, state, tokens, lengths, written, seed, *, sampling: Sampling):
+@partial(jax.jit, static_argnames="sampling")
+def _next_tokens(model: Transformer, tokens, lengths, written, seed, *, sampling: Sampling):
     """The token after the first `lengths` of each row, int32 [B]. No token sees those after it."""
-    model = nnx.merge(graphdef, state)
     x, _ = model.run_layers(constrain(tokens, "batch", None), None)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     keys = keys_at(row_keys(seed, lengths.size)[:, 0], written[:, None])[:, 0]
@@ -309,67 +300,71 @@ def _round_up(n: int) -> int:
     return -(-n // 32) * 32
 
 
-def _decode_weights(graphdef, state) -> DecodeWeights | None:
-    return nnx.merge(graphdef, state).prepare_decode()
-
-
-@jax.jit
 def _prefill(job: Job, tokens: Array, lengths: Array, seed: Array) -> Loop:
     """Read the prompts, and draw each row's first token, as if a step had just run over the prompt's last."""
-    (model, drafter), tokens, batch = job.merge(), constrain(tokens, "batch", None), tokens.shape[0]
+    (model, weights), drafter, longest = job.models[0], job.drafter, job.lengths[-1]
+    tokens, batch = constrain(tokens, "batch", None), tokens.shape[0]
     cache = model.empty_cache(batch, job.capacity, job.kind, job.dtype)
-    x, cache = model.prefill(tokens, lengths, cache, job.weights)
-    # With room for all that a drafter writes when it reads what it can leave unread.
-    prompt = Prompt(tokens, lengths, x, job.capacity + job.unread, job.kind, job.dtype)
-    rows, zero = jnp.zeros((batch,), jnp.int32), jnp.zeros((), jnp.int32)
+    x, cache = model.prefill(tokens, lengths, cache, weights)
+    # With room for what a drafter writes beyond the text.
+    prompt = Prompt(tokens, lengths, x, job.capacity + max(READ, longest + 1), job.kind, job.dtype)
+    rows, zero, h = jnp.zeros((batch,), jnp.int32), jnp.zeros((), jnp.int32), None
+    if job.draft == "mtp":  # plain steps may leave all their positions unread
+        unread = longest + 1 + (job.max_new_tokens if len(job.lengths) > 1 else 0)
+        h = constrain(jnp.zeros((batch, unread, x.shape[2]), x.dtype), "batch", None, None)
+    text = jnp.zeros((batch, job.capacity), jnp.int32).at[:, : tokens.shape[1]].set(tokens)
     loop = Loop(
-        cache.at_lengths(lengths - 1), drafter and drafter.start(prompt), None, row_keys(seed, batch), rows > 0,
-        jnp.full((batch, job.max_new_tokens), -1, jnp.int32), rows, zero, zero,
-        jnp.zeros((job.lengths[-1],), jnp.int32),
+        cache.at_lengths(lengths - 1), drafter and drafter.start(prompt), h, rows, row_keys(seed, batch), rows > 0,
+        constrain(text), rows, zero, zero, jnp.zeros((longest,), jnp.int32),
     )  # fmt: skip
-    newest, x = (jnp.take_along_axis(y, (lengths - 1).reshape(-1, *[1] * (y.ndim - 1)), axis=1) for y in (tokens, x))
-    loop, last = _advance(job, model, loop, Drafts(newest[:, 1:], None), newest, x)
-    return loop._replace(last=drafter and last.resize(job.unread), rows=zero, steps=zero)
+    x = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
+    return _advance(job, loop, Drafts(tokens[:, :0], None), x)._replace(rows=zero, steps=zero)
 
 
-@partial(jax.jit, static_argnames="length", donate_argnames="loop")
 def _decode(job: Job, loop: Loop, until: Array, *, length: int) -> Loop:
     """Run steps of `length` drafts until every row has `until` tokens, or is done."""
-    model, drafter = job.merge()
+    (model, weights), drafter = job.models[0], job.drafter
 
     def step(loop: Loop) -> Loop:
-        newest = jnp.take_along_axis(loop.out, loop.written[:, None] - 1, axis=1)
+        newest = jnp.take_along_axis(loop.text, loop.cache.lengths[:, None], axis=1)
         drafts, state = Drafts(newest[:, 1:], None), loop.drafter
         if length:
+            assert drafter is not None
             keys = keys_at(loop.keys[:, 1], loop.written[:, None] + jnp.arange(length, dtype=jnp.int32)[None])
-            drafts, state = drafter.draft(state, loop.last, keys.swapaxes(0, 1), job.sampling)
-        x, cache = model.run_layers(jnp.concatenate([newest, drafts.tokens], axis=1), loop.cache, job.weights)
-        after, last = _advance(job, model, loop._replace(cache=cache), drafts, newest, x)
-        return after._replace(drafter=state, last=last if length else drafter and loop.last.append(last))
+            unread = _unread(loop, length + 1, loop.unread)
+            drafts, state = drafter.draft(state, unread, keys.swapaxes(0, 1), job.sampling)
+        x, cache = model.run_layers(jnp.concatenate([newest, drafts.tokens], axis=1), loop.cache, weights)
+        return _advance(job, loop._replace(cache=cache, drafter=state), drafts, x)
 
-    if length:
-        loop = loop._replace(last=loop.last.resize(length + 1))
-    loop = jax.lax.while_loop(lambda loop: ((loop.written < until) & ~loop.done).any(), step, loop)
-    return loop._replace(last=drafter and loop.last.resize(job.unread))
+    return jax.lax.while_loop(lambda loop: ((loop.written < until) & ~loop.done).any(), step, loop)
 
 
-@partial(jax.jit, donate_argnames="loop")
 def _read(job: Job, loop: Loop) -> Loop:
-    """Let the drafter read all that plain steps have left but the newest position, which its next drafts follow."""
-    last, drafter = loop.last, job.merge()[1]
-    keys = jax.random.split(jax.random.key(0), (job.lengths[1], last.start.size))  # its drafts are for nothing
-    earlier = last._replace(num_valid=jnp.maximum(last.num_valid - 1, 1))
-    return loop._replace(drafter=drafter.draft(loop.drafter, earlier, keys, GREEDY)[1], last=last.newest())
+    """Let the drafter read all that plain steps have left but one position, which its next drafts follow."""
+    drafter = job.drafter
+    assert drafter is not None
+
+    def some(loop: Loop) -> Loop:
+        count = jnp.minimum(loop.unread - 1, READ)
+        state, h = drafter.read(loop.drafter, _unread(loop, READ, count)), loop.h
+        h = None if h is None else constrain(window(h, count, h.shape[1]), "batch", None, None)
+        return loop._replace(drafter=state, h=h, unread=loop.unread - count)
+
+    return jax.lax.while_loop(lambda loop: (loop.unread > 1).any(), some, loop)
 
 
-def _advance(
-    job: Job, model: Transformer, loop: Loop, drafts: Drafts, newest: Array, x: Array
-) -> tuple[Loop, StepResult]:
+def _unread(loop: Loop, width: int, count: Array) -> Unread:
+    h = None if loop.h is None else loop.h[:, :width]
+    return Unread(h, loop.text, count, loop.cache.lengths - loop.unread)
+
+
+def _advance(job: Job, loop: Loop, drafts: Drafts, x: Array) -> Loop:
     """Accept or reject drafts, write the tokens, and move each row on by its own count.
 
-    Args: newest [B, 1], the last token before the drafts; x [B, F, D], the trunk's output at it and at each draft.
+    Args: x [B, F, D], the trunk's output at the newest token and at each draft.
     """
-    start, index = loop.cache.lengths, jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    model, width = job.models[0][0], x.shape[1]
+    rows, index = (jnp.arange(n, dtype=jnp.int32)[None] for n in x.shape[:2])
     logits, left = process_by_rows(model.logits(model.norm(x)), job.sampling)
     keys = keys_at(loop.keys[:, 0], loop.written[:, None] + index)
     num_accepted, tokens = map(constrain, accept(drafts.tokens, drafts.q, logits, keys, left))
@@ -378,18 +373,21 @@ def _advance(
     ended = ends.any(axis=1)
     count = jnp.where(ended, jnp.argmax(ends, axis=1).astype(jnp.int32) + 1, count)
     count = jnp.where(loop.done, 0, count)  # such a row does not move; its numbers are computed and ignored
-    column = jnp.where(index < count[:, None], loop.written[:, None] + index, job.max_new_tokens)  # past it: dropped
-    rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
-    written = loop.written + count
+    start, written = loop.cache.lengths, loop.written + count
+    column = jnp.where(index < count[:, None], start[:, None] + 1 + index, job.capacity)  # past it: dropped
     accepted = (index[:, :-1] < num_accepted[:, None]) & ~loop.done[:, None]
-    h = constrain(model.read_by_heads(x), "batch", None, None)
-    last = StepResult(h, jnp.concatenate([newest, tokens], axis=1), jnp.maximum(count, 1), start)
+    h, unread = loop.h, jnp.maximum(count, 1) if width > 1 else loop.unread + count
+    if h is not None:
+        new = constrain(model.read_by_heads(x), "batch", None, None)
+        h = h.at[:, :width].set(new) if width > 1 else h.at[rows[0], loop.unread].set(new[:, 0])
     return loop._replace(
         cache=keep_sharded(loop.cache.at_lengths(start + count)),
+        h=h,
+        unread=constrain(unread),
         done=constrain(loop.done | ended | (written == job.max_new_tokens)),
-        out=constrain(loop.out.at[rows, column].set(tokens, mode="drop")),
+        text=constrain(loop.text.at[rows.T, column].set(tokens, mode="drop")),
         written=constrain(written),
         steps=loop.steps + 1,
         rows=loop.rows + (~loop.done).sum(dtype=jnp.int32),
-        num_accepted=loop.num_accepted.at[: accepted.shape[1]].add(accepted.sum(axis=0, dtype=jnp.int32)),
-    ), last
+        num_accepted=loop.num_accepted.at[: width - 1].add(accepted.sum(axis=0, dtype=jnp.int32)),
+    )
