@@ -4,8 +4,8 @@
     E(J)  1 + A_1 + … + A_J, tokens of a step
     t(J)  seconds of a step, the median of its last parts; until J has run, those of the next shorter length
 
-The largest E(J) / t(J) is chosen. What was accepted is forgotten slowly, so that a length that lost is tried again. The
-longer a length has run, the longer are its parts.
+The largest E(J) / t(J) is chosen. What was accepted and timed is forgotten slowly, so that a length that lost is tried
+again. The longer a length has run, the longer are its parts.
 
 The choice depends on past parts alone, so sampled text keeps its distribution. With a drafter that samples, a seed's
 text depends on the choices, and these on the clock.
@@ -21,8 +21,9 @@ import numpy as np
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.mtp import HEADS
 
-SHORTEST, LONGEST = 8, 128  # tokens of a part
-HALF_LIFE = 1024  # tokens after which a tried draft weighs half
+SHORTEST, LONGEST = 8, 512  # tokens of a part
+HALF_LIFE = 1024  # tokens after which a part weighs half
+LEAST = 1  # tokens of a length, so weighed, whose time is forgotten
 OTHER_TEXTS = 16  # tried drafts that earlier requests weigh, at most
 
 
@@ -61,6 +62,7 @@ class LengthChoice:
     def __init__(self, lengths: Sequence[int]):
         self.lengths = lengths
         self.seconds = {length: deque[float](maxlen=5) for length in lengths}  # of a step
+        self.start = dict.fromkeys(lengths, 0.0)  # seconds of a part of one step
         self.accepted, self.tried = np.zeros((2, lengths[-1]))
         self.tokens = dict.fromkeys(lengths, 0.0)
 
@@ -85,17 +87,23 @@ class LengthChoice:
         Args: rows: steps of sequences that were not done. accepted: drafts, by position.
         """
         tokens = steps * (1 + sum(accepted) / max(rows, 1))
-        self._fade(0.5 ** (tokens / HALF_LIFE))
-        self.seconds[length].append(seconds / steps)
+        self._fade(*[0.5 ** (tokens / HALF_LIFE)] * 2)
+        # A part's start and its first step, with cold caches, take the host as long as some steps of a small model.
+        start = self.start[length]
+        own = (seconds - start) / max(steps - (start > 0), 1)
+        self.seconds[length].append(max(own, seconds / steps / 2))
         self.accepted[:length] += accepted[:length]
         self.tried[:length] += rows
         self.tokens[length] += tokens
 
     def begin_text(self) -> None:
         """Let the texts before weigh little in the next."""
-        self._fade(min(1.0, OTHER_TEXTS / max(*self.tried, 1.0)))
+        self._fade(1.0, min(1.0, OTHER_TEXTS / max(*self.tried, 1.0)))
 
-    def _fade(self, factor: float) -> None:
-        self.accepted *= factor
-        self.tried *= factor
-        self.tokens = {length: factor * tokens for length, tokens in self.tokens.items()}
+    def _fade(self, times: float, drafts: float) -> None:
+        self.accepted *= drafts
+        self.tried *= drafts
+        for length in self.lengths:
+            self.tokens[length] *= times
+            if self.tokens[length] < LEAST:  # it was too long ago: the machine may have been slow
+                self.seconds[length].clear()

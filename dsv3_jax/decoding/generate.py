@@ -42,6 +42,11 @@ class Loop(NamedTuple):
     rows: Array  # int32 []: steps of rows that were not done
     num_accepted: Array  # int32 [J]: accepted drafts, by position
 
+    @property
+    def newest(self) -> Array:
+        """The position of each row's newest token, int32 [B]; replicated, so that no device sends the text."""
+        return constrain(self.cache.lengths)
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -230,13 +235,21 @@ class _Request:
             length, more = self.choice.next()
             if length and np.where(self.seen.done, 0, self.seen.unread).max() > length + 1:
                 self._run(self.programs.read)
+            if not self.choice.start[length]:
+                self._run(self.programs.decode, 0, length=length)  # it compiles, without a step
             if not self.choice.seconds[length]:
-                self._run(self.programs.decode, 0, length=length)  # no step: it compiles
-            before = self.seen
-            seconds = self._run(self.programs.decode, min(behind + more, until), length=length)
-            new = [int(x - y) for x, y in ((self.seen.steps, before.steps), (self.seen.rows, before.rows))]
-            self.choice.add(length, *new, self.seen.num_accepted - before.num_accepted, seconds)
-            self.steps[length] += new[0]
+                self.choice.start[length] = self._part(length, behind + 1)[-1]
+            part = self._part(length, min(self.behind + more, until))
+            if part[0]:
+                self.choice.add(length, *part)
+
+    def _part(self, length: int, until: int) -> tuple[int, int, np.ndarray, float]:
+        """Run a part. Returns: (steps, steps of rows that were not done, accepted drafts by position, seconds)."""
+        before = self.seen
+        seconds = self._run(self.programs.decode, until, length=length)
+        steps, rows, accepted = (getattr(self.seen, x) - getattr(before, x) for x in ("steps", "rows", "num_accepted"))
+        self.steps[length] += int(steps)
+        return int(steps), int(rows), accepted, seconds
 
     def _run(self, program: Callable, *args: int, **static: int) -> float:
         """Run a program on the loop. Returns: its seconds."""
@@ -326,7 +339,7 @@ def _decode(job: Job, loop: Loop, until: Array, *, length: int) -> Loop:
     (model, weights), drafter = job.models[0], job.drafter
 
     def step(loop: Loop) -> Loop:
-        newest = jnp.take_along_axis(loop.text, loop.cache.lengths[:, None], axis=1)
+        newest = jnp.take_along_axis(loop.text, loop.newest[:, None], axis=1)
         drafts, state = Drafts(newest[:, 1:], None), loop.drafter
         if length:
             assert drafter is not None
@@ -355,7 +368,7 @@ def _read(job: Job, loop: Loop) -> Loop:
 
 def _unread(loop: Loop, width: int, count: Array) -> Unread:
     h = None if loop.h is None else loop.h[:, :width]
-    return Unread(h, loop.text, count, loop.cache.lengths - loop.unread)
+    return Unread(h, loop.text, count, loop.newest - loop.unread)
 
 
 def _advance(job: Job, loop: Loop, drafts: Drafts, x: Array) -> Loop:
@@ -373,13 +386,14 @@ def _advance(job: Job, loop: Loop, drafts: Drafts, x: Array) -> Loop:
     ended = ends.any(axis=1)
     count = jnp.where(ended, jnp.argmax(ends, axis=1).astype(jnp.int32) + 1, count)
     count = jnp.where(loop.done, 0, count)  # such a row does not move; its numbers are computed and ignored
-    start, written = loop.cache.lengths, loop.written + count
+    start, written = loop.newest, loop.written + count
     column = jnp.where(index < count[:, None], start[:, None] + 1 + index, job.capacity)  # past it: dropped
     accepted = (index[:, :-1] < num_accepted[:, None]) & ~loop.done[:, None]
     h, unread = loop.h, jnp.maximum(count, 1) if width > 1 else loop.unread + count
     if h is not None:
         new = constrain(model.read_by_heads(x), "batch", None, None)
-        h = h.at[:, :width].set(new) if width > 1 else h.at[rows[0], loop.unread].set(new[:, 0])
+        first = jnp.zeros_like(count) if width > 1 else loop.unread
+        h = model.kernels("write_rows", h[None, :, None], new[:, None], jnp.zeros((), jnp.int32), first)[0, :, 0]
     return loop._replace(
         cache=keep_sharded(loop.cache.at_lengths(start + count)),
         h=h,
