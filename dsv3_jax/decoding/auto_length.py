@@ -24,6 +24,7 @@ from dsv3_jax.model.mtp import HEADS
 SHORTEST, LONGEST = 8, 512  # tokens of a part
 HALF_LIFE = 1024  # tokens after which a part weighs half
 LEAST = 1  # tokens of a length, so weighed, whose time is forgotten
+FIRST = 64.0  # tokens of a text's first part, at most
 OTHER_TEXTS = 16  # tried drafts that earlier requests weigh, at most
 
 
@@ -87,7 +88,13 @@ class LengthChoice:
         Args: rows: steps of sequences that were not done. accepted: drafts, by position.
         """
         tokens = steps * (1 + sum(accepted) / max(rows, 1))
-        self._fade(*[0.5 ** (tokens / HALF_LIFE)] * 2)
+        fade = 0.5 ** (tokens / HALF_LIFE)
+        self.accepted *= fade
+        self.tried *= fade
+        for other in self.lengths:
+            self.tokens[other] *= fade
+            if self.tokens[other] < LEAST:  # it was too long ago: the machine may have been slow
+                self.seconds[other].clear()
         # A part's start and its first step, with cold caches, take the host as long as some steps of a small model.
         start = self.start[length]
         own = (seconds - start) / max(steps - (start > 0), 1)
@@ -97,13 +104,8 @@ class LengthChoice:
         self.tokens[length] += tokens
 
     def begin_text(self) -> None:
-        """Let the texts before weigh little in the next."""
-        self._fade(1.0, min(1.0, OTHER_TEXTS / max(*self.tried, 1.0)))
-
-    def _fade(self, times: float, drafts: float) -> None:
-        self.accepted *= drafts
-        self.tried *= drafts
-        for length in self.lengths:
-            self.tokens[length] *= times
-            if self.tokens[length] < LEAST:  # it was too long ago: the machine may have been slow
-                self.seconds[length].clear()
+        """Let the texts before weigh little in the next, whose first parts are short."""
+        factor = min(1.0, OTHER_TEXTS / max(*self.tried, 1.0))
+        self.accepted *= factor
+        self.tried *= factor
+        self.tokens = {length: min(tokens, FIRST) for length, tokens in self.tokens.items()}
