@@ -28,7 +28,7 @@ from dsv3_jax.ops.verify_drafts import accept
 
 
 class Loop(NamedTuple):
-    """The decoding loop's state. On a mesh, arrays as wide as the model are sharded by rows; others replicated."""
+    """The decoding loop's state. On a mesh, `h`, `text` and caches are sharded by rows; others replicated."""
 
     cache: Any  # of the tokens before the newest
     drafter: Any  # the drafter's state
@@ -41,11 +41,6 @@ class Loop(NamedTuple):
     steps: Array  # int32 []
     rows: Array  # int32 []: steps of rows that were not done
     num_accepted: Array  # int32 [J]: accepted drafts, by position
-
-    @property
-    def newest(self) -> Array:
-        """The position of each row's newest token, int32 [B]; replicated, so that no device sends the text."""
-        return constrain(self.cache.lengths)
 
 
 @partial(
@@ -328,7 +323,7 @@ def _prefill(job: Job, tokens: Array, lengths: Array, seed: Array) -> Loop:
     text = jnp.zeros((batch, job.capacity), jnp.int32).at[:, : tokens.shape[1]].set(tokens)
     loop = Loop(
         cache.at_lengths(lengths - 1), drafter and drafter.start(prompt), h, rows, row_keys(seed, batch), rows > 0,
-        constrain(text), rows, zero, zero, jnp.zeros((longest,), jnp.int32),
+        constrain(text, "batch", None), rows, zero, zero, jnp.zeros((longest,), jnp.int32),
     )  # fmt: skip
     x = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     return _advance(job, loop, Drafts(tokens[:, :0], None), x)._replace(rows=zero, steps=zero)
@@ -339,7 +334,7 @@ def _decode(job: Job, loop: Loop, until: Array, *, length: int) -> Loop:
     (model, weights), drafter = job.models[0], job.drafter
 
     def step(loop: Loop) -> Loop:
-        newest = jnp.take_along_axis(loop.text, loop.newest[:, None], axis=1)
+        newest = jnp.take_along_axis(loop.text, loop.cache.lengths[:, None], axis=1)
         drafts, state = Drafts(newest[:, 1:], None), loop.drafter
         if length:
             assert drafter is not None
@@ -368,7 +363,7 @@ def _read(job: Job, loop: Loop) -> Loop:
 
 def _unread(loop: Loop, width: int, count: Array) -> Unread:
     h = None if loop.h is None else loop.h[:, :width]
-    return Unread(h, loop.text, count, loop.newest - loop.unread)
+    return Unread(h, loop.text, count, loop.cache.lengths - loop.unread)
 
 
 def _advance(job: Job, loop: Loop, drafts: Drafts, x: Array) -> Loop:
@@ -386,7 +381,7 @@ def _advance(job: Job, loop: Loop, drafts: Drafts, x: Array) -> Loop:
     ended = ends.any(axis=1)
     count = jnp.where(ended, jnp.argmax(ends, axis=1).astype(jnp.int32) + 1, count)
     count = jnp.where(loop.done, 0, count)  # such a row does not move; its numbers are computed and ignored
-    start, written = loop.newest, loop.written + count
+    start, written = loop.cache.lengths, loop.written + count
     column = jnp.where(index < count[:, None], start[:, None] + 1 + index, job.capacity)  # past it: dropped
     accepted = (index[:, :-1] < num_accepted[:, None]) & ~loop.done[:, None]
     h, unread = loop.h, jnp.maximum(count, 1) if width > 1 else loop.unread + count
@@ -399,7 +394,7 @@ def _advance(job: Job, loop: Loop, drafts: Drafts, x: Array) -> Loop:
         h=h,
         unread=constrain(unread),
         done=constrain(loop.done | ended | (written == job.max_new_tokens)),
-        text=constrain(loop.text.at[rows.T, column].set(tokens, mode="drop")),
+        text=constrain(loop.text.at[rows.T, column].set(tokens, mode="drop"), "batch", None),
         written=constrain(written),
         steps=loop.steps + 1,
         rows=loop.rows + (~loop.done).sum(dtype=jnp.int32),
