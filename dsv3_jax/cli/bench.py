@@ -140,7 +140,7 @@ def decode(options: Decode) -> int:
         f"bound: weights and cache that a step must read, at the measured {bandwidth / 1e9:.1f} GB/s of copying"
     )
     if options.json:
-        report = {"step": step, "new_tokens": options.new_tokens, "copy_bandwidth": bandwidth}
+        report: dict[str, Any] = {"step": step, "new_tokens": options.new_tokens, "copy_bandwidth": bandwidth}
         report["cells"] = [cell._asdict() | row for cell, row in rows.items()]
         write_atomic(options.json, json.dumps(report, indent=1) + "\n")
     return 0

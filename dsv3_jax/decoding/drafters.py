@@ -33,7 +33,7 @@ class Unread(NamedTuple):
 
     h: Array | None  # [B, F, D]: what heads read of the trunk at these positions; None if other drafters draft
     text: Array  # int32 [B, S]: the complete text; beyond its newest token the numbers are arbitrary
-    count: Array  # int32 [B]: how many positions, at most F; the newest token is at start + count
+    num_valid: Array  # int32 [B]: how many positions, at most F; the newest token is at start + num_valid
     start: Array  # int32 [B]
 
 
@@ -74,7 +74,7 @@ class ModelDrafter:
 
     def draft(self, state: Cache, unread: Unread, keys: Array, sampling: Sampling) -> tuple[Drafts, Cache]:
         # Two tokens may not be cached: the newest, and before it a draft that ended a step.
-        first = unread.start + unread.count - 1
+        first = unread.start + unread.num_valid - 1
         x, cache = self.model.run_layers(window(unread.text, first, 2), state.at_lengths(first), self.weights)
 
         def draw(h: Array, key: Array) -> Drafts:
@@ -104,7 +104,7 @@ class _Heads:
     def __init__(self, model: Transformer, weights: DecodeWeights | None):
         self.model, self.heads = model, [unshard_head(head, model.unshard) for head in model.mtp]
 
-    def read(self, state: Any, unread: Unread) -> Any:
+    def read(self: Any, state: Any, unread: Unread) -> Any:
         keys = jax.random.split(jax.random.key(0), (len(self.heads), unread.start.size))  # of drafts that nobody uses
         return self.draft(state, unread, keys, GREEDY)[1]
 
@@ -192,7 +192,7 @@ class ParallelDrafter(_Heads):
             ctx = make_context(self.model.cfg, positions, tokens=tokens, cache=cache, options=DECODING)
             h, ctx, _ = head(unread.h, ctx)
             caches[k] = ctx.cache
-            drawn.append(_draw(self.model.logits(_pick(h, unread.count - 1)), keys[k], sampling))
+            drawn.append(_draw(self.model.logits(_pick(h, unread.num_valid - 1)), keys[k], sampling))
         return _concat_drafts(drawn), tuple(caches)
 
 
@@ -217,7 +217,7 @@ class LookupDrafter:
         return None
 
     def draft(self, state: None, unread: Unread, keys: Array, sampling: Sampling) -> tuple[Drafts, None]:
-        newest = unread.start + unread.count
+        newest = unread.start + unread.num_valid
         found = look_up(unread.text, newest)
         ahead = jnp.arange(keys.shape[0], dtype=jnp.int32)[None] % (newest - found)[:, None]
         return Drafts(jnp.take_along_axis(unread.text, found[:, None] + 1 + ahead, axis=1), None), None
