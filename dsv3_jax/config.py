@@ -248,7 +248,7 @@ class Execution:
     # other names. OP=NAME forces the kernel of one op; commas join several
     kernels: str = "auto"
     layout: Layout = field(default_factory=Layout)  # how the model is sharded over a mesh of devices
-    # XLA's flags for training on several GPUs or TPUs: auto sets those of kernels/xla_flags.py, none sets none
+    # XLA's flags for training on several GPUs or TPUs: auto sets the flags of kernels/xla_flags.py, none sets none
     xla_flags: Literal["auto", "none"] = "auto"
     # 8-bit operands for the products of linear layers in training. fp8 is DeepSeek-V3's recipe, fp8_ue8m0 V3.1's, whose
     # scales are powers of two, and mxfp8 that of the MX formats. none multiplies in compute_dtype. Emulated, so slower:
@@ -274,7 +274,7 @@ class HeadKind(NamedTuple):
     # It reads the tokens that it continues, so it can draft beyond its depth. Otherwise it reads the trunk's output.
     reads_tokens: bool
     has_experts: bool  # it has a sparse block, so a router
-    reads_raw: bool  # it has a norm of its own, so it may read the trunk's output before the final norm
+    reads_raw: bool  # it has its own norm, so it may read the trunk's output before the final norm
     max_depth: int | None = None  # None means any
 
 
@@ -360,7 +360,7 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Number of heads with keys and values of their own; MLA forms them for every head."""
+        """Number of key-value heads; MLA forms them for every head."""
         return self.num_kv_heads or (1 if self.attention == "mqa" else self.num_heads)
 
     @property

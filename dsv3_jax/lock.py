@@ -1,10 +1,10 @@
 """One writer for a folder: a lock file that is open under `flock`, with a record of the process that holds it.
 
 The system releases `flock` when the process ends, however it ends. A second writer is refused, and the sentence names
-the first. A lock that a dead process left is deleted, and a new one takes its place. Thus a holder that finds no lock,
-or another one, at the place of its own was moved or taken over, and must not write any more.
+the first. A lock that a dead process left is deleted, and a new one takes its place. So a holder that finds no lock, or
+another one, in its folder was moved or replaced, and must not write any more.
 
-On most shared file systems `flock` reaches all hosts. Where a file system has none, the record decides: a lock of
+On most shared file systems `flock` reaches all hosts. On a file system without locks the record decides: a lock of
 another host, or of a process that lives on this one, is refused.
 """
 

@@ -132,7 +132,7 @@ _V2_LITE_RUN = replace(_V3_RUN, model=V2_LITE, optim=OptimConfig(learning_rate=4
 #   mini_80gb      parameters and gradients 1.6, means 1.6, a second gradient 0.8 (microbatches); nothing recomputed: 20
 #   v2_lite_80gb   parameters and gradients 18, means in bfloat16 9, a second gradient 9; kept by "dots" 3, one layer's
 #                  recomputation 4, a chunk of logits 7. All 27 layers would be 189 without a single activation
-# Their learning rates are those of mini and of V2-Lite's report, not tuned for these batches.
+# Their learning rates come from mini and from V2-Lite's report, and are not tuned for these batches.
 RECIPES = Table("preset", {
     "tiny": _TINY_RUN,
     "lab": replace(
@@ -210,7 +210,7 @@ def recipe(name: str) -> RunConfig:
 
 
 def recipe_with_model(name: str) -> RunConfig:
-    """Return the recipe of that name if it has a model of its own.
+    """Return the recipe of that name if it names a model.
 
     Raises: ConfigError for an unknown name, and for a recipe that takes another run's model.
 

@@ -259,7 +259,7 @@ def balance_loss(r: Routing, xp) -> Float[Array, " B"]:
     """Σ_e f_e P_e of each row, with f_e = E/K · mean_t [e in expert_ids_t] and P_e = mean_t s_te / Σ_e s_te.
 
     Sequence-wise loss (V3): a row is a sequence, and expert_ids are the top K of the bare scores, without groups.
-    Switch loss (arXiv 2101.03961): one row holds the batch, and expert_ids are those of the router.
+    Switch loss (arXiv 2101.03961): one row holds the batch, and expert_ids come from the router.
     """
     num_experts, k = r.scores.shape[-1], r.expert_ids.shape[-1]
     mean = (r.counted / np.maximum(r.counted.sum(-1, keepdims=True), 1))[..., None]  # [B,T,1]: weights of a mean over t

@@ -104,7 +104,7 @@ def open_start(place: str, out: str | Path | None = None) -> warm_start.Start:
 
 
 def open_chats(run: RunConfig, out: str | Path) -> tuple[TextSettings, Source]:
-    """Read how a run reads chats, and its examples: by its own files once it has begun, else by those of its start.
+    """Read how a run reads chats, and its examples: by its own files once it has begun, else by its start's.
 
     Raises: ConfigError without a start; ValueError when there is no template, or a file cannot be read.
     """

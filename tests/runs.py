@@ -186,7 +186,7 @@ def _flags(values: dict, usual: dict, prefix: str) -> Iterator[str]:
 
 
 def environment(root: Path) -> dict[str, str]:
-    """For a process of its own, which has no import hook and shares this session's compiled programs."""
+    """For a separate process, which has no import hook and shares this session's compiled programs."""
     return os.environ | {
         "PYTHONPATH": str(HERE),
         "PYTHONUNBUFFERED": "1",
@@ -205,7 +205,7 @@ def dsv3(before: str) -> tuple[str, str]:
 
 
 def start(argv: list[str], root: Path, program: Sequence[str] | None = None) -> subprocess.Popen:
-    """`dsv3 …` in a process of its own, or another Python program with these words.
+    """`dsv3 …` in a separate process, or another Python program with these words.
 
     Training leaves out what SPEND_NO_SECONDS does.
     """
@@ -220,7 +220,7 @@ def start(argv: list[str], root: Path, program: Sequence[str] | None = None) -> 
 def unhooked_cli():
     """dsv3_jax.cli.main as users have it: the tests' import hook would refuse tyro's mark of a missing option."""
     common = unhooked("dsv3_jax.cli.common", "dsv3_jax.cli.common")  # in place of the hooked ones
-    common.prepare_training = lambda mesh=None: None  # the allocator is set in a process of its own
+    common.prepare_training = lambda mesh=None: None  # the allocator is set in a separate process
     unhooked("dsv3_jax.cli.train", "dsv3_jax.cli.train")
     return unhooked("dsv3_jax.cli.main")
 

@@ -28,7 +28,7 @@ def test_flags_are_for_several_accelerators_and_the_users_own_win(monkeypatch):
 
 
 def test_flags_that_this_xla_does_not_know_are_left_out():
-    """XLA reads those of GPUs on any host; those of TPUs only where libtpu is."""
+    """XLA reads a GPU's flags on any host, a TPU's only with libtpu."""
     latency = ("xla_gpu_enable_latency_hiding_scheduler", True)
     assert xla_flags.known((("xla_no_such_flag", True), latency)) == (latency,)
     gpu = xla_flags.known(xla_flags.training_options("cuda", Execution(), 8))

@@ -205,7 +205,7 @@ def check_messages(messages: Any, source: str = "", *, any_order: bool = False) 
     """Check a conversation.
 
     The first turn after system messages is a user's. Two user turns or two assistant turns never follow one another.
-    Roles are those of `ROLES`, and others that the template names. A template that checks the order itself, with
+    Roles are `ROLES` and others that the template names. A template that checks the order itself, with
     `raise_exception`, is left to do so.
 
     Args:

@@ -190,7 +190,7 @@ def _read(folder: Path, tokenizer: Tokenizer, *, released: bool) -> TextSettings
 
 
 def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Find the chat templates. Files of their own come first: then tokenizer_config.json's are not used.
+    """Find the chat templates. Separate files come first: then tokenizer_config.json's are not used.
 
     Source: transformers, `PreTrainedTokenizerBase._from_pretrained`.
     """

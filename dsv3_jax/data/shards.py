@@ -229,8 +229,8 @@ def proportions(sizes: dict[str, int], cfg: DataConfig) -> dict[str, float]:
 def open_shards(cfg: DataConfig, tokenizer: Tokenizer) -> Source:
     """Open the folder of shards that `cfg.paths` names.
 
-    Every row occurs once in each pass. Without a mixture a pass is over all rows. With one, each domain has passes of
-    its own.
+    Every row occurs once in each pass. Without a mixture a pass is over all rows. With one, passes are counted for each
+    domain.
 
     Raises: ValueError for shards of another tokenizer, a missing or torn shard, a sequence length that does not divide
         the records, or an unknown domain in the mixture.

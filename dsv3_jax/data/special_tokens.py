@@ -13,8 +13,8 @@ ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 def named_specials(folder: Path) -> dict[str, str]:
     """Return the names of a folder's special tokens by role: bos_token, eos_token, …, as far as its files give them.
 
-    They are those of tokenizer_config.json. special_tokens_map.json is older, and counts where tokenizer_config.json
-    has no added_tokens_decoder.
+    They come from tokenizer_config.json. The older special_tokens_map.json counts if tokenizer_config.json has no
+    added_tokens_decoder.
 
     Raises: ValueError when a file is not JSON, or a name is not text.
     Source: transformers, `PreTrainedTokenizerBase._from_pretrained`.
@@ -26,7 +26,7 @@ def named_specials(folder: Path) -> dict[str, str]:
         value = value.get("content") if isinstance(value, dict) else value
         if role in ROLES and value is not None and not isinstance(value, str):
             raise ValueError(f"{folder / CONFIG_FILE} has {role}={value!r}, which is not the name of a token")
-        if role.endswith("_token") and isinstance(value, str):  # models add roles of their own, as image_token
+        if role.endswith("_token") and isinstance(value, str):  # models add further roles, as image_token
             names[role] = value
     return names
 

@@ -235,7 +235,7 @@ class FileTokenizer(Tokenizer):
     """A `tokenizer.json`: byte-level BPE (GPT-2, DeepSeek, Llama 3), or SentencePiece with "▁" for a space.
 
     SentencePiece puts a space before a text, and `decode` removes it. `bytes_of` and `stream` keep it, as their ids may
-    come from the middle of a text. If the tokenizer normalises characters, bytes are those of the normalised text.
+    come from the middle of a text. If the tokenizer normalises characters, bytes belong to the normalised text.
 
     The id that ends a document is the `eos_token` of the files beside a tokenizer.json (see `named_specials`), else of
     its config.json or generation_config.json, else a known name.
@@ -404,7 +404,7 @@ def load(spec: str) -> Tokenizer:
 def _eos_of(file: Path, id_of: Callable[[str], int | None]) -> int:
     """Return the id that ends a document: the one that the files beside the tokenizer name, else a known name's."""
     folder = file.parent
-    if file.name in (JSON_FILE, TIKTOKEN_FILE):  # another name is a file of its own, whatever is beside it
+    if file.name in (JSON_FILE, TIKTOKEN_FILE):  # a file of another name stands alone, whatever its folder holds
         name = named_specials(folder).get("eos_token")
         if name is not None:
             eos = id_of(name)

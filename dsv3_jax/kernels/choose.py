@@ -72,7 +72,7 @@ class Implementation:
 
     @property
     def made_for(self) -> str:
-        """What `serves` asks, in words."""
+        """A sentence on what `serves` asks."""
         return f"for {' or '.join(self.dtypes) or 'any dtype'}{' on one device' if self.one_device else ''}"
 
 
@@ -390,7 +390,7 @@ class Kernels:
     def slices_experts(self) -> bool:
         """Whether XLA reads the chosen experts of a layer out of the stack of all, without a copy of the layer.
 
-        On a TPU the grouped product wants an array of its own.
+        On a TPU the grouped product needs a separate array.
         """
         return self.target.platform in GPUS
 

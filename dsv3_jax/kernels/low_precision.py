@@ -10,8 +10,8 @@ MXFP8 has tiles of 32 along the contracted axis in all operands, weights too, an
 these products: attention's projections, SwiGLU, experts, and those of multi-token heads. Embedding, output head,
 router, norms, attention itself and the optimizer do not.
 
-This file emulates the recipe on any device: the operands hold exactly the values of e4m3 numbers times their scales, in
-float32, and one float32 product adds them up. The recipe's own order, one sum for each 128 numbers and then the scales,
+This file emulates the recipe on any device. The operands hold exactly the values of e4m3 numbers times their scales, in
+float32. One float32 product adds them up. The recipe's own order, one sum for each 128 numbers and then the scales,
 differs by float32 rounding only. On a mesh that shards experts or their tokens, tiles do not cross devices.
 
 If scales are powers of two, bfloat16 holds each of these values exactly too, because an e4m3 number has four
@@ -19,11 +19,10 @@ significant bits. GPUs and TPUs then multiply in bfloat16 and add in float32 (`i
 speed of bfloat16. A kernel for e4m3 numbers and their scales is a recipe with another `matmul`.
 
 Departs from the paper: nothing is kept in 8 bits. The report caches activations in FP8, and so rounds their scales, and
-those of what it dispatches, to powers of two: a 1 × 128 tile then becomes a 128 × 1 tile without a second rounding.
-Here both come from the same unrounded activations, so all scales are float32. For the same reason no operand needs the
-report's E5M6 format.
-Source: DeepSeek-V3 report, section 3.3; the model card of DeepSeek-V3.1 for UE8M0; OCP Microscaling Formats v1.0;
-arXiv 2506.08027 for the rounding of MXFP8's scales.
+the scales of what it dispatches, to powers of two: a 1 × 128 tile then becomes a 128 × 1 tile without a second
+rounding. Here both come from the same unrounded activations, so all scales are float32. For the same reason no operand
+needs the report's E5M6 format. Source: DeepSeek-V3 report, section 3.3; the model card of DeepSeek-V3.1 for UE8M0; OCP
+Microscaling Formats v1.0; arXiv 2506.08027 for the rounding of MXFP8's scales.
 """
 
 import math
@@ -280,7 +279,7 @@ def product_by_expert(x: Float[Array, "E m K"], w: Float[Array, "E K N"], *, rec
     return jax.vmap(partial(matmul, recipe))(x, w)
 
 
-# Products of sorted rows, each group with a matrix of its own
+# Products of sorted rows, each group with its own matrix
 
 
 def round_tokens_by_group(

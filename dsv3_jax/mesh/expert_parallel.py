@@ -38,7 +38,7 @@ AXIS_NAMES = ("expert", "dim", "hidden"), ("expert", "dim", "hidden"), ("expert"
 class Sharded(NamedTuple):
     """How the mesh shards the tokens and experts of one call."""
 
-    rows: tuple[str, ...]  # axes along which each device has tokens of its own
+    rows: tuple[str, ...]  # axes along which each device has its own tokens
     experts: tuple[P, ...]  # of w_gate, w_up and w_down
     peers: int  # devices along "expert" that share the experts out; 1: each has all
 

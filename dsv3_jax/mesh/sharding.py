@@ -1,9 +1,10 @@
 """The device mesh, and where on it each array is.
 
-A mesh has three axes. "data" and "expert" both shard the batch, by rows. "expert" also shards the routed experts, and
-"tensor" shards heads, hidden widths and the vocabulary. An axis may have size 1. RULES is the one table that says which
-axis of an array each of them shards. Parameters carry the names of their axes (`model.layers.param`), and activations
-are named where they are constrained (`constrain`). An axis that does not divide evenly is replicated.
+A mesh has three axes. The axes "data" and "expert" both shard the batch, by rows. The axis "expert" also shards the
+routed experts, and "tensor" shards heads, hidden widths and the vocabulary. An axis may have size 1. RULES is the one
+table that says which axis of an array each of them shards. Parameters carry the names of their axes
+(`model.layers.param`), and activations are named where they are constrained (`constrain`). An axis that does not divide
+evenly is replicated.
 
 `jax.set_mesh` sets the mesh in use; without one everything is on a single device.
 """
@@ -170,7 +171,7 @@ def on_mesh() -> bool:
 
 
 def spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, *, fsdp: bool = False) -> P:
-    """How an array is sharded. `names` are those of its last axes; axes before them, as a stack's layers, are not.
+    """How an array is sharded. `names` belong to its last axes; axes before them, as a stack's layers, are not sharded.
 
     Example:
         >>> mesh = AbstractMesh((2, 4, 1), AXES)
@@ -194,7 +195,7 @@ def row_axes(rows: int) -> tuple[str, ...]:
 
 
 def _mesh_axes(name: str | None, size: int, mesh: Mesh | AbstractMesh, fsdp: bool = False) -> tuple[str, ...]:
-    """The mesh axes for a name, as many as divide `size` evenly; those of size 1 are left out."""
+    """The mesh axes for a name, as many as divide `size` evenly; axes of size 1 are left out."""
     axes: tuple[str, ...] = ()
     for axis in (FSDP_RULES if fsdp else RULES).get(name or "", ()):
         if mesh.shape[axis] > 1 and size % math.prod(mesh.shape[a] for a in (*axes, axis)) == 0:
@@ -276,7 +277,7 @@ def unshard_weights(v, *, fsdp: bool, dtype: Any):
 
     They are cast to `dtype` first, except those that `model.layers.param` marks as exact. Their gradients are summed
     along "data" and sharded again in that dtype, then cast back: a bfloat16 run sums them in bfloat16. No device ever
-    holds all of the layers' gradients. It does hold those of the embedding and the head: `shard_map_over_batch` takes
+    holds all of the layers' gradients. It does hold for the embedding and the head: `shard_map_over_batch` takes
     these tables unsharded and sums their gradients unsharded.
     """
     if not fsdp or not on_mesh():
@@ -317,8 +318,8 @@ _gathered.defvjp(_gathered_fwd, _gathered_bwd)
 def shard_map_over_batch(f: Callable, replicated: Sequence, *batched) -> Any:
     """Call `f(*replicated, *batched)` with each device on its own rows of the batched arrays; without a mesh, once.
 
-    Only the axes of ROWS are manual; the compiler shards along "tensor" as it does elsewhere.
-    f returns (sums, rows): arrays that are summed over devices, and arrays that are sharded as the batched ones.
+    Only the axes of ROWS are manual; the compiler shards along "tensor" as it does elsewhere. The function f returns
+    (sums, rows): arrays that are summed over devices, and arrays that are sharded as the batched ones.
 
     Example:
         >>> def scaled(w, x):

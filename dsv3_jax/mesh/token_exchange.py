@@ -234,7 +234,7 @@ def _round(start: Array, args: Args, table: PeerTable, kernels: Kernels, slots: 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _later_rounds(kernels, first, args, table, rounds):
-    """What the rounds add to y that follow one of `first` slots."""
+    """The sum that the rounds after one of `first` slots add to y."""
     slots = later_slots(first)
 
     def add(number, y):

@@ -17,10 +17,10 @@ from dsv3_jax.ops.routing import ROUTERS
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Options:
-    """What a forward pass does besides, fixed when it is traced."""
+    """Options of a forward pass, fixed when it is traced."""
 
     may_drop: bool = True  # False: decoding, which drops no token, whatever capacity_factor says
-    watch: frozenset[str] = frozenset()  # "max_logit": each head's largest logit; "scores": those of all experts
+    watch: frozenset[str] = frozenset()  # "max_logit": each head's largest logit; "scores": every expert's
     edit_gates: Callable | None = None  # (layer, expert_ids, gates) → gates, of the trunk
 
 

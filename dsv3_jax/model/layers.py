@@ -55,7 +55,7 @@ class Draw:
 
 
 def draw_all(draws: list[Draw]) -> list[Array]:
-    """Draw parameters, those of about one size in one operation: compile time grows with the number of operations.
+    """Draw parameters, all of about one size in one operation: compile time grows with the number of operations.
 
     A key's first n numbers do not depend on how many are drawn.
 
@@ -81,7 +81,7 @@ def draw_all(draws: list[Draw]) -> list[Array]:
 
 
 def draws_together(init: Callable) -> Callable:
-    """Decorate a module's `__init__`: its parameters, and those of modules in it, are drawn in one compiled program."""
+    """Decorate a module's `__init__`: all parameters, also of modules in it, are drawn in one compiled program."""
 
     @wraps(init)
     def made(self, *args, **kwargs):
@@ -105,8 +105,8 @@ def draws_together(init: Callable) -> Callable:
 class Frozen(NamedTuple):
     """The value of a parameter that is frozen in training, and how low-rank adapters change it: w + left right.
 
-    The sum is formed where it is used, see `training.lora`. Leading axes are a batch: each layer and each expert has a
-    pair of its own.
+    The sum is formed where it is used, see `training.lora`. Leading axes are a batch: each layer and each expert has
+    its own pair.
     """
 
     # Not annotated more closely: JAX rebuilds it with shapes and shardings in its places.
@@ -213,8 +213,8 @@ def unstack(stacked: nnx.Module | None, *, experts: bool = True) -> list[nnx.Sta
 def recompute(f: Callable, remat: str) -> Callable:
     """A function whose backward pass recomputes what `remat` does not keep.
 
-    "none" keeps every result; "dots" those of matrix products and of attention; "attention" those of attention, its
-    output and its rows' log-sums, so that its forward pass runs once; "full" only the arguments.
+    "none" keeps every result; "dots" keeps matrix products and attention; "attention" keeps attention's output and its
+    rows' log-sums, so that its forward pass runs once; "full" keeps only the arguments.
     """
     if remat == "none":
         return f

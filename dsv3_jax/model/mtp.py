@@ -30,7 +30,7 @@ Hidden = Float[Array, "B T D"]
 class Head(nnx.Module):
     """The protocol of a multi-token head. `config.HEAD_KINDS` says what it reads and whether it routes."""
 
-    remembers = True  # has a block whose attention needs a cache of its own while decoding
+    remembers = True  # has a block whose attention needs a separate cache while decoding
     token_weight = 1.0  # weight of the cross-entropy in the head's loss
 
     def __init__(self, cfg: ModelConfig, execution: Execution, *, rngs: nnx.Rngs, kernels: Kernels):
@@ -53,7 +53,7 @@ class Head(nnx.Module):
 
 
 class MetaHead(Head):
-    """One of Meta's parallel heads: h^k = norm(Block_k(h)), each with a block and a norm of its own.
+    """One of Meta's parallel heads: h^k = norm(Block_k(h)), each with its own block and norm.
 
     Source: arXiv 2404.19737, section 2.
     Departs from the paper: there the next token's head has such a block too, and all blocks are taken from the trunk's
@@ -248,7 +248,7 @@ def run_heads(
         )
         if ctx.tokens is not None:  # a router that reads tokens reads the one that the head does
             part = part._replace(tokens=tokens[:, k:] if reads_tokens else tokens[:, :short])
-        if ctx.keys is not None:  # noise of its own, beyond that of the trunk's layers
+        if ctx.keys is not None:  # its own noise, numbered after the trunk's layers
             part = part._replace(layer=jnp.int32(cfg.num_layers + k))
         made, of_head = run(head, h[:, :short], part, embedding(tokens[:, k:]) if reads_tokens else None)
         if reads_tokens:

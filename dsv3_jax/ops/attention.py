@@ -83,7 +83,7 @@ def row_maxima(
     block: int | None = None,
     large: bool = False,
 ) -> Float[Array, "B T H"]:
-    """Compute each row's largest score by a product of its own, a third of attention's forward FLOPs or more.
+    """Compute each row's largest score by a separate product, a third of attention's forward FLOPs or more.
 
     For use beside a kernel that does not return what its softmax keeps. Takes no gradient.
 

@@ -98,7 +98,7 @@ def quantile_target(
     b*_e = −(the (q+1)-th largest of m_te over the tokens t that count)
 
     Then m_te + b*_e > 0 holds for q tokens of each expert, or for fewer if several margins are equal to −b*_e. It is
-    one step of coordinate descent on the dual of the assignment problem: the cuts α_t are those of the old bias.
+    one step of coordinate descent on the dual of the assignment problem: the cuts α_t use the old bias.
 
     The order statistic is exact and needs no sort. The margins' bits, read as integers of the same order, are searched
     bit by bit, and a step counts the margins above a trial value. On a mesh only these counts are summed, in whole

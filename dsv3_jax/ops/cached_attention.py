@@ -2,7 +2,7 @@
 
 A layer's cache is a few arrays with a row of numbers for each token and key-value head. Scores are the sum of the
 products of queries with the rows of one or more arrays of keys. The values are an array too: absorbed MLA scores
-latents and rotated keys, and the latents are its values; plain attention scores keys, and has values of its own.
+latents and rotated keys, and the latents are its values. Plain attention scores keys, and has separate values.
 
 All rows at once, for accelerators: each product reads the rows once, as they are stored. 8-bit rows are not multiplied
 with their scales: a compiler would write a copy of the cache. Scales go to the scores and to the softmax's weights.

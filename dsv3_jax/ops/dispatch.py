@@ -309,7 +309,7 @@ def decode_by_row(
     """Compute the same without a loop: three sums for each assignment, in float32. Takes no gradient.
 
     Each sum reads the weights of its expert in place. On a GPU XLA fuses the look-up of the expert into the sum, so no
-    weight is copied, and eight kernels do it all. Rows are sorted by expert: those of one expert run side by side and
+    weight is copied, and eight kernels do it all. Rows are sorted by expert, so one expert's rows run side by side and
     find its weights in the cache. The cost grows with the number of assignments, not of experts.
 
     Args: as `decode_experts`.

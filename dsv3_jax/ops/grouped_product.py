@@ -1,6 +1,6 @@
-"""Products of sorted rows, each group of rows with a matrix of its own: y_i = x_i w_{group of i}.
+"""Products of sorted rows, each group of rows with its own matrix: y_i = x_i w_{group of i}.
 
-Rows are sorted by group. Group g owns `counts[g]` rows, which follow those of group g - 1. A backend has three
+Rows are sorted by group. Group g has `counts[g]` rows, after group g - 1's. A backend has three
 functions, the product and its two gradients, because a kernel for one is no kernel for the others:
 
     forward  y [m, N] = x [m, K] · w [K, N] of each row's group

@@ -158,7 +158,7 @@ class Shape(NamedTuple):
 
     @property
     def nbytes(self) -> float:
-        """Bytes of all elements; those of a token are 0."""
+        """Bytes of all elements; a token has none."""
         bits = 8 if self.dtype == "pred" else int((re.search(r"\d+", self.dtype) or ["0"])[0])
         return self.size * bits / 8
 
@@ -240,7 +240,7 @@ class Module:
         return self._users_of[computation]
 
     def trip_count(self, computation: str, loop: Instruction) -> int | None:
-        """Return a loop's number of iterations: the compiler's, or that of a condition `i < constant`; None if unknown.
+        """Return a loop's number of iterations: the compiler's, or from a condition `i < constant`; None if unknown.
 
         JAX's loops of known length count in steps of 1, and from 0 unless the text says so.
         """

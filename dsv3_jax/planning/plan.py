@@ -90,7 +90,7 @@ def jobs_of(options: PlanOptions, run: RunConfig) -> list[tuple[int, int, Callab
     sizes = {step: sharding.parse_mesh(options.mesh) for step in ("train", "decode") if options.only in (None, step)}
     if "decode" in sizes and options.decode_mesh:
         sizes["decode"] = sharding.parse_mesh(options.decode_mesh)
-    # A target's program is compiled by this process too, which needs no device of its own.
+    # A target's program is compiled by this process too, which needs no device.
     devices.fake_cpus(1 if options.target else max(math.prod(size.values()) for size in sizes.values()))
     return [_job(step, options, run, size) for step, size in sizes.items()]
 

@@ -9,14 +9,14 @@ from dsv3_jax.stats.token_rows import TokenRows
 
 
 class Repeats(NamedTuple):
-    """How often a token's experts are those of the token before it."""
+    """How often a token has the experts of the token before it."""
 
     share: Float64[np.ndarray, " L"]  # of a token's choices that the previous token of its piece made too
     by_chance: Float64[np.ndarray, " L"]  # the same for two tokens that choose apart, with the layer's load
 
 
 class HeadsAgainstTrunk(NamedTuple):
-    """Choices of M multi-token heads beside those of the trunk's last layer, for the same position."""
+    """Choices of M multi-token heads and of the trunk's last layer, for the same position."""
 
     load_correlation: Float64[np.ndarray, " M"]  # of the experts' loads, by number
     same_expert_number: Float64[np.ndarray, " M"]  # share of a head's choices whose number the trunk chose too
@@ -60,7 +60,7 @@ def transition_lift(pairs: Num[np.ndarray, "*l E E"]) -> Float64[np.ndarray, "*l
 
 
 def repeats(rows: TokenRows, num_experts: int) -> Repeats:
-    """Measure how often a token's experts are those of the token before it in its piece of text.
+    """Measure how often a token has the experts of the token before it in its piece of text.
 
     by chance = K Σ_e p_e², with the shares p of the load
 
@@ -82,7 +82,7 @@ def repeats(rows: TokenRows, num_experts: int) -> Repeats:
 
 
 def heads_against_trunk(rows: TokenRows, num_experts: int, num_heads: int) -> HeadsAgainstTrunk | None:
-    """Compare each head's choices with those of the trunk's last layer; None without heads or without a trunk.
+    """Compare each head's choices with the trunk's last layer's; None without heads or without a trunk.
 
     Args: num_heads: M, layers at the end of the rows.
 

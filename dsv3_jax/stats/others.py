@@ -31,7 +31,7 @@ SHUFFLES = 5  # of the tokens, which estimate what a match of unrelated experts 
 
 
 class Match(NamedTuple):
-    """Experts of another model matched to those of this one, layer by layer, one to one."""
+    """Experts of another model matched to this model's, layer by layer, one to one."""
 
     match: Int64[np.ndarray, "L E"]  # this model's expert → the other's
     shared: Float64[np.ndarray, " L"]  # share of this model's choices whose token the other sends to the matched expert

@@ -45,7 +45,7 @@ Follow = Callable[[Iterable[T], int, str], Iterable[T]]  # shows progress; the n
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What a report reads and measures.
+    """Options of a report: its text and its measures.
 
     Raises: ValueError for batches, draws, a seed or worth_tokens out of range.
     """

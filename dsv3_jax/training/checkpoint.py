@@ -85,7 +85,7 @@ def find_damage(folder: Path) -> str:
 def _checksums(folder: Path) -> dict[str, list[int]]:
     """Name → [size, CRC-32] of a checkpoint's files.
 
-    Names that begin with a dot are other programs', as those of a file server.
+    Names that begin with a dot belong to other programs, as a file server.
     """
     paths = (path for path in folder.rglob("*") if not path.is_dir() and not path.name.startswith("."))
     names = sorted({path.relative_to(folder).as_posix() for path in paths}.difference(LATE))
@@ -244,7 +244,7 @@ class Checkpoints:
         """
         if step not in steps:
             kept = ", ".join(map(str, steps)) or "no step"
-            raise ValueError(f"step={step} has no checkpoint in {self.folder}; there are those of {kept}")
+            raise ValueError(f"step={step} has no checkpoint in {self.folder}; the steps with one are {kept}")
         if damage := self._damage(step):
             raise DamagedCheckpoint(f"step={step}: {damage}; `dsv3 runs check` says which checkpoints are whole")
         return step

@@ -6,11 +6,12 @@ own: each layer, and each routed expert. A weight with heads is one matrix, over
 
 The names of a parameter's axes say which of them are inputs and outputs (`sides`). The adapters are in the state's
 parameters beside the weights, under the name "lora". The step takes the gradient with respect to them alone, and the
-optimizer has no other state. `join` hands weights and adapters to the model, which merges each layer in its turn
+optimizer has no other state. `join` hands weights and adapters to the model, which merges each layer when it runs
 (`model.layers.Frozen`): the gradient of a merged matrix ends in its layer. So memory holds it for one layer at a time.
-The merged matrices are results like others: with remat "none" or "dots" the backward pass keeps those of all layers,
-with "attention" or "full" it forms them again. Beside its arguments, a CPU step of `mini` (4 × 256 tokens, remat
-"full") takes 493 MB with adapters on all experts and attention. It takes 1,572 MB if all layers are merged beforehand.
+The merged matrices are results like others: with remat "none" or "dots" the backward pass keeps all layers' merged
+matrices, with "attention" or "full" it forms them again. Beside its arguments, a CPU step of `mini` (4 × 256 tokens,
+remat "full") takes 493 MB with adapters on all experts and attention. It takes 1,572 MB if all layers are merged
+beforehand.
 
 Readers never see adapters: `Checkpoints.restore` merges them for all who do not resume (`merge`). A checkpoint holds
 weights and adapters, so a run resumes bitwise and does not depend on its start.

@@ -178,7 +178,7 @@ def _load(out: ForwardOut) -> Array:
 
 
 def over_parts(parts: Losses) -> Losses:
-    """The losses of a batch, from those of its parts, which are stacked: sums, and metrics by their rules.
+    """The losses of a batch, from its stacked parts: sums, and metrics by their rules.
 
     Example:
         >>> parts = Losses(*[jnp.ones(2)] * 7, metrics={"dense": {"max_logit": jnp.array([[1.0, 7.0], [2.0, 3.0]])}})

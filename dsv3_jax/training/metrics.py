@@ -26,7 +26,7 @@ def _rule(name: str) -> Callable[..., Array]:
 
 
 def over_parts(metrics: Metrics) -> Metrics:
-    """Metrics of a batch, from those of its parts, which are stacked.
+    """Metrics of a batch, from its stacked parts.
 
     Example:
         >>> over_parts({"": {"dropped": jnp.array([0.5, 1.0]), "max_logit": jnp.array([3.0, 2.0])}})

@@ -42,7 +42,7 @@ class AdamState(NamedTuple):
 class AdamW:
     """AdamW in one fused pass; weight decay on all but the norms' scales. Source: arXiv 1711.05101.
 
-    The numbers are those of optax.chain(clip_by_global_norm, adamw), in an order that XLA runs in place. That chain
+    It equals optax.chain(clip_by_global_norm, adamw), in an order that XLA runs in place. That chain
     writes the clipped gradients out and copies both means: three times the memory traffic, and a gradient's size of
     temporary memory.
 
@@ -122,7 +122,7 @@ class Muon(AdamW):
 
     Source: Jordan et al., Muon (kellerjordan.github.io/posts/muon); Moonlight (arXiv 2502.16982), section 2.2.
     Departs from optax.contrib.muon, which it equals on matrices: the rest has AdamW without Nesterov, with weight decay
-    on all but norms; and the batch axes stay apart, so that a mesh shards experts while they are orthogonalised.
+    on all but norms. The batch axes stay apart, so that a mesh shards experts while they are orthogonalised.
 
     Example:
         >>> w = nnx.Param(jnp.ones((1, 2)), axes=("dim", "hidden"))

@@ -91,7 +91,7 @@ class Options:
 def agree(run: RunConfig, options: Options) -> Job:
     """Choose the kernels, and check that all processes train the same run from and to the same step.
 
-    A run that `optimizer` trains is named by it. What comes after this is alike in all processes.
+    A run that `optimizer` trains is named by it. All that follows is alike in all processes.
 
     Raises: ConfigError.
     """

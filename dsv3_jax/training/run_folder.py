@@ -27,7 +27,7 @@ _MAX_RUN = 8_000_000  # bytes of a run.json
 
 
 def read_run(folder: str | Path) -> RunConfig:
-    """Read the configuration of a run folder; the path of its tokenizer is that of its own copy, if it has one.
+    """Read the configuration of a run folder; its tokenizer's path names the folder's copy, if there is one.
 
     Raises: ValueError if the folder holds no run or one of another format, or its configuration cannot be read.
 

@@ -48,7 +48,7 @@ class Job:
 
     run: RunConfig
     mesh: Mesh | None = None  # None: a single device
-    kernels: Kernels | None = None  # from `kernels.choose.prepare`; None: those of the default device
+    kernels: Kernels | None = None  # from `kernels.choose.prepare`; None: the default device's
     optimizer: optim.Transform = None  # in place of the run's own, see `optim.make`
     options: Options = ()  # of the compiler, see `kernels.xla_flags`
 
@@ -131,12 +131,12 @@ def split_trainable(run: RunConfig, params: nnx.State) -> tuple[nnx.State, nnx.S
 
 
 def _split_moving(run: RunConfig, variables: nnx.State) -> tuple[nnx.State, nnx.State]:
-    """Split variables into those that a run without adapters may change and those of a frozen trunk."""
+    """Split variables into what a run without adapters may change and a frozen trunk's."""
     return (variables, nnx.State({})) if run.trunk is None else split_heads(variables)
 
 
 def split_heads(variables: nnx.State) -> tuple[nnx.State, nnx.State]:
-    """Those of the multi-token heads, and all others."""
+    """The multi-token heads' variables, and all others."""
     heads, trunk = nnx.split_state(variables, lambda path, _: path[0] == "mtp", ...)
     return heads, trunk
 
@@ -212,7 +212,7 @@ def _metrics(job: Job, state: TrainState, out: Losses, bias: nnx.State) -> dict[
         **over_layers(out.metrics),
         **of_load(out.load),
     }
-    if job.optimizer is None:  # a transformation has a schedule of its own
+    if job.optimizer is None:  # a transformation has its own schedule
         metrics["lr"] = schedules.learning_rate(run.optim, run.steps, state.step)
     if run.model.mtp_depth and HEADS[run.model.mtp_kind].feature_loss is not Head.feature_loss:
         metrics["feature_loss"] = out.feature

@@ -130,7 +130,7 @@ def _name(compiler: list[str]) -> str:
 
 
 def _compile(compiler: list[str], folder: Path, name: str) -> Path:
-    """Compile each source on a core of its own, and link them. Returns: the library, complete under its name."""
+    """Compile each source on its own core, and link them. Returns: the library, complete under its name."""
 
     def run(*words: str) -> None:
         command = [*compiler, *words]

@@ -91,7 +91,7 @@ void Product(const std::vector<const float*>& x, const float* w, int64_t depth, 
   }
 }
 
-// Rows of x and rows of k to be multiplied. Rows have `width` numbers; those of k are `step` apart.
+// Rows of x and rows of k to be multiplied. Rows have `width` numbers; rows of k are `step` apart.
 struct Factors {
   std::vector<const float*> x;
   const float* k;

@@ -148,7 +148,7 @@ _tokamax.defvjp(_tokamax_fwd, _tokamax_bwd)
 
 
 def why_not_cudnn(target: Any) -> str:
-    """Why cuDNN's attention cannot run on a target, in words; "" if it can.
+    """Why cuDNN's attention cannot run on a target; "" if it can.
 
     Args: target: a `kernels.choose.Target`, of which the chip is read.
     """

@@ -25,7 +25,7 @@ ROWS = 128  # of a tile
 
 
 def why_not_hopper(target: Any) -> str:
-    """Why kernels for Hopper cannot run on a target, in words; "" if they can.
+    """Why kernels for Hopper cannot run on a target; "" if they can.
 
     Args: target: a `kernels.choose.Target`, of which the chip is read.
     """

@@ -15,7 +15,7 @@ HOPPER = "9.0"  # compute capability
 
 
 def why_not(target: Any) -> str:
-    """Why tokamax's kernels for Hopper cannot run on a target, in words; "" if they can.
+    """Why tokamax's kernels for Hopper cannot run on a target; "" if they can.
 
     Args: target: a `kernels.choose.Target`, of which the chip is read.
     """
