@@ -201,8 +201,9 @@ class Balance:
     bias_rate: float = 1e-3  # step of the loss-free router bias after each batch (gamma); for quantile at most 1
     sequence_alpha: float = 1e-4  # weight of the sequence-wise balance loss (alpha)
     switch_alpha: float = 0.0  # weight of the batch-wise Switch balance loss
-    # how the bias moves (ops.balance.RULES). sign: by gamma towards the mean load (V3). proportional: by gamma times
-    # the distance from it. quantile: the share gamma of the way to the bias that would have balanced the batch
+    # how the bias moves (ops.balance.RULES). Rule sign: by gamma towards the mean load (V3). Rule proportional: by
+    # gamma times the distance from it. Rule quantile: the share gamma of the way to the bias that would have balanced
+    # the batch
     rule: str = "sign"
     z_alpha: float = 0.0  # weight of the z-loss, which keeps the router's logits small
 

@@ -220,5 +220,5 @@ def recipe_with_model(name: str) -> RunConfig:
     dsv3_jax.config.ConfigError: preset 'sft' has no model of its own: it is for `dsv3 train sft --start MODEL`
     """
     if name in NEEDS_START:
-        raise ConfigError(f"preset {name!r} has no model of its own: it is for `dsv3 train {name} --start MODEL`")
+        raise ConfigError(f"preset {name!r} names no model: it is for `dsv3 train {name} --start MODEL`")
     return recipe(name)

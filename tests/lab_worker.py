@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def serve(pipe, folder, cores):
-    """Stand in for `experiments.lab.work.serve`: each job appends a line to "called"."""
+    """Replace `experiments.lab.work.serve`: each job appends a line to "called"."""
     os.chdir(folder.parent.parent)
     while True:
         try:

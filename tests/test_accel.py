@@ -116,7 +116,7 @@ def test_each_implementation_has_a_figure_or_a_reason(monkeypatch):
 @pytest.mark.long
 @pytest.mark.parametrize("part", ["bounds", "layer", "attention", "grouped", "loss", "decode"])
 def test_a_part_can_be_traced_at_its_full_size(part, monkeypatch):
-    """Shapes, dtypes and limits are right there, too, where no device is at hand."""
+    """Shapes, dtypes and limits are right there too, without a device."""
     monkeypatch.setattr(parts, "seconds_of", lambda call, *_, **__: call() is None or 1.0)
     found = []
     jax.eval_shape(lambda: found.extend(parts.PARTS[part](parts.full())))

@@ -153,7 +153,7 @@ def test_after_plain_steps_a_perfect_drafter_is_perfect(scheme):
 @pytest.mark.long
 @pytest.mark.usefixtures("light_compiles", "any_length")
 def test_certain_drafts_leave_a_seeds_text_alone():
-    """On a mesh too, where rows are on devices of their own."""
+    """On a mesh too, with one row a device."""
     model, draft = pair("lookup", "")
     how = dict(temperature=0.3, top_p=0.9, seed=3)
     plain = generate(model, PROMPTS, 60, **how)

@@ -46,7 +46,7 @@ def test_rounding_is_within_half_a_step_of_a_rows_own_scale(rng, dtype, given):
     assert back.dtype == x.dtype
     scale = np.abs(wide).max(-1, keepdims=True) / largest(dtype)
     np.testing.assert_allclose(scales, scale, rtol=1e-6)
-    # int8's neighbours are 1 apart; those of e4m3 are an eighth of the power of two below, and 2^-9 next to 0.
+    # int8's neighbours are 1 apart; e4m3's are an eighth of the power of two below, and 2^-9 next to 0.
     step = scale
     if dtype != jnp.int8:
         step = scale * np.maximum(2.0 ** (np.floor(np.log2(np.maximum(np.abs(wide / scale), 1e-9))) - 3), 2.0**-9)

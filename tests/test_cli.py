@@ -1,7 +1,7 @@
 """The command line: bad input gets one sentence and exit code 2, and nothing is overwritten.
 
-All commands run in one process of their own without the tests' import hook, which would refuse wrong types with its own
-messages before the command line can.
+All commands run in one separate process without the tests' import hook. The hook would refuse wrong types before the
+command line can.
 """
 
 import json

@@ -30,7 +30,7 @@ def test_rows_and_gradient_are_those_of_a_sum_by_token(x64, rng, shape):
 
 
 def test_devices_add_up_their_rows(x64, rng):
-    """On a mesh each device sums the rows of its own tokens, and the table's gradient is the sum of all."""
+    """On a mesh each device sums its tokens' rows, and the table's gradient is the sum of all."""
     table, tokens = jnp.asarray(rng.standard_normal((11, 4))), jnp.asarray(rng.integers(0, 11, (8, 5)), jnp.int32)
     d_rows = jnp.asarray(rng.standard_normal((8, 5, 4)))
 

@@ -62,7 +62,7 @@ def sets_of(ids):
 
 
 def test_the_layers_noise_is_the_equations(rng):
-    """With keys the experts are those of the noisy logits, in each row its own; without keys those of the logits."""
+    """With keys the experts follow the noisy logits, with other noise in each row; without keys the logits."""
     moe, routed, x, flat = layer_of(rng, router="noisy_topk")
     plain = replace(moe.cfg, router="topk")
     keys = jax.random.split(jax.random.key(1), 2)

@@ -67,7 +67,7 @@ def test_layers_and_weights_are_read_in_any_way(model, greedy, monkeypatch, how)
     """By XLA; every weight by C++, for a single row too; and a scan over layers, with one stack of caches."""
     if how != "xla":
         monkeypatch.setattr(choose if how == "LARGE_WEIGHT" else transformer, how, 0)
-    cfg = replace(CFG, init_std={"xla": 0.3, "LARGE_WEIGHT": 0.1, "UNROLLED": 0.2}[how])  # a graph of its own
+    cfg = replace(CFG, init_std={"xla": 0.3, "LARGE_WEIGHT": 0.1, "UNROLLED": 0.2}[how])  # a separate graph
     execution = Execution(kernels="xla" if how == "xla" else "auto")
     other = nnx.merge(nnx.graphdef(abstract(cfg, execution)), nnx.state(model))
     assert how != "xla" or "cpu" not in other.kernels.chosen().values()

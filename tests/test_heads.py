@@ -1,4 +1,4 @@
-"""What trains Meta's, Medusa's and EAGLE's heads, against the reference page. test_model has their values."""
+"""The training of Meta's, Medusa's and EAGLE's heads, against the reference page. test_model has their values."""
 
 from dataclasses import replace
 from functools import partial

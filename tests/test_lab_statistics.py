@@ -181,7 +181,7 @@ def test_a_recipe_s_noise_counts_shared_runs_once(tmp_path):
 
 
 def test_a_variant_that_trains_longer_leaves_the_others_their_pooled_noise(tmp_path):
-    """It adds to the noise as a table of its own, because its seeds' effects are other ones."""
+    """It adds to the noise as a separate table, because its seeds have other effects."""
     table = {"a": {0: 1.0, 1: 2.0}, "b": {0: 1.5, 1: 2.1}}
     first = fill(tmp_path / "01_x" / "results.json", table, base="lab")
     rows = {"c": {0: 1.1, 1: 2.3}, "d": {0: 3.0, 1: 4.4}, "e": {0: 2.0, 1: 2.7}}

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("cheap")
 
 ALL = ("attention", "dense", "shared", "routed")
 RANK, ALPHA = 2, 3.0
-# Weight → axes of A, of B and of W in W += (alpha / rank) A B, after those of layers and experts.
+# Weight → axes of A, of B and of W in W += (alpha / rank) A B, after the axes of layers and experts.
 PRODUCTS = {
     "w_q": ("dr", "rhk", "dhk"),
     "w_k": ("dr", "rhk", "dhk"),

@@ -67,12 +67,12 @@ def model(request):
 
 
 def pairs(a, b):
-    """The logits of both, the model's own first, then those of each head."""
+    """The logits of both: the model's own first, then each head's."""
     return zip((a.logits, *a.mtp_logits), (b.logits, *b.mtp_logits), strict=True)
 
 
 def read_by(model, k: int) -> int:
-    """Tokens that head k reads beyond those of the model's own head, which is 0 here."""
+    """Tokens that head k reads beyond the model's own head, which is 0 here."""
     return k if model.cfg.head_kind.reads_tokens else 0
 
 
@@ -315,7 +315,7 @@ def test_parameters_are_drawn_by_one_program_and_the_same_inside_another(make):
 
 
 def test_near_ties_are_counted_among_the_allowed_experts():
-    """Of three tokens one has its second and third score 0.0005 apart; a nearer one is in a group that is left out."""
+    """One of three tokens has its second and third score 0.0005 apart; a nearer one is in a group that is left out."""
     cfg = small(num_experts=6, experts_per_token=2, num_groups=2, groups_per_token=1)
     scores = jnp.asarray(
         [[0.9, 0.5, 0.4, 0.4999, 0.1, 0.1], [0.9, 0.5, 0.4995, 0.1, 0.1, 0.1], [0.9, 0.6, 0.4, 0.6, 0.0, 0.0]]

@@ -66,7 +66,7 @@ def by_layer(state) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", ["cpu", "xla", "row_maxima"])
 @pytest.mark.parametrize("length", [5, 150])
 def test_row_maxima_are_those_of_the_scores(rng, name, length):
-    """By what the softmax keeps, and by a product of its own; grouped heads, documents, and lengths of part blocks."""
+    """By what the softmax keeps, and by a separate product; grouped heads, documents, and lengths of part blocks."""
     if name == "cpu" and (why := library.why_not()):
         pytest.skip(why)
     q, k, v = (jnp.asarray(rng.standard_normal((2, length, h, n)), jnp.float32) for h, n in ((4, 6), (2, 6), (2, 3)))

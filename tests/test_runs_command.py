@@ -14,7 +14,7 @@ from dsv3_jax.training.run_folder import RUN_FILE, claim
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three runs, one of them in a folder of its own and one damaged, and what is no run."""
+    """Three runs, one of them in a subfolder and one damaged, and what is no run."""
     run = make_run("some text")
     for place, rows in (("first", 12), ("group/[b]", 5), ("new", 0)):
         claim(tmp_path / place, run)

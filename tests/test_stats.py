@@ -133,7 +133,7 @@ def slow_choice(choice: np.ndarray, count: int) -> list[int]:
 
 
 def test_bias_and_margins_equal_slow_loops(counted):
-    """The bias's work is that of a second choice by the same scores; margins are over the best expert left over."""
+    """The bias's work is the difference to a choice by the scores alone; margins are over the best expert left out."""
     model, stats, seen_tokens = counted
     changed, without = np.zeros(len(stats.layers), int), np.zeros((len(stats.layers), E), int)
     margins, sums = [[] for _ in stats.layers], {}

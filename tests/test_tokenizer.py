@@ -94,7 +94,7 @@ def test_specials_have_no_bytes_and_text_cannot_contain_them(words):
 
 @each
 def test_names_of_specials_are_read_where_they_are_asked_for(words):
-    """Each id's characters are those of its bytes; specials cover their names; the text between is encoded alike."""
+    """Each id has the characters of its bytes; specials cover their names; the text between is encoded alike."""
     special = [name for name, i in words.specials.items() if i == words.eos_id][0]
     text = f"é{special}{special}日b"
     ids, spans = words.encode_with_specials(text)
@@ -134,7 +134,7 @@ def bpe_by_rank(text, ranks, pattern):
 SPLITS = {
     "the user's 1234567": ["the", " user's", " ", "123", "456", "7"],
     "HELLO WorldWide": ["HELLO", " World", "Wide"],  # capitals begin a word
-    "ab日本c語": ["ab", "日本", "c", "語"],  # Han characters are words of their own
+    "ab日本c語": ["ab", "日本", "c", "語"],  # Han characters are separate words
     "x = [1]\n\n  y": ["x", " =", " [", "1", "]\n\n", " ", " y"],
     "a   \r\n b  ": ["a", "   \r\n", " b", "  "],
     "ß'LLe\u0301 🚀": ["ß'LL", "e\u0301", " 🚀"],
@@ -143,7 +143,7 @@ SPLITS = {
 
 @pytest.mark.parametrize("text", SPLITS)
 def test_kimis_pattern(text, tiktoken):
-    """How texts are split, written by hand; and the ids are those of the slow way."""
+    """How texts are split, written by hand; and the slow way gives the same ids."""
     regex = pytest.importorskip("regex")
     assert regex.findall(tok.KIMI_PATTERN, text, regex.V1) == SPLITS[text]
     ranks = {piece: i for i, piece in enumerate(tiktoken._token_bytes[:BASE])}
@@ -202,7 +202,7 @@ def test_the_files_beside_a_tokenizer_name_the_end(tmp_path):
     assert eos(tokenizer_config=decoder, special_tokens_map={"eos_token": "<y>"}) == 2
     with pytest.raises(ValueError, match="names eos_token='<w>', and tokenizer.json has no such token"):
         eos(tokenizer_config={"eos_token": "<w>"})
-    inner.save(str(tmp_path / "mine.json"))  # a file of its own, whatever is beside it
+    inner.save(str(tmp_path / "mine.json"))  # a file of another name stands alone
     assert tok.load(str(tmp_path / "mine.json")).eos_id == 1
     folder = write_text_files(tmp_path / "glm", TEXTS["GLM"])
     assert tok.named_specials(folder) == {"eos_token": "<|endoftext|>", "image_token": "<|image|>"}
@@ -246,7 +246,7 @@ def test_errors_name_the_value(tmp_path):
 
 
 def test_a_copy_keeps_the_end_of_a_document(tmp_path):
-    """A file beside the tokenizer is kept beside the copy as far as it speaks of the tokenizer, and no further."""
+    """What a file beside the tokenizer says of the tokenizer is copied with it, and nothing else."""
     source = tmp_path / "source"
     source.mkdir()
     inner_of("<eos>", "<x>").save(str(source / "tokenizer.json"))

@@ -177,7 +177,7 @@ def test_heads_learn_and_the_trunk_is_frozen(trunk, kind):
     assert_bitwise(now, frozen)
     for path, before in heads.items():
         assert (after[path] != before).any(), f"{path} did not move"
-        if path[-1] == "bias":  # follows the load of its own head
+        if path[-1] == "bias":  # follows its head's load
             for row in rows:
                 load = row["load"][1 - dense + path[1]]
                 before = before + np.float32(1e-2) * np.sign(load.mean() - load)

@@ -244,7 +244,7 @@ class Checkpoints:
         """
         if step not in steps:
             kept = ", ".join(map(str, steps)) or "no step"
-            raise ValueError(f"step={step} has no checkpoint in {self.folder}; the steps with one are {kept}")
+            raise ValueError(f"step={step} has no checkpoint in {self.folder}; there are those of {kept}")
         if damage := self._damage(step):
             raise DamagedCheckpoint(f"step={step}: {damage}; `dsv3 runs check` says which checkpoints are whole")
         return step

@@ -24,7 +24,7 @@ TOKENS, ROWS, DRAWS = (2, 3, 5, 9), 16, 300
 
 
 def measure(folder):
-    """Return (the run's routing in words; distinct experts by number of tokens: neighbours, drawn at random, even)."""
+    """(The run's routing; distinct experts by number of tokens: neighbours, drawn at random, even.)"""
     model, run, _ = load_run(folder)
     cfg, rng = model.cfg, np.random.default_rng(0)
     rows = jnp.asarray(held_out_prompts(run.data, ROWS, run.data.seq_len - 8), jnp.int32)

@@ -64,8 +64,8 @@ def least(rank, share):
 def loss_without(trained, batches, removed, load, merge):
     """Return the loss where the removed experts [L, E] are never chosen, and others take their places.
 
-    With `merge` each removed expert's matrices are first averaged into those of the expert that stays and whose router
-    vector is nearest, weighted by load.
+    With `merge` each removed expert's matrices are first averaged into the kept expert whose router vector is nearest,
+    weighted by load.
     """
     import jax.numpy as jnp
     from flax import nnx

@@ -150,7 +150,7 @@ def toy() -> Sizes:
         context=32,
         decode_steps=4,
         drafts=headed,
-        draft_batches=(3,),  # its programs are those of `exact`
+        draft_batches=(3,),  # it has the programs of `exact`
         draft_prompt=30,
         draft_tokens=12,
         exact=headed,

@@ -39,7 +39,7 @@ _NO_KERNELS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", 
 
 @dataclass(frozen=True)
 class Launch:
-    """One instruction that the device runs by itself. Numbers are those of one run."""
+    """One instruction that the device runs by itself. Numbers come from one run."""
 
     name: str
     kind: str  # a kernel's name for custom calls, else HLO's: "fusion", "copy", "sort", …

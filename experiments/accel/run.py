@@ -305,7 +305,7 @@ def report(results: dict, path: Path) -> int:
 
 
 def default_path(card: dict, toy: bool) -> Path:
-    """Name the file for a device's results; those of toy sizes are no results."""
+    """Name the file for a device's results; toy sizes give no results."""
     name = re.sub(r"[^a-z0-9]+", "-", card["kind"].lower()).strip("-")
     return ROOT / "runs" / f"accel-toy-{name}.json" if toy else HERE / "results" / f"{name}.json"
 

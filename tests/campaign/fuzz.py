@@ -2,7 +2,7 @@
 
 A reader must accept a file or refuse it with a sentence. An accepted file must be usable: a run is written and read
 again, rows are drawn, and a tokenizer encodes a text. Hypothesis shrinks a file that falls short, and prints it. The
-campaign is left out if Hypothesis is not installed. The readers run in a process of their own, because a tokenizer may
+campaign is left out if Hypothesis is not installed. The readers run in a separate process, because a tokenizer may
 crash.
 """
 
@@ -131,7 +131,7 @@ def files(name: str):
 
 
 def read_files(name: str, seconds: float, seed: int) -> None:
-    """Read files of a kind for so long, and print how many; an exception where one falls short."""
+    """Read files of one format for so long, and print how many; an exception where one falls short."""
     import hypothesis
 
     count, until = 0, time.monotonic() + seconds
@@ -158,7 +158,7 @@ def read_files(name: str, seconds: float, seed: int) -> None:
 
 
 def run(until: float, seed: int, table: Table, least: int) -> None:
-    """Read files until a time, an equal time for each kind, each in a process of its own."""
+    """Read files until a time, an equal time for each kind, each in a separate process."""
     if importlib.util.find_spec("hypothesis") is None:
         print("fuzz: left out: the package hypothesis is not installed")
         return

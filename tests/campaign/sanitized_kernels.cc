@@ -4,7 +4,7 @@
 //
 // An array is allocated to its exact size, so an access outside it is reported, and begins at a random multiple of 4
 // bytes, whereas XLA's begin at multiples of 64. A case runs on one thread and on several. The results must be finite
-// and the same to the last bit. Of 100 numbers one is 0, and one is large.
+// and the same to the last bit. One of 100 numbers is 0, and one is large.
 
 #include <chrono>
 #include <cmath>
@@ -68,7 +68,7 @@ int64_t Size(Random& rng, int64_t most) {
   return Draw(rng, 1, most);
 }
 
-// An array of a call. Its copies have memory of their own.
+// An array of a call. Its copies have separate memory.
 struct Array {
   XLA_FFI_DataType type = XLA_FFI_DataType_F32;
   std::vector<int64_t> dims;

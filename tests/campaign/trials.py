@@ -36,7 +36,7 @@ class Table:
         self.rows: dict[str, Counter[str]] = defaultdict(Counter)
 
     def add(self, name: str, faults: Sequence[str], count: int = 1) -> None:
-        """Count trials of a kind, and their faults."""
+        """Count the trials of one name, and their faults."""
         self.rows[name].update({"tried": count})
         self.rows[name].update(faults)
 

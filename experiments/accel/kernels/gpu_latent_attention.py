@@ -41,7 +41,7 @@ def _pallas() -> tuple[Any, Any]:
 
 
 def why_not(target: Any) -> str:
-    """Why the kernel cannot run on a target, in words; "" if it can."""
+    """Why the kernel cannot run on a target; "" if it can."""
     if target.chip and not target.chip.startswith("9."):
         return f"it is for Hopper GPUs (compute capability 9), and this one is {target.chip}"
     _, plgpu = _pallas()
