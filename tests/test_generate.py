@@ -239,15 +239,15 @@ def test_settings_that_do_not_go_together_are_refused(settings, sentence):
     [
         ("Hello", "prompts='Hello' is not a list of prompts"),
         (None, "prompts=None is not a list of prompts"),
-        ([], "prompts is empty; give at least one"),
+        ([], "prompts=[] is not a list of prompts"),
         (["Hello"], "prompt 0='Hello' is not a list of token ids; encode text with a tokenizer first"),
         ([1, 2, 3], "prompt 0=1 is not a list of token ids"),
         ([[1], []], "prompt 1 is empty; give at least one token"),
-        ([[1, 2.0]], "prompt 0 holds token 2.0, which is not a token id"),
-        ([[True]], "prompt 0 holds token True, which is not a token id"),
-        (np.array([[0.5]]), "prompt 0 holds token np.float64(0.5), which is not a token id"),
-        (np.array([[1], [37]]), "prompt 1 holds token 37, outside the vocabulary of 37"),
-        ([[-1]], "prompt 0 holds token -1, outside the vocabulary of 37"),
+        ([[1, 2.0]], "prompt 0 holds token 2.0, which is no id of a vocabulary of 37"),
+        ([[True]], "prompt 0 holds token True, which is no id of a vocabulary of 37"),
+        (np.array([[0.5]]), "prompt 0 holds token np.float64(0.5), which is no id of a vocabulary of 37"),
+        (np.array([[1], [37]]), "prompt 1 holds token np.int64(37), which is no id of a vocabulary of 37"),
+        ([[-1]], "prompt 0 holds token -1, which is no id of a vocabulary of 37"),
         ([[1], [2] * 28], "max_new_tokens=101 does not fit: the longest prompt has 28, and max_positions=128"),
     ],
 )
@@ -260,7 +260,7 @@ def test_prompts_are_refused(light, prompts, sentence):
 def test_models_and_stop_tokens_are_refused(light):
     with pytest.raises(ValueError, match="^model=None is not a Transformer$"):
         plain.generate(None, [[1]], 3)
-    for stop, what in ((37, "outside the vocabulary of 37"), (1.0, "which is not a token id")):
+    for stop, what in ((37, "which is no id of a vocabulary of 37"), (1.0, "which is no id of a vocabulary of 37")):
         with pytest.raises(ValueError, match=f"^stop_tokens holds token {stop}, {what}$"):
             plain.generate(light, [[1]], 3, stop_tokens=[1, stop])
 

@@ -77,23 +77,17 @@ class DecodeConfig:
         Raises: ValueError, one sentence with the offending value.
         """
         _check_tokens(cfg, prompts, self.stop_tokens)
-        reach, depth = cfg.max_positions, cfg.mtp_depth
-        if isinstance(self.draft, Transformer):
-            if self.draft.cfg.vocab_size != cfg.vocab_size:
-                raise ValueError(
-                    f"vocab_size={self.draft.cfg.vocab_size} of the draft model is not the model's {cfg.vocab_size}"
-                )
-            reach = min(reach, self.draft.cfg.max_positions)
-        elif self.draft == "mtp" and not depth:
+        depth, other = cfg.mtp_depth, getattr(self.draft, "cfg", cfg)
+        if other.vocab_size != cfg.vocab_size:
+            raise ValueError(f"vocab_size={other.vocab_size} of the draft model is not the model's {cfg.vocab_size}")
+        if self.draft == "mtp" and not depth:
             raise ValueError("draft='mtp' needs multi-token heads, and the model's mtp_depth is 0")
-        elif (
-            self.draft == "mtp"
-            and not cfg.head_kind.reads_tokens
-            and self.draft_length not in ("auto", *range(depth + 1))
-        ):
+        as_long = cfg.head_kind.reads_tokens or self.draft_length in ("auto", *range(depth + 1))
+        if self.draft == "mtp" and not as_long:
             raise ValueError(
                 f"draft_length={self.draft_length} is more than mtp_depth={depth}: a {cfg.mtp_kind} head drafts one"
             )
+        reach = min(cfg.max_positions, other.max_positions)
         longest, drafts = max(map(len, prompts)), self.num_drafts
         if longest + self.max_new_tokens + drafts > reach:
             more = f" and draft_length={self.draft_length!r} of up to {drafts} tokens" if drafts else ""
@@ -134,26 +128,17 @@ class Generated:
 
 
 def _check_tokens(cfg: ModelConfig, prompts: Sequence[Sequence[int]], stop_tokens: Sequence[int]) -> None:
-    if not _is_list(prompts):
+    if not _is_list(prompts) or not len(prompts):
         raise ValueError(f"prompts={prompts!r} is not a list of prompts; write one prompt as [[1, 2, 3]]")
-    if not len(prompts):
-        raise ValueError("prompts is empty; give at least one")
-    for i, prompt in enumerate(prompts):
-        if not _is_list(prompt):
-            raise ValueError(f"prompt {i}={prompt!r} is not a list of token ids; encode text with a tokenizer first")
-        if not len(prompt):
-            raise ValueError(f"prompt {i} is empty; give at least one token")
-        for token in prompt:
-            _check_token(cfg, f"prompt {i}", token)
-    for token in stop_tokens:
-        _check_token(cfg, "stop_tokens", token)
-
-
-def _check_token(cfg: ModelConfig, what: str, token: Any) -> None:
-    if not isinstance(token, int | np.integer) or isinstance(token, bool):
-        raise ValueError(f"{what} holds token {token!r}, which is not a token id")
-    if not 0 <= token < cfg.vocab_size:
-        raise ValueError(f"{what} holds token {token}, outside the vocabulary of {cfg.vocab_size}")
+    for i, tokens in enumerate((*prompts, stop_tokens)):
+        name = f"prompt {i}" if i < len(prompts) else "stop_tokens"
+        if not _is_list(tokens):
+            raise ValueError(f"{name}={tokens!r} is not a list of token ids; encode text with a tokenizer first")
+        if not len(tokens) and i < len(prompts):
+            raise ValueError(f"{name} is empty; give at least one token")
+        for token in tokens:
+            if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < cfg.vocab_size:
+                raise ValueError(f"{name} holds token {token!r}, which is no id of a vocabulary of {cfg.vocab_size}")
 
 
 def _is_int(value: Any, least: int) -> bool:

@@ -258,7 +258,9 @@ class _Request:
 
     def result(self) -> Generated:
         """The result so far."""
-        seen, text, ends = self.seen, np.asarray(self.loop.text), self.prompt_lengths + self.seen.written
+        with sharding.use_mesh(self.mesh):
+            text = np.asarray(_gathered(self.loop.text))  # in each of several processes
+        seen, ends = self.seen, self.prompt_lengths + self.seen.written
         rows = [row[a:b].tolist() for row, a, b in zip(text, self.prompt_lengths, ends, strict=True)]
         acceptance = (seen.num_accepted / max(int(seen.rows), 1)).tolist()
         times, steps = (self.prefill_seconds, self.decode_seconds), dict(self.steps) if self.choice else {}
@@ -294,6 +296,9 @@ def _next_tokens(model: Transformer, tokens, lengths, written, seed, *, sampling
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     keys = keys_at(row_keys(seed, lengths.size)[:, 0], written[:, None])[:, 0]
     return sample(model.logits(model.norm(last)), keys, **sampling._asdict())
+
+
+_gathered = jax.jit(constrain)
 
 
 def _pad(prompts: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from dsv3_jax.config import RunConfig
 from dsv3_jax.files import check_regular, write_atomic
 
 METRICS_FILE, LOAD_FILE = "metrics.jsonl", "load.jsonl"
+LOAD_ROWS = 1000  # about so many steps of a run log their load: a large model's is tens of kilobytes
 _MAX_FILE = 2 << 30  # bytes
 _LISTS = ("mtp_loss", "mtp_acceptance")
 _MATRICES = ("load", "bias")  # a row a layer: whole numbers, and numbers
@@ -56,6 +58,30 @@ class Rows:
     def rows(self) -> list[dict]:
         """Return all rows of the file."""
         return read_rows(self._path)
+
+
+def load_every(run: RunConfig) -> int:
+    """Steps between two rows of load.jsonl: a multiple of `log_every`.
+
+    Example:
+        >>> import dsv3_jax as ds
+        >>> load_every(ds.replace(ds.recipe("tiny"), steps=50_000, log_every=20))
+        40
+    """
+    return run.log_every * max(1, run.steps // (LOAD_ROWS * run.log_every))
+
+
+def load_row(step: int, found: dict[str, Any]) -> dict[str, Any]:
+    """A row of load.jsonl: the load, and the bias after the step where a rule moves it.
+
+    Example:
+        >>> load_row(10, {"load": np.array([[3.0, 1.0]]), "bias": np.array([[-0.001, 0.001]], np.float32)})
+        {'step': 10, 'load': [[3, 1]], 'bias': [[-0.001, 0.001]]}
+    """
+    row: dict[str, Any] = {"step": step, "load": np.asarray(found["load"]).astype(int).tolist()}
+    if "bias" in found:
+        row["bias"] = [[float(f"{x:.6g}") for x in layer] for layer in np.asarray(found["bias"]).tolist()]
+    return row
 
 
 class Metrics(Rows):

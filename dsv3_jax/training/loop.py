@@ -40,14 +40,14 @@ from dsv3_jax.kernels import xla_flags
 from dsv3_jax.lock import FolderLock, acquire
 from dsv3_jax.mesh import sharding
 from dsv3_jax.ops.routing import ROUTERS
-from dsv3_jax.report.metrics import LOAD_FILE, Metrics, Rows
+from dsv3_jax.report.metrics import LOAD_FILE, Metrics, Rows, load_every, load_row
 from dsv3_jax.report.progress import Progress
 from dsv3_jax.report.run_result import draw, order2_of
 from dsv3_jax.report.speed import Speed
 from dsv3_jax.signals import asked_to_stop
 from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.evaluate import evaluate
-from dsv3_jax.training.metrics import as_row, load_every, load_row
+from dsv3_jax.training.metrics import as_row
 from dsv3_jax.training.prepare import Options, agree, check, kernels_of, read
 from dsv3_jax.training.run_folder import claim, made_from
 from dsv3_jax.training.step import Batch, Job, first_bad_tensor, first_nonfinite, make_step, model_of

@@ -18,7 +18,6 @@ from dsv3_jax.mesh.token_exchange import wire_bytes
 from dsv3_jax.ops import balance
 
 Metrics = dict[str, dict[str, Any]]  # arrays by the block's path and by name, as `ForwardOut.metrics`
-LOAD_ROWS = 1000  # about so many steps of a run log their load: a large model's is tens of kilobytes
 
 
 def _rule(name: str) -> Callable[..., Array]:
@@ -80,28 +79,4 @@ def as_row(step: int, found: dict[str, Any], run: RunConfig) -> dict[str, Any]:
     if sent := row.pop("tokens_sent", 0.0):
         itemsize = jnp.dtype(run.execution.compute_dtype).itemsize
         row |= {"tokens_sent": sent, "wire_bytes": wire_bytes(sent, run.model, itemsize)}
-    return row
-
-
-def load_every(run: RunConfig) -> int:
-    """Steps between two rows of load.jsonl: a multiple of `log_every`.
-
-    Example:
-        >>> import dsv3_jax as ds
-        >>> load_every(ds.replace(ds.recipe("tiny"), steps=50_000, log_every=20))
-        40
-    """
-    return run.log_every * max(1, run.steps // (LOAD_ROWS * run.log_every))
-
-
-def load_row(step: int, found: dict[str, Any]) -> dict[str, Any]:
-    """A row of load.jsonl: the load, and the bias after the step where a rule moves it.
-
-    Example:
-        >>> load_row(10, {"load": np.array([[3.0, 1.0]]), "bias": np.array([[-0.001, 0.001]], np.float32)})
-        {'step': 10, 'load': [[3, 1]], 'bias': [[-0.001, 0.001]]}
-    """
-    row: dict[str, Any] = {"step": step, "load": np.asarray(found["load"]).astype(int).tolist()}
-    if "bias" in found:
-        row["bias"] = [[float(f"{x:.6g}") for x in layer] for layer in np.asarray(found["bias"]).tolist()]
     return row
