@@ -162,7 +162,7 @@ def test_a_training_step_in_8_bits_is_near_that_in_float32(execution):
     assert all(leaf.dtype == jnp.float32 for leaf in leaves)  # master weights and moments
     dot = sum(float((a * b).sum()) for a, b in zip(*map(jax.tree.leaves, (state.opt.mu, want.opt.mu)), strict=True))
     norms = [np.sqrt(sum(float((a**2).sum()) for a in jax.tree.leaves(s.opt.mu))) for s in (state, want)]
-    assert 0.97 < dot / np.prod(norms) < 0.99999  # the mean gradients' cosine
+    assert 0.95 < dot / np.prod(norms) < 0.99999  # the gradients' cosine: their error is below a third
 
 
 @pytest.mark.long
