@@ -217,7 +217,7 @@ def recipe_with_model(name: str) -> RunConfig:
     >>> recipe_with_model("sft")
     Traceback (most recent call last):
         ...
-    dsv3_jax.config.ConfigError: preset 'sft' has no model of its own: it is for `dsv3 train sft --start MODEL`
+    dsv3_jax.config.ConfigError: preset 'sft' names no model: it is for `dsv3 train sft --start MODEL`
     """
     if name in NEEDS_START:
         raise ConfigError(f"preset {name!r} names no model: it is for `dsv3 train {name} --start MODEL`")

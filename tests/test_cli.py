@@ -350,6 +350,7 @@ def shell(line: str, root: Path) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+@pytest.mark.long
 def test_streams_that_are_closed(root, place):
     code, said = shell(f"dsv3 generate {place.absent} >&-", root)
     assert code == 2 and said.startswith("dsv3: folder=") and said.count("\n") == 1

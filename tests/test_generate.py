@@ -143,6 +143,7 @@ def test_bfloat16_chooses_tokens_about_as_likely(light, compute_dtype, cache_dty
 DRAWN = dict(temperature=1.5, top_k=30, top_p=0.95)
 
 
+@pytest.mark.long
 def test_the_seed_fixes_the_draws(light):
     """Each by seed, row and place in the text, so neither parts, nor other rows, nor certain drafts change them."""
     one, two, three = (generate(light, [[5], [8, 1]], NEW, seed=seed, **DRAWN).tokens for seed in (0, 0, 1))

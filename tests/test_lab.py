@@ -79,6 +79,7 @@ def lab(tmp_path, monkeypatch):
     os.environ.update(environment)
 
 
+@pytest.mark.long
 def test_only_missing_runs_are_made_and_failures_are_named(lab, capsys):
     """Then: a page, a picture, a line of the overview; the fixed variant alone is made; a changed variant again."""
     code, made = lab("--seeds", "0", "1", "--workers", "1")
@@ -111,6 +112,7 @@ def test_only_missing_runs_are_made_and_failures_are_named(lab, capsys):
     assert lab("--list") == (0, []) and "bad, seed 1: missing, runs/lab/" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_fresh_and_remeasure_delete_what_they_make_again_and_keep_the_rest(lab):
     (lab.root / "fixed").touch()
     assert lab("--seeds", "0", "1", "3")[0] == 0
@@ -126,6 +128,7 @@ def test_fresh_and_remeasure_delete_what_they_make_again_and_keep_the_rest(lab):
         lab("--fresh", "--redraw")
 
 
+@pytest.mark.long
 def test_a_redraw_deletes_nothing_and_results_of_another_recipe_are_not_mixed(lab):
     (lab.root / "fixed").touch()
     assert lab("--seeds", "0", "1")[0] == 0
@@ -173,7 +176,8 @@ def test_another_base_has_separate_results_and_seeds_set_parameters_and_data(lab
         study.list_runs(recipe("lab"), (0,))
 
 
-def test_timings_come_last_in_processes_of_their_own(lab):
+@pytest.mark.long
+def test_timings_come_last_in_separate_processes(lab):
     (lab.folder / "study.py").write_text(STUDY.replace('"yes", variants', '"yes", variants, measure_alone=len'))
     code, jobs = lab("--seeds", "0", "--only", "first", "second")
     assert code == 0 and jobs[2:] == ["first 0 [] True", "second 0 [] True"]

@@ -30,6 +30,7 @@ def module_of(name, file="study"):
     return module
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_every_study_is_complete(folder, monkeypatch):
     """Variants are valid, short and as mini. results.json has all runs that the study makes, and the same verdicts."""

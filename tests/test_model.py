@@ -127,6 +127,7 @@ def test_bfloat16_computes_near_float32():
     assert np.mean(wide.routing.expert_ids == narrow.routing.expert_ids) > 0.8
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("whole_compiles")
 def test_training_unrolls_few_layers_and_computes_the_same(monkeypatch):
     graphdef, params, rest = nnx.split(random_model(small(routed_scale=1.0)), nnx.Param, ...)

@@ -126,7 +126,8 @@ def test_a_run_with_a_damaged_checkpoint_and_damaged_metrics_ends_the_same(whole
     assert names == {"8", "12", "12.damaged", "12.superseded"}
 
 
-def test_what_an_update_spoiled_is_not_saved(whole, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("what", ["parameter head", "an optimizer state"])
+def test_what_an_update_spoiled_is_not_saved(what, whole, tmp_path, monkeypatch, capfd):
     folder = tmp_path / "run"
 
     def make(job):
@@ -135,8 +136,10 @@ def test_what_an_update_spoiled_is_not_saved(whole, tmp_path, monkeypatch, capfd
         def step(state, batch, go):
             state, metrics = good(state, batch, go)
             with jax.transfer_guard("allow"):
-                if state.step == 8:
+                if state.step == 8 and what == "parameter head":
                     state.params["head"] = state.params["head"].replace(state.params["head"][...] * 1e30)
+                elif state.step == 8:
+                    state = replace(state, opt=jax.tree.map(lambda x: x * float("nan"), state.opt))
             return state, metrics
 
         return step
@@ -145,7 +148,7 @@ def test_what_an_update_spoiled_is_not_saved(whole, tmp_path, monkeypatch, capfd
         patch.setattr(loop, "_compiled_step", make)
         assert main(["train", "tiny", "--out", str(folder), *flags(whole.run)]) == 2
     (said,) = capfd.readouterr().err.splitlines()
-    assert "step 8 made parameter head, whose norm is not finite" in said
+    assert f"step 8 made {what}, whose norm is not finite" in said
     assert f"the last good checkpoint is step 4 in {folder}" in said
     assert loop.fit(whole.run, folder, quiet=True).resumed_from == 4
 

@@ -94,6 +94,7 @@ def test_the_bias_is_frozen_at_the_end(step):
         assert same != moves
 
 
+@pytest.mark.long
 def test_one_seed_one_run(step):
     """Two runs of three steps: every metric and the state after them, bit by bit; another seed is another model."""
     runs = []

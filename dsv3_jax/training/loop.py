@@ -261,10 +261,10 @@ class Training:
 
     def save(self) -> None:
         """Save the state and the data position; in the background unless the run ends here."""
-        if not jnp.isfinite(jax.jit(optax.tree.norm)(self.state.params)):
-            bad = first_nonfinite("parameter", self.state.params) or "parameters"
-            what = f"step {self.step} made {bad}, whose norm is not finite"
-            raise self._not_good(f"{what}; a smaller learning rate may help")
+        arrays = [x for x in jax.tree.leaves((self.state.params, self.state.opt)) if x.ndim]  # optax begins at infinity
+        if not jnp.isfinite(jax.jit(optax.tree.norm)(arrays)):
+            bad = first_nonfinite("parameter", self.state.params) or "an optimizer state"
+            raise self._not_good(f"step {self.step} made {bad}, whose norm is not finite; a smaller rate may help")
         self.lock.check()
         ends = self.stopped or self.step == self.job.run.steps
         self.checkpoints.save(self.state, self.batches.get_state(), wait=ends)
