@@ -128,6 +128,7 @@ def test_invalid_settings_are_refused(changes, named):
         processes.join(settings.pop("address"), settings.pop("count"), settings.pop("index"), **settings)
 
 
+@pytest.mark.long
 def test_checkpoints_are_independent_of_the_mesh(run, tmp_path):
     """Saved from a mesh of "data" and "expert", and restored without a mesh and on three others: the same bits."""
     sharded_run = replace(run, execution=replace(run.execution, layout=Layout(fsdp=True)))

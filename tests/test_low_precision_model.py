@@ -143,15 +143,8 @@ def after_a_step(run, mesh=None):
         return jax.device_get(step(state, batch))
 
 
-@pytest.mark.parametrize(
-    "execution",
-    [
-        FP8,
-        pytest.param(MXFP8, marks=pytest.mark.long),
-        pytest.param(replace(FP8, compute_dtype="bfloat16", remat="full"), marks=pytest.mark.long),
-    ],
-    ids=["fp8", "mxfp8", "fp8 of bfloat16"],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("execution", [FP8, MXFP8, replace(FP8, compute_dtype="bfloat16", remat="full")])
 def test_a_training_step_in_8_bits_is_near_that_in_float32(execution):
     """Three bits of mantissa round an operand by 3 % at most, and sums average it out."""
     (want, exact), (state, low) = (after_a_step(replace(RUN, execution=e)) for e in (Execution(), execution))

@@ -298,7 +298,7 @@ def test_new_parameters_are_drawn_as_the_configuration_and_the_seed_say():
     assert len(set(starts)) == len(starts)  # no two from one key
 
 
-@pytest.mark.parametrize("make", [Transformer, ds.MLA, ds.MoE])
+@pytest.mark.parametrize("make", [pytest.param(Transformer, marks=pytest.mark.long), ds.MLA, ds.MoE])
 def test_parameters_are_drawn_by_one_program_and_the_same_inside_another(make):
     cfg, compiled = replace(preset("tiny"), dim=136), []
 

@@ -99,6 +99,7 @@ def test_a_kernel_that_keeps_its_maxima_to_itself_gets_a_product_beside_it(rng, 
 # the clip
 
 
+@pytest.mark.long
 def test_each_head_of_each_layer_is_scaled_by_its_own_logit(monkeypatch):
     """Against the reference in float64, in stacks and in the heads' blocks; half of the heads are above."""
     want = reference_maxima(CFG, parameters(random_model(CFG)), batch_of(), monkeypatch)

@@ -126,7 +126,7 @@ def test_a_run_with_a_damaged_checkpoint_and_damaged_metrics_ends_the_same(whole
     assert names == {"8", "12", "12.damaged", "12.superseded"}
 
 
-@pytest.mark.parametrize("what", ["parameter head", "an optimizer state"])
+@pytest.mark.parametrize("what", ["parameter head", pytest.param("an optimizer state", marks=pytest.mark.long)])
 def test_what_an_update_spoiled_is_not_saved(what, whole, tmp_path, monkeypatch, capfd):
     folder = tmp_path / "run"
 
@@ -182,6 +182,7 @@ class Recorder(Callback):
         self.calls.append(("end", result.step))
 
 
+@pytest.mark.long
 def test_a_callback_that_fails_ends_the_run_after_it_is_saved(whole, tmp_path):
     """It stops after the step that follows, and the other callback is called to the end. The same call resumes."""
     folder, first, broken, second = tmp_path / "run", Recorder(), Recorder(breaks_at=6), Recorder()

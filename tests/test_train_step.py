@@ -125,6 +125,7 @@ def poison(state: TrainState, value: float) -> TrainState:
     return replace(state, params=nnx.from_flat_state(flat))
 
 
+@pytest.mark.long
 def test_what_is_not_finite_stops_the_step_and_is_named(step):
     """A parameter; or a gradient, where parameters are finite but products of them overflow."""
     huge = fresh_state(RUN)
