@@ -2,10 +2,9 @@
 
 import json
 import os
-import shutil
-import time
 
 import pytest
+from flax import nnx
 from runs import make_run, unhooked_cli
 
 from dsv3_jax.lock import acquire
@@ -54,8 +53,7 @@ def test_folders_without_runs(folder, capsys):
     assert "does not exist; name a folder with runs" in capsys.readouterr().err
 
 
-def test_many_runs_are_listed_without_making_a_model(folder, capsys):
-    for i in range(200):
-        shutil.copytree(folder / "first", folder / "more" / str(i))
-    begin = time.process_time()
-    assert len(listed(folder, capsys)[1]) == 204 and time.process_time() - begin < 2
+def test_runs_are_listed_without_making_a_model(folder, capsys, monkeypatch):
+    """A list of 200 takes two CPU seconds so; tracing a model takes a tenth of a second a run."""
+    monkeypatch.setattr(nnx, "Rngs", None)  # every model needs them
+    assert len(listed(folder, capsys)[1]) == 4
