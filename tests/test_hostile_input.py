@@ -219,7 +219,7 @@ def test_sigterm_leaves_no_temporary_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("names, least", [("inputs", 30), ("damage kills disks", 1), ("fuzz sanitizers", 1)])
+@pytest.mark.parametrize("names, least", [("inputs", 30), ("damage kills disks fuzz", 1)])
 def test_a_slice_of_the_campaigns(tmp_path, names, least):
     """So many trials of each, however long they take, and more within three seconds."""
     words = ["--minutes", "0.05", "--least", str(least), "--seed", "7", "--only", *names.split()]

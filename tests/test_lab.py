@@ -209,7 +209,7 @@ def test_a_study_trains_is_interrupted_and_resumes(tmp_path):
         "from dsv3_jax.config import replace\nfrom experiments.lab import OnTask, Study\n"
         "from experiments.lab.tasks import Facts\n"
         "def variants(base):\n    base = replace(base, steps=40, save_every=20, eval_every=40, eval_batches=1)\n"
-        "    return {'a': OnTask(Facts(), base), 'b': OnTask(Facts(bits=4), replace(base, steps=600))}\n"
+        "    return {'a': OnTask(Facts(), base), 'b': OnTask(Facts(bits=4), replace(base, steps=250))}\n"
         "STUDY = Study('Why?', 'x', variants, base='facts', measure=lambda run: {'rows': len(run.metrics())})\n"
     )
     (folder / "README.md").write_text("<!-- results -->\n<!-- /results -->\n")
