@@ -96,8 +96,8 @@ def describe(cfg: ModelConfig, name: str, compute_dtype: str = "float32") -> lis
         amount = f"{format_count(counts.mtp)} more parameters, {format_count(counts.mtp_active)} active"
         lines.append((cfg.head_kind.title, amount))
     return lines + [
-        ("forward", f"{forward}FLOP a token, and {scores}FLOP for {context} tokens back"),
-        ("training", f"{format_count(6 * counts.active)}FLOP a token"),
+        ("forward", f"{forward} FLOPs a token, and {scores} FLOPs for {context} tokens back"),
+        ("training", f"{format_count(6 * counts.active)} FLOPs a token"),
         ("cache", f"{format_count(elements * itemsize)}B a token ({compute_dtype}, {elements} numbers)"),
         ("cache, int8", f"{format_count(bytes_per_token(cfg, kind, 'int8'))}B a token, scales included"),
         (

@@ -144,7 +144,7 @@ def describe(cost: Cost, rows: int, length: int, memory: float | None, device: D
     elif memory is not None:
         verdict = f": {'fits' if cost.fits(memory) else 'does not fit'} in {format_bytes(memory)}"
     lines.append(("  in all", format_bytes(cost.total) + verdict))
-    work = f"{format_count(cost.flops)}FLOP, {format_count(cost.flops / (cost.tokens / count))}FLOP a token"
+    work = f"{format_count(cost.flops)} FLOPs, {format_count(cost.flops / (cost.tokens / count))} FLOPs a token"
     lines.append(("  computed", work))
     if not cost.compile_error:
         known = cost.sent.known()
