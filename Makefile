@@ -32,7 +32,7 @@ BIN := $(VENV)/bin
 comma := ,
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo demo-short lab notebooks environment test test-core test-long campaign compilers lint parity clean
+.PHONY: help demo demo-short lab notebooks environment test test-core test-long test-all campaign compilers lint parity clean
 
 help:
 	@echo "make demo        train a small model, evaluate it and let it write: about five minutes on two CPU cores"
@@ -43,6 +43,7 @@ help:
 	@echo "make environment install what the tests need, and run nothing"
 	@echo "make test        run the tests: about five minutes; PYTEST_ARGS='-k router' runs some of them"
 	@echo "make test-long   run the long tests: meshes, several processes, all drafts, notebooks"
+	@echo "make test-all    run all of them, the rare ones too, which CI leaves out"
 	@echo "make campaign    hostile inputs, damage, kills, sanitizers: two hours; MINUTES=10, SEED=1"
 	@echo "make compilers   install the compilers for GPUs and TPUs (360 MB), which the long tests use if they are there"
 	@echo "make lint        check style, format and types"
@@ -78,7 +79,7 @@ environment: $(VENV)/.installed-test
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.installed-test
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -m "not long and not parity" $(PYTEST_ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -m "not long and not rare and not parity" $(PYTEST_ARGS)
 
 # An older Python with its older JAX must pass these: mathematics, kernels, a training step, decoding.
 CORE := $(addprefix tests/test_,rope.py routing.py balance.py cross_entropy.py kernels.py \
@@ -88,10 +89,13 @@ CORE := $(addprefix tests/test_,rope.py routing.py balance.py cross_entropy.py k
   generate.py::test_parts_give_the_tokens_of_generate)
 
 test-core: $(VENV)/.installed-test
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -m "not long and not parity" $(CORE) $(PYTEST_ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -m "not long and not rare and not parity" $(CORE) $(PYTEST_ARGS)
 
 test-long: $(VENV)/.installed-test
-	$(PYTEST) -m "long and not parity" $(PYTEST_ARGS)
+	$(PYTEST) -m "long and not rare and not parity" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.installed-test
+	$(PYTEST) -m "not parity" $(PYTEST_ARGS)
 
 campaign: $(VENV)/.installed-test
 	$(BIN)/python -m tests.campaign --minutes $(or $(MINUTES),120) --seed $(or $(SEED),0)
