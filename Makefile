@@ -32,7 +32,7 @@ BIN := $(VENV)/bin
 comma := ,
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo demo-short lab notebooks environment test test-core test-long test-all campaign compilers lint parity clean
+.PHONY: help demo demo-short lab notebooks docs environment test test-core test-long test-all campaign compilers lint parity clean
 
 help:
 	@echo "make demo        train a small model, evaluate it and let it write: about five minutes on two CPU cores"
@@ -40,6 +40,7 @@ help:
 	@echo "make demo-short  the same with a few steps, to see that everything runs: about a minute"
 	@echo "make lab         run the studies that have no results yet; LAB_ARGS=--fresh runs all of them, in 4 to 5 hours"
 	@echo "make notebooks   execute the notebooks and keep their outputs: some minutes"
+	@echo "make docs        build the site of docs/, in a minute: guides, API, notebooks, studies"
 	@echo "make environment install what the tests need, and run nothing"
 	@echo "make test        run the tests: about five minutes; PYTEST_ARGS='-k router' runs some of them"
 	@echo "make test-long   run the long tests: meshes, several processes, all drafts, notebooks"
@@ -73,6 +74,10 @@ lab: $(VENV)/.installed
 
 notebooks: $(VENV)/.installed-notebooks
 	$(BIN)/python notebooks/execute.py
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -nW --keep-going -q -b html -c docs . docs/_build
+	@echo "The site is docs/_build/index.html"
 
 environment: $(VENV)/.installed-test
 
@@ -173,6 +178,10 @@ $(VENV)/.installed-plan: $(INPUTS) | $(BIN)/python
 
 $(VENV)/.installed-notebooks: $(VENV)/.installed
 	$(call install,.[notebooks])
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(call install,.[docs])
 	@touch $@
 
 $(VENV)/.installed-parity: $(VENV)/.installed-test

@@ -1,0 +1,134 @@
+"""Pages that the code itself prints: tables, each command's help, the API's modules, and the gallery of studies."""
+
+import contextlib
+import io
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from unittest import mock
+
+from dsv3_jax.cli.info import describe
+from dsv3_jax.cli.main import COMMANDS, main
+from dsv3_jax.hf.families import FAMILIES
+from dsv3_jax.kernels import choose
+from dsv3_jax.mesh.sharding import FSDP_RULES, RULES
+from dsv3_jax.presets import MODELS, RECIPES
+
+ROOT = Path(__file__).parents[1]
+PARTS = {
+    "config": "What a model and a run are",
+    "ops": "The mathematics: pure functions on arrays",
+    "model": "Flax modules",
+    "mesh": "Which mesh axis shards which array",
+    "data": "From text to rows",
+    "chat": "Chat templates and examples",
+    "training": "One run",
+    "decoding": "From prompts to text",
+    "hf": "Released weights, both ways",
+    "stats": "Where tokens go",
+    "planning": "A mesh without its devices",
+    "kernels": "Which implementation runs where",
+}
+
+
+def write_pages(folder: Path) -> None:
+    """Write all pages that are not there or have changed, so that a second build is quick."""
+    pages = {"tables": tables(), "commands": commands(), "studies": studies()}
+    pages |= {f"api/{part}": api(part, title) for part, title in PARTS.items()}
+    for name, text in pages.items():
+        path = folder / f"{name}.md"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A table in Markdown."""
+    lines = [list(head), ["---"] * len(list(head)), *([str(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def tables() -> str:
+    """The tables of presets, kernels, families and sharding rules, and what each preset counts."""
+    counted = {name: dict(describe(cfg, name)) for name, cfg in MODELS.items()}
+    quantities = ("total parameters", "active parameters", "cache")
+    sizes = [(f"`{name}`", *(of[quantity] for quantity in quantities)) for name, of in counted.items()]
+    recipes = [
+        (f"`{name}`", run.steps, f"{run.data.batch_size} × {run.data.seq_len}", run.optim.learning_rate, run.optim.name)
+        for name, run in RECIPES.items()
+    ]
+    kernels = [
+        (f"`{op}`", f"`{row.name}`", ", ".join(row.platforms), ", ".join(row.dtypes) or "any", row.precision)
+        for op, rows in choose.TABLE.items()
+        for row in rows
+    ]
+    families = [
+        (f"`{name}`", of.scoring, ", ".join(of.methods), "yes" if of.experts else "no", "yes" if of.indexer else "no")
+        for name, of in FAMILIES.items()
+    ]
+    sharding = [(f"`{name}`", ", ".join(FSDP_RULES[name]), ", ".join(RULES.get(name, ()))) for name in FSDP_RULES]
+    return f"""# Tables
+
+The code prints these tables; they cannot be older than it.
+
+## Presets
+
+{table(("preset", *quantities), sizes)}
+
+## Recipes
+
+{table(("recipe", "steps", "batch, rows × tokens", "learning rate", "optimizer"), recipes)}
+
+## Kernels
+
+Rows of an op are in order of preference: the first that serves platform, dtype, mesh and shapes runs.
+
+{table(("op", "implementation", "platforms", "dtypes", "precision"), kernels)}
+
+## Released models
+
+{table(("`model_type`", "scores", "choice of experts", "experts", "indexer, left out"), families)}
+
+## Sharding
+
+Which mesh axes shard an axis of that name, with `--execution.layout.fsdp` and without.
+
+{table(("axis of an array", "weights with FSDP", "else"), sharding)}
+"""
+
+
+def commands() -> str:
+    """Each command with the text of its `--help`."""
+    parts = ["# Commands\n", "The text of each command's `--help`.\n"]
+    for name in COMMANDS:
+        argv = {"train": ["train", "tiny"], "bench": ["bench", "decode"]}.get(name, [name])
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), mock.patch.dict("os.environ", {"COLUMNS": "100", "NO_COLOR": "1"}):
+            main([*argv, "--help"])
+        parts.append(f"## {' '.join(['dsv3', *argv])}\n\n```text\n{said.getvalue().strip()}\n```\n")
+    return "\n".join(parts)
+
+
+def api(part: str, title: str) -> str:
+    """The public functions and classes of a folder, by their docstrings."""
+    files = sorted(ROOT.glob(f"dsv3_jax/{part}.py")) + sorted(ROOT.glob(f"dsv3_jax/{part}/**/*.py"))
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files]
+    blocks = [f"## {name}\n\n```{{eval-rst}}\n.. automodule:: {name}\n```\n" for name in names]
+    return f"# {part}\n\n{title}.\n\n" + "\n".join(blocks)
+
+
+def studies() -> str:
+    """The gallery: each study's question, picture and answers."""
+    parts = ["# Studies\n", "Each asks a question of the reports at a size that two CPU cores answer in minutes.\n"]
+    for path in sorted(ROOT.glob("experiments/[0-9]*/results.json")):
+        results, folder = json.loads(path.read_text(encoding="utf-8")), path.parent
+        given = [verdict["answer"] for verdict in results["verdicts"]]
+        answers = ", ".join(f"{given.count(answer)} {answer}" for answer in dict.fromkeys(given))
+        picture = re.search(r"!\[(.*?)\]\((\w+\.png)\)", (folder / "README.md").read_text(encoding="utf-8"))
+        link = f"../../experiments/{folder.name}/"
+        image = f"[![{picture[1]}]({link}{picture[2]})]({link}README.md)\n" if picture else ""
+        title = folder.name.replace("_", " ")
+        parts.append(f"## [{title}]({link}README.md)\n\n{results['question']}\n\nAnswers: {answers}.\n\n{image}")
+    pages = [path.relative_to(ROOT).with_suffix("") for path in sorted(ROOT.glob("experiments/[0-9]*/*.md"))]
+    return "\n".join([*parts, "```{toctree}", ":hidden:", "", *(f"/{page}" for page in pages), "```", ""])
