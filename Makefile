@@ -32,7 +32,7 @@ BIN := $(VENV)/bin
 comma := ,
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo demo-short lab notebooks docs environment test test-core test-long test-all campaign compilers lint parity clean
+.PHONY: help demo demo-short lab notebooks docs wheel environment test test-core test-long test-all campaign compilers lint parity clean
 
 help:
 	@echo "make demo        train a small model, evaluate it and let it write: about five minutes on two CPU cores"
@@ -41,6 +41,7 @@ help:
 	@echo "make lab         run the studies that have no results yet; LAB_ARGS=--fresh runs all of them, in 4 to 5 hours"
 	@echo "make notebooks   execute the notebooks and keep their outputs: some minutes"
 	@echo "make docs        build the site of docs/, in a minute: guides, API, notebooks, studies"
+	@echo "make wheel       build a wheel, install it elsewhere, and run the short demo there"
 	@echo "make environment install what the tests need, and run nothing"
 	@echo "make test        run the tests: about five minutes; PYTEST_ARGS='-k router' runs some of them"
 	@echo "make test-long   run the long tests: meshes, several processes, all drafts, notebooks"
@@ -78,6 +79,12 @@ notebooks: $(VENV)/.installed-notebooks
 docs: $(VENV)/.installed-docs
 	$(BIN)/python -m sphinx -nW --keep-going -q -b html -c docs . docs/_build
 	@echo "The site is docs/_build/index.html"
+
+wheel: $(VENV)/.installed-release
+	rm -rf dist build
+	$(BIN)/python -m build -o dist . > /dev/null
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tests/try_wheel.py dist/*.whl
 
 environment: $(VENV)/.installed-test
 
@@ -180,8 +187,8 @@ $(VENV)/.installed-notebooks: $(VENV)/.installed
 	$(call install,.[notebooks])
 	@touch $@
 
-$(VENV)/.installed-docs: $(VENV)/.installed
-	$(call install,.[docs])
+$(VENV)/.installed-docs $(VENV)/.installed-release: $(VENV)/.installed-%: $(VENV)/.installed
+	$(call install,.[$*])
 	@touch $@
 
 $(VENV)/.installed-parity: $(VENV)/.installed-test

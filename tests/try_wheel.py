@@ -1,0 +1,54 @@
+"""`make wheel`: what the wheel holds, and that it works where the source tree is not.
+
+python tests/try_wheel.py dist/dsv3_jax-*.whl           # packages are borrowed from this environment
+python tests/try_wheel.py dist/dsv3_jax-*.whl --fresh   # all packages are installed
+"""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import venv
+import zipfile
+from pathlib import Path
+
+
+def main(wheel: Path, fresh: bool) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    foreign = [name for name in names if not name.startswith(("dsv3_jax/", "dsv3_jax-"))]
+    assert not foreign, f"{wheel} has {foreign}"
+    for suffix in (".cc", ".h", ".js", ".css", ".html"):
+        assert any(name.endswith(suffix) for name in names), f"{wheel} has no {suffix} files"
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        venv.create(home / "env", with_pip=True)
+        python = home / "env/bin/python"
+        packages = [] if fresh else ["--no-deps", "--no-index"]
+        subprocess.run([python, "-m", "pip", "install", "-q", "--no-compile", *packages, wheel.resolve()], check=True)
+        if (
+            not fresh
+        ):  # a .pth file names the folder; .pth files in that folder, as of an editable install, are not read
+            own = next(home.glob("env/lib/python*/site-packages"))
+            (own / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
+        clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        clean |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(home / "cache")}
+
+        def run(*argv: str) -> str:
+            done = subprocess.run([home / "env/bin/dsv3", *argv], cwd=home, env=clean, capture_output=True, text=True)
+            assert done.returncode == 0, f"dsv3 {' '.join(argv)}: exit code {done.returncode}\n{done.stderr[-2000:]}"
+            return done.stdout
+
+        assert "total parameters" in run("info", "tiny")
+        print(run("demo", "--short", "--out", "demo"))
+        run("stats", "demo")
+        pages = [path.read_text() for path in home.glob("demo/stats/*/index.html")]
+        assert pages and "<script" in pages[0], "there is no page of statistics"
+        compiled = list(home.glob("cache/dsv3_jax/*.so"))
+        assert compiled, "the C++ kernels were not compiled"
+        where = "import dsv3_jax; print(dsv3_jax.__file__, dsv3_jax.__version__)"
+        print(subprocess.run([python, "-c", where], cwd=home, env=clean, capture_output=True, text=True).stdout)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), "--fresh" in sys.argv)
