@@ -5,7 +5,6 @@ import os
 import select
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,17 +25,6 @@ def executable() -> str | None:
 needs_browser = pytest.mark.skipif(executable() is None, reason="no Chromium or Chrome on the path (or in $CHROMIUM)")
 
 
-# The browser reads commands from file descriptor 3 and answers on 4.
-LAUNCHER = """
-import os, sys
-reads, writes = (os.dup(int(number)) for number in sys.argv[1:3])
-for number, wanted in ((reads, 3), (writes, 4)):
-    os.dup2(number, wanted)
-    os.set_inheritable(wanted, True)
-os.execv(sys.argv[3], sys.argv[3:])
-"""
-
-
 class Browser:
     """One tab. `errors` keeps what a page throws or logs as an error, `requests` what it asks of the network."""
 
@@ -44,8 +32,8 @@ class Browser:
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
-        command = [
-            *(sys.executable, "-c", LAUNCHER, str(to_browser), str(from_browser), executable() or ""),
+        command = [  # it reads commands from file descriptor 3 and answers on 4
+            *("bash", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "-", executable() or ""),
             *("--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
             *("--disable-background-networking", "--no-first-run", "--disable-dev-shm-usage"),
             *(f"--user-data-dir={self._folder.name}", "about:blank"),
@@ -57,21 +45,11 @@ class Browser:
         self._number, self._pending, self._session = 0, b"", None
         self.errors: list[str] = []
         self.requests: list[str] = []
-        try:
-            targets = self.send("Target.getTargets")["targetInfos"]
-            page = next(target["targetId"] for target in targets if target["type"] == "page")
-            self._session = self.send("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
-            for domain in ("Page", "Runtime", "Log", "Network"):
-                self.send(f"{domain}.enable")
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> "Browser":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        targets = self.send("Target.getTargets")["targetInfos"]
+        page = next(target["targetId"] for target in targets if target["type"] == "page")
+        self._session = self.send("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.send(f"{domain}.enable")
 
     def close(self) -> None:
         """End the browser and remove its folder."""
@@ -143,12 +121,10 @@ class Browser:
         """Click with the mouse on an element: its middle, or x, y from its corner."""
         element = f"document.querySelector({json.dumps(selector)})"
         self.run(f"{element}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
-        box = self.run(f"(b => [b.left, b.top, b.width, b.height])({element}.getBoundingClientRect())")
-        at = {
-            "x": box[0] + (box[2] / 2 if x is None else x),
-            "y": box[1] + (box[3] / 2 if y is None else y),
-            "clickCount": 1,
-        }
+        left, top, width, height = self.run(
+            f"(b => [b.left, b.top, b.width, b.height])({element}.getBoundingClientRect())"
+        )
+        at = {"x": left + (x or width / 2), "y": top + (y or height / 2), "clickCount": 1}
         for kind, button in (("mouseMoved", "none"), ("mousePressed", "left"), ("mouseReleased", "left")):
             self.send("Input.dispatchMouseEvent", type=kind, button=button, **at)
         self.settle()
@@ -173,12 +149,10 @@ class Browser:
         line, self._pending = self._pending.split(b"\0", 1)
         message = json.loads(line)
         what, parameters = message.get("method"), message.get("params", {})
-        if what == "Runtime.exceptionThrown":
-            self.errors.append(str(parameters["exceptionDetails"]))
-        elif what == "Log.entryAdded" and parameters["entry"]["level"] in ("error", "warning"):
-            self.errors.append(str(parameters["entry"]))
-        elif what == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "warning", "assert"):
-            self.errors.append(str(parameters["args"]))
+        level = parameters.get("entry", {}).get("level") or parameters.get("type")
+        logged = what in ("Log.entryAdded", "Runtime.consoleAPICalled") and level in ("error", "warning", "assert")
+        if logged or what == "Runtime.exceptionThrown":
+            self.errors.append(str(parameters))
         elif what == "Network.requestWillBeSent" and not parameters["request"]["url"].startswith(("about:", "data:")):
             self.requests.append(parameters["request"]["url"])
         return message

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import some_long
 from flax import nnx
 from models import random_model, small
 from released import GRID, differences, golden, ours, probed, stored, without_int4, write_folder
@@ -36,10 +35,11 @@ def state_of(model):
 # parity
 
 # Cells whose gradients or greedy tokens are compared too; `make parity` compares the rest, which compiles for minutes.
-DEEP = {"half RoPE": "gradients", "V2-Lite, greedy": "greedy", "Youtu": "greedy"}
+DEEP = {"half RoPE": "gradients", "V2-Lite, greedy": "greedy"}
+SHORT = {"groups", "FP8 file", "Kimi K2-Thinking", *DEEP}
 
 
-@pytest.mark.parametrize("name", some_long(GRID.keys(), "groups", "FP8 file", "V2, groups", *DEEP))
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in SHORT else pytest.mark.rare) for n in GRID])
 def test_transformers_numbers(folders, name):
     gradients, greedy = (DEEP.get(name) == what for what in ("gradients", "greedy"))
     results, reference = probed(ours(hf.load(folders[name]), gradients=gradients, greedy=greedy)), golden(name)
@@ -49,16 +49,6 @@ def test_transformers_numbers(folders, name):
     assert worst.pop("expert_ids") == worst.pop("mtp_expert_ids", 0) == worst.pop("greedy", 0) == 0
     assert worst.pop("loss", 0) < 5e-6
     assert all(value < 1e-4 for value in worst.values()), worst  # float32 sums in a different order
-
-
-def test_the_grid_detects_lost_biases(folders):
-    """Biases of both signs change which experts are chosen, so losing them changes ids and logits."""
-    model = hf.load(folders["groups"])
-    bias = model.sparse.moe.bias
-    assert bias[...].min() < -0.1 and bias[...].max() > 0.1
-    bias[...] = jnp.zeros_like(bias[...])
-    worst = differences(ours(model, gradients=False, greedy=False), golden("groups"))
-    assert worst["expert_ids"] > 20 and worst["logits"] > 0.1
 
 
 # both ways
@@ -80,10 +70,7 @@ def test_a_folder_survives_loading_and_saving_bitwise(folders, name, tmp_path):
         assert read_tensor(tensor).tobytes() == expected[key].tobytes(), key
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"mtp_depth": 2, "num_dense_layers": 0}, {"tie_embeddings": True, "mtp_depth": 1}, {"num_dense_layers": 3}],
-)
+@pytest.mark.parametrize("changes", [{}, {"mtp_depth": 2, "num_dense_layers": 0}])
 def test_a_model_survives_saving_and_loading_bitwise(tmp_path, changes):
     model = random_model(small(**changes))
     hf.save(model, tmp_path / "out", shard_bytes=20_000)

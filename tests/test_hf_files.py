@@ -25,7 +25,11 @@ from dsv3_jax.training.checkpoint import load_run
 CFG = small(num_layers=2, num_experts=4, num_groups=2, groups_per_token=2, vocab_size=260, mtp_depth=1)
 SHARD = "model-00002-of-00003.safetensors"
 LAYER = "model.layers.1."
-O_PROJ, ROUTER, UP = (LAYER + n for n in ("self_attn.o_proj.weight", "mlp.gate.weight", "mlp.experts.2.up_proj.weight"))
+O_PROJ, UP = LAYER + "self_attn.o_proj.weight", LAYER + "mlp.experts.2.up_proj.weight"
+
+
+def state_of(model):
+    return nnx.to_pure_dict(nnx.state(model))
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +51,9 @@ def folder(good, tmp_path):
     return Path(shutil.copytree(good, tmp_path / "folder"))
 
 
-def edit_json(name, change):
+def edit_json(name, **changes):
     def damage(folder: Path):
-        values = json.loads((folder / name).read_text())
-        change(values)
-        (folder / name).write_text(json.dumps(values))
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
 
     return damage
 
@@ -77,16 +79,16 @@ def poison(arrays):
     arrays[UP].reshape(-1)[3] = np.nan
 
 
-def pack(name, **parts):
-    """Replace a weight by one of 4 bits."""
+def rename(arrays):
+    for name in [name for name in arrays if name.startswith(LAYER + "mlp.experts")]:
+        arrays[name + ".more"] = arrays.pop(name)
 
-    def damage(folder: Path):
-        edit_json(files.CONFIG, set_to("quantization_config", INT4))(folder)
-        edit_tensors(lambda arrays: arrays.pop(name) is None or arrays.update({name + k: v for k, v in parts.items()}))(
-            folder
-        )
 
-    return damage
+def pack(folder):
+    """Replace a weight by one of 4 bits, of another shape."""
+    edit_json(files.CONFIG, quantization_config=INT4)(folder)
+    parts = {UP + "_packed": np.zeros((2, 1), np.int32), UP + "_scale": np.ones((3, 3), np.float32)}
+    edit_tensors(lambda arrays: arrays.pop(UP) is None or arrays.update(parts))(folder)
 
 
 def link_out(folder):
@@ -94,32 +96,22 @@ def link_out(folder):
     (folder / SHARD).symlink_to(folder.parent / "outside.safetensors")
 
 
-NUMBERS = np.zeros((2, 1), np.int32)
 # name → (damage to the folder, parts of the error)
 BAD = {
-    "no folder": (shutil.rmtree, ["is not a folder"]),
     "no config": (lambda f: (f / "config.json").unlink(), ["has no config.json"]),
-    "config has a key twice": (lambda f: (f / "config.json").write_text('{"a":1,"a":2}'), ["key 'a'"]),
-    "scoring": (edit_json("config.json", set_to("scoring_func", "x")), ["config.json: scoring_func='x'"]),
-    "no weights but a pickle": (lambda f: (f / files.INDEX).rename(f / "pytorch_model.bin"), ["other formats are not"]),
+    "scoring": (edit_json(files.CONFIG, scoring_func="x"), ["config.json: scoring_func='x'"]),
     "no shard": (lambda f: (f / SHARD).unlink(), ["has no " + SHARD]),
-    "a path": (edit_json(files.INDEX, lambda v: v["weight_map"].update({UP: "../x"})), ["file '../x'"]),
-    "an absent tensor": (
-        edit_json(files.INDEX, lambda v: v["weight_map"].update(ghost=SHARD)), [SHARD + " does not hold ghost"]
-    ),
+    "a path": (edit_json(files.INDEX, weight_map={UP: "../x"}), ["file '../x'"]),
     "link out of the folder": (link_out, [SHARD + " is a link out of its folder"]),
     "truncated": (lambda f: os.truncate(f / SHARD, 9000), [SHARD, "is damaged"]),
     "missing": (edit_tensors(lambda arrays: arrays.pop(UP)), [UP + " is missing", "1 tensors"]),
-    "extra": (edit_tensors(set_to("model.more", np.zeros(2, np.float32))), ["model.more in model.safe"]),
     "misshapen": (edit_tensors(set_to(UP, np.zeros((2, 3), np.float32))), [UP + " in model", "[2, 3]"]),
     "FP8 without a scale": (
         edit_tensors(lambda arrays: arrays.update({O_PROJ: arrays[O_PROJ].astype(ml_dtypes.float8_e4m3fn)})),
         [O_PROJ + "_scale_inv is missing"],
     ),
-    "4 bits of another shape": (
-        pack(UP, _packed=NUMBERS, _scale=np.ones((3, 3), np.float32)), [UP + "_packed in", "int32", UP + "_scale in"]
-    ),
-    "4 bits of a router": (pack(ROUTER, _packed=NUMBERS), [ROUTER + " is missing", ROUTER + "_packed in"]),
+    "many": (edit_tensors(rename), ["24 tensors: ", "and 4 more"]),
+    "4 bits of another shape": (pack, [UP + "_packed in", "int32", UP + "_scale in"]),
     "NaN": (edit_tensors(poison), ["model.safetensors holds 1 NaN or Inf in " + UP]),
     "another embedding in the MTP layer": (
         edit_tensors(set_to("model.layers.2.embed_tokens.weight", np.ones((260, 16), np.float32))),
@@ -135,31 +127,17 @@ def test_an_error_is_one_sentence_with_file_and_tensor(folder, name):
     with pytest.raises(ValueError) as error:
         hf.load(folder)
     text = str(error.value)
-    assert str(folder) in text and "\n" not in text and len(text) < 500
+    assert str(folder) in text and "\n" not in text
     assert all(part in text for part in expected), text
-    for dtype in (None, "float32"):
-        with pytest.raises(ValueError):
-            hf.convert(folder, folder.parent / "out", dtype=dtype)
+    with pytest.raises(ValueError):
+        hf.convert(folder, folder.parent / "out")
     assert not (folder.parent / "out").exists()
-
-
-def test_wrong_tensors_are_listed_together(folder):
-    def change(arrays):
-        for name in [name for name in arrays if name.startswith(LAYER + "mlp.experts")]:
-            arrays[name + ".more"] = arrays.pop(name)
-
-    edit_tensors(change)(folder)
-    with pytest.raises(ValueError, match=r"24 tensors: .* and 4 more$") as error:
-        hf.load(folder)
-    assert str(error.value).count(";") == 19
 
 
 def test_missing_mtp_layers_are_left_out_with_a_line(folder, capfd):
     edit_tensors(lambda arrays: [arrays.pop(k) for k in [*arrays] if k.startswith("model.layers.2.")])(folder)
     assert hf.load(folder).cfg.mtp_depth == 0
     assert "names 1 MTP layers, and the files have none: loaded without" in capfd.readouterr().err
-    assert hf.load(folder, mtp=False).cfg.mtp_depth == 0
-    assert capfd.readouterr().err == ""
 
 
 def test_allow_nonfinite_accepts_nan(folder):
@@ -167,26 +145,24 @@ def test_allow_nonfinite_accepts_nan(folder):
     out = folder.parent / "out"
     loaded = hf.load(folder, allow_nonfinite=True)
     assert np.isnan(np.asarray(loaded.sparse.moe.experts.w_up[...])).sum() == 1
-    with pytest.raises(ValueError, match=f"{UP} holds NaN or Inf"):
-        hf.save(loaded, out)
-    with pytest.raises(ValueError, match="which FP8 cannot"):
-        hf.save(loaded, out, fp8=True, allow_nonfinite=True)
+    for options, sentence in (({}, f"{UP} holds NaN or Inf"), (dict(fp8=True, allow_nonfinite=True), "FP8 cannot")):
+        with pytest.raises(ValueError, match=sentence):
+            hf.save(loaded, out, **options)
     assert list(folder.parent.iterdir()) == [folder]
     hf.save(loaded, out, allow_nonfinite=True)
 
 
 def test_saving_needs_a_new_folder_and_room(model, tmp_path, monkeypatch):
     (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "notes").write_text("kept")
-    with pytest.raises(ValueError, match="taken exists"):
-        hf.save(model, tmp_path / "taken")
-    with pytest.raises(ValueError, match="absent is not a folder, so out cannot be created"):
-        hf.save(model, tmp_path / "absent" / "out")
-    with pytest.raises(ValueError, match="shard_bytes=0 is below 1"):
-        hf.save(model, tmp_path / "out", shard_bytes=0)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
-    with pytest.raises(ValueError, match=f"{tmp_path} has no room for 0 MB: 1 MB are free"):
-        hf.save(model, tmp_path / "more")
+    (tmp_path / "taken" / "notes").touch()
+    for out, free, sentence in (
+        ("taken", 1 << 40, "taken exists"),
+        ("absent/out", 1 << 40, "absent is not a folder, so out cannot be created"),
+        ("more", 1 << 20, f"{tmp_path} has no room for 0 MB: 1 MB are free"),
+    ):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        with pytest.raises(ValueError, match=sentence):
+            hf.save(model, tmp_path / out)
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
 
 
@@ -199,9 +175,9 @@ def test_convert_there_and_back(good, model, tmp_path, capsys):
     assert "a run at step 0, its tokenizer tokenizer.json" in capsys.readouterr().out
     loaded, run, step = load_run(tmp_path / "run")
     assert step == 0 and run.model == replace(CFG, balance=run.model.balance, init_std=CFG.init_std)
-    assert_bitwise(nnx.to_pure_dict(nnx.state(loaded)), nnx.to_pure_dict(nnx.state(model)))
+    assert_bitwise(state_of(loaded), state_of(model))
     assert "checkpoint of step 0" in hf.convert(tmp_path / "run", tmp_path / "back")
-    assert_bitwise(nnx.to_pure_dict(nnx.state(hf.load(tmp_path / "back"))), nnx.to_pure_dict(nnx.state(model)))
+    assert_bitwise(state_of(hf.load(tmp_path / "back")), state_of(model))
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (good / "tokenizer.json").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "run"]
 
@@ -214,8 +190,7 @@ def test_convert_between_dtypes(good, tmp_path):
     hf.convert(tmp_path / "fp8", tmp_path / "again", dtype="fp8")
     assert "quantization_config" not in json.loads((tmp_path / "float32" / "config.json").read_text())
     assert (tmp_path / "float32" / "tokenizer_config.json").read_text() == "{}"
-    a, b = hf.load(tmp_path / "fp8"), hf.load(tmp_path / "float32")
-    assert_bitwise(nnx.to_pure_dict(nnx.state(a)), nnx.to_pure_dict(nnx.state(b)))
+    assert_bitwise(*(state_of(hf.load(tmp_path / name)) for name in ("fp8", "float32")))
     contents = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("fp8", "again"))
     assert next(contents) == next(contents)
 
@@ -259,25 +234,17 @@ def cached(good, tmp_path, monkeypatch):
 
 
 def test_a_hub_cache_is_read_by_path_and_by_id(cached, good):
-    expected = nnx.to_pure_dict(nnx.state(hf.load(good)))
-    assert_bitwise(nnx.to_pure_dict(nnx.state(hf.load("deep/small"))), expected)
+    assert_bitwise(*(state_of(hf.load(place)) for place in ("deep/small", good)))
     for place in (cached, cached / "snapshots" / COMMIT, "deep/small", "deep/small@main"):
         assert load_text(place).templates == {"rag": "{{ 'other' }}"}
     for place, how in (("deep/large", "deep/large"), ("deep/small@v2", "deep/small --revision v2")):
         with pytest.raises(ValueError, match=f"model='{place}' is no folder, and the hub's .* hf download {how}$"):
             hf.load(place)
+    template = cached / "snapshots" / COMMIT / "additional_chat_templates" / "rag.jinja"
+    template.unlink()
+    template.symlink_to(cached.parents[1])
+    with pytest.raises(ValueError, match="rag.jinja is a link out of its folder"):
+        load_text(cached)
     (cached / "refs" / "main").write_text("../../secret")
     with pytest.raises(ValueError, match="refs/main' holds .* not a commit"):
         hf.load(cached)
-
-
-def test_a_template_that_is_a_link_out_of_the_repository_is_refused(cached, tmp_path):
-    """It would be copied, too."""
-    (tmp_path / "secret.jinja").write_text("secret")
-    template = cached / "snapshots" / COMMIT / "additional_chat_templates" / "rag.jinja"
-    template.unlink()
-    template.symlink_to(tmp_path / "secret.jinja")
-    for refused in (load_text, lambda place: hf.convert(place, tmp_path / "out")):
-        with pytest.raises(ValueError, match="rag.jinja is a link out of its folder"):
-            refused(cached)
-    assert not (tmp_path / "out").exists()

@@ -34,7 +34,6 @@ def test_a_dataset_has_the_documents_of_its_rows(saved):
     for path, column, sentence in (
         (f"hf:{saved}/one", "text", "there is no column 'text' among"),
         (f"hf:{saved}/splits@dev", "body", "there is no split 'dev' among"),
-        (f"hf:{saved}/one", "n", "not a string"),
     ):
         with pytest.raises(ValueError, match=f"{path}.*{sentence}"):
             list(read_documents([path], column))
@@ -42,21 +41,16 @@ def test_a_dataset_has_the_documents_of_its_rows(saved):
 
 def test_the_column_of_chats_can_have_another_name(tmp_path):
     turns = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
-    file = tmp_path / "chats.jsonl"
-    file.write_text(json.dumps({"turns": turns, "id": 7, "domain": "sums"}) + "\n" + json.dumps({"turns": "a text"}))
-    assert [(record, domain) for record, domain, _ in contents((str(file),), "turns")] == [
-        ({"messages": turns, "tools": None}, "sums"),
-        ({"text": "a text", "tools": None}, "chats"),
-    ]
-    with pytest.raises(ValueError, match=r"chats\.jsonl, line 1, has no 'talk'; it has \['domain', 'id', 'turns'\]"):
-        list(contents((str(file),), "talk"))
+    (file := tmp_path / "chats.jsonl").write_text(json.dumps({"turns": turns, "id": 7, "domain": "sums"}))
+    [(record, domain, _)] = contents((str(file),), "turns")
+    assert (record, domain) == ({"messages": turns, "tools": None}, "sums")
 
 
 def test_names(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"path='hf:a/b' needs datasets.*dsv3-jax\[datasets\]"):
         list(read_documents(["hf:a/b"]))
-    for path in ("hf:", "hf:@train", "hf:a/b@", "hf:a/b:", "hf::en"):
+    for path in ("hf:", "hf:@train", "hf:a/b:"):
         with pytest.raises(ValueError, match="has an empty part"):
             parts_of(path)
     monkeypatch.chdir(tmp_path)

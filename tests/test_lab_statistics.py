@@ -39,38 +39,26 @@ def test_the_residual_is_that_of_two_way_analysis_of_variance(rng):
     found = pool([table])
     assert found.dof == 8 and found.sd == pytest.approx(np.sqrt((residual**2).sum() / 8))
     assert found.within_dof == 10 and found.within_sd == pytest.approx(np.sqrt(y.var(1, ddof=1).mean()))
-    assert (found.variants, found.runs) == (5, 15)
-
-
-def test_the_noise_is_found_with_seeds_missing(rng):
-    """Many simulated recipes with a hole each: σ² is unbiased, and the seeds' own effect is found apart."""
-    squares, effects = [], []
-    for _ in range(300):
-        first, second = simulated(rng, 6, 3, 0.1, 0.3), simulated(rng, 4, 2, 0.1, 0.3)
-        del first["v1"][2], first["v4"][0]
-        found = pool([first, second])
-        assert found.dof == (16 - 8) + (8 - 5)
-        squares.append(found.sd**2)
-        effects.append(found.seed_sd**2)
-    assert np.mean(squares) == pytest.approx(0.01, rel=4 * np.sqrt(2 / 11 / 300))  # four standard errors
-    assert np.mean(effects) == pytest.approx(0.09, rel=0.35)
 
 
 def test_an_interval_covers_the_truth_in_95_of_100_cases(rng):
-    """Also against a constant, where the seeds' effects count as noise."""
-    covered, constant = 0, 0
-    for _ in range(1000):
-        table = simulated(rng, 4, 3, 0.1, 0.3)
-        table["v0"] = {s: table["v1"][s] + 0.5 + rng.normal(0, 0.1) - rng.normal(0, 0.1) for s in range(3)}
-        clean = {s: 2.0 + rng.normal(0, np.hypot(0.1, 0.3)) for s in range(3)}
-        noise = pool([simulated(rng, 10, 3, 0.1, 0.3)])
+    """With seeds missing in the pool; also against a constant, where the seeds' effects count as noise."""
+    covered, constant, squares = 0, 0, []
+    wide = Noise(0.1, 18, 0.3, float(np.hypot(0.1, 0.3)), 10**6, 10, 30)
+    for _ in range(500):
+        first, second = simulated(rng, 6, 3, 0.1, 0.3), simulated(rng, 4, 2, 0.1, 0.3)
+        del first["v1"][2], first["v4"][0]
+        noise = pool([first, second])
+        assert noise.dof == (16 - 8) + (8 - 5)
+        squares.append(noise.sd**2)
         a, b = rng.normal(0, 0.1, (2, 3))
         found = compare(dict(enumerate(0.5 + a)), dict(enumerate(b)), noise)
         covered += found.interval[0] <= 0.5 <= found.interval[1]
-        wide = Noise(0.1, 18, 0.3, float(np.hypot(0.1, 0.3)), 10**6, 10, 30)
+        clean = {s: 2.0 + rng.normal(0, np.hypot(0.1, 0.3)) for s in range(3)}
         constant += abs(against_constant(clean, 2.0, wide).mean) <= against_constant(clean, 2.0, wide).half
     for count in (covered, constant):
-        assert abs(count - 950) < 4 * np.sqrt(1000 * 0.95 * 0.05)
+        assert abs(count - 475) < 4 * np.sqrt(500 * 0.95 * 0.05)
+    assert np.mean(squares) == pytest.approx(0.01, rel=4 * np.sqrt(2 / 11 / 500))  # four standard errors
 
 
 def test_a_difference_by_hand():
@@ -83,18 +71,14 @@ def test_a_difference_by_hand():
         compare({0: 1.0}, {1: 1.0}, NOISE)
     with pytest.raises(ValueError, match="variants=1 with runs=1 leave no degree"):
         pool([{"a": {0: 1.0}}])
-    with pytest.raises(ValueError, match="variants=1 with runs=2 leave no degree"):
-        compare({0: 1.0}, {0: 1.0}, pool([{"a": {0: 1.0, 1: 2.0}}]))
 
 
 def test_holm_keeps_false_positives_below_five_percent(rng):
-    """By hand, in any order; and among ten true nulls one is found in at most 5 of 100 studies."""
+    """By hand, in any order; and among ten true nulls one is found in at most 5 of 100 studies, but not in fewer."""
     assert holm([0.03, 0.005, 0.02]) == pytest.approx([0.04, 0.015, 0.04])
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
-    wrong = sum(min(holm(list(rng.uniform(size=10)))) < 0.05 for _ in range(2000))
-    assert wrong / 2000 < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 2000)
-    adjusted = [min(holm(list(rng.uniform(size=10)))) < 0.05 for _ in range(2000)]
-    assert np.mean(adjusted) > 0.03  # it is not too strict either: 4.9 % is exact for independent nulls
+    wrong = np.mean([min(holm(list(rng.uniform(size=10)))) < 0.05 for _ in range(2000)])
+    assert 0.03 < wrong < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 2000)
 
 
 def test_the_smallest_visible_difference_is_seen_in_80_of_100_studies(rng):
@@ -107,13 +91,8 @@ def test_the_smallest_visible_difference_is_seen_in_80_of_100_studies(rng):
     assert smallest_visible(2.0, dof=10**7) == pytest.approx(2 * normal, rel=1e-3)
 
 
-def found(mean, half=1.0):
-    return Difference(mean, half, 0.5, 3, half / 2, 50)
-
-
-@pytest.mark.parametrize(
-    "expect, mean, p, answer",
-    [
+def test_the_answer_to_a_claim():
+    for expect, mean, p, answer in (
         ("lower", -3, 0.01, "yes"),
         ("lower", 3, 0.01, "no"),
         ("higher", 3, 0.01, "yes"),
@@ -122,26 +101,24 @@ def found(mean, half=1.0):
         ("equal", 1.5, 0.01, "too small to tell here"),  # 0.5 … 2.5 is neither within nor outside
         ("equal", -3.5, 0.01, "no"),
         ("equal", -3.5, 0.2, "too small to tell here"),
-    ],
-)
-def test_the_answer_to_a_claim(expect, mean, p, answer):
-    claim = Claim("x", "a", "b", expect=expect, margin=2.0)
-    assert answer_to(claim, found(mean), p) == answer
+    ):
+        claim = Claim("x", "a", "b", expect=expect, margin=2.0)
+        assert answer_to(claim, Difference(mean, 1.0, 0.5, 3, 0.5, 50), p) == answer
 
 
-def fill(path, table, key="val_loss", **about):
+def fill(path, table, **about):
     results = Results(path, about)
     for variant, seeds in table.items():
-        for seed, value in seeds.items():
-            record = {"numbers": {key: value}, "steps": 5, "recipe": 2, "config": variant}
+        for seed, value in enumerate(seeds):
+            record = {"numbers": {"val_loss": value}, "steps": 5, "recipe": 2, "config": variant}
             results.runs.setdefault(variant, {})[str(seed)] = record
     return results
 
 
-def test_a_failed_manipulation_check_gives_no_verdict(tmp_path, rng):
-    """F2: a large difference is not judged if taking the subject away costs less than 3 × the noise."""
+def test_a_failed_manipulation_check_gives_no_verdict(tmp_path):
+    """A large difference is not judged if taking the subject away costs less than 3 × the noise."""
     table = {"base": [3.0, 3.1, 3.2], "better": [2.5, 2.6, 2.71], "none": [3.01, 3.12, 3.2], "far": [4, 4.1, 4.21]}
-    results = fill(tmp_path / "results.json", {name: dict(enumerate(row)) for name, row in table.items()})
+    results = fill(tmp_path / "results.json", table)
 
     def against(name):
         return lambda results: results.paired(name, "base", "val_loss")
@@ -157,36 +134,25 @@ def test_a_failed_manipulation_check_gives_no_verdict(tmp_path, rng):
     text = verdict_table(verdicts, checks)
     assert "| large | −0.497 (" in text and "| **no verdict** |" in text
     assert "no subject: costs 0.010 nats, noise of a run 0.007: below 3 × the noise" in text
-    assert "what nobody ran: not measured" in text and "no model: costs 1.003 nats" in text
     kept = as_json(verdicts[1])
     assert kept["difference"] == pytest.approx(0.4967, abs=1e-4) and kept["answer"] == "yes"  # turned: lower is good
-    same = [Claim(name, name, "base", expect="equal", margin=0.6) for name in ("better", "far")]
-    yes, no = map(as_json, judge(results, same, {}, noise_within(results))[0])
-    assert (yes["answer"], no["answer"]) == ("yes", "no")
-    assert yes["difference"] > yes["half"] and no["difference"] < -no["half"]  # of the margin, as the picture has it
 
 
 def test_a_recipe_s_noise_counts_shared_runs_once(tmp_path):
-    """Runs of another base or length stay out, and so do heads on one frozen trunk, whose loss is the trunk's."""
-    table = {"a": {0: 1.0, 1: 2.0}, "b": {0: 1.5, 1: 2.1}}
-    first = fill(tmp_path / "01_x" / "results.json", table, base="lab")
-    frozen = fill(tmp_path / "02_x" / "results.json", {"a": {0: 1.0}, "head": {0: 1.0, 1: 2.0}}, base="lab")
+    """Runs of another base or length stay out, and so do heads on one frozen trunk, whose loss is the trunk's.
+
+    A variant that trains longer is a separate table, because its seeds have other effects.
+    """
+    first = fill(tmp_path / "01_x" / "results.json", {"a": [1.0, 2.0], "b": [1.5, 2.1]}, base="lab")
+    frozen = fill(tmp_path / "02_x" / "results.json", {"a": [1.0], "head": [1.0, 2.0]}, base="lab")
     for record in frozen.runs["a"].values():
         record["config"] = "the hash of the same run by a version with more settings"
-    other = fill(tmp_path / "03_x" / "results.json", {"c": {0: 1.0, 1: 9.0}, "d": {0: 3.0, 1: 1.0}}, base="tiny")
+    other = fill(tmp_path / "03_x" / "results.json", {"c": [1.0, 9.0], "d": [3.0, 1.0]}, base="tiny")
     found = recipe_noise([first, frozen, other], "lab", {5})
     assert (found.runs, found.dof, found.sd) == (4, 1, pytest.approx(0.2))
     with pytest.raises(ValueError, match="runs=0"):
         recipe_noise([first], "lab", {6})
-
-
-def test_a_variant_that_trains_longer_leaves_the_others_their_pooled_noise(tmp_path):
-    """It adds to the noise as a separate table, because its seeds have other effects."""
-    table = {"a": {0: 1.0, 1: 2.0}, "b": {0: 1.5, 1: 2.1}}
-    first = fill(tmp_path / "01_x" / "results.json", table, base="lab")
-    rows = {"c": {0: 1.1, 1: 2.3}, "d": {0: 3.0, 1: 4.4}, "e": {0: 2.0, 1: 2.7}}
-    mixed = fill(tmp_path / "02_x" / "results.json", rows, base="lab")
-    assert recipe_noise([first, mixed], "lab", {5}).dof == 4
+    mixed = fill(tmp_path / "02_x" / "results.json", {"c": [1.1, 2.3], "d": [3.0, 4.4], "e": [2.0, 2.7]}, base="lab")
     for record in mixed.runs["d"].values():
         record["steps"] = 9
     assert recipe_noise([first, mixed], "lab", {5}).dof == 3

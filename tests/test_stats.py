@@ -6,10 +6,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from cases import some_long
 from flax import nnx
 from models import DENSE, forward, random_model
-from runs import MODEL, cheap_compiles
+from runs import MODEL
 
 from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.model.transformer import Transformer, abstract
@@ -17,15 +16,10 @@ from dsv3_jax.stats import RoutingStats, collect, decisions, favourites, lift, m
 from dsv3_jax.stats.routing_stats import layer_names
 from dsv3_jax.stats.token_rows import AFTER, BEFORE, TOP, TokenCounts
 
+pytestmark = pytest.mark.usefixtures("cheap")
 TOKENIZER = ByteTokenizer()
 B, T, E, K = 3, 20, MODEL.num_experts, MODEL.experts_per_token
 DOMAINS = ("even", "odd")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def root(tmp_path_factory):
-    with cheap_compiles():
-        yield tmp_path_factory.getbasetemp()
 
 
 def make_batch(seed: int) -> dict[str, np.ndarray]:
@@ -35,7 +29,7 @@ def make_batch(seed: int) -> dict[str, np.ndarray]:
     segment_ids[-1, 9:] = 0
     starts = np.diff(segment_ids, axis=1, prepend=-1) != 0
     columns = np.arange(T)[None]
-    documents = np.take_along_axis(rng.integers(0, 7, (B, 5)), segment_ids, axis=1)
+    documents = np.where(segment_ids, np.take_along_axis(rng.integers(0, 7, (B, 5)), segment_ids, axis=1), 7)
     batch = {
         "tokens": rng.integers(97, 101, (B, T)),
         "segment_ids": segment_ids,
@@ -63,7 +57,7 @@ class Seen(NamedTuple):
     bias: np.ndarray
 
 
-@pytest.fixture(scope="module", params=some_long(CHANGES.keys(), "deepseek"))
+@pytest.fixture(scope="module", params=["deepseek", pytest.param("meta", marks=pytest.mark.rare)])
 def counted(request) -> tuple[Transformer, RoutingStats, list[Seen]]:
     model = random_model(replace(MODEL, **CHANGES[request.param]), seed=2, execution=DENSE)
     empty = BATCHES[0] | {"segment_ids": np.zeros((B, T), np.int32)}
@@ -210,6 +204,11 @@ def of_loads(document_load, document_domains, num_domains) -> RoutingStats:
     return RoutingStats.from_loads(document_load, np.asarray(document_domains), tuple("abcdefgh"[:num_domains]))
 
 
+def chance_of(stats, draws, seed):
+    domains = stats.document_domains, len(stats.domains)
+    return measures.permuted_information(stats.document_load, *domains, draws=draws, seed=seed)
+
+
 def test_information_of_experts_by_domain_at_random_and_by_document(rng):
     domains = np.arange(40) % 4
     by_domain = np.zeros((40, 1, 8))
@@ -222,42 +221,24 @@ def test_information_of_experts_by_domain_at_random_and_by_document(rng):
     assert result.bits[0] == pytest.approx(upper_bound[0], rel=1e-12)
     assert result.share[0] == pytest.approx(1, rel=1e-12)
     assert result.p_value[0] == 1 / 101 and result.shuffled_95[0] < 0.5 * upper_bound[0]
-    assert (result.bits[1:] <= np.quantile(chance_of(stats), 0.99, axis=0)[1:]).all()
+    drawn = chance_of(stats, draws=100, seed=1)
+    np.testing.assert_allclose(result.shuffled_mean, drawn.mean(0))
+    assert (result.bits[1:] <= np.quantile(drawn, 0.99, axis=0)[1:]).all()
     # Documents with few experts each: a shuffle of tokens would count this as specialisation.
     assert result.shuffled_mean[2] > 10 * result.shuffled_mean[1]
 
 
-def chance_of(stats, draws=100, seed=1):
-    return measures.permuted_information(
-        stats.document_load, stats.document_domains, len(stats.domains), draws=draws, seed=seed
-    )
-
-
-def test_chance_moves_whole_documents_and_is_reproducible(rng):
+def test_chance_moves_whole_documents(rng):
     two = of_loads(rng.integers(0, 50, (2, 3, 4)), [0, 1], 2)
     result = specialisation(two, draws=20)
     # A shuffle of two documents can only swap their domains, which keeps the information.
-    np.testing.assert_allclose(chance_of(two, 20), np.broadcast_to(result.bits[None], (20, 3)), rtol=1e-12)
+    np.testing.assert_allclose(chance_of(two, 20, 1), np.broadcast_to(result.bits[None], (20, 3)), rtol=1e-12)
     np.testing.assert_array_equal(result.p_value, 1)
-    many = of_loads(rng.integers(0, 50, (12, 3, 4)), np.arange(12) % 3, 3)
-    np.testing.assert_array_equal(chance_of(many, 20, 5), chance_of(many, 20, 5))
-    assert (chance_of(many, 20, 5) != chance_of(many, 20, 6)).any()
-    drawn, result = chance_of(many, 50, 0), specialisation(many, draws=50)
-    np.testing.assert_allclose(result.shuffled_mean, drawn.mean(0))
-    np.testing.assert_allclose(result.shuffled_95, np.quantile(drawn, 0.95, axis=0))
-    one_domain = specialisation(of_loads(rng.integers(1, 9, (4, 2, 3)), [0, 0, 0, 0], 1), draws=3)
-    np.testing.assert_allclose(one_domain.bits, 0, atol=1e-12)
-    np.testing.assert_array_equal(one_domain.share, 0)
     with pytest.raises(ValueError, match="draws=0"):
-        specialisation(many, draws=0)
+        specialisation(two, draws=0)
 
 
-def test_lift_of_experts_chosen_together():
-    even = np.full((1, 4, 4), 5) + np.diag([10] * 4)[None]
-    lifts = lift(even)[0]
-    assert np.isnan(np.diag(lifts)).all()
-    np.testing.assert_allclose(lifts[~np.eye(4, dtype=bool)], 1, rtol=1e-12)
-    rng = np.random.default_rng(3)
+def test_lift_of_experts_chosen_together(rng):
     coactivation = np.zeros((5, 5), int)
     for _ in range(50):
         ids = rng.choice(5, 2, replace=False, p=[0.4, 0.3, 0.1, 0.1, 0.1])
@@ -267,7 +248,7 @@ def test_lift_of_experts_chosen_together():
     scale = sum(coactivation[p] for p in pairs) / sum(load[e] * load[f] for e, f in pairs)
     for e, f in pairs:
         assert lifts[e, f] == pytest.approx(coactivation[e, f] / (scale * load[e] * load[f]), rel=1e-12)
-    assert np.isnan(lift(np.diag([3, 4])[None])).all()  # no pairs with one expert a token
+    assert np.isnan(np.diag(lifts)).all()
 
 
 def test_favourites_are_ranked_by_their_part_of_the_information(counted):
@@ -294,12 +275,8 @@ def test_favourites_are_ranked_by_their_part_of_the_information(counted):
     assert [f.token for f in favourites(stats, 0, min_count=50)[0]] == [8]
 
 
-def test_refuses_models_without_experts_and_batches_without_tokens():
+def test_refuses_models_without_experts_and_batches_without_tokens(counted):
     dense = abstract(replace(MODEL, num_layers=3, num_dense_layers=3, mtp_depth=0))
-    with pytest.raises(ValueError, match="no experts to count: all of its 3 layers are dense"):
-        collect(dense, BATCHES, TOKENIZER, DOMAINS)
-    model = random_model(replace(MODEL, **CHANGES["deepseek"]), seed=2, execution=DENSE)
-    empty = BATCHES[0] | {"segment_ids": np.zeros((B, T), np.int32)}
-    for batches in ([], [empty]):
-        with pytest.raises(ValueError, match="no token to count"):
-            collect(model, batches, TOKENIZER, DOMAINS)
+    for model, sentence in ((dense, "no experts to count: all of its 3 layers are dense"), (counted[0], "no token to")):
+        with pytest.raises(ValueError, match=sentence):
+            collect(model, [], TOKENIZER, DOMAINS)

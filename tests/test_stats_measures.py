@@ -6,23 +6,17 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from models import DENSE, forward, random_model
-from runs import MODEL, cheap_compiles
+from runs import MODEL
 from test_stats import BATCHES
 
 from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.stats import agreement, flow, information, knockouts, match_experts, mutual_information, worth
 from dsv3_jax.stats.bits import WIDE
-from dsv3_jax.stats.token_rows import TokenRows, first_rows, rows_of, write_parquet
+from dsv3_jax.stats.token_rows import TokenRows, rows_of, write_parquet
 
+pytestmark = pytest.mark.usefixtures("cheap")
 E, K, N = 6, 2, 400
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    with cheap_compiles():
-        yield
 
 
 def random_rows(rng, layers=2, n=N, experts=E, k=K, tokens=9, documents=20) -> TokenRows:
@@ -76,15 +70,13 @@ def test_information_equals_the_definitions(rng):
         assert found.entropy[layer] == pytest.approx(-(load * np.log2(load)).sum())
 
 
-@pytest.mark.parametrize("tokens", [9, 2000], ids=["frequent tokens", "rare tokens"])
-def test_independent_choices_give_no_information(rng, tokens):
+def test_independent_choices_give_no_information(rng):
     """Even where most tokens occur once or twice, and the plug-in estimate is above one bit."""
-    rows = random_rows(rng, n=3000, tokens=tokens, documents=60)
-    found = information(rows, E, 2, draws=10, resamples=50)
+    found = information(random_rows(rng, n=3000, tokens=2000, documents=60), E, 2, draws=10, resamples=50)
     for part in (found.token, found.domain, found.domain_given_token):
         assert (np.abs(part.bits) < 0.02).all()
         assert ((part.low < 0.01) & (part.high > -0.01)).all()
-    assert tokens < 100 or (found.token.chance > 0.5).all()
+    assert (found.token.chance > 0.5).all()
 
 
 def test_information_that_is_there_is_found(rng):
@@ -101,7 +93,6 @@ def test_information_that_is_there_is_found(rng):
     for part, bits in zip((found.token, found.domain, found.domain_given_token), want, strict=True):
         assert part.bits[0] == pytest.approx(bits, abs=0.03)
         assert part.low[0] <= bits + 0.02 and part.high[0] >= bits - 0.02
-    assert found.documents == 60 and found.tokens == n
 
 
 def test_intervals_resample_documents(rng):
@@ -109,11 +100,7 @@ def test_intervals_resample_documents(rng):
     experts = np.repeat(rng.integers(0, 4, 30), 200)  # one expert a document
     document = np.repeat(np.arange(30), 200)
     rows = rows_of(experts[None, :, None], document)._replace(domain=(document % 2).astype(np.int32))
-    wide = information(rows, 4, 2, draws=5, resamples=100).domain
-    mixed = rows._replace(expert_ids=rng.permutation(experts)[None, :, None])
-    narrow = information(mixed, 4, 2, draws=5, resamples=100).domain
-    assert wide.high[0] - wide.low[0] > 20 * (narrow.high[0] - narrow.low[0])
-    plain = []
+    wide, plain = information(rows, 4, 2, draws=5, resamples=100).domain, []
     for _ in range(200):
         picked = rng.integers(0, 30, 30)
         load = np.zeros((2, 4))
@@ -121,9 +108,6 @@ def test_intervals_resample_documents(rng):
         p = load / load.sum()
         plain.append(sum(x * np.log2(x / (p[i].sum() * p[:, j].sum())) for (i, j), x in np.ndenumerate(p) if x))
     assert wide.high[0] - wide.low[0] == pytest.approx(2 * WIDE * np.std(plain), rel=0.3)  # 100 and 200 resamples
-    for changes, sentence in ((dict(draws=0), "draws=0 is below 1"), (dict(resamples=1), "resamples=1 is below 2")):
-        with pytest.raises(ValueError, match=sentence):
-            information(rows, 4, 2, **changes)
 
 
 # From layer to layer, from token to token
@@ -152,11 +136,8 @@ def test_transitions_and_repeats_equal_slow_loops(rng):
     p = load / load.sum(-1, keepdims=True)
     np.testing.assert_allclose(found.by_chance, K * (p**2).sum(-1))
     assert np.abs(found.share - found.by_chance).max() < 0.1  # these choices are independent
-    lifts = flow.transition_lift(pairs)
-    for layer, a, b in itertools.product(range(2), range(E), range(E)):
-        table = pairs[layer]
-        want = table[a, b] * table.sum() / (table[a].sum() * table[:, b].sum())
-        assert lifts[layer, a, b] == pytest.approx(want)
+    for lifts, table in zip(flow.transition_lift(pairs), pairs, strict=True):
+        np.testing.assert_allclose(lifts, table * table.sum() / np.outer(table.sum(1), table.sum(0)))
 
 
 def test_heads_against_the_trunk_equal_slow_loops(rng):
@@ -171,9 +152,7 @@ def test_heads_against_the_trunk_equal_slow_loops(rng):
     deviations = [load - load.mean() for load in loads]
     want = (deviations[0] * deviations[1]).sum() / np.sqrt((deviations[0] ** 2).sum() * (deviations[1] ** 2).sum())
     assert found.load_correlation[0] == pytest.approx(want)
-    assert flow.heads_against_trunk(rows, E, 0) is None and flow.heads_against_trunk(rows, E, 3) is None
-    with pytest.raises(ValueError, match="devices=4 does not divide the 6 experts"):
-        flow.load_by_parts(np.zeros((1, 6)), 4)
+    assert flow.heads_against_trunk(rows, E, 0) is None
 
 
 # Two checkpoints
@@ -193,73 +172,42 @@ def test_matched_experts_share_the_most_choices(rng):
         total = rows.counted[layer].sum() * K
         assert found.shared[layer] == pytest.approx(best / total)
         assert sum(shared[a, b] for a, b in enumerate(found.match[layer])) == best
+        kept = np.flatnonzero(rows.counted[layer])
+        hits = [len({*rows.expert_ids[layer, i].tolist()} & {*others.expert_ids[layer, i].tolist()}) for i in kept]
+        assert agreement(rows, others)[layer] == pytest.approx(np.mean(hits) / K)
     assert np.abs(found.shared - found.by_chance).max() < 0.05  # these two are unrelated
     order = rng.permutation(5)
     renamed = match_experts(rows, rows._replace(expert_ids=order[rows.expert_ids]), 5)
     assert renamed.match.tolist() == [order.tolist()] * 2 and renamed.shared.tolist() == [1, 1]
-    half = rows.expert_ids.copy()
-    half[:, ::2] = others.expert_ids[:, ::2]
-    shares = agreement(rows, rows._replace(expert_ids=half))
-    for layer in (0, 1):
-        kept = np.flatnonzero(rows.counted[layer])
-        hits = [len(set(rows.expert_ids[layer, i].tolist()) & set(half[layer, i].tolist())) for i in kept]
-        assert shares[layer] == pytest.approx(np.mean(hits) / K)
-    assert first_rows(rows, 7).expert_ids.shape == (2, 7, K)
 
 
 # Knock-outs
 
 
-@pytest.fixture(scope="module")
-def model():
-    return random_model(replace(MODEL, mtp_depth=1), seed=2, execution=DENSE)
-
-
 @pytest.mark.long
-def test_a_muted_expert_is_one_without_weights(model):
-    """Gate 0 equals an output matrix of zeros: the loss of each document, by complete logits."""
-    found = worth(model, BATCHES, resamples=50)
-    documents = np.unique(np.concatenate([b["documents"][b["segment_ids"] > 0] for b in BATCHES]))
+def test_a_muted_expert_is_one_without_weights():
+    """Gate 0 equals an output matrix of zeros: the loss by complete logits. One program for all experts."""
+    model = random_model(replace(MODEL, mtp_depth=1), seed=2, execution=DENSE)
+    before, found = knockouts._nll._cache_size(), worth(model, BATCHES, resamples=50)
+    assert knockouts._nll._cache_size() == before + 1
 
-    def slow(model):
-        sums, counts = np.zeros(7), np.zeros(7)
+    w_down = model.sparse.moe.experts.w_down
+    whole = w_down[...]
+    for layer, expert in ((None, None), (0, 1), (1, 6)):
+        w_down[...] = whole if layer is None else whole.at[layer, expert].set(0.0)
+        nll = []
         for batch in BATCHES:
             out = forward(model, batch["tokens"], batch["segment_ids"], batch["positions"])
             log_p = np.asarray(jax.nn.log_softmax(out.logits))
             for b, t in np.ndindex(*batch["tokens"].shape):
                 segment = batch["segment_ids"][b]
                 if t and segment[t] and segment[t] == segment[t - 1]:
-                    sums[batch["documents"][b, t]] -= log_p[b, t - 1, batch["tokens"][b, t]]
-                    counts[batch["documents"][b, t]] += 1
-        return sums, counts
-
-    base, counts = slow(model)
-    assert found.loss == pytest.approx(base.sum() / counts.sum(), rel=1e-5) and found.tokens == counts.sum()
-    assert found.documents == (counts > 0).sum() <= len(documents)
-    graphdef, state = nnx.split(model)
-    down = state["sparse"]["moe"]["experts"]["w_down"]
-    for layer, expert in ((0, 1), (1, 6)):
-        weights = down[...].at[layer, expert].set(0.0)
-        changed = nnx.merge(
-            graphdef,
-            nnx.merge_state(state, nnx.State({"sparse": {"moe": {"experts": {"w_down": down.replace(weights)}}}})),
-        )
-        sums, _ = slow(changed)
-        assert found.without[layer, expert] == pytest.approx(sums.sum() / counts.sum(), rel=1e-5)
+                    nll.append(-log_p[b, t - 1, batch["tokens"][b, t]])
+        said = found.loss if layer is None else found.without[layer, expert]
+        assert said == pytest.approx(np.mean(nll), rel=1e-5) and found.tokens == len(nll)
+    w_down[...] = whole
     assert np.abs(found.without - found.loss).max() > 1e-3  # the experts matter here
-    assert (found.low <= found.high).all()
-    again = worth(model, BATCHES, resamples=50)
-    np.testing.assert_array_equal(found.low, again.low)
-
-
-@pytest.mark.long
-def test_knock_outs_compile_once_and_read_no_more_than_asked(model):
-    before = knockouts._nll._cache_size()
-    small = worth(model, BATCHES, tokens=1, resamples=2)
-    assert small.tokens < worth(model, BATCHES, resamples=2).tokens
-    assert knockouts._nll._cache_size() - before <= 1
-    with pytest.raises(ValueError, match="worth_tokens=0 is below 1"):
-        worth(model, BATCHES, tokens=0)
+    assert (found.low <= found.high).all() and worth(model, BATCHES, tokens=1, resamples=2).tokens < found.tokens
 
 
 def test_parquet_holds_every_counted_choice(rng, tmp_path):

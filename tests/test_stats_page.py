@@ -46,9 +46,6 @@ def test_a_part_is_shown_where_the_numbers_have_it(numbers):
     assert sections(page) == ["load", "texts", "information", "transitions", "repeats", "gate_entropy", "layers",
                               "favourites"]  # fmt: skip
     assert not re.search("<p.*(None|nan)", page) and findings(bare).keys() == {"load", "information"}
-    unmatched = numbers | {"against": numbers["against"] | dict.fromkeys(("match", "shared", "by_chance"))}
-    sentence = "The experts of other, step 300 are not matched. Bits a byte: 2.100 here, 2.000 there."
-    assert findings(unmatched)["against"] == sentence
 
 
 def test_text_never_becomes_markup(numbers):

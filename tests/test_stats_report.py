@@ -8,29 +8,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from runs import MODEL, cheap_compiles, finished, fresh_state, make_run, rows_of, unhooked_cli
+from runs import MODEL, finished, fresh_state, make_run, rows_of, unhooked_cli
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.hf.open_model import open_model
 from dsv3_jax.model.counting import size
-from dsv3_jax.report.metrics import Rows, parse_rows, read_rows
-from dsv3_jax.report.run_plots import training_curves
-from dsv3_jax.stats import ReportOptions, agreement, match_experts, others, read_load, reading, report
+from dsv3_jax.report.metrics import parse_rows
+from dsv3_jax.stats import ReportOptions, agreement, others, read_load, reading, report
 from dsv3_jax.stats.numbers import name_of
 from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.evaluate import evaluate
 from dsv3_jax.training.run_folder import claim
 
+pytestmark = pytest.mark.usefixtures("cheap")
 TOKENIZER, DATA = ByteTokenizer(), DataConfig(seq_len=16, batch_size=4, val_fraction=0.1)
 TEXT = "def f(x): return x, a sentence"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def root(tmp_path_factory):
-    with cheap_compiles():
-        yield tmp_path_factory.getbasetemp()
 
 
 # What is read
@@ -53,7 +46,6 @@ def test_the_users_text_is_read_to_its_end(tmp_path):
     assert tokens_of(whole.batches) == sorted("".join(texts.values()).encode())
     assert whole.domains == ("a", "b") and whole.mix is None
     assert len(read(tmp_path, batches=2).batches) == 2 < len(whole.batches)
-    assert tokens_of(read(tmp_path / "a/two.txt").batches) == [ord("x")]  # one document is enough
 
 
 def test_a_text_is_a_sentence_or_a_file(tmp_path):
@@ -71,15 +63,13 @@ def test_a_text_is_a_sentence_or_a_file(tmp_path):
         (str(tmp_path / "latin"), "latin' is in no known encoding: no byte order mark, and byte 3 is not UTF-8"),
         (str(tmp_path / "cut"), "cut' is not UTF-16"),
         ("", "text='' is empty"),
-        ("caf\udce9", "is not UTF-8 at character 3"),
     ):
         with pytest.raises(ValueError, match=sentence):
             reading.read_own(place)
 
 
-def test_reports_of_other_inputs_have_other_folders(tmp_path):
-    inputs = [((), None), (("notes",), None), (("notes/",), "a"), (("other notes",), None), ((), "a"), ((), "b")]
-    inputs += [((str(tmp_path),), None)]
+def test_reports_of_other_inputs_have_other_folders():
+    inputs = [((), None), (("notes",), None), (("notes/",), "a"), (("/other notes",), None), ((), "a"), ((), "b")]
     names = [reading.folder_name(7, *of) for of in inputs]
     assert len(set(names)) == len(names) and names[0] == "step-7"
     assert all(re.fullmatch(r"step-7[^/ ]*", name) for name in names)
@@ -88,41 +78,23 @@ def test_reports_of_other_inputs_have_other_folders(tmp_path):
 def test_rows_of_wrong_types_are_no_rows(tmp_path):
     path = tmp_path / "metrics.jsonl"
     good = [{"step": 1, "loss": 2.0, "mtp_loss": [1.0, 2.0], "kernels": {}}, {"step": 2, "loss": float("nan")}]
-    changes = [{"loss": "2"}, {"loss": None}, {"lr": True}, {"mtp_loss": 2.0}, {"mtp_loss": [1.0]}, {"step": 2**63}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in (*good, *({"step": 3} | change for change in changes))))
+    wrong = [{"loss": "2"}, {"lr": True}, {"mtp_loss": 2.0}, {"mtp_loss": [1.0]}, {"step": 2**63}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in (*good, *({"step": 3} | change for change in wrong))))
     rows, bad = parse_rows(path)
-    assert len(rows) == 2 and bad == list(range(3, 3 + len(changes)))
-    training_curves(rows, tmp_path / "training.png")
-    loads = [[[1, 2]], [[1, 2, 3]], [[1], [1, 2]], [[-1, 2]], [1, 2], [[1.5, 2]]]
-    biases = [[[0.5, -0.25]], [[0.5]], [["0.5", 1.0]], [[True, 1.0]], "0.5", [], [[0, 1.5]]]
-    wrong = [{"step": 0, "load": load} for load in loads]
-    wrong += [{"step": i, "load": [[1, 2]], "bias": bias} for i, bias in enumerate(biases)]
-    (tmp_path / "load.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wrong))
+    assert len(rows) == 2 and bad == list(range(3, 3 + len(wrong)))
+    loads = [{"load": load} for load in ([[1, 2]], [[1, 2, 3]], [[-1, 2]], [1, 2], [[1.5, 2]])]
+    loads += [{"load": [[1, 2]], "bias": bias} for bias in ([[0.5, -0.25]], [[0.5]], [["0.5", 1.0]], [[0, 1.5]])]
+    (tmp_path / "load.jsonl").write_text("".join(json.dumps({"step": i} | x) + "\n" for i, x in enumerate(loads)))
     log = read_load(tmp_path)
-    assert log.steps.tolist() == [0, 0, 5, 6] and log.bias_steps.tolist() == [0, 6]
-    assert log.load.tolist() == [[[1, 2]]] * 4 and log.bias.tolist() == [[[0.5, -0.25]], [[0, 1.5]]]
-
-
-def test_rows_after_a_step_are_dropped(tmp_path):
-    path = tmp_path / "load.jsonl"
-    assert read_rows(path) == [] and read_load(tmp_path) is None
-    first = Rows(path, after=0)
-    for step in (1, 2, 3):
-        first.write({"step": step, "load": [[step, 0]]})
-    with path.open("a") as file:
-        file.write('{"step": 4, "lo')
-    again = Rows(path, after=2)
-    again.write({"step": 3, "load": [[9, 9]]})
-    log = read_load(tmp_path)
-    assert log.steps.tolist() == [1, 2, 3] and log.load[:, 0, 0].tolist() == [1, 2, 9]
-    assert again.rows() == read_rows(path)
+    assert log.steps.tolist() == [0, 5, 8] and log.bias_steps.tolist() == [5, 8]
+    assert log.load.tolist() == [[[1, 2]]] * 3 and log.bias.tolist() == [[[0.5, -0.25]], [[0, 1.5]]]
 
 
 # The command, its numbers and its folder
 
 
 @pytest.fixture(scope="module")
-def run(root):
+def run(root, cheap):
     return finished(root)
 
 
@@ -194,21 +166,15 @@ def test_the_users_text_is_shown_and_not_counted(run, reported):
 
 
 @pytest.mark.long
-def test_an_earlier_checkpoint_shares_what_its_rows_share(run, reported):
+def test_checkpoints_and_load_over_time_agree_with_rows_and_metrics(run, reported):
     _, numbers, _ = reported
     batches = reading.open_text(run.run.data, run.folder, TOKENIZER, batches=2).batches
-    now, earlier = (others.read_rows(open_model(run.folder, step=step)[0], batches) for step in (12, 8))
-    shares = agreement(now, earlier)
+    shares = agreement(*(others.read_rows(open_model(run.folder, step=step)[0], batches) for step in (12, 8)))
     assert numbers["saturation"]["steps"] == [8, 12]
     np.testing.assert_allclose(numbers["saturation"]["share"], [shares, [1, 1, 1]], rtol=1e-5)
     other = numbers["against"]
     assert (other["step"], other["note"], other["layers"]) == (8, None, numbers["layers"])
     assert (np.array(other["shared"]) >= shares - 1e-5).all()  # the best match is no worse than the same numbers
-
-
-@pytest.mark.long
-def test_load_over_time_agrees_with_the_metrics_of_training(run, reported):
-    _, numbers, _ = reported
     log = read_load(run.folder)
     vio = {row["step"]: row["max_vio"] for row in rows_of(run.folder) if "max_vio" in row}
     assert log.steps.tolist() == sorted(vio)
@@ -223,35 +189,19 @@ def test_load_over_time_agrees_with_the_metrics_of_training(run, reported):
 
 
 @pytest.mark.long
-def test_experts_of_two_runs_are_matched_or_it_is_said_why_not(run, tmp_path):
+def test_a_run_with_other_experts_is_compared_and_not_matched(run, tmp_path):
     data = run.run.data
-    bpe = tokenizers.train_bpe(["def return x y = 2 for in range(9): prose and code"] * 40, 300,
-                               str(tmp_path / "bpe" / "tokenizer.json"))  # fmt: skip
-    assert not bpe.same_ids(TOKENIZER)
-    small = replace(MODEL, vocab_size=300, num_layers=1, mtp_depth=0, num_experts=4, num_groups=1, groups_per_token=1)
-    other = make_run(data.paths[0], model=small)
-    runs = {"words": replace(other, data=replace(data, tokenizer=str(tmp_path / "bpe"))), "bytes": other}
-    runs["untrained"] = run.run
-    whys = {"words": "the tokenizers differ", "bytes": "num_experts=8 here and 4 there", "untrained": None}
-    for name, why in whys.items():
-        claim(tmp_path / name, runs[name])
-        with Checkpoints(tmp_path / name, runs[name]) as checkpoints:  # random weights, without compiling
-            checkpoints.save(fresh_state(runs[name]), {}, wait=True)
-        options = ReportOptions(batches=1, draws=2, against=str(tmp_path / name))
-        against = report(run.folder, tmp_path / "out", options).numbers["against"]
-        model, config, _ = open_model(tmp_path / name)
-        if why is None:
-            batches = reading.open_text(data, run.folder, TOKENIZER, batches=1).batches
-            here, there = (others.read_rows(one, batches) for one in (open_model(run.folder)[0], model))
-            assert against["match"] == match_experts(here, there, 8).match.tolist() and against["note"] is None
-            continue
-        assert why in against["note"] and against["match"] is None and against["shared"] is None
-        tokenizer = tokenizers.load(config.data.tokenizer)
-        read = reading.open_text(replace(data, tokenizer=config.data.tokenizer), tmp_path / name, tokenizer, batches=1)
-        measured = evaluate(model, read.batches, tokenizer, read.domains)
-        assert against["bits_per_byte"] == pytest.approx(measured["val_bits_per_byte"], rel=1e-5)
-        np.testing.assert_array_equal(against["load"], measured["load"])
-        assert against["layers"] == ["layer 0"]
+    small = replace(MODEL, num_layers=1, mtp_depth=0, num_experts=4, num_groups=1, groups_per_token=1)
+    claim(tmp_path / "other", other := make_run(data.paths[0], model=small))
+    with Checkpoints(tmp_path / "other", other) as checkpoints:  # random weights, without compiling
+        checkpoints.save(fresh_state(other), {}, wait=True)
+    options = ReportOptions(batches=1, draws=2, against=str(tmp_path / "other"))
+    against = report(run.folder, tmp_path / "out", options).numbers["against"]
+    assert "num_experts=8 here and 4 there" in against["note"] and against["match"] is against["shared"] is None
+    read = reading.open_text(data, tmp_path / "other", TOKENIZER, batches=1)
+    measured = evaluate(open_model(tmp_path / "other")[0], read.batches, TOKENIZER, read.domains)
+    assert against["bits_per_byte"] == pytest.approx(measured["val_bits_per_byte"], rel=1e-5)
+    np.testing.assert_array_equal(against["load"], measured["load"])
 
 
 @pytest.mark.long
@@ -274,29 +224,18 @@ def test_a_folder_is_replaced_in_one_step_or_not_at_all(run, tmp_path, monkeypat
     (out / "notes.txt").write_text("notes")
     with pytest.raises(ValueError, match=r"out='.*stats' holds other files .*notes\.txt"):
         report(run.folder, out, options)
-    with pytest.raises(ValueError, match=r"out='.*notes\.txt' is a file"):
-        report(run.folder, out / "notes.txt", options)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("argv", "sentence"),
-    [
-        (["nowhere"], "folder='nowhere' is neither a run"),
-        (["RUN", "--batches", "0"], "batches=0 is below 1"),
-        (["RUN", "--step", "3"], "step=3 has no checkpoint"),
-        (["RUN", "--paths", "nothing"], "path='nothing' does not exist"),
-        (["RUN", "--text", ""], "text='' is empty"),
-        (["RUN", "--devices", "3"], "devices=3 does not divide the 8 experts"),
-        (["RUN", "--worth", "--worth-tokens", "0"], "worth_tokens=0 is below 1"),
-        (["RUN", "--against", "RUN:3"], "step=3 has no checkpoint"),
-    ],
-)
-def test_errors_are_a_sentence(run, capsys, tmp_path, argv, sentence):
-    places = {"RUN": str(run.folder), "RUN:3": f"{run.folder}:3"}
-    assert (
-        unhooked_cli().main(["stats", *(places.get(word, word) for word in argv), "--out", str(tmp_path / "out")]) == 2
-    )
-    errors = capsys.readouterr().err
-    assert errors.startswith("dsv3: ") and sentence in errors and errors.count("\n") == 1
+def test_errors_are_a_sentence(run, capsys, tmp_path):
+    for words, sentence in (
+        (["--batches", "0"], "batches=0 is below 1"),
+        (["--paths", "nothing"], "path='nothing' does not exist"),
+        (["--devices", "3"], "devices=3 does not divide the 8 experts"),
+        (["--worth", "--worth-tokens", "0"], "worth_tokens=0 is below 1"),
+        (["--against", f"{run.folder}:3"], "step=3 has no checkpoint"),
+    ):
+        assert unhooked_cli().main(["stats", str(run.folder), *words, "--out", str(tmp_path / "out")]) == 2
+        errors = capsys.readouterr().err
+        assert errors.startswith("dsv3: ") and sentence in errors and errors.count("\n") == 1
     assert not list(tmp_path.iterdir())

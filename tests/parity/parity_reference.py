@@ -34,6 +34,7 @@ from released import (
 )
 from released import tokens as tokens_of
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers.modeling_layers import MtpModel
@@ -76,14 +77,9 @@ def load_theirs(folder: Path, num_layers: int, mtp_depth: int, tied: bool):
     return main, _mtp(main, folder, num_layers, mtp_depth) if mtp_depth else None
 
 
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return {k: v.float() for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
-
-
 def _mtp(main: nn.Module, folder: Path, num_layers: int, depth: int) -> MtpModel:
-    mtp, state, arrays = MtpModel(main, depth), {}, _tensors(folder)
+    mtp, state = MtpModel(main, depth), {}
+    arrays = {k: v.float() for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
     for k in range(depth):
         layer = {n.removeprefix(f"model.layers.{num_layers + k}."): v for n, v in arrays.items()}
         layer = {n: v for n, v in layer.items() if not n.startswith(("model.", "lm_head."))}
@@ -94,14 +90,11 @@ def _mtp(main: nn.Module, folder: Path, num_layers: int, depth: int) -> MtpModel
             state[f"layers.{k}.{name if outer else inner}"] = value
         block = f"layers.{k}.mtp_block.mlp.experts"
         count = sum(name.startswith(block) for name in state) // 3
-        part = {
-            w: [state.pop(f"{block}.{e}.{w}.weight") for e in range(count)]
-            for w in ("gate_proj", "up_proj", "down_proj")
-        }
-        state[f"{block}.gate_up_proj"] = torch.cat(
-            [torch.stack(part["gate_proj"]), torch.stack(part["up_proj"])], dim=1
+        gate, up, down = (
+            torch.stack([state.pop(f"{block}.{e}.{w}_proj.weight") for e in range(count)])
+            for w in ("gate", "up", "down")
         )
-        state[f"{block}.down_proj"] = torch.stack(part["down_proj"])
+        state |= {f"{block}.gate_up_proj": torch.cat([gate, up], dim=1), f"{block}.down_proj": down}
     report = mtp.layers.load_state_dict({n.removeprefix("layers."): v for n, v in state.items()}, strict=True)
     assert not report.missing_keys and not report.unexpected_keys
     return mtp
@@ -135,8 +128,7 @@ def theirs(folder: Path, cell: Cell) -> dict[str, np.ndarray]:
         chosen, hooks = _gates(mtp.layers[k])
         rotary = main.model.rotary_emb(embedded, positions)
         h = mtp.layers[k](embedded, h[:, :short], rotary, mask, positions, None)
-        for hook in hooks:
-            hook.remove()
+        hooks[0].remove()
         logits = main.lm_head(h)
         nats = cross_entropy(logits[:, : short - 1].flatten(0, 1), tokens[:, k + 2 :].flatten())
         loss = loss + MTP_WEIGHT / cfg.mtp_depth * nats
@@ -180,18 +172,9 @@ def _gradients(main: nn.Module, mtp: nn.Module | None, num_layers: int) -> dict[
 
 def row(name: str, worst: dict[str, float]) -> str:
     """Format a row of the table."""
-    ids = int(worst["expert_ids"] + worst.get("mtp_expert_ids", 0))
-    mtp = f"{worst['mtp_logits']:.1e}" if "mtp_logits" in worst else "–"
-    parts = (
-        name,
-        f"{worst['logits']:.1e}",
-        mtp,
-        f"{worst['loss']:.1e}",
-        f"{worst['grad']:.1e}",
-        ids,
-        int(worst["greedy"]),
-    )
-    return "| " + " | ".join(map(str, parts)) + " |"
+    sizes = [f"{worst[kind]:.1e}" if kind in worst else "–" for kind in ("logits", "mtp_logits", "loss", "grad")]
+    counts = [f"{worst['expert_ids'] + worst.get('mtp_expert_ids', 0):.0f}", f"{worst['greedy']:.0f}"]
+    return "| " + " | ".join([name, *sizes, *counts]) + " |"
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ import pytest
 from released import GRID, differences, ours, tokens, write_folder
 
 from dsv3_jax import hf
-from dsv3_jax.config import replace
 from dsv3_jax.hf.files import read_json
 
 pytestmark = [
@@ -16,19 +15,18 @@ pytestmark = [
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 
-def wrapped(tie: bool):
+@pytest.fixture
+def wrapped():
     """transformers' class of Kimi K2.5, with a small tower of pictures, around a cell's language model."""
     import torch
     from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration
 
-    text = hf.config_to_dict(replace(GRID["Kimi K2.5"].cfg, tie_embeddings=tie), dtype="float32")
+    text = hf.config_to_dict(GRID["Kimi K2.5"].cfg, dtype="float32")
     vision = {"patch_size": 2, "pos_emb_height": 4, "pos_emb_width": 4, "pos_emb_time": 1, "hidden_size": 8}
     vision |= {"num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
     roles = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     ids = dict.fromkeys(roles, 999)  # in no text
-    config = Kimi_K25Config(
-        text_config=text, vision_config=vision, projection_hidden_size=8, tie_word_embeddings=tie, **ids
-    )
+    config = Kimi_K25Config(text_config=text, vision_config=vision, projection_hidden_size=8, **ids)
     torch.manual_seed(0)
     model = Kimi_K25ForConditionalGeneration._from_config(config, dtype=torch.float32, **EAGER).eval()
     for parameter in model.model.language_model.parameters():
@@ -44,24 +42,14 @@ def assert_same_logits(folder, theirs):
         logits = theirs(torch.tensor(tokens(model.cfg), dtype=torch.long), use_cache=False).logits.numpy()
     results = ours(model, gradients=False, greedy=False)
     assert differences({"logits": results["logits"]}, {"logits": logits})["logits"] < 1e-4
-    return model
 
 
-@pytest.mark.parametrize("tie", [False, True])
-def test_we_run_a_wrapped_model_that_transformers_saves(tie, tmp_path):
-    theirs = wrapped(tie)
-    theirs.save_pretrained(tmp_path)
-    config = read_json(tmp_path / "config.json")
+def test_a_wrapped_model_as_saved_and_as_released(wrapped, tmp_path):
+    wrapped.save_pretrained(tmp_path / "saved")
+    config = read_json(tmp_path / "saved" / "config.json")
     assert config["model_type"] == "kimi_k25" and config["text_config"]["model_type"] == "deepseek_v3"
-    assert assert_same_logits(tmp_path, theirs).cfg.tie_embeddings == tie
-
-
-def test_transformers_reads_the_released_names_of_a_wrapped_model_as_we_do(tmp_path):
-    from transformers import Kimi_K25ForConditionalGeneration
-
-    folder = write_folder(tmp_path / "folder", GRID["Kimi K2.5"])
-    theirs, report = Kimi_K25ForConditionalGeneration.from_pretrained(
-        folder, config=wrapped(False).config, output_loading_info=True, **EAGER
-    )
+    assert_same_logits(tmp_path / "saved", wrapped)
+    folder = write_folder(tmp_path / "released", GRID["Kimi K2.5"])
+    theirs, report = type(wrapped).from_pretrained(folder, config=wrapped.config, output_loading_info=True, **EAGER)
     assert not [name for name in report["missing_keys"] if "language_model" in name or "lm_head" in name]
     assert_same_logits(folder, theirs.eval())

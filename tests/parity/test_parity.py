@@ -55,7 +55,7 @@ def test_ours_and_the_golden_files_are_transformers(result, name):
     assert all(value == 0 if "ids" in kind or kind == "greedy" else value < 1e-4 for kind, value in worst)
 
 
-@pytest.mark.parametrize("name", ["groups", "half RoPE", "tied embeddings", "bfloat16 file", "V2-Lite, greedy"])
+@pytest.mark.parametrize("name", ["groups", "tied embeddings"])
 def test_transformers_runs_what_we_save(result, name, tmp_path):
     from parity_reference import theirs
 
@@ -65,12 +65,11 @@ def test_transformers_runs_what_we_save(result, name, tmp_path):
     assert_equal(results, theirs(tmp_path / "saved", GRID[name]))
 
 
-@pytest.mark.parametrize("name", ["no groups", "V2-Lite, greedy"])
-def test_we_run_what_transformers_saves(result, name, tmp_path):
+def test_we_run_what_transformers_saves(result, tmp_path):
     from parity_reference import load_theirs
 
-    _, reference, folder = result(name)
-    cfg = GRID[name].cfg
+    _, reference, folder = result("no groups")
+    cfg = GRID["no groups"].cfg
     main, _ = load_theirs(folder, cfg.num_layers, 0, cfg.tie_embeddings)
     main.save_pretrained(tmp_path / "theirs")
     assert "rope_theta" in read_json(tmp_path / "theirs" / "config.json")["rope_parameters"]  # the newer spelling
@@ -85,9 +84,8 @@ def test_torch_reads_what_we_quantize(result, tmp_path):
     source, saved = result("FP8 file")[2], tmp_path / "saved"
     hf.save(hf.load(source), saved, fp8=True)
     arrays = {k: v for file in saved.glob("*.safetensors") for k, v in load_file(file).items()}
-    assert {k: tuple(v.shape) for k, v in arrays.items()} == {
-        k: shape for k, (shape, _) in hf.tensor_table(GRID["FP8 file"].cfg, fp8=True).items()
-    }
+    table = hf.tensor_table(GRID["FP8 file"].cfg, fp8=True)
+    assert {k: tuple(v.shape) for k, v in arrays.items()} == {k: shape for k, (shape, _) in table.items()}
     folder = hf.reading.ReleasedFolder(source)
     for name, value in arrays.items():
         if value.dtype == torch.float8_e4m3fn:
