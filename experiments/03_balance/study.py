@@ -9,6 +9,7 @@ from dsv3_jax.config import Balance, replace
 from dsv3_jax.model.moe import RouterBias
 from experiments.lab import Column, Study, drawing, write_figure
 from experiments.lab.claims import Claim, Stake
+from experiments.lab.measuring import late_mean
 
 NONE = Balance(bias_rate=0.0, sequence_alpha=0.0)
 BASELINE = "Switch loss, α 1e-3"  # the loss-free paper's
@@ -45,10 +46,7 @@ def measure(trained):
     return {"bias_range": float(np.mean(np.concatenate([b.ravel() for b in biases])))}
 
 
-def late_max_vio(results, variant):
-    """Return MaxVio of a step's tokens, mean over the last fifth of training, one number per seed."""
-    _, values = results.curve(variant, "max_vio")
-    return values[:, -max(values.shape[1] // 5, 1) :].mean(1)
+late_max_vio = late_mean("max_vio")  # of a step's tokens
 
 
 def in_domains(numbers):

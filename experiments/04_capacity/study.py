@@ -12,6 +12,7 @@ from dsv3_jax.model.transformer import abstract
 from dsv3_jax.training.evaluate import evaluate
 from experiments.lab import Column, Study, drawing, write_figure
 from experiments.lab.claims import Claim, Stake
+from experiments.lab.measuring import late_mean
 
 
 def variants(base):
@@ -41,10 +42,7 @@ def dropped_share(graphdef, state, tokens, segment_ids):
     return nnx.merge(graphdef, state).forward_hidden(tokens, segment_ids).metrics["sparse"]["dropped"].mean()
 
 
-def dropped_in_training(results, variant):
-    """Return the dropped share of assignments over the last fifth of training, one number per seed."""
-    _, shares = results.curve(variant, "dropped")
-    return shares[:, -max(shares.shape[1] // 5, 1) :].mean(1)
+dropped_in_training = late_mean("dropped")  # share of assignments
 
 
 def draw(results, path):

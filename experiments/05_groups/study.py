@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from dsv3_jax.config import replace
 from dsv3_jax.mesh.token_exchange import mean_reach, wire_bytes
 from experiments.lab import Column, OnTask, Study, drawing, write_figure
-from experiments.lab.claims import Claim, Stake
-from experiments.lab.measuring import BITS, expert_ids, unknown_bits
+from experiments.lab.measuring import BITS, bits_claim, bits_stake, expert_ids, unknown_bits
 from experiments.lab.tasks import Facts
 
 GROUPS = 8
@@ -117,9 +116,7 @@ def words(results):
 
 def equal(kept):
     text = f"{name_of(kept)} store as many facts as no limit, within {MARGIN} bits"
-    return Claim(
-        text, name_of(kept), NO_LIMIT, unknown_bits, "equal", margin=MARGIN, unit="bits", digits=2, stake="reach"
-    )
+    return bits_claim(text, name_of(kept), NO_LIMIT, expect="equal", margin=MARGIN, stake="reach")
 
 
 STUDY = Study(
@@ -141,12 +138,9 @@ STUDY = Study(
     draw=draw,
     claims=tuple(equal(kept) for kept in KEPT[1:-1]),
     stakes={
-        "reach": Stake(
+        "reach": bits_stake(
             f"all experts of a token from 1 of {GROUPS} groups",
             lambda results: results.paired(name_of(1), NO_LIMIT, unknown_bits),
-            unknown_bits,
-            "bits",
-            2,
         )
     },
 )

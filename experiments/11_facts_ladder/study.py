@@ -2,9 +2,8 @@
 
 from dsv3_jax.config import replace
 from experiments.lab import ABOVE, Column, OnTask, Study, drawing
-from experiments.lab.claims import Claim, Stake
 from experiments.lab.ladder import DENSE, FINE_2, FINE_4, GSHARD, SHARED, SWITCH, ladder
-from experiments.lab.measuring import BITS, unknown_bits
+from experiments.lab.measuring import BITS, bits_claim, bits_stake, unknown_bits
 from experiments.lab.tasks import Facts
 
 
@@ -13,7 +12,7 @@ def variants(base):
 
 
 def claim(text, variant, against):
-    return Claim(text, variant, against, unknown_bits, "lower", unit="bits", digits=2, stake="facts")
+    return bits_claim(text, variant, against, stake="facts")
 
 
 def draw(results, path):
@@ -46,12 +45,6 @@ STUDY = Study(
         claim("the finest store more than dense", FINE_4, DENSE),
     ),
     stakes={
-        "facts": Stake(
-            "no routed expert: dense",
-            lambda results: results.paired(DENSE, SWITCH, unknown_bits),
-            unknown_bits,
-            "bits",
-            2,
-        )
+        "facts": bits_stake("no routed expert: dense", lambda results: results.paired(DENSE, SWITCH, unknown_bits))
     },
 )

@@ -2,9 +2,8 @@
 
 from dsv3_jax.config import Balance, replace
 from experiments.lab import Column, OnTask, Study, drawing
-from experiments.lab.claims import Claim, Stake
 from experiments.lab.ladder import DENSE, FINE_2, ladder
-from experiments.lab.measuring import BITS, unknown_bits
+from experiments.lab.measuring import BITS, bits_claim, bits_stake, late_mean, unknown_bits
 from experiments.lab.tasks import Facts
 
 NO_BALANCE = Balance(bias_rate=0.0, sequence_alpha=0.0)
@@ -25,14 +24,8 @@ def variants(base):
     return {name: OnTask(Facts(), replace(base, model=model)) for name, model in models.items()}
 
 
-def late_dropped(results, variant):
-    """Return the dropped share of assignments over the last fifth of training, one number per seed."""
-    _, shares = results.curve(variant, "dropped")
-    return shares[:, -max(shares.shape[1] // 5, 1) :].mean(1)
-
-
 def claim(text, variant, against, expect="lower", **more):
-    return Claim(text, variant, against, unknown_bits, expect, unit="bits", digits=2, stake="experts", **more)
+    return bits_claim(text, variant, against, expect=expect, stake="experts", **more)
 
 
 def draw(results, path):
@@ -53,7 +46,7 @@ STUDY = Study(
     base="facts",
     columns=(
         Column("bits unknown, of 6", "val_loss", 2, scale=BITS, paired=True),
-        Column("dropped in training, %", late_dropped, 2, scale=100.0),
+        Column("dropped in training, %", late_mean("dropped"), 2, scale=100.0),
         Column("MaxVio", "max_vio_global", 2),
     ),
     draw=draw,
@@ -64,12 +57,6 @@ STUDY = Study(
         claim("without a capacity, balance stores more facts", NO_DROP, UNBALANCED),
     ),
     stakes={
-        "experts": Stake(
-            "no routed expert: dense",
-            lambda results: results.paired(DENSE, NO_DROP, unknown_bits),
-            unknown_bits,
-            "bits",
-            2,
-        )
+        "experts": bits_stake("no routed expert: dense", lambda results: results.paired(DENSE, NO_DROP, unknown_bits))
     },
 )

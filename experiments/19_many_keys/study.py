@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from dsv3_jax.config import replace
 from dsv3_jax.model.counting import elements_per_token
 from experiments.lab import Column, OnTask, Study, drawing, write_figure
-from experiments.lab.claims import Claim, Stake
+from experiments.lab.claims import Claim
 from experiments.lab.matching import matched
-from experiments.lab.measuring import BITS, unknown_bits
+from experiments.lab.measuring import BITS, bits_stake, unknown_bits
 from experiments.lab.tasks import ManyKeys
 
 TASK = ManyKeys(planted=16)
@@ -125,12 +125,8 @@ STUDY = Study(
         claim("MLA learns as soon as MHA or sooner", MLA, MHA, "lower", log_steps, "ln steps"),
     ),
     stakes={
-        "context": Stake(
-            "no context: chance",
-            lambda results: TASK.chance_bits - results.values(MLA, unknown_bits),
-            unknown_bits,
-            "bits",
-            2,
+        "context": bits_stake(
+            "no context: chance", lambda results: TASK.chance_bits - results.values(MLA, unknown_bits)
         )
     },
 )

@@ -6,8 +6,8 @@ from matplotlib.figure import Figure
 from dsv3_jax import stats
 from dsv3_jax.config import Balance, replace
 from experiments.lab import Column, OnTask, Study, drawing, write_figure
-from experiments.lab.claims import Claim, Stake
-from experiments.lab.measuring import BITS, expert_ids, unknown_bits
+from experiments.lab.claims import Claim
+from experiments.lab.measuring import BITS, bits_claim, bits_stake, expert_ids, unknown_bits
 from experiments.lab.tasks import Domains
 
 MIXED = Domains(count=16, words=224)
@@ -93,7 +93,7 @@ def line(ax, results, names, key, colour, label, **more):
 
 
 def fewer(text, variant, against, expect="lower"):
-    return Claim(text, variant, against, unknown_bits, expect, unit="bits", digits=2, stake="experts")
+    return bits_claim(text, variant, against, expect=expect, stake="experts")
 
 
 def divides(text, variant, against):
@@ -143,12 +143,8 @@ STUDY = Study(
         ),
     ),
     stakes={
-        "experts": Stake(
-            "one expert for all tokens: dense",
-            lambda results: results.paired("dense", BIAS, unknown_bits),
-            unknown_bits,
-            "bits",
-            2,
+        "experts": bits_stake(
+            "one expert for all tokens: dense", lambda results: results.paired("dense", BIAS, unknown_bits)
         )
     },
 )

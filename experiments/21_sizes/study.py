@@ -3,32 +3,25 @@
 from dsv3_jax.config import replace
 from experiments.lab import Column, Study, drawing
 from experiments.lab.claims import Claim
+from experiments.lab.matching import FACTORS, scaled
 from experiments.lab.parts import part
 
-FACTORS = {"half": 0.5, "base": 1, "double": 2}  # of the base recipe's widths
+# The heads' own widths and the number of experts stay.
+WIDTHS = ("dim", "dense_dim", "num_heads", "q_latent_dim", "kv_latent_dim", "expert_dim")
 
 
 def name_of(kind, size):
     return f"{kind}, {size} width"
 
 
-def scaled(cfg, factor):
-    """Scale every width and the number of heads; the heads' own widths and the number of experts stay."""
-    names = ("dim", "dense_dim", "num_heads", "q_latent_dim", "kv_latent_dim", "expert_dim")
-    return replace(cfg, **{name: round(getattr(cfg, name) * factor) for name in names})
-
-
 def variants(base):
     runs = {}
     for size, factor in FACTORS.items():
-        rate, last = (r / factor for r in (base.optim.learning_rate, base.optim.final_learning_rate))
-        optim = replace(base.optim, learning_rate=rate, final_learning_rate=last)
-        mla = scaled(base.model, factor)
-        runs[name_of("MLA", size)] = replace(base, model=mla, optim=optim)
+        mla = runs[name_of("MLA", size)] = scaled(base, factor, WIDTHS)
         # MHA learns better at half the rate, see study 01.
-        slower = replace(optim, learning_rate=rate / 2)
-        runs[name_of("MHA", size)] = replace(base, model=replace(mla, attention="mha"), optim=slower)
-        runs[name_of("MLA with a module", size)] = replace(base, model=replace(mla, mtp_depth=1), optim=optim)
+        slower = replace(mla.optim, learning_rate=mla.optim.learning_rate / 2)
+        runs[name_of("MHA", size)] = replace(mla, model=replace(mla.model, attention="mha"), optim=slower)
+        runs[name_of("MLA with a module", size)] = replace(mla, model=replace(mla.model, mtp_depth=1))
     return runs
 
 

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
 from experiments.lab import Column, OnTask, Study, drawing, write_figure
-from experiments.lab.claims import Claim, Stake
-from experiments.lab.measuring import BITS, first_below, unknown_bits
+from experiments.lab.claims import Claim
+from experiments.lab.measuring import BITS, bits_stake, first_below, log_formed, unknown_bits
 from experiments.lab.tasks import Chains
 
 TOKENS = Chains()  # the last token chooses what follows
@@ -56,11 +56,6 @@ def measure(trained):
     task = trained.task
     half = (task.bits_of_order(task.order - 1) + task.best_bits) / 2
     return {"formed": first_below(trained, half), "above": trained.numbers["val_loss"] * BITS - task.best_bits}
-
-
-def log_formed(numbers):
-    """Return ln of the step at which induction has formed."""
-    return math.log(numbers["formed"])
 
 
 def log_above(numbers):
@@ -120,12 +115,8 @@ STUDY = Study(
         sooner("with Muon, a module brings order 2 forward", f"{MUON}, {MODULE}{OF_TWO}", MUON + OF_TWO),
     ),
     stakes={
-        "pairs": Stake(
-            "counts of tokens alone",
-            lambda results: TOKENS.bits_of_order(0) - results.values(MUON, unknown_bits),
-            unknown_bits,
-            "bits",
-            2,
+        "pairs": bits_stake(
+            "counts of tokens alone", lambda results: TOKENS.bits_of_order(0) - results.values(MUON, unknown_bits)
         )
     },
 )

@@ -2,12 +2,13 @@
 
 from dsv3_jax.config import replace
 from experiments.lab import Column, OnTask, Study, drawing
-from experiments.lab.claims import Claim, Stake
 from experiments.lab.ladder import DENSE, FINE_4, GSHARD, SHARED, ladder
-from experiments.lab.measuring import BITS, unknown_bits
+from experiments.lab.matching import FACTORS, scaled
+from experiments.lab.measuring import BITS, bits_claim, bits_stake, unknown_bits
 from experiments.lab.tasks import Facts
 
-FACTORS = {"half": 0.5, "base": 1, "double": 2}  # of the base recipe's widths
+# The number of experts stays.
+WIDTHS = ("dim", "dense_dim", "kv_latent_dim", "nope_head_dim", "rope_head_dim", "v_head_dim", "expert_dim")
 FACTS = {"half": 64, "base": 128, "double": 192}  # first tokens, and second ones; the ids end at 192
 
 
@@ -15,38 +16,24 @@ def name_of(kind, size):
     return f"{kind}; {size} width"
 
 
-def scaled(cfg, factor):
-    """Scale every width; the number of experts stays."""
-    names = ("dim", "dense_dim", "kv_latent_dim", "nope_head_dim", "rope_head_dim", "v_head_dim", "expert_dim")
-    return replace(cfg, **{name: round(getattr(cfg, name) * factor) for name in names})
-
-
 def variants(base):
     runs = {}
     for size, factor in FACTORS.items():
-        rate, last = (r / factor for r in (base.optim.learning_rate, base.optim.final_learning_rate))
-        optim = replace(base.optim, learning_rate=rate, final_learning_rate=last)
-        models = ladder(scaled(base.model, factor))
+        run, task = scaled(base, factor, WIDTHS), Facts(firsts=FACTS[size], seconds=FACTS[size])
+        models = ladder(run.model)
         for kind in (DENSE, GSHARD, SHARED, FINE_4):
-            task = Facts(firsts=FACTS[size], seconds=FACTS[size])
-            runs[name_of(kind, size)] = OnTask(task, replace(base, model=models[kind], optim=optim))
+            runs[name_of(kind, size)] = OnTask(task, replace(run, model=models[kind]))
     return runs
 
 
 def claim(text, first, second, size):
     names = name_of(first, size), name_of(second, size)
-    return Claim(f"{text}, at {size} width", *names, unknown_bits, "lower", unit="bits", digits=2, stake=size)
+    return bits_claim(f"{text}, at {size} width", *names, stake=size)
 
 
 def stake(size):
     names = name_of(DENSE, size), name_of(GSHARD, size)
-    return Stake(
-        f"no routed expert: dense, at {size} width",
-        lambda results: results.paired(*names, unknown_bits),
-        unknown_bits,
-        "bits",
-        2,
-    )
+    return bits_stake(f"no routed expert: dense, at {size} width", lambda results: results.paired(*names, unknown_bits))
 
 
 def draw(results, path):

@@ -1,14 +1,12 @@
 """Two-token names: whether heads that predict more than the next token bring their induction forward."""
 
-import math
-
 import numpy as np
 from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
 from experiments.lab import Column, OnTask, Study, drawing, write_figure
-from experiments.lab.claims import Claim, Stake
-from experiments.lab.measuring import BITS, first_below, unknown_bits
+from experiments.lab.claims import Claim
+from experiments.lab.measuring import BITS, bits_stake, first_below, log_formed, unknown_bits
 from experiments.lab.tasks import Names
 
 TASK = Names(names=3, tokens=40, share=1.0)
@@ -24,11 +22,6 @@ def measure(trained):
     """`formed`: the step at which half of what a row's pairs are worth is learnt."""
     half = (TASK.bits_without_pairs + TASK.best_bits) / 2
     return {"formed": first_below(trained, half), "above": trained.numbers["val_loss"] * BITS - TASK.best_bits}
-
-
-def log_formed(numbers):
-    """Return ln of the step at which induction has formed."""
-    return math.log(numbers["formed"])
 
 
 def draw(results, path):
@@ -87,12 +80,8 @@ STUDY = Study(
         sooner("two parallel heads bring names forward", PARALLEL),
     ),
     stakes={
-        "pairs": Stake(
-            "no pair of a name",
-            lambda results: TASK.bits_without_pairs - results.values(MODULE, unknown_bits),
-            unknown_bits,
-            "bits",
-            2,
+        "pairs": bits_stake(
+            "no pair of a name", lambda results: TASK.bits_without_pairs - results.values(MODULE, unknown_bits)
         )
     },
 )

@@ -1,6 +1,8 @@
-"""Models of equal size, for studies that compare kinds of attention."""
+"""Models of equal size, for studies that compare kinds of attention, and the same model at several sizes."""
 
-from dsv3_jax.config import ModelConfig, replace
+from collections.abc import Sequence
+
+from dsv3_jax.config import ModelConfig, RunConfig, replace
 from dsv3_jax.model.counting import size
 
 
@@ -15,3 +17,13 @@ def matched(cfg: ModelConfig, like: ModelConfig) -> ModelConfig:
     for count in ("total", "active"):
         assert abs(getattr(size(widened), count) - getattr(size(like), count)) <= column / 2
     return widened
+
+
+FACTORS = {"half": 0.5, "base": 1, "double": 2}  # of the base recipe's widths
+
+
+def scaled(base: RunConfig, factor: float, widths: Sequence[str]) -> RunConfig:
+    """Return the run with the named widths of its model times a factor, and its learning rates divided by it."""
+    rate, last = (r / factor for r in (base.optim.learning_rate, base.optim.final_learning_rate))
+    model = replace(base.model, **{name: round(getattr(base.model, name) * factor) for name in widths})
+    return replace(base, model=model, optim=replace(base.optim, learning_rate=rate, final_learning_rate=last))

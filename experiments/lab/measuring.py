@@ -1,7 +1,7 @@
 """Numbers that several studies measure."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,8 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax.model.transformer import Transformer
+from experiments.lab.claims import Claim, Stake
+from experiments.lab.results import Results
 
 BITS = 1 / math.log(2)  # bits of a nat
 
@@ -21,6 +23,26 @@ def unknown_bits(numbers: Mapping[str, Any]) -> float:
     2.0
     """
     return numbers["val_loss"] * BITS
+
+
+# Claims and manipulation checks about these bits.
+bits_claim = partial(Claim, key=unknown_bits, unit="bits", digits=2)
+bits_stake = partial(Stake, key=unknown_bits, unit="bits", digits=2)
+
+
+def late_mean(key: str) -> Callable[[Results, str], np.ndarray]:
+    """Return a function (results, variant) → a curve's mean over the last fifth of training, one number per seed."""
+
+    def mean(results: Results, variant: str) -> np.ndarray:
+        _, values = results.curve(variant, key)
+        return values[:, -max(values.shape[1] // 5, 1) :].mean(1)
+
+    return mean
+
+
+def log_formed(numbers: Mapping[str, Any]) -> float:
+    """Return ln of `formed`, the step at which induction has formed."""
+    return math.log(numbers["formed"])
 
 
 WINDOW = 5  # rows of metrics.jsonl, whose mean is the training loss at a step
