@@ -197,7 +197,7 @@ def matmul(recipe: Recipe, x: Float[Array, "m K"], w: Float[Array, "K N"]) -> Fl
     Returns: q(x) q(w) in x's dtype.
 
     Example:
-        >>> matmul(MXFP8, jnp.array([[1.0, 1.2]]), jnp.ones((2, 1)))  # 1.2 is rounded to 1.25
+        >>> jax.jit(partial(matmul, MXFP8))(jnp.array([[1.0, 1.2]]), jnp.ones((2, 1)))  # 1.2 is rounded to 1.25
         Array([[2.25]], dtype=float32)
     """
     return _dot(_rows(recipe, x), _weight(recipe, w, 0), (1, 0)).astype(x.dtype)
@@ -221,7 +221,7 @@ def product(x: Float[Array, "..."], w: Float[Array, "..."], axes: int = 1, *, re
     """Compute `ops.products.product` by a recipe. Heads are joined to one matrix, as in the released weights.
 
     Example:
-        >>> product(jnp.ones((1, 2)), jnp.ones((2, 3)), recipe=FP8)
+        >>> jax.jit(partial(product, recipe=FP8))(jnp.ones((1, 2)), jnp.ones((2, 3)))
         Array([[2., 2., 2.]], dtype=float32)
     """
     depth = math.prod(w.shape[:axes])
@@ -241,7 +241,7 @@ def swiglu(
 
     Example:
         >>> one = jnp.ones((1, 1))
-        >>> swiglu(one, 9 * one, one, one, recipe=FP8).round(2)  # silu(9)
+        >>> jax.jit(partial(swiglu, recipe=FP8))(one, 9 * one, one, one).round(2)  # silu(9)
         Array([[9.]], dtype=float32)
     """
     times = partial(product, recipe=recipe)
@@ -260,7 +260,7 @@ def expand(
 
     Example:
         >>> c_kv, k_rope, w_uk, w_uv = map(jnp.ones, ((1, 1, 2), (1, 1, 1), (3, 4, 2), (3, 5, 2)))
-        >>> k, v = expand(c_kv, k_rope, w_uk, w_uv, recipe=FP8)
+        >>> k, v = jax.eval_shape(partial(expand, recipe=FP8), c_kv, k_rope, w_uk, w_uv)
         >>> k.shape, v.shape  # of three heads: N + R and V
         ((1, 1, 3, 5), (1, 1, 3, 5))
     """
@@ -273,7 +273,8 @@ def product_by_expert(x: Float[Array, "E m K"], w: Float[Array, "E K N"], *, rec
     """Multiply each expert's rows, as many of each, with its matrix.
 
     Example:
-        >>> product_by_expert(jnp.ones((2, 1, 1)), jnp.array([[[3.0]], [[4.0]]]), recipe=MXFP8).ravel()
+        >>> by_expert = jax.jit(partial(product_by_expert, recipe=MXFP8))
+        >>> by_expert(jnp.ones((2, 1, 1)), jnp.array([[[3.0]], [[4.0]]])).ravel()
         Array([3., 4.], dtype=float32)
     """
     return jax.vmap(partial(matmul, recipe))(x, w)
@@ -291,7 +292,7 @@ def round_tokens_by_group(
 
     Example:
         >>> rows, counts = jnp.array([[448.0], [0.013], [0.013]]), jnp.array([2, 1])
-        >>> found = round_tokens_by_group(rows, counts, 32, power_of_two=True)
+        >>> found = jax.jit(partial(round_tokens_by_group, tile=32, power_of_two=True))(rows, counts)
         >>> found.ravel().tolist()  # in a tile with 448 numbers are multiples of 2⁻⁹; the last row has its own tile
         [448.0, 0.013671875, 0.0126953125]
     """
@@ -315,7 +316,7 @@ def grouped(recipe: Recipe, inner: GroupedProduct = ROW_BLOCKS) -> GroupedProduc
 
     Example:
         >>> backend = grouped(MXFP8)
-        >>> backend.forward(jnp.ones((2, 1)), jnp.array([[[3.0]], [[4.0]]]), jnp.array([1, 1])).ravel()
+        >>> jax.jit(backend.forward)(jnp.ones((2, 1)), jnp.array([[[3.0]], [[4.0]]]), jnp.array([1, 1])).ravel()
         Array([3., 4.], dtype=float32)
     """
 

@@ -98,11 +98,11 @@ class MLA(Attention):
     Source: DeepSeek-V2 report, section 2.1.
     Departs from the paper: no extra scaling at the bottlenecks; the released code has none either.
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> from flax import nnx
     >>> import dsv3_jax as ds
     >>> attention = ds.MLA(ds.preset("tiny"), rngs=nnx.Rngs(0))
-    >>> attention(jnp.ones((2, 8, 128))).shape
+    >>> jax.jit(attention)(jnp.ones((2, 8, 128))).shape
     (2, 8, 128)
     """
 
@@ -158,11 +158,11 @@ class GQA(Attention):
     value. With `qk_norm`, q and k are normed in each head before they are rotated; heads share the scales.
     Source: arXiv 1706.03762 (MHA), 1911.02150 (MQA), 2305.13245 (GQA), 2302.05442 (norms of q and k).
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> from flax import nnx
     >>> import dsv3_jax as ds
     >>> cfg = ds.replace(ds.preset("tiny"), attention="gqa", num_kv_heads=2)
-    >>> ds.GQA(cfg, rngs=nnx.Rngs(0))(jnp.ones((2, 8, 128))).shape
+    >>> jax.jit(ds.GQA(cfg, rngs=nnx.Rngs(0)))(jnp.ones((2, 8, 128))).shape
     (2, 8, 128)
     """
 

@@ -58,11 +58,11 @@ class MoE(nnx.Module):
     Args:
         execution, kernels: how to compute; `kernels` defaults to the best of the default device.
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> from flax import nnx
     >>> import dsv3_jax as ds
     >>> moe = ds.MoE(ds.preset("tiny"), rngs=nnx.Rngs(0))
-    >>> y, routing = moe(jnp.ones((2, 8, 128)))
+    >>> y, routing = jax.jit(moe)(jnp.ones((2, 8, 128)))
     >>> y.shape, routing.load.sum()  # 16 tokens, 4 experts each
     ((2, 8, 128), Array(64., dtype=float32))
     """

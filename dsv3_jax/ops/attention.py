@@ -43,7 +43,7 @@ def causal_attention(
 
     Example:
         >>> q, v = jnp.zeros((1, 3, 1, 1)), jnp.array([[[[0.0]], [[2.0]], [[7.0]]]])
-        >>> causal_attention(q, q, v, scale=1.0).ravel()  # equal scores: means of the values so far
+        >>> jax.jit(partial(causal_attention, scale=1.0))(q, q, v).ravel()  # equal scores: means of the values so far
         Array([0., 1., 3.], dtype=float32)
     """
     return attention_and_maxima(q, k, v, scale=scale, segment_ids=segment_ids, block=block, large=large)[0]

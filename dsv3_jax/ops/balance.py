@@ -111,8 +111,9 @@ def quantile_target(
         k: K.
 
     Example:
+        >>> from functools import partial
         >>> margins = jnp.array([[0.5, 0.0], [0.25, 0.0], [-0.25, 0.75], [-0.5, 0.5]])
-        >>> quantile_target(margins, jnp.ones(4, bool), jnp.zeros(2), k=1)  # two tokens are over 0.25, and over 0
+        >>> jax.jit(partial(quantile_target, k=1))(margins, jnp.ones(4, bool), jnp.zeros(2))  # two tokens are over 0.25, and over 0
         Array([ 0.25, -0.  ], dtype=float32)
     """
     num_experts, tokens, each = margins.shape[-1], tuple(range(mask.ndim)), (1,) * mask.ndim + (-1,)
@@ -233,7 +234,8 @@ def sequence_loss(scores: Float[Array, "B T E"], k: int, mask: Bool[Array, "B T"
     Returns: one loss for each sequence, in the dtype of `scores`.
 
     Example:
-        >>> sequence_loss(jnp.eye(4)[None], k=1)  # each of four tokens has its own expert
+        >>> from functools import partial
+        >>> jax.jit(partial(sequence_loss, k=1))(jnp.eye(4)[None])  # each of four tokens has its own expert
         Array([1.], dtype=float32)
 
     Source: DeepSeek-V3 report, equations 17-20.

@@ -216,7 +216,7 @@ def capacity_swiglu(
         >>> one = jnp.ones((2, 1, 1))  # two experts, D = F = 1
         >>> weights = 9 * one, one / 9, 2 * one  # on 1 they give 2
         >>> x, ids, gates = jnp.ones((2, 1)), jnp.zeros((2, 1), jnp.int32), jnp.ones((2, 1))
-        >>> y, dropped = capacity_swiglu(x, ids, gates, *weights, factor=1.0)
+        >>> y, dropped = jax.jit(partial(capacity_swiglu, factor=1.0))(x, ids, gates, *weights)
         >>> y.round(2), dropped  # both tokens choose expert 0, which takes one of them
         (Array([[2.],
                [0.]], dtype=float32), Array(0.5, dtype=float32))

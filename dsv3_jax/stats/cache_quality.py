@@ -44,7 +44,7 @@ def cache_quality(
         >>> from dsv3_jax.data.batches import one_row
         >>> from dsv3_jax.model.transformer import abstract
         >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
-        >>> model = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract(cfg))  # all weights are 0
+        >>> model = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(cfg))  # all weights are 0
         >>> quality = cache_quality(model, [one_row(b"x = 1")], ["int8"])["int8"]
         >>> round(quality.val_loss, 2), quality.bytes_per_token  # ln 260; 48 numbers and two float32 scales
         (5.56, 56)

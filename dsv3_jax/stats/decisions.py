@@ -44,9 +44,10 @@ def biases(model: Transformer) -> Float[Array, "L E"] | None:
     """Return the routers' biases, in the order of `RoutingStats.layers`; None if the router reads none.
 
     Example:
+        >>> import numpy as np
         >>> from dsv3_jax.model.transformer import abstract
         >>> from dsv3_jax.presets import preset
-        >>> biases(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract(preset("tiny")))).shape
+        >>> biases(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(preset("tiny")))).shape
         (4, 16)
     """
     cfg = model.cfg

@@ -50,7 +50,7 @@ def evaluate(
         >>> from dsv3_jax.data.batches import one_row
         >>> from dsv3_jax.model.transformer import abstract
         >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
-        >>> model = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract(cfg))  # all weights are 0
+        >>> model = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(cfg))  # all weights are 0
         >>> result = evaluate(model, [one_row(b"x = 1")], ds.tokenizer.load("bytes"))
         >>> round(result["val_bits_per_byte"], 2)  # even odds over 260 tokens: log2 260
         8.02

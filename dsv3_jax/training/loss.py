@@ -94,10 +94,10 @@ def compute_loss(
         share: of the complete batch that this part is: the weight of its balance losses.
 
     Example:
-        >>> import dsv3_jax as ds
+        >>> import numpy as np, dsv3_jax as ds
         >>> from dsv3_jax.model.transformer import abstract
         >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
-        >>> model = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract(cfg))  # all weights are 0
+        >>> model = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(cfg))  # all weights are 0
         >>> one = jnp.ones((1, 4), jnp.int32)
         >>> batch = {"tokens": one, "segment_ids": one, "positions": jnp.arange(4)[None]}
         >>> main = jax.jit(lambda: compute_loss(model, batch, mtp_weight=0.0).main)()
@@ -221,10 +221,10 @@ def score_tokens(model: Transformer, batch: dict[str, Array], num_domains: int =
     Args: num_domains: count the load of so many domains too, by the batch's `domains`.
 
     Example:
-        >>> import dsv3_jax as ds
+        >>> import numpy as np, dsv3_jax as ds
         >>> from dsv3_jax.model.transformer import abstract
         >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
-        >>> model = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract(cfg))  # all weights are 0
+        >>> model = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(cfg))  # all weights are 0
         >>> one = jnp.ones((1, 4), jnp.int32)
         >>> batch = {"tokens": one, "segment_ids": one, "positions": jnp.arange(4)[None]}
         >>> nll = jax.jit(lambda: score_tokens(model, batch).nll)()

@@ -29,7 +29,7 @@ def blocks_swiglu(
     Example:
         >>> one = jnp.ones((2, 1, 1))  # two experts, D = F = 1
         >>> weights = 9 * one, one / 9, jnp.array([[[2.0]], [[5.0]]])  # on 1 they give 2 and 5: silu(9) is 9
-        >>> y = blocks_swiglu(jnp.ones((1, 1)), jnp.array([[1, 0]]), jnp.array([[0.9, 0.1]]), *weights)
+        >>> y = jax.jit(blocks_swiglu)(jnp.ones((1, 1)), jnp.array([[1, 0]]), jnp.array([[0.9, 0.1]]), *weights)
         >>> round(float(y[0, 0]), 2)  # 0.9 · 5 + 0.1 · 2
         4.7
     """
