@@ -113,7 +113,7 @@ def quantile_target(
     Example:
         >>> from functools import partial
         >>> margins = jnp.array([[0.5, 0.0], [0.25, 0.0], [-0.25, 0.75], [-0.5, 0.5]])
-        >>> jax.jit(partial(quantile_target, k=1))(margins, jnp.ones(4, bool), jnp.zeros(2))  # two tokens are over 0.25, and over 0
+        >>> jax.jit(partial(quantile_target, k=1))(margins, jnp.ones(4, bool), jnp.zeros(2))  # each is over two tokens
         Array([ 0.25, -0.  ], dtype=float32)
     """
     num_experts, tokens, each = margins.shape[-1], tuple(range(mask.ndim)), (1,) * mask.ndim + (-1,)
