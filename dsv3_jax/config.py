@@ -51,6 +51,12 @@ class Table(dict[str, V]):
         super().__init__(rows)
         self.setting = setting
 
+    def add(self, name: str, row: V) -> None:
+        """Add a row. Raises: ConfigError if its name is taken, or no text."""
+        if not isinstance(name, str) or not name or name in self:
+            raise ConfigError(f"{self.setting}={name!r} is taken or no name; the names are {', '.join(self)}")
+        self[name] = row
+
     def __missing__(self, name: str) -> V:
         near = did_you_mean(name, self)
         raise ConfigError(f"{self.setting}={_short(name)} is not one of {', '.join(self)}{near}")

@@ -162,11 +162,15 @@ def use_mesh(mesh: Mesh | None) -> AbstractContextManager:
 def on_mesh() -> bool:
     """Whether a mesh of more than one device is in use.
 
+    Raises: ConfigError if it has other axes than `AXES`.
+
     Example:
         >>> on_mesh()
         False
     """
     mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1 and mesh.axis_names != AXES:
+        raise ConfigError(f"mesh axes={mesh.axis_names} are not {AXES}; use sharding.make_mesh, or sizes of 1")
     return not mesh.empty and mesh.size > 1
 
 

@@ -175,6 +175,7 @@ RULES: Table[Rule] = Table("balance rule", {
         lambda bias, _, target, rate: quantile_update(bias, target, rate), quantile_margins, quantile_target
     ),
 })  # fmt: skip
+register_rule = RULES.add
 
 
 def rule_of(cfg: ModelConfig) -> Rule | None:

@@ -316,6 +316,7 @@ ROUTERS: Table[Router] = Table("router", {
     "dense": Router(lambda x, cfg: dense(x.logits)),
     "hash": Router(lambda x, cfg: hash_tokens(x.logits, x.tokens, **_gated(cfg)), reads_tokens=True),
 })  # fmt: skip
+register_router = ROUTERS.add
 
 
 def route(logits: Float[Array, "n E"], bias: Float[Array, " E"], cfg: ModelConfig, **needs: Array | None) -> Routing:
