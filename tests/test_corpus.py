@@ -26,8 +26,6 @@ def test_folder_of_files(tmp_path):
         ("readme", "md"), ("a = 1\r\n", "src"), ("int b;", "src"), ("no suffix", "text"),
         ("j1", "web"), ("j2", "jsonl"),
     ])  # fmt: skip
-    _, documents = read(tmp_path / "src/a.py", tmp_path / "README.md")
-    assert documents == [("a = 1\r\n", "py"), ("readme", "md")]
     assert len(read(tmp_path, max_documents=2)[1]) == 2
 
 
@@ -37,11 +35,8 @@ def test_folder_of_files(tmp_path):
         ("a.txt", b"", "a.txt' holds no text"),
         ("a.txt", b"abc\xff", "a.txt is not UTF-8: .*0xff in position 3"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, line 2, is not JSON"),
-        ("a.jsonl", b'{"text": "a"}\n["text"]\n', "a.jsonl, line 2, is not an object"),
         ("a.jsonl", b'{"txt": "a"}\n', 'a.jsonl, line 1: "text" is None, not a string, of .*txt'),
-        ("a.jsonl", b'{"text": "a", "domain": 7}\n', 'a.jsonl, line 1: "domain" is 7, not a string'),
         ("a.jsonl", b'{"text": "a\\ud800"}\n', "a.jsonl, line 1, is not JSON: .* holds half a surrogate pair"),
-        ("a.jsonl", b'{"text": "a"}\n"\xff"\n', "a.jsonl, line 2, is not JSON: .* byte 0xff"),
         ("a.txt", b"one text", "val_fraction=0.5 leaves no text for training: there are 1 document"),
         ("b.txt", b"", "path='.*a.txt' does not exist"),
     ],
@@ -84,8 +79,6 @@ def test_split_is_by_text(tmp_path):
     (tmp_path / "b.jsonl").write_text("\n".join(lines[:100]))
     fewer, _ = read(tmp_path / "b.jsonl", val_fraction=0.2)
     assert {d.text for d in fewer.val} <= val and fewer.fingerprint != corpus.fingerprint
-    least, _ = read(tmp_path / "b.jsonl", val_fraction=1e-9)
-    assert len(least.val) == 1 and least.val[0].text in val
 
 
 def test_long_texts_are_cut_at_line_ends(tmp_path):

@@ -12,19 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from runs import unhooked_cli
+from test_data import BYTES, assert_same, epoch, take
 
 from dsv3_jax.cli import tokenize as work
 from dsv3_jax.cli.tokenize import LOCK, SETTINGS, Tokenize, tokenize
-from dsv3_jax.config import ConfigError, DataConfig
+from dsv3_jax.config import DataConfig
 from dsv3_jax.data.batches import Batches
 from dsv3_jax.data.corpus import load_corpus
 from dsv3_jax.data.packing import Piece, Record
 from dsv3_jax.data.shards import MANIFEST, check_files, open_shards, read_manifest, sealed
-from dsv3_jax.data.tokenizer import ByteTokenizer, train_bpe
+from dsv3_jax.data.tokenizer import train_bpe
 from dsv3_jax.lock import acquire
 
 T, R = 16, 32
-BYTES = ByteTokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +54,6 @@ def config(shards, **changes):
     return DataConfig(**{"paths": (str(shards),), "seq_len": T, "batch_size": 4, "format": "shards"} | changes)
 
 
-def rows_of(source, count=None):
-    order = Batches(source.train_batches()._order, 1)
-    return [next(order) for _ in range(count or source.rows_per_epoch())]
-
-
-def assert_same(left, right):
-    for a, b in zip(left, right, strict=True):
-        assert a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
-
-
 def documents_in(batches):
     """The arrays of each document's part of a row, in any order."""
     for batch in batches:
@@ -77,7 +67,7 @@ def test_every_document_is_in_a_pass_once(folder, shards):
     source = open_shards(config(shards), BYTES)
     corpus = load_corpus(DataConfig((str(folder / "text.jsonl"),), val_fraction=0.2, text_column="body"))
     numbers = {json.loads(line)["body"]: i for i, line in enumerate((folder / "text.jsonl").read_text().splitlines())}
-    rows = rows_of(source, 2 * source.rows_per_epoch())
+    rows = epoch(source, passes=2)
     first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
     assert [row["tokens"].tolist() for row in first] != [row["tokens"].tolist() for row in second]
     for documents, part in ((corpus.train, first), (corpus.train, second), (corpus.val, source.val_batches(10_000))):
@@ -96,7 +86,7 @@ def test_every_document_is_in_a_pass_once(folder, shards):
 
 def test_a_mixture_follows_its_weights_and_repeats_nothing_within_a_pass(shards):
     source = open_shards(config(shards, mixture=("code=8", "English=2", "C=0"), temperature=2.0), BYTES)
-    rows = rows_of(source, 90)
+    rows = take(Batches(source.train_batches()._order, 1), 90)
     names = [source.domains[row["domains"][0, 0]] for row in rows]
     assert abs(names.count("code") - 60) <= 1 and names.count("English") + names.count("code") == 90
     for name, part in zip(("code", "English"), source.train(), strict=True):
@@ -147,8 +137,6 @@ def test_interrupted_tokenizing_goes_on(folder, shards, monkeypatch):
         assert file.read_bytes() == (job.out / file.name).read_bytes()
     with pytest.raises(ValueError, match=f"row_tokens=64 is not what .*{SETTINGS} has"):
         tokenize(replace(job, row_tokens=64))
-    with pytest.raises(ValueError, match="holds other files"):
-        tokenize(replace(job, out=folder))
     with acquire(job.out, LOCK), pytest.raises(ValueError, match="is in use by process"):
         tokenize(job)
 
@@ -158,17 +146,17 @@ def test_damaged_shards_are_named(folder):
     tokenize(job)
     file = max(job.out.glob("train-*.array_record"), key=lambda path: path.stat().st_size)
     data = file.read_bytes()
-    want, sentences = rows_of(open_shards(config(job.out), BYTES)), []
+    want, sentences = epoch(open_shards(config(job.out), BYTES)), []
     written = [i for i, byte in enumerate(data) if byte]  # the rest is padding
-    flipped = [data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :] for at in written[:: len(written) // 40]]
+    flipped = [data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :] for at in written[:: len(written) // 15]]
     for content in (data[:-10], bytes(len(data)), *flipped):
         file.write_bytes(content)
         assert any(file.name in damage for damage in check_files(read_manifest(job.out), wholly=True))
         try:
-            assert_same(rows_of(open_shards(config(job.out), BYTES)), want)  # nothing reads the byte
+            assert_same(epoch(open_shards(config(job.out), BYTES)), want)  # nothing reads the byte
         except ValueError as error:
             sentences.append(str(error))
-    assert len(sentences) > 20 and all(file.name in text and "dsv3 data" in text for text in sentences)
+    assert len(sentences) > 8 and all(file.name in text and "dsv3 data" in text for text in sentences)
     file.unlink()
     with pytest.raises(ValueError, match=f"{file.name}' is missing"):
         open_shards(config(job.out), BYTES)
@@ -204,7 +192,7 @@ def test_records_that_no_tokenizer_wrote(folder, tmp_path, monkeypatch, change):
     assert len(list(check_files(manifest, wholly=True))) == len(manifest.files)
 
 
-def test_refusals(folder, shards, tmp_path):
+def test_refusals(shards, tmp_path):
     other = train_bpe(["to be or not to be"] * 2, 262, str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="tokenizer='bytes' is not that of shards="):
         open_shards(config(shards), other)
@@ -212,10 +200,6 @@ def test_refusals(folder, shards, tmp_path):
         open_shards(config(shards, seq_len=12), BYTES)
     with pytest.raises(ValueError, match="names domain 'Code'.* have .*code, .*did you mean 'code'"):
         open_shards(config(shards, mixture=("Code=1",)), BYTES)
-    with pytest.raises(ValueError, match="val_fraction=1e-09 holds no document out; there are 60"):
-        tokenize(job_of(folder, "no split", val_fraction=1e-9))
-    with pytest.raises(ConfigError, match="weights that sum to 0"):
-        config(shards, mixture=("code=0", "C=0"))
 
 
 def test_chats_by_command_keep_their_mask_and_are_never_cut(folder, capsys):
@@ -225,12 +209,11 @@ def test_chats_by_command_keep_their_mask_and_are_never_cut(folder, capsys):
     out, main = folder / "chats", unhooked_cli().main
     argv = ["data", "tokenize", str(file), "--out", str(out), "--workers", "1", "--row-tokens", str(R)]
     argv += ["--val-fraction", "0.2", "--format", "chat"]
-    assert main(argv) == 2 and "format='chat' needs a template" in capsys.readouterr().err
     assert main([*argv, "--chat-template", "plain"]) == 0
     said = capsys.readouterr().out
     assert "40 documents" in said and "left out: 1 " in said
     source, seen = open_shards(config(out, seq_len=R), BYTES), []
-    for piece in documents_in([*rows_of(source), *source.val_batches(1000)]):
+    for piece in documents_in([*epoch(source), *source.val_batches(1000)]):
         seen.append(int(piece["documents"][0]))
         record = lines[seen[-1]]
         assert piece["tokens"].tolist() == [*(record["prompt"] + record["completion"]).encode(), BYTES.eos_id]
@@ -238,8 +221,6 @@ def test_chats_by_command_keep_their_mask_and_are_never_cut(folder, capsys):
     assert sorted(seen) == list(range(40))
     with pytest.raises(ValueError, match=f"seq_len=16 does not equal the {R} tokens"):
         open_shards(config(out), BYTES)
-    with pytest.raises(ValueError, match="separate_documents=False is for text"):
-        open_shards(config(out, seq_len=R, separate_documents=False), BYTES)
     assert main(["data", "check", str(out)]) == 0
     file = next(out.glob("val-*"))
     file.write_bytes(file.read_bytes()[:-1] + b"x")
@@ -273,7 +254,6 @@ def test_workers_write_the_same_shards_and_end_with_their_parent(folder, shards,
         worker = int(parent.stdout.readline())
         parent.send_signal(signal.SIGKILL)
     until = time.monotonic() + 20
-    while time.monotonic() < until and os.path.exists(f"/proc/{worker}"):
+    while os.path.exists(f"/proc/{worker}"):
+        assert time.monotonic() < until
         time.sleep(0.2)
-    with pytest.raises(ProcessLookupError):
-        os.kill(worker, 0)

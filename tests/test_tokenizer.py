@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -133,24 +132,22 @@ def bpe_by_rank(text, ranks, pattern):
 
 SPLITS = {
     "the user's 1234567": ["the", " user's", " ", "123", "456", "7"],
-    "HELLO WorldWide": ["HELLO", " World", "Wide"],  # capitals begin a word
     "ab日本c語": ["ab", "日本", "c", "語"],  # Han characters are separate words
     "x = [1]\n\n  y": ["x", " =", " [", "1", "]\n\n", " ", " y"],
-    "a   \r\n b  ": ["a", "   \r\n", " b", "  "],
     "ß'LLe\u0301 🚀": ["ß'LL", "e\u0301", " 🚀"],
 }
 
 
-@pytest.mark.parametrize("text", SPLITS)
-def test_kimis_pattern(text, tiktoken):
+def test_kimis_pattern(tiktoken):
     """How texts are split, written by hand; and the slow way gives the same ids."""
     regex = pytest.importorskip("regex")
-    assert regex.findall(tok.KIMI_PATTERN, text, regex.V1) == SPLITS[text]
     ranks = {piece: i for i, piece in enumerate(tiktoken._token_bytes[:BASE])}
-    assert tiktoken.encode(text) == bpe_by_rank(text, ranks, tok.KIMI_PATTERN)
+    for text, pieces in SPLITS.items():
+        assert regex.findall(tok.KIMI_PATTERN, text, regex.V1) == pieces
+        assert tiktoken.encode(text) == bpe_by_rank(text, ranks, tok.KIMI_PATTERN)
 
 
-def test_kimis_special_tokens(tiktoken, tmp_path, monkeypatch):
+def test_kimis_special_tokens(tiktoken, tmp_path):
     """256 ids after the ranks, some of them named; more where the names need it. A damaged file is refused."""
     assert (tiktoken.vocab_size, tiktoken.eos_id) == (BASE + 256, BASE + 1)
     assert tiktoken.specials["<|im_end|>"] == BASE + 2
@@ -164,9 +161,6 @@ def test_kimis_special_tokens(tiktoken, tmp_path, monkeypatch):
         (folder / "tiktoken.model").write_bytes(lines)
         with pytest.raises(ValueError, match=r"tiktoken\.model' .*cannot be read"):
             tok.load(str(folder))
-    monkeypatch.setitem(sys.modules, "tiktoken", None)
-    with pytest.raises(ValueError, match=r"tiktoken\.model' needs tiktoken: pip install"):
-        tok.load(str(folder))
 
 
 # The end of a document
@@ -198,12 +192,8 @@ def test_the_files_beside_a_tokenizer_name_the_end(tmp_path):
     assert eos(generation_config={"eos_token_id": 4}, config={"eos_token_id": 3}) == 3
     assert eos(config={"eos_token_id": 3}, tokenizer_config={"eos_token": "<x>"}) == 2
     assert eos(tokenizer_config={"eos_token": {"content": "<x>"}}, special_tokens_map={"eos_token": "<y>"}) == 3
-    decoder = {"eos_token": "<x>", "added_tokens_decoder": {}}  # then transformers does not read the other one
-    assert eos(tokenizer_config=decoder, special_tokens_map={"eos_token": "<y>"}) == 2
     with pytest.raises(ValueError, match="names eos_token='<w>', and tokenizer.json has no such token"):
         eos(tokenizer_config={"eos_token": "<w>"})
-    inner.save(str(tmp_path / "mine.json"))  # a file of another name stands alone
-    assert tok.load(str(tmp_path / "mine.json")).eos_id == 1
     folder = write_text_files(tmp_path / "glm", TEXTS["GLM"])
     assert tok.named_specials(folder) == {"eos_token": "<|endoftext|>", "image_token": "<|image|>"}
 
@@ -225,24 +215,16 @@ def test_train_bpe_writes_complete_files_only(tmp_path, bpe):
     assert t.vocab_size == 300 and t.eos_id == 0 and t.fim_ids == (1, 2, 3)
     assert len(bpe.encode(TEXT)) < len(t.encode(TEXT)) < len(TEXT.encode())
     before = path.read_bytes()
-
-    def failing():
-        yield TEXT
-        raise RuntimeError("the disk is gone")
-
-    with pytest.raises(RuntimeError, match="the disk is gone"):
-        tok.train_bpe(failing(), 300, str(path))
+    with pytest.raises(ZeroDivisionError):
+        tok.train_bpe((TEXT[1 // i :] for i in (1, 0)), 300, str(path))
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["tokenizer.json"]
 
 
 def test_errors_name_the_value(tmp_path):
-    with pytest.raises(ValueError, match="vocab_size=259"):
-        tok.train_bpe(["a"], 259, str(tmp_path / "t.json"))
-    with pytest.raises(ValueError, match="tokenizer='nowhere'"):
-        tok.load("nowhere")
     inner_of().save(str(tmp_path / "none.json"))
-    with pytest.raises(ValueError, match=r"none\.json' has no end of document"):
-        tok.load(str(tmp_path / "none.json"))
+    for file, sentence in (("nowhere", "tokenizer='nowhere'"), (tmp_path / "none.json", "has no end of document")):
+        with pytest.raises(ValueError, match=sentence):
+            tok.load(str(file))
 
 
 def test_a_copy_keeps_the_end_of_a_document(tmp_path):
@@ -267,8 +249,4 @@ def test_bytes_as_a_tokenizer_file(tmp_path):
     ours, theirs = tok.ByteTokenizer(), tok.load(str(tmp_path))
     assert theirs.same_ids(ours) and theirs.encode(TEXT) == ours.encode(TEXT) == list(TEXT.encode())
     assert theirs.decode([65, 256]) == "A"
-    assert (ours.vocab_size, ours.eos_id, ours.fim_ids) == (
-        260,
-        256,
-        (257, 258, 259),
-    )
+    assert (ours.vocab_size, ours.eos_id, ours.fim_ids) == (260, 256, (257, 258, 259))

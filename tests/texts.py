@@ -27,52 +27,36 @@ CHARACTER = {byte: character for character, byte in byte_by_character().items()}
 
 # As DeepSeek-V3's: system messages are collected first, tokens of the turns are not special, a `</think>` cuts answers.
 V3 = """
-{%- if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif -%}
-{%- set ns = namespace(system='', first=true, tool=false) -%}
+{%- set ns = namespace(system='', tool=false) -%}
 {%- for message in messages if message['role'] == 'system' -%}
-  {%- set ns.system = ns.system + ('' if ns.first else '\\n\\n') + message['content'] -%}
-  {%- set ns.first = false -%}
+  {%- set ns.system = ns.system + ('' if loop.first else '\\n\\n') + message['content'] -%}
 {%- endfor -%}
 {{- bos_token }}{{ ns.system }}
 {%- for message in messages -%}
+  {%- set ns.tool = message['tool_calls'] is defined -%}
   {%- if message['role'] == 'user' -%}
     {{- '<｜User｜>' + message['content'] -}}
-  {%- elif message['role'] == 'assistant' and message['tool_calls'] -%}
-    {%- set ns.tool = true -%}
-    {{- '<｜Assistant｜>' -}}
+  {%- elif ns.tool -%}
     {%- for call in message['tool_calls'] -%}
-      {{- '<｜call｜>' + call['function']['name'] + '\\n' + call['function']['arguments'] | tojson -}}
+      {{- '<｜Assistant｜><｜call｜>' + call['function']['name'] + call['function']['arguments'] | tojson -}}
     {%- endfor -%}
     {{- eos_token -}}
   {%- elif message['role'] == 'assistant' -%}
-    {%- set content = message['content'].split('</think>')[-1] -%}
-    {{- '<｜Assistant｜>' + content + eos_token -}}
+    {{- '<｜Assistant｜>' + message['content'].split('</think>')[-1] + eos_token -}}
   {%- elif message['role'] == 'tool' -%}
-    {%- set ns.tool = false -%}
     {{- '<｜output｜>' + message['content'] -}}
   {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt and not ns.tool %}{{ '<｜Assistant｜>' }}{% endif -%}
 """
-# As DeepSeek-V2's: plain text around the turns.
-V2 = (
-    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}"
-    "{{ 'User: ' + message.content + '\n\n' }}{% elif message.role == 'assistant' %}"
-    "{{ 'Assistant: ' + message.content + eos_token }}"
-    "{% elif message.role == 'system' %}{{ message.content + '\n\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
-V2_TOOLS = "{{ tools | tojson(indent=2) }}" + V2
 # As Kimi-K2's: a default system message, macros, tools as JSON; what the assistant writes is marked.
 KIMI = """
-{%- macro open(role) -%}
-<|im_{{ role }}|>{{ role }}<|im_middle|>
-{%- endmacro -%}
+{%- macro open(role) -%}<|im_{{ role }}|>{{ role }}<|im_middle|>{%- endmacro -%}
 {%- if tools -%}
 <|im_system|>tool_declare<|im_middle|>{{ tools | tojson(separators=(',', ':')) }}<|im_end|>
 {%- endif -%}
 {% for message in messages -%}
-  {%- if loop.first and messages[0]['role'] != 'system' -%}
+  {%- if loop.first and message['role'] != 'system' -%}
     {{ open('system') }}You are a small model. It is {{ strftime_now('%Y-%m-%d') }}.<|im_end|>
   {%- endif -%}
   {{ open(message['role']) }}
@@ -82,68 +66,38 @@ KIMI = """
     {{ message['content'] }}<|im_end|>
   {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}
-  {{ open('assistant') }}
-{%- endif -%}
+{%- if add_generation_prompt %}{{ open('assistant') }}{% endif -%}
 """
 # As GLM-4's: a prefix, content that may be a list, thoughts of earlier turns left out, no token at a turn's end.
 GLM = """[gMASK]<sop>
 {%- macro visible(content) -%}
-    {%- if content is string -%}
-        {{- content }}
-    {%- else -%}
-        {%- for item in content if item is mapping and item.type == 'text' -%}{{- item.text }}{%- endfor -%}
-    {%- endif -%}
+  {%- for item in ([{'text': content}] if content is string else content) -%}{{- item.text }}{%- endfor -%}
 {%- endmacro -%}
 {%- set ns = namespace(last_user=-1) %}
-{%- for m in messages %}
-    {%- if m.role == 'user' %}
-        {% set ns.last_user = loop.index0 -%}
-    {%- endif %}
-{%- endfor %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last_user = loop.index0 %}{% endif %}{% endfor %}
 {% for m in messages %}
-{%- if m.role == 'user' -%}<|user|>
-{{ visible(m.content) }}
-{%- elif m.role == 'assistant' -%}
+{%- if m.role == 'assistant' -%}
 <|assistant|>
 {% generation -%}
-{%- set thought = '' %}
-{%- if m.reasoning_content is string %}{% set thought = m.reasoning_content %}{% endif %}
-{%- if loop.index0 > ns.last_user and thought -%}
-{{ '\\n<think>' + thought.strip() + '</think>' }}
-{%- else -%}
-{{ '\\n<think></think>' }}
-{%- endif -%}
-{{ '\\n' + visible(m.content).strip() }}
+{{ '\\n<think>' + ((m.reasoning_content or '') if loop.index0 > ns.last_user else '') + '</think>\\n' }}
+{{- visible(m.content).strip() }}
 {%- endgeneration %}
-{%- elif m.role == 'observation' -%}
-<|observation|>
-{{ m.content }}
-{%- elif m.role == 'system' -%}
-<|system|>
+{%- else -%}
+<|{{ m.role }}|>
 {{ visible(m.content) }}
 {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}
-    <|assistant|>{{- '\\n<think></think>' if (enable_thinking is defined and not enable_thinking) else '' -}}
-{%- endif -%}
+{%- if add_generation_prompt %}<|assistant|>{% endif -%}
 """
 # As Llama-2's: checks the order itself; with loop controls.
 STRICT = """
-{%- if messages[0]['role'] == 'system' -%}
-  {%- set loop_messages = messages[1:] -%}{%- set system = messages[0]['content'] | trim -%}
-{%- else -%}
-  {%- set loop_messages = messages -%}{%- set system = false -%}
-{%- endif -%}
-{%- for message in loop_messages -%}
+{%- for message in messages -%}
   {%- if message['content'] == 'skip' %}{% continue %}{% endif -%}
   {%- if message['content'] == 'stop' %}{% break %}{% endif -%}
   {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
     {{- raise_exception('roles must alternate: user, assistant, …') -}}
-  {%- endif -%}
-  {%- if message['role'] == 'user' -%}
-    {{- bos_token + '[INST] ' + (('<<SYS>> ' + system + ' ') if loop.first and system else '') }}
-    {{- message['content'] | trim + ' [/INST]' -}}
+  {%- elif message['role'] == 'user' -%}
+    {{- bos_token + '[INST] ' + message['content'] | trim + ' [/INST]' -}}
   {%- else -%}
     {{- ' ' + message['content'] | trim + ' ' + eos_token -}}
   {%- endif -%}
@@ -154,9 +108,7 @@ USER, ANSWER = {"role": "user", "content": "hello world"}, {"role": "assistant",
 CALL = {"role": "assistant", "content": None,
         "tool_calls": [{"function": {"name": "add", "arguments": {"é": [1, "<>"]}}}]}  # fmt: skip
 CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
-    "one turn": [USER],
     "system": [{"role": "system", "content": "the system é"}, {"role": "user", "content": "1+1 is?"}],
-    "answered": [USER, ANSWER],
     "two turns": [USER, ANSWER, {"role": "user", "content": " 日本語 🚀\n"},
                   {"role": "assistant", "content": "🚀 ok \n"}],
     "thoughts": [USER, {"role": "assistant", "content": "<think>a</think>b", "reasoning_content": "why"},
@@ -168,7 +120,6 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "tools": [USER, CALL, {"role": "tool", "content": "2"}, ANSWER],
     "parts": [{"role": "user", "content": [{"type": "text", "text": "hello"}, {"type": "text", "text": " world"}]}],
     "two users": [USER, USER],
-    "assistant first": [ANSWER, USER],
     "controls": [USER, {"role": "assistant", "content": "skip"}, {"role": "user", "content": "stop"}, ANSWER],
 }  # fmt: skip
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"b": "é", "a": 1}}}]
@@ -179,10 +130,11 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Text:
-    """A folder's files. Added tokens are pairs (name, whether it is special)."""
+    """A folder's files. Names of added tokens are separated by spaces."""
 
-    added: tuple[tuple[str, bool], ...]
-    config: dict[str, Any] = field(default_factory=dict)  # tokenizer_config.json
+    specials: str
+    config: dict[str, Any]  # tokenizer_config.json
+    added: str = ""  # not special
     bos: str | None = None  # which tokenizer.json puts before a text
     sentencepiece: bool = False
     specials_map: dict[str, Any] | None = None  # special_tokens_map.json
@@ -197,46 +149,36 @@ def _token(name: str) -> dict[str, Any]:
 
 
 _V3_BOS, _V3_EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-_V3_ADDED = (
-    (_V3_BOS, True), (_V3_EOS, True), ("<｜User｜>", False), ("<｜Assistant｜>", False), ("<｜call｜>", True),
-    ("<｜output｜>", True), ("<think>", False), ("</think>", False),
-)  # fmt: skip
-_KIMI_ADDED = tuple(
-    (name, True)
-    for name in ("[BOS]", "[EOS]", "<|im_end|>", "<|im_user|>", "<|im_assistant|>", "<|im_system|>", "<|im_middle|>")
-)
 TEXTS = {
     "V3": Text(
-        _V3_ADDED,
+        f"{_V3_BOS} {_V3_EOS} <｜call｜> <｜output｜>",
         {"bos_token": _token(_V3_BOS), "eos_token": _token(_V3_EOS), "pad_token": _token(_V3_EOS),
          "tokenizer_class": "LlamaTokenizerFast", "chat_template": V3},
+        added="<｜User｜> <｜Assistant｜> <think> </think>",
         generation={"eos_token_id": _V3_EOS, "do_sample": True, "temperature": 0.6, "top_p": 0.95},
     ),
-    "V2": Text(
-        _V3_ADDED[:2],
-        {"chat_template": [{"name": "default", "template": V2}, {"name": "tool_use", "template": V2_TOOLS}]},
-        bos=_V3_BOS,
-        specials_map={"bos_token": _V3_BOS, "eos_token": _token(_V3_EOS)},
-    ),
     "Kimi": Text(
-        _KIMI_ADDED,
+        "[BOS] [EOS] <|im_end|> <|im_user|> <|im_assistant|> <|im_system|> <|im_middle|>",
         {"bos_token": "[BOS]", "eos_token": "[EOS]", "chat_template": "{{ 'not this one' }}"},
         jinja=KIMI,
         generation={"eos_token_id": ["<|im_end|>", "[EOS]"], "max_length": 99},
     ),
     "GLM": Text(
-        (("<|endoftext|>", True), ("[gMASK]", True), ("<sop>", True), ("<|system|>", True), ("<|user|>", True),
-         ("<|assistant|>", True), ("<|observation|>", True), ("<think>", False), ("</think>", False),
-         ("<|image|>", True)),
+        "<|endoftext|> [gMASK] <sop> <|system|> <|user|> <|assistant|> <|observation|> <|image|>",
         {"eos_token": "<|endoftext|>", "image_token": "<|image|>"},
+        added="<think> </think>",
         jinja=GLM,
         model={"eos_token_id": ["<|endoftext|>", "<|user|>", "<|observation|>"]},
     ),
     "strict": Text(
-        (("<unk>", True), ("<s>", True), ("</s>", True)),
-        {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": STRICT},
+        "<unk> <s> </s>",
+        {"unk_token": "<unk>", "chat_template": [
+            {"name": "default", "template": STRICT},
+            {"name": "tool_use", "template": "{{ tools | tojson(indent=2) }}" + STRICT},
+        ]},
         bos="<s>",
         sentencepiece=True,
+        specials_map={"bos_token": "<s>", "eos_token": _token("</s>")},
         generation={"do_sample": False, "temperature": 0.3},
     ),
 }  # fmt: skip
@@ -257,7 +199,7 @@ def tokenizer_of(text: Text) -> tokenizers.Tokenizer:
     if text.sentencepiece:
         letters = ["▁", *"abcdefghijklmnopqrstuvwxyzINST[]/<>SY123+?"]
         pairs = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("l", "l"), ("he", "ll")]
-        names = [name for name, _ in text.added] + [f"<0x{b:02X}>" for b in range(256)] + letters
+        names = text.specials.split() + [f"<0x{b:02X}>" for b in range(256)] + letters
         vocab = {name: i for i, name in enumerate(dict.fromkeys([*names, *map("".join, pairs)]))}
         inner = tokenizers.Tokenizer(models.BPE(vocab, pairs, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
         inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -272,9 +214,9 @@ def tokenizer_of(text: Text) -> tokenizers.Tokenizer:
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()
         inner.post_processor = processors.ByteLevel(trim_offsets=True)
-    for name, special in text.added:
-        token = tokenizers.AddedToken(name, special=special, normalized=False)
-        inner.add_special_tokens([token]) if special else inner.add_tokens([token])
+    for names, special in ((text.specials, True), (text.added, False)):
+        tokens = [tokenizers.AddedToken(name, special=special, normalized=False) for name in names.split()]
+        inner.add_special_tokens(tokens) if special else inner.add_tokens(tokens)
     if text.bos:
         inner.post_processor = processors.TemplateProcessing(
             single=f"{text.bos} $A", special_tokens=[(text.bos, inner.token_to_id(text.bos))]
@@ -288,21 +230,21 @@ def write_text_files(folder: Path, text: Text) -> Path:
     inner = tokenizer_of(text)
     inner.save(str(folder / "tokenizer.json"))
 
-    def by_id(values: dict[str, Any] | None) -> dict[str, Any] | None:
-        named = (values or {}).get("eos_token_id")
-        if values is None or named is None:
+    def by_id(values: dict[str, Any]) -> dict[str, Any]:
+        if (named := values.get("eos_token_id")) is None:
             return values
         ids = inner.token_to_id(named) if isinstance(named, str) else [inner.token_to_id(name) for name in named]
         return values | {"eos_token_id": ids}
 
     files = {
-        "config.json": {"model_type": "deepseek_v3"} | (by_id(text.model) or {}),
         "tokenizer_config.json": text.config,
         "special_tokens_map.json": text.specials_map,
-        "generation_config.json": by_id(text.generation),
+        "generation_config.json": text.generation and by_id(text.generation),
     }
+    if not (folder / "config.json").exists():
+        files["config.json"] = {"model_type": "deepseek_v3"} | by_id(text.model)
     for name, values in files.items():
-        if values is not None and not (name == "config.json" and (folder / name).exists()):
+        if values is not None:
             (folder / name).write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
     if text.jinja is not None:
         (folder / "chat_template.jinja").write_text(text.jinja, encoding="utf-8")
