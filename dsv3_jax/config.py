@@ -130,6 +130,48 @@ def _inside(value: int | float, interval: str) -> bool:
     return low < value < high or (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
 
 
+def check_kind(name: str, value: Any, kind: Any) -> None:
+    """Check the type of an argument, where a wrong one would fail far away.
+
+    Raises: ConfigError naming the value.
+
+    Example:
+        >>> check_kind("cfg", 3, Layout)
+        Traceback (most recent call last):
+            ...
+        dsv3_jax.config.ConfigError: cfg=3 is not of type Layout
+    """
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name}={_short(value)} is not of type {_spell(kind)}")
+
+
+def check_inputs(width: int | None, **inputs: Any) -> None:
+    """Check what a model or a layer is given.
+
+    Args:
+        width: of the first input, an array [B, T, width]; None if it is one of integers [B, T].
+        inputs: the others are arrays of integers [B, T], or None.
+    Raises: ValueError naming the input.
+
+    Example:
+        >>> import numpy as np
+        >>> check_inputs(128, x=np.ones((2, 8)))
+        Traceback (most recent call last):
+            ...
+        ValueError: x of shape (2, 8) is not an array [B, T, 128]
+    """
+    (name, x), *others = inputs.items()
+    shape: Any = getattr(x, "shape", None)
+    what = f"{name} of type {type(x).__name__}" if shape is None else f"{name} of shape {shape}"
+    if width is not None and (shape is None or len(shape) != 3 or shape[-1] != width):
+        raise ValueError(f"{what} is not an array [B, T, {width}]")
+    if width is None and (shape is None or len(shape) != 2 or x.dtype.kind not in "iu"):
+        raise ValueError(f"{what} is not an array [B, T] of integers")
+    for other, ids in others:
+        if ids is not None and getattr(ids, "shape", None) != shape[:2]:
+            raise ValueError(f"{other} is not an array of shape {shape[:2]}, as {name} is")
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "…"

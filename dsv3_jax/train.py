@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from dsv3_jax.chat.examples import load_examples
 from dsv3_jax.chat.text_settings import TEMPLATE_FILE, TextSettings, copy_to_run, with_template
 from dsv3_jax.cluster import processes
-from dsv3_jax.config import ConfigError, RunConfig, to_dict
+from dsv3_jax.config import ConfigError, RunConfig, check_kind, to_dict
 from dsv3_jax.data.batches import Source
 from dsv3_jax.hf import files, reading
 from dsv3_jax.hf.conversion import keep_origin
@@ -74,6 +74,7 @@ def fit(run: RunConfig, out: str | Path, **options: Any) -> FitResult:
     ...     ds.train.fit(run, pathlib.Path(name, "run"), quiet=True).step
     2
     """
+    check_kind("run", run, RunConfig)
     if run.data.format == "chat" and options.get("source") is None:
         processes.agree({"run": to_dict(run)})
         text, examples = processes.by_each(lambda: open_chats(run, out))

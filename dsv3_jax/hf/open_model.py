@@ -3,6 +3,7 @@
 A released model is read as it is: nothing is converted or written, and there is no optimizer state.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from dsv3_jax.chat import text_settings
 from dsv3_jax.chat.examples import load_examples
 from dsv3_jax.chat.text_settings import TEMPLATES_FOLDER, TEXT_FILES, TextSettings
-from dsv3_jax.config import ONLY_FOR, DataConfig, ModelConfig, RunConfig, replace
+from dsv3_jax.config import ONLY_FOR, DataConfig, ModelConfig, RunConfig, check_kind, replace
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.batches import Source
 from dsv3_jax.data.shards import MANIFEST
@@ -85,6 +86,7 @@ def load_model(
         ...     ds.load_model(folder).cfg.num_layers
         1
     """
+    check_kind("folder", folder, str | os.PathLike)
     if (Path(folder) / RUN_FILE).is_file():
         return load_run(folder, mesh, step=step, kernels=kernels).model
     if step is not None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.config import ConfigError, ModelConfig, check_kind
 
 BLOCK = 128  # an FP8 weight has one scale for each 128 × 128 block
 SCALE_SUFFIX = "_scale_inv"  # of the name of an FP8 weight's scales
@@ -197,6 +197,7 @@ def tensor_table(cfg: ModelConfig, fp8: bool = False, *, dtype: str = "bfloat16"
         >>> table["model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv"]
         ((5, 56), 'float32')
     """
+    check_kind("cfg", cfg, ModelConfig)
     check_released(cfg)
     table: dict[str, tuple[Shape, str]] = {}
     for entry in entries(cfg):

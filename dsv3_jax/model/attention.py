@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.config import CacheKind, Execution, ModelConfig
+from dsv3_jax.config import CacheKind, Execution, ModelConfig, check_inputs
 from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.mesh.sharding import constrain, shard_map_by_names, shards_alike
 from dsv3_jax.model.cache import ROW_AXES, Cache
@@ -47,7 +47,11 @@ class Attention(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Attend to earlier tokens of the same segment. Positions default to 0, 1, …"""
+        """Attend to earlier tokens of the same segment. Positions default to 0, 1, …
+
+        Raises: ValueError if the shapes are others.
+        """
+        check_inputs(self.cfg.dim, x=x, segment_ids=segment_ids, positions=positions)
         positions = from_zero(*x.shape[:2]) if positions is None else positions
         return self.attend(x, make_context(self.cfg, positions, segment_ids))[0]
 

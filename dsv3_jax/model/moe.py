@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dsv3_jax.config import Execution, ModelConfig
+from dsv3_jax.config import Execution, ModelConfig, check_inputs
 from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.mesh import expert_parallel
 from dsv3_jax.mesh.sharding import on_mesh, shard_map_over_batch
@@ -97,8 +97,9 @@ class MoE(nnx.Module):
             tokens: ids, for router "hash".
             keys: a random key for each row, for the noise of router "noisy_topk". None means no noise.
         Returns: (y, what the router did).
-        Raises: ValueError if the router needs tokens and gets none.
+        Raises: ValueError if the router needs tokens and gets none, or the shapes are others.
         """
+        check_inputs(self.cfg.dim, x=x, mask=mask, tokens=tokens)
         ctx = make_context(self.cfg, from_zero(*x.shape[:2]), tokens=tokens, keys=keys)
         return self.mix(x, ctx if mask is None else ctx._replace(mask=mask))[:2]
 

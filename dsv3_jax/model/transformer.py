@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.config import CacheKind, Execution, ModelConfig, replace
+from dsv3_jax.config import CacheKind, Execution, ModelConfig, check_inputs, check_kind, replace
 from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.mesh.sharding import on_mesh, shard_map_over_batch, unshard_weights
 from dsv3_jax.model.attention import ATTENTION
@@ -76,6 +76,7 @@ class Transformer(nnx.Module):
     def __init__(
         self, cfg: ModelConfig, execution: Execution | None = None, *, rngs: nnx.Rngs, kernels: Kernels | None = None
     ):
+        check_kind("cfg", cfg, ModelConfig)
         execution = execution or Execution()
         kernels = kernels or prepare(execution)
         self.embed = param(rngs, (cfg.vocab_size, cfg.dim), ("vocab", "dim"), cfg.init_std, exact=True)
@@ -102,7 +103,7 @@ class Transformer(nnx.Module):
             tokens: ids below vocab_size.
             segment_ids: documents of a packed row, 1, 2, …; 0 is padding. None means one document a row.
             positions: None counts from 0.
-        Raises: ValueError if T is over max_positions, or not over mtp_depth.
+        Raises: ValueError if T is over max_positions, or not over mtp_depth, or the shapes are others.
         """
         out = self.forward_hidden(tokens, segment_ids, positions)
         return Output(self.logits(out.h), tuple(self.logits(h) for h in out.mtp_h), out.routing, out.mtp_routing)
@@ -125,6 +126,7 @@ class Transformer(nnx.Module):
             watch, edit_gates: see `context.Options`.
         """
         cfg = self.cfg
+        check_inputs(None, tokens=tokens, segment_ids=segment_ids, positions=positions)
         batch, length = tokens.shape
         if length > cfg.max_positions:
             raise ValueError(f"length {length} is over the model's max_positions={cfg.max_positions}")
