@@ -72,7 +72,7 @@ def random_model(cfg: ModelConfig, seed: int = 0, execution: Execution | None = 
             noise = 0.15 * noise
         else:
             noise = cfg.init_std * noise
-        filled[path] = variable.replace(jnp.asarray(noise, jnp.float32))
+        filled[path] = variable.replace(jax.device_put(noise.astype(np.float32)))
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
@@ -95,7 +95,7 @@ def decode_program(model, draft=None, lengths=(0,), batch=2, width=32, new=16, c
 
 
 def tokens_of(cfg: ModelConfig, batch: int, length: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).integers(cfg.vocab_size, size=(batch, length)), jnp.int32)
+    return jax.device_put(np.random.default_rng(seed).integers(cfg.vocab_size, size=(batch, length), dtype=np.int32))
 
 
 # Compiles in half the time; the tests of decoding and training run what the compiler makes of it at full effort.

@@ -1,5 +1,7 @@
 """Chunked cross-entropy against the log-softmax of all logits at once."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,9 @@ from dsv3_jax.ops import cross_entropy
 from dsv3_jax.ops.cross_entropy import chunked_cross_entropy, cross_entropy_by_memory, token_scores
 
 
-@pytest.mark.parametrize("n, chunk", [(24, 8), (23, 8), (5, 8)])
+@pytest.mark.parametrize("n, chunk", [(23, 8), (5, 8)])
 def test_value_and_gradients_equal_log_softmax(x64, rng, n, chunk):
-    """Chunks that divide n, that do not, and one that is longer than n. Masked rows may hold huge values."""
+    """Chunks that do not divide n, and one that is longer than n. Masked rows may hold huge values."""
     h, w = rng.standard_normal((n, 6)), rng.standard_normal((6, 11))
     mask = np.arange(n) % 3 > 0
     h[~mask] *= 1e20
@@ -20,32 +22,33 @@ def test_value_and_gradients_equal_log_softmax(x64, rng, n, chunk):
     targets = np.argsort(h @ w, axis=1)[:, -2].astype(np.int32)  # near misses ...
     targets[::2] = best[::2]  # ... and right answers
     num_correct = (mask & (best == targets)).sum()
-    h, w, targets, mask = (jnp.asarray(a) for a in (h, w, targets, mask))
 
-    def ours(h, w):
-        nats, correct = chunked_cross_entropy(h, w, targets, mask, chunk=chunk)
+    def ours(h, w, mask):
+        nats, correct = chunked_cross_entropy(h, w, jnp.asarray(targets), mask, chunk=chunk)
         return 3.0 * nats, correct
 
     def theirs(h, w):
         logp = jax.nn.log_softmax(jnp.where(mask[:, None], h, 0) @ w, axis=-1)
-        return 3.0 * jnp.where(mask, -jnp.take_along_axis(logp, targets[:, None], axis=-1)[:, 0], 0.0).sum()
+        return (
+            3.0 * jnp.where(mask, -jnp.take_along_axis(logp, jnp.asarray(targets)[:, None], axis=-1)[:, 0], 0.0).sum()
+        )
 
-    (value, correct), grads = jax.jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))(h, w)
+    run = jax.jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))
+    (value, correct), grads = run(h, w, mask)
     expected, expected_grads = jax.jit(jax.value_and_grad(theirs, argnums=(0, 1)))(h, w)
     np.testing.assert_allclose(value, expected, rtol=1e-12)
     for got, want in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-12)
     assert int(correct) == num_correct > 0
-    nothing = chunked_cross_entropy(h, w, targets, jnp.zeros_like(mask), chunk=chunk)
-    assert [float(x) for x in nothing] == [0, 0]
+    assert run(h, w, np.zeros_like(mask))[0] == (0, 0)
 
 
 def test_large_logits_stay_finite():
-    h, w = jnp.full((3, 2), 1e3), jnp.array([[1.0, -1.0, 0.5], [1.0, -1.0, 0.5]])
-    targets, mask = jnp.array([0, 1, 2], jnp.int32), jnp.ones(3, bool)
-    nats, correct = chunked_cross_entropy(h, w, targets, mask, chunk=2)
-    assert nats == pytest.approx(0 + 4000 + 1000, rel=1e-6)
-    assert correct == 1
+    h, w = np.full((3, 2), 1e3, np.float32), np.array([[1.0, -1.0, 0.5], [1.0, -1.0, 0.5]], np.float32)
+    nats, correct = jax.jit(partial(chunked_cross_entropy, chunk=2))(
+        h, w, np.arange(3, dtype=np.int32), np.ones(3, bool)
+    )
+    assert nats == pytest.approx(0 + 4000 + 1000, rel=1e-6) and correct == 1
 
 
 def test_the_logits_never_exist_at_once():
@@ -61,11 +64,9 @@ def test_the_logits_never_exist_at_once():
     assert compiled.memory_analysis().temp_size_in_bytes < n * w * 4 / 4
 
 
-@pytest.mark.parametrize("n, chunk", [(23, 8), (5, 8)])
-def test_token_scores_keep_the_order_of_tokens(x64, rng, n, chunk):
-    h, w = rng.standard_normal((n, 6)), rng.standard_normal((6, 11))
-    targets = rng.integers(0, 11, n).astype(np.int32)
-    nats, best = token_scores(jnp.asarray(h), jnp.asarray(w), jnp.asarray(targets), chunk=chunk)
+def test_token_scores_keep_the_order_of_tokens(x64, rng):
+    h, w, targets = rng.standard_normal((23, 6)), rng.standard_normal((6, 11)), rng.integers(0, 11, 23, np.int32)
+    nats, best = jax.jit(partial(token_scores, chunk=8))(h, w, targets)
     expected = [-np.log(oracles.softmax_probs(row)[t]) for row, t in zip(h @ w, targets, strict=True)]
     np.testing.assert_allclose(nats, expected, rtol=1e-12)
     np.testing.assert_array_equal(best, np.argmax(h @ w, axis=1))

@@ -14,12 +14,12 @@ from experiments.accel.kernels import gpu_latent_attention as gpu
 from experiments.accel.kernels.packed import Packed
 from experiments.accel.kernels.tpu_latent_attention import latent_attention as tpu_kernel
 
-pytestmark = [pytest.mark.long, pytest.mark.usefixtures("light_compiles")]
+pytestmark = [pytest.mark.rare, pytest.mark.usefixtures("light_compiles")]
 
 # sequences, tokens a step, heads, widths, width of a packed row, slots, rows of a block (TPU) or shares of a sequence's
 # rows (GPU)
-TPU_SHAPES = {"tiny, drafts": (3, 3, 4, (32, 16), 128, 80, 32), "V3": (2, 1, 16, (512, 64), 640, 320, 128)}
-GPU_SHAPES = {"tiny, drafts": (2, 2, 4, (32, 16), 48, 96, 2), "V3": (2, 1, 70, (512, 64), 576, 192, 3)}
+TPU_SHAPE = 3, 3, 4, (32, 16), 128, 80, 32
+GPU_SHAPE = 2, 2, 4, (32, 16), 48, 96, 2
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int8, "float8": jnp.float8_e4m3fn}
 
 
@@ -44,29 +44,28 @@ def drawn(rng, shape, dtype, q_dtype):
         wide = [x.rows if x.scales is None else dequantize_rows(*x, jnp.float32) for x in keys]
         keys = [Stored(x.astype(q_dtype).astype(jnp.float32), None) for x in wide]
     queries = jnp.split(rounded.astype(jnp.float32), [parts[0]], axis=-1)
-    return q, Packed(packed, scales), last, cached_attention(queries, keys, keys[0], last, scale=scale)
+    want = jax.jit(partial(cached_attention, scale=scale))(queries, keys, keys[0], last)
+    return q, Packed(packed, scales), last, want
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", TPU_SHAPES)
-def test_the_tpu_kernel_equals_the_op(rng, shape, dtype):
+def test_the_tpu_kernel_equals_the_op(rng, dtype):
     """In float32: unit roundoff 6e-8, softmax weights that add up to 1, values of about 2, sums of 600 products."""
-    parts, block = TPU_SHAPES[shape][3], TPU_SHAPES[shape][6]
-    q, stored, last, want = drawn(rng, TPU_SHAPES[shape], DTYPES[dtype], jnp.float32)
+    parts, block = TPU_SHAPE[3], TPU_SHAPE[6]
+    q, stored, last, want = drawn(rng, TPU_SHAPE, DTYPES[dtype], jnp.float32)
     run = partial(tpu_kernel, parts=parts, scale=0.1, block=block, interpret=True)
     np.testing.assert_allclose(jax.jit(run)(q, stored, jnp.ones((), jnp.int32), last), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8"])
-@pytest.mark.parametrize("shape", GPU_SHAPES)
-def test_the_gpu_kernel_equals_the_op(rng, shape, dtype):
+def test_the_gpu_kernel_equals_the_op(rng, dtype):
     """Weights, shares and the output are rounded to bfloat16, 2^-9 of each; values are about 4."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     if why := gpu.why_not(Target("cuda")):
         pytest.skip(why)
-    parts, splits = GPU_SHAPES[shape][3], GPU_SHAPES[shape][6]
-    q, stored, last, want = drawn(rng, GPU_SHAPES[shape], DTYPES[dtype], jnp.bfloat16)
+    parts, splits = GPU_SHAPE[3], GPU_SHAPE[6]
+    q, stored, last, want = drawn(rng, GPU_SHAPE, DTYPES[dtype], jnp.bfloat16)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         run = partial(gpu.latent_attention, parts=parts, scale=0.1, splits=splits)
         got = jax.jit(run)(q, stored, jnp.ones((), jnp.int32), last)
