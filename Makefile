@@ -32,7 +32,7 @@ BIN := $(VENV)/bin
 comma := ,
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo demo-short lab notebooks docs wheel environment test test-core test-long test-all campaign compilers lint parity clean
+.PHONY: help demo demo-short lab notebooks docs wheel environment everything test test-core test-long test-all campaign compilers lint parity clean
 
 help:
 	@echo "make demo        train a small model, evaluate it and let it write: about five minutes on two CPU cores"
@@ -43,6 +43,7 @@ help:
 	@echo "make docs        build the site of docs/, in a minute: guides, API, notebooks, studies"
 	@echo "make wheel       build a wheel, install it elsewhere, and run the short demo there"
 	@echo "make environment install what the tests need, and run nothing"
+	@echo "make everything  install what .ci/run needs: the compilers, and what builds the site and a wheel"
 	@echo "make test        run the tests: about five minutes; PYTEST_ARGS='-k router' runs some of them"
 	@echo "make test-long   run the long tests: meshes, several processes, all drafts, notebooks"
 	@echo "make test-all    run all of them, the rare ones too, which CI leaves out"
@@ -87,6 +88,8 @@ wheel: $(VENV)/.installed-release
 	$(BIN)/python tests/try_wheel.py dist/*.whl
 
 environment: $(VENV)/.installed-test
+
+everything: $(VENV)/.installed-all
 
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -181,6 +184,11 @@ $(VENV)/.installed-plan: $(INPUTS) | $(BIN)/python
 	$(call install,.[test$(comma)plan-gpu$(comma)plan-tpu])
 	$(say_compiler)
 	@touch $(VENV)/.installed $(VENV)/.installed-test $@
+
+$(VENV)/.installed-all: $(INPUTS) | $(BIN)/python
+	$(call install,.[test$(comma)plan-gpu$(comma)plan-tpu$(comma)docs$(comma)release])
+	$(say_compiler)
+	@touch $(VENV)/.installed $(addprefix $(VENV)/.installed-,test plan docs release) $@
 
 $(VENV)/.installed-notebooks: $(VENV)/.installed
 	$(call install,.[notebooks])
