@@ -10,6 +10,7 @@ import re
 import shutil
 import stat
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,31 +76,27 @@ def parse_json(data: str | bytes) -> Any:
         values = json.loads(text, object_pairs_hook=_without_duplicates, parse_int=_parse_int, parse_constant=_refuse)
     except RecursionError:
         raise ValueError(f"it is nested more than {_MAX_DEPTH} deep") from None
-    has_surrogates = re.search(r"\\u[dD][89a-fA-F]", text) is not None
-    level = [values]
-    for _ in range(_MAX_DEPTH):
-        if has_surrogates:
-            _check_surrogates(level)
-        level = [
-            item
-            for value in level
-            if isinstance(value, list | dict)
-            for item in (value.values() if isinstance(value, dict) else value)
-            if isinstance(item, list | dict) or (has_surrogates and isinstance(item, str))
-        ]
+    level = [[values]]
+    for _ in range(_MAX_DEPTH + 1):
+        branches = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [item for branch in branches for item in branch if isinstance(item, list | dict)]
         if not level:
-            return values
-    raise ValueError(f"it is nested more than {_MAX_DEPTH} deep")
+            break
+    else:
+        raise ValueError(f"it is nested more than {_MAX_DEPTH} deep")
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        try:
+            json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it holds half a surrogate pair, which is no character") from None
+    return values
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
-    if len(values) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"key {key!r} occurs twice")
-            seen.add(key)
+    if len(values) < len(pairs):
+        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"key {key!r} occurs twice")
     return values
 
 
@@ -111,13 +108,6 @@ def _parse_int(digits: str) -> int:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no number of JSON")
-
-
-def _check_surrogates(values: list[Any]) -> None:
-    for value in values:
-        for text in (value,) if isinstance(value, str) else value if isinstance(value, dict) else ():
-            if re.search("[\ud800-\udfff]", text):
-                raise ValueError(f"{text[:60]!r} holds half a surrogate pair, which is no character")
 
 
 def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:

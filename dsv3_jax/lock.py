@@ -4,8 +4,7 @@ The system releases `flock` when the process ends, however it ends. A second wri
 the first. A lock that a dead process left is deleted, and a new one takes its place. So a holder that finds no lock, or
 another one, in its folder was moved or replaced, and must not write any more.
 
-On most shared file systems `flock` reaches all hosts. On a file system without locks the record decides: a lock of
-another host, or of a process that lives on this one, is refused.
+On most shared file systems `flock` reaches all hosts. A file system without locks refuses nobody.
 """
 
 import fcntl
@@ -16,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from dsv3_jax.files import check_regular, parse_json
 
@@ -25,10 +23,6 @@ LOCK_FILE = "run.lock"
 
 class FolderInUse(ValueError):
     """Another process writes to the folder."""
-
-
-class FolderGone(OSError):
-    """The folder was moved or deleted, or another process has taken it over, while this process writes to it."""
 
 
 class FolderLock:
@@ -41,10 +35,10 @@ class FolderLock:
     def check(self) -> None:
         """Check before a write that this process still is the folder's writer.
 
-        Raises: FolderGone.
+        Raises: OSError when the folder was moved or deleted, or another process has taken it over.
         """
         if self._path is not None and not _is_open_file(self._path, self._descriptor):
-            raise FolderGone(
+            raise OSError(
                 f"out={str(self._path.parent)!r} was moved or deleted, or taken over by another process, while this "
                 "process wrote to it; the same command resumes where the folder is now"
             )
@@ -70,12 +64,12 @@ def acquire(folder: str | Path, name: str = LOCK_FILE) -> Iterator[FolderLock]:
     path, sentence = Path(folder) / name, ""
     while True:
         descriptor = _open_locked(path)
-        before, in_place = _read(descriptor), _is_open_file(path, descriptor)
+        before, in_place = _describe(descriptor), _is_open_file(path, descriptor)
         if in_place and not before:
             break
         if in_place:  # of a dead process
             path.unlink()
-            sentence = f"the lock of {_describe(before)} is taken over: it has ended"
+            sentence = f"the lock of {before} is taken over: it has ended"
         os.close(descriptor)
     try:
         now = datetime.now().astimezone().isoformat(" ", "seconds")
@@ -101,9 +95,13 @@ def holder(folder: str | Path, name: str = LOCK_FILE) -> str:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except (OSError, ValueError):
         return ""
-    record = _read(descriptor)
-    os.close(descriptor)
-    return _describe(record) if _may_live(record) else ""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return _describe(descriptor) or "another process"
+    finally:
+        os.close(descriptor)
+    return ""
 
 
 def _open_locked(path: Path) -> int:
@@ -115,16 +113,14 @@ def _open_locked(path: Path) -> int:
         check_regular(path)
     # O_NOFOLLOW and O_NONBLOCK: a link is refused, and a pipe that takes the name meanwhile does not block.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
-    record = _read(descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if isinstance(error, BlockingIOError) or _may_live(record):  # other errors: not supported here
-            os.close(descriptor)
-            raise FolderInUse(
-                f"out={str(path.parent)!r} is in use by {_describe(record)}; wait for it, or stop it; if it has ended, "
-                f"delete {path}"
-            ) from None
+    except BlockingIOError:
+        other = _describe(descriptor) or "another process"
+        os.close(descriptor)
+        raise FolderInUse(f"out={str(path.parent)!r} is in use by {other}; wait for it, or stop it") from None
+    except OSError:  # not supported here
+        pass
     return descriptor
 
 
@@ -136,30 +132,11 @@ def _is_open_file(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _read(descriptor: int) -> dict[str, Any]:
-    """Return a lock's record; empty if it was not written to its end."""
+def _describe(descriptor: int) -> str:
+    """Name the process of an open lock; "" if its record was not written to its end."""
     try:
-        values = parse_json(os.pread(descriptor, 4096, 0))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) and type(values.get("pid")) is int and values["pid"] > 0 else {}
-
-
-def _may_live(record: dict[str, Any]) -> bool:
-    """Whether the process of a record may still run, by the record alone."""
-    if record.get("host") != socket.gethostname():
-        return bool(record)
-    try:
-        os.kill(record["pid"], 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
-
-
-def _describe(record: dict[str, Any]) -> str:
-    if not record:
-        return "another process"
-    host, since = str(record.get("host"))[:80], str(record.get("since"))[:40]
-    return f"process {record['pid']} on {host}, which started at {since}"
+        record = parse_json(os.pread(descriptor, 4096, 0))
+        host, since = str(record["host"])[:80], str(record["since"])[:40]
+        return f"process {int(record['pid'])} on {host}, which started at {since}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""

@@ -201,7 +201,7 @@ def environment(root: Path) -> dict[str, str]:
 
 def dsv3(before: str) -> tuple[str, str]:
     """The program `dsv3` that first runs `before`."""
-    return "-c", f"{before}\nimport sys\nfrom dsv3_jax.cli import main\nsys.exit(main.main(sys.argv[1:]))\n"
+    return "-c", f"{before}\nimport sys\nfrom dsv3_jax.cli import main\nsys.exit(main.main())\n"
 
 
 def start(argv: list[str], root: Path, program: Sequence[str] | None = None) -> subprocess.Popen:

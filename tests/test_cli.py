@@ -72,7 +72,7 @@ BAD = {
     "train tinny --out {new}": "did you mean 'tiny'?",
     "train --out {new}": "argument PRESET is missing",
     "runs chek {run}": "subcommand 'chek' is not one of list, check; did you mean 'check'?",
-    "bench fly {run}": "benchmark 'fly' is not one of decode",
+    "bench fly {run}": "subcommand 'fly' is not one of decode",
     "train v3 --out {new}": "training state of 8.192 TB does not fit in this host's memory of ",
     "train tiny --out {new} --execution.kernels best": "kernels='best' is not one of auto",
     "CUDA train tiny --out {new} --execution.kernels cpu": "kernels='cpu' is not available on cuda in",

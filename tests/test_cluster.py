@@ -160,7 +160,7 @@ def test_devices_get_their_rows_of_the_batch(sizes):
     mesh, tokens = sharding.make_mesh(*sizes), np.arange(16 * 3).reshape(16, 3)
     rows = processes.rows_held(mesh, 16)
     assert rows.tolist() == list(range(16))  # one process holds all
-    placed = processes.put({"tokens": tokens[rows]}, mesh, 16, rows)["tokens"]
+    placed = processes.put({"tokens": tokens[rows]}, mesh, 16)["tokens"]
     np.testing.assert_array_equal(placed, tokens)
     assert {shard.data.shape for shard in placed.addressable_shards} == {(16 // (sizes[0] * sizes[1]), 3)}
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 from runs import HERE
 
-from dsv3_jax.lock import LOCK_FILE, FolderGone, FolderInUse, acquire, holder
+from dsv3_jax.lock import LOCK_FILE, FolderInUse, acquire, holder
 
 HOLD = """
 import sys
@@ -55,29 +55,16 @@ def test_the_second_writer_is_refused_and_takes_over_when_the_first_is_dead(othe
         lock.check()
 
 
-@pytest.mark.parametrize(
-    ("changes", "refused"),
-    [({}, True), ({"host": "elsewhere"}, True), ({"pid": 2**22 + 9}, False), ({"pid": 10**30}, False)],
-)
-def test_the_record_decides_where_flock_is_not_supported(tmp_path, monkeypatch, changes, refused):
-    with acquire(tmp_path):
-        record = record_of(tmp_path) | {"pid": os.getppid()} | changes
-    (tmp_path / LOCK_FILE).write_text(json.dumps(record))
-
+def test_a_file_system_without_locks_refuses_nobody(tmp_path, monkeypatch):
     def not_supported(*_):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", not_supported)
-    if refused:
-        with pytest.raises(FolderInUse, match=f"if it has ended, delete {tmp_path / LOCK_FILE}$"), acquire(tmp_path):
-            pass
-        assert record_of(tmp_path) == record
-    else:
-        with acquire(tmp_path) as lock:
-            assert "has ended" in lock.sentence and record_of(tmp_path)["pid"] == os.getpid()
+    with acquire(tmp_path) as lock:
+        lock.check()
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"pid": "7"}'])
+@pytest.mark.parametrize("text", ["", '{"pid": "7"}'])
 def test_a_lock_that_was_not_written_to_its_end_is_taken_over(tmp_path, text):
     (tmp_path / LOCK_FILE).write_text(text)
     with acquire(tmp_path):
@@ -98,7 +85,7 @@ def test_a_folder_that_is_moved_deleted_or_taken_over_is_noticed(tmp_path, chang
     with acquire(folder) as lock:
         lock.check()
         change(folder)
-        with pytest.raises(FolderGone, match=rf"^out='{folder}' was moved or deleted"):
+        with pytest.raises(OSError, match=rf"^out='{folder}' was moved or deleted"):
             lock.check()
     assert [path.name for path in folder.glob("*")] == ([LOCK_FILE] if change is take_over else [])
 

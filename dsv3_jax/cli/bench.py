@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import tyro
 
-from dsv3_jax.cli.common import parse
+from dsv3_jax.cli.common import parse, run_subcommand
 from dsv3_jax.config import CacheDtype, CacheKind, ModelConfig
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.source import held_out_prompts
@@ -56,19 +56,6 @@ class Decode:
     """kernels to compute with: auto, xla, or a name from `dsv3 info PRESET --kernels`; None means the run's own"""
     json: Path | None = None
     """file to write the figures to; None means no file"""
-
-
-def run(argv: list[str]) -> int:
-    """Run the benchmark that the first argument names: there is one."""
-    if argv and argv[0] in ("-h", "--help"):
-        print("usage: dsv3 bench decode RUN …\n\n`dsv3 bench decode --help` lists its options.")
-        return 0
-    if not argv or argv[0].startswith("-"):
-        raise ValueError("the name of a benchmark is missing, as in: dsv3 bench decode RUN")
-    if argv[0] != "decode":
-        raise ValueError(f"benchmark {argv[0]!r} is not one of decode")
-    args = parse(Decode, argv[1:], "bench decode")
-    return decode(args)
 
 
 class Cell(NamedTuple):
@@ -170,3 +157,9 @@ def timing(
         "tokens_per_step": first.mean_accepted,
         "share_of_bound": share,
     }
+
+
+def run(argv: list[str]) -> int:
+    """Run the benchmark that the first argument names: there is one."""
+    decoding = (lambda rest: decode(parse(Decode, rest, "bench decode")), "RUN", "time the decoding of a checkpoint")
+    return run_subcommand("bench", {"decode": decoding}, argv)

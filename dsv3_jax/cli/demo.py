@@ -25,13 +25,6 @@ class Demo:
     """train a few steps of a smaller run only: about a minute"""
 
 
-def run(argv: list[str]) -> int:
-    """Run the demo."""
-    args = parse(Demo, argv, "demo")
-    prepare_training()
-    return demo(args.out, short=args.short)
-
-
 def demo_run(tokenizer_path: Path, short: bool) -> RunConfig:
     """The demo's run; `short` takes a small part of the text and a few steps.
 
@@ -53,8 +46,11 @@ def demo_run(tokenizer_path: Path, short: bool) -> RunConfig:
     )  # fmt: skip
 
 
-def demo(out: Path, *, short: bool = False) -> int:
-    """Run the demo in the folder `out`; return the exit code."""
+def run(argv: list[str]) -> int:
+    """Run the demo."""
+    args = parse(Demo, argv, "demo")
+    out, short = args.out, args.short
+    prepare_training()
     from dsv3_jax.data import tokenizer
     from dsv3_jax.data.corpus import load_corpus
     from dsv3_jax.decoding.generate import generate
@@ -65,7 +61,7 @@ def demo(out: Path, *, short: bool = False) -> int:
 
     console = text_console()
     start = time.perf_counter()
-    tokenizer_path = Path(out) / TOKENIZER_FILE
+    tokenizer_path = out / TOKENIZER_FILE
     run = demo_run(tokenizer_path, short)
     if not tokenizer_path.exists():
         console.print(f"training a vocabulary of {VOCAB_SIZE} byte-level tokens")

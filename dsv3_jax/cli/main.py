@@ -10,14 +10,14 @@ Exit codes:
     143  stopped by SIGTERM
 """
 
+import contextlib
 import glob
 import importlib
 import importlib.util
 import os
 import signal
 import sys
-import threading
-import time
+import traceback
 
 from dsv3_jax.cli.common import guarded
 from dsv3_jax.config import did_you_mean
@@ -41,8 +41,6 @@ COMMANDS = {
     "tokenizer": ("OUT", "train a byte-level BPE tokenizer"),
 }
 
-PATIENCE = 20  # seconds that a process may take to end after an error
-
 
 def usage() -> str:
     """The text of `dsv3 --help`."""
@@ -63,9 +61,15 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of XLA's messages, which it reads with the first device
     leave_out_absent_devices()
     with handled(_terminate, signal.SIGTERM):  # `dsv3 train` handles it itself while it trains
-        code = guarded(lambda: dispatch(list(given)))
+        try:
+            code = guarded(lambda: dispatch(list(given)))
+        except Exception:
+            if argv is not None:
+                raise
+            traceback.print_exc()
+            code = 1
     if argv is None and code:
-        _end_within(PATIENCE, code)
+        end(code)
     return code
 
 
@@ -92,16 +96,12 @@ def _terminate(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
-def _end_within(seconds: float, code: int) -> None:
-    """End this process after some seconds, if the threads of a failed save keep the interpreter from ending."""
-
-    def end() -> None:
-        time.sleep(seconds)
-        os._exit(code)
-
-    sys.stdout.flush()
-    sys.stderr.flush()
-    threading.Thread(target=end, daemon=True).start()
+def end(code: int) -> None:
+    """End this process at once: the threads of a failed save, or JAX's service of several processes, would wait."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def dispatch(argv: list[str]) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -86,6 +86,7 @@ class Encoder(NamedTuple):
     encode: Callable[[Sequence[Item]], Iterable[tuple[np.ndarray, np.ndarray | None]]]
 
 
+@cache
 def encoder_of(job: Tokenize) -> Encoder:
     """Return the encoder of a job's documents or chat examples.
 
@@ -217,16 +218,15 @@ def _bytes_of(content: Any) -> bytes:
 
 def _each(job: Tokenize, settings: str, groups: Iterable[list[Item]]) -> Iterator[dict[str, Any]]:
     """Make each group a shard, here or in processes, with at most one group waiting."""
+    write = partial(_shard, job, settings)
     if job.workers == 1:
-        encoder = encoder_of(job)
-        yield from (_shard(job, settings, encoder, number, group) for number, group in enumerate(groups))
+        yield from itertools.starmap(write, enumerate(groups))
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(job.workers, context, _begin, (job, settings)) as pool:
+    with ProcessPoolExecutor(job.workers, multiprocessing.get_context("spawn"), _begin) as pool:
         waiting: deque[Future] = deque()
         try:
             for number, group in enumerate(groups):
-                waiting.append(pool.submit(_in_worker, number, group))
+                waiting.append(pool.submit(write, number, group))
                 if len(waiting) > job.workers:
                     yield waiting.popleft().result()
             yield from (future.result() for future in waiting)
@@ -236,13 +236,9 @@ def _each(job: Tokenize, settings: str, groups: Iterable[list[Item]]) -> Iterato
             pool.shutdown(cancel_futures=True)
 
 
-_WRITE: list[Callable[[int, list[Item]], dict[str, Any]]] = []  # of a worker's process
-
-
-def _begin(job: Tokenize, settings: str) -> None:
+def _begin() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers use all cores already
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _WRITE[:] = [partial(_shard, job, settings, encoder_of(job))]
 
 
 def _end_with_parent() -> None:
@@ -253,11 +249,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _in_worker(number: int, group: list[Item]) -> dict[str, Any]:
-    return _WRITE[0](number, group)
-
-
-def _shard(job: Tokenize, settings: str, encoder: Encoder, number: int, group: list[Item]) -> dict[str, Any]:
+def _shard(job: Tokenize, settings: str, number: int, group: list[Item]) -> dict[str, Any]:
     """Write one shard unless it is complete, and return its facts."""
     digest = hashlib.blake2b(settings.encode(), digest_size=16)
     items: dict[str, list[Item]] = {side: [] for side in SIDES}
@@ -268,8 +260,8 @@ def _shard(job: Tokenize, settings: str, encoder: Encoder, number: int, group: l
     done = job.out / f"shard-{number:05d}.json"
     with contextlib.suppress(OSError, ValueError):  # a mark that cannot be read counts as absent
         before = read_sealed(done)
-        sizes = {job.out / name: found["bytes"] for name, found in before["files"].items()}
-        if before["input"] == digest.hexdigest() and all(path.stat().st_size == sizes[path] for path in sizes):
+        whole = ((job.out / name).stat().st_size == found["bytes"] for name, found in before["files"].items())
+        if before["input"] == digest.hexdigest() and all(whole):
             return before
     done.unlink(missing_ok=True)
     facts: dict[str, Any] = {"input": digest.hexdigest(), "files": {}, "left_out": 0}
@@ -277,7 +269,7 @@ def _shard(job: Tokenize, settings: str, encoder: Encoder, number: int, group: l
         order = np.random.default_rng(number).permutation(len(own))
         own = sorted((own[i] for i in order), key=lambda item: item.domain)
         name = f"{side}-{number:05d}.array_record"
-        written, left_out = _write(job.out / name, own, encoder, job)
+        written, left_out = _write(job.out / name, own, job)
         facts["left_out"] += left_out
         if written:
             facts["files"][name] = {"side": side} | written
@@ -285,7 +277,7 @@ def _shard(job: Tokenize, settings: str, encoder: Encoder, number: int, group: l
     return facts
 
 
-def _write(path: Path, items: list[Item], encoder: Encoder, job: Tokenize) -> tuple[dict[str, Any], int]:
+def _write(path: Path, items: list[Item], job: Tokenize) -> tuple[dict[str, Any], int]:
     """Write a file of records under a temporary name, then rename it. Without a record there is no file.
 
     Returns: (its facts, the number of chat examples that are left out: longer than a record, or without a target).
@@ -295,7 +287,7 @@ def _write(path: Path, items: list[Item], encoder: Encoder, job: Tokenize) -> tu
     whole, used = job.format == "chat", Counter[bool]()
 
     def pieces(items: list[Item]) -> Iterator[Piece]:
-        for item, (ids, mask) in zip(items, encoder.encode(items), strict=True):
+        for item, (ids, mask) in zip(items, encoder_of(job).encode(items), strict=True):
             fits = mask is None or (len(ids) <= job.row_tokens and bool(mask[1:].any()))
             used[fits] += 1
             if fits:

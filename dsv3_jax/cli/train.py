@@ -1,12 +1,8 @@
 """`dsv3 train PRESET`: train a run, in this process or as one process of a cluster."""
 
 import math
-import os
 import re
-import sys
 import time
-import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +12,6 @@ import tyro
 from dsv3_jax.cli.common import (
     all_devices,
     fail,
-    guarded,
     make_mesh,
     named_preset,
     parse,
@@ -68,7 +63,7 @@ def run(argv: list[str]) -> int:
     """Train in this process, which may be one of several."""
     args = options(argv)
     if args.cluster is not None:
-        return _end_alone(lambda: _train_in_cluster(args))
+        return _train_in_cluster(args)
     if args.processes is not None or args.process_id is not None:
         raise ValueError("--processes and --process-id need --cluster, which says where process 0 is")
     mesh = all_devices(args.run) if args.mesh is None else make_mesh(args.mesh)
@@ -150,20 +145,5 @@ def _train_in_cluster(args: Train) -> int:
     except Exception as error:
         if processes.is_connection_error(error):
             return fail(f"a process of the run is lost; the same command resumes: {sentence(error)}", LOST)
+        time.sleep(1)  # every process may have this error, and the end of process 0 would abort the others
         raise
-
-
-def _end_alone(train: Callable[[], int]) -> int:
-    """Run one process of several. After an error it ends at once: JAX's own end would wait minutes for the others."""
-    try:
-        code = guarded(train)
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    if code:
-        if code == 2:
-            time.sleep(1)  # every process may have this error, and the end of process 0 would abort the others
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code

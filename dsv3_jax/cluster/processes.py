@@ -9,13 +9,12 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import Mesh
 
 from dsv3_jax.config import ConfigError, Layout, first_difference
 from dsv3_jax.mesh import sharding
@@ -92,9 +91,7 @@ def gather(message: bytes) -> list[bytes]:
         >>> gather(b"hello")  # with one process
         [b'hello']
     """
-    if jax.process_count() == 1:
-        return [message]
-    lengths = _gather_arrays(np.array([len(message)], np.int32))[:, 0]
+    lengths = _gather_arrays(np.array(len(message), np.int32))
     padded = np.zeros(int(lengths.max()), np.uint8)
     padded[: len(message)] = np.frombuffer(message, np.uint8)
     return [row[:length].tobytes() for row, length in zip(_gather_arrays(padded), lengths, strict=True)]
@@ -107,23 +104,15 @@ def any_of(flag: bool) -> bool:
         >>> any_of(False), any_of(True)  # with one process
         (False, True)
     """
-    return flag if jax.process_count() == 1 else bool(_gather_arrays(np.array([flag], np.int32)).any())
+    return bool(_gather_arrays(np.array(flag, np.int32)).any())
 
 
 def _gather_arrays(array: np.ndarray) -> np.ndarray:
-    """Stack the processes' arrays of one shape.
-
-    Uses one device of each process, so that it works before the processes agree on a mesh.
-    """
-    devices: dict[int, jax.Device] = {}
-    for device in jax.devices():
-        devices.setdefault(device.process_index, device)
-    mesh = Mesh(np.array([devices[i] for i in range(jax.process_count())]), ("process",))
-    by_process = NamedSharding(mesh, P("process"))
+    """Stack the processes' arrays of one shape."""
+    if jax.process_count() * jax.local_device_count() != jax.device_count():
+        raise ConfigError("the processes have different numbers of devices; start all with the same --mesh")
     with jax.transfer_guard("allow"):  # meant, though JAX calls it implicit
-        stacked = jax.make_array_from_process_local_data(by_process, array[None], (len(devices), *array.shape))
-    with jax.set_mesh(mesh):
-        return np.asarray(_replicate(mesh)(stacked))
+        return process_allgather(array)
 
 
 def by_first(work: Callable[[], None]) -> None:
@@ -228,16 +217,13 @@ def rows_held(mesh: Mesh, size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(size)[index] for index in parts]))
 
 
-def put(
-    batch: Mapping[str, np.ndarray], mesh: Mesh | None, size: int, rows: np.ndarray | None = None
-) -> dict[str, jax.Array]:
+def put(batch: Mapping[str, np.ndarray], mesh: Mesh | None, size: int) -> dict[str, jax.Array]:
     """Put a batch on devices; each process provides the rows that its devices hold.
 
     Args:
-        batch: arrays [R, …] of this process's rows of the global batch.
+        batch: arrays [R, …] of this process's rows of the global batch, as `rows_held`, or of all its rows.
         mesh: None means the default device.
         size: rows of the global batch.
-        rows: which of them `batch` has, as `rows_held`. None means all.
 
     Example:
         >>> put({"tokens": np.array([[3, 1]], np.int32)}, mesh=None, size=1)["tokens"]
@@ -245,18 +231,11 @@ def put(
     """
     if mesh is None:
         return {name: jax.device_put(array) for name, array in batch.items()}
-    batch_sharding = sharding.batch_sharding(mesh)
-
-    def shard_array(array: np.ndarray) -> jax.Array:
-        def part(index: Any) -> np.ndarray:  # a slice for each axis
-            start, stop, _ = index[0].indices(size)
-            local_start = start if rows is None else int(np.searchsorted(rows, start))
-            return array[local_start : local_start + stop - start]
-
-        return jax.make_array_from_callback((size, *array.shape[1:]), batch_sharding, part)
-
-    with jax.transfer_guard("allow"):  # meant, though JAX calls it implicit
-        return {name: shard_array(array) for name, array in batch.items()}
+    rows = sharding.batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(rows, array, (size, *array.shape[1:]))
+        for name, array in batch.items()
+    }
 
 
 def fetch(tree, mesh: Mesh | None):
@@ -268,9 +247,5 @@ def fetch(tree, mesh: Mesh | None):
     """
     if jax.process_count() == 1 or mesh is None:
         return jax.device_get(tree)
-    return jax.device_get(_replicate(mesh)(tree))
-
-
-@lru_cache(maxsize=8)
-def _replicate(mesh: Mesh):
-    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P()))
+    with jax.transfer_guard("allow"):  # meant, though JAX calls it implicit
+        return process_allgather(tree, tiled=True)

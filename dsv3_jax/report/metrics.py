@@ -16,8 +16,7 @@ from dsv3_jax.files import check_regular, write_atomic
 METRICS_FILE, LOAD_FILE = "metrics.jsonl", "load.jsonl"
 LOAD_ROWS = 1000  # about so many steps of a run log their load: a large model's is tens of kilobytes
 _MAX_FILE = 2 << 30  # bytes
-_LISTS = ("mtp_loss", "mtp_acceptance")
-_MATRICES = ("load", "bias")  # a row a layer: whole numbers, and numbers
+_AXES = {"mtp_loss": 1, "mtp_acceptance": 1, "load": 2, "bias": 2}  # other metrics are one number
 _OBJECTS = ("kernels", "bits_per_byte_by_domain", "max_vio_by_domain")
 
 
@@ -201,26 +200,20 @@ def _parse(line: bytes) -> tuple[dict, dict[str, tuple[int, ...]]] | None:
 
 
 def _shape(key: str, value: Any) -> tuple[int, ...]:
-    """The shape of a metric as a list or matrix; () of an empty list or an object.
+    """The shape of a metric as a list or matrix; () of a number, an empty list or an object.
 
     Raises: ValueError for something else than the numbers that a metric of this name has.
     """
-    if key in _OBJECTS and isinstance(value, dict):
+    if value == [] or (key in _OBJECTS and isinstance(value, dict)):
         return ()
-    array = np.array([value] if key in _LISTS and not isinstance(value, list) else value, object)
-    if value == [] and key in (*_LISTS, *_MATRICES):
-        return ()
-    num_axes = 1 if key in _LISTS else 2 if key in _MATRICES else 0
-    if array.ndim != num_axes or not all(_is_number(x, count=key == "load") for x in array.flat):
+    array = np.array(value)
+    if array.dtype.kind not in "iuf" or array.ndim != _AXES.get(key, 0) or (key == "load" and not _counts(array)):
         raise ValueError(f"{key} is no metric")
     return array.shape
 
 
-def _is_number(value: Any, *, count: bool) -> bool:
-    """Say whether a value is an integer that int64 holds, and if it counts nothing, whether it is any number."""
-    if type(value) is float:
-        return not count
-    return type(value) is int and (0 if count else -(1 << 63)) <= value < 1 << 63
+def _counts(array: np.ndarray) -> bool:
+    return array.dtype.kind != "f" and array.min() >= 0
 
 
 def _flat(row: dict) -> dict[str, float]:

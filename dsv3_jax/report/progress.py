@@ -8,15 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
@@ -157,7 +149,7 @@ def track(items: Iterable[T], total: int, name: str) -> Iterator[T]:
         >>> list(track("abc", 3, "letters"))
         ['a', 'b', 'c']
     """
-    with _bar(MofNCompleteColumn()) as bar:
+    with _bar() as bar:
         yield from bar.track(items, total, description=name)
 
 
@@ -172,13 +164,11 @@ def transfer(name: str, total: int, *, quiet: bool = False) -> Iterator[Callable
         >>> with transfer("saving", 1000) as advance:
         ...     advance(400)
     """
-    with _bar(DownloadColumn(), TransferSpeedColumn(), quiet=quiet) as bar:
+    with _bar(quiet=quiet) as bar:
         task = bar.add_task(name, total=total)
         yield lambda count: bar.advance(task, count)
 
 
-def _bar(*columns: ProgressColumn, quiet: bool = False) -> Bar:
+def _bar(*, quiet: bool = False) -> Bar:
     console = text_console(stderr=True)
-    text = TextColumn("{task.description}", markup=False)
-    shown = (text, BarColumn(bar_width=20), *columns, TimeRemainingColumn())
-    return Bar(*shown, console=console, disable=quiet or not console.is_terminal)
+    return Bar(console=console, disable=quiet or not console.is_terminal)

@@ -173,19 +173,10 @@ def training_curves(metrics: Sequence[Mapping], path: str | os.PathLike) -> Figu
         ax.set_xlim(min(steps) - margin, max(steps) + margin)  # the same in all panels
         if keys & FROM_ZERO:
             ax.set_ylim(0, 1 if "mtp_acceptance" in keys else None)
-        if "lr" in keys:
-            ax.ticklabel_format(axis="y", scilimits=(0, 0))
         ax.grid(alpha=0.25, linewidth=0.6)
         ax.spines[["top", "right"]].set_visible(False)
         if len(drawn) > 1:
             ax.legend(frameon=False, fontsize=8)
-    measured = [row for row in metrics if "step" in row and "val_loss" in row and "val_bits_per_byte" in row]
-    if measured:
-        last = max(measured, key=lambda row: row["step"])
-        nats, bits = last["val_loss"], last["val_bits_per_byte"]
-        figure.suptitle(
-            f"Validation at step {last['step']:,}: {nats:.3f} nats a token, {bits:.2f} bits a byte", fontsize=11
-        )
     write_png(figure, path)
     return figure
 

@@ -136,9 +136,8 @@ class Training:
 
     def __post_init__(self, start: Start | None) -> None:
         run, mesh, kernels = self.job.run, self.job.mesh, self.job.chosen()
-        # Rows of the global batch that this process holds; None means all.
-        self.rows = None if mesh is None else processes.rows_held(mesh, run.data.batch_size)
-        self.batches = self.source.train_batches(self.rows)
+        rows = None if mesh is None else processes.rows_held(mesh, run.data.batch_size)  # None means all
+        self.batches = self.source.train_batches(rows)
         self.held_out = self.source.val_batches(run.eval_batches)
         # A machine's CPU devices share its cores, others add up.
         devices = jax.process_count() if mesh is None or kernels.target.platform == "cpu" else mesh.size
@@ -203,8 +202,7 @@ class Training:
                     trace.close()
 
     def _next_batch(self) -> Batch:
-        size = self.job.run.data.batch_size
-        return processes.put(model_inputs(next(self.batches)), self.job.mesh, size, self.rows)
+        return processes.put(model_inputs(next(self.batches)), self.job.mesh, self.job.run.data.batch_size)
 
     def _started(self, batch: Batch, metrics: dict[str, Any], *, ask_often: bool) -> Done:
         """Decide what follows a step that was started."""
