@@ -297,8 +297,6 @@ class Execution:
     # other names. OP=NAME forces the kernel of one op; commas join several
     kernels: str = "auto"
     layout: Layout = field(default_factory=Layout)  # how the model is sharded over a mesh of devices
-    # XLA's flags for training on several GPUs or TPUs: auto sets the flags of kernels/xla_flags.py, none sets none
-    xla_flags: Literal["auto", "none"] = "auto"
     # 8-bit operands for the products of linear layers in training. fp8 is DeepSeek-V3's recipe, fp8_ue8m0 V3.1's, whose
     # scales are powers of two, and mxfp8 that of the MX formats. none multiplies in compute_dtype. Emulated, so slower:
     # it shows what the rounding does to the loss. GPUs and TPUs multiply the numbers of fp8_ue8m0 and mxfp8 in

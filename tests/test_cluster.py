@@ -85,7 +85,7 @@ def test_two_processes_train_as_one(run, root, tmp_path):
     loop.fit(run, folder, stop_after=2, quiet=True)
     rounds = ("--execution.layout.expert-comm", "all_to_all", "--execution.layout.capacity-slack", "1")
     with pair(root, folder, run, more=(rounds, rounds), before=KILLED) as both:
-        assert both[1].wait(120) == -signal.SIGKILL
+        assert both[1].wait(120) == -signal.SIGKILL, both[1].stderr.read()
         said, errors = both[0].communicate(timeout=120)
         assert both[0].returncode in (75, -signal.SIGABRT), errors
         assert "resumed from the checkpoint of step 2" in said

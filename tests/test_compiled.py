@@ -13,8 +13,7 @@ import jax
 import pytest
 
 from dsv3_jax.config import ConfigError, Execution
-from dsv3_jax.kernels import xla_flags
-from dsv3_jax.kernels.choose import Target, platform_of
+from dsv3_jax.kernels.choose import Target
 from dsv3_jax.kernels.gpu import tokamax_library
 from dsv3_jax.planning import devices
 from dsv3_jax.planning.cost import Cost, decode_cost, train_cost
@@ -119,19 +118,3 @@ def test_decoding_copies_neither_experts_nor_cache_and_has_no_loop_of_unknown_le
         copies = step.program.copies()
         assert [(x.moved, x.runs, x.source) for x in copies if x.moved >= min(LAYER_EXPERTS, LAYER_CACHE)] == []
         assert step.program.unknown_loops == ()
-
-
-@pytest.mark.parametrize("target, devices_of_mesh", [("gpu:h100:8", 8), ("tpu:v6e:2x2", 4), ("tpu:v5p:2x2x1", 4)])
-def test_compilers_take_trainings_flags_together(target, devices_of_mesh):
-    """One that a compiler refused would end the training of every user of several such devices."""
-    try:
-        mesh = devices.target_mesh(target, {"data": devices_of_mesh, "expert": 1, "tensor": 1})
-    except ConfigError as error:
-        pytest.skip(str(error))
-    platform = platform_of(mesh)
-    wanted = xla_flags.training_options(platform, Execution(), mesh.size)
-    taken = xla_flags.known(wanted, mesh)
-    # Newer versions pipeline all collectives of a GPU anyway and no longer have flags for it.
-    assert [o for o in wanted if o not in taken and "_enable_pipelined_" not in o[0]] == []
-    assert len(taken) >= 5
-    assert xla_flags.known((taken[0], ("xla_no_such_flag", True), *taken[1:]), mesh) == taken

@@ -16,7 +16,6 @@ import pytest
 from dsv3_jax.config import ConfigError
 from dsv3_jax.kernels.choose import Target
 from dsv3_jax.kernels.gpu import grouped_product as gpu
-from dsv3_jax.kernels.gpu import tokamax_library
 from dsv3_jax.kernels.tpu import grouped_product as tpu
 from dsv3_jax.ops import dispatch
 from dsv3_jax.ops import grouped_product as ops
@@ -137,17 +136,6 @@ def test_kernels_equal_a_loop_over_groups(rng, name, counts):
     backend, interpreter = KERNELS[name]
     with interpreter():
         check(backend, *draw(rng, 192, 128, 128, 4, jnp.bfloat16), counts, 0.01)
-
-
-@pytest.mark.long
-def test_tokamax_equals_a_loop_over_groups(rng):
-    if why := tokamax_library.why_not(Target("cuda", chip="9.0")):
-        pytest.skip(why)
-    x, w = draw(rng, 192, 128, 128, 4, jnp.bfloat16)
-    counts = SMALL_COUNTS["uneven"]
-    with gpu_interpreter():
-        y = jax.jit(gpu.TOKAMAX.forward)(x, w, jnp.asarray(counts, jnp.int32))
-    np.testing.assert_allclose(np.asarray(y, np.float64)[:173], by_loop(x, w, np.asarray(counts))[0][:173], atol=0.05)
 
 
 def test_mosaic_says_where_it_cannot_run(monkeypatch):

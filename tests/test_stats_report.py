@@ -50,7 +50,7 @@ def test_the_users_text_is_read_to_its_end(tmp_path):
 
 def test_a_text_is_a_sentence_or_a_file(tmp_path):
     text = "café\nof 20 letters ,"
-    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
+    for encoding in ("utf-8", "utf-8-sig"):
         (tmp_path / encoding).write_text(text, encoding=encoding)
         assert reading.read_own(str(tmp_path / encoding)) == text
     assert reading.read_own(text) == text and reading.read_own("x" * 5000) == "x" * 5000
@@ -58,10 +58,8 @@ def test_a_text_is_a_sentence_or_a_file(tmp_path):
     assert batches[0]["tokens"].ravel()[:21].tolist() == list(text.encode())
     assert batches[0]["positions"].ravel()[:21].tolist() == [*range(16), *range(5)]
     (tmp_path / "latin").write_bytes(text.encode("latin-1"))
-    (tmp_path / "cut").write_bytes(text.encode("utf-16")[:-1])
     for place, sentence in (
-        (str(tmp_path / "latin"), "latin' is in no known encoding: no byte order mark, and byte 3 is not UTF-8"),
-        (str(tmp_path / "cut"), "cut' is not UTF-16"),
+        (str(tmp_path / "latin"), "latin' is not UTF-8 at position 3"),
         ("", "text='' is empty"),
     ):
         with pytest.raises(ValueError, match=sentence):

@@ -157,12 +157,6 @@ _BY_PRODUCTS = (
     _mosaic(partial(dispatch.grouped_swiglu, product=gpu_products.MOSAIC)),
     _ragged_on_tpu(partial(dispatch.grouped_swiglu, product=tpu_products.RAGGED_DOT)),
     Implementation("row_blocks", partial(dispatch.grouped_swiglu, product=grouped_product.ROW_BLOCKS), GPUS),
-    _cuda(
-        "tokamax",
-        partial(dispatch.grouped_swiglu, product=gpu_products.TOKAMAX),
-        fits=gpu_products.fits,
-        why_not=tokamax_library.why_not,
-    ),
 )
 
 TABLE: dict[str, tuple[Implementation, ...]] = {

@@ -26,7 +26,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import ConfigError, Execution, ModelConfig, RunConfig
-from dsv3_jax.kernels import xla_flags
 from dsv3_jax.kernels.choose import Kernels, Target, platform_of, prepare
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.cache import Cache, pick_kind
@@ -114,13 +113,10 @@ def train_cost(run: RunConfig, mesh: Mesh, *, target: str | None = None) -> Cost
     }
     gradients = _shard_bytes(split_trainable(run, state.params)[0]) * (2 if run.optim.microbatches > 1 else 1)
     count = run.data.batch_size * run.data.seq_len
-    wanted = () if target is None else xla_flags.training_options(platform_of(mesh), run.execution, mesh.size)
-    options = xla_flags.known(wanted, mesh) if wanted else ()
     flops = _train_flops(run.model, run.execution, run.data.seq_len) * count / mesh.size
     return _compile_cost(
-        "training step", mesh, target, make_step(Job(run, mesh, kernels, options=options)), (state, batch),
+        "training step", mesh, target, make_step(Job(run, mesh, kernels)), (state, batch),
         tokens=count, persistent=persistent, transient={"gradients": gradients}, flops=flops, bytes_read=0.0,
-        notes=[line] if (line := xla_flags.describe(options)) else [],
     )  # fmt: skip
 
 
@@ -231,13 +227,11 @@ def decode_cost(
     flops = batch * (2 * size(cfg).active + _decode_attention_flops(cfg, context)) / mesh.size
     return _compile_cost(
         "decoding step", mesh, target, jax.jit(step, donate_argnums=3), (params, bias, by_layer, cache, tokens),
-        tokens=batch, persistent=persistent, transient={}, flops=flops, bytes_read=bytes_read, notes=[],
+        tokens=batch, persistent=persistent, transient={}, flops=flops, bytes_read=bytes_read,
     )  # fmt: skip
 
 
-def _compile_cost(
-    program: str, mesh: Mesh, target: str | None, function, args: tuple, *, notes: list[str], **known
-) -> Cost:
+def _compile_cost(program: str, mesh: Mesh, target: str | None, function, args: tuple, **known) -> Cost:
     """Compile a function for a mesh and return its cost; `known` are the fields that need no compiler."""
     start = time.perf_counter()
     compile_error, temporaries, sent, text = "", None, Traffic([], 0), ""
@@ -255,11 +249,10 @@ def _compile_cost(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         compile_error = " ".join(str(error).split("See https")[0].split())
-    if target is None:
-        notes = [*notes, "compiled for CPU: temporaries hold bfloat16 as float32, and experts run in blocks"]
+    note = "compiled for CPU: temporaries hold bfloat16 as float32, and experts run in blocks"
     return Cost(
         program, dict(mesh.shape), temporaries=temporaries, sent=sent, seconds=time.perf_counter() - start,
-        compile_error=compile_error, notes=notes, text=text, **known,
+        compile_error=compile_error, notes=[] if target else [note], text=text, **known,
     )  # fmt: skip
 
 

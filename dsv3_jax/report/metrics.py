@@ -207,13 +207,10 @@ def _shape(key: str, value: Any) -> tuple[int, ...]:
     if value == [] or (key in _OBJECTS and isinstance(value, dict)):
         return ()
     array = np.array(value)
-    if array.dtype.kind not in "iuf" or array.ndim != _AXES.get(key, 0) or (key == "load" and not _counts(array)):
+    is_number = array.dtype.kind in ("iu" if key == "load" else "iuf")
+    if not is_number or array.ndim != _AXES.get(key, 0) or (key == "load" and array.min() < 0):
         raise ValueError(f"{key} is no metric")
     return array.shape
-
-
-def _counts(array: np.ndarray) -> bool:
-    return array.dtype.kind != "f" and array.min() >= 0
 
 
 def _flat(row: dict) -> dict[str, float]:

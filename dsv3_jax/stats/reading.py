@@ -1,6 +1,7 @@
 """What a report reads: held-out text, or all of the user's; a text of the user's own; loads that training wrote."""
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,6 @@ BATCHES = 16  # of a run's own held-out text; text that the user names is read t
 ALL = 2**31  # batches: to the end
 OWN = "your text"  # the name of the domain of --text
 _MAX_TEXT = 2**24  # bytes of the user's own text
-_MARKS = (("utf-8-sig", b"\xef\xbb\xbf"), ("utf-32", b"\xff\xfe\0\0"), ("utf-32", b"\0\0\xfe\xff"),
-          ("utf-16", b"\xff\xfe"), ("utf-16", b"\xfe\xff"))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,7 @@ def open_text(
 def read_own(text: str) -> str:
     """Return the text of a file if `text` is the path of one, else `text` itself.
 
-    A file is UTF-8, or UTF-16 or UTF-32 with a byte order mark.
-
-    Raises: ValueError for an empty text, and one in no known encoding.
+    Raises: ValueError for an empty text, and one that is not UTF-8 or in a file of more than 16 MiB.
 
     Example:
         >>> read_own("a sentence")
@@ -88,42 +85,19 @@ def read_own(text: str) -> str:
         >>> read_own("caf\\udce9")
         Traceback (most recent call last):
             ...
-        ValueError: text='caf\\udce9' is not UTF-8 at character 3
+        ValueError: text='caf\\udce9' is not UTF-8 at position 3
     """
+    name = text if len(text) <= 80 else text[:77] + "…"
     try:
-        is_file = Path(text).is_file()
-    except (OSError, ValueError):  # too long for a name, or with a zero in it
-        is_file = False
-    if is_file:
-        path, text = text, decode(text)
-    else:
-        path = text
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:  # words of a command line may be any bytes
-            shown = text if len(text) <= 80 else text[:77] + "…"
-            raise ValueError(f"text={shown!r} is not UTF-8 at character {error.start}") from error
+        if os.path.isfile(text):
+            check_regular(text, _MAX_TEXT)
+            text = Path(text).read_text(encoding="utf-8-sig")
+        text.encode()  # words of a command line may be any bytes
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise ValueError(f"text={name!r} is not UTF-8 at position {error.start}") from error
     if not text.strip():
-        raise ValueError(f"text={path!r} is empty")
+        raise ValueError(f"text={name!r} is empty")
     return text
-
-
-def decode(path: str | Path) -> str:
-    """Read a file of text: UTF-8, or UTF-16 or UTF-32 with a byte order mark.
-
-    Raises: ValueError for another encoding, no file, or more than 16 MiB.
-    """
-    check_regular(path, _MAX_TEXT)
-    data = Path(path).read_bytes()
-    encoding = next((name for name, mark in _MARKS if data.startswith(mark)), "utf-8")
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"text={str(path)!r} is in no known encoding: no byte order mark, and byte {error.start} is not UTF-8"
-            if encoding == "utf-8"
-            else f"text={str(path)!r} is not {encoding.upper()}, as its byte order mark says, at byte {error.start}"
-        ) from error
 
 
 def own_batches(text: str, tokenizer: Tokenizer, cfg: DataConfig) -> list[Batch]:

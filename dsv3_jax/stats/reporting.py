@@ -7,9 +7,10 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
+import tyro
 
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.files import atomic_folder
@@ -45,25 +46,35 @@ Follow = Callable[[Iterable[T], int, str], Iterable[T]]  # shows progress; the n
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Options of a report: its text and its measures.
+    """Options of a report: its text and its measures."""
 
-    Raises: ValueError for batches, draws, a seed or worth_tokens out of range.
-    """
+    # other text to read, all of it; empty means the run's own validation text
+    paths: tuple[str, ...] = ()
+    # a sentence, or the path of a file, that is shown first, token by token; it is counted nowhere
+    text: str | None = None
+    # step of the checkpoint; None means the last
+    step: int | None = None
+    # number of batches to read, at most; None means 16 of the run's own text, and all of --paths
+    batches: int | None = None
+    # number of shuffles of the documents' domains, which estimate chance for I(expert; domain)
+    draws: int = 200
+    # seed of the shuffles
+    seed: int = 0
+    # number of devices that hold the experts, whose load is added up; None means no such sum
+    devices: int | None = None
+    # measure the loss without each expert too: one forward pass an expert
+    worth: bool = False
+    # tokens that --worth reads for each expert, at most
+    worth_tokens: int = WORTH_TOKENS
+    # another run to read the same text, RUN or RUN:STEP; its experts are matched to this one's
+    against: str | None = None
+    # Parquet file to write too, a row for each token and layer: experts, gates, margins and nats
+    tokens: Path | None = None
+    # kernels to compute with: auto, xla, or a name from `dsv3 info PRESET --kernels`; None means the run's own
+    kernels: str | None = None
 
-    paths: tuple[str, ...] = ()  # other text, all of it; empty means the run's own validation text
-    text: str | None = None  # a sentence, or the path of a file: shown first, token by token, and counted nowhere
-    step: int | None = None  # of the checkpoint; None means the last
-    batches: int | None = None  # at most; None means 16 of the run's own text and all of `paths`
-    draws: int = 200  # shuffles of the domains, see `specialisation`
-    seed: int = 0  # of the shuffles
-    devices: int | None = None  # that hold the experts, whose load is added up; None means no such sum
-    worth: bool = False  # measure the loss without each expert too: a forward pass an expert
-    worth_tokens: int = WORTH_TOKENS  # read for each expert, at most
-    against: str | None = None  # another run, "RUN" or "RUN:STEP", whose experts are matched on the same text
-    tokens: str | Path | None = None  # a Parquet file to write, a row for each token and layer
-    kernels: str | None = None  # as `Execution.kernels`; None means the run's own
-
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError for batches, draws, a seed or worth_tokens out of range."""
         for name in ("batches", "worth_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -71,6 +82,17 @@ class ReportOptions:
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} is negative")
         check_draws(self.draws)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats(ReportOptions):
+    """Count how a run's checkpoint routes held-out text; write stats.json, load.png, and index.html."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """a folder that `dsv3 train` or `dsv3 convert` wrote"""
+    out: Path | None = None
+    """folder to write; an earlier report there is replaced. None means a folder in the run's "stats", named by the step
+    and by what is read"""
 
 
 class Report(NamedTuple):
@@ -105,6 +127,7 @@ def report(
         ValueError: batches=0 is below 1
     """
     options = options or ReportOptions()
+    options.check()
     paths, seed, kernels = options.paths, options.seed, options.kernels
     run = Path(run)
     if out is not None:

@@ -36,7 +36,6 @@ from dsv3_jax.cluster import processes
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.batches import Source, model_inputs
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.kernels import xla_flags
 from dsv3_jax.lock import FolderLock, acquire
 from dsv3_jax.mesh import sharding
 from dsv3_jax.ops.routing import ROUTERS
@@ -160,8 +159,7 @@ class Training:
         self.loads = Rows(self.out / LOAD_FILE, self.step, read_only=not first)
         sentences += [self.metrics.sentence, self.loads.sentence, sentence]
         chosen = kernels.describe(run.execution.compute_dtype, 1 if mesh is None else mesh.size)
-        lines = self.source.summary, chosen, xla_flags.describe(self.job.options)
-        for line in filter(None, [*lines, *sentences]):
+        for line in filter(None, [self.source.summary, chosen, *sentences]):
             self.progress.say(line)
         self.callbacks = list(self.options.callbacks) if first else []
         for callback in self.callbacks:

@@ -16,7 +16,7 @@ from dsv3_jax.data import tokenizer
 from dsv3_jax.data.batches import Source
 from dsv3_jax.data.source import check_vocab, open_source
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.kernels import choose, xla_flags
+from dsv3_jax.kernels import choose
 from dsv3_jax.mesh import sharding
 from dsv3_jax.report.units import format_bytes
 from dsv3_jax.training import optim, run_folder, warm_start
@@ -101,9 +101,7 @@ def agree(run: RunConfig, options: Options) -> Job:
         name = optim.name_of(optimizer, split_trainable(run, abstract_state(Job(run)).params)[0])
         run = replace(run, optim=replace(run.optim, name=name))
     kernels = processes.by_each(lambda: choose.prepare(run.execution, mesh=mesh))
-    devices = 1 if mesh is None else mesh.size
-    flags = xla_flags.known(xla_flags.training_options(kernels.target.platform, run.execution, devices))
-    job = Job(run, mesh, kernels, optimizer, flags)
+    job = Job(run, mesh, kernels, optimizer)
     processes.agree({
         "run": to_dict(run),
         "mesh": mesh and dict(mesh.shape),

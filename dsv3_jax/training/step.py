@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.kernels.choose import Kernels, prepare
-from dsv3_jax.kernels.xla_flags import Options, compile_lightly
 from dsv3_jax.mesh import sharding
+from dsv3_jax.model.layers import compile_lightly
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.mtp import HEADS, Head
 from dsv3_jax.model.transformer import Transformer, abstract
@@ -50,7 +50,6 @@ class Job:
     mesh: Mesh | None = None  # None: a single device
     kernels: Kernels | None = None  # from `kernels.choose.prepare`; None: the default device's
     optimizer: optim.Transform = None  # in place of the run's own, see `optim.make`
-    options: Options = ()  # of the compiler, see `kernels.xla_flags`
 
     def chosen(self) -> Kernels:
         """The kernels."""
@@ -176,7 +175,7 @@ def make_step(job: Job) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """
     job = replace(job, kernels=job.chosen())
     step = partial(_step, job, graph_of(job))
-    return jax.jit(step, donate_argnums=0, compiler_options=dict(job.options) or None)
+    return jax.jit(step, donate_argnums=0)
 
 
 def _step(job: Job, graph: nnx.GraphDef, state: TrainState, batch: Batch, go: Array | bool = True):

@@ -1,9 +1,6 @@
-"""Grouped products on Hopper (H100, H200) in bfloat16, by kernels that their authors run there.
+"""Grouped products on Hopper (H100, H200) in bfloat16, by JAX's own Mosaic kernels, which come with its wheel.
 
-    MOSAIC   JAX's own Mosaic kernels, which come with its wheel: forward, dx and dw
-    TOKAMAX  tokamax's forward, which also skips groups without rows; JAX's dx and dw
-
-Both round each expert's gradient to bfloat16 once, after a sum in float32.
+They round each expert's gradient to bfloat16 once, after a sum in float32.
 """
 
 import importlib
@@ -15,7 +12,6 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from dsv3_jax.kernels.gpu import tokamax_library
 from dsv3_jax.ops.grouped_product import GroupedProduct
 
 HOPPER = ("9.0", "9.0a")  # compute capability: the kernels use its matrix instructions, and no later chip has them
@@ -100,22 +96,3 @@ def mosaic_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
 
 
 MOSAIC = GroupedProduct("mosaic", mosaic, mosaic_dx, mosaic_dw, row_multiple=ROWS, joins=True)
-
-
-def tokamax(x: Array, w: Array, counts: Array) -> Array:
-    """`GroupedProduct.forward` by tokamax's kernel, at the tiles that its authors found fastest on an H100."""
-    kernel, settings = tokamax_library.ragged_dot()
-    few = x.shape[0] <= 64 * counts.shape[0]  # rows: an expert's are one small tile
-    config = settings.Config(
-        block_m=64 if few else ROWS,
-        block_n=64,
-        block_k=128 if x.shape[1] % 128 == 0 else 64,
-        num_stages=4,
-        split_k=1,
-        persistent=False,
-        grid_minor_dim=settings.MatmulDimension.M,
-    )
-    return kernel(x, w, counts, x.dtype, config)
-
-
-TOKAMAX = GroupedProduct("tokamax", tokamax, mosaic_dx, mosaic_dw, row_multiple=ROWS, joins=True)

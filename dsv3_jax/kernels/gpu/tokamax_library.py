@@ -39,11 +39,3 @@ def flash_attention() -> tuple[Any, Any]:
     from tokamax._src.ops.attention import pallas_mosaic_gpu_vjp_kernel_sm90 as backward
 
     return forward, backward
-
-
-def ragged_dot() -> tuple[Any, Any]:
-    """(The kernel of grouped products on Hopper, the module of its settings)."""
-    from tokamax._src.ops.ragged_dot import pallas_mosaic_gpu_common
-    from tokamax._src.ops.ragged_dot.pallas_mosaic_gpu_kernel_sm90 import ragged_dot_kernel
-
-    return ragged_dot_kernel, pallas_mosaic_gpu_common
