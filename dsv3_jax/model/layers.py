@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dsv3_jax.kernels.choose import Kernels
+from dsv3_jax.kernels.cpu.draws import compile_lightly
 from dsv3_jax.kernels.cpu.memory import views
 from dsv3_jax.ops.attention import RESULTS
 
@@ -36,18 +37,6 @@ def param(
     """
     draw = Draw(rngs.params(), shape, std)
     return nnx.Param(draw if _WAITS.get() else draw_all([draw])[0], axes=axes, exact=exact)
-
-
-def compile_lightly(f: Callable, device: jax.Device, **how: Any) -> Callable:
-    """`jax.jit` for random draws: on a CPU, optimising them takes longer than running them.
-
-    Example:
-        >>> compile_lightly(jnp.square, jax.devices()[0])(3)
-        Array(9, dtype=int32, weak_type=True)
-    """
-    lighter = jax.config.values["jax_disable_most_optimizations"]  # what a user asks for is lighter still
-    options = {"xla_backend_optimization_level": 1} if device.platform == "cpu" and not lighter else None
-    return jax.jit(f, compiler_options=options, **how)
 
 
 _WAITS: ContextVar[bool] = ContextVar("whether parameters wait to be drawn together", default=False)

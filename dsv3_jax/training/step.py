@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.kernels.choose import Kernels, prepare
+from dsv3_jax.kernels.cpu.draws import compile_lightly
 from dsv3_jax.mesh import sharding
-from dsv3_jax.model.layers import compile_lightly
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.mtp import HEADS, Head
 from dsv3_jax.model.transformer import Transformer, abstract
