@@ -183,9 +183,8 @@ def describe_bad(path: Path, bad: Sequence[int], rows: int) -> str:
     """
     if not bad:
         return ""
-    numbers = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-    lines = f"line {numbers} is no row and is" if len(bad) == 1 else f"lines {numbers} are no rows and are"
-    return f"file={path}: {lines} passed over; the other {rows} are kept"
+    numbers = ", ".join(map(str, bad[:5])) + ", …" * (len(bad) > 5)
+    return f"file={path}: lines {numbers} are no rows and are passed over; the other {rows} are kept"
 
 
 def _parse(line: bytes) -> tuple[dict, dict[str, tuple[int, ...]]] | None:
