@@ -7,6 +7,7 @@ its own script alone and loads nothing.
 import base64
 import hashlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,45 +21,6 @@ from dsv3_jax.report.run_plots import load_finding
 WEB = Path(__file__).parent / "web"
 SCRIPTS = ("core.js", "maps.js", "lines.js", "layers.js", "experts.js", "texts.js", "panel.js", "table.js", "main.js")
 COLOURS = {"light": (MIDDLE, BELOW, ABOVE), "dark": (DARK_MIDDLE, DARK_BELOW, DARK_ABOVE)}
-
-# The parts of the page, in its order: a key of stats.json, which the part needs; heading; note.
-SECTIONS = (
-    ("load", "Load by layer and expert", "Assignments of an expert, divided by the mean of its layer. Choose a cell "
-     "to see its expert. MTP rows are multi-token prediction heads."),
-    ("texts", "Texts, token by token", "Each token has the colour of its first expert. Hover over a token, or move "
-     "with the arrow keys, to see its experts, their gates and its loss. A click opens the token's first expert; the "
-     "tokens of the open expert are framed."),
-    ("bias", "The bias and its work", "The router chooses by score + bias and weighs by the score alone. Only "
-     "differences within a layer matter, so the map shows each bias minus its layer's mean."),
-    ("information", "Token against domain", "Mutual information of one chosen expert, in bits, less what chance gives; "
-     "bars are 95 % intervals by bootstrap over documents. The second chart enlarges what concerns the domain."),
-    ("domains", "Experts that each domain prefers", "An expert's share of a domain's assignments, divided by its share "
-     "of all, in the chosen layer. The colour scale is logarithmic: half as often is as blue as twice as often is "
-     "red."),
-    ("worth", "What an expert is worth", "Loss without the expert's output minus the loss of the whole model. A faint "
-     "cell's interval holds 0."),
-    ("transitions", "From layer to layer", "How often tokens of one expert go to an expert of the next layer, divided "
-     "by chance."),
-    ("partners", "Experts chosen together", "How often two experts are chosen for the same token, divided by what "
-     "their loads alone predict. With groups of experts, a token's experts come from a few groups, which show as "
-     "squares along the diagonal."),
-    ("repeats", "Neighbours", "Share of a token's choices that the token before it in its document made too, by "
-     "layer."),
-    ("over_time", "Balance over training", "MaxVio of single training batches: (largest load − mean) / mean. In a "
-     "batch of few tokens, it is above 0 by chance."),
-    ("saturation", "When choices settled", "Share of the last checkpoint's choices that an earlier checkpoint made "
-     "already, on the same text."),
-    ("heads", "Multi-token heads and the trunk", "A head has experts of its own. It was trained beside the trunk, so "
-     "equal numbers do not mean equal experts."),
-    ("gate_entropy", "How evenly a token weighs its experts", "Entropies over their largest value: 1 is even, 0 is one "
-     "expert alone. The axis goes from 0 to 1."),
-    ("against", "Compared with another run", "Both runs read the same text. Each expert is matched with one of the "
-     "other run, by the tokens that they share."),
-    ("layers", "Layer by layer", "MaxVio is (largest load − mean) / mean. Entropies are divided by their maximum: 1 is "
-     "even. Shuffled: I(expert; domain) after the domains were shuffled among the documents."),
-    ("favourites", "All experts", "Search finds the experts that receive a token more often than chance. The table "
-     "sorts by each column."),
-)  # fmt: skip
 
 
 def render_page(numbers: dict[str, Any]) -> str:
@@ -92,7 +54,7 @@ def render_page(numbers: dict[str, Any]) -> str:
     script = "(() => {\n" + "\n".join((WEB / name).read_text(encoding="utf-8") for name in SCRIPTS) + "})();\n"
     return environment.get_template("page.html").render(
         title=f"Where tokens go: {numbers['run']}, step {numbers['step']}",
-        sections=[section for section in SECTIONS if _has(numbers, section[0])],
+        has=partial(_has, numbers),
         findings=findings(numbers),
         meanings=MEANINGS,
         style=Markup((WEB / "page.css").read_text(encoding="utf-8")),
