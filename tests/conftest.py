@@ -108,24 +108,9 @@ def rng():
 # Not a test module: it imports torch and has no doctests.
 collect_ignore = ["parity/parity_reference.py", "parity/chat_reference.py"]
 
-# Two processes share the test files, so the longest files run first.
-LONGEST = (
-    "test_notebooks",
-    "test_train",
-    "test_cli",
-    "test_speculative",
-    "test_drafters",
-    "test_mesh",
-    "test_loss",
-    "test_train_step",
-    "test_cache",
-    "test_exchange",
-    "test_hf",
-    "test_products",
-    "test_dispatch",
-    "test_generate",
-    "test_checkpoint",
-)
+# Processes share the test files, so the longest files run first: of CI, then of `make test`.
+LONGEST = """hostile_input mesh compiled model lora train lab cli accel loss auto_length low_precision_model decode_mesh
+optim train_step cache low_precision run_folder stats_report cluster warm_start speculative generate dispatch""".split()
 
 
 # Examples that compile a complete model run with the long tests.
@@ -144,6 +129,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.long)
 
     def position(item):
-        return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
+        name = item.path.stem.removeprefix("test_")
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
     items.sort(key=position)  # a stable sort: the other files keep their order

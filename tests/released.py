@@ -4,10 +4,11 @@ Every number of a folder comes from raw bits of a seeded generator, which NumPy 
 golden files of transformers' results are therefore valid for folders that any machine writes.
 """
 
+import json
 import math
 import zlib
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import jax
@@ -15,13 +16,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from models import QUICK, SMALL
+from models import QUICK
 from safetensors.numpy import save_file
 
 from dsv3_jax import hf
-from dsv3_jax.config import Balance, ModelConfig, Yarn
+from dsv3_jax.config import Balance, ModelConfig
 from dsv3_jax.decoding.generate import generate
-from dsv3_jax.hf.config_json import config_to_dict
 from dsv3_jax.hf.files import CONFIG, SINGLE, write_json
 from dsv3_jax.hf.table import entries
 from dsv3_jax.model.transformer import abstract
@@ -32,107 +32,27 @@ MTP_WEIGHT = 0.3
 GOLDEN = Path(__file__).parent / "golden"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
-    """A model of the grid and the dtype of its file."""
+    """A folder of the grid: its name and its config.json, as it is released."""
 
-    cfg: ModelConfig
-    file: str = "float32"
-    label: str = ""  # a row of LABELS: who released it. Empty: DeepSeek
+    name: str
+    config: dict
 
+    @cached_property
+    def cfg(self) -> ModelConfig:
+        return hf.config_from_dict(self.config)
 
-def _cell(file: str = "float32", **changes) -> Cell:
-    return Cell(replace(SMALL, **{"mtp_depth": 0, "balance": Balance(0.0, 0.0, 0.0), "init_std": 0.02} | changes), file)
-
-
-_YARN = Yarn(factor=8.0, original_max_positions=8, mscale=1.0, mscale_all_dim=0.7)
-_V2 = {"router": "softmax", "group_score": "max", "normalize_gates": False, "num_heads": 4}  # divides its width
-_WIDE = {"dim": 144, "dense_dim": 130, "expert_dim": 136, "kv_latent_dim": 131, "q_latent_dim": 17}  # partial blocks
-GRID = {
-    "groups": _cell(mtp_depth=1),
-    "no groups": _cell(num_groups=1, groups_per_token=1, num_dense_layers=0, num_shared_experts=2),
-    "YaRN beyond the original length": _cell(yarn=_YARN, max_positions=64, mtp_depth=1),
-    "no query compression": _cell(q_latent_dim=None, num_dense_layers=2),
-    "gates not normalised": _cell(normalize_gates=False, mtp_depth=2),
-    "half RoPE": _cell(rope_interleaved=False, num_dense_layers=0),
-    "odd sizes": _cell(dim=23, vocab_size=41, v_head_dim=7, nope_head_dim=3, num_experts=9, num_groups=3),
-    "tied embeddings": _cell(tie_embeddings=True, mtp_depth=1),
-    "bfloat16 file": _cell("bfloat16", mtp_depth=1),
-    "float16 file": _cell("float16"),
-    "FP8 file": _cell("fp8", mtp_depth=1, num_layers=2, **_WIDE),
-    "V2, groups": _cell(routed_scale=2.0, num_shared_experts=2, **_V2),
-    "V2-Lite, greedy": _cell(
-        num_groups=1, groups_per_token=1, q_latent_dim=None, routed_scale=1.0, num_shared_experts=2, max_positions=64,
-        yarn=Yarn(factor=8.0, original_max_positions=8, mscale=0.707, mscale_all_dim=0.707), **_V2,
-    ),
-}  # fmt: skip
+    @property
+    def file(self) -> str:
+        """The dtype of the weights' file."""
+        fp8 = self.config.get("quantization_config", {}).get("quant_method") == "fp8"
+        return "fp8" if fp8 else self.config.get("text_config", self.config)["torch_dtype"]
 
 
-_ONE = {"num_groups": 1, "groups_per_token": 1}
-_K2_YARN = Yarn(factor=8.0, original_max_positions=8, beta_fast=1.0, beta_slow=1.0)
-_INT4_GROUP = 4  # numbers of a weight with one scale
-INT4 = {
-    "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head", "re:.*self_attn.*"],
-    "config_groups": {"group_0": {"targets": ["Linear"], "input_activations": None, "weights": {
-        "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": _INT4_GROUP}}},
-}  # fmt: skip
-
-
-def _renamed(**names: str):
-    return lambda config: {names.get(key, key): value for key, value in config.items()}
-
-
-def _layer_types(config: dict) -> dict:
-    dense = config["first_k_dense_replace"]
-    kinds = ["dense"] * dense + ["sparse"] * (config["num_hidden_layers"] - dense)
-    return {k: v for k, v in config.items() if k != "first_k_dense_replace"} | {"mlp_layer_types": kinds}
-
-
-def _without_experts(config: dict) -> dict:
-    gone = "first_k_dense_replace n_routed_experts n_shared_experts num_experts_per_tok moe_intermediate_size n_group "
-    gone += "topk_group topk_method norm_topk_prob routed_scaling_factor scoring_func moe_layer_freq"
-    return {k: v for k, v in config.items() if k not in gone.split()}
-
-
-def _sarvam(config: dict) -> dict:
-    config = _renamed(n_routed_experts="num_experts", n_shared_experts="num_shared_experts")(config)
-    return config | {"rope_scaling": config["rope_scaling"] | {"type": "deepseek_yarn"}, "head_dim": 999}
-
-
-def _indexed(config: dict) -> dict:
-    return config | {"index_topk": LENGTH + 8, "index_head_dim": 8, "index_n_heads": 2}
-
-
-def _wrapped(config: dict) -> dict:
-    return {"model_type": "kimi_k25", "text_config": config | {"model_type": "kimi_k2"}, "vision_config": {"depth": 2}}
-
-
-# label: (model_type, change of DeepSeek's config.json, changes of the model, whether transformers knows the label)
-LABELS = {
-    "GLM-4.7-Flash": ("glm4_moe_lite", _layer_types, _ONE, True),
-    "Youtu": (
-        "youtu",
-        _without_experts,
-        {
-            "num_dense_layers": SMALL.num_layers, "tie_embeddings": True, "num_experts": 1, "experts_per_token": 1,
-            "expert_dim": 1, "num_shared_experts": 0, "routed_scale": 1.0, **_ONE,
-        },
-        True,
-    ),
-    "Sarvam": ("sarvam_mla", _sarvam, {"q_latent_dim": None, "yarn": _YARN, "max_positions": 64, **_ONE}, True),
-    "DeepSeek-V3.2": ("deepseek_v32", _indexed, {}, True),
-    "GLM-5": ("glm_moe_dsa", lambda config: _layer_types(_indexed(config)), _ONE, True),
-    "Kimi K2": ("kimi_k2", dict, {"yarn": _K2_YARN, "max_positions": 64, **_ONE}, False),
-    "Kimi K2-Thinking": (
-        "kimi_k2",
-        lambda config: config | {"quantization_config": INT4},
-        {"yarn": _K2_YARN, "max_positions": 64, "expert_dim": 12, **_ONE},
-        False,
-    ),
-    "Kimi K2.5": ("kimi_k25", _wrapped, _ONE, False),
-    "Moonlight": ("deepseek_v3", dict, {"q_latent_dim": None, "num_shared_experts": 2, **_ONE}, False),
-}  # fmt: skip
-GRID |= {label: replace(_cell(**changes), label=label) for label, (_, _, changes, _) in LABELS.items()}
+GRID = {name: Cell(name, config) for name, config in json.loads((GOLDEN / "folders.json").read_text()).items()}
+INT4 = GRID["Kimi K2-Thinking"].config["quantization_config"]
+_INT4_GROUP = INT4["config_groups"]["group_0"]["weights"]["group_size"]  # numbers of a weight with one scale
 
 
 def noise(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -208,7 +128,7 @@ def without_int4(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 @cache
 def stored(cell: Cell) -> dict[str, np.ndarray]:
     """Make the tensors of a cell's file in its dtype, by DeepSeek's names."""
-    if cell.label == "Kimi K2-Thinking":
+    if cell.name == "Kimi K2-Thinking":
         arrays = {}
         for name, value in tensors(cell.cfg).items():
             routed = ".experts." in name
@@ -230,7 +150,7 @@ def stored(cell: Cell) -> dict[str, np.ndarray]:
 def as_labelled(cell: Cell) -> dict[str, np.ndarray]:
     """The tensors of a cell's file as its label releases them: with other names, and tensors that are not read."""
     arrays, cfg = dict(stored(cell)), cell.cfg
-    if cell.label in ("DeepSeek-V3.2", "GLM-5"):
+    if cell.name in ("DeepSeek-V3.2", "GLM-5"):
         shapes = {
             "wq_b.weight": (2 * 8, cfg.q_latent_dim), "wk.weight": (8, cfg.dim), "k_norm.weight": (8,),
             "k_norm.bias": (8,), "weights_proj.weight": (2, cfg.dim),
@@ -239,11 +159,11 @@ def as_labelled(cell: Cell) -> dict[str, np.ndarray]:
             for layer in range(cfg.num_layers):
                 full = f"model.layers.{layer}.self_attn.indexer.{name}"
                 arrays[full] = noise(full, shape).astype(np.float32)
-    if cell.label == "Moonlight":
+    if cell.name == "Moonlight":
         inv_freq = (1 / cfg.rope_theta ** (np.arange(0, cfg.rope_head_dim, 2) / cfg.rope_head_dim)).astype(np.float32)
         layers = range(cfg.num_layers)
         arrays |= {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": inv_freq.copy() for layer in layers}
-    if cell.label == "Kimi K2.5":
+    if cell.name == "Kimi K2.5":
         arrays = {f"language_model.{name}": value for name, value in arrays.items()}
         arrays["vision_tower.patch.weight"] = arrays["mm_projector.weight"] = np.ones((2, 2), np.float32)
     return arrays
@@ -252,13 +172,7 @@ def as_labelled(cell: Cell) -> dict[str, np.ndarray]:
 def write_folder(folder: Path, cell: Cell) -> Path:
     """Write a cell's folder: config.json and one safetensors file."""
     folder.mkdir(parents=True)
-    fp8 = cell.file == "fp8"
-    config = config_to_dict(cell.cfg, fp8=fp8, dtype="bfloat16" if fp8 else cell.file)
-    if cell.label:
-        label, change = LABELS[cell.label][:2]
-        config = change(config | {"model_type": label})
-        del config["architectures" if "architectures" in config else "vision_config"]
-    write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, cell.config)
     save_file(as_labelled(cell), folder / SINGLE, metadata={"format": "pt"})
     return folder
 

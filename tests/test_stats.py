@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from models import DENSE, forward, random_model
+from models import DENSE, random_model
 from runs import MODEL
 
 from dsv3_jax.data.tokenizer import ByteTokenizer
@@ -58,35 +58,38 @@ class Seen(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=["deepseek", pytest.param("meta", marks=pytest.mark.rare)])
-def counted(request) -> tuple[Transformer, RoutingStats, list[Seen]]:
+def counted(request) -> tuple[Transformer, RoutingStats, list[Seen], list[np.ndarray]]:
+    """A model, its statistics, what it chose for each token, and log p of each batch."""
     model = random_model(replace(MODEL, **CHANGES[request.param]), seed=2, execution=DENSE)
     empty = BATCHES[0] | {"segment_ids": np.zeros((B, T), np.int32)}
-    return model, collect(model, [BATCHES[0], empty, BATCHES[1]], TOKENIZER, DOMAINS), list(choices(model))
-
-
-def choices(model):
+    stats = collect(model, [BATCHES[0], empty, BATCHES[1]], TOKENIZER, DOMAINS)
     graphdef, state = nnx.split(model)
 
     @jax.jit
     def run(state, inputs):
-        out = nnx.merge(graphdef, state).forward_hidden(*inputs, watch=("scores",))
-        return [*out.routing.scores, *(head.scores for head in out.mtp_routing)]
+        model = nnx.merge(graphdef, state)
+        out = model.forward_hidden(*inputs, watch=("scores",))
+        trunk = zip(out.routing.expert_ids, out.routing.gates, out.routing.scores, strict=True)
+        heads = [(head.expert_ids, head.gates, head.scores) for head in out.mtp_routing]
+        return [*trunk, *heads], jax.nn.log_softmax(out.h @ model.head_matrix())
 
+    outputs = [run(state, [batch[key] for key in ("tokens", "segment_ids", "positions")]) for batch in BATCHES]
+    layers, log_p = zip(*jax.tree.map(np.asarray, outputs), strict=True)
+    return model, stats, list(choices(model, layers)), list(log_p)
+
+
+def choices(model, layers_of_batches):
     biases = np.asarray(decisions.biases(model))
-    for batch in BATCHES:
-        inputs = [batch[key] for key in ("tokens", "segment_ids", "positions")]
-        out, scores = forward(model, *inputs), jax.tree.map(np.asarray, run(state, inputs))
-        layers = [*zip(out.routing.expert_ids, out.routing.gates, strict=True)]
-        layers += [(r.expert_ids, r.gates) for r in out.mtp_routing]
-        for layer, (ids, gates) in enumerate(layers):
+    for batch, layers in zip(BATCHES, layers_of_batches, strict=True):
+        for layer, (ids, gates, scores) in enumerate(layers):
             for b, t in np.ndindex(B, ids.shape[1]):
                 segment, read = batch["segment_ids"][b], t + (T - ids.shape[1])
                 if segment[t] and (model.cfg.mtp_kind == "meta" or segment[read] == segment[t]):
-                    yield Seen(batch, b, t, layer, ids[b, t], gates[b, t], scores[layer][b, t], biases[layer])
+                    yield Seen(batch, b, t, layer, ids[b, t], gates[b, t], scores[b, t], biases[layer])
 
 
 def test_counts_equal_slow_loops(counted):
-    model, stats, seen_tokens = counted
+    model, stats, seen_tokens, _ = counted
     shape = (7, len(stats.layers), E)
     load, coactivation = np.zeros(shape, int), np.zeros((*shape[1:], E), int)
     entropies, pairs = np.zeros((2, *shape[:2])), {}
@@ -128,7 +131,7 @@ def slow_choice(choice: np.ndarray, count: int) -> list[int]:
 
 def test_bias_and_margins_equal_slow_loops(counted):
     """The bias's work is the difference to a choice by the scores alone; margins are over the best expert left out."""
-    model, stats, seen_tokens = counted
+    model, stats, seen_tokens, _ = counted
     changed, without = np.zeros(len(stats.layers), int), np.zeros((len(stats.layers), E), int)
     margins, sums = [[] for _ in stats.layers], {}
     for batch, b, t, layer, ids, gates, scores, bias in seen_tokens:
@@ -154,13 +157,11 @@ def test_bias_and_margins_equal_slow_loops(counted):
 
 
 def test_rows_are_the_tokens_in_the_order_of_reading(counted):
-    model, stats, seen_tokens = counted
+    _, stats, seen_tokens, log_probabilities = counted
     rows, at = stats.rows, 0
     taken = np.zeros(len(stats.layers), int)
     expected = [[(one.ids, one.gates) for one in seen_tokens if one.layer == i] for i in range(len(stats.layers))]
-    for batch in BATCHES:
-        out = forward(model, batch["tokens"], batch["segment_ids"], batch["positions"])
-        log_p = np.asarray(jax.nn.log_softmax(out.logits))
+    for batch, log_p in zip(BATCHES, log_probabilities, strict=True):
         for b, t in zip(*np.nonzero(batch["segment_ids"]), strict=True):
             of_batch = [batch[key][b, t] for key in ("tokens", "positions", "documents", "domains")]
             assert [rows.token[at], rows.position[at], rows.document[at], rows.domain[at]] == of_batch
@@ -178,7 +179,7 @@ def test_rows_are_the_tokens_in_the_order_of_reading(counted):
 
 
 def test_contexts_are_the_largest_gates_of_different_tokens_and_documents(counted):
-    _, stats, seen_tokens = counted
+    _, stats, seen_tokens, _ = counted
     seen: dict = {}  # (layer, expert) → [(gate, order, token, document, window)]
     for order, (batch, b, t, layer, ids, gates, *_) in enumerate(seen_tokens):
         tokens, segment = batch["tokens"][b], batch["segment_ids"][b]

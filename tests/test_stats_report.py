@@ -186,7 +186,7 @@ def test_checkpoints_and_load_over_time_agree_with_rows_and_metrics(run, reporte
     np.testing.assert_allclose(moved, MODEL.balance.bias_rate * np.sign(mean - log.load), atol=1e-6)
 
 
-@pytest.mark.long
+@pytest.mark.rare
 def test_a_run_with_other_experts_is_compared_and_not_matched(run, tmp_path):
     data = run.run.data
     small = replace(MODEL, num_layers=1, mtp_depth=0, num_experts=4, num_groups=1, groups_per_token=1)

@@ -19,7 +19,6 @@ import transformers
 from released import (
     GOLDEN,
     GRID,
-    LABELS,
     MTP_WEIGHT,
     NEW,
     Cell,
@@ -50,8 +49,7 @@ torch.set_num_threads(1)
 def plain_folder(folder: Path, cell: Cell) -> Path:
     """Write a cell's folder for transformers: dequantized, since it reads neither FP8 nor 4 bits on CPU, and labelled
     DeepSeek-V3 where it does not know the label."""
-    unknown = cell.label and not LABELS[cell.label][3]
-    if cell.file != "fp8" and not unknown:
+    if cell.file != "fp8" and not cell.name.startswith(("Kimi", "Moonlight")):
         return write_folder(folder, cell)
     arrays = without_int4(stored(cell))
     plain = {
