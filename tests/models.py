@@ -9,10 +9,10 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax.config import Balance, Execution, ModelConfig
+from dsv3_jax.decoding.decode_config import DecodeConfig
 from dsv3_jax.decoding.generate import Job, Programs
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer, abstract
-from dsv3_jax.ops.sampling import GREEDY
 
 # No two sizes are alike, so that no axis can pass for another.
 SMALL = ModelConfig(
@@ -88,7 +88,7 @@ def decode_program(model, draft=None, lengths=(0,), batch=2, width=32, new=16, c
     tokens, rows, stops = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, width), (batch,), (1,)))
     draft = "model" if len(models) > 1 else draft
     leaves, tree = jax.tree.flatten(
-        Job(with_weights, stops, draft, lengths, GREEDY, new, capacity, "latent", jnp.dtype(dtype))
+        Job(with_weights, stops, draft, lengths, DecodeConfig(new, cache="latent", cache_dtype=dtype), capacity)
     )
     made = Programs(tree, lengths)
     return made, leaves, jax.eval_shape(made.prefill, leaves, tokens, rows, jax.ShapeDtypeStruct((), jnp.uint32))

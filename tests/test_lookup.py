@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from models import DENSE, LIGHT, random_model, tokens_of
 
-from dsv3_jax.decoding.drafters import LONGEST_MATCH, LookupDrafter, Unread
+from dsv3_jax.decoding.drafters import Unread, make_drafter
 from dsv3_jax.decoding.generate import generate
+from dsv3_jax.model.transformer import abstract
+from dsv3_jax.ops.look_up import LONGEST_MATCH
 from dsv3_jax.ops.sampling import GREEDY
 
 pytestmark = pytest.mark.usefixtures("light_compiles")
@@ -37,7 +39,8 @@ def test_drafts_are_those_of_a_search_by_hand(rng):
     text[1] = np.tile([4, 5, 6, 7], slots // 4)  # a period
     text[2] = np.tile(np.arange(LONGEST_MATCH + 3), 9)[:slots]  # runs beyond the longest match
     keys = jax.random.split(jax.random.key(0), (count, 9))
-    draft = jax.jit(lambda unread: LookupDrafter().draft(None, unread, keys, GREEDY)[0])
+    drafter = make_drafter("lookup", abstract(LIGHT), None)
+    draft = jax.jit(lambda unread: drafter.draft(None, unread, keys, GREEDY)[0])
     newest = np.array([1, 2, 16, 5, 1, 9, 16, 3, 12], np.int32)
     while newest.max() < slots - 2 * count:
         so_far = np.where(np.arange(slots)[None] <= newest[:, None], text, rng.integers(3, size=text.shape))

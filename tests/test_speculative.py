@@ -267,7 +267,7 @@ def test_drafts_that_do_not_fit_are_refused():
     assert check(model, None, 0) == check(model, None, 7) == 0
     assert check(model, model, 8) == check(heads, "mtp", 8) == 8  # up to the last position
     other, short = abstract(replace(LIGHT, vocab_size=38)), abstract(replace(LIGHT, max_positions=124))
-    long = "max_new_tokens=100 and draft_length={0} of up to {0} tokens does not fit: .* 20, and max_positions={1}"
+    long = "max_new_tokens=100 with {0} drafts a step does not fit: .* 20, and max_positions={1}"
     wrong = [
         (model, other, 1, "vocab_size=38 of the draft model is not the model's 37"),
         (model, "mtp", 1, "draft='mtp' needs multi-token heads, and the model's mtp_depth is 0"),

@@ -4,8 +4,8 @@
     E(J)  1 + A_1 + … + A_J, tokens of a step
     t(J)  seconds of a step, the median of its last parts; until J has run, those of the next shorter length
 
-The largest E(J) / t(J) is chosen. What was accepted and timed is forgotten slowly, so that a length that lost is tried
-again. The longer a length has run, the longer are its parts.
+The largest E(J) / t(J) is chosen. Now and then what the others have shown is forgotten, so that they are tried again:
+after twice as many tokens each time that this changes nothing.
 
 The choice depends on past parts alone, so sampled text keeps its distribution. With a drafter that samples, a seed's
 text depends on the choices, and these on the clock.
@@ -21,11 +21,10 @@ import numpy as np
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.mtp import HEADS
 
-SHORTEST, LONGEST = 8, 512  # tokens of a part
-HALF_LIFE = 1024  # tokens after which a part weighs half
-LEAST = 1  # tokens of a length, so weighed, whose time is forgotten
-FIRST = 64.0  # tokens of a text's first part, at most
-OTHER_TEXTS = 16  # tried drafts that earlier requests weigh, at most
+TRIAL = 8  # tokens of a length's first part; a chosen length's parts grow
+LONGEST_PLAIN, LONGEST_DRAFTED = 512, 128  # tokens of a part: accepted drafts may become fewer
+HALF_LIFE = 128  # tried drafts after which an earlier one weighs half
+SOONEST, LATEST = 512, 4096  # tokens after which other lengths are tried again
 
 
 def draft_lengths(draft: Any, cfg: ModelConfig) -> tuple[int, ...]:
@@ -36,13 +35,11 @@ def draft_lengths(draft: Any, cfg: ModelConfig) -> tuple[int, ...]:
         >>> draft_lengths("mtp", preset("tiny")), draft_lengths("lookup", preset("tiny"))
         ((0, 1, 2, 4), (0, 1, 2, 4, 8))
     """
-    if draft == "lookup":
-        return 0, 1, 2, 4, 8
-    if draft != "mtp":
-        return 0, 1, 2, 4
-    least = cfg.mtp_depth if HEADS[cfg.mtp_kind].remembers else 1  # such a head must read every position
-    most = 4 if cfg.head_kind.reads_tokens else cfg.mtp_depth
-    return tuple(sorted({0, least, *(n for n in (1, 2, 4) if least <= n <= most)}))
+    least, most = 1, 8 if draft == "lookup" else 4
+    if draft == "mtp":
+        least = cfg.mtp_depth if HEADS[cfg.mtp_kind].remembers else 1  # such a head must read every position
+        most = 4 if cfg.head_kind.reads_tokens else cfg.mtp_depth
+    return tuple(sorted({0, least, *(n for n in (1, 2, 4, 8) if least <= n <= most)}))
 
 
 class LengthChoice:
@@ -52,20 +49,20 @@ class LengthChoice:
         >>> choice = LengthChoice((0, 1, 2))
         >>> choice.next()  # drafts a step, tokens
         (1, 8)
-        >>> choice.add(1, steps=4, rows=4, accepted=[4], seconds=0.6)
+        >>> choice.add(1, steps=4, tried=4, accepted=[4], seconds=0.6)
         >>> choice.next()
         (0, 8)
-        >>> choice.add(0, steps=8, rows=8, accepted=[], seconds=0.8)
+        >>> choice.add(0, steps=8, tried=8, accepted=[], seconds=0.8)
         >>> choice.next()
         (2, 8)
     """
 
     def __init__(self, lengths: Sequence[int]):
-        self.lengths = lengths
+        self.lengths, self.best = lengths, 0
+        self.start: dict[int, float] = {}  # seconds of a part without steps
         self.seconds = {length: deque[float](maxlen=5) for length in lengths}  # of a step
-        self.start = dict.fromkeys(lengths, 0.0)  # seconds of a part of one step
         self.accepted, self.tried = np.zeros((2, lengths[-1]))
-        self.tokens = dict.fromkeys(lengths, 0.0)
+        self.part, self.known, self.patience = TRIAL, 0.0, SOONEST
 
     def next(self) -> tuple[int, int]:
         """(Drafts a step, tokens) of the next part."""
@@ -76,36 +73,27 @@ class LengthChoice:
             worth[length] = expected[length] / max(cost, 1e-9)
             if length and not self.seconds[length]:
                 break
-        best = max(worth, key=worth.__getitem__)
-        for length in (0, self.lengths[1]):
-            if not self.seconds[length]:
-                best = length
-        return best, int(np.clip(self.tokens[best], SHORTEST, LONGEST))
+        untried = [length for length in (self.lengths[1], 0) if not self.seconds[length]]
+        best = untried[0] if untried else max(worth, key=worth.__getitem__)
+        if not self.seconds[best]:
+            return best, TRIAL
+        if best != self.best:
+            self.best, self.part, self.patience = best, TRIAL, SOONEST
+        self.part = min(2 * self.part, LONGEST_DRAFTED if best else LONGEST_PLAIN)
+        return best, self.part
 
-    def add(self, length: int, steps: int, rows: int, accepted: np.ndarray | Sequence[int], seconds: float) -> None:
-        """Remember a part of at least one step.
+    def add(self, length: int, steps: int, tried: int, accepted: np.ndarray | Sequence[int], seconds: float) -> None:
+        """Remember a part.
 
-        Args: rows: steps of sequences that were not done. accepted: drafts, by position.
+        Args: tried, accepted: how many of the first drafts were tried, and by position how many were accepted.
         """
-        tokens = steps * (1 + sum(accepted) / max(rows, 1))
-        fade = 0.5 ** (tokens / HALF_LIFE)
-        self.accepted *= fade
-        self.tried *= fade
-        for other in self.lengths:
-            self.tokens[other] *= fade
-            if self.tokens[other] < LEAST:  # it was too long ago: the machine may have been slow
+        self.seconds[length].append(max(seconds - self.start.get(length, 0.0), seconds / 2) / steps)
+        fade = 0.5 ** (tried / HALF_LIFE)
+        self.accepted[:length] = self.accepted[:length] * fade + accepted[:length]
+        self.tried[:length] = self.tried[:length] * fade + tried
+        self.known += steps * (1 + sum(accepted) / max(tried, 1))
+        if self.known > self.patience:
+            self.known, self.patience = 0.0, min(2 * self.patience, LATEST)
+            self.accepted[self.best :], self.tried[self.best :] = 0, 0
+            for other in set(self.lengths) - {self.best}:
                 self.seconds[other].clear()
-        # A part's start and its first step, with cold caches, take the host as long as some steps of a small model.
-        start = self.start[length]
-        own = (seconds - start) / max(steps - (start > 0), 1)
-        self.seconds[length].append(max(own, seconds / steps / 2))
-        self.accepted[:length] += accepted[:length]
-        self.tried[:length] += rows
-        self.tokens[length] += tokens
-
-    def begin_text(self) -> None:
-        """Let the texts before weigh little in the next, whose first parts are short."""
-        factor = min(1.0, OTHER_TEXTS / max(*self.tried, 1.0))
-        self.accepted *= factor
-        self.tried *= factor
-        self.tokens = {length: min(tokens, FIRST) for length, tokens in self.tokens.items()}

@@ -50,9 +50,9 @@ class DecodeConfig:
             (_is_int(self.pad_prompts_to, 0), "pad_prompts_to", self.pad_prompts_to, "an int of 0 or above"),
             (_is_int(self.seed, 0) and self.seed < 1 << 32, "seed", self.seed, "an int within [0, 2**32)"),
             (isinstance(self.sampling, Sampling), "sampling", self.sampling, "a Sampling"),
-            (_is_float(temperature) and temperature >= 0, "temperature", temperature, "a float of 0 or above"),
+            (_is_number(temperature) and temperature >= 0, "temperature", temperature, "a float of 0 or above"),
             (top_k is None or _is_int(top_k, 1), "top_k", top_k, "an int of 1 or above"),
-            (top_p is None or (_is_float(top_p) and 0 < top_p <= 1), "top_p", top_p, "a float within (0, 1]"),
+            (top_p is None or (_is_number(top_p) and 0 < top_p <= 1), "top_p", top_p, "a float within (0, 1]"),
             (self.cache in (None, *kinds), "cache", self.cache, f"one of {', '.join(kinds)}"),
             (drafts, "draft", self.draft, "None, 'mtp', 'lookup' or a Transformer"),
             (_is_list(self.stop_tokens), "stop_tokens", self.stop_tokens, "a list of token ids"),
@@ -76,10 +76,21 @@ class DecodeConfig:
 
         Raises: ValueError, one sentence with the offending value.
         """
-        _check_tokens(cfg, prompts, self.stop_tokens)
-        depth, other = cfg.mtp_depth, getattr(self.draft, "cfg", cfg)
-        if other.vocab_size != cfg.vocab_size:
-            raise ValueError(f"vocab_size={other.vocab_size} of the draft model is not the model's {cfg.vocab_size}")
+        size, depth, other = cfg.vocab_size, cfg.mtp_depth, getattr(self.draft, "cfg", cfg)
+        if not _is_list(prompts) or not len(prompts):
+            raise ValueError(f"prompts={prompts!r} is not a list of prompts; write one prompt as [[1, 2, 3]]")
+        for i, tokens in enumerate((*prompts, self.stop_tokens)):
+            name = f"prompt {i}" if i < len(prompts) else "stop_tokens"
+            if not _is_list(tokens):
+                raise ValueError(f"{name}={tokens!r} is not a list of token ids; encode text with a tokenizer first")
+            if not len(tokens) and i < len(prompts):
+                raise ValueError(f"{name} is empty; give at least one token")
+            for token in tokens:
+                whole = isinstance(token, int | np.integer) and not isinstance(token, bool)
+                if not whole or not 0 <= token < size:
+                    raise ValueError(f"{name} holds token {token!r}, which is no id of a vocabulary of {size}")
+        if other.vocab_size != size:
+            raise ValueError(f"vocab_size={other.vocab_size} of the draft model is not the model's {size}")
         if self.draft == "mtp" and not depth:
             raise ValueError("draft='mtp' needs multi-token heads, and the model's mtp_depth is 0")
         as_long = cfg.head_kind.reads_tokens or self.draft_length in ("auto", *range(depth + 1))
@@ -87,12 +98,11 @@ class DecodeConfig:
             raise ValueError(
                 f"draft_length={self.draft_length} is more than mtp_depth={depth}: a {cfg.mtp_kind} head drafts one"
             )
-        reach = min(cfg.max_positions, other.max_positions)
-        longest, drafts = max(map(len, prompts)), self.num_drafts
-        if longest + self.max_new_tokens + drafts > reach:
-            more = f" and draft_length={self.draft_length!r} of up to {drafts} tokens" if drafts else ""
+        reach, longest = min(cfg.max_positions, other.max_positions), max(map(len, prompts))
+        if longest + self.max_new_tokens + self.num_drafts > reach:
+            drafts = f" with {self.num_drafts} drafts a step" if self.num_drafts else ""
             raise ValueError(
-                f"max_new_tokens={self.max_new_tokens}{more} does not fit: the longest prompt has {longest}, and "
+                f"max_new_tokens={self.max_new_tokens}{drafts} does not fit: the longest prompt has {longest}, and "
                 f"max_positions={reach}"
             )
 
@@ -114,7 +124,7 @@ class Generated:
     decode_seconds: float = 0.0  # likewise
     cache_bytes: int = 0  # of all slots, free ones too
     cache_bytes_per_token: int = 0
-    steps_by_length: dict[int, int] = field(default_factory=dict)  # draft_length="auto": steps by verified drafts
+    steps_by_length: dict[int, int] = field(default_factory=dict)  # steps by their number of drafts
 
     @property
     def mean_accepted(self) -> float:
@@ -127,26 +137,12 @@ class Generated:
         return sum(len(row) - 1 for row in self.tokens) / max(self.decode_seconds, 1e-9)
 
 
-def _check_tokens(cfg: ModelConfig, prompts: Sequence[Sequence[int]], stop_tokens: Sequence[int]) -> None:
-    if not _is_list(prompts) or not len(prompts):
-        raise ValueError(f"prompts={prompts!r} is not a list of prompts; write one prompt as [[1, 2, 3]]")
-    for i, tokens in enumerate((*prompts, stop_tokens)):
-        name = f"prompt {i}" if i < len(prompts) else "stop_tokens"
-        if not _is_list(tokens):
-            raise ValueError(f"{name}={tokens!r} is not a list of token ids; encode text with a tokenizer first")
-        if not len(tokens) and i < len(prompts):
-            raise ValueError(f"{name} is empty; give at least one token")
-        for token in tokens:
-            if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < cfg.vocab_size:
-                raise ValueError(f"{name} holds token {token!r}, which is no id of a vocabulary of {cfg.vocab_size}")
-
-
 def _is_int(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _is_float(value: Any) -> bool:
-    return isinstance(value, float) or _is_int(value, 0)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_list(value: Any) -> bool:

@@ -1,14 +1,15 @@
 """Drafters: an independent small model, the model's own multi-token heads, or the text itself.
 
-A drafter has three methods. `start` makes its state after a prompt. `draft` first reads what the last step accepted
-(`Unread`), then drafts a token with each of the keys [J, B]. `read` only reads: what plain steps have left. Its state
-is in caches like the model's. Rows that it wrote for drafts are beyond the cache's lengths and will be overwritten, so
-nothing is copied or undone.
+`start` makes a drafter's state after a prompt. `draft` first reads what the last step accepted (`Unread`), then drafts
+a token with each of the keys [J, B]. `read` only reads: what plain steps have left. The state is in caches like the
+model's. Rows that were written for drafts are beyond the cache's lengths and will be overwritten, so nothing is copied
+or undone.
 
 Letters: B sequences, J drafts a step, F = J + 1, D width, W vocabulary, M heads. t_m is the newest token; the trunk's
 hidden states are known up to position m − 1.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,15 +17,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import CacheKind
-from dsv3_jax.mesh.sharding import constrain, shard_map_over_batch
+from dsv3_jax.mesh.logits import draw
 from dsv3_jax.model.cache import Cache, pick_kind
 from dsv3_jax.model.context import DECODING, from_zero, make_context
 from dsv3_jax.model.mtp import unshard_head
 from dsv3_jax.model.transformer import DecodeWeights, Transformer
-from dsv3_jax.ops.sampling import GREEDY, Sampling, processed_logits, sample
-from dsv3_jax.ops.verify_drafts import probabilities
+from dsv3_jax.ops.look_up import look_up
+from dsv3_jax.ops.sampling import GREEDY, Sampling
+from dsv3_jax.ops.verify_drafts import Drafts
 
-LONGEST_MATCH = 8  # tokens that prompt look-up compares
 READ = 32  # positions that a drafter reads at once if it has left out many
 
 
@@ -35,13 +36,6 @@ class Unread(NamedTuple):
     text: Array  # int32 [B, S]: the complete text; beyond its newest token the numbers are arbitrary
     num_valid: Array  # int32 [B]: how many positions, at most F; the newest token is at start + num_valid
     start: Array  # int32 [B]
-
-
-class Drafts(NamedTuple):
-    """J drafts a sequence, and the distributions they were drawn from: None at temperature 0, or if each is certain."""
-
-    tokens: Int[Array, "B J"]
-    q: Float[Array, "B J W"] | None
 
 
 class Prompt(NamedTuple):
@@ -55,11 +49,35 @@ class Prompt(NamedTuple):
     dtype: Any
 
 
-class ModelDrafter:
-    """An independent model with the target's vocabulary."""
+class Drafter:
+    """The protocol of a drafter."""
 
     def __init__(self, model: Transformer, weights: DecodeWeights | None):
         self.model, self.weights = model, weights
+        self.heads = [unshard_head(head, model.unshard) for head in model.mtp]
+
+    def start(self, prompt: Prompt) -> Any:
+        """The state after a prompt; None if there is none."""
+
+    def draft(self, state: Any, unread: Unread, keys: Array, sampling: Sampling) -> tuple[Drafts, Any]:
+        """Read, then draft. Returns: (drafts, the new state)."""
+        raise NotImplementedError
+
+    def read(self, state: Any, unread: Unread) -> Any:
+        """Draft what nobody uses. Returns: the new state."""
+        keys = jax.random.split(jax.random.key(0), (max(len(self.heads), 1), unread.start.size))
+        return self.draft(state, unread, keys, GREEDY)[1]
+
+    def _continue(self, head: int, tokens: Array, h: Array, cache: Cache) -> tuple[Array, Cache]:
+        """Run a head over positions that follow what its cache holds."""
+        count = tokens.shape[1]
+        ctx = make_context(self.model.cfg, cache.positions(count), tokens=tokens, cache=cache, options=DECODING)
+        h, ctx, _ = self.heads[head](h, ctx, self.model.embedding(tokens))
+        return h, ctx.cache.at_lengths(cache.lengths + count)
+
+
+class ModelDrafter(Drafter):
+    """An independent model with the target's vocabulary."""
 
     def start(self, prompt: Prompt) -> Any:
         cfg, batch = self.model.cfg, prompt.tokens.shape[0]
@@ -77,18 +95,18 @@ class ModelDrafter:
         first = unread.start + unread.num_valid - 1
         x, cache = self.model.run_layers(window(unread.text, first, 2), state.at_lengths(first), self.weights)
 
-        def draw(h: Array, key: Array) -> Drafts:
-            return _draw(self.model.logits(self.model.norm(h)), key, sampling)
+        def drawn(h: Array, key: Array) -> Drafts:
+            return draw(self.model.logits(self.model.norm(h)), key, sampling)
 
         def step(carry: tuple[Cache, Array], key: Array) -> tuple[tuple[Cache, Array], Drafts]:
             cache, token = carry
             x, cache = self.model.run_layers(token[:, None], cache, self.weights)
-            drawn = draw(x[:, 0], key)
-            return (cache.at_lengths(cache.lengths + 1), drawn.tokens), drawn
+            one = drawn(x[:, 0], key)
+            return (cache.at_lengths(cache.lengths + 1), one.tokens), one
 
-        one = draw(x[:, 1], keys[0])
-        carry, rest = _repeat(step, (cache.at_lengths(first + 2), one.tokens), keys[1:])
-        return _concat_drafts([one], rest), carry[0]
+        one = drawn(x[:, 1], keys[0])
+        (cache, _), drafts = _draw_more([one], step, (cache.at_lengths(first + 2), one.tokens), keys[1:])
+        return drafts, cache
 
 
 class _ChainState(NamedTuple):
@@ -98,18 +116,7 @@ class _ChainState(NamedTuple):
     last: Array  # [B, D]
 
 
-class _Heads:
-    """The model's own heads."""
-
-    def __init__(self, model: Transformer, weights: DecodeWeights | None):
-        self.model, self.heads = model, [unshard_head(head, model.unshard) for head in model.mtp]
-
-    def read(self: Any, state: Any, unread: Unread) -> Any:
-        keys = jax.random.split(jax.random.key(0), (len(self.heads), unread.start.size))  # of drafts that nobody uses
-        return self.draft(state, unread, keys, GREEDY)[1]
-
-
-class ChainDrafter(_Heads):
+class ChainDrafter(Drafter):
     """Heads that read the token before: DeepSeek's modules, one a draft, and then the last of them again and again.
 
     Head k at position i reads its predecessor's output at i and token i + k, and drafts token i + k + 1. All tokens up
@@ -128,9 +135,7 @@ class ChainDrafter(_Heads):
             states.append(_ChainState(_head_cache(self.model, prompt, ctx.rows, read), _pick(h, read - 1)))
         return tuple(states)
 
-    def draft(
-        self, state: tuple[_ChainState, ...], unread: Unread, keys: Array, sampling: Sampling
-    ) -> tuple[Drafts, tuple[_ChainState, ...]]:
+    def draft(self, state: Any, unread: Unread, keys: Array, sampling: Sampling) -> tuple[Drafts, Any]:
         h, text, count, start = unread
         assert h is not None
         trained, rows = min(keys.shape[0], len(self.heads)), jnp.arange(start.size, dtype=jnp.int32)
@@ -145,7 +150,7 @@ class ChainDrafter(_Heads):
             out, cache = self._continue(k - 1, read, window(h, skipped, width), cache)
             out = window(out, -skipped, width)
             end = _pick(out, count + k - 2)  # at position m − 1
-            drawn.append(_draw(self.model.logits(end), keys[k - 1], sampling))
+            drawn.append(draw(self.model.logits(end), keys[k - 1], sampling))
             states[k - 1] = _ChainState(cache, jnp.where(count[:, None] > 0, _pick(out, count - 1), head.last))
             h = jnp.concatenate([head.last[:, None], out], axis=1)
             tokens = tokens.at[rows, count + k - 1].set(drawn[-1].tokens)
@@ -154,49 +159,33 @@ class ChainDrafter(_Heads):
             # The last head reads its own output instead of a predecessor's, one position on.
             cache, h, token = carry
             h, cache = self._continue(-1, token[:, None], h, cache)
-            one = _draw(self.model.logits(h[:, 0]), key, sampling)
+            one = draw(self.model.logits(h[:, 0]), key, sampling)
             return (cache, h, one.tokens), one
 
         carry = states[trained - 1].cache.at_lengths(start + count), end[:, None], drawn[-1].tokens
-        carry, rest = _repeat(beyond, carry, keys[trained:])
-        states[trained - 1] = states[trained - 1]._replace(cache=carry[0])
-        return _concat_drafts(drawn, rest), tuple(states)
-
-    def _continue(self, head: int, tokens: Array, h: Array, cache: Cache) -> tuple[Array, Cache]:
-        count = tokens.shape[1]
-        ctx = make_context(self.model.cfg, cache.positions(count), tokens=tokens, cache=cache, options=DECODING)
-        h, ctx, _ = self.heads[head](h, ctx, self.model.embedding(tokens))
-        return h, ctx.cache.at_lengths(cache.lengths + count)
+        (cache, *_), drafts = _draw_more(drawn, beyond, carry, keys[trained:])
+        states[trained - 1] = states[trained - 1]._replace(cache=cache)
+        return drafts, tuple(states)
 
 
-class ParallelDrafter(_Heads):
+class ParallelDrafter(Drafter):
     """Heads that read the trunk's output alone, one draft each."""
 
-    def start(self, prompt: Prompt) -> tuple[Cache | None, ...]:
+    def start(self, prompt: Prompt) -> tuple[Cache, ...]:
         ctx = make_context(self.model.cfg, from_zero(*prompt.tokens.shape), tokens=prompt.tokens, options=DECODING)
         h, read = self.model.read_by_heads(prompt.x), prompt.lengths - 1  # the first step reads the last position
-        return tuple(
-            _head_cache(self.model, prompt, head(h, ctx)[1].rows, read) if head.remembers else None
-            for head in self.heads
-        )
+        return tuple(_head_cache(self.model, prompt, head(h, ctx)[1].rows, read) for head in self.heads)
 
-    def draft(
-        self, state: tuple[Cache | None, ...], unread: Unread, keys: Array, sampling: Sampling
-    ) -> tuple[Drafts, tuple[Cache | None, ...]]:
+    def draft(self, state: Any, unread: Unread, keys: Array, sampling: Sampling) -> tuple[Drafts, Any]:
         assert unread.h is not None
-        caches, drawn, width = list(state), list[Drafts](), unread.h.shape[1]
-        tokens = window(unread.text, unread.start, width)
-        positions = unread.start[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
-        for k, head in enumerate(self.heads[: keys.shape[0]]):
-            cache = None if (cache := state[k]) is None else cache.at_lengths(unread.start)
-            ctx = make_context(self.model.cfg, positions, tokens=tokens, cache=cache, options=DECODING)
-            h, ctx, _ = head(unread.h, ctx)
-            caches[k] = ctx.cache
-            drawn.append(_draw(self.model.logits(_pick(h, unread.num_valid - 1)), keys[k], sampling))
-        return _concat_drafts(drawn), tuple(caches)
+        caches, drawn, tokens = list(state), list[Drafts](), window(unread.text, unread.start, unread.h.shape[1])
+        for k in range(keys.shape[0]):
+            h, caches[k] = self._continue(k, tokens, unread.h, state[k].at_lengths(unread.start))
+            drawn.append(draw(self.model.logits(_pick(h, unread.num_valid - 1)), keys[k], sampling))
+        return jax.tree.map(lambda *columns: jnp.stack(columns, axis=1), *drawn), tuple(caches)
 
 
-class LookupDrafter:
+class LookupDrafter(Drafter):
     """Prompt look-up: what followed the last tokens where they occurred before, in the prompt or the new text.
 
     The occurrence of the longest run of last tokens is taken, up to LONGEST_MATCH of them; of several, the latest. The
@@ -207,46 +196,11 @@ class LookupDrafter:
     Departs from transformers: it takes the first occurrence, and its drafts end with the text.
     """
 
-    def __init__(self, *_: Any):
-        pass  # it needs no model
-
-    def start(self, prompt: Prompt) -> None:
-        return None
-
-    def read(self, state: None, unread: Unread) -> None:
-        return None
-
     def draft(self, state: None, unread: Unread, keys: Array, sampling: Sampling) -> tuple[Drafts, None]:
         newest = unread.start + unread.num_valid
         found = look_up(unread.text, newest)
         ahead = jnp.arange(keys.shape[0], dtype=jnp.int32)[None] % (newest - found)[:, None]
         return Drafts(jnp.take_along_axis(unread.text, found[:, None] + 1 + ahead, axis=1), None), None
-
-
-def look_up(text: Int[Array, "B S"], newest: Int[Array, " B"]) -> Int[Array, " B"]:
-    """Find the last tokens of a text earlier in it.
-
-    Args: newest: the position of each text's last token, at least 1; later slots are not read.
-    Returns: the last position before `newest` where the longest run of the last tokens ends.
-
-    Example:
-        >>> look_up(jnp.array([[7, 5, 6, 9, 5, 6, 0, 0]]), jnp.array([5]))  # 5, 6 ends at position 2
-        Array([2], dtype=int32)
-    """
-    before, slots = LONGEST_MATCH - 1, text.shape[1]
-    padded = jnp.pad(text, ((0, 0), (before, 0)), constant_values=-1)  # no token
-    same = earlier = jnp.arange(slots, dtype=jnp.int32)[None] < newest[:, None]
-    length = jnp.zeros(text.shape, jnp.int32)
-    for back in range(LONGEST_MATCH):
-        wanted = jnp.take_along_axis(padded, newest[:, None] + before - back, axis=1)
-        shifted = padded[:, before - back : before - back + slots]
-        same = same & (shifted == wanted) & (shifted >= 0)
-        length = length + same.astype(jnp.int32)
-    # The longest, and the latest of those.
-    return slots - 1 - jnp.argmax(jnp.where(earlier, length, -1)[:, ::-1], axis=1).astype(jnp.int32)
-
-
-Drafter = ModelDrafter | ChainDrafter | ParallelDrafter | LookupDrafter
 
 
 def make_drafter(draft: str, model: Transformer, weights: DecodeWeights | None) -> Drafter:
@@ -264,58 +218,26 @@ def make_drafter(draft: str, model: Transformer, weights: DecodeWeights | None) 
     return {"model": ModelDrafter, "lookup": LookupDrafter, "mtp": heads}[draft](model, weights)
 
 
-def _draw(logits: Float[Array, "B W"], keys: Array, sampling: Sampling) -> Drafts:
-    """One draft a sequence, without the axis of drafts; keys [B]."""
-    logits, left = process_by_rows(logits, sampling)
-    token = constrain(sample(logits, keys, **left._asdict()))
-    return Drafts(token, probabilities(logits, left) if sampling.temperature else None)
-
-
-def process_by_rows(logits: Float[Array, "B *F W"], sampling: Sampling) -> tuple[Float[Array, "B *F W"], Sampling]:
-    """Apply temperature, top-k and top-p to logits; on a mesh each device to its own rows of complete vocabulary.
-
-    Otherwise the compiler would gather all rows for a `top_k`.
-    Returns: (logits, sharded by rows; the sampling that is left to do).
-
-    Example:
-        >>> logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
-        >>> kept, left = process_by_rows(logits, Sampling(temperature=2.0, top_k=1))
-        >>> jnp.isfinite(kept), left.temperature
-        (Array([[ True, False, False]], dtype=bool), 1.0)
-    """
-    middle = (None,) * (logits.ndim - 2)
-    # Sharded as the unembedding at first: otherwise the compiler gathers its matrix, not the logits.
-    logits = constrain(constrain(logits, "batch", *middle, "vocab"), "batch", *middle, None)
-    if sampling.temperature == 0.0:
-        return logits, sampling
-    _, kept = shard_map_over_batch(lambda x: ((), processed_logits(x, **sampling._asdict())), (), logits)
-    return kept, Sampling(temperature=1.0)
-
-
-def _repeat(step, carry, keys: Array):
-    """`jax.lax.scan` of a step that returns what it drew, so that a long draft compiles as fast as a short one."""
-    return jax.lax.scan(step, carry, keys) if keys.shape[0] else (carry, None)
-
-
-def _concat_drafts(drawn: list[Drafts], rest: Drafts | None = None) -> Drafts:
-    """Drafts drawn one by one, then the rest, stacked along a leading axis."""
-    parts = [jax.tree.map(lambda x: x[:, None], one) for one in drawn]
-    if rest is not None:
-        parts.append(jax.tree.map(lambda x: x.swapaxes(0, 1), rest))
-    return jax.tree.map(lambda *columns: jnp.concatenate(columns, axis=1), *parts)
+def _draw_more(drawn: list[Drafts], step: Callable, carry: Any, keys: Array) -> tuple[Any, Drafts]:
+    """Stack drafts, and those that a step of `jax.lax.scan` draws: a long draft compiles as fast as a short one."""
+    parts = [jax.tree.map(lambda x: x[None], one) for one in drawn]
+    if keys.shape[0]:
+        carry, rest = jax.lax.scan(step, carry, keys)
+        parts.append(rest)
+    return carry, jax.tree.map(lambda *x: jnp.concatenate(x).swapaxes(0, 1), *parts)
 
 
 def _head_cache(model: Transformer, prompt: Prompt, rows: dict[str, Array] | None, lengths: Array) -> Cache:
     """The cache of a head, of the trunk's kind, with the rows that it made of the prompt: none without attention."""
-    cache = model.empty_cache(prompt.tokens.shape[0], prompt.capacity, prompt.kind, prompt.dtype, layers=1)
     if rows is None:
-        return cache.at_lengths(lengths)
+        return Cache([], lengths)
+    cache = model.empty_cache(prompt.tokens.shape[0], prompt.capacity, prompt.kind, prompt.dtype, layers=1)
     return cache.fill({name: x[None] for name, x in rows.items()}, lengths)
 
 
 def _pick(h: Float[Array, "B F D"], index: Int[Array, " B"]) -> Float[Array, "B D"]:
     """One position a sequence; the first if the index is below 0."""
-    return jnp.take_along_axis(h, jnp.maximum(index, 0)[:, None, None], axis=1)[:, 0]
+    return window(h, index, 1)[:, 0]
 
 
 def window(x: Array, first: Int[Array, " B"], width: int) -> Array:

@@ -5,8 +5,8 @@ Plain decoding is that loop without drafts. Each sequence advances by its own co
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial, wraps
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,17 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from dsv3_jax.config import CacheKind
 from dsv3_jax.decoding.auto_length import LengthChoice, draft_lengths
 from dsv3_jax.decoding.decode_config import DecodeConfig, Generated
-from dsv3_jax.decoding.drafters import READ, Drafter, Drafts, Prompt, Unread, make_drafter, process_by_rows, window
+from dsv3_jax.decoding.drafters import READ, Prompt, Unread, make_drafter, window
 from dsv3_jax.mesh import sharding
+from dsv3_jax.mesh.logits import process_by_rows
 from dsv3_jax.mesh.sharding import constrain
-from dsv3_jax.model.cache import keep_sharded, pick_dtype, pick_kind
+from dsv3_jax.model.cache import Cache, keep_sharded, pick_dtype, pick_kind
 from dsv3_jax.model.counting import bytes_per_token
 from dsv3_jax.model.transformer import DecodeWeights, Transformer
-from dsv3_jax.ops.sampling import Sampling, keys_at, row_keys, sample
-from dsv3_jax.ops.verify_drafts import accept
+from dsv3_jax.ops.sampling import Sampling, keys_at, row_keys
+from dsv3_jax.ops.verify_drafts import Drafts, accept
 
 
 class Loop(NamedTuple):
@@ -38,32 +38,27 @@ class Loop(NamedTuple):
     done: Array  # bool [B]
     text: Array  # int32 [B, S]: each prompt and its new tokens
     written: Array  # int32 [B]: new tokens of each row
-    steps: Array  # int32 []
-    rows: Array  # int32 []: steps of rows that were not done
-    num_accepted: Array  # int32 [J]: accepted drafts, by position
+    steps: Array  # int32 [B]: of each row until it was done
+    num_accepted: Array  # int32 [B, J]: accepted drafts, by position
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["models", "stops"],
-    meta_fields=["draft", "lengths", "sampling", "max_new_tokens", "capacity", "kind", "dtype"],
-)
+STATIC = {"static": True}
+
+
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Job:
     """What the compiled programs of a request read, and the settings that they depend on."""
 
     models: tuple[tuple[Transformer, DecodeWeights | None], ...]  # the model, and one that drafts
     stops: Any  # int32 [n]
-    draft: str | None  # None, "mtp", "lookup" or "model"
-    lengths: tuple[int, ...]  # drafts a step: one length, or those of "auto"
-    sampling: Sampling
-    max_new_tokens: int
-    capacity: int
-    kind: CacheKind
-    dtype: Any
+    draft: str | None = field(metadata=STATIC)  # None, "mtp", "lookup" or "model"
+    lengths: tuple[int, ...] = field(metadata=STATIC)  # drafts a step: one length, or those of "auto"
+    config: DecodeConfig = field(metadata=STATIC)  # with the cache that is used, without what no program depends on
+    capacity: int = field(metadata=STATIC)
 
     @property
-    def drafter(self) -> Drafter | None:
+    def drafter(self) -> Any:
         return make_drafter(self.draft, *self.models[-1]) if self.draft else None
 
 
@@ -74,16 +69,9 @@ class Programs:
     """
 
     def __init__(self, form: Any, lengths: tuple[int, ...], *times_depend_on: Any):
-        def compiled(program: Callable, **how: Any) -> Callable:
-            @wraps(program)
-            def run(leaves, *args, **static):
-                return program(jax.tree.unflatten(form, leaves), *args, **static)
-
-            return jax.jit(run, **how)
-
-        self.prefill = compiled(_prefill)
-        self.decode = compiled(_decode, static_argnames="length", donate_argnums=1)
-        self.read = compiled(_read, donate_argnums=1)
+        self.prefill = jax.jit(partial(_prefill, form))
+        self.decode = jax.jit(partial(_decode, form), static_argnames="length", donate_argnums=1)
+        self.read = jax.jit(partial(_read, form), donate_argnums=1)
         self.choice = LengthChoice(lengths) if len(lengths) > 1 else None
 
 
@@ -168,9 +156,6 @@ def generate_in_parts(
         raise ValueError(f"model={model!r} is not a Transformer")
     config.check(model.cfg, prompts)
     part = part or config.max_new_tokens
-    if config.cache == "none":
-        yield from _without_cache(model, prompts, config, part)
-        return
     request = _Request(model, prompts, config)
     yield request.result()
     while request.behind < config.max_new_tokens:
@@ -183,7 +168,8 @@ class _Request:
 
     def __init__(self, model: Transformer, prompts: Sequence[Sequence[int]], config: DecodeConfig):
         cfg, draft, lengths, models = model.cfg, config.draft, (config.num_drafts,), [model.in_compute_dtype()]
-        kind, dtype = pick_kind(cfg, config.cache), pick_dtype(model.compute_dtype, config.cache_dtype)
+        kind = "none" if config.cache == "none" else pick_kind(cfg, config.cache)
+        dtype = pick_dtype(model.compute_dtype, config.cache_dtype)
         self.mesh = sharding.mesh_of(models)
         if draft and config.draft_length == "auto":
             lengths = draft_lengths(draft, cfg)
@@ -193,27 +179,24 @@ class _Request:
                 raise ValueError("draft is not on the mesh of the model; load both with the same mesh")
             draft = "model"
         # Shapes in steps of 32, so that prompts of nearby lengths share one compilation.
-        longest, self.max_new_tokens = max(*map(len, prompts), config.pad_prompts_to), config.max_new_tokens
+        longest = max(*map(len, prompts), config.pad_prompts_to)
         capacity = _round_up(longest + config.max_new_tokens + config.num_drafts)
         start = time.perf_counter()
         tokens, self.prompt_lengths = _pad(prompts, min(_round_up(longest), cfg.max_positions))
         with sharding.use_mesh(self.mesh):  # never while a generator waits: the mesh in use is the caller's, too
-            job = Job(
-                tuple((model, model.prepare_decode()) for model in models), np.asarray(config.stop_tokens, np.int32),
-                draft, lengths, config.sampling, config.max_new_tokens, capacity, kind, dtype,
-            )  # fmt: skip
-            self.leaves, tree = jax.tree.flatten(job)
+            form = DecodeConfig(config.max_new_tokens, config.sampling, kind, dtype)
+            stops = np.asarray(config.stop_tokens, np.int32)
+            with_weights = tuple((model, model.prepare_decode()) for model in models)
+            self.leaves, tree = jax.tree.flatten(Job(with_weights, stops, draft, lengths, form, capacity))
             self.programs = programs(tree, lengths, len(prompts), self.mesh)
             self.loop = self.programs.prefill(self.leaves, tokens, self.prompt_lengths, np.uint32(config.seed))
         self.seen = self._look()
         self.prefill_seconds, self.decode_seconds = time.perf_counter() - start, 0.0
-        self.length, self.choice, self.steps = lengths[0], self.programs.choice, dict.fromkeys(lengths, 0)
-        self.bytes_per_token = bytes_per_token(cfg, kind, dtype)
-        if self.choice:
-            self.choice.begin_text()
+        self.max_new_tokens, self.steps = config.max_new_tokens, dict.fromkeys(lengths, 0)
+        self.bytes_per_token = 0 if kind == "none" else bytes_per_token(cfg, kind, dtype)
 
-    def _look(self) -> Loop:
-        """Wait for the last program, and fetch the loop's small arrays."""
+    def _look(self) -> Any:
+        """Wait for the last program, and fetch the loop's small arrays, as NumPy's."""
         return jax.device_get(self.loop._replace(cache=None, drafter=None, h=None, keys=None, text=None))
 
     @property
@@ -223,28 +206,30 @@ class _Request:
 
     def decode(self, until: int) -> None:
         """Run until every row has so many tokens, or is done."""
+        choice = self.programs.choice
         while (behind := self.behind) < until:
-            if self.choice is None:
-                self._run(self.programs.decode, until, length=self.length)
+            if choice is None:
+                self._part(next(iter(self.steps)), until)
                 continue
-            length, more = self.choice.next()
-            if length and np.where(self.seen.done, 0, self.seen.unread).max() > length + 1:
+            length, more = choice.next()
+            if length and (self.seen.unread > length + 1).any():
                 self._run(self.programs.read)
-            if not self.choice.start[length]:
-                self._run(self.programs.decode, 0, length=length)  # it compiles, without a step
-            if not self.choice.seconds[length]:
-                self.choice.start[length] = self._part(length, behind + 1)[-1]
-            part = self._part(length, min(self.behind + more, until))
-            if part[0]:
-                self.choice.add(length, *part)
+            if length not in choice.start:
+                self._run(self.programs.decode, 0, length=length)  # it compiles
+                choice.start[length] = self._run(self.programs.decode, 0, length=length)
+            choice.add(length, *self._part(length, min(behind + more, until)))
 
     def _part(self, length: int, until: int) -> tuple[int, int, np.ndarray, float]:
-        """Run a part. Returns: (steps, steps of rows that were not done, accepted drafts by position, seconds)."""
-        before = self.seen
+        """Run a part.
+
+        Returns: (steps; steps, and accepted drafts by position, of the rows that were furthest behind before it: they
+            decide how long the request takes; seconds).
+        """
+        before, rows = self.seen, ~self.seen.done & (self.seen.written == self.behind)
         seconds = self._run(self.programs.decode, until, length=length)
-        steps, rows, accepted = (getattr(self.seen, x) - getattr(before, x) for x in ("steps", "rows", "num_accepted"))
-        self.steps[length] += int(steps)
-        return int(steps), int(rows), accepted, seconds
+        steps = self.seen.steps - before.steps
+        self.steps[length] += (most := int(steps.max()))
+        return most, int(steps[rows].sum()), (self.seen.num_accepted - before.num_accepted)[rows].sum(0), seconds
 
     def _run(self, program: Callable, *args: int, **static: int) -> float:
         """Run a program on the loop. Returns: its seconds."""
@@ -262,40 +247,11 @@ class _Request:
             text = np.asarray(_gathered(self.loop.text))  # in each of several processes
         seen, ends = self.seen, self.prompt_lengths + self.seen.written
         rows = [row[a:b].tolist() for row, a, b in zip(text, self.prompt_lengths, ends, strict=True)]
-        acceptance = (seen.num_accepted / max(int(seen.rows), 1)).tolist()
-        times, steps = (self.prefill_seconds, self.decode_seconds), dict(self.steps) if self.choice else {}
-        return Generated(rows, acceptance, int(seen.steps), *times, self.loop.cache.nbytes, self.bytes_per_token, steps)
-
-
-def _without_cache(
-    model: Transformer, prompts: Sequence[Sequence[int]], config: DecodeConfig, part: int
-) -> Iterator[Generated]:
-    """As `generate_in_parts`, with the model over all tokens so far at each step: slow and obvious, to compare with."""
-    clock, model = [time.perf_counter()], model.in_compute_dtype()
-    longest = max(*map(len, prompts), config.pad_prompts_to) + config.max_new_tokens
-    tokens, lengths = _pad(prompts, min(_round_up(longest), model.cfg.max_positions))
-    prompt, going, steps = lengths.copy(), lengths > 0, 0
-    while going.any():
-        with sharding.use_mesh(sharding.mesh_of(model)):
-            now = tokens, lengths, lengths - prompt, np.uint32(config.seed)
-            drawn = np.asarray(_next_tokens(model, *now, sampling=config.sampling))
-        tokens[going, lengths[going]] = drawn[going]
-        lengths[going] += 1
-        going &= (lengths - prompt < config.max_new_tokens) & ~np.isin(drawn, config.stop_tokens)
-        clock.append(time.perf_counter())
-        if steps % part == 0 or not going.any():
-            rows = [row[a:b].tolist() for row, a, b in zip(tokens, prompt, lengths, strict=True)]
-            yield Generated(rows, steps=steps, prefill_seconds=clock[1] - clock[0], decode_seconds=clock[-1] - clock[1])
-        steps += 1
-
-
-@partial(jax.jit, static_argnames="sampling")
-def _next_tokens(model: Transformer, tokens, lengths, written, seed, *, sampling: Sampling):
-    """The token after the first `lengths` of each row, int32 [B]. No token sees those after it."""
-    x, _ = model.run_layers(constrain(tokens, "batch", None), None)
-    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    keys = keys_at(row_keys(seed, lengths.size)[:, 0], written[:, None])[:, 0]
-    return sample(model.logits(model.norm(last)), keys, **sampling._asdict())
+        acceptance = (seen.num_accepted.sum(0) / max(seen.steps.sum(), 1)).tolist()
+        return Generated(
+            rows, acceptance, int(seen.steps.max()), self.prefill_seconds, self.decode_seconds,
+            self.loop.cache.nbytes, self.bytes_per_token, dict(self.steps),
+        )  # fmt: skip
 
 
 _gathered = jax.jit(constrain)
@@ -313,61 +269,66 @@ def _round_up(n: int) -> int:
     return -(-n // 32) * 32
 
 
-def _prefill(job: Job, tokens: Array, lengths: Array, seed: Array) -> Loop:
+def _prefill(form: Any, leaves: list, tokens: Array, lengths: Array, seed: Array) -> Loop:
     """Read the prompts, and draw each row's first token, as if a step had just run over the prompt's last."""
-    (model, weights), drafter, longest = job.models[0], job.drafter, job.lengths[-1]
-    tokens, batch = constrain(tokens, "batch", None), tokens.shape[0]
-    cache = model.empty_cache(batch, job.capacity, job.kind, job.dtype)
-    x, cache = model.prefill(tokens, lengths, cache, weights)
+    job = jax.tree.unflatten(form, leaves)
+    (model, weights), drafter, longest, config = job.models[0], job.drafter, job.lengths[-1], job.config
+    tokens, batch, kind = constrain(tokens, "batch", None), tokens.shape[0], (config.cache, config.cache_dtype)
+    if config.cache == "none":
+        x, cache = model.run_layers(tokens, None)[0], Cache([], lengths)
+    else:
+        x, cache = model.prefill(tokens, lengths, model.empty_cache(batch, job.capacity, *kind), weights)
     # With room for what a drafter writes beyond the text.
-    prompt = Prompt(tokens, lengths, x, job.capacity + max(READ, longest + 1), job.kind, job.dtype)
-    rows, zero, h = jnp.zeros((batch,), jnp.int32), jnp.zeros((), jnp.int32), None
+    prompt = Prompt(tokens, lengths, x, job.capacity + max(READ, longest + 1), *kind)
+    zero, h = jnp.zeros((batch,), jnp.int32), None
     if job.draft == "mtp":  # plain steps may leave all their positions unread
-        unread = longest + 1 + (job.max_new_tokens if len(job.lengths) > 1 else 0)
+        unread = longest + 1 + (config.max_new_tokens if len(job.lengths) > 1 else 0)
         h = constrain(jnp.zeros((batch, unread, x.shape[2]), x.dtype), "batch", None, None)
     text = jnp.zeros((batch, job.capacity), jnp.int32).at[:, : tokens.shape[1]].set(tokens)
     loop = Loop(
-        cache.at_lengths(lengths - 1), drafter and drafter.start(prompt), h, rows, row_keys(seed, batch), rows > 0,
-        constrain(text, "batch", None), rows, zero, zero, jnp.zeros((longest,), jnp.int32),
+        cache.at_lengths(lengths - 1), drafter and drafter.start(prompt), h, zero, row_keys(seed, batch), zero > 0,
+        constrain(text, "batch", None), zero, zero, jnp.zeros((batch, longest), jnp.int32),
     )  # fmt: skip
-    x = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    return _advance(job, loop, Drafts(tokens[:, :0], None), x)._replace(rows=zero, steps=zero)
+    return _advance(job, loop, Drafts(tokens[:, :0], None), window(x, lengths - 1, 1))._replace(steps=zero)
 
 
-def _decode(job: Job, loop: Loop, until: Array, *, length: int) -> Loop:
+def _decode(form: Any, leaves: list, loop: Loop, until: Array, *, length: int) -> Loop:
     """Run steps of `length` drafts until every row has `until` tokens, or is done."""
+    job = jax.tree.unflatten(form, leaves)
     (model, weights), drafter = job.models[0], job.drafter
 
     def step(loop: Loop) -> Loop:
-        newest = jnp.take_along_axis(loop.text, loop.cache.lengths[:, None], axis=1)
-        drafts, state = Drafts(newest[:, 1:], None), loop.drafter
+        newest = window(loop.text, loop.cache.lengths, 1)
+        drafts = Drafts(newest[:, 1:], None)
         if length:
-            assert drafter is not None
             keys = keys_at(loop.keys[:, 1], loop.written[:, None] + jnp.arange(length, dtype=jnp.int32)[None])
             unread = _unread(loop, length + 1, loop.unread)
-            drafts, state = drafter.draft(state, unread, keys.swapaxes(0, 1), job.sampling)
+            drafts, state = drafter.draft(loop.drafter, unread, keys.swapaxes(0, 1), job.config.sampling)
+            loop = loop._replace(drafter=state, unread=jnp.zeros_like(loop.unread))
+        if job.config.cache == "none":  # all tokens again, slow and obvious: to compare with
+            x = window(model.run_layers(loop.text, None)[0], loop.cache.lengths, 1)
+            return _advance(job, loop, drafts, x)
         x, cache = model.run_layers(jnp.concatenate([newest, drafts.tokens], axis=1), loop.cache, weights)
-        return _advance(job, loop._replace(cache=cache, drafter=state), drafts, x)
+        return _advance(job, loop._replace(cache=cache), drafts, x)
 
     return jax.lax.while_loop(lambda loop: ((loop.written < until) & ~loop.done).any(), step, loop)
 
 
-def _read(job: Job, loop: Loop) -> Loop:
+def _read(form: Any, leaves: list, loop: Loop) -> Loop:
     """Let the drafter read all that plain steps have left but one position, which its next drafts follow."""
-    drafter = job.drafter
-    assert drafter is not None
+    drafter = jax.tree.unflatten(form, leaves).drafter
 
     def some(loop: Loop) -> Loop:
-        count = jnp.minimum(loop.unread - 1, READ)
-        state, h = drafter.read(loop.drafter, _unread(loop, READ, count)), loop.h
-        h = None if h is None else constrain(window(h, count, h.shape[1]), "batch", None, None)
+        count = jnp.clip(loop.unread - 1, 0, READ)
+        state = drafter.read(loop.drafter, _unread(loop, READ, count))
+        h = jax.tree.map(lambda h: constrain(window(h, count, h.shape[1]), "batch", None, None), loop.h)
         return loop._replace(drafter=state, h=h, unread=loop.unread - count)
 
     return jax.lax.while_loop(lambda loop: (loop.unread > 1).any(), some, loop)
 
 
 def _unread(loop: Loop, width: int, count: Array) -> Unread:
-    h = None if loop.h is None else loop.h[:, :width]
+    h = jax.tree.map(lambda h: h[:, :width], loop.h)
     return Unread(h, loop.text, count, loop.cache.lengths - loop.unread)
 
 
@@ -376,32 +337,28 @@ def _advance(job: Job, loop: Loop, drafts: Drafts, x: Array) -> Loop:
 
     Args: x [B, F, D], the trunk's output at the newest token and at each draft.
     """
-    model, width = job.models[0][0], x.shape[1]
+    model, config = job.models[0][0], job.config
     rows, index = (jnp.arange(n, dtype=jnp.int32)[None] for n in x.shape[:2])
-    logits, left = process_by_rows(model.logits(model.norm(x)), job.sampling)
+    logits, left = process_by_rows(model.logits(model.norm(x)), config.sampling)
     keys = keys_at(loop.keys[:, 0], loop.written[:, None] + index)
     num_accepted, tokens = map(constrain, accept(drafts.tokens, drafts.q, logits, keys, left))
-    count = jnp.minimum(num_accepted + 1, job.max_new_tokens - loop.written)
-    ends = (tokens[..., None] == job.stops[None, None]).any(-1) & (index < count[:, None])
-    ended = ends.any(axis=1)
-    count = jnp.where(ended, jnp.argmax(ends, axis=1).astype(jnp.int32) + 1, count)
-    count = jnp.where(loop.done, 0, count)  # such a row does not move; its numbers are computed and ignored
-    start, written = loop.cache.lengths, loop.written + count
-    column = jnp.where(index < count[:, None], start[:, None] + 1 + index, job.capacity)  # past it: dropped
-    accepted = (index[:, :-1] < num_accepted[:, None]) & ~loop.done[:, None]
-    h, unread = loop.h, jnp.maximum(count, 1) if width > 1 else loop.unread + count
+    stops = (tokens[..., None] == job.stops[None, None]).any(-1).astype(jnp.int32)
+    room = jnp.where(loop.done, 0, config.max_new_tokens - loop.written)  # a row that is done does not move
+    added = (index <= num_accepted[:, None]) & (index < room[:, None]) & (jnp.cumsum(stops, axis=1) == stops)
+    count = added.sum(axis=1, dtype=jnp.int32)
+    start, written, h = loop.cache.lengths, loop.written + count, loop.h
+    column = jnp.where(added, start[:, None] + 1 + index, job.capacity)  # past it: dropped
     if h is not None:
         new = constrain(model.read_by_heads(x), "batch", None, None)
-        first = jnp.zeros_like(count) if width > 1 else loop.unread
-        h = model.kernels("write_rows", h[None, :, None], new[:, None], jnp.zeros((), jnp.int32), first)[0, :, 0]
+        h = model.kernels("write_rows", h[None, :, None], new[:, None], jnp.zeros((), jnp.int32), loop.unread)[0, :, 0]
+    accepted = (index[:, :-1] < num_accepted[:, None]) & ~loop.done[:, None]
     return loop._replace(
         cache=keep_sharded(loop.cache.at_lengths(start + count)),
         h=h,
-        unread=constrain(unread),
-        done=constrain(loop.done | ended | (written == job.max_new_tokens)),
+        unread=constrain(loop.unread + count),
+        done=constrain(loop.done | (added & (stops == 1)).any(axis=1) | (written == config.max_new_tokens)),
         text=constrain(loop.text.at[rows.T, column].set(tokens, mode="drop"), "batch", None),
         written=constrain(written),
-        steps=loop.steps + 1,
-        rows=loop.rows + (~loop.done).sum(dtype=jnp.int32),
-        num_accepted=loop.num_accepted.at[: width - 1].add(accepted.sum(axis=0, dtype=jnp.int32)),
+        steps=constrain(loop.steps + 1 - loop.done.astype(jnp.int32)),
+        num_accepted=constrain(loop.num_accepted.at[:, : accepted.shape[1]].add(accepted.astype(jnp.int32))),
     )

@@ -5,11 +5,25 @@ accepted, draw one more from p. The text follows the target's p exactly, whateve
 Source: arXiv 2211.17192 and 2302.01318.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.ops.sampling import Sampling, processed_logits, sample
+
+
+class Drafts(NamedTuple):
+    """J drafts a sequence, and the distributions they were drawn from: None at temperature 0, or if each is certain.
+
+    Example:
+        >>> Drafts(jnp.array([[5, 2]]), None).tokens.shape
+        (1, 2)
+    """
+
+    tokens: Int[Array, "B J"]
+    q: Float[Array, "B J W"] | None
 
 
 def probabilities(logits: Float[Array, "*n W"], sampling: Sampling) -> Float[Array, "*n W"]:

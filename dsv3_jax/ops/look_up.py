@@ -1,0 +1,29 @@
+"""Prompt look-up: where the last tokens of a text occurred before in it."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+LONGEST_MATCH = 8  # tokens that are compared
+
+
+def look_up(text: Int[Array, "B S"], newest: Int[Array, " B"]) -> Int[Array, " B"]:
+    """Find the last tokens of a text earlier in it.
+
+    Args: newest: the position of each text's last token, at least 1; later slots are not read.
+    Returns: the last position before `newest` where the longest run of the last tokens ends.
+
+    Example:
+        >>> look_up(jnp.array([[7, 5, 6, 9, 5, 6, 0, 0]]), jnp.array([5]))  # 5, 6 ends at position 2
+        Array([2], dtype=int32)
+    """
+    before, slots = LONGEST_MATCH - 1, text.shape[1]
+    padded = jnp.pad(text, ((0, 0), (before, 0)), constant_values=-1)  # no token
+    same = earlier = jnp.arange(slots, dtype=jnp.int32)[None] < newest[:, None]
+    length = jnp.zeros(text.shape, jnp.int32)
+    for back in range(LONGEST_MATCH):
+        wanted = jnp.take_along_axis(padded, newest[:, None] + before - back, axis=1)
+        shifted = padded[:, before - back : before - back + slots]
+        same = same & (shifted == wanted) & (shifted >= 0)
+        length = length + same.astype(jnp.int32)
+    # The longest, and the latest of those.
+    return slots - 1 - jnp.argmax(jnp.where(earlier, length, -1)[:, ::-1], axis=1).astype(jnp.int32)
