@@ -53,7 +53,7 @@ def simulate(rng, seconds, rate, tokens, choice):
 
 
 def test_it_is_near_the_best_fixed_length_after_256_tokens(rng):
-    seconds, rates = settings(rng, 128)
+    seconds, rates = settings(rng, 96)
     first, later, useless = [], [], []
     for cost, rate in zip(seconds, rates, strict=True):
         found, _ = simulate(rng, cost, rate, 1280, LengthChoice(LENGTHS))
@@ -62,7 +62,7 @@ def test_it_is_near_the_best_fixed_length_after_256_tokens(rng):
         later.append((found[-1, 2] - at[2]) / (found[-1, 1] - at[1]))
         useless.append(all(sum(rate**j for j in range(n + 1)) <= s for n, s in zip(LENGTHS, cost, strict=True)))
     first, later, useless = map(np.array, (first, later, useless))
-    assert 20 < useless.sum() < 108
+    assert 15 < useless.sum() < 81
     assert later.mean() > 0.985 and np.mean(later > 0.97) > 0.9 and later.min() > 0.88
     assert later[useless].min() > 0.95 and first[useless].mean() > 0.95  # never much slower than plain
 
@@ -77,13 +77,13 @@ def test_it_follows_the_text(rng):
 
 
 def test_a_delay_of_the_machine_changes_little():
-    """Slow parts count only once they are the most of the last five."""
+    """A length is as slow as the fastest of its last five parts."""
     choice = LengthChoice((0, 1))
-    for seconds in (1.2, 1.2, 1.2, 50.0, 50.0, 50.0):
+    for slow, seconds in enumerate((1.2, 50.0, 50.0, 50.0, 50.0, 50.0)):
         choice.add(0, 4, 4, [], 4 * 1.0)
+        choice.add(0, 4, 4, [], 4 * 50.0)
         choice.add(1, 4, 4, [4], 4 * seconds)
-        recent = choice.seconds[1]
-        assert choice.next()[0] == (sum(s < 50 for s in recent) > len(recent) / 2)
+        assert choice.next()[0] == (slow < 5)
 
 
 def test_the_lengths():
@@ -117,7 +117,7 @@ def pair(scheme, quality):
 
 @pytest.mark.long
 @pytest.mark.usefixtures("light_compiles", "any_length")
-@pytest.mark.parametrize("scheme", ["lookup", "deepseek of 3", "meta", "medusa", "model"])
+@pytest.mark.parametrize("scheme", ["lookup", "deepseek of 3", "meta"])
 def test_greedy_text_is_that_of_plain_decoding(scheme):
     model, draft = pair(scheme, "partly")
     plain = generate(model, PROMPTS, 80, stop_tokens=[7])
@@ -156,8 +156,9 @@ def test_certain_drafts_leave_a_seeds_text_alone():
 
 @pytest.mark.usefixtures("light_compiles")
 def test_the_clock_decides():
-    """Without a script: the first parts are plain and of the shortest drafts, and the compilation is not in them."""
+    """Without a script: the first parts are plain and of the shortest drafts. A second request starts with the best."""
     model, draft = pair("lookup", "")
-    found = generate(model, PROMPTS[:1], 60, draft=draft, draft_length="auto")
-    assert found.tokens == generate(model, PROMPTS[:1], 60).tokens
-    assert found.steps_by_length[0] > 0 and found.steps_by_length[1] > 0
+    want = generate(model, PROMPTS[:1], 60).tokens
+    found = [generate(model, PROMPTS[:1], 60, draft=draft, draft_length="auto") for _ in range(2)]
+    assert found[0].tokens == found[1].tokens == want
+    assert found[0].steps_by_length[0] > 0 and found[0].steps_by_length[1] > 0

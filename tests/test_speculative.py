@@ -11,6 +11,7 @@ import oracles
 import pytest
 from flax import nnx
 from models import DENSE, HEADS, LIGHT, decode_program, forward, random_model, small, tokens_of
+from test_generate import until
 
 from dsv3_jax.decoding.auto_length import LengthChoice
 from dsv3_jax.decoding.decode_config import DecodeConfig
@@ -109,18 +110,12 @@ def plain(scheme, quality, cache_dtype):
     return generate(model, PROMPTS, NEW, stop_tokens=[UNUSED], cache_dtype=cache_dtype).tokens
 
 
-def until(row, stop):
-    return row[: row.index(stop) + 1] if stop in row else row
-
-
 # Greedy: whatever the drafts, the tokens are those of plain decoding.
 
 CELLS = [  # scheme, draft length, prompts, cache, dtype: each scheme and length, each cache and dtype
-    ("deepseek of 1", 1, 8, "latent", None),
     ("deepseek of 1", 7, 1, "latent", "int8"),
-    ("deepseek of 3", 2, 8, "expanded", None),
     ("deepseek of 3", 8, 8, "latent", None),
-    ("eagle", 5, 8, "latent", "int8"),
+    ("eagle", 5, 8, "expanded", "int8"),
     ("meta", 3, 8, "latent", None),
     ("medusa", 4, 1, "latent", None),
     ("model", 6, 8, "latent", "int8"),
@@ -150,11 +145,7 @@ def test_greedy_speculation_gives_the_tokens_of_plain_decoding(scheme, length, b
 
 # Accepted runs, and how they end. One compiled shape: runs of up to 9 tokens.
 
-SHAPE = ("deepseek of 3", 8, None)
-
-
-def speculate(model, prompts=PROMPTS, stop=UNUSED, **more):
-    return generate(model, prompts, NEW, stop_tokens=[stop], draft="mtp", draft_length=SHAPE[1], **more)
+SHAPE = ("deepseek of 3", 8)
 
 
 @pytest.mark.parametrize("quality", ["right", "partly"])
@@ -164,7 +155,8 @@ def test_a_stop_token_within_a_run_ends_its_row_and_no_other(quality):
     assert not any(UNUSED in row for row in rows)
     stops = {rows[0][4], rows[3][3], rows[6][8], rows[2][0]}
     for stop in stops:
-        assert speculate(model, stop=stop).tokens == [until(row, stop) for row in rows]
+        drafted = generate(model, PROMPTS, NEW, stop_tokens=[stop], draft="mtp", draft_length=SHAPE[1])
+        assert drafted.tokens == [until(row, stop) for row in rows]
     cut = [len(until(row, stop)) for stop in stops for row in rows]
     assert len(set(cut)) > 4 and NEW in cut  # at many places within a run, and not at all
 
@@ -172,8 +164,9 @@ def test_a_stop_token_within_a_run_ends_its_row_and_no_other(quality):
 def test_parts_grow_to_the_same_tokens():
     """Rows of a batch that end early do not hold up the others, nor do those that are ahead."""
     model, draft = drafting(SHAPE[0])["partly"]
-    stop = plain(SHAPE[0], "partly", None)[0][1]
-    want = [until(row, stop) for row in plain(SHAPE[0], "partly", None)]
+    rows = plain(SHAPE[0], "partly", None)
+    stop = rows[0][1]
+    want = [until(row, stop) for row in rows]
     assert len(want[0]) < 3 and max(map(len, want)) == NEW
     config = DecodeConfig(NEW, stop_tokens=(stop,), draft=draft, draft_length=8)
     parts = list(islice(generate_in_parts(model, PROMPTS, config, part=2), NEW + 1))  # each adds a token to some row
@@ -230,7 +223,7 @@ def three_tokens(model, prompt, how):
 # Memory
 
 
-@pytest.mark.parametrize("scheme, lengths", [("deepseek", (4,)), ("model", (4,)), ("deepseek", (0, 2, 4))])
+@pytest.mark.parametrize("scheme, lengths", [("model", (4,)), ("deepseek", (0, 4))])
 def test_speculation_copies_no_cache(whole_compiles, scheme, lengths):
     cfg = small(num_layers=1, num_dense_layers=1, **(dict(mtp_depth=2) if scheme == "deepseek" else {}))
     model, capacity = abstract(cfg), 1 << 15

@@ -2,7 +2,7 @@
 
     A_p   share of tried drafts p that were accepted, with one more that is: lengths that are little tried are tried
     E(J)  1 + A_1 + … + A_J, tokens of a step
-    t(J)  seconds of a step, the median of its last parts; until J has run, those of the next shorter length
+    t(J)  seconds of a step, the least of its last parts; until J has run, those of the next shorter length
 
 The largest E(J) / t(J) is chosen. Now and then what the others have shown is forgotten, so that they are tried again:
 after twice as many tokens each time that this changes nothing.
@@ -13,7 +13,6 @@ text depends on the choices, and these on the clock.
 
 from collections import deque
 from collections.abc import Sequence
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -48,11 +47,12 @@ class LengthChoice:
     Example:
         >>> choice = LengthChoice((0, 1, 2))
         >>> choice.next()  # drafts a step, tokens
+        (0, 8)
+        >>> for _ in range(2):
+        ...     choice.add(0, steps=8, tried=8, accepted=[], seconds=0.8)
+        >>> choice.next()
         (1, 8)
         >>> choice.add(1, steps=4, tried=4, accepted=[4], seconds=0.6)
-        >>> choice.next()
-        (0, 8)
-        >>> choice.add(0, steps=8, tried=8, accepted=[], seconds=0.8)
         >>> choice.next()
         (2, 8)
     """
@@ -69,12 +69,14 @@ class LengthChoice:
         expected = np.cumsum([1.0, *np.minimum.accumulate((self.accepted + 1) / (self.tried + 1))])
         worth, cost = {}, 0.0
         for length in self.lengths:
-            cost = median(self.seconds[length] or [cost])
+            cost = min(self.seconds[length] or [cost])
             worth[length] = expected[length] / max(cost, 1e-9)
             if length and not self.seconds[length]:
                 break
-        untried = [length for length in (self.lengths[1], 0) if not self.seconds[length]]
-        best = untried[0] if untried else max(worth, key=worth.__getitem__)
+        best = max(worth, key=worth.__getitem__)
+        for length, parts in ((0, 2), (self.lengths[1], 1)):  # one slow part shall not make plain steps lose
+            if len(self.seconds[length]) < parts:
+                return length, TRIAL
         if not self.seconds[best]:
             return best, TRIAL
         if best != self.best:

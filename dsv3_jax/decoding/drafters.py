@@ -32,7 +32,7 @@ READ = 32  # positions that a drafter reads at once if it has left out many
 class Unread(NamedTuple):
     """The end of a text that a drafter has not read: positions from `start` on, up to the newest token's."""
 
-    h: Array | None  # [B, F, D]: what heads read of the trunk at these positions; None if other drafters draft
+    h: Any  # [B, F, D]: what heads read of the trunk at these positions; None if other drafters draft
     text: Array  # int32 [B, S]: the complete text; beyond its newest token the numbers are arbitrary
     num_valid: Array  # int32 [B]: how many positions, at most F; the newest token is at start + num_valid
     start: Array  # int32 [B]
@@ -137,7 +137,6 @@ class ChainDrafter(Drafter):
 
     def draft(self, state: Any, unread: Unread, keys: Array, sampling: Sampling) -> tuple[Drafts, Any]:
         h, text, count, start = unread
-        assert h is not None
         trained, rows = min(keys.shape[0], len(self.heads)), jnp.arange(start.size, dtype=jnp.int32)
         states, drawn = list(state), list[Drafts]()
         # Entry j is position start − k + 1 + j of head k. Each draft is put behind the tokens that are in the text.
@@ -177,7 +176,6 @@ class ParallelDrafter(Drafter):
         return tuple(_head_cache(self.model, prompt, head(h, ctx)[1].rows, read) for head in self.heads)
 
     def draft(self, state: Any, unread: Unread, keys: Array, sampling: Sampling) -> tuple[Drafts, Any]:
-        assert unread.h is not None
         caches, drawn, tokens = list(state), list[Drafts](), window(unread.text, unread.start, unread.h.shape[1])
         for k in range(keys.shape[0]):
             h, caches[k] = self._continue(k, tokens, unread.h, state[k].at_lengths(unread.start))
