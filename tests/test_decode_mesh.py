@@ -13,10 +13,9 @@ from models import DENSE, random_model, small, tokens_of
 from runs import make_run
 
 from dsv3_jax.cli import main as cli
-from dsv3_jax.config import ConfigError, Layout
+from dsv3_jax.config import Layout
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.mesh import sharding
-from dsv3_jax.training.checkpoint import load_run
 from dsv3_jax.training.run_folder import claim
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("light_compiles")]
@@ -46,7 +45,6 @@ def alone(rows, **settings):
 
 INT8 = dict(cache="expanded", cache_dtype="int8")
 CASES = {  # (data, expert, tensor), sequences, settings, layout
-    "1,8,1 one sequence": ((1, 8, 1), 1, {}, Layout()),
     "2,4,1 fsdp, uneven, drafted": ((2, 4, 1), 3, DRAFTED, Layout(fsdp=True)),
     "2,2,2 sampled from int8 heads": ((2, 2, 2), 8, SAMPLED | INT8, Layout()),
     "2,2,2 sampled, drafted": ((2, 2, 2), 8, SAMPLED | DRAFTED, Layout()),
@@ -110,12 +108,8 @@ def test_neither_cache_nor_experts_are_sent(monkeypatch):
 def test_a_model_that_does_not_fit_the_mesh_is_refused(tmp_path, capsys):
     claim(tmp_path / "run", make_run("nowhere"))
     for mesh, sentence in (
-        ("expert=3", "num_experts=8 is not divisible by mesh data=1,expert=3,tensor=1"),
         ("tensor=4", "num_heads=2 is not divisible by mesh data=1,expert=1,tensor=4"),
         ("expert=9", "mesh data=1,expert=9,tensor=1 needs 9 devices, and there are 8 here"),
     ):
         assert cli.main(["generate", str(tmp_path / "run"), "--mesh", mesh]) == 2
-        out, err = capsys.readouterr()
-        assert (out, err) == ("", f"dsv3: {sentence}\n")
-    with pytest.raises(ConfigError, match="num_heads=2"):
-        load_run(tmp_path / "run", sharding.make_mesh(1, 1, 4))
+        assert capsys.readouterr() == ("", f"dsv3: {sentence}\n")

@@ -13,22 +13,13 @@ from dsv3_jax.ops import sampling
 
 FILTERS = [
     dict(temperature=1.0),
-    dict(temperature=0.5),
     dict(temperature=1.7, top_k=3),
     dict(temperature=1.0, top_p=0.6),
     dict(temperature=0.7, top_k=5, top_p=0.8),
     dict(temperature=1.0, top_k=1),
     dict(temperature=1.0, top_k=1000),  # more than the vocabulary has
-    dict(temperature=1.0, top_p=1.0),
     dict(temperature=1.0, top_p=1e-6),  # less than the probability of any token: still one
 ]
-
-
-def test_temperature_zero_is_greedy(rng):
-    logits = jnp.asarray(rng.normal(0, 1, (64, 11)), jnp.float32)
-    drawn = sampling.sample(logits, jax.random.key(1), temperature=0.0, top_k=3, top_p=0.5)
-    assert drawn.dtype == jnp.int32
-    np.testing.assert_array_equal(drawn, np.argmax(logits, axis=1))
 
 
 @pytest.mark.parametrize("filters", FILTERS)
@@ -42,7 +33,7 @@ def test_support_and_probabilities_are_exact(rng, filters):
         )
 
 
-@pytest.mark.parametrize("filters", [FILTERS[0], FILTERS[4]])
+@pytest.mark.parametrize("filters", [FILTERS[0], FILTERS[3]])
 def test_frequencies_follow_the_probabilities(filters):
     """Rows of one batch are the draws. By Hoeffding over W tokens a correct sampler fails with probability < 1e-9."""
     row, draws = np.array([1.0, 0.2, -0.5, 2.0, 0.0, -2.0, 1.5], np.float32), 20_000
