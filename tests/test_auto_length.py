@@ -53,7 +53,7 @@ def simulate(rng, seconds, rate, tokens, choice):
 
 
 def test_it_is_near_the_best_fixed_length_after_256_tokens(rng):
-    seconds, rates = settings(rng, 96)
+    seconds, rates = settings(rng, 64)
     first, later, useless = [], [], []
     for cost, rate in zip(seconds, rates, strict=True):
         found, _ = simulate(rng, cost, rate, 1280, LengthChoice(LENGTHS))
@@ -62,7 +62,7 @@ def test_it_is_near_the_best_fixed_length_after_256_tokens(rng):
         later.append((found[-1, 2] - at[2]) / (found[-1, 1] - at[1]))
         useless.append(all(sum(rate**j for j in range(n + 1)) <= s for n, s in zip(LENGTHS, cost, strict=True)))
     first, later, useless = map(np.array, (first, later, useless))
-    assert 15 < useless.sum() < 81
+    assert 10 < useless.sum() < 54
     assert later.mean() > 0.985 and np.mean(later > 0.97) > 0.9 and later.min() > 0.88
     assert later[useless].min() > 0.95 and first[useless].mean() > 0.95  # never much slower than plain
 
@@ -154,6 +154,7 @@ def test_certain_drafts_leave_a_seeds_text_alone():
     assert generate(there, PROMPTS, 60, draft=draft, draft_length="auto", **how).tokens == plain.tokens
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("light_compiles")
 def test_the_clock_decides():
     """Without a script: the first parts are plain and of the shortest drafts. A second request starts with the best."""
