@@ -23,7 +23,7 @@ from dsv3_jax.model.mtp import HEADS
 TRIAL = 8  # tokens of a length's first part; a chosen length's parts grow
 LONGEST_PLAIN, LONGEST_DRAFTED = 512, 128  # tokens of a part: accepted drafts may become fewer
 HALF_LIFE = 128  # tried drafts after which an earlier one weighs half
-SOONEST, LATEST = 512, 4096  # tokens after which other lengths are tried again
+SOONEST, LATEST = 512, 2048  # tokens after which other lengths are tried again
 
 
 def draft_lengths(draft: Any, cfg: ModelConfig) -> tuple[int, ...]:
