@@ -82,7 +82,7 @@ class LengthChoice:
         if best != self.best:
             self.best, self.part, self.patience = best, TRIAL, SOONEST
         self.part = min(2 * self.part, LONGEST_DRAFTED if best else LONGEST_PLAIN)
-        return best, self.part
+        return best, min(self.part, int(self.patience - self.known) + 1)  # others are tried within a text, too
 
     def add(self, length: int, steps: int, tried: int, accepted: np.ndarray | Sequence[int], seconds: float) -> None:
         """Remember a part.
