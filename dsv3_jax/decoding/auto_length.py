@@ -80,7 +80,7 @@ class LengthChoice:
         if not self.seconds[best]:
             return best, TRIAL
         if best != self.best:
-            self.best, self.part, self.patience = best, TRIAL, SOONEST
+            self.best, self.part, self.known, self.patience = best, TRIAL, 0.0, SOONEST
         self.part = min(2 * self.part, LONGEST_DRAFTED if best else LONGEST_PLAIN)
         return best, min(self.part, int(self.patience - self.known) + 1)  # others are tried within a text, too
 
