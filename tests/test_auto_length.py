@@ -100,7 +100,7 @@ PROMPTS = [tokens_of(LIGHT, 1, n, seed=n)[0].tolist() for n in (1, 2, 21)] + [[5
 
 @pytest.fixture
 def any_length(monkeypatch):
-    """Lengths by chance, in parts of up to 8 tokens, but the second, of 40 plain ones."""
+    """Three lengths by chance, in parts of up to 8 tokens, but the second, of 40 plain ones."""
     rng, calls = np.random.default_rng(0), []
 
     def next_part(choice):
@@ -108,6 +108,7 @@ def any_length(monkeypatch):
         return (0, 40) if len(calls) == 2 else (rng.choice(choice.lengths).item(), rng.integers(1, 9).item())
 
     monkeypatch.setattr(LengthChoice, "next", next_part)
+    monkeypatch.setattr("dsv3_jax.decoding.generate.draft_lengths", lambda *of: draft_lengths(*of)[:3])
 
 
 def pair(scheme, quality):

@@ -88,7 +88,7 @@ def test_drafts_are_those_of_the_full_text(rng, heads):
         model, arbitrary_beyond(prompt, text[:, :32]), jnp.asarray(lengths), arbitrary_beyond(prompt, x[:, :32])
     )
     begin, many = lengths - 1, np.ones(6, np.int32)  # as prefill leaves them
-    for plain_steps in (0, 0, 40, 0, 1, 0, 0):  # after which the drafter reads all but the newest position first
+    for plain_steps in (0, 40, 0, 1, 0):  # after which the drafter reads all but the newest position first
         many = many + np.int32(plain_steps)
         while plain_steps and many.max() > 1:  # rows that have read all wait
             some = np.minimum(many - 1, READ).astype(np.int32)
