@@ -18,7 +18,7 @@ from dsv3_jax.kernels.gpu import tokamax_library
 from dsv3_jax.planning import devices
 from dsv3_jax.planning.cost import Cost, decode_cost, train_cost
 from dsv3_jax.presets import recipe
-from experiments.accel.program import Program, additions, products, read_program
+from experiments.accel.program import Program, additions, read_program
 
 pytestmark = pytest.mark.long
 
@@ -100,16 +100,6 @@ def test_additions_lose_no_bits_and_have_one_order_on_a_gpu(case):
     _, target, step = case
     found = [a for text in (step.lowered, step.cost.text) for a in additions(text)]
     assert [a for a in found if a.narrow or (target == GPU and not a.unique)] == []
-
-
-def test_the_routers_product_has_the_highest_precision(case):
-    """And so has its gradient by the weight. A compiler keeps the precision that it is given."""
-    kind, target, step = case
-    tokens = ROWS if kind == "decode" else TRAINED[target] * RUN.data.seq_len
-    shapes = {(tokens, CFG.num_experts), (CFG.dim, CFG.num_experts), (CFG.num_experts, CFG.dim)}
-    routers = [p for p in products(step.lowered) if p.dims in shapes]
-    assert len(routers) >= (1 if kind == "decode" else 2) and {p.dtype for p in routers} == {"f32"}
-    assert {p.precision for p in routers} == {"highest,highest"}
 
 
 def test_decoding_copies_neither_experts_nor_cache_and_has_no_loop_of_unknown_length(case):

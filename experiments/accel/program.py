@@ -152,29 +152,6 @@ def additions(program: jax.stages.Compiled | str) -> list[Addition]:
     return found
 
 
-class Product(NamedTuple):
-    """A matrix product of a program."""
-
-    source: str  # the operation of the model, as JAX names it
-    dims: tuple[int, ...]  # of the result
-    dtype: str  # of the first operand, as HLO names it
-    precision: str  # "highest,highest" for JAX's HIGHEST, "" for the device's default
-
-
-def products(program: jax.stages.Compiled | str) -> list[Product]:
-    """Find the matrix products of a program, each once."""
-    module = Module(program)
-    found = []
-    for computation, instructions in module.computations.items():
-        for i in instructions.values():
-            if i.opcode in ("dot", "convolution"):
-                precision = re.search(r"operand_precision=\{([^}]*)\}", attributes(i))
-                first = module.operand(computation, i, 0)
-                dtype = first.arrays[0].dtype if first is not None else ""
-                found.append(Product(source_of(i), i.arrays[0].dims, dtype, precision[1] if precision else ""))
-    return found
-
-
 def _count(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
     total: dict[str, int] = {}
     for name, runs in pairs:
