@@ -112,6 +112,7 @@ test-all: $(VENV)/.installed-test
 	$(PYTEST) -m "not parity" $(PYTEST_ARGS)
 
 campaign: $(VENV)/.installed-test
+	tests/campaign/sanitizers.sh $(BIN)/python $$(($(or $(MINUTES),120) * 6)) $(or $(SEED),0)
 	$(BIN)/python -m tests.campaign --minutes $(or $(MINUTES),120) --seed $(or $(SEED),0)
 
 # The compilers for GPUs and TPUs, 360 MB: with them the long tests compile for devices that are not here.

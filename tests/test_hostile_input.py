@@ -219,10 +219,8 @@ def test_sigterm_leaves_no_temporary_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("names, least", [("inputs", 30), ("damage kills disks fuzz", 1)])
-def test_a_slice_of_the_campaigns(tmp_path, names, least):
-    """So many trials of each, however long they take, and more within three seconds."""
-    words = ["--minutes", "0.05", "--least", str(least), "--seed", "7", "--only", *names.split()]
+def test_a_slice_of_the_campaign(tmp_path):
+    words = ["--minutes", "0.05", "--least", "24", "--seed", "7", "--only", "files", "names", "options", "streams"]
     done = subprocess.run(
         [sys.executable, "-m", "tests.campaign", *words],
         cwd=HERE, env=environment(tmp_path), capture_output=True, text=True,

@@ -1,37 +1,29 @@
-"""Run campaigns, and print one table: python -m tests.campaign --minutes 10 --seed 0 --only damage kills"""
+"""Run campaigns, and print one table: python -m tests.campaign --minutes 10 --seed 0 --only files kills"""
 
 import argparse
 import sys
-import time
+from collections import Counter
 
-from tests.campaign import damage, disks, fuzz, inputs, kills, sanitizers
-from tests.campaign.trials import Table
-
-# Name: a function `run(until, seed, table, least)`, which prints each fault and counts all trials in the table.
-CAMPAIGNS = {
-    "inputs": inputs.run, "fuzz": fuzz.run, "damage": damage.run, "kills": kills.run, "disks": disks.run,
-    "sanitizers": sanitizers.run,
-}  # fmt: skip
+from tests.campaign import fuzz
 
 
 def main() -> int:
-    """Share the time among the campaigns; 1 if any fell short or tried nothing."""
+    """Run trials for so long; 1 if any fell short."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10.0, help="in all")
+    parser.add_argument("--minutes", type=float, default=10.0, help="beside the making of good files")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", choices=CAMPAIGNS, default=list(CAMPAIGNS), help="these campaigns")
-    parser.add_argument("--least", type=int, default=1, help="trials of each campaign, however long they take")
+    parser.add_argument("--only", nargs="+", choices=fuzz.KINDS, default=list(fuzz.KINDS), help="kinds of trials")
+    parser.add_argument("--least", type=int, default=1, help="trials, however long they take")
+    parser.add_argument("--first", type=int, default=0, help="number of the first trial")
+    parser.add_argument("--trial", type=int, help="repeat this trial")
     args = parser.parse_args()
-    table = Table()
-    try:
-        for name in args.only:
-            seconds = 60 * args.minutes / len(args.only)
-            print(f"{name}: seed {args.seed}, {seconds / 60:.1f} minutes", flush=True)
-            CAMPAIGNS[name](time.monotonic() + seconds, args.seed, table, args.least)
-    except KeyboardInterrupt:
-        print("stopped")
-    print(table)
-    return int(table.fell_short > 0 or table.tried == 0)
+    if args.trial is not None:
+        args.minutes, args.least, args.first = 0, 1, args.trial
+    table = Counter[tuple[str, str]]()
+    fuzz.run(args.only, 60 * args.minutes, args.seed, table, args.least, args.first)
+    for (name, what), count in sorted(table.items()):
+        print(f"{name:24} {what:14} {count:7,}")
+    return int(any(what != "trials" for _, what in table))
 
 
 if __name__ == "__main__":

@@ -1,177 +1,363 @@
-"""JSON that Hypothesis makes: config.json, run.json, metrics.jsonl, load.jsonl and tokenizer.json of any values.
+"""New trials: each command on files, names, options, streams and moments that nobody chose.
 
-A reader must accept a file or refuse it with a sentence. An accepted file must be usable: a run is written and read
-again, rows are drawn, and a tokenizer encodes a text. Hypothesis shrinks a file that falls short, and prints it. The
-campaign is left out if Hypothesis is not installed. The readers run in a separate process, because a tokenizer may
-crash.
+Trial number n of a seed is the same in every run. It makes one change, so what it prints needs no shrinking.
 """
 
-import importlib.util
+import contextlib
 import json
+import os
+import random
 import re
+import shutil
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import tokenizers
+from tests.campaign import grammar
+from tests.campaign.commands import COMMANDS, LIMIT_S, TRAINING, Answer, Command, Server, Trial, make_home, result
 
-from dsv3_jax.config import RunConfig, to_dict
-from dsv3_jax.data import tokenizer
-from dsv3_jax.hf.config_json import config_from_dict, config_to_dict
-from dsv3_jax.presets import preset, recipe
-from dsv3_jax.report.metrics import LOAD_FILE, METRICS_FILE, parse_rows
-from dsv3_jax.report.run_plots import PANELS, _curves
-from dsv3_jax.stats import read_load
-from dsv3_jax.training.run_folder import FORMAT, RUN_FILE, read_run
-from tests.campaign.trials import MAX_SENTENCE, Table, report, watch
-from tests.campaign.watch import LIMIT_S, ROOT
-
-ROUNDS = 1_000_000  # from the seed of a round to that of the next
-ROUND = 200  # files that Hypothesis makes before it begins again with another seed
+MAX_SENTENCE = 500
+ERRORS = re.compile(r"Traceback \(most recent|Exception ignored|Fatal Python error|terminate called")
+# What a terminal obeys; colours, the cursor's place in a line and the erasing of a line are the program's own.
+ESCAPES = re.compile("\x1b(?!\\[[0-9;?]*[AKhlm])|[\x00-\x07\x0e-\x1a\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+WITH_CHECKSUMS = {"checkpoints", "shards", "half"}  # no change there may be read as something else
+MAY_LEAVE = ("train", "data")  # commands that go on where they were stopped
 
 
-# Readers: each gets an empty folder and the content of a file
+class Usual(NamedTuple):
+    """What a command does when nothing disturbs it."""
+
+    answer: Answer
+    seconds: float
+    result: dict[str, str]  # as far as it does not depend on the time
+    touched: list[str]  # paths, in the order of Python's calls
+    options: list[str]  # as the server prints them
 
 
-def read_config(folder: Path, values: object) -> None:
-    cfg = config_from_dict(values)  # type: ignore[arg-type]
-    assert json.dumps(to_dict(cfg)) and cfg.num_layers >= 1
+# What was done in a trial, and what came of it: its name in the table, the command, what was changed, faults, answer.
+Done = tuple[str, Sequence[str], str, Iterable[str], Answer]
 
 
-def run_file(run: RunConfig) -> dict:
-    return {"format": FORMAT, "run": to_dict(run), "kernels": {}, "made": [], "history": []}
+class Home:
+    """The good files, the server, and a folder for each trial."""
+
+    def __init__(self, root: Path):
+        self.home, self.folder, self._log = root / "home", root / "trial", root / "log"
+        self.server, self.commands = Server(root / "scratch"), list(COMMANDS)
+        self._usual: dict[Command, Usual] = {}
+        self.folder.mkdir()
+        make_home(self.folder, self.server)  # where the copies are: a run knows the place of its text
+        self.folder.rename(self.home)
+
+    def choose(self, rng: random.Random, fits: Callable[[Command], Any] = bool) -> Command:
+        found = [command for command in self.commands if fits(command)]
+        return rng.choices(found, [command.often for command in found])[0]
+
+    def usual(self, command: Command) -> Usual:
+        """Run a command twice undisturbed: the second finds its compiled programs."""
+        results: list[dict[str, str]] = []
+        while command not in self._usual:
+            self._log.write_bytes(b"")
+            trial, begin = self.trial(command, request={"log": str(self._log)}, limit=600), time.monotonic()
+            answer = self.server.run(trial)
+            results.append(result(self.folder, command, answer.out))
+            if answer.code != command.code:
+                self.commands.remove(command)
+                raise LookupError(command, answer)
+            if len(results) == 2:
+                seconds, steady = time.monotonic() - begin, dict(results[0].items() & results[1].items())
+                touched = [os.path.relpath(json.loads(x), self.folder) for x in self._log.read_text().splitlines()]
+                options = self.server.run(replace(trial, request={"walk": True})).out.splitlines()
+                self._usual[command] = Usual(answer, seconds, steady, touched, options)
+        return self._usual[command]
+
+    def trial(self, command: Command, **words: Any) -> Trial:
+        """A trial of a command in a new copy of the good files."""
+        limit = {} if "limit" in words else {"limit": LIMIT_S + self.usual(command).answer.cpu}
+        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.copytree(self.home, self.folder, symlinks=True)
+        return Trial(self.folder, command.argv, command.stdin, **limit | words)
+
+    def inputs(self, command: Command) -> list[Path]:
+        """Files and folders that a command reads, as far as its words tell."""
+        words = set(command.argv) | ({"run"} if "list" in command.argv else set())
+        words |= {"text", "tokenizer.json"} if words & {"run", "stopped"} else set()
+        tops = [self.home / word for word in sorted(words) if (self.home / word).exists() and word != "."]
+        return [path.relative_to(self.home) for top in tops for path in [top, *sorted(top.rglob("*"))]]
 
 
-def read_run_file(folder: Path, values: object) -> None:
-    (folder / RUN_FILE).write_text(json.dumps(values))
-    run = read_run(folder)
-    (folder / RUN_FILE).write_text(json.dumps(run_file(run)))
-    assert read_run(folder) == run
+# What fell short
 
 
-def read_metrics(folder: Path, rows: list) -> None:
-    path = folder / METRICS_FILE
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found, bad = parse_rows(path)
-    assert len(found) + len(bad) == len(rows)
-    for _, _, curves in PANELS:
-        for curve in curves:
-            list(_curves(found, *curve))
+def judge(made: Home, command: Command, trial: Trial, answer: Answer, names: Sequence = (), also: int = 0) -> set[str]:
+    """Name what fell short in an answer. Args: names: a sentence has one of them; also: another good exit code."""
+    faults, code = {answer.fault} if answer.fault else set(), answer.code
+    hidden = trial.streams.get("err", "terminal") != "terminal"
+    if ERRORS.search("" if hidden else answer.err) or code not in (None, 0, 2, also):
+        faults.add("tracebacks")
+    elif code == 2 and not hidden and "╭─" not in answer.err:  # tyro draws a box
+        sentences = re.findall(r"^dsv3: .*", answer.err, re.MULTILINE)
+        if len(sentences) != 1 or len(sentences[0]) > MAX_SENTENCE:
+            faults.add("sentences")
+        elif names and not any(name in sentences[0] for name in names):
+            faults.add("unnamed")
+    if any(ESCAPES.search(getattr(answer, name)) for name, path in trial.streams.items() if path == "terminal"):
+        faults.add("escapes")
+    left = [path.name for path in trial.folder.rglob("*") if re.search(r"\.part|-checkpoint-tmp", path.name)]
+    left += made.server.leftovers()
+    left += ["out"] if code and command.argv[0] not in MAY_LEAVE and (trial.folder / "out").exists() else []
+    if "canary" in left or (left and code not in (None, -9)):
+        faults.add("half-written")
+    try:  # a command that ended well writes no NaN, infinity or half a document
+        for path in (trial.folder / "out").rglob("*.json") if code == 0 else ():
+            json.loads(path.read_text(), parse_constant=lambda text: 1 / 0)
+    except (ValueError, ZeroDivisionError):
+        faults.add("silent")
+    return faults | ({"processes"} if answer.left else set())
 
 
-def read_loads(folder: Path, rows: list) -> None:
-    (folder / LOAD_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    log = read_load(folder)
-    assert log is None or log.load.ndim == 3 or log.load.size == 0
+def judge_changed(made: Home, command: Command, trial: Trial, path: Path) -> tuple[Answer, set[str]]:
+    """Run a command whose input at a path was changed, and compare what it says and what is left."""
+    files = [x for x in trial.folder.rglob("*") if x.is_file() and x.relative_to(trial.folder).parts[0] != command.out]
+    before = {file: file.read_bytes() for file in files if file.stat().st_size < 1e7}
+    answer = made.server.run(trial)
+    faults = judge(made, command, trial, answer, [path.parts[0], path.name, path.parent.name or path.name])
+    if any(file.is_file() and file.read_bytes() != content for file, content in before.items()):
+        faults.add("changed")
+    if WITH_CHECKSUMS & set(path.parts) and answer.code == command.code == 0 and "out" not in trial.streams:
+        faults |= other_result(made, command, trial, answer.out)
+    return answer, faults
 
 
-def read_tokenizer(folder: Path, values: object) -> None:
-    (folder / "tokenizer.json").write_text(json.dumps(values))
-    found = tokenizer.load(str(folder))
-    assert all(0 <= i < found.vocab_size for i in found.encode("to be é"))
+def other_result(made: Home, command: Command, trial: Trial, out: str | None) -> set[str]:
+    """Name the fault if a result is unlike the usual one. Without `out`, only what was written is compared."""
+    found, lines = result(trial.folder, command, out or ""), out is not None and command.argv[0] not in MAY_LEAVE
+    wanted = {key: x for key, x in made.usual(command).result.items() if lines or not key.startswith("line ")}
+    return {"silent"} if wanted.items() - found.items() else set()
 
 
-def good_tokenizer() -> dict:
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0, "to": 1, "be": 2}, unk_token="be"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    inner.add_special_tokens(["<eos>"])
-    return json.loads(inner.to_str())
+def disturbed(made: Home, command: Command, trials: Sequence[Trial], also: int = 0, then: Callable = lambda: None):
+    """Run disturbed trials in one folder. Undisturbed, the same command must then end as usual, or be done already."""
+    faults: set[str] = set()
+    for trial in trials:
+        answer = made.server.run(trial)
+        faults |= judge(made, command, trial, answer, also=also)
+    then()
+    if trial.request.get("action") in ("delete", "link"):
+        return answer, faults
+    if not faults and (command.argv[0] in MAY_LEAVE or not (trial.folder / "out").exists()):
+        answer = made.server.run(Trial(trial.folder, command.argv, command.stdin, limit=trial.limit))
+        faults |= {"not resumed"} if answer.code != command.code else set()
+    return answer, faults or other_result(made, command, trial, None)
 
 
-ROW = {"step": 3, "loss": 2.0, "mtp_loss": [2.5], "val_loss": 2.0, "mtp_acceptance": [0.5], "lr": 1e-3,
-       "kernels": {"product": "cpu"}, "max_vio": 0.5, "tokens_per_s": 9.0}  # fmt: skip
-READERS: dict[str, Callable] = {
-    "config.json": read_config, "run.json": read_run_file, "metrics.jsonl": read_metrics, "load.jsonl": read_loads,
-    "tokenizer.json": read_tokenizer,
+# Kinds of trials
+
+
+def streams_of(rng: random.Random) -> dict[str, str | None]:
+    """Sometimes a terminal in place of a file."""
+    return {rng.choice(["out", "err"]): "terminal"} if rng.random() < 0.4 else {}
+
+
+def files(made: Home, rng: random.Random) -> Done:
+    """Change a file's content. Files of like names count as one."""
+    command = made.choose(rng, lambda c: any((made.home / path).is_file() for path in made.inputs(c)))
+    kinds: dict[str, list[Path]] = {}
+    for path in made.inputs(command):
+        if (made.home / path).is_file():
+            kinds.setdefault(re.sub(r"[0-9a-f]{2,}", "", path.name), []).append(path)
+    path = rng.choice(kinds[rng.choice(sorted(kinds))])
+    trial = made.trial(command, streams=streams_of(rng))
+    before = (trial.folder / path).read_bytes()
+    how, after = grammar.change(before, rng)
+    (trial.folder / path).write_bytes(after)
+    answer, faults = judge_changed(made, command, trial, path)
+    at = len(os.path.commonprefix([before[:10_000], after[:10_000]]))
+    what = f"{path}, byte {at}: {before[at : at + 60]!r} -> {after[at : at + 60]!r}, {len(after):,} bytes"
+    return (f"files: {how}", command.argv, what, faults, answer)
+
+
+def names(made: Home, rng: random.Random) -> Done:
+    """Put something else in the place of a file or folder, also of one that the command only looks for."""
+    command = made.choose(rng, made.inputs)
+    found = set(made.inputs(command))
+    tops = {path.parts[0] for path in found}
+    found |= {Path(x) for x in made.usual(command).touched if x.split("/")[0] in tops and not re.search(r"\d{3}", x)}
+    depth = rng.choice(sorted({len(path.parts) for path in found}))
+    path, kind = rng.choice(sorted(path for path in found if len(path.parts) == depth)), rng.choice(PLACES)
+    trial = made.trial(command, streams=streams_of(rng))
+    trial.request = put(trial.folder, trial.folder / path, kind, rng)
+    answer, faults = judge_changed(made, command, trial, path)
+    return (f"names: {kind}", command.argv, str(path), faults, answer)
+
+
+PLACES = ("pipe", "empty", "folder", "nowhere", "/dev/zero", "/dev/full", ".", "hole", "absent", "unreadable",
+          "many", "renamed", "moved")  # fmt: skip
+
+
+def put(folder: Path, path: Path, kind: str, rng: random.Random) -> dict[str, Any]:
+    """Put something in a path's place. Returns: more words for the server."""
+    if kind == "unreadable":
+        subprocess.run(["chmod", "-R", "a+rwX", folder], check=True)
+        path.chmod(rng.choice([0, 0o444])) if path.exists() else None
+        return {"nobody": os.getuid() == 0}
+    if kind in ("many", "renamed", "moved") and not path.exists():
+        return {}
+    if kind == "many":
+        for i in range(300):
+            copy = path.with_name(f"{path.stem}-{i}{path.suffix}")
+            os.link(path, copy) if path.is_file() else shutil.copytree(path, copy, copy_function=os.link)
+    elif kind in ("renamed", "moved"):
+        new = folder / "elsewhere" if kind == "moved" else path.with_name(path.name[:1] + rng.choice(grammar.NAMES))
+        path.rename(new)
+        path.symlink_to(new) if kind == "moved" else None
+    else:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make = {"pipe": os.mkfifo, "empty": Path.touch, "folder": Path.mkdir, "absent": bool, "hole": Path.touch}
+        make.get(kind, lambda path: path.symlink_to(kind))(path)
+        os.truncate(path, 20 << 30) if kind == "hole" else None
+    return {}
+
+
+def options(made: Home, rng: random.Random) -> Done:
+    """Give options other values: near limits, of other types, hostile texts."""
+    command = made.choose(rng, lambda c: c.often > 1)
+    words, found = command.argv, made.usual(command).options
+    for line in rng.sample(found, min(rng.choice([1, 1, 2]), len(found))):
+        name, choices, usual = json.loads(line)
+        with contextlib.suppress(ValueError):
+            usual = json.loads(usual or "")
+        value = rng.choice([*choices, str(grammar.value_near(usual, rng))[:100_000], "nowhere", "run", ""])
+        words += [name] if usual is None and rng.random() < 0.5 else [name, value]
+    if rng.random() < 0.2:
+        at = rng.randrange(1, len(words))
+        words = [*words[:at], rng.choice(["-", "--", "nowhere", *grammar.TEXTS]), *words[at + rng.randrange(2) :]]
+    words = [word.replace("\0", "\1").encode(errors="replace").decode() for word in words]
+    trial = replace(made.trial(command, streams=streams_of(rng)), argv=words, limit=3 * LIMIT_S)
+    answer = made.server.run(trial)
+    return ("options", [repr(word) for word in words], "", judge(made, command, trial, answer), answer)
+
+
+def streams(made: Home, rng: random.Random) -> Done:
+    """Close or fill stdin, stdout, stderr; half of the commands are to print an error."""
+    command, wrong = made.choose(rng), rng.random() < 0.5
+    given: dict[str, str | None] = {}
+    for name in rng.sample(["out", "err"], rng.choice([1, 1, 2])):
+        given[name] = rng.choice([None, "/dev/full", *([] if given else ["head", "terminal"])])
+    trial = made.trial(command, streams=given)
+    if wrong:
+        trial.argv = ["nowhere" if (made.home / word).exists() else word for word in command.argv]
+    trial.stdin = None if rng.random() < 0.3 else command.stdin
+    answer = made.server.run(trial)
+    faults = judge(made, command, trial, answer, also=141)
+    if given.get("out") == "/dev/full" and made.usual(command).answer.out and not wrong and answer.code == 0:
+        faults.add("silent")
+    return ("streams", trial.argv, f"{given}, stdin {'closed' if trial.stdin is None else 'open'}", faults, answer)
+
+
+ACTIONS = ("EIO", "EACCES", "ENOSPC", "EMFILE", "EROFS", "delete", "link", "link", "SIGINT", "SIGTERM", "SIGKILL")
+
+
+def moments(made: Home, rng: random.Random) -> Done:
+    """Disturb a command when it touches a path: an error, a signal, a file that is gone, a link in a file's place."""
+    command, action = made.choose(rng), rng.choice(ACTIONS)
+    at = rng.randrange(1, len(made.usual(command).touched) + 2)
+    what = f"at touch {at} ({[*made.usual(command).touched, ''][at - 1]})"
+    trial = made.trial(command, request={"at": at, "action": action})
+    answer, faults = disturbed(made, command, [trial], {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}.get(action, 0))
+    return (f"moments: {action}", command.argv, what, faults, answer)
+
+
+def kills(made: Home, rng: random.Random) -> Done:
+    """Kill a command once or more at any time, and run it again."""
+    command = made.choose(rng, lambda c: "out" in c.argv or c.argv[0] in MAY_LEAVE)
+    times = [rng.random() * made.usual(command).seconds for _ in range(rng.choice([1, 1, 2, 3]))]
+    trial = made.trial(command)
+    answer, faults = disturbed(made, command, [replace(trial, kill_after=after) for after in times], -9)
+    return ("kills", command.argv, f"after {[round(after, 2) for after in times]} s", faults, answer)
+
+
+def disks(made: Home, rng: random.Random) -> Done:
+    """Let no file grow beyond some bytes, or fill the disk (only root can mount one); then give room."""
+    command = made.choose(rng, lambda c: "out" in c.argv or c.argv[0] in MAY_LEAVE)
+    size, trial = int(10 ** rng.uniform(2, 5.3)), made.trial(command)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(trial.folder)]
+    if rng.random() < 0.5 or subprocess.run(mount, capture_output=True).returncode:
+        answer, faults = disturbed(made, command, [replace(trial, request={"file_size": size})])
+        return ("disks: file size", command.argv, f"{size} bytes", faults, answer)
+
+    def resize(room: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={room}", "tmpfs", trial.folder], check=True)
+
+    try:
+        shutil.copytree(made.home, trial.folder, symlinks=True, dirs_exist_ok=True)
+        resize(str(shutil.disk_usage(trial.folder).used + size))
+        answer, faults = disturbed(made, command, [trial], then=lambda: resize("256m"))
+    finally:
+        subprocess.run(["umount", "--lazy", trial.folder], check=True)
+    return ("disks: full", command.argv, f"{size} bytes of room", faults, answer)
+
+
+def pairs(made: Home, rng: random.Random) -> Done:
+    """Let two commands work on one folder: both write it, or one trains the run that the other reads."""
+    second = made.choose(rng, lambda c: "run" in c.argv or (c.argv[0] in MAY_LEAVE and c.code == 0))
+    reads, trial = "run" in second.argv, made.trial(second)
+    first = TRAINING if reads else second
+    if reads:
+        shutil.rmtree(trial.folder / "run")
+    pid, faults, pauses = made.server.start(Trial(trial.folder, first.argv), bytearray()), set(), 1000 if reads else 0
+    while pauses and not list(trial.folder.glob("run/checkpoints/[0-9]*")):
+        time.sleep(0.1)
+        pauses -= 1
+    time.sleep(rng.random() * (1 if reads else made.usual(second).seconds))
+    for _ in range(3 if reads else 1):
+        answer = made.server.run(trial)
+        wrong = answer.fault or ERRORS.search(answer.err) or answer.code not in (0, 2)
+        faults |= {answer.fault or "tracebacks"} if wrong else {"refused"} if reads and answer.code else set()
+        shutil.rmtree(trial.folder / "out", ignore_errors=True) if reads else None
+    while (ended := made.server.ask({"poll": pid})) is None:
+        os.killpg(pid, 9) if reads else time.sleep(0.05)
+    if not reads and {ended[0], answer.code} not in ({0}, {0, 2}):
+        faults.add("tracebacks")
+    return ("pairs", second.argv, f"beside {' '.join(first.argv)[:60]}", faults, answer)
+
+
+KINDS: dict[str, tuple[int, Callable[[Home, random.Random], Done]]] = {  # how many of a round, and what
+    "files": (7, files), "names": (4, names), "options": (3, options), "streams": (2, streams), "moments": (4, moments),
+    "kills": (1, kills), "disks": (1, disks), "pairs": (1, pairs),
 }  # fmt: skip
 
 
-def files(name: str):
-    """Hypothesis' strategy for the content of a file: anything, or a good one with some values changed."""
-    from hypothesis import strategies as st
-
-    numbers = st.integers() | st.floats() | st.sampled_from([0, -1, 2**31, 2**63, 2**64, 10**399, 1e308, 5e-324])
-    atoms = st.none() | st.booleans() | numbers | st.text(max_size=8)
-    anything = st.recursive(
-        atoms, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-        max_leaves=8,
-    )  # fmt: skip
-
-    def like(good: object):
-        """Values like a good one: the same, or changed at some depth, or anything."""
-        if isinstance(good, dict):
-            inner = st.fixed_dictionaries({}, optional={key: like(value) for key, value in good.items()})
-            more = st.dictionaries(st.sampled_from([*good, "", "x"]), anything, max_size=2)
-            whole = st.builds(lambda *parts: good | {k: v for part in parts for k, v in part.items()}, inner, more)
-            return whole | inner
-        same = st.just(good)
-        if isinstance(good, list):
-            items = like(good[0]) if good else anything
-            return same | st.lists(items, max_size=3) | anything
-        return same | same | same | anything
-
-    if name == "config.json":
-        good = config_to_dict(preset("v3"))
-        good["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
-        return like(good) | anything
-    if name == "run.json":
-        return like(run_file(recipe("tiny"))) | anything
-    if name == "metrics.jsonl":
-        return st.lists(like(ROW) | anything, max_size=5)
-    if name == "load.jsonl":
-        counts = st.integers(0, 9) | anything
-        matrix = st.lists(st.lists(counts, min_size=2, max_size=2) | st.lists(counts, max_size=3), max_size=2)
-        tables = {"load": matrix | anything}
-        row = st.fixed_dictionaries({"step": st.integers(0, 9)} | tables, optional={"bias": matrix | anything})
-        return st.lists(row, max_size=4)
-    return like(good_tokenizer()) | anything
-
-
-def read_files(name: str, seconds: float, seed: int) -> None:
-    """Read files of one format for so long, and print how many; an exception where one falls short."""
-    import hypothesis
-
-    count, until = 0, time.monotonic() + seconds
-
-    def check(content: object) -> None:
-        nonlocal count
-        if time.monotonic() > until:
-            return
-        count += 1
-        with tempfile.TemporaryDirectory() as folder:
+def run(kinds: Sequence[str], seconds: float, seed: int, table: Counter, least: int, first: int) -> None:
+    """Run trials for so long, not counting the making of good files; print each new fault and what repeats it."""
+    with tempfile.TemporaryDirectory(prefix="campaign-") as root:
+        made, seen = Home(Path(root).resolve()), set()
+        order, begin, number = [name for name in KINDS for _ in range(KINDS[name][0])], time.monotonic(), first
+        random.Random(0).shuffle(order)
+        while number - first < least or time.monotonic() < begin + seconds:
+            kind, number = order[number % len(order)], number + 1
+            if kind not in kinds:
+                continue
             try:
-                READERS[name](Path(folder), content)
-            except ValueError as error:
-                assert str(error) and len(str(error)) <= 40 * MAX_SENTENCE, "no sentence"  # the command line cuts it
-
-    while time.monotonic() < until:
-        made = hypothesis.given(files(name))(check)
-        settings = hypothesis.settings(
-            max_examples=ROUND, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
-        )
-        hypothesis.seed(seed)(settings(made))()
-        seed += ROUNDS
-    print(f"count {count}", file=sys.stderr)
-
-
-def run(until: float, seed: int, table: Table, least: int) -> None:
-    """Read files until a time, an equal time for each kind, each in a separate process."""
-    if importlib.util.find_spec("hypothesis") is None:
-        print("fuzz: left out: the package hypothesis is not installed")
-        return
-    for i, name in enumerate(READERS):
-        seconds = max((until - time.monotonic()) / (len(READERS) - i), 1.0)
-        argv = [sys.executable, "-m", "tests.campaign.fuzz", name, str(seconds), str(seed)]
-        process = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        ended = watch(process, 10 * seconds + 4 * LIMIT_S)  # shrinking takes longer
-        counted = re.findall(r"^count (\d+)$", ended.err, re.MULTILINE)
-        faults = [] if counted else ["hangs" if ended.code is None else "tracebacks"]
-        table.add(f"fuzz: {name}", faults, max(1, *map(int, counted)) if counted else 1)
-        report("fuzz", seed, 0, name, faults, ended.err)
-
-
-if __name__ == "__main__":
-    read_files(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))
+                name, words, what, faults, answer = KINDS[kind][1](made, random.Random(f"{seed} {number - 1}"))
+            except LookupError as error:
+                command, answer = error.args
+                name, words, what, faults = "good files", command.argv, "undisturbed", ["refused"]
+            table.update([(name, "trials"), *((name, fault) for fault in faults)])
+            said = answer.err.strip()[-1500:]
+            key = (kind, *faults, re.sub(r"\d+|'.*?'", "#", said[-200:]))
+            if faults and key not in seen:
+                seen.add(key)
+                after = f"{answer.cpu:.1f} CPU s, {time.monotonic() - begin:.0f} s after the start"
+                print(f"{', '.join(faults)}: {name}: dsv3 {' '.join(words)[:300]} | {what}")
+                print(
+                    f"  exit code {answer.code}, {after}; again: --seed {seed} --trial {number - 1}\n  {said}",
+                    flush=True,
+                )
+        print(f"next trial: {number}", flush=True)

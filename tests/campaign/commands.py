@@ -1,0 +1,244 @@
+"""What a campaign attacks: good files, which the command line makes once, and commands that read them."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pty
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import runs
+
+LIMIT_S = 30.0  # CPU seconds above a command's usual ones
+IDLE = 400  # looks at a process that does nothing, 50 ms apart
+LIMIT_BYTES = 2 << 30  # resident memory of a command's processes
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[:1] + ':' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+class Command(NamedTuple):
+    """A command's words, and the folder that it writes."""
+
+    words: str
+    often: int = 1  # weight among the commands
+    stdin: bytes = b""
+    code: int = 0
+    out: str = "out"
+
+    @property
+    def argv(self) -> list[str]:
+        return shlex.split(self.words)
+
+
+def train(out: str, **changes: Any) -> str:
+    flags = shlex.join(runs.flags(runs.make_run("text", **{"keep": 3} | changes)))
+    return f"train tiny --out {out} --data.tokenizer tokenizer.json {flags}"
+
+
+TOKENIZE = "data tokenize text --row-tokens 16 --val-fraction 0.3 --tokenizer tokenizer.json --shard-mb 0.002"
+MAKE = (
+    "tokenizer tokenizer.json --vocab-size 260 --paths text",
+    train("run"),
+    "convert run released --dtype float32",
+    f"{TOKENIZE} --out shards --workers 1",
+)
+COMMANDS = (
+    Command("tokenizer out --vocab-size 262 --paths text", 3),
+    Command(f"{TOKENIZE} --out out --workers 1", 4),
+    Command(f"{TOKENIZE} --out out --workers 2", 2),
+    Command("data tokenize chats.jsonl --out out --workers 1 --format chat --start released --val-fraction 0.3", 5),
+    Command(f"{TOKENIZE} --out half --workers 1", 4, out="half"),
+    Command("data check shards", 4),
+    Command("runs list .", 3),
+    Command("runs check run", 2),
+    Command("convert released out", 2),
+    Command("convert run out --dtype float32", 2),
+    Command("info tiny", 2),
+    Command("plan tiny --mesh nothing=2", 2, code=2),
+    Command("train tiny --data.paths nowhere --out out", 2, code=2),
+    Command(f"{train('out')} --data.format shards --data.paths shards", 2),
+    Command(train("stopped"), out="stopped"),
+    Command(
+        "train sft --start released --data.paths chats.jsonl --out out --steps 2 --data.seq-len 64 --data.val-fraction 0.3"
+    ),
+    Command("eval run --batches 1"),
+    Command("stats run --out out --draws 5 --batches 1"),
+    Command("generate run --max-new-tokens 8"),
+    Command("generate released --max-new-tokens 8"),
+    Command("chat released --max-new-tokens 8", stdin=b"hello\n/reset\nto be\n"),
+)
+TRAINING = Command(train("run", keep=1, save_every=1, eval_every=1000, steps=600))  # beside readers
+
+
+def make_home(home: Path, server: "Server") -> None:
+    """Write texts and chats, and what the commands of `MAKE` make of them."""
+    runs.write_text(home / "text")
+    chats = []
+    for i in range(16):
+        turns = [{"role": "user", "content": f"Is it {i}?"}, {"role": "assistant", "content": "It is."}]
+        chats.append({"messages": turns, "domain": f"d{i % 2}", "tools": [{"name": "add", "parameters": {"a": "int"}}]})
+    rows = [{"text": f"row {i} x = 1", "domain": f"d{i % 3}", "id": i} for i in range(9)]
+    (home / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)) + "\n")
+    (home / "text" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for words in MAKE:
+        answer = server.run(Trial(home, shlex.split(words), limit=600))
+        assert answer.code == 0, answer
+    for name, values in (
+        ("tokenizer_config.json", {"eos_token": "<eos>", "chat_template": TEMPLATE, "model_max_length": 64}),
+        ("generation_config.json", {"temperature": 0.6, "top_p": 0.95, "top_k": 40, "do_sample": True}),
+    ):
+        (home / "released" / name).write_text(json.dumps(values))
+    (home / "released" / "chat_template.jinja").write_text(TEMPLATE)
+    shutil.copy(home / "tokenizer.json", home / "released")
+    shutil.copytree(home / "run", home / "stopped")
+    shutil.rmtree(home / "stopped" / "checkpoints" / str(runs.STEPS))
+    shutil.copytree(home / "shards", home / "half")
+    (home / "half" / "manifest.json").unlink()
+
+
+# Running them
+
+
+@dataclass
+class Trial:
+    """A command in a folder, and how it is disturbed."""
+
+    folder: Path
+    argv: list[str]
+    stdin: bytes | None = b""
+    streams: dict[str, str | None] = field(default_factory=dict)  # out, err: path, "head", "terminal", None for closed
+    request: dict[str, Any] = field(default_factory=dict)  # more words for the server
+    limit: float = LIMIT_S
+    kill_after: float = float("inf")  # seconds
+
+
+class Answer(NamedTuple):
+    """The end of a command."""
+
+    code: int | None  # None: it was stopped, because it hung or took too much memory
+    out: str
+    err: str
+    fault: str | None
+    cpu: float
+    left: list[int]  # processes that outlived it by some seconds
+
+
+class Server:
+    """The process of server.py, and the watch over the children that it forks."""
+
+    def __init__(self, scratch: Path):
+        self._scratch, self._ends = scratch, list[int]()
+        (scratch / "tmp").mkdir(parents=True)
+        (scratch / "canary").write_text("sings")
+        paths = {"TMPDIR": str(scratch / "tmp"), "CANARY": str(scratch / "canary"), "TERM": "xterm", "COLUMNS": "120"}
+        environment = runs.environment(scratch) | paths
+        del environment["PYTHONUNBUFFERED"], environment["JAX_NUM_CPU_DEVICES"]
+        program = [sys.executable, str(Path(__file__).with_name("server.py")), runs.SPEND_NO_SECONDS]
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen(program, env=environment, text=True, **streams)
+        self._process.stdout.readline()  # it is ready
+
+    def ask(self, request: dict) -> Any:
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def start(self, trial: Trial, seen: bytearray) -> int:
+        """Start a command. Returns: its process, whose terminal or pipe fills `seen`."""
+        (self._scratch / "in").write_bytes(trial.stdin or b"")
+        streams = [None if trial.stdin is None else str(self._scratch / "in")]
+        for name in ("out", "err"):
+            path = trial.streams.get(name, str(self._scratch / name))
+            (self._scratch / name).write_bytes(b"")
+            if path == "head":
+                (self._scratch / "pipe").unlink(missing_ok=True)
+                os.mkfifo(path := str(self._scratch / "pipe"))
+                threading.Thread(target=collect, args=(path, seen, 1), daemon=True).start()
+            elif path == "terminal":
+                reader, end = pty.openpty()
+                path = os.ttyname(end)
+                self._ends.append(end)
+                threading.Thread(target=collect, args=(reader, seen, -1), daemon=True).start()
+            streams.append(path)
+        return self.ask({"argv": trial.argv, "folder": str(trial.folder), "streams": streams, **trial.request})
+
+    def run(self, trial: Trial) -> Answer:
+        """Run a command to its end, or stop it."""
+        seen, fault, idle, before, polls = bytearray(), None, 0, 0.0, 0
+        pid = self.start(trial, seen)
+        while (done := self.ask({"poll": pid})) is None:
+            time.sleep(0.05)
+            _, cpu, memory = usage(pid)
+            polls, idle, before = polls + 1, (idle + 1 if cpu == before else 0), cpu
+            hangs = cpu > trial.limit or idle > IDLE
+            fault = fault or ("hangs" if hangs else "memory" if memory > LIMIT_BYTES else None)
+            with contextlib.suppress(ProcessLookupError):
+                if fault:
+                    os.killpg(pid, 9)
+                elif polls * 0.05 > trial.kill_after:
+                    os.kill(pid, 9)
+        for _ in range(60):
+            time.sleep(0.1 if (left := usage(pid)[0]) else 0)
+        for one in left:
+            os.kill(one, 9)
+        while self._ends:
+            os.close(self._ends.pop())
+        time.sleep(0.05 if seen else 0)
+        texts = {name: (self._scratch / name).read_bytes() for name in ("out", "err")}
+        texts |= {name: bytes(seen) for name, path in trial.streams.items() if path == "terminal"}
+        out, err = (text.decode(errors="replace") for text in texts.values())
+        return Answer(None if fault else done[0], out, err, fault, done[1], left)
+
+    def leftovers(self) -> list[str]:
+        """Names of temporary files outside the folder, which are deleted; and "canary" if that file was written."""
+        found = [path.name for path in (self._scratch / "tmp").iterdir()]
+        shutil.rmtree(self._scratch / "tmp")
+        (self._scratch / "tmp").mkdir()
+        return found + (["canary"] if (self._scratch / "canary").read_text() != "sings" else [])
+
+
+def collect(reader: int | str, seen: bytearray, times: int) -> None:
+    """Read a terminal or pipe to its end, or some times, then close it."""
+    file = os.open(reader, os.O_RDONLY) if isinstance(reader, str) else reader
+    with contextlib.suppress(OSError):  # the terminal's other end is closed
+        while times and (piece := os.read(file, 1 << 16)):
+            seen += piece
+            times -= 1
+    os.close(file)
+
+
+def usage(pid: int) -> tuple[list[int], float, float]:
+    """(Living processes, CPU seconds, resident bytes) of a command's session."""
+    found: list[int] = []
+    ticks = pages = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == pid and fields[0] != "Z":
+                found.append(int(path.parent.name))
+                ticks, pages = ticks + int(fields[11]) + int(fields[12]), pages + int(fields[21])
+    return found, ticks / os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def result(folder: Path, command: Command, out: str) -> dict[str, str]:
+    """A command's result: lines of its output, and hashes of the files that it wrote but for checkpoints."""
+    found, top = {f"line {i}": line for i, line in enumerate(out.splitlines())}, folder / command.out
+    for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
+        if path.is_file() and "checkpoints" not in path.parts:
+            content = path.read_bytes()
+            if path.name == "metrics.jsonl":
+                with contextlib.suppress(ValueError):
+                    content = repr(runs.rows_of(path.parent)).encode()
+            found[path.relative_to(folder).as_posix()] = hashlib.sha256(content).hexdigest()
+    return found
