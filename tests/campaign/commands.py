@@ -47,12 +47,8 @@ def train(out: str, **changes: Any) -> str:
 
 
 TOKENIZE = "data tokenize text --row-tokens 16 --val-fraction 0.3 --tokenizer tokenizer.json --shard-mb 0.002"
-MAKE = (
-    "tokenizer tokenizer.json --vocab-size 260 --paths text",
-    train("run"),
-    "convert run released --dtype float32",
-    f"{TOKENIZE} --out shards --workers 1",
-)
+MAKE = ("tokenizer tokenizer.json --vocab-size 260 --paths text", train("run"), "convert run released --dtype float32",
+        f"{TOKENIZE} --out shards --workers 1")  # fmt: skip
 COMMANDS = (
     Command("tokenizer out --vocab-size 262 --paths text", 3),
     Command(f"{TOKENIZE} --out out --workers 1", 4),
@@ -69,9 +65,7 @@ COMMANDS = (
     Command("train tiny --data.paths nowhere --out out", 2, code=2),
     Command(f"{train('out')} --data.format shards --data.paths shards", 2),
     Command(train("stopped"), out="stopped"),
-    Command(
-        "train sft --start released --data.paths chats.jsonl --out out --steps 2 --data.seq-len 64 --data.val-fraction 0.3"
-    ),
+    Command("train sft --start released --data.paths chats.jsonl --out out --steps 2 --data.seq-len 64"),
     Command("eval run --batches 1"),
     Command("stats run --out out --draws 5 --batches 1"),
     Command("generate run --max-new-tokens 8"),
@@ -85,9 +79,9 @@ def make_home(home: Path, server: "Server") -> None:
     """Write texts and chats, and what the commands of `MAKE` make of them."""
     runs.write_text(home / "text")
     chats = []
-    for i in range(16):
+    for i in range(40):
         turns = [{"role": "user", "content": f"Is it {i}?"}, {"role": "assistant", "content": "It is."}]
-        chats.append({"messages": turns, "domain": f"d{i % 2}", "tools": [{"name": "add", "parameters": {"a": "int"}}]})
+        chats.append({"messages": turns, "domain": f"d{i % 2}", "tools": [{"name": "add", "arguments": {"a": 1}}]})
     rows = [{"text": f"row {i} x = 1", "domain": f"d{i % 3}", "id": i} for i in range(9)]
     (home / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)) + "\n")
     (home / "text" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -143,7 +137,6 @@ class Server:
         (scratch / "canary").write_text("sings")
         paths = {"TMPDIR": str(scratch / "tmp"), "CANARY": str(scratch / "canary"), "TERM": "xterm", "COLUMNS": "120"}
         environment = runs.environment(scratch) | paths
-        del environment["PYTHONUNBUFFERED"], environment["JAX_NUM_CPU_DEVICES"]
         program = [sys.executable, str(Path(__file__).with_name("server.py")), runs.SPEND_NO_SECONDS]
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen(program, env=environment, text=True, **streams)
@@ -195,9 +188,9 @@ class Server:
         while self._ends:
             os.close(self._ends.pop())
         time.sleep(0.05 if seen else 0)
-        texts = {name: (self._scratch / name).read_bytes() for name in ("out", "err")}
-        texts |= {name: bytes(seen) for name, path in trial.streams.items() if path == "terminal"}
-        out, err = (text.decode(errors="replace") for text in texts.values())
+        shown = {name: bytes(seen) for name, path in trial.streams.items() if path == "terminal"}
+        texts = (shown.get(name, (self._scratch / name).read_bytes()) for name in ("out", "err"))
+        out, err = (text.decode(errors="replace") for text in texts)
         return Answer(None if fault else done[0], out, err, fault, done[1], left)
 
     def leftovers(self) -> list[str]:

@@ -3,7 +3,9 @@
 The kind is found in the content, so a new file of a known kind needs nothing here.
 """
 
+import functools
 import json
+import operator
 import random
 import re
 from collections.abc import Iterator
@@ -78,10 +80,8 @@ def change_json(document: Any, rng: random.Random) -> Any:
     path = rng.choice([path for path in found if len(path) == depth])
     if not path:
         return value_near(document, rng)
-    parent, key, action = document, path[-1], rng.random()
-    for step in path[:-1]:
-        parent = parent[step]
-    near = value_near(parent[key], rng)
+    parent = functools.reduce(operator.getitem, path[:-1], document)
+    key, near, action = path[-1], value_near(parent[path[-1]], rng), rng.random()
     if action < 0.6:
         parent[key] = near
     elif action < 0.75:
@@ -99,10 +99,9 @@ def change_lines(data: bytes, rng: random.Random) -> bytes:
     """Change lines of JSON: one of them, or how many there are."""
     lines = data.splitlines()
     at = rng.randrange(len(lines))
-    if rng.random() < 0.75:
-        lines[at] = dumps(change_json(json.loads(lines[at]), rng))
-    else:
-        lines[at : at + 1] = rng.choice([[], [b""], [b"{}"], [lines[at]] * rng.choice(COUNTS), [lines[at][:-3]]])
+    others = [], [b""], [b"{}"], [lines[at]] * rng.choice(COUNTS), [lines[at][:-3]]
+    changed = dumps(change_json(json.loads(lines[at]), rng))
+    lines[at : at + 1] = [changed] if rng.random() < 0.75 else rng.choice(others)
     return rng.choice([b"\n", b"\n", b"\r\n"]).join(lines) + rng.choice([b"\n", b""])
 
 
