@@ -101,9 +101,6 @@ def make_home(home: Path, server: "Server") -> None:
     (home / "half" / "manifest.json").unlink()
 
 
-# Running them
-
-
 @dataclass
 class Trial:
     """A command in a folder, and how it is disturbed."""
@@ -136,7 +133,7 @@ class Server:
         (scratch / "tmp").mkdir(parents=True)
         (scratch / "canary").write_text("sings")
         paths = {"TMPDIR": str(scratch / "tmp"), "CANARY": str(scratch / "canary"), "TERM": "xterm", "COLUMNS": "120"}
-        environment = runs.environment(scratch) | paths
+        environment = runs.environment(scratch) | paths | {"PYTHONWARNINGS": "ignore"}
         program = [sys.executable, str(Path(__file__).with_name("server.py")), runs.SPEND_NO_SECONDS]
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen(program, env=environment, text=True, **streams)
@@ -176,13 +173,13 @@ class Server:
             polls, idle, before = polls + 1, (idle + 1 if cpu == before else 0), cpu
             hangs = cpu > trial.limit or idle > IDLE
             fault = fault or ("hangs" if hangs else "memory" if memory > LIMIT_BYTES else None)
-            with contextlib.suppress(ProcessLookupError):
-                if fault:
-                    os.killpg(pid, 9)
-                elif polls * 0.05 > trial.kill_after:
-                    os.kill(pid, 9)
-        for _ in range(60):
-            time.sleep(0.1 if (left := usage(pid)[0]) else 0)
+            if fault:
+                os.killpg(pid, 9)
+            elif polls * 0.05 > trial.kill_after:
+                os.kill(pid, 9)
+        polls = 60
+        while (left := usage(pid)[0]) and (polls := polls - 1):
+            time.sleep(0.1)
         for one in left:
             os.kill(one, 9)
         while self._ends:

@@ -89,9 +89,6 @@ class Home:
         return [path.relative_to(self.home) for top in tops for path in [top, *sorted(top.rglob("*"))]]
 
 
-# What fell short
-
-
 def judge(made: Home, command: Command, trial: Trial, answer: Answer, names: Sequence = (), also: int = 0) -> set[str]:
     """Name what fell short in an answer. Args: names: a sentence has one of them; also: another good exit code."""
     faults, code = {answer.fault} if answer.fault else set(), answer.code
@@ -152,9 +149,6 @@ def disturbed(made: Home, command: Command, trials: Sequence[Trial], also: int =
         answer = made.server.run(Trial(trial.folder, command.argv, command.stdin, limit=trial.limit))
         faults |= {"not resumed"} if answer.code != command.code else set()
     return answer, faults or other_result(made, command, trial, None)
-
-
-# Kinds of trials
 
 
 def files(made: Home, rng: random.Random) -> Done:
@@ -249,8 +243,8 @@ def streams(made: Home, rng: random.Random) -> Done:
     trial.stdin = None if rng.random() < 0.3 else command.stdin
     answer = made.server.run(trial)
     faults = judge(made, command, trial, answer, also=141)
-    if given.get("out") == "/dev/full" and made.usual(command).answer.out and not wrong and answer.code == 0:
-        faults.add("silent")
+    lost = given.get("out") == "/dev/full" and made.usual(command).answer.out and not wrong and answer.code == 0
+    faults |= {"silent"} if lost else set()
     return ("streams", trial.argv, f"{given}, stdin {'closed' if trial.stdin is None else 'open'}", faults, answer)
 
 

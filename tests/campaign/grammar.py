@@ -126,16 +126,14 @@ def change_bytes(data: bytes, rng: random.Random) -> bytes:
         flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     before, after = data[:at], data[at + size :]
     parts = [before, data[at:], before + after, before + bytes(min(size, len(data) - at)) + after]
-    return rng.choice(
-        [bytes(flipped), bytes(flipped), b"", *parts, data + bytes(size), data * 2, rng.randbytes(len(data))]
-    )
+    return rng.choice([*[bytes(flipped)] * 3, b"", *parts, data + bytes(size), data * 2, rng.randbytes(len(data))])
 
 
 def change_header(data: bytes, rng: random.Random) -> bytes:
     """Change JSON behind its length, as safetensors begin."""
-    length = int.from_bytes(data[:8], "little")
-    header = dumps(change_json(json.loads(data[8 : 8 + length]), rng))
-    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = dumps(change_json(json.loads(data[8:end]), rng))
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 CHANGES = {

@@ -17,7 +17,6 @@ import shutil
 import signal
 import sys
 import typing
-import warnings
 from collections.abc import Iterator
 
 WATCHED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir")
@@ -28,7 +27,6 @@ def serve() -> dict:
 
     Returns: a request, in the child that is to do it.
     """
-    warnings.filterwarnings("ignore")
     for module in pkgutil.walk_packages(importlib.import_module("dsv3_jax").__path__, "dsv3_jax."):
         with contextlib.suppress(ImportError):
             importlib.import_module(module.name) if not module.name.endswith("__main__") else None
