@@ -121,7 +121,8 @@ def judge_changed(made: Home, command: Command, trial: Trial, path: Path) -> tup
     files = [x for x in trial.folder.rglob("*") if x.is_file() and x.relative_to(trial.folder).parts[0] != command.out]
     before = {file: file.read_bytes() for file in files if file.stat().st_size < 1e7}
     answer = made.server.run(trial)
-    faults = judge(made, command, trial, answer, [path.parts[0], path.name, path.parent.name or path.name])
+    known = [path.parts[0], path.name, path.parent.name or path.name, path.stem.replace("_", " ")]
+    faults = judge(made, command, trial, answer, known)
     if any(file.is_file() and file.read_bytes() != content for file, content in before.items()):
         faults.add("changed")
     if WITH_CHECKSUMS & set(path.parts) and answer.code == command.code == 0 and "out" not in trial.streams:
