@@ -260,7 +260,7 @@ def _shard(job: Tokenize, settings: str, number: int, group: list[Item]) -> dict
     done = job.out / f"shard-{number:05d}.json"
     with contextlib.suppress(OSError, ValueError):  # a mark that cannot be read counts as absent
         before = read_sealed(done)
-        whole = ((job.out / name).stat().st_size == found["bytes"] for name, found in before["files"].items())
+        whole = (file_hash(job.out / name) == found["hash"] for name, found in before["files"].items())
         if before["input"] == digest.hexdigest() and all(whole):
             return before
     done.unlink(missing_ok=True)
