@@ -53,7 +53,7 @@ MAKE = ("tokenizer tokenizer.json --vocab-size 260 --paths text", train("run"), 
 COMMANDS = (
     Command("tokenizer out --vocab-size 262 --paths text", 3),
     Command(f"{TOKENIZE} --out out --workers 1", 4),
-    Command(f"{TOKENIZE} --out out --workers 2", 2),
+    Command(f"{TOKENIZE} --out out --workers 2", 3),
     Command("data tokenize chats.jsonl --out out --workers 1 --format chat --start released --val-fraction 0.3", 5),
     Command(f"{TOKENIZE} --out half --workers 1", 4, out="half"),
     Command("data check shards", 4),

@@ -173,18 +173,20 @@ def files(made: Home, rng: random.Random) -> Done:
 def names(made: Home, rng: random.Random) -> Done:
     """Put something else in the place of a file or folder, also of one that the command only looks for."""
     command = made.choose(rng, made.inputs)
-    found = set(made.inputs(command))
+    found, usual = set(made.inputs(command)), made.usual(command)
     tops = {path.parts[0] for path in found}
-    found |= {Path(x) for x in made.usual(command).touched if x.split("/")[0] in tops and not re.search(r"\d{3}", x)}
-    depth = rng.choice(sorted({len(path.parts) for path in found}))
-    path, kind = rng.choice(sorted(path for path in found if len(path.parts) == depth)), rng.choice(PLACES)
+    absent = {Path(x) for x in usual.touched if x.split("/")[0] in tops and not re.search(r"\d{3}", x)} - found
+    found = absent if absent and rng.random() < 0.3 else found
+    depth = rng.choice([1, *sorted({len(path.parts) for path in found})])
+    path = rng.choice(sorted(path for path in found if len(path.parts) == depth) or sorted(found))
+    kind = rng.choice(PLACES)
     trial = made.trial(command, streams=rng.choice(TERMINALS))
     trial.request = put(trial.folder, trial.folder / path, kind, rng)
     answer, faults = judge_changed(made, command, trial, path)
     return (f"names: {kind}", command.argv, str(path), faults, answer)
 
 
-PLACES = ("pipe", "empty", "folder", "nowhere", "/dev/zero", "/dev/full", ".", "hole", "absent", "unreadable",
+PLACES = ("pipe", "pipe", "many", "empty", "folder", "nowhere", "/dev/zero", "/dev/full", ".", "hole", "absent", "unreadable",
           "many", "renamed", "moved")  # fmt: skip
 
 
@@ -318,7 +320,7 @@ def pairs(made: Home, rng: random.Random) -> Done:
 
 KINDS: dict[str, tuple[int, Callable[[Home, random.Random], Done]]] = {  # how many of a round, and what
     "files": (8, files), "names": (4, names), "options": (3, options), "streams": (2, streams), "moments": (4, moments),
-    "kills": (1, kills), "disks": (1, disks), "pairs": (1, pairs),
+    "kills": (2, kills), "disks": (1, disks), "pairs": (2, pairs),
 }  # fmt: skip
 
 
