@@ -186,8 +186,8 @@ def names(made: Home, rng: random.Random) -> Done:
     return (f"names: {kind}", command.argv, str(path), faults, answer)
 
 
-PLACES = ("pipe", "pipe", "many", "empty", "folder", "nowhere", "/dev/zero", "/dev/full", ".", "hole", "absent", "unreadable",
-          "many", "renamed", "moved")  # fmt: skip
+PLACES = ("pipe", "pipe", "many", "many", "empty", "folder", "nowhere", "/dev/zero", "/dev/full", ".", "hole", "absent",
+          "unreadable", "renamed", "moved")  # fmt: skip
 
 
 def put(folder: Path, path: Path, kind: str, rng: random.Random) -> dict[str, Any]:
