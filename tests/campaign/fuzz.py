@@ -96,7 +96,7 @@ def judge(made: Home, command: Command, trial: Trial, answer: Answer, names: Seq
     if ERRORS.search("" if hidden else answer.err) or code not in (None, 0, 2, also):
         faults.add("tracebacks")
     elif code == 2 and not hidden and "╭─" not in answer.err:  # tyro draws a box
-        sentences = re.findall(r"^dsv3: .*", answer.err, re.MULTILINE)
+        sentences = re.findall(r"^dsv3: .*", re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", answer.err), re.MULTILINE)
         if len(sentences) != 1 or len(sentences[0]) > MAX_SENTENCE:
             faults.add("sentences")
         elif names and not any(name in sentences[0] for name in names):
