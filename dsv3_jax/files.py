@@ -1,4 +1,4 @@
-"""Files and folders that other programs see complete or not at all; and JSON that others wrote, read with limits.
+"""The one door for files: those that others wrote are read with limits, and what is written appears in one step.
 
 Content goes to a temporary name in the same folder, `.NAME.….part`, which is then renamed. A killed process leaves the
 old file or folder as it was. Its temporary one remains and can be deleted.
@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 PART = ".part"  # end of every temporary name
 MAX_JSON = 100_000_000  # bytes of a JSON file; the index of the largest released models has 25 MB
@@ -41,6 +41,39 @@ def check_regular(path: str | os.PathLike, limit: int | None = None) -> None:
         raise ValueError(f"{os.fspath(path)} has {status.st_size:,} bytes, more than the {limit:,} that are supported")
 
 
+def open_file(path: str | os.PathLike, limit: int | None = None) -> BinaryIO:
+    """Open a regular file to read its bytes. Arguments and errors as `check_regular`."""
+    check_regular(path, limit)
+    return open(path, "rb", opener=at_once)
+
+
+def at_once(path: str, flags: int) -> int:
+    """Open without waiting for the other end of a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
+
+
+def read_bytes(path: str | os.PathLike, limit: int | None = MAX_JSON) -> bytes:
+    """Read a regular file. Arguments and errors as `check_regular`.
+
+    Example:
+        >>> b"def read_bytes" in read_bytes(__file__)
+        True
+    """
+    with open_file(path, limit) as file:
+        return file.read()
+
+
+def read_text(path: str | os.PathLike, limit: int | None = MAX_JSON) -> str:
+    """Read a regular file of UTF-8 with its line ends unchanged.
+
+    Raises: ValueError that names the file when it is not UTF-8, or as `check_regular`; OSError when it cannot be read.
+    """
+    try:
+        return read_bytes(path, limit).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{os.fspath(path)} is not UTF-8: {error}") from error
+
+
 def read_json(path: str | os.PathLike, limit: int = MAX_JSON) -> Any:
     """Read a JSON file that another program may have written.
 
@@ -52,9 +85,9 @@ def read_json(path: str | os.PathLike, limit: int = MAX_JSON) -> Any:
         ...     read_json(Path(folder, "config.json"))
         {'hidden_size': 7168}
     """
-    check_regular(path, limit)
+    data = read_bytes(path, limit)
     try:
-        return parse_json(Path(path).read_bytes())
+        return parse_json(data)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)} is not JSON: {error}") from error
 
@@ -113,7 +146,7 @@ def _refuse(constant: str) -> None:
 def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:
     """Write a file in one step: a reader sees the old content or the new one, never a part.
 
-    A device or pipe such as /dev/stdout cannot be renamed over; it is written directly.
+    A device or pipe such as /dev/stdout cannot be renamed over; it is written directly. A pipe must have a reader.
 
     Args:
         path: the file. Parent folders are created, and a link to a file stays a link.
@@ -128,16 +161,37 @@ def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:
     """
     path, content = Path(path).resolve(), data.encode() if isinstance(data, str) else data
     if path.exists() and not path.is_file():
-        path.write_bytes(content)
+        with open(path, "wb", opener=at_once) as file:
+            os.set_blocking(file.fileno(), True)
+            file.write(content)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     part.unlink(missing_ok=True)  # of a killed process, or a link that somebody put there
     try:
+        part.touch(exist_ok=False)  # never through a link
         part.write_bytes(content)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_writable(*paths: str | os.PathLike | None) -> None:
+    """Check that files or folders can be written, before the work that makes their content. None is passed over.
+
+    Raises: OSError when the folder of that name, or the first above it that exists, is read-only or its disk is full.
+
+    Example:
+        >>> check_writable(Path(__file__) / "run")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        NotADirectoryError: [Errno 20] Not a directory: '...'
+    """
+    for path in (Path(path).absolute() for path in paths if path is not None):
+        if path.is_dir() or path.is_file() or not path.exists():  # not a device or a pipe
+            folder = next(place for place in [path, *path.parents][path.is_file() :] if place.exists())
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(1 << 16))
 
 
 @contextmanager

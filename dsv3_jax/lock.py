@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from dsv3_jax.files import check_regular, parse_json
+from dsv3_jax.files import check_regular, open_file, parse_json
 
 LOCK_FILE = "run.lock"
 
@@ -91,16 +91,14 @@ def holder(folder: str | Path, name: str = LOCK_FILE) -> str:
     """
     path = Path(folder) / name
     try:
-        check_regular(path)
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        file = open_file(path)
     except (OSError, ValueError):
         return ""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return _describe(descriptor) or "another process"
-    finally:
-        os.close(descriptor)
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return _describe(file.fileno()) or "another process"
     return ""
 
 

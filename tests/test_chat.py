@@ -20,7 +20,7 @@ from runs import make_run, unhooked, unhooked_cli
 from texts import ANSWER, CONVERSATIONS, GOLDEN, NOW, PROMPTS, TEXTS, TOOLS, USER, V3, write_text_files
 
 import dsv3_jax as ds
-from dsv3_jax.chat import template as chat_module
+from dsv3_jax.chat import sandbox
 from dsv3_jax.chat.template import ChatTemplate, check_messages
 from dsv3_jax.chat.text_settings import SamplingDefaults, copy_to_run, read_released
 from dsv3_jax.config import replace
@@ -47,7 +47,7 @@ def clock(monkeypatch):
         def now(cls, tz=None):
             return NOW
 
-    monkeypatch.setattr(chat_module, "datetime", Clock)
+    monkeypatch.setattr(sandbox, "datetime", Clock)
 
 
 # Against transformers

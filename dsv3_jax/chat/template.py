@@ -9,16 +9,12 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import datetime
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jinja2
 from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from dsv3_jax.chat.sandbox import MAX_CHARACTERS, Generation, Sandbox, one_sentence
 from dsv3_jax.data.tokenizer import Tokenizer, any_of
 from dsv3_jax.files import parse_json
 
@@ -26,6 +22,7 @@ Message = dict[str, Any]
 Spans = list[tuple[int, int]]
 ROLES = ("system", "user", "assistant")  # others are known if the template names them
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing in different templates
+_PART = 8  # messages that are compared at once
 # Private characters that enclose the name of a special token in a message.
 _OPEN, _CLOSE = "\U000f0000", "\U000f0001"
 
@@ -58,10 +55,10 @@ class ChatTemplate:
 
     def __init__(self, source: str, tokenizer: Tokenizer, special_tokens: dict[str, str] | None = None):
         self.source, self.tokenizer, self.special_tokens = source, tokenizer, dict(special_tokens or {})
-        self._environment = _environment()
-        with _one_sentence():
-            self._template = self._environment.from_string(source)
-        self._tracker: Any = self._environment.extensions[_Generation.identifier]
+        self._environment = Sandbox()
+        with one_sentence():
+            self._template = self._environment.compiled(source)
+        self._tracker: Any = self._environment.extensions[Generation.identifier]
         program = self._environment.parse(source)
         written = "\0".join(
             [node.data for node in program.find_all(nodes.TemplateData)]
@@ -90,6 +87,7 @@ class ChatTemplate:
             anything outside.
         """
         messages = check_messages(messages, self.source, any_order=any_order)
+        self._environment.begin()
         return self._run(messages, add_generation_prompt, _plain(tools, "tools"))[0]
 
     def render(
@@ -125,6 +123,7 @@ class ChatTemplate:
         messages, tools = check_messages(messages, self.source, any_order=any_order), _plain(tools, "tools")
         if not specials_in_messages:
             messages, tools = self._quoted(messages), self._quoted(tools)
+        self._environment.begin()
         text, spans = self._run(messages, add_generation_prompt, tools)
         if not assistant_mask:
             spans = []
@@ -139,17 +138,43 @@ class ChatTemplate:
         blocks: list[str] = []
         found: list[tuple[int, int]] = []
         self._tracker.blocks, self._tracker.found = blocks, found
-        with _one_sentence():
+        self._environment.left = MAX_CHARACTERS
+        with one_sentence():
             values = self.special_tokens | {"messages": messages, "tools": tools, "documents": None}
             for block in self._template.generate(**values, add_generation_prompt=add_generation_prompt):
-                blocks.append(block)
+                blocks.append(self._environment.counted(block))
         starts = [0, *itertools.accumulate(map(len, blocks))]
         return "".join(blocks), [(starts[i], starts[i] + length) for i, length in found]
 
     def _spans_by_prefix(self, messages: list[Message], text: str, tools: Any) -> Spans:
+        """Find the assistant's turns by comparing texts.
+
+        A long conversation is divided into parts, which are compared after the part before. If the parts' texts do not
+        join to the whole text, each turn is compared after all turns before it: in quadratic time.
+        """
+        starts = [0]
+        for i, message in enumerate(messages):
+            if message["role"] == "user" and i >= starts[-1] + _PART:
+                starts.append(i)
+        spans, end = [], 0
+        try:
+            for before, first, stop in zip([0, *starts], starts, [*starts[1:], len(messages)], strict=False):
+                head = self._run(messages[before:first], False, tools)[0] if first else ""
+                part = self._run(messages[before:stop], False, tools)[0] if len(starts) > 1 else text
+                found = self._spans_after(first - before, messages[before:stop], part, tools)
+                if not (part.startswith(head) and text.startswith(part[len(head) :], end)):
+                    raise ValueError("the parts do not join")
+                spans += [(end + a - len(head), end + b - len(head)) for a, b in found]
+                end += len(part) - len(head)
+        except ValueError:
+            return self._spans_after(0, messages, text, tools)
+        return spans
+
+    def _spans_after(self, first: int, messages: list[Message], text: str, tools: Any) -> Spans:
+        """Find the assistant's turns among the messages from the first one on."""
         spans = []
         for i, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if i < first or message["role"] != "assistant":
                 continue
             before, prompt = (self._run(messages[:i], asked, tools)[0] if i else "" for asked in (False, True))
             after = self._run(messages[: i + 1], False, tools)[0]
@@ -274,63 +299,3 @@ def _overlaps(characters: Spans, spans: Spans) -> list[bool]:
             at += 1
         mask[i] = at < len(spans) and end > spans[at][0]
     return mask
-
-
-# The sandbox
-
-
-class _Generation(Extension):
-    """`{% generation %} … {% endgeneration %}`: notes where its text is in the output.
-
-    Attributes:
-        blocks: what the template has written, which its caller appends.
-        found: for each generation block, the number of `blocks` before it, and its characters.
-    """
-
-    tags = {"generation"}
-    blocks: list[str]
-    found: list[tuple[int, int]]
-
-    def parse(self, parser: Any) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_note"), [], [], body).set_lineno(line)
-
-    def _note(self, caller: Any) -> str:
-        text = str(caller())
-        self.found.append((len(self.blocks), len(text)))
-        return text
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    made.filters["tojson"] = _to_json
-    made.globals |= {
-        "raise_exception": _raise_exception,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-    }
-    return made
-
-
-class _Refused(jinja2.TemplateError):
-    """The template called raise_exception."""
-
-
-def _raise_exception(message: str) -> None:
-    raise _Refused(message)
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-@contextmanager
-def _one_sentence() -> Iterator[None]:
-    """Turn whatever a template raises into a ValueError: it is a program of someone else's."""
-    try:
-        yield
-    except Exception as error:
-        reason = "refuses the messages" if isinstance(error, _Refused) else f"fails with {type(error).__name__}"
-        raise ValueError(f"the chat template {reason}: {' '.join(str(error).split())}") from error

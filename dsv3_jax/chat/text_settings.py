@@ -6,7 +6,7 @@ run has its tokenizer, and the other files only if it was converted from a relea
 
 import json
 import math
-import shutil
+import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from dsv3_jax.chat.template import ChatTemplate
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.data.special_tokens import CONFIG_FILE, SPECIALS_FILE, end_ids, named_specials, read_object
 from dsv3_jax.data.tokenizer import JSON_FILE, TIKTOKEN_FILE, FileTokenizer, Tokenizer
-from dsv3_jax.files import MAX_JSON, check_regular, write_atomic
+from dsv3_jax.files import read_bytes, read_text, write_atomic
 
 TEMPLATE_FILE, TEMPLATES_FOLDER = "chat_template.jinja", "additional_chat_templates"
 GENERATION_FILE = "generation_config.json"
@@ -64,7 +64,12 @@ class TextSettings:
         In a run that was trained here, nothing is added, and the name of a special token stays text.
 
         Args: raw: add nothing, as `tokenizer(prompt, add_special_tokens=False)`.
+        Raises: ValueError for a prompt that is not UTF-8.
         """
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # words of a command line may be any bytes
+            raise ValueError(f"prompt={prompt!r:.80} is not UTF-8 at position {error.start}") from error
         if not self.released:
             return self.tokenizer.encode(prompt)
         if raw:
@@ -111,8 +116,8 @@ def with_template(text: TextSettings, template: str | None) -> TextSettings:
         templates = {"default": PLAIN_TEMPLATE}
     elif template is not None:
         try:
-            templates = {"default": Path(template).read_text(encoding="utf-8")}
-        except (OSError, UnicodeDecodeError) as error:
+            templates = {"default": read_text(template, _MAX_TEMPLATE)}
+        except (OSError, ValueError) as error:
             raise ValueError(f"chat_template={template!r} cannot be read: {error}") from error
     if not templates:
         raise ValueError(
@@ -157,11 +162,10 @@ def copy_to_run(folder: str | Path, run: str | Path, text: TextSettings | None =
     """
     folder, run = Path(folder), Path(run)
     for template in template_files(folder):
-        write_atomic(run / TEMPLATES_FOLDER / template.name, template.read_bytes())
+        write_atomic(run / TEMPLATES_FOLDER / template.name, read_bytes(template))
     for name in TEXT_FILES:
         if (folder / name).is_file() and name not in (JSON_FILE, TIKTOKEN_FILE, TEMPLATE_FILE):
-            check_regular(folder / name, MAX_JSON)
-            shutil.copyfile(folder / name, run / name)
+            write_atomic(run / name, read_bytes(folder / name))
     if not (run / CONFIG_FILE).exists():  # its being there says that text is read as released
         names = {} if text is None else text.special_tokens
         write_atomic(run / CONFIG_FILE, json.dumps(names) + "\n")
@@ -172,7 +176,7 @@ def copy_to_run(folder: str | Path, run: str | Path, text: TextSettings | None =
     if text is not None:
         write_atomic(run / TEMPLATE_FILE, text.chat.source)
     elif (folder / TEMPLATE_FILE).is_file():
-        write_atomic(run / TEMPLATE_FILE, (folder / TEMPLATE_FILE).read_bytes())
+        write_atomic(run / TEMPLATE_FILE, read_bytes(folder / TEMPLATE_FILE))
 
 
 def _read(folder: Path, tokenizer: Tokenizer, *, released: bool) -> TextSettings:
@@ -195,15 +199,10 @@ def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     Source: transformers, `PreTrainedTokenizerBase._from_pretrained`.
     """
     files = {path.stem: path for path in template_files(folder)}
-    if (folder / TEMPLATE_FILE).is_file():
+    if os.path.lexists(folder / TEMPLATE_FILE):
         files["default"] = folder / TEMPLATE_FILE
     if files:
-        for path in files.values():
-            check_regular(path, _MAX_TEMPLATE)
-        try:
-            return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
-        except UnicodeDecodeError as error:
-            raise ValueError(f"a chat template of {folder} is not UTF-8: {error}") from error
+        return {name: read_text(path, _MAX_TEMPLATE) for name, path in files.items()}
     value = config.get("chat_template")
     if isinstance(value, str):
         return {"default": value}

@@ -18,7 +18,7 @@ from dsv3_jax.config import CacheDtype, CacheKind, ModelConfig
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.source import held_out_prompts
 from dsv3_jax.decoding.generate import Generated, generate
-from dsv3_jax.files import write_atomic
+from dsv3_jax.files import check_writable, write_atomic
 from dsv3_jax.model.cache import pick_dtype, pick_kind
 from dsv3_jax.model.counting import decode_bytes
 from dsv3_jax.report.speed import copy_bandwidth
@@ -87,6 +87,7 @@ def decode(options: Decode) -> int:
             raise ValueError(f"{name} is empty: give at least one value")
         if "draft" not in name and np.min(values) < 1:
             raise ValueError(f"{name}={np.min(values)} is below 1")
+    check_writable(options.json)
     from dsv3_jax.hf.open_model import open_draft, open_model
 
     model, run, step = open_model(options.run, kernels=options.kernels)

@@ -8,6 +8,7 @@ import tyro
 
 from dsv3_jax.cli.common import parse
 from dsv3_jax.config import DataConfig
+from dsv3_jax.files import check_writable
 
 
 @dataclass
@@ -29,6 +30,7 @@ def run(argv: list[str]) -> int:
     args = parse(TokenizerArgs, argv, "tokenizer")
     if args.out.exists() and not args.force:
         raise ValueError(f"out={str(args.out)!r} exists already; --force overwrites it")
+    check_writable(args.out)
     from dsv3_jax.data import tokenizer
     from dsv3_jax.data.corpus import load_corpus
 

@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.hub import dataset_rows, is_dataset, parts_of
-from dsv3_jax.files import check_regular, parse_json
+from dsv3_jax.files import check_regular, open_file, parse_json, read_text
 
 _MAX_CHARACTERS = 2**18  # longer texts are cut, so that tokenising one, or resuming in it, takes little time
 _MAX_TEXT_BYTES = 2**31  # of a file that is one text
-_MAX_LINE_BYTES = 2**28  # of a line of JSONL
-_MAX_DOMAIN = 200  # characters of a domain's name
+_MAX_LINE_BYTES = 2**26  # of a line of JSONL
+_MAX_CHAT_BYTES = 2**23  # of a line of chats: the places of its tokens take a hundred times as much
+MAX_DOMAIN = 200  # characters of a domain's name
 _MIN_INSTALLED_FILES = 100  # of a domain; below it other packages' files are added: Debian moves headers and tests away
 _MAX_INSTALLED_BYTES = 2**18  # larger installed files are left out: most of them are tables
 
@@ -200,8 +201,8 @@ def _package_files(*names: str) -> Iterator[Path]:
 def _installed_files(paths: Iterable[Path], domain: str) -> Iterator[Document]:
     """Yield the files that are neither large, empty nor other than UTF-8; tests of codecs contain broken files."""
     for path in paths:
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            text = path.read_bytes().decode("utf-8") if path.stat().st_size <= _MAX_INSTALLED_BYTES else ""
+        with contextlib.suppress(OSError, ValueError):
+            text = read_text(path, _MAX_INSTALLED_BYTES)
             if text.strip():
                 yield Document(text, domain)
 
@@ -255,10 +256,10 @@ def rows_of(path: str, needed: Sequence[str], chats: bool = False) -> Iterator[t
         if not isinstance(row, dict):
             raise ValueError(f"{location}, is not an object")
         own = row.get("domain")
-        if own is not None and (not isinstance(own, str) or len(own) > _MAX_DOMAIN):
-            raise ValueError(f'{location}: "domain" is {reprlib.repr(own)}, not a string of {_MAX_DOMAIN} or less')
+        if own is not None and (not isinstance(own, str) or len(own) > MAX_DOMAIN):
+            raise ValueError(f'{location}: "domain" is {reprlib.repr(own)}, not a string of {MAX_DOMAIN} or less')
         # For terminals, pictures and JSON: names may hold control codes and broken UTF-8.
-        yield location, row, "".join(c if c.isprintable() else "\ufffd" for c in own or domain)
+        yield location, row, "".join(c if c.isprintable() else "\ufffd" for c in (own or domain)[:MAX_DOMAIN])
 
 
 def _rows_of_files(
@@ -275,35 +276,33 @@ def _rows_of_files(
         try:
             check_regular(file)
             if suffix == ".jsonl":
-                rows = json_lines(file)
+                rows = json_lines(file, _MAX_CHAT_BYTES if chats else _MAX_LINE_BYTES)
             elif suffix == ".parquet":
                 rows = parquet_rows(file, needed, also)
             elif not chats and not (root.is_dir() and _is_binary(file)):
-                check_regular(file, _MAX_TEXT_BYTES)
-                rows = [(str(file), {needed[0]: file.read_bytes().decode("utf-8")})]
+                rows = [(str(file), {needed[0]: read_text(file, _MAX_TEXT_BYTES)})]
             for location, row in rows:
                 yield location, row, file.stem if chats else folders[0] if folders else suffix[1:] or "text"
         except OSError as error:
             raise ValueError(f"{file} cannot be read: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8: {error}") from error
 
 
 def _is_binary(path: Path) -> bool:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return b"\0" in file.read(8192)  # git's rule for binary files
 
 
-def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+def json_lines(path: Path, limit: int) -> Iterator[tuple[str, Any]]:
     """Read a JSONL file; empty lines are passed over.
 
+    Args: limit: bytes of a line, at most; a longer one is not read to its end.
     Returns: pairs of a value and where it is, for errors: (`FILE, line N`, value).
     Raises: ValueError for a line that is not UTF-8 or not JSON.
     """
-    with path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE_BYTES + 1), b""), 1):
-            if len(line) > _MAX_LINE_BYTES:
-                raise ValueError(f"{path}, line {number}, is longer than {_MAX_LINE_BYTES:,} bytes")
+    with open_file(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(limit + 1), b""), 1):
+            if len(line) > limit:
+                raise ValueError(f"{path}, line {number}, is longer than {limit:,} bytes")
             try:
                 if line.strip():
                     yield f"{path}, line {number}", parse_json(line)

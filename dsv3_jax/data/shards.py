@@ -28,10 +28,10 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from dsv3_jax.config import DataConfig, did_you_mean
 from dsv3_jax.data.batches import Row, Source
-from dsv3_jax.data.corpus import fingerprint_of
+from dsv3_jax.data.corpus import MAX_DOMAIN, fingerprint_of
 from dsv3_jax.data.packing import Record
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.files import read_json
+from dsv3_jax.files import open_file, read_json
 
 MANIFEST = "manifest.json"
 VERSION = 2
@@ -91,9 +91,30 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not file.is_file():
         raise ValueError(f"shards={str(folder)!r} has no {MANIFEST}; run dsv3 data tokenize PATHS --out {folder}")
     values = read_sealed(file)
-    if values.pop("version", None) != VERSION or not all(re.fullmatch(_NAME, name) for name in values["files"]):
+    try:
+        version, domains = values.pop("version"), tuple(values["domains"])
+        found = Manifest(folder=Path(folder), **values | {"domains": domains})
+        usable = version == VERSION and _is_usable(found)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        usable = False
+    if not usable:
         raise ValueError(f"{file} is not of version {VERSION}; tokenize again into an empty folder")
-    return Manifest(folder=Path(folder), **values | {"domains": tuple(values["domains"])})
+    return found
+
+
+def _is_usable(manifest: Manifest) -> bool:
+    """Say whether a manifest has the values of one that `dsv3 data tokenize` wrote: anybody can seal others.
+
+    Raises: KeyError, TypeError, AttributeError or ValueError where it has not.
+    """
+    numbers, usable = [manifest.row_tokens - 2, manifest.vocab_size, manifest.documents], True
+    for name, facts in manifest.files.items():
+        domains, records, tokens = zip(*facts["domains"], strict=True)
+        numbers += [facts["bytes"], *domains, *records, *tokens, len(manifest.domains) - 1 - max(domains)]
+        usable &= facts["records"] == sum(records) and len(bytes.fromhex(facts["hash"])) == 16
+        usable &= facts["side"] in SIDES and re.fullmatch(_NAME, name) is not None
+    usable &= all(len(name.encode()) <= 4 * MAX_DOMAIN for name in manifest.domains)
+    return usable and min(numbers) >= 0 and {*map(type, numbers)} == {int}
 
 
 def sealed(values: dict[str, Any]) -> str:
@@ -140,7 +161,7 @@ def check_files(manifest: Manifest, wholly: bool = False) -> Iterator[str]:
 
 def file_hash(path: Path) -> str:
     """Return the BLAKE2b hash of a file's bytes."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 

@@ -1,5 +1,6 @@
 """Special tokens by the small files of a folder: their names by role, and the ids that end a text."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
     Raises: ValueError when it is something else.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     values = read_json(path)
     if not isinstance(values, dict):

@@ -25,7 +25,7 @@ from jaxtyping import Int32
 
 from dsv3_jax.data.kimi_pattern import KIMI_PATTERN
 from dsv3_jax.data.special_tokens import CONFIG_FILE, MAX_IDS, SPECIALS_FILE, end_ids, named_specials, read_object
-from dsv3_jax.files import MAX_JSON, check_regular, write_atomic
+from dsv3_jax.files import read_bytes, write_atomic
 
 SPECIALS = ("<eos>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>")
 JSON_FILE, TIKTOKEN_FILE = "tokenizer.json", "tiktoken.model"  # what a folder's tokenizer is read from, in this order
@@ -39,6 +39,7 @@ _FIM = (
     ("▁<PRE>", "▁<SUF>", "▁<MID>"),
 )
 _BATCH = 64  # texts that are encoded at once: the library keeps 100 bytes a token meanwhile
+_MAX_GROWTH = 1000  # letters that a normalizer may make of three
 # A text that tokenizers split in different ways, for the fingerprint.
 _PROBE = f"to be, or not: é 漢字 🙂\n{'a' * 64}! {' ' * 64}x {'1' * 64}- {'=' * 64}é{'ab ' * 32}\n\n"
 
@@ -256,11 +257,12 @@ class FileTokenizer(Tokenizer):
         file = Path(path) / JSON_FILE if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise ValueError(f"tokenizer={path!r} is neither 'bytes' nor a {JSON_FILE}; give one of them")
-        check_regular(file, MAX_JSON)
         try:
-            inner = tokenizers.Tokenizer.from_file(str(file))
+            inner = tokenizers.Tokenizer.from_buffer(read_bytes(file))
         except Exception as error:  # the library raises no other kind
             raise ValueError(f"tokenizer={str(file)!r} cannot be read: {error}") from error
+        if inner.normalizer is not None and len(inner.normalizer.normalize_str("a b")) > _MAX_GROWTH:
+            raise ValueError(f"tokenizer={str(file)!r} has a normalizer that makes {_MAX_GROWTH} letters of three")
         inner.encode_special_tokens = True  # text may contain names of specials; only this project adds specials
         inner.no_padding()
         inner.no_truncation()
@@ -335,10 +337,9 @@ class TiktokenTokenizer(Tokenizer):
             import tiktoken
         except ImportError as error:
             raise ValueError(f"tokenizer={str(file)!r} needs tiktoken: pip install 'dsv3-jax[tiktoken]'") from error
-        check_regular(file, MAX_JSON)
         added = read_object(file.parent / CONFIG_FILE).get("added_tokens_decoder") or {}
         try:  # not by the library's reader, which keeps files by their path and would give back an older one
-            pairs = [line.split() for line in file.read_bytes().splitlines() if line]
+            pairs = [line.split() for line in read_bytes(file).splitlines() if line]
             ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in pairs}
             names = {int(i): token["content"] for i, token in added.items()}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -438,10 +439,10 @@ def keep_copy(spec: str, folder: Path) -> Path:
     if own.exists() and own.samefile(source):
         return own
     words, config = load(str(source)), source.parent / CONFIG_FILE
-    write_atomic(own, source.read_bytes())
+    write_atomic(own, read_bytes(source))
     if not isinstance(words, FileTokenizer):
         if config.is_file():
-            write_atomic(folder / CONFIG_FILE, config.read_bytes())
+            write_atomic(folder / CONFIG_FILE, read_bytes(config))
     elif words.eos_id != _known_eos(words.inner.token_to_id):  # a file beside the source names it
         write_atomic(folder / SPECIALS_FILE, json.dumps({"eos_token": words.inner.id_to_token(words.eos_id)}))
     return own

@@ -13,7 +13,7 @@ from dsv3_jax.chat import text_settings
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.special_tokens import end_ids, read_object
 from dsv3_jax.data.tokenizer import TIKTOKEN_FILE
-from dsv3_jax.files import atomic_folder
+from dsv3_jax.files import atomic_folder, read_bytes
 from dsv3_jax.hf import files
 from dsv3_jax.hf.config_json import config_to_dict
 from dsv3_jax.hf.families import text_config
@@ -96,7 +96,7 @@ def _run_to_released(
     config, table, read = prepare(model, fp8, name)
     ids = {"eos_token_id": tokenizer.load(run.data.tokenizer).eos_id}
     config |= ids | {k: origin[k] for k in ("bos_token_id", "eos_token_id") if origin.get(k) is not None}
-    texts = {name: file.read_bytes() for name, file in text_files(source).items()}
+    texts = {name: read_bytes(file) for name, file in text_files(source).items()}
     if run.data.tokenizer == "bytes":
         texts[TOKENIZER_FILE] = tokenizer.byte_tokenizer_json().encode()
     tensors = cast(read, table, allow_nonfinite=allow_nonfinite)
@@ -114,7 +114,7 @@ def _released_to_dtype(folder: ReleasedFolder, out: Path, dtype: DType, quiet: b
     for key in ("bos_token_id", "eos_token_id"):
         end_ids(folder.path, files.CONFIG, key)  # refuses what is no id
         config[key] = folder.config.get(key)
-    texts = {name: file.read_bytes() for name, file in text_files(folder.path).items()}
+    texts = {name: read_bytes(file) for name, file in text_files(folder.path).items()}
     if TOKENIZER_FILE in texts or (TIKTOKEN_FILE in texts and find_spec("tiktoken")):
         check_text(folder.path, folder.cfg)
     tensors = cast(folder_tensors(folder), table, allow_nonfinite=folder.allow_nonfinite)

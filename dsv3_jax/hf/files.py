@@ -7,6 +7,7 @@ Source: the safetensors format's description (a header of names, dtypes, shapes 
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,8 +17,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dsv3_jax import files
-from dsv3_jax.files import MAX_JSON, parse_json
+from dsv3_jax.files import check_writable, open_file, parse_json, read_json
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 STORED_DTYPES = {  # the format's name → NumPy's dtype
@@ -43,23 +43,6 @@ class StoredTensor(NamedTuple):
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-def read_json(path: Path, limit: int = MAX_JSON) -> Any:
-    """Read a JSON file.
-
-    Raises: ValueError when the file is absent, or as `files.read_json`.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_json(Path(folder, CONFIG), {"hidden_size": 7168})
-        ...     read_json(Path(folder, CONFIG))
-        {'hidden_size': 7168}
-    """
-    if not path.is_file():
-        raise ValueError(f"{path.parent} has no {path.name}")
-    return files.read_json(path, limit)
 
 
 def file_inside(folder: Path, name: object, *, under: str = "") -> Path:
@@ -109,6 +92,8 @@ def open_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, StoredTen
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
+    if not os.path.lexists(folder / CONFIG):
+        raise ValueError(f"{folder} has no {CONFIG}")
     config = read_json(file_inside(folder, CONFIG), MAX_CONFIG)
     if not isinstance(config, dict):
         raise ValueError(f"{folder / CONFIG} holds a {type(config).__name__}, not an object")
@@ -155,7 +140,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     try:
         with safe_open(path, "np"):  # checks that the tensors of the header fill the file
             pass
-        with path.open("rb") as file:
+        with open_file(path) as file:
             length = int.from_bytes(file.read(8), "little")
             header = parse_json(file.read(length))  # refuses a name given twice, of which safetensors takes the last
     except (SafetensorError, ValueError) as error:
@@ -201,6 +186,7 @@ def check_new(path: Path, nbytes: int) -> None:
         raise ValueError(f"{path} exists and is not an empty folder; choose another path")
     if not path.parent.is_dir():
         raise ValueError(f"{path.parent} is not a folder, so {path.name} cannot be created in it; create it first")
+    check_writable(path)
     free = shutil.disk_usage(path.parent).free
     if free < nbytes + (64 << 20):
         raise ValueError(f"{path.parent} has no room for {nbytes / 1e6:,.0f} MB: {free / 1e6:,.0f} MB are free")

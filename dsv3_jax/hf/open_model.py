@@ -125,7 +125,7 @@ def text_files(folder: Path) -> dict[str, Path]:
     found = {name: files.file_inside(folder, name) for name in TEXT_FILES}
     for path in text_settings.template_files(folder):
         found[f"{TEMPLATES_FOLDER}/{path.name}"] = files.file_inside(folder, path.name, under=TEMPLATES_FOLDER)
-    found = {name: path for name, path in found.items() if path.is_file()}
+    found = {name: path for name, path in found.items() if os.path.lexists(path)}
     for path in found.values():
         check_regular(path, MAX_JSON)
     return found

@@ -6,6 +6,8 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import errors
 
+from dsv3_jax.files import read_bytes
+
 _COMMIT = re.compile(rb"[0-9a-f]{40}")
 _ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -24,8 +26,7 @@ def find(place: str | Path) -> Path:
     folder = Path(place)
     main = folder / "refs" / "main"
     if (folder / "snapshots").is_dir() and main.is_file():
-        with main.open("rb") as file:
-            commit = file.read(100).strip()
+        commit = read_bytes(main)[:100].strip()
         if not _COMMIT.fullmatch(commit):
             raise ValueError(f"file={str(main)!r} holds {commit!r}, not a commit of 40 hex digits; download it again")
         return folder / "snapshots" / commit.decode()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_jax.config import RunConfig
-from dsv3_jax.files import check_regular, write_atomic
+from dsv3_jax.files import read_bytes, write_atomic
 
 METRICS_FILE, LOAD_FILE = "metrics.jsonl", "load.jsonl"
 LOAD_ROWS = 1000  # about so many steps of a run log their load: a large model's is tens of kilobytes
@@ -158,10 +158,9 @@ def parse_rows(path: Path) -> tuple[list[dict], list[int]]:
         ([{'step': 1}, {'step': 2}], [2, 3])
     """
     try:
-        check_regular(path, _MAX_FILE)
+        lines = read_bytes(path, _MAX_FILE).split(b"\n")
     except FileNotFoundError:
         return [], []
-    lines = path.read_bytes().split(b"\n")
     rows, bad = [], []
     shapes: dict[str, tuple[int, ...]] = {}
     for number, line in enumerate(lines, 1):

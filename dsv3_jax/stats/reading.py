@@ -17,7 +17,7 @@ from dsv3_jax.data.packing import Packed, Piece
 from dsv3_jax.data.shards import MANIFEST
 from dsv3_jax.data.source import from_corpus
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.files import check_regular
+from dsv3_jax.files import read_bytes
 from dsv3_jax.hf.open_model import measured_on
 from dsv3_jax.report.metrics import LOAD_FILE, read_rows
 
@@ -90,8 +90,7 @@ def read_own(text: str) -> str:
     name = text if len(text) <= 80 else text[:77] + "…"
     try:
         if os.path.isfile(text):
-            check_regular(text, _MAX_TEXT)
-            text = Path(text).read_text(encoding="utf-8-sig")
+            text = read_bytes(text, _MAX_TEXT).decode("utf-8-sig")
         text.encode()  # words of a command line may be any bytes
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise ValueError(f"text={name!r} is not UTF-8 at position {error.start}") from error

@@ -13,7 +13,7 @@ import numpy as np
 import tyro
 
 from dsv3_jax.data import tokenizer as tokenizers
-from dsv3_jax.files import atomic_folder
+from dsv3_jax.files import atomic_folder, check_writable
 from dsv3_jax.hf.open_model import open_model
 from dsv3_jax.ops import routing
 from dsv3_jax.report.run_plots import routing_heatmap
@@ -130,6 +130,7 @@ def report(
     options.check()
     paths, seed, kernels = options.paths, options.seed, options.kernels
     run = Path(run)
+    check_writable(run / "stats" if out is None else out, options.tokens)
     if out is not None:
         _check(Path(out))
     other = None if options.against is None else others.open_other(options.against, kernels=kernels)

@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from dsv3_jax.cluster import processes
 from dsv3_jax.config import RunConfig, first_difference, from_dict, replace, to_dict
-from dsv3_jax.files import check_regular, read_json
+from dsv3_jax.files import open_file, read_json
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.transformer import Transformer
@@ -94,9 +94,8 @@ def _checksums(folder: Path) -> dict[str, list[int]]:
 
 
 def _size_and_crc32(path: Path) -> list[int]:
-    check_regular(path)
     size = crc = 0
-    with path.open("rb", buffering=0) as file:
+    with open_file(path) as file:
         while piece := file.read(1 << 20):
             size, crc = size + len(piece), zlib.crc32(piece, crc)
     return [size, crc]

@@ -36,6 +36,7 @@ from dsv3_jax.cluster import processes
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.batches import Source, model_inputs
 from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.files import check_writable
 from dsv3_jax.lock import FolderLock, acquire
 from dsv3_jax.mesh import sharding
 from dsv3_jax.ops.routing import ROUTERS
@@ -105,6 +106,7 @@ def fit(run: RunConfig, out: str | Path, **options: Any) -> FitResult:
 @contextmanager
 def open_run(run: RunConfig, out: Path, options: Options) -> Iterator["Training"]:
     """Prepare a run, lock its folder, and restore its last checkpoint or make a new state."""
+    processes.by_first(lambda: check_writable(out))
     job = agree(run, options)
     check(job)
     words, source, start = read(job, out, options)

@@ -81,7 +81,7 @@ def load(compiler: list[str]) -> ctypes.CDLL:
         folder, why = private_folder(), "once for this machine"
         if folder is None:  # a loaded library needs no file
             folder, why = Path(stack.enter_context(tempfile.TemporaryDirectory())), "there is no private cache folder"
-        lock = stack.enter_context((folder / "build.lock").open("a"))
+        lock = stack.enter_context((folder / "build.lock").open("a+"))
         with contextlib.suppress(OSError):  # a file system without locks: two processes may compile the same
             fcntl.flock(lock, fcntl.LOCK_EX)
         name = _name(compiler)

@@ -1,0 +1,282 @@
+"""What others wrote is refused with one sentence, soon and in little memory: templates, lines, files, manifests."""
+
+import io
+import os
+import signal
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import tokenizers
+from runs import unhooked_cli
+from texts import USER
+
+from dsv3_jax import files
+from dsv3_jax.chat import examples, sandbox
+from dsv3_jax.chat.template import ChatTemplate
+from dsv3_jax.chat.text_settings import PLAIN_TEMPLATE, TEXT_FILES, plain_settings, read_released, with_template
+from dsv3_jax.cli.tokenize import Tokenize, tokenize
+from dsv3_jax.config import DataConfig
+from dsv3_jax.data import tokenizer
+from dsv3_jax.data.corpus import load_corpus
+from dsv3_jax.data.shards import MANIFEST, read_manifest, sealed
+from dsv3_jax.data.special_tokens import read_object
+from dsv3_jax.data.tokenizer import ByteTokenizer, byte_tokenizer_json
+from dsv3_jax.hf.open_model import load_text
+from dsv3_jax.hf.reading import ReleasedFolder
+from dsv3_jax.kernels import choose
+from dsv3_jax.presets import recipe
+from dsv3_jax.signals import handled
+from dsv3_jax.stats.reporting import report
+from dsv3_jax.train import fit
+from dsv3_jax.training.run_folder import claim, read_run
+
+EOS = {"eos_token": "<eos>"}
+
+
+@pytest.fixture(autouse=True)
+def soon():
+    """What hangs fails."""
+    with handled(lambda *_: pytest.fail("it takes more than a minute"), signal.SIGALRM):
+        signal.alarm(60)
+        yield
+        signal.alarm(0)
+
+
+# Chat templates
+
+
+LOOP = "{% for i in range(99999) %}"
+DOUBLE = "{% set n = namespace(s='a', i=9) %}{% for i in range(40) %}"
+ENDLESS = {
+    "(runs for|makes) more than": ["{% set s %}" + LOOP + "literal " * 9999 + "{% endfor %}{% endset %}"],
+    "runs for more than": [
+        LOOP + LOOP + "{% endfor %}{% endfor %}",
+        "{% set s = 'a' * 10**6 %}" + LOOP + "{% if 'b' in s %}{% endif %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    ],
+    "RecursionError": [
+        "{% macro f(n) %}{{ f(n-1) }}{% endmacro %}{{ f(1) }}",
+        "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
+    ],
+    "makes more than": [
+        "{{ 'a' * 10**10 }}",
+        "{{ [1] * 10**10 }}",
+        "{{ 9 ** 999999999 }}",
+        LOOP + "literal " * 9999 + "{% endfor %}",
+        DOUBLE + "{% set n.s = n.s ~ n.s %}{% endfor %}",
+        DOUBLE + "{% set n.s = n.s + n.s %}{% endfor %}",
+        DOUBLE + "{% set n.i = n.i * n.i %}{% endfor %}",
+        DOUBLE + "{% set n.s = [n.s, n.s] %}{% endfor %}{{ n.s }}",
+        "{{ ('a' * 10**6) | replace('a', 'b' * 10**5) }}",
+        "{{ ('a' * 10**6).replace('a', 'b' * 10**5) }}",
+        "{{ (['a' * 10**6] * 10**5) | join }}",
+        "{{ ''.join(['a' * 10**6] * 10**5) }}",
+    ],
+    "too wide": ["{{ [1] | tojson(indent=10**8) }}", "{{ '%10000000000d' % 1 }}"],
+    "'ljust' of 'str' object is unsafe": ["{{ 'a'.ljust(10**10) }}"],
+    "'format' of 'str' object is unsafe": ["{{ '{:10000000000}'.format(1) }}"],
+    "'to_bytes' of 'int' object is unsafe": ["{{ (1).to_bytes(10**10, 'big') }}"],
+    "No filter named 'center'": ["{{ 'a' | center(10**10) }}"],
+    "'lipsum' is undefined": ["{{ lipsum(10**7) }}"],
+}
+
+
+@pytest.mark.parametrize(("sentence", "source"), [(key, source) for key, some in ENDLESS.items() for source in some])
+def test_a_template_ends(monkeypatch, sentence, source):
+    """Range bombs, recursion, and each way to a large value; with a tenth of the limits of use."""
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.1)
+    monkeypatch.setattr("dsv3_jax.chat.template.MAX_CHARACTERS", 10**7)
+    with pytest.raises(ValueError, match=f"^the chat template fails with .*{sentence}"):
+        ChatTemplate(source, ByteTokenizer(), EOS).text([USER])
+
+
+def turns(count: int) -> list[dict]:
+    return [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(count)]
+
+
+def bare(source: str) -> str:
+    return source.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
+def test_a_long_chat_takes_linear_time(monkeypatch):
+    """Without `{% generation %}` a turn is compared after a few turns, as if it were after all turns before."""
+    template = ChatTemplate(bare(PLAIN_TEMPLATE), ByteTokenizer(), EOS)
+    rendered, run = [], ChatTemplate._run
+    count = lambda self, some, *rest: rendered.append(len(some)) or run(self, some, *rest)  # noqa: E731
+    monkeypatch.setattr(ChatTemplate, "_run", count)
+    long = [{"role": "system", "content": "s"}, *turns(80), {"role": "user", "content": "last"}]
+    found = template.render(long, assistant_mask=True)
+    assert sum(rendered) < 30 * len(long)
+    monkeypatch.setattr("dsv3_jax.chat.template._PART", 1000)
+    assert found == template.render(long, assistant_mask=True) and sum(found.mask) > 200
+
+
+def test_turns_whose_parts_do_not_join_are_compared_after_all_turns_before():
+    source = "{% for m in messages %}{{ loop.index ~ m.role[0] ~ m.content ~ '|' }}{% endfor %}"
+    source += "{% if add_generation_prompt %}{{ messages | length + 1 }}a{% endif %}"
+    template = ChatTemplate(source, ByteTokenizer())
+    ids, mask = template.render(turns(40), assistant_mask=True)
+    text = bytes(i for i, ours in zip(ids, mask, strict=True) if ours).decode()
+    assert text == "".join(f"turn {i}|" for i in range(1, 40, 2))
+
+
+# Lines and values
+
+
+def documents(path: str):
+    load_corpus(DataConfig((path,)))
+
+
+def chats(path: str):
+    examples.load_examples(DataConfig((path,), format="chat", seq_len=8, batch_size=1), plain_settings())
+
+
+def shards(path: str):
+    tokenize(Tokenize((path,), Path(path).with_name("shards"), workers=1))
+
+
+@pytest.mark.parametrize("read", [documents, chats, shards])
+def test_a_line_of_200_megabytes_is_refused_before_it_takes_memory(tmp_path, read):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "b"}\n')
+    os.truncate(file, 200_000_000)  # the second line
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2, is longer than [\d,]+ bytes"):
+        read(str(file))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 150_000_000
+
+
+def json_doors(folder: Path):
+    """Where users' JSON comes in: what reads it, the file, and its text around a value."""
+    yield documents, folder / "a.jsonl", '{"text": %s}'
+    yield chats, folder / "b.jsonl", '{"messages": [], "tools": %s}'
+    yield lambda path: read_run(folder), folder / "run.json", '{"format": 2, "run": %s}'
+    yield lambda path: read_manifest(folder), folder / MANIFEST, "%s"
+    yield lambda path: ReleasedFolder(folder), folder / "config.json", '{"model_type": %s}'
+    yield lambda path: read_object(Path(path)), folder / "tokenizer_config.json", '{"chat_template": %s}'
+    yield lambda path: tokenizer.load(path), folder / "tokenizer.json", '{"model": %s}'
+
+
+VALUES = ["[" * 400 + "]" * 400, '{"a":' * 1000 + "1" + "}" * 1000, '"\\ud800"', "1" * 5000, "NaN"]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=range(5))
+def test_json_that_no_program_should_write(tmp_path, value):
+    for read, file, text in json_doors(tmp_path):
+        file.write_text(text % value)
+        with pytest.raises(ValueError, match=file.name):
+            read(str(file))
+
+
+def test_a_normalizer_that_makes_a_book_of_a_letter(tmp_path):
+    inner = tokenizers.Tokenizer.from_str(byte_tokenizer_json())
+    inner.normalizer = tokenizers.normalizers.Replace("", "a" * 1000)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="tokenizer.json' has a normalizer that makes 1000 letters of three"):
+        tokenizer.load(str(tmp_path))
+
+
+def test_a_sealed_manifest_of_other_values(tmp_path):
+    """Anybody can seal values that no tokenizing writes."""
+    facts = {"side": "val", "records": 1, "domains": [[0, 1, 2]], "bytes": 9, "hash": "0" * 32}
+    good = {"version": 2, "format": "text", "row_tokens": 8, "tokenizer": "", "vocab_size": 9, "domains": ["a"],
+            "documents": 1, "files": {"val-00000.array_record": facts}}  # fmt: skip
+    (tmp_path / MANIFEST).write_text(sealed(good))
+    assert read_manifest(tmp_path).parts("val")["a"][0].tokens == 2
+    bad = [{**good, "domains": ["a" * 10**6]}, {**good, "files": []}, {**good, "more": 1}]
+    bad += [{k: v for k, v in good.items() if k != key} for key in good]
+    bad += [{**good, "row_tokens": value} for value in (0, "x", None, 64.0, True)]
+    bad += [{**good, "files": {name: facts}} for name in ("../val-00000.array_record", "/val-0.array_record", "")]
+    wrong = [{k: v for k, v in facts.items() if k != key} for key in facts]
+    wrong += [{**facts, "records": -5}, {**facts, "hash": "x"}, {**facts, "side": "test"}, {**facts, "bytes": "9"}]
+    others = ([], [[77, 1, 2]], [[-1, 1, 2]], [[0, 1]], [["a", 1, 2]], None, [3])
+    wrong += [{**facts, "domains": value} for value in others]
+    bad += [{**good, "files": {"val-00000.array_record": value}} for value in wrong]
+    for values in bad:
+        (tmp_path / MANIFEST).write_text(sealed(values))
+        with pytest.raises(ValueError, match=f"{MANIFEST} is not of version 2"):
+            read_manifest(tmp_path)
+
+
+# Files of a wrong kind
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_a_pipe_folder_or_device_in_place_of_a_file(tmp_path, make):
+    """None of the files that say how text is read counts as absent, and none is waited for."""
+    for name in (*TEXT_FILES, "additional_chat_templates/a.jinja"):
+        folder = tmp_path / name.replace("/", "-")
+        (folder / "additional_chat_templates").mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        if name != "tokenizer.json":
+            (folder / "tokenizer.json").write_text(byte_tokenizer_json())
+        make(folder / name)
+        for read in (load_text, read_released)[: 1 if name == "tiktoken.model" else 2]:
+            with pytest.raises((ValueError, OSError), match=str(folder)):
+                read(folder)
+    make(tmp_path / "a.jinja")
+    with pytest.raises(ValueError, match="a.jinja' cannot be read: .* is not a file"):
+        with_template(plain_settings(), str(tmp_path / "a.jinja"))
+
+
+def test_a_pipe_that_nobody_reads_is_not_written(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="pipe"):
+        files.write_atomic(tmp_path / "pipe", "text")
+
+
+def test_a_temporary_file_is_never_a_link(tmp_path, monkeypatch):
+    """Also where somebody puts the link back after it was deleted."""
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / f".a.{os.getpid()}{files.PART}").symlink_to(tmp_path / "mine")
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+    with pytest.raises(FileExistsError):
+        files.write_atomic(tmp_path / "a", "text")
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+# Targets
+
+
+def test_a_target_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    """Here it is below a file. Nothing is computed, and no kernel is compiled."""
+
+    def compute(*_, **__):
+        raise AssertionError("it computes")
+
+    monkeypatch.setattr(choose, "prepare", compute)
+    (tmp_path / "file").write_text("")
+    claim(tmp_path / "run", recipe("tiny"))
+    out, run, main = tmp_path / "file" / "out", str(tmp_path / "run"), unhooked_cli().main
+    for work in (lambda: fit(recipe("tiny"), out), lambda: report(run, out)):
+        with pytest.raises(OSError, match="Not a directory"):
+            work()
+    for argv in (["tokenizer", str(out)], ["bench", "decode", run, "--json", str(out)], ["convert", run, str(out)],
+                 ["data", "tokenize", run, "--out", str(out)], ["stats", run, "--tokens", str(out)]):  # fmt: skip
+        assert main(argv) == 2
+
+
+# Streams
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # nobody closes what takes their place
+def test_closed_streams(monkeypatch, capsys):
+    """The long test of the command line closes those of a process."""
+
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    main = unhooked_cli().main
+    with monkeypatch.context() as patch:
+        for name in ("stdin", "stdout", "stderr"):
+            patch.setattr(sys, name, None)
+        assert main(["info", "v9"]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Gone())
+        assert main(["info", "tiny"]) == 141
+    assert capsys.readouterr().err == ""
