@@ -183,19 +183,21 @@ def test_a_normalizer_that_makes_a_book_of_a_letter(tmp_path):
 def test_a_sealed_manifest_of_other_values(tmp_path):
     """Anybody can seal values that no tokenizing writes."""
     facts = {"side": "val", "records": 1, "domains": [[0, 1, 2]], "bytes": 9, "hash": "0" * 32}
+    train = {"train-00000.array_record": {**facts, "side": "train"}}
     good = {"version": 2, "format": "text", "row_tokens": 8, "tokenizer": "", "vocab_size": 9, "domains": ["a"],
-            "documents": 1, "files": {"val-00000.array_record": facts}}  # fmt: skip
+            "documents": 1, "files": train | {"val-00000.array_record": facts}}  # fmt: skip
     (tmp_path / MANIFEST).write_text(sealed(good))
     assert read_manifest(tmp_path).parts("val")["a"][0].tokens == 2
-    bad = [{**good, "domains": ["a" * 10**6]}, {**good, "files": []}, {**good, "more": 1}]
+    bad = [{**good, "domains": ["a" * 10**6]}, {**good, "files": []}, {**good, "more": 1}, {**good, "files": train}]
+    bad += [{**good, "format": "x"}]
     bad += [{k: v for k, v in good.items() if k != key} for key in good]
     bad += [{**good, "row_tokens": value} for value in (0, "x", None, 64.0, True)]
-    bad += [{**good, "files": {name: facts}} for name in ("../val-00000.array_record", "/val-0.array_record", "")]
+    bad += [{**good, "files": train | {name: facts}} for name in ("../val-0.array_record", "/val-0.array_record", "")]
     wrong = [{k: v for k, v in facts.items() if k != key} for key in facts]
     wrong += [{**facts, "records": -5}, {**facts, "hash": "x"}, {**facts, "side": "test"}, {**facts, "bytes": "9"}]
     others = ([], [[77, 1, 2]], [[-1, 1, 2]], [[0, 1]], [["a", 1, 2]], None, [3])
     wrong += [{**facts, "domains": value} for value in others]
-    bad += [{**good, "files": {"val-00000.array_record": value}} for value in wrong]
+    bad += [{**good, "files": train | {"val-00000.array_record": value}} for value in wrong]
     for values in bad:
         (tmp_path / MANIFEST).write_text(sealed(values))
         with pytest.raises(ValueError, match=f"{MANIFEST} is not of version 2"):

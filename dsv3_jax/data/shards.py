@@ -36,7 +36,6 @@ from dsv3_jax.files import open_file, read_json
 MANIFEST = "manifest.json"
 VERSION = 2
 SIDES = ("train", "val")
-_NAME = r"(train|val)-\d+\.array_record"  # of a shard, which is never outside the folder
 _READER = "readahead_buffer_size:0,max_parallelism:0"  # reads no record that is not asked for
 
 
@@ -107,14 +106,16 @@ def _is_usable(manifest: Manifest) -> bool:
 
     Raises: KeyError, TypeError, AttributeError or ValueError where it has not.
     """
-    numbers, usable = [manifest.row_tokens - 2, manifest.vocab_size, manifest.documents], True
+    numbers, sides = [manifest.row_tokens - 2, manifest.vocab_size, manifest.documents], set()
+    usable = manifest.format in ("text", "chat")
     for name, facts in manifest.files.items():
         domains, records, tokens = zip(*facts["domains"], strict=True)
         numbers += [facts["bytes"], *domains, *records, *tokens, len(manifest.domains) - 1 - max(domains)]
         usable &= facts["records"] == sum(records) and len(bytes.fromhex(facts["hash"])) == 16
-        usable &= facts["side"] in SIDES and re.fullmatch(_NAME, name) is not None
+        usable &= re.fullmatch(facts["side"] + r"-\d+\.array_record", name) is not None  # never outside the folder
+        sides.add(facts["side"])
     usable &= all(len(name.encode()) <= 4 * MAX_DOMAIN for name in manifest.domains)
-    return usable and min(numbers) >= 0 and {*map(type, numbers)} == {int}
+    return usable and sides == {*SIDES} and min(numbers) >= 0 and {*map(type, numbers)} == {int}
 
 
 def sealed(values: dict[str, Any]) -> str:
