@@ -13,8 +13,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 PART = ".part"  # end of every temporary name
 MAX_JSON = 100_000_000  # bytes of a JSON file; the index of the largest released models has 25 MB
@@ -41,7 +42,7 @@ def check_regular(path: str | os.PathLike, limit: int | None = None) -> None:
         raise ValueError(f"{os.fspath(path)} has {status.st_size:,} bytes, more than the {limit:,} that are supported")
 
 
-def open_file(path: str | os.PathLike, limit: int | None = None) -> BinaryIO:
+def open_file(path: str | os.PathLike, limit: int | None = None) -> BufferedReader:
     """Open a regular file to read its bytes. Arguments and errors as `check_regular`."""
     check_regular(path, limit)
     return open(path, "rb", opener=at_once)

@@ -89,7 +89,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Compile a template whose loops and joined texts are counted."""
         return self.from_string(_Counted().visit(self.parse(source)))
 
-    def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]
+    def concat(self, parts: Iterable[str]) -> str:
         """Join what a block, a macro or the template wrote."""
         return self._join(parts)
 
@@ -98,11 +98,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if time.thread_time() > self._until:
             raise TooMuch(f"it runs for more than {MAX_SECONDS:g} seconds")
 
-    def call(self, context: Any, function: Any, *args: Any, **named: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Any, function: Any, *args: Any, **named: Any) -> Any:
         self.tick()
         text, name = getattr(function, "__self__", None), getattr(function, "__name__", None)
         if isinstance(text, str) and name == "join":
-            return self._join(*args, text)
+            return self._join(args[0], text)
         if isinstance(text, str) and name == "replace":
             return self._replace(text, *args)
         return super().call(context, function, *args, **named)
