@@ -1,11 +1,8 @@
-"""The command line: bad input gets one sentence and exit code 2, and nothing is overwritten.
+"""The command line: bad input gets one sentence and exit code 2, and nothing is overwritten."""
 
-All commands run in one separate process without the tests' import hook. The hook would refuse wrong types before the
-command line can.
-"""
-
+import contextlib
+import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -14,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from runs import HERE, cheap_compiles, environment, finished, flags, rows_of, start
+from runs import cheap_compiles, environment, finished, flags, rows_of, unhooked_cli
 
 from dsv3_jax.cli import main as cli
 from dsv3_jax.config import Execution
@@ -22,33 +19,9 @@ from dsv3_jax.data.tokenizer import ByteTokenizer, train_bpe
 from dsv3_jax.decoding.generate import generate as decode
 from dsv3_jax.kernels import choose
 from dsv3_jax.presets import MODELS
-from dsv3_jax.report.progress import Progress
+from dsv3_jax.report.progress import Progress, say, text_console
 from dsv3_jax.training.checkpoint import load_run
 from dsv3_jax.training.run_folder import claim
-
-# Reads a list of commands, answers with a list of [exit code, stdout, stderr]. CUDA before a command pretends that the
-# default device is one.
-SERVER = """
-import contextlib, io, json, sys, traceback
-from dsv3_jax.cli import main as cli
-from dsv3_jax.kernels import choose
-platform_of, answers = choose.platform_of, []
-for argv in json.load(sys.stdin):
-    choose.platform_of = platform_of
-    if argv and argv[0] == "CUDA":
-        choose.platform_of, argv = lambda mesh=None: "cuda", argv[1:]
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = cli.main(argv)
-        except SystemExit as stop:
-            code = stop.code or 0
-        except BaseException:
-            code = 1
-            traceback.print_exc()
-    answers.append([code, out.getvalue(), err.getvalue()])
-json.dump(answers, sys.stdout)
-"""
 
 COMMANDS = (
     "demo", "train", "eval", "stats", "generate", "chat", "bench decode", "convert", "runs list", "runs check",
@@ -76,16 +49,10 @@ BAD = {
     "train v3 --out {new}": "training state of 8.192 TB does not fit in this host's memory of ",
     "train tiny --out {new} --execution.kernels best": "kernels='best' is not one of auto",
     "CUDA train tiny --out {new} --execution.kernels cpu": "kernels='cpu' is not available on cuda in",
-    "train tiny --out {new} --execution.kernels cpu --mesh data=2": "does not serve causal_attention in float32",
-    "CUDA generate {run} --kernels blocks": "kernels='blocks' is not available on cuda in precision=",
     "eval {run} --kernels best": "kernels='best' is not one of auto",
-    "stats {run} --out {new} --kernels best": "kernels='best' is not one of auto",
-    "bench decode {run} --kernels best": "kernels='best' is not one of auto",
     "train tiny --out {new} --model.router sigmod": "router='sigmod' is not one of sigmoid",
-    "train tiny --out {new} --data.seq-len 4096": "seq_len=4096 is more than",
     "train tiny --out {new} --mesh rows=2": "mesh='rows=2' is not of the form data=N,expert=N",
     "plan tiny --memory 80": "memory='80'",
-    "train tiny --out {new} --trunk {absent}": "folder='{absent}' is neither a run",
     "train tiny --out {new} --trunk={run} --model.num-heads 4": "model.num_heads=4 is not that of trunk='{run}', 2",
     "train tiny --out {new} --start {claimed}": "folder='{claimed}' holds no checkpoint",
     "train tiny --out {new} --start {run} --trunk {run}": "start='{run}' or on trunk='{run}'",
@@ -100,17 +67,14 @@ BAD = {
     "train tiny --out {new} --data.paths {text} --data.tokenizer {words}": "vocab_size=260 is below the tokenizer's",
     "train tiny --out {run}": "data.batch_size=8 is not that of the run in {run}, 4",
     "train tiny --out {text} --data.paths {text}": "out='{text}' holds other files",
-    "eval {claimed}": "folder='{claimed}' holds no checkpoint",
     "eval {run} --batches 0": "batches=0",
     "eval {run} --step 3": "step=3 has no checkpoint in {run}/checkpoints; there are",
     "generate {text}": "folder='{text}' is neither a run (no run.json) nor released",
     "chat {run}": "{run} has no chat template",
     "generate {run} --prompt=": "prompt 0 is empty",
     "generate {run} --max-new-tokens 4 --top-p 0": "top_p=0.0 is not",
-    "generate {run} --max-new-tokens 4 --draft {absent}": "folder='{absent}' is neither a run",
     "bench decode {run} --new-tokens 1": "new_tokens=1",
     "runs list {absent}": "does not exist; name a folder with runs",
-    "runs check {absent}": "folder='{absent}' holds no run",
     "data tokenize --out {new}": "argument PATHS is missing",
     "data check {text}": "{text}",
     "convert {absent} {new}": "{absent} is neither a run",
@@ -126,13 +90,10 @@ GOOD = {
     "changed info": "info v3 --mtp-depth 0 --execution.compute-dtype float32",
     "kernels here": "info tiny --kernels",
     "kernels of CUDA": "CUDA info tiny --kernels",
-    "eval": "eval {run} --batches 2",
-    "eval of caches": "eval {run} --batches 1 --cache-dtype int8",
+    "eval": "eval {run} --batches 2 --cache-dtype int8",
     "greedy": "generate {run} --prompt abc --max-new-tokens 20 --temperature 0",
     "greedy by XLA": "generate {run} --prompt abc --max-new-tokens 20 --temperature 0 --kernels xla",
     "drafted": "generate {run} --prompt abc --max-new-tokens 20 --temperature 0 --draft mtp --draft-length 2",
-    "on a mesh": "generate {run} --prompt abc --max-new-tokens 20 --temperature 0 --mesh data=2,expert=2,tensor=2",
-    "bench": "bench decode {run} --context 16 --new-tokens 4 --draft none mtp --rounds 1 --kernels xla",
     "check": "runs check {run}",
     "tokenizer": "tokenizer {made} --paths {text} --vocab-size 280",
 }
@@ -185,17 +146,17 @@ def contents(place: Place) -> dict[Path, bytes]:
 
 
 @pytest.fixture(scope="module")
-def answers(root, place) -> dict[str, tuple[int, str, str]]:
+def answers(place) -> dict[str, tuple[int, str, str]]:
     """The answers to all commands of GOOD and BAD, and under "files" the files before and after."""
-    before = contents(place)
-    lines = {line: line for line in (*OPTIONS, *BAD)} | GOOD
-    argv = [[word.format(**place._asdict()) for word in line.split()] for line in lines.values()]
-    found = subprocess.run(
-        [sys.executable, "-c", SERVER], input=json.dumps(argv), env=environment(root), capture_output=True, text=True
-    )
-    assert found.returncode == 0, found.stderr
-    files = {"files": (0, before, contents(place))}
-    return dict(zip(lines, map(tuple, json.loads(found.stdout)), strict=True)) | files
+    found, before, main = {}, contents(place), unhooked_cli().main
+    for name, line in ({line: line for line in (*OPTIONS, *BAD)} | GOOD).items():
+        words, out, err = [word.format(**place._asdict()) for word in line.split()], io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+            if words[:1] == ["CUDA"]:  # the default device is said to be one
+                patch.setattr(choose, "platform_of", lambda mesh=None: "cuda")
+                words = words[1:]
+            found[name] = main(words), out.getvalue(), err.getvalue()
+    return found | {"files": (0, before, contents(place))}
 
 
 @pytest.mark.parametrize("line", BAD)
@@ -274,6 +235,10 @@ def test_eval_says_what_training_said(answers, whole):
     assert lines["mtp_acceptance"] == f"{row['mtp_acceptance'][0]:.4f}"
     for domain, bits in row["bits_per_byte_by_domain"].items():
         assert f"{domain} {bits:.4f}" in lines["bits_per_byte_by_domain"]
+    note, exact, rounded = out.splitlines()[-3:]
+    assert "documents attend to one another" in note and "differ from val_loss" in note
+    assert re.match(r"through float32 cache +\d\.\d{4} \(\+0\.000%\), greedy tokens the same 100\.00%", exact)
+    assert re.match(r"through int8 cache +\d\.\d{4} \([+-]\d\.\d{3}%\), greedy tokens the same \d+\.\d\d%", rounded)
 
 
 def test_generate_is_greedy_decoding_and_names_the_kernels(answers, whole):
@@ -292,14 +257,8 @@ def test_a_drafted_text_is_the_same_and_tells_how_many_drafts_were_accepted(answ
     assert re.fullmatch(r"drafts accepted: \d+% \d+%; \d\.\d\d tokens a step, [\d,]+ tokens/s", drafts)
 
 
-def test_a_text_from_a_mesh_or_other_kernels_is_the_same(answers):
-    for name in ("on a mesh", "greedy by XLA"):
-        assert answers[name][:2] == answers["greedy"][:2]
-
-
-def test_bench_shows_kernels_and_progress(answers):
-    code, out, err = answers["bench"]
-    assert code == 0 and out.startswith("kernels for cpu: ") and "round 1/1" in err
+def test_a_text_by_other_kernels_is_the_same(answers):
+    assert answers["greedy by XLA"][:2] == answers["greedy"][:2]
 
 
 def test_steps_are_printed_with_the_time_left(capsys):
@@ -317,15 +276,6 @@ def test_check_says_that_checkpoints_are_whole(answers):
     assert out.count(": whole, ") == 2 and "metrics.jsonl: " in out
 
 
-def test_eval_through_caches(answers):
-    code, out, err = answers["eval of caches"]
-    assert (code, err) == (0, "")
-    note, exact, rounded = out.splitlines()[-3:]
-    assert "documents attend to one another" in note and "differ from val_loss" in note
-    assert re.match(r"through float32 cache +\d\.\d{4} \(\+0\.000%\), greedy tokens the same 100\.00%", exact)
-    assert re.match(r"through int8 cache +\d\.\d{4} \([+-]\d\.\d{3}%\), greedy tokens the same \d+\.\d\d%", rounded)
-
-
 def test_tokenizer_is_made(answers, place):
     code, out, err = answers["tokenizer"]
     assert (code, err) == (0, "") and "280 tokens" in out and re.search(r"\d\.\d\d bytes a token", out)
@@ -333,44 +283,40 @@ def test_tokenizer_is_made(answers, place):
 
 
 @pytest.mark.long
-def test_the_flags_of_a_run_are_the_run(whole, root, tmp_path):
+def test_the_flags_of_a_run_are_the_run(whole, tmp_path, capsys):
     """Every changed key, given by hand, is the same run: it has the finished run's folder for its own."""
     folder = tmp_path / "run"
     shutil.copytree(whole.folder, folder)
-    process = start(["train", "tiny", "--out", str(folder), *flags(whole.run)], root)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert f"resumed from the checkpoint of step {whole.run.steps}" in out
-
-
-def shell(line: str, root: Path) -> tuple[int, str]:
-    """The exit code and stderr of a line of bash, in which `dsv3` is the command line."""
-    line = line.replace("dsv3", f"{sys.executable} -m dsv3_jax.cli")
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", line], env=environment(root), capture_output=True, text=True)
-    return done.returncode, done.stderr
+    assert unhooked_cli().main(["train", "tiny", "--out", str(folder), *flags(whole.run)]) == 0
+    assert f"resumed from the checkpoint of step {whole.run.steps}" in capsys.readouterr().out
 
 
 @pytest.mark.long
 def test_streams_that_are_closed(root, place):
-    code, said = shell(f"dsv3 generate {place.absent} >&-", root)
-    assert code == 2 and said.startswith("dsv3: folder=") and said.count("\n") == 1
-    assert shell("dsv3 info v9 <&- 2>&-", root) == (2, "")
-    assert shell("dsv3 info v3 | true", root) == (141, "")
-    assert shell(f"dsv3 eval {place.run} --batches 1 | true", root) == (141, "")  # by rich, whose own end would be 1
+    for line, code, said in (
+        (f"dsv3 generate {place.absent} >&- <&-", 2, "dsv3: folder="),
+        (f"dsv3 runs check {place.run} | true", 141, ""),  # by rich, whose own end would be 1
+    ):
+        line = line.replace("dsv3 ", f"{sys.executable} -m dsv3_jax.cli ", 1)
+        how = {"env": environment(root), "capture_output": True, "text": True}
+        done = subprocess.run(["bash", "-o", "pipefail", "-c", line], **how)
+        assert done.returncode == code and done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_codes_of_a_model_or_a_folder_are_visible_on_a_terminal(terminal):
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal(), io.StringIO()])
+def test_codes_of_a_model_or_a_folder_are_visible_on_a_terminal(stream, monkeypatch):
     """A title, the clipboard and the direction of letters; line ends stay. A pipe gets the text as it is."""
     text, seen = "\x1b]52;c;\x1b\\ \x9b2J \u202e é\n", "\\x1b]52;c;\\x1b\\ \\x9b2J \\u202e é\n"
-    code = "from dsv3_jax.report.progress import say, text_console; import sys; say(sys.argv[1]); "
-    command = [sys.executable, "-c", code + "text_console().print(sys.argv[1])", text]
-    own, other = os.openpty() if terminal else os.pipe()[::-1]
-    reader, writer = (own, other) if terminal else (other, own)
-    subprocess.run(command, stdout=writer, check=True, env={**os.environ, "PYTHONPATH": str(HERE), "TERM": "dumb"})
-    os.close(writer)
-    out = os.read(reader, 4096).decode().replace("\r\n", "\n")
-    assert out == (seen + seen if terminal else text + text) + "\n"
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setenv("TERM", "dumb")
+    say(text)
+    text_console().print(text)
+    assert stream.getvalue() == (seen + seen if stream.isatty() else text + text) + "\n"
 
 
 def test_absent_devices_are_left_out_where_only_their_compilers_are(monkeypatch):
