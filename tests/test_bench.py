@@ -102,18 +102,11 @@ def test_a_run_is_timed(options, tmp_path):
     assert drafted["share_of_bound"] is None and len(drafted["acceptance"]) == 1
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"batch": (1, 0)}, "batch=0 is below 1"),
+def test_bad_options_are_refused(options):
+    for changes, sentence in (
         ({"rounds": 0}, "rounds=0 is below 1"),
         ({"context": ()}, "context is empty"),
         ({"context": (60,)}, "max_new_tokens=6 does not fit: the longest prompt has 60"),
-        ({"context": (99_999,)}, "context=99999 is more than the"),
-        ({"draft": ("nowhere",)}, "folder='nowhere' is neither a run"),
-    ],
-)
-def test_bad_options_are_refused(options, changes, sentence):
-    with pytest.raises(ValueError, match=sentence) as raised:
-        bench.decode(replace(options, **changes))
-    assert "\n" not in str(raised.value)
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            bench.decode(replace(options, **changes))

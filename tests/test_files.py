@@ -17,13 +17,6 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def killed(code: str, folder: Path) -> None:
-    """Run code that kills its own process by SIGKILL; `folder` is its argument."""
-    command = [sys.executable, "-c", textwrap.dedent(code), str(folder)]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-
-
 def test_a_file_holds_its_data(tmp_path):
     """In place of an older one; a link of the temporary file's name is not followed."""
     path = tmp_path / "new" / "folder" / "file"
@@ -49,29 +42,6 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_atomic(path, "new content")
     assert path.read_text() == "old" and names(tmp_path) == ["file"]
-
-
-def test_a_killed_write_keeps_the_old_file(tmp_path):
-    """Killed when half of the data is in the temporary file; a later write is not disturbed by what it left."""
-    path = tmp_path / "file"
-    path.write_text("old")
-    code = """
-        import os, signal, sys
-        from pathlib import Path
-        from dsv3_jax.files import write_atomic
-        write_bytes = Path.write_bytes
-        def half(self, data):
-            write_bytes(self, data[: len(data) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
-        Path.write_bytes = half
-        write_atomic(Path(sys.argv[1]) / "file", "new content")
-    """
-    killed(code, tmp_path)
-    assert path.read_text() == "old"
-    left = [name for name in names(tmp_path) if name != "file"]
-    assert len(left) == 1 and left[0].startswith(".file.") and left[0].endswith(PART)
-    write_atomic(path, "new content")
-    assert path.read_text() == "new content"
 
 
 def test_a_link_stays_a_link_and_a_pipe_is_written_directly(tmp_path):
@@ -112,18 +82,28 @@ def test_only_overwrite_replaces_a_folder_and_a_failure_does_not(tmp_path):
     assert names(path) == ["new"] and names(tmp_path) == ["folder"]
 
 
-def test_a_killed_process_leaves_the_old_folder(tmp_path):
+def test_a_killed_process_leaves_the_old_file_and_folder(tmp_path):
+    """Killed when half of the file is in its temporary one; a later write is not disturbed by what is left."""
     path = tmp_path / "folder"
     path.mkdir()
     (path / "old").write_text("old")
     code = """
         import os, signal, sys
         from pathlib import Path
-        from dsv3_jax.files import atomic_folder
-        with atomic_folder(Path(sys.argv[1]) / "folder", overwrite=True) as part:
-            (part / "new").write_text("new")
+        from dsv3_jax.files import atomic_folder, write_atomic
+        write_bytes = Path.write_bytes
+        def half(self, data):
+            write_bytes(self, data[: len(data) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
+        Path.write_bytes = half
+        with atomic_folder(Path(sys.argv[1]) / "folder", overwrite=True) as part:
+            write_atomic(Path(sys.argv[1]) / "folder" / "old", "new content")
     """
-    killed(code, tmp_path)
-    assert names(path) == ["old"]
-    assert all(name.endswith(PART) for name in names(tmp_path) if name != "folder")
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (path / "old").read_text() == "old"
+    left = [name for folder in (tmp_path, path) for name in names(folder) if name not in ("folder", "old")]
+    assert len(left) == 2 and all(name.startswith(".") and name.endswith(PART) for name in left)
+    write_atomic(path / "old", "new content")
+    assert (path / "old").read_text() == "new content"

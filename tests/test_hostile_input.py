@@ -1,6 +1,7 @@
 """Input that others wrote is refused quickly, in a sentence that names it: one example for each door."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -17,13 +18,12 @@ from runs import HERE, environment
 from dsv3_jax.chat import text_settings
 from dsv3_jax.cli import common
 from dsv3_jax.cli import main as cli
-from dsv3_jax.config import ConfigError, DataConfig, RunConfig, from_dict, replace, to_dict
+from dsv3_jax.config import ConfigError, DataConfig, RunConfig, from_dict, to_dict
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.corpus import load_corpus
 from dsv3_jax.files import atomic_folder, parse_json, read_json
 from dsv3_jax.hf import files
 from dsv3_jax.hf.config_json import config_from_dict, config_to_dict
-from dsv3_jax.hf.open_model import released_run
 from dsv3_jax.hf.reading import ReleasedFolder
 from dsv3_jax.presets import preset, recipe
 from dsv3_jax.report.metrics import METRICS_FILE, parse_rows
@@ -54,11 +54,10 @@ def changed(values: dict, path: tuple[str, ...], value) -> dict:
 # Configurations
 
 
-@pytest.mark.parametrize("value", [float("nan"), HUGE], ids=lambda x: str(x)[:9])
-def test_every_number_of_a_run_is_finite(value):
+def test_every_number_of_a_run_is_finite():
     numbers = places(RUN, (float, int))
     assert len(numbers) > 50 and ("model", "yarn", "factor") in numbers
-    for path in numbers:
+    for path, value in zip(numbers, itertools.cycle((float("nan"), HUGE, -HUGE)), strict=False):
         with pytest.raises(ConfigError, match=path[-1]):
             from_dict(RunConfig, changed(RUN, path, value))
 
@@ -151,21 +150,13 @@ def write_tokenizer(folder: Path) -> None:
     inner.save(str(folder / "tokenizer.json"))
 
 
-@pytest.mark.parametrize("text", ["{}", "[" * 10**5])
-def test_a_tokenizer_that_is_none(tmp_path, text):
-    (tmp_path / "tokenizer.json").write_text(text)
-    for use in (tokenizer.load, lambda path: tokenizer.keep_copy(path, tmp_path / "copy")):
-        with pytest.raises(ValueError, match="tokenizer.json' cannot be read"):
-            use(str(tmp_path))
+def test_a_tokenizer_that_is_none(tmp_path):
+    for text in ("{}", "[" * 10**5):
+        (tmp_path / "tokenizer.json").write_text(text)
+        for use in (tokenizer.load, lambda path: tokenizer.keep_copy(path, tmp_path / "copy")):
+            with pytest.raises(ValueError, match="tokenizer.json' cannot be read"):
+                use(str(tmp_path))
     assert not (tmp_path / "copy").exists()
-
-
-def test_a_tokenizer_of_more_ids_than_the_model(tmp_path):
-    write_tokenizer(tmp_path)
-    files.write_json(tmp_path / files.CONFIG, config_to_dict(TINY))
-    assert Path(released_run(tmp_path, TINY).data.tokenizer).name == "tokenizer.json"
-    with pytest.raises(ValueError, match=r"tokenizer.json has vocab_size=3, more than the model's vocab_size=2"):
-        released_run(tmp_path, replace(TINY, vocab_size=2))
 
 
 def test_sampling_defaults(tmp_path):

