@@ -110,47 +110,6 @@ def test_a_gpus_program():
     assert program.launches == 4 * 3 + 3
 
 
-TPU = (
-    HEAD
-    + """
-%product (a: bf16[8,16,64], b: bf16[8,16,64]) -> f32[8,16,16] {
-  %a = bf16[8,16,64]{2,1,0:T(8,128)(2,1)} parameter(0)
-  %b = bf16[8,16,64]{2,1,0:T(8,128)(2,1)} parameter(1)
-  ROOT %c = f32[8,16,16]{2,1,0:T(8,128)} convolution(%a, %b), window={size=8 stride=7 lhs_dilate=8}, \
-dim_labels=0bf_0oi->0bf, operand_precision={highest,highest}, metadata={op_name="jit(f)/route/dot_general"}
-}
-
-ENTRY %main (a: bf16[8,16,64], b: bf16[8,16,64]) -> f32[8,16,16] {
-  %a.1 = bf16[8,16,64]{2,1,0:T(8,128)(2,1)} parameter(0)
-  %b.1 = bf16[8,16,64]{2,1,0:T(8,128)(2,1)} parameter(1)
-  %i = s32[]{:T(128)} constant(1)
-  %j = s32[]{:T(128)} add(%i, %i)
-  %s = (bf16[8,16,64]{2,1,0:T(8,128)(2,1)S(1)}, bf16[8,16,64]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%b.1)
-  %d = bf16[8,16,64]{2,1,0:T(8,128)(2,1)S(1)} copy-done(%s)
-  %again = bf16[8,16,64]{2,1,0:T(8,128)(2,1)S(1)} copy(%d)
-  %buffer = u32[8]{0:T(128)S(1)} custom-call(), custom_call_target="AllocateBuffer"
-  %gmm.1 = bf16[64,32]{1,0:T(8,128)(2,1)} custom-call(%a.1), custom_call_target="tpu_custom_call", \
-backend_config={"custom_call_config":{"body":"Qk1M","cost_estimate":{"flops":"77","transcendentals":"0",\
-"bytes_accessed":"88"}}}
-  ROOT %f = f32[8,16,16]{2,1,0:T(8,128)} fusion(%a.1, %d), kind=kOutput, calls=%product, \
-backend_config={"window_config":{"estimated_cycles":"6887"}}
-}
-""".replace("\\\n", "")
-)
-
-
-def test_a_tpus_program():
-    """Its products are convolutions, in which a batch is a window that meets one number of each row of padding."""
-    program = read_program(TPU)
-    fusion, kernel = (next(x for x in program.all_launches if x.name == name) for name in ("f", "gmm.1"))
-    assert fusion.flops == 2 * 8 * 16 * 16 * 64 and fusion.cycles == 6887
-    assert fusion.nbytes == 8 * 16 * 64 * 2 + 8 * 16 * 16 * 4  # the second operand is in VMEM already
-    assert (kernel.kind, kernel.flops, kernel.nbytes) == ("gmm", 77, 88)
-    moves = {x.name: x.nbytes for x in program.all_launches if x.kind == "copy"}
-    assert moves == {"s": 8 * 16 * 64 * 2, "again": 0}  # a prefetch only reads from memory; VMEM into VMEM is neither
-    assert program.launches == 4 and program.copies() == []  # a prefetch is no copy; scalars and buffers launch nothing
-
-
 def test_additions_are_found_with_their_dtype_and_order():
     def add(x, ids, rows):
         return x.at[ids].add(rows)
