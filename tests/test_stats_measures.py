@@ -1,6 +1,7 @@
 """Measures of token rows equal slow loops; knock-outs equal models without the expert's weights."""
 
 import itertools
+from collections import Counter
 from dataclasses import replace
 
 import jax
@@ -37,12 +38,8 @@ def slow_bits(triples: list[tuple]) -> tuple[float, float, float]:
     """I(expert; token), I(expert; domain), I(expert; domain | token) of (expert, token, domain), by the definitions."""
 
     def mutual(pairs):
-        count = len(pairs)
-        p, left, right = {}, {}, {}
-        for a, b in pairs:
-            p[a, b] = p.get((a, b), 0) + 1 / count
-            left[a], right[b] = left.get(a, 0) + 1 / count, right.get(b, 0) + 1 / count
-        return sum(x * np.log2(x / (left[a] * right[b])) for (a, b), x in p.items())
+        n, left, right = len(pairs), Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
+        return sum(c / n * np.log2(c * n / (left[a] * right[b])) for (a, b), c in Counter(pairs).items())
 
     given = 0.0
     for token in {t for _, t, _ in triples}:
