@@ -129,7 +129,7 @@ def test_greedy_text_is_that_of_plain_decoding(scheme):
     assert min(drafted.steps_by_length.values()) > 0 and 0 < drafted.acceptance[0] < 1
 
 
-@pytest.mark.long
+@pytest.mark.rare
 @pytest.mark.usefixtures("light_compiles", "any_length")
 @pytest.mark.parametrize("scheme", ["deepseek of 1", "eagle", "model"])
 def test_after_plain_steps_a_perfect_drafter_is_perfect(scheme):
@@ -140,7 +140,7 @@ def test_after_plain_steps_a_perfect_drafter_is_perfect(scheme):
     assert steps[0] > 40 and sum(n * (length + 1) for length, n in steps.items()) - 99 <= 4
 
 
-@pytest.mark.long
+@pytest.mark.rare
 @pytest.mark.usefixtures("light_compiles", "any_length")
 def test_certain_drafts_leave_a_seeds_text_alone():
     """On a mesh too, with one row a device."""

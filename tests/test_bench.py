@@ -19,7 +19,7 @@ from dsv3_jax.decoding.generate import Generated
 from dsv3_jax.model.counting import decode_bytes, distinct_experts
 from dsv3_jax.model.transformer import abstract
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.rare
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3])

@@ -240,7 +240,7 @@ def test_a_baseline_decodes_the_tokens_of_its_forward():
     assert not lost(model, generate(model, PROMPTS, NEW).tokens).any()
 
 
-@pytest.mark.long
+@pytest.mark.rare
 @pytest.mark.parametrize("kind, dtype", [("latent", "int8"), ("expanded", "float8_e4m3")])
 def test_narrow_caches_choose_tokens_about_as_likely(kind, dtype):
     """A step is 1/254 of the largest number in int8, and 1/16 of each number in e4m3."""

@@ -280,7 +280,7 @@ def test_chat_continues_the_conversation(dsv3, talker):
     assert err.count("(the answer ends here: max_new_tokens=9)") == 3
 
 
-@pytest.mark.long
+@pytest.mark.rare
 def test_a_full_context_is_said_and_nothing_is_dropped(dsv3, talker):
     """A message too long for the context is left out, an answer too long is cut, and the next turn is read."""
     code, out, err = dsv3("chat", talker, "--temperature", 0, lines="x" * 150 + "\nhello\n")

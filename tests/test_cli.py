@@ -280,7 +280,7 @@ def test_the_flags_of_a_run_are_the_run(whole, tmp_path, capsys):
     assert f"resumed from the checkpoint of step {whole.run.steps}" in capsys.readouterr().out
 
 
-@pytest.mark.long
+@pytest.mark.rare
 def test_streams_that_are_closed(root, place):
     for line, code, said in (
         (f"dsv3 generate {place.absent} >&- <&-", 2, "dsv3: folder="),

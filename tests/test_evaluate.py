@@ -120,7 +120,7 @@ def vio(load):
     return np.mean([row.max() / row.mean() - 1 for row in load])
 
 
-@pytest.mark.parametrize("kind", ["model", pytest.param("parallel", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", ["model", pytest.param("parallel", marks=pytest.mark.rare)])
 def test_measures_are_the_slow_loops(kind, request):
     model = request.getfixturevalue(kind)
     found, want = evaluate(model, BATCHES, WORDS, ("even", "odd"), mix=MIX), slow_measures(model)

@@ -60,7 +60,7 @@ def test_the_layers_noise_is_the_equations(rng):
     assert (np.sort(noisy.expert_ids) != np.sort(plain.expert_ids)).any()
 
 
-@pytest.mark.long
+@pytest.mark.rare
 def test_a_step_with_quantile_and_z_loss():
     """Losses are the reference's, and the bias goes half of the way."""
     model = replace(PLAIN, router="sqrtsoftplus", balance=Balance(0.5, 1e-2, 0.0, "quantile", 1e-2))
@@ -77,7 +77,7 @@ def test_a_step_with_quantile_and_z_loss():
     np.testing.assert_allclose(after.bias["sparse"]["moe"]["bias"][...][0], moved - moved.mean(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.long
+@pytest.mark.rare
 def test_a_steps_noise_is_of_seed_step_and_row():
     """Two microbatches have the complete batch's noise. Another step has other noise; evaluation has none."""
     run, batch = run_of(replace(PLAIN, router="noisy_topk"), microbatches=2), make_batch()
@@ -115,7 +115,7 @@ def test_a_new_router_and_a_new_rule_are_a_row_each(monkeypatch):
     np.testing.assert_allclose(after.bias["sparse"]["moe"]["bias"][...][0], bias[0] + 0.25 * load, rtol=1e-6)
 
 
-@pytest.mark.long
+@pytest.mark.rare
 def test_drafts_of_a_model_that_routes_by_hash_change_no_text():
     """So the cache's steps and the heads read the tokens that the complete text has at their positions."""
     cfg = replace(LIGHT, router="hash", vocab_size=4, mtp_depth=2, **NO_GROUPS)

@@ -62,7 +62,7 @@ def test_cached_greedy_decoding_equals_the_teacher_forced_forward(model, greedy)
         assert generate(model, [prompt], NEW, stop_tokens=[UNUSED]).tokens == [row]
 
 
-@pytest.mark.long
+@pytest.mark.rare
 @pytest.mark.parametrize("how", ["xla", "LARGE_WEIGHT", "UNROLLED"])
 def test_layers_and_weights_are_read_in_any_way(model, greedy, monkeypatch, how):
     """By XLA; every weight by C++, for a single row too; and a scan over layers, with one stack of caches."""
@@ -117,7 +117,7 @@ def test_one_compilation_a_shape(model, greedy, monkeypatch):
     generate(model, [[1], [2], [7] * 50], NEW, stop_tokens=[3])
 
 
-@pytest.mark.long
+@pytest.mark.rare
 def test_bfloat16_chooses_tokens_about_as_likely(light):
     other = random_model(LIGHT, execution=replace(DENSE, compute_dtype="bfloat16"))
     got = generate(other, PROMPTS, NEW).tokens

@@ -117,7 +117,7 @@ def test_each_layer_head_and_expert_gets_its_own_product(attention):
         assert np.array_equal(w, before[path]) == (path not in changed), path
 
 
-@pytest.mark.long
+@pytest.mark.rare
 def test_new_adapters_change_nothing():
     """The merged weights are the start's to the bit. A alone is random."""
     start = state_of(replace(RUN, lora=Lora())).params
@@ -186,7 +186,7 @@ def trained(root) -> tuple[Path, RunConfig]:
     return folder, run
 
 
-@pytest.mark.long
+@pytest.mark.rare
 def test_readers_get_merged_weights(trained, tmp_path):
     """A model that is loaded, a released folder, and a run that starts from this one."""
     folder, run = trained

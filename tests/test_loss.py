@@ -44,10 +44,10 @@ EAGLE = dict(num_layers=1, mtp_kind="eagle", mtp_depth=1, attention="gqa", num_h
     "changes, kernels, remat",
     [
         (TIED, "cpu", "none"),
-        pytest.param(dict(mtp_depth=1), "cpu", "full", marks=pytest.mark.long),
+        pytest.param(dict(mtp_depth=1), "cpu", "full", marks=pytest.mark.rare),
         pytest.param(dict(mtp_depth=1), "xla", "attention", marks=pytest.mark.long),
         pytest.param(dict(mtp_depth=1), "auto,grouped_swiglu=ragged_dot", "dots", marks=pytest.mark.rare),
-        pytest.param(EAGLE, "auto,grouped_swiglu=dense", "none", marks=pytest.mark.long),
+        pytest.param(EAGLE, "auto,grouped_swiglu=dense", "none", marks=pytest.mark.rare),
     ],
 )
 def test_losses_and_gradients_equal_the_reference(changes, kernels, remat):

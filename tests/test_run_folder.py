@@ -109,7 +109,7 @@ def test_another_tokenizer_is_another_run(made, moved, tmp_path):
     claim(moved, replace(run, data=replace(run.data, tokenizer=copy)))
 
 
-@pytest.mark.long
+@pytest.mark.rare
 def test_another_execution_is_the_same_run(made, moved):
     run = replace(read_run(moved), execution=OTHER_EXECUTION)
     again = loop.fit(run, moved, stop_after=STOP + 2, quiet=True)

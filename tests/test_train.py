@@ -268,7 +268,7 @@ def ahead(monkeypatch):
     monkeypatch.setattr(loop, "AHEAD", {})
 
 
-@pytest.mark.parametrize("late", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize("late", [False, pytest.param(True, marks=pytest.mark.rare)])
 def test_a_loss_that_is_not_finite_stops_the_run(whole, tmp_path, monkeypatch, capfd, late):
     """If steps are started ahead, two more have started by the time the bad one is seen, and they change nothing."""
     folder, steps = tmp_path / "run", []
@@ -285,7 +285,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(whole, tmp_path, monkeypatch, c
     assert_same_run(whole.run, folder, whole)
 
 
-@pytest.mark.long
+@pytest.mark.rare
 def test_a_finished_run_goes_on_for_more_steps(whole, tmp_path):
     folder = Path(shutil.copytree(whole.folder, tmp_path / "run"))
     longer = replace(whole.run, steps=STEPS + 2, eval_every=9)

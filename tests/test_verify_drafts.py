@@ -74,7 +74,7 @@ def laws(case, sampling):
     [
         ("other", Sampling(1.3, top_p=0.8)),
         ("certain", Sampling(0.7, top_k=4)),
-        pytest.param("apart", Sampling(0.7, top_k=4), marks=pytest.mark.long),
+        pytest.param("apart", Sampling(0.7, top_k=4), marks=pytest.mark.rare),
         pytest.param("same", Sampling(1.0), marks=pytest.mark.long),
     ],
 )
