@@ -1,4 +1,4 @@
-"""Attention's kernels for TPUs and GPUs equal the op: run in interpret mode, and compiled for chips that are absent."""
+"""Attention's kernels for TPUs and GPUs: splash in interpret mode equals the op; which one runs, and why not others."""
 
 import re
 import sys
@@ -19,62 +19,48 @@ from dsv3_jax.kernels.gpu import tokamax_library
 from dsv3_jax.kernels.tpu import attention as tpu_attention
 from dsv3_jax.mesh import sharding
 from dsv3_jax.ops.attention import RESULTS, causal_attention
-from dsv3_jax.planning import devices
 
 interpreted = partial(tpu_attention.causal_attention, interpret=True)
 
 
-def draw(rng, shape, dtype=jnp.float32):
-    """Return q, k, v and a weight of the output for (B, T, H, G, K, V), and segment ids of a few documents a row."""
+def draw(rng, shape):
+    """(q, k, v and a weight of the output for (B, T, H, G, K, V), segment ids of a few documents a row)."""
     batch, length, heads, groups, key, value = shape
     shapes = ((heads, key), (groups, key), (groups, value), (heads, value))
-    arrays = [jnp.asarray(rng.standard_normal((batch, length, n, width)), dtype) for n, width in shapes]
+    arrays = [jnp.asarray(rng.standard_normal((batch, length, n, width)), jnp.float32) for n, width in shapes]
     ids = np.cumsum(rng.random((batch, length)) < 4 / length, axis=1, dtype=np.int32) + 1
     ids[:, length - length // 8 :] = 0
     return arrays, jnp.asarray(ids)
 
 
 def out_and_gradients(attention, arrays, segment_ids):
-    """Return the output where there are tokens, and the gradients of its weighted sum, in float32."""
+    """Return the output where there are tokens, and the gradients of its weighted sum."""
     q, k, v, weight = arrays
-    real = jnp.ones(q.shape[:2], bool) if segment_ids is None else segment_ids > 0
 
     def loss(q, k, v):
-        out = attention(q, k, v, scale=0.13, segment_ids=segment_ids).astype(jnp.float32)
-        out = jnp.where(real[..., None, None], out, 0.0)  # the output at padding is not defined
-        return (out * weight.astype(jnp.float32)).sum(), out
+        out = attention(q, k, v, scale=0.13, segment_ids=segment_ids)
+        out = jnp.where(segment_ids[..., None, None] > 0, out, 0.0)  # the output at padding is not defined
+        return (out * weight).sum(), out
 
     (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
-    return [np.asarray(x.astype(jnp.float32)) for x in (out, *grads)]
+    return [np.asarray(x) for x in (out, *grads)]
 
 
 # splash attention, on TPUs
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "shape, dtype, packed, largest",
-    [
-        ((1, 300, 2, 2, 192, 128), jnp.float32, True, 128),  # V3's widths; three blocks, the last with padding
-        ((2, 256, 4, 2, 96, 64), jnp.float32, True, 128),  # two query heads for each key head; whole blocks
-        ((1, 200, 2, 1, 192, 128), jnp.bfloat16, False, 1024),  # one key head; one block
-    ],
-    ids=["192/128", "gqa", "mqa in bfloat16"],
-)
-def test_splash_and_its_gradients_equal_the_op(rng, monkeypatch, shape, dtype, packed, largest):
-    """In float32 both sum in another order. In bfloat16 both round weights, outputs and gradients to 2^-8 of them."""
-    monkeypatch.setattr(tpu_attention, "LARGEST_BLOCK", largest)
-    arrays, segment_ids = draw(rng, shape, dtype)
-    segment_ids = segment_ids if packed else None
-    tolerance = 1e-5 if dtype == jnp.float32 else 2**-6
+def test_splash_and_its_gradients_equal_the_op(rng, monkeypatch):
+    """Three blocks, the last with padding; two query heads for each key head. Both sum float32 in another order."""
+    monkeypatch.setattr(tpu_attention, "LARGEST_BLOCK", 128)
+    arrays, segment_ids = draw(rng, (1, 300, 4, 2, 96, 64))
     got = out_and_gradients(interpreted, arrays, segment_ids)
     expected = out_and_gradients(causal_attention, arrays, segment_ids)
     for name, g, e in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
-        np.testing.assert_allclose(g, e, atol=tolerance * np.abs(e).max(), err_msg=name)
+        np.testing.assert_allclose(g, e, atol=1e-5 * np.abs(e).max(), err_msg=name)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"data": 2, "tensor": 2}], ids=["one device", "mesh"])
-@pytest.mark.parametrize("keep, runs", [(True, 1), (False, 2)])
+@pytest.mark.parametrize("sizes, keep, runs", [({}, False, 2), ({}, True, 1), ({"data": 2, "tensor": 2}, True, 1)])
 def test_splash_runs_forward_once_if_its_results_are_kept(rng, sizes, keep, runs):
     """Traced, not run: `jax.checkpoint` keeps what has the name RESULTS, or runs the forward kernel again."""
     (q, k, v, _), segment_ids = draw(rng, (2, 128, 2, 2, 64, 64))
@@ -115,20 +101,13 @@ def test_a_first_key_for_each_query_says_what_segments_say(rng):
 
 
 def test_why_a_library_is_not_in_use(monkeypatch):
-    def installed(name):
-        if version is None:
-            raise metadata.PackageNotFoundError(name)
-        return version
-
-    monkeypatch.setattr(metadata, "version", installed)
-    for chip, python, version, end in (  # noqa: B007 - `installed` reads it
+    for chip, python, version, end in (
         ("", (3, 13), "0.0.17", "and the chip is not known"),
-        ("8.0", (3, 13), "0.0.17", "and the chip has 8.0"),
         ("9.0", (3, 11), "0.0.17", "it needs Python 3.12 or newer"),
-        ("9.0", (3, 13), None, "it is not installed: pip install tokamax==0.0.17"),
         ("9.0", (3, 13), "0.0.12", "tokamax 0.0.12 is not supported: pip install tokamax==0.0.17"),
         ("9.0", (3, 12), "0.0.17", ""),
     ):
+        monkeypatch.setattr(metadata, "version", lambda name, version=version: version)
         monkeypatch.setattr(sys, "version_info", python)
         why = tokamax_library.why_not(Target("cuda", chip=chip))
         assert why.endswith(end) and bool(why) == bool(end)
@@ -143,8 +122,8 @@ def test_why_a_library_is_not_in_use(monkeypatch):
 
 
 def picked(platform, length, widths, dtype=jnp.bfloat16, packed=True, kernels="auto"):
-    q, v = (jnp.zeros((1, length, 1, width), dtype) for width in widths)
-    segments = jnp.ones((1, length), jnp.int32) if packed else None
+    q, v = (jax.ShapeDtypeStruct((1, length, 1, width), dtype) for width in widths)
+    segments = jax.ShapeDtypeStruct((1, length), jnp.int32) if packed else None
     kernels = Kernels(Target(platform, kernels, "9.0"))
     return kernels.pick("causal_attention", q, q, v, scale=1.0, segment_ids=segments).name
 
@@ -160,59 +139,3 @@ def test_who_attends():
     for platform in ("cuda", "tpu"):
         assert picked(platform, 1000, (48, 32)) == picked(platform, 100, (192, 128)) == "large_blocks"  # too small
     assert choose.TABLE["causal_attention"][-1].name == "xla"
-
-
-# Compiled for chips that are not here
-
-
-def compiled(target, attention, shape):
-    """Compile the gradient for a target. Returns the program's text and its temporary bytes."""
-    try:
-        mesh = devices.target_mesh(target, {"data": 1})
-    except ConfigError as error:
-        pytest.skip(str(error))
-    batch, length, heads, groups, key, value = shape
-    placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-
-    def array(dtype, *shape):
-        return jax.ShapeDtypeStruct((batch, length, *shape), dtype, sharding=placed)
-
-    def loss(q, k, v, segment_ids):
-        return attention(q, k, v, scale=0.1, segment_ids=segment_ids).astype(jnp.float32).sum()
-
-    arrays = [array(jnp.bfloat16, n, width) for n, width in ((heads, key), (groups, key), (groups, value))]
-    done = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*arrays, array(jnp.int32)).compile()
-    return done.as_text(), done.memory_analysis().temp_size_in_bytes
-
-
-SHAPES = [(1, 1024, 4, 4, 192, 128), (1, 1100, 4, 2, 96, 64)]
-
-
-def squares(text):
-    """Return the arrays of a program that have two axes of about the length, as scores have."""
-    return re.findall(r"\[(?:\d+,)*1[0-2]\d\d,1[0-2]\d\d\]", text)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("shape", SHAPES, ids=["192/128", "gqa"])
-@pytest.mark.parametrize("target", ["tpu:v5p:2x2x1", "tpu:v6e:2x2", "gpu:h100:1"])
-def test_kernels_compile_and_keep_no_scores_in_memory(target, shape):
-    """A forward and two backward kernels."""
-    on_gpu = target.startswith("gpu")
-    if on_gpu and (reason := tokamax_library.why_not(Target("cuda", chip="9.0"))):
-        pytest.skip(reason)
-    attention = gpu_attention.tokamax_attention if on_gpu else tpu_attention.causal_attention
-    text, _ = compiled(target, attention, shape)
-    assert not squares(text)
-    if on_gpu:
-        assert len(re.findall(r'custom_call_target="mosaic_gpu', text)) == 3
-    for phase in ("fwd_segmented_residuals", "dq_segmented_no_residuals", "dkv_segmented_no_residuals"):
-        assert on_gpu or f"splash_mha_{phase}" in text
-
-
-@pytest.mark.long
-def test_large_blocks_compile_for_hopper_without_a_loop():
-    """So few scores are one visit; the loops over pairs of small blocks are two."""
-    large = partial(prepare(platform="rocm"), "causal_attention")
-    assert " while(" not in compiled("gpu:h100:1", large, SHAPES[0])[0]
-    assert " while(" in compiled("gpu:h100:1", causal_attention, SHAPES[0])[0]

@@ -3,18 +3,19 @@
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from cases import some_long
 from models import small
+from test_dispatch import value_and_gradients
 
 from dsv3_jax.config import Layout
 from dsv3_jax.kernels.choose import Kernels, Target
 from dsv3_jax.mesh import expert_parallel, sharding, token_exchange
+from dsv3_jax.ops import dispatch
 
 pytestmark = pytest.mark.usefixtures("x64", "light_compiles")
 
@@ -46,39 +47,23 @@ def sharded(cfg, layout, mesh, backend):
     kernels = Kernels(Target("cpu", f"grouped_swiglu={backend}"))
 
     def loss(x, gates, experts, ids, weight):
-        how = dict(kernels=kernels, cfg=cfg, layout=layout)
-        y, sent = expert_parallel.grouped_swiglu(x, ids, gates, experts, **how)
+        y, sent = expert_parallel.grouped_swiglu(x, ids, gates, experts, kernels=kernels, cfg=cfg, layout=layout)
         return (weight * y).sum(), (y, sent)
 
-    place = [
-        jax.NamedSharding(mesh, sharding.spec(names, (E, D, F), mesh, fsdp=layout.fsdp))
-        for names in expert_parallel.AXIS_NAMES
-    ]
-
     @jax.jit
-    def run(x, gates, experts, *args):
-        grad = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
-        (_, (y, sent)), grads = grad(x, gates, experts, *args)
+    def run(*args):
+        (_, (y, sent)), grads = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*args)
         return y, sent, grads
 
     def on_mesh(x, gates, experts, *args):
-        experts = tuple(jax.device_put(w, at) for w, at in zip(experts, place, strict=True))
         with jax.set_mesh(mesh):
+            specs = (sharding.spec(names, (E, D, F), mesh, fsdp=layout.fsdp) for names in expert_parallel.AXIS_NAMES)
+            experts = tuple(
+                jax.device_put(w, jax.NamedSharding(mesh, spec)) for w, spec in zip(experts, specs, strict=True)
+            )
             return jax.device_get(run(x, gates, experts, *args))
 
     return on_mesh
-
-
-@jax.jit
-def alone(x, gates, experts, ids, weight):
-    """(y, gradients) of one device."""
-
-    def loss(x, gates, experts):
-        y = oracles.routed_swiglu_jnp(x, ids, gates, *experts)
-        return (weight * y).sum(), y
-
-    (_, y), grads = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(x, gates, experts)
-    return y, grads
 
 
 def count_sent(ids, data, peers):
@@ -93,38 +78,40 @@ def count_sent(ids, data, peers):
     return crossing / len(ids), sent.max()
 
 
-def assert_same(got, want):
-    (y, _, grads), (expected, expected_grads) = got, want
-    assert y.dtype == np.float64
-    np.testing.assert_allclose(y, expected, atol=1e-10)
-    jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, atol=1e-10), grads, expected_grads)
+def by_load(rng, run, tokens):
+    """(Load, experts, copies of a token sent) of each load; outputs and gradients are a single device's."""
+    x, gates, weight, experts = arrays(rng, tokens)
+    for load in LOADS:
+        ids = choices(load, rng, tokens)
+        y, sent, grads = run(x, gates, experts, ids, weight)
+        want = value_and_gradients(dispatch.dense_swiglu, weight, x, ids, gates, *experts)
+        assert y.dtype == np.float64
+        for g, w in zip(jax.tree.leaves((y, grads)), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(g, w, atol=1e-10)
+        yield load, ids, sent
 
 
 MANY = Layout(expert_comm="all_to_all", capacity_slack=1.0)
-CASES = {  # (data, expert, tensor), tokens, kernel, layout, slots of a round, of a later one, later ones at most
-    "1,8,1": ((1, 8, 1), 192, "blocks", MANY, (6, 2, 9)),  # all of a device's 24 tokens go to one peer
-    "1,8,1 few tokens": ((1, 8, 1), 8, "ragged_dot", Layout(expert_comm="all_to_all"), (1, 1, 0)),  # one a device
-    "2,4,1 fsdp": ((2, 4, 1), 48, "blocks", replace(MANY, fsdp=True), (3, 1, 3)),
-    "2,2,2 fsdp": ((2, 2, 2), 48, "ragged_dot", replace(MANY, fsdp=True), (9, 3, 1)),
-}
+CASES = [  # (data, expert, tensor), tokens, kernel, layout, slots of a round, of a later one, later ones at most
+    pytest.param((1, 8, 1), 8, "ragged_dot", Layout(expert_comm="all_to_all"), (1, 1, 0), id="one token a device"),
+    pytest.param(
+        (2, 2, 2), 48, "ragged_dot", replace(MANY, fsdp=True), (9, 3, 1), marks=pytest.mark.long, id="2,2,2 fsdp"
+    ),
+    # All of a device's 24 tokens go to one peer.
+    pytest.param((1, 8, 1), 192, "blocks", MANY, (6, 2, 9), marks=pytest.mark.rare, id="many rounds"),
+]
 
 
-@pytest.mark.parametrize("sizes, tokens, backend, layout, expected", some_long(CASES, "1,8,1 few tokens"))
+@pytest.mark.parametrize("sizes, tokens, backend, layout, expected", CASES)
 def test_every_load_is_a_single_devices(rng, sizes, tokens, backend, layout, expected):
     _, peers, _ = sizes
-    run = sharded(CFG, layout, sharding.make_mesh(*sizes), backend)
-    x, gates, weight, experts = arrays(rng, tokens)
     n = tokens // (sizes[0] * peers)
     slots, later, worst = expected
     assert slots == token_exchange.send_capacity(CFG, layout, n, peers)
     rounds = {}
-    for load in LOADS:
-        args = (x, gates, experts, choices(load, rng, tokens), weight)
-        got = run(*args)
-        assert_same(got, alone(*args))
-        left = max(0, count_sent(args[3], sizes[0], peers)[1] - slots)
-        rounds[load] = math.ceil(left / later)
-        assert got[1] == pytest.approx((slots + rounds[load] * later) * (peers - 1) / n, rel=1e-6), load
+    for load, ids, sent in by_load(rng, sharded(CFG, layout, sharding.make_mesh(*sizes), backend), tokens):
+        rounds[load] = math.ceil(max(0, count_sent(ids, sizes[0], peers)[1] - slots) / later)
+        assert sent == pytest.approx((slots + rounds[load] * later) * (peers - 1) / n, rel=1e-6), load
     assert rounds["even"] == 0 and rounds["one device"] == worst
 
 
@@ -144,41 +131,31 @@ def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_si
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("sizes, backend, fsdp", [((1, 8, 1), "blocks", False), ((2, 2, 2), "ragged_dot", True)])
-def test_every_load_is_a_single_devices_ragged(rng, monkeypatch, sizes, backend, fsdp):
+def test_every_load_is_a_single_devices_ragged(rng, monkeypatch):
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)
-    run = sharded(CFG, Layout(expert_comm="ragged", fsdp=fsdp), sharding.make_mesh(*sizes), backend)
-    x, gates, weight, experts = arrays(rng, 48)
-    for load in LOADS:
-        args = (x, gates, experts, choices(load, rng, 48), weight)
-        got = run(*args)
-        assert_same(got, alone(*args))
-        assert got[1] == pytest.approx(count_sent(args[3], *sizes[:2])[0], rel=1e-6), load
+    run = sharded(CFG, Layout(expert_comm="ragged", fsdp=True), sharding.make_mesh(2, 2, 2), "ragged_dot")
+    for load, ids, sent in by_load(rng, run, 48):
+        assert sent == pytest.approx(count_sent(ids, 2, 2)[0], rel=1e-6), load
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_ragged_lowers_for_the_accelerators(rng, platform):
+def test_ragged_lowers_for_the_accelerators(rng):
     """There it is one call of the compiler's for each of rows, gates and ids, and one for the way back."""
     x, gates, _, experts = arrays(rng, 48)
-    layout, kernels = Layout(expert_comm="ragged"), Kernels(Target(platform))
-
-    def run(x, ids, gates, experts):
-        return expert_parallel.grouped_swiglu(x, ids, gates, experts, kernels=kernels, cfg=CFG, layout=layout)
-
-    args = jax.tree.map(lambda a: a.astype(jnp.float32), (x, gates, experts))
-    with jax.set_mesh(sharding.make_mesh(1, 8)):
-        traced = jax.jit(run).trace(args[0], choices("random", rng, 48), *args[1:])
-        text = traced.lower(lowering_platforms=(platform,)).as_text()
-    assert text.count("@ragged_all_to_all") == 4
+    x, gates, experts = jax.tree.map(lambda a: a.astype(jnp.float32), (x, gates, experts))
+    for platform in ("tpu", "cuda"):
+        how = dict(kernels=Kernels(Target(platform)), cfg=CFG, layout=Layout(expert_comm="ragged"))
+        with jax.set_mesh(sharding.make_mesh(1, 8)):
+            run = jax.jit(partial(expert_parallel.grouped_swiglu, **how))
+            traced = run.trace(x, choices("random", rng, 48), gates, experts)
+            text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("@ragged_all_to_all") == 4
 
 
-SHAPES = [  # experts, groups, groups a token, experts a token, peers
-    (16, 8, 2, 2, 8), (16, 8, 2, 2, 2), (16, 4, 3, 5, 16), (12, 1, 1, 4, 6), (12, 2, 1, 4, 6),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("experts, groups, per_token, k, peers", SHAPES)
+@pytest.mark.parametrize(
+    "experts, groups, per_token, k, peers",
+    [(16, 8, 2, 2, 8), (16, 8, 2, 2, 2), (16, 4, 3, 5, 16), (12, 1, 1, 4, 6), (12, 2, 1, 4, 6)],
+)
 def test_reach_is_that_of_all_choices(experts, groups, per_token, k, peers):
     cfg = small(num_experts=experts, num_groups=groups, groups_per_token=per_token, experts_per_token=k)
     size, reach = experts // groups, []
@@ -199,8 +176,3 @@ def test_auto_is_the_smaller_one():
     assert pick(every, auto, 100, 4) == "gather"  # nearly all devices
     assert pick(CFG, auto, 1, 8) == "gather"  # a single slot is all there is
     assert pick(every, Layout(expert_comm="all_to_all"), 100, 4) == "all_to_all"
-
-
-def test_bytes_on_the_wire():
-    """A token of 4 numbers of 2 bytes goes out with 2 ids and 2 gates of 4 bytes each, and comes back alone."""
-    assert token_exchange.wire_bytes(3.0, CFG, 2) == 3 * (8 + 16 + 8)

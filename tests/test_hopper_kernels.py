@@ -2,13 +2,12 @@
 
 import re
 from dataclasses import asdict
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_grouped_product import SMALL_COUNTS, check, compiled_for, draw, gpu_interpreter, kernels_in, trained
+from test_grouped_product import check, draw, gpu_interpreter
 from test_low_precision import by_oracle, close, forward_and_back
 
 from dsv3_jax.config import ConfigError, Execution
@@ -20,33 +19,18 @@ from experiments.accel.kernels import hopper_fp8, hopper_products
 from experiments.accel.kernels.hopper_fp8 import OnHopper
 from experiments.accel.program import read_program
 
-RECIPES = pytest.mark.parametrize("recipe", [FP8, FP8_UE8M0], ids=lambda recipe: recipe.name)
+
+@pytest.mark.rare
+def test_grouped_products_equal_a_loop_over_groups(rng, monkeypatch):
+    """Each core takes several tiles, one after the other; with few rows several steps are in flight."""
+    monkeypatch.setattr(hopper_products, "CORES", 2)
+    for rows, counts in ((192, [70, 0, 3, 100]), (192, [0, 192, 0, 0]), (128, [0, 9, 1, 110])):
+        with gpu_interpreter():
+            check(hopper_products.HOPPER_PRODUCTS, *draw(rng, rows, 384, 128, 4, jnp.bfloat16), counts, 0.01)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("counts", SMALL_COUNTS.values(), ids=SMALL_COUNTS)
-def test_grouped_products_equal_a_loop_over_groups(rng, monkeypatch, counts):
-    monkeypatch.setattr(hopper_products, "CORES", 2)  # each takes several tiles, one after the other
-    with gpu_interpreter():
-        check(hopper_products.HOPPER_PRODUCTS, *draw(rng, 192, 128, 128, 4, jnp.bfloat16), counts, 0.01)
-
-
-@pytest.mark.long
-def test_with_few_rows_several_steps_are_in_flight_and_dw_is_not_rounded(rng, monkeypatch):
-    monkeypatch.setattr(hopper_products, "CORES", 3)
-    x, w = draw(rng, 128, 384, 128, 4, jnp.bfloat16)
-    counts, dy = [0, 9, 1, 110], jnp.asarray(rng.standard_normal((128, 128)), jnp.bfloat16)
-    with gpu_interpreter():
-        check(hopper_products.HOPPER_PRODUCTS, x, w, counts, 0.01)
-        dw = jax.jit(partial(hopper_products.product_dw, dtype=jnp.float32))(x, dy, jnp.asarray(counts, jnp.int32))
-    ends = np.cumsum(counts)
-    for g, rows in enumerate(map(slice, ends - counts, ends)):
-        expected = np.asarray(x[rows], np.float64).T @ np.asarray(dy[rows], np.float64)
-        np.testing.assert_allclose(dw[g], expected, atol=1e-4)  # sums of up to 110 products in float32
-
-
-@pytest.mark.long
-@RECIPES
+@pytest.mark.rare
+@pytest.mark.parametrize("recipe", [FP8, FP8_UE8M0], ids=lambda recipe: recipe.name)
 def test_products_of_e4m3_numbers_are_the_recipes(rng, monkeypatch, recipe):
     """Each core takes several tiles of several steps."""
     monkeypatch.setattr(hopper_products, "CORES", 2)
@@ -58,24 +42,26 @@ def test_products_of_e4m3_numbers_are_the_recipes(rng, monkeypatch, recipe):
         close(got, want)
 
 
-@pytest.mark.long
-def test_they_compile_for_an_h100():
-    """Experts are six launches, without a copy of a layer's. A linear layer is three, and no other product."""
-    text, _ = compiled_for("gpu:h100", trained(hopper_products.HOPPER_PRODUCTS))
-    assert kernels_in(text) == 6 and " while(" not in text and " dot(" not in text
-    place = jax.sharding.NamedSharding(devices.target_mesh("gpu:h100", {"data": 1}), jax.sharding.PartitionSpec())
+@pytest.mark.rare
+def test_a_linear_layer_on_an_h100_is_three_kernels():
+    try:
+        mesh = devices.target_mesh("gpu:h100", {"data": 1})
+    except ConfigError as error:
+        pytest.skip(str(error))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     shapes = ((1024, 512), jnp.bfloat16), ((512, 384), jnp.float32), ((1024, 384), jnp.bfloat16)
-    lowered = forward_and_back.lower(
-        OnHopper(**asdict(FP8)), *(jax.ShapeDtypeStruct(*shape, sharding=place) for shape in shapes)
-    )
+    arrays = (jax.ShapeDtypeStruct(*shape, sharding=place) for shape in shapes)
+    lowered = forward_and_back.lower(OnHopper(**asdict(FP8)), *arrays)
     assert [a.dtype for a in jax.tree.leaves(lowered.out_info)] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
     text = lowered.compile().as_text()
-    assert kernels_in(text) == 3 and not re.search(r" dot\(|cublas", text)
+    assert text.count('custom_call_target="mosaic_gpu') == 3 and not re.search(r" dot\(|cublas", text)
     assert read_program(text).flops == 3 * 2 * 1024 * 512 * 384
 
 
 def test_sizes_that_tiles_divide_fit():
-    fits = lambda op, *shapes, **settings: hopper_fp8.OPS[op][1](*map(jnp.zeros, shapes), **settings)  # noqa: E731
+    def fits(op, *shapes, **settings):
+        return hopper_fp8.OPS[op][1](*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes), **settings)
+
     assert fits("product", (2, 128, 256), (256, 3, 128)) and fits("product", (2, 64, 4, 32), (4, 32, 256), axes=2)
     for x, w in (((2, 100, 256), (256, 3, 128)), ((2, 128, 100), (100, 3, 128)), ((2, 128, 256), (256, 3, 50))):
         assert not fits("product", x, w)

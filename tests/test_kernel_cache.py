@@ -22,21 +22,16 @@ class Cache:
     """A cache folder, and a compiler that writes a file of one line, called by two words; it keeps a log."""
 
     def __init__(self, root: Path):
-        self.folder, self.loaded = root / "dsv3_jax", []
-        script = root / "compiler"
-        script.write_text(COMPILER)
-        self.compiler = ["sh", str(script)]
-        self.log = Path(f"{script}.log")
+        self.folder, self.loaded, self.script = root / "dsv3_jax", [], root / "compiler"
+        self.script.write_text(COMPILER)
 
     def load(self, *more: str) -> Path:
-        library.load([*self.compiler, *more])
+        library.load(["sh", str(self.script), *more])
         return self.loaded[-1]
 
-    def compiled(self) -> int:
+    def compiled(self) -> float:
         """How often all was compiled: each source, and the library."""
-        times, rest = divmod(len(self.log.read_text().splitlines()), len(library.SOURCES) + 1)
-        assert rest == 0
-        return times
+        return len(Path(f"{self.script}.log").read_text().splitlines()) / (len(library.SOURCES) + 1)
 
 
 @pytest.fixture
@@ -58,7 +53,7 @@ def test_what_is_compiled_is_kept_in_a_private_folder(cache, monkeypatch, capfd)
     assert {file.name for file in cache.folder.iterdir()} == {path.name, "build.lock"}
     assert stat.S_IMODE(cache.folder.stat().st_mode) == 0o700 and stat.S_IMODE(path.stat().st_mode) == 0o600
     said = capfd.readouterr().err
-    assert said.startswith(f"compiling the CPU kernels with sh {cache.compiler[1]} (once for this machine)")
+    assert said.startswith(f"compiling the CPU kernels with sh {cache.script} (once for this machine)")
     assert cache.load() == path and cache.compiled() == 1 and capfd.readouterr().err == ""
     assert cache.load("-g") != path
     monkeypatch.setattr(library, "_processor", lambda: "another")
@@ -71,31 +66,28 @@ def test_of_several_first_runs_at_once_one_compiles(cache):
     assert cache.compiled() == 1
 
 
-@pytest.mark.parametrize("damage", [
-    lambda path: path.write_text("lib"),
-    lambda path: path.unlink(),
-    lambda path: path.chmod(0o666),
-    lambda path: (path.rename(path.with_name("moved")), path.symlink_to(path.with_name("moved"))),
-    pytest.param(lambda path: os.chown(path, 12345, 12345),
-                 marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a file to another user")),
-])  # fmt: skip
-def test_what_is_not_whole_or_not_ours_is_compiled_again(cache, damage):
-    damage(cache.load())
+def test_what_is_not_whole_or_not_ours_is_compiled_again(cache):
+    damages = [
+        lambda path: path.write_text("lib"),
+        lambda path: path.chmod(0o666),
+        lambda path: (path.rename(path.with_name("moved")), path.symlink_to(path.with_name("moved"))),
+    ]
+    if os.geteuid() == 0:  # only root gives a file to another user
+        damages.append(lambda path: os.chown(path, 12345, 12345))
     path = cache.load()
-    assert cache.compiled() == 2 and path.read_text() == "library\n"
-    assert cache.load() == path and cache.compiled() == 2
+    for count, damage in enumerate(damages, 2):
+        damage(path)
+        assert cache.load() == path and cache.compiled() == count and path.read_text() == "library\n"
+    assert cache.load() == path and cache.compiled() == count
 
 
-@pytest.mark.parametrize("folder", ["writable by others", "a file", "no home"])
-def test_without_a_private_folder_the_library_is_compiled_for_the_process(cache, monkeypatch, capfd, folder):
+@pytest.mark.parametrize("folder", ["writable by others", "a file"])
+def test_without_a_private_folder_the_library_is_compiled_for_the_process(cache, capfd, folder):
     if folder == "writable by others":
         cache.load()
         cache.folder.chmod(0o777)
-    elif folder == "a file":
-        cache.folder.write_text("")
     else:
-        monkeypatch.delenv("XDG_CACHE_HOME")
-        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home")))
+        cache.folder.write_text("")
     path = cache.load()
     assert path.parent != cache.folder and not path.exists()
     assert "(there is no private cache folder)" in capfd.readouterr().err
@@ -107,8 +99,6 @@ def test_why_there_are_no_kernels(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "false")
     assert why_not() == "false does not compile the kernels: exit code 1"
     assert [path.name for path in tmp_path.glob("*/*")] == ["build.lock"]  # nothing half-written
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert why_not().startswith("the kernels cannot be compiled or loaded: ")
     monkeypatch.setenv("CXX", "g++ 'unclosed")
     assert why_not() == "the kernels cannot be compiled or loaded: No closing quotation"
     monkeypatch.setattr(library, "load", lambda words: ctypes.CDLL(None))

@@ -71,19 +71,14 @@ def test_who_multiplies_a_few_rows(monkeypatch):
         assert picked(kernels, "optimizer", *4 * [jnp.ones(size)]) == name
 
 
-@pytest.mark.parametrize(
-    "kernels, op, name",
-    [
+def test_a_name_forces_an_op_or_all_that_have_it():
+    for kernels, op, name in (
         ("dense", "grouped_swiglu", "dense"),
         ("xla,grouped_swiglu=dense", "grouped_swiglu", "dense"),
         ("xla,grouped_swiglu=dense", "causal_attention", "xla"),
-        ("xla,causal_attention=cpu", "causal_attention", "cpu"),
         ("cached_attention=xla", "cached_attention", "xla"),
-        ("auto", "cached_attention", "cpu"),
-    ],
-)
-def test_a_name_forces_an_op_or_all_that_have_it(kernels, op, name):
-    assert Kernels(Target("cpu", kernels)).chosen()[op] == name
+    ):
+        assert Kernels(Target("cpu", kernels)).chosen()[op] == name
 
 
 @pytest.mark.parametrize(
@@ -92,7 +87,6 @@ def test_a_name_forces_an_op_or_all_that_have_it(kernels, op, name):
         ("cuda", Execution(kernels="cpu"), "kernels='cpu' is not available on cuda in precision='none': causal_"),
         ("tpu", Execution(kernels="grouped_swiglu=blocks"), "kernels='grouped_swiglu=blocks' is not available on tpu"),
         ("cpu", Execution(kernels="magic"), "kernels='magic' is not one of auto, "),
-        ("cpu", Execution(kernels="magic=xla"), "kernels=magic=xla: 'magic' is not one of the ops causal_attention"),
         ("cpu", Execution(kernels="optimizer=dense"), "kernels=optimizer=dense: 'dense' is not one of cpu, xla"),
         ("abacus", Execution(), "platform='abacus' is not one of cpu, cuda, rocm, tpu"),
         ("cpu", Execution("bfloat16", kernels="cpu"), "kernels='cpu' does not serve causal_attention in bfloat16"),
@@ -104,15 +98,12 @@ def test_what_a_target_does_not_have_is_refused_in_a_sentence(platform, executio
     assert str(refused.value).startswith(sentence)
 
 
-def test_a_forced_kernel_that_cannot_compute_is_refused_not_replaced():
+def test_a_forced_kernel_that_cannot_compute_is_refused_and_what_is_no_choice():
     with pytest.raises(ValueError, match="kernels='cpu' does not serve grouped_swiglu in bfloat16 with devices=1"):
         experts(Kernels(Target("cpu", "cpu")), X.astype(jnp.bfloat16), STACK)
-
-
-@pytest.mark.parametrize("kernels", ["", "a b", "cpu,xla", "=", "a=b=c"])
-def test_what_is_no_choice_of_kernels_is_refused(kernels):
-    with pytest.raises(ConfigError, match="kernels="):
-        Execution(kernels=kernels)
+    for kernels in ("", "a b", "cpu,xla", "a=b=c"):
+        with pytest.raises(ConfigError, match="kernels="):
+            Execution(kernels=kernels)
 
 
 @pytest.mark.parametrize(
@@ -120,8 +111,6 @@ def test_what_is_no_choice_of_kernels_is_refused(kernels):
     [
         ("cuda", "9.0", "bfloat16", "mosaic", "by_row", "mosaic"),
         ("cuda", "9.0", "float32", "row_blocks", "by_row", "row_blocks"),
-        ("cuda", "8.0", "bfloat16", "row_blocks", "by_row", "row_blocks"),
-        ("rocm", "", "bfloat16", "row_blocks", "by_row", "row_blocks"),
         ("tpu", "TPU v5p", "bfloat16", "megablox", "ragged_dot", "ragged_dot"),
         ("tpu", "TPU v5p", "float32", "ragged_dot", "ragged_dot", "ragged_dot"),
         ("cpu", "", "bfloat16", "blocks", "xla", "xla"),

@@ -1,4 +1,4 @@
-"""Products of few rows with a weight, by the C++ kernels, equal NumPy's in float64; and their gradients the ops'."""
+"""Products of few rows with a weight, by the C++ kernels, and their gradients equal the ops' in float64."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,9 +10,9 @@ import pytest
 from dsv3_jax.kernels.cpu import calls, library, products
 from dsv3_jax.ops import products as ops
 
-ROWS = (1, 2, 3, 5, 8, 17, 64)
+ROWS = (1, 3, 8, 17)
 # Widths around multiples of 16 and 256 test full and partial registers and strips.
-SHAPES = ((5, 1), (7, 19), (33, 256), (16, 523), (300, 1024))
+SHAPES = ((5, 1), (7, 19), (33, 256), (300, 523))
 
 
 @pytest.fixture(autouse=True)
@@ -27,36 +27,19 @@ def draw(*shapes: tuple[int, ...]) -> list[np.ndarray]:
 
 
 def close(ours, theirs) -> None:
-    """Assert equality up to float32 rounding of sums of up to 1,024 products."""
+    """Assert equality up to float32 rounding of sums of up to 700 products."""
     np.testing.assert_allclose(np.asarray(ours), theirs, rtol=1e-5, atol=2e-5 * np.abs(theirs).max())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_product_of_few_rows_whatever_the_other_rows_are(shape):
-    drawn = draw((64, shape[0]), shape)
+    drawn = draw((17, shape[0]), shape)
     x, w = map(jnp.asarray, drawn)
     together = np.asarray(calls.small_batch_matmul(x, w))
     close(together, drawn[0].astype(np.float64) @ drawn[1])
     for rows in ROWS:
         alone = products.product(x[-rows:], w)
         np.testing.assert_array_equal(np.asarray(alone), together[-rows:])
-
-
-def test_a_product_over_head_axes():
-    x, to_heads, out, from_heads = draw((2, 3, 24), (24, 4, 8), (2, 3, 4, 8), (4, 8, 24))
-    q = np.einsum("btd,dhk->bthk", x, to_heads, dtype=np.float64)
-    y = np.einsum("bthk,hkd->btd", out, from_heads, dtype=np.float64)
-    close(products.product(jnp.asarray(x), jnp.asarray(to_heads)), q)
-    close(products.product(jnp.asarray(out), jnp.asarray(from_heads), axes=2), y)
-
-
-@pytest.mark.parametrize("hidden", [1, 40, 700])
-def test_swiglu_of_few_rows(hidden):
-    for rows in ROWS:
-        x, w_gate, w_up, w_down = draw((rows, 48), (48, hidden), (48, hidden), (hidden, 48))
-        a = x.astype(np.float64) @ w_gate
-        theirs = (a / (1 + np.exp(-a)) * (x.astype(np.float64) @ w_up)) @ w_down
-        close(products.swiglu(jnp.asarray(x), *(jnp.asarray(w) for w in (w_gate, w_up, w_down))), theirs)
 
 
 def test_swiglu_is_finite_for_large_gates():
@@ -66,18 +49,10 @@ def test_swiglu_is_finite_for_large_gates():
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("shape", [(3, 5, 19), (4, 64, 128)])
-def test_each_head_has_its_own_matrix(shape, transposed):
-    heads, depth, width = shape
-    for rows in ROWS:
-        x, w = draw((rows, heads, depth), (heads, width, depth) if transposed else shape)
-        theirs = np.einsum("nhk,hmk->nhm" if transposed else "nhk,hkm->nhm", x, w, dtype=np.float64)
-        ours, alone = (
-            products.product_by_head(jnp.asarray(some[:, None]), jnp.asarray(w), transposed=transposed)[:, 0]
-            for some in (x, x[-1:])
-        )
-        close(ours, theirs)
-        np.testing.assert_array_equal(np.asarray(alone[0]), np.asarray(ours[-1]))
+def test_a_head_does_not_depend_on_other_rows(transposed):
+    x, w = map(jnp.asarray, draw((17, 1, 3, 5), (3, 19, 5) if transposed else (3, 5, 19)))
+    together, alone = (products.product_by_head(rows, w, transposed=transposed) for rows in (x, x[-1:]))
+    np.testing.assert_array_equal(np.asarray(together[-1]), np.asarray(alone[0]))
 
 
 def test_concurrent_calls_share_the_helper_threads():
@@ -93,20 +68,28 @@ def test_concurrent_calls_share_the_helper_threads():
 @pytest.mark.parametrize(
     "name, shapes, settings",
     [
-        ("product", ((3, 16), (16, 24)), {}),
-        ("product", ((3, 4, 6), (4, 6, 7)), {"axes": 2}),
-        ("swiglu", ((3, 16), (16, 40), (16, 40), (40, 16)), {}),
-        ("product_by_head", ((3, 4, 6), (4, 6, 5)), {}),
+        ("product", ((2, 3, 24), (24, 4, 8)), {}),
+        ("product", ((2, 3, 4, 6), (4, 6, 7)), {"axes": 2}),
+        ("swiglu", ((1, 48), (48, 700), (48, 700), (700, 48)), {}),
+        ("swiglu", ((17, 48), (48, 1), (48, 1), (1, 48)), {}),
+        ("product_by_head", ((2, 1, 4, 64), (4, 64, 128)), {}),
+        ("product_by_head", ((17, 1, 3, 5), (3, 19, 5)), {"transposed": True}),
     ],
 )
-def test_gradients_of_the_kernels_equal_those_of_the_ops(name, shapes, settings):
+def test_values_and_gradients_are_those_of_the_ops_in_float64(name, shapes, settings):
     """A training step with few rows differentiates these products."""
-    arrays = [jnp.asarray(a) for a in draw(*shapes)]
-    (weight,) = draw(getattr(ops, name)(*arrays, **settings).shape)
+    arrays = draw(*shapes)
 
-    def gradients(module):  # linear in the output: both differentiate from the same cotangent
-        loss = lambda *a: (getattr(module, name)(*a, **settings) * weight).sum()  # noqa: E731
-        return jax.jit(jax.grad(loss, argnums=tuple(range(len(arrays)))))(*arrays)
+    def found(module, dtype):
+        def loss(*arrays):
+            y = getattr(module, name)(*arrays, **settings)
+            return (y * jnp.cos(jnp.arange(y.size, dtype=dtype)).reshape(y.shape)).sum(), y
 
-    for ours, theirs in zip(gradients(products), gradients(ops), strict=True):
+        grad = jax.value_and_grad(loss, argnums=tuple(range(len(arrays))), has_aux=True)
+        (_, y), grads = jax.jit(grad)(*(jnp.asarray(a, dtype) for a in arrays))
+        return y, *grads
+
+    with jax.enable_x64(True):
+        want = found(ops, jnp.float64)
+    for ours, theirs in zip(found(products, jnp.float32), want, strict=True):
         close(ours, np.asarray(theirs))

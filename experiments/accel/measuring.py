@@ -1,0 +1,138 @@
+"""What a part yields, and how it times a call and each implementation of an op.
+
+A part is a generator: it yields a line on what it does next, or a `Figure`. Rates count useful work alone: an
+implementation that computes every expert for every token gets no credit for it.
+"""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+
+from dsv3_jax.config import ConfigError, Execution
+from dsv3_jax.kernels import choose
+from experiments.accel.sizes import Sizes
+
+LONGEST = 300  # characters of an error in the table
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure, or why there is none."""
+
+    name: str
+    value: float | None
+    unit: str = ""  # FLOP/s, B/s, s, B, tokens/s, or what is counted
+    against: str = ""  # the bound that the value is divided by: see BOUNDS in table.py
+    bound: str = ""  # the bound that this figure is
+    bar: str = ""  # the bar that it must reach: see BARS in table.py
+    ran: dict[str, str] = field(default_factory=dict)  # the implementation of each op that was used
+    note: str = ""
+    why: str = ""  # why there is no value
+
+
+Part = Iterator[Figure | str]
+
+
+class Recorder(choose.Kernels):
+    """Kernels that note in RAN which implementation of each op was picked."""
+
+    def pick(self, op: str, *arrays: Any, **settings: Any) -> choose.Implementation:
+        row = super().pick(op, *arrays, **settings)
+        RAN[op] = row.name
+        return row
+
+
+RAN: dict[str, str] = {}
+
+
+def kernels_for(dtype: str = "bfloat16", kernels: str = "auto", precision: Any = "none") -> Recorder:
+    """The kernels of the default device. Raises: ConfigError where they cannot run."""
+    found = choose.prepare(Execution(compute_dtype=dtype, kernels=kernels, precision=precision))
+    return Recorder(found.target, found.missing)
+
+
+def ran() -> dict[str, str]:
+    """Return what was picked since the last call."""
+    found = dict(RAN)
+    RAN.clear()
+    return found
+
+
+def seconds_of(call: Callable[[], Any], seconds: float, samples: int = 5) -> float:
+    """Time a call: the median of several samples, after a call to compile and one to warm up.
+
+    The calls of a sample are queued and awaited together, so the time to start one counts only where the device waits
+    for it.
+    """
+    jax.block_until_ready(call())
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    once = time.perf_counter() - start
+    count = max(1, min(200, round(seconds / samples / max(once, 1e-7))))
+    if once > seconds:  # a slow one: no more than two samples
+        samples = 2
+
+    def sample() -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            out = call()
+        jax.block_until_ready(out)
+        return (time.perf_counter() - start) / count
+
+    return statistics.median(sample() for _ in range(samples))
+
+
+def rate(name: str, work: float, call: Callable[[], Any], sizes: Sizes, *, unit: str = "FLOP/s", **figure: Any) -> Part:
+    """Time a call that does so much work: its rate, and the implementations that ran."""
+    yield name
+    took = seconds_of(call, sizes.seconds)
+    yield Figure(name, work / took, unit, ran=ran(), **figure)
+
+
+def by_backend(
+    op: str, label: str, call: Callable[[Recorder], Any], measure: Callable[[Recorder, str, bool], Part]
+) -> Part:
+    """Measure each implementation of an op that this platform has.
+
+    Args:
+        call: calls the op; it is traced only, to see what "auto" chooses.
+        measure: gets kernels, the label to use, and whether "auto" chooses these kernels.
+    """
+    ran()
+    with contextlib.suppress(Exception):  # what was picked is noted; measuring it says what is wrong
+        jax.eval_shape(partial(call, kernels_for()))
+    chosen, here = ran().get(op), choose.platform_of()
+    for name in dict.fromkeys(row.name for row in choose.TABLE[op] if here in row.platforms):
+        title = f"{label}, {name}{' (chosen)' if name == chosen else ''}"
+        yield from or_why(title, _by_name(op, name, partial(measure, title=title, chosen=name == chosen)))
+
+
+def _by_name(op: str, name: str, measure: Callable[[Recorder], Part]) -> Part:
+    for found in measure(kernels_for(kernels=f"{op}={name}")):
+        if isinstance(found, Figure) and (other := found.ran.get(op, name)) != name:
+            why = f"not available here: it does not fit these shapes, and {other} ran instead"
+            found = replace(found, value=None, why=why)
+        yield found
+
+
+def or_why(title: str, part: Part) -> Part:
+    """Yield what a part yields; one that fails says why, and the others go on."""
+    ran()  # one that failed before left its picks
+    try:
+        yield from part
+    except ConfigError as error:
+        yield Figure(title, None, why=f"not available here: {sentence(error).split('; use ')[0]}")
+    except Exception as error:  # of a compiler or a library: any type
+        yield Figure(title, None, why=f"failed: {sentence(error)}")
+
+
+def sentence(error: BaseException) -> str:
+    """An error's message on one line, not too long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST else text[:LONGEST] + " …"

@@ -1,0 +1,239 @@
+"""The parts that measure a complete model: training, decoding, drafts, and numbers that must be equal."""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsv3_jax.config import DataConfig, Execution, ModelConfig, RunConfig, replace
+from dsv3_jax.decoding.generate import generate
+from dsv3_jax.model.cache import pick_kind
+from dsv3_jax.model.counting import bytes_per_token, decode_bytes, train_flops_per_token
+from dsv3_jax.model.transformer import Transformer, abstract
+from dsv3_jax.presets import recipe
+from dsv3_jax.training.step import Job, init_state, make_step
+from experiments.accel.measuring import Figure, Part, kernels_for, ran, seconds_of, sentence
+from experiments.accel.random_data import draw, filled, keys, random_batch
+from experiments.accel.sizes import Sizes
+
+BFLOAT16 = Execution(compute_dtype="bfloat16")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether the device ran out of memory."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
+def train_run(cfg: ModelConfig, rows: int, length: int) -> RunConfig:
+    """A run of a model, computed as V2-Lite's recipe says, in bfloat16."""
+    execution = replace(recipe("v2_lite").execution, compute_dtype="bfloat16")
+    return RunConfig(model=cfg, execution=execution, data=DataConfig(seq_len=length, batch_size=rows))
+
+
+def step(sizes: Sizes) -> Part:
+    """A training step: time, MFU, and memory against what the compiler plans. Fewer rows where it does not fit."""
+    rows, length = sizes.step_batch
+    while True:
+        try:
+            yield from _step(sizes, rows, length, first=rows == sizes.step_batch[0])
+            return
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error) or rows == 1:
+                raise
+        yield f"{rows} rows do not fit; {rows // 2} are tried"
+        rows //= 2
+
+
+def _step(sizes: Sizes, rows: int, length: int, first: bool) -> Part:
+    """Args: first: nothing was tried before, so the device's count of the most memory is of this step."""
+    cfg, kernels = sizes.step, kernels_for()
+    run, batch = train_run(cfg, rows, length), random_batch(cfg, rows, length)
+    label = f"{cfg.num_layers} layers, {rows}×{length} tokens"
+    yield f"{label}: compile"
+    state = jax.block_until_ready(init_state(Job(run)))
+    held = sum(x.nbytes for x in jax.tree.leaves((state, batch)))
+    compiled = make_step(Job(run, kernels=kernels)).lower(state, batch).compile()
+    chosen = ran()
+    planned = held + compiled.memory_analysis().temp_size_in_bytes
+    yield f"{label}: run"
+
+    def steps(count: int) -> float:
+        nonlocal state
+        start = time.perf_counter()
+        for _ in range(count):
+            state, found = compiled(state, batch)
+        if not bool(jax.block_until_ready(found)["finite"]):
+            raise ValueError(f"the loss {float(found['loss'])} or a gradient is not finite")
+        return (time.perf_counter() - start) / count
+
+    steps(1)
+    once = steps(1)
+    took = statistics.median(steps(max(1, round(sizes.seconds / once / 2))) for _ in range(5))
+    note = f"remat {run.execution.remat}"
+    yield Figure(f"{label}, a step", took, "s", ran=chosen, note=note)
+    yield Figure(f"{label}, speed", rows * length / took, "tokens/s")
+    flops = train_flops_per_token(cfg) * rows * length
+    yield Figure(
+        f"{label}, useful work", flops / took, "FLOP/s", against="sheet flops", bar="mfu",
+        note="MFU: 6 FLOPs a token and active parameter",
+    )  # fmt: skip
+    yield Figure(
+        f"{label}, planned memory", planned, "B", bound="planned memory", note="state and the compiler's temporaries"
+    )
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    if peak and first:
+        yield Figure(f"{label}, most memory used", peak, "B", against="planned memory")
+
+
+def decode(sizes: Sizes) -> Part:
+    """Plain decoding after a long text, by batch: seconds a step, and the bytes that a step must read a second.
+
+    The cache is filled with random rows, because the prefill of the largest batch would need more memory than is there.
+    Each step reads random tokens: random weights would soon repeat one token, and then few experts are read.
+    """
+    cfg = sizes.decode
+    yield "weights"
+    graph, state = filled(abstract(cfg, BFLOAT16, kernels_for()), cfg.init_std, "bfloat16")
+    weights = jax.jit(lambda state: nnx.merge(graph, state).prepare_decode())(state)
+    steps = jax.jit(partial(_decode_steps, graph), donate_argnums=2)
+    for batch in sizes.decode_batches:
+        label = f"{cfg.num_layers} layers, batch {batch}, {sizes.context} cached"
+        yield label
+        try:
+            yield from _decode(sizes, label, batch, nnx.merge(graph, state), partial(steps, state, weights))
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            yield Figure(label, None, why=f"does not fit in memory: {sentence(error)}")
+
+
+def _decode_steps(graph, state, weights, cache, drawn):
+    """(The cache, the last tokens) after a step for each row of tokens `drawn`."""
+    model = nnx.merge(graph, state)
+
+    def one(carry, tokens):
+        cache, last = carry
+        tokens = (tokens + last) % model.cfg.vocab_size  # each step needs the one before
+        x, cache = model.run_layers(tokens[:, None], cache, weights)
+        last = jnp.argmax(model.logits(model.norm(x))[:, 0], axis=-1).astype(jnp.int32)
+        return (cache.at_lengths(cache.lengths + 1), last), None
+
+    return jax.lax.scan(one, (cache, jnp.zeros(drawn.shape[1:], jnp.int32)), drawn)[0]
+
+
+def _decode(sizes: Sizes, label: str, batch: int, model: Transformer, steps: Callable[..., Any]) -> Part:
+    """Args: steps: gets a cache, which it overwrites, and tokens."""
+    cfg, key, kind = sizes.decode, keys(), pick_kind(sizes.decode, None)
+    ran()
+    slots = sizes.context + sizes.decode_steps
+    shapes = jax.eval_shape(partial(model.empty_cache, batch, slots, kind, jnp.bfloat16))
+    cache = jax.tree.map(lambda x: draw(next(key), x.shape) if x.ndim > 1 else jnp.zeros(x.shape, x.dtype), shapes)
+    drawn = jax.random.randint(next(key), (sizes.decode_steps, batch), 0, cfg.vocab_size, jnp.int32)
+
+    def at_context(cache):
+        return cache.at_lengths(jnp.full((batch,), sizes.context, jnp.int32))
+
+    current = [at_context(cache)]
+    del cache
+
+    def call():
+        after, last = steps(current.pop(), drawn)
+        current.append(at_context(after))
+        return last
+
+    took = seconds_of(call, sizes.seconds, samples=3) / sizes.decode_steps
+    held = bytes_per_token(cfg, kind, "bfloat16")
+    must = decode_bytes(cfg, batch, sizes.context + sizes.decode_steps // 2, held, weight_bytes=2)
+    yield Figure(f"{label}, a step", took, "s", ran=ran(), note=f"{batch / took:,.0f} tokens/s")
+    bar = "decode" if batch == sizes.decode_bar else ""
+    yield Figure(f"{label}, weights and cache read", must / took, "B/s", against="copy", bar=bar)
+
+
+def drafts(sizes: Sizes) -> Part:
+    """Decoding with the model's own MTP head as the draft, and without, by batch.
+
+    At temperature 1: untrained weights give nearly even distributions, of which a large share of drafts is accepted.
+    Greedy text of random weights would accept none.
+    """
+    cfg, rng = sizes.drafts, np.random.default_rng(0)
+    yield "weights"
+    model = nnx.merge(*filled(abstract(cfg, BFLOAT16, kernels_for()), cfg.init_std, "bfloat16"))
+    best, reason = 0.0, ""
+    for batch in sizes.draft_batches:
+        prompts = rng.integers(0, cfg.vocab_size, (batch, sizes.draft_prompt)).tolist()
+        rates, steps, accepted = {}, {}, 0.0
+        for draft in (None, "mtp"):
+            label = f"batch {batch}, {'MTP drafts' if draft else 'no drafts'}"
+            yield label
+            ran()
+            results = [generate(model, prompts, sizes.draft_tokens, temperature=1.0, draft=draft) for _ in range(4)]
+            results = results[1:]  # the first compiles
+            rates[draft] = statistics.median(result.tokens_per_s for result in results)
+            steps[draft] = statistics.median(result.decode_seconds / result.steps for result in results)
+            accepted = results[0].acceptance[0] if draft else 0.0
+            note = f"{accepted:.0%} of the drafts accepted" if draft else ""
+            yield Figure(f"{cfg.num_layers} layers, {label}", rates[draft], "tokens/s", ran=ran(), note=note)
+        gain = rates["mtp"] / rates[None]
+        if gain > best:
+            best = gain
+            reason = (
+                f"batch {batch}: a step with a draft takes {steps['mtp'] / steps[None]:.2f} times as long, and "
+                f"{accepted:.0%} are accepted"
+            )
+    yield Figure("drafts over none, best batch", best, "times", bar="drafts", note=reason)
+
+
+def exact(sizes: Sizes) -> Part:
+    """Numbers that must be equal: greedy ids with and without drafts, and the bits of two runs with one seed."""
+    cfg, rng = sizes.exact, np.random.default_rng(0)
+    with jax.default_matmul_precision("highest"):  # with less, two tokens about as likely may change places
+        yield "greedy ids: no drafts"
+        model = Transformer(cfg, Execution(), rngs=nnx.Rngs(0), kernels=kernels_for("float32"))
+        prompts = [rng.integers(0, cfg.vocab_size, n).tolist() for n in (5, 17, 30)]
+        plain = generate(model, prompts, sizes.exact_tokens).tokens
+        # Its own head's drafts are mostly rejected, untrained as it is; the model's own are accepted.
+        for name, draft in {"MTP drafts": "mtp", "the model's own drafts": model}.items():
+            yield f"greedy ids: {name}"
+            found = generate(model, prompts, sizes.exact_tokens, draft=draft, draft_length=2)
+            differ = _different_ids(plain, found.tokens)
+            note = f"{found.mean_accepted:.2f} tokens a step, float32"
+            yield Figure(f"greedy ids that differ with {name}", differ, "ids", bar="equal", note=note)
+    rows, length = sizes.exact_batch
+    run, batch = train_run(cfg, rows, length), random_batch(cfg, rows, length)
+    yield "the same bits twice: training"
+    advance = make_step(Job(run, kernels=kernels_for()))
+
+    def trained():
+        state = init_state(Job(run))
+        for _ in range(3):
+            state, _ = advance(state, batch)
+        return state
+
+    differ = int(_different_numbers(trained(), trained()))
+    yield Figure("numbers that differ after 3 steps, same seed", differ, "numbers", bar="equal", ran=ran())
+    yield "the same bits twice: sampling"
+    model = Transformer(cfg, BFLOAT16, rngs=nnx.Rngs(0), kernels=kernels_for())
+    first, second = (generate(model, prompts, sizes.exact_tokens, temperature=1.0, seed=1).tokens for _ in range(2))
+    differ = _different_ids(first, second)
+    yield Figure("sampled ids that differ, same seed", differ, "ids", bar="equal", ran=ran())
+
+
+def _different_ids(left: list[list[int]], right: list[list[int]]) -> int:
+    return sum(a != b for x, y in zip(left, right, strict=True) for a, b in zip(x, y, strict=True))
+
+
+@jax.jit
+def _different_numbers(left: Any, right: Any) -> jax.Array:
+    """Count the numbers of two states whose bits differ; -0 is not 0, and NaN is NaN."""
+
+    def bits(x):
+        return jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+
+    counts = jax.tree.map(lambda a, b: (bits(a) != bits(b)).sum(dtype=jnp.int32), left, right)
+    return sum(jax.tree.leaves(counts), jnp.zeros((), jnp.int32))

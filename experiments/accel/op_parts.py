@@ -1,0 +1,179 @@
+"""The parts that measure one op or layer."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv3_jax.config import Execution, ModelConfig
+from dsv3_jax.model.moe import MoE
+from experiments.accel.measuring import Part, Recorder, by_backend, kernels_for, or_why, rate
+from experiments.accel.random_data import draw, filled, keys
+from experiments.accel.sizes import Sizes
+
+
+def bounds(sizes: Sizes) -> Part:
+    """The day's bounds: a large matrix product, and a copy."""
+    n, key = sizes.gemm, keys()
+    a, b = draw(next(key), (n, n)), draw(next(key), (n, n), std=n**-0.5)
+    repeats = 4  # each product reads the one before, whose numbers are as random and as large
+
+    @jax.jit
+    def products(a, b):
+        return jax.lax.fori_loop(0, repeats, lambda _, a: a @ b, a)
+
+    name, flops = f"matrix product {n}³, bfloat16", repeats * 2 * n**3
+    yield from rate(name, flops, lambda: products(a, b), sizes, against="sheet flops", bound="product")
+    x, add = draw(next(key), (sizes.copied,), "float32"), jax.jit(lambda x: x + 1)
+    name = f"copy of {4 * sizes.copied / 1e9:.2g} GB, read and written"
+    yield from rate(name, 8 * sizes.copied, lambda: add(x), sizes, unit="B/s", against="sheet bytes", bound="copy")
+
+
+def layer(sizes: Sizes) -> Part:
+    """A MoE layer as wide as V3's, with float32 weights, router and shared expert: forward, and with gradients."""
+    cfg, (rows, length), key = sizes.wide, sizes.layer_batch, keys()
+    execution, kernels = Execution(compute_dtype="bfloat16"), kernels_for()
+    label = f"MoE layer, {cfg.num_experts} × {cfg.dim}×{cfg.expert_dim}, {rows}×{length} tokens"
+    yield f"{label}: weights"
+    shapes = nnx.eval_shape(lambda: MoE(cfg, execution, rngs=nnx.Rngs(0), kernels=kernels))
+    graph, state = filled(shapes, cfg.init_std, "float32")
+    params, rest = nnx.split_state(state, nnx.Param, ...)
+    x, dy = draw(next(key), (rows, length, cfg.dim)), draw(next(key), (rows, length, cfg.dim))
+
+    def apply(params, x):
+        return nnx.merge(graph, params, rest)(x)[0]
+
+    # Two products of the hidden width and one back, for the chosen and the shared experts; the router's.
+    experts = cfg.experts_per_token + cfg.num_shared_experts
+    flops = rows * length * (6 * experts * cfg.dim * cfg.expert_dim + 2 * cfg.dim * cfg.num_experts)
+    forward, both = jax.jit(apply), jax.jit(lambda params, x, dy: jax.vjp(apply, params, x)[1](dy))
+    yield from rate(f"{label}, forward", flops, lambda: forward(params, x), sizes, against="product")
+    name = f"{label}, forward and backward"
+    yield from rate(name, 3 * flops, lambda: both(params, x, dy), sizes, against="product", bar="layer")
+
+
+def grouped(sizes: Sizes) -> Part:
+    """Grouped products by implementation: tokens to their experts, SwiGLU and back, with bfloat16 weights.
+
+    The dense one computes every expert for every token.
+    """
+    for name, (cfg, tokens) in sizes.grouped.items():
+        yield from _grouped(sizes, f"{name}, {tokens} tokens", cfg, tokens)
+
+
+def _grouped(sizes: Sizes, label: str, cfg: ModelConfig, tokens: int) -> Part:
+    key, (experts, dim, hidden) = keys(), (cfg.num_experts, cfg.dim, cfg.expert_dim)
+    x, dy = draw(next(key), (tokens, dim)), draw(next(key), (tokens, dim))
+    shapes = (dim, hidden), (dim, hidden), (hidden, dim)
+    weights = [draw(next(key), (experts, *shape), std=0.02) for shape in shapes]
+    gates, ids = jax.lax.top_k(jax.random.uniform(next(key), (tokens, experts)), cfg.experts_per_token)
+    gates, ids = gates.astype(jnp.bfloat16), ids.astype(jnp.int32)
+    flops = 6 * tokens * cfg.experts_per_token * dim * hidden
+
+    def apply(kernels: Recorder, x, gates, weights):
+        return kernels("grouped_swiglu", x, ids, gates, *weights)
+
+    def measure(kernels: Recorder, title: str, chosen: bool) -> Part:
+        forward = jax.jit(partial(apply, kernels))
+        both = jax.jit(lambda x, gates, w, dy: jax.vjp(partial(apply, kernels), x, gates, w)[1](dy))
+        yield from rate(f"{title}, forward", flops, lambda: forward(x, gates, weights), sizes, against="product")
+        name = f"{title}, forward and backward"
+        yield from rate(name, 3 * flops, lambda: both(x, gates, weights, dy), sizes, against="product")
+
+    yield from by_backend("grouped_swiglu", label, lambda kernels: apply(kernels, x, gates, weights), measure)
+
+
+def attention(sizes: Sizes) -> Part:
+    """Causal attention by implementation, and packed documents with the chosen one.
+
+    Counted as the field does: half of the square, two products forward and five backward (the scores once more).
+    """
+    batch, length, heads, k_dim, v_dim = sizes.attention
+    key = keys()
+    q, k = (draw(next(key), (batch, length, heads, k_dim)) for _ in range(2))
+    v, dy = (draw(next(key), (batch, length, heads, v_dim)) for _ in range(2))
+    each = length // sizes.documents
+    segments = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32) // each + 1, (batch, length))
+    pairs = batch * heads * length**2  # 2 FLOPs for each pair of the half square
+    one_way, two_ways = pairs * (k_dim + v_dim), pairs * (4 * k_dim + 3 * v_dim)
+    timed = partial(rate, sizes=sizes, against="sheet flops")
+
+    def apply(kernels: Recorder, q, k, v, segment_ids=None):
+        return kernels("causal_attention", q, k, v, scale=k_dim**-0.5, segment_ids=segment_ids)
+
+    def measure(kernels: Recorder, title: str, chosen: bool) -> Part:
+        def gradients(q, k, v, dy, segment_ids=None):
+            return jax.vjp(partial(apply, kernels, segment_ids=segment_ids), q, k, v)[1](dy)
+
+        forward, both = jax.jit(partial(apply, kernels)), jax.jit(gradients)
+        bars = ("attention forward", "attention both") if chosen else ("", "")
+        yield from timed(f"{title}, forward", one_way, lambda: forward(q, k, v), bar=bars[0])
+        yield from timed(f"{title}, forward and backward", two_ways, lambda: both(q, k, v, dy), bar=bars[1])
+        if chosen:
+            name = f"{title}, {sizes.documents} documents a row, forward and backward"
+            yield from timed(name, two_ways / sizes.documents, lambda: both(q, k, v, dy, segments))
+
+    label = f"{batch}×{length}, {heads} heads of {k_dim}/{v_dim}"
+    yield from by_backend("causal_attention", label, lambda kernels: apply(kernels, q, k, v), measure)
+
+
+def loss(sizes: Sizes) -> Part:
+    """Cross-entropy over the vocabulary with its gradients, by implementation."""
+    tokens, dim, vocab = sizes.loss
+    key = keys()
+    h, w = draw(next(key), (tokens, dim)), draw(next(key), (dim, vocab), std=dim**-0.5)
+    targets = jax.random.randint(next(key), (tokens,), 0, vocab, jnp.int32)
+    mask = jnp.ones((tokens,), bool)
+
+    def apply(kernels: Recorder, h, w):
+        return kernels("cross_entropy", h, w, targets, mask)[0]
+
+    def measure(kernels: Recorder, title: str, chosen: bool) -> Part:
+        both = jax.jit(jax.grad(partial(apply, kernels), argnums=(0, 1)))
+        yield from rate(title, 6 * tokens * dim * vocab, lambda: both(h, w), sizes, against="product")
+
+    label = f"{tokens} tokens, {dim}×{vocab}, with gradients"
+    yield from by_backend("cross_entropy", label, lambda kernels: apply(kernels, h, w), measure)
+
+
+def eight_bits(sizes: Sizes) -> Part:
+    """A linear layer with its gradients in 8 bits, by recipe and implementation, and how far each is from float32's.
+
+    The recipe's rounding is the same for all; sums differ. Hopper's matrix unit keeps about 14 bits of a sum of 128.
+    """
+    tokens, dim, width = sizes.eight_bits
+    key = keys()
+    x, dy = draw(next(key), (tokens, dim)), draw(next(key), (tokens, width))
+    w = draw(next(key), (dim, width), "float32", dim**-0.5)
+    by_auto: dict[str, Any] = {}  # the results of each recipe
+
+    def measure(title: str, precision: str, names: str) -> Part:
+        kernels = kernels_for(kernels=names, precision=precision)
+
+        @jax.jit
+        def with_gradients(x, w, dy):
+            y, pull_back = jax.vjp(lambda x, w: kernels("product", x, w), x, w)
+            return y, *pull_back(dy)
+
+        yield f"{title}: results"
+        found, note = with_gradients(x, w, dy), ""
+        if names == "auto":
+            by_auto[precision] = found
+        elif precision in by_auto:
+            apart = max(float(_relative_distance(a, b)) for a, b in zip(found, by_auto[precision], strict=True))
+            note = f"{apart:.1e} of the largest number away from auto"
+        flops = 6 * tokens * dim * width
+        yield from rate(title, flops, lambda: with_gradients(x, w, dy), sizes, against="product", note=note)
+
+    for precision in ("none", "fp8", "fp8_ue8m0", "mxfp8"):
+        for names in ("auto", "product=hopper") if precision[:3] == "fp8" else ("auto",):
+            title = f"{tokens} tokens, {dim}×{width}, with gradients, {precision}, {names}"
+            yield from or_why(title, measure(title, precision, names))
+
+
+@jax.jit
+def _relative_distance(a: jax.Array, b: jax.Array) -> jax.Array:
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.abs(a - b).max() / jnp.abs(b).max()

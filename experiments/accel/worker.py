@@ -1,0 +1,89 @@
+"""The worker of `run.py`: it measures parts on JAX's default device.
+
+It prints one line of JSON on the device. Then it measures the part that each line of its input names: a line of JSON
+for each thing it says, each figure, and the end.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dsv3_jax.kernels import choose
+from experiments.accel.kernels import hopper_fp8, hopper_products
+from experiments.accel.measuring import Part, sentence
+from experiments.accel.model_parts import decode, drafts, exact, step
+from experiments.accel.op_parts import attention, bounds, eight_bits, grouped, layer, loss
+from experiments.accel.sizes import Sizes, full, toy
+
+PACKAGES = ("dsv3-jax", "jax", "jaxlib", "flax", "libtpu", "tokamax", "jax-cuda13-plugin", "jax-cuda12-plugin",
+            "jax-rocm7-plugin")  # fmt: skip
+DRIVER_FILES = ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version")
+PARTS: dict[str, Callable[[Sizes], Part]] = {
+    part.__name__: part for part in (bounds, exact, layer, attention, step, decode, grouped, drafts, loss, eight_bits)
+}
+
+
+def card() -> dict[str, Any]:
+    """The device, its driver and the versions of the packages."""
+    device = jax.devices()[0]
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    drivers = [Path(name).read_text().split("\n")[0] for name in DRIVER_FILES if Path(name).exists()]
+    return {
+        "kind": device.device_kind,
+        "platform": choose.platform_of(),
+        "devices": jax.local_device_count(),
+        "memory": (device.memory_stats() or {}).get("bytes_limit"),
+        "runtime": " ".join(device.client.platform_version.split()),
+        "driver": " ".join(drivers[0].split()) if drivers else None,
+        "versions": versions,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--toy", action="store_true")
+    args = parser.parse_args()
+    hopper_products.add()
+    hopper_fp8.add()
+    # Libraries print on descriptor 1 too: the replies get one of their own.
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def send(**reply: Any) -> None:
+        print(json.dumps(reply), file=replies, flush=True)
+
+    try:
+        info = card()
+    except Exception as error:  # no device, or a broken installation
+        send(failed=sentence(error))
+        return 1
+    small = args.toy or info["platform"] == "cpu"
+    sizes = toy() if small else full()
+    send(card=info, toy=small)
+    for line in sys.stdin:
+        try:
+            for found in PARTS[line.strip()](sizes):
+                send(doing=found) if isinstance(found, str) else send(figure=asdict(found))
+        except Exception as error:
+            send(failed=f"{type(error).__name__}: {sentence(error)}")
+        else:
+            send(done=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
