@@ -122,8 +122,8 @@ def test_why_a_library_is_not_in_use(monkeypatch):
 
 
 def picked(platform, length, widths, dtype=jnp.bfloat16, packed=True, kernels="auto"):
-    q, v = (jax.ShapeDtypeStruct((1, length, 1, width), dtype) for width in widths)
-    segments = jax.ShapeDtypeStruct((1, length), jnp.int32) if packed else None
+    q, v = (jnp.zeros((1, length, 1, width), dtype) for width in widths)
+    segments = jnp.ones((1, length), jnp.int32) if packed else None
     kernels = Kernels(Target(platform, kernels, "9.0"))
     return kernels.pick("causal_attention", q, q, v, scale=1.0, segment_ids=segments).name
 
