@@ -36,41 +36,36 @@ def rows(monkeypatch) -> set[tuple[str, str, tuple[str, ...]]]:
     return picked
 
 
-def kernels_for(platform: str, execution: Execution) -> Kernels:
-    kernels = prepare(execution, platform=platform)
-    if platform == "cpu" and execution.kernels == "auto" and kernels.missing:
-        pytest.skip(kernels.missing[0][1])
-    return kernels
-
-
-def lowered(platform: str, function, *args, **static) -> tuple[str, str]:
-    """(the jaxpr, the program's text)."""
-    traced = function.trace(*args, **static)
-    return str(traced.jaxpr), traced.lower(lowering_platforms=(platform,)).as_text()
-
-
-def train_step(platform: str, execution: Execution) -> tuple[str, str]:
+def train_step(execution: Execution, kernels: Kernels):
     run = replace(RUN, execution=execution)
     batch = dict.fromkeys(("tokens", "segment_ids", "positions"), jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32))
-    step = make_step(Job(run, kernels=kernels_for(platform, execution)))
-    return lowered(platform, step, abstract_state(Job(run)), batch)
+    return make_step(Job(run, kernels=kernels)).trace(abstract_state(Job(run)), batch)
 
 
-def decode_loop(platform: str, execution: Execution) -> tuple[str, str]:
+def decode_loop(execution: Execution, kernels: Kernels):
     """All of a request after the prompt, with the model's own heads as drafters."""
-    model = abstract(CFG, execution, kernels_for(platform, execution))
+    model = abstract(CFG, execution, kernels)
     made, leaves, loop = decode_program(model, "mtp", (2,), BATCH, LENGTH, 5, 32, execution.compute_dtype)
-    return lowered(platform, made.decode, leaves, loop, jax.ShapeDtypeStruct((), jnp.int32), length=2)
+    return made.decode.trace(leaves, loop, jax.ShapeDtypeStruct((), jnp.int32), length=2)
 
 
 PROGRAMS = {"training step": train_step, "decoding loop": decode_loop}
+
+
+def lowered(program: str, platform: str, execution: Execution) -> tuple[str, str]:
+    """(The jaxpr, the program's text)."""
+    kernels = prepare(execution, platform=platform)
+    if platform == "cpu" and execution.kernels == "auto" and kernels.missing:
+        pytest.skip(kernels.missing[0][1])
+    traced = PROGRAMS[program](execution, kernels)
+    return str(traced.jaxpr), traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_accelerators_run_plain_xla(rows, program, platform):
     execution = Execution(compute_dtype="bfloat16", remat="full") if platform == "tpu" else Execution()
-    jaxpr, text = PROGRAMS[program](platform, execution)
+    jaxpr, text = lowered(program, platform, execution)
     assert CPP not in text
     assert {platforms for _, _, platforms in rows if platform not in platforms} == set()
     picked = {op: name for op, name, _ in rows}
@@ -92,13 +87,13 @@ def test_accelerators_run_plain_xla(rows, program, platform):
     ],
 )
 def test_the_cpu_calls_cpp(program, names):
-    _, text = PROGRAMS[program]("cpu", Execution())
+    _, text = lowered(program, "cpu", Execution())
     for name in names:
         assert CPP + name in text, name
 
 
 def test_the_cpu_without_cpp_loops_over_blocks(rows):
     """So the test of accelerators can see such loops."""
-    jaxpr, text = train_step("cpu", Execution(kernels="xla"))
+    jaxpr, text = lowered("training step", "cpu", Execution(kernels="xla"))
     assert CPP not in text and LOOP in jaxpr
     assert ("grouped_swiglu", "blocks", ("cpu",)) in rows
