@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import sys
 import tracemalloc
@@ -13,11 +14,12 @@ from runs import unhooked_cli
 from texts import USER
 
 from dsv3_jax import files
-from dsv3_jax.chat import examples, sandbox
+from dsv3_jax.chat import sandbox
+from dsv3_jax.chat.examples import load_examples
 from dsv3_jax.chat.template import ChatTemplate
 from dsv3_jax.chat.text_settings import PLAIN_TEMPLATE, TEXT_FILES, plain_settings, read_released, with_template
 from dsv3_jax.cli.tokenize import Tokenize, tokenize
-from dsv3_jax.config import DataConfig
+from dsv3_jax.config import DataConfig, replace
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.corpus import load_corpus
 from dsv3_jax.data.shards import MANIFEST, read_manifest, sealed
@@ -56,13 +58,9 @@ ENDLESS = {
         "{% set s = 'a' * 10**6 %}" + LOOP + "{% if 'b' in s %}{% endif %}{% endfor %}",
         "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     ],
-    "RecursionError": [
-        "{% macro f(n) %}{{ f(n-1) }}{% endmacro %}{{ f(1) }}",
-        "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
-    ],
+    "RecursionError": ["{% macro f(n) %}{{ f(n-1) }}{% endmacro %}{{ f(1) }}"],
     "makes more than": [
         "{{ 'a' * 10**10 }}",
-        "{{ [1] * 10**10 }}",
         "{{ 9 ** 999999999 }}",
         LOOP + "literal " * 9999 + "{% endfor %}",
         DOUBLE + "{% set n.s = n.s ~ n.s %}{% endfor %}",
@@ -70,16 +68,11 @@ ENDLESS = {
         DOUBLE + "{% set n.i = n.i * n.i %}{% endfor %}",
         DOUBLE + "{% set n.s = [n.s, n.s] %}{% endfor %}{{ n.s }}",
         "{{ ('a' * 10**6) | replace('a', 'b' * 10**5) }}",
-        "{{ ('a' * 10**6).replace('a', 'b' * 10**5) }}",
-        "{{ (['a' * 10**6] * 10**5) | join }}",
         "{{ ''.join(['a' * 10**6] * 10**5) }}",
     ],
     "too wide": ["{{ [1] | tojson(indent=10**8) }}", "{{ '%10000000000d' % 1 }}"],
-    "'ljust' of 'str' object is unsafe": ["{{ 'a'.ljust(10**10) }}"],
-    "'format' of 'str' object is unsafe": ["{{ '{:10000000000}'.format(1) }}"],
-    "'to_bytes' of 'int' object is unsafe": ["{{ (1).to_bytes(10**10, 'big') }}"],
-    "No filter named 'center'": ["{{ 'a' | center(10**10) }}"],
-    "'lipsum' is undefined": ["{{ lipsum(10**7) }}"],
+    "object is unsafe": ["{{ 'a'.ljust(10**10) }}", "{{ '{:10000000000}'.format(1) }}"],
+    "'center'|'lipsum'": ["{{ 'a' | center(10**10) }}", "{{ lipsum(10**7) }}"],
 }
 
 
@@ -92,21 +85,16 @@ def test_a_template_ends(monkeypatch, sentence, source):
         ChatTemplate(source, ByteTokenizer(), EOS).text([USER])
 
 
-def turns(count: int) -> list[dict]:
-    return [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(count)]
-
-
-def bare(source: str) -> str:
-    return source.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+TURNS = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(80)]
 
 
 def test_a_long_chat_takes_linear_time(monkeypatch):
     """Without `{% generation %}` a turn is compared after a few turns, as if it were after all turns before."""
-    template = ChatTemplate(bare(PLAIN_TEMPLATE), ByteTokenizer(), EOS)
+    template = ChatTemplate(re.sub("{% (end)?generation %}", "", PLAIN_TEMPLATE), ByteTokenizer(), EOS)
     rendered, run = [], ChatTemplate._run
     count = lambda self, some, *rest: rendered.append(len(some)) or run(self, some, *rest)  # noqa: E731
     monkeypatch.setattr(ChatTemplate, "_run", count)
-    long = [{"role": "system", "content": "s"}, *turns(80), {"role": "user", "content": "last"}]
+    long = [{"role": "system", "content": "s"}, *TURNS, {"role": "user", "content": "last"}]
     found = template.render(long, assistant_mask=True)
     assert sum(rendered) < 30 * len(long)
     monkeypatch.setattr("dsv3_jax.chat.template._PART", 1000)
@@ -117,7 +105,7 @@ def test_turns_whose_parts_do_not_join_are_compared_after_all_turns_before():
     source = "{% for m in messages %}{{ loop.index ~ m.role[0] ~ m.content ~ '|' }}{% endfor %}"
     source += "{% if add_generation_prompt %}{{ messages | length + 1 }}a{% endif %}"
     template = ChatTemplate(source, ByteTokenizer())
-    ids, mask = template.render(turns(40), assistant_mask=True)
+    ids, mask = template.render(TURNS[:40], assistant_mask=True)
     text = bytes(i for i, ours in zip(ids, mask, strict=True) if ours).decode()
     assert text == "".join(f"turn {i}|" for i in range(1, 40, 2))
 
@@ -125,19 +113,15 @@ def test_turns_whose_parts_do_not_join_are_compared_after_all_turns_before():
 # Lines and values
 
 
-def documents(path: str):
-    load_corpus(DataConfig((path,)))
+CHATS = DataConfig(format="chat", paths=("given below",), seq_len=8, batch_size=1)
+READ = {
+    "documents": lambda path: load_corpus(DataConfig((path,))),
+    "chats": lambda path: load_examples(replace(CHATS, paths=(path,)), plain_settings()),
+    "shards": lambda path: tokenize(Tokenize((path,), Path(path).with_name("shards"), workers=1)),
+}
 
 
-def chats(path: str):
-    examples.load_examples(DataConfig((path,), format="chat", seq_len=8, batch_size=1), plain_settings())
-
-
-def shards(path: str):
-    tokenize(Tokenize((path,), Path(path).with_name("shards"), workers=1))
-
-
-@pytest.mark.parametrize("read", [documents, chats, shards])
+@pytest.mark.parametrize("read", READ.values(), ids=READ)
 def test_a_line_of_200_megabytes_is_refused_before_it_takes_memory(tmp_path, read):
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "b"}\n')
@@ -152,8 +136,8 @@ def test_a_line_of_200_megabytes_is_refused_before_it_takes_memory(tmp_path, rea
 
 def json_doors(folder: Path):
     """Where users' JSON comes in: what reads it, the file, and its text around a value."""
-    yield documents, folder / "a.jsonl", '{"text": %s}'
-    yield chats, folder / "b.jsonl", '{"messages": [], "tools": %s}'
+    yield READ["documents"], folder / "a.jsonl", '{"text": %s}'
+    yield READ["chats"], folder / "b.jsonl", '{"messages": [], "tools": %s}'
     yield lambda path: read_run(folder), folder / "run.json", '{"format": 2, "run": %s}'
     yield lambda path: read_manifest(folder), folder / MANIFEST, "%s"
     yield lambda path: ReleasedFolder(folder), folder / "config.json", '{"model_type": %s}'
@@ -161,15 +145,14 @@ def json_doors(folder: Path):
     yield lambda path: tokenizer.load(path), folder / "tokenizer.json", '{"model": %s}'
 
 
-VALUES = ["[" * 400 + "]" * 400, '{"a":' * 1000 + "1" + "}" * 1000, '"\\ud800"', "1" * 5000, "NaN"]
-
-
-@pytest.mark.parametrize("value", VALUES, ids=range(5))
-def test_json_that_no_program_should_write(tmp_path, value):
-    for read, file, text in json_doors(tmp_path):
-        file.write_text(text % value)
-        with pytest.raises(ValueError, match=file.name):
-            read(str(file))
+def test_json_that_no_program_should_write(tmp_path):
+    for value in ("[" * 400 + "]" * 400, '{"a":' * 1000 + "1" + "}" * 1000, '"\\ud800"', "1" * 5000, "NaN"):
+        for read, file, text in json_doors(tmp_path):
+            file.write_text(text % value)
+            with pytest.raises(ValueError, match=file.name):
+                read(str(file))
+    with pytest.raises(ValueError, match="paths='.udcff' holds"):
+        READ["shards"]("\udcff")
 
 
 def test_a_normalizer_that_makes_a_book_of_a_letter(tmp_path):
@@ -225,14 +208,11 @@ def test_a_pipe_folder_or_device_in_place_of_a_file(tmp_path, make):
         with_template(plain_settings(), str(tmp_path / "a.jinja"))
 
 
-def test_a_pipe_that_nobody_reads_is_not_written(tmp_path):
+def test_no_write_waits_for_a_reader_or_follows_a_link_of_the_temporary_name(tmp_path, monkeypatch):
+    """Also where somebody puts the link back after it was deleted."""
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="pipe"):
         files.write_atomic(tmp_path / "pipe", "text")
-
-
-def test_a_temporary_file_is_never_a_link(tmp_path, monkeypatch):
-    """Also where somebody puts the link back after it was deleted."""
     (tmp_path / "mine").write_text("precious")
     (tmp_path / f".a.{os.getpid()}{files.PART}").symlink_to(tmp_path / "mine")
     monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)

@@ -27,6 +27,7 @@ import numpy as np
 import tyro
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from dsv3_jax.config import DataConfig
 from dsv3_jax.data.corpus import read_documents
 from dsv3_jax.data.packing import Piece, Record, fill
 from dsv3_jax.data.shards import MANIFEST, SIDES, VERSION, Manifest, file_hash, read_manifest, read_sealed, sealed
@@ -134,6 +135,7 @@ def tokenize(job: Tokenize) -> Manifest:
             raise ValueError(f"{name}={getattr(job, name)} is below {least}")
     if not 0 < job.val_fraction < 1:
         raise ValueError(f"val_fraction={job.val_fraction} is outside (0, 1)")
+    DataConfig(paths=job.paths)  # refuses names that are no text
     words, template, _ = encoder_of(job)
     names = ("format", "row_tokens", "val_fraction", "text_column", "shard_mb")
     settings: dict[str, Any] = {name: getattr(job, name) for name in names} | {
