@@ -19,6 +19,7 @@ from dsv3_jax.chat.examples import load_examples
 from dsv3_jax.chat.template import ChatTemplate
 from dsv3_jax.chat.text_settings import PLAIN_TEMPLATE, TEXT_FILES, plain_settings, read_released, with_template
 from dsv3_jax.cli.tokenize import Tokenize, tokenize
+from dsv3_jax.cluster.processes import by_each
 from dsv3_jax.config import DataConfig, replace
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.corpus import load_corpus
@@ -185,6 +186,16 @@ def test_a_sealed_manifest_of_other_values(tmp_path):
         (tmp_path / MANIFEST).write_text(sealed(values))
         with pytest.raises(ValueError, match=f"{MANIFEST} is not of version 2"):
             read_manifest(tmp_path)
+
+
+def test_a_sentence_may_hold_what_is_no_text():
+    """As the name of a key or folder in it, which the other processes get, too."""
+
+    def work():
+        raise ValueError("key='\udcff' is unknown")
+
+    with pytest.raises(ValueError, match="key='.*' is unknown"):
+        by_each(work)
 
 
 # Files of a wrong kind
