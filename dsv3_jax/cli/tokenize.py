@@ -184,7 +184,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     """
     file = out / SETTINGS
     if not file.is_file():
-        if any(path.name != LOCK for path in out.iterdir()):
+        if any(path.name != LOCK and not path.name.endswith(PART) for path in out.iterdir()):  # of a killed process
             raise ValueError(f"out={str(out)!r} holds other files; choose an empty folder")
         write_atomic(file, json.dumps(settings, indent=1))
     before: Any = read_json(file)

@@ -198,6 +198,7 @@ class Server:
         found = [path.name for path in (self._scratch / "tmp").iterdir()]
         shutil.rmtree(self._scratch / "tmp")
         (self._scratch / "tmp").mkdir()
+        (self._scratch / "tmp").chmod(0o777)
         return found + (["canary"] if (self._scratch / "canary").read_text() != "sings" else [])
 
 

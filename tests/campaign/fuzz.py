@@ -50,6 +50,7 @@ class Home:
     def __init__(self, root: Path):
         self.home, self.folder, self._log = root / "home", root / "trial", root / "log"
         self.server, self._usual = Server(root / "scratch"), dict[Command, Usual]()
+        root.chmod(0o755)  # also for a user who may not write
         self.folder.mkdir()
         make_home(self.folder, self.server)  # where the copies are: a run knows the place of its text
         self.folder.rename(self.home)
@@ -99,7 +100,7 @@ def judge(made: Home, command: Command, trial: Trial, answer: Answer, names: Seq
         sentences = re.findall(r"^dsv3: .*", re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", answer.err), re.MULTILINE)
         if len(sentences) != 1 or len(sentences[0]) > MAX_SENTENCE:
             faults.add("sentences")
-        elif names and not any(name in sentences[0] for name in names):
+        elif names and not any(name in sentences[0] for name in [*names, "="]):  # a file, or name=value
             faults.add("unnamed")
     if any(ESCAPES.search(getattr(answer, name)) for name, path in trial.streams.items() if path == "terminal"):
         faults.add("escapes")
@@ -121,7 +122,7 @@ def judge_changed(made: Home, command: Command, trial: Trial, path: Path) -> tup
     files = [x for x in trial.folder.rglob("*") if x.is_file() and x.relative_to(trial.folder).parts[0] != command.out]
     before = {file: file.read_bytes() for file in files if file.stat().st_size < 1e7}
     answer = made.server.run(trial)
-    known = [path.parts[0], path.name, path.parent.name or path.name, path.stem.replace("_", " ")]
+    known = [path.parts[0], path.name, path.parent.name or path.name, path.stem.replace("_", " "), command.out]
     faults = judge(made, command, trial, answer, known)
     if any(file.is_file() and file.read_bytes() != content for file, content in before.items()):
         faults.add("changed")
@@ -194,7 +195,7 @@ def put(folder: Path, path: Path, kind: str, rng: random.Random) -> dict[str, An
     """Put something in a path's place. Returns: more words for the server."""
     if kind == "unreadable":
         subprocess.run(["chmod", "-R", "a+rwX", folder], check=True)
-        path.chmod(rng.choice([0, 0o444])) if path.exists() else None
+        rng.choice([folder, path if path.exists() else folder]).chmod(rng.choice([0o000, 0o444, 0o555]))
         return {"nobody": os.getuid() == 0}
     if kind in ("many", "renamed", "moved") and not path.exists():
         return {}
