@@ -228,8 +228,7 @@ def usage(pid: int) -> tuple[list[int], float, float]:
 def result(folder: Path, command: Command, out: str) -> dict[str, str]:
     """A command's result: lines of its output, and hashes of the files that it wrote but for checkpoints."""
     lines = re.sub(r"[\d.,]+ ?(s|ms|tokens/s|(second|minute|hour)s?)\b", "#", out).splitlines()  # times differ
-    found = {f"line {i}": " ".join(line.split()) for i, line in enumerate(lines)}
-    top = folder / command.out
+    found, top = {f"line {i}": " ".join(line.split()) for i, line in enumerate(lines)}, folder / command.out
     for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
         if path.is_file() and "checkpoints" not in path.parts:
             content = path.read_bytes()

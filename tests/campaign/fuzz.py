@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 from tests.campaign import grammar
 from tests.campaign.commands import COMMANDS, LIMIT_S, TRAINING, Answer, Command, Server, Trial, make_home, result
 
-MAX_SENTENCE = 500
 ERRORS = re.compile(r"Traceback \(most recent|Exception ignored|Fatal Python error|terminate called")
 # What a terminal obeys; colours, the cursor's place in a line and the erasing of a line are the program's own.
 ESCAPES = re.compile("\x1b(?!\\[[0-9;?]*[AKhlm])|[\x00-\x07\x0e-\x1a\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -98,7 +97,7 @@ def judge(made: Home, command: Command, trial: Trial, answer: Answer, names: Seq
         faults.add("tracebacks")
     elif code == 2 and not hidden and "╭─" not in answer.err:  # tyro draws a box
         sentences = re.findall(r"^dsv3: .*", re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", answer.err), re.MULTILINE)
-        if len(sentences) != 1 or len(sentences[0]) > MAX_SENTENCE:
+        if len(sentences) != 1 or len(sentences[0]) > 500:
             faults.add("sentences")
         elif names and not any(name in sentences[0] for name in [*names, "="]):  # a file, or name=value
             faults.add("unnamed")
