@@ -114,8 +114,10 @@ def counted(monkeypatch, limit=10_000):
 
 
 def test_interrupted_tokenizing_goes_on(folder, shards, monkeypatch):
-    """Complete shards are not written again, a torn one or one with a damaged mark is, and the end is the same."""
+    """Complete shards are not written again, a damaged one or one with a damaged mark is, and the end is the same."""
     job = job_of(folder, "interrupted")
+    job.out.mkdir()
+    (job.out / "settings.json.part").touch()  # of a killed process
     counted(monkeypatch, 50)
     with pytest.raises(KeyboardInterrupt):
         tokenize(job)
@@ -124,7 +126,7 @@ def test_interrupted_tokenizing_goes_on(folder, shards, monkeypatch):
         open_shards(config(job.out), BYTES)
     complete = {file: file.stat().st_mtime_ns for file in sorted(job.out.glob("*.array_record"))}
     torn = next(iter(complete))
-    torn.write_bytes(torn.read_bytes()[:-1])
+    torn.write_bytes(torn.read_bytes()[:-1] + b"x")
     marks = sorted(job.out.glob("shard-*.json"))
     for mark, damage in zip(marks[1:3], (sealed({}).replace("{", '{"files": {},'), ""), strict=True):
         mark.write_text(damage)
