@@ -167,7 +167,8 @@ def guarded(command: Callable[[], int]) -> int:
     except SystemExit as stop:  # of tyro after --help or a bad option, and of SIGTERM
         return int(stop.code or 0)
     except Exception as error:
-        if "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error):  # from inside XLA or Orbax
+        full = ("RESOURCE_EXHAUSTED", "No space left", "File too large")  # from inside XLA, Orbax or ArrayRecord
+        if any(words in str(error) for words in full):
             return fail(sentence(error))
         raise
 

@@ -39,8 +39,7 @@ class Usual(NamedTuple):
     options: list[str]  # as the server prints them
 
 
-# What was done in a trial, and what came of it: its name in the table, the command, what was changed, faults, answer.
-Done = tuple[str, Sequence[str], str, Iterable[str], Answer]
+Done = tuple[str, Sequence[str], str, Iterable[str], Answer]  # name in the table, words, what was changed, faults
 
 
 class Home:
@@ -134,7 +133,9 @@ def other_result(made: Home, command: Command, trial: Trial, out: str | None) ->
     """Name the fault if a result is unlike the usual one. Without `out`, only what was written is compared."""
     found, lines = result(trial.folder, command, out or ""), out is not None and command.argv[0] not in MAY_LEAVE
     wanted = {key: x for key, x in made.usual(command).result.items() if lines or not key.startswith("line ")}
-    return {"silent"} if wanted.items() - found.items() else set()
+    other = sorted(key for key, value in wanted.items() if found.get(key) != value)
+    print(*(f"  unlike the usual result: {key}" for key in other[:3]), sep="\n", end="\n" if other else "")
+    return {"silent"} if other else set()
 
 
 def disturbed(made: Home, command: Command, trials: Sequence[Trial], also: int = 0, then: Callable = lambda: None):
