@@ -1,10 +1,13 @@
 """Training runs that tests share: a model of a few thousand parameters on a page of text, seconds to compile."""
 
 import contextlib
+import fcntl
 import importlib.util
 import io
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -55,14 +58,17 @@ CLOCK = ("tokens_per_s", "mfu")  # of a row
 HERE = Path(__file__).parents[1]
 
 
-def compiled_programs(root: Path) -> Path:
-    """The folder of the session's compiled programs, for all its processes; of several sessions if one is named.
+def shared(root: Path) -> Path:
+    """The folder of the session, for all its processes.
 
     `root` here and below is the folder of this process, `tmp_path_factory.getbasetemp()`.
     """
-    if named := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return Path(named)
-    return (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "programs"
+    return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+
+def compiled_programs(root: Path) -> Path:
+    """The folder of the session's compiled programs; of several sessions if one is named."""
+    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or shared(root) / "programs")
 
 
 @contextlib.contextmanager
@@ -110,16 +116,22 @@ def make_run(text: str, **changes) -> RunConfig:
 def fresh_state(run: RunConfig, step: int = 0) -> TrainState:
     """A new state in each call, since a step donates its state: parameters and signed biases by NumPy."""
     params, bias = nnx.split(random_model(run.model, execution=run.execution), nnx.Param, RouterBias)[1:]
-    opt = init_optimizer(Job(run), params)
-    return TrainState(params, bias, opt, jnp.asarray(step, jnp.int32))
+    return new_state(run, params, bias, step)
 
 
-def packed_batch(rng: np.random.Generator, segment_ids: np.ndarray) -> dict[str, jax.Array]:
+def new_state(run: RunConfig, params: nnx.State, bias: nnx.State, step: int = 0) -> TrainState:
+    """The state of a run with these parameters, without compiling: the optimizer begins with zeros."""
+    opt = jax.eval_shape(lambda: init_optimizer(Job(run), params))
+    zeros = jax.tree.map(lambda x: jnp.asarray(np.zeros(x.shape, x.dtype)), opt)
+    return TrainState(params, bias, zeros, jnp.asarray(step, jnp.int32))
+
+
+def packed_batch(rng: np.random.Generator, segment_ids: np.ndarray, vocab_size: int = 260) -> dict[str, jax.Array]:
     """Random tokens in documents of those segments, each counting its positions from 0."""
     starts = np.diff(segment_ids, axis=1, prepend=-1) != 0
     columns = np.arange(segment_ids.shape[1])[None]
     positions = columns - np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
-    tokens = rng.integers(0, MODEL.vocab_size, segment_ids.shape)
+    tokens = rng.integers(0, vocab_size, segment_ids.shape)
     batch = {"tokens": tokens, "segment_ids": segment_ids, "positions": positions}
     return {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
 
@@ -136,13 +148,17 @@ class Finished:
 
 @cache
 def finished(root: Path) -> Finished:
-    """The one complete run, trained once, as users train: other runs are compared with it."""
-    folder = root / "finished"
-    run = make_run(write_text(folder / "text"))
-    with pytest.MonkeyPatch.context() as patch:
-        for (module, name), part in SECONDS.items():
-            patch.setattr(module, name, part)
-        return Finished(run, folder / "run", *said_by(loop.fit, run, folder / "run"))
+    """A copy of the one complete run, trained once in a session, as users train: other runs are compared with it."""
+    text, made, kept = (shared(root) / "finished" / name for name in ("text", "run", "kept"))
+    text.mkdir(parents=True, exist_ok=True)
+    with (text.parent / "lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be training it
+        if not kept.exists():
+            for (module, name), part in SECONDS.items():
+                patch.setattr(module, name, part)
+            kept.write_bytes(pickle.dumps(said_by(loop.fit, make_run(write_text(text)), made)))
+    folder = Path(shutil.copytree(made, root / "finished run"))
+    return Finished(make_run(str(text)), folder, *pickle.loads(kept.read_bytes()))
 
 
 def said_by(function, *args) -> tuple[object, str]:

@@ -1,35 +1,44 @@
-"""Checkpoints are complete or absent, and a run folder belongs to one run."""
+"""Checkpoints are complete or absent, damage is named by file and never loaded, and a run folder is one run's."""
 
 import json
-import logging
 import os
+import random
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 from flax import nnx
 from models import DENSE, random_model
-from runs import MODEL, assert_bitwise, make_run
+from runs import assert_bitwise, make_run
 
 from dsv3_jax.model.moe import RouterBias
-from dsv3_jax.training import optim, orbax_noise
-from dsv3_jax.training.checkpoint import Checkpoints, SaveFailed, find_damage, load_run
+from dsv3_jax.training import checkpoint, optim
+from dsv3_jax.training.checkpoint import (
+    LATE,
+    MANIFEST,
+    Checkpoints,
+    DamagedCheckpoint,
+    SaveFailed,
+    find_damage,
+    load_run,
+)
 from dsv3_jax.training.run_folder import RUN_FILE, claim, read_run, settled
 from dsv3_jax.training.step import TrainState
 
-pytestmark = pytest.mark.usefixtures("cheap")
+# A save or restore that fails inside Orbax leaves its event loop open.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-RUN = make_run("some text", keep=2)
+MODEL = replace(runs.MODEL, num_layers=1)
+RUN = make_run("some text", model=MODEL, keep=2)
 PLACE = {"corpus": "abc", "seed": 0, "document": 3, "offset": 7}
+EARLIER, LAST = 4, 8
 
 
 def make_state(step: int) -> TrainState:
@@ -50,6 +59,25 @@ def steps_in(folder) -> set[str]:
     return {path.name for path in (folder / "checkpoints").iterdir()}
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A run folder with two whole checkpoints."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    claim(folder, RUN)
+    save(folder, EARLIER, LAST)
+    return folder
+
+
+@pytest.fixture
+def run(saved, tmp_path) -> Path:
+    """A copy of it, under another name."""
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def last(run: Path) -> Path:
+    return run / "checkpoints" / str(LAST)
+
+
 def test_what_is_restored_is_what_was_saved(tmp_path):
     with Checkpoints(tmp_path, RUN) as checkpoints:
         assert checkpoints.latest is None and checkpoints.restore() is None
@@ -63,60 +91,178 @@ def test_what_is_restored_is_what_was_saved(tmp_path):
     assert all(np.any(leaf) for leaf in jax.tree.leaves(state))
 
 
-def test_a_checkpoint_is_never_half_there(tmp_path, monkeypatch):
+def test_a_checkpoint_is_never_half_there(run, monkeypatch):
     """A run that dies while it writes or deletes leaves whole checkpoints only, and the next start deletes the rest."""
 
     def one_file_only(path, **_):
         for file in Path(path).rglob("_METADATA"):
             file.unlink()
 
-    monkeypatch.setattr(shutil, "rmtree", one_file_only)
-    save(tmp_path, 3, 5, 7)
-    monkeypatch.undo()
-    shutil.copytree(tmp_path / "checkpoints" / "7", tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp-123")
-    assert steps_in(tmp_path) == {"3.deleted", "5", "7", "9.orbax-checkpoint-tmp-123"}
-    assert find_damage(tmp_path / "checkpoints" / "3.deleted")
-    assert not any(find_damage(tmp_path / "checkpoints" / step) for step in ("5", "7"))
-    with Checkpoints(tmp_path, RUN) as checkpoints:
-        assert checkpoints.latest == 7
-    assert steps_in(tmp_path) == {"5", "7"}
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", one_file_only)
+        save(run, 9)
+    shutil.copytree(last(run), run / "checkpoints" / "10.orbax-checkpoint-tmp-123")
+    assert steps_in(run) == {"4.deleted", "8", "9", "10.orbax-checkpoint-tmp-123"}
+    assert find_damage(run / "checkpoints" / "4.deleted")
+    assert not any(find_damage(run / "checkpoints" / step) for step in ("8", "9"))
+    with Checkpoints(run, RUN) as checkpoints:
+        assert checkpoints.latest == 9
+    assert steps_in(run) == {"8", "9"}
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves the other writes pending
 def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tmp_path):
     """A real disk of half a megabyte."""
     disk, run = tmp_path / "disk", replace(RUN, keep=20)
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root can mount a small disk")
     try:
         with pytest.raises(SaveFailed, match="cannot be written to .*(No space left|RESOURCE_EXHAUSTED)"):
             save(disk, *range(1, 20), run=run)
         with Checkpoints(disk, run) as checkpoints:
-            last = checkpoints.latest
-            assert last >= 1
-            assert_bitwise(checkpoints.restore()[0], make_state(last))
+            at = checkpoints.latest
+            assert at >= 1
+            assert_bitwise(checkpoints.restore()[0], make_state(at))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_what_orbax_prints_beside_its_error_is_left_out_and_nothing_else(monkeypatch, caplog):
-    heard = []
-    monkeypatch.setattr(sys, "unraisablehook", heard.append)
-    orbax_noise.silence.__wrapped__()
-    for error in (RuntimeError("Event loop is closed"), RuntimeError("another"), OSError("Event loop is closed")):
-        sys.unraisablehook(SimpleNamespace(exc_type=type(error), exc_value=error))
-    assert [str(found.exc_value) for found in heard] == ["another", "Event loop is closed"]
-    code = compile("raise OSError('full')", "/lib/orbax/checkpoint/serialization.py", "exec")
-    for run in (partial(exec, code), partial(int, "x")):
-        try:
-            run()
-        except (OSError, ValueError):
-            logging.getLogger("asyncio").exception("never retrieved")
-    for message in ("run/4.orbax-checkpoint-tmp/d/5", "NOT_FOUND: in OCDBT database [tensorstore_spec={}]"):
-        logging.getLogger("asyncio").error(message)
-    assert [record.exc_info[0] for record in caplog.records] == [ValueError]
+def test_a_save_that_fails_in_the_background_is_named(run, monkeypatch):
+    def fail(folder):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(checkpoint, "write_manifest", fail)
+    with pytest.raises(SaveFailed, match=r"^the checkpoint of step 9 cannot be written to .*: the disk is gone;"):
+        with Checkpoints(run, RUN) as checkpoints:
+            checkpoints.save(make_state(9), PLACE)
+    assert steps_in(run) == {"4", "8"}
+
+
+# damage
+
+
+def flip(path: Path, bit: int | None = None) -> None:
+    """Flip one bit, by default in the middle."""
+    content = bytearray(path.read_bytes())
+    bit = 4 * len(content) if bit is None else bit
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_in_any_file_is_found_or_changes_nothing(run):
+    folder, rng = last(run), random.Random(0)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listed = json.loads((folder / MANIFEST).read_text())
+    late = {folder / name for name in LATE}
+    assert {folder / name for name in listed} == set(files) - late and "state/manifest.ocdbt" in listed
+    for path in files:
+        before, bits = path.read_bytes(), 8 * path.stat().st_size
+        for bit in (0, bits - 1, rng.randrange(bits)):
+            flip(path, bit)
+            damage = find_damage(folder)
+            if path.name == MANIFEST:  # nothing changes where a space becomes another one
+                assert damage or json.loads(path.read_text()) == listed
+            else:
+                assert bool(damage) == (path not in late), (path, bit)
+            path.write_bytes(before)
+    for name in LATE[1:]:
+        (folder / name).write_bytes(os.urandom(99))
+    with Checkpoints(run, RUN) as checkpoints:
+        assert checkpoints.rewind() == []
+        assert_bitwise(checkpoints.restore()[0], make_state(LAST))
+
+
+def array_file(folder: Path) -> Path:
+    """The largest file of the arrays."""
+    return max((folder / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+
+
+DAMAGE = {
+    "absent": lambda folder: array_file(folder).unlink(),
+    "another file": lambda folder: (folder / "state" / "other").write_text("x"),
+    "a pipe": lambda folder: os.mkfifo(folder / "state" / "pipe"),
+    "half a manifest": lambda folder: (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:99]),
+    "an empty folder": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named_by_file(run, name):
+    DAMAGE[name](last(run))
+    damage = find_damage(last(run))
+    assert f"{last(run)}/" in damage and "\n" not in damage and len(damage) < 300
+
+
+def test_damage_is_refused_by_readers_and_passed_over_by_training(run):
+    flip(array_file(last(run)))
+    with pytest.raises(DamagedCheckpoint, match=rf"^step=8: .*{last(run)}.*; `dsv3 runs check` says"):
+        load_run(run)
+    assert load_run(run, step=EARLIER).step == EARLIER
+    with Checkpoints(run, RUN) as checkpoints:
+        (sentence,) = checkpoints.rewind()
+        assert sentence.startswith("the checkpoint of step 8 is kept as 8.damaged: ") and str(last(run)) in sentence
+        state, place = checkpoints.restore()
+        assert place == PLACE | {"offset": EARLIER}
+        assert_bitwise(state, make_state(EARLIER))
+        checkpoints.save(make_state(LAST), PLACE)  # training comes to that step again
+    assert steps_in(run) == {"4", "8", "8.damaged"} and find_damage(last(run)) == ""
+    for step in (EARLIER, LAST):
+        flip(run / "checkpoints" / str(step) / "config" / "metadata")
+    with Checkpoints(run, RUN) as checkpoints:
+        with pytest.raises(DamagedCheckpoint, match="no other checkpoint .* is whole"):
+            checkpoints.rewind()
+
+
+def test_a_step_can_be_chosen(run):
+    """Later checkpoints are kept under another name; a damaged or absent one is not replaced by another."""
+    with Checkpoints(run, RUN) as checkpoints:
+        with pytest.raises(ValueError, match=r"^step=5 has no checkpoint in .*; there are those of 4, 8$"):
+            checkpoints.rewind(5)
+        assert checkpoints.rewind(LAST) == checkpoints.rewind() == []
+        assert checkpoints.rewind(EARLIER) == [
+            "the checkpoint of step 8 is kept as 8.superseded: training resumes from step 4"
+        ]
+        assert checkpoints.latest == EARLIER
+    flip(run / "checkpoints" / "4" / "data" / "metadata")
+    with Checkpoints(run, RUN) as checkpoints, pytest.raises(DamagedCheckpoint, match="step=4: .*data/metadata"):
+        checkpoints.rewind(EARLIER)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_reader_beside_a_trainer_takes_the_next_newest_checkpoint(run, monkeypatch, when):
+    """The trainer deletes the checkpoint while it is read."""
+    read, steps = Checkpoints._read_state, []
+
+    def train(moment):
+        if (moment, steps) == (when, [LAST]):
+            save(run, 12, run=replace(RUN, keep=1))
+            assert steps_in(run) == {"12"}
+
+    def read_state(self, step, *args):
+        steps.append(step)
+        train("before")
+        found = read(self, step, *args)
+        train("after")
+        return found
+
+    monkeypatch.setattr(Checkpoints, "_read_state", read_state)
+    with Checkpoints(run, RUN, read_only=True) as checkpoints:
+        state, place = checkpoints.restore()
+    assert_bitwise(state, make_state(12))
+    assert place == PLACE | {"offset": 12} and steps == [LAST, 12]
+
+
+def test_a_checkpoint_of_another_model_is_refused(run):
+    """run.json was edited by hand: one sentence, not a page of Orbax."""
+    values = json.loads((run / RUN_FILE).read_text())
+    values["run"]["model"]["mtp_depth"] = 2
+    (run / RUN_FILE).write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="mtp_depth=2 is not that of the checkpoint of step 8 in .*, 1$"):
+        load_run(run)
+
+
+# a folder is one run's
 
 
 def test_a_folder_is_claimed_once(tmp_path):
@@ -124,9 +270,8 @@ def test_a_folder_is_claimed_once(tmp_path):
     (tmp_path / f".{RUN_FILE}.1.part").write_text('{"mod')
     settled = claim(tmp_path, RUN)
     assert settled == replace(RUN, data=replace(RUN.data, paths=(os.path.abspath("some text"),)))
-    assert read_run(tmp_path) == settled
+    assert read_run(tmp_path) == claim(tmp_path, RUN) == settled
     written = (tmp_path / RUN_FILE).read_bytes()
-    assert claim(tmp_path, RUN) == settled
     for change, key in (
         ({"seed": 7}, "seed=7 is not that of the run in .*, 0"),
         ({"data": replace(RUN.data, paths=("/a", "b"))}, r"data.paths=\('/a', '.*/b'\) is not .*/some text',\)"),
@@ -150,42 +295,22 @@ def test_how_long_a_run_goes_and_how_often_it_reports_may_change(tmp_path):
     assert all(datetime.fromisoformat(entry["time"]) <= datetime.now(UTC) for entry in history)
 
 
-def test_a_folder_of_other_things_is_refused(tmp_path):
+def test_what_is_not_a_run_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=f"out='{tmp_path}' holds other files and no run.json"):
         claim(tmp_path, RUN)
-    with pytest.raises(ValueError, match="notes.txt' is a file, not a folder"):
-        claim(tmp_path / "notes.txt", RUN)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-
-
-def test_what_is_not_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"folder='{tmp_path}' holds no run: there is no run.json"):
         load_run(tmp_path)
-    claim(tmp_path, RUN)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    claim(tmp_path / "run", RUN)
     with pytest.raises(ValueError, match="holds no checkpoint yet"):
-        load_run(tmp_path)
-    values = json.loads((tmp_path / RUN_FILE).read_text())
+        load_run(tmp_path / "run")
+    values = json.loads((tmp_path / "run" / RUN_FILE).read_text()) | {"run": {"colour": 3}}
     for text, sentence in (
-        (json.dumps(values | {"run": values["run"] | {"colour": 3}}), "'colour' is not a key of RunConfig"),
-        (json.dumps(values)[:100], "run.json is not JSON"),
+        (json.dumps(values), "'colour' is not a key of RunConfig"),
+        ('{"run": ', "run.json is not JSON"),
         ("[]", "has a run of format=None, not 2: dsv3-jax 0.1.0 reads it"),
     ):
-        (tmp_path / RUN_FILE).write_text(text)
+        (tmp_path / "run" / RUN_FILE).write_text(text)
         with pytest.raises(ValueError, match=sentence):
-            load_run(tmp_path)
-
-
-@pytest.mark.parametrize("change", [{"expert_dim": 5}, {"mtp_depth": 2}])
-def test_a_checkpoint_of_another_model_is_refused(tmp_path, change):
-    """run.json was edited by hand: one sentence, not a page of Orbax."""
-    claim(tmp_path / "run", RUN)
-    save(tmp_path / "run", 4)
-    file = tmp_path / "run" / RUN_FILE
-    values = json.loads(file.read_text())
-    file.write_text(json.dumps(values | {"run": values["run"] | {"model": values["run"]["model"] | change}}))
-    with pytest.raises(ValueError, match="checkpoint") as caught:
-        load_run(tmp_path / "run")
-    said = str(caught.value)
-    assert "\n" not in said and len(said) < 400 and "run" in said
+            load_run(tmp_path / "run")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from models import DENSE, forward, random_model
-from runs import MODEL
+from runs import MODEL, packed_batch
 
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.stats.cache_quality import cache_quality
@@ -33,26 +33,8 @@ def make_batch(seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     segment_ids = np.sort(rng.integers(1, 4, (B, T)), axis=1)
     segment_ids[-1, rng.integers(3, T - 2) if seed == 1 else 0 :] = 0
-    starts = np.diff(segment_ids, axis=1, prepend=-1) != 0
-    columns = np.arange(T)[None]
-    positions = columns - np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
-    batch = {
-        "tokens": rng.integers(0, 5, (B, T)),
-        "segment_ids": segment_ids,
-        "positions": positions,
-        "domains": rng.integers(0, 2, (B, T)),  # drawn for each token alone
-    }
-    return {name: array.astype(np.int32) for name, array in batch.items()}
-
-
-@pytest.fixture(scope="module")
-def model():
-    return random_model(CFG, seed=3, execution=DENSE)  # a seed with which some drafts of each depth are right
-
-
-@pytest.fixture(scope="module")
-def parallel():
-    return random_model(replace(CFG, mtp_kind="medusa", init_std=1.0, num_layers=1), seed=1, execution=DENSE)
+    batch = packed_batch(rng, segment_ids, vocab_size=5) | {"domains": rng.integers(0, 2, (B, T))}
+    return {name: np.asarray(array, np.int32) for name, array in batch.items()}
 
 
 BATCHES = [make_batch(1), make_batch(2)]
@@ -120,9 +102,17 @@ def vio(load):
     return np.mean([row.max() / row.mean() - 1 for row in load])
 
 
-@pytest.mark.parametrize("kind", ["model", pytest.param("parallel", marks=pytest.mark.rare)])
-def test_measures_are_the_slow_loops(kind, request):
-    model = request.getfixturevalue(kind)
+# With these seeds some drafts of each depth are right.
+@pytest.mark.parametrize(
+    ("changes", "seed"),
+    [
+        ({}, 3),
+        pytest.param({"mtp_kind": "medusa", "init_std": 1.0, "num_layers": 1}, 1, marks=pytest.mark.rare),
+    ],
+    ids=["chain", "parallel"],
+)
+def test_measures_are_the_slow_loops(changes, seed):
+    model = random_model(replace(CFG, **changes), seed, DENSE)
     found, want = evaluate(model, BATCHES, WORDS, ("even", "odd"), mix=MIX), slow_measures(model)
     assert found.keys() == want.keys()
     np.testing.assert_array_equal(found["load"], want["load"])
@@ -131,11 +121,11 @@ def test_measures_are_the_slow_loops(kind, request):
     for name in names:
         assert found[name] == pytest.approx(want[name], rel=1e-5), name  # the model's float32 rounding
     # of the summed load, which is not the mean of the batches' own
-    apart = [evaluate(model, [batch], WORDS)["max_vio_global"] for batch in BATCHES]
+    apart = [evaluate(model, [batch], WORDS, ("even", "odd"))["max_vio_global"] for batch in BATCHES]
     assert found["max_vio_global"] != pytest.approx(np.mean(apart), rel=1e-3)
 
 
-@pytest.mark.parametrize("cache", ["latent", "expanded"])
+@pytest.mark.parametrize("cache", ["latent", pytest.param("expanded", marks=pytest.mark.long)])
 def test_cache_quality_of_an_exact_cache_is_that_of_the_forward(cache):
     """Rows of one document are read 16 tokens at a time, the last part padded; 8-bit rows lose a little."""
     model = random_model(replace(CFG, mtp_depth=0), seed=3, execution=DENSE)

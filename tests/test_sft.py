@@ -18,7 +18,6 @@ from dsv3_jax.config import DataConfig, replace
 from dsv3_jax.data.batches import model_inputs, stack
 from dsv3_jax.data.packing import Packed, Piece
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
-from dsv3_jax.decoding.generate import generate
 from dsv3_jax.hf.open_model import load_text
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.training.checkpoint import load_run
@@ -45,9 +44,6 @@ def targets_of(record, text=PLAIN):
     return text.tokenizer.decode(i for i, m in zip(ids, mask, strict=True) if m), ids, mask
 
 
-# Records
-
-
 def test_an_assistants_tokens_are_the_targets():
     wanted, ids, mask = targets_of({"messages": [*HELLO, *chat(7)]})
     assert wanted == "hey7" and PLAIN.tokenizer.decode(ids) == "user\nhi\nassistant\nhey\nuser\n7?\nassistant\n7\n"
@@ -63,18 +59,9 @@ def test_a_completion_or_all_of_a_text_is_the_target():
     assert targets_of({"text": "abc"})[1:] == ([*b"abc", PLAIN.tokenizer.eos_id], [True] * 4)
 
 
-@pytest.mark.parametrize(
-    "record, sentence",
-    [
-        ({"conversations": []}, "chats.jsonl, line 3 has conversations; give it messages, or prompt and"),
-        ({"messages": [HELLO[1]]}, "line 3: message 0 is the assistant's, and no user's message precedes it"),
-        ({"prompt": "a", "completion": [1]}, "line 3: prompt='a' and completion=[1] are not two texts or two lists"),
-        (["messages"], "line 3, is not an object"),
-    ],
-)
-def test_a_bad_record_is_named_by_its_line(tmp_path, record, sentence):
-    file = write(tmp_path, [{"text": "a"}, {"messages": HELLO}, record])
-    with pytest.raises(ValueError, match=re.escape(sentence)):
+def test_a_bad_record_is_named_by_its_line(tmp_path):
+    file = write(tmp_path, [{"text": "a"}, {"messages": HELLO}, {"prompt": "a", "completion": [1]}])
+    with pytest.raises(ValueError, match=r"line 3: prompt='a' and completion=\[1\] are not two texts or two lists"):
         load_examples(DataConfig(paths=(file,), format="chat"), PLAIN)
 
 
@@ -88,9 +75,6 @@ def test_what_is_too_long_or_has_no_answer_is_counted(tmp_path):
     assert train + held_out == 9 and held_out
     with pytest.raises(ValueError, match="give no example to train on; left out: 11 longer than seq_len=4"):
         load_examples(replace(cfg, seq_len=4), PLAIN)
-
-
-# The loss
 
 
 @partial(jax.jit, static_argnums=0, compiler_options=QUICK)
@@ -124,9 +108,6 @@ def test_the_packed_loss_is_that_of_each_example_alone():
     np.testing.assert_allclose([main, mtp[0]], sums / wanted, rtol=2e-6)
 
 
-# A run
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A model of bytes to start with, as a released folder without a template, and chats."""
@@ -152,7 +133,7 @@ def tuned(base, tmp_path_factory):
 
 @pytest.mark.long
 def test_a_run_learns_its_answers(tuned, base):
-    """The routers' bias rests; the same command resumes."""
+    """The routers' bias rests; the same command resumes; the prompt is what preceded the targets in training."""
     out, said, argv = tuned
     losses = [row["loss"] for row in rows_of(out) if "loss" in row]
     assert losses[-1] < 0.5 * losses[0]
@@ -163,31 +144,13 @@ def test_a_run_learns_its_answers(tuned, base):
     jax.tree.map(np.testing.assert_array_equal, before, after)
     code, said = said_by(unhooked_cli().main, argv[: argv.index("--epochs")] + argv[argv.index("--epochs") + 2 :])
     assert code == 0 and f"resumed from the checkpoint of step {run.steps}" in said, said
-
-
-@pytest.mark.long
-def test_a_run_answers_as_it_was_trained(tuned):
-    """Its folder has the template: the prompt is what came before the targets of its examples."""
-    out, *_ = tuned
-    text = load_text(out)
+    text, (ids, mask) = load_text(out), encode({"messages": chat(5)}, PLAIN)
     prompt = text.chat.render(chat(5)[:1], add_generation_prompt=True).ids
-    ids, mask = encode({"messages": chat(5)}, PLAIN)
     assert prompt == ids[: mask.index(True)] and text.stop_ids == (256,)
-    answer = generate(load_run(out).model, [prompt], 2, stop_tokens=text.stop_ids)
-    assert 1 <= len(answer.tokens[0]) <= 2
 
 
-@pytest.mark.parametrize(
-    "options, sentence",
-    [
-        ([], "'sft' fine-tunes a model: name a run or a released model by --start MODEL"),
-        (["--start", "BASE"], "base has no chat template; give a Jinja file as data.chat_template, or 'plain'"),
-        (["--start", "BASE", "--data.chat-template", "plain"], "data.paths=[] give no example to train on"),
-        (["--start", "BASE", "--steps", "3", "--epochs", "2"], "epochs=2.0 and steps=3 are both given; choose one"),
-    ],
-)
-def test_bad_input_is_one_sentence(base, tmp_path, capsys, options, sentence):
-    argv = ["train", "sft", "--out", str(tmp_path / "x"), *(str(base[0]) if o == "BASE" else o for o in options)]
+def test_a_model_without_a_template_is_refused(base, tmp_path, capsys):
+    argv = ["train", "sft", "--out", str(tmp_path / "x"), "--start", str(base[0])]
     code, said = unhooked_cli().main(argv), capsys.readouterr().err
-    assert code == 2 and sentence in said and len(said.splitlines()) == 1, said
-    assert not (tmp_path / "x").exists()
+    assert code == 2 and "base has no chat template; give a Jinja file as data.chat_template, or 'plain'" in said, said
+    assert len(said.splitlines()) == 1 and not (tmp_path / "x").exists()

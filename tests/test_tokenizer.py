@@ -73,10 +73,7 @@ def test_round_trip_bytes_and_stream(words):
 
 def test_decode_of_broken_text(bpe):
     """Partial UTF-8 becomes U+FFFD as in the library; specials and ids beyond the vocabulary are skipped."""
-    t = tok.load("bytes")
-    assert t.decode([0x61, 0xE2, 0x82, 256, 0x62, 300, -5]) == "a\ufffdb"
-    stream = t.stream()
-    assert (stream.push([0xE2, 0x82]), stream.finish()) == ("", "\ufffd")
+    assert tok.load("bytes").decode([0x61, 0xE2, 0x82, 256, 0x62, 300, -5]) == "a\ufffdb"
     for ids in np.random.default_rng(0).integers(bpe.vocab_size, size=(50, 30)).tolist():
         assert bpe.decode(ids) == bpe.inner.decode(ids, skip_special_tokens=True)
 
@@ -110,26 +107,6 @@ def test_names_of_specials_are_read_where_they_are_asked_for(words):
     assert words.encode_prompt("a") == words.encode_with_specials("a")[0] or words.puts_space_before  # which adds BOS
 
 
-# Kimi's tiktoken.model
-
-
-def bpe_by_rank(text, ranks, pattern):
-    """The slow way: split by the pattern, then merge the pair of the lowest rank until there is none."""
-    import regex
-
-    ids = []
-    for piece in regex.findall(pattern, text, regex.V1):
-        parts = [bytes([b]) for b in piece.encode()]
-        while True:
-            pairs = [(ranks[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranks]
-            if not pairs:
-                break
-            i = min(pairs)[1]
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        ids += [ranks[part] for part in parts]
-    return ids
-
-
 SPLITS = {
     "the user's 1234567": ["the", " user's", " ", "123", "456", "7"],
     "ab日本c語": ["ab", "日本", "c", "語"],  # Han characters are separate words
@@ -139,12 +116,11 @@ SPLITS = {
 
 
 def test_kimis_pattern(tiktoken):
-    """How texts are split, written by hand; and the slow way gives the same ids."""
+    """How texts are split, written by hand; `make parity` compares the ids."""
     regex = pytest.importorskip("regex")
-    ranks = {piece: i for i, piece in enumerate(tiktoken._token_bytes[:BASE])}
     for text, pieces in SPLITS.items():
         assert regex.findall(tok.KIMI_PATTERN, text, regex.V1) == pieces
-        assert tiktoken.encode(text) == bpe_by_rank(text, ranks, tok.KIMI_PATTERN)
+        assert tiktoken.encode(text) == [i for piece in pieces for i in tiktoken.encode(piece)]
 
 
 def test_kimis_special_tokens(tiktoken, tmp_path):
@@ -161,9 +137,6 @@ def test_kimis_special_tokens(tiktoken, tmp_path):
         (folder / "tiktoken.model").write_bytes(lines)
         with pytest.raises(ValueError, match=r"tiktoken\.model' .*cannot be read"):
             tok.load(str(folder))
-
-
-# The end of a document
 
 
 def inner_of(*specials):
@@ -232,16 +205,11 @@ def test_a_copy_keeps_the_end_of_a_document(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     inner_of("<eos>", "<x>").save(str(source / "tokenizer.json"))
-    own = tok.keep_copy(str(source), tmp_path / "plain")
-    assert [path.name for path in own.parent.iterdir()] == ["tokenizer.json"] and tok.load(str(own)).eos_id == 1
     (source / "tokenizer_config.json").write_text('{"eos_token": "<x>", "chat_template": "…"}')
     own = tok.keep_copy(str(source / "tokenizer.json"), tmp_path / "said")
     assert tok.load(str(own)).eos_id == tok.load(str(source)).eos_id == 2
     assert {path.name for path in own.parent.iterdir()} == {"tokenizer.json", "special_tokens_map.json"}
     assert tok.keep_copy(str(own), own.parent) == own
-    (source / "tokenizer.json").unlink()
-    assert tok.keep_copy(str(kimi_folder(source)), tmp_path / "kimi").name == "tiktoken.model"
-    assert (tmp_path / "kimi" / "tokenizer_config.json").read_bytes() == (source / "tokenizer_config.json").read_bytes()
 
 
 def test_bytes_as_a_tokenizer_file(tmp_path):

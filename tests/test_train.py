@@ -1,4 +1,4 @@
-"""The training loop: however a run is stopped, the same command ends with the same numbers."""
+"""The training loop: however a run is stopped or moved, the same command ends with the same numbers."""
 
 import json
 import shutil
@@ -9,28 +9,23 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
-from runs import (
-    CLOCK,
-    SECONDS,
-    STEPS,
-    assert_bitwise,
-    finished,
-    flags,
-    rows_of,
-    said_by,
-    unhooked_cli,
-)
+from flax import nnx
+from runs import CLOCK, SECONDS, STEPS, assert_bitwise, finished, flags, rows_of, said_by, unhooked_cli
 from tensorboardX.proto.event_pb2 import Event
 
 from dsv3_jax.config import ConfigError
+from dsv3_jax.data import tokenizer
 from dsv3_jax.training import loop
-from dsv3_jax.training.checkpoint import Checkpoints
+from dsv3_jax.training.checkpoint import Checkpoints, load_run
 from dsv3_jax.training.prepare import Callback
+from dsv3_jax.training.run_folder import RUN_FILE, TOKENIZER_FILE, claim, read_run
 
 pytestmark = pytest.mark.usefixtures("cheap")
 
 PNG = b"\x89PNG\r\n\x1a\n"
+BEGUN = 5  # steps taken in the folders that are begun
 
 
 @pytest.fixture(scope="module")
@@ -38,29 +33,38 @@ def whole(root):
     return finished(root)
 
 
-def main(argv: list[str]) -> int:
-    return unhooked_cli().main(argv)
+@pytest.fixture(scope="module")
+def stopped(whole, root):
+    """The run of `whole`, stopped at step BEGUN: what `fit` returned and printed. Its folder is copied by `begun`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in SECONDS:
+            patch.setattr(module, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+        return said_by(lambda: loop.fit(whole.run, root / "begun", stop_after=BEGUN, report=False))
 
 
-def last_checkpoint(run, folder: Path):
-    with Checkpoints(folder, run) as checkpoints:
+@pytest.fixture
+def begun(stopped, root, tmp_path) -> Path:
+    return Path(shutil.copytree(root / "begun", tmp_path / "run"))
+
+
+def last_checkpoint(folder: Path):
+    with Checkpoints(folder, read_run(folder), read_only=True) as checkpoints:
         return checkpoints.restore()
 
 
-def assert_same_run(run, folder: Path, whole) -> None:
+def assert_same_run(folder: Path, whole: Path) -> None:
     """Compare parameters, optimizer, biases, data position, and all metrics."""
-    (state, place), (want, want_place) = last_checkpoint(run, folder), last_checkpoint(whole.run, whole.folder)
+    (state, place), (want, want_place) = last_checkpoint(folder), last_checkpoint(whole)
     assert int(state.step) == STEPS
     assert_bitwise(state, want)
     assert place == want_place
-    assert rows_of(folder) == rows_of(whole.folder)
-    assert (folder / "load.jsonl").read_text() == (whole.folder / "load.jsonl").read_text()
+    assert rows_of(folder) == rows_of(whole)
+    assert (folder / "load.jsonl").read_text() == (whole / "load.jsonl").read_text()
 
 
 def test_a_run_folder_holds_what_it_should(whole):
     rows = rows_of(whole.folder)
-    steps = [row["step"] for row in rows if "loss" in row]
-    assert steps == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
     assert [row["step"] for row in rows if "val_loss" in row] == [6, 12]
     assert all(np.isfinite(row["loss"]) and len(row["mtp_loss"]) == 1 for row in rows if "loss" in row)
     assert rows[0]["loss"] > rows[-1]["val_loss"]  # it learns
@@ -82,31 +86,23 @@ def test_tensorboard_holds_the_same_scalars(whole):
     for row in rows_of(whole.folder):
         for name in {"loss", "grad_norm", "max_vio", "val_bits_per_byte"} & row.keys():
             assert found[row["step"], name] == np.float32(row[name])
-        if "mtp_loss" in row:
-            assert found[row["step"], "mtp_loss/0"] == np.float32(row["mtp_loss"][0])
 
 
-def test_stopped_and_resumed_is_never_stopped(whole, tmp_path, monkeypatch):
+def test_stopped_and_resumed_is_never_stopped(whole, stopped, begun):
     """Twice, and without a report. Rows of metrics after the checkpoint are dropped, also one that is cut short."""
-    folder = tmp_path / "run"
-    for module, name in SECONDS:
-        monkeypatch.setattr(module, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
-    first, said = said_by(lambda: loop.fit(whole.run, folder, stop_after=5, report=False))
-    assert (first.step, first.finished, first.resumed_from) == (5, False, None)
+    first, said = stopped
+    assert (first.step, first.finished, first.resumed_from) == (BEGUN, False, None)
     assert "stopped and saved at step 5" in said and " tokens/s" in said and "MFU" in whole.said and "MFU" not in said
-    with (folder / "metrics.jsonl").open("a") as file:
+    with (begun / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 6, "loss": 0.0}) + "\n" + '{"step": 7, "lo')
-    second = loop.fit(whole.run, folder, stop_after=7, quiet=True, report=False)
-    assert (second.step, second.finished, second.resumed_from) == (7, False, 5)
-    third, said = said_by(lambda: loop.fit(whole.run, folder, report=False))
+    second = loop.fit(whole.run, begun, stop_after=7, quiet=True, report=False)
+    assert (second.step, second.finished, second.resumed_from) == (7, False, BEGUN)
+    third, said = said_by(lambda: loop.fit(whole.run, begun, report=False))
     assert (third.step, third.finished, third.resumed_from) == (STEPS, True, 7)
     assert "resumed from the checkpoint of step 7" in said
-    assert_same_run(whole.run, folder, whole)
+    assert_same_run(begun, whole.folder)
     assert third.evaluation["val_loss"] == whole.fitted.evaluation["val_loss"]
-    assert third.order2_bits_per_byte is None and not list(folder.glob("*.png"))
-    again = loop.fit(whole.run, folder, quiet=True, report=False)  # a finished run is only looked at
-    assert (again.step, again.finished, again.resumed_from) == (STEPS, True, STEPS)
-    assert_same_run(whole.run, folder, whole)
+    assert third.order2_bits_per_byte is None and not list(begun.glob("*.png"))
 
 
 def test_a_run_with_a_damaged_checkpoint_and_damaged_metrics_ends_the_same(whole, tmp_path):
@@ -119,17 +115,20 @@ def test_a_run_with_a_damaged_checkpoint_and_damaged_metrics_ends_the_same(whole
     assert result.resumed_from == 8
     assert "the checkpoint of step 12 is kept as 12.damaged: file=" in said and "data/metadata' is damaged" in said
     assert f"file={folder}/metrics.jsonl: lines 3, 4, 5, 6 are no rows and are passed over" in said
-    assert_same_run(whole.run, folder, whole)
+    assert_same_run(folder, whole.folder)
     assert loop.fit(whole.run, folder, step=8, quiet=True).resumed_from == 8
-    assert_same_run(whole.run, folder, whole)
-    names = {path.name for path in (folder / "checkpoints").iterdir()}
-    assert names == {"8", "12", "12.damaged", "12.superseded"}
+    assert_same_run(folder, whole.folder)
 
 
-@pytest.mark.parametrize("what", ["parameter head", pytest.param("an optimizer state", marks=pytest.mark.long)])
-def test_what_an_update_spoiled_is_not_saved(what, whole, tmp_path, monkeypatch, capfd):
-    folder = tmp_path / "run"
+def train_by_command(run, folder, capfd) -> str:
+    """The error of a command that is to fail."""
+    assert unhooked_cli().main(["train", "tiny", "--out", str(folder), *flags(run)]) == 2
+    (said,) = capfd.readouterr().err.splitlines()
+    return said
 
+
+@pytest.mark.parametrize("what", ["parameter head", "an optimizer state"])
+def test_what_an_update_spoiled_is_not_saved(what, whole, begun, monkeypatch, capfd):
     def make(job):
         good = loop.make_step(job)
 
@@ -139,18 +138,49 @@ def test_what_an_update_spoiled_is_not_saved(what, whole, tmp_path, monkeypatch,
                 if state.step == 8 and what == "parameter head":
                     state.params["head"] = state.params["head"].replace(state.params["head"][...] * 1e30)
                 elif state.step == 8:
-                    state = replace(state, opt=jax.tree.map(lambda x: x * float("nan"), state.opt))
+                    state.opt.mu["head"] = state.opt.mu["head"].replace(state.opt.mu["head"][...] * np.float32("nan"))
             return state, metrics
 
         return step
 
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "_compiled_step", make)
-        assert main(["train", "tiny", "--out", str(folder), *flags(whole.run)]) == 2
-    (said,) = capfd.readouterr().err.splitlines()
+    monkeypatch.setattr(loop, "_compiled_step", make)
+    said = train_by_command(whole.run, begun, capfd)
     assert f"step 8 made {what}, whose norm is not finite" in said
-    assert f"the last good checkpoint is step 4 in {folder}" in said
-    assert loop.fit(whole.run, folder, quiet=True).resumed_from == 4
+    assert f"the last good checkpoint is step {BEGUN} in {begun}" in said
+    assert not (begun / "checkpoints" / "8").exists()
+
+
+@pytest.mark.parametrize("late", [False, pytest.param(True, marks=pytest.mark.rare)])
+def test_a_loss_that_is_not_finite_stops_the_run(whole, begun, monkeypatch, capfd, late):
+    """If steps are started ahead, two more have started by the time the bad one is seen, and they change nothing."""
+    steps = []
+
+    def make(job):
+        good = loop.make_step(job)
+
+        def step(state, batch, go):
+            with jax.transfer_guard("allow"):
+                head, bad = state.params["head"], len(steps) == 3
+                sound = np.asarray(head[...])
+                if bad:
+                    state.params["head"] = head.replace(head[...].at[0, 0].set(np.inf))
+                state, metrics = good(state, batch, go)
+                if bad and late:  # what follows is sound again
+                    state.params["head"] = head.replace(jax.numpy.asarray(sound))
+                steps.append(int(state.step))
+                return state, metrics
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "AHEAD", {} if late else loop.AHEAD)
+        patch.setattr(loop, "_compiled_step", make)
+        said = train_by_command(whole.run, begun, capfd)
+    assert steps == [6, 7, 8, *(8,) * (3 if late else 1)]
+    assert "step 8 met" in said and "first bad tensor: " in said and "last good checkpoint is step 8" in said
+    assert ("parameter head" in said) != late
+    assert loop.fit(whole.run, begun, quiet=True).resumed_from == 8  # without the poison
+    assert_same_run(begun, whole.folder)
 
 
 def no_connection():
@@ -182,107 +212,58 @@ class Recorder(Callback):
         self.calls.append(("end", result.step))
 
 
-@pytest.mark.long
-def test_a_callback_that_fails_ends_the_run_after_it_is_saved(whole, tmp_path):
+def test_a_callback_that_fails_ends_the_run_after_it_is_saved(whole, begun):
     """It stops after the step that follows, and the other callback is called to the end. The same call resumes."""
-    folder, first, broken, second = tmp_path / "run", Recorder(), Recorder(breaks_at=6), Recorder()
+    first, broken, second = Recorder(), Recorder(breaks_at=7), Recorder()
     with pytest.raises(KeyError, match="no connection to the tracker"):
-        loop.fit(whole.run, folder, quiet=True, callbacks=[broken, first])
-    steps = [("step", step) for step in range(1, STEPS + 1)]
-    want = [("start", 0), *steps[:4], ("checkpoint", 4), *steps[4:6], ("evaluation", 6), steps[6], ("checkpoint", 7)]
-    assert first.calls == want and broken.calls == want[:8]
-    assert loop.fit(whole.run, folder, quiet=True, callbacks=[second]).resumed_from == 7
-    assert second.calls[:3] == [("start", 7), steps[7], ("checkpoint", 8)]
+        loop.fit(whole.run, begun, quiet=True, callbacks=[broken, first])
+    want = [("start", 5), ("step", 6), ("evaluation", 6), ("step", 7), ("step", 8), ("checkpoint", 8)]
+    assert first.calls == want and broken.calls == want[:4]
+    assert loop.fit(whole.run, begun, quiet=True, callbacks=[second]).resumed_from == 8
+    assert second.calls[:2] == [("start", 8), ("step", 9)]
     assert second.calls[-3:] == [("evaluation", 12), ("checkpoint", 12), ("end", 12)]
     kept = [{k: v for k, v in row.items() if k not in CLOCK} for row in first.rows + second.rows]
-    assert kept == rows_of(folder) == rows_of(whole.folder)
+    assert kept == rows_of(begun)[BEGUN:] and rows_of(begun) == rows_of(whole.folder)
 
 
-def test_sigterm_saves_and_the_next_call_resumes(whole, tmp_path):
-    stop = Recorder(breaks_at=2, how=lambda: signal.raise_signal(signal.SIGTERM))
-    stopped = loop.fit(whole.run, tmp_path / "run", quiet=True, callbacks=[stop])
-    assert (stopped.step, stopped.finished) == (3, False)
-    assert loop.fit(whole.run, tmp_path / "run", quiet=True).resumed_from == 3
-    assert_same_run(whole.run, tmp_path / "run", whole)
+def test_sigterm_saves_and_the_next_call_resumes(whole, begun):
+    stop = Recorder(breaks_at=6, how=lambda: signal.raise_signal(signal.SIGTERM))
+    stopped = loop.fit(whole.run, begun, quiet=True, callbacks=[stop])
+    assert (stopped.step, stopped.finished) == (7, False)
+    assert loop.fit(whole.run, begun, quiet=True).resumed_from == 7
+    assert_same_run(begun, whole.folder)
 
 
-def test_the_next_batch_is_copied_while_a_step_runs_and_nothing_is_by_accident(whole, tmp_path, monkeypatch, ahead):
+def test_the_next_batch_is_copied_while_a_step_runs_and_nothing_is_by_accident(whole, begun, monkeypatch):
     """JAX refuses transfers that are not asked for, from a batch to the start of a step."""
-    events, put = [], loop.processes.put
+    run, events, put = replace(whole.run, eval_every=20, save_every=9), [], loop.processes.put
 
     def make(job):
         step = loop.make_step(job)
 
         def started(*inputs):
-            events.append(f"start {1 + sum(e.startswith('start') for e in events)}")
+            events.append(f"start {6 + sum(e.startswith('start') for e in events)}")
             assert jax.config.jax_transfer_guard_host_to_device == "disallow"
             return step(*inputs)
 
         return started
 
     def noted(*args):
-        events.append(f"put {1 + sum(e.startswith('put') for e in events)}")
+        events.append(f"put {6 + sum(e.startswith('put') for e in events)}")
         return put(*args)
 
-    class Noted(Callback):
-        def on_step(self, row):
-            events.append(f"row {row['step']}")
-
+    monkeypatch.setattr(loop, "AHEAD", {})  # as on an accelerator
     monkeypatch.setattr(loop, "_compiled_step", make)
     monkeypatch.setattr(loop.processes, "put", noted)
-    loop.fit(whole.run, tmp_path / "run", stop_after=5, quiet=True, callbacks=[Noted()])
-    # Step 4 is saved: no batch is made ahead of it, so the data position is that of the steps.
+    rows = Recorder()
+    rows.on_step = lambda row: events.append(f"row {row['step']}")
+    loop.fit(run, begun, stop_after=10, quiet=True, callbacks=[rows])
+    # Step 9 is saved: no batch is made ahead of it, so the data position is that of the steps.
     assert events == [
-        *("put 1", "start 1", "put 2", "start 2", "put 3", "start 3", "put 4", "row 1"),
-        *("start 4", "row 2", "row 3", "row 4", "put 5", "start 5", "row 5"),
+        *("put 6", "start 6", "put 7", "start 7", "put 8", "start 8", "put 9", "row 6"),
+        *("start 9", "row 7", "row 8", "row 9", "put 10", "start 10", "row 10"),
     ]
-    assert rows_of(tmp_path / "run") == rows_of(whole.folder)[:5]
-
-
-def poisoned_at(bad: int, steps: list[int], late: bool):
-    """Make a compiled step that meets a parameter which is not finite when it is called after `bad` calls."""
-
-    def make(job):
-        good = loop.make_step(job)
-
-        def step(state, batch, go):
-            with jax.transfer_guard("allow"):
-                head = state.params["head"]
-                sound = np.asarray(head[...])
-                if len(steps) == bad:
-                    state.params["head"] = head.replace(head[...].at[0, 0].set(np.inf))
-                state, metrics = good(state, batch, go)
-                if len(steps) == bad and late:  # what follows is sound again
-                    state.params["head"] = head.replace(jax.numpy.asarray(sound))
-                steps.append(int(state.step))
-                return state, metrics
-
-        return step
-
-    return make
-
-
-@pytest.fixture
-def ahead(monkeypatch):
-    """Steps are started before the one before is looked at, as on an accelerator."""
-    monkeypatch.setattr(loop, "AHEAD", {})
-
-
-@pytest.mark.parametrize("late", [False, pytest.param(True, marks=pytest.mark.rare)])
-def test_a_loss_that_is_not_finite_stops_the_run(whole, tmp_path, monkeypatch, capfd, late):
-    """If steps are started ahead, two more have started by the time the bad one is seen, and they change nothing."""
-    folder, steps = tmp_path / "run", []
-    with monkeypatch.context() as patch:
-        if late:
-            patch.setattr(loop, "AHEAD", {})
-        patch.setattr(loop, "_compiled_step", poisoned_at(8, steps, late))
-        assert main(["train", "tiny", "--out", str(folder), *flags(whole.run)]) == 2
-    assert steps == [*range(1, 9), *(8,) * (3 if late else 1)]
-    (said,) = capfd.readouterr().err.splitlines()
-    assert "step 8 met" in said and "first bad tensor: " in said and "last good checkpoint is step 8" in said
-    assert ("parameter head" in said) != late
-    assert loop.fit(whole.run, folder, quiet=True).resumed_from == 8  # without the poison
-    assert_same_run(whole.run, folder, whole)
+    assert rows_of(begun) == [row for row in rows_of(whole.folder) if "loss" in row][:10]
 
 
 @pytest.mark.rare
@@ -294,3 +275,59 @@ def test_a_finished_run_goes_on_for_more_steps(whole, tmp_path):
     assert [row["step"] for row in rows_of(folder) if "loss" in row] == list(range(1, STEPS + 3))
     with pytest.raises(ConfigError, match=f"steps={STEPS} is below the {STEPS + 2} steps that the run in .* has taken"):
         loop.fit(whole.run, folder, quiet=True)
+
+
+def train_tokenizer(path: Path, *, swapped: bool = False) -> str:
+    """A tokenizer of 260 ids, the specials first: none means what a byte's does. `swapped`: nor a and b the other's."""
+    tokenizer.train_bpe(["no merges"], 260, str(path))
+    if swapped:
+        values = json.loads(path.read_text())
+        ids = values["model"]["vocab"]
+        ids["a"], ids["b"] = ids["b"], ids["a"]
+        path.write_text(json.dumps(values))
+    return str(path)
+
+
+def test_a_moved_folder_continues_without_the_tokenizers_file(whole, tmp_path, monkeypatch):
+    """It names what is inside it by its name, and text by its place. Another tokenizer is another run."""
+    text, there = Path(whole.run.data.paths[0]), tmp_path / "elsewhere"
+    monkeypatch.chdir(text.parent)
+    data = replace(whole.run.data, paths=("text",), tokenizer=train_tokenizer(tmp_path / "words" / TOKENIZER_FILE))
+    run = replace(whole.run, data=data)
+    loop.fit(run, tmp_path / "made", stop_after=BEGUN, quiet=True)
+    shutil.copytree(tmp_path / "made", there / "renamed")
+    loop.fit(run, tmp_path / "made", quiet=True)
+    shutil.rmtree(tmp_path / "words")
+    monkeypatch.chdir(there)
+    written, moved = json.loads((there / "renamed" / RUN_FILE).read_text())["run"]["data"], Path("renamed")
+    assert (written["tokenizer"], written["paths"]) == (TOKENIZER_FILE, [str(text)])
+    assert (load_run(moved).step, read_run(moved).data.tokenizer) == (BEGUN, "renamed/tokenizer.json")
+    assert tokenizer.load("renamed/tokenizer.json").encode("a") != tokenizer.ByteTokenizer().encode("a")
+    before = sorted(moved.rglob("*"))
+    other = train_tokenizer(tmp_path / "other" / TOKENIZER_FILE, swapped=True)
+    for name in (other, "bytes"):
+        with pytest.raises(ValueError, match=rf"^data\.tokenizer='{name}' is not that of the run in renamed, 'renamed"):
+            loop.fit(replace(read_run(moved), data=replace(read_run(moved).data, tokenizer=name)), moved, quiet=True)
+    assert sorted(moved.rglob("*")) == before
+    copy = str(shutil.copy(moved / TOKENIZER_FILE, tmp_path / "copy.json"))  # the same ids are the same tokenizer
+    claim(moved, replace(read_run(moved), data=replace(read_run(moved).data, tokenizer=copy)))
+    run = replace(run, data=replace(data, paths=(f"{text}/../text",)))  # another spelling
+    assert loop.fit(run, moved, quiet=True).resumed_from == BEGUN
+    assert_same_run(moved, tmp_path / "made")
+
+
+def test_a_model_is_loaded_without_the_optimizer(whole, monkeypatch):
+    """Its arrays are neither read nor allocated."""
+    names = set()
+    read = ocp.type_handlers.ArrayHandler.deserialize
+
+    async def noted(self, infos, args=None):
+        names.update(info.name.split(".")[0] for info in infos)
+        return await read(self, infos, args)
+
+    monkeypatch.setattr(ocp.type_handlers.ArrayHandler, "deserialize", noted)
+    model = load_run(whole.folder).model
+    assert names == {"params", "bias", "step"}
+    state, _ = last_checkpoint(whole.folder)
+    assert names == {"params", "bias", "step", "opt"}
+    assert_bitwise(nnx.split(model, nnx.Param, ...)[1:], (state.params, state.bias))

@@ -23,12 +23,6 @@ from dsv3_jax.training.warm_start import on_trunk, on_weights
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("cheap")]
 
 TRUNK = replace(MODEL, num_layers=1, num_dense_layers=1)  # compiles fastest
-CASES = {  # a kind: (how many heads, dense layers of the trunk's one)
-    "deepseek": (1, 0),
-    "meta": (1, 1),
-    "medusa": (2, 1),  # as in the runs below
-    "eagle": (1, 1),
-}
 LONGER = {"yarn": Yarn(factor=4.0, original_max_positions=16), "balance": Balance(bias_rate=3e-3)}
 
 
@@ -84,12 +78,6 @@ def cut(state) -> tuple[dict, dict]:
     return heads, {path: a for path, a in flat.items() if path[0] != "mtp"}
 
 
-def assert_sharded(state, mesh, *, fsdp: bool = False) -> None:
-    where = sharding.state_sharding(state, mesh, fsdp=fsdp)
-    for leaf, at in zip(jax.tree.leaves(state), jax.tree.leaves(where), strict=True):
-        assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
-
-
 def test_weights_and_biases_are_the_others_and_all_else_is_new(other):
     """On a mesh they are sharded as this run's layout says, whatever the other's was."""
     run = run_from(other)
@@ -103,7 +91,9 @@ def test_weights_and_biases_are_the_others_and_all_else_is_new(other):
     assert sentence == f"the weights are those of step 7 in {other}"
     mesh = sharding.make_mesh(2, 2)
     there, _ = begin(replace(run, execution=Execution(layout=Layout(fsdp=True))), mesh)
-    assert_sharded(there, mesh, fsdp=True)
+    where = sharding.state_sharding(there, mesh, fsdp=True)
+    for leaf, at in zip(jax.tree.leaves(there), jax.tree.leaves(where), strict=True):
+        assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
     assert_bitwise(jax.device_get(there), jax.device_get(state))
 
 
@@ -118,10 +108,6 @@ def test_the_trunk_is_the_others_last_checkpoint_with_its_biases(tmp_path):
     frozen = cut(state)[1]
     assert_bitwise(frozen, cut(fresh_state(sparse))[1])
     assert frozen["sparse", "moe", "bias"].all()
-    mesh = sharding.make_mesh(1, 2)
-    there, _ = begin(run_on(trunk), mesh)
-    assert_sharded(there, mesh)
-    assert_bitwise(jax.device_get(there), jax.device_get(state))
 
 
 @pytest.mark.parametrize("option", ["start", "trunk", "lora"])
@@ -144,22 +130,14 @@ def test_it_resumes_without_the_other(other, trunk, tmp_path, option):
 
 
 def test_a_model_that_does_not_fit_is_refused(other, tmp_path):
-    for change, sentence in (
-        ({"num_heads": 1}, f"^model.num_heads=1 is not that of start='{other}', 2$"),
-        ({"mtp_depth": 0}, f"^model.mtp_depth=0 is not that of start='{other}', 1$"),
-    ):
-        with pytest.raises(ConfigError, match=sentence):
-            loop.fit(run_from(other, **change), tmp_path / "new", quiet=True)
-    claim(tmp_path / "empty", read_run(other))
-    with pytest.raises(ValueError, match="empty' holds no checkpoint yet"):
-        loop.fit(replace(run_from(other), start=str(tmp_path / "empty")), tmp_path / "new", quiet=True)
+    with pytest.raises(ConfigError, match=f"^model.num_heads=1 is not that of start='{other}', 2$"):
+        loop.fit(run_from(other, num_heads=1), tmp_path / "new", quiet=True)
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("kind", CASES)
-def test_heads_learn_and_the_trunk_is_frozen(trunk, kind):
-    depth, dense = CASES[kind]
-    run = run_on(trunk, mtp_kind=kind, mtp_depth=depth, num_dense_layers=dense)
+@pytest.mark.parametrize(("kind", "dense"), [("deepseek", 0), ("eagle", 1)])  # dense layers of the trunk's one
+def test_heads_learn_and_the_trunk_is_frozen(trunk, kind, dense):
+    run = run_on(trunk, mtp_kind=kind, mtp_depth=1, num_dense_layers=dense)
     step, state, rows = make_step(Job(run)), fresh_state(run), []
     segment_ids = np.sort(np.random.default_rng(1).integers(1, 3, (4, 16)), axis=1)
     batch = packed_batch(np.random.default_rng(0), segment_ids)
@@ -182,30 +160,20 @@ def test_heads_learn_and_the_trunk_is_frozen(trunk, kind):
                 load = row["load"][1 - dense + path[1]]
                 before = before + np.float32(1e-2) * np.sign(load.mean() - load)
             np.testing.assert_array_equal(after[path], before)
-    routed = sum(path[-1] == "bias" for path in heads)
-    assert rows[0]["load"].shape[0] - (1 - dense) == routed == (depth if kind in ("deepseek", "meta") else 0)
     assert first_bad_tensor(Job(run), state, batch) == "the loss"  # all is finite
-
-
-# the command line
 
 
 def test_the_command_line_takes_model_text_and_tokenizer_from_the_other(trunk, tmp_path, capfd):
     """Options that are not given are the other's; its tokenizer is copied. Without the other the command resumes."""
-    cli = unhooked_cli()
-    mine, out, text = tmp_path / "mine", tmp_path / "out", read_run(trunk).data.paths[0]
+    main, mine, out, text = unhooked_cli().main, tmp_path / "mine", tmp_path / "out", read_run(trunk).data.paths[0]
     mine.mkdir()
     tokenizer.train_bpe(["a b c d e f g h i j k l m n o p " * 9], 260, str(mine / "tokenizer.json"))
     data = DataConfig((text,), str(mine / "tokenizer.json"), seq_len=16, batch_size=4, val_fraction=0.3)
     save(mine, make_run(text, model=replace(TRUNK, mtp_depth=0), data=data))
     argv = ["train", "tiny", f"--out={out}", "--trunk", str(mine), "--model.mtp-kind", "medusa", "--steps", "2"]
-    assert cli.main(argv) == 0
-    assert "the trunk is that of step 7" in capfd.readouterr().out
+    assert main(argv) == 0 and "the trunk is that of step 7" in capfd.readouterr().out
     run = read_run(out)
     assert run.model == replace(TRUNK, mtp_depth=1, mtp_kind="medusa") and run.trunk == str(mine)
     assert run.data == replace(data, tokenizer=str(out / "tokenizer.json"))
     shutil.rmtree(mine)
-    assert cli.main(argv) == 0
-    assert "resumed from the checkpoint of step 2" in capfd.readouterr().out
-    assert cli.main(["train", "tiny", "--out", str(tmp_path / "new"), "--trunk", str(mine)]) == 2
-    assert "mine' is neither a run" in capfd.readouterr().err and not (tmp_path / "new").exists()
+    assert main(argv) == 0 and "resumed from the checkpoint of step 2" in capfd.readouterr().out

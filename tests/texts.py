@@ -25,84 +25,10 @@ WORDS = (
 )  # fmt: skip
 CHARACTER = {byte: character for character, byte in byte_by_character().items()}
 
-# As DeepSeek-V3's: system messages are collected first, tokens of the turns are not special, a `</think>` cuts answers.
-V3 = """
-{%- set ns = namespace(system='', tool=false) -%}
-{%- for message in messages if message['role'] == 'system' -%}
-  {%- set ns.system = ns.system + ('' if loop.first else '\\n\\n') + message['content'] -%}
-{%- endfor -%}
-{{- bos_token }}{{ ns.system }}
-{%- for message in messages -%}
-  {%- set ns.tool = message['tool_calls'] is defined -%}
-  {%- if message['role'] == 'user' -%}
-    {{- '<｜User｜>' + message['content'] -}}
-  {%- elif ns.tool -%}
-    {%- for call in message['tool_calls'] -%}
-      {{- '<｜Assistant｜><｜call｜>' + call['function']['name'] + call['function']['arguments'] | tojson -}}
-    {%- endfor -%}
-    {{- eos_token -}}
-  {%- elif message['role'] == 'assistant' -%}
-    {{- '<｜Assistant｜>' + message['content'].split('</think>')[-1] + eos_token -}}
-  {%- elif message['role'] == 'tool' -%}
-    {{- '<｜output｜>' + message['content'] -}}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt and not ns.tool %}{{ '<｜Assistant｜>' }}{% endif -%}
-"""
-# As Kimi-K2's: a default system message, macros, tools as JSON; what the assistant writes is marked.
-KIMI = """
-{%- macro open(role) -%}<|im_{{ role }}|>{{ role }}<|im_middle|>{%- endmacro -%}
-{%- if tools -%}
-<|im_system|>tool_declare<|im_middle|>{{ tools | tojson(separators=(',', ':')) }}<|im_end|>
-{%- endif -%}
-{% for message in messages -%}
-  {%- if loop.first and message['role'] != 'system' -%}
-    {{ open('system') }}You are a small model. It is {{ strftime_now('%Y-%m-%d') }}.<|im_end|>
-  {%- endif -%}
-  {{ open(message['role']) }}
-  {%- if message['role'] == 'assistant' -%}
-    {% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}
-  {%- else -%}
-    {{ message['content'] }}<|im_end|>
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt %}{{ open('assistant') }}{% endif -%}
-"""
-# As GLM-4's: a prefix, content that may be a list, thoughts of earlier turns left out, no token at a turn's end.
-GLM = """[gMASK]<sop>
-{%- macro visible(content) -%}
-  {%- for item in ([{'text': content}] if content is string else content) -%}{{- item.text }}{%- endfor -%}
-{%- endmacro -%}
-{%- set ns = namespace(last_user=-1) %}
-{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last_user = loop.index0 %}{% endif %}{% endfor %}
-{% for m in messages %}
-{%- if m.role == 'assistant' -%}
-<|assistant|>
-{% generation -%}
-{{ '\\n<think>' + ((m.reasoning_content or '') if loop.index0 > ns.last_user else '') + '</think>\\n' }}
-{{- visible(m.content).strip() }}
-{%- endgeneration %}
-{%- else -%}
-<|{{ m.role }}|>
-{{ visible(m.content) }}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt %}<|assistant|>{% endif -%}
-"""
-# As Llama-2's: checks the order itself; with loop controls.
-STRICT = """
-{%- for message in messages -%}
-  {%- if message['content'] == 'skip' %}{% continue %}{% endif -%}
-  {%- if message['content'] == 'stop' %}{% break %}{% endif -%}
-  {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
-    {{- raise_exception('roles must alternate: user, assistant, …') -}}
-  {%- elif message['role'] == 'user' -%}
-    {{- bos_token + '[INST] ' + message['content'] | trim + ' [/INST]' -}}
-  {%- else -%}
-    {{- ' ' + message['content'] | trim + ' ' + eos_token -}}
-  {%- endif -%}
-{%- endfor -%}
-"""
+TEMPLATES = GOLDEN.parent / "templates"
+V3, KIMI, GLM, STRICT = (
+    (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8") for name in ("v3", "kimi", "glm", "strict")
+)
 
 USER, ANSWER = {"role": "user", "content": "hello world"}, {"role": "assistant", "content": "the end"}
 CALL = {"role": "assistant", "content": None,

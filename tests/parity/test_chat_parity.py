@@ -6,7 +6,6 @@ import pytest
 from texts import GOLDEN, PROMPTS, TEXTS, tiktoken_lines, write_text_files
 
 from dsv3_jax.chat.text_settings import read_released
-from dsv3_jax.config import replace
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]  # torch and transformers warn
 
@@ -31,18 +30,6 @@ def test_transformers_reads_what_it_has_saved_as_we_do(name, tmp_path):
     assert [saved.encode(p) for p in PROMPTS] == [tokenizer(p)["input_ids"] for p in PROMPTS]
     assert saved.templates == ours.templates and saved.special_tokens == ours.special_tokens
     assert saved.tokenizer.same_ids(ours.tokenizer)
-
-
-def test_add_bos_token_is_the_switch_of_transformers(tmp_path):
-    """transformers 5 does not read the key beside a tokenizer.json, and does the same when the switch is set."""
-    import transformers
-
-    config = TEXTS["V3"].config | {"add_bos_token": True}
-    folder = write_text_files(tmp_path, replace(TEXTS["V3"], config=config))
-    tokenizer, ours = transformers.AutoTokenizer.from_pretrained(folder), read_released(folder)
-    assert [tokenizer(p)["input_ids"] for p in PROMPTS] == [ours.encode(p, raw=True) for p in PROMPTS]
-    tokenizer.add_bos_token = True
-    assert [tokenizer(p)["input_ids"] for p in PROMPTS] == [ours.encode(p) for p in PROMPTS]
 
 
 def test_a_tiktoken_model_is_transformers_conversion(tmp_path):
