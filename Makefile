@@ -94,7 +94,7 @@ everything: $(VENV)/.installed-all
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.installed-test
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -m "not long and not rare and not parity" $(PYTEST_ARGS)
+	$(PYTEST) -m "not long and not rare and not parity" $(PYTEST_ARGS)
 
 # An older Python with its older JAX must pass these: mathematics, kernels, a training step, decoding.
 CORE := $(addprefix tests/test_,routing.py cross_entropy.py kernels.py \
@@ -103,10 +103,10 @@ CORE := $(addprefix tests/test_,routing.py cross_entropy.py kernels.py \
   generate.py::test_cached_greedy_decoding_equals_the_teacher_forced_forward)
 
 test-core: $(VENV)/.installed-test
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -m "not long and not rare and not parity" $(CORE) $(PYTEST_ARGS)
+	$(PYTEST) -m "not long and not rare and not parity" $(CORE) $(PYTEST_ARGS)
 
 test-long: $(VENV)/.installed-test
-	$(PYTEST) -m "long and not rare and not parity" $(PYTEST_ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) -m "long and not rare and not parity" $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-test
 	$(PYTEST) -m "not parity" $(PYTEST_ARGS)

@@ -3,16 +3,16 @@
 pyproject.toml also makes warnings errors.
 """
 
-import contextlib
 import gc
 import os
 from importlib import metadata
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
-# Compiling takes most of the tests' time, so `make test` sets JAX_DISABLE_MOST_OPTIMIZATIONS. Besides, jaxlib 0.10 has
-# an older generator of fused loops, which compiles in a third of the time.
-if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") and metadata.version("jaxlib").startswith("0.10."):
+# Compiling takes most of the tests' time. `make test-long` sets 0: programs are compiled as users have them.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# jaxlib 0.10 has an older generator of fused loops, which compiles in a third of the time.
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0" and metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
 import jax
@@ -62,22 +62,6 @@ def x64():
         yield
 
 
-@pytest.fixture(scope="module")
-def light_compiles():
-    """Compile without XLA's optimisations, for modules in which compiling takes most of the time."""
-    with _optimisations_left_out(True):
-        yield
-
-
-@pytest.fixture(scope="module")
-def cheap():
-    """`runs.cheap_compiles` for a module: runs that another module trained have the same numbers."""
-    from runs import cheap_compiles
-
-    with cheap_compiles():
-        yield
-
-
 @pytest.fixture(scope="session")
 def root(tmp_path_factory):
     """The folder of this process, see `runs.compiled_programs`."""
@@ -87,14 +71,8 @@ def root(tmp_path_factory):
 @pytest.fixture
 def whole_compiles():
     """Compile with all of XLA's optimisations, for tests that inspect the compiled program."""
-    with _optimisations_left_out(False):
-        yield
-
-
-@contextlib.contextmanager
-def _optimisations_left_out(value: bool):
     before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", value)
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 

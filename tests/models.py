@@ -98,11 +98,7 @@ def tokens_of(cfg: ModelConfig, batch: int, length: int, seed: int = 0) -> jax.A
     return jax.device_put(np.random.default_rng(seed).integers(cfg.vocab_size, size=(batch, length), dtype=np.int32))
 
 
-# Compiles in half the time; the tests of decoding and training run what the compiler makes of it at full effort.
-QUICK = {"xla_backend_optimization_level": 0}
-
-
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def _forward(graphdef, state, tokens, segment_ids, positions):
     return nnx.merge(graphdef, state)(tokens, segment_ids, positions)
 

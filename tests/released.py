@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from models import QUICK
 from safetensors.numpy import save_file
 
 from dsv3_jax import hf
@@ -183,7 +182,7 @@ def tokens(cfg: ModelConfig) -> np.ndarray:
     return (raw % np.uint64(cfg.vocab_size)).astype(np.int32).reshape(BATCH, LENGTH)
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def _outputs(graphdef, state, batch):
     model = nnx.merge(graphdef, state)
     out = model(batch["tokens"])
@@ -196,7 +195,7 @@ def _outputs(graphdef, state, batch):
     )
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def _gradients(graphdef, params, rest, batch):
     return jax.value_and_grad(lambda p: compute_loss(nnx.merge(graphdef, p, rest), batch, MTP_WEIGHT).total)(params)
 

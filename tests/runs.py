@@ -71,20 +71,6 @@ def compiled_programs(root: Path) -> Path:
     return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or shared(root) / "programs")
 
 
-@contextlib.contextmanager
-def cheap_compiles() -> Iterator[None]:
-    """Compile without optimising, and forget programs that were compiled otherwise: they round otherwise."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    if before:
-        yield
-        return
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.clear_caches()
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-    jax.clear_caches()
-
-
 def write_text(folder: Path) -> str:
     """A folder of short documents of two domains, some shorter than a row."""
     rng = np.random.default_rng(5)
@@ -208,7 +194,6 @@ def environment(root: Path) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(jax.device_count()),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(compiled_programs(root)),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

@@ -117,7 +117,7 @@ def pair(scheme, quality):
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("light_compiles", "any_length")
+@pytest.mark.usefixtures("any_length")
 @pytest.mark.parametrize("scheme", ["lookup", "deepseek of 3", "meta"])
 def test_greedy_text_is_that_of_plain_decoding(scheme):
     model, draft = pair(scheme, "partly")
@@ -130,7 +130,7 @@ def test_greedy_text_is_that_of_plain_decoding(scheme):
 
 
 @pytest.mark.rare
-@pytest.mark.usefixtures("light_compiles", "any_length")
+@pytest.mark.usefixtures("any_length")
 @pytest.mark.parametrize("scheme", ["deepseek of 1", "eagle", "model"])
 def test_after_plain_steps_a_perfect_drafter_is_perfect(scheme):
     """It has read all of the text. Each step of n drafts accepts n, but for the last of a row."""
@@ -141,7 +141,7 @@ def test_after_plain_steps_a_perfect_drafter_is_perfect(scheme):
 
 
 @pytest.mark.rare
-@pytest.mark.usefixtures("light_compiles", "any_length")
+@pytest.mark.usefixtures("any_length")
 def test_certain_drafts_leave_a_seeds_text_alone():
     """On a mesh too, with one row a device."""
     model, draft = pair("lookup", "")
@@ -156,7 +156,6 @@ def test_certain_drafts_leave_a_seeds_text_alone():
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("light_compiles")
 def test_the_clock_decides():
     """Without a script: the first parts are plain and of the shortest drafts. A second request starts with the best."""
     model, draft = pair("lookup", "")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from flax import nnx
 from models import small
-from runs import cheap_compiles, finished, said_by
+from runs import finished, said_by
 
 from dsv3_jax.cli import bench
 from dsv3_jax.cli.bench import Cell, Decode
@@ -64,10 +64,8 @@ def test_timings_are_medians_of_the_results_of_generate():
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    root = tmp_path_factory.getbasetemp()
-    with cheap_compiles():
-        yield finished(root)
+def whole(root):
+    return finished(root)
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def all_results(inputs):
     return results
 
 
-def test_bfloat16_is_float64_to_its_rounding(light_compiles):
+def test_bfloat16_is_float64_to_its_rounding():
     """An operand or a result is rounded by 2⁻⁹ of itself; experts and MLA round four or five times in a row."""
     found = all_results(drawn(jnp.bfloat16, np.float32))
     with jax.enable_x64(True):

@@ -22,8 +22,6 @@ from dsv3_jax.model.transformer import abstract
 from dsv3_jax.ops.cached_attention import Stored, cached_attention, cached_attention_in_blocks
 from dsv3_jax.ops.quantize import dequantize_rows, largest, quantize_rows
 
-pytestmark = pytest.mark.usefixtures("light_compiles")
-
 EIGHT_BITS = (jnp.int8, jnp.float8_e4m3fn)
 DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
 quantize = jax.jit(quantize_rows, static_argnums=1)

@@ -28,8 +28,6 @@ from dsv3_jax.hf.files import write_json
 from dsv3_jax.hf.open_model import load_text
 from dsv3_jax.training.run_folder import claim
 
-pytestmark = pytest.mark.usefixtures("cheap")
-
 THEIRS = json.loads(GOLDEN.read_text(encoding="utf-8"))
 
 

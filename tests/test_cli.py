@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from runs import cheap_compiles, environment, finished, flags, rows_of, unhooked_cli
+from runs import environment, finished, flags, rows_of, unhooked_cli
 
 from dsv3_jax.cli import main as cli
 from dsv3_jax.config import Execution
@@ -102,13 +102,6 @@ class Place(NamedTuple):
     words: str
     claimed: str
     made: str
-
-
-@pytest.fixture(scope="module", autouse=True)
-def root(tmp_path_factory):
-    root = tmp_path_factory.getbasetemp()
-    with cheap_compiles():
-        yield root
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from runs import (
     MODEL,
     SPEND_NO_SECONDS,
     assert_bitwise,
-    cheap_compiles,
     dsv3,
     flags,
     fresh_state,
@@ -31,13 +30,6 @@ from dsv3_jax.config import ConfigError, Layout, OptimConfig, RunConfig
 from dsv3_jax.mesh import sharding
 from dsv3_jax.training import loop
 from dsv3_jax.training.checkpoint import Checkpoints
-
-
-@pytest.fixture(scope="module", autouse=True)
-def root(tmp_path_factory):
-    root = tmp_path_factory.getbasetemp()
-    with cheap_compiles():
-        yield root
 
 
 @pytest.fixture(scope="module")

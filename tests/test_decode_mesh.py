@@ -18,7 +18,7 @@ from dsv3_jax.decoding.generate import generate
 from dsv3_jax.mesh import sharding
 from dsv3_jax.training.run_folder import claim
 
-pytestmark = [pytest.mark.long, pytest.mark.usefixtures("light_compiles")]
+pytestmark = pytest.mark.long
 
 # "tensor" divides heads and vocabulary; one expert's matrix is larger than all that a step may send.
 CFG = small(num_layers=2, num_dense_layers=0, num_heads=4, vocab_size=38, expert_dim=32, mtp_depth=1)

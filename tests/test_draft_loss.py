@@ -56,7 +56,7 @@ def test_one_less_tv_is_the_acceptance_of_speculative_sampling(rng):
 
 
 @pytest.mark.long
-def test_heads_are_compared_with_the_trunk_at_the_position_before_their_token(light_compiles):
+def test_heads_are_compared_with_the_trunk_at_the_position_before_their_token():
     """By the logits of the complete model: head k's at i, and the trunk's own at i + k, of one document alone."""
     model = random_model(replace(LIGHT, mtp_depth=2), execution=DENSE)
     tokens = tokens_of(LIGHT, 2, 9)

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import DENSE, HEADS, LIGHT, QUICK, random_model
+from models import DENSE, HEADS, LIGHT, random_model
 
 from dsv3_jax.decoding.drafters import READ, Prompt, Unread, make_drafter
 from dsv3_jax.model.context import from_zero, make_context
 from dsv3_jax.ops.sampling import GREEDY
 
-pytestmark = [pytest.mark.long, pytest.mark.usefixtures("light_compiles")]
+pytestmark = pytest.mark.long
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def full_pass(graphdef, state, tokens):
     """(the trunk's output, what heads read of it, each head's hidden states) of complete rows."""
     model = nnx.merge(graphdef, state)
@@ -25,7 +25,7 @@ def full_pass(graphdef, state, tokens):
     return out.x, model.read_by_heads(out.x), out.mtp_h
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def last_head(graphdef, state, tokens, h):
     """The deepest chained head on given inputs: position i reads entry i of `tokens`."""
     model = nnx.merge(graphdef, state)
@@ -60,16 +60,16 @@ def test_drafts_are_those_of_the_full_text(rng, heads):
     x, h = map(np.asarray, full_pass(*nnx.split(model), jnp.asarray(text))[:2])
     drafter, weights = partial(make_drafter, "mtp"), model.prepare_decode()
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def start(model, tokens, lengths, x):
         return drafter(model, weights).start(Prompt(tokens, lengths, x, 160, kind, jnp.dtype("float32")))
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def draft(model, state, unread):
         keys = jax.random.split(jax.random.key(0), (count, 6))
         return drafter(model, weights).draft(state, unread, keys, GREEDY)
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def read(model, state, unread):
         return drafter(model, weights).read(state, unread)
 

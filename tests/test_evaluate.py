@@ -11,8 +11,6 @@ from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.stats.cache_quality import cache_quality
 from dsv3_jax.training.evaluate import evaluate
 
-pytestmark = pytest.mark.usefixtures("cheap")
-
 # Few tokens, so that drafts are often right; of 0 to 3 bytes, so that bytes and tokens differ in number.
 
 

@@ -17,7 +17,7 @@ from dsv3_jax.kernels.choose import Kernels, Target
 from dsv3_jax.mesh import expert_parallel, sharding, token_exchange
 from dsv3_jax.ops import dispatch
 
-pytestmark = pytest.mark.usefixtures("x64", "light_compiles")
+pytestmark = pytest.mark.usefixtures("x64")
 
 E, K, D, F = 16, 2, 4, 6
 CFG = small(num_experts=E, experts_per_token=K, num_groups=8, groups_per_token=2, dim=D, expert_dim=F)

@@ -20,8 +20,6 @@ from dsv3_jax.training import step as train_step
 from dsv3_jax.training.loss import compute_loss
 from dsv3_jax.training.step import Job, make_step
 
-pytestmark = pytest.mark.usefixtures("cheap")
-
 NO_GROUPS = dict(num_groups=1, groups_per_token=1)
 PLAIN = replace(MODEL, num_layers=1, mtp_depth=0, **NO_GROUPS)
 OPTIM = OptimConfig(learning_rate=1e-2, warmup_steps=2, eps=0.1)

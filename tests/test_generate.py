@@ -20,8 +20,6 @@ from dsv3_jax.model import transformer
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.ops.sampling import Sampling
 
-pytestmark = pytest.mark.usefixtures("light_compiles")
-
 CFG = small()  # one dense layer and two sparse ones
 NEW = 10
 PROMPTS = [[5], [8, 1, 30, 2, 2], [3 * i % 37 for i in range(40)]]  # lengths 1, 5 and 40: over one step of 32

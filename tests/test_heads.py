@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import DENSE, QUICK, forward, parameters, random_model, small, tokens_of
+from models import DENSE, forward, parameters, random_model, small, tokens_of
 
 from dsv3_jax import reference
 from dsv3_jax.config import Execution
@@ -25,8 +25,6 @@ POSITIONS = np.array([[*range(6), *range(5), *range(3)], [*range(14)]], np.int32
 TOKENS = np.asarray(tokens_of(small(), BATCH, LENGTH))
 
 ARRAYS = {"tokens": jnp.asarray(TOKENS), "segment_ids": jnp.asarray(SEGMENTS), "positions": jnp.asarray(POSITIONS)}
-
-pytestmark = pytest.mark.usefixtures("light_compiles")
 
 KINDS = {
     "meta": small(mtp_kind="meta", mtp_depth=2, mtp_input="raw", num_layers=2),
@@ -45,7 +43,7 @@ def model(kind):
     return random_model(KINDS[kind], execution=DENSE if kind == "meta" else None)
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def losses_of(graphdef, state):
     return [loss.compute_loss(nnx.merge(graphdef, state), ARRAYS, 0.3, heads_only=only) for only in (False, True)]
 
@@ -78,9 +76,7 @@ def test_a_new_medusa_head_says_what_the_trunks_own_head_says():
     for k, drafts in enumerate(out.mtp_logits, start=1):
         np.testing.assert_array_equal(drafts, out.logits[:, : LENGTH - k])
     graph, heads, rest = nnx.split(model, lambda path, _: path[0] == "mtp", ...)
-    grads = jax.jit(
-        jax.grad(lambda h: loss.compute_loss(nnx.merge(graph, h, rest), ARRAYS, 0.3).total), compiler_options=QUICK
-    )(heads)
+    grads = jax.jit(jax.grad(lambda h: loss.compute_loss(nnx.merge(graph, h, rest), ARRAYS, 0.3).total))(heads)
     assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(grads))
 
 
@@ -96,8 +92,8 @@ def test_the_regression_moves_the_head_and_not_its_target(rng):
         return loss._token_losses(model, out, ARRAYS, counts, "ce")[2]
 
     h = jnp.asarray(rng.standard_normal((BATCH, LENGTH, 16)), jnp.float32)
-    both = jax.jit(jax.grad(lambda h: feature(h, h)), compiler_options=QUICK)(h)
-    reading = jax.jit(jax.grad(lambda h: feature(h, jax.lax.stop_gradient(h))), compiler_options=QUICK)(h)
+    both = jax.jit(jax.grad(lambda h: feature(h, h)))(h)
+    reading = jax.jit(jax.grad(lambda h: feature(h, jax.lax.stop_gradient(h))))(h)
     np.testing.assert_array_equal(both, reading)
     mask = loss.targets(ARRAYS["tokens"], segment_ids, 2)[1]
     assert (np.abs(both[:, :-2]).max(-1) > 1e-3)[np.asarray(mask)].all()

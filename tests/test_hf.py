@@ -19,8 +19,6 @@ from dsv3_jax import hf
 from dsv3_jax.hf.files import read_header, read_tensor
 from dsv3_jax.mesh.sharding import make_mesh
 
-pytestmark = pytest.mark.usefixtures("light_compiles")
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):

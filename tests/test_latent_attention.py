@@ -14,7 +14,7 @@ from experiments.accel.kernels import gpu_latent_attention as gpu
 from experiments.accel.kernels.packed import Packed
 from experiments.accel.kernels.tpu_latent_attention import latent_attention as tpu_kernel
 
-pytestmark = [pytest.mark.rare, pytest.mark.usefixtures("light_compiles")]
+pytestmark = pytest.mark.rare
 
 # sequences, tokens a step, heads, widths, width of a packed row, slots, rows of a block (TPU) or shares of a sequence's
 # rows (GPU)

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from models import DENSE, LIGHT, random_model, tokens_of
 
 from dsv3_jax.decoding.drafters import Unread, make_drafter
@@ -11,8 +10,6 @@ from dsv3_jax.decoding.generate import generate
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.ops.look_up import LONGEST_MATCH
 from dsv3_jax.ops.sampling import GREEDY
-
-pytestmark = pytest.mark.usefixtures("light_compiles")
 
 
 def drafts_by_hand(text, count):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import QUICK, forward, parameters, random_model, small, tokens_of
+from models import forward, parameters, random_model, small, tokens_of
 from runs import MODEL, assert_bitwise, make_run, new_state, packed_batch, write_text
 
 import dsv3_jax as ds
@@ -26,8 +26,6 @@ from dsv3_jax.training import lora, warm_start
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
 from dsv3_jax.training.run_folder import claim
 from dsv3_jax.training.step import Job, TrainState, abstract_state, make_step
-
-pytestmark = pytest.mark.usefixtures("cheap")
 
 ALL = ("attention", "dense", "shared", "routed")
 RANK, ALPHA = 2, 3.0
@@ -132,7 +130,7 @@ def merged_gradient(state: TrainState) -> dict:
         return reference.losses(ctx, p, batch["tokens"], RUN.optim.mtp_weight, jax.lax.stop_gradient).total
 
     with jax.enable_x64(True):
-        found = jax.jit(jax.grad(total), compiler_options=QUICK)(jax.tree.map(jnp.asarray, params))
+        found = jax.jit(jax.grad(total))(jax.tree.map(jnp.asarray, params))
     return {tuple(k.key for k in path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(found)}
 
 

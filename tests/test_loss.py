@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import DENSE, QUICK, parameters, random_model, small, tokens_of
+from models import DENSE, parameters, random_model, small, tokens_of
 
 from dsv3_jax import reference
 from dsv3_jax.config import Balance, Execution
@@ -16,7 +16,6 @@ from dsv3_jax.kernels.cpu import library
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.training import loss
 
-pytestmark = pytest.mark.usefixtures("light_compiles")
 BATCH, LENGTH, MTP_WEIGHT = 2, 10, 0.3
 SEGMENTS = np.array([[1] * 5 + [2] * 3 + [0] * 2, [1] * 10], np.int32)
 POSITIONS = np.array([[*range(5), *range(3), *range(2)], [*range(10)]], np.int32)
@@ -27,7 +26,7 @@ def batch_of(tokens, segment_ids=SEGMENTS, positions=POSITIONS):
     return {name: jnp.asarray(a, jnp.int32) for name, a in arrays.items()}
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def losses_and_gradients(graphdef, state, batch):
     def total(state):
         out = loss.compute_loss(nnx.merge(graphdef, state), batch, MTP_WEIGHT)
@@ -109,7 +108,7 @@ def test_parts_with_the_whole_batchs_counts_add_up_to_it():
     segments = np.array([[1] * 5 + [2] * 3 + [0] * 2, [1] * 10, [1] * 2 + [0] * 8, [1] * 4 + [2] * 6], np.int32)
     batch = batch_of(tokens_of(LIGHT, 4, LENGTH, seed=3), segments, np.broadcast_to(np.arange(10), (4, 10)))
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(state, batch):
         model, counts = nnx.merge(graphdef, state), loss.target_counts(batch["segment_ids"], 3)
         parts = [
@@ -129,7 +128,7 @@ def test_scores_equal_log_probabilities_and_a_walk_along_the_drafts():
     model = random_model(LIGHT, seed=4, execution=DENSE)  # both depths draft some tokens right and some wrong
     tokens, ctx = np.asarray(tokens_of(LIGHT, BATCH, LENGTH, seed=8)), reference.Context(LIGHT, POSITIONS, SEGMENTS)
     logits, mtp_logits, *_ = reference.transformer(ctx, parameters(model), tokens)
-    got = jax.jit(lambda b: loss.score_tokens(model, b), compiler_options=QUICK)(batch_of(tokens))
+    got = jax.jit(lambda b: loss.score_tokens(model, b))(batch_of(tokens))
     probs = np.take_along_axis(reference.softmax(logits[:, :-1], np), tokens[:, 1:, None], axis=-1)[..., 0]
     np.testing.assert_allclose(got.nll, -np.log(probs), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(got.mask, reference.same_document(ctx, 1))

@@ -18,8 +18,6 @@ from dsv3_jax.mesh import sharding
 from dsv3_jax.training.loss import compute_loss
 from dsv3_jax.training.step import Job, make_step
 
-pytestmark = pytest.mark.usefixtures("cheap")
-
 FP8, MXFP8 = Execution(precision="fp8"), Execution(precision="mxfp8")
 IN_8_BITS = {"product", "swiglu", "expand", "grouped_swiglu", "decode_experts", "capacity_swiglu"}
 

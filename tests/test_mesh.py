@@ -15,8 +15,6 @@ from dsv3_jax.training import loop
 from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.step import Job, make_step, model_of
 
-pytestmark = pytest.mark.usefixtures("cheap")
-
 PLAIN = replace(MODEL, num_layers=1, mtp_depth=0)  # compiles in a third of the time
 B, T = 16, 12
 # eps: AdamW then does not turn the rounding of gradients near 0 into whole steps of either sign

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import DENSE, QUICK, forward, parameters, random_model, small, tokens_of
+from models import DENSE, forward, parameters, random_model, small, tokens_of
 
 import dsv3_jax as ds
 from dsv3_jax import reference
@@ -21,8 +21,6 @@ SEGMENTS = np.array([[1] * 6 + [2] * 5 + [0] * 3, [1] * 14], np.int32)
 POSITIONS = np.array([[*range(6), *range(5), *range(3)], [*range(14)]], np.int32)
 ONES, PLACES = np.ones_like(SEGMENTS), np.broadcast_to(np.arange(LENGTH, dtype=np.int32), SEGMENTS.shape)
 TOKENS = np.asarray(tokens_of(small(), BATCH, LENGTH))
-
-pytestmark = pytest.mark.usefixtures("light_compiles")
 
 YARN = Yarn(factor=8.0, original_max_positions=16, beta_fast=4.0, mscale=1.3, mscale_all_dim=0.7)
 ONE = dict(num_dense_layers=0, num_layers=1, num_groups=1, groups_per_token=1)  # layer, sparse, without groups
@@ -207,7 +205,7 @@ def test_rows_of_other_lengths_are_refused(length, words):
 
 def test_new_parameters_are_drawn_as_the_configuration_and_the_seed_say():
     cfg = small(num_layers=2, num_dense_layers=0, num_shared_experts=0, dim=32, init_std=0.02)
-    make = jax.jit(lambda key: nnx.state(Transformer(cfg, rngs=nnx.Rngs(key))), compiler_options=QUICK)
+    make = jax.jit(lambda key: nnx.state(Transformer(cfg, rngs=nnx.Rngs(key))))
     state, other = make(jax.random.key(1)), make(jax.random.key(2))
     assert (np.asarray(state["embed"][...]) != np.asarray(other["embed"][...])).all()
     starts = []

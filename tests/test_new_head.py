@@ -18,7 +18,7 @@ from dsv3_jax.model.layers import param
 from dsv3_jax.model.mtp import HEADS, Head
 from dsv3_jax.training.step import Job, make_step
 
-pytestmark = [pytest.mark.usefixtures("light_compiles", "registered"), pytest.mark.long]
+pytestmark = [pytest.mark.usefixtures("registered"), pytest.mark.long]
 BATCH, LENGTH = 4, 16
 SEGMENTS = np.array([[1] * 9 + [2] * 7, [1] * 16, [1] * 12 + [0] * 4, [1] * 16], np.int32)
 POSITIONS = np.array([[*range(9), *range(7)], [*range(16)], [*range(12), *range(4)], [*range(16)]], np.int32)

@@ -21,8 +21,6 @@ from dsv3_jax.train import open_start
 from dsv3_jax.training import warm_start
 from dsv3_jax.training.step import Job
 
-pytestmark = pytest.mark.usefixtures("light_compiles")
-
 CFG = small(num_layers=2, vocab_size=260, mtp_depth=1)
 
 

@@ -26,8 +26,6 @@ from dsv3_jax.training import optim
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
 from dsv3_jax.training.step import Job, make_step
 
-pytestmark = pytest.mark.usefixtures("cheap")
-
 STEPS = 100
 TRUE, FALSE = np.True_, np.False_
 

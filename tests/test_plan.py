@@ -7,7 +7,7 @@ import jax
 import pytest
 from flax import nnx
 from jax.experimental import topologies
-from runs import MODEL, cheap_compiles, fresh_state, make_run
+from runs import MODEL, fresh_state, make_run
 
 from dsv3_jax.config import ConfigError, Execution, Layout
 from dsv3_jax.mesh import sharding
@@ -24,13 +24,6 @@ PLAIN = replace(MODEL, num_layers=1, mtp_depth=0)
 BFLOAT16 = Execution(compute_dtype="bfloat16")
 RUN = make_run("nowhere", model=PLAIN, execution=BFLOAT16)
 RUN = replace(RUN, data=replace(RUN.data, batch_size=8, seq_len=12))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap(tmp_path_factory):
-    assert jax.device_count() == 8  # commands cannot change the devices any more
-    with cheap_compiles():
-        yield
 
 
 def on_first_device(state, *mesh: int, fsdp: bool = False) -> dict[str, int]:

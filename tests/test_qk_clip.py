@@ -21,8 +21,6 @@ from dsv3_jax.ops import attention
 from dsv3_jax.training import qk_clip
 from dsv3_jax.training.step import Job, make_step
 
-pytestmark = pytest.mark.usefixtures("cheap")
-
 B, T = 4, 12
 # Almost no step of the optimizer, so that what moves is the clip
 OPTIM = OptimConfig(learning_rate=1e-20, final_learning_rate=0.0, warmup_steps=0, weight_decay=0.0, qk_clip=1e9)

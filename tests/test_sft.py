@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from models import DENSE, LIGHT, QUICK, parameters, random_model
-from runs import MODEL, cheap_compiles, rows_of, said_by, unhooked_cli
+from models import DENSE, LIGHT, parameters, random_model
+from runs import MODEL, rows_of, said_by, unhooked_cli
 
 from dsv3_jax import hf, reference
 from dsv3_jax.chat.examples import encode, load_examples
@@ -77,7 +77,7 @@ def test_what_is_too_long_or_has_no_answer_is_counted(tmp_path):
         load_examples(replace(cfg, seq_len=4), PLAIN)
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def masked_losses(graphdef, state, batch):
     out = compute_loss(nnx.merge(graphdef, state), batch, 0.3)
     return out.main, out.mtp, target_counts(batch["segment_ids"], 2, batch["loss_mask"])
@@ -122,12 +122,11 @@ def base(tmp_path_factory):
 def tuned(base, tmp_path_factory):
     start, file = base
     out = tmp_path_factory.mktemp("tuned") / "run"
-    with cheap_compiles():
-        argv = ["train", "sft", "--start", start, "--out", out, "--data.paths", file, "--data.chat-template", "plain"]
-        argv += ["--data.seq-len", 48, "--data.batch-size", 2, "--optim.learning-rate", "3e-2", "--epochs", 6]
-        argv = [*map(str, argv), "--optim.warmup-steps", "1", "--execution.kernels", "grouped_swiglu=dense"]
-        code, said = said_by(unhooked_cli().main, argv)
-        assert code == 0, said
+    argv = ["train", "sft", "--start", start, "--out", out, "--data.paths", file, "--data.chat-template", "plain"]
+    argv += ["--data.seq-len", 48, "--data.batch-size", 2, "--optim.learning-rate", "3e-2", "--epochs", 6]
+    argv = [*map(str, argv), "--optim.warmup-steps", "1", "--execution.kernels", "grouped_swiglu=dense"]
+    code, said = said_by(unhooked_cli().main, argv)
+    assert code == 0, said
     return out, said, argv
 
 

@@ -18,7 +18,7 @@ from dsv3_jax.decoding.decode_config import DecodeConfig
 from dsv3_jax.decoding.generate import generate, generate_in_parts
 from dsv3_jax.model.transformer import abstract
 
-pytestmark = [pytest.mark.long, pytest.mark.usefixtures("light_compiles")]
+pytestmark = pytest.mark.long
 
 NEW = 14  # 13 after the first: runs of 2 to 9 tokens do not divide it, so right drafts are cut at the end
 LENGTHS = (1, 2, 3, 5, 9, 1, 21, 4)

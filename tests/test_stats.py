@@ -16,7 +16,6 @@ from dsv3_jax.stats import RoutingStats, collect, decisions, favourites, lift, m
 from dsv3_jax.stats.routing_stats import layer_names
 from dsv3_jax.stats.token_rows import AFTER, BEFORE, TOP, TokenCounts
 
-pytestmark = pytest.mark.usefixtures("cheap")
 TOKENIZER = ByteTokenizer()
 B, T, E, K = 3, 20, MODEL.num_experts, MODEL.experts_per_token
 DOMAINS = ("even", "odd")

@@ -16,7 +16,6 @@ from dsv3_jax.stats import agreement, flow, information, knockouts, match_expert
 from dsv3_jax.stats.bits import WIDE
 from dsv3_jax.stats.token_rows import TokenRows, rows_of, write_parquet
 
-pytestmark = pytest.mark.usefixtures("cheap")
 E, K, N = 6, 2, 400
 
 

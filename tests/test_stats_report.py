@@ -21,7 +21,6 @@ from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.evaluate import evaluate
 from dsv3_jax.training.run_folder import claim
 
-pytestmark = pytest.mark.usefixtures("cheap")
 TOKENIZER, DATA = ByteTokenizer(), DataConfig(seq_len=16, batch_size=4, val_fraction=0.1)
 TEXT = "def f(x): return x, a sentence"
 
@@ -92,7 +91,7 @@ def test_rows_of_wrong_types_are_no_rows(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run(root, cheap):
+def run(root):
     return finished(root)
 
 

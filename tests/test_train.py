@@ -22,8 +22,6 @@ from dsv3_jax.training.checkpoint import Checkpoints, load_run
 from dsv3_jax.training.prepare import Callback
 from dsv3_jax.training.run_folder import RUN_FILE, TOKENIZER_FILE, claim, read_run
 
-pytestmark = pytest.mark.usefixtures("cheap")
-
 PNG = b"\x89PNG\r\n\x1a\n"
 BEGUN = 5  # steps taken in the folders that are begun
 

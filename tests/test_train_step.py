@@ -14,8 +14,6 @@ from dsv3_jax.ops import balance
 from dsv3_jax.training import step as train_step
 from dsv3_jax.training.step import Job, first_bad_tensor, init_state, make_step
 
-pytestmark = pytest.mark.usefixtures("cheap")
-
 B, T = 4, 16
 # eps: AdamW then does not turn the rounding of gradients near 0 into whole steps of either sign
 RUN = make_run("nowhere", optim=OptimConfig(learning_rate=1e-2, warmup_steps=2, eps=0.1, bias_freeze=0.5))

@@ -20,7 +20,7 @@ from dsv3_jax.training.run_folder import claim, read_run
 from dsv3_jax.training.step import Job, first_bad_tensor, make_step
 from dsv3_jax.training.warm_start import on_trunk, on_weights
 
-pytestmark = [pytest.mark.long, pytest.mark.usefixtures("cheap")]
+pytestmark = pytest.mark.long
 
 TRUNK = replace(MODEL, num_layers=1, num_dense_layers=1)  # compiles fastest
 LONGER = {"yarn": Yarn(factor=4.0, original_max_positions=16), "balance": Balance(bias_rate=3e-3)}

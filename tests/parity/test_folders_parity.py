@@ -9,7 +9,6 @@ from dsv3_jax.hf.files import read_json
 pytestmark = [
     pytest.mark.parity,
     pytest.mark.filterwarnings("default"),  # torch and transformers warn
-    pytest.mark.usefixtures("light_compiles"),
 ]
 
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}

@@ -12,7 +12,6 @@ from dsv3_jax.hf.files import read_json
 pytestmark = [
     pytest.mark.parity,
     pytest.mark.filterwarnings("default"),  # torch and transformers warn
-    pytest.mark.usefixtures("light_compiles"),
 ]
 
 # Relative to the logits' standard deviation and to a gradient's root mean square.
