@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -111,14 +112,18 @@ def _open_locked(path: Path) -> int:
         check_regular(path)
     # O_NOFOLLOW and O_NONBLOCK: a link is refused, and a pipe that takes the name meanwhile does not block.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        other = _describe(descriptor) or "another process"
-        os.close(descriptor)
-        raise FolderInUse(f"out={str(path.parent)!r} is in use by {other}; wait for it, or stop it") from None
-    except OSError:  # not supported here
-        pass
+    for last in (False, False, True):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:  # a writer; or for a moment a reader, in `holder`
+            if last:
+                other = _describe(descriptor) or "another process"
+                os.close(descriptor)
+                raise FolderInUse(f"out={str(path.parent)!r} is in use by {other}; wait for it, or stop it") from None
+            time.sleep(0.05)
+        except OSError:  # not supported here
+            break
     return descriptor
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from runs import unhooked_cli
+from runs import unhooked, unhooked_cli
 from texts import USER
 
 from dsv3_jax import files
@@ -273,3 +273,11 @@ def test_closed_streams(monkeypatch, capsys):
         patch.setattr(sys, "stdout", Gone())
         assert main(["info", "tiny"]) == 141
     assert capsys.readouterr().err == ""
+
+
+def test_an_earlier_checkpoint_that_cannot_be_read_is_named(tmp_path, capsys):
+    """It is no part of the choices that earlier checkpoints made already, which `dsv3 stats` draws."""
+    (tmp_path / "checkpoints/2").mkdir(parents=True)
+    (tmp_path / "run.json").write_text("{}")
+    assert unhooked("dsv3_jax.stats.others").saturation(tmp_path, 3, None, []) is None
+    assert capsys.readouterr().err.startswith("step 2 is left out of the run's earlier choices: ")

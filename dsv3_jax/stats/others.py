@@ -1,5 +1,6 @@
 """Other checkpoints on the same text: earlier ones of the run, and one of another run."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,8 @@ def saturation(
     for one in earlier:
         try:
             model, *_ = load_run(folder, step=one, kernels=kernels)
-        except ValueError:  # a damaged checkpoint, or one of another configuration: the others remain
+        except ValueError as error:  # a damaged checkpoint, or one of another configuration: the others remain
+            print(f"step {one} is left out of the run's earlier choices: {error}", file=sys.stderr)
             continue
         found = read_rows(model, read)
         assert found is not None
