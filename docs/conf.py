@@ -57,7 +57,7 @@ SECTIONS = ("Args:", "Returns:", "Raises:", "Example:", "Yields:", "Source:", "D
 
 
 def _as_text(lines: list[str]) -> list[str]:
-    """A docstring as reStructuredText. What is indented outside of sections, equations and tables, is kept as it is."""
+    """A docstring as reStructuredText. Equations and tables, which are indented outside of sections, are kept."""
     out: list[str] = []
     state = ""  # where indented lines belong
     example = False

@@ -134,7 +134,7 @@ def answers(place) -> dict[str, tuple[int, str, str]]:
     for name, line in ({line: line for line in (*OPTIONS, *BAD)} | GOOD).items():
         words, out, err = [word.format(**place._asdict()) for word in line.split()], io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
-            if words[:1] == ["CUDA"]:  # the default device is said to be one
+            if words[:1] == ["CUDA"]:  # the default device pretends to be one
                 patch.setattr(choose, "platform_of", lambda mesh=None: "cuda")
                 words = words[1:]
             found[name] = main(words), out.getvalue(), err.getvalue()

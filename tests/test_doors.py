@@ -1,4 +1,4 @@
-"""What others wrote is refused with one sentence, soon and in little memory: templates, lines, files, manifests."""
+"""Templates, lines, files and manifests of others are refused with one sentence, soon and in little memory."""
 
 import io
 import os
@@ -136,7 +136,7 @@ def test_a_line_of_200_megabytes_is_refused_before_it_takes_memory(tmp_path, rea
 
 
 def json_doors(folder: Path):
-    """Where users' JSON comes in: what reads it, the file, and its text around a value."""
+    """Readers of users' JSON: the function, the file, and its text around a value."""
     yield READ["documents"], folder / "a.jsonl", '{"text": %s}'
     yield READ["chats"], folder / "b.jsonl", '{"messages": [], "tools": %s}'
     yield lambda path: read_run(folder), folder / "run.json", '{"format": 2, "run": %s}'

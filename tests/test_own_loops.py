@@ -1,4 +1,4 @@
-"""What programs of one's own build on: routers and rules by name, the bias in a loop, layers in a mesh."""
+"""Routers and rules by name, the bias in a loop of one's own, layers in a mesh of one's own."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def test_a_loop_of_ones_own_moves_every_bias_as_the_reference():
     model = random_model(cfg, execution=DENSE)
     before = jax.tree.leaves(jax.tree.map(np.asarray, nnx.state(model, RouterBias)))
     out = jax.jit(model)(jnp.arange(16, dtype=jnp.int32).reshape(2, 8))
-    with pytest.raises(ValueError, match="routings are not those of"):
+    with pytest.raises(ValueError, match="routings do not belong to"):
         ds.balance.update(model, out.routing)
     ds.balance.update(model, out.routing, *out.mtp_routing)
     moved = jax.tree.leaves(jax.tree.map(np.asarray, nnx.state(model, RouterBias)))

@@ -95,7 +95,7 @@ def test_hash_router(rng):
     none = np.zeros(16, np.float32)
     got = route(logits, none, config(router="hash"), tokens=tokens.astype(np.int32))
     assert_same_choice(got, ids, 2.5 * s / s.sum(axis=1, keepdims=True), 16)
-    # Of 90 tokens with 4 of 16 experts each, an expert has 22 with a standard deviation of 4.
+    # An expert has 22 of 90 tokens with 4 of 16 experts each, with a standard deviation of 4.
     assert np.abs(np.bincount(ids.ravel(), minlength=16) - 22).max() < 5 * 4
 
 

@@ -201,7 +201,7 @@ def test_errors_name_the_value(tmp_path):
 
 
 def test_a_copy_keeps_the_end_of_a_document(tmp_path):
-    """What a file beside the tokenizer says of the tokenizer is copied with it, and nothing else."""
+    """A copy has what a file beside the tokenizer says of the tokenizer, and nothing else."""
     source = tmp_path / "source"
     source.mkdir()
     inner_of("<eos>", "<x>").save(str(source / "tokenizer.json"))

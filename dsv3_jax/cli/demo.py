@@ -28,7 +28,7 @@ class Demo:
 def demo_run(tokenizer_path: Path, short: bool) -> RunConfig:
     """The demo's run; `short` takes a small part of the text and a few steps.
 
-    A small vocabulary of its own in place of bytes: three times the text for the same minutes.
+    A small vocabulary in place of bytes: three times the text for the same minutes.
     """
     run = recipe("tiny")
     run = replace(

@@ -42,7 +42,7 @@ def draft_lengths(draft: Any, cfg: ModelConfig) -> tuple[int, ...]:
 
 
 class LengthChoice:
-    """What parts of each length have shown, and the choice of the next.
+    """Steps and accepted drafts of each length so far, and the choice of the next length.
 
     Example:
         >>> choice = LengthChoice((0, 1, 2))

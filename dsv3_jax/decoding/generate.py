@@ -48,7 +48,7 @@ STATIC = {"static": True}
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Job:
-    """What the compiled programs of a request read, and the settings that they depend on."""
+    """The arrays and the settings that the compiled programs of a request read."""
 
     models: tuple[tuple[Transformer, DecodeWeights | None], ...]  # the model, and one that drafts
     stops: Any  # int32 [n]

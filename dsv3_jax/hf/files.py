@@ -48,7 +48,7 @@ class StoredTensor(NamedTuple):
 def file_inside(folder: Path, name: object, *, under: str = "") -> Path:
     """Return the path of a file directly in a folder, or in its folder `under`.
 
-    A hub snapshot holds links to `blobs/` of its own repository; they are followed.
+    A hub snapshot holds links to `blobs/` in the same repository; they are followed.
 
     Raises: ValueError when the name contains a path, or is a link that leads elsewhere out of the folder.
 

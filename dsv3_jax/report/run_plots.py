@@ -40,7 +40,7 @@ PANELS = (
 OF_EVALUATIONS = {"val_loss", "val_bits_per_byte", "max_vio_global", "mtp_acceptance"}  # few, so they have a marker
 # A panel with one of these starts at 0.
 FROM_ZERO = {"max_vio", "lr", "grad_norm", "tokens_per_s", "mtp_acceptance", "tokens_sent"}
-# Not drawn. Any other number in a row, such as a new metric of layers, has a panel of its own.
+# Not drawn. Any other number in a row, such as a new metric of layers, has its own panel.
 NOT_DRAWN = {
     "step", "feature_loss", "balance_loss", "accuracy", "dropped", "wire_bytes", "load_entropy", "load_gini",
     "load_min", "load_max", "mfu",

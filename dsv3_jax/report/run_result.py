@@ -1,4 +1,4 @@
-"""What a finished run is compared with and shown by: an order-2 model of the same text, and two pictures."""
+"""An order-2 model of the same text to compare a finished run with, and the run's two pictures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a part yields, and how it times a call and each implementation of an op.
+"""The results of a part, and how it times a call and each implementation of an op.
 
 A part is a generator: it yields a line on what it does next, or a `Figure`. Rates count useful work alone: an
 implementation that computes every expert for every token gets no credit for it.

@@ -22,7 +22,7 @@ from tests.campaign import grammar
 from tests.campaign.commands import COMMANDS, LIMIT_S, TRAINING, Answer, Command, Server, Trial, make_home, result
 
 ERRORS = re.compile(r"Traceback \(most recent|Exception ignored|Fatal Python error|terminate called")
-# What a terminal obeys; colours, the cursor's place in a line and the erasing of a line are the program's own.
+# Codes that a terminal obeys; colours, the cursor's place in a line and the erasing of a line are the program's own.
 ESCAPES = re.compile("\x1b(?!\\[[0-9;?]*[AKhlm])|[\x00-\x07\x0e-\x1a\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 WITH_CHECKSUMS = {"checkpoints", "shards", "half"}  # no change there may be read as something else
 TERMINALS = ({}, {}, {}, {"out": "terminal"}, {"err": "terminal"})
@@ -30,7 +30,7 @@ MAY_LEAVE = ("train", "data")  # commands that go on where they were stopped
 
 
 class Usual(NamedTuple):
-    """What a command does when nothing disturbs it."""
+    """The usual result of a command, which nothing disturbs."""
 
     answer: Answer
     seconds: float
