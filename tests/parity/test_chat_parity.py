@@ -41,7 +41,7 @@ def test_a_tiktoken_model_is_transformers_conversion(tmp_path):
     (folder / "tokenizer.json").unlink()
     (folder / "tiktoken.model").write_bytes(tiktoken_lines())
     base = len(tiktoken_lines().splitlines())
-    names = [name for name, _ in TEXTS["Kimi"].added]
+    names = TEXTS["Kimi"].specials.split()
     added = {str(base + i): {"content": name, "special": True} for i, name in enumerate(names)}
     config = TEXTS["Kimi"].config | {"added_tokens_decoder": added}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
