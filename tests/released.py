@@ -93,34 +93,28 @@ def dequantized(numbers: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return numbers.astype(np.float32) * expanded[: numbers.shape[0], : numbers.shape[1]]
 
 
+_SHIFTS = np.arange(0, 32, 4, dtype=np.uint32)  # of the eight numbers of a word
+
+
 def packed_int4(weight: np.ndarray) -> dict[str, np.ndarray]:
-    """Quantize a weight to 4 bits in groups of a row, by suffix of the tensor's name: slow, number by number."""
+    """Quantize a weight to 4 bits in groups of a row, by suffix of the tensor's name."""
     rows, columns = weight.shape
     grouped = weight.reshape(rows, -1, _INT4_GROUP)
     scales = (np.abs(grouped).max(-1) / 7).astype(ml_dtypes.bfloat16)
-    numbers = np.clip(np.rint(grouped / scales.astype(np.float32)[..., None]), -8, 7).reshape(rows, columns)
-    packed = np.zeros((rows, -(-columns // 8)), np.uint32)
-    for i, j in np.ndindex(rows, columns):
-        packed[i, j // 8] |= np.uint32(int(numbers[i, j]) + 8) << np.uint32(4 * (j % 8))
-    shape = np.array(weight.shape, np.int32)
-    return {"_packed": packed.view(np.int32), "_scale": scales, "_shape": shape}
-
-
-def dequantized_int4(parts: dict[str, np.ndarray]) -> np.ndarray:
-    """Dequantize a weight of 4 bits, number by number."""
-    scales = parts["_scale"].astype(np.float32)
-    out = np.zeros(parts["_shape"], np.float32)
-    for i, j in np.ndindex(*out.shape):
-        number = (int(parts["_packed"].view(np.uint32)[i, j // 8]) >> (4 * (j % 8)) & 15) - 8
-        out[i, j] = number * scales[i, j // _INT4_GROUP]
-    return out
+    numbers = np.clip(np.rint(grouped / scales.astype(np.float32)[..., None]), -8, 7).reshape(rows, columns) + 8
+    words = np.pad(numbers.astype(np.uint32), ((0, 0), (0, -columns % 8))).reshape(rows, -1, 8)
+    packed = np.bitwise_or.reduce(words << _SHIFTS, axis=-1)
+    return {"_packed": packed.view(np.int32), "_scale": scales, "_shape": np.array(weight.shape, np.int32)}
 
 
 def without_int4(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Replace weights of 4 bits by float32."""
     plain = {k: v for k, v in arrays.items() if not k.endswith(("_packed", "_scale", "_shape"))}
     for name in (k.removesuffix("_packed") for k in arrays if k.endswith("_packed")):
-        plain[name] = dequantized_int4({s: arrays[name + s] for s in ("_packed", "_scale", "_shape")})
+        packed, scales = arrays[name + "_packed"].view(np.uint32), arrays[name + "_scale"].astype(np.float32)
+        rows, columns = arrays[name + "_shape"]
+        numbers = (packed[..., None] >> _SHIFTS & 15).astype(np.float32).reshape(rows, -1)[:, :columns] - 8
+        plain[name] = numbers * np.repeat(scales, _INT4_GROUP, axis=1)
     return plain
 
 

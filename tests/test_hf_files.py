@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import random_model, small
-from released import INT4
 from runs import assert_bitwise, unhooked_cli
 from safetensors.numpy import save_file
 
@@ -24,8 +23,7 @@ from dsv3_jax.training.checkpoint import load_run
 
 CFG = small(num_layers=2, num_experts=4, num_groups=2, groups_per_token=2, vocab_size=260, mtp_depth=1)
 SHARD = "model-00002-of-00003.safetensors"
-LAYER = "model.layers.1."
-O_PROJ, UP = LAYER + "self_attn.o_proj.weight", LAYER + "mlp.experts.2.up_proj.weight"
+O_PROJ, UP = (f"model.layers.1.{name}.weight" for name in ("self_attn.o_proj", "mlp.experts.2.up_proj"))
 
 
 def state_of(model):
@@ -51,13 +49,6 @@ def folder(good, tmp_path):
     return Path(shutil.copytree(good, tmp_path / "folder"))
 
 
-def edit_json(name, **changes):
-    def damage(folder: Path):
-        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
-
-    return damage
-
-
 def edit_tensors(change):
     """Change the tensors and write all of them into one file."""
 
@@ -71,24 +62,12 @@ def edit_tensors(change):
     return damage
 
 
-def set_to(name, value):
-    return lambda values: values.__setitem__(name, value)
+def put(**arrays):
+    return edit_tensors(lambda old: old.update(arrays))
 
 
 def poison(arrays):
     arrays[UP].reshape(-1)[3] = np.nan
-
-
-def rename(arrays):
-    for name in [name for name in arrays if name.startswith(LAYER + "mlp.experts")]:
-        arrays[name + ".more"] = arrays.pop(name)
-
-
-def pack(folder):
-    """Replace a weight by one of 4 bits, of another shape."""
-    edit_json(files.CONFIG, quantization_config=INT4)(folder)
-    parts = {UP + "_packed": np.zeros((2, 1), np.int32), UP + "_scale": np.ones((3, 3), np.float32)}
-    edit_tensors(lambda arrays: arrays.pop(UP) is None or arrays.update(parts))(folder)
 
 
 def link_out(folder):
@@ -99,22 +78,19 @@ def link_out(folder):
 # name → (damage to the folder, parts of the error)
 BAD = {
     "no config": (lambda f: (f / "config.json").unlink(), ["has no config.json"]),
-    "scoring": (edit_json(files.CONFIG, scoring_func="x"), ["config.json: scoring_func='x'"]),
     "no shard": (lambda f: (f / SHARD).unlink(), ["has no " + SHARD]),
-    "a path": (edit_json(files.INDEX, weight_map={UP: "../x"}), ["file '../x'"]),
+    "a path": (lambda f: (f / files.INDEX).write_text(json.dumps({"weight_map": {UP: "../x"}})), ["file '../x'"]),
     "link out of the folder": (link_out, [SHARD + " is a link out of its folder"]),
     "truncated": (lambda f: os.truncate(f / SHARD, 9000), [SHARD, "is damaged"]),
     "missing": (edit_tensors(lambda arrays: arrays.pop(UP)), [UP + " is missing", "1 tensors"]),
-    "misshapen": (edit_tensors(set_to(UP, np.zeros((2, 3), np.float32))), [UP + " in model", "[2, 3]"]),
+    "misshapen": (put(**{UP: np.zeros((2, 3), np.float32)}), [UP + " in model", "[2, 3]"]),
     "FP8 without a scale": (
         edit_tensors(lambda arrays: arrays.update({O_PROJ: arrays[O_PROJ].astype(ml_dtypes.float8_e4m3fn)})),
         [O_PROJ + "_scale_inv is missing"],
     ),
-    "many": (edit_tensors(rename), ["24 tensors: ", "and 4 more"]),
-    "4 bits of another shape": (pack, [UP + "_packed in", "int32", UP + "_scale in"]),
     "NaN": (edit_tensors(poison), ["model.safetensors holds 1 NaN or Inf in " + UP]),
     "another embedding in the MTP layer": (
-        edit_tensors(set_to("model.layers.2.embed_tokens.weight", np.ones((260, 16), np.float32))),
+        put(**{"model.layers.2.embed_tokens.weight": np.ones((260, 16), np.float32)}),
         ["model.layers.2.embed_tokens.weight that differs from model.embed_tokens.weight"],
     ),
 }  # fmt: skip
@@ -145,24 +121,19 @@ def test_allow_nonfinite_accepts_nan(folder):
     out = folder.parent / "out"
     loaded = hf.load(folder, allow_nonfinite=True)
     assert np.isnan(np.asarray(loaded.sparse.moe.experts.w_up[...])).sum() == 1
-    for options, sentence in (({}, f"{UP} holds NaN or Inf"), (dict(fp8=True, allow_nonfinite=True), "FP8 cannot")):
-        with pytest.raises(ValueError, match=sentence):
-            hf.save(loaded, out, **options)
+    with pytest.raises(ValueError, match=f"{UP} holds NaN or Inf"):
+        hf.save(loaded, out)
     assert list(folder.parent.iterdir()) == [folder]
     hf.save(loaded, out, allow_nonfinite=True)
 
 
 def test_saving_needs_a_new_folder_and_room(model, tmp_path, monkeypatch):
     (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "notes").touch()
-    for out, free, sentence in (
-        ("taken", 1 << 40, "taken exists"),
-        ("absent/out", 1 << 40, "absent is not a folder, so out cannot be created"),
-        ("more", 1 << 20, f"{tmp_path} has no room for 0 MB: 1 MB are free"),
-    ):
-        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
-        with pytest.raises(ValueError, match=sentence):
-            hf.save(model, tmp_path / out)
+    with pytest.raises(ValueError, match="taken exists"):
+        hf.save(model, tmp_path / "taken")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+    with pytest.raises(ValueError, match=f"{tmp_path} has no room for 0 MB: 1 MB are free"):
+        hf.save(model, tmp_path / "more")
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
 
 
@@ -184,12 +155,10 @@ def test_convert_there_and_back(good, model, tmp_path, capsys):
 
 def test_convert_between_dtypes(good, tmp_path):
     """float32 → FP8 → float32; FP8 → FP8 writes the same bytes."""
-    (good / "tokenizer_config.json").write_text("{}")
     hf.convert(good, tmp_path / "fp8", dtype="fp8")
     hf.convert(tmp_path / "fp8", tmp_path / "float32", dtype="float32")
     hf.convert(tmp_path / "fp8", tmp_path / "again", dtype="fp8")
     assert "quantization_config" not in json.loads((tmp_path / "float32" / "config.json").read_text())
-    assert (tmp_path / "float32" / "tokenizer_config.json").read_text() == "{}"
     assert_bitwise(*(state_of(hf.load(tmp_path / name)) for name in ("fp8", "float32")))
     contents = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("fp8", "again"))
     assert next(contents) == next(contents)
@@ -237,9 +206,8 @@ def test_a_hub_cache_is_read_by_path_and_by_id(cached, good):
     assert_bitwise(*(state_of(hf.load(place)) for place in ("deep/small", good)))
     for place in (cached, cached / "snapshots" / COMMIT, "deep/small", "deep/small@main"):
         assert load_text(place).templates == {"rag": "{{ 'other' }}"}
-    for place, how in (("deep/large", "deep/large"), ("deep/small@v2", "deep/small --revision v2")):
-        with pytest.raises(ValueError, match=f"model='{place}' is no folder, and the hub's .* hf download {how}$"):
-            hf.load(place)
+    with pytest.raises(ValueError, match="'deep/small@v2' is no folder, .* hf download deep/small --revision v2$"):
+        hf.load("deep/small@v2")
     template = cached / "snapshots" / COMMIT / "additional_chat_templates" / "rag.jinja"
     template.unlink()
     template.symlink_to(cached.parents[1])

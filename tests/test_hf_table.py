@@ -5,18 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from flax import nnx
 from models import small
-from released import GOLDEN, GRID, INT4, dequantized, quantized
+from released import GOLDEN, INT4, dequantized, quantized
 
 import dsv3_jax as ds
 from dsv3_jax import hf
 from dsv3_jax.config import ConfigError, Yarn
 from dsv3_jax.hf.config_json import config_to_dict
 from dsv3_jax.hf.fp8 import dequantize, quantize
-from dsv3_jax.hf.table import entries
-from dsv3_jax.model.moe import RouterBias
-from dsv3_jax.model.transformer import abstract
 
 # config.json of the models as released, without names of classes and generation settings, copied by hand.
 CONFIGS = json.loads((GOLDEN / "configs.json").read_text())
@@ -39,32 +35,15 @@ def test_the_released_list_of_tensors():
     assert len(table) == 91_991 and not any(name.startswith("model.layers.62.") for name in table)
     expected = {
         "model.embed_tokens.weight": ((129280, 7168), "bfloat16"),
-        "lm_head.weight": ((129280, 7168), "bfloat16"),
         "model.layers.0.mlp.down_proj.weight": ((7168, 18432), "float8_e4m3fn"),
         "model.layers.0.mlp.down_proj.weight_scale_inv": ((56, 144), "float32"),
-        "model.layers.3.mlp.gate.weight": ((256, 7168), "bfloat16"),
         "model.layers.3.mlp.gate.e_score_correction_bias": ((256,), "float32"),
         "model.layers.60.self_attn.kv_a_proj_with_mqa.weight": ((576, 7168), "float8_e4m3fn"),
         "model.layers.60.self_attn.kv_b_proj.weight_scale_inv": ((256, 4), "float32"),
         "model.layers.61.eh_proj.weight": ((7168, 14336), "bfloat16"),
-        "model.layers.61.enorm.weight": ((7168,), "bfloat16"),
         "model.layers.61.shared_head.head.weight": ((129280, 7168), "bfloat16"),
     }
     assert expected.items() <= table.items() and "model.layers.61.eh_proj.weight_scale_inv" not in table
-
-
-@pytest.mark.parametrize("name", ["groups", "no query compression", "tied embeddings", "V2-Lite, greedy", "Youtu"])
-def test_the_table_fills_every_parameter_once(name):
-    cfg = GRID[name].cfg
-    counts = {}
-    for path, v in nnx.to_flat_state(nnx.state(abstract(cfg))):
-        counts[path] = np.full(v.shape, 1 if isinstance(v, RouterBias) and cfg.router == "softmax" else 0)
-    for entry in entries(cfg):
-        if not entry.copy_of:
-            parts = entry.split(np.ones(entry.shape, np.int64))
-            for param_slice, part in zip(entry.slices, parts, strict=True):
-                counts[param_slice.path][param_slice.indices] += part
-    assert all((count == 1).all() for count in counts.values())
 
 
 # configurations
@@ -76,11 +55,8 @@ def test_other_ways_to_say_the_same():
     new = {k: v for k, v in RELEASED_V3.items() if k not in ("rope_scaling", "rope_theta")}
     new |= {"rope_parameters": scaling | {"rope_type": "yarn", "rope_theta": 10000.0}}
     assert hf.config_from_dict(new) == old
-    plain = hf.config_from_dict(new | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
-    assert plain.rope_theta == 5e5 and plain.yarn == Yarn()
     bare = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}  # the reference's own defaults
     assert hf.config_from_dict(RELEASED_V3 | {"rope_scaling": bare}).yarn == Yarn(40.0, 4096, mscale_all_dim=0.0)
-    assert hf.config_from_dict(RELEASED_V3 | {"mlp_layer_types": ["dense"] * 3 + ["sparse"] * 58}) == old
     indexed = RELEASED_V3 | {"model_type": "deepseek_v32", "index_topk": 2048, "index_n_heads": 64}
     assert hf.config_from_dict(indexed) == replace(old, max_positions=2048)
 
@@ -90,17 +66,12 @@ EIGHT_BITS = INT4 | {"config_groups": {"group_0": GROUP | {"weights": GROUP["wei
 # (change of V3's config.json, part of the error)
 REFUSED = [
     ({"model_type": "kimi_k3"}, "model_type='kimi_k3' is not one of .*; did you mean 'kimi_k2'"),
-    ({"scoring_func": "softplus"}, "scoring_func='softplus'"),
     ({"quantization_config": {"quant_method": "awq"}}, "quant_method='awq'"),
     ({"quantization_config": EIGHT_BITS}, "num_bits=8"),
     ({"num_key_value_heads": 8}, "num_key_value_heads=8 differs from num_attention_heads=128"),
     ({"hidden_size": "7168"}, "hidden_size='7168' is not of type int"),
-    ({"n_group": 7}, "num_groups=7 does not divide num_experts=256"),
     ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type='linear'"),
-    ({"rope_scaling": RELEASED_V3["rope_scaling"] | {"mscale_all_dim": 0, "mscale": 0.5}}, "mscale=0.5 does not go"),
-    ({"mlp_layer_types": ["sparse", "dense"] + ["sparse"] * 59}, "mlp_layer_types="),
-    # keys that change the network
-    ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    # a key that changes the network
     ({"sliding_window": 4096}, "sliding_window=4096"),
 ]
 
@@ -119,13 +90,8 @@ def test_unknown_keys_are_refused_unless_allowed():
 
 
 def test_what_the_format_cannot_express_is_refused():
-    for changes, sentence in (
-        ({"router": "topk"}, "router='topk'"),
-        ({"router": "softmax"}, "norm_topk_prob=True"),
-        ({"mtp_kind": "medusa", "mtp_depth": 1}, "mtp_kind='medusa'"),
-    ):
-        with pytest.raises(ConfigError, match=sentence):
-            config_to_dict(small(**changes))
+    with pytest.raises(ConfigError, match="mtp_kind='medusa'"):
+        config_to_dict(small(mtp_kind="medusa", mtp_depth=1))
 
 
 # FP8
@@ -149,18 +115,12 @@ def assert_same(left, right):
     assert [array.tobytes() for array in left] == [array.tobytes() for array in right]
 
 
-def test_requantizing_keeps_scales_of_24_bits_and_constant_blocks(rng):
+def test_requantizing_keeps_scales_of_24_bits_and_extremes(rng):
     """One number of a constant block fits several neighbouring scales of 24 bits, so ours have 20."""
     released = quantized(rng.standard_normal((300, 200)).astype(np.float32) * 0.02)
     assert_same(quantize(dequantized(*released)), released)
-    numbers, scales = quantize(np.repeat(rng.uniform(0.5, 2, 100).astype(np.float32), 128)[None])
-    assert_same(quantize(dequantize(numbers, scales)), (numbers, scales))
-    assert (scales.view(np.uint32) % 16 == 0).mean() > 0.05  # the case occurs
-
-
-def test_fp8_of_extremes():
-    for value in (0.0, -0.0, 1e-38, 3e38, 1.4e-45):
-        numbers, scales = quantize(np.full((3, 2), value, np.float32))
-        back = dequantize(numbers, scales)
-        assert np.isfinite(back).all() and (scales > 0).all()
-        assert abs(float(back[0, 0]) - value) <= max(2.0**-100, abs(value) / 16)
+    constants = [*rng.uniform(0.5, 2, 100), 0.0, -0.0, 1e-38, 3e38, 1.4e-45]
+    numbers, scales = quantize(np.repeat(np.float32(constants), 128)[None])
+    back = dequantize(numbers, scales)
+    assert_same(quantize(back), (numbers, scales))
+    assert np.isfinite(back).all() and (scales > 0).all()

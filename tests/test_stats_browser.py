@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 from browser import Browser, needs_browser
-from routing_reports import HOSTILE, hostile, made_up, version_three
+from routing_reports import hostile, made_up, version_three
 
 from dsv3_jax.stats.page import render_page
 
@@ -187,14 +187,3 @@ def test_light_and_dark(tiny, pages):
     tiny.click('[data-domain="2"]')
     assert tiny.run("document.querySelector('[data-domain=\"2\"]').getAttribute('aria-pressed')") == "true"
     assert colours()[1] != light[1]
-
-
-def test_hostile_names_stay_text(browser, pages):
-    browser.open(pages["hostile"], "#layer=1&expert=0")
-    assert browser.text("h1") == f"Where tokens go: {HOSTILE}, step 400"
-    assert browser.run("document.querySelector('.tokens span').firstChild.textContent") == HOSTILE
-    assert HOSTILE in browser.text("#panel") and HOSTILE in browser.text("#about")
-    browser.type("#search", "<b")
-    assert browser.text("#found tbody td") == HOSTILE
-    assert len(browser.texts("b[onclick], script")) == 2  # the page's own scripts
-    quiet(browser, pages["hostile"])

@@ -8,86 +8,37 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from runs import MODEL, finished, fresh_state, make_run, rows_of, unhooked_cli
+from runs import MODEL, finished, rows_of, unhooked_cli
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.hf.open_model import open_model
 from dsv3_jax.model.counting import size
-from dsv3_jax.report.metrics import parse_rows
 from dsv3_jax.stats import ReportOptions, agreement, others, read_load, reading, report
-from dsv3_jax.stats.numbers import name_of
-from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.evaluate import evaluate
-from dsv3_jax.training.run_folder import claim
 
 TOKENIZER, DATA = ByteTokenizer(), DataConfig(seq_len=16, batch_size=4, val_fraction=0.1)
 TEXT = "def f(x): return x, a sentence"
 
 
-# What is read
-
-
-def test_the_users_text_is_read_to_its_end(tmp_path):
-    texts = {"a/one.txt": "first text, " * 9, "a/two.txt": "x", "b/three.txt": "é second\n" * 20}
-    for name, text in texts.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text, encoding="utf-8")
-
-    def read(path, **more):
-        return reading.open_text(DATA, tmp_path, TOKENIZER, paths=(str(path),), **more)
-
-    def tokens_of(batches):
-        tokens = np.concatenate([batch["tokens"][batch["segment_ids"] > 0] for batch in batches])
-        return sorted(tokens[tokens != TOKENIZER.eos_id].tolist())
-
-    whole = read(tmp_path)
-    assert tokens_of(whole.batches) == sorted("".join(texts.values()).encode())
-    assert whole.domains == ("a", "b") and whole.mix is None
-    assert len(read(tmp_path, batches=2).batches) == 2 < len(whole.batches)
-
-
 def test_a_text_is_a_sentence_or_a_file(tmp_path):
     text = "café\nof 20 letters ,"
-    for encoding in ("utf-8", "utf-8-sig"):
-        (tmp_path / encoding).write_text(text, encoding=encoding)
-        assert reading.read_own(str(tmp_path / encoding)) == text
-    assert reading.read_own(text) == text and reading.read_own("x" * 5000) == "x" * 5000
-    batches = reading.own_batches(text, TOKENIZER, DATA)
-    assert batches[0]["tokens"].ravel()[:21].tolist() == list(text.encode())
-    assert batches[0]["positions"].ravel()[:21].tolist() == [*range(16), *range(5)]
+    (tmp_path / "file").write_text(text, encoding="utf-8-sig")
+    assert reading.read_own(str(tmp_path / "file")) == reading.read_own(text) == text
+    tokens = reading.own_batches(text, TOKENIZER, DATA)[0]["tokens"]
+    assert tokens.ravel()[:21].tolist() == list(text.encode())
     (tmp_path / "latin").write_bytes(text.encode("latin-1"))
-    for place, sentence in (
-        (str(tmp_path / "latin"), "latin' is not UTF-8 at position 3"),
-        ("", "text='' is empty"),
-    ):
-        with pytest.raises(ValueError, match=sentence):
-            reading.read_own(place)
+    with pytest.raises(ValueError, match="latin' is not UTF-8 at position 3"):
+        reading.read_own(str(tmp_path / "latin"))
 
 
-def test_reports_of_other_inputs_have_other_folders():
-    inputs = [((), None), (("notes",), None), (("notes/",), "a"), (("/other notes",), None), ((), "a"), ((), "b")]
-    names = [reading.folder_name(7, *of) for of in inputs]
-    assert len(set(names)) == len(names) and names[0] == "step-7"
-    assert all(re.fullmatch(r"step-7[^/ ]*", name) for name in names)
-
-
-def test_rows_of_wrong_types_are_no_rows(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    good = [{"step": 1, "loss": 2.0, "mtp_loss": [1.0, 2.0], "kernels": {}}, {"step": 2, "loss": float("nan")}]
-    wrong = [{"loss": "2"}, {"lr": True}, {"mtp_loss": 2.0}, {"mtp_loss": [1.0]}, {"step": 2**63}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in (*good, *({"step": 3} | change for change in wrong))))
-    rows, bad = parse_rows(path)
-    assert len(rows) == 2 and bad == list(range(3, 3 + len(wrong)))
-    loads = [{"load": load} for load in ([[1, 2]], [[1, 2, 3]], [[-1, 2]], [1, 2], [[1.5, 2]])]
-    loads += [{"load": [[1, 2]], "bias": bias} for bias in ([[0.5, -0.25]], [[0.5]], [["0.5", 1.0]], [[0, 1.5]])]
+def test_loads_of_wrong_types_are_no_rows(tmp_path):
+    loads = [{"load": [[1, 2]]}, {"load": [[1, 2, 3]]}, {"load": [[1.5, 2]]}]
+    loads += [{"load": [[1, 2]], "bias": bias} for bias in ([["0.5", 1.0]], [[0, 1.5]])]
     (tmp_path / "load.jsonl").write_text("".join(json.dumps({"step": i} | x) + "\n" for i, x in enumerate(loads)))
     log = read_load(tmp_path)
-    assert log.steps.tolist() == [0, 5, 8] and log.bias_steps.tolist() == [5, 8]
-    assert log.load.tolist() == [[[1, 2]]] * 3 and log.bias.tolist() == [[[0.5, -0.25]], [[0, 1.5]]]
-
-
-# The command, its numbers and its folder
+    assert log.steps.tolist() == [0, 4] and log.load.tolist() == [[[1, 2]]] * 2
+    assert log.bias_steps.tolist() == [4] and log.bias.tolist() == [[[0, 1.5]]]
 
 
 @pytest.fixture(scope="module")
@@ -126,14 +77,12 @@ def test_the_numbers_agree_with_each_other_with_the_page_and_with_what_is_printe
         assert re.search(rf"{layer} +MaxVio {vio:.2f}", output)
     assert f"{max(numbers['tokens']):,} tokens of {sum(numbers['documents'].values())} documents" in output
     assert str(folder / "index.html") in output
-    for words in ("The bias changes", "The token tells", "Without expert", "go to the matched expert"):
-        assert words in output
+    assert np.isfinite(numbers["worth"]["without"][:2]).all() and numbers["worth"]["without"][2] == [None] * 8
 
 
 @pytest.mark.long
-def test_the_header_agrees_with_eval_and_worth_is_of_the_trunk(run, reported):
-    _, numbers, _ = reported
-    header = numbers["header"]
+def test_the_header_agrees_with_eval(run, reported):
+    header = reported[1]["header"]
     model, config, step = open_model(run.folder)
     batches = reading.open_text(config.data, run.folder, TOKENIZER, batches=2)
     measured = evaluate(model, batches.batches, TOKENIZER, batches.domains, mix=batches.mix)
@@ -141,8 +90,7 @@ def test_the_header_agrees_with_eval_and_worth_is_of_the_trunk(run, reported):
     for name, metric in names.items():
         assert header[name] == pytest.approx(measured[metric], rel=1e-5)
     assert (header["step"], header["steps"], header["tokens_seen"]) == (step, 12, 12 * 4 * 16) and step == 12
-    assert (header["parameters"], header["router"], header["preset"]) == (size(MODEL).total, "sigmoid", name_of(MODEL))
-    assert np.isfinite(numbers["worth"]["without"][:2]).all() and numbers["worth"]["without"][2] == [None] * 8
+    assert (header["parameters"], header["router"], header["preset"]) == (size(MODEL).total, "sigmoid", None)
 
 
 @pytest.mark.long
@@ -156,10 +104,8 @@ def test_the_users_text_is_shown_and_not_counted(run, reported):
     for layer in range(2):
         for t, (experts, gates) in enumerate(zip(first["experts"][layer], first["gates"][layer], strict=True)):
             assert set(experts) == set(rows.expert_ids[layer, t].tolist()) and gates == sorted(gates, reverse=True)
-    pyarrow = pytest.importorskip("pyarrow.parquet")
-    table = pyarrow.read_table(folder.parent / "tokens.parquet").to_pylist()
+    table = pytest.importorskip("pyarrow.parquet").read_table(folder.parent / "tokens.parquet")
     assert len(table) == sum(numbers["tokens"]) + rows.counted.sum()
-    assert "".join(row["text"] for row in table if row["document"] == -1 and row["layer"] == "layer 0") == TEXT
 
 
 @pytest.mark.long
@@ -183,22 +129,6 @@ def test_checkpoints_and_load_over_time_agree_with_rows_and_metrics(run, reporte
     moved = np.diff(np.array(history["value"]), axis=0, prepend=0)
     mean = log.load.mean(-1, keepdims=True)
     np.testing.assert_allclose(moved, MODEL.balance.bias_rate * np.sign(mean - log.load), atol=1e-6)
-
-
-@pytest.mark.rare
-def test_a_run_with_other_experts_is_compared_and_not_matched(run, tmp_path):
-    data = run.run.data
-    small = replace(MODEL, num_layers=1, mtp_depth=0, num_experts=4, num_groups=1, groups_per_token=1)
-    claim(tmp_path / "other", other := make_run(data.paths[0], model=small))
-    with Checkpoints(tmp_path / "other", other) as checkpoints:  # random weights, without compiling
-        checkpoints.save(fresh_state(other), {}, wait=True)
-    options = ReportOptions(batches=1, draws=2, against=str(tmp_path / "other"))
-    against = report(run.folder, tmp_path / "out", options).numbers["against"]
-    assert "num_experts=8 here and 4 there" in against["note"] and against["match"] is against["shared"] is None
-    read = reading.open_text(data, tmp_path / "other", TOKENIZER, batches=1)
-    measured = evaluate(open_model(tmp_path / "other")[0], read.batches, TOKENIZER, read.domains)
-    assert against["bits_per_byte"] == pytest.approx(measured["val_bits_per_byte"], rel=1e-5)
-    np.testing.assert_array_equal(against["load"], measured["load"])
 
 
 @pytest.mark.long
@@ -226,13 +156,8 @@ def test_a_folder_is_replaced_in_one_step_or_not_at_all(run, tmp_path, monkeypat
 @pytest.mark.long
 def test_errors_are_a_sentence(run, capsys, tmp_path):
     for words, sentence in (
-        (["--batches", "0"], "batches=0 is below 1"),
-        (["--paths", "nothing"], "path='nothing' does not exist"),
         (["--devices", "3"], "devices=3 does not divide the 8 experts"),
-        (["--worth", "--worth-tokens", "0"], "worth_tokens=0 is below 1"),
         (["--against", f"{run.folder}:3"], "step=3 has no checkpoint"),
     ):
         assert unhooked_cli().main(["stats", str(run.folder), *words, "--out", str(tmp_path / "out")]) == 2
-        errors = capsys.readouterr().err
-        assert errors.startswith("dsv3: ") and sentence in errors and errors.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+        assert sentence in capsys.readouterr().err and not list(tmp_path.iterdir())
