@@ -128,7 +128,7 @@ def test_allow_nonfinite_accepts_nan(folder):
 
 
 def test_saving_needs_a_new_folder_and_room(model, tmp_path, monkeypatch):
-    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken").touch()
     with pytest.raises(ValueError, match="taken exists"):
         hf.save(model, tmp_path / "taken")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
