@@ -1,4 +1,4 @@
-"""Routers and balance rules in a layer and in a training step; a new one is a function and a row of its registry."""
+"""Routers and balance rules in a layer and in a training step; a new one, or a new kind of head, is a row or two."""
 
 from dataclasses import replace
 
@@ -8,13 +8,16 @@ import numpy as np
 import oracles
 import pytest
 from flax import nnx
-from models import DENSE, LIGHT, forward, parameters, random_model
+from models import DENSE, LIGHT, parameters, random_model
 from runs import MODEL, fresh_state, make_run, packed_batch
 
 from dsv3_jax import reference
-from dsv3_jax.config import Balance, ModelConfig, OptimConfig
+from dsv3_jax.config import HEAD_KINDS, Balance, HeadKind, ModelConfig, OptimConfig, from_dict, to_dict
 from dsv3_jax.decoding.generate import generate
+from dsv3_jax.model import counting
+from dsv3_jax.model.layers import param
 from dsv3_jax.model.moe import MoE
+from dsv3_jax.model.mtp import HEADS, Head
 from dsv3_jax.ops import balance, routing
 from dsv3_jax.training import step as train_step
 from dsv3_jax.training.loss import compute_loss
@@ -59,23 +62,6 @@ def test_the_layers_noise_is_the_equations(rng):
 
 
 @pytest.mark.rare
-def test_a_step_with_quantile_and_z_loss():
-    """Losses are the reference's, and the bias goes half of the way."""
-    model = replace(PLAIN, router="sqrtsoftplus", balance=Balance(0.5, 1e-2, 0.0, "quantile", 1e-2))
-    run, batch = run_of(model), make_batch()
-    before, params = fresh_state(run), parameters(random_model(model))
-    bias = np.asarray(before.bias["sparse"]["moe"]["bias"][...])[0]
-    arrays = jax.tree.map(np.asarray, batch)
-    ctx = reference.Context(model, arrays["positions"], arrays["segment_ids"])
-    after, metrics = make_step(Job(run))(before, batch)
-    want = reference.losses(ctx, params, arrays["tokens"], 0.0)
-    assert float(metrics["balance_loss"]) == pytest.approx(want.balance, rel=1e-5)
-    scores = reference.transformer(ctx, params, arrays["tokens"]).routing[0].scores[SEGMENTS != 0]
-    moved = 0.5 * (bias + oracles.quantile_target(scores, bias.astype(np.float64), 2))
-    np.testing.assert_allclose(after.bias["sparse"]["moe"]["bias"][...][0], moved - moved.mean(), rtol=0, atol=1e-5)
-
-
-@pytest.mark.rare
 def test_a_steps_noise_is_of_seed_step_and_row():
     """Two microbatches have the complete batch's noise. Another step has other noise; evaluation has none."""
     run, batch = run_of(replace(PLAIN, router="noisy_topk"), microbatches=2), make_batch()
@@ -113,14 +99,42 @@ def test_a_new_router_and_a_new_rule_are_a_row_each(monkeypatch):
     np.testing.assert_allclose(after.bias["sparse"]["moe"]["bias"][...][0], bias[0] + 0.25 * load, rtol=1e-6)
 
 
-@pytest.mark.rare
-def test_drafts_of_a_model_that_routes_by_hash_change_no_text():
-    """So the cache's steps and the heads read the tokens that the complete text has at their positions."""
-    cfg = replace(LIGHT, router="hash", vocab_size=4, mtp_depth=2, **NO_GROUPS)
-    model, prompts = random_model(cfg, execution=DENSE), [[1], [2, 3, 0, 1, 1], [0, 3]]
-    plain = generate(model, prompts, 20)
-    drafted = generate(model, prompts, 20, draft="mtp", draft_length=2)
-    assert drafted.tokens == plain.tokens and 0 < drafted.acceptance[0]
-    whole = [*prompts[1], *plain.tokens[1]]
-    logits = forward(model, jnp.asarray([whole], jnp.int32)).logits[0]
-    assert logits[len(prompts[1]) - 1 : -1].argmax(-1).tolist() == plain.tokens[1]
+class HydraHead(Head):
+    """h^k = h^{k-1} + silu([e, h^{k-1}] W_1) W_2, where e is the embedding of token i+k. After arXiv 2402.05109."""
+
+    remembers = False
+
+    def __init__(self, cfg, execution, *, rngs, kernels):
+        super().__init__(cfg, execution, rngs=rngs, kernels=kernels)
+        self.w_1 = param(rngs, (2 * cfg.dim, cfg.dim), ("dim", None), cfg.init_std)
+        self.w_2 = param(rngs, (cfg.dim, cfg.dim), ("dim", None), cfg.init_std)
+
+    def __call__(self, h, ctx, embedded=None):
+        hidden = self.kernels("product", jnp.concatenate([embedded, h], axis=-1), self.w_1[...])
+        return h + self.kernels("product", jax.nn.silu(hidden), self.w_2[...]), ctx, {}
+
+
+@pytest.mark.long
+def test_a_new_kind_of_head_is_a_class_and_two_rows(monkeypatch):
+    """Its losses are those of the equation, and its drafts, beyond its depth too, change no text."""
+    kind = HeadKind("Hydra heads", reads_tokens=True, has_experts=False, reads_raw=False)
+    monkeypatch.setitem(HEAD_KINDS, "hydra", kind)
+    monkeypatch.setitem(HEADS, "hydra", HydraHead)
+    cfg = replace(LIGHT, vocab_size=4, mtp_kind="hydra", mtp_depth=2)  # so few tokens that drafts are right at times
+    assert from_dict(ModelConfig, to_dict(cfg)) == cfg and counting.size(cfg).mtp == 2 * (2 * 16 * 16 + 16 * 16)
+    batch = make_batch()
+    batch["tokens"] %= 4
+    metrics = make_step(Job(run_of(cfg)))(fresh_state(run_of(cfg)), batch)[1]
+    params, arrays = parameters(random_model(cfg)), jax.tree.map(np.asarray, batch)
+    ctx = reference.Context(replace(cfg, mtp_depth=0), arrays["positions"], arrays["segment_ids"])
+    h, wanted = reference.transformer(ctx, params, arrays["tokens"]).hidden, []
+    for k, p in enumerate(params["mtp"].values(), start=1):
+        h = h[:, : 16 - k]
+        gate = np.concatenate([params["embed"][arrays["tokens"][:, k:]], h], axis=-1) @ p["w_1"]
+        h = h + gate / (1 + np.exp(-gate)) @ p["w_2"]
+        wanted.append(reference.cross_entropy(ctx, h @ params["head"], arrays["tokens"], k + 1))
+    np.testing.assert_allclose(metrics["mtp_loss"], wanted, rtol=1e-5)
+    model, prompts = random_model(cfg, seed=2, execution=DENSE), [[1], [2, 3, 0, 1, 1], [0, 3]]
+    drafted = generate(model, prompts, 20, draft="mtp", draft_length=3)
+    assert drafted.tokens == generate(model, prompts, 20).tokens
+    assert len(drafted.acceptance) == 3 and 0 < drafted.acceptance[2] <= drafted.acceptance[0] < 1

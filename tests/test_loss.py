@@ -1,6 +1,7 @@
-"""The training loss and its gradient against the reference page, with every kernel, remat policy and depth."""
+"""The training loss and its gradient against the reference page, of all layers and of multi-token heads alone."""
 
 import operator
+from dataclasses import replace
 from functools import partial, reduce
 
 import jax
@@ -8,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import DENSE, parameters, random_model, small, tokens_of
+from models import DENSE, forward, parameters, random_model, small, tokens_of
 
 from dsv3_jax import reference
-from dsv3_jax.config import Balance, Execution
+from dsv3_jax.config import Execution
+from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.kernels.cpu import library
 from dsv3_jax.model.moe import RouterBias
+from dsv3_jax.model.mtp import make_heads
 from dsv3_jax.training import loss
 
 BATCH, LENGTH, MTP_WEIGHT = 2, 10, 0.3
@@ -43,10 +46,8 @@ EAGLE = dict(num_layers=1, mtp_kind="eagle", mtp_depth=1, attention="gqa", num_h
     "changes, kernels, remat",
     [
         (TIED, "cpu", "none"),
-        pytest.param(dict(mtp_depth=1), "cpu", "full", marks=pytest.mark.rare),
-        pytest.param(dict(mtp_depth=1), "xla", "attention", marks=pytest.mark.long),
-        pytest.param(dict(mtp_depth=1), "auto,grouped_swiglu=ragged_dot", "dots", marks=pytest.mark.rare),
-        pytest.param(EAGLE, "auto,grouped_swiglu=dense", "none", marks=pytest.mark.rare),
+        pytest.param(dict(mtp_depth=1), "xla,grouped_swiglu=ragged_dot", "attention", marks=pytest.mark.long),
+        pytest.param(EAGLE, "auto,grouped_swiglu=dense", "full", marks=pytest.mark.long),
     ],
 )
 def test_losses_and_gradients_equal_the_reference(changes, kernels, remat):
@@ -91,7 +92,50 @@ def test_targets_stay_within_their_document():
     np.testing.assert_array_equal(counts, [4 + 2 + 9, 3 + 1 + 8, 2 + 0 + 7])
 
 
-# parts of a batch, and scores
+# heads of other kinds, and heads alone on a frozen trunk
+
+KINDS = {
+    "meta": (small(mtp_kind="meta", mtp_depth=2, mtp_input="raw", num_layers=2), DENSE),
+    "medusa": (small(mtp_kind="medusa", mtp_depth=3, num_layers=1), Execution()),
+    "eagle": (small(mtp_kind="eagle", mtp_depth=1, num_layers=1), Execution()),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_of_the_model_and_of_its_heads_equal_the_reference(kind):
+    cfg, execution = KINDS[kind]
+    graphdef, state = nnx.split(random_model(cfg, execution=execution))
+    tokens, params = tokens_of(cfg, BATCH, LENGTH), parameters(nnx.merge(graphdef, state))
+
+    @jax.jit
+    def run(state, batch):
+        model = nnx.merge(graphdef, state)
+        return [loss.compute_loss(model, batch, MTP_WEIGHT, heads_only=only) for only in (False, True)]
+
+    (total, main, mtp, feature, balance), trunk = (
+        reference.losses(reference.Context(c, POSITIONS, SEGMENTS), params, np.asarray(tokens), MTP_WEIGHT)
+        for c in (cfg, replace(cfg, mtp_depth=0))
+    )
+    own_balance = balance - trunk.balance
+    own = np.mean(mtp) + own_balance if kind != "eagle" else feature + 0.1 * mtp[0]
+    for out, want in zip(run(state, batch_of(tokens)), ((total, balance), (own, own_balance)), strict=True):
+        got = (out.total, out.balance, out.main, out.mtp, out.feature)
+        for a, b in zip(got, (*want, main, mtp, feature), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-6)
+
+
+def test_a_new_medusa_head_says_what_the_trunks_own_head_says():
+    """Bit by bit."""
+    cfg = KINDS["medusa"][0]
+    model = random_model(cfg)
+    for head, new in zip(model.mtp, make_heads(cfg, Execution(), nnx.Rngs(0), prepare()), strict=True):
+        head.w[...] = new.w[...]
+    out = forward(model, *batch_of(tokens_of(cfg, BATCH, LENGTH)).values())
+    for k, drafts in enumerate(out.mtp_logits, start=1):
+        np.testing.assert_array_equal(drafts, out.logits[:, : LENGTH - k])
+
+
+# scores
 
 LIGHT = small(
     vocab_size=4,  # so that a guess is right now and then
@@ -99,29 +143,7 @@ LIGHT = small(
     num_dense_layers=0,
     mtp_depth=2,
     mtp_kind="medusa",
-    balance=Balance(sequence_alpha=0.1),  # the sequence-wise loss alone: a batch-wise one is no sum over parts
 )
-
-
-def test_parts_with_the_whole_batchs_counts_add_up_to_it():
-    graphdef, state = nnx.split(random_model(LIGHT, execution=DENSE))
-    segments = np.array([[1] * 5 + [2] * 3 + [0] * 2, [1] * 10, [1] * 2 + [0] * 8, [1] * 4 + [2] * 6], np.int32)
-    batch = batch_of(tokens_of(LIGHT, 4, LENGTH, seed=3), segments, np.broadcast_to(np.arange(10), (4, 10)))
-
-    @jax.jit
-    def run(state, batch):
-        model, counts = nnx.merge(graphdef, state), loss.target_counts(batch["segment_ids"], 3)
-        parts = [
-            loss.compute_loss(model, {k: v[i : i + 2] for k, v in batch.items()}, MTP_WEIGHT, counts=counts, share=0.5)
-            for i in (0, 2)
-        ]
-        both = loss.over_parts(jax.tree.map(lambda *x: jnp.stack(x), *parts))
-        return loss.compute_loss(model, batch, MTP_WEIGHT), parts[0], both
-
-    want, part, both = run(state, batch)
-    jax.tree.map(lambda both, one: np.testing.assert_allclose(both, one, rtol=1e-6), both, want)
-    assert all(np.abs(x).max() > 0 for x in (*part[:3], part.load))
-    assert want.total == pytest.approx(float(want.main + MTP_WEIGHT * np.mean(want.mtp) + want.balance), rel=1e-6)
 
 
 def test_scores_equal_log_probabilities_and_a_walk_along_the_drafts():
