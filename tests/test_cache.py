@@ -125,20 +125,6 @@ def test_attention_to_the_cache_equals_one_query_at_a_time(x64, rng, run, shape)
             np.testing.assert_array_equal(one[dtype], np.asarray(got)[:, :, :1])
 
 
-def test_cpp_attention_refuses_slots_outside_the_cache():
-    if why := library.why_not():
-        pytest.skip(why)
-    q, rows = jnp.ones((1, 1, 1, 4)), jnp.ones((1, 1, 8, 4))
-    for dtype, last, what in (
-        (jnp.float32, 8, "outside the cache"), (jnp.float32, -1, "outside the cache"),
-        (jnp.int8, 0, "without scales"), (jnp.float16, 0, "not served"),
-    ):  # fmt: skip
-        stored = Stored(rows.astype(dtype), None)
-        with pytest.raises(Exception, match=what):
-            last = jnp.full((1, 1), last, jnp.int32)
-            jax.block_until_ready(calls.cached_attention([q], [stored], stored, last, scale=1.0))
-
-
 # Where rows go
 
 THREE = {"k": (2, 10), "v": (2, 5), "index_key": (1, 6)}

@@ -63,20 +63,6 @@ def test_routers_equal_the_oracle(rng, router):
     assert_same_choice(page, ids, gates, experts, rtol=1e-12)
 
 
-def test_sqrtsoftplus_and_its_gradient_far_below_zero():
-    """softplus(-200) is 0 in float32, and the gradient of a square root is infinite there."""
-    logits = np.array([-200.0, -60.0, -16.0, -15.9, -10.0, 0.0, 30.0])
-
-    def total(row):
-        scores = routing.sqrtsoftplus(row[None], jnp.zeros(7), k=1).scores
-        return scores.sum(), scores[0]
-
-    grad, scores = jax.jit(jax.grad(total, has_aux=True))(jnp.asarray(logits, jnp.float32))
-    s = np.sqrt(np.logaddexp(0, logits))
-    np.testing.assert_allclose(scores, s, rtol=1e-6, atol=1e-38)
-    np.testing.assert_allclose(grad, 1 / (1 + np.exp(-logits)) / (2 * s), rtol=1e-6, atol=1e-38)
-
-
 def test_noise_is_standard_normal_and_differs_by_row_and_layer():
     keys = jax.random.split(jax.random.key(3), 8)
     noise = jax.jit(routing.noise, static_argnums=(2, 3))
@@ -99,14 +85,19 @@ def test_hash_router(rng):
     assert np.abs(np.bincount(ids.ravel(), minlength=16) - 22).max() < 5 * 4
 
 
-def test_gates_and_gradients_are_finite_if_all_sigmoids_underflow():
-    """sigmoid(-200) and 1e-20 squared are 0 in float32; neither gates nor gradients may divide by them."""
+@pytest.mark.parametrize("router", ["sigmoid", "sqrtsoftplus"])
+def test_gates_and_gradients_are_finite_if_all_scores_underflow(router):
+    """sigmoid(-200) and 1e-20 squared are 0 in float32; neither gates nor gradients may divide by them.
+
+    So is softplus(-200), at which a square root has an infinite gradient.
+    """
+    cfg = config(router=router)
     weight = np.array([1.0, -1.0, 0.5, 1.0], np.float32)
 
     @jax.jit
     @partial(jax.grad, has_aux=True)
     def gradient(logits):
-        gates = routing.route(logits, jnp.zeros(16), config()).gates
+        gates = routing.route(logits, jnp.zeros(16), cfg).gates
         return (gates * weight[None]).sum(), gates
 
     for logit in (-200.0, -88.0, -46.0, -40.0):
@@ -114,4 +105,4 @@ def test_gates_and_gradients_are_finite_if_all_sigmoids_underflow():
         grad, gates = gradient(logits)
         assert np.isfinite(gates).all() and np.isfinite(grad).all()
         assert np.abs(grad).max() <= 2.5  # the derivative of a gate is at most its scale
-        np.testing.assert_allclose(gates, oracles.route(logits, np.zeros(16), config())[1], rtol=1e-5, atol=1e-15)
+        np.testing.assert_allclose(gates, oracles.route(logits, np.zeros(16), cfg)[1], rtol=1e-5, atol=1e-15)
