@@ -95,7 +95,7 @@ def test_targets_stay_within_their_document():
 # heads of other kinds, and heads alone on a frozen trunk
 
 KINDS = {
-    "meta": (small(mtp_kind="meta", mtp_depth=2, mtp_input="raw", num_layers=2), DENSE),
+    "meta": (small(mtp_kind="meta", mtp_depth=2, mtp_input="raw", num_layers=1), DENSE),
     "medusa": (small(mtp_kind="medusa", mtp_depth=3, num_layers=1), Execution()),
     "eagle": (small(mtp_kind="eagle", mtp_depth=1, num_layers=1), Execution()),
 }
