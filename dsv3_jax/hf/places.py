@@ -6,30 +6,20 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import errors
 
-from dsv3_jax.files import read_bytes
-
-_COMMIT = re.compile(rb"[0-9a-f]{40}")
 _ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 def find(place: str | Path) -> Path:
     """Return the folder of a model.
 
-    Args: place: a folder; a repository's folder in the hub's cache (models--organisation--name), of which `main` is
-        taken; or a hub id, organisation/name, possibly with @revision.
-    Raises: ValueError when there is no such folder, no such id in the cache, or `main` names no commit.
+    Args: place: a folder, or a hub id, organisation/name, possibly with @revision.
+    Raises: ValueError when there is no such folder, or no such id in the cache.
 
     Example:
         >>> find(".")
         PosixPath('.')
     """
     folder = Path(place)
-    main = folder / "refs" / "main"
-    if (folder / "snapshots").is_dir() and main.is_file():
-        commit = read_bytes(main)[:100].strip()
-        if not _COMMIT.fullmatch(commit):
-            raise ValueError(f"file={str(main)!r} holds {commit!r}, not a commit of 40 hex digits; download it again")
-        return folder / "snapshots" / commit.decode()
     if folder.exists() or not _ID.fullmatch(str(place)):
         return folder
     name, _, revision = str(place).partition("@")

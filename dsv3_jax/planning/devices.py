@@ -9,6 +9,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -47,25 +48,9 @@ DEVICES = {
     "v5e": Device(16e9, 197e12, 197e12, 0.819e12, None, 200e9, 200e9, clock=1.5e9),
     "v6e": Device(32e9, 918e12, 918e12, 1.64e12, None, 400e9, 400e9, clock=1.75e9),
 }
-# XLA's compiler for NVIDIA GPUs needs this description of one. XLA prints the text on a machine with the device.
-_H100 = """
-gpu_device_info {
-  name: "NVIDIA H100 80GB HBM3" device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability 9.0a"
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-  device_memory_size: 84942979072 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 ecc_enabled: true
-  device_address_bits: 64 pcie_bandwidth: 34359738368
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
-  registers_per_block_limit: 65536 registers_per_core_limit: 65536
-  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
-  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.28.1"
-}
-platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
-dnn_version_info { major: 9 minor: 28 patch: 1 }
-"""
-GPUS = {"h100": _H100}
+# XLA's compiler for NVIDIA GPUs needs a description of one, a file beside this one. XLA prints the text on a machine
+# with the device.
+GPUS = {"h100": "h100.txtpb"}
 _GPUS_A_NODE = 8
 _UNITS = {"MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2.0**20, "GIB": 2.0**30, "TIB": 2.0**40}
 
@@ -166,7 +151,8 @@ def _devices(target: Target) -> list[Any]:
         count = int(target.shape)
         nodes = -(-count // _GPUS_A_NODE)
         layout = f"1x{nodes}x{_GPUS_A_NODE if nodes > 1 else count}"  # slices × nodes × GPUs
-        topology = {"platform": "cuda", "target_config": GPUS[target.kind], "topology": layout}
+        described = Path(__file__).with_name(GPUS[target.kind]).read_text(encoding="utf-8")
+        topology = {"platform": "cuda", "target_config": described, "topology": layout}
         compiler, extra = "JAX's CUDA plugin", "plan-gpu"
     else:
         # Without the first three libtpu asks the network for minutes which TPU it is on, and warns that there is none.

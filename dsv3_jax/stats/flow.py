@@ -74,7 +74,7 @@ def repeats(rows: TokenRows, num_experts: int) -> Repeats:
     share, chance = [], []
     for ids, counted in zip(rows.expert_ids, rows.counted, strict=True):
         both = neighbours & counted[1:] & counted[:-1]
-        share.append(_shared(ids[1:][both], ids[:-1][both]))
+        share.append(shared(ids[1:][both], ids[:-1][both]))
         chance.append(
             _shared_by_chance(_load(ids[counted], num_experts), _load(ids[counted], num_experts), ids.shape[-1])
         )
@@ -101,7 +101,7 @@ def heads_against_trunk(rows: TokenRows, num_experts: int, num_heads: int) -> He
         loads = _load(of_head, num_experts), _load(of_trunk, num_experts)
         even = any(np.ptp(load) == 0 for load in loads)
         correlation.append(np.nan if even else np.corrcoef(*loads)[0, 1])
-        same.append(_shared(of_head, of_trunk))
+        same.append(shared(of_head, of_trunk))
         chance.append(_shared_by_chance(*loads, rows.expert_ids.shape[-1]))
     return HeadsAgainstTrunk(np.array(correlation), np.array(same), np.array(chance))
 
@@ -120,8 +120,8 @@ def load_by_parts(load: Num[np.ndarray, "L E"], parts: int) -> Num[np.ndarray, "
     return load.reshape(len(load), parts, -1).sum(-1)
 
 
-def _shared(ids: np.ndarray, others: np.ndarray) -> float:
-    """Share of choices [n, K] that are among the other choices of their row."""
+def shared(ids: np.ndarray, others: np.ndarray) -> float:
+    """Share of choices [n, K] that are among the other choices of their row; NaN without rows."""
     if not len(ids):
         return np.nan
     return float((ids[:, :, None] == others[:, None]).any(-1).mean())
@@ -132,5 +132,5 @@ def _load(ids: np.ndarray, num_experts: int) -> np.ndarray:
 
 
 def _shared_by_chance(load: np.ndarray, other: np.ndarray, k: int) -> float:
-    """The expectation of `_shared` for rows that choose apart: Σ_e p_e · K q_e."""
+    """The expectation of `shared` for rows that choose apart: Σ_e p_e · K q_e."""
     return float(k * (load / max(load.sum(), 1) * (other / max(other.sum(), 1))).sum())

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Float64, Int
 from dsv3_jax.data.batches import Batch
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.stats.decisions import token_nll
+from dsv3_jax.stats.reading import first_batches
 
 TOKENS = 8192  # read for each expert, at most
 RESAMPLES = 1000  # of the documents
@@ -70,12 +71,7 @@ def worth(
         raise ValueError(f"the trunk has no experts to leave out: all of its {cfg.num_layers} layers are dense")
     if tokens < 1:
         raise ValueError(f"worth_tokens={tokens} is below 1")
-    read, count = [], 0
-    for batch in batches:
-        if count and count + int((batch["segment_ids"] != 0).sum()) > tokens:
-            break
-        read.append(batch)
-        count += int((batch["segment_ids"] != 0).sum())
+    read = first_batches(batches, tokens)
     graphdef, state = nnx.split(model)
     names, column = np.unique(np.concatenate([b["documents"].ravel() for b in read]), return_inverse=True)
     placed = [{key: jnp.asarray(b[key]) for key in ("tokens", "segment_ids", "positions")} for b in read]

@@ -7,8 +7,6 @@ from jaxtyping import Float, Float64, Int64, Num
 
 from dsv3_jax.stats.routing_stats import RoutingStats, sum_by_domain
 
-MOST_DRAWS = 100_000  # shuffles of the domains
-
 
 def lift(coactivation: Num[np.ndarray, "L E E"]) -> Float64[np.ndarray, "L E E"]:
     """Divide how often two experts are chosen for the same token by chance.
@@ -121,28 +119,11 @@ class Specialisation(NamedTuple):
     seed: int  # of the shuffles
 
 
-def check_draws(draws: int) -> None:
-    """Check a number of shuffles.
-
-    Raises: ValueError for a number of shuffles below 1, or above MOST_DRAWS.
-
-    Example:
-        >>> check_draws(0)
-        Traceback (most recent call last):
-            ...
-        ValueError: draws=0 is below 1
-    """
-    if draws < 1:
-        raise ValueError(f"draws={draws} is below 1")
-    if draws > MOST_DRAWS:
-        raise ValueError(f"draws={draws} is above {MOST_DRAWS}")
-
-
 def specialisation(stats: RoutingStats, *, draws: int = 200, seed: int = 0) -> Specialisation:
     """Measure how much the experts of each layer tell about the domain of the text, beside chance.
 
     Args: draws: number of shuffles that estimate chance, see `permuted_information`; seed: of the shuffles.
-    Raises: ValueError for draws below 1, or above MOST_DRAWS.
+    Raises: ValueError for draws below 1.
 
     Example:
         >>> load = np.array([[[9, 1]], [[8, 2]], [[1, 9]], [[0, 10]]])  # 4 documents, 1 layer, 2 experts
@@ -151,7 +132,8 @@ def specialisation(stats: RoutingStats, *, draws: int = 200, seed: int = 0) -> S
         >>> result.bits.round(2), result.shuffled_mean.round(2)
         (array([0.54]), array([0.2]))
     """
-    check_draws(draws)
+    if draws < 1:
+        raise ValueError(f"draws={draws} is below 1")
     loads = stats.load_by_domain
     bits, upper_bound = mutual_information(loads), domain_entropy(loads)
     chance = permuted_information(

@@ -336,7 +336,6 @@ def information_json(rows: TokenRows, num_experts: int, num_domains: int, seed: 
     return numbers | {
         "entropy": as_lists(found.entropy),
         **{key: getattr(found, key) for key in ("tokens", "documents", "draws", "resamples")},
-        "correction": "the mean of shuffles is taken off",
     }
 
 

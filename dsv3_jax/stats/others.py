@@ -20,8 +20,9 @@ from dsv3_jax.hf.open_model import open_model
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops import balance
 from dsv3_jax.stats.decisions import decide
+from dsv3_jax.stats.flow import shared
 from dsv3_jax.stats.numbers import as_lists, bits_per_byte
-from dsv3_jax.stats.reading import Reading, open_text
+from dsv3_jax.stats.reading import Reading, first_batches, open_text
 from dsv3_jax.stats.routing_stats import RoutingStats, collect
 from dsv3_jax.stats.token_rows import RowsTally, TokenRows, first_rows
 from dsv3_jax.training.checkpoint import Loaded, load_run
@@ -48,7 +49,7 @@ def agreement(rows: TokenRows, earlier: TokenRows) -> Float64[np.ndarray, " L"]:
         array([0.25])
     """
     layers = zip(rows.counted, rows.expert_ids, earlier.expert_ids, strict=True)
-    return np.array([_share((ids[c][:, :, None] == other[c][:, None]).any(-1)) for c, ids, other in layers])
+    return np.array([shared(ids[c], other[c]) for c, ids, other in layers])
 
 
 def match_experts(rows: TokenRows, others: TokenRows, num_experts: int, *, seed: int = 0) -> Match:
@@ -80,10 +81,6 @@ def _matched(here: np.ndarray, there: np.ndarray, num_experts: int) -> tuple[np.
     return match, float(tokens[experts, match].sum() / max(here.size, 1))
 
 
-def _share(hits: np.ndarray) -> float:
-    return float(hits.mean()) if hits.size else float("nan")
-
-
 def read_rows(model: Transformer, batches: Iterable[Batch]) -> TokenRows | None:
     """Return the rows of a model on batches; None for batches without a token."""
     rows = RowsTally(model.cfg.num_experts)
@@ -107,14 +104,7 @@ def saturation(
     """
     names = (path.name for path in (folder / "checkpoints").glob("*")) if (folder / RUN_FILE).is_file() else ()
     earlier = sorted(int(name) for name in names if name.isascii() and name.isdigit() and int(name) < step)
-    read: list[Batch] = []
-    count = 0
-    for batch in batches:
-        size = int((batch["segment_ids"] != 0).sum())
-        if read and count + size > SATURATION_TOKENS:
-            break
-        read.append(batch)
-        count += size
+    read = first_batches(batches, SATURATION_TOKENS)
     steps, shares = [], []
     for one in earlier:
         try:

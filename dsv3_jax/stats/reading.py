@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -111,6 +112,18 @@ def own_batches(text: str, tokenizer: Tokenizer, cfg: DataConfig) -> list[Batch]
     tokens = tokenizer.encode_array(text)
     rows = Packed([Piece(tokens, 0, 0)], cfg.seq_len, separate=cfg.separate_documents)
     return alternate([rows], cfg.batch_size, ALL)
+
+
+def first_batches(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+    """The first batches with at most so many tokens together, and at least one batch.
+
+    Example:
+        >>> from dsv3_jax.data.batches import one_row
+        >>> len(first_batches([one_row(b"abc")] * 4, tokens=6))
+        2
+    """
+    read = np.cumsum([(batch["segment_ids"] != 0).sum() for batch in batches])
+    return list(batches[: max(1, int(np.searchsorted(read, tokens, side="right")))])
 
 
 def folder_name(step: int, paths: tuple[str, ...], text: str | None) -> str:

@@ -20,7 +20,7 @@ from dsv3_jax.report.run_plots import routing_heatmap
 from dsv3_jax.stats import flow, others
 from dsv3_jax.stats.knockouts import TOKENS as WORTH_TOKENS
 from dsv3_jax.stats.knockouts import worth as measure_worth
-from dsv3_jax.stats.measures import check_draws, specialisation
+from dsv3_jax.stats.measures import specialisation
 from dsv3_jax.stats.numbers import (
     KEYS,
     TEXTS,
@@ -75,13 +75,12 @@ class ReportOptions:
 
     def check(self) -> None:
         """Raise ValueError for batches, draws, a seed or worth_tokens out of range."""
-        for name in ("batches", "worth_tokens"):
+        for name in ("batches", "draws", "worth_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is below 1")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} is negative")
-        check_draws(self.draws)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -171,7 +171,7 @@ def collect(model: Transformer, batches: Iterable[Batch], tokenizer: Tokenizer, 
     if not layers:
         raise ValueError(f"the model has no experts to count: all of its {cfg.num_layers} layers are dense")
     graphdef, state = nnx.split(model)
-    documents, rows = _DocumentSums(len(layers), cfg.num_experts), RowsTally(cfg.num_experts)
+    documents, rows = [], RowsTally(cfg.num_experts)
     coactivation = np.zeros((len(layers), cfg.num_experts, cfg.num_experts), np.int64)
     tally, bias = TokenTally(cfg.num_experts, tokenizer.vocab_size), biases(model)
     load_without, changed = np.zeros((len(layers), cfg.num_experts), np.int64), np.zeros(len(layers), np.int64)
@@ -183,7 +183,7 @@ def collect(model: Transformer, batches: Iterable[Batch], tokenizer: Tokenizer, 
         rows.add(batch, choices)
         if not choices.mask.any():
             continue
-        documents.add(batch, choices)
+        documents.append(_by_document(batch, choices))
         coactivation += choices.coactivation.astype(np.int64)
         tally.add(batch["tokens"], choices.expert_ids, choices.margin, choices.mask)
         if bias is not None:
@@ -192,17 +192,19 @@ def collect(model: Transformer, batches: Iterable[Batch], tokenizer: Tokenizer, 
             ):
                 load_without[layer] += np.bincount(without[mask].ravel(), minlength=cfg.num_experts)
                 changed[layer] += (ids[mask][:, :, None] != without[mask][:, None]).all(-1).sum()
-    if not documents.sums:
+    if not documents:
         raise ValueError("there is no token to count: the batches are empty or hold padding alone")
-    sums, kept = [documents.sums[document] for document in sorted(documents.sums)], rows.rows()
+    kept, (document, domain, *sums) = rows.rows(), map(np.concatenate, zip(*documents, strict=True))
+    _, first, number = np.unique(document, return_index=True, return_inverse=True)
+    load, gate_entropy, score_entropy = (sum_by_domain(values, number, len(first)) for values in sums)
     return RoutingStats(
         layers,
         tuple(domains),
         cfg.experts_per_token,
-        np.array([row.domain for row in sums], np.int64),
-        np.stack([row.load for row in sums]),
-        np.stack([row.gate_entropy for row in sums]),
-        np.stack([row.score_entropy for row in sums]),
+        domain[first].astype(np.int64),
+        load,
+        gate_entropy,
+        score_entropy,
         coactivation,
         tally.counts(),
         no_contexts() if kept is None else find_contexts(kept, cfg.num_experts),
@@ -234,46 +236,20 @@ def tokens(model: Transformer, batches: Iterable[Batch], tokenizer: Tokenizer, d
     return rows
 
 
-class _Sums(NamedTuple):
-    """Sums over the tokens of one document."""
-
-    domain: int
-    load: np.ndarray  # int64 [L, E]
-    gate_entropy: np.ndarray  # float64 [L]
-    score_entropy: np.ndarray  # float64 [L]
-
-
-class _DocumentSums:
-    """Sums of each document over the batches so far."""
-
-    def __init__(self, num_layers: int, num_experts: int):
-        self.sums: dict[int, _Sums] = {}
-        self._shape = (num_layers, num_experts)
-
-    def add(self, batch: Batch, choices: Choices) -> None:
-        """Add a batch's decisions to the sums of its documents."""
-        num_layers, num_experts = self._shape
-        real = batch["segment_ids"] != 0
-        documents, first, inverse = np.unique(batch["documents"][real], return_index=True, return_inverse=True)
-        row = np.zeros(real.shape, np.int64)
-        row[real] = inverse
-        layer = np.arange(num_layers)[:, None, None]
-        group = (row[None] * num_layers + layer)[choices.mask]  # [n]: (document, layer) of each counted position
-        cells = group[:, None] * num_experts + choices.expert_ids[choices.mask]  # [n, K]
-
-        def by_document(values):
-            sums = np.bincount(group, values[choices.mask], len(documents) * num_layers)
-            return sums.reshape(len(documents), num_layers)
-
-        load = np.bincount(cells.ravel(), minlength=len(documents) * num_layers * num_experts)
-        parts = zip(
-            documents.tolist(),
-            batch["domains"][real][first].tolist(),
-            load.reshape(len(documents), num_layers, num_experts),
-            by_document(choices.gate_entropy),
-            by_document(choices.score_entropy),
-            strict=True,
-        )
-        for document, domain, *sums in parts:
-            earlier = self.sums[document][1:] if document in self.sums else (0, 0, 0)
-            self.sums[document] = _Sums(domain, *(a + b for a, b in zip(earlier, sums, strict=True)))
+def _by_document(batch: Batch, choices: Choices) -> tuple[np.ndarray, ...]:
+    """The documents [S] of a batch, their domains, load [S, L, E], and sums of gate and score entropies [S, L]."""
+    num_layers, num_experts = choices.coactivation.shape[:2]
+    real = batch["segment_ids"] != 0
+    documents, first, inverse = np.unique(batch["documents"][real], return_index=True, return_inverse=True)
+    row = np.zeros(real.shape, np.int64)
+    row[real] = inverse
+    layer = np.arange(num_layers)[:, None, None]
+    group = (row[None] * num_layers + layer)[choices.mask]  # [n]: (document, layer) of each counted position
+    cells = group[:, None] * num_experts + choices.expert_ids[choices.mask]  # [n, K]
+    shape = (len(documents), num_layers)
+    load = np.bincount(cells.ravel(), minlength=len(documents) * num_layers * num_experts)
+    entropies = (
+        np.bincount(group, values[choices.mask], len(documents) * num_layers).reshape(shape)
+        for values in (choices.gate_entropy, choices.score_entropy)
+    )
+    return documents, batch["domains"][real][first], load.reshape(*shape, num_experts), *entropies

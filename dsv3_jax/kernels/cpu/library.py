@@ -1,7 +1,6 @@
 """The C++ kernels as a shared library: compiled once on each machine, then loaded and registered with JAX.
 
-A library is code that runs with the user's rights. So it is kept in a folder that others may not write to, and is
-compared with the SHA-256 in its name before it is loaded. One that was cut, emptied or replaced is compiled again.
+A library is code that runs with the user's rights. So it is kept in a folder that others may not write to.
 """
 
 import contextlib
@@ -16,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -48,7 +46,7 @@ COMPILERS = ("c++", "g++", "clang++")
 
 @cache
 def why_not() -> str:
-    """Load the kernels, and compile them first if this machine has no whole compiled library of this user yet.
+    """Load the kernels, and compile them first if this machine has no compiled library of this user yet.
 
     Compiling takes some seconds and is reported on stderr. Without a private cache folder each process compiles for
     itself. Call this before the first program is traced.
@@ -72,7 +70,7 @@ def why_not() -> str:
 
 
 def load(compiler: list[str]) -> ctypes.CDLL:
-    """Load the library of the cache folder. If it is absent or not whole, one process compiles it.
+    """Load the library of the cache folder. If it is absent, one process compiles it.
 
     Args: compiler: the words of its command, as in ["ccache", "g++"].
     Raises: OSError, or CalledProcessError if the compiler fails.
@@ -84,12 +82,11 @@ def load(compiler: list[str]) -> ctypes.CDLL:
         lock = stack.enter_context((folder / "build.lock").open("a+"))
         with contextlib.suppress(OSError):  # a file system without locks: two processes may compile the same
             fcntl.flock(lock, fcntl.LOCK_EX)
-        name = _name(compiler)
-        path = next((path for path in folder.glob(f"{name}-*.so") if _is_whole(path)), None)
-        if path is None:
+        path = folder / _name(compiler)
+        if not path.is_file():
             start = time.perf_counter()
             print(f"compiling the CPU kernels with {shlex.join(compiler)} ({why}) …", file=sys.stderr, flush=True)
-            path = _compile(compiler, folder, name)
+            _compile(compiler, path)
             print(f"compiled in {time.perf_counter() - start:.0f} s: {path}", file=sys.stderr, flush=True)
         return ctypes.CDLL(str(path))
 
@@ -99,51 +96,35 @@ def private_folder() -> Path | None:
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv3_jax"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        private = _is_ours(folder, stat.S_ISDIR) and os.access(folder, os.W_OK | os.X_OK)
+        status = folder.lstat()
     except (OSError, RuntimeError):  # RuntimeError: the user has no home
         return None
-    return folder if private else None
-
-
-def _is_ours(path: Path, kind: Callable[[int], bool]) -> bool:
-    status = path.lstat()
-    return kind(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a library is this user's, and has the content that its name says."""
-    try:
-        return _is_ours(path, stat.S_ISREG) and path.stem.endswith(_digest(path.read_bytes()))
-    except OSError:
-        return False
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+    private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
+    return folder if private and os.access(folder, os.W_OK | os.X_OK) else None
 
 
 def _name(compiler: list[str]) -> str:
-    """The first part of a library's name: a hash of all that its content depends on."""
+    """A library's name: a hash of all that its content depends on."""
     sources = (path.read_text() for path in (*SOURCES, *HEADERS))
     facts = "\0".join([*sources, *compiler, *FLAGS, jaxlib.version.__version__, _processor()])
-    return f"kernels-{_digest(facts.encode())[:16]}"
+    return f"kernels-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.so"
 
 
-def _compile(compiler: list[str], folder: Path, name: str) -> Path:
-    """Compile each source on its own core, and link them. Returns: the library, complete under its name."""
+def _compile(compiler: list[str], path: Path) -> None:
+    """Compile each source on its own core, and link them to the library, which appears complete."""
 
     def run(*words: str) -> None:
         command = [*compiler, *words]
         subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=TIMEOUT)
 
     flags = [*(flag for flag in FLAGS if flag != "-shared"), "-isystem", jax.ffi.include_dir(), "-c"]
-    with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as build:
+    with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as build:
         library, objects = Path(build) / "kernels.so", [f"{build}/{source.stem}.o" for source in SOURCES]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda source, to: run(*flags, str(source), "-o", to), SOURCES, objects))
         run(*FLAGS, *objects, "-o", str(library))
         library.chmod(0o600)
-        return library.replace(folder / f"{name}-{_digest(library.read_bytes())}.so")
+        library.replace(path)
 
 
 def _processor() -> str:
