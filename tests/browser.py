@@ -16,13 +16,9 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 PATIENCE = 60.0  # seconds, for a start and for each answer, on a busy machine
 
 
-def executable() -> str | None:
-    """Return the browser of CHROMIUM, or the first of NAMES that is on the path."""
-    found = (shutil.which(name) for name in (os.environ.get("CHROMIUM", ""), *NAMES) if name)
-    return next((path for path in found if path), None)
-
-
-needs_browser = pytest.mark.skipif(executable() is None, reason="no Chromium or Chrome on the path (or in $CHROMIUM)")
+_NAMES = (os.environ.get("CHROMIUM"), *NAMES)
+EXECUTABLE = next((path for name in _NAMES if name and (path := shutil.which(name))), None)
+needs_browser = pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium or Chrome on the path (or in $CHROMIUM)")
 
 
 class Browser:
@@ -33,7 +29,7 @@ class Browser:
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
         command = [  # it reads commands from file descriptor 3 and answers on 4
-            *("bash", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "-", executable() or ""),
+            *("bash", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "-", EXECUTABLE or ""),
             *("--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
             *("--disable-background-networking", "--no-first-run", "--disable-dev-shm-usage"),
             *(f"--user-data-dir={self._folder.name}", "about:blank"),

@@ -104,10 +104,8 @@ def hostile(numbers: dict) -> dict:
     old = numbers["domains"][0]
     numbers = json.loads(json.dumps(numbers).replace(json.dumps(old), json.dumps(HOSTILE)))
     numbers["run"] = numbers["data"] = numbers["against"]["run"] = numbers["against"]["note"] = HOSTILE
-    words = ("preset", "router", "balance_rule", "version", "commit")
-    numbers["header"] |= dict.fromkeys(words, HOSTILE)
-    for layer in range(len(numbers["layers"])):
-        numbers["favourites"][layer][0][0][1] = HOSTILE
-        numbers["contexts"][layer][0][0][:3] = [HOSTILE] * 3
+    numbers["header"] |= dict.fromkeys(("preset", "router", "balance_rule", "version", "commit"), HOSTILE)
+    numbers["favourites"][0][0][0][1] = HOSTILE
+    numbers["contexts"][0][0][0][:3] = [HOSTILE] * 3
     numbers["texts"][0]["tokens"] = [HOSTILE] * len(numbers["texts"][0]["tokens"])
     return numbers

@@ -1,24 +1,30 @@
-"""The lab's statistics against closed forms and simulation, and the rules of its verdicts."""
+"""The lab's statistics against closed forms, the rules of its verdicts, and every study as it is stored."""
 
 import doctest
 from statistics import NormalDist
 
 import numpy as np
 import pytest
+from runs import HERE
 from scipy import stats
 
-from experiments.lab import Results, claims, drawing, fingerprints, measuring, statistics, tables
+from experiments.lab import (
+    RUNS_FOLDER,
+    Results,
+    bases,
+    claims,
+    drawing,
+    fingerprints,
+    measuring,
+    overview,
+    statistics,
+    tables,
+)  # fmt: skip
 from experiments.lab.claims import Claim, Stake, answer_to, as_json, judge, noise_within, verdict_table
+from experiments.lab.fingerprints import RECIPE
 from experiments.lab.pooling import noise_for, recipe_noise
-from experiments.lab.statistics import (
-    Difference,
-    Noise,
-    against_constant,
-    compare,
-    holm,
-    pool,
-    smallest_visible,
-)
+from experiments.lab.statistics import Difference, Noise, against_constant, compare, holm, pool, smallest_visible
+from experiments.lab.study import load
 
 NOISE = Noise(sd=0.0141, dof=58, seed_sd=0.013, within_sd=0.019, within_dof=60, variants=30, runs=90)
 
@@ -115,3 +121,30 @@ def test_the_doctests_of_the_lab():
     for module in (statistics, claims, tables, drawing, fingerprints, measuring):
         done = doctest.testmod(module)
         assert done.failed == 0 < done.attempted
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("folder", overview.folders(HERE / "experiments"), ids=lambda folder: folder.name)
+def test_every_study_is_complete(folder, monkeypatch, tmp_path):
+    """Variants are valid, also as short ones. results.json has all runs that the study makes, and the same verdicts."""
+    study, drawn = load(folder), []
+    monkeypatch.setattr(fingerprints, "_corpus_hash", lambda data: "a text")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
+    asked = study.list_runs(bases.base_run(study.base, [], RUNS_FOLDER), (0,))
+    assert list(study.list_runs(bases.short_run(study.base), (0,))) == list(asked)
+    results = Results(folder / "results.json")
+    assert results.recipe == RECIPE and set(results.variants) == {name for name, _ in asked}
+    for variant in results.variants:
+        assert results.seeds_of(variant) == [str(seed) for seed in range(study.seeds_of.get(variant, study.seeds))]
+    verdicts, _ = study.judge(results)
+    kept = [(v["claim"], v["answer"]) for v in results.about["verdicts"]]
+    found = [(v.claim.text, v.answer) for v in verdicts]
+    assert found == kept, "studies share their noise: run python -m experiments.lab run all --redraw"
+    assert [text for text, _ in kept] == [claim.text for claim in study.claims] != []
+    page = (folder / "README.md").read_text()
+    assert page.startswith(f"# {study.question}\n") and study.question.endswith("?")
+    assert page.count("<!-- results -->") == page.count("<!-- /results -->") == 1
+    assert overview.verdict(folder) != "pending" and f"python -m experiments.lab run {folder.name[:2]}" in page
+    assert f"({folder.name}/README.md)" in (HERE / "experiments" / "README.md").read_text()
+    study.draw(results, tmp_path / "picture.png")
+    assert drawn[0].axes and study.make_table(results).startswith("| ")

@@ -1,4 +1,7 @@
-"""`dsv3 stats`: its inputs, its numbers beside the model's own, other checkpoints, a folder replaced in one step."""
+"""`dsv3 stats`: its inputs, its numbers beside the model's own, other checkpoints, a folder replaced in one step.
+
+Its page: one file, every name escaped, and small for V3's shape.
+"""
 
 import contextlib
 import io
@@ -8,6 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from markupsafe import escape
+from routing_reports import HOSTILE, hostile, made_up, version_three
 from runs import MODEL, finished, rows_of, unhooked_cli
 
 from dsv3_jax.config import DataConfig
@@ -15,10 +20,15 @@ from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.hf.open_model import open_model
 from dsv3_jax.model.counting import size
 from dsv3_jax.stats import ReportOptions, agreement, others, read_load, reading, report
+from dsv3_jax.stats.page import SCRIPTS, WEB, render_page
 from dsv3_jax.training.evaluate import evaluate
 
 TOKENIZER, DATA = ByteTokenizer(), DataConfig(seq_len=16, batch_size=4, val_fraction=0.1)
 TEXT = "def f(x): return x, a sentence"
+
+
+def data_of(page: str) -> dict:
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
 
 
 def test_a_text_is_a_sentence_or_a_file(tmp_path):
@@ -63,8 +73,7 @@ def test_the_numbers_agree_with_each_other_with_the_page_and_with_what_is_printe
     keys = numbers.pop("keys")
     assert {key for names in keys for key in names.split(", ")} == numbers.keys()
     assert {path.name for path in folder.iterdir()} == {"stats.json", "index.html", "load.png"}
-    page = json.loads(re.search(r'id="data">(.*?)</script>', (folder / "index.html").read_text(), re.S)[1])
-    assert page.items() >= numbers.items()
+    assert data_of((folder / "index.html").read_text()).items() >= numbers.items()
     assert (numbers["step"], numbers["layers"]) == (12, ["layer 0", "layer 1", "MTP 1"])
     assert (numbers["specialisation"]["draws"], numbers["specialisation"]["seed"]) == (20, 0)
     load = np.array(numbers["load"])
@@ -161,3 +170,38 @@ def test_errors_are_a_sentence(run, capsys, tmp_path):
     ):
         assert unhooked_cli().main(["stats", str(run.folder), *words, "--out", str(tmp_path / "out")]) == 2
         assert sentence in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_the_page_needs_no_other_file_and_holds_the_numbers():
+    page = render_page(numbers := made_up())
+    ids, links = re.findall(r' id="([^"]*)"', page), re.findall(r'(?:src|href|action)="([^"]*)"', page)
+    sections = re.findall(r'<section id="([a-z_]+)">', page)
+    assert len(set(ids)) == len(ids) and {link.removeprefix("#") for link in links} == set(sections)
+    assert not re.search(r"<(img|link|iframe|form|base|object)\b| on[a-z]+=", page)
+    assert "://" not in page and "url(" not in page and "@import" not in page
+    assert "default-src 'none'" in page and "'unsafe-inline'; script-src 'sha256-" in page
+    scripts = "".join((WEB / name).read_text() for name in SCRIPTS)  # text goes into the page as text alone
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|Function\(|</", scripts)
+    data = data_of(page)
+    del data["colours"]
+    assert data == json.loads(json.dumps(numbers))
+
+
+def test_text_never_becomes_markup():
+    page = render_page(hostile(made_up()))
+    assert "<b" not in page.replace("<body", "").replace("<button", "") and page.count("</script>") == 2
+    assert f"<h1>Where tokens go: {escape(HOSTILE)}, step 400</h1>" in page
+    data = data_of(page)
+    assert data["domains"][0] == data["texts"][0]["tokens"][0] == data["favourites"][0][0][0][1] == HOSTILE
+
+
+@pytest.mark.long
+def test_version_three_fits():
+    """59 layers of 256 experts: no table of E² pairs, every list is there, and a page below 5 MB."""
+    numbers = version_three()
+    assert len(render_page(numbers).encode()) < 5_000_000
+    assert numbers["coactivation"] is None and numbers["transitions"]["lift"] is None
+    assert len(numbers["transitions"]["top"]) == 58 and len(numbers["domains"]) == 7
+    for key in ("favourites", "contexts", "partners"):
+        assert sum(len(rows) > 0 for layer in numbers[key] for rows in layer) > 0.99 * 59 * 256
+    assert len(numbers["texts"]) >= 2 and len(numbers["over_time"]["steps"]) == 40
