@@ -65,11 +65,8 @@ def adamw_by_optax(cfg: OptimConfig, steps: int) -> optax.GradientTransformation
     )  # fmt: skip
 
 
-# (301, 577) is more than a thread's part
-@pytest.mark.parametrize(
-    ("name", "shape"), [("cpu", (301, 577)), ("xla", (4, 3)), ("optax", (4, 3)), ("bfloat16", (301, 577))]
-)
-def test_adamw_is_the_equations(rng, monkeypatch, name, shape):
+@pytest.mark.parametrize("name", ["cpu", "xla", "optax", "bfloat16"])
+def test_adamw_is_the_equations(rng, monkeypatch, name):
     """Steps over the warm-up's end, in float64; those that are not taken keep everything, even from NaN.
 
     A mean in bfloat16 is rounded when it is stored, and at no other time.
