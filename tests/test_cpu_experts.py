@@ -74,7 +74,7 @@ def test_gradients_are_deterministic(rng):
 def test_wrong_counts_and_rows_are_rejected(rng):
     x, ids, gates, *weights = float32(case(rng, "any"))
     p = sort_by_expert(ids, 6)
-    run = jax.jit(lambda p: calls.experts_swiglu(x, gates, *p[:3], tuple(weights), keep=False)[0])
+    run = jax.jit(lambda p: calls.experts_swiglu(x, gates, p, tuple(weights), keep=False)[0])
     jax.block_until_ready(run(p))
     for wrong, message in (
         (p._replace(counts=p.counts + 1), "counts are not those of all rows"),

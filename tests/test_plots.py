@@ -22,16 +22,14 @@ def texts(ax) -> list[str]:
 def test_heatmap_draws_load_over_mean(tmp_path, rng):
     load = rng.integers(1, 100, (3, 8))
     code, c = rng.integers(1, 100, (2, 3, 8))
-    figure = run_plots.routing_heatmap(
-        load, tmp_path / "a" / "load.png", title="step 7", domain_loads={"code": code, "C": c}
-    )
+    figure = run_plots.routing_heatmap(load, tmp_path / "a" / "load.png", domain_loads={"code": code, "C": c})
     drawn = [np.asarray(ax.images[0].get_array()) for ax in figure.axes if ax.images]
     assert len(drawn) == 3
     for got, counts in zip(drawn, (load, code, c), strict=True):
         np.testing.assert_allclose(got * counts.sum(-1, keepdims=True), counts * 8.0, rtol=1e-12)  # float64 rounding
     norms = {(ax.images[0].norm.vmin, ax.images[0].norm.vcenter, ax.images[0].norm.vmax) for ax in figure.axes[:3]}
     assert len(norms) == 1 and norms.pop()[:2] == (0.0, 1.0)  # one scale for all, white is even
-    assert figure.axes[0].get_title() == "step 7"
+    assert figure.axes[0].get_title() == run_plots.load_finding(load, ["layer 0", "layer 1", "layer 2"])
     peaks = load.max(-1) / load.mean(-1) - 1
     assert texts(figure.axes[0]) == ["MaxVio", *(f"{p:.2f}" for p in peaks)]
     width, height = png_size(tmp_path / "a" / "load.png")

@@ -171,6 +171,21 @@ def load_text(folder: str | Path) -> TextSettings:
     return text_settings.read_released(place)
 
 
+def with_paths(cfg: DataConfig, paths: tuple[str, ...]) -> DataConfig:
+    """A run's settings for other data: shards, files of chat examples if it was trained on chats, or text.
+
+    Example:
+        >>> with_paths(DataConfig(format="chat", paths=("a.jsonl",)), ("a.txt",)).format
+        'text'
+    """
+    chats = cfg.format == "chat" and any(Path(path).suffix.lower() in (".jsonl", ".parquet") for path in paths)
+    shards = len(paths) == 1 and (Path(paths[0]) / MANIFEST).is_file()
+    format = "shards" if shards else "chat" if chats else "text"
+    defaults = vars(DataConfig())
+    others = {name: defaults[name] for name, formats in ONLY_FOR.items() if format not in formats}
+    return replace(cfg, paths=paths, format=format, **others)
+
+
 def measured_on(cfg: DataConfig, folder: str | Path, paths: tuple[str, ...] = ()) -> Source:
     """Open the data that a model in a folder is measured on.
 
@@ -179,13 +194,7 @@ def measured_on(cfg: DataConfig, folder: str | Path, paths: tuple[str, ...] = ()
         paths: other data. Files of chat examples are read as such if the run was trained on chats.
     Raises: ValueError as `open_source` and `load_examples`.
     """
-    if paths:
-        chats = cfg.format == "chat" and any(Path(path).suffix.lower() in (".jsonl", ".parquet") for path in paths)
-        shards = len(paths) == 1 and (Path(paths[0]) / MANIFEST).is_file()
-        format = "shards" if shards else "chat" if chats else "text"
-        defaults = vars(DataConfig())
-        others = {name: defaults[name] for name, formats in ONLY_FOR.items() if format not in formats}
-        cfg = replace(cfg, paths=paths, format=format, **others)
+    cfg = with_paths(cfg, paths) if paths else cfg
     if cfg.format == "chat":
         return load_examples(cfg, load_text(folder))
     return open_source(cfg, tokenizer.load(cfg.tokenizer))

@@ -16,7 +16,7 @@ differs by float32 rounding only. On a mesh that shards experts or their tokens,
 
 If scales are powers of two, bfloat16 holds each of these values exactly too, because an e4m3 number has four
 significant bits. GPUs and TPUs then multiply in bfloat16 and add in float32 (`in_bfloat16`): the same terms, at the
-speed of bfloat16. A kernel for e4m3 numbers and their scales is a recipe with another `matmul`.
+speed of bfloat16.
 
 Departs from the paper: nothing is kept in 8 bits. The report caches activations in FP8, and so rounds their scales, and
 the scales of what it dispatches, to powers of two: a 1 × 128 tile then becomes a 128 × 1 tile without a second
@@ -60,10 +60,6 @@ class Recipe:
         """The tile of a matrix that is contracted over its axis 0 or 1."""
         short = self.tile if self.square_weights else 1
         return (short, self.tile) if contracted else (self.tile, short)
-
-    def matmul(self, x: Float[Array, "m K"], w: Float[Array, "K N"]) -> Float[Array, "m N"]:
-        """Multiply x with w, see the function of this name."""
-        return matmul(self, x, w)
 
     @property
     def in_bfloat16(self) -> "Recipe":
@@ -225,7 +221,7 @@ def product(x: Float[Array, "..."], w: Float[Array, "..."], axes: int = 1, *, re
         Array([[2., 2., 2.]], dtype=float32)
     """
     depth = math.prod(w.shape[:axes])
-    y = recipe.matmul(x.reshape(-1, depth), w.reshape(depth, -1))
+    y = matmul(recipe, x.reshape(-1, depth), w.reshape(depth, -1))
     return y.reshape(*x.shape[: x.ndim - axes], *w.shape[axes:])
 
 

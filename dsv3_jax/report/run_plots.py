@@ -52,7 +52,6 @@ def routing_heatmap(
     load,
     path: str | os.PathLike,
     *,
-    title: str | None = None,
     domain_loads: Mapping | None = None,
     first_layer: int = 0,
     mtp_blocks: int = 0,
@@ -66,7 +65,6 @@ def routing_heatmap(
     Args:
         load: assignments [L, E] of the sparse layers, any real dtype.
         path: the PNG file to write; its folder is created.
-        title: of the picture; None means a sentence that names the expert with the largest load.
         domain_loads: domain name → assignments [L, E]; each has a small panel with the same colours.
         first_layer: number of the first row's layer: dense layers before it count.
         mtp_blocks: number of MTP blocks, which are the last rows.
@@ -80,7 +78,7 @@ def routing_heatmap(
         >>> figure.axes[0].images[0].get_array().tolist()
         [[1.5, 0.5], [1.0, 1.0]]
     """
-    overall = load_over_mean(load, title or "all text")
+    overall = load_over_mean(load, "all text")
     trunk = overall.shape[0] - mtp_blocks
     names = [f"layer {first_layer + i}" if i < trunk else f"MTP {i - trunk + 1}" for i in range(overall.shape[0])]
     domains = {name: load_over_mean(part, name) for name, part in (domain_loads or {}).items()}
@@ -99,7 +97,7 @@ def routing_heatmap(
 
     main = figure.add_subplot(grid[0, :])
     image = _draw_load(main, overall, norm, names)
-    main.set_title(load_finding(load, names) if title is None else title, fontsize=11)
+    main.set_title(load_finding(load, names), fontsize=11)
     main.text(1.008, 1.0, "MaxVio", transform=main.transAxes, fontsize=7, va="bottom", weight="bold")
     for layer, peak in enumerate(overall.max(-1)):
         max_vio = "no load" if np.isnan(peak) else f"{peak - 1:.2f}"

@@ -9,7 +9,6 @@ from dsv3_jax.stats.measures import (
     favourites,
     lift,
     mutual_information,
-    permuted_information,
     specialisation,
 )
 from dsv3_jax.stats.others import agreement, match_experts, saturation

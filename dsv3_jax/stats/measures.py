@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float64, Int64, Num
+from jaxtyping import Float, Float64, Num
 
 from dsv3_jax.stats.routing_stats import RoutingStats, sum_by_domain
 
@@ -81,32 +81,6 @@ def _bits(p: np.ndarray, axis) -> np.ndarray:
     return -(p * np.log2(np.where(p > 0, p, 1.0))).sum(axis)
 
 
-def permuted_information(
-    document_load: Int64[np.ndarray, "S L E"],
-    document_domains: Int64[np.ndarray, " S"],
-    num_domains: int,
-    *,
-    draws: int = 200,
-    seed: int = 0,
-) -> Float64[np.ndarray, "draws L"]:
-    """Compute I(expert; domain) in bits after the domains were shuffled among the documents: what chance gives.
-
-    All tokens of a document move together: they are alike whatever its domain, and a shuffle of single tokens would
-    count that as specialisation.
-
-    Args: draws: number of shuffles; seed: of the shuffles.
-
-    Example:
-        >>> load = np.array([[[4, 0]], [[0, 4]]])  # two documents: a shuffle can only swap their domains
-        >>> permuted_information(load, np.array([0, 1]), 2, draws=2)
-        array([[1.],
-               [1.]])
-    """
-    rng = np.random.default_rng(seed)
-    shuffled = (rng.permutation(document_domains) for _ in range(draws))
-    return np.stack([mutual_information(sum_by_domain(document_load, domains, num_domains)) for domains in shuffled])
-
-
 class Specialisation(NamedTuple):
     """I(expert; domain) of each layer, beside I after shuffles of the documents' domains."""
 
@@ -122,7 +96,7 @@ class Specialisation(NamedTuple):
 def specialisation(stats: RoutingStats, *, draws: int = 200, seed: int = 0) -> Specialisation:
     """Measure how much the experts of each layer tell about the domain of the text, beside chance.
 
-    Args: draws: number of shuffles that estimate chance, see `permuted_information`; seed: of the shuffles.
+    Args: draws: number of shuffles that estimate chance; seed: of the shuffles.
     Raises: ValueError for draws below 1.
 
     Example:
@@ -134,11 +108,13 @@ def specialisation(stats: RoutingStats, *, draws: int = 200, seed: int = 0) -> S
     """
     if draws < 1:
         raise ValueError(f"draws={draws} is below 1")
-    loads = stats.load_by_domain
-    bits, upper_bound = mutual_information(loads), domain_entropy(loads)
-    chance = permuted_information(
-        stats.document_load, stats.document_domains, len(stats.domains), draws=draws, seed=seed
-    )
+    bits, upper_bound = mutual_information(stats.load_by_domain), domain_entropy(stats.load_by_domain)
+    # All tokens of a document move together: they are alike whatever its domain, and a shuffle of single tokens would
+    # count that as specialisation.
+    rng = np.random.default_rng(seed)
+    shuffled = (rng.permutation(stats.document_domains) for _ in range(draws))
+    loads = (sum_by_domain(stats.document_load, domains, len(stats.domains)) for domains in shuffled)
+    chance = np.stack([mutual_information(load) for load in loads])
     share = np.divide(bits, upper_bound, out=np.zeros_like(bits), where=upper_bound > 0)
     at_least = (chance >= bits[None] - 1e-12).sum(0)  # 1e-12: another order of the same sum rounds differently
     return Specialisation(

@@ -15,11 +15,10 @@ from dsv3_jax.config import DataConfig, replace
 from dsv3_jax.data.batches import Batch, alternate
 from dsv3_jax.data.corpus import Corpus, read_documents
 from dsv3_jax.data.packing import Packed, Piece
-from dsv3_jax.data.shards import MANIFEST
 from dsv3_jax.data.source import from_corpus
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.files import read_bytes
-from dsv3_jax.hf.open_model import measured_on
+from dsv3_jax.hf.open_model import measured_on, with_paths
 from dsv3_jax.report.metrics import LOAD_FILE, read_rows
 
 BATCHES = 16  # of a run's own held-out text; text that the user names is read to its end
@@ -59,18 +58,17 @@ def open_text(
     Raises: ValueError if a text cannot be read, is empty or in no known encoding.
     """
     own = [] if text is None else own_batches(read_own(text), tokenizer, cfg)
-    is_shards = len(paths) == 1 and (Path(paths[0]) / MANIFEST).is_file()
-    is_chats = cfg.format == "chat" and any(Path(path).suffix.lower() in (".jsonl", ".parquet") for path in paths)
-    if paths and not is_shards and not is_chats:
+    cfg = with_paths(cfg, paths) if paths else cfg
+    if paths and cfg.format == "text":
         documents = tuple(read_documents(paths, cfg.text_column))
         if not documents:
             raise ValueError(f"paths={' '.join(paths)!r} hold no text")
         corpus = Corpus((), documents, tuple(dict.fromkeys(d.domain for d in documents)), "")
-        cfg = replace(cfg, paths=paths, format="text", chat_template=None, mixture=(), temperature=1.0, fim_rate=0.0)
-        read = from_corpus(corpus, tokenizer, cfg).val_batches(ALL if batches is None else batches)
+        source = from_corpus(corpus, tokenizer, replace(cfg, fim_rate=0.0))
+        read = source.val_batches(ALL if batches is None else batches)
         return Reading(read, corpus.domains, ", ".join(paths), None, own)
-    source = measured_on(cfg, folder, paths)
-    named = ", ".join(map(str, paths or cfg.paths)) or "the text that comes with Python"
+    source = measured_on(cfg, folder)
+    named = ", ".join(map(str, cfg.paths)) or "the text that comes with Python"
     held_out = source.val_batches((ALL if paths else BATCHES) if batches is None else batches)
     return Reading(held_out, source.domains, f"held-out part of {named}", None if paths else source.training_bytes, own)
 

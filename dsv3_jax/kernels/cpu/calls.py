@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.ops.cached_attention import Stored
+from dsv3_jax.ops.sort_by_expert import SortedRows
 
 CACHE_DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")  # dtypes of the rows that `cached_attention` reads
 
@@ -106,9 +107,7 @@ def cached_attention(
 def experts_swiglu(
     x: Float[Array, "n D"],
     gates: Float[Array, "n K"],
-    order: Int[Array, " rows"],
-    row: Int[Array, "n K"],
-    counts: Int[Array, " E"],
+    p: SortedRows,
     experts: tuple[Array, Array, Array],
     *,
     keep: bool,
@@ -120,7 +119,7 @@ def experts_swiglu(
     Args:
         x: tokens.
         gates: weight of each assignment.
-        order, row, counts: the assignments sorted by expert; see `ops.sort_by_expert.SortedRows`.
+        p: the assignments sorted by expert.
         experts: w_gate [E, D, F], w_up [E, D, F] and w_down [E, F, D].
         keep: return x w_gate and x w_up of the sorted rows, which the gradient needs. Otherwise these two are [0, F].
     Returns: (y, x w_gate, x w_up).
@@ -129,16 +128,14 @@ def experts_swiglu(
     kept = jax.ShapeDtypeStruct((rows if keep else 0, width), x.dtype)
     shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype), kept, kept, jax.ShapeDtypeStruct((rows, dim), x.dtype))
     call = jax.ffi.ffi_call("dsv3_experts_swiglu", shapes)
-    y, a, b, _ = call(x, gates, order, row, counts, *experts)
+    y, a, b, _ = call(x, gates, p.order, p.row, p.counts, *experts)
     return y, a, b
 
 
 def experts_swiglu_gradients(
     x: Float[Array, "n D"],
     gates: Float[Array, "n K"],
-    order: Int[Array, " rows"],
-    row: Int[Array, "n K"],
-    counts: Int[Array, " E"],
+    p: SortedRows,
     experts: tuple[Array, Array, Array],
     kept: tuple[Array, Array],
     dy: Float[Array, "n D"],
@@ -148,7 +145,7 @@ def experts_swiglu_gradients(
     """Compute the gradients of `experts_swiglu` with respect to x, the gates and the experts.
 
     Args:
-        x, gates, order, row, counts, experts: as in `experts_swiglu`.
+        x, gates, p, experts: as in `experts_swiglu`.
         kept: x w_gate and x w_up from the forward pass, [n K, F] each.
         dy: gradient of the result y.
         frozen: the experts' gradients are not computed, and are returned empty, [0, …].
@@ -158,7 +155,7 @@ def experts_swiglu_gradients(
     shapes += [jax.ShapeDtypeStruct((0 if frozen else w.shape[0], *w.shape[1:]), w.dtype) for w in experts]
     shapes.append(jax.ShapeDtypeStruct((gates.size, x.shape[1]), x.dtype))
     call = jax.ffi.ffi_call("dsv3_experts_swiglu_gradients", shapes)
-    dx, d_gates, d_gate, d_up, d_down, _ = call(x, gates, order, row, counts, *experts, dy, *kept)
+    dx, d_gates, d_gate, d_up, d_down, _ = call(x, gates, p.order, p.row, p.counts, *experts, dy, *kept)
     return dx, d_gates, (d_gate, d_up, d_down)
 
 

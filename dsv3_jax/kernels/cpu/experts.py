@@ -23,7 +23,7 @@ def grouped_swiglu(
 
 
 def _forward(x, gates, experts, p: SortedRows, keep: bool):
-    return calls.experts_swiglu(x, gates, p.order, p.row, p.counts, experts, keep=keep)
+    return calls.experts_swiglu(x, gates, p, experts, keep=keep)
 
 
 @jax.custom_vjp
@@ -40,8 +40,7 @@ def _grouped_fwd(*primals):
 
 def _grouped_bwd(saved, dy):
     (x, gates, experts, p), kept, trained = saved
-    rows = p.order, p.row, p.counts
-    dx, d_gates, d_experts = calls.experts_swiglu_gradients(x, gates, *rows, experts, kept, dy, frozen=not trained)
+    dx, d_gates, d_experts = calls.experts_swiglu_gradients(x, gates, p, experts, kept, dy, frozen=not trained)
     return dx, d_gates, d_experts if trained else None, None
 
 

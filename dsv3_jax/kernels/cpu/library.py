@@ -48,8 +48,7 @@ COMPILERS = ("c++", "g++", "clang++")
 def why_not() -> str:
     """Load the kernels, and compile them first if this machine has no compiled library of this user yet.
 
-    Compiling takes some seconds and is reported on stderr. Without a private cache folder each process compiles for
-    itself. Call this before the first program is traced.
+    Compiling takes some seconds and is reported on stderr. Call this before the first program is traced.
 
     Returns: an empty string if the kernels can be used in this process; otherwise the reason, without a full stop.
     """
@@ -62,7 +61,7 @@ def why_not() -> str:
     except subprocess.CalledProcessError as error:
         line = next((line for line in error.stderr.splitlines() if "error" in line), f"exit code {error.returncode}")
         return f"{words} does not compile the kernels: {line.strip()}"
-    except (OSError, ValueError, AttributeError, subprocess.TimeoutExpired) as error:
+    except (OSError, RuntimeError, ValueError, AttributeError, subprocess.TimeoutExpired) as error:
         return f"the kernels cannot be compiled or loaded: {error}"
     for name, symbol in symbols.items():
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(symbol), platform="cpu")
@@ -73,34 +72,32 @@ def load(compiler: list[str]) -> ctypes.CDLL:
     """Load the library of the cache folder. If it is absent, one process compiles it.
 
     Args: compiler: the words of its command, as in ["ccache", "g++"].
-    Raises: OSError, or CalledProcessError if the compiler fails.
+    Raises: as `private_folder`, or CalledProcessError if the compiler fails.
     """
-    with contextlib.ExitStack() as stack:
-        folder, why = private_folder(), "once for this machine"
-        if folder is None:  # a loaded library needs no file
-            folder, why = Path(stack.enter_context(tempfile.TemporaryDirectory())), "there is no private cache folder"
-        lock = stack.enter_context((folder / "build.lock").open("a+"))
+    folder = private_folder()
+    with (folder / "build.lock").open("a+") as lock:
         with contextlib.suppress(OSError):  # a file system without locks: two processes may compile the same
             fcntl.flock(lock, fcntl.LOCK_EX)
         path = folder / _name(compiler)
         if not path.is_file():
             start = time.perf_counter()
-            print(f"compiling the CPU kernels with {shlex.join(compiler)} ({why}) …", file=sys.stderr, flush=True)
+            print(f"compiling the CPU kernels with {shlex.join(compiler)}, once …", file=sys.stderr, flush=True)
             _compile(compiler, path)
             print(f"compiled in {time.perf_counter() - start:.0f} s: {path}", file=sys.stderr, flush=True)
         return ctypes.CDLL(str(path))
 
 
-def private_folder() -> Path | None:
-    """The user's cache folder; None if it cannot be created or written to, or others own it or may write to it."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv3_jax"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        status = folder.lstat()
-    except (OSError, RuntimeError):  # RuntimeError: the user has no home
-        return None
-    private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
-    return folder if private and os.access(folder, os.W_OK | os.X_OK) else None
+def private_folder() -> Path:
+    """The user's cache folder, created if it is absent.
+
+    Raises: OSError if it cannot be created, or others own it or may write to it; RuntimeError if the user has no home.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv3_jax"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise OSError(f"folder={folder} is not private; set XDG_CACHE_HOME to a folder that only you may write to")
+    return folder
 
 
 def _name(compiler: list[str]) -> str:

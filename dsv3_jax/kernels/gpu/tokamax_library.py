@@ -4,12 +4,10 @@ tokamax is optional. Its ops ask the process for its default device while they a
 for a target instead, which may not be present, so the kernels below the ops are called, which ask nothing.
 """
 
-import sys
 from importlib import metadata
 from typing import Any
 
-MIN_PYTHON = (3, 12)
-VERSION = "0.0.17"  # the kernels' names are private and move between versions
+VERSION = "0.0.17"  # for Python 3.12 and newer; the kernels' names are private and move between versions
 INSTALL = f"pip install tokamax=={VERSION}"
 HOPPER = "9.0"  # compute capability
 
@@ -22,8 +20,6 @@ def why_not(target: Any) -> str:
     if target.chip != HOPPER:
         chip = f"the chip has {target.chip}" if target.chip else "the chip is not known"
         return f"its kernels need compute capability {HOPPER} (H100, H200), and {chip}"
-    if sys.version_info < MIN_PYTHON:
-        return f"it needs Python {'.'.join(map(str, MIN_PYTHON))} or newer"
     try:
         version = metadata.version("tokamax")
     except metadata.PackageNotFoundError:
