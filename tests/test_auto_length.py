@@ -2,17 +2,14 @@
 
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
-from flax import nnx
 from models import DENSE, HEADS, LIGHT, random_model, tokens_of
 from test_speculative import drafting
 
 from dsv3_jax.decoding.auto_length import LengthChoice, draft_lengths
 from dsv3_jax.decoding.decode_config import DecodeConfig
 from dsv3_jax.decoding.generate import generate, generate_in_parts
-from dsv3_jax.mesh import sharding
 
 # The choice, on a clock of our own. A plain step takes 1, and a drafter reads what plain steps have left in READING.
 LENGTHS, READING = (0, 1, 2, 4), 0.5
@@ -111,55 +108,15 @@ def any_length(monkeypatch):
     monkeypatch.setattr("dsv3_jax.decoding.generate.draft_lengths", lambda *of: draft_lengths(*of)[:3])
 
 
-def pair(scheme, quality):
-    """(A model, what drafts for it.)"""
-    return (random_model(LIGHT, execution=DENSE), "lookup") if scheme == "lookup" else drafting(scheme)[quality]
-
-
 @pytest.mark.long
 @pytest.mark.usefixtures("any_length")
 @pytest.mark.parametrize("scheme", ["lookup", "deepseek of 3", "meta"])
 def test_greedy_text_is_that_of_plain_decoding(scheme):
-    model, draft = pair(scheme, "partly")
+    lookup = (random_model(LIGHT, execution=DENSE), "lookup")
+    model, draft = lookup if scheme == "lookup" else drafting(scheme)["partly"]
     plain = generate(model, PROMPTS, 80, stop_tokens=[7])
     config = DecodeConfig(80, draft=draft, draft_length="auto", stop_tokens=[7])
     *_, drafted = generate_in_parts(model, PROMPTS, config, part=57)
     assert drafted.tokens == plain.tokens
     assert drafted.steps == sum(drafted.steps_by_length.values()) <= plain.steps  # the slowest row's
     assert min(drafted.steps_by_length.values()) > 0 and 0 < drafted.acceptance[0] < 1
-
-
-@pytest.mark.rare
-@pytest.mark.usefixtures("any_length")
-@pytest.mark.parametrize("scheme", ["deepseek of 1", "eagle", "model"])
-def test_after_plain_steps_a_perfect_drafter_is_perfect(scheme):
-    """It has read all of the text. Each step of n drafts accepts n, but for the last of a row."""
-    model, draft = pair(scheme, "right")
-    drafted = generate(model, PROMPTS[2:3], 100, draft=draft, draft_length="auto")
-    steps = drafted.steps_by_length
-    assert steps[0] > 40 and sum(n * (length + 1) for length, n in steps.items()) - 99 <= 4
-
-
-@pytest.mark.rare
-@pytest.mark.usefixtures("any_length")
-def test_certain_drafts_leave_a_seeds_text_alone():
-    """On a mesh too, with one row a device."""
-    model, draft = pair("lookup", "")
-    how = dict(temperature=0.3, top_p=0.9, seed=3)
-    plain = generate(model, PROMPTS, 60, **how)
-    drafted = generate(model, PROMPTS, 60, draft=draft, draft_length="auto", **how)
-    assert drafted.tokens == plain.tokens and 0 < drafted.acceptance[0] < 1
-    graphdef, state = nnx.split(model)
-    placed = jax.device_put(state, sharding.state_sharding(state, sharding.make_mesh(2, 2, 2)))
-    there = nnx.merge(graphdef, placed)
-    assert generate(there, PROMPTS, 60, draft=draft, draft_length="auto", **how).tokens == plain.tokens
-
-
-@pytest.mark.long
-def test_the_clock_decides():
-    """Without a script: the first parts are plain and of the shortest drafts. A second request starts with the best."""
-    model, draft = pair("lookup", "")
-    want = generate(model, PROMPTS[:1], 60).tokens
-    found = [generate(model, PROMPTS[:1], 60, draft=draft, draft_length="auto") for _ in range(2)]
-    assert found[0].tokens == found[1].tokens == want
-    assert found[0].steps_by_length[0] > 0 and found[0].steps_by_length[1] > 0

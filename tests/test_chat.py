@@ -6,6 +6,7 @@
 import io
 import itertools
 import json
+import re
 import shutil
 import sys
 from datetime import datetime
@@ -49,42 +50,46 @@ def clock(monkeypatch):
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_prompts_are_transformers(texts, name):
+def test_prompts_and_conversations_are_transformers(texts, name):
+    """Text, ids, generation prompt, tools, mask; and where transformers refuses, we do."""
     text = texts(name)
     assert [text.encode(prompt) for prompt in PROMPTS] == THEIRS[name]["prompts"]
     assert [text.encode(prompt, raw=True) for prompt in PROMPTS] == THEIRS[name]["raw"]
     assert text.special_tokens == THEIRS[name]["special_tokens"]
-
-
-@pytest.mark.parametrize("name", TEXTS)
-@pytest.mark.parametrize("conversation", CONVERSATIONS)
-def test_conversations_are_transformers(texts, name, conversation):
-    """Text, ids, generation prompt, tools, mask; and where transformers refuses, we do."""
-    messages, theirs = CONVERSATIONS[conversation], THEIRS[name]["conversations"][conversation]
-    text = texts(name)
     template, same = text.chat, {"any_order": True, "specials_in_messages": True}
-    if theirs is None:
-        with pytest.raises(ValueError, match="the chat template"):
-            template.render(messages, **same)
-        return
-    assert template.text(messages, any_order=True) == theirs["text"]
-    assert template.render(messages, **same).ids == theirs["ids"]
-    assert template.render(messages, **same, add_generation_prompt=True).ids == theirs["prompt"]
     with_tools = ChatTemplate(text.templates.get("tool_use", template.source), text.tokenizer, text.special_tokens)
-    assert with_tools.render(messages, **same, tools=TOOLS).ids == theirs["tools"]
-    assert template.render(messages, any_order=True).ids == theirs["quoted"]
-    assert template.marks_assistant == ("mask" in theirs)
-    if template.marks_assistant:
-        assert template.render(messages, **same, assistant_mask=True).mask == list(map(bool, theirs["mask"]))
+    for conversation, messages in CONVERSATIONS.items():
+        theirs = THEIRS[name]["conversations"][conversation]
+        if theirs is None:
+            with pytest.raises(ValueError, match="the chat template"):
+                template.render(messages, **same)
+            continue
+        assert template.text(messages, any_order=True) == theirs["text"]
+        assert template.render(messages, **same).ids == theirs["ids"]
+        assert template.render(messages, **same, add_generation_prompt=True).ids == theirs["prompt"]
+        assert with_tools.render(messages, **same, tools=TOOLS).ids == theirs["tools"]
+        assert template.render(messages, any_order=True).ids == theirs["quoted"]
+        assert template.marks_assistant == ("mask" in theirs)
+        if template.marks_assistant:
+            assert template.render(messages, **same, assistant_mask=True).mask == list(map(bool, theirs["mask"]))
 
 
 def test_prefixes_mark_what_generation_blocks_do(texts):
-    """Without `{% generation %}`, an answer is what a turn adds, with what ends it."""
-    template = texts("Kimi").chat
-    source = template.source.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    bare = ChatTemplate(source, template.tokenizer, template.special_tokens)
+    """Without `{% generation %}`, an answer is what a turn adds, with what ends it.
+
+    GLM's leaves out the thoughts of earlier turns, so that without its marks no difference is an answer.
+    """
+
+    def bare(template):
+        source = re.sub(r"{%-? (end)?generation -?%}", "", template.source)
+        return ChatTemplate(source, template.tokenizer, template.special_tokens)
+
+    kimi = texts("Kimi").chat
     for messages in (CONVERSATIONS["two turns"], CONVERSATIONS["names in a message"]):
-        assert bare.render(messages, assistant_mask=True) == template.render(messages, assistant_mask=True)
+        assert bare(kimi).render(messages, assistant_mask=True) == kimi.render(messages, assistant_mask=True)
+    messages = [USER, {**ANSWER, "reasoning_content": "why"}, USER, ANSWER]
+    with pytest.raises(ValueError, match="message 1: the chat template writes .* in another way"):
+        bare(texts("GLM").chat).render(messages, assistant_mask=True)
 
 
 def test_a_generation_prompt_may_open_a_thought(texts):
@@ -96,15 +101,6 @@ def test_a_generation_prompt_may_open_a_thought(texts):
     assert thinking.text([USER], add_generation_prompt=True).endswith("<｜Assistant｜><think>\n")
     messages = CONVERSATIONS["two turns"]
     assert thinking.render(messages, assistant_mask=True) == text.chat.render(messages, assistant_mask=True)
-
-
-def test_a_template_that_rewrites_earlier_turns_has_no_prefixes(texts):
-    """GLM's leaves out the thoughts of earlier turns, so that without its marks no difference is an answer."""
-    text = texts("GLM")
-    source = text.chat.source.replace("{% generation -%}", "").replace("{%- endgeneration %}", "")
-    bare = ChatTemplate(source, text.tokenizer, text.special_tokens)
-    with pytest.raises(ValueError, match="message 1: the chat template writes .* in another way"):
-        bare.render([USER, {**ANSWER, "reasoning_content": "why"}, USER, ANSWER], assistant_mask=True)
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -123,7 +119,8 @@ def test_no_message_can_end_a_turn(texts, name):
     assert ids_of(forged) == ids_of(evil)
 
 
-def test_messages_out_of_order_are_one_sentence():
+def test_messages_out_of_order_are_one_sentence(texts):
+    """A template allows a role that it names, and may check the order itself."""
     for messages, sentence in (
         ([USER, {"role": "assistant", "content": None}], "message 1 of role='assistant' has no content"),
         ([{"role": "sytem", "content": "a"}, USER], "message 0 has role='sytem', which the chat template does not"),
@@ -131,14 +128,9 @@ def test_messages_out_of_order_are_one_sentence():
     ):
         with pytest.raises(ValueError, match=f"^{sentence}[^\n]*$"):
             check_messages(messages, V3)
-
-
-def test_what_a_template_allows_is_allowed(texts):
-    """A role that it names; an order that it checks itself."""
-    messages = CONVERSATIONS["tools"]
-    assert len(check_messages(messages, V3)) == 4
+    assert len(check_messages(CONVERSATIONS["tools"], V3)) == 4
     with pytest.raises(ValueError, match="message 2 has role='tool'"):
-        check_messages(messages, TEXTS["GLM"].jinja)
+        check_messages(CONVERSATIONS["tools"], TEXTS["GLM"].jinja)
     with pytest.raises(ValueError, match="refuses the messages: roles must alternate: user, assistant, …"):
         texts("strict").chat.text([USER, USER])
 
@@ -180,20 +172,6 @@ def test_add_bos_token_adds_bos(tmp_path):
     text = read_released(write_text_files(tmp_path / "v3", replace(TEXTS["V3"], config=config)))
     bos = text.tokenizer.specials["<｜begin▁of▁sentence｜>"]
     assert [text.encode(p) for p in PROMPTS] == [[bos, *ids] for ids in THEIRS["V3"]["prompts"]]
-    assert [text.encode(p, raw=True) for p in PROMPTS] == THEIRS["V3"]["raw"]
-    config = TEXTS["strict"].config | {"add_bos_token": True}  # tokenizer.json adds one already
-    text = read_released(write_text_files(tmp_path / "strict", replace(TEXTS["strict"], config=config)))
-    assert [text.encode(p) for p in PROMPTS] == THEIRS["strict"]["prompts"]
-
-
-def test_templates_of_their_own_files_come_first(tmp_path):
-    folder = write_text_files(tmp_path, TEXTS["Kimi"])
-    (folder / "additional_chat_templates").mkdir()
-    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ 'other' }}")
-    assert read_released(folder).templates.keys() == {"default", "rag"}
-    (folder / "chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match="chat templates rag and none that is named default"):
-        _ = read_released(folder).chat
 
 
 @pytest.fixture(scope="module")
@@ -290,9 +268,7 @@ def test_defaults_of_the_sampling():
     generate = unhooked("dsv3_jax.cli.generate")
     for said, given, expected in (
         (SamplingDefaults(), {}, (0.8, None, 0.95)),
-        (SamplingDefaults(), {"temperature": 0.0}, (0.0, None, 0.95)),
         (SamplingDefaults(0.6, 0.9), {}, (0.6, None, 0.9)),
-        (SamplingDefaults(top_k=20), {}, (1.0, 20, None)),
         (SamplingDefaults(temperature=0.0), {"top_p": 0.5, "top_k": 3}, (0.0, 3, 0.5)),
     ):
         text = SimpleNamespace(sampling=said, stop_ids=(1,))

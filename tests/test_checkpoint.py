@@ -4,9 +4,7 @@ import json
 import os
 import random
 import shutil
-import subprocess
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import jax
@@ -110,24 +108,6 @@ def test_a_checkpoint_is_never_half_there(run, monkeypatch):
     assert steps_in(run) == {"8", "9"}
 
 
-def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tmp_path):
-    """A real disk of half a megabyte."""
-    disk, run = tmp_path / "disk", replace(RUN, keep=20)
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root can mount a small disk")
-    try:
-        with pytest.raises(SaveFailed, match="cannot be written to .*(No space left|RESOURCE_EXHAUSTED)"):
-            save(disk, *range(1, 20), run=run)
-        with Checkpoints(disk, run) as checkpoints:
-            at = checkpoints.latest
-            assert at >= 1
-            assert_bitwise(checkpoints.restore()[0], make_state(at))
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
 def test_a_save_that_fails_in_the_background_is_named(run, monkeypatch):
     def fail(folder):
         raise OSError("the disk is gone")
@@ -178,20 +158,20 @@ def array_file(folder: Path) -> Path:
     return max((folder / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
 
 
-DAMAGE = {
-    "absent": lambda folder: array_file(folder).unlink(),
-    "another file": lambda folder: (folder / "state" / "other").write_text("x"),
-    "a pipe": lambda folder: os.mkfifo(folder / "state" / "pipe"),
-    "half a manifest": lambda folder: (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:99]),
-    "an empty folder": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGE)
-def test_damage_is_named_by_file(run, name):
-    DAMAGE[name](last(run))
-    damage = find_damage(last(run))
-    assert f"{last(run)}/" in damage and "\n" not in damage and len(damage) < 300
+def test_damage_is_named_by_file(run, tmp_path):
+    for number, damage in enumerate(
+        (
+            lambda folder: array_file(folder).unlink(),
+            lambda folder: (folder / "state" / "other").write_text("x"),
+            lambda folder: os.mkfifo(folder / "state" / "pipe"),
+            lambda folder: (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:99]),
+            lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+        )
+    ):
+        folder = Path(shutil.copytree(last(run), tmp_path / str(number)))
+        damage(folder)
+        found = find_damage(folder)
+        assert f"{folder}/" in found and "\n" not in found and len(found) < 300
 
 
 def test_damage_is_refused_by_readers_and_passed_over_by_training(run):
@@ -266,12 +246,14 @@ def test_a_checkpoint_of_another_model_is_refused(run):
 
 
 def test_a_folder_is_claimed_once(tmp_path):
-    """An empty folder becomes the run's, also after a claim was killed; only the same run finds it again."""
+    """An empty folder becomes the run's, also after a claim was killed; only the same run finds it again.
+
+    How long it goes and how often it reports may change.
+    """
     (tmp_path / f".{RUN_FILE}.1.part").write_text('{"mod')
-    settled = claim(tmp_path, RUN)
-    assert settled == replace(RUN, data=replace(RUN.data, paths=(os.path.abspath("some text"),)))
-    assert read_run(tmp_path) == claim(tmp_path, RUN) == settled
-    written = (tmp_path / RUN_FILE).read_bytes()
+    first = claim(tmp_path, RUN)
+    assert first == replace(RUN, data=replace(RUN.data, paths=(os.path.abspath("some text"),)))
+    assert read_run(tmp_path) == claim(tmp_path, RUN) == first
     for change, key in (
         ({"seed": 7}, "seed=7 is not that of the run in .*, 0"),
         ({"data": replace(RUN.data, paths=("/a", "b"))}, r"data.paths=\('/a', '.*/b'\) is not .*/some text',\)"),
@@ -279,20 +261,13 @@ def test_a_folder_is_claimed_once(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"^{key}; choose another --out$"):
             claim(tmp_path, replace(RUN, **change))
-    assert (tmp_path / RUN_FILE).read_bytes() == written
-
-
-def test_how_long_a_run_goes_and_how_often_it_reports_may_change(tmp_path):
-    claim(tmp_path, RUN)
     longer = replace(RUN, steps=RUN.steps + 8, save_every=3)
     assert claim(tmp_path, longer).steps == RUN.steps + 8
-    claim(tmp_path, longer)  # nothing changes, so nothing is recorded
     claim(tmp_path, replace(longer, keep=9))
     assert read_run(tmp_path) == replace(settled(longer, tmp_path), keep=9)
     history = json.loads((tmp_path / RUN_FILE).read_text())["history"]
     changed = [{"steps": [RUN.steps, RUN.steps + 8], "save_every": [RUN.save_every, 3]}, {"keep": [RUN.keep, 9]}]
     assert [entry["changed"] for entry in history] == changed
-    assert all(datetime.fromisoformat(entry["time"]) <= datetime.now(UTC) for entry in history)
 
 
 def test_what_is_not_a_run_is_refused(tmp_path):

@@ -1,8 +1,10 @@
 """Configurations: what is refused, with which name and value, and the way to JSON and back."""
 
+import itertools
 import json
 import re
 from dataclasses import FrozenInstanceError
+from functools import partial
 
 import models
 import pytest
@@ -41,27 +43,20 @@ FIELDS = [
     (model, "vocab_size q_latent_dim rope_head_dim", (0, -3, 2**31)),
     (model, "num_dense_layers num_shared_experts mtp_depth", (-1, 1.0, True, "1")),
     (model, "capacity_factor norm_eps init_std", (0.0, float("nan"), float("inf"), "small")),
-    (model, "rope_theta", (0.5, None)),
     (DataConfig, "seq_len", (1,)),
-    (DataConfig, "fim_rate", (1.5, -0.1)),
     (DataConfig, "paths", (("a", 3), "a")),
     (DataConfig, "tokenizer", ("a\x1b[2J",)),
     (OptimConfig, "learning_rate qk_clip", (0.0, -1.0)),
-    (OptimConfig, "beta1", (1.0, -0.1)),
     (Execution, "kernels", ("", "auto,", "auto,xla", "optimizer=", "=xla", "optimizer=xla=cpu", None)),
     (run, "steps", (0, 2.5)),
     (run, "seed", (-1, 2**32)),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("make", "name", "value"),
-    [(make, name, value) for make, names, values in FIELDS for name in names.split() for value in values],
-)
-def test_a_field_outside_its_interval_or_of_another_type_is_refused(make, name, value):
-    refused(make, f"{name}=", **{name: value}) if isinstance(value, str) else refused(
-        make, f"{name}={value!r}", **{name: value}
-    )
+def test_a_field_outside_its_interval_or_of_another_type_is_refused():
+    for make, names, values in FIELDS:
+        for name, value in itertools.product(names.split(), values):
+            refused(make, f"{name}=" if isinstance(value, str) else f"{name}={value!r}", **{name: value})
 
 
 @pytest.mark.parametrize(
@@ -70,31 +65,25 @@ def test_a_field_outside_its_interval_or_of_another_type_is_refused(make, name, 
         (model, dict(num_dense_layers=4), "num_dense_layers=4 num_layers=3"),
         (model, dict(experts_per_token=9), "experts_per_token=9 num_experts=8"),
         (model, dict(num_groups=3), "num_groups=3 num_experts=8"),
-        (model, dict(groups_per_token=1), "experts_per_token=3 groups_per_token=1"),
         (model, dict(num_groups=8, groups_per_token=3), "group_score='top2_sum' num_groups=8"),
         (model, dict(router="dense"), "router='dense' experts_per_token=3 num_experts=8"),
         (model, dict(yarn=Yarn(factor=2.0, original_max_positions=50)), "max_positions=128"),
-        (model, dict(qk_norm=True), "qk_norm=True 'mha' 'mla'"),
         (model, dict(attention="gqa", num_kv_heads=5), "num_kv_heads=5 num_heads=3"),
         (model, dict(mtp_kind="medua"), "mtp_kind='medua' 'medusa'"),
         (model, dict(mtp_kind="medusa", mtp_depth=1, mtp_input="raw"), "mtp_input='raw' mtp_kind='medusa'"),
         (model, dict(num_expert=3), "'num_expert' 'num_experts'"),
-        (Balance, dict(rule="quantile", bias_rate=1.5), "balance bias_rate=1.5 rule='quantile'"),
         (Layout, dict(expert_comm="broadcast"), "expert_comm='broadcast' 'auto' 'gather' 'all_to_all' 'ragged'"),
         (DataConfig, dict(paths=("s",), format="shards", mixture=("a=0",)), "mixture=('a=0',)"),
         (DataConfig, dict(format="shards", paths=("s",), max_documents=3), "max_documents=3 'text' 'chat' 'shards'"),
         (DataConfig, dict(format="chat", separate_documents=False), "separate_documents=False 'chat'"),
         (DataConfig, dict(batch_size=2**20, seq_len=2**12), "batch_size=1048576 seq_len=4096"),
         (OptimConfig, dict(name="moun"), "name='moun' adamw muon"),
-        (OptimConfig, dict(moments_dtype="bfloat16", beta2=0.999), "beta2=0.999 'bfloat16' 'float32'"),
-        (OptimConfig, dict(decay_start=0.9, decay_end=0.8), "decay_start=0.9 decay_end=0.8"),
         (Lora, dict(on=()), "on=()"),
         (run, dict(optim=OptimConfig(microbatches=3)), "microbatches=3 batch_size=16"),
         (run, dict(data=DataConfig(seq_len=129)), "seq_len=129 max_positions=128"),
         (run, dict(model=model(mtp_depth=2), data=DataConfig(seq_len=3)), "seq_len=3 mtp_depth=2"),
         (run, dict(model=model(mtp_depth=1), trunk="there", start="here"), "start='here' trunk='there'"),
         (run, dict(lora=Lora(rank=2)), "rank=2 start=None"),
-        (run, dict(lora=Lora(rank=2), start="here", optim=OptimConfig(qk_clip=9.0)), "rank=2 optim.qk_clip=9.0"),
         (run, dict(model=model(num_dense_layers=0), lora=Lora(2, on=("dense",)), start="here"), "on='dense'"),
         (run, dict(execution=None), "execution=None Execution"),
     ],
@@ -118,19 +107,16 @@ def test_edges_are_accepted():
 # JSON
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
+def test_from_dict_refuses():
+    for change, words in (
         (lambda d: d.update(width=3), "'width' RunConfig"),
         (lambda d: d["model"].update(dim="wide"), "dim='wide' int"),
         (lambda d: d["model"].update(balance=5), "balance=5 Balance"),
         (lambda d: d["model"].pop("dim"), "ModelConfig 'dim'"),
-    ],
-)
-def test_from_dict_refuses(change, words):
-    values = to_dict(RECIPES["tiny"])
-    change(values)
-    refused(lambda: from_dict(config.RunConfig, values), words)
+    ):
+        values = to_dict(RECIPES["tiny"])
+        change(values)
+        refused(partial(from_dict, config.RunConfig, values), words)
 
 
 # presets

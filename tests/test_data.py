@@ -13,7 +13,6 @@ from dsv3_jax.cli.tokenize import Tokenize, tokenize
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.batches import Batches
 from dsv3_jax.data.corpus import Corpus, Document
-from dsv3_jax.data.packing import Packed, Piece, Record
 from dsv3_jax.data.shards import open_shards
 from dsv3_jax.data.source import from_corpus
 from dsv3_jax.data.tokenizer import ByteTokenizer
@@ -154,40 +153,20 @@ def test_fill_in_the_middle_keeps_the_text_and_the_rate():
         assert Counter(map(unfold, documents)) == Counter(d.text for d in corpus.train)
         share = np.mean([ids[0] == PREFIX for ids in documents])
         assert abs(share - rate) <= 5 * (rate * (1 - rate) / 400) ** 0.5  # five standard deviations
-    long = Corpus((Document("line\n" * 900, "a"),), (), ("a",), "")  # is rearranged in parts of a few rows
-    rows = epoch(from_corpus(long, BYTES, replace(CFG, seq_len=64, fim_rate=1.0)))
-    assert sum((row["tokens"] == PREFIX).sum() for row in rows) > 10
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_held_out_rows_are_fixed_and_have_as_much_of_each_domain(sources, kind):
-    everything = sources[kind].val_batches(1000)
-    assert_same(everything[:1], sources[kind].val_batches(1))
-    assert everything[0]["domains"][:, 0].tolist() == [0, 1, 0, 1]
-
-
-def test_held_out_rows_have_every_token_once_whatever_the_seed():
+def test_held_out_rows_are_fixed_and_have_as_much_of_each_domain(sources):
+    """And every token once, whatever the seed; a window of each document comes first."""
+    for source in sources.values():
+        everything = source.val_batches(1000)
+        assert_same(everything[:1], source.val_batches(1))
+        assert everything[0]["domains"][:, 0].tolist() == [0, 1, 0, 1]
     corpus, cfg = make_corpus(), replace(CFG, seq_len=8, batch_size=2, fim_rate=1.0)
     everything = from_corpus(corpus, BYTES, cfg).val_batches(1000)
     assert_same(everything, from_corpus(corpus, BYTES, replace(cfg, seed=9)).val_batches(1000))
     tokens, real, numbers = (np.concatenate([b[k] for b in everything]) for k in ("tokens", "segment_ids", "documents"))
     for i, document in enumerate(corpus.val):
         assert sorted(tokens[(real > 0) & (numbers == i)].tolist()) == sorted([*document.text.encode(), EOS])
-
-
-def test_held_out_rows_begin_with_a_window_of_each_document():
     texts = tuple(Document(f"{chr(97 + i)}" * 100, "a") for i in range(6))
     source = from_corpus(Corpus((), texts, ("a",), ""), BYTES, replace(CFG, seq_len=4, batch_size=6))
     assert {chr(c) for c in source.val_batches(1)[0]["tokens"][:, 0]} == set("abcdef")
-
-
-def test_records_survive_bytes():
-    """A record on disk gives the rows that it gives in memory."""
-    rng = np.random.default_rng(0)
-    pieces = [Piece(rng.integers(9, size=n).astype(np.int32), 2, n, rng.random(n) < 0.5) for n in (3, 1, 7)]
-    record = Record.of(pieces)
-    back, packed = Record.from_bytes(record.to_bytes()), Packed(pieces, 4)
-    assert_same([back.row(i, i + 4, 4) for i in (0, 4, 8)], [packed[i] for i in range(3)])
-    assert packed[0]["documents"].tolist() == [3, 3, 3, 1] and packed[2]["loss_mask"][3] == 0
-    with pytest.raises(IndexError):
-        packed[3]

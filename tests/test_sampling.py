@@ -43,13 +43,3 @@ def test_frequencies_follow_the_probabilities(filters):
     expected = oracles.sampling_probs(row, **filters)
     assert np.abs(frequencies - expected).max() < bound
     assert (frequencies[expected == 0] == 0).all()
-
-
-def test_rows_are_drawn_independently():
-    """Neighbouring rows: the joint frequency is the product, within Hoeffding's bound at 1e-9."""
-    row, pairs = np.array([0.5, 0.0, -0.5], np.float32), 20_000
-    drawn = np.asarray(sampling.sample(jnp.tile(row, (2 * pairs, 1)), jax.random.key(4), temperature=1.0))
-    joint = np.bincount(3 * drawn[0::2] + drawn[1::2], minlength=9).reshape(3, 3) / pairs
-    p = oracles.sampling_probs(row)
-    bound = math.sqrt(math.log(2 * 9 / 1e-9) / (2 * pairs))
-    assert np.abs(joint - np.outer(p, p)).max() < bound

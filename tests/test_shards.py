@@ -196,12 +196,13 @@ def test_records_that_no_tokenizer_wrote(folder, tmp_path, monkeypatch, change):
 
 def test_refusals(shards, tmp_path):
     other = train_bpe(["to be or not to be"] * 2, 262, str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="tokenizer='bytes' is not that of shards="):
-        open_shards(config(shards), other)
-    with pytest.raises(ValueError, match=f"seq_len=12 does not divide the {R} tokens"):
-        open_shards(config(shards, seq_len=12), BYTES)
-    with pytest.raises(ValueError, match="names domain 'Code'.* have .*code, .*did you mean 'code'"):
-        open_shards(config(shards, mixture=("Code=1",)), BYTES)
+    for tokenizer, changes, sentence in (
+        (other, {}, "tokenizer='bytes' is not that of shards="),
+        (BYTES, {"seq_len": 12}, f"seq_len=12 does not divide the {R} tokens"),
+        (BYTES, {"mixture": ("Code=1",)}, "names domain 'Code'.* have .*code, .*did you mean 'code'"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            open_shards(config(shards, **changes), tokenizer)
 
 
 def test_chats_by_command_keep_their_mask_and_are_never_cut(folder, capsys):

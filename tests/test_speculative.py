@@ -3,19 +3,19 @@
 import math
 from dataclasses import replace
 from functools import lru_cache
-from itertools import cycle, islice
+from itertools import cycle
 
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
 from flax import nnx
-from models import DENSE, HEADS, LIGHT, decode_program, forward, random_model, small, tokens_of
+from models import DENSE, HEADS, LIGHT, forward, random_model, small, tokens_of
 from test_generate import until
 
 from dsv3_jax.decoding.auto_length import LengthChoice
 from dsv3_jax.decoding.decode_config import DecodeConfig
-from dsv3_jax.decoding.generate import generate, generate_in_parts
+from dsv3_jax.decoding.generate import generate
 from dsv3_jax.model.transformer import abstract
 
 pytestmark = pytest.mark.long
@@ -161,22 +161,6 @@ def test_a_stop_token_within_a_run_ends_its_row_and_no_other(quality):
     assert len(set(cut)) > 4 and NEW in cut  # at many places within a run, and not at all
 
 
-def test_parts_grow_to_the_same_tokens():
-    """Rows of a batch that end early do not hold up the others, nor do those that are ahead."""
-    model, draft = drafting(SHAPE[0])["partly"]
-    rows = plain(SHAPE[0], "partly", None)
-    stop = rows[0][1]
-    want = [until(row, stop) for row in rows]
-    assert len(want[0]) < 3 and max(map(len, want)) == NEW
-    config = DecodeConfig(NEW, stop_tokens=(stop,), draft=draft, draft_length=8)
-    parts = list(islice(generate_in_parts(model, PROMPTS, config, part=2), NEW + 1))  # each adds a token to some row
-    assert len(parts) > 3
-    assert parts[-1].tokens == want
-    for part, later in zip(parts, parts[1:], strict=False):
-        for a, b in zip(part.tokens, later.tokens, strict=True):
-            assert b[: len(a)] == a
-
-
 # Sampled: the tokens follow the model's distribution.
 
 TINY = small(num_layers=1, num_dense_layers=1, vocab_size=5)
@@ -221,19 +205,6 @@ def three_tokens(model, prompt, how):
 
 
 # Memory
-
-
-@pytest.mark.parametrize("scheme, lengths", [("model", (4,)), ("deepseek", (0, 4))])
-def test_speculation_copies_no_cache(whole_compiles, scheme, lengths):
-    cfg = small(num_layers=1, num_dense_layers=1, **(dict(mtp_depth=2) if scheme == "deepseek" else {}))
-    model, capacity = abstract(cfg), 1 << 15
-    made, leaves, loop = decode_program(model, "mtp" if scheme == "deepseek" else model, lengths, capacity=capacity)
-    a_layer = 2 * capacity * (cfg.kv_latent_dim + cfg.rope_head_dim) * 4
-    caches = 3 if scheme == "deepseek" else 2  # a layer each: the model's, and its two heads' or the draft model's
-    for length in lengths:
-        memory = made.decode.lower(leaves, loop, 16, length=length).compile().memory_analysis()
-        assert memory.alias_size_in_bytes >= caches * a_layer
-        assert memory.temp_size_in_bytes < 1.5 * a_layer  # rows may be read out once
 
 
 # Requests

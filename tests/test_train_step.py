@@ -12,7 +12,7 @@ from runs import MODEL, STEPS, assert_bitwise, fresh_state, make_run, packed_bat
 from dsv3_jax.config import OptimConfig
 from dsv3_jax.ops import balance
 from dsv3_jax.training import step as train_step
-from dsv3_jax.training.step import Job, first_bad_tensor, init_state, make_step
+from dsv3_jax.training.step import Job, first_bad_tensor, make_step
 
 B, T = 4, 16
 # eps: AdamW then does not turn the rounding of gradients near 0 into whole steps of either sign
@@ -94,22 +94,6 @@ def test_the_bias_is_frozen_at_the_end(step):
         assert np.ptp(metrics["load"]) > 0
         same = all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before, new.bias)), strict=True))
         assert same != moves
-
-
-@pytest.mark.long
-def test_one_seed_one_run(step):
-    """Two runs of three steps: every metric and the state after them, bit by bit; another seed is another model."""
-    runs = []
-    for _ in range(2):
-        state, rows = init_state(Job(RUN)), []
-        for i in range(3):
-            state, metrics = step(state, make_batch(i))
-            rows.append(copied(metrics))
-        runs.append((copied(state), rows))
-    assert_bitwise(*runs)
-    assert int(runs[0][0].step) == 3
-    other = init_state(Job(replace(RUN, seed=1)))
-    assert not np.array_equal(other.params["embed"][...], init_state(Job(RUN)).params["embed"][...])
 
 
 @pytest.mark.long
