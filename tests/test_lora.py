@@ -16,10 +16,11 @@ from runs import MODEL, assert_bitwise, make_run, new_state, packed_batch, write
 
 import dsv3_jax as ds
 from dsv3_jax import reference
-from dsv3_jax.config import Execution, Lora, OptimConfig, RunConfig
+from dsv3_jax.config import Execution, Layout, Lora, OptimConfig, RunConfig
 from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.hf.conversion import convert
 from dsv3_jax.hf.open_model import load_text
+from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.training import lora, warm_start
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
@@ -202,3 +203,20 @@ def test_a_run_adds_new_adapters_to_its_start(trained):
     assert jax.tree.structure(state.opt.mu) == jax.tree.structure(adapters)
     want = jax.tree.map(np.array, weights)
     assert_bitwise(lora.merge(run.lora, state.params), want)  # new adapters change nothing
+
+
+@pytest.mark.long
+def test_a_step_on_a_mesh_is_a_single_devices():
+    """Each of the mesh's axes shards some of the adapters."""
+    layout, model = Layout(fsdp=True), replace(CFG, num_layers=2, num_heads=4, mtp_depth=0)
+    run = replace(RUN, model=model, execution=Execution(layout=layout))
+    want, metrics = jax.device_get(make_step(Job(run))(state_of(run), batch_of()))
+    mesh, state = sharding.make_mesh(2, 2, 2), state_of(run)
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(batch_of(), sharding.batch_sharding(mesh))
+        state = jax.device_put(state, sharding.state_sharding(state, mesh, fsdp=True))
+        got, metrics_there = jax.device_get(make_step(Job(run))(state, rows))
+    np.testing.assert_array_equal(metrics_there["load"], metrics["load"])
+    # 3e-5 of each tensor's largest entry: sums in another order
+    for a, b in zip(jax.tree.leaves(got.opt.mu), jax.tree.leaves(want.opt.mu), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=3e-5 * np.abs(b).max())
