@@ -73,16 +73,6 @@ def test_it_follows_the_text(rng):
         assert max(steps, key=steps.get) == (4 if rate else 0)
 
 
-def test_a_delay_of_the_machine_changes_little():
-    """A length is as slow as the fastest of its last five parts."""
-    choice = LengthChoice((0, 1))
-    for slow, seconds in enumerate((1.2, 50.0, 50.0, 50.0, 50.0, 50.0)):
-        choice.add(0, 4, 4, [], 4 * 1.0)
-        choice.add(0, 4, 4, [], 4 * 50.0)
-        choice.add(1, 4, 4, [4], 4 * seconds)
-        assert choice.next()[0] == (slow < 5)
-
-
 def test_the_lengths():
     assert draft_lengths("mtp", replace(LIGHT, **HEADS["deepseek of 3"])) == (0, 3, 4)  # heads read all
     assert draft_lengths("mtp", replace(LIGHT, **HEADS["meta"])) == (0, 3)

@@ -7,13 +7,10 @@ import jax
 import pytest
 from flax import nnx
 from models import DENSE, random_model, small, tokens_of
-from runs import make_run
 
-from dsv3_jax.cli import main as cli
 from dsv3_jax.config import Layout
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.mesh import sharding
-from dsv3_jax.training.run_folder import claim
 
 pytestmark = pytest.mark.long
 
@@ -63,13 +60,3 @@ def test_a_draft_model_is_on_the_mesh():
     assert got.tokens == alone(8)[:2]
     with pytest.raises(ValueError, match="^draft is not on the mesh of the model"):
         generate(model_of(mesh=sharding.make_mesh(2)), PROMPTS[:1], NEW, draft=model_of())
-
-
-def test_a_model_that_does_not_fit_the_mesh_is_refused(tmp_path, capsys):
-    claim(tmp_path / "run", make_run("nowhere"))
-    for mesh, sentence in (
-        ("tensor=4", "num_heads=2 is not divisible by mesh data=1,expert=1,tensor=4"),
-        ("expert=9", "mesh data=1,expert=9,tensor=1 needs 9 devices, and there are 8 here"),
-    ):
-        assert cli.main(["generate", str(tmp_path / "run"), "--mesh", mesh]) == 2
-        assert capsys.readouterr() == ("", f"dsv3: {sentence}\n")
