@@ -14,8 +14,8 @@ import dsv3_jax as ds
 from dsv3_jax.presets import MODELS, NEEDS_START, RECIPES
 
 config = unhooked("dsv3_jax.config")  # the tests' import hook would refuse wrong types first, in other words
-Balance, ConfigError, DataConfig, Lora = config.Balance, config.ConfigError, config.DataConfig, config.Lora
-Execution, Layout, OptimConfig, Yarn = config.Execution, config.Layout, config.OptimConfig, config.Yarn
+ConfigError, DataConfig, Lora = config.ConfigError, config.DataConfig, config.Lora
+Execution, OptimConfig, Yarn = config.Execution, config.OptimConfig, config.Yarn
 from_dict, replace, to_dict = config.from_dict, config.replace, config.to_dict
 SMALL = from_dict(config.ModelConfig, to_dict(models.SMALL))
 
@@ -68,17 +68,13 @@ def test_a_field_outside_its_interval_or_of_another_type_is_refused():
         (model, dict(num_groups=8, groups_per_token=3), "group_score='top2_sum' num_groups=8"),
         (model, dict(router="dense"), "router='dense' experts_per_token=3 num_experts=8"),
         (model, dict(yarn=Yarn(factor=2.0, original_max_positions=50)), "max_positions=128"),
-        (model, dict(attention="gqa", num_kv_heads=5), "num_kv_heads=5 num_heads=3"),
-        (model, dict(mtp_kind="medua"), "mtp_kind='medua' 'medusa'"),
         (model, dict(mtp_kind="medusa", mtp_depth=1, mtp_input="raw"), "mtp_input='raw' mtp_kind='medusa'"),
         (model, dict(num_expert=3), "'num_expert' 'num_experts'"),
-        (Layout, dict(expert_comm="broadcast"), "expert_comm='broadcast' 'auto' 'gather' 'all_to_all' 'ragged'"),
         (DataConfig, dict(paths=("s",), format="shards", mixture=("a=0",)), "mixture=('a=0',)"),
         (DataConfig, dict(format="shards", paths=("s",), max_documents=3), "max_documents=3 'text' 'chat' 'shards'"),
         (DataConfig, dict(format="chat", separate_documents=False), "separate_documents=False 'chat'"),
         (DataConfig, dict(batch_size=2**20, seq_len=2**12), "batch_size=1048576 seq_len=4096"),
         (OptimConfig, dict(name="moun"), "name='moun' adamw muon"),
-        (Lora, dict(on=()), "on=()"),
         (run, dict(optim=OptimConfig(microbatches=3)), "microbatches=3 batch_size=16"),
         (run, dict(data=DataConfig(seq_len=129)), "seq_len=129 max_positions=128"),
         (run, dict(model=model(mtp_depth=2), data=DataConfig(seq_len=3)), "seq_len=3 mtp_depth=2"),

@@ -103,10 +103,7 @@ def test_what_is_not_finite_stops_the_step_and_is_named(step):
     huge = replace(huge, params=jax.tree.map(lambda x: 1e17 * x, huge.params))
     router = bad.params["sparse"]["moe"]["w_router"]
     bad.params["sparse"]["moe"]["w_router"] = router.replace(router[...].at[0, 1, 2].set(np.nan))
-    for state, name in (
-        (bad, "parameter sparse.moe.w_router"),
-        (huge, "gradient of "),
-    ):
+    for state, name in ((bad, "parameter sparse.moe.w_router"), (huge, "gradient of ")):
         before = copied(state)
         after, metrics = step(state, make_batch())
         assert not bool(metrics["finite"])
