@@ -22,7 +22,7 @@ from texts import ANSWER, CONVERSATIONS, GOLDEN, NOW, PROMPTS, TEXTS, TOOLS, USE
 import dsv3_jax as ds
 from dsv3_jax.chat import sandbox
 from dsv3_jax.chat.template import ChatTemplate, check_messages
-from dsv3_jax.chat.text_settings import SamplingDefaults, copy_to_run, read_released
+from dsv3_jax.chat.text_settings import SamplingDefaults, copy_to_run, read_settings
 from dsv3_jax.config import replace
 from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.hf.files import write_json
@@ -35,7 +35,7 @@ THEIRS = json.loads(GOLDEN.read_text(encoding="utf-8"))
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     """The settings of a folder of `TEXTS`."""
-    return cache(lambda name: read_released(write_text_files(tmp_path_factory.mktemp("texts"), TEXTS[name])))
+    return cache(lambda name: read_settings(write_text_files(tmp_path_factory.mktemp("texts"), TEXTS[name])))
 
 
 class Clock(datetime):
@@ -169,7 +169,7 @@ def test_stop_tokens_and_sampling_come_from_the_files(texts):
 def test_add_bos_token_adds_bos(tmp_path):
     """As transformers 4, and 5 if the switch is set by hand; see `TextSettings.encode`."""
     config = TEXTS["V3"].config | {"add_bos_token": True}
-    text = read_released(write_text_files(tmp_path / "v3", replace(TEXTS["V3"], config=config)))
+    text = read_settings(write_text_files(tmp_path / "v3", replace(TEXTS["V3"], config=config)))
     bos = text.tokenizer.specials["<｜begin▁of▁sentence｜>"]
     assert [text.encode(p) for p in PROMPTS] == [[bos, *ids] for ids in THEIRS["V3"]["prompts"]]
 

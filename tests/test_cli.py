@@ -68,7 +68,7 @@ BAD = {
     "generate {run} --max-new-tokens 4 --top-p 0": "top_p=0.0 is not",
     "data tokenize --out {new}": "argument PATHS is missing",
     "data check {text}": "{text}",
-    "convert {absent} {new}": "{absent} is neither a run",
+    "convert {absent} {new}": "folder='{absent}' is neither a run",
     "convert {run} {text}": "{text} exists and is not an empty folder",
     "tokenizer {one} --paths {text}": "out='{one}' exists already",
     "tokenizer {new} --paths {text} --vocab-size 100": "vocab_size=100",

@@ -17,7 +17,7 @@ from dsv3_jax import files
 from dsv3_jax.chat import sandbox
 from dsv3_jax.chat.examples import load_examples
 from dsv3_jax.chat.template import ChatTemplate
-from dsv3_jax.chat.text_settings import PLAIN_TEMPLATE, TEXT_FILES, plain_settings, read_released, with_template
+from dsv3_jax.chat.text_settings import PLAIN_TEMPLATE, TEXT_FILES, plain_settings, read_settings, with_template
 from dsv3_jax.cli.tokenize import Tokenize, tokenize
 from dsv3_jax.cluster.processes import by_each
 from dsv3_jax.config import DataConfig, replace
@@ -211,7 +211,7 @@ def test_a_pipe_folder_or_device_in_place_of_a_file(tmp_path, make):
         if name != "tokenizer.json":
             (folder / "tokenizer.json").write_text(byte_tokenizer_json())
         make(folder / name)
-        for read in (load_text, read_released)[: 1 if name == "tiktoken.model" else 2]:
+        for read in (load_text, read_settings)[: 1 if name == "tiktoken.model" else 2]:
             with pytest.raises((ValueError, OSError), match=str(folder)):
                 read(folder)
     make(tmp_path / "a.jinja")

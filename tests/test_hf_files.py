@@ -169,7 +169,7 @@ def test_convert_refuses_what_it_cannot_do(good, tmp_path):
     run.mkdir()
     (run / "run.json").write_text("{}")
     for source, out, options, sentence in (
-        (tmp_path, "out", {}, f"{tmp_path} is neither a run"),
+        (tmp_path, "out", {}, f"folder='{tmp_path}' is neither a run"),
         (good, "out", {"step": 3}, "step=3 is for runs"),
         (run, "out", {"mtp": False}, "mtp=False"),
         (good, good, {}, f"{good} exists"),

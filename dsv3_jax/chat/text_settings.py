@@ -129,23 +129,15 @@ def with_template(text: TextSettings, template: str | None) -> TextSettings:
     return found
 
 
-def read_released(folder: str | Path) -> TextSettings:
-    """Read the text settings of a released folder.
+def read_settings(folder: str | Path, tokenizer: str | None = None) -> TextSettings:
+    """Read the text settings of a released folder or a run.
 
-    Raises: ValueError when its tokenizer is absent or cannot be read, or another file is damaged.
+    Args: tokenizer: of a run, as `DataConfig.tokenizer`. None means a released folder, which has its own.
+    Raises: ValueError when the tokenizer is absent or cannot be read, or another file is damaged.
     """
     folder = Path(folder)
-    return _read(folder, tokenizers.load(str(folder)), released=True)
-
-
-def read_run_folder(folder: str | Path, tokenizer: str) -> TextSettings:
-    """Read the text settings of a run.
-
-    Args: tokenizer: as `DataConfig.tokenizer`; the run's own copy, where it has one.
-    Raises: ValueError when the tokenizer cannot be read, or another file is damaged.
-    """
-    folder = Path(folder)
-    return _read(folder, tokenizers.load(tokenizer), released=(folder / CONFIG_FILE).is_file())
+    released = tokenizer is None or (folder / CONFIG_FILE).is_file()
+    return _read(folder, tokenizers.load(tokenizer or str(folder)), released=released)
 
 
 def template_files(folder: Path) -> list[Path]:

@@ -17,8 +17,7 @@ from dsv3_jax.files import atomic_folder, read_bytes
 from dsv3_jax.hf import files
 from dsv3_jax.hf.config_json import config_to_dict
 from dsv3_jax.hf.families import text_config
-from dsv3_jax.hf.open_model import check_text, released_run, text_files
-from dsv3_jax.hf.places import find
+from dsv3_jax.hf.open_model import check_text, find_released, released_run, text_files
 from dsv3_jax.hf.reading import ReleasedFolder, load
 from dsv3_jax.hf.table import tensor_table
 from dsv3_jax.hf.writing import DTYPES, cast, folder_tensors, prepare, write_released
@@ -68,12 +67,11 @@ def convert(
         >>> sentence.endswith("tensors in fp8, in Hugging Face format")
         True
     """
-    source, out = find(source), Path(out)
+    source, out = Path(source), Path(out)
     from_run = (source / RUN_FILE).is_file()
+    source = source if from_run else find_released(source)
     if step is not None and not from_run:
         raise ValueError(f"step={step} is for runs, and folder={str(source)!r} is a released one")
-    if not from_run and not (source / files.CONFIG).exists():
-        raise ValueError(f"{source} is neither a run (no {RUN_FILE}) nor a released folder (no {files.CONFIG})")
     if from_run and not mtp:
         raise ValueError("mtp=False is not supported for a run, which is written with its MTP layers; leave it out")
     files.check_new(out, 0)

@@ -165,10 +165,10 @@ def load_text(folder: str | Path) -> TextSettings:
     files.file_inside(place, files.CONFIG)  # an absent file passes
     names = text_files(place)
     if is_run:
-        return text_settings.read_run_folder(place, read_run(place).data.tokenizer)
+        return text_settings.read_settings(place, read_run(place).data.tokenizer)
     if not names.keys() & {TOKENIZER_FILE, TIKTOKEN_FILE}:
         raise ValueError(f"{place} has no tokenizer: neither {TOKENIZER_FILE} nor {TIKTOKEN_FILE} is in it")
-    return text_settings.read_released(place)
+    return text_settings.read_settings(place)
 
 
 def with_paths(cfg: DataConfig, paths: tuple[str, ...]) -> DataConfig:

@@ -30,16 +30,6 @@ class Choices(NamedTuple):
     nll: Float[Array, "B T"]  # nats of each token, given those before it in its row; NaN of a segment's first token
 
 
-class _Layer(NamedTuple):
-    """The part of `Choices` that a router decides, with a leading layer axis."""
-
-    expert_ids: Array
-    gates: Array
-    margin: Array
-    score_entropy: Array
-    without_bias: Array
-
-
 def biases(model: Transformer) -> Float[Array, "L E"] | None:
     """Return the routers' biases, in the order of `RoutingStats.layers`; None if the router reads none.
 
@@ -106,7 +96,8 @@ def token_nll(
     return jnp.pad(jnp.where(has_target, nll, jnp.nan), ((0, 0), (1, 0)), constant_values=jnp.nan)
 
 
-def _decisions(layer: LayerRouting, bias: Float[Array, "L E"] | None, cfg: ModelConfig) -> _Layer:
+def _decisions(layer: LayerRouting, bias: Float[Array, "L E"] | None, cfg: ModelConfig) -> tuple[Array, ...]:
+    """Expert ids, gates, margin, score entropy and the choice without bias of `Choices`, with a leading layer axis."""
     ids, scores = layer.expert_ids, layer.scores
     assert scores is not None
     shape, k, router = ids.shape, cfg.experts_per_token, routing.ROUTERS[cfg.router]
@@ -120,7 +111,7 @@ def _decisions(layer: LayerRouting, bias: Float[Array, "L E"] | None, cfg: Model
     else:
         runner_up = routing.choose(choice, k + 1, **how)[:, k:]
         margin = jnp.take_along_axis(choice, flat_ids, -1) - jnp.take_along_axis(choice, runner_up, -1)
-    return _Layer(ids, layer.gates, margin.reshape(shape), layer.score_entropy, without.reshape(shape))
+    return ids, layer.gates, margin.reshape(shape), layer.score_entropy, without.reshape(shape)
 
 
 def _padding(k: int, ndim: int) -> list[tuple[int, int]]:

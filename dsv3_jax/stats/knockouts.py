@@ -53,7 +53,7 @@ def worth(
         batches: the first ones are read, up to `tokens` tokens and at least one batch.
         resamples: of the documents, for the intervals; seed: of them.
         follow: wraps the experts to show progress.
-    Raises: ValueError for a trunk without experts, tokens below 1 and text without a token that has a loss.
+    Raises: ValueError for a trunk without experts, and text without a token that has a loss.
 
     Example:
         >>> from dsv3_jax.config import replace
@@ -69,8 +69,6 @@ def worth(
     cfg = model.cfg
     if not cfg.num_sparse_layers:
         raise ValueError(f"the trunk has no experts to leave out: all of its {cfg.num_layers} layers are dense")
-    if tokens < 1:
-        raise ValueError(f"worth_tokens={tokens} is below 1")
     read = first_batches(batches, tokens)
     graphdef, state = nnx.split(model)
     names, column = np.unique(np.concatenate([b["documents"].ravel() for b in read]), return_inverse=True)

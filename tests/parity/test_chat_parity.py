@@ -5,7 +5,7 @@ import json
 import pytest
 from texts import GOLDEN, PROMPTS, TEXTS, tiktoken_lines, write_text_files
 
-from dsv3_jax.chat.text_settings import read_released
+from dsv3_jax.chat.text_settings import read_settings
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]  # torch and transformers warn
 
@@ -31,5 +31,5 @@ def test_a_tiktoken_model_is_transformers_conversion(tmp_path):
     added = {str(base + i): {"content": name, "special": True} for i, name in enumerate(names)}
     config = TEXTS["Kimi"].config | {"added_tokens_decoder": added}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer, ours = transformers.AutoTokenizer.from_pretrained(folder), read_released(folder)
+    tokenizer, ours = transformers.AutoTokenizer.from_pretrained(folder), read_settings(folder)
     assert [ours.encode(p) for p in PROMPTS] == [tokenizer(p)["input_ids"] for p in PROMPTS]

@@ -7,7 +7,7 @@ products of more than one row first copy it into another order.
 import math
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from dsv3_jax.kernels.cpu import calls
 from dsv3_jax.ops import products
@@ -28,7 +28,7 @@ def _with_gradient_of(op, kernel, static: tuple[int, ...] = ()):
     return call
 
 
-def _matmul(x: Array, w: Array, axes: int) -> Array:
+def _matmul(x: Array, w: Array, axes: int = 1) -> Array:
     depth, lead = math.prod(w.shape[:axes]), x.shape[: x.ndim - axes]
     y = calls.small_batch_matmul(x.reshape(-1, depth), w.reshape(depth, -1))
     return y.reshape(*lead, *w.shape[axes:])
@@ -38,32 +38,14 @@ def _swiglu(x: Array, w_gate: Array, w_up: Array, w_down: Array) -> Array:
     return calls.small_batch_swiglu(x.reshape(-1, x.shape[-1]), w_gate, w_up, w_down).reshape(x.shape)
 
 
-def _by_head(x: Array, w: Array, transposed: bool) -> Array:
+def _by_head(x: Array, w: Array, transposed: bool = False) -> Array:
     y = calls.small_batch_by_head(x.reshape(-1, *x.shape[-2:]), w, transposed=transposed)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-_matmul_call = _with_gradient_of(products.product, _matmul, static=(2,))
-_swiglu_call = _with_gradient_of(products.swiglu, _swiglu)
-_by_head_call = _with_gradient_of(
+# `ops.products` of these names, in float32.
+product = _with_gradient_of(products.product, _matmul, static=(2,))
+swiglu = _with_gradient_of(products.swiglu, _swiglu)
+product_by_head = _with_gradient_of(
     lambda x, w, transposed: products.product_by_head(x, w, transposed=transposed), _by_head, static=(2,)
 )
-
-
-def product(x: Float[Array, "..."], w: Float[Array, "..."], axes: int = 1) -> Float[Array, "..."]:
-    """Compute `ops.products.product` in float32."""
-    return _matmul_call(x, w, axes)
-
-
-def swiglu(
-    x: Float[Array, "*n D"], w_gate: Float[Array, "D F"], w_up: Float[Array, "D F"], w_down: Float[Array, "F D"]
-) -> Float[Array, "*n D"]:
-    """Compute `ops.products.swiglu` in float32."""
-    return _swiglu_call(x, w_gate, w_up, w_down)
-
-
-def product_by_head(
-    x: Float[Array, "*n H K"], w: Float[Array, "H _ _"], *, transposed: bool = False
-) -> Float[Array, "*n H N"]:
-    """Compute `ops.products.product_by_head` in float32."""
-    return _by_head_call(x, w, transposed)
