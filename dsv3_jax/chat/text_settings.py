@@ -84,7 +84,10 @@ class TextSettings:
         Raises: ValueError when the folder has none, or its text is no template.
         """
         if not self.templates:
-            raise ValueError(f"{self.name} has no chat template; `dsv3 generate` continues a text without one")
+            raise ValueError(
+                f"{self.name} has no chat template; train with a Jinja file as data.chat_template, or with 'plain'; "
+                "`dsv3 generate` continues a text without one"
+            )
         if "default" not in self.templates:
             names = ", ".join(sorted(self.templates))
             raise ValueError(f"{self.name} has chat templates {names} and none that is named default")
@@ -119,13 +122,8 @@ def with_template(text: TextSettings, template: str | None) -> TextSettings:
             templates = {"default": read_text(template, _MAX_TEMPLATE)}
         except (OSError, ValueError) as error:
             raise ValueError(f"chat_template={template!r} cannot be read: {error}") from error
-    if not templates:
-        raise ValueError(
-            f"{text.name} has no chat template; give a Jinja file as data.chat_template, or 'plain' for one that comes "
-            "with this package"
-        )
     found = replace(text, special_tokens=special_tokens, templates=templates)
-    assert found.chat is not None  # raises for a text that is no template
+    assert found.chat is not None  # raises without a template, and for a text that is none
     return found
 
 

@@ -109,7 +109,16 @@ class Progress:
 
     def show_evaluation(self, step: int, row: dict) -> None:
         """Print the metrics of an evaluation; `row` as in metrics.jsonl."""
-        self.say(f"step {step}  validation: " + _format_evaluation(row))
+        text = f"loss {row['val_loss']:.3f}, {row['val_bits_per_byte']:.3f} bits a byte"
+        if "max_vio_global" in row:
+            text += f", MaxVio_global {row['max_vio_global']:.2f}"
+        if "max_vio_training_mix" in row:
+            text += f" ({row['max_vio_training_mix']:.2f} on the training mix)"
+        if "max_vio_mtp" in row:
+            text += f", of the heads {row['max_vio_mtp']:.2f}"
+        if row.get("mtp_acceptance"):
+            text += ", MTP acceptance " + " ".join(f"{x:.0%}" for x in row["mtp_acceptance"])
+        self.say(f"step {step}  validation: {text}")
 
     def show_result(self, evaluation: dict, order2: float | None, out: Path, pictures: Sequence[Path]) -> None:
         """Print the last lines of a run.
@@ -127,19 +136,6 @@ class Progress:
             self.say(f"  {name:10s} {value:.3f}")
         drawn = f"pictures: {', '.join(map(str, pictures))}; " if pictures else ""
         self.say(f"{drawn}numbers: {out / 'metrics.jsonl'}")
-
-
-def _format_evaluation(row: dict) -> str:
-    text = f"loss {row['val_loss']:.3f}, {row['val_bits_per_byte']:.3f} bits a byte"
-    if "max_vio_global" in row:
-        text += f", MaxVio_global {row['max_vio_global']:.2f}"
-    if "max_vio_training_mix" in row:
-        text += f" ({row['max_vio_training_mix']:.2f} on the training mix)"
-    if "max_vio_mtp" in row:
-        text += f", of the heads {row['max_vio_mtp']:.2f}"
-    if row.get("mtp_acceptance"):
-        text += ", MTP acceptance " + " ".join(f"{x:.0%}" for x in row["mtp_acceptance"])
-    return text
 
 
 def track(items: Iterable[T], total: int, name: str) -> Iterator[T]:
