@@ -59,13 +59,7 @@ def test_a_completion_or_all_of_a_text_is_the_target():
     assert targets_of({"text": "abc"})[1:] == ([*b"abc", PLAIN.tokenizer.eos_id], [True] * 4)
 
 
-def test_a_bad_record_is_named_by_its_line(tmp_path):
-    file = write(tmp_path, [{"text": "a"}, {"messages": HELLO}, {"prompt": "a", "completion": [1]}])
-    with pytest.raises(ValueError, match=r"line 3: prompt='a' and completion=\[1\] are not two texts or two lists"):
-        load_examples(DataConfig(paths=(file,), format="chat"), PLAIN)
-
-
-def test_what_is_too_long_or_has_no_answer_is_counted(tmp_path):
+def test_what_is_too_long_or_has_no_answer_is_counted_and_a_bad_record_is_named(tmp_path):
     records = [{"text": "x" * 100}, {"messages": HELLO[:1]}, *({"messages": chat(i)} for i in range(9))]
     cfg = DataConfig(paths=(write(tmp_path, records),), format="chat", seq_len=64, val_fraction=0.3)
     examples = load_examples(cfg, PLAIN)
@@ -75,6 +69,9 @@ def test_what_is_too_long_or_has_no_answer_is_counted(tmp_path):
     assert train + held_out == 9 and held_out
     with pytest.raises(ValueError, match="give no example to train on; left out: 11 longer than seq_len=4"):
         load_examples(replace(cfg, seq_len=4), PLAIN)
+    write(tmp_path, [{"text": "a"}, {"messages": HELLO}, {"prompt": "a", "completion": [1]}])
+    with pytest.raises(ValueError, match=r"line 3: prompt='a' and completion=\[1\] are not two texts or two lists"):
+        load_examples(cfg, PLAIN)
 
 
 @partial(jax.jit, static_argnums=0)
