@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -269,3 +270,21 @@ def test_what_is_not_a_run_is_refused(tmp_path):
         (tmp_path / "run" / RUN_FILE).write_text(text)
         with pytest.raises(ValueError, match=sentence):
             load_run(tmp_path / "run")
+
+
+def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tmp_path):
+    """A real disk of half a megabyte."""
+    disk, run = tmp_path / "disk", replace(RUN, keep=20)
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        with pytest.raises(SaveFailed, match="cannot be written to .*(No space left|RESOURCE_EXHAUSTED)"):
+            save(disk, *range(1, 20), run=run)
+        with Checkpoints(disk, run) as checkpoints:
+            at = checkpoints.latest
+            assert at >= 1
+            assert_bitwise(checkpoints.restore()[0], make_state(at))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -1,5 +1,8 @@
 """Decoding on a mesh gives the tokens of a single device, and neither the cache nor the experts' weights are sent."""
 
+import importlib
+import math
+import re
 from dataclasses import replace
 from functools import lru_cache
 
@@ -60,3 +63,37 @@ def test_a_draft_model_is_on_the_mesh():
     assert got.tokens == alone(8)[:2]
     with pytest.raises(ValueError, match="^draft is not on the mesh of the model"):
         generate(model_of(mesh=sharding.make_mesh(2)), PROMPTS[:1], NEW, draft=model_of())
+
+
+SENDS = re.compile(r"= (.*) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+
+
+def sent(text):
+    """Numbers in the results of each collective of a compiled program."""
+    for shapes in SENDS.findall(text):
+        for sizes in re.findall(r"\[([\d,]*)\]", shapes):
+            yield math.prod(int(n) for n in sizes.split(",") if n)
+
+
+def test_neither_cache_nor_experts_are_sent(monkeypatch):
+    """In the compiled step all that is sent is smaller than one device's part of either."""
+    compiled, module = [], importlib.import_module("dsv3_jax.decoding.generate")
+
+    def look(*form):
+        made, decode = module.Programs(*form[:2]), module.Programs(*form[:2]).decode
+
+        def lower(leaves, loop, *args, **static):
+            compiled.append((loop.cache, decode.lower(leaves, loop, *args, **static).compile().as_text()))
+            raise InterruptedError
+
+        made.decode = lower
+        return made
+
+    monkeypatch.setattr(module, "programs", look)
+    with pytest.raises(InterruptedError):
+        generate(model_of(mesh=sharding.make_mesh(2, 2, 2)), PROMPTS, NEW, **SAMPLED | DRAFTED)
+    ((cache, text),) = compiled
+    largest, rows = max(sent(text)), len(PROMPTS)
+    assert rows // 4 * 3 * CFG.dim <= largest < CFG.dim * CFG.expert_dim  # a token's width, but no expert's matrix
+    shards = [x.addressable_shards[0].data for x in jax.tree.leaves(cache.parts)]
+    assert {x.shape[1] for x in shards} == {rows // 4} and largest < sum(x.size for x in shards)

@@ -10,7 +10,7 @@ import numpy as np
 import oracles
 import pytest
 from flax import nnx
-from models import DENSE, HEADS, LIGHT, forward, random_model, small, tokens_of
+from models import DENSE, HEADS, LIGHT, decode_program, forward, random_model, small, tokens_of
 from test_generate import until
 
 from dsv3_jax.decoding.auto_length import LengthChoice
@@ -241,3 +241,16 @@ def test_drafts_that_do_not_fit_are_refused():
     for target, draft, length, sentence in wrong:
         with pytest.raises(ValueError, match=f"^{sentence}"):
             check(target, draft, length)
+
+
+@pytest.mark.parametrize("scheme, lengths", [("model", (4,)), ("deepseek", (0, 4))])
+def test_speculation_copies_no_cache(whole_compiles, scheme, lengths):
+    cfg = small(num_layers=1, num_dense_layers=1, **(dict(mtp_depth=2) if scheme == "deepseek" else {}))
+    model, capacity = abstract(cfg), 1 << 15
+    made, leaves, loop = decode_program(model, "mtp" if scheme == "deepseek" else model, lengths, capacity=capacity)
+    a_layer = 2 * capacity * (cfg.kv_latent_dim + cfg.rope_head_dim) * 4
+    caches = 3 if scheme == "deepseek" else 2  # a layer each: the model's, and its two heads' or the draft model's
+    for length in lengths:
+        memory = made.decode.lower(leaves, loop, 16, length=length).compile().memory_analysis()
+        assert memory.alias_size_in_bytes >= caches * a_layer
+        assert memory.temp_size_in_bytes < 1.5 * a_layer  # rows may be read out once

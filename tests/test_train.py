@@ -257,3 +257,36 @@ def test_a_moved_folder_continues_without_the_tokenizers_file(whole, tmp_path, m
     claim(moved, replace(read_run(moved), data=replace(read_run(moved).data, tokenizer=copy)))
     run = replace(run, data=replace(data, paths=(f"{text}/../text",)))  # another spelling
     assert loop.fit(run, moved, stop_after=BEGUN + 1, quiet=True, report=False).resumed_from == BEGUN
+
+
+@pytest.mark.long
+def test_the_next_batch_is_copied_while_a_step_runs_and_nothing_is_by_accident(whole, begun, monkeypatch):
+    """JAX refuses transfers that are not asked for, from a batch to the start of a step."""
+    run, events, put = replace(whole.run, eval_every=20, save_every=9), [], loop.processes.put
+
+    def make(job):
+        step = loop.make_step(job)
+
+        def started(*inputs):
+            events.append(f"start {6 + sum(e.startswith('start') for e in events)}")
+            assert jax.config.jax_transfer_guard_host_to_device == "disallow"
+            return step(*inputs)
+
+        return started
+
+    def noted(*args):
+        events.append(f"put {6 + sum(e.startswith('put') for e in events)}")
+        return put(*args)
+
+    monkeypatch.setattr(loop, "AHEAD", {})  # as on an accelerator
+    monkeypatch.setattr(loop, "_compiled_step", make)
+    monkeypatch.setattr(loop.processes, "put", noted)
+    rows = Recorder()
+    rows.on_step = lambda row: events.append(f"row {row['step']}")
+    loop.fit(run, begun, stop_after=10, quiet=True, callbacks=[rows])
+    # Step 9 is saved: no batch is made ahead of it, so the data position is that of the steps.
+    assert events == [
+        *("put 6", "start 6", "put 7", "start 7", "put 8", "start 8", "put 9", "row 6"),
+        *("start 9", "row 7", "row 8", "row 9", "put 10", "start 10", "row 10"),
+    ]
+    assert rows_of(begun) == [row for row in rows_of(whole.folder) if "loss" in row][:10]

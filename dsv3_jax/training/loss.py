@@ -100,7 +100,7 @@ def compute_loss(
         >>> model = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(cfg))  # all weights are 0
         >>> one = jnp.ones((1, 4), jnp.int32)
         >>> batch = {"tokens": one, "segment_ids": one, "positions": jnp.arange(4)[None]}
-        >>> main = jax.jit(lambda: compute_loss(model, batch, mtp_weight=0.0).main)()
+        >>> main = jax.jit(lambda model: compute_loss(model, batch, mtp_weight=0.0).main)(model)
         >>> round(float(main), 2)  # even odds over 260 tokens: ln 260
         5.56
     """
@@ -227,7 +227,7 @@ def score_tokens(model: Transformer, batch: dict[str, Array], num_domains: int =
         >>> model = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(cfg))  # all weights are 0
         >>> one = jnp.ones((1, 4), jnp.int32)
         >>> batch = {"tokens": one, "segment_ids": one, "positions": jnp.arange(4)[None]}
-        >>> nll = jax.jit(lambda: score_tokens(model, batch).nll)()
+        >>> nll = jax.jit(lambda model: score_tokens(model, batch).nll)(model)
         >>> nll.shape, round(float(nll[0, 0]), 2)  # even odds over 260 tokens: ln 260
         ((1, 3), 5.56)
     """
