@@ -2,10 +2,10 @@
 
     A_p   share of tried drafts p that were accepted, with one more that is: lengths that are little tried are tried
     E(J)  1 + A_1 + … + A_J, tokens of a step
-    t(J)  seconds of a step, the least of its last parts; until J has run, those of the next shorter length
+    t(J)  seconds of a step, the least of its last parts and of longer lengths'; until J has run, the next shorter one's
 
-The largest E(J) / t(J) is chosen. Now and then what the others have shown is forgotten, so that they are tried again:
-after twice as many tokens each time that this changes nothing.
+The shortest length whose E(J) / t(J) is within 2 % of the largest is chosen. Now and then what the others have shown is
+forgotten, so that they are tried again: after twice as many tokens each time that this changes nothing.
 
 The choice depends on past parts alone, so sampled text keeps its distribution. With a drafter that samples, a seed's
 text depends on the choices, and these on the clock.
@@ -23,6 +23,7 @@ from dsv3_jax.model.mtp import HEADS
 TRIAL = 8  # tokens of a length's first part; a chosen length's parts grow
 LONGEST_PLAIN, LONGEST_DRAFTED = 512, 128  # tokens of a part: accepted drafts may become fewer
 HALF_LIFE = 128  # tried drafts after which an earlier one weighs half
+GAIN = 0.98  # of the largest worth that a shorter length must have
 SOONEST, LATEST = 512, 2048  # tokens after which other lengths are tried again
 
 
@@ -67,13 +68,15 @@ class LengthChoice:
     def next(self) -> tuple[int, int]:
         """(Drafts a step, tokens) of the next part."""
         expected = np.cumsum([1.0, *np.minimum.accumulate((self.accepted + 1) / (self.tried + 1))])
-        worth, cost = {}, 0.0
+        cost: list[float] = []
         for length in self.lengths:
-            cost = min(self.seconds[length] or [cost])
-            worth[length] = expected[length] / max(cost, 1e-9)
+            cost.append(min(self.seconds[length] or cost[-1:] or [0.0]))
             if length and not self.seconds[length]:
                 break
-        best = max(worth, key=worth.__getitem__)
+        # A step does all that one with fewer drafts does, so that one takes no longer, whatever its parts took.
+        least = np.minimum.accumulate(cost[::-1])[::-1]
+        worth = expected[list(self.lengths[: len(cost)])] / np.maximum(least, 1e-9)
+        best = self.lengths[int(np.argmax(worth >= GAIN * worth.max()))]
         for length, parts in ((0, 2), (self.lengths[1], 1)):  # one slow part shall not make plain steps lose
             if len(self.seconds[length]) < parts:
                 return length, TRIAL
