@@ -23,7 +23,6 @@ from dsv3_jax.model.mtp import HEADS
 TRIAL = 8  # tokens of a length's first part; a chosen length's parts grow
 LONGEST_PLAIN, LONGEST_DRAFTED = 512, 128  # tokens of a part: accepted drafts may become fewer
 HALF_LIFE = 128  # tried drafts after which an earlier one weighs half
-GAIN = 0.98  # of the largest worth that a shorter length must have
 SOONEST, LATEST = 512, 2048  # tokens after which other lengths are tried again
 
 
@@ -76,7 +75,7 @@ class LengthChoice:
         # A step does all that one with fewer drafts does, so that one takes no longer, whatever its parts took.
         least = np.minimum.accumulate(cost[::-1])[::-1]
         worth = expected[list(self.lengths[: len(cost)])] / np.maximum(least, 1e-9)
-        best = self.lengths[int(np.argmax(worth >= GAIN * worth.max()))]
+        best = self.lengths[int(np.argmax(worth >= 0.98 * worth.max()))]
         for length, parts in ((0, 2), (self.lengths[1], 1)):  # one slow part shall not make plain steps lose
             if len(self.seconds[length]) < parts:
                 return length, TRIAL
