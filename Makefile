@@ -44,7 +44,7 @@ help:
 	@echo "make wheel       build a wheel, install it elsewhere, and run the short demo there"
 	@echo "make environment install what the tests need, and run nothing"
 	@echo "make everything  install what .ci/run needs: the compilers, and what builds the site and a wheel"
-	@echo "make test        run the tests: about five minutes; PYTEST_ARGS='-k router' runs some of them"
+	@echo "make test        run the tests: about three minutes; PYTEST_ARGS='-k router' runs some of them"
 	@echo "make test-long   run the long tests: meshes, several processes, all drafts, notebooks"
 	@echo "make test-all    run all of them, the rare ones too, which CI leaves out"
 	@echo "make campaign    hostile inputs, damage, kills, sanitizers: two hours; MINUTES=10, SEED=1"
