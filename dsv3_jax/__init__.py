@@ -30,7 +30,7 @@ except PackageNotFoundError:  # read from a checkout that is not installed
 # Imported when they are first used: they bring files, pictures and checkpoints. Name: module, and what of it.
 _LATER = {
     "train": ("train", None),
-    "balance": ("training.balance", None),
+    "balance": ("balance", None),
     "register_router": ("ops.routing", "register_router"),
     "register_rule": ("ops.balance", "register_rule"),
     "evaluate": ("training.evaluate", None),

@@ -281,3 +281,16 @@ def test_an_earlier_checkpoint_that_cannot_be_read_is_named(tmp_path, capsys):
     (tmp_path / "run.json").write_text("{}")
     assert unhooked("dsv3_jax.stats.others").saturation(tmp_path, 3, None, []) is None
     assert capsys.readouterr().err.startswith("step 2 is left out of the run's earlier choices: ")
+
+
+def test_a_full_disk_behind_the_errors_keeps_the_exit_code(monkeypatch):
+    """Python would end with 120: it tries to write once more at the end."""
+
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", full := Full())
+    assert unhooked_cli().main(["convert", "nowhere", "out"]) == 2
+    assert sys.stderr is not full
+    sys.stderr.close()

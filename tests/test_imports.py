@@ -21,7 +21,7 @@ FLOORS = [
     {"chat"},
     {"cluster", "decoding", "report", "training"},
     {"hf", "planning", "stats"},
-    {"train"},
+    {"balance", "train"},
     {"cli"},
     {"__init__", "__main__"},
 ]

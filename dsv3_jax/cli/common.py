@@ -191,7 +191,10 @@ def sentence(error: BaseException) -> str:
 
 def fail(text: str, code: int = 2) -> int:
     """Print an error on stderr; return the exit code."""
-    print(f"dsv3: {text}", file=sys.stderr)
+    try:
+        print(f"dsv3: {text}", file=sys.stderr, flush=True)
+    except OSError:  # its disk is full; Python's own attempt at the end would change the exit code
+        sys.stderr = open(os.devnull, "w")
     return code
 
 
