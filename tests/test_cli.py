@@ -276,8 +276,8 @@ def test_the_flags_of_a_run_are_the_run(whole, tmp_path, capsys):
 @pytest.mark.rare
 def test_streams_that_are_closed(root, place):
     for line, code, said in (
-        (f"dsv3 generate {place.absent} >&- <&-", 2, "dsv3: folder="),
-        (f"dsv3 runs check {place.run} | true", 141, ""),  # by rich, whose own end would be 1
+        (f"dsv3 generate '{place.absent}' >&- <&-", 2, "dsv3: folder="),
+        (f"dsv3 runs check '{place.run}' | true", 141, ""),  # by rich, whose own end would be 1
     ):
         line = line.replace("dsv3 ", f"{sys.executable} -m dsv3_jax.cli ", 1)
         how = {"env": environment(root), "capture_output": True, "text": True}
