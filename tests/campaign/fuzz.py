@@ -92,10 +92,11 @@ def judge(made: Home, command: Command, trial: Trial, answer: Answer, names: Seq
     """Name what fell short in an answer. Args: names: a sentence has one of them; also: another good exit code."""
     faults, code = {answer.fault} if answer.fault else set(), answer.code
     hidden = trial.streams.get("err", "terminal") != "terminal"
-    if ERRORS.search("" if hidden else answer.err) or code not in (None, 0, 2, also):
+    plain = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", answer.err)
+    if ERRORS.search("" if hidden else plain) or code not in (None, 0, 2, also):
         faults.add("tracebacks")
-    elif code == 2 and not hidden and "╭─" not in answer.err:  # tyro draws a box
-        sentences = re.findall(r"^dsv3: .*", re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", answer.err), re.MULTILINE)
+    elif code == 2 and not hidden and "╭─" not in plain:  # tyro draws a box
+        sentences = re.findall(r"^dsv3: .*", plain, re.MULTILINE)
         if len(sentences) != 1 or len(sentences[0]) > 500:
             faults.add("sentences")
         elif names and not any(name in sentences[0] for name in [*names, "="]):  # a file, or name=value
@@ -105,8 +106,7 @@ def judge(made: Home, command: Command, trial: Trial, answer: Answer, names: Seq
     left = [path.name for path in trial.folder.rglob("*") if re.search(r"\.part|-checkpoint-tmp", path.name)]
     left += made.server.leftovers()
     left += ["out"] if code and command.argv[0] not in MAY_LEAVE and (trial.folder / "out").exists() else []
-    if "canary" in left or (left and code not in (None, -9)):
-        faults.add("half-written")
+    faults |= {"half-written"} if "canary" in left or (left and code not in (None, -9)) else set()
     try:  # a command that ended well writes no NaN, infinity or half a document
         for path in (trial.folder / "out").rglob("*.json") if code == 0 else ():
             json.loads(path.read_text(), parse_constant=lambda text: 1 / 0)
@@ -122,10 +122,9 @@ def judge_changed(made: Home, command: Command, trial: Trial, path: Path) -> tup
     answer = made.server.run(trial)
     known = [path.parts[0], path.name, path.parent.name or path.name, path.stem.replace("_", " "), command.out]
     faults = judge(made, command, trial, answer, known)
-    if any(file.is_file() and file.read_bytes() != content for file, content in before.items()):
-        faults.add("changed")
-    quiet = path.name not in answer.err  # a note may say that the file is left out
-    if WITH_CHECKSUMS & set(path.parts) and answer.code == command.code == 0 and "out" not in trial.streams and quiet:
+    faults |= {"changed" for file, was in before.items() if file.is_file() and file.read_bytes() != was}
+    quiet = path.name not in answer.err + "_CHECKPOINT_METADATA, commit_success.txt"  # no note; nothing reads these two
+    if quiet and WITH_CHECKSUMS & set(path.parts) and answer.code == command.code == 0 and "out" not in trial.streams:
         faults |= other_result(made, command, trial, answer.out)
     return answer, faults
 
