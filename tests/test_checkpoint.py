@@ -288,3 +288,14 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tmp_path):
             assert_bitwise(checkpoints.restore()[0], make_state(at))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_file_of_another_size_is_not_read(tmp_path):
+    """It may be of any size: a hole of four terabytes took minutes."""
+    (tmp_path / "data").write_text("0123")
+    checkpoint.write_manifest(tmp_path)
+    for name in ("data", "more"):
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(1 << 42)
+        assert checkpoint.find_damage(tmp_path).startswith(f"file='{tmp_path}/{name}' is damaged")
+        (tmp_path / "data").write_text("0123")

@@ -71,10 +71,11 @@ def find_damage(folder: Path) -> str:
         "file='8/data' is damaged: its size or checksum is not the one that was written"
     """
     try:
-        expected, found = read_json(folder / MANIFEST), _checksums(folder)
+        expected = read_json(folder / MANIFEST)
+        expected = expected if isinstance(expected, dict) else {}
+        found = _checksums(folder, {name: of[0] for name, of in expected.items() if isinstance(of, list) and of})
     except (OSError, ValueError) as error:
         return f"a file is not readable: {error}"
-    expected = expected if isinstance(expected, dict) else {}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             what = "damaged: its size or checksum is not the one that was written" if name in found else "absent"
@@ -82,22 +83,26 @@ def find_damage(folder: Path) -> str:
     return ""
 
 
-def _checksums(folder: Path) -> dict[str, list[int]]:
+def _checksums(folder: Path, sizes: dict[str, Any] | None = None) -> dict[str, list[int]]:
     """Name → [size, CRC-32] of a checkpoint's files.
 
     Names that begin with a dot belong to other programs, as a file server.
+
+    Args: sizes: those that are expected; a file of another size is not read, for it may be of any size.
     """
     paths = (path for path in folder.rglob("*") if not path.is_dir() and not path.name.startswith("."))
     names = sorted({path.relative_to(folder).as_posix() for path in paths}.difference(LATE))
     with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(lambda name: _size_and_crc32(folder / name), names), strict=True))
+        found = pool.map(lambda name: _size_and_crc32(folder / name, sizes and sizes.get(name, -1)), names)
+        return dict(zip(names, found, strict=True))
 
 
-def _size_and_crc32(path: Path) -> list[int]:
-    size = crc = 0
+def _size_and_crc32(path: Path, expected: Any) -> list[int]:
+    crc = 0
     with open_file(path) as file:
-        while piece := file.read(1 << 20):
-            size, crc = size + len(piece), zlib.crc32(piece, crc)
+        size = path.stat().st_size
+        while expected in (None, size) and (piece := file.read(1 << 20)):
+            crc = zlib.crc32(piece, crc)
     return [size, crc]
 
 
