@@ -1,5 +1,6 @@
 """Every `dsv3` command of the README and the site has options that exist, with values that they take."""
 
+import contextlib
 import re
 import shlex
 from pathlib import Path
@@ -39,9 +40,7 @@ def test_commands(page, monkeypatch, capsys):
         monkeypatch.setattr(warm_start, name, lambda run, start: run)
     refused = []
     for argv in commands(page):
-        try:
+        with contextlib.suppress(Parsed):
             unhooked_cli().main(argv)
             refused.append((argv, capsys.readouterr().err))
-        except Parsed:
-            pass
     assert refused == []

@@ -154,7 +154,7 @@ def disturbed(made: Home, command: Command, trials: Sequence[Trial], also: int =
 
 
 def files(made: Home, rng: random.Random) -> Done:
-    """Change a file's content. Files of like names count as one."""
+    """Change a file's content. Files whose names differ by digits alone are drawn as one."""
     command = made.choose(rng, lambda c: any((made.home / path).is_file() for path in made.inputs(c)))
     kinds: dict[str, list[Path]] = {}
     for path in made.inputs(command):
