@@ -137,6 +137,33 @@ def test_every_part_yields_finite_numbers_at_toy_sizes(tmp_path):
         assert all(figure.get("why", "not available").startswith("not available") for figure in part["figures"])
 
 
+def test_a_machine_that_lacks_packages(tmp_path):
+    """The model, a training step, `generate` and the benchmark need none of them, and a command says which it lacks."""
+    program = """
+import sys
+absent = "grain", "array_record", "tyro", "docstring_parser", "tensorboardX", "zlib_ng", "tokamax", "huggingface_hub"
+sys.modules.update(dict.fromkeys(absent))  # importing them raises ModuleNotFoundError
+import jax
+import dsv3_jax as ds
+from dsv3_jax.cli import main
+from dsv3_jax.training.step import Job, abstract_state, make_step
+from experiments.accel import model_parts, random_data, run, sizes, worker
+from flax import nnx
+cfg = sizes.toy().decode
+assert len(ds.generate(ds.Transformer(cfg, rngs=nnx.Rngs(0)), [[1, 2]], 3).tokens[0]) == 3
+job = Job(model_parts.train_run(cfg, 2, 32))
+jax.eval_shape(make_step(job), abstract_state(job), random_data.random_batch(cfg, 2, 32))
+code = main.main(["train", "tiny"])
+del sys.modules["tyro"]
+sys.exit(10 * code + main.main(["runs", "check", "nowhere"]))
+"""
+    env = environment(tmp_path) | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
+    assert done.returncode == 22, done.stderr
+    for name, line in zip(("tyro", "docstring_parser"), done.stderr.splitlines()[-2:], strict=True):
+        assert line.startswith("dsv3: ") and f"'{name}'" in line
+
+
 # Beside it: all devices, and the Makefile
 
 

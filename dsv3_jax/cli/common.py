@@ -13,8 +13,6 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
-import tyro
-
 from dsv3_jax.config import did_you_mean
 from dsv3_jax.report.units import visible
 
@@ -26,6 +24,8 @@ def parse(kind: type, argv: list[str], command: str, default: Any = None) -> Any
 
     With `default`, the command takes each setting of a model or a run: --help lists them, and --help-verbose explains.
     """
+    import tyro  # late: `guarded` says that it is missing
+
     if default is not None and {"-h", "--help"} & set(argv):
         _short_help(kind, command, default)
     return tyro.cli(kind, args=argv, prog=f"dsv3 {command}", default=default, compact_help=default is not None)
@@ -33,6 +33,8 @@ def parse(kind: type, argv: list[str], command: str, default: Any = None) -> Any
 
 def _short_help(kind: Any, command: str, default: Any) -> None:
     """Explain a command's own options, and list the settings by name and default."""
+    import tyro
+
     hints = typing.get_type_hints(kind, include_extras=True)
     settings = [item.name for item in dataclasses.fields(kind) if dataclasses.is_dataclass(getattr(default, item.name))]
     own = dataclasses.make_dataclass(
@@ -160,6 +162,10 @@ def guarded(command: Callable[[], int]) -> int:
         return 141
     except (ValueError, OSError) as error:
         return fail(sentence(error))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("dsv3_jax"):
+            raise
+        return fail(f"this command needs the package {error.name!r}, which is not installed: pip install {error.name}")
     except MemoryError as error:
         return fail(f"not enough memory: {sentence(error)}")
     except KeyboardInterrupt:

@@ -26,6 +26,10 @@ def why_not(target: Any) -> str:
         return f"it is not installed: {INSTALL}"
     if version != VERSION:
         return f"tokamax {version} is not supported: {INSTALL}"
+    try:
+        flash_attention()
+    except Exception as error:  # of a package that it needs: any type
+        return f"it cannot be imported ({type(error).__name__}: {error}): {INSTALL}"
     return ""
 
 
