@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import resource
 import signal
 import sys
 import tracemalloc
@@ -53,37 +54,35 @@ def soon():
 LOOP = "{% for i in range(99999) %}"
 DOUBLE = "{% set n = namespace(s='a', i=9) %}{% for i in range(40) %}"
 ENDLESS = {
-    "(runs for|makes) more than": ["{% set s %}" + LOOP + "literal " * 9999 + "{% endfor %}{% endset %}"],
     "runs for more than": [
         LOOP + LOOP + "{% endfor %}{% endfor %}",
         "{% set s = 'a' * 10**6 %}" + LOOP + "{% if 'b' in s %}{% endif %}{% endfor %}",
         "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-    ],
-    "RecursionError": ["{% macro f(n) %}{{ f(n-1) }}{% endmacro %}{{ f(1) }}"],
-    "makes more than": [
-        "{{ 'a' * 10**10 }}",
+        DOUBLE + "{% set n.i = n.i * n.i %}{% endfor %}",
         "{{ 9 ** 999999999 }}",
+        DOUBLE + "{% set n.s = [n.s, n.s] %}{% endfor %}{{ n.s }}",
+    ],
+    "fails with RecursionError": ["{% macro f(n) %}{{ f(n-1) }}{% endmacro %}{{ f(1) }}"],
+    "takes more than": [
+        "{{ 'a' * 10**9 }}",
+        "{% set s %}" + LOOP + "literal " * 9999 + "{% endfor %}{% endset %}",
         LOOP + "literal " * 9999 + "{% endfor %}",
         DOUBLE + "{% set n.s = n.s ~ n.s %}{% endfor %}",
-        DOUBLE + "{% set n.s = n.s + n.s %}{% endfor %}",
-        DOUBLE + "{% set n.i = n.i * n.i %}{% endfor %}",
-        DOUBLE + "{% set n.s = [n.s, n.s] %}{% endfor %}{{ n.s }}",
         "{{ ('a' * 10**6) | replace('a', 'b' * 10**5) }}",
-        "{{ ''.join(['a' * 10**6] * 10**5) }}",
+        "{{ [1] | tojson(indent=10**8) }}",
     ],
-    "too wide": ["{{ [1] | tojson(indent=10**8) }}", "{{ '%10000000000d' % 1 }}"],
-    "object is unsafe": ["{{ 'a'.ljust(10**10) }}", "{{ '{:10000000000}'.format(1) }}"],
-    "'center'|'lipsum'": ["{{ 'a' | center(10**10) }}", "{{ lipsum(10**7) }}"],
 }
 
 
 @pytest.mark.parametrize(("sentence", "source"), [(key, source) for key, some in ENDLESS.items() for source in some])
 def test_a_template_ends(monkeypatch, sentence, source):
-    """Range bombs, recursion, and each way to a large value; with a tenth of the limits of use."""
+    """Range bombs, recursion, and ways to a large value; with a small part of the limits of use."""
     monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.1)
-    monkeypatch.setattr("dsv3_jax.chat.template.MAX_CHARACTERS", 10**7)
-    with pytest.raises(ValueError, match=f"^the chat template fails with .*{sentence}"):
+    monkeypatch.setattr(sandbox, "MAX_BYTES", 2**25)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(ValueError, match=f"^the chat template {sentence}"):
         ChatTemplate(source, ByteTokenizer(), EOS).text([USER])
+    assert (resource.getrlimit(resource.RLIMIT_AS), signal.getitimer(signal.ITIMER_VIRTUAL)) == (before, (0, 0))
 
 
 TURNS = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(80)]

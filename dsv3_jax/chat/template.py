@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import nodes
 
-from dsv3_jax.chat.sandbox import MAX_CHARACTERS, Generation, Sandbox, one_sentence
+from dsv3_jax.chat.sandbox import Generation, Sandbox, limits, one_sentence
 from dsv3_jax.data.tokenizer import Tokenizer, any_of
 from dsv3_jax.files import parse_json
 
@@ -55,11 +55,10 @@ class ChatTemplate:
 
     def __init__(self, source: str, tokenizer: Tokenizer, special_tokens: dict[str, str] | None = None):
         self.source, self.tokenizer, self.special_tokens = source, tokenizer, dict(special_tokens or {})
-        self._environment = Sandbox()
-        with one_sentence():
-            self._template = self._environment.compiled(source)
-        self._tracker: Any = self._environment.extensions[Generation.identifier]
-        program = self._environment.parse(source)
+        environment = Sandbox()
+        with limits(), one_sentence():
+            self._template, program = environment.from_string(source), environment.parse(source)
+        self._tracker: Any = environment.extensions[Generation.identifier]
         written = "\0".join(
             [node.data for node in program.find_all(nodes.TemplateData)]
             + [node.value for node in program.find_all(nodes.Const) if isinstance(node.value, str)]
@@ -87,8 +86,8 @@ class ChatTemplate:
             anything outside.
         """
         messages = check_messages(messages, self.source, any_order=any_order)
-        self._environment.begin()
-        return self._run(messages, add_generation_prompt, _plain(tools, "tools"))[0]
+        with limits():
+            return self._run(messages, add_generation_prompt, _plain(tools, "tools"))[0]
 
     def render(
         self,
@@ -123,26 +122,23 @@ class ChatTemplate:
         messages, tools = check_messages(messages, self.source, any_order=any_order), _plain(tools, "tools")
         if not specials_in_messages:
             messages, tools = self._quoted(messages), self._quoted(tools)
-        self._environment.begin()
-        text, spans = self._run(messages, add_generation_prompt, tools)
-        if not assistant_mask:
-            spans = []
-        elif not self.marks_assistant:
-            spans = self._spans_by_prefix(messages, text, tools)
+        with limits():
+            text, spans = self._run(messages, add_generation_prompt, tools)
+            if assistant_mask and not self.marks_assistant:
+                spans = self._spans_by_prefix(messages, text, tools)
         encode = self.tokenizer.encode_with_specials if specials_in_messages else self._encode
         ids, characters = encode(text)
-        return Rendered(ids, _overlaps(characters, spans))
+        return Rendered(ids, _overlaps(characters, spans if assistant_mask else []))
 
     def _run(self, messages: list[Message], add_generation_prompt: bool, tools: Any) -> tuple[str, Spans]:
         """Run the template. Returns: (text, the characters of its generation blocks)."""
         blocks: list[str] = []
         found: list[tuple[int, int]] = []
         self._tracker.blocks, self._tracker.found = blocks, found
-        self._environment.left = MAX_CHARACTERS
         with one_sentence():
             values = self.special_tokens | {"messages": messages, "tools": tools, "documents": None}
             for block in self._template.generate(**values, add_generation_prompt=add_generation_prompt):
-                blocks.append(self._environment.counted(block))
+                blocks.append(block)
         starts = [0, *itertools.accumulate(map(len, blocks))]
         return "".join(blocks), [(starts[i], starts[i] + length) for i, length in found]
 
