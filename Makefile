@@ -124,7 +124,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 parity: $(VENV)/.installed-parity
-	$(BIN)/python -m pytest -m parity $(PYTEST_ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m parity $(PYTEST_ARGS)
 
 clean:
 	rm -rf .venv .venv-* build *.egg-info .pytest_cache .ruff_cache .mypy_cache

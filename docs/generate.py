@@ -4,8 +4,10 @@ import contextlib
 import io
 import json
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from dsv3_jax.cli.info import describe
@@ -16,6 +18,9 @@ from dsv3_jax.mesh.sharding import FSDP_RULES, RULES
 from dsv3_jax.presets import MODELS, RECIPES
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from experiments.cards import DEVICES, TASKS, read_cards  # noqa: E402
+
 PARTS = {
     "config": "What a model and a run are",
     "ops": "The mathematics: pure functions on arrays",
@@ -34,7 +39,7 @@ PARTS = {
 
 def write_pages(folder: Path) -> None:
     """Write all pages that are not there or have changed, so that a second build is quick."""
-    pages = {"tables": tables(), "commands": commands(), "studies": studies()}
+    pages = {"tables": tables(), "commands": commands(), "studies": studies(), "cards": cards(read_cards())}
     pages |= {f"api/{part}": api(part, title) for part, title in PARTS.items()}
     for name, text in pages.items():
         path = folder / f"{name}.md"
@@ -116,6 +121,46 @@ def api(part: str, title: str) -> str:
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files]
     blocks = [f"## {name}\n\n```{{eval-rst}}\n.. automodule:: {name}\n```\n" for name in names]
     return f"# {part}\n\n{title}.\n\n" + "\n".join(blocks)
+
+
+def cards(found: list[dict[str, Any]]) -> str:
+    """Verification cards: who ran what, where. What has no card says "not run"."""
+    columns = [*DEVICES, *sorted({card["device"] for card in found if not any(d in card["device"] for d in DEVICES)})]
+    of = {(name, card["task"], card["model"]): card for name in columns for card in found if name in card["device"]}
+    count = {(name, task): sum(key[:2] == (name, task) for key in of) for name in columns for task in TASKS}
+    glance = [(task, *(count[name, task] or "not run" for name in columns)) for task in TASKS]
+    parts = [
+        f"""# What has run where
+
+Each program that compares or measures writes a card for each model, task and device: a JSON file in
+[experiments/cards](../../experiments/cards/__init__.py). This page is printed from them.
+
+{table(("task", *columns), glance)}
+
+The numbers count models. A model is a small folder of random weights in the form of that family's released ones, if it
+does not say otherwise.
+
+{table(("task", "what it asks"), TASKS.items())}
+"""
+    ]
+    for name in columns:
+        tasks = [task for task in TASKS if count[name, task]]
+        models = list(dict.fromkeys(model for device, _, model in of if device == name))
+        rows = [(model, *(_first_figure(of.get((name, task, model))) for task in tasks)) for model in models]
+        ran: dict[tuple, dict] = {}  # (command, date, versions) → its tasks
+        for (device, task, _), card in of.items():
+            if device == name:
+                versions = ", ".join(map(" ".join, card["versions"].items()))
+                ran.setdefault((f"`{card['command']}`", card["date"], versions), {})[task] = None
+        how = table(("command", "date", "versions", "tasks"), [(*key, ", ".join(ran[key])) for key in sorted(ran)])
+        shown = f"{table(('model', *tasks), rows)}\n\n{how}" if rows else "Not run."
+        parts.append(f"## {name}\n\n{shown}\n")
+    return "\n".join(parts)
+
+
+def _first_figure(card: dict[str, Any] | None) -> str:
+    value = "not run" if card is None else next(iter(card["figures"].values()))
+    return f"{value:.1e}" if isinstance(value, float) else str(value)
 
 
 def studies() -> str:

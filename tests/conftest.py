@@ -6,6 +6,7 @@ pyproject.toml also makes warnings errors.
 import gc
 import os
 from importlib import metadata
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
@@ -27,6 +28,10 @@ jax.config.update("jax_num_cpu_devices", 8)  # for meshes; must be set before th
 
 # Check the jaxtyping signature of every call. Only modules that are imported after this line are checked.
 install_import_hook("dsv3_jax", "beartype.beartype")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--cards", type=Path, metavar="FOLDER", help="write verification cards there (make parity)")
 
 
 @pytest.fixture(scope="session", autouse=True)

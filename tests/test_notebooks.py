@@ -51,7 +51,7 @@ def test_it_runs_and_gives_the_stored_kinds_of_outputs(path, tmp_path, root, mon
 
 
 def test_stored_outputs_are_complete_and_of_no_machine():
-    assert [path.stem[:2] for path in BOOKS] == ["01", "02", "03", "04", "05", "06"]
+    assert [path.stem[:2] for path in BOOKS] == ["00", "01", "02", "03", "04", "05", "06"]
     for path in BOOKS:
         book = nbformat.read(path, as_version=4)
         cells = code_cells(path)

@@ -24,7 +24,7 @@ TASKS = {
     "trained step": "Loss and gradients equal transformers'. A gradient is compared with its root mean square.",
     "stored format": "A folder of 8-bit, 4-bit or 16-bit weights is read; its logits equal those of the plain weights.",
     "written back": "transformers runs the folder that is saved here, with the same logits, ids and gradients.",
-    "text": "Token ids and rendered chats equal transformers', with their masks. The figure counts those compared.",
+    "text": "Token ids and rendered chats equal transformers', with their masks. The figure counts those that differ.",
     "conformance": "The device computes what the page of equations says.",
     "speed": "How near the device is to its bounds.",
 }

@@ -21,13 +21,13 @@ from transformers.utils import chat_template_utils
 transformers.logging.set_verbosity_error()
 
 
-class _Clock(datetime):
+class Clock(datetime):
     @classmethod
     def now(cls, tz=None):
         return NOW
 
 
-chat_template_utils.datetime = _Clock
+chat_template_utils.datetime = Clock
 
 
 def theirs(folder: Path, text: Text) -> dict[str, Any]:

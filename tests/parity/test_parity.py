@@ -32,35 +32,60 @@ def result(tmp_path_factory):
     return compute
 
 
+def model_of(name):
+    """The model of a cell's cards."""
+    if "architectures" not in GRID[name].config:  # it has a label of its own
+        return name
+    return f"DeepSeek-{name}" if name.startswith("V2") else f"DeepSeek-V3, {name}"
+
+
 def assert_equal(results, reference):
-    worst = differences(results, reference)
+    found = differences(results, reference)
+    worst = dict(found)
     assert worst.pop("expert_ids") == 0 and worst.pop("mtp_expert_ids", 0) == 0
     assert worst.pop("greedy", 0) == 0
     assert worst.pop("loss", 0) < LOSS and worst.pop("grad", 0) < GRADIENTS
     assert worst.pop("logits") < LOGITS and worst.pop("mtp_logits", 0) < LOGITS
     assert not worst
+    return found
 
 
 @pytest.mark.parametrize("name", GRID)
-def test_ours_and_the_golden_files_are_transformers(result, name):
+def test_ours_and_the_golden_files_are_transformers(result, name, card):
     results, reference, _ = result(name)
     assert results.keys() == reference.keys()
-    assert_equal(results, reference)
+    worst = assert_equal(results, reference)
     theirs, stored = probed(reference), golden(name)
     assert theirs.keys() == stored.keys()
     # A different processor or build of torch may sum in a different order.
-    worst = differences(theirs, stored).items()
-    assert all(value == 0 if "ids" in kind or kind == "greedy" else value < 1e-4 for kind, value in worst)
+    differing = differences(theirs, stored).items()
+    assert all(value == 0 if "ids" in kind or kind == "greedy" else value < 1e-4 for kind, value in differing)
+    write_cards(card, name, worst, results)
+
+
+def write_cards(card, name, worst, results):
+    model, file = model_of(name), "int4" if name == "Kimi K2-Thinking" else GRID[name].file
+    logits = {"of the logits": worst["logits"], "limit": LOGITS}
+    if "mtp_logits" in worst:
+        logits["of the MTP logits"] = worst["mtp_logits"]
+    card(model, "logits", logits)
+    ids = {f"of {results['expert_ids'].size} routed experts": int(worst["expert_ids"])}
+    card(model, "ids", ids | {f"of {results['greedy'].size} greedy tokens": int(worst["greedy"])})
+    gradients = {"of the gradients": worst["grad"], "limit": GRADIENTS}
+    card(model, "trained step", gradients | {"of the loss, nats": worst["loss"], "limit of the loss": LOSS})
+    if file != "float32":
+        card(model, "stored format", {"of the logits": worst["logits"], "stored as": file, "limit": LOGITS})
 
 
 @pytest.mark.parametrize("name", ["groups", "tied embeddings"])
-def test_transformers_runs_what_we_save(result, name, tmp_path):
+def test_transformers_runs_what_we_save(result, name, tmp_path, card):
     from parity_reference import theirs
 
     results, _, folder = result(name)
     hf.save(hf.load(folder), tmp_path / "saved", shard_bytes=9000)
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 3
-    assert_equal(results, theirs(tmp_path / "saved", GRID[name]))
+    worst = assert_equal(results, theirs(tmp_path / "saved", GRID[name]))
+    card(model_of(name), "written back", {"of the logits": worst["logits"], "limit": LOGITS})
 
 
 def test_we_run_what_transformers_saves(result, tmp_path):
