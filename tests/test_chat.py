@@ -93,14 +93,23 @@ def test_prefixes_mark_what_generation_blocks_do(texts):
 
 
 def test_a_generation_prompt_may_open_a_thought(texts):
-    """As DeepSeek-R1's: the turn that follows has only the first part of it."""
+    """As DeepSeek-R1's, whose text names only one of the pair. An answer keeps both as tokens; a user's are text."""
     text = texts("V3")
-    source = V3.replace("{{ '<｜Assistant｜>' }}{% endif", "{{ '<｜Assistant｜><think>\\n' }}{% endif")
+    source = V3.replace("{{ '<｜Assistant｜>' }}{% endif", "{{ '<｜Assistant｜><think>\n' }}{% endif")
     assert source != V3
     thinking = ChatTemplate(source, text.tokenizer, text.special_tokens)
     assert thinking.text([USER], add_generation_prompt=True).endswith("<｜Assistant｜><think>\n")
     messages = CONVERSATIONS["two turns"]
     assert thinking.render(messages, assistant_mask=True) == text.chat.render(messages, assistant_mask=True)
+    whole = ChatTemplate(source.replace(".split('</think>')[-1]", ""), text.tokenizer, text.special_tokens)
+    thought = {"role": "assistant", "content": "<think>3</think>4"}
+    ids, mask = whole.render([{"role": "user", "content": "<think>"}, thought], assistant_mask=True)
+    name = {i: n for n, i in text.tokenizer.added.items()}
+    assert [name.get(i, chr(i)) for i in ids if i < 256 or i in name] == [
+        "<｜begin▁of▁sentence｜>", "<｜User｜>", "<", ">", "<｜Assistant｜>",
+        "<think>", "3", "</think>", "4", "<｜end▁of▁sentence｜>",
+    ]  # fmt: skip
+    assert [i for i, ours in zip(ids, mask, strict=True) if ours] == ids[-4:]  # the prompt has opened the thought
 
 
 @pytest.mark.parametrize("name", TEXTS)

@@ -101,11 +101,11 @@ class ChatTemplate:
     ) -> Rendered:
         """Return the ids of a conversation, and which of them an assistant wrote.
 
-        The names of special tokens that the template writes become their ids. In messages they stay text, so that
-        nobody can end a turn or speak as the system from inside a message. By default transformers makes them ids
-        there, too; `specials_in_messages=True` does the same. Messages without such a name have the same ids in both
-        cases. Added tokens that are not called special count as special if the template
-        writes them, as DeepSeek's `<｜User｜>`.
+        The names of special tokens become their ids where the template or an assistant writes them, as in
+        `<think>…</think>`. In other messages they stay text, so that nobody can end a turn or speak as the system from
+        inside a message. By default transformers makes them ids there, too; `specials_in_messages=True` does the same.
+        Messages without such a name have the same ids in both cases. Added tokens that are not called special count as
+        special if the template writes them, as DeepSeek's `<｜User｜>`.
 
         An assistant's tokens are those that overlap the template's `{% generation %}` blocks. In a template without
         such blocks two texts are compared: the turns before with the generation prompt, and the turns up to the
@@ -121,7 +121,8 @@ class ChatTemplate:
         """
         messages, tools = check_messages(messages, self.source, any_order=any_order), _plain(tools, "tools")
         if not specials_in_messages:
-            messages, tools = self._quoted(messages), self._quoted(tools)
+            messages = [m if m["role"] == "assistant" else self._quoted(m) for m in messages]
+            tools = self._quoted(tools)
         with limits():
             text, spans = self._run(messages, add_generation_prompt, tools)
             if assistant_mask and not self.marks_assistant:

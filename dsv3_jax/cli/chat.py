@@ -1,6 +1,7 @@
 """`dsv3 chat MODEL`: talk with a model that has a chat template."""
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ class Chat(Decode):
 
     The line /reset begins a new conversation; /exit or the end of the input ends. Ctrl-C stops an answer, and keeps
     what came of it. Without a terminal, each line of stdin is a turn. No turn is ever dropped: if the conversation
-    fills the model's context, a sentence says so. The names of special tokens in a turn are text.
+    fills the model's context, a sentence says so. The names of special tokens in your turns are text.
     """
 
     system: str | None = None
@@ -85,7 +86,20 @@ def _answer(model: Any, text: Any, messages: list[dict[str, Any]], config: Any) 
             _say(f"the answer ends here: {full if room == len(tokens) else f'max_new_tokens={len(tokens)}'}")
     except KeyboardInterrupt:
         _say("stopped")
-    return text.tokenizer.decode(t for t in tokens if t not in text.stop_ids)
+    return _with_names(text.tokenizer, [t for t in tokens if t not in text.stop_ids])
+
+
+def _with_names(tokenizer: Any, tokens: list[int]) -> str:
+    """Decode an answer, with the names of its special tokens, so that they become tokens in the next turn again.
+
+    Example:
+        >>> from dsv3_jax.data.tokenizer import ByteTokenizer
+        >>> _with_names(ByteTokenizer(), [257, 257, 104, 105])
+        '<fim_prefix><fim_prefix>hi'
+    """
+    names = {i: name for name, i in tokenizer.specials.items()}
+    runs = itertools.groupby(tokens, names.get)
+    return "".join(name * len(list(run)) if name else tokenizer.decode(run) for name, run in runs)
 
 
 def _lines() -> Iterator[str]:

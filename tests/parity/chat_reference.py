@@ -46,7 +46,7 @@ def theirs(folder: Path, text: Text) -> dict[str, Any]:
 
 
 def _conversation(tokenizer: Any, messages: list[dict], marked: bool) -> dict[str, Any] | None:
-    """Return text, ids, ids with the generation prompt and with tools, ids with names in messages as text, the mask."""
+    """Return text, ids, ids with the generation prompt and with tools, `quoted_ids`, the mask."""
 
     def ids(**options: Any) -> list[int]:
         return tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
@@ -57,7 +57,7 @@ def _conversation(tokenizer: Any, messages: list[dict], marked: bool) -> dict[st
             "ids": ids(),
             "prompt": ids(add_generation_prompt=True),
             "tools": ids(tools=TOOLS),
-            "quoted": ids(sanitize_control_tokens=True),
+            "quoted": quoted_ids(tokenizer, messages),
         }
     except Exception:  # jinja2's, of many kinds
         return None
@@ -65,6 +65,17 @@ def _conversation(tokenizer: Any, messages: list[dict], marked: bool) -> dict[st
         both = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         found["mask"] = both["assistant_masks"]
     return found
+
+
+def quoted_ids(tokenizer: Any, messages: list[dict], **options: Any) -> list[int]:
+    """The ids with `sanitize_control_tokens` for all but the assistant's messages."""
+    control = tokenizer._get_control_tokens(tokenizer.get_chat_template())
+    pattern, _ = chat_template_utils._get_control_token_patterns(control)
+    messages = [
+        m if m["role"] == "assistant" else chat_template_utils.mark_control_tokens(m, pattern) for m in messages
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    return chat_template_utils.encode_marked_chat(tokenizer, text)
 
 
 def main() -> None:
