@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import Layout, ModelConfig
 from dsv3_jax.kernels.choose import Kernels
 from dsv3_jax.mesh.sharding import row_axes, spec
-from dsv3_jax.mesh.token_exchange import Experts, all_to_all, ragged, send_capacity, to_local_ids
+from dsv3_jax.mesh.token_exchange import Experts, all_to_all, ragged, round_size, to_local_ids
 from dsv3_jax.ops.varying import as_varying
 
 # Names of the axes of w_gate, w_up and w_down, by which `sharding.RULES` shards them.
@@ -66,7 +66,7 @@ def pick_expert_comm(
     """
     if layout.expert_comm != "auto":
         return layout.expert_comm
-    return "all_to_all" if send_capacity(cfg, layout, tokens, peers) < tokens else "gather"
+    return "all_to_all" if round_size(cfg, layout, tokens, peers).tokens < tokens else "gather"
 
 
 def grouped_swiglu(
@@ -90,7 +90,7 @@ def grouped_swiglu(
         if comm == "gather":
             return _gathered(partial(kernels, "grouped_swiglu"), how, *args)
         if comm == "all_to_all":
-            y, sent = all_to_all(*args, kernels=kernels, slots=send_capacity(cfg, layout, n, how.peers))
+            y, sent = all_to_all(*args, kernels=kernels, size=round_size(cfg, layout, n, how.peers))
         else:
             y, sent = ragged(*args, kernels=kernels)
         return (jax.lax.psum(y, "tensor") if how.hidden else y), sent

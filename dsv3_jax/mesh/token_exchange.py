@@ -4,9 +4,10 @@ P devices along the mesh axis "expert" hold E/P experts each, and n tokens each.
 however many of its K experts are there: that device adds its experts' weighted outputs, and one sum returns. With
 node-limited routing these are few devices; see `mean_reach`.
 
-`all_to_all` has static shapes: it sends tokens in rounds, each with the same number of slots for every peer, until all
-are sent. Even load takes one round, uneven load further ones, which are smaller, and no token is ever dropped. `ragged`
-sends exactly the tokens that there are, by the hardware's own collective.
+`all_to_all` has static shapes: it sends tokens in rounds, until all are sent. A round has slots for so many tokens of
+each peer, and rows for so many of their choices. Even load takes one round, uneven load further ones, which are
+smaller, and no token is ever dropped. `ragged` sends exactly the tokens that there are, by the hardware's own
+collective.
 
 This file and expert_parallel.py are the only ones with hand-written collectives.
 """
@@ -14,7 +15,7 @@ This file and expert_parallel.py are the only ones with hand-written collectives
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,25 +55,39 @@ def mean_reach(cfg: ModelConfig, peers: int) -> float:
     return peers * (1 - missed / (math.comb(num_groups, groups) * math.comb(pool, k)))
 
 
-def send_capacity(cfg: ModelConfig, layout: Layout, tokens: int, peers: int) -> int:
-    """Slots that `all_to_all` has for each peer in the first round: what even load needs times the slack, at most n.
+class Size(NamedTuple):
+    """Of a round: how many tokens a device may send to each peer, and how many choices these may have there."""
+
+    tokens: int
+    choices: int
+
+
+def round_size(cfg: ModelConfig, layout: Layout, tokens: int, peers: int) -> Size:
+    """The first round's size: what even load needs times the slack, and no more than a device can need.
 
     Example:
         >>> from dsv3_jax.presets import preset
-        >>> send_capacity(preset("v3"), Layout(capacity_slack=1.0), tokens=1000, peers=8)  # 1000 · 3.63 / 8
-        454
+        >>> round_size(preset("v3"), Layout(capacity_slack=1.0), tokens=1000, peers=8)  # 1000 · 3.63 / 8, 1000 · 8 / 8
+        Size(tokens=454, choices=1000)
     """
-    return min(tokens, math.ceil(layout.capacity_slack * tokens * mean_reach(cfg, peers) / peers))
+    share, most = layout.capacity_slack * tokens / peers, most_choices(cfg.experts_per_token, cfg.num_experts // peers)
+    slots = min(tokens, math.ceil(share * mean_reach(cfg, peers)))
+    return Size(slots, max(most, min(slots * most, math.ceil(share * cfg.experts_per_token))))
 
 
-def later_slots(slots: int) -> int:
-    """Slots for each peer in each round after the first, for the little that is left: a quarter.
+def most_choices(num_choices: int, held: int) -> int:
+    """The most choices that one token can have on a device of `held` experts."""
+    return min(num_choices, held)
+
+
+def later_size(size: Size, most: int) -> Size:
+    """The size of each round after the first, for the little that is left: a quarter, and `most` choices at least.
 
     Example:
-        >>> later_slots(454)
-        114
+        >>> later_size(Size(454, 1000), most=8)
+        Size(tokens=114, choices=250)
     """
-    return -(-slots // 4)
+    return Size(-(-size.tokens // 4), max(-(-size.choices // 4), most))
 
 
 def wire_bytes(tokens_sent: float, cfg: ModelConfig, itemsize: int) -> float:
@@ -94,12 +109,13 @@ def wire_bytes(tokens_sent: float, cfg: ModelConfig, itemsize: int) -> float:
 
 
 class PeerTable(NamedTuple):
-    """Which device each choice of a token is on, and the token's rank among all that go there."""
+    """Which device each choice of a token is on, and for each device how many tokens and choices go there so far."""
 
     peer: Array  # int32 [n, K]
-    rank: Array  # int32 [n, K]
     first: Array  # bool [n, K]: no earlier choice of the token is on the same device
-    counts: Array  # int32 [P]: tokens that go to each device
+    choices: Array  # int32 [n, P]: of each token on each device
+    tokens_so_far: Array  # int32 [n, P]: tokens that go to each device, this one included
+    choices_so_far: Array  # int32 [n, P]
 
 
 def peer_table(expert_ids: Int[Array, "n K"], held: int, peers: int) -> PeerTable:
@@ -107,14 +123,38 @@ def peer_table(expert_ids: Int[Array, "n K"], held: int, peers: int) -> PeerTabl
 
     Example:
         >>> table = peer_table(jnp.array([[0, 1], [0, 2]]), held=2, peers=2)  # the first device has experts 0 and 1
-        >>> table.counts.tolist(), table.first.tolist()
-        ([2, 1], [[True, False], [True, True]])
+        >>> table.choices_so_far.tolist(), table.first.tolist()
+        ([[2, 0], [3, 1]], [[True, False], [True, True]])
     """
     peer = expert_ids // held
-    goes = jax.nn.one_hot(peer, peers, dtype=jnp.int32).max(axis=1)  # [n, P]
-    rank = jnp.take_along_axis(jnp.cumsum(goes, axis=0, dtype=jnp.int32) - 1, peer, axis=1)
+    choices = jax.nn.one_hot(peer, peers, dtype=jnp.int32).sum(axis=1)
     again = jnp.tril(peer[:, :, None] == peer[:, None, :], -1).any(axis=-1)
-    return PeerTable(peer, rank, ~again, goes.sum(axis=0, dtype=jnp.int32))
+    tokens_so_far, choices_so_far = (jnp.cumsum(a, axis=0, dtype=jnp.int32) for a in (jnp.minimum(choices, 1), choices))
+    return PeerTable(peer, ~again, choices, tokens_so_far, choices_so_far)
+
+
+# How many tokens, and choices of theirs, earlier rounds have sent to each device: int32 [1, P] each.
+Start = tuple[Array, Array]
+
+
+def _in_round(table: PeerTable, start: Start, size: Size) -> tuple[Array, Start]:
+    """(Which token a round sends to which device [n, P], the next round's start): the next ones in order that fit."""
+    token, choice = table.tokens_so_far - start[0], table.choices_so_far - start[1]
+    now = (table.choices > 0) & (token > 0) & (token <= size.tokens) & (choice <= size.choices)
+    sent = (jnp.where(now, a, 0).sum(axis=0, dtype=jnp.int32, keepdims=True) for a in (1, table.choices))
+    return now, jax.tree.map(jnp.add, start, tuple(sent))
+
+
+def _count_rounds(table: PeerTable, start: Start, size: Size) -> Array:
+    """How many rounds this device needs after a start."""
+
+    def left(carry):
+        return (carry[1][0] < table.tokens_so_far[-1:]).any()
+
+    def one(carry):
+        return carry[0] + 1, _in_round(table, carry[1], size)[1]
+
+    return jax.lax.while_loop(left, one, (zeros((), table.peer), start))[0]
 
 
 class SendBuffer(NamedTuple):
@@ -181,13 +221,15 @@ Experts = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F 
 Args = tuple[Array, Array, Array, Experts]  # x, expert_ids, gates and this device's experts
 
 
-def _at_their_experts(args: Args, buffer: SendBuffer, there: Callable, back: Callable, kernels: Kernels) -> Array:
-    """Send the tokens that have a slot to their experts, and the sums back."""
+def _at_their_experts(
+    args: Args, buffer: SendBuffer, there: Callable, back: Callable, kernels: Kernels, **settings: Any
+) -> Array:
+    """Send the tokens that have a slot to their experts, and the sums back. Args: settings: of `grouped_swiglu`."""
     x, ids, gates, experts = args
     rows, row_gates = there(to_slots(x, buffer)), there(to_slots(gates, buffer))
     row_ids = there(_fetch(ids + 1, buffer.token)) - 1  # an empty slot has the expert -1, which no device holds
     row_ids, row_gates = to_local_ids(row_ids, row_gates, experts[0].shape[0])
-    return from_slots(back(kernels("grouped_swiglu", rows, row_ids, row_gates, *experts)), buffer)
+    return from_slots(back(kernels("grouped_swiglu", rows, row_ids, row_gates, *experts, **settings)), buffer)
 
 
 # All to all, in rounds
@@ -200,69 +242,90 @@ def all_to_all(
     experts: Experts,
     *,
     kernels: Kernels,
-    slots: int,
+    size: Size,
 ) -> tuple[Float[Array, "n D"], Float[Array, ""]]:
     """Run `Kernels.grouped_swiglu` on this device's tokens with all peers' experts, inside `shard_map`.
 
-    All devices go through as many rounds as the one that needs most, along other mesh axes too: a round may hold other
-    collectives. The first round is differentiated as it is. The later ones, of `later_slots`, are a loop of unknown
-    length: their gradient goes through them once more and recomputes each.
+    A device receives at most `size.choices` choices of each peer, so its arrays have P times as many rows, and not K
+    for each token. All devices go through as many rounds as the one that needs most, along other mesh axes too: a round
+    may hold other collectives. The gradient computes the later rounds again, a loop of unknown length.
 
     Args:
         x, gates: vary along every axis along which the experts do, and the experts along theirs.
-        slots: for each peer in the first round.
+        size: of the first round.
     Returns: (y, copies of a token sent, empty slots included, mean over tokens).
     """
-    n, peers = x.shape[0], jax.lax.axis_size("expert")
-    args, table = (x, expert_ids, gates, experts), peer_table(expert_ids, experts[0].shape[0], peers)
-    y = _round(jnp.zeros((), jnp.int32), args, table, kernels, slots)
-    size, most = later_slots(slots), jax.lax.pmax(table.counts.max(), tuple(varying(table.counts)))
-    later = -(-jnp.maximum(most - slots, 0) // size)  # rounds
-    if slots < n:
-        y = y + _later_rounds(kernels, slots, args, table, later)
-    return y, (slots + later * size).astype(jnp.float32) * ((peers - 1) / n)
+    n, peers, held = x.shape[0], jax.lax.axis_size("expert"), experts[0].shape[0]
+    table, later = peer_table(expert_ids, held, peers), later_size(size, most_choices(expert_ids.shape[1], held))
+    none = zeros((1, peers), table.peer)
+    starts = (none, none), _in_round(table, (none, none), size)[1]
+    rounds = _count_rounds(table, starts[1], later)
+    rounds = jax.lax.pmax(rounds, tuple(varying(rounds)))
+    y = _rounds(kernels, (size, later), x, gates, experts, (expert_ids, table, starts, rounds))
+    return y, (size.tokens + rounds * later.tokens).astype(jnp.float32) * ((peers - 1) / n)
 
 
-def _round(start: Array, args: Args, table: PeerTable, kernels: Kernels, slots: int) -> Array:
-    """Send each peer's tokens of the ranks start … start + slots − 1."""
-    size, rank = table.counts.size * slots, table.rank - start
-    now = table.first & (rank >= 0) & (rank < slots)
-    buffer = _send_buffer(jnp.where(now, table.peer * slots + rank, size), size)
+def _round(args: Args, table: PeerTable, start: Start, kernels: Kernels, size: Size, cast: Any = None) -> Array:
+    """Send the tokens of a round, and add up what returns."""
+    now, _ = _in_round(table, start, size)
+    now, rank = (jnp.take_along_axis(a, table.peer, axis=1) for a in (now, table.tokens_so_far - start[0] - 1))
+    slots = start[0].size * size.tokens
+    buffer = _send_buffer(jnp.where(now & table.first, table.peer * size.tokens + rank, slots), slots)
     across = partial(jax.lax.all_to_all, axis_name="expert", split_axis=0, concat_axis=0, tiled=True)
-    return _at_their_experts(args, buffer, across, across, kernels)
+    return _at_their_experts(args, buffer, across, across, kernels, rows=start[0].size * size.choices, cast=cast)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _later_rounds(kernels, first, args, table, rounds):
-    """The sum that the rounds after one of `first` slots add to y."""
-    slots = later_slots(first)
-
-    def add(number, y):
-        return y + _round(first + number * slots, args, table, kernels, slots)
-
-    return jax.lax.fori_loop(0, rounds, add, jnp.zeros_like(args[0]))
+def _rounds(kernels, sizes, x, gates, experts, which):
+    return _rounds_fwd(kernels, sizes, x, gates, experts, which)[0]
 
 
-def _later_rounds_fwd(kernels, first, *args):
-    return _later_rounds(kernels, first, *args), args
+def _rounds_fwd(kernels, sizes, x, gates, experts, which):
+    ids, table, (none, start), rounds = which
+
+    def first(x, gates, experts):
+        return _round((x, ids, gates, experts), table, none, kernels, sizes[0])
+
+    def later(y, start, cast):
+        return y + _round((x, ids, gates, experts), table, start, kernels, sizes[1], cast)
+
+    y, pull_back = jax.vjp(first, x, gates, experts)
+    y = _later_rounds(later, y, table, start, rounds, sizes[1], experts, x.dtype)
+    return y, (pull_back, x, gates, experts, which)
 
 
-def _later_rounds_bwd(kernels, first, saved, dy):
-    slots = later_slots(first)
-    (x, ids, *rest), table, rounds = saved
+def _rounds_bwd(kernels, sizes, saved, dy):
+    pull_back, x, gates, experts, (ids, table, (_, start), rounds) = saved
 
-    def add(number, total):
-        def one(x, *rest):
-            return _round(first + number * slots, (x, ids, *rest), table, kernels, slots)
+    def later(total, start, cast):
+        def one(x, gates, experts):
+            return _round((x, ids, gates, experts), table, start, kernels, sizes[1], cast)
 
-        return jax.tree.map(jnp.add, total, jax.vjp(one, x, *rest)[1](dy))
+        return jax.tree.map(jnp.add, total, jax.vjp(one, x, gates, experts)[1](dy))
 
-    zero = jax.tree.map(lambda a: zeros(a.shape, a), (x, *rest))
-    d_x, *d_rest = jax.lax.fori_loop(0, rounds, add, zero)
-    return (d_x, None, *d_rest), None, None
+    return *_later_rounds(later, pull_back(dy), table, start, rounds, sizes[1], experts, x.dtype), None
 
 
-_later_rounds.defvjp(_later_rounds_fwd, _later_rounds_bwd)
+_rounds.defvjp(_rounds_fwd, _rounds_bwd)
+
+
+def _later_rounds(add: Callable, total: Any, table: PeerTable, start: Start, rounds: Array, size: Size, experts, dtype):
+    """Call `total = add(total, start, cast)` in each round after the first; `cast` are the experts, cast once for all.
+
+    The outer loop has at most one turn, which casts. XLA updates what a loop carries in place, and copies what a
+    conditional returns.
+    """
+
+    def all_of_them(_, total):
+        cast = tuple(w.astype(dtype) for w in experts)
+
+        def one(_, carry):
+            total, start = carry
+            return add(total, start, cast), _in_round(table, start, size)[1]
+
+        return jax.lax.fori_loop(0, rounds, one, (total, start))[0]
+
+    return jax.lax.fori_loop(0, jnp.minimum(rounds, 1), all_of_them, total)
 
 
 # Ragged
@@ -288,13 +351,15 @@ def ragged(
     """
     n, me, peers = x.shape[0], jax.lax.axis_index("expert"), jax.lax.axis_size("expert")
     table = peer_table(expert_ids, experts[0].shape[0], peers)
-    counts = jax.lax.all_gather(table.counts, "expert")  # [from, to]
+    own = table.tokens_so_far[-1]
+    counts = jax.lax.all_gather(own, "expert")  # [from, to]
     starts = jnp.cumsum(counts, axis=1, dtype=jnp.int32) - counts  # in the sender's buffer
     lands = jnp.cumsum(counts, axis=0, dtype=jnp.int32) - counts  # in the receiver's
-    out = starts[me], counts[me], lands[me], counts[:, me]
-    home = lands[:, me], counts[:, me], starts[:, me], counts[me]
+    out = starts[me], own, lands[me], counts[:, me]
+    home = lands[:, me], counts[:, me], starts[:, me], own
     size, received = n * min(expert_ids.shape[1], peers), n * peers  # whatever the router does
-    buffer = _send_buffer(jnp.where(table.first, starts[me][table.peer] + table.rank, size), size)
+    rank = jnp.take_along_axis(table.tokens_so_far, table.peer, axis=1) - 1
+    buffer = _send_buffer(jnp.where(table.first, starts[me][table.peer] + rank, size), size)
 
     def there(rows):
         return _exchange(received, size, rows, out, home)
@@ -303,7 +368,7 @@ def ragged(
         return _exchange(size, received, rows, home, out)
 
     y = _at_their_experts((x, expert_ids, gates, experts), buffer, there, back, kernels)
-    sent = (table.counts.sum(dtype=jnp.int32) - table.counts[me]).astype(jnp.float32) / n
+    sent = (own.sum(dtype=jnp.int32) - own[me]).astype(jnp.float32) / n
     return y, jax.lax.pmean(sent, tuple(varying(sent)))
 
 

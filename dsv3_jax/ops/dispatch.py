@@ -16,7 +16,7 @@ additions meet in an order that changes from run to run.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +36,11 @@ def dense_swiglu(
     w_gate: Float[Array, "E D F"],
     w_up: Float[Array, "E D F"],
     w_down: Float[Array, "E F D"],
+    **settings: Any,
 ) -> Float[Array, "n D"]:
     """Run every expert on every token, weighted by the gates.
 
-    Args: as `grouped_swiglu`. Returns: likewise.
+    Args: as `grouped_swiglu`; its settings change nothing here. Returns: likewise.
 
     Example:
         >>> one = jnp.ones((2, 1, 1))  # two experts, D = F = 1
@@ -63,6 +64,8 @@ def grouped_swiglu(
     w_down: Float[Array, "E F D"],
     *,
     product: GroupedProduct = RAGGED_DOT,
+    rows: int | None = None,
+    cast: tuple[Array, Array, Array] | None = None,
 ) -> Float[Array, "n D"]:
     """Compute Σ_k gates_k · (silu(x w_gate) ⊙ (x w_up)) w_down over the chosen experts.
 
@@ -74,6 +77,8 @@ def grouped_swiglu(
         expert_ids, gates: the router's choice; gates are cast to x's dtype. An id of E counts as no expert.
         w_gate, w_up, w_down: the experts' matrices, cast to x's dtype for use.
         product: the backend of the grouped products.
+        rows: choices that name an expert, at most: the arrays have so many rows. None means all, n·K.
+        cast: the three matrices in x's dtype, where several calls share them; they take no gradient. None: cast here.
 
     Example:
         >>> one = jnp.ones((2, 1, 1))  # two experts, D = F = 1
@@ -82,17 +87,18 @@ def grouped_swiglu(
         Array([[4.7]], dtype=float32)
     """
     p = sort_by_expert(expert_ids, w_gate.shape[0])
-    return _grouped(product, x, gates.astype(x.dtype), (w_gate, w_up, w_down), p)
+    p = p._replace(order=p.order[:rows])  # choices of no expert come last
+    return _grouped(product, x, gates.astype(x.dtype), (w_gate, w_up, w_down), cast, p)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(product, x, gates, weights, p: SortedRows):
-    return _forward(product, x, gates, weights, p)[0]
+def _grouped(product, x, gates, weights, cast, p: SortedRows):
+    return _forward(product, x, gates, weights, cast, p)[0]
 
 
-def _grouped_fwd(product, x, gates, weights, p):
-    y, inner = _forward(product, x, gates, weights, p)
-    return y, (x, gates, weights, p, inner)
+def _grouped_fwd(product, x, gates, weights, cast, p):
+    y, inner = _forward(product, x, gates, weights, cast, p)
+    return y, (x, gates, weights, cast, p, inner)
 
 
 class _Rows(NamedTuple):
@@ -111,9 +117,9 @@ def _sorted_rows(product: GroupedProduct, gates: Array, p: SortedRows) -> _Rows:
     return _Rows(order // gates.shape[1], gate[:, None], in_expert[:, None])
 
 
-def _forward(product, x, gates, weights, p: SortedRows) -> tuple[Array, tuple[Array, ...]]:
+def _forward(product, x, gates, weights, cast, p: SortedRows) -> tuple[Array, tuple[Array, ...]]:
     """(y, what the products before silu gave: (a | b,) side by side, or (a, b))."""
-    w_in, w_down = _matrices(product, weights, x.dtype)
+    w_in, w_down = _matrices(product, weights, cast, x.dtype)
     rows = _sorted_rows(product, gates, p)
     x_rows = _take(x, rows.token)
     inner = tuple(product.forward(x_rows, w, p.counts) for w in w_in)
@@ -123,8 +129,8 @@ def _forward(product, x, gates, weights, p: SortedRows) -> tuple[Array, tuple[Ar
 
 
 def _grouped_bwd(product, saved, dy):
-    x, gates, weights, p, inner = saved
-    w_in, w_down = _matrices(product, weights, x.dtype)
+    x, gates, weights, cast, p, inner = saved
+    w_in, w_down = _matrices(product, weights, cast, x.dtype)
     rows = _sorted_rows(product, gates, p)
     x_rows, dy_rows = _take(x, rows.token), _take(dy, rows.token)
     a, b = _gate_and_up(inner)
@@ -132,7 +138,7 @@ def _grouped_bwd(product, saved, dy):
     silu = a * sig
     h = _rounded(silu * b * rows.gate, rows, x.dtype)
     d_h = product.dx(dy_rows, w_down, p.counts).astype(a.dtype)
-    d_gates = jnp.where(rows.in_expert[:, 0], (d_h * silu * b).sum(-1), 0)
+    d_gates = (d_h * silu * b).sum(-1)
     d_h = d_h * rows.gate
     d_inner = [_rounded(d, rows, x.dtype) for d in (d_h * b * (sig + silu * (1 - sig)), d_h * silu)]
     if len(w_in) == 1:
@@ -142,19 +148,22 @@ def _grouped_bwd(product, saved, dy):
     if len(dw) == 1:
         dw = jnp.split(dw[0], 2, axis=2)
     dw = (*dw, product.dw(h, dy_rows, p.counts, weights[2].dtype))
-    return dx, _take(d_gates, jnp.minimum(p.row, d_gates.size - 1)).astype(gates.dtype), dw, None
+    d_gates = jnp.where(p.row < p.counts.sum(dtype=jnp.int32), _take(d_gates, jnp.minimum(p.row, d_gates.size - 1)), 0)
+    return dx, d_gates.astype(gates.dtype), dw, None, None
 
 
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)
 
 
-def _matrices(product: GroupedProduct, weights, dtype) -> tuple[tuple[Array, ...], Array]:
+def _matrices(product: GroupedProduct, weights, cast, dtype) -> tuple[tuple[Array, ...], Array]:
     """((w_gate | w_up,) or (w_gate, w_up), w_down).
 
     Matrices that are cast are written out in any case, so they may be written side by side, for one product of two.
     """
     if weights[0].dtype == dtype or not product.casts:
         return weights[:2], weights[2]
+    if cast is not None:
+        return cast[:2], cast[2]
     w_gate, w_up, w_down = (w.astype(dtype) for w in weights)
     return ((jnp.concatenate([w_gate, w_up], axis=2),) if product.joins else (w_gate, w_up)), w_down
 
@@ -178,7 +187,7 @@ def _sum_choices(parts: tuple[Array, ...], p: SortedRows) -> Array:
     y = jnp.zeros((), wide(parts[0].dtype))
     for k in range(p.row.shape[1]):
         row = p.row[:, k]
-        fetched = sum(_take(part, row).astype(y.dtype) for part in parts)
+        fetched = sum(_take(part, jnp.minimum(row, part.shape[0] - 1)).astype(y.dtype) for part in parts)
         y = y + jnp.where((row < total)[:, None], fetched, 0)
     return y.astype(parts[0].dtype)
 

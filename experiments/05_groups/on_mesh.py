@@ -17,7 +17,7 @@ from flax import nnx
 
 from dsv3_jax.config import Layout, replace
 from dsv3_jax.mesh import sharding
-from dsv3_jax.mesh.token_exchange import later_slots, send_capacity
+from dsv3_jax.mesh.token_exchange import later_size, round_size
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.planning import devices
 from dsv3_jax.planning.hlo import traffic
@@ -50,8 +50,8 @@ def measure(folder):
         program = routing_of.lower(graphdef, state, batch).compile()
         ids, sent = (np.asarray(x) for x in program(state, batch))
     tokens = ids[0, :, :, 0].size // DEVICES  # of a device
-    layers, slots = len(sent), send_capacity(run.model, execution.layout, tokens, DEVICES)
-    later_rounds = (sent * tokens / (DEVICES - 1) - slots) / later_slots(slots)
+    layers, size = len(sent), round_size(run.model, execution.layout, tokens, DEVICES)
+    later_rounds = (sent * tokens / (DEVICES - 1) - size.tokens) / later_size(size, most=1).tokens
     np.testing.assert_allclose(later_rounds, later_rounds.round(), atol=1e-2)
     # The program has a layer's first round by itself, and the later ones in a loop of unknown length.
     found = [c for c in traffic(program, dict(mesh.shape)).collectives if c.kind == "all-to-all"]

@@ -8,6 +8,8 @@ A loop writes whole blocks, even if an expert's last block reaches into the next
 so the next expert overwrites those rows. Arrays of sorted rows end in padding for the last expert.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -23,8 +25,9 @@ def blocks_swiglu(
     w_gate: Float[Array, "E D F"],
     w_up: Float[Array, "E D F"],
     w_down: Float[Array, "E F D"],
+    **settings: Any,
 ) -> Float[Array, "n D"]:
-    """Compute `ops.dispatch.grouped_swiglu` block by block. Arguments and result as there.
+    """Compute `ops.dispatch.grouped_swiglu` block by block. Arguments as there; its settings change nothing here.
 
     Example:
         >>> one = jnp.ones((2, 1, 1))  # two experts, D = F = 1

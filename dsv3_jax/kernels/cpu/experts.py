@@ -1,5 +1,7 @@
 """Routed experts by the C++ kernels: the grouped SwiGLU with its gradient, and decoding."""
 
+from typing import Any
+
 import jax
 from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Float, Int
@@ -17,8 +19,9 @@ def grouped_swiglu(
     w_gate: Float[Array, "E D F"],
     w_up: Float[Array, "E D F"],
     w_down: Float[Array, "E F D"],
+    **settings: Any,
 ) -> Float[Array, "n D"]:
-    """Compute `ops.dispatch.grouped_swiglu` in float32. Arguments as there."""
+    """Compute `ops.dispatch.grouped_swiglu` in float32. Arguments as there; its settings change nothing here."""
     return _grouped(x, gates, (w_gate, w_up, w_down), sort_by_expert(expert_ids, w_gate.shape[0]))
 
 

@@ -13,6 +13,7 @@ import jax
 from jaxtyping import Array
 
 from dsv3_jax.ops.grouped_product import GroupedProduct
+from dsv3_jax.ops.varying import as_varying
 
 HOPPER = ("9.0", "9.0a")  # compute capability: the kernels use its matrix instructions, and no later chip has them
 CORES = 132  # of an H100 SXM, as JAX's kernels have it; a chip with fewer runs them in turns
@@ -53,7 +54,8 @@ def _kernels() -> tuple[Any, Any]:
 
     They import JAX's test utilities, which they do not use, and which take over the process's signals: an empty module
     is put in their place. The second asks the process's first device for its cores, but programs are compiled for a
-    target that may not be here. So it is given a device with the cores that the first one assumes.
+    target that may not be here. So it is given a device with the cores that the first one assumes. Neither says which
+    of a mesh's axes its result varies along: the functions below do.
     """
     folder, utilities = "jax.experimental.pallas.ops.gpu.", "jax._src.test_util"
     absent = utilities not in sys.modules
@@ -81,18 +83,19 @@ def _tiles(columns: int, rows: int = ROWS) -> dict[str, int]:
 
 def mosaic(x: Array, w: Array, counts: Array) -> Array:
     """`GroupedProduct.forward` by JAX's ragged_dot."""
-    return _kernels()[0](x, w, group_sizes=counts, **_tiles(w.shape[2]))
+    return as_varying(_kernels()[0](x, w, group_sizes=counts, **_tiles(w.shape[2])), x, w)
 
 
 def mosaic_dx(dy: Array, w: Array, counts: Array) -> Array:
     """`GroupedProduct.dx` by JAX's ragged_dot, which reads w transposed: no copy of the experts."""
-    return _kernels()[0](dy, w, group_sizes=counts, transpose_rhs=True, **_tiles(w.shape[1]))
+    return as_varying(_kernels()[0](dy, w, group_sizes=counts, transpose_rhs=True, **_tiles(w.shape[1])), dy, w)
 
 
 def mosaic_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
     """`GroupedProduct.dw` by JAX's transposed_ragged_dot, rounded to bfloat16."""
     rows = 128 if x.shape[1] % 128 == 0 else STEP
-    return _kernels()[1](x, dy, group_sizes=counts, **_tiles(dy.shape[1], rows)).astype(dtype)
+    dw = _kernels()[1](x, dy, group_sizes=counts, **_tiles(dy.shape[1], rows))
+    return as_varying(dw, x, dy).astype(dtype)
 
 
 MOSAIC = GroupedProduct("mosaic", mosaic, mosaic_dx, mosaic_dw, row_multiple=ROWS, joins=True)
