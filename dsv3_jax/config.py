@@ -274,7 +274,7 @@ class Layout:
     # how tokens reach the experts of other devices. gather sends all tokens. all_to_all sends a token once to each
     # device that needs it. ragged does so without padding where the hardware can. auto is the cheaper of the first two
     expert_comm: Literal["auto", "gather", "all_to_all", "ragged"] = "auto"
-    capacity_slack: float = 1.25  # for all_to_all: slots of the first round, over the slots that even load needs
+    capacity_slack: float = 1.25  # for all_to_all: slots and rows of the first round, over what even load needs
 
     def __post_init__(self):
         _check_fields(self, "layout ")
