@@ -289,7 +289,7 @@ class Execution:
         'auto'
     """
 
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of activations; parameters are always float32
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of activations; what trains is always float32
     # what the backward pass keeps of a layer, most memory first. none recomputes nothing. dots keeps products and
     # attention. attention keeps its results alone and so computes it once. full keeps nothing
     remat: Literal["none", "dots", "attention", "full"] = "none"
@@ -659,6 +659,11 @@ class RunConfig:
         })  # fmt: skip
         if self.lora.rank:
             _check_lora(self)
+
+    @property
+    def freezes(self) -> bool:
+        """Whether the weights of `start` or `trunk` stay as they are."""
+        return self.trunk is not None or self.lora.rank > 0
 
 
 def _check_lora(run: RunConfig) -> None:

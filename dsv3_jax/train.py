@@ -99,9 +99,9 @@ def open_start(place: str, out: str | Path | None = None) -> warm_start.Start:
         return warm_start.Start(str(place), read_run(out), False, lambda job: open_start(place).load(job))
 
     def load(job: Job) -> tuple[Transformer, str]:
-        return reading.load(folder.path, jnp.float32, job.mesh), ""
+        return reading.load(folder.path, None if job.run.freezes else jnp.float32, job.mesh), ""
 
-    return warm_start.Start(str(folder.path), run, True, load)
+    return warm_start.Start(str(folder.path), run, True, load, four_bits=folder.four_bits)
 
 
 def open_chats(run: RunConfig, out: str | Path) -> tuple[TextSettings, Source]:

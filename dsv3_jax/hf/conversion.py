@@ -51,7 +51,7 @@ def convert(
         out: the folder to create.
         step: of a run's checkpoint. None means the last.
         dtype: of a released folder's weights. None makes a run of a released folder. A run is written in the dtype of
-            the released folder that it was made of, else float32.
+            the released folder that it was made of, else in its embedding's.
         mtp, allow_nonfinite, allow_unknown_keys, quiet: as `save` and `load`.
     Returns: a sentence about the new folder.
     Raises: ValueError (ConfigError) as `load`, `save` and `checkpoint.load_run`.

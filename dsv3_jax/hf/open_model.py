@@ -71,7 +71,7 @@ def load_model(
         mesh: shards the model. None means a single device.
         step: of a run's checkpoint. None means the last.
         dtype: of a released model's parameters, float32 or bfloat16. None means float32 on a CPU, else bfloat16. A
-            run's are float32.
+            run's are as `load_run` says.
         kernels: as `Execution.kernels`. None means the run's own, and "auto" for a released folder.
         mtp: False leaves the MTP layers of a released model out, and so their memory. A run's are always loaded.
     Raises: ValueError if the folder holds neither, or as `load_run` and `hf.load`.

@@ -117,6 +117,19 @@ class ReleasedFolder:
             )
         return named
 
+    @property
+    def four_bits(self) -> bool:
+        """Whether some weights are of 4 bits."""
+        return self._group > 0
+
+    def own_dtype(self, entry: Entry) -> np.dtype:
+        """The dtype to read a tensor into without a wider copy: float32 of float32 and float16, else bfloat16.
+
+        That rounds the products of FP8 or 4-bit numbers and their scales.
+        """
+        stored = self.stored[next(iter(self._wanted(entry)))].dtype
+        return READABLE_DTYPES[0] if stored in READABLE_DTYPES[:2] else BF16
+
     def read(self, entry: Entry, dtype: np.dtype) -> np.ndarray:
         """Read one released tensor, dequantized, in `dtype` (float32 or bfloat16).
 
@@ -197,6 +210,7 @@ def load(
         path: a folder, a snapshot of the hub's cache, or a hub id that is in this cache (organisation/name). No file
             outside it is read; nothing is downloaded.
         dtype: dtype of parameters and computation, float32 or bfloat16. The router's weight and bias stay float32.
+            None means each parameter's own in the files, bfloat16 for FP8 and 4 bits; the embedding's for computation.
         mesh: shards parameters as `sharding.state_sharding`. None means the default device.
         mtp: False leaves the MTP layers out. They are left out too, with a line, where the files have none.
         allow_nonfinite: accept NaN and Inf.
@@ -219,14 +233,15 @@ def load(
         >>> bool((loaded.embed[...] == model.embed[...]).all())
         True
     """
-    dtype = np.dtype(dtype)
-    if dtype not in (np.float32, BF16):
+    dtype = None if dtype is None else np.dtype(dtype)
+    if dtype not in (None, np.float32, BF16):
         raise ValueError(f"dtype={dtype.name} is not supported; use float32 or bfloat16")
     folder = ReleasedFolder(path, mtp=mtp, allow_nonfinite=allow_nonfinite, allow_unknown_keys=allow_unknown_keys)
     if not quiet:
         for note in folder.notes:
             print(f"{folder.path}: {note}", file=sys.stderr, flush=True)
-    execution = Execution(compute_dtype=dtype.name, kernels=kernels)
+    narrow = (dtype or folder.own_dtype(folder.entries[_EMBED])) == BF16
+    execution = Execution(compute_dtype="bfloat16" if narrow else "float32", kernels=kernels)
     prepared = choose.prepare(execution, mesh=mesh)
     graphdef, state = nnx.split(abstract(folder.cfg, execution, prepared))
     flat = dict(nnx.to_flat_state(state))
@@ -236,12 +251,18 @@ def load(
         if entry.copy_of is None:
             for part, param_slice in enumerate(entry.slices):
                 sources[param_slice.path].append((entry, part))
+
+    def dtype_of(path: tuple, variable: nnx.Variable) -> np.dtype:
+        if isinstance(variable, RouterBias) or path[-1] == "w_router":
+            return np.dtype(np.float32)
+        return dtype or max((folder.own_dtype(entry) for entry, _ in sources[path]), key=lambda own: own.itemsize)
+
+    dtypes = {path: dtype_of(path, variable) for path, variable in flat.items()}
     filled = {}
-    with transfer("loading", sum(v.size for v in flat.values()) * dtype.itemsize, quiet=quiet) as advance:
+    total = sum(v.size * dtypes[path].itemsize for path, v in flat.items())
+    with transfer("loading", total, quiet=quiet) as advance:
         for path, variable in flat.items():
-            keep_float32 = isinstance(variable, RouterBias) or path[-1] == "w_router"
-            param_dtype = np.dtype(np.float32) if keep_float32 else dtype
-            shape = tuple(variable.shape)
+            shape, param_dtype = tuple(variable.shape), dtypes[path]
             shards: dict[str, np.ndarray] = {}  # a replicated parameter is read once for all devices
 
             def shard(index, path=path, shape=shape, param_dtype=param_dtype, shards=shards):
@@ -251,7 +272,7 @@ def load(
 
             array = jax.make_array_from_callback(shape, shardings[path].get_value(), shard)
             filled[path] = variable.replace(jax.block_until_ready(array))
-            advance(variable.size * dtype.itemsize)
+            advance(variable.size * param_dtype.itemsize)
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 

@@ -124,23 +124,28 @@ class Frozen(NamedTuple):
         """
         batch = tuple(range(self.left.ndim + self.right.ndim - 2 - self.w.ndim))
         dims = ((self.left.ndim - 1,), (len(batch),)), (batch, batch)
-        return self.w + jax.lax.dot_general(self.left, self.right, dims, precision=jax.lax.Precision.HIGHEST)
+        change = jax.lax.dot_general(self.left, self.right, dims, precision=jax.lax.Precision.HIGHEST)
+        return self.w.astype(change.dtype) + change
 
 
-def merge_frozen(v: Any) -> Any:
-    """Variables in any structure with plain arrays in place of `Frozen` values.
+def in_use(v: Any, dtype: Any) -> Any:
+    """Variables in any structure as they are used: `Frozen` values merged, and none narrower than the compute dtype.
 
     Example:
         >>> w = nnx.Param(Frozen(jnp.zeros((1, 1)), jnp.array([[2.0]]), jnp.array([[3.0]])))
-        >>> merge_frozen({"w": w, "scale": nnx.Param(jnp.ones(1))})["w"][...]
-        Array([[6.]], dtype=float32)
+        >>> used = in_use({"w": w, "scale": nnx.Param(jnp.ones(1, jnp.bfloat16))}, jnp.float32)
+        >>> used["w"][...], used["scale"][...]
+        (Array([[6.]], dtype=float32), Array([1.], dtype=float32))
     """
 
-    def merge(v):
-        value = v.get_value() if isinstance(v, nnx.Variable) else None
-        return v.replace(value.merge()) if isinstance(value, Frozen) else v
+    def of(v):
+        if not isinstance(v, nnx.Variable):
+            return v
+        x = v.get_value()
+        x = x.merge() if isinstance(x, Frozen) else x
+        return v.replace(x.astype(np.promote_types(x.dtype, dtype)))
 
-    return jax.tree.map(merge, v, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return jax.tree.map(of, v, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 class RMSNorm(nnx.Module):

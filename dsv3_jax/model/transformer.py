@@ -15,7 +15,7 @@ from dsv3_jax.model.attention import ATTENTION
 from dsv3_jax.model.blocks import DenseBlock, SparseBlock
 from dsv3_jax.model.cache import Cache, empty_cache
 from dsv3_jax.model.context import DECODING, Context, Options, from_zero, make_context
-from dsv3_jax.model.layers import RMSNorm, draws_together, loop_layers, merge_frozen, param, stack, unstack
+from dsv3_jax.model.layers import RMSNorm, draws_together, in_use, loop_layers, param, stack, unstack
 from dsv3_jax.model.moe import Experts, LayerRouting
 from dsv3_jax.model.mtp import make_heads, run_heads
 
@@ -264,8 +264,9 @@ class Transformer(nnx.Module):
         return self.kernels.in_compute_dtype("product", h, self.head_matrix())
 
     def unshard(self, v: Any) -> Any:
-        """Prepare weights for use: merge low-rank adapters, and gather what a mesh shards (`unshard_weights`)."""
-        return unshard_weights(merge_frozen(v), fsdp=self.execution.layout.fsdp, dtype=self.compute_dtype)
+        """Prepare weights for use: see `layers.in_use`; then gather what a mesh shards (`unshard_weights`)."""
+        dtype = self.compute_dtype
+        return unshard_weights(in_use(v, dtype), fsdp=self.execution.layout.fsdp, dtype=dtype)
 
     def in_compute_dtype(self) -> "Transformer":
         """The model without 8-bit products, on the same arrays: low precision is for training, decoding does without.

@@ -81,12 +81,13 @@ def _bandwidth(device: Device, members: tuple[int, ...]) -> float:
     return device.link if inside else device.network
 
 
-def train_cost(run: RunConfig, mesh: Mesh, *, target: str | None = None) -> Cost:
+def train_cost(run: RunConfig, mesh: Mesh, *, frozen: str | None = None, target: str | None = None) -> Cost:
     """Predict the cost of a run's training step on a mesh; nothing is allocated.
 
     Args:
         run: its batch is that of the step.
         mesh: of fake devices, or of a target's.
+        frozen: dtype of weights that do not train. None means the model's compute dtype.
         target: of the mesh, see `devices.parse_target`. None means fake devices.
     Raises: ConfigError when batch or experts are not divisible by the mesh, or for kernels that the target does not
         have.
@@ -100,20 +101,24 @@ def train_cost(run: RunConfig, mesh: Mesh, *, target: str | None = None) -> Cost
     sharding.check(mesh, run)
     kernels = choose_kernels(run.execution, mesh)
     fsdp = run.execution.layout.fsdp
-    state = _with_shardings(shapes := abstract_state(Job(run)), sharding.state_sharding(shapes, mesh, fsdp=fsdp))
+    dtype = jnp.dtype(frozen or run.execution.compute_dtype)
+    shapes = abstract_state(Job(run), dtype)
+    state = _with_shardings(shapes, sharding.state_sharding(shapes, mesh, fsdp=fsdp))
     tokens = jax.ShapeDtypeStruct(
         (run.data.batch_size, run.data.seq_len), jnp.int32, sharding=sharding.batch_sharding(mesh)
     )
     batch = {name: tokens for name in ("tokens", "segment_ids", "positions")}
+    trained, given = split_trainable(run, state.params)
     persistent = {
-        **_parameter_bytes(state.params),
+        **({f"frozen, in {dtype.name}": _shard_bytes(given)} if run.freezes else {}),
+        **_parameter_bytes(trained),
         "router bias": _shard_bytes(state.bias),
         "optimizer": _shard_bytes(state.opt),
         "batch": _shard_bytes(batch) + _shard_bytes(state.step),
     }
-    gradients = _shard_bytes(split_trainable(run, state.params)[0]) * (2 if run.optim.microbatches > 1 else 1)
+    gradients = _shard_bytes(trained) * (2 if run.optim.microbatches > 1 else 1)
     count = run.data.batch_size * run.data.seq_len
-    flops = _train_flops(run.model, run.execution, run.data.seq_len) * count / mesh.size
+    flops = _train_flops(run) * count / mesh.size
     return _compile_cost(
         "training step", mesh, target, make_step(Job(run, mesh, kernels)), (state, batch),
         tokens=count, persistent=persistent, transient={"gradients": gradients}, flops=flops, bytes_read=0.0,
@@ -279,15 +284,16 @@ def _parameter_bytes(params: nnx.State) -> dict[str, int]:
     return {"routed experts": _shard_bytes(experts), "other parameters": _shard_bytes(rest)}
 
 
-def _train_flops(cfg: ModelConfig, execution: Execution, length: int) -> float:
+def _train_flops(run: RunConfig) -> float:
     """Return the FLOPs of a trained token, with attention's scores and recomputed layers."""
-    counted = size(cfg, length)
+    cfg, remat = run.model, run.execution.remat
+    counted = size(cfg, run.data.seq_len)
     scores = counted.attention_flops / 2  # a token sees half of the sequence on average
-    total = train_flops_per_token(cfg) + 3 * scores
-    if execution.remat in ("attention", "full"):
+    total = train_flops_per_token(cfg, adapted=run.lora.on if run.lora.rank else ()) + 3 * scores
+    if remat in ("attention", "full"):
         head = cfg.vocab_size * cfg.dim
         total += 2 * (counted.active + counted.mtp_active - head * (1 + cfg.mtp_depth))
-        total += scores if execution.remat == "full" else 0
+        total += scores if remat == "full" else 0
     return total
 
 

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
 
-from dsv3_jax.config import Execution, ModelConfig, RunConfig, replace
+from dsv3_jax.config import Execution, Lora, ModelConfig, RunConfig, replace
 from dsv3_jax.mesh import sharding
 from dsv3_jax.planning import devices
 from dsv3_jax.planning.cost import Cost, batch_parts, check_decode, choose_kernels, decode_cost, train_cost
@@ -27,6 +27,7 @@ class PlanOptions:
 
     model: Annotated[ModelConfig, tyro.conf.arg(name="")]
     execution: Annotated[Execution, tyro.conf.arg(name="")]
+    lora: Lora = field(default_factory=Lora)
     mesh: str = "data=1"
     """devices of the training step, as data=N,expert=N,tensor=N"""
     batch: int | None = None
@@ -46,7 +47,7 @@ class PlanOptions:
     context: int | None = None
     """tokens of each sequence in the cache. Default: 4,096, or the model's max_positions if smaller"""
     weight_dtype: Literal["float32", "bfloat16"] | None = None
-    """dtype of the weights while decoding. Default: the compute dtype"""
+    """dtype of the weights while decoding, and of those that LoRA freezes. Default: the compute dtype"""
     device: Literal["h800", "h100", "v5p", "v5e", "v6e"] | None = None
     """report whether each step fits in this device, and the shortest time that it can take. Default: the target's"""
     memory: str | None = None
@@ -107,9 +108,12 @@ def _job(step: str, options: PlanOptions, run: RunConfig, sizes: dict[str, int])
         )
         moments = options.moments_dtype or run.optim.moments_dtype
         optim = replace(run.optim, microbatches=options.microbatches, moments_dtype=moments)
+        start = "any" if options.lora.rank else None
         run = replace(run, model=options.model, execution=options.execution, data=data, optim=optim)
+        run = replace(run, lora=options.lora, start=start)
         sharding.check(mesh, run)
-        return data.batch_size, data.seq_len, partial(train_cost, run, mesh, target=options.target)
+        cost = partial(train_cost, run, mesh, frozen=options.weight_dtype, target=options.target)
+        return data.batch_size, data.seq_len, cost
     rows = 32 * parts if options.decode_batch is None else options.decode_batch
     context = min(4096, options.model.max_positions) if options.context is None else options.context
     check_decode(options.model, options.execution, mesh, rows, context)

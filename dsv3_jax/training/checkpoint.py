@@ -35,7 +35,7 @@ from dsv3_jax.training import lora
 from dsv3_jax.training.optim import Transform
 from dsv3_jax.training.orbax_noise import silence
 from dsv3_jax.training.run_folder import read_run
-from dsv3_jax.training.step import Job, TrainState, abstract_state, model_of
+from dsv3_jax.training.step import Job, TrainState, abstract_state, map_frozen, model_of
 
 MANIFEST = "checksums.json"
 LATE = (MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax completes its two later; nothing reads them
@@ -254,7 +254,7 @@ class Checkpoints:
         return step
 
     def restore(
-        self, mesh: Mesh | None = None, step: int | None = None, *, optimizer: bool = True
+        self, mesh: Mesh | None = None, step: int | None = None, *, optimizer: bool = True, widen: bool = False
     ) -> tuple[TrainState, dict[str, Any]] | None:
         """Read a complete checkpoint: the state and the data position; None if there is none yet.
 
@@ -263,13 +263,14 @@ class Checkpoints:
             step: None means the last; if a trainer deletes it while it is read, the last of then.
             optimizer: False is for readers. It leaves the optimizer's state out, and merges LoRA's adapters into the
                 weights.
+            widen: to float32, also of frozen weights. False means that these have the dtype that they were saved in.
         Raises: ValueError if the checkpoint is damaged (DamagedCheckpoint), does not fit the run's configuration, or
             there is none of `step`.
         """
         while steps := steps_of(self.folder):
             chosen = steps[-1] if step is None else step
             try:
-                found = self._read_state(self._require(chosen, steps), mesh, optimizer)
+                found = self._read_state(self._require(chosen, steps), mesh, optimizer, widen)
             except Exception:
                 if chosen not in steps or (self.folder / str(chosen)).exists():
                     raise
@@ -278,7 +279,9 @@ class Checkpoints:
                     return found
         return None
 
-    def _read_state(self, step: int, mesh: Mesh | None, optimizer: bool) -> tuple[TrainState, dict[str, Any]]:
+    def _read_state(
+        self, step: int, mesh: Mesh | None, optimizer: bool, widen: bool
+    ) -> tuple[TrainState, dict[str, Any]]:
         folder = self.folder / str(step)
         # First: a restore of other shapes fails half-way and leaves Orbax's tasks behind.
         saved = self._orbax.restore(folder, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
@@ -289,12 +292,14 @@ class Checkpoints:
         target = abstract_state(Job(self.run, optimizer=self._optimizer))
         where = sharding.state_sharding(target, mesh, fsdp=self.run.execution.layout.fsdp)
         target = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), target, where)
-        # A reader leaves out the optimizer's state, whose types it may not know.
-        item = target if optimizer else {"params": target.params, "bias": target.bias, "step": target.step}
+        item, how = target, ocp.checkpoint_utils.construct_restore_args(target)
+        if not widen:  # Orbax restores the dtype that was saved if neither names one
+            item = replace(item, params=map_frozen(lambda _: 0, self.run, item.params))
+            how = replace(how, params=map_frozen(lambda args: replace(args, dtype=None), self.run, how.params))
+        if not optimizer:  # whose types a reader may not know
+            item, how = ({name: getattr(tree, name) for name in ("params", "bias", "step")} for tree in (item, how))
         # Not StandardRestore, which reads no part of a tree.
-        state = ocp.args.PyTreeRestore(
-            item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=not optimizer
-        )
+        state = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=not optimizer)
         try:
             found = self._orbax.restore(folder, args=ocp.args.Composite(state=state, data=ocp.args.JsonRestore()))
         except (ValueError, KeyError, TypeError) as error:
@@ -323,14 +328,22 @@ class Loaded(NamedTuple):
 
 
 def load_run(
-    folder: str | Path, mesh: Mesh | None = None, *, step: int | None = None, kernels: str | None = None
+    folder: str | Path,
+    mesh: Mesh | None = None,
+    *,
+    step: int | None = None,
+    kernels: str | None = None,
+    widen: bool = False,
 ) -> Loaded:
     """Load the model of a run's checkpoint, without optimizer state.
+
+    Its weights are float32. Those that were frozen in bfloat16 stay so if the run computes in bfloat16.
 
     Args:
         mesh: shards the model, whatever it was trained on. None means a single device.
         step: None means the last.
         kernels: as `Execution.kernels`. None means the run's own.
+        widen: all weights are float32, to be trained.
     Raises: ValueError if the folder holds no run, no checkpoint yet, or none of `step`, or (ConfigError) its model
         does not fit the mesh, or its devices do not have the kernels.
 
@@ -354,8 +367,9 @@ def load_run(
     if mesh is not None:
         sharding.check_model(mesh, run.model, run.execution.layout)
     prepared = prepare(run.execution, mesh=mesh)
+    widen |= run.execution.compute_dtype == "float32"
     with Checkpoints(folder, run, read_only=True) as checkpoints:
-        found = checkpoints.restore(mesh, step, optimizer=False)
+        found = checkpoints.restore(mesh, step, optimizer=False, widen=widen)
     if found is None:
         raise ValueError(f"folder={str(folder)!r} holds no checkpoint yet; training writes the first")
     return Loaded(model_of(Job(run, mesh, prepared), found[0]), run, int(found[0].step))

@@ -50,7 +50,15 @@ from dsv3_jax.training.evaluate import evaluate
 from dsv3_jax.training.metrics import as_row
 from dsv3_jax.training.prepare import Options, agree, check, kernels_of, read
 from dsv3_jax.training.run_folder import claim, made_from
-from dsv3_jax.training.step import Batch, Job, first_bad_tensor, first_nonfinite, make_step, model_of
+from dsv3_jax.training.step import (
+    Batch,
+    Job,
+    first_bad_tensor,
+    first_nonfinite,
+    make_step,
+    model_of,
+    split_trainable,
+)
 from dsv3_jax.training.warm_start import Start, begin
 
 # Steps started before the oldest one is looked at. If above 0, the next batch is copied while a step runs. On a CPU the
@@ -259,7 +267,8 @@ class Training:
 
     def save(self) -> None:
         """Save the state and the data position; in the background unless the run ends here."""
-        arrays = [x for x in jax.tree.leaves((self.state.params, self.state.opt)) if x.ndim]  # optax begins at infinity
+        moved = split_trainable(self.job.run, self.state.params)[0], self.state.opt
+        arrays = [x for x in jax.tree.leaves(moved) if x.ndim]  # optax begins at infinity
         if not jnp.isfinite(jax.jit(optax.tree.norm)(arrays)):
             bad = first_nonfinite("parameter", self.state.params) or "an optimizer state"
             raise self._not_good(f"step {self.step} made {bad}, whose norm is not finite; a smaller rate may help")

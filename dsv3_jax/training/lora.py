@@ -13,6 +13,9 @@ matrices, with "attention" or "full" it forms them again. Beside its arguments, 
 remat "full") takes 493 MB with adapters on all experts and attention. It takes 1,572 MB if all layers are merged
 beforehand.
 
+Frozen weights keep the dtype of their start, bfloat16 or float32, in memory and in checkpoints. They are cast where
+they are used, one layer at a time, so float32 of them would give the same numbers.
+
 Readers never see adapters: `Checkpoints.restore` merges them for all who do not resume (`merge`). A checkpoint holds
 weights and adapters, so a run resumes bitwise and does not depend on its start.
 
@@ -121,7 +124,7 @@ def join(cfg: Lora, params: nnx.State) -> nnx.State:
 
 
 def merge(cfg: Lora, params: nnx.State) -> nnx.State:
-    """Merge adapters into their weights, whose memory is used for the result; parameters without adapters stay.
+    """Merge adapters into their weights, whose memory and dtype the result has; parameters without adapters stay.
 
     Example:
         >>> w = nnx.Param(jnp.zeros((1, 1)), axes=("dim", "hidden"))
@@ -136,7 +139,9 @@ def merge(cfg: Lora, params: nnx.State) -> nnx.State:
     def merged(weights: nnx.State, adapters: nnx.State) -> nnx.State:
         joined = nnx.to_flat_state(join(cfg, nnx.merge_state(weights, adapters)))
         pairs = ((path, v, v.get_value()) for path, v in joined)
-        return nnx.from_flat_state((path, v.replace(x.merge()) if isinstance(x, Frozen) else v) for path, v, x in pairs)
+        return nnx.from_flat_state(
+            (path, v.replace(x.merge().astype(x.w.dtype)) if isinstance(x, Frozen) else v) for path, v, x in pairs
+        )
 
     where = jax.tree.map(lambda x: x.sharding, weights)
     return jax.jit(merged, donate_argnums=0, out_shardings=where)(weights, adapters)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dsv3_jax.cluster import processes
@@ -168,7 +169,7 @@ def check_memory(job: Job, hosts: int = 1) -> None:
             ...
         dsv3_jax.config.ConfigError: dim=7168 and num_layers=61 are too large: ...
     """
-    state = abstract_state(job)
+    state = abstract_state(job, frozen=jnp.bfloat16)  # at least
     gradients = split_trainable(job.run, state.params)[0]
     needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.params, gradients, state.opt))) / hosts
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -84,15 +84,19 @@ def init_state(job: Job, params: nnx.State | None = None, bias: nnx.State | None
     return compile_lightly(make, device, out_shardings=where, donate_argnums=(1, 2))(key, *given)
 
 
-def abstract_state(job: Job) -> TrainState:
+def abstract_state(job: Job, frozen: Any = jnp.float32) -> TrainState:
     """The shapes of a run's state: nothing is allocated.
+
+    Args: frozen: dtype of the weights that are frozen, which is that of the run or folder that they come from.
 
     Example:
         >>> import dsv3_jax as ds
         >>> abstract_state(Job(ds.recipe("v3"))).params["embed"].shape
         (129280, 7168)
     """
-    return jax.eval_shape(partial(_make_state, job), jax.random.key(job.run.seed), nnx.State({}), nnx.State({}))
+    state = jax.eval_shape(partial(_make_state, job), jax.random.key(job.run.seed), nnx.State({}), nnx.State({}))
+    params = map_frozen(lambda x: jax.ShapeDtypeStruct(x.shape, frozen), job.run, state.params)
+    return replace(state, params=params)
 
 
 def _make_state(job: Job, key: Array, params: nnx.State, bias: nnx.State) -> TrainState:
@@ -127,6 +131,20 @@ def split_trainable(run: RunConfig, params: nnx.State) -> tuple[nnx.State, nnx.S
         (['mtp'], False)
     """
     return lora.split(params) if run.lora.rank else _split_moving(run, params)
+
+
+def map_frozen(f: Callable, run: RunConfig, params: nnx.State) -> nnx.State:
+    """Parameters with f(x) in place of each array x, or what there is for one, that does not train.
+
+    Example:
+        >>> import dsv3_jax as ds
+        >>> run, params = ds.recipe("tiny"), nnx.State({"w": nnx.Param(jnp.zeros(1)), "mtp": nnx.Param(jnp.zeros(1))})
+        >>> changed = map_frozen(lambda x: x + 1, ds.replace(run, trunk="runs/demo"), params)
+        >>> changed["w"][...], changed["mtp"][...]
+        (Array([1.], dtype=float32), Array([0.], dtype=float32))
+    """
+    trained, frozen = split_trainable(run, params)
+    return nnx.merge_state(trained, jax.tree.map(f, frozen))
 
 
 def _split_moving(run: RunConfig, variables: nnx.State) -> tuple[nnx.State, nnx.State]:

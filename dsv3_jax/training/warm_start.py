@@ -33,7 +33,9 @@ class Start:
     place: str  # its folder
     run: RunConfig  # its model, and what its tokens mean
     released: bool  # then data and execution of `run` mean nothing
-    load: Callable[[Job], tuple[Transformer, str]]  # (the model, sharded over the job's mesh; which it is)
+    # (the model, sharded over the job's mesh; which it is). Weights that the job trains are float32.
+    load: Callable[[Job], tuple[Transformer, str]]
+    four_bits: bool = False  # of some weights: these are for a run that freezes them
 
 
 Open = Callable[[str], Start]  # Raises: ValueError where there is nothing to begin with
@@ -49,7 +51,8 @@ def open_run(place: str) -> Start:
         raise ValueError(f"folder={place!r} holds no checkpoint yet; training writes the first")
 
     def load(job: Job) -> tuple[Transformer, str]:
-        model, _, step = load_run(place, job.mesh, kernels=job.run.execution.kernels)
+        run = job.run
+        model, _, step = load_run(place, job.mesh, kernels=run.execution.kernels, widen=not run.freezes)
         return model, f"of step {step} "
 
     return Start(place, run, False, load)
@@ -103,6 +106,8 @@ def check(run: RunConfig, start: Start) -> None:
     if different := first_difference(theirs, ours):
         key, a, b = different
         raise ConfigError(f"model.{key}={b!r} is not that of {name}={start.place!r}, {a!r}")
+    if start.four_bits and not run.freezes:
+        raise ConfigError(f"start={start.place!r} has weights of 4 bits, which do not train; use lora, or convert it")
     if not same_tokenizer(start.run.data.tokenizer, run.data.tokenizer):
         raise ValueError(
             f"data.tokenizer={run.data.tokenizer!r} gives ids another meaning than that of {name}={start.place!r}"
