@@ -39,7 +39,7 @@ def sources(tmp_path_factory):
     (root / "chats.jsonl").write_text("\n".join(map(json.dumps, lines)))
     lines = [{"text": f"{i}: {'xyz' * (i % 25)}", "domain": "ab"[i % 2]} for i in range(40)]
     (root / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    job = Tokenize((str(root / "text.jsonl"),), root / "shards", "bytes", row_tokens=32, val_fraction=0.2, workers=1)
+    job = Tokenize((str(root / "text.jsonl"),), root / "shards", "bytes", row_tokens=32, val_fraction=0.2)
     tokenize(replace(job, shard_mb=0.0004))
     shards = replace(CFG, paths=(str(job.out),), format="shards")
     chats = replace(CFG, paths=(str(root / "chats.jsonl"),), format="chat", val_fraction=0.3)

@@ -117,7 +117,7 @@ CHATS = DataConfig(format="chat", paths=("given below",), seq_len=8, batch_size=
 READ = {
     "documents": lambda path: load_corpus(DataConfig((path,))),
     "chats": lambda path: load_examples(replace(CHATS, paths=(path,)), plain_settings()),
-    "shards": lambda path: tokenize(Tokenize((path,), Path(path).with_name("shards"), workers=1)),
+    "shards": lambda path: tokenize(Tokenize((path,), Path(path).with_name("shards"))),
 }
 
 

@@ -1,11 +1,6 @@
 """Shards hold every document once, are written again only where they are absent, and damage is named with its file."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +35,7 @@ def folder(tmp_path_factory):
 
 
 def job_of(folder, name="shards", **changes):
-    settings = {"row_tokens": R, "val_fraction": 0.2, "text_column": "body", "shard_mb": 0.0004, "workers": 1}
+    settings = {"row_tokens": R, "val_fraction": 0.2, "text_column": "body", "shard_mb": 0.0004}
     return Tokenize((str(folder / "text.jsonl"),), folder / name, **settings | changes)
 
 
@@ -210,7 +205,7 @@ def test_chats_by_command_keep_their_mask_and_are_never_cut(folder, capsys):
     file = folder / "chats.jsonl"
     file.write_text("\n".join(map(json.dumps, [*lines, {"prompt": "p" * 40, "completion": "too long"}])))
     out, main = folder / "chats", unhooked_cli().main
-    argv = ["data", "tokenize", str(file), "--out", str(out), "--workers", "1", "--row-tokens", str(R)]
+    argv = ["data", "tokenize", str(file), "--out", str(out), "--row-tokens", str(R)]
     argv += ["--val-fraction", "0.2", "--format", "chat"]
     assert main([*argv, "--chat-template", "plain"]) == 0
     said = capsys.readouterr().out
@@ -230,33 +225,3 @@ def test_chats_by_command_keep_their_mask_and_are_never_cut(folder, capsys):
     assert main(["data", "check", str(out)]) == 2
     said = capsys.readouterr()
     assert f"{file.name}' has other bytes" in said.out and "1 damaged shards" in said.err
-
-
-SLOW = """
-import os, sys, time
-from pathlib import Path
-from dsv3_jax.cli import tokenize as work
-def slow(job):
-    print(os.getpid(), flush=True)
-    time.sleep(600)
-if __name__ == '__mp_main__':
-    work.encoder_of = slow
-if __name__ == '__main__':
-    work.tokenize(work.Tokenize((sys.argv[1],), Path(sys.argv[2]), workers=2, text_column='body'))
-"""
-
-
-@pytest.mark.long
-def test_workers_write_the_same_shards_and_end_with_their_parent(folder, shards, tmp_path):
-    job = job_of(folder, "by workers", workers=2)
-    tokenize(job)
-    assert (job.out / MANIFEST).read_bytes() == (shards / MANIFEST).read_bytes()
-    (tmp_path / "slow.py").write_text(SLOW)
-    argv = [sys.executable, str(tmp_path / "slow.py"), str(folder / "text.jsonl"), str(tmp_path / "out")]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as parent:
-        worker = int(parent.stdout.readline())
-        parent.send_signal(signal.SIGKILL)
-    until = time.monotonic() + 20
-    while os.path.exists(f"/proc/{worker}"):
-        assert time.monotonic() < until
-        time.sleep(0.2)

@@ -1,25 +1,18 @@
-"""Documents to shards of token ids: in several processes, in memory that does not depend on the corpus, resumable.
+"""Documents to shards of token ids, in memory that does not depend on the corpus, resumable.
 
-One process reads documents and deals them out in groups of some megabytes. A group becomes a shard: a file of training
-records and one of held-out records, see `data.shards`. Each worker shuffles its group's documents, sorts them by domain
-and joins them to records. When both files of a shard are complete, a mark beside them has a hash of the text and the
-settings. The same command passes over such shards.
+Documents are read in groups of some megabytes, shuffled, sorted by domain and joined to records. A group becomes a
+shard: a file of training records and one of held-out records, see `data.shards`. When both files are complete, a mark
+beside them has a hash of the text and the settings. The same command passes over such shards.
 """
 
 import contextlib
 import hashlib
 import itertools
 import json
-import multiprocessing
-import os
-import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -27,7 +20,7 @@ import numpy as np
 import tyro
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from dsv3_jax.config import DataConfig
+from dsv3_jax.config import DataConfig, first_difference
 from dsv3_jax.data.corpus import read_documents
 from dsv3_jax.data.packing import Piece, Record, fill
 from dsv3_jax.data.shards import MANIFEST, SIDES, VERSION, Manifest, file_hash, read_manifest, read_sealed, sealed
@@ -64,14 +57,12 @@ class Tokenize:
     """share of documents that are held out for validation, chosen by their hash"""
     text_column: str = "text"
     """key of JSONL and column of Parquet or a dataset that holds the text; for chat, the messages"""
-    workers: int = os.cpu_count() or 1
-    """number of processes that encode"""
     shard_mb: float = 64.0
-    """megabytes of text of a shard; a process holds a few of them in memory"""
+    """megabytes of text of a shard, which memory holds"""
 
 
 class Item(NamedTuple):
-    """A document or chat example that a worker encodes."""
+    """A document or chat example."""
 
     content: Any  # str, or the record of a chat
     domain: int
@@ -87,7 +78,6 @@ class Encoder(NamedTuple):
     encode: Callable[[Sequence[Item]], Iterable[tuple[np.ndarray, np.ndarray | None]]]
 
 
-@cache
 def encoder_of(job: Tokenize) -> Encoder:
     """Return the encoder of a job's documents or chat examples.
 
@@ -130,16 +120,17 @@ def tokenize(job: Tokenize) -> Manifest:
     Raises: ValueError as `corpus.read_documents`; for a folder with shards of other settings, or that another process
         writes; for documents of which none is held out, or all are.
     """
-    for name, least in (("row_tokens", 2), ("shard_mb", 1e-6), ("workers", 1)):
+    for name, least in (("row_tokens", 2), ("shard_mb", 1e-6)):
         if not getattr(job, name) >= least:
             raise ValueError(f"{name}={getattr(job, name)} is below {least}")
     if not 0 < job.val_fraction < 1:
         raise ValueError(f"val_fraction={job.val_fraction} is outside (0, 1)")
     DataConfig(paths=job.paths)  # refuses names that are no text
-    words, template, _ = encoder_of(job)
+    encoder = encoder_of(job)
     names = ("format", "row_tokens", "val_fraction", "text_column", "shard_mb")
     settings: dict[str, Any] = {name: getattr(job, name) for name in names} | {
-        "version": VERSION, "tokenizer": words.fingerprint, "chat_template": template, "paths": list(job.paths)
+        "version": VERSION, "tokenizer": encoder.tokenizer.fingerprint, "chat_template": encoder.template,
+        "paths": list(job.paths),
     }  # fmt: skip
     job.out.mkdir(parents=True, exist_ok=True)
     with acquire(job.out, LOCK) as lock:
@@ -147,22 +138,22 @@ def tokenize(job: Tokenize) -> Manifest:
         domains: dict[str, int] = {}
         began = said = time.monotonic()
         shards: list[dict[str, Any]] = []
-        for facts in _each(job, json.dumps(settings, sort_keys=True), _groups(job, domains)):
-            shards.append(facts)
+        for group in _groups(job, domains):
+            shards.append(_shard(job, encoder, settings, len(shards), group))
             lock.check()
             if time.monotonic() - said > _SAY_EVERY:
                 said = time.monotonic()
                 _say(shards, said - began)
+        _say(shards, time.monotonic() - began)
         files = {name: facts for shard in shards for name, facts in shard["files"].items()}
-        documents = sum(facts["documents"] for facts in files.values())
         for side, what in zip(SIDES, ("leaves no document for training", "holds no document out"), strict=True):
             if not any(facts["side"] == side for facts in files.values()):
-                raise ValueError(f"val_fraction={job.val_fraction} {what}; there are {documents} documents")
+                raise ValueError(f"val_fraction={job.val_fraction} {what}; there are too few documents")
         values = {name: settings[name] for name in ("version", "format", "row_tokens", "tokenizer")} | {
-            "vocab_size": words.vocab_size, "domains": list(domains), "documents": documents, "files": files,
+            "vocab_size": encoder.tokenizer.vocab_size, "domains": list(domains), "files": files,
+            "documents": sum(facts["documents"] for facts in files.values()),
         }  # fmt: skip
         write_atomic(job.out / MANIFEST, sealed(values))
-    _say(shards, time.monotonic() - began)
     return read_manifest(job.out)
 
 
@@ -188,9 +179,8 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
             raise ValueError(f"out={str(out)!r} holds other files; choose an empty folder")
         write_atomic(file, json.dumps(settings, indent=1))
     before: Any = read_json(file)
-    for name, value in settings.items():
-        if not isinstance(before, dict) or before.get(name) != value:
-            raise ValueError(f"{name}={value!r:.200} is not what {file} has; choose another folder")
+    if difference := first_difference(before if isinstance(before, dict) else {}, settings):
+        raise ValueError(f"{difference[0]}={difference[2]!r:.200} is not what {file} has; choose another folder")
 
 
 def _groups(job: Tokenize, domains: dict[str, int]) -> Iterator[list[Item]]:
@@ -218,42 +208,9 @@ def _bytes_of(content: Any) -> bytes:
     return (content if isinstance(content, str) else json.dumps(content, sort_keys=True)).encode()
 
 
-def _each(job: Tokenize, settings: str, groups: Iterable[list[Item]]) -> Iterator[dict[str, Any]]:
-    """Make each group a shard, here or in processes, with at most one group waiting."""
-    write = partial(_shard, job, settings)
-    if job.workers == 1:
-        yield from itertools.starmap(write, enumerate(groups))
-        return
-    with ProcessPoolExecutor(job.workers, multiprocessing.get_context("spawn"), _begin) as pool:
-        waiting: deque[Future] = deque()
-        try:
-            for number, group in enumerate(groups):
-                waiting.append(pool.submit(write, number, group))
-                if len(waiting) > job.workers:
-                    yield waiting.popleft().result()
-            yield from (future.result() for future in waiting)
-        except BrokenProcessPool as error:
-            raise ValueError(f"workers={job.workers}: one was ended; use fewer, or a smaller --shard-mb") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _begin() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers use all cores already
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed parent cannot end its workers."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _shard(job: Tokenize, settings: str, number: int, group: list[Item]) -> dict[str, Any]:
+def _shard(job: Tokenize, encoder: Encoder, settings: dict[str, Any], number: int, group: list[Item]) -> dict[str, Any]:
     """Write one shard unless it is complete, and return its facts."""
-    digest = hashlib.blake2b(settings.encode(), digest_size=16)
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
     items: dict[str, list[Item]] = {side: [] for side in SIDES}
     for item in group:
         mark = hashlib.blake2b(_bytes_of(item.content), digest_size=8).digest()
@@ -271,7 +228,7 @@ def _shard(job: Tokenize, settings: str, number: int, group: list[Item]) -> dict
         order = np.random.default_rng(number).permutation(len(own))
         own = sorted((own[i] for i in order), key=lambda item: item.domain)
         name = f"{side}-{number:05d}.array_record"
-        written, left_out = _write(job.out / name, own, job)
+        written, left_out = _write(job.out / name, own, job, encoder)
         facts["left_out"] += left_out
         if written:
             facts["files"][name] = {"side": side} | written
@@ -279,7 +236,7 @@ def _shard(job: Tokenize, settings: str, number: int, group: list[Item]) -> dict
     return facts
 
 
-def _write(path: Path, items: list[Item], job: Tokenize) -> tuple[dict[str, Any], int]:
+def _write(path: Path, items: list[Item], job: Tokenize, encoder: Encoder) -> tuple[dict[str, Any], int]:
     """Write a file of records under a temporary name, then rename it. Without a record there is no file.
 
     Returns: (its facts, the number of chat examples that are left out: longer than a record, or without a target).
@@ -289,7 +246,7 @@ def _write(path: Path, items: list[Item], job: Tokenize) -> tuple[dict[str, Any]
     whole, used = job.format == "chat", Counter[bool]()
 
     def pieces(items: list[Item]) -> Iterator[Piece]:
-        for item, (ids, mask) in zip(items, encoder_of(job).encode(items), strict=True):
+        for item, (ids, mask) in zip(items, encoder.encode(items), strict=True):
             fits = mask is None or (len(ids) <= job.row_tokens and bool(mask[1:].any()))
             used[fits] += 1
             if fits:

@@ -264,7 +264,7 @@ def open_shards(cfg: DataConfig, tokenizer: Tokenizer) -> Source:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     file = Path(folder, "text.jsonl")
         ...     _ = file.write_text("\\n".join(f'{{"text": "document {i}"}}' for i in range(9)))
-        ...     job = Tokenize((str(file),), Path(folder, "shards"), row_tokens=8, val_fraction=0.3, workers=1)
+        ...     job = Tokenize((str(file),), Path(folder, "shards"), row_tokens=8, val_fraction=0.3)
         ...     _ = tokenize(job)  # doctest: +ELLIPSIS
         ...     cfg = DataConfig((str(job.out),), seq_len=8, batch_size=1, format="shards")
         ...     shape = next(open_shards(cfg, ByteTokenizer()).train_batches())["tokens"].shape

@@ -104,7 +104,7 @@ def main() -> None:
                 learn = ["-m", "dsv3_jax.cli", "tokenizer", spec, "--vocab-size", "4096", "--paths"]
                 measured([*python, *learn, str(text / "00000.jsonl")])
             argv = ["-m", "dsv3_jax.cli", "data", "tokenize", str(text), "--out", str(shards), "--tokenizer", spec]
-            _, cpu, _, peak = measured([*python, *argv, "--workers", "1", "--row-tokens", "4096"])
+            _, cpu, _, peak = measured([*python, *argv, "--row-tokens", "4096"])
             tokens = json.loads((shards / "manifest.json").read_text())["tokens"]
             argv = ["-c", READER, str(shards), spec, str(SEQ_LEN), str(BATCH), str(READ_S)]
             out = json.loads(measured([*python, *argv])[0].splitlines()[-1])

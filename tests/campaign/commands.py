@@ -49,13 +49,12 @@ def train(out: str, **changes: Any) -> str:
 
 TOKENIZE = "data tokenize text --row-tokens 16 --val-fraction 0.3 --tokenizer tokenizer.json --shard-mb 0.002"
 MAKE = ("tokenizer tokenizer.json --vocab-size 260 --paths text", train("run"), "convert run released --dtype float32",
-        f"{TOKENIZE} --out shards --workers 1")  # fmt: skip
+        f"{TOKENIZE} --out shards")  # fmt: skip
 COMMANDS = (
     Command("tokenizer out --vocab-size 262 --paths text", 3),
-    Command(f"{TOKENIZE} --out out --workers 1", 4),
-    Command(f"{TOKENIZE} --out out --workers 2", 3),
-    Command("data tokenize chats.jsonl --out out --workers 1 --format chat --start released --val-fraction 0.3", 5),
-    Command(f"{TOKENIZE} --out half --workers 1", 4, out="half"),
+    Command(f"{TOKENIZE} --out out", 7),
+    Command("data tokenize chats.jsonl --out out --format chat --start released --val-fraction 0.3", 5),
+    Command(f"{TOKENIZE} --out half", 4, out="half"),
     Command("data check shards", 4),
     Command("runs list .", 3),
     Command("runs check run", 2),
