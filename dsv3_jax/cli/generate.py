@@ -1,5 +1,6 @@
 """`dsv3 generate MODEL`: continue a prompt with a run's last checkpoint or a released folder."""
 
+import codecs
 import itertools
 import sys
 from collections.abc import Iterable
@@ -88,14 +89,15 @@ def print_parts(parts: Iterable[Any], text: Any, tokens: list[int]) -> None:
     """
     from dsv3_jax.report.progress import say
 
-    pieces, result = text.tokenizer.stream(), None
+    characters, result = codecs.getincrementaldecoder("utf-8")("replace"), None
     try:
         for result in parts:
             new = result.tokens[0][len(tokens) :]
             tokens += new
-            say(pieces.push(token for token in new if token not in text.stop_ids))
+            shown = text.tokenizer.bytes_of(token for token in new if token not in text.stop_ids)
+            say(characters.decode(shown))  # a character of several bytes, once it is complete
     finally:
-        say(pieces.finish() + "\n")
+        say(characters.decode(b"", final=True) + "\n")
     if result is not None and (result.acceptance or sys.stdout.isatty()):
         shares = " ".join(f"{share:.0%}" for share in result.acceptance)
         drafts = f"drafts accepted: {shares}; {result.mean_accepted:.2f} tokens a step, " if shares else ""

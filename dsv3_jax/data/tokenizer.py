@@ -9,7 +9,6 @@ for text that a person or a chat template wrote for a model: such a name becomes
 
 import abc
 import base64
-import codecs
 import hashlib
 import json
 import re
@@ -189,32 +188,6 @@ class Tokenizer(abc.ABC):
         found.update(self.encode_array(_PROBE).tobytes())
         return found.hexdigest()
 
-    def stream(self) -> "StreamDecoder":
-        """Return a decoder for ids that arrive a few at a time."""
-        return StreamDecoder(self)
-
-
-class StreamDecoder:
-    """Decodes ids as they arrive; a character of several bytes is returned once it is complete.
-
-    Example:
-        >>> stream = ByteTokenizer().stream()
-        >>> stream.push([0xC3]), stream.push([0xA9]), stream.finish()
-        ('', 'é', '')
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, ids: Iterable[SupportsIndex]) -> str:
-        """Return the characters that `ids` complete."""
-        return self._utf8.decode(self._tokenizer.bytes_of(ids))
-
-    def finish(self) -> str:
-        """Return U+FFFD for an incomplete character, else an empty string."""
-        return self._utf8.decode(b"", final=True)
-
 
 class ByteTokenizer(Tokenizer):
     """Ids 0 … 255 are bytes of UTF-8, followed by `SPECIALS`: 256 ends a document, 257 … 259 are fill-in-the-middle.
@@ -235,8 +208,8 @@ class ByteTokenizer(Tokenizer):
 class FileTokenizer(Tokenizer):
     """A `tokenizer.json`: byte-level BPE (GPT-2, DeepSeek, Llama 3), or SentencePiece with "▁" for a space.
 
-    SentencePiece puts a space before a text, and `decode` removes it. `bytes_of` and `stream` keep it, as their ids may
-    come from the middle of a text. If the tokenizer normalises characters, bytes belong to the normalised text.
+    SentencePiece puts a space before a text, and `decode` removes it. `bytes_of` keeps it, as its ids may come from the
+    middle of a text. If the tokenizer normalises characters, bytes belong to the normalised text.
 
     The id that ends a document is the `eos_token` of the files beside a tokenizer.json (see `named_specials`), else of
     its config.json or generation_config.json, else a known name.
