@@ -14,6 +14,7 @@ import pytest
 from runs import environment, finished, flags, rows_of, unhooked_cli
 
 from dsv3_jax.cli import main as cli
+from dsv3_jax.cli.common import guarded
 from dsv3_jax.config import Execution
 from dsv3_jax.data.tokenizer import ByteTokenizer, train_bpe
 from dsv3_jax.decoding.generate import generate as decode
@@ -47,6 +48,7 @@ BAD = {
     "train v3 --out {new}": "training state of 8.192 TB does not fit in this host's memory of ",
     "CUDA train tiny --out {new} --execution.kernels cpu": "kernels='cpu' is not available on cuda in",
     "train tiny --out {new} --model.router sigmod": "router='sigmod' is not one of sigmoid",
+    "train tiny --out {new} --optim.lr 3": "did you mean --optim.learning-rate?",
     "train tiny --out {new} --mesh rows=2": "mesh='rows=2' is not of the form data=N,expert=N",
     "plan tiny --memory 80": "memory='80'",
     "train tiny --out {new} --trunk={run} --model.num-heads 4": "model.num_heads=4 is not that of trunk='{run}', 2",
@@ -134,6 +136,7 @@ def answers(place) -> dict[str, tuple[int, str, str]]:
     for name, line in ({line: line for line in (*OPTIONS, *BAD)} | GOOD).items():
         words, out, err = [word.format(**place._asdict()) for word in line.split()], io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+            patch.setenv("COLUMNS", "100")
             if words[:1] == ["CUDA"]:  # the default device pretends to be one
                 patch.setattr(choose, "platform_of", lambda mesh=None: "cuda")
                 words = words[1:]
@@ -167,12 +170,12 @@ def test_bad_input_writes_nothing(answers, place):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_help_text_fits_two_screens(answers, command):
-    """It names each option of the command's own with a text, and the settings of a run by their defaults."""
+    """Of 24 lines, 100 columns wide. It explains the command's own options, and lists the settings of a run."""
     code, out, err = answers[f"help of {command}"]
-    assert (code, err) == (0, "") and 5 < out.count("\n") <= 100
+    assert (code, err) == (0, "") and 5 < sum(max(1, -(-len(line) // 100)) for line in out.splitlines()) <= 48
     if command == "train":
         verbose = answers["long help"][1]
-        shown = {"--optim.learning-rate": "--optim.learning-rate=0.003", "--model.qk-norm": "--model.no-qk-norm"}
+        shown = {"--optim.learning-rate": "  learning-rate=0.003", "--model.qk-norm": "  no-qk-norm"}
         assert all(name in verbose and default in out for name, default in shown.items())
         assert "largest learning rate" in verbose and "largest learning rate" not in out
 
@@ -299,6 +302,13 @@ def test_codes_of_a_model_or_a_folder_are_visible_on_a_terminal(stream, monkeypa
     say(text)
     text_console().print(text)
     assert stream.getvalue() == (seen + seen if stream.isatty() else text + text) + "\n"
+
+
+def test_a_platform_without_devices_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    of_jax = compile("assert None", ".../xla_bridge.py", "exec")
+    assert guarded(lambda: exec(of_jax)) == 2
+    assert capsys.readouterr().err.startswith("dsv3: JAX_PLATFORMS='cuda' finds no device here")
 
 
 def test_absent_devices_are_left_out_where_only_their_compilers_are(monkeypatch):

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import textwrap
+import traceback
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
@@ -40,31 +41,33 @@ def _short_help(kind: Any, command: str, default: Any) -> None:
     own = dataclasses.make_dataclass(
         kind.__name__, [(name, Annotated[Any, tyro.conf.Suppress]) for name in settings], bases=(kind,)
     )
-    words: list[str] = []
+    groups: dict[str, str] = {}
     for name in settings:
         unnamed = any(getattr(mark, "name", None) == "" for mark in getattr(hints[name], "__metadata__", ()))
-        words += _settings(getattr(default, name), "" if unnamed else f"{name}.")
-    listed = textwrap.fill("  ".join(words), 98, break_on_hyphens=False)
-    text = f"{inspect.cleandoc(kind.__doc__)}\n\nSettings and their defaults; --help-verbose explains them:\n{listed}"
+        for prefix, setting in _settings(getattr(default, name), "--" if unnamed else f"--{name}."):
+            groups[prefix] = f"{groups.get(prefix, prefix)}  {setting}"
+    listed = [textwrap.fill(text, 98, subsequent_indent="    ", break_on_hyphens=False) for text in groups.values()]
+    intro = "Settings with their defaults, by the first part of their names; --help-verbose explains them:"
+    text = "\n".join([inspect.cleandoc(kind.__doc__), "", intro, *listed])
     tyro.cli(own, args=["--help"], prog=f"dsv3 {command}", default=own(**vars(default)), description=text)
 
 
-def _settings(config: Any, prefix: str) -> Iterator[str]:
-    """Every setting as an option with its value.
+def _settings(config: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    """Every setting as the first part of its option, and the rest with its value.
 
     Example:
         >>> from dsv3_jax.config import Layout
-        >>> list(_settings(Layout(), "layout."))
-        ['--layout.no-fsdp', '--layout.expert-comm=auto', '--layout.capacity-slack=1.25']
+        >>> list(_settings(Layout(), "--layout."))
+        [('--layout.', 'no-fsdp'), ('--layout.', 'expert-comm=auto'), ('--layout.', 'capacity-slack=1.25')]
     """
     for item in dataclasses.fields(config):
         value, name = getattr(config, item.name), item.name.replace("_", "-")
         if dataclasses.is_dataclass(value):
             yield from _settings(value, f"{prefix}{name}.")
         elif isinstance(value, bool):
-            yield f"--{prefix}{name}" if value else f"--{prefix}no-{name}"
+            yield prefix, name if value else f"no-{name}"
         else:
-            yield f"--{prefix}{name}={','.join(value) if isinstance(value, tuple) else value}"
+            yield prefix, f"{name}={','.join(value) if isinstance(value, tuple) else value}"
 
 
 def named_preset(argv: list[str], command: str, look_up: Callable[[str], Any]) -> tuple[Any, list[str]]:
@@ -173,6 +176,9 @@ def guarded(command: Callable[[], int]) -> int:
     except SystemExit as stop:  # of tyro after --help or a bad option, and of SIGTERM
         return int(stop.code or 0)
     except Exception as error:
+        if traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
+            wish = os.environ.get("JAX_PLATFORMS")
+            return fail(sentence(ValueError(f"JAX_PLATFORMS={wish!r} finds no device here; unset it. {error}")))
         full = ("RESOURCE_EXHAUSTED", "No space left", "File too large")  # from inside XLA, Orbax or ArrayRecord
         if any(words in str(error) for words in full):
             return fail(sentence(error))

@@ -29,34 +29,27 @@ LOST = 75  # exit code: another process of the run is lost
 class Train:
     """Train a preset. Every setting of the run is an option; its default is the preset's recipe.
 
-    With --start, model and data are those of the run whose weights training begins with; it may be a converted run.
-    With --trunk, they are those of the run whose trunk is frozen; --model.mtp-kind and --model.mtp-depth choose heads.
-
-    To fine-tune a run or a released model on chats: `dsv3 train sft --start MODEL --data.paths chats.jsonl`.
-
-    On a CPU, the devices of --mesh are simulated, and share the cores. With --cluster, every process runs the same
-    command, and OUT is a shared folder; HOST:PORT also needs --processes and --process-id.
+    To fine-tune a model on chats: dsv3 train sft --start MODEL --data.paths chats.jsonl. --start takes the weights and
+    settings of a run or released model; --trunk freezes its trunk, and trains the heads of --model.mtp-kind.
     """
 
     out: Path
     """folder of the run: run.json, checkpoints, metrics, pictures"""
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
     step: int | None = None
-    """resume from this step's checkpoint, and keep later ones as STEP.superseded; None means the newest whole one"""
+    """resume from this step; later ones become STEP.superseded"""
     mesh: str | None = None
-    """devices to shard over, as data=N,expert=N,tensor=N; None means all GPUs or TPUs along data, or one CPU device"""
+    """devices as data=N,expert=N,tensor=N, on a CPU simulated; None means all GPUs or TPUs along data"""
     cluster: str | None = None
-    """train in several processes: HOST:PORT of process 0, or auto on SLURM, Kubernetes, Open MPI and TPU pods"""
+    """train in processes with one OUT: HOST:PORT of process 0; or auto on SLURM, Kubernetes, Open MPI, TPU pods"""
     processes: int | None = None
     """number of processes of the cluster"""
     process_id: int | None = None
     """number of this process, from 0"""
-    cluster_timeout: int = 60
-    """seconds to wait for the other processes at the start"""
     profile: str | None = None
-    """steps to trace, as START:STOP; TensorBoard and Perfetto open the trace in the folder's profile/"""
+    """trace steps START:STOP for TensorBoard in OUT/profile"""
     epochs: float | None = None
-    """for sft: passes over the examples, instead of --steps; None means 2 unless --steps is given"""
+    """for sft: passes over the examples; None means 2"""
 
 
 def run(argv: list[str]) -> int:
@@ -83,6 +76,8 @@ def options(argv: list[str]) -> Train:
     """Parse the arguments; the defaults are the preset's recipe, on another run's model and data with --start or
     --trunk."""
     run, rest = named_preset(argv, "train", recipe)
+    if value_of(rest, "--optim.lr"):
+        raise ValueError("option --optim.lr is unknown; did you mean --optim.learning-rate?")
     if trunk := value_of(rest, "--trunk"):
         from dsv3_jax.train import open_start
         from dsv3_jax.training.warm_start import on_trunk
@@ -139,7 +134,7 @@ def _train_in_cluster(args: Train) -> int:
     assert args.cluster is not None
     sizes = sharding.parse_mesh(args.mesh) if args.mesh else None
     devices = math.prod(sizes.values()) if sizes else None
-    processes.join(args.cluster, args.processes, args.process_id, timeout=args.cluster_timeout, devices=devices)
+    processes.join(args.cluster, args.processes, args.process_id, devices)
     try:
         return _fit(args, processes.make_mesh(sizes))
     except Exception as error:

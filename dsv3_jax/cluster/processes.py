@@ -21,10 +21,11 @@ from dsv3_jax.mesh import sharding
 
 T = TypeVar("T")
 
+START_TIMEOUT = 300  # seconds to wait for the other processes
 HEARTBEAT_TIMEOUT = 30  # seconds without a sign of life, until JAX counts a process as lost and ends the others
 
 
-def join(address: str, count: int | None, index: int | None, *, timeout: int, devices: int | None) -> None:
+def join(address: str, count: int | None, index: int | None, devices: int | None) -> None:
     """Join the other processes of a run before the first array is created.
 
     JAX ends this process with a stack trace if the others do not arrive, and later if one of them is lost.
@@ -33,25 +34,22 @@ def join(address: str, count: int | None, index: int | None, *, timeout: int, de
         address: HOST:PORT of process 0; "auto" asks SLURM, Kubernetes, Open MPI or the TPU pod.
         count: number of processes. None means that "auto" finds it.
         index: of this process, from 0. None means that "auto" finds it.
-        timeout: seconds to wait for the others.
         devices: of the mesh. On CPU each process creates its share of them. None means one for each process on CPU.
     Raises: ConfigError when an argument is not valid, or no cluster is found.
     """
     if address != "auto" and not re.fullmatch(r"([\w.-]+|\[[\da-fA-F:]+\]):[1-9]\d{0,4}", address):
         raise ConfigError(f"cluster={address!r} is neither auto nor of the form HOST:PORT; use one of them")
-    if timeout < 1:
-        raise ConfigError(f"cluster_timeout={timeout} is below 1; give whole seconds")
     if devices is not None and count is not None:
         if count < 1 or devices % count:
             raise ConfigError(f"devices={devices} of the mesh are not divisible by processes={count}; change one")
         jax.config.update("jax_num_cpu_devices", devices // count)
-    print(f"joining cluster={address!r}; JAX ends this process after {timeout} seconds alone", file=sys.stderr)
+    print(f"joining cluster={address!r}; JAX ends this process after {START_TIMEOUT} seconds alone", file=sys.stderr)
     try:
         jax.distributed.initialize(
             None if address == "auto" else address,
             count,
             index,
-            initialization_timeout=timeout,
+            initialization_timeout=START_TIMEOUT,
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
         )
     except (ValueError, RuntimeError) as error:

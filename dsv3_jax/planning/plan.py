@@ -29,19 +29,15 @@ class PlanOptions:
     execution: Annotated[Execution, tyro.conf.arg(name="")]
     lora: Lora = field(default_factory=Lora)
     mesh: str = "data=1"
-    """devices of the training step, as data=N,expert=N,tensor=N"""
+    """devices, as data=N,expert=N,tensor=N"""
     batch: int | None = None
     """sequences in an optimizer step. Default: one for each part of the mesh's batch and each microbatch"""
     seq_len: int | None = None
     """tokens of a sequence. Default: the recipe's"""
     microbatches: int = 1
     """parts of a batch that are computed one after the other"""
-    moments_dtype: Literal["float32", "bfloat16"] | None = None
-    """dtype of the optimizer's moments. Default: the recipe's"""
     only: Literal["train", "decode"] | None = None
     """predict one of the two steps. Default: both"""
-    decode_mesh: str | None = None
-    """devices of the decoding step. Default: those of --mesh"""
     decode_batch: int | None = None
     """sequences decoded together. Default: 32 for each part of the mesh's batch"""
     context: int | None = None
@@ -89,8 +85,6 @@ def jobs_of(options: PlanOptions, run: RunConfig) -> list[tuple[int, int, Callab
     Raises: ConfigError before anything is compiled.
     """
     sizes = {step: sharding.parse_mesh(options.mesh) for step in ("train", "decode") if options.only in (None, step)}
-    if "decode" in sizes and options.decode_mesh:
-        sizes["decode"] = sharding.parse_mesh(options.decode_mesh)
     # A target's program is compiled by this process too, which needs no device.
     devices.fake_cpus(1 if options.target else max(math.prod(size.values()) for size in sizes.values()))
     return [_job(step, options, run, size) for step, size in sizes.items()]
@@ -106,8 +100,7 @@ def _job(step: str, options: PlanOptions, run: RunConfig, sizes: dict[str, int])
             batch_size=parts * options.microbatches if options.batch is None else options.batch,
             seq_len=run.data.seq_len if options.seq_len is None else options.seq_len,
         )
-        moments = options.moments_dtype or run.optim.moments_dtype
-        optim = replace(run.optim, microbatches=options.microbatches, moments_dtype=moments)
+        optim = replace(run.optim, microbatches=options.microbatches)
         start = "any" if options.lora.rank else None
         run = replace(run, model=options.model, execution=options.execution, data=data, optim=optim)
         run = replace(run, lora=options.lora, start=start)
