@@ -1,6 +1,8 @@
 """Signals handled for a while, then as before."""
 
 import signal
+import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,5 +69,23 @@ def asked_to_stop() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         asked.set()
 
-    with handled(note, *STOP):
-        yield asked
+    heard, sent = socket.socketpair()
+    sent.setblocking(False)
+    threading.Thread(target=_answer, args=(heard,), daemon=True).start()
+    with sent, handled(note, *STOP):
+        if threading.current_thread() is not threading.main_thread():
+            yield asked
+            return
+        before = signal.set_wakeup_fd(sent.fileno())
+        try:
+            yield asked
+        finally:
+            signal.set_wakeup_fd(before)
+
+
+def _answer(heard: socket.socket) -> None:
+    """Say at once that a signal has come: its handler waits until XLA has ended a step, or compiled it."""
+    with heard:
+        while number := heard.recv(1):
+            if number[0] in STOP:
+                print("stopping when this step, or its compilation, is complete", file=sys.stderr, flush=True)

@@ -215,10 +215,10 @@ def test_a_callback_that_fails_ends_the_run_after_it_is_saved(whole, begun):
     assert kept == rows_of(begun)[BEGUN:] and rows_of(begun) == rows_of(whole.folder)
 
 
-def test_sigterm_saves_and_the_next_call_resumes(whole, begun):
+def test_sigterm_saves_and_the_next_call_resumes(whole, begun, capfd):
     stop = Recorder(breaks_at=6, how=lambda: signal.raise_signal(signal.SIGTERM))
     stopped = loop.fit(whole.run, begun, quiet=True, callbacks=[stop])
-    assert (stopped.step, stopped.finished) == (7, False)
+    assert (stopped.step, stopped.finished) == (7, False) and "stopping when this step" in capfd.readouterr().err
     assert loop.fit(whole.run, begun, quiet=True).resumed_from == 7
     assert_same_run(begun, whole.folder)
 
