@@ -221,4 +221,5 @@ def recipe_with_model(name: str) -> RunConfig:
     """
     if name in NEEDS_START:
         raise ConfigError(f"preset {name!r} names no model: it is for `dsv3 train {name} --start MODEL`")
+    preset(name)  # its error names models only
     return recipe(name)

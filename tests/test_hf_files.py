@@ -19,6 +19,7 @@ from dsv3_jax.config import replace
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
 from dsv3_jax.hf import files
 from dsv3_jax.hf.open_model import load_text
+from dsv3_jax.hf.places import find
 from dsv3_jax.training.checkpoint import load_run
 
 CFG = small(num_layers=2, num_experts=4, num_groups=2, groups_per_token=2, vocab_size=260, mtp_depth=1)
@@ -202,12 +203,14 @@ def cached(good, tmp_path, monkeypatch):
     return repo
 
 
-def test_a_hub_cache_is_read_by_path_and_by_id(cached, good):
+def test_a_hub_cache_is_read_by_path_and_by_id(cached, good, monkeypatch):
     assert_bitwise(*(state_of(hf.load(place)) for place in ("deep/small", good)))
     for place in (cached / "snapshots" / COMMIT, "deep/small", "deep/small@main"):
         assert load_text(place).templates == {"rag": "{{ 'other' }}"}
     with pytest.raises(ValueError, match="'deep/small@v2' is no folder, .* hf download deep/small --revision v2$"):
         hf.load("deep/small@v2")
+    monkeypatch.chdir(cached.parent)
+    assert find(f"{cached.name}/none") == Path(cached.name, "none")  # a path with a typing error
     template = cached / "snapshots" / COMMIT / "additional_chat_templates" / "rag.jinja"
     template.unlink()
     template.symlink_to(cached.parents[1])

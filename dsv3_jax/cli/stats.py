@@ -13,12 +13,12 @@ def run(argv: list[str]) -> int:
     folder, numbers = report(args.run, args.out, args, follow=track)
     console = text_console()
     console.print(f"{max(numbers['tokens']):,} tokens of {sum(numbers['documents'].values())} documents")
-    special = numbers["specialisation"]
+    known = numbers["information"]
     for i, layer in enumerate(numbers["layers"]):
         line = f"{layer:10s} MaxVio {numbers['max_vio'][i]:.2f}"
         if len(numbers["domains"]) > 1:
-            chance = special["shuffled_95"][i]
-            line += f"  I(expert; domain) {special['bits'][i]:.4f} bits, by chance below {chance:.4f}"
+            bits, low, high = (known[key][i] for key in ("domain", "domain_low", "domain_high"))
+            line += f"  I(expert; domain) less chance {bits:.4f} bits (95 %: {low:.4f} to {high:.4f})"
         console.print(line)
     for sentence in findings(numbers).values():
         console.print(sentence)

@@ -26,6 +26,8 @@ def find(place: str | Path) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision or None, local_files_only=True))
     except (errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
+        if folder.parent.is_dir():  # a path: the caller says what it lacks
+            return folder
         cache = huggingface_hub.constants.HF_HUB_CACHE
         raise ValueError(
             f"model={str(place)!r} is no folder, and the hub's cache {cache} does not hold it; "

@@ -56,8 +56,9 @@ KEYS = {
     "coactivation": "[L][E][E] tokens that chose both experts; the diagonal is the load; null if it is large",
     "coactivation_lift": "[L][E][E] coactivation over chance; null on the diagonal; null if it is large",
     "partners": f"[L][E] up to {PARTNERS} other experts with the largest coactivation_lift: [expert, lift]",
-    "specialisation": "bits: [L] I(expert; domain); share: bits over H(domain) (domain_entropy, bits); shuffled_mean, "
-    "shuffled_95: bits after the domains were shuffled among the documents, `draws` times from `seed`; p_value",
+    "specialisation": "bits: [L] I(expert; domain), chance included; share: bits over H(domain) (domain_entropy, "
+    "bits); shuffled_mean, shuffled_95: bits after the domains were shuffled among the documents, `draws` times from "
+    "`seed`; p_value",
     "favourites": f"[L][E] tokens that tell most about the expert, of those that occur {MIN_COUNT} times: [token (its "
     "id), text, count (occurrences that were routed to the expert), lift (p(expert | token) / p(expert)), bits (its "
     "part of I(expert; token)), margin (mean of score + bias over the best expert not chosen)]",

@@ -48,7 +48,7 @@ function drawLayers() {
     "entropy of gates": four(data.gate_entropy),
     "entropy of scores": four(data.score_entropy),
     ...(domains.length && {
-      "I(expert; domain), bits": four(special.bits),
+      "I(expert; domain) with chance, bits": four(special.bits),
       "shuffled: mean": four(special.shuffled_mean),
       "shuffled: 95 %": four(special.shuffled_95),
       "share of H(domain)": special.share.map(percent),
