@@ -16,7 +16,8 @@ from dsv3_jax.cli import common
 from dsv3_jax.config import ConfigError, replace
 from dsv3_jax.kernels import choose
 from dsv3_jax.presets import recipe
-from experiments.accel import measuring, model_parts, run, worker
+from experiments import cards
+from experiments.accel import measuring, model_parts, run, table, worker
 from experiments.accel.sizes import full, toy
 
 ROOT = Path(__file__).parents[1]
@@ -26,8 +27,9 @@ FIGURES = {
         {"name": "matrix product", "value": 800e12, "unit": "FLOP/s", "against": "sheet flops", "bound": "product"},
         {"name": "copy", "value": 3e12, "unit": "B/s", "against": "sheet bytes", "bound": "copy"},
     ],
-    "exact": [{"name": "ids that differ", "value": 0, "unit": "ids", "bar": "equal"}],
+    "right": [{"name": "product=xla", "value": 0.5, "unit": "times", "bar": "right", "note": "what is wrong"}],
     "layer": [{"name": "a layer", "value": 640e12, "unit": "FLOP/s", "against": "product", "bar": "layer"}],
+    "exact": [{"name": "ids that differ", "value": 0, "unit": "ids", "bar": "equal"}],
 }
 
 
@@ -68,7 +70,11 @@ def test_figures_are_judged_by_their_bars(fake, tmp_path):
     code, printed = said("--out", path, "--parts", *FIGURES)
     layer = next(line for line in printed.splitlines() if "a layer" in line)
     assert code == 0 and "640 TFLOP/s" in layer and "0.80" in layer and "≥ 0.70 met" in layer
-    for part, value in (("layer", 1e12), ("exact", 2)):
+    (folder := tmp_path / "cards").mkdir()
+    table.write_cards(json.loads(path.read_text()), folder)
+    right, speed = (card["figures"] for card in cards.read_cards(folder))
+    assert right["that are right"] == 1 and speed == {"a layer": "640 TFLOP/s, 0.80 of bound"}
+    for part, value in (("layer", 1e12), ("exact", 2), ("right", 2)):
         fake.figures = FIGURES | {part: [FIGURES[part][0] | {"value": value}]}
         code, printed = said("--out", path, "--parts", *FIGURES)
         assert code == 1 and printed.count("MISSED") == 2  # in the table and below it
@@ -92,7 +98,7 @@ def test_a_part_that_fails_is_measured_again_on_resume(fake, tmp_path):
 
 
 def test_bad_input_is_exit_code_2(fake, tmp_path):
-    for argv in (["--parts", "atention"], ["--minutes", "nan"], ["--out", tmp_path]):
+    for argv in (["--parts", "atention"], ["--minutes", "nan"], ["--minutes", "0.1"], ["--out", tmp_path]):
         code, printed = said(*argv)
         assert code == 2 and printed.splitlines()[-1].startswith("run.py: ")
 
@@ -112,16 +118,17 @@ def test_each_implementation_has_a_figure_or_a_reason(monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("part", ["layer", "attention", "grouped", "loss", "decode"])
+@pytest.mark.parametrize("part", ["layer", "attention", "more_grouped", "few_rows", "loss", "decode"])
 def test_a_part_can_be_traced_at_its_full_size(part, monkeypatch):
     """Shapes, dtypes and limits are right there too, without a device."""
     for module in (measuring, model_parts):
         monkeypatch.setattr(module, "seconds_of", lambda call, *_, **__: call() is None or 1.0)
     found = []
-    jax.eval_shape(lambda: found.extend(worker.PARTS[part](replace(full(), decode_batches=(1,)))))
+    jax.eval_shape(lambda: found.extend(worker.PARTS[part](full())))
     figures = [figure for figure in found if isinstance(figure, measuring.Figure)]
     assert any(figure.value for figure in figures)
     assert not any(figure.why.startswith("failed") for figure in figures)
+    assert run.COMPILING.exists() and part in json.loads(run.COMPILING.read_text())["parts"]
 
 
 @pytest.mark.rare

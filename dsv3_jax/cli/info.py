@@ -25,6 +25,8 @@ class Info:
     execution: Execution
     kernels: bool = False
     """list the kernels of each op instead, and which would run here; this compiles the C++ kernels once"""
+    check: bool = False
+    """compare the numbers of all kernels with plain XLA here instead; a wrong one is not chosen afterwards"""
 
 
 def run(argv: list[str]) -> int:
@@ -34,6 +36,8 @@ def run(argv: list[str]) -> int:
     if args.kernels:
         print(*describe_kernels(args.execution), sep="\n")
         return 0
+    if args.check:
+        return check_kernels(args.execution)
     changed = (args.model, args.execution) != (run.model, run.execution)
     name = f"{argv[0]}, changed" if changed else argv[0]
     for what, amount in describe(args.model, name, args.execution.compute_dtype):
@@ -65,6 +69,21 @@ def describe_kernels(execution: Execution) -> list[str]:
         state = f"not available: {missing[name]}" if name in missing else f"ready; they are {row.made_for}"
         lines.append(f"The {'C++ ' if name == 'cpu' else ''}kernels ({name}) are {state}.")
     return lines
+
+
+def check_kernels(execution: Execution) -> int:
+    """Check the kernels of the default device, and keep what is wrong for `choose.prepare`. Returns: the exit code."""
+    from dsv3_jax.kernels import choose
+    from dsv3_jax.kernels.check import check_and_keep
+
+    kernels = choose.prepare(execution)
+    found = check_and_keep(kernels, large=kernels.target.platform != "cpu")
+    for name, verdict in found.items():
+        state = f"WRONG: {verdict.wrong}" if verdict.wrong else f"right: {verdict.share:.0%} of the bound at most"
+        print(f"{name:32s} {state}")
+    wrong = sum(bool(verdict.wrong) for verdict in found.values())
+    print(f"{len(found) - wrong} of {len(found)} are right")
+    return 1 if wrong else 0
 
 
 def describe(cfg: ModelConfig, name: str, compute_dtype: str = "float32") -> list[tuple[str, str]]:

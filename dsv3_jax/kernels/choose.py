@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from dsv3_jax.config import ConfigError, Execution
-from dsv3_jax.kernels import low_precision
+from dsv3_jax.kernels import low_precision, verdicts
 from dsv3_jax.kernels.cpu import attention as cpu_attention
 from dsv3_jax.kernels.cpu import blocks, calls, library
 from dsv3_jax.kernels.cpu import experts as cpu_experts
@@ -70,6 +70,10 @@ class Implementation:
         """Whether it computes in a dtype on so many devices."""
         return (not self.dtypes or dtype in self.dtypes) and (devices == 1 or not self.one_device)
 
+    def of(self, op: str) -> str:
+        """Its name beside others, as `kernels` takes it, with the precision if it has one."""
+        return f"{op}={self.name}{'' if self.precision == 'none' else f' in {self.precision}'}"
+
     @property
     def made_for(self) -> str:
         """A sentence on what `serves` asks."""
@@ -95,9 +99,9 @@ def _few_choices(x: Array, expert_ids: Array, gates: Array, w_gate: Array, *othe
     return expert_ids.size <= ROWS_OF_AN_EXPERT * w_gate.shape[0]
 
 
-def _attend(*qkv: Array, maxima: bool = False, **settings: Any) -> Any:
+def _attend(q: Array, k: Array, v: Array, *, maxima: bool = False, **settings: Any) -> Any:
     """Plain XLA's attention. With `maxima`: as `ops.attention.attention_and_maxima`."""
-    both = attention.attention_and_maxima(*qkv, **settings)
+    both = attention.attention_and_maxima(q, k, v, **settings)
     return both if maxima else both[0]
 
 
@@ -333,6 +337,7 @@ class Kernels:
 
     target: Target
     missing: tuple[tuple[str, str], ...] = ()  # (implementation, why it cannot run here)
+    wrong: tuple[tuple[str, str], ...] = ()  # (`Implementation.of`, what `dsv3 info --check` found wrong on this chip)
 
     def __call__(self, op: str, *args: Any, **settings: Any) -> Any:
         return self.pick(op, *args, **settings).run(*args, **settings)
@@ -352,7 +357,10 @@ class Kernels:
         raise AssertionError(f"{op} has no row that always fits")
 
     def _available(self, op: str) -> list[Implementation]:
-        return [row for row in self.target.rows(op) if row.name not in dict(self.missing)]
+        """The rows that can run. One that is wrong here runs only if it is named, or if no other one is left."""
+        rows = [row for row in self.target.rows(op) if row.name not in dict(self.missing)]
+        kept = (self.target.forced(op), rows[-1])
+        return [row for row in rows if row.of(op) not in dict(self.wrong) or row in kept]
 
     def _check(self, op: str, dtype: str, devices: int) -> None:
         """Refuse a row that is asked for by name, where it cannot run."""
@@ -413,7 +421,8 @@ class Kernels:
         line = f"kernels for {self.target.platform}: {', '.join(dict.fromkeys(self.chosen(dtype, devices).values()))}"
         wanted = {row.name for op in TABLE for row in self.target.rows(op)}
         lacking = [name for name, _ in self.missing if name in wanted]
-        return f"{line}; without {', '.join(lacking)}: see `dsv3 info tiny --kernels`" if lacking else line
+        line += f"; without {', '.join(lacking)}: see `dsv3 info tiny --kernels`" if lacking else ""
+        return line + "".join(f"; not {name}, which is wrong here: {reason}" for name, reason in self.wrong)
 
 
 def platform_of(mesh: Mesh | None = None) -> str:
@@ -468,7 +477,7 @@ def prepare(
     target = Target(platform, execution.kernels, chip, execution.precision)
     rows = {row.name: row.why_not for op in TABLE for row in target.rows(op) if row.why_not is not None}
     missing = tuple((name, reason) for name, why_not in rows.items() if (reason := why_not(target)))
-    kernels = Kernels(target, missing)
+    kernels = Kernels(target, missing, tuple(verdicts.read(platform, chip).items()))
     for op in TABLE:
         dtype = "float32" if op in IN_FLOAT32 else execution.compute_dtype
         kernels._check(op, dtype, 1 if mesh is None else mesh.size)

@@ -18,6 +18,7 @@ from dsv3_jax.config import ConfigError, Execution
 from dsv3_jax.kernels import choose
 from experiments.accel.sizes import Sizes
 
+MOST_BYTES = 4 << 30
 LONGEST = 300  # characters of an error in the table
 
 
@@ -54,7 +55,7 @@ RAN: dict[str, str] = {}
 def kernels_for(dtype: str = "bfloat16", kernels: str = "auto", precision: Any = "none") -> Recorder:
     """The kernels of the default device. Raises: ConfigError where they cannot run."""
     found = choose.prepare(Execution(compute_dtype=dtype, kernels=kernels, precision=precision))
-    return Recorder(found.target, found.missing)
+    return Recorder(found.target, found.missing, found.wrong)
 
 
 def ran() -> dict[str, str]:
@@ -96,13 +97,19 @@ def rate(name: str, work: float, call: Callable[[], Any], sizes: Sizes, *, unit:
 
 
 def by_backend(
-    op: str, label: str, call: Callable[[Recorder], Any], measure: Callable[[Recorder, str, bool], Part]
+    op: str,
+    label: str,
+    call: Callable[[Recorder], Any],
+    measure: Callable[[Recorder, str, bool], Part],
+    operands: dict[str, int] | None = None,
 ) -> Part:
     """Measure each implementation of an op that this platform has.
 
     Args:
         call: calls the op; it is traced only, to see what "auto" chooses.
         measure: gets kernels, the label to use, and whether "auto" chooses these kernels.
+        operands: bytes that an implementation makes of its operands, if it is no kernel. Those over MOST_BYTES are left
+            out: they would compile for long, and then not run.
     """
     ran()
     with contextlib.suppress(Exception):  # what was picked is noted; measuring it says what is wrong
@@ -110,6 +117,10 @@ def by_backend(
     chosen, here = ran().get(op), choose.platform_of()
     for name in dict.fromkeys(row.name for row in choose.TABLE[op] if here in row.platforms):
         title = f"{label}, {name}{' (chosen)' if name == chosen else ''}"
+        needed = 0 if here == "tpu" and name == "ragged_dot" else (operands or {}).get(name, 0)
+        if needed > MOST_BYTES:
+            yield Figure(title, None, why=f"not available here: it would make an operand of {needed / 1e9:.0f} GB")
+            continue
         yield from or_why(title, _by_name(op, name, partial(measure, title=title, chosen=name == chosen)))
 
 

@@ -92,17 +92,26 @@ def _step(sizes: Sizes, rows: int, length: int, first: bool) -> Part:
 
 
 def decode(sizes: Sizes) -> Part:
-    """Plain decoding after a long text, by batch: seconds a step, and the bytes that a step must read a second.
+    """Plain decoding after a long text at one batch: seconds a step, and the bytes that a step must read a second.
 
     The cache is filled with random rows, because the prefill of the largest batch would need more memory than is there.
     Each step reads random tokens: random weights would soon repeat one token, and then few experts are read.
     """
+    yield from _decode_at(sizes, (sizes.decode_bar,))
+
+
+def more_decode(sizes: Sizes) -> Part:
+    """The same at other batches."""
+    yield from _decode_at(sizes, sizes.decode_batches)
+
+
+def _decode_at(sizes: Sizes, batches: tuple[int, ...]) -> Part:
     cfg = sizes.decode
     yield "weights"
     graph, state = filled(abstract(cfg, BFLOAT16, kernels_for()), cfg.init_std, "bfloat16")
     weights = jax.jit(lambda state: nnx.merge(graph, state).prepare_decode())(state)
     steps = jax.jit(partial(_decode_steps, graph), donate_argnums=2)
-    for batch in sizes.decode_batches:
+    for batch in batches:
         label = f"{cfg.num_layers} layers, batch {batch}, {sizes.context} cached"
         yield label
         try:

@@ -1,5 +1,6 @@
 """The parts that measure one op or layer."""
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -59,18 +60,55 @@ def grouped(sizes: Sizes) -> Part:
 
     The dense one computes every expert for every token.
     """
-    for name, (cfg, tokens) in sizes.grouped.items():
-        yield from _grouped(sizes, f"{name}, {tokens} tokens", cfg, tokens)
+    yield from _grouped(sizes, *next(iter(sizes.grouped.items())))
 
 
-def _grouped(sizes: Sizes, label: str, cfg: ModelConfig, tokens: int) -> Part:
-    key, (experts, dim, hidden) = keys(), (cfg.num_experts, cfg.dim, cfg.expert_dim)
-    x, dy = draw(next(key), (tokens, dim)), draw(next(key), (tokens, dim))
-    shapes = (dim, hidden), (dim, hidden), (hidden, dim)
-    weights = [draw(next(key), (experts, *shape), std=0.02) for shape in shapes]
-    gates, ids = jax.lax.top_k(jax.random.uniform(next(key), (tokens, experts)), cfg.experts_per_token)
-    gates, ids = gates.astype(jnp.bfloat16), ids.astype(jnp.int32)
-    flops = 6 * tokens * cfg.experts_per_token * dim * hidden
+def more_grouped(sizes: Sizes) -> Part:
+    """The same for other models."""
+    for item in list(sizes.grouped.items())[1:]:
+        yield from _grouped(sizes, *item)
+
+
+def few_rows(sizes: Sizes) -> Part:
+    """A decoding step's experts by implementation and batch: bytes of the chosen experts, of which some chose one."""
+    cfg, key = sizes.decode, keys()
+    weights = _expert_weights(cfg, key)
+    for tokens in sizes.few_rows:
+        x = draw(next(key), (tokens, cfg.dim))
+        gates, ids = _choices(next(key), tokens, cfg)
+        chosen = cfg.num_experts * (1 - (1 - cfg.experts_per_token / cfg.num_experts) ** tokens)  # in the mean
+        nbytes = chosen * 3 * cfg.dim * cfg.expert_dim * 2
+
+        def apply(kernels: Recorder, x=x, ids=ids, gates=gates):
+            return kernels("decode_experts", x, ids, gates, *weights)
+
+        def measure(kernels: Recorder, title: str, chosen: bool, apply=apply, x=x, nbytes=nbytes) -> Part:
+            run = jax.jit(partial(apply, kernels))
+            yield from rate(title, nbytes, lambda: run(x), sizes, unit="B/s", against="copy")
+
+        label = f"{tokens} tokens, {chosen:.0f} of {cfg.num_experts} experts"
+        yield from by_backend("decode_experts", label, apply, measure)
+
+
+def _expert_weights(cfg: ModelConfig, key: Iterator[Any]) -> list[jax.Array]:
+    shapes = (cfg.dim, cfg.expert_dim), (cfg.dim, cfg.expert_dim), (cfg.expert_dim, cfg.dim)
+    return [draw(next(key), (cfg.num_experts, *shape), std=0.02) for shape in shapes]
+
+
+def _choices(key: Any, tokens: int, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    gates, ids = jax.lax.top_k(jax.random.uniform(key, (tokens, cfg.num_experts)), cfg.experts_per_token)
+    return gates.astype(jnp.bfloat16), ids.astype(jnp.int32)
+
+
+def _grouped(sizes: Sizes, name: str, of_model: tuple[ModelConfig, int]) -> Part:
+    cfg, tokens = of_model
+    key, rows = keys(), tokens * cfg.experts_per_token
+    x, dy = draw(next(key), (tokens, cfg.dim)), draw(next(key), (tokens, cfg.dim))
+    weights = _expert_weights(cfg, key)
+    gates, ids = _choices(next(key), tokens, cfg)
+    flops = 6 * rows * cfg.dim * cfg.expert_dim
+    # Bytes of the operand that each makes of every expert's share, where it is no kernel.
+    operands = {"ragged_dot": 2 * rows * cfg.num_experts * cfg.dim, "dense": 2 * tokens * cfg.num_experts * cfg.dim}
 
     def apply(kernels: Recorder, x, gates, weights):
         return kernels("grouped_swiglu", x, ids, gates, *weights)
@@ -82,7 +120,8 @@ def _grouped(sizes: Sizes, label: str, cfg: ModelConfig, tokens: int) -> Part:
         name = f"{title}, forward and backward"
         yield from rate(name, 3 * flops, lambda: both(x, gates, weights, dy), sizes, against="product")
 
-    yield from by_backend("grouped_swiglu", label, lambda kernels: apply(kernels, x, gates, weights), measure)
+    label, call = f"{name}, {tokens} tokens", partial(apply, x=x, gates=gates, weights=weights)
+    yield from by_backend("grouped_swiglu", label, call, measure, operands)
 
 
 def attention(sizes: Sizes) -> Part:

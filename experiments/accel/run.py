@@ -27,15 +27,21 @@ sys.path.insert(0, str(ROOT))
 
 from dsv3_jax.config import did_you_mean
 from dsv3_jax.files import write_atomic
-from experiments.accel.table import report
+from experiments.accel.table import report, write_cards
 
 # Parts by value, and seconds below which one is not begun: it would not come far.
 PARTS = {
-    "bounds": 10, "exact": 40, "layer": 25, "attention": 40, "step": 40, "decode": 60, "grouped": 60, "drafts": 60,
-    "loss": 20, "eight_bits": 30,
+    "bounds": 10, "right": 60, "layer": 25, "attention": 40, "grouped": 30, "step": 40, "decode": 30, "exact": 40,
+    "few_rows": 20, "more_decode": 40, "more_grouped": 40, "drafts": 60, "loss": 20, "eight_bits": 30,
 }  # fmt: skip
+COMPILING = HERE / "compile_seconds.json"  # of each part: programs, and CPU seconds that compiling them takes
 # of the worker's environment; JAX's own share of the memory, 0.75, leaves no room for the large batches
-SETTINGS = {"TF_CPP_MIN_LOG_LEVEL": "2", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+SETTINGS = {
+    "TF_CPP_MIN_LOG_LEVEL": "2", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
+    # What was compiled once is not compiled again by a later run.
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / "runs" / "accel-cache"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}  # fmt: skip
 FRESH = ("step",)  # parts that need a process of their own: the most memory used is counted from its start
 
 
@@ -113,6 +119,7 @@ def measure(names: list[str], results: dict, path: Path, worker: Worker, deadlin
         else:
             part: dict[str, Any] = {"state": "stopped", "why": "", "figures": []}
             results["parts"][name], doing, began = part, name, time.perf_counter()
+            say(start, f"{name}: {compiling(name)}")
             try:
                 for reply in worker.measure(name, max(left, 1.0)):
                     if "doing" in reply:
@@ -127,6 +134,14 @@ def measure(names: list[str], results: dict, path: Path, worker: Worker, deadlin
                 say(start, f"{name}: {part['why']}")
             part["seconds"] = round(time.perf_counter() - began, 1)
         save(results, path)
+
+
+def compiling(name: str) -> str:
+    """What a part has to compile, as COMPILING says."""
+    found = json.loads(COMPILING.read_text())["parts"].get(name)
+    if found is None:
+        return "not known how long it compiles"
+    return f"{found['programs']} programs take {found['seconds']:.0f} CPU s to compile, if none is kept"
 
 
 def checked(figure: dict) -> dict:
@@ -189,6 +204,8 @@ def options(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"part {name!r} is not one of {', '.join(PARTS)}{did_you_mean(name, PARTS)}")
     if not 0 < args.minutes < math.inf:
         raise ValueError(f"minutes={args.minutes:g} is not a positive number")
+    if 60 * args.minutes < (shortest := min(PARTS[name] for name in args.parts or PARTS)):
+        raise ValueError(f"minutes={args.minutes:g} is too short for every part: one takes {shortest} s or more")
     if args.out is not None and args.out.is_dir():
         raise ValueError(f"out={str(args.out)!r} is a folder; name a file")
     return args
@@ -215,6 +232,8 @@ def main(argv: list[str] | None = None) -> int:
             if name in names or name in results["parts"]
         }
         measure(names, results, path, worker, start + 60 * args.minutes)
+        if args.out is None and not worker.toy:
+            write_cards(results)
         return report(results, path)
     except (ValueError, OSError) as error:
         print(f"run.py: {error}", file=sys.stderr)

@@ -10,11 +10,13 @@ from dsv3_jax.presets import preset
 class Sizes:
     """Shapes of all parts. B batch, T length, H heads, K and V widths of a head's keys and values."""
 
+    large: bool  # whether kernels are checked at a model's shapes
     gemm: int  # rows of a square matrix
     copied: int  # numbers of an array in float32
     wide: ModelConfig  # of the MoE layer
     layer_batch: tuple[int, int]  # B, T
-    grouped: dict[str, tuple[ModelConfig, int]]  # name → model, tokens
+    grouped: dict[str, tuple[ModelConfig, int]]  # name → model, tokens; the first one is measured first
+    few_rows: tuple[int, ...]  # tokens, whose experts have few rows; of the model of `decode`
     attention: tuple[int, int, int, int, int]  # B, T, H, K, V
     documents: int  # packed in a row of it
     loss: tuple[int, int, int]  # tokens, width, vocabulary
@@ -22,8 +24,8 @@ class Sizes:
     step: ModelConfig
     step_batch: tuple[int, int]  # B, T
     decode: ModelConfig
-    decode_batches: tuple[int, ...]
-    decode_bar: int  # the batch whose bar is held
+    decode_bar: int  # the batch whose bar is held; it is measured first
+    decode_batches: tuple[int, ...]  # others
     context: int  # cached tokens of each sequence
     decode_steps: int
     drafts: ModelConfig
@@ -41,24 +43,26 @@ def full() -> Sizes:
     v3, lite, mini = preset("v3"), preset("v2_lite"), preset("mini")
     wide = replace(v3, num_layers=1, num_dense_layers=0, num_experts=32, mtp_depth=0)
     return Sizes(
+        large=True,
         gemm=8192,
         copied=1 << 28,
         wide=wide,
         layer_batch=(4, 4096),
         grouped={"V3, 32 experts": (wide, 8192), "V2-Lite": (lite, 8192), "mini": (mini, 4096)},
         attention=(2, 4096, 128, 192, 128),
+        few_rows=(8, 16, 32, 64),
         documents=4,
         loss=(8192, v3.dim, v3.vocab_size),
         eight_bits=(8192, v3.dim, 2 * v3.expert_dim),
         step=replace(lite, num_layers=4),
         step_batch=(8, 4096),
         decode=lite,
-        decode_batches=(1, 32, 64, 128),
         decode_bar=64,
+        decode_batches=(1, 32, 128),
         context=4096,
         decode_steps=32,
         drafts=replace(lite, mtp_depth=1),
-        draft_batches=(1, 8, 32, 64),
+        draft_batches=(1, 32),
         draft_prompt=1024,
         draft_tokens=64,
         exact=replace(mini, mtp_depth=1),
@@ -74,11 +78,13 @@ def toy() -> Sizes:
     headed = replace(preset("tiny"), **small)  # its step is compiled once, for two parts
     plain = replace(headed, mtp_depth=0)
     return Sizes(
+        large=False,
         gemm=128,
         copied=1 << 16,
         wide=plain,
         layer_batch=(2, 64),
-        grouped={"tiny": (plain, 64)},
+        grouped={"tiny": (plain, 64), "tiny, fewer tokens": (plain, 32)},
+        few_rows=(4,),
         attention=(1, 64, 2, 24, 16),
         documents=2,
         loss=(64, 32, 100),
@@ -86,8 +92,8 @@ def toy() -> Sizes:
         step=headed,
         step_batch=(2, 32),
         decode=plain,
-        decode_batches=(1, 2),
         decode_bar=2,
+        decode_batches=(1,),
         context=32,
         decode_steps=4,
         drafts=headed,

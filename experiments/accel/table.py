@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsv3_jax.planning.devices import DEVICES
+from experiments import cards
 
 # JAX's names of devices whose data sheet `dsv3 plan --device` knows
 SHEETS = {
@@ -46,6 +47,7 @@ BARS = {
     "decode": Bar(2.0e12, ratio=False),
     "drafts": Bar(1.4, ratio=False),
     "equal": Bar(most=0, ratio=False, kind=None),
+    "right": Bar(most=1, ratio=False, kind=None),
 }
 # The bounds that a figure's `against` names: (words for the table, the bound to take where this one is unknown)
 BOUNDS = {
@@ -134,6 +136,28 @@ def table_of(rows: list[Row]) -> Table:
         table.add_row(row.part if row.part != before else "", *cells, verdict)
         before = row.part
     return table
+
+
+CARDS = {"right": ("kernels", "conformance"), "layer": ("v3", "speed"), "attention": ("v3", "speed"),
+         "grouped": ("v3", "speed"), "step": ("v2_lite", "speed"), "decode": ("v2_lite", "speed")}  # fmt: skip
+
+
+def write_cards(results: dict, folder: Path = cards.FOLDER) -> None:
+    """Write what a device gave as cards, by model and task. Implementations that are wrong count, and are named."""
+    found: dict[tuple[str, str], dict[str, float | str]] = {}
+    for row in rows_of(results):
+        value, card = row.figure["value"], CARDS.get(row.part)
+        if card and card[1] == "conformance":
+            counts = found.setdefault(card, {"implementations that are wrong": 0, "that are right": 0})
+            counts["implementations that are wrong" if row.missed else "that are right"] += 1
+            if row.missed:
+                counts[row.figure["name"]] = row.figure.get("why") or row.figure["note"]
+        elif card and value is not None:
+            text = scaled(value, row.figure.get("unit", "")) + (f", {row.ratio:.2f} of bound" if row.ratio else "")
+            found.setdefault(card, {})[row.figure["name"]] = text
+    for (model, task), figures in found.items():
+        command = "python experiments/accel/run.py"
+        cards.write_card(folder, model, task, results["card"]["kind"], command, figures, results["card"]["versions"])
 
 
 def report(results: dict, path: Path) -> int:

@@ -18,17 +18,33 @@ from typing import Any
 import jax
 
 from dsv3_jax.kernels import choose
-from experiments.accel.kernels import hopper_fp8, hopper_products
 from experiments.accel.measuring import Part, sentence
-from experiments.accel.model_parts import decode, drafts, exact, step
-from experiments.accel.op_parts import attention, bounds, eight_bits, grouped, layer, loss
+from experiments.accel.model_parts import decode, drafts, exact, more_decode, step
+from experiments.accel.op_parts import attention, bounds, eight_bits, few_rows, grouped, layer, loss, more_grouped
+from experiments.accel.right import OWN, right
 from experiments.accel.sizes import Sizes, full, toy
 
 PACKAGES = ("dsv3-jax", "jax", "jaxlib", "flax", "libtpu", "tokamax", "jax-cuda13-plugin", "jax-cuda12-plugin",
             "jax-rocm7-plugin")  # fmt: skip
 DRIVER_FILES = ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version")
 PARTS: dict[str, Callable[[Sizes], Part]] = {
-    part.__name__: part for part in (bounds, exact, layer, attention, step, decode, grouped, drafts, loss, eight_bits)
+    part.__name__: part
+    for part in (
+        bounds,
+        right,
+        layer,
+        attention,
+        grouped,
+        step,
+        decode,
+        exact,
+        few_rows,
+        more_decode,
+        more_grouped,
+        drafts,
+        loss,
+        eight_bits,
+    )
 }
 
 
@@ -57,8 +73,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--toy", action="store_true")
     args = parser.parse_args()
-    hopper_products.add()
-    hopper_fp8.add()
+    for kernel in OWN:
+        kernel.add()
     # Libraries print on descriptor 1 too: the replies get one of their own.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.kernels import choose
 from dsv3_jax.ops.attention import scaled
-from experiments.accel.kernels.packed import Packed
+from experiments.accel.kernels.packed import Packed, in_the_table, is_latent
 
 TILE = 64  # queries of a thread block, and rows that it visits at a time
 BUFFERS = 2  # blocks of rows in shared memory
@@ -276,3 +277,12 @@ def _kernel(
 
         for which in range(2):
             pl.when(jax.lax.axis_index("warpgroup") == which)(partial(compute, which))
+
+
+def add() -> None:
+    """Enter the table as "latent"."""
+    run = in_the_table(latent_attention, multiple=16)
+    row = choose.Implementation(
+        "latent", run, ("cuda",), ("bfloat16",), one_device=True, fits=is_latent, why_not=why_not
+    )
+    choose.add("cached_attention", row)

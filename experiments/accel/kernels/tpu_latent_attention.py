@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.kernels import choose
 from dsv3_jax.ops.attention import scaled
-from experiments.accel.kernels.packed import Packed
+from experiments.accel.kernels.packed import Packed, in_the_table, is_latent
 
 BLOCK = 512  # rows of a grid step: 655 KB of V3's in bfloat16, twice for double buffering
 LANES = 128
@@ -147,3 +148,10 @@ def _kernel(layer, ends, q, last, rows, *refs, block: int, capacity: int, first_
     @pl.when(i == pl.num_programs(1) - 1)
     def _finish():
         out[...] = (total[...] / weight[...]).astype(out.dtype)
+
+
+def add() -> None:
+    """Enter the table as "latent"."""
+    run = in_the_table(latent_attention, multiple=128)
+    row = choose.Implementation("latent", run, ("tpu",), ("bfloat16",), one_device=True, fits=is_latent)
+    choose.add("cached_attention", row)

@@ -1,0 +1,155 @@
+"""The arguments with which `check.py` holds each op's implementations to plain XLA: a model's shapes, and odd ones.
+
+Kernels go wrong where shapes end: experts without rows, one with all of them, counts and widths that no tile divides,
+one token, many documents, rows of 8 bits, sequences of all lengths.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax.ops.cached_attention import Stored
+from dsv3_jax.ops.quantize import quantize_rows
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op."""
+
+    label: str
+    args: tuple[Any, ...]
+    wrt: tuple[int, ...] = ()  # the arguments that take a gradient
+    arrays: dict[str, Any] = field(default_factory=dict)  # arguments by name
+    settings: tuple[tuple[str, Any], ...] = ()  # likewise, known when the call is compiled
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Normal numbers of any shape, in the compute dtype or another."""
+
+    dtype: Any
+    rng: np.random.Generator
+
+    def __call__(self, *shape: int, std: float = 1.0, dtype: Any = None) -> np.ndarray:
+        return (self.rng.standard_normal(shape, np.float32) * np.float32(std)).astype(dtype or self.dtype)
+
+
+# The arrays' shapes for ops that take nothing else.
+PLAIN: dict[str, tuple[tuple[tuple[int, ...], ...], ...]] = {
+    "product": (((1, 1024), (1024, 512)), ((3, 200), (200, 160)), ((256, 384), (384, 256))),
+    "exact_product": (((256, 1024), (1024, 64)), ((1, 1024), (1024, 64)), ((3, 200), (200, 160))),
+    "swiglu": (((3, 384), (384, 160), (384, 160), (160, 384)), ((256, 384), (384, 256), (384, 256), (256, 384))),
+    "product_by_head": (((2, 8, 128), (8, 128, 512)), ((100, 8, 128), (8, 128, 64))),
+    "expand": (((2, 64, 512), (2, 64, 64), (4, 128, 512), (4, 128, 512)),),
+}
+
+
+def plain(op: str, draw: Draw, large: bool) -> Iterator[Case]:
+    """Factors are scaled so that results are about 1."""
+    for shapes in PLAIN[op]:
+        arrays = [draw(*shape, std=shape[-1] ** -0.5 if i else 1.0) for i, shape in enumerate(shapes)]
+        yield Case(" × ".join(map(str, shapes)), tuple(arrays), tuple(range(len(arrays))))
+
+
+def causal_attention(draw: Draw, large: bool) -> Iterator[Case]:
+    """MLA's heads and GQA's; one document a row, or several, of which the last has one token."""
+    long, odd = (2048, 1000) if large else (200, 129)
+    for length, groups, key in ((long, 4, 192), (odd, 2, 128), (1, 4, 192)):
+        shapes = (2, length, 4, key), (2, length, groups, key), (2, length, groups, 128)
+        args = tuple(draw(*shape) for shape in shapes)
+        ids = np.sort(draw.rng.integers(1, 6, (2, length)), axis=1).astype(np.int32)
+        ids[:, -1] = 9
+        for documents in ({}, {"segment_ids": ids}):
+            label = f"{length} tokens, heads of {key}/128{', documents' if documents else ''}"
+            # The softmax of one score is 1, so queries and keys take no gradient.
+            yield Case(label, args, (0, 1, 2) if length > 1 else (2,), documents, (("scale", key**-0.5),))
+
+
+def cached_attention(draw: Draw, large: bool) -> Iterator[Case]:
+    """Latents in all dtypes of a cache; sequences of all lengths: one holds one token, and one is full."""
+    batch, heads, slots = (32, 16, 4097) if large else (3, 4, 97)
+    for tokens, dtype in ((1, draw.dtype), (3, np.int8), (1, jnp.float8_e4m3fn)):
+        keys = [Stored(jnp.asarray(draw(batch, 1, slots, width)), None) for width in (512, 64)]
+        if dtype != draw.dtype:
+            keys = [Stored(*quantize_rows(x.rows, dtype)) for x in keys]
+        first = np.append([0, slots - tokens], draw.rng.integers(0, slots - tokens, batch - 2))
+        last = np.repeat(first[:, None] + np.arange(tokens), heads, axis=1).astype(np.int32)
+        queries = [draw(batch, 1, tokens * heads, width) for width in (512, 64)]
+        label = f"{jnp.dtype(dtype).name}, {batch} × {slots} slots, {tokens} new tokens"
+        yield Case(label, (queries, keys, keys[0], last), settings=(("scale", 192**-0.5),))
+
+
+def write_rows(draw: Draw, large: bool) -> Iterator[Case]:
+    """One layer or two."""
+    for layers, dtype in ((1, draw.dtype), (1, np.int8), (2, np.int8)):
+        old, new = (draw(*shape, std=40, dtype=dtype) for shape in ((layers, 3, 1, 97, 64), (3, 1, 2, 64)))
+        yield Case(f"{layers} layers", (old, new, np.int32(layers - 1), np.array([0, 95, 33], np.int32)))
+
+
+# (at a model's shapes alone?, tokens, choices of each, experts, D, F, the weights' dtype if it is not the tokens')
+MANY_ROWS = (
+    (True, 2048, 6, 64, 2048, 1408, "f4"),
+    (True, 1024, 2, 6, 7168, 2048, None),
+    (False, 150, 2, 8, 192, 320, "f4"),
+    (False, 70, 3, 8, 128, 160, None),
+    (False, 1, 2, 4, 128, 128, None),
+)
+FEW_ROWS = (
+    (True, 8, 6, 64, 2048, 1408, None),
+    (True, 64, 4, 64, 2048, 1408, None),
+    (False, 8, 4, 8, 128, 192, None),
+    (False, 1, 4, 8, 128, 192, None),
+)
+
+
+def experts(sizes: tuple, wrt: tuple[int, ...], settings: tuple, draw: Draw, large: bool) -> Iterator[Case]:
+    """Each pattern of choices at each size."""
+    for is_large, tokens, each, count, dim, hidden, dtype in sizes:
+        if is_large and not large:
+            continue
+        shapes = (dim, hidden), (dim, hidden), (hidden, dim)
+        weights = [draw(count, *shape, std=shape[0] ** -0.5, dtype=dtype) for shape in shapes]
+        for pattern in ("holes", "one full", "elsewhere")[: 2 if draw.dtype == np.float32 else 3]:
+            scores, gates = draw.rng.random((tokens, count)), draw.rng.uniform(0.1, 1, (tokens, each))
+            scores[:, [0, 1, count // 2, count - 1]] -= 1  # experts without rows; the second has a single one
+            scores[-1, 1] = 2
+            ids = np.argsort(-scores, axis=1)[:, :each].astype(np.int32)
+            if pattern == "one full":
+                ids[:] = 2
+            if pattern == "elsewhere":  # as on a mesh: choices of no expert that is here
+                ids[::2, 0], gates[::2, 0] = count, 0
+            label = f"{pattern}, {tokens} tokens, {count} experts of {dim}×{hidden}"
+            yield Case(label, (draw(tokens, dim), ids, gates.astype(draw.dtype), *weights), wrt, settings=settings)
+
+
+def cross_entropy(draw: Draw, large: bool) -> Iterator[Case]:
+    tokens, dim, vocab = (4096, 2048, 102_400) if large else (70, 64, 1000)
+    targets, mask = draw.rng.integers(0, vocab, tokens, np.int32), draw.rng.random(tokens) < 0.8
+    yield Case(f"{tokens} tokens, {vocab} words", (draw(tokens, dim), draw(dim, vocab, std=0.1), targets, mask), (0, 1))
+
+
+def embedding(draw: Draw, large: bool) -> Iterator[Case]:
+    """Some words occur often, some never."""
+    words = np.minimum(draw.rng.zipf(1.3, (2, 1000)), 900).astype(np.int32)
+    yield Case("1000 words", (draw(1000, 96), words), (0,))
+
+
+def optimizer(draw: Draw, large: bool) -> Iterator[Case]:
+    p, mu, g = (draw(300, 256, std=0.01) for _ in range(3))
+    numbers, settings = np.array([0.7, 3.0, 9.0, 1e-3, 1.0], np.float32), (("betas", (0.9, 0.95)), ("eps", 1e-8))
+    yield Case("300 × 256", (p, mu, np.square(mu), g, numbers), settings=(*settings, ("decay", 0.1)))
+
+
+GRADIENTS = (0, 2, 3, 4, 5)  # of tokens, gates and the experts' weights
+ALONE = (causal_attention, cached_attention, write_rows, cross_entropy, embedding, optimizer)
+CASES: dict[str, Callable[[Draw, bool], Iterator[Case]]] = {
+    **{op: partial(plain, op) for op in PLAIN},
+    **{of_op.__name__: of_op for of_op in ALONE},
+    "grouped_swiglu": partial(experts, MANY_ROWS, GRADIENTS, ()),
+    "decode_experts": partial(experts, FEW_ROWS, (), ()),
+    "capacity_swiglu": partial(experts, FEW_ROWS[2:3], GRADIENTS, (("factor", 1.0),)),
+}

@@ -1,0 +1,149 @@
+"""Hold each implementation that may be chosen on a device to plain XLA in float32 there: forward, and every gradient.
+
+An error counts relative to what it is an error of: one expert, one head, one token. A largest error over all of them
+would hide a small expert that is wrong. Two measures see different faults, each with its bound by dtype:
+
+    factor  how far from 1 the factor is by which the numbers differ from the right ones, in the mean
+    peak    the largest error over the largest number: a wrong or missing part, which leaves the mean as it is
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import cache, partial
+from itertools import islice
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax.kernels import verdicts
+from dsv3_jax.kernels.cases import CASES, Case, Draw
+from dsv3_jax.kernels.choose import IN_FLOAT32, TABLE, Implementation, Kernels
+
+BOUNDS = {"float32": (2e-5, 2e-4), "bfloat16": (7e-3, 4e-2), "8 bits": (6e-2, 0.25)}
+# The axes that number the groups of an op's results, or of an argument's gradient.
+HEADS = {"causal_attention": (0, 2), "cached_attention": (0, 1, 2), "q": (0, 2), "k": (0, 2), "v": (0, 2)}
+
+
+class Verdict(NamedTuple):
+    """What one implementation gave in one case."""
+
+    name: str  # see `Implementation.of`
+    share: float  # the largest error, over its bound
+    wrong: str  # what is wrong; "" if nothing is
+
+
+def check(kernels: Kernels, *, large: bool, ops: Iterable[str] = TABLE, also: Iterable[str] = ()) -> Iterator[Verdict]:
+    """Check the implementations that "auto" may choose for a target, on JAX's default device.
+
+    Args:
+        large: at a model's shapes too.
+        also: names of implementations that run only if they are named.
+    """
+    for op in ops:
+        for precision in dict.fromkeys(row.precision for row in TABLE[op]):
+            reference = reference_of(op, precision)
+            target = replace(kernels.target, precision=precision)
+            named = [row for row in target.here(op) if row.name in also]
+            dtype = "float32" if op in IN_FLOAT32 or target.platform == "cpu" else "bfloat16"
+            rows = [row for row in (*target.rows(op), *named) if row.name not in dict(kernels.missing)]
+            rows = [row for row in rows if row.serves(dtype, 1) and (row.run, dtype) != (reference, "float32")]
+            draw = Draw(jnp.dtype(dtype), np.random.default_rng(0))
+            cases = CASES[op](draw, large and precision == "none")
+            for case in islice(cases, (None if precision == "none" else 1) if rows else 0):
+                yield from _check_case(op, rows, reference, case, draw, precision)
+
+
+def reference_of(op: str, precision: str) -> Callable[..., Any]:
+    """Plain XLA's function of an op. For a recipe it is the one that rounds float32 numbers."""
+    names = ("dense", "xla") if precision == "none" else (precision,)
+    rows = TABLE["grouped_swiglu" if (op, precision) == ("decode_experts", "none") else op]
+    return [row.run for row in rows if row.name in names and row.precision == precision][-1]
+
+
+def _check_case(op, rows: list[Implementation], reference, case: Case, draw: Draw, precision: str) -> Iterator[Verdict]:
+    args, arrays = jax.device_put((case.args, case.arrays))
+    shapes = jax.eval_shape(partial(reference, **dict(case.settings)), *args, **arrays)
+    d_out = jax.tree.map(lambda y: jnp.asarray(draw(*y.shape), y.dtype), shapes)
+    widened = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, (args, arrays, d_out))
+    with jax.default_matmul_precision("highest"):
+        want = program(reference, case.wrt, case.settings)(*widened)
+    parameters = list(inspect.signature(reference).parameters)
+    names = (op,) * (len(jax.tree.leaves(want)) - len(case.wrt)) + tuple(parameters[i] for i in case.wrt)
+    bounds = BOUNDS[draw.dtype.name if precision == "none" else "8 bits"]
+    for row in rows:
+        if row.fits is not None and not row.fits(*args, **arrays, **dict(case.settings)):
+            continue
+        try:
+            errors = _errors(names, program(row.run, case.wrt, case.settings)(args, arrays, d_out), want)
+            share, wrong = _judge(names, jax.device_get(errors), bounds)
+        except Exception as error:  # of a compiler or a library: any type
+            share, wrong = np.inf, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        yield Verdict(row.of(op), share, wrong and f"{wrong} ({case.label})")
+        if share == np.inf:
+            jax.block_until_ready(jnp.zeros(()))  # raises if the device was lost: others are not to blame
+
+
+def check_and_keep(kernels: Kernels, **settings: Any) -> dict[str, Verdict]:
+    """The worst verdict on each implementation. What is wrong is kept for `choose.prepare`, also if the device is lost.
+
+    Args: as `check`.
+    """
+    worst: dict[str, Verdict] = {}
+    try:
+        for verdict in check(kernels, **settings):
+            worst[verdict.name] = max(verdict, worst.get(verdict.name, verdict), key=lambda one: one.share)
+    finally:
+        wrong = {name: verdict.wrong for name, verdict in worst.items() if verdict.wrong}
+        verdicts.write(kernels.target.platform, kernels.target.chip, wrong)
+    return worst
+
+
+@cache
+def program(run: Callable[..., Any], wrt: tuple[int, ...], settings: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    """A compiled function of (arguments, arguments by name, gradient of the results): results and gradients.
+
+    Results are there twice, alone and as a gradient's forward pass has them, because kernels then differ.
+    """
+
+    def call(args: tuple, arrays: dict[str, Any], d_out: Any) -> tuple[Any, ...]:
+        def of(*moving: Any) -> Any:
+            chosen = dict(zip(wrt, moving, strict=True))
+            return run(*(chosen.get(i, x) for i, x in enumerate(args)), **arrays, **dict(settings))
+
+        moving = [args[i] for i in wrt]
+        if not wrt:
+            return (of(),)
+        again, pull_back = jax.vjp(of, *moving)
+        return of(*moving), again, pull_back(d_out)
+
+    return jax.jit(call)
+
+
+@partial(jax.jit, static_argnums=0)
+def _errors(names: tuple[str, ...], found: Any, want: Any) -> list[tuple[jax.Array, ...]]:
+    """(Of the factor, of the peak) of each array's groups. A group of zeros must be zeros."""
+
+    def measure(name: str, a: jax.Array, b: jax.Array) -> tuple[jax.Array, ...]:
+        # Tokens and their gradients by token, stacks of matrices by matrix, and single matrices at once.
+        own = HEADS.get(name, (0,) if b.ndim != 2 or name in (names[0], "x", "h") else ())
+        b, off = b.astype(jnp.float32), a.astype(jnp.float32) - b.astype(jnp.float32)
+        axes = tuple(i for i in range(b.ndim) if i not in own)
+        factors = jnp.abs((off * b).sum(axes)), jnp.square(b).sum(axes)
+        peaks = jnp.abs(off).max(axes), jnp.abs(b).max(axes)
+        return tuple(jnp.where(error == 0, 0, error / size) for error, size in (factors, peaks))
+
+    return [measure(*item) for item in zip(names, jax.tree.leaves(found), jax.tree.leaves(want), strict=True)]
+
+
+def _judge(names: tuple[str, ...], errors: list, bounds: tuple[float, float]) -> tuple[float, str]:
+    """(The largest error over its bound, what is wrong). An error that is no number is infinite."""
+    worst = 0.0, ""
+    for name, shares in zip(names, errors, strict=True):
+        for measure, share, bound in zip(("factor", "peak"), map(np.nan_to_num, shares), bounds, strict=True):
+            at = np.unravel_index(share.argmax(), share.shape)
+            what = f"{'' if name == names[0] else 'gradient of '}{name}{[int(i) for i in at] or ''}"
+            worst = max(worst, (float(share[at]) / bound, f"{what} is {share[at]:.2%} off by {measure}"))
+    return worst[0], worst[1] if worst[0] > 1 else ""

@@ -1,0 +1,45 @@
+"""Implementations that `check.py` found to be wrong on a chip: a file in the user's cache folder.
+
+It is of one chip and of the versions of what compiles for it. One of other versions, or damaged, counts as absent.
+"""
+
+import json
+import re
+from contextlib import suppress
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from dsv3_jax.kernels.cpu.library import private_folder
+
+PACKAGES = ("dsv3-jax", "jax", "jaxlib", "libtpu", "tokamax", "jax-cuda12-plugin", "jax-cuda13-plugin")
+
+
+def path_of(platform: str, chip: str) -> Path:
+    """The file of a chip. Raises: as `private_folder`."""
+    return private_folder() / f"wrong-{re.sub(r'[^a-z0-9.]+', '-', f'{platform}-{chip}'.lower())}.json"
+
+
+def read(platform: str, chip: str) -> dict[str, str]:
+    """What is wrong, by implementation, as `Implementation.of` names it."""
+    with suppress(OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError):
+        found = json.loads(path_of(platform, chip).read_text(encoding="utf-8"))
+        if found["versions"] == versions():
+            return {str(name): str(reason) for name, reason in found["wrong"].items()}
+    return {}
+
+
+def write(platform: str, chip: str, wrong: dict[str, str]) -> None:
+    """Keep what is wrong. Raises: as `private_folder`."""
+    text = json.dumps({"versions": versions(), "wrong": wrong}, indent=1, ensure_ascii=False)
+    path_of(platform, chip).write_text(text, encoding="utf-8")
+
+
+@cache
+def versions() -> dict[str, str]:
+    """The versions of the packages that are installed."""
+    found = {}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
