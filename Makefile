@@ -78,6 +78,8 @@ notebooks: $(VENV)/.installed-notebooks
 	$(BIN)/python notebooks/execute.py
 
 docs: $(VENV)/.installed-docs
+	@$(BIN)/python -c 'import furo, myst_nb, sphinx, sphinx_copybutton' 2>/dev/null || \
+	  { echo "a package of the site is missing: rm $(VENV)/.installed-docs, then make docs installs it" >&2; exit 1; }
 	$(BIN)/python -m sphinx -nW --keep-going -q -b html -c docs . docs/_build
 	@echo "The site is docs/_build/index.html"
 
@@ -151,7 +153,7 @@ define install
   | while read -r what name rest; do case "$$what $$name" in \
     Collecting*) printf ' %s' "$${name%%[<>=!~;]*}" ;; \
     "Installing collected") printf '\n unpacking …' ;; \
-    esac; done; \
+    esac; done || { echo "pip failed, see above: is there a network? (Offline: PIP_FIND_LINKS=FOLDER of wheels)" >&2; exit 1; }; \
   echo " done in $$SECONDS s"
 endef
 

@@ -1,18 +1,28 @@
-"""Every `dsv3` command of the README and the site has options that exist, with values that they take."""
+"""Every command of the README and the site has options that exist, and runs with small steps, as every Python block."""
 
 import contextlib
+import io
+import json
 import re
 import shlex
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tyro
-from runs import unhooked_cli
+from released import GRID, Cell, write_folder
+from runs import MODEL, finished, flags, make_run, unhooked_cli, write_text
+from texts import ANSWER, TEXTS, USER, write_text_files
 
-from dsv3_jax import train
+import dsv3_jax as ds
+from dsv3_jax import presets, train
+from dsv3_jax.config import Execution
+from dsv3_jax.ops import routing
 from dsv3_jax.training import warm_start
 
 ROOT = Path(__file__).parents[1]
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/guides/*.md"))]
 
 
@@ -20,10 +30,20 @@ class Parsed(BaseException):
     """The arguments were good."""
 
 
+def blocks(page: Path, language: str) -> str:
+    return "\n".join(re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+
+
+def lines(page: Path) -> list[list[str]]:
+    return [words for line in joined(page) if (words := shlex.split(line, comments=True))]
+
+
+def joined(page: Path) -> list[str]:
+    return blocks(page, "bash").replace("\\\n", " ").splitlines()
+
+
 def commands(page: Path) -> list[list[str]]:
-    text = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
-    lines = text.replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("dsv3 ")]
+    return [words[1:] for words in lines(page) if words[0] == "dsv3"]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
@@ -44,3 +64,99 @@ def test_commands(page, monkeypatch, capsys):
             unhooked_cli().main(argv)
             refused.append((argv, capsys.readouterr().err))
     assert refused == []
+
+
+# What is not run, and why.
+NOT_RUN = {
+    "pip install": "it downloads packages; tests/try_wheel.py installs",
+    ". .venv/bin/activate": "make has no environment here",
+    "python experiments/accel/run.py": "tests/test_accel.py runs it",
+    "dsv3 train v3": "it needs 512 devices and more",
+    "dsv3 plan mini --compute-dtype bfloat16 --target": "it needs a GPU's compiler; tests/test_compiled.py has it",
+}
+LESS = {  # further words by command
+    "generate": "--max-new-tokens 3",
+    "chat": "--max-new-tokens 3",
+    "eval": "--batches 1",
+    "stats": "--batches 1 --draws 9 --worth-tokens 32",
+    "bench": "--context 8 --new-tokens 4 --rounds 1",
+}
+INSTEAD = {
+    "PATHS": "notes/", "--vocab-size 8192": "--vocab-size 300", "--workers 8": "--workers 1", "10:13": "1:2",
+    "--row-tokens 4096": "--row-tokens 16", "runs/other:200": "runs/other:12", "--batch 1 8": "--batch 1",
+}  # fmt: skip
+RELEASED = {  # cells of the parity grid by place
+    "Moonlight-16B-A3B-Instruct": "Moonlight", "moonshotai/Moonlight-16B-A3B": "Moonlight", "DeepSeek-V3": "FP8 file",
+    "DeepSeek-V2-Lite": "V2-Lite, greedy", "deepseek-ai/DeepSeek-V2-Lite": "V2-Lite, greedy",
+}  # fmt: skip
+
+
+def shorter(argv: list[str]) -> list[str]:
+    """The command with little to do: a small model on a page of text for two steps, and mini as tiny."""
+    text = shlex.join(argv)
+    for words, other in INSTEAD.items():
+        text = text.replace(words, other)
+    argv = shlex.split(text)
+    if argv[0] != "train":
+        return argv + shlex.split(LESS.get(argv[0], ""))
+    small = ["--steps", "2", "--eval-batches", "1", "--data.batch-size", "4"]
+    if argv[1] != "sft":
+        given = "model." if {"--start", "--trunk"} & set(argv) else "-"
+        options = re.split(r" (?=--)", " ".join(flags(make_run("notes/", steps=2, execution=Execution()))))
+        small = [word for option in options if not option.startswith(f"--{given}") for word in option.split(" ")]
+        if argv[1] == "mini" and given != "model.":
+            small += ["--model.vocab-size", "8192"]
+    return ["train", argv[1].replace("mini", "tiny"), *small, *argv[2:]]
+
+
+@pytest.fixture(scope="module")
+def place(root, tmp_path_factory):
+    """A folder with all that the pages name: texts, chats, runs and released folders."""
+    folder = tmp_path_factory.mktemp("pages")
+    write_text(folder / "notes")
+    (folder / "src").mkdir()
+    (folder / "src" / "a.py").write_text("x = 2\n" * 30)
+    (folder / "corpus.jsonl").write_text(json.dumps({"text": "a text of its own"}) + "\n")
+    chats = ({"messages": [USER, {**ANSWER, "content": f"{ANSWER['content']} {i}"}]} for i in range(9))
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    for name in ("demo", "other"):
+        shutil.copytree(finished(root).folder, folder / "runs" / name)
+    for name, cell in RELEASED.items():
+        write_folder(folder / name, Cell(cell, GRID[cell].config | {"vocab_size": 384}))
+        write_text_files(folder / name, TEXTS["V3"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert unhooked_cli().main(["tokenizer", "mine.json", "--vocab-size", "300", "--paths", "notes/"]) == 0
+        ds.train.fit(make_run("notes/", steps=2), "runs/first", quiet=True)
+    return folder
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if lines(page)], ids=lambda page: page.stem)
+def test_each_command_runs_or_is_named_with_a_reason(page, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    failed = []
+    for line, argv in zip(filter(str.strip, joined(page)), lines(page), strict=True):
+        if argv[0] == "make":
+            assert re.search(rf"^{argv[1]}:", MAKEFILE, re.MULTILINE)
+        elif argv[0] == "dsv3" and not any(line.startswith(name) for name in NOT_RUN):
+            monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/exit\n"))
+            if argv[1] == "tokenizer":
+                (place / argv[2]).unlink()
+            if unhooked_cli().main(shorter(argv[1:])) != 0:
+                failed.append((line, capsys.readouterr().err))
+        else:
+            assert any(line.startswith(name) for name in NOT_RUN), line
+    assert failed == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+def test_python_runs(page, place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(ds, "recipe", lambda name: make_run("notes/"))
+    monkeypatch.setattr(ds, "preset", lambda name: MODEL if name == "tiny" else presets.preset(name))
+    monkeypatch.setitem(routing.ROUTERS, "by_position", None)  # leaves the table with the test
+    del routing.ROUTERS["by_position"]
+    names = {"ds": ds, "cfg": MODEL, "messages": [USER, ANSWER], "wandb": SimpleNamespace(log=lambda *_, step: None)}
+    names |= {"model": ds.load_model("runs/first"), "tokenizer": ds.tokenizer.load("bytes")}
+    text = re.sub(r"\bsteps=\d+", "steps=2", blocks(page, "python"))
+    exec(re.sub(r", (20|100|200)\b(?=[,)])", ", 3", text), names)
