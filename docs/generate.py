@@ -125,8 +125,10 @@ def api(part: str, title: str) -> str:
 
 def cards(found: list[dict[str, Any]]) -> str:
     """Verification cards: who ran what, where. What has no card says "not run"."""
-    columns = [*DEVICES, *sorted({card["device"] for card in found if not any(d in card["device"] for d in DEVICES)})]
-    of = {(name, card["task"], card["model"]): card for name in columns for card in found if name in card["device"]}
+    devices = {card["device"] for card in found}
+    names = {device: next((name for name in DEVICES if name in device.upper()), device) for device in sorted(devices)}
+    columns = list(dict.fromkeys([*DEVICES, *names.values()]))
+    of = {(names[card["device"]], card["task"], card["model"]): card for card in found}
     count = {(name, task): sum(key[:2] == (name, task) for key in of) for name in columns for task in TASKS}
     glance = [(task, *(count[name, task] or "not run" for name in columns)) for task in TASKS]
     parts = [
@@ -159,8 +161,13 @@ does not say otherwise.
 
 
 def _first_figure(card: dict[str, Any] | None) -> str:
-    value = "not run" if card is None else next(iter(card["figures"].values()))
-    return f"{value:.1e}" if isinstance(value, float) else str(value)
+    """The figure of a card that its cell shows, on one line."""
+    if card is None:
+        return "not\N{NO-BREAK SPACE}run"
+    name, value = next(iter(card["figures"].items()))
+    if isinstance(value, float):
+        return f"{value:.2g}".replace("-", "\N{NON-BREAKING HYPHEN}")
+    return f"{value} of {name.split()[1]}" if name.startswith("of ") else str(value)
 
 
 def studies() -> str:

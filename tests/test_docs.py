@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,9 +18,9 @@ from texts import ANSWER, TEXTS, USER, write_text_files
 
 import dsv3_jax as ds
 from dsv3_jax import presets, train
-from dsv3_jax.config import Execution
 from dsv3_jax.ops import routing
 from dsv3_jax.training import warm_start
+from experiments.cards import TASKS, read_cards, write_card
 
 ROOT = Path(__file__).parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -80,10 +81,13 @@ LESS = {  # further words by command
     "eval": "--batches 1",
     "stats": "--batches 1 --draws 9 --worth-tokens 32",
     "bench": "--context 8 --new-tokens 4 --rounds 1",
+    "tokenizer": "--force",
 }
 INSTEAD = {
-    "PATHS": "notes/", "--vocab-size 8192": "--vocab-size 300", "--workers 8": "--workers 1", "10:13": "1:2",
-    "--row-tokens 4096": "--row-tokens 16", "runs/other:200": "runs/other:12", "--batch 1 8": "--batch 1",
+    "tokenize PATHS": "tokenize notes/ --val-fraction 0.3", "--row-tokens 4096": "--row-tokens 16",
+    "--workers 8": "--workers 1", "--vocab-size 8192": "--vocab-size 300", "--profile 10:13": "--profile 1:2",
+    "--against runs/other:200": "--against runs/other:12", "--batch 1 8": "--batch 1",
+    "--draft-length 1 2": "--draft-length 1", "--mesh data=128,expert=16": "--mesh data=2,expert=4",
 }  # fmt: skip
 RELEASED = {  # cells of the parity grid by place
     "Moonlight-16B-A3B-Instruct": "Moonlight", "moonshotai/Moonlight-16B-A3B": "Moonlight", "DeepSeek-V3": "FP8 file",
@@ -99,13 +103,14 @@ def shorter(argv: list[str]) -> list[str]:
     argv = shlex.split(text)
     if argv[0] != "train":
         return argv + shlex.split(LESS.get(argv[0], ""))
-    small = ["--steps", "2", "--eval-batches", "1", "--data.batch-size", "4"]
+    small = ["--steps", "2", "--eval-batches", "1", "--data.batch-size", "8"]
     if argv[1] != "sft":
-        given = "model." if {"--start", "--trunk"} & set(argv) else "-"
-        options = re.split(r" (?=--)", " ".join(flags(make_run("notes/", steps=2, execution=Execution()))))
-        small = [word for option in options if not option.startswith(f"--{given}") for word in option.split(" ")]
-        if argv[1] == "mini" and given != "model.":
-            small += ["--model.vocab-size", "8192"]
+        taken = ("--model.",) if {"--start", "--trunk"} & set(argv) else ()  # the other run's
+        taken += ("--execution.kernels",) if "--execution.precision" in argv else ()  # not with 8 bits
+        options = re.split(r" (?=--)", " ".join(flags(make_run("notes/", steps=2))))
+        small = [word for option in options if not option.startswith(taken) for word in option.split(" ")]
+        small += ["--data.batch-size", "8"] * ("--mesh" in argv)
+        small += ["--model.vocab-size", "300"] * (argv[1] == "mini" and "--start" not in argv)
     return ["train", argv[1].replace("mini", "tiny"), *small, *argv[2:]]
 
 
@@ -131,17 +136,23 @@ def place(root, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if lines(page)], ids=lambda page: page.stem)
+IN_CI = ("README", "start", "chat", "data", "released")  # the others compile for minutes
+
+
+def marked(page: Path):
+    return pytest.param(page, id=page.stem, marks=pytest.mark.long if page.stem in IN_CI else pytest.mark.rare)
+
+
+@pytest.mark.parametrize("page", [marked(page) for page in PAGES if lines(page)])
 def test_each_command_runs_or_is_named_with_a_reason(page, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
+    shutil.rmtree("released", ignore_errors=True)  # of another page
     failed = []
     for line, argv in zip(filter(str.strip, joined(page)), lines(page), strict=True):
         if argv[0] == "make":
             assert re.search(rf"^{argv[1]}:", MAKEFILE, re.MULTILINE)
         elif argv[0] == "dsv3" and not any(line.startswith(name) for name in NOT_RUN):
             monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/exit\n"))
-            if argv[1] == "tokenizer":
-                (place / argv[2]).unlink()
             if unhooked_cli().main(shorter(argv[1:])) != 0:
                 failed.append((line, capsys.readouterr().err))
         else:
@@ -149,6 +160,7 @@ def test_each_command_runs_or_is_named_with_a_reason(page, place, monkeypatch, c
     assert failed == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
 def test_python_runs(page, place, monkeypatch):
     monkeypatch.chdir(place)
@@ -160,3 +172,20 @@ def test_python_runs(page, place, monkeypatch):
     names |= {"model": ds.load_model("runs/first"), "tokenizer": ds.tokenizer.load("bytes")}
     text = re.sub(r"\bsteps=\d+", "steps=2", blocks(page, "python"))
     exec(re.sub(r", (20|100|200)\b(?=[,)])", ", 3", text), names)
+
+
+def test_a_card_holds_what_was_measured_and_the_site_says_what_has_not_run(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import generate
+
+    card = partial(
+        write_card, tmp_path, "mini", device="NVIDIA H100 80GB HBM3", command="run.py", versions={"jax": "1"}
+    )
+    card(task="speed", figures={"MFU": 0.25})
+    card(task="speed", figures={"MFU": 0.5, "step, s": 2.0})  # in the place of the first
+    for bad in ({"task": "sped", "figures": {"MFU": 0.5}}, {"task": "speed", "figures": {"MFU": float("nan")}}):
+        with pytest.raises(ValueError, match="task='sped'|figures={'MFU': nan}"):
+            card(**bad)
+    page = generate.cards(read_cards(tmp_path))
+    assert "| speed | not run | 1 | not run |" in page and "| mini | 0.5 |" in page and "## TPU\n\nNot run." in page
+    assert {card["task"] for card in read_cards()} <= TASKS.keys()

@@ -85,4 +85,4 @@ def test_why_there_are_no_kernels(monkeypatch, tmp_path):
     assert "undefined symbol: Dsv3" in why_not()
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert why_not() == "there is no C++ compiler (c++, g++, clang++)"
+    assert why_not() == "there is no C++ compiler (c++, g++, clang++): install one, as by apt install g++"

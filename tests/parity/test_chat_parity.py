@@ -27,7 +27,11 @@ def test_the_golden_file_is_transformers(name, tmp_path, card, monkeypatch):
             pairs.append((ours.chat.render(CONVERSATIONS[conversation], any_order=True).ids, found["quoted"]))
     differing = sum(a != b for a, b in pairs)
     assert differing == 0
-    card(f"{name}, template", "text", {f"of {len(pairs)} prompts and conversations": differing})
+    card(
+        f"{'DeepSeek-' * (name == 'V3')}{name}, chat template",
+        "text",
+        {f"of {len(pairs)} prompts and conversations": differing},
+    )
 
 
 def test_a_tiktoken_model_is_transformers_conversion(tmp_path):

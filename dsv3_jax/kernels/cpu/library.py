@@ -54,7 +54,7 @@ def why_not() -> str:
     """
     words = os.environ.get("CXX", "").strip() or next((c for c in COMPILERS if shutil.which(c)), None)
     if words is None:
-        return f"there is no C++ compiler ({', '.join(COMPILERS)})"
+        return f"there is no C++ compiler ({', '.join(COMPILERS)}): install one, as by apt install g++"
     try:
         library = load(shlex.split(words))
         symbols = {name: getattr(library, symbol) for name, symbol in TARGETS.items()}
