@@ -88,11 +88,11 @@ INSTEAD = {
     "tokenize PATHS": "tokenize notes/ --val-fraction 0.3", "--row-tokens 4096": "--row-tokens 16",
     "--vocab-size 8192": "--vocab-size 300", "--profile 10:13": "--profile 1:2",
     "--against runs/other:200": "--against runs/other:12", "--batch 1 8": "--batch 1",
-    "--draft-length 1 2": "--draft-length 1", "--mesh data=128,expert=16": "--mesh data=2,expert=4",
+    "--draft-length 1 2": "--draft-length 1", "plan v3 --mesh data=128,expert=16": "plan tiny --mesh data=2,expert=4",
 }  # fmt: skip
 RELEASED = {  # cells of the parity grid by place
     "Moonlight-16B-A3B-Instruct": "Moonlight", "moonshotai/Moonlight-16B-A3B": "Moonlight", "DeepSeek-V3": "FP8 file",
-    "DeepSeek-V2-Lite": "V2-Lite, greedy", "deepseek-ai/DeepSeek-V2-Lite": "V2-Lite, greedy",
+    "DeepSeek-V3.1": "groups", "DeepSeek-V2-Lite": "V2-Lite, greedy", "deepseek-ai/DeepSeek-V2-Lite": "V2-Lite, greedy",
 }  # fmt: skip
 
 
@@ -149,7 +149,8 @@ def test_each_command_runs_or_is_named_with_a_reason(page, place, monkeypatch, c
     monkeypatch.chdir(place)
     shutil.rmtree("released", ignore_errors=True)  # of another page
     failed = []
-    for line, argv in zip(filter(str.strip, joined(page)), lines(page), strict=True):
+    pairs = zip(filter(str.strip, joined(page)), lines(page), strict=True)
+    for line, argv in sorted(pairs, key=lambda pair: pair[1][:2] == ["dsv3", "chat"]):  # which may be of a later run
         if argv[0] == "make":
             assert re.search(rf"^{argv[1]}:", MAKEFILE, re.MULTILINE)
         elif argv[0] == "dsv3" and not any(words in line for words in NOT_RUN):
