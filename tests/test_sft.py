@@ -59,6 +59,27 @@ def test_a_completion_or_all_of_a_text_is_the_target():
     assert targets_of({"text": "abc"})[1:] == ([*b"abc", PLAIN.tokenizer.eos_id], [True] * 4)
 
 
+def test_records_of_other_forms_are_the_same_conversation():
+    """ShareGPT's, Alpaca's, other names of roles, and keys that stand beside the messages."""
+    human, gpt = {"from": "human", "value": "hi"}, {"from": "gpt", "value": "hey"}
+    messages = [{"role": "human", "content": "hi"}, {"role": "bot", "content": "hey"}]
+    for record in (
+        {"messages": HELLO, "prompt": "hi", "prompt_id": "7", "text": "hi hey", "source": None},
+        {"conversations": [human, gpt], "id": 1},
+        {"messages": messages},
+        {"prompt": messages[:1], "completion": messages[1:]},
+        {"instruction": "hi", "input": "", "output": "hey", "text": "Below is an instruction"},
+    ):
+        assert encode(record, PLAIN) == encode({"messages": HELLO}, PLAIN), record
+    call, seen = {"from": "function_call", "value": "add(1)"}, {"from": "observation", "value": "2"}
+    turns = (("system", "s"), ("user", "hi"), ("assistant", "add(1)"), ("tool", "2"), ("assistant", "hey"))
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert encode({"system": "s", "conversations": [human, call, seen, gpt]}, PLAIN) == encode(
+        {"messages": messages}, PLAIN
+    )
+    assert targets_of({"instruction": "add", "input": "1 2", "output": "3"})[0] == "3"
+
+
 def test_what_is_too_long_or_has_no_answer_is_counted_and_a_bad_record_is_named(tmp_path):
     records = [{"text": "x" * 100}, {"messages": HELLO[:1]}, *({"messages": chat(i)} for i in range(9))]
     cfg = DataConfig(paths=(write(tmp_path, records),), format="chat", seq_len=64, val_fraction=0.3)
@@ -72,6 +93,20 @@ def test_what_is_too_long_or_has_no_answer_is_counted_and_a_bad_record_is_named(
     write(tmp_path, [{"text": "a"}, {"messages": HELLO}, {"prompt": "a", "completion": [1]}])
     with pytest.raises(ValueError, match=r"line 3: prompt='a' and completion=\[1\] are not two texts or two lists"):
         load_examples(cfg, PLAIN)
+    for record, sentence in (
+        (
+            {"prompt": "a", "chosen": "b"},
+            " has chosen, prompt; give it messages, conversations, prompt and completion, ",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "hi"}, "hey"]},
+            ": message 1='hey' is not an object with a role",
+        ),
+        ({"conversations": [{"from": "narrator"}]}, ": message 0 of role='narrator' has no content"),
+    ):
+        write(tmp_path, [{"text": "a"}, record])
+        with pytest.raises(ValueError, match=f"line 2{sentence}"):
+            load_examples(cfg, PLAIN)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -1,13 +1,14 @@
 """Chat examples for fine-tuning: token ids, and which of them are targets of the losses.
 
-A record has one of these, by which its targets are found:
+The first of these that a record has says what its targets are; other keys may stand beside it:
 
-    messages              a conversation: the assistant's tokens, by the chat template
-    prompt, completion    two lists of messages: the assistant's tokens of the completion; or two strings, without the
-                          template: the completion and the end of a document
-    text                  a document: all of its tokens, and its end
+    messages, or ShareGPT's conversations   the assistant's tokens, by the chat template
+    prompt, completion     two lists of messages: the assistant's tokens of the completion; or two strings, without the
+                           template: the completion and the end of a document
+    instruction, output    Alpaca's, with or without an input: a turn of the user, and the assistant's tokens
+    text                   a document: all of its tokens, and its end
 
-A record of messages may also have `tools`, JSON schemas of functions. Any record may have a `domain`.
+A record with messages may also have `tools`, JSON schemas of functions. Any record may have a `domain`.
 """
 
 import hashlib
@@ -24,7 +25,12 @@ from dsv3_jax.data.batches import Source
 from dsv3_jax.data.corpus import fingerprint_of, held_out, rows_of
 from dsv3_jax.data.packing import Packed, Piece
 
-KEYS = ("messages", "prompt", "completion", "text")
+KEYS = ("messages", "conversations", "system", "prompt", "completion", "instruction", "input", "output", "text")
+# Other names of roles.
+ROLE_OF = {
+    "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
+    "function_call": "assistant", "function": "tool", "observation": "tool", "function_response": "tool",
+}  # fmt: skip
 
 
 def load_examples(cfg: DataConfig, text: TextSettings) -> Source:
@@ -101,26 +107,56 @@ def encode(record: dict[str, Any], text: TextSettings, location: str = "the reco
         >>> encode({"prompt": "1+1=", "completion": "2"}, plain_settings())
         ([49, 43, 49, 61, 50, 256], [False, False, False, False, True, True])
     """
-    keys = [key for key in KEYS if record.get(key) is not None]
+    has = {key for key in KEYS if record.get(key) is not None}
     try:
-        if keys == ["messages"]:
-            rendered = text.chat.render(record["messages"], tools=record.get("tools"), assistant_mask=True)
+        turns, tools = _turns(record, has), record.get("tools")
+        if turns is not None:
+            rendered = text.chat.render(_usual(turns, text), tools=tools, assistant_mask=True)
             return rendered.ids, rendered.mask
-        if keys == ["text"] and isinstance(record["text"], str):
+        if has >= {"prompt", "completion"}:
+            return _completion(record["prompt"], record["completion"], tools, text)
+        if isinstance(record.get("text"), str):
             ids = [*text.encode(record["text"]), text.tokenizer.eos_id]
             return ids, [True] * len(ids)
-        if keys == ["prompt", "completion"]:
-            return _completion(record["prompt"], record["completion"], record.get("tools"), text)
     except ValueError as error:
         raise ValueError(f"{location}: {error}") from error
-    if keys in (["messages"], ["text"]):
-        raise ValueError(f"{location}: {keys[0]}={record[keys[0]]!r} is not text")
-    found = ", ".join(sorted(record)) or "nothing"
-    raise ValueError(f"{location} has {found}; give it messages, or prompt and completion, or text")
+    if "text" in has:
+        raise ValueError(f"{location}: text={record['text']!r} is not text")
+    forms = "messages, conversations, prompt and completion, instruction and output, or text"
+    raise ValueError(f"{location} has {', '.join(sorted(record)) or 'nothing'}; give it {forms}")
+
+
+def _turns(record: dict[str, Any], has: set[str]) -> Any:
+    """Return the messages of a record that is a conversation, else None."""
+    if "messages" in has:
+        return record["messages"]
+    turns = record.get("conversations")
+    if turns is None and has >= {"instruction", "output"}:
+        asked = [record[key] for key in ("instruction", "input") if record.get(key)]
+        user = "\n".join(asked) if all(isinstance(part, str) for part in asked) else asked
+        turns = [{"role": "user", "content": user}, {"role": "assistant", "content": record["output"]}]
+    system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    return [*system, *turns] if isinstance(turns, list) else turns
+
+
+def _usual(turns: Any, text: TextSettings) -> Any:
+    """Give turns the usual keys and roles; what is no turn is left as it is."""
+    if not isinstance(turns, list):
+        return turns
+    found = []
+    for turn in turns:
+        if isinstance(turn, dict) and "role" not in turn and "from" in turn:
+            turn = {"role": turn["from"], "content": turn.get("value")}
+        role = ROLE_OF.get(str(turn.get("role"))) if isinstance(turn, dict) else None
+        if role and not (role == "tool" and text.chat.names(turn["role"])):
+            turn = {**turn, "role": role}
+        found.append(turn)
+    return found
 
 
 def _completion(prompt: Any, completion: Any, tools: Any, text: TextSettings) -> tuple[list[int], list[bool]]:
     if isinstance(prompt, list) and isinstance(completion, list):
+        prompt, completion = _usual(prompt, text), _usual(completion, text)
         whole = text.chat.render([*prompt, *completion], tools=tools, assistant_mask=True)
         # The turns of the prompt are no targets, even an assistant's.
         before = len(text.chat.render(prompt, tools=tools, any_order=True).ids) if prompt else 0

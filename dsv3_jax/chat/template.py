@@ -12,9 +12,10 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jinja2 import nodes
+from jinja2 import meta, nodes
 
 from dsv3_jax.chat.sandbox import Generation, Sandbox, limits, one_sentence
+from dsv3_jax.config import did_you_mean
 from dsv3_jax.data.tokenizer import Tokenizer, any_of
 from dsv3_jax.files import parse_json
 
@@ -25,6 +26,7 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thin
 _PART = 8  # messages that are compared at once
 # Private characters that enclose the name of a special token in a message.
 _OPEN, _CLOSE = "\U000f0000", "\U000f0001"
+_TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # of transformers: a template that cuts spaces cuts its last one
 
 
 class Rendered(NamedTuple):
@@ -40,7 +42,9 @@ class ChatTemplate:
     Args:
         source: Jinja.
         tokenizer: of the ids.
-        special_tokens: role → name, as bos_token; the template sees them.
+        special_tokens: role → name, as bos_token, and other variables of the template.
+    Attributes:
+        variables: names of what the template reads beside messages and tools.
     Raises: ValueError when `source` is no template.
 
     Example:
@@ -53,12 +57,16 @@ class ChatTemplate:
         [117, 58, 60, 101, 111, 115, 62, 256]
     """
 
-    def __init__(self, source: str, tokenizer: Tokenizer, special_tokens: dict[str, str] | None = None):
+    def __init__(self, source: str, tokenizer: Tokenizer, special_tokens: dict[str, Any] | None = None):
         self.source, self.tokenizer, self.special_tokens = source, tokenizer, dict(special_tokens or {})
         environment = Sandbox()
         with limits(), one_sentence():
             self._template, program = environment.from_string(source), environment.parse(source)
+            reads = meta.find_undeclared_variables(program)
         self._tracker: Any = environment.extensions[Generation.identifier]
+        others = {"messages", "tools", "add_generation_prompt", *environment.globals}
+        self.variables = reads - others
+        self.writes_role = _writes_role(program)
         written = "\0".join(
             [node.data for node in program.find_all(nodes.TemplateData)]
             + [node.value for node in program.find_all(nodes.Const) if isinstance(node.value, str)]
@@ -72,32 +80,39 @@ class ChatTemplate:
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
         tools: list[dict[str, Any]] | None = None,
         any_order: bool = False,
+        **variables: Any,
     ) -> str:
         """Return the text of a conversation.
 
         Args:
             messages: dicts with a `role` and a `content`, and what else the template reads.
             add_generation_prompt: end with what precedes an assistant's answer.
+            continue_final_message: end where the content of the last message ends, so that the model continues it. A
+                text names another key of the message, as "reasoning_content".
             tools: JSON schemas of functions. None means that there are none.
             any_order: leave the order of the messages to the template, as transformers does.
-        Raises: ValueError as `check_messages`, or when the template refuses the messages, fails, or tries to reach
-            anything outside.
+            variables: of the template, as `thinking=True`.
+        Raises: ValueError as `check_messages`, when the template does not read a variable, refuses the messages, fails,
+            or tries to reach anything outside.
         """
-        messages = check_messages(messages, self.source, any_order=any_order)
+        messages, values = check_messages(messages, self, any_order=any_order), self.values(variables, tools)
         with limits():
-            return self._run(messages, add_generation_prompt, _plain(tools, "tools"))[0]
+            return self._ended(messages, values, add_generation_prompt, continue_final_message)[0]
 
     def render(
         self,
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
         tools: list[dict[str, Any]] | None = None,
         any_order: bool = False,
         specials_in_messages: bool = False,
         assistant_mask: bool = False,
+        **variables: Any,
     ) -> Rendered:
         """Return the ids of a conversation, and which of them an assistant wrote.
 
@@ -113,37 +128,68 @@ class ChatTemplate:
         template writes it in that turn.
 
         Args:
-            messages, add_generation_prompt, tools, any_order: as `text`.
+            messages, add_generation_prompt, continue_final_message, tools, any_order, variables: as `text`.
             specials_in_messages: read the names of special tokens in messages as those tokens.
             assistant_mask: find the assistant's tokens.
         Raises: ValueError as `text`, or when the mask is asked for and the template, without `{% generation %}`, writes
             earlier turns in another way when later ones follow.
         """
-        messages, tools = check_messages(messages, self.source, any_order=any_order), _plain(tools, "tools")
+        messages, values = check_messages(messages, self, any_order=any_order), self.values(variables, tools)
+        if assistant_mask and continue_final_message:
+            raise ValueError("assistant_mask=True is for whole messages; leave out continue_final_message")
         if not specials_in_messages:
             messages = [m if m["role"] == "assistant" else self._quoted(m) for m in messages]
-            tools = self._quoted(tools)
+            values = self._quoted(values)
         with limits():
-            text, spans = self._run(messages, add_generation_prompt, tools)
+            text, spans = self._ended(messages, values, add_generation_prompt, continue_final_message)
             if assistant_mask and not self.marks_assistant:
-                spans = self._spans_by_prefix(messages, text, tools)
+                spans = self._spans_by_prefix(messages, text, values)
         encode = self.tokenizer.encode_with_specials if specials_in_messages else self._encode
         ids, characters = encode(text)
         return Rendered(ids, _overlaps(characters, spans if assistant_mask else []))
 
-    def _run(self, messages: list[Message], add_generation_prompt: bool, tools: Any) -> tuple[str, Spans]:
+    def values(self, variables: dict[str, Any], tools: Any = None) -> dict[str, Any]:
+        """Return what the template reads beside messages, as plain data. Raises: ValueError for what it never reads."""
+        for name in variables.keys() - self.variables:
+            raise ValueError(
+                f"{name}={variables[name]!r} is no variable of the chat template{did_you_mean(name, self.variables)}; "
+                f"it reads {', '.join(sorted(self.variables)) or 'none'}"
+            )
+        return _plain({"documents": None, "tools": tools} | variables, "tools and variables")
+
+    def _ended(self, messages: list[Message], values: Any, prompt: bool, open_end: bool | str) -> tuple[str, Spans]:
+        """Run the template. Args: prompt: add the generation prompt; open_end: as `continue_final_message`.
+
+        Source: transformers, `render_jinja_template`.
+        """
+        if not open_end:
+            return self._run(messages, prompt, values)
+        if prompt:
+            raise ValueError("continue_final_message and add_generation_prompt are both given; choose one")
+        last, content = _tagged(messages[-1], "content" if open_end is True else open_end)
+        text, _ = self._run([*messages[:-1], last], False, values)
+        end = text.rfind(_TAG.rstrip())
+        if end < 0 or content.strip() not in text:
+            raise ValueError("continue_final_message: the chat template does not write the whole of the last message")
+        return text[:end] if text.startswith(_TAG, end) else text[:end].rstrip(), []
+
+    def _run(self, messages: list[Message], add_generation_prompt: bool, values: dict[str, Any]) -> tuple[str, Spans]:
         """Run the template. Returns: (text, the characters of its generation blocks)."""
         blocks: list[str] = []
         found: list[tuple[int, int]] = []
         self._tracker.blocks, self._tracker.found = blocks, found
+        values = self.special_tokens | values | {"messages": messages, "add_generation_prompt": add_generation_prompt}
         with one_sentence():
-            values = self.special_tokens | {"messages": messages, "tools": tools, "documents": None}
-            for block in self._template.generate(**values, add_generation_prompt=add_generation_prompt):
+            for block in self._template.generate(values):
                 blocks.append(block)
         starts = [0, *itertools.accumulate(map(len, blocks))]
         return "".join(blocks), [(starts[i], starts[i] + length) for i, length in found]
 
-    def _spans_by_prefix(self, messages: list[Message], text: str, tools: Any) -> Spans:
+    def names(self, role: str) -> bool:
+        """Say whether the template has a text that is this role."""
+        return re.search(rf"""(["']){re.escape(role)}\1""", self.source) is not None
+
+    def _spans_by_prefix(self, messages: list[Message], text: str, values: Any) -> Spans:
         """Find the assistant's turns by comparing texts.
 
         A long conversation is divided into parts, which are compared after the part before. If the parts' texts do not
@@ -156,25 +202,25 @@ class ChatTemplate:
         spans, end = [], 0
         try:
             for before, first, stop in zip([0, *starts], starts, [*starts[1:], len(messages)], strict=False):
-                head = self._run(messages[before:first], False, tools)[0] if first else ""
-                part = self._run(messages[before:stop], False, tools)[0] if len(starts) > 1 else text
-                found = self._spans_after(first - before, messages[before:stop], part, tools)
+                head = self._run(messages[before:first], False, values)[0] if first else ""
+                part = self._run(messages[before:stop], False, values)[0] if len(starts) > 1 else text
+                found = self._spans_after(first - before, messages[before:stop], part, values)
                 if not (part.startswith(head) and text.startswith(part[len(head) :], end)):
                     raise ValueError("the parts do not join")
                 spans += [(end + a - len(head), end + b - len(head)) for a, b in found]
                 end += len(part) - len(head)
         except ValueError:
-            return self._spans_after(0, messages, text, tools)
+            return self._spans_after(0, messages, text, values)
         return spans
 
-    def _spans_after(self, first: int, messages: list[Message], text: str, tools: Any) -> Spans:
+    def _spans_after(self, first: int, messages: list[Message], text: str, values: Any) -> Spans:
         """Find the assistant's turns among the messages from the first one on."""
         spans = []
         for i, message in enumerate(messages):
             if i < first or message["role"] != "assistant":
                 continue
-            before, prompt = (self._run(messages[:i], asked, tools)[0] if i else "" for asked in (False, True))
-            after = self._run(messages[: i + 1], False, tools)[0]
+            before, prompt = (self._run(messages[:i], asked, values)[0] if i else "" for asked in (False, True))
+            after = self._run(messages[: i + 1], False, values)[0]
             if not (prompt.startswith(before) and after.startswith(before) and text.startswith(after)):
                 raise ValueError(
                     f"message {i}: the chat template writes the assistant's turn in another way when later turns "
@@ -223,16 +269,14 @@ class ChatTemplate:
         return ids[skip:], [(a - len(head), b - len(head)) for a, b in spans[skip:]]
 
 
-def check_messages(messages: Any, source: str = "", *, any_order: bool = False) -> list[Message]:
+def check_messages(messages: Any, template: ChatTemplate | None = None, *, any_order: bool = False) -> list[Message]:
     """Check a conversation.
 
     The first turn after system messages is a user's. Two user turns or two assistant turns never follow one another.
-    Roles are `ROLES` and others that the template names. A template that checks the order itself, with
-    `raise_exception`, is left to do so.
+    Roles are `ROLES`, and others if the template names them or writes whatever role a message has. A template that
+    checks the order itself, with `raise_exception`, is left to do so.
 
-    Args:
-        source: the template.
-        any_order: check neither order nor roles.
+    Args: any_order: check neither order nor roles.
     Returns: a copy of plain data. Keys whose value is None are left out; the names that templates have for an
         assistant's reasoning are all there if one is, as in transformers.
     Raises: ValueError naming the message by its number, from 0.
@@ -255,7 +299,7 @@ def check_messages(messages: Any, source: str = "", *, any_order: bool = False) 
         if content is not None and not isinstance(content, str | list):
             raise ValueError(f"message {i} has content={content!r}, which is not text")
         if not any_order:
-            _check_order(i, role, before, source)
+            _check_order(i, role, before, template)
         if role != "system":
             before = role
         reasoning = next((message[key] for key in _REASONING if key in message), None)
@@ -273,18 +317,38 @@ def _plain(value: Any, what: str) -> Any:
         raise ValueError(f"{what} hold a value that JSON does not have: {error}") from error
 
 
-def _check_order(i: int, role: str, before: str | None, source: str) -> None:
+def _check_order(i: int, role: str, before: str | None, template: ChatTemplate | None) -> None:
     """Args: before: role of the last message that is not the system's."""
-    if role not in ROLES and not re.search(rf"""(["']){re.escape(role)}\1""", source):
+    if role not in ROLES and not (template and (template.writes_role or template.names(role))):
         raise ValueError(
             f"message {i} has role={role!r}, which the chat template does not name; it is for {', '.join(ROLES)}"
         )
-    if "raise_exception" in source:
+    if template and "raise_exception" in template.source:
         return
     if before is None and role == "assistant":
         raise ValueError(f"message {i} is the assistant's, and no user's message precedes it")
     if role == before and role in ("user", "assistant"):
         raise ValueError(f"message {i} is a second one of role={role!r} in a row; join the two")
+
+
+def _writes_role(node: nodes.Node) -> bool:
+    """Say whether a template does anything with a message's role but compare it."""
+    role = isinstance(node, nodes.Getattr) and node.attr == "role"
+    role |= isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and node.arg.value == "role"
+    return not isinstance(node, nodes.Compare) and (role or any(map(_writes_role, node.iter_child_nodes())))
+
+
+def _tagged(message: Message, key: str) -> tuple[Message, str]:
+    """Put _TAG after the last text of a message. Returns: (a copy of the message, that text)."""
+    value = message.get(key)
+    parts = value if isinstance(value, list) else [{"text": value}]
+    last = next((p for p in reversed(parts) if isinstance(p, dict) and isinstance(p.get("text"), str)), None)
+    if last is None:
+        raise ValueError(f"continue_final_message: the last message has no {key!r} that is text")
+    tagged = {**last, "text": last["text"] + _TAG}
+    open_end = tagged["text"] if isinstance(value, str) else [tagged if p is last else p for p in parts]
+    same = _REASONING if key in _REASONING else (key,)
+    return {k: open_end if k in same and v == value else v for k, v in message.items()}, last["text"]
 
 
 def _overlaps(characters: Spans, spans: Spans) -> list[bool]:

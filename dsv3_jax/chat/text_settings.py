@@ -7,7 +7,8 @@ run has its tokenizer, and the other files only if it was converted from a relea
 import json
 import math
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from dsv3_jax.chat.template import ChatTemplate
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.data.special_tokens import CONFIG_FILE, SPECIALS_FILE, end_ids, named_specials, read_object
 from dsv3_jax.data.tokenizer import JSON_FILE, TIKTOKEN_FILE, FileTokenizer, Tokenizer
-from dsv3_jax.files import read_bytes, read_text, write_atomic
+from dsv3_jax.files import parse_json, read_bytes, read_text, write_atomic
 
 TEMPLATE_FILE, TEMPLATES_FOLDER = "chat_template.jinja", "additional_chat_templates"
 GENERATION_FILE = "generation_config.json"
@@ -52,6 +53,7 @@ class TextSettings:
     sampling: SamplingDefaults
     add_bos: bool  # tokenizer_config.json asks for a BOS that tokenizer.json does not add
     released: bool  # False: a run that was trained here, on documents without BOS or names of special tokens
+    variables: dict[str, Any] = field(default_factory=dict)  # of the chat template, as a run was trained
 
     def encode(self, prompt: str, *, raw: bool = False) -> list[int]:
         """Return the ids of a prompt.
@@ -81,7 +83,7 @@ class TextSettings:
     def chat(self) -> ChatTemplate:
         """The usual chat template.
 
-        Raises: ValueError when the folder has none, or its text is no template.
+        Raises: ValueError when the folder has none, its text is no template, or it does not read a variable.
         """
         if not self.templates:
             raise ValueError(
@@ -91,7 +93,9 @@ class TextSettings:
         if "default" not in self.templates:
             names = ", ".join(sorted(self.templates))
             raise ValueError(f"{self.name} has chat templates {names} and none that is named default")
-        return ChatTemplate(self.templates["default"], self.tokenizer, self.special_tokens)
+        template = ChatTemplate(self.templates["default"], self.tokenizer, self.special_tokens | self.variables)
+        template.values(self.variables)  # raises for one that it does not read
+        return template
 
 
 def plain_settings(spec: str = "bytes") -> TextSettings:
@@ -104,11 +108,11 @@ def plain_settings(spec: str = "bytes") -> TextSettings:
     return with_template(_read(Path(spec).parent / "none", tokenizers.load(spec), released=False), "plain")
 
 
-def with_template(text: TextSettings, template: str | None) -> TextSettings:
+def with_template(text: TextSettings, template: str | None, words: Sequence[str] = ()) -> TextSettings:
     """Return the settings for training on chats: with a template, and a name for the end of a document.
 
-    Args: template: "plain", the path of a Jinja file, or None for the folder's own.
-    Raises: ValueError when there is no such file, it is no template, or the folder has none.
+    Args: template: "plain", the path of a Jinja file, or None for the folder's own; words: as of `variables_of`.
+    Raises: ValueError when there is no such file, it is no template or reads no such variable, or the folder has none.
     """
     names = {i: name for name, i in text.tokenizer.specials.items()}
     special_tokens = text.special_tokens
@@ -122,20 +126,42 @@ def with_template(text: TextSettings, template: str | None) -> TextSettings:
             templates = {"default": read_text(template, _MAX_TEMPLATE)}
         except (OSError, ValueError) as error:
             raise ValueError(f"chat_template={template!r} cannot be read: {error}") from error
-    found = replace(text, special_tokens=special_tokens, templates=templates)
+    variables = text.variables | variables_of(words)
+    found = replace(text, special_tokens=special_tokens, templates=templates, variables=variables)
     assert found.chat is not None  # raises without a template, and for a text that is none
     return found
 
 
-def read_settings(folder: str | Path, tokenizer: str | None = None) -> TextSettings:
+def variables_of(words: Sequence[str]) -> dict[str, Any]:
+    """Read variables of a chat template, as `DataConfig.template`. Raises: ValueError for a word that is none.
+
+    Example:
+        >>> variables_of(("thinking=true", "effort=high"))
+        {'thinking': True, 'effort': 'high'}
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"template={word!r} is not NAME=VALUE, a variable of the chat template")
+        try:
+            found[name] = parse_json(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def read_settings(folder: str | Path, tokenizer: str | None = None, words: Sequence[str] = ()) -> TextSettings:
     """Read the text settings of a released folder or a run.
 
-    Args: tokenizer: of a run, as `DataConfig.tokenizer`. None means a released folder, which has its own.
+    Args: tokenizer: of a run, as `DataConfig.tokenizer`. None means a released folder, which has its own; words: as of
+        `variables_of`.
     Raises: ValueError when the tokenizer is absent or cannot be read, or another file is damaged.
     """
     folder = Path(folder)
     released = tokenizer is None or (folder / CONFIG_FILE).is_file()
-    return _read(folder, tokenizers.load(tokenizer or str(folder)), released=released)
+    text = _read(folder, tokenizers.load(tokenizer or str(folder)), released=released)
+    return replace(text, variables=variables_of(words))
 
 
 def template_files(folder: Path) -> list[Path]:
