@@ -460,7 +460,7 @@ def _check_attention(c: ModelConfig) -> None:
 # Settings of `DataConfig` that are for some formats; others leave them at their default.
 ONLY_FOR = {
     "mixture": ("shards",), "temperature": ("shards",), "max_documents": ("text", "chat"), "chat_template": ("chat",),
-    "fim_rate": ("text",), "separate_documents": ("text", "shards"),
+    "template": ("chat",), "fim_rate": ("text",), "separate_documents": ("text", "shards"),
 }  # fmt: skip
 
 
@@ -491,6 +491,7 @@ class DataConfig:
     # for chat: the file of a Jinja template, or plain, which writes the role on a line of its own; None means the
     # template of the model that training starts with
     chat_template: str | None = None
+    template: tuple[str, ...] = ()  # for chat: variables of the template, as in ("thinking=true",)
     # key of JSONL and column of Parquet or a dataset that holds the text; for chat, the messages
     text_column: str = "text"
     # for shards: weights of domains, as in ("code=2", "English=1"), other domains are left out; empty means all

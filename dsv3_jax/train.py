@@ -9,22 +9,24 @@ import jax.numpy as jnp
 from dsv3_jax.chat.examples import load_examples
 from dsv3_jax.chat.text_settings import TEMPLATE_FILE, TextSettings, copy_to_run, with_template
 from dsv3_jax.cluster import processes
-from dsv3_jax.config import ConfigError, RunConfig, check_kind, to_dict
+from dsv3_jax.config import ConfigError, RunConfig, check_kind, replace, to_dict
 from dsv3_jax.data.batches import Source
 from dsv3_jax.hf import files, reading
 from dsv3_jax.hf.conversion import keep_origin
 from dsv3_jax.hf.open_model import find_released, load_text, released_run
 from dsv3_jax.hf.places import find
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.ops.schedules import learning_rate
 from dsv3_jax.training import loop, warm_start
 from dsv3_jax.training.loop import FitResult, NonFiniteLoss
 from dsv3_jax.training.prepare import Callback
 from dsv3_jax.training.run_folder import RUN_FILE, read_run
 from dsv3_jax.training.step import Job
 
-__all__ = ["Callback", "FitResult", "NonFiniteLoss", "fit", "open_start", "steps_of"]
+__all__ = ["Callback", "FitResult", "NonFiniteLoss", "fit", "for_epochs", "open_start"]
 
 EPOCHS = 2.0  # passes over chat examples. Source: DeepSeek-V3 report, section 5.1
+TEACHES = 1e-4  # sum of the learning rates below which training on chats warns: 20 steps at 5e-6; weights are near 1e-2
 
 
 def fit(run: RunConfig, out: str | Path, **options: Any) -> FitResult:
@@ -78,6 +80,7 @@ def fit(run: RunConfig, out: str | Path, **options: Any) -> FitResult:
     if run.data.format == "chat" and options.get("source") is None:
         processes.agree({"run": to_dict(run)})
         text, examples = processes.by_each(lambda: open_chats(run, out))
+        examples = replace(examples, summary=f"{examples.summary}\n{_outlook(run)}")
         options |= {"source": examples, "callbacks": [KeepText(text), *options.get("callbacks", ())]}
     return loop.fit(run, out, **{"open_start": open_start} | options)
 
@@ -104,18 +107,31 @@ def open_start(place: str, out: str | Path | None = None) -> warm_start.Start:
     return warm_start.Start(str(folder.path), run, True, load, four_bits=folder.four_bits)
 
 
-def open_chats(run: RunConfig, out: str | Path) -> tuple[TextSettings, Source]:
+def open_chats(run: RunConfig, out: str | Path, *, fit_rows: bool = False) -> tuple[TextSettings, Source]:
     """Read how a run reads chats, and its examples: by its own files once it has begun, else by its start's.
 
+    Args: fit_rows: choose the length of the rows by the examples, at most the model's context.
     Raises: ConfigError without a start; ValueError when there is no template, or a file cannot be read.
     """
     if (Path(out) / RUN_FILE).exists() and (Path(out) / TEMPLATE_FILE).exists():
-        text = with_template(load_text(out), None)
+        text = with_template(load_text(out), None, run.data.template)
     elif run.start is None:
         raise ConfigError("data.format='chat' fine-tunes a model: name it with start, as in --start MODEL")
     else:
-        text = with_template(load_text(run.start), run.data.chat_template)
-    return text, load_examples(run.data, text)
+        text = with_template(load_text(run.start), run.data.chat_template, run.data.template)
+    return text, load_examples(run.data, text, run.model.max_positions if fit_rows else None)
+
+
+def _outlook(run: RunConfig) -> str:
+    """Say how far the run's steps can move a weight: by about the learning rate each, whatever the gradient is."""
+    moved = float(learning_rate(run.optim, run.steps, jnp.arange(run.steps)).sum())
+    line = f"{run.steps:,} steps of {run.data.batch_size} rows move a weight by at most about {moved:.0e}"
+    if moved >= TEACHES:
+        return line
+    return (
+        f"{line}, which hardly teaches anything: raise --optim.learning-rate={run.optim.learning_rate:g} or --epochs, "
+        f"or lower --data.batch-size={run.data.batch_size} or --optim.warmup-steps={run.optim.warmup_steps}"
+    )
 
 
 class KeepText(Callback):
@@ -133,12 +149,14 @@ class KeepText(Callback):
             copy_to_run(start, out, self._text)
 
 
-def steps_of(run: RunConfig, out: str | Path, epochs: float = EPOCHS) -> int:
-    """Return the number of steps in `epochs` passes over a run's examples.
+def for_epochs(run: RunConfig, out: str | Path, epochs: float = EPOCHS, *, fit_rows: bool = False) -> RunConfig:
+    """Set the steps of a run on chats to `epochs` passes over its examples.
 
+    Args: fit_rows: choose the length of the rows, too, as `open_chats`.
     Raises: ValueError as `open_chats`; ConfigError for epochs that are not positive.
     """
     if not (math.isfinite(epochs) and epochs > 0):
         raise ConfigError(f"epochs={epochs} is not positive")
-    examples = open_chats(run, out)[1]
-    return max(1, math.ceil(epochs * examples.rows_per_epoch() / run.data.batch_size))
+    examples = open_chats(run, out, fit_rows=fit_rows)[1]
+    steps = max(1, math.ceil(epochs * examples.rows_per_epoch() / run.data.batch_size))
+    return replace(run, data=examples.cfg, steps=steps)

@@ -17,12 +17,12 @@ from types import SimpleNamespace
 import pytest
 from models import SMALL, random_model
 from runs import make_run, unhooked, unhooked_cli
-from texts import ANSWER, CONVERSATIONS, GOLDEN, NOW, PROMPTS, TEXTS, TOOLS, USER, V3, write_text_files
+from texts import ANSWER, CONVERSATIONS, GOLDEN, NOW, PROMPTS, TEMPLATES, TEXTS, TOOLS, USER, V3, write_text_files
 
 import dsv3_jax as ds
 from dsv3_jax.chat import sandbox
 from dsv3_jax.chat.template import ChatTemplate
-from dsv3_jax.chat.text_settings import SamplingDefaults, copy_to_run, read_settings
+from dsv3_jax.chat.text_settings import SamplingDefaults, copy_to_run, read_settings, with_template
 from dsv3_jax.config import replace
 from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.hf.files import write_json
@@ -110,6 +110,26 @@ def test_a_generation_prompt_may_open_a_thought(texts):
         "<think>", "3", "</think>", "4", "<｜end▁of▁sentence｜>",
     ]  # fmt: skip
     assert [i for i, ours in zip(ids, mask, strict=True) if ours] == ids[-4:]  # the prompt has opened the thought
+
+
+def test_variables_of_the_template_and_a_continued_message(texts):
+    text = with_template(texts("V3"), str(TEMPLATES / "r1.jinja"), ("thinking=true",))
+    begun = [USER, {"role": "assistant", "content": "the e"}]
+    assert text.chat.text([USER], add_generation_prompt=True).endswith("<｜Assistant｜><think>")
+    assert text.chat.text([USER], add_generation_prompt=True, thinking=False).endswith("<｜Assistant｜></think>")
+    assert text.chat.text(begun, continue_final_message=True).endswith("<｜Assistant｜>the e")
+    for options, sentence in (
+        ({"thinkin": True}, "thinkin=True is no variable of the chat template; did you mean 'thinking'?; it reads "),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "are both given; choose one"),
+        ({"continue_final_message": "reasoning"}, "the last message has no 'reasoning' that is text"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            text.chat.text(begun, **options)
+    begun[1]["content"] = "<think>a</think>b"
+    with pytest.raises(ValueError, match="does not write the whole of the last message"):
+        texts("V3").chat.text(begun, continue_final_message=True)
+    with pytest.raises(ValueError, match="template='thinking' is not NAME=VALUE"):
+        with_template(text, None, ("thinking",))
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -220,15 +240,26 @@ GREEDY = ("--temperature", 0, "--max-new-tokens", 9)
 @pytest.mark.long
 def test_chat_continues_the_conversation(dsv3, talker):
     """With a system message; drafts change nothing. A message too long for the context is left out."""
-    lines = "hello\n\nthe <|im_end|>\n/reset\nhello\n" + "x" * 150 + "\n/exit\nno\n"
+    lines = 'hello\n\nthe\\\n<|im_end|>\n/clear\n/help\n"""\nhello\n"""\n' + "x" * 150 + "\n/exit\nno\n"
     code, out, err = dsv3("chat", talker, *GREEDY, "--system", "the system", "--draft", "mtp", lines=lines)
     first = [{"role": "system", "content": "the system"}, {"role": "user", "content": "hello"}]
     one = greedy(talker, first, 9)
-    more = [{"role": "assistant", "content": one}, {"role": "user", "content": "the <|im_end|>"}]
+    more = [{"role": "assistant", "content": one}, {"role": "user", "content": "the\n<|im_end|>"}]
     two = greedy(talker, first + more, 9)
     assert (code, out) == (0, f"{one}\n{two}\n{one}\n") and one and two != one
     assert err.startswith("kernels for cpu: ") and "(the conversation is empty)" in err and "drafts accepted: " in err
     assert err.count("(the answer ends here: max_new_tokens=9)") == 3 and "fills the context of 160; /reset" in err
+    assert "a turn of several lines: end a line with" in err
+    begun = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "the"}]
+    ids = load_text(talker).chat.render(begun, continue_final_message=True).ids
+    (tokens,) = ds.generate(ds.load_model(talker), [ids], 9).tokens
+    code, out, _ = dsv3("chat", talker, *GREEDY, "--prefill", "the", lines="hello\n")
+    assert (code, out) == (0, "the" + load_text(talker).tokenizer.decode(tokens) + "\n")
+
+
+def test_an_unknown_variable_is_one_sentence(dsv3, talker):
+    code, out, err = dsv3("chat", talker, "--template.thinking", "true", lines="hello\n")
+    assert (code, out, err) == (2, "", "dsv3: thinking=True is no variable of the chat template; it reads none\n")
 
 
 @pytest.mark.long

@@ -11,6 +11,7 @@ from flax import nnx
 from models import DENSE, LIGHT, parameters, random_model
 from runs import MODEL, rows_of, said_by, unhooked_cli
 
+import dsv3_jax as ds
 from dsv3_jax import hf, reference
 from dsv3_jax.chat.examples import encode, load_examples
 from dsv3_jax.chat.text_settings import plain_settings
@@ -20,6 +21,7 @@ from dsv3_jax.data.packing import Packed, Piece
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
 from dsv3_jax.hf.open_model import load_text
 from dsv3_jax.model.moe import RouterBias
+from dsv3_jax.train import _outlook
 from dsv3_jax.training.checkpoint import load_run
 from dsv3_jax.training.loss import compute_loss, target_counts
 from dsv3_jax.training.run_folder import read_run
@@ -94,19 +96,28 @@ def test_what_is_too_long_or_has_no_answer_is_counted_and_a_bad_record_is_named(
     with pytest.raises(ValueError, match=r"line 3: prompt='a' and completion=\[1\] are not two texts or two lists"):
         load_examples(cfg, PLAIN)
     for record, sentence in (
-        (
-            {"prompt": "a", "chosen": "b"},
-            " has chosen, prompt; give it messages, conversations, prompt and completion, ",
-        ),
-        (
-            {"conversations": [{"from": "human", "value": "hi"}, "hey"]},
-            ": message 1='hey' is not an object with a role",
-        ),
+        ({"prompt": "a", "chosen": "b"}, " has chosen, prompt; give it messages, conversations, prompt and "),
+        ({"conversations": [{"from": 5, "value": "hi"}]}, ": message 0 has role=5; give one of system, user"),
         ({"conversations": [{"from": "narrator"}]}, ": message 0 of role='narrator' has no content"),
     ):
         write(tmp_path, [{"text": "a"}, record])
         with pytest.raises(ValueError, match=f"line 2{sentence}"):
             load_examples(cfg, PLAIN)
+
+
+def test_rows_fit_the_examples_and_what_few_steps_can_do_is_said(tmp_path):
+    """The smallest multiple of 64 that holds 99 % of them, at most the context."""
+    records = [{"messages": chat(i)} for i in range(199)]
+    cfg = DataConfig(paths=(write(tmp_path, [*records, {"text": "x" * 100}]),), format="chat", val_fraction=0.3)
+    source = load_examples(cfg, PLAIN, 4096)
+    assert source.cfg.seq_len == 64 and "left out: 1 longer than seq_len=64" in source.summary
+    assert f" {source.rows_per_epoch()} rows of 64: one pass takes " in source.summary
+    assert load_examples(cfg, PLAIN, 48).cfg.seq_len == 48
+    run = ds.recipe("sft")
+    assert "1 steps of 16 rows move a weight by at most about 5e-07, which hardly teaches anything: raise " in (
+        _outlook(replace(run, steps=1))
+    )
+    assert _outlook(replace(run, steps=500)) == "500 steps of 16 rows move a weight by at most about 1e-03"
 
 
 @partial(jax.jit, static_argnums=0)

@@ -13,6 +13,7 @@ A record with messages may also have `tools`, JSON schemas of functions. Any rec
 
 import hashlib
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -20,12 +21,13 @@ from typing import Any
 import numpy as np
 
 from dsv3_jax.chat.text_settings import TextSettings
-from dsv3_jax.config import DataConfig
+from dsv3_jax.config import DataConfig, replace
 from dsv3_jax.data.batches import Source
 from dsv3_jax.data.corpus import fingerprint_of, held_out, rows_of
 from dsv3_jax.data.packing import Packed, Piece
 
 KEYS = ("messages", "conversations", "system", "prompt", "completion", "instruction", "input", "output", "text")
+_STEP = 64  # of the lengths of rows
 # Other names of roles.
 ROLE_OF = {
     "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
@@ -33,13 +35,16 @@ ROLE_OF = {
 }  # fmt: skip
 
 
-def load_examples(cfg: DataConfig, text: TextSettings) -> Source:
+def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = None) -> Source:
     """Read and encode the examples of `cfg.paths`, and split them by a hash of each.
 
     Equal examples are on the same side. An example's domain is the one it states, else the name of its file. Rows hold
     whole examples. Those with more than T tokens, or without a target, are left out.
 
-    Args: text: of the model that is fine-tuned: tokenizer, special tokens, chat template.
+    Args:
+        text: of the model that is fine-tuned: tokenizer, special tokens, chat template.
+        longest: choose T up to this: the smallest multiple of 64 that holds 99 % of the examples. None means
+            `cfg.seq_len`.
     Raises: ValueError with the file and line of a record that is none of those above, or whose messages the chat
         template refuses. Also if there is no example, or too few for two sides.
 
@@ -56,15 +61,20 @@ def load_examples(cfg: DataConfig, text: TextSettings) -> Source:
         >>> next(source.train_batches())["loss_mask"].astype(int).tolist()
         [[0, 0, 0, 0, 1, 1, 0, 0]]
         >>> source.summary
-        'examples: 1 to train on, 1 held out; 6 tokens, 2 of them targets; one pass takes 1.0 steps'
+        'examples: 1 to train on, 1 held out; 6 tokens, 2 of them targets; 1 rows of 8: one pass takes 1.0 steps'
     """
+    examples = []
+    for record, domain, location in itertools.islice(contents(cfg.paths, cfg.text_column), cfg.max_documents):
+        ids, targets = encode(record, text, location)
+        examples.append((np.array(ids, np.int32), np.array(targets, bool), domain))
+    if longest is not None and examples:
+        nearly_all = sorted(len(tokens) for tokens, _, _ in examples)[math.ceil(0.99 * len(examples)) - 1]
+        cfg = replace(cfg, seq_len=min(-(-nearly_all // _STEP) * _STEP, longest))
     domains: dict[str, int] = {}
     pieces: list[Piece] = []
     digests: list[bytes] = []
     counts: Counter[str] = Counter()
-    for record, domain, location in itertools.islice(contents(cfg.paths, cfg.text_column), cfg.max_documents):
-        ids, targets = encode(record, text, location)
-        tokens, mask = np.array(ids, np.int32), np.array(targets, bool)
+    for tokens, mask, domain in examples:
         if len(tokens) > cfg.seq_len:
             counts[f"longer than seq_len={cfg.seq_len}"] += 1
         elif not mask[1:].any():
@@ -90,8 +100,8 @@ def load_examples(cfg: DataConfig, text: TextSettings) -> Source:
         tuple(domains),
         fingerprint_of(digest for digest, v in zip(digests, is_val, strict=True) if not v),
         f"examples: {len(train):,} to train on, {len(val):,} held out; {sum(len(p.tokens) for p in train):,} tokens, "
-        f"{num_targets:,} of them targets; one pass takes {len(rows) / cfg.batch_size:,.1f} steps"
-        + (left_out if counts else ""),
+        f"{num_targets:,} of them targets; {len(rows):,} rows of {cfg.seq_len:,}: "
+        f"one pass takes {len(rows) / cfg.batch_size:,.1f} steps" + (left_out if counts else ""),
         lambda: [rows],
         lambda: [Packed(found, cfg.seq_len, whole=True) for found in of_domain if found],
     )
@@ -132,26 +142,23 @@ def _turns(record: dict[str, Any], has: set[str]) -> Any:
         return record["messages"]
     turns = record.get("conversations")
     if turns is None and has >= {"instruction", "output"}:
-        asked = [record[key] for key in ("instruction", "input") if record.get(key)]
-        user = "\n".join(asked) if all(isinstance(part, str) for part in asked) else asked
-        turns = [{"role": "user", "content": user}, {"role": "assistant", "content": record["output"]}]
+        asked = f"{record['instruction']}\n{record['input']}" if record.get("input") else record["instruction"]
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": record["output"]}]
     system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
     return [*system, *turns] if isinstance(turns, list) else turns
 
 
 def _usual(turns: Any, text: TextSettings) -> Any:
-    """Give turns the usual keys and roles; what is no turn is left as it is."""
-    if not isinstance(turns, list):
+    """Give turns the usual keys and roles. `render` says what is wrong with the others."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return turns
-    found = []
-    for turn in turns:
-        if isinstance(turn, dict) and "role" not in turn and "from" in turn:
-            turn = {"role": turn["from"], "content": turn.get("value")}
-        role = ROLE_OF.get(str(turn.get("role"))) if isinstance(turn, dict) else None
-        if role and not (role == "tool" and text.chat.names(turn["role"])):
-            turn = {**turn, "role": role}
-        found.append(turn)
-    return found
+    turns = [{"role": turn["from"], "content": turn.get("value")} if "from" in turn else turn for turn in turns]
+    roles = [ROLE_OF.get(str(turn.get("role"))) for turn in turns]
+    return [
+        # A template may have another name for tools.
+        turn | {"role": role} if role and not (role == "tool" and text.chat.names(turn["role"])) else turn
+        for turn, role in zip(turns, roles, strict=True)
+    ]
 
 
 def _completion(prompt: Any, completion: Any, tools: Any, text: TextSettings) -> tuple[list[int], list[bool]]:

@@ -62,11 +62,10 @@ class ChatTemplate:
         environment = Sandbox()
         with limits(), one_sentence():
             self._template, program = environment.from_string(source), environment.parse(source)
-            reads = meta.find_undeclared_variables(program)
+            reads, self.writes_role = meta.find_undeclared_variables(program), _writes_role(program)
         self._tracker: Any = environment.extensions[Generation.identifier]
         others = {"messages", "tools", "add_generation_prompt", *environment.globals}
         self.variables = reads - others
-        self.writes_role = _writes_role(program)
         written = "\0".join(
             [node.data for node in program.find_all(nodes.TemplateData)]
             + [node.value for node in program.find_all(nodes.Const) if isinstance(node.value, str)]
@@ -269,7 +268,7 @@ class ChatTemplate:
         return ids[skip:], [(a - len(head), b - len(head)) for a, b in spans[skip:]]
 
 
-def check_messages(messages: Any, template: ChatTemplate | None = None, *, any_order: bool = False) -> list[Message]:
+def check_messages(messages: Any, template: ChatTemplate, *, any_order: bool = False) -> list[Message]:
     """Check a conversation.
 
     The first turn after system messages is a user's. Two user turns or two assistant turns never follow one another.
@@ -317,13 +316,13 @@ def _plain(value: Any, what: str) -> Any:
         raise ValueError(f"{what} hold a value that JSON does not have: {error}") from error
 
 
-def _check_order(i: int, role: str, before: str | None, template: ChatTemplate | None) -> None:
+def _check_order(i: int, role: str, before: str | None, template: ChatTemplate) -> None:
     """Args: before: role of the last message that is not the system's."""
-    if role not in ROLES and not (template and (template.writes_role or template.names(role))):
+    if role not in ROLES and not (template.writes_role or template.names(role)):
         raise ValueError(
             f"message {i} has role={role!r}, which the chat template does not name; it is for {', '.join(ROLES)}"
         )
-    if template and "raise_exception" in template.source:
+    if "raise_exception" in template.source:
         return
     if before is None and role == "assistant":
         raise ValueError(f"message {i} is the assistant's, and no user's message precedes it")

@@ -4,6 +4,7 @@ A released folder says this in small files: `TEXT_FILES`, config.json, and furth
 run has its tokenizer, and the other files only if it was converted from a released folder.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -126,8 +127,7 @@ def with_template(text: TextSettings, template: str | None, words: Sequence[str]
             templates = {"default": read_text(template, _MAX_TEMPLATE)}
         except (OSError, ValueError) as error:
             raise ValueError(f"chat_template={template!r} cannot be read: {error}") from error
-    variables = text.variables | variables_of(words)
-    found = replace(text, special_tokens=special_tokens, templates=templates, variables=variables)
+    found = replace(text, special_tokens=special_tokens, templates=templates, variables=variables_of(words))
     assert found.chat is not None  # raises without a template, and for a text that is none
     return found
 
@@ -144,10 +144,9 @@ def variables_of(words: Sequence[str]) -> dict[str, Any]:
         name, equals, value = word.partition("=")
         if not equals or not name.isidentifier():
             raise ValueError(f"template={word!r} is not NAME=VALUE, a variable of the chat template")
-        try:
+        found[name] = value
+        with contextlib.suppress(ValueError):
             found[name] = parse_json(value)
-        except ValueError:
-            found[name] = value
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dsv3_jax.cli.common import parse, sentence
+from dsv3_jax.cli.common import parse, sentence, with_variables
 from dsv3_jax.cli.generate import Decode, decode_config, load, print_parts, show_kernels
 
 
@@ -15,57 +15,84 @@ from dsv3_jax.cli.generate import Decode, decode_config, load, print_parts, show
 class Chat(Decode):
     """Talk with a model in turns. A line is a turn; the answer is printed as it comes, everything else on stderr.
 
-    The line /reset begins a new conversation; /exit or the end of the input ends. Ctrl-C stops an answer, and keeps
-    what came of it. Without a terminal, each line of stdin is a turn. No turn is ever dropped: if the conversation
+    A line that ends with a backslash continues on the next one, and lines between two lines of three double quotes are
+    one turn. /help lists commands; /exit or the end of the input ends. Ctrl-C stops an answer, and keeps what came of
+    it. Without a terminal, turns are read from stdin in the same way. No turn is ever dropped: if the conversation
     fills the model's context, a sentence says so. The names of special tokens in your turns are text.
+
+    Variables of the chat template are options: `--template.thinking true`.
     """
 
     system: str | None = None
     """text of a system message before the first turn; None means what the template writes without one"""
     max_new_tokens: int = 1024
     """number of tokens of an answer, at most"""
+    prefill: str | None = None
+    """text with which each answer begins"""
+    template: tuple[str, ...] = ()
+    """variables of the chat template, as NAME=VALUE"""
+
+
+FENCE = '"""'
+HELP = """/reset or /clear begins a new conversation; /exit or Ctrl-D ends; Ctrl-C stops an answer
+a turn of several lines: end a line with \\, or write \"\"\" on a line before and after it"""
 
 
 def run(argv: list[str]) -> int:
     """Read turns from stdin and print answers."""
-    args = parse(Chat, argv, "chat")
+    args = parse(Chat, with_variables(argv, "--template"), "chat")
     from dsv3_jax.hf.open_model import load_text
 
     text = load_text(args.model)
     start = [] if args.system is None else [{"role": "system", "content": args.system}]
-    text.chat.text([*start, {"role": "user", "content": "a"}], add_generation_prompt=True)  # errors before loading
+    _prompt(text, [*start, {"role": "user", "content": "a"}], args)  # errors before loading
     model, draft = load(args, text)
     config = decode_config(args, text, draft, args.max_new_tokens)
     replace(config, max_new_tokens=1).check(model.cfg, [[text.stop_ids[0]]])
     show_kernels(model)
     messages = start
-    for number, line in enumerate(_lines()):
-        if line.strip() == "/exit":
+    for number, turn in enumerate(_turns(_lines())):
+        command = turn.strip()
+        if command == "/exit":
             break
-        if line.strip() == "/reset":
+        if command == "/help":
+            _say(HELP)
+        elif command in ("/reset", "/clear"):
             messages = start
             _say("the conversation is empty")
-        elif line.strip():
-            asked = [*messages, {"role": "user", "content": line}]
+        elif command:
+            asked = [*messages, {"role": "user", "content": turn}]
             try:
-                answer = _answer(model, text, asked, replace(config, seed=(args.seed + number) % (1 << 32)))
+                ids = _prompt(text, asked, args)
+                new = _answer(model, text, ids, args, replace(config, seed=(args.seed + number) % (1 << 32)))
             except ValueError as error:
                 _say(sentence(error))
                 continue
-            if answer:
-                messages = [*asked, {"role": "assistant", "content": answer}]
+            if new:
+                messages = [*asked, {"role": "assistant", "content": (args.prefill or "") + new}]
     return 0
 
 
-def _answer(model: Any, text: Any, messages: list[dict[str, Any]], config: Any) -> str:
+def _prompt(text: Any, messages: list[dict[str, Any]], args: Chat) -> list[int]:
+    """The ids after which an answer to the messages begins. Raises: ValueError when the template refuses them."""
+    from dsv3_jax.chat.text_settings import variables_of
+
+    variables = variables_of(args.template)
+    if args.prefill is None:
+        return text.chat.render(messages, add_generation_prompt=True, **variables).ids
+    messages = [*messages, {"role": "assistant", "content": args.prefill}]
+    return text.chat.render(messages, continue_final_message=True, **variables).ids
+
+
+def _answer(model: Any, text: Any, ids: list[int], args: Chat, config: Any) -> str:
     """Print the answer to a conversation as it comes.
 
-    Returns: the answer, as far as it came before Ctrl-C.
-    Raises: ValueError when the template refuses the messages, or they fill the context.
+    Returns: the answer, as far as it came before Ctrl-C, without the prefill.
+    Raises: ValueError when the conversation fills the context.
     """
     from dsv3_jax.decoding.generate import generate_in_parts
+    from dsv3_jax.report.progress import say
 
-    ids = text.chat.render(messages, add_generation_prompt=True).ids
     context = model.cfg.max_positions
     if config.num_drafts and not isinstance(config.draft, str):
         context = min(context, config.draft.cfg.max_positions)
@@ -79,6 +106,7 @@ def _answer(model: Any, text: Any, messages: list[dict[str, Any]], config: Any) 
     padded = min(max(256, 1 << (len(ids) - 1).bit_length()), len(ids) + room - most)
     config = replace(config, max_new_tokens=most, pad_prompts_to=padded)
     tokens: list[int] = []
+    say(args.prefill or "")
     try:
         print_parts(generate_in_parts(model, [ids], config), text, tokens)
         if tokens[-1] not in text.stop_ids:
@@ -102,8 +130,24 @@ def _with_names(tokenizer: Any, tokens: list[int]) -> str:
     return "".join(name * len(list(run)) if name else tokenizer.decode(run) for name, run in runs)
 
 
+def _turns(lines: Iterator[str]) -> Iterator[str]:
+    """Join the lines of a turn.
+
+    Example:
+        >>> list(_turns(iter(["a", "b\\\\", "c", FENCE, "d", "", "e", FENCE])))
+        ['a', 'b\\nc', 'd\\n\\ne']
+    """
+    for line in lines:
+        if line.strip() == FENCE:
+            line = "\n".join(itertools.takewhile(lambda inner: inner.strip() != FENCE, lines))
+        else:
+            while line.endswith("\\"):
+                line = line[:-1] + "\n" + next(lines, "")
+        yield line
+
+
 def _lines() -> Iterator[str]:
-    """Yield the turns: of a terminal with a prompt and line editing, else the lines of stdin."""
+    """Yield the lines of a terminal with a prompt and line editing, else those of stdin."""
     if not sys.stdin.isatty():
         yield from (line.rstrip("\r\n") for line in sys.stdin)
         return

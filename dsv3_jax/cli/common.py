@@ -100,6 +100,23 @@ def value_of(argv: list[str], option: str) -> str | None:
     return None
 
 
+def with_variables(argv: list[str], option: str) -> list[str]:
+    """Write each `--template.NAME VALUE`, a variable of a chat template, as `--template NAME=VALUE …`.
+
+    Example:
+        >>> with_variables(["--template.thinking", "true", "--template.effort=low", "--seed", "1"], "--template")
+        ['--seed', '1', '--template', 'thinking=true', 'effort=low']
+    """
+    rest, pairs, words = [], [], iter(argv)
+    for word in words:
+        if word.startswith(f"{option}."):
+            name, equals, value = word.removeprefix(f"{option}.").partition("=")
+            pairs.append(f"{name.replace('-', '_')}={value if equals else next(words, '')}")
+        else:
+            rest.append(word)
+    return [*rest, option, *pairs] if pairs else rest
+
+
 # The process
 
 

@@ -85,23 +85,31 @@ def run(argv: list[str]) -> int:
 def print_parts(parts: Iterable[Any], text: Any, tokens: list[int]) -> None:
     """Print the text of a request as it comes, and at the end its speed and accepted drafts on stderr.
 
+    The speed is that after the first part, which compiles the program; a text of one part has none.
+
     Args: parts: of `generate_in_parts`, with one prompt; text: its `TextSettings`; tokens: new tokens are added to it.
     """
     from dsv3_jax.report.progress import say
 
     characters, result = codecs.getincrementaldecoder("utf-8")("replace"), None
+    times: list[tuple[int, float]] = []
     try:
         for result in parts:
             new = result.tokens[0][len(tokens) :]
             tokens += new
+            times.append((len(tokens), result.decode_seconds))
             shown = text.tokenizer.bytes_of(token for token in new if token not in text.stop_ids)
             say(characters.decode(shown))  # a character of several bytes, once it is complete
     finally:
         say(characters.decode(b"", final=True) + "\n")
     if result is not None and (result.acceptance or sys.stdout.isatty()):
         shares = " ".join(f"{share:.0%}" for share in result.acceptance)
-        drafts = f"drafts accepted: {shares}; {result.mean_accepted:.2f} tokens a step, " if shares else ""
-        print(f"{drafts}{result.tokens_per_s:,.0f} tokens/s", file=sys.stderr)
+        said = [f"drafts accepted: {shares}; {result.mean_accepted:.2f} tokens a step"] if shares else []
+        (first, start), (last, end) = times[min(1, len(times) - 1)], times[-1]
+        if last > first:
+            said.append(f"{(last - first) / (end - start):,.0f} tokens/s")
+        if said:
+            print(", ".join(said), file=sys.stderr)
 
 
 def load(args: Decode, text: Any) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ from dsv3_jax.cli.common import (
     prepare_training,
     sentence,
     value_of,
+    with_variables,
 )
 from dsv3_jax.config import RunConfig, replace
 from dsv3_jax.presets import NEEDS_START, recipe
@@ -75,7 +76,7 @@ def _fit(args: Train, mesh: Any) -> int:
 def options(argv: list[str]) -> Train:
     """Parse the arguments; the defaults are the preset's recipe, on another run's model and data with --start or
     --trunk."""
-    run, rest = named_preset(argv, "train", recipe)
+    run, rest = named_preset(with_variables(argv, "--data.template"), "train", recipe)
     if value_of(rest, "--optim.lr"):
         raise ValueError("option --optim.lr is unknown; did you mean --optim.learning-rate?")
     if trunk := value_of(rest, "--trunk"):
@@ -94,7 +95,7 @@ def options(argv: list[str]) -> Train:
     if args.epochs is not None and args.run.data.format != "chat":
         raise ValueError(f"epochs={args.epochs} is for chat examples, as in `dsv3 train sft`; use --steps")
     if args.run.data.format == "chat":
-        args = replace(args, run=_for_epochs(args, value_of(rest, "--steps")))
+        args = replace(args, run=_for_epochs(args, value_of(rest, "--steps"), value_of(rest, "--data.seq-len")))
     return args
 
 
@@ -113,18 +114,23 @@ def parse_steps(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _for_epochs(args: Train, steps: str | None) -> RunConfig:
-    """Set the steps of a run on chats, which a run that has begun knows already."""
-    from dsv3_jax.train import EPOCHS, steps_of
+def _for_epochs(args: Train, steps: str | None, seq_len: str | None) -> RunConfig:
+    """Set the steps and the rows of a run on chats, which a run that has begun knows already."""
+    from dsv3_jax.train import EPOCHS, for_epochs
     from dsv3_jax.training.run_folder import RUN_FILE, read_run
 
-    if steps is not None:
-        if args.epochs is not None:
-            raise ValueError(f"epochs={args.epochs} and steps={steps} are both given; choose one")
-        return args.run
-    if args.epochs is None and (args.out / RUN_FILE).exists():
-        return replace(args.run, steps=read_run(args.out).steps)
-    return replace(args.run, steps=steps_of(args.run, args.out, EPOCHS if args.epochs is None else args.epochs))
+    if steps is not None and args.epochs is not None:
+        raise ValueError(f"epochs={args.epochs} and steps={steps} are both given; choose one")
+    run, begun = args.run, read_run(args.out) if (args.out / RUN_FILE).exists() else None
+    if begun and seq_len is None:
+        run = replace(run, data=replace(run.data, seq_len=begun.data.seq_len))
+    if begun and steps is None and args.epochs is None:
+        return replace(run, steps=begun.steps)
+    if steps is not None and (begun or seq_len is not None):
+        return run
+    epochs = EPOCHS if args.epochs is None else args.epochs
+    found = for_epochs(run, args.out, epochs, fit_rows=seq_len is None and begun is None)
+    return found if steps is None else replace(found, steps=run.steps)
 
 
 def _train_in_cluster(args: Train) -> int:

@@ -165,7 +165,8 @@ def load_text(folder: str | Path) -> TextSettings:
     files.file_inside(place, files.CONFIG)  # an absent file passes
     names = text_files(place)
     if is_run:
-        return text_settings.read_settings(place, read_run(place).data.tokenizer)
+        data = read_run(place).data
+        return text_settings.read_settings(place, data.tokenizer, data.template)
     if not names.keys() & {TOKENIZER_FILE, TIKTOKEN_FILE}:
         raise ValueError(f"{place} has no tokenizer: neither {TOKENIZER_FILE} nor {TIKTOKEN_FILE} is in it")
     return text_settings.read_settings(place)
