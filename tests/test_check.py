@@ -17,7 +17,7 @@ from dsv3_jax.kernels import check, choose, verdicts
 from dsv3_jax.kernels.cases import CASES, Draw
 from dsv3_jax.kernels.choose import Implementation, prepare
 from dsv3_jax.kernels.tpu import attention as tpu_attention
-from dsv3_jax.ops import dispatch
+from dsv3_jax.ops import dispatch, products
 from experiments.accel.kernels import tpu_latent_attention
 
 
@@ -63,6 +63,16 @@ def test_one_percent_in_one_small_expert_is_found_and_left_out(folder, monkeypat
     for text in (path.read_text()[:-9], "[1]", json.dumps(kept | {"versions": {}}), json.dumps(kept | {"wrong": [1]})):
         path.write_text(text)
         assert prepare().wrong == ()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_number_that_is_not_finite_is_wrong(bad):
+    op, draw = "exact_product", Draw(jnp.dtype("float32"), np.random.default_rng(0))
+    row = Implementation("bad", lambda x, w: products.exact_product(x, w).at[-1, 0].set(bad))
+    (verdict,) = check._check_case(
+        op, [row], check.reference_of(op, "none"), list(CASES[op](draw, False))[2], draw, "none"
+    )
+    assert "exact_product[2] is inf% off" in verdict.wrong
 
 
 KERNELS = {  # the platform, the op, and which of its cases Pallas' interpreter runs within seconds

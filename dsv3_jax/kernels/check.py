@@ -142,7 +142,8 @@ def _judge(names: tuple[str, ...], errors: list, bounds: tuple[float, float]) ->
     """(The largest error over its bound, what is wrong). An error that is no number is infinite."""
     worst = 0.0, ""
     for name, shares in zip(names, errors, strict=True):
-        for measure, share, bound in zip(("factor", "peak"), map(np.nan_to_num, shares), bounds, strict=True):
+        for measure, share, bound in zip(("factor", "peak"), shares, bounds, strict=True):
+            share = np.where(np.isfinite(share), share, np.inf)
             at = np.unravel_index(share.argmax(), share.shape)
             what = f"{'' if name == names[0] else 'gradient of '}{name}{[int(i) for i in at] or ''}"
             worst = max(worst, (float(share[at]) / bound, f"{what} is {share[at]:.2%} off by {measure}"))
