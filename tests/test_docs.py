@@ -14,7 +14,7 @@ import pytest
 import tyro
 from released import GRID, Cell, write_folder
 from runs import MODEL, finished, flags, make_run, unhooked_cli, write_text
-from texts import ANSWER, TEXTS, USER, write_text_files
+from texts import ANSWER, TEMPLATES, TEXTS, USER, write_text_files
 
 import dsv3_jax as ds
 from dsv3_jax import presets, train
@@ -130,6 +130,7 @@ def place(root, tmp_path_factory):
     for name, cell in RELEASED.items():
         write_folder(folder / name, Cell(cell, GRID[cell].config | {"vocab_size": 384}))
         write_text_files(folder / name, TEXTS["V3"])
+    shutil.copy(TEMPLATES / "r1.jinja", folder / "DeepSeek-V3.1" / "chat_template.jinja")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert unhooked_cli().main(["tokenizer", "mine.json", "--vocab-size", "300", "--paths", "notes/"]) == 0
