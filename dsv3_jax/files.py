@@ -186,13 +186,16 @@ def check_writable(*paths: str | os.PathLike | None) -> None:
         >>> check_writable(Path(__file__) / "run")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        NotADirectoryError: [Errno 20] Not a directory: '...'
+        NotADirectoryError: [Errno 20] Not a directory: '...files.py/run'
     """
     for path in (Path(path).absolute() for path in paths if path is not None):
         if path.is_dir() or path.is_file() or not path.exists():  # not a device or a pipe
             folder = next(place for place in [path, *path.parents][path.is_file() :] if place.exists())
-            with tempfile.TemporaryFile(dir=folder) as file:
-                file.write(bytes(1 << 16))
+            try:
+                with tempfile.TemporaryFile(dir=folder) as file:
+                    file.write(bytes(1 << 16))
+            except OSError as error:  # of the temporary file's name
+                raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pytest
 import runs
 from flax import nnx
 from models import DENSE, random_model
-from runs import assert_bitwise, make_run
+from runs import assert_bitwise, make_run, unhooked_cli
 
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.training import checkpoint, optim
@@ -214,6 +214,11 @@ def test_a_reader_beside_a_trainer_takes_the_next_newest_checkpoint(run, monkeyp
         state, place = checkpoints.restore()
     assert_bitwise(state, make_state(12))
     assert place == PLACE | {"offset": 12} and steps == [LAST, 12]
+
+
+def test_check_passes_over_what_a_trainer_deletes(run, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "find_damage", lambda folder: shutil.rmtree(folder) or "absent")
+    assert unhooked_cli().main(["runs", "check", str(run)]) == 0 and "step" not in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_another_model_is_refused(run):

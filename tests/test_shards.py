@@ -112,7 +112,7 @@ def test_interrupted_tokenizing_goes_on(folder, shards, monkeypatch):
     """Complete shards are not written again, a damaged one or one with a damaged mark is, and the end is the same."""
     job = job_of(folder, "interrupted")
     job.out.mkdir()
-    (job.out / "settings.json.part").touch()  # of a killed process
+    (job.out / ".settings.json.1.part").touch()  # of a killed process
     counted(monkeypatch, 50)
     with pytest.raises(KeyboardInterrupt):
         tokenize(job)

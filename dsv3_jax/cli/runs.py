@@ -38,6 +38,8 @@ def check(argv: list[str]) -> int:
     for step in steps:
         folder = args.run / "checkpoints" / str(step)
         damage = find_damage(folder)
+        if not folder.exists():  # a trainer deleted it meanwhile
+            continue
         damaged += bool(damage)
         size = sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
         print(f"step {step}: {'damaged' if damage else 'whole'}, {format_bytes(size)}")

@@ -174,8 +174,10 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     Raises: ValueError when they differ, or the folder holds something else.
     """
     file = out / SETTINGS
+    for path in out.glob(f".*{PART}"):  # of a killed process
+        path.unlink()
     if not file.is_file():
-        if any(path.name != LOCK and not path.name.endswith(PART) for path in out.iterdir()):  # of a killed process
+        if any(path.name != LOCK for path in out.iterdir()):
             raise ValueError(f"out={str(out)!r} holds other files; choose an empty folder")
         write_atomic(file, json.dumps(settings, indent=1))
     before: Any = read_json(file)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import runs
 
 LIMIT_S = 30.0  # CPU seconds above a command's usual ones
-IDLE = 100  # looks at a process that does nothing, 0.2 s apart
+IDLE = 60  # looks at a process that does nothing, 0.2 s apart
 LIMIT_BYTES = 2 << 30  # resident memory of a command's processes
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[:1] + ':' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
@@ -55,11 +55,11 @@ COMMANDS = (
     Command(f"{TOKENIZE} --out out", 7),
     Command("data tokenize chats.jsonl --out out --format chat --start released --val-fraction 0.3", 5),
     Command(f"{TOKENIZE} --out half", 4, out="half"),
-    Command("data check shards", 4),
-    Command("runs list .", 3),
-    Command("runs check run", 2),
+    Command("data check shards", 8),
+    Command("runs list .", 8),
+    Command("runs check run", 5),
     Command("convert released out", 2),
-    Command("convert run out --dtype float32", 2),
+    Command("convert run out --dtype float32", 4),
     Command("info tiny", 2),
     Command("plan tiny --mesh nothing=2", 2, code=2),
     Command("train tiny --data.paths nowhere --out out", 2, code=2),
@@ -68,15 +68,15 @@ COMMANDS = (
     Command("train sft --start released --data.paths chats.jsonl --out out --steps 2 --data.seq-len 64"),
     Command("eval run --batches 1"),
     Command("stats run --out out --draws 5 --batches 1"),
-    Command("generate run --max-new-tokens 8"),
-    Command("generate released --max-new-tokens 8"),
-    Command("chat released --max-new-tokens 8", stdin=b"hello\n/reset\nto be\n"),
+    Command("generate run --max-new-tokens 8", 2),
+    Command("generate released --max-new-tokens 8", 2),
+    Command("chat released --max-new-tokens 8", 2, stdin=b"hello\n/reset\nto be\n"),
 )
 TRAINING = Command(train("run", keep=1, save_every=1, eval_every=1000, steps=600))  # beside readers
 
 
-def make_home(home: Path, server: "Server") -> None:
-    """Write texts and chats, and what the commands of `MAKE` make of them."""
+def make_home(home: Path, server: "Server", log: str) -> None:
+    """Write texts and chats, and what the commands of `MAKE` make of them. Args: log: for the paths that they touch."""
     runs.write_text(home / "text")
     chats = []
     for i in range(40):
@@ -86,13 +86,12 @@ def make_home(home: Path, server: "Server") -> None:
     (home / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)) + "\n")
     (home / "text" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for words in MAKE:
-        answer = server.run(Trial(home, shlex.split(words), limit=600))
+        answer = server.run(Trial(home, shlex.split(words), request={"log": log}, limit=600))
         assert answer.code == 0, answer
-    for name, values in (
-        ("tokenizer_config.json", {"eos_token": "<eos>", "chat_template": TEMPLATE, "model_max_length": 64}),
-        ("generation_config.json", {"temperature": 0.6, "top_p": 0.95, "top_k": 40, "do_sample": True}),
-    ):
-        (home / "released" / name).write_text(json.dumps(values))
+    special = {"eos_token": "<eos>", "chat_template": TEMPLATE, "model_max_length": 64}
+    sampling = {"temperature": 0.6, "top_p": 0.95, "top_k": 40, "do_sample": True}
+    (home / "released" / "tokenizer_config.json").write_text(json.dumps(special))
+    (home / "released" / "generation_config.json").write_text(json.dumps(sampling))
     (home / "released" / "chat_template.jinja").write_text(TEMPLATE)
     shutil.copy(home / "tokenizer.json", home / "released")
     shutil.copytree(home / "run", home / "stopped")
@@ -151,15 +150,11 @@ class Server:
         for name in ("out", "err"):
             path = trial.streams.get(name, str(self._scratch / name))
             (self._scratch / name).write_bytes(b"")
-            if path == "head":
-                (self._scratch / "pipe").unlink(missing_ok=True)
-                os.mkfifo(path := str(self._scratch / "pipe"))
-                threading.Thread(target=collect, args=(path, seen, 1), daemon=True).start()
-            elif path == "terminal":
-                reader, end = pty.openpty()
-                path = os.ttyname(end)
+            if path in ("head", "terminal"):
+                reader, end = pty.openpty() if path == "terminal" else os.pipe()
+                threading.Thread(target=collect, args=(reader, seen, path == "head"), daemon=True).start()
+                path = f"/proc/{os.getpid()}/fd/{end}"
                 self._ends.append(end)
-                threading.Thread(target=collect, args=(reader, seen, -1), daemon=True).start()
             streams.append(path)
         return self.ask({"argv": trial.argv, "folder": str(trial.folder), "streams": streams, **trial.request})
 
@@ -193,22 +188,25 @@ class Server:
         return Answer(None if fault else done[0], out, err, fault, done[1], left)
 
     def leftovers(self) -> list[str]:
-        """Names of temporary files outside the folder, which are deleted; and "canary" if that file was written."""
-        found = [path.name for path in (self._scratch / "tmp").iterdir()]
-        shutil.rmtree(self._scratch / "tmp")
-        (self._scratch / "tmp").mkdir()
-        (self._scratch / "tmp").chmod(0o777)
-        return found + (["canary"] if (self._scratch / "canary").read_text() != "sings" else [])
+        """Names of temporary files outside the folder, which are deleted; "followed" if a link was."""
+        folder, canary, sings = self._scratch / "tmp", self._scratch / "canary", "sings"
+        found = [path.name for path in folder.iterdir()]
+        shutil.rmtree(folder)
+        folder.mkdir()
+        folder.chmod(0o777)
+        found += ["followed"] if canary.read_text() != sings else []  # a link that leads to it
+        canary.write_text(sings)
+        return found
 
 
-def collect(reader: int | str, seen: bytearray, times: int) -> None:
-    """Read a terminal or pipe to its end, or some times, then close it."""
-    file = os.open(reader, os.O_RDONLY) if isinstance(reader, str) else reader
+def collect(reader: int, seen: bytearray, once: bool) -> None:
+    """Read a terminal or pipe to its end, or once, then close it."""
     with contextlib.suppress(OSError):  # the terminal's other end is closed
-        while times and (piece := os.read(file, 1 << 16)):
+        while piece := os.read(reader, 1 << 16):
             seen += piece
-            times -= 1
-    os.close(file)
+            if once:
+                break
+    os.close(reader)
 
 
 def usage(pid: int) -> tuple[list[int], float, float]:
@@ -230,9 +228,5 @@ def result(folder: Path, command: Command, out: str) -> dict[str, str]:
     found, top = {f"line {i}": " ".join(line.split()) for i, line in enumerate(lines)}, folder / command.out
     for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
         if path.is_file() and "checkpoints" not in path.parts:
-            content = path.read_bytes()
-            if path.name == "metrics.jsonl":
-                with contextlib.suppress(ValueError):
-                    content = repr(runs.rows_of(path.parent)).encode()
-            found[path.relative_to(folder).as_posix()] = hashlib.sha256(content).hexdigest()
+            found[path.relative_to(folder).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found

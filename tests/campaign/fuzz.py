@@ -25,7 +25,8 @@ ERRORS = re.compile(r"Traceback \(most recent|Exception ignored|Fatal Python err
 # Codes that a terminal obeys; colours, the cursor's place in a line and the erasing of a line are the program's own.
 ESCAPES = re.compile("\x1b(?!\\[[0-9;?]*[AKhlm])|[\x00-\x07\x0e-\x1a\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 WITH_CHECKSUMS = {"checkpoints", "shards", "half"}  # no change there may be read as something else
-TERMINALS = ({}, {}, {}, {"out": "terminal"}, {"err": "terminal"})
+TERMINALS = ({}, {"out": "terminal", "err": "terminal"})
+TWINS = {"stopped": "run", "half": "shards"}  # folders that hold the same kinds of files
 MAY_LEAVE = ("train", "data")  # commands that go on where they were stopped
 
 
@@ -42,6 +43,23 @@ class Usual(NamedTuple):
 Done = tuple[str, Sequence[str], str, Iterable[str], Answer]  # name in the table, words, what was changed, faults
 
 
+class Draws(random.Random):
+    """The random numbers of one trial, and its turns: choices that come again only after all others."""
+
+    def __init__(self, seed: int, kind: str, count: int):
+        super().__init__(f"{seed} {kind} {count}")
+        self._place, self._count = f"{seed} {kind}", count
+
+    def turn(self, items: Iterable) -> Any:
+        """Choose an item. The next turn walks through its own items as often as this one chooses the same."""
+        items = list(items)
+        around, at = divmod(self._count, len(items))
+        order = random.Random(self._place).sample(items, len(items))
+        equal = [i for i, item in enumerate(order) if item == order[at]]  # an item may be there more than once
+        self._count, self._place = around * len(equal) + equal.index(at), f"{self._place} {order[at]}"
+        return order[at]
+
+
 class Home:
     """The good files, the server, and a folder for each trial."""
 
@@ -49,13 +67,21 @@ class Home:
         self.home, self.folder, self._log = root / "home", root / "trial", root / "log"
         self.server, self._usual = Server(root / "scratch"), dict[Command, Usual]()
         root.chmod(0o755)  # also for a user who may not write
+        self._log.touch()
         self.folder.mkdir()
-        make_home(self.folder, self.server)  # where the copies are: a run knows the place of its text
+        make_home(self.folder, self.server, str(self._log))  # where the copies are: a run knows the place of its text
         self.folder.rename(self.home)
-
-    def choose(self, rng: random.Random, fits: Callable[[Command], Any] = bool) -> Command:
-        found = [command for command in COMMANDS if fits(command)]
-        return rng.choices(found, [command.often for command in found])[0]
+        made, self.readers = self._log.read_text().splitlines(), dict[str, list[tuple[Path, Command]]]()  # by kind
+        for command in COMMANDS:
+            opened, inputs = set(self.usual(command).touched), self.inputs(command)
+            tops = {path.parts[0]: TWINS.get(path.parts[0]) for path in inputs}
+            paths = [Path(x).parts for x in (*opened, *made)]  # what this command, or one of `MAKE`, looks for
+            looked = {Path(top, *below) for first, *below in paths for top in tops if first in (top, tops[top])}
+            for path in sorted({*inputs, *looked}):
+                kind = kind_of(path) if (self.home / path).exists() else f"absent {kind_of(path)}"
+                often = command.often * (5 if str(path) in opened else 1)
+                if not kind.startswith("absent") or not re.search(r"\d{3}|checkpoints/", str(path)):  # names of one run
+                    self.readers.setdefault(kind, []).extend([(path, command)] * often)
 
     def usual(self, command: Command) -> Usual:
         """Run a command twice undisturbed: the second finds its compiled programs."""
@@ -68,9 +94,8 @@ class Home:
             assert answer.code == command.code, (command, answer)
             if len(results) == 2:
                 seconds, steady = time.monotonic() - begin, dict(results[0].items() & results[1].items())
-                touched = [os.path.relpath(json.loads(x), self.folder) for x in self._log.read_text().splitlines()]
                 options = self.server.run(replace(trial, request={"walk": True})).out.splitlines()
-                self._usual[command] = Usual(answer, seconds, steady, touched, options)
+                self._usual[command] = Usual(answer, seconds, steady, self._log.read_text().splitlines(), options)
         return self._usual[command]
 
     def trial(self, command: Command, **words: Any) -> Trial:
@@ -83,9 +108,15 @@ class Home:
     def inputs(self, command: Command) -> list[Path]:
         """Files and folders that a command reads, as far as its words tell."""
         words = set(command.argv) | ({"run"} if "list" in command.argv else set())
-        words |= {"text", "tokenizer.json"} if words & {"run", "stopped"} else set()
+        words |= {"text", "tokenizer.json"} if words & {"run", "stopped"} and "list" not in words else set()
         tops = [self.home / word for word in sorted(words) if (self.home / word).exists() and word != "."]
         return [path.relative_to(self.home) for top in tops for path in [top, *sorted(top.rglob("*"))]]
+
+
+def kind_of(path: Path) -> str:
+    """Paths in one folder whose names differ by digits alone are of one kind, and so are those in its twin."""
+    top, *below = path.parts
+    return re.sub(r"[0-9a-f]{16,}|\d+", "#", "/".join([TWINS.get(top, top) if below else top, *below[-1:]]))
 
 
 def judge(made: Home, command: Command, trial: Trial, answer: Answer, names: Sequence = (), also: int = 0) -> set[str]:
@@ -105,8 +136,9 @@ def judge(made: Home, command: Command, trial: Trial, answer: Answer, names: Seq
         faults.add("escapes")
     left = [path.name for path in trial.folder.rglob("*") if re.search(r"\.part|-checkpoint-tmp", path.name)]
     left += made.server.leftovers()
-    left += ["out"] if code and command.argv[0] not in MAY_LEAVE and (trial.folder / "out").exists() else []
-    faults |= {"half-written"} if "canary" in left or (left and code not in (None, -9)) else set()
+    if code and command.argv[0] not in MAY_LEAVE and (trial.folder / "out").exists():
+        left += other_result(made, command, trial, None)
+    faults |= {"followed"} & set(left) | ({"half-written"} if left and code not in (None, -9) else set())
     try:  # a command that ended well writes no NaN, infinity or half a document
         for path in (trial.folder / "out").rglob("*.json") if code == 0 else ():
             json.loads(path.read_text(), parse_constant=lambda text: 1 / 0)
@@ -124,8 +156,8 @@ def judge_changed(made: Home, command: Command, trial: Trial, path: Path) -> tup
     faults = judge(made, command, trial, answer, known)
     faults |= {"changed" for file, was in before.items() if file.is_file() and file.read_bytes() != was}
     quiet = path.name not in answer.err + "_CHECKPOINT_METADATA, commit_success.txt"  # no note; nothing reads these two
-    if quiet and WITH_CHECKSUMS & set(path.parts) and answer.code == command.code == 0 and "out" not in trial.streams:
-        faults |= other_result(made, command, trial, answer.out)
+    if quiet and WITH_CHECKSUMS & set(path.parts) and answer.code == command.code == 0:
+        faults |= other_result(made, command, trial, None if "out" in trial.streams else answer.out)
     return answer, faults
 
 
@@ -138,13 +170,12 @@ def other_result(made: Home, command: Command, trial: Trial, out: str | None) ->
     return {"silent"} if other else set()
 
 
-def disturbed(made: Home, command: Command, trials: Sequence[Trial], also: int = 0, then: Callable = lambda: None):
+def disturbed(made: Home, command: Command, trials: Sequence[Trial], also: int = 0):
     """Run disturbed trials in one folder. Undisturbed, the same command must then end as usual, or be done already."""
     faults: set[str] = set()
     for trial in trials if command.argv[0] in MAY_LEAVE else trials[:1]:
         answer = made.server.run(trial)
         faults |= judge(made, command, trial, answer, also=also)
-    then()
     if trial.request.get("action") in ("delete", "link"):
         return answer, faults
     if not faults and (command.argv[0] in MAY_LEAVE or not (trial.folder / "out").exists()):
@@ -153,94 +184,97 @@ def disturbed(made: Home, command: Command, trials: Sequence[Trial], also: int =
     return answer, faults or other_result(made, command, trial, None)
 
 
-def files(made: Home, rng: random.Random) -> Done:
-    """Change a file's content. Files whose names differ by digits alone are drawn as one."""
-    command = made.choose(rng, lambda c: any((made.home / path).is_file() for path in made.inputs(c)))
-    kinds: dict[str, list[Path]] = {}
-    for path in made.inputs(command):
-        if (made.home / path).is_file():
-            kinds.setdefault(re.sub(r"[0-9a-f]{2,}", "", path.name), []).append(path)
-    path = rng.choice(kinds[rng.choice(sorted(kinds))])
+def files(made: Home, rng: Draws) -> Done:
+    """Change a file's content."""
+    kinds = [kind for kind, found in made.readers.items() if (made.home / found[0][0]).is_file()]
+    path, command = rng.choice(made.readers[rng.turn(kinds + [kind for kind in kinds if ".j" in kind])])  # JSON, jinja
     trial = made.trial(command, streams=rng.choice(TERMINALS))
     before = (trial.folder / path).read_bytes()
     how, after = grammar.change(before, rng)
     (trial.folder / path).write_bytes(after)
+    trial.limit += len(after) / 1e7  # reading much takes long
     answer, faults = judge_changed(made, command, trial, path)
     at = len(os.path.commonprefix([before[:10_000], after[:10_000]]))
     what = f"{path}, byte {at}: {before[at : at + 60]!r} -> {after[at : at + 60]!r}, {len(after):,} bytes"
     return (f"files: {how}", command.argv, what, faults, answer)
 
 
-def names(made: Home, rng: random.Random) -> Done:
+def names(made: Home, rng: Draws) -> Done:
     """Put something else in the place of a file or folder, also of one that the command only looks for."""
-    command = made.choose(rng, made.inputs)
-    found, usual = set(made.inputs(command)), made.usual(command)
-    tops = {path.parts[0] for path in found}
-    absent = {Path(x) for x in usual.touched if x.split("/")[0] in tops and not re.search(r"\d{3}", x)} - found
-    found = absent if absent and rng.random() < 0.3 else found
-    depth = rng.choice([1, *sorted({len(path.parts) for path in found})])
-    path = rng.choice(sorted(path for path in found if len(path.parts) == depth) or sorted(found))
-    kind = rng.choice(PLACES)
-    trial = made.trial(command, streams=rng.choice(TERMINALS))
-    trial.request = put(trial.folder, trial.folder / path, kind, rng)
+    where = rng.turn(["argument"] * 20 + ["below"] * 16 + ["absent"] * 2 + ["target"])
+    if where == "argument":
+        pairs = [(command, path) for command in COMMANDS for path in made.inputs(command)]
+        command, path = rng.turn((c, p) for c, p in pairs if str(p) in c.argv or (str(p) == "run" and "list" in c.argv))
+    elif where == "target":
+        command = rng.turn(c for c in COMMANDS if c.out in c.argv)
+        path = Path(command.out)
+    else:
+        kinds = [kind for kind in made.readers if "/" in kind and kind.startswith("absent ") == (where == "absent")]
+        path, command = rng.choice(made.readers[rng.turn(kinds)])
+    place = rng.turn({"absent": ["pipe", "other"], "target": ["unwritable"]}.get(where, PLACES))
+    trial = made.trial(command, streams=rng.choice(TERMINALS[place == "renamed" :]))
+    kind, trial.request = put(trial.folder, trial.folder / path, rng.choice(PLACES.get(place, [place])), rng)
     answer, faults = judge_changed(made, command, trial, path)
-    return (f"names: {kind}", command.argv, str(path), faults, answer)
+    usual = made.usual(command).answer.cpu
+    faults |= {"late"} if place == "unwritable" and answer.code == 2 and answer.cpu > 2 + usual / 2 else set()
+    return (f"names: {place}", command.argv, f"{path}: {kind}", faults, answer)
 
 
-PLACES = ("pipe", "pipe", "many", "many", "empty", "folder", "nowhere", "/dev/zero", "/dev/full", ".", "hole", "absent",
-          "unreadable", "renamed", "moved")  # fmt: skip
+PLACES = {
+    "pipe": ["pipe"], "many": ["many"], "renamed": ["renamed"],
+    "other": ["empty", "folder", "nowhere", ".", "absent", "unreadable"], "endless": ["/dev/zero", "/dev/full", "hole"],
+}  # fmt: skip
 
 
-def put(folder: Path, path: Path, kind: str, rng: random.Random) -> dict[str, Any]:
-    """Put something in a path's place. Returns: more words for the server."""
-    if kind == "unreadable":
+def put(folder: Path, path: Path, kind: str, rng: Draws) -> tuple[str, dict[str, Any]]:
+    """Put something in a path's place. Returns: (what, more words for the server)."""
+    if kind == "unwritable" or (kind == "unreadable" and path.exists()):
         subprocess.run(["chmod", "-R", "a+rwX", folder], check=True)
-        rng.choice([folder, path if path.exists() else folder]).chmod(rng.choice([0o000, 0o444, 0o555]))
-        return {"nobody": os.getuid() == 0}
-    if kind in ("many", "renamed", "moved") and not path.exists():
-        return {}
+        path.chmod(rng.choice([0o000, 0o444])) if kind == "unreadable" else folder.chmod(0o555)
+        return kind, {"nobody": os.getuid() == 0}
     if kind == "many":
-        for i in range(300):
+        for i in range(500):
             copy = path.with_name(f"{path.stem}-{i}{path.suffix}")
             os.link(path, copy) if path.is_file() else shutil.copytree(path, copy, copy_function=os.link)
-    elif kind in ("renamed", "moved"):
-        new = folder / "elsewhere" if kind == "moved" else path.with_name(path.name[:1] + rng.choice(grammar.NAMES))
+    elif kind == "renamed":
+        new = path.with_name(path.name[:1] + rng.choice([*grammar.NAMES, *2 * grammar.ESCAPES]))
         path.rename(new)
-        path.symlink_to(new) if kind == "moved" else None
+        kind = f"renamed {new.name!r}"
     else:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         make = {"pipe": os.mkfifo, "empty": Path.touch, "folder": Path.mkdir, "absent": bool, "hole": Path.touch}
         make.get(kind, lambda path: path.symlink_to(kind))(path)
         os.truncate(path, 20 << 30) if kind == "hole" else None
-    return {}
+    return kind, {}
 
 
-def options(made: Home, rng: random.Random) -> Done:
+def weighted(fits: Callable[[Command], Any] = bool) -> list[Command]:
+    """Commands, each as often as its weight says."""
+    return [command for command in COMMANDS if fits(command) for _ in range(command.often)]
+
+
+def options(made: Home, rng: Draws) -> Done:
     """Give options other values: near limits, of other types, hostile texts."""
-    command = made.choose(rng, lambda c: c.often > 1)
+    command = rng.turn(weighted(lambda c: c.often > 1))
     words, found = command.argv, made.usual(command).options
-    for line in rng.sample(found, min(rng.choice([1, 1, 2]), len(found))):
+    for line in [rng.turn(found), *rng.sample(found, rng.choice([0, 0, 1]))] if found else ():
         name, choices, usual = json.loads(line)
         with contextlib.suppress(ValueError):
             usual = json.loads(usual or "")
         value = rng.choice([*choices, str(grammar.value_near(usual, rng))[:100_000], "nowhere", "run", ""])
         words += [name] if usual is None and rng.random() < 0.5 else [name, value]
-    if rng.random() < 0.2:
-        at = rng.randrange(1, len(words))
-        words = [*words[:at], rng.choice(["-", "--", "nowhere", *grammar.TEXTS]), *words[at + rng.randrange(2) :]]
     words = [word.replace("\0", "\1").encode(errors="replace").decode() for word in words]
     trial = replace(made.trial(command, streams=rng.choice(TERMINALS)), argv=words, limit=3 * LIMIT_S)
     answer = made.server.run(trial)
     return ("options", [repr(word) for word in words], "", judge(made, command, trial, answer), answer)
 
 
-def streams(made: Home, rng: random.Random) -> Done:
+def streams(made: Home, rng: Draws) -> Done:
     """Close or fill stdin, stdout, stderr; half of the commands are to print an error."""
-    command, wrong = made.choose(rng), rng.random() < 0.5
-    given: dict[str, str | None] = {}
-    for name in rng.sample(["out", "err"], rng.choice([1, 1, 2])):
-        given[name] = rng.choice([None, "/dev/full", *([] if given else ["head", "terminal"])])
+    command, wrong = rng.turn(weighted()), rng.random() < 0.5
+    which = rng.sample(["out", "err"], rng.choice([1, 1, 2]))
+    given = {name: rng.choice([None, "/dev/full", "head", "terminal"]) for name in which}
     trial = made.trial(command, streams=given)
     if wrong:
         trial.argv = ["nowhere" if (made.home / word).exists() else word for word in command.argv]
@@ -252,52 +286,37 @@ def streams(made: Home, rng: random.Random) -> Done:
     return ("streams", trial.argv, f"{given}, stdin {'closed' if trial.stdin is None else 'open'}", faults, answer)
 
 
-ACTIONS = ("EIO", "EACCES", "ENOSPC", "EMFILE", "EROFS", "delete", "link", "link", "SIGINT", "SIGTERM", "SIGKILL")
+ACTIONS = ["EIO", "EACCES", "ENOSPC", "EMFILE", "EROFS", "delete", "link", "link", "SIGINT", "SIGTERM", "SIGKILL"]
 
 
-def moments(made: Home, rng: random.Random) -> Done:
+def moments(made: Home, rng: Draws) -> Done:
     """Disturb a command when it touches a path: an error, a signal, a file that is gone, a link in a file's place."""
-    command, action = made.choose(rng), rng.choice(ACTIONS)
-    at = rng.randrange(1, len(made.usual(command).touched) + 2)
+    action, command = rng.turn(ACTIONS), rng.turn(weighted())
+    kinds: dict[str, list[int]] = {}
+    for i, path in enumerate(made.usual(command).touched):
+        if action != "link" or not (made.home / path).exists():  # where it is, no link can be put
+            kinds.setdefault(kind_of(Path(path)), []).append(i + 1)
+    at = rng.choice(kinds[rng.choice(sorted(kinds))]) if kinds else 1
     what = f"at touch {at} ({[*made.usual(command).touched, ''][at - 1]})"
     trial = made.trial(command, request={"at": at, "action": action})
     answer, faults = disturbed(made, command, [trial], {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}.get(action, 0))
     return (f"moments: {action}", command.argv, what, faults, answer)
 
 
-def kills(made: Home, rng: random.Random) -> Done:
-    """Kill a command once or more at any time, and run it again."""
-    command = made.choose(rng, lambda c: "out" in c.argv or c.argv[0] in MAY_LEAVE)
+def kills(made: Home, rng: Draws) -> Done:
+    """Kill a command at any time, once or more, or let no file grow beyond some bytes; then run it again."""
+    how, command = rng.turn(["killed", "full"]), rng.turn(weighted(lambda c: c.out in c.argv))
     times = [rng.random() * made.usual(command).seconds for _ in range(rng.choice([1, 1, 2, 3]))]
-    trial = made.trial(command)
-    answer, faults = disturbed(made, command, [replace(trial, kill_after=after) for after in times], -9)
-    return ("kills", command.argv, f"after {[round(after, 2) for after in times]} s", faults, answer)
-
-
-def disks(made: Home, rng: random.Random) -> Done:
-    """Let no file grow beyond some bytes, or fill the disk (only root can mount one); then give room."""
-    command = made.choose(rng, lambda c: "out" in c.argv or c.argv[0] in MAY_LEAVE)
     size, trial = int(10 ** rng.uniform(2, 5.3)), made.trial(command)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(trial.folder)]
-    if rng.random() < 0.5 or subprocess.run(mount, capture_output=True).returncode:
-        answer, faults = disturbed(made, command, [replace(trial, request={"file_size": size})])
-        return ("disks: file size", command.argv, f"{size} bytes", faults, answer)
-
-    def resize(room: str) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={room}", "tmpfs", trial.folder], check=True)
-
-    try:
-        shutil.copytree(made.home, trial.folder, symlinks=True, dirs_exist_ok=True)
-        resize(str(shutil.disk_usage(trial.folder).used + size))
-        answer, faults = disturbed(made, command, [trial], then=lambda: resize("256m"))
-    finally:
-        subprocess.run(["umount", "--lazy", trial.folder], check=True)
-    return ("disks: full", command.argv, f"{size} bytes of room", faults, answer)
+    full = replace(trial, request={"file_size": size})
+    trials = [full] if how == "full" else [replace(trial, kill_after=after) for after in times]
+    answer, faults = disturbed(made, command, trials, 0 if how == "full" else -9)
+    return (f"kills: {how}", command.argv, f"after {times} s, or {size} bytes of a file", faults, answer)
 
 
-def pairs(made: Home, rng: random.Random) -> Done:
+def pairs(made: Home, rng: Draws) -> Done:
     """Let two commands work on one folder: both write it, or one trains the run that the other reads."""
-    second = made.choose(rng, lambda c: "run" in c.argv or (c.argv[0] in MAY_LEAVE and c.code == 0))
+    second = rng.turn(weighted(lambda c: "run" in c.argv or (c.argv[0] in MAY_LEAVE and c.code == 0)))
     reads, trial = "run" in second.argv, made.trial(second)
     first = TRAINING if reads else second
     if reads:
@@ -312,39 +331,39 @@ def pairs(made: Home, rng: random.Random) -> Done:
         wrong = answer.fault or ERRORS.search(answer.err) or answer.code not in (0, 2)
         faults |= {answer.fault or "tracebacks"} if wrong else {"refused"} if reads and answer.code else set()
         shutil.rmtree(trial.folder / "out", ignore_errors=True) if reads else None
+    os.killpg(pid, 9) if reads else None
     while (ended := made.server.ask({"poll": pid})) is None:
-        os.killpg(pid, 9) if reads else time.sleep(0.05)
+        time.sleep(0.05)
     if not reads and {ended[0], answer.code} not in ({0}, {0, 2}):
         faults.add("tracebacks")
     return ("pairs", second.argv, f"beside {' '.join(first.argv)[:60]}", faults, answer)
 
 
-KINDS: dict[str, tuple[int, Callable[[Home, random.Random], Done]]] = {  # how many of a round, and what
-    "files": (8, files), "names": (4, names), "options": (3, options), "streams": (2, streams), "moments": (4, moments),
-    "kills": (2, kills), "disks": (1, disks), "pairs": (2, pairs),
+KINDS: dict[str, tuple[int, Callable[[Home, Draws], Done]]] = {  # how many of a round, and what
+    "files": (10, files), "names": (9, names), "options": (3, options), "streams": (2, streams),
+    "moments": (4, moments), "kills": (2, kills), "pairs": (1, pairs),
 }  # fmt: skip
 
 
-def run(kinds: Sequence[str], seconds: float, seed: int, table: Counter, least: int, first: int) -> None:
-    """Run trials for so long, not counting the making of good files; print each new fault and what repeats it."""
+def run(kinds: Sequence[str], seconds: float, seed: int, table: Counter, first: int) -> None:
+    """Make good files, then run trials for so long, and one at least; print each new fault and how to repeat it."""
     with tempfile.TemporaryDirectory(prefix="campaign-") as root:
         made, seen = Home(Path(root).resolve()), set()
         order, begin, number = [name for name in KINDS for _ in range(KINDS[name][0])], time.monotonic(), first
         random.Random(0).shuffle(order)
-        while number - first < least or time.monotonic() < begin + seconds:
-            kind, number = order[number % len(order)], number + 1
+        while number == first or time.monotonic() < begin + seconds:
+            around, at = divmod(number, len(order))
+            kind, number = order[at], number + 1
             if kind not in kinds:
                 continue
-            name, words, what, faults, answer = KINDS[kind][1](made, random.Random(f"{seed} {number - 1}"))
+            rng = Draws(seed, kind, around * KINDS[kind][0] + order[:at].count(kind))
+            name, words, what, faults, answer = KINDS[kind][1](made, rng)
             table.update([(name, "trials"), *((name, fault) for fault in faults)])
-            said = answer.err.strip()[-1500:]
+            said, when = answer.err.strip()[-1500:], f"{time.monotonic() - begin:.0f} s after the start"
             key = (kind, *faults, re.sub(r"\d+|'.*?'", "#", said[-200:]))
             if faults and key not in seen:
                 seen.add(key)
-                after = f"{answer.cpu:.1f} CPU s, {time.monotonic() - begin:.0f} s after the start"
                 print(f"{', '.join(faults)}: {name}: dsv3 {' '.join(words)[:300]} | {what}")
-                print(
-                    f"  exit code {answer.code}, {after}; again: --seed {seed} --trial {number - 1}\n  {said}",
-                    flush=True,
-                )
+                print(f"  exit code {answer.code}, {answer.cpu:.1f} CPU s, {when}; --seed {seed} --trial {number - 1}")
+                print(f"  {said}", flush=True)
         print(f"next trial: {number}", flush=True)

@@ -23,10 +23,7 @@ WATCHED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir
 
 
 def serve() -> dict:
-    """Import every module, and no device's threads, which would not survive a fork; then answer requests.
-
-    Returns: a request, in the child that is to do it.
-    """
+    """Import all, without a device's threads, which a fork would not have; answer requests; return one in its child."""
     for module in pkgutil.walk_packages(importlib.import_module("dsv3_jax").__path__, "dsv3_jax."):
         with contextlib.suppress(ImportError):
             importlib.import_module(module.name) if not module.name.endswith("__main__") else None
@@ -86,7 +83,7 @@ def watch(request: dict) -> None:
             path = os.path.abspath(os.fsdecode(args[0]))
             if path.startswith(request["folder"] + os.sep):
                 seen += 1
-                os.write(log, (json.dumps(path) + "\n").encode())
+                os.write(log, os.fsencode(os.path.relpath(path, request["folder"]) + "\n"))
                 if seen == request.get("at"):
                     with contextlib.suppress(FileExistsError, FileNotFoundError, NotADirectoryError):
                         act(request["action"], path)
