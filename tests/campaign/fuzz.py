@@ -294,7 +294,7 @@ def moments(made: Home, rng: Draws) -> Done:
     action, command = rng.turn(ACTIONS), rng.turn(weighted())
     kinds: dict[str, list[int]] = {}
     for i, path in enumerate(made.usual(command).touched):
-        if action != "link" or not (made.home / path).exists():  # where it is, no link can be put
+        if action != "link" or not ((made.home / path).exists() or ".part/" in path):  # nor in the command's own folder
             kinds.setdefault(kind_of(Path(path)), []).append(i + 1)
     at = rng.choice(kinds[rng.choice(sorted(kinds))]) if kinds else 1
     what = f"at touch {at} ({[*made.usual(command).touched, ''][at - 1]})"
