@@ -78,11 +78,20 @@ def fit(run: RunConfig, out: str | Path, **options: Any) -> FitResult:
     """
     check_kind("run", run, RunConfig)
     if run.data.format == "chat" and options.get("source") is None:
-        processes.agree({"run": to_dict(run)})
-        text, examples = processes.by_each(lambda: open_chats(run, out))
-        examples = replace(examples, summary=f"{examples.summary}\n{_outlook(run)}")
-        options |= {"source": examples, "callbacks": [KeepText(text), *options.get("callbacks", ())]}
+        chats = chats_of(run, out)
+        options |= chats | {"callbacks": [*chats["callbacks"], *options.get("callbacks", ())]}
     return loop.fit(run, out, **{"open_start": open_start} | options)
+
+
+def chats_of(run: RunConfig, out: str | Path) -> dict[str, Any]:
+    """Read a run's chats. Returns: options of `fit`. Call it before `keep_memory`, which hides what a template takes.
+
+    Raises: ValueError as `open_chats`.
+    """
+    processes.agree({"run": to_dict(run)})
+    text, examples = processes.by_each(lambda: open_chats(run, out))
+    examples = replace(examples, summary=f"{examples.summary}\n{_outlook(run)}")
+    return {"source": examples, "callbacks": [KeepText(text)]}
 
 
 def open_start(place: str, out: str | Path | None = None) -> warm_start.Start:

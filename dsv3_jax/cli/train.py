@@ -65,11 +65,12 @@ def run(argv: list[str]) -> int:
 
 
 def _fit(args: Train, mesh: Any) -> int:
-    from dsv3_jax.train import fit
+    from dsv3_jax.train import chats_of, fit
 
     profile = None if args.profile is None else parse_steps(args.profile)
+    chats = chats_of(args.run, args.out) if args.run.data.format == "chat" else {}
     prepare_training(mesh)
-    fit(args.run, args.out, mesh=mesh, step=args.step, profile=profile)
+    fit(args.run, args.out, mesh=mesh, step=args.step, profile=profile, **chats)
     return 0
 
 

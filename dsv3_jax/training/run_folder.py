@@ -39,7 +39,11 @@ def read_run(folder: str | Path) -> RunConfig:
         ...     read_run(folder) == recipe("tiny")
         True
     """
-    run = from_dict(RunConfig, _read(folder)["run"])
+    values = _read(folder)["run"]
+    try:
+        run = from_dict(RunConfig, values)
+    except ValueError as error:
+        raise ValueError(f"{Path(folder) / RUN_FILE}: {error}") from error
     return _with_own_tokenizer(run, folder)
 
 
