@@ -97,6 +97,15 @@ def test_a_part_that_fails_is_measured_again_on_resume(fake, tmp_path):
         assert said("--out", path, "--resume", "--parts", *FIGURES)[0] == 0 and fake.measured == measured
 
 
+def test_nothing_begins_when_the_time_is_over_and_resume_goes_on(fake, tmp_path):
+    path = tmp_path / "r.json"
+    code, printed = said("--out", path, "--minutes", "0.2")
+    assert code == 0 and fake.measured == ["bounds"] and "programs take" in printed  # it says how long each compiles
+    assert json.loads(path.read_text())["parts"]["right"]["state"] == "skipped"
+    said("--out", path, "--resume")
+    assert fake.measured == list(run.PARTS)[1:]
+
+
 def test_bad_input_is_exit_code_2(fake, tmp_path):
     for argv in (["--parts", "atention"], ["--minutes", "nan"], ["--minutes", "0.1"], ["--out", tmp_path]):
         code, printed = said(*argv)

@@ -77,7 +77,8 @@ def check_kernels(execution: Execution) -> int:
     from dsv3_jax.kernels.check import check_and_keep
 
     kernels = choose.prepare(execution)
-    found = check_and_keep(kernels, large=kernels.target.platform != "cpu")
+    precisions = ("none", execution.precision)
+    found = check_and_keep(kernels, large=kernels.target.platform != "cpu", precisions=precisions)
     for name, verdict in found.items():
         state = f"WRONG: {verdict.wrong}" if verdict.wrong else f"right: {verdict.share:.0%} of the bound at most"
         print(f"{name:32s} {state}")

@@ -29,7 +29,7 @@ from dsv3_jax.kernels.cases import Draw
 from dsv3_jax.planning import devices
 from dsv3_jax.planning.cost import decode_cost, train_cost
 from experiments.accel import measuring, model_parts, op_parts, run, worker
-from experiments.accel.right import NAMES, OWN
+from experiments.accel.right import NAMES, OWN, PRECISIONS
 from experiments.accel.sizes import full
 
 TARGET, CHIP = "gpu:h100", "9.0"
@@ -102,7 +102,7 @@ def right(compiler: Compiler, ops: Iterable[str] = choose.TABLE) -> None:
         patch.object(Draw, "__call__", zeros),
         patch.object(jax, "device_put", lambda tree: tree),
     ):
-        for _ in check.check(kernels, large=True, ops=ops, also=NAMES):
+        for _ in check.check(kernels, large=True, precisions=PRECISIONS, ops=ops, also=NAMES):
             pass
 
 

@@ -279,10 +279,15 @@ def _kernel(
             pl.when(jax.lax.axis_index("warpgroup") == which)(partial(compute, which))
 
 
+def fits_cache(queries: Any, keys: Any, values: Any, *others: Any, **settings: Any) -> bool:
+    """Whether a cache is latents, in blocks of the kernel's size: for others Pallas finds no layout."""
+    return is_latent(queries, keys, values, *others) and values.rows.shape[3] % TILE == 0
+
+
 def add() -> None:
     """Enter the table as "latent"."""
     run = in_the_table(latent_attention, multiple=16)
     row = choose.Implementation(
-        "latent", run, ("cuda",), ("bfloat16",), one_device=True, fits=is_latent, why_not=why_not
+        "latent", run, ("cuda",), ("bfloat16",), one_device=True, fits=fits_cache, why_not=why_not
     )
     choose.add("cached_attention", row)
