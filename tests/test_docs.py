@@ -35,16 +35,14 @@ def blocks(page: Path, language: str) -> str:
     return "\n".join(re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
 
 
-def lines(page: Path) -> list[list[str]]:
-    return [words for line in joined(page) if (words := shlex.split(line, comments=True))]
-
-
-def joined(page: Path) -> list[str]:
-    return blocks(page, "bash").replace("\\\n", " ").splitlines()
+def lines(page: Path) -> list[tuple[str, list[str]]]:
+    """The shell's lines of a page, each with its words."""
+    text = blocks(page, "bash").replace("\\\n", " ")
+    return [(line, words) for line in text.splitlines() if (words := shlex.split(line, comments=True))]
 
 
 def commands(page: Path) -> list[list[str]]:
-    return [words[1:] for words in lines(page) if words[0] == "dsv3"]
+    return [words[1:] for _, words in lines(page) if words[0] == "dsv3"]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
@@ -150,8 +148,7 @@ def test_each_command_runs_or_is_named_with_a_reason(page, place, monkeypatch, c
     monkeypatch.chdir(place)
     shutil.rmtree("released", ignore_errors=True)  # of another page
     failed = []
-    pairs = zip(filter(str.strip, joined(page)), lines(page), strict=True)
-    for line, argv in sorted(pairs, key=lambda pair: pair[1][:2] == ["dsv3", "chat"]):  # which may be of a later run
+    for line, argv in sorted(lines(page), key=lambda pair: "dsv3 chat" in pair[0]):  # which may be of a later run
         if argv[0] == "make":
             assert re.search(rf"^{argv[1]}:", MAKEFILE, re.MULTILINE)
         elif argv[0] == "dsv3" and not any(words in line for words in NOT_RUN):
