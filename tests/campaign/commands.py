@@ -128,7 +128,7 @@ class Server:
     """The process of server.py, and the watch over the children that it forks."""
 
     def __init__(self, scratch: Path):
-        self._scratch, self._ends = scratch, list[int]()
+        self._scratch, self._ends = scratch, dict[str, tuple[int, threading.Thread, bytearray]]()  # of stdout, stderr
         (scratch / "tmp").mkdir(parents=True)
         (scratch / "canary").write_text("sings")
         paths = {"TMPDIR": str(scratch / "tmp"), "CANARY": str(scratch / "canary"), "TERM": "xterm", "COLUMNS": "120"}
@@ -143,8 +143,8 @@ class Server:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, trial: Trial, seen: bytearray) -> int:
-        """Start a command. Returns: its process, whose terminal or pipe fills `seen`."""
+    def start(self, trial: Trial) -> int:
+        """Start a command. Returns: its process."""
         (self._scratch / "in").write_bytes(trial.stdin or b"")
         streams = [None if trial.stdin is None else str(self._scratch / "in")]
         for name in ("out", "err"):
@@ -152,16 +152,16 @@ class Server:
             (self._scratch / name).write_bytes(b"")
             if path in ("head", "terminal"):
                 reader, end = pty.openpty() if path == "terminal" else os.pipe()
-                threading.Thread(target=collect, args=(reader, seen, path == "head"), daemon=True).start()
-                path = f"/proc/{os.getpid()}/fd/{end}"
-                self._ends.append(end)
+                seen = bytearray()
+                thread = threading.Thread(target=collect, args=(reader, seen, path == "head"), daemon=True)
+                thread.start()
+                self._ends[name], path = (end, thread, seen), f"/proc/{os.getpid()}/fd/{end}"
             streams.append(path)
         return self.ask({"argv": trial.argv, "folder": str(trial.folder), "streams": streams, **trial.request})
 
     def run(self, trial: Trial) -> Answer:
         """Run a command to its end, or stop it."""
-        seen, fault, idle, before, polls = bytearray(), None, 0, 0.0, 0
-        pid = self.start(trial, seen)
+        pid, fault, idle, before, polls = self.start(trial), None, 0, 0.0, 0
         while (done := self.ask({"poll": pid})) is None:
             time.sleep(0.05)
             polls += 1
@@ -179,10 +179,12 @@ class Server:
             time.sleep(0.1)
         for one in left:
             os.kill(one, 9)
-        while self._ends:
-            os.close(self._ends.pop())
-        time.sleep(0.05 if seen else 0)
-        shown = {name: bytes(seen) for name, path in trial.streams.items() if path == "terminal"}
+        shown = {}
+        for name, (end, thread, seen) in self._ends.items():
+            os.close(end)
+            thread.join(10)
+            shown |= {name: bytes(seen)} if trial.streams[name] == "terminal" else {}
+        self._ends.clear()
         texts = (shown.get(name, (self._scratch / name).read_bytes()) for name in ("out", "err"))
         out, err = (text.decode(errors="replace") for text in texts)
         return Answer(None if fault else done[0], out, err, fault, done[1], left)
@@ -228,5 +230,8 @@ def result(folder: Path, command: Command, out: str) -> dict[str, str]:
     found, top = {f"line {i}": " ".join(line.split()) for i, line in enumerate(lines)}, folder / command.out
     for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
         if path.is_file() and "checkpoints" not in path.parts:
-            found[path.relative_to(folder).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+            content = path.read_bytes()
+            with contextlib.suppress(ValueError, RecursionError):  # the order of keys says nothing
+                content = json.dumps(json.loads(content), sort_keys=True).encode()
+            found[path.relative_to(folder).as_posix()] = hashlib.sha256(content).hexdigest()
     return found

@@ -132,7 +132,8 @@ def judge(made: Home, command: Command, trial: Trial, answer: Answer, names: Seq
             faults.add("sentences")
         elif names and not any(name in sentences[0] for name in [*names, "="]):  # a file, or name=value
             faults.add("unnamed")
-    if any(ESCAPES.search(getattr(answer, name)) for name, path in trial.streams.items() if path == "terminal"):
+    shown = (getattr(answer, name) for name, path in trial.streams.items() if path == "terminal")
+    if "╭─" not in plain and any(map(ESCAPES.search, shown)):  # tyro's box holds the user's own words
         faults.add("escapes")
     left = [path.name for path in trial.folder.rglob("*") if re.search(r"\.part|-checkpoint-tmp", path.name)]
     left += made.server.leftovers()
@@ -321,7 +322,7 @@ def pairs(made: Home, rng: Draws) -> Done:
     first = TRAINING if reads else second
     if reads:
         shutil.rmtree(trial.folder / "run")
-    pid, faults, pauses = made.server.start(Trial(trial.folder, first.argv), bytearray()), set(), 1000 if reads else 0
+    pid, faults, pauses = made.server.start(Trial(trial.folder, first.argv)), set(), 1000 if reads else 0
     while pauses and not list(trial.folder.glob("run/checkpoints/[0-9]*")):
         time.sleep(0.1)
         pauses -= 1
@@ -330,6 +331,8 @@ def pairs(made: Home, rng: Draws) -> Done:
         answer = made.server.run(trial)
         wrong = answer.fault or ERRORS.search(answer.err) or answer.code not in (0, 2)
         faults |= {answer.fault or "tracebacks"} if wrong else {"refused"} if reads and answer.code else set()
+        if faults:
+            break
         shutil.rmtree(trial.folder / "out", ignore_errors=True) if reads else None
     os.killpg(pid, 9) if reads else None
     while (ended := made.server.ask({"poll": pid})) is None:
