@@ -13,14 +13,11 @@ from dsv3_jax.cli.generate import Decode, decode_config, load, print_parts, show
 
 @dataclass
 class Chat(Decode):
-    """Talk with a model in turns. A line is a turn; the answer is printed as it comes, everything else on stderr.
+    """Talk with a model in turns. The answer is printed as it comes, everything else on stderr.
 
-    A line that ends with a backslash continues on the next one, and lines between two lines of three double quotes are
-    one turn. /help lists commands; /exit or the end of the input ends. Ctrl-C stops an answer, and keeps what came of
-    it. Without a terminal, turns are read from stdin in the same way. No turn is ever dropped: if the conversation
-    fills the model's context, a sentence says so. The names of special tokens in your turns are text.
-
-    Variables of the chat template are options: `--template.thinking true`.
+    A line is a turn, also of stdin without a terminal. /help says how to write several lines, and lists commands.
+    Ctrl-C stops an answer, and keeps what came of it. A conversation that fills the model's context is never cut: a
+    sentence says so. The names of special tokens in your turns are text.
     """
 
     system: str | None = None
@@ -30,7 +27,7 @@ class Chat(Decode):
     prefill: str | None = None
     """text with which each answer begins"""
     template: tuple[str, ...] = ()
-    """variables of the chat template, as NAME=VALUE"""
+    """variables of the chat template: --template.NAME VALUE"""
 
 
 FENCE = '"""'
