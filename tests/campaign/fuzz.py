@@ -156,7 +156,8 @@ def judge_changed(made: Home, command: Command, trial: Trial, path: Path) -> tup
     known = [path.parts[0], path.name, path.parent.name or path.name, path.stem.replace("_", " "), command.out]
     faults = judge(made, command, trial, answer, known)
     faults |= {"changed" for file, was in before.items() if file.is_file() and file.read_bytes() != was}
-    quiet = path.name not in answer.err + "_CHECKPOINT_METADATA, commit_success.txt"  # no note; nothing reads these two
+    said = answer.err + "_CHECKPOINT_METADATA, commit_success.txt"  # these two nothing reads
+    quiet = path.name not in said and "is damaged" not in said
     if quiet and WITH_CHECKSUMS & set(path.parts) and answer.code == command.code == 0:
         faults |= other_result(made, command, trial, None if "out" in trial.streams else answer.out)
     return answer, faults
@@ -323,7 +324,7 @@ def pairs(made: Home, rng: Draws) -> Done:
     if reads:
         shutil.rmtree(trial.folder / "run")
     pid, faults, pauses = made.server.start(Trial(trial.folder, first.argv)), set(), 1000 if reads else 0
-    while pauses and not list(trial.folder.glob("run/checkpoints/[0-9]*")):
+    while pauses and not any(path.name.isdigit() for path in trial.folder.glob("run/checkpoints/*")):
         time.sleep(0.1)
         pauses -= 1
     time.sleep(rng.random() * (1 if reads else made.usual(second).seconds))
