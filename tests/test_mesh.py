@@ -133,7 +133,7 @@ def test_meshes_are_read():
     assert sharding.parse_mesh(sharding.format_mesh(mesh)) == dict(mesh.shape)
 
 
-def test_what_cannot_be_sharded_is_refused():
+def test_what_cannot_be_sharded_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match="data=3,expert=4,tensor=1 needs 12 devices, and there are 8 here"):
         sharding.make_mesh(3, 4)
     mesh = sharding.make_mesh(1, 8)
@@ -145,6 +145,9 @@ def test_what_cannot_be_sharded_is_refused():
         sharding.check(sharding.make_mesh(1, 1, 4), RUN)
     ragged = replace(RUN, execution=Execution(layout=Layout(expert_comm="ragged")))
     with pytest.raises(ConfigError, match="expert_comm='ragged' .* cpu"):
+        sharding.check(sharding.make_mesh(1, 2), ragged)
+    monkeypatch.setenv("XLA_FLAGS", "--a --xla_gpu_enable_latency_hiding_scheduler=true")
+    with pytest.raises(ConfigError, match="expert_comm='ragged' .* latency-hiding scheduler"):
         sharding.check(sharding.make_mesh(1, 2), ragged)
     sharding.check(sharding.make_mesh(2, 1), ragged)  # nothing to exchange
     with pytest.raises(ConfigError, match="num_experts=12"):  # before anything is read or written

@@ -10,6 +10,7 @@ evenly is replicated.
 """
 
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +30,8 @@ from dsv3_jax.config import ConfigError, Layout, ModelConfig, RunConfig
 AXES = ("data", "expert", "tensor")
 MOST_DEVICES = 65536  # of a mesh: more is a typing error, and JAX would try to make them
 ROWS = ("data", "expert")  # axes that shard the batch
+# Off by default. With `ragged_all_to_all` it has given wrong gradients (marin-community/marin#8077).
+LATENCY_HIDING = re.compile(r"xla_gpu_enable_latency_hiding_scheduler(=true|=1|\s|$)", re.IGNORECASE)
 
 # Mesh axes that shard an array's axis of that name, outermost first; an axis without a name is replicated.
 RULES: dict[str, tuple[str, ...]] = {
@@ -125,9 +128,14 @@ def check_model(mesh: Mesh, cfg: ModelConfig, layout: Layout) -> None:
         raise ConfigError(f"num_experts={cfg.num_experts} is not divisible by mesh {format_mesh(mesh)}")
     if cfg.num_heads % mesh.shape["tensor"]:
         raise ConfigError(f"num_heads={cfg.num_heads} is not divisible by mesh {format_mesh(mesh)}")
-    platform = mesh.devices.flat[0].platform
-    if layout.expert_comm == "ragged" and mesh.shape["expert"] > 1 and platform == "cpu":
-        raise ConfigError("layout.expert_comm='ragged' is not supported on cpu: JAX lacks it there; use 'all_to_all'")
+    if layout.expert_comm == "ragged" and mesh.shape["expert"] > 1:
+        reason = ""
+        if mesh.devices.flat[0].platform == "cpu":
+            reason = "is not supported on cpu: JAX lacks it there"
+        if LATENCY_HIDING.search(os.environ.get("XLA_FLAGS", "")):
+            reason = "is not checked beside XLA's latency-hiding scheduler, which XLA_FLAGS turns on"
+        if reason:
+            raise ConfigError(f"layout.expert_comm='ragged' {reason}; use 'all_to_all'")
 
 
 def mesh_of(state: Any) -> Mesh | None:
