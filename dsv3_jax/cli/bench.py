@@ -14,14 +14,12 @@ import numpy as np
 import tyro
 
 from dsv3_jax.cli.common import parse, run_subcommand
-from dsv3_jax.config import CacheDtype, CacheKind, ModelConfig
+from dsv3_jax.config import CacheDtype, CacheKind
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.source import held_out_prompts
 from dsv3_jax.decoding.generate import Generated, generate
 from dsv3_jax.files import check_writable, write_atomic
 from dsv3_jax.model.cache import pick_dtype, pick_kind
-from dsv3_jax.model.counting import decode_bytes
-from dsv3_jax.report.speed import copy_bandwidth
 from dsv3_jax.report.units import format_count
 
 
@@ -112,43 +110,27 @@ def decode(options: Decode) -> int:
             given, how = prompts(cell.batch, cell.context), cell._asdict() | {"draft": drafts[cell.draft]}
             found = generate(model, given, options.new_tokens, **{name: how[name] for name in Cell._fields[2:]})
             results[cell] += [found] if i else []  # the first of all compiles
-    bandwidth, weight_bytes = copy_bandwidth(), model.embed[...].dtype.itemsize
-    rows = {cell: timing(run.model, cell, found, bandwidth, weight_bytes) for cell, found in results.items()}
+    rows = {cell: timing(cell, found) for cell, found in results.items()}
     width = max(len(str(cell)) for cell in cells)
-    print(f"{'':{width}s}  prefill tok/s  ms/token    tok/s  cache B/token  of bound  tok/step  acceptance")
+    print(f"{'':{width}s}  prefill tok/s  ms/token    tok/s  cache B/token  tok/step  acceptance")
     for cell, row in rows.items():
-        share, accepted = row["share_of_bound"], " ".join(f"{a:.0%}" for a in row["acceptance"])
+        accepted = " ".join(f"{a:.0%}" for a in row["acceptance"])
         print(
             f"{cell!s:{width}s}  {format_count(row['prefill_tokens_per_s']):>13s}  {row['ms_per_token']:8.2f}  "
             f"{format_count(row['tokens_per_s']):>7s}  {row['cache_bytes_per_token']:13d}  "
-            f"{'-' if share is None else f'{share:.0%}':>8s}  {row['tokens_per_step']:8.2f}  {accepted or '-'}"
+            f"{row['tokens_per_step']:8.2f}  {accepted or '-'}"
         )
-    print(
-        f"step {step} of {options.run}, {options.new_tokens} new tokens, greedy, medians of {options.rounds} rounds; "
-        f"bound: weights and cache that a step must read, at the measured {bandwidth / 1e9:.1f} GB/s of copying"
-    )
+    print(f"step {step} of {options.run}, {options.new_tokens} new tokens, greedy, medians of {options.rounds} rounds")
     if options.json:
-        report: dict[str, Any] = {"step": step, "new_tokens": options.new_tokens, "copy_bandwidth": bandwidth}
+        report: dict[str, Any] = {"step": step, "new_tokens": options.new_tokens}
         report["cells"] = [cell._asdict() | row for cell, row in rows.items()]
         write_atomic(options.json, json.dumps(report, indent=1) + "\n")
     return 0
 
 
-def timing(
-    cfg: ModelConfig, cell: Cell, results: Sequence[Generated], bandwidth: float, weight_bytes: int = 4
-) -> dict[str, Any]:
-    """Compute the medians of a cell's rounds.
-
-    Args:
-        bandwidth: of copying, in bytes a second; for the bound.
-        weight_bytes: of a parameter; for the bound.
-    """
+def timing(cell: Cell, results: Sequence[Generated]) -> dict[str, Any]:
+    """Compute the medians of a cell's rounds."""
     first, count = results[0], len(results[0].tokens[0])
-    share = None  # with a draft or without a cache: `decode_bytes` does not count these
-    if cell.draft == "none" and cell.cache != "none":
-        held = cell.context + count // 2  # half of the new tokens, on average
-        must = decode_bytes(cfg, cell.batch, held, first.cache_bytes_per_token, weight_bytes=weight_bytes)
-        share = must / bandwidth / median(result.decode_seconds / result.steps for result in results)
     return {
         "prefill_tokens_per_s": cell.batch * cell.context / median(result.prefill_seconds for result in results),
         "ms_per_token": 1e3 * median(result.decode_seconds for result in results) / (count - 1),  # of a sequence
@@ -156,7 +138,6 @@ def timing(
         "cache_bytes_per_token": first.cache_bytes_per_token,
         "acceptance": first.acceptance,
         "tokens_per_step": first.mean_accepted,
-        "share_of_bound": share,
     }
 
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import jax
 import jax.numpy as jnp
 import numpy as np
+from copying import copy_bandwidth
 from decode_worker import random_model
 from flax import nnx
 from model_of_time import Setting, step_cost
@@ -30,7 +31,7 @@ from dsv3_jax.files import write_atomic
 from dsv3_jax.model.cache import pick_kind
 from dsv3_jax.model.counting import size
 from dsv3_jax.presets import preset
-from dsv3_jax.report.speed import copy_bandwidth, gemm_flops
+from dsv3_jax.report.speed import gemm_flops
 from experiments.lab import markdown_table
 from experiments.lab.results import replace_block
 
