@@ -1,6 +1,7 @@
 """The numbers of `dsv3 stats` as plain JSON: see `KEYS`. Tables that grow with the model are cut here."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -36,59 +37,8 @@ MOST_PAIRS, MOST_FAVOURITES, MOST_PARTNERS = 150_000, 30_000, 45_000
 MOST_CONTEXTS, MOST_LETTERS = 6_000, 450_000
 MOST_LOADS, MOST_HISTORY, MOST_CHOICES, MOST_CURVES = 120_000, 60_000, 60_000, 30_000
 
-# The keys of stats.json, which holds this table too, under "keys".
-KEYS = {
-    "run, step, data": "the run's folder, the checkpoint's step, and the text",
-    "header": "the same, and: preset, parameters, active_parameters, steps, tokens_seen, router, balance_rule, version "
-    "and commit of the training code, loss (nats a token of the text read), bits_per_byte, max_vio_training_mix (mean "
-    "over the trunk's layers, of the domains as they are mixed in training)",
-    "layers": "names of the L layers with experts: the trunk's sparse layers by their number, then multi-token heads",
-    "domains, documents": "names of the text's domains; domain → number of documents",
-    "experts, experts_per_token": "E and K",
-    "tokens": "[L] number of tokens counted",
-    "load": "[L][E] assignments; a token has K",
-    "load_by_domain": "domain → [L][E]",
-    "max_vio, load_entropy, load_gini": "[L] of the load: (largest − mean) / mean; entropy over ln E, 1 is even; "
-    "Gini, 0 is even",
-    "gate_entropy": "[L] mean over tokens: entropy of the K chosen gates over ln K",
-    "score_entropy": "[L] mean over tokens: entropy of the scores of all experts over ln E",
-    "gate_entropy_by_domain, score_entropy_by_domain": "domain → [L]",
-    "coactivation": "[L][E][E] tokens that chose both experts; the diagonal is the load; null if it is large",
-    "coactivation_lift": "[L][E][E] coactivation over chance; null on the diagonal; null if it is large",
-    "partners": f"[L][E] up to {PARTNERS} other experts with the largest coactivation_lift: [expert, lift]",
-    "specialisation": "bits: [L] I(expert; domain), chance included; share: bits over H(domain) (domain_entropy, "
-    "bits); shuffled_mean, shuffled_95: bits after the domains were shuffled among the documents, `draws` times from "
-    "`seed`; p_value",
-    "favourites": f"[L][E] tokens that tell most about the expert, of those that occur {MIN_COUNT} times: [token (its "
-    "id), text, count (occurrences that were routed to the expert), lift (p(expert | token) / p(expert)), bits (its "
-    "part of I(expert; token)), margin (mean of score + bias over the best expert not chosen)]",
-    "contexts": "[L][E] positions of the expert's largest gates, one of a token and of a document: [text before, the "
-    "routed token, text after, gate, margin, document]",
-    "max_vio_by_domain": "[L] of each domain's load alone; max_vio mixes the domains as the held-out rows do",
-    "over_time": "null, or steps and max_vio [step][L] of training batches; the run's load.jsonl holds the loads",
-    "bias": "null without a bias, or value [L][E]; history: null, or steps and value [step][L][E]; changed_choices: "
-    "[L] share of the choices that differ by the same scores without the bias; max_vio, max_vio_without: [L] with and "
-    "without it; load_without [L][E]",
-    "information": "null, or bits [L] about one assignment's expert: token is I(expert; token), domain I(expert; "
-    "domain), domain_given_token I(expert; domain | token), each less what chance gives (token_chance, …: `draws` "
-    "shuffles of the tokens, or of the documents' domains), with *_low and *_high, 95 % of `resamples` of documents; "
-    "entropy of the expert; tokens and documents read for it",
-    "worth": "null, or loss, and without: [L][E] the loss without the expert's output (null for multi-token heads), "
-    "low and high of the difference, 95 % of `resamples` of documents; tokens, documents",
-    "transitions": "null, or lift: [L-1][E][E] of expert i in a layer and expert j in the next, same token, null if it "
-    f"is large; top: [L-1] the {PAIRS} pairs [i, j, lift] with the largest lift of those that occur {MIN_COUNT} times",
-    "repeats": "share: [L] of a token's choices that the token before it made too; by_chance: [L]",
-    "saturation": "null, or steps, and share: [step][L] of this checkpoint's choices that an earlier one made already",
-    "groups, devices": "null, or load: [L][G] of the router's groups, and count and load: [L][D] of devices that hold "
-    "consecutive experts",
-    "heads": "null, or of each multi-token head beside the trunk's last layer: layers (names), load_correlation, "
-    "same_expert_number (share of its choices whose number the trunk chose too), by_chance",
-    "against": "null, or the other checkpoint on the same text: run, step, same_text, match [L][E] (its expert by most "
-    "shared tokens, one to one), shared: [L] share of choices that go to the matched expert, by_chance: [L] (matched "
-    "after a shuffle), layers, load [L][E] in its own order, max_vio [L], loss, bits_per_byte, note",
-    "texts": f"up to {TEXTS} pieces of text: domain, document, tokens (text), nll (nats of the token), experts "
-    "[L][T][K] by falling gate, gates [L][T][K]; the text of --text first",
-}
+# What each key of stats.json is, which holds this table too, under "keys".
+KEYS: dict[str, str] = json.loads((Path(__file__).parent / "keys.json").read_text(encoding="utf-8"))
 
 
 def merge_small_domains(stats: RoutingStats) -> RoutingStats:
