@@ -188,7 +188,7 @@ def test_training_takes_all_devices_but_a_cpus(monkeypatch, capsys):
     assert common.all_devices(run_config) is None and capsys.readouterr().out == ""
     monkeypatch.setattr(choose, "platform_of", lambda mesh=None: "cuda")
     assert dict(common.all_devices(run_config).shape) == {"data": 8, "expert": 1, "tensor": 1}
-    assert capsys.readouterr().out == "training on the 8 devices here, 1 rows on each; --mesh data=1 uses one\n"
+    assert capsys.readouterr().out == "training on the 8 devices here; --mesh data=1 uses one\n"
     odd = replace(run_config, optim=replace(run_config.optim, microbatches=2))
     with pytest.raises(ConfigError, match="batch_size/microbatches=4 rows"):
         common.all_devices(odd)

@@ -147,25 +147,21 @@ def all_devices(run: Any) -> Any:
     """Make the mesh of a training run without --mesh: all of this machine's devices along "data".
 
     None means a single device: there is no other, or it is a CPU, whose devices share its cores.
-    Raises: ConfigError if the run's batch is not divisible by the devices.
+    Raises: ConfigError for kernels that are not there, before anything is printed.
     """
     import jax
 
-    from dsv3_jax.config import ConfigError
     from dsv3_jax.kernels import choose
     from dsv3_jax.mesh import sharding
 
-    count, platform = jax.local_device_count(), choose.platform_of()
-    if count == 1 or platform == "cpu":
+    count = jax.local_device_count()
+    if count == 1 or choose.platform_of() == "cpu":
         return None
-    choose.prepare(run.execution)  # refuses kernels that are not there, before anything is printed
-    if (rows := run.data.batch_size // run.optim.microbatches) % count:
-        raise ConfigError(
-            f"batch_size/microbatches={rows} rows are not divisible by the {count} devices here; use a multiple, or "
-            "choose fewer devices, such as --mesh data=1"
-        )
-    print(f"training on the {count} devices here, {rows // count} rows on each; --mesh data=1 uses one")
-    return sharding.make_mesh(data=count)
+    choose.prepare(run.execution)
+    mesh = sharding.make_mesh(data=count)
+    sharding.check(mesh, run)
+    print(f"training on the {count} devices here; --mesh data=1 uses one")
+    return mesh
 
 
 # Errors
@@ -180,14 +176,12 @@ def guarded(command: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has read enough
         sys.stdout = open(os.devnull, "w")
         return 141
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         return fail(sentence(error))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("dsv3_jax"):
             raise
         return fail(f"this command needs the package {error.name!r}, which is not installed: pip install {error.name}")
-    except MemoryError as error:
-        return fail(f"not enough memory: {sentence(error)}")
     except KeyboardInterrupt:
         return 130
     except SystemExit as stop:  # of tyro after --help or a bad option, and of SIGTERM
