@@ -170,7 +170,7 @@ def test_bad_input_writes_nothing(answers, place):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_help_text_fits_two_screens(answers, command):
-    """Of 24 lines, 100 columns wide. It explains the command's own options, and lists the settings of a run."""
+    """A screen has 24 lines and 100 columns. The text explains own options, and lists the settings of a run."""
     code, out, err = answers[f"help of {command}"]
     assert (code, err) == (0, "") and 5 < sum(max(1, -(-len(line) // 100)) for line in out.splitlines()) <= 48
     if command == "train":

@@ -65,7 +65,7 @@ def test_commands(page, monkeypatch, capsys):
     assert refused == []
 
 
-# What is not run, and why.
+# Lines that are not run, and why.
 NOT_RUN = {
     "pip install": "it downloads packages; tests/try_wheel.py installs",
     ". .venv/bin/activate": "make has no environment here",

@@ -63,7 +63,7 @@ def test_a_completion_or_all_of_a_text_is_the_target():
 
 
 def test_records_of_other_forms_are_the_same_conversation():
-    """ShareGPT's, Alpaca's, other names of roles, and keys that stand beside the messages."""
+    """ShareGPT's, Alpaca's, other names of roles, and further keys."""
     human, gpt = {"from": "human", "value": "hi"}, {"from": "gpt", "value": "hey"}
     messages = [{"role": "human", "content": "hi"}, {"role": "bot", "content": "hey"}]
     for record in (

@@ -1,6 +1,6 @@
 """Chat examples for fine-tuning: token ids, and which of them are targets of the losses.
 
-The first of these that a record has says what its targets are; other keys may stand beside it:
+The first of these that a record has says what its targets are. It may have further keys:
 
     messages, or ShareGPT's conversations   the assistant's tokens, by the chat template
     prompt, completion     two lists of messages: the assistant's tokens of the completion; or two strings, without the

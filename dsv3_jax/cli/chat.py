@@ -144,7 +144,7 @@ def _turns(lines: Iterator[str]) -> Iterator[str]:
 
 
 def _lines() -> Iterator[str]:
-    """Yield the lines of a terminal with a prompt and line editing, else those of stdin."""
+    """Yield the lines of a terminal, with a prompt and line editing, or of stdin."""
     if not sys.stdin.isatty():
         yield from (line.rstrip("\r\n") for line in sys.stdin)
         return

@@ -37,7 +37,7 @@ def _numbers() -> np.ndarray:
 
 @dataclass(frozen=True)
 class Draw:
-    """Normal numbers of any shape, in the compute dtype or another. Those of a model's size are there in a second."""
+    """Normal numbers of any shape, in the compute dtype or another. Arrays of a model's size take a second."""
 
     dtype: Any
     rng: np.random.Generator

@@ -28,7 +28,7 @@ HEADS = {"causal_attention": (0, 2), "cached_attention": (0, 1, 2), "q": (0, 2),
 
 
 class Verdict(NamedTuple):
-    """What one implementation gave in one case."""
+    """The result of one implementation in one case."""
 
     name: str  # see `Implementation.of`
     share: float  # the largest error, over its bound
@@ -96,7 +96,7 @@ def _check_case(op, rows: list[Implementation], reference, case: Case, draw: Dra
 
 
 def check_and_keep(kernels: Kernels, **settings: Any) -> dict[str, Verdict]:
-    """The worst verdict on each implementation. What is wrong is kept for `choose.prepare`, also if the device is lost.
+    """The worst verdict on each implementation. Wrong ones are kept for `choose.prepare`, also if the device is lost.
 
     Args: as `check`.
     """

@@ -21,7 +21,7 @@ def path_of(platform: str, chip: str) -> Path:
 
 
 def read(platform: str, chip: str) -> dict[str, str]:
-    """What is wrong, by implementation, as `Implementation.of` names it."""
+    """Reasons by implementation, as `Implementation.of` names it."""
     with suppress(OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError):
         found = json.loads(path_of(platform, chip).read_text(encoding="utf-8"))
         if found["versions"] == versions():
@@ -30,7 +30,7 @@ def read(platform: str, chip: str) -> dict[str, str]:
 
 
 def write(platform: str, chip: str, wrong: dict[str, str]) -> None:
-    """Keep what is wrong. Raises: as `private_folder`."""
+    """Keep the reasons. Raises: as `private_folder`."""
     text = json.dumps({"versions": versions(), "wrong": wrong}, indent=1, ensure_ascii=False)
     path_of(platform, chip).write_text(text, encoding="utf-8")
 

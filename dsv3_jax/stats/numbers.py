@@ -37,7 +37,7 @@ MOST_PAIRS, MOST_FAVOURITES, MOST_PARTNERS = 150_000, 30_000, 45_000
 MOST_CONTEXTS, MOST_LETTERS = 6_000, 450_000
 MOST_LOADS, MOST_HISTORY, MOST_CHOICES, MOST_CURVES = 120_000, 60_000, 60_000, 30_000
 
-# What each key of stats.json is, which holds this table too, under "keys".
+# The meaning of each key of stats.json, which holds this table too, under "keys".
 KEYS: dict[str, str] = json.loads((Path(__file__).parent / "keys.json").read_text(encoding="utf-8"))
 
 

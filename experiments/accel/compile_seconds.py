@@ -75,7 +75,7 @@ def traced(part: str, compiler: Compiler) -> None:
 
 
 def right(compiler: Compiler, ops: Iterable[str] = choose.TABLE) -> None:
-    """Programs differ by implementation and shape. What holds their results to each other is small."""
+    """Programs differ by implementation and shape. The program that compares their results is small."""
     seen = set()
 
     def program(run_: Any, wrt: Any, settings: Any) -> Any:

@@ -38,7 +38,7 @@ COMPILING = HERE / "compile_seconds.json"  # of each part: programs, and CPU sec
 # of the worker's environment; JAX's own share of the memory, 0.75, leaves no room for the large batches
 SETTINGS = {
     "TF_CPP_MIN_LOG_LEVEL": "2", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
-    # What was compiled once is not compiled again by a later run.
+    # A later run does not compile again.
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / "runs" / "accel-cache"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }  # fmt: skip
@@ -137,7 +137,7 @@ def measure(names: list[str], results: dict, path: Path, worker: Worker, deadlin
 
 
 def compiling(name: str) -> str:
-    """What a part has to compile, as COMPILING says."""
+    """The programs that a part compiles, by COMPILING."""
     found = json.loads(COMPILING.read_text())["parts"].get(name)
     if found is None:
         return "not known how long it compiles"

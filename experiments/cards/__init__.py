@@ -1,6 +1,6 @@
 """Verification cards: what one model gave at one task on one device, a JSON file each. The site renders them.
 
-A card is written by the program that measured it, in the run that it describes. What has no card has not run.
+A card is written by the program that measured it, in the run that it describes. Without a card nothing has run.
 """
 
 import json

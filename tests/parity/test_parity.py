@@ -34,7 +34,7 @@ def result(tmp_path_factory):
 
 def model_of(name):
     """The model of a cell's cards."""
-    if "architectures" not in GRID[name].config:  # it has a label of its own
+    if "architectures" not in GRID[name].config:  # else it names its label
         return name
     return f"DeepSeek-{name}" if name.startswith("V2") else f"DeepSeek-V3, {name}"
 
