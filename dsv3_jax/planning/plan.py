@@ -47,7 +47,7 @@ class PlanOptions:
     device: Literal["h800", "h100", "v5p", "v5e", "v6e"] | None = None
     """report whether each step fits in this device, and the shortest time that it can take. Default: the target's"""
     memory: str | None = None
-    """memory of a device, such as 80GB or 95.7GiB. Default: that of --device"""
+    """memory of a device, as 80GB or 95.7GiB. Default: --device's"""
     target: str | None = None
     """compile with the devices' own compiler: gpu:h100, gpu:h100:8 (extra plan-gpu), tpu:v5p:2x2x1 (extra plan-tpu)"""
 
