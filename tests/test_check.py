@@ -86,8 +86,12 @@ KERNELS = {  # the platform, the op, and which of its cases Pallas' interpreter 
 }
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", KERNELS)
+IN_CI = ("mosaic", "splash", "latent")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in IN_CI else pytest.mark.rare) for name in KERNELS]
+)
 def test_kernels_are_right_where_they_are_interpreted(monkeypatch, name):
     platform, op, number, interpreter = KERNELS[name]
     monkeypatch.setattr(choose, "TABLE", dict(choose.TABLE))

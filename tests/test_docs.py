@@ -136,7 +136,7 @@ def place(root, tmp_path_factory):
     return folder
 
 
-IN_CI = ("README", "start", "chat", "data", "released")  # the others compile for minutes
+IN_CI = ("README", "chat")  # the others compile for minutes
 
 
 def marked(page: Path):

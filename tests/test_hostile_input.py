@@ -176,7 +176,7 @@ def test_sigterm_leaves_no_temporary_folder(tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_a_slice_of_the_campaign(tmp_path):
-    words = ["--minutes", "0.25", "--seed", "4", "--only", "files", "names", "options", "streams"]
+    words = ["--minutes", "0.15", "--seed", "4", "--only", "files", "names", "options", "streams"]
     done = subprocess.run(
         [sys.executable, "-m", "tests.campaign", *words],
         cwd=HERE, env=environment(tmp_path), capture_output=True, text=True,

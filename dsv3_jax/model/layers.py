@@ -143,7 +143,8 @@ def in_use(v: Any, dtype: Any) -> Any:
             return v
         x = v.get_value()
         x = x.merge() if isinstance(x, Frozen) else x
-        return v.replace(x.astype(np.promote_types(x.dtype, dtype)))
+        wide = np.promote_types(x.dtype, dtype)
+        return v.replace(x if x.dtype == wide else x.astype(wide))
 
     return jax.tree.map(of, v, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
