@@ -79,7 +79,7 @@ KERNELS = {  # the platform, the op, and which of its cases Pallas' interpreter 
     "mosaic": ("cuda", "grouped_swiglu", 0, gpu_interpreter),
     "by_row": ("cuda", "decode_experts", 1, nullcontext),
     "large_blocks": ("cuda", "causal_attention", 3, nullcontext),
-    "splash": ("tpu", "causal_attention", 1, nullcontext),
+    "splash": ("tpu", "causal_attention", 3, nullcontext),
     "ragged_dot": ("tpu", "grouped_swiglu", 2, nullcontext),
     "select": ("tpu", "write_rows", 1, nullcontext),
     "latent": ("tpu", "cached_attention", 1, tpu_interpreter),
