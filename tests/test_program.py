@@ -110,6 +110,33 @@ def test_a_gpus_program():
     assert program.launches == 4 * 3 + 3
 
 
+PICKED = (
+    HEAD
+    + """
+%pick (a: bf16[6,8,32], i: s32[2]) -> f32[2,32] {
+  %a = bf16[6,8,32]{2,1,0} parameter(0)
+  %i = s32[2]{0} parameter(1)
+  %layer = bf16[1,8,32]{2,1,0} slice(%a), slice={[1:2], [0:8], [0:32]}
+  %flat = bf16[8,32]{1,0} bitcast(%layer)
+  %rows = bf16[2,32]{1,0} gather(%flat, %i), offset_dims={1}, collapsed_slice_dims={0}, start_index_map={0}, \
+index_vector_dim=1, slice_sizes={1,32}
+  ROOT %wide = f32[2,32]{1,0} convert(%rows)
+}
+
+ENTRY %main (a: bf16[6,8,32], i: s32[2]) -> f32[2,32] {
+  %a.1 = bf16[6,8,32]{2,1,0} parameter(0)
+  %i.1 = s32[2]{0} parameter(1)
+  ROOT %picked = f32[2,32]{1,0} fusion(%a.1, %i.1), kind=kLoop, calls=%pick
+}
+""".replace("\\\n", "")
+)
+
+
+def test_rows_of_one_layer_of_a_stack_are_all_that_is_read():
+    (launch,) = read_program(PICKED).all_launches
+    assert launch.nbytes == 2 * 32 * 2 + 2 * 4 + 2 * 32 * 4  # rows, indices, result
+
+
 def test_additions_are_found_with_their_dtype_and_order():
     def add(x, ids, rows):
         return x.at[ids].add(rows)

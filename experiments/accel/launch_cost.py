@@ -160,12 +160,11 @@ class LaunchCost:
         total = 0.0
         for user in self.module.users(computation).get(i.name, []):
             first = user.operands[0] == i.name
-            if user.opcode in _SLICES and first:
-                total += result_bytes(user)
-            elif user.opcode in _UPDATES and first:
+            if user.opcode in _UPDATES and first:
                 continue
-            elif user.opcode in _ELEMENTWISE:
-                total += self._read(computation, user) if not user.root else result_bytes(i)
+            sliced = user.opcode in _SLICES and first
+            if sliced or user.opcode in _ELEMENTWISE:  # the result may be sliced further
+                total += self._read(computation, user) if not user.root else result_bytes(user if sliced else i)
             elif user.opcode == "fusion":
                 inner = user.called("calls")[0]
                 for p in self.module.computations[inner].values():
