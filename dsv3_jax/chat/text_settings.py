@@ -28,7 +28,7 @@ PLAIN_TEMPLATE = (
     "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content + eos_token }}{% endif %}"
     "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
 )
-_MAX_TEMPLATE = 4_000_000  # bytes
+_MAX_TEMPLATE = 300_000  # bytes; templates of released models have some thousands
 # All that a copy of a folder needs, apart from the model, to read and end text as the folder does.
 TEXT_FILES = (JSON_FILE, TIKTOKEN_FILE, CONFIG_FILE, SPECIALS_FILE, TEMPLATE_FILE, GENERATION_FILE)
 

@@ -183,7 +183,8 @@ def disturbed(made: Home, command: Command, trials: Sequence[Trial], also: int =
     if not faults and (command.argv[0] in MAY_LEAVE or not (trial.folder / "out").exists()):
         answer = made.server.run(Trial(trial.folder, command.argv, command.stdin, limit=trial.limit))
         faults |= {"not resumed"} if answer.code != command.code else set()
-    return answer, faults or other_result(made, command, trial, None)
+    noted = "is left out" in answer.err  # an earlier checkpoint that could not be read is named, and nothing more
+    return answer, faults or (set() if noted else other_result(made, command, trial, None))
 
 
 def files(made: Home, rng: Draws) -> Done:
