@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 
-NEEDED := 3.11
+NEEDED := $(if $(ACCELERATOR),3.12,3.11)
 is_new_enough = $(1) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(NEEDED)".split("."))))' 2>/dev/null
 
 # An environment belongs to one Python: a PYTHON given by hand gets .venv-<its version>.
@@ -173,7 +173,7 @@ $(VENV)/.installed: $(INPUTS) | $(BIN)/python
 
 # JAX's own extras: the plugin, and with CUDA the libraries that it needs.
 $(ACCELERATORS:%=$(VENV)/.installed-%): $(VENV)/.installed-%: $(VENV)/.installed
-	$(call install,.,jax[$*])
+	$(call install,.,jax[$*]>=0.11)
 	@touch $@
 
 # All of them at once, where nothing is installed yet.

@@ -196,7 +196,7 @@ class Server:
         shutil.rmtree(folder)
         folder.mkdir()
         folder.chmod(0o777)
-        found += ["followed"] if canary.read_text() != sings else []  # a link that leads to it
+        found += ["followed"] if canary.read_text(errors="replace") != sings else []  # a link that leads to it
         canary.write_text(sings)
         return found
 
