@@ -159,7 +159,7 @@ def training_curves(metrics: Sequence[Mapping], path: str | os.PathLike) -> Figu
         raise ValueError(f"none of the {len(metrics)} rows has a step and a metric to draw")
     steps = [step for _, _, _, drawn in panels for curve in drawn for step in curve[0]]
     margin = max(0.02 * (max(steps) - min(steps)), 0.5)
-    columns = min(len(panels), min((3, 4), key=lambda number: -len(panels) % number))  # fewest empty places
+    columns = min(len(panels), min((4, 3), key=lambda number: -len(panels) % number))  # fewest empty places
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.2 * columns, 2.9 * rows), dpi=DPI, layout="constrained")
     for i, (title, unit, keys, drawn) in enumerate(panels):
