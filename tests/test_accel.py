@@ -194,7 +194,9 @@ def test_training_takes_all_devices_but_a_cpus(monkeypatch, capsys):
         common.all_devices(odd)
 
 
-@pytest.mark.parametrize("accelerator, code, said", [("tpu", 0, "'jax[tpu]>=0.11'"), ("cuda99", 2, "ACCELERATOR='cuda99'")])
+@pytest.mark.parametrize(
+    "accelerator, code, said", [("tpu", 0, "'jax[tpu]>=0.11'"), ("cuda99", 2, "ACCELERATOR='cuda99'")]
+)
 def test_make_demo_installs_what_a_device_needs(monkeypatch, accelerator, code, said):
     for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # of a make that runs these tests
         monkeypatch.delenv(name, raising=False)
