@@ -158,6 +158,20 @@ def test_damage_is_named_by_file(run, tmp_path):
         assert f"{folder}/" in found and "\n" not in found and len(found) < 300
 
 
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(run, monkeypatch):
+    """Else a save would list no checksums, and training would begin beside its checkpoints."""
+
+    def refuse(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError):
+        checkpoint.write_manifest(last(run))
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(PermissionError):
+        Checkpoints(run, RUN, read_only=True).rewind()
+
+
 def test_damage_is_refused_by_readers_and_passed_over_by_training(run):
     flip(array_file(last(run)))
     with pytest.raises(DamagedCheckpoint, match=rf"^step=8: .*{last(run)}.*; `dsv3 runs check` says"):

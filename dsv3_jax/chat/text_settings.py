@@ -165,7 +165,8 @@ def read_settings(folder: str | Path, tokenizer: str | None = None, words: Seque
 
 def template_files(folder: Path) -> list[Path]:
     """The chat templates in a folder's `TEMPLATES_FOLDER`, each named as its template."""
-    return sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))
+    place = folder / TEMPLATES_FOLDER
+    return sorted(path for path in place.iterdir() if path.suffix == ".jinja") if place.exists() else []
 
 
 def copy_to_run(folder: str | Path, run: str | Path, text: TextSettings | None = None) -> None:

@@ -106,6 +106,7 @@ def _line(folder: Path) -> tuple[float, tuple[str, ...]] | None:
 
     try:
         run, rows = read_run(folder), read_rows(folder / METRICS_FILE)
+        last_step = max(steps_of(folder / "checkpoints"), default=0)
     except (ValueError, OSError) as error:
         fail(f"passed over: {sentence(error)}")
         return None
@@ -113,7 +114,6 @@ def _line(folder: Path) -> tuple[float, tuple[str, ...]] | None:
     def last(key: str, form: str) -> str:
         return next((form.format(row[key]) for row in reversed(rows) if row.get(key) is not None), "")
 
-    last_step = max(steps_of(folder / "checkpoints"), default=0)
     step = max(last_step, max((row["step"] for row in rows), default=0))
     state = "training" if holder(folder) else "finished" if last_step >= run.steps else "stopped"
     files = [path for name in (RUN_FILE, METRICS_FILE) if (path := folder / name).exists()]

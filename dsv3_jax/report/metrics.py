@@ -1,6 +1,7 @@
 """A run's metrics as JSON lines and for TensorBoard, and each expert's load in a second file of JSON lines."""
 
 import json
+import os
 import socket
 import struct
 import time
@@ -120,8 +121,12 @@ class _Board:
         from tensorboardX.proto.event_pb2 import Event
 
         now = time.time()
-        with self._path.open("ab") as file:
+        with open(self._path, "ab", opener=_never_through_a_link) as file:
             file.write(b"".join(_record(Event(wall_time=now, **event).SerializeToString()) for event in events))
+
+
+def _never_through_a_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _record(data: bytes) -> bytes:

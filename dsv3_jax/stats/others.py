@@ -25,7 +25,7 @@ from dsv3_jax.stats.numbers import as_lists, bits_per_byte
 from dsv3_jax.stats.reading import Reading, first_batches, open_text
 from dsv3_jax.stats.routing_stats import RoutingStats, collect
 from dsv3_jax.stats.token_rows import RowsTally, TokenRows, first_rows
-from dsv3_jax.training.checkpoint import Loaded, load_run
+from dsv3_jax.training.checkpoint import Loaded, load_run, steps_of
 from dsv3_jax.training.run_folder import RUN_FILE
 
 SATURATION_TOKENS = 16_384  # read by each earlier checkpoint, at most
@@ -102,8 +102,7 @@ def saturation(
         batches: what they were read from; SATURATION_TOKENS of them are read again, and at least one batch.
     Returns: "saturation" of `numbers.KEYS`; None if no earlier checkpoint is kept whole, or the folder is no run's.
     """
-    names = (path.name for path in (folder / "checkpoints").glob("*")) if (folder / RUN_FILE).is_file() else ()
-    earlier = sorted(int(name) for name in names if name.isascii() and name.isdigit() and int(name) < step)
+    earlier = [one for one in steps_of(folder / "checkpoints") if one < step] if (folder / RUN_FILE).is_file() else []
     read = first_batches(batches, SATURATION_TOKENS)
     steps, shares = [], []
     for one in earlier:

@@ -12,6 +12,7 @@ flipped bit and each burst of up to 32 bits; other damage passes once in 4 billi
 """
 
 import json
+import os
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -90,7 +91,11 @@ def _checksums(folder: Path, sizes: dict[str, Any] | None = None) -> dict[str, l
 
     Args: sizes: those that are expected; a file of another size is not read, for it may be of any size.
     """
-    paths = (path for path in folder.rglob("*") if not path.is_dir() and not path.name.startswith("."))
+
+    def fail(error: OSError) -> None:  # else a folder that cannot be listed would seem to be empty
+        raise error
+
+    paths = (Path(top, name) for top, _, names in os.walk(folder, onerror=fail) for name in names if name[0] != ".")
     names = sorted({path.relative_to(folder).as_posix() for path in paths}.difference(LATE))
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda name: _size_and_crc32(folder / name, sizes and sizes.get(name, -1)), names)
@@ -310,13 +315,16 @@ class Checkpoints:
 
 
 def steps_of(folder: Path) -> list[int]:
-    """The steps in a folder of checkpoints, in order, by their names.
+    """The steps in a folder of checkpoints, in order, by their names; none if there is no such folder.
+
+    Raises: OSError if the folder cannot be listed.
 
     Example:
         >>> steps_of(Path("nowhere"))
         []
     """
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isascii() and path.name.isdigit())
+    names = os.listdir(folder) if folder.exists() else []
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
 
 class Loaded(NamedTuple):

@@ -135,8 +135,8 @@ def judge(made: Home, command: Command, trial: Trial, answer: Answer, names: Seq
     shown = (getattr(answer, name) for name, path in trial.streams.items() if path == "terminal")
     if "╭─" not in plain and any(map(ESCAPES.search, shown)):  # tyro's box holds the user's own words
         faults.add("escapes")
-    left = [path.name for path in trial.folder.rglob("*") if re.search(r"\.part|-checkpoint-tmp", path.name)]
-    left += made.server.leftovers()
+    parts = (x for x in trial.folder.rglob("*") if re.search(r"\.part|-checkpoint-tmp", x.name))
+    left = [x.name for x in parts if not x.is_symlink()] + made.server.leftovers()  # the link is the campaign's own
     if code and command.argv[0] not in MAY_LEAVE and (trial.folder / "out").exists():
         left += other_result(made, command, trial, None)
     faults |= {"followed"} & set(left) | ({"half-written"} if left and code not in (None, -9) else set())
