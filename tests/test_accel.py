@@ -153,6 +153,7 @@ def test_every_part_yields_finite_numbers_at_toy_sizes(tmp_path):
         assert all(figure.get("why", "not available").startswith("not available") for figure in part["figures"])
 
 
+@pytest.mark.long
 def test_a_machine_that_lacks_packages(tmp_path):
     """The model, a training step, `generate` and the benchmark need none of them, and a command says which it lacks."""
     program = """

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -289,32 +288,3 @@ def test_what_is_not_a_run_is_refused(tmp_path):
         (tmp_path / "run" / RUN_FILE).write_text(text)
         with pytest.raises(ValueError, match=sentence):
             load_run(tmp_path / "run")
-
-
-def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tmp_path):
-    """A real disk of half a megabyte."""
-    disk, run = tmp_path / "disk", replace(RUN, keep=20)
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root can mount a small disk")
-    try:
-        with pytest.raises(SaveFailed, match="cannot be written to .*(No space left|RESOURCE_EXHAUSTED)"):
-            save(disk, *range(1, 20), run=run)
-        with Checkpoints(disk, run) as checkpoints:
-            at = checkpoints.latest
-            assert at >= 1
-            assert_bitwise(checkpoints.restore()[0], make_state(at))
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_a_file_of_another_size_is_not_read(tmp_path):
-    """It may be of any size: a hole of four terabytes took minutes."""
-    (tmp_path / "data").write_text("0123")
-    checkpoint.write_manifest(tmp_path)
-    for name in ("data", "more"):
-        with open(tmp_path / name, "wb") as file:
-            file.truncate(1 << 42)
-        assert checkpoint.find_damage(tmp_path).startswith(f"file='{tmp_path}/{name}' is damaged")
-        (tmp_path / "data").write_text("0123")

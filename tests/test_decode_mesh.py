@@ -48,7 +48,10 @@ CASES = {  # (data, expert, tensor), sequences, settings, layout
 }
 
 
-@pytest.mark.parametrize("sizes, rows, settings, layout", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "sizes, rows, settings, layout",
+    [pytest.param(*case, id=name, marks=[pytest.mark.rare] * ("int8" in name)) for name, case in CASES.items()],
+)
 def test_a_mesh_gives_the_tokens_of_one_device(sizes, rows, settings, layout):
     model = model_of(mesh=sharding.make_mesh(*sizes), execution=replace(DENSE, layout=layout))
     got = generate(model, PROMPTS[:rows], NEW, **settings)

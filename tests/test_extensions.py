@@ -19,8 +19,6 @@ from dsv3_jax.model.layers import param
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.mtp import HEADS, Head
 from dsv3_jax.ops import balance, routing
-from dsv3_jax.training import step as train_step
-from dsv3_jax.training.loss import compute_loss
 from dsv3_jax.training.step import Job, make_step
 
 NO_GROUPS = dict(num_groups=1, groups_per_token=1)
@@ -59,23 +57,6 @@ def test_the_layers_noise_is_the_equations(rng):
         np.testing.assert_array_equal(np.sort(found.expert_ids.reshape(12, -1)), np.sort(ids))
         np.testing.assert_allclose(np.sort(found.gates.reshape(12, -1)), np.sort(gates), rtol=1e-5)
     assert (np.sort(noisy.expert_ids) != np.sort(plain.expert_ids)).any()
-
-
-@pytest.mark.rare
-def test_a_steps_noise_is_of_seed_step_and_row():
-    """Two microbatches have the complete batch's noise. Another step has other noise; evaluation has none."""
-    run, batch = run_of(replace(PLAIN, router="noisy_topk"), microbatches=2), make_batch()
-    step, state = make_step(Job(run)), fresh_state(run)
-    losses = jax.jit(lambda state, batch: compute_loss(train_step.model_of(Job(run), state), batch, 0.0))
-    keys = [train_step._with_keys(run, batch, jnp.int32(at))["keys"] for at in (0, 1)]
-    noisy, other = (losses(state, batch | {"keys": key}) for key in keys)
-    plain = losses(state, batch)
-    assert (other.load != noisy.load).any() and (plain.load != noisy.load).any()
-    for at, want in enumerate((noisy, other)):
-        metrics = step(fresh_state(run, step=at), batch)[1]
-        assert float(metrics["loss"]) == pytest.approx(float(want.main), rel=1e-5)
-        np.testing.assert_array_equal(metrics["load"], want.load)
-    assert "keys" not in train_step._with_keys(run_of(PLAIN), batch, jnp.int32(0))
 
 
 @pytest.mark.long

@@ -68,7 +68,11 @@ def not_routers(params: nnx.State, part: str = "") -> set[tuple]:
 
 @pytest.mark.parametrize(
     ("dtype", "on"),
-    [("float32", "lora"), pytest.param("bfloat16", "lora", marks=pytest.mark.long), ("bfloat16", "trunk")],
+    [
+        pytest.param("float32", "lora", marks=pytest.mark.rare),
+        pytest.param("bfloat16", "lora", marks=pytest.mark.long),
+        ("bfloat16", "trunk"),
+    ],
 )
 def test_a_step_gives_the_digits_of_float32_weights(folder, dtype, on):
     """Bitwise, since each use casts to one dtype; with remat no array is a float32 stack of frozen weights."""

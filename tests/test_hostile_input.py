@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,14 +14,12 @@ from runs import HERE, environment
 from dsv3_jax.cli import common
 from dsv3_jax.cli import main as cli
 from dsv3_jax.config import ConfigError, DataConfig, RunConfig, from_dict, to_dict
-from dsv3_jax.data import tokenizer
 from dsv3_jax.data.corpus import load_corpus
-from dsv3_jax.files import atomic_folder, parse_json, read_json
+from dsv3_jax.files import atomic_folder, parse_json
 from dsv3_jax.hf import files
 from dsv3_jax.hf.config_json import config_from_dict, config_to_dict
 from dsv3_jax.hf.reading import ReleasedFolder
 from dsv3_jax.presets import preset, recipe
-from dsv3_jax.report.metrics import METRICS_FILE, parse_rows
 
 TINY = preset("tiny")
 RUN = to_dict(recipe("tiny"))
@@ -92,19 +89,6 @@ def test_json_is_refused(text, message):
     assert parse_json(b'["\\ud83d\\ude42", 1000000000000000019884624838656]') == ["🙂", int(1e30)]
 
 
-@pytest.mark.parametrize(
-    "make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)]
-)
-def test_only_regular_files_are_read(tmp_path, make):
-    for name, read in (("a.json", read_json), (METRICS_FILE, parse_rows)):
-        make(tmp_path / name)
-        with pytest.raises((ValueError, OSError), match=name):
-            read(tmp_path / name)
-    make(tmp_path / "b.txt")
-    with pytest.raises(ValueError, match="b.txt|holds no text|does not exist"):
-        load_corpus(DataConfig(paths=(str(tmp_path / "b.txt"),)))
-
-
 # Released folders
 
 
@@ -119,18 +103,6 @@ def test_a_model_of_more_tensors_than_there_are(tmp_path):
     assert time.process_time() - begin < 5
 
 
-# Tokenizers
-
-
-def test_a_tokenizer_that_is_none(tmp_path):
-    for text in ("{}", "[" * 10**5):
-        (tmp_path / "tokenizer.json").write_text(text)
-        for use in (tokenizer.load, lambda path: tokenizer.keep_copy(path, tmp_path / "copy")):
-            with pytest.raises(ValueError, match="tokenizer.json' cannot be read"):
-                use(str(tmp_path))
-    assert not (tmp_path / "copy").exists()
-
-
 # Runs and texts
 
 
@@ -142,15 +114,6 @@ def test_links_that_lead_nowhere_are_passed_over_and_names_of_domains_can_be_pri
     corpus = load_corpus(DataConfig(paths=(str(tmp_path),)))
     assert len(corpus.train + corpus.val) == 4 and corpus.domains == ("\ufffd[31m[/]",)
     assert capsys.readouterr().err.count("a link that leads nowhere") == 2
-
-
-@pytest.mark.parametrize(
-    "line", ['{"text": ' + "[" * 500 + "]" * 500 + "}", '{"text": "a", "domain": "' + "d" * 201 + '"}']
-)
-def test_lines_of_jsonl(tmp_path, line):
-    (tmp_path / "a.jsonl").write_text(f'{{"text": "b"}}\n{line}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 2"):
-        load_corpus(DataConfig(paths=(str(tmp_path / "a.jsonl"),)))
 
 
 def test_a_sentence_is_short_and_plain():

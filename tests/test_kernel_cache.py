@@ -78,11 +78,6 @@ def test_why_there_are_no_kernels(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "false")
     assert why_not() == "false does not compile the kernels: exit code 1"
     assert [path.name for path in tmp_path.glob("*/*")] == ["build.lock"]  # nothing half-written
-    monkeypatch.setenv("CXX", "g++ 'unclosed")
-    assert why_not() == "the kernels cannot be compiled or loaded: No closing quotation"
-    monkeypatch.setattr(library, "load", lambda words: ctypes.CDLL(None))
-    monkeypatch.setenv("CXX", "g++")
-    assert "undefined symbol: Dsv3" in why_not()
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert why_not() == "there is no C++ compiler (c++, g++, clang++): install one, as by apt install g++"

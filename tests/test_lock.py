@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 
 import pytest
 from runs import HERE
@@ -103,12 +102,3 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, make, sentence):
     with pytest.raises((OSError, ValueError), match=sentence), acquire(tmp_path):
         pass
     assert holder(tmp_path) == "" and (tmp_path / "mine").read_text() == "precious"
-
-
-def test_a_reader_that_asks_for_a_moment_refuses_nobody(tmp_path):
-    (tmp_path / LOCK_FILE).touch()
-    with open(tmp_path / LOCK_FILE) as reader:
-        fcntl.flock(reader, fcntl.LOCK_SH)
-        threading.Timer(0.02, reader.close).start()
-        with acquire(tmp_path) as lock:
-            lock.check()

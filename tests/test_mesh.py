@@ -7,15 +7,15 @@ import jax
 import numpy as np
 import pytest
 from models import DENSE
-from runs import MODEL, fresh_state, make_run, packed_batch, write_text
+from runs import MODEL, fresh_state, make_run, packed_batch
 
 from dsv3_jax.config import Balance, ConfigError, Execution, Layout, OptimConfig
 from dsv3_jax.mesh import sharding
 from dsv3_jax.training import loop
-from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.step import Job, make_step, model_of
 
-PLAIN = replace(MODEL, num_layers=1, mtp_depth=0)  # compiles in a third of the time
+HEAD = replace(MODEL, num_layers=1)
+PLAIN = replace(HEAD, mtp_depth=0)  # compiles in half of the time
 B, T = 16, 12
 # eps: AdamW then does not turn the rounding of gradients near 0 into whole steps of either sign
 RUN = make_run("nowhere", optim=OptimConfig(learning_rate=1e-2, warmup_steps=0, eps=0.1))
@@ -52,7 +52,7 @@ QUANTILE = replace(PLAIN, num_groups=1, groups_per_token=1, balance=Balance(0.5,
 CASES = {  # (data, expert, tensor), model, microbatches, execution
     "8,1,1 fsdp microbatches": ((8, 1, 1), PLAIN, 2, Execution(layout=Layout(fsdp=True))),
     "1,8,1 all_to_all": ((1, 8, 1), PLAIN, 1, replace(RAGGED_DOT, remat="full", layout=ROUNDS)),
-    "2,2,2 fsdp heads": ((2, 2, 2), MODEL, 1, Execution(layout=replace(GATHER, fsdp=True))),
+    "2,2,2 fsdp head": ((2, 2, 2), HEAD, 1, Execution(layout=replace(GATHER, fsdp=True))),
 }
 FURTHER = {
     "2,2,2 all_to_all fsdp": ((2, 2, 2), PLAIN, 1, Execution(layout=replace(ROUNDS, fsdp=True))),
@@ -100,23 +100,6 @@ def test_experts_are_chosen_as_on_a_single_device():
         rows = jax.device_put(tokens, sharding.batch_sharding(mesh))
         got = chosen(replace(run, execution=Execution(layout=ROUNDS)), placed, rows)
     np.testing.assert_array_equal(got, want)
-
-
-@pytest.mark.long
-def test_a_run_resumes_on_another_mesh(tmp_path):
-    """Two steps on one device and two on a mesh are one device's four."""
-    run = make_run(write_text(tmp_path / "text"), steps=4, model=PLAIN)
-    assert not loop.fit(run, tmp_path / "run", stop_after=2, quiet=True).finished
-    assert loop.fit(run, tmp_path / "run", mesh=sharding.make_mesh(2, 2), quiet=True).resumed_from == 2
-    loop.fit(run, tmp_path / "alone", quiet=True)
-    restored = []
-    for name in ("run", "alone"):
-        with Checkpoints(tmp_path / name, run) as checkpoints:
-            restored.append(jax.device_get(checkpoints.restore()))
-    (state, data_position), (alone, its_data_position) = restored
-    assert data_position == its_data_position and int(state.step) == 4
-    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(alone.params), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
 def test_meshes_are_read():

@@ -203,9 +203,6 @@ def three_tokens(model, prompt, how):
     )
 
 
-# Memory
-
-
 # Requests
 
 

@@ -223,22 +223,12 @@ def test_sigterm_saves_and_the_next_call_resumes(whole, begun, capfd):
     assert_same_run(begun, whole.folder)
 
 
-def train_tokenizer(path: Path, *, swapped: bool = False) -> str:
-    """A tokenizer of 260 ids, the specials first: none means what a byte's does. `swapped`: nor a and b the other's."""
-    tokenizer.train_bpe(["no merges"], 260, str(path))
-    if swapped:
-        values = json.loads(path.read_text())
-        ids = values["model"]["vocab"]
-        ids["a"], ids["b"] = ids["b"], ids["a"]
-        path.write_text(json.dumps(values))
-    return str(path)
-
-
 def test_a_moved_folder_continues_without_the_tokenizers_file(whole, tmp_path, monkeypatch):
     """It names what is inside it by its name, and text by its place. Another tokenizer is another run."""
     text, there = Path(whole.run.data.paths[0]), tmp_path / "elsewhere"
     monkeypatch.chdir(text.parent)
-    data = replace(whole.run.data, paths=("text",), tokenizer=train_tokenizer(tmp_path / "words" / TOKENIZER_FILE))
+    data = replace(whole.run.data, paths=("text",), tokenizer=str(tmp_path / "words" / TOKENIZER_FILE))
+    tokenizer.train_bpe(["no merges"], 260, data.tokenizer)  # the specials first: no id means what a byte's does
     run = replace(whole.run, data=data)
     loop.fit(run, there / "renamed", stop_after=BEGUN, quiet=True, report=False)
     shutil.rmtree(tmp_path / "words")
@@ -248,10 +238,8 @@ def test_a_moved_folder_continues_without_the_tokenizers_file(whole, tmp_path, m
     assert (load_run(moved).step, read_run(moved).data.tokenizer) == (BEGUN, "renamed/tokenizer.json")
     assert tokenizer.load("renamed/tokenizer.json").encode("a") != tokenizer.ByteTokenizer().encode("a")
     before = sorted(moved.rglob("*"))
-    other = train_tokenizer(tmp_path / "other" / TOKENIZER_FILE, swapped=True)
-    for name in (other, "bytes"):
-        with pytest.raises(ValueError, match=rf"^data\.tokenizer='{name}' is not that of the run in renamed, 'renamed"):
-            loop.fit(replace(read_run(moved), data=replace(read_run(moved).data, tokenizer=name)), moved, quiet=True)
+    with pytest.raises(ValueError, match=r"^data\.tokenizer='bytes' is not that of the run in renamed, 'renamed"):
+        loop.fit(replace(read_run(moved), data=replace(read_run(moved).data, tokenizer="bytes")), moved, quiet=True)
     assert sorted(moved.rglob("*")) == before
     copy = str(shutil.copy(moved / TOKENIZER_FILE, tmp_path / "copy.json"))  # the same ids are the same tokenizer
     claim(moved, replace(read_run(moved), data=replace(read_run(moved).data, tokenizer=copy)))

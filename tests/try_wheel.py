@@ -22,13 +22,12 @@ def main(wheel: Path, fresh: bool) -> None:
         assert any(name.endswith(suffix) for name in names), f"{wheel} has no {suffix} files"
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        venv.create(home / "env", with_pip=True)
+        venv.create(home / "env")
         python = home / "env/bin/python"
         packages = [] if fresh else ["--no-deps", "--no-index"]
-        subprocess.run([python, "-m", "pip", "install", "-q", "--no-compile", *packages, wheel.resolve()], check=True)
-        if (
-            not fresh
-        ):  # a .pth file names the folder; .pth files in that folder, as of an editable install, are not read
+        pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-compile"]
+        subprocess.run([*pip, *packages, wheel.resolve()], check=True)
+        if not fresh:  # .pth files in the folder that this one names, as of an editable install, are not read
             own = next(home.glob("env/lib/python*/site-packages"))
             (own / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
         clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
