@@ -85,7 +85,7 @@ docs: $(VENV)/.installed-docs
 
 wheel: $(VENV)/.installed-release
 	rm -rf dist build
-	$(BIN)/python -m build -o dist . > /dev/null
+	$(BIN)/python -m build --no-isolation -o dist . > /dev/null
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python tests/try_wheel.py dist/*.whl
 
