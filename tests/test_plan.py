@@ -87,6 +87,9 @@ def test_programs_of_v3_have_the_same_size_at_any_depth(monkeypatch):
         assert "<5x256x7168x2048x" in few and "<58x256x7168x2048x" in many  # all but three layers have experts
         assert abs(len(many) / len(few) - 1) < 0.01  # longer numbers
     assert "all_to_all" in texts[2] and "all_to_all" not in texts[3]  # decoding's few tokens are gathered
+    # Experts are gathered as they lie in memory; their gradients are stacked in the dtype in which they are summed.
+    assert "all_gather_dim = 0" in texts[2] and "all_gather_dim = 1" not in texts[2]
+    assert "-> tensor<58x256x7168x2048xbf16>" in texts[2]
 
 
 def example_cost(**changes) -> Cost:

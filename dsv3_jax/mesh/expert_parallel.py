@@ -48,9 +48,9 @@ class Sharded(NamedTuple):
         return self.experts[0][2] is not None
 
     @property
-    def width(self) -> bool:
-        """Whether the width D is sharded."""
-        return self.experts[0][1] is not None
+    def gathered(self) -> bool:
+        """Whether "data" shards the experts, by number or by their width D."""
+        return bool(_along_data(self.experts[0]))
 
 
 def pick_expert_comm(
@@ -116,11 +116,11 @@ def _on_shards(meet: Callable, layout: Layout, x: Array, ids: Array, gates: Arra
     """Call `meet(how, x, ids, gates, experts)` on each device: its tokens, its experts with their complete width D."""
     mesh, rows = jax.sharding.get_abstract_mesh(), row_axes(x.shape[0])
     specs = tuple(spec(of, w.shape, mesh, fsdp=layout.fsdp) for of, w in zip(AXIS_NAMES, experts, strict=True))
-    how = Sharded(rows, specs, mesh.shape["expert"] if specs[0][0] else 1)
+    how = Sharded(rows, specs, mesh.shape["expert"])
 
     def local(x: Array, ids: Array, gates: Array, experts: Experts) -> tuple[Array, Array]:
-        if how.width:
-            experts = _gather_width(experts, how, x.dtype)
+        if how.gathered:
+            experts = _gather(experts, how, x.dtype)
         # All of one type, so that the gradients of experts are summed over devices here, once.
         experts = tuple(as_varying(w, x) for w in experts)
         x, gates = (as_varying(a, experts[0]) for a in (x, gates))
@@ -149,11 +149,16 @@ def _gathered(run: Callable, how: Sharded, x: Array, ids: Array, gates: Array, e
     return y, jnp.asarray(sent, jnp.float32)
 
 
-def _gather_width(experts: tuple[Array, ...], how: Sharded, dtype: Any) -> tuple[Array, ...]:
-    """The experts [E, …] cast, and gathered along "data", which shards their width D."""
+def _gather(experts: tuple[Array, ...], how: Sharded, dtype: Any) -> tuple[Array, ...]:
+    """The experts [E, …] cast, and gathered along "data"."""
     # If "data" does not shard the tokens, its devices all do the same with them, and JAX must know.
     to = "varying" if "data" in how.rows else "invarying"
     return tuple(
-        jax.lax.all_gather(w.astype(dtype), "data", axis=names.index("dim"), tiled=True, to=to)
-        for names, w in zip(AXIS_NAMES, experts, strict=True)
+        jax.lax.all_gather(w.astype(dtype), "data", axis=_along_data(spec)[0], tiled=True, to=to)
+        for spec, w in zip(how.experts, experts, strict=True)
     )
+
+
+def _along_data(spec: P) -> list[int]:
+    """The axes of an array that "data" shards: one or none."""
+    return [i for i, axes in enumerate(spec) if "data" in (axes or ())]

@@ -41,8 +41,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "hidden": ("tensor",),
     "vocab": ("tensor",),
 }
-# `Layout.fsdp` adds these for weights, and for all that is sharded like them; they are gathered for use.
-FSDP_RULES = RULES | {"dim": ("data",), "latent": ("data",)}
+# `Layout.fsdp` adds these for weights, and for all that is sharded like them; they are gathered for use. Experts are
+# sharded by number where "data" divides it: what is gathered then lies in memory as it is used.
+FSDP_RULES = RULES | {"expert": ("expert", "data"), "dim": ("data",), "latent": ("data",)}
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -185,14 +186,21 @@ def on_mesh() -> bool:
 def spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, *, fsdp: bool = False) -> P:
     """How an array is sharded. `names` belong to its last axes; axes before them, as a stack's layers, are not sharded.
 
+    An axis of the mesh shards the first axis of the array that it can.
+
     Example:
-        >>> mesh = AbstractMesh((2, 4, 1), AXES)
-        >>> spec(("expert", "dim", "hidden"), (58, 256, 7168, 2048), mesh, fsdp=True)
-        P(None, 'expert', 'data', None)
+        >>> mesh, names = AbstractMesh((2, 4, 1), AXES), ("expert", "dim", "hidden")
+        >>> spec(names, (58, 256, 7168, 2048), mesh, fsdp=True), spec(names, (58, 4, 7168, 2048), mesh, fsdp=True)
+        (P(None, ('expert', 'data'), None, None), P(None, 'expert', 'data', None))
     """
-    leading: list[tuple[str, ...] | None] = [None] * (len(shape) - len(names))
-    sizes = shape[len(leading) :]
-    return P(*leading, *(_mesh_axes(name, size, mesh, fsdp) or None for name, size in zip(names, sizes, strict=True)))
+    leading = len(shape) - len(names)
+    used: tuple[str, ...] = ()
+    parts: list[tuple[str, ...] | None] = [None] * leading
+    for name, size in zip(names, shape[leading:], strict=True):
+        axes = tuple(axis for axis in _mesh_axes(name, size, mesh, fsdp) if axis not in used)
+        used += axes
+        parts.append(axes or None)
+    return P(*parts)
 
 
 def row_axes(rows: int) -> tuple[str, ...]:
@@ -280,6 +288,25 @@ def constrain_state(state, *, fsdp: bool = False):
     if mesh.empty:
         return state
     return jax.lax.with_sharding_constraint(state, state_sharding(state, mesh, fsdp=fsdp))
+
+
+def cast_weights(v, *, fsdp: bool, dtype: Any):
+    """Weights (variables in any structure) that `unshard_weights` will gather, cast once for all layers and passes.
+
+    Their gradients are then stacked in that dtype, and no digit changes: they are summed over devices in it.
+    """
+    if not fsdp or not on_mesh():
+        return v
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def cast(v):
+        names, x = names_of(v), v.get_value()
+        if v.get_metadata().get("exact", False) or not isinstance(x, jax.Array):
+            return v
+        alike = spec(names, x.shape, mesh) == spec(names, x.shape, mesh, fsdp=True)
+        return v if alike else v.replace(x.astype(dtype))
+
+    return jax.tree.map(cast, v, is_leaf=_is_variable)
 
 
 def unshard_weights(v, *, fsdp: bool, dtype: Any):

@@ -138,7 +138,8 @@ def _grouped_bwd(product, saved, dy):
     silu = a * sig
     h = _rounded(silu * b * rows.gate, rows, x.dtype)
     d_h = product.dx(dy_rows, w_down, p.counts).astype(a.dtype)
-    d_gates = (d_h * silu * b).sum(-1)
+    # Else XLA sums again what it has in hand, in the fusion that adds these to the router's gradient.
+    d_gates = jax.lax.optimization_barrier((d_h * silu * b).sum(-1))
     d_h = d_h * rows.gate
     d_inner = [_rounded(d, rows, x.dtype) for d in (d_h * b * (sig + silu * (1 - sig)), d_h * silu)]
     if len(w_in) == 1:
@@ -176,7 +177,7 @@ def _gate_and_up(inner: tuple[Array, ...]) -> list[Array]:
 
 def _rounded(values: Array, rows: _Rows, dtype) -> Array:
     """Rows in the compute dtype; zeros in rows of no expert, whose products are undefined."""
-    return jnp.where(rows.in_expert, values, 0).astype(dtype)
+    return _or_zero(rows.in_expert, values).astype(dtype)
 
 
 def _sum_choices(parts: tuple[Array, ...], p: SortedRows) -> Array:
@@ -188,8 +189,15 @@ def _sum_choices(parts: tuple[Array, ...], p: SortedRows) -> Array:
     for k in range(p.row.shape[1]):
         row = p.row[:, k]
         fetched = sum(_take(part, jnp.minimum(row, part.shape[0] - 1)).astype(y.dtype) for part in parts)
-        y = y + jnp.where((row < total)[:, None], fetched, 0)
+        y = y + _or_zero((row < total)[:, None], fetched)
     return y.astype(parts[0].dtype)
+
+
+def _or_zero(mask: Array, values: Any) -> Array:
+    """Values where the mask is true, else 0. The zeros depend on the mask: before a scan over layers JAX would write
+    others out as an array, which each layer then reads.
+    """
+    return jnp.where(mask, values, (mask ^ mask).astype(values.dtype))
 
 
 def _take(x: Array, rows: Array) -> Array:

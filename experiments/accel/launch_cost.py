@@ -132,8 +132,9 @@ class LaunchCost:
             return float(match[1])
         if i.opcode == "copy-start":  # (result, operand, context); a TPU's prefetch has one of them on the chip
             return sum((a.nbytes for a in i.arrays[:2] if not on_chip(a)), 0.0)
-        if i.opcode.endswith("-start") and "fusion" not in i.opcode:
-            return 2 * i.arrays[0].nbytes
+        if i.opcode.endswith("-start") and "fusion" not in i.opcode:  # (operands, results, …), or results alone
+            arrays = i.arrays[: 2 * len(i.operands)]
+            return sum((a.nbytes for a in arrays), 0.0) * (2 if len(arrays) == len(i.operands) else 1)
         if i.opcode in _SLICES:
             return 2 * result_bytes(i)
         if i.opcode in _UPDATES:
@@ -170,8 +171,8 @@ class LaunchCost:
                 for p in self.module.computations[inner].values():
                     if p.opcode == "parameter" and user.operands[int(p.operands[0])] == i.name:
                         total += self._read(inner, p)
-            elif user.opcode == "tuple":
-                continue  # handed on
+            elif user.opcode == "tuple":  # handed on; a slice of it, or what is converted, is read
+                total += 0.0 if i.opcode in ("parameter", "bitcast") else result_bytes(i)
             else:
                 return result_bytes(i)
         return min(total, result_bytes(i))

@@ -65,7 +65,7 @@ def full() -> Sizes:
         draft_batches=(1, 32),
         draft_prompt=1024,
         draft_tokens=64,
-        exact=replace(mini, mtp_depth=1),
+        exact=replace(mini, num_layers=3, mtp_depth=1),
         exact_batch=(8, 512),
         exact_tokens=64,
         seconds=1.0,

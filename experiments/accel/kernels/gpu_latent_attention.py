@@ -281,7 +281,7 @@ def _kernel(
 
 def fits_cache(queries: Any, keys: Any, values: Any, *others: Any, **settings: Any) -> bool:
     """Whether a cache is latents, in blocks of the kernel's size: for others Pallas finds no layout."""
-    return is_latent(queries, keys, values, *others) and values.rows.shape[3] % TILE == 0
+    return is_latent(queries, keys, values, *others) and values.rows.shape[2] % TILE == 0
 
 
 def add() -> None:
