@@ -86,7 +86,8 @@ _MOST = {int: str(2**31), float: "3.4e38"}  # in place of inf
 _INTERVALS = {
     "[1, inf)": "vocab_size dim dense_dim num_heads num_kv_heads q_latent_dim kv_latent_dim nope_head_dim v_head_dim "
     "experts_per_token expert_dim num_groups groups_per_token max_positions original_max_positions batch_size "
-    "max_documents steps eval_every eval_batches save_every keep log_every microbatches rope_theta factor",
+    "max_documents steps eval_every eval_batches save_every keep log_every microbatches rope_theta factor index_heads "
+    "index_dim index_topk",
     "[2, inf)": "seq_len",
     "[1, 10000]": "num_layers",
     "[1, 1000000]": "num_experts rope_head_dim capacity_slack",  # rotary frequencies are computed early
@@ -360,11 +361,20 @@ class ModelConfig:
     experts_per_token: int  # number of routed experts that a token is sent to (K)
     num_shared_experts: int  # number of shared experts, which every token uses
     expert_dim: int  # hidden width of an expert (F)
-    # kind of attention: MLA compresses keys and values into a latent; the others do not, and their keys have
-    # nope_head_dim + rope_head_dim numbers a head
-    attention: Literal["mla", "mha", "gqa", "mqa"] = "mla"
+    # kind of attention: MLA compresses keys and values into a latent, and DSA is MLA over the tokens that an indexer
+    # chooses (V3.2); the others do not, and their keys have nope_head_dim + rope_head_dim numbers a head
+    attention: Literal["mla", "dsa", "mha", "gqa", "mqa"] = "mla"
     num_kv_heads: int | None = None  # number of heads with keys and values; for attention gqa only
     qk_norm: bool = False  # norm each head's queries and keys before RoPE; for attention mha, gqa and mqa
+    index_heads: int = 64  # number of heads of an indexer (I); index settings are for attention dsa only
+    index_dim: int = 128  # width of an indexer's queries and keys (X), of which the first rope_head_dim are rotated
+    index_topk: int = 2048  # number of tokens that a query attends to (k)
+    index_interleaved: bool = False  # as rope_interleaved, for the indexer
+    # for each layer: full has an indexer; shared attends to the tokens of the last full one. None means all full
+    index_types: tuple[str, ...] | None = None
+    # index queries and keys are rotated by a Hadamard matrix and rounded to e4m3, as in the released inference code;
+    # the scales of fp8_ue8m0 are powers of two
+    index_precision: Literal["none", "fp8", "fp8_ue8m0"] = "none"
     num_groups: int = 1  # number of groups that the experts are divided into (G)
     groups_per_token: int = 1  # number of groups that a token's experts may come from
     # how scores become a choice (ops.routing.ROUTERS): sigmoid with a balancing bias (V3), sqrtsoftplus the same (V4),
@@ -411,6 +421,17 @@ class ModelConfig:
         return self.num_kv_heads or (1 if self.attention == "mqa" else self.num_heads)
 
     @property
+    def has_latent(self) -> bool:
+        """Whether keys and values are compressed into a latent."""
+        return self.attention in ("mla", "dsa")
+
+    @property
+    def has_indexer(self) -> tuple[bool, ...]:
+        """Whether each layer of the trunk has an indexer."""
+        types = self.index_types or ("full",) * self.num_layers
+        return tuple(self.attention == "dsa" and kind == "full" for kind in types)
+
+    @property
     def head_kind(self) -> HeadKind:
         """Facts about the kind of the multi-token heads."""
         return HEAD_KINDS[self.mtp_kind]
@@ -444,7 +465,7 @@ def _check_experts(c: ModelConfig) -> None:
 
 
 def _check_attention(c: ModelConfig) -> None:
-    count, kind, mla = c.num_kv_heads, f"attention={c.attention!r}", c.attention == "mla"
+    count, kind, mla = c.num_kv_heads, f"attention={c.attention!r}", c.has_latent
     reach, plain = c.yarn.original_max_positions * c.yarn.factor, c.yarn.factor == 1
     _require({
         f"rope_head_dim={c.rope_head_dim} is odd": c.rope_head_dim % 2 == 0,
@@ -454,6 +475,27 @@ def _check_attention(c: ModelConfig) -> None:
         # YaRN counts turns by the logarithm of the base.
         f"rope_theta={c.rope_theta} is not above 1, as YaRN's factor={c.yarn.factor} needs": plain or c.rope_theta > 1,
         f"max_positions={c.max_positions} is beyond YaRN's reach of {reach:g}": plain or c.max_positions <= reach,
+    })  # fmt: skip
+    if c.attention == "dsa":
+        _check_indexer(c)
+
+
+def _check_indexer(c: ModelConfig) -> None:
+    types, width, rounds = c.index_types, f"index_dim={c.index_dim}", c.index_precision != "none"
+    for kind in types or ():
+        _require({f"index_types={kind!r} is not one of full, shared": kind in ("full", "shared")})
+    _require({
+        "q_latent_dim=None with attention='dsa', which makes index queries from it; give a width": bool(c.q_latent_dim),
+        f"{width} is less than the rope_head_dim={c.rope_head_dim} that it rotates": c.index_dim >= c.rope_head_dim,
+        f"{width} is no power of 2, as index_precision={c.index_precision!r} needs": (
+            not rounds or c.index_dim.bit_count() == 1
+        ),
+        f"index_types={types} has not one entry for each of num_layers={c.num_layers}": (
+            types is None or len(types) == c.num_layers
+        ),
+        f"index_types={types} begins with a layer that has no set to share; begin with 'full'": (
+            types is None or types[:1] == ("full",)
+        ),
     })  # fmt: skip
 
 

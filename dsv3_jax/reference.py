@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import ModelConfig, replace
 
 Array = Any  # numpy.ndarray or jax.Array
 
@@ -36,6 +36,7 @@ class Context(NamedTuple):
     positions: Array  # int [B,T]: place of each token in its document, from 0
     segment_ids: Array  # int [B,T]: document of each token, from 1; 0 is padding
     xp: Any = np  # array module: numpy for values, in float64; jax.numpy for gradients
+    chosen: Array | None = None  # bool [B,T,S]: the tokens s that t attends to, by an indexer; None: all that it sees
 
 
 def rms_norm(x: Float[Array, "B T *n D"], p: dict, eps: float = 1e-6) -> Float[Array, "B T *n D"]:
@@ -82,7 +83,7 @@ def rotate(ctx: Context, x: Float[Array, "B T H X"]) -> Float[Array, "B T H X"]:
     YaRN scales a and b by m(mscale) / m(mscale_all_dim), m(w) = 0.1 · w · ln(factor) + 1: by 1 in released models.
     """
     cfg, yarn, log_factor = ctx.cfg, ctx.cfg.yarn, np.log(ctx.cfg.yarn.factor)
-    nope, rope = ctx.xp.split(x, [cfg.nope_head_dim], axis=-1)
+    nope, rope = ctx.xp.split(x, [x.shape[-1] - cfg.rope_head_dim], axis=-1)
     a, b = (rope[..., 0::2], rope[..., 1::2]) if cfg.rope_interleaved else ctx.xp.split(rope, 2, axis=-1)
     angles = ctx.positions[:, :, None, None] * rope_frequencies(cfg)  # [B,T,1,R/2]
     ratio = (0.1 * yarn.mscale * log_factor + 1) / (0.1 * yarn.mscale_all_dim * log_factor + 1)
@@ -92,11 +93,36 @@ def rotate(ctx: Context, x: Float[Array, "B T H X"]) -> Float[Array, "B T H X"]:
 
 def attend(ctx: Context, q: Array, k: Array, v: Float[Array, "B T H V"]) -> Float[Array, "B T H V"]:
     """softmax(m² (N+R)^-1/2 q · k) v over the keys s ≤ t of one document. q and k [B,T,H,N+R] are rotated first."""
-    xp, documents, yarn = ctx.xp, ctx.segment_ids, ctx.cfg.yarn
+    xp, yarn = ctx.xp, ctx.cfg.yarn
     m = 0.1 * yarn.mscale_all_dim * np.log(yarn.factor) + 1  # from YaRN; else 1
     scores = xp.einsum("bthx,bshx->bhts", rotate(ctx, q), rotate(ctx, k)) * q.shape[-1] ** -0.5 * m**2
-    mask = (documents[:, :, None] == documents[:, None, :]) & np.tri(q.shape[1], dtype=bool)  # [B,T,S]
+    mask = visible(ctx) if ctx.chosen is None else ctx.chosen
     return xp.einsum("bhts,bshv->bthv", softmax(xp.where(mask[:, None], scores, -np.inf), xp), v)
+
+
+def visible(ctx: Context) -> Array:
+    """bool [B,T,S]: token s is in t's document, and not after t."""
+    documents = ctx.segment_ids
+    return (documents[:, :, None] == documents[:, None, :]) & np.tri(documents.shape[1], dtype=bool)
+
+
+def choose(ctx: Context, p: dict, x: Float[Array, "B T D"]) -> Array:
+    """The k tokens that each token attends to, of sparse attention (DSA): bool [B,T,S].
+
+    q_I = c_q W_iq [I,X];  k_I = LayerNorm(x W_ik) [X];  w = x W_iw [I]
+    score_ts = Σ_i w_ti I^-1/2 relu(X^-1/2 q_I,ti · k_I,s);  chosen: the min(k, T) largest that t sees
+    The first R of X features are rotated, by `index_interleaved`. Source: DeepSeek-V3.2 report, section 2.1.
+    """
+    cfg, xp, indexer = ctx.cfg, ctx.xp, p["indexer"]
+    q = xp.einsum("btq,qix->btix", rms_norm(x @ p["w_dq"], p["q_norm"]), indexer["w_iq"])
+    k, norm = x @ indexer["w_ik"], indexer["k_norm"]
+    k = (k - k.mean(-1, keepdims=True)) / (k.var(-1, keepdims=True) + 1e-6) ** 0.5 * norm["scale"] + norm["bias"]
+    own = ctx._replace(cfg=replace(cfg, rope_interleaved=cfg.index_interleaved))
+    q, k = (rotate(own, xp.roll(y, -cfg.rope_head_dim, axis=-1)) for y in (q, k[:, :, None]))
+    scores = xp.maximum(xp.einsum("btix,bsx->btis", q, k[:, :, 0]) * cfg.index_dim**-0.5, 0)
+    scores = xp.einsum("bti,btis->bts", x @ indexer["w_iw"] * cfg.index_heads**-0.5, scores)
+    best = top_k(xp.where(visible(ctx), scores, -np.inf), cfg.index_topk, xp)
+    return (xp.eye(x.shape[1])[best].sum(-2) > 0) & visible(ctx)
 
 
 def mla(ctx: Context, p: dict, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -172,13 +198,18 @@ def moe(ctx: Context, p: dict, x: Float[Array, "B T D"]) -> tuple[Array, Routing
     return y + swiglu(x, p["shared"], xp) if ctx.cfg.num_shared_experts else y, routing
 
 
-def block(ctx: Context, p: dict, x: Float[Array, "B T D"]) -> tuple[Array, Any]:
-    """x ← x + Attention(norm(x));  x ← x + FFN(norm(x)). The FFN is MoE or SwiGLU, by its parameters."""
-    cfg, attention = ctx.cfg, mla if ctx.cfg.attention == "mla" else gqa
-    x = x + attention(ctx, p["attn"], rms_norm(x, p["attn_norm"], cfg.norm_eps))
+def block(ctx: Context, p: dict, x: Float[Array, "B T D"], shared: bool = False) -> tuple[Array, Any, Context]:
+    """x ← x + Attention(norm(x));  x ← x + FFN(norm(x)). The FFN is MoE or SwiGLU, by its parameters.
+
+    With `attention="dsa"` it chooses tokens first, or attends to those that the last layer chose (`shared`).
+    """
+    cfg, y = ctx.cfg, rms_norm(x, p["attn_norm"], ctx.cfg.norm_eps)
+    if cfg.attention == "dsa" and not shared:
+        ctx = ctx._replace(chosen=choose(ctx, p["attn"], y))
+    x = x + (mla if cfg.attention in ("mla", "dsa") else gqa)(ctx, p["attn"], y)
     y = rms_norm(x, p["ffn_norm"], cfg.norm_eps)
     y, routing = moe(ctx, p["moe"], y) if "moe" in p else (swiglu(y, p["ffn"], ctx.xp), None)
-    return x + y, routing
+    return x + y, routing, ctx
 
 
 def layer_of(stack: Any, layer: int) -> Any:
@@ -198,12 +229,11 @@ class Output(NamedTuple):
 
 def transformer(ctx: Context, p: dict, tokens: Int[Array, "B T"]) -> Output:
     """Embedding, dense blocks, sparse blocks, final norm, unembedding; then the multi-token heads."""
-    cfg, routing, x = ctx.cfg, [], p["embed"][tokens]
-    for layer in range(cfg.num_dense_layers):
-        x, _ = block(ctx, layer_of(p["dense"], layer), x)
-    for layer in range(cfg.num_sparse_layers):
-        x, routed = block(ctx, layer_of(p["sparse"], layer), x)
-        routing.append(routed)
+    cfg, routing, x, of_layer = ctx.cfg, [], p["embed"][tokens], ctx
+    for layer in range(cfg.num_layers):
+        kind, first = ("dense", 0) if layer < cfg.num_dense_layers else ("sparse", cfg.num_dense_layers)
+        x, routed, of_layer = block(of_layer, layer_of(p[kind], layer - first), x, not cfg.has_indexer[layer])
+        routing += [] if routed is None else [routed]
     h = rms_norm(x, p["norm"], cfg.norm_eps)
     mtp_hidden, mtp_routing = mtp_heads(ctx, p, h if cfg.mtp_input == "normed" else x, tokens)
     unembed = p["embed"].T if cfg.tie_embeddings else p["head"]
@@ -228,12 +258,12 @@ def mtp_heads(ctx: Context, p: dict, h: Float[Array, "B T D"], tokens: Int[Array
             gate = x @ head["w"]
             x = x + gate / (1 + xp.exp(-gate))
         elif cfg.mtp_kind == "eagle":
-            x, _ = block(short, head["block"], xp.concatenate([e, x], axis=-1) @ head["w_eh"])
+            x, *_ = block(short, head["block"], xp.concatenate([e, x], axis=-1) @ head["w_eh"])
         else:
             if cfg.mtp_kind == "deepseek":
                 e, x = rms_norm(e, head["embed_norm"], cfg.norm_eps), rms_norm(x, head["hidden_norm"], cfg.norm_eps)
                 x = xp.concatenate([e, x], axis=-1) @ head["w_eh"]
-            x, routed = block(short, head["block"], x)
+            x, routed, _ = block(short, head["block"], x)
             x = rms_norm(x, head["norm"], cfg.norm_eps)
             if cfg.mtp_kind == "deepseek":  # the next depth reads x; an e of another document is not counted
                 h, routed = x, routed._replace(counted=same_document(ctx, k))

@@ -13,11 +13,8 @@ from models import DENSE, LIGHT, forward, random_model, small
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.kernels.cpu import calls, library
-from dsv3_jax.model import attention
-from dsv3_jax.model.attention import MLA
 from dsv3_jax.model.cache import empty_cache, pick_dtype, pick_kind
 from dsv3_jax.model.counting import bytes_per_token, elements_per_token
-from dsv3_jax.model.layers import param
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.ops.cached_attention import Stored, cached_attention, cached_attention_in_blocks
 from dsv3_jax.ops.quantize import dequantize_rows, largest, quantize_rows
@@ -219,26 +216,3 @@ def test_every_cache_of_mla_gives_the_tokens_of_the_forward():
 def test_a_baseline_decodes_the_tokens_of_its_forward():
     model = random_model(replace(LIGHT, num_heads=4, attention="gqa", qk_norm=True, num_kv_heads=2), execution=DENSE)
     assert not lost(model, generate(model, PROMPTS, NEW).tokens).any()
-
-
-class Indexed(MLA):
-    """A third cached array, such as the index keys of sparse attention: declared, and made in `project`."""
-
-    @classmethod
-    def cache_rows(cls, cfg, kind):
-        return super().cache_rows(cfg, kind) | {"index_key": (1, 6)}
-
-    def make_weights(self, cfg, rngs):
-        super().make_weights(cfg, rngs)
-        self.w_index = param(rngs, (cfg.dim, 6), ("dim", None), cfg.init_std)
-
-    def project(self, x, ctx):
-        q, rows = super().project(x, ctx)
-        return q, {**rows, "index_key": self.kernels("product", x, self.w_index[...])[:, :, None]}
-
-
-def test_a_third_array_is_one_more_entry(monkeypatch):
-    monkeypatch.setitem(attention.ATTENTION, "mla", Indexed)
-    model = random_model(LIGHT, execution=DENSE)
-    got = generate(model, PROMPTS, NEW)
-    assert not lost(model, got.tokens).any() and got.cache_bytes_per_token == 4 * (10 + 4 + 6)

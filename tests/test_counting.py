@@ -48,9 +48,12 @@ def slow_size(cfg: ModelConfig) -> tuple[int, int, int, int]:
     dense = cfg.num_dense_layers * (outside + 3 * d * cfg.dense_dim)
     table = cfg.vocab_size * d
     trunk = dense + cfg.num_sparse_layers * always + d + table  # with the head; the embedding is the other table
+    i, x = cfg.index_heads, cfg.index_dim
+    indexer = (q or 0) * i * x + d * x + 2 * x + d * i if cfg.attention == "dsa" else 0
+    trunk += (cfg.index_types or ()).count("full") * indexer
     m, k, e = cfg.mtp_depth, cfg.experts_per_token, cfg.num_experts
     own, routed = {
-        "deepseek": (2 * d * d + 3 * d + always, ffn),
+        "deepseek": (2 * d * d + 3 * d + always + indexer, ffn),
         "meta": (d + always, ffn),
         "medusa": (d * d, 0),
         "eagle": (2 * d * d + outside + 3 * d * cfg.dense_dim, 0),
@@ -69,9 +72,10 @@ def slow_size(cfg: ModelConfig) -> tuple[int, int, int, int]:
         small(mtp_depth=2),
         small(tie_embeddings=True, num_dense_layers=0, num_shared_experts=3),
         small(num_dense_layers=3, q_latent_dim=None),
+        small(attention="dsa", index_heads=2, index_dim=9, index_types=("full", "shared", "full"), mtp_depth=1),
         *(small(mtp_kind=kind, mtp_depth=1 if kind == "eagle" else 3) for kind in ("meta", "medusa", "eagle")),
     ],
-    ids=["two depths", "tied", "all dense", "meta", "medusa", "eagle"],
+    ids=["two depths", "tied", "all dense", "dsa", "meta", "medusa", "eagle"],
 )
 def test_sizes_are_the_arithmetic(cfg):
     found = counting.size(cfg)

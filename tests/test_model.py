@@ -52,7 +52,10 @@ V2 = small(
     router="softmax", group_score="max", normalize_gates=False, routed_scale=4.0, num_shared_experts=2, yarn=YARN,
     num_layers=2, num_dense_layers=0, q_latent_dim=None, rope_interleaved=False, mtp_depth=1, mtp_input="raw",
 )  # fmt: skip
-CASES = HEADS | {"v2": (V2, Execution(kernels="xla,grouped_swiglu=ragged_dot"))}
+DSA = small(
+    attention="dsa", index_heads=2, index_dim=9, index_topk=5, index_types=("full", "full", "shared"), mtp_depth=1
+)
+CASES = HEADS | {"v2": (V2, Execution(kernels="xla,grouped_swiglu=ragged_dot")), "dsa": (DSA, DENSE)}
 
 
 def run(model, tokens=TOKENS, segment_ids=SEGMENTS, positions=POSITIONS):

@@ -99,6 +99,32 @@ def write_rows(draw: Draw, large: bool) -> Iterator[Case]:
         yield Case(f"{layers} layers", (old, new, np.int32(layers - 1), np.array([0, 95, 33], np.int32)))
 
 
+def index_choose(draw: Draw, large: bool) -> Iterator[Case]:
+    """One token and several; whole numbers, so that no rounding changes a choice, and many ties."""
+    slots, k = (8192, 2048) if large else (300, 64)
+    for tokens, dtype in ((1, draw.dtype), (37, draw.dtype), (2, jnp.int8)):
+        q, w, rows = (
+            np.round(draw(*shape)).astype(draw.dtype)
+            for shape in ((2, tokens, 4, 16), (2, tokens, 4), (2, 1, slots, 16))
+        )
+        scales = jnp.ones((2, 1, slots, 1)) if dtype == jnp.int8 else None
+        last = np.sort(draw.rng.integers(0, slots, (2, tokens))).astype(np.int32)
+        settings = (("k", k),)
+        yield Case(f"{tokens} tokens", (q, w, Stored(jnp.asarray(rows, dtype), scales), last), settings=settings)
+
+
+def sparse_attention(draw: Draw, large: bool) -> Iterator[Case]:
+    """Absorbed and expanded; some queries see fewer tokens than others."""
+    slots, k = (8192, 2048) if large else (300, 64)
+    for tokens, groups, each in ((1, 1, 16), (19, 1, 16), (5, 3, 1)):
+        keys = [Stored(jnp.asarray(draw(2, groups, slots, width)), None) for width in (128, 64)]
+        queries = [draw(2, tokens, groups, each, width) for width in (128, 64)]
+        ids = np.argsort(draw.rng.random((2, tokens, slots)))[..., :k].astype(np.int32)
+        ids[:, 0, k // 2 :] = -1
+        label = f"{tokens} tokens, {groups} × {each} heads"
+        yield Case(label, (queries, keys, keys[0], jnp.asarray(ids)), settings=(("scale", 192**-0.5),))
+
+
 # (at a model's shapes alone?, tokens, choices of each, experts, D, F, the weights' dtype if it is not the tokens')
 MANY_ROWS = (
     (True, 2048, 6, 64, 2048, 1408, "f4"),
@@ -154,7 +180,16 @@ def optimizer(draw: Draw, large: bool) -> Iterator[Case]:
 
 
 GRADIENTS = (0, 2, 3, 4, 5)  # of tokens, gates and the experts' weights
-ALONE = (causal_attention, cached_attention, write_rows, cross_entropy, embedding, optimizer)
+ALONE = (
+    causal_attention,
+    cached_attention,
+    index_choose,
+    sparse_attention,
+    write_rows,
+    cross_entropy,
+    embedding,
+    optimizer,
+)
 CASES: dict[str, Callable[[Draw, bool], Iterator[Case]]] = {
     **{op: partial(plain, op) for op in PLAIN},
     **{of_op.__name__: of_op for of_op in ALONE},

@@ -40,8 +40,10 @@ from dsv3_jax.ops import (
     dispatch,
     embedding,
     grouped_product,
+    indexer,
     mla,
     products,
+    sparse_attention,
 )
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -197,6 +199,16 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _loops(cpu_attention.write_rows),
         Implementation("select", tpu_cache_rows.write_rows, ("tpu",)),
         _xla(cached_attention.write_rows),
+    ),
+    "index_choose": (
+        Implementation("large_blocks", partial(indexer.choose, most=attention.LARGE_SCORES), ACCELERATORS),
+        _xla(indexer.choose),
+    ),
+    "sparse_attention": (
+        Implementation(
+            "large_blocks", partial(sparse_attention.sparse_attention, most=attention.LARGE_SCORES), ACCELERATORS
+        ),
+        _xla(sparse_attention.sparse_attention),
     ),
     "grouped_swiglu": (
         _cpp(cpu_experts.grouped_swiglu),

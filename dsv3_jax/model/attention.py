@@ -16,9 +16,11 @@ from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.mesh.sharding import constrain, shard_map_by_names, shards_alike
 from dsv3_jax.model.cache import ROW_AXES, Cache
 from dsv3_jax.model.context import Context, LayerResult, from_zero, make_context
+from dsv3_jax.model.indexer import Indexer
 from dsv3_jax.model.layers import RMSNorm, draws_together, param
 from dsv3_jax.ops import rope
 from dsv3_jax.ops.attention import repeat_heads
+from dsv3_jax.ops.cached_attention import Stored
 
 LATENT_NORM_EPS = 1e-6  # whatever norm_eps says, as in the reference implementations
 HEAD_AXES = ("batch", None, "heads", None)  # how a mesh shards arrays with heads
@@ -62,14 +64,10 @@ class Attention(nnx.Module):
         """
         with jax.named_scope(type(self).__name__):
             q, rows = self.project(x, ctx)
-            metrics: dict[str, Array] = {}
             if ctx.cache is None:
-                rows = {**rows, **self.expand(rows)}
-                out, metrics = attend_causally(self, q, rows["k"], rows["v"], ctx)
-                ctx = ctx._replace(rows=rows)
+                out, ctx, metrics = self.attend_to_new(q, {**rows, **self.expand(rows)}, ctx)
             else:
-                out, cache = self.attend_to_cache(q, rows, ctx)
-                ctx = ctx._replace(cache=cache)
+                (out, ctx), metrics = self.attend_to_cache(q, rows, ctx), {}
             return self.kernels("product", constrain(out, *HEAD_AXES), self.w_o[...], axes=2), ctx, metrics
 
     @classmethod
@@ -89,9 +87,20 @@ class Attention(nnx.Module):
         """The keys "k" and values "v" of each token, where its rows are others."""
         return {}
 
-    def attend_to_cache(self, q: Float[Array, "B T H K"], rows: Rows, ctx: Context) -> tuple[Array, Cache]:
-        """(Output [B, T, H, V], the context's cache with these tokens' rows)."""
-        return attend_to_rows(self, {"k": q}, "v", {**rows, **self.expand(rows)}, ctx)
+    def attend_to_new(self, q: Float[Array, "B T H K"], rows: Rows, ctx: Context) -> LayerResult:
+        """Without a cache: (output [B, T, H, V], the context with the rows, metrics)."""
+        out, metrics = attend_causally(self, q, rows["k"], rows["v"], ctx)
+        return out, ctx._replace(rows=rows), metrics
+
+    def attend_to_cache(self, q: Float[Array, "B T H K"], rows: Rows, ctx: Context) -> tuple[Array, Context]:
+        """(Output [B, T, H, V], the context whose cache has these tokens' rows)."""
+        return self.attend_to_rows({"k": q}, "v", {**rows, **self.expand(rows)}, ctx)
+
+    def attend_to_rows(
+        self, queries: Mapping[str, Float[Array, "B T H _"]], values: str, rows: Rows, ctx: Context
+    ) -> tuple[Float[Array, "B T H V"], Context]:
+        """See the function of this name."""
+        return attend_to_rows(self, queries, values, rows, ctx)
 
 
 class MLA(Attention):
@@ -132,12 +141,10 @@ class MLA(Attention):
 
     def project(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Float[Array, "B T H K"], Rows]:
         product, cfg = partial(self.kernels, "product"), self.cfg
-        if cfg.q_latent_dim is None:
-            q = product(x, self.w_q[...])
-        else:
-            q = product(self.q_norm(product(x, self.w_dq[...])), self.w_uq[...])
+        c_q = x if cfg.q_latent_dim is None else self.q_norm(product(x, self.w_dq[...]))
+        q = product(c_q, (self.w_q if cfg.q_latent_dim is None else self.w_uq)[...])
         c_kv, k_rope = jnp.split(product(x, self.w_dkv[...])[:, :, None], [cfg.kv_latent_dim], axis=-1)
-        rows = {"latent": self.kv_norm(c_kv), "k_rope": rotate_last(k_rope, ctx, cfg)}
+        rows = {"latent": self.kv_norm(c_kv), "k_rope": rotate_last(k_rope, ctx, cfg), "c_q": c_q[:, :, None]}
         return rotate_last(constrain(q, *HEAD_AXES), ctx, cfg), rows
 
     def expand(self, rows: Rows) -> Rows:
@@ -145,14 +152,73 @@ class MLA(Attention):
         expanded = self.kernels("expand", latent, k_rope, self.w_uk[...], self.w_uv[...])
         return dict(zip("kv", expanded, strict=True))
 
-    def attend_to_cache(self, q: Float[Array, "B T H K"], rows: Rows, ctx: Context) -> tuple[Array, Cache]:
+    def attend_to_cache(self, q: Float[Array, "B T H K"], rows: Rows, ctx: Context) -> tuple[Array, Context]:
         if "latent" not in ctx.cache.parts[0]:
             return super().attend_to_cache(q, rows, ctx)
-        by_head = partial(self.kernels, "product_by_head")
-        w_uk, w_uv = self.w_uk[...].astype(q.dtype), self.w_uv[...].astype(q.dtype)
+        out, ctx = self.attend_to_rows(self.absorb(q), "latent", rows, ctx)
+        return self.up(out), ctx
+
+    def absorb(self, q: Float[Array, "B T H K"]) -> dict[str, Float[Array, "B T H _"]]:
+        """The queries of latent rows."""
         q_nope, q_rope = jnp.split(q, [self.cfg.nope_head_dim], axis=-1)
-        out, cache = attend_to_rows(self, {"latent": by_head(q_nope, w_uk), "k_rope": q_rope}, "latent", rows, ctx)
-        return by_head(out, w_uv, transposed=True), cache
+        return {"latent": self.kernels("product_by_head", q_nope, self.w_uk[...].astype(q.dtype)), "k_rope": q_rope}
+
+    def up(self, out: Float[Array, "B T H C"]) -> Float[Array, "B T H V"]:
+        """The values of attention's means of latents."""
+        return self.kernels("product_by_head", out, self.w_uv[...].astype(out.dtype), transposed=True)
+
+
+class DSA(MLA):
+    """Sparse attention: MLA whose queries attend to the `index_topk` tokens that a lightning indexer chooses.
+
+    A cache has one more array, the index keys. Where no text is longer than `index_topk`, it is MLA itself. Longer
+    texts are read in absorbed form, with or without a cache, see `ops/sparse_attention.py`. Choosing takes no
+    gradient: the indexer learns from the metric "index_kl" alone, if the context watches it. `index_sparse` compares
+    it with attention over the chosen tokens, and `index_warm` with dense attention, which is then the result too.
+    Source: DeepSeek-V3.2 report, section 2.1.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from flax import nnx
+    >>> import dsv3_jax as ds
+    >>> cfg = ds.replace(ds.preset("tiny"), attention="dsa", index_heads=4, index_dim=32, index_topk=4)
+    >>> jax.jit(DSA(cfg, rngs=nnx.Rngs(0)))(jnp.ones((2, 8, 128))).shape
+    (2, 8, 128)
+    """
+
+    @classmethod
+    def cache_rows(cls, cfg: ModelConfig, kind: CacheKind) -> dict[str, tuple[int, int]]:
+        return super().cache_rows(cfg, kind) | {"index_key": (1, cfg.index_dim)}
+
+    def make_weights(self, cfg: ModelConfig, rngs: nnx.Rngs) -> None:
+        super().make_weights(cfg, rngs)
+        self.indexer = Indexer(cfg, rngs)
+
+    def project(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Float[Array, "B T H K"], Rows]:
+        q, rows = super().project(x, ctx)
+        return q, {**rows, **self.indexer(x, rows["c_q"][:, :, 0], ctx, self.kernels)}
+
+    def has_indexer(self, ctx: Context) -> Array:
+        """bool []: whether the layer chooses; if not, it attends to the context's choice."""
+        return jnp.array(True) if ctx.chosen is None else jnp.array(self.cfg.has_indexer)[ctx.layer]
+
+    def attend_to_new(self, q: Float[Array, "B T H K"], rows: Rows, ctx: Context) -> LayerResult:
+        watch, ids, own = ctx.options.watch, None, self.has_indexer(ctx)
+        if q.shape[1] <= self.cfg.index_topk or "index_warm" in watch:
+            out, ctx, metrics = super().attend_to_new(q, rows, ctx)
+        else:
+            latent, ctx = self.attend_to_rows(self.absorb(q), "latent", rows, ctx)
+            out, ids, metrics = self.up(latent), ctx.chosen, {}
+        if watch & {"index_warm", "index_sparse"}:
+            kl = self.indexer.loss(self.absorb(q), rows, ids, ctx, self.scale)
+            metrics |= {"index_kl": jnp.where(own, kl, 0.0)}
+        return out, ctx, metrics
+
+    def attend_to_rows(
+        self, queries: Mapping[str, Float[Array, "B T H _"]], values: str, rows: Rows, ctx: Context
+    ) -> tuple[Float[Array, "B T H V"], Context]:
+        if ctx.cache is not None and ctx.cache.capacity <= self.cfg.index_topk:
+            return super().attend_to_rows(queries, values, rows, ctx)
+        return attend_to_chosen(self, queries, values, rows, ctx)
 
 
 class GQA(Attention):
@@ -186,7 +252,7 @@ class GQA(Attention):
         return rotate_last(q, ctx, self.cfg), {"k": rotate_last(k, ctx, self.cfg), "v": v}
 
 
-ATTENTION: dict[str, type[Attention]] = {"mla": MLA, "mha": GQA, "gqa": GQA, "mqa": GQA}
+ATTENTION: dict[str, type[Attention]] = {"mla": MLA, "dsa": DSA, "mha": GQA, "gqa": GQA, "mqa": GQA}
 
 
 def rotate_last(x: Float[Array, "B T H K"], ctx: Context, cfg: ModelConfig) -> Float[Array, "B T H K"]:
@@ -232,14 +298,14 @@ def attend_causally(
 
 def attend_to_rows(
     module: Attention, queries: Mapping[str, Float[Array, "B T H _"]], values: str, rows: Rows, ctx: Context
-) -> tuple[Float[Array, "B T H V"], Cache]:
+) -> tuple[Float[Array, "B T H V"], Context]:
     """Cache T tokens' rows, then attend to the cache. On a mesh, each device does so for its own sequences and heads.
 
     Args:
         queries: by the name of the cached array that they are multiplied with; scores are summed.
         values: the name of the array of values.
         rows: of these tokens.
-    Returns: (the result, the context's cache with the rows).
+    Returns: (the result, the context whose cache has the rows).
     """
     cache, kernels = ctx.cache, module.kernels
     part, index = cache.place(ctx.layer)
@@ -262,5 +328,46 @@ def attend_to_rows(
     grouped = [q.reshape(batch, length, groups, heads // groups, -1) for q in queries.values()]
     names = (ROW_AXES, HEAD_AXES, ("batch",), (), *[axes] * len(grouped))
     stored, out = shard_map_by_names(attend, names, (0, 4), cache.parts[part], kept, cache.lengths, index, *grouped)
-    cache = Cache([stored if i == part else other for i, other in enumerate(cache.parts)], cache.lengths)
-    return out.reshape(batch, length, heads, width), cache
+    return out.reshape(batch, length, heads, width), ctx._replace(cache=cache.with_part(part, stored))
+
+
+def attend_to_chosen(
+    module: DSA, queries: Mapping[str, Float[Array, "B T H _"]], values: str, rows: Rows, ctx: Context
+) -> tuple[Float[Array, "B T H V"], Context]:
+    """As `attend_to_rows`, to the tokens that the layer's indexer chooses, or that the context brings if it has none.
+
+    Without a cache it attends to the rows themselves. The context then has the choice, and the rows or the cache.
+    """
+    cache, kernels, before, topk = ctx.cache, module.kernels, ctx.chosen, module.cfg.index_topk
+    part, index = (None, None) if cache is None else cache.place(ctx.layer)
+    batch, length, heads, _ = next(iter(queries.values())).shape
+    groups, width = rows[values].shape[2:]
+
+    def attend(stored, kept, lengths, index, segment_ids, own, before, q, w, *queries_of):
+        if cache is None:
+            arrays = {name: Stored(x.swapaxes(1, 2), None) for name, x in kept.items()}
+            last = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), q.shape[:2])
+        else:
+            local = Cache([stored], lengths).write(kept, index, kernels)
+            arrays, last, stored = local.read(index), local.positions(length), local.parts[0]
+
+        def choose():
+            return kernels("index_choose", q, w, arrays["index_key"], last, segment_ids, k=topk)
+
+        ids = choose() if before is None else jax.lax.cond(own, choose, lambda: before)
+        keys = [arrays[name] for name in queries]
+        out = kernels("sparse_attention", list(queries_of), keys, arrays[values], ids, scale=module.scale)
+        return stored, ids, out[..., :width]
+
+    by_row, tokens = ("batch", None, None), ("batch", None)
+    axes = ("batch", None, "heads", None, None) if groups > 1 else ("batch", None, None, "heads", None)
+    grouped = [q.reshape(batch, length, groups, heads // groups, -1) for q in queries.values()]
+    kept = {name: rows[name] for name in (cache.parts[part] if cache else {*queries, values, "index_key"})}
+    stored, lengths = (cache.parts[part], cache.lengths) if cache else (None, None)
+    names = (ROW_AXES, HEAD_AXES, ("batch",), (), tokens, (), by_row, (*by_row, None), by_row, *[axes] * len(grouped))
+    stored, ids, out = shard_map_by_names(
+        attend, names, (0, 8, 9), stored, kept, lengths, index, ctx.segment_ids, module.has_indexer(ctx),
+        before, rows["index_query"], rows["index_weight"][:, :, 0], *grouped,
+    )  # fmt: skip
+    kept_in = {"rows": rows} if cache is None else {"cache": cache.with_part(part, stored)}
+    return out.reshape(batch, length, heads, width), ctx._replace(chosen=ids, **kept_in)

@@ -53,6 +53,15 @@ class Cache:
         """Positions of the next `count` tokens; each also is the last slot that its token sees."""
         return self.lengths[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
 
+    @property
+    def capacity(self) -> int:
+        """Slots of a sequence."""
+        return jax.tree.leaves(self.parts)[0].shape[3]
+
+    def with_part(self, part: int, stored: dict[str, Stored]) -> "Cache":
+        """The cache with other arrays in one part."""
+        return replace(self, parts=[*self.parts[:part], stored, *self.parts[part + 1 :]])
+
     def at_lengths(self, lengths: Int[Array, " B"]) -> "Cache":
         """The cache with so many tokens a sequence; slots beyond will be overwritten."""
         return replace(self, lengths=lengths)
@@ -72,7 +81,7 @@ class Cache:
         part = self.parts[i]
         new = {name: _as_stored(rows[name].swapaxes(1, 2), like) for name, like in part.items()}
         written = kernels("write_rows", part, new, index, self.lengths)
-        return replace(self, parts=[*self.parts[:i], written, *self.parts[i + 1 :]])
+        return self.with_part(i, written)
 
     def read(self, layer: Array | int) -> dict[str, Stored]:
         """The arrays of one layer, [B, G, S, X]."""
@@ -141,10 +150,10 @@ def pick_kind(cfg: ModelConfig, kind: Any) -> CacheKind:
         ('latent', 'expanded')
     """
     if kind is None:
-        kind = "latent" if cfg.attention == "mla" else "expanded"
+        kind = "latent" if cfg.has_latent else "expanded"
     if kind not in CACHE_KINDS:
         raise ValueError(f"cache={kind!r} is not one of {', '.join(CACHE_KINDS)}")
-    if kind == "latent" and cfg.attention != "mla":
+    if kind == "latent" and not cfg.has_latent:
         raise ValueError(f"cache='latent' needs attention='mla', and the model has {cfg.attention!r}")
     return kind
 

@@ -44,6 +44,8 @@ class Context(NamedTuple):
     keys: Array | None = None  # random keys [B], one a row, of the router's noise; None without noise
     # of the layer that has just run without a cache: arrays [B, T, G, X] that a cache may keep, by name
     rows: Any = None
+    # int32 [B, T, k]: the tokens that the last indexer chose, for layers that share its choice; None: each chooses
+    chosen: Array | None = None
 
 
 LayerResult = tuple[Array, Context, dict[str, Any]]  # (x, the context for the next layer, metrics)

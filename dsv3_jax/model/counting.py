@@ -11,6 +11,7 @@ from flax import nnx
 from dsv3_jax.config import CacheKind, LoraPart, ModelConfig
 from dsv3_jax.kernels.choose import Kernels, Target
 from dsv3_jax.model.attention import ATTENTION
+from dsv3_jax.model.cache import pick_kind
 from dsv3_jax.model.transformer import abstract
 
 
@@ -23,7 +24,7 @@ class Size:
     mtp: int  # parameters of the multi-token heads
     mtp_active: int  # with the shared unembedding, once a head
     parts: dict[str, int]  # total, by kind
-    attention_flops: int  # score and value products of one token over a full context, forward
+    attention_flops: int  # score and value products of one token over a full context, forward; an indexer's too
 
 
 def size(cfg: ModelConfig, context: int | None = None) -> Size:
@@ -51,23 +52,40 @@ def size(cfg: ModelConfig, context: int | None = None) -> Size:
     looked_up = cfg.vocab_size * cfg.dim if not cfg.tie_embeddings else 0
     head = cfg.vocab_size * cfg.dim * cfg.mtp_depth
     qk, v = cfg.nope_head_dim + cfg.rope_head_dim, cfg.v_head_dim
+    scored = 2 * sum(cfg.has_indexer) * cfg.index_heads * cfg.index_dim * context
     return Size(
         total=counted["trunk"],
         active=round(counted["trunk"] - routed["trunk"] * idle - looked_up),
         mtp=counted["mtp"],
         mtp_active=round(counted["mtp"] - routed["mtp"] * idle + head),
         parts=parts,
-        attention_flops=2 * cfg.num_layers * cfg.num_heads * (qk + v) * context,
+        attention_flops=2 * cfg.num_layers * cfg.num_heads * (qk + v) * attended(cfg, context) + scored,
     )
 
 
+def attended(cfg: ModelConfig, context: int) -> int:
+    """Tokens that a token attends to, of so many.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> attended(preset("v3"), 4096)
+        4096
+    """
+    return min(context, cfg.index_topk) if cfg.attention == "dsa" else context
+
+
 def _counts(cfg: ModelConfig) -> dict[tuple[str, ...], int]:
-    """Number of parameters in each array, by its path."""
+    """Number of parameters in each array, by its path; without indexers that share another's choice."""
     # Named kernels, because the default ones start the device and compile the C++.
     params = nnx.state(abstract(cfg, kernels=Kernels(Target("cpu", "xla"))), nnx.Param)
-    return {
+    counts = {
         tuple(str(k.key) for k in path if hasattr(k, "key")): math.prod(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    of = {"dense": cfg.has_indexer[: cfg.num_dense_layers], "sparse": cfg.has_indexer[cfg.num_dense_layers :]}
+    return {
+        path: count * sum(of[path[0]]) // len(of[path[0]]) if "indexer" in path and path[0] in of else count
+        for path, count in counts.items()
     }
 
 
@@ -75,6 +93,7 @@ def _counts(cfg: ModelConfig) -> dict[tuple[str, ...], int]:
 KINDS = {
     "experts": "routed experts",
     "shared": "shared experts",
+    "indexer": "indexers",
     "attn": "attention",
     "ffn": "dense feed-forward",
     "embed": "embedding and head",
@@ -135,7 +154,7 @@ def elements_per_token(cfg: ModelConfig) -> dict[str, int]:
         >>> elements_per_token(preset("v3"))  # 61 layers of 512 + 64, and of 128 · (192 + 128)
         {'latent': 35136, 'expanded': 2498560, 'mha': 2498560}
     """
-    kinds: tuple[CacheKind, ...] = ("latent", "expanded") if cfg.attention == "mla" else ("expanded",)
+    kinds: tuple[CacheKind, ...] = ("latent", "expanded") if cfg.has_latent else ("expanded",)
     rows = {kind: ATTENTION[cfg.attention].cache_rows(cfg, kind).values() for kind in kinds}
     counts: dict[str, int] = {kind: sum(heads * width for heads, width in of) for kind, of in rows.items()}
     counts["mha"] = cfg.num_heads * (cfg.nope_head_dim + cfg.rope_head_dim + cfg.v_head_dim)
@@ -152,6 +171,19 @@ def bytes_per_token(cfg: ModelConfig, kind: CacheKind, dtype: Any) -> int:
     """
     size, rows = jnp.dtype(dtype).itemsize, ATTENTION[cfg.attention].cache_rows(cfg, kind)
     return cfg.num_layers * sum(heads * (width * size + (4 if size == 1 else 0)) for heads, width in rows.values())
+
+
+def share_read(cfg: ModelConfig, context: int, kind: CacheKind) -> float:
+    """Share of so many cached tokens' numbers that a decoding step reads: all index keys, and the rows it attends to.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> share_read(preset("v3"), 4096, "latent")
+        1.0
+    """
+    widths = {name: n * width for name, (n, width) in ATTENTION[cfg.attention].cache_rows(cfg, kind).items()}
+    index, total = widths.get("index_key", 0), sum(widths.values())
+    return (index + (total - index) * attended(cfg, context) / context) / total
 
 
 def decode_bytes(
@@ -179,4 +211,5 @@ def decode_bytes(
     # `active` counts K of E routed experts.
     always = counted.active - routed * cfg.experts_per_token / cfg.num_experts
     reached = routed * distinct_experts(cfg, batch) / cfg.num_experts
-    return (always + reached) * weight_bytes + batch * context * cache_bytes_per_token
+    read = context * share_read(cfg, context, pick_kind(cfg, None))
+    return (always + reached) * weight_bytes + batch * read * cache_bytes_per_token

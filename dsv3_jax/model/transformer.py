@@ -196,15 +196,19 @@ class Transformer(nnx.Module):
                 stacked = nnx.merge(graph, cast_weights(state, fsdp=fsdp, dtype=self.compute_dtype))
 
             def layer(block, carry, index):
-                x, cache = carry
-                x, after, metrics = block(x, ctx._replace(cache=cache, layer=first + index))
-                return (x, after.cache), ({} if decoding else metrics, {name: after.rows[name] for name in keep})
+                x, cache, chosen = carry
+                x, after, metrics = block(x, ctx._replace(cache=cache, chosen=chosen, layer=first + index))
+                carry = x, after.cache, None if chosen is None else after.chosen
+                return carry, ({} if decoding else metrics, {name: after.rows[name] for name in keep})
 
             return loop_layers(stacked, layer, carry, layers=layers, unshard=self.unshard, **how)
 
-        carry = self.embedding(tokens), ctx.cache
+        slots = tokens.shape[1] if ctx.cache is None else ctx.cache.capacity
+        shares = self.cfg.attention == "dsa" and not all(self.cfg.has_indexer)
+        chosen = jnp.zeros((*tokens.shape, min(slots, self.cfg.index_topk)), jnp.int32) if shares else None
+        carry = self.embedding(tokens), ctx.cache, chosen
         carry, dense = run(self.dense, 0, weights and weights.dense, carry)
-        (x, cache), sparse = run(self.sparse, self.cfg.num_dense_layers, weights and weights.sparse, carry)
+        (x, cache, _), sparse = run(self.sparse, self.cfg.num_dense_layers, weights and weights.sparse, carry)
         found = {path: of for path, of in (("dense", dense), ("sparse", sparse)) if of is not None}
         if keep:
             return x, jax.tree.map(lambda *rows: jnp.concatenate(rows), *(rows for _, rows in found.values())), {}

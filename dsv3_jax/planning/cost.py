@@ -29,7 +29,7 @@ from dsv3_jax.config import ConfigError, Execution, ModelConfig, RunConfig
 from dsv3_jax.kernels.choose import Kernels, Target, platform_of, prepare
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.cache import Cache, pick_kind
-from dsv3_jax.model.counting import distinct_experts, size, train_flops_per_token
+from dsv3_jax.model.counting import attended, distinct_experts, share_read, size, train_flops_per_token
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.planning.devices import Device
@@ -226,9 +226,9 @@ def decode_cost(
         "cache": _shard_bytes(cache),
         "batch": _shard_bytes(tokens),
     }
-    share_read = distinct_experts(cfg, batch * mesh.shape["expert"] // mesh.size) / cfg.num_experts
+    reached = distinct_experts(cfg, batch * mesh.shape["expert"] // mesh.size) / cfg.num_experts
     experts = weights.get("routed experts", 0)
-    bytes_read = sum(weights.values()) - experts * (1 - share_read) + _shard_bytes(cache)
+    bytes_read = sum(weights.values()) - experts * (1 - reached) + _shard_bytes(cache) * share_read(cfg, context, kind)
     flops = batch * (2 * size(cfg).active + _decode_attention_flops(cfg, context)) / mesh.size
     return _compile_cost(
         "decoding step", mesh, target, jax.jit(step, donate_argnums=3), (params, bias, by_layer, cache, tokens),
@@ -301,4 +301,6 @@ def _decode_attention_flops(cfg: ModelConfig, context: int) -> float:
     """Return attention's FLOPs of a token; absorbed attention reads each latent row twice, as key and as value."""
     if pick_kind(cfg, None) != "latent":
         return float(size(cfg, context).attention_flops)
-    return 2.0 * cfg.num_layers * cfg.num_heads * (2 * cfg.kv_latent_dim + cfg.rope_head_dim) * context
+    scored = 2.0 * sum(cfg.has_indexer) * cfg.index_heads * cfg.index_dim * context
+    a_row = cfg.num_heads * (2 * cfg.kv_latent_dim + cfg.rope_head_dim)
+    return 2.0 * cfg.num_layers * a_row * attended(cfg, context) + scored

@@ -1,0 +1,201 @@
+"""Sparse attention: the choice, attention to it and what teaches the indexer, each against slow and obvious loops."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from flax import nnx
+from models import DENSE, random_model, small
+
+import dsv3_jax as ds
+from dsv3_jax.config import ConfigError, replace
+from dsv3_jax.decoding.generate import generate
+from dsv3_jax.kernels.choose import Kernels, Target
+from dsv3_jax.model.attention import DSA
+from dsv3_jax.model.cache import Cache, empty_cache
+from dsv3_jax.model.context import from_zero, make_context
+from dsv3_jax.ops.cached_attention import Stored
+from dsv3_jax.ops.indexer import choose, divergence, round_rotated
+from dsv3_jax.ops.sparse_attention import sparse_attention
+
+B, T, N, X, K = 2, 13, 4, 16, 5  # batch, tokens, index heads and their width, of exact roots, chosen tokens
+SEGMENTS = np.array([[1] * 8 + [2] * 4 + [0], [1] + [2] * 12], np.int32)
+LAST = np.array([np.arange(T, dtype=np.int32)] * B)
+
+
+def index_scores(q, w, k):
+    """[B, T, S], by loops."""
+    scores = np.zeros((B, T, T))
+    for b, t, s, i in np.ndindex(B, T, T, N):
+        scores[b, t, s] += w[b, t, i] * N**-0.5 * max(q[b, t, i] @ k[b, s] * X**-0.5, 0)
+    return scores
+
+
+def chosen_mask(ids):
+    """bool [B, T, T]: the tokens in ids."""
+    mask = np.zeros((B, T, T + 1), bool)
+    np.put_along_axis(mask, np.asarray(ids), True, axis=-1)  # -1 is the last column
+    return mask[..., :-1]
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.int8])
+def test_the_choice_is_the_best_that_a_query_sees(x64, rng, dtype):
+    """Small whole numbers make many ties, with zeros of both signs; the lower index wins."""
+    q, w, k = (rng.integers(-1, 2, shape).astype(float) for shape in ((B, T, N, X), (B, T, N), (B, T, X)))
+    keys = Stored(jnp.asarray(k, dtype)[:, None], None)
+    if dtype:
+        scales = 2.0 ** rng.integers(-1, 2, (B, T, 1))
+        keys, k = keys._replace(scales=jnp.asarray(scales, jnp.float32)[:, None]), k * scales
+    scores, seen = index_scores(q, w, k), oracles.causal_mask(B, T, SEGMENTS)
+    for most in (10**6, 80):  # all queries at once, and in blocks
+        ids = np.asarray(jax.jit(partial(choose, k=K, most=most))(q, w, keys, LAST, SEGMENTS))
+        assert ids.dtype == np.int32
+        for b, t in np.ndindex(B, T):
+            want = oracles.best(scores[b, t], K, np.flatnonzero(seen[b, t]))
+            assert ids[b, t].tolist() == [*want, *[-1] * (K - len(want))]
+
+
+@pytest.mark.parametrize("groups", [1, 4], ids=["absorbed", "expanded"])
+def test_attention_to_a_choice_is_dense_attention_under_its_mask(x64, rng, groups):
+    """With gradients, all queries at once and in blocks."""
+    heads, widths, seen = 4, (7, 2), oracles.causal_mask(B, T, SEGMENTS)
+    ids = np.array([[oracles.best(rng.random(T), K, np.flatnonzero(row)) + [-1] * K for row in of] for of in seen],
+                   dtype=object)  # fmt: skip
+    ids = np.array([[row[:K] for row in of] for of in ids], np.int32)
+    queries = [rng.standard_normal((B, T, groups, heads // groups, width)) for width in widths]
+    keys = [rng.standard_normal((B, groups, T, width)) for width in widths]
+    weight = rng.standard_normal((B, T, groups, heads // groups, widths[0]))
+
+    def sparse(most, queries, keys):
+        stored = [Stored(x, None) for x in keys]
+        return sparse_attention(queries, stored, stored[0], jnp.asarray(ids), scale=0.4, most=most)
+
+    def dense(queries, keys):
+        q = jnp.concatenate(queries, -1).reshape(B, T, heads, -1)
+        k = jnp.repeat(jnp.concatenate(keys, -1).swapaxes(1, 2), heads // groups, axis=2)
+        return oracles.attention_jnp(q, k, k[..., : widths[0]], chosen_mask(ids), scale=0.4).reshape(weight.shape)
+
+    def value_and_gradients(attend):
+        loss = lambda *args: ((y := attend(*args)) * weight).sum() + 0 * y.sum()  # noqa: E731
+        return jax.jit(attend)(queries, keys), jax.jit(jax.grad(loss, (0, 1)))(queries, keys)
+
+    want = value_and_gradients(dense)
+    for most in (10**6, 400):
+        for a, b in zip(*map(jax.tree.leaves, (value_and_gradients(partial(sparse, most)), want)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * np.abs(b).max())
+
+
+def test_what_the_indexer_learns_from(x64, rng):
+    """Over all tokens that a query sees, and over a choice; with the indexer's gradients, and none for attention."""
+    heads, widths, seen = 4, (7, 2), oracles.causal_mask(B, T, SEGMENTS)
+    q, w, k = (rng.standard_normal(shape) for shape in ((B, T, N, X), (B, T, N), (B, T, X)))
+    queries = [rng.standard_normal((B, T, heads, width)) for width in widths]
+    keys = [rng.standard_normal((B, T, width)) for width in widths]
+    chosen = jax.jit(partial(choose, k=K))(q, w, Stored(jnp.asarray(k)[:, None], None), LAST, SEGMENTS)
+
+    def slow(q, w, k, mask):
+        products = jnp.einsum("bthx,bsx->bhts", jnp.concatenate(queries, -1), jnp.concatenate(keys, -1))
+        p = jax.nn.softmax(jnp.where(mask[:, None], 0.4 * products, -1e30), -1).sum(1) / heads
+        s = jnp.einsum("bti,btis->bts", w, jnp.maximum(jnp.einsum("btix,bsx->btis", q, k), 0)) * (N * X) ** -0.5
+        log_q = jax.nn.log_softmax(jnp.where(mask, s, -1e30), -1)
+        return jnp.where(mask, p * (jnp.log(jnp.where(mask, p, 1)) - log_q), 0).sum(-1)
+
+    for ids, mask in ((None, seen), (chosen, chosen_mask(chosen))):
+        fast = lambda q, w, k, of: divergence(q, w, k, *of, ids, *jnp.array([LAST, SEGMENTS]), scale=0.4)  # noqa: B023, E731
+        got, want = (jax.jit(f)(q, w, k, rest) for f, rest in ((fast, (queries, keys)), (slow, mask)))
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-9)
+        assert np.asarray(want).max() > 0.1
+        grads = jax.jit(jax.grad(lambda *a: fast(*a).sum(), (0, 1, 2, 3)))(q, w, k, (queries, keys))  # noqa: B023
+        want = jax.jit(jax.grad(lambda *a: slow(*a, mask).sum(), (0, 1, 2)))(q, w, k)  # noqa: B023
+        for a, b in zip(grads[:3], want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * np.abs(b).max())
+        assert not any(np.asarray(g).any() for g in jax.tree.leaves(grads[3]))
+
+
+def test_rotation_changes_no_product_and_rounding_little(rng):
+    a, b = rng.standard_normal((2, 50, 16)).astype(np.float32)
+    exact = (a * b).sum(-1)
+    for power_of_two in (False, True):
+        x, y = (round_rotated(jnp.asarray(v), power_of_two) for v in (a, b))
+        got = np.asarray((x * y).sum(-1))
+        assert 1e-3 < np.abs(got - exact).max() < 1  # each number is off by up to 2^-4 of itself
+        scale = np.abs(np.asarray(x)).max(-1)
+        assert np.isfinite(got).all() and (scale > 0).all()
+
+
+def test_memory_grows_with_length_not_its_square():
+    """Compiled, not run, with gradients: four times the length needs about four times the scratch memory."""
+
+    def scratch(length):
+        def loss(q, w, k, queries, keys):
+            stored = Stored(keys[:, None], None)
+            last = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (1, length))
+            ids = choose(*jax.lax.stop_gradient((q, w)), Stored(k[:, None], None), last, k=16)
+            out = sparse_attention([queries[:, :, None]], [stored], stored, ids, scale=1.0).sum()
+            return out + sum(divergence(q, w, k, [queries], [keys], i, last, scale=1.0).sum() for i in (None, ids))
+
+        shapes = (1, length, 2, 8), (1, length, 2), (1, length, 8), (1, length, 2, 8), (1, length, 8)
+        args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2, 3, 4))).lower(*args).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    one, four = scratch(4096), scratch(16384)
+    assert four < 6 * one and four < 16384**2 * 4 / 4  # a quarter of one score matrix
+
+
+# The module and the model
+
+CFG = small(attention="dsa", index_heads=2, index_dim=9, index_topk=7)
+SHARED = replace(CFG, num_layers=2, index_types=("full", "shared"), index_interleaved=True, mtp_depth=1)
+
+
+@pytest.mark.parametrize("k", [4, 12])
+def test_the_module_is_the_same_with_every_cache_and_dense_where_k_is_large(x64, rng, k):
+    """Over complete rows of 11 tokens, and over caches of 16 slots whose free ones hold garbage."""
+    cfg, kernels = replace(CFG, index_topk=k), Kernels(Target("cuda", "xla"))  # plain XLA, which runs in float64 too
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: DSA(cfg, kernels=kernels, rngs=nnx.Rngs(0))))
+    state, x = jax.tree.map(lambda w: rng.standard_normal(w.shape), (state, jnp.zeros((2, 11, cfg.dim))))
+    dense = nnx.graphdef(nnx.eval_shape(lambda: ds.MLA(cfg, kernels=kernels, rngs=nnx.Rngs(0))))
+
+    @jax.jit
+    def every(state, x):
+        module, positions = nnx.merge(graphdef, state), from_zero(2, 11)
+        caches = [empty_cache(DSA.cache_rows(cfg, kind), [1], 2, 16, jnp.float64) for kind in ("latent", "expanded")]
+        caches = [Cache(jax.tree.map(lambda rows: rows + 1e3, c.parts), c.lengths) for c in caches]
+        outs = [module.attend(x, make_context(cfg, positions, cache=c))[0] for c in (None, *caches)]
+        return outs, nnx.merge(dense, nnx.split_state(state, lambda path, _: "indexer" not in path, ...)[0])(x)
+
+    (alone, *cached), of_mla = every(state, x)
+    assert (np.abs(alone - of_mla).max() < 1e-9) == (k == 12)
+    for out in cached:
+        np.testing.assert_allclose(out, alone, rtol=0, atol=1e-9 * np.abs(alone).max())
+
+
+def test_decoding_gives_the_tokens_of_the_forward():
+    """With every cache and draft, in ragged batches; the second layer shares the first one's choice."""
+    model, prompts = random_model(SHARED, execution=DENSE), [[5], [8, 1, 30, 2, 2], [3 * i % 37 for i in range(40)]]
+    want = generate(model, prompts, 10, cache="none").tokens
+    assert len({t for row in want for t in row}) > 5  # a model that repeats one token could not fail
+    for how in ({"cache": "expanded"}, {"draft": "mtp", "draft_length": 2}, {"draft": "lookup", "draft_length": 3}):
+        assert generate(model, prompts, 10, **how).tokens == want, how
+    assert generate(model, prompts, 10, cache_dtype="int8").cache_bytes_per_token == 2 * (10 + 4 + 9 + 3 * 4)
+
+
+@pytest.mark.parametrize(
+    ("words", "changes"),
+    {
+        "q_latent_dim=None with attention='dsa'": {"q_latent_dim": None},
+        "index_topk=0 is outside": {"index_topk": 0},
+        "index_dim=3 is less than the rope_head_dim=4": {"index_dim": 3},
+        "index_dim=9 is no power of 2, as index_precision='fp8'": {"index_precision": "fp8"},
+        "index_types='half' is not one of full, shared": {"index_types": ("full", "half", "full")},
+        "has not one entry for each of num_layers=3": {"index_types": ("full",)},
+        "begins with a layer that has no set to share": {"index_types": ("shared",) * 3},
+    }.items(),
+)
+def test_an_indexer_that_cannot_be_is_refused(words, changes):
+    with pytest.raises(ConfigError, match=words):
+        replace(CFG, **changes)
