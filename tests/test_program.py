@@ -137,6 +137,24 @@ def test_rows_of_one_layer_of_a_stack_are_all_that_is_read():
     assert launch.nbytes == 2 * 32 * 2 + 2 * 4 + 2 * 32 * 4  # rows, indices, result
 
 
+PREFETCH = (
+    HEAD
+    + """
+ENTRY %main (a: s8[4096]) -> s8[1024] {
+  %a = s8[4096]{0:T(1024)(128)(4,1)} parameter(0)
+  %begin = ((s8[4096]{0:T(1024)(128)(4,1)}), s8[1024]{0:T(1024)(128)(4,1)S(1)}, s32[]{:S(2)}) slice-start(%a), \
+slice={[0:1024]}
+  ROOT %end = s8[1024]{0:T(1024)(128)(4,1)S(1)} slice-done(%begin)
+}
+""".replace("\\\n", "")
+)
+
+
+def test_a_tpus_prefetch_reads_its_slice_alone():
+    (launch,) = read_program(PREFETCH).all_launches
+    assert launch.nbytes == 1024  # it is written to the chip's own memory, not of all 4,096
+
+
 def test_additions_are_found_with_their_dtype_and_order():
     def add(x, ids, rows):
         return x.at[ids].add(rows)

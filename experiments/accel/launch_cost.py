@@ -132,6 +132,9 @@ class LaunchCost:
             return float(match[1])
         if i.opcode == "copy-start":  # (result, operand, context); a TPU's prefetch has one of them on the chip
             return sum((a.nbytes for a in i.arrays[:2] if not on_chip(a)), 0.0)
+        if i.opcode.removesuffix("-start") in _SLICES and i.opcode not in _SLICES:  # ((operands), result, context)
+            part = i.arrays[len(i.operands)]
+            return (1 if on_chip(part) else 2) * part.nbytes
         if i.opcode.endswith("-start") and "fusion" not in i.opcode:  # (operands, results, …), or results alone
             arrays = i.arrays[: 2 * len(i.operands)]
             return sum((a.nbytes for a in arrays), 0.0) * (2 if len(arrays) == len(i.operands) else 1)
