@@ -93,7 +93,7 @@ Rows of an op are in order of preference: the first that serves platform, dtype,
 
 ## Released models
 
-{table(("`model_type`", "scores", "choice of experts", "experts", "indexer, left out"), families)}
+{table(("`model_type`", "scores", "choice of experts", "experts", "indexer"), families)}
 
 ## Sharding
 

@@ -129,29 +129,20 @@ def stored(cell: Cell) -> dict[str, np.ndarray]:
         return arrays
     if cell.file != "fp8":
         dtype = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[cell.file]
-        return {k: v if "bias" in k else v.astype(dtype) for k, v in tensors(cell.cfg).items()}
+        return {k: v if "correction_bias" in k else v.astype(dtype) for k, v in tensors(cell.cfg).items()}
     arrays = {}
     linear = {e.name for e in entries(cell.cfg) if e.quantized}
     for name, value in tensors(cell.cfg).items():
         if name in linear:
             arrays[name], arrays[name + "_scale_inv"] = quantized(value)
         else:
-            arrays[name] = value if "bias" in name else value.astype(ml_dtypes.bfloat16)
+            arrays[name] = value if "correction_bias" in name else value.astype(ml_dtypes.bfloat16)
     return arrays
 
 
 def as_labelled(cell: Cell) -> dict[str, np.ndarray]:
     """The tensors of a cell's file as its label releases them: with other names, and tensors that are not read."""
     arrays, cfg = dict(stored(cell)), cell.cfg
-    if cell.name in ("DeepSeek-V3.2", "GLM-5"):
-        shapes = {
-            "wq_b.weight": (2 * 8, cfg.q_latent_dim), "wk.weight": (8, cfg.dim), "k_norm.weight": (8,),
-            "k_norm.bias": (8,), "weights_proj.weight": (2, cfg.dim),
-        }  # fmt: skip
-        for name, shape in shapes.items():
-            for layer in range(cfg.num_layers):
-                full = f"model.layers.{layer}.self_attn.indexer.{name}"
-                arrays[full] = noise(full, shape).astype(np.float32)
     if cell.name == "Moonlight":
         inv_freq = (1 / cfg.rope_theta ** (np.arange(0, cfg.rope_head_dim, 2) / cfg.rope_head_dim)).astype(np.float32)
         layers = range(cfg.num_layers)

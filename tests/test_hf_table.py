@@ -57,8 +57,35 @@ def test_other_ways_to_say_the_same():
     assert hf.config_from_dict(new) == old
     bare = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}  # the reference's own defaults
     assert hf.config_from_dict(RELEASED_V3 | {"rope_scaling": bare}).yarn == Yarn(40.0, 4096, mscale_all_dim=0.0)
-    indexed = RELEASED_V3 | {"model_type": "deepseek_v32", "index_topk": 2048, "index_n_heads": 64}
-    assert hf.config_from_dict(indexed) == replace(old, max_positions=2048)
+
+
+INDEX = {"index_topk": 2048, "index_n_heads": 64, "index_head_dim": 128}
+V32 = RELEASED_V3 | INDEX | {"model_type": "deepseek_v32"}
+GLM = RELEASED_V3 | INDEX | {"model_type": "glm_moe_dsa", "num_hidden_layers": 8, "n_routed_experts": 16}
+
+
+def test_indexers():
+    """Which layers have one, as transformers' GlmMoeDsaConfig says; and the tensors, as V3.2 was released."""
+    of_v3 = hf.config_from_dict(RELEASED_V3)
+    v32 = replace(of_v3, attention="dsa", index_topk=2048, index_heads=64, index_dim=128)
+    assert hf.config_from_dict(V32) == v32
+    table = hf.tensor_table(v32, fp8=True)
+    assert len(table) == 91_991 + 62 * 7 and table["model.layers.61.self_attn.indexer.k_norm.bias"][0] == (128,)
+    kinds = {k.split(".")[5]: kind for k, (_, kind) in table.items() if ".60.self_attn.indexer" in k}
+    assert kinds == dict.fromkeys(("wq_b", "wk"), "float32") | dict.fromkeys(("k_norm", "weights_proj"), "bfloat16")
+    for changes, expected in (
+        ({"indexer_rope_interleave": True}, "FFFFFFFF"),
+        ({"index_topk_freq": 4, "index_skip_topk_offset": 3}, "FFFSSSFS"),
+        ({"index_topk_pattern": "FSSFSSSS", "index_topk_freq": 4}, "FSSFSSSS"),
+        ({"indexer_types": ["full", *["shared"] * 7], "index_topk_pattern": "FSSFSSSS"}, "FSSSSSSS"),
+    ):
+        cfg = hf.config_from_dict(GLM | changes)
+        assert cfg.index_interleaved and "".join(k[0].upper() for k in cfg.index_types or ["full"] * 8) == expected
+        assert hf.config_from_dict(config_to_dict(cfg)) == cfg
+        found = {int(k.split(".")[2]) for k in hf.tensor_table(cfg) if ".indexer." in k}
+        assert found == {i for i, kind in enumerate(expected + "F") if kind == "F"}  # an MTP layer has its own
+    with pytest.raises(ConfigError, match="index_types=.* cannot be expressed in the released format 'deepseek_v32'"):
+        config_to_dict(replace(v32, index_types=("full", *["shared"] * 60)))
 
 
 GROUP = INT4["config_groups"]["group_0"]
@@ -71,6 +98,13 @@ REFUSED = [
     ({"num_key_value_heads": 8}, "num_key_value_heads=8 differs from num_attention_heads=128"),
     ({"hidden_size": "7168"}, "hidden_size='7168' is not of type int"),
     ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type='linear'"),
+    (GLM | {"indexer_types": ["full"] * 7}, "indexer_types=.* for each of 8 layers"),
+    (GLM | {"index_topk_pattern": "FSXFSSSS"}, "indexer_types=.*'X'"),
+    (GLM | {"index_topk_pattern": "SFFFFFFF"}, "indexer_types=.* 'full' first"),
+    (GLM | {"indexer_rope_interleave": False}, "indexer_rope_interleave=False"),
+    (GLM | {"index_topk": None}, "'index_topk' is not in config.json"),
+    (V32 | {"index_topk": 0}, "index_topk=0"),
+    (V32 | {"q_lora_rank": None}, "q_latent_dim=None"),
     # a key that changes the network
     ({"sliding_window": 4096}, "sliding_window=4096"),
 ]

@@ -33,6 +33,8 @@ _WITH_DEFAULT: dict[str, tuple[str, Any]] = {
     "tie_embeddings": ("tie_word_embeddings", False),
     "init_std": ("initializer_range", 0.02),
 }
+# The same for models with an indexer.
+_INDEX = {"index_topk": "index_topk", "index_heads": "index_n_heads", "index_dim": "index_head_dim"}
 _MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_layers")  # in released files, and in newer transformers
 _NULLABLE = ("q_lora_rank", "n_shared_experts")  # keys for which null differs from absent
 # Fields of the experts, which a model of dense layers does not have, and keys that are read one by one.
@@ -54,8 +56,7 @@ def config_from_dict(values: dict[str, Any], *, allow_unknown_keys: bool = False
     """Convert a released config.json to a ModelConfig.
 
     RoPE scaling is read from `rope_theta` and `rope_scaling {type: yarn}`, or from `rope_parameters {rope_type: yarn}`.
-    The labels are those of `families.FAMILIES`. With an indexer, `max_positions` is at most `index_topk`: up to there
-    every token is attended to, as this package does.
+    The labels are those of `families.FAMILIES`.
 
     Args:
         values: the parsed JSON.
@@ -100,8 +101,30 @@ def config_from_dict(values: dict[str, Any], *, allow_unknown_keys: bool = False
         fields |= {"num_shared_experts": 0, "num_groups": 1, "groups_per_token": 1}
     fields.update(_rope(family, values, fields["max_positions"], allow_unknown_keys))
     if family.indexer:
-        fields["max_positions"] = min(fields["max_positions"], _value(values, "index_topk", int))
-    return ModelConfig(**fields)
+        fields |= {name: _value(values, key, int) for name, key in _INDEX.items()}
+        fields |= {"attention": "dsa", "index_interleaved": family.shared_indexers}
+    cfg = ModelConfig(**fields)  # checks the number of layers
+    return replace(cfg, index_types=_index_types(values, cfg.num_layers)) if family.shared_indexers else cfg
+
+
+def _index_types(values: dict[str, Any], layers: int) -> tuple[str, ...] | None:
+    """Which layers have an indexer ("full") and which reuse the last one's choice ("shared"); None means all are full.
+
+    Source: transformers' GlmMoeDsaConfig.
+    """
+    types = values.get("indexer_types", values.get("index_topk_pattern"))
+    if isinstance(types, str):
+        types = [{"F": "full", "S": "shared"}.get(letter, letter) for letter in types]
+    if types is None:
+        period = max(_value(values, "index_topk_freq", int, 1), 1)
+        offset = _value(values, "index_skip_topk_offset", int, 2)
+        types = ["shared" if max(layer - offset + 1, 0) % period else "full" for layer in range(layers)]
+    known = isinstance(types, list) and all(kind in ("full", "shared") for kind in types)
+    if not known or len(types) != layers or types[:1] != ["full"]:
+        raise ConfigError(
+            f"indexer_types={types!r:.80} does not say 'full' or 'shared' for each of {layers} layers, 'full' first"
+        )
+    return tuple(types) if "shared" in types else None
 
 
 def _dense_prefix(values: dict[str, Any]) -> int:
@@ -194,6 +217,9 @@ def _rope(family: Family, values: dict[str, Any], max_positions: int, allow_unkn
     label = values["model_type"]
     if (label == "deepseek_v2" or family.indexer) and not fields["rope_interleaved"]:
         raise ConfigError(f"rope_interleave=False is not supported for {label}: its rotary pairs are interleaved")
+    supported = family.shared_indexers
+    if (index := values.get("indexer_rope_interleave", supported)) != supported:
+        raise ConfigError(f"indexer_rope_interleave={index!r} is not supported for {label}; use {supported!r}")
     for key, supported in (("partial_rotary_factor", 1), ("truncate", True), ("attention_factor", None)):
         if scaling.get(key, supported) != supported:
             raise ConfigError(f"{key}={scaling[key]!r} is not supported in rope scaling; use {supported!r}")
@@ -239,12 +265,14 @@ def config_to_dict(cfg: ModelConfig, *, fp8: bool = False, dtype: str = "bfloat1
         ('deepseek_v2', 512, 27)
     """
     check_released(cfg)
-    family = "deepseek_v3" if cfg.router == "sigmoid" else "deepseek_v2"
+    label = "deepseek_v3" if cfg.router == "sigmoid" else "deepseek_v2"
+    if cfg.attention == "dsa":
+        label = "glm_moe_dsa" if cfg.index_interleaved else "deepseek_v32"
     grouped = cfg.groups_per_token < cfg.num_groups
     method = "noaux_tc" if cfg.router == "sigmoid" else "group_limited_greedy" if grouped else "greedy"
     config: dict[str, Any] = {
-        "architectures": ["DeepseekV3ForCausalLM" if family == "deepseek_v3" else "DeepseekV2ForCausalLM"],
-        "model_type": family,
+        "architectures": [label.title().replace("_", "") + "ForCausalLM"],  # as in DeepseekV3ForCausalLM
+        "model_type": label,
         **{key: getattr(cfg, field) for field, key in _SAME_VALUE.items()},
         **{key: getattr(cfg, field) for field, (key, _) in _WITH_DEFAULT.items()},
         **{key: FIXED[key] for key in ("hidden_act", "attention_bias", "moe_layer_freq")},
@@ -264,6 +292,10 @@ def config_to_dict(cfg: ModelConfig, *, fp8: bool = False, dtype: str = "bfloat1
         "use_cache": True,
         "torch_dtype": dtype,
     }
+    if cfg.attention == "dsa":
+        config |= {key: getattr(cfg, field) for field, key in _INDEX.items()}
+    if cfg.index_interleaved:
+        config["indexer_types"] = list(cfg.index_types or ["full"] * cfg.num_layers)
     if cfg.yarn.factor > 1:
         yarn = cfg.yarn
         scaling = {key: getattr(yarn, key) for key in ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")}
@@ -277,7 +309,7 @@ def config_to_dict(cfg: ModelConfig, *, fp8: bool = False, dtype: str = "bfloat1
     if restored != expected:
         field = next(k for k in vars(restored) if getattr(restored, k) != getattr(expected, k))
         raise ConfigError(
-            f"{field}={getattr(cfg, field)!r} cannot be expressed in the released format of router={cfg.router!r}; "
+            f"{field}={getattr(cfg, field)!r} cannot be expressed in the released format {label!r}; "
             f"it requires {field}={getattr(restored, field)!r}"
         )
     return config
@@ -285,7 +317,7 @@ def config_to_dict(cfg: ModelConfig, *, fp8: bool = False, dtype: str = "bfloat1
 
 def _expressible(cfg: ModelConfig, restored: ModelConfig) -> ModelConfig:
     """Return `cfg` with the fields that config.json does not determine taken from `restored`."""
-    silent = ("balance", "capacity_factor")
+    silent = ("balance", "capacity_factor", "index_precision")
     changes = {key: getattr(restored, key) for key in silent}
     if cfg.groups_per_token == cfg.num_groups:  # no limit, so the number of groups and their score have no effect
         changes |= {key: getattr(restored, key) for key in ("num_groups", "groups_per_token", "group_score")}

@@ -1,4 +1,4 @@
-"""Labels of released models (`model_type` in config.json) that are one network: MLA, and experts or dense layers.
+"""Labels of released models (`model_type` in config.json) that are one network: MLA or DSA, experts or dense layers.
 
 One row a label. A key of config.json is used, known to be harmless, or refused: nothing that changes the network is
 passed over. Sources: the released config.json files of each label; transformers' configuration classes.
@@ -19,25 +19,32 @@ class Family:
     methods: tuple[str, ...] = ("noaux_tc",)  # its topk_methods; the first if the key is absent
     defaults: Mapping[str, Any] = field(default_factory=dict)  # values of keys that may be absent
     aliases: Mapping[str, str] = field(default_factory=dict)  # its spelling of a key → DeepSeek's
-    harmless: frozenset[str] = frozenset()  # its keys that change no number
+    keys: frozenset[str] = frozenset()  # keys that it alone has: `config_json` reads them, or they change no number
     experts: bool = True  # False: every layer is dense, and there are no keys of experts
-    indexer: bool = False  # it attends to the `index_topk` tokens that an indexer chooses: all of them in shorter texts
+    indexer: bool = False  # its attention is DSA
+    shared_indexers: bool = False  # layers may reuse the choice of an earlier one; index features are then interleaved
 
 
 _ONE_GROUP = {"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "first_k_dense_replace": 1}
-_INDEXER = frozenset(
-    "index_topk index_head_dim index_n_heads index_topk_freq index_topk_pattern index_skip_topk_offset indexer_types "
-    "layer_types".split()
+_INDEXER = frozenset("index_topk index_head_dim index_n_heads indexer_rope_interleave layer_types".split())
+_GLM = frozenset(
+    "indexer_types index_topk_pattern index_topk_freq index_skip_topk_offset index_share_for_mtp_iteration "
+    "moe_router_dtype".split()
 )
-_YOUTU = Family(experts=False, harmless=frozenset({"embedding_initializer_range"}))
+_YOUTU = Family(experts=False, keys=frozenset({"embedding_initializer_range"}))
 
 FAMILIES: dict[str, Family] = {
     "deepseek_v2": Family("softmax", ("greedy", "group_limited_greedy")),
     "deepseek_v3": Family(),  # also Moonlight and GigaChat3
-    "deepseek_v32": Family(indexer=True, harmless=_INDEXER),
+    "deepseek_v32": Family(indexer=True, keys=_INDEXER),
     "kimi_k2": Family(),
     "glm4_moe_lite": Family(defaults=_ONE_GROUP),
-    "glm_moe_dsa": Family(indexer=True, harmless=_INDEXER, defaults=_ONE_GROUP | {"first_k_dense_replace": 3}),
+    "glm_moe_dsa": Family(
+        indexer=True,
+        shared_indexers=True,
+        keys=_INDEXER | _GLM,
+        defaults=_ONE_GROUP | {"first_k_dense_replace": 3},
+    ),
     "sarvam_mla": Family(
         defaults=_ONE_GROUP | {"q_lora_rank": None},
         aliases={"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts"},
@@ -134,7 +141,7 @@ def check_keys(values: dict[str, Any], family: Family, used: set[str], *, allow_
             raise ConfigError(f"{key}={values[key]!r} is not supported; {wanted}")
     if allow_unknown:
         return
-    known = used | HARMLESS | family.harmless | FIXED.keys()
+    known = used | HARMLESS | family.keys | FIXED.keys()
     check_known(values, known, f"model_type={values.get('model_type')!r}")
 
 

@@ -15,10 +15,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dsv3_jax.config import ConfigError, Execution, ModelConfig, replace
+from dsv3_jax.config import ConfigError, Execution, replace
 from dsv3_jax.hf import int4
 from dsv3_jax.hf.config_json import config_from_dict
-from dsv3_jax.hf.families import WRAPPERS, family_of, text_config
+from dsv3_jax.hf.families import WRAPPERS, text_config
 from dsv3_jax.hf.files import CONFIG, StoredTensor, open_folder, read_tensor
 from dsv3_jax.hf.fp8 import E4M3, dequantize
 from dsv3_jax.hf.places import find
@@ -39,7 +39,6 @@ _EMBED = "model.embed_tokens.weight"
 _PREFIXES = ("", "language_model.")
 _BESIDE = re.compile(r"(model\.)?(vision\w*|mm_projector|multi_modal_projector)\.")
 _BLOCKS = re.compile(r"model\.blocks\.(?=\d)")  # transformers 5.24 saves a wrapper's layers under this name
-_INDEXER = re.compile(r"model\.layers\.\d+\.self_attn\.indexer\.")
 # Old files repeat what rope_theta gives; transformers does not read it either.
 _INV_FREQ = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -78,7 +77,7 @@ class ReleasedFolder:
             cfg = config_from_dict(self.config, allow_unknown_keys=allow_unknown_keys)
         except ConfigError as error:
             raise ConfigError(f"{self.path / CONFIG}: {error}") from error
-        self.stored = self._of_the_language_model(stored, cfg)
+        self.stored = self._of_the_language_model(stored)
         quantization = text_config(self.config).get("quantization_config") or {}
         packed = quantization.get("quant_method") == int4.METHOD
         self._group = int4.group_size(quantization) if packed else 0  # numbers of a 4-bit weight with one scale
@@ -100,7 +99,7 @@ class ReleasedFolder:
         self._check_tensors(all_entries)
         self._check_copies()
 
-    def _of_the_language_model(self, stored: dict[str, StoredTensor], cfg: ModelConfig) -> dict[str, StoredTensor]:
+    def _of_the_language_model(self, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
         """The tensors by DeepSeek's names, without those that are not part of this model's computation."""
         prefix = next((p for p in _PREFIXES if p + _EMBED in stored), "")
         named = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if not _BESIDE.match(name)}
@@ -109,12 +108,6 @@ class ReleasedFolder:
         if len(named) < len(stored):
             self.notes.append(f"{len(stored) - len(named)} tensors of pictures are not read")
         named = {name: tensor for name, tensor in named.items() if not _INV_FREQ.fullmatch(name)}
-        if family_of(text_config(self.config)).indexer:
-            named = {name: tensor for name, tensor in named.items() if not _INDEXER.match(name)}
-            self.notes.append(
-                f"index_topk={cfg.max_positions}: exact in texts of up to {cfg.max_positions:,} tokens; longer ones "
-                "need the indexer, which this package does not have"
-            )
         return named
 
     @property
@@ -255,7 +248,8 @@ def load(
     def dtype_of(path: tuple, variable: nnx.Variable) -> np.dtype:
         if isinstance(variable, RouterBias) or path[-1] == "w_router":
             return np.dtype(np.float32)
-        return dtype or max((folder.own_dtype(entry) for entry, _ in sources[path]), key=lambda own: own.itemsize)
+        owns = [folder.own_dtype(entry) for entry, _ in sources[path]]  # none for indexers that no layer has
+        return dtype or max(owns, key=lambda own: own.itemsize, default=READABLE_DTYPES[0])
 
     dtypes = {path: dtype_of(path, variable) for path, variable in flat.items()}
     filled = {}
@@ -291,7 +285,7 @@ def _read_shard(
         shard: a slice for each of its axes.
     """
     ranges = [range(*s.indices(n)) for s, n in zip(shard, shape, strict=True)]
-    out = _zeros([len(r) for r in ranges], dtype)  # zeros remain where the released router has no bias
+    out = _zeros([len(r) for r in ranges], dtype)  # zeros remain where a router has no bias, or a layer no indexer
     for entry, part in sources:
         indices = entry.slices[part].indices
         if all(i in r for i, r in zip(indices, ranges, strict=False)):

@@ -85,7 +85,7 @@ def entries(cfg: ModelConfig) -> Iterator[Entry]:
         dense = layer < cfg.num_dense_layers
         index = layer if dense else layer - cfg.num_dense_layers
         stack = ("dense",) if dense else ("sparse",)
-        yield from _block(cfg, f"model.layers.{layer}", stack, (index,), dense)
+        yield from _block(cfg, f"model.layers.{layer}", stack, (index,), dense, cfg.has_indexer[layer])
     yield _norm("model.norm", cfg.dim, ("norm",), ())
     head = replace(embed, name="lm_head.weight", copy_of=embed.name)
     if not cfg.tie_embeddings:
@@ -103,21 +103,25 @@ def _mtp_layer(cfg: ModelConfig, k: int, embed: Entry, head: Entry) -> Iterator[
     yield _norm(f"{name}.hnorm", cfg.dim, (*path, "hidden_norm"), ())
     # A linear weight that the released FP8 checkpoint does not quantize.
     yield Entry(f"{name}.eh_proj.weight", (cfg.dim, 2 * cfg.dim), (ParamSlice((*path, "w_eh"), ()),))
-    yield from _block(cfg, name, (*path, "block"), (), False)
+    yield from _block(cfg, name, (*path, "block"), (), dense=False, indexer=cfg.attention == "dsa")
     yield _norm(f"{name}.shared_head.norm", cfg.dim, (*path, "norm"), ())
     source = head.copy_of or head.name  # a tied head is the embedding
     yield replace(head, name=f"{name}.shared_head.head.weight", copy_of=source)
 
 
-def _block(cfg: ModelConfig, name: str, path: Path, index: Shape, dense: bool) -> Iterator[Entry]:
+def _block(cfg: ModelConfig, name: str, path: Path, index: Shape, dense: bool, indexer: bool) -> Iterator[Entry]:
     """List a transformer block's tensors.
 
     Args:
         name: prefix of the released names.
         path, index: our parameters of the block.
+        dense: it has no experts.
+        indexer: its attention has an indexer; a layer that reuses an earlier one's choice has none.
     """
     yield _norm(f"{name}.input_layernorm", cfg.dim, (*path, "attn_norm"), index)
     yield from _attention(cfg, f"{name}.self_attn", (*path, "attn"), index)
+    if indexer:
+        yield from _indexer(cfg, f"{name}.self_attn.indexer", (*path, "attn", "indexer"), index)
     yield _norm(f"{name}.post_attention_layernorm", cfg.dim, (*path, "ffn_norm"), index)
     if dense:
         yield from _swiglu(cfg.dim, cfg.dense_dim, f"{name}.mlp", (*path, "ffn"), index)
@@ -157,6 +161,18 @@ def _attention(cfg: ModelConfig, name: str, path: Path, index: Shape) -> Iterato
     both, heads = (h * sum(parts), latent), (h, sum(parts), latent)
     yield linear("kv_b_proj", both, "w_uk", "w_uv", order=(0, 1, 2), heads=heads, parts=parts)
     yield linear("o_proj", (cfg.dim, h * v), "w_o", order=(1, 2, 0), heads=(cfg.dim, h, v))
+
+
+def _indexer(cfg: ModelConfig, name: str, path: Path, index: Shape) -> Iterator[Entry]:
+    heads, width, latent = cfg.index_heads, cfg.index_dim, cfg.q_latent_dim or 0  # it has one
+    w_iq, w_ik, w_iw = ((ParamSlice((*path, ours), index),) for ours in ("w_iq", "w_ik", "w_iw"))
+    queries = Entry(f"{name}.wq_b.weight", (heads * width, latent), w_iq, quantized=True)
+    yield replace(queries, order=(2, 0, 1), heads=(heads, width, latent))
+    yield Entry(f"{name}.wk.weight", (width, cfg.dim), w_ik, quantized=True)
+    yield _norm(f"{name}.k_norm", width, (*path, "k_norm"), index)
+    yield _same(f"{name}.k_norm.bias", (width,), (*path, "k_norm", "bias"), index)
+    # A linear weight that the released FP8 checkpoint does not quantize.
+    yield Entry(f"{name}.weights_proj.weight", (heads, cfg.dim), w_iw)
 
 
 def _swiglu(dim: int, hidden: int, name: str, path: Path, index: Shape) -> Iterator[Entry]:

@@ -72,7 +72,12 @@ def load_theirs(folder: Path, num_layers: int, mtp_depth: int, tied: bool):
 
 
 def _mtp(main: nn.Module, folder: Path, num_layers: int, depth: int) -> MtpModel:
+    if hasattr(main.config, "index_topk"):  # what `get_mtp_config` asks for, and the released files leave out
+        main.config.mtp_layer_types = ["indexed_attention"] * depth
+        main.config.mtp_mlp_layer_types, main.config.num_mtp_layers = ["sparse"] * depth, depth
     mtp, state = MtpModel(main, depth), {}
+    for layer in mtp.layers:  # GLM's block returns its choice too, which `MtpLayer` does not expect
+        layer.mtp_block.register_forward_hook(lambda _m, _i, out: out[0] if isinstance(out, tuple) else out)
     arrays = {k: v.float() for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
     for k in range(depth):
         layer = {n.removeprefix(f"model.layers.{num_layers + k}."): v for n, v in arrays.items()}
@@ -149,9 +154,7 @@ def _gradients(main: nn.Module, mtp: nn.Module | None, num_layers: int) -> dict[
             named[f"model.layers.{num_layers + int(k)}.{rest}"] = value
     gradients = {}
     for name, value in named.items():
-        if value.grad is None:  # an indexer's
-            continue
-        grad = value.grad.numpy()
+        grad = np.zeros(value.shape, np.float32) if value.grad is None else value.grad.numpy()  # none is an indexer's
         lead, _, last = name.rpartition(".")
         if last == "gate_up_proj":
             for e, both in enumerate(grad):

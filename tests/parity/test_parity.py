@@ -2,10 +2,16 @@
 
 from functools import cache
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from released import GRID, differences, golden, ours, probed, write_folder
+from flax import nnx
+from models import forward, tokens_of
+from released import GRID, Cell, differences, golden, ours, probed, write_folder
+from runs import assert_bitwise
 
 from dsv3_jax import hf
+from dsv3_jax.decoding.generate import generate
 from dsv3_jax.hf.files import read_json
 
 pytestmark = [
@@ -77,7 +83,7 @@ def write_cards(card, name, worst, results):
         card(model, "stored format", {"of the logits": worst["logits"], "stored as": file, "limit": LOGITS})
 
 
-@pytest.mark.parametrize("name", ["groups", "tied embeddings"])
+@pytest.mark.parametrize("name", ["groups", "tied embeddings", "DeepSeek-V3.2", "GLM-5"])
 def test_transformers_runs_what_we_save(result, name, tmp_path, card):
     from parity_reference import theirs
 
@@ -97,3 +103,41 @@ def test_we_run_what_transformers_saves(result, tmp_path):
     main.save_pretrained(tmp_path / "theirs")
     assert "rope_theta" in read_json(tmp_path / "theirs" / "config.json")["rope_parameters"]  # the newer spelling
     assert_equal(ours(hf.load(tmp_path / "theirs")), reference)
+
+
+FAR = {"index_topk": 16, "max_position_embeddings": 512, "num_nextn_predict_layers": 0}
+SPARSE = {
+    "DeepSeek-V3.2": {},
+    "GLM-5": {"indexer_types": ["full", "shared", "full"]},
+    "GLM-5, one indexer": {"index_topk_pattern": "FSS"},
+}
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparse_attention_below_and_far_beyond_its_choice(name, tmp_path, card):
+    """Texts of up to 25 times `index_topk`, positions that do not start at 0, prompts of unequal lengths, both ways."""
+    import torch
+    from parity_reference import load_theirs
+
+    folder = write_folder(tmp_path / "folder", Cell(name, GRID[name.split(",")[0]].config | FAR | SPARSE[name]))
+    model, worst = hf.load(folder), {}
+    main, _ = load_theirs(folder, model.cfg.num_layers, 0, False)
+    for length, start in ((8, 0), (16, 5), (17, 90), (100, 0), (400, 100)):
+        tokens, positions = tokens_of(model.cfg, 2, length), start + np.arange(length)[None]
+        with torch.no_grad():
+            theirs = main(torch.tensor(np.array(tokens)).long(), position_ids=torch.tensor(positions)).logits.numpy()
+        own = forward(model, tokens, None, jnp.asarray(np.repeat(positions, 2, axis=0), jnp.int32)).logits
+        worst[f"of the logits of {length} tokens"] = float(np.abs(own - theirs).max() / theirs.std())
+    assert max(worst.values()) < LOGITS, worst
+    longest = 300
+    prompts = [np.array(tokens_of(model.cfg, 1, n, seed=n))[0].tolist() for n in (3, 16, 90, longest)]
+    padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.arange(longest)[None] >= torch.tensor([[longest - len(prompt)] for prompt in prompts])
+    theirs = main.generate(padded, attention_mask=mask.long(), max_new_tokens=40, do_sample=False)[:, longest:]
+    assert generate(model, prompts, 40).tokens == theirs.tolist()
+    main.save_pretrained(tmp_path / "theirs")
+    hf.save(model, tmp_path / "ours")
+    for saved in ("theirs", "ours"):
+        assert hf.load(tmp_path / saved).cfg == model.cfg
+        assert_bitwise(*(nnx.to_pure_dict(nnx.state(m)) for m in (hf.load(tmp_path / saved), model)))
+    card(name, "beyond index_topk", worst | {"limit": LOGITS, "of 160 greedy tokens": 0})
