@@ -13,8 +13,9 @@ from runs import finished, said_by
 from dsv3_jax.cli import bench
 from dsv3_jax.cli.bench import Cell, Decode
 from dsv3_jax.decoding.generate import Generated
-from dsv3_jax.model.counting import decode_bytes, distinct_experts
+from dsv3_jax.model.counting import distinct_experts
 from dsv3_jax.model.transformer import abstract
+from experiments.bench.copying import decode_bytes
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3])

@@ -11,7 +11,6 @@ from flax import nnx
 from dsv3_jax.config import CacheKind, LoraPart, ModelConfig
 from dsv3_jax.kernels.choose import Kernels, Target
 from dsv3_jax.model.attention import ATTENTION
-from dsv3_jax.model.cache import pick_kind
 from dsv3_jax.model.transformer import abstract
 
 
@@ -184,32 +183,3 @@ def share_read(cfg: ModelConfig, context: int, kind: CacheKind) -> float:
     widths = {name: n * width for name, (n, width) in ATTENTION[cfg.attention].cache_rows(cfg, kind).items()}
     index, total = widths.get("index_key", 0), sum(widths.values())
     return (index + (total - index) * attended(cfg, context) / context) / total
-
-
-def decode_bytes(
-    cfg: ModelConfig, batch: int, context: int, cache_bytes_per_token: int, *, weight_bytes: int = 4
-) -> float:
-    """Bytes that one plain decoding step must read, an expectation for `distinct_experts`.
-
-    All weights of layers and head once, of the routed experts those that the batch reaches, and what the cache holds.
-    Left out, as some kilobytes: embedding rows, activations, and the rows that the step writes.
-
-    Args:
-        batch: sequences, which advance a token each.
-        context: tokens that each has in the cache.
-        cache_bytes_per_token: over all layers, as `Generated` has it.
-        weight_bytes: bytes a parameter.
-
-    Example:
-        >>> from dsv3_jax.presets import preset
-        >>> cfg = preset("tiny")  # one token reads the active parameters, of 4 bytes, and 100 cached tokens
-        >>> decode_bytes(cfg, batch=1, context=100, cache_bytes_per_token=10) == 4 * size(cfg).active + 1000
-        True
-    """
-    counted = size(cfg)
-    routed = counted.parts.get("routed experts", 0)
-    # `active` counts K of E routed experts.
-    always = counted.active - routed * cfg.experts_per_token / cfg.num_experts
-    reached = routed * distinct_experts(cfg, batch) / cfg.num_experts
-    read = context * share_read(cfg, context, pick_kind(cfg, None))
-    return (always + reached) * weight_bytes + batch * read * cache_bytes_per_token

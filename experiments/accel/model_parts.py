@@ -14,13 +14,14 @@ from flax import nnx
 from dsv3_jax.config import DataConfig, Execution, ModelConfig, RunConfig, replace
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.model.cache import pick_kind
-from dsv3_jax.model.counting import bytes_per_token, decode_bytes, train_flops_per_token
+from dsv3_jax.model.counting import bytes_per_token, train_flops_per_token
 from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.presets import recipe
 from dsv3_jax.training.step import Job, init_state, make_step
 from experiments.accel.measuring import Figure, Part, kernels_for, ran, seconds_of, sentence
 from experiments.accel.random_data import draw, filled, keys, random_batch
 from experiments.accel.sizes import Sizes
+from experiments.bench.copying import decode_bytes
 
 BFLOAT16 = Execution(compute_dtype="bfloat16")
 

@@ -1,4 +1,4 @@
-"""The bytes a second that this machine copies: the bound of a decoding step, which reads all weights."""
+"""The bound of a decoding step: the bytes that it must read, and the bytes a second that this machine copies."""
 
 import os
 import time
@@ -10,22 +10,55 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.cache import pick_kind
+from dsv3_jax.model.counting import distinct_experts, share_read, size
 
-def copy_bandwidth(seconds: float = 0.5, size: int = 128 << 20) -> float:
+
+def decode_bytes(
+    cfg: ModelConfig, batch: int, context: int, cache_bytes_per_token: int, *, weight_bytes: int = 4
+) -> float:
+    """Bytes that one plain decoding step must read, an expectation for `distinct_experts`.
+
+    All weights of layers and head once, of the routed experts those that the batch reaches, and what the cache holds.
+    Left out, as some kilobytes: embedding rows, activations, and the rows that the step writes.
+
+    Args:
+        batch: sequences, which advance a token each.
+        context: tokens that each has in the cache.
+        cache_bytes_per_token: over all layers, as `Generated` has it.
+        weight_bytes: bytes a parameter.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> cfg = preset("tiny")  # one token reads the active parameters, of 4 bytes, and 100 cached tokens
+        >>> decode_bytes(cfg, batch=1, context=100, cache_bytes_per_token=10) == 4 * size(cfg).active + 1000
+        True
+    """
+    counted = size(cfg)
+    routed = counted.parts.get("routed experts", 0)
+    # `active` counts K of E routed experts.
+    always = counted.active - routed * cfg.experts_per_token / cfg.num_experts
+    reached = routed * distinct_experts(cfg, batch) / cfg.num_experts
+    read = context * share_read(cfg, context, pick_kind(cfg, None))
+    return (always + reached) * weight_bytes + batch * read * cache_bytes_per_token
+
+
+def copy_bandwidth(seconds: float = 0.5, nbytes: int = 128 << 20) -> float:
     """Measure the bytes that copying moves per second, reads plus writes, the best of several runs.
 
     On the CPU each core copies a separate array; elsewhere the device adds 1 to one array.
 
-    Args: seconds: how long to repeat it. size: bytes of an array, which must be far more than the caches hold.
+    Args: seconds: how long to repeat it. nbytes: bytes of an array, which must be far more than the caches hold.
     """
     if jax.default_backend() == "cpu":
         cores = os.cpu_count() or 1
-        sources = [np.ones(size // 8) for _ in range(cores)]
+        sources = [np.ones(nbytes // 8) for _ in range(cores)]
         targets = [np.zeros_like(x) for x in sources]
         with ThreadPoolExecutor(cores) as pool:
             best = _best_time(lambda: list(pool.map(np.copyto, targets, sources)), seconds)
         return 2 * cores * sources[0].nbytes / best
-    x = jnp.ones((size // 4,), jnp.float32)
+    x = jnp.ones((nbytes // 4,), jnp.float32)
     add = jax.jit(lambda x: x + 1)
     return 2 * x.nbytes / _best_time(lambda: jax.block_until_ready(add(x)), seconds)
 

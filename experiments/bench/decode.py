@@ -22,7 +22,7 @@ from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
-from copying import copy_bandwidth
+from copying import copy_bandwidth, decode_bytes
 from decode_worker import DecodeWorker
 from peer_decode import PeerDecodeWorker
 from process import KEEP_MEMORY, OutOfMemory
@@ -30,7 +30,6 @@ from process import KEEP_MEMORY, OutOfMemory
 from dsv3_jax.config import replace
 from dsv3_jax.data import open_source, tokenizer
 from dsv3_jax.model.cache import CACHE_DTYPES
-from dsv3_jax.model.counting import decode_bytes
 from dsv3_jax.presets import preset
 from dsv3_jax.stats.cache_quality import cache_quality
 from dsv3_jax.training.checkpoint import load_run
