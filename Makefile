@@ -104,7 +104,7 @@ CORE := $(addprefix tests/test_,routing.py cross_entropy.py kernels.py \
   train_step.py::test_the_bias_follows_the_load_of_the_batch \
   generate.py::test_cached_greedy_decoding_equals_the_teacher_forced_forward)
 
-test-core: $(VENV)/.installed-test
+test-core: $(VENV)/.installed-test-core
 	$(PYTEST) -m "not long and not rare and not parity" $(CORE) $(PYTEST_ARGS)
 
 test-long: $(VENV)/.installed-test
@@ -177,21 +177,26 @@ $(ACCELERATORS:%=$(VENV)/.installed-%): $(VENV)/.installed-%: $(VENV)/.installed
 	@touch $@
 
 # All of them at once, where nothing is installed yet.
+$(VENV)/.installed-test-core: $(INPUTS) | $(BIN)/python
+	$(call install,.[test-core])
+	$(say_compiler)
+	@touch $(VENV)/.installed $@
+
 $(VENV)/.installed-test: $(INPUTS) | $(BIN)/python
 	$(call install,.[test])
 	$(say_compiler)
-	@touch $(VENV)/.installed $@
+	@touch $(VENV)/.installed $@-core $@
 
 # With what the tests need, at once too.
 $(VENV)/.installed-plan: $(INPUTS) | $(BIN)/python
 	$(call install,.[test$(comma)plan-gpu$(comma)plan-tpu])
 	$(say_compiler)
-	@touch $(VENV)/.installed $(VENV)/.installed-test $@
+	@touch $(VENV)/.installed $(VENV)/.installed-test-core $(VENV)/.installed-test $@
 
 $(VENV)/.installed-all: $(INPUTS) | $(BIN)/python
 	$(call install,.[test$(comma)plan-gpu$(comma)plan-tpu$(comma)docs$(comma)release])
 	$(say_compiler)
-	@touch $(VENV)/.installed $(addprefix $(VENV)/.installed-,test plan docs release) $@
+	@touch $(VENV)/.installed $(addprefix $(VENV)/.installed-,test-core test plan docs release) $@
 
 $(VENV)/.installed-notebooks: $(VENV)/.installed
 	$(call install,.[notebooks])

@@ -52,7 +52,7 @@ QUANTILE = replace(PLAIN, num_groups=1, groups_per_token=1, balance=Balance(0.5,
 CASES = {  # (data, expert, tensor), model, microbatches, execution
     "8,1,1 fsdp microbatches": ((8, 1, 1), PLAIN, 2, Execution(layout=Layout(fsdp=True))),
     "1,8,1 all_to_all": ((1, 8, 1), PLAIN, 1, replace(RAGGED_DOT, remat="full", layout=ROUNDS)),
-    "2,2,2 fsdp head": ((2, 2, 2), HEAD, 1, Execution(layout=replace(GATHER, fsdp=True))),
+    "2,2,2 fsdp head microbatches": ((2, 2, 2), HEAD, 2, Execution(layout=replace(GATHER, fsdp=True))),
 }
 FURTHER = {
     "2,2,2 all_to_all fsdp": ((2, 2, 2), PLAIN, 1, Execution(layout=replace(ROUNDS, fsdp=True))),

@@ -115,8 +115,8 @@ def plain(scheme, quality, cache_dtype):
 CELLS = [  # scheme, draft length, prompts, cache, dtype: each scheme and length, each cache and dtype
     ("deepseek of 1", 7, 1, "latent", "int8"),
     ("deepseek of 3", 8, 8, "latent", None),
-    ("eagle", 5, 8, "expanded", "int8"),
-    ("meta", 3, 8, "latent", None),
+    pytest.param("eagle", 5, 8, "expanded", "int8", marks=pytest.mark.rare),  # test_drafters has its drafts
+    pytest.param("meta", 3, 8, "latent", None, marks=pytest.mark.rare),
     ("medusa", 4, 1, "latent", None),
     ("model", 6, 8, "latent", "int8"),
 ]
