@@ -6,9 +6,16 @@ import pytest
 
 from experiments.accel.program import additions, read_program
 
-pytestmark = pytest.mark.usefixtures("whole_compiles")
 S = jax.ShapeDtypeStruct
 N, D = 16, 32
+
+
+@pytest.fixture(autouse=True)
+def _as_users_compile():
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def compiled(function, *shapes) -> jax.stages.Compiled:
