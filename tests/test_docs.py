@@ -69,7 +69,7 @@ def test_commands(page, monkeypatch, capsys):
 NOT_RUN = {
     "pip install": "it downloads packages; tests/try_wheel.py installs",
     ". .venv/bin/activate": "make has no environment here",
-    "python experiments/accel/run.py": "tests/test_accel.py runs it",
+    "python experiments/accel/run.py": "experiments/accel/test_accel.py runs it",
     "dsv3 train v3": "it needs 512 devices and more",
     "--target gpu": "it needs a GPU's compiler; tests/test_compiled.py has it",
     "dsv3 info mini --check": "it computes at mini's sizes; tests/test_check.py has small ones",

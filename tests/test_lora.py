@@ -11,15 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import forward, parameters, random_model, small, tokens_of
+from models import parameters, random_model, small
 from runs import MODEL, assert_bitwise, make_run, new_state, packed_batch, write_text
 
-import dsv3_jax as ds
 from dsv3_jax import reference
 from dsv3_jax.config import Execution, Layout, Lora, OptimConfig, RunConfig
-from dsv3_jax.data.tokenizer import ByteTokenizer
-from dsv3_jax.hf.conversion import convert
-from dsv3_jax.hf.open_model import load_text
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.training import lora, warm_start
@@ -171,25 +167,6 @@ def trained(root) -> tuple[Path, RunConfig]:
     with Checkpoints(folder, run) as checkpoints:
         checkpoints.save(state_of(run, 7), {}, wait=True)
     return folder, run
-
-
-@pytest.mark.rare
-def test_readers_get_merged_weights(trained, tmp_path):
-    """A model that is loaded, a released folder, and a run that starts from this one."""
-    folder, run = trained
-    want = merged_by_hand(flat(state_of(run).params))
-    model = load_run(folder).model
-    for path, w in flat(nnx.state(model, nnx.Param)).items():
-        np.testing.assert_allclose(w, want[path], rtol=0, atol=1e-6, err_msg=str(path))
-    convert(folder, tmp_path / "released", quiet=True)
-    assert load_text(tmp_path / "released").tokenizer.same_ids(ByteTokenizer())
-    tokens = tokens_of(run.model, 2, 9)
-    released = ds.load_model(tmp_path / "released", kernels=run.execution.kernels)
-    np.testing.assert_array_equal(forward(released, tokens).logits, forward(model, tokens).logits)
-    next_run = replace(run, start=str(folder), lora=Lora())
-    state, sentence = begin(next_run)
-    assert_bitwise(state.params, nnx.state(model, nnx.Param))
-    assert sentence.startswith("the weights are those of step 7")
 
 
 def test_a_run_adds_new_adapters_to_its_start(trained):

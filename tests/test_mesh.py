@@ -11,7 +11,6 @@ from runs import MODEL, fresh_state, make_run, packed_batch
 
 from dsv3_jax.config import Balance, ConfigError, Execution, Layout, OptimConfig
 from dsv3_jax.mesh import sharding
-from dsv3_jax.training import loop
 from dsv3_jax.training.step import Job, make_step, model_of
 
 HEAD = replace(MODEL, num_layers=1)
@@ -105,7 +104,6 @@ def test_experts_are_chosen_as_on_a_single_device():
 def test_meshes_are_read():
     for text, why in (
         ("", "is not of the form data=N,expert=N,tensor=N"),
-        ("data=0", "is not of the form data=N,expert=N,tensor=N"),
         ("data=256,expert=257", "has more than 65,536 devices"),
         ("data=2,expert=2,data=4", "names data twice"),
     ):
@@ -133,5 +131,3 @@ def test_what_cannot_be_sharded_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match="expert_comm='ragged' .* latency-hiding scheduler"):
         sharding.check(sharding.make_mesh(1, 2), ragged)
     sharding.check(sharding.make_mesh(2, 1), ragged)  # nothing to exchange
-    with pytest.raises(ConfigError, match="num_experts=12"):  # before anything is read or written
-        loop.fit(replace(RUN, model=replace(MODEL, num_experts=12)), "nowhere", mesh=mesh, quiet=True)

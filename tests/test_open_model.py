@@ -3,21 +3,14 @@
 import shutil
 from dataclasses import replace
 
-import jax
-import numpy as np
 import pytest
 from flax import nnx
 from models import random_model, small
-from runs import assert_bitwise, make_run, write_text
+from runs import assert_bitwise
 
 from dsv3_jax import hf
-from dsv3_jax.config import ConfigError
 from dsv3_jax.data.tokenizer import byte_tokenizer_json, train_bpe
 from dsv3_jax.hf.open_model import load_model, load_text, open_draft, open_model
-from dsv3_jax.model.moe import RouterBias
-from dsv3_jax.train import open_start
-from dsv3_jax.training import warm_start
-from dsv3_jax.training.step import Job
 
 CFG = small(num_layers=2, vocab_size=260, mtp_depth=1)
 
@@ -64,20 +57,3 @@ def test_text_needs_a_tokenizer_and_weights_do_not(folder, model, tmp_path):
         with pytest.raises(ValueError, match="has no tokenizer: neither tokenizer.json nor tiktoken.model is in it$"):
             read(tmp_path / "model")
     assert_bitwise(arrays(load_model(tmp_path / "model")), arrays(model))
-
-
-@pytest.mark.long
-def test_training_starts_from_it(folder, model, tmp_path):
-    """The weights and biases are its own, bit by bit; the optimizer is new; data and schedule are the recipe's."""
-    recipe = make_run(write_text(tmp_path / "text"))
-    start = open_start(str(folder))
-    run = warm_start.on_weights(recipe, start)
-    assert (run.model, run.start, run.steps) == (hf.load(folder, quiet=True).cfg, str(folder), recipe.steps)
-    assert run.data == replace(recipe.data, tokenizer=str(folder / "tokenizer.json"))
-    state, sentence = warm_start.begin(Job(run), start)
-    assert_bitwise(state.params, nnx.state(model, nnx.Param))
-    assert_bitwise(state.bias, nnx.state(model, RouterBias))
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves((state.opt.mu, state.opt.nu)))
-    assert sentence == f"the weights are those in {folder}"
-    with pytest.raises(ConfigError, match="model.dim=12 is not that of start="):
-        warm_start.check(replace(run, model=replace(run.model, dim=12)), start)

@@ -18,10 +18,6 @@ DRAWS = 40_000
 FALSE_ALARM = 1e-9
 
 
-def keys_of(seed, shape):
-    return jax.random.split(jax.random.key(seed), shape)
-
-
 def within(shares, law, draws=DRAWS):
     """Whether chance allows the distance between shares and law, half the sum of differences.
 

@@ -20,7 +20,7 @@ from experiments import cards
 from experiments.accel import measuring, model_parts, run, table, worker
 from experiments.accel.sizes import full, toy
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CARD = {"kind": "NVIDIA H100 80GB HBM3", "versions": {"jax": "0.12"}}
 FIGURES = {
     "bounds": [
