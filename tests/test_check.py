@@ -40,6 +40,7 @@ def one_percent(w):
 one_percent.defvjp(lambda w: (w, None), lambda _, d: (d.at[1].multiply(1.01),))
 
 
+@pytest.mark.long
 def test_one_percent_in_one_small_expert_is_found_and_left_out(folder, monkeypatch, capsys):
     """Expert 1 has a single row in a case. Afterwards "auto" takes the next row, and its line says why."""
 

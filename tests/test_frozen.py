@@ -71,7 +71,7 @@ def not_routers(params: nnx.State, part: str = "") -> set[tuple]:
     [
         pytest.param("float32", "lora", marks=pytest.mark.rare),
         pytest.param("bfloat16", "lora", marks=pytest.mark.long),
-        ("bfloat16", "trunk"),
+        pytest.param("bfloat16", "trunk", marks=pytest.mark.long),
     ],
 )
 def test_a_step_gives_the_digits_of_float32_weights(folder, dtype, on):

@@ -174,6 +174,7 @@ def test_the_module_is_the_same_with_every_cache_and_dense_where_k_is_large(x64,
         np.testing.assert_allclose(out, alone, rtol=0, atol=1e-9 * np.abs(alone).max())
 
 
+@pytest.mark.long
 def test_decoding_gives_the_tokens_of_the_forward():
     """With every cache and draft, in ragged batches; the second layer shares the first one's choice."""
     model, prompts = random_model(SHARED, execution=DENSE), [[5], [8, 1, 30, 2, 2], [3 * i % 37 for i in range(40)]]

@@ -141,7 +141,7 @@ def change_steps(patch, before, after) -> None:
     patch.setattr(loop, "_compiled_step", make)
 
 
-@pytest.mark.parametrize("what", ["parameter head", "an optimizer state"])
+@pytest.mark.parametrize("what", ["parameter head", pytest.param("an optimizer state", marks=pytest.mark.long)])
 def test_what_an_update_spoiled_is_not_saved(what, whole, begun, monkeypatch, capfd):
     def spoil(state):
         part, factor = (state.params, 1e30) if what == "parameter head" else (state.opt.mu, np.float32("nan"))
@@ -223,6 +223,7 @@ def test_sigterm_saves_and_the_next_call_resumes(whole, begun, capfd):
     assert_same_run(begun, whole.folder)
 
 
+@pytest.mark.long
 def test_a_moved_folder_continues_without_the_tokenizers_file(whole, tmp_path, monkeypatch):
     """It names what is inside it by its name, and text by its place. Another tokenizer is another run."""
     text, there = Path(whole.run.data.paths[0]), tmp_path / "elsewhere"

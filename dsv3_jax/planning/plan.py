@@ -39,15 +39,15 @@ class PlanOptions:
     only: Literal["train", "decode"] | None = None
     """predict one of the two steps. Default: both"""
     decode_batch: int | None = None
-    """sequences decoded together. Default: 32 for each part of the mesh's batch"""
+    """sequences decoded together. Default: 32 a part of the mesh's batch"""
     context: int | None = None
-    """tokens of each sequence in the cache. Default: 4,096, or the model's max_positions if smaller"""
+    """tokens of each sequence in the cache. Default: 4,096, or max_positions if smaller"""
     weight_dtype: Literal["float32", "bfloat16"] | None = None
     """dtype of the weights while decoding, and of those that LoRA freezes. Default: the compute dtype"""
     device: Literal["h800", "h100", "v5p", "v5e", "v6e"] | None = None
     """report whether each step fits in this device, and the shortest time that it can take. Default: the target's"""
     memory: str | None = None
-    """memory of a device, as 80GB or 95.7GiB. Default: --device's"""
+    """a device's memory, as 80GB or 95.7GiB. Default: --device's"""
     target: str | None = None
     """compile with the devices' own compiler: gpu:h100, gpu:h100:8 (extra plan-gpu), tpu:v5p:2x2x1 (extra plan-tpu)"""
 
