@@ -57,7 +57,7 @@ SHAPES = {  # key-value heads, queries, widths of the keys, of the values (None:
 }
 RUNS = {  # and slots: in C++, a part is 256 rows
     "at once": (cached_attention, 11),
-    "in blocks": (partial(cached_attention_in_blocks, block=3), 11),  # they overlap at the end
+    "in blocks": (partial(cached_attention_in_blocks, block=3, take_out=True), 11),  # they overlap at the end
     "cpu": (calls.cached_attention, 700),
 }
 

@@ -15,7 +15,7 @@ from dsv3_jax.kernels.choose import Target
 from dsv3_jax.kernels.gpu import tokamax_library
 from dsv3_jax.mesh import expert_parallel
 from dsv3_jax.planning import devices
-from dsv3_jax.planning.cost import choose_kernels, train_cost
+from dsv3_jax.planning.cost import choose_kernels, decode_cost, train_cost
 from dsv3_jax.presets import preset, recipe
 from experiments.accel.program import additions, read_program
 
@@ -71,6 +71,25 @@ def test_training_keeps_to_its_bars(target, rows, launches, kernels):
     alone = target == GPU and tokamax_library.why_not(Target("cuda", chip=tokamax_library.HOPPER))
     assert program.flops <= (1.12 if alone else 1.1) * cost.flops
     assert program.unknown_work() or program.flops >= 0.9 * cost.flops
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "target, name, blocks, most, launches", [(GPU, "v2_lite", 1, 1.25, 36), ("tpu:v6e:1x1", "mini", 8, 1.5, 999)]
+)
+def test_a_decoding_step_reads_what_it_must(target, name, blocks, most, launches):
+    """32 sequences of 4,096 tokens, by 3 layers; a TPU's loops over the cache have 8 blocks."""
+    try:
+        mesh = devices.target_mesh(target, {"data": 1, "expert": 1, "tensor": 1})
+    except ConfigError as error:
+        pytest.skip(str(error))
+    cfg = replace(preset(name), num_layers=3)
+    with warnings.catch_warnings(), jax.numpy_rank_promotion("allow"):
+        warnings.simplefilter("ignore")
+        cost = decode_cost(cfg, Execution(compute_dtype="bfloat16"), mesh, 32, 4096, target=target)
+    program = read_program(cost.text)
+    assert sum(x.nbytes * x.runs * (1 if x.known else blocks) for x in program.all_launches) <= most * cost.bytes_read
+    assert program.launches <= launches * cfg.num_layers and len(program.unknown_loops) == (blocks > 1) * cfg.num_layers
 
 
 @pytest.mark.long

@@ -10,6 +10,7 @@ import pytest
 
 from dsv3_jax.kernels.cpu import blocks, calls, library
 from dsv3_jax.ops import dispatch, grouped_product
+from dsv3_jax.ops.sort_by_expert import count_by_expert, sort_by_expert
 
 BACKENDS = {
     "blocks": blocks.blocks_swiglu,
@@ -93,6 +94,11 @@ def test_few_tokens_equal_dense(x64, rng, n, choose, held):
     for decode in DECODING:
         y = jax.jit(decode)(x, np.where(here, ids, held), np.where(here, gates, 0.0), *own)
         np.testing.assert_allclose(y, expected, atol=1e-10)
+
+
+def test_counting_equals_sorting(rng):
+    ids = jnp.asarray(rng.integers(0, 7, (9, 3)))  # 6: of another device
+    jax.tree.map(np.testing.assert_array_equal, count_by_expert(ids, 6), sort_by_expert(ids, 6))
 
 
 def test_an_expert_that_is_elsewhere_adds_nothing(x64, rng):

@@ -116,7 +116,7 @@ def test_a_forced_kernel_that_cannot_compute_is_refused_and_what_is_no_choice():
         ("cpu", "", "bfloat16", "blocks", "xla", "xla"),
     ],
 )
-def test_who_multiplies_experts_on_each_chip(platform, chip, dtype, training, few, many):
+def test_who_multiplies_experts_on_each_chip(monkeypatch, platform, chip, dtype, training, few, many):
     """No row that multiplies every row with every expert, and no loop of unknown length on accelerators."""
     kernels = prepare(Execution(compute_dtype=dtype), platform=platform, chip=chip)
     x, stack = jnp.ones((8, 128), dtype), jnp.ones((4, 128, 256))
@@ -124,6 +124,10 @@ def test_who_multiplies_experts_on_each_chip(platform, chip, dtype, training, fe
     assert [experts(kernels, x, stack, rows, "decode_experts") for rows in (8, 9)] == [few, many]
     fallback = {"cuda": "row_blocks", "tpu": "ragged_dot", "cpu": "blocks"}[platform]
     assert experts(kernels, x, jnp.ones((4, 128, 100))) == fallback  # a width that no tile divides
+    stored = Stored(jnp.ones((1, 1, 513, 4), dtype), None)
+    assert (picked(kernels, "cached_attention", [x], [stored], stored, x) == "blocks") == (platform != "cuda")
+    monkeypatch.setattr(choose, "LARGE_EXPERTS", 0)  # by_row would read each once for each row
+    assert experts(kernels, x, stack, 8, "decode_experts") == ("mosaic" if training == "mosaic" else few)
     if training == "megablox":  # it is for one device
         with sharding.use_mesh(sharding.make_mesh(data=2)):
             assert experts(kernels, x, stack) == kernels.chosen(dtype, devices=2)["grouped_swiglu"] == "ragged_dot"

@@ -51,6 +51,7 @@ GPUS, ACCELERATORS = ("cuda", "rocm"), ("cuda", "rocm", "tpu")
 SMALL_BATCH = 64  # rows beyond which a CPU product costs more than reading its weight
 LARGE_WEIGHT = 1 << 18  # bytes of a weight below which XLA multiplies a single row faster, on two AVX2 cores
 ROWS_OF_AN_EXPERT = 4  # on average, up to which a GPU reads an expert's weights for each row by itself
+LARGE_EXPERTS = 32 << 20  # bytes of a layer's matrix that a GPU's cache does not hold: each row reads it from memory
 LARGE_UPDATE = 1 << 16  # numbers of an array from which the C++ optimizer, on all threads, is faster than XLA
 IN_FLOAT32 = ("embedding", "exact_product", "optimizer")  # ops on float32 arrays, whatever the compute dtype
 
@@ -99,6 +100,14 @@ def _few_rows(x: Array, *weights: Array, axes: int = 1, **settings: Any) -> bool
 
 def _few_choices(x: Array, expert_ids: Array, gates: Array, w_gate: Array, *others: Array, **settings: Any) -> bool:
     return expert_ids.size <= ROWS_OF_AN_EXPERT * w_gate.shape[0]
+
+
+def _shared_experts(x: Array, expert_ids: Array, gates: Array, w_gate: Array, *others: Array, **settings: Any) -> bool:
+    """Whether Mosaic, which reads each chosen expert once, saves more than its launches cost beside `_few_choices`."""
+    rows = (
+        ROWS_OF_AN_EXPERT if w_gate.size * w_gate.dtype.itemsize <= LARGE_EXPERTS else 1 / 4
+    )  # more are of an expert that others read
+    return expert_ids.size > rows * w_gate.shape[0] and gpu_products.fits(x, expert_ids, gates, w_gate)
 
 
 def _attend(q: Array, k: Array, v: Array, *, maxima: bool = False, **settings: Any) -> Any:
@@ -193,6 +202,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "cached_attention": (
         _cpp(calls.cached_attention, fits=_cached),
         _loops(cpu_attention.cached_attention_in_blocks),
+        Implementation("blocks", tpu_attention.cached_attention_in_blocks, ("tpu",), fits=tpu_attention.fits_in_blocks),
         _xla(cached_attention.cached_attention),
     ),
     "write_rows": (
@@ -225,8 +235,9 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "decode_experts": (
         _cpp(cpu_experts.decode_experts),
         _xla(dispatch.decode_experts, ("cpu",)),
+        replace(_BY_PRODUCTS[0], fits=_shared_experts),
         Implementation("by_row", dispatch.decode_by_row, GPUS, fits=_few_choices),
-        *_BY_PRODUCTS,
+        *_BY_PRODUCTS[1:],
         *_low_precision(dispatch.grouped_swiglu, "product", low_precision.grouped),
     ),
     "product": (
@@ -406,6 +417,11 @@ class Kernels:
 
         On a TPU the grouped product needs a separate array.
         """
+        return self.target.platform in GPUS
+
+    @property
+    def reads_all_slots(self) -> bool:
+        """Whether attention to a cache reads slots that hold nothing: a GPU's has no loop that ends before them."""
         return self.target.platform in GPUS
 
     @property

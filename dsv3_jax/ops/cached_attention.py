@@ -7,8 +7,8 @@ latents and rotated keys, and the latents are its values. Plain attention scores
 All rows at once, for accelerators: each product reads the rows once, as they are stored. 8-bit rows are not multiplied
 with their scales: a compiler would write a copy of the cache. Scales go to the scores and to the softmax's weights.
 
-In blocks, for the CPU: rows are visited with a running softmax (as in `attention.py`), as many blocks as the longest
-sequence has. The cost follows what the cache holds, not its capacity.
+In blocks, for CPUs and TPUs: rows are visited with a running softmax (as in `attention.py`), as many blocks as the
+longest sequence has. The cost follows what the cache holds, not its capacity.
 """
 
 from collections.abc import Sequence
@@ -86,8 +86,12 @@ def cached_attention_in_blocks(
     *,
     scale: float,
     block: int,
+    take_out: bool = False,
 ) -> Float[Array, "B G Q V"]:
-    """Compute `cached_attention`, `block` rows at a time."""
+    """Compute `cached_attention`, `block` rows at a time.
+
+    Args: take_out: a block is copied, where both products then read it: for a TPU, which copies it into its own memory.
+    """
     (capacity, width), dtype = values.rows.shape[2:], queries[0].dtype
     block, wide = min(block, capacity), np.promote_types(dtype, np.float32)
 
@@ -97,6 +101,8 @@ def cached_attention_in_blocks(
         some_keys, some_values = jax.tree.map(
             lambda x: jax.lax.dynamic_slice_in_dim(x, start, block, 2), (list(keys), values)
         )
+        if take_out:
+            some_keys, some_values = jax.lax.optimization_barrier((some_keys, some_values))
         s = _scores(queries, some_keys, first - start, last - start, scale)
         return softmax_step(carry, s, lambda p: _weighted(p, some_values, dtype, wide))
 
@@ -106,6 +112,13 @@ def cached_attention_in_blocks(
     carry = tuple(as_varying(x, queries[0], values.rows) for x in carry)
     out, _, total = jax.lax.fori_loop(0, last.max() // block + 1, visit, carry)
     return (out / total[..., None]).astype(dtype)
+
+
+def block_rows(keys: Sequence[Stored], values: Stored, numbers: int) -> int:
+    """Rows of a block of at most so many numbers, of all arrays and sequences: a power of two."""
+    width = sum(stored.rows.shape[-1] for stored in {id(x.rows): x for x in (*keys, values)}.values())
+    batch, groups = values.rows.shape[:2]
+    return 1 << (max(numbers // (batch * groups * width), 1).bit_length() - 1)
 
 
 def _scores(queries, keys: Sequence[Stored], first: Array, last: Array, scale: float) -> Float[Array, "B G Q S"]:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.ops.grouped_product import RAGGED_DOT, GroupedProduct, wide
-from dsv3_jax.ops.sort_by_expert import SortedRows, sort_by_expert
+from dsv3_jax.ops.sort_by_expert import SortedRows, count_by_expert, sort_by_expert
 from dsv3_jax.ops.varying import zeros
 
 FEW_CHOICES = 32  # assignments for each expert up to which `decode_experts` is the faster: reading weights is the cost
@@ -86,7 +86,7 @@ def grouped_swiglu(
         >>> grouped_swiglu(jnp.ones((1, 1)), jnp.array([[1, 0]]), jnp.array([[0.9, 0.1]]), *weights).round(2)
         Array([[4.7]], dtype=float32)
     """
-    p = sort_by_expert(expert_ids, w_gate.shape[0])
+    p = product.sort(expert_ids, w_gate.shape[0])
     p = p._replace(order=p.order[:rows])  # choices of no expert come last
     return _grouped(product, x, gates.astype(x.dtype), (w_gate, w_up, w_down), cast, p)
 
@@ -112,7 +112,7 @@ class _Rows(NamedTuple):
 def _sorted_rows(product: GroupedProduct, gates: Array, p: SortedRows) -> _Rows:
     pad = -p.order.size % product.row_multiple
     order = jnp.pad(p.order, (0, pad))
-    in_expert = jnp.arange(order.size, dtype=jnp.int32) < p.counts.sum(dtype=jnp.int32)
+    in_expert = jnp.arange(order.size, dtype=jnp.int32) < p.total
     gate = _take(gates.reshape(-1), order).astype(wide(gates.dtype))
     return _Rows(order // gates.shape[1], gate[:, None], in_expert[:, None])
 
@@ -149,7 +149,7 @@ def _grouped_bwd(product, saved, dy):
     if len(dw) == 1:
         dw = jnp.split(dw[0], 2, axis=2)
     dw = (*dw, product.dw(h, dy_rows, p.counts, weights[2].dtype))
-    d_gates = jnp.where(p.row < p.counts.sum(dtype=jnp.int32), _take(d_gates, jnp.minimum(p.row, d_gates.size - 1)), 0)
+    d_gates = jnp.where(p.row < p.total, _take(d_gates, jnp.minimum(p.row, d_gates.size - 1)), 0)
     return dx, d_gates.astype(gates.dtype), dw, None, None
 
 
@@ -184,7 +184,7 @@ def _sum_choices(parts: tuple[Array, ...], p: SortedRows) -> Array:
     """y_t = Σ_k of row (t, k), in float32: each token fetches its rows, so no two additions meet. [n, K, D] never
     exists.
     """
-    total = p.counts.sum(dtype=jnp.int32)
+    total = p.total
     y = jnp.zeros((), wide(parts[0].dtype))
     for k in range(p.row.shape[1]):
         row = p.row[:, k]
@@ -335,7 +335,7 @@ def decode_by_row(
     group = jnp.minimum(expert_ids.reshape(-1), w_gate.shape[0] - 1)  # elsewhere: the gate is 0
     rows, row = jnp.repeat(x, num_choices, axis=0), None
     if n > 1:
-        p = sort_by_expert(expert_ids, w_gate.shape[0])
+        p = count_by_expert(expert_ids, w_gate.shape[0])
         group, rows, row = _take(group, p.order), _take(x, p.order // num_choices), p.row
 
     def product(rows: Array, w: Array) -> Array:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from dsv3_jax.ops.sort_by_expert import sort_by_expert
 from dsv3_jax.ops.varying import as_varying, zeros
 
 LARGEST_BLOCK = 512  # rows: beyond it, a product on a GPU's or TPU's matrix unit gains little
@@ -38,6 +39,7 @@ class GroupedProduct:
     dw: Callable[..., Array]  # (x [m, K], dy [m, N], counts [G], dtype) -> [G, K, N], accumulated in float32
     row_multiple: int = 1  # m must be a multiple of it
     joins: bool = False  # where two matrices of one group are cast, they are written side by side, for one product
+    sort: Callable = sort_by_expert  # or what gives the same
     casts: bool = True  # w must have the rows' dtype; False: it is taken in its own
 
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+FEW = 1024  # assignments up to which a GPU counts those before each one: fewer launches than to sort and to scatter
+
 
 class SortedRows(NamedTuple):
     """Assignments in order of expert. n tokens with K choices each make n·K assignments."""
@@ -14,6 +16,11 @@ class SortedRows(NamedTuple):
     row: Array  # int32 [n, K]: sorted row of each assignment, the inverse of `order`
     counts: Array  # int32 [E]: rows of each expert
     starts: Array  # int32 [E]: first row of each expert
+
+    @property
+    def total(self) -> Array:
+        """Rows of all experts; no launch of its own, unlike a sum."""
+        return self.starts[-1] + self.counts[-1]
 
 
 def sort_by_expert(expert_ids: Int[Array, "n K"], num_experts: int) -> SortedRows:
@@ -29,3 +36,22 @@ def sort_by_expert(expert_ids: Int[Array, "n K"], num_experts: int) -> SortedRow
     row = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32), unique_indices=True)
     counts = jax.ops.segment_sum(jnp.ones(flat.shape, jnp.int32), flat, num_segments=num_experts)
     return SortedRows(order, row.reshape(expert_ids.shape), counts, jnp.cumsum(counts, dtype=jnp.int32) - counts)
+
+
+def count_by_expert(expert_ids: Int[Array, "n K"], num_experts: int) -> SortedRows:
+    """Compute the same on a GPU, for few assignments by comparing each with all others.
+
+    Example:
+        >>> count_by_expert(jnp.array([[2, 0], [0, 1]]), num_experts=3).order
+        Array([1, 2, 3, 0], dtype=int32)
+    """
+    flat = expert_ids.reshape(-1)
+    if flat.size > FEW:
+        return sort_by_expert(expert_ids, num_experts)
+    place, expert = jnp.arange(flat.size, dtype=jnp.int32), jnp.arange(num_experts, dtype=flat.dtype)
+    before = (flat[None] < flat[:, None]) | ((flat[None] == flat[:, None]) & (place[None] < place[:, None]))
+    row = before.sum(axis=1, dtype=jnp.int32)
+    order = jnp.where(row[None] == place[:, None], place[None], 0).sum(axis=1, dtype=jnp.int32)
+    counts = (flat[None] == expert[:, None]).sum(axis=1, dtype=jnp.int32)
+    starts = (flat[None] < expert[:, None]).sum(axis=1, dtype=jnp.int32)
+    return SortedRows(order, row.reshape(expert_ids.shape), counts, starts)

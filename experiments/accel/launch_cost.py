@@ -129,7 +129,7 @@ class LaunchCost:
     def traffic(self, computation: str, i: Instruction) -> float:
         """Bytes that a launch reads and writes in memory."""
         if match := re.search(r"cost_estimate.{0,200}?bytes_accessed\W*?(?:22)?\W*?:\W*?(\d+)", attributes(i)):
-            return float(match[1])
+            return min(float(match[1]), self._whole(computation, i))  # what is on the chip needs no memory
         if i.opcode == "copy-start":  # (result, operand, context); a TPU's prefetch has one of them on the chip
             return sum((a.nbytes for a in i.arrays[:2] if not on_chip(a)), 0.0)
         if i.opcode.removesuffix("-start") in _SLICES and i.opcode not in _SLICES:  # ((operands), result, context)

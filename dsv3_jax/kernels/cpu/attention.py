@@ -55,10 +55,7 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 def cached_attention_in_blocks(queries: Sequence[Array], keys: Sequence[Stored], values: Stored, *args, **settings):
     """Compute `ops.cached_attention.cached_attention` in blocks that stay in a core's cache."""
-    width = sum(stored.rows.shape[-1] for stored in {id(x.rows): x for x in (*keys, values)}.values())
-    batch, groups = values.rows.shape[:2]
-    rows = max(BLOCK_ELEMENTS // (batch * groups * width), 1)
-    block = max(1 << (rows.bit_length() - 1), 64)
+    block = max(op.block_rows(keys, values, BLOCK_ELEMENTS), 64)
     return op.cached_attention_in_blocks(queries, keys, values, *args, block=block, **settings)
 
 

@@ -13,12 +13,14 @@ import jax
 from jaxtyping import Array
 
 from dsv3_jax.ops.grouped_product import GroupedProduct
+from dsv3_jax.ops.sort_by_expert import count_by_expert
 from dsv3_jax.ops.varying import as_varying
 
 HOPPER = ("9.0", "9.0a")  # compute capability: the kernels use its matrix instructions, and no later chip has them
 CORES = 132  # of an H100 SXM, as JAX's kernels have it; a chip with fewer runs them in turns
 STEP = 64  # columns: every width must be a multiple
 ROWS = 128  # of a tile
+FEW_ROWS = 32  # of a group on average, up to which tiles have half as many
 
 
 def why_not_hopper(target: Any) -> str:
@@ -83,7 +85,8 @@ def _tiles(columns: int, rows: int = ROWS) -> dict[str, int]:
 
 def mosaic(x: Array, w: Array, counts: Array) -> Array:
     """`GroupedProduct.forward` by JAX's ragged_dot."""
-    return as_varying(_kernels()[0](x, w, group_sizes=counts, **_tiles(w.shape[2])), x, w)
+    rows = ROWS // 2 if x.shape[0] <= FEW_ROWS * w.shape[0] else ROWS
+    return as_varying(_kernels()[0](x, w, group_sizes=counts, **_tiles(w.shape[2], rows)), x, w)
 
 
 def mosaic_dx(dy: Array, w: Array, counts: Array) -> Array:
@@ -98,4 +101,4 @@ def mosaic_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
     return as_varying(dw, x, dy).astype(dtype)
 
 
-MOSAIC = GroupedProduct("mosaic", mosaic, mosaic_dx, mosaic_dw, row_multiple=ROWS, joins=True)
+MOSAIC = GroupedProduct("mosaic", mosaic, mosaic_dx, mosaic_dw, row_multiple=ROWS, joins=True, sort=count_by_expert)

@@ -1,19 +1,24 @@
-"""Causal attention on TPUs by JAX's splash attention, a flash attention that skips the blocks above the diagonal.
+"""Attention on TPUs: JAX's splash attention, and the blocks of attention to a cache.
 
-Forward and backward are Pallas kernels: scores stay in the core's memory. Keys and values of fewer heads than the
-queries' are read as they are.
+Splash is a flash attention that skips the blocks above the diagonal. Forward and backward are Pallas kernels: scores
+stay in the core's memory. Keys and values of fewer heads than the queries' are read as they are.
 """
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.ops import cached_attention
 from dsv3_jax.ops.attention import RESULTS, scaled
 
 LARGEST_BLOCK = 1024  # rows of a block; the fastest in its authors' timings on v5p and v6e, of lengths 1024 to 8192
 AT_A_TIME = 640  # keys whose scores are computed at once, at most; float32 scores then fit a v5p's 16 MB of scratch
 MIN_WIDTH = 64  # of a head: below, most of a product's 128 columns are padding
 MIN_LENGTH = 128  # of a sequence: a block of fewer rows would be mostly padding
+CACHE_BLOCK = 512  # rows of a cache that are visited at a time, at most
+CACHE_NUMBERS = 1 << 23  # numbers of these rows, in all sequences: 16 MB in bfloat16, of 64 to 128 of a core's memory
 
 
 def fits(q: Array, k: Array, v: Array, **settings) -> bool:
@@ -88,3 +93,14 @@ def block_sizes(length: int) -> tuple[int, int]:
     step = 128 if rows <= AT_A_TIME else 256  # so that a large block can be halved into multiples of 128
     block = rows + -rows % step
     return block, block if block <= AT_A_TIME else block // 2
+
+
+def fits_in_blocks(queries: Sequence[Array], keys: Sequence, values: cached_attention.Stored, *others, **settings):
+    """Whether a cache has more rows than a block."""
+    return values.rows.shape[2] > CACHE_BLOCK
+
+
+def cached_attention_in_blocks(queries: Sequence[Array], keys: Sequence, values: cached_attention.Stored, *args, **how):
+    """Compute `ops.cached_attention.cached_attention` in blocks, each read once into the core's memory."""
+    block = min(max(cached_attention.block_rows(keys, values, CACHE_NUMBERS), 16), CACHE_BLOCK)
+    return cached_attention.cached_attention_in_blocks(queries, keys, values, *args, block=block, take_out=True, **how)
