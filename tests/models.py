@@ -87,9 +87,8 @@ def decode_program(model, draft=None, lengths=(0,), batch=2, width=32, new=16, c
     with_weights = tuple((m, jax.eval_shape(lambda m: m.prepare_decode(), m)) for m in models)
     tokens, rows, stops = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, width), (batch,), (1,)))
     draft = "model" if len(models) > 1 else draft
-    leaves, tree = jax.tree.flatten(
-        Job(with_weights, stops, draft, lengths, DecodeConfig(new, cache="latent", cache_dtype=dtype), capacity)
-    )
+    config = DecodeConfig(new, cache="latent", cache_dtype=dtype)
+    leaves, tree = jax.tree.flatten(Job(with_weights, stops, draft, lengths, config, capacity, capacity))
     made = Programs(tree, lengths)
     return made, leaves, jax.eval_shape(made.prefill, leaves, tokens, rows, jax.ShapeDtypeStruct((), jnp.uint32))
 

@@ -20,7 +20,7 @@ from dsv3_jax.decoding.drafters import READ, Prompt, Unread, make_drafter, windo
 from dsv3_jax.mesh import sharding
 from dsv3_jax.mesh.logits import process_by_rows
 from dsv3_jax.mesh.sharding import constrain
-from dsv3_jax.model.cache import Cache, keep_sharded, pick_dtype, pick_kind
+from dsv3_jax.model.cache import ROW_AXES, Cache, keep_sharded, pick_dtype, pick_kind
 from dsv3_jax.model.counting import bytes_per_token
 from dsv3_jax.model.transformer import DecodeWeights, Transformer
 from dsv3_jax.ops.sampling import Sampling, keys_at, row_keys
@@ -43,6 +43,8 @@ class Loop(NamedTuple):
 
 
 STATIC = {"static": True}
+FIRST_SLOTS = 1024  # of a cache whose empty slots are read too: it begins small
+GROWTH = 4  # slots after growing over those before; each number of slots is a compilation
 
 
 @jax.tree_util.register_dataclass
@@ -56,6 +58,7 @@ class Job:
     lengths: tuple[int, ...] = field(metadata=STATIC)  # drafts a step: one length, or those of "auto"
     config: DecodeConfig = field(metadata=STATIC)  # with the cache that is used, without what no program depends on
     capacity: int = field(metadata=STATIC)
+    slots: int = field(metadata=STATIC)  # of the cache after the prompts; it grows to `capacity`
 
     @property
     def drafter(self) -> Any:
@@ -187,13 +190,33 @@ class _Request:
             form = DecodeConfig(config.max_new_tokens, config.sampling, kind, dtype)
             stops = np.asarray(config.stop_tokens, np.int32)
             with_weights = tuple((model, model.prepare_decode()) for model in models)
-            self.leaves, tree = jax.tree.flatten(Job(with_weights, stops, draft, lengths, form, capacity))
+            grows = kind != "none" and model.kernels.reads_all_slots
+            self.capacity, self.slots = capacity, min(FIRST_SLOTS, capacity) if grows else capacity
+            self._raise_slots(tokens.shape[1])
+            job = Job(with_weights, stops, draft, lengths, form, capacity, self.slots)
+            self.leaves, tree = jax.tree.flatten(job)
             self.programs = programs(tree, lengths, len(prompts), self.mesh)
             self.loop = self.programs.prefill(self.leaves, tokens, self.prompt_lengths, np.uint32(config.seed))
         self.seen = self._look()
         self.prefill_seconds, self.decode_seconds = time.perf_counter() - start, 0.0
         self.max_new_tokens, self.steps = config.max_new_tokens, dict.fromkeys(lengths, 0)
         self.bytes_per_token = 0 if kind == "none" else bytes_per_token(cfg, kind, dtype)
+
+    def _raise_slots(self, needed: int) -> None:
+        while self.slots < min(needed, self.capacity):
+            self.slots = min(GROWTH * self.slots, self.capacity)
+
+    def _make_room(self, length: int) -> None:
+        """Let the cache grow if a step of so many drafts would pass its end."""
+        before = self.slots
+        self._raise_slots(int((self.prompt_lengths + self.seen.written).max()) + length)
+        if before < self.slots:
+            parts = self.loop.cache.parts
+            with sharding.use_mesh(self.mesh):
+                for i, part in enumerate(parts):  # in the list: the smaller one is freed
+                    parts[i] = _grown(part, slots=self.slots)
+            if self.programs.choice:
+                self.programs.choice.start.clear()  # the next parts compile again
 
     def _look(self) -> Any:
         """Wait for the last program, and fetch the loop's small arrays, as NumPy's."""
@@ -208,6 +231,7 @@ class _Request:
         """Run until every row has so many tokens, or is done."""
         choice = self.programs.choice
         while (behind := self.behind) < until:
+            self._make_room(max(self.steps))
             if choice is None:
                 self._part(next(iter(self.steps)), until)
                 continue
@@ -257,6 +281,17 @@ class _Request:
 _gathered = jax.jit(constrain)
 
 
+@partial(jax.jit, static_argnames="slots")
+def _grown(part: Any, slots: int) -> Any:
+    """A cache's part with so many slots; the new ones are empty."""
+
+    def longer(x: Array) -> Array:
+        room = [(0, 0)] * 3 + [(0, slots - x.shape[3]), (0, 0)]
+        return constrain(jnp.pad(x, room), *ROW_AXES)
+
+    return jax.tree.map(longer, part)
+
+
 def _pad(prompts: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
     """(Tokens [B, width], lengths [B].)"""
     tokens = np.zeros((len(prompts), width), np.int32)
@@ -277,7 +312,7 @@ def _prefill(form: Any, leaves: list, tokens: Array, lengths: Array, seed: Array
     if config.cache == "none":
         x, cache = model.run_layers(tokens, None)[0], Cache([], lengths)
     else:
-        x, cache = model.prefill(tokens, lengths, model.empty_cache(batch, job.capacity, *kind), weights)
+        x, cache = model.prefill(tokens, lengths, model.empty_cache(batch, job.slots, *kind), weights)
     # With room for what a drafter writes beyond the text.
     prompt = Prompt(tokens, lengths, x, job.capacity + max(READ, longest + 1), *kind)
     zero, h = jnp.zeros((batch,), jnp.int32), None
@@ -311,7 +346,12 @@ def _decode(form: Any, leaves: list, loop: Loop, until: Array, *, length: int) -
         x, cache = model.run_layers(jnp.concatenate([newest, drafts.tokens], axis=1), loop.cache, weights)
         return _advance(job, loop._replace(cache=cache), drafts, x)
 
-    return jax.lax.while_loop(lambda loop: ((loop.written < until) & ~loop.done).any(), step, loop)
+    def goes_on(loop: Loop) -> Array:
+        behind = ((loop.written < until) & ~loop.done).any()
+        slots = min((x.shape[3] for x in jax.tree.leaves(loop.cache.parts)), default=job.capacity)
+        return behind if slots == job.capacity else behind & (loop.cache.lengths.max() + length < slots)
+
+    return jax.lax.while_loop(goes_on, step, loop)
 
 
 def _read(form: Any, leaves: list, loop: Loop) -> Loop:
