@@ -75,6 +75,7 @@ def test_indexers():
     assert kinds == dict.fromkeys(("wq_b", "wk"), "float32") | dict.fromkeys(("k_norm", "weights_proj"), "bfloat16")
     for changes, expected in (
         ({"indexer_rope_interleave": True}, "FFFFFFFF"),
+        ({"index_topk_freq": 3}, "FFSSFSSF"),
         ({"index_topk_freq": 4, "index_skip_topk_offset": 3}, "FFFSSSFS"),
         ({"index_topk_pattern": "FSSFSSSS", "index_topk_freq": 4}, "FSSFSSSS"),
         ({"indexer_types": ["full", *["shared"] * 7], "index_topk_pattern": "FSSFSSSS"}, "FSSSSSSS"),

@@ -22,6 +22,7 @@ TASKS = {
     "logits": "Logits equal transformers'. The figure is the largest difference over the logits' standard deviation.",
     "ids": "Routed experts and greedy tokens equal transformers'. The figure counts those that differ.",
     "trained step": "Loss and gradients equal transformers'. A gradient is compared with its root mean square.",
+    "sparse attention": "Logits equal transformers' in texts of up to 25 times `index_topk`.",
     "stored format": "A folder of 4-, 8- or 16-bit weights is read. Its logits equal transformers'.",
     "written back": "transformers runs the folder that is saved here, with the same logits, ids and gradients.",
     "text": "Token ids of prompts and chats equal transformers'. The figure counts those that differ.",
