@@ -348,7 +348,7 @@ def _decode(form: Any, leaves: list, loop: Loop, until: Array, *, length: int) -
 
     def goes_on(loop: Loop) -> Array:
         behind = ((loop.written < until) & ~loop.done).any()
-        slots = min((x.shape[3] for x in jax.tree.leaves(loop.cache.parts)), default=job.capacity)
+        slots = loop.cache.capacity if loop.cache.parts else job.capacity
         return behind if slots == job.capacity else behind & (loop.cache.lengths.max() + length < slots)
 
     return jax.lax.while_loop(goes_on, step, loop)
