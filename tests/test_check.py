@@ -83,11 +83,13 @@ KERNELS = {  # the platform, the op, and which of its cases Pallas' interpreter 
     "splash": ("tpu", "causal_attention", 3, nullcontext),
     "ragged_dot": ("tpu", "grouped_swiglu", 2, nullcontext),
     "select": ("tpu", "write_rows", 1, nullcontext),
+    "by_product": ("tpu", "rotate_last", 0, nullcontext),
+    "one_product": ("tpu", "expand", 0, nullcontext),
     "latent": ("tpu", "cached_attention", 1, tpu_interpreter),
 }
 
 
-IN_CI = ("mosaic", "splash", "latent")
+IN_CI = ("mosaic", "splash", "latent", "by_product", "one_product")
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,14 @@ def embedding(draw: Draw, large: bool) -> Iterator[Case]:
     yield Case("1000 words", (draw(1000, 96), words), (0,))
 
 
+def rotate_last(draw: Draw, large: bool) -> Iterator[Case]:
+    """Both orders of a pair's numbers."""
+    angles = draw.rng.uniform(0, 6, (2, 70, 1, 32)).astype(np.float32)
+    for interleaved in (True, False):
+        args = (draw(2, 70, 4, 192), np.cos(angles), np.sin(angles))
+        yield Case(f"interleaved={interleaved}", args, (0,), settings=(("interleaved", interleaved),))
+
+
 def optimizer(draw: Draw, large: bool) -> Iterator[Case]:
     p, mu, g = (draw(300, 256, std=0.01) for _ in range(3))
     numbers, settings = np.array([0.7, 3.0, 9.0, 1e-3, 1.0], np.float32), (("betas", (0.9, 0.95)), ("eps", 1e-8))
@@ -189,6 +197,7 @@ ALONE = (
     cross_entropy,
     embedding,
     optimizer,
+    rotate_last,
 )
 CASES: dict[str, Callable[[Draw, bool], Iterator[Case]]] = {
     **{op: partial(plain, op) for op in PLAIN},

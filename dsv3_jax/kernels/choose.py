@@ -43,6 +43,7 @@ from dsv3_jax.ops import (
     indexer,
     mla,
     products,
+    rope,
     sparse_attention,
 )
 
@@ -266,7 +267,15 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _cpp(calls.adamw, fits=lambda p, *rest, **settings: p.size >= LARGE_UPDATE and _all_float32(p, *rest)),
         _xla(adamw.adamw_update),
     ),
-    "expand": (_xla(mla.expand), *_low_precision(low_precision.expand)),
+    "rotate_last": (
+        Implementation("by_product", tpu_attention.rotate_last, ("tpu",), ("bfloat16",)),
+        _xla(rope.rotate_last),
+    ),
+    "expand": (
+        Implementation("one_product", tpu_attention.expand, ("tpu",), ("bfloat16",)),
+        _xla(mla.expand),
+        *_low_precision(low_precision.expand),
+    ),
     "capacity_swiglu": (
         _xla(dispatch.capacity_swiglu),
         *_low_precision(

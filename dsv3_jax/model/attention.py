@@ -83,6 +83,11 @@ class Attention(nnx.Module):
         """(Queries, the rows of each token)."""
         raise NotImplementedError
 
+    def rotate(self, x: Float[Array, "B T H K"], ctx: Context) -> Float[Array, "B T H K"]:
+        """Rotate the last R numbers of each head."""
+        angles = ctx.cos[:, :, None], ctx.sin[:, :, None]
+        return self.kernels("rotate_last", x, *angles, interleaved=self.cfg.rope_interleaved)
+
     def expand(self, rows: Rows) -> Rows:
         """The keys "k" and values "v" of each token, where its rows are others."""
         return {}
@@ -144,8 +149,8 @@ class MLA(Attention):
         c_q = x if cfg.q_latent_dim is None else self.q_norm(product(x, self.w_dq[...]))
         q = product(c_q, (self.w_q if cfg.q_latent_dim is None else self.w_uq)[...])
         c_kv, k_rope = jnp.split(product(x, self.w_dkv[...])[:, :, None], [cfg.kv_latent_dim], axis=-1)
-        rows = {"latent": self.kv_norm(c_kv), "k_rope": rotate_last(k_rope, ctx, cfg), "c_q": c_q[:, :, None]}
-        return rotate_last(constrain(q, *HEAD_AXES), ctx, cfg), rows
+        rows = {"latent": self.kv_norm(c_kv), "k_rope": self.rotate(k_rope, ctx), "c_q": c_q[:, :, None]}
+        return self.rotate(constrain(q, *HEAD_AXES), ctx), rows
 
     def expand(self, rows: Rows) -> Rows:
         latent, k_rope = rows["latent"][:, :, 0], rows["k_rope"][:, :, 0]
@@ -249,24 +254,10 @@ class GQA(Attention):
         q, k, v = (constrain(y, *HEAD_AXES) for y in (q, k, v))
         if self.cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate_last(q, ctx, self.cfg), {"k": rotate_last(k, ctx, self.cfg), "v": v}
+        return self.rotate(q, ctx), {"k": self.rotate(k, ctx), "v": v}
 
 
 ATTENTION: dict[str, type[Attention]] = {"mla": MLA, "dsa": DSA, "mha": GQA, "gqa": GQA, "mqa": GQA}
-
-
-def rotate_last(x: Float[Array, "B T H K"], ctx: Context, cfg: ModelConfig) -> Float[Array, "B T H K"]:
-    """Rotate the last R numbers of each head.
-
-    Example:
-        >>> from dsv3_jax.presets import preset
-        >>> cfg, x = preset("tiny"), jnp.ones((1, 2, 1, 48))  # positions 0 and 1, and N + R = 32 + 16 numbers
-        >>> (rotate_last(x, make_context(cfg, from_zero(1, 2)), cfg) == x).sum(-1).ravel().tolist()  # position 0 stays
-        [48, 32]
-    """
-    rest, rotated = jnp.split(x, [x.shape[-1] - cfg.rope_head_dim], axis=-1)
-    rotated = rope.rotate(rotated, ctx.cos[:, :, None], ctx.sin[:, :, None], interleaved=cfg.rope_interleaved)
-    return jnp.concatenate([rest, rotated], axis=-1)
 
 
 def attend_causally(

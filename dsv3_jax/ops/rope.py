@@ -121,3 +121,18 @@ def rotate(x: Float[Array, "*n R"], cos: Float[Array, "..."], sin: Float[Array, 
         a, b = jnp.split(x.astype(wide), 2, axis=-1)
         rotated = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
     return rotated.astype(x.dtype)
+
+
+def rotate_last(
+    x: Float[Array, "*n K"], cos: Float[Array, "..."], sin: Float[Array, "..."], *, interleaved: bool
+) -> Array:
+    """Rotate the last R numbers of each row, twice as many as cos has.
+
+    Args: as `rotate`.
+
+    Example:
+        >>> rotate_last(jnp.array([7.0, 1.0, 2.0]), jnp.array([0.0]), jnp.array([1.0]), interleaved=True)
+        Array([ 7., -2.,  1.], dtype=float32)
+    """
+    rest, rotated = jnp.split(x, [x.shape[-1] - 2 * cos.shape[-1]], axis=-1)
+    return jnp.concatenate([rest, rotate(rotated, cos, sin, interleaved=interleaved)], axis=-1)

@@ -1,13 +1,16 @@
 """Attention on TPUs: JAX's splash attention, and the blocks of attention to a cache.
 
 Splash is a flash attention that skips the blocks above the diagonal. Forward and backward are Pallas kernels: scores
-stay in the core's memory. Keys and values of fewer heads than the queries' are read as they are.
+stay in the core's memory. Keys and values of fewer heads than the queries' are read as they are. Queries and keys are
+made without cutting or joining arrays.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.ops import cached_attention
@@ -78,6 +81,51 @@ def causal_attention(
     segments = splash.SegmentIds(segment_ids, segment_ids)
     out = jax.vmap(attend)(heads_first(scaled(q, scale)), heads_first(k), heads_first(v), segments)
     return out.swapaxes(1, 2)[:, :length]
+
+
+def rotate_last(x: Float[Array, "B T H K"], cos: Array, sin: Array, *, interleaved: bool) -> Float[Array, "B T H K"]:
+    """Compute `ops.rope.rotate_last` in bfloat16: a product with signs swaps the numbers of each pair, exactly.
+
+    So no array is cut where a register's columns do not end, which would take as long as several passes over it.
+    """
+    half, rest = cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]
+    places = rest + np.arange(2 * half)
+    first, second = places.reshape(half, 2).T if interleaved else places.reshape(2, half)
+    signs = np.zeros((x.shape[-1], x.shape[-1]), np.float32)
+    signs[second, first], signs[first, second] = -1, 1
+
+    def spread(of_pairs: Array, of_rest: float) -> Array:
+        both = jnp.repeat(of_pairs, 2, axis=-1) if interleaved else jnp.concatenate([of_pairs, of_pairs], axis=-1)
+        return jnp.pad(both, [(0, 0)] * (both.ndim - 1) + [(rest, 0)], constant_values=of_rest)
+
+    # Heads first, as the kernel wants them.
+    x, cos, sin = (a.swapaxes(1, 2) for a in (x, spread(cos, 1.0), spread(sin, 0.0)))
+    return _turn(x, cos, sin, jnp.asarray(signs, x.dtype)).swapaxes(1, 2)
+
+
+@jax.custom_vjp
+def _turn(x: Array, cos: Array, sin: Array, signs: Array) -> Array:
+    swapped = jnp.dot(x, signs, preferred_element_type=jnp.float32)
+    return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
+
+
+def _turn_back(angles: tuple[Array, Array, Array], d: Array) -> tuple[Any, ...]:
+    cos, sin, signs = angles
+    return _turn(d, cos, -sin, signs), None, None, None
+
+
+_turn.defvjp(lambda x, *angles: (_turn(x, *angles), angles), _turn_back)
+
+
+def expand(
+    c_kv: Float[Array, "B T C"], k_rope: Float[Array, "B T R"], w_uk: Float[Array, "H N C"], w_uv: Float[Array, "H V C"]
+) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H V"]]:
+    """Compute `ops.mla.expand` with keys by one product, whose matrix hands k_rope on: nothing is joined after it."""
+    rope, (heads, _, width) = k_rope.shape[-1], w_uk.shape
+    hand_on = jnp.broadcast_to(jnp.eye(rope, width + rope, width, dtype=c_kv.dtype), (heads, rope, width + rope))
+    w_k = jnp.concatenate([jnp.pad(w_uk.astype(c_kv.dtype), ((0, 0), (0, 0), (0, rope))), hand_on], axis=1)
+    k = jnp.einsum("btc,hkc->bthk", jnp.concatenate([c_kv, k_rope], axis=-1), w_k)
+    return k, jnp.einsum("btc,hvc->bthv", c_kv, w_uv.astype(c_kv.dtype))
 
 
 def block_sizes(length: int) -> tuple[int, int]:
