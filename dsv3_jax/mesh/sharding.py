@@ -290,25 +290,6 @@ def constrain_state(state, *, fsdp: bool = False):
     return jax.lax.with_sharding_constraint(state, state_sharding(state, mesh, fsdp=fsdp))
 
 
-def cast_weights(v, *, fsdp: bool, dtype: Any):
-    """Weights (variables in any structure) that `unshard_weights` will gather, cast once for all layers and passes.
-
-    Their gradients are then stacked in that dtype, and no digit changes: they are summed over devices in it.
-    """
-    if not fsdp or not on_mesh():
-        return v
-    mesh = jax.sharding.get_abstract_mesh()
-
-    def cast(v):
-        names, x = names_of(v), v.get_value()
-        if v.get_metadata().get("exact", False) or not isinstance(x, jax.Array):
-            return v
-        alike = spec(names, x.shape, mesh) == spec(names, x.shape, mesh, fsdp=True)
-        return v if alike else v.replace(x.astype(dtype))
-
-    return jax.tree.map(cast, v, is_leaf=_is_variable)
-
-
 def unshard_weights(v, *, fsdp: bool, dtype: Any):
     """Gather weights (variables in any structure) along "data" for use, if fsdp shards them. Under `jax.jit`.
 

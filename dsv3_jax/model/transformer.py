@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import CacheKind, Execution, ModelConfig, check_inputs, check_kind, replace
 from dsv3_jax.kernels.choose import Kernels, prepare
-from dsv3_jax.mesh.sharding import cast_weights, on_mesh, shard_map_over_batch, unshard_weights
+from dsv3_jax.mesh.sharding import on_mesh, shard_map_over_batch, unshard_weights
 from dsv3_jax.model.attention import ATTENTION
 from dsv3_jax.model.blocks import DenseBlock, SparseBlock
 from dsv3_jax.model.cache import Cache, empty_cache
@@ -190,11 +190,6 @@ class Transformer(nnx.Module):
         how: dict[str, Any] = {} if decoding else {"remat": self.execution.remat, "unroll": self.trains_unrolled}
 
         def run(stacked, first, layers, carry):
-            if stacked is not None and not decoding:
-                graph, state = nnx.split(stacked)
-                fsdp = self.execution.layout.fsdp
-                stacked = nnx.merge(graph, cast_weights(state, fsdp=fsdp, dtype=self.compute_dtype))
-
             def layer(block, carry, index):
                 x, cache, chosen = carry
                 x, after, metrics = block(x, ctx._replace(cache=cache, chosen=chosen, layer=first + index))

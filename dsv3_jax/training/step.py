@@ -258,16 +258,34 @@ def _gradients(
         return out.total, out
 
     def add(total: nnx.State, part: Batch) -> tuple[nnx.State, Losses]:
-        grads, out = grad(trained, part)
-        return _constrain(job, jax.tree.map(jnp.add, total, grads)), out
+        grads, out = grad(used, part)
+        return _constrain(job, jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)), out
 
-    grad = jax.grad(losses, has_aux=True)
+    grad, used = jax.grad(losses, has_aux=True), _cast_once(job, trained)
     if parts == 1:
-        grads, out = grad(trained, batch)
-        return _constrain(job, grads), out
+        grads, out = grad(used, batch)
+        return _constrain(job, jax.tree.map(lambda w, g: g.astype(w.dtype), trained, grads)), out
     split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
     grads, outs = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trained), split)
     return grads, over_parts(outs)
+
+
+def _cast_once(job: Job, trained: nnx.State) -> nnx.State:
+    """Matrices in the dtype of use, cast once a step, so that their gradients come in it, half as large.
+
+    Only where they were rounded to it before: under fsdp they are summed over devices in it, and a GPU's kernels round
+    those of experts. Embeddings and routers stay exact.
+    """
+    run, kernels = job.run, job.chosen()
+    rounds = run.execution.layout.fsdp and sharding.on_mesh() or kernels.slices_experts
+    if not rounds or run.lora.rank or run.execution.precision != "none":
+        return trained
+
+    def cast(v: nnx.Variable) -> nnx.Variable:
+        stays = v.get_metadata().get("exact", False) or not sharding.names_of(v)
+        return v if stays else v.replace(v[...].astype(run.execution.compute_dtype))
+
+    return jax.tree.map(cast, trained, is_leaf=lambda v: isinstance(v, nnx.Variable))
 
 
 def _with_keys(run: RunConfig, batch: Batch, step: Array) -> Batch:
