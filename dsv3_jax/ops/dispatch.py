@@ -118,22 +118,22 @@ def _sorted_rows(product: GroupedProduct, gates: Array, p: SortedRows) -> _Rows:
 
 
 def _forward(product, x, gates, weights, cast, p: SortedRows) -> tuple[Array, tuple[Array, ...]]:
-    """(y, what the products before silu gave: (a | b,) side by side, or (a, b))."""
-    w_in, w_down = _matrices(product, weights, cast, x.dtype)
+    """(y, what the products before silu gave)."""
+    w_gate, w_up, w_down = _matrices(product, weights, cast, x.dtype)
     rows = _sorted_rows(product, gates, p)
     x_rows = _take(x, rows.token)
-    inner = tuple(product.forward(x_rows, w, p.counts) for w in w_in)
-    a, b = _gate_and_up(inner)
+    inner = tuple(product.forward(x_rows, w, p.counts) for w in (w_gate, w_up))
+    a, b = (part.astype(wide(part.dtype)) for part in inner)
     h = _rounded(jax.nn.silu(a) * b * rows.gate, rows, x.dtype)
     return _sum_choices((product.forward(h, w_down, p.counts),), p), inner
 
 
 def _grouped_bwd(product, saved, dy):
     x, gates, weights, cast, p, inner = saved
-    w_in, w_down = _matrices(product, weights, cast, x.dtype)
+    w_gate, w_up, w_down = _matrices(product, weights, cast, x.dtype)
     rows = _sorted_rows(product, gates, p)
     x_rows, dy_rows = _take(x, rows.token), _take(dy, rows.token)
-    a, b = _gate_and_up(inner)
+    a, b = (part.astype(wide(part.dtype)) for part in inner)
     sig = jax.nn.sigmoid(a)
     silu = a * sig
     h = _rounded(silu * b * rows.gate, rows, x.dtype)
@@ -142,13 +142,11 @@ def _grouped_bwd(product, saved, dy):
     d_gates = jax.lax.optimization_barrier((d_h * silu * b).sum(-1))
     d_h = d_h * rows.gate
     d_inner = [_rounded(d, rows, x.dtype) for d in (d_h * b * (sig + silu * (1 - sig)), d_h * silu)]
-    if len(w_in) == 1:
-        d_inner = [jnp.concatenate(d_inner, axis=1)]
-    dx = _sum_choices(tuple(product.dx(d, w, p.counts) for d, w in zip(d_inner, w_in, strict=True)), p)
-    dw = [product.dw(x_rows, d, p.counts, weights[0].dtype) for d in d_inner]
-    if len(dw) == 1:
-        dw = jnp.split(dw[0], 2, axis=2)
-    dw = (*dw, product.dw(h, dy_rows, p.counts, weights[2].dtype))
+    dx = _sum_choices(tuple(product.dx(d, w, p.counts) for d, w in zip(d_inner, (w_gate, w_up), strict=True)), p)
+    dw = (
+        *(product.dw(x_rows, d, p.counts, weights[0].dtype) for d in d_inner),
+        product.dw(h, dy_rows, p.counts, weights[2].dtype),
+    )
     d_gates = jnp.where(p.row < p.total, _take(d_gates, jnp.minimum(p.row, d_gates.size - 1)), 0)
     return dx, d_gates.astype(gates.dtype), dw, None, None
 
@@ -156,23 +154,11 @@ def _grouped_bwd(product, saved, dy):
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)
 
 
-def _matrices(product: GroupedProduct, weights, cast, dtype) -> tuple[tuple[Array, ...], Array]:
-    """((w_gate | w_up,) or (w_gate, w_up), w_down).
-
-    Matrices that are cast are written out in any case, so they may be written side by side, for one product of two.
-    """
+def _matrices(product: GroupedProduct, weights: Any, cast: Any, dtype: Any) -> Any:
+    """w_gate, w_up and w_down as the backend takes them."""
     if weights[0].dtype == dtype or not product.casts:
-        return weights[:2], weights[2]
-    if cast is not None:
-        return cast[:2], cast[2]
-    w_gate, w_up, w_down = (w.astype(dtype) for w in weights)
-    return ((jnp.concatenate([w_gate, w_up], axis=2),) if product.joins else (w_gate, w_up)), w_down
-
-
-def _gate_and_up(inner: tuple[Array, ...]) -> list[Array]:
-    """a and b, in float32 or wider."""
-    both = jnp.split(inner[0], 2, axis=1) if len(inner) == 1 else inner
-    return [part.astype(wide(part.dtype)) for part in both]
+        return weights
+    return cast if cast is not None else tuple(w.astype(dtype) for w in weights)
 
 
 def _rounded(values: Array, rows: _Rows, dtype) -> Array:

@@ -38,7 +38,6 @@ class GroupedProduct:
     dx: Callable[..., Array]  # (dy [m, N], w [G, K, N], counts [G]) -> [m, K] in dy's dtype
     dw: Callable[..., Array]  # (x [m, K], dy [m, N], counts [G], dtype) -> [G, K, N], accumulated in float32
     row_multiple: int = 1  # m must be a multiple of it
-    joins: bool = False  # where two matrices of one group are cast, they are written side by side, for one product
     sort: Callable = sort_by_expert  # or what gives the same
     casts: bool = True  # w must have the rows' dtype; False: it is taken in its own
 

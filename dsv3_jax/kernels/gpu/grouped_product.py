@@ -101,4 +101,4 @@ def mosaic_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
     return as_varying(dw, x, dy).astype(dtype)
 
 
-MOSAIC = GroupedProduct("mosaic", mosaic, mosaic_dx, mosaic_dw, row_multiple=ROWS, joins=True, sort=count_by_expert)
+MOSAIC = GroupedProduct("mosaic", mosaic, mosaic_dx, mosaic_dw, row_multiple=ROWS, sort=count_by_expert)

@@ -274,9 +274,7 @@ def run_on_all_cores(kernel: Any, out: Any, warpgroups: int) -> Any:
     )
 
 
-HOPPER_PRODUCTS = GroupedProduct(
-    "hopper", product, partial(product, transposed=True), product_dw, row_multiple=ROWS, joins=True
-)
+HOPPER_PRODUCTS = GroupedProduct("hopper", product, partial(product, transposed=True), product_dw, row_multiple=ROWS)
 
 
 def add() -> None:
