@@ -51,7 +51,7 @@ def compile_step(target: str, rows: int):
 @pytest.mark.parametrize(
     "target, rows, launches, kernels",
     [
-        (GPU, 8, 300, 6 * ['="mosaic_gpu']),  # of the experts
+        (GPU, 8, 260, 6 * ['="mosaic_gpu']),  # of the experts
         ("tpu:v6e:2x2", 1, 560, ["gmm", "ragged-dot", "splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"]),
     ],
     ids=["h100", "v6e"],
@@ -61,6 +61,7 @@ def test_training_keeps_to_its_bars(target, rows, launches, kernels):
     cost, lowered = compile_step(target, rows)
     program = read_program(cost.text)
     assert program.launches <= launches * CFG.num_layers
+    assert target != GPU or program.nbytes <= 32.5e9
     assert cost.fits(devices.DEVICES[devices.parse_target(target).kind].memory)
     # Scatters add in no float narrower than float32, neither as asked for nor as compiled. A GPU adds in one order, so
     # two runs of one seed give the same bits.

@@ -33,13 +33,16 @@ def bounds(sizes: Sizes) -> Part:
 
 
 def layer(sizes: Sizes) -> Part:
-    """A MoE layer as wide as V3's, with float32 weights, router and shared expert: forward, and with gradients."""
+    """A MoE layer as wide as V3's, with router and shared expert: forward, and with gradients.
+
+    Its weights are in bfloat16, to which a step casts them once.
+    """
     cfg, (rows, length), key = sizes.wide, sizes.layer_batch, keys()
     execution, kernels = Execution(compute_dtype="bfloat16"), kernels_for()
     label = f"MoE layer, {cfg.num_experts} × {cfg.dim}×{cfg.expert_dim}, {rows}×{length} tokens"
     yield f"{label}: weights"
     shapes = nnx.eval_shape(lambda: MoE(cfg, execution, rngs=nnx.Rngs(0), kernels=kernels))
-    graph, state = filled(shapes, cfg.init_std, "float32")
+    graph, state = filled(shapes, cfg.init_std, "bfloat16")
     params, rest = nnx.split_state(state, nnx.Param, ...)
     x, dy = draw(next(key), (rows, length, cfg.dim)), draw(next(key), (rows, length, cfg.dim))
 
