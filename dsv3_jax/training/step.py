@@ -273,8 +273,8 @@ def _gradients(
 def _cast_once(job: Job, trained: nnx.State) -> nnx.State:
     """Matrices in the dtype of use, cast once a step, so that their gradients come in it, half as large.
 
-    Only where they were rounded to it before: under fsdp they are summed over devices in it, and a GPU's kernels round
-    those of experts. Embeddings and routers stay exact.
+    Under fsdp they are summed over devices in it, and the kernels for Hopper GPUs round those of experts, so nothing is
+    rounded twice; other GPUs round those of experts here. Embeddings and routers stay exact.
     """
     run, kernels = job.run, job.chosen()
     rounds = run.execution.layout.fsdp and sharding.on_mesh() or kernels.slices_experts
