@@ -684,13 +684,17 @@ class RunConfig:
     trunk: str | None = None  # folder of a run whose trunk is taken over and frozen; only the multi-token heads train
     start: str | None = None  # folder of a run whose last weights training begins with
     lora: Lora = field(default_factory=Lora)  # low-rank adapters, which train in place of the weights of start
+    # of attention dsa: sparse trains the model on its text, and each indexer to choose what attention to its choice
+    # weighs most; warm trains the indexers alone, by the dense attention of start
+    indexer_stage: Literal["sparse", "warm"] = "sparse"
     head_loss: HeadLoss = "ce"  # of heads on a frozen trunk: cross-entropy on the text, or KL or TV to the trunk's law
 
     def __post_init__(self):
         _check_fields(self)
         d, m, on, clip = self.data, self.model, self.trunk, self.optim.qk_clip
         parts, loss, attention = self.optim.microbatches, self.head_loss, f"attention='mla', not {m.attention!r}"
-        fits = d.seq_len <= m.max_positions
+        fits, warm, sparse = d.seq_len <= m.max_positions, self.indexer_stage == "warm", m.attention == "dsa"
+        rank = self.lora.rank
         _require({
             f"head_loss={loss!r} compares heads with a frozen trunk; trunk=None needs 'ce'": loss == "ce" or bool(on),
             f"microbatches={parts} does not divide batch_size={d.batch_size}": d.batch_size % parts == 0,
@@ -699,8 +703,13 @@ class RunConfig:
             f"mtp_depth={m.mtp_depth} leaves nothing to train on the frozen trunk {on!r}": not on or m.mtp_depth > 0,
             f"a run begins with start={self.start!r} or on trunk={on!r}, not with both": not (on and self.start),
             f"optim.qk_clip={clip} is for {attention}": clip is None or m.attention == "mla",
+            f"indexer_stage='warm' is for attention='dsa', not {m.attention!r}": sparse or not warm,
+            "indexer_stage='warm' learns from given weights, and those of start=None are random; give start": (
+                not warm or self.start is not None
+            ),
+            f"lora rank={rank} is not supported with indexer_stage='warm', which trains indexers": not (warm and rank),
         })  # fmt: skip
-        if self.lora.rank:
+        if rank:
             _check_lora(self)
 
     @property

@@ -9,6 +9,7 @@ import oracles
 import pytest
 from flax import nnx
 from models import DENSE, random_model, small
+from runs import MODEL, assert_bitwise, fresh_state, make_run, packed_batch, unhooked_cli, write_text
 
 import dsv3_jax as ds
 from dsv3_jax.config import ConfigError, replace
@@ -20,6 +21,11 @@ from dsv3_jax.model.context import from_zero, make_context
 from dsv3_jax.ops.cached_attention import Stored
 from dsv3_jax.ops.indexer import choose, divergence, round_rotated
 from dsv3_jax.ops.sparse_attention import sparse_attention
+from dsv3_jax.training import loop
+from dsv3_jax.training.checkpoint import load_run
+from dsv3_jax.training.loss import compute_loss
+from dsv3_jax.training.run_folder import read_run
+from dsv3_jax.training.step import Job, make_step
 
 B, T, N, X, K = 2, 13, 4, 16, 5  # batch, tokens, index heads and their width, of exact roots, chosen tokens
 SEGMENTS = np.array([[1] * 8 + [2] * 4 + [0], [1] + [2] * 12], np.int32)
@@ -200,3 +206,79 @@ def test_decoding_gives_the_tokens_of_the_forward():
 def test_an_indexer_that_cannot_be_is_refused(words, changes):
     with pytest.raises(ConfigError, match=words):
         replace(CFG, **changes)
+
+
+# Training
+
+INDEX = dict(attention="dsa", index_heads=2, index_dim=6, index_topk=5)
+MLA_RUN = make_run("nowhere", model=replace(MODEL, num_layers=1, num_dense_layers=1, q_latent_dim=7))
+DSA_RUN = replace(MLA_RUN, model=replace(MLA_RUN.model, **INDEX), start="nowhere")
+BATCH = packed_batch(np.random.default_rng(0), np.sort(np.random.default_rng(1).integers(1, 3, (4, 16)), axis=1))
+
+
+def split(params):
+    """(The indexers' parameters, all others), by path."""
+    flat = {path: np.asarray(v[...]) for path, v in nnx.to_flat_state(params)}
+    indexers = {path: x for path, x in flat.items() if "indexer" in path}
+    return indexers, {path: x for path, x in flat.items() if path not in indexers}
+
+
+def test_the_warm_up_trains_the_indexers_alone_and_reads_densely():
+    run = replace(DSA_RUN, indexer_stage="warm")
+    step, state, rows = make_step(Job(run)), fresh_state(run), []
+    before, bias = split(state.params), jax.device_get(state.bias)
+    assert all("indexer" in path for means in state.opt for path, _ in nnx.to_flat_state(means))
+    for _ in range(4):
+        state, metrics = step(state, BATCH)
+        rows.append(jax.device_get(metrics))
+    after = split(state.params)
+    assert_bitwise((after[1], jax.device_get(state.bias)), (before[1], bias))
+    assert all((after[0][path] != x).any() for path, x in before[0].items())
+    assert rows[-1]["index_kl"] < rows[0]["index_kl"]
+    params = nnx.from_flat_state([(path, nnx.Param(x)) for path, x in before[1].items()])
+    dense = replace(fresh_state(MLA_RUN), params=jax.device_put(params), bias=jax.device_put(bias))
+    _, of_mla = make_step(Job(MLA_RUN))(dense, BATCH)
+    np.testing.assert_allclose(rows[0]["loss"], of_mla["loss"], rtol=1e-6)
+
+
+def test_the_indexers_loss_is_detached():
+    """It changes no gradient of the model, and the model's loss gives the indexers none."""
+    model = random_model(DSA_RUN.model, execution=DENSE)
+
+    def gradients(watch):
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        loss = lambda params: compute_loss(nnx.merge(graphdef, params, rest), BATCH, 0.3, watch=watch).total  # noqa: E731
+        return split(jax.jit(jax.grad(loss))(params))
+
+    (without, alone), (indexers, beside) = gradients(()), gradients(("index_sparse",))
+    for path, x in alone.items():
+        np.testing.assert_allclose(beside[path], x, rtol=0, atol=1e-5 * np.abs(x).max(), err_msg=str(path))
+    assert not any(x.any() for x in without.values())
+    assert all(x.any() for x in indexers.values())
+
+
+@pytest.mark.long
+def test_two_commands_make_a_trained_run_sparse(tmp_path, capfd):
+    main, (dense, warm, sparse) = unhooked_cli().main, (tmp_path / name for name in ("dense", "warm", "sparse"))
+    loop.fit(
+        replace(MLA_RUN, data=replace(MLA_RUN.data, paths=(write_text(tmp_path / "text"),)), steps=2), dense, quiet=True
+    )
+    index = [word for name, x in INDEX.items() for word in (f"--model.{name.replace('_', '-')}", str(x))]
+    warm_up = ["--indexer-stage", "warm", "--steps", "2"]
+    assert main(["train", "tiny", f"--out={warm}", "--start", str(dense), *index, *warm_up]) == 0
+    assert main(["train", "tiny", f"--out={sparse}", "--start", str(warm), "--steps", "2"]) == 0
+    runs = [read_run(folder) for folder in (warm, sparse)]
+    assert [(run.model.attention, run.indexer_stage) for run in runs] == [("dsa", "warm"), ("dsa", "sparse")]
+    trained = [split(nnx.state(load_run(folder)[0], nnx.Param))[1] for folder in (dense, warm, sparse)]
+    assert_bitwise(trained[1], trained[0])
+    assert any((trained[2][path] != x).any() for path, x in trained[1].items())
+    capfd.readouterr()
+    for start, words, more in (
+        (sparse, "indexer_stage='warm' learns from dense attention", warm_up),
+        (dense, "indexer_stage='warm' is for attention='dsa', not 'mla'", warm_up),
+        (dense, "model.kv_latent_dim=6 is not that of start", [*index, "--model.kv-latent-dim", "6"]),
+    ):
+        assert main(["train", "tiny", f"--out={tmp_path / 'new'}", "--start", str(start), *more]) == 2
+        assert words in " ".join(capfd.readouterr().err.split())
+    with pytest.raises(ConfigError, match="those of start=None are random"):
+        replace(DSA_RUN, indexer_stage="warm", start=None)

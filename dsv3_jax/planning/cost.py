@@ -110,7 +110,7 @@ def train_cost(run: RunConfig, mesh: Mesh, *, frozen: str | None = None, target:
     batch = {name: tokens for name in ("tokens", "segment_ids", "positions")}
     trained, given = split_trainable(run, state.params)
     persistent = {
-        **({f"frozen, in {dtype.name}": _shard_bytes(given)} if run.freezes else {}),
+        **({f"frozen, in {dtype.name}": _shard_bytes(given)} if jax.tree.leaves(given) else {}),
         **_parameter_bytes(trained),
         "router bias": _shard_bytes(state.bias),
         "optimizer": _shard_bytes(state.opt),

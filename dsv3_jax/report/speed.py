@@ -24,6 +24,8 @@ class Speed:
     def __init__(self, run: RunConfig, devices: int):
         adapted = run.lora.on if run.lora.rank else ()
         self.flops = train_flops_per_token(run.model, frozen_trunk=run.trunk is not None, adapted=adapted)
+        if run.indexer_stage == "warm":  # forward alone, but for the indexers
+            self.flops //= 3
         self.tokens = run.data.batch_size * run.data.seq_len
         self.peak = devices * gemm_flops(run.execution.compute_dtype) if devices else None
         self.last: tuple[int, float] | None = None  # step and time of the last row

@@ -1,5 +1,8 @@
 """What training minimises: L = L_main + (λ/M)·Σ_k L_k + balance losses, each L a mean over positions with a target.
 
+With sparse attention, the indexers' losses are added (`model.attention.DSA`). They share no parameter with the others.
+In its warm-up they are the total.
+
 L_k is the cross-entropy of head k on the text's own tokens, and what else its kind adds (`model.mtp.Head`). On a frozen
 trunk it may be the head's distance to the trunk's own distribution instead (`ops.draft_loss`).
 Source: DeepSeek-V3 report, equations 17-25.
@@ -115,6 +118,9 @@ def compute_loss(
     measures = [r.bias_measure for r in _routings(out) if r.bias_measure is not None]
     total = heads + balance if heads_only else main + balance + mtp_weight * heads
     measure = jnp.concatenate(measures) * share if measures else None
+    if indexers := [of["index_kl"].sum() * share for of in out.metrics.values() if "index_kl" in of]:
+        own = jnp.stack(indexers).sum()
+        total = own if "index_warm" in watch else total + own
     return Losses(total, main, mtp, feature, balance, accuracy, _load(out), out.metrics, measure)
 
 

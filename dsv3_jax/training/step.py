@@ -2,7 +2,8 @@
 
 If a run has the trunk of another run (`RunConfig.trunk`), only the multi-token heads are trained. The gradient is taken
 of their parameters only, so nothing runs backward through the trunk, and the optimizer has no state for it. If a run
-has low-rank adapters (`RunConfig.lora`), they alone are trained, see `lora`.
+has low-rank adapters (`RunConfig.lora`), they alone are trained, see `lora`. In the warm-up of sparse attention
+(`RunConfig.indexer_stage`) it is the indexers.
 """
 
 from collections.abc import Callable
@@ -148,7 +149,10 @@ def map_frozen(f: Callable, run: RunConfig, params: nnx.State) -> nnx.State:
 
 
 def _split_moving(run: RunConfig, variables: nnx.State) -> tuple[nnx.State, nnx.State]:
-    """Split variables into what a run without adapters may change and a frozen trunk's."""
+    """Split variables into what a run without adapters may change and what is frozen."""
+    if run.indexer_stage == "warm":
+        indexers, rest = nnx.split_state(variables, lambda path, _: "indexer" in path, ...)
+        return indexers, rest
     return (variables, nnx.State({})) if run.trunk is None else split_heads(variables)
 
 
@@ -250,6 +254,8 @@ def _gradients(
     counts = target_counts(batch["segment_ids"], 1 + run.model.mtp_depth, batch.get("loss_mask"))
     weight = schedules.mtp_weight(run.optim, run.steps, state.step)
     watch = () if run.optim.qk_clip is None else ("max_logit",)
+    if run.model.attention == "dsa":
+        watch += (f"index_{run.indexer_stage}",)
     how: dict[str, Any] = {"heads_only": run.trunk is not None, "head_loss": run.head_loss, "watch": watch}
 
     def losses(trained: nnx.State, batch: Batch) -> tuple[Array, Losses]:

@@ -1,7 +1,8 @@
 """A run that begins with another run's last checkpoint, and heads on another run's frozen trunk.
 
 `start`: parameters and router biases are the other run's; optimizer, steps and data position are new. Settings that add
-no parameters may differ: context length and YaRN, load balancing. With `lora`, the other run's parameters stay as they
+no parameters may differ: context length and YaRN, load balancing. MLA may become sparse attention, whose indexers are
+new. With `lora`, the other run's parameters stay as they
 are, and new adapters are trained.
 `trunk`: everything but the multi-token heads is the other run's, and stays as it is. The heads alone are trained.
 
@@ -22,8 +23,18 @@ from dsv3_jax.training.run_folder import read_run, same_tokenizer
 from dsv3_jax.training.step import Job, TrainState, init_state, split_heads
 
 # Keys of a model that may differ from the other run's.
-START_KEYS = ("yarn", "max_positions", "rope_theta", "balance", "capacity_factor", "init_std")
+START_KEYS = (
+    "index_topk",
+    "index_precision",
+    "yarn",
+    "max_positions",
+    "rope_theta",
+    "balance",
+    "capacity_factor",
+    "init_std",
+)
 TRUNK_KEYS = ("mtp_depth", "mtp_kind", "mtp_input")
+INDEX_KEYS = ("attention", "index_heads", "index_dim", "index_interleaved", "index_types")  # beside a start with MLA
 
 
 @dataclass(frozen=True)
@@ -102,10 +113,17 @@ def check(run: RunConfig, start: Start) -> None:
     Raises: ValueError.
     """
     name, free = ("trunk", TRUNK_KEYS) if run.trunk is not None else ("start", START_KEYS)
+    was = start.run.model.attention
+    if run.trunk is None and (was, run.model.attention) == ("mla", "dsa"):
+        free = (*START_KEYS, *INDEX_KEYS)
     theirs, ours = ({k: v for k, v in to_dict(r.model).items() if k not in free} for r in (start.run, run))
     if different := first_difference(theirs, ours):
         key, a, b = different
         raise ConfigError(f"model.{key}={b!r} is not that of {name}={start.place!r}, {a!r}")
+    if (was, start.run.indexer_stage, run.indexer_stage) == ("dsa", "sparse", "warm"):
+        raise ConfigError(
+            f"indexer_stage='warm' learns from dense attention, and that of start={start.place!r} is sparse"
+        )
     if start.four_bits and not run.freezes:
         raise ConfigError(f"start={start.place!r} has weights of 4 bits, which do not train; use lora, or convert it")
     if not same_tokenizer(start.run.data.tokenizer, run.data.tokenizer):
