@@ -41,7 +41,7 @@ class PlanOptions:
     decode_batch: int | None = None
     """sequences decoded together. Default: 32 a part of the mesh's batch"""
     context: int | None = None
-    """tokens of each sequence in the cache. Default: 4,096, or max_positions if smaller"""
+    """cached tokens a sequence. Default: 4,096 or max_positions"""
     weight_dtype: Literal["float32", "bfloat16"] | None = None
     """dtype of the weights while decoding, and of those that LoRA freezes. Default: the compute dtype"""
     device: Literal["h800", "h100", "v5p", "v5e", "v6e"] | None = None
