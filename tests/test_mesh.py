@@ -29,8 +29,8 @@ def make_batch() -> dict[str, jax.Array]:
     return packed_batch(rng, segment_ids)
 
 
-def run_step(run, mesh=None):
-    state, batch = fresh_state(run), make_batch()
+def run_step(run, mesh=None, given=None):
+    state, batch = fresh_state(run), make_batch() | ({} if given is None else {"expert_ids": given})
     if mesh is None:
         return jax.device_get(make_step(Job(run))(state, batch))
     where = sharding.state_sharding(state, mesh, fsdp=run.execution.layout.fsdp)
@@ -71,7 +71,12 @@ def test_a_step_is_a_single_devices(sizes, model, parts, execution):
     run = replace(RUN, model=model, execution=execution, optim=replace(RUN.optim, microbatches=parts))
     # Alone, every expert reads every token, which compiles fastest, and the complete batch at once.
     plain = replace(run, execution=DENSE, optim=replace(run.optim, microbatches=1))
-    (want_state, want), (state, got) = run_step(plain), run_step(run, sharding.make_mesh(*sizes))
+    given = None
+    if sizes == (1, 8, 1):  # experts are replayed, some rows choose freely
+        rng, k = np.random.default_rng(1), model.experts_per_token
+        given = np.argsort(rng.random((B, 1, T, model.num_experts)), axis=-1)[..., :k].astype(np.int32)
+        given[::3] = -1
+    (want_state, want), (state, got) = run_step(plain, None, given), run_step(run, sharding.make_mesh(*sizes), given)
     np.testing.assert_array_equal(got["load"], want["load"])
     assert got["dropped"] == want["dropped"] and (got["dropped"] > 0) == (model.capacity_factor is not None)
     for a, b in zip(jax.tree.leaves(state.bias), jax.tree.leaves(want_state.bias), strict=True):

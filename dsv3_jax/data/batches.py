@@ -26,6 +26,8 @@ class Batch(TypedDict):
     domains: index into `Source.domains`.
     documents: number of the document in its corpus or shards.
     loss_mask: tokens that count as targets of the losses. Without it all do.
+    expert_ids: experts in place of the routers' choices, int32 [B, L, T, K], see `training.loss.compute_loss`.
+    routed_tokens: the tokens that these were recorded for, −1 where there was none; they must be the row's.
     """
 
     tokens: Int32[np.ndarray, "*B T"]
@@ -34,6 +36,8 @@ class Batch(TypedDict):
     domains: Int32[np.ndarray, "*B T"]
     documents: Int32[np.ndarray, "*B T"]
     loss_mask: NotRequired[Bool[np.ndarray, "*B T"]]
+    expert_ids: NotRequired[Int32[np.ndarray, "*B L T K"]]
+    routed_tokens: NotRequired[Int32[np.ndarray, "*B T"]]
 
 
 Row = Batch
@@ -53,13 +57,33 @@ class Rows(Protocol):
 def stack(rows: Sequence[Row]) -> Batch:
     """Join rows [T] to a batch [B, T].
 
+    Raises: ValueError if a row's experts were recorded for other tokens than its own.
+
     Example:
         >>> a = np.ones(2, np.int32)
         >>> row = Row(tokens=a, segment_ids=a, positions=a, domains=a, documents=a)
         >>> stack([row, row])["tokens"].shape
         (2, 2)
     """
+    for row in rows:
+        if "expert_ids" in row:
+            _check_alignment(row)
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}  # type: ignore[literal-required, return-value]
+
+
+def _check_alignment(row: Row) -> None:
+    if "routed_tokens" not in row:
+        raise ValueError("a row has expert_ids without routed_tokens, the tokens that they were recorded for")
+    tokens, routed = row["tokens"], row["routed_tokens"]
+    wrong = np.flatnonzero((routed >= 0) & (routed != tokens))
+    if not len(wrong):
+        return
+    fits = [n for n in (1, -1) if (np.roll(tokens, -n) == routed)[routed >= 0].all()]
+    what = f"shifted by {fits[0]}" if fits else "of another text"
+    raise ValueError(
+        f"expert_ids were recorded at place {wrong[0]} for token {routed[wrong[0]]}, and the row has "
+        f"{tokens[wrong[0]]} there: they are {what}"
+    )
 
 
 def model_inputs(batch: Batch) -> dict[str, np.ndarray]:
@@ -69,7 +93,8 @@ def model_inputs(batch: Batch) -> dict[str, np.ndarray]:
         >>> list(model_inputs(one_row(b"x = 1")))
         ['tokens', 'segment_ids', 'positions']
     """
-    return {key: array for key, array in batch.items() if key not in ("domains", "documents")}  # type: ignore[misc]
+    unread = "domains", "documents", "routed_tokens"
+    return {key: array for key, array in batch.items() if key not in unread}  # type: ignore[misc]
 
 
 def one_row(tokens: Sequence[int], domain: int = 0) -> Batch:

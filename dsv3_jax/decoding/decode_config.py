@@ -38,6 +38,8 @@ class DecodeConfig:
     stop_tokens: Sequence[int] = ()  # a row ends with the first of them
     seed: int = 0
     pad_prompts_to: int = 0  # tokens at least, with cache slots for them: turns of a chat then share a compilation
+    logprobs: bool = False  # of each new token
+    return_routing: bool = False  # the experts of each token
 
     def __post_init__(self) -> None:
         temperature, top_k, top_p = self.sampling if isinstance(self.sampling, Sampling) else GREEDY
@@ -55,6 +57,8 @@ class DecodeConfig:
             (top_p is None or (_is_number(top_p) and 0 < top_p <= 1), "top_p", top_p, "a float within (0, 1]"),
             (self.cache in (None, *kinds), "cache", self.cache, f"one of {', '.join(kinds)}"),
             (drafts, "draft", self.draft, "None, 'mtp', 'lookup' or a Transformer"),
+            (isinstance(self.logprobs, bool), "logprobs", self.logprobs, "a bool"),
+            (isinstance(self.return_routing, bool), "return_routing", self.return_routing, "a bool"),
             (_is_list(self.stop_tokens), "stop_tokens", self.stop_tokens, "a list of token ids"),
         ):
             if not right:
@@ -91,6 +95,8 @@ class DecodeConfig:
                     raise ValueError(f"{name} holds token {token!r}, which is no id of a vocabulary of {size}")
         if other.vocab_size != size:
             raise ValueError(f"vocab_size={other.vocab_size} of the draft model is not the model's {size}")
+        if self.return_routing and not cfg.num_sparse_layers:
+            raise ValueError("return_routing=True needs routed experts, and the model has none")
         if self.draft == "mtp" and not depth:
             raise ValueError("draft='mtp' needs multi-token heads, and the model's mtp_depth is 0")
         as_long = cfg.head_kind.reads_tokens or self.draft_length in ("auto", *range(depth + 1))
@@ -125,6 +131,11 @@ class Generated:
     cache_bytes: int = 0  # of all slots, free ones too
     cache_bytes_per_token: int = 0
     steps_by_length: dict[int, int] = field(default_factory=dict)  # steps by their number of drafts
+    # of each new token, in nats, if asked for: of the distribution that it was drawn from, which temperature, top_k and
+    logprobs: list[list[float]] | None = None  # top_p change; 0 at temperature 0, where the token is certain
+    model_logprobs: list[list[float]] | None = None  # of the model's own, at temperature 1
+    # if asked for: int32 [Lmoe, tokens, K] of the prompt's tokens and the new ones; -1 at the last, which nobody read
+    expert_ids: list[np.ndarray] | None = None
 
     @property
     def mean_accepted(self) -> float:

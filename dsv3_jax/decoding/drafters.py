@@ -93,14 +93,14 @@ class ModelDrafter(Drafter):
     def draft(self, state: Cache, unread: Unread, keys: Array, sampling: Sampling) -> tuple[Drafts, Cache]:
         # Two tokens may not be cached: the newest, and before it a draft that ended a step.
         first = unread.start + unread.num_valid - 1
-        x, cache = self.model.run_layers(window(unread.text, first, 2), state.at_lengths(first), self.weights)
+        x, cache, _ = self.model.run_layers(window(unread.text, first, 2), state.at_lengths(first), self.weights)
 
         def drawn(h: Array, key: Array) -> Drafts:
             return draw(self.model.logits(self.model.norm(h)), key, sampling)
 
         def step(carry: tuple[Cache, Array], key: Array) -> tuple[tuple[Cache, Array], Drafts]:
             cache, token = carry
-            x, cache = self.model.run_layers(token[:, None], cache, self.weights)
+            x, cache, _ = self.model.run_layers(token[:, None], cache, self.weights)
             one = drawn(x[:, 0], key)
             return (cache.at_lengths(cache.lengths + 1), one.tokens), one
 

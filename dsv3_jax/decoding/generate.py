@@ -23,7 +23,7 @@ from dsv3_jax.mesh.sharding import constrain
 from dsv3_jax.model.cache import ROW_AXES, Cache, keep_sharded, pick_dtype, pick_kind
 from dsv3_jax.model.counting import bytes_per_token
 from dsv3_jax.model.transformer import DecodeWeights, Transformer
-from dsv3_jax.ops.sampling import Sampling, keys_at, row_keys
+from dsv3_jax.ops.sampling import GREEDY, Sampling, keys_at, log_probability, row_keys
 from dsv3_jax.ops.verify_drafts import Drafts, accept
 
 
@@ -40,6 +40,8 @@ class Loop(NamedTuple):
     written: Array  # int32 [B]: new tokens of each row
     steps: Array  # int32 [B]: of each row until it was done
     num_accepted: Array  # int32 [B, J]: accepted drafts, by position
+    logprobs: Any = None  # two of float32 [B, S], of each new token, see `Generated`; None if nobody asked
+    expert_ids: Any = None  # int32 [B, S, Lmoe, K] of each token that was read; likewise
 
 
 STATIC = {"static": True}
@@ -95,6 +97,8 @@ def generate(
     draft: "str | Transformer | None" = None,
     draft_length: int | str = 1,
     seed: int = 0,
+    logprobs: bool = False,
+    return_routing: bool = False,
 ) -> Generated:
     """Continue prompts of any lengths.
 
@@ -120,6 +124,8 @@ def generate(
             or a model's drafts then make sampled text depend on these times too; its distribution does not.
         seed: of the random draws. Each depends on the seed, the row and its place in the text, so without drafts and
             with "lookup" a seed's text is the same, whatever the draft_length.
+        logprobs: return each new token's log-probability, of the distribution it was drawn from and at temperature 1.
+        return_routing: return the experts that each token went to, as `Transformer` replays them.
     Raises: ValueError for an empty prompt or batch, a token outside the vocabulary, a prompt and continuation beyond
         max_positions, or settings outside their range. Also for a draft with another vocabulary or on another mesh, or
         heads that the model does not have.
@@ -134,7 +140,7 @@ def generate(
     """
     config = DecodeConfig(
         max_new_tokens, Sampling(temperature, top_k, top_p), cache, cache_dtype, draft, draft_length,
-        stop_tokens, seed,
+        stop_tokens, seed, logprobs=logprobs, return_routing=return_routing,
     )  # fmt: skip
     *_, last = generate_in_parts(model, prompts, config, part=None)
     return last
@@ -187,7 +193,8 @@ class _Request:
         start = time.perf_counter()
         tokens, self.prompt_lengths = _pad(prompts, min(_round_up(longest), cfg.max_positions))
         with sharding.use_mesh(self.mesh):  # never while a generator waits: the mesh in use is the caller's, too
-            form = DecodeConfig(config.max_new_tokens, config.sampling, kind, dtype)
+            asked = dict(logprobs=config.logprobs, return_routing=config.return_routing)
+            form = DecodeConfig(config.max_new_tokens, config.sampling, kind, dtype, **asked)
             stops = np.asarray(config.stop_tokens, np.int32)
             with_weights = tuple((model, model.prepare_decode()) for model in models)
             grows = kind != "none" and model.kernels.reads_all_slots
@@ -220,7 +227,8 @@ class _Request:
 
     def _look(self) -> Any:
         """Wait for the last program, and fetch the loop's small arrays, as NumPy's."""
-        return jax.device_get(self.loop._replace(cache=None, drafter=None, h=None, keys=None, text=None))
+        large = dict.fromkeys(("cache", "drafter", "h", "keys", "text", "logprobs", "expert_ids"))
+        return jax.device_get(self.loop._replace(**large))
 
     @property
     def behind(self) -> int:
@@ -268,17 +276,32 @@ class _Request:
     def result(self) -> Generated:
         """The result so far."""
         with sharding.use_mesh(self.mesh):
-            text = np.asarray(_gathered(self.loop.text))  # in each of several processes
+            found = jax.device_get(_gathered((self.loop.text, self.loop.logprobs, self.loop.expert_ids)))  # everywhere
+        text, logprobs, expert_ids = found
         seen, ends = self.seen, self.prompt_lengths + self.seen.written
-        rows = [row[a:b].tolist() for row, a, b in zip(text, self.prompt_lengths, ends, strict=True)]
+
+        def new(of: np.ndarray) -> list[list]:
+            return [row[a:b].tolist() for row, a, b in zip(of, self.prompt_lengths, ends, strict=True)]
+
         acceptance = (seen.num_accepted.sum(0) / max(seen.steps.sum(), 1)).tolist()
         return Generated(
-            rows, acceptance, int(seen.steps.max()), self.prefill_seconds, self.decode_seconds,
+            new(text), acceptance, int(seen.steps.max()), self.prefill_seconds, self.decode_seconds,
             self.loop.cache.nbytes, self.bytes_per_token, dict(self.steps),
+            *(map(new, logprobs) if logprobs else (None, None)),
+            None if expert_ids is None else list(map(_up_to, expert_ids, ends)),
         )  # fmt: skip
 
 
-_gathered = jax.jit(constrain)
+def _up_to(expert_ids: np.ndarray, end: np.integer) -> np.ndarray:
+    """Of a row's expert_ids [S, Lmoe, K], those of its tokens, int32 [Lmoe, tokens, K]: no pass has read the last."""
+    ids = expert_ids[:end].copy()
+    ids[end - 1 :] = -1
+    return np.moveaxis(ids, 1, 0)
+
+
+@jax.jit
+def _gathered(tree: Any) -> Any:
+    return jax.tree.map(constrain, tree)
 
 
 @partial(jax.jit, static_argnames="slots")
@@ -310,9 +333,9 @@ def _prefill(form: Any, leaves: list, tokens: Array, lengths: Array, seed: Array
     (model, weights), drafter, longest, config = job.models[0], job.drafter, job.lengths[-1], job.config
     tokens, batch, kind = constrain(tokens, "batch", None), tokens.shape[0], (config.cache, config.cache_dtype)
     if config.cache == "none":
-        x, cache = model.run_layers(tokens, None)[0], Cache([], lengths)
+        (x, _, ids), cache = model.run_layers(tokens, None), Cache([], lengths)
     else:
-        x, cache = model.prefill(tokens, lengths, model.empty_cache(batch, job.slots, *kind), weights)
+        x, cache, ids = model.prefill(tokens, lengths, model.empty_cache(batch, job.slots, *kind), weights)
     # With room for what a drafter writes beyond the text.
     prompt = Prompt(tokens, lengths, x, job.capacity + max(READ, longest + 1), *kind)
     zero, h = jnp.zeros((batch,), jnp.int32), None
@@ -323,7 +346,10 @@ def _prefill(form: Any, leaves: list, tokens: Array, lengths: Array, seed: Array
     loop = Loop(
         cache.at_lengths(lengths - 1), drafter and drafter.start(prompt), h, zero, row_keys(seed, batch), zero > 0,
         constrain(text, "batch", None), zero, zero, jnp.zeros((batch, longest), jnp.int32),
+        (jnp.zeros(text.shape, jnp.float32),) * 2 if config.logprobs else None,
+        jnp.zeros((*text.shape, len(ids), ids.shape[-1]), jnp.int32) if config.return_routing else None,
     )  # fmt: skip
+    loop = _record(loop, ids, zero)
     return _advance(job, loop, Drafts(tokens[:, :0], None), window(x, lengths - 1, 1))._replace(steps=zero)
 
 
@@ -341,10 +367,11 @@ def _decode(form: Any, leaves: list, loop: Loop, until: Array, *, length: int) -
             drafts, state = drafter.draft(loop.drafter, unread, keys.swapaxes(0, 1), job.config.sampling)
             loop = loop._replace(drafter=state, unread=jnp.zeros_like(loop.unread))
         if job.config.cache == "none":  # all tokens again, slow and obvious: to compare with
-            x = window(model.run_layers(loop.text, None)[0], loop.cache.lengths, 1)
-            return _advance(job, loop, drafts, x)
-        x, cache = model.run_layers(jnp.concatenate([newest, drafts.tokens], axis=1), loop.cache, weights)
-        return _advance(job, loop._replace(cache=cache), drafts, x)
+            x, _, ids = model.run_layers(loop.text, None)
+            loop = _record(loop, ids, jnp.zeros_like(loop.written))
+            return _advance(job, loop, drafts, window(x, loop.cache.lengths, 1))
+        x, cache, ids = model.run_layers(jnp.concatenate([newest, drafts.tokens], axis=1), loop.cache, weights)
+        return _advance(job, _record(loop, ids, loop.cache.lengths)._replace(cache=cache), drafts, x)
 
     def goes_on(loop: Loop) -> Array:
         behind = ((loop.written < until) & ~loop.done).any()
@@ -372,6 +399,16 @@ def _unread(loop: Loop, width: int, count: Array) -> Unread:
     return Unread(h, loop.text, count, loop.cache.lengths - loop.unread)
 
 
+def _record(loop: Loop, expert_ids: Any, first: Array) -> Loop:
+    """Keep the experts [Lmoe, B, F, K] of tokens from position `first` on; a rejected draft's are overwritten later."""
+    if loop.expert_ids is None:
+        return loop
+    rows, index = (jnp.arange(n, dtype=jnp.int32) for n in expert_ids.shape[1:3])
+    put = loop.expert_ids.at[rows[:, None], first[:, None] + index[None]]
+    kept = put.set(jnp.moveaxis(expert_ids, 0, 2), mode="drop")
+    return loop._replace(expert_ids=constrain(kept, "batch", None, None, None))
+
+
 def _advance(job: Job, loop: Loop, drafts: Drafts, x: Array) -> Loop:
     """Accept or reject drafts, write the tokens, and move each row on by its own count.
 
@@ -379,7 +416,8 @@ def _advance(job: Job, loop: Loop, drafts: Drafts, x: Array) -> Loop:
     """
     model, config = job.models[0][0], job.config
     rows, index = (jnp.arange(n, dtype=jnp.int32)[None] for n in x.shape[:2])
-    logits, left = process_by_rows(model.logits(model.norm(x)), config.sampling)
+    raw = model.logits(model.norm(x))
+    logits, left = process_by_rows(raw, config.sampling)
     keys = keys_at(loop.keys[:, 0], loop.written[:, None] + index)
     num_accepted, tokens = map(constrain, accept(drafts.tokens, drafts.q, logits, keys, left))
     stops = (tokens[..., None] == job.stops[None, None]).any(-1).astype(jnp.int32)
@@ -391,6 +429,16 @@ def _advance(job: Job, loop: Loop, drafts: Drafts, x: Array) -> Loop:
     if h is not None:
         new = constrain(model.read_by_heads(x), "batch", None, None)
         h = model.kernels("write_rows", h[None, :, None], new[:, None], jnp.zeros((), jnp.int32), loop.unread)[0, :, 0]
+    logprobs = loop.logprobs
+    if logprobs is not None:  # of what is certain, at temperature 0, it is 0
+        raw, _ = process_by_rows(raw, GREEDY)
+        of = [log_probability(x, tokens) for x in (logits, raw)]
+        if config.sampling.temperature == 0:
+            of[0] = jnp.zeros_like(of[0])
+        logprobs = tuple(
+            constrain(kept.at[rows.T, column].set(new, mode="drop"), "batch", None)
+            for kept, new in zip(logprobs, of, strict=True)
+        )
     accepted = (index[:, :-1] < num_accepted[:, None]) & ~loop.done[:, None]
     return loop._replace(
         cache=keep_sharded(loop.cache.at_lengths(start + count)),
@@ -400,5 +448,6 @@ def _advance(job: Job, loop: Loop, drafts: Drafts, x: Array) -> Loop:
         text=constrain(loop.text.at[rows.T, column].set(tokens, mode="drop"), "batch", None),
         written=constrain(written),
         steps=constrain(loop.steps + 1 - loop.done.astype(jnp.int32)),
+        logprobs=logprobs,
         num_accepted=constrain(loop.num_accepted.at[:, : accepted.shape[1]].add(accepted.astype(jnp.int32))),
     )

@@ -42,6 +42,7 @@ class Context(NamedTuple):
     options: Options = Options()
     tokens: Array | None = None  # int32 [B, T]: ids that the router reads, if it reads any
     keys: Array | None = None  # random keys [B], one a row, of the router's noise; None without noise
+    expert_ids: Any = None  # int32 [B, T, K]: experts that take the place of the router's choice; −1 chooses freely
     # of the layer that has just run without a cache: arrays [B, T, G, X] that a cache may keep, by name
     rows: Any = None
     # int32 [B, T, k]: the tokens that the last indexer chose, for layers that share its choice; None: each chooses

@@ -1,9 +1,10 @@
 """The DeepSeekMoE layer: router, routed experts, shared experts, and what is counted of them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -89,6 +90,7 @@ class MoE(nnx.Module):
         *,
         tokens: Int[Array, "B T"] | None = None,
         keys: Array | None = None,
+        expert_ids: Int[Array, "B T K"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerRouting]:
         """Mix the experts, for training.
 
@@ -96,11 +98,15 @@ class MoE(nnx.Module):
             mask: tokens that count for load and balance losses. None means all.
             tokens: ids, for router "hash".
             keys: a random key for each row, for the noise of router "noisy_topk". None means no noise.
+            expert_ids: experts in place of the router's choice, see `ops.routing.replay`.
         Returns: (y, what the router did).
         Raises: ValueError if the router needs tokens and gets none, or the shapes are others.
         """
         check_inputs(self.cfg.dim, x=x, mask=mask, tokens=tokens)
+        if expert_ids is not None:
+            check_expert_ids(self.cfg, expert_ids, x.shape[:2])
         ctx = make_context(self.cfg, from_zero(*x.shape[:2]), tokens=tokens, keys=keys)
+        ctx = ctx._replace(expert_ids=expert_ids)
         return self.mix(x, ctx if mask is None else ctx._replace(mask=mask))[:2]
 
     def mix(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, LayerRouting, dict[str, Array]]:
@@ -146,7 +152,7 @@ class MoE(nnx.Module):
         cfg, rule, keys, bias = self.cfg, self.rule, ctx.keys, self.bias[...]
         noisy = (None, None) if keys is None or self.w_noise is None else (self.w_noise[...], jnp.asarray(ctx.layer))
 
-        def local(w_router, bias, w_noise, layer, x, mask, tokens, keys):
+        def local(w_router, bias, w_noise, layer, x, mask, tokens, keys, given):
             flat, needs = x.reshape(-1, x.shape[-1]).astype(jnp.float32), {}
             logits = self.kernels("exact_product", flat, w_router)
             if tokens is not None:
@@ -154,11 +160,13 @@ class MoE(nnx.Module):
             if keys is not None:
                 needs["spread"] = self.kernels("exact_product", flat, w_noise)
                 needs["normal"] = routing.noise(keys, layer, x.shape[1], cfg.num_experts).reshape(logits.shape)
+            if given is not None:
+                needs["given"] = given.reshape(-1, given.shape[-1])
             flat = routing.route(logits, bias, cfg, **needs)
             picked = jax.tree.map(lambda a: a.reshape(*x.shape[:2], -1), flat)
             load, sequence_loss = balance.load(picked.expert_ids, cfg.num_experts, mask), jnp.zeros((), jnp.float32)
             if cfg.balance.sequence_alpha:
-                sequence_loss = balance.sequence_loss(picked.scores, cfg.experts_per_token, mask).sum()
+                sequence_loss = balance.sequence_loss(picked.scores, cfg.experts_per_token, mask, given).sum()
             log_sums = jax.nn.logsumexp(logits, axis=-1).reshape(x.shape[:2]) if cfg.balance.z_alpha else None
             # Metric only; stop_gradient skips a gradient that is always zero.
             entropy = balance.entropy(jax.lax.stop_gradient(picked.scores))
@@ -170,7 +178,7 @@ class MoE(nnx.Module):
 
         # Each device its own rows: the compiler would gather the scores of all tokens to find each one's largest.
         weights = (self.w_router[...], bias, *noisy)
-        sums, rows = shard_map_over_batch(local, weights, x, ctx.mask, ctx.tokens, keys)
+        sums, rows = shard_map_over_batch(local, weights, x, ctx.mask, ctx.tokens, keys, ctx.expert_ids)
         (load, sequence_loss), (picked, log_sums, entropy, of_tokens, near) = sums, rows
         loss = cfg.balance.sequence_alpha * (sequence_loss / len(x))
         if cfg.balance.switch_alpha:
@@ -182,6 +190,35 @@ class MoE(nnx.Module):
         kept = picked.scores if "scores" in ctx.options.watch else None
         routed = LayerRouting(picked.expert_ids, picked.gates, entropy, load, loss, measure, kept)
         return routed, {"near_ties": near.mean(dtype=jnp.float32)}
+
+
+def check_expert_ids(cfg: ModelConfig, expert_ids: Any, lead: tuple[int, ...], name: str = "expert_ids") -> None:
+    """Check experts that are to take the place of a router's choice. Under jit the shape alone is known.
+
+    Args: lead: the shape without its last axis, K.
+    Raises: ValueError for another shape, an id outside −1 … E − 1, or an expert twice for a token.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> check_expert_ids(preset("tiny"), jnp.full((2, 8, 4), 16), (2, 8))
+        Traceback (most recent call last):
+            ...
+        ValueError: expert_ids holds 16, which is neither one of 16 experts nor -1
+    """
+    shape, k, dtype = (*lead, cfg.experts_per_token), cfg.experts_per_token, getattr(expert_ids, "dtype", None)
+    if getattr(expert_ids, "shape", None) != shape or dtype != jnp.int32:
+        found = f"{dtype} {expert_ids.shape}" if hasattr(expert_ids, "shape") else type(expert_ids).__name__
+        raise ValueError(f"{name} is {found}, not an array int32 {shape}")
+    if isinstance(expert_ids, jax.core.Tracer) or not np.size(expert_ids):
+        return
+    ids = np.sort(np.asarray(expert_ids).reshape(-1, k), axis=-1)
+    wrong = ids[(ids < -1) | (ids >= cfg.num_experts)]
+    if wrong.size:
+        raise ValueError(f"{name} holds {wrong[0]}, which is neither one of {cfg.num_experts} experts nor -1")
+    free = ids[:, -1] < 0
+    twice = ids[((ids[:, 1:] == ids[:, :-1]).any(-1) | (ids[:, 0] < 0)) & ~free]
+    if twice.size:
+        raise ValueError(f"{name} has {twice[0].tolist()} for a token, not {k} different experts")
 
 
 NEAR = 1e-3  # scores that rounding to bfloat16 may reorder

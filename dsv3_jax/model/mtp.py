@@ -8,7 +8,7 @@ A new kind is a class here, with a row of HEADS, and a row of `config.HEAD_KINDS
 what these declare.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -210,6 +210,7 @@ def run_heads(
     tokens: Int[Array, "B T"],
     ctx: Context,
     *,
+    given: Sequence[Array] = (),
     remat: str = "none",
     unshard: Callable = lambda state: state,
 ) -> tuple[tuple[Array, ...], tuple[dict[str, Any], ...]]:
@@ -218,6 +219,7 @@ def run_heads(
     Args:
         embedding: embeds tokens as the trunk does.
         h: the trunk's output, as `mtp_input` has it.
+        given: of each head, the experts that take the place of its router's choice, int32 [B, T-1-k, K].
         remat: what the backward pass keeps of each head, see `layers.recompute`.
         unshard: as in `loop_layers`.
     Returns: (hidden states, head k's (from 0) [B, T-1-k, D]; the metrics of each).
@@ -244,8 +246,9 @@ def run_heads(
                 # A position that reads padding or another document's token is not counted.
                 counted = counted & (segment_ids == ctx.segment_ids[:, k:])
         part = ctx._replace(
-            cos=ctx.cos[:, :short], sin=ctx.sin[:, :short], segment_ids=segment_ids, mask=counted, options=options
-        )
+            cos=ctx.cos[:, :short], sin=ctx.sin[:, :short], segment_ids=segment_ids, mask=counted, options=options,
+            expert_ids=given[k - 1] if given else None,
+        )  # fmt: skip
         if ctx.tokens is not None:  # a router that reads tokens reads the one that the head does
             part = part._replace(tokens=tokens[:, k:] if reads_tokens else tokens[:, :short])
         if ctx.keys is not None:  # its own noise, numbered after the trunk's layers

@@ -1,6 +1,6 @@
 """The whole model: embedding, dense layers, sparse layers, norm, head, and the multi-token heads on the side."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from dsv3_jax.model.blocks import DenseBlock, SparseBlock
 from dsv3_jax.model.cache import Cache, empty_cache
 from dsv3_jax.model.context import DECODING, Context, Options, from_zero, make_context
 from dsv3_jax.model.layers import RMSNorm, draws_together, in_use, loop_layers, param, stack, unstack
-from dsv3_jax.model.moe import Experts, LayerRouting
+from dsv3_jax.model.moe import Experts, LayerRouting, check_expert_ids
 from dsv3_jax.model.mtp import make_heads, run_heads
 
 UNROLLED = 64  # most layers that decoding unrolls: a scan copies each layer out of its stack, experts too
@@ -96,6 +96,9 @@ class Transformer(nnx.Module):
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
+        *,
+        expert_ids: Int[Array, "Lmoe B T K"] | None = None,
+        mtp_expert_ids: Sequence[Int[Array, "B _ K"]] = (),
     ) -> Output:
         """Compute the logits of every next token.
 
@@ -103,9 +106,13 @@ class Transformer(nnx.Module):
             tokens: ids below vocab_size.
             segment_ids: documents of a packed row, 1, 2, …; 0 is padding. None means one document a row.
             positions: None counts from 0.
-        Raises: ValueError if T is over max_positions, or not over mtp_depth, or the shapes are others.
+            expert_ids: experts that take the place of the routers' choices, as `routing.expert_ids` of another pass; a
+                token whose ids are −1 chooses freely. See `ops.routing.replay`.
+            mtp_expert_ids: the same of each head that has experts, [B, T-1-k, K], as in `mtp_routing`.
+        Raises: ValueError if T is over max_positions, or not over mtp_depth, or the shapes are others; outside jit, for
+            expert ids out of range, or the same one twice for a token.
         """
-        out = self.forward_hidden(tokens, segment_ids, positions)
+        out = self.forward_hidden(tokens, segment_ids, positions, expert_ids=(expert_ids, *mtp_expert_ids))
         return Output(self.logits(out.h), tuple(self.logits(h) for h in out.mtp_h), out.routing, out.mtp_routing)
 
     def forward_hidden(
@@ -117,6 +124,7 @@ class Transformer(nnx.Module):
         *,
         watch: Iterable[str] = (),
         edit_gates: Callable | None = None,
+        expert_ids: Sequence[Array | None] = (None,),
     ) -> ForwardOut:
         """Run trunk and heads up to the unembedding.
 
@@ -124,6 +132,7 @@ class Transformer(nnx.Module):
             tokens, segment_ids, positions: as `__call__`.
             keys: a random key for each row, [B], of the router's noise. None means no noise.
             watch, edit_gates: see `context.Options`.
+            expert_ids: of the trunk, then of each head, see `__call__`.
         """
         cfg = self.cfg
         check_inputs(None, tokens=tokens, segment_ids=segment_ids, positions=positions)
@@ -135,11 +144,12 @@ class Transformer(nnx.Module):
         positions = from_zero(batch, length) if positions is None else positions
         options = Options(watch=frozenset(watch), edit_gates=edit_gates)
         ctx = make_context(cfg, positions, segment_ids, tokens=tokens, keys=keys, options=options)
-        x, _, metrics = self._trunk(tokens, ctx)
+        given, *of_heads_given = self._checked(expert_ids, batch, length)
+        x, _, metrics = self._trunk(tokens, ctx._replace(expert_ids=given))
         h = self.norm(x)
         mtp_h, of_heads = run_heads(
             self.mtp, cfg, self.embedding, h if cfg.mtp_input == "normed" else x, tokens, ctx,
-            remat=self.execution.remat, unshard=self.unshard,
+            given=of_heads_given, remat=self.execution.remat, unshard=self.unshard,
         )  # fmt: skip
         metrics |= {f"mtp.{k}.block": of_head for k, of_head in enumerate(of_heads)}
         routing = {path: of_block.pop("routing") for path, of_block in metrics.items() if "routing" in of_block}
@@ -148,33 +158,33 @@ class Transformer(nnx.Module):
 
     def run_layers(
         self, tokens: Int[Array, "B T"], cache: Cache | None, weights: DecodeWeights | None = None
-    ) -> tuple[Float[Array, "B T D"], Any]:
+    ) -> tuple[Float[Array, "B T D"], Any, Any]:
         """Run the trunk for decoding, over tokens that follow what the cache holds.
 
         Args:
             cache: None means that the tokens are all there are.
             weights: from `prepare_decode`, made outside the loop over tokens.
-        Returns: (the last layer's output before the final norm, the cache with the tokens' rows). Lengths stay: the
-            caller knows how many of the tokens will count.
+        Returns: (the last layer's output before the final norm; the cache with the tokens' rows; the experts that the
+            routers chose, int32 [Lmoe, B, T, K], or None). Lengths stay: the caller knows how many tokens will count.
         """
         positions = from_zero(*tokens.shape) if cache is None else cache.positions(tokens.shape[1])
         ctx = make_context(self.cfg, positions, tokens=tokens, cache=cache, options=DECODING)
-        x, cache, *_ = self._trunk(tokens, ctx, weights)
-        return x, cache
+        x, cache, found = self._trunk(tokens, ctx, weights)
+        return x, cache, found.get("sparse")
 
     def prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: Cache, weights: DecodeWeights | None = None
-    ) -> tuple[Float[Array, "B T D"], Cache]:
+    ) -> tuple[Float[Array, "B T D"], Cache, Any]:
         """Read prompts, whose first `lengths` tokens count, into an empty cache.
 
         Args: weights: from `prepare_decode`, used where a scan would copy each layer's experts and the model is not so
             deep that it takes long to compile.
-        Returns: (the last layer's output before the final norm, the filled cache).
+        Returns: as `run_layers`, with the filled cache.
         """
         ctx = make_context(self.cfg, from_zero(*tokens.shape), tokens=tokens, options=DECODING)
         weights = weights if self.kernels.scan_copies and self.cfg.num_layers <= UNROLLED_PREFILL else None
-        x, rows, *_ = self._trunk(tokens, ctx, weights, keep=tuple(cache.parts[0]))
-        return x, cache.fill(rows, lengths)
+        x, rows, found = self._trunk(tokens, ctx, weights, keep=tuple(cache.parts[0]))
+        return x, cache.fill(rows, lengths), found.get("sparse")
 
     def _trunk(
         self, tokens: Array, ctx: Context, weights: DecodeWeights | None = None, keep: tuple[str, ...] = ()
@@ -182,19 +192,24 @@ class Transformer(nnx.Module):
         """Run all layers.
 
         Args: keep: names of the rows that are returned in place of the cache, stacked by layer.
-        Returns: (the last layer's output, the cache, metrics of "dense" and "sparse" layers, unless they decode).
+        Returns: (the last layer's output, the cache, metrics of "dense" and "sparse" layers; of those that decode, the
+            experts chosen alone).
         """
         if ctx.cache is not None and weights is None:
             weights = self.prepare_decode()
-        decoding = ctx.cache is not None or bool(keep)
+        decoding, given = not ctx.options.may_drop, ctx.expert_ids
         how: dict[str, Any] = {} if decoding else {"remat": self.execution.remat, "unroll": self.trains_unrolled}
 
         def run(stacked, first, layers, carry):
             def layer(block, carry, index):
                 x, cache, chosen = carry
-                x, after, metrics = block(x, ctx._replace(cache=cache, chosen=chosen, layer=first + index))
+                own = None if given is None or stacked is not self.sparse else given[index]
+                new = ctx._replace(cache=cache, chosen=chosen, layer=first + index, expert_ids=own)
+                x, after, metrics = block(x, new)
+                if decoding:
+                    metrics = metrics["routing"].expert_ids if "routing" in metrics else None
                 carry = x, after.cache, None if chosen is None else after.chosen
-                return carry, ({} if decoding else metrics, {name: after.rows[name] for name in keep})
+                return carry, (metrics, {name: after.rows[name] for name in keep})
 
             return loop_layers(stacked, layer, carry, layers=layers, unshard=self.unshard, **how)
 
@@ -206,8 +221,20 @@ class Transformer(nnx.Module):
         (x, cache, _), sparse = run(self.sparse, self.cfg.num_dense_layers, weights and weights.sparse, carry)
         found = {path: of for path, of in (("dense", dense), ("sparse", sparse)) if of is not None}
         if keep:
-            return x, jax.tree.map(lambda *rows: jnp.concatenate(rows), *(rows for _, rows in found.values())), {}
+            cache = jax.tree.map(lambda *rows: jnp.concatenate(rows), *(rows for _, rows in found.values()))
         return x, cache, {path: metrics for path, (metrics, _) in found.items()}
+
+    def _checked(self, expert_ids: Sequence[Array | None], batch: int, length: int) -> Sequence[Array | None]:
+        """Experts to replay, of the trunk and of each head: see `check_expert_ids`."""
+        trunk, *heads = expert_ids
+        if trunk is not None:
+            check_expert_ids(self.cfg, trunk, (self.cfg.num_sparse_layers, batch, length))
+        with_experts = self.cfg.mtp_depth if self.cfg.head_kind.has_experts else 0
+        if len(heads) not in (0, with_experts):
+            raise ValueError(f"mtp_expert_ids has {len(heads)} arrays, and {with_experts} heads have experts")
+        for k, ids in enumerate(heads):
+            check_expert_ids(self.cfg, ids, (batch, length - 1 - k), f"mtp_expert_ids[{k}]")
+        return expert_ids
 
     @property
     def unrolls(self) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ConfigError, ModelConfig, Table
-from dsv3_jax.ops.routing import ROUTERS
+from dsv3_jax.ops.routing import ROUTERS, replay
 
 
 def load(expert_ids: Int[Array, "*n K"], num_experts: int, mask: Bool[Array, "*n"] | None = None) -> Float[Array, " E"]:
@@ -220,7 +220,12 @@ def z_loss(logits_z: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Float[Array
     return (logits_z * logits_z * weight).sum() / jnp.maximum(weight.sum(), 1)
 
 
-def sequence_loss(scores: Float[Array, "B T E"], k: int, mask: Bool[Array, "B T"] | None = None) -> Float[Array, " B"]:
+def sequence_loss(
+    scores: Float[Array, "B T E"],
+    k: int,
+    mask: Bool[Array, "B T"] | None = None,
+    given: Int[Array, "B T K"] | None = None,
+) -> Float[Array, " B"]:
     """Compute V3's complementary balance loss of each sequence: Σ_e f_e P_e.
 
     f_e = E/(K·T) · #{t : e in topK(s_t)};  P_e = mean_t s_te / Σ_e s_te
@@ -232,6 +237,8 @@ def sequence_loss(scores: Float[Array, "B T E"], k: int, mask: Bool[Array, "B T"
         scores: s, the scores of all experts, without bias. The top K are taken from them, without groups.
         k: K, experts for each token.
         mask: positions where it is False are left out of both means. None means all count.
+        given: experts that are counted in place of the top K, see `routing.replay`. A router's own choice is another
+            than the top K if it has a bias or groups.
     Returns: one loss for each sequence, in the dtype of `scores`.
 
     Example:
@@ -244,7 +251,7 @@ def sequence_loss(scores: Float[Array, "B T E"], k: int, mask: Bool[Array, "B T"
     num_experts = scores.shape[-1]
     weight = jnp.ones(scores.shape[:2], scores.dtype) if mask is None else mask.astype(scores.dtype)
     length = jnp.maximum(weight.sum(-1), 1)[:, None]  # [B, 1]
-    chosen = jax.lax.top_k(jax.lax.stop_gradient(scores), k)[1]
+    chosen = replay(jax.lax.top_k(jax.lax.stop_gradient(scores), k)[1], given)
     rows = jnp.arange(scores.shape[0])[:, None, None]
     counts = jnp.zeros((scores.shape[0], num_experts), jnp.int32)
     counts = counts.at[rows, chosen].add(weight[..., None].astype(jnp.int32))  # as in `load`

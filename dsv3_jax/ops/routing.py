@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
 from dsv3_jax.config import ModelConfig, Table
 
@@ -39,7 +39,7 @@ def sigmoid(
         bias: loss-free correction of each expert, float32. It takes no gradient.
         normalize: divide the gates of a token by their sum.
         scale: factor of the gates.
-        limits: k, groups, groups_kept and group_score, see `choose`.
+        limits: k, groups, groups_kept, group_score and given, see `choose`.
     Returns: Routing: expert_ids int32 [n, K], gates [n, K] and scores s [n, E].
 
     Example:
@@ -107,12 +107,13 @@ def softmax(logits: Float[Array, "n E"], *, normalize: bool = False, scale: floa
     return Routing(expert_ids, gates * scale, scores)
 
 
-def topk(logits: Float[Array, "n E"], *, k: int) -> Routing:
+def topk(logits: Float[Array, "n E"], *, k: int, given: Int[Array, "n K"] | None = None) -> Routing:
     """Route to the K largest logits, with gates from a softmax over these K alone.
 
     Args:
         logits: x W_rᵀ, float32.
         k: K, experts for each token.
+        given: see `replay`.
     Returns: Routing: expert_ids int32 [n, K], gates [n, K], and scores [n, E], the softmax over all experts.
 
     Example:
@@ -122,12 +123,17 @@ def topk(logits: Float[Array, "n E"], *, k: int) -> Routing:
 
     Source: arXiv 1701.06538, without the noise; `noisy_topk` has it.
     """
-    expert_ids = jax.lax.top_k(jax.lax.stop_gradient(logits), k)[1].astype(jnp.int32)
+    expert_ids = choose(jax.lax.stop_gradient(logits), k, given=given)
     return Routing(expert_ids, jax.nn.softmax(_pick(logits, expert_ids), axis=-1), jax.nn.softmax(logits, axis=-1))
 
 
 def noisy_topk(
-    logits: Float[Array, "n E"], spread: Float[Array, "n E"] | None, normal: Float[Array, "n E"] | None, *, k: int
+    logits: Float[Array, "n E"],
+    spread: Float[Array, "n E"] | None,
+    normal: Float[Array, "n E"] | None,
+    *,
+    k: int,
+    given: Int[Array, "n K"] | None = None,
 ) -> Routing:
     """Route as `topk`, by logits with noise whose size is learnt.
 
@@ -138,6 +144,7 @@ def noisy_topk(
         spread: x W_noise, float32.
         normal: ε, standard normal, from `noise`. None means no noise: h = logits, as in evaluation and decoding.
         k: K, experts for each token.
+        given: see `replay`.
     Returns: Routing: expert_ids int32 [n, K], gates [n, K], and scores [n, E], the softmax of h over all experts.
 
     Example:
@@ -147,7 +154,8 @@ def noisy_topk(
 
     Source: arXiv 1701.06538, equations 3-5.
     """
-    return topk(logits if normal is None or spread is None else logits + normal * jax.nn.softplus(spread), k=k)
+    noisy = logits if normal is None or spread is None else logits + normal * jax.nn.softplus(spread)
+    return topk(noisy, k=k, given=given)
 
 
 def noise(keys: Array, layer: Int[Array, ""] | int, length: int, num_experts: int) -> Float[Array, "B T E"]:
@@ -189,7 +197,7 @@ def dense(logits: Float[Array, "n E"]) -> Routing:
 
 
 def hash_tokens(
-    logits: Float[Array, "n E"], tokens: Int[Array, " n"], *, k: int, normalize: bool = True, scale: float = 1.0
+    logits: Float[Array, "n E"], tokens: Int[Array, " n"], *, normalize: bool = True, scale: float = 1.0, **limits: Any
 ) -> Routing:
     """Route by the token's id: the K experts with the largest hash(token, expert). No router is trained to choose.
 
@@ -201,8 +209,8 @@ def hash_tokens(
     Args:
         logits: x W_rᵀ, float32: for the gates.
         tokens: ids.
-        k: K, experts for each token.
         normalize, scale: as in `sigmoid`.
+        limits: k and given, see `choose`.
     Returns: Routing: expert_ids int32 [n, K], gates [n, K] and scores s [n, E].
 
     Example:
@@ -221,8 +229,7 @@ def hash_tokens(
     # MurmurHash3's last mixing: a bijection of 32-bit integers, so two experts of a token never have the same hash.
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
-    expert_ids = jax.lax.top_k(x, k)[1].astype(jnp.int32)
-    scores = jax.nn.sigmoid(logits)
+    expert_ids, scores = choose(x, **limits), jax.nn.sigmoid(logits)
     return Routing(expert_ids, _gates(scores, expert_ids, normalize, scale), scores)
 
 
@@ -250,7 +257,12 @@ def _pick(scores: Float[Array, "n E"], expert_ids: Int[Array, "n K"]) -> Float[A
 
 
 def choose(
-    choice: Float[Array, "n E"], k: int, groups: int = 1, groups_kept: int = 1, group_score: str = "top2_sum"
+    choice: Real[Array, "n E"],
+    k: int,
+    groups: int = 1,
+    groups_kept: int = 1,
+    group_score: str = "top2_sum",
+    given: Int[Array, "n K"] | None = None,
 ) -> Int[Array, "n K"]:
     """Return the ids of the k largest `choice` scores within the best groups, the largest first; int32.
 
@@ -258,6 +270,7 @@ def choose(
         groups: number of groups of consecutive experts; it divides E.
         groups_kept: a token's experts come from this many groups. With groups_kept = groups there is no limit.
         group_score: a group's score is the sum of its two largest scores ("top2_sum", V3) or the largest ("max", V2).
+        given: ids that take the choice's place, see `replay`.
 
     Example:
         >>> choose(jnp.array([[0.5, 0.0, 0.4, 0.3]]), 2, groups=2)  # experts 2 and 3 have the larger sum
@@ -274,7 +287,22 @@ def choose(
         allowed = jax.nn.one_hot(kept, groups, dtype=jnp.bool_).any(axis=1)  # [n, G]
         # -inf, not 0: biases can be negative, and an expert outside the kept groups could then win with 0.
         choice = jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(n, num_experts)
-    return jax.lax.top_k(choice, k)[1].astype(jnp.int32)
+    return replay(jax.lax.top_k(choice, k)[1].astype(jnp.int32), given)
+
+
+def replay(chosen: Int[Array, "*n K"], given: Int[Array, "*n K"] | None) -> Int[Array, "*n K"]:
+    """Put given ids in the place of the chosen ones, but for tokens whose ids are −1: these choose freely.
+
+    Neither bias nor groups act on given ids, and gates come from the scores at them, with their gradient.
+
+    Example:
+        >>> replay(jnp.array([[0, 1], [2, 3]]), jnp.array([[3, 2], [-1, -1]]))
+        Array([[3, 2],
+               [2, 3]], dtype=int32)
+
+    Source: arXiv 2510.11370 (routing replay).
+    """
+    return chosen if given is None else jnp.where(given[..., :1] < 0, chosen, given)
 
 
 class Inputs(NamedTuple):
@@ -285,6 +313,7 @@ class Inputs(NamedTuple):
     tokens: Any = None  # int32 [n]: ids
     spread: Array | None = None  # float32 [n, E]: x W_noise
     normal: Array | None = None  # float32 [n, E]: noise; None outside training
+    given: Array | None = None  # int32 [n, K]: experts in place of the router's choice, see `replay`
 
 
 class Router(NamedTuple):
@@ -297,24 +326,28 @@ class Router(NamedTuple):
     has_groups: bool = False  # `num_groups` and `groups_per_token` limit the choice
 
 
-def _gated(cfg: ModelConfig) -> dict[str, Any]:
-    return dict(k=cfg.experts_per_token, normalize=cfg.normalize_gates, scale=cfg.routed_scale)
+def _chosen(x: Inputs, cfg: ModelConfig) -> dict[str, Any]:
+    return dict(k=cfg.experts_per_token, given=x.given)
 
 
-def _grouped(cfg: ModelConfig) -> dict[str, Any]:
-    return _gated(cfg) | dict(groups=cfg.num_groups, groups_kept=cfg.groups_per_token, group_score=cfg.group_score)
+def _gated(x: Inputs, cfg: ModelConfig) -> dict[str, Any]:
+    return _chosen(x, cfg) | dict(normalize=cfg.normalize_gates, scale=cfg.routed_scale)
+
+
+def _grouped(x: Inputs, cfg: ModelConfig) -> dict[str, Any]:
+    return _gated(x, cfg) | dict(groups=cfg.num_groups, groups_kept=cfg.groups_per_token, group_score=cfg.group_score)
 
 
 ROUTERS: Table[Router] = Table("router", {
-    "sigmoid": Router(lambda x, cfg: sigmoid(x.logits, x.bias, **_grouped(cfg)), reads_bias=True, has_groups=True),
-    "sqrtsoftplus": Router(lambda x, cfg: sqrtsoftplus(x.logits, x.bias, **_grouped(cfg)), True, has_groups=True),
-    "softmax": Router(lambda x, cfg: softmax(x.logits, **_grouped(cfg)), has_groups=True),
-    "topk": Router(lambda x, cfg: topk(x.logits, k=cfg.experts_per_token)),
+    "sigmoid": Router(lambda x, cfg: sigmoid(x.logits, x.bias, **_grouped(x, cfg)), reads_bias=True, has_groups=True),
+    "sqrtsoftplus": Router(lambda x, cfg: sqrtsoftplus(x.logits, x.bias, **_grouped(x, cfg)), True, has_groups=True),
+    "softmax": Router(lambda x, cfg: softmax(x.logits, **_grouped(x, cfg)), has_groups=True),
+    "topk": Router(lambda x, cfg: topk(x.logits, **_chosen(x, cfg))),
     "noisy_topk": Router(
-        lambda x, cfg: noisy_topk(x.logits, x.spread, x.normal, k=cfg.experts_per_token), has_noise=True
+        lambda x, cfg: noisy_topk(x.logits, x.spread, x.normal, **_chosen(x, cfg)), has_noise=True
     ),
     "dense": Router(lambda x, cfg: dense(x.logits)),
-    "hash": Router(lambda x, cfg: hash_tokens(x.logits, x.tokens, **_gated(cfg)), reads_tokens=True),
+    "hash": Router(lambda x, cfg: hash_tokens(x.logits, x.tokens, **_gated(x, cfg)), reads_tokens=True),
 })  # fmt: skip
 register_router = ROUTERS.add
 
@@ -326,7 +359,7 @@ def route(logits: Float[Array, "n E"], bias: Float[Array, " E"], cfg: ModelConfi
         logits: x W_rᵀ, float32.
         bias: loss-free correction, for routers that read it.
         cfg: `router` is a key of `ROUTERS`.
-        needs: tokens, spread and normal, see `Inputs`.
+        needs: tokens, spread, normal and given, see `Inputs`.
     Returns: Routing.
 
     Example:

@@ -108,3 +108,14 @@ def sample(
     for _ in range(key.ndim):
         draw = jax.vmap(draw)
     return draw(key, kept).astype(jnp.int32)
+
+
+def log_probability(logits: Float[Array, "*n W"], tokens: Int[Array, "*n"]) -> Float[Array, "*n"]:
+    """The log-probability of each token, in nats.
+
+    Example:
+        >>> log_probability(jnp.log(jnp.array([[0.5, 0.3, 0.2]])), jnp.array([0])).round(2)  # ln 0.5
+        Array([-0.69], dtype=float32)
+    """
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)

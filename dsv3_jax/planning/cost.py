@@ -212,7 +212,7 @@ def decode_cost(
 
     def step(params, bias, by_layer, cache, tokens):
         model = nnx.merge(graph, params, bias)
-        x, cache = model.run_layers(tokens, cache, by_layer)
+        x, cache, _ = model.run_layers(tokens, cache, by_layer)
         logits = model.logits(model.norm(x))
         cache = cache.at_lengths(cache.lengths + 1)
         next_tokens = jax.lax.with_sharding_constraint(jnp.argmax(logits, axis=-1), rows)

@@ -84,7 +84,7 @@ def _through_cache(graphdef, state, tokens, *, kind, dtype):
     start, weights = model.empty_cache(batch, steps * STEP, kind, dtype), model.prepare_decode()
 
     def read(cache, part):
-        x, cache = model.run_layers(part, cache, weights)
+        x, cache, _ = model.run_layers(part, cache, weights)
         return cache.at_lengths(cache.lengths + STEP), model.norm(x)
 
     _, h = jax.lax.scan(read, start, padded.reshape(batch, steps, STEP).swapaxes(0, 1))

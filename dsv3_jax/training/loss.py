@@ -87,7 +87,8 @@ def compute_loss(
 
     Args:
         batch: tokens, segment_ids, positions, int32 [B, T]; loss_mask, bool [B, T], if not all tokens are targets;
-            keys, a random key for each row, [B], for a router with noise.
+            keys, a random key for each row, [B], for a router with noise; expert_ids, int32 [B, L, T, K], experts that
+            take the place of the routers' choices, of the trunk's sparse layers and then of heads with experts.
         mtp_weight: λ.
         heads_only: the total has the multi-token heads alone, (1/M)·Σ_k L_k and their balance losses. λ has no other
             loss to weigh them against, and is not used.
@@ -108,7 +109,10 @@ def compute_loss(
         5.56
     """
     tokens, segment_ids, loss_mask = batch["tokens"], batch["segment_ids"], batch.get("loss_mask")
-    out = model.forward_hidden(tokens, segment_ids, batch["positions"], batch.get("keys"), watch=watch)
+    given = _given(model, batch.get("expert_ids"))
+    out = model.forward_hidden(
+        tokens, segment_ids, batch["positions"], batch.get("keys"), watch=watch, expert_ids=given
+    )
     if counts is None:
         counts = target_counts(segment_ids, 1 + len(out.mtp_h), loss_mask)
     (main, *nats), accuracy, feature = _token_losses(model, out, batch, counts, head_loss)
@@ -122,6 +126,14 @@ def compute_loss(
         own = jnp.stack(indexers).sum()
         total = own if "index_warm" in watch else total + own
     return Losses(total, main, mtp, feature, balance, accuracy, _load(out), out.metrics, measure)
+
+
+def _given(model: Transformer, expert_ids: Array | None) -> tuple[Array | None, ...]:
+    """A batch's expert_ids as `forward_hidden` takes them: of the trunk [L, B, T, K], of head k [B, T-1-k, K]."""
+    if expert_ids is None:
+        return (None,)
+    trunk, heads = jnp.split(jnp.moveaxis(expert_ids, 1, 0), [model.cfg.num_sparse_layers])
+    return trunk, *(ids[:, : -1 - k] for k, ids in enumerate(heads))
 
 
 def _token_losses(

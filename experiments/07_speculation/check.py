@@ -54,7 +54,7 @@ def measure(name, batch, rounds):
     @jax.jit
     def step(state, weights, cache, tokens):
         model = nnx.merge(graphdef, state)
-        x, cache = model.run_layers(tokens, cache, weights)
+        x, cache, _ = model.run_layers(tokens, cache, weights)
         return jnp.argmax(model.logits(model.norm(x)), axis=-1), cache.lengths
 
     weights = jax.jit(lambda state: nnx.merge(graphdef, state).prepare_decode())(state)

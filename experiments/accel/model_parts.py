@@ -130,7 +130,7 @@ def _decode_steps(graph, state, weights, cache, drawn):
     def one(carry, tokens):
         cache, last = carry
         tokens = (tokens + last) % model.cfg.vocab_size  # each step needs the one before
-        x, cache = model.run_layers(tokens[:, None], cache, weights)
+        x, cache, _ = model.run_layers(tokens[:, None], cache, weights)
         last = jnp.argmax(model.logits(model.norm(x))[:, 0], axis=-1).astype(jnp.int32)
         return (cache.at_lengths(cache.lengths + 1), last), None
 

@@ -1,0 +1,176 @@
+"""Routing that is recorded, replayed and forced, and the log-probabilities that go with it."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from models import DENSE, random_model, small, tokens_of
+from runs import MODEL, assert_bitwise, packed_batch
+from test_routing import ROUTERS, config, route
+
+import dsv3_jax as ds
+from dsv3_jax.data.batches import Row, model_inputs, stack
+from dsv3_jax.model.moe import check_expert_ids
+from dsv3_jax.ops import balance
+from dsv3_jax.ops.sampling import processed_logits
+from dsv3_jax.training.loss import compute_loss
+
+CFG = small(mtp_depth=1)
+OTHERS = {"hash": dict(router="hash"), "noisy_topk": dict(router="noisy_topk", normalize_gates=False)}
+
+
+@pytest.mark.parametrize("router", [*ROUTERS, *OTHERS])
+def test_own_ids_change_nothing_and_given_ids_take_their_own_scores(rng, router):
+    """Gates are the scores at the given ids, by the router's own formula; neither bias nor groups act on them."""
+    cfg = config(**(ROUTERS | OTHERS)[router])
+    logits = np.float32(rng.normal(0, 1.5, (40, cfg.num_experts)))
+    bias, needs = np.float32(rng.uniform(-0.4, 0.4, cfg.num_experts)), {}
+    if router == "hash":
+        needs["tokens"] = rng.integers(0, 99, 40, np.int32)
+    free = route(logits, bias, cfg, **needs)
+    assert_bitwise(route(logits, bias, cfg, given=free.expert_ids, **needs), free)
+    if router == "dense":
+        return  # every expert is chosen, whatever is given
+    ids = np.argsort(rng.random(logits.shape), axis=1)[:, : cfg.experts_per_token].astype(np.int32)
+    ids[::2] = -1
+    forced = route(logits, bias, cfg, given=ids, **needs)
+    np.testing.assert_array_equal(forced.expert_ids, np.where(ids < 0, free.expert_ids, ids))
+    gates = np.take_along_axis(np.float64(forced.scores), np.asarray(forced.expert_ids), axis=1)
+    if cfg.normalize_gates or "topk" in router:
+        gates /= gates.sum(1, keepdims=True)
+    scale = 1.0 if "topk" in router else cfg.routed_scale
+    np.testing.assert_allclose(forced.gates, scale * gates, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def passes():
+    """(Model, its inputs, a function of expert ids for trunk and heads, a free pass)."""
+    model, rng = random_model(CFG), np.random.default_rng(0)
+    batch = packed_batch(rng, np.sort(rng.integers(0, 4, (2, 24)), axis=1), CFG.vocab_size)
+
+    @jax.jit
+    def run(model, expert_ids, mtp_expert_ids):
+        return model(**batch, expert_ids=expert_ids, mtp_expert_ids=mtp_expert_ids)
+
+    return model, batch, run, run(model, None, ())
+
+
+def test_replaying_a_pass_changes_no_bit(passes):
+    """Documents and a multi-token head included. A free V3 loss counts the top scores without bias: it alone moves."""
+    model, _, run, free = passes
+    again = run(model, free.routing.expert_ids, [r.expert_ids for r in free.mtp_routing])
+    without = [[r._replace(balance_loss=0) for r in (out.routing, *out.mtp_routing)] for out in (free, again)]
+    assert_bitwise((again.logits, again.mtp_logits, without[1]), (free.logits, free.mtp_logits, without[0]))
+    assert_bitwise(run(model, jnp.full_like(free.routing.expert_ids, -1), ()), free)
+
+
+def test_given_experts_are_counted_and_train_the_router(passes):
+    model, batch, run, free = passes
+    shifted = jnp.roll(free.routing.expert_ids, 1, axis=2)
+    out = run(model, shifted, ())
+    np.testing.assert_array_equal(out.routing.expert_ids, shifted)
+    mask = batch["segment_ids"] != 0
+    np.testing.assert_array_equal(out.routing.load, [balance.load(ids, CFG.num_experts, mask) for ids in shifted])
+    assert np.abs(out.logits - free.logits).max() > 0.1
+    scores = jnp.linspace(0.1, 0.9, 16).reshape(1, 2, 8)
+    given = jnp.array([[[0, 1, 2], [-1, -1, -1]]], jnp.int32)
+    want = balance.switch_loss(scores[0], jnp.array([[0, 1, 2], [7, 6, 5]]))
+    np.testing.assert_allclose(balance.sequence_loss(scores, 3, given=given)[0], want, rtol=1e-6)
+
+
+def test_a_batch_brings_experts_of_trunk_and_head():
+    """Each counts its own, and the trunk's router learns through the gates of given experts."""
+    cfg, rng = replace(MODEL, num_layers=1), np.random.default_rng(1)
+    batch = packed_batch(rng, np.sort(rng.integers(1, 3, (4, 12)), axis=1))
+    ids = np.argsort(rng.random((4, 2, 12, cfg.num_experts)), axis=-1)[..., : cfg.experts_per_token]
+    batch["expert_ids"] = ids = jnp.asarray(ids, jnp.int32)
+    graph, params, rest = nnx.split(random_model(cfg, execution=DENSE), nnx.Param, ...)
+
+    @jax.jit
+    def loss(params):
+        out = compute_loss(nnx.merge(graph, params, rest), batch, 0.0)
+        return out.main, out.load
+
+    grads, load = jax.grad(loss, has_aux=True)(params)
+    same = batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1]
+    of_head = balance.load(ids[:, 1, :-1], cfg.num_experts, same)
+    np.testing.assert_array_equal(load, [balance.load(ids[:, 0], cfg.num_experts), of_head])
+    assert np.abs(grads["sparse"]["moe"]["w_router"][...]).max() > 1e-4
+
+
+DECODING = {
+    "plain": {},
+    "lookup": dict(draft="lookup", draft_length=3, temperature=1.0),
+    "mtp": dict(draft="mtp", draft_length=2, temperature=0.7, top_p=0.8),
+    "int8": dict(cache_dtype="int8", temperature=1.0),
+}
+
+
+@pytest.mark.parametrize("how", DECODING)
+def test_what_decoding_recorded_is_the_teacher_forced_pass(passes, how):
+    """Log-probabilities to 1e-5, experts exactly, with drafts too; an int8 cache rounds keys to 1 part in 254."""
+    model, prompts, settings = passes[0], [[5], [8, 1, 30, 2, 2]], DECODING[how]
+    result = ds.generate(model, prompts, 8, logprobs=True, return_routing=True, **settings)
+    temperature = settings.get("temperature", 0.0)
+    for i, (prompt, new) in enumerate(zip(prompts, result.tokens, strict=True)):
+        ids, text = result.expert_ids[i], np.int32([[*prompt, *new]])
+        assert ids.shape == (2, text.size, 3) and (ids[:, -1] == -1).all() and (ids[:, :-1] >= 0).all()
+        text = np.pad(text, ((0, 0), (0, 16 - text.size)))
+        padded = np.full((2, 1, 16, 3), -1, np.int32)
+        padded[:, 0, : ids.shape[1]] = ids
+        out = jax.jit(lambda model, *a: model(a[0], expert_ids=a[1]))(model, text, padded)
+        if how != "int8":
+            free = jax.jit(lambda model, tokens: model(tokens))(model, text).routing.expert_ids
+            np.testing.assert_array_equal(free[:, 0, : ids.shape[1] - 1], ids[:, :-1])
+        logits = np.float64(out.logits[0, len(prompt) - 1 :][: len(new)])
+        own = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        atol = 0.05 if how == "int8" else 1e-5
+        np.testing.assert_allclose(result.model_logprobs[i], own[range(len(new)), new], rtol=0, atol=atol)
+        if temperature == 0:
+            assert result.logprobs[i] == [0.0] * len(new)
+        elif how != "mtp":
+            assert result.logprobs[i] == result.model_logprobs[i]
+        else:
+            kept = processed_logits(jnp.float32(logits), temperature=0.7, top_p=0.8)
+            drawn = np.asarray(jax.nn.log_softmax(kept))[range(len(new)), new]
+            np.testing.assert_allclose(result.logprobs[i], drawn, rtol=0, atol=1e-5)
+
+
+def test_ids_that_no_router_could_have_chosen_are_refused(passes):
+    model, tokens = passes[0], tokens_of(CFG, 2, 24)
+    ids = np.zeros((2, 2, 24, 3), np.int32) + np.arange(3, dtype=np.int32)
+    for wrong, said in (
+        (ids[:1], r"int32 \(1, 2, 24, 3\), not an array int32 \(2, 2, 24, 3\)"),
+        (ids + 6, "holds 8, which is neither one of 8 experts"),
+        (ids * 0, r"\[0, 0, 0\] for a token, not 3 different experts"),
+        (ids - 1, r"\[-1, 0, 1\] for a token"),
+        ([[1]], "is list"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            check_expert_ids(CFG, wrong, (2, 2, 24))
+    with pytest.raises(ValueError, match="mtp_expert_ids has 2 arrays, and 1 heads"):
+        model(tokens, mtp_expert_ids=[jnp.asarray(ids[0])] * 2)
+    with pytest.raises(ValueError, match="needs routed experts"):
+        ds.generate(random_model(small(num_layers=1)), [[1]], 2, return_routing=True)
+
+
+def test_experts_of_another_text_or_shifted_by_one_are_noticed():
+    """A fault that no shape shows."""
+    zeros = np.zeros(6, np.int32)
+    tokens = np.int32([5, 6, 7, 8, 9, 0])
+    row = Row(tokens=tokens, segment_ids=zeros + 1, positions=zeros, domains=zeros, documents=zeros)
+    ids = np.zeros((2, 6, 3), np.int32)
+    right = row | {"expert_ids": ids, "routed_tokens": np.int32([5, 6, 7, 8, 9, -1])}
+    assert set(model_inputs(stack([right, right]))) == {"tokens", "segment_ids", "positions", "expert_ids"}
+    for routed, said in (
+        ([6, 7, 8, 9, 0, -1], "place 0 for token 6, and the row has 5 there: they are shifted by 1"),
+        ([-1, 5, 6, 7, 8, 9], "place 1 for token 5, and the row has 6 there: they are shifted by -1"),
+        ([5, 6, 7, 1, 9, -1], "place 3 for token 1, and the row has 8 there: they are of another text"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            stack([right, right | {"routed_tokens": np.int32(routed)}])
+    with pytest.raises(ValueError, match="without routed_tokens"):
+        stack([row | {"expert_ids": ids}])
