@@ -203,7 +203,7 @@ class Transformer(nnx.Module):
         def run(stacked, first, layers, carry):
             def layer(block, carry, index):
                 x, cache, chosen = carry
-                own = None if given is None or stacked is not self.sparse else given[index]
+                own = None if given is None or first < self.cfg.num_dense_layers else given[index]
                 new = ctx._replace(cache=cache, chosen=chosen, layer=first + index, expert_ids=own)
                 x, after, metrics = block(x, new)
                 if decoding:
