@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from models import DENSE, random_model, small, tokens_of
-from runs import MODEL, assert_bitwise, packed_batch
+from runs import MODEL, packed_batch
 from test_routing import ROUTERS, config, route
 
 import dsv3_jax as ds
@@ -31,7 +32,7 @@ def test_own_ids_change_nothing_and_given_ids_take_their_own_scores(rng, router)
     if router == "hash":
         needs["tokens"] = rng.integers(0, 99, 40, np.int32)
     free = route(logits, bias, cfg, **needs)
-    assert_bitwise(route(logits, bias, cfg, given=free.expert_ids, **needs), free)
+    chex.assert_trees_all_equal(route(logits, bias, cfg, given=free.expert_ids, **needs), free)
     if router == "dense":
         return  # every expert is chosen, whatever is given
     ids = np.argsort(rng.random(logits.shape), axis=1)[:, : cfg.experts_per_token].astype(np.int32)
@@ -63,8 +64,10 @@ def test_replaying_a_pass_changes_no_bit(passes):
     model, _, run, free = passes
     again = run(model, free.routing.expert_ids, [r.expert_ids for r in free.mtp_routing])
     without = [[r._replace(balance_loss=0) for r in (out.routing, *out.mtp_routing)] for out in (free, again)]
-    assert_bitwise((again.logits, again.mtp_logits, without[1]), (free.logits, free.mtp_logits, without[0]))
-    assert_bitwise(run(model, jnp.full_like(free.routing.expert_ids, -1), ()), free)
+    chex.assert_trees_all_equal(
+        (again.logits, again.mtp_logits, without[1]), (free.logits, free.mtp_logits, without[0])
+    )
+    chex.assert_trees_all_equal(run(model, jnp.full_like(free.routing.expert_ids, -1), ()), free)
 
 
 def test_given_experts_are_counted_and_train_the_router(passes):
