@@ -193,8 +193,10 @@ class _Request:
         start = time.perf_counter()
         tokens, self.prompt_lengths = _pad(prompts, min(_round_up(longest), cfg.max_positions))
         with sharding.use_mesh(self.mesh):  # never while a generator waits: the mesh in use is the caller's, too
-            asked = dict(logprobs=config.logprobs, return_routing=config.return_routing)
-            form = DecodeConfig(config.max_new_tokens, config.sampling, kind, dtype, **asked)
+            form = DecodeConfig(
+                config.max_new_tokens, config.sampling, kind, dtype,
+                logprobs=config.logprobs, return_routing=config.return_routing,
+            )  # fmt: skip
             stops = np.asarray(config.stop_tokens, np.int32)
             with_weights = tuple((model, model.prepare_decode()) for model in models)
             grows = kind != "none" and model.kernels.reads_all_slots
@@ -287,7 +289,7 @@ class _Request:
         return Generated(
             new(text), acceptance, int(seen.steps.max()), self.prefill_seconds, self.decode_seconds,
             self.loop.cache.nbytes, self.bytes_per_token, dict(self.steps),
-            *(map(new, logprobs) if logprobs else (None, None)),
+            logprobs and new(logprobs[0]), logprobs and new(logprobs[1]),
             None if expert_ids is None else list(map(_up_to, expert_ids, ends)),
         )  # fmt: skip
 

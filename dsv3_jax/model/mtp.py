@@ -210,7 +210,7 @@ def run_heads(
     tokens: Int[Array, "B T"],
     ctx: Context,
     *,
-    given: Sequence[Array] = (),
+    given: Sequence[Array | None] = (),
     remat: str = "none",
     unshard: Callable = lambda state: state,
 ) -> tuple[tuple[Array, ...], tuple[dict[str, Any], ...]]:
