@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dsv3_jax.files import check_writable, open_file, parse_json, read_json
+from dsv3_jax.files import check_writable, open_file, parse_json, read_json, write_atomic
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 STORED_DTYPES = {  # the format's name → NumPy's dtype
@@ -268,4 +268,4 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
           "hidden_size": 7168
         }
     """
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_atomic(path, json.dumps(values, indent=2) + "\n")
