@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from collections import Counter
 
 from tests.campaign import fuzz
 
@@ -10,10 +9,9 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--minutes", type=float, default=10.0, help="beside the making of good files")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--only", nargs="+", choices=fuzz.KINDS, default=list(fuzz.KINDS), help="kinds of trials")
-parser.add_argument("--trial", type=int, help="repeat this trial")
-args = parser.parse_args()
-table = Counter[tuple[str, str]]()
-fuzz.run(args.only, 60 * args.minutes if args.trial is None else 0, args.seed, table, args.trial or 0)
+parser.add_argument("--commands", nargs="+", default=[""], help="only commands that begin with one of these texts")
+parser.add_argument("--trial", nargs="+", type=int, help="repeat this trial, or the trials between two")
+table = fuzz.run(parser.parse_args())
 for (name, what), count in sorted(table.items()):
     print(f"{name:24} {what:14} {count:7,}")
 sys.exit(any(what != "trials" for _, what in table))  # 1 if any fell short

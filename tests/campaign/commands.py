@@ -78,12 +78,11 @@ TRAINING = Command(train("run", keep=1, save_every=1, eval_every=1000, steps=600
 def make_home(home: Path, server: "Server", log: str) -> None:
     """Write texts and chats, and what the commands of `MAKE` make of them. Args: log: for the paths that they touch."""
     runs.write_text(home / "text")
-    chats = []
-    for i in range(40):
-        turns = [{"role": "user", "content": f"Is it {i}?"}, {"role": "assistant", "content": "It is."}]
-        chats.append({"messages": turns, "domain": f"d{i % 2}", "tools": [{"name": "add", "arguments": {"a": 1}}]})
+    turns = [{"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "It is."}]
+    chat = {"messages": turns, "domain": "d", "tools": [{"name": "add", "arguments": {"a": 1}}]}
+    chats = [json.dumps(chat | {"id": i}) for i in range(40)]
     rows = [{"text": f"row {i} x = 1", "domain": f"d{i % 3}", "id": i} for i in range(9)]
-    (home / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)) + "\n")
+    (home / "chats.jsonl").write_text("\n".join(chats) + "\n")
     (home / "text" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for words in MAKE:
         answer = server.run(Trial(home, shlex.split(words), request={"log": log}, limit=600))
@@ -130,6 +129,7 @@ class Server:
     def __init__(self, scratch: Path):
         self._scratch, self._ends = scratch, dict[str, tuple[int, threading.Thread, bytearray]]()  # of stdout, stderr
         (scratch / "tmp").mkdir(parents=True)
+        (scratch / "tmp").chmod(0o777)  # also for a user who may not write elsewhere
         (scratch / "canary").write_text("sings")
         paths = {"TMPDIR": str(scratch / "tmp"), "CANARY": str(scratch / "canary"), "TERM": "xterm", "COLUMNS": "120"}
         environment = runs.environment(scratch) | paths | {"PYTHONWARNINGS": "ignore"}
@@ -193,9 +193,8 @@ class Server:
         """Names of temporary files outside the folder, which are deleted; "followed" if a link was."""
         folder, canary, sings = self._scratch / "tmp", self._scratch / "canary", "sings"
         found = [path.name for path in folder.iterdir()]
-        shutil.rmtree(folder)
-        folder.mkdir()
-        folder.chmod(0o777)
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         found += ["followed"] if canary.read_text(errors="replace") != sings else []  # a link that leads to it
         canary.write_text(sings)
         return found

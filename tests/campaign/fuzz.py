@@ -3,7 +3,9 @@
 Trial number n of a seed is the same in every run. It makes one change, so what it prints needs no shrinking.
 """
 
+import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -34,10 +36,9 @@ class Usual(NamedTuple):
     """The usual result of a command, which nothing disturbs."""
 
     answer: Answer
-    seconds: float
     result: dict[str, str]  # as far as it does not depend on the time
     touched: list[str]  # paths, in the order of Python's calls
-    options: list[str]  # as the server prints them
+    options: list[str]  # as the server lists them
 
 
 Done = tuple[str, Sequence[str], str, Iterable[str], Answer]  # name in the table, words, what was changed, faults
@@ -63,16 +64,17 @@ class Draws(random.Random):
 class Home:
     """The good files, the server, and a folder for each trial."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, beginnings: Sequence[str]):
         self.home, self.folder, self._log = root / "home", root / "trial", root / "log"
+        self.commands = [x for x in COMMANDS if x.words.startswith(tuple(beginnings))]
+        self.weighted = [x for x in self.commands for _ in range(x.often)]
         self.server, self._usual = Server(root / "scratch"), dict[Command, Usual]()
         root.chmod(0o755)  # also for a user who may not write
-        self._log.touch()
         self.folder.mkdir()
         make_home(self.folder, self.server, str(self._log))  # where the copies are: a run knows the place of its text
         self.folder.rename(self.home)
         made, self.readers = self._log.read_text().splitlines(), dict[str, list[tuple[Path, Command]]]()  # by kind
-        for command in COMMANDS:
+        for command in self.commands:
             opened, inputs = set(self.usual(command).touched), self.inputs(command)
             tops = {path.parts[0]: TWINS.get(path.parts[0]) for path in inputs}
             paths = [Path(x).parts for x in (*opened, *made)]  # what this command, or one of `MAKE`, looks for
@@ -88,14 +90,13 @@ class Home:
         results: list[dict[str, str]] = []
         while command not in self._usual:
             self._log.write_bytes(b"")
-            trial, begin = self.trial(command, request={"log": str(self._log)}, limit=600), time.monotonic()
-            answer = self.server.run(trial)
+            answer = self.server.run(self.trial(command, request={"log": str(self._log), "options": True}, limit=600))
             results.append(result(self.folder, command, answer.out))
             assert answer.code == command.code, (command, answer)
             if len(results) == 2:
-                seconds, steady = time.monotonic() - begin, dict(results[0].items() & results[1].items())
-                options = self.server.run(replace(trial, request={"walk": True})).out.splitlines()
-                self._usual[command] = Usual(answer, seconds, steady, self._log.read_text().splitlines(), options)
+                lines, steady = self._log.read_text().splitlines(), dict(results[0].items() & results[1].items())
+                options = [line for line in lines if line.startswith('["-')]
+                self._usual[command] = Usual(answer, steady, [x for x in lines if x not in options], options)
         return self._usual[command]
 
     def trial(self, command: Command, **words: Any) -> Trial:
@@ -206,10 +207,10 @@ def names(made: Home, rng: Draws) -> Done:
     """Put something else in the place of a file or folder, also of one that the command only looks for."""
     where = rng.turn(["argument"] * 20 + ["below"] * 16 + ["absent"] * 2 + ["target"])
     if where == "argument":
-        pairs = [(command, path) for command in COMMANDS for path in made.inputs(command)]
+        pairs = [(command, path) for command in made.commands for path in made.inputs(command)]
         command, path = rng.turn((c, p) for c, p in pairs if str(p) in c.argv or (str(p) == "run" and "list" in c.argv))
     elif where == "target":
-        command = rng.turn(c for c in COMMANDS if c.out in c.argv)
+        command = rng.turn(c for c in made.commands if c.out in c.argv)
         path = Path(command.out)
     else:
         kinds = [kind for kind in made.readers if "/" in kind and kind.startswith("absent ") == (where == "absent")]
@@ -252,14 +253,9 @@ def put(folder: Path, path: Path, kind: str, rng: Draws) -> tuple[str, dict[str,
     return kind, {}
 
 
-def weighted(fits: Callable[[Command], Any] = bool) -> list[Command]:
-    """Commands, each as often as its weight says."""
-    return [command for command in COMMANDS if fits(command) for _ in range(command.often)]
-
-
 def options(made: Home, rng: Draws) -> Done:
     """Give options other values: near limits, of other types, hostile texts."""
-    command = rng.turn(weighted(lambda c: c.often > 1))
+    command = rng.turn(c for c in made.weighted if c.often > 1)
     words, found = command.argv, made.usual(command).options
     for line in [rng.turn(found), *rng.sample(found, rng.choice([0, 0, 1]))] if found else ():
         name, choices, usual = json.loads(line)
@@ -275,7 +271,7 @@ def options(made: Home, rng: Draws) -> Done:
 
 def streams(made: Home, rng: Draws) -> Done:
     """Close or fill stdin, stdout, stderr; half of the commands are to print an error."""
-    command, wrong = rng.turn(weighted()), rng.random() < 0.5
+    command, wrong = rng.turn(made.weighted), rng.random() < 0.5
     which = rng.sample(["out", "err"], rng.choice([1, 1, 2]))
     given = {name: rng.choice([None, "/dev/full", "head", "terminal"]) for name in which}
     trial = made.trial(command, streams=given)
@@ -294,22 +290,21 @@ ACTIONS = ["EIO", "EACCES", "ENOSPC", "EMFILE", "EROFS", "delete", "link", "link
 
 def moments(made: Home, rng: Draws) -> Done:
     """Disturb a command when it touches a path: an error, a signal, a file that is gone, a link in a file's place."""
-    action, command = rng.turn(ACTIONS), rng.turn(weighted())
-    kinds: dict[str, list[int]] = {}
-    for i, path in enumerate(made.usual(command).touched):
+    action, command = rng.turn(ACTIONS), rng.turn(made.weighted)
+    kinds, touched = dict[str, list[int]](), made.usual(command).touched
+    for i, path in enumerate(touched):
         if action != "link" or not ((made.home / path).exists() or ".part/" in path):  # nor in the command's own folder
             kinds.setdefault(kind_of(Path(path)), []).append(i + 1)
     at = rng.choice(kinds[rng.choice(sorted(kinds))]) if kinds else 1
-    what = f"at touch {at} ({[*made.usual(command).touched, ''][at - 1]})"
     trial = made.trial(command, request={"at": at, "action": action})
     answer, faults = disturbed(made, command, [trial], {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}.get(action, 0))
-    return (f"moments: {action}", command.argv, what, faults, answer)
+    return (f"moments: {action}", command.argv, f"at touch {at} ({[*touched, ''][at - 1]})", faults, answer)
 
 
 def kills(made: Home, rng: Draws) -> Done:
     """Kill a command at any time, once or more, or let no file grow beyond some bytes; then run it again."""
-    how, command = rng.turn(["killed", "full"]), rng.turn(weighted(lambda c: c.out in c.argv))
-    times = [rng.random() * made.usual(command).seconds for _ in range(rng.choice([1, 1, 2, 3]))]
+    how, command = rng.turn(["killed", "full"]), rng.turn(c for c in made.weighted if c.out in c.argv)
+    times = [rng.random() * made.usual(command).answer.cpu for _ in range(rng.choice([1, 1, 2, 3]))]
     size, trial = int(10 ** rng.uniform(2, 5.3)), made.trial(command)
     full = replace(trial, request={"file_size": size})
     trials = [full] if how == "full" else [replace(trial, kill_after=after) for after in times]
@@ -319,7 +314,8 @@ def kills(made: Home, rng: Draws) -> Done:
 
 def pairs(made: Home, rng: Draws) -> Done:
     """Let two commands work on one folder: both write it, or one trains the run that the other reads."""
-    second = rng.turn(weighted(lambda c: "run" in c.argv or (c.argv[0] in MAY_LEAVE and c.code == 0)))
+    fit = [c for c in made.weighted if "run" in c.argv or (c.argv[0] in MAY_LEAVE and c.code == 0)]
+    second = rng.turn(fit)
     reads, trial = "run" in second.argv, made.trial(second)
     first = TRAINING if reads else second
     if reads:
@@ -328,7 +324,7 @@ def pairs(made: Home, rng: Draws) -> Done:
     while pauses and not any(path.name.isdigit() for path in trial.folder.glob("run/checkpoints/*")):
         time.sleep(0.1)
         pauses -= 1
-    time.sleep(rng.random() * (1 if reads else made.usual(second).seconds))
+    time.sleep(rng.random() * (1 if reads else made.usual(second).answer.cpu))
     for _ in range(3 if reads else 1):
         answer = made.server.run(trial)
         wrong = answer.fault or ERRORS.search(answer.err) or answer.code not in (0, 2)
@@ -350,25 +346,25 @@ KINDS: dict[str, tuple[int, Callable[[Home, Draws], Done]]] = {  # how many of a
 }  # fmt: skip
 
 
-def run(kinds: Sequence[str], seconds: float, seed: int, table: Counter, first: int) -> None:
-    """Make good files, then run trials for so long, and one at least; print each new fault and how to repeat it."""
+def run(args: argparse.Namespace) -> Counter[tuple[str, str]]:
+    """Make good files, then run trials; print each fault and how to repeat it. Returns: how often what was seen."""
+    table = Counter[tuple[str, str]]()
+    order = [kind for i in range(10) for kind in KINDS if i < KINDS[kind][0]]  # each kind once, then the others
     with tempfile.TemporaryDirectory(prefix="campaign-") as root:
-        made, seen = Home(Path(root).resolve()), set()
-        order, begin, number = [name for name in KINDS for _ in range(KINDS[name][0])], time.monotonic(), first
-        random.Random(0).shuffle(order)
-        while number == first or time.monotonic() < begin + seconds:
+        made, begin = Home(Path(root).resolve(), args.commands), time.monotonic()
+        for number in range(args.trial[0], args.trial[-1] + 1) if args.trial else itertools.count():
+            if not args.trial and time.monotonic() > begin + 60 * args.minutes:
+                break
             around, at = divmod(number, len(order))
-            kind, number = order[at], number + 1
-            if kind not in kinds:
+            kind = order[at]
+            if kind not in args.only:
                 continue
-            rng = Draws(seed, kind, around * KINDS[kind][0] + order[:at].count(kind))
+            rng = Draws(args.seed, kind, around * KINDS[kind][0] + order[:at].count(kind))
             name, words, what, faults, answer = KINDS[kind][1](made, rng)
             table.update([(name, "trials"), *((name, fault) for fault in faults)])
             said, when = answer.err.strip()[-1500:], f"{time.monotonic() - begin:.0f} s after the start"
-            key = (kind, *faults, re.sub(r"\d+|'.*?'", "#", said[-200:]))
-            if faults and key not in seen:
-                seen.add(key)
+            if faults:
                 print(f"{', '.join(faults)}: {name}: dsv3 {' '.join(words)[:300]} | {what}")
-                print(f"  exit code {answer.code}, {answer.cpu:.1f} CPU s, {when}; --seed {seed} --trial {number - 1}")
+                print(f"  exit code {answer.code}, {answer.cpu:.1f} CPU s, {when}; --seed {args.seed} --trial {number}")
                 print(f"  {said}", flush=True)
-        print(f"next trial: {number}", flush=True)
+    return table

@@ -25,8 +25,6 @@ BLOCKS = [
     "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ messages | tojson(indent=10**8) }}", "{% endfor %}",
     "{{ ['a' * 10**4] * 10**6 }}", "{{ '%1000000000d' % 1 }}", "\ufeff", "{{ 10 ** 10 ** 9 }}", LOOPS,
 ]  # fmt: skip
-
-
 PARTS = [  # of a tokenizer
     {"type": "Replace", "pattern": {"String": ""}, "content": "a" * 10**6},
     {"type": "Split", "pattern": {"Regex": "(a|aa|.)*b"}, "behavior": "Isolated", "invert": False},
@@ -35,16 +33,9 @@ PARTS = [  # of a tokenizer
 HOWS = "near near near text text nested nested absent absent key more twin all".split()  # what is changed
 
 
-class Twin(str):
-    """A key that is unlike an equal one, so that an object holds a key twice."""
-
-    __hash__ = object.__hash__
-    __eq__ = object.__eq__
-
-
 def dumps(document: Any, **words: Any) -> bytes:
-    """Write JSON; json.dumps itself cannot nest deep."""
-    text = json.dumps(document, **words)
+    """Write JSON; json.dumps itself can neither nest deep nor write a key twice."""
+    text = json.dumps(document, **words).replace('"@twin ', '"')
     return re.sub(r'"@nested (\d+)@"', lambda m: "[" * int(m[1]) + "]" * int(m[1]), text).encode()
 
 
@@ -95,7 +86,7 @@ def change_json(document: Any, rng: Any) -> Any:
     elif isinstance(parent, list):
         parent.insert(rng.randrange(len(parent) + 1), new)
     else:
-        parent[Twin(key) if how == "twin" else name] = parent.pop(key) if how == "key" else new
+        parent[f"@twin {key}" if how == "twin" else name] = parent.pop(key) if how == "key" else new
     return document
 
 

@@ -19,6 +19,7 @@ import sys
 import typing
 from collections.abc import Iterator
 
+KEPT = sys.stdin, sys.stdout, sys.stderr  # if these objects ended, they would close a child's streams
 WATCHED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir")
 
 
@@ -40,14 +41,10 @@ def serve() -> dict:
     os._exit(0)
 
 
-def become(request: dict) -> list:
-    """Make this child what the command's own process would be: session, streams, limits, user.
-
-    Returns: the server's streams, whose end would close the child's.
-    """
+def become(request: dict) -> None:
+    """Make this child what the command's own process would be: session, streams, limits, user."""
     os.setsid()
     os.chdir(request["folder"])
-    kept = [sys.stdin, sys.stdout, sys.stderr]
     for number, name in ((2, "stderr"), (1, "stdout"), (0, "stdin")):
         os.close(number)
         stream = None
@@ -64,17 +61,12 @@ def become(request: dict) -> list:
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
-    if request.get("walk"):
-        importlib.import_module("tyro").cli = lambda kind, **words: sys.exit(
-            print(*map(json.dumps, options(kind, words.get("default"), "")), sep="\n", end="")
-        )
     sys.argv = ["dsv3", *request["argv"]]
-    return kept
 
 
 def watch(request: dict) -> None:
-    """List the paths that Python touches in the folder, and disturb the command when it touches one of them."""
-    log = os.open(request.get("log", os.devnull), os.O_WRONLY | os.O_APPEND)
+    """List the command's options and the paths that Python touches, and disturb the command at one of them."""
+    log = os.open(request.get("log", os.devnull), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     seen = 0
 
     def hook(event: str, args: tuple) -> None:
@@ -98,6 +90,14 @@ def watch(request: dict) -> None:
         else:
             raise OSError(getattr(errno, action), os.strerror(getattr(errno, action)), path)
 
+    def cli(kind: type, **words) -> object:
+        for option in options(kind, words.get("default"), ""):
+            os.write(log, json.dumps(option).encode() + b"\n")
+        return parse(kind, **words)
+
+    if "options" in request:
+        tyro = importlib.import_module("tyro")
+        parse, tyro.cli = tyro.cli, cli
     sys.addaudithook(hook)
 
 
@@ -120,7 +120,7 @@ def options(kind: type, default: object, prefix: str) -> Iterator[tuple[str, lis
 
 if __name__ == "__main__":
     request = serve()
-    kept = become(request)
+    become(request)
     watch(request)
     from dsv3_jax.cli.main import main
 
