@@ -53,7 +53,9 @@ CASES = {  # (data, expert, tensor), model, microbatches, execution
     "1,8,1 all_to_all": ((1, 8, 1), PLAIN, 1, replace(RAGGED_DOT, remat="full", layout=ROUNDS)),
     "2,2,2 fsdp head microbatches": ((2, 2, 2), HEAD, 2, Execution(layout=replace(GATHER, fsdp=True))),
 }
+INDEXED = replace(PLAIN, q_latent_dim=7, attention="dsa", index_heads=2, index_dim=6, index_topk=5)
 FURTHER = {
+    "2,2,2 sparse attention": ((2, 2, 2), INDEXED, 1, Execution(layout=replace(GATHER, fsdp=True))),
     "2,2,2 all_to_all fsdp": ((2, 2, 2), PLAIN, 1, Execution(layout=replace(ROUNDS, fsdp=True))),
     "1,2,2 dense microbatches": ((1, 2, 2), PLAIN, 2, replace(DENSE, layout=GATHER)),
     "2,2,1 noise microbatches": ((2, 2, 1), replace(PLAIN, router="noisy_topk"), 2, Execution(layout=GATHER)),
