@@ -84,15 +84,8 @@ class DecodeConfig:
         if not _is_list(prompts) or not len(prompts):
             raise ValueError(f"prompts={prompts!r} is not a list of prompts; write one prompt as [[1, 2, 3]]")
         for i, tokens in enumerate((*prompts, self.stop_tokens)):
-            name = f"prompt {i}" if i < len(prompts) else "stop_tokens"
-            if not _is_list(tokens):
-                raise ValueError(f"{name}={tokens!r} is not a list of token ids; encode text with a tokenizer first")
-            if not len(tokens) and i < len(prompts):
-                raise ValueError(f"{name} is empty; give at least one token")
-            for token in tokens:
-                whole = isinstance(token, int | np.integer) and not isinstance(token, bool)
-                if not whole or not 0 <= token < size:
-                    raise ValueError(f"{name} holds token {token!r}, which is no id of a vocabulary of {size}")
+            is_prompt = i < len(prompts)
+            check_tokens(f"prompt {i}" if is_prompt else "stop_tokens", tokens, size, may_be_empty=not is_prompt)
         if other.vocab_size != size:
             raise ValueError(f"vocab_size={other.vocab_size} of the draft model is not the model's {size}")
         if self.return_routing and not cfg.num_sparse_layers:
@@ -146,6 +139,27 @@ class Generated:
     def tokens_per_s(self) -> float:
         """New tokens after each row's first, a second of decoding."""
         return sum(len(row) - 1 for row in self.tokens) / max(self.decode_seconds, 1e-9)
+
+
+def check_tokens(name: str, tokens: Any, vocab_size: int, may_be_empty: bool = False) -> None:
+    """Check a list of token ids.
+
+    Raises: ValueError, one sentence that begins with the name.
+
+    Example:
+        >>> check_tokens("prompt 0", [3, 260], 260)
+        Traceback (most recent call last):
+            ...
+        ValueError: prompt 0 holds token 260, which is no id of a vocabulary of 260
+    """
+    if not _is_list(tokens):
+        raise ValueError(f"{name}={tokens!r} is not a list of token ids; encode text with a tokenizer first")
+    if not len(tokens) and not may_be_empty:
+        raise ValueError(f"{name} is empty; give at least one token")
+    for token in tokens:
+        whole = isinstance(token, int | np.integer) and not isinstance(token, bool)
+        if not whole or not 0 <= token < vocab_size:
+            raise ValueError(f"{name} holds token {token!r}, which is no id of a vocabulary of {vocab_size}")
 
 
 def _is_int(value: Any, least: int) -> bool:

@@ -1,0 +1,79 @@
+"""How likely a model takes given continuations to be: what task scores are made of."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Int
+
+from dsv3_jax.decoding.decode_config import check_tokens
+from dsv3_jax.mesh import sharding
+from dsv3_jax.mesh.sharding import constrain, shard_map_over_batch
+from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.ops.cross_entropy import token_scores
+
+
+def loglikelihood(
+    model: Transformer, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_size: int = 32
+) -> list[tuple[float, bool]]:
+    """Score continuations of contexts. Pairs of about one length are read together; no token is ever dropped.
+
+    Args:
+        model: the model; on a mesh it reads there.
+        pairs: (context, continuation), lists of token ids. A context has at least one token, as a tokenizer's bos.
+        batch_size: pairs that are read at once.
+    Returns: for each pair (log p(continuation | context) in nats, whether each of its tokens is the likeliest one).
+    Raises: ValueError for an empty list, a token outside the vocabulary, or a pair beyond max_positions.
+
+    Example:
+        >>> import dsv3_jax as ds
+        >>> from dsv3_jax.model.transformer import abstract
+        >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
+        >>> model = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(cfg))  # all weights are 0
+        >>> [(score, greedy)] = loglikelihood(model, [([1, 2], [0, 0])])
+        >>> round(score, 2), greedy  # even odds over 260 tokens, twice: -2 ln 260
+        (-11.12, True)
+    """
+    if not isinstance(model, Transformer):
+        raise ValueError(f"model={model!r} is not a Transformer")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r} is not an int of 1 or above")
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise ValueError(f"pair {i} is {pair!r}, not (context, continuation)")
+        for name, tokens in zip(("context", "continuation"), pair, strict=True):
+            check_tokens(f"the {name} of pair {i}", tokens, model.cfg.vocab_size)
+        if sum(map(len, pair)) > model.cfg.max_positions:
+            raise ValueError(f"pair {i} has {sum(map(len, pair))} tokens, over max_positions={model.cfg.max_positions}")
+    (graphdef, state), mesh = nnx.split(model.in_compute_dtype()), sharding.mesh_of(model)
+    scores: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+    order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        width = 1 << (sum(map(len, pairs[chosen[0]])) - 1).bit_length()  # few widths: each is compiled once
+        tokens = np.zeros((min(batch_size, len(order)), min(max(width, 32), model.cfg.max_positions)), np.int32)
+        for row, i in zip(tokens, chosen, strict=False):
+            row[: sum(map(len, pairs[i]))] = [*pairs[i][0], *pairs[i][1]]
+        with sharding.use_mesh(mesh):
+            nats, best = jax.device_get(_scores(graphdef, state, tokens))
+        for row, i in enumerate(chosen):
+            start, stop = len(pairs[i][0]) - 1, sum(map(len, pairs[i])) - 1
+            likeliest = best[row, start:stop] == tokens[row, start + 1 : stop + 1]
+            scores[i] = -float(nats[row, start:stop].sum(dtype=np.float64)), bool(likeliest.all())
+    return scores
+
+
+@partial(jax.jit, static_argnums=0)
+def _scores(graphdef: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "B T"]) -> tuple[Array, Array]:
+    """(Nats of each next token, the likeliest one), [B, T-1]. Padding comes last, so no token that counts sees it."""
+    model = nnx.merge(graphdef, state)
+    x, *_ = model.run_layers(constrain(tokens, "batch", None), None)
+
+    def score(matrix, h, wanted):
+        found = token_scores(h.reshape(-1, h.shape[-1]), matrix, wanted.reshape(-1))
+        return (), tuple(x.reshape(wanted.shape) for x in found)
+
+    nats, best = shard_map_over_batch(score, (model.head_matrix(),), model.norm(x)[:, :-1], tokens[:, 1:])[1]
+    return constrain(nats), constrain(best)
