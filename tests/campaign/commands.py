@@ -78,9 +78,9 @@ TRAINING = Command(train("run", keep=1, save_every=1, eval_every=1000, steps=600
 def make_home(home: Path, server: "Server", log: str) -> None:
     """Write texts and chats, and what the commands of `MAKE` make of them. Args: log: for the paths that they touch."""
     runs.write_text(home / "text")
-    turns = [{"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "It is."}]
-    chat = {"messages": turns, "domain": "d", "tools": [{"name": "add", "arguments": {"a": 1}}]}
-    chats = [json.dumps(chat | {"id": i}) for i in range(40)]
+    turns = [{"role": "user", "content": "Is it $?"}, {"role": "assistant", "content": "It is."}]
+    chat = json.dumps({"messages": turns, "domain": "d", "tools": [{"name": "add", "arguments": {"a": 1}}]})
+    chats = [chat.replace("$", str(i)) for i in range(40)]  # equal ones would all be held out, or none
     rows = [{"text": f"row {i} x = 1", "domain": f"d{i % 3}", "id": i} for i in range(9)]
     (home / "chats.jsonl").write_text("\n".join(chats) + "\n")
     (home / "text" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
