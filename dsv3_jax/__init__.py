@@ -18,7 +18,7 @@ from dsv3_jax.config import (
 from dsv3_jax.decoding.decode_config import DecodeConfig
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.decoding.likelihood import loglikelihood
-from dsv3_jax.model.attention import GQA, MLA
+from dsv3_jax.model.attention import DSA, GQA, MLA
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.presets import preset, recipe
@@ -50,9 +50,9 @@ _LATER = {
 }
 
 __all__ = [
-    "GQA", "MLA", "Balance", "ConfigError", "DataConfig", "DecodeConfig", "Execution", "Layout", "MoE", "ModelConfig",
-    "OptimConfig", "RunConfig", "Transformer", "Yarn", "__version__", "generate", "loglikelihood", "preset", "recipe",
-    "replace",
+    "DSA", "GQA", "MLA", "Balance", "ConfigError", "DataConfig", "DecodeConfig", "Execution", "Layout", "MoE",
+    "ModelConfig", "OptimConfig", "RunConfig", "Transformer", "Yarn", "__version__", "generate", "loglikelihood",
+    "preset", "recipe", "replace",
     *_LATER,
 ]  # fmt: skip
 

@@ -72,6 +72,8 @@ NOT_RUN = {
     "python experiments/accel/run.py": "experiments/accel/test_accel.py runs it",
     "dsv3 train v3": "it needs 512 devices and more",
     "--target gpu": "it needs a GPU's compiler; tests/test_compiled.py has it",
+    "dsv3 train tiny --start runs/demo --model.attention dsa": "no query latents; tests/test_sparse_attention.py",
+    "dsv3 train tiny --start runs/warm": "the same",
     "dsv3 info mini --check": "it computes at mini's sizes; tests/test_check.py has small ones",
 }
 LESS = {  # further words by command
