@@ -196,7 +196,7 @@ def files(made: Home, rng: Draws) -> Done:
     before = (trial.folder / path).read_bytes()
     how, after = grammar.change(before, rng)
     (trial.folder / path).write_bytes(after)
-    trial.limit += len(after) / 1e6  # a core splits and tokenizes 2 MB/s
+    trial.limit += len(after) * 2e-6  # a core splits and tokenizes 0.9 MB/s
     answer, faults = judge_changed(made, command, trial, path)
     at = len(os.path.commonprefix([before[:10_000], after[:10_000]]))
     what = f"{path}, byte {at}: {before[at : at + 60]!r} -> {after[at : at + 60]!r}, {len(after):,} bytes"

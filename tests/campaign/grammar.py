@@ -114,7 +114,7 @@ def change_text(data: bytes, rng: Any) -> bytes:
         return data[:at] + rng.choice(texts).encode() + data[at:]
     if how == "code":
         return rng.choice([b"\xff\xc3" + data, data.decode().encode("utf-16"), data.replace(b"\n", b"\r\n")])
-    return {"cut": data[: rng.choice([0, at])], "long": b"a" * 10**8, "lines": b"a\n" * 10**6, "many": data * 200}[how]
+    return {"cut": data[: rng.choice([0, at])], "long": b"a" * 2**26, "lines": b"a\n" * 10**6, "many": data * 200}[how]
 
 
 def change_bytes(data: bytes, rng: Any) -> bytes:
