@@ -28,10 +28,10 @@ def loglikelihood(
     Raises: ValueError for an empty list, a token outside the vocabulary, or a pair beyond max_positions.
 
     Example:
-        >>> import dsv3_jax as ds
+        >>> import jax.numpy as jnp, dsv3_jax as ds
         >>> from dsv3_jax.model.transformer import abstract
         >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
-        >>> model = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(cfg))  # all weights are 0
+        >>> model = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract(cfg))  # all 0
         >>> [(score, greedy)] = loglikelihood(model, [([1, 2], [0, 0])])
         >>> round(score, 2), greedy  # even odds over 260 tokens, twice: -2 ln 260
         (-11.12, True)
