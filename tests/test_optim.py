@@ -244,7 +244,7 @@ def batch_of() -> dict[str, jax.Array]:
     return packed_batch(rng, np.sort(rng.integers(1, 4, (BATCH, LENGTH)), axis=1))
 
 
-@pytest.mark.long
+@pytest.mark.rare  # test_mesh compares the norm and the step of microbatches on eight devices
 def test_a_clipped_step_of_microbatches_on_eight_devices_is_a_single_devices():
     """The largest logit is over all devices and parts, and so is the clip that follows."""
     batch = batch_of()

@@ -83,8 +83,9 @@ PASSES = {"attention": 1, "full": 2}  # forward passes of attention in a step
 BLOCKS = 3  # a scan over dense layers, one over sparse layers, and a head: each calls attention once
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("remat", PASSES)
+@pytest.mark.parametrize(
+    "remat", [pytest.param("attention", marks=pytest.mark.long), pytest.param("full", marks=pytest.mark.rare)]
+)
 def test_attention_runs_forward_once_unless_everything_is_recomputed(remat):
     """Counted by the division [B, H, T, V] by the rows' sums, which ends a forward pass. A head has 15 positions."""
     cfg = small(num_layers=5, num_dense_layers=1, mtp_depth=1)  # more layers than training unrolls
