@@ -1,5 +1,6 @@
 """`dsv3 runs`: list the runs in a folder; `dsv3 runs check RUN`: compare a run's checkpoints with their checksums."""
 
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ def check(argv: list[str]) -> int:
         if damage:
             text_console().print(f"  {damage}")
     if not steps:
-        print("no checkpoint")
+        print("no checkpoint in checkpoints/: training would begin anew", file=sys.stderr)
     for name in (METRICS_FILE, LOAD_FILE):
         rows, bad = parse_rows(args.run / name)
         damaged += bool(bad)
