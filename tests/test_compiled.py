@@ -14,6 +14,7 @@ from dsv3_jax.config import ConfigError, Execution, Layout
 from dsv3_jax.kernels.choose import Target
 from dsv3_jax.kernels.gpu import tokamax_library
 from dsv3_jax.mesh import expert_parallel
+from dsv3_jax.ops.cached_attention import Stored
 from dsv3_jax.planning import devices
 from dsv3_jax.planning.cost import choose_kernels, decode_cost, train_cost
 from dsv3_jax.presets import preset, recipe
@@ -25,12 +26,16 @@ RUN = replace(recipe("mini"), model=CFG, execution=Execution(compute_dtype="bflo
 GPU = "gpu:h100"
 
 
-def compile_step(target: str, rows: int):
-    """(The step's cost, the text that the compiler was given); the program is that of one device and its `rows`."""
+def mesh_of(target: str, **sizes: int):
     try:
-        mesh = devices.target_mesh(target, {"data": 1, "expert": 1, "tensor": 1})
+        return devices.target_mesh(target, {"data": 1, "expert": 1, "tensor": 1} | sizes)
     except ConfigError as error:
         pytest.skip(str(error))
+
+
+def compile_step(target: str, rows: int):
+    """(The step's cost, the text that the compiler was given); the program is that of one device and its `rows`."""
+    mesh = mesh_of(target)
     texts = []
 
     def record(lowered, *options, compile=jax.stages.Lowered.compile):
@@ -80,10 +85,7 @@ def test_training_keeps_to_its_bars(target, rows, launches, kernels):
 )
 def test_a_decoding_step_reads_what_it_must(target, name, blocks, most, launches):
     """32 sequences of 4,096 tokens, by 3 layers; a TPU's loops over the cache have 8 blocks."""
-    try:
-        mesh = devices.target_mesh(target, {"data": 1, "expert": 1, "tensor": 1})
-    except ConfigError as error:
-        pytest.skip(str(error))
+    mesh = mesh_of(target)
     cfg = replace(preset(name), num_layers=3)
     with warnings.catch_warnings(), jax.numpy_rank_promotion("allow"):
         warnings.simplefilter("ignore")
@@ -94,13 +96,31 @@ def test_a_decoding_step_reads_what_it_must(target, name, blocks, most, launches
 
 
 @pytest.mark.long
+def test_sparse_decoding_reads_no_whole_cache():
+    """V3's heads and V3.2's indexer, 8 sequences of 64K tokens. Products of index keys are most of what moves."""
+    mesh = mesh_of(GPU)
+    kernels, batch, slots, k = choose_kernels(Execution(compute_dtype="bfloat16"), mesh), 8, 65536, 2048
+
+    def array(*shape, dtype="bfloat16"):
+        return jax.ShapeDtypeStruct((batch, 1, *shape), dtype, sharding=jax.NamedSharding(mesh, jax.P()))
+
+    def attend(q, w, keys, last, queries, rows):
+        ids = kernels("index_choose", q, w, keys, last, k=k)
+        return kernels("sparse_attention", queries, rows, rows[0], ids, scale=1.0)
+
+    key, *rows = (Stored(array(slots, width), None) for width in (128, 512, 64))
+    queries = [array(1, 128, width) for width in (512, 64)]
+    with jax.set_mesh(mesh):
+        args = array(64, 128), array(64), key, array(dtype="int32"), queries, rows
+        program = read_program(jax.jit(attend).lower(*args).compile())
+    assert program.nbytes <= 3.7 * 2 * batch * (slots * 128 + k * 576) and program.launches <= 16
+
+
+@pytest.mark.long
 def test_a_layer_on_eight_gpus_has_the_rows_that_are_real():
     """V3's experts over 8 H100s with 4,096 tokens each, forward and backward: 1.25 times the rows of even load."""
     cfg, layout, peers = preset("v3"), Layout(), 8
-    try:
-        mesh = devices.target_mesh(f"{GPU}:{peers}", {"data": 1, "expert": peers, "tensor": 1})
-    except ConfigError as error:
-        pytest.skip(str(error))
+    mesh = mesh_of(f"{GPU}:{peers}", expert=peers)
     kernels = choose_kernels(Execution(compute_dtype="bfloat16"), mesh)
 
     def array(dtype, *shape):

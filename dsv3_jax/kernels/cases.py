@@ -105,7 +105,7 @@ def index_choose(draw: Draw, large: bool) -> Iterator[Case]:
     for tokens, dtype in ((1, draw.dtype), (37, draw.dtype), (2, jnp.int8)):
         q, w, rows = (
             np.round(draw(*shape)).astype(draw.dtype)
-            for shape in ((2, tokens, 4, 16), (2, tokens, 4), (2, 1, slots, 16))
+            for shape in ((2, tokens, 16, 16), (2, tokens, 16), (2, 1, slots, 16))
         )
         scales = jnp.ones((2, 1, slots, 1)) if dtype == jnp.int8 else None
         last = np.sort(draw.rng.integers(0, slots, (2, tokens))).astype(np.int32)

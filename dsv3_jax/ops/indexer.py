@@ -29,6 +29,7 @@ def choose(
     *,
     k: int,
     most: int = MAX_SCORES,
+    score: Callable[..., Array] | None = None,
 ) -> Int[Array, "B T k"]:
     """Choose the k slots of the largest scores for each query, best first; the lower slot wins a tie.
 
@@ -38,6 +39,7 @@ def choose(
         last: the last slot that each query may see.
         segment_ids: a query sees its own segment only, and slots are its tokens; None means one segment.
         most: scores of heads that are held at a time.
+        score: computes `index_scores`. None means that function.
     Returns: int32; -1 stands behind the slots of a query that sees fewer than k.
 
     Example:
@@ -49,7 +51,7 @@ def choose(
     rows, scales = jax.tree.map(lambda x: x[:, 0], keys)
 
     def one(q, w, last, segment):
-        s = index_scores(q, w, rows, scales)
+        s = (score or index_scores)(q, w, rows, scales)
         s = jnp.where(s == 0, 0.0, s)  # a sort may put -0 below 0
         best, ids = jax.lax.top_k(jnp.where(visible(rows.shape[1], last, segment, segment_ids), s, -jnp.inf), k)
         return jnp.where(best == -jnp.inf, -1, ids)
@@ -86,7 +88,9 @@ def by_query(f: Callable, block: int, *queries: Any) -> Any:
     """
     by_time = jax.tree.map(lambda x: x.swapaxes(0, 1), queries)
     block, length = max(block, 1), jax.tree.leaves(queries)[0].shape[1]
-    if length <= block:
+    if length == 1:
+        made = jax.tree.map(lambda x: x[None], f(*jax.tree.map(lambda x: x[0], by_time)))
+    elif length <= block:
         made = jax.vmap(f)(*by_time)
     else:
         made = jax.lax.map(jax.checkpoint(lambda x: f(*x)), by_time, batch_size=block)

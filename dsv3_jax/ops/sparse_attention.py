@@ -6,7 +6,8 @@ rows would move H (N + R + V) / (C + R) times as many numbers, 71 times in V3.
 Source: DeepSeek-V3.2 report, section 2.1 ("instantiate DSA under MLA").
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ def sparse_attention(
     *,
     scale: float,
     most: int = MAX_SCORES,
+    attend: Callable[..., Array] = cached_attention,
 ) -> Float[Array, "B T G Q V"]:
     """Attend to chosen tokens: softmax(scale · Σ_i q_i · keys_i) values over the tokens in ids, in float32.
 
@@ -34,6 +36,7 @@ def sparse_attention(
         ids: from `indexer.choose`; a query's first is not -1.
         scale: factor of the scores.
         most: numbers that are gathered or scored at a time.
+        attend: computes `cached_attention` of the chosen rows.
     Returns: V is the width of `values`; in the queries' dtype.
 
     Example:
@@ -47,8 +50,9 @@ def sparse_attention(
 
     def one(queries, ids):
         place = jnp.maximum(ids, 0)[:, None, :, None]
-        chosen = jax.tree.map(lambda x: jnp.take_along_axis(x, place, 2), (list(keys), values))
+        take = partial(jnp.take_along_axis, indices=place, axis=2, mode="promise_in_bounds")
+        chosen = jax.tree.map(take, (list(keys), values))
         last = jnp.broadcast_to((ids >= 0).sum(-1, keepdims=True, dtype=jnp.int32) - 1, (batch, each))
-        return cached_attention(queries, *chosen, last, scale=scale)
+        return attend(queries, *chosen, last, scale=scale)
 
     return by_query(one, most // (batch * groups * ids.shape[2] * width), list(queries), ids)

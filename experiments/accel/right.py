@@ -9,11 +9,18 @@ import math
 from dsv3_jax.config import Execution
 from dsv3_jax.kernels import choose
 from dsv3_jax.kernels.check import check_and_keep
-from experiments.accel.kernels import gpu_latent_attention, hopper_fp8, hopper_products, tpu_latent_attention
+from experiments.accel.kernels import (
+    gpu_latent_attention,
+    gpu_sparse_attention,
+    hopper_fp8,
+    hopper_products,
+    tpu_latent_attention,
+)
 from experiments.accel.measuring import Figure, Part
 from experiments.accel.sizes import Sizes
 
-OWN = (hopper_products, hopper_fp8, gpu_latent_attention, tpu_latent_attention)  # each enters the table by `add`
+# Each enters the table by `add`.
+OWN = (hopper_products, hopper_fp8, gpu_latent_attention, gpu_sparse_attention, tpu_latent_attention)
 NAMES = ("hopper", "latent")  # of their rows
 PRECISIONS = ("none", "fp8")  # other recipes round otherwise, and multiply by the same kernels
 
