@@ -29,7 +29,7 @@ ESCAPES = re.compile("\x1b(?!\\[[0-9;?]*[AKhlm])|[\x00-\x07\x0e-\x1a\x7f-\x9f\u2
 WITH_CHECKSUMS = {"checkpoints", "shards", "half"}  # no change there may be read as something else
 TERMINALS = ({}, {"out": "terminal", "err": "terminal"})
 TWINS = {"stopped": "run", "half": "shards"}  # folders that hold the same kinds of files
-MAY_LEAVE = ("train", "data")  # commands that go on where they were stopped
+MAY_LEAVE, BOX = ("train", "data"), re.compile("╭─|^ -{40}", re.M)  # commands that go on where they stopped; tyro's box
 
 
 class Usual(NamedTuple):
@@ -127,14 +127,14 @@ def judge(made: Home, command: Command, trial: Trial, answer: Answer, names: Seq
     plain = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", answer.err)
     if ERRORS.search("" if hidden else plain) or code not in (None, 0, 2, also):
         faults.add("tracebacks")
-    elif code == 2 and not hidden and "╭─" not in plain:  # tyro draws a box
+    elif code == 2 and not hidden and not BOX.search(plain):  # tyro draws a box, of minus signs without a terminal
         sentences = re.findall(r"^dsv3: .*", plain, re.MULTILINE)
         if len(sentences) != 1 or len(sentences[0]) > 500:
             faults.add("sentences")
         elif names and not any(name in sentences[0] for name in [*names, "="]):  # a file, or name=value
             faults.add("unnamed")
     shown = (getattr(answer, name) for name, path in trial.streams.items() if path == "terminal")
-    if "╭─" not in plain and any(map(ESCAPES.search, shown)):  # tyro's box holds the user's own words
+    if not BOX.search(plain) and any(map(ESCAPES.search, shown)):  # tyro's box holds the user's own words
         faults.add("escapes")
     parts = (x for x in trial.folder.rglob("*") if re.search(r"\.part|-checkpoint-tmp", x.name))
     left = [x.name for x in parts if not x.is_symlink()] + made.server.leftovers()  # the link is the campaign's own
