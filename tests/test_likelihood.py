@@ -7,11 +7,7 @@ from models import LIGHT, forward, random_model, small
 
 import dsv3_jax as ds
 from dsv3_jax.mesh import sharding
-
-
-@pytest.fixture(scope="module")
-def model():
-    return random_model(small(capacity_factor=0.5))
+from dsv3_jax.model.transformer import abstract
 
 
 def test_pairs_of_any_lengths_are_the_teacher_forced_pass():
@@ -36,15 +32,15 @@ def test_pairs_of_any_lengths_are_the_teacher_forced_pass():
 
 
 @pytest.mark.long
-def test_a_mesh_gives_the_same_scores(model):
-    pairs = [([1, 2, 3], [4, 5]), ([6], [7])]
+def test_a_mesh_gives_the_same_scores():
+    model, pairs = random_model(small(capacity_factor=0.5)), [([1, 2, 3], [4, 5]), ([6], [7])]
     mesh = sharding.make_mesh(2, 2)
     placed = jax.device_put(model, sharding.state_sharding(model, mesh))
     want, got = ds.loglikelihood(model, pairs), ds.loglikelihood(placed, pairs)
     np.testing.assert_allclose([s for s, _ in got], [s for s, _ in want], rtol=1e-5)
 
 
-def test_bad_pairs_are_refused(model):
+def test_bad_pairs_are_refused():
     for pairs, said in (
         ([([1], [])], "the continuation of pair 0 is empty"),
         ([([1], [2]), ([], [2])], "the context of pair 1 is empty"),
@@ -52,4 +48,4 @@ def test_bad_pairs_are_refused(model):
         ([([1] * 128, [2])], "pair 0 has 129 tokens, over max_positions=128"),
     ):
         with pytest.raises(ValueError, match=said):
-            ds.loglikelihood(model, pairs)
+            ds.loglikelihood(abstract(small()), pairs)

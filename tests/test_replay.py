@@ -153,8 +153,6 @@ def test_ids_that_no_router_could_have_chosen_are_refused(passes):
         (ids[:1], r"int32 \(1, 2, 24, 3\), not an array int32 \(2, 2, 24, 3\)"),
         (ids + 6, "holds 8, which is neither one of 8 experts"),
         (ids * 0, r"\[0, 0, 0\] for a token, not 3 different experts"),
-        (ids - 1, r"\[-1, 0, 1\] for a token"),
-        ([[1]], "is list"),
     ):
         with pytest.raises(ValueError, match=said):
             check_expert_ids(CFG, wrong, (2, 2, 24))
@@ -166,8 +164,7 @@ def test_ids_that_no_router_could_have_chosen_are_refused(passes):
 
 def test_experts_of_another_text_or_shifted_by_one_are_noticed():
     """A fault that no shape shows."""
-    zeros = np.zeros(6, np.int32)
-    tokens = np.int32([5, 6, 7, 8, 9, 0])
+    zeros, tokens = np.zeros(6, np.int32), np.int32([5, 6, 7, 8, 9, 0])
     row = Row(tokens=tokens, segment_ids=zeros + 1, positions=zeros, domains=zeros, documents=zeros)
     ids = np.zeros((2, 6, 3), np.int32)
     right = row | {"expert_ids": ids, "routed_tokens": np.int32([5, 6, 7, 8, 9, -1])}

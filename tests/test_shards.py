@@ -14,6 +14,7 @@ from dsv3_jax.cli.tokenize import LOCK, SETTINGS, Tokenize, tokenize
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.batches import Batches
 from dsv3_jax.data.corpus import load_corpus
+from dsv3_jax.data.packing import Piece, Record
 from dsv3_jax.data.shards import MANIFEST, check_files, open_shards, read_manifest, sealed
 from dsv3_jax.data.tokenizer import train_bpe
 from dsv3_jax.lock import acquire
@@ -171,6 +172,19 @@ def test_any_change_of_a_manifest_is_one_sentence(shards, tmp_path):
         (tmp_path / MANIFEST).write_text(text)
         with pytest.raises(ValueError, match=f"{MANIFEST} is (damaged|not JSON|not of version 2)"):
             open_shards(config(tmp_path), BYTES)
+
+
+@pytest.mark.parametrize("change", [{"tokens": [-7, 9]}, {"tokens": [9, 260]}, {"starts": [1]}, {"domains": [77]}])
+def test_records_that_no_tokenizer_wrote(folder, tmp_path, monkeypatch, change):
+    """They are found with a right hash, too: by a sample when a folder is opened, and all of them by the check."""
+    record = Record.of([Piece(np.array([104, 256], np.int32), 0, 0)])
+    data = record._replace(**{key: np.array(value) for key, value in change.items()}).to_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Record, "to_bytes", lambda self: data)
+        tokenize(replace(job_of(folder), out=tmp_path))
+    with pytest.raises(ValueError, match=r"array_record' is damaged in record 0: .* are not possible"):
+        open_shards(config(tmp_path), BYTES)
+    assert len(list(check_files(read_manifest(tmp_path), wholly=True))) == len(read_manifest(tmp_path).files)
 
 
 def test_refusals(shards, tmp_path):

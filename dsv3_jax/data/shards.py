@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
+import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from dsv3_jax.config import DataConfig, did_you_mean
@@ -160,7 +161,16 @@ class Shard:
     def read(self, number: int) -> Record:
         """Return a record."""
         with self._named(f"record {number}"):
-            return Record.from_bytes(self._reader.read([number])[0])
+            record = Record.from_bytes(self._reader.read([number])[0])
+            starts, tokens, mask = record.starts, record.tokens, record.loss_mask
+            if not (
+                (0 <= tokens.min() and tokens.max() < self._manifest.vocab_size)
+                and (starts[0] == 0 and (np.diff(starts) > 0).all() and starts[-1] < len(tokens))
+                and 0 <= record.domains[0] < len(self._manifest.domains)
+                and (mask is None or len(mask) == len(tokens))
+            ):
+                raise ValueError("its ids, starts or domain are not possible")
+            return record
 
     @contextlib.contextmanager
     def _named(self, what: str) -> Iterator[None]:
