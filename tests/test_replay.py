@@ -84,6 +84,7 @@ def test_given_experts_are_counted_and_train_the_router(passes):
     np.testing.assert_allclose(balance.sequence_loss(scores, 3, given=given)[0], want, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_a_batch_brings_experts_of_trunk_and_head():
     """Each counts its own, and the trunk's router learns through the gates of given experts."""
     cfg, rng = replace(MODEL, num_layers=1), np.random.default_rng(1)
@@ -118,7 +119,7 @@ def light():
     return model, jax.jit(lambda model, text, ids: model(text, expert_ids=ids))
 
 
-@pytest.mark.parametrize("how", DECODING)
+@pytest.mark.parametrize("how", ["plain", *(pytest.param(how, marks=pytest.mark.long) for how in ("mtp", "int8"))])
 def test_what_decoding_recorded_is_the_teacher_forced_pass(light, how):
     """Log-probabilities to 1e-5, experts exactly, with drafts too; an int8 cache rounds keys to 1 part in 254."""
     (model, run), prompts, settings = light, [[5], [8, 1, 30, 2, 2]], DECODING[how]

@@ -95,6 +95,7 @@ def test_attention_to_a_choice_is_dense_attention_under_its_mask(x64, rng, group
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * np.abs(b).max())
 
 
+@pytest.mark.long
 def test_what_the_indexer_learns_from(x64, rng):
     """Over all tokens that a query sees, and over a choice; with the indexer's gradients, and none for attention."""
     heads, widths, seen = 4, (7, 2), oracles.causal_mask(B, T, SEGMENTS)
@@ -133,6 +134,7 @@ def test_rotation_changes_no_product_and_rounding_little(rng):
         assert np.isfinite(got).all() and (scale > 0).all()
 
 
+@pytest.mark.long
 def test_memory_grows_with_length_not_its_square():
     """Compiled, not run, with gradients: four times the length needs about four times the scratch memory."""
 
@@ -152,8 +154,6 @@ def test_memory_grows_with_length_not_its_square():
     one, four = scratch(4096), scratch(16384)
     assert four < 6 * one and four < 16384**2 * 4 / 4  # a quarter of one score matrix
 
-
-# The module and the model
 
 CFG = small(attention="dsa", index_heads=2, index_dim=9, index_topk=7)
 SHARED = replace(CFG, num_layers=2, index_types=("full", "shared"), index_interleaved=True, mtp_depth=1)
@@ -209,8 +209,6 @@ def test_an_indexer_that_cannot_be_is_refused(words, changes):
         replace(CFG, **changes)
 
 
-# Training
-
 INDEX = dict(attention="dsa", index_heads=2, index_dim=6, index_topk=5)
 MLA_RUN = make_run("nowhere", model=replace(MODEL, num_layers=1, num_dense_layers=1, q_latent_dim=7))
 DSA_RUN = replace(MLA_RUN, model=replace(MLA_RUN.model, **INDEX), start="nowhere")
@@ -224,6 +222,7 @@ def split(params):
     return indexers, {path: x for path, x in flat.items() if path not in indexers}
 
 
+@pytest.mark.long
 def test_the_warm_up_trains_the_indexers_alone_and_reads_densely():
     run = replace(DSA_RUN, indexer_stage="warm")
     step, state, rows = make_step(Job(run)), fresh_state(run), []
@@ -242,6 +241,7 @@ def test_the_warm_up_trains_the_indexers_alone_and_reads_densely():
     np.testing.assert_allclose(rows[0]["loss"], of_mla, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_the_indexers_loss_is_detached():
     """It changes no gradient of the model, and the model's loss gives the indexers none."""
     model = random_model(replace(DSA_RUN.model, mtp_depth=0), execution=DENSE)
