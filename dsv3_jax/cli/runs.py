@@ -47,7 +47,7 @@ def check(argv: list[str]) -> int:
         if damage:
             text_console().print(f"  {damage}")
     if not steps:
-        print("no checkpoint in checkpoints/: training would begin anew", file=sys.stderr)
+        print("checkpoints/ holds no checkpoint: training starts at step 0", file=sys.stderr)
     for name in (METRICS_FILE, LOAD_FILE):
         rows, bad = parse_rows(args.run / name)
         damaged += bool(bad)

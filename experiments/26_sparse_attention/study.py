@@ -231,7 +231,7 @@ def by_distance(p, s, k):
 
 
 def by_document(trained, model, k):
-    """Of two documents that are read as one text: which share of a choice is of the query's own; their first tokens.
+    """The model reads two documents as one text: the share of a choice in the query's own; their first tokens.
 
     A row is the beginning of one held-out document and that of another one. Queries are in the last quarter of the row.
     "own" is a share of the choice; "row" and "document" are the shares of choices that have these first tokens. "even"
