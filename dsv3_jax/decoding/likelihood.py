@@ -10,9 +10,9 @@ from jaxtyping import Array, Int
 
 from dsv3_jax.decoding.decode_config import check_tokens
 from dsv3_jax.mesh import sharding
-from dsv3_jax.mesh.sharding import constrain, shard_map_over_batch
+from dsv3_jax.mesh.logits import score_by_rows
+from dsv3_jax.mesh.sharding import constrain
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.ops.cross_entropy import token_scores
 
 
 def loglikelihood(
@@ -70,10 +70,5 @@ def _scores(graphdef: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "B T"])
     """(Nats of each next token, the likeliest one), [B, T-1]. Padding comes last, so no token that counts sees it."""
     model = nnx.merge(graphdef, state)
     x, *_ = model.run_layers(constrain(tokens, "batch", None), None)
-
-    def score(matrix, h, wanted):
-        found = token_scores(h.reshape(-1, h.shape[-1]), matrix, wanted.reshape(-1))
-        return (), tuple(x.reshape(wanted.shape) for x in found)
-
-    nats, best = shard_map_over_batch(score, (model.head_matrix(),), model.norm(x)[:, :-1], tokens[:, 1:])[1]
+    nats, best = score_by_rows(model.norm(x)[:, :-1], model.head_matrix(), tokens[:, 1:])
     return constrain(nats), constrain(best)

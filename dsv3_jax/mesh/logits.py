@@ -1,8 +1,9 @@
-"""Logits whose vocabulary a mesh shards, made ready to sample from."""
+"""Logits whose vocabulary a mesh shards: made ready to sample from, and scored."""
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax.mesh.sharding import constrain, shard_map_over_batch
+from dsv3_jax.ops.cross_entropy import token_scores
 from dsv3_jax.ops.sampling import Sampling, processed_logits, sample
 from dsv3_jax.ops.verify_drafts import Drafts, probabilities
 
@@ -40,3 +41,22 @@ def draw(logits: Float[Array, "B W"], keys: Array, sampling: Sampling) -> Drafts
     logits, left = process_by_rows(logits, sampling)
     token = constrain(sample(logits, keys, **left._asdict()))
     return Drafts(token, probabilities(logits, left) if sampling.temperature else None)
+
+
+def score_by_rows(
+    h: Float[Array, "B S D"], matrix: Float[Array, "D W"], wanted: Int[Array, "B S"]
+) -> tuple[Float[Array, "B S"], Int[Array, "B S"]]:
+    """`ops.cross_entropy.token_scores`: nats of the wanted tokens, and the likeliest ones; each device its own rows.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> nats, best = score_by_rows(jnp.eye(2)[None], 3 * jnp.eye(2), jnp.array([[0, 0]]))
+        >>> nats.round(2), best
+        (Array([[0.05, 3.05]], dtype=float32), Array([[0, 1]], dtype=int32))
+    """
+
+    def score(matrix, h, wanted):
+        found = token_scores(h.reshape(-1, h.shape[-1]), matrix, wanted.reshape(-1))
+        return (), tuple(x.reshape(wanted.shape) for x in found)
+
+    return shard_map_over_batch(score, (matrix,), h, wanted)[1]

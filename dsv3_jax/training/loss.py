@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import HeadLoss
+from dsv3_jax.mesh.logits import score_by_rows
 from dsv3_jax.mesh.sharding import shard_map_over_batch
 from dsv3_jax.model.moe import LayerRouting
 from dsv3_jax.model.transformer import ForwardOut, Transformer
 from dsv3_jax.ops import balance
-from dsv3_jax.ops.cross_entropy import token_scores
 from dsv3_jax.ops.draft_loss import summed_distance
 from dsv3_jax.training import metrics
 from dsv3_jax.training.metrics import Metrics
@@ -252,11 +252,11 @@ def score_tokens(model: Transformer, batch: dict[str, Array], num_domains: int =
     segment_ids, matrix = batch["segment_ids"], model.head_matrix()
     out = model.forward_hidden(batch["tokens"], segment_ids, batch["positions"])
     (_, h, wanted, mask), *heads = _by_depth(out, batch)
-    nll, own = _score(h, matrix, wanted)
+    nll, own = score_by_rows(h, matrix, wanted)
     agree, drafted, alive = [], [], mask
     for k, h, wanted, is_target in heads:
         length = wanted.shape[1]
-        _, draft = _score(h, matrix, wanted)
+        _, draft = score_by_rows(h, matrix, wanted)
         alive = alive[:, :length] & is_target
         drafted.append(alive.sum(dtype=jnp.float32))
         alive = alive & (draft == own[:, k : k + length])
@@ -264,13 +264,3 @@ def score_tokens(model: Transformer, batch: dict[str, Array], num_domains: int =
     by_domain = _domain_load(out, segment_ids != 0, batch.get("domains"), num_domains, model.cfg.num_experts)
     agreed, counted = (jnp.array(x, jnp.float32) for x in (agree, drafted))
     return Scores(nll, mask, agreed, counted, _load(out), by_domain)
-
-
-def _score(h: Array, matrix: Array, wanted: Array) -> tuple[Array, Array]:
-    """(negative log-likelihood of the wanted token, the likeliest token), both [B, S]."""
-
-    def score(matrix, h, wanted):
-        scored = token_scores(h.reshape(-1, h.shape[-1]), matrix, wanted.reshape(-1))
-        return (), tuple(x.reshape(wanted.shape) for x in scored)
-
-    return shard_map_over_batch(score, (matrix,), h, wanted)[1]
