@@ -51,7 +51,7 @@ class Launch:
     nbytes: float  # read and written in memory
     cycles: int  # the TPU compiler's estimate; 0 if it has none
     moved: float  # bytes of the result if the launch only moves or converts numbers, else 0
-    is_kernel: bool  # a custom call, which the compiler does not see into
+    is_kernel: bool  # a custom call, alone or in a fusion: the compiler does not see into it
     is_estimated: bool  # its FLOPs are counted or estimated, not unknown
 
     def seconds(self, device: Device, *, use_cycles: bool = True) -> tuple[float, float]:
@@ -205,14 +205,21 @@ class _Reader:
             return [], []  # a scalar of a TPU, which its scalar unit computes on the way
         return [self._launch(computation, i)], []
 
+    def _kernel(self, computation: str, i: Instruction) -> tuple[str, Instruction] | None:
+        """The kernel that a launch is, or that it has in a fusion, and the computation that calls it."""
+        if i.opcode.startswith("custom-call"):
+            return None if call_target(i) in _NO_KERNELS else (computation, i)
+        inside = i.called("calls", "to_apply") if i.opcode in CALLS else []
+        found = (self._kernel(name, x) for name in inside for x in self.module.computations[name].values())
+        return next(filter(None, found), None)
+
     def _launch(self, computation: str, i: Instruction) -> Launch:
-        kind = i.opcode.removesuffix("-start")
-        is_kernel = kind == "custom-call"
+        kernel = self._kernel(computation, i)
         flops, wide, known = self.cost.work(computation, i)
         cycles = re.search(r'"estimated_cycles":"(\d{1,18})"', attributes(i))
         return Launch(
             name=i.name,
-            kind=self.cost.kernel_name(i) if is_kernel else kind,
+            kind=self.cost.kernel_name(kernel[1]) if kernel else i.opcode.removesuffix("-start"),
             source=source_of(i),
             runs=1,
             known=True,
@@ -221,8 +228,8 @@ class _Reader:
             nbytes=self.cost.traffic(computation, i),
             cycles=int(cycles[1]) if cycles else 0,
             moved=self.cost.moved(computation, i),
-            is_kernel=is_kernel,
-            is_estimated=known,
+            is_kernel=kernel is not None,
+            is_estimated=self.cost.work(*kernel)[2] if kernel else known,
         )
 
 

@@ -82,6 +82,14 @@ calls=%slice, metadata={op_name="jit(f)/while/body/take"}
   ROOT %t = (s32[], bf16[6,32,32]{2,1,0}) tuple(%i.4, %next)
 }
 
+%sliced (g: s32[6], x: bf16[64,32], w: bf16[6,32,32]) -> bf16[64,32] {
+  %g.1 = s32[6]{0} parameter(0)
+  %x.1 = bf16[64,32]{1,0} parameter(1)
+  %w.3 = bf16[6,32,32]{2,1,0} parameter(2)
+  ROOT %mpmd_map.1 = bf16[64,32]{1,0} custom-call(%g.1, %x.1, %w.3), custom_call_target="mosaic_gpu_v2", \
+metadata={op_name="jit(f)/mpmd_map" stack_frame_id=9}, backend_config={module = "ML\\22"}
+}
+
 ENTRY %main (x: bf16[64,32], w: bf16[6,32,32], g: s32[6]) -> bf16[64,32] {
   %x = bf16[64,32]{1,0} parameter(0)
   %w.1 = bf16[6,32,32]{2,1,0} parameter(1)
@@ -90,9 +98,8 @@ ENTRY %main (x: bf16[64,32], w: bf16[6,32,32], g: s32[6]) -> bf16[64,32] {
   %init = (s32[], bf16[6,32,32]{2,1,0}) tuple(%zero, %w.1)
   %loop = (s32[], bf16[6,32,32]{2,1,0}) while(%init), condition=%limit, body=%body
   %w.2 = bf16[6,32,32]{2,1,0} get-tuple-element(%loop), index=1
-  %mpmd_map.1 = bf16[64,32]{1,0} custom-call(%g, %x, %w.2), custom_call_target="mosaic_gpu_v2", \
-metadata={op_name="jit(f)/mpmd_map" stack_frame_id=9}, backend_config={module = "ML\\22"}
-  %mine.2 = bf16[64,32]{1,0} custom-call(%mpmd_map.1), custom_call_target="mosaic_gpu_v2", \
+  %fused = bf16[64,32]{1,0} fusion(%g, %x, %w.2), kind=kCustom, calls=%sliced
+  %mine.2 = bf16[64,32]{1,0} custom-call(%fused), custom_call_target="mosaic_gpu_v2", \
 backend_config={cost_estimate_json = "{\\22flops\\22: 123, \\22transcendentals\\22: 0, \\22bytes_accessed\\22: 456}"}
   %gemm = (bf16[64,32]{1,0}, s8[1024]{0}) custom-call(%mine.2, %w.2), custom_call_target="__cublas$lt$matmul", \
 backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}
