@@ -776,6 +776,6 @@ def first_difference(a: dict, b: dict, prefix: str = "") -> tuple[str, Any, Any]
             inner = first_difference(x, y, f"{prefix}{key}.")
             if inner:
                 return inner
-        elif json.dumps(x) != json.dumps(y):
+        elif (key in a) != (key in b) or json.dumps(x) != json.dumps(y):
             return prefix + key, x, y
     return None

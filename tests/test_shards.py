@@ -1,6 +1,7 @@
 """Shards hold every document once, are written again only where they are absent, and damage is named with its file."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,8 +121,9 @@ def test_interrupted_tokenizing_goes_on(folder, shards, monkeypatch):
     with pytest.raises(ValueError, match="has no manifest.json"):
         open_shards(config(job.out), BYTES)
     complete = {file: file.stat().st_mtime_ns for file in sorted(job.out.glob("*.array_record"))}
-    torn = next(iter(complete))
+    torn, hole, *_ = complete
     torn.write_bytes(torn.read_bytes()[:-1] + b"x")
+    os.truncate(hole, 1 << 42)
     marks = sorted(job.out.glob("shard-*.json"))
     for mark, damage in zip(marks[1:3], (sealed({}).replace("{", '{"files": {},'), ""), strict=True):
         mark.write_text(damage)
@@ -129,11 +131,15 @@ def test_interrupted_tokenizing_goes_on(folder, shards, monkeypatch):
     tokenize(job)
     assert 0 < len(calls) < 60
     kept = [file for file, when in complete.items() if file.stat().st_mtime_ns == when]
-    assert len(kept) < len(complete) and torn not in kept
+    assert len(kept) < len(complete) and not {torn, hole} & {*kept}
     for file in [*shards.glob("*.array_record"), shards / MANIFEST]:
         assert file.read_bytes() == (job.out / file.name).read_bytes()
     with pytest.raises(ValueError, match=f"row_tokens=64 is not what .*{SETTINGS} has"):
         tokenize(replace(job, row_tokens=64))
+    settings = job.out / SETTINGS
+    settings.write_text(settings.read_text().replace("chat_template", "chat_templa"))
+    with pytest.raises(ValueError, match=f"chat_templa=None is not what .*{SETTINGS} has"):
+        tokenize(job)
     with acquire(job.out, LOCK), pytest.raises(ValueError, match="is in use by process"):
         tokenize(job)
 

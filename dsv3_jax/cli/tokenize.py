@@ -221,8 +221,9 @@ def _shard(job: Tokenize, encoder: Encoder, settings: dict[str, Any], number: in
     done = job.out / f"shard-{number:05d}.json"
     with contextlib.suppress(OSError, ValueError):  # a mark that cannot be read counts as absent
         before = read_sealed(done)
-        whole = (file_hash(job.out / name) == found["hash"] for name, found in before["files"].items())
-        if before["input"] == digest.hexdigest() and all(whole):
+        files = [(job.out / name, found) for name, found in before["files"].items()]
+        whole = all(x.stat().st_size == found["bytes"] and file_hash(x) == found["hash"] for x, found in files)
+        if before["input"] == digest.hexdigest() and whole:
             return before
     done.unlink(missing_ok=True)
     facts: dict[str, Any] = {"input": digest.hexdigest(), "files": {}, "left_out": 0}
