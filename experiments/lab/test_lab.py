@@ -136,7 +136,7 @@ STUDY = Study("Why?", "x", variants, base="facts",
 
 
 @pytest.mark.long
-def test_a_study_trains_is_interrupted_and_resumes(tmp_path, root):
+def test_a_study_trains_is_interrupted_and_resumes(tmp_path, tmp_path_factory):
     """The real worker: SIGTERM stops it, finished runs are kept, and the same command makes the rest."""
     shutil.copytree(HERE / "experiments" / "lab", tmp_path / "experiments" / "lab")
     (tmp_path / "experiments" / "__init__.py").touch()
@@ -145,7 +145,8 @@ def test_a_study_trains_is_interrupted_and_resumes(tmp_path, root):
     (folder / "study.py").write_text(REAL)
     (folder / "README.md").write_text("<!-- results -->\n<!-- /results -->\n")
     command = [sys.executable, "-m", "experiments.lab", "run", "1", "--seeds", "0", "--workers", "1"]
-    env = environment(root) | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{HERE}", "JAX_NUM_CPU_DEVICES": "1"}
+    env = environment(tmp_path_factory.getbasetemp())
+    env |= {"PYTHONPATH": f"{tmp_path}{os.pathsep}{HERE}", "JAX_NUM_CPU_DEVICES": "1"}
     options = {"cwd": tmp_path, "env": env, "text": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, **options)
     while not list(tmp_path.glob("runs/lab/*.json")):

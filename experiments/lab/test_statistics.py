@@ -1,6 +1,5 @@
 """The lab's statistics against closed forms, the rules of its verdicts, and every study as it is stored."""
 
-import doctest
 from statistics import NormalDist
 
 import numpy as np
@@ -8,18 +7,7 @@ import pytest
 from runs import HERE
 from scipy import stats
 
-from experiments.lab import (
-    RUNS_FOLDER,
-    Results,
-    bases,
-    claims,
-    drawing,
-    fingerprints,
-    measuring,
-    overview,
-    statistics,
-    tables,
-)  # fmt: skip
+from experiments.lab import RUNS_FOLDER, Results, bases, fingerprints, overview
 from experiments.lab.claims import Claim, Stake, answer_to, as_json, judge, noise_within, verdict_table
 from experiments.lab.fingerprints import RECIPE
 from experiments.lab.pooling import noise_for, recipe_noise
@@ -29,8 +17,9 @@ from experiments.lab.study import load
 NOISE = Noise(sd=0.0141, dof=58, seed_sd=0.013, within_sd=0.019, within_dof=60, variants=30, runs=90)
 
 
-def test_the_residual_is_that_of_two_way_analysis_of_variance(rng):
+def test_the_residual_is_that_of_two_way_analysis_of_variance():
     """For a full table the residual is y − row mean − column mean + mean, with (V − 1)(S − 1) degrees of freedom."""
+    rng = np.random.default_rng(0)
     y = rng.normal(size=(5, 1)) + rng.normal(0, 0.3, 3) + rng.normal(0, 0.1, (5, 3))
     residual = y - y.mean(1, keepdims=True) - y.mean(0, keepdims=True) + y.mean()
     found = pool([{f"v{v}": dict(enumerate(row)) for v, row in enumerate(y)}])
@@ -115,12 +104,6 @@ def test_a_recipe_s_noise_counts_shared_runs_once(tmp_path):
     found = recipe_noise([first, frozen, other], "lab", {5})
     assert (found.runs, found.dof, found.sd) == (4, 1, pytest.approx(0.2))
     assert noise_for(first, tmp_path)("val_loss") == recipe_noise([first], "lab", {5})
-
-
-def test_the_doctests_of_the_lab():
-    for module in (statistics, claims, tables, drawing, fingerprints, measuring):
-        done = doctest.testmod(module)
-        assert done.failed == 0 < done.attempted
 
 
 @pytest.mark.long
