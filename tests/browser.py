@@ -12,12 +12,9 @@ from typing import Any
 
 import pytest
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
+NAMES = ("chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
 PATIENCE = 60.0  # seconds, for a start and for each answer, on a busy machine
-
-
-_NAMES = (os.environ.get("CHROMIUM"), *NAMES)
-EXECUTABLE = next((path for name in _NAMES if name and (path := shutil.which(name))), None)
+EXECUTABLE = next(filter(None, map(shutil.which, (os.environ.get("CHROMIUM", "chromium"), *NAMES))), None)
 needs_browser = pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium or Chrome on the path (or in $CHROMIUM)")
 
 

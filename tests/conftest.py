@@ -73,6 +73,14 @@ def root(tmp_path_factory):
     return tmp_path_factory.getbasetemp()
 
 
+@pytest.fixture(scope="session")
+def whole(root):
+    """The one complete run, see `runs.finished`."""
+    from runs import finished
+
+    return finished(root)
+
+
 @pytest.fixture
 def whole_compiles():
     """Compile with all of XLA's optimisations, for tests that inspect the compiled program."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from flax import nnx
 from models import small
-from runs import finished, said_by
+from runs import said_by
 
 from dsv3_jax.cli import bench
 from dsv3_jax.cli.bench import Cell, Decode
@@ -54,11 +54,6 @@ def test_timings_are_medians_of_the_results_of_generate():
     assert found["prefill_tokens_per_s"] == 2 * 30 / 3
     assert found["ms_per_token"] == 1000 * 4 / 4
     assert found["tokens_per_s"] == 2 * 4 / 4
-
-
-@pytest.fixture(scope="module")
-def whole(root):
-    return finished(root)
 
 
 @pytest.fixture

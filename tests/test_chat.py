@@ -257,11 +257,6 @@ def test_chat_continues_the_conversation(dsv3, talker):
     assert (code, out) == (0, "the" + load_text(talker).tokenizer.decode(tokens) + "\n")
 
 
-def test_an_unknown_variable_is_one_sentence(dsv3, talker):
-    code, out, err = dsv3("chat", talker, "--template.thinking", "true", lines="hello\n")
-    assert (code, out, err) == (2, "", "dsv3: thinking=True is no variable of the chat template; it reads none\n")
-
-
 @pytest.mark.long
 def test_ctrl_c_stops_an_answer_and_not_the_program(dsv3, talker, monkeypatch):
     from dsv3_jax.decoding import generate

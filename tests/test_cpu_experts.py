@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from test_dispatch import case, value_and_gradients
+from test_dispatch import case, float32, value_and_gradients
 
 from dsv3_jax.kernels.cpu import calls, library
 from dsv3_jax.kernels.cpu.experts import grouped_swiglu
@@ -26,11 +26,6 @@ def _kernels():
         pytest.skip(why)
 
 
-def float32(arrays):
-    """Convert floating arrays to float32; int32 arrays stay."""
-    return [a if a.dtype == jnp.int32 else a.astype(jnp.float32) for a in map(jnp.asarray, arrays)]
-
-
 def close(ours, theirs):
     """Assert equality up to float32 rounding (unit roundoff 6e-8) of sums of at most 1,100 products."""
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
@@ -40,7 +35,7 @@ def close(ours, theirs):
 
 @pytest.mark.parametrize("choose, sizes", CASES.values(), ids=CASES)
 def test_experts_and_their_gradients_equal_dense(rng, choose, sizes):
-    arrays = float32(case(rng, choose, **sizes))
+    arrays = [*map(float32, case(rng, choose, **sizes))]
     weight = jnp.asarray(rng.standard_normal(arrays[0].shape), jnp.float32)
     ours = value_and_gradients(lambda *a: grouped_swiglu(*a), weight, *arrays)  # a new lambda, so it is traced again
     with jax.enable_x64(True):
@@ -50,7 +45,7 @@ def test_experts_and_their_gradients_equal_dense(rng, choose, sizes):
 
 
 def test_a_token_does_not_depend_on_other_tokens(rng):
-    x, ids, gates, *weights = float32(case(rng, "any", n=200, d=48, f=80))
+    x, ids, gates, *weights = (jnp.asarray(float32(a)) for a in case(rng, "any", n=200, d=48, f=80))
     run = jax.jit(lambda *a: grouped_swiglu(*a))
     together = np.asarray(run(x, ids, gates, *weights))
     for first, count in ((0, 1), (30, 170)):
@@ -62,7 +57,7 @@ def test_a_token_does_not_depend_on_other_tokens(rng):
 
 def test_gradients_are_deterministic(rng):
     """They are bitwise equal in every run, although threads take the experts in any order."""
-    arrays = float32(case(rng, "uneven", n=400, d=64, f=64))
+    arrays = [*map(float32, case(rng, "uneven", n=400, d=64, f=64))]
     first, *others = (
         jax.tree.leaves(value_and_gradients(grouped_swiglu, jnp.ones_like(arrays[0]), *arrays)) for _ in range(6)
     )

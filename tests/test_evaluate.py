@@ -112,6 +112,7 @@ def test_measures_are_the_slow_loops():
     assert found["max_vio_global"] != pytest.approx(np.mean(apart), rel=1e-3)
 
 
+@pytest.mark.long
 def test_cache_quality_of_an_exact_cache_is_that_of_the_forward():
     """Rows of one document are read 16 tokens at a time, the last part padded; 8-bit rows lose a little."""
     model = random_model(replace(CFG, mtp_depth=0), seed=3, execution=DENSE)
@@ -122,7 +123,4 @@ def test_cache_quality_of_an_exact_cache_is_that_of_the_forward():
     assert exact.val_loss == pytest.approx(evaluate(model, rows, WORDS)["val_loss"], rel=1e-5)
     assert exact.agreement == 1.0 and 0.9 < rounded.agreement <= 1.0
     assert rounded.val_loss != exact.val_loss == pytest.approx(rounded.val_loss, rel=0.02)
-    assert (exact.bytes_per_token, rounded.bytes_per_token) == (
-        2 * 7 * 4,
-        2 * (7 + 8),
-    )  # C + R; scales
+    assert (exact.bytes_per_token, rounded.bytes_per_token) == (2 * 7 * 4, 2 * (7 + 8))  # C + R; scales

@@ -92,6 +92,7 @@ def test_parts_give_the_tokens_of_generate(model, greedy):
         assert [len(got.tokens[0]) for got in parts] == [*range(1, NEW, part), NEW] and last.tokens == greedy[1:2]
 
 
+@pytest.mark.long
 def test_a_cache_that_grows_gives_the_same_tokens(light, monkeypatch):
     """As on a GPU, which reads empty slots too: 32, then all 64."""
     config = DecodeConfig(40, draft="lookup", draft_length=2)

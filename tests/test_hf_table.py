@@ -100,12 +100,9 @@ REFUSED = [
     ({"hidden_size": "7168"}, "hidden_size='7168' is not of type int"),
     ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type='linear'"),
     (GLM | {"indexer_types": ["full"] * 7}, "indexer_types=.* for each of 8 layers"),
-    (GLM | {"index_topk_pattern": "FSXFSSSS"}, "indexer_types=.*'X'"),
     (GLM | {"index_topk_pattern": "SFFFFFFF"}, "indexer_types=.* 'full' first"),
     (GLM | {"indexer_rope_interleave": False}, "indexer_rope_interleave=False"),
     (GLM | {"index_topk": None}, "'index_topk' is not in config.json"),
-    (V32 | {"index_topk": 0}, "index_topk=0"),
-    (V32 | {"q_lora_rank": None}, "q_latent_dim=None"),
     # a key that changes the network
     ({"sliding_window": 4096}, "sliding_window=4096"),
 ]

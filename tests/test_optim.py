@@ -11,10 +11,10 @@ import optax
 import pytest
 from flax import nnx
 from models import small
-from runs import MODEL, assert_bitwise, fresh_state, make_run, packed_batch, rows_of, unhooked, write_text
+from runs import MODEL, assert_bitwise, make_run, rows_of, unhooked, write_text
 
 import dsv3_jax as ds
-from dsv3_jax.config import ConfigError, Execution, Layout, OptimConfig
+from dsv3_jax.config import ConfigError, Execution, OptimConfig
 from dsv3_jax.kernels import choose
 from dsv3_jax.kernels.cpu import library
 from dsv3_jax.mesh import sharding
@@ -23,7 +23,6 @@ from dsv3_jax.model.transformer import abstract
 from dsv3_jax.ops.schedules import learning_rate
 from dsv3_jax.training import optim
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
-from dsv3_jax.training.step import Job, make_step
 
 STEPS = 100
 TRUE, FALSE = np.True_, np.False_
@@ -228,41 +227,3 @@ def test_a_run_with_a_transformation_resumes_bitwise_and_with_no_other(tmp_path)
             ds.train.fit(run, tmp_path / "parts", quiet=True, optimizer=other)
     model = load_run(tmp_path / "parts").model  # a reader needs no transformation
     np.testing.assert_array_equal(model.embed[...], states[0].params["embed"][...])
-
-
-BATCH, LENGTH = 16, 12
-RUN = make_run(
-    "nowhere",
-    model=replace(MODEL, init_std=0.6, num_layers=1, mtp_depth=0),
-    optim=replace(MUON, learning_rate=1e-2, eps=0.1, qk_clip=0.5),
-)
-RUN = replace(RUN, data=replace(RUN.data, batch_size=BATCH, seq_len=LENGTH))
-
-
-def batch_of() -> dict[str, jax.Array]:
-    rng = np.random.default_rng(0)
-    return packed_batch(rng, np.sort(rng.integers(1, 4, (BATCH, LENGTH)), axis=1))
-
-
-@pytest.mark.rare  # test_mesh compares the norm and the step of microbatches on eight devices
-def test_a_clipped_step_of_microbatches_on_eight_devices_is_a_single_devices():
-    """The largest logit is over all devices and parts, and so is the clip that follows."""
-    batch = batch_of()
-    want, alone = jax.device_get(make_step(Job(RUN))(fresh_state(RUN), batch))
-    assert alone["max_logit"] > RUN.optim.qk_clip
-    execution, parts = ds.Execution(layout=Layout(fsdp=True)), replace(RUN.optim, microbatches=2)
-    run, mesh = replace(RUN, execution=execution, optim=parts), sharding.make_mesh(2, 2, 2)
-    state = fresh_state(run)
-    where = sharding.state_sharding(state, mesh, fsdp=True)
-    with jax.set_mesh(mesh):
-        rows = jax.device_put(batch, sharding.batch_sharding(mesh))
-        new, metrics = make_step(Job(run, kernels=choose.prepare(execution, mesh=mesh)))(
-            jax.device_put(state, where), rows
-        )
-    np.testing.assert_allclose(metrics["max_logit"], alone["max_logit"], rtol=1e-5)
-    for leaf, at in zip(jax.tree.leaves(new), jax.tree.leaves(where), strict=True):
-        assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
-    assert any(not at.is_fully_replicated for at in jax.tree.leaves(where.opt.momentum))
-    for a, b in zip(jax.tree.leaves(jax.device_get(new)), jax.tree.leaves(want), strict=True):
-        # Newton-Schulz makes small singular values, and the rounding in them, up to 3.4^5 = 485 times larger.
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())

@@ -128,18 +128,6 @@ def test_memory_and_verdict():
     assert lines["  in all"] == "2 GB and more: the compiler ran out of memory. It needs 9G."
 
 
-@pytest.mark.long
-def test_the_command_prints_a_step(capsys):
-    args = PlanOptions(PLAIN, BFLOAT16, mesh="data=2,expert=2", device="h800", memory="1MB", only="decode", context=20)
-    args = replace(args, weight_dtype="float32")  # tests allow no silent promotion, here of a bfloat16 router
-    assert plan(args, RUN, "plain") == 0
-    out = capsys.readouterr().out
-    assert out.startswith("model                  plain\ndecoding step          128 sequences of 20 tokens on ")
-    assert "on data=2,expert=2 (4 devices)" in out
-    for part in ("routed experts", "cache", "along expert", "in 1 MB", "takes at least"):
-        assert f" {part}" in out, part
-
-
 def test_invalid_options_are_rejected_before_compiling(capsys):
     for changes, sentence in (
         (dict(mesh="rows=2"), "mesh='rows=2'"),

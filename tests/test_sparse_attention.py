@@ -196,11 +196,7 @@ def test_decoding_gives_the_tokens_of_the_forward():
     ("words", "changes"),
     {
         "q_latent_dim=None with attention='dsa'": {"q_latent_dim": None},
-        "index_topk=0 is outside": {"index_topk": 0},
-        "index_dim=3 is less than the rope_head_dim=4": {"index_dim": 3},
         "index_dim=9 is no power of 2, as index_precision='fp8'": {"index_precision": "fp8"},
-        "index_types='half' is not one of full, shared": {"index_types": ("full", "half", "full")},
-        "has not one entry for each of num_layers=3": {"index_types": ("full",)},
         "begins with a layer that has no set to share": {"index_types": ("shared",) * 3},
     }.items(),
 )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from markupsafe import escape
 from routing_reports import HOSTILE, hostile, made_up, version_three
-from runs import MODEL, finished, rows_of, unhooked_cli
+from runs import MODEL, rows_of, unhooked_cli
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.tokenizer import ByteTokenizer
@@ -51,16 +51,11 @@ def test_loads_of_wrong_types_are_no_rows(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run(root):
-    return finished(root)
-
-
-@pytest.fixture(scope="module")
-def reported(run, tmp_path_factory):
+def reported(whole, tmp_path_factory):
     """A report with everything: its folder, its numbers, the table of tokens, and what was printed."""
     out, folder = io.StringIO(), tmp_path_factory.mktemp("report")
-    argv = [str(run.folder), "--batches", "2", "--draws", "20", "--text", TEXT, "--worth", "--devices", "4"]
-    argv += ["--against", f"{run.folder}:8", "--out", str(folder / "out")]
+    argv = [str(whole.folder), "--batches", "2", "--draws", "20", "--text", TEXT, "--worth", "--devices", "4"]
+    argv += ["--against", f"{whole.folder}:8", "--out", str(folder / "out")]
     with contextlib.redirect_stdout(out):
         assert unhooked_cli().main(["stats", *argv, "--tokens", str(folder / "tokens.parquet")]) == 0
     return folder / "out", json.loads((folder / "out" / "stats.json").read_text()), out.getvalue()
@@ -89,10 +84,10 @@ def test_the_numbers_agree_with_each_other_with_the_page_and_with_what_is_printe
 
 
 @pytest.mark.long
-def test_the_header_agrees_with_eval(run, reported):
+def test_the_header_agrees_with_eval(whole, reported):
     header = reported[1]["header"]
-    model, config, step = open_model(run.folder)
-    batches = reading.open_text(config.data, run.folder, TOKENIZER, batches=2)
+    model, config, step = open_model(whole.folder)
+    batches = reading.open_text(config.data, whole.folder, TOKENIZER, batches=2)
     measured = evaluate(model, batches.batches, TOKENIZER, batches.domains, mix=batches.mix)
     names = {"loss": "val_loss", "bits_per_byte": "val_bits_per_byte", "max_vio_training_mix": "max_vio_training_mix"}
     for name, metric in names.items():
@@ -102,12 +97,12 @@ def test_the_header_agrees_with_eval(run, reported):
 
 
 @pytest.mark.long
-def test_the_users_text_is_shown_and_not_counted(run, reported):
+def test_the_users_text_is_shown_and_not_counted(whole, reported):
     folder, numbers, _ = reported
     first = numbers["texts"][0]
     assert "".join(first["tokens"]) == TEXT and first["domain"] == "your text"
     assert numbers["domains"] == ["code", "prose"]
-    model, config, _ = open_model(run.folder)
+    model, config, _ = open_model(whole.folder)
     rows = others.read_rows(model, reading.own_batches(TEXT, TOKENIZER, config.data))
     for layer in range(2):
         for t, (experts, gates) in enumerate(zip(first["experts"][layer], first["gates"][layer], strict=True)):
@@ -117,17 +112,17 @@ def test_the_users_text_is_shown_and_not_counted(run, reported):
 
 
 @pytest.mark.long
-def test_checkpoints_and_load_over_time_agree_with_rows_and_metrics(run, reported):
+def test_checkpoints_and_load_over_time_agree_with_rows_and_metrics(whole, reported):
     _, numbers, _ = reported
-    batches = reading.open_text(run.run.data, run.folder, TOKENIZER, batches=2).batches
-    shares = agreement(*(others.read_rows(open_model(run.folder, step=step)[0], batches) for step in (12, 8)))
+    batches = reading.open_text(whole.run.data, whole.folder, TOKENIZER, batches=2).batches
+    shares = agreement(*(others.read_rows(open_model(whole.folder, step=step)[0], batches) for step in (12, 8)))
     assert numbers["saturation"]["steps"] == [8, 12]
     np.testing.assert_allclose(numbers["saturation"]["share"], [shares, [1, 1, 1]], rtol=1e-5)
     other = numbers["against"]
     assert (other["step"], other["note"], other["layers"]) == (8, None, numbers["layers"])
     assert (np.array(other["shared"]) >= shares - 1e-5).all()  # the best match is no worse than the same numbers
-    log = read_load(run.folder)
-    vio = {row["step"]: row["max_vio"] for row in rows_of(run.folder) if "max_vio" in row}
+    log = read_load(whole.folder)
+    vio = {row["step"]: row["max_vio"] for row in rows_of(whole.folder) if "max_vio" in row}
     assert log.steps.tolist() == sorted(vio)
     np.testing.assert_allclose(np.mean(numbers["over_time"]["max_vio"], axis=-1), list(vio.values()), rtol=1e-5)
     # The bias of a row is the one after its step: the last is the checkpoint's, and each moves by the row's load.
@@ -140,9 +135,9 @@ def test_checkpoints_and_load_over_time_agree_with_rows_and_metrics(run, reporte
 
 
 @pytest.mark.long
-def test_a_folder_is_replaced_in_one_step_or_not_at_all(run, tmp_path, monkeypatch):
+def test_a_folder_is_replaced_in_one_step_or_not_at_all(whole, tmp_path, monkeypatch):
     out, options = tmp_path / "stats", ReportOptions(batches=1, draws=2)
-    assert report(run.folder, out, options).folder == out
+    assert report(whole.folder, out, options).folder == out
     before = {p.name: p.read_bytes() for p in out.iterdir()}
 
     def fail(*_):
@@ -151,21 +146,21 @@ def test_a_folder_is_replaced_in_one_step_or_not_at_all(run, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr("dsv3_jax.stats.reporting.render_page", fail)
         with pytest.raises(OSError, match="disk full"):
-            report(run.folder, out, options)
+            report(whole.folder, out, options)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert list(tmp_path.iterdir()) == [out]
     (out / "notes.txt").write_text("notes")
     with pytest.raises(ValueError, match=r"out='.*stats' holds other files .*notes\.txt"):
-        report(run.folder, out, options)
+        report(whole.folder, out, options)
 
 
 @pytest.mark.long
-def test_errors_are_a_sentence(run, capsys, tmp_path):
+def test_errors_are_a_sentence(whole, capsys, tmp_path):
     for words, sentence in (
         (["--devices", "3"], "devices=3 does not divide the 8 experts"),
-        (["--against", f"{run.folder}:3"], "step=3 has no checkpoint"),
+        (["--against", f"{whole.folder}:3"], "step=3 has no checkpoint"),
     ):
-        assert unhooked_cli().main(["stats", str(run.folder), *words, "--out", str(tmp_path / "out")]) == 2
+        assert unhooked_cli().main(["stats", str(whole.folder), *words, "--out", str(tmp_path / "out")]) == 2
         assert sentence in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import CLOCK, SECONDS, STEPS, assert_bitwise, finished, flags, rows_of, said_by, unhooked_cli
+from runs import CLOCK, SECONDS, STEPS, assert_bitwise, flags, rows_of, said_by, unhooked_cli
 from tensorboardX.proto.event_pb2 import Event
 
 from dsv3_jax.data import tokenizer
@@ -21,11 +21,6 @@ from dsv3_jax.training.run_folder import RUN_FILE, TOKENIZER_FILE, claim, read_r
 
 PNG = b"\x89PNG\r\n\x1a\n"
 BEGUN = 5  # steps taken in the folders that are begun
-
-
-@pytest.fixture(scope="module")
-def whole(root):
-    return finished(root)
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +150,7 @@ def test_what_an_update_spoiled_is_not_saved(what, whole, begun, monkeypatch, ca
     assert not (begun / "checkpoints" / "8").exists()
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_stops_the_run(whole, begun, monkeypatch, capfd):
     steps = []
 

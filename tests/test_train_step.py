@@ -39,6 +39,7 @@ def copied(tree):
 LIGHT = replace(RUN, model=replace(MODEL, num_layers=1, num_dense_layers=1, mtp_depth=0))  # compiles fastest
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("run", "parts"), [(LIGHT, 2), pytest.param(RUN, 4, marks=pytest.mark.rare)], ids=["2", "4"])
 def test_microbatches_are_the_whole_batch(run, parts):
     """Loss, gradient, load and the parameters after the step, though the parts have different numbers of targets."""
