@@ -196,6 +196,8 @@ def test_decoding_gives_the_tokens_of_the_forward():
     ("words", "changes"),
     {
         "q_latent_dim=None with attention='dsa'": {"q_latent_dim": None},
+        "index_topk=0 is outside": {"index_topk": 0},
+        "index_types='half' is not one of full, shared": {"index_types": ("full", "half", "full")},
         "index_dim=9 is no power of 2, as index_precision='fp8'": {"index_precision": "fp8"},
         "begins with a layer that has no set to share": {"index_types": ("shared",) * 3},
     }.items(),
