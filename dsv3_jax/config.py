@@ -87,16 +87,16 @@ _INTERVALS = {
     "[1, inf)": "vocab_size dim dense_dim num_heads num_kv_heads q_latent_dim kv_latent_dim nope_head_dim v_head_dim "
     "experts_per_token expert_dim num_groups groups_per_token max_positions original_max_positions batch_size "
     "max_documents steps eval_every eval_batches save_every keep log_every microbatches rope_theta factor index_heads "
-    "index_dim index_topk",
+    "index_dim index_topk max_new_tokens",
     "[2, inf)": "seq_len",
     "[1, 10000]": "num_layers",
     "[1, 1000000]": "num_experts rope_head_dim capacity_slack",  # rotary frequencies are computed early
     "[0, 10000]": "num_dense_layers",
     "[0, inf)": "num_shared_experts bias_rate sequence_alpha switch_alpha z_alpha final_learning_rate warmup_steps "
-    "weight_decay mtp_weight mtp_final_weight rank",
+    "weight_decay mtp_weight mtp_final_weight rank group kl clip_high",
     "[0, 4294967295]": "seed",  # JAX keeps 32 bits of a seed
     "(0, inf)": "capacity_factor temperature learning_rate eps clip_norm qk_clip alpha beta_fast beta_slow",
-    "[0, 1]": "fim_rate decay_start decay_end bias_freeze",
+    "[0, 1]": "fim_rate decay_start decay_end bias_freeze clip_low",
     "[0, 1)": "beta1 beta2 muon_beta",
     "(0, 1)": "val_fraction",
     "[0, 100]": "mtp_depth mscale mscale_all_dim",
@@ -661,6 +661,38 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Grpo:
+    """Reinforcement learning by GRPO: the model answers each prompt a few times, and learns from its better answers.
+
+    Sources: GRPO arXiv 2402.03300; token_mean and two clips DAPO, arXiv 2503.14476; constant_length arXiv 2503.20783.
+
+    Example:
+        >>> Grpo(group=8, checker="number").form
+        'token_mean'
+    """
+
+    group: int = 0  # answers that are sampled for each prompt; 0 trains on the given answers
+    # what makes an answer right: exact (equal texts, but for spaces around them), number (its last number is the given
+    # answer's), regex (the given answer is a pattern that it holds), or module:name, a function (text, row) → bool
+    checker: str = "exact"
+    max_new_tokens: int = 256  # tokens of an answer, at most
+    temperature: float = 1.0  # of sampling; ratios and KL are of the distribution that was sampled from
+    clip_low: float = 0.2  # ratios of new to old probabilities below 1 minus this teach nothing
+    clip_high: float = 0.2  # ratios above 1 plus this teach nothing
+    kl: float = 0.0  # weight of the KL divergence from start (beta); without LoRA it keeps start in memory, too
+    # token_mean is the mean over all tokens of answers; constant_length divides their sum by the most that they may
+    # have, so that long answers count no less
+    form: Literal["token_mean", "constant_length"] = "token_mean"
+    replay: bool = True  # train with the experts that the sampler chose
+    # dtype of the sampler's cache; None is compute_dtype
+    cache_dtype: CacheDtype | None = None
+
+    def __post_init__(self):
+        _check_fields(self, "grpo ")
+        _require({"grpo group=1 has nothing to compare an answer with; sample at least 2": self.group != 1})
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training run: a model, how it is computed, its data, its optimizer, and when to evaluate, save and stop.
 
@@ -684,6 +716,7 @@ class RunConfig:
     trunk: str | None = None  # folder of a run whose trunk is taken over and frozen; only the multi-token heads train
     start: str | None = None  # folder of a run whose last weights training begins with
     lora: Lora = field(default_factory=Lora)  # low-rank adapters, which train in place of the weights of start
+    grpo: Grpo = field(default_factory=Grpo)  # learning from the model's own answers to the prompts of chat examples
     # of attention dsa: sparse trains the model on its text, and each indexer to choose what attention to its choice
     # weighs most; warm trains the indexers alone, by the dense attention of start
     indexer_stage: Literal["sparse", "warm"] = "sparse"
@@ -711,6 +744,8 @@ class RunConfig:
         })  # fmt: skip
         if rank:
             _check_lora(self)
+        if self.grpo.group:
+            _check_grpo(self)
 
     @property
     def freezes(self) -> bool:
@@ -729,6 +764,15 @@ def _check_lora(run: RunConfig) -> None:
     dense = m.num_dense_layers > 0 or (m.mtp_kind == "eagle" and m.mtp_depth > 0)
     there = {"attention": True, "dense": dense, "shared": sparse and m.num_shared_experts > 0, "routed": sparse}
     _require({f"lora on={part!r} names matrices that the model does not have": there[part] for part in run.lora.on})
+
+
+def _check_grpo(run: RunConfig) -> None:
+    group, data = f"grpo group={run.grpo.group}", run.data
+    _require({
+        f"{group} asks the prompts of chat examples; data.format={data.format!r} must be 'chat'": data.format == "chat",
+        f"{group} does not divide batch_size={data.batch_size}": data.batch_size % run.grpo.group == 0,
+        f"{group} is not supported with indexer_stage='warm', which trains indexers": run.indexer_stage != "warm",
+    })  # fmt: skip
 
 
 def to_dict(config) -> dict:

@@ -7,6 +7,7 @@ from dsv3_jax.config import (
     ConfigError,
     DataConfig,
     Execution,
+    Grpo,
     ModelConfig,
     OptimConfig,
     RunConfig,
@@ -128,6 +129,23 @@ _MINI_RUN = replace(
     steps=5000,
 )
 _V2_LITE_RUN = replace(_V3_RUN, model=V2_LITE, optim=OptimConfig(learning_rate=4.2e-4, final_learning_rate=4.2e-5))
+# Fine-tuning on chats: the schedule of DeepSeek-V3's, a few thousand examples, the router's bias at rest. The model is
+# that of --start.
+_SFT_RUN = RunConfig(
+    model=TINY,
+    data=DataConfig(format="chat", seq_len=2048, batch_size=16),
+    optim=OptimConfig(
+        learning_rate=5e-6,
+        final_learning_rate=1e-6,
+        warmup_steps=10,
+        decay_start=0.0,
+        decay_end=1.0,
+        bias_freeze=0.0,
+    ),
+    eval_every=50,
+    save_every=50,
+    log_every=1,
+)
 # For one 80 GB card, of which JAX takes 64 GB by default. By arithmetic, in GB:
 #   mini_80gb      parameters and gradients 1.6, means 1.6, a second gradient 0.8 (microbatches); nothing recomputed: 20
 #   v2_lite_80gb   parameters and gradients 18, means in bfloat16 9, a second gradient 9; kept by "dots" 3, one layer's
@@ -166,25 +184,25 @@ RECIPES = Table("preset", {
     "moonlight": replace(_V3_RUN, model=MOONLIGHT, optim=OptimConfig(learning_rate=4.2e-4, final_learning_rate=4.2e-5)),
     "glm47_flash": replace(_V3_RUN, model=GLM47_FLASH),
     "kimi_k2": replace(_V3_RUN, model=KIMI_K2),
-    # Fine-tuning on chats: the schedule of DeepSeek-V3's, a few thousand examples, the router's bias at rest. The model
-    # is that of --start.
-    "sft": RunConfig(
-        model=TINY,
-        data=DataConfig(format="chat", seq_len=2048, batch_size=16),
-        optim=OptimConfig(
-            learning_rate=5e-6,
+    "sft": _SFT_RUN,
+    # Learning from answers that a checker finds right. Eight prompts a step, a constant small rate; multi-token heads
+    # rest.
+    "grpo": replace(
+        _SFT_RUN,
+        data=DataConfig(format="chat", seq_len=1024, batch_size=64),
+        optim=replace(
+            _SFT_RUN.optim,
+            learning_rate=1e-6,
             final_learning_rate=1e-6,
-            warmup_steps=10,
-            decay_start=0.0,
-            decay_end=1.0,
-            bias_freeze=0.0,
+            weight_decay=0.0,
+            mtp_weight=0.0,
+            mtp_final_weight=0.0,
         ),
-        eval_every=50,
-        save_every=50,
-        log_every=1,
+        steps=200,
+        grpo=Grpo(group=8),
     ),
 })  # fmt: skip
-NEEDS_START = ("sft",)  # recipes without a model of their own: `recipe` gives one in its place
+NEEDS_START = ("sft", "grpo")  # recipes without a model of their own: `recipe` gives one in its place
 
 
 def preset(name: str) -> ModelConfig:

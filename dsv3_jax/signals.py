@@ -53,6 +53,33 @@ def deferred(*numbers: signal.Signals) -> Iterator[None]:
 
 
 @contextmanager
+def cpu_limit(seconds: float, late: Callable[[int, Any], None]) -> Iterator[None]:
+    """Call `late(number, frame)`, which raises, once the process has spent so many seconds on its CPUs.
+
+    Only in the main thread: in another one nothing bounds the time.
+
+    Example:
+        >>> def late(number, frame):
+        ...     raise TimeoutError("too long")
+        >>> with cpu_limit(0.01, late):
+        ...     while True:
+        ...         pass
+        Traceback (most recent call last):
+            ...
+        TimeoutError: too long
+    """
+    main = threading.current_thread() is threading.main_thread()
+    with handled(late, signal.SIGVTALRM):
+        try:
+            if main:
+                signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds)
+            yield
+        finally:
+            if main:
+                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+@contextmanager
 def asked_to_stop() -> Iterator[threading.Event]:
     """An event that SIGTERM or SIGINT sets within the context; a second SIGINT interrupts at once.
 

@@ -11,6 +11,7 @@ from dsv3_jax.chat.text_settings import TEMPLATE_FILE, TextSettings, copy_to_run
 from dsv3_jax.cluster import processes
 from dsv3_jax.config import ConfigError, RunConfig, check_kind, replace, to_dict
 from dsv3_jax.data.batches import Source
+from dsv3_jax.grpo import with_answers
 from dsv3_jax.hf import files, reading
 from dsv3_jax.hf.conversion import keep_origin
 from dsv3_jax.hf.open_model import find_released, load_text, released_run
@@ -90,6 +91,8 @@ def chats_of(run: RunConfig, out: str | Path) -> dict[str, Any]:
     """
     processes.agree({"run": to_dict(run)})
     text, examples = processes.by_each(lambda: open_chats(run, out))
+    if run.grpo.group:
+        examples = with_answers(run, text, examples, open_start)
     examples = replace(examples, summary=f"{examples.summary}\n{_outlook(run)}")
     return {"source": examples, "callbacks": [KeepText(text)]}
 
@@ -128,7 +131,8 @@ def open_chats(run: RunConfig, out: str | Path, *, fit_rows: bool = False) -> tu
         raise ConfigError("data.format='chat' fine-tunes a model: name it with start, as in --start MODEL")
     else:
         text = with_template(load_text(run.start), run.data.chat_template, run.data.template)
-    return text, load_examples(run.data, text, run.model.max_positions if fit_rows else None)
+    longest = run.model.max_positions if fit_rows else None
+    return text, load_examples(run.data, text, longest, keep=run.grpo.group > 0)
 
 
 def _outlook(run: RunConfig) -> str:

@@ -21,7 +21,7 @@ FLOORS = [
     {"chat"},
     {"cluster", "decoding", "report", "training"},
     {"hf", "planning", "stats"},
-    {"balance", "train"},
+    {"balance", "grpo", "train"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -5,6 +5,7 @@ The first of these that a record has says what its targets are. It may have furt
     messages, or ShareGPT's conversations   the assistant's tokens, by the chat template
     prompt, completion     two lists of messages: the assistant's tokens of the completion; or two strings, without the
                            template: the completion and the end of a document
+    prompt, answer         a text or messages, and a text: as prompt and completion
     instruction, output    Alpaca's, with or without an input: a turn of the user, and the assistant's tokens
     text                   a document: all of its tokens, and its end
 
@@ -26,7 +27,9 @@ from dsv3_jax.data.batches import Source
 from dsv3_jax.data.corpus import fingerprint_of, held_out, rows_of
 from dsv3_jax.data.packing import Packed, Piece
 
-KEYS = ("messages", "conversations", "system", "prompt", "completion", "instruction", "input", "output", "text")
+KEYS = (
+    "messages", "conversations", "system", "prompt", "completion", "answer", "instruction", "input", "output", "text",
+)  # fmt: skip
 _STEP = 64  # of the lengths of rows
 # Other names of roles.
 ROLE_OF = {
@@ -35,7 +38,7 @@ ROLE_OF = {
 }  # fmt: skip
 
 
-def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = None) -> Source:
+def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = None, *, keep: bool = False) -> Source:
     """Read and encode the examples of `cfg.paths`, and split them by a hash of each.
 
     Equal examples are on the same side. An example's domain is the one it states, else the name of its file. Rows hold
@@ -45,6 +48,7 @@ def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = Non
         text: of the model that is fine-tuned: tokenizer, special tokens, chat template.
         longest: choose T up to this: the smallest multiple of 64 that holds 99 % of the examples. None means
             `cfg.seq_len`.
+        keep: keep the records too, as `Source.examples`.
     Raises: ValueError with the file and line of a record that is none of those above, or whose messages the chat
         template refuses. Also if there is no example, or too few for two sides.
 
@@ -66,15 +70,16 @@ def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = Non
     examples = []
     for record, domain, location in itertools.islice(contents(cfg.paths, cfg.text_column), cfg.max_documents):
         ids, targets = encode(record, text, location)
-        examples.append((np.array(ids, np.int32), np.array(targets, bool), domain))
+        examples.append((np.array(ids, np.int32), np.array(targets, bool), domain, (record, location) if keep else ()))
     if longest is not None and examples:
-        nearly_all = sorted(len(tokens) for tokens, _, _ in examples)[math.ceil(0.99 * len(examples)) - 1]
+        nearly_all = sorted(len(tokens) for tokens, *_ in examples)[math.ceil(0.99 * len(examples)) - 1]
         cfg = replace(cfg, seq_len=min(-(-nearly_all // _STEP) * _STEP, longest))
     domains: dict[str, int] = {}
     pieces: list[Piece] = []
     digests: list[bytes] = []
+    kept: list[tuple] = []
     counts: Counter[str] = Counter()
-    for tokens, mask, domain in examples:
+    for tokens, mask, domain, record in examples:
         if len(tokens) > cfg.seq_len:
             counts[f"longer than seq_len={cfg.seq_len}"] += 1
         elif not mask[1:].any():
@@ -82,6 +87,7 @@ def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = Non
         else:
             digests.append(hashlib.blake2b(tokens.tobytes() + mask.tobytes(), digest_size=8).digest())
             pieces.append(Piece(tokens, domains.setdefault(domain, len(domains)), len(pieces), mask))
+            kept.append((tokens[: mask.argmax()], *record))
     left_out = "; left out: " + (", ".join(f"{n:,} {what}" for what, n in counts.items()) or "none")
     if not pieces:
         raise ValueError(f"data.paths={list(cfg.paths)} give no example to train on{left_out}")
@@ -104,6 +110,7 @@ def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = Non
         f"one pass takes {len(rows) / cfg.batch_size:,.1f} steps" + (left_out if counts else ""),
         lambda: [rows],
         lambda: [Packed(found, cfg.seq_len, whole=True) for found in of_domain if found],
+        examples=[kept[piece.document] for piece in train] if keep else (),
     )
 
 
@@ -117,6 +124,7 @@ def encode(record: dict[str, Any], text: TextSettings, location: str = "the reco
         >>> encode({"prompt": "1+1=", "completion": "2"}, plain_settings())
         ([49, 43, 49, 61, 50, 256], [False, False, False, False, True, True])
     """
+    record = _answered(record)
     has = {key for key in KEYS if record.get(key) is not None}
     try:
         turns, tools = _turns(record, has), record.get("tools")
@@ -132,8 +140,21 @@ def encode(record: dict[str, Any], text: TextSettings, location: str = "the reco
         raise ValueError(f"{location}: {error}") from error
     if "text" in has:
         raise ValueError(f"{location}: text={record['text']!r} is not text")
-    forms = "messages, conversations, prompt and completion, instruction and output, or text"
+    forms = "messages, conversations, prompt and completion, prompt and answer, instruction and output, or text"
     raise ValueError(f"{location} has {', '.join(sorted(record)) or 'nothing'}; give it {forms}")
+
+
+def _answered(record: dict[str, Any]) -> dict[str, Any]:
+    """A task, as its prompt and a completion; other records as they are, and messages that end in an answer."""
+    prompt, answer = record.get("prompt", record.get("messages")), record.get("answer")
+    if prompt is None or answer is None or "completion" in record:
+        return record
+    if not isinstance(prompt, list):
+        return {"prompt": prompt, "completion": answer}
+    if prompt and isinstance(prompt[-1], dict) and prompt[-1].get("role") == "assistant":
+        return record
+    turn = {"role": "assistant", "content": answer}
+    return {"prompt": prompt, "completion": [turn], "tools": record.get("tools")}
 
 
 def _turns(record: dict[str, Any], has: set[str]) -> Any:

@@ -5,7 +5,6 @@ Jinja's own sandbox keeps a template from the process. The operating system boun
 
 import json
 import resource
-import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from dsv3_jax.signals import handled
+from dsv3_jax.signals import cpu_limit
 
 MAX_SECONDS = 20.0  # of CPU; a conversation of 10,000 turns takes a tenth of a second
 MAX_BYTES = 2**29  # that a template may take
@@ -95,22 +94,17 @@ def limits() -> Iterator[None]:
             ...
         dsv3_jax.chat.sandbox.TooMuch: the chat template takes more than 512 MiB
     """
-    with _ONE_AT_A_TIME, handled(_late, signal.SIGVTALRM):
+    with _ONE_AT_A_TIME, cpu_limit(MAX_SECONDS, _late):
         before = resource.getrlimit(resource.RLIMIT_AS)
-        main = threading.current_thread() is threading.main_thread()
         try:
             if sys.platform == "linux":
                 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
                 most = [n for n in (used + MAX_BYTES, *before) if n != resource.RLIM_INFINITY]
                 resource.setrlimit(resource.RLIMIT_AS, (min(most), before[1]))
-            if main:
-                signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS, MAX_SECONDS)
             yield
         except MemoryError as error:
             raise TooMuch(f"the chat template takes more than {MAX_BYTES >> 20} MiB") from error
         finally:
-            if main:
-                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             resource.setrlimit(resource.RLIMIT_AS, before)
 
 

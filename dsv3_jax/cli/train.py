@@ -30,8 +30,9 @@ LOST = 75  # exit code: another process of the run is lost
 class Train:
     """Train a preset. Every setting of the run is an option; its default is the preset's recipe.
 
-    To fine-tune a model on chats: dsv3 train sft --start MODEL --data.paths chats.jsonl. --start takes the weights and
-    settings of a run or released model; --trunk freezes its trunk, and trains the heads of --model.mtp-kind.
+    To fine-tune a model on chats: dsv3 train sft --start MODEL --data.paths chats.jsonl. To learn from its own answers:
+    dsv3 train grpo --start MODEL --data.paths tasks.jsonl --grpo.checker number. --start takes the weights and settings
+    of a run or released model; --trunk freezes its trunk, and trains the heads of --model.mtp-kind.
     """
 
     out: Path
@@ -93,9 +94,10 @@ def options(argv: list[str]) -> Train:
     elif argv and argv[0] in NEEDS_START and not {"-h", "--help"} & set(rest):
         raise ValueError(f"preset {argv[0]!r} fine-tunes a model: name a run or a released model by --start MODEL")
     args = parse(Train, rest, "train PRESET", default=Train(out=tyro.MISSING, run=run))
-    if args.epochs is not None and args.run.data.format != "chat":
+    by_epochs = args.run.data.format == "chat" and not args.run.grpo.group
+    if args.epochs is not None and not by_epochs:
         raise ValueError(f"epochs={args.epochs} is for chat examples, as in `dsv3 train sft`; use --steps")
-    if args.run.data.format == "chat":
+    if by_epochs:
         args = replace(args, run=_for_epochs(args, value_of(rest, "--steps"), value_of(rest, "--data.seq-len")))
     return args
 

@@ -4,13 +4,13 @@ A process of a multi-host run reads only its own rows of each batch.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import grain
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Float32, Int32
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.corpus import Corpus
@@ -28,6 +28,7 @@ class Batch(TypedDict):
     loss_mask: tokens that count as targets of the losses. Without it all do.
     expert_ids: experts in place of the routers' choices, int32 [B, L, T, K], see `training.loss.compute_loss`.
     routed_tokens: the tokens that these were recorded for, −1 where there was none; they must be the row's.
+    advantages, old_logprobs, start_logprobs: of answers, float32 [B, T], see `training.grpo`.
     """
 
     tokens: Int32[np.ndarray, "*B T"]
@@ -38,9 +39,16 @@ class Batch(TypedDict):
     loss_mask: NotRequired[Bool[np.ndarray, "*B T"]]
     expert_ids: NotRequired[Int32[np.ndarray, "*B L T K"]]
     routed_tokens: NotRequired[Int32[np.ndarray, "*B T"]]
+    advantages: NotRequired[Float32[np.ndarray, "*B T"]]
+    old_logprobs: NotRequired[Float32[np.ndarray, "*B T"]]
+    start_logprobs: NotRequired[Float32[np.ndarray, "*B T"]]
 
 
 Row = Batch
+
+
+class NoBatch(ValueError):
+    """A source cannot make its next batch; training saves the run before it raises this."""
 
 
 @runtime_checkable  # tests check signatures when functions are called
@@ -131,6 +139,8 @@ class Batches(Iterator[Batch]):
         [[5], [6]]
     """
 
+    metrics: Mapping[str, float] = {}  # of the last batch, to be logged with its step
+
     def __init__(self, order: Rows, batch_size: int, mine: Sequence[int] | np.ndarray | None = None,
                  fingerprint: str = ""):  # fmt: skip
         mine = np.arange(batch_size) if mine is None else np.asarray(mine)
@@ -196,6 +206,9 @@ class Source:
         held_out: returns the held-out rows of each domain.
         corpus: the documents. None for chats and shards.
         training_bytes: bytes of the training text by domain. None where only the source knows its mix.
+        examples: of chats, if asked for, what is trained on: the tokens before the first target, the record, its place.
+        sampled: makes training batches of what the model itself writes, and is given a function that returns its job
+            and state. None means that rows do not depend on the model.
     """
 
     cfg: DataConfig
@@ -207,6 +220,8 @@ class Source:
     weights: tuple[float, ...] = (1.0,)
     corpus: Corpus | None = None
     training_bytes: dict[str, float] | None = None
+    examples: Sequence[tuple[np.ndarray, dict[str, Any], str]] = ()
+    sampled: Callable[[Callable[[], Any]], Batches] | None = None
 
     def train_batches(self, rows: Sequence[int] | np.ndarray | None = None) -> Batches:
         """Iterate over endless training batches. Args: rows: of each global batch that this process reads."""

@@ -57,7 +57,7 @@ def loglikelihood(
         for row, i in zip(tokens, chosen, strict=False):
             row[: sum(map(len, pairs[i]))] = [*pairs[i][0], *pairs[i][1]]
         with sharding.use_mesh(mesh):
-            nats, best = jax.device_get(_scores(graphdef, state, tokens))
+            nats, best = jax.device_get(next_token_scores(graphdef, state, tokens))
         for row, i in enumerate(chosen):
             start, stop = len(pairs[i][0]) - 1, sum(map(len, pairs[i])) - 1
             likeliest = best[row, start:stop] == tokens[row, start + 1 : stop + 1]
@@ -65,10 +65,12 @@ def loglikelihood(
     return scores
 
 
-@partial(jax.jit, static_argnums=0)
-def _scores(graphdef: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "B T"]) -> tuple[Array, Array]:
+@partial(jax.jit, static_argnums=(0, 3))
+def next_token_scores(
+    graphdef: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "B T"], temperature: float = 1.0
+) -> tuple[Array, Array]:
     """(Nats of each next token, the likeliest one), [B, T-1]. Padding comes last, so no token that counts sees it."""
     model = nnx.merge(graphdef, state)
     x, *_ = model.run_layers(constrain(tokens, "batch", None), None)
-    nats, best = score_by_rows(model.norm(x)[:, :-1], model.head_matrix(), tokens[:, 1:])
+    nats, best = score_by_rows(model.norm(x)[:, :-1] / temperature, model.head_matrix(), tokens[:, 1:])
     return constrain(nats), constrain(best)

@@ -59,7 +59,9 @@ def cross_entropy_by_memory(
 def token_scores(
     h: Float[Array, "n D"], w: Float[Array, "D W"], targets: Int[Array, " n"], *, chunk: int = 1024
 ) -> tuple[Float[Array, " n"], Int[Array, " n"]]:
-    """Compute each target's negative log-likelihood, and the most likely token at its position. For evaluation.
+    """Compute each target's negative log-likelihood, and the most likely token at its position.
+
+    A backward pass computes each chunk's logits again.
 
     Args: h, w, targets, chunk: as in `chunked_cross_entropy`.
     Returns: (nats of each target, int32 argmax tokens).
@@ -77,7 +79,7 @@ def token_scores(
         return None, (nll, jnp.argmax(logits, axis=-1).astype(jnp.int32))
 
     n = h.shape[0]
-    _, (nll, best) = jax.lax.scan(body, None, (_split(h, chunk), _split(targets, chunk)))
+    _, (nll, best) = jax.lax.scan(jax.checkpoint(body), None, (_split(h, chunk), _split(targets, chunk)))
     return nll.T.reshape(-1)[:n], best.T.reshape(-1)[:n]
 
 

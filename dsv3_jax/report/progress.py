@@ -88,6 +88,8 @@ class Progress:
         line = f"loss {row['loss']:.3f}"
         if "mtp_loss" in row:
             line += "  mtp " + " ".join(f"{x:.3f}" for x in row["mtp_loss"])
+        if "reward" in row:
+            line += f"  reward {row['reward']:.3f}  mismatch {row['mismatch']:.1e}"
         if "max_vio" in row:
             line += f"  MaxVio {row['max_vio']:.2f}"
         if "tokens_per_s" in row:

@@ -34,7 +34,7 @@ import optax
 
 from dsv3_jax.cluster import processes
 from dsv3_jax.config import RunConfig
-from dsv3_jax.data.batches import Source, model_inputs
+from dsv3_jax.data.batches import NoBatch, Source, model_inputs
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.files import check_writable
 from dsv3_jax.lock import FolderLock, acquire
@@ -147,6 +147,8 @@ class Training:
         run, mesh, kernels = self.job.run, self.job.mesh, self.job.chosen()
         rows = None if mesh is None else processes.rows_held(mesh, run.data.batch_size)  # None means all
         self.batches = self.source.train_batches(rows)
+        if self.source.sampled is not None:
+            self.batches = self.source.sampled(lambda: (self.job, self.state))
         self.held_out = self.source.val_batches(run.eval_batches)
         # A machine's CPU devices share its cores, others add up.
         devices = jax.process_count() if mesh is None or kernels.target.platform == "cpu" else mesh.size
@@ -183,6 +185,7 @@ class Training:
         steps, (first, end) = self.job.run.steps, self.options.profile or (0, 0)
         step_fn = _compiled_step(_of_any_seed(self.job))
         ahead = AHEAD.get(self.job.chosen().target.platform, AHEAD_ELSEWHERE)
+        ahead = 0 if self.source.sampled else ahead  # the model samples once it has learnt from the batch before
         # Whether a step may change the state; made of the state, to be on its devices as the steps' own flags are.
         go = self.state.step >= 0
         started, batch, traces = deque[Done](), None, processes.is_first()
@@ -195,6 +198,8 @@ class Training:
                     traces = False
                 with jax.transfer_guard("disallow"):
                     arrays = self._next_batch() if batch is None else batch
+                    if arrays is None:
+                        break
                     with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
                         self.state, metrics = step_fn(self.state, arrays, go)
                     self.step, go = self.step + 1, metrics["finite"]
@@ -209,8 +214,16 @@ class Training:
                 if self.step == end:
                     trace.close()
 
-    def _next_batch(self) -> Batch:
-        return processes.put(model_inputs(next(self.batches)), self.job.mesh, self.job.run.data.batch_size)
+    def _next_batch(self) -> Batch | None:
+        """Put the next batch on the devices. None if there is none: `finish` raises why, and the state is saved."""
+        try:
+            batch = next(self.batches)
+        except NoBatch as error:
+            self.stopped, self.error = True, error
+            if self.step and self.checkpoints.latest != self.step:
+                self.save()
+            return None
+        return processes.put(model_inputs(batch), self.job.mesh, self.job.run.data.batch_size)
 
     def _started(self, batch: Batch, metrics: dict[str, Any], *, ask_often: bool) -> Done:
         """Decide what follows a step that was started."""
@@ -243,6 +256,8 @@ class Training:
         """Write a step's row of metrics, and at some steps its load."""
         found = processes.fetch(done.metrics, self.job.mesh)
         row = as_row(done.step, found, self.job.run) | self.speed.since_last(done.step)
+        if self.source.sampled is not None:
+            row |= self.batches.metrics
         self.lock.check()
         self.metrics.write(row)
         if found["load"].size and done.step % load_every(self.job.run) == 0:
@@ -278,7 +293,7 @@ class Training:
         self._call("on_checkpoint", self.step, self.checkpoints.folder / str(self.step))
 
     def finish(self) -> FitResult:
-        """Print and draw how the run ended. Raises: the first error of a callback."""
+        """Print and draw how the run ended. Raises: the first error of a callback or of the source."""
         finished, order2, pictures = self.step == self.job.run.steps, None, []
         if finished:
             evaluation = self.evaluation = self.evaluation or self._measured()  # it may have been finished before

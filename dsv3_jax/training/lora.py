@@ -26,6 +26,7 @@ This costs the products of a training step without LoRA; what it saves is the op
 
 import math
 import zlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -135,13 +136,22 @@ def merge(cfg: Lora, params: nnx.State) -> nnx.State:
     adapters, weights = split(params)
     if not adapters:
         return weights
-
-    def merged(weights: nnx.State, adapters: nnx.State) -> nnx.State:
-        joined = nnx.to_flat_state(join(cfg, nnx.merge_state(weights, adapters)))
-        pairs = ((path, v, v.get_value()) for path, v in joined)
-        return nnx.from_flat_state(
-            (path, v.replace(x.merge().astype(x.w.dtype)) if isinstance(x, Frozen) else v) for path, v, x in pairs
-        )
-
     where = jax.tree.map(lambda x: x.sharding, weights)
-    return jax.jit(merged, donate_argnums=0, out_shardings=where)(weights, adapters)
+    return jax.jit(partial(_merged, cfg), donate_argnums=0, out_shardings=where)(weights, adapters)
+
+
+def merged_copy(cfg: Lora, params: nnx.State) -> nnx.State:
+    """As `merge`, in memory of its own: the parameters stay as they are."""
+    adapters, weights = split(params)
+    return _merged_copy(cfg, weights, adapters) if adapters else weights
+
+
+def _merged(cfg: Lora, weights: nnx.State, adapters: nnx.State) -> nnx.State:
+    joined = nnx.to_flat_state(join(cfg, nnx.merge_state(weights, adapters)))
+    pairs = ((path, v, v.get_value()) for path, v in joined)
+    return nnx.from_flat_state(
+        (path, v.replace(x.merge().astype(x.w.dtype)) if isinstance(x, Frozen) else v) for path, v, x in pairs
+    )
+
+
+_merged_copy = jax.jit(_merged, static_argnums=0)

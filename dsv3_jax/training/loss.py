@@ -5,6 +5,8 @@ In its warm-up they are the total.
 
 L_k is the cross-entropy of head k on the text's own tokens, and what else its kind adds (`model.mtp.Head`). On a frozen
 trunk it may be the head's distance to the trunk's own distribution instead (`ops.draft_loss`).
+
+With `RunConfig.grpo`, L_main is the loss of `training.grpo` on answers that the model wrote itself.
 Source: DeepSeek-V3 report, equations 17-25.
 """
 
@@ -15,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dsv3_jax.config import HeadLoss
+from dsv3_jax.config import Grpo, HeadLoss
 from dsv3_jax.mesh.logits import score_by_rows
 from dsv3_jax.mesh.sharding import shard_map_over_batch
 from dsv3_jax.model.moe import LayerRouting
@@ -23,6 +25,7 @@ from dsv3_jax.model.transformer import ForwardOut, Transformer
 from dsv3_jax.ops import balance
 from dsv3_jax.ops.draft_loss import summed_distance
 from dsv3_jax.training import metrics
+from dsv3_jax.training.grpo import policy_loss
 from dsv3_jax.training.metrics import Metrics
 
 
@@ -80,6 +83,7 @@ def compute_loss(
     heads_only: bool = False,
     head_loss: HeadLoss = "ce",
     watch: tuple[str, ...] = (),
+    grpo: Grpo | None = None,
     counts: Float[Array, " depths"] | None = None,
     share: float = 1.0,
 ) -> Losses:
@@ -88,12 +92,14 @@ def compute_loss(
     Args:
         batch: tokens, segment_ids, positions, int32 [B, T]; loss_mask, bool [B, T], if not all tokens are targets;
             keys, a random key for each row, [B], for a router with noise; expert_ids, int32 [B, L, T, K], experts that
-            take the place of the routers' choices, of the trunk's sparse layers and then of heads with experts.
+            take the place of the routers' choices, of the trunk's sparse layers and then of heads with experts;
+            of answers their advantages, old_logprobs and possibly start_logprobs, float32 [B, T].
         mtp_weight: λ.
         heads_only: the total has the multi-token heads alone, (1/M)·Σ_k L_k and their balance losses. λ has no other
             loss to weigh them against, and is not used.
         head_loss: "kl" or "tv": heads learn the trunk's distribution of a token, not the text's token.
         watch: see `model.context.Options`.
+        grpo: L_main is that of `training.grpo`. None means the cross-entropy.
         counts: divisors of the sums, from `target_counts`: of the complete batch if this is a part of one.
         share: of the complete batch that this part is: the weight of its balance losses.
 
@@ -116,6 +122,10 @@ def compute_loss(
     if counts is None:
         counts = target_counts(segment_ids, 1 + len(out.mtp_h), loss_mask)
     (main, *nats), accuracy, feature = _token_losses(model, out, batch, counts, head_loss)
+    of_blocks = out.metrics
+    if grpo is not None:  # the compiler leaves the trunk's cross-entropy out
+        main, accuracy, of_answers = _of_answers(model, out, batch, counts[0], share, grpo)
+        of_blocks = of_blocks | {"answers": of_answers}
     mtp = jnp.stack(nats) if nats else jnp.zeros((0,), jnp.float32)
     heads = feature + model.mtp[0].token_weight * mtp.mean() if nats else jnp.zeros((), jnp.float32)
     balance = _balance(out, heads_only) * share
@@ -125,7 +135,7 @@ def compute_loss(
     if indexers := [of["index_kl"].sum() * share for of in out.metrics.values() if "index_kl" in of]:
         own = jnp.stack(indexers).sum()
         total = own if "index_warm" in watch else total + own
-    return Losses(total, main, mtp, feature, balance, accuracy, _load(out), out.metrics, measure)
+    return Losses(total, main, mtp, feature, balance, accuracy, _load(out), of_blocks, measure)
 
 
 def _given(model: Transformer, expert_ids: Array | None) -> tuple[Array | None, ...]:
@@ -170,6 +180,20 @@ def _token_losses(
         if loss is not None:
             feature += (loss * mask.astype(jnp.float32)).sum() / counts[k] / len(out.mtp_h)
     return nats, accuracy, feature
+
+
+def _of_answers(
+    model: Transformer, out: ForwardOut, batch: dict[str, Array], count: Array, share: float, cfg: Grpo
+) -> tuple[Array, Array, dict[str, Array]]:
+    """(GRPO's loss, the accuracy, the measures of `policy_loss`.) The measures' means over parts are the batch's."""
+    _, h, wanted, mask = next(_by_depth(out, batch))
+    nats, best = score_by_rows(h / cfg.temperature, model.head_matrix(), wanted)
+    of_wanted = {name: x[:, 1:] for name, x in batch.items() if x.ndim == 2}
+    old, start, gains = of_wanted["old_logprobs"], of_wanted.get("start_logprobs"), of_wanted["advantages"]
+    loss, found = policy_loss(-nats, old, start, gains, mask, cfg)
+    means = {name: x if name.startswith("max_") else x / count / share for name, x in found.items()}
+    tokens = count if cfg.form == "token_mean" else len(wanted) / share * cfg.max_new_tokens
+    return loss / tokens, jnp.where(mask, best == wanted, False).sum(dtype=jnp.float32) / count, means
 
 
 def _by_depth(out: ForwardOut, batch: dict[str, Array]) -> Iterator[tuple[int, Array, Array, Array]]:

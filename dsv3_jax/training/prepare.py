@@ -151,6 +151,8 @@ def read(job: Job, out: Path, options: Options) -> tuple[Tokenizer, Source, warm
     if options.source is None and run.data.format == "chat":
         raise ConfigError("data.format='chat' needs the examples as source; dsv3_jax.train.fit opens them")
     source = options.source or processes.by_each(lambda: open_source(run.data, words))
+    if run.grpo.group and source.sampled is None:
+        raise ConfigError(f"grpo group={run.grpo.group} needs a source that samples; dsv3_jax.train.fit makes it")
     processes.agree({"text": source.fingerprint})
     return words, source, start
 

@@ -257,6 +257,7 @@ def _gradients(
     if run.model.attention == "dsa":
         watch += (f"index_{run.indexer_stage}",)
     how: dict[str, Any] = {"heads_only": run.trunk is not None, "head_loss": run.head_loss, "watch": watch}
+    how["grpo"] = run.grpo if run.grpo.group else None
 
     def losses(trained: nnx.State, batch: Batch) -> tuple[Array, Losses]:
         model = nnx.merge(graph, lora.join(run.lora, nnx.merge_state(trained, frozen)), state.bias)

@@ -1,0 +1,110 @@
+"""What makes an answer right: checkers of the texts that a model writes, by name or as a function of the user's.
+
+A checker is a function (text, row) → bool. The row is the task's record, whose "answer" is a text. A new one by name is
+a row of `CHECKERS`.
+"""
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+
+from dsv3_jax.config import ConfigError, Table
+from dsv3_jax.data.batches import NoBatch
+from dsv3_jax.signals import cpu_limit
+
+MAX_SECONDS = 10.0  # of CPU for one answer: a pattern may take time that is exponential in the text's length
+_NUMBER = re.compile(r"(?:(?<![0-9])-)?[0-9][0-9,]*(?:\.[0-9]+)?")
+
+
+class TooLong(Exception):
+    """A checker runs too long."""
+
+
+def _late(*_: Any) -> None:
+    raise TooLong(f"it takes more than {MAX_SECONDS:g} seconds")
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number in a text, or None. Commas are those of thousands.
+
+    Example:
+        >>> last_number("5-3 is 2, so 1,002.50"), last_number("-7"), last_number("none")
+        (Decimal('1002.50'), Decimal('-7'), None)
+    """
+    found = _NUMBER.findall(text)
+    return Decimal(found[-1].replace(",", "")) if found else None
+
+
+def _needs_number(answer: str) -> None:
+    if last_number(answer) is None:
+        raise ValueError("it holds no number")
+
+
+CHECKERS: Table[tuple[Callable[[str, dict[str, Any]], Any], Callable[[str], Any]]] = Table("grpo checker", {
+    # name: the checker; what raises ValueError or re.error for an answer that it cannot use
+    "exact": (lambda text, row: text.strip() == row["answer"].strip(), str),
+    "number": (lambda text, row: last_number(text) == last_number(row["answer"]), _needs_number),
+    "regex": (lambda text, row: re.search(row["answer"], text) is not None, re.compile),
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checker:
+    """A checker by its name, which its errors name.
+
+    Raises: ConfigError for an unknown name, or a function that cannot be imported.
+
+    Example:
+        >>> Checker("number").check("It is 4.", {"answer": "4.0"}, "line 1")
+        True
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        self._pair()
+
+    def _pair(self) -> tuple[Callable[[str, dict[str, Any]], Any], Callable[[str], Any]]:
+        module, colon, name = self.name.partition(":")
+        if not colon:
+            return CHECKERS[self.name]
+        if os.getcwd() not in sys.path:  # the command has its own folder there in place of the user's
+            sys.path.append(os.getcwd())
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"grpo checker={self.name!r} cannot be imported: {reason}") from error
+        if not callable(function):
+            raise ConfigError(f"grpo checker={self.name!r} is no function (text, row) → bool")
+        return function, str
+
+    def look_at(self, row: dict[str, Any], location: str) -> None:
+        """Look at a task before the first step. Raises: ValueError that names the line of one that cannot be used."""
+        answer = row.get("answer")
+        if not isinstance(answer, str):
+            raise ValueError(f"{location} has answer={answer!r:.60}, not a text for grpo checker={self.name!r}")
+        try:
+            self._pair()[1](answer)
+        except (ValueError, re.error) as error:
+            raise ValueError(f"{location}: answer={answer!r:.60} does not fit {self.name!r}: {error}") from error
+
+    def check(self, text: str, row: dict[str, Any], location: str) -> bool:
+        """Whether a text is a right answer. Raises: NoBatch if the checker raises, or returns no bool."""
+        function, _ = self._pair()
+        try:
+            with cpu_limit(MAX_SECONDS, _late):
+                right = function(text, row)
+        except Exception as error:
+            reason = f"fails at {location} with {type(error).__name__}: {error}"
+            raise NoBatch(f"grpo checker={self.name!r} {reason}") from error
+        if not isinstance(right, bool | np.bool_):
+            raise NoBatch(f"grpo checker={self.name!r} returns {right!r:.60} at {location}, not True or False")
+        return bool(right)

@@ -1,0 +1,78 @@
+"""GRPO: which of a model's answers to a prompt were better than the others, and the loss that makes them likelier.
+
+The answers to one prompt are a group. An answer's advantage is its reward above the group's mean, over the group's
+standard deviation. Each token t of an answer i has
+
+    ratio_t = π(t) / π_old(t)
+    gain_t  = min(ratio_t · A_i, clip(ratio_t, 1 − clip_low, 1 + clip_high) · A_i)
+    kl_t    = π_start(t) / π(t) − ln(π_start(t) / π(t)) − 1
+    L       = Σ_t (β · kl_t − gain_t) / N
+
+where π_old is what the sampler computed. Each batch of answers is used for one step, so ratios would be 1 if sampler
+and trainer computed alike. Their mismatch is measured: the mean of |ln ratio_t|, and its maximum. All π are of the
+distribution that was sampled from, so logits are divided by its temperature.
+
+Source: DeepSeekMath, arXiv 2402.03300, section 4.1.
+Departs from it: N is the number of tokens in all answers of the batch (DAPO, arXiv 2503.14476), or with the form
+constant_length the number that they could have (arXiv 2503.20783). The paper takes the mean over each answer first,
+which makes wrong answers longer. There is no older policy than the one that starts the step.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from dsv3_jax.config import Grpo
+
+EPS = 1e-6  # of the division by a group's standard deviation
+MOST = 20.0  # of ln ratio: beyond it only the sign of the advantage decides, and exp would overflow
+
+
+def advantages(rewards: Float[np.ndarray, "P G"]) -> Float[np.ndarray, "P G"]:
+    """Compare each answer with its group. Args: rewards: of G answers to each of P prompts.
+
+    Example:
+        >>> advantages(np.array([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])).round(3).tolist()
+        [[1.0, -1.0, -1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
+    """
+    apart = rewards - rewards.mean(axis=1, keepdims=True)
+    return apart / (rewards.std(axis=1, keepdims=True) + EPS)
+
+
+def policy_loss(
+    logprobs: Float[Array, "B S"],
+    old: Float[Array, "B S"],
+    start: Float[Array, "B S"] | None,
+    gains: Float[Array, "B S"],
+    mask: Bool[Array, "B S"],
+    cfg: Grpo,
+) -> tuple[Array, dict[str, Array]]:
+    """Sum the loss over tokens; the caller divides.
+
+    Args:
+        logprobs, old, start: log π, log π_old and log π_start of each token. `start` may be None: there is no KL.
+        gains: A, the advantage of the answer that each token is of.
+        mask: tokens of answers.
+    Returns: (the sum; sums of the measures "mismatch", "clipped" and "kl", and the maximum "max_mismatch").
+
+    Example:
+        >>> one = jnp.ones((1, 1))
+        >>> loss, found = policy_loss(jnp.log(2 * one), 0 * one, None, one, one > 0, Grpo(clip_high=0.25))
+        >>> float(loss), float(found["clipped"])  # twice as likely as it was: it counts 1.25 times
+        (-1.25, 1.0)
+    """
+    apart = jnp.where(mask, logprobs - old, 0.0)
+    ratio = jnp.exp(jnp.minimum(apart, MOST))
+    free, clipped = ratio * gains, jnp.clip(ratio, 1 - cfg.clip_low, 1 + cfg.clip_high) * gains
+    loss = -jnp.where(mask, jnp.minimum(free, clipped), 0.0).sum()
+    size = jnp.abs(apart)
+    found = {
+        "mismatch": size.sum(),
+        "max_mismatch": size.max(),
+        "clipped": jnp.where(mask, clipped < free, False).sum(dtype=jnp.float32),
+    }
+    if start is not None:
+        above = jnp.where(mask, start - logprobs, 0.0)
+        found["kl"] = (jnp.exp(jnp.minimum(above, MOST)) - above - 1.0).sum()
+        loss += cfg.kl * found["kl"]
+    return loss, found

@@ -1,0 +1,145 @@
+"""GRPO: its loss, and runs that learn from their own answers."""
+
+import importlib
+import json
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from models import DENSE, random_model
+from runs import MODEL, assert_bitwise, finished, packed_batch, rows_of, said_by, unhooked_cli
+
+from dsv3_jax.chat.checkers import CHECKERS, Checker
+from dsv3_jax.config import ConfigError, Grpo
+from dsv3_jax.data.batches import NoBatch
+from dsv3_jax.training.checkpoint import Checkpoints
+from dsv3_jax.training.grpo import policy_loss
+from dsv3_jax.training.loss import compute_loss
+from dsv3_jax.training.run_folder import read_run
+
+
+def test_the_loss_and_its_gradient_are_those_of_the_formula(rng):
+    """Token by token in float64, clipped on both sides, with the KL divergence."""
+    cfg, shape = Grpo(clip_low=0.1, clip_high=0.3, kl=0.2), (3, 7)
+    new, old, start, gains = rng.normal(0, 0.4, (4, *shape))
+    mask, loss, slope = rng.random(shape) < 0.7, 0.0, np.zeros(shape)
+    for i in zip(*np.nonzero(mask), strict=True):
+        ratio, away = np.exp(new[i] - old[i]), np.exp(start[i] - new[i])
+        clipped = min(max(ratio, 0.9), 1.3)
+        loss += 0.2 * (away - np.log(away) - 1) - min(ratio * gains[i], clipped * gains[i])
+        slope[i] = 0.2 * (1 - away) - (ratio * gains[i] if ratio * gains[i] <= clipped * gains[i] else 0)
+    args = [*map(jnp.float32, (old, start, gains)), jnp.asarray(mask)]
+    found, grad = jax.value_and_grad(lambda new: policy_loss(new, *args, cfg)[0])(jnp.float32(new))
+    np.testing.assert_allclose(found, loss, rtol=1e-5)
+    np.testing.assert_allclose(grad, slope, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["token_mean", "constant_length"])
+def test_at_ratio_1_it_is_the_policy_gradient(rng, form):
+    """−Σ A ∇ ln π / N, in two parts as in one; N are the answers' tokens, or those that they may have."""
+    cfg, settings = replace(MODEL, mtp_depth=0), Grpo(group=2, form=form, max_new_tokens=9, temperature=0.5)
+    graph, params, rest = nnx.split(random_model(cfg, execution=DENSE), nnx.Param, ...)
+    batch = packed_batch(rng, np.ones((4, 12), np.int32))
+    batch["loss_mask"] = mask = jnp.arange(12)[None] >= jnp.array([[3], [5], [8], [11]])
+    batch["advantages"] = gains = jnp.float32(rng.normal(0, 1, (4, 1)) * np.asarray(mask))
+
+    def logprobs(params):
+        out = nnx.merge(graph, params, rest)(batch["tokens"], batch["segment_ids"], batch["positions"])
+        picked = jnp.take_along_axis(jax.nn.log_softmax(out.logits / 0.5)[:, :-1], batch["tokens"][:, 1:, None], 2)
+        return jnp.pad(picked[..., 0], [(0, 0), (1, 0)])
+
+    batch["old_logprobs"] = jax.jit(logprobs)(params)
+    count = mask.sum(dtype=jnp.float32)
+    size = count if form == "token_mean" else 4 * 9
+
+    @partial(jax.jit, static_argnums=2)
+    def grads(params, batch, share):
+        def loss(params):
+            how = dict(grpo=settings, counts=count[None], share=share)
+            out = compute_loss(nnx.merge(graph, params, rest), batch, 0.0, **how)
+            return out.main, out.metrics["answers"]
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    wanted = jax.jit(jax.grad(lambda params: -(gains * logprobs(params)).sum() / size))(params)
+    whole, measures = grads(params, batch, 1.0)
+    parts = [grads(params, jax.tree.map(lambda x, i=i: x[i : i + 2], batch), 0.5)[0] for i in (0, 2)]
+    for found in (whole, jax.tree.map(jnp.add, *parts)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, wanted)
+    assert measures["max_mismatch"] < 1e-5 and measures["clipped"] == 0
+
+
+JUDGE = "left = 1\ndef even(text, row):\n global left\n left -= 1\n return len(text) % 2 == 0 if left else 1 / 0"
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory):
+    """(A folder with a checker and tasks, arguments of the command without OUT.)"""
+    root = tmp_path_factory.mktemp("grpo")
+    tasks, made = root / "tasks.jsonl", finished(tmp_path_factory.getbasetemp())
+    records = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(20)]
+    tasks.write_text("\n".join(map(json.dumps, records)))
+    (root / "judge.py").write_text(JUDGE)
+    words = "--data.chat-template plain --data.seq-len 32 --steps 4 "
+    words += "--data.batch-size 8 --data.val-fraction 0.3 --grpo.group 4 --grpo.max-new-tokens 6 --eval-batches 1 "
+    words += "--optim.learning-rate 1e-2 --execution.kernels grouped_swiglu=dense --optim.warmup-steps 1"
+    return root, ["train", "grpo", "--start", str(made.folder), "--data.paths", str(tasks), *words.split()]
+
+
+def train(argv, out, *more):
+    return said_by(unhooked_cli().main, [*argv, "--out", str(out), *map(str, more)])
+
+
+def test_a_run_samples_as_it_trains_and_a_failing_checker_ends_it_saved_to_resume_bitwise(ready, monkeypatch, capsys):
+    """The run that its checker ended and that the same command went on with is the run that met no error."""
+    (root, argv), states = ready, []
+    monkeypatch.syspath_prepend(root)
+    argv = [*argv, "--grpo.checker", "judge:even", "--grpo.kl", "0.1"]
+    for out, left in ((root / "run", 1000), (root / "again", 20), (root / "again", 1000)):
+        importlib.import_module("judge").left = left
+        code, said = said_by(unhooked_cli().main, [*argv, "--out", str(out)])
+        if left == 20:
+            error = capsys.readouterr().err
+            assert code == 2 and "'judge:even' fails at" in error and "line" in error and "ZeroDivisionError" in error
+            assert "stopped and saved at step 2" in said
+        else:
+            assert code == 0, said
+            with Checkpoints(out, read_run(out), read_only=True) as checkpoints:
+                states.append(checkpoints.restore())
+    assert_bitwise(*states)
+    rows = [row for row in rows_of(root / "run") if "reward" in row]
+    assert rows_of(root / "again") == rows_of(root / "run") and len(rows) == 4 and "4 answers each" in said
+    assert all(row["max_mismatch"] < 1e-5 and row["clipped"] == 0 < row["reward"] < 1 for row in rows), rows
+    assert rows[0]["kl"] < 1e-6 < rows[-1]["kl"]
+
+
+@pytest.mark.long
+def test_groups_without_variance_are_skipped_and_counted(ready):
+    """All answers are wrong: no step moves a weight."""
+    out = ready[0] / "wrong"
+    code, said = said_by(unhooked_cli().main, [*ready[1], "--out", str(out), "--steps", "1", "--grpo.no-replay"])
+    row = rows_of(out)[0]
+    assert code == 0 and (row["skipped"], row["reward"], row["loss"], row["grad_norm"]) == (1, 0, 0, 0), (said, row)
+
+
+def test_bad_checkers_and_tasks_are_named(monkeypatch):
+    assert Checker("regex").check("so 12", {"answer": r"\b12$"}, "")
+    monkeypatch.setitem(CHECKERS, "none", (lambda text, row: None, str))
+    monkeypatch.setattr("dsv3_jax.chat.checkers.MAX_SECONDS", 0.05)
+    for name, answer, said in (("regex", "(a+)+$b", "more than 0.05 seconds"), ("none", "", "returns None at line 3")):
+        with pytest.raises(NoBatch, match=said):
+            Checker(name).check("a" * 40, {"answer": answer}, "line 3")
+    for name, answer, said in (
+        ("number", "none", "line 3: answer='none' does not fit 'number': it holds no number"),
+        ("regex", "(", r"line 3: answer='\(' does not fit 'regex': missing"),
+        ("exact", 4, "line 3 has answer=4, not a text"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Checker(name).look_at({"answer": answer}, "line 3")
+    for name, said in (("exakt", "did you mean 'exact'"), ("none:such", "cannot be imported: ModuleNotFoundError")):
+        with pytest.raises(ConfigError, match=said):
+            Checker(name)
