@@ -10,7 +10,7 @@ from flax import nnx
 
 from dsv3_jax.config import Balance, Execution, ModelConfig
 from dsv3_jax.decoding.decode_config import DecodeConfig
-from dsv3_jax.decoding.generate import Job, Programs
+from dsv3_jax.decoding.programs import Job, Programs
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer, abstract
 
@@ -90,7 +90,9 @@ def decode_program(model, draft=None, lengths=(0,), batch=2, width=32, new=16, c
     config = DecodeConfig(new, cache="latent", cache_dtype=dtype)
     leaves, tree = jax.tree.flatten(Job(with_weights, stops, draft, lengths, config, capacity, capacity))
     made = Programs(tree, lengths)
-    return made, leaves, jax.eval_shape(made.prefill, leaves, tokens, rows, jax.ShapeDtypeStruct((), jnp.uint32))
+    read, seed = jax.eval_shape(made.prefill, leaves, tokens, rows), jax.ShapeDtypeStruct((), jnp.uint32)
+    begins, admit = jax.ShapeDtypeStruct((3, batch), jnp.int32), partial(made.admit, in_order=True)
+    return made, leaves, jax.eval_shape(admit, leaves, None, read, begins, seed)
 
 
 def tokens_of(cfg: ModelConfig, batch: int, length: int, seed: int = 0) -> jax.Array:

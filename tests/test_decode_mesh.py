@@ -88,7 +88,7 @@ def sent(text):
 
 def test_neither_cache_nor_experts_are_sent(monkeypatch):
     """In the compiled step all that is sent is smaller than one device's part of either."""
-    compiled, module = [], importlib.import_module("dsv3_jax.decoding.generate")
+    compiled, module = [], importlib.import_module("dsv3_jax.decoding.programs")
 
     def look(*form):
         made, decode = module.Programs(*form[:2]), module.Programs(*form[:2]).decode
@@ -100,7 +100,7 @@ def test_neither_cache_nor_experts_are_sent(monkeypatch):
         made.decode = lower
         return made
 
-    monkeypatch.setattr(module, "programs", look)
+    monkeypatch.setattr("dsv3_jax.decoding.generate.programs", look)
     with pytest.raises(InterruptedError):
         generate(model_of(mesh=sharding.make_mesh(2, 2, 2)), PROMPTS, NEW, **SAMPLED | DRAFTED)
     ((cache, text),) = compiled

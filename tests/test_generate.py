@@ -14,7 +14,7 @@ from runs import unhooked
 
 from dsv3_jax.config import Execution
 from dsv3_jax.decoding.decode_config import DecodeConfig
-from dsv3_jax.decoding.generate import generate, generate_in_parts
+from dsv3_jax.decoding.generate import _pad, generate, generate_in_parts
 from dsv3_jax.kernels import choose
 from dsv3_jax.model import transformer
 from dsv3_jax.model.transformer import abstract
@@ -132,15 +132,35 @@ DRAWN = dict(temperature=1.5, top_k=30, top_p=0.95)
 
 @pytest.mark.long
 def test_the_seed_fixes_the_draws(light):
-    """Each by seed, row and place in the text, so neither parts, nor other rows, nor certain drafts change them."""
-    one, two, three = (generate(light, [[5], [8, 1]], NEW, seed=seed, **DRAWN).tokens for seed in (0, 0, 1))
-    assert one == two != three and one[0] != one[1]
-    assert generate(light, [[5]], NEW, **DRAWN).tokens == one[:1]
+    """Each by seed, prompt and place in the text, so neither parts nor certain drafts change them."""
+    one, three = (generate(light, [[5], [8, 1]], NEW, seed=seed, **DRAWN).tokens for seed in (0, 1))
+    assert one != three and one[0] != one[1]
     assert generate(light, [[5], [8, 1]], NEW, cache="none", **DRAWN).tokens == one
     for length in (3, "auto"):
         assert generate(light, [[5], [8, 1]], NEW, draft="lookup", draft_length=length, **DRAWN).tokens == one
     *_, last = generate_in_parts(light, [[5], [8, 1]], DecodeConfig(NEW, Sampling(**DRAWN)), part=3)
     assert last.tokens == one
+
+
+def test_a_text_depends_on_seed_prompt_and_sample_alone(light, monkeypatch):
+    """Not on the batch, the order of prompts, or what its row had before. One pass reads a prompt for all samples."""
+    read = []
+    monkeypatch.setattr("dsv3_jax.decoding.generate._pad", lambda new, *shape: read.extend(new) or _pad(new, *shape))
+    how = dict(samples=3, stop_tokens=[4, 9], logprobs=True, return_routing=True, **DRAWN)
+    prompts, order = [*PROMPTS, [5]], [2, 0, 1, 3]  # equal prompts keep their order: the second has samples 3 to 5
+    whole = generate(light, prompts, 24, **how)
+    queued = generate(light, [prompts[i] for i in order], 24, batch_size=4, **how)
+    rows = [3 * i + sample for i in order for sample in range(3)]
+    assert queued.tokens == [whole.tokens[row] for row in rows]
+    assert len(set(map(tuple, whole.tokens))) > 8 and len(set(map(len, whole.tokens))) > 3
+    assert sorted(read) == sorted(2 * [tuple(prompt) for prompt in PROMPTS])
+    assert sorted(queued.ended) == [*range(12)] and queued.steps > whole.steps
+    for name in ("logprobs", "model_logprobs", "expert_ids"):
+        for got, row in zip(getattr(queued, name), rows, strict=True):
+            np.testing.assert_allclose(got, getattr(whole, name)[row], rtol=0, atol=1e-5)
+    config = DecodeConfig(24, Sampling(**DRAWN), samples=3, batch_size=4, stop_tokens=(4, 9), logprobs=True)
+    *_, rest = generate_in_parts(light, prompts, config, skip={0, 1, 2, 5, 7})
+    assert rest.tokens == [[] if i in {0, 1, 2, 5, 7} else row for i, row in enumerate(whole.tokens)]
 
 
 def test_decoding_copies_neither_experts_nor_cache(whole_compiles):
@@ -166,6 +186,7 @@ sys.modules["dsv3_jax.decoding.decode_config"] = hooked
 
 REFUSED = {  # setting: (values, sentence)
     "max_new_tokens": ([0, True], "is not an int of 1 or above"),
+    "batch_size": ([0, 2.5], "is not an int of 1 or above"),
     "draft_length": ([2.0, -1, "most"], "is not an int of 0 or above or 'auto'"),
     "draft": (["medusa"], "is not None, 'mtp', 'lookup' or a Transformer"),
     "temperature": ([-0.5, float("nan"), None, True], "is not a float of 0 or above"),
@@ -196,6 +217,7 @@ def test_requests_are_refused(light):
     refused += [
         (partial(plain.generate, light, [[1]], 3, stop_tokens=[1, 37]), "stop_tokens holds token 37, which is no id"),
         (partial(plain.DecodeConfig, 3, draft="mtp", cache="none"), "cache='none' decodes without drafts"),
+        (partial(plain.DecodeConfig, 3, samples=8), "samples=8 would be equal texts at temperature 0"),
         (partial(plain.DecodeConfig, 3, sampling=(0.5, None, None)), "sampling=(0.5, None, None) is not a Sampling"),
     ]
     for request, sentence in refused:

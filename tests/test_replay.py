@@ -106,8 +106,8 @@ def test_a_batch_brings_experts_of_trunk_and_head():
 
 
 DECODING = {
-    "plain": {},
-    "mtp": dict(draft="mtp", draft_length=2, temperature=0.7, top_p=0.8),
+    "plain": dict(batch_size=1),  # the second row is the first one, refilled
+    "mtp": dict(batch_size=1, draft="mtp", draft_length=2, temperature=0.7, top_p=0.8),
     "int8": dict(cache_dtype="int8", temperature=1.0),
 }
 

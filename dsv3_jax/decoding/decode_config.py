@@ -29,7 +29,7 @@ class DecodeConfig:
         ValueError: max_new_tokens=0 is not an int of 1 or above
     """
 
-    max_new_tokens: int  # a prompt
+    max_new_tokens: int  # a text
     sampling: Sampling = GREEDY
     cache: str | None = None  # "latent", "expanded" or "none", see model/cache.py; None: the smallest there is
     cache_dtype: Any = None  # "float32", "bfloat16", "int8" or "float8_e4m3"; None: the compute dtype
@@ -38,12 +38,14 @@ class DecodeConfig:
     stop_tokens: Sequence[int] = ()  # a row ends with the first of them
     seed: int = 0
     pad_prompts_to: int = 0  # tokens at least, with cache slots for them: turns of a chat then share a compilation
+    samples: int = 1  # texts a prompt
+    batch_size: int | None = None  # rows that decode at once; None: all texts
     logprobs: bool = False  # of each new token
     return_routing: bool = False  # the experts of each token
 
     def __post_init__(self) -> None:
         temperature, top_k, top_p = self.sampling if isinstance(self.sampling, Sampling) else GREEDY
-        least, kinds = 0 if self.draft is None else 1, get_args(CacheKind)
+        least, kinds, rows = 0 if self.draft is None else 1, get_args(CacheKind), self.batch_size
         drafts = self.draft in (None, *OWN_DRAFTS) or isinstance(self.draft, Transformer)
         auto_or_int = self.draft_length == "auto" or _is_int(self.draft_length, least)
         for right, name, value, what in (
@@ -57,6 +59,8 @@ class DecodeConfig:
             (top_p is None or (_is_number(top_p) and 0 < top_p <= 1), "top_p", top_p, "a float within (0, 1]"),
             (self.cache in (None, *kinds), "cache", self.cache, f"one of {', '.join(kinds)}"),
             (drafts, "draft", self.draft, "None, 'mtp', 'lookup' or a Transformer"),
+            (_is_int(self.samples, 1), "samples", self.samples, "an int of 1 or above"),
+            (rows is None or _is_int(rows, 1), "batch_size", rows, "an int of 1 or above"),
             (isinstance(self.logprobs, bool), "logprobs", self.logprobs, "a bool"),
             (isinstance(self.return_routing, bool), "return_routing", self.return_routing, "a bool"),
             (_is_list(self.stop_tokens), "stop_tokens", self.stop_tokens, "a list of token ids"),
@@ -66,6 +70,8 @@ class DecodeConfig:
         pick_dtype("float32", self.cache_dtype)
         if self.draft is not None and self.cache == "none":
             raise ValueError("cache='none' decodes without drafts; leave out draft, or cache")
+        if self.samples > 1 and temperature == 0:
+            raise ValueError(f"samples={self.samples} would be equal texts at temperature 0; raise temperature")
         object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
 
     @property
@@ -116,7 +122,7 @@ class Generated:
         (1.75, 4.0)
     """
 
-    tokens: list[list[int]]  # new tokens only; a stop token is the last of its row
+    tokens: list[list[int]]  # new tokens only, of each prompt's samples; a stop token is the last of its row
     acceptance: list[float] = field(default_factory=list)  # share of steps that accepted the draft at each position
     steps: int = 0  # forward passes of the model after prefill
     prefill_seconds: float = 0.0  # with compilation if these shapes were not run before
@@ -129,6 +135,7 @@ class Generated:
     model_logprobs: list[list[float]] | None = None  # of the model's own, at temperature 1
     # if asked for: int32 [Lmoe, tokens, K] of the prompt's tokens and the new ones; -1 at the last, which nobody read
     expert_ids: list[np.ndarray] | None = None
+    ended: list[int] = field(default_factory=list)  # which rows are complete, in the order of their ends
 
     @property
     def mean_accepted(self) -> float:
@@ -138,7 +145,7 @@ class Generated:
     @property
     def tokens_per_s(self) -> float:
         """New tokens after each row's first, a second of decoding."""
-        return sum(len(row) - 1 for row in self.tokens) / max(self.decode_seconds, 1e-9)
+        return sum(max(len(row) - 1, 0) for row in self.tokens) / max(self.decode_seconds, 1e-9)
 
 
 def check_tokens(name: str, tokens: Any, vocab_size: int, may_be_empty: bool = False) -> None:

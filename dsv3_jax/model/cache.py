@@ -4,7 +4,7 @@ latent    MLA's rows, which all heads share: {"latent": c_kv, "k_rope": the rota
 expanded  a key and a value for each key-value head, {"k", "v"}: the cache of MHA, GQA and MQA, and MLA's naive one
 
 The names and widths come from the attention's `cache_rows`; nothing here knows them. Decoding with cache="none" has no
-cache: `decoding/generate.py` recomputes all tokens each step.
+cache: `decoding/programs.py` recomputes all tokens each step.
 """
 
 from collections.abc import Mapping, Sequence

@@ -54,16 +54,20 @@ def processed_logits(
     return logits
 
 
-def row_keys(seed: Array | int, rows: int) -> Array:
+def row_keys(seed: Array | int, texts: Int[Array, " B"], samples: Int[Array, " B"]) -> Array:
     """Two keys [B, 2] for each row of a batch: of its draws, and of its drafts'.
 
+    Args: texts: a hash of each row's prompt, of 32 bits. samples: which of the prompt's samples it is.
+
     Example:
-        >>> row_keys(0, 3).shape
+        >>> row_keys(0, jnp.array([-7, -7, 9]), jnp.array([0, 1, 0])).shape
         (3, 2)
     """
-    return jax.vmap(lambda row: jax.random.split(jax.random.fold_in(jax.random.key(seed), row)))(
-        jnp.arange(rows, dtype=jnp.int32)
-    )
+
+    def keys(text: Array, sample: Array) -> Array:
+        return jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), text), sample))
+
+    return jax.vmap(keys)(texts, samples)
 
 
 def keys_at(keys: Array, positions: Int[Array, "B F"]) -> Array:
