@@ -84,7 +84,7 @@ def watch(request: dict) -> None:
         if action.startswith("SIG"):
             os.kill(os.getpid(), getattr(signal, action))
         elif action == "link":
-            os.symlink(os.environ["CANARY"], path)
+            os.symlink(os.environ["CANARY"], path if "-checkpoint-tmp/" not in path else "")  # its own folder
         elif action == "delete":
             shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
         else:
