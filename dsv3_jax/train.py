@@ -114,7 +114,8 @@ def open_start(place: str, out: str | Path | None = None) -> warm_start.Start:
         return warm_start.Start(str(place), read_run(out), False, lambda job: open_start(place).load(job))
 
     def load(job: Job) -> tuple[Transformer, str]:
-        return reading.load(folder.path, None if job.run.freezes else jnp.float32, job.mesh), ""
+        keep = job.run.freezes
+        return reading.load(folder.path, None if keep else jnp.float32, job.mesh, packed=keep), ""
 
     return warm_start.Start(str(folder.path), run, True, load, four_bits=folder.four_bits)
 

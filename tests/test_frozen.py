@@ -1,6 +1,7 @@
 """Weights that do not train keep the dtype of their start, in memory and in checkpoints, and change no digit by it."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,11 +19,12 @@ from dsv3_jax.config import ConfigError, Execution, Lora, RunConfig
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
 from dsv3_jax.hf.reading import load
 from dsv3_jax.mesh import sharding
+from dsv3_jax.model.layers import in_use
 from dsv3_jax.planning import cost
 from dsv3_jax.training import lora, warm_start
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
 from dsv3_jax.training.run_folder import claim
-from dsv3_jax.training.step import Job, TrainState, make_step, map_frozen, split_trainable
+from dsv3_jax.training.step import Job, TrainState, make_step, split_trainable
 
 CFG = replace(MODEL, mtp_depth=0)
 HOW = {"float32": Execution(), "bfloat16": Execution(compute_dtype="bfloat16", remat="full")}
@@ -52,8 +54,8 @@ def begin(run: RunConfig) -> TrainState:
     return replace(state, params=nnx.merge_state(jax.tree.map(lambda x: x + 0.01, trained), frozen))
 
 
-def widened(run: RunConfig, state: TrainState) -> TrainState:
-    state = replace(state, params=map_frozen(lambda x: x.astype(jnp.float32), run, state.params))
+def widened(run: RunConfig, state: TrainState, dtype=jnp.float32) -> TrainState:
+    state = replace(state, params=jax.jit(partial(in_use, dtype=dtype))(state.params))
     return jax.tree.map(jnp.copy, state)  # a step donates its state
 
 
@@ -118,10 +120,49 @@ def test_fp8_and_4_bits_are_bfloat16_and_4_bits_do_not_train(folder, tmp_path, m
     warm_start.check(replace(run, lora=Lora(2)), start)
 
 
-def test_a_plan_counts_them_in_their_dtype(folder, monkeypatch):
-    def refuse(lowered):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: not compiled")
+def refuse(lowered):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: not compiled")
 
+
+@pytest.mark.long
+@pytest.mark.parametrize(("kind", "groups"), [("fp8", {"w_gate": 2, "w_up": 2}), ("int4", {"w_gate": 4, "w_down": 3})])
+def test_packed_weights_give_the_digits_of_bfloat16(tmp_path, monkeypatch, kind, groups):
+    """In a step, in a checkpoint and to its readers; only a layer's are unpacked, and a plan counts their bytes."""
+    place, cfg = tmp_path / "model", replace(CFG, dim=256) if kind == "fp8" else KIMI.cfg
+    if kind == "fp8":  # of two groups of 128
+        ds.hf.save(random_model(cfg), place, fp8=True, quiet=True)
+    else:
+        write_folder(place, KIMI)
+    monkeypatch.setattr(train, "released_run", lambda folder, cfg: make_run("nowhere", model=cfg))
+    how = replace(HOW["bfloat16"], kernels="grouped_swiglu=dense")
+    run = replace(run_from(str(place), "bfloat16"), model=cfg, execution=how)
+    claim(tmp_path / "run", run)
+    state = begin(run)
+    experts = state.params["sparse"]["moe"]["experts"]
+    for name, count in groups.items():
+        assert experts[name].get_value().scales.shape[-2] == count
+    wide = widened(run, state, jnp.bfloat16)
+    plain = nnx.state(load(place, jnp.bfloat16, quiet=True), nnx.Param)["sparse"]["moe"]["experts"]
+    assert_bitwise(wide.params["sparse"]["moe"]["experts"], plain)
+    with Checkpoints(tmp_path / "run", run) as checkpoints:
+        checkpoints.save(state, {}, wait=True)
+        assert_bitwise(checkpoints.restore()[0], state)
+    read = nnx.state(load_run(tmp_path / "run").model, nnx.Param)
+    assert_bitwise(read, lora.merge(run.lora, jax.tree.map(jnp.copy, wide.params)))
+    if kind == "fp8":
+        monkeypatch.setattr(cost, "compile_with_hlo", refuse)
+        nbytes = sum(x.nbytes for x in jax.tree.leaves(split_trainable(run, state.params)[1]))
+        nbytes -= state.params["sparse"]["moe"]["w_router"].nbytes // 2  # float32, and planned in bfloat16
+        assert cost.train_cost(run, sharding.make_mesh(), frozen="fp8").persistent["frozen, in fp8"] == nbytes
+    batch = packed_batch(np.random.default_rng(3), np.ones((4, 16), int), cfg.vocab_size)
+    step = make_step(Job(run))
+    assert f"<{'x'.join(map(str, experts['w_gate'].shape))}xbf16>" not in step.lower(state, batch).as_text()
+    (theirs, of_wide), (ours, of_ours) = step(wide, batch), step(state, batch)
+    assert_bitwise((ours.opt, of_ours), (theirs.opt, of_wide))
+    assert of_ours["finite"] and of_ours["grad_norm"] > 0
+
+
+def test_a_plan_counts_them_in_their_dtype(folder, monkeypatch):
     monkeypatch.setattr(cost, "compile_with_hlo", refuse)
     run = run_from(folder, "bfloat16")
     found = cost.train_cost(run, sharding.make_mesh()).persistent

@@ -5,6 +5,8 @@ import math
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,10 @@ from dsv3_jax.hf.families import WRAPPERS, text_config
 from dsv3_jax.hf.files import CONFIG, StoredTensor, open_folder, read_tensor
 from dsv3_jax.hf.fp8 import E4M3, dequantize
 from dsv3_jax.hf.places import find
-from dsv3_jax.hf.table import SCALE_SUFFIX, Entry, entries
+from dsv3_jax.hf.table import BLOCK, SCALE_SUFFIX, Entry, entries
 from dsv3_jax.kernels import choose
 from dsv3_jax.mesh.sharding import state_sharding
+from dsv3_jax.model.layers import Packed
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.report.progress import transfer
@@ -139,6 +142,20 @@ class ReleasedFolder:
             raise ValueError(f"{stored.file} holds {np.sum(~finite)} NaN or Inf in {entry.name}")
         return value.astype(dtype, copy=False)
 
+    def packed(self, entry: Entry) -> Packed | None:
+        """A feed-forward matrix [in, out] as it is stored, in FP8 or 4 bits; None for any other tensor.
+
+        None also if the last group of inputs with one scale is not whole.
+        """
+        name, *rest = self._wanted(entry)
+        fp8 = self.stored[name].dtype == E4M3
+        if not rest or ".mlp." not in name or entry.shape[1] % (BLOCK if fp8 else math.lcm(self._group, 2)):
+            return None
+        numbers, scales = (read_tensor(self.stored[x]) for x in (name, *rest))
+        if fp8:  # a scale for each output
+            return Packed(numbers.T, np.repeat(scales, BLOCK, axis=0)[: len(numbers)].T)
+        return Packed(numbers.view(np.uint8)[:, : entry.shape[1] // 2].T, scales.T)
+
     def _wanted(self, entry: Entry) -> dict[str, tuple[tuple[int, ...], tuple[np.dtype, ...]]]:
         """The one or two tensors that store a released tensor: name → (shape, possible dtypes)."""
         name, stored = entry.name, self.stored.get(entry.name)
@@ -193,6 +210,7 @@ def load(
     allow_unknown_keys: bool = False,
     kernels: str = "auto",
     quiet: bool = False,
+    packed: bool = False,
 ) -> Transformer:
     """Load a released model: config.json and safetensors of float32, bfloat16, float16, FP8 or 4 bits.
 
@@ -210,6 +228,8 @@ def load(
         allow_unknown_keys: pass over keys of config.json that are not known.
         kernels: as `Execution.kernels`.
         quiet: show no progress bar, and no line about what is not read. Without a terminal there is no bar.
+        packed: with dtype None, feed-forward matrices in FP8 and 4 bits stay so, see `layers.Packed`: for training
+            beside them, not for decoding.
     Raises:
         ConfigError: config.json describes another kind of model.
         ValueError: a file is absent, truncated, outside the folder, or differs from its header. Tensors are missing,
@@ -238,58 +258,77 @@ def load(
     prepared = choose.prepare(execution, mesh=mesh)
     graphdef, state = nnx.split(abstract(folder.cfg, execution, prepared))
     flat = dict(nnx.to_flat_state(state))
-    shardings = dict(nnx.to_flat_state(state_sharding(state, mesh)))
     sources: dict[tuple, list[tuple[Entry, int]]] = defaultdict(list)
     for entry in folder.entries.values():
         if entry.copy_of is None:
             for part, param_slice in enumerate(entry.slices):
                 sources[param_slice.path].append((entry, part))
 
-    def dtype_of(path: tuple, variable: nnx.Variable) -> np.dtype:
-        if isinstance(variable, RouterBias) or path[-1] == "w_router":
-            return np.dtype(np.float32)
+    def form(path: tuple, variable: nnx.Variable) -> Any:
+        """The shape and dtype of a parameter, or both of what is packed."""
+        kinds = {tuple((x.shape, x.dtype) for x in folder.packed(entry) or ()) for entry, _ in sources[path] if packed}
+        if len(kinds) == 1 and (kind := kinds.pop()):
+            lead = variable.shape[:-2]
+            return Packed(*(jax.ShapeDtypeStruct((*lead, *shape), own) for shape, own in kind))
         owns = [folder.own_dtype(entry) for entry, _ in sources[path]]  # none for indexers that no layer has
-        return dtype or max(owns, key=lambda own: own.itemsize, default=READABLE_DTYPES[0])
+        own = dtype or max(owns, key=lambda own: own.itemsize, default=READABLE_DTYPES[0])
+        exact = isinstance(variable, RouterBias) or path[-1] == "w_router"
+        return jax.ShapeDtypeStruct(variable.shape, READABLE_DTYPES[0] if exact else own)
 
-    dtypes = {path: dtype_of(path, variable) for path, variable in flat.items()}
-    filled = {}
-    total = sum(v.size * dtypes[path].itemsize for path, v in flat.items())
+    def array(path: tuple, wanted: jax.ShapeDtypeStruct, where: Any, field: str = "") -> jax.Array:
+        """Read a parameter, or a field of a packed one."""
+        shards: dict[str, np.ndarray] = {}  # a replicated parameter is read once for all devices
+
+        def parts(entry: Entry) -> list[np.ndarray]:
+            if not field:
+                return entry.split(folder.read(entry, wanted.dtype))
+            if field == "numbers":
+                folder.read(entry, BF16)  # refuses NaN and Inf
+            return [getattr(folder.packed(entry), field)]
+
+        def shard(index):
+            if str(index) not in shards:
+                shards[str(index)] = _read_shard(parts, sources[path], wanted, index)
+            return shards[str(index)]
+
+        return jax.block_until_ready(jax.make_array_from_callback(wanted.shape, where, shard))
+
+    flat = {path: variable.replace(form(path, variable)) for path, variable in flat.items()}
+    shardings = dict(nnx.to_flat_state(state_sharding(nnx.from_flat_state(flat), mesh)))
+    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(flat))
     with transfer("loading", total, quiet=quiet) as advance:
         for path, variable in flat.items():
-            shape, param_dtype = tuple(variable.shape), dtypes[path]
-            shards: dict[str, np.ndarray] = {}  # a replicated parameter is read once for all devices
-
-            def shard(index, path=path, shape=shape, param_dtype=param_dtype, shards=shards):
-                if str(index) not in shards:
-                    shards[str(index)] = _read_shard(folder, sources[path], shape, index, param_dtype)
-                return shards[str(index)]
-
-            array = jax.make_array_from_callback(shape, shardings[path].get_value(), shard)
-            filled[path] = variable.replace(jax.block_until_ready(array))
-            advance(variable.size * param_dtype.itemsize)
-    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+            wanted, where = variable.get_value(), shardings[path].get_value()
+            if isinstance(wanted, Packed):
+                value = Packed(*map(partial(array, path), wanted, where, Packed._fields))
+            else:
+                value = array(path, wanted, where)
+            flat[path] = variable.replace(value)
+            advance(sum(x.nbytes for x in jax.tree.leaves(value)))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 def _read_shard(
-    folder: ReleasedFolder,
+    parts: Callable[[Entry], list[np.ndarray]],
     sources: list[tuple[Entry, int]],
-    shape: tuple[int, ...],
+    wanted: jax.ShapeDtypeStruct,
     shard: tuple[slice, ...],
-    dtype: np.dtype,
 ) -> np.ndarray:
     """Read one shard of a parameter.
 
     Args:
+        parts: reads a released tensor, as slices of our parameters.
         sources: the released tensors that fill the parameter, each with the number of its slice there.
-        shape: the parameter's.
+        wanted: the parameter's shape and dtype.
         shard: a slice for each of its axes.
     """
-    ranges = [range(*s.indices(n)) for s, n in zip(shard, shape, strict=True)]
-    out = _zeros([len(r) for r in ranges], dtype)  # zeros remain where a router has no bias, or a layer no indexer
+    ranges = [range(*s.indices(n)) for s, n in zip(shard, wanted.shape, strict=True)]
+    # Zeros remain where a router has no bias, or a layer no indexer.
+    out = _zeros([len(r) for r in ranges], wanted.dtype)
     for entry, part in sources:
         indices = entry.slices[part].indices
         if all(i in r for i, r in zip(indices, ranges, strict=False)):
-            value = entry.split(folder.read(entry, dtype))[part]
+            value = parts(entry)[part]
             out[tuple(i - r.start for i, r in zip(indices, ranges, strict=False))] = value[shard[len(indices) :]]
     return out
 

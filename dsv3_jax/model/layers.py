@@ -102,6 +102,45 @@ def draws_together(init: Callable) -> Callable:
     return made
 
 
+class Packed(NamedTuple):
+    """The value of a frozen matrix as a released folder stores it, in 8 or 4 bits: number · scale.
+
+    It is unpacked where it is used. A group of inputs has one scale. A byte holds two numbers of 4 bits, the first in
+    its low bits, each stored as number + 8.
+    """
+
+    # Not annotated more closely, as `Frozen`.
+    numbers: Any  # float8_e4m3fn [*batch, in, out], or uint8 [*batch, in / 2, out]
+    scales: Any  # float [*batch, in / group, out]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The matrix's."""
+        *batch, rows, out = self.numbers.shape
+        return (*batch, rows * (2 if self.numbers.dtype == jnp.uint8 else 1), out)
+
+    def unpack(self) -> Array:
+        """The matrix in bfloat16.
+
+        Example:
+            >>> Packed(jnp.array([[0x29]], jnp.uint8), jnp.array([[0.5]])).unpack()  # of 9 - 8 and 2 - 8
+            Array([[0.5],
+                   [-3]], dtype=bfloat16)
+        """
+        x = self.numbers
+        if x.dtype == jnp.uint8:
+            x = jnp.stack([x & 15, x >> 4], axis=-2).astype(jnp.float32) - 8
+        x = x.astype(jnp.float32).reshape(*self.scales.shape[:-1], -1, self.shape[-1])
+        x = x * self.scales[..., None, :].astype(jnp.float32)
+        # XLA may leave a cast to bfloat16 and back out, but not this.
+        return jax.lax.reduce_precision(x, 8, 7).astype(jnp.bfloat16).reshape(self.shape)
+
+
+def unpacked(x: Any) -> Any:
+    """The array of a `Packed` value; any other value as it is."""
+    return x.unpack() if isinstance(x, Packed) else x
+
+
 class Frozen(NamedTuple):
     """The value of a parameter that is frozen in training, and how low-rank adapters change it: w + left right.
 
@@ -110,7 +149,7 @@ class Frozen(NamedTuple):
     """
 
     # Not annotated more closely: JAX rebuilds it with shapes and shardings in its places.
-    w: Any  # [*batch, *m, *n]
+    w: Any  # [*batch, *m, *n], or `Packed`
     left: Any  # [*batch, *m, r]
     right: Any  # [*batch, r, *n]
 
@@ -122,14 +161,15 @@ class Frozen(NamedTuple):
             Array([[3., 4.],
                    [6., 8.]], dtype=float32)
         """
-        batch = tuple(range(self.left.ndim + self.right.ndim - 2 - self.w.ndim))
+        w = unpacked(self.w)
+        batch = tuple(range(self.left.ndim + self.right.ndim - 2 - w.ndim))
         dims = ((self.left.ndim - 1,), (len(batch),)), (batch, batch)
         change = jax.lax.dot_general(self.left, self.right, dims, precision=jax.lax.Precision.HIGHEST)
-        return self.w.astype(change.dtype) + change
+        return w.astype(change.dtype) + change
 
 
 def in_use(v: Any, dtype: Any) -> Any:
-    """Variables in any structure as they are used: `Frozen` values merged, and none narrower than the compute dtype.
+    """Variables in any structure as they are used: unpacked, merged, and none narrower than the compute dtype.
 
     Example:
         >>> w = nnx.Param(Frozen(jnp.zeros((1, 1)), jnp.array([[2.0]]), jnp.array([[3.0]])))
@@ -142,7 +182,7 @@ def in_use(v: Any, dtype: Any) -> Any:
         if not isinstance(v, nnx.Variable):
             return v
         x = v.get_value()
-        x = x.merge() if isinstance(x, Frozen) else x
+        x = x.merge() if isinstance(x, Frozen) else unpacked(x)
         wide = np.promote_types(x.dtype, dtype)
         return v.replace(x if x.dtype == wide else x.astype(wide))
 

@@ -30,11 +30,18 @@ from dsv3_jax.kernels.choose import Kernels, Target, platform_of, prepare
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.cache import Cache, pick_kind
 from dsv3_jax.model.counting import attended, distinct_experts, share_read, size, train_flops_per_token
+from dsv3_jax.model.layers import Packed
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.planning.devices import Device
 from dsv3_jax.planning.hlo import Traffic, compile_with_hlo, traffic
 from dsv3_jax.training.step import Job, abstract_state, make_step, split_trainable
+
+# As released folders pack weights: name → parts of the model; how many inputs share a number, then a scale, and dtypes.
+PACKED: dict[str, Any] = {
+    "fp8": ({"experts", "shared", "ffn"}, (1, "float8_e4m3fn"), (128, "float32")),  # DeepSeek-V3
+    "int4": ({"experts"}, (2, "uint8"), (32, "bfloat16")),  # Kimi K2-Thinking
+}
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ def train_cost(run: RunConfig, mesh: Mesh, *, frozen: str | None = None, target:
     Args:
         run: its batch is that of the step.
         mesh: of fake devices, or of a target's.
-        frozen: dtype of weights that do not train. None means the model's compute dtype.
+        frozen: dtype of weights that do not train, or a name in PACKED. None means the model's compute dtype.
         target: of the mesh, see `devices.parse_target`. None means fake devices.
     Raises: ConfigError when batch or experts are not divisible by the mesh, or for kernels that the target does not
         have.
@@ -101,8 +108,11 @@ def train_cost(run: RunConfig, mesh: Mesh, *, frozen: str | None = None, target:
     sharding.check(mesh, run)
     kernels = choose_kernels(run.execution, mesh)
     fsdp = run.execution.layout.fsdp
-    dtype = jnp.dtype(frozen or run.execution.compute_dtype)
-    shapes = abstract_state(Job(run), dtype)
+    frozen = frozen or run.execution.compute_dtype
+    shapes = abstract_state(Job(run), "bfloat16" if frozen in PACKED else frozen)
+    if frozen in PACKED:
+        trained, given = split_trainable(run, shapes.params)
+        shapes = replace(shapes, params=nnx.merge_state(trained, _packed(given, *PACKED[frozen])))
     state = _with_shardings(shapes, sharding.state_sharding(shapes, mesh, fsdp=fsdp))
     tokens = jax.ShapeDtypeStruct(
         (run.data.batch_size, run.data.seq_len), jnp.int32, sharding=sharding.batch_sharding(mesh)
@@ -110,7 +120,7 @@ def train_cost(run: RunConfig, mesh: Mesh, *, frozen: str | None = None, target:
     batch = {name: tokens for name in ("tokens", "segment_ids", "positions")}
     trained, given = split_trainable(run, state.params)
     persistent = {
-        **({f"frozen, in {dtype.name}": _shard_bytes(given)} if jax.tree.leaves(given) else {}),
+        **({f"frozen, in {frozen}": _shard_bytes(given)} if jax.tree.leaves(given) else {}),
         **_parameter_bytes(trained),
         "router bias": _shard_bytes(state.bias),
         "optimizer": _shard_bytes(state.opt),
@@ -123,6 +133,18 @@ def train_cost(run: RunConfig, mesh: Mesh, *, frozen: str | None = None, target:
         "training step", mesh, target, make_step(Job(run, mesh, kernels)), (state, batch),
         tokens=count, persistent=persistent, transient={"gradients": gradients}, flops=flops, bytes_read=0.0,
     )  # fmt: skip
+
+
+def _packed(params: nnx.State, parts: set[str], *kinds: tuple[int, str]) -> nnx.State:
+    """The shapes of parameters whose matrices in these parts are packed in whole groups."""
+
+    def of(path: tuple, v: nnx.Variable) -> nnx.Variable:
+        if not parts & set(path) or v.shape[-2] % max(inputs for inputs, _ in kinds):
+            return v
+        lead, (rows, out) = v.shape[:-2], v.shape[-2:]
+        return v.replace(Packed(*(jax.ShapeDtypeStruct((*lead, rows // inputs, out), own) for inputs, own in kinds)))
+
+    return nnx.from_flat_state((path, of(path, v)) for path, v in nnx.to_flat_state(params))
 
 
 def batch_parts(mesh: Mesh) -> int:

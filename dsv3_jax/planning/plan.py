@@ -12,7 +12,7 @@ from rich.console import Console
 from dsv3_jax.config import Execution, Lora, ModelConfig, RunConfig, replace
 from dsv3_jax.mesh import sharding
 from dsv3_jax.planning import devices
-from dsv3_jax.planning.cost import Cost, batch_parts, check_decode, choose_kernels, decode_cost, train_cost
+from dsv3_jax.planning.cost import PACKED, Cost, batch_parts, check_decode, choose_kernels, decode_cost, train_cost
 from dsv3_jax.planning.devices import DEVICES, Device
 from dsv3_jax.report.units import format_bytes, format_count, format_seconds
 
@@ -42,8 +42,9 @@ class PlanOptions:
     """sequences decoded together. Default: 32 a part of the mesh's batch"""
     context: int | None = None
     """cached tokens a sequence. Default: 4,096 or max_positions"""
-    weight_dtype: Literal["float32", "bfloat16"] | None = None
-    """dtype of the weights while decoding, and of those that LoRA freezes. Default: the compute dtype"""
+    weight_dtype: Literal["float32", "bfloat16", "fp8", "int4"] | None = None
+    """dtype of the weights while decoding, and of those that LoRA freezes, of which alone some may be in fp8 or int4.
+    Default: the compute dtype"""
     device: Literal["h800", "h100", "v5p", "v5e", "v6e"] | None = None
     """report whether each step fits in this device, and the shortest time that it can take. Default: the target's"""
     memory: str | None = None
@@ -111,7 +112,8 @@ def _job(step: str, options: PlanOptions, run: RunConfig, sizes: dict[str, int])
     context = min(4096, options.model.max_positions) if options.context is None else options.context
     check_decode(options.model, options.execution, mesh, rows, context)
     cost = partial(decode_cost, options.model, options.execution, mesh, rows, context)
-    return rows, context, partial(cost, weight_dtype=options.weight_dtype, target=options.target)
+    wide = None if options.weight_dtype in PACKED else options.weight_dtype
+    return rows, context, partial(cost, weight_dtype=wide, target=options.target)
 
 
 def print_row(label: str, value: str) -> None:

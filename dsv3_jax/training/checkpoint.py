@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from flax import nnx
 from jax.sharding import Mesh
 
 from dsv3_jax.cluster import processes
@@ -31,6 +32,7 @@ from dsv3_jax.config import RunConfig, first_difference, from_dict, replace, to_
 from dsv3_jax.files import open_file, read_json
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.mesh import sharding
+from dsv3_jax.model.layers import Packed, in_use
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.training import lora
 from dsv3_jax.training.optim import Transform
@@ -43,6 +45,7 @@ LATE = (MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax complet
 PART = ".orbax-checkpoint-tmp"  # in the name of a checkpoint's folder until it is complete
 REMAINS = (f"*{PART}*", "*.deleted")  # of a save that failed; of checkpoints beyond `run.keep`
 SHAPES = ("model", "lora")  # settings of a run that say which arrays it has
+PACKED = "packed"  # beside the settings: the frozen weights that are, see `layers.Packed`
 
 
 class SaveFailed(OSError):
@@ -174,7 +177,7 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
             data=ocp.args.JsonSave(data),
-            config=ocp.args.JsonSave(to_dict(self.run)),
+            config=ocp.args.JsonSave(to_dict(self.run) | {PACKED: _packed(state.params)}),
         )
         with self._named_errors():
             self._orbax.wait_until_finished()  # raises the error of the save before
@@ -290,13 +293,15 @@ class Checkpoints:
         folder = self.folder / str(step)
         # First: a restore of other shapes fails half-way and leaves Orbax's tasks behind.
         saved = self._orbax.restore(folder, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+        packed = saved.pop(PACKED, [])
         theirs, ours = ({key: to_dict(run)[key] for key in SHAPES} for run in (from_dict(RunConfig, saved), self.run))
         if different := first_difference(theirs, ours):
             key, a, b = different
             raise ValueError(f"{key}={b!r} is not that of the checkpoint of step {step} in {self.folder}, {a!r}")
         target = abstract_state(Job(self.run, optimizer=self._optimizer))
-        where = sharding.state_sharding(target, mesh, fsdp=self.run.execution.layout.fsdp)
-        target = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), target, where)
+        place = partial(sharding.state_sharding, mesh=mesh, fsdp=self.run.execution.layout.fsdp)
+        of_use, target = place(target.params), replace(target, params=_with_packed(target.params, packed))
+        target = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), target, place(target))
         item, how = target, ocp.checkpoint_utils.construct_restore_args(target)
         if not widen:  # Orbax restores the dtype that was saved if neither names one
             item = replace(item, params=map_frozen(lambda _: 0, self.run, item.params))
@@ -311,7 +316,26 @@ class Checkpoints:
             raise ValueError(f"step={step}: the checkpoint in {self.folder} does not fit the optimizer") from error
         if optimizer:
             return found.state, found.data
-        return TrainState(lora.merge(self.run.lora, found.state.pop("params")), opt=(), **found.state), found.data
+        params = found.state.pop("params")
+        if packed:
+            widest = jax.numpy.float32 if widen else jax.numpy.bfloat16
+            params = jax.jit(partial(in_use, dtype=widest), out_shardings=of_use)(params)
+        return TrainState(lora.merge(self.run.lora, params), opt=(), **found.state), found.data
+
+
+def _packed(params: nnx.State) -> list:
+    """The packed parameters: [path, [shape, dtype] of each array]."""
+    found = ((path, v.get_value()) for path, v in nnx.to_flat_state(params))
+    return [[path, [[x.shape, x.dtype.name] for x in value]] for path, value in found if isinstance(value, Packed)]
+
+
+def _with_packed(params: nnx.State, packed: list) -> nnx.State:
+    """The shapes of parameters, of which some are packed, as `_packed` lists them."""
+    flat = dict(nnx.to_flat_state(params))
+    for path, arrays in packed:
+        shapes = (jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays)
+        flat[tuple(path)] = flat[tuple(path)].replace(Packed(*shapes))
+    return nnx.from_flat_state(flat)
 
 
 def steps_of(folder: Path) -> list[int]:

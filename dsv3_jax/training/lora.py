@@ -13,8 +13,9 @@ matrices, with "attention" or "full" it forms them again. Beside its arguments, 
 remat "full") takes 493 MB with adapters on all experts and attention. It takes 1,572 MB if all layers are merged
 beforehand.
 
-Frozen weights keep the dtype of their start, bfloat16 or float32, in memory and in checkpoints. They are cast where
-they are used, one layer at a time, so float32 of them would give the same numbers.
+Frozen weights keep the dtype of their start in memory and in checkpoints: float32, bfloat16, or, of feed-forward
+matrices, FP8 and 4 bits (`model.layers.Packed`). They are unpacked and cast where they are used, one layer at a time,
+so float32 of them would give the same numbers.
 
 Readers never see adapters: `Checkpoints.restore` merges them for all who do not resume (`merge`). A checkpoint holds
 weights and adapters, so a run resumes bitwise and does not depend on its start.
