@@ -81,13 +81,13 @@ def parameters(model: Transformer) -> dict:
     return jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(nnx.state(model)))
 
 
-def decode_program(model, draft=None, lengths=(0,), batch=2, width=32, new=16, capacity=4096, dtype="float32"):
+def decode_program(model, draft=None, lengths=(0,), batch=2, width=32, new=16, capacity=4096, dtype="float32", **asked):
     """(A request's programs, its job's leaves, its loop after the prompt), as shapes; `draft` may be a model."""
     models = [model, draft] if isinstance(draft, Transformer) else [model]
     with_weights = tuple((m, jax.eval_shape(lambda m: m.prepare_decode(), m)) for m in models)
     tokens, rows, stops = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, width), (batch,), (1,)))
     draft = "model" if len(models) > 1 else draft
-    config = DecodeConfig(new, cache="latent", cache_dtype=dtype)
+    config = DecodeConfig(new, cache="latent", cache_dtype=dtype, **asked)
     leaves, tree = jax.tree.flatten(Job(with_weights, stops, draft, lengths, config, capacity, capacity))
     made = Programs(tree, lengths)
     read, seed = jax.eval_shape(made.prefill, leaves, tokens, rows), jax.ShapeDtypeStruct((), jnp.uint32)

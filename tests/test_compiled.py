@@ -4,16 +4,20 @@ The compilers come with the extras plan-gpu and plan-tpu (`make compilers`); wit
 Nothing runs: the bars hold of the programs' texts, as `experiments/accel/program.py` reads them.
 """
 
+import math
+import re
 import warnings
 from dataclasses import replace
 
 import jax
 import pytest
+from models import LIGHT, decode_program
 
 from dsv3_jax.config import ConfigError, Execution, Layout
 from dsv3_jax.kernels.choose import Target
 from dsv3_jax.kernels.gpu import tokamax_library
 from dsv3_jax.mesh import expert_parallel
+from dsv3_jax.model.transformer import abstract
 from dsv3_jax.ops.cached_attention import Stored
 from dsv3_jax.planning import devices
 from dsv3_jax.planning.cost import choose_kernels, decode_cost, train_cost
@@ -114,6 +118,32 @@ def test_sparse_decoding_reads_no_whole_cache():
         args = array(64, 128), array(64), key, array(dtype="int32"), queries, rows
         program = read_program(jax.jit(attend).lower(*args).compile())
     assert program.nbytes <= 3.7 * 2 * batch * (slots * 128 + k * 576) and program.launches <= 16
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", [GPU, "tpu:v6e:1x1"])
+def test_recording_and_replaying_experts_gathers_no_weights_and_calls_no_host(target):
+    """A forward pass replays, the decoding loop records. A look-up of an expert in place, fused with a sum, is none."""
+    mesh, execution, cfg = mesh_of(target), Execution(compute_dtype="bfloat16"), replace(LIGHT, expert_dim=512)
+    model = abstract(cfg, execution, choose_kernels(execution, mesh))
+
+    def gathered(function, *args, **static) -> list[int]:
+        """Sizes of what is gathered and at least as large as an expert's matrix."""
+        placed = jax.NamedSharding(mesh, jax.P())
+        args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), args)
+        text = function.lower(*args, **static).compile().as_text()
+        assert not re.search("callback|is_host_transfer=true|(infeed|outfeed|send|recv)[(]", text)
+        shapes = re.findall(r"= \w+\[([\d,]+)\]\S* (?:all-)?gather", text)
+        sizes = sorted(math.prod(map(int, shape.split(","))) for shape in shapes)
+        return [size for size in sizes if size >= cfg.dim * cfg.expert_dim]
+
+    def decode(**asked):
+        made, leaves, loop = decode_program(model, capacity=64, dtype="bfloat16", **asked)
+        return gathered(made.decode, leaves, loop, jax.ShapeDtypeStruct((), "int32"), length=0)
+
+    tokens, ids = (jax.ShapeDtypeStruct(shape, "int32") for shape in ((4, 32), (1, 4, 32, 3)))
+    assert not gathered(jax.jit(lambda model, tokens, ids: model(tokens, expert_ids=ids)), model, tokens, ids)
+    assert decode(return_routing=True) == decode()
 
 
 @pytest.mark.long
