@@ -53,6 +53,11 @@ def at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
+def never_through_a_link(path: str, flags: int) -> int:
+    """Open a file, and refuse a link."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def read_bytes(path: str | os.PathLike, limit: int | None = MAX_JSON) -> bytes:
     """Read a regular file. Arguments and errors as `check_regular`.
 

@@ -2,9 +2,10 @@
 
 import codecs
 import itertools
+import os
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -50,14 +51,22 @@ class Decode:
 
 @dataclass
 class Generate(Decode):
-    """Continue a prompt, and print the text as it comes. Everything else is printed on stderr.
+    """Continue a prompt, and print the text as it comes, or many prompts into a file. All else is printed on stderr.
 
     A prompt for a released folder is encoded as by transformers' tokenizer: with BOS where the folder asks for it, and
     names of special tokens become those tokens. A chat template is not applied: see `dsv3 chat`.
     """
 
-    prompt: str = "def "
-    """text to continue"""
+    prompt: str | None = None
+    """text to continue; None means "def " """
+    prompts: Path | None = None
+    """many of them: a JSONL file with "prompt" in each line; its other keys are copied into --out"""
+    out: Path | None = None
+    """with --prompts, the JSONL file to write: a line a text, with its log-probability; a stopped command resumes"""
+    samples: int = 1
+    """with --prompts, texts of each prompt"""
+    batch_size: int = 32
+    """with --prompts, texts at once"""
     raw: bool = False
     """add no BOS to the prompt"""
     max_new_tokens: int = 256
@@ -67,6 +76,10 @@ class Generate(Decode):
 def run(argv: list[str]) -> int:
     """Print the prompt and its continuation."""
     args = parse(Generate, argv, "generate")
+    if args.prompts is not None or args.out is not None:
+        return sample(args)
+    if args.samples != 1:
+        raise ValueError(f"samples={args.samples} is for --prompts FILE.jsonl --out OUT.jsonl")
     from dsv3_jax.decoding.generate import generate_in_parts
     from dsv3_jax.hf.open_model import load_text
     from dsv3_jax.report.progress import say
@@ -74,11 +87,49 @@ def run(argv: list[str]) -> int:
     text = load_text(args.model)
     model, draft = load(args, text)
     config = decode_config(args, text, draft, args.max_new_tokens)
-    parts = generate_in_parts(model, [text.encode(args.prompt, raw=args.raw)], config)
+    prompt = "def " if args.prompt is None else args.prompt
+    parts = generate_in_parts(model, [text.encode(prompt, raw=args.raw)], config)
     first = next(parts)  # bad requests end here, before anything is printed
     show_kernels(model)
-    say(args.prompt)
+    say(prompt)
     print_parts(itertools.chain([first], parts), text, [])
+    return 0
+
+
+# What sampled texts depend on, beside the model and the prompts. Batches, meshes and kernels may differ after a stop.
+PINNED = ("raw", "draft", "draft_length", "dtype", "cache", "cache_dtype", "seed", "samples", "max_new_tokens")
+
+
+def sample(args: Generate) -> int:
+    """Write the texts of a file of prompts."""
+    from dsv3_jax.cli.sample import digest, read_prompts, write_samples
+    from dsv3_jax.files import check_writable
+    from dsv3_jax.hf.files import CONFIG
+    from dsv3_jax.hf.open_model import find_released, load_text
+    from dsv3_jax.training.checkpoint import steps_of
+    from dsv3_jax.training.run_folder import RUN_FILE
+
+    if args.prompts is None or args.out is None or args.prompt is not None:
+        raise ValueError("prompts and out go together, without prompt: --prompts prompts.jsonl --out samples.jsonl")
+    if os.path.lexists(args.out):
+        raise ValueError(f"out={str(args.out)!r} exists; delete it, or name another file")
+    check_writable(args.out)
+    text, records = load_text(args.model), list(read_prompts(args.prompts))
+    prompts = [text.encode(record["prompt"], raw=args.raw) for record in records]
+    if (args.model / RUN_FILE).is_file():
+        place, name = args.model, RUN_FILE
+        if args.step is None:  # pinned, because the run may be trained meanwhile
+            args.step = max(steps_of(place / "checkpoints"), default=None)
+    else:
+        place, name = find_released(args.model), CONFIG
+    model, draft = load(args, text)
+    config = decode_config(args, text, draft, args.max_new_tokens)
+    config = replace(config, samples=args.samples, batch_size=args.batch_size, logprobs=True)
+    config.check(model.cfg, prompts)
+    settings = {name: getattr(args, name) for name in PINNED} | {"sampling": list(config.sampling), "step": args.step}
+    settings |= {"model": str(place.resolve()), name: digest(place / name), "prompts": digest(args.prompts)}
+    show_kernels(model)
+    write_samples(model, text, records, prompts, config, args.out, settings)
     return 0
 
 

@@ -1,7 +1,6 @@
 """A run's metrics as JSON lines and for TensorBoard, and each expert's load in a second file of JSON lines."""
 
 import json
-import os
 import socket
 import struct
 import time
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_jax.config import RunConfig
-from dsv3_jax.files import read_bytes, write_atomic
+from dsv3_jax.files import never_through_a_link, read_bytes, write_atomic
 
 METRICS_FILE, LOAD_FILE = "metrics.jsonl", "load.jsonl"
 LOAD_ROWS = 1000  # about so many steps of a run log their load: a large model's is tens of kilobytes
@@ -121,12 +120,8 @@ class _Board:
         from tensorboardX.proto.event_pb2 import Event
 
         now = time.time()
-        with open(self._path, "ab", opener=_never_through_a_link) as file:
+        with open(self._path, "ab", opener=never_through_a_link) as file:
             file.write(b"".join(_record(Event(wall_time=now, **event).SerializeToString()) for event in events))
-
-
-def _never_through_a_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _record(data: bytes) -> bytes:

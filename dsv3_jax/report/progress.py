@@ -152,11 +152,11 @@ def track(items: Iterable[T], total: int, name: str) -> Iterator[T]:
 
 
 @contextmanager
-def transfer(name: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar of bytes on stderr if that is a terminal.
+def transfer(name: str, total: int, *, quiet: bool = False) -> Iterator[Callable[..., None]]:
+    """Show a progress bar on stderr if that is a terminal.
 
-    Args: name: text before the bar; total: bytes of the transfer; quiet: show nothing.
-    Returns: in a `with` statement, a function that adds to the bytes done.
+    Args: name: text before the bar; total: bytes of the transfer, or what is counted; quiet: show nothing.
+    Returns: in a `with` statement, a function that adds to what is done, and may change the text.
 
     Example:
         >>> with transfer("saving", 1000) as advance:
@@ -164,7 +164,7 @@ def transfer(name: str, total: int, *, quiet: bool = False) -> Iterator[Callable
     """
     with _bar(quiet=quiet) as bar:
         task = bar.add_task(name, total=total)
-        yield lambda count: bar.advance(task, count)
+        yield lambda count, name=None: bar.update(task, advance=count, description=name)
 
 
 def _bar(*, quiet: bool = False) -> Bar:

@@ -1,0 +1,123 @@
+"""The files of `dsv3 generate MODEL --prompts FILE.jsonl --out OUT.jsonl`: samples of many prompts.
+
+While texts are missing the output is OUT.jsonl.part: a line with the settings, then one for each text that is complete.
+The same command resumes.
+"""
+
+import hashlib
+import json
+import reprlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from dsv3_jax.data.corpus import json_lines
+from dsv3_jax.files import never_through_a_link, open_file, parse_json, read_bytes, write_atomic
+from dsv3_jax.lock import acquire
+
+ADDED = ("sample", "text", "tokens", "logprob", "ended")  # keys of the output beside the prompt's own
+MAX_LINE = 2**23  # bytes
+PART = 16  # tokens between two looks at which texts are complete
+
+
+def write_samples(
+    model: Any, text: Any, records: Sequence[dict], prompts: list, config: Any, out: Path, settings: dict[str, Any]
+) -> None:
+    """Write a line for each text: its prompt's keys, and `ADDED`.
+
+    Args: prompts: the tokens of the records' prompts; settings: what the texts depend on, to compare after a stop.
+    """
+    total, part = len(prompts) * config.samples, Path(f"{out}.part")
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with acquire(out.absolute().parent, f".{out.name}.lock"), resumed(part, settings) as (file, lines):
+        for row, tokens, logprobs in complete(model, prompts, config, set(lines), total):
+            shown = text.tokenizer.bytes_of(token for token in tokens if token not in text.stop_ids)
+            added = row % config.samples, shown.decode("utf-8", "replace"), len(tokens), sum(logprobs)
+            ended = tokens[-1] in text.stop_ids
+            record = records[row // config.samples] | dict(zip(ADDED, (*added, ended), strict=True))
+            lines[row] = json.dumps(record)
+            file.write(f'{{"row": {row}, "line": {lines[row]}}}\n'.encode())
+            file.flush()
+        write_atomic(out, "".join(lines[row] + "\n" for row in range(total)))
+        part.unlink()
+
+
+def read_prompts(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSONL file.
+
+    Raises: ValueError with the number of a line that is no object with a text "prompt".
+    """
+    record = None
+    for location, record in json_lines(path, MAX_LINE):
+        if not isinstance(record, dict):
+            raise ValueError(f"{location}, is not an object")
+        prompt = record.get("prompt")
+        if not isinstance(prompt, str) or not prompt:
+            raise ValueError(f'{location}: "prompt" is {reprlib.repr(prompt)}, not a text')
+        if taken := record.keys() & set(ADDED):
+            raise ValueError(f"{location}: key {min(taken)!r} is one that the output adds; rename it")
+        yield record
+    if record is None:
+        raise ValueError(f"{path} holds no prompt")
+
+
+def digest(path: Path) -> str:
+    """A hash of a file."""
+    with open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def resumed(part: Path, settings: dict[str, Any]) -> Iterator[tuple[IO[bytes], dict[int, str]]]:
+    """Open the unfinished file to add to it; a line that a killed process left is cut off.
+
+    Returns: in a `with` statement, (the file, its lines of the output by row).
+    Raises: ValueError for other settings, or another file.
+    """
+    lines: dict[int, str] = {}
+    data = read_bytes(part, None) if part.exists() else b""
+    head, *rows = data[: data.rfind(b"\n") + 1].splitlines() or [b""]
+    try:
+        before = parse_json(head) if head else settings
+        lines = {row["row"]: json.dumps(row["line"]) for row in map(parse_json, rows)}
+        other = [name for name, value in settings.items() if before[name] != value]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{part} is not an unfinished file of samples: {error}; delete it") from error
+    if other:
+        name = other[0]
+        raise ValueError(
+            f"{name}={settings[name]!r} is not the {before[name]!r} that {part} was begun with; delete it, or name "
+            "another out"
+        )
+    with open(part, "ab", opener=never_through_a_link) as file:
+        file.truncate(sum(len(line) + 1 for line in (head, *rows)) if head else 0)
+        if not head:
+            file.write(json.dumps(settings).encode() + b"\n")
+        yield file, lines
+
+
+def complete(model: Any, prompts: list, config: Any, done: set[int], total: int) -> Iterator[tuple[int, list, list]]:
+    """Decode the texts that are not done, with a progress bar.
+
+    Returns: of each as it ends, (its row, its tokens, their log-probabilities at temperature 1).
+    """
+    from dsv3_jax.decoding.generate import generate_in_parts
+    from dsv3_jax.report.progress import transfer
+
+    if len(done) == total:
+        return
+    ended, count, start, speed = len(done), 0, 0.0, 0.0
+    with transfer("texts", total) as advance:
+        advance(ended)
+        for result in generate_in_parts(model, prompts, config, part=PART, skip=done):
+            start = start or time.perf_counter()  # after the first part, which compiles
+            new = result.ended[ended - len(done) :]
+            for row in new:
+                yield row, result.tokens[row], result.model_logprobs[row] if result.model_logprobs else []
+            ended, count = ended + len(new), count + sum(len(result.tokens[row]) for row in new)
+            speed = count / max(time.perf_counter() - start, 1e-9)
+            advance(len(new), f"{ended} of {total} texts, {speed:,.0f} tokens/s")
+    print(f"{total} texts; {speed:,.0f} tokens/s", file=sys.stderr)
