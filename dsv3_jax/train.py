@@ -84,13 +84,14 @@ def fit(run: RunConfig, out: str | Path, **options: Any) -> FitResult:
     return loop.fit(run, out, **{"open_start": open_start} | options)
 
 
-def chats_of(run: RunConfig, out: str | Path) -> dict[str, Any]:
+def chats_of(run: RunConfig, out: str | Path, read: tuple[TextSettings, Source] | None = None) -> dict[str, Any]:
     """Read a run's chats. Returns: options of `fit`. Call it before `keep_memory`, which hides what a template takes.
 
+    Args: read: what `read_for_epochs` has read of them. None means that they are read now.
     Raises: ValueError as `open_chats`.
     """
     processes.agree({"run": to_dict(run)})
-    text, examples = processes.by_each(lambda: open_chats(run, out))
+    text, examples = processes.by_each(lambda: read or open_chats(run, out))
     if run.grpo.group:
         examples = with_answers(run, text, examples, open_start)
     examples = replace(examples, summary=f"{examples.summary}\n{_outlook(run)}")
@@ -169,8 +170,15 @@ def for_epochs(run: RunConfig, out: str | Path, epochs: float = EPOCHS, *, fit_r
     Args: fit_rows: choose the length of the rows, too, as `open_chats`.
     Raises: ValueError as `open_chats`; ConfigError for epochs that are not positive.
     """
+    return read_for_epochs(run, out, epochs, fit_rows)[0]
+
+
+def read_for_epochs(
+    run: RunConfig, out: str | Path, epochs: float, fit_rows: bool
+) -> tuple[RunConfig, tuple[TextSettings, Source]]:
+    """Do as `for_epochs`. Returns: the run, and what `open_chats` has read."""
     if not (math.isfinite(epochs) and epochs > 0):
         raise ConfigError(f"epochs={epochs} is not positive")
-    examples = open_chats(run, out, fit_rows=fit_rows)[1]
-    steps = max(1, math.ceil(epochs * examples.rows_per_epoch() / run.data.batch_size))
-    return replace(run, data=examples.cfg, steps=steps)
+    read = open_chats(run, out, fit_rows=fit_rows)
+    steps = max(1, math.ceil(epochs * read[1].rows_per_epoch() / run.data.batch_size))
+    return replace(run, data=read[1].cfg, steps=steps), read

@@ -211,6 +211,8 @@ def test_chats_by_command_keep_their_mask_and_are_never_cut(folder, capsys):
     out, main = folder / "chats", unhooked_cli().main
     argv = ["data", "tokenize", str(file), "--out", str(out), "--row-tokens", str(R)]
     argv += ["--val-fraction", "0.2", "--format", "chat"]
+    assert main([*argv, "--chat-template", "plain", "--template.thinking", "true"]) == 2
+    assert "thinking=True is no variable of the chat template" in capsys.readouterr().err
     assert main([*argv, "--chat-template", "plain"]) == 0
     said = capsys.readouterr().out
     assert "40 documents" in said and "left out: 1 " in said

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from dsv3_jax.cli.common import parse, run_subcommand
+from dsv3_jax.cli.common import parse, run_subcommand, with_variables
 from dsv3_jax.report.progress import text_console
 
 
@@ -17,7 +17,7 @@ def tokenize(argv: list[str]) -> int:
     """
     from dsv3_jax.cli import tokenize as work
 
-    job = parse(work.Tokenize, argv, "data tokenize")
+    job = parse(work.Tokenize, with_variables(argv, "--template"), "data tokenize")
     if not job.paths:
         raise ValueError("argument PATHS is missing: name files or folders of documents")
     manifest = work.tokenize(job)

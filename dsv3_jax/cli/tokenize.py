@@ -51,6 +51,8 @@ class Tokenize:
     """for chat: the run or released model whose tokenizer and template encode the examples"""
     chat_template: str | None = None
     """for chat: the file of a Jinja template, or plain; None means the template of --start"""
+    template: tuple[str, ...] = ()
+    """for chat: variables of the template, as in --template.thinking true"""
     row_tokens: int = 4096
     """tokens of a record; the sequence length of training must divide it"""
     val_fraction: float = 0.01
@@ -74,7 +76,7 @@ class Encoder(NamedTuple):
     """Turns items into pairs of ids and loss mask. No mask means that all ids are targets."""
 
     tokenizer: Tokenizer
-    template: str | None  # the source of the chat template
+    template: str | None  # the source of the chat template, and a line for each of its variables
     encode: Callable[[Sequence[Item]], Iterable[tuple[np.ndarray, np.ndarray | None]]]
 
 
@@ -94,16 +96,17 @@ def encoder_of(job: Tokenize) -> Encoder:
         if job.start is None and job.chat_template is None:
             raise ValueError("format='chat' needs a template; name a model by --start, or give --chat-template plain")
         text = plain_settings(job.tokenizer) if job.start is None else load_text(job.start)
-        text = with_template(text, job.chat_template)
+        text = with_template(text, job.chat_template, job.template)
 
         def chats(items: Sequence[Item]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             for item in items:
                 ids, mask = encode(item.content, text, item.location)
                 yield np.array(ids, np.int32), np.array(mask, bool)
 
-        return Encoder(text.tokenizer, text.chat.source, chats)
-    if job.start is not None or job.chat_template is not None:
-        raise ValueError(f"start={job.start!r} and chat_template={job.chat_template!r} are for format='chat'")
+        return Encoder(text.tokenizer, "\n".join([text.chat.source, *job.template]), chats)
+    for name in ("start", "chat_template", "template"):
+        if value := getattr(job, name):
+            raise ValueError(f"{name}={value!r} is for format='chat'")
     words = load_tokenizer(job.tokenizer)
     end = np.int32(words.eos_id)
 

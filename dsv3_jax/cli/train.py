@@ -52,6 +52,7 @@ class Train:
     """trace steps START:STOP for TensorBoard in OUT/profile"""
     epochs: float | None = None
     """for sft: passes over the examples; None means 2"""
+    chats: tyro.conf.Suppress[Any] = None  # what was read to count the steps
 
 
 def run(argv: list[str]) -> int:
@@ -69,7 +70,7 @@ def _fit(args: Train, mesh: Any) -> int:
     from dsv3_jax.train import chats_of, fit
 
     profile = None if args.profile is None else parse_steps(args.profile)
-    chats = chats_of(args.run, args.out) if args.run.data.format == "chat" else {}
+    chats = chats_of(args.run, args.out, args.chats) if args.run.data.format == "chat" else {}
     prepare_training(mesh)
     fit(args.run, args.out, mesh=mesh, step=args.step, profile=profile, **chats)
     return 0
@@ -98,7 +99,8 @@ def options(argv: list[str]) -> Train:
     if args.epochs is not None and not by_epochs:
         raise ValueError(f"epochs={args.epochs} is for chat examples, as in `dsv3 train sft`; use --steps")
     if by_epochs:
-        args = replace(args, run=_for_epochs(args, value_of(rest, "--steps"), value_of(rest, "--data.seq-len")))
+        run, chats = _for_epochs(args, value_of(rest, "--steps"), value_of(rest, "--data.seq-len"))
+        args = replace(args, run=run, chats=chats)
     return args
 
 
@@ -117,9 +119,12 @@ def parse_steps(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _for_epochs(args: Train, steps: str | None, seq_len: str | None) -> RunConfig:
-    """Set the steps and the rows of a run on chats, which a run that has begun knows already."""
-    from dsv3_jax.train import EPOCHS, for_epochs
+def _for_epochs(args: Train, steps: str | None, seq_len: str | None) -> tuple[RunConfig, Any]:
+    """Set the steps and the rows of a run on chats, which a run that has begun knows already.
+
+    Returns: the run, and its chats if they had to be read.
+    """
+    from dsv3_jax.train import EPOCHS, read_for_epochs
     from dsv3_jax.training.run_folder import RUN_FILE, read_run
 
     if steps is not None and args.epochs is not None:
@@ -128,12 +133,12 @@ def _for_epochs(args: Train, steps: str | None, seq_len: str | None) -> RunConfi
     if begun and seq_len is None:
         run = replace(run, data=replace(run.data, seq_len=begun.data.seq_len))
     if begun and steps is None and args.epochs is None:
-        return replace(run, steps=begun.steps)
+        return replace(run, steps=begun.steps), None
     if steps is not None and (begun or seq_len is not None):
-        return run
+        return run, None
     epochs = EPOCHS if args.epochs is None else args.epochs
-    found = for_epochs(run, args.out, epochs, fit_rows=seq_len is None and begun is None)
-    return found if steps is None else replace(found, steps=run.steps)
+    found, chats = read_for_epochs(run, args.out, epochs, seq_len is None and begun is None)
+    return found if steps is None else replace(found, steps=run.steps), chats
 
 
 def _train_in_cluster(args: Train) -> int:

@@ -75,8 +75,9 @@ def write_cards(card, name, worst, results):
     if "mtp_logits" in worst:
         logits["of the MTP logits"] = worst["mtp_logits"]
     card(model, "logits", logits)
-    ids = {f"of {results['expert_ids'].size} routed experts": int(worst["expert_ids"])}
-    card(model, "ids", ids | {f"of {results['greedy'].size} greedy tokens": int(worst["greedy"])})
+    counted = {"routed experts": "expert_ids", "greedy tokens": "greedy"}
+    sizes = {what: results[key].size for what, key in counted.items() if results[key].size}  # some have no experts
+    card(model, "ids", {f"of {size} {what}": int(worst[counted[what]]) for what, size in sizes.items()})
     gradients = {"of the gradients": worst["grad"], "limit": GRADIENTS}
     card(model, "trained step", gradients | {"of the loss, nats": worst["loss"], "limit of the loss": LOSS})
     if file != "float32":
