@@ -29,7 +29,8 @@ PANELS = (
     )),
     ("Validation", "bits a byte", (("val_bits_per_byte", "validation", "validation"),)),
     ("MaxVio: (largest load − mean) / mean", "ratio", (
-        ("max_vio", "batch", "this"), ("max_vio_global", "validation set", "validation"),
+        ("max_vio", "batch", "this"), ("max_vio_mtp", "heads", "heads"),
+        ("max_vio_global", "validation set", "validation"),
     )),
     ("Learning rate", "learning rate", (("lr", "train", "this"),)),
     ("Gradient norm, before clipping", "L2 norm", (("grad_norm", "train", "this"),)),
@@ -37,13 +38,14 @@ PANELS = (
     ("MTP drafts accepted", "share", (("mtp_acceptance", "head", "heads"),)),
     ("Tokens sent to other devices", "copies a token", (("tokens_sent", "train", "this"),)),
 )  # fmt: skip
-OF_EVALUATIONS = {"val_loss", "val_bits_per_byte", "max_vio_global", "mtp_acceptance"}  # few, so they have a marker
+# Few, so they have a marker
+OF_EVALUATIONS = {"val_loss", "val_bits_per_byte", "max_vio_global", "max_vio_mtp", "mtp_acceptance"}
 # A panel with one of these starts at 0.
 FROM_ZERO = {"max_vio", "lr", "grad_norm", "tokens_per_s", "mtp_acceptance", "tokens_sent"}
 # Not drawn. Any other number in a row, such as a new metric of layers, has its own panel.
 NOT_DRAWN = {
     "step", "feature_loss", "balance_loss", "accuracy", "dropped", "wire_bytes", "load_entropy", "load_gini",
-    "load_min", "load_max", "mfu",
+    "load_min", "load_max", "max_vio_training_mix", "mfu",
 }  # fmt: skip
 LINES = ("-", "--", ":", "-.")  # of the multi-token heads, one after another
 
