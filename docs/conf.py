@@ -33,6 +33,7 @@ html_theme, html_title = "furo", "dsv3-jax"
 html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True}
 html_copy_source = False
+html_show_search_summary = False  # it fetches each page that is found, which a browser refuses for files
 html_static_path, html_css_files = ["site.css"], ["site.css"]
 add_module_names = False
 
