@@ -50,6 +50,8 @@ def test_a_stopped_command_resumes_to_the_same_file(sample, tmp_path):
     assert sample("in.jsonl", "out.jsonl", *how, parts=3)[:2] == (130, [])
     kept = part.read_bytes()
     assert 1 < kept.count(b"\n") < 7
+    part.write_bytes(kept + kept.splitlines(keepends=True)[-1])
+    assert "is no text of it, or twice in it; delete it" in sample("in.jsonl", "out.jsonl", *how)[2]
     part.write_bytes(kept + b'{"row": 5, "li')  # killed while it wrote
     code, lines, err = sample("in.jsonl", "out.jsonl", *how, "--seed", 1)
     assert (code, lines) == (2, []) and "seed=1 is not the 0 that" in err and part.read_bytes().startswith(kept)

@@ -32,10 +32,11 @@ def write_samples(
     """
     total, part = len(prompts) * config.samples, Path(f"{out}.part")
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with acquire(out.absolute().parent, f".{out.name}.lock"), resumed(part, settings) as (file, lines):
+    with acquire(out.absolute().parent, f".{out.name}.lock"), resumed(part, settings, total) as (file, lines):
         for row, tokens, logprobs in complete(model, prompts, config, set(lines), total):
             shown = text.tokenizer.bytes_of(token for token in tokens if token not in text.stop_ids)
-            added = row % config.samples, shown.decode("utf-8", "replace"), len(tokens), sum(logprobs)
+            # Further digits of the logprob depend on the batch.
+            added = row % config.samples, shown.decode("utf-8", "replace"), len(tokens), round(sum(logprobs), 4)
             ended = tokens[-1] in text.stop_ids
             record = records[row // config.samples] | dict(zip(ADDED, (*added, ended), strict=True))
             lines[row] = json.dumps(record)
@@ -71,7 +72,7 @@ def digest(path: Path) -> str:
 
 
 @contextmanager
-def resumed(part: Path, settings: dict[str, Any]) -> Iterator[tuple[IO[bytes], dict[int, str]]]:
+def resumed(part: Path, settings: dict[str, Any], total: int) -> Iterator[tuple[IO[bytes], dict[int, str]]]:
     """Open the unfinished file to add to it; a line that a killed process left is cut off.
 
     Returns: in a `with` statement, (the file, its lines of the output by row).
@@ -82,7 +83,10 @@ def resumed(part: Path, settings: dict[str, Any]) -> Iterator[tuple[IO[bytes], d
     head, *rows = data[: data.rfind(b"\n") + 1].splitlines() or [b""]
     try:
         before = parse_json(head) if head else settings
-        lines = {row["row"]: json.dumps(row["line"]) for row in map(parse_json, rows)}
+        for row in map(parse_json, rows):
+            if type(row["row"]) is not int or not 0 <= row["row"] < total or row["row"] in lines:
+                raise ValueError(f"row {row['row']!r:.20} is no text of it, or twice in it")
+            lines[row["row"]] = json.dumps(dict(row["line"]))
         other = [name for name, value in settings.items() if before[name] != value]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{part} is not an unfinished file of samples: {error}; delete it") from error
