@@ -18,14 +18,9 @@ from typing import Any, NamedTuple
 
 import runs
 
+from dsv3_jax.chat.text_settings import PLAIN_TEMPLATE
+
 LIMIT_S = 30.0  # CPU seconds above a command's usual ones
-IDLE = 60  # looks at a process that does nothing, 0.2 s apart
-LIMIT_BYTES = 2 << 30  # resident memory of a command's processes
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role[:1] + ':' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
-    "{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}a:{% endif %}"
-)
 
 
 class Command(NamedTuple):
@@ -50,6 +45,7 @@ def train(out: str, **changes: Any) -> str:
 TOKENIZE = "data tokenize text --row-tokens 16 --val-fraction 0.3 --tokenizer tokenizer.json --shard-mb 0.002"
 MAKE = ("tokenizer tokenizer.json --vocab-size 260 --paths text", train("run"), "convert run released --dtype float32",
         f"{TOKENIZE} --out shards")  # fmt: skip
+GRPO = "--steps 2 --grpo.group 2 --grpo.max-new-tokens 4 --data.batch-size 4 --data.seq-len 32"
 COMMANDS = (
     Command("tokenizer out --vocab-size 262 --paths text", 3),
     Command(f"{TOKENIZE} --out out", 7),
@@ -66,10 +62,12 @@ COMMANDS = (
     Command(f"{train('out')} --data.format shards --data.paths shards", 2),
     Command(train("stopped"), out="stopped"),
     Command("train sft --start released --data.paths chats.jsonl --out out --steps 2 --data.seq-len 64"),
+    Command(f"train grpo --start released --data.paths prompts.jsonl --out out {GRPO}"),
     Command("eval run --batches 1"),
     Command("stats run --out out --draws 5 --batches 1"),
     Command("generate run --max-new-tokens 8", 2),
     Command("generate released --max-new-tokens 8", 2),
+    Command("generate run --prompts prompts.jsonl --samples 2 --max-new-tokens 4 --batch-size 4 --out out", 3),
     Command("chat released --max-new-tokens 8", 2, stdin=b"hello\n/reset\nto be\n"),
 )
 TRAINING = Command(train("run", keep=1, save_every=1, eval_every=1000, steps=600))  # beside readers
@@ -83,15 +81,15 @@ def make_home(home: Path, server: "Server", log: str) -> None:
     chats = [chat.replace("$", str(i)) for i in range(40)]  # equal ones would all be held out, or none
     rows = [{"text": f"row {i} x = 1", "domain": f"d{i % 3}", "id": i} for i in range(9)]
     (home / "chats.jsonl").write_text("\n".join(chats) + "\n")
+    (home / "prompts.jsonl").write_text("".join(f'{{"prompt": "row {i}", "answer": "{i}"}}\n' for i in range(3)))
     (home / "text" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for words in MAKE:
         answer = server.run(Trial(home, shlex.split(words), request={"log": log}, limit=600))
         assert answer.code == 0, answer
-    special = {"eos_token": "<eos>", "chat_template": TEMPLATE, "model_max_length": 64}
     sampling = {"temperature": 0.6, "top_p": 0.95, "top_k": 40, "do_sample": True}
-    (home / "released" / "tokenizer_config.json").write_text(json.dumps(special))
+    (home / "released" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", "model_max_length": 64}))
     (home / "released" / "generation_config.json").write_text(json.dumps(sampling))
-    (home / "released" / "chat_template.jinja").write_text(TEMPLATE)
+    (home / "released" / "chat_template.jinja").write_text(PLAIN_TEMPLATE)
     shutil.copy(home / "tokenizer.json", home / "released")
     shutil.copytree(home / "run", home / "stopped")
     shutil.rmtree(home / "stopped" / "checkpoints" / str(runs.STEPS))
@@ -168,8 +166,8 @@ class Server:
             if polls % 4 == 0:  # a look at all processes of the machine takes some milliseconds
                 _, cpu, memory = usage(pid)
                 idle, before = (idle + 1 if cpu == before else 0), cpu
-                hangs = cpu > trial.limit or idle > IDLE
-                fault = fault or ("hangs" if hangs else "memory" if memory > LIMIT_BYTES else None)
+                hangs = cpu > trial.limit or idle > 60  # it does nothing for 12 s
+                fault = fault or ("hangs" if hangs else "memory" if memory > 2 << 30 else None)
             if fault:
                 os.killpg(pid, 9)
             elif polls * 0.05 > trial.kill_after:

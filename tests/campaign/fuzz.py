@@ -137,7 +137,8 @@ def judge(made: Home, command: Command, trial: Trial, answer: Answer, names: Seq
     if not BOX.search(plain) and any(map(ESCAPES.search, shown)):  # tyro's box holds the user's own words
         faults.add("escapes")
     parts = (x for x in trial.folder.rglob("*") if re.search(r"\.part|-checkpoint-tmp", x.name))
-    left = [x.name for x in parts if not x.is_symlink()] + made.server.leftovers()  # the link is the campaign's own
+    kept = "out.part" if "--prompts" in command.argv else None  # the same command resumes from it; a link is ours
+    left = [x.name for x in parts if not x.is_symlink() and x.name != kept] + made.server.leftovers()
     if code and command.argv[0] not in MAY_LEAVE and (trial.folder / "out").exists():
         left += other_result(made, command, trial, None)
     faults |= {"followed"} & set(left) | ({"half-written"} if left and code not in (None, -9) else set())
@@ -331,7 +332,7 @@ def pairs(made: Home, rng: Draws) -> Done:
         faults |= {answer.fault or "tracebacks"} if wrong else {"refused"} if reads and answer.code else set()
         if faults:
             break
-        shutil.rmtree(trial.folder / "out", ignore_errors=True) if reads else None
+        subprocess.run(["rm", "-rf", trial.folder / "out"]) if reads else None
     os.killpg(pid, 9) if reads else None
     while (ended := made.server.ask({"poll": pid})) is None:
         time.sleep(0.05)
