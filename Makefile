@@ -50,7 +50,7 @@ help:
 	@echo "make campaign    hostile inputs, damage, kills, sanitizers: two hours; MINUTES=10, SEED=1"
 	@echo "make compilers   install the compilers for GPUs and TPUs (360 MB), which the long tests use if they are there"
 	@echo "make lint        check style, format and types"
-	@echo "make parity      compare with torch and transformers, which this installs"
+	@echo "make parity      compare with torch, transformers and lm_eval, which this installs"
 	@echo "make clean       remove environments and caches, but not runs/"
 	@echo
 	@echo "The first target installs the packages into $(VENV). PYTHON=python3.13 chooses another Python."
@@ -207,5 +207,5 @@ $(VENV)/.installed-docs $(VENV)/.installed-release: $(VENV)/.installed-%: $(VENV
 	@touch $@
 
 $(VENV)/.installed-parity: $(VENV)/.installed-test
-	$(call install,.[test$(comma)parity])
+	$(call install,.[test$(comma)parity$(comma)eval])
 	@touch $@

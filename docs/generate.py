@@ -30,6 +30,7 @@ PARTS = {
     "chat": "Chat templates and examples",
     "training": "One run",
     "decoding": "From prompts to text",
+    "scores": "Scores on tasks",
     "hf": "Released weights, both ways",
     "stats": "Where tokens go",
     "planning": "A mesh without its devices",

@@ -45,6 +45,7 @@ _LATER = {
     "plots": ("report.run_plots", None),
     "load_model": ("hf.open_model", "load_model"),
     "load_text": ("hf.open_model", "load_text"),
+    "score_tasks": ("scores.score", "score_tasks"),
     "load_run": ("training.checkpoint", "load_run"),
     "read_run": ("training.run_folder", "read_run"),
 }

@@ -19,6 +19,7 @@ from texts import ANSWER, TEMPLATES, TEXTS, USER, write_text_files
 import dsv3_jax as ds
 from dsv3_jax import presets, train
 from dsv3_jax.ops import routing
+from dsv3_jax.scores.made import write_tasks
 from dsv3_jax.training import warm_start
 from experiments.cards import TASKS, read_cards, write_card
 
@@ -127,6 +128,7 @@ def place(root, tmp_path_factory):
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     for name in ("demo", "other"):
         shutil.copytree(finished(root).folder, folder / "runs" / name)
+    write_tasks(folder / "runs" / "demo" / "tasks", [Path(__file__).read_text()], rows=8)
     for name, cell in RELEASED.items():
         write_folder(folder / name, Cell(cell, GRID[cell].config | {"vocab_size": 384}))
         write_text_files(folder / name, TEXTS["V3"])

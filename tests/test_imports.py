@@ -20,7 +20,7 @@ FLOORS = [
     {"data"},
     {"chat"},
     {"cluster", "decoding", "report", "training"},
-    {"hf", "planning", "stats"},
+    {"hf", "planning", "stats", "scores"},
     {"balance", "grpo", "train"},
     {"cli"},
     {"__init__", "__main__"},
@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "data": {"config", "files", "lock"},
     "chat": {"config", "files", "signals", "data"},
     "decoding": {"config", "ops", "kernels", "mesh", "model"},
+    "scores": {"config", "files", "model", "data", "chat", "decoding", "report", "hf"},
 }
 # Folder or file → other projects that it may not import; "" is all of them.
 NO_PROJECT = {

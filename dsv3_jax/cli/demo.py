@@ -14,7 +14,7 @@ PROMPTS = ("def ", "class ", "#include ", "The ")
 
 @dataclass
 class Demo:
-    """Train a small model on the text that this Python carries, evaluate it, and let it write.
+    """Train a small model on the text that this Python carries, evaluate and score it, and let it write.
 
     It takes about five minutes on two CPU cores. Ctrl-C stops it, and the same command resumes.
     """
@@ -54,35 +54,41 @@ def run(argv: list[str]) -> int:
     from dsv3_jax.data import tokenizer
     from dsv3_jax.data.corpus import load_corpus
     from dsv3_jax.decoding.generate import generate
+    from dsv3_jax.hf.open_model import load_text
     from dsv3_jax.report.progress import text_console
+    from dsv3_jax.scores.made import write_tasks
+    from dsv3_jax.scores.score import score_tasks
     from dsv3_jax.train import fit
     from dsv3_jax.training.checkpoint import load_run
     from dsv3_jax.training.run_folder import TOKENIZER_FILE
 
     console = text_console()
     start = time.perf_counter()
-    tokenizer_path = out / TOKENIZER_FILE
+    tokenizer_path, tasks = out / TOKENIZER_FILE, out / "tasks"
     run = demo_run(tokenizer_path, short)
+    corpus = load_corpus(run.data)
     if not tokenizer_path.exists():
         console.print(f"training a vocabulary of {VOCAB_SIZE} byte-level tokens")
         tokenizer_path.parent.mkdir(parents=True, exist_ok=True)
         # Every fourth document of the default text: enough for so few merges.
-        documents = load_corpus(replace(run.data, tokenizer="bytes")).train[:: 1 if short else 4]
+        documents = corpus.train[:: 1 if short else 4]
         tokenizer.train_bpe((d.text for d in documents), VOCAB_SIZE, str(tokenizer_path))
     result = fit(run, out)
-    model = load_run(out).model
-    text = tokenizer.load(run.data.tokenizer)
+    if not tasks.exists():
+        write_tasks(tasks, [document.text for document in corpus.val], rows=16 if short else 200)
+    model, text = load_run(out).model, load_text(out)
+    score_tasks(model, text, tasks, say=console.print)
     generated = generate(
         model,
         [text.encode(p) for p in PROMPTS],
         16 if short else 80,
         temperature=0.5,
         top_p=0.95,
-        stop_tokens=(text.eos_id,),
+        stop_tokens=(text.tokenizer.eos_id,),
     )
     for prompt, tokens in zip(PROMPTS, generated.tokens, strict=True):
         console.rule(f"after {prompt.strip()!r}", style="dim", characters="-")
-        console.print(prompt + text.decode(tokens))
+        console.print(prompt + text.tokenizer.decode(tokens))
     console.rule(style="dim", characters="-")
     minutes = (time.perf_counter() - start) / 60
     console.print(f"done in {minutes:.1f} minutes; step {result.step}; the run is in {out}")

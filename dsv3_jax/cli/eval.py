@@ -1,5 +1,9 @@
-"""`dsv3 eval RUN`: held-out measures of a run's last checkpoint."""
+"""`dsv3 eval RUN`: held-out measures of a run's last checkpoint, or its scores on tasks."""
 
+import dataclasses
+import importlib.metadata
+import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +16,10 @@ from dsv3_jax.config import CacheDtype
 
 @dataclass
 class Eval:
-    """Measure a run's last checkpoint on held-out text: loss, bits a byte (by domain), MaxVio, MTP acceptance."""
+    """Measure a run's last checkpoint on held-out text: loss, bits a byte (by domain), MaxVio, MTP acceptance.
+
+    With --tasks, score it on tasks instead.
+    """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """a run's folder, a released folder, or a hub id that is in the local cache"""
@@ -24,6 +31,14 @@ class Eval:
     """number of batches to read, at most"""
     cache_dtype: tuple[CacheDtype, ...] = ()
     """read the same text through caches of these dtypes too, and compare them with float32"""
+    tasks: Path | None = None
+    """folder of tasks in JSON lines, such as DCLM's CORE or the tasks/ of a demo's run"""
+    shots: int | None = None
+    """examples before each prompt of a task; None means as the folder's core.yaml says, else 0"""
+    limit: int | None = None
+    """number of rows of each task, at most; None means all"""
+    out: Path | None = None
+    """JSON file for the scores"""
     kernels: str | None = None
     """kernels to compute with: auto, xla, or a name from `dsv3 info PRESET --kernels`; None means the run's own"""
 
@@ -33,6 +48,10 @@ def run(argv: list[str]) -> int:
     args = parse(Eval, argv, "eval")
     if args.batches < 1:
         raise ValueError(f"batches={args.batches} is below 1")
+    if args.tasks is not None:
+        return _score(args, argv)
+    if not args.shots is args.limit is args.out is None:
+        raise ValueError("shots, limit and out are for tasks; add --tasks FOLDER")
     from dsv3_jax.data import tokenizer
     from dsv3_jax.hf.open_model import measured_on, open_model
     from dsv3_jax.report.progress import text_console
@@ -62,6 +81,28 @@ def run(argv: list[str]) -> int:
             f"{f'through {name} cache':25s} {quality.val_loss:.4f} ({quality.val_loss / exact - 1:+.3%}), "
             f"greedy tokens the same {quality.agreement:.2%}, {quality.bytes_per_token} bytes a token"
         )
+    return 0
+
+
+def _score(args: Eval, argv: list[str]) -> int:
+    from dsv3_jax.files import check_writable, write_atomic
+    from dsv3_jax.hf.open_model import load_text, open_model
+    from dsv3_jax.report.progress import text_console
+    from dsv3_jax.scores.score import score_tasks
+    from dsv3_jax.scores.tasks import read_tasks
+
+    assert args.tasks is not None
+    read_tasks(args.tasks, args.shots)  # a broken line is found before the model is loaded
+    check_writable(args.out)
+    model, _, step = open_model(args.run, step=args.step, kernels=args.kernels)
+    scores = score_tasks(
+        model, load_text(args.run), args.tasks, shots=args.shots, limit=args.limit, say=text_console().print
+    )
+    if args.out is not None:
+        versions = {name: importlib.metadata.version(name) for name in ("dsv3-jax", "jax")}
+        facts = {"command": shlex.join(["dsv3", "eval", *argv]), "model": str(args.run), "step": step}
+        result = facts | {"versions": versions} | dataclasses.asdict(scores)
+        write_atomic(args.out, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return 0
 
 

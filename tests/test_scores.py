@@ -1,0 +1,163 @@
+"""Task scores: an option's tokens are the prompt's own, the right one is found by log p, bad lines are named."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from models import LIGHT, random_model
+from runs import finished, unhooked_cli
+
+import dsv3_jax as ds
+from dsv3_jax.chat.text_settings import plain_settings
+from dsv3_jax.data.tokenizer import train_bpe
+from dsv3_jax.model.transformer import abstract
+from dsv3_jax.scores import score
+from dsv3_jax.scores.made import write_tasks
+from dsv3_jax.scores.tasks import read_tasks
+
+MODEL = ds.replace(LIGHT, vocab_size=260)
+CHOICE = {"query": "q", "choices": ["zz", "az", "b"], "gold": 2}
+SCHEMA = {"context_options": ["c", "a("], "continuation": "x", "gold": 1}
+SINGLE = {"context": "one ", "continuation": "two"}
+CODE = """
+def first(value, other):
+    total = self.names[value] + self.names[other]
+    if total > {"one": value, "two": other}["one"]:
+        return self.names[total]
+    raise ValueError("<broken> and {name: total}")
+"""
+
+
+def write(folder: Path, **files) -> str:
+    for name, rows in files.items():
+        lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return str(folder)
+
+
+def test_each_kind_is_answered_by_log_p_a_token(tmp_path, monkeypatch):
+    """In this model log p is minus the sum of the new bytes and the context's first one, and "t" is the likeliest."""
+
+    def small_bytes(model, pairs):
+        return [(-float(sum(more) + len(more) * context[0]), more[0] == ord("t")) for context, more in pairs]
+
+    monkeypatch.setattr(score, "loglikelihood", small_bytes)
+    mean = {"query": "q", "choices": ["b", "aab"], "gold": 1}  # a sum would prefer "b"
+    single = [SINGLE, {**SINGLE, "continuation": "x"}]
+    folder = write(tmp_path, choice=[CHOICE, mean, {**CHOICE, "gold": 0}], schema=[SCHEMA], single=single)
+    said: list[str] = []
+    found = ds.score_tasks(abstract(MODEL), plain_settings(), folder, say=said.append)
+    chance = (1 / 3 + 1 / 2 + 1 / 3) / 3
+    centred = [(2 / 3 - chance) / (1 - chance), 1, 0.5]
+    assert [task.rows for task in found.tasks] == [3, 1, 2]
+    assert [task.accuracy for task in found.tasks] == pytest.approx([2 / 3, 1, 0.5])
+    assert [task.chance for task in found.tasks] == pytest.approx([chance, 1 / 2, 0])
+    assert [task.centred for task in found.tasks] == pytest.approx(centred)
+    assert all(task.centred_interval[0] <= task.centred <= task.centred_interval[1] for task in found.tasks)
+    assert found.core == pytest.approx(sum(centred) / 3) and len(said) == 5 and f"{found.core:.3f}" in said[-1]
+
+
+@pytest.mark.parametrize("words", ["bytes", "pairs"])
+def test_context_and_continuation_are_the_prompts_own_tokens(tmp_path, words):
+    """Also where a token covers both sides of the border, an option begins with another one, or nothing is before."""
+    if words == "pairs":
+        train_bpe(["f() g(x) " * 50], 265, words := str(tmp_path / "pairs.json"))
+    text, calls = plain_settings(words), {"query": "f(", "choices": [")", ")x", "x)"], "gold": 0}
+    nothing = {"query": "", "choices": ["\n)", " x"], "gold": 0}
+    folder = write(tmp_path, call=[calls] * 3, none=[nothing], schema=[SCHEMA] * 3, single=[SINGLE] * 3)
+    for task in read_tasks(folder):
+        for i, row in enumerate(task.rows):
+            pairs, _ = score.pairs_of(task, i, text, 99)
+            ids = [[*context, *more] for context, more in pairs]
+            first = [text.tokenizer.eos_id] * (task.label == "none")
+            assert all(map(all, pairs)) and ids == [first + text.encode(prompt) for prompt in task.prompts(i)]
+            assert task.kind == "multiple_choice" or text.tokenizer.decode(pairs[0][1]).strip() == row.options[0][1]
+            short, cut = score.pairs_of(task, i, text, 2)  # loses its beginning, never its end
+            assert [[*context, *more] for context, more in short] == [tokens[-2:] for tokens in ids]
+            assert cut == any(len(tokens) > 2 for tokens in ids) and all(map(all, short))
+
+
+def test_a_bundle_of_core_says_examples_delimiter_and_chance(tmp_path):
+    """A row's examples are other rows, those that nanochat draws."""
+    (tmp_path / "eval_data").mkdir()
+    count = [{"context": f"<{i}> ", "continuation": str(i)} for i in range(9)]
+    write(tmp_path / "eval_data", arc=[CHOICE], count=count)
+    (tmp_path / "core.yaml").write_text(
+        "icl_tasks:\n-\n  label: arc_easy\n  dataset_uri: arc.jsonl\n  icl_task_type: multiple_choice\n"
+        '  continuation_delimiter: "\\nAnswer: "\n'
+        "-\n  label: count\n  dataset_uri: count.jsonl\n  num_fewshot: [0, 8]\n"
+    )
+    (tmp_path / "eval_meta_data.csv").write_text('Eval Task,"Random baseline",x\narc_easy,25,\nother,60.5,\n')
+    arc, none, task = read_tasks(tmp_path)
+    assert (arc.label, arc.shots, arc.chance, arc.prompts(0)[2]) == ("arc_easy", 0, 0.25, "q\nAnswer: b")
+    assert (none.shots, task.shots, task.chance) == (0, 8, 0)
+    for i in range(9):
+        drawn = random.Random(1234 + i).sample([j for j in range(9) if j != i], 8)
+        prompts = [none.prompts(j)[0] for j in (*drawn, i)]
+        assert task.prompts(i) == ["\n\n".join(prompts)] and sorted(prompts) == [f"<{n}> {n}" for n in range(9)]
+
+
+def test_made_tasks_are_the_texts_own(tmp_path):
+    for name in ("one", "two"):
+        write_tasks(tmp_path / name, [CODE, "no code"], rows=8)
+    one, two = ({task.label: task for task in read_tasks(tmp_path / name)} for name in ("one", "two"))
+    assert one == two and one.keys() == {"brackets", "names", "keywords"}
+    for task in one.values():
+        for options, gold in task.rows:
+            query, choices = options[0][0], [choice for _, choice in options]
+            assert query + choices[gold] in CODE and len(query) <= 240 and len({*choices}) == 4
+    assert {row.options[row.gold][1] for row in one["brackets"].rows} == set(")]}>")
+
+
+def test_bad_tasks_are_refused_with_file_and_line(tmp_path):
+    for lines, said in (
+        (["", "{"], "a.jsonl, line 2, is not JSON"),
+        ([SINGLE, CHOICE], "a.jsonl, line 2, is no object with the keys context, continuation"),
+        ([{**CHOICE, "gold": 3}], "line 1: gold=3 is not the index of one of choices="),
+        ([{**CHOICE, "choices": ["a", 1, ""]}], "line 1: 'q' and 1 are not a text"),
+        ([SINGLE] * 2, "shots=2 is no number of examples for .*a.jsonl, which has 2 rows"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            read_tasks(write(tmp_path, a=lines), shots=2)
+    for core in ("[", "icl_tasks: [{label: a}]"):
+        (tmp_path / "core.yaml").write_text(core)
+        with pytest.raises(ValueError, match="core.yaml has no list icl_tasks"):
+            read_tasks(tmp_path)
+
+
+def test_eval_prints_and_writes_the_scores(root, tmp_path, capsys):
+    out, main = tmp_path / "scores.json", unhooked_cli().main
+    command = ["eval", str(finished(root).folder), "--tasks", write(tmp_path, choice=[CHOICE] * 3)]
+    assert main([*command, "--limit", "2", "--shots", "1", "--out", str(out)]) == 0
+    written, said = json.loads(out.read_text()), capsys.readouterr().out
+    assert written["tasks"][0]["rows"] == 2 and f"{written['core']:.3f}" in said and written["step"] == 12
+    write(tmp_path, choice=["{"])
+    assert main(command) == main([*command[:2], "--limit", "2"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "choice.jsonl, line 1" in first and "--tasks" in second
+
+
+@pytest.mark.parity
+def test_the_harness_runs_its_own_tasks_on_a_model(tmp_path):
+    """Two tasks of lm-evaluation-harness on local data. Its answers are those of our own log p."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from dsv3_jax.scores.harness import harness_model
+
+    model, text = random_model(MODEL), plain_settings()
+    rows = [{"query": f"{i} + {i} =", "choices": [str(2 * i), "none"], "gold": i % 2} for i in range(12)]
+    file = Path(write(tmp_path, sums=rows), "sums.jsonl")
+    data = {"dataset_path": "json", "test_split": "test", "dataset_kwargs": {"data_files": {"test": str(file)}}}
+    data |= {"doc_to_text": "{{query}}", "doc_to_target": "gold", "doc_to_choice": "{{choices}}"}
+    settings = {"until": ["\n"], "max_gen_toks": 6}
+    tasks = [
+        {**data, "task": "choice", "output_type": "multiple_choice"},
+        {**data, "task": "until", "output_type": "generate_until", "generation_kwargs": settings},
+    ]
+    found = lm_eval.simple_evaluate(harness_model(model, text), tasks=tasks, bootstrap_iters=0)
+    pairs = [(text.encode(row["query"]), text.encode(f" {choice}")) for row in rows for choice in row["choices"]]
+    nats = [log_p for log_p, _ in ds.loglikelihood(model, pairs)]
+    right = [(nats[2 * i] < nats[2 * i + 1]) == row["gold"] for i, row in enumerate(rows)]
+    assert found["results"]["choice"]["acc,none"] == pytest.approx(sum(right) / 12)
+    greedy = ds.generate(model, [text.encode(rows[0]["query"])], 6, stop_tokens=text.stop_ids).tokens[0]
+    assert found["samples"]["until"][0]["resps"] == [[text.tokenizer.decode(greedy).split("\n")[0]]]
