@@ -56,7 +56,7 @@ def harness_model(model: Transformer, text: TextSettings) -> Any:
         def _continue(self, prompts: list[str], settings: dict[str, Any]) -> list[str]:
             length = min(settings.get("max_gen_toks", 256), longest - 1)
             ids = [self.tok_encode(prompt) or [self.prefix_token_id] for prompt in prompts]
-            drawn = settings if settings.get("do_sample") else {"temperature": 0.0}
+            drawn: dict[str, Any] = settings if settings.get("do_sample") else {"temperature": 0.0}
             result = generate(
                 model,
                 [tokens[length - longest :] for tokens in ids],
