@@ -4,8 +4,8 @@ A step takes the next prompts in the run's order, and a group of answers to each
 all wrong teaches nothing: it is skipped, and its rows are padding. If all groups of a step are, the next prompts are
 asked, `ROUNDS` times at most; after that the step has no answers.
 
-An answer depends on the model, the run's seed and the number of its prompt in the order. So a run that resumes writes
-the same answers, and its position is that number.
+An answer depends on the model, the run's seed, its prompt and the step's place in the order of prompts. So a run that
+resumes writes the same answers, and its position is that place.
 """
 
 from collections.abc import Callable
@@ -90,18 +90,19 @@ class Answers(Batches):
 
     def _asked(self, model: Any, first: int) -> list[list[Answer]]:
         """Ask the prompts from `first` on: a group of answers to each."""
-        cfg, numbers = self._run.grpo, [self._order[first + i] for i in range(self._batch_size)]
-        chosen = [number for number in numbers for _ in range(cfg.group)]
-        prompts = [self._tasks[number][0].tolist() for number in chosen]
+        cfg = self._run.grpo
+        numbers = [self._order[first + i] for i in range(self._batch_size)]
         found = generate(
-            model, prompts, cfg.max_new_tokens, temperature=cfg.temperature, stop_tokens=self._text.stop_ids,
-            cache_dtype=cfg.cache_dtype, seed=int(np.random.SeedSequence([self._run.seed, first]).generate_state(1)[0]),
+            model, [self._tasks[number][0].tolist() for number in numbers], cfg.max_new_tokens,
+            temperature=cfg.temperature, stop_tokens=self._text.stop_ids, cache_dtype=cfg.cache_dtype,
+            seed=int(np.random.SeedSequence([self._run.seed, first]).generate_state(1)[0]), samples=cfg.group,
             logprobs=True, return_routing=cfg.replay and model.cfg.num_sparse_layers > 0,
         )  # fmt: skip
         assert found.logprobs is not None
         answers = []
-        for i, (number, prompt, new) in enumerate(zip(chosen, prompts, found.tokens, strict=True)):
-            _, record, location = self._tasks[number]
+        for i, new in enumerate(found.tokens):
+            number = numbers[i // cfg.group]
+            prompt, record, location = self._tasks[number]
             ended = new[-1] in self._text.stop_ids
             right = self._checker.check(self._text.tokenizer.decode(new[:-1] if ended else new), record, location)
             experts = None if found.expert_ids is None else found.expert_ids[i]
