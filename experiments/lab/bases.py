@@ -51,12 +51,24 @@ _CHAINS = replace(
 )  # fmt: skip
 # The same model with rows of two-token names. Muon finds the pairs after some 200 to 1,200 steps, by seed.
 _NAMES = replace(
-    _CHAINS, data=DataConfig(seq_len=40, batch_size=64), steps=1200, eval_every=1200, save_every=1200,
+    _CHAINS, data=DataConfig(seq_len=40, batch_size=64), steps=600, eval_every=600, save_every=1200,
     optim=replace(_CHAINS.optim, name="muon", learning_rate=1.2e-2, final_learning_rate=1.2e-2 / 20),
+)  # fmt: skip
+# Two sparse layers that learn some of the sums of two numbers below 100: see 28.
+_SUMS = replace(
+    _RETRIEVAL,
+    model=replace(
+        recipe("tiny").model,
+        dim=64, num_layers=2, num_dense_layers=0, dense_dim=128, num_heads=4, q_latent_dim=None, kv_latent_dim=32,
+        nope_head_dim=16, rope_head_dim=8, v_head_dim=16, num_experts=16, experts_per_token=2, expert_dim=48,
+        num_groups=1, groups_per_token=1, max_positions=64, mtp_depth=0,
+    ),
+    data=DataConfig(paths=("runs/lab/sums/text.jsonl",), seq_len=40, batch_size=64), steps=600, eval_every=600,
+    eval_batches=8, save_every=600, keep=1,
 )  # fmt: skip
 OF_TASKS = {
     "facts": _FACTS, "retrieval": _RETRIEVAL, "many_keys": _MANY_KEYS, "domains": _DOMAINS, "chains": _CHAINS,
-    "names": _NAMES,
+    "names": _NAMES, "sums": _SUMS,
 }  # fmt: skip
 
 
